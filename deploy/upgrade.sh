@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Replaces the running replicas by ones of a new image, without a failed request: new replicas start beside the old ones,
-# and the old ones stop when the new ones are healthy. Compose has no rolling update of its own.
+# Replaces the running replicas with replicas of a new image, without failing a request: starts the new replicas, waits until
+# they are healthy, and then stops the old ones. Compose has no built-in rolling update. Set QUOTA_IMAGE in .env.prod
+# afterward, or the next `up` starts the previous version again.
 #
 #   QUOTA_IMAGE=quota:0.2.0 deploy/upgrade.sh
 #
-# If a new replica does not become healthy, the old ones continue and the new ones are removed.
+# If a new replica does not become healthy, the old replicas keep running and the new ones are removed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -16,7 +17,7 @@ if [ -f "$environment" ]; then compose+=(--env-file "$environment"); fi
 old=$("${compose[@]}" ps --quiet quota)
 replicas=$(wc -w <<< "$old")
 if [ "$replicas" = 0 ]; then
-  echo "no replica is running; start with: ${compose[*]} up --detach" >&2
+  echo "no replica is running; start one with: ${compose[*]} up --detach" >&2
   exit 1
 fi
 
@@ -31,7 +32,7 @@ for id in $("${compose[@]}" ps --quiet quota); do
     sleep 1
   done
   if [ "$(health "$id")" != healthy ]; then
-    echo "$id does not become healthy; the old replicas continue. Its log:" >&2
+    echo "$id did not become healthy; the old replicas keep running. Its log:" >&2
     docker logs --tail 20 "$id" >&2
     for new in $("${compose[@]}" ps --quiet quota); do
       is_old "$new" || { docker stop --time 30 "$new"; docker rm "$new"; } > /dev/null

@@ -1,4 +1,7 @@
-//! Lists the files of the compiled console, if there is one, for the server to embed.
+//! Copies the files of the compiled console, if it exists, for the server to embed.
+//!
+//! The server embeds the copies, so that it compiles even if the console is deleted, or if another checkout with the
+//! same target directory has none.
 
 use std::{
     env,
@@ -17,7 +20,16 @@ fn folder(variable: &str) -> PathBuf {
 
 fn main() -> io::Result<()> {
     let built = folder("CARGO_MANIFEST_DIR").join("../desktop/ui/dist");
+    // By both names: relative, for any checkout; absolute, so that another checkout is not mistaken for this one.
     println!("cargo:rerun-if-changed=../desktop/ui/dist");
+    println!("cargo:rerun-if-changed={}", built.display());
+    println!("cargo:rerun-if-changed=build.rs");
+    let out = folder("OUT_DIR");
+    let copies = out.join("console");
+    if copies.exists() {
+        fs::remove_dir_all(&copies)?;
+    }
+    fs::create_dir_all(&copies)?;
     let mut files = Vec::new();
     if built.is_dir() {
         collect(&built, &built, &mut files)?;
@@ -25,28 +37,42 @@ fn main() -> io::Result<()> {
     files.sort();
     let mut table = String::from("const FILES: &[File] = &[\n");
     for (name, path) in &files {
-        // Hidden files, and the compressed copies themselves, have no copies.
-        let (brotli, gzip) = (format!("{path}.br"), format!("{path}.gz"));
-        if !Path::new(&brotli).exists() || !Path::new(&gzip).exists() {
+        // Hidden files and the compressed copies themselves are not compressed.
+        let compressed = ["br", "gz"].map(|kind| with_suffix(path, kind));
+        if !compressed.iter().all(|path| path.exists()) {
             continue;
         }
-        let _ = writeln!(
-            table,
-            "    File {{ name: {name:?}, plain: include_bytes!({path:?}), brotli: include_bytes!({brotli:?}), \
-             gzip: include_bytes!({gzip:?}) }},"
-        );
+        let [brotli, gzip] = compressed;
+        let _ = write!(table, "    File {{ name: {name:?}");
+        for (field, path) in [("plain", path), ("brotli", &brotli), ("gzip", &gzip)] {
+            let copy = format!("{}.{field}", name.replace('/', "~"));
+            fs::copy(path, copies.join(&copy))?;
+            let copy = format!("/console/{copy}");
+            let _ = write!(
+                table,
+                ", {field}: include_bytes!(concat!(env!(\"OUT_DIR\"), {copy:?}))"
+            );
+        }
+        table.push_str(" },\n");
     }
     table.push_str("];\n");
-    fs::write(folder("OUT_DIR").join("console.rs"), table)
+    fs::write(out.join("console.rs"), table)
 }
 
-fn collect(root: &Path, folder: &Path, files: &mut Vec<(String, String)>) -> io::Result<()> {
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".");
+    name.push(suffix);
+    name.into()
+}
+
+fn collect(root: &Path, folder: &Path, files: &mut Vec<(String, PathBuf)>) -> io::Result<()> {
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
         if path.is_dir() {
             collect(root, &path, files)?;
-        } else if let (Ok(name), Some(full)) = (path.strip_prefix(root), path.to_str()) {
-            files.push((name.to_string_lossy().into_owned(), full.to_owned()));
+        } else if let Ok(name) = path.strip_prefix(root) {
+            files.push((name.to_string_lossy().into_owned(), path));
         }
     }
     Ok(())

@@ -1,136 +1,121 @@
 //! API keys: the credentials that consumers of an API send.
 
-use garde::Validate;
-use serde::{Deserialize, Serialize};
-
 use crate::{
-    field::{GraceSeconds, Name, Rpm},
+    field::{ExternalId, GraceSeconds, Metadata, Name, Rpm},
     id::{ApiKeyId, PlanId},
-    patch::{Patch, sent, unsent},
+    patch::Patch,
     time::Timestamp,
+    wire::{Omittable, request, response, update},
 };
 
-/// An API key without its secret, which is returned once, on creation or rotation, and never stored.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
-pub struct ApiKey {
-    pub id: ApiKeyId,
-    pub name: String,
-    pub plan_id: PlanId,
-    /// The first characters of the key, to tell keys apart.
-    pub prefix: String,
-    /// Requests with an inactive key are rejected with 401 and never charged.
-    pub is_active: bool,
-    /// When the key expires. After that, requests with it are rejected with 401. `null`: never.
-    #[cfg_attr(feature = "openapi", oai(nullable))]
-    pub expires_at: Option<Timestamp>,
-    /// Requests per minute for this key, overriding the plan's rate. `null`: the plan's rate. If the plan's burst
-    /// equals its rate, the key's burst equals this rate.
-    #[cfg_attr(feature = "openapi", oai(nullable))]
-    pub rpm_override: Option<u32>,
-    /// When the key was last used, whether the request was allowed or denied. Updated within seconds.
-    #[cfg_attr(feature = "openapi", oai(nullable))]
-    pub last_used_at: Option<Timestamp>,
-    /// When the previous key stops working after a rotation. `null`: there is no previous key.
-    #[cfg_attr(feature = "openapi", oai(nullable))]
-    pub previous_expires_at: Option<Timestamp>,
-    pub created_at: Timestamp,
-    pub updated_at: Timestamp,
+response! {
+    /// An API key without its secret, which is returned once, on creation or rotation, and never stored.
+    #[derive(Debug, Eq)]
+    #[cfg_attr(feature = "openapi", oai(example))]
+    pub struct ApiKey {
+        pub id: ApiKeyId,
+        pub name: String,
+        pub plan_id: PlanId,
+        /// The first characters of the key, to identify it.
+        pub prefix: String,
+        /// Requests with an inactive key are rejected with 401 and never charged.
+        pub is_active: bool,
+        /// When the key expires. After that, requests with it are rejected with 401. `null`: never.
+        pub expires_at: Option<Timestamp>,
+        /// Requests per minute for this key, overriding the plan's rate. `null`: the plan's rate. If the plan's burst
+        /// equals its rate, the key's burst equals this rate.
+        pub rpm_override: Option<u32>,
+        /// The key's identifier in your own system, such as a customer ID. Several keys may have the same one.
+        #[serde(default)]
+        pub external_id: Option<String>,
+        /// Your own names and values, which are stored with the key and not interpreted.
+        #[serde(default)]
+        pub metadata: Metadata,
+        /// When the key was last used, whether the request was allowed or denied. Updated within seconds.
+        pub last_used_at: Option<Timestamp>,
+        /// When the previous key stops working after a rotation. `null`: there is no previous key.
+        pub previous_expires_at: Option<Timestamp>,
+        pub created_at: Timestamp,
+        pub updated_at: Timestamp,
+    }
 }
 
-/// Request body for creating an API key.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Validate)]
-#[serde(deny_unknown_fields)]
-#[cfg_attr(
-    feature = "openapi",
-    derive(poem_openapi::Object),
-    oai(example, deny_unknown_fields)
-)]
-pub struct CreateApiKey {
-    /// 1 to 200 characters.
-    #[garde(dive)]
-    pub name: Name,
-    #[garde(skip)]
-    pub plan_id: PlanId,
-    /// When the key expires. Must be in the future. Default: never.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[garde(skip)]
-    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
-    pub expires_at: Option<Timestamp>,
-    /// Requests per minute for this key, 1 to 60,000,000. Default: the plan's rate.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[garde(dive)]
-    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
-    pub rpm_override: Option<Rpm>,
+request! {
+    /// Request body for creating an API key.
+    #[derive(Debug)]
+    pub struct CreateApiKey {
+        /// 1 to 200 characters.
+        #[garde(dive)]
+        pub name: Name,
+        #[garde(skip)]
+        pub plan_id: PlanId,
+        /// When the key expires. Must be in the future. Default: never.
+        #[garde(skip)]
+        pub expires_at: Option<Timestamp>,
+        /// Requests per minute for this key, 1 to 60,000,000. Default: the plan's rate.
+        #[garde(dive)]
+        pub rpm_override: Option<Rpm>,
+        /// The key's identifier in your own system, such as a customer ID: 1 to 200 characters. Several keys may have the
+        /// same one.
+        #[garde(dive)]
+        pub external_id: Option<ExternalId>,
+        /// Your own names and values: at most 50 entries. Names are 1 to 40 letters, digits, hyphens, underscores or
+        /// periods; values are at most 500 characters.
+        #[garde(dive)]
+        pub metadata: Option<Metadata>,
+    }
 }
 
-/// Request body for updating an API key. Omitted fields are unchanged.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, Validate)]
-#[serde(deny_unknown_fields)]
-#[cfg_attr(
-    feature = "openapi",
-    derive(poem_openapi::Object),
-    oai(example, deny_unknown_fields)
-)]
-pub struct UpdateApiKey {
-    /// 1 to 200 characters.
-    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
-    #[garde(dive)]
-    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
-    pub name: Option<Name>,
-    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
-    #[garde(skip)]
-    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
-    pub plan_id: Option<PlanId>,
-    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
-    #[garde(skip)]
-    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
-    pub is_active: Option<bool>,
-    /// When the key expires. Must be in the future. `null` removes the expiry.
-    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
-    #[garde(skip)]
-    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
-    pub expires_at: Patch<Timestamp>,
-    /// Requests per minute for this key, 1 to 60,000,000. `null` restores the plan's rate.
-    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
-    #[garde(dive)]
-    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
-    pub rpm_override: Patch<Rpm>,
+update! {
+    /// Request body for updating an API key. Omitted fields are unchanged.
+    pub struct UpdateApiKey {
+        /// 1 to 200 characters.
+        #[garde(dive)]
+        pub name: Option<Name>,
+        #[garde(skip)]
+        pub plan_id: Option<PlanId>,
+        #[garde(skip)]
+        pub is_active: Option<bool>,
+        /// When the key expires. Must be in the future. `null` removes the expiry.
+        #[garde(skip)]
+        pub expires_at: Patch<Timestamp>,
+        /// Requests per minute for this key, 1 to 60,000,000. `null` restores the plan's rate.
+        #[garde(dive)]
+        pub rpm_override: Patch<Rpm>,
+        /// The key's identifier in your own system: 1 to 200 characters. `null` removes it.
+        #[garde(dive)]
+        pub external_id: Patch<ExternalId>,
+        /// Replaces all names and values. `{}` removes them.
+        #[garde(dive)]
+        pub metadata: Option<Metadata>,
+    }
 }
 
-/// Request body for rotating an API key.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, Validate)]
-#[serde(deny_unknown_fields)]
-#[cfg_attr(
-    feature = "openapi",
-    derive(poem_openapi::Object),
-    oai(example, deny_unknown_fields)
-)]
-pub struct RotateApiKey {
-    /// Seconds until the current key stops working, 0 to 2,592,000 (30 days). Use 0 for a leaked key. Default: 86,400
-    /// (24 hours).
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[garde(dive)]
-    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
-    pub grace_seconds: Option<GraceSeconds>,
-    /// Whether to revoke the previous key now if the grace period of an earlier rotation has not ended. Default:
-    /// false.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[garde(skip)]
-    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
-    pub replace_previous: Option<bool>,
+request! {
+    /// Request body for rotating an API key.
+    #[derive(Debug, Default)]
+    pub struct RotateApiKey {
+        /// Seconds until the current key stops working, 0 to 2,592,000 (30 days). Use 0 for a leaked key. Default: 86,400
+        /// (24 hours).
+        #[garde(dive)]
+        pub grace_seconds: Option<GraceSeconds>,
+        /// Whether to revoke the previous key immediately if the grace period of an earlier rotation has not ended.
+        /// Default: false.
+        #[garde(skip)]
+        pub replace_previous: Option<bool>,
+    }
 }
 
-/// An API key that was just created or rotated, with its secret.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
-pub struct CreatedApiKey {
-    /// The full key: `qk_`, 32 random characters and a 6-character checksum. This is the only time it is available:
-    /// it is not stored, so a replay with the same `Idempotency-Key` omits it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
-    pub key: Option<String>,
-    pub api_key: ApiKey,
+response! {
+    /// An API key that was just created or rotated, with its secret.
+    #[derive(Eq)]
+    #[cfg_attr(feature = "openapi", oai(example))]
+    pub struct CreatedApiKey {
+        /// The full key: `qk_`, 32 random characters and a 6-character checksum. This is the only time it is available:
+        /// it is not stored, so a replay with the same `Idempotency-Key` omits it.
+        pub key: Omittable<String>,
+        pub api_key: ApiKey,
+    }
 }
 
 impl std::fmt::Debug for CreatedApiKey {
@@ -146,7 +131,13 @@ mod examples {
     use poem_openapi::types::Example;
 
     use super::{ApiKey, CreateApiKey, CreatedApiKey, RotateApiKey, UpdateApiKey};
-    use crate::id::example;
+    use crate::{field::Metadata, id::example};
+
+    const EXTERNAL_ID: &str = "customer-42";
+
+    fn metadata() -> Metadata {
+        [("region".into(), "eu".into())].into_iter().collect()
+    }
 
     impl Example for ApiKey {
         fn example() -> Self {
@@ -158,6 +149,8 @@ mod examples {
                 is_active: true,
                 expires_at: None,
                 rpm_override: None,
+                external_id: Some(EXTERNAL_ID.into()),
+                metadata: metadata(),
                 last_used_at: Some(example::at()),
                 previous_expires_at: None,
                 created_at: example::at(),
@@ -173,6 +166,8 @@ mod examples {
                 plan_id: example::plan(),
                 expires_at: None,
                 rpm_override: None,
+                external_id: Some(EXTERNAL_ID.into()),
+                metadata: Some(metadata()),
             }
         }
     }

@@ -1,16 +1,14 @@
 //! The audit log of configuration changes.
 
-use serde::{Deserialize, Serialize};
-
 use crate::{
     id::{AuditEventId, UserId},
-    page::in_address,
     time::Timestamp,
+    wire::{response, text_enum},
 };
 
-in_address!(
+text_enum! {
     /// An action in the audit log.
-    AuditAction {
+    pub enum AuditAction {
         PlanCreate = "plan.create",
         PlanUpdate = "plan.update",
         PlanDelete = "plan.delete",
@@ -29,11 +27,11 @@ in_address!(
         SessionReuseDetected = "session.reuse_detected",
         TenantUpdate = "tenant.update",
     }
-);
+}
 
-in_address!(
+text_enum! {
     /// A type of resource in the audit log.
-    AuditTarget {
+    pub enum AuditTarget {
         Plan = "plan",
         ApiKey = "api_key",
         ServiceToken = "service_token",
@@ -41,38 +39,33 @@ in_address!(
         Session = "session",
         Tenant = "tenant",
     }
-);
+}
 
-/// A change to one of the tenant's resources.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
-pub struct AuditEvent {
-    pub id: AuditEventId,
-    pub at: Timestamp,
-    /// The user who made the change. `null`: the system or its operator.
-    #[cfg_attr(feature = "openapi", oai(nullable))]
-    pub user_id: Option<UserId>,
-    /// The user's current email.
-    #[cfg_attr(feature = "openapi", oai(nullable))]
-    pub user_email: Option<String>,
-    /// The action, as `noun.verb`: `plan.create`, `api_key.rotate`, `session.reuse_detected`.
-    pub action: String,
-    /// The type of the changed resource: `plan`, `api_key`, `service_token`, `user`, `session` or `tenant`.
-    pub target_type: String,
-    #[cfg_attr(feature = "openapi", oai(nullable))]
-    pub target_id: Option<String>,
-    /// The resource's name after the change, or before its deletion. `null` if it has no name.
-    #[cfg_attr(feature = "openapi", oai(nullable))]
-    pub target_name: Option<String>,
-    /// The client's IP address.
-    #[cfg_attr(feature = "openapi", oai(nullable))]
-    pub ip: Option<String>,
-    /// The changed fields before the change. `null` on creation.
-    #[cfg_attr(feature = "openapi", oai(nullable))]
-    pub before: Option<serde_json::Value>,
-    /// The changed fields after the change. `null` on deletion.
-    #[cfg_attr(feature = "openapi", oai(nullable))]
-    pub after: Option<serde_json::Value>,
+response! {
+    /// A change to one of the tenant's resources.
+    #[derive(Debug)]
+    #[cfg_attr(feature = "openapi", oai(example))]
+    pub struct AuditEvent {
+        pub id: AuditEventId,
+        pub at: Timestamp,
+        /// The user who made the change. `null`: the system or its operator.
+        pub user_id: Option<UserId>,
+        /// The user's current email.
+        pub user_email: Option<String>,
+        /// The action, as `noun.verb`: `plan.create`, `api_key.rotate`, `session.reuse_detected`.
+        pub action: String,
+        /// The type of the changed resource: `plan`, `api_key`, `service_token`, `user`, `session` or `tenant`.
+        pub target_type: String,
+        pub target_id: Option<String>,
+        /// The resource's name after the change, or before its deletion. `null` if it has no name.
+        pub target_name: Option<String>,
+        /// The client's IP address.
+        pub ip: Option<String>,
+        /// The changed fields before the change. `null` on creation.
+        pub before: Option<serde_json::Value>,
+        /// The changed fields after the change. `null` on deletion.
+        pub after: Option<serde_json::Value>,
+    }
 }
 
 #[cfg(feature = "openapi")]

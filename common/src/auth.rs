@@ -1,29 +1,21 @@
 //! Accounts and sessions.
 
-use garde::Validate;
-use serde::{Deserialize, Serialize};
-
 use crate::{
     field::{Credential, DeviceToken, Email, LoginEmail, Name, NewPassword, TimeZoneName},
     id::{SessionId, TenantId, UserId},
-    patch::{sent, unsent},
     time::Timestamp,
+    wire::{Omittable, request, response, text_enum, update},
 };
 
-/// A user's role in a tenant.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[cfg_attr(
-    feature = "openapi",
-    derive(poem_openapi::Enum),
-    oai(rename_all = "snake_case")
-)]
-pub enum Role {
-    Owner,
-    Admin,
-    Developer,
-    Billing,
-    Viewer,
+text_enum! {
+    /// A user's role in a tenant.
+    pub enum Role {
+        Owner = "owner",
+        Admin = "admin",
+        Developer = "developer",
+        Billing = "billing",
+        Viewer = "viewer",
+    }
 }
 
 impl Role {
@@ -45,211 +37,167 @@ impl Role {
         matches!(self, Self::Owner | Self::Admin | Self::Developer)
     }
 
+    /// Whether the role may read the subscription, and subscribe, pay and cancel.
+    pub const fn may_bill(self) -> bool {
+        matches!(self, Self::Owner | Self::Admin | Self::Billing)
+    }
+
     /// Whether the role may update the tenant itself (name and time zone).
     pub const fn may_administer(self) -> bool {
         matches!(self, Self::Owner | Self::Admin)
     }
+}
 
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Owner => "owner",
-            Self::Admin => "admin",
-            Self::Developer => "developer",
-            Self::Billing => "billing",
-            Self::Viewer => "viewer",
-        }
+response! {
+    /// A user.
+    #[derive(Debug, Eq)]
+    pub struct User {
+        pub id: UserId,
+        pub email: String,
+        /// Display name; empty until set.
+        pub name: String,
+        pub created_at: Timestamp,
     }
 }
 
-/// A user.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(poem_openapi::Object))]
-pub struct User {
-    pub id: UserId,
-    pub email: String,
-    /// Display name; empty until set.
-    pub name: String,
-    pub created_at: Timestamp,
+response! {
+    /// The tenant that a session acts for.
+    #[derive(Debug, Eq)]
+    pub struct Tenant {
+        pub id: TenantId,
+        pub name: String,
+        /// The user's role in the tenant.
+        pub role: Role,
+        /// IANA time zone in which daily and monthly quotas reset, such as `Europe/Berlin`.
+        pub time_zone: String,
+    }
 }
 
-/// The tenant that a session acts for.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(poem_openapi::Object))]
-pub struct Tenant {
-    pub id: TenantId,
-    pub name: String,
-    /// The user's role in the tenant.
-    pub role: Role,
-    /// IANA time zone in which daily and monthly quotas reset, such as `Europe/Berlin`.
-    pub time_zone: String,
+request! {
+    /// Request body for registering.
+    pub struct Register {
+        #[garde(dive)]
+        pub email: Email,
+        /// 12 to 256 bytes, any characters. Rejected if it is too easy to guess.
+        #[garde(dive)]
+        pub password: NewPassword,
+        /// 1 to 200 characters. Default: the part of the email before the `@`.
+        #[garde(dive)]
+        pub tenant_name: Option<Name>,
+    }
 }
 
-/// Request body for registering.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Validate)]
-#[serde(deny_unknown_fields)]
-#[cfg_attr(
-    feature = "openapi",
-    derive(poem_openapi::Object),
-    oai(example, deny_unknown_fields)
-)]
-pub struct Register {
-    #[garde(dive)]
-    pub email: Email,
-    /// 12 to 256 bytes, any characters. Rejected if it is too easy to guess.
-    #[garde(dive)]
-    pub password: NewPassword,
-    /// 1 to 200 characters. Default: the part of the email before the `@`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[garde(dive)]
-    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
-    pub tenant_name: Option<Name>,
+request! {
+    /// Request body for signing in.
+    pub struct Login {
+        #[garde(dive)]
+        pub email: LoginEmail,
+        #[garde(dive)]
+        pub password: Credential,
+        /// The `device_token` of an earlier sign-in, which identifies a known device. Omit when the tokens are in cookies.
+        #[garde(dive)]
+        pub device_token: Option<DeviceToken>,
+    }
 }
 
-/// Request body for signing in.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Validate)]
-#[serde(deny_unknown_fields)]
-#[cfg_attr(
-    feature = "openapi",
-    derive(poem_openapi::Object),
-    oai(example, deny_unknown_fields)
-)]
-pub struct Login {
-    #[garde(dive)]
-    pub email: LoginEmail,
-    #[garde(dive)]
-    pub password: Credential,
-    /// The `device_token` of an earlier sign-in, which identifies a known device. Omit when the tokens are in cookies.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[garde(dive)]
-    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
-    pub device_token: Option<DeviceToken>,
+request! {
+    /// Request body for refreshing an access token or signing out.
+    pub struct Refresh {
+        /// Omit when the tokens are in cookies.
+        #[garde(dive)]
+        pub refresh_token: Option<Credential>,
+    }
 }
 
-/// Request body for refreshing an access token or signing out.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Validate)]
-#[serde(deny_unknown_fields)]
-#[cfg_attr(
-    feature = "openapi",
-    derive(poem_openapi::Object),
-    oai(example, deny_unknown_fields)
-)]
-pub struct Refresh {
-    /// Omit when the tokens are in cookies.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[garde(dive)]
-    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
-    pub refresh_token: Option<Credential>,
+response! {
+    /// A session's tokens.
+    #[derive(Eq)]
+    #[cfg_attr(feature = "openapi", oai(example))]
+    pub struct Tokens {
+        /// Send it as `Authorization: Bearer`. A JWT (EdDSA). Absent when cookies were requested.
+        pub access_token: Omittable<String>,
+        /// Exchange it at `POST /auth/refresh` for a new pair of tokens. Opaque, single use. Absent when cookies were
+        /// requested.
+        pub refresh_token: Omittable<String>,
+        /// Seconds until the access token expires.
+        pub expires_in: u32,
+    }
 }
 
-/// A session's tokens.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
-pub struct Tokens {
-    /// Send it as `Authorization: Bearer`. A JWT (EdDSA). Absent when cookies were requested.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
-    pub access_token: Option<String>,
-    /// Exchange it at `POST /auth/refresh` for a new pair of tokens. Opaque, single use. Absent when cookies were
-    /// requested.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
-    pub refresh_token: Option<String>,
-    /// Seconds until the access token expires.
-    pub expires_in: u32,
+response! {
+    /// A new session, with its tokens.
+    #[derive(Eq)]
+    #[cfg_attr(feature = "openapi", oai(example))]
+    pub struct SignedIn {
+        /// Send it as `Authorization: Bearer`. A JWT (EdDSA). Absent when cookies were requested.
+        pub access_token: Omittable<String>,
+        /// Exchange it at `POST /auth/refresh` for a new pair of tokens. Opaque, single use. Absent when cookies were
+        /// requested.
+        pub refresh_token: Omittable<String>,
+        /// Send it with the next sign-in from this device. Failed sign-ins from other devices do not slow down sign-ins
+        /// from a known device. It is not a credential. Absent when cookies were requested.
+        pub device_token: Omittable<String>,
+        /// Seconds until the access token expires.
+        pub expires_in: u32,
+        pub user: User,
+        pub tenant: Tenant,
+    }
 }
 
-/// A new session, with its tokens.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
-pub struct SignedIn {
-    /// Send it as `Authorization: Bearer`. A JWT (EdDSA). Absent when cookies were requested.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
-    pub access_token: Option<String>,
-    /// Exchange it at `POST /auth/refresh` for a new pair of tokens. Opaque, single use. Absent when cookies were
-    /// requested.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
-    pub refresh_token: Option<String>,
-    /// Send it with the next sign-in from this device. A known device is not slowed down by failed sign-ins from
-    /// elsewhere. It is not a credential. Absent when cookies were requested.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
-    pub device_token: Option<String>,
-    /// Seconds until the access token expires.
-    pub expires_in: u32,
-    pub user: User,
-    pub tenant: Tenant,
+response! {
+    /// The current user.
+    #[derive(Debug, Eq)]
+    #[cfg_attr(feature = "openapi", oai(example))]
+    pub struct Me {
+        pub user: User,
+        pub tenant: Tenant,
+        /// The session that made this request.
+        pub session_id: SessionId,
+    }
 }
 
-/// The current user.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
-pub struct Me {
-    pub user: User,
-    pub tenant: Tenant,
-    /// The session that made this request.
-    pub session_id: SessionId,
+update! {
+    /// Request body for updating the current user. Omitted fields are unchanged.
+    pub struct UpdateMe {
+        /// Display name, 1 to 200 characters.
+        #[garde(dive)]
+        pub name: Option<Name>,
+        /// The tenant's name, 1 to 200 characters. Owners and admins only.
+        #[garde(dive)]
+        pub tenant_name: Option<Name>,
+        /// IANA time zone in which quotas reset, such as `Europe/Berlin`. Owners and admins only.
+        #[garde(dive)]
+        pub time_zone: Option<TimeZoneName>,
+    }
 }
 
-/// Request body for updating the current user. Omitted fields are unchanged.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, Validate)]
-#[serde(deny_unknown_fields)]
-#[cfg_attr(
-    feature = "openapi",
-    derive(poem_openapi::Object),
-    oai(example, deny_unknown_fields)
-)]
-pub struct UpdateMe {
-    /// Display name, 1 to 200 characters.
-    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
-    #[garde(dive)]
-    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
-    pub name: Option<Name>,
-    /// The tenant's name, 1 to 200 characters. Owners and admins only.
-    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
-    #[garde(dive)]
-    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
-    pub tenant_name: Option<Name>,
-    /// IANA time zone in which quotas reset, such as `Europe/Berlin`. Owners and admins only.
-    #[serde(default, deserialize_with = "sent", skip_serializing_if = "unsent")]
-    #[garde(dive)]
-    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
-    pub time_zone: Option<TimeZoneName>,
+request! {
+    /// Request body for changing the password.
+    pub struct ChangePassword {
+        #[garde(dive)]
+        pub current_password: Credential,
+        /// 12 to 256 bytes, any characters. Rejected if it is too easy to guess.
+        #[garde(dive)]
+        pub new_password: NewPassword,
+    }
 }
 
-/// Request body for changing the password.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Validate)]
-#[serde(deny_unknown_fields)]
-#[cfg_attr(
-    feature = "openapi",
-    derive(poem_openapi::Object),
-    oai(example, deny_unknown_fields)
-)]
-pub struct ChangePassword {
-    #[garde(dive)]
-    pub current_password: Credential,
-    /// 12 to 256 bytes, any characters. Rejected if it is too easy to guess.
-    #[garde(dive)]
-    pub new_password: NewPassword,
-}
-
-/// A session of the current user.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
-pub struct Session {
-    pub id: SessionId,
-    /// True for the session making this request.
-    pub current: bool,
-    /// The client's `User-Agent`.
-    #[cfg_attr(feature = "openapi", oai(nullable))]
-    pub user_agent: Option<String>,
-    /// IP address of the last refresh.
-    #[cfg_attr(feature = "openapi", oai(nullable))]
-    pub ip: Option<String>,
-    pub created_at: Timestamp,
-    pub last_used_at: Timestamp,
-    pub expires_at: Timestamp,
+response! {
+    /// A session of the current user.
+    #[derive(Debug, Eq)]
+    #[cfg_attr(feature = "openapi", oai(example))]
+    pub struct Session {
+        pub id: SessionId,
+        /// True for the session making this request.
+        pub current: bool,
+        /// The client's `User-Agent`.
+        pub user_agent: Option<String>,
+        /// IP address of the last refresh.
+        pub ip: Option<String>,
+        pub created_at: Timestamp,
+        pub last_used_at: Timestamp,
+        pub expires_at: Timestamp,
+    }
 }
 
 macro_rules! redacted_debug {

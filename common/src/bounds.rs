@@ -1,38 +1,47 @@
 //! The bounds of fields, and the rules of [`field`](crate::field) that check them.
 //!
-//! The server uses them to reject what the console explains before sending.
+//! The server uses them to reject requests, and the console to explain errors before sending.
 
 #![expect(
     clippy::trivially_copy_pass_by_ref,
     reason = "the signature that garde's custom rules have"
 )]
 
-/// The longest name of a plan, key, service token, user or tenant, in characters.
+/// Maximum length of the name of a plan, key, service token, user or tenant, in characters.
 pub const NAME_MAX: usize = 200;
-/// The highest rate, in requests per minute.
+/// Maximum rate, in requests per minute.
 pub const RPM_MAX: u32 = 60_000_000;
-/// The highest burst, in requests.
+/// Maximum burst, in requests.
 pub const BURST_MAX: u32 = RPM_MAX;
-/// The highest daily or monthly quota: the largest integer that an RFC 9651 header field can carry.
+/// Maximum daily or monthly quota: the largest integer that an RFC 9651 header field can carry.
 pub const QUOTA_MAX: u64 = 999_999_999_999_999;
-/// The highest cost of a single request.
+/// Maximum cost of a single request.
 pub const COST_MAX: u32 = 1_000_000;
-/// The longest grace period of a rotation, in seconds: 30 days.
+/// Maximum grace period of a rotation, in seconds: 30 days.
 pub const GRACE_MAX: u32 = 30 * 24 * 60 * 60;
-/// The default grace period of a rotation, in seconds: 24 hours.
+/// Default grace period of a rotation, in seconds: 24 hours.
 pub const GRACE_DEFAULT: u32 = 24 * 60 * 60;
-/// The shortest and longest password, in bytes of its NFC form.
+/// Minimum and maximum length of a password, in bytes of its NFC form.
 pub const PASSWORD_BYTES: std::ops::RangeInclusive<usize> = 12..=256;
-/// The longest password, token or API key that is looked at, in characters.
+/// Maximum length of a password, token or API key that is processed, in characters.
 pub const CREDENTIAL_MAX: usize = 256;
-/// The longest device token, in characters.
+/// Maximum length of a device token, in characters.
 pub const DEVICE_TOKEN_MAX: usize = 512;
-/// The longest email address, in characters. RFC 5321 4.5.3.1.3 allows as many octets, without the angle brackets.
+/// Maximum length of an email address, in characters. RFC 5321 4.5.3.1.3 allows the same number of octets, without the
+/// angle brackets.
 pub const EMAIL_MAX: usize = 254;
-/// The longest name of a time zone, in characters.
+/// Maximum length of the name of a time zone, in characters.
 pub const TIME_ZONE_MAX: usize = 64;
-/// The longest endpoint name, in characters.
+/// Maximum length of an endpoint name, in characters.
 pub const ENDPOINT_MAX: usize = 128;
+/// Maximum length of the external ID of an API key, in characters.
+pub const EXTERNAL_ID_MAX: usize = 200;
+/// Maximum number of entries in the metadata of an API key.
+pub const METADATA_ENTRIES_MAX: usize = 50;
+/// Maximum length of the name of a metadata entry, in characters.
+pub const METADATA_NAME_MAX: usize = 40;
+/// Maximum length of the value of a metadata entry, in characters.
+pub const METADATA_VALUE_MAX: usize = 500;
 
 /// Requires 1 to 200 characters that are not all white space and not control characters.
 ///
@@ -44,7 +53,7 @@ pub(crate) fn name(value: &str, _: &()) -> garde::Result {
     }
     if length > NAME_MAX {
         return Err(garde::Error::new(format!(
-            "must be at most {NAME_MAX} characters, is {length}"
+            "must be at most {NAME_MAX} characters, got {length}"
         )));
     }
     if value.chars().any(char::is_control) {
@@ -54,7 +63,7 @@ pub(crate) fn name(value: &str, _: &()) -> garde::Result {
 }
 
 /// Requires exactly one `@` with text on both sides, no white space or control characters, and at most 254
-/// characters. Whether the address exists is only known once a mail has arrived.
+/// characters. Whether the address exists is not checked.
 pub(crate) fn email(value: &str, _: &()) -> garde::Result {
     if value.chars().count() > EMAIL_MAX {
         return Err(garde::Error::new(format!(
@@ -77,7 +86,7 @@ pub(crate) fn email(value: &str, _: &()) -> garde::Result {
     }
 }
 
-/// Requires 12 to 256 bytes as sent. How easy the password is to guess is decided by the server.
+/// Requires 12 to 256 bytes as sent. The server checks whether the password is too easy to guess.
 pub(crate) fn password(value: &str, _: &()) -> garde::Result {
     if PASSWORD_BYTES.contains(&value.len()) {
         Ok(())
@@ -148,13 +157,44 @@ pub(crate) fn login_email(value: &str, context: &()) -> garde::Result {
 
 /// Requires 1 to 128 characters that are not control characters.
 pub(crate) fn endpoint(value: &str, _: &()) -> garde::Result {
-    if value.is_empty() || value.chars().count() > ENDPOINT_MAX {
-        return Err(garde::Error::new(format!(
-            "must be 1–{ENDPOINT_MAX} characters"
-        )));
+    printable(value, ENDPOINT_MAX)
+}
+
+/// Requires 1 to 200 characters that are not control characters.
+pub(crate) fn external_id(value: &str, _: &()) -> garde::Result {
+    printable(value, EXTERNAL_ID_MAX)
+}
+
+/// Requires 1 to `max` characters that are not control characters.
+fn printable(value: &str, max: usize) -> garde::Result {
+    if value.is_empty() || value.chars().count() > max {
+        return Err(garde::Error::new(format!("must be 1–{max} characters")));
     }
     if value.chars().any(char::is_control) {
         return Err(garde::Error::new("must not contain control characters"));
+    }
+    Ok(())
+}
+
+/// Requires at most 50 entries with names of 1 to 40 letters, digits and `_-.`, and values of at most 500 characters.
+pub(crate) fn metadata(entries: &[(String, String)], _: &()) -> garde::Result {
+    if entries.len() > METADATA_ENTRIES_MAX {
+        return Err(garde::Error::new(format!(
+            "must have at most {METADATA_ENTRIES_MAX} entries"
+        )));
+    }
+    for (name, value) in entries {
+        let is_name = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
+        if !(1..=METADATA_NAME_MAX).contains(&name.len()) || !name.chars().all(is_name) {
+            return Err(garde::Error::new(format!(
+                "names must be 1–{METADATA_NAME_MAX} letters, digits, hyphens, underscores or periods"
+            )));
+        }
+        if value.chars().count() > METADATA_VALUE_MAX || value.chars().any(char::is_control) {
+            return Err(garde::Error::new(format!(
+                "the value of {name} must be at most {METADATA_VALUE_MAX} characters without control characters"
+            )));
+        }
     }
     Ok(())
 }

@@ -1,8 +1,7 @@
-//! The console's calls to the server: a closed set, and the one place where a call becomes a method, a path, a query and
-//! a body. The browser and the desktop app send only these.
+//! The console's calls to the server: a closed set, and the only place where a call is converted to a method, a path, a
+//! query and a body. The browser and the desktop app send only these.
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use crate::{
     api_key::{CreateApiKey, RotateApiKey, UpdateApiKey},
@@ -21,7 +20,7 @@ use crate::{
 /// A page of a list.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PageOf {
-    /// Page size. Default: the server's.
+    /// Page size. Default: the server's default.
     pub limit: Option<u32>,
     /// `next_cursor` from the previous page.
     pub cursor: Option<String>,
@@ -53,7 +52,7 @@ pub struct AuditFilter {
     pub to: Option<Timestamp>,
 }
 
-/// What usage to count, and how.
+/// Which usage to count, and how to group it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UsageFilter {
     pub from: Option<Timestamp>,
@@ -76,13 +75,13 @@ pub struct DecisionFilter {
     pub request_id: Option<String>,
 }
 
-/// A call. In the desktop app, the page hands it to the host as JSON, and the host sends the request.
+/// A call. In the desktop app, the page passes it to the host as JSON, and the host sends the request.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Call {
     Register(Register),
     Login(Login),
-    /// With the tokens that the host holds.
+    /// Sent with the tokens that the host holds.
     Refresh,
     Logout,
     Me,
@@ -109,7 +108,7 @@ pub enum Call {
     ListDecisions(DecisionFilter, PageOf),
     KeyLimits(ApiKeyId),
     BurnDown(ApiKeyId, PolicyName),
-    /// With an API key in `X-API-Key` instead of the session's credentials.
+    /// Sent with an API key in `X-API-Key` instead of the session's credentials.
     Echo,
 }
 
@@ -130,7 +129,8 @@ pub struct Sent {
     pub method: &'static str,
     pub path: String,
     pub query: Vec<(&'static str, String)>,
-    pub body: Option<Value>,
+    /// JSON.
+    pub body: Option<String>,
 }
 
 impl Sent {
@@ -144,7 +144,7 @@ impl Sent {
     }
 
     fn body(mut self, body: &impl Serialize) -> Self {
-        self.body = Some(serde_json::to_value(body).unwrap_or_default());
+        self.body = serde_json::to_string(body).ok();
         self
     }
 

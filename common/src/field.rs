@@ -1,12 +1,24 @@
 //! Fields of request bodies that have bounds: one type for each kind, with the rule and the schema that go with it.
 //!
-//! Reading one from JSON checks only its JSON type. [`garde::Validate`] checks the bounds, so that a body with several
-//! invalid fields gets all of them reported at once, and so that the console can hold what a person is still typing.
+//! Reading one from JSON checks only its JSON type. [`garde::Validate`] checks the bounds, so that all invalid fields
+//! of a body are reported together, and so that the console can hold values that are still being typed.
+
+#[cfg(feature = "openapi")]
+use std::collections::BTreeMap;
+use std::fmt;
 
 use garde::Validate;
-use serde::{Deserialize, Serialize};
+#[cfg(feature = "openapi")]
+use poem_openapi::registry::MetaSchema;
+use serde::{
+    Deserialize, Deserializer, Serialize, Serializer,
+    de::{MapAccess, Visitor},
+};
 
-use crate::bounds;
+use crate::{
+    bounds,
+    json::{FromJson, Invalid, Json},
+};
 
 /// Describes a newtype to poem-openapi as its inner type with bounds.
 macro_rules! schema {
@@ -48,14 +60,14 @@ macro_rules! schema {
             impl ParseFromJSON for $name {
                 fn parse_from_json(value: Option<serde_json::Value>) -> ParseResult<Self> {
                     <$inner>::parse_from_json(value)
-                        .map(Self)
+                        .map(Self::from)
                         .map_err(ParseError::propagate)
                 }
             }
 
             impl ToJSON for $name {
                 fn to_json(&self) -> Option<serde_json::Value> {
-                    self.0.to_json()
+                    <$inner>::from(self.clone()).to_json()
                 }
             }
         };
@@ -157,9 +169,9 @@ const NAME_PATTERN: &str = r"^[^\u0000-\u001F\u007F-\u009F]*[^\u0000-\u0020\u007
 #[cfg(feature = "openapi")]
 const EMAIL_PATTERN: &str = r"^[^@\u0000-\u0020\u007F-\u00A0\u1680\u2000-\u200A\u2028\u2029\u202F\u205F\u3000]{1,64}@[^@.\u0000-\u0020\u007F-\u00A0\u1680\u2000-\u200A\u2028\u2029\u202F\u205F\u3000]+(\.[^@.\u0000-\u0020\u007F-\u00A0\u1680\u2000-\u200A\u2028\u2029\u202F\u205F\u3000]+)*$";
 #[cfg(feature = "openapi")]
-const LOGIN_EMAIL_PATTERN: &str = r"^[^\u0000]*$";
+const NO_NUL_PATTERN: &str = r"^[^\u0000]*$";
 #[cfg(feature = "openapi")]
-const ENDPOINT_PATTERN: &str = r"^[^\u0000-\u001F\u007F-\u009F]*$";
+const PRINTABLE_PATTERN: &str = r"^[^\u0000-\u001F\u007F-\u009F]*$";
 
 /// Bounds in a schema are floating-point numbers.
 #[cfg(feature = "openapi")]
@@ -172,11 +184,11 @@ fn bound(number: impl Into<u64>) -> f64 {
 numbers! {
     /// A rate, in requests per minute.
     Rpm(u32 as i32) = 1..=bounds::RPM_MAX;
-    /// The number of requests that an idle key may send at once.
+    /// The number of requests an idle key may send immediately.
     Burst(u32 as i32) = 1..=bounds::BURST_MAX;
     /// A daily or monthly quota, in requests.
     Quota(u64 as i64) = 1..=bounds::QUOTA_MAX;
-    /// How many requests one request counts as.
+    /// The number of requests that one request counts as.
     Cost(u32 as i32) = 1..=bounds::COST_MAX;
     /// The grace period of a rotation.
     GraceSeconds(u32 as i32) = 0..=bounds::GRACE_MAX;
@@ -187,23 +199,115 @@ texts! {
     Name: 1..=bounds::NAME_MAX, bounds::name, NAME_PATTERN;
     /// An email address.
     Email: 3..=bounds::EMAIL_MAX, bounds::email, EMAIL_PATTERN;
-    /// The email of somebody who signs in: anything that can be looked up. Whether it is well formed must not be
-    /// revealed before the password was verified.
-    LoginEmail: 1..=bounds::EMAIL_MAX, bounds::login_email, LOGIN_EMAIL_PATTERN;
+    /// The email of a user who signs in: any string that can be looked up. Whether it is well formed must not be
+    /// revealed before the password is verified.
+    LoginEmail: 1..=bounds::EMAIL_MAX, bounds::login_email, NO_NUL_PATTERN;
     /// A new password. The server also rejects one that is too easy to guess.
     NewPassword: 1..=*bounds::PASSWORD_BYTES.end(), bounds::password;
-    /// A password, token or API key as it was sent. Whether it is right is decided later.
+    /// A password, token or API key as it was sent. Whether it is correct is checked later.
     Credential: 1..=bounds::CREDENTIAL_MAX, bounds::characters(bounds::CREDENTIAL_MAX);
-    /// What a device was given to be recognized by at its next sign-in. Whether it is valid is decided later.
+    /// The token by which a device is recognized at its next sign-in. Whether it is valid is checked later.
     DeviceToken: 1..=bounds::DEVICE_TOKEN_MAX, bounds::characters(bounds::DEVICE_TOKEN_MAX);
-    /// The name of a time zone. Whether the IANA database contains it is decided by the server.
+    /// The name of a time zone. The server checks whether the IANA database contains it.
     TimeZoneName: 1..=bounds::TIME_ZONE_MAX, bounds::characters(bounds::TIME_ZONE_MAX);
     /// The name of an endpoint of the tenant's API, such as `GET /orders`.
-    Endpoint: 1..=bounds::ENDPOINT_MAX, bounds::endpoint, ENDPOINT_PATTERN;
+    Endpoint: 1..=bounds::ENDPOINT_MAX, bounds::endpoint, PRINTABLE_PATTERN;
+    /// An API key's identifier in the tenant's own system, such as a customer ID.
+    ExternalId: 1..=bounds::EXTERNAL_ID_MAX, bounds::external_id, PRINTABLE_PATTERN;
 }
 
-shown!(Name, Email, LoginEmail, TimeZoneName, Endpoint);
+shown!(Name, Email, LoginEmail, TimeZoneName, Endpoint, ExternalId);
 redacted!(NewPassword, Credential, DeviceToken);
+
+/// Names and values that a tenant stores with an API key. Quota does not interpret them.
+///
+/// A list, because a map would add code to the console.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Validate)]
+#[garde(transparent)]
+pub struct Metadata(#[garde(custom(bounds::metadata))] Vec<(String, String)>);
+
+impl std::ops::Deref for Metadata {
+    type Target = [(String, String)];
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
+}
+
+impl FromIterator<(String, String)> for Metadata {
+    fn from_iter<I: IntoIterator<Item = (String, String)>>(entries: I) -> Self {
+        Self(entries.into_iter().collect())
+    }
+}
+
+impl Serialize for Metadata {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.iter().map(|(name, value)| (name, value)))
+    }
+}
+
+impl<'de> Deserialize<'de> for Metadata {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Entries;
+
+        impl<'de> Visitor<'de> for Entries {
+            type Value = Metadata;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of strings")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Metadata, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(entry) = map.next_entry()? {
+                    entries.push(entry);
+                }
+                Ok(Metadata(entries))
+            }
+        }
+
+        deserializer.deserialize_map(Entries)
+    }
+}
+
+impl FromJson for Metadata {
+    fn from_json(json: Json) -> Result<Self, Invalid> {
+        match json {
+            // Stored responses of earlier versions do not have it.
+            Json::Null => Ok(Self::default()),
+            json => json.entries().map(Self),
+        }
+    }
+}
+
+#[cfg(feature = "openapi")]
+impl From<BTreeMap<String, String>> for Metadata {
+    fn from(entries: BTreeMap<String, String>) -> Self {
+        entries.into_iter().collect()
+    }
+}
+
+#[cfg(feature = "openapi")]
+impl From<Metadata> for BTreeMap<String, String> {
+    fn from(metadata: Metadata) -> Self {
+        metadata.0.into_iter().collect()
+    }
+}
+
+#[cfg(feature = "openapi")]
+fn metadata_value() -> MetaSchema {
+    MetaSchema {
+        max_length: Some(bounds::METADATA_VALUE_MAX),
+        pattern: Some(PRINTABLE_PATTERN.to_owned()),
+        ..MetaSchema::new("string")
+    }
+}
+
+schema!(
+    Metadata(BTreeMap<String, String>),
+    max_properties: bounds::METADATA_ENTRIES_MAX,
+    additional_properties: Box::new(MetaSchemaRef::Inline(Box::new(metadata_value())))
+);
 
 #[cfg(test)]
 mod tests {
@@ -237,6 +341,29 @@ mod tests {
     fn every_valid_number_fits_its_column() {
         assert_eq!(i32::from(Rpm::from(RPM_MAX)).unsigned_abs(), RPM_MAX);
         assert_eq!(i64::from(Quota::from(QUOTA_MAX)).unsigned_abs(), QUOTA_MAX);
+    }
+
+    #[test]
+    fn metadata_out_of_bounds_is_rejected_with_the_bound() {
+        let entries = |count: usize, name: &str, value: &str| {
+            let entries = (0..count).map(|i| (format!("{name}{i}"), value.to_owned()));
+            entries.collect::<Metadata>()
+        };
+        let longest_value = "é".repeat(500);
+        assert_eq!(fault(&entries(50, &"n".repeat(38), &longest_value)), None);
+        assert_eq!(fault(&entries(1, "Crm.id-2_", "")), None);
+        let names = "names must be 1–40 letters, digits, hyphens, underscores or periods";
+        let value = "the value of name0 must be at most 500 characters without control characters";
+        for (metadata, fault_text) in [
+            (entries(51, "name", ""), "must have at most 50 entries"),
+            (entries(1, &"n".repeat(40), ""), names),
+            (entries(1, "a=", ""), names),
+            (entries(1, "ü", ""), names),
+            (entries(1, "name", &"v".repeat(501)), value),
+            (entries(1, "name", "a\nb"), value),
+        ] {
+            assert_eq!(fault(&metadata).as_deref(), Some(fault_text));
+        }
     }
 
     #[test]

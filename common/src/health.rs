@@ -1,15 +1,17 @@
 //! Liveness and readiness.
 
-use serde::{Deserialize, Serialize};
+use crate::wire::response;
 
-/// The server's health.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
-pub struct Health {
-    /// Always `ok`.
-    pub status: String,
-    /// The server's version, such as `0.1.0`.
-    pub version: String,
+response! {
+    /// The server's health.
+    #[derive(Debug, Eq)]
+    #[cfg_attr(feature = "openapi", oai(example))]
+    pub struct Health {
+        /// Always `ok`.
+        pub status: String,
+        /// The server's version, such as `0.1.0`.
+        pub version: String,
+    }
 }
 
 #[cfg(feature = "openapi")]

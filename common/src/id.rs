@@ -50,14 +50,14 @@ id!(
     TenantId
 );
 id!(
-    /// A person who signs in.
+    /// A user who can sign in.
     UserId
 );
 id!(PlanId);
 id!(ApiKeyId);
 id!(ServiceTokenId);
 id!(
-    /// A sign-in and everything refreshed from it: a session family.
+    /// A sign-in and all tokens refreshed from it (a session family).
     SessionId
 );
 id!(AuditEventId);

@@ -1,4 +1,4 @@
-//! What the console and the desktop app around it exchange. Not used in a browser.
+//! The messages that the console and the desktop app around it exchange. Not used in a browser.
 //!
 //! The console passes [`Call`](crate::call::Call)s and a few commands to the app. It never sees a token, and its calls
 //! go only to servers in the app's list.
@@ -12,7 +12,7 @@ use crate::{problem::Problem, time::Timestamp};
 pub struct CallResponse {
     /// JSON, or empty.
     pub body: String,
-    /// Set if the server was unreachable and this is an earlier response: when that was received.
+    /// Set if the server was unreachable and this is an earlier response: the time at which that was received.
     pub loaded_at: Option<Timestamp>,
 }
 
@@ -34,7 +34,7 @@ pub struct TestResponse {
     pub status: u16,
     /// The response's [`LIMIT_FIELDS`](crate::call::LIMIT_FIELDS).
     pub headers: Vec<(String, String)>,
-    /// What the server says about a rejection.
+    /// The server's error response.
     pub problem: Option<Box<Problem>>,
 }
 
@@ -50,9 +50,9 @@ pub struct Profile {
 /// The state of the desktop app.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostStatus {
-    /// The address of the server that calls go to.
+    /// The address of the server that calls are sent to.
     pub current: String,
     pub servers: Vec<Profile>,
-    /// Whether sessions outlive the app. They do not without a keychain.
+    /// Whether sessions outlive the app. They do not if there is no keychain.
     pub keeps_sessions: bool,
 }

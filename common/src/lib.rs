@@ -1,12 +1,13 @@
 //! The types of Quota's HTTP API, shared by the server and the console so that they cannot drift apart.
 //!
-//! Owns the names, shapes and bounds of fields. The bounds are [`garde::Validate`] rules: the server uses them to reject
-//! requests, the console to explain before sending. Does not know any framework: with the `openapi` feature the types
-//! describe themselves to poem-openapi, without it they build for wasm32.
+//! Owns the names, shapes and bounds of fields. The bounds are [`garde::Validate`] rules: the server uses them to
+//! reject requests, and the console to explain errors before sending. Does not depend on any framework: with the
+//! `openapi` feature, the types describe themselves to poem-openapi; without it, they build for wasm32.
 
 pub mod api_key;
 pub mod audit;
 pub mod auth;
+pub mod billing;
 pub mod bounds;
 pub mod call;
 pub mod decision;
@@ -14,6 +15,7 @@ pub mod field;
 pub mod health;
 pub mod id;
 pub mod ipc;
+pub mod json;
 pub mod limit;
 pub mod page;
 pub mod plan;
@@ -23,6 +25,7 @@ pub mod time;
 pub mod usage;
 
 mod patch;
+mod wire;
 
 pub use self::{
     id::{ApiKeyId, AuditEventId, PlanId, ServiceTokenId, SessionId, TenantId, UserId},
@@ -30,4 +33,5 @@ pub use self::{
     patch::Patch,
     problem::{FieldError, Problem, ProblemCode},
     time::Timestamp,
+    wire::Omittable,
 };

@@ -2,37 +2,26 @@
 
 use std::collections::BTreeMap;
 
-use garde::Validate;
-use serde::{Deserialize, Serialize};
-
 use crate::{
     field::{Cost, Credential, Endpoint},
     id::ApiKeyId,
     time::Timestamp,
+    wire::{request, response, text_enum},
 };
 
-/// Request body for checking a request.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Validate)]
-#[serde(deny_unknown_fields)]
-#[cfg_attr(
-    feature = "openapi",
-    derive(poem_openapi::Object),
-    oai(example, deny_unknown_fields)
-)]
-pub struct Check {
-    /// The consumer's API key.
-    #[garde(dive)]
-    pub key: Credential,
-    /// How many requests this one counts as, 1 to 1,000,000. Default: 1.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[garde(dive)]
-    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
-    pub cost: Option<Cost>,
-    /// The endpoint being called, such as `GET /orders`. At most 128 characters.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[garde(dive)]
-    #[cfg_attr(feature = "openapi", oai(nullable, skip_serializing_if_is_none))]
-    pub endpoint: Option<Endpoint>,
+request! {
+    /// Request body for checking a request.
+    pub struct Check {
+        /// The consumer's API key.
+        #[garde(dive)]
+        pub key: Credential,
+        /// The number of requests this one counts as, 1 to 1,000,000. Default: 1.
+        #[garde(dive)]
+        pub cost: Option<Cost>,
+        /// The endpoint being called, such as `GET /orders`. At most 128 characters.
+        #[garde(dive)]
+        pub endpoint: Option<Endpoint>,
+    }
 }
 
 impl std::fmt::Debug for Check {
@@ -44,98 +33,82 @@ impl std::fmt::Debug for Check {
     }
 }
 
-/// Result of a check.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[cfg_attr(
-    feature = "openapi",
-    derive(poem_openapi::Enum),
-    oai(rename_all = "snake_case")
-)]
-pub enum CheckCode {
-    /// Allowed; `cost` was consumed from every limit.
-    Allowed,
-    /// Denied by a rate limit or quota; nothing was consumed.
-    QuotaExceeded,
-    /// Rate limits can't be checked right now; nothing was consumed.
-    ReducedCapacity,
-    /// The tenant has no such key.
-    UnknownKey,
-    /// The key is disabled.
-    InactiveKey,
-    /// The key has expired.
-    ExpiredKey,
-}
-
-/// A limit of a key.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[cfg_attr(
-    feature = "openapi",
-    derive(poem_openapi::Enum),
-    oai(rename_all = "snake_case")
-)]
-pub enum PolicyName {
-    /// The rate limit, in requests per minute with a burst.
-    Rpm,
-    /// The quota for the calendar day.
-    Daily,
-    /// The quota for the calendar month.
-    Monthly,
-}
-
-impl PolicyName {
-    /// Returns the name as it appears in headers and query strings.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Rpm => "rpm",
-            Self::Daily => "daily",
-            Self::Monthly => "monthly",
-        }
+text_enum! {
+    /// Result of a check.
+    pub enum CheckCode {
+        /// Allowed; `cost` was consumed from every limit.
+        Allowed = "allowed",
+        /// Denied by a rate limit or quota; nothing was consumed.
+        QuotaExceeded = "quota_exceeded",
+        /// Rate limits can't be checked right now; nothing was consumed.
+        ReducedCapacity = "reduced_capacity",
+        /// The tenant has no such key.
+        UnknownKey = "unknown_key",
+        /// The key is disabled.
+        InactiveKey = "inactive_key",
+        /// The key has expired.
+        ExpiredKey = "expired_key",
+        /// The key's plan is paid and the tenant has no active subscription; nothing was consumed.
+        PaymentRequired = "payment_required",
     }
 }
 
-/// The current state of one limit.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(poem_openapi::Object))]
-pub struct LimitState {
-    pub policy: PolicyName,
-    /// The burst for `rpm`; the quota for `daily` and `monthly`.
-    pub limit: u64,
-    /// Requests left now.
-    pub remaining: u64,
-    /// When `remaining` is back at `limit`.
-    pub reset_at: Timestamp,
+text_enum! {
+    /// A limit that applies to a key.
+    pub enum PolicyName {
+        /// The rate limit, in requests per minute with a burst.
+        Rpm = "rpm",
+        /// The quota for the calendar day.
+        Daily = "daily",
+        /// The quota for the calendar month.
+        Monthly = "monthly",
+    }
 }
 
-/// The result of a check.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
-pub struct CheckResult {
-    pub allowed: bool,
-    pub code: CheckCode,
-    /// `null` if the tenant has no such key.
-    #[cfg_attr(feature = "openapi", oai(nullable))]
-    pub key_id: Option<ApiKeyId>,
-    /// Name of the key's plan.
-    #[cfg_attr(feature = "openapi", oai(nullable))]
-    pub plan: Option<String>,
-    pub limits: Vec<LimitState>,
-    /// Seconds until the same request would be allowed, rounded up. `null` if it was allowed or can never be allowed.
-    #[cfg_attr(feature = "openapi", oai(nullable))]
-    pub retry_after: Option<u64>,
-    /// Headers for the gateway to pass on to the consumer, whether the request was allowed or denied.
-    pub headers: BTreeMap<String, String>,
+response! {
+    /// The current state of one limit.
+    #[derive(Debug, Eq)]
+    pub struct LimitState {
+        pub policy: PolicyName,
+        /// The burst for `rpm`; the quota for `daily` and `monthly`.
+        pub limit: u64,
+        /// Requests left now.
+        pub remaining: u64,
+        /// When `remaining` reaches `limit` again.
+        pub reset_at: Timestamp,
+    }
 }
 
-/// Response of `GET /v1/echo`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
-pub struct Echo {
-    pub key_id: ApiKeyId,
-    /// Name of the key's plan.
-    pub plan: String,
-    pub time: Timestamp,
+response! {
+    /// The result of a check.
+    #[derive(Debug, Eq)]
+    #[cfg_attr(feature = "openapi", oai(example))]
+    pub struct CheckResult {
+        pub allowed: bool,
+        pub code: CheckCode,
+        /// `null` if the tenant has no such key.
+        pub key_id: Option<ApiKeyId>,
+        /// Name of the key's plan.
+        pub plan: Option<String>,
+        pub limits: Vec<LimitState>,
+        /// Seconds until the same request would be allowed, rounded up. `null` if the request was allowed or can never be
+        /// allowed.
+        pub retry_after: Option<u64>,
+        /// Headers for the gateway to pass on to the consumer, whether the request was allowed or denied.
+        pub headers: BTreeMap<String, String>,
+    }
+}
+
+response! {
+    /// Response of `GET /v1/echo`.
+    #[derive(Debug, Eq)]
+    #[cfg_attr(feature = "openapi", oai(example))]
+    pub struct Echo {
+        pub key_id: ApiKeyId,
+        /// Name of the key's plan.
+        pub plan: String,
+        pub time: Timestamp,
+    }
 }
 
 #[cfg(feature = "openapi")]

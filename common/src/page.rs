@@ -2,6 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::{
+    json::{FromJson, Invalid, Json},
+    wire::text_enum,
+};
+
 /// The default page size.
 pub const DEFAULT_LIMIT: u32 = 20;
 /// The largest page size.
@@ -23,42 +28,25 @@ pub struct Page<
     pub total: u64,
 }
 
-/// An enum whose values appear in a query string.
-macro_rules! in_address {
-    ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $text:literal,)+ }) => {
-        $(#[$doc])*
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
-        #[cfg_attr(feature = "openapi", derive(poem_openapi::Enum))]
-        pub enum $name {
-            $($(#[$variant_doc])* #[serde(rename = $text)] #[cfg_attr(feature = "openapi", oai(rename = $text))] $variant,)+
-        }
-
-        impl $name {
-            pub const ALL: &'static [Self] = &[$(Self::$variant),+];
-
-            /// Returns the value as it appears in a query string.
-            pub const fn as_str(self) -> &'static str {
-                match self { $(Self::$variant => $text),+ }
-            }
-
-            pub fn of(text: &str) -> Option<Self> {
-                Self::ALL.iter().copied().find(|it| it.as_str() == text)
-            }
-        }
-
-        impl std::fmt::Display for $name {
-            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str(self.as_str())
-            }
-        }
-    };
+impl<
+    #[cfg(not(feature = "openapi"))] T: FromJson,
+    #[cfg(feature = "openapi")] T: FromJson + poem_openapi::types::ParseFromJSON + poem_openapi::types::ToJSON,
+> FromJson for Page<T>
+{
+    fn from_json(json: Json) -> Result<Self, Invalid> {
+        let mut fields = json.fields()?;
+        Ok(Self {
+            items: fields.read("items")?,
+            next_cursor: fields.read("next_cursor")?,
+            total: fields.read("total")?,
+        })
+    }
 }
-pub(crate) use in_address;
 
-in_address!(
+text_enum! {
     /// Sort field; prefix with `-` for descending.
     #[derive(Default)]
-    ApiKeyOrder {
+    pub enum ApiKeyOrder {
         #[default]
         Newest = "-created_at",
         Oldest = "created_at",
@@ -69,16 +57,16 @@ in_address!(
         /// Keys that were never used come first.
         LeastRecentlyUsed = "last_used_at",
     }
-);
+}
 
-in_address!(
+text_enum! {
     /// Sort field; prefix with `-` for descending.
     #[derive(Default)]
-    PlanOrder {
+    pub enum PlanOrder {
         #[default]
         Newest = "-created_at",
         Oldest = "created_at",
         Name = "name",
         NameReversed = "-name",
     }
-);
+}

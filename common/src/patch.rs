@@ -3,8 +3,8 @@
 /// A field that a PATCH can clear. `None`: the field was not sent and is unchanged. `Some(None)`: it was sent as `null`
 /// and is cleared. `Some(Some(v))`: it becomes `v`.
 ///
-/// Fields of this type need `#[serde(default, deserialize_with = "sent")]`, since serde by itself reads `null` as "not
-/// sent".
+/// Fields of this type need `#[serde(default, deserialize_with = "sent")]`, since serde reads `null` as "not sent" by
+/// default.
 pub type Patch<T> = Option<Option<T>>;
 
 /// Deserializes a field that was sent. Without it, serde would read `null` as "not sent", and silently ignore a `null`

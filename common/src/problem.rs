@@ -4,7 +4,11 @@ use std::borrow::Cow;
 
 use serde::{Deserialize, Serialize};
 
-use crate::limit::PolicyName;
+use crate::{
+    json::{FromJson, Invalid, Json},
+    limit::PolicyName,
+    wire::response,
+};
 
 /// The media type of every error.
 pub const MEDIA_TYPE: &str = "application/problem+json";
@@ -42,14 +46,32 @@ pub struct Problem {
     pub violated_policies: Vec<PolicyName>,
 }
 
-/// An invalid field.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(poem_openapi::Object))]
-pub struct FieldError {
-    /// Path of the field in the body, such as `default_rpm`, or name of the parameter.
-    pub field: String,
-    /// What is wrong with it, such as `must be at least 1`.
-    pub message: String,
+impl FromJson for Problem {
+    fn from_json(json: Json) -> Result<Self, Invalid> {
+        let mut fields = json.fields()?;
+        Ok(Self {
+            kind: fields.read("type")?,
+            title: fields.read("title")?,
+            status: fields.read("status")?,
+            detail: fields.read("detail")?,
+            request_id: fields.read("request_id")?,
+            errors: fields.read::<Option<_>>("errors")?.unwrap_or_default(),
+            violated_policies: fields
+                .read::<Option<_>>("violated-policies")?
+                .unwrap_or_default(),
+        })
+    }
+}
+
+response! {
+    /// An invalid field.
+    #[derive(Debug, Eq)]
+    pub struct FieldError {
+        /// Path of the field in the body, such as `default_rpm`, or name of the parameter.
+        pub field: String,
+        /// What is wrong with the field, such as `must be at least 1`.
+        pub message: String,
+    }
 }
 
 macro_rules! problems {
@@ -95,15 +117,17 @@ problems! {
     Unauthorized = "unauthorized", 401, "Missing or invalid credentials";
     /// The email or password is incorrect. For security we don't say which.
     WrongCredentials = "wrong-credentials", 401, "Incorrect email or password";
-    /// The key's plan is paid and the tenant has no active subscription.
+    /// The key's plan is paid and its organization has no active subscription. Nothing was charged. Someone in the
+    /// organization who may manage billing has to subscribe or pay the outstanding invoice. Keys work again within a
+    /// second after that.
     SubscriptionNeeded = "subscription-needed", 402, "Subscription required";
     /// Your role in the tenant does not allow this action, or a request with session cookies did not come from
-    /// this server's own pages. `detail` says which.
+    /// this server's own pages. `detail` contains the reason.
     Forbidden = "forbidden", 403, "Not allowed";
     /// New accounts on this server are created by its operator. Ask the operator for one.
     RegistrationClosed = "registration-closed", 403, "Registration is closed";
-    /// The organization has reached a limit set by the operator of this server; `detail` says which. Delete what you no
-    /// longer need, or ask the operator for a higher limit.
+    /// The organization has reached a limit set by the operator of this server; `detail` contains the reason. Delete
+    /// what you no longer need, or ask the operator for a higher limit.
     LimitReached = "limit-reached", 403, "Limit reached";
     /// The resource does not exist, or it belongs to another tenant. Both look the same on purpose.
     NotFound = "not-found", 404, "Not found";
@@ -121,6 +145,13 @@ problems! {
     /// key expires. Rotating again would revoke it, because a key has at most one previous key. Wait until it has
     /// expired, or send `replace_previous: true`.
     PreviousKeyActive = "previous-key-active", 409, "Previous key still active";
+    /// This server does not charge: its operator has not connected it to Stripe. Plans marked `paid` work like other
+    /// plans.
+    BillingOff = "billing-off", 409, "Billing is off";
+    /// The organization already has a subscription. Change or cancel it in the customer portal.
+    AlreadySubscribed = "already-subscribed", 409, "Already subscribed";
+    /// The organization has never started a subscription, so it has no customer portal. Subscribe first.
+    NotSubscribed = "not-subscribed", 409, "Not subscribed";
     /// A request with the same `Idempotency-Key` is still being processed. Retry after the number of seconds in
     /// `Retry-After` to get its response.
     RequestInProgress = "request-in-progress", 409, "Request already in progress";
@@ -147,12 +178,13 @@ problems! {
     /// seconds in `Retry-After`.
     Unavailable = "unavailable", 503, "Temporarily unavailable";
     /// Rate limits can't be checked right now, because the shared counters or the database are unreachable. Nothing
-    /// was charged. Retry after the number of seconds in `Retry-After`.
+    /// was charged. Retry after the number of seconds in `Retry-After`. The status is 429 if this server still enforces
+    /// its share of the limit and that share is used up, and 503 if nothing can be checked.
     ReducedCapacity = "temporary-reduced-capacity", 503, "Temporarily reduced capacity";
-    /// Usage can't be recorded right now, because the server's disk is full or read-only, or too much usage waits to be
-    /// written to the database. Requests that are not recorded are not admitted. Nothing was charged. Retry after the
-    /// number of seconds in `Retry-After`. Operators: free disk space in `QUOTA_DATA_DIR`, or see why usage is not
-    /// written to PostgreSQL.
+    /// Usage can't be recorded right now, because the server's disk is full or read-only, or too much usage is waiting
+    /// to be written to the database. Requests that are not recorded are not admitted. Nothing was charged. Retry after
+    /// the number of seconds in `Retry-After`. Operators: free disk space in `QUOTA_DATA_DIR`, or find out why usage is
+    /// not written to PostgreSQL.
     InsufficientStorage = "insufficient-storage", 503, "Usage can't be recorded";
 }
 

@@ -1,48 +1,47 @@
 //! Service tokens: the credentials a tenant's gateways use to call the check endpoints.
 
-use garde::Validate;
-use serde::{Deserialize, Serialize};
+use crate::{
+    field::Name,
+    id::ServiceTokenId,
+    time::Timestamp,
+    wire::{Omittable, request, response},
+};
 
-use crate::{field::Name, id::ServiceTokenId, time::Timestamp};
-
-/// A service token without its secret, which is returned once, on creation, and never stored.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
-pub struct ServiceToken {
-    pub id: ServiceTokenId,
-    pub name: String,
-    /// The first characters of the token, to tell tokens apart.
-    pub prefix: String,
-    /// When the token was last used. Updated within seconds.
-    #[cfg_attr(feature = "openapi", oai(nullable))]
-    pub last_used_at: Option<Timestamp>,
-    pub created_at: Timestamp,
+response! {
+    /// A service token without its secret, which is returned once, on creation, and never stored.
+    #[derive(Debug, Eq)]
+    #[cfg_attr(feature = "openapi", oai(example))]
+    pub struct ServiceToken {
+        pub id: ServiceTokenId,
+        pub name: String,
+        /// The first characters of the token, to identify it.
+        pub prefix: String,
+        /// When the token was last used. Updated within seconds.
+        pub last_used_at: Option<Timestamp>,
+        pub created_at: Timestamp,
+    }
 }
 
-/// Request body for creating a service token.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Validate)]
-#[serde(deny_unknown_fields)]
-#[cfg_attr(
-    feature = "openapi",
-    derive(poem_openapi::Object),
-    oai(example, deny_unknown_fields)
-)]
-pub struct CreateServiceToken {
-    /// 1 to 200 characters.
-    #[garde(dive)]
-    pub name: Name,
+request! {
+    /// Request body for creating a service token.
+    #[derive(Debug)]
+    pub struct CreateServiceToken {
+        /// 1 to 200 characters.
+        #[garde(dive)]
+        pub name: Name,
+    }
 }
 
-/// A service token that was just created, with its secret.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
-pub struct CreatedServiceToken {
-    /// The full token: `qs_`, 32 random characters and a 6-character checksum. This is the only time it is
-    /// available: it is not stored, so a replay with the same `Idempotency-Key` omits it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[cfg_attr(feature = "openapi", oai(skip_serializing_if_is_none))]
-    pub token: Option<String>,
-    pub service_token: ServiceToken,
+response! {
+    /// A service token that was just created, with its secret.
+    #[derive(Eq)]
+    #[cfg_attr(feature = "openapi", oai(example))]
+    pub struct CreatedServiceToken {
+        /// The full token: `qs_`, 32 random characters and a 6-character checksum. This is the only time it is
+        /// available: it is not stored, so a replay with the same `Idempotency-Key` omits it.
+        pub token: Omittable<String>,
+        pub service_token: ServiceToken,
+    }
 }
 
 impl std::fmt::Debug for CreatedServiceToken {

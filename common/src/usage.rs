@@ -1,280 +1,273 @@
-//! Usage: how many requests were made and denied, of what, and when.
-
-use serde::{Deserialize, Serialize};
+//! Usage: how many requests were allowed and denied, for which keys and endpoints, and when.
 
 use crate::{
     id::{ApiKeyId, PlanId},
     limit::{LimitState, PolicyName},
-    page::in_address,
     time::Timestamp,
+    wire::{response, text_enum},
 };
 
-/// The most buckets that one response may have for each group.
+/// The maximum number of buckets in a response for each group.
 pub const MAX_BUCKETS: usize = 1000;
-/// The most groups that one response may have. The rest is `other`.
+/// The maximum number of groups in a response. All other groups are combined as `other`.
 pub const MAX_GROUPS: usize = 20;
 
-in_address!(
+text_enum! {
     /// The length of a bucket.
-    UsageBucketSize {
+    pub enum UsageBucketSize {
         Hour = "hour",
         Day = "day",
     }
-);
+}
 
-in_address!(
-    /// What requests are grouped by.
-    UsageGroupBy {
+text_enum! {
+    /// How requests are grouped.
+    pub enum UsageGroupBy {
         Key = "key",
         Endpoint = "endpoint",
-        /// The policy that denied them. Allowed requests are in no group.
+        /// The policy that denied the requests. Allowed requests do not belong to a group.
         Policy = "policy",
         Plan = "plan",
     }
-);
-
-/// Requests and their cost. Requests count once each; a request costs 1 unless the caller says otherwise.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(poem_openapi::Object))]
-pub struct UsageCounts {
-    /// Requests that were allowed.
-    pub allowed: u64,
-    /// Requests that were denied.
-    pub rejected: u64,
-    /// Cost of the allowed requests: what they consumed of quotas.
-    pub allowed_cost: u64,
-    /// Cost that the denied requests would have had. They consumed nothing.
-    pub rejected_cost: u64,
 }
 
-/// The requests of one hour or day, of all or of one group.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(poem_openapi::Object))]
-pub struct UsageBucket {
-    /// The start of the bucket. It ends where the next one starts, the last one at `to`.
-    pub start: Timestamp,
-    /// With `group_by=key`: the key. Otherwise `null`.
-    #[cfg_attr(feature = "openapi", oai(nullable))]
-    pub key_id: Option<ApiKeyId>,
-    /// With `group_by=endpoint`: the endpoint; empty for requests that named none. Otherwise `null`.
-    #[cfg_attr(feature = "openapi", oai(nullable))]
-    pub endpoint: Option<String>,
-    /// With `group_by=policy`: the policy that denied the requests. Otherwise `null`.
-    #[cfg_attr(feature = "openapi", oai(nullable))]
-    pub policy: Option<String>,
-    /// With `group_by=plan`: the plan. Otherwise `null`.
-    #[cfg_attr(feature = "openapi", oai(nullable))]
-    pub plan_id: Option<PlanId>,
-    /// Whether this is the sum of all groups that are not listed.
-    pub other: bool,
-    /// Requests that were allowed.
-    pub allowed: u64,
-    /// Requests that were denied.
-    pub rejected: u64,
-    /// Cost of the allowed requests: what they consumed of quotas.
-    pub allowed_cost: u64,
-    /// Cost that the denied requests would have had. They consumed nothing.
-    pub rejected_cost: u64,
+response! {
+    /// Requests and their cost. Each request counts once; its cost is 1 unless the caller sends another.
+    #[derive(Debug, Copy, Eq, Default)]
+    pub struct UsageCounts {
+        /// Requests that were allowed.
+        pub allowed: u64,
+        /// Requests that were denied.
+        pub rejected: u64,
+        /// Total cost of the allowed requests, as charged to quotas.
+        pub allowed_cost: u64,
+        /// Total cost of the denied requests, which was not charged. They consumed nothing.
+        pub rejected_cost: u64,
+    }
 }
 
-/// A key, endpoint, policy or plan, with its requests in the whole range.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(poem_openapi::Object))]
-pub struct UsageGroup {
-    /// With `group_by=key`: the key. Otherwise `null`.
-    #[cfg_attr(feature = "openapi", oai(nullable))]
-    pub key_id: Option<ApiKeyId>,
-    /// With `group_by=endpoint`: the endpoint; empty for requests that named none. Otherwise `null`.
-    #[cfg_attr(feature = "openapi", oai(nullable))]
-    pub endpoint: Option<String>,
-    /// With `group_by=policy`: the policy that denied the requests, `rpm`, `daily` or `monthly`; `reduced_capacity` if
-    /// limits could not be checked. Otherwise `null`.
-    #[cfg_attr(feature = "openapi", oai(nullable))]
-    pub policy: Option<String>,
-    /// With `group_by=plan`: the plan. Otherwise `null`.
-    #[cfg_attr(feature = "openapi", oai(nullable))]
-    pub plan_id: Option<PlanId>,
-    /// The key's or plan's current name. `null` if it was deleted, and for other groups.
-    #[cfg_attr(feature = "openapi", oai(nullable))]
-    pub name: Option<String>,
-    /// Whether this is the sum of all groups that are not listed.
-    pub other: bool,
-    /// Requests that were allowed.
-    pub allowed: u64,
-    /// Requests that were denied.
-    pub rejected: u64,
-    /// Cost of the allowed requests: what they consumed of quotas.
-    pub allowed_cost: u64,
-    /// Cost that the denied requests would have had. They consumed nothing.
-    pub rejected_cost: u64,
-    /// Time of the latest request in the range. `null` for `other`, and if later requests followed after `to`.
-    #[cfg_attr(feature = "openapi", oai(nullable))]
-    pub last_seen_at: Option<Timestamp>,
+response! {
+    /// Requests in one hour or day, in total or for one group.
+    #[derive(Debug, Eq)]
+    pub struct UsageBucket {
+        /// The start of the bucket. A bucket ends where the next one starts; the last one ends at `to`.
+        pub start: Timestamp,
+        /// With `group_by=key`: the key. Otherwise `null`.
+        pub key_id: Option<ApiKeyId>,
+        /// With `group_by=endpoint`: the endpoint; empty for requests without one. Otherwise `null`.
+        pub endpoint: Option<String>,
+        /// With `group_by=policy`: the policy that denied the requests. Otherwise `null`.
+        pub policy: Option<String>,
+        /// With `group_by=plan`: the plan. Otherwise `null`.
+        pub plan_id: Option<PlanId>,
+        /// Whether this is the sum of all groups that are not listed.
+        pub other: bool,
+        /// Requests that were allowed.
+        pub allowed: u64,
+        /// Requests that were denied.
+        pub rejected: u64,
+        /// Total cost of the allowed requests, as charged to quotas.
+        pub allowed_cost: u64,
+        /// Total cost of the denied requests, which was not charged. They consumed nothing.
+        pub rejected_cost: u64,
+    }
 }
 
-/// Requests over time.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
-pub struct Usage {
-    /// The start of the range, rounded down to a quarter of an hour.
-    pub from: Timestamp,
-    /// The end of the range, exclusive, rounded up to a quarter of an hour.
-    pub to: Timestamp,
-    /// The length of a bucket. A day has 23 to 25 hours where clocks change.
-    pub bucket: UsageBucketSize,
-    /// The time zone in which hours and days start.
-    pub time_zone: String,
-    #[cfg_attr(feature = "openapi", oai(nullable))]
-    pub group_by: Option<UsageGroupBy>,
-    /// Requests before this time are all counted; later ones may be missing. Before `to` if the range reaches into the
-    /// present, or if a server has not delivered its records yet.
-    pub complete_until: Timestamp,
-    /// All requests in the range that match the filters.
-    pub total: UsageCounts,
-    /// Without `group_by`: every bucket of the range. With it: the buckets of each group that had requests.
-    pub buckets: Vec<UsageBucket>,
-    /// With `group_by`: the 20 groups with the most requests, and `other` if there are more. Otherwise empty.
-    pub groups: Vec<UsageGroup>,
+response! {
+    /// A key, endpoint, policy or plan, with its requests in the whole range.
+    #[derive(Debug, Eq)]
+    pub struct UsageGroup {
+        /// With `group_by=key`: the key. Otherwise `null`.
+        pub key_id: Option<ApiKeyId>,
+        /// With `group_by=endpoint`: the endpoint; empty for requests without one. Otherwise `null`.
+        pub endpoint: Option<String>,
+        /// With `group_by=policy`: the policy that denied the requests, `rpm`, `daily` or `monthly`; `reduced_capacity` if
+        /// limits could not be checked. Otherwise `null`.
+        pub policy: Option<String>,
+        /// With `group_by=plan`: the plan. Otherwise `null`.
+        pub plan_id: Option<PlanId>,
+        /// The key's or plan's current name. `null` if the key or plan was deleted, or if the group is not a key or plan.
+        pub name: Option<String>,
+        /// Whether this is the sum of all groups that are not listed.
+        pub other: bool,
+        /// Requests that were allowed.
+        pub allowed: u64,
+        /// Requests that were denied.
+        pub rejected: u64,
+        /// Total cost of the allowed requests, as charged to quotas.
+        pub allowed_cost: u64,
+        /// Total cost of the denied requests, which was not charged. They consumed nothing.
+        pub rejected_cost: u64,
+        /// Time of the latest request in the range. `null` for `other`, and if there are later requests after `to`.
+        pub last_seen_at: Option<Timestamp>,
+    }
 }
 
-/// The number of requests today, and yesterday up to the same time of day.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
-pub struct Stats {
-    pub total_keys: u64,
-    /// Keys that are enabled and have not expired.
-    pub active_keys: u64,
-    /// Keys that were never used.
-    pub unused_keys: u64,
-    pub total_plans: u64,
-    /// Requests today, allowed and denied.
-    pub requests_today: u64,
-    /// Requests today that were denied.
-    pub rejected_today: u64,
-    /// Requests yesterday up to the same time of day. The quarter of an hour that has not ended counts in proportion.
-    pub requests_yesterday: u64,
-    /// Denied requests yesterday up to the same time of day.
-    pub rejected_yesterday: u64,
-    /// When today started.
-    pub today: Timestamp,
-    /// The organization's time zone, in which days start.
-    pub time_zone: String,
-    /// Requests before this time are all counted.
-    pub complete_until: Timestamp,
-    /// The quota that is closest to its limit. `null` if none was used.
-    #[cfg_attr(feature = "openapi", oai(nullable))]
-    pub closest_to_limit: Option<QuotaStatus>,
-    /// What needs attention, the most urgent first, at most 20 of each kind.
-    pub attention: Vec<Attention>,
+response! {
+    /// Requests over time.
+    #[derive(Debug, Eq)]
+    #[cfg_attr(feature = "openapi", oai(example))]
+    pub struct Usage {
+        /// The start of the range, rounded down to a quarter of an hour.
+        pub from: Timestamp,
+        /// The end of the range, exclusive, rounded up to a quarter of an hour.
+        pub to: Timestamp,
+        /// The length of a bucket. A day has 23 to 25 hours when clocks change.
+        pub bucket: UsageBucketSize,
+        /// The time zone in which hours and days start.
+        pub time_zone: String,
+        pub group_by: Option<UsageGroupBy>,
+        /// All requests before this time are counted; later ones may be missing. Earlier than `to` if the range includes
+        /// the present, or if a server has not delivered its records yet.
+        pub complete_until: Timestamp,
+        /// All requests in the range that match the filters.
+        pub total: UsageCounts,
+        /// Without `group_by`: every bucket of the range. With it: the buckets of each group that had requests.
+        pub buckets: Vec<UsageBucket>,
+        /// With `group_by`: the 20 groups with the most requests, and `other` if there are more. Otherwise empty.
+        pub groups: Vec<UsageGroup>,
+    }
 }
 
-/// How much of a key's quota is used.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(poem_openapi::Object))]
-pub struct QuotaStatus {
-    pub key_id: ApiKeyId,
-    pub key_name: String,
-    pub policy: PolicyName,
-    /// Includes what servers hold for requests to come, at most 1 % of the quota each.
-    pub used: u64,
-    pub limit: u64,
-    /// When the day or month ends.
-    pub reset_at: Timestamp,
+response! {
+    /// The number of requests today, and yesterday up to the same time of day.
+    #[derive(Debug, Eq)]
+    #[cfg_attr(feature = "openapi", oai(example))]
+    pub struct Stats {
+        pub total_keys: u64,
+        /// Number of keys that are enabled and have not expired.
+        pub active_keys: u64,
+        /// Number of keys that were never used.
+        pub unused_keys: u64,
+        pub total_plans: u64,
+        /// Requests today, allowed and denied.
+        pub requests_today: u64,
+        /// Requests today that were denied.
+        pub rejected_today: u64,
+        /// Requests yesterday up to the same time of day. The current quarter of an hour counts proportionally.
+        pub requests_yesterday: u64,
+        /// Denied requests yesterday up to the same time of day.
+        pub rejected_yesterday: u64,
+        /// When today started.
+        pub today: Timestamp,
+        /// The organization's time zone, which determines when days start.
+        pub time_zone: String,
+        /// All requests before this time are counted.
+        pub complete_until: Timestamp,
+        /// The quota that is closest to its limit. `null` if none was used.
+        pub closest_to_limit: Option<QuotaStatus>,
+        /// Keys and quotas that need attention, most urgent first, at most 20 of each kind.
+        pub attention: Vec<Attention>,
+    }
 }
 
-/// Why a key needs attention.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[cfg_attr(
-    feature = "openapi",
-    derive(poem_openapi::Enum),
-    oai(rename_all = "snake_case")
-)]
-pub enum AttentionKind {
-    /// At least 80 % of a quota is used. `at` is when it resets.
-    Quota,
-    /// The key expires within 7 days. `at` is when.
-    Expiring,
-    /// The previous secret of a rotated key stops working within 24 hours. `at` is when.
-    GraceEnding,
-    /// The key is active and was not used for 30 days. `at` is when it was last used, or created.
-    Idle,
+response! {
+    /// Usage of a key's quota.
+    #[derive(Debug, Eq)]
+    pub struct QuotaStatus {
+        pub key_id: ApiKeyId,
+        pub key_name: String,
+        pub policy: PolicyName,
+        /// Includes tokens that servers hold for future requests, at most 1% of the quota in total (or one token per
+        /// server, for small quotas).
+        pub used: u64,
+        pub limit: u64,
+        /// When the day or month ends.
+        pub reset_at: Timestamp,
+    }
 }
 
-/// A key that needs attention.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(poem_openapi::Object))]
-pub struct Attention {
-    pub kind: AttentionKind,
-    pub key_id: ApiKeyId,
-    pub key_name: String,
-    pub at: Timestamp,
-    /// With `quota`: the policy. Otherwise `null`.
-    #[cfg_attr(feature = "openapi", oai(nullable))]
-    pub policy: Option<PolicyName>,
-    /// With `quota`: how much is used. Otherwise `null`.
-    #[cfg_attr(feature = "openapi", oai(nullable))]
-    pub used: Option<u64>,
-    /// With `quota`: the quota. Otherwise `null`.
-    #[cfg_attr(feature = "openapi", oai(nullable))]
-    pub limit: Option<u64>,
+text_enum! {
+    /// Why a key needs attention.
+    pub enum AttentionKind {
+        /// At least 80% of a quota is used. `at` is the time at which it resets.
+        Quota = "quota",
+        /// The key expires within 7 days. `at` is the time at which it expires.
+        Expiring = "expiring",
+        /// The previous secret of a rotated key stops working within 24 hours. `at` is the time at which it expires.
+        GraceEnding = "grace_ending",
+        /// The key is active and was not used for 30 days. `at` is the time of its last use, or of its creation.
+        Idle = "idle",
+    }
 }
 
-/// Where a key stands now.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
-pub struct KeyLimits {
-    pub key_id: ApiKeyId,
-    pub plan_id: PlanId,
-    /// Name of the key's plan.
-    pub plan: String,
-    /// Sustained requests per minute: the key's own, or its plan's.
-    pub rpm: u32,
-    /// Maximum burst: requests that an idle key may make at once.
-    pub burst: u32,
-    /// The state of each limit.
-    pub limits: Vec<LimitState>,
-    /// When this was true.
-    pub at: Timestamp,
+response! {
+    /// A key that needs attention.
+    #[derive(Debug, Eq)]
+    pub struct Attention {
+        pub kind: AttentionKind,
+        pub key_id: ApiKeyId,
+        pub key_name: String,
+        pub at: Timestamp,
+        /// With `quota`: the policy. Otherwise `null`.
+        pub policy: Option<PolicyName>,
+        /// With `quota`: the amount used. Otherwise `null`.
+        pub used: Option<u64>,
+        /// With `quota`: the quota. Otherwise `null`.
+        pub limit: Option<u64>,
+    }
 }
 
-/// A point of a burn-down.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(poem_openapi::Object))]
-pub struct BurnDownPoint {
-    pub at: Timestamp,
-    /// What was left of the quota at that time.
-    pub remaining: u64,
-    /// What would have been left if the quota were used at an even pace over the whole window.
-    pub ideal_remaining: u64,
+response! {
+    /// The current limits of a key.
+    #[derive(Debug, Eq)]
+    #[cfg_attr(feature = "openapi", oai(example))]
+    pub struct KeyLimits {
+        pub key_id: ApiKeyId,
+        pub plan_id: PlanId,
+        /// Name of the key's plan.
+        pub plan: String,
+        /// Sustained requests per minute: the key's override or the plan's rate.
+        pub rpm: u32,
+        /// Maximum burst: requests an idle key may send immediately.
+        pub burst: u32,
+        /// The state of each limit.
+        pub limits: Vec<LimitState>,
+        /// The time of this state.
+        pub at: Timestamp,
+    }
 }
 
-/// How a quota is used up over its day or month.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
-pub struct BurnDown {
-    pub key_id: ApiKeyId,
-    pub policy: PolicyName,
-    /// The quota of this day or month.
-    pub limit: u64,
-    /// Cost of the requests that were allowed so far.
-    pub used: u64,
-    pub remaining: u64,
-    /// When the day or month started.
-    pub starts_at: Timestamp,
-    /// When it ends and the quota is available again.
-    pub resets_at: Timestamp,
-    /// From the start until now, at equal steps; the last point is at `complete_until`.
-    pub points: Vec<BurnDownPoint>,
-    /// Cost per hour over the last quarter of the time so far, at least one hour.
-    pub pace_per_hour: f64,
-    /// When the quota is used up at that pace. `null` if not before it resets; in the past or present if it is used up.
-    #[cfg_attr(feature = "openapi", oai(nullable))]
-    pub used_up_at: Option<Timestamp>,
-    /// What will be left when the quota resets, at that pace.
-    pub projected_remaining: u64,
-    /// Requests before this time are all counted.
-    pub complete_until: Timestamp,
+response! {
+    /// A point in a burn-down.
+    #[derive(Debug, Eq)]
+    pub struct BurnDownPoint {
+        pub at: Timestamp,
+        /// The quota that was left at that time.
+        pub remaining: u64,
+        /// The quota that would have been left at an even pace over the whole window.
+        pub ideal_remaining: u64,
+    }
+}
+
+response! {
+    /// The remaining quota over its day or month.
+    #[derive(Debug)]
+    #[cfg_attr(feature = "openapi", oai(example))]
+    pub struct BurnDown {
+        pub key_id: ApiKeyId,
+        pub policy: PolicyName,
+        /// The quota for this day or month.
+        pub limit: u64,
+        /// Total cost of the requests allowed so far.
+        pub used: u64,
+        pub remaining: u64,
+        /// When the day or month started.
+        pub starts_at: Timestamp,
+        /// When the day or month ends and the full quota is available again.
+        pub resets_at: Timestamp,
+        /// Points from the start until now, at equal intervals; the last one is at `complete_until`.
+        pub points: Vec<BurnDownPoint>,
+        /// Cost per hour over the most recent quarter of the elapsed time (at least the last hour).
+        pub pace_per_hour: f64,
+        /// When the quota will be used up at that pace. `null` if the quota won't be used up before it resets. In the past
+        /// or present if it is already used up.
+        pub used_up_at: Option<Timestamp>,
+        /// The quota that will be left when it resets, at that pace.
+        pub projected_remaining: u64,
+        /// All requests before this time are counted.
+        pub complete_until: Timestamp,
+    }
 }
 
 #[cfg(feature = "openapi")]

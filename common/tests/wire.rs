@@ -3,7 +3,8 @@
 
 use quota_common::{
     ApiKeyId, FieldError, Page, PlanId, Problem, ProblemCode, ServiceTokenId, SessionId, TenantId,
-    Timestamp, UserId, api_key, audit, auth, decision, health, limit, plan, service_token, usage,
+    Timestamp, UserId, api_key, audit, auth, billing, decision, field::Metadata, health, limit,
+    plan, service_token, usage,
 };
 use serde_json::{Value, json};
 
@@ -38,6 +39,19 @@ macro_rules! golden {
     }};
 }
 
+/// Also checks that the console can parse it.
+macro_rules! golden_response {
+    ($value:expr, $json:expr) => {{
+        let (value, golden) = ($value, $json);
+        let read = quota_common::json::read(&golden.to_string());
+        assert!(
+            read.as_ref() == Ok(&value),
+            "the console cannot read {golden}"
+        );
+        golden!(value, golden);
+    }};
+}
+
 trait Wire {
     fn document_json(&self) -> Value;
 }
@@ -65,6 +79,8 @@ fn api_key() -> api_key::ApiKey {
         is_active: true,
         expires_at: Some(at()),
         rpm_override: None,
+        external_id: Some("crm-7".into()),
+        metadata: metadata(),
         last_used_at: None,
         previous_expires_at: None,
         created_at: at(),
@@ -72,18 +88,58 @@ fn api_key() -> api_key::ApiKey {
     }
 }
 
+fn metadata() -> Metadata {
+    [("region".into(), "eu".into())].into_iter().collect()
+}
+
 fn api_key_json() -> Value {
     json!({
         "id": ID, "name": "Mobile", "plan_id": ID, "prefix": "qk_abcd1234", "is_active": true,
-        "expires_at": "2026-08-03T06:26:00.000Z", "rpm_override": null, "last_used_at": null,
-        "previous_expires_at": null, "created_at": "2026-08-03T06:26:00.000Z",
+        "expires_at": "2026-08-03T06:26:00.000Z", "rpm_override": null, "external_id": "crm-7",
+        "metadata": {"region": "eu"}, "last_used_at": null, "previous_expires_at": null, "created_at": "2026-08-03T06:26:00.000Z",
         "updated_at": "2026-08-03T06:26:00.000Z",
     })
 }
 
 #[test]
+fn billing_matches_its_golden_json() {
+    golden_response!(
+        billing::BillingState {
+            enabled: true,
+            access: billing::BillingAccess::PastDue,
+            paid_plans_work: true,
+            access_ends_at: Some(at()),
+            trial_ends_at: None,
+            period_start: Some(at()),
+            period_end: Some(at()),
+            has_customer: true,
+            refreshed_at: Some(at()),
+        },
+        json!({
+            "enabled": true, "access": "past_due", "paid_plans_work": true,
+            "access_ends_at": "2026-08-03T06:26:00.000Z", "trial_ends_at": null,
+            "period_start": "2026-08-03T06:26:00.000Z", "period_end": "2026-08-03T06:26:00.000Z",
+            "has_customer": true, "refreshed_at": "2026-08-03T06:26:00.000Z",
+        })
+    );
+    golden_response!(
+        billing::CheckoutPage {
+            url: "https://checkout.stripe.com/c/pay/cs_1".into(),
+            expires_at: at(),
+        },
+        json!({"url": "https://checkout.stripe.com/c/pay/cs_1", "expires_at": "2026-08-03T06:26:00.000Z"})
+    );
+    golden_response!(
+        billing::PortalPage {
+            url: "https://billing.stripe.com/p/session/1".into(),
+        },
+        json!({"url": "https://billing.stripe.com/p/session/1"})
+    );
+}
+
+#[test]
 fn plans_match_their_golden_json() {
-    golden!(
+    golden_response!(
         plan::Plan {
             id: id(),
             name: "Starter".into(),
@@ -133,7 +189,7 @@ fn plans_match_their_golden_json() {
     );
 }
 
-/// poem-openapi serializes absent and cleared fields alike. It never sends a PATCH, so only serde matters.
+/// poem-openapi serializes absent and cleared fields alike. Only the console sends a PATCH, so only serde matters.
 #[test]
 fn patch_field_distinguishes_null_from_absent() {
     let cleared: plan::UpdatePlan = serde_json::from_value(json!({"daily_quota": null})).unwrap();
@@ -150,16 +206,19 @@ fn patch_field_distinguishes_null_from_absent() {
 
 #[test]
 fn api_keys_match_their_golden_json() {
-    golden!(api_key(), api_key_json());
+    golden_response!(api_key(), api_key_json());
     golden!(
         api_key::CreateApiKey {
             name: "Mobile".into(),
             plan_id: id(),
             expires_at: Some(at()),
             rpm_override: Some(7.into()),
+            external_id: Some("crm-7".into()),
+            metadata: Some(metadata()),
         },
         json!({
             "name": "Mobile", "plan_id": ID, "expires_at": "2026-08-03T06:26:00.000Z", "rpm_override": 7,
+            "external_id": "crm-7", "metadata": {"region": "eu"},
         })
     );
     golden!(
@@ -183,14 +242,14 @@ fn api_keys_match_their_golden_json() {
         },
         json!({"replace_previous": true})
     );
-    golden!(
+    golden_response!(
         api_key::CreatedApiKey {
             key: Some("qk_x".into()),
             api_key: api_key()
         },
         json!({"key": "qk_x", "api_key": api_key_json()})
     );
-    golden!(
+    golden_response!(
         api_key::CreatedApiKey {
             key: None,
             api_key: api_key()
@@ -212,14 +271,14 @@ fn service_tokens_match_their_golden_json() {
         "id": ID, "name": "Edge", "prefix": "qs_abcd1234", "last_used_at": "2026-08-03T06:26:00.000Z",
         "created_at": "2026-08-03T06:26:00.000Z",
     });
-    golden!(token.clone(), token_json);
+    golden_response!(token.clone(), token_json.clone());
     golden!(
         service_token::CreateServiceToken {
             name: "Edge".into()
         },
         json!({"name": "Edge"})
     );
-    golden!(
+    golden_response!(
         service_token::CreatedServiceToken {
             token: Some("qs_x".into()),
             service_token: token
@@ -267,7 +326,7 @@ fn accounts_match_their_golden_json() {
         },
         json!({"refresh_token": "qr_x"})
     );
-    golden!(
+    golden_response!(
         auth::Tokens {
             access_token: Some("a".into()),
             refresh_token: Some("r".into()),
@@ -275,7 +334,7 @@ fn accounts_match_their_golden_json() {
         },
         json!({"access_token": "a", "refresh_token": "r", "expires_in": 900})
     );
-    golden!(
+    golden_response!(
         auth::SignedIn {
             access_token: Some("a".into()),
             refresh_token: Some("r".into()),
@@ -295,7 +354,7 @@ fn accounts_match_their_golden_json() {
         },
         json!({})
     );
-    golden!(
+    golden_response!(
         auth::Tokens {
             access_token: None,
             refresh_token: None,
@@ -303,7 +362,7 @@ fn accounts_match_their_golden_json() {
         },
         json!({"expires_in": 900})
     );
-    golden!(
+    golden_response!(
         auth::Me {
             user: user(),
             tenant: tenant(),
@@ -325,7 +384,7 @@ fn accounts_match_their_golden_json() {
         },
         json!({"current_password": "p", "new_password": "q"})
     );
-    golden!(
+    golden_response!(
         auth::Session {
             id: id(),
             current: true,
@@ -353,7 +412,7 @@ fn checks_match_their_golden_json() {
         },
         json!({"key": "qk_x", "cost": 2, "endpoint": "GET /o"})
     );
-    golden!(
+    golden_response!(
         limit::CheckResult {
             allowed: false,
             code: limit::CheckCode::QuotaExceeded,
@@ -376,7 +435,7 @@ fn checks_match_their_golden_json() {
             "retry_after": 3, "headers": {"Retry-After": "3"},
         })
     );
-    golden!(
+    golden_response!(
         limit::Echo {
             key_id: id(),
             plan: "Starter".into(),
@@ -388,7 +447,7 @@ fn checks_match_their_golden_json() {
 
 #[test]
 fn other_types_match_their_golden_json() {
-    golden!(
+    golden_response!(
         audit::AuditEvent {
             id: id(),
             at: at(),
@@ -408,14 +467,14 @@ fn other_types_match_their_golden_json() {
             "before": null, "after": {"name": "Starter"},
         })
     );
-    golden!(
+    golden_response!(
         health::Health {
             status: "ok".into(),
             version: "0.1.0".into()
         },
         json!({"status": "ok", "version": "0.1.0"})
     );
-    golden!(
+    golden_response!(
         Page {
             items: vec![api_key()],
             next_cursor: Some("c".into()),
@@ -423,7 +482,7 @@ fn other_types_match_their_golden_json() {
         },
         json!({"items": [api_key_json()], "next_cursor": "c", "total": 1})
     );
-    golden!(
+    golden_response!(
         Problem {
             kind: ProblemCode::Invalid.type_uri("https://q.example/").into(),
             title: "t".into(),
@@ -449,7 +508,7 @@ const AT: &str = "2026-08-03T06:26:00.000Z";
 #[test]
 fn usage_matches_its_golden_json() {
     let (allowed, rejected, allowed_cost, rejected_cost) = (7, 2, 14, 4);
-    golden!(
+    golden_response!(
         usage::Usage {
             from: at(),
             to: at(),
@@ -507,7 +566,7 @@ fn usage_matches_its_golden_json() {
 
 #[test]
 fn stats_match_their_golden_json() {
-    golden!(
+    golden_response!(
         usage::Stats {
             total_keys: 1,
             active_keys: 2,
@@ -555,7 +614,7 @@ fn stats_match_their_golden_json() {
 
 #[test]
 fn limits_and_burn_downs_match_their_golden_json() {
-    golden!(
+    golden_response!(
         usage::KeyLimits {
             key_id: id(),
             plan_id: id(),
@@ -575,7 +634,7 @@ fn limits_and_burn_downs_match_their_golden_json() {
             "limits": [{"policy": "rpm", "limit": 60, "remaining": 12, "reset_at": AT}], "at": AT,
         })
     );
-    golden!(
+    golden_response!(
         usage::BurnDown {
             key_id: id(),
             policy: limit::PolicyName::Daily,
@@ -604,7 +663,7 @@ fn limits_and_burn_downs_match_their_golden_json() {
 
 #[test]
 fn decisions_match_their_golden_json() {
-    golden!(
+    golden_response!(
         decision::DecisionPage {
             items: vec![decision::Decision {
                 id: ID.parse().expect("an id"),

@@ -7,8 +7,10 @@ local LIMITS = {
 local TITLES = { [401] = "Unauthorized", [402] = "Payment Required", [429] = "Too Many Requests", [503] = "Service Unavailable" }
 
 core.register_action("quota", { "http-req" }, function(txn)
-  local consumer, headers = txn.http:req_get_headers(), {}
-  -- Every value: Quota rejects a request with two keys.
+  local consumer = txn.http:req_get_headers()
+  -- The endpoint, for usage.
+  local headers = { ["x-forwarded-method"] = { txn.sf:method() }, ["x-forwarded-uri"] = { txn.sf:path() } }
+  -- Copies every value, because Quota rejects a request with two keys.
   for _, name in ipairs({ "x-api-key", "authorization" }) do
     local values = consumer[name]
     if values then
@@ -20,12 +22,12 @@ core.register_action("quota", { "http-req" }, function(txn)
   local answer = core.httpclient():get{ url = URL, headers = headers, timeout = 2000 }
   local function field(name)
     local values = answer and answer.headers and answer.headers[name]
-    -- A field sent twice is not one of Quota's.
+    -- Quota never sends a field twice.
     return values and not values[1] and values[0] or nil
   end
   local decision = field("x-quota-decision")
   if answer and answer.status == 200 and decision == "allowed" then
-    -- haproxy.cfg denies what was not admitted here, since HAProxy goes on after an error in this script.
+    -- haproxy.cfg denies requests that were not admitted here, since HAProxy continues after an error in this script.
     txn:set_var("txn.quota_admitted", true)
     for _, name in ipairs(LIMITS) do
       if field(name) then txn:set_var("txn." .. name:gsub("-", "_"), field(name)) end

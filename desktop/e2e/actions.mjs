@@ -17,7 +17,7 @@ export async function actions(world) {
   }
   const key = async (at) => my.api("GET", `/admin/api-keys/${created[at].api_key.id}`);
 
-  // Deactivating a key can be undone, also after leaving its page.
+  // Deactivating a key can be undone, even after leaving its page.
   await page.goto(`${base}/console/api-keys/${created[0].api_key.id}`);
   await my.heading("One").waitFor();
   await my.button("Deactivate").click();
@@ -34,7 +34,7 @@ export async function actions(world) {
   await my.button("Dismiss").click();
   await toast.waitFor({ state: "detached" });
 
-  // A row's menu works with the keyboard and gives the focus back.
+  // A row's menu works with the keyboard and restores the focus.
   const more = my.button("More actions for Starter");
   await more.focus();
   await page.keyboard.press("ArrowDown");
@@ -90,7 +90,7 @@ export async function actions(world) {
   await toast.getByText(`2 keys moved to ${quoted("Pro")}`).waitFor();
   assert.deepEqual([(await key(0)).plan_id, (await key(1)).plan_id, (await key(2)).plan_id], [pro.id, starter.id, pro.id]);
 
-  // Deactivating several keys can be undone; one that was inactive before stays inactive.
+  // Deactivating several keys can be undone; one that was already inactive remains inactive.
   await my.api("PATCH", `/admin/api-keys/${created[1].api_key.id}`, { is_active: false });
   await page.reload();
   await my.field("Select all on this page").check();
@@ -102,17 +102,17 @@ export async function actions(world) {
   await toast.getByText("2 keys activated").waitFor();
   assert.deepEqual([(await key(0)).is_active, (await key(1)).is_active, (await key(2)).is_active], [true, false, true]);
 
-  // A key that belongs to another page is noticed before it is used.
+  // A key of another page is detected before it is used.
   await page.goto(`${base}/console/api-keys/${created[0].api_key.id}`);
   await my.heading("One").waitFor();
   await page.locator("#pasted_key").fill(created[2].key);
-  await page.getByText(`This is another key. The key on this page starts with ${created[0].api_key.prefix}.`).waitFor();
+  await page.getByText(`This is a different key. The key on this page starts with ${created[0].api_key.prefix}.`).waitFor();
   await my.inspect("key-other");
   await page.locator("#pasted_key").fill(created[0].key);
-  await page.getByText("This is another key.").waitFor({ state: "detached" });
+  await page.getByText("This is a different key.").waitFor({ state: "detached" });
   await my.button("Copy key ID").click().catch(() => {});
 
-  // Slow responses: the old rows are dimmed, and a button shows that it works.
+  // Slow responses: the old rows are dimmed, and a button shows that it is busy.
   let release;
   const released = new Promise((resolve) => (release = resolve));
   await my.navigate("API keys").click();
@@ -133,7 +133,7 @@ export async function actions(world) {
   // The palette finds plans.
   await page.keyboard.press("Escape");
   await page.getByRole("button", { name: "Search or jump to…" }).click();
-  await my.field("Type a command, or the name of an API key or plan").fill("pro");
+  await my.field("Type a command or the name of an API key or plan").fill("pro");
   await page.getByRole("option", { name: "Pro Plan" }).click();
   await page.waitForFunction((id) => location.search === `?plan_id=${id}`, pro.id);
   await page.getByRole("row").nth(2).waitFor();

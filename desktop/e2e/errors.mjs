@@ -43,7 +43,7 @@ export async function errors(world) {
   await page.mouse.up();
   await page.locator(".field.invalid").getByText("Must be at most 60,000,000").waitFor();
   await page.waitForFunction(() => document.activeElement.id === "burst", undefined, { timeout: 5000 });
-  // Leaving the field for nothing else shows the message as well.
+  // Leaving the field without focusing another one shows the message as well.
   await my.field("Burst").fill("80,000,000");
   await page.locator(".field.invalid").waitFor({ state: "detached" });
   await my.heading("New plan").click();
@@ -52,7 +52,7 @@ export async function errors(world) {
   await my.button("Create plan").click();
   await page.getByText(`Plan ${quoted("Starter")} created`).waitFor();
 
-  // With several plans none is preselected, except the one that the list is filtered by.
+  // With several plans, none is preselected, except the one by which the list is filtered.
   const pro = await my.api("POST", "/admin/plans", { name: "Pro", default_rpm: 6000, daily_quota: 50_000 });
   await page.goto(`${base}/console/api-keys?new=1`);
   await my.field("Name").fill("App");

@@ -12,7 +12,7 @@ export async function guard(world) {
   await my.button("Sign out").click();
   await my.heading("Sign in").waitFor();
 
-  // After signing in, visitors get the page they asked for, with its query.
+  // After signing in, visitors get the page they requested, with its query.
   for (const [requested, heading] of [
     ["/console/api-keys?search=a%20%26%20b&sort=-name", "API keys"],
     [`/console/api-keys/${key.id}`, "App"],
@@ -27,7 +27,7 @@ export async function guard(world) {
     await my.button("Sign out").click();
     await my.heading("Sign in").waitFor();
   }
-  // But never another site.
+  // But never a page on another site.
   await page.goto(`${base}/console/sign-in?next=${encodeURIComponent("https://example.com/console/")}`);
   await my.heading("Sign in").waitFor();
   await my.signIn();
@@ -85,7 +85,7 @@ export async function guard(world) {
   }
   world.latest = page;
 
-  // A revoked session leads to the sign-in page, and back afterwards.
+  // A revoked session leads to the sign-in page, and back afterward.
   await my.navigate("Audit log").click();
   await my.heading("Audit log").waitFor();
   const sessions = await my.api("GET", "/auth/sessions?limit=100");

@@ -111,7 +111,7 @@ export async function keyboard(world) {
   await hasFocus("Edit By hand");
 
   await press("Control+k");
-  await hasFocus("Type a command, or the name of an API key or plan");
+  await hasFocus("Type a command or the name of an API key or plan");
   await type("api key create");
   await press("Enter");
   await my.heading("New API key").waitFor();

@@ -95,10 +95,23 @@ export async function lists(world) {
   const key = `/admin/api-keys/${keys[40].id}`;
   await my.api("PATCH", key, { name: "Renamed", rpm_override: 7 });
   await page.locator("#edit_plan").selectOption({ label: "Plan 050" });
+  await my.field("External ID (optional)").fill("crm-<40>");
+  await my.field("Metadata (optional)").fill("region");
+  await my.button("Save changes").click();
+  await page.getByText("Write each entry on a line of its own, as name=value").waitFor();
+  await my.field("Metadata (optional)").fill("region=eu & us\ntier = 2");
+  await my.inspect("edit-key");
   await my.button("Save changes").click();
   await my.heading("Renamed").waitFor();
-  const { name, rpm_override, plan_id } = await my.api("GET", key);
+  await page.locator("dd").getByText("eu & us").waitFor();
+  await page.getByText("7 of 7 left").waitFor();
+  await my.inspect("key-metadata");
+  const { name, rpm_override, plan_id, external_id, metadata } = await my.api("GET", key);
   assert.deepEqual([name, rpm_override, plan_id], ["Renamed", 7, plans[50].id]);
+  assert.deepEqual([external_id, metadata], ["crm-<40>", { region: "eu & us", tier: "2" }]);
+  await page.goto(`${base}/console/api-keys?search=crm-%3C`);
+  await page.getByRole("row", { name: /Renamed/ }).waitFor();
+  assert.equal(await page.getByRole("row").count(), 2, "the header and one key");
 
   await page.goto(`${base}/console/plans?sort=-name`);
   await my.button("Edit Plan 100").click();

@@ -36,14 +36,14 @@ export async function many(world) {
   await my.field("Sort").selectOption({ label: "Recently used" });
   await page.waitForFunction(() => document.querySelector("tbody th a")?.textContent === "Batch jobs");
   assert.equal(await header("Last used").getAttribute("aria-sort"), "descending");
-  // The order is part of the address and survives a reload.
+  // The sort order is part of the address and is kept after a reload.
   await page.reload();
   await page.waitForFunction(() => document.querySelector("tbody th a")?.textContent === "Batch jobs");
   assert.equal(await my.field("Sort").inputValue(), "-last_used_at");
   await my.field("Sort").selectOption({ label: "Name, A to Z" });
   await waitForRows(["app, iOS", "Batch jobs", "Partner", "Web shop"]);
 
-  // The filters reflect the address, also after navigating.
+  // The filters reflect the address, even after navigating.
   const unused = await my.api("POST", "/admin/plans", { name: "Unused", default_rpm: 60 });
   await page.reload();
   await waitForRows(["app, iOS", "Batch jobs", "Partner", "Web shop"]);
@@ -108,7 +108,7 @@ export async function many(world) {
   await page.getByText("1 key deleted, 1 failed: ").waitFor();
   await waitForRows(["app, iOS", "Batch jobs"]);
   await page.locator(".bulk").getByText(/selected/).waitFor({ state: "detached" });
-  // Errors stay until dismissed.
+  // Errors remain until dismissed.
   await page.waitForTimeout(6500);
   await my.inspect("keys-failed");
   await my.button("Dismiss").click();

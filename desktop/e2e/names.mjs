@@ -86,7 +86,7 @@ export async function names(world) {
   await inspect("names-bulk");
   await page.keyboard.press("Escape");
   await page.keyboard.press("Control+k");
-  await my.field("Type a command, or the name of an API key or plan").fill("ww");
+  await my.field("Type a command or the name of an API key or plan").fill("ww");
   await page.getByRole("listbox").getByRole("option", { name: "WWW" }).waitFor();
   await inspect("names-palette");
   await page.keyboard.press("Escape");

@@ -10,7 +10,7 @@ export async function once(world) {
   await my.api("POST", "/admin/plans", { name: "Starter", default_rpm: 60 });
   const path = () => new URL(page.url()).pathname;
   const copied = () => page.evaluate(() => navigator.clipboard.readText());
-  // Before a reload the browser asks; the test answers that it stays.
+  // Before a reload, the browser asks for confirmation; the test chooses to stay.
   let prompts = 0;
   page.on("dialog", (dialog) => {
     prompts += 1;
@@ -39,7 +39,7 @@ export async function once(world) {
     await page.waitForTimeout(200);
     assert.equal(prompts, before + 1, `${what}: the browser asks before reloading`);
   };
-  /** Delays the response to what the button sends, and tries to leave in the meantime. */
+  /** Delays the response to the button's request, and tries to leave in the meantime. */
   const submitSlowly = async (address, button) => {
     let release;
     const released = new Promise((resolve) => {
@@ -109,7 +109,7 @@ export async function once(world) {
   await page.getByText("Previous key").waitFor();
   // Rotating again revokes the previous key.
   await my.button("Rotate").click();
-  await page.getByText("This key was rotated recently. The key from before that rotation, which expires in 23 hours, will be revoked now.").waitFor();
+  await page.getByText("This key was rotated recently. The previous key, which expires in 23 hours, will be revoked immediately.").waitFor();
   await my.inspect("key-rotate-again");
   await my.button("Rotate key").click();
   await my.heading(`Save your key for ${quoted("App")}`).waitFor();

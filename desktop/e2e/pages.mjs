@@ -35,7 +35,7 @@ async function windows(world) {
   await ada.heading("Home").waitFor();
   world.latest = second;
   await second.locator("form", { has: second.getByLabel("Your name") }).getByRole("button", { name: "Save changes" }).click();
-  await second.getByText("Another account signed in in this browser.").waitFor();
+  await second.getByText("A different account is now signed in in this browser.").waitFor();
   await second.getByRole("heading", { name: "Home", exact: true }).waitFor();
   assert.equal(new URL(second.url()).pathname, "/console");
   await second.locator(".account").getByText(grace.email).waitFor();
@@ -70,7 +70,7 @@ async function windows(world) {
   await grace.context.close();
 }
 
-/** The audit log names what was changed, and its filters are part of the address. */
+/** The audit log shows what was changed, and its filters are part of the address. */
 async function changes(world) {
   const my = await world.visitor();
   const { page } = my;
@@ -135,7 +135,7 @@ async function changes(world) {
   await page.getByText("Changes to").waitFor();
   await my.button("Show all").click();
   await row("Plan created", "Starter").getByText("60/min").waitFor();
-  // The export contains all events that match, with names in place of IDs.
+  // The export contains all matching events, with names instead of IDs.
   await page.locator("#target_type").selectOption({ label: "API keys" });
   await events(5);
   const download = page.waitForEvent("download");
@@ -151,7 +151,7 @@ async function changes(world) {
   await my.context.close();
 }
 
-/** Trying a key states what requests count against, can be stopped, and says why it ended. */
+/** Trying a key shows which limits requests count against, can be stopped, and shows why it ended. */
 async function running(world) {
   const my = await world.visitor();
   const { page } = my;
@@ -187,17 +187,17 @@ async function running(world) {
   await page.getByText("Daily quota reached.").waitFor();
   const denied = page.locator(".meter.denied");
   await denied.getByText("0 of 3 left").waitFor();
-  assert.match(await denied.innerText(), /Daily quota[\s\S]*Denied the request/);
+  assert.match(await denied.innerText(), /Daily quota[\s\S]*Denied this request/);
   assert.equal(await denied.getByRole("meter").getAttribute("aria-valuenow"), "100");
   // The wait until midnight is in hours, except in the last two.
   assert.match(await page.locator(".countdown strong").textContent(), /^\d+ (h \d+ min|min \d+ s|s)$/);
   await my.inspect("key-daily");
 
-  // The first steps are folded away once any key has been used, however many unused keys there are.
+  // The first steps are collapsed once any key has been used, no matter how many unused keys there are.
   const { id } = await my.api("POST", "/admin/plans", { name: "More", default_rpm: 60 });
   for (let n = 0; n < 101; n += 1) await my.api("POST", "/admin/api-keys", { name: `Unused ${n}`, plan_id: id });
   await my.navigate("Home").click();
-  await my.heading("Top keys in 24 hours").waitFor();
+  await my.heading("Top keys, last 24 hours").waitFor();
   assert.equal(await my.button("3 of 4 done").getAttribute("aria-expanded"), "false");
   assert.ok(!(await page.getByText("Put Quota in front of your API").isVisible()));
   await my.button("3 of 4 done").click();

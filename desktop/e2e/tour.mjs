@@ -9,7 +9,7 @@ export async function tour(world) {
   const my = await world.visitor();
   const { page, base } = my;
 
-  // Visitors are sent to sign in, and back afterwards.
+  // Visitors are redirected to sign in, and back afterward.
   await page.goto(`${base}/console/plans`);
   await my.heading("Sign in").waitFor();
   assert.match(page.url(), /\/console\/sign-in\?next=%2Fconsole%2Fplans$/);
@@ -187,10 +187,10 @@ export async function tour(world) {
   await page.getByText("Get started").waitFor();
   await my.inspect("home");
   await page.getByRole("button", { name: "Search or jump to…" }).click();
-  await my.field("Type a command, or the name of an API key or plan").fill("plan");
+  await my.field("Type a command or the name of an API key or plan").fill("plan");
   await page.getByRole("option", { name: "Search API keys for" }).waitFor();
   await my.inspect("palette");
-  await my.field("Type a command, or the name of an API key or plan").fill("shortcuts");
+  await my.field("Type a command or the name of an API key or plan").fill("shortcuts");
   await page.getByRole("option", { name: "Show keyboard shortcuts" }).click();
   await my.heading("Keyboard shortcuts").waitFor();
   await my.inspect("shortcuts");

@@ -5,9 +5,9 @@ import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 
 const number = (n) => n.toLocaleString("en-US");
-const percent = (part, whole) => (whole ? `${(Math.round((part * 1000) / whole) / 10).toFixed(1)} %` : "–");
+const percent = (part, whole) => (whole ? `${(Math.round((part * 1000) / whole) / 10).toFixed(1)}%` : "–");
 
-/** What a client sent and received. */
+/** The requests and responses of a client. */
 class Log {
   requests = [];
 
@@ -56,7 +56,7 @@ export async function usage(world) {
   const { page, base } = my;
   await my.registered("Usage");
 
-  // Before the first request, the pages say so.
+  // Before the first request, the pages show that there is none.
   await my.navigate("Usage").click();
   await my.heading("No requests yet").waitFor();
   await page.getByText("curl -i").waitFor();
@@ -77,7 +77,7 @@ export async function usage(world) {
   await log.check(app, "POST /orders", 3, 15);
   await log.echo(slow, 14);
   await log.echo(counted, 33);
-  // 7 are left: two of cost 3 fit.
+  // 7 are left, enough for two requests with a cost of 3.
   await log.check(counted, "POST /orders", 3, 4);
   await untilCounted(my, log);
   const all = log.count();
@@ -97,7 +97,7 @@ async function untilCounted(my, log) {
   for (;;) {
     const stats = await my.api("GET", "/admin/stats");
     const [token] = (await my.api("GET", "/admin/service-tokens")).items;
-    // The last use of keys and tokens is recorded a little later.
+    // The last use of keys and tokens is saved a little later.
     if (stats.requests_today === log.requests.length && stats.unused_keys === 1 && token.last_used_at) return;
     assert.ok(stats.requests_today <= log.requests.length, `${stats.requests_today} of ${log.requests.length} counted`);
     assert.ok(Date.now() < deadline, `only ${stats.requests_today} of ${log.requests.length} counted`);
@@ -116,7 +116,7 @@ async function home(my, log) {
   assert.equal(await card("Rejected today").locator("strong").textContent(), number(all.rejected));
   assert.ok((await card("Rejected today").innerText()).includes(percent(all.rejected, all.total)));
   assert.match(await card("Active keys").innerText(), /\b4\b[\s\S]*of 4, 1 never used/);
-  // The quota of 40 is used but for what two requests of cost 3 and 33 of cost 1 left.
+  // The remaining quota of 40 after two requests with a cost of 3 and 33 with a cost of 1.
   const used = log.count((it) => it.key === "Counted" && it.allowed, (it) => it.cost).allowed;
   assert.ok((await card("Closest").innerText()).includes("Counted"), await card("Closest").innerText());
   const chart = page.locator(".chart");
@@ -124,7 +124,7 @@ async function home(my, log) {
   assert.equal(await legend(chart, "Rejected"), number(all.rejected));
   const attention = page.locator("section", { has: page.getByRole("heading", { name: "Needs attention" }) });
   if (used >= 32) await attention.getByRole("link", { name: "Counted" }).waitFor();
-  const top = page.locator("section", { has: page.getByRole("heading", { name: "Top keys in 24 hours" }) });
+  const top = page.locator("section", { has: page.getByRole("heading", { name: "Top keys, last 24 hours" }) });
   for (const key of ["Mobile app", "Slow lane", "Counted"]) {
     const { total, rejected } = log.count((it) => it.key === key);
     const note = rejected ? `${number(total)} requests, ${number(rejected)} rejected` : `${number(total)} requests`;
@@ -183,7 +183,7 @@ async function usagePage(my, log, app) {
   }
   await my.inspect("usage-policies");
 
-  // Cost in place of requests.
+  // Cost instead of requests.
   await page.locator("#count").selectOption({ label: "Cost" });
   const cost = (it) => it.cost;
   await page.waitForFunction(() => location.search.includes("count=cost"));
@@ -196,7 +196,7 @@ async function usagePage(my, log, app) {
   await page.locator("#count").selectOption({ label: "Requests" });
   await matches(log.count());
 
-  // A row filters the page, and the address keeps everything that was chosen.
+  // A row filters the page, and the address keeps all choices.
   await page.locator("table.groups").getByRole("link", { name: "Mobile app" }).click();
   await page.waitForFunction((id) => location.search.includes(id), app.api_key.id);
   await page.waitForFunction(
@@ -214,11 +214,11 @@ async function usagePage(my, log, app) {
   await page.goto(`${my.base}/console/usage`);
   await chart.waitFor();
 
-  // Keyboard only: the last bar is the hour that has not ended, or a part of the requests if the hour has changed.
+  // Keyboard only: the last bar is the current hour, or has only part of the requests if the hour has changed.
   await page.locator(".chart-plot").focus();
   await page.keyboard.press("End");
   const readout = () => page.locator(".chart-plot").getAttribute("aria-valuetext");
-  assert.match(await readout(), /^\w{3} \d+ \w{3}, \d\d:00–\d\d:00 UTC · [\d,]+ allowed · [\d,]+ rejected( \(\d+\.\d %\))? so far$/);
+  assert.match(await readout(), /^\w{3} \d+ \w{3}, \d\d:00–\d\d:00 UTC · [\d,]+ allowed · [\d,]+ rejected( \(\d+\.\d%\))? so far$/);
   await page.keyboard.press("Home");
   assert.match(await readout(), /0 allowed · 0 rejected$/);
   await my.inspect("usage-selected");
@@ -294,7 +294,7 @@ async function keyPage(my, log, counted) {
   assert.deepEqual(await rows.locator("td[data-label='Request ID']").allTextContents(), latest.map((it) => it.id));
   await my.inspect("key-usage");
 
-  // How the quotas are used up.
+  // The burn-down of the quotas.
   await page.getByRole("link", { name: "Open usage" }).click();
   const burn = page.locator(".burn-down").filter({ hasText: "Daily quota" });
   await burn.getByText(`${used} of 40 used`).waitFor();
@@ -336,7 +336,7 @@ async function liveTail(my, log, app, slow) {
   await drawer.getByLabel("Request ID").press("Tab");
   await drawer.getByLabel("Outcome").selectOption("rejected");
   await page.waitForFunction((count) => document.querySelectorAll("dialog[open] tbody tr").length === count, log.count().rejected);
-  // While the server is unreachable, the list says so and goes on afterwards.
+  // While the server is unreachable, the list shows that, and continues afterward.
   const calls = /\/admin\/decisions/;
   await page.route(calls, (route) => route.abort());
   await drawer.getByText("Reconnecting…").waitFor();
@@ -347,7 +347,7 @@ async function liveTail(my, log, app, slow) {
   await drawer.waitFor({ state: "detached" });
 }
 
-/** Nothing that matches, and data that cannot be refreshed. */
+/** No matching requests, and data that cannot be refreshed. */
 async function states(my) {
   const { page } = my;
   await page.goto(`${my.base}/console/usage?endpoint=DELETE%20%2Fnothing`);

@@ -111,7 +111,7 @@ export class Visitor {
   /** Checks the page with axe and for sideways scrolling, light and dark, wide and narrow, and takes screenshots. */
   async inspect(name) {
     const { page, world } = this;
-    // What is dimmed, because it is about to be replaced, has less contrast on purpose.
+    // Content that is dimmed because it is about to be replaced has less contrast on purpose.
     await page.waitForFunction(() => !document.querySelector(".async.pending"));
     for (const { theme, width, height } of forms) {
       await page.setViewportSize({ width, height });

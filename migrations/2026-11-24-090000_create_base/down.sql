@@ -1,4 +1,4 @@
--- The roles stay: they belong to the cluster, and another database of it may use them.
+-- The roles are kept: they belong to the cluster, and other databases in it may use them.
 DROP TABLE server_secrets, revocations, idempotency_keys, audit_events, quota_usage, service_tokens, api_keys,
     plans, refresh_tokens, sessions, memberships, users, tenants;
 DROP FUNCTION revocations_in_order(), touch_api_key(), touch_updated_at(), current_tenant();

@@ -1,6 +1,6 @@
--- The roles that the server works as. They own nothing, so row-level security binds them whatever role it
--- signs in with. Roles belong to the cluster, not to the database: two databases may make them at once.
--- Where the role that migrates may not make roles, somebody who may makes these two beforehand.
+-- The roles that the server uses. They own nothing, so row-level security applies to them, whichever role the server
+-- signs in with. Roles belong to the cluster, not to the database: two databases may create them concurrently. If the
+-- migrating role may not create roles, create these two beforehand.
 DO $$
 DECLARE
     name text;
@@ -19,11 +19,11 @@ BEGIN
 END $$;
 GRANT USAGE ON SCHEMA public TO quota_app, quota_system;
 
--- The tenant that the current transaction acts for. Unset reads as NULL, which equals no row's tenant.
+-- The tenant of the current transaction. If unset, it is NULL, which equals no row's tenant.
 CREATE FUNCTION current_tenant() RETURNS uuid
     LANGUAGE sql STABLE PARALLEL SAFE
     RETURN nullif(current_setting('quota.tenant', true), '')::uuid;
-COMMENT ON FUNCTION current_tenant() IS 'The tenant set by SET LOCAL quota.tenant; NULL, and so no rows, when unset';
+COMMENT ON FUNCTION current_tenant() IS 'The tenant set by SET LOCAL quota.tenant; NULL if unset, which matches no rows';
 
 CREATE FUNCTION touch_updated_at() RETURNS trigger
     LANGUAGE plpgsql AS $$
@@ -44,7 +44,7 @@ CREATE TABLE tenants (
     CONSTRAINT tenants_name_length CHECK (char_length(name) BETWEEN 1 AND 200)
 );
 COMMENT ON TABLE tenants IS 'Accounts that own plans, keys, service tokens and usage';
-COMMENT ON COLUMN tenants.time_zone IS 'IANA zone in which daily and monthly quotas begin';
+COMMENT ON COLUMN tenants.time_zone IS 'IANA time zone in which daily and monthly quotas reset';
 
 CREATE TABLE users (
     id uuid NOT NULL,
@@ -57,9 +57,9 @@ CREATE TABLE users (
     CONSTRAINT users_email_key UNIQUE (email),
     CONSTRAINT users_email_lower CHECK (email = lower(email))
 );
-COMMENT ON TABLE users IS 'People who sign in';
-COMMENT ON COLUMN users.email IS 'In lower case, so that one address is one account';
-COMMENT ON COLUMN users.password_hash IS 'PHC string, argon2id';
+COMMENT ON TABLE users IS 'Users who can sign in';
+COMMENT ON COLUMN users.email IS 'In lower case, so that each address has only one account';
+COMMENT ON COLUMN users.password_hash IS 'PHC string (Argon2id)';
 
 CREATE TABLE memberships (
     tenant_id uuid NOT NULL,
@@ -72,7 +72,7 @@ CREATE TABLE memberships (
     CONSTRAINT memberships_role_known CHECK (role IN ('owner', 'admin', 'developer', 'billing', 'viewer'))
 );
 CREATE INDEX memberships_user_id_idx ON memberships (user_id);
-COMMENT ON TABLE memberships IS 'Which user may do what in which tenant';
+COMMENT ON TABLE memberships IS 'The roles of users in tenants';
 
 -- Sessions -------------------------------------------------------------------------------------------
 
@@ -92,7 +92,7 @@ CREATE TABLE sessions (
 );
 CREATE INDEX sessions_user_id_idx ON sessions (user_id);
 CREATE INDEX sessions_expires_at_idx ON sessions (expires_at);
-COMMENT ON TABLE sessions IS 'Session families: one sign-in and every refresh token that followed from it';
+COMMENT ON TABLE sessions IS 'Session families: a sign-in and all refresh tokens issued for it';
 COMMENT ON COLUMN sessions.tenant_id IS 'The tenant that the session acts for';
 
 CREATE TABLE refresh_tokens (
@@ -105,7 +105,7 @@ CREATE TABLE refresh_tokens (
     CONSTRAINT refresh_tokens_hash_length CHECK (octet_length(token_hash) = 32)
 );
 CREATE INDEX refresh_tokens_session_id_idx ON refresh_tokens (session_id);
-COMMENT ON TABLE refresh_tokens IS 'Every refresh token of every session family, used ones too: using one twice tells of a theft';
+COMMENT ON TABLE refresh_tokens IS 'All refresh tokens of all session families, including used ones: reusing a token indicates theft';
 COMMENT ON COLUMN refresh_tokens.token_hash IS 'SHA-256 of the token';
 
 -- Plans and keys -------------------------------------------------------------------------------------
@@ -134,11 +134,11 @@ CREATE TABLE plans (
     CONSTRAINT plans_billing_known CHECK (billing IN ('free', 'paid'))
 );
 CREATE TRIGGER plans_touch BEFORE UPDATE ON plans FOR EACH ROW EXECUTE FUNCTION touch_updated_at();
-COMMENT ON TABLE plans IS 'Limits that keys share the shape of; each key has a bucket and quotas of its own';
-COMMENT ON COLUMN plans.default_rpm IS 'Sustained requests a minute';
-COMMENT ON COLUMN plans.burst IS 'Requests that a rested key may send at once';
-COMMENT ON COLUMN plans.daily_quota IS 'Requests a calendar day in the tenant''s zone; NULL for no limit';
-COMMENT ON COLUMN plans.monthly_quota IS 'Requests a calendar month in the tenant''s zone; NULL for no limit';
+COMMENT ON TABLE plans IS 'Limits shared by a group of keys; each key has its own bucket and quotas';
+COMMENT ON COLUMN plans.default_rpm IS 'Sustained requests per minute';
+COMMENT ON COLUMN plans.burst IS 'Maximum burst: requests an idle key may send immediately';
+COMMENT ON COLUMN plans.daily_quota IS 'Requests per calendar day in the tenant''s time zone; NULL for no limit';
+COMMENT ON COLUMN plans.monthly_quota IS 'Requests per calendar month in the tenant''s time zone; NULL for no limit';
 
 CREATE TABLE api_keys (
     tenant_id uuid NOT NULL,
@@ -169,12 +169,12 @@ CREATE UNIQUE INDEX api_keys_key_hash_idx ON api_keys (key_hash);
 CREATE UNIQUE INDEX api_keys_previous_key_hash_idx ON api_keys (previous_key_hash)
     WHERE previous_key_hash IS NOT NULL;
 CREATE INDEX api_keys_plan_id_idx ON api_keys (plan_id);
-COMMENT ON TABLE api_keys IS 'What consumers show to be let in. The text is stored nowhere';
-COMMENT ON COLUMN api_keys.key_hash IS 'SHA-256 of the text, which has 190 random bits';
-COMMENT ON COLUMN api_keys.previous_key_hash IS 'SHA-256 of the text from before the last rotation';
-COMMENT ON COLUMN api_keys.previous_expires_at IS 'Until then the previous text works too';
-COMMENT ON COLUMN api_keys.rpm_override IS 'Sustained requests a minute in place of the plan''s';
--- last_used_at moves with use and is no edit; everything else is.
+COMMENT ON TABLE api_keys IS 'API keys of consumers. The secret is not stored';
+COMMENT ON COLUMN api_keys.key_hash IS 'SHA-256 of the secret, which has 190 random bits';
+COMMENT ON COLUMN api_keys.previous_key_hash IS 'SHA-256 of the secret before the last rotation';
+COMMENT ON COLUMN api_keys.previous_expires_at IS 'The time until which the previous secret works';
+COMMENT ON COLUMN api_keys.rpm_override IS 'Sustained requests per minute, overriding the plan''s';
+-- A change of last_used_at is not an edit; every other change is.
 CREATE FUNCTION touch_api_key() RETURNS trigger
     LANGUAGE plpgsql AS $$
 BEGIN
@@ -199,8 +199,8 @@ CREATE TABLE service_tokens (
     CONSTRAINT service_tokens_hash_length CHECK (octet_length(token_hash) = 32)
 );
 CREATE UNIQUE INDEX service_tokens_token_hash_idx ON service_tokens (token_hash);
-COMMENT ON TABLE service_tokens IS 'Credentials of a tenant''s own gateways. The text is stored nowhere';
-COMMENT ON COLUMN service_tokens.token_hash IS 'SHA-256 of the text';
+COMMENT ON TABLE service_tokens IS 'Credentials of a tenant''s gateways. The secret is not stored';
+COMMENT ON COLUMN service_tokens.token_hash IS 'SHA-256 of the secret';
 
 CREATE TABLE quota_usage (
     tenant_id uuid NOT NULL,
@@ -216,7 +216,7 @@ CREATE TABLE quota_usage (
     CONSTRAINT quota_usage_used_positive CHECK (used >= 0)
 );
 CREATE INDEX quota_usage_window_start_idx ON quota_usage (window_start);
-COMMENT ON TABLE quota_usage IS 'How much of each calendar quota was handed out to replicas, in blocks: spent, or in some replica''s hand';
+COMMENT ON TABLE quota_usage IS 'How much of each calendar quota replicas have taken in blocks, spent or not';
 
 -- Audit, idempotency, revocations --------------------------------------------------------------------
 
@@ -235,7 +235,7 @@ CREATE TABLE audit_events (
     CONSTRAINT audit_events_tenant_fkey FOREIGN KEY (tenant_id) REFERENCES tenants (id) ON DELETE CASCADE,
     CONSTRAINT audit_events_user_fkey FOREIGN KEY (user_id) REFERENCES users (id) ON DELETE SET NULL
 );
-COMMENT ON TABLE audit_events IS 'Who changed what, when, from where. Rows are added and never changed';
+COMMENT ON TABLE audit_events IS 'Who changed what, when and from where. Rows are only added, never changed';
 
 CREATE TABLE idempotency_keys (
     tenant_id uuid NOT NULL,
@@ -250,7 +250,7 @@ CREATE TABLE idempotency_keys (
     CONSTRAINT idempotency_keys_key_length CHECK (char_length(key) BETWEEN 1 AND 255)
 );
 CREATE INDEX idempotency_keys_created_at_idx ON idempotency_keys (created_at);
-COMMENT ON TABLE idempotency_keys IS 'Answers to creating requests, for 24 hours; never with a secret in them';
+COMMENT ON TABLE idempotency_keys IS 'Responses to requests with an Idempotency-Key, kept for 24 hours, without secrets';
 COMMENT ON COLUMN idempotency_keys.request_hash IS 'SHA-256 of the request body';
 
 CREATE TABLE revocations (
@@ -264,11 +264,11 @@ CREATE TABLE revocations (
         CHECK (target_type IN ('tenant', 'plan', 'api_key', 'service_token', 'session', 'user'))
 );
 CREATE INDEX revocations_at_idx ON revocations (at);
-COMMENT ON TABLE revocations IS 'What replicas must forget from their caches, in the order of commits';
-COMMENT ON COLUMN revocations.seq IS 'Taken under an advisory lock, so that a reader of seq > n misses none';
+COMMENT ON TABLE revocations IS 'Changes after which replicas discard cached records, in commit order';
+COMMENT ON COLUMN revocations.seq IS 'Assigned under an advisory lock, so that a reader of seq > n misses none';
 
--- An identity is handed out before its transaction commits. Without the lock a reader could see 6, move
--- on, and never look back for the 5 that commits after it.
+-- An identity value is assigned before its transaction commits. Without the lock, a reader could see 6, continue from
+-- there, and miss 5, which commits later.
 CREATE FUNCTION revocations_in_order() RETURNS trigger
     LANGUAGE plpgsql AS $$
 BEGIN
@@ -286,10 +286,10 @@ CREATE TABLE server_secrets (
     CONSTRAINT server_secrets_one_row CHECK (id),
     CONSTRAINT server_secrets_length CHECK (octet_length(secret) = 32)
 );
-COMMENT ON TABLE server_secrets IS 'What tokens are signed with where QUOTA_SECRET is not set: made once, shared by all replicas';
+COMMENT ON TABLE server_secrets IS 'The secret that signs tokens if QUOTA_SECRET is not set: generated once, shared by all replicas';
 
 -- Rights ---------------------------------------------------------------------------------------------
--- quota_app acts for one tenant, quota_system for the server itself (sign-in, look-ups by secret, sweeps).
+-- quota_app acts for one tenant, quota_system for the server itself (sign-in, lookups by secret, sweeps).
 
 GRANT SELECT, UPDATE ON tenants TO quota_app;
 GRANT SELECT ON users, memberships TO quota_app;

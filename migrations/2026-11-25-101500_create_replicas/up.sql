@@ -1,22 +1,21 @@
--- Who serves: each replica of the server keeps a row young while it runs. Read when Redis, by which they share
--- their counters, is away: then each sells its part.
+-- Each replica of the server updates its row while it runs. Read while Redis, in which replicas share counters, is
+-- unreachable: each replica then enforces its share of the limits.
 CREATE TABLE replicas (
     id uuid NOT NULL,
     joined_at timestamptz NOT NULL DEFAULT now(),
     seen_at timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT replicas_pkey PRIMARY KEY (id)
 );
-COMMENT ON TABLE replicas IS 'Running servers; a row that is not kept young is of one that is gone';
+COMMENT ON TABLE replicas IS 'Running servers; a row that is not updated belongs to a server that is gone';
 
--- Whether counters have ever been kept in Redis. An empty Redis is a new one before, and one that lost its state
--- after.
+-- Whether counters have ever been stored in Redis. If not, an empty Redis is new; otherwise it has lost its state.
 CREATE TABLE shared_counters (
     single boolean NOT NULL DEFAULT true,
     begun_at timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT shared_counters_pkey PRIMARY KEY (single),
     CONSTRAINT shared_counters_only CHECK (single)
 );
-COMMENT ON TABLE shared_counters IS 'One row once counters have been kept in Redis';
+COMMENT ON TABLE shared_counters IS 'Has one row once counters have been stored in Redis';
 
 GRANT SELECT, INSERT, UPDATE, DELETE ON replicas TO quota_system;
 GRANT SELECT, INSERT ON shared_counters TO quota_system;

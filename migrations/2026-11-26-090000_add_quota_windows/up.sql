@@ -1,5 +1,5 @@
--- Each row states its own window, so that replicas that disagree about the tenant's time zone for a moment still
--- count in the same one. The previous version inserts rows without these columns: the server fills them in.
+-- Each row has its own window, so that replicas that briefly disagree about the tenant's time zone still count in the
+-- same window. The previous version inserts rows without these columns: the server fills them in.
 ALTER TABLE quota_usage
     ADD COLUMN window_end timestamptz,
     ADD COLUMN period_seconds bigint;

@@ -1,4 +1,4 @@
--- Nullable, and without a default: the previous version inserts sessions without it, and goes on refreshing those that
+-- Nullable and without a default: the previous version inserts sessions without it, and keeps refreshing those that
 -- have one.
 ALTER TABLE sessions ADD COLUMN secret_id bytea;
 -- NOT VALID: every existing row is NULL, and checking them would read the table under an exclusive lock.

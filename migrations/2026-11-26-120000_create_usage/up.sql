@@ -1,7 +1,8 @@
--- Usage: the log of decisions, rollups of it, and how far each replica's segments were shipped.
+-- Usage: the log of decisions, its rollups, and how far each replica's segments have been shipped.
 --
--- Every table of a tenant's leads with tenant_id and has no foreign key: usage outlives the keys it is about, and a
--- late batch must not fail because a key is gone. All of them can be distributed by tenant_id.
+-- The primary key of every table with tenants' rows starts with tenant_id, and none of them has a foreign key: usage
+-- outlives its keys, and a late batch must not fail because a key was deleted. All of them can be distributed by
+-- tenant_id.
 
 -- The log ----------------------------------------------------------------------------------------------
 
@@ -30,12 +31,12 @@ COMMENT ON TABLE usage_log IS 'One row for each decision on a known key. Partiti
 COMMENT ON COLUMN usage_log.seq IS
     'Position in the tenant''s log: without gaps, and visible in this order. See usage_tenants';
 COMMENT ON COLUMN usage_log."timestamp" IS 'When the request was decided, by PostgreSQL''s clock';
-COMMENT ON COLUMN usage_log.event_id IS 'The record''s ID. It is the same however often the record is sent';
-COMMENT ON COLUMN usage_log.plan_id IS 'The key''s plan at that moment';
-COMMENT ON COLUMN usage_log.billing IS 'The plan''s billing at that moment';
-COMMENT ON COLUMN usage_log.cost IS 'What the request costs if it is admitted';
+COMMENT ON COLUMN usage_log.event_id IS 'The record''s ID, which is the same no matter how often the record is sent';
+COMMENT ON COLUMN usage_log.plan_id IS 'The key''s plan at that time';
+COMMENT ON COLUMN usage_log.billing IS 'The plan''s billing at that time';
+COMMENT ON COLUMN usage_log.cost IS 'The cost of the request if it is admitted';
 COMMENT ON COLUMN usage_log.policy IS 'The policy that denied it; NULL if admitted, or denied while capacity was reduced';
-COMMENT ON COLUMN usage_log.endpoint IS 'As the caller named it; empty if it named none';
+COMMENT ON COLUMN usage_log.endpoint IS 'As sent by the caller; empty if none was sent';
 
 CREATE TABLE usage_log_default PARTITION OF usage_log DEFAULT;
 COMMENT ON TABLE usage_log_default IS 'Rows of days that have no partition';
@@ -45,16 +46,15 @@ CREATE TABLE usage_tenants (
     last_seq bigint NOT NULL,
     CONSTRAINT usage_tenants_pkey PRIMARY KEY (tenant_id)
 );
-COMMENT ON TABLE usage_tenants IS 'The end of each tenant''s log';
+COMMENT ON TABLE usage_tenants IS 'The last position in each tenant''s log';
 COMMENT ON COLUMN usage_tenants.last_seq IS
     'The last number in usage_log.seq. Its row is locked until the rows with the new numbers are committed, so who has read up to a number has missed none before it';
 
--- Rollups ----------------------------------------------------------------------------------------------
--- A row is about one key or all, one endpoint or all, one plan or all; the other rows with the same start count the
--- same requests again. The zero UUID stands for all keys or plans, E'\x01' for all endpoints, E'\x02' for those above
--- the limit of endpoints: no name of an endpoint has control characters. Rows of one key are always of one plan.
--- The endpoint comes first in the key, so that all keys are next to each other. The endpoints of a key are in
--- usage_endpoints.
+-- Rollups ---------------------------------------------------------------------------------------------- A row is about
+-- one key or all, one endpoint or all, one plan or all; the other rows with the same start count the same requests
+-- again. The zero UUID stands for all keys or plans, E'\x01' for all endpoints, and E'\x02' for those above the limit
+-- of endpoints: names of endpoints have no control characters. All rows of a key have the same plan. The endpoint comes
+-- first in the primary key, so that all keys are next to each other. The endpoints of a key are in usage_endpoints.
 
 CREATE TABLE usage_quarters (
     tenant_id uuid NOT NULL,
@@ -67,7 +67,7 @@ CREATE TABLE usage_quarters (
     cost bigint NOT NULL,
     CONSTRAINT usage_quarters_pkey PRIMARY KEY (tenant_id, endpoint, key_id, plan_id, start, policy)
 ) PARTITION BY RANGE (start);
-COMMENT ON TABLE usage_quarters IS 'Requests in each quarter of an hour. Partitioned by day in UTC';
+COMMENT ON TABLE usage_quarters IS 'Requests per quarter of an hour. Partitioned by day in UTC';
 COMMENT ON COLUMN usage_quarters.policy IS
     'Empty: admitted requests. Else those that this policy denied; reduced_capacity for those that none denied';
 
@@ -88,7 +88,7 @@ CREATE TABLE usage_days (
 ) PARTITION BY RANGE (start);
 COMMENT ON TABLE usage_days IS
     'The same as usage_quarters, for each day in UTC: ranks keys and endpoints over long ranges. Partitioned by day';
-COMMENT ON COLUMN usage_days.last_at IS 'Time of the newest request';
+COMMENT ON COLUMN usage_days.last_at IS 'Time of the latest request';
 
 CREATE TABLE usage_days_default PARTITION OF usage_days DEFAULT;
 COMMENT ON TABLE usage_days_default IS 'Rows of days that have no partition';
@@ -113,8 +113,8 @@ CREATE TABLE usage_segments (
     CONSTRAINT usage_segments_position_range CHECK ("position" >= 0)
 );
 CREATE INDEX usage_segments_started_at_idx ON usage_segments (started_at);
-COMMENT ON TABLE usage_segments IS 'How far each segment was shipped: moved in the transaction that inserts its records';
-COMMENT ON COLUMN usage_segments."position" IS 'Everything before it is in usage_log';
+COMMENT ON TABLE usage_segments IS 'The position up to which each segment has been shipped, updated in the transaction that inserts its records';
+COMMENT ON COLUMN usage_segments."position" IS 'All records before it are in usage_log';
 COMMENT ON COLUMN usage_segments.started_at IS 'When the segment was created';
 
 CREATE TABLE usage_shippers (
@@ -154,7 +154,7 @@ BEGIN
             EXECUTE format('CREATE TABLE %I (LIKE %I INCLUDING DEFAULTS INCLUDING CONSTRAINTS) WITH (fillfactor = %s)',
                 name, parent, CASE parent WHEN 'usage_log' THEN 100 ELSE 80 END);
             EXECUTE format('ALTER TABLE %I ENABLE ROW LEVEL SECURITY', name);
-            -- Rows that arrived before their partition existed. The lock keeps others from adding more.
+            -- Rows that arrived before their partition existed. The lock prevents others from adding more.
             EXECUTE format('LOCK TABLE %I IN ACCESS EXCLUSIVE MODE', parent || '_default');
             EXECUTE format(
                 'WITH moved AS (DELETE FROM %I WHERE %I >= %L AND %I < %L RETURNING *) INSERT INTO %I SELECT * FROM moved',
@@ -179,7 +179,7 @@ BEGIN
         RAISE EXCEPTION 'not a table of usage: %', parent;
     END IF;
     PERFORM pg_advisory_xact_lock(7226423);
-    -- One at a time: each needs a lock on the whole table.
+    -- One at a time, because each needs a lock on the whole table.
     FOR name IN
         SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
         WHERE i.inhparent = parent::regclass AND c.relname ~ ('^' || parent || '_\d{8}$')
@@ -206,7 +206,7 @@ GRANT SELECT, INSERT, UPDATE, DELETE ON
     usage_log, usage_tenants, usage_quarters, usage_days, usage_endpoints, usage_segments, usage_shippers
     TO quota_system;
 
--- Partitions have policies of nobody: they are reached through their parent alone.
+-- Partitions have no policies: they are accessed only through their parent.
 ALTER TABLE usage_log_default ENABLE ROW LEVEL SECURITY;
 ALTER TABLE usage_quarters_default ENABLE ROW LEVEL SECURITY;
 ALTER TABLE usage_days_default ENABLE ROW LEVEL SECURITY;

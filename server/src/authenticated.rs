@@ -1,13 +1,19 @@
-//! What handlers tell the listener about the connection that a request came on.
+//! Information from handlers to the listener about the connection of a request.
 //!
 //! Handlers mark connections on which a valid API key or service token was sent. The listener then stops counting them
-//! against their address. Handlers also announce responses that go on for as long as the client wants them: such a
-//! response may be quiet, and the client is not behind in reading it.
+//! toward the limit of their address. Handlers also announce responses that continue as long as the client wants.
+//! Such a response may send only a few bytes occasionally, which count as progress. If the client does not read it when
+//! it has to end, its handler closes the connection.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, AtomicUsize, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    task::Waker,
 };
+
+use futures_util::task::AtomicWaker;
 
 /// See the module. Clones share the marks.
 #[derive(Debug, Clone, Default)]
@@ -17,6 +23,9 @@ pub struct Authenticated(Arc<Marks>);
 struct Marks {
     is_set: AtomicBool,
     endless_responses: AtomicUsize,
+    is_to_close: AtomicBool,
+    /// Wakes the connection's task.
+    waker: AtomicWaker,
 }
 
 impl Authenticated {
@@ -28,7 +37,7 @@ impl Authenticated {
         self.0.is_set.load(Ordering::Relaxed)
     }
 
-    /// Announces a response without an end. It counts until the returned value is dropped.
+    /// Marks a response as a stream without an end. The mark lasts until the returned value is dropped.
     pub fn begin_endless_response(&self) -> EndlessResponse {
         self.0.endless_responses.fetch_add(1, Ordering::Relaxed);
         EndlessResponse(Arc::clone(&self.0))
@@ -37,11 +46,34 @@ impl Authenticated {
     pub fn has_endless_response(&self) -> bool {
         self.0.endless_responses.load(Ordering::Relaxed) > 0
     }
+
+    /// Whether the handler of a response without an end wants the connection closed.
+    pub fn is_to_close(&self) -> bool {
+        self.0.is_to_close.load(Ordering::Acquire)
+    }
+
+    /// Sets which task [`Self::wake`] wakes.
+    pub fn register(&self, waker: &Waker) {
+        self.0.waker.register(waker);
+    }
+
+    /// Wakes the connection's task.
+    pub fn wake(&self) {
+        self.0.waker.wake();
+    }
 }
 
 /// A response without an end, while it is being sent.
 #[derive(Debug)]
 pub struct EndlessResponse(Arc<Marks>);
+
+impl EndlessResponse {
+    /// Closes the connection and all other responses on it.
+    pub fn close_connection(&self) {
+        self.0.is_to_close.store(true, Ordering::Release);
+        self.0.waker.wake();
+    }
+}
 
 impl Drop for EndlessResponse {
     fn drop(&mut self) {

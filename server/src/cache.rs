@@ -1,21 +1,21 @@
-//! A cache of rows in PostgreSQL that knows how long its entries are valid.
+//! A cache of PostgreSQL rows that tracks how long its entries are valid.
 //!
-//! An entry is valid while the poll for invalidations is fresh, since every change so far has then been seen and its
-//! entry emptied; without a fresh poll, for a second after it was loaded. After that it is loaded again. While
-//! PostgreSQL is unavailable, an entry is still served for a grace period after it was last confirmed. After that the
-//! look-up fails: what cannot be confirmed is denied.
+//! An entry is valid while the poll for invalidations is fresh, because all changes so far have then been seen and
+//! their entries emptied; without a fresh poll, an entry is valid for a second after it was loaded. After that, it is
+//! reloaded. While PostgreSQL is unavailable, an entry is still served for a grace period after it was last confirmed.
+//! After that, the lookup fails: an entry that cannot be confirmed is denied.
 //!
 //! Once a load or a poll has failed, PostgreSQL is suspected to be unreachable, for all caches. Until it responds
 //! again, entries within their grace period are served without waiting, and only a few at a time are reloaded in the
 //! background. So an outage delays the first few requests, not the first request of each key.
 //!
 //! A changed entry is emptied, not removed. It is never served again, but its key still counts as known, so that
-//! reloading it does not compete with look-ups of invented keys.
+//! reloading it does not compete with lookups of invented keys.
 //!
-//! A load may also return what another replica has read, with the time at which that was known to be current.
+//! A load may also return a row that another replica has read, with the time at which it was known to be current.
 //!
-//! Loads are single-flight: concurrent requests for the same key share one query. That a row does not exist is cached
-//! as well, separately and bounded, so that a flood of guesses neither repeats queries nor evicts entries in use.
+//! Loads are single-flight: concurrent requests for the same key share one query. The absence of a row is cached as
+//! well, separately and bounded, so that a flood of guesses neither repeats queries nor evicts entries in use.
 
 use std::{
     collections::HashMap,
@@ -44,7 +44,7 @@ use crate::{
 
 /// How long a loaded entry is valid without the poll.
 const TTL: u64 = 1_000_000_000;
-/// How long all entries are valid after the last poll. Polls come at least every 250 ms.
+/// How long all entries are valid after the last poll. Polls are 150 ms apart.
 const POLL_FRESH: u64 = 750_000_000;
 
 /// Concurrent background loads of one cache while PostgreSQL is suspected to be unreachable.
@@ -56,7 +56,7 @@ pub struct Freshness {
     clock: Arc<dyn Clock>,
     /// Monotonic time at which the last successful poll *began*, plus one; 0 for never.
     polled_at: AtomicU64,
-    /// Incremented by every invalidation, so that the result of a load that it overtook is not kept.
+    /// Incremented by every invalidation, so that the result of a load that was in progress at the time is not kept.
     generation: AtomicU64,
     suspected: watch::Sender<bool>,
 }
@@ -97,7 +97,7 @@ impl Freshness {
         self.clock.monotonic()
     }
 
-    /// A poll that began at `began` has applied all changes up to then.
+    /// A poll that began at `began` has applied all changes up to that time.
     pub fn polled(&self, began: u64) {
         self.polled_at.fetch_max(began + 1, Ordering::AcqRel);
         self.reached();
@@ -108,7 +108,7 @@ impl Freshness {
         loaded_at.max(self.polled_at.load(Ordering::Acquire).saturating_sub(1))
     }
 
-    /// Returns when the last poll began, if that was recently enough for entries to be valid.
+    /// Returns when the last poll began, if that is recent enough for entries to be valid.
     pub fn polled_lately(&self) -> Option<u64> {
         let polled = self.polled_at.load(Ordering::Acquire).checked_sub(1)?;
         (self.now().saturating_sub(polled) <= POLL_FRESH).then_some(polled)
@@ -121,13 +121,13 @@ impl Freshness {
     }
 }
 
-/// A load failed. Shared by all callers that waited for it.
+/// A load failed. Shared by all callers that waited for the load.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Unconfirmed {
     #[error("cannot be confirmed: {0}")]
     Failed(Arc<str>),
     /// Too many loads are in progress.
-    #[error("too many look-ups are in progress")]
+    #[error("too many lookups are in progress")]
     TooMany,
 }
 
@@ -135,7 +135,7 @@ pub enum Unconfirmed {
 #[derive(Debug)]
 pub struct Loaded<T> {
     pub value: Option<T>,
-    /// Monotonic time at which it was known to be current. `None`: when the load began.
+    /// Monotonic time at which it was known to be current. `None`: the time at which the load began.
     pub current_at: Option<u64>,
 }
 
@@ -151,14 +151,14 @@ impl<T> From<Option<T>> for Loaded<T> {
 type Load<T> = BoxFuture<'static, Result<Option<Arc<T>>, Unconfirmed>>;
 type Loading<T> = Shared<Load<T>>;
 
-/// A load in progress, for others that need the same key. They and a task of its own keep it running. Once none is
-/// left, for example when the runtime ends, it is canceled.
+/// A load in progress, shared by callers that need the same key. It is kept running by these callers and by a separate
+/// task. Once none is left, for example when the runtime ends, it is canceled.
 struct InProgress<T> {
     id: u64,
     loading: WeakShared<Load<T>>,
 }
 
-/// Removes a load from those in progress when it ends for any reason.
+/// Removes a load from the loads in progress when it ends for any reason.
 struct LoadGuard<K: Hash + Eq, T> {
     inner: Arc<CacheState<K, T>>,
     key: K,
@@ -175,7 +175,7 @@ impl<K: Hash + Eq, T> Drop for LoadGuard<K, T> {
 }
 
 struct Entry<T> {
-    /// `None`: it has changed and must be loaded before use.
+    /// `None`: the row has changed and must be loaded before use.
     value: Option<Arc<T>>,
     loaded_at: u64,
 }
@@ -249,7 +249,7 @@ where
         self.peek_at(key, self.inner.freshness.now())
     }
 
-    /// The same for a caller that has just read the monotonic clock.
+    /// The same, for a caller that has just read the monotonic clock.
     pub fn peek_at(&self, key: &K, now: u64) -> Option<Option<Arc<T>>> {
         let inner = &*self.inner;
         if let Some(entry) = inner.present.get(key)
@@ -334,7 +334,7 @@ where
             all.insert(key, InProgress { id, loading });
         }
         drop(all);
-        // In a task of its own, so that it completes even if its callers are dropped.
+        // Runs in a separate task, so that it completes even if its callers are dropped.
         tokio::spawn(loading.clone());
         loading
     }
@@ -346,7 +346,7 @@ where
 
     /// Whether the key is cached or being loaded.
     pub fn holds_or_loads(&self, key: &K) -> bool {
-        // In this order, since a load caches its result before it is removed from the loads in progress.
+        // Checked in this order, since a load caches its result before it is removed from the loads in progress.
         let is_loading = self.inner.loading.lock().contains_key(key);
         is_loading || self.holds(key)
     }
@@ -393,7 +393,7 @@ where
             }
             if let (Ok(value), true) = (&loaded, is_current) {
                 self.keep(key, value.clone(), current_at.unwrap_or(began));
-                // A later invalidation finds the entry. One before this check may have missed it.
+                // A later invalidation finds the entry. An earlier one may have missed it.
                 is_current = is_unchanged();
                 if !is_current {
                     self.empty(key);
@@ -401,7 +401,7 @@ where
                 }
             }
             outcome = Some(loaded);
-            // Something was invalidated during the load, possibly this key, so load again.
+            // Something, possibly this key, was invalidated during the load, so load again.
             if is_current || matches!(outcome, Some(Err(_))) {
                 break;
             }
@@ -431,7 +431,7 @@ where
             value: None,
             loaded_at: 0,
         };
-        // Fails if there is none.
+        // Does nothing if there is none.
         let _ = self.inner.present.replace(key, emptied, true);
     }
 
@@ -453,8 +453,8 @@ where
         }
     }
 
-    /// Invalidates these keys, and all loads in progress. `keys` is called after loads in progress are bound to be
-    /// repeated, so that nothing outdated is cached afterwards.
+    /// Invalidates these keys, and all loads in progress. `keys` is called after all loads in progress have been marked
+    /// to be repeated, so that no outdated entry is cached afterwards.
     pub fn forget_these<I: IntoIterator<Item = K>>(&self, keys: impl FnOnce() -> I) {
         self.inner
             .freshness
@@ -465,7 +465,7 @@ where
         }
     }
 
-    /// Drops the entry that says that a key does not exist.
+    /// Drops the entry that records that a key does not exist.
     pub fn forget_absent(&self, key: &K) {
         self.inner
             .freshness

@@ -23,7 +23,7 @@ use crate::clock::{Clock, GovernorClock};
 /// The wider IPv6 networks, with their limits as multiples of that of a /64.
 const WIDER: [(u32, u32); 2] = [(56, 4), (48, 16)];
 
-/// Addresses that are counted together: one IPv4 address, or an IPv6 network, represented by its first address.
+/// Addresses that are counted together: one IPv4 address, or an IPv6 network represented by its first address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ClientNetwork(IpAddr);
 
@@ -56,7 +56,7 @@ type Governor = governor::RateLimiter<
 #[derive(Debug)]
 pub struct ClientRateLimiter {
     governor: Option<Governor>,
-    /// One for each of [`WIDER`].
+    /// One for each of the [`WIDER`] networks.
     wider: Vec<Governor>,
     clock: GovernorClock,
     capacity: usize,
@@ -99,7 +99,7 @@ impl ClientRateLimiter {
             return Ok(());
         };
         if governor.len() >= self.capacity {
-            // Iterates over all networks, so not for every request of a flood.
+            // Iterates over all networks, so it is not done for every request in a flood.
             let now = self.clock.0.monotonic();
             let last = self.pruned_at.load(Ordering::Relaxed);
             if now.saturating_sub(last) >= 1_000_000_000 {
@@ -115,7 +115,7 @@ impl ClientRateLimiter {
             }
         }
         self.check(governor, caller)?;
-        // There are never more of these than of /64 networks.
+        // There are never more of these than /64 networks.
         for (governor, (length, _)) in self.wider.iter().zip(WIDER) {
             if let Some(network) = caller.network(length) {
                 self.check(governor, network)?;

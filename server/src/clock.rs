@@ -1,8 +1,8 @@
 //! Time as a dependency.
 //!
 //! [`Clock::now`] is calendar time, which jumps when an operator or NTP sets the clock. [`Clock::monotonic`] measures
-//! durations and never goes back. Limits in memory use the former, as nanoseconds since the Unix epoch; deadlines and the
-//! ages of cache entries use the latter.
+//! durations and never goes backward. Limits in memory use the former, as nanoseconds since the Unix epoch; deadlines
+//! and the ages of cache entries use the latter.
 
 use std::{
     fmt::Debug,
@@ -51,10 +51,10 @@ pub fn nanos(duration: Duration) -> u64 {
 
 /// A source of time.
 pub trait Clock: Debug + Send + Sync + 'static {
-    /// Returns calendar time. It may stand still or go back.
+    /// Returns calendar time. It may stand still or go backward.
     fn now(&self) -> UnixNanos;
 
-    /// Returns nanoseconds since an arbitrary start in this process. Never goes back.
+    /// Returns nanoseconds since an arbitrary start in this process. Never goes backward.
     fn monotonic(&self) -> u64;
 }
 
@@ -96,7 +96,7 @@ impl Clock for SystemClock {
         reason = "the only place that reads the system clock"
     )]
     fn now(&self) -> UnixNanos {
-        // A time before 1970 reads as 1970, and one after 2554 as the last that is representable.
+        // A time before 1970 is returned as 1970, and one after 2554 as the last representable time.
         let since = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
@@ -136,7 +136,7 @@ impl TestClock {
         self.time.monotonic.fetch_add(nanos(by), Ordering::SeqCst);
     }
 
-    /// Sets calendar time only, forward or back, as NTP or an operator may.
+    /// Sets only calendar time, forward or backward, as NTP or an operator may.
     pub fn set_now(&self, now: UnixNanos) {
         self.time.now.store(now.0, Ordering::SeqCst);
     }

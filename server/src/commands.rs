@@ -1,5 +1,6 @@
 //! The commands of the `quota` binary.
 
+pub mod billing;
 pub mod serve;
 pub mod usage;
 pub mod user;

@@ -1,8 +1,8 @@
-//! Settings, from environment variables and command-line flags of the same names.
+//! Settings, from environment variables and command-line flags.
 //!
 //! [`Settings`] holds the text of each setting, [`Config`] the parsed values. All settings are parsed at startup. If
-//! any is invalid the server does not start, and every error is reported, one line each, with the name of the
-//! variable. Nothing else in the server reads the environment.
+//! any is invalid, the server does not start, and reports all errors, one per line, each with the name of the variable.
+//! Nothing else in the server reads the environment.
 
 mod environment;
 mod example;
@@ -57,7 +57,7 @@ pub struct Config {
     pub trusted_proxies: Vec<IpNet>,
     pub auth_rpm: u32,
     pub admin_rpm: u32,
-    pub login_rpm: u32,
+    pub login_free_failures: u32,
     pub body_limit: usize,
     pub header_timeout: Duration,
     pub request_timeout: Duration,
@@ -66,7 +66,7 @@ pub struct Config {
     pub connections: usize,
     /// 0: no limit.
     pub connections_per_address: usize,
-    /// Per IPv4 /24 or IPv6 /56, and half of what an IPv6 /48 may have; 0: no limit.
+    /// Per IPv4 /24 or IPv6 /56; an IPv6 /48 may have twice as many. 0: no limit.
     pub connections_per_network: usize,
     pub key_lookups: usize,
     pub drain_timeout: Duration,
@@ -78,15 +78,17 @@ pub struct Config {
     pub usage_retention: Duration,
     /// Whole days.
     pub usage_rollup_retention: Duration,
+    /// `None`: billing is off.
+    pub stripe: Option<StripeSettings>,
     pub log_format: LogFormat,
     pub log: String,
-    /// Not a setting: tests lower it.
+    /// Not a setting; tests use a lower value.
     pub password_cost: PasswordCost,
 }
 
 impl std::fmt::Debug for Config {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        // An allow list, so that a new field with a secret is not shown by accident.
+        // An allow list, so that a new field with a secret is not printed by accident.
         f.debug_struct("Config")
             .field("listen", &self.listen)
             .field("metrics_listen", &self.metrics_listen)
@@ -100,18 +102,37 @@ impl std::fmt::Debug for Config {
     }
 }
 
+/// The operator's account at Stripe.
+#[derive(Clone)]
+pub struct StripeSettings {
+    pub secret_key: SecretString,
+    /// Two while one replaces the other.
+    pub webhook_secrets: Vec<SecretString>,
+    /// `None`: Stripe itself. Without a trailing slash.
+    pub api_base: Option<String>,
+    /// How long a past-due subscription keeps its access.
+    pub grace: Duration,
+}
+
+impl StripeSettings {
+    /// Whether real money is charged: test keys belong to a sandbox.
+    pub fn is_live(&self) -> bool {
+        self.secret_key.expose_secret().contains("_live_")
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LogFormat {
     Json,
     Text,
 }
 
-/// What recorded usage survives.
+/// Which failures recorded usage survives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Durability {
     /// The end of the process.
     Process,
-    /// Also a failure of the machine.
+    /// Failures of the machine as well.
     Machine,
 }
 
@@ -126,9 +147,9 @@ pub enum Registration {
 /// The page at `/`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Landing {
-    /// About Quota, for those who consider running it.
+    /// About Quota, for potential operators.
     Full,
-    /// For the operator's own customers: signing in and the API docs, under the operator's name.
+    /// For the operator's own customers: links to sign in and to the API docs, with the operator's name.
     Door { operator: String },
 }
 
@@ -138,7 +159,7 @@ impl Registration {
     }
 }
 
-/// How many objects of each kind a tenant may have.
+/// The maximum number of resources of each kind per tenant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Allowances {
     pub plans: u64,
@@ -186,7 +207,7 @@ impl Default for PasswordCost {
     }
 }
 
-/// Why the settings are invalid: one line for each error, which begins with the variable's name.
+/// Why the settings are invalid: one line for each error, starting with the variable's name.
 #[derive(Debug, thiserror::Error)]
 #[error("{}", .0.join("\n"))]
 pub struct ConfigErrors(pub Vec<String>);

@@ -1,8 +1,8 @@
-//! Deadlines that pauses of this process do not use up.
+//! Deadlines that account for pauses of this process.
 //!
-//! A process that was not scheduled for a while finds its timers expired and responses in its sockets at the same
-//! moment, and it is random which of the two its tasks see first. So if a timer itself fires late, the response gets
-//! that much more time, once and up to [`AT_MOST`]. What is reported as late then is the other side's fault.
+//! After a process was not scheduled for a while, its timers have expired and responses are in its sockets, and it is
+//! random which its tasks see first. So if a timer itself fires late, the response gets that much extra time, once and
+//! up to [`AT_MOST`]. A call that is still reported as late is then the other side's fault.
 
 use std::{pin::pin, time::Duration};
 
@@ -52,8 +52,8 @@ mod tests {
 
     const LIMIT: Duration = Duration::from_millis(10);
 
-    /// The response arrives in time, but passes through two tasks, like one from Redis, in a process that is paused
-    /// until the deadline.
+    /// The response arrives in time but passes through two tasks, like a response from Redis, in a process that is
+    /// paused until the deadline.
     #[tokio::test]
     async fn response_during_a_pause_is_in_time() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -63,7 +63,7 @@ mod tests {
             let (mut stream, _) = listener.accept().unwrap();
             asked.recv().unwrap();
             stream.write_all(b"!").unwrap();
-            // Until the other side closes.
+            // Completes when the other side closes.
             let _ = stream.read(&mut [0]);
         });
         let mut stream = tokio::net::TcpStream::connect(addr).await.unwrap();

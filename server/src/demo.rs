@@ -1,7 +1,7 @@
 //! `--demo`: a tenant with a plan, a key and a service token to try.
 //!
-//! Created once. The secrets are stored in the data directory, readable only by its owner, so that later starts can show
-//! them again. The database has only their hashes.
+//! Created once. The secrets are stored in the data directory, readable only by its owner, so that later startups can
+//! show them again. The database contains only their hashes.
 
 use std::{
     fs,
@@ -17,7 +17,7 @@ use uuid::Uuid;
 use crate::{
     auth::AuthError,
     db::DbError,
-    keys::Source,
+    keys::LookupCaller,
     repo::{
         api_key::{self, NewApiKey},
         plan::{self, NewPlan},
@@ -91,7 +91,7 @@ async fn is_known(state: &AppState, demo: &Demo) -> bool {
         Some(key) => matches!(
             state
                 .keys
-                .key(&key, state.clock.monotonic(), Source::default())
+                .key(&key, state.clock.monotonic(), LookupCaller::default())
                 .await,
             Ok(Some(_))
         ),
@@ -107,7 +107,7 @@ async fn create(state: &AppState, file: &Path) -> Result<Demo, DemoError> {
     let token = SecretText::generate(Kind::ServiceToken)?;
     let demo = Demo {
         email: format!("demo-{:08x}@example.com", number & 0xffff_ffff),
-        // Part of a secret, so equally random.
+        // Part of a secret, and therefore equally random.
         password: SecretText::generate(Kind::Refresh)?.reveal()[3..23].to_owned(),
         key: key.reveal(),
         service_token: token.reveal(),
@@ -158,6 +158,8 @@ async fn insert(
         key_hash: &key.hash(),
         expires_at: None,
         rpm_override: None,
+        external_id: None,
+        metadata: serde_json::json!({}),
     };
     api_key::insert(&mut tx, &key).await?;
     let token = NewServiceToken {

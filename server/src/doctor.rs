@@ -1,6 +1,6 @@
-//! `quota doctor`: checks the settings and dependencies of a server, and reports one line for each finding.
+//! `quota doctor`: checks the settings and dependencies of a server, and prints one line for each finding.
 //!
-//! Read-only. An unreachable dependency is a finding too; no check takes longer than the configured timeouts.
+//! Read-only. An unreachable dependency is a finding too. No check takes longer than the configured timeouts.
 
 use std::fmt::Write as _;
 
@@ -13,6 +13,9 @@ use crate::{
     file_limit, invalidations,
     redis::inspect::{self, Node},
 };
+
+/// The longest time, in seconds, for which a master that is cut off from its replicas should accept writes.
+const LAG_MAX: u32 = 1;
 
 /// The findings so far.
 #[derive(Debug, Default)]
@@ -50,7 +53,7 @@ impl Report {
         }
     }
 
-    /// Checks that the limit of open files allows the configured number of client connections.
+    /// Checks that the open-file limit allows the configured number of client connections.
     pub fn connections(&mut self, config: &Config) {
         let limit = file_limit::raise();
         let fit = file_limit::connections(config.connections, limit, config.database.pool);
@@ -66,7 +69,7 @@ impl Report {
         if fit < config.connections {
             self.warning(
                 "QUOTA_CONNECTIONS",
-                format!("{line}: the limit of open files (ulimit -n) allows no more"),
+                format!("{line}: the open-file limit (ulimit -n) does not allow more"),
             );
         } else {
             self.ok("QUOTA_CONNECTIONS", line);
@@ -141,7 +144,7 @@ impl Report {
                 settings.timeout,
                 settings.connect_timeout,
                 config.lease_ttl,
-                config.on_redis_failure.name(),
+                config.on_redis_failure.as_str(),
             ),
         );
         let nodes = match inspect::nodes(settings, &invalidations::channel(&settings.prefix)).await
@@ -224,14 +227,28 @@ impl Report {
             "redis",
             format!("{addr}: persistence: {}", node.persistence),
         );
-        if matches!(settings.servers, RedisServers::Sentinel { .. })
-            && node.min_replicas_to_write == Some(0)
-        {
+        if matches!(settings.servers, RedisServers::Sentinel { .. }) {
+            self.failover(node);
+        }
+    }
+
+    /// Checks that a master that is cut off from its replicas stops accepting writes soon.
+    fn failover(&mut self, node: &Node) {
+        let addr = &node.addr;
+        if node.min_replicas_to_write == Some(0) {
             self.warning(
                 "redis",
                 format!(
                     "{addr}: min-replicas-to-write is 0: a master that is cut off keeps counting; set it to 1, \
-                     and min-replicas-max-lag to 1"
+                     and min-replicas-max-lag to {LAG_MAX}"
+                ),
+            );
+        } else if let Some(lag) = node.min_replicas_max_lag.filter(|lag| *lag > LAG_MAX) {
+            self.warning(
+                "redis",
+                format!(
+                    "{addr}: min-replicas-max-lag is {lag}: a master that is cut off keeps counting for {lag} \
+                     seconds; set it to {LAG_MAX}"
                 ),
             );
         }
@@ -248,8 +265,8 @@ fn connections(pool: usize, replicas: usize, server: &ServerInfo) -> String {
     )
 }
 
-/// Logs a warning at startup if the replicas together may open more connections than PostgreSQL allows. Otherwise that
-/// would show only under load.
+/// Logs a warning at startup if the replicas together may open more connections than PostgreSQL allows. Otherwise, this
+/// would be noticed only under load.
 pub async fn warn_of_too_many_connections(config: &Config, url: &SecretString) {
     if let Ok(server) = db::inspect(url).await
         && config.database.pool * config.replicas > server.available()

@@ -1,11 +1,11 @@
-//! The limit of open files (`RLIMIT_NOFILE`): raises it at startup, and computes how many connections it allows.
+//! The open-file limit (`RLIMIT_NOFILE`): raises it at startup, and computes how many connections it allows.
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-/// Files that are not clients' connections: logs, the runtime, Redis, the metrics listener, and sockets that are
-/// being closed.
+/// Files other than client connections: logs, the runtime, Redis, the metrics listener, and sockets that are being
+/// closed.
 const OTHER_FILES: usize = 256;
-/// With fewer connections the server would be useless, so this many are always allowed, even if `accept` fails at
+/// With fewer connections, the server would be useless, so this many are always allowed, even if `accept` fails at
 /// times.
 const LEAST: usize = 16;
 
@@ -20,8 +20,8 @@ pub fn raise() -> Option<usize> {
     Some(usize::try_from(limit).unwrap_or(usize::MAX))
 }
 
-/// Returns how many client connections are possible: `wanted`, or what the limit leaves besides `database` connections
-/// and other files.
+/// Returns the possible number of client connections: `wanted`, or the number that the limit allows in addition to
+/// `database` connections and other files.
 pub fn connections(wanted: usize, limit: Option<usize>, database: usize) -> usize {
     let Some(limit) = limit else {
         return wanted;

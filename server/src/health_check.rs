@@ -1,6 +1,6 @@
 //! `quota health`: queries the health of a running server, for container engines and service managers.
 //!
-//! Part of the program, since its image has no shell and no HTTP client.
+//! It is part of the binary, because the image has no shell and no HTTP client.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -14,17 +14,17 @@ use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use tokio::{net::TcpStream, time::timeout};
 
-/// The time limit of a health check. Engines allow a few seconds.
+/// The time limit of a health check. Container engines allow a few seconds.
 const TIMEOUT: Duration = Duration::from_secs(2);
 /// The maximum size of a response.
 const MAX_BODY: usize = 16 << 10;
 
-/// What to check.
+/// Which check to run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Probe {
     /// Whether the process responds.
     Live,
-    /// Whether it can do everything, including its database.
+    /// Whether all features work, including the database.
     Ready,
     /// Whether it serves requests.
     Serving,
@@ -68,7 +68,7 @@ impl Probe {
             .unwrap_or_default();
         ensure!(
             status == 200,
-            "{} answered {status}: {}",
+            "{} returned {status}: {}",
             self.path(),
             String::from_utf8_lossy(&body).trim()
         );
@@ -76,7 +76,7 @@ impl Probe {
     }
 }
 
-/// Returns the address at which this machine reaches a server that listens on `listen`.
+/// Returns the address by which this machine reaches a server that listens on `listen`.
 fn reachable(listen: SocketAddr) -> SocketAddr {
     let ip = match listen.ip() {
         IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv4Addr::LOCALHOST.into(),

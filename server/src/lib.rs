@@ -1,8 +1,9 @@
-//! Quota's server: API keys, plans, rate limits and quotas on your own machines.
+//! Quota's server: self-hosted API keys, plans, rate limits and quotas.
 
 pub mod api;
 pub mod auth;
 pub mod authenticated;
+pub mod billing;
 pub mod cache;
 pub mod client_guard;
 pub mod clock;
@@ -29,6 +30,9 @@ pub mod seal;
 pub mod secret_text;
 pub mod serve;
 pub mod state;
+pub mod stripe;
+pub mod subscription;
 pub mod telemetry;
+pub mod tenant_places;
 pub mod tenant_queue;
 pub mod usage_report;

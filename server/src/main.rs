@@ -12,7 +12,9 @@ use quota_server::{
     telemetry::log::Log,
 };
 
-use self::commands::{serve, usage, usage::UsageCommand, user, user::UserCommand};
+use self::commands::{
+    billing, billing::BillingCommand, serve, usage, usage::UsageCommand, user, user::UserCommand,
+};
 
 #[derive(Parser)]
 #[command(
@@ -59,17 +61,20 @@ enum Command {
     /// Manage accounts
     #[command(subcommand)]
     User(UserCommand),
-    /// Show the tenants and keys with the most requests, and what servers have not delivered yet
+    /// Set up and check billing at Stripe
+    #[command(subcommand)]
+    Billing(BillingCommand),
+    /// Show the tenants and keys with the most requests, and usage that servers have not delivered yet
     #[command(args_conflicts_with_subcommands = true)]
     Usage {
         #[command(subcommand)]
         command: Option<UsageCommand>,
         #[command(flatten)]
         settings: Box<Settings>,
-        /// Hours to look back
+        /// Number of hours to look back
         #[arg(long, default_value_t = 24, value_parser = clap::value_parser!(u16).range(1..=8760))]
         hours: u16,
-        /// Tenants and keys to list
+        /// Number of tenants and keys to list
         #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=1000))]
         top: u16,
     },
@@ -124,6 +129,12 @@ fn main() -> ExitCode {
         } => run(&settings, move |config, _| {
             usage::report(config, hours, top)
         }),
+        Command::Billing(command) => {
+            let settings = command.settings().clone();
+            run(&settings, move |config, log| {
+                billing::run(config, log, command)
+            })
+        }
         Command::User(command) => {
             let settings = command.settings().clone();
             run(&settings, move |config, log| {

@@ -15,14 +15,14 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// For how long a result is reused.
+/// How long a result is reused.
 const REMEMBERED: Duration = Duration::from_millis(250);
 
 #[derive(Debug, Clone)]
 pub enum Readiness {
     Ready,
     MigrationsPending,
-    /// With the reason.
+    /// Unreachable, with the reason.
     Unreachable(Arc<str>),
 }
 
@@ -31,7 +31,7 @@ pub enum Readiness {
 pub struct ReadinessProbe {
     db: Db,
     metrics: Arc<Metrics>,
-    /// Held during the query.
+    /// Locked during the query.
     last: Mutex<Option<(Instant, Readiness)>>,
 }
 

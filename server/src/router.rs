@@ -1,4 +1,4 @@
-//! Which path leads to which handler, and the middleware around it.
+//! Routes paths to handlers, and adds middleware.
 
 use std::sync::{Arc, atomic::Ordering};
 
@@ -49,6 +49,12 @@ pub fn public(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
             "/admin",
             service.clone().with(guard(|parts| &parts.admin_guard)),
         )
+        // Webhooks are not limited: Stripe sends many at the same time, from few addresses.
+        .nest_no_strip("/billing/stripe", service.clone())
+        .nest_no_strip(
+            "/billing",
+            service.clone().with(guard(|parts| &parts.admin_guard)),
+        )
         .nest_no_strip("/health", service)
         .nest("/console", console::endpoint())
         .nest("/", pages);
@@ -69,7 +75,7 @@ pub fn public(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
 
 /// Applies the rules about origins to every path but forward-auth.
 ///
-/// There, `Origin` and a preflight's method come from the gateway's consumer: the gateway would take a response to a
+/// There, `Origin` and a preflight's method come from the gateway's consumer: the gateway would treat a response to a
 /// preflight as allowed, and a rejected origin as denied.
 struct CrossOrigin<E, F> {
     others: E,

@@ -16,6 +16,8 @@ diesel::table! {
         last_used_at -> Nullable<Timestamptz>,
         created_at -> Timestamptz,
         updated_at -> Timestamptz,
+        external_id -> Nullable<Text>,
+        metadata -> Jsonb,
     }
 }
 
@@ -32,6 +34,93 @@ diesel::table! {
         before -> Nullable<Jsonb>,
         after -> Nullable<Jsonb>,
         target_name -> Nullable<Text>,
+    }
+}
+
+diesel::table! {
+    billing_accounts (tenant_id) {
+        tenant_id -> Uuid,
+        customer_id -> Nullable<Text>,
+        customer_email -> Text,
+        customer_name -> Text,
+        customer_attempt -> Int4,
+        customer_requested -> Bool,
+        access -> Text,
+        has_paid_access -> Bool,
+        paid_access_until -> Nullable<Timestamptz>,
+        subscription_id -> Nullable<Text>,
+        reads_begun -> Int8,
+        read_applied -> Int8,
+        read_at -> Nullable<Timestamptz>,
+        read_due_at -> Timestamptz,
+        checkout_attempt -> Int4,
+        checkout_id -> Nullable<Text>,
+    }
+}
+
+diesel::table! {
+    billing_events (id) {
+        id -> Text,
+        kind -> Text,
+        object_id -> Nullable<Text>,
+        customer_id -> Nullable<Text>,
+        api_version -> Nullable<Text>,
+        livemode -> Bool,
+        body -> Text,
+        received_at -> Timestamptz,
+        attempts -> Int4,
+        due_at -> Nullable<Timestamptz>,
+        outcome -> Nullable<Text>,
+        error -> Nullable<Text>,
+    }
+}
+
+diesel::table! {
+    billing_reports (tenant_id, start, revision) {
+        tenant_id -> Uuid,
+        start -> Timestamptz,
+        revision -> Int4,
+        until -> Timestamptz,
+        subscription_id -> Nullable<Text>,
+        value -> Int8,
+        state -> Text,
+        reason -> Nullable<Text>,
+        attempts -> Int4,
+        first_attempt_at -> Nullable<Timestamptz>,
+        due_at -> Nullable<Timestamptz>,
+        created_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
+    billing_senders (tenant_id) {
+        tenant_id -> Uuid,
+        until -> Timestamptz,
+    }
+}
+
+diesel::table! {
+    billing_subscriptions (tenant_id, id) {
+        tenant_id -> Uuid,
+        id -> Text,
+        status -> Text,
+        started_at -> Timestamptz,
+        trial_ends_at -> Nullable<Timestamptz>,
+        cancels_at -> Nullable<Timestamptz>,
+        unpaid_since -> Nullable<Timestamptz>,
+        period_start -> Nullable<Timestamptz>,
+        period_end -> Nullable<Timestamptz>,
+        ended_at -> Nullable<Timestamptz>,
+        is_metered -> Bool,
+    }
+}
+
+diesel::table! {
+    billing_usage (tenant_id, start) {
+        tenant_id -> Uuid,
+        start -> Timestamptz,
+        cost -> Int8,
+        planned -> Int8,
     }
 }
 
@@ -192,6 +281,7 @@ diesel::table! {
         tenant_id -> Uuid,
         key_id -> Uuid,
         endpoint -> Text,
+        seen_on -> Date,
     }
 }
 
@@ -267,6 +357,8 @@ diesel::table! {
 diesel::joinable!(api_keys -> tenants (tenant_id));
 diesel::joinable!(audit_events -> tenants (tenant_id));
 diesel::joinable!(audit_events -> users (user_id));
+diesel::joinable!(billing_accounts -> tenants (tenant_id));
+diesel::joinable!(billing_subscriptions -> billing_accounts (tenant_id));
 diesel::joinable!(idempotency_keys -> tenants (tenant_id));
 diesel::joinable!(memberships -> tenants (tenant_id));
 diesel::joinable!(memberships -> users (user_id));
@@ -277,6 +369,12 @@ diesel::joinable!(service_tokens -> tenants (tenant_id));
 diesel::allow_tables_to_appear_in_same_query!(
     api_keys,
     audit_events,
+    billing_accounts,
+    billing_events,
+    billing_reports,
+    billing_senders,
+    billing_subscriptions,
+    billing_usage,
     idempotency_keys,
     memberships,
     plans,

@@ -1,17 +1,18 @@
-//! Authenticates what replicas exchange through Redis.
+//! Authenticates data that replicas exchange through Redis.
 //!
-//! Redis is shared ground: another product may write to it, and so may another Quota with the same prefix. A
-//! [`Seal`] prepends an HMAC-SHA-256 tag to a message, under a key that follows from `QUOTA_SECRET` and the
-//! database ([`crate::auth::secret::Seals`]), so only replicas of the same installation produce messages that open.
-//! The tag also covers a context, such as a purpose and a key's hash: a message opens only in the place it was sealed
-//! for. A seal does not hide the content, and does not stop replays; both sides put a time or a number inside.
+//! Redis may be shared: other applications can write to it, and so can another Quota installation with the same prefix.
+//! A [`Seal`] prepends an HMAC-SHA-256 tag to a message, under a key derived from `QUOTA_SECRET` and the database
+//! ([`crate::auth::secret::Seals`]), so only messages from replicas of the same installation can be opened. The tag
+//! also covers a context, such as a purpose and a key's hash: a message can be opened only in the context it was sealed
+//! for. A seal does not hide the content and does not prevent replays, so messages contain a time or a number.
 
 use aws_lc_rs::hmac;
 
 /// The length of a tag, in bytes.
 pub const TAG: usize = 32;
 
-/// The keys of one purpose. While `QUOTA_SECRET` is being rotated, both the current and the previous key open.
+/// The keys of one purpose. While `QUOTA_SECRET` is being rotated, messages sealed with the current or the previous key
+/// can be opened.
 #[derive(Clone)]
 pub struct Seal {
     current: hmac::Key,
@@ -56,7 +57,7 @@ impl Seal {
     }
 }
 
-/// Each part is preceded by its length, so that no two lists of parts are signed alike.
+/// Each part is preceded by its length, so that no two lists of parts have the same signature.
 fn sign(key: &hmac::Key, context: &[&[u8]], content: &[u8]) -> hmac::Tag {
     let mut signing = hmac::Context::with_key(key);
     for part in context {

@@ -9,11 +9,11 @@ const DIGITS: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnop
 const RANDOM: usize = 32;
 const CHECKSUM: usize = 6;
 const LENGTH: usize = 3 + RANDOM + CHECKSUM;
-/// The length of the part that is stored and shown to tell secrets apart. It has 8 of the random characters, which
-/// leaves 142 bits.
+/// The length of the part that is stored and shown to identify a secret. It has 8 of the random characters, which
+/// leaves 142 random bits.
 const PREFIX: usize = 3 + 8;
 
-/// What a secret is for.
+/// The purpose of a secret.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// A consumer's API key.
@@ -34,7 +34,7 @@ impl Kind {
     }
 }
 
-/// The SHA-256 of a secret, which is what is stored and looked up.
+/// The SHA-256 hash of a secret, which is stored and looked up.
 pub type Hash = [u8; 32];
 
 /// A secret with a valid format and checksum.
@@ -92,7 +92,7 @@ impl SecretText {
         hash
     }
 
-    /// Returns the secret as text. Shown once, and nowhere else.
+    /// Returns the secret as text. It is shown only once.
     pub fn reveal(&self) -> String {
         self.0.iter().map(|byte| char::from(*byte)).collect()
     }

@@ -1,4 +1,4 @@
-//! The state of a server: everything that requests and workers need, built once.
+//! The state of a server: everything that requests and workers need, created at startup.
 
 use std::{
     sync::{
@@ -7,6 +7,8 @@ use std::{
     },
     time::Duration,
 };
+
+use tokio::sync::Notify;
 
 use crate::{
     auth::{
@@ -19,6 +21,7 @@ use crate::{
         session::Sessions,
         token::Signer,
     },
+    billing::Billing,
     cache::Freshness,
     client_guard::ClientRateLimiter,
     clock::Clock,
@@ -26,7 +29,7 @@ use crate::{
     db::{Db, DbError, Lane},
     invalidations::{Publisher, Recent},
     keys::{
-        KeyStore, ledger::PostgresLedger, lookups::Lookups, shared::SharedKeys, usage::LastUsed,
+        KeyStore, last_used::LastUsed, ledger::PostgresLedger, lookups::Lookups, shared::SharedKeys,
     },
     limiter::{
         DistributedSettings, DistributedStore, KeyTableSettings, LimitStore, Limiter, LocalStore,
@@ -56,7 +59,7 @@ pub struct Services {
     pub metrics: Arc<Metrics>,
     pub log: Log,
     pub limiter: Limiter,
-    /// How many replicas there are.
+    /// The number of replicas.
     pub membership: Arc<Membership>,
     pub keys: KeyStore,
     pub last_used: LastUsed,
@@ -71,8 +74,14 @@ pub struct Services {
     pub auth_guard: ClientRateLimiter,
     pub admin_guard: ClientRateLimiter,
     pub login_attempts: Arc<Attempts>,
-    /// Where changes of one tenant wait for each other.
+    /// `None`: billing is off.
+    pub billing: Option<Billing>,
+    /// Notified when a webhook from Stripe has been stored.
+    pub billing_event: Notify,
+    /// The queues in which changes of one tenant wait for each other.
     pub changes: TenantQueues,
+    /// The queues in which large reads of one tenant wait for each other.
+    pub reads: TenantQueues,
     draining: AtomicBool,
 }
 
@@ -85,7 +94,7 @@ impl std::ops::Deref for AppState {
 }
 
 impl AppState {
-    /// Builds the state on a migrated database.
+    /// Creates the state on a migrated database.
     pub async fn new(
         config: Config,
         db: Db,
@@ -117,7 +126,7 @@ impl AppState {
         let publisher = Publisher::new(redis.clone(), invalidations, metrics.clone());
 
         let ledger = Arc::new(PostgresLedger::new(db.on(Lane::Ledger), metrics.clone()));
-        // Ten times the size of the cache, since an evicted key keeps its bucket until that is full again.
+        // Ten times the size of the cache, since an evicted key keeps its bucket until the bucket is full again.
         let settings = KeyTableSettings {
             max_keys: config.key_cache.saturating_mul(10),
             ledger_calls: db.lanes().ledger,
@@ -176,7 +185,7 @@ impl AppState {
             &metrics,
         );
         let login_attempts = Arc::new(Attempts::new(
-            config.login_rpm,
+            config.login_free_failures,
             &attempts,
             redis.clone(),
             clock.clone(),
@@ -187,6 +196,12 @@ impl AppState {
         if metering.is_on() {
             metering.measure_time(&db).await?;
         }
+        let billing = config
+            .stripe
+            .as_ref()
+            .map(|settings| Billing::new(settings, db.clone()))
+            .transpose()
+            .map_err(|error| AuthError::Internal(error.to_string()))?;
         let accounts = Accounts {
             db: db.clone(),
             passwords: PasswordPool::start(config.password_cost)?,
@@ -217,12 +232,15 @@ impl AppState {
             publisher,
             recent,
             login_attempts,
-            changes: TenantQueues::default(),
+            billing,
+            billing_event: Notify::new(),
+            changes: TenantQueues::of_changes(),
+            reads: TenantQueues::of_reads(),
             draining: AtomicBool::new(false),
         })))
     }
 
-    /// Drops what changes have invalidated from the caches of this replica.
+    /// Drops everything that changes have invalidated from the caches of this replica.
     pub fn forget(&self, invalidations: &[Invalidation]) {
         let gone = invalidations.iter().collect();
         self.keys.revoke(&gone);
@@ -252,11 +270,11 @@ impl AppState {
     }
 }
 
-/// How long startup waits for Redis, to initialize its counters.
+/// How long startup waits for Redis to initialize its counters.
 const REDIS_WAIT: Duration = Duration::from_secs(3);
 
-/// Starts a deployment that has never shared counters with full buckets. If Redis is unreachable they start empty, as after
-/// a loss of its data, and the next start tries again.
+/// Starts a deployment that has never shared counters with full buckets. If Redis is unreachable, the buckets start
+/// empty, as after a loss of its data, and the next startup tries again.
 async fn initialize_counters(
     db: &Db,
     redis: &Redis,
@@ -268,7 +286,7 @@ async fn initialize_counters(
     if is_initialized {
         return Ok(());
     }
-    // Before locking the row, which other replicas wait for at startup.
+    // Done before locking the row, which other replicas wait for at startup.
     redis.connected(REDIS_WAIT).await;
     let mut tx = db.system().await?;
     if !repo::replica::begin_counters(&mut tx).await? {
@@ -283,8 +301,8 @@ async fn initialize_counters(
     }
 }
 
-/// Sessions of earlier versions do not state which secret they belong to. It is the one that was in use when the first
-/// replica of this version started.
+/// Sessions of earlier versions do not record their secret. It is the secret that was in use when the first replica of
+/// this version started.
 async fn accepts_unmarked_sessions(db: &Db, secrets: &SecretPair) -> Result<bool, DbError> {
     let mut tx = db.system().await?;
     let first = repo::secret::first_of_sessions(&mut tx, &secrets.current.id).await?;

@@ -1,9 +1,9 @@
-//! Serializes the changes of each tenant.
+//! Limits how many changes or reads of each tenant are in progress.
 //!
 //! A change holds a database connection while it waits for a lock, and changes of the same tenant mostly wait for each
-//! other: a burst of them would take every connection of this replica. Here they wait without a connection, in a
-//! bounded queue per tenant, so that other tenants are not delayed. Replicas have separate queues; between replicas the
-//! database's locks decide.
+//! other, so a burst of them would take all connections of this replica. The same is true for a burst of large reads.
+//! Here they wait without a connection, in a bounded queue per tenant, so that other tenants are not delayed. Replicas
+//! have separate queues; between replicas, the database's locks determine the order.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -14,32 +14,37 @@ use tokio::{
     time::timeout,
 };
 
-/// The maximum number of waiting changes per tenant.
+/// The maximum number of concurrent large reads of a tenant.
+const READS: usize = 2;
+/// The maximum number of waiting changes or reads per tenant.
 const WAITING: usize = 32;
-/// How long a change waits for its turn.
+/// How long a change or read waits for its turn.
 const WAIT: Duration = Duration::from_secs(5);
 
-/// Why a change cannot begin.
+/// Why a change or read cannot begin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Busy {
     /// The tenant's queue is full.
     QueueFull,
-    /// Earlier changes took too long.
+    /// Earlier changes or reads took too long.
     TimedOut,
 }
 
-/// The queues of tenants with changes in progress. Cheap to clone.
-#[derive(Debug, Clone, Default)]
-pub struct TenantQueues(Arc<Mutex<HashMap<TenantId, Queue>>>);
+/// The queues of tenants with changes or reads in progress. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct TenantQueues {
+    turns: usize,
+    queues: Arc<Mutex<HashMap<TenantId, Queue>>>,
+}
 
 #[derive(Debug)]
 struct Queue {
-    turn: Arc<Semaphore>,
-    /// Changes in progress or waiting.
+    turns: Arc<Semaphore>,
+    /// The number in progress or waiting.
     places: usize,
 }
 
-/// A place in a tenant's queue.
+/// A slot in a tenant's queue.
 #[derive(Debug)]
 struct Place {
     queues: TenantQueues,
@@ -48,7 +53,7 @@ struct Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let mut queues = self.queues.0.lock();
+        let mut queues = self.queues.queues.lock();
         if let Some(queue) = queues.get_mut(&self.tenant) {
             queue.places -= 1;
             if queue.places == 0 {
@@ -58,19 +63,36 @@ impl Drop for Place {
     }
 }
 
-/// Permission to make a change, until it is dropped.
+/// Permission to make a change or read, until it is dropped.
 #[derive(Debug)]
 pub struct Turn {
-    // Dropped before the place.
+    // Dropped before the slot.
     _permit: OwnedSemaphorePermit,
     _place: Place,
 }
 
 impl TenantQueues {
-    /// Waits until no other change of the tenant is in progress on this replica.
+    /// For changes: one at a time.
+    pub fn of_changes() -> Self {
+        Self::with_turns(1)
+    }
+
+    /// For reads of usage, the audit log and long lists.
+    pub fn of_reads() -> Self {
+        Self::with_turns(READS)
+    }
+
+    fn with_turns(turns: usize) -> Self {
+        Self {
+            turns,
+            queues: Arc::default(),
+        }
+    }
+
+    /// Waits until there are few enough other changes or reads of the tenant in progress on this replica.
     pub async fn turn(&self, tenant: TenantId) -> Result<Turn, Busy> {
-        let (place, turn) = self.enter(tenant)?;
-        match timeout(WAIT, turn.acquire_owned()).await {
+        let (place, turns) = self.enter(tenant)?;
+        match timeout(WAIT, turns.acquire_owned()).await {
             Ok(Ok(permit)) => Ok(Turn {
                 _permit: permit,
                 _place: place,
@@ -81,12 +103,12 @@ impl TenantQueues {
     }
 
     fn enter(&self, tenant: TenantId) -> Result<(Place, Arc<Semaphore>), Busy> {
-        let mut queues = self.0.lock();
+        let mut queues = self.queues.lock();
         let queue = queues.entry(tenant).or_insert_with(|| Queue {
-            turn: Arc::new(Semaphore::new(1)),
+            turns: Arc::new(Semaphore::new(self.turns)),
             places: 0,
         });
-        if queue.places > WAITING {
+        if queue.places >= WAITING + self.turns {
             return Err(Busy::QueueFull);
         }
         queue.places += 1;
@@ -94,7 +116,7 @@ impl TenantQueues {
             queues: self.clone(),
             tenant,
         };
-        Ok((place, queue.turn.clone()))
+        Ok((place, queue.turns.clone()))
     }
 }
 
@@ -110,7 +132,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn changes_of_a_tenant_take_turns_in_order_and_other_tenants_do_not_wait() {
-        let queues = TenantQueues::default();
+        let queues = TenantQueues::of_changes();
         let first = queues.turn(tenant(1)).await.unwrap();
         let order = Mutex::new(Vec::new());
         let others = join_all((0..5).map(async |n| {
@@ -126,12 +148,24 @@ mod tests {
         };
         tokio::join!(others, release);
         assert_eq!(*order.lock(), [0, 1, 2, 3, 4]);
-        assert!(queues.0.lock().is_empty(), "nothing is left");
+        assert!(queues.queues.lock().is_empty(), "nothing is left");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn two_reads_of_a_tenant_are_in_progress_and_a_third_waits() {
+        let queues = TenantQueues::of_reads();
+        let first = queues.turn(tenant(1)).await.unwrap();
+        let _second = queues.turn(tenant(1)).await.unwrap();
+        let third = timeout(Duration::from_millis(10), queues.turn(tenant(1)));
+        assert!(third.await.is_err());
+        assert!(queues.turn(tenant(2)).await.is_ok());
+        drop(first);
+        assert!(queues.turn(tenant(1)).await.is_ok());
     }
 
     #[tokio::test(start_paused = true)]
     async fn queue_is_bounded_in_length_and_time() {
-        let queues = TenantQueues::default();
+        let queues = TenantQueues::of_changes();
         let first = queues.turn(tenant(1)).await.unwrap();
         let all = join_all((0..100).map(|_| queues.turn(tenant(1)))).await;
         let count = |busy| {
@@ -143,18 +177,18 @@ mod tests {
         assert_eq!(count(Busy::QueueFull), 100 - WAITING);
         drop(first);
         assert!(queues.turn(tenant(1)).await.is_ok());
-        assert!(queues.0.lock().is_empty(), "nothing is left");
+        assert!(queues.queues.lock().is_empty(), "nothing is left");
     }
 
     #[tokio::test(start_paused = true)]
     async fn canceled_change_leaves_its_place() {
-        let queues = TenantQueues::default();
+        let queues = TenantQueues::of_changes();
         let first = queues.turn(tenant(1)).await.unwrap();
         for _ in 0..100 {
             let gone = timeout(Duration::from_millis(1), queues.turn(tenant(1))).await;
             assert!(gone.is_err());
         }
         drop(first);
-        assert!(queues.0.lock().is_empty(), "nothing is left");
+        assert!(queues.queues.lock().is_empty(), "nothing is left");
     }
 }

@@ -1,4 +1,4 @@
-//! `quota usage`: a report on usage for operators.
+//! `quota usage`: a usage report for operators.
 //!
 //! Reads only PostgreSQL, so it works while no server is running.
 
@@ -74,7 +74,7 @@ fn delivery(text: &mut String, times: Times, reports: &[ShipperReport]) {
     let bytes: i64 = reports.iter().map(|it| it.pending_bytes).sum();
     let _ = writeln!(
         text,
-        "Usage is complete up to {} ({lag} s ago). Not delivered yet: {pending} records, {bytes} bytes.",
+        "Usage is complete through {} ({lag} s ago). Not delivered yet: {pending} records, {bytes} bytes.",
         times.complete_until.format("%Y-%m-%dT%H:%M:%SZ"),
     );
     if reports.is_empty() {
@@ -113,7 +113,7 @@ fn delivery(text: &mut String, times: Times, reports: &[ShipperReport]) {
     );
 }
 
-/// Writes columns as wide as their longest value.
+/// Writes columns that are as wide as their longest value.
 fn rows(text: &mut String, header: &[&str], rows: impl Iterator<Item = Vec<String>>) {
     let header = header.iter().map(|it| (*it).to_owned()).collect::<Vec<_>>();
     let all = std::iter::once(header).chain(rows).collect::<Vec<_>>();

@@ -1,4 +1,4 @@
-//! A sliding-window checker: compares what a client saw admitted with the promise, in every window.
+//! A sliding-window checker: compares the requests that a client saw admitted with the promise, in every window.
 //!
 //! The promise is that of a token bucket: at most `burst + rate·(T + slack)` tokens in any window of `T`. A client only
 //! knows that a request was admitted between sending it and receiving the response. So a window counts only requests
@@ -36,7 +36,7 @@ pub struct Worst {
 const MINUTE: u64 = 60_000_000_000;
 
 impl Envelope {
-    /// `slack` is what leases may add, as time to refill.
+    /// `slack` is the time to refill the tokens that leases may add.
     pub fn new(rpm: u32, burst: u32, slack: std::time::Duration) -> Self {
         let emission = signed(MINUTE.div_ceil(u64::from(rpm)));
         Self {
@@ -54,13 +54,13 @@ impl Envelope {
         }
     }
 
-    /// Returns how many tokens it allows in `nanos`, starting with a full bucket.
+    /// Returns the number of tokens it allows in `nanos`, starting with a full bucket.
     pub fn allows(self, nanos: u64) -> u64 {
         u64::try_from((self.at_once + signed(nanos)) / self.emission).unwrap_or(0)
     }
 
-    /// Returns how many tokens a single exact bucket, initially full, would have admitted for requests at these times
-    /// and costs.
+    /// Returns the number of tokens that a single exact bucket, initially full, would have admitted for requests at
+    /// these times and costs.
     pub fn exact(self, mut requests: Vec<(u64, u32)>) -> u64 {
         requests.sort_unstable();
         let (mut full_at, mut admitted) = (i64::MIN, 0);
@@ -141,7 +141,7 @@ struct Tree {
 #[derive(Clone, Copy)]
 struct Node {
     sum: i64,
-    /// The best suffix that begins within this node, and where.
+    /// The best suffix that begins within this node, and its position.
     best: i64,
     begin: usize,
 }
@@ -163,7 +163,7 @@ impl Tree {
         }
     }
 
-    /// Lets windows begin at this index from now on.
+    /// Allows windows to begin at this index from now on.
     fn open(&mut self, place: usize, time: i64) {
         let leaf = &mut self.nodes[self.leaves + place];
         (leaf.best, leaf.begin) = (time + leaf.sum, place);
@@ -284,7 +284,7 @@ mod tests {
             }
         }
 
-        /// Wherever in its span each admission happened.
+        /// No matter when in its span each admission happened.
         #[test]
         fn an_exact_bucket_has_no_excess(
             requests in prop::collection::vec((0..2_000u64, 1..6u32, 0..50u64, 0..50u64), 1..200),

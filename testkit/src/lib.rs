@@ -1,7 +1,8 @@
 //! Test equipment: processes that end with their owner, a Redis that can be killed and frozen, a proxy that fails on
 //! demand, and a checker of token bucket promises.
 //!
-//! Does not know Quota. Ends what it starts, by PID. Panics with the reason if something cannot be started.
+//! Does not depend on Quota. Processes it starts are ended by PID. Panics with the reason if something cannot be
+//! started.
 
 pub mod envelope;
 mod process;

@@ -1,4 +1,4 @@
-//! A process that ends when its owner does, even by `kill -9`.
+//! A process that ends when its owner does, even with `kill -9`.
 
 use std::{
     io::{self, BufRead as _, BufReader},
@@ -13,8 +13,8 @@ use nix::{
     unistd::Pid,
 };
 
-/// Runs "$@", appends its output to the file $1, prints its PID, and kills it when standard input ends, which it does
-/// with the owner. A frozen process reacts only to SIGKILL.
+/// Runs "$@", appends its output to the file $1, prints its PID, and kills it when standard input ends, which happens
+/// when the owner ends. A frozen process reacts only to SIGKILL.
 const GUARD: &str = r#"
 out=$1
 shift
@@ -35,7 +35,7 @@ exit "$status"
 #[derive(Debug)]
 pub struct Process {
     guard: Child,
-    /// Closed at the end, which the guard waits for.
+    /// Closed at the end, for which the guard waits.
     pipe: Option<ChildStdin>,
     pid: Pid,
 }
@@ -96,7 +96,7 @@ impl Process {
         self.guard.try_wait()
     }
 
-    /// Waits for the process to end. Returns `None` if it does not in time.
+    /// Waits for the process to end. Returns `None` if it does not end in time.
     pub async fn ends_within(&mut self, limit: Duration) -> io::Result<Option<ExitStatus>> {
         let deadline = Instant::now() + limit;
         loop {

@@ -21,7 +21,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-/// Where the proxy forwards to.
+/// The address to which the proxy forwards.
 #[derive(Debug, Clone)]
 pub enum Upstream {
     Tcp(SocketAddr),
@@ -35,13 +35,13 @@ pub enum Fault {
     Pass,
     /// Data takes this much longer in both directions. Does not change the bandwidth.
     Delay(Duration),
-    /// Data takes this much longer towards the client: requests arrive in time, responses late.
+    /// Data toward the client takes this much longer: requests arrive in time, responses late.
     Late(Duration),
     /// Bytes are discarded in both directions. Connections remain open, and new ones are accepted.
     BlackHole,
     /// New connections are reset immediately. Open ones are not affected.
     Refuse,
-    /// A connection is reset after this many more bytes towards the client.
+    /// A connection is reset after this many more bytes toward the client.
     CutAfter(u64),
 }
 
@@ -136,7 +136,7 @@ impl FaultProxy {
         self.control.cuts.send_modify(|cuts| *cuts += 1);
     }
 
-    /// Returns how many connections were accepted so far.
+    /// Returns the number of connections accepted so far.
     pub fn accepted(&self) -> u64 {
         self.control.accepted.load(Ordering::SeqCst)
     }
@@ -263,7 +263,7 @@ async fn take(
             }
             Fault::Pass | Fault::Late(_) | Fault::Refuse | Fault::CutAfter(_) => Duration::ZERO,
         };
-        // Data must not overtake what was sent before it.
+        // Data must not overtake data sent earlier.
         due = due.max(Instant::now() + delay);
         let piece = Piece {
             due,
@@ -317,7 +317,7 @@ mod tests {
         addr
     }
 
-    /// Sends `ping` and returns what comes back in time, or `None`.
+    /// Sends `ping` and returns the response, or `None` if it is late.
     async fn ping(stream: &mut TcpStream, limit: Duration) -> Option<io::Result<String>> {
         let answer = async {
             stream.write_all(b"ping").await?;
@@ -394,7 +394,7 @@ mod tests {
         assert_eq!(proxy.accepted(), 4);
     }
 
-    /// Delayed data does not hold up what is sent after it.
+    /// Delayed data does not delay data sent after it.
     #[tokio::test]
     async fn a_delay_is_a_latency_and_no_lower_bandwidth() {
         let proxy = FaultProxy::start_apart(Upstream::Tcp(echo().await)).await;

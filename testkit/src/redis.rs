@@ -71,14 +71,14 @@ impl RedisServer {
         self.options.get(at + 1).map(String::as_str)
     }
 
-    /// Sends one line and returns the answer.
+    /// Sends one line and returns the reply.
     pub async fn command(&self, line: &str) -> String {
         self.answer(line)
             .await
             .unwrap_or_else(|| panic!("no answer to {line}"))
     }
 
-    /// Sends one line and returns the answer, if there is one.
+    /// Sends one line and returns the reply, if there is one.
     async fn answer(&self, line: &str) -> Option<String> {
         command(self.addr(), self.password(), line).await
     }
@@ -105,7 +105,7 @@ impl RedisServer {
         );
     }
 
-    /// Freezes it: connections remain open but get no answers.
+    /// Freezes it: connections remain open but get no replies.
     pub fn stop(&mut self) {
         self.signal(Signal::SIGSTOP);
     }
@@ -142,7 +142,7 @@ impl RedisServer {
             Process::start(&command, Path::new("/dev/null")).expect("there is a shell");
         let deadline = Instant::now() + PATIENCE;
         loop {
-            // The answer must come from this process, not from another one on the same port.
+            // The reply must come from this process, not from another one on the same port.
             if process_id(self.addr(), self.password()).await == Some(process.pid()) {
                 self.running = Some(process);
                 return true;
@@ -165,7 +165,7 @@ async fn process_id(addr: SocketAddr, password: Option<&str>) -> Option<Pid> {
     Some(Pid::from_raw(pid.trim().parse().ok()?))
 }
 
-/// Sends one line to the Redis at `addr` and returns the answer, or `None` after a second.
+/// Sends one line to the Redis at `addr` and returns the reply, or `None` after a second.
 async fn command(addr: SocketAddr, password: Option<&str>, line: &str) -> Option<String> {
     let asked = async {
         let mut stream = TcpStream::connect(addr).await.ok()?;

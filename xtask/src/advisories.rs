@@ -122,9 +122,9 @@ impl Accepted {
                     id, until, used, ..
                 } = accepted;
                 match age_in_days(until) {
-                    None => Some(format!("{id}: `until` is no date: {until}")),
-                    Some(age) if age > 0 => Some(format!("{id}: accepted until {until} only")),
-                    Some(_) if !used => Some(format!("{id}: accepted, and hits nothing")),
+                    None => Some(format!("{id}: `until` is not a date: {until}")),
+                    Some(age) if age > 0 => Some(format!("{id}: was accepted only until {until}")),
+                    Some(_) if !used => Some(format!("{id}: accepted, but matches nothing")),
                     Some(_) => None,
                 }
             })
@@ -138,7 +138,7 @@ impl Advisory {
         let (head, body) = text
             .strip_prefix("```toml\n")
             .and_then(|rest| rest.split_once("\n```"))
-            .context("it does not begin with a block of TOML")?;
+            .context("the advisory does not begin with a block of TOML")?;
         let head: Table = head.parse()?;
         let advisory = head
             .get("advisory")
@@ -196,7 +196,7 @@ fn matches(req: &VersionReq, version: &Version) -> bool {
     if version.pre.is_empty() || req.matches(version) {
         return req.matches(version);
     }
-    // Below its release, and not below anything before that.
+    // It is below its release, but not below any earlier version.
     let mut below = version.clone();
     below.pre = semver::Prerelease::EMPTY;
     if below.patch == 0 {

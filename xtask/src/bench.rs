@@ -1,8 +1,8 @@
-//! `cargo xtask bench`: the cost of a request, compared with servers that do nothing; `cargo xtask bench replicas`:
-//! what holds across replicas. See `xtask/bench`. `cargo xtask bench simulation`: the limiter's promises in simulated
+//! `cargo xtask bench`: the cost of a request, compared with servers that do nothing; `cargo xtask bench replicas`: the
+//! behavior of several replicas. See `xtask/bench`. `cargo xtask bench simulation`: the limiter's promises in simulated
 //! time, with many seeds. `cargo xtask bench crash`: kills under load, and a recount of the usage. `cargo xtask bench
-//! metering`: the cost of recording usage. `cargo xtask bench usage`: how fast usage is written and read. `cargo xtask
-//! bench desktop`: the cost of the desktop app, compared with an empty window. See `xtask/desktop`.
+//! metering`: the cost of recording usage. `cargo xtask bench usage`: the speed of writing and reading usage. `cargo
+//! xtask bench desktop`: the cost of the desktop app, compared with an empty window. See `xtask/desktop`.
 
 use std::{
     ffi::OsString,
@@ -19,10 +19,10 @@ use crate::{
 
 /// The default number of seeds for the simulation.
 const SEEDS: &str = "20000";
-/// The test that runs them.
+/// The test that runs the seeds.
 const SIMULATION: &str = "limiter_shared::simulation::every_promise_holds_in_every_seed";
 
-/// The measurement of usage.
+/// The test that measures usage.
 const USAGE: &str = "usage::bench::ten_million_rows";
 
 fn usage(arguments: &[OsString]) -> Result<ExitCode> {
@@ -49,7 +49,7 @@ fn usage(arguments: &[OsString]) -> Result<ExitCode> {
     })
 }
 
-/// Runs this many seeds, from the first on.
+/// Runs this many seeds, starting with the first.
 fn simulation(arguments: &[OsString]) -> Result<ExitCode> {
     let seeds = arguments
         .first()
@@ -89,11 +89,11 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
     let is = |name: &str| arguments.first().is_some_and(|it| it == name);
     let replicas = is("replicas");
     machine::install(&[machine::POSTGRES, machine::REDIS])?;
-    say("building the server and the measurement for release (a first build takes some minutes)");
+    say("building the server and the measurement for release (a first build takes a few minutes)");
     let mut build = cargo();
     build.args(["build", "--release", "--quiet"]);
     build.args(["--package", "quota-bench", "--bin", "quota-bench"]);
-    // Measured instead of this version.
+    // Another binary to measure instead of this version.
     if !arguments.iter().any(|it| it == "--server") {
         build.args(["--package", "quota-server", "--bin", "quota"]);
     }

@@ -13,13 +13,13 @@ use crate::{cargo, read, root, say, succeed, system};
 pub(crate) const TARGET: &str = "wasm32-unknown-unknown";
 
 pub(crate) fn build() -> Result<()> {
-    say("building the console (a first build takes some minutes)");
+    say("building the console (a first build takes a few minutes)");
     compile(&[], &root().join("desktop/ui/dist"), &[])
 }
 
 /// Builds the console for the next build of the desktop app.
 pub(crate) fn build_for_desktop() -> Result<()> {
-    say("building the console for the desktop app (a first build takes some minutes)");
+    say("building the console for the desktop app (a first build takes a few minutes)");
     let features = ["--features", "desktop"];
     compile(&features, &root().join("desktop/shell/dist"), &["desktop"])
 }
@@ -72,7 +72,7 @@ pub(crate) fn add_target() -> Result<()> {
             .args(["target", "add", TARGET]),
     )
     .with_context(|| {
-        format!("the console is compiled for {TARGET}; run `rustup target add {TARGET}` where the network allows it")
+        format!("the console is compiled for {TARGET}; run `rustup target add {TARGET}` when the network is available")
     })
 }
 

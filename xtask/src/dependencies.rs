@@ -1,7 +1,8 @@
-//! Unused dependencies: those whose name appears nowhere in the crate that declares them.
+//! Unused dependencies: those whose name does not appear in the crate that declares them.
 //!
-//! The compiler cannot tell, since a crate has several targets and each uses some of the dependencies. A dependency
-//! that is declared only to enable a feature of it is listed in the crate's `package.metadata.features-only`.
+//! The compiler cannot detect this, since a crate has several targets and each uses some of the dependencies. A
+//! dependency that is declared only to enable a feature of it is listed in the crate's
+//! `package.metadata.features-only`.
 
 use std::{fs, path::Path};
 
@@ -76,7 +77,7 @@ fn declared(manifest: &Table) -> Vec<String> {
     names
 }
 
-/// Appends all Rust files below a folder, without those of crates nested in it.
+/// Appends all Rust files in a folder, without those of crates nested in it.
 fn read_sources(folder: &Path, source: &mut String) -> Result<()> {
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();

@@ -49,7 +49,7 @@ pub(crate) fn alone(more: &str) -> Vec<&str> {
 pub(crate) fn start(arguments: &[OsString]) -> Result<ExitCode> {
     machine::install(&NEEDS)?;
     console::build_for_desktop()?;
-    say("building the desktop app (a first build takes some minutes)");
+    say("building the desktop app (a first build takes a few minutes)");
     let mut command = cargo();
     command.args(["run", "--quiet", "--package", "quota-desktop", "--"]);
     if arguments.is_empty() {
@@ -60,17 +60,16 @@ pub(crate) fn start(arguments: &[OsString]) -> Result<ExitCode> {
     Err(error).context("cannot run cargo")
 }
 
+fn build_release(targets: &[&str]) -> Result<()> {
+    say("building the desktop app for release (a first build takes a few minutes)");
+    let options = ["--quiet", "--release", "--package", "quota-desktop"];
+    succeed(cargo().arg("build").args(options).args(targets))
+}
+
 pub(crate) fn bundle() -> Result<()> {
     machine::install(&NEEDS)?;
     console::build_for_desktop()?;
-    say("building the desktop app for release (a first build takes some minutes)");
-    succeed(cargo().args([
-        "build",
-        "--quiet",
-        "--release",
-        "--package",
-        "quota-desktop",
-    ]))?;
+    build_release(&[])?;
     let built = console::target_directory()?;
     let out = built.join("bundle");
     std::fs::create_dir_all(&out)?;
@@ -98,7 +97,7 @@ pub(crate) fn bundle() -> Result<()> {
 /// Runs the end-to-end test of the app against a running server. Returns `false` if it failed and has reported why.
 pub(crate) fn journey(server: &str) -> Result<bool> {
     console::build_for_desktop()?;
-    say("building the desktop app (a first build takes some minutes)");
+    say("building the desktop app (a first build takes a few minutes)");
     succeed(cargo().args(["build", "--quiet"]).args(alone("--bins")))?;
     say("the journey through the desktop app");
     let built = console::target_directory()?.join("debug");
@@ -115,18 +114,7 @@ pub(crate) fn journey(server: &str) -> Result<bool> {
 /// Measures the cost of the app, compared with an empty window.
 pub(crate) fn bench(server: &str, arguments: &[OsString]) -> Result<ExitCode> {
     console::build_for_desktop()?;
-    say("building the desktop app for release (a first build takes some minutes)");
-    succeed(cargo().args([
-        "build",
-        "--quiet",
-        "--release",
-        "--package",
-        "quota-desktop",
-        "--bin",
-        "quota-desktop",
-        "--example",
-        "blank",
-    ]))?;
+    build_release(&["--bin", "quota-desktop", "--example", "blank"])?;
     succeed(cargo().args(["build", "--quiet", "--package", "xtask-desktop"]))?;
     let built = console::target_directory()?;
     let status = Command::new(built.join("debug/xtask-desktop"))

@@ -27,7 +27,7 @@ const GENERATED: &[Generated] = &[
     },
 ];
 
-/// Returns what a subcommand of the server prints.
+/// Returns the output of a subcommand of the server.
 fn printed_by_server(command: &str) -> Result<String> {
     let output = cargo()
         .args(["run", "--quiet", "--package", "quota-server", "--", command])

@@ -17,7 +17,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::{cargo, console, desktop, machine, read, root, say, succeed, system};
 
-/// The first start creates a database.
+/// The first startup creates a database.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What the tests require, in addition to the server's requirements.
@@ -37,7 +37,7 @@ pub(crate) fn alone() -> Result<ExitCode> {
     })
 }
 
-/// `cargo xtask pictures`: takes the pictures in desktop/pictures again.
+/// `cargo xtask pictures`: takes new pictures for desktop/pictures.
 pub(crate) fn pictures() -> Result<ExitCode> {
     let needs = [
         machine::POSTGRES,
@@ -65,14 +65,14 @@ pub(crate) fn run() -> Result<bool> {
     say("the journey through the console, in Chromium");
     let screenshots = std::env::var_os("QUOTA_SCREENSHOTS");
     let status = browse(&server.address, screenshots.as_deref(), &[])?;
-    // Both, also when the first goes wrong.
+    // Runs both, even if the first fails.
     let in_app = desktop::journey(&server.address)?;
     Ok(status.success() && in_app)
 }
 
-/// Runs parts of the journey, or all, against a server.
+/// Runs parts of the journey, or all of it, against a server.
 fn browse(address: &str, screenshots: Option<&OsStr>, parts: &[&str]) -> Result<ExitStatus> {
-    let chromium = system::on_path("chromium").context("there is no chromium")?;
+    let chromium = system::on_path("chromium").context("Chromium is not installed")?;
     Command::new("node")
         .current_dir(root().join("desktop/e2e"))
         .arg("journey.mjs")
@@ -97,12 +97,12 @@ fn install_packages() -> Result<()> {
             "--no-fund",
             "--loglevel=error",
         ]))
-        .context("the browser tests need two packages of npm's")?;
+        .context("the browser tests need two npm packages")?;
     }
     Ok(())
 }
 
-/// Runs something against an empty server.
+/// Runs a function with an empty server.
 pub(crate) fn on_server<T>(run: impl FnOnce(&str) -> Result<T>) -> Result<T> {
     succeed(cargo().args(["build", "--quiet", "--package", "quota-server"]))?;
     let server = Server::start()?;
@@ -119,7 +119,7 @@ struct Server {
 impl Server {
     fn start() -> Result<Self> {
         let stamp = std::time::UNIX_EPOCH.elapsed().unwrap_or_default();
-        // Below /tmp with permission to enter: the database's user has to reach it.
+        // In /tmp and accessible, because the database's user has to reach it.
         let data = PathBuf::from(format!(
             "/tmp/quota-journey-{}-{}",
             std::process::id(),
@@ -133,7 +133,7 @@ impl Server {
         let listen = format!("127.0.0.1:{port}");
         let log = fs::File::create(data.join("log"))?;
         let process = Command::new(console::target_directory()?.join("debug/quota"))
-            // Settings of the environment must not affect the tests.
+            // Settings in the environment must not affect the tests.
             .env_clear()
             .envs(std::env::var_os("PATH").map(|path| ("PATH", path)))
             .args(["serve", "--metrics-listen=off", "--log-format=text"])
@@ -149,7 +149,7 @@ impl Server {
             .context("cannot run the server")?;
         let mut server = Self {
             process,
-            // By name: browsers accept cookies of a local server only under a local name.
+            // By name, because browsers accept cookies from a local server only under a local name.
             address: format!("http://localhost:{port}"),
             data,
         };

@@ -1,4 +1,4 @@
-//! Dead links in Markdown: relative links must lead to a file of the repository, and `#…` to one of its headings.
+//! Dead links in Markdown: relative links must lead to a file in the repository, and `#…` to one of its headings.
 
 use std::{
     collections::HashMap,
@@ -15,7 +15,7 @@ use crate::{read, root, say};
 ///
 /// Fails if a tracked Markdown file links to something that does not exist.
 pub(crate) fn check() -> Result<()> {
-    say("do all links in Markdown lead somewhere?");
+    say("are all links in Markdown valid?");
     let listed = read(Command::new("git").current_dir(root()).args([
         "ls-files",
         "--cached",

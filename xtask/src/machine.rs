@@ -44,14 +44,14 @@ pub(crate) const CADDY: Need = Need {
 pub(crate) const NGINX: Need = Need {
     name: "nginx",
     package: "nginx",
-    // On Debian it is only in root's path.
+    // On Debian, it is only in root's path.
     is_there: || on_path("nginx").is_some() || Path::new("/usr/sbin/nginx").exists(),
 };
 
 pub(crate) const HAPROXY: Need = Need {
     name: "HAProxy",
     package: "haproxy",
-    // On Debian it is only in root's path.
+    // On Debian, it is only in root's path.
     is_there: || on_path("haproxy").is_some() || Path::new("/usr/sbin/haproxy").exists(),
 };
 
@@ -126,11 +126,11 @@ pub(crate) const DEBOOTSTRAP: Need = Need {
     is_there: || on_path("debootstrap").is_some() || Path::new("/usr/sbin/debootstrap").exists(),
 };
 
-/// The disk space that a full build takes, with debug and release of everything, and that an incremental one takes.
+/// The disk space required for a full build, with debug and release of everything, and for an incremental one.
 const BUILD: u64 = 7 << 30;
 const REBUILD: u64 = 2 << 30;
 
-/// Fails if there is too little disk space for a build. Compilers would report that late and unclearly.
+/// Fails if there is too little disk space for a build. Compilers would report this late and unclearly.
 fn room() -> Result<()> {
     let target = target();
     let needed = if target.join("debug").exists() {
@@ -141,11 +141,11 @@ fn room() -> Result<()> {
     let Some(there) = target.ancestors().find(|it| it.exists()) else {
         return Ok(());
     };
-    let disk = nix::sys::statvfs::statvfs(there).context("cannot see how full the disk is")?;
+    let disk = nix::sys::statvfs::statvfs(there).context("cannot determine the free disk space")?;
     let free = disk.blocks_available() * disk.fragment_size();
     if free < needed {
         say(&format!(
-            "only {} MiB of disk are free where {} is; building may take {} GiB",
+            "only {} MiB of disk space are free at {}; a build may take {} GiB",
             free >> 20,
             target.display(),
             needed >> 30,
@@ -154,7 +154,7 @@ fn room() -> Result<()> {
     Ok(())
 }
 
-/// Installs missing programs with Debian's packages. On other systems, fails and names what to install.
+/// Installs missing programs with Debian's packages. On other systems, fails and lists the packages to install.
 pub(crate) fn install(needs: &[Need]) -> Result<()> {
     room()?;
     let missing: Vec<Need> = needs
@@ -179,12 +179,12 @@ pub(crate) fn install(needs: &[Need]) -> Result<()> {
     );
     if !is_root() && on_path("sudo").is_none() {
         bail!(
-            "this machine lacks {}, and has no `sudo`; {by_hand}",
+            "this machine has no {} and no `sudo`; {by_hand}",
             names.join(" and ")
         );
     }
     say(&format!(
-        "this machine lacks {}: installing Debian's {}",
+        "this machine has no {}: installing Debian's {}",
         names.join(" and "),
         packages.join(" and ")
     ));
@@ -212,7 +212,7 @@ pub(crate) fn install(needs: &[Need]) -> Result<()> {
     }
     match missing.iter().find(|need| !(need.is_there)()) {
         Some(need) => bail!(
-            "{} is still not there after installing {}; {by_hand}",
+            "{} is still missing after installing {}; {by_hand}",
             need.name,
             need.package
         ),
@@ -232,7 +232,7 @@ fn no_system_cluster() -> Result<()> {
         "postgresql-common",
     ])?;
     say(&format!(
-        "setting create_main_cluster = false in {CONFIG}: no PostgreSQL service is to start"
+        "setting create_main_cluster = false in {CONFIG}: no PostgreSQL service should start"
     ));
     succeed(as_root("sed").args([
         "-i",
@@ -271,7 +271,7 @@ fn as_root(program: &str) -> Command {
     }
     let mut command = Command::new("sudo");
     if !stdin().is_terminal() {
-        // There may be nobody to type a password.
+        // There may be no user to type a password.
         command.arg("-n");
     }
     command.arg(program);

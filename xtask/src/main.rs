@@ -4,7 +4,7 @@
 
 #![expect(
     clippy::disallowed_methods,
-    reason = "a chore has no `Config` and no `Clock`: it reads the environment and the time as it is"
+    reason = "a task has no `Config` and no `Clock`: it reads the environment and the time directly"
 )]
 
 mod advisories;
@@ -35,7 +35,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
-#[command(name = "cargo xtask", about = "Quota's chores")]
+#[command(name = "cargo xtask", about = "Quota's development tasks")]
 struct Cli {
     #[command(subcommand)]
     chore: Chore,
@@ -56,11 +56,11 @@ enum Chore {
         arguments: Vec<OsString>,
     },
     /// Measure the cost of a request, compared with a plain poem and a plain hyper server. `bench replicas` measures
-    /// what holds across replicas, `bench simulation 20000` runs the limiter in simulated time with this many seeds,
-    /// `bench desktop` measures memory and startup of the desktop app, compared with an empty window, `bench usage`
-    /// measures writing and reading usage at 10 million rows (or `bench usage 1000000`), `bench crash 300` kills
-    /// servers, Redis and PostgreSQL this many times under load and recounts the usage, and `bench metering` measures
-    /// the cost of recording usage
+    /// the behavior of several replicas, `bench simulation 20000` runs the limiter in simulated time with this many
+    /// seeds, `bench desktop` measures memory and startup of the desktop app, compared with an empty window, `bench
+    /// usage` measures writing and reading usage with 10 million rows (or `bench usage 1000000`), `bench crash 300`
+    /// kills servers, Redis and PostgreSQL this many times under load and recounts the usage, and `bench metering`
+    /// measures the cost of recording usage
     Bench {
         /// Options of the benchmark, such as `--rounds N` and `--millis N`, or `--only faults` after `replicas`;
         /// `--help` lists them
@@ -80,13 +80,13 @@ enum Chore {
     /// Build everything and run the end-to-end tests in Chromium and in the desktop app; QUOTA_SCREENSHOTS=FOLDER saves
     /// a screenshot of every page
     Journey,
-    /// Build all and take new pictures for the README and the landing page
+    /// Build everything and take new pictures for the README and the landing page
     Pictures,
     /// Build the container image `quota:local`
     Image,
     /// Build the image, run the production compose file with Caddy, PostgreSQL and Redis, and test it under load
     Containers {
-        /// Options: `--binary FILE` puts that binary into the image in place of compiling one inside
+        /// Options: `--binary FILE` puts that binary into the image instead of compiling one inside
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
@@ -166,7 +166,7 @@ fn read(command: &mut Command) -> Result<String> {
             String::from_utf8_lossy(&output.stderr).trim()
         );
     }
-    String::from_utf8(output.stdout).with_context(|| format!("`{text}` printed no UTF-8"))
+    String::from_utf8(output.stdout).with_context(|| format!("the output of `{text}` is not UTF-8"))
 }
 
 fn shown(command: &Command) -> String {

@@ -1,9 +1,9 @@
 //! A throwaway PostgreSQL for tests and for reading schemas: fast, not durable, only on a Unix socket, in a temporary
 //! directory under /tmp.
 //!
-//! It ends when this process does, even by `kill -9`: a small shell script runs it and reads from a pipe that only this
-//! process holds. When the read ends, it stops PostgreSQL and removes the directory. The server's `db::embedded` is
-//! similar but durable; this one is separate because tasks start before the server is built.
+//! It ends when this process does, even with `kill -9`: a small shell script runs it and reads from a pipe that only
+//! this process holds. When the read ends, it stops PostgreSQL and removes the directory. The server's `db::embedded`
+//! is similar but durable; this one is separate because tasks start before the server is built.
 
 use std::{
     cmp::Reverse,
@@ -92,7 +92,7 @@ impl Throwaway {
         })();
         if let Err(error) = made {
             let _ = fs::remove_dir_all(&dir);
-            return Err(error).context("cannot make a PostgreSQL cluster");
+            return Err(error).context("cannot create a PostgreSQL cluster");
         }
 
         let log_path = dir.join("log");

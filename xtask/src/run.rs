@@ -6,15 +6,28 @@ use anyhow::{Context as _, Result};
 
 use crate::{cargo, console, machine, say};
 
+/// With `--billing`, the server bills through a stand-in for Stripe, whose pages can be used in a browser.
 pub(crate) fn run(arguments: &[OsString]) -> Result<ExitCode> {
+    let with_billing = arguments.iter().any(|it| it == "--billing");
+    let arguments = arguments.iter().filter(|it| *it != "--billing");
     machine::install(&[machine::POSTGRES])?;
     console::build()?;
-    say("building the server (a first build takes some minutes)");
+    say("building the server (a first build takes a few minutes)");
     // `exec`, as cargo itself does: the server receives the signals, and its exit code is returned.
     let mut command = cargo();
     if env::var_os("QUOTA_LOG_FORMAT").is_none() {
         // For people at a terminal.
         command.env("QUOTA_LOG_FORMAT", "text");
+    }
+    if with_billing {
+        command.args([
+            "run",
+            "--quiet",
+            "--package",
+            "quota-fake-stripe",
+            "--",
+            "cargo",
+        ]);
     }
     let error = command
         .args([

@@ -113,8 +113,8 @@ fn tables(postgres: &Throwaway) -> Result<BTreeMap<String, Table>> {
     Ok(tables)
 }
 
-/// Returns what Diesel can join without an explicit condition: two tables with a single foreign key between them, of
-/// one column, to the other's primary key.
+/// Returns the joins that Diesel can make without an explicit condition: between two tables with a single foreign key
+/// between them, of one column, to the other's primary key.
 fn joinable(postgres: &Throwaway) -> Result<Vec<(String, String, String)>> {
     let rows = postgres.query(
         "SELECT c.conrelid::regclass::text, c.confrelid::regclass::text, min(a.attname) \

@@ -1,6 +1,6 @@
-//! HTTP: sends a [`Call`] to one server and returns the body of the response. Does not know the keychain or Tauri.
+//! HTTP: sends a [`Call`] to one server and returns the body of the response. Does not depend on the keychain or Tauri.
 //!
-//! Sends nothing but what [`Call::sent`] returns, and only to the server's own origin. Redirects are not followed, so
+//! Sends only what [`Call::sent`] returns, and only to the server's own origin. Redirects are not followed, so
 //! that credentials cannot reach another host.
 
 use std::time::{Duration, Instant};
@@ -10,14 +10,14 @@ use quota_common::{
     call::{Call, LIMIT_FIELDS, Sent},
     ipc::{CallError, TestResponse},
 };
-use reqwest::{Method, RequestBuilder, Response, redirect};
+use reqwest::{Method, RequestBuilder, Response, header::CONTENT_TYPE, redirect};
 use secrecy::{ExposeSecret as _, SecretString};
 
 use crate::server::Server;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(20);
-/// Far above the size of any response of the API.
+/// Far larger than any response of the API.
 const MAX_BODY: usize = 8 * 1024 * 1024;
 
 /// How a call is authenticated.
@@ -68,7 +68,8 @@ impl Client {
             Credential::None => {}
             Credential::Access(token) => bearer = Some(token),
             Credential::Refresh(token) => {
-                sent.body = Some(serde_json::json!({ "refresh_token": token.expose_secret() }));
+                let body = serde_json::json!({ "refresh_token": token.expose_secret() });
+                sent.body = Some(body.to_string());
             }
         }
         let mut request = self.request(&sent)?;
@@ -85,7 +86,7 @@ impl Client {
             Ok(problem) => Err(CallError::Problem {
                 problem: Box::new(problem),
             }),
-            // A proxy answered in place of an unreachable server.
+            // A proxy responded in place of an unreachable server.
             Err(_) if status.is_server_error() => Err(CallError::Unreachable),
             Err(_) => Err(CallError::Unreadable),
         }
@@ -136,7 +137,9 @@ impl Client {
         }
         let request = self.http.request(method, url);
         Ok(match &sent.body {
-            Some(body) => request.json(body),
+            Some(body) => request
+                .header(CONTENT_TYPE, "application/json")
+                .body(body.clone()),
             None => request,
         })
     }

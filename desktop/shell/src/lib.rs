@@ -1,8 +1,8 @@
 //! Quota's console as a desktop app.
 //!
 //! The window shows the console, which is embedded in the app. It passes its calls to [`commands`]; [`client`] and
-//! [`session`], which do not know Tauri, make the requests. The page never sees a token, cannot navigate elsewhere or
-//! open windows, and can call only the commands listed in `capabilities/main.json`.
+//! [`session`], which do not depend on Tauri, make the requests. The page never sees a token, cannot navigate elsewhere
+//! or open windows, and can call only the commands listed in `capabilities/main.json`.
 
 pub mod client;
 mod commands;
@@ -39,7 +39,7 @@ pub fn run() -> ExitCode {
     STARTED.get_or_init(Instant::now);
     let Arguments { server } = Arguments::parse();
     let app = tauri::Builder::default()
-        // First, so that a second instance does nothing before it detects the first.
+        // Registered first, so that a second instance does nothing before it detects the first.
         .plugin(tauri_plugin_single_instance::init(|app, arguments, _| {
             window::on_second_instance(app, &arguments);
         }))

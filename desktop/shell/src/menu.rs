@@ -103,7 +103,7 @@ fn on_selected(app: &AppHandle, id: &str) {
         return window::show(app, path);
     }
     match id {
-        // Reloading would lose the new secret that a locked dialog shows.
+        // Reloading would discard the new secret that a locked dialog shows.
         "reload" => window::run(
             app,
             "if (!document.querySelector('dialog[open][data-locked]')) location.reload()",

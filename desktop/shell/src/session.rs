@@ -1,4 +1,4 @@
-//! A session with one server: its tokens, and the calls made with them. Does not know Tauri.
+//! A session with one server: its tokens, and the calls made with them. Does not depend on Tauri.
 //!
 //! The access token is kept in memory, the refresh token in the keychain or, without one, in memory as well. The first
 //! call that finds the access token expired refreshes it while the others wait. The new refresh token is stored before
@@ -32,12 +32,12 @@ use crate::{
     keychain::{self, Keychain},
 };
 
-/// How long before its expiry an access token is refreshed.
+/// How long before it expires an access token is refreshed.
 const REFRESH_AHEAD: Duration = Duration::from_secs(30);
 /// Longer than a refresh by another process can take.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
 const LOCK_POLL: Duration = Duration::from_millis(50);
-/// How many responses are kept for when the server is unreachable.
+/// Maximum number of responses kept for when the server is unreachable.
 const MAX_CACHED: usize = 200;
 
 struct Access {
@@ -322,7 +322,7 @@ impl Session {
         self.client.server().to_string()
     }
 
-    /// Waits for this process's turn to refresh. If files cannot be locked, processes refresh concurrently, which the
+    /// Waits until this process may refresh. If files cannot be locked, processes refresh concurrently, which the
     /// server tolerates for a few seconds.
     async fn lock_refresh(&self) -> Option<File> {
         let file = File::create(&self.lock).ok()?;

@@ -1,4 +1,4 @@
-//! The window. Its page cannot leave the console.
+//! The window. Its page cannot navigate outside the console.
 
 use tauri::{
     AppHandle, Manager as _, Theme, Url, WebviewUrl, WebviewWindow, WebviewWindowBuilder,
@@ -50,7 +50,7 @@ fn report_theme(window: &WebviewWindow, theme: Theme) {
 fn is_console(url: &Url) -> bool {
     let is_embedded = match url.scheme() {
         "tauri" => url.host_str() == Some("localhost"),
-        // On Windows and Android.
+        // The origin on Windows and Android.
         "http" | "https" => url.host_str() == Some("tauri.localhost"),
         _ => false,
     };
@@ -84,7 +84,7 @@ fn run_in(window: &WebviewWindow, script: &str) {
     }
 }
 
-/// Handles a second start of the app: focuses the window and selects the server named on the command line.
+/// Handles a second launch of the app: focuses the window and selects the server named on the command line.
 pub fn on_second_instance(app: &AppHandle, arguments: &[String]) {
     let Some(window) = app.get_webview_window(LABEL) else {
         return;

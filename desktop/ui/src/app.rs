@@ -1,4 +1,4 @@
-//! The frame around all pages: navigation, account, and which page is shown.
+//! The frame around all pages: navigation, account, and the current page.
 //!
 //! Visitors who are not signed in are sent to sign in, and back afterwards. While the server is unreachable, users stay
 //! signed in; the frame says so and offers to try again.

@@ -9,14 +9,14 @@ use web_sys::Element;
 
 use crate::model::text::relative;
 
-/// Half the smallest unit that relative times show, so that no time on the page is off by more than that.
+/// Half the smallest unit that relative times show, so that no time on the page is off by more than this.
 const TICK: Duration = Duration::from_secs(30);
 
 /// Ticks for every relative time on the page.
 #[derive(Clone, Copy)]
 struct Ticks(RwSignal<u32>);
 
-/// Starts the ticks. Call once, above everything that shows a relative time.
+/// Starts the ticks. Call once, above all components that show a relative time.
 pub fn provide_ticks() {
     let ticks = RwSignal::new(0_u32);
     set_interval(
@@ -29,7 +29,7 @@ pub fn provide_ticks() {
     provide_context(Ticks(ticks));
 }
 
-/// Makes every relative time on the page current: each is a `time` element that has its exact time as a title.
+/// Updates every relative time on the page: each is a `time` element with its exact time as a title.
 fn update_times() {
     let Ok(times) = document().query_selector_all("time[title][datetime]") else {
         return;
@@ -45,7 +45,7 @@ fn update_times() {
     }
 }
 
-/// Makes the caller's effect or view run again on the next tick.
+/// Reruns the caller's effect or view on the next tick.
 pub fn track_ticks() {
     expect_context::<Ticks>().0.track();
 }

@@ -1,9 +1,9 @@
-//! Effects and memos that box their closures: each closure as a type of its own would add a copy of the reactive graph's
+//! Effects and memos that box their closures. Otherwise, each closure's type would add a copy of the reactive graph's
 //! code to the download.
 
 use leptos::prelude::*;
 
-/// Runs now, and again whenever a signal that it reads changes.
+/// Runs now, and again when a signal that it reads changes.
 pub fn effect(run: impl Fn() + 'static) {
     boxed_effect(Box::new(run));
 }
@@ -12,7 +12,7 @@ fn boxed_effect(run: Box<dyn Fn()>) {
     Effect::new(move |_| run());
 }
 
-/// A text that notifies only when it changes.
+/// A string that notifies only when it changes.
 pub fn text_memo(of: impl Fn() -> String + Send + Sync + 'static) -> Memo<String> {
     boxed_text_memo(Box::new(of))
 }

@@ -55,7 +55,7 @@ impl Route {
         self.update();
     }
 
-    /// Goes to another page in place of this one.
+    /// Replaces this page with another page.
     pub fn replace(self, to: &str) {
         if let Ok(history) = window().history() {
             let _ = history.replace_state_with_url(&JsValue::NULL, "", Some(to));
@@ -63,7 +63,7 @@ impl Route {
         self.update();
     }
 
-    /// Undoes a step through the history.
+    /// Undoes a step in the history.
     fn restore(self) {
         let at = (self.path.get_untracked(), self.query.get_untracked());
         if at != here() {
@@ -74,8 +74,8 @@ impl Route {
     /// Reads the address into the signals.
     fn update(self) {
         let (path, query) = here();
-        // Effects run after both are set, so nothing loads for a mix of two pages. Unchanged values do not notify, so
-        // no page loads twice.
+        // Effects run after both are set, so nothing is loaded for a mix of two pages. Unchanged values do not notify,
+        // so no page loads twice.
         if self.query.with_untracked(|it| *it != query) {
             self.query.set(query);
         }
@@ -85,7 +85,7 @@ impl Route {
     }
 }
 
-/// Whether a dialog is open that must not be left by navigating.
+/// Whether an open dialog prevents navigation.
 fn is_locked() -> bool {
     let locked = document().query_selector("dialog[open][data-locked]");
     locked.is_ok_and(|it| it.is_some())

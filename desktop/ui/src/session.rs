@@ -9,13 +9,13 @@ use crate::{
     route::Route,
 };
 
-/// Whether someone is signed in, as far as is known.
+/// Whether the user is signed in, as far as is known.
 #[derive(Debug, Clone, PartialEq)]
 pub enum AuthState {
     Unknown,
     SignedIn,
     SignedOut,
-    /// The server could not tell.
+    /// The server could not be reached.
     Failed(CallError),
 }
 
@@ -23,7 +23,7 @@ pub enum AuthState {
 pub struct Session {
     pub auth: RwSignal<AuthState>,
     pub me: RwSignal<Option<Me>>,
-    /// Keys created in this tab, in full. Forgotten when the tab closes or the session ends.
+    /// Keys created in this tab, in full. Discarded when the tab is closed or the session ends.
     pub known_keys: RwSignal<Vec<(ApiKeyId, String)>>,
 }
 
@@ -48,7 +48,7 @@ impl Session {
         session
     }
 
-    /// Asks the server who is signed in.
+    /// Requests the current user from the server.
     pub fn load(self) {
         spawn_local(async move {
             match api::me().await {

@@ -1,4 +1,4 @@
-//! Checks the console's and the desktop app's source: who imports whom, and which words their texts use.
+//! Checks the source of the console and the desktop app: which modules import which, and the words in their texts.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// The modules of the console from the ground up. A module imports only from lower ranks, or from its own folder.
+/// The modules of the console, lowest rank first. A module imports only from lower ranks, or from its own folder.
 const RANKS: &[&[&str]] = &[
     &["model"],
     &["clock", "host", "preferences", "reactive"],
@@ -19,8 +19,8 @@ const RANKS: &[&[&str]] = &[
     &["main"],
 ];
 
-/// Words that are not part of the product's vocabulary, or that hide what happened. Matched as whole words, in any
-/// case.
+/// Words that are not part of the product's vocabulary, or that hide the cause of an error. Matched as whole words,
+/// ignoring case.
 const BANNED: &[&str] = &[
     "alone",
     "anew",
@@ -107,7 +107,7 @@ fn split(source: &str) -> (String, Vec<String>) {
     (code, strings)
 }
 
-/// The raw string that a source begins with, delimiters included.
+/// The raw string at the start of a source, including its delimiters.
 fn raw_string(source: &str) -> Option<&str> {
     let after = source.strip_prefix('r')?;
     let hashes = after.len() - after.trim_start_matches('#').len();
@@ -126,7 +126,7 @@ fn named_after<'a>(code: &'a str, prefix: &str) -> impl Iterator<Item = &'a str>
     })
 }
 
-/// What a `use crate::{…}` list names first, and every other mention of `crate::`.
+/// The first identifiers in a `use crate::{…}` list, and those of every other `crate::` path.
 fn imported_modules(code: &str) -> BTreeSet<&str> {
     let mut found: BTreeSet<&str> = named_after(code, "crate::")
         .filter(|name| !name.is_empty())
@@ -167,7 +167,7 @@ fn rank(module: &str) -> Option<usize> {
     RANKS.iter().position(|modules| modules.contains(&module))
 }
 
-/// Imports that do not point down the ranks.
+/// Imports that do not point to a lower rank.
 fn upward_imports(module: &str, code: &str) -> Vec<String> {
     let own = rank(module);
     imported_modules(code)
@@ -190,7 +190,7 @@ fn modules_import_only_from_lower_ranks() {
         }
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
-    // The check finds what it looks for.
+    // The checks find planted violations.
     assert_eq!(
         upward_imports("component", "use crate::{api, page::Home};").len(),
         1
@@ -199,7 +199,7 @@ fn modules_import_only_from_lower_ranks() {
     assert!(upward_imports("page", "use crate::{api, session::{a, page}};").is_empty());
 }
 
-/// A cycle among files, each with the files that it imports.
+/// A cycle of files, each with the files that it imports.
 fn cycle(imports: &BTreeMap<String, BTreeSet<String>>) -> Option<Vec<String>> {
     let mut left = imports.clone();
     loop {

@@ -1,4 +1,5 @@
-//! Authenticated callers. A handler that takes one of these first cannot be reached without its credential.
+//! Authenticated callers. A handler whose first argument is one of these types cannot be reached without its
+//! credential.
 //!
 //! [`AdmittedTenant`] has an access token, [`AdmittedKey`] an API key that the limiter has admitted,
 //! [`AdmittedService`] and [`AdmittedGateway`] a service token. Each is a poem-openapi extractor that also adds its
@@ -30,10 +31,10 @@ use crate::{
     secret_text::{Kind, SecretText},
 };
 
-/// The longest name of a client that is kept.
+/// Maximum length of the stored User-Agent. Longer values are truncated.
 const USER_AGENT_MAX: usize = 256;
 
-/// Where a request comes from, as far as it is kept.
+/// The stored details of a request's origin.
 pub fn origin(request: &Request) -> Origin {
     let user_agent = request.headers().get(header::USER_AGENT).map(|agent| {
         String::from_utf8_lossy(agent.as_bytes())
@@ -63,7 +64,7 @@ const fn blank(ty: &'static str, description: &'static str) -> MetaSecuritySchem
     }
 }
 
-/// Makes a caller an extractor that adds its security scheme to the document.
+/// Makes a caller type an extractor that adds its security scheme to the document.
 macro_rules! extract_by_credential {
     ($caller:ty, $name:literal, $scheme:expr) => {
         impl<'a> ApiExtractor<'a> for $caller {
@@ -140,7 +141,7 @@ impl AdmittedTenant {
         self.session.role
     }
 
-    /// Returns the access token of the request, to check later whether it is still valid.
+    /// Returns the request's access token, so that its validity can be checked again later.
     pub fn token(&self, request: &Request) -> Result<SecretString, ApiError> {
         let context = RequestContext::of(request)?;
         let token = bearer(request.headers())?
@@ -192,7 +193,7 @@ extract_by_credential!(
     }
 );
 
-/// How often a header field was sent.
+/// Returns the number of times a header was sent.
 enum Sent<'a> {
     Never,
     Once(&'a str),
@@ -204,7 +205,7 @@ impl<'a> Sent<'a> {
         let mut fields = headers.get_all(name).iter();
         match (fields.next(), fields.next()) {
             (None, _) => Self::Never,
-            // What is not text is not a credential either, and is rejected as one.
+            // A value that is not valid text is rejected like any other invalid credential.
             (Some(field), None) => Self::Once(field.to_str().unwrap_or("?").trim()),
             (Some(_), Some(_)) => Self::Several,
         }
@@ -246,8 +247,8 @@ fn key_text(request: &Request) -> Result<Option<&str>, ApiError> {
     }
 }
 
-/// Looks up the key, asks the limiter, and records the decision for `endpoint`, which may be empty. A key that is not
-/// valid is rejected without being charged.
+/// Looks up the key, calls the limiter, and records the decision for `endpoint`, which may be empty. An invalid key is
+/// rejected without being charged.
 pub async fn decide(
     context: &RequestContext,
     text: &str,
@@ -258,7 +259,13 @@ pub async fn decide(
     let state = &context.state;
     let began = state.clock.monotonic();
     let refused = |rejection, record| {
-        state.metrics.refused_keys.inc();
+        match rejection {
+            Rejection::PaymentRequired => &state.metrics.payment_required,
+            Rejection::Unknown | Rejection::Inactive | Rejection::Expired => {
+                &state.metrics.refused_keys
+            }
+        }
+        .inc();
         Ok(Err(RejectedKey { rejection, record }))
     };
     let Some(text) = SecretText::parse(Kind::ApiKey, text.as_bytes()) else {
@@ -272,14 +279,14 @@ pub async fn decide(
         return refused(Rejection::Unknown, None);
     }
     context.is_key(record.clone());
-    if let Err(rejection) = record.usable(|| state.clock.now()) {
+    if let Err(rejection) = record.usable(state.billing.is_some(), || state.clock.now()) {
         return refused(rejection, Some(record));
     }
     context.has_authenticated();
-    // Without space for its record there is no decision, and nothing is consumed.
+    // If no space can be reserved for the record, no decision is made and nothing is consumed.
     let reservation = state
         .metering
-        .reserve(endpoint, context.id())
+        .reserve(record.tenant, endpoint, context.id())
         .map_err(|_| ApiError::unrecordable())?;
     let decision = state
         .limiter
@@ -299,7 +306,8 @@ pub async fn decide(
         .record(reservation, &record, &decision, cost.get(), began)
         .await
         .map_err(ApiError::unavailable)?;
-    if record.is_worth_noting(decision.at) {
+    // Otherwise, it is written with the usage.
+    if !state.metering.is_on() && record.is_worth_noting(decision.at) {
         state.last_used.key(record.id, decision.at);
     }
     state
@@ -309,11 +317,11 @@ pub async fn decide(
     Ok(Ok((record, decision)))
 }
 
-/// A key that is not valid.
+/// An invalid key.
 #[derive(Debug, Clone)]
 pub struct RejectedKey {
     pub rejection: Rejection,
-    /// The key, if it exists.
+    /// The record of the key, if it exists.
     pub record: Option<Arc<KeyRecord>>,
 }
 
@@ -327,17 +335,21 @@ pub struct AdmittedKey {
 impl AdmittedKey {
     /// Consumes one request from the limits of the request's key.
     ///
-    /// The endpoint that is recorded is the request's own.
+    /// The recorded endpoint is the request's own.
     pub async fn admit(request: &Request) -> Result<Self, ApiError> {
         let text = key_text(request)?
             .ok_or_else(|| ApiError::unauthorized(false, "Send an API key as X-API-Key."))?;
-        // Of Quota's own endpoints, one is limited.
+        // Only one of Quota's own endpoints is limited.
         let endpoint = "GET /v1/echo";
         let context = RequestContext::of(request)?;
         match decide(context, text, NonZeroU32::MIN, None, endpoint).await? {
             Ok((record, decision)) if decision.is_allowed() => Ok(Self { record, decision }),
             Ok((record, decision)) => Err(ApiError::denied(record, decision)),
-            // The same detail for every reason, so that it does not help to guess keys.
+            Err(RejectedKey {
+                rejection: Rejection::PaymentRequired,
+                ..
+            }) => Err(ApiError::subscription_needed()),
+            // The detail is the same for all other reasons, so that it does not help to guess keys.
             Err(_) => Err(ApiError::unauthorized(
                 true,
                 "This API key is invalid, disabled or expired.",
@@ -387,7 +399,7 @@ pub struct AdmittedService {
 }
 
 impl AdmittedService {
-    /// Reads the service token from `X-Service-Token`, or else from `Authorization: Bearer`.
+    /// Reads the service token from `X-Service-Token`, or otherwise from `Authorization: Bearer`.
     pub async fn admit(request: &Request) -> Result<Self, ApiError> {
         let token = match Sent::of(request.headers(), "x-service-token") {
             Sent::Once(token) => Some(token),
@@ -408,7 +420,7 @@ impl AdmittedService {
 /// A gateway, which forwards headers that its consumer controls.
 ///
 /// Its token is accepted in `X-Service-Token` only, which gateways overwrite: the consumer controls
-/// `Authorization`. Two tokens mean that one of them may be the consumer's, so neither counts.
+/// `Authorization`. If there are two tokens, one of them may be the consumer's, so neither is accepted.
 #[derive(Debug, Clone)]
 pub struct AdmittedGateway {
     pub token: Arc<ServiceRecord>,
@@ -452,10 +464,11 @@ extract_by_credential!(
     }
 );
 
-/// The consumer's key in a request that a gateway passes on: `X-API-Key`, or `Authorization: Bearer qk_…`.
+/// Returns the consumer's key in a request that a gateway passes on: `X-API-Key`, or `Authorization: Bearer qk_…`.
 ///
-/// `Authorization` may instead hold a credential of the API behind the gateway, which is ignored. `None` also if there
-/// are several keys, or several of either header: the API may read another one than was checked.
+/// `Authorization` may instead contain a credential for the API behind the gateway, which is ignored. Also returns
+/// `None` if there are several keys, or several values of either header: the API may read a different one than was
+/// checked.
 pub fn consumer_key(request: &Request) -> Option<&str> {
     let headers = request.headers();
     let from_field = match Sent::of(headers, "x-api-key") {

@@ -1,4 +1,4 @@
-//! The `Allow` header of 405 responses, which RFC 9110 (15.5.6) requires and poem does not send.
+//! The `Allow` header of 405 responses, which RFC 9110 (15.5.6) requires and poem does not add.
 
 use serde_json::Value;
 

@@ -11,13 +11,16 @@ use quota_common::{
     api_key::{ApiKey, CreateApiKey, CreatedApiKey, RotateApiKey, UpdateApiKey},
     audit::AuditAction,
     bounds::GRACE_DEFAULT,
+    field::Metadata,
     page::ApiKeyOrder,
 };
+use serde_json::Value;
 use uuid::Uuid;
 
 use super::{
-    Tag, allowance,
-    change::{Edit, read},
+    Tag,
+    change::{Edit, read, read_turn},
+    creation::create,
     idempotency::IdempotencyGuard,
     json::{Created, Json, NoContent},
     page::{self, PageSize},
@@ -28,7 +31,6 @@ use crate::{
     db::{DbError, TenantTx},
     repo::{
         Order, SortBy,
-        allowance::Resource,
         api_key::{self, ApiKeyChange, ApiKeyRow, Filter, NewApiKey},
         invalidation::Target,
     },
@@ -50,6 +52,8 @@ impl From<ApiKeyRow> for ApiKey {
             is_active: row.is_active,
             expires_at: row.expires_at.map(Into::into),
             rpm_override: row.rpm_override.and_then(|rpm| u32::try_from(rpm).ok()),
+            external_id: row.external_id,
+            metadata: serde_json::from_value(row.metadata).unwrap_or_default(),
             last_used_at: row.last_used_at.map(Into::into),
             previous_expires_at: row.previous_expires_at.map(Into::into),
             created_at: row.created_at.into(),
@@ -68,6 +72,14 @@ fn order(sort: ApiKeyOrder) -> Order {
         ApiKeyOrder::LeastRecentlyUsed => (SortBy::LastUsed, false),
     };
     Order { by, descending }
+}
+
+/// Metadata as PostgreSQL stores it.
+fn stored(metadata: &Metadata) -> Value {
+    metadata
+        .iter()
+        .map(|(name, value)| (name.clone(), Value::from(value.as_str())))
+        .collect()
 }
 
 /// Returns when the previous key expires: at the end of its grace period, or with the key if that is earlier.
@@ -107,7 +119,7 @@ impl ApiKeyApi {
         DateTime::from_timestamp_nanos(i64::try_from(self.state.clock.now().0).unwrap_or(i64::MAX))
     }
 
-    /// Rejects an expiry that has already passed: it is a mistake.
+    /// Rejects an expiry that has already passed, because it must be a mistake.
     fn check_expiry(&self, at: Option<Timestamp>) -> Result<(), ApiError> {
         match at {
             Some(at) if at.inner() <= self.now() => {
@@ -122,8 +134,9 @@ impl ApiKeyApi {
 impl ApiKeyApi {
     /// List API keys
     ///
-    /// Returns keys newest first, or as `sort` says. The key itself is never returned. A cursor is only valid with the
-    /// sort it was issued for; when sorting by last use, a key that is used between two pages may move.
+    /// Returns keys in the order given by `sort`, by default newest first. The key itself is never returned. A cursor
+    /// is only valid with the sort it was issued for; when sorting by last use, a key that is used while you page
+    /// through the list may be skipped or repeated.
     #[oai(path = "/api-keys", method = "get", operation_id = "list_api_keys")]
     #[expect(
         clippy::too_many_arguments,
@@ -138,7 +151,10 @@ impl ApiKeyApi {
         is_active: Query<Option<bool>>,
         /// Only expired keys (`true`) or only keys that have not expired (`false`).
         is_expired: Query<Option<bool>>,
-        /// Substring of the name, or prefix of the key.
+        /// Only keys with this external ID.
+        #[oai(validator(min_length = 1, max_length = 200))]
+        external_id: Query<Option<String>>,
+        /// Substring of the name, or prefix of the key or external ID.
         #[oai(validator(max_length = 200))]
         search: Query<Option<String>>,
         /// Sort field; prefix with `-` for descending. Names are compared case-insensitively; keys that were never
@@ -151,14 +167,17 @@ impl ApiKeyApi {
     ) -> Result<Json<Page<ApiKey>>, ApiError> {
         let order = order(sort.0.unwrap_or_default());
         let slice = page::sorted(order, limit.0, cursor.0.as_deref())?;
+        let external_id = page::filter("external_id", external_id.0)?;
         let search = page::filter("search", search.0)?;
         let filter = Filter {
             plan_id: plan_id.0.map(Uuid::from),
             is_active: is_active.0,
             is_expired: is_expired.0.map(|it| (it, self.now())),
+            external_id: external_id.as_deref(),
             search: search.as_deref(),
         };
         let list = async |tx: &mut TenantTx| api_key::list(tx, &filter, &slice).await;
+        let _turn = read_turn(&self.state, &caller).await?;
         let rows = read(&self.state, &caller, list).await?;
         Ok(Json(page::sorted_page(rows, order)))
     }
@@ -179,38 +198,35 @@ impl ApiKeyApi {
     ) -> Result<Created<CreatedApiKey>, ApiError> {
         let body = body.0;
         let idempotency = IdempotencyGuard::new("create_api_key", idempotency_key.0, &body)?;
-        let mut edit = Edit::begin(&self.state, &caller).await?;
-        if let Some(first) = idempotency.replay(&mut edit).await? {
-            return Ok(Created(first));
+        let mut secret = None;
+        let insert = async |tx: &mut TenantTx| {
+            self.check_expiry(body.expires_at)?;
+            let generated = SecretText::generate(Kind::ApiKey)?;
+            let new = NewApiKey {
+                tenant_id: caller.tenant().0,
+                id: Uuid::now_v7(),
+                plan_id: body.plan_id.0,
+                name: body.name.trim(),
+                prefix: &generated.prefix(),
+                key_hash: &generated.hash(),
+                expires_at: body.expires_at.map(Into::into),
+                rpm_override: body.rpm_override.map(Into::into),
+                external_id: body.external_id.as_deref(),
+                metadata: stored(&body.metadata.clone().unwrap_or_default()),
+            };
+            let row = api_key::insert(tx, &new).await.map_err(plan_not_found)?;
+            secret = Some(generated);
+            Ok(CreatedApiKey {
+                key: None,
+                api_key: row.into(),
+            })
+        };
+        let mut created = create(&self.state, &caller, idempotency, insert).await?;
+        // A replay has none.
+        if let Some(secret) = secret {
+            self.state.keys.created(&secret);
+            created.key = Some(secret.reveal());
         }
-        self.check_expiry(body.expires_at)?;
-        allowance::one_more(&self.state.config, &mut edit, Resource::ApiKeys).await?;
-        let secret = SecretText::generate(Kind::ApiKey)?;
-        let new = NewApiKey {
-            tenant_id: caller.tenant().0,
-            id: Uuid::now_v7(),
-            plan_id: body.plan_id.0,
-            name: body.name.trim(),
-            prefix: &secret.prefix(),
-            key_hash: &secret.hash(),
-            expires_at: body.expires_at.map(Into::into),
-            rpm_override: body.rpm_override.map(Into::into),
-        };
-        let row = api_key::insert(&mut edit, &new)
-            .await
-            .map_err(plan_not_found)?;
-        let mut created = CreatedApiKey {
-            key: None,
-            api_key: row.into(),
-        };
-        // Without the secret, which must not be stored.
-        idempotency
-            .keep(&mut edit, StatusCode::CREATED, &created)
-            .await?;
-        edit.created(AuditAction::ApiKeyCreate, &created.api_key)
-            .await?;
-        self.state.keys.created(&secret);
-        created.key = Some(secret.reveal());
         Ok(Created(created))
     }
 
@@ -234,8 +250,8 @@ impl ApiKeyApi {
 
     /// Update an API key
     ///
-    /// Renames the key, moves it to another plan, disables it, or changes its expiry or rate. Takes effect on all
-    /// replicas within one second.
+    /// Renames the key, moves it to another plan, disables it, or changes its expiry, rate, external ID or metadata.
+    /// Takes effect on all replicas within one second.
     #[oai(
         path = "/api-keys/:key_id",
         method = "patch",
@@ -261,6 +277,8 @@ impl ApiKeyApi {
             is_active: body.is_active,
             expires_at: body.expires_at.map(|at| at.map(Into::into)),
             rpm_override: body.rpm_override.map(|rpm| rpm.map(Into::into)),
+            external_id: body.external_id.map(|it| it.map(Into::into)),
+            metadata: body.metadata.as_ref().map(stored),
         };
         let row = api_key::update(&mut edit, id, &change)
             .await
@@ -298,7 +316,7 @@ impl ApiKeyApi {
     ///
     /// Returns a new key. This is the only time it is available: a replay with the same `Idempotency-Key` returns
     /// everything except the key. The previous key keeps working for `grace_seconds`; both count against the same
-    /// limits. Until then, another rotation fails with 409 unless `replace_previous` is true, because a key has at most
+    /// limits. Until then, another rotation fails with 409 unless `replace_previous` is true, because there can be only
     /// one previous key.
     #[oai(
         path = "/api-keys/:key_id/rotate",
@@ -338,7 +356,7 @@ impl ApiKeyApi {
             key: None,
             api_key: ApiKey::from(row.or_not_found()?),
         };
-        // Without the secret, which must not be stored.
+        // The secret is removed, because it must not be stored.
         idempotency
             .keep(&mut edit, StatusCode::OK, &rotated)
             .await?;

@@ -9,7 +9,7 @@ use quota_common::{
 
 use super::{
     Tag,
-    change::read,
+    change::{read, read_turn},
     json::Json,
     page::{self, PageSize},
     problem::ApiError,
@@ -27,7 +27,7 @@ pub struct AuditApi {
 
 impl From<AuditEntry> for AuditEvent {
     fn from(AuditEntry { event, user_email }: AuditEntry) -> Self {
-        // Events from before names were stored may have one among their fields.
+        // Events stored before names were recorded may have a name among their fields.
         let target_name = event.target_name.or_else(|| {
             let fields = [&event.after, &event.before].into_iter().flatten();
             let mut names = fields.filter_map(|it| it.get("name")?.as_str());
@@ -91,7 +91,7 @@ impl AuditApi {
         if let (Some(from), Some(to)) = (from.0, to.0)
             && to <= from
         {
-            return Err(ApiError::invalid("to", "must be after from"));
+            return Err(ApiError::invalid("to", "must be after `from`"));
         }
         let filter = Filter {
             action: action.0.map(AuditAction::as_str),
@@ -103,6 +103,7 @@ impl AuditApi {
             to: to.0.map(Timestamp::inner),
         };
         let list = async |tx: &mut TenantTx| audit::list(tx, &filter, slice).await;
+        let _turn = read_turn(&self.state, &caller).await?;
         let rows = read(&self.state, &caller, list).await?;
         Ok(Json(page::page(rows, |it| it.event.id, AuditEvent::from)))
     }

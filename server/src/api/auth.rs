@@ -7,7 +7,7 @@ use poem_openapi::{
 };
 use quota_common::{
     Page, ProblemCode, SessionId, TenantId, UserId,
-    audit::AuditAction,
+    audit::{AuditAction, AuditTarget},
     auth::{
         ChangePassword, Login, Me, Refresh, Register, Role, Session, SignedIn, Tenant, Tokens,
         UpdateMe, User,
@@ -28,7 +28,6 @@ use crate::{
     auth::{
         AuthError,
         account::{self, Credentials},
-        session::role_named,
         token::LIFETIME,
     },
     db::DbError,
@@ -64,7 +63,7 @@ fn tenant(row: TenantRow, role: Role) -> Tenant {
     }
 }
 
-/// Only pages of this server may request tokens in cookies.
+/// Only pages on this server may request tokens in cookies.
 fn cookies_wanted(state: &AppState, request: &Request) -> Result<bool, ApiError> {
     let wanted = browser::wants_cookies(request.headers());
     if wanted {
@@ -93,7 +92,7 @@ fn signed_in(
         device_token: (!cookies).then_some(it.device),
         expires_in: LIFETIME,
         user: user(it.user),
-        tenant: tenant(it.tenant, role_named(&it.role).unwrap_or(Role::Viewer)),
+        tenant: tenant(it.tenant, Role::of(&it.role).unwrap_or(Role::Viewer)),
     };
     (body, set)
 }
@@ -173,8 +172,8 @@ impl AuthApi {
     ///
     /// Creates a session and returns its tokens. Failed sign-ins are limited per account and network. Send the
     /// `device_token` of an earlier sign-in to identify a known device: its attempts are counted separately, so failed
-    /// sign-ins from elsewhere do not lock it out. With `X-Quota-Session: cookie`, sent from this server's own pages, all
-    /// tokens are set as cookies instead of returned in the body.
+    /// sign-ins from other devices do not lock it out. With `X-Quota-Session: cookie`, sent from this server's own
+    /// pages, all tokens are set as cookies instead of returned in the body.
     #[oai(path = "/login", method = "post", operation_id = "login")]
     async fn login(
         &self,
@@ -310,17 +309,13 @@ impl AuthApi {
                 .ok_or_else(|| ApiError::from(AuthError::Unauthorized))?
                 .user;
             rows::set_user_name(&mut tx, caller.user().0, name).await?;
+            let (tenant, user) = (caller.tenant(), caller.user());
+            let action = AuditAction::UserUpdate;
             let event = NewAuditEvent {
-                tenant_id: caller.tenant().0,
-                id: uuid::Uuid::now_v7(),
-                user_id: Some(caller.user().0),
-                action: "user.update",
-                target_type: "user",
-                target_id: Some(caller.user().to_string()),
-                target_name: None,
-                ip: caller.origin.network(),
                 before: Some(json!({"name": before.name})),
                 after: Some(json!({"name": name})),
+                ..NewAuditEvent::new(tenant.0, action, AuditTarget::User, &user)
+                    .by(user.0, caller.origin.network())
             };
             audit::insert_system(&mut tx, &event).await?;
             tx.commit().await?;
@@ -427,7 +422,7 @@ impl AuthApi {
         let member = rows::member(&mut tx, caller.user().0, caller.tenant().0).await?;
         tx.commit().await?;
         let member = member.ok_or_else(|| ApiError::from(AuthError::Unauthorized))?;
-        let role = role_named(&member.role)
+        let role = Role::of(&member.role)
             .ok_or_else(|| ApiError::from(DbError::Constraint("memberships_role_known".into())))?;
         Ok(Me {
             user: user(member.user),

@@ -32,7 +32,7 @@ pub const CSRF_FIELD: &str = "x-quota-csrf";
 pub enum SessionCookie {
     Access,
     Refresh,
-    /// The only one that scripts can read. Useless without the others.
+    /// The only cookie that scripts can read. Useless without the others.
     Csrf,
     /// Identifies a browser that has signed in before. Outlives sessions, and is not a credential.
     Device,
@@ -56,7 +56,7 @@ impl SessionCookie {
     }
 }
 
-/// Headers that only proxies add. Their values do not matter here.
+/// Headers that are added only by proxies. Only their presence matters.
 const OF_PROXIES: [&str; 5] = [
     "forwarded",
     "via",
@@ -68,8 +68,8 @@ const OF_PROXIES: [&str; 5] = [
 /// Returns whether cookies require TLS. They do, unless the browser uses plain HTTP to a server on its own machine:
 /// browsers would reject such cookies there, and the connection cannot be intercepted.
 ///
-/// `Host` alone does not prove that, since a proxy may send the name of its upstream, such as `localhost`. So the peer
-/// must be on this machine, no header may come from a proxy, and `Origin`, if sent, must be local too.
+/// `Host` does not prove that by itself, since a proxy may send the name of its upstream, such as `localhost`. So the
+/// peer must be on this machine, no header may come from a proxy, and `Origin`, if sent, must be local too.
 fn is_secure(state: &AppState, request: &Request) -> bool {
     let page_is_local = match request.headers().get(header::ORIGIN) {
         None => true,
@@ -116,7 +116,7 @@ pub fn wants_cookies(headers: &HeaderMap) -> bool {
 }
 
 /// Returns the value of a cookie. The names that only a secure origin can set are always read; the others only in
-/// requests from this machine. Whether the page that sent them may change anything is decided elsewhere.
+/// requests from this machine. Whether the sending page may change anything is checked elsewhere.
 pub fn cookie<'a>(
     state: &AppState,
     request: &'a Request,
@@ -141,8 +141,8 @@ pub fn cookie<'a>(
     })
 }
 
-/// Requires that the request comes from a page of this server, according to `Sec-Fetch-Site` or else `Origin`. Rejects
-/// requests with neither.
+/// Requires that the request comes from a page of this server, according to `Sec-Fetch-Site` or otherwise `Origin`.
+/// Rejects requests with neither.
 pub fn same_origin(state: &AppState, headers: &HeaderMap) -> Result<(), ApiError> {
     let rejected = || {
         ApiError::new(

@@ -36,6 +36,16 @@ pub async fn read<T>(
     Ok(result)
 }
 
+/// Waits for the tenant's turn to read potentially many rows: see [`tenant_queue`](crate::tenant_queue). Call before
+/// taking a connection, and hold the turn until the connection is returned.
+pub async fn read_turn(state: &AppState, caller: &AdmittedTenant) -> Result<Turn, ApiError> {
+    let turn = state.reads.turn(caller.tenant()).await;
+    turn.map_err(|_| {
+        state.metrics.guard_refusals.inc();
+        ApiError::too_many_reads()
+    })
+}
+
 /// A resource whose changes are audited.
 pub trait Audited: Serialize {
     const TARGET: AuditTarget;
@@ -62,14 +72,14 @@ macro_rules! audited {
 audited!(Plan => Plan, ApiKey => ApiKey, ServiceToken => ServiceToken, Tenant => Tenant);
 
 /// A change in progress: a transaction of the caller's tenant that ends in [`created`](Self::created),
-/// [`updated`](Self::updated) or [`deleted`](Self::deleted). These record the audit event, commit, and only then
-/// publish what replicas have to drop from their caches. Nothing else can commit the transaction, so no change goes
-/// unrecorded. An edit that is dropped is rolled back.
+/// [`updated`](Self::updated) or [`deleted`](Self::deleted). These record the audit event, commit, and then publish
+/// which cached records replicas have to drop. Nothing else can commit the transaction, so no change goes unrecorded.
+/// An edit that is dropped is rolled back.
 pub struct Edit<'a> {
     tx: TenantTx,
     state: &'a AppState,
     caller: &'a AdmittedTenant,
-    // After the transaction, so that the next change begins when this one has ended.
+    // Released after the transaction, so that the next change begins only when this one has ended.
     _turn: Turn,
 }
 
@@ -128,19 +138,14 @@ impl<'a> Edit<'a> {
         let (tenant, user) = (self.caller.tenant(), self.caller.user());
         let target = resource.id().to_string();
         let event = NewAuditEvent {
-            tenant_id: tenant.0,
-            id: Uuid::now_v7(),
-            user_id: Some(user.0),
-            action: action.as_str(),
-            target_type: T::TARGET.as_str(),
-            target_id: Some(target.clone()),
             target_name: Some(resource.name()),
-            ip: self.caller.origin.network(),
             before,
             after,
+            ..NewAuditEvent::new(tenant.0, action, T::TARGET, &target)
+                .by(user.0, self.caller.origin.network())
         };
         audit::insert(&mut self.tx, &event).await?;
-        // Last, since it waits for other transactions that invalidate.
+        // Done last, since it waits for other transactions that invalidate.
         let invalidation = match stale {
             Some(stale) => Some(invalidation::insert(&mut self.tx, stale).await?),
             None => None,

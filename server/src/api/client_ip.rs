@@ -2,8 +2,8 @@
 //!
 //! It is the peer's address, unless the peer is a trusted proxy. Then it is the rightmost address in `X-Forwarded-For`
 //! that is not a trusted proxy. `X-Real-IP` and `Forwarded` are ignored, since a proxy that does not set them forwards
-//! what the client sent. The search ends at an address that cannot be parsed: the same client may have written
-//! everything to its left.
+//! the client's values. The search ends at an address that cannot be parsed: the client may have written everything to
+//! its left.
 
 use std::net::IpAddr;
 

@@ -1,6 +1,6 @@
 //! `/console`: serves the console, which is embedded in the binary.
 //!
-//! The build embeds the output of `cargo xtask console`. Without it, the server works, and its console says how to
+//! The build embeds the output of `cargo xtask console`. Without it, the server works, and its console explains how to
 //! build it.
 
 use poem::{
@@ -29,7 +29,7 @@ include!(concat!(env!("OUT_DIR"), "/console.rs"));
 const INDEX: &str = "index.html";
 /// Names contain a hash of the content, so the file behind a name never changes.
 const YEAR: &str = "public, max-age=31536000, immutable";
-/// Only files of this server, nothing inline. WebAssembly may be compiled; strings are never evaluated.
+/// Only files from this server, nothing inline. WebAssembly may be compiled; strings are never evaluated.
 const CSP: &str = "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self'; \
     img-src 'self' data:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'";
 
@@ -50,7 +50,7 @@ fn find(name: &str) -> Option<&'static File> {
     FILES.get(at)
 }
 
-/// A way to encode a file for transfer.
+/// A content coding for transfers.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Coding {
     Brotli,
@@ -137,7 +137,7 @@ fn answer(request: &Request) -> Result<Response, ApiError> {
     };
     match find(name) {
         Some(file) => Ok(serve(file, request.headers())),
-        // The console shows the page for the path. A path with an extension names a file that no longer exists.
+        // The console shows the page for the path. A path with a file extension refers to a file that no longer exists.
         None if name
             .rsplit('/')
             .next()
@@ -149,7 +149,7 @@ fn answer(request: &Request) -> Result<Response, ApiError> {
     }
 }
 
-/// Serves the paths below `/console`, with that prefix removed.
+/// Serves the paths under `/console`, with that prefix removed.
 pub fn endpoint() -> impl Endpoint + use<> {
     get(make_sync(|request| answer(&request)))
 }

@@ -14,9 +14,10 @@ use quota_common::{
 };
 
 pub use self::stream::Streams;
-use self::stream::{DecisionStream, Tail};
+use self::stream::{DecisionStream, StreamSession, Tail};
 use super::{
     Tag,
+    change::{read, read_turn},
     json::Json,
     page::{self, PageSize},
     problem::ApiError,
@@ -95,7 +96,7 @@ impl DecisionApi {
     ///
     /// Returns decisions on requests with a known key, newest first: which key called which endpoint, whether it was
     /// allowed, and which policy denied it. Filter by `request_id`, the response's `X-Request-Id`, to find out why a
-    /// request was denied. A page that looks for rare matches may have fewer items than `limit` and still have a
+    /// request was denied. If matches are rare, a page may have fewer items than `limit` even though it has a
     /// `next_cursor`.
     #[oai(path = "/decisions", method = "get", operation_id = "list_decisions")]
     #[expect(
@@ -124,8 +125,9 @@ impl DecisionApi {
             .0
             .map(|cursor| read_position(&cursor).ok_or_else(malformed));
         let before = before.transpose()?;
+        let _turn = read_turn(&self.state, &caller).await?;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
-        // Read before the rows, so that none is missing between them and a stream from this position.
+        // Read before the rows, so that no decision is missing between the rows and a stream from this position.
         let newest = usage_log::last_seq(&mut tx).await?;
         let page = usage_log::list(&mut tx, &filter, before, page::size(limit.0)).await?;
         let total = usage_log::total(&mut tx, &filter).await?;
@@ -140,11 +142,12 @@ impl DecisionApi {
 
     /// Stream decisions
     ///
-    /// Sends decisions as server-sent events while they are made, by all servers, usually within a second. A `decision`
-    /// event has a decision as its data, and an ID from which the stream can be resumed on any server: as the
-    /// `Last-Event-ID` header, which browsers send by themselves, or as `last_event_id`. A `dropped` event says how many
-    /// decisions were skipped, whether they match the filters or not, because more were made than can be sent. The
-    /// stream ends with an `end` event when the access token expires, the session is revoked or the server stops.
+    /// Sends the decisions of all servers as server-sent events, usually within a second. A `decision` event has a
+    /// decision as its data, and an ID from which the stream can be resumed on any server: as the `Last-Event-ID`
+    /// header, which browsers send automatically, or as `last_event_id`. A `dropped` event contains the number of
+    /// decisions that were skipped, whether they match the filters or not, because decisions arrived faster than they
+    /// could be sent. The stream ends with an `end` event when the access token expires, the session is revoked or the
+    /// server stops.
     #[oai(
         path = "/decisions/stream",
         method = "get",
@@ -167,10 +170,10 @@ impl DecisionApi {
         /// Only requests with this ID.
         #[oai(validator(max_length = 128))]
         request_id: Query<Option<String>>,
-        /// The ID of the last event that was received, or `last_event_id` of a list. Default: only new decisions.
+        /// The ID of the last event you received, or the `last_event_id` of a list. Default: only new decisions.
         #[oai(name = "last_event_id")]
         from: Query<Option<String>>,
-        /// The ID of the last event that was received. It takes precedence over the parameter.
+        /// The ID of the last event you received. It takes precedence over the parameter.
         #[oai(name = "Last-Event-ID")]
         resumed: Header<Option<String>>,
     ) -> Result<DecisionStream, ApiError> {
@@ -183,20 +186,20 @@ impl DecisionApi {
         };
         let place = self.streams.begin(caller.tenant())?;
         let token = caller.token(request)?;
-        let mut tx = self.state.db.tenant(caller.tenant()).await?;
-        let newest = usage_log::last_seq(&mut tx).await?;
-        tx.commit().await?;
+        let newest = read(&self.state, &caller, usage_log::last_seq).await?;
         // A position beyond the end belongs to a log that was restored to an earlier state.
         let after = after.map_or(newest, |it| it.min(newest));
         let tail = Tail {
-            state: self.state.clone(),
+            session: StreamSession {
+                state: self.state.clone(),
+                token,
+            },
             tenant: caller.tenant(),
-            token,
             filter,
             after,
         };
         let endless = RequestContext::of(request)?.begin_endless_response();
-        Ok(DecisionStream::new(tail, (place, endless)))
+        Ok(DecisionStream::new(tail, place, endless))
     }
 }
 

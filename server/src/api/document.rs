@@ -16,10 +16,14 @@ const CSS: &str = "text/css; charset=utf-8";
 const SVG: &str = "image/svg+xml";
 const STYLE: &str = include_str!("document/page.css");
 const SCRIPT: &str = include_str!("document/page.js");
+/// The opening part of every page.
+const META: &str = "<meta charset=\"utf-8\">\n\
+    <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
+    <meta name=\"color-scheme\" content=\"light dark\">";
 const LANDING: &str = include_str!("document/landing.html");
 const DOOR: &str = include_str!("document/door.html");
 const ICON: &str = include_str!("../../../desktop/ui/icon.svg");
-/// These URLs name no version, so they are not cached for longer.
+/// These URLs have no version, so they are not cached for longer.
 const HOUR: &str = "public, max-age=3600";
 /// Allows nothing from other origins and nothing inline.
 const CSP: &str = "default-src 'none'; style-src 'self'; img-src 'self' data:; script-src 'self'; connect-src 'self'; \
@@ -63,8 +67,7 @@ fn html(body: String) -> Response {
 
 pub(super) fn page(title: &str, body: &str) -> Response {
     html(format!(
-        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
-         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>{title} · Quota</title>\n\
+        "<!doctype html>\n<html lang=\"en\">\n<head>\n{META}\n<title>{title} · Quota</title>\n\
          <link rel=\"stylesheet\" href=\"/page.css\">\n<link rel=\"icon\" type=\"image/svg+xml\" href=\"/icon.svg\">\n</head>\n<body>\n\
          <main class=\"narrow\">\n<p class=\"up\"><a class=\"brand\" href=\"/\"><img src=\"/icon.svg\" alt=\"\" width=\"24\" \
          height=\"24\">Quota</a></p>\n{body}\n</main>\n</body>\n</html>\n"
@@ -115,7 +118,7 @@ fn error_page(code: ProblemCode, base: &str) -> Response {
     )
 }
 
-/// Whether the error passes by itself, so that its responses carry `Retry-After`.
+/// Whether the error is temporary, so that its responses have a `Retry-After` header.
 const fn waits(code: ProblemCode) -> bool {
     matches!(
         code,
@@ -128,7 +131,7 @@ const fn waits(code: ProblemCode) -> bool {
     )
 }
 
-/// Returns how to retry after an error, and an example of it.
+/// Returns how to retry after an error, with an example.
 const fn retry(code: ProblemCode) -> (&'static str, &'static str) {
     match code {
         ProblemCode::RequestInProgress
@@ -174,12 +177,24 @@ curl {base}/auth/refresh -H "Content-Type: application/json" \
             "Delete a resource of the same kind, then send the request again.",
             r#"curl -X DELETE {base}/admin/plans/$PLAN_ID -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
-        ProblemCode::SubscriptionNeeded | ProblemCode::HeadersTooLarge => (
+        ProblemCode::SubscriptionNeeded | ProblemCode::NotSubscribed => (
+            "Subscribe on the page that this request returns, then send the request again.",
+            r#"curl -X POST {base}/billing/checkout -H "Authorization: Bearer $ACCESS_TOKEN""#,
+        ),
+        ProblemCode::AlreadySubscribed => (
+            "Open the customer portal, on the page that this request returns.",
+            r#"curl -X POST {base}/billing/portal -H "Authorization: Bearer $ACCESS_TOKEN""#,
+        ),
+        ProblemCode::BillingOff => (
+            "The same request fails again. See whether the server has billing.",
+            r#"curl {base}/billing -H "Authorization: Bearer $ACCESS_TOKEN""#,
+        ),
+        ProblemCode::HeadersTooLarge => (
             "Fix the cause, then send the request again.",
             r#"curl -i {base}/v1/echo -H "X-API-Key: $API_KEY""#,
         ),
         ProblemCode::Forbidden => (
-            "The same request fails again. See which role you have, and ask an owner or admin for another one.",
+            "The same request fails again. Check your role, and ask an owner or admin to change it.",
             r#"curl {base}/auth/me -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
         ProblemCode::NotFound => (
@@ -199,7 +214,7 @@ curl {base}/auth/refresh -H "Content-Type: application/json" \
 curl -X DELETE {base}/admin/plans/$PLAN_ID -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
         ProblemCode::PreviousKeyActive => (
-            "The same request fails again until the previous key has expired. To revoke it now, set `replace_previous`.",
+            "The same request fails again until the previous key has expired. To revoke it immediately, set `replace_previous`.",
             r#"curl {base}/admin/api-keys/$KEY_ID/rotate \
   -H "Authorization: Bearer $ACCESS_TOKEN" -H "Content-Type: application/json" \
   -d '{"replace_previous": true}'"#,
@@ -269,7 +284,7 @@ fn viewer(service_html: &str) -> Option<(String, String)> {
     Some((style, script))
 }
 
-/// A gateway configuration without the comment at its start.
+/// A gateway configuration without its opening comment.
 fn configuration(file: &str) -> String {
     let text = match file.split_once("\n\n") {
         Some((_, body)) if file.starts_with('#') => body,
@@ -278,15 +293,17 @@ fn configuration(file: &str) -> String {
     escape(text.trim_end())
 }
 
-/// The page at `/`: about Quota, or a short door to the operator's console.
+/// The page at `/`: about Quota, or a short page with links to the operator's console and API docs.
 fn front_page(landing: &Landing, base: &str) -> String {
     let version = env!("CARGO_PKG_VERSION");
     match landing {
         Landing::Door { operator } => DOOR
+            .replace("{{meta}}", META)
             .replace("{{version}}", version)
             .replace("{{operator}}", &escape(operator)),
         Landing::Full => {
             let values = [
+                ("{{meta}}", META.to_owned()),
                 ("{{version}}", version.to_owned()),
                 ("{{base}}", escape(base)),
                 ("{{source}}", env!("CARGO_PKG_REPOSITORY").to_owned()),
@@ -332,7 +349,9 @@ pub fn routes(
         }))
     };
     let landing = front_page(landing, base);
-    let docs = DOCS.replace("{{base}}", &escape(base));
+    let docs = DOCS
+        .replace("{{meta}}", META)
+        .replace("{{base}}", &escape(base));
     let base = base.to_owned();
     Route::new()
         .at("/", get(make_sync(move |_| html(landing.clone()))))

@@ -1,8 +1,8 @@
 //! The fast path for decisions.
 //!
-//! Most requests ask for a decision, at one of three fixed paths. They are recognized by path before the router and
+//! Most requests are checks, at one of three fixed paths. They are recognized by path before the router and
 //! poem-openapi, whose nested routes, query parsing and boxed errors cost more than the rest of such a request. They
-//! are handled by the same code in the same order. A request with any other query takes the normal route.
+//! are handled by the same code in the same order. A request with any other query is routed normally.
 
 use poem::{Endpoint, IntoResponse, Request, Response, Result, http::Method};
 use poem_openapi::{ApiExtractor, ExtractParamOptions, param::Query};
@@ -54,7 +54,7 @@ impl<E: Endpoint<Output = Response>> Endpoint for FastPath<E> {
     async fn call(&self, mut request: Request) -> Result<Response> {
         let answer = match FastRoute::of(&request) {
             None => {
-                // Gateways may pass on the consumer's method, which does not matter.
+                // Gateways may pass on the consumer's method, which is ignored.
                 if request.uri().path() == FORWARD_AUTH {
                     request.set_method(Method::GET);
                 }

@@ -20,7 +20,7 @@ fn ok() -> Json<Health> {
     })
 }
 
-/// Not an error of the server, so it has no source to be logged.
+/// Not a server error, so it has no source to log.
 fn stopping() -> ApiError {
     ApiError {
         retry_after: Some(Duration::from_secs(1)),
@@ -40,8 +40,8 @@ impl HealthApi {
 
     /// Serving
     ///
-    /// Returns 503 only while the server is stopping. Known keys are served without PostgreSQL, so balancers and
-    /// Kubernetes should send requests by this check.
+    /// Returns 503 only while the server is stopping. Keys in memory are served without PostgreSQL, so use this check
+    /// for load balancers and Kubernetes readiness.
     #[oai(path = "/serving", method = "get", operation_id = "serving")]
     async fn serving(&self) -> Result<Json<Health>, ApiError> {
         if self.state.is_draining() {

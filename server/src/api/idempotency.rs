@@ -19,7 +19,7 @@ pub struct IdempotencyGuard {
     request_hash: Vec<u8>,
 }
 
-/// Rejects a key that is not text, which poem treats as missing, and a header that was sent more than once.
+/// Rejects a key that is not valid text, which poem treats as missing, and a header that was sent more than once.
 pub fn check_field(headers: &HeaderMap) -> Result<(), ApiError> {
     let mut fields = headers.get_all("idempotency-key").iter();
     match (fields.next(), fields.next()) {

@@ -1,8 +1,8 @@
 //! JSON bodies of requests and responses.
 //!
-//! Uses serde for both directions, as the console does, which does not know poem. `common/tests/wire.rs` proves that the
-//! OpenAPI document describes the same JSON. A body that cannot be parsed is 400; one that can be parsed but is invalid
-//! is 422 and names every invalid field.
+//! Uses serde in both directions, like the console, which does not depend on poem. `common/tests/wire.rs` proves that
+//! the OpenAPI document describes the same JSON. A body that cannot be parsed gets 400; one that can be parsed but is
+//! invalid gets 422 with all invalid fields.
 
 use futures_util::StreamExt;
 use garde::Validate;
@@ -19,7 +19,7 @@ use poem_openapi::{
 use quota_common::{FieldError, ProblemCode};
 use serde::{Serialize, de::DeserializeOwned};
 
-use super::{limit_headers, problem::ApiError, request_context::RequestContext};
+use super::{large_response, limit_headers, problem::ApiError, request_context::RequestContext};
 
 const MEDIA_TYPE: &str = "application/json";
 
@@ -68,7 +68,9 @@ impl IntoResponse for NoContent {
 fn respond<T: Serialize>(status: StatusCode, value: &T) -> Response {
     match serde_json::to_vec(value) {
         Ok(body) => {
+            let length = body.len();
             let mut response = Response::builder().status(status).body(body);
+            large_response::mark(&mut response, length);
             let headers = response.headers_mut();
             headers.reserve(limit_headers::FIELDS);
             headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
@@ -160,7 +162,8 @@ where
         if request.content_type().is_some() {
             check_media_type(request)?;
         }
-        let mut bytes = read(request, body).await?;
+        let limit = RequestContext::of(request)?.state.config.body_limit;
+        let mut bytes = read(request, body, limit).await?;
         if request.content_type().is_none() {
             // A missing body means an empty object. A body must have a media type.
             if !bytes.is_empty() {
@@ -194,12 +197,16 @@ fn check_media_type(request: &Request) -> Result<(), ApiError> {
     }
 }
 
-/// The most that is reserved for a body before it arrives.
+/// The maximum size reserved for a body before it arrives.
 const RESERVED: usize = 4 * 1024;
 
-async fn read(request: &Request, body: &mut RequestBody) -> Result<Vec<u8>, ApiError> {
-    let settings = &RequestContext::of(request)?.state.config;
-    let (limit, patience) = (settings.body_limit, settings.header_timeout);
+/// Reads a body of at most `limit` bytes.
+pub(super) async fn read(
+    request: &Request,
+    body: &mut RequestBody,
+    limit: usize,
+) -> Result<Vec<u8>, ApiError> {
+    let patience = RequestContext::of(request)?.state.config.header_timeout;
     let too_large = || {
         ApiError::new(
             ProblemCode::ContentTooLarge,
@@ -218,7 +225,7 @@ async fn read(request: &Request, body: &mut RequestBody) -> Result<Vec<u8>, ApiE
         .map_err(|error| ApiError::internal(error.to_string()))?;
     let mut stream = body.into_bytes_stream();
     let arriving = async {
-        // A client can announce much and send nothing.
+        // A client can announce a large body and send nothing.
         let mut bytes = Vec::with_capacity(announced.unwrap_or(0).min(RESERVED));
         while let Some(chunk) = stream.next().await {
             let chunk = chunk.map_err(|_| {
@@ -262,7 +269,7 @@ pub fn parse<T: DeserializeOwned + Validate<Context = ()>>(bytes: &[u8]) -> Resu
         ));
     }
     drop(value);
-    // From the bytes, not from the value, which keeps only the last of two fields with the same name.
+    // Reads from the bytes instead of the value, which keeps only the last of two fields with the same name.
     let mut reader = serde_json::Deserializer::from_slice(bytes);
     let value: T = serde_path_to_error::deserialize(&mut reader)
         .map_err(|error| ApiError::invalid_fields(vec![rejected_field(&error)]))?;
@@ -279,8 +286,8 @@ pub fn parse<T: DeserializeOwned + Validate<Context = ()>>(bytes: &[u8]) -> Resu
     Ok(value)
 }
 
-/// Returns the field that could not be deserialized. serde names missing, duplicate and unknown fields only in its
-/// message.
+/// Returns the field that could not be deserialized. serde includes the names of missing, duplicate and unknown fields
+/// only in its message.
 fn rejected_field(error: &serde_path_to_error::Error<serde_json::Error>) -> FieldError {
     let path = error.path().to_string();
     let message = error.inner().to_string();

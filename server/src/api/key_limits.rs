@@ -1,8 +1,8 @@
 //! `/admin/api-keys/{key_id}/limits` and `/burn-down`: the state of a key's limits, now and over time.
 //!
-//! Combines several sources. The shared counters know the usage of a rate by all replicas. For a quota, this replica's
-//! limiter knows its own decisions up to this moment, and the rollups contain those of all replicas up to about a
-//! second ago.
+//! Combines several sources. The shared counters have the usage of a rate by all replicas. For a quota, this replica's
+//! limiter has its own decisions up to this moment, and the rollups have those of all replicas up to about a second
+//! ago.
 
 use chrono::{DateTime, TimeDelta, Utc};
 use poem::Result;
@@ -18,6 +18,7 @@ use quota_common::{
 
 use super::{
     Tag,
+    change::read_turn,
     json::Json,
     problem::{ApiError, OrNotFound},
     tenant_rights::{ReadingTenant, UsageTenant},
@@ -39,7 +40,7 @@ pub struct KeyLimitsApi {
     pub state: AppState,
 }
 
-/// A quota of a calendar window.
+/// A quota for a calendar day or month.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Enum)]
 #[oai(rename_all = "snake_case")]
 pub enum QuotaPolicy {
@@ -71,7 +72,7 @@ impl KeyLimitsApi {
         self.state.keys.described(facts).map_err(ApiError::from)
     }
 
-    /// Returns the current window of a key's quota: that of the ledger, or else the calendar's.
+    /// Returns the current window of a key's quota: from the ledger, or otherwise from the calendar.
     async fn quota(
         &self,
         tx: &mut TenantTx,
@@ -104,7 +105,7 @@ impl KeyLimitsApi {
         }))
     }
 
-    /// Returns the cost of the key's allowed requests in each span between two of `starts`; the last one ends at `to`.
+    /// Returns the total cost of the key's allowed requests between consecutive `starts`; the last span ends at `to`.
     async fn spent(
         tx: &mut TenantTx,
         key: ApiKeyId,
@@ -138,8 +139,8 @@ fn limit_state(state: PolicyState) -> LimitState {
 impl KeyLimitsApi {
     /// Get an API key's limits
     ///
-    /// Returns what is left of each of the key's limits and when it resets. Consumes nothing. With several servers, what
-    /// others took of a quota within the last second may be missing.
+    /// Returns how much of each of the key's limits is left and when it resets. Consumes nothing. With several servers,
+    /// usage of a quota on other servers within the last second may be missing.
     #[oai(
         path = "/api-keys/:key_id/limits",
         method = "get",
@@ -150,6 +151,7 @@ impl KeyLimitsApi {
         caller: ReadingTenant,
         key_id: Path<ApiKeyId>,
     ) -> Result<Json<KeyLimits>, ApiError> {
+        let _turn = read_turn(&self.state, &caller).await?;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
         let record = self.key(&mut tx, key_id.0).await?;
         tx.commit().await?;
@@ -162,7 +164,7 @@ impl KeyLimitsApi {
         for state in decision.states() {
             let mut limit = limit_state(state);
             if let Some(quota) = self.quota(&mut tx, &record, state.policy, now).await? {
-                // Other replicas may have counted in this window although this one has not yet.
+                // Other replicas may have counted usage in this window even if this one has not.
                 let spent = Self::spent(&mut tx, key_id.0, &[quota.start], quota.end).await?;
                 limit.limit = quota.limit;
                 limit.remaining = limit
@@ -187,8 +189,8 @@ impl KeyLimitsApi {
 
     /// Get a quota's burn-down
     ///
-    /// Returns what was left of the key's daily or monthly quota over the current day or month, what would have been left
-    /// at an even pace, and when the quota will be used up at the recent pace.
+    /// Returns the remaining daily or monthly quota of a key over the current day or month, compared with an even pace,
+    /// and when the quota will be used up at the recent pace.
     #[oai(
         path = "/api-keys/:key_id/burn-down",
         method = "get",
@@ -198,9 +200,11 @@ impl KeyLimitsApi {
         &self,
         caller: UsageTenant,
         key_id: Path<ApiKeyId>,
-        /// The quota, which the key's plan must have. Default: `daily` if it has one, otherwise `monthly`.
+        /// The quota to return. The key's plan must have it. Defaults to `daily` if the key's plan has a daily quota, otherwise
+        /// `monthly`.
         policy: Query<Option<QuotaPolicy>>,
     ) -> Result<Json<BurnDown>, ApiError> {
+        let _turn = read_turn(&self.state, &caller).await?;
         let times = times(&self.state).await?;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
         let record = self.key(&mut tx, key_id.0).await?;
@@ -226,11 +230,11 @@ impl KeyLimitsApi {
     }
 }
 
-/// The maximum number of points of a burn-down, without the one at the end.
+/// The maximum number of points in a burn-down, not counting the last one.
 const POINTS: i32 = 192;
 
-/// Returns the starts of equal steps from the start of the window, in whole quarters of an hour. The last one is before
-/// `until`.
+/// Returns the starts of equal intervals from the start of the window, in whole quarters of an hour. The last one is
+/// before `until`.
 fn steps(quota: Quota, until: DateTime<Utc>) -> Vec<DateTime<Utc>> {
     let quarter = TimeDelta::minutes(15);
     let quarters = (quota.end - quota.start).num_minutes() / 15;

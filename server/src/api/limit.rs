@@ -1,6 +1,6 @@
 //! `/v1`: the endpoints that check rate limits. All of them use [`decide`](super::admitted::decide).
 
-use std::num::NonZeroU32;
+use std::{collections::BTreeMap, num::NonZeroU32};
 
 use poem::{
     IntoResponse, Request, Response, Result,
@@ -96,6 +96,15 @@ impl StatusOnly {
         bare
     }
 
+    fn payment_required(denied: StatusCode) -> Self {
+        // nginx passes on only 403.
+        let status = match denied {
+            StatusCode::FORBIDDEN => StatusCode::FORBIDDEN,
+            _ => StatusCode::PAYMENT_REQUIRED,
+        };
+        Self::new(status, GatewayDecision::PaymentRequired)
+    }
+
     fn unauthorized(credential_sent: bool) -> Self {
         let mut bare = Self::new(StatusCode::UNAUTHORIZED, GatewayDecision::Unauthorized);
         let headers = bare.0.headers_mut();
@@ -122,6 +131,10 @@ impl ApiResponse for StatusOnly {
         MetaResponses {
             responses: vec![
                 bare(200, "Allowed. The body is empty."),
+                bare(
+                    402,
+                    "The key's plan is paid and its organization has no active subscription. The body is empty.",
+                ),
                 bare(403, "Denied, with `deny=403`. The body is empty."),
                 bare(429, "Denied. The body is empty."),
             ],
@@ -156,8 +169,8 @@ fn limits(decision: &Decision) -> Vec<LimitState> {
     show.collect()
 }
 
-/// The endpoint that a gateway forwards a request for, by `X-Forwarded-Method` and the path of `X-Forwarded-Uri`. Empty
-/// if it does not say. The query is left out: it can hold anything.
+/// Returns the endpoint of the forwarded request, from `X-Forwarded-Method` and the path of `X-Forwarded-Uri`. Empty if
+/// neither header was sent. The query is omitted, because it can contain anything.
 fn forwarded_endpoint(headers: &HeaderMap) -> String {
     let field = |name| headers.get(name).and_then(|it| it.to_str().ok());
     let path =
@@ -179,7 +192,7 @@ impl LimitApi {
     pub async fn echo(&self, caller: AdmittedKey) -> Result<WithLimitHeaders<Echo>, ApiError> {
         let now = caller.decision.at;
         let time = Timestamp::from_unix_secs(now.secs())
-            .ok_or_else(|| ApiError::internal("the clock is beyond 9999"))?;
+            .ok_or_else(|| ApiError::internal("the clock is past the year 9999"))?;
         let body = Json(Echo {
             key_id: caller.record.id,
             plan: caller.record.plan.clone(),
@@ -237,16 +250,21 @@ impl LimitApi {
                     Rejection::Unknown => CheckCode::UnknownKey,
                     Rejection::Inactive => CheckCode::InactiveKey,
                     Rejection::Expired => CheckCode::ExpiredKey,
+                    Rejection::PaymentRequired => CheckCode::PaymentRequired,
                 },
                 key_id: refused.record.as_ref().map(|record| record.id),
                 plan: refused.record.as_ref().map(|record| record.plan.clone()),
                 limits: vec![],
                 retry_after: None,
-                headers: [(
-                    "WWW-Authenticate".to_owned(),
-                    r#"Bearer realm="quota", error="invalid_token""#.to_owned(),
-                )]
-                .into(),
+                headers: if refused.rejection == Rejection::PaymentRequired {
+                    BTreeMap::new()
+                } else {
+                    [(
+                        "WWW-Authenticate".to_owned(),
+                        r#"Bearer realm="quota", error="invalid_token""#.to_owned(),
+                    )]
+                    .into()
+                },
             },
         }))
     }
@@ -263,7 +281,8 @@ impl LimitApi {
         &self,
         caller: AdmittedGateway,
         request: &Request,
-        /// Status code for a denial: `403` or `429`. Default `429`. Use `403` for nginx, which does not pass on 429.
+        /// Status code for a denial: `403` or `429`. Default `429`. Use `403` for nginx, which passes on neither 429
+        /// nor 402.
         deny: Query<Option<Deny>>,
     ) -> Result<StatusOnly, ApiError> {
         let denied = match deny.0 {
@@ -279,6 +298,9 @@ impl LimitApi {
         Ok(
             match decide(context, key, NonZeroU32::MIN, tenant, &endpoint).await? {
                 Ok((record, decision)) => StatusOnly::decided(&record, &decision, denied),
+                Err(refused) if refused.rejection == Rejection::PaymentRequired => {
+                    StatusOnly::payment_required(denied)
+                }
                 Err(_) => StatusOnly::unauthorized(true),
             },
         )

@@ -1,4 +1,7 @@
-//! The headers that report a decision. The only module that writes them.
+//! The headers that report a decision.
+//!
+//! Writes all of them, except those of responses without a decision: `X-Quota-Decision` of errors on forward-auth, and
+//! `Retry-After` of errors.
 //!
 //! `RateLimit` and `RateLimit-Policy` follow draft-ietf-httpapi-ratelimit-headers-11, as structured fields of
 //! RFC 9651; `X-RateLimit-*` are the older convention. `X-Quota-Decision` is for gateways.
@@ -17,7 +20,7 @@ pub const REMAINING: HeaderName = HeaderName::from_static("x-ratelimit-remaining
 pub const RESET: HeaderName = HeaderName::from_static("x-ratelimit-reset");
 pub const POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
 pub const STATE: HeaderName = HeaderName::from_static("ratelimit");
-/// What forward-auth decided. Gateways admit a request only on status 200 and `allowed`.
+/// The decision of forward-auth. Gateways admit a request only on status 200 and `allowed`.
 pub const DECISION: HeaderName = HeaderName::from_static("x-quota-decision");
 /// Present while Redis is unreachable and this replica decides without it.
 pub const DEGRADED: HeaderName = HeaderName::from_static("x-quota-degraded");
@@ -38,7 +41,7 @@ pub enum GatewayDecision {
 }
 
 impl GatewayDecision {
-    /// The decision that an error response states; never [`Allowed`](Self::Allowed).
+    /// Returns the decision that an error response states; never [`Allowed`](Self::Allowed).
     pub const fn of_error(status: StatusCode) -> Self {
         match status {
             StatusCode::UNAUTHORIZED => Self::Unauthorized,
@@ -65,7 +68,7 @@ struct FixedValues {
     policy: HeaderValue,
 }
 
-/// Writes every field of a decision, including `Retry-After`.
+/// Writes every header of a decision, including `Retry-After`.
 pub fn write(headers: &mut HeaderMap, record: &KeyRecord, decision: &Decision) {
     let rate = decision.rate;
     let fixed = record.headers.get_or_init(|| FixedValues {
@@ -96,7 +99,7 @@ pub fn write(headers: &mut HeaderMap, record: &KeyRecord, decision: &Decision) {
     }
 }
 
-/// Returns the same fields as pairs of strings, for a service to forward.
+/// Returns the same headers as pairs of strings, for a service to pass on.
 pub fn pairs(record: &KeyRecord, decision: &Decision) -> Vec<(&'static str, String)> {
     let rate = decision.rate;
     let mut pairs = vec![
@@ -121,12 +124,12 @@ pub fn pairs(record: &KeyRecord, decision: &Decision) -> Vec<(&'static str, Stri
     pairs
 }
 
-/// Whether it was decided without Redis, which is the only reason for a denial that names no policy.
+/// Whether the decision was made without Redis, which is the only reason for a denial that names no policy.
 fn is_degraded(decision: &Decision) -> bool {
     decision.degraded || (!decision.is_allowed() && decision.violated().is_empty())
 }
 
-/// Whether every quota is that of a full day or month.
+/// Whether every quota applies to a full day or month.
 fn is_usual(decision: &Decision) -> bool {
     decision.states().all(|state| state.shortened_to.is_none())
 }
@@ -165,7 +168,7 @@ struct StateField {
 }
 
 impl StateField {
-    /// Fits the longest name and two numbers of 20 digits.
+    /// Large enough for the longest name and two numbers of 20 digits.
     const LONGEST: usize = "\"monthly\";r=;t=".len() + 2 * 20;
 
     fn of(decision: &Decision) -> Self {

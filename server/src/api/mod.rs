@@ -1,9 +1,9 @@
 //! The HTTP API: authentication, requests and responses. One file per noun.
 //!
-//! Does not know SQL: handlers call `repo` and the modules in between. Every error becomes a
-//! [`Problem`](quota_common::Problem) in [`problem`] and nowhere else. The caller is the first argument of every handler
-//! and the body the last, which is the order in which poem extracts them: an anonymous caller never reaches a parser.
-//! The type of the caller says which right the handler requires; see [`tenant_rights`].
+//! Does not contain SQL: handlers call `repo` and the modules in between. Every error becomes a
+//! [`Problem`](quota_common::Problem) in [`problem`] and nowhere else. The caller is the first argument of every
+//! handler and the body the last, which is the order in which poem extracts them: an anonymous caller never reaches a
+//! parser. The type of the caller is the permission that the handler requires; see [`tenant_rights`].
 
 pub mod admitted;
 pub mod allow;
@@ -11,10 +11,12 @@ pub mod allowance;
 pub mod api_key;
 pub mod audit;
 pub mod auth;
+pub mod billing;
 pub mod browser;
 pub mod change;
 pub mod client_ip;
 pub mod console;
+pub mod creation;
 pub mod decision;
 pub mod document;
 pub mod fast_path;
@@ -23,6 +25,7 @@ pub mod idempotency;
 pub mod ip_guard;
 pub mod json;
 pub mod key_limits;
+pub mod large_response;
 pub mod limit;
 pub mod limit_headers;
 pub mod page;
@@ -49,8 +52,10 @@ pub enum Tag {
     /// Credentials your gateways use to call the check endpoints.
     #[oai(rename = "Service tokens")]
     ServiceTokens,
-    /// How many requests were allowed and denied, and why.
+    /// Number of allowed and denied requests, and the reasons for denials.
     Usage,
+    /// Subscribe, and see the access that the subscription provides.
+    Billing,
     /// Audit log of configuration changes.
     Audit,
     /// Sign in, and manage your account and sessions.

@@ -26,7 +26,7 @@ impl Type for PageSize {
     type RawValueType = Self;
     type RawElementValueType = Self;
 
-    // Not the name of `u32`: its errors have a message of their own.
+    // Not the type name of `u32`, because its error messages are different.
     fn name() -> Cow<'static, str> {
         "PageSize".into()
     }
@@ -59,12 +59,12 @@ impl ParseFromParameter for PageSize {
     }
 }
 
-/// The first byte of a cursor that contains an ID, for lists that are only read newest first.
+/// The first byte of a cursor with an ID, for lists that have only one order, newest first.
 const ID: u8 = 1;
-/// The first byte of a cursor that contains a sort order, an ID, and the value that the row with that ID was sorted by.
+/// The first byte of a cursor with a sort order, an ID, and the sort value of the row with that ID.
 const SORTED: u8 = 2;
 
-/// Reads `limit` and `cursor` of a list that is only read newest first.
+/// Reads `limit` and `cursor` of a list that has only one order, newest first.
 pub fn slice(limit: Option<PageSize>, cursor: Option<&str>) -> Result<Slice, ApiError> {
     Ok(Slice {
         after: cursor.map(read).transpose()?,
@@ -90,7 +90,7 @@ pub fn size(limit: Option<PageSize>) -> u32 {
     limit.map_or(DEFAULT_LIMIT, |limit| limit.0)
 }
 
-/// Reads a text that a list is filtered by. An empty one is no filter; PostgreSQL text cannot hold NUL.
+/// Reads a text by which a list is filtered. An empty one means no filter; PostgreSQL text cannot contain NUL.
 pub fn filter(name: &'static str, text: Option<String>) -> Result<Option<String>, ApiError> {
     match text {
         Some(text) if text.contains('\0') => {
@@ -153,7 +153,7 @@ fn read_sorted(order: Order, cursor: &str) -> Result<(CursorKey, Uuid), ApiError
         SortBy::CreatedAt if rest.is_empty() => CursorKey::CreatedAt,
         SortBy::Name => std::str::from_utf8(rest)
             .ok()
-            // PostgreSQL text cannot hold NUL.
+            // PostgreSQL text cannot contain NUL.
             .filter(|name| !name.contains('\0'))
             .map(|name| CursorKey::Name(name.to_owned()))
             .ok_or_else(malformed)?,
@@ -168,7 +168,7 @@ fn read_sorted(order: Order, cursor: &str) -> Result<(CursorKey, Uuid), ApiError
     Ok((cursor_key, id))
 }
 
-/// Whether PostgreSQL can store the time. Its times begin in 4713 BC; ours have a year of four digits.
+/// Whether PostgreSQL can store the time. PostgreSQL's times begin in 4713 BC; ours have a four-digit year.
 fn is_storable(at: &DateTime<Utc>) -> bool {
     (0..=9999).contains(&at.year())
 }
@@ -189,7 +189,7 @@ fn write_sorted(order: Order, cursor_key: &CursorKey, id: Uuid) -> String {
     URL_SAFE_NO_PAD.encode(bytes)
 }
 
-/// Returns a page of a list that is only read newest first.
+/// Returns a page of a list that has only one order, newest first.
 pub fn page<R, T: ParseFromJSON + ToJSON>(
     rows: Rows<R>,
     id: impl Fn(&R) -> Uuid,

@@ -1,6 +1,6 @@
 //! `/admin/plans`.
 
-use poem::{Result, http::StatusCode};
+use poem::Result;
 use poem_openapi::{
     OpenApi,
     param::{Header, Path, Query},
@@ -14,8 +14,9 @@ use quota_common::{
 use uuid::Uuid;
 
 use super::{
-    Tag, allowance,
+    Tag,
     change::{Edit, read},
+    creation::create,
     idempotency::IdempotencyGuard,
     json::{Created, Json, NoContent},
     page::{self, PageSize},
@@ -26,7 +27,6 @@ use crate::{
     db::{DbError, TenantTx},
     repo::{
         Order, SortBy,
-        allowance::Resource,
         invalidation::Target,
         plan::{self, NewPlan, PlanChange, PlanWithKeys},
     },
@@ -51,12 +51,8 @@ impl From<PlanWithKeys> for Plan {
             on_redis_failure: plan
                 .on_redis_failure
                 .as_deref()
-                .and_then(OnRedisFailure::named),
-            billing: if plan.billing == "paid" {
-                Billing::Paid
-            } else {
-                Billing::Free
-            },
+                .and_then(OnRedisFailure::of),
+            billing: Billing::of(&plan.billing).unwrap_or_default(),
             key_count,
             created_at: plan.created_at.into(),
             updated_at: plan.updated_at.into(),
@@ -72,13 +68,6 @@ fn order(sort: PlanOrder) -> Order {
         PlanOrder::NameReversed => (SortBy::Name, true),
     };
     Order { by, descending }
-}
-
-const fn billing_name(billing: Billing) -> &'static str {
-    match billing {
-        Billing::Free => "free",
-        Billing::Paid => "paid",
-    }
 }
 
 fn name_taken(error: DbError) -> ApiError {
@@ -111,8 +100,8 @@ fn just_used() -> ApiError {
 impl PlanApi {
     /// List plans
     ///
-    /// Returns plans newest first, or as `sort` says, each with its number of keys. A cursor is only valid with the
-    /// sort it was issued for.
+    /// Returns plans in the order given by `sort`, by default newest first, each with its number of keys. A cursor is
+    /// only valid with the sort it was issued for.
     #[oai(path = "/plans", method = "get", operation_id = "list_plans")]
     async fn list(
         &self,
@@ -146,11 +135,6 @@ impl PlanApi {
     ) -> Result<Created<Plan>, ApiError> {
         let body = body.0;
         let idempotency = IdempotencyGuard::new("create_plan", idempotency_key.0, &body)?;
-        let mut edit = Edit::begin(&self.state, &caller).await?;
-        if let Some(first) = idempotency.replay(&mut edit).await? {
-            return Ok(Created(first));
-        }
-        allowance::one_more(&self.state.config, &mut edit, Resource::Plans).await?;
         let new = NewPlan {
             tenant_id: caller.tenant().0,
             id: Uuid::now_v7(),
@@ -160,16 +144,16 @@ impl PlanApi {
             daily_quota: body.daily_quota.map(Into::into),
             monthly_quota: body.monthly_quota.map(Into::into),
             strict: body.strict.unwrap_or(false),
-            on_redis_failure: body.on_redis_failure.map(OnRedisFailure::name),
-            billing: billing_name(body.billing.unwrap_or_default()),
+            on_redis_failure: body.on_redis_failure.map(OnRedisFailure::as_str),
+            billing: body.billing.unwrap_or_default().as_str(),
         };
-        let plan = plan::insert(&mut edit, &new).await.map_err(name_taken)?;
-        let plan = Plan::from(PlanWithKeys { plan, key_count: 0 });
-        idempotency
-            .keep(&mut edit, StatusCode::CREATED, &plan)
-            .await?;
-        edit.created(AuditAction::PlanCreate, &plan).await?;
-        Ok(Created(plan))
+        let insert = async |tx: &mut TenantTx| {
+            let plan = plan::insert(tx, &new).await.map_err(name_taken)?;
+            Ok(PlanWithKeys { plan, key_count: 0 }.into())
+        };
+        create(&self.state, &caller, idempotency, insert)
+            .await
+            .map(Created)
     }
 
     /// Get a plan
@@ -220,8 +204,8 @@ impl PlanApi {
             strict: body.strict,
             on_redis_failure: body
                 .on_redis_failure
-                .map(|it| it.map(|it| it.name().to_owned())),
-            billing: body.billing.map(billing_name),
+                .map(|it| it.map(|it| it.as_str().to_owned())),
+            billing: body.billing.map(Billing::as_str),
         };
         let plan = plan::update(&mut edit, id, &change)
             .await
@@ -256,7 +240,7 @@ impl PlanApi {
         plan::delete(&mut edit, id).await.map_err(|error| {
             ApiError::on_constraint(error, &[("api_keys_plan_fkey", just_used)])
         })?;
-        // Without keys, no cache contains the plan.
+        // A plan without keys is not in any cache.
         edit.deleted(AuditAction::PlanDelete, &plan, None).await?;
         Ok(NoContent)
     }

@@ -26,7 +26,7 @@ use crate::{
     limiter::{Decision, LimiterError, Policy},
 };
 
-/// Turns a look-up without a row into 404.
+/// Converts a lookup without a row to 404.
 pub trait OrNotFound<T> {
     fn or_not_found(self) -> Result<T, ApiError>;
 }
@@ -49,7 +49,7 @@ pub struct ApiError {
     pub allow: Option<String>,
     /// For 401: whether the request had credentials.
     pub credential_sent: bool,
-    /// The denial by a key's limits, which the response headers describe.
+    /// The denial by a key's limits, which is described by the response headers.
     pub denied: Option<Box<(Arc<KeyRecord>, Decision)>>,
     /// The cause, for the log. Never sent to the caller.
     #[source]
@@ -73,7 +73,7 @@ impl ApiError {
         }
     }
 
-    /// The same problem for a resource that does not exist and for another tenant's.
+    /// The problem for a resource that does not exist or belongs to another tenant.
     pub fn not_found() -> Self {
         Self::new(ProblemCode::NotFound, "Not found.")
     }
@@ -83,6 +83,13 @@ impl ApiError {
             credential_sent,
             ..Self::new(ProblemCode::Unauthorized, detail)
         }
+    }
+
+    pub fn subscription_needed() -> Self {
+        Self::new(
+            ProblemCode::SubscriptionNeeded,
+            example::SUBSCRIPTION_NEEDED,
+        )
     }
 
     pub fn invalid(field: impl Into<String>, message: impl Into<String>) -> Self {
@@ -116,12 +123,20 @@ impl ApiError {
         Self::wait("Too many requests from this address.", retry_after)
     }
 
-    /// For streams, which stay open while they are watched.
+    /// For concurrent reports and lists of one tenant.
+    pub fn too_many_reads() -> Self {
+        Self::wait(
+            "Your organization has too many reads at the same time.",
+            Duration::from_secs(1),
+        )
+    }
+
+    /// For streams, which stay open while they are being viewed.
     pub fn too_many_streams() -> Self {
         Self::wait("Too many open streams.", Duration::from_secs(10))
     }
 
-    /// Also states the wait in the detail, for people who see no headers.
+    /// Also states the wait in the detail, for people who don't see the headers.
     fn wait(why: &str, retry_after: Duration) -> Self {
         let secs = whole_secs(retry_after);
         let unit = if secs == 1 { "second" } else { "seconds" };
@@ -165,7 +180,7 @@ impl ApiError {
     pub fn denied(record: Arc<KeyRecord>, decision: Decision) -> Self {
         let secs = decision.retry_after_secs();
         if decision.violated().is_empty() {
-            // No limit is known to be reached: the shared counters could not be queried.
+            // No limit is known to be reached, because the shared counters could not be queried.
             return Self {
                 retry_after: Some(Duration::from_secs(secs.unwrap_or(1))),
                 denied: Some(Box::new((record, decision))),
@@ -212,8 +227,8 @@ impl ApiError {
         }
     }
 
-    /// Returns the response. Logs the error, once, if the server failed. Being busy is not a failure: it has no source,
-    /// and metrics count it.
+    /// Returns the response. Logs the error, once, if the server failed. Being overloaded is not a failure: it has no
+    /// source, and metrics count it.
     pub fn into_response(self, request_id: &str, base: &str) -> Response {
         let is_busy = self.code == ProblemCode::InsufficientStorage
             || self.code == ProblemCode::Unavailable && self.source.is_none();

@@ -1,4 +1,4 @@
-//! The context of a request: what every layer below `request_log` may need to know about it.
+//! The context of a request: information for all layers inside `request_log`.
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -14,12 +14,12 @@ use crate::{
     authenticated::{Authenticated, EndlessResponse},
     client_guard::ClientNetwork,
     clock::UnixNanos,
-    keys::{KeyRecord, Source},
+    keys::{KeyRecord, LookupCaller},
     state::AppState,
     telemetry::log::AccessLine,
 };
 
-/// What is determined once about a request, on arrival. Stored with the request.
+/// Determined once, when the request arrives. Stored with the request.
 pub struct RequestContext {
     pub state: AppState,
     /// The request's ID: visible ASCII.
@@ -72,33 +72,41 @@ impl RequestContext {
         *self.caller.lock() = Some(Identity::Tenant(tenant));
     }
 
+    /// Returns the tenant whose user is the caller.
+    pub fn tenant(&self) -> Option<TenantId> {
+        match &*self.caller.lock() {
+            Some(Identity::Tenant(tenant)) => Some(*tenant),
+            Some(Identity::Key(_)) | None => None,
+        }
+    }
+
     pub fn is_key(&self, key: Arc<KeyRecord>) {
         *self.caller.lock() = Some(Identity::Key(key));
     }
 
-    /// On whose behalf a secret of this request is looked up. `tenant` is the owner of the service token that came with
-    /// it.
-    pub fn source(&self, tenant: Option<TenantId>) -> Source {
-        Source {
+    /// Returns the caller for whom a secret in this request is looked up. `tenant` is the owner of the service token in
+    /// the request, if it had one.
+    pub fn source(&self, tenant: Option<TenantId>) -> LookupCaller {
+        LookupCaller {
             tenant,
             address: self.ip.map(ClientNetwork::address),
         }
     }
 
-    /// Notes that the request came with a valid API key or service token.
+    /// Records that the request had a valid API key or service token.
     pub fn has_authenticated(&self) {
         if let Some(authenticated) = &self.authenticated {
             authenticated.set();
         }
     }
 
-    /// Announces that the response has no end of its own.
+    /// Marks the response as a stream without an end.
     pub fn begin_endless_response(&self) -> Option<EndlessResponse> {
         let connection = self.authenticated.as_ref();
         connection.map(Authenticated::begin_endless_response)
     }
 
-    /// Writes the access log line. Takes `nanos` since arrival.
+    /// Writes the access log line. `nanos` is the time since arrival.
     pub fn log(&self, method: &Method, uri: &Uri, status: u16, nanos: u64) {
         let identity = self.caller.lock().take();
         let (tenant, key) = match &identity {

@@ -17,18 +17,19 @@ use super::{
     allow::Methods,
     client_ip::client_ip,
     fast_path::FORWARD_AUTH,
+    large_response,
     limit_headers::{DECISION, GatewayDecision},
     problem::ApiError,
     request_context::RequestContext,
 };
 use crate::{
     authenticated::Authenticated, clock::UnixNanos, state::AppState,
-    telemetry::request_id::RequestIds,
+    telemetry::request_id::RequestIds, tenant_places::TenantPlaces,
 };
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// Headers of every response: no framing, no content sniffing, nothing shared with other origins.
+/// Headers of every response: no framing, no content sniffing, no sharing with other origins.
 const ALWAYS: [(HeaderName, &str); 5] = [
     (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
     (header::X_FRAME_OPTIONS, "DENY"),
@@ -58,6 +59,7 @@ impl<E: Endpoint> Middleware<E> for RequestLog {
             state: self.state.clone(),
             ids: RequestIds::default(),
             methods: self.methods.clone(),
+            large: large_response::places(),
         }
     }
 }
@@ -67,6 +69,8 @@ pub struct RequestLogEndpoint<E> {
     state: AppState,
     ids: RequestIds,
     methods: Arc<Methods>,
+    /// For large responses.
+    large: TenantPlaces,
 }
 
 impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
@@ -89,8 +93,8 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
 
         state.metrics.requests_in_flight.inc();
         let flight = InFlight(state);
-        // A handler can only exceed the time limit while it waits for something. Most do not wait at all, so they are
-        // polled once before a timer is set up.
+        // A handler can exceed the time limit only while it waits for something. Most handlers do not wait at all, so
+        // they are polled once before a timer is set up.
         let mut answer = pin!(AssertUnwindSafe(self.inner.call(request)).catch_unwind());
         let at_once = poll_fn(|context| Poll::Ready(answer.as_mut().poll(context))).await;
         let answer = match at_once {
@@ -98,7 +102,9 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
             Poll::Pending => timeout(state.config.request_timeout, answer).await,
         };
         let answer = match answer {
-            Ok(Ok(Ok(response))) => Ok(response.into_response()),
+            Ok(Ok(Ok(response))) => {
+                large_response::hold(&self.large, &context, response.into_response())
+            }
             Ok(Ok(Err(error))) => Err(ApiError::from_poem(error)),
             Ok(Err(_)) => {
                 state.metrics.panics.inc();
@@ -125,7 +131,7 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
         let status = response.status().as_u16();
         let nanos = state.clock.monotonic() - began;
         state.metrics.answered(status);
-        // Probes arrive every few seconds for as long as the server runs.
+        // Probes arrive every few seconds while the server runs.
         let is_routine_probe =
             uri.path().starts_with("/health/") && (status < 500 || state.is_draining());
         if !is_routine_probe

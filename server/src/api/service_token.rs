@@ -1,6 +1,6 @@
 //! `/admin/service-tokens`.
 
-use poem::{Result, http::StatusCode};
+use poem::Result;
 use poem_openapi::{
     OpenApi,
     param::{Header, Path, Query},
@@ -13,8 +13,9 @@ use quota_common::{
 use uuid::Uuid;
 
 use super::{
-    Tag, allowance,
+    Tag,
     change::{Edit, read},
+    creation::create,
     idempotency::IdempotencyGuard,
     json::{Created, Json, NoContent},
     page::{self, PageSize},
@@ -24,7 +25,6 @@ use super::{
 use crate::{
     db::TenantTx,
     repo::{
-        allowance::Resource,
         invalidation::Target,
         service_token::{self, NewServiceToken, ServiceTokenRow},
     },
@@ -92,32 +92,29 @@ impl ServiceTokenApi {
     ) -> Result<Created<CreatedServiceToken>, ApiError> {
         let idempotency =
             IdempotencyGuard::new("create_service_token", idempotency_key.0, &body.0)?;
-        let mut edit = Edit::begin(&self.state, &caller).await?;
-        if let Some(first) = idempotency.replay(&mut edit).await? {
-            return Ok(Created(first));
+        let mut secret = None;
+        let insert = async |tx: &mut TenantTx| {
+            let generated = SecretText::generate(Kind::ServiceToken)?;
+            let new = NewServiceToken {
+                tenant_id: caller.tenant().0,
+                id: Uuid::now_v7(),
+                name: body.0.name.trim(),
+                prefix: &generated.prefix(),
+                token_hash: &generated.hash(),
+            };
+            let row = service_token::insert(tx, &new).await?;
+            secret = Some(generated);
+            Ok(CreatedServiceToken {
+                token: None,
+                service_token: row.into(),
+            })
+        };
+        let mut created = create(&self.state, &caller, idempotency, insert).await?;
+        // A replay has none.
+        if let Some(secret) = secret {
+            self.state.keys.created(&secret);
+            created.token = Some(secret.reveal());
         }
-        allowance::one_more(&self.state.config, &mut edit, Resource::ServiceTokens).await?;
-        let secret = SecretText::generate(Kind::ServiceToken)?;
-        let new = NewServiceToken {
-            tenant_id: caller.tenant().0,
-            id: Uuid::now_v7(),
-            name: body.0.name.trim(),
-            prefix: &secret.prefix(),
-            token_hash: &secret.hash(),
-        };
-        let row = service_token::insert(&mut edit, &new).await?;
-        let mut created = CreatedServiceToken {
-            token: None,
-            service_token: row.into(),
-        };
-        // Without the secret, which must not be stored.
-        idempotency
-            .keep(&mut edit, StatusCode::CREATED, &created)
-            .await?;
-        let action = AuditAction::ServiceTokenCreate;
-        edit.created(action, &created.service_token).await?;
-        self.state.keys.created(&secret);
-        created.token = Some(secret.reveal());
         Ok(Created(created))
     }
 

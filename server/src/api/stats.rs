@@ -11,6 +11,7 @@ use quota_common::{
 
 use super::{
     Tag,
+    change::read_turn,
     json::Json,
     problem::ApiError,
     tenant_rights::UsageTenant,
@@ -29,12 +30,12 @@ pub struct StatsApi {
     pub state: AppState,
 }
 
-/// Yesterday at the same time of day, for comparison.
+/// The same time yesterday, for comparison.
 struct Yesterday {
     start: DateTime<Utc>,
     /// The start of the quarter of an hour that contains this time.
     quarter: DateTime<Utc>,
-    /// How much of it has passed.
+    /// The fraction of it that has passed.
     part: f64,
 }
 
@@ -48,7 +49,7 @@ impl Yesterday {
             )
             .start,
         );
-        // No later than the day's end, if today is longer than yesterday.
+        // At most the end of the day, in case today is longer than yesterday.
         let at = zone.day_before(nanos(now)).map_or(today, time).min(today);
         let quarter = range::floor(at).max(start);
         let part = (at - quarter).as_seconds_f64() / range::QUARTER.as_seconds_f64();
@@ -60,9 +61,9 @@ impl Yesterday {
     }
 }
 
-/// Returns part of a count, rounded.
+/// Returns a fraction of a count, rounded.
 fn part_of(count: u64, part: f64) -> u64 {
-    // A count of one quarter of an hour is far below 2^52.
+    // A count for a quarter of an hour is far below 2^52.
     #[expect(
         clippy::cast_precision_loss,
         clippy::cast_possible_truncation,
@@ -90,7 +91,7 @@ impl From<QuotaRow> for QuotaStatus {
     }
 }
 
-/// The percentage of a quota from which on it needs attention.
+/// The percentage of a quota above which it needs attention.
 const ATTENTION_PERCENT: i64 = 80;
 
 fn attention(quotas: Vec<QuotaRow>, standings: Vec<Standing>) -> Vec<Attention> {
@@ -139,6 +140,7 @@ impl StatsApi {
     /// need attention.
     #[oai(path = "/stats", method = "get", operation_id = "get_stats")]
     async fn stats(&self, caller: UsageTenant) -> Result<Json<Stats>, ApiError> {
+        let _turn = read_turn(&self.state, &caller).await?;
         let times = times(&self.state).await?;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
         let zone = tenant_zone(&mut tx).await?;
@@ -157,7 +159,7 @@ impl StatsApi {
 
         let of_today = sum(&dense(&of_today, 1));
         let [before, last] = dense(&of_yesterday, 2)[..] else {
-            return Err(ApiError::internal("two buckets were asked for"));
+            return Err(ApiError::internal("expected two buckets"));
         };
         let compared = |counts: fn(&Counts) -> u64| {
             counts(&before) + part_of(counts(&last), yesterday.part.clamp(0.0, 1.0))

@@ -1,9 +1,9 @@
-//! Callers with a right in their tenant.
+//! Callers with a permission in their tenant.
 //!
-//! A handler that takes one of these types first cannot be reached without the right it stands for. A caller who is
-//! signed in without it gets 403 before the body is read. [`AdmittedTenant`] is the caller without any such
-//! requirement: it is for a user's own account and sessions. Which role has which right is decided in
-//! [`Role`](quota_common::auth::Role).
+//! A handler whose first argument is one of these types cannot be reached without the permission it stands for. A
+//! signed-in caller without it gets 403 before the body is read. [`AdmittedTenant`] is the caller without any such
+//! requirement: it is for a user's own account and sessions. [`Role`](quota_common::auth::Role) defines the permissions
+//! of each role.
 
 use std::ops::Deref;
 
@@ -13,15 +13,15 @@ use quota_common::{ProblemCode, auth::Role};
 
 use super::{admitted::AdmittedTenant, problem::ApiError};
 
-/// The problem for a role that lacks the right.
+/// The problem for a role without the permission.
 fn forbidden(role: Role) -> ApiError {
     let detail = format!("Your role ({}) does not allow this action.", role.as_str());
     ApiError::new(ProblemCode::Forbidden, detail)
 }
 
 impl AdmittedTenant {
-    /// Requires the right to change the tenant itself. For `PATCH /auth/me`, where the fields that are sent decide
-    /// whether the right is needed.
+    /// Requires permission to change the tenant itself. For `PATCH /auth/me`, where the permission is needed only for
+    /// some of the fields.
     pub fn require_administration(&self) -> Result<(), ApiError> {
         if self.role().may_administer() {
             Ok(())
@@ -80,6 +80,8 @@ callers_with_a_right! {
     ReadingTenant requires may_read;
     /// A caller who may read usage.
     UsageTenant requires may_read_usage;
+    /// A caller who may read the subscription, and subscribe, pay and cancel.
+    BillingTenant requires may_bill;
     /// A caller who may create, update and delete plans, API keys and service tokens.
     ManagingTenant requires may_manage;
 }

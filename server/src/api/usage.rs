@@ -1,4 +1,4 @@
-//! `/admin/usage`: how many requests were made and denied, over time.
+//! `/admin/usage`: the number of allowed and denied requests over time.
 
 mod csv;
 pub(super) mod range;
@@ -23,6 +23,7 @@ use quota_common::{
 use self::range::{Buckets, RangeQuery};
 use super::{
     Tag,
+    change::read_turn,
     json::Json,
     page,
     problem::{ApiError, OrNotFound},
@@ -95,7 +96,7 @@ const fn group_by(by: UsageGroupBy) -> GroupBy {
     }
 }
 
-/// Identifies a group, in the field of its kind.
+/// Identifies a group by the field for its kind.
 #[derive(Default)]
 struct GroupFields {
     key_id: Option<ApiKeyId>,
@@ -105,7 +106,7 @@ struct GroupFields {
 }
 
 impl GroupFields {
-    /// `group` is `None` for `other` and without groups.
+    /// `group` is `None` for `other`, and if there are no groups.
     fn new(by: Option<UsageGroupBy>, group: Option<&str>) -> Self {
         let (Some(by), Some(group)) = (by, group) else {
             return Self::default();
@@ -276,7 +277,7 @@ pub(super) fn time(at: UnixNanos) -> DateTime<Utc> {
     DateTime::from_timestamp_nanos(i64::try_from(at.0).unwrap_or(i64::MAX))
 }
 
-/// Returns the tenant's time zone, or UTC if this version does not know it.
+/// Returns the tenant's time zone, or UTC if this version does not support it.
 pub(super) async fn tenant_zone(tx: &mut TenantTx) -> Result<Zone, ApiError> {
     let name = account::time_zone(tx).await.or_not_found()?;
     Ok(Zone::named(&name).unwrap_or_default())
@@ -307,7 +308,7 @@ fn wants_csv(request: &Request) -> bool {
         .unwrap_or(false)
 }
 
-/// Returns PostgreSQL's time, and the time until which all requests are counted.
+/// Returns PostgreSQL's time, and the time up to which all requests are counted.
 pub(super) async fn times(state: &AppState) -> Result<usage_shipper::Times, ApiError> {
     let mut tx = state.db.system().await?;
     let times = usage_shipper::times(&mut tx).await?;
@@ -319,13 +320,13 @@ pub(super) async fn times(state: &AppState) -> Result<usage_shipper::Times, ApiE
 impl UsageApi {
     /// Get usage
     ///
-    /// Returns how many requests were allowed and denied in each hour or day. Without `group_by` there is one series over
-    /// everything that matches the filters, with `key_id` `null`. With it, there is one for each of the 20 largest groups
-    /// and one for all others. `allowed` and `rejected` count requests; `allowed_cost` and `rejected_cost` add up their
-    /// cost. Send `Accept: text/csv` for a file.
+    /// Returns the number of allowed and denied requests in each hour or day. Without `group_by`, there is one series
+    /// of all requests that match the filters, with `key_id` `null`. With `group_by`, there is one series for each of
+    /// the 20 largest groups and one for all others. `allowed` and `rejected` are numbers of requests; `allowed_cost`
+    /// and `rejected_cost` are their total cost. Send `Accept: text/csv` to get a CSV file.
     ///
-    /// A key has usage of its own for 256 endpoints, and an organization for 4,096; requests to further ones are only part
-    /// of the totals and of `other`.
+    /// Usage is broken down by at most 256 endpoints per key and 4,096 per organization; requests to additional
+    /// endpoints count only toward the totals and `other`.
     #[oai(path = "/usage", method = "get", operation_id = "get_usage")]
     #[expect(
         clippy::too_many_arguments,
@@ -335,13 +336,13 @@ impl UsageApi {
         &self,
         caller: UsageTenant,
         request: &Request,
-        /// The start of the range. It is rounded down to a quarter of an hour. Default: 24 hours before `to`, with
-        /// `bucket=day` 30 days before.
+        /// The start of the range. It is rounded down to a quarter of an hour. Default: 24 hours before `to`, or 30
+        /// days with `bucket=day`.
         from: Query<Option<Timestamp>>,
         /// The end of the range, exclusive. It is rounded up to a quarter of an hour. Default: now.
         to: Query<Option<Timestamp>>,
-        /// The length of a bucket. A response has at most 1,000 of them for each group. Default: `hour` for ranges of up to
-        /// 7 days, `day` for longer ones.
+        /// The length of a bucket. A response has at most 1,000 buckets for each group. Default: `hour` for ranges of
+        /// up to 7 days, `day` for longer ones.
         bucket: Query<Option<UsageBucketSize>>,
         /// The IANA name of the time zone in which hours and days start. Default: the organization's.
         tz: Query<Option<String>>,
@@ -351,7 +352,7 @@ impl UsageApi {
         plan_id: Query<Option<PlanId>>,
         /// Only requests to this endpoint.
         endpoint: Query<Option<String>>,
-        /// What to group by.
+        /// How to group the requests.
         group_by: Query<Option<UsageGroupBy>>,
     ) -> Result<UsageResponse, ApiError> {
         let filter = Filter {
@@ -362,6 +363,7 @@ impl UsageApi {
         let zone = page::filter("tz", tz.0)?
             .map(|name| range::zone(&name))
             .transpose()?;
+        let _turn = read_turn(&self.state, &caller).await?;
         let times = times(&self.state).await?;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
         let zone = match zone {
@@ -433,7 +435,7 @@ pub(super) fn endpoint_filter(endpoint: Option<String>) -> Result<Option<String>
             "endpoint",
             format!("must be at most {ENDPOINT_MAX} characters"),
         )),
-        // These represent all endpoints, and those above the limit.
+        // These represent all endpoints, and the endpoints above the limit.
         Some(it) if it.chars().any(char::is_control) => Err(ApiError::invalid(
             "endpoint",
             "must not contain control characters",

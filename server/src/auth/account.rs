@@ -1,12 +1,15 @@
 //! Accounts: registering, signing in, changing a password.
 //!
-//! A password is verified outside of any transaction, since hashing is slow and may wait. The transaction that then
-//! creates a session, or changes the password, checks under the user's row lock that the password is still the one that
-//! was verified, so a password that changed in between does not create a session.
+//! A password is verified outside of any transaction, because hashing is slow and may have to wait. The transaction
+//! that then creates a session or changes the password locks the user's row and checks that the password is still the
+//! one that was verified. So a password that was changed in between does not create a session.
 
 use std::sync::Arc;
 
-use quota_common::{SessionId, TenantId, UserId};
+use quota_common::{
+    SessionId, TenantId, UserId,
+    audit::{AuditAction, AuditTarget},
+};
 use serde_json::json;
 use uuid::Uuid;
 
@@ -22,7 +25,7 @@ use crate::{
     db::{Db, DbError},
     repo::{
         account::{self, LoginRow, MemberRow, TenantRow, UserRow},
-        audit,
+        audit::{self, NewAuditEvent},
         invalidation::{self, Target},
         session,
     },
@@ -32,7 +35,7 @@ use crate::{
 /// An account with a new session.
 pub struct SignedIn {
     pub tokens: Tokens,
-    /// The device token, by which the device is recognized at its next sign-in.
+    /// The token by which the device is recognized at its next sign-in.
     pub device: String,
     pub user: UserRow,
     pub tenant: TenantRow,
@@ -106,26 +109,20 @@ impl Accounts {
             .sessions
             .begin(&mut tx, (UserId(user_id), TenantId(tenant_id)), origin)
             .await?;
-        let event = audit::NewAuditEvent {
-            tenant_id,
-            id: Uuid::now_v7(),
-            user_id: Some(user_id),
-            action: "user.register",
-            target_type: "user",
-            target_id: Some(user_id.to_string()),
-            target_name: None,
-            ip: origin.network(),
-            before: None,
+        let action = AuditAction::UserRegister;
+        let event = NewAuditEvent {
             after: Some(json!({"tenant_name": tenant.name})),
+            ..NewAuditEvent::new(tenant_id, action, AuditTarget::User, &user_id)
+                .by(user_id, origin.network())
         };
         audit::insert_system(&mut tx, &event).await?;
         tx.commit().await?;
         tracing::info!(action = "user.register", tenant = %tenant_id, user = %user_id, "user registered");
+        let now = self.clock.now();
+        let device = self.devices.remember((&email, &hash), device, now)?;
         Ok(SignedIn {
             tokens,
-            device: self
-                .devices
-                .remember((&email, &hash), device, self.clock.now())?,
+            device,
             user,
             tenant,
             role: "owner".into(),
@@ -165,21 +162,14 @@ impl Accounts {
         let hash = self.passwords.hash(password, &email, &place).await?;
         drop(place);
         let mut tx = self.db.system().await?;
-        // First: this waits for sign-ins that have verified the old password. Their sessions are revoked below.
+        // Done first: this waits for sign-ins that have verified the old password. Their sessions are revoked below.
         account::set_password(&mut tx, user.id, &hash).await?;
         // No session has the nil ID, so all are revoked.
         let ended = session::end_others(&mut tx, user.id, Uuid::nil()).await?;
-        let event = audit::NewAuditEvent {
-            tenant_id: tenant,
-            id: Uuid::now_v7(),
-            user_id: None,
-            action: "user.reset_password",
-            target_type: "user",
-            target_id: Some(user.id.to_string()),
-            target_name: None,
-            ip: None,
-            before: None,
+        let action = AuditAction::UserResetPassword;
+        let event = NewAuditEvent {
             after: Some(json!({"sessions_ended": ended.len()})),
+            ..NewAuditEvent::new(tenant, action, AuditTarget::User, &user.id)
         };
         audit::insert_system(&mut tx, &event).await?;
         let mut invalidations = Vec::new();
@@ -200,7 +190,7 @@ impl Accounts {
         Ok(all)
     }
 
-    /// Signs in. Other people cannot exhaust the limits of a known device; see [`super::attempts`].
+    /// Signs in. Other people cannot use up the attempts of a known device; see [`super::attempts`].
     pub async fn login(
         &self,
         credentials: Credentials<'_>,
@@ -238,7 +228,7 @@ impl Accounts {
             hash.is_some_and(|hash| self.devices.is_of_password(device, hash))
         };
         if known.as_ref().is_some_and(|device| !is_current(device)) {
-            // The password has changed in the meantime. This counts as a failed attempt, also for the device.
+            // The password has changed in the meantime. This counts as a failed attempt, including for the device.
             attempt.set_judgment(Judgment::Wrong);
             let network = self.attempts.of_network(&email, origin.ip).await;
             attempt = network.map_err(refused)?;
@@ -263,34 +253,25 @@ impl Accounts {
             .sessions
             .begin(&mut tx, (UserId(user.id), TenantId(tenant.id)), origin)
             .await?;
-        let event = audit::NewAuditEvent {
-            tenant_id: tenant.id,
-            id: Uuid::now_v7(),
-            user_id: Some(user.id),
-            action: "session.begin",
-            target_type: "session",
-            target_id: Some(tokens.session.to_string()),
-            target_name: None,
-            ip: origin.network(),
-            before: None,
-            after: None,
-        };
+        let (action, target) = (AuditAction::SessionBegin, AuditTarget::Session);
+        let event = NewAuditEvent::new(tenant.id, action, target, &tokens.session)
+            .by(user.id, origin.network());
         audit::insert_system(&mut tx, &event).await?;
         tx.commit().await?;
         attempt.succeeded().await;
+        let now = self.clock.now();
+        let device = self.devices.remember((&email, &hash), device, now)?;
         Ok(SignedIn {
             tokens,
-            device: self
-                .devices
-                .remember((&email, &hash), device, self.clock.now())?,
+            device,
             user,
             tenant,
             role,
         })
     }
 
-    /// Counts an attempt to sign in. A known device whose attempts are used up is like any other: someone who has
-    /// collected devices of an account cannot lock its owner out.
+    /// Counts an attempt to sign in. A known device whose attempts are used up is treated like any other device, so
+    /// collecting devices of an account does not lock its owner out.
     async fn attempt(
         &self,
         email: &str,
@@ -306,8 +287,8 @@ impl Accounts {
         Ok((attempt.map_err(refused)?, None))
     }
 
-    /// Verifies a password. From the moment it is handed over, the attempt stays counted even if its caller goes away,
-    /// unless the password turns out to be correct or was not judged.
+    /// Verifies a password. Once passed on, the attempt stays counted even if the caller disconnects, unless the
+    /// password turns out to be correct or was never verified.
     async fn verify(
         &self,
         attempt: &mut Attempt,
@@ -357,7 +338,7 @@ impl Accounts {
         drop(place);
 
         let mut tx = self.db.system().await?;
-        // First: this waits for sign-ins that have verified the old password. Their sessions are revoked below.
+        // Done first: this waits for sign-ins that have verified the old password. Their sessions are revoked below.
         if !account::replace_password(&mut tx, user.0, &old, &hash).await? {
             return Err(AuthError::WrongCredentials);
         }
@@ -366,17 +347,11 @@ impl Accounts {
             return Err(AuthError::Unauthorized);
         }
         let ended = session::end_others(&mut tx, user.0, session.0).await?;
-        let event = audit::NewAuditEvent {
-            tenant_id: tenant.0,
-            id: Uuid::now_v7(),
-            user_id: Some(user.0),
-            action: "user.change_password",
-            target_type: "user",
-            target_id: Some(user.to_string()),
-            target_name: None,
-            ip: origin.network(),
-            before: None,
+        let action = AuditAction::UserChangePassword;
+        let event = NewAuditEvent {
             after: Some(json!({"sessions_ended": ended.len()})),
+            ..NewAuditEvent::new(tenant.0, action, AuditTarget::User, &user)
+                .by(user.0, origin.network())
         };
         audit::insert_system(&mut tx, &event).await?;
         let mut invalidations = Vec::new();

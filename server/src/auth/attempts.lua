@@ -12,7 +12,7 @@ for i, key in ipairs(KEYS) do
   local state = redis.call('HMGET', key, 'n', 'at', 'until')
   local at = tonumber(state[2]) or now
   local forgiven = math.max(0, now - at) / tonumber(ARGV[3 * i - 1])
-  -- More attempts than that change nothing any more. Neither bound is reached but by somebody else's writes.
+  -- More attempts than this make no difference. Both bounds are reached only if something else writes to these keys.
   local n = math.min(tonumber(state[1]) or 0, tonumber(ARGV[3 * i - 2]) + 32)
   counts[i] = math.max(0, n - forgiven)
   local left = (tonumber(state[3]) or 0) - now
@@ -30,7 +30,7 @@ for i, key in ipairs(KEYS) do
   local free, forgive, first = tonumber(ARGV[3 * i - 2]), tonumber(ARGV[3 * i - 1]), tonumber(ARGV[3 * i])
   local n = counts[i] + 1
   local delay = 0
-  -- A part of an attempt may have been forgiven between two that follow at once.
+  -- A fraction of an attempt may have been forgiven between two immediate attempts.
   if n > free - 0.5 then
     delay = math.min(longest, math.floor(first * 2 ^ math.min(30, math.max(0, n - free))))
   end

@@ -1,17 +1,17 @@
 //! Limits failed password attempts, without letting other people lock a user out.
 //!
 //! Attempts are counted per account *and* network, never per account only: guessing from one network slows down that
-//! network. IPv4 counts by address and /24, IPv6 by /64, /56 and /48, with higher limits for wider networks. Each
-//! network is also counted across all accounts, against lists of leaked passwords. A known device ([`super::device`])
-//! has its own counter instead. The devices of one account are also counted together, with a higher limit, so that
-//! collecting devices does not allow more guesses. Their successful sign-ins are counted as well, with a much higher
-//! limit, since verifying correct passwords takes time too.
+//! network. IPv4 is counted by address and /24, IPv6 by /64, /56 and /48, with higher limits for wider networks. Each
+//! network is also counted across all accounts, to slow down attacks with lists of leaked passwords. A known device
+//! ([`super::device`]) has its own counter instead. The devices of one account are also counted together, with a higher
+//! limit, so that collecting devices does not allow more guesses. Their successful sign-ins are counted as well, with a
+//! much higher limit, since verifying correct passwords takes time too.
 //!
-//! Every counter allows a number of attempts without a wait (`QUOTA_LOGIN_RPM` or a multiple). After those, each
+//! Every counter allows a number of attempts without a wait (`QUOTA_LOGIN_FREE_FAILURES` or a multiple). After those, each
 //! attempt has to wait twice as long as the previous one, and one attempt is forgiven every few minutes. So a lockout
-//! does not last much longer than that, and a guesser gets about one attempt in that time. An attempt is counted before
-//! the password is verified, so parallel attempts gain nothing. It is taken back if the password is correct or was
-//! never verified, because too many were waiting or the client disconnected.
+//! does not last much longer than a few minutes, and a guesser gets about one attempt in that time. An attempt is
+//! counted before the password is verified, so parallel attempts gain nothing. It is taken back if the password is
+//! correct or was never verified, because too many were waiting or the client disconnected.
 //!
 //! With Redis, all replicas share the counters through a script. Every replica also counts locally. While Redis is
 //! unreachable, the local count decides, with half the attempts. Nothing here reveals whether an account exists.
@@ -33,28 +33,29 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// The longest wait between two attempts.
+/// Maximum wait between two attempts.
 const LONGEST: Duration = Duration::from_mins(15);
 /// The time in which one failed attempt on an account is forgiven.
 const FORGIVE: Duration = Duration::from_mins(5);
-/// The same for attempts of a network across all accounts.
+/// The same for attempts from a network across all accounts.
 const FORGIVE_NETWORK: Duration = Duration::from_mins(1);
-/// Attempts of a network across all accounts, as a multiple of those on one account.
+/// Attempts from a network across all accounts, as a multiple of those on one account.
 const ACCOUNTS: u32 = 5;
 /// Attempts of all known devices of an account together, as a multiple of those of one.
 const DEVICES: u32 = 5;
-/// Attempts of all known devices of an account including successful ones, as a multiple of the failed attempts of one.
+/// Attempts of all known devices of an account, including successful ones, as a multiple of the failed attempts of one
+/// device.
 const USES: u32 = 20;
-/// The time in which one of these is forgiven: ten per minute.
+/// The time in which one of these is forgiven: ten are forgiven per minute.
 const FORGIVE_USE: Duration = Duration::from_secs(6);
-/// The number of unforgiven attempts from which on a network is no longer [ordinary](super::password::Lane::Ordinary).
+/// A network with this many unforgiven attempts is no longer [ordinary](super::password::Lane::Ordinary).
 const CROWD: u64 = 3;
 /// The maximum number of local counters. One takes about 60 bytes.
 const REMEMBERED: usize = 200_000;
 
 const TAKE: &str = include_str!("attempts.lua");
-/// KEYS: counters. ARGV: how many of the first ones to delete; and when the attempt was counted, to take it back from
-/// the others and end the wait that it started.
+/// KEYS: counters. ARGV: the number of counters to delete, from the first; and when the attempt was counted, to take it
+/// back from the others and end the wait that it started.
 const FORGET: &str = "
 for i, key in ipairs(KEYS) do
   if i <= tonumber(ARGV[1]) then
@@ -80,7 +81,7 @@ struct Counter {
     on_success: OnSuccess,
 }
 
-/// What happens to a counter after a correct password. Counters of one attempt are in this order.
+/// What happens to a counter after a correct password. The counters of an attempt are in this order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum OnSuccess {
     /// The counter is cleared.
@@ -202,7 +203,7 @@ impl Attempts {
             .await
     }
 
-    /// Counts an attempt of a signed-in user, such as to change the password, so that a stolen session cannot be used
+    /// Counts an attempt by a signed-in user, such as to change the password, so that a stolen session cannot be used
     /// to guess it.
     pub async fn of_user(self: &Arc<Self>, user: &[u8]) -> Result<Attempt, Wait> {
         let own = self.of_one(&[b"user", user], OnSuccess::Clear);
@@ -244,7 +245,7 @@ impl Attempts {
         name
     }
 
-    /// All in the hash slot of the last counter, that of the widest network.
+    /// All keys are in the hash slot of the last counter, that of the widest network.
     fn keys(redis: &Redis, counters: &[Counter]) -> Vec<String> {
         let text = |counter: &Counter| URL_SAFE_NO_PAD.encode(counter.name);
         let slot = counters.last().map(text).unwrap_or_default();
@@ -269,8 +270,8 @@ impl Attempts {
         if self.redis.is_none() {
             return count.await;
         }
-        // In a task of its own: if the caller is dropped in between, it is still known whether Redis counted the
-        // attempt, which is taken back only then.
+        // Runs in a separate task: even if the caller is dropped, it remains known whether Redis counted the attempt,
+        // which is taken back only if it did.
         let counted = tokio::spawn(count).await;
         counted.unwrap_or(Err(Wait(Duration::from_secs(1))))
     }
@@ -326,7 +327,7 @@ impl Attempts {
     }
 
     /// Counts locally. If Redis is configured, this result is used only while Redis is unreachable, with half the
-    /// attempts since other replicas count locally as well.
+    /// attempts, because other replicas count locally as well.
     fn take_here(&self, counters: &[Counter]) -> Taken {
         let now = self.clock.monotonic();
         let free = |counter: &Counter| {
@@ -375,7 +376,7 @@ impl Attempts {
                 .get(&counter.name)
                 .map_or(0.0, |count| count.forgiven(now, counter.forgive))
                 + 1.0;
-            // Part of an attempt may have been forgiven between two immediate attempts.
+            // A fraction of an attempt may have been forgiven between two immediate attempts.
             let over = tries - free(counter);
             let wait = if over > -0.5 {
                 let over = over.max(0.0);
@@ -413,7 +414,7 @@ fn seconds(nanos: u64) -> f64 {
     Duration::from_nanos(nanos).as_secs_f64()
 }
 
-/// Returns the networks in which an address is counted, narrowest first, and the multiple of attempts that each has.
+/// Returns the networks in which an address is counted, narrowest first, each with its multiple of attempts.
 /// Callers without an address are on this machine.
 fn networks(ip: Option<IpAddr>) -> Vec<(String, u32)> {
     let prefixes: &[(u8, u32)] = match ip.map(|ip| ip.to_canonical()) {
@@ -442,7 +443,8 @@ pub fn account_number(email: &str) -> u64 {
 fn number(of: &impl std::hash::Hash) -> u64 {
     use std::hash::BuildHasher as _;
 
-    // The hash keys are random per process, so an attacker cannot find an email that hashes to another's number.
+    // The hash keys are random per process, so an attacker cannot find an email that hashes to the number of another
+    // one.
     static KEYS: std::sync::LazyLock<std::hash::RandomState> =
         std::sync::LazyLock::new(std::hash::RandomState::new);
     KEYS.hash_one(of)

@@ -2,11 +2,11 @@
 //!
 //! A successful sign-in returns a device token, which the browser keeps in a cookie and the desktop app in the
 //! keychain. A later sign-in to the same account that sends it is not subject to the limits that other people can
-//! exhaust. It is not a credential: without the password, it only permits a few attempts of its own.
+//! exhaust. It is not a credential: without the password, it only allows a few separate attempts.
 //!
-//! A token holds a random id, the time it was issued and a mark of the account's password, under a MAC that covers the
-//! account's email. A changed password makes every device unknown. Nothing is stored. A value may hold the tokens of
-//! several accounts, the newest first.
+//! A token contains a random ID, the time it was issued and a mark of the account's password, under a MAC that covers
+//! the account's email. Changing the password makes all devices unknown. Nothing is stored on the server. A value may
+//! contain the tokens of several accounts, newest first.
 
 use std::{sync::Arc, time::Duration};
 
@@ -86,8 +86,8 @@ impl Devices {
         })
     }
 
-    /// Returns the value to store after a sign-in with the password of this hash: `value` with a new token for this
-    /// account first. A known device keeps its ID.
+    /// Returns the value to store after a sign-in with the password of this hash: `value`, starting with a new token
+    /// for this account. A known device keeps its ID.
     pub fn remember(
         &self,
         (email, hash): (&str, &str),

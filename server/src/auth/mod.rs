@@ -1,8 +1,8 @@
 //! Authentication: passwords, access tokens and session families.
 //!
-//! Does not know HTTP. Passwords are hashed on a small pool of dedicated threads, so that a flood of sign-ins does not
-//! take memory or time from anything else. While PostgreSQL is unreachable, sign-in is unavailable, and cached sessions
-//! remain valid for `QUOTA_STALE_GRACE`. While Redis is unreachable, each replica limits sign-ins on its own.
+//! Does not depend on HTTP. Passwords are hashed on a small pool of dedicated threads, so that a flood of sign-ins does
+//! not take memory or time from other work. While PostgreSQL is unreachable, sign-in is unavailable, and cached
+//! sessions remain valid for `QUOTA_STALE_GRACE`. While Redis is unreachable, each replica limits sign-ins on its own.
 
 pub mod account;
 pub mod attempts;

@@ -2,9 +2,9 @@
 //!
 //! Hashing uses at most two threads and 92 MiB, regardless of load. Callers wait for a thread in one of three lanes, so
 //! that a flood of sign-ins does not lock out others: known devices and signed-in users; networks without recent
-//! failures; and the rest, including registrations. Each lane is bounded and has its share of the threads. Within a
-//! lane, callers take turns by account or network. When it is full, the account or network with the most waiters loses
-//! one first.
+//! failures; and all others, including registrations. Each lane is bounded and has its share of the threads. Within a
+//! lane, callers take turns by account or network. When a lane is full, the account or network with the most waiters
+//! loses one first.
 //!
 //! The strength of new passwords is estimated on the same threads, since it takes time as well.
 
@@ -33,11 +33,11 @@ use crate::config::PasswordCost;
 
 /// Concurrent hashes. One takes about 50 ms and 46 MiB.
 const THREADS: usize = 2;
-/// The maximum number of waiters per lane. With all lanes full, the last one waits somewhat more than a second.
+/// The maximum number of waiters per lane. With all lanes full, the last one waits a little over a second.
 const WAITING: [usize; LANES] = [16, 24, 8];
 const WAIT: Duration = Duration::from_secs(5);
 const LANES: usize = 3;
-/// The order in which lanes are served, repeated. An empty lane passes its turn to the first that is not empty.
+/// The order in which lanes are served, repeatedly. An empty lane passes its turn to the first one that is not empty.
 const TURNS: [Lane; 8] = [
     Lane::Known,
     Lane::Ordinary,
@@ -49,22 +49,22 @@ const TURNS: [Lane; 8] = [
     Lane::Suspect,
 ];
 
-/// How many characters of a password are estimated, not counting repetitions.
+/// The maximum number of characters of a password that are estimated, not counting repetitions.
 const JUDGED: usize = 64;
-/// How many ways of reading symbols as letters are tried.
+/// The maximum number of ways to read symbols as letters that are tried.
 const READINGS: usize = 32;
-/// The maximum effort of an estimate: characters squared, times readings. This many take about 4 ms.
+/// The maximum effort of an estimate: characters squared, times readings. This takes about 4 ms.
 const EFFORT: usize = 16 * 1024;
 /// A repetition of this length does not make a password harder to guess.
 const REPEATED: usize = 4;
-/// The symbols that zxcvbn reads as a letter, per letter.
+/// The symbols that zxcvbn reads as letters, by letter.
 const SYMBOLS: [&str; 12] = [
     "4@", "8", "({[<", "3", "69", "1!|", "1|7", "0", "$5", "+7", "%", "2",
 ];
-/// How many parts of an account's email are searched for in its password.
+/// The maximum number of parts of an account's email that are searched for in its password.
 const EMAIL_PARTS: usize = 16;
 
-/// Where a password waits to be hashed.
+/// The lane in which a password waits to be hashed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lane {
     /// A known device, or a signed-in user.
@@ -79,7 +79,7 @@ pub enum Lane {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Turn {
     pub lane: Lane,
-    /// A number for the account (in the known lane) or the network that takes turns with others.
+    /// The number of the account (in the known lane) or network that takes turns with others.
     pub party: u64,
 }
 
@@ -109,8 +109,8 @@ impl Password {
         )))
     }
 
-    /// Checks that it is strong enough for the account with this email. Takes a few milliseconds for any content; see
-    /// [`windows`]. One part that is hard to guess makes the whole password hard to guess.
+    /// Checks that it is strong enough for the account with this email. Takes a few milliseconds for any password; see
+    /// [`windows`]. If one part is hard to guess, the whole password is hard to guess.
     fn judge(&self, email: &str) -> Result<(), AuthError> {
         self.check_length()?;
         let mut known = vec![email, "quota"];
@@ -179,7 +179,7 @@ fn windows(text: &str) -> Vec<String> {
     windows
 }
 
-/// Returns the maximum number of ways in which zxcvbn reads the symbols of this text as letters.
+/// Returns the maximum number of ways in which zxcvbn reads the symbols in this text as letters.
 fn readings(text: &[char]) -> usize {
     let of_letter = |letter: &&str| letter.chars().filter(|c| text.contains(c)).count();
     let product: usize = SYMBOLS.iter().map(|it| of_letter(it).max(1)).product();
@@ -192,13 +192,13 @@ type Job = Box<dyn FnOnce(&Argon2<'static>) + Send>;
 
 struct Waiter<T> {
     party: u64,
-    /// How many of its party were in front when it arrived.
+    /// The number of waiters of the same party that were ahead when it arrived.
     round: u64,
     waiter: T,
 }
 
-/// The waiters, by lane. In a lane, the first of every party comes before the second of any. Those of one round are in
-/// order of arrival.
+/// The waiters, by lane. In a lane, the first waiter of every party comes before the second of any. Waiters in the same
+/// round are in order of arrival.
 struct Queue<T> {
     lanes: [VecDeque<Waiter<T>>; LANES],
     turn: usize,
@@ -215,7 +215,7 @@ impl<T> Default for Queue<T> {
 
 impl<T> Queue<T> {
     /// Adds a waiter to its lane. If the lane is full, the party with the most waiters loses its newest one. Returns
-    /// `false` if that would be the caller's own.
+    /// `false` if the caller itself would be the one to be dropped.
     fn push(&mut self, turn: Turn, waiter: T) -> bool {
         let lane = &mut self.lanes[turn.lane as usize];
         if lane.len() >= WAITING[turn.lane as usize] {
@@ -231,7 +231,7 @@ impl<T> Queue<T> {
                 return false;
             }
             let newest = lane.iter().rposition(|it| it.party == party);
-            // Dropping it informs its caller.
+            // Dropping it notifies its caller.
             newest.and_then(|at| lane.remove(at));
         }
         let last = lane.iter().rfind(|it| it.party == turn.party);
@@ -263,8 +263,8 @@ struct Places {
     waiting: Queue<oneshot::Sender<Place>>,
 }
 
-/// The right to use a thread; there are as many as threads. Hold it only while needed. Callers also query the account
-/// under it, so that a flood does not take all database connections.
+/// A permit to use a thread; there are as many permits as threads. Hold it only while needed. Callers also query the
+/// account while holding it, so that a flood does not take all database connections.
 pub struct Place(Arc<Mutex<Places>>);
 
 impl Drop for Place {
@@ -276,7 +276,7 @@ impl Drop for Place {
         }
         drop(places);
         if let Some(next) = next {
-            // If the waiter is gone, this drops it again, for the next one.
+            // If the waiter is gone, the permit is dropped again, which passes it to the next one.
             let _ = next.send(Self(self.0.clone()));
         }
     }
@@ -310,7 +310,7 @@ impl PasswordPool {
             .map_err(|e| internal(&e))?
             .to_string();
 
-        // Larger than the number of threads, since a caller that is dropped frees its place while its hash is still
+        // Larger than the number of threads, since a caller that is dropped frees its slot while its hash is still
         // being computed.
         let (jobs, queue) = sync_channel::<Job>(4 * THREADS);
         let queue = Arc::new(Mutex::new(queue));
@@ -352,7 +352,7 @@ impl PasswordPool {
             }
             granted
         };
-        // A waiter that lost its place to another party was dropped.
+        // A waiter that was displaced by another party was dropped.
         match tokio::time::timeout(WAIT, granted).await {
             Ok(Ok(place)) => Ok(place),
             Ok(Err(_)) | Err(_) => Err(AuthError::Busy),
@@ -379,13 +379,13 @@ impl PasswordPool {
         }
         match tokio::time::timeout(WAIT, answered).await {
             Ok(Ok(value)) => Ok(value),
-            Ok(Err(_)) => Err(AuthError::Internal("a password thread died".into())),
+            Ok(Err(_)) => Err(AuthError::Internal("a password thread panicked".into())),
             Err(_) => Err(AuthError::Busy),
         }
     }
 
     /// Checks the strength of a new password of the account with this email. Returns the hash to store, as a PHC string
-    /// with its own salt.
+    /// that includes its salt.
     pub async fn hash(
         &self,
         password: Password,
@@ -403,7 +403,7 @@ impl PasswordPool {
         hash.await?
     }
 
-    /// Returns whether the password has this hash. Without a hash, takes as long and returns `false`.
+    /// Returns whether the password matches this hash. Without a hash, takes the same time and returns `false`.
     pub async fn verify(
         &self,
         password: Password,

@@ -1,5 +1,5 @@
-//! The keys that everything signed is derived from: one secret of the operator's, or one kept in the database. Each
-//! purpose has its own key (HKDF-SHA-256), so none reveals another.
+//! The keys from which all signing keys are derived: a secret set by the operator, or one kept in the database. Each
+//! purpose has its own key (HKDF-SHA-256), so no key reveals another.
 //!
 //! While the operator rotates `QUOTA_SECRET`, new signatures use the current secret, and those made with
 //! `QUOTA_SECRET_PREVIOUS` are still accepted: browser sessions, access tokens and known devices survive.
@@ -29,11 +29,11 @@ fn hmac_key(master: &[u8], purpose: &str) -> hmac::Key {
     hmac::Key::new(hmac::HMAC_SHA256, &derive(master, &[purpose.as_bytes()]))
 }
 
-/// The keys of one secret for what clients hold.
+/// The keys of one secret for data that clients hold.
 pub struct Secrets {
     /// The seed of the Ed25519 key that signs access tokens.
     pub signing_seed: [u8; 32],
-    /// Tells this secret from others, and nothing about it.
+    /// Identifies this secret without revealing anything about it.
     pub id: SecretId,
     refresh: hmac::Key,
     csrf: hmac::Key,
@@ -41,7 +41,7 @@ pub struct Secrets {
     password: hmac::Key,
 }
 
-/// What sessions state of the secret that they belong to.
+/// The value by which sessions identify the secret that they belong to.
 pub type SecretId = [u8; 16];
 
 impl std::fmt::Debug for Secrets {
@@ -65,7 +65,7 @@ impl Secrets {
     }
 
     /// Returns the bytes of the token that follows a refresh token. They are derived from the token, so that two
-    /// requests with the same token get the same successor, and from the secret, so that nobody else can compute it.
+    /// requests with the same token get the same successor, and from the secret, so that nobody else can compute them.
     pub fn successor(&self, token: &[u8]) -> [u8; 32] {
         let tag = hmac::sign(&self.refresh, token);
         let mut bytes = [0; 32];
@@ -73,7 +73,7 @@ impl Secrets {
         bytes
     }
 
-    /// Returns what a page sends to change something with the cookies of this session.
+    /// Returns the CSRF value that a page sends to make changes with the cookies of this session.
     pub fn csrf(&self, session: &[u8]) -> Vec<u8> {
         hmac::sign(&self.csrf, session).as_ref().to_vec()
     }
@@ -116,26 +116,26 @@ impl SecretPair {
         }
     }
 
-    /// The current secret first.
+    /// Starts with the current secret.
     pub fn accepted(&self) -> impl Iterator<Item = &Secrets> {
         std::iter::once(&self.current).chain(&self.previous)
     }
 }
 
-/// The keys for what replicas exchange through Redis. They follow from the secret *and* the installation: two
-/// Quotas with the same secret and the same Redis prefix, but different databases, do not believe each other.
+/// The keys for data that replicas exchange through Redis. They are derived from the secret *and* the installation: two
+/// installations with the same secret and the same Redis prefix, but different databases, do not trust each other.
 #[derive(Debug)]
 pub struct Seals {
     pub records: Seal,
     pub invalidations: Seal,
-    /// Names the counters of failed sign-ins, so that Redis holds neither emails nor addresses.
+    /// Hashes the names of the counters of failed sign-ins, so that Redis contains neither emails nor addresses.
     pub attempts: [u8; 32],
 }
 
 impl Seals {
-    /// `installation` is a secret that only this database holds.
+    /// `installation` is a secret that only this database contains.
     pub fn new(current: &[u8], previous: Option<&[u8]>, installation: &[u8]) -> Self {
-        // What is derived here is not the installation's own secret, which may sign access tokens.
+        // The derived secret is not the installation's secret itself, which may sign access tokens.
         let installation = derive(installation, &[b"installation"]);
         let key = |master: &[u8], purpose: &str| {
             derive(master, &[purpose.as_bytes(), b"\0", &installation])

@@ -1,11 +1,15 @@
-//! Session families: a sign-in and every refresh token that follows from it.
+//! Session families: a sign-in and all refresh tokens issued for it.
 
 use std::{sync::Arc, time::Duration};
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use chrono::DateTime;
 use ipnet::IpNet;
-use quota_common::{SessionId, TenantId, UserId, auth::Role};
+use quota_common::{
+    SessionId, TenantId, UserId,
+    audit::{AuditAction, AuditTarget},
+    auth::Role,
+};
 use uuid::Uuid;
 
 use super::{AuthError, secret::SecretPair, token::Signer};
@@ -15,7 +19,8 @@ use crate::{
     db::{self, Db, SystemTx},
     invalidations::{InvalidationSet, Publisher},
     repo::{
-        Rows, Slice, account, audit,
+        Rows, Slice, account,
+        audit::{self, NewAuditEvent},
         invalidation::{self, Invalidation, Target},
         session::{self, NewSession, Rotation, SessionRow},
     },
@@ -23,7 +28,7 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// Where a request comes from, as far as sessions record it.
+/// The origin of a request, as recorded by sessions.
 #[derive(Debug, Clone, Default)]
 pub struct Origin {
     pub ip: Option<std::net::IpAddr>,
@@ -43,7 +48,7 @@ pub struct Tokens {
     pub session: SessionId,
 }
 
-/// An active session, as requests need it.
+/// The data of an active session that requests need.
 #[derive(Debug, Clone)]
 pub struct LiveSession {
     pub id: SessionId,
@@ -63,7 +68,7 @@ pub struct Sessions {
     live: Cached<SessionId, LiveSession>,
     publisher: Publisher,
     days: u32,
-    /// Whether to refresh sessions of earlier versions, which do not state their secret.
+    /// Whether to refresh sessions of earlier versions, which did not record their secret.
     accepts_unmarked: bool,
 }
 
@@ -77,7 +82,7 @@ impl Sessions {
         freshness: &Arc<Freshness>,
         metrics: &Arc<Metrics>,
     ) -> Self {
-        // People look up sessions; API traffic does not.
+        // Session lookups are caused by people, not by API traffic.
         let live = Cached::new(10_000, grace, freshness.clone(), metrics.clone());
         Self {
             db,
@@ -126,14 +131,14 @@ impl Sessions {
     }
 
     /// Exchanges a refresh token for the next pair of tokens. Reusing a token revokes its session. So does a token
-    /// whose session belongs to a secret that is no longer accepted, since anyone who knows that secret can compute the
-    /// token.
+    /// whose session belongs to a secret that is no longer accepted, since anyone who knows that secret can compute
+    /// tokens.
     pub async fn refresh(&self, token: &str, origin: &Origin) -> Result<Tokens, AuthError> {
         let token =
             SecretText::parse(Kind::Refresh, token.as_bytes()).ok_or(AuthError::Unauthorized)?;
         let hash = token.hash();
-        // The current secret's successor first. A token that was used just before QUOTA_SECRET was rotated has the
-        // previous secret's.
+        // Starts with the successor for the current secret. A token that was used just before QUOTA_SECRET was rotated
+        // has the successor for the previous secret.
         let text = token.reveal();
         let successors = self.secrets.accepted().map(|secrets| {
             SecretText::from_bytes(Kind::Refresh, &secrets.successor(text.as_bytes()))
@@ -193,7 +198,7 @@ impl Sessions {
         })
     }
 
-    /// Returns the CSRF token of a session: its ID with a proof that the server wrote it.
+    /// Returns the CSRF token of a session: its ID with a proof that it came from the server.
     pub fn csrf_token(&self, session: SessionId) -> String {
         let tag = self.secrets.current.csrf(session.0.as_bytes());
         let bytes = [session.0.as_bytes(), &tag[..]].concat();
@@ -232,7 +237,7 @@ impl Sessions {
             .get(id, move || {
                 let db = db.clone();
                 async move {
-                    // Without a limit, one look-up that never completes would block every request for this session.
+                    // Without a limit, one lookup that never completes would block every request for this session.
                     db.within_limit(load(&db, id))
                         .await
                         .map_err(|error| Unconfirmed::Failed(db::chain(&error).into()))
@@ -263,7 +268,7 @@ impl Sessions {
         Ok(())
     }
 
-    /// Ends a session of a user. Returns `false` if they have no such active session.
+    /// Revokes a session of a user. Returns `false` if the user has no such active session.
     pub async fn end(
         &self,
         user: UserId,
@@ -277,7 +282,7 @@ impl Sessions {
         }
     }
 
-    /// Returns `false` if another request has ended it in the meantime.
+    /// Returns `false` if another request has revoked it in the meantime.
     async fn end_in(
         &self,
         mut tx: SystemTx,
@@ -286,7 +291,7 @@ impl Sessions {
     ) -> Result<bool, AuthError> {
         let mut ended = Vec::new();
         if session::end(&mut tx, row.user_id, row.id).await? {
-            audit::insert_system(&mut tx, &event(row, "session.end", origin)).await?;
+            audit::insert_system(&mut tx, &event(row, AuditAction::SessionEnd, origin)).await?;
             let target = Target::Session(row.id);
             ended.push(invalidation::insert_system(&mut tx, row.tenant_id, target).await?);
         }
@@ -314,7 +319,7 @@ impl Sessions {
         self.live.forget(|_, _| true);
     }
 
-    /// Drops sessions that changes have invalidated from the cache.
+    /// Drops sessions from the cache that changes have invalidated.
     pub fn revoke(&self, gone: &InvalidationSet) {
         if gone.any_session() {
             self.live
@@ -322,7 +327,8 @@ impl Sessions {
         }
     }
 
-    /// Drops sessions that were revoked here and committed, and publishes that to other replicas.
+    /// Drops sessions from the cache that were revoked in a committed transaction, and publishes this to other
+    /// replicas.
     pub fn ended(&self, invalidations: &[Invalidation]) {
         self.revoke(&invalidations.iter().collect());
         for invalidation in invalidations {
@@ -343,7 +349,8 @@ async fn load(db: &Db, id: SessionId) -> Result<Option<LiveSession>, db::DbError
             id,
             user: UserId(row.user_id),
             tenant: TenantId(row.tenant_id),
-            role: role_named(&member.role)?,
+            // A role that this version does not support has no permissions.
+            role: Role::of(&member.role)?,
             expires_at: UnixNanos(
                 row.expires_at
                     .timestamp_nanos_opt()
@@ -353,32 +360,9 @@ async fn load(db: &Db, id: SessionId) -> Result<Option<LiveSession>, db::DbError
     }))
 }
 
-/// Returns `None` for a role that this version does not know, which has no rights.
-pub fn role_named(name: &str) -> Option<Role> {
-    [
-        Role::Owner,
-        Role::Admin,
-        Role::Developer,
-        Role::Billing,
-        Role::Viewer,
-    ]
-    .into_iter()
-    .find(|role| role.as_str() == name)
-}
-
-fn event<'a>(row: &SessionRow, action: &'a str, origin: &Origin) -> audit::NewAuditEvent<'a> {
-    audit::NewAuditEvent {
-        tenant_id: row.tenant_id,
-        id: Uuid::now_v7(),
-        user_id: Some(row.user_id),
-        action,
-        target_type: "session",
-        target_id: Some(row.id.to_string()),
-        target_name: None,
-        ip: origin.network(),
-        before: None,
-        after: None,
-    }
+fn event(row: &SessionRow, action: AuditAction, origin: &Origin) -> NewAuditEvent<'static> {
+    NewAuditEvent::new(row.tenant_id, action, AuditTarget::Session, &row.id)
+        .by(row.user_id, origin.network())
 }
 
 async fn audit_reuse(
@@ -386,5 +370,6 @@ async fn audit_reuse(
     row: &SessionRow,
     origin: &Origin,
 ) -> Result<(), AuthError> {
-    Ok(audit::insert_system(tx, &event(row, "session.reuse_detected", origin)).await?)
+    let event = event(row, AuditAction::SessionReuseDetected, origin);
+    Ok(audit::insert_system(tx, &event).await?)
 }

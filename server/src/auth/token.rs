@@ -1,7 +1,7 @@
 //! Access tokens: JWTs signed with Ed25519, valid for fifteen minutes.
 //!
-//! `kid` is looked up in a map of Ed25519 keys. The algorithm in the header must be Ed25519, but is not what selects
-//! the algorithm. A valid token is not enough: its session is looked up as well.
+//! `kid` is looked up in a map of Ed25519 keys. The algorithm in the header must be Ed25519, but it does not select the
+//! algorithm. A valid token is not enough: its session is looked up as well.
 
 use std::collections::HashMap;
 
@@ -20,7 +20,7 @@ use super::{
 };
 use crate::clock::UnixNanos;
 
-/// For how many seconds an access token is valid.
+/// The lifetime of an access token, in seconds.
 pub const LIFETIME: u32 = 15 * 60;
 const ISSUER: &str = "quota";
 const AUDIENCE: &str = "quota-api";
@@ -82,7 +82,7 @@ fn pair(secrets: &Secrets) -> Result<Pair, AuthError> {
 }
 
 impl Signer {
-    /// Signs with the current key. Also accepts tokens that the previous key signed.
+    /// Signs with the current key. Also accepts tokens signed with the previous key.
     pub fn new(secrets: &SecretPair) -> Result<Self, AuthError> {
         let current = pair(&secrets.current)?;
         let mut known = HashMap::from([(current.kid.clone(), current.public)]);
@@ -94,7 +94,7 @@ impl Signer {
         validation.set_audience(&[AUDIENCE]);
         validation.set_issuer(&[ISSUER]);
         validation.set_required_spec_claims(&["exp", "nbf", "aud", "iss", "sub"]);
-        // Checked below, with our own clock.
+        // Checked below, with the server's clock.
         validation.validate_exp = false;
         validation.validate_nbf = false;
         Ok(Self {

@@ -51,7 +51,7 @@ impl Fixture {
 }
 
 #[tokio::test]
-async fn concurrent_look_ups_share_one_query() {
+async fn concurrent_lookups_share_one_query() {
     let it = fixture();
     let all = futures_util::future::join_all((0..50).map(|_| it.get(Ok(Some("a"))))).await;
     assert!(
@@ -148,7 +148,7 @@ async fn shared_records_are_valid_from_when_they_were_current() {
         })
     };
     it.cache.get(1, shared).await.unwrap();
-    // A second after the poll, not after the look-up; and the poll is not fresh any more.
+    // A second after the poll, not after the lookup, and the poll is no longer fresh.
     it.clock.advance(Duration::from_millis(300));
     assert_eq!(it.freshness.polled_lately(), None);
     assert!(it.cache.peek(&1).is_some());
@@ -167,7 +167,7 @@ async fn unconfirmed_entries_are_served_for_the_grace_period_only() {
     assert_eq!(it.get(Ok(Some("b"))).await.unwrap().as_deref(), Some("b"));
 }
 
-/// A load that never ends, as when PostgreSQL takes every byte and answers nothing.
+/// A load that never ends, as when PostgreSQL accepts every byte and never responds.
 fn hangs() -> impl Fn() -> std::future::Pending<Result<Option<String>, Unconfirmed>> {
     std::future::pending
 }
@@ -179,7 +179,7 @@ async fn once_postgres_is_suspected_entries_are_served_without_waiting() {
     it.clock.advance(Duration::from_secs(2));
     assert!(it.freshness.suspect());
     assert!(!it.freshness.suspect(), "that is no news");
-    // More than are loaded in the background at once.
+    // More than the number of concurrent background loads.
     for _ in 0..3 * BACKGROUND_LOADS {
         let value = it.cache.get(1, hangs()).await.unwrap();
         assert_eq!(value.unwrap().as_str(), "a");
@@ -240,7 +240,7 @@ async fn deleted_entries_are_unknown_after_the_next_look_up() {
     assert_eq!(it.get(Ok(None)).await.unwrap(), None);
     assert!(!it.cache.holds(&1));
     assert!(matches!(it.cache.peek(&1), Some(None)));
-    // What never was known does not become so by a change.
+    // A key that was never known does not become known through a change.
     it.cache.forget_these(|| [2]);
     assert!(!it.cache.holds(&2));
 }
@@ -295,7 +295,7 @@ fn canceled_load_is_started_again() {
         let waited = tokio::time::timeout(Duration::from_millis(10), load).await;
         assert!(waited.is_err());
     });
-    // Cancels everything that it runs.
+    // Cancels all tasks on the runtime.
     drop(first);
     let second = runtime().enable_all().build().unwrap();
     let loaded = second.block_on(async {
@@ -331,7 +331,7 @@ async fn load_that_ends_while_changed_keys_are_determined_is_not_kept() {
     let forget = std::thread::spawn(move || {
         has_begun.recv().unwrap();
         cache.forget_these(|| {
-            // The change is not known to concern this key yet, which is only now being cached.
+            // At this point the change is not known to affect this key, which is only now being cached.
             release.send(true).unwrap();
             while cache.inner.loading.lock().contains_key(&1) {
                 std::thread::yield_now();

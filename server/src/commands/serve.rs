@@ -1,4 +1,4 @@
-//! `quota serve`: how a server starts and stops.
+//! `quota serve`: starting and stopping a server.
 
 use std::{
     sync::Arc,
@@ -25,13 +25,14 @@ use tokio::{
 
 use super::{apply_migrations, database};
 
-/// Unused quota tokens must be returned within this time after SIGTERM, which leaves 5 of the usual 30 s for the rest.
+/// Unused quota tokens must be returned within this time after SIGTERM, which leaves 5 of the usual 30 s for everything
+/// else.
 const RETURN_TOKENS_WITHIN: Duration = Duration::from_secs(25);
-/// The least time for returning tokens, even if requests in flight took longer than the above.
+/// The minimum time for returning tokens, even if requests in flight took longer than the time above.
 const RETURN_TOKENS_MIN: Duration = Duration::from_millis(1500);
 
-/// Completes on SIGTERM or SIGINT. The handlers are installed by the call, not by the first poll: a signal in between
-/// would kill the process.
+/// Completes on SIGTERM or SIGINT. The call installs the handlers, not the first poll: a signal in between would kill
+/// the process.
 fn stop_requested() -> impl Future<Output = ()> {
     let signals = (
         signal(SignalKind::terminate()),
@@ -50,10 +51,16 @@ fn stop_requested() -> impl Future<Output = ()> {
 
 /// Runs the server until SIGTERM or SIGINT.
 pub async fn run(mut config: Config, log: Log, with_demo: bool) -> anyhow::Result<()> {
+    if let Some(stripe) = &config.stripe {
+        anyhow::ensure!(
+            !stripe.webhook_secrets.is_empty(),
+            "STRIPE_WEBHOOK_SECRET: required with STRIPE_SECRET_KEY; `quota billing setup` prints it"
+        );
+    }
     let file_limit = file_limit::raise();
-    // First, so that a stop during a slow start is clean.
+    // Installed first, so that stopping during a slow startup is clean.
     let mut stop = std::pin::pin!(stop_requested());
-    // Before anything is done to the database: an occupied port is the most common mistake.
+    // Done before accessing the database, because an occupied port is the most common mistake.
     let sockets = Sockets {
         public: serve::bind(config.listen)
             .with_context(|| format!("QUOTA_LISTEN: cannot listen on {}", config.listen))?,
@@ -87,7 +94,7 @@ pub async fn run(mut config: Config, log: Log, with_demo: bool) -> anyhow::Resul
     served
 }
 
-/// The addresses that the server will listen on.
+/// The addresses on which the server will listen.
 struct Sockets {
     public: BoundSocket,
     metrics: Option<BoundSocket>,
@@ -122,7 +129,7 @@ async fn serve_on(
     }
 
     let public_settings = ServeSettings::public(&state, file_limit);
-    // Only now, since a server must not accept connections before it can decide.
+    // Listens only now, because a server must not accept connections before it can make decisions.
     let listener = sockets
         .public
         .listen()

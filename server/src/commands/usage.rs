@@ -19,9 +19,9 @@ use super::{apply_migrations, with_database};
 
 #[derive(Subcommand)]
 pub enum UsageCommand {
-    /// Write the usage that a replica has left behind to PostgreSQL. For a replica that will not return: one that starts
-    /// with the same QUOTA_DATA_DIR does this itself. Running it twice, or while the replica is running, counts nothing
-    /// twice
+    /// Write the usage that a replica has left behind to PostgreSQL. For a replica that will not return: one that
+    /// starts with the same QUOTA_DATA_DIR does this itself. Nothing is counted twice if it is run repeatedly or while
+    /// the replica is running
     Replay {
         #[command(flatten)]
         settings: Box<Settings>,
@@ -30,7 +30,7 @@ pub enum UsageCommand {
     },
 }
 
-/// Prints the report on usage.
+/// Prints the usage report.
 pub async fn report(config: Config, hours: u16, top: u16) -> anyhow::Result<()> {
     with_database(&config, async |url| {
         let db = Db::new(url, &config.database);
@@ -48,7 +48,7 @@ pub async fn replay(config: Config, _log: Log, directory: PathBuf) -> anyhow::Re
         .with_context(|| format!("cannot read {}", directory.display()))?;
     anyhow::ensure!(
         !directories.is_empty(),
-        "{} is not a directory of usage",
+        "{} is not a usage directory",
         directory.display()
     );
     with_database(&config, async |url| {
@@ -57,7 +57,7 @@ pub async fn replay(config: Config, _log: Log, directory: PathBuf) -> anyhow::Re
         for directory in directories {
             let replayed = replay_patiently(&config, &db, &directory).await?;
             let rest = if replayed.is_owned {
-                ", the rest by the process that is using it"
+                ", the rest is written by the process that is using it"
             } else {
                 ""
             };

@@ -1,9 +1,9 @@
 //! Environment variables that look like settings but are not.
 //!
 //! If a misspelled setting were ignored, a server meant to use a database might start an embedded one. So the server
-//! does not start if a variable begins with `QUOTA_` and is not a setting, except those that Kubernetes sets for a
-//! service (`QUOTA_SERVICE_HOST`, `QUOTA_PORT_8080_TCP`, …). Nor does it start if a variable is a setting's name with
-//! `_FILE` appended and that setting cannot be read from a file.
+//! does not start if a variable starts with `QUOTA_` and is not a setting, except those that Kubernetes sets for a
+//! service (`QUOTA_SERVICE_HOST`, `QUOTA_PORT_8080_TCP`, …). It also does not start if a variable is a setting's name
+//! followed by `_FILE` and that setting cannot be read from a file.
 
 use super::example::variables;
 
@@ -11,7 +11,7 @@ const PREFIX: &str = "QUOTA_";
 /// The lowest similarity (Jaro-Winkler, 0 to 1) at which a name is suggested.
 const MIN_SIMILARITY: f64 = 0.85;
 
-/// Returns one line for each unknown variable. Lines contain names but no values.
+/// Lines contain names but not values. Lines contain names but not values.
 pub fn unknown_variables(environment: impl IntoIterator<Item = (String, String)>) -> Vec<String> {
     let known = variables();
     let is_known = |name: &str| known.iter().any(|it| it == name);
@@ -48,7 +48,7 @@ fn suggestion<'a>(name: &str, known: &'a [String]) -> Option<&'a str> {
         .map(|(_, it)| it)
 }
 
-/// Returns whether Kubernetes or Docker sets such a variable for a service whose name begins with `quota`.
+/// QUOTA_PORT_8080_TCP, optionally followed by _PROTO, _PORT or _ADDR.
 fn is_service_link(name: &str, value: &str) -> bool {
     let is_address = ["tcp://", "udp://", "sctp://"]
         .iter()
@@ -64,7 +64,7 @@ fn is_service_link(name: &str, value: &str) -> bool {
     if rest.ends_with("_PORT") && is_address {
         return true;
     }
-    // QUOTA_PORT_8080_TCP, alone or followed by _PROTO, _PORT or _ADDR.
+    // QUOTA_PORT_8080_TCP, optionally followed by _PROTO, _PORT or _ADDR.
     let Some((_, port)) = rest.split_once("_PORT_") else {
         return false;
     };

@@ -3,11 +3,11 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use quota_common::plan::OnRedisFailure;
-use secrecy::ExposeSecret;
+use secrecy::{ExposeSecret, SecretString};
 
 use super::{
     Allowances, Config, ConfigErrors, DatabaseSettings, Durability, Landing, LogFormat,
-    PasswordCost, RedisSettings, Registration, Settings,
+    PasswordCost, RedisSettings, Registration, Settings, StripeSettings,
     reader::{
         Reader, Sourced, address, boolean, database_url, list, network, origin, prefix, public_url,
     },
@@ -117,7 +117,7 @@ impl Config {
             },
             lease_ttl: r.duration_within(
                 "QUOTA_LEASE_TTL",
-                // Zero needs no unit.
+                // Zero does not need a unit.
                 if s.lease_ttl.trim() == "0" {
                     "0ms"
                 } else {
@@ -129,7 +129,7 @@ impl Config {
                 "QUOTA_ON_REDIS_FAILURE",
                 &s.on_redis_failure,
                 OnRedisFailure::default(),
-                |text| OnRedisFailure::named(text).ok_or("must be share, open or closed".into()),
+                |text| OnRedisFailure::of(text).ok_or("must be share, open or closed".into()),
             ),
             metering: r.choice(
                 "QUOTA_METERING",
@@ -192,13 +192,8 @@ impl Config {
             ),
             auth_rpm: r.per_minute("QUOTA_AUTH_RPM", &s.auth_rpm),
             admin_rpm: r.per_minute("QUOTA_ADMIN_RPM", &s.admin_rpm),
-            login_rpm: r.per_minute("QUOTA_LOGIN_RPM", &s.login_rpm),
-            body_limit: usize::try_from(r.number(
-                "QUOTA_BODY_LIMIT",
-                &s.body_limit,
-                1024..=16_777_216,
-            ))
-            .unwrap_or(65_536),
+            login_free_failures: r.per_minute("QUOTA_LOGIN_FREE_FAILURES", &s.login_free_failures),
+            body_limit: r.count("QUOTA_BODY_LIMIT", &s.body_limit, 1024..=16_777_216),
             header_timeout: r.duration("QUOTA_HEADER_TIMEOUT", &s.header_timeout, 1..=60),
             request_timeout: r.duration("QUOTA_REQUEST_TIMEOUT", &s.request_timeout, 1..=300),
             idle_timeout: r.duration("QUOTA_IDLE_TIMEOUT", &s.idle_timeout, 1..=3600),
@@ -218,12 +213,7 @@ impl Config {
             drain_timeout: r.duration("QUOTA_DRAIN_TIMEOUT", &s.drain_timeout, 0..=25),
             drain_delay: r.duration("QUOTA_DRAIN_DELAY", &s.drain_delay, 0..=20),
             stale_grace: r.duration("QUOTA_STALE_GRACE", &s.stale_grace, 0..=3600),
-            key_cache: usize::try_from(r.number(
-                "QUOTA_KEY_CACHE",
-                &s.key_cache,
-                1000..=10_000_000,
-            ))
-            .unwrap_or(100_000),
+            key_cache: r.count("QUOTA_KEY_CACHE", &s.key_cache, 1000..=10_000_000),
             session_days: u32::try_from(r.number("QUOTA_SESSION_DAYS", &s.session_days, 1..=365))
                 .unwrap_or(14),
             usage_retention: r.days("QUOTA_USAGE_RETENTION", &s.usage_retention, 2..=3650),
@@ -232,6 +222,7 @@ impl Config {
                 &s.usage_rollup_retention,
                 2..=3650,
             ),
+            stripe: stripe(r, s),
             log_format: r.choice(
                 "QUOTA_LOG_FORMAT",
                 &s.log_format,
@@ -263,6 +254,58 @@ impl Config {
             Err(ConfigErrors(reader.0))
         }
     }
+}
+
+/// All settings are parsed even without STRIPE_SECRET_KEY, so that errors are reported.
+fn stripe(r: &mut Reader, s: &Settings) -> Option<StripeSettings> {
+    let key = r.or_file(
+        "STRIPE_SECRET_KEY",
+        &s.stripe_secret_key,
+        &s.stripe_secret_key_file,
+    );
+    let is_key = |key: &SecretString| {
+        let key = key.expose_secret();
+        ["sk_", "rk_"].iter().any(|it| key.starts_with(it))
+            && key.chars().all(|c| c.is_ascii_graphic())
+    };
+    if key.value.as_ref().is_some_and(|it| !is_key(it)) {
+        // The value is not shown, because it is a secret in any case.
+        let variable = &key.variable;
+        r.0.push(format!(
+            "{variable}: must be a secret key of Stripe's, which starts with sk_ or rk_"
+        ));
+    }
+    let webhook = r.or_file(
+        "STRIPE_WEBHOOK_SECRET",
+        &s.stripe_webhook_secret,
+        &s.stripe_webhook_secret_file,
+    );
+    let secrets = webhook.value.as_ref().map_or("", |it| it.expose_secret());
+    let secrets: Vec<&str> = secrets
+        .split(',')
+        .map(str::trim)
+        .filter(|it| !it.is_empty())
+        .collect();
+    if secrets.iter().any(|it| !it.starts_with("whsec_")) {
+        let variable = &webhook.variable;
+        r.0.push(format!(
+            "{variable}: must be a signing secret of Stripe's, which starts with whsec_"
+        ));
+    }
+    let api_base = r.read("STRIPE_API_BASE", &s.stripe_api_base, None, |text| {
+        if text.is_empty() {
+            Ok(None)
+        } else {
+            public_url(text).map(Some)
+        }
+    });
+    let grace = r.days("QUOTA_BILLING_GRACE", &s.billing_grace, 0..=90);
+    Some(StripeSettings {
+        secret_key: key.value?,
+        webhook_secrets: secrets.into_iter().map(SecretString::from).collect(),
+        api_base,
+        grace,
+    })
 }
 
 fn landing(r: &mut Reader, s: &Settings) -> Landing {

@@ -27,7 +27,7 @@ impl Reader {
         match parse(text.trim()) {
             Ok(value) => value,
             Err(message) => {
-                self.0.push(format!("{variable}: {message}, is {text:?}"));
+                self.0.push(format!("{variable}: {message}, got {text:?}"));
                 fallback
             }
         }
@@ -117,8 +117,8 @@ impl Reader {
         })
     }
 
-    /// Reads a value from its variable, or from the file that `…_FILE` names. Also returns which of the two variables it
-    /// comes from, for error messages.
+    /// Reads a value from its variable, or from the file that `…_FILE` names. Also returns which of the two variables
+    /// it came from, for error messages.
     pub(super) fn or_file(&mut self, variable: &str, text: &str, path: &str) -> Sourced {
         let value = |text: &str| (!text.is_empty()).then(|| SecretString::from(text));
         let path = path.trim();
@@ -159,20 +159,20 @@ impl Reader {
         if length < 32 {
             // The value is not shown: it may be a truncated secret.
             self.0.push(format!(
-                "{variable}: must be at least 32 characters long, has {length}"
+                "{variable}: must be at least 32 characters long, but has {length}"
             ));
         }
         value
     }
 }
 
-/// A value, and the variable that it or its file name comes from.
+/// A value, and the variable with the value or its file name.
 pub(super) struct Sourced {
     pub(super) variable: String,
     pub(super) value: Option<SecretString>,
 }
 
-/// A larger file is not a secret.
+/// A larger file cannot be a secret.
 const SECRET_FILE_MAX: u64 = 64 * 1024;
 
 /// Returns the content of a file without surrounding white space, such as the line break that editors add.

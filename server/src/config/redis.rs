@@ -19,7 +19,7 @@ use redis::{
 };
 use url::Url;
 
-/// The kernel closes a connection on which sent bytes stay unacknowledged for this long.
+/// The kernel closes a connection on which sent bytes remain unacknowledged for this long.
 const UNACKNOWLEDGED: Duration = Duration::from_secs(2);
 const PORT: u16 = 6379;
 const SENTINEL_PORT: u16 = 26379;
@@ -50,7 +50,7 @@ pub enum RedisServers {
         master: RedisConnectionInfo,
         tls: bool,
     },
-    /// Some of the nodes. The others are discovered from them.
+    /// Some of the nodes. The other nodes are discovered from these.
     Cluster(Vec<ConnectionInfo>),
 }
 
@@ -283,7 +283,7 @@ fn database(text: &str) -> Result<i64, String> {
     text.parse()
         .ok()
         .filter(|db| (0..=65_535).contains(db))
-        .ok_or_else(|| "must have a number as database".to_owned())
+        .ok_or_else(|| "must have a numeric database".to_owned())
 }
 
 fn protocol(text: &str) -> Result<ProtocolVersion, String> {

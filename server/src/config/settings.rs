@@ -32,10 +32,10 @@ settings! {
     /// The address that the API listens on.
     listen: "QUOTA_LISTEN", "127.0.0.1:8080", "ADDR";
 
-    /// The address that /metrics (Prometheus text) listens on, or `off`. Do not expose it publicly.
+    /// The address that /metrics (OpenMetrics text, for Prometheus) listens on, or `off`. Do not expose it publicly.
     metrics_listen: "QUOTA_METRICS_LISTEN", "127.0.0.1:9090", "ADDR";
 
-    /// The URL under which clients reach the server. Error responses link to pages below it. Default: http:// followed
+    /// The URL at which clients reach the server. Error responses link to pages under it. Default: http:// followed
     /// by QUOTA_LISTEN.
     public_url: "QUOTA_PUBLIC_URL", "", "URL";
 
@@ -51,7 +51,7 @@ settings! {
     database_url_file: "DATABASE_URL_FILE", "", "PATH";
 
     /// The maximum number of PostgreSQL connections per replica: 6 to 1000. They are divided into five pools that
-    /// never wait for each other: invalidations and readiness, the quota ledger, key look-ups (a quarter), usage (one
+    /// never wait for each other: invalidations and readiness, the quota ledger, key lookups (a quarter), usage (one
     /// connection), and everything else.
     database_pool: "QUOTA_DATABASE_POOL", "16", "N";
 
@@ -67,7 +67,7 @@ settings! {
     /// How long a statement may wait for a lock (lock_timeout): 100ms to 60s.
     database_lock_timeout: "QUOTA_DATABASE_LOCK_TIMEOUT", "1s", "DURATION";
 
-    /// The Redis through which replicas share their counters: redis://user:password@host:port/db; with Sentinel,
+    /// The Redis server through which replicas share their counters: redis://user:password@host:port/db; with Sentinel,
     /// redis+sentinel://user:password@host:port,host:port/group/db; with Redis Cluster, redis://host:port,host:port.
     /// rediss means TLS; valkey is a synonym of redis. Unset: counters are in memory, for a single replica.
     redis_url: "REDIS_URL", "", "URL", hide_env_values = true;
@@ -75,8 +75,8 @@ settings! {
     /// A file that contains REDIS_URL. Use either this or REDIS_URL.
     redis_url_file: "REDIS_URL_FILE", "", "PATH";
 
-    /// The prefix of every key and channel in Redis: 1 to 64 letters, digits, `_`, `-`, `.` or `:`. Use the same on every
-    /// replica, and a different one for each installation that shares a Redis.
+    /// The prefix of every key and channel in Redis: 1 to 64 letters, digits, `_`, `-`, `.` or `:`. Use the same prefix
+    /// on every replica, and a different one for each installation that shares a Redis server.
     redis_prefix: "QUOTA_REDIS_PREFIX", "quota", "TEXT";
 
     /// The number of Redis connections per replica for decisions: 1 to 64. Each carries many concurrent calls.
@@ -88,38 +88,38 @@ settings! {
     /// How long connecting to Redis may take: 10ms to 10s.
     redis_connect_timeout: "QUOTA_REDIS_CONNECT_TIMEOUT", "250ms", "DURATION";
 
-    /// For how long a replica may spend tokens that it has taken from Redis: 0ms to 1s. 0ms: every request is decided in
+    /// How long a replica may spend tokens that it has taken from Redis: 0ms to 1s. 0ms: every request is decided in
     /// Redis, as with a strict plan.
     lease_ttl: "QUOTA_LEASE_TTL", "100ms", "DURATION";
 
-    /// What happens to requests while Redis is unreachable, unless their plan says otherwise: share (each replica admits
-    /// its share of the limit), open (each admits the whole limit) or closed (every response is 503).
+    /// Behavior while Redis is unreachable, unless the plan specifies it: share (each replica enforces its share of the
+    /// limit), open (each replica enforces the full limit) or closed (every response is 503).
     on_redis_failure: "QUOTA_ON_REDIS_FAILURE", "share", "MODE";
 
-    /// Whether to record the usage of API keys: on or off. Each decision is recorded on this machine, in `usage` below
+    /// Whether to record the usage of API keys: on or off. Each decision is recorded on this machine, in `usage` in
     /// QUOTA_DATA_DIR, before the response is sent, and written to PostgreSQL soon after.
     metering: "QUOTA_METERING", "on", "MODE";
 
-    /// What recorded usage survives: process (`kill -9` and crashes of the server) or machine (also power failures).
-    /// With machine, each response waits for the disk (fdatasync), together with others.
+    /// Which failures recorded usage survives: process (`kill -9` and crashes of the server) or machine (also power
+    /// failures). With machine, each response waits for the disk (fdatasync); waiting requests share one call.
     durability: "QUOTA_DURABILITY", "process", "MODE";
 
-    /// How much disk space recorded usage may take while PostgreSQL is unreachable, in bytes: 1048576 to
-    /// 1000000000000. The log warns at half of it. When it is used up, the response to decisions is 503. 1 GiB is
+    /// The maximum disk space for recorded usage while PostgreSQL is unreachable, in bytes: 1048576 to
+    /// 1000000000000. The server logs a warning at half of it. When it is used up, requests for a decision get 503. 1 GiB is
     /// enough for about 6,000,000 requests.
     usage_backlog_max: "QUOTA_USAGE_BACKLOG_MAX", "4294967296", "BYTES";
 
     /// How often recorded usage is written to PostgreSQL: 10ms to 60s.
     usage_ship_every: "QUOTA_USAGE_SHIP_EVERY", "250ms", "DURATION";
 
-    /// The number of replicas: 1 to 1000. `quota doctor` checks that their connections fit PostgreSQL's limit.
+    /// The number of replicas: 1 to 1000. `quota doctor` checks that PostgreSQL allows their connections.
     replicas: "QUOTA_REPLICAS", "1", "N";
 
     /// Whether to apply pending migrations at startup: true or false. One replica applies them while the others wait.
     migrate: "QUOTA_MIGRATE", "true", "BOOL";
 
-    /// Signs access tokens, browser sessions and known devices, and seals what replicas share in Redis: at least 32
-    /// random characters, the same on every replica. Unset: generated once and kept in the database. To rotate it
+    /// Signs access tokens, browser sessions and known devices, and seals data that replicas share in Redis: at least
+    /// 32 random characters, the same on every replica. Unset: generated once and kept in the database. To rotate it
     /// without signing anyone out: (1) set the new secret as QUOTA_SECRET_PREVIOUS on every replica, (2) swap the two,
     /// (3) remove QUOTA_SECRET_PREVIOUS after QUOTA_SESSION_DAYS.
     secret: "QUOTA_SECRET", "", "SECRET", hide_env_values = true;
@@ -134,8 +134,8 @@ settings! {
     /// A file that contains QUOTA_SECRET_PREVIOUS. Use either this or QUOTA_SECRET_PREVIOUS.
     secret_previous_file: "QUOTA_SECRET_PREVIOUS_FILE", "", "PATH";
 
-    /// Origins whose web pages may call the API (CORS), separated by commas, such as https://app.example.com, or `*`. They
-    /// may read the rate-limit headers. Cookies are not accepted from them.
+    /// Origins whose web pages may call the API (CORS), separated by commas, such as https://app.example.com, or `*`.
+    /// They may read the rate-limit headers. Cookies from them are not accepted.
     allowed_origins: "ALLOWED_ORIGINS", "", "ORIGINS";
 
     /// Networks of proxies whose X-Forwarded-For is trusted, separated by commas, such as 10.0.0.0/8.
@@ -144,7 +144,8 @@ settings! {
     /// Who may create an account: open (anyone) or closed (only the operator, with `quota user create`).
     registration: "QUOTA_REGISTRATION", "open", "MODE";
 
-    /// The page at /: full (about Quota) or door (only signing in and the API docs, for your own customers).
+    /// The page at /: full (about Quota) or door (a short page for your own customers, with links to sign in and to the
+    /// API docs).
     landing: "QUOTA_LANDING", "full", "PAGE";
 
     /// Your name, at most 100 characters: the title of the page at / with QUOTA_LANDING=door. Default: Quota.
@@ -165,9 +166,10 @@ settings! {
     /// The maximum number of requests per minute from one client address to /admin; 0 for no limit.
     admin_rpm: "QUOTA_ADMIN_RPM", "300", "N";
 
-    /// The number of failed sign-ins to one account from one network after which each further attempt has to wait longer.
-    /// Wider networks, and networks that try many accounts, get more. Known devices are counted separately. 0 for no limit.
-    login_rpm: "QUOTA_LOGIN_RPM", "10", "N";
+    /// The number of failed sign-ins to one account from one network after which each further attempt has to wait
+    /// longer. Wider networks, and networks that try many accounts, have higher limits. Known devices are counted
+    /// separately. 0 for no limit.
+    login_free_failures: "QUOTA_LOGIN_FREE_FAILURES", "10", "N";
 
     /// The maximum size of a request body, in bytes: 1024 to 16777216.
     body_limit: "QUOTA_BODY_LIMIT", "65536", "BYTES";
@@ -183,11 +185,11 @@ settings! {
     /// idle connections to Quota.
     idle_timeout: "QUOTA_IDLE_TIMEOUT", "75s", "DURATION";
 
-    /// How long a client may go without reading any of a response that is being sent, such as 30s. On HTTP/2, less
-    /// than 1 KiB counts as nothing.
+    /// How long a client may go without reading any of a response that is being sent, such as 30s. On HTTP/2, less than
+    /// 1 KiB does not count.
     write_timeout: "QUOTA_WRITE_TIMEOUT", "30s", "DURATION";
 
-    /// The maximum number of open client connections: 16 to 1000000. The limit of open files may allow fewer. When
+    /// The maximum number of open client connections: 16 to 1000000. The open-file limit may allow fewer. When
     /// it is reached, connections that have not sent a request are closed first, then idle ones, then those whose
     /// client does not read its response.
     connections: "QUOTA_CONNECTIONS", "10000", "N";
@@ -200,9 +202,9 @@ settings! {
     /// twice as many); 0 for no limit. Counted like QUOTA_CONNECTIONS_PER_ADDRESS.
     connections_per_network: "QUOTA_CONNECTIONS_PER_NETWORK", "2500", "N";
 
-    /// The maximum number of concurrent look-ups of API keys that are not in memory, and as many of service tokens: 1
-    /// to 100000. When it is reached, each client still gets an equal share of it, and the response to further look-ups
-    /// is 503. Keys in memory are not affected.
+    /// The maximum number of concurrent lookups of API keys that are not in memory, and as many of service tokens: 1 to
+    /// 100000. When it is reached, each client still gets an equal share, and other lookups get 503. Keys in memory are
+    /// not affected.
     key_lookups: "QUOTA_KEY_LOOKUPS", "1000", "N";
 
     /// How long the server waits for requests in flight when it stops, such as 20s; at most 25s.
@@ -212,7 +214,7 @@ settings! {
     /// load balancers notice, such as 5s.
     drain_delay: "QUOTA_DRAIN_DELAY", "0s", "DURATION";
 
-    /// For how long keys in memory are served while PostgreSQL is unreachable and cannot confirm them, such as 60s.
+    /// How long keys in memory are served while PostgreSQL is unreachable and cannot confirm them, such as 60s.
     stale_grace: "QUOTA_STALE_GRACE", "60s", "DURATION";
 
     /// The number of API keys cached in memory: 1000 to 10000000. One takes about 1 kB.
@@ -221,16 +223,38 @@ settings! {
     /// The number of days after which an unused session expires: 1 to 365.
     session_days: "QUOTA_SESSION_DAYS", "14", "DAYS";
 
-    /// The number of days for which the log of decisions is kept: 2 to 3650. A day of 10 million requests takes about
+    /// The number of days for which the decision log is kept: 2 to 3650. A day of 10 million requests takes about
     /// 4 GB.
     usage_retention: "QUOTA_USAGE_RETENTION", "90", "DAYS";
 
-    /// The number of days for which usage is kept as totals per quarter of an hour and per day: 2 to 3650.
+    /// The number of days for which usage totals per quarter of an hour and per day are kept: 2 to 3650.
     usage_rollup_retention: "QUOTA_USAGE_ROLLUP_RETENTION", "400", "DAYS";
+
+    /// The secret key of your Stripe account, which starts with `sk_` or `rk_`. With it, plans marked `paid` need a
+    /// subscription. `quota billing setup` creates the required objects at Stripe. Unset: billing is off, and such
+    /// plans work like other plans.
+    stripe_secret_key: "STRIPE_SECRET_KEY", "", "SECRET", hide_env_values = true;
+
+    /// A file that contains STRIPE_SECRET_KEY. Use either this or STRIPE_SECRET_KEY.
+    stripe_secret_key_file: "STRIPE_SECRET_KEY_FILE", "", "PATH";
+
+    /// The signing secret of the webhook endpoint at Stripe, which starts with `whsec_`. While it is being rotated,
+    /// both secrets, separated by a comma. Required with STRIPE_SECRET_KEY, except by `quota billing`.
+    stripe_webhook_secret: "STRIPE_WEBHOOK_SECRET", "", "SECRET", hide_env_values = true;
+
+    /// A file that contains STRIPE_WEBHOOK_SECRET. Use either this or STRIPE_WEBHOOK_SECRET.
+    stripe_webhook_secret_file: "STRIPE_WEBHOOK_SECRET_FILE", "", "PATH";
+
+    /// The address of Stripe's API, for tests. Default: https://api.stripe.com.
+    stripe_api_base: "STRIPE_API_BASE", "", "URL";
+
+    /// The number of days for which plans marked `paid` keep working after a payment has failed, while Stripe retries
+    /// it: 0 to 90.
+    billing_grace: "QUOTA_BILLING_GRACE", "7", "DAYS";
 
     /// The format of logs: json or text.
     log_format: "QUOTA_LOG_FORMAT", "json", "FORMAT";
 
-    /// What is logged, as tracing directives such as info,quota_server=debug.
+    /// The log filter, as tracing directives such as info,quota_server=debug.
     log: "RUST_LOG", "info", "DIRECTIVES";
 }

@@ -18,7 +18,7 @@ const IDLE_IN_TRANSACTION: Duration = Duration::from_secs(5);
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 const KEEPALIVE_RETRIES: u32 = 3;
-/// The kernel closes a connection on which sent bytes stay unacknowledged for this long.
+/// The kernel closes a connection on which sent bytes remain unacknowledged for this long.
 const UNACKNOWLEDGED: Duration = Duration::from_secs(5);
 
 /// The session settings of pooled connections. PostgreSQL enforces the timeouts itself: dropping a future leaves its
@@ -64,7 +64,7 @@ pub(super) fn connect(
     .boxed()
 }
 
-/// Verifies certificates against the system's trusted roots: what `sslmode=require` means here.
+/// Verifies certificates against the system's trusted roots, which is the meaning of `sslmode=require` here.
 fn tls() -> tokio_postgres_rustls::MakeRustlsConnect {
     let mut roots = rustls::RootCertStore::empty();
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);

@@ -1,17 +1,17 @@
 //! The embedded PostgreSQL: a private server in the data directory, used if `DATABASE_URL` is not set.
 //!
-//! Owns the cluster's files, the server process and its restarts. Does not know tables, migrations or pools: it
+//! Owns the cluster's files, the server process and its restarts. Does not depend on tables, migrations or pools: it
 //! provides a URL.
 //!
-//! * `initdb` creates the cluster on the first start, in a temporary directory that is renamed when it is complete.
-//! * PostgreSQL listens on a Unix socket in a directory that only its user may enter, and on no TCP port.
+//! * `initdb` creates the cluster at the first startup, in a temporary directory that is renamed when it is complete.
+//! * PostgreSQL listens on a Unix socket in a directory that only its user can access, and not on any TCP port.
 //! * It stops when this process ends for any reason. A small shell script, the guard, runs PostgreSQL and reads from a
-//!   pipe whose other end only this process holds. When this process is gone, even after `kill -9`, the read ends and
-//!   the guard requests a fast shutdown. (`PR_SET_PDEATHSIG` would require `unsafe`, is lost when the process changes
-//!   its user, and fires when the *thread* that forked ends.)
-//! * If PostgreSQL crashes it is restarted, with backoff. Until then connections fail, as with any database that is
+//!   pipe whose other end only this process holds. When this process ends, even after `kill -9`, the read ends and the
+//!   guard requests a fast shutdown. (`PR_SET_PDEATHSIG` would require `unsafe`, is lost when the process changes its
+//!   user, and fires when the *thread* that forked ends.)
+//! * If PostgreSQL crashes it is restarted, with backoff. Until then, connections fail, as with any database that is
 //!   down.
-//! * If this process is root, which PostgreSQL does not accept, it runs as the user `postgres`, or else `nobody`.
+//! * If this process is root, as which PostgreSQL does not run, it runs as the user `postgres`, or otherwise `nobody`.
 mod binaries;
 mod cluster;
 mod place;
@@ -34,11 +34,11 @@ use self::{
 /// The role and the database that the server uses.
 const NAME: &str = "quota";
 
-/// Only part of the socket's file name (`.s.PGSQL.5432`). No TCP port is opened.
+/// Only used in the name of the socket's file (`.s.PGSQL.5432`). No TCP port is opened.
 const PORT: &str = "5432";
 
-/// The cluster's settings. Passed on the command line, so that they are those of this version of Quota and not of the
-/// one that created the cluster.
+/// The cluster's settings. Passed on the command line, so that the settings of this version of Quota apply and not
+/// those of the version that created the cluster.
 const SETTINGS: &[(&str, &str)] = &[
     ("listen_addresses", ""),
     ("unix_socket_permissions", "0700"),
@@ -95,13 +95,13 @@ pub enum EmbeddedError {
     #[error("PostgreSQL does not run as root, and this machine has no user postgres or nobody")]
     NoUser,
     #[error(
-        "PostgreSQL has to run as the user {user}, who may not enter {}: allow it (chmod o+x on it and its \
+        "PostgreSQL has to run as the user {user}, which cannot access {}: grant access (chmod o+x on it and its \
          parent directories), or set QUOTA_DATA_DIR",
         path.display()
     )]
     Unreachable { path: PathBuf, user: String },
     #[error(
-        "{} is not a directory that only the database's user may enter: remove it, or set QUOTA_DATA_DIR to a \
+        "{} is not a directory that only the database's user can access: remove it, or set QUOTA_DATA_DIR to a \
          shorter path",
         .0.display()
     )]
@@ -137,7 +137,7 @@ pub enum EmbeddedError {
         #[source]
         source: tokio_postgres::Error,
     },
-    #[error("an earlier PostgreSQL (PID {pid}) still uses {} and does not exit", cluster.display())]
+    #[error("an earlier PostgreSQL (PID {pid}) is still using {} and has not exited", cluster.display())]
     Orphan { pid: i32, cluster: PathBuf },
     #[error("cannot create the database {NAME}")]
     CreateDatabase(#[source] tokio_postgres::Error),
@@ -159,8 +159,8 @@ pub struct EmbeddedPostgres {
 }
 
 impl EmbeddedPostgres {
-    /// Starts the cluster in `data_dir`, which is created if necessary, and waits until it accepts connections. Tied to
-    /// the runtime that it was started on.
+    /// Starts the cluster in `data_dir`, which is created if necessary, and waits until it accepts connections. It is
+    /// tied to the runtime on which it was started.
     pub async fn start(data_dir: &Path) -> Result<Self, EmbeddedError> {
         Self::start_with(data_dir, &[]).await
     }
@@ -221,8 +221,8 @@ impl EmbeddedPostgres {
         })
     }
 
-    /// Returns the database's URL. The host is the socket's directory, percent-encoded, as libpq and tokio-postgres
-    /// accept it.
+    /// Returns the database's URL. The host is the socket's directory, percent-encoded, a form that libpq and
+    /// tokio-postgres accept.
     pub fn database_url(&self) -> String {
         url(&self.socket_dir, NAME)
     }

@@ -18,7 +18,7 @@ pub enum DbError {
     Query(#[source] DieselError),
 }
 
-/// Parts of the messages of errors that pass.
+/// Parts of the messages of temporary errors.
 const TRANSIENT: [&str; 7] = [
     "statement timeout",
     "lock timeout",

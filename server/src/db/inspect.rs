@@ -1,4 +1,4 @@
-//! What `quota doctor` reports about a database. Read-only.
+//! Properties of a database that `quota doctor` reports. Read-only.
 
 use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use secrecy::{ExposeSecret, SecretString};
@@ -9,7 +9,7 @@ use super::{
 };
 use crate::config::DatabaseSettings;
 
-/// Connections left to other programs: an operator's session, a backup, a migration.
+/// Connections reserved for other programs: an operator's session, a backup, a migration.
 const LEFT_TO_OTHERS: usize = 10;
 
 /// Properties of a PostgreSQL server and of the database in it.
@@ -17,16 +17,16 @@ const LEFT_TO_OTHERS: usize = 10;
 pub struct ServerInfo {
     pub version: String,
     pub max_connections: usize,
-    /// Reserved for superusers and, from PostgreSQL 16 on, for roles that the operator chose.
+    /// Reserved for superusers and, as of PostgreSQL 16, for roles that the operator chose.
     pub reserved_connections: usize,
-    /// Number of migrations in this binary that are applied.
+    /// Number of migrations in this binary that have been applied.
     pub applied: usize,
     /// Number of migrations in this binary.
     pub known: usize,
 }
 
 impl ServerInfo {
-    /// Returns how many connections all replicas together may hold.
+    /// Returns the maximum number of connections that all replicas together may hold.
     pub fn available(&self) -> usize {
         self.max_connections
             .saturating_sub(LEFT_TO_OTHERS.max(self.reserved_connections))
@@ -48,7 +48,7 @@ async fn texts(conn: &mut AsyncPgConnection, query: &str) -> Result<Vec<String>,
     Ok(rows.into_iter().map(|row| row.text).collect())
 }
 
-/// Reads the server's version and limits, and which migrations are applied.
+/// Reads the server's version and limits, and the applied migrations.
 pub async fn inspect(url: &SecretString) -> Result<ServerInfo, MigrateError> {
     let settings = DatabaseSettings::default();
     let mut conn = connect(

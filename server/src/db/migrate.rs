@@ -9,11 +9,11 @@ use crate::config::DatabaseSettings;
 
 const MIGRATIONS: EmbeddedMigrations = embed_migrations!("../migrations");
 
-/// The advisory lock that lets only one replica migrate at a time. The others wait for it.
+/// The advisory lock that allows only one replica to migrate at a time. The others wait for it.
 const LOCK: i64 = 7_226_420;
 
-/// A migration may run for long, so there is no statement timeout. It must not wait for long behind another query,
-/// since everything else would then wait behind it: see the `lock_timeout` below.
+/// A migration may take long, so there is no statement timeout. It must not wait long for a lock, since all later
+/// queries would then wait for it: see the `lock_timeout` below.
 const SESSION: &str = "SET timezone = 'UTC'; SET client_min_messages = 'warning'; \
     SET application_name = 'quota migrate'";
 

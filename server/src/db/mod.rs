@@ -3,9 +3,9 @@
 //! A replica's connections are divided into lanes ([`Lane`]), each with its own pool, so that a flood of one kind of
 //! work never makes another wait for a connection.
 //!
-//! The server signs in with the role that `DATABASE_URL` names and works as one of two others: `quota_app`, which
-//! row-level security restricts to the tenant of the transaction, and `quota_system`, for work on behalf of no tenant
-//! (sign-in, look-ups by secret, sweeps). A transaction that is dropped, even in the middle of a query, is rolled back
+//! The server signs in with the role in `DATABASE_URL` and uses one of two others: `quota_app`, which row-level
+//! security restricts to the tenant of the transaction, and `quota_system`, for work that is not on behalf of a tenant
+//! (sign-in, lookups by secret, sweeps). A transaction that is dropped, even in the middle of a query, is rolled back
 //! before its connection is used again.
 //!
 //! While PostgreSQL is unreachable, everything here fails with [`DbError::Unavailable`] within a few seconds.

@@ -21,22 +21,22 @@ use super::{
 };
 use crate::config::DatabaseSettings;
 
-/// What a connection is used for. Each lane has its own pool.
+/// The purpose of a connection. Each lane has its own pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lane {
     /// Management, sign-in and background work that may wait.
     Requests,
-    /// Look-ups of API keys and service tokens, which strangers can cause.
+    /// Lookups of API keys and service tokens, which unauthenticated clients can cause.
     Lookups,
     /// The quota ledger.
     Ledger,
     /// Writing usage.
     Shipping,
-    /// What the health of the whole depends on: the poll for invalidations, counting replicas, readiness.
+    /// Work on which the health of the whole server depends: the poll for invalidations, counting replicas, readiness.
     Health,
 }
 
-/// How many connections each lane has.
+/// The number of connections in each lane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Lanes {
     pub requests: usize,
@@ -50,7 +50,7 @@ impl Lanes {
     /// Divides `total` connections, at least six, among the lanes.
     pub fn divide(total: usize) -> Self {
         let health = if total < 8 { 1 } else { 2 };
-        // Two where there are enough connections, so that returning tokens does not delay taking them.
+        // Two if there are enough connections, so that returning tokens does not delay taking them.
         let ledger = (total * 3 / 16).max(if total < 8 { 1 } else { 2 });
         // Batches are written one after another.
         let shipping = 1;
@@ -71,7 +71,7 @@ impl fmt::Display for Lanes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} for requests, {} for key look-ups, {} for the quota ledger, {} for usage, {} for invalidations and readiness",
+            "{} for requests, {} for key lookups, {} for the quota ledger, {} for usage, {} for invalidations and readiness",
             self.requests, self.lookups, self.ledger, self.shipping, self.health
         )
     }
@@ -145,9 +145,9 @@ impl Db {
         self.lanes
     }
 
-    /// Gives up work that takes longer than a statement may. Nothing else notices for up to a minute that a
-    /// connection fell silent in the middle of a transaction. Requests have a limit of their own; background work uses
-    /// this one.
+    /// Cancels work that takes longer than a statement may. Otherwise, it could take up to a minute to detect that a
+    /// connection went silent in the middle of a transaction. Requests have a separate limit; background work uses this
+    /// one.
     pub async fn within_limit<T>(
         &self,
         work: impl Future<Output = Result<T, DbError>>,
@@ -203,7 +203,7 @@ impl Db {
         }
     }
 
-    /// Returns how many connections are open, and how many of them are in use, across all lanes.
+    /// Returns the number of open connections, and how many of them are in use, across all lanes.
     pub fn connections(&self) -> (usize, usize) {
         self.pools.all().iter().fold((0, 0), |(open, busy), pool| {
             let status = pool.status();

@@ -11,8 +11,8 @@ use tokio::{runtime::Handle, time::timeout};
 
 use super::{connect::ConnectionPool, error::DbError};
 
-/// How long the first answer on a pooled connection may take. A PostgreSQL that hangs still acknowledges every byte,
-/// so neither TCP's timeouts nor its own end the wait.
+/// How long the first response on a pooled connection may take. A PostgreSQL that hangs still acknowledges every byte,
+/// so neither TCP timeouts nor PostgreSQL's own end the wait.
 pub(super) const FIRST_ANSWER: Duration = Duration::from_secs(2);
 /// How long a rollback may take.
 const ROLLBACK: Duration = Duration::from_secs(2);
@@ -32,7 +32,7 @@ struct Tx {
 impl Tx {
     async fn begin(pool: &ConnectionPool, statements: &str) -> Result<Self, DbError> {
         let conn = pool.get().await?;
-        // If the caller is dropped from here on, dropping this rolls back.
+        // If the caller is dropped after this point, dropping this rolls back.
         let mut tx = Self { conn: Some(conn) };
         let began = timeout(FIRST_ANSWER, tx.get().batch_execute(statements)).await;
         match (began, tx.conn.take()) {

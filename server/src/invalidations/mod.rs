@@ -1,14 +1,14 @@
-//! Invalidations: publishes changes to other replicas, and remembers those that were received.
+//! Invalidations: publishes changes to other replicas, and remembers those received.
 //!
-//! A transaction that changes something that replicas cache also inserts a row into `revocations`. Each replica reads
-//! new rows at least every 250 ms, and the guarantees rely on nothing else. After the commit the change is also
-//! published in Redis, so that most replicas learn of it within milliseconds. Messages may be lost. Without Redis, or
-//! while it is unreachable, none are sent.
+//! A transaction that changes data that replicas cache also inserts a row into `revocations`. Each replica polls for
+//! new rows every 150 ms, and the guarantees rely only on this. After the commit, the change is also published in
+//! Redis, so that most replicas learn of it within milliseconds. Messages may be lost. Without Redis, or while it is
+//! unreachable, no messages are sent.
 //!
-//! Messages are sealed, since anyone with access to Redis can publish one. A message that does not open, is older than
-//! a few minutes, or contains nothing new is counted and otherwise ignored.
+//! Messages are sealed, since anyone with access to Redis can publish one. A message that cannot be opened, is older
+//! than a few minutes, or contains nothing new is counted and otherwise ignored.
 //!
-//! Does not know the caches. [`Recent`] holds what this replica knows about recent changes.
+//! Does not depend on the caches. [`Recent`] contains the recent changes that this replica knows of.
 
 mod recent;
 
@@ -29,11 +29,11 @@ use crate::{
 
 /// The context of the seal. Change it when a field changes its meaning.
 const CONTEXT: &[&[u8]] = &[b"invalidation 1"];
-/// The maximum difference between a message's time and this replica's. The clocks of replicas and PostgreSQL may differ by
-/// two minutes, and messages arrive quickly. Older changes have been polled long ago.
+/// The maximum difference between a message's time and this replica's. The clocks of replicas and PostgreSQL may differ
+/// by two minutes, and messages arrive quickly. Older changes have long been polled.
 const MAX_AGE: Duration = Duration::from_mins(5);
 
-/// Other versions of the server read this: fields may be added, but none may change its meaning.
+/// Other versions of the server read this: fields may be added, but the meaning of existing ones must not change.
 #[derive(Serialize, Deserialize)]
 struct Message<'a> {
     seq: i64,
@@ -68,7 +68,7 @@ impl Publisher {
         }
     }
 
-    /// Publishes a committed change. Does not block: it is sent in the background.
+    /// Publishes a committed change. Does not block: sends it in the background.
     pub fn publish(&self, invalidation: &Invalidation) {
         let (Some(redis), Some(message)) = (self.redis.clone(), write(&self.seal, invalidation))
         else {
@@ -130,7 +130,7 @@ fn read(seal: &Seal, message: &[u8], now: UnixNanos) -> Option<Invalidation> {
     })
 }
 
-/// Everything that a number of changes invalidates, so that a cache is searched only once.
+/// Everything that several changes invalidate, so that a cache is searched only once.
 #[derive(Debug, Default)]
 pub struct InvalidationSet {
     tenants: HashSet<Uuid>,
@@ -161,7 +161,7 @@ impl InvalidationSet {
         !(self.tenants.is_empty() && self.plans.is_empty() && self.keys.is_empty())
     }
 
-    /// Returns the IDs of tenants, plans and keys: what a cached key belongs to.
+    /// Returns the IDs of tenants, plans and keys that a cached key may belong to.
     pub fn owners_of_keys(&self) -> impl Iterator<Item = &Uuid> {
         self.tenants.iter().chain(&self.plans).chain(&self.keys)
     }

@@ -1,20 +1,23 @@
-//! Recent changes, as far as this replica knows them. Decides whether a copy that another replica read from PostgreSQL
+//! The recent changes that this replica knows of. Decides whether a copy that another replica read from PostgreSQL
 //! earlier is still current.
 //!
 //! Changes are numbered in the order of their commits, and a copy carries the highest number at the time it was read. So
 //! a copy with number `n` is current except for changes above `n`.
 //!
 //! There are two sources, which are not trusted equally:
-//! - **Polled** changes come from PostgreSQL, in order and without gaps. Only they move the floor and the number up to
-//!   which everything is known.
-//! - **Announced** changes are messages of other replicas and this replica's own commits. They only arrive sooner. Until
-//!   the poll has caught up, an announcement outdates older copies. It never hides a number from the poll, never raises
-//!   the floor, and never displaces a polled change.
+//! - **Polled** changes come from PostgreSQL, in order and without gaps. Only they raise the floor and the number up to
+//!   which all changes are known.
+//! - **Announced** changes are messages from other replicas and this replica's own commits. They only arrive earlier.
+//!   Until the poll has caught up, an announcement outdates older copies. It never hides a number from the poll, never
+//!   raises the floor, and never displaces a polled change.
 //!
-//! Nothing below the floor is confirmed, since changes there may have been deleted from PostgreSQL. Neither is a copy
-//! whose number is higher than any polled or announced one: no such number has been assigned.
+//! Nothing below the floor is confirmed, since changes there may have been deleted from PostgreSQL. A copy whose number
+//! is higher than any polled or announced one is not confirmed either: no such number has been assigned.
 
-use std::collections::{BTreeMap, HashMap};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
 
 use parking_lot::Mutex;
 use uuid::Uuid;
@@ -23,8 +26,8 @@ use crate::repo::invalidation::{Invalidation, Target};
 
 /// The maximum number of polled changes in memory. One takes about 150 bytes.
 const REMEMBERED: usize = 20_000;
-/// The maximum number of announcements in memory until the poll reaches them, a moment later. More are dropped, since the
-/// poll reads them anyway.
+/// The maximum number of announcements in memory until the poll reaches them shortly after. Others are dropped, since
+/// the poll reads them anyway.
 const ANNOUNCED: usize = 4096;
 
 /// See the module.
@@ -35,8 +38,10 @@ pub struct Recent(Mutex<State>);
 struct State {
     /// `None` until the first poll. Until then nothing can be confirmed.
     range: Option<PolledRange>,
+    /// Which history of the database the numbers belong to.
+    history: Option<Arc<str>>,
     polled: BTreeMap<i64, Uuid>,
-    /// With numbers above `range.up_to`.
+    /// Those with numbers above `range.up_to`.
     announced: BTreeMap<i64, Uuid>,
     /// The highest number of each ID in either map. IDs are unique across kinds.
     newest: HashMap<Uuid, i64>,
@@ -49,7 +54,7 @@ struct PolledRange {
     up_to: i64,
 }
 
-/// Returns the ID of what changed. For a kind that this version does not know, that is the whole tenant.
+/// Returns the ID of the changed resource. For a kind that this version does not support, this is the whole tenant.
 fn subject(invalidation: &Invalidation) -> Uuid {
     match invalidation.target {
         None | Some(Target::Tenant) => invalidation.tenant,
@@ -62,8 +67,9 @@ fn subject(invalidation: &Invalidation) -> Uuid {
 impl Recent {
     /// Records the first poll: the newest changes that PostgreSQL still has, in order. Older ones may have been deleted,
     /// so nothing below the first of them is confirmed.
-    pub fn begin(&self, newest: &[Invalidation]) {
+    pub fn begin(&self, newest: &[Invalidation], history: &str) {
         let mut state = self.0.lock();
+        state.history = Some(history.into());
         let floor = newest.first().map_or(0, |first| first.seq - 1);
         state.range.get_or_insert(PolledRange {
             floor,
@@ -75,9 +81,9 @@ impl Recent {
         }
     }
 
-    /// Starts over after PostgreSQL was restored to an earlier state, whose newest changes are these, in order. It will
-    /// assign the lost numbers again, so nothing is confirmed until it has passed the highest known number.
-    pub fn restart(&self, newest: &[Invalidation]) {
+    /// Starts over after PostgreSQL was restored or has failed over to a state whose newest changes are these, in order. It
+    /// may assign numbers again, so nothing is confirmed until it has passed the highest known number.
+    pub fn restart(&self, newest: &[Invalidation], history: &str) {
         let mut state = self.0.lock();
         let announced = state.announced.last_key_value().map(|(seq, _)| *seq);
         let floor = state.range.map_or(0, |range| {
@@ -88,6 +94,7 @@ impl Recent {
                 floor,
                 up_to: newest.first().map_or(0, |first| first.seq - 1),
             }),
+            history: Some(history.into()),
             ..State::default()
         };
         drop(state);
@@ -96,7 +103,12 @@ impl Recent {
         }
     }
 
-    /// Records a polled change, after all of those before it. Returns whether it is new.
+    /// Returns the history of the database as of the last poll.
+    pub fn history(&self) -> Option<Arc<str>> {
+        self.0.lock().history.clone()
+    }
+
+    /// Records a polled change, after all previous ones. Returns whether it is new.
     pub fn polled(&self, invalidation: &Invalidation) -> bool {
         let (seq, id) = (invalidation.seq, subject(invalidation));
         let mut state = self.0.lock();
@@ -124,7 +136,7 @@ impl Recent {
         let mut is_new = true;
         for (announced, id) in reached {
             is_new &= announced != seq;
-            // An announcement that PostgreSQL does not confirm, such as one from before a restore, ends here.
+            // An announcement that PostgreSQL does not confirm, such as one from before a restore, is discarded here.
             if !state.polled.contains_key(&announced) && state.newest.get(&id) == Some(&announced) {
                 state.recount(id);
             }
@@ -168,7 +180,7 @@ impl Recent {
 }
 
 impl State {
-    /// Recomputes the highest number of an ID. Slow, but rare.
+    /// Recomputes the highest number of an ID. Slow but rare.
     fn recount(&mut self, id: Uuid) {
         let of = |all: &BTreeMap<i64, Uuid>| {
             let mut numbers = all.iter().rev();
@@ -210,7 +222,7 @@ mod tests {
         let (tenant, plan, key) = (Uuid::from_u128(1), Uuid::from_u128(2), Uuid::from_u128(3));
         let all = [tenant, plan, key];
         assert!(!recent.unchanged(&all, 100), "nothing is known yet");
-        recent.begin(&[of_key(4, 0)]);
+        recent.begin(&[of_key(4, 0)], "history");
         assert!(recent.unchanged(&all, 4));
         assert!(recent.unchanged(&all, 3));
         assert!(!recent.unchanged(&all, 2), "below the floor");
@@ -233,14 +245,14 @@ mod tests {
     #[test]
     fn announcement_counts_until_the_poll_confirms_it() {
         let recent = Recent::default();
-        recent.begin(&[]);
+        recent.begin(&[], "history");
         assert!(recent.announced(&of_key(2, 1)));
         assert!(!recent.announced(&of_key(2, 1)), "sent twice");
         assert!(!recent.unchanged(&[key(1)], 1));
         assert!(recent.unchanged(&[key(1)], 2), "read after the change");
         assert!(recent.unchanged(&[key(2)], 1));
         assert!(!recent.unchanged(&[key(2)], 3), "3 was never announced");
-        // Announced after a later one.
+        // It was announced after a later one.
         assert!(recent.announced(&of_key(1, 2)));
         assert!(!recent.unchanged(&[key(2)], 0));
         assert!(!recent.polled(&of_key(1, 2)) && !recent.polled(&of_key(2, 1)));
@@ -253,7 +265,7 @@ mod tests {
     #[test]
     fn announcement_neither_hides_a_number_from_the_poll_nor_raises_the_floor() {
         let recent = Recent::default();
-        recent.begin(&[of_key(1, 0)]);
+        recent.begin(&[of_key(1, 0)], "history");
         for seq in 2..=i64::try_from(3 * ANNOUNCED).unwrap() {
             recent.announced(&of_key(seq, 77));
         }
@@ -266,7 +278,7 @@ mod tests {
     #[test]
     fn announcement_that_postgres_does_not_confirm_ends_with_the_poll() {
         let recent = Recent::default();
-        recent.begin(&[of_key(1, 5)]);
+        recent.begin(&[of_key(1, 5)], "history");
         recent.announced(&of_key(2, 5));
         assert!(!recent.unchanged(&[key(5)], 1));
         recent.polled(&of_key(3, 6));
@@ -282,10 +294,13 @@ mod tests {
     #[test]
     fn no_copy_from_before_a_restore_is_confirmed_after_it() {
         let recent = Recent::default();
-        recent.begin(&[of_key(17, 0), of_key(18, 0), of_key(19, 0), of_key(20, 0)]);
+        recent.begin(
+            &[of_key(17, 0), of_key(18, 0), of_key(19, 0), of_key(20, 0)],
+            "history",
+        );
         recent.announced(&of_key(23, 0));
         assert!(recent.unchanged(&[key(1)], 23));
-        recent.restart(&[of_key(17, 0), of_key(18, 0)]);
+        recent.restart(&[of_key(17, 0), of_key(18, 0)], "history");
         for as_of in 16..=25 {
             assert!(!recent.unchanged(&[key(1)], as_of), "{as_of}");
         }
@@ -301,7 +316,7 @@ mod tests {
     #[test]
     fn evicted_changes_raise_the_floor() {
         let recent = Recent::default();
-        recent.begin(&[]);
+        recent.begin(&[], "history");
         for n in 1..=REMEMBERED + 10 {
             let seq = i64::try_from(n).unwrap();
             recent.polled(&of_key(seq, n as u128));

@@ -1,5 +1,5 @@
-//! Learns what other replicas have changed: by polling PostgreSQL, which is what the guarantees rely on, and from messages,
-//! which are only faster.
+//! Learns of changes on other replicas: by polling PostgreSQL, on which the guarantees rely, and from messages, which
+//! are only faster.
 
 use std::{pin::pin, time::Duration};
 
@@ -10,12 +10,12 @@ use crate::{
     db::{self, Db, DbError, Lane},
     invalidations::Recent,
     redis::Event,
-    repo::invalidation::{self, Invalidation},
+    repo::invalidation::{self, Invalidation, Position},
     state::AppState,
 };
 
-/// The time between polls. A change must be noticed within 250 ms, including the duration of the poll on a busy machine.
-/// Cache entries are trusted for five times as long.
+/// The time between polls. A change must be noticed within 250 ms, including the duration of the poll on a busy
+/// machine. Cache entries are trusted for five polls.
 const POLL_EVERY: Duration = Duration::from_millis(150);
 
 /// If a poll takes this long, PostgreSQL is suspected to be unreachable. Polls normally take milliseconds, and cache entries
@@ -60,45 +60,45 @@ pub(super) async fn poll(state: AppState, mut stopping: watch::Receiver<bool>) {
     }
 }
 
-/// Lets caches serve what they have without waiting for PostgreSQL.
+/// Allows caches to serve their entries without waiting for PostgreSQL.
 fn suspect(state: &AppState) {
     if state.freshness.suspect() {
         state.metrics.database_suspected.inc();
     }
 }
 
-async fn poll_once(state: &AppState, db: &Db, last: &mut Option<i64>) -> Result<(), DbError> {
+async fn poll_once(state: &AppState, db: &Db, last: &mut Option<Position>) -> Result<(), DbError> {
     let mut tx = db.system().await?;
-    let Some(mut seq) = *last else {
-        // If earlier polls failed, cached entries may be older than what this one reads. Records that other replicas
-        // cached are compared with what is recorded here.
+    // Before the rows, so that a restore in between is noticed by the next poll.
+    let position = invalidation::position(&mut tx).await?;
+    let Some(polled) = last else {
+        // If earlier polls failed, cached entries may be older than the changes read by this one. Records cached by
+        // other replicas are compared with the changes recorded here.
         let newest = invalidation::newest(&mut tx).await?;
         tx.commit().await?;
-        state.recent.begin(&newest);
+        state.recent.begin(&newest, &position.history);
         state.forget(&newest);
-        *last = Some(newest.last().map_or(0, |it| it.seq));
+        *last = Some(up_to(&newest, position));
         return Ok(());
     };
-    let highest = invalidation::highest(&mut tx).await?;
-    if highest < seq {
+    if position.highest < polled.highest || position.history != polled.history {
         let newest = invalidation::newest(&mut tx).await?;
         tx.commit().await?;
         tracing::warn!(
-            polled = seq,
-            highest,
-            "PostgreSQL was restored to an earlier state; all caches are cleared"
+            polled = polled.highest,
+            highest = position.highest,
+            "PostgreSQL was restored or has failed over; all caches are cleared"
         );
-        state.recent.restart(&newest);
+        state.recent.restart(&newest, &position.history);
         state.forget_all();
-        *last = Some(newest.last().map_or(0, |it| it.seq));
+        *last = Some(up_to(&newest, position));
         return Ok(());
     }
     loop {
-        let batch = invalidation::since(&mut tx, seq).await?;
+        let batch = invalidation::since(&mut tx, polled.highest).await?;
         apply(state, &batch, Recent::polled);
         if let Some(newest) = batch.last() {
-            seq = newest.seq;
-            *last = Some(seq);
+            polled.highest = newest.seq;
         }
         if batch.len() < usize::from(invalidation::BATCH) {
             return tx.commit().await;
@@ -106,7 +106,15 @@ async fn poll_once(state: &AppState, db: &Db, last: &mut Option<i64>) -> Result<
     }
 }
 
-/// Records the changes before it drops cache entries, so that a load in between knows about them.
+/// The position after these rows.
+fn up_to(newest: &[Invalidation], position: Position) -> Position {
+    Position {
+        highest: newest.last().map_or(0, |it| it.seq),
+        ..position
+    }
+}
+
+/// Records the changes before dropping cache entries, so that a load in between takes them into account.
 fn apply(
     state: &AppState,
     invalidations: &[Invalidation],
@@ -133,7 +141,7 @@ fn apply_announced(state: &AppState, invalidation: &Invalidation) {
     }
 }
 
-/// Applies messages of other replicas as they arrive.
+/// Applies messages from other replicas as they arrive.
 pub(super) async fn listen(state: AppState, mut stopping: watch::Receiver<bool>) {
     let Some(mut messages) = state.publisher.listen() else {
         return;

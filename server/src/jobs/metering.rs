@@ -34,10 +34,10 @@ pub(super) async fn ship(state: AppState, mut stopping: watch::Receiver<bool>) {
     match timeout(FINISH, metering.finish()).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => {
-            tracing::warn!(error = %db::chain(&error), "some usage has not been written to PostgreSQL yet; the next start writes it");
+            tracing::warn!(error = %db::chain(&error), "some usage has not been written to PostgreSQL yet; it will be written at the next startup");
         }
         Err(_) => tracing::warn!(
-            "some usage has not been written to PostgreSQL yet; the next start writes it"
+            "some usage has not been written to PostgreSQL yet; it will be written at the next startup"
         ),
     }
 }
@@ -70,7 +70,7 @@ pub(super) async fn measure_time(state: AppState, mut stopping: watch::Receiver<
     let mut ticks = every(MEASURE);
     while next(&mut ticks, &mut stopping).await {
         if let Err(error) = state.metering.measure_time(&state.db).await {
-            tracing::debug!(error = %db::chain(&error), "PostgreSQL's time cannot be read");
+            tracing::debug!(error = %db::chain(&error), "cannot read PostgreSQL's clock");
         }
     }
 }
@@ -94,7 +94,7 @@ impl Outage {
             Err(error) => {
                 state.metrics.usage_ship_errors.inc();
                 if !std::mem::replace(&mut self.is_open, true) {
-                    tracing::warn!(error = %db::chain(&error), "usage cannot be written to PostgreSQL; it is kept");
+                    tracing::warn!(error = %db::chain(&error), "cannot write usage to PostgreSQL; it is kept on disk");
                 }
                 true
             }

@@ -1,8 +1,9 @@
 //! Background work.
 //!
-//! Each job is a loop that ends on request and continues after a failure: what failed is retried in the next iteration.
-//! Does not know HTTP.
+//! Each job is a loop that ends on request and continues after a failure: failed work is retried in the next iteration.
+//! Does not depend on HTTP.
 
+mod billing;
 mod invalidations;
 mod metering;
 mod replicas;
@@ -19,7 +20,7 @@ use tokio::{
 
 use crate::{db, limiter, state::AppState};
 
-/// How often the last use of keys and tokens is written.
+/// How often the last use of keys and tokens is saved.
 const LAST_USED_EVERY: Duration = Duration::from_secs(2);
 
 /// The running jobs.
@@ -42,6 +43,12 @@ impl Jobs {
         running.spawn(write_last_used(state.clone(), stopping.clone()));
         running.spawn(usage::maintain(state.clone(), stopping.clone()));
         running.spawn(usage::compare(state.clone(), stopping.clone()));
+        if state.billing.is_some() {
+            running.spawn(billing::handle_events(state.clone(), stopping.clone()));
+            running.spawn(billing::read_customers(state.clone(), stopping.clone()));
+            running.spawn(billing::report_usage(state.clone(), stopping.clone()));
+            running.spawn(billing::reconcile_usage(state.clone(), stopping.clone()));
+        }
         if state.metering.is_on() {
             running.spawn(metering::ship(state.clone(), stopping.clone()));
             running.spawn(metering::adopt(state.clone(), stopping.clone()));
@@ -59,7 +66,7 @@ impl Jobs {
     }
 }
 
-/// Waits for the next tick. Returns `false` if the job is to end.
+/// Waits for the next tick. Returns `false` if the job must end.
 async fn next(ticks: &mut tokio::time::Interval, stopping: &mut watch::Receiver<bool>) -> bool {
     let stopped = async {
         let _ = stopping.wait_for(|stop| *stop).await;
@@ -96,7 +103,7 @@ async fn write_last_used(state: AppState, mut stopping: watch::Receiver<bool>) {
     loop {
         let continues = next(&mut ticks, &mut stopping).await;
         if let Err(error) = state.last_used.flush(&state.db).await {
-            tracing::warn!(error = %db::chain(&error), "cannot write the last use of keys");
+            tracing::warn!(error = %db::chain(&error), "cannot save when keys were last used");
         }
         if !continues {
             return;

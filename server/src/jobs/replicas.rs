@@ -1,8 +1,8 @@
 //! Counts the replicas in PostgreSQL, so that each knows its share of the limits while the shared counters are
 //! unavailable.
 //!
-//! While PostgreSQL is unreachable, the limiter trusts the last count for a few seconds. After that this replica has no
-//! share.
+//! While PostgreSQL is unreachable, the limiter trusts the last count for a few seconds. After that, this replica has
+//! no share.
 
 use std::num::NonZeroU64;
 

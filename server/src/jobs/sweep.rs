@@ -1,7 +1,7 @@
 //! Deletes expired rows.
 //!
-//! Each batch is a short transaction, sized by how long the previous one took, down to a single row. The kinds of rows
-//! take turns, so that one that is slow, locked or broken does not hold up the others.
+//! Each batch is a short transaction, whose size depends on how long the previous one took, down to a single row. The
+//! kinds of rows take turns, so that a slow, locked or broken kind does not block the others.
 
 use std::time::{Duration, Instant};
 
@@ -21,7 +21,7 @@ const LARGEST: i64 = 5000;
 /// The intended duration of a batch: well below the statement timeout, and short for transactions that wait for a row.
 const SHORT: Duration = Duration::from_millis(100);
 const LONG: Duration = Duration::from_millis(400);
-/// How long one kind is swept before it is the next one's turn.
+/// How long one kind of row is swept before the next one.
 const TURN: Duration = Duration::from_secs(1);
 /// The pause between batches, which leaves room for other work.
 const PAUSE: Duration = Duration::from_millis(5);
@@ -87,7 +87,7 @@ impl Sweep {
                             "cannot delete expired rows, retrying later"
                         );
                     }
-                    // Other kinds first.
+                    // Continue with other kinds first.
                     return;
                 }
             }

@@ -12,7 +12,7 @@ use super::{every, next};
 use crate::{
     db::{self, DbError},
     repo::{
-        usage_check,
+        usage_check, usage_endpoint,
         usage_partition::{self, Partitioned},
         usage_shipper,
     },
@@ -23,6 +23,8 @@ const EVERY: Duration = Duration::from_mins(10);
 const COMPARE_EVERY: Duration = Duration::from_hours(6);
 /// The number of days for which partitions are created ahead.
 const AHEAD: u64 = 7;
+/// The maximum number of endpoints to remove per transaction.
+const ENDPOINTS: i64 = 1000;
 /// The wait before a retry. Often, a table was just busy.
 const RETRY: Duration = Duration::from_secs(2);
 const TRIES: u32 = 5;
@@ -47,7 +49,7 @@ pub(super) async fn maintain(state: AppState, mut stopping: watch::Receiver<bool
                     if attempt == TRIES {
                         tracing::warn!(
                             error = %db::chain(&error),
-                            "partitions of usage could not be created or dropped; tried again later"
+                            "usage partitions could not be created or dropped; retrying later"
                         );
                         break;
                     }
@@ -80,7 +82,13 @@ async fn maintain_once(state: &AppState, stopping: &watch::Receiver<bool>) -> Re
             }
         }
     }
-    state.db.within_limit(forget_segments(state)).await
+    state.db.within_limit(forget_segments(state)).await?;
+    while state.db.within_limit(forget_endpoints(state)).await? {
+        if *stopping.borrow() {
+            return Ok(());
+        }
+    }
+    Ok(())
 }
 
 /// Creates partitions, starting with yesterday's since records may be late. Returns the day, by PostgreSQL's clock.
@@ -92,7 +100,7 @@ async fn create(state: &AppState) -> Result<NaiveDate, DbError> {
     let created = usage_partition::create(&mut tx, first, last).await?;
     tx.commit().await?;
     if created > 0 {
-        tracing::info!(created, until = %last, "created partitions of usage");
+        tracing::info!(created, until = %last, "created usage partitions");
     }
     Ok(today)
 }
@@ -106,7 +114,7 @@ async fn drop_oldest(
     let dropped = usage_partition::drop_oldest(&mut tx, table, before).await?;
     tx.commit().await?;
     if dropped {
-        tracing::info!(table = table.name(), %before, "dropped a partition of usage");
+        tracing::info!(table = table.name(), %before, "dropped a usage partition");
     }
     Ok(dropped)
 }
@@ -116,6 +124,15 @@ async fn forget_segments(state: &AppState) -> Result<(), DbError> {
     let mut tx = state.db.system().await?;
     usage_partition::forget_segments(&mut tx, days).await?;
     tx.commit().await
+}
+
+/// Returns whether there may be more.
+async fn forget_endpoints(state: &AppState) -> Result<bool, DbError> {
+    let days = i64::try_from(days(state.config.usage_rollup_retention)).unwrap_or(i64::MAX);
+    let mut tx = state.db.system().await?;
+    let forgotten = usage_endpoint::forget(&mut tx, days, ENDPOINTS).await?;
+    tx.commit().await?;
+    Ok(i64::try_from(forgotten).is_ok_and(|it| it == ENDPOINTS))
 }
 
 pub(super) async fn compare(state: AppState, mut stopping: watch::Receiver<bool>) {
@@ -130,7 +147,7 @@ pub(super) async fn compare(state: AppState, mut stopping: watch::Receiver<bool>
             compared = compare_once(&state) => compared,
         };
         if let Err(error) = compared {
-            tracing::warn!(error = %db::chain(&error), "log, rollups and quota ledger could not be compared");
+            tracing::warn!(error = %db::chain(&error), "cannot compare log, rollups and quota ledger");
         }
     }
 }
@@ -155,7 +172,7 @@ async fn compare_once(state: &AppState) -> Result<(), DbError> {
             day = %yesterday,
             log_and_rollups = found.log_and_rollups,
             rollup_excess = found.rollup_excess,
-            "usage does not add up"
+            "log, rollups and quota ledger disagree"
         );
     }
     Ok(())

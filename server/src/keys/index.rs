@@ -1,8 +1,9 @@
-//! An index of cached keys by what changes affect them, so that a plan edit does not scan the whole cache.
+//! An index of cached keys by the resources whose changes affect them, so that a plan edit does not scan the whole
+//! cache.
 //!
-//! Lists the hashes of cached keys by tenant, plan and key ID. An entry may be out of date, because its key was evicted
-//! or moved to another plan; that costs one unnecessary reload. A hash is added before its record is cached and kept
-//! while the record is being loaded or cached, so none is missing.
+//! Lists the hashes of cached keys by tenant, plan and key ID. An entry may be out of date because its key was evicted
+//! or moved to another plan; this costs one unnecessary reload. A hash is added before its record is cached and kept
+//! while the record is being loaded or cached, so no hash is missing.
 
 use std::collections::{HashMap, HashSet};
 
@@ -31,7 +32,7 @@ impl KeyIndex {
     pub fn new(keys: usize) -> Self {
         Self {
             owners: Mutex::default(),
-            // Three entries per key, and as many that are out of date.
+            // Three entries per key, and the same number of outdated ones.
             capacity: keys.saturating_mul(6),
         }
     }

@@ -42,7 +42,7 @@ impl PostgresLedger {
         Arc::new(error)
     }
 
-    /// Takes in one transaction. `requests` are sorted.
+    /// Takes all requests in one transaction. `requests` are sorted.
     async fn take_together(
         &self,
         from: Windows,
@@ -59,7 +59,7 @@ impl PostgresLedger {
         Ok(taken.into_iter().map(|it| it.map(granted)).collect())
     }
 
-    /// Takes in one transaction. If one request makes it fail, takes one by one.
+    /// Takes all requests in one transaction. If one request makes it fail, retries them one at a time.
     async fn take_from(
         &self,
         from: Windows,
@@ -68,7 +68,7 @@ impl PostgresLedger {
         match self.take_together(from, requests).await {
             Ok(taken) => taken.into_iter().map(Ok).collect(),
             Err(error @ (DbError::Query(_) | DbError::Constraint(_))) if requests.len() > 1 => {
-                tracing::debug!(error = %db::chain(&error), "taking one by one");
+                tracing::debug!(error = %db::chain(&error), "retrying them one at a time");
                 let mut results = Vec::with_capacity(requests.len());
                 for request in requests {
                     let taken = self
@@ -88,8 +88,8 @@ impl PostgresLedger {
         }
     }
 
-    /// Takes from windows in use and then, in another transaction, opens missing ones. The second one may have to wait
-    /// for a key that is being deleted, and must not hold locks that others need.
+    /// Takes tokens from windows in use and then, in another transaction, opens missing windows. The second one may
+    /// have to wait for a key that is being deleted, and must not hold locks that others need.
     async fn take_sorted(&self, requests: &[TakeRequest]) -> Vec<Result<Taken, LedgerError>> {
         let mut results = self.take_from(Windows::Used, requests).await;
         let missing: Vec<usize> = (0..results.len())
@@ -125,8 +125,8 @@ async fn open_and_take(
     asks: &[Ask],
 ) -> Result<Vec<Option<quota_usage::Taken>>, DbError> {
     let since: Vec<_> = requests.iter().map(|it| time(it.calendar.start)).collect();
-    // From here on, no other replica opens a window of these keys. A used window can become unused, but not the other
-    // way round.
+    // After this point, no other replica opens a window of these keys. A used window can become unused, but not the
+    // other way around.
     quota_usage::lock(tx, asks).await?;
     let used = quota_usage::used_windows(tx, asks, &since).await?;
     let windows: Vec<_> = requests
@@ -171,7 +171,7 @@ fn granted(taken: quota_usage::Taken) -> Taken {
     }
 }
 
-/// Returns the window of a row. Rows of earlier versions have no end, and use the calendar's.
+/// Returns the window of a row. Rows of earlier versions have no end and use the calendar's.
 fn stated(row: &StatedWindow, request: &TakeRequest) -> QuotaWindow {
     let start = nanos(row.start);
     match row.end {
@@ -274,7 +274,7 @@ mod tests {
             // Tokyo
             ("2026-10-31T15:00:00Z", "2026-11-30T15:00:00Z"),
             ("2026-02-28T15:00:00Z", "2026-03-31T15:00:00Z"),
-            // Kiritimati and Pago Pago
+            // Kiritimati and Pago Pago, the time zones furthest from UTC
             ("2026-01-31T10:00:00Z", "2026-02-28T10:00:00Z"),
             ("2026-02-01T11:00:00Z", "2026-03-01T11:00:00Z"),
         ] {

@@ -1,12 +1,12 @@
-//! Look-ups in PostgreSQL by the hash of a secret: batched, limited and fair.
+//! Lookups in PostgreSQL by the hash of a secret: batched, limited and fair.
 //!
-//! Anyone can invent keys with a valid checksum, each of which requires a look-up. So look-ups have database
-//! connections of their own, and one of these is reserved for reloading known secrets. Look-ups that arrive while all
-//! connections are busy share the next statement, so a few connections suffice for thousands of look-ups per second.
+//! Anyone can invent keys with a valid checksum, each of which requires a lookup. So lookups have separate database
+//! connections, and one of these is reserved for reloading known secrets. Lookups that arrive while all connections are
+//! busy share the next statement, so a few connections suffice for thousands of lookups per second.
 //!
-//! The number of look-ups of unknown secrets is limited. When it is reached, each source still gets an equal share, and
-//! sources take turns in every batch, so that a flood mostly affects its own source. Keys and service tokens are
-//! counted and batched separately.
+//! The number of lookups of unknown secrets is limited. When the limit is reached, each caller still gets an equal
+//! share, and callers take turns in every batch, so that a flood mostly affects the caller that sends it. Keys and
+//! service tokens are counted and batched separately.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -29,15 +29,15 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// The maximum number of look-ups per statement.
+/// The maximum number of lookups per statement.
 const BATCH: usize = 200;
 
-/// The source of a look-up. Empty: the server itself.
+/// The caller for whom a secret is looked up. Without a tenant and an address, it is the server itself.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
-pub struct Source {
+pub struct LookupCaller {
     /// The tenant whose service token was sent.
     pub tenant: Option<TenantId>,
-    /// The network that the request came from.
+    /// The network of the request.
     pub address: Option<ClientNetwork>,
 }
 
@@ -109,9 +109,9 @@ fn slices(hashes: &[Hash]) -> Vec<&[u8]> {
 }
 
 struct Settings {
-    /// The maximum number of look-ups of unknown secrets.
+    /// The maximum number of lookups of unknown secrets.
     limit: usize,
-    /// How long a look-up waits for its batch to start.
+    /// How long a lookup waits for its batch to start.
     wait: Duration,
     /// Concurrent batches; one fewer, but at least one, with unknown secrets.
     workers: usize,
@@ -121,7 +121,7 @@ struct Settings {
 
 type Query<V> = dyn Fn(Vec<Hash>) -> BoxFuture<'static, Result<Answers<V>, DbError>> + Send + Sync;
 
-/// Look-ups of one kind of secret.
+/// Lookups of one kind of secret.
 pub struct Batches<V>(Arc<BatchState<V>>);
 
 impl<V> Clone for Batches<V> {
@@ -151,11 +151,11 @@ struct Waiting<V> {
 struct Queue<V> {
     next_id: u64,
     known: VecDeque<Waiting<V>>,
-    unknown: HashMap<Source, VecDeque<Waiting<V>>>,
-    /// The sources in `unknown`, in the order of their turns.
-    turns: VecDeque<Source>,
-    /// Look-ups of unknown secrets in progress, by source and in total, including those not queued yet.
-    started: HashMap<Source, usize>,
+    unknown: HashMap<LookupCaller, VecDeque<Waiting<V>>>,
+    /// The callers in `unknown`, in the order in which they take turns.
+    turns: VecDeque<LookupCaller>,
+    /// Lookups of unknown secrets in progress, by caller and in total, including those not queued yet.
+    started: HashMap<LookupCaller, usize>,
     started_total: usize,
     workers: usize,
     /// Workers whose batch has unknown secrets.
@@ -178,17 +178,17 @@ impl<V> Default for Queue<V> {
 }
 
 impl<V> Queue<V> {
-    /// Removes and returns the next look-up of the source whose turn it is.
+    /// Removes and returns the next lookup of the caller whose turn it is.
     fn next_unknown(&mut self) -> Option<Waiting<V>> {
-        while let Some(source) = self.turns.pop_front() {
-            let Some(waiting) = self.unknown.get_mut(&source) else {
+        while let Some(caller) = self.turns.pop_front() {
+            let Some(waiting) = self.unknown.get_mut(&caller) else {
                 continue;
             };
             let next = waiting.pop_front();
             if waiting.is_empty() {
-                self.unknown.remove(&source);
+                self.unknown.remove(&caller);
             } else {
-                self.turns.push_back(source);
+                self.turns.push_back(caller);
             }
             if next.is_some() {
                 return next;
@@ -197,60 +197,60 @@ impl<V> Queue<V> {
         None
     }
 
-    fn push(&mut self, source: Option<Source>, waiting: Waiting<V>) {
-        let Some(source) = source else {
+    fn push(&mut self, caller: Option<LookupCaller>, waiting: Waiting<V>) {
+        let Some(caller) = caller else {
             self.known.push_back(waiting);
             return;
         };
-        let own = self.unknown.entry(source).or_default();
+        let own = self.unknown.entry(caller).or_default();
         if own.is_empty() {
-            self.turns.push_back(source);
+            self.turns.push_back(caller);
         }
         own.push_back(waiting);
     }
 
-    /// Removes a waiting look-up. Returns whether it was still waiting.
-    fn remove(&mut self, source: Option<Source>, id: u64) -> bool {
-        let waiting = match source {
+    /// Removes a waiting lookup. Returns whether it was still waiting.
+    fn remove(&mut self, caller: Option<LookupCaller>, id: u64) -> bool {
+        let waiting = match caller {
             None => Some(&mut self.known),
-            Some(source) => self.unknown.get_mut(&source),
+            Some(caller) => self.unknown.get_mut(&caller),
         };
         let Some(waiting) = waiting else {
             return false;
         };
-        // The first to give up is the one that has waited longest, at the front.
+        // The first to give up is the one that has waited the longest, at the front.
         let Some(at) = waiting.iter().position(|it| it.id == id) else {
             return false;
         };
         waiting.remove(at);
-        if let Some(source) = source
-            && self.unknown.get(&source).is_some_and(VecDeque::is_empty)
+        if let Some(caller) = caller
+            && self.unknown.get(&caller).is_some_and(VecDeque::is_empty)
         {
-            self.unknown.remove(&source);
-            self.turns.retain(|it| *it != source);
+            self.unknown.remove(&caller);
+            self.turns.retain(|it| *it != caller);
         }
         true
     }
 }
 
-/// A permitted look-up. Counted until it is dropped.
+/// A permitted lookup. Counted until it is dropped.
 pub struct Lookup<V> {
     batches: Batches<V>,
     /// `None`: the secret is known.
-    source: Option<Source>,
+    caller: Option<LookupCaller>,
 }
 
 impl<V> Drop for Lookup<V> {
     fn drop(&mut self) {
-        let Some(source) = self.source else {
+        let Some(caller) = self.caller else {
             return;
         };
         let mut queue = self.batches.0.queue.lock();
         queue.started_total -= 1;
-        if let Some(n) = queue.started.get_mut(&source) {
+        if let Some(n) = queue.started.get_mut(&caller) {
             *n -= 1;
             if *n == 0 {
-                queue.started.remove(&source);
+                queue.started.remove(&caller);
             }
         }
     }
@@ -271,15 +271,15 @@ impl<V: Send + 'static> Batches<V> {
         }))
     }
 
-    /// Starts a look-up, or rejects it because too many are in progress. `source` is `None` if the secret is known.
-    pub fn begin(&self, source: Option<Source>) -> Result<Lookup<V>, Unconfirmed> {
-        if let Some(source) = source {
+    /// Starts a lookup, or rejects it because too many are in progress. `caller` is `None` if the secret is known.
+    pub fn begin(&self, caller: Option<LookupCaller>) -> Result<Lookup<V>, Unconfirmed> {
+        if let Some(caller) = caller {
             let limit = self.0.settings.limit;
             let mut queue = self.0.queue.lock();
-            let own = queue.started.get(&source).copied().unwrap_or(0);
-            let sources = queue.started.len() + usize::from(own == 0);
-            let is_within_share = own < (limit / sources).max(1);
-            // Twice the limit bounds the sum of all shares for any number of sources.
+            let own = queue.started.get(&caller).copied().unwrap_or(0);
+            let callers = queue.started.len() + usize::from(own == 0);
+            let is_within_share = own < (limit / callers).max(1);
+            // Twice the limit bounds the sum of all shares, for any number of callers.
             let is_allowed = queue.started_total < limit
                 || (is_within_share && queue.started_total < limit.saturating_mul(2));
             if !is_allowed {
@@ -287,11 +287,11 @@ impl<V: Send + 'static> Batches<V> {
                 return Err(self.refused());
             }
             queue.started_total += 1;
-            *queue.started.entry(source).or_default() += 1;
+            *queue.started.entry(caller).or_default() += 1;
         }
         Ok(Lookup {
             batches: self.clone(),
-            source,
+            caller,
         })
     }
 
@@ -308,23 +308,23 @@ impl<V: Send + 'static> Batches<V> {
                     it.metrics.database_suspected.inc();
                 }
             }
-            error => tracing::error!(error = %db::chain(error), "secrets cannot be looked up"),
+            error => tracing::error!(error = %db::chain(error), "cannot look up secrets"),
         }
         Unconfirmed::Failed(db::chain(error).into())
     }
 
     fn enqueue(
         &self,
-        source: Option<Source>,
+        caller: Option<LookupCaller>,
         hash: Hash,
         answer: oneshot::Sender<Result<Option<V>, Unconfirmed>>,
     ) -> u64 {
         let mut queue = self.0.queue.lock();
         let id = queue.next_id;
         queue.next_id += 1;
-        queue.push(source, Waiting { id, hash, answer });
+        queue.push(caller, Waiting { id, hash, answer });
         let is_missing = queue.workers < self.0.settings.workers
-            && (source.is_none() || queue.on_unknown < self.for_unknown());
+            && (caller.is_none() || queue.on_unknown < self.for_unknown());
         queue.workers += usize::from(is_missing);
         drop(queue);
         if is_missing {
@@ -346,20 +346,22 @@ impl<V: Send + 'static> Lookup<V> {
     pub async fn find(&self, hash: Hash) -> Result<Option<V>, Unconfirmed> {
         let it = &self.batches;
         let (sender, mut answer) = oneshot::channel();
-        let id = it.enqueue(self.source, hash, sender);
+        let id = it.enqueue(self.caller, hash, sender);
         let answered = match timeout(it.0.settings.wait, &mut answer).await {
             Ok(answered) => answered,
-            Err(_) if it.0.queue.lock().remove(self.source, id) => {
-                return Err(if self.source.is_some() {
+            Err(_) if it.0.queue.lock().remove(self.caller, id) => {
+                return Err(if self.caller.is_some() {
                     it.refused()
                 } else {
-                    it.failed(&DbError::Unavailable("no connection came free".into()))
+                    it.failed(&DbError::Unavailable(
+                        "no connection became available".into(),
+                    ))
                 });
             }
-            // Its batch is in progress, which has a deadline of its own.
+            // Its batch is in progress, which has a separate deadline.
             Err(_) => answer.await,
         };
-        answered.unwrap_or_else(|_| Err(Unconfirmed::Failed("the look-up was canceled".into())))
+        answered.unwrap_or_else(|_| Err(Unconfirmed::Failed("the lookup was canceled".into())))
     }
 }
 
@@ -378,7 +380,7 @@ impl<V: Send + 'static> Drop for Worker<V> {
 }
 
 impl<V: Send + 'static> Worker<V> {
-    /// Returns the next batch, known secrets first. Without one, ends the worker.
+    /// Returns the next batch, known secrets first. If there is none, ends the worker.
     fn next(&mut self) -> Option<Batch<V>> {
         let batches = self.batches.clone();
         let mut queue = batches.0.queue.lock();
@@ -394,7 +396,7 @@ impl<V: Send + 'static> Worker<V> {
             }
         }
         if list.is_empty() {
-            // Under the same lock, so that the next look-up starts a worker.
+            // Done under the same lock, so that the next lookup starts a worker.
             queue.workers -= 1;
             self.has_ended = true;
             return None;
@@ -409,7 +411,7 @@ impl<V: Send + 'static> Worker<V> {
     }
 }
 
-/// The look-ups of one statement. If it is dropped by a panic or with the runtime, they fail.
+/// The lookups of one statement. If this is dropped by a panic or with the runtime, they fail.
 struct Batch<V: Send + 'static> {
     batches: Batches<V>,
     list: Vec<Waiting<V>>,
@@ -426,7 +428,7 @@ impl<V: Send + 'static> Batch<V> {
                 Ok(found) => Ok(found.remove(waiting.hash.as_slice())),
                 Err(error) => Err(error.clone()),
             };
-            // The caller may be gone.
+            // The caller may have been dropped.
             let _ = waiting.answer.send(answer);
         }
     }

@@ -28,7 +28,7 @@ use crate::{
 
 use super::{
     index::KeyIndex,
-    lookups::{Lookups, Source},
+    lookups::{LookupCaller, Lookups},
     shared::SharedKeys,
 };
 
@@ -47,11 +47,13 @@ pub struct KeyRecord {
     pub is_active: bool,
     pub expires_at: Option<UnixNanos>,
     pub billing: Billing,
+    /// Until when the tenant may use plans marked `paid`; 0 for not at all.
+    pub paid_access_until: UnixNanos,
     pub policies: Policies,
     pub handle: Arc<KeyHandle>,
-    /// Response header values that are the same for all requests of the key, cached by the API layer.
+    /// Response headers that are the same for all requests of the key, cached by the API layer.
     pub headers: Attachment,
-    /// When its use was last recorded.
+    /// When the use of the key was last recorded.
     noted_at: AtomicU64,
 }
 
@@ -72,18 +74,30 @@ pub enum Rejection {
     Unknown,
     Inactive,
     Expired,
+    /// The key is valid, but its plan is `paid` and its tenant has no active subscription.
+    PaymentRequired,
 }
 
 impl KeyRecord {
-    /// Checks that the key may be used. Calls `now` only if the key expires.
-    pub fn usable(&self, now: impl FnOnce() -> UnixNanos) -> Result<(), Rejection> {
+    /// Checks that the key may be used. With `billing_on`, plans marked `paid` require a subscription. Calls `now` only
+    /// if the key or the subscription's access expires.
+    pub fn usable(&self, billing_on: bool, now: impl Fn() -> UnixNanos) -> Result<(), Rejection> {
         if !self.is_active {
             return Err(Rejection::Inactive);
         }
-        match self.expires_at {
-            Some(end) if end <= now() => Err(Rejection::Expired),
-            _ => Ok(()),
+        if self.expires_at.is_some_and(|end| end <= now()) {
+            return Err(Rejection::Expired);
         }
+        let is_paid = billing_on && self.billing == Billing::Paid;
+        let has_access = || match self.paid_access_until {
+            UnixNanos(0) => false,
+            UnixNanos(u64::MAX) => true,
+            end => now() < end,
+        };
+        if is_paid && !has_access() {
+            return Err(Rejection::PaymentRequired);
+        }
+        Ok(())
     }
 }
 
@@ -144,19 +158,19 @@ impl KeyStore {
         }
     }
 
-    /// Returns the record of the key with this secret, active or not. `now` is monotonic time. `source` is counted if
-    /// the key is not known.
+    /// Returns the record of the key with this secret, active or not. `now` is monotonic time. `caller` is counted if
+    /// the key is unknown.
     pub async fn key(
         &self,
         text: &SecretText,
         now: u64,
-        source: Source,
+        caller: LookupCaller,
     ) -> Result<Option<Arc<KeyRecord>>, Unconfirmed> {
         let hash = text.hash();
         if let Some(known) = self.keys.peek_at(&hash, now) {
             return Ok(known);
         }
-        let source = (!self.keys.holds(&hash)).then_some(source);
+        let caller = (!self.keys.holds(&hash)).then_some(caller);
         let (lookups, limiter, shared) = (
             self.lookups.keys.clone(),
             self.limiter.clone(),
@@ -173,7 +187,7 @@ impl KeyStore {
             .get(hash, move || {
                 let (lookups, record, shared) = (lookups.clone(), record.clone(), shared.clone());
                 async move {
-                    let lookup = lookups.begin(source)?;
+                    let lookup = lookups.begin(caller)?;
                     if let Some(shared) = &shared
                         && let Some(found) = shared.get(&hash).await
                     {
@@ -198,19 +212,19 @@ impl KeyStore {
     pub async fn service_token(
         &self,
         text: &SecretText,
-        source: Source,
+        caller: LookupCaller,
     ) -> Result<Option<Arc<ServiceRecord>>, Unconfirmed> {
         let hash = text.hash();
         if let Some(known) = self.tokens.peek(&hash) {
             return Ok(known);
         }
-        let source = (!self.tokens.holds(&hash)).then_some(source);
+        let caller = (!self.tokens.holds(&hash)).then_some(caller);
         let lookups = self.lookups.tokens.clone();
         self.tokens
             .get(hash, move || {
                 let lookups = lookups.clone();
                 async move {
-                    let owner = lookups.begin(source)?.find(hash).await?;
+                    let owner = lookups.begin(caller)?.find(hash).await?;
                     Ok(owner.map(|(tenant, id)| ServiceRecord { tenant, id }))
                 }
             })
@@ -229,7 +243,7 @@ impl KeyStore {
         }
     }
 
-    /// Returns the record of a key that was found by its ID, with the same limiter state as the one that requests use.
+    /// Returns the record of a key that was found by its ID, with the limiter state that requests use.
     pub fn described(&self, found: FoundKey) -> Result<KeyRecord, Unconfirmed> {
         record(found.facts, found.as_of, &self.limiter)
     }
@@ -276,6 +290,11 @@ fn record(facts: KeyFacts, as_of: i64, limiter: &Limiter) -> Result<KeyRecord, U
         } else {
             Billing::Free
         },
+        paid_access_until: match (facts.has_paid_access, facts.paid_access_until) {
+            (false, _) => UnixNanos(0),
+            (true, None) => UnixNanos(u64::MAX),
+            (true, Some(end)) => nanos(end),
+        },
         policies: Policies::new(
             RatePolicy { rpm, burst },
             quota(facts.daily_quota),
@@ -287,7 +306,7 @@ fn record(facts: KeyFacts, as_of: i64, limiter: &Limiter) -> Result<KeyRecord, U
             facts
                 .on_redis_failure
                 .as_deref()
-                .and_then(OnRedisFailure::named),
+                .and_then(OnRedisFailure::of),
         )
         // Increases with every change.
         .with_version(u64::try_from(as_of).unwrap_or(0)),

@@ -1,27 +1,30 @@
 //! Key records that replicas share through Redis, between memory and PostgreSQL. So when a replica starts, or a plan
 //! with many keys is edited, PostgreSQL does not have to look up every key.
 //!
-//! **Whether an entry is current** does not depend on its deletion, nor on who wrote it when. PostgreSQL numbers
-//! invalidations in commit order, and a record is read in one statement, and so one snapshot, together with the highest
-//! number. An entry with number `n` is therefore current except for invalidations above `n`. It is used only while the
-//! poll for invalidations is fresh, and only if this replica knows of none above `n` for its key, plan or tenant
-//! ([`Recent`]). It then counts as confirmed at the time of that poll, not when it was read. So:
-//! - A load that began before a change and writes after it writes a lower number than the change's. Replicas that know
-//!   of the change reject the entry; others learn of the change with the next poll, as for any record in memory.
-//! - It does no harm if an invalidation is lost or Redis is unreachable.
+//! **Whether an entry is current** does not depend on its deletion, or on which replica wrote it when. PostgreSQL
+//! numbers invalidations in commit order, and a record is read together with the highest number in one statement, and
+//! therefore in one snapshot. An entry with number `n` is therefore current except for invalidations above `n`. It is
+//! used only while the poll for invalidations is fresh, and only if this replica knows of no invalidation above `n` for
+//! its key, plan or tenant ([`Recent`]). It then counts as confirmed at the time of that poll, not when it was read.
+//! So:
+//! - A load that began before a change and writes after it stores a number that is lower than the change's. Replicas
+//!   that know of the change reject the entry; others learn of the change with the next poll, as for any record in
+//!   memory.
+//! - Nothing breaks if an invalidation is lost or Redis is unreachable.
 //! - A change invalidates the entries of all keys of a plan without listing them.
 //!
-//! That a secret is invalid is cached too, for a few seconds. This needs no number: secrets are random, so none is
-//! looked up before it is created.
+//! The fact that a secret is invalid is cached too, for a few seconds. This needs no number: secrets are random, so
+//! none is looked up before it is created.
 //!
 //! **Trust.** Anyone with access to Redis can write entries. They are stored under the hash of the key's secret and
 //! sealed for that hash with a key of this installation ([`Seal`]): writing to Redis can make an entry unreadable, but
-//! cannot give a key more rights. An entry also contains the time at which it was written and is rejected after its
+//! cannot grant a key more access. An entry also contains the time at which it was written and is rejected after its
 //! lifetime in Redis, so that a saved entry cannot be restored later. Unreadable entries, and those that are too old or
-//! from the future, count as misses.
+//! from the future, count as misses. So do entries from another history of the database: numbers are assigned again
+//! after PostgreSQL was restored from a backup.
 //!
-//! While Redis is unreachable, every look-up is a miss, immediately. While it is slow, one look-up waits for
-//! QUOTA_REDIS_TIMEOUT, and those of the next second skip Redis.
+//! While Redis is unreachable, every lookup is a miss, immediately. While it is slow, one lookup waits for
+//! QUOTA_REDIS_TIMEOUT, and lookups in the next second skip Redis.
 
 use std::{
     sync::{
@@ -46,9 +49,9 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// Increase with every change to [`KeyFacts`] or to the meaning of a field.
-const VERSION: u8 = 2;
-/// How much the clocks of two replicas may differ, in seconds.
+/// Increment with every change to [`KeyFacts`] or to the meaning of a field.
+const VERSION: u8 = 3;
+/// Maximum difference between the clocks of two replicas, in seconds.
 const SKEW: u64 = 120;
 /// How long an entry is kept.
 const PRESENT: Duration = Duration::from_mins(5);
@@ -124,6 +127,7 @@ impl SharedKeys {
     pub async fn get(&self, hash: &Hash) -> Option<SharedRecord> {
         let it = &*self.0;
         let current_at = it.freshness.polled_lately()?;
+        let history = it.recent.history()?;
         if self.is_paused() {
             return None;
         }
@@ -141,7 +145,7 @@ impl SharedKeys {
                 return None;
             }
         };
-        let Some(entry) = open::<KeyFacts>(&it.seal, hash, &bytes) else {
+        let Some(entry) = open::<KeyFacts>(&it.seal, &history, hash, &bytes) else {
             it.metrics.key_shared_unreadable.inc();
             return None;
         };
@@ -167,7 +171,7 @@ impl SharedKeys {
         })
     }
 
-    /// Shares a result of PostgreSQL in the background: the facts with their number, or `None` for an invalid secret.
+    /// Shares a result from PostgreSQL in the background: the facts with their number, or `None` for an invalid secret.
     pub fn put(&self, hash: &Hash, found: Option<(&KeyFacts, i64)>) {
         let it = &*self.0;
         if self.is_paused() || (found.is_none() && !self.may_write_absent()) {
@@ -178,7 +182,10 @@ impl SharedKeys {
             at: it.clock.now().secs(),
             facts: found.map(|(facts, _)| facts),
         };
-        let Some(bytes) = close(&it.seal, hash, &entry) else {
+        let Some(history) = it.recent.history() else {
+            return;
+        };
+        let Some(bytes) = close(&it.seal, &history, hash, &entry) else {
             return;
         };
         let keep = lifetime(found.is_some());
@@ -199,7 +206,7 @@ impl SharedKeys {
 
     fn failed(&self, failure: &CallError) {
         self.0.metrics.key_shared_errors.inc();
-        // Without a connection, the failure costs no time.
+        // Without a connection, this fails immediately.
         if !matches!(failure, CallError::NotConnected) {
             let until = self.0.freshness.now() + PAUSE;
             self.0.paused_until.fetch_max(until, Ordering::Relaxed);
@@ -236,17 +243,27 @@ impl<F> Entry<F> {
     }
 }
 
-fn context(hash: &Hash) -> [&[u8]; 3] {
-    [b"key record", &[VERSION], hash]
+fn context<'a>(history: &'a str, hash: &'a Hash) -> [&'a [u8]; 4] {
+    [b"key record", &[VERSION], history.as_bytes(), hash]
 }
 
-fn close<F: Serialize>(seal: &Seal, hash: &Hash, entry: &Entry<F>) -> Option<Vec<u8>> {
+fn close<F: Serialize>(
+    seal: &Seal,
+    history: &str,
+    hash: &Hash,
+    entry: &Entry<F>,
+) -> Option<Vec<u8>> {
     let content = serde_json::to_vec(entry).ok()?;
-    Some(seal.close(&context(hash), &content))
+    Some(seal.close(&context(history, hash), &content))
 }
 
-fn open<F: for<'a> Deserialize<'a>>(seal: &Seal, hash: &Hash, bytes: &[u8]) -> Option<Entry<F>> {
-    serde_json::from_slice(seal.open(&context(hash), bytes)?).ok()
+fn open<F: for<'a> Deserialize<'a>>(
+    seal: &Seal,
+    history: &str,
+    hash: &Hash,
+    bytes: &[u8],
+) -> Option<Entry<F>> {
+    serde_json::from_slice(seal.open(&context(history, hash), bytes)?).ok()
 }
 
 #[cfg(test)]
@@ -273,6 +290,8 @@ mod tests {
             strict: false,
             on_redis_failure: Some("closed".into()),
             billing: "paid".into(),
+            has_paid_access: true,
+            paid_access_until: at(1_785_738_361),
             time_zone: "Europe/Berlin".into(),
         }
     }
@@ -291,13 +310,13 @@ mod tests {
         }
     }
 
-    /// An entry outlives the server that wrote it. A newer version must not misread it.
+    /// An entry outlives the server that wrote it, and a newer version must not misread it.
     #[test]
     fn format_of_an_entry_changes_only_with_its_version() {
         assert_eq!(
             (VERSION, serde_json::to_value(entry()).unwrap()),
             (
-                2,
+                3,
                 serde_json::json!({"as_of": 9, "at": AT, "facts": {
                     "tenant_id": "00000000-0000-0000-0000-000000000001",
                     "id": "00000000-0000-0000-0000-000000000002",
@@ -305,7 +324,8 @@ mod tests {
                     "prefix": "qk_abcd1234", "is_active": true, "expires_at": "2026-08-03T06:26:00.123456Z",
                     "rpm_override": 7, "plan_name": "Größe \u{1F600}", "default_rpm": 600, "burst": 60,
                     "daily_quota": 5, "monthly_quota": null, "strict": false,
-                    "on_redis_failure": "closed", "billing": "paid", "time_zone": "Europe/Berlin",
+                    "on_redis_failure": "closed", "billing": "paid", "has_paid_access": true,
+                    "paid_access_until": "2026-08-03T06:26:01.123456Z", "time_zone": "Europe/Berlin",
                 }})
             ),
             "raise VERSION"
@@ -314,11 +334,13 @@ mod tests {
 
     #[test]
     fn sealed_entry_opens_only_with_its_own_hash_and_key() {
-        let bytes = close(&key(1), &[7; 32], &entry()).unwrap();
-        let opened = open::<KeyFacts>(&key(1), &[7; 32], &bytes).unwrap();
+        let bytes = close(&key(1), "a", &[7; 32], &entry()).unwrap();
+        let opened = open::<KeyFacts>(&key(1), "a", &[7; 32], &bytes).unwrap();
         assert_eq!((opened.as_of, opened.facts), (9, Some(facts())));
-        assert!(open::<KeyFacts>(&key(2), &[7; 32], &bytes).is_none());
-        assert!(open::<KeyFacts>(&key(1), &[8; 32], &bytes).is_none());
+        assert!(open::<KeyFacts>(&key(2), "a", &[7; 32], &bytes).is_none());
+        assert!(open::<KeyFacts>(&key(1), "a", &[8; 32], &bytes).is_none());
+        // PostgreSQL was restored.
+        assert!(open::<KeyFacts>(&key(1), "b", &[7; 32], &bytes).is_none());
     }
 
     #[test]
@@ -328,13 +350,13 @@ mod tests {
             at: AT,
             facts: None::<KeyFacts>,
         };
-        let whole = close(&key(1), &[7; 32], &entry).unwrap();
-        assert!(open::<KeyFacts>(&key(1), &[7; 32], &whole).is_some());
+        let whole = close(&key(1), "a", &[7; 32], &entry).unwrap();
+        assert!(open::<KeyFacts>(&key(1), "a", &[7; 32], &whole).is_some());
         for at in 0..whole.len() {
             let mut bytes = whole.clone();
             bytes[at] ^= 1;
-            assert!(open::<KeyFacts>(&key(1), &[7; 32], &bytes).is_none());
-            assert!(open::<KeyFacts>(&key(1), &[7; 32], &whole[..at]).is_none());
+            assert!(open::<KeyFacts>(&key(1), "a", &[7; 32], &bytes).is_none());
+            assert!(open::<KeyFacts>(&key(1), "a", &[7; 32], &whole[..at]).is_none());
         }
     }
 

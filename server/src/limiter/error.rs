@@ -9,7 +9,7 @@ pub enum LimiterError {
     #[error("the quota ledger is not available")]
     LedgerUnavailable(#[source] Arc<dyn Error + Send + Sync>),
     /// Too many keys are in use at once.
-    #[error("the limiter holds as many keys as it may")]
+    #[error("the limiter has reached its maximum number of keys")]
     TooManyKeys,
     /// The shared counters are unavailable, and the plan rejects all requests in that case.
     #[error("the shared counters are not available")]

@@ -1,15 +1,25 @@
-//! The log line of a denial: which key, which plan, which endpoint, which policy.
+//! The log line of a denial: which key, which plan, which endpoint, which policy. Also limits how many denials a tenant
+//! may record while the backlog is long.
 //!
 //! A client that is denied a thousand times per second must not cause a thousand lines per second. So there are at most
 //! a few per second, and the next line says how many were left out.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::{
+    collections::HashMap,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use parking_lot::Mutex;
+use quota_common::TenantId;
 
 use super::record::RecordedOutcome;
 use crate::keys::KeyRecord;
 
 /// The maximum number of lines per second.
 const LINES: u64 = 10;
+/// The maximum number of denials that a tenant records per second while the backlog is long. At about 150 bytes each, a
+/// gigabyte lasts for 18 hours.
+const RECORDED: u32 = 100;
 const SECOND: u64 = 1_000_000_000;
 
 #[derive(Debug, Default)]
@@ -64,9 +74,59 @@ impl DenialLog {
     }
 }
 
+/// The number of denials of each tenant in the current second.
+#[derive(Debug, Default)]
+pub(super) struct DenialBudget(Mutex<Spent>);
+
+#[derive(Debug, Default)]
+struct Spent {
+    /// In monotonic time.
+    second: u64,
+    denials: HashMap<TenantId, u32>,
+}
+
+impl Spent {
+    fn at(&mut self, now: u64) -> &mut HashMap<TenantId, u32> {
+        let second = now / SECOND;
+        // Threads may be slightly behind each other.
+        if second > self.second {
+            self.second = second;
+            self.denials.clear();
+        }
+        &mut self.denials
+    }
+}
+
+impl DenialBudget {
+    /// Whether the tenant has recorded as many denials as allowed in the second of `now`.
+    pub fn is_spent(&self, tenant: TenantId, now: u64) -> bool {
+        let mut spent = self.0.lock();
+        spent.at(now).get(&tenant).is_some_and(|it| *it >= RECORDED)
+    }
+
+    pub fn spend(&self, tenant: TenantId, now: u64) {
+        let mut spent = self.0.lock();
+        let denials = spent.at(now).entry(tenant).or_default();
+        *denials = denials.saturating_add(1);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_tenant_has_its_own_denials_every_second() {
+        let budget = DenialBudget::default();
+        let tenant = |n| TenantId(uuid::Uuid::from_u128(n));
+        for _ in 0..RECORDED {
+            assert!(!budget.is_spent(tenant(1), SECOND));
+            budget.spend(tenant(1), SECOND);
+        }
+        assert!(budget.is_spent(tenant(1), 2 * SECOND - 1));
+        assert!(!budget.is_spent(tenant(2), 2 * SECOND - 1));
+        assert!(!budget.is_spent(tenant(1), 2 * SECOND));
+    }
 
     #[test]
     fn lines_are_capped_and_the_next_one_says_how_many_were_left_out() {

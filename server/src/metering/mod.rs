@@ -21,10 +21,14 @@
 //! | `sync.rs` | `fdatasync` for groups of records |
 //! | `shipper.rs` | batches, cursors, directories of replicas that have ended |
 //! | `time.rs` | the time of events |
-//! | `denials.rs` | the log line of a denial |
+//! | `denials.rs` | the log line of a denial; how many denials a tenant records while the backlog is long |
 //!
 //! Independent of HTTP. While PostgreSQL is unreachable, segments grow up to `QUOTA_USAGE_BACKLOG_MAX`. While the disk
 //! is full or read-only, nothing can be recorded, and so there are no decisions.
+//!
+//! Denials cost the consumer nothing. So that one tenant's denials cannot fill the backlog for all tenants, only some
+//! of each tenant's denials per second are recorded while the backlog is more than half full. The others are counted in
+//! a metric. Every admitted request is recorded.
 
 mod denials;
 mod directory;
@@ -53,7 +57,7 @@ use quota_common::{ApiKeyId, PlanId, TenantId, plan::Billing};
 use uuid::Uuid;
 
 use self::{
-    denials::DenialLog,
+    denials::{DenialBudget, DenialLog},
     recorder::Recorder,
     segment::{ReservedRecord, Segment},
     shipper::{Adopter, Shipper},
@@ -92,25 +96,35 @@ struct Inner {
     clock: Arc<dyn Clock>,
     time: Arc<EventClock>,
     denials: DenialLog,
+    denial_budget: DenialBudget,
     /// Each ships in one place at a time.
     shipper: tokio::sync::Mutex<Shipper>,
     adopter: tokio::sync::Mutex<Adopter>,
-    /// Whether a warning about the backlog has been logged.
-    has_warned: AtomicBool,
+    /// Whether the backlog has reached half its maximum and has not been below a quarter since then.
+    is_half_full: AtomicBool,
 }
 
 /// Space for the record of a decision that is about to be made. Void if dropped.
 #[derive(Debug)]
 #[must_use = "a decision that is not recorded is lost"]
 pub struct Reservation<'a> {
-    reserved: Option<ReservedRecord>,
+    space: Space,
     endpoint: &'a str,
     request_id: &'a str,
 }
 
+#[derive(Debug)]
+enum Space {
+    /// Metering is off.
+    Unneeded,
+    Reserved(ReservedRecord),
+    /// Reserved only if the request is admitted, because the tenant may not record more denials now.
+    IfAdmitted,
+}
+
 /// The record would be lost if the machine failed now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the record of a decision could not be written to disk")]
+#[error("a decision could not be recorded on disk")]
 pub struct NotDurable;
 
 impl Metering {
@@ -143,9 +157,10 @@ impl Metering {
             clock,
             time,
             denials: DenialLog::default(),
+            denial_budget: DenialBudget::default(),
             shipper: tokio::sync::Mutex::default(),
             adopter: tokio::sync::Mutex::default(),
-            has_warned: AtomicBool::new(false),
+            is_half_full: AtomicBool::new(false),
         })))
     }
 
@@ -153,25 +168,35 @@ impl Metering {
     #[inline]
     pub fn reserve<'a>(
         &self,
+        tenant: TenantId,
         endpoint: &'a str,
         request_id: &'a str,
     ) -> Result<Reservation<'a>, Unrecordable> {
         let endpoint = record::cut(endpoint, ENDPOINT_MAX);
         let request_id = record::cut(request_id, record::REQUEST_ID_MAX);
-        let reserved = match &self.0.recorder {
-            None => None,
+        let space = match &self.0.recorder {
+            None => Space::Unneeded,
+            Some(_) if self.has_spent_denials(tenant) => Space::IfAdmitted,
             Some(recorder) => {
                 let reserved = recorder.reserve(endpoint.len(), request_id.len());
-                Some(reserved.inspect_err(|_| {
+                Space::Reserved(reserved.inspect_err(|_| {
                     self.0.context.metrics.usage_refused_decisions.inc();
                 })?)
             }
         };
         Ok(Reservation {
-            reserved,
+            space,
             endpoint,
             request_id,
         })
+    }
+
+    fn has_spent_denials(&self, tenant: TenantId) -> bool {
+        self.0.is_half_full.load(Ordering::Relaxed)
+            && self
+                .0
+                .denial_budget
+                .is_spent(tenant, self.0.clock.monotonic())
     }
 
     /// Records the decision that was made at the monotonic time `at`. Call before the response is sent.
@@ -194,9 +219,23 @@ impl Metering {
         };
         if !is_allowed {
             self.0.denials.log(key, reservation.endpoint, outcome, at);
+            if self.0.is_half_full.load(Ordering::Relaxed) {
+                self.0.denial_budget.spend(key.tenant, at);
+            }
         }
-        let Some(reserved) = reservation.reserved else {
-            return Ok(());
+        let reserved = match (reservation.space, &self.0.recorder) {
+            (Space::Reserved(reserved), _) => reserved,
+            (Space::IfAdmitted, Some(recorder)) if is_allowed => {
+                let (endpoint, request_id) = (reservation.endpoint, reservation.request_id);
+                recorder
+                    .reserve(endpoint.len(), request_id.len())
+                    .map_err(|_| NotDurable)?
+            }
+            (Space::IfAdmitted, _) => {
+                self.0.context.metrics.usage_denials_unrecorded.inc();
+                return Ok(());
+            }
+            (Space::Unneeded, _) => return Ok(()),
         };
         let retry_after = if is_allowed {
             None
@@ -298,18 +337,18 @@ impl Metering {
     fn watch_backlog(&self) {
         let metrics = &self.0.context.metrics;
         let bytes = u64::try_from(metrics.usage_backlog_bytes.get()).unwrap_or(0);
-        let has_warned = self.0.has_warned.load(Ordering::Relaxed);
+        let is_half_full = &self.0.is_half_full;
         if bytes >= self.0.backlog_max / 2 {
-            if !has_warned {
+            if !is_half_full.swap(true, Ordering::Relaxed) {
                 tracing::warn!(
                     bytes,
                     limit = self.0.backlog_max,
-                    "the backlog of usage has reached half of QUOTA_USAGE_BACKLOG_MAX"
+                    "the usage backlog has reached half of QUOTA_USAGE_BACKLOG_MAX; tenants with many denials record \
+                     only some of them"
                 );
             }
-            self.0.has_warned.store(true, Ordering::Relaxed);
-        } else if has_warned && bytes < self.0.backlog_max / 4 {
-            self.0.has_warned.store(false, Ordering::Relaxed);
+        } else if bytes < self.0.backlog_max / 4 {
+            is_half_full.store(false, Ordering::Relaxed);
         }
     }
 }

@@ -24,7 +24,7 @@ const RETRY: u64 = 100_000_000;
 /// Why decisions cannot be recorded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Unrecordable {
-    #[error("the backlog of usage has reached QUOTA_USAGE_BACKLOG_MAX")]
+    #[error("the usage backlog has reached QUOTA_USAGE_BACKLOG_MAX")]
     BacklogFull,
     #[error("no space is left for usage in QUOTA_DATA_DIR")]
     DiskFull,
@@ -190,7 +190,7 @@ impl Recorder {
             Err(reason) => {
                 if files.failed.is_none() {
                     self.metrics.usage_unrecordable.set(1);
-                    tracing::error!(%reason, "usage cannot be recorded; decisions are answered with 503");
+                    tracing::error!(%reason, "usage cannot be recorded; decisions get 503");
                 }
                 files.failed = Some((reason, now + RETRY));
                 Err(reason)

@@ -1,4 +1,4 @@
-//! Error responses of operations: derived from what an operation takes, with descriptions of its own where needed.
+//! Error responses of operations: derived from the arguments of an operation, with specific descriptions where needed.
 
 use quota_common::ProblemCode;
 use serde_json::{Value, json};
@@ -10,10 +10,12 @@ const BY_ROLE: &str = "Your role does not allow this action.";
 const BY_COOKIE: &str = "Cookie authentication is only accepted from this server's own pages.";
 const IN_PROGRESS: &str = "A request with this `Idempotency-Key` is still in progress.";
 const BY_ROLE_OR_LIMIT: &str = "Your role does not allow this action, or your organization has reached a limit set by the operator.";
+const STRIPE_AWAY: &str =
+    "Stripe or the database is unavailable. Retry after `Retry-After` seconds.";
 const NO_REFRESH_TOKEN: &str =
     "No refresh token was sent, or it is invalid, expired or already used.";
 
-/// Errors of single operations, in addition to those derived from what an operation takes.
+/// Errors of single operations, in addition to those derived from the operation's arguments.
 const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
     use ProblemCode as P;
     &[
@@ -22,7 +24,7 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
             &[
                 (
                     P::RegistrationClosed,
-                    "Registration is closed, or cookies were requested from a page of another origin.",
+                    "Registration is closed, or cookies were requested from a page on another origin.",
                 ),
                 (P::EmailTaken, "An account with this email already exists."),
             ],
@@ -75,7 +77,7 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
             "update_api_key",
             &[(
                 P::NotFound,
-                "The key or the plan was not found in your organization.",
+                "The key or plan was not found in your organization.",
             )],
         ),
         (
@@ -96,8 +98,44 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
         ("change_password", &[(P::Forbidden, BY_COOKIE)]),
         ("end_session", &[(P::Forbidden, BY_COOKIE)]),
         (
+            "start_checkout",
+            &[
+                (
+                    P::AlreadySubscribed,
+                    "Billing is off, the organization already has a subscription, or a request with this `Idempotency-Key` is still in progress.",
+                ),
+                (P::Unavailable, STRIPE_AWAY),
+            ],
+        ),
+        (
+            "open_billing_portal",
+            &[
+                (
+                    P::NotSubscribed,
+                    "Billing is off, or the organization has never subscribed.",
+                ),
+                (P::Unavailable, STRIPE_AWAY),
+            ],
+        ),
+        (
+            "receive_stripe_event",
+            &[
+                (P::Malformed, "The signature or the body is not valid."),
+                (P::BillingOff, "Billing is off."),
+                (
+                    P::RequestTimeout,
+                    "The request body was not received in time.",
+                ),
+                (P::ContentTooLarge, "The request body is too large."),
+            ],
+        ),
+        (
             "echo",
             &[
+                (
+                    P::SubscriptionNeeded,
+                    "The key's plan is paid and its organization has no active subscription. Nothing was charged.",
+                ),
                 (
                     P::Malformed,
                     "Malformed request, such as two different keys.",
@@ -111,7 +149,7 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
     ]
 };
 
-/// What an error status means if the operation says nothing more specific.
+/// The meaning of an error status if the operation does not describe it.
 const ERRORS: &[(ProblemCode, &str)] = {
     use ProblemCode as P;
     &[
@@ -148,7 +186,7 @@ const ERRORS: &[(ProblemCode, &str)] = {
     ]
 };
 
-/// Returns the errors that follow from what an operation takes.
+/// Returns the errors that follow from the arguments of an operation.
 fn derived_errors(operation: &Operation<'_>) -> Vec<ProblemCode> {
     use ProblemCode as P;
     if operation.id() == "live" {
@@ -158,13 +196,15 @@ fn derived_errors(operation: &Operation<'_>) -> Vec<ProblemCode> {
     if operation.value.get("security").is_some() {
         errors.extend([P::Malformed, P::Unauthorized]);
     }
-    if operation.path.starts_with("/admin") {
+    let is_webhook = operation.id() == "receive_stripe_event";
+    let is_billing = operation.path.starts_with("/billing") && !is_webhook;
+    if operation.path.starts_with("/admin") || is_billing {
         errors.push(P::Forbidden);
     }
-    if operation.path.starts_with("/auth") || operation.path.starts_with("/admin") {
+    if operation.path.starts_with("/auth") || operation.path.starts_with("/admin") || is_billing {
         errors.push(P::TooManyRequests);
     }
-    if operation.value.get("requestBody").is_some() {
+    if operation.value.get("requestBody").is_some() && !is_webhook {
         errors.extend([
             P::Malformed,
             P::RequestTimeout,

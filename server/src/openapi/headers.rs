@@ -1,4 +1,4 @@
-//! Headers of responses.
+//! Response headers.
 
 use serde_json::{Map, Value, json};
 
@@ -37,7 +37,7 @@ fn headers_of_status(status: &str) -> Map<String, Value> {
         }));
     }
     headers.insert("X-Request-Id".into(), json!({
-        "description": "ID of the request: the one that was sent, if it is valid, otherwise a new one.",
+        "description": "ID of the request: the one that the client sent, if it is valid; otherwise a new one.",
         "schema": {"type": "string", "maxLength": 128},
     }));
     headers
@@ -59,7 +59,7 @@ fn limit_headers() -> Map<String, Value> {
     Map::from_iter([
         (
             "X-RateLimit-Limit".to_owned(),
-            number("Maximum burst: requests an idle key may send at once."),
+            number("Maximum burst: requests an idle key may send immediately."),
         ),
         (
             "X-RateLimit-Remaining".to_owned(),
@@ -79,14 +79,14 @@ fn limit_headers() -> Map<String, Value> {
         (
             "RateLimit".to_owned(),
             text(
-                "The limit closest to exhaustion: `r` requests left, fully available again in `t` seconds.",
+                "The limit closest to exhaustion: `r` requests are left; it is fully available again in `t` seconds.",
                 "\"rpm\";r=412;t=23",
             ),
         ),
         (
             "X-Quota-Degraded".to_owned(),
             text(
-                "Only sent while Redis is unreachable and this replica decides without it.",
+                "Sent only while Redis is unreachable and this replica decides without it.",
                 "redis-away",
             ),
         ),

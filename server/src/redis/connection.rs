@@ -1,4 +1,4 @@
-//! A connection to one server or to a cluster, and sending commands on it.
+//! A connection to one server or to a cluster, and commands on it.
 
 use std::time::Duration;
 
@@ -50,14 +50,14 @@ pub(super) async fn send(connection: &mut Connection, cmd: &Cmd) -> Result<Value
     loop {
         let answer = connection.req_packed_command(cmd).await;
         match answer.and_then(Value::extract_error) {
-            // Nothing was executed. The connection refreshes its map of the cluster.
+            // The command was not executed. The connection refreshes its map of the cluster.
             Err(error) if is_elsewhere(&error) => tokio::time::sleep(MOVING).await,
             answer => return answer,
         }
     }
 }
 
-/// Returns whether a node answered that it does not have the key.
+/// Returns whether a node reported that it does not have the key.
 fn is_elsewhere(error: &RedisError) -> bool {
     matches!(
         error.kind(),

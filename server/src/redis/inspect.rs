@@ -1,21 +1,21 @@
-//! What `quota doctor` reports about Redis: about the one server, the master that Sentinel names, or the configured
-//! nodes of a cluster. Read-only.
+//! Properties of Redis that `quota doctor` reports: of the single server, the master that Sentinel reports, or the
+//! configured nodes of a cluster. Read-only.
 
 use std::time::{Duration, Instant};
 
 use redis::{AsyncConnectionConfig, Client, FromRedisValue, aio::MultiplexedConnection};
 use tokio::time::timeout;
 
-use super::source::{ConnectError, Source, info_value};
+use super::source::{ConnectError, ServerSource, info_value};
 use crate::{
     config::{RedisServers, RedisSettings},
     error_chain::chain,
 };
 
 /// Inspecting a node takes several round trips.
-const STEPS: u32 = 8;
+const STEPS: u32 = 9;
 
-/// One server, as it describes itself. Values that it hides are empty.
+/// What one server reports about itself. Values that are hidden are empty.
 #[derive(Debug)]
 pub struct Node {
     pub addr: String,
@@ -28,18 +28,20 @@ pub struct Node {
     /// `maxmemory-policy`
     pub eviction: String,
     pub persistence: String,
-    /// `None` if an access list forbids the question.
+    /// `None` if an access list forbids reading it.
     pub min_replicas_to_write: Option<u32>,
+    /// In seconds. `None` if an access list forbids reading it.
+    pub min_replicas_max_lag: Option<u32>,
     /// The maximum number of connections; `None` if it is hidden.
     pub max_clients: Option<usize>,
-    /// Why it rejects the script of the counters, if it does.
+    /// The error with which it rejects the commands of the counters' script, if it does.
     pub script_error: Option<String>,
-    /// Number of subscribers of the channel.
+    /// Number of subscribers to the channel.
     pub subscribers: usize,
     pub round_trip: Duration,
 }
 
-/// Inspects each server. Returns one error for all of them if they cannot be determined.
+/// Inspects each server. Returns a single error if the servers cannot be determined.
 pub async fn nodes(
     settings: &RedisSettings,
     channel: &str,
@@ -48,7 +50,7 @@ pub async fn nodes(
         super::install_tls();
     }
     let limit = settings.connect_timeout;
-    let mut source = Source::new(settings).map_err(|error| chain(&error))?;
+    let mut source = ServerSource::new(settings).map_err(|error| chain(&error))?;
     let clients = match (source.client(limit).await, &settings.servers) {
         (Ok(Some(client)), _) => vec![client],
         (Ok(None), RedisServers::Cluster(infos)) => {
@@ -107,6 +109,8 @@ async fn node(
     };
     let minimum: Option<(String, u32)> =
         query(it, &["CONFIG", "GET", "min-replicas-to-write"]).await;
+    let max_lag: Option<(String, u32)> =
+        query(it, &["CONFIG", "GET", "min-replicas-max-lag"]).await;
     let script: Result<(), _> = redis::cmd("EVAL")
         .arg("redis.call('TIME') redis.call('INFO', 'server') return redis.status_reply('OK')")
         .arg(0)
@@ -122,6 +126,7 @@ async fn node(
         eviction: value("maxmemory_policy"),
         persistence,
         min_replicas_to_write: minimum.map(|(_, n)| n),
+        min_replicas_max_lag: max_lag.map(|(_, n)| n),
         max_clients: value("maxclients").parse().ok(),
         script_error: script.err().map(|error| error.to_string()),
         subscribers: subscribers.map_or(0, |(_, n)| n),

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::deadline::{self, Late};
 
-/// A connection at the time it was requested. It may break at any time.
+/// The connection that was in use when it was requested. It may break at any time.
 #[derive(Clone)]
 pub struct Link {
     pub(super) live: Live,
@@ -38,13 +38,13 @@ impl Link {
     }
 
     /// Returns the run ID of the server, which changes with every restart. `None` if the server hides it, and for a
-    /// cluster, whose nodes have one each.
+    /// cluster, where each node has its own.
     pub fn run_id(&self) -> Option<&str> {
         self.live.run_id.as_deref()
     }
 
-    /// Runs a script: by its hash or, if the server does not know it, by its source. Waits for `QUOTA_REDIS_TIMEOUT`, or
-    /// for `patience` if that is longer. All keys must have the same hash tag.
+    /// Runs a script: by its hash or, if the server does not have it, by its source. Waits for `QUOTA_REDIS_TIMEOUT`,
+    /// or for `patience` if that is longer. All keys must have the same hash tag.
     pub async fn eval(
         &self,
         script: &Script,

@@ -1,7 +1,7 @@
 //! Redis: supervised connections, calls with deadlines, and messages.
 //!
-//! Owns how Redis is reached: one server, the master that Sentinel names, or a cluster. Valkey works the same. Does not
-//! know what is stored there.
+//! Owns the connection to Redis: one server, the master that Sentinel reports, or a cluster. Valkey works the same way.
+//! Does not depend on what is stored there.
 //!
 //! There are `QUOTA_REDIS_CONNECTIONS` connections, each of which is multiplexed and has a [`supervisor`]. A call never
 //! waits for a connection: without one it fails immediately with [`CallError::NotConnected`]. A call that fails is not retried,
@@ -9,9 +9,9 @@
 //! is sent again.
 //!
 //! While Redis is unreachable, every call fails within `QUOTA_REDIS_TIMEOUT`, or within the longer time that a caller
-//! allows for late answers. Nothing is queued. Whether Redis may have lost data meanwhile shows in
-//! [`Link::generation`], which changes with every connection, and in [`Link::run_id`], which changes with every restart
-//! of the server.
+//! allows for late responses. Nothing is queued. Whether Redis may have lost data in the meantime can be seen from
+//! [`Link::generation`], which changes with every connection, and from [`Link::run_id`], which changes with every
+//! restart of the server.
 
 mod connection;
 pub mod inspect;
@@ -66,7 +66,7 @@ pub struct Status {
 }
 
 impl Redis {
-    /// Connects in the background, and reconnects whenever necessary. Must be called within a tokio runtime.
+    /// Connects in the background, and reconnects when necessary. Must be called within a tokio runtime.
     pub fn connect_lazy(settings: RedisSettings) -> Self {
         if settings.servers.tls() {
             install_tls();
@@ -88,12 +88,12 @@ impl Redis {
         }
     }
 
-    /// Returns the prefix of every key and channel. A colon follows it.
+    /// Returns the prefix of every key and channel. Followed by a colon.
     pub fn prefix(&self) -> &str {
         &self.shared.settings.prefix
     }
 
-    /// Returns whether keys are spread over nodes, so that all keys of a call must have the same hash tag.
+    /// Returns whether keys are distributed over nodes, so that all keys of a call must have the same hash tag.
     pub fn is_cluster(&self) -> bool {
         self.shared.is_cluster()
     }
@@ -120,7 +120,8 @@ impl Redis {
         self.shared.generation.load(Ordering::Acquire)
     }
 
-    /// Returns the connection for a key. As long as it lasts it is the same one, so that calls for a key arrive in order.
+    /// Returns the connection for a key. While it lasts, the connection is always the same, so that calls for a key
+    /// arrive in order.
     pub fn link(&self, key: &str) -> Result<Link, CallError> {
         let slots = &self.shared.slots;
         let first = if slots.len() == 1 {
@@ -175,7 +176,7 @@ impl Redis {
         tokio::time::timeout(patience, connected).await.is_ok()
     }
 
-    /// Subscribes to `channel` on a separate connection, which is kept up until the subscription is dropped.
+    /// Subscribes to `channel` on a separate connection, which is maintained until the subscription is dropped.
     pub fn subscribe(&self, channel: String) -> Subscription {
         Subscription::start(self.shared.settings.clone(), channel)
     }

@@ -1,4 +1,4 @@
-//! What the supervisors and the callers of connections share.
+//! State shared by the supervisors and the callers of connections.
 
 use std::{
     sync::{
@@ -15,13 +15,13 @@ use tokio::sync::Notify;
 use super::connection::Connection;
 use crate::config::{RedisServers, RedisSettings};
 
-/// Why a call failed. Except without a connection, it may have been executed anyway.
+/// Why a call failed. Except for `NotConnected`, the call may have been executed anyway.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum CallError {
     /// There is no connection. Nothing was sent.
     #[error("Redis is not connected")]
     NotConnected,
-    /// There was no answer in time.
+    /// There was no response in time.
     #[error("Redis did not respond within {0:?}")]
     TimedOut(Duration),
     /// The connection broke, or Redis returned an error.
@@ -29,7 +29,7 @@ pub enum CallError {
     Failed(#[source] RedisError),
 }
 
-/// A Lua script. Called by its hash; the source is sent only to a server that does not know it.
+/// A Lua script. Called by its hash; the source is sent only to a server that does not have it.
 #[derive(Debug, Clone)]
 pub struct Script {
     pub(super) code: &'static str,
@@ -45,7 +45,7 @@ impl Script {
     }
 }
 
-/// State that supervisors and callers share.
+/// State shared by supervisors and callers.
 pub(super) struct Shared {
     pub(super) settings: RedisSettings,
     pub(super) slots: Box<[Slot]>,
@@ -57,13 +57,13 @@ pub(super) struct Shared {
 #[derive(Default)]
 pub(super) struct Slot {
     pub(super) live: RwLock<Option<Live>>,
-    /// Wakes the supervisor, because the connection was discarded or may be dead.
+    /// Wakes the supervisor because the connection was discarded or may be dead.
     pub(super) check: Notify,
     /// A call found the connection broken. Only set for clusters.
     pub(super) is_broken: AtomicBool,
 }
 
-/// A connection that has answered.
+/// A connection that has responded.
 #[derive(Clone)]
 pub(super) struct Live {
     pub(super) connection: Connection,

@@ -1,4 +1,4 @@
-//! Which server to connect to, and connections to it.
+//! The server to connect to, and connections to it.
 
 use std::{sync::Arc, time::Duration};
 
@@ -13,11 +13,11 @@ use tokio::time::timeout;
 use super::connection::Connection;
 use crate::config::{RedisServers, RedisSettings, redis::tcp_settings};
 
-/// The maximum number of calls in flight per connection. Further calls wait, within their own deadlines.
+/// The maximum number of calls in flight per connection. Additional calls wait, within their own deadlines.
 const CONCURRENT: usize = 1024;
 /// How long a node of a cluster may take to respond: longer than any caller waits.
 const UNANSWERED: Duration = Duration::from_secs(2);
-/// Asking Sentinel takes several round trips, up to the check of the master that it names.
+/// Querying Sentinel takes several round trips, including the check of the master that it reports.
 const SENTINEL_STEPS: u32 = 4;
 
 /// Why connecting failed.
@@ -33,13 +33,13 @@ pub(super) enum ConnectError {
 }
 
 /// Finds the server to connect to.
-pub(super) enum Source {
+pub(super) enum ServerSource {
     One(Box<Client>),
     Sentinel(Box<SentinelClient>),
     Cluster(Box<ClusterClient>),
 }
 
-impl Source {
+impl ServerSource {
     pub(super) fn new(settings: &RedisSettings) -> Result<Self, RedisError> {
         Ok(match &settings.servers {
             RedisServers::One(info) => Self::One(Box::new(Client::open(info.clone())?)),
@@ -95,7 +95,7 @@ impl Source {
         }
     }
 
-    /// Returns a connection that has answered, and the run ID of the server.
+    /// Returns a connection that has responded, and the run ID of the server.
     pub(super) async fn connect(
         &mut self,
         settings: &RedisSettings,

@@ -1,7 +1,7 @@
 //! Messages on a channel, through a separate connection.
 //!
-//! Redis does not store messages. Those that are published while the connection is down, or faster than they are
-//! consumed, are lost. [`Event::Lost`] says that messages may have been lost, not which.
+//! Redis does not store messages. Messages that are published while the connection is down, or faster than they are
+//! consumed, are lost. [`Event::Lost`] means that messages may have been lost, but not which ones.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use redis::{
 use tokio::{sync::mpsc, task::JoinHandle, time::timeout};
 
 use super::{
-    source::{ConnectError, Source},
+    source::{ConnectError, ServerSource},
     supervisor::{Backoff, probe_limit},
 };
 use crate::{
@@ -21,7 +21,7 @@ use crate::{
     error_chain::chain,
 };
 
-/// The maximum number of messages that wait to be consumed.
+/// The maximum number of messages waiting to be consumed.
 const WAITING: usize = 4096;
 /// How often the connection is probed.
 const PROBE: Duration = Duration::from_millis(500);
@@ -32,7 +32,7 @@ pub enum Event {
     /// From now on, all published messages arrive.
     Subscribed,
     Message(Vec<u8>),
-    /// Messages may have been lost, and may be until the next `Subscribed`.
+    /// Messages may have been lost, and more may be lost until the next `Subscribed`.
     Lost,
 }
 
@@ -62,14 +62,14 @@ impl Subscription {
     pub async fn next(&mut self) -> Event {
         match self.events.recv().await {
             Some(event) => event,
-            // The supervisor ends only if the settings cannot be used at all.
+            // The supervisor ends only if the settings are unusable.
             None => std::future::pending().await,
         }
     }
 }
 
 async fn supervise(settings: RedisSettings, channel: String, events: mpsc::Sender<Event>) {
-    let mut source = match Source::new(&settings) {
+    let mut source = match ServerSource::new(&settings) {
         Ok(source) => source,
         Err(error) => {
             tracing::error!(error = %error, "invalid Redis settings");
@@ -85,7 +85,7 @@ async fn supervise(settings: RedisSettings, channel: String, events: mpsc::Sende
                     return;
                 }
                 forward(&mut sink, stream, &events, probe_limit(&settings)).await;
-                // Queued behind the messages that did arrive.
+                // Queued behind the messages that have arrived.
                 if events.send(Event::Lost).await.is_err() {
                     return;
                 }
@@ -100,7 +100,7 @@ async fn supervise(settings: RedisSettings, channel: String, events: mpsc::Sende
 }
 
 async fn connect(
-    source: &mut Source,
+    source: &mut ServerSource,
     settings: &RedisSettings,
     channel: &str,
     turn: usize,
@@ -108,7 +108,7 @@ async fn connect(
     let limit = settings.connect_timeout;
     let client = match (source.client(limit).await?, &settings.servers) {
         (Some(client), _) => client,
-        // A cluster forwards messages to all nodes, so any of them will do.
+        // A cluster forwards messages to all nodes, so any node will do.
         (None, RedisServers::Cluster(nodes)) => Client::open(nodes[turn % nodes.len()].clone())?,
         (None, _) => return Err(ConnectError::Late(limit)),
     };
@@ -122,7 +122,8 @@ async fn connect(
         .map_err(|_| ConnectError::Late(limit))?
 }
 
-/// Forwards messages until the connection ends, does not answer a probe, or delivers more than is consumed.
+/// Forwards messages until the connection ends, does not respond to a probe, or delivers messages faster than they are
+/// consumed.
 async fn forward(
     sink: &mut PubSubSink,
     mut stream: PubSubStream,

@@ -1,8 +1,8 @@
-//! Keeps one connection up: connects, probes and reconnects.
+//! Maintains one connection: connects, probes and reconnects.
 //!
-//! The redis crate's `ConnectionManager` keeps reconnecting to one address, and lets calls wait for the new connection.
-//! Here, Sentinel is asked for the master before each attempt, calls never wait, and a probe finds connections that have
-//! gone silent, which a late call does not prove.
+//! The redis crate's `ConnectionManager` keeps reconnecting to one address and makes calls wait for the new connection.
+//! Here, Sentinel is queried for the master before each attempt, calls never wait, and a probe finds connections that
+//! have gone silent, which a late call does not prove.
 //!
 //! The crate itself maintains the connections of a cluster, node by node. The cluster connection as a whole is replaced
 //! only if that does not help, and the old one is used until the new one is ready.
@@ -16,27 +16,27 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::{
     shared::{Live, Shared},
-    source::Source,
+    source::ServerSource,
 };
 use crate::{config::RedisSettings, error_chain::chain};
 
 /// How often a healthy connection is probed.
 const PROBE_EVERY: Duration = Duration::from_millis(500);
-/// The least time for the answer to a probe. A Redis that gets no CPU for a moment is not dead, and reconnecting would
-/// only add to its work.
+/// Minimum time allowed for the response to a probe. A Redis server that gets no CPU time for a moment is not dead, and
+/// reconnecting would only add to its work.
 const PROBE_ANSWER: Duration = Duration::from_millis(500);
-/// The pause after a failed attempt, which doubles up to the longest.
+/// The pause after a failed attempt, which doubles up to the maximum.
 const FIRST_PAUSE: Duration = Duration::from_millis(25);
 const LONGEST_PAUSE: Duration = Duration::from_millis(250);
-/// The least time between two replacements of a cluster's connection.
+/// Minimum time between two replacements of a cluster's connection.
 const CLUSTER_RECONNECT: Duration = Duration::from_secs(1);
 
-/// Returns how long the answer to a probe may take.
+/// Returns how long the response to a probe may take.
 pub(super) fn probe_limit(settings: &RedisSettings) -> Duration {
     settings.connect_timeout.max(PROBE_ANSWER)
 }
 
-/// Exponential backoff with jitter, so that replicas do not reconnect all at once.
+/// Exponential backoff with jitter, so that replicas do not all reconnect at the same time.
 pub(super) struct Backoff(Duration);
 
 impl Backoff {
@@ -56,10 +56,10 @@ impl Backoff {
     }
 }
 
-/// Supervises connection `at`. Returns only if the settings cannot be used at all.
+/// Supervises connection `at`. Returns only if the settings are unusable.
 pub(super) async fn supervise(shared: Arc<Shared>, at: usize) {
     let settings = &shared.settings;
-    let mut source = match Source::new(settings) {
+    let mut source = match ServerSource::new(settings) {
         Ok(source) => source,
         Err(error) => {
             tracing::error!(error = %error, "invalid Redis settings");

@@ -129,8 +129,8 @@ pub async fn password_hash(tx: &mut SystemTx, user: Uuid) -> Result<Option<Strin
         .optional()?)
 }
 
-/// Returns whether `hash` is still the user's password hash, and keeps it so until the transaction ends: a
-/// transaction that changes it waits, and sees what this one did.
+/// Returns whether `hash` is still the user's password hash, and keeps it unchanged until the transaction ends: a
+/// transaction that changes it waits, and then sees the effects of this one.
 pub async fn hold_password(tx: &mut SystemTx, user: Uuid, hash: &str) -> Result<bool, DbError> {
     let current = users::table
         .find(user)

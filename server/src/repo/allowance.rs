@@ -1,4 +1,4 @@
-//! Counts what a tenant has created, for the operator's limits.
+//! Counts the resources of a tenant, for the operator's limits.
 
 use diesel::{prelude::*, sql_query, sql_types};
 use diesel_async::RunQueryDsl;
@@ -16,11 +16,11 @@ pub enum Resource {
     ServiceTokens,
 }
 
-/// Returns how many a tenant has. Call before the insert, in the same transaction: until it ends, other transactions
-/// that call this wait.
+/// Returns how many of these a tenant has. Call before the insert, in the same transaction: until it ends, other
+/// transactions that call this wait.
 pub async fn count(tx: &mut TenantTx, what: Resource) -> Result<u64, DbError> {
     let tenant = tx.tenant().0;
-    // An advisory lock, since a lock on the tenant's row could deadlock with a change of the tenant.
+    // An advisory lock, because a lock on the tenant's row could deadlock with a change to the tenant.
     sql_query("SELECT pg_advisory_xact_lock(hashtextextended($1::text, 7226422))")
         .bind::<sql_types::Uuid, _>(tenant)
         .execute(&mut **tx)

@@ -5,10 +5,11 @@ use diesel::{
     dsl::{now, sql},
     pg::Pg,
     prelude::*,
-    sql_types::{BigInt, Bool},
+    sql_types::{BigInt, Bool, Text},
 };
 use diesel_async::RunQueryDsl;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use uuid::Uuid;
 
 use super::{
@@ -16,7 +17,7 @@ use super::{
 };
 use crate::{
     db::{DbError, SystemTx, TenantTx},
-    schema::{api_keys, plans, tenants},
+    schema::{api_keys, billing_accounts, plans, tenants},
 };
 
 #[derive(Debug, Clone, Queryable, Selectable)]
@@ -30,6 +31,8 @@ pub struct ApiKeyRow {
     pub is_active: bool,
     pub expires_at: Option<DateTime<Utc>>,
     pub rpm_override: Option<i32>,
+    pub external_id: Option<String>,
+    pub metadata: Value,
     pub last_used_at: Option<DateTime<Utc>>,
     pub created_at: DateTime<Utc>,
     pub updated_at: DateTime<Utc>,
@@ -60,6 +63,8 @@ pub struct NewApiKey<'a> {
     pub key_hash: &'a [u8],
     pub expires_at: Option<DateTime<Utc>>,
     pub rpm_override: Option<i32>,
+    pub external_id: Option<&'a str>,
+    pub metadata: Value,
 }
 
 #[derive(Debug, Default, AsChangeset)]
@@ -70,6 +75,8 @@ pub struct ApiKeyChange<'a> {
     pub is_active: Option<bool>,
     pub expires_at: Option<Option<DateTime<Utc>>>,
     pub rpm_override: Option<Option<i32>>,
+    pub external_id: Option<Option<String>>,
+    pub metadata: Option<Value>,
 }
 
 /// Restricts a list of keys.
@@ -79,11 +86,12 @@ pub struct Filter<'a> {
     pub is_active: Option<bool>,
     /// Whether they have expired by this time.
     pub is_expired: Option<(bool, DateTime<Utc>)>,
-    /// Substring of the name, or prefix of the key.
+    pub external_id: Option<&'a str>,
+    /// Substring of the name, or prefix of the key or external ID.
     pub search: Option<&'a str>,
 }
 
-/// Everything a decision needs to know about a key.
+/// The data of a key that decisions need.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct KeyFacts {
@@ -103,6 +111,10 @@ pub struct KeyFacts {
     pub strict: bool,
     pub on_redis_failure: Option<String>,
     pub billing: String,
+    /// Whether the tenant may use plans marked `paid`, until `paid_access_until`.
+    pub has_paid_access: bool,
+    /// `None`: no end is known.
+    pub paid_access_until: Option<DateTime<Utc>>,
     pub time_zone: String,
 }
 
@@ -141,13 +153,18 @@ pub async fn list(
             }
             None => {}
         }
+        if let Some(external_id) = filter.external_id {
+            query = query.filter(api_keys::external_id.assume_not_null().eq(external_id));
+        }
         if let Some(search) = filter.search {
             let pattern = containing(search);
-            let prefix = pattern[1..].to_owned();
+            let beginning = pattern[1..].to_owned();
+            let external_id = sql::<Text>("coalesce(external_id, '')");
             query = query.filter(
                 api_keys::name
                     .ilike(pattern)
-                    .or(api_keys::prefix.like(prefix)),
+                    .or(api_keys::prefix.like(beginning.clone()))
+                    .or(external_id.like(beginning)),
             );
         }
         query
@@ -209,24 +226,15 @@ find_by_id!(
     pub fn lock in api_keys -> ApiKeyRow, for_update
 );
 
-/// Updates a key. A plan that the tenant does not have fails with `api_keys_plan_fkey`.
-pub async fn update(
-    tx: &mut TenantTx,
-    id: Uuid,
-    change: &ApiKeyChange<'_>,
-) -> Result<Option<ApiKeyRow>, DbError> {
-    let query = diesel::update(api_keys::table.find((tx.tenant().0, id)))
-        .set(change)
-        .returning(ApiKeyRow::as_returning());
-    Ok(query.get_result(&mut **tx).await.optional()?)
-}
+update_by_id!(
+    /// Updates a key. A plan that the tenant does not have fails with `api_keys_plan_fkey`.
+    pub fn update in api_keys, ApiKeyChange -> ApiKeyRow
+);
 
-/// Deletes a key and, by cascade, its quota usage. Returns the key as it was.
-pub async fn delete(tx: &mut TenantTx, id: Uuid) -> Result<Option<ApiKeyRow>, DbError> {
-    let query = diesel::delete(api_keys::table.find((tx.tenant().0, id)))
-        .returning(ApiKeyRow::as_returning());
-    Ok(query.get_result(&mut **tx).await.optional()?)
-}
+delete_by_id!(
+    /// Deletes a key and, by cascade, its quota usage. Returns the key's last state.
+    pub fn delete in api_keys -> ApiKeyRow
+);
 
 /// Replaces the key's secret. The previous one works until `previous_expires_at`, or not at all.
 pub async fn rotate(
@@ -265,7 +273,7 @@ pub async fn rotate(
     Ok(row.optional()?)
 }
 
-/// The facts of a key, by the hash of one of its secrets.
+/// The facts of a key, found by the hash of one of its secrets.
 #[derive(Debug)]
 pub struct FoundKey {
     pub hash: Vec<u8>,
@@ -312,17 +320,25 @@ struct PlanColumns {
     billing: String,
 }
 
+#[derive(Queryable, Selectable)]
+#[diesel(table_name = billing_accounts, check_for_backend(Pg))]
+struct AccessColumns {
+    has_paid_access: bool,
+    paid_access_until: Option<DateTime<Utc>>,
+}
+
 #[derive(Queryable)]
 struct FactsRow {
     key: KeyColumns,
     plan: PlanColumns,
+    access: Option<AccessColumns>,
     time_zone: String,
     is_in_grace: bool,
     as_of: i64,
 }
 
 impl FactsRow {
-    /// Returns one result for each secret of the key that was asked for: both secrets of a rotated key may be.
+    /// Returns one result for each requested secret of the key: both secrets of a rotated key may have been requested.
     fn found(self, hashes: &[&[u8]]) -> impl Iterator<Item = FoundKey> + use<> {
         let Self { key, plan, .. } = self;
         let is_requested = |hash: &Vec<u8>| hashes.contains(&&**hash);
@@ -348,6 +364,8 @@ impl FactsRow {
             strict: plan.strict,
             on_redis_failure: plan.on_redis_failure,
             billing: plan.billing,
+            has_paid_access: self.access.as_ref().is_some_and(|it| it.has_paid_access),
+            paid_access_until: self.access.as_ref().and_then(|it| it.paid_access_until),
             time_zone: self.time_zone,
         };
         secrets.into_iter().filter_map(move |(hash, expires_at)| {
@@ -363,9 +381,9 @@ impl FactsRow {
     }
 }
 
-/// Finds the keys whose current or previous secret has one of these hashes, active or not, in any tenant, in no order.
+/// Finds the keys whose current or previous secret has one of these hashes, active or not, in any tenant, in any order.
 pub async fn facts(tx: &mut SystemTx, hashes: &[&[u8]]) -> Result<Vec<FoundKey>, DbError> {
-    // In the same statement, so that it belongs to the same snapshot.
+    // Read in the same statement, so that it belongs to the same snapshot.
     let as_of = sql::<BigInt>("(SELECT coalesce(max(seq), 0) FROM revocations)");
     let in_grace = sql::<Bool>("coalesce(api_keys.previous_expires_at > now(), false)");
     let rows = api_keys::table
@@ -375,6 +393,7 @@ pub async fn facts(tx: &mut SystemTx, hashes: &[&[u8]]) -> Result<Vec<FoundKey>,
                 .and(plans::id.eq(api_keys::plan_id))),
         )
         .inner_join(tenants::table.on(tenants::id.eq(api_keys::tenant_id)))
+        .left_join(billing_accounts::table.on(billing_accounts::tenant_id.eq(api_keys::tenant_id)))
         .filter(
             api_keys::key_hash
                 .eq_any(hashes)
@@ -386,6 +405,7 @@ pub async fn facts(tx: &mut SystemTx, hashes: &[&[u8]]) -> Result<Vec<FoundKey>,
         .select((
             KeyColumns::as_select(),
             PlanColumns::as_select(),
+            Option::<AccessColumns>::as_select(),
             tenants::time_zone,
             in_grace,
             as_of,
@@ -395,7 +415,7 @@ pub async fn facts(tx: &mut SystemTx, hashes: &[&[u8]]) -> Result<Vec<FoundKey>,
     Ok(rows.into_iter().flat_map(|row| row.found(hashes)).collect())
 }
 
-/// Finds one key of the tenant with its plan, as [`facts`] does.
+/// Finds one key of the tenant with its plan, like [`facts`].
 pub async fn facts_of(tx: &mut TenantTx, id: Uuid) -> Result<Option<FoundKey>, DbError> {
     let tenant = tx.tenant().0;
     let as_of = sql::<BigInt>("(SELECT coalesce(max(seq), 0) FROM revocations)");
@@ -406,11 +426,13 @@ pub async fn facts_of(tx: &mut TenantTx, id: Uuid) -> Result<Option<FoundKey>, D
                 .and(plans::id.eq(api_keys::plan_id))),
         )
         .inner_join(tenants::table.on(tenants::id.eq(api_keys::tenant_id)))
+        .left_join(billing_accounts::table.on(billing_accounts::tenant_id.eq(api_keys::tenant_id)))
         .filter(api_keys::tenant_id.eq(tenant))
         .filter(api_keys::id.eq(id))
         .select((
             KeyColumns::as_select(),
             PlanColumns::as_select(),
+            Option::<AccessColumns>::as_select(),
             tenants::time_zone,
             sql::<Bool>("false"),
             as_of,
@@ -424,7 +446,7 @@ pub async fn facts_of(tx: &mut TenantTx, id: Uuid) -> Result<Option<FoundKey>, D
     }))
 }
 
-/// Moves `last_used_at` of many keys forward in one statement. Never moves it back.
+/// Moves `last_used_at` of many keys forward in one statement. Never moves it backward.
 pub async fn touch(tx: &mut SystemTx, used: &[(Uuid, DateTime<Utc>)]) -> Result<(), DbError> {
     super::touch(tx, "api_keys", used).await
 }

@@ -4,6 +4,7 @@ use chrono::{DateTime, Utc};
 use diesel::{pg::Pg, prelude::*};
 use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use ipnet::IpNet;
+use quota_common::audit::{AuditAction, AuditTarget};
 use serde_json::Value;
 use uuid::Uuid;
 
@@ -66,11 +67,43 @@ pub struct NewAuditEvent<'a> {
     pub after: Option<Value>,
 }
 
+impl NewAuditEvent<'_> {
+    /// Returns an event caused by the system, without changed fields, on a resource without a name.
+    pub fn new(
+        tenant_id: Uuid,
+        action: AuditAction,
+        target: AuditTarget,
+        target_id: &impl ToString,
+    ) -> Self {
+        Self {
+            tenant_id,
+            id: Uuid::now_v7(),
+            user_id: None,
+            action: action.as_str(),
+            target_type: target.as_str(),
+            target_id: Some(target_id.to_string()),
+            target_name: None,
+            ip: None,
+            before: None,
+            after: None,
+        }
+    }
+
+    /// Attributes the event to a user at this address.
+    pub fn by(self, user: Uuid, ip: Option<IpNet>) -> Self {
+        Self {
+            user_id: Some(user),
+            ip,
+            ..self
+        }
+    }
+}
+
 pub async fn insert(tx: &mut TenantTx, event: &NewAuditEvent<'_>) -> Result<(), DbError> {
     insert_on(tx, event).await
 }
 
-/// Inserts an event outside a tenant's transaction, for registering and signing in.
+/// Inserts an event outside a tenant's transaction, for registration and sign-in.
 pub async fn insert_system(tx: &mut SystemTx, event: &NewAuditEvent<'_>) -> Result<(), DbError> {
     insert_on(tx, event).await
 }

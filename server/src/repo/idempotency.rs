@@ -15,10 +15,10 @@ use crate::{
     schema::idempotency_keys,
 };
 
-/// For how many hours a response is kept.
+/// The number of hours for which a response is kept.
 pub const KEPT_HOURS: i32 = 24;
 
-/// What is known about an `Idempotency-Key`.
+/// The state of an `Idempotency-Key`.
 #[derive(Debug)]
 pub enum PriorRequest {
     /// Nothing. Process the request and [`store`] its response in the same transaction.
@@ -32,8 +32,8 @@ pub enum PriorRequest {
     },
 }
 
-/// How often to try for the lock, and the pause in between. A rejected request is answered before its transaction is
-/// rolled back, so a client that repeats it immediately may find the lock still taken.
+/// How often to try to acquire the lock, and the pause in between. A rejected request gets its response before its
+/// transaction is rolled back, so a client that repeats it immediately may find the lock still held.
 const ATTEMPTS: u32 = 6;
 const PAUSE: Duration = Duration::from_millis(40);
 
@@ -43,10 +43,10 @@ struct Lock {
     acquired: bool,
 }
 
-/// Looks a key up and, if nothing is known, locks it against other requests until the transaction ends.
+/// Looks up a key and, if it is unknown, locks it against other requests until the transaction ends.
 pub async fn claim(tx: &mut TenantTx, operation: &str, key: &str) -> Result<PriorRequest, DbError> {
-    // Before the lock: a stored response does not change, so replays need not exclude each other. A replay that took
-    // the lock would make the next one report that the request is still in progress.
+    // Checked before locking: a stored response does not change, so replays need not exclude each other. If a replay
+    // held the lock, the next one would report that the request is still in progress.
     let known = find(tx, operation, key).await?;
     if !matches!(known, PriorRequest::Nothing) {
         return Ok(known);
@@ -65,7 +65,7 @@ pub async fn claim(tx: &mut TenantTx, operation: &str, key: &str) -> Result<Prio
             .get_result::<Lock>(&mut **tx)
             .await?;
         if lock.acquired {
-            // Again, since the previous holder of the lock may have stored its response.
+            // Checked again, since the previous holder of the lock may have stored its response.
             return find(tx, operation, key).await;
         }
         if attempt + 1 < ATTEMPTS {
@@ -127,7 +127,7 @@ pub async fn store(
             idempotency_keys::key.eq(key),
             values,
         ))
-        // An expired response, which `find` ignored.
+        // The row has an expired response, which `find` ignored.
         .on_conflict((
             idempotency_keys::tenant_id,
             idempotency_keys::operation,

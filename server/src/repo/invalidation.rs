@@ -1,7 +1,11 @@
-//! What replicas must drop from their caches, in the order of commits. The table is called `revocations`.
+//! The changes that replicas must apply to their caches, in commit order. The table is called `revocations`.
 
 use chrono::{DateTime, Utc};
-use diesel::{dsl::sql, prelude::*, sql_types::Timestamptz};
+use diesel::{
+    dsl::sql,
+    prelude::*,
+    sql_types::{BigInt, Text, Timestamptz},
+};
 use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
 
@@ -10,7 +14,7 @@ use crate::{
     schema::revocations,
 };
 
-/// What was changed or revoked.
+/// The resource that was changed or revoked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Target {
     /// Everything that belongs to the tenant.
@@ -47,7 +51,7 @@ impl Target {
             "api_key" => Self::ApiKey(id),
             "service_token" => Self::ServiceToken(id),
             "session" => Self::Session(id),
-            // From a newer version of the server.
+            // A kind from a newer version of the server.
             _ => return None,
         })
     }
@@ -58,7 +62,7 @@ impl Target {
 pub struct Invalidation {
     pub seq: i64,
     pub tenant: Uuid,
-    /// `None` for a kind that this version does not know. It invalidates everything of the tenant.
+    /// `None` for a kind that this version does not support. It invalidates everything of the tenant.
     pub target: Option<Target>,
     /// When the row was written, shortly before the commit.
     pub at: DateTime<Utc>,
@@ -143,14 +147,23 @@ pub async fn newest(tx: &mut SystemTx) -> Result<Vec<Invalidation>, DbError> {
     Ok(rows.into_iter().rev().map(invalidation).collect())
 }
 
-/// Returns the highest number. The newest row is never deleted, so this decreases only if PostgreSQL is restored to an
-/// earlier state.
-pub async fn highest(tx: &mut SystemTx) -> Result<i64, DbError> {
-    let highest = revocations::table
-        .select(diesel::dsl::max(revocations::seq))
-        .get_result::<Option<i64>>(&mut **tx)
-        .await?;
-    Ok(highest.unwrap_or(0))
+/// How far the numbers have come, and in which history of the database.
+#[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
+pub struct Position {
+    #[diesel(sql_type = BigInt)]
+    pub highest: i64,
+    /// Changes when PostgreSQL is restored from a backup or fails over. Numbers of different histories cannot be
+    /// compared: the same number may belong to different changes.
+    #[diesel(sql_type = Text)]
+    pub history: String,
+}
+
+/// Returns the position. The newest row is never deleted, so the highest number decreases only if PostgreSQL is restored
+/// to an earlier state.
+pub async fn position(tx: &mut SystemTx) -> Result<Position, DbError> {
+    let sql =
+        "SELECT coalesce(max(seq), 0) AS highest, database_history() AS history FROM revocations";
+    Ok(diesel::sql_query(sql).get_result(&mut **tx).await?)
 }
 
 /// Returns the rows after number `seq`, in order: at most [`BATCH`].

@@ -1,8 +1,8 @@
 //! All SQL, one file per noun.
 //!
-//! Every function takes the transaction it runs in: a [`TenantTx`](crate::db::TenantTx), which carries the tenant and
-//! is also restricted to it by row-level security, or a [`SystemTx`](crate::db::SystemTx) for the server's own work.
-//! Rows are structs of their own, not the API's types. Does not know HTTP.
+//! Every function takes the transaction in which it runs: a [`TenantTx`](crate::db::TenantTx), which carries the tenant
+//! and is also restricted to it by row-level security, or a [`SystemTx`](crate::db::SystemTx) for the server's own
+//! work. Rows are separate structs, not the API's types. Does not depend on HTTP.
 //!
 //! Lists use keyset pagination. By default they are read newest first, by ID: IDs are UUIDv7 and sort by time. Some
 //! lists have other sort orders, with the ID as tie-breaker.
@@ -22,10 +22,42 @@ macro_rules! find_by_id {
     };
 }
 
+/// Defines a function that updates a row of the caller's tenant by its ID and returns it.
+macro_rules! update_by_id {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident in $table:ident, $change:ident -> $row:ty) => {
+        $(#[$doc])*
+        $vis async fn $name(
+            tx: &mut TenantTx,
+            id: Uuid,
+            change: &$change<'_>,
+        ) -> Result<Option<$row>, DbError> {
+            let query = diesel::update($table::table.find((tx.tenant().0, id)))
+                .set(change)
+                .returning(<$row>::as_returning());
+            Ok(query.get_result(&mut **tx).await.optional()?)
+        }
+    };
+}
+
+/// Defines a function that deletes a row of the caller's tenant by its ID and returns its last state.
+macro_rules! delete_by_id {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident in $table:ident -> $row:ty) => {
+        $(#[$doc])*
+        $vis async fn $name(tx: &mut TenantTx, id: Uuid) -> Result<Option<$row>, DbError> {
+            let query = diesel::delete($table::table.find((tx.tenant().0, id)))
+                .returning(<$row>::as_returning());
+            Ok(query.get_result(&mut **tx).await.optional()?)
+        }
+    };
+}
+
 pub mod account;
 pub mod allowance;
 pub mod api_key;
 pub mod audit;
+pub mod billing;
+pub mod billing_event;
+pub mod billing_usage;
 pub mod idempotency;
 pub mod invalidation;
 pub mod plan;
@@ -37,6 +69,7 @@ pub mod session;
 pub mod sweep;
 pub mod usage;
 pub mod usage_check;
+pub mod usage_endpoint;
 pub mod usage_log;
 pub mod usage_partition;
 pub mod usage_shipper;
@@ -57,7 +90,7 @@ use uuid::Uuid;
 
 use crate::db::{DbError, SystemTx};
 
-/// Moves `last_used_at` of many rows of a table forward in one statement. Never moves it back.
+/// Moves `last_used_at` of many rows of a table forward in one statement. Never moves it backward.
 async fn touch(
     tx: &mut SystemTx,
     table: &'static str,
@@ -84,7 +117,7 @@ pub struct Slice {
     pub limit: u32,
 }
 
-/// What a list is sorted by.
+/// The value by which a list is sorted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SortBy {
     CreatedAt,
@@ -100,7 +133,7 @@ pub struct Order {
     pub descending: bool,
 }
 
-/// The value that the last row of a page is sorted by.
+/// The sort value of the last row of a page.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CursorKey {
     CreatedAt,
@@ -165,7 +198,7 @@ pub struct Rows<T> {
 }
 
 impl<T> Rows<T> {
-    /// Expects one row more than fits on the page, if there is one.
+    /// Expects one more row than fits on the page, if there is one.
     fn new(mut rows: Vec<T>, limit: u32, total: i64) -> Self {
         let limit = limit as usize;
         let more = rows.len() > limit;

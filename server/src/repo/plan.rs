@@ -85,7 +85,7 @@ pub async fn insert(tx: &mut TenantTx, plan: &NewPlan<'_>) -> Result<PlanRow, Db
     Ok(query.get_result(&mut **tx).await?)
 }
 
-/// Returns a page of plans. Plans are not used themselves, so ordering them by use means ordering by creation.
+/// Returns a page of plans. Plans themselves are not used, so sorting them by last use means sorting by creation.
 pub async fn list(tx: &mut TenantTx, slice: &SortedSlice) -> Result<Rows<PlanWithKeys>, DbError> {
     let tenant = tx.tenant().0;
     let total = plans::table
@@ -151,17 +151,10 @@ async fn with_keys(
     Ok(Some(PlanWithKeys { plan, key_count }))
 }
 
-/// Updates a plan. A name that is already in use fails with `plans_name_key`.
-pub async fn update(
-    tx: &mut TenantTx,
-    id: Uuid,
-    change: &PlanChange<'_>,
-) -> Result<Option<PlanRow>, DbError> {
-    let row = diesel::update(plans::table.find((tx.tenant().0, id)))
-        .set(change)
-        .returning(PlanRow::as_returning());
-    Ok(row.get_result(&mut **tx).await.optional()?)
-}
+update_by_id!(
+    /// Updates a plan. A name that is already in use fails with `plans_name_key`.
+    pub fn update in plans, PlanChange -> PlanRow
+);
 
 /// Deletes a plan. A plan that still has keys fails with `api_keys_plan_fkey`.
 pub async fn delete(tx: &mut TenantTx, id: Uuid) -> Result<bool, DbError> {
@@ -171,7 +164,7 @@ pub async fn delete(tx: &mut TenantTx, id: Uuid) -> Result<bool, DbError> {
         == 1)
 }
 
-/// Returns the number of keys on each of the plans, without those that have none.
+/// Returns the number of keys on each plan that has any.
 async fn key_counts(tx: &mut TenantTx, ids: &[Uuid]) -> Result<HashMap<Uuid, u64>, DbError> {
     let counts = api_keys::table
         .filter(api_keys::tenant_id.eq(tx.tenant().0))

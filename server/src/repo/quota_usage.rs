@@ -27,12 +27,12 @@ pub struct Ask {
     pub policy: &'static str,
     /// The window that contains this time is used.
     pub at: DateTime<Utc>,
-    /// The quota of a full day or month.
+    /// The quota for a full day or month.
     pub limit: i64,
     pub want: i64,
 }
 
-/// A window, as its row states it.
+/// A window, as stored in its row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StatedWindow {
     pub start: DateTime<Utc>,
@@ -86,9 +86,9 @@ impl Ask {
     }
 }
 
-/// Grants each request as much as it wants and its window has left. Returns `None` if no window with usage contains
-/// `at`, and if another transaction is changing or deleting the key, which may take long: other keys do not wait for
-/// it. With `opened`, takes from the windows that start then instead, with or without usage.
+/// Grants each request as much as it wants, up to what is left in its window. Returns `None` if no window with usage
+/// contains `at`, or if another transaction is changing or deleting the key, which may take long: other keys do not
+/// wait for it. With `opened`, takes from the windows that start at these times instead, with or without usage.
 ///
 /// Requests are in ascending order, so that transactions lock rows in the same order. Each grant is atomic: `used` is
 /// read and increased under the row's lock.
@@ -171,12 +171,11 @@ pub async fn take(
     Ok(taken)
 }
 
-/// Waits until no other transaction opens windows of these keys and policies, and keeps others waiting until this
-/// transaction ends. The number of requests must not exceed PostgreSQL's limit for a transaction's locks (64 by
-/// default).
+/// Waits until no other transaction opens windows of these keys and policies, and blocks others until this transaction
+/// ends. The number of requests must not exceed PostgreSQL's limit for a transaction's locks (64 by default).
 pub async fn lock(tx: &mut SystemTx, asks: &[Ask]) -> Result<(), DbError> {
     let mut locks: Vec<i32> = asks.iter().map(Ask::lock).collect();
-    // In ascending order, as everywhere.
+    // In ascending order, like everywhere.
     locks.sort_unstable();
     locks.dedup();
     diesel::sql_query("SELECT count(pg_advisory_xact_lock($1, n)) FROM unnest($2) AS n")
@@ -230,8 +229,8 @@ pub async fn used_windows(
     Ok(windows)
 }
 
-/// Opens windows: inserts a row for each, or updates the end of the row that starts then, if it has no usage or no end
-/// yet. Skips keys that do not exist. Those that do cannot be deleted before the transaction ends.
+/// Opens windows: inserts a row for each, or updates the end of an existing row with the same start, if it has no usage
+/// or no end yet. Skips keys that do not exist. Existing keys cannot be deleted before the transaction ends.
 pub async fn open(
     tx: &mut SystemTx,
     asks: &[Ask],

@@ -63,12 +63,10 @@ find_by_id!(
     pub fn find in service_tokens -> ServiceTokenRow
 );
 
-/// Deletes a token. Returns it as it was.
-pub async fn delete(tx: &mut TenantTx, id: Uuid) -> Result<Option<ServiceTokenRow>, DbError> {
-    let query = diesel::delete(service_tokens::table.find((tx.tenant().0, id)))
-        .returning(ServiceTokenRow::as_returning());
-    Ok(query.get_result(&mut **tx).await.optional()?)
-}
+delete_by_id!(
+    /// Deletes a token. Returns its last state.
+    pub fn delete in service_tokens -> ServiceTokenRow
+);
 
 /// Returns the hash, tenant and ID of each token whose secret has one of these hashes, in any tenant.
 pub async fn owners(

@@ -16,8 +16,8 @@ use crate::{
     schema::{refresh_tokens, sessions},
 };
 
-/// For how many seconds the previous refresh token still returns its successor: for two tabs that refresh at once, and
-/// for clients that lost the response.
+/// The number of seconds for which the previous refresh token still returns its successor: for two tabs that refresh at
+/// the same time, and for clients that lost the response.
 pub const GRACE_SECS: i32 = 10;
 
 #[derive(Debug, Clone, Queryable, Selectable)]
@@ -48,24 +48,24 @@ pub struct NewSession<'a> {
 /// The secrets whose sessions may be refreshed.
 #[derive(Debug, Clone, Copy)]
 pub struct Accepted<'a> {
-    /// The current one first: a refreshed session belongs to it.
+    /// The current one comes first: a refreshed session belongs to it.
     pub ids: &'a [[u8; 16]],
-    /// Whether sessions that state none are among them.
+    /// Whether sessions without a recorded secret are included.
     pub with_unmarked: bool,
 }
 
 /// The outcome of using a refresh token.
 #[derive(Debug)]
 pub enum Rotation {
-    /// It was the current one. Its successor is stored.
+    /// The token was the current one. Its successor is stored.
     Rotated(SessionRow),
-    /// It was the previous one, used moments ago. The successor is the same, the one with this index.
+    /// The token was the previous one, used moments ago. The successor is the same, the one with this index.
     Repeated(SessionRow, usize),
-    /// It was used earlier, so it was copied. The session must be revoked.
+    /// The token was used earlier, so it has been copied. The session must be revoked.
     Reused(SessionRow),
-    /// Its session belongs to a secret that is not accepted. The session must be revoked.
+    /// The session belongs to a secret that is not accepted. The session must be revoked.
     Foreign(SessionRow),
-    /// It does not exist, or its session has ended.
+    /// The token does not exist, or its session has ended.
     Unknown,
 }
 
@@ -94,8 +94,8 @@ async fn add_token(tx: &mut SystemTx, session: Uuid, token_hash: &[u8]) -> Resul
 
 /// Uses a refresh token, in one conditional update: of two concurrent callers, one finds it already used.
 ///
-/// `successors` contains the hash of the next token, followed by those that it may have instead if it was used moments
-/// ago.
+/// `successors` contains the hash of the next token, followed by those that may be stored instead if the token was used
+/// moments ago.
 pub async fn rotate(
     tx: &mut SystemTx,
     token_hash: &[u8],
@@ -128,7 +128,7 @@ pub async fn rotate(
     .optional()?;
     if let (Some(session), Some(next)) = (used, successors.first()) {
         add_token(tx, session, next).await?;
-        // Again, under the row's lock: a password that changed meanwhile has ended the session.
+        // Checked again under the row's lock: if the password was changed in the meantime, the session has ended.
         let live = sessions::table
             .filter(sessions::id.eq(session))
             .filter(sessions::revoked_at.is_null());
@@ -156,7 +156,7 @@ pub async fn rotate(
             refresh_tokens::used_at
                 .assume_not_null()
                 .gt(now.into_sql::<Timestamptz>() - GRACE_SECS.seconds())
-                // It was not used, if its session is not accepted.
+                // The token counts as unused if its session is not accepted.
                 .nullable(),
             is_accepted(),
         ))
@@ -230,7 +230,7 @@ pub async fn of_user(
     Ok(Rows::new(rows, slice.limit, total))
 }
 
-/// Revokes one session of a user. Returns `false` if they have no such active session.
+/// Revokes one session of a user. Returns `false` if the user has no such active session.
 pub async fn end(tx: &mut SystemTx, user: Uuid, session: Uuid) -> Result<bool, DbError> {
     let active = sessions::table
         .filter(sessions::id.eq(session))

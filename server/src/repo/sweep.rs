@@ -16,19 +16,24 @@ pub enum Expired {
     /// A day after they were revoked, with their refresh tokens.
     RevokedSessions,
     IdempotencyKeys,
-    /// Rows that every replica has read long ago, except the newest, which numbers are compared with.
+    /// Rows that every replica has long read, except the newest, with which numbers are compared.
     Invalidations,
-    /// Windows that ended long ago. A month ends within 31 days of its start in any time zone.
+    /// Windows that ended long ago. In any time zone, a month ends within 31 days of its start.
     QuotaUsage,
-    /// Batches of windows that are swept. Until then a batch may be retried.
+    /// IDs of batches of returned tokens. Before that, a batch may be retried.
     QuotaReturns,
     /// Previous secrets of rotated keys after their grace period. The keys are kept.
     PreviousKeys,
     Replicas,
+    /// Webhooks from Stripe that were processed, kept for as long as Stripe itself lists them.
+    BillingEvents,
+    /// Usage that was charged, kept for more than a year.
+    BillingUsage,
+    BillingReports,
 }
 
 impl Expired {
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 11] = [
         Self::Sessions,
         Self::RevokedSessions,
         Self::IdempotencyKeys,
@@ -37,9 +42,12 @@ impl Expired {
         Self::QuotaReturns,
         Self::PreviousKeys,
         Self::Replicas,
+        Self::BillingEvents,
+        Self::BillingUsage,
+        Self::BillingReports,
     ];
 
-    /// Returns the name in metrics and logs.
+    /// Returns the name used in metrics and logs.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Sessions => "sessions",
@@ -50,6 +58,9 @@ impl Expired {
             Self::QuotaReturns => "quota_returns",
             Self::PreviousKeys => "previous_keys",
             Self::Replicas => "replicas",
+            Self::BillingEvents => "billing_events",
+            Self::BillingUsage => "billing_usage",
+            Self::BillingReports => "billing_reports",
         }
     }
 
@@ -87,11 +98,23 @@ impl Expired {
                  AND previous_expires_at <= now()"
                 .to_owned(),
             Self::Replicas => delete_older("replicas", "id", "seen_at", "1 day"),
+            Self::BillingUsage => {
+                let charged = format!("cost = planned AND {}", older("start", "400 days"));
+                delete("billing_usage", "ctid", &charged, "start")
+            }
+            Self::BillingReports => {
+                let ended = format!("due_at IS NULL AND {}", older("created_at", "400 days"));
+                delete("billing_reports", "ctid", &ended, "created_at")
+            }
+            Self::BillingEvents => {
+                let handled = format!("due_at IS NULL AND {}", older("received_at", "30 days"));
+                delete("billing_events", "id", &handled, "received_at")
+            }
         }
     }
 }
 
-/// Sweeps at most `limit` rows and returns how many. Fewer than `limit` means that none are left.
+/// Sweeps at most `limit` rows and returns their number. Fewer than `limit` means that none are left.
 pub async fn batch(tx: &mut SystemTx, kind: Expired, limit: i64) -> Result<usize, DbError> {
     let swept = sql_query(kind.statement())
         .bind::<BigInt, _>(limit)

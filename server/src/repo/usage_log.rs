@@ -14,10 +14,10 @@ use diesel::{
 use diesel_async::{RunQueryDsl, SimpleAsyncConnection};
 use uuid::Uuid;
 
-use super::usage::{ENDPOINTS_OF_KEY, ENDPOINTS_OF_TENANT};
+use super::usage_endpoint;
 use crate::db::{DbError, SystemTx, TenantTx};
 
-/// One decision on a known key.
+/// One decision on a known key. Its time is also the key's last use.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UsageRecord {
     pub event_id: Uuid,
@@ -81,7 +81,8 @@ CREATE TEMP TABLE IF NOT EXISTS usage_batch_counts (
     first_at timestamptz NOT NULL,
     last_at timestamptz NOT NULL,
     is_of_key boolean NOT NULL,
-    is_of_tenant boolean NOT NULL
+    is_of_tenant boolean NOT NULL,
+    is_stale boolean NOT NULL
 ) ON COMMIT DELETE ROWS"#;
 
 const FILL_BATCH: &str = r#"
@@ -98,8 +99,8 @@ ON CONFLICT (tenant_id) DO UPDATE SET last_seq = t.last_seq + excluded.last_seq"
 /// Counts the batch by quarter hour, key, plan, endpoint and policy, and notes which endpoints have rollups of their own.
 const COUNT_BATCH: &str = r#"
 INSERT INTO usage_batch_counts (tenant_id, key_id, plan_id, endpoint, start, policy, requests, cost, first_at, last_at,
-    is_of_key, is_of_tenant)
-SELECT b.*, k.tenant_id IS NOT NULL, t.tenant_id IS NOT NULL
+    is_of_key, is_of_tenant, is_stale)
+SELECT b.*, k.tenant_id IS NOT NULL, t.tenant_id IS NOT NULL, least(k.seen_on, t.seen_on) < CURRENT_DATE IS TRUE
 FROM (
     SELECT tenant_id, key_id, plan_id, endpoint, date_bin('15 minutes', "timestamp", '2000-01-01 00:00:00+00'),
         CASE WHEN was_rejected THEN coalesce(policy, 'reduced_capacity') ELSE '' END,
@@ -110,37 +111,6 @@ LEFT JOIN usage_endpoints k ON k.tenant_id = b.tenant_id AND k.key_id = b.key_id
 LEFT JOIN usage_endpoints t ON t.tenant_id = b.tenant_id
     AND t.key_id = '00000000-0000-0000-0000-000000000000' AND t.endpoint = b.endpoint"#;
 
-/// Gives new endpoints rollups of their own, as long as their key and tenant have few enough. The oldest come first.
-const ADD_ENDPOINTS: &str = r"
-WITH new AS MATERIALIZED (
-    SELECT tenant_id, key_id, endpoint, min(first_at) AS first_at FROM usage_batch_counts WHERE NOT is_of_key
-    GROUP BY 1, 2, 3
-    UNION ALL
-    SELECT tenant_id, '00000000-0000-0000-0000-000000000000', endpoint, min(first_at)
-    FROM usage_batch_counts WHERE NOT is_of_tenant GROUP BY 1, 3
-), known AS (
-    SELECT tenant_id, key_id, count(*) AS number FROM usage_endpoints
-    WHERE (tenant_id, key_id) IN (SELECT tenant_id, key_id FROM new) GROUP BY 1, 2
-), numbered AS (
-    SELECT n.tenant_id, n.key_id, n.endpoint, coalesce(k.number, 0)
-        + row_number() OVER (PARTITION BY n.tenant_id, n.key_id ORDER BY n.first_at, n.endpoint) AS number
-    FROM new n LEFT JOIN known k USING (tenant_id, key_id)
-)
-INSERT INTO usage_endpoints (tenant_id, key_id, endpoint)
-SELECT tenant_id, key_id, endpoint FROM numbered
-WHERE number <= CASE key_id WHEN '00000000-0000-0000-0000-000000000000' THEN $1 ELSE $2 END";
-
-/// Notes which of the new endpoints fitted. Their rows are few, except in a flood of new endpoints.
-const NOTE_ENDPOINTS: [&str; 2] = [
-    r"
-UPDATE usage_batch_counts b SET is_of_key = true FROM usage_endpoints e
-WHERE NOT b.is_of_key AND e.tenant_id = b.tenant_id AND e.key_id = b.key_id AND e.endpoint = b.endpoint",
-    r"
-UPDATE usage_batch_counts b SET is_of_tenant = true FROM usage_endpoints e
-WHERE NOT b.is_of_tenant AND e.tenant_id = b.tenant_id AND e.key_id = '00000000-0000-0000-0000-000000000000'
-    AND e.endpoint = b.endpoint",
-];
-
 const ADD_ROWS: &str = r#"
 INSERT INTO usage_log (tenant_id, seq, "timestamp", event_id, key_id, plan_id, cost, retry_after_seconds, was_rejected,
     billing, policy, endpoint, request_id)
@@ -150,6 +120,19 @@ SELECT b.tenant_id,
     b."timestamp", b.event_id, b.key_id, b.plan_id, b.cost, b.retry_after_seconds, b.was_rejected, b.billing, b.policy,
     b.endpoint, b.request_id
 FROM usage_batch b JOIN usage_tenants t USING (tenant_id)"#;
+
+/// Moves `last_used_at` forward, at most once per second, so that a busy key causes no more writes than others. Skips
+/// keys that are locked by others: their next use is soon enough, and usage does not wait for them.
+const TOUCH_KEYS: &str = r"
+UPDATE api_keys k SET last_used_at = u.at
+FROM (
+    SELECT k.tenant_id, k.id, b.at
+    FROM (SELECT tenant_id, key_id, max(last_at) AS at FROM usage_batch_counts GROUP BY 1, 2) b
+    JOIN api_keys k ON k.tenant_id = b.tenant_id AND k.id = b.key_id
+    WHERE k.last_used_at IS NULL OR k.last_used_at < b.at - interval '1 second'
+    FOR NO KEY UPDATE OF k SKIP LOCKED
+) u
+WHERE k.tenant_id = u.tenant_id AND k.id = u.id";
 
 /// `quarters` has the sums over everything that can be asked for. See the migration for what the zero UUID and the
 /// control characters stand for.
@@ -191,6 +174,13 @@ WITH counted AS MATERIALIZED (
 )
 SELECT coalesce(sum(requests) FILTER (WHERE NOT is_of_key), 0)::bigint AS folded FROM usage_batch_counts";
 
+/// Charged usage, by hour.
+const ADD_CHARGED: &str = r#"
+INSERT INTO billing_usage AS u (tenant_id, start, cost)
+SELECT tenant_id, date_bin('1 hour', "timestamp", '2000-01-01 00:00:00+00'), sum(cost)::bigint
+FROM usage_batch WHERE billing = 'paid' AND NOT was_rejected GROUP BY 1, 2 ORDER BY 1, 2
+ON CONFLICT (tenant_id, start) DO UPDATE SET cost = u.cost + excluded.cost"#;
+
 /// Adds the records to the log and to every rollup. A transaction does this once, and commits soon: the tenants are
 /// locked until then. A larger batch takes less time for each record. Sets the transaction's timeouts to 30 s for a
 /// statement and 10 s for a lock.
@@ -226,17 +216,16 @@ pub async fn append(tx: &mut SystemTx, records: &[UsageRecord]) -> Result<Append
         .await?;
     diesel::sql_query(TAKE_NUMBERS).execute(&mut **tx).await?;
     diesel::sql_query(COUNT_BATCH).execute(&mut **tx).await?;
-    let added = diesel::sql_query(ADD_ENDPOINTS)
-        .bind::<BigInt, _>(ENDPOINTS_OF_TENANT)
-        .bind::<BigInt, _>(ENDPOINTS_OF_KEY)
-        .execute(&mut **tx)
-        .await?;
-    if added > 0 {
-        for statement in NOTE_ENDPOINTS {
-            diesel::sql_query(statement).execute(&mut **tx).await?;
-        }
-    }
+    usage_endpoint::add(tx).await?;
+    usage_endpoint::mark_seen(tx).await?;
     diesel::sql_query(ADD_ROWS).execute(&mut **tx).await?;
+    diesel::sql_query(TOUCH_KEYS).execute(&mut **tx).await?;
+    if records
+        .iter()
+        .any(|it| it.billing == "paid" && !it.was_rejected)
+    {
+        diesel::sql_query(ADD_CHARGED).execute(&mut **tx).await?;
+    }
     let folded = diesel::sql_query(ADD_ROLLUPS)
         .get_result::<Folded>(&mut **tx)
         .await?
@@ -257,9 +246,9 @@ pub struct Filter {
 }
 
 impl Filter {
-    /// Whether an index finds exactly the rows of the key or request: the others have to be looked through.
+    /// Whether rows have to be searched for matches: no index finds exactly the matching ones.
     fn is_searched(&self) -> bool {
-        self.request_id.is_none() && (self.endpoint.is_some() || self.was_rejected.is_some())
+        self.endpoint.is_some() || self.was_rejected.is_some()
     }
 }
 
@@ -395,7 +384,8 @@ pub async fn list(
     })
 }
 
-/// Returns how many decisions in the log match. `None` if the rollups do not count the endpoint by itself.
+/// Returns how many decisions in the log match. `None` if the rollups do not count the endpoint separately, or if more
+/// than [`SEARCHED_ROWS`] rows have the request ID, which the API caller chooses.
 ///
 /// Log and rollups are written together, and the log is dropped by whole days, so the rollups of these days count its
 /// rows.
@@ -408,9 +398,11 @@ pub async fn total(tx: &mut TenantTx, filter: &Filter) -> Result<Option<u64>, Db
     let tenant = tx.tenant().0;
     let sql = if filter.request_id.is_some() {
         format!(
-            "SELECT count(*) AS total FROM usage_log l WHERE l.tenant_id = $1 AND l.seq < $2{}{}",
-            conditions(filter, true),
+            "SELECT CASE WHEN count(*) <= $7 THEN count(*) FILTER (WHERE true{}) END AS total \
+             FROM (SELECT l.endpoint, l.was_rejected FROM usage_log l \
+                 WHERE l.tenant_id = $1 AND l.seq < $2{} LIMIT $7 + 1) l",
             conditions(filter, false),
+            conditions(filter, true),
         )
     } else {
         let key = if filter.key.is_some() {
@@ -442,6 +434,7 @@ pub async fn total(tx: &mut TenantTx, filter: &Filter) -> Result<Option<u64>, Db
         )
     };
     let total = bind_filter!(sql, tenant, i64::MAX, filter)
+        .bind::<BigInt, _>(SEARCHED_ROWS)
         .get_result::<Total>(&mut **tx)
         .await?
         .total;

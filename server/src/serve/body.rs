@@ -9,15 +9,17 @@ use bytes::Bytes;
 use hyper::body::{Body, Frame, SizeHint};
 
 use super::connection::RequestInFlight;
+use crate::tenant_places::HeldUntilSent;
 
-/// The largest part that is passed at once.
+/// Maximum size of a chunk that is passed on at once.
 const CHUNK: usize = 16 * 1024;
 
-/// A response body that keeps its request in flight and is passed on in small parts.
+/// A response body that keeps its request in flight and is passed on in small chunks.
 pub(super) struct ResponseBody<B> {
     pub(super) body: B,
-    /// The rest of a large frame. hyper would copy a frame as a whole and keep that memory until the connection closes.
+    /// The rest of a large frame. hyper would copy the whole frame and keep that memory until the connection closes.
     pub(super) rest: Bytes,
+    pub(super) _held: Option<HeldUntilSent>,
     pub(super) _request: RequestInFlight,
 }
 

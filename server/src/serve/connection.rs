@@ -9,25 +9,24 @@ use std::sync::{
     atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering},
 };
 
-use futures_util::task::AtomicWaker;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::{
-    http2::{Event, Requests},
+    http2::{Event, PROGRESS, Requests},
     memory::{self, Memory},
     settings::Timeouts,
 };
 use crate::authenticated::Authenticated;
 
-/// What a connection is waiting for.
+/// The phases of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Phase {
     /// The first complete request head.
     FirstHead,
     /// The rest of a later request head whose first byte has arrived.
     Head,
-    /// The client, to read a response.
+    /// The client has not finished reading a response.
     Write,
     /// The next request.
     Idle,
@@ -35,7 +34,7 @@ pub(super) enum Phase {
     Handler,
 }
 
-/// What the table tells a connection to do.
+/// An instruction from the table to a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum Order {
@@ -51,7 +50,7 @@ pub(super) enum Order {
 #[derive(Debug)]
 pub(super) struct Connection {
     accepted: Instant,
-    /// When the first byte of a request head arrived. HTTP/2: only of the first request.
+    /// When the first byte of a request head arrived. HTTP/2: only for the first request.
     head_began: AtomicU64,
     write_blocked: AtomicU64,
     /// HTTP/1: when the last response ended or made progress.
@@ -62,7 +61,7 @@ pub(super) struct Connection {
     /// HTTP/1: requests whose handler is running or whose response is being sent.
     in_flight: AtomicU32,
     http2: Mutex<Requests>,
-    /// `None`: the connection is not counted.
+    /// `None`: the connection does not count.
     memory: Option<Arc<Memory>>,
     /// What was last reported to `memory`.
     held: AtomicUsize,
@@ -73,11 +72,10 @@ pub(super) struct Connection {
     heads: AtomicUsize,
     is_released: AtomicBool,
     order: AtomicU8,
-    pub(super) waker: AtomicWaker,
 }
 
 impl Connection {
-    /// Reports to `memory` what the connection holds until it has authenticated.
+    /// Reports the memory used by the connection to `memory` until it has authenticated.
     pub(super) fn accepted_now(memory: Option<Arc<Memory>>) -> Self {
         Self {
             accepted: Instant::now(),
@@ -96,7 +94,6 @@ impl Connection {
             heads: AtomicUsize::new(0),
             is_released: AtomicBool::new(false),
             order: AtomicU8::new(Order::Continue as u8),
-            waker: AtomicWaker::new(),
         }
     }
 
@@ -113,7 +110,7 @@ impl Connection {
         self.is_http2.load(Ordering::Relaxed)
     }
 
-    /// The client speaks HTTP/2. From here on, frames are passed to [`Self::received`] and [`Self::sent`].
+    /// The client speaks HTTP/2. From then on, frames are passed to [`Self::received`] and [`Self::sent`].
     pub(super) fn speaks_http2(&self) {
         self.is_http2.store(true, Ordering::Relaxed);
     }
@@ -125,10 +122,16 @@ impl Connection {
 
     /// An HTTP/2 frame to the client has started or is complete.
     pub(super) fn sent(&self, event: Event) {
-        self.http2.lock().sent(event, self.now());
+        // An idle event stream sends a few bytes well before the deadline.
+        let progress = if self.authenticated.has_endless_response() {
+            1
+        } else {
+            PROGRESS
+        };
+        self.http2.lock().sent(event, self.now(), progress);
     }
 
-    /// Returns the current phase and its deadline. `None`: something else limits it.
+    /// Returns the current phase and its deadline. `None`: the phase is limited elsewhere.
     pub(super) fn phase(&self, timeouts: &Timeouts) -> (Phase, Option<Instant>) {
         let blocked = match self.write_blocked.load(Ordering::Relaxed) {
             0 => None,
@@ -157,7 +160,7 @@ impl Connection {
         }
     }
 
-    /// Returns the earliest deadline of all requests. Each has its own, whatever the others do.
+    /// Returns the earliest deadline of all requests. Each request has its own deadline, independent of the others.
     fn phase_of_http2(
         &self,
         timeouts: &Timeouts,
@@ -168,12 +171,7 @@ impl Connection {
         let head = waiting
             .head
             .map(|since| (Phase::Head, self.at(since) + timeouts.header));
-        // A stream of events may be quiet for longer than any deadline. Only callers with a session, and each tenant only
-        // a few times, can have one; the connection's other responses have no deadline meanwhile.
-        let response = waiting
-            .response
-            .filter(|_| !self.authenticated.has_endless_response());
-        let response = response.map(|since| {
+        let response = waiting.response.map(|since| {
             // With nothing but canceled requests, the connection is still shut down gracefully.
             let phase = if is_quiet { Phase::Idle } else { Phase::Write };
             (phase, self.at(since) + timeouts.write)
@@ -197,7 +195,7 @@ impl Connection {
         self.buffered.fetch_add(2 * length, Ordering::Relaxed);
     }
 
-    /// The socket accepted bytes: the requests read before have been answered.
+    /// The socket accepted bytes: requests read before have been responded to.
     pub(super) fn has_written(&self) {
         if !self.is_http2() {
             self.head_began.store(0, Ordering::Relaxed);
@@ -209,7 +207,7 @@ impl Connection {
         }
     }
 
-    /// The socket does not accept these `length` bytes now.
+    /// The socket does not accept these `length` bytes at the moment.
     pub(super) fn is_write_blocked(&self, length: usize) {
         if !self.is_http2() {
             self.head_began.store(0, Ordering::Relaxed);
@@ -220,7 +218,8 @@ impl Connection {
         }
     }
 
-    /// Reports what the connection holds to `memory`. Returns whether this connection, or all together, hold too much.
+    /// Reports the memory used by the connection to `memory`. Returns whether this connection, or all connections
+    /// together, use too much.
     pub(super) fn account(&self) -> bool {
         let Some(memory) = &self.memory else {
             return false;
@@ -257,7 +256,7 @@ impl Connection {
         held > 0 && (held > memory.per_connection() || memory.is_exceeded())
     }
 
-    /// Whether reading should wait until memory of others is free.
+    /// Whether reading should wait until other connections free memory.
     pub(super) fn should_pause(&self) -> bool {
         let memory = self.memory.as_ref();
         memory.is_some_and(|memory| memory.is_backlogged()) && !self.authenticated.is_set()
@@ -308,18 +307,20 @@ impl Connection {
         let response = self
             .is_http2()
             .then(|| self.http2.lock().waiting().response)
-            .flatten()
-            .filter(|_| !self.authenticated.has_endless_response());
+            .flatten();
         let oldest = blocked.into_iter().chain(response).min()?;
         Some(self.at(oldest))
     }
 
     pub(super) fn give(&self, order: Order) {
         self.order.fetch_max(order as u8, Ordering::AcqRel);
-        self.waker.wake();
+        self.authenticated.wake();
     }
 
     pub(super) fn order(&self) -> Order {
+        if self.authenticated.is_to_close() {
+            return Order::Close;
+        }
         match self.order.load(Ordering::Acquire) {
             0 => Order::Continue,
             1 => Order::Finish,

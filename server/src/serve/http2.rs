@@ -1,19 +1,19 @@
 //! Tracks the requests of an HTTP/2 connection for its deadlines: which are open, and which responses make progress.
 //!
-//! h2 copies a small body into its own buffer at once and does not report when the client reads it, or that the client
-//! cancels the request instead. So the frames between h2 and the socket are observed. They are not validated, since h2
-//! closes the connection on invalid ones.
+//! h2 copies a small body into its own buffer immediately and does not report when the client reads it, or that the
+//! client cancels the request instead. So the frames between h2 and the socket are observed. They are not validated,
+//! since h2 closes the connection on invalid ones.
 
 use super::CONCURRENT_STREAMS;
 
-/// What an HTTP/2 client sends first.
+/// The first bytes that an HTTP/2 client sends.
 pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// Fewer bytes of a response, without its end, do not count as progress. So a client cannot keep many responses in
-/// memory by reading a byte now and then.
-const PROGRESS: u32 = 1024;
+/// Fewer bytes of a response do not count as progress, unless they are its end. So a client cannot keep many responses
+/// in memory by reading a byte occasionally.
+pub(super) const PROGRESS: u32 = 1024;
 /// The maximum number of tracked requests. h2 rejects or ignores requests above its own limit.
 const REMEMBERED: usize = 2 * CONCURRENT_STREAMS as usize;
-/// Bytes that a request occupies besides its head and body: its tasks, and the head of its response.
+/// Bytes that a request uses in addition to its head and body: for its tasks, and the head of its response.
 const REQUEST: usize = 4 * 1024;
 
 const DATA: u8 = 0;
@@ -103,16 +103,16 @@ impl Frames {
 pub(super) struct Requests {
     last_stream: u32,
     open: Vec<Request>,
-    /// Since when a request head has been incomplete.
+    /// The time since which a request head has been incomplete.
     head_began: Option<u64>,
     /// Bytes of that head so far.
     head_length: usize,
     /// When a response last ended or made progress.
     progressed: u64,
-    /// Since when a response that was then reset had made no progress. Cleared by progress of another one. Without it,
-    /// a client that resets responses instead of reading them would get a new deadline with each request.
+    /// The time since which a response that was then reset had made no progress. Cleared by progress of another one.
+    /// Without it, a client that resets responses instead of reading them would get a new deadline with each request.
     unread: Option<u64>,
-    /// When a request arrived that was reset before its response began. Cleared when another one is answered.
+    /// When a request arrived that was reset before its response began. Cleared when another one gets a response.
     cancelled: Option<u64>,
 }
 
@@ -127,7 +127,7 @@ struct Request {
     received: usize,
 }
 
-/// What waits for the client, and since when.
+/// The state that waits for the client, and since when.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Waiting {
     /// The rest of a request head.
@@ -175,13 +175,14 @@ impl Requests {
         }
     }
 
-    /// Returns about how many bytes the requests occupy, without their complete heads.
+    /// Returns the approximate number of bytes that the requests use, without their complete heads.
     pub(super) fn held(&self) -> usize {
         let bodies = self.open.iter().map(|it| it.received).sum::<usize>();
         self.head_length + self.open.len() * REQUEST + bodies
     }
 
-    pub(super) fn sent(&mut self, event: Event, now: u64) {
+    /// `progress` is the number of bytes of a response, without its end, that count as progress.
+    pub(super) fn sent(&mut self, event: Event, now: u64, progress: u32) {
         let Event::Ended(frame) = event else { return };
         match frame.kind {
             HEADERS | DATA if frame.has(END_STREAM) => {
@@ -203,7 +204,7 @@ impl Requests {
                     }
                     Some(sent) => {
                         *sent = sent.saturating_add(frame.length);
-                        if *sent >= PROGRESS {
+                        if *sent >= progress {
                             *sent = 0;
                             request.since = now;
                             self.progressed = now;
@@ -217,7 +218,8 @@ impl Requests {
         }
     }
 
-    /// By either side: a client can make the server reset a stream by violating the protocol on it.
+    /// The stream was reset by either side: a client can make the server reset a stream by violating the protocol on
+    /// it.
     fn reset(&mut self, stream: u32) {
         let Some(index) = self.open.iter().position(|it| it.stream == stream) else {
             return;

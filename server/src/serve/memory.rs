@@ -1,7 +1,8 @@
-//! The memory that requests occupy on all connections that have not authenticated.
+//! The memory that requests use on all connections that have not authenticated.
 //!
-//! An estimate: the bytes of request heads and bodies received and possibly still held, and of responses that wait for
-//! the socket, plus a fixed amount per HTTP/2 request. Small amounts, such as most HTTP/1 requests, are ignored.
+//! This is an estimate: the bytes of request heads and bodies that were received and may still be in memory, and of
+//! responses that wait for the socket, plus a fixed amount per HTTP/2 request. Small amounts, such as most HTTP/1
+//! requests, are ignored.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -21,7 +22,7 @@ pub(super) struct Memory {
     limit: usize,
     limit_per_connection: usize,
     held: AtomicUsize,
-    /// Like `held`, with connections that were told to close: their handlers end a moment later.
+    /// Like `held`, including connections that were told to close: their handlers end a moment later.
     occupied: AtomicUsize,
 }
 
@@ -35,12 +36,12 @@ impl Memory {
         }
     }
 
-    /// Records that a connection that stays open held `before` bytes and now holds `now`.
+    /// Records that a connection that stays open used `before` bytes and now uses `now`.
     pub(super) fn change_held(&self, before: usize, now: usize) {
         change(&self.held, before, now);
     }
 
-    /// Records that a connection occupied `before` bytes and now occupies `now`.
+    /// Records that a connection used `before` bytes and now uses `now`.
     pub(super) fn change_occupied(&self, before: usize, now: usize) {
         change(&self.occupied, before, now);
     }
@@ -55,7 +56,7 @@ impl Memory {
         self.held.load(Ordering::Relaxed)
     }
 
-    /// Whether so much is still to be freed that nothing more should be read.
+    /// Whether so much memory is still to be freed that no more data should be read.
     pub(super) fn is_backlogged(&self) -> bool {
         self.occupied.load(Ordering::Relaxed) > self.limit / 4 * 5
     }
@@ -64,7 +65,7 @@ impl Memory {
         self.held.load(Ordering::Relaxed) > self.limit
     }
 
-    /// Whether more has to be freed. Leaves a margin, so that the next request does not start this again.
+    /// Whether more memory has to be freed. Leaves a margin, so that the next request does not start this again.
     pub(super) fn is_short(&self) -> bool {
         self.held.load(Ordering::Relaxed) > self.limit / 4 * 3
     }

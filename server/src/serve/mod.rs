@@ -1,9 +1,9 @@
 //! Accepts connections, enforces their deadlines and closes them.
 //!
 //! poem's server has no timeout for header fields, and hyper has none for the first bytes of a connection (which
-//! distinguish HTTP/1 from HTTP/2), for an idle HTTP/2 connection or for a client that does not read. Here each
+//! distinguish HTTP/1 from HTTP/2), for an idle HTTP/2 connection or for a client that does not read. Here, each
 //! connection has one timer. [`connection`] computes its current deadline, for HTTP/2 from the frames on the wire
-//! ([`http2`]). [`table`] limits the number of connections. Independent of what the endpoint does.
+//! ([`http2`]). [`table`] limits the number of connections. Does not depend on the endpoint.
 
 mod body;
 mod connection;
@@ -34,22 +34,19 @@ use tokio::{
     time::{self, timeout},
 };
 
+pub use self::settings::{Limits, ServeSettings, Timeouts};
 use self::{
     body::ResponseBody,
     connection::{Connection, Order, Phase},
     stream::WatchedStream,
     table::{Admitted, Slot, Table},
 };
-pub use self::{
-    settings::{ServeSettings, Timeouts},
-    table::Limits,
-};
-use crate::telemetry::metrics::ConnectionMetrics;
+use crate::{telemetry::metrics::ConnectionMetrics, tenant_places::HeldUntilSent};
 
 /// The maximum size of a request line with its header fields.
 const HEADER_BYTES: usize = 32 * 1024;
 const HEADER_FIELDS: usize = 100;
-/// Overhead per field, as HTTP/2 counts it (RFC 9113, section 6.5.2).
+/// Overhead per header field, as counted by HTTP/2 (RFC 9113, section 6.5.2).
 const FIELD: usize = 32;
 /// HTTP/2: bytes of request bodies that a client may send before they are read, per stream and per connection. A body
 /// of the default size limit fits; hyper's defaults would buffer 1 MiB per connection.
@@ -70,8 +67,9 @@ const GOODBYE: Duration = Duration::from_secs(5);
 
 /// An address that is reserved but does not accept connections yet.
 ///
-/// A server reserves its address before it starts, so that an occupied port is reported at once, and listens only when
-/// it can respond. Until then connections are refused, and load balancers try another server, also for a POST.
+/// A server reserves its address early during startup, so that an occupied port is reported immediately, and listens
+/// only when it can respond. Until then, connections are refused, and load balancers try another server, even for a
+/// POST.
 #[derive(Debug)]
 pub struct BoundSocket(TcpSocket);
 
@@ -93,7 +91,7 @@ pub fn bind(addr: SocketAddr) -> io::Result<BoundSocket> {
     } else {
         TcpSocket::new_v6()?
     };
-    // As every server does: allow a port that was closed a moment ago.
+    // Like all servers, allows a port that was closed a moment ago.
     socket.set_reuseaddr(true)?;
     socket.bind(addr)?;
     Ok(BoundSocket(socket))
@@ -133,7 +131,7 @@ pub async fn serve<E>(
                 if !std::mem::replace(&mut is_failing, true) {
                     tracing::warn!(
                         error = &error as &dyn std::error::Error,
-                        "connections cannot be accepted"
+                        "cannot accept connections"
                     );
                 }
                 table.close_spare();
@@ -190,8 +188,8 @@ fn builder() -> auto::Builder<TokioExecutor> {
     builder
 }
 
-/// Returns about how many bytes the head of an HTTP/2 request occupies. Heads of HTTP/1 requests are counted as they
-/// arrive.
+/// Returns the approximate number of bytes that the head of an HTTP/2 request uses. Heads of HTTP/1 requests are
+/// counted as they arrive.
 fn head_length<B>(connection: &Connection, request: &hyper::Request<B>) -> usize {
     if !connection.is_http2() {
         return 0;
@@ -214,7 +212,7 @@ struct Server<E> {
 /// Why the server closed a connection.
 enum End {
     TimedOut(Phase),
-    MadeRoom,
+    Ordered,
 }
 
 impl<E: Endpoint<Output = Response> + 'static> Server<E> {
@@ -245,11 +243,13 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
                         .map_or_else(LocalAddr::default, |addr| LocalAddr(Addr::SocketAddr(addr)));
                     let remote = RemoteAddr(Addr::SocketAddr(peer));
                     let request = (request, local, remote, Scheme::HTTP).into();
-                    let response =
+                    let mut response =
                         http::Response::from(server.endpoint.get_response(request).await);
+                    let held = response.extensions_mut().remove::<HeldUntilSent>();
                     Ok::<_, Infallible>(response.map(|body| ResponseBody {
                         body,
                         rest: Bytes::new(),
+                        _held: held,
                         _request: in_flight,
                     }))
                 }
@@ -258,15 +258,15 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
             self.builder
                 .serve_connection_with_upgrades(TokioIo::new(stream), service)
         );
-        // One timer for the lifetime of the connection. It is reset when it fires, or if a deadline is earlier: about
-        // once per deadline rather than twice per request.
+        // One timer for the lifetime of the connection. It is reset when it fires, or if a deadline becomes earlier:
+        // about once per deadline instead of twice per request.
         let mut alarm = pin!(time::sleep(self.timeouts.header));
         let mut is_finishing = false;
         let mut goodbye_until = None;
         let end = poll_fn(|context| {
-            connection.waker.register(context.waker());
+            connection.authenticated.register(context.waker());
             match connection.order() {
-                Order::Close => return Poll::Ready(Err(End::MadeRoom)),
+                Order::Close => return Poll::Ready(Err(End::Ordered)),
                 Order::Finish if !is_finishing => {
                     is_finishing = true;
                     served.as_mut().graceful_shutdown();
@@ -279,7 +279,7 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
                 }
                 let (phase, deadline) = connection.phase(&self.timeouts);
                 if is_finishing && phase == Phase::Idle && goodbye_until.is_none() {
-                    // hyper would wait indefinitely for the client to answer its ping.
+                    // hyper would wait indefinitely for the client to respond to its ping.
                     goodbye_until = Some(time::Instant::now() + GOODBYE);
                 }
                 let deadline = match phase {
@@ -305,7 +305,7 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
                     continue;
                 }
                 if phase == Phase::Idle && connection.is_http2() && goodbye_until.is_none() {
-                    // This informs a client that is about to send a request that the request was not processed.
+                    // This tells a client that is about to send a request that the request was not processed.
                     served.as_mut().graceful_shutdown();
                     goodbye_until = Some(time::Instant::now() + GOODBYE);
                     continue;
@@ -314,8 +314,8 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
             }
         });
         match end.await {
-            Ok(Ok(())) | Err(End::MadeRoom) => {}
-            // Clients that disconnect or do not speak HTTP are not an error of the server.
+            Ok(Ok(())) | Err(End::Ordered) => {}
+            // Clients that disconnect or do not use HTTP are not an error of the server.
             Ok(Err(error)) => tracing::debug!(error = %error, "a connection ended"),
             Err(End::TimedOut(phase)) => {
                 let count = match phase {

@@ -2,12 +2,13 @@
 
 use std::{sync::Arc, time::Duration};
 
-use super::table::Limits;
+use ipnet::IpNet;
+
 use crate::{file_limit, state::AppState, telemetry::metrics::ConnectionMetrics};
 
-/// The maximum number of connections to the metrics listener: a few scrapers, and a person.
+/// The maximum number of connections to the metrics listener: enough for a few scrapers and a person.
 const METRICS_CONNECTIONS: usize = 64;
-/// Bytes that requests may occupy on all connections that have not authenticated: enough for hundreds of the largest
+/// Bytes that requests may use on all connections that have not authenticated: enough for hundreds of the largest
 /// request heads, or thousands of typical ones.
 const MEMORY: usize = 8 * 1024 * 1024;
 /// The same per connection: enough for 32 concurrent typical requests over HTTP/2.
@@ -16,15 +17,32 @@ const METRICS_MEMORY: usize = 1024 * 1024;
 
 #[derive(Debug, Clone, Copy)]
 pub struct Timeouts {
-    /// From accepting the connection to the end of the first request head; for later ones, from their first byte.
+    /// From accepting the connection to the end of the first request head; for later requests, from the first byte of
+    /// the head.
     pub header: Duration,
     /// How long a connection may be idle between two requests. Longer than the idle timeout of proxies, so that the
-    /// proxy closes it: if the server closed it while a request is on its way, that request would fail.
+    /// proxy closes it: if the server closed it while a request was in transit, that request would fail.
     pub idle: Duration,
     /// How long a client may go without reading any of its response.
     pub write: Duration,
     /// For requests in flight when the server stops.
     pub drain: Duration,
+}
+
+/// Limits of a listener's connections.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    pub connections: usize,
+    /// Per address, or IPv6 /64, not counting those that have authenticated. Twice as many for a second. 0: no limit.
+    pub per_address: usize,
+    /// The same per IPv4 /24 or IPv6 /56. An IPv6 /48 may have twice as many.
+    pub per_network: usize,
+    /// Exempt from both, since many clients are behind each of these addresses.
+    pub trusted_proxies: Vec<IpNet>,
+    /// Bytes that all counted connections together may use for requests.
+    pub memory: usize,
+    /// The same per connection.
+    pub memory_per_connection: usize,
 }
 
 /// Settings of a listener.
@@ -48,7 +66,7 @@ impl ServeSettings {
         if connections < config.connections {
             tracing::warn!(
                 connections,
-                "the limit of open files (ulimit -n) allows fewer connections than QUOTA_CONNECTIONS"
+                "the open-file limit (ulimit -n) allows fewer connections than QUOTA_CONNECTIONS"
             );
         }
         Self {
@@ -80,7 +98,7 @@ impl ServeSettings {
             },
             limits: Limits {
                 connections: METRICS_CONNECTIONS,
-                // Scrapers have few addresses. One with many connections leaves some to the others.
+                // Scrapers have few addresses. One address with many connections leaves some for the others.
                 per_address: METRICS_CONNECTIONS / 2,
                 per_network: METRICS_CONNECTIONS / 4 * 3,
                 memory: METRICS_MEMORY,

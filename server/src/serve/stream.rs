@@ -86,11 +86,11 @@ impl AsyncRead for WatchedStream {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         if self.connection.order() == Order::Close {
-            // The connection's task may be busy reading everything the socket has.
+            // The connection's task may be busy reading all data from the socket.
             return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
         }
         if self.connection.should_pause() {
-            // Others go first, among them the handlers of connections that were just closed.
+            // Others go first, including the handlers of connections that were just closed.
             context.waker().wake_by_ref();
             return Poll::Pending;
         }

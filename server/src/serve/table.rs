@@ -8,17 +8,17 @@
 //! 3. one whose client has not read its response for a while, of the address with the most connections,
 //! 4. one that may be about to send its first request, unless its address has fewer connections than the new one's.
 //!
-//! Any other connection with a request in flight is never closed for another. So clients that send nothing or read
+//! Any other connection with a request in flight is never closed to make room. So clients that send nothing or read
 //! nothing cannot lock out others, no matter how many there are.
 //!
 //! Connections are counted per address, and with a higher limit per network, until a valid API key or service token was
 //! received on them: a gateway, or many clients behind one address, may have as many connections as the total allows.
 //! At the limit of an address or network, a new connection replaces its oldest silent connection, or the one that has
-//! been idle longest. A connection is not closed for that during its first second, in which its request may be on its
-//! way; instead the address may have twice its limit for that second.
+//! been idle longest. A connection is not closed for this reason during its first second, in which its request may be
+//! in transit; instead, the address may have twice its limit during that second.
 //!
-//! The memory that counted connections hold is limited in total. Above that limit, the connections that hold most are
-//! closed, of the address that holds most.
+//! The memory used by counted connections is limited in total. Above that limit, the connections that use the most
+//! memory are closed, of the address that uses the most.
 
 mod group;
 
@@ -41,41 +41,26 @@ use self::group::{Group, Width, networks};
 use super::{
     connection::{Connection, Order},
     memory::Memory,
+    settings::Limits,
 };
 use crate::telemetry::metrics::{ConnectionLimit, ConnectionMetrics};
 
-/// How long a connection must have been idle to be closed for another.
+/// How long a connection must have been idle before it can be closed to make room.
 const IDLE_ENOUGH: Duration = Duration::from_secs(1);
-/// How long a client must not have read its response for its connection to be closed for another.
+/// How long a client must have stopped reading its response before its connection can be closed to make room.
 const STALLED_ENOUGH: Duration = Duration::from_secs(1);
-/// A younger connection is not closed at the limit of its address, since its request may be on its way.
+/// A younger connection is not closed at the limit of its address, since its request may be in transit.
 const YOUNG: Duration = Duration::from_secs(1);
-/// How many of the oldest connections without a request are compared by the number of connections of their address.
+/// The number of oldest connections without a request whose addresses are compared by number of connections.
 const WAITING_SEARCH: usize = 16;
-/// An address is light next to one that has this many times its connections.
+/// An address counts as light compared with one that has this many times its connections.
 const LIGHT: usize = 4;
 /// Time between two searches for idle and stalled connections, which check all connections.
 const SEARCH_EVERY: Duration = Duration::from_millis(100);
 /// One search finds at most this fraction of all connections.
 const SEARCH_PART: usize = 4;
-/// How many times the connections of an IPv6 /56 a /48 may have. A site may have either.
+/// The number of connections that an IPv6 /48 may have, as a multiple of those of a /56. A site may have either.
 const SITE: usize = 2;
-
-/// Limits of a listener's connections.
-#[derive(Debug, Clone)]
-pub struct Limits {
-    pub connections: usize,
-    /// Per address, or IPv6 /64, not counting those that have authenticated. Twice as many for a second. 0: no limit.
-    pub per_address: usize,
-    /// The same per IPv4 /24 or IPv6 /56. An IPv6 /48 may have twice as many.
-    pub per_network: usize,
-    /// Exempt from both, since many clients are behind each of these addresses.
-    pub trusted_proxies: Vec<IpNet>,
-    /// Bytes that all counted connections together may hold for requests.
-    pub memory: usize,
-    /// The same per connection.
-    pub memory_per_connection: usize,
-}
 
 #[derive(Debug)]
 pub(super) struct Table {
@@ -98,7 +83,7 @@ struct Open {
     waiting: BTreeSet<u64>,
     /// Connections that the last search found, to be closed from the end.
     spare: Vec<u64>,
-    /// The same, of those whose client has not taken a response for a moment only.
+    /// The same, for connections whose client stopped reading its response only a moment ago.
     just_stalled: Vec<u64>,
     searched_at: Option<Instant>,
 }
@@ -112,7 +97,7 @@ struct Entry {
 }
 
 impl Entry {
-    /// Returns since when it has been idle, if long enough to close it for another.
+    /// Returns since when it has been idle, if that is long enough to close it to make room.
     fn idle(&self, now: Instant) -> Option<Instant> {
         let since = self.connection.idle_since().filter(|_| !self.is_proxy)?;
         (now.saturating_duration_since(since) >= IDLE_ENOUGH).then_some(since)
@@ -156,8 +141,8 @@ impl Open {
             .map_or(0, |group| group.counted.len())
     }
 
-    /// Finds up to `most` that can be closed for others: those that have been idle longest, then the stalled ones of
-    /// the addresses that have most.
+    /// Finds up to `most` connections that can be closed to make room: those that have been idle the longest, then the
+    /// stalled ones of the addresses that have the most.
     fn search(&mut self, now: Instant, most: usize) {
         let mut found = Vec::new();
         let mut just_stalled = Vec::new();
@@ -279,7 +264,7 @@ impl Table {
         }
     }
 
-    /// Whether an address or network may have one more connection. Closes one of its others if necessary.
+    /// Whether an address or network may have one more connection. Closes one of its other connections if necessary.
     fn make_room_in(&self, open: &mut Open, width: Width, network: IpNet) -> bool {
         let limit = self.limit(width);
         let has_room = |open: &Open| {
@@ -328,8 +313,8 @@ impl Table {
         }
     }
 
-    /// Closes a connection for another of `newcomer`. An address with few connections does not lose one to an address
-    /// with many.
+    /// Closes a connection to make room for one from `newcomer`. An address with few connections does not lose one to
+    /// an address with many.
     fn make_room(&self, open: &mut Open, newcomer: Option<IpAddr>) -> bool {
         let now = Instant::now();
         let waiting = open
@@ -359,9 +344,9 @@ impl Table {
         }
     }
 
-    /// One that is idle, or whose client does not take a response. For a newcomer of a light address a client of a
-    /// heavy one need not have done so for long: else the clients of that one, which come back at once, would take
-    /// every place that becomes free.
+    /// Finds a connection that is idle, or whose client has stopped reading its response. If the newcomer's address is
+    /// light, a client of a heavy address can be closed sooner after it stops reading. Otherwise, the heavy address's
+    /// clients, which reconnect immediately, would take every slot that becomes free.
     fn spare(&self, open: &mut Open, now: Instant, newcomer: Option<IpAddr>) -> Option<u64> {
         let is_searched = open
             .searched_at
@@ -382,7 +367,7 @@ impl Table {
                 continue;
             };
             if open.weight(entry.counted_at) < heavy {
-                // No other one has more.
+                // No other address has more.
                 open.just_stalled.push(id);
                 break;
             }
@@ -393,7 +378,7 @@ impl Table {
         None
     }
 
-    /// Closes connections above the limit per connection; and above the total limit, those that hold most.
+    /// Closes connections above the limit per connection, and, above the total limit, those that use the most memory.
     pub(super) fn free_memory(&self) {
         let mut open = self.open.lock();
         let mut of_address = HashMap::<IpNet, usize>::new();
@@ -424,7 +409,7 @@ impl Table {
         }
     }
 
-    /// Whether much memory of closed connections is still to be freed.
+    /// Whether much memory of closed connections has not been freed yet.
     pub(super) fn is_backlogged(&self) -> bool {
         self.memory.is_backlogged()
     }

@@ -1,3 +1,4 @@
+use futures_util::stream;
 use poem::{EndpointExt, endpoint::make};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -5,6 +6,7 @@ use tokio::{
 };
 
 use super::*;
+use crate::authenticated::Authenticated;
 
 const HEADER: Duration = Duration::from_millis(300);
 const IDLE: Duration = Duration::from_millis(900);
@@ -19,8 +21,18 @@ async fn endpoint(request: poem::Request) -> poem::Body {
         "/large" => vec![b'x'; LARGE].into(),
         "/medium" => vec![b'x'; MEDIUM].into(),
         "/never" => std::future::pending().await,
+        "/events" => quiet_events(request.data().expect("an HTTP/2 connection")),
         _ => "here".into(),
     }
+}
+
+/// An occasional comment, as in an idle event stream.
+fn quiet_events(connection: &Authenticated) -> poem::Body {
+    let endless = connection.begin_endless_response();
+    poem::Body::from_bytes_stream(stream::unfold(endless, async |endless| {
+        time::sleep(WRITE / 3).await;
+        Some((Ok::<_, io::Error>(Bytes::from_static(b":\n\n")), endless))
+    }))
 }
 
 async fn connect() -> TcpStream {
@@ -68,7 +80,7 @@ async fn ask(stream: &mut TcpStream) {
     }
 }
 
-/// How long until the server ends the connection.
+/// The time until the server closes the connection.
 async fn ended_after(stream: &mut TcpStream) -> Duration {
     let began = time::Instant::now();
     let mut rest = Vec::new();
@@ -95,7 +107,7 @@ async fn slow_header_fields_close_the_connection() {
     assert!(ended >= HEADER * 9 / 10, "{ended:?}");
 }
 
-/// Also when the alarm still stood at an earlier request's deadline.
+/// Even if the timer was still set to the deadline of an earlier request.
 #[tokio::test]
 async fn every_request_gets_the_full_header_timeout() {
     let mut stream = connect().await;
@@ -123,7 +135,7 @@ async fn connection_that_sends_nothing_is_closed() {
     assert!(ended >= HEADER * 9 / 10, "{ended:?}");
 }
 
-/// One byte that HTTP/1 and HTTP/2 have in common, then a byte now and then.
+/// One byte that HTTP/1 and HTTP/2 have in common, then a byte occasionally.
 #[tokio::test]
 async fn slow_first_request_is_closed_for_any_protocol() {
     for (first, rest) in [
@@ -190,7 +202,7 @@ async fn client_that_reads_slowly_gets_its_whole_response() {
     assert!(began.elapsed() > WRITE, "{:?}", began.elapsed());
 }
 
-/// Just enough of HTTP/2, by hand: a client that follows the rules could not misbehave.
+/// A minimal hand-written HTTP/2 client, since a client that follows the protocol could not misbehave.
 mod http2 {
     use super::*;
 
@@ -224,7 +236,7 @@ mod http2 {
         frame(HEADERS, 0x5, stream, &head)
     }
 
-    /// Settings with this window for each response.
+    /// Settings with this window size for each response.
     fn window(size: u32) -> Vec<u8> {
         [&[0, 4], &size.to_be_bytes()[..]].concat()
     }
@@ -233,7 +245,8 @@ mod http2 {
         [PREFACE, &frame(SETTINGS, 0, 0, settings)].concat()
     }
 
-    /// Answers pings until the server closes; returns after how long, and the types of the frames it sent.
+    /// Responds to pings until the server closes the connection; returns how long that took, and the types of the
+    /// frames it sent.
     async fn until_closed(stream: &mut TcpStream) -> (Duration, Vec<u8>) {
         let began = time::Instant::now();
         let mut kinds = Vec::new();
@@ -315,7 +328,7 @@ mod http2 {
         assert!(began.elapsed() < GOODBYE * 2, "{:?}", began.elapsed());
     }
 
-    /// The socket stays writable and pings are answered: only the response does not move.
+    /// The socket remains writable and pings get responses: only the response makes no progress.
     #[tokio::test]
     async fn client_that_opens_no_window_is_closed() {
         let mut stream = connect().await;
@@ -332,7 +345,7 @@ mod http2 {
         );
     }
 
-    /// Sends a new request every now and then, and cancels the one before. Returns how long the server allows that.
+    /// Periodically sends a new request and cancels the previous one. Returns how long the server allows that.
     async fn cancel_unread_responses(size: u32, path: &str) -> Duration {
         let (mut reader, mut writer) = connect().await.into_split();
         let began = time::Instant::now();
@@ -373,7 +386,7 @@ mod http2 {
         }
     }
 
-    /// h2 takes such a body at once, and hyper is done with it.
+    /// h2 takes such a body immediately, and hyper is done with it.
     #[tokio::test]
     async fn client_that_reads_one_byte_of_a_small_response_is_closed() {
         let mut stream = connect().await;
@@ -419,7 +432,7 @@ mod http2 {
         opening.abort();
     }
 
-    /// Canceling alone does not end a connection that reads what it does not cancel.
+    /// Canceling requests does not end a connection that reads the responses it does not cancel.
     #[tokio::test]
     async fn client_that_cancels_some_requests_and_reads_others_stays_connected() {
         let mut stream = connect().await;
@@ -451,5 +464,48 @@ mod http2 {
         until_closed(&mut stream).await;
         let ended = began.elapsed();
         assert!((HEADER * 9 / 10..IDLE).contains(&ended), "{ended:?}");
+    }
+
+    #[tokio::test]
+    async fn quiet_event_stream_that_is_read_outlives_every_deadline() {
+        let mut stream = connect().await;
+        let request = [hello(&[]), get_path(1, "/events")].concat();
+        stream.write_all(&request).await.unwrap();
+        let mut events = 0;
+        let reading = async {
+            loop {
+                let mut head = [0; 9];
+                stream.read_exact(&mut head).await.expect("it is open");
+                let mut payload = vec![0; usize::from(u16::from_be_bytes([head[1], head[2]]))];
+                stream.read_exact(&mut payload).await.expect("it is open");
+                events += usize::from(head[3] == DATA);
+            }
+        };
+        assert!(timeout(WRITE * 5, reading).await.is_err());
+        assert!(events >= 8, "{events}");
+    }
+
+    #[tokio::test]
+    async fn event_stream_that_is_not_read_is_closed() {
+        // Nothing is read, or only the first two events.
+        for size in [0, 6] {
+            let mut stream = connect().await;
+            let request = [hello(&window(size)), get_path(1, "/events")].concat();
+            stream.write_all(&request).await.unwrap();
+            let (ended, kinds) = until_closed(&mut stream).await;
+            assert!(ended >= WRITE * 9 / 10, "{size}: {ended:?}");
+            assert!(kinds.contains(&HEADERS), "{size}: {kinds:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn event_stream_does_not_extend_the_deadline_of_another_response() {
+        let mut stream = connect().await;
+        let open = frame(WINDOW_UPDATE, 0, 1, &60_000_u32.to_be_bytes());
+        let requests = [hello(&window(0)), get_path(1, "/events"), open, get(3)].concat();
+        stream.write_all(&requests).await.unwrap();
+        let (ended, kinds) = until_closed(&mut stream).await;
+        assert!((WRITE * 9 / 10..WRITE * 4).contains(&ended), "{ended:?}");
+        assert!(kinds.contains(&DATA), "events arrived: {kinds:?}");
     }
 }

@@ -1,8 +1,8 @@
 //! The log: lines on standard output, as JSON or text.
 //!
 //! Only the log thread writes to standard output. Everything else appends to a bounded buffer, so a blocked reader (a
-//! paused terminal, a stuck log collector) delays no request. Lines that do not fit are dropped and counted. Once
-//! output is possible again, a line reports how many.
+//! paused terminal, a stuck log collector) does not delay requests. Lines that do not fit are dropped and counted. Once
+//! output is possible again, a line reports how many were dropped.
 
 use std::{
     borrow::Cow,
@@ -24,11 +24,11 @@ use crate::{clock::UnixNanos, config::LogFormat};
 /// Access log lines are written together, after this time or this many bytes.
 const FLUSH_EVERY: Duration = Duration::from_millis(50);
 const FLUSH_AT: usize = 64 * 1024;
-/// The maximum number of bytes that wait for standard output. Further access log lines are dropped.
+/// The maximum number of bytes waiting for standard output. Additional access log lines are dropped.
 const MAX_WAITING: usize = 4 * 1024 * 1024;
 /// The same including other events, so that a flood of requests does not displace them.
 const MAX_WAITING_EVENTS: usize = MAX_WAITING + 1024 * 1024;
-/// How long the process waits at its end for the last lines to be written.
+/// How long the process waits on exit for the last lines to be written.
 const STOP_WITHIN: Duration = Duration::from_secs(1);
 /// The maximum length of a path in a line, in bytes. Over HTTP/2, a client can send a long path in a single byte.
 const MAX_PATH: usize = 256;
@@ -38,7 +38,7 @@ const MAX_METHOD: usize = 32;
 /// The target of access log lines, for `RUST_LOG`.
 pub const ACCESS: &str = "quota_server::access";
 
-/// One finished request.
+/// A completed request.
 #[derive(Debug)]
 pub struct AccessLine<'a> {
     pub at: UnixNanos,
@@ -67,7 +67,7 @@ fn shorten(text: &str, max: usize) -> Cow<'_, str> {
 }
 
 impl AccessLine<'_> {
-    /// Formatted by hand, since every request pays for it. `second` is the time without its fraction.
+    /// Formatted by hand, because it is done for every request. `second` is the time without its fraction.
     fn json(&self, second: &str, out: &mut Vec<u8>) -> io::Result<()> {
         let mut number = itoa::Buffer::new();
         let mut text = |parts: &[&str]| {
@@ -82,7 +82,7 @@ impl AccessLine<'_> {
             "Z\",\"level\":\"INFO\",\"target\":\"",
             ACCESS,
         ]);
-        // IDs and methods are tokens and need no escaping. A path may contain quotes.
+        // IDs and methods are tokens that need no escaping. A path may contain quotes.
         text(&[
             "\",\"request_id\":\"",
             self.request_id,
@@ -147,7 +147,7 @@ impl AccessLine<'_> {
     }
 }
 
-/// Standard output behind a buffer. Cheap to clone.
+/// Standard output with a buffer. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Log {
     state: Arc<LogState>,
@@ -254,7 +254,7 @@ impl Log {
         }
     }
 
-    /// Queues an event after the lines that already wait. Does not block on output.
+    /// Queues an event after the waiting lines. Does not block on output.
     fn event(&self, line: &[u8]) {
         let mut buffer = self.state.buffer.lock();
         if buffer.bytes.len() + line.len() > MAX_WAITING_EVENTS {
@@ -266,7 +266,7 @@ impl Log {
         self.state.write.notify_one();
     }
 
-    /// Writes what is left, for at most a second. Call last.
+    /// Writes the remaining lines, for at most a second. Call last.
     pub fn stop(&self) {
         let mut buffer = self.state.buffer.lock();
         buffer.stopped = true;
@@ -302,7 +302,7 @@ impl LogState {
                 let _ = out.flush();
             }
             spare.clear();
-            // It grows while output is blocked.
+            // The buffer grows while output is blocked.
             spare.shrink_to(2 * FLUSH_AT);
             if is_last {
                 self.buffer.lock().all_written = true;

@@ -1,6 +1,6 @@
-//! Metrics: names, descriptions and the Prometheus text.
+//! Metrics: names, descriptions and the OpenMetrics text.
 //!
-//! A counter or gauge without labels is one line in the list below. Its field's documentation is its description.
+//! A counter or gauge without labels is one line in the list below. The documentation of its field is its description.
 
 mod connections;
 mod latency;
@@ -58,44 +58,61 @@ macro_rules! metrics {
 metrics! {
     allowed: Counter, "decisions_allowed", "Requests allowed by the limiter";
     denied: Counter, "decisions_denied", "Requests denied by the limiter";
-    limiter_errors: Counter, "decision_errors", "Requests without a decision, answered with 503";
+    limiter_errors: Counter, "decision_errors", "Requests that got 503 because no decision could be made";
     refused_keys: Counter, "keys_refused", "Requests with an invalid, disabled or expired key";
+    payment_required: Counter, "payment_required",
+        "Requests with a key on a paid plan whose tenant has no active subscription";
+    billing_events: Counter, "billing_events", "Webhooks from Stripe that were stored";
+    billing_signatures_bad: Counter, "billing_signatures_bad",
+        "Webhooks that were rejected because of their signature";
+    billing_errors: Counter, "billing_errors", "Reads of subscriptions from Stripe that failed; they are retried";
+    billing_events_failed: Counter, "billing_events_failed",
+        "Webhooks from Stripe that could not be processed and were abandoned";
+    billing_reports: Counter, "billing_reports", "Usage reports that Stripe has, or that need not be sent";
+    billing_usage_difference: Gauge, "billing_usage_difference",
+        "Difference between reports and Stripe's totals in yesterday's usage (UTC), summed over customers";
+    billing_usage_lost: Gauge, "billing_usage_lost",
+        "Usage of the last 40 days that should have been charged but will not be";
+    billing_usage_oldest: Gauge, "billing_usage_oldest_pending_seconds",
+        "Age of the oldest usage report that Stripe does not have yet; 0 if there is none";
+    billing_reconciled_at: Gauge, "billing_reconciled_at_seconds",
+        "Unix time of the last comparison of reports with Stripe's totals";
     keys_malformed: Counter, "keys_malformed",
-        "Requests with a key of the wrong format or checksum, rejected without a look-up";
-    key_cache_hits: Counter, "key_cache_hits", "Key look-ups answered from memory";
+        "Requests with a key that has an invalid format or checksum, rejected without a lookup";
+    key_cache_hits: Counter, "key_cache_hits", "Key lookups served from memory";
     key_cache_negative_hits: Counter, "key_cache_negative_hits",
-        "Look-ups of keys that are known not to exist, answered from memory";
-    key_shared_hits: Counter, "key_shared_hits", "Key look-ups answered from Redis";
+        "Lookups of keys that are known not to exist, served from memory";
+    key_shared_hits: Counter, "key_shared_hits", "Key lookups served from Redis";
     key_shared_negative_hits: Counter, "key_shared_negative_hits",
-        "Look-ups of keys that are known not to exist, answered from Redis";
-    key_shared_misses: Counter, "key_shared_misses", "Key look-ups that found nothing in Redis";
+        "Lookups of keys that are known not to exist, served from Redis";
+    key_shared_misses: Counter, "key_shared_misses", "Key lookups that found nothing in Redis";
     key_shared_outdated: Counter, "key_shared_outdated",
-        "Key look-ups that found a record in Redis from before a change";
+        "Key lookups that found an outdated record in Redis";
     key_shared_unreadable: Counter, "key_shared_unreadable",
-        "Key look-ups that found a record in Redis that was not sealed with this installation's secret";
+        "Key lookups that found a record in Redis that was not sealed with this installation's secret";
     key_shared_errors: Counter, "key_shared_errors", "Reads and writes of key records in Redis that failed";
-    key_loads: Counter, "key_loads", "Key look-ups in PostgreSQL";
+    key_loads: Counter, "key_loads", "Key lookups in PostgreSQL";
     key_stale_served: Counter, "key_stale_served",
-        "Key look-ups answered with a record that could not be confirmed";
+        "Key lookups served with a record that could not be confirmed";
     ledger_takes: Counter, "ledger_takes", "Blocks of calendar quotas taken";
     ledger_errors: Counter, "ledger_errors", "Calls to the quota ledger that failed";
     counter_calls: Counter, "counter_calls", "Calls to the shared counters";
     counter_errors: Counter, "counter_errors", "Calls to the shared counters that failed or were late";
     counter_outages: Counter, "counter_outages", "Outages of the shared counters";
     lease_tokens_taken: Counter, "lease_tokens_taken", "Tokens taken from the shared counters";
-    lease_tokens_spent: Counter, "lease_tokens_spent", "Taken tokens that requests spent";
+    lease_tokens_spent: Counter, "lease_tokens_spent", "Leased tokens spent by requests";
     lease_tokens_returned: Counter, "lease_tokens_returned",
-        "Taken tokens that were returned unspent; late returns may not be credited";
+        "Leased tokens that were returned unspent; late returns may not be credited";
     lease_tokens_lost: Counter, "lease_tokens_lost",
-        "Taken tokens that could not be returned to the shared counters";
+        "Leased tokens that could not be returned to the shared counters";
     admitted_degraded: Counter, "admitted_degraded", "Requests allowed without the shared counters";
-    counters_away: Gauge, "counters_away",
+    counters_away: Gauge, "counter_partitions_unavailable",
         "Partitions of the shared counters with an outage; a single Redis is one partition";
-    replicas: Gauge, "replicas", "Replicas, as this one counts them; 0 without Redis";
-    guard_refusals: Counter, "guard_refusals", "Requests rejected by a limit for addresses or accounts";
+    replicas: Gauge, "replicas", "Number of replicas as seen by this one; 0 without Redis";
+    guard_refusals: Counter, "guard_refusals", "Requests rejected by a limit per address or account";
     logins_failed: Counter, "logins_failed", "Sign-ins with a wrong email or password";
     password_queue_full: Counter, "password_queue_full",
-        "Requests answered with 503 because too many passwords were being hashed";
+        "Requests that got 503 because too many passwords were being hashed";
     requests_in_flight: Gauge, "requests_in_flight", "Requests in flight";
     panics: Counter, "panics", "Handlers that panicked";
     log_lines_dropped: Counter, "log_lines_dropped",
@@ -120,46 +137,49 @@ metrics! {
     redis_calls_without_connection: Counter, "redis_calls_without_connection",
         "Calls to Redis that failed because there was no connection";
     redis_calls_late: Counter, "redis_calls_late", "Calls to Redis that timed out";
-    redis_calls_failed: Counter, "redis_calls_failed", "Calls to Redis that failed for another reason";
+    redis_calls_failed: Counter, "redis_calls_failed",
+        "Calls to Redis that failed for reasons other than a timeout or a missing connection";
     lookups_refused: Counter, "lookups_refused",
-        "Look-ups of unknown keys and tokens answered with 503 because too many were in progress";
+        "Lookups of unknown keys and tokens that got 503 because too many were in progress";
     database_suspected: Counter, "database_suspected", "Times that PostgreSQL was suspected to be unreachable";
     readiness_checks: Counter, "readiness_checks", "Readiness checks that queried PostgreSQL";
     sweep_errors: Counter, "sweep_errors", "Batches of expired rows that could not be deleted";
     decisions_not_streamed: Counter, "decisions_not_streamed",
-        "Decisions that streams skipped because there were more than can be sent";
+        "Decisions that streams skipped because they arrived faster than they could be sent";
     usage_log_rollup_difference: Gauge, "usage_log_rollup_difference",
-        "Requests of yesterday (UTC) by which the log and its rollups differ, summed over tenants";
+        "Difference between the log and its rollups in yesterday's requests (UTC), summed over tenants";
     usage_ledger_excess: Gauge, "usage_ledger_excess",
-        "Cost that the quota ledger counted beyond recorded usage, in windows that ended the day before";
+        "Cost in the quota ledger in excess of recorded usage, for windows that ended the previous day";
     usage_rollup_excess: Gauge, "usage_rollup_excess",
-        "Cost that was recorded beyond what the quota ledger counted, in windows that ended the day before";
+        "Recorded cost in excess of the quota ledger, for windows that ended the previous day";
     usage_reconciled_at: Gauge, "usage_reconciled_at_seconds",
         "Unix time of the last comparison of log, rollups and quota ledger on this server";
     usage_partition_errors: Counter, "usage_partition_errors",
-        "Times that partitions of usage could not be created or dropped";
+        "Times that usage partitions could not be created or dropped";
     usage_records_shipped: Counter, "usage_records_shipped", "Usage records written to PostgreSQL";
     usage_records_replayed: Counter, "usage_records_replayed",
-        "Usage records written to PostgreSQL that stopped replicas had left behind";
+        "Usage records left behind by stopped replicas and written to PostgreSQL";
     usage_records_damaged: Counter, "usage_records_damaged",
         "Places in segments where a record was expected but could not be read";
     usage_segments_refused: Counter, "usage_segments_refused",
         "Segments that are older than the usage log and were not shipped";
     usage_refused_decisions: Counter, "usage_refused_decisions",
-        "Requests answered with 503 because usage could not be recorded";
+        "Requests that got 503 because usage could not be recorded";
+    usage_denials_unrecorded: Counter, "usage_denials_unrecorded",
+        "Denials that were not recorded because the usage backlog was more than half full and their tenant had many";
     usage_ship_errors: Counter, "usage_ship_errors", "Batches of usage records that PostgreSQL did not accept";
     usage_sync_errors: Counter, "usage_sync_errors",
         "Usage records that could not be written to disk in time for their responses";
     usage_endpoints_folded: Counter, "usage_endpoints_folded",
-        "Usage records counted under `other`, above the limit of endpoints";
+        "Usage records counted under `other` because the limit of endpoints was reached";
     usage_backlog_records: Gauge, "usage_backlog_records",
         "Usage records that this process has not written to PostgreSQL yet";
     usage_backlog_bytes: Gauge, "usage_backlog_bytes",
         "Bytes of usage records that this process has not written to PostgreSQL yet";
     usage_unrecordable: Gauge, "usage_unrecordable",
-        "Whether usage cannot be recorded now, so that decisions are answered with 503";
+        "1 while usage cannot be recorded and decisions get 503, otherwise 0";
     usage_oldest_seconds: Gauge, "usage_oldest_record_timestamp_seconds",
-        "Time of the oldest record of the backlog; 0 if there is none";
+        "Time of the oldest record in the backlog; 0 if there is none";
 }
 
 /// Responses by status code.
@@ -185,14 +205,14 @@ impl Metrics {
         *self.swept.lock().entry(kind).or_default() += rows;
     }
 
-    /// Returns all metrics as Prometheus text (OpenMetrics 1.0).
+    /// Returns all metrics as OpenMetrics text (version 1.0).
     pub fn text(&self) -> String {
         let mut registry = Registry::with_prefix("quota");
         let version = Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
         registry.register("build", "The running version", version);
         self.register(&mut registry);
         let mut text = String::with_capacity(8192);
-        // The end marker goes last, below.
+        // The end marker is added last, below.
         if encode(&mut text, &registry).is_ok() {
             text.truncate(text.trim_end().trim_end_matches("# EOF").len());
         }

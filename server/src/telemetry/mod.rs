@@ -1,9 +1,9 @@
-//! What the server reports to its operator: logs and metrics.
+//! Information for the operator: logs and metrics.
 //!
-//! Logs are lines on standard output. [`log::Log::access`] formats the line of a request straight into a buffer, since
-//! these are most of what a busy server logs; everything else goes through `tracing`. Metrics are plain atomics in
-//! [`metrics::Metrics`], formatted when scraped. Neither may delay a request or contain a key, token, password or
-//! email.
+//! Logs are lines on standard output. [`log::Log::access`] formats the line of a request directly into a buffer,
+//! because these are most of the lines that a busy server logs; everything else goes through `tracing`. Metrics are
+//! plain atomics in [`metrics::Metrics`], formatted when scraped. Neither may delay a request or contain a key, token,
+//! password or email.
 
 pub mod log;
 pub mod metrics;

@@ -1,4 +1,4 @@
-//! IDs of requests that arrive without one: UUIDs of version 7.
+//! IDs for requests without one: version 7 UUIDs.
 
 use std::{
     hash::{BuildHasher, RandomState},
@@ -13,7 +13,7 @@ use crate::clock::UnixNanos;
 /// random numbers from the system would cost more than everything else.
 #[derive(Debug)]
 pub struct RequestIds {
-    /// Where this process starts counting.
+    /// The starting point of this process's counter.
     start: u64,
     count: AtomicU64,
 }

@@ -1,5 +1,6 @@
-//! Who is admitted under load: keys in use after their plan was changed, keys that are not in memory yet, and
-//! connections from one address. Each also while a stranger requests keys that do not exist.
+//! Which requests are admitted under load: keys in use after their plan was changed, keys that are not in memory yet,
+//! and connections from one address. Each test is repeated while an unauthenticated client requests keys that do not
+//! exist.
 
 use std::{
     net::{IpAddr, Ipv4Addr},
@@ -24,7 +25,7 @@ use crate::{
     support::app::{Account, Key, TestApp},
 };
 
-/// A remote PostgreSQL: a round trip takes twice as long.
+/// A remote PostgreSQL with this latency in each direction.
 const FAR: Fault = Fault::Delay(Duration::from_millis(15));
 const AT_MOST: Duration = Duration::from_secs(10);
 
@@ -153,7 +154,7 @@ async fn starting_replica_serves_many_keys_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn look_ups_of_invented_keys_do_not_starve_others() {
+async fn lookups_of_invented_keys_do_not_starve_others() {
     const KEYS: usize = 40;
     let world = world(KEYS, 20).await;
     let service_token = world.app.service_token(&world.account).await;
@@ -209,7 +210,7 @@ async fn gateway_may_have_more_connections_than_the_limit_per_address() {
     let plan = app.plan(&account, json!({"default_rpm": 60_000})).await;
     let key = app.key(&account, &plan).await;
 
-    // All at once, each with a request right after connecting.
+    // All at the same time, each with a request immediately after connecting.
     let mut gateway = join_all((0..LIMIT * 3 / 2).map(|_| connect_from(1, &app))).await;
     let asked = gateway
         .iter_mut()

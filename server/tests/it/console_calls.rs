@@ -1,5 +1,5 @@
-//! Every call of the console against the OpenAPI document: the operation exists, accepts the parameters and the body,
-//! and returns what the console reads.
+//! Checks every call of the console against the OpenAPI document: the operation exists, accepts the parameters and the
+//! body, and returns what the console reads.
 
 use std::{collections::BTreeSet, mem::discriminant};
 
@@ -10,6 +10,7 @@ use quota_common::{
     auth::{ChangePassword, Login, Register, UpdateMe},
     call::{AuditFilter, Call, DecisionFilter, KeyFilter, PageOf, Sent, UsageFilter},
     decision::DecisionOutcome,
+    field::Metadata,
     limit::PolicyName,
     page::{ApiKeyOrder, PlanOrder},
     plan::{Billing, CreatePlan, OnRedisFailure, UpdatePlan},
@@ -134,6 +135,8 @@ fn samples() -> Vec<Call> {
             plan_id: plan,
             expires_at: Some(at),
             rpm_override: Some(1.into()),
+            external_id: Some("A".into()),
+            metadata: Some(Metadata::default()),
         }),
         Call::UpdateApiKey(
             key,
@@ -143,6 +146,8 @@ fn samples() -> Vec<Call> {
                 is_active: Some(true),
                 expires_at: Some(None),
                 rpm_override: Some(None),
+                external_id: Some(None),
+                metadata: Some(Metadata::default()),
             },
         ),
         Call::RotateApiKey(
@@ -247,7 +252,8 @@ fn every_console_call_matches_the_document() {
             None => assert!(schema.is_null(), "{what} wants a body"),
             Some(body) => {
                 assert!(schema.is_object(), "{what} takes no body");
-                let wrong = faults(schema, body);
+                let body = serde_json::from_str(body).expect("JSON");
+                let wrong = faults(schema, &body);
                 assert_eq!(wrong, Vec::<String>::new(), "{what} with {body}");
             }
         }

@@ -1,4 +1,4 @@
-//! `quota doctor` reports what works and what does not, and never a password.
+//! `quota doctor` reports what works and what does not, and never prints a password.
 
 use std::{fs, net::SocketAddr, path::Path, process::Command, sync::Arc};
 
@@ -170,12 +170,24 @@ async fn unreachable_or_foreign_redis_fails_the_check_and_no_password_is_shown()
 async fn master_behind_sentinel_is_checked() {
     let database = database().await;
     let group = SentinelGroup::start().await;
-    doctor(&database, &[("REDIS_URL", &group.url())])
+    let url = group.url();
+    let redis = ("REDIS_URL", url.as_str());
+    doctor(&database, &[redis])
         .await
         .says("redis: sentinel: the master of main, by sentinels ")
         .says(&format!("{}: Redis ", group.servers[0].addr()))
         .says("min-replicas-to-write is 0")
         .succeeds();
+    let master = &group.servers[0];
+    master.command("CONFIG SET min-replicas-to-write 1").await;
+    doctor(&database, &[redis])
+        .await
+        .says("min-replicas-max-lag is 10: a master that is cut off keeps counting for 10 seconds")
+        .succeeds();
+    master.command("CONFIG SET min-replicas-max-lag 1").await;
+    let output = doctor(&database, &[redis]).await;
+    output.succeeds();
+    assert!(!output.text.contains("min-replicas"), "{}", output.text);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -199,7 +211,7 @@ async fn nodes_of_a_cluster_are_checked() {
         .succeeds();
 }
 
-/// Writes a certificate and its own certificate authority.
+/// Writes a certificate, and the certificate authority that issued it.
 fn certificate(dir: &Path) {
     let mut authority = CertificateParams::new(Vec::new()).expect("no names");
     authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);

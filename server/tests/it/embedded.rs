@@ -1,5 +1,5 @@
-//! The embedded PostgreSQL: it starts from nothing, keeps its data, recovers from crashes, and never outlives the
-//! server.
+//! The embedded PostgreSQL: it starts from an empty directory, keeps its data, recovers from crashes, and never
+//! outlives the server.
 
 use std::{
     fs,
@@ -19,7 +19,7 @@ use tokio_postgres::{Client, NoTls};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A data directory that root's PostgreSQL may enter, unlike `/root/…`.
+/// A data directory that root's PostgreSQL can access, unlike `/root/…`.
 fn data_dir() -> tempfile::TempDir {
     let dir = tempfile::Builder::new()
         .prefix("quota-embedded-")
@@ -195,7 +195,7 @@ async fn it_is_restarted_when_it_crashes() {
     assert_eq!(processes_of(dir.path()), Vec::<i32>::new());
 }
 
-/// The supervisor may be at any point of a restart when it is to stop.
+/// The supervisor may be at any point of a restart when it is told to stop.
 #[tokio::test]
 async fn stopping_during_a_restart_stops_it() {
     let dir = data_dir();
@@ -206,7 +206,7 @@ async fn stopping_during_a_restart_stops_it() {
         kill(Pid::from_raw(postmaster(dir.path())), Signal::SIGKILL).expect("it was alive");
         tokio::time::sleep(Duration::from_millis(wait)).await;
         postgres.stop().await;
-        // Sessions of the killed postmaster notice its death after a while.
+        // Sessions of the killed postmaster detect its death after a while.
         let guarded = fs::read_to_string(dir.path().join("postgres/postmaster.pid"))
             .ok()
             .and_then(|text| text.lines().next()?.parse::<i32>().ok())
@@ -231,8 +231,8 @@ async fn server_started_right_after_a_kill_takes_over() {
     let dir = data_dir();
     let (mut owner, url) = start_owner(dir.path());
     let orphan = postmaster(dir.path());
-    // Without its guard, PostgreSQL keeps running: the worst state that a crash can leave. The owner is frozen first,
-    // or it would fix that.
+    // Without its guard, PostgreSQL keeps running: the worst state that a crash can leave behind. The owner is frozen
+    // first, or it would fix this.
     let owner_pid = Pid::from_raw(owner.id().cast_signed());
     kill(owner_pid, Signal::SIGSTOP).expect("the owner was alive");
     let guard = parent_of(orphan);
@@ -415,7 +415,7 @@ fn children_of(pid: i32) -> Vec<i32> {
         .collect()
 }
 
-/// Root's checkouts are often below `/root`, which other users cannot enter. Only applies to root.
+/// Root's checkouts are often in `/root`, which other users cannot enter. Applies only to root.
 #[tokio::test]
 async fn root_moves_the_database_if_its_user_cannot_enter_the_directory() {
     if !nix::unistd::geteuid().is_root() {

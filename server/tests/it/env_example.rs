@@ -40,7 +40,7 @@ fn variables(example: &str) -> Vec<(String, String, String)> {
     all
 }
 
-/// Returns the lines that name a variable, of a server that did not start.
+/// Returns the lines that name a variable, from a server that did not start.
 fn faults(output: &Output) -> Vec<String> {
     let stderr = text(&output.stderr);
     let lines = stderr.lines().filter(|line| !line.starts_with("quota: "));
@@ -148,7 +148,7 @@ fn wrong(name: &str) -> &'static str {
         "QUOTA_TRUSTED_PROXIES" => "10.0.0.0/33",
         "QUOTA_AUTH_RPM"
         | "QUOTA_ADMIN_RPM"
-        | "QUOTA_LOGIN_RPM"
+        | "QUOTA_LOGIN_FREE_FAILURES"
         | "QUOTA_CONNECTIONS_PER_ADDRESS"
         | "QUOTA_CONNECTIONS_PER_NETWORK" => "-1",
         "QUOTA_BODY_LIMIT" => "64k",
@@ -161,6 +161,10 @@ fn wrong(name: &str) -> &'static str {
         "QUOTA_STALE_GRACE" => "1h",
         "QUOTA_KEY_CACHE" => "999",
         "QUOTA_LOG_FORMAT" => "xml",
+        "STRIPE_SECRET_KEY" | "STRIPE_WEBHOOK_SECRET" => "hunter2",
+        "STRIPE_SECRET_KEY_FILE" | "STRIPE_WEBHOOK_SECRET_FILE" => "/nonexistent/secret",
+        "STRIPE_API_BASE" => "ftp://example.com",
+        "QUOTA_BILLING_GRACE" => "91",
         "RUST_LOG" => "info,,=,=",
         name => panic!("say here what is wrong for {name}"),
     }
@@ -247,7 +251,7 @@ fn misspelled_setting_prevents_startup_and_a_kubernetes_link_does_not() {
     assert!(starting("QUOTA_LOG_FORMAT: "), "{lines:#?}");
     assert!(!lines.join("").contains("hunter2"), "{lines:#?}");
 
-    // Links alone are accepted: startup continues with the settings.
+    // Valid links are accepted: startup continues with the settings.
     let lines = refused(&[
         ("QUOTA_SERVICE_HOST", "10.0.0.1"),
         ("QUOTA_PORT", "tcp://10.0.0.1:8080"),
@@ -266,7 +270,7 @@ fn secret_is_read_from_its_file_and_an_invalid_file_prevents_startup() {
         fs::write(&path, content).expect("it is written");
         path.to_str().expect("it is text").to_owned()
     };
-    // A host that does not exist: startup fails later, at the database that the file names.
+    // A host that does not exist: startup fails later, when connecting to the database named in the file.
     let database = file(
         "database",
         b"postgres://quota:hunter2@database.invalid/quota\n",

@@ -6,14 +6,19 @@ use reqwest::{Method, header};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::support::app::{DOCUMENT, PASSWORD, TestApp, faults};
+use crate::support::{
+    app::{DOCUMENT, PASSWORD, TestApp, faults},
+    stripe::TestStripe,
+};
 
-/// The operations without credentials, with the status for a broken body.
+/// The operations without credentials, with their status for a malformed body.
 const PUBLIC: &[(&str, u16)] = &[
     ("live", 200),
     ("login", 400),
     ("logout", 400),
     ("ready", 200),
+    // Billing is off.
+    ("receive_stripe_event", 409),
     ("refresh", 400),
     ("register", 400),
     ("serving", 200),
@@ -24,31 +29,34 @@ const FORWARD_AUTH: [&str; 7] = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"
 
 const ROLES: [&str; 5] = ["owner", "admin", "developer", "billing", "viewer"];
 
-/// What a role needs to be allowed for an operation.
+/// The permission that an operation requires.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Right {
-    /// Nothing: it is about the caller's own account.
+    /// None: it concerns the caller's own account.
     Own,
     Read,
     Usage,
+    Bill,
     Manage,
-    /// With the document's example as the body.
+    /// Tested with the document's example as the body.
     Administer,
 }
 
 impl Right {
-    /// By the table of roles in the documentation, not by `Role`, which is under test.
+    /// Returns the roles with this permission, from the table of roles in `docs/OPERATIONS.md`. Does not use `Role`,
+    /// which is under test.
     const fn roles(self) -> &'static [&'static str] {
         match self {
             Self::Own | Self::Usage => &ROLES,
             Self::Read => &["owner", "admin", "developer", "viewer"],
+            Self::Bill => &["owner", "admin", "billing"],
             Self::Manage => &["owner", "admin", "developer"],
             Self::Administer => &["owner", "admin"],
         }
     }
 }
 
-/// The right that each operation with an access token requires.
+/// The permission that each operation with an access token requires.
 const RIGHTS: &[(&str, Right)] = &[
     ("change_password", Right::Own),
     ("create_api_key", Right::Manage),
@@ -60,6 +68,7 @@ const RIGHTS: &[(&str, Right)] = &[
     ("end_session", Right::Own),
     ("get_api_key", Right::Read),
     ("get_api_key_limits", Right::Read),
+    ("get_billing", Right::Bill),
     ("get_burn_down", Right::Usage),
     ("get_me", Right::Own),
     ("get_plan", Right::Read),
@@ -72,7 +81,9 @@ const RIGHTS: &[(&str, Right)] = &[
     ("list_plans", Right::Read),
     ("list_service_tokens", Right::Read),
     ("list_sessions", Right::Own),
+    ("open_billing_portal", Right::Bill),
     ("rotate_api_key", Right::Manage),
+    ("start_checkout", Right::Bill),
     ("stream_decisions", Right::Usage),
     ("update_api_key", Right::Manage),
     ("update_me", Right::Administer),
@@ -158,7 +169,7 @@ pub(crate) fn resolve(schema: &'static Value) -> &'static Value {
     }
 }
 
-/// Whether the schema, or a part of it, has an example.
+/// Whether the schema or a part of it has an example.
 fn has_example(schema: &'static Value) -> bool {
     let schema = resolve(schema);
     let parts = ["allOf", "anyOf", "oneOf"];
@@ -244,7 +255,7 @@ async fn invalid_credentials_are_401_with_invalid_token() {
     }
 }
 
-/// An API key does not work for management, and a token not for limited requests.
+/// An API key does not work for management, and an access token not for limited requests.
 #[tokio::test(flavor = "multi_thread")]
 async fn credentials_of_another_kind_are_401() {
     let app = TestApp::start().await;
@@ -296,19 +307,23 @@ fn every_operation_with_an_access_token_has_a_right() {
     assert_eq!(found, listed);
 }
 
-/// Each operation is sent by each role. Without the right, it is 403 and no row of any table changes, whatever the ID
-/// and the body are; with it, the operation succeeds.
+/// Each operation is called by each role. Without the permission, the response is 403 and no row of any table changes,
+/// whatever the ID and the body are; with it, the operation succeeds.
 #[tokio::test(flavor = "multi_thread")]
 async fn role_without_the_right_is_403_and_changes_nothing() {
-    let app = TestApp::setup().without_jobs().start().await;
+    let stripe = TestStripe::start().await;
+    let app = stripe.configure(TestApp::setup()).without_jobs();
+    let app = app.start().await;
     let owner = app.register().await;
+    // Creates the customer whose portal is opened.
+    stripe.start_checkout(&app, &owner).await;
     let client = app.database.connect().await;
     let shared_plan = app.plan(&owner, json!({"daily_quota": 1000})).await;
     let mut allowed = 0;
     let mut denied = 0;
     for role in ROLES {
         let member = app.register().await;
-        // Joins the owner's tenant in place of its own, in which it has a session.
+        // Joins the owner's tenant instead of the tenant it was created with, and has a session there.
         client
             .execute(
                 "DELETE FROM sessions WHERE user_id = $1::text::uuid",
@@ -330,7 +345,7 @@ async fn role_without_the_right_is_403_and_changes_nothing() {
             let login = json!({"email": member.email, "password": PASSWORD});
             let login = app.post("/auth/login", login).send().await;
             let token = login.text("access_token");
-            // Resources of its own for each call, since calls delete them.
+            // Each call gets its own resources, since calls delete them.
             let path_id = if operation.path.contains("{plan_id}") {
                 app.plan(&owner, json!({})).await
             } else if operation.path.contains("{key_id}") {
@@ -421,7 +436,7 @@ fn every_operation_documents_its_4xx_responses() {
         if operation.path.starts_with("/admin/") {
             needed.push("403");
         }
-        if operation.meta["requestBody"].is_object() {
+        if operation.body().is_some() {
             needed.extend(["400", "408", "413", "415", "422"]);
         }
         if !operation.parameters("path").is_empty() {
@@ -545,7 +560,7 @@ async fn every_example_body_is_accepted() {
             .json(schema["example"].clone())
             .send()
             .await;
-        // The example's plan, password and tokens do not exist here, which is only found out after the body was
+        // The example's plan, password and tokens do not exist here, which is detected only after the body has been
         // accepted.
         let expected: &[u16] = match operation.id {
             "create_api_key" => &[404],

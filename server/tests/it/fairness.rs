@@ -5,17 +5,28 @@ use std::{
     time::{Duration, Instant},
 };
 
+use chrono::TimeDelta;
 use serde_json::{Value, json};
-use tokio::task::JoinSet;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    task::JoinSet,
+};
 
-use crate::support::app::{Account, Answer, TestApp};
+use crate::{
+    support::{
+        app::{Account, Answer, TestApp},
+        http2,
+    },
+    usage::now,
+};
 
 /// The number of concurrent requests: many times the number of connections.
 const BURST: usize = 64;
 /// The changes that one tenant may have in progress or waiting on a replica.
 const ADMITTED: usize = 33;
 
-/// Starts to create `count` plans.
+/// Starts creating `count` plans.
 fn create_plans(app: &Arc<TestApp>, account: &Arc<Account>, count: usize) -> JoinSet<Answer> {
     let mut creations = JoinSet::new();
     for n in 0..count {
@@ -142,5 +153,111 @@ async fn changes_of_disconnected_clients_leave_the_queue() {
     while let Some(answer) = creations.join_next().await {
         let answer = answer.unwrap();
         assert_eq!(answer.status, 201, "{}", answer.text);
+    }
+}
+
+/// Usage reports and lists read many rows, and wait while PostgreSQL is slow.
+#[tokio::test(flavor = "multi_thread")]
+async fn burst_of_reads_by_one_tenant_does_not_delay_another() {
+    let app = patient().await;
+    let (a, b) = (Arc::new(app.register().await), app.register().await);
+    let mut database = app.database.connect().await;
+    for (path, table) in [
+        ("/admin/usage", "usage_quarters"),
+        ("/admin/stats", "usage_quarters"),
+        ("/admin/decisions", "usage_tenants"),
+        ("/admin/audit", "audit_events"),
+    ] {
+        let locked = database.transaction().await.unwrap();
+        let lock = format!("LOCK TABLE {table}");
+        locked.batch_execute(&lock).await.unwrap();
+        let mut reads = JoinSet::new();
+        for _ in 0..BURST {
+            let (app, a) = (app.clone(), a.clone());
+            reads.spawn(async move { app.act(&a, "GET", path, Value::Null).await });
+        }
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        let began = Instant::now();
+        for _ in 0..10 {
+            let list = app.act(&b, "GET", "/admin/plans", Value::Null).await;
+            assert_eq!(list.status, 200, "{path}: {}", list.text);
+        }
+        let took = began.elapsed();
+        assert!(took < Duration::from_secs(4), "{path}: {took:?}");
+        locked.rollback().await.unwrap();
+        let (mut answered, mut rejected) = (0, 0);
+        while let Some(answer) = reads.join_next().await {
+            let answer = answer.unwrap();
+            match answer.status {
+                200 => answered += 1,
+                429 => {
+                    assert_eq!(answer.problem(), "too-many-requests");
+                    rejected += 1;
+                }
+                _ => panic!("{path}: {}", answer.text),
+            }
+        }
+        assert!(answered >= 33, "{path}: {answered}");
+        assert!(rejected >= 16, "{path}: {rejected}");
+    }
+}
+
+/// A client with an account asks for large responses and opens no window for them, so they stay with the server.
+#[tokio::test(flavor = "multi_thread")]
+async fn large_responses_of_one_tenant_that_nobody_reads_are_few() {
+    const REQUESTS: u32 = 32;
+    const WAITING: usize = 8;
+    let app = TestApp::setup().without_jobs().start().await;
+    let (a, b) = (app.register().await, app.register().await);
+    let from = (now() - TimeDelta::days(40)).format("%Y-%m-%dT%H:%M:%SZ");
+    let path = format!("/admin/usage?from={from}&bucket=hour");
+    let large = app.act(&a, "GET", &path, Value::Null).await;
+    assert_eq!(large.status, 200, "{}", large.text);
+    assert!(large.text.len() > 64 * 1024, "{}", large.text.len());
+
+    let mut requests = http2::hello(0);
+    for n in 0..REQUESTS {
+        let mut head = http2::head("GET", &path);
+        head.extend(http2::field(
+            "authorization",
+            &format!("Bearer {}", a.access_token),
+        ));
+        requests.extend(http2::frame(
+            http2::HEADERS,
+            http2::END_HEADERS | 1,
+            2 * n + 1,
+            &head,
+        ));
+    }
+    let mut stream = TcpStream::connect(app.addr).await.expect("it listens");
+    stream.write_all(&requests).await.expect("it reads");
+    let (mut admitted, mut answered) = (0, 0);
+    while answered < REQUESTS {
+        let mut head = [0; 9];
+        stream.read_exact(&mut head).await.expect("it is open");
+        let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
+        let mut payload = vec![0; length];
+        stream.read_exact(&mut payload).await.expect("it is open");
+        if head[3] == http2::HEADERS {
+            answered += 1;
+            // `:status: 200`, from HPACK's static table.
+            admitted += usize::from(payload[0] == 0x88);
+        }
+    }
+    assert_eq!(admitted, WAITING);
+    let again = app.act(&a, "GET", &path, Value::Null).await;
+    assert_eq!((again.status, again.problem()), (429, "too-many-requests"));
+    // Small responses, and other tenants.
+    let list = app.act(&a, "GET", "/admin/plans", Value::Null).await;
+    assert_eq!(list.status, 200, "{}", list.text);
+    for _ in 0..2 * WAITING {
+        assert_eq!(app.act(&b, "GET", &path, Value::Null).await.status, 200);
+    }
+
+    drop(stream);
+    let began = Instant::now();
+    while app.act(&a, "GET", &path, Value::Null).await.status != 200 {
+        assert!(began.elapsed() < Duration::from_secs(10));
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }

@@ -1,4 +1,4 @@
-//! What strangers can send without an account: keys that were never created, and connections that send nothing.
+//! Requests that clients can send without an account: keys that were never created, and connections that send nothing.
 
 use std::{
     io::{Read as _, Write as _},
@@ -38,7 +38,7 @@ fn count(bytes: &[u8], what: &[u8]) -> usize {
     bytes.windows(what.len()).filter(|it| *it == what).count()
 }
 
-/// Sends the keys from `first` on. Returns how many were rejected with 401.
+/// Sends the keys, starting with `first`. Returns how many were rejected with 401.
 fn flood(server: SocketAddr, first: u32, keys: u32) -> usize {
     let mut refused = 0;
     for batch in (first..first + keys).step_by(BATCH as usize) {
@@ -64,7 +64,7 @@ fn flood(server: SocketAddr, first: u32, keys: u32) -> usize {
 }
 
 #[tokio::test]
-async fn flood_of_keys_with_wrong_checksums_causes_no_look_ups() {
+async fn flood_of_keys_with_wrong_checksums_causes_no_lookups() {
     const LOOK_UPS: [&str; 4] = [
         "quota_key_cache_hits_total",
         "quota_key_cache_negative_hits_total",
@@ -96,16 +96,16 @@ async fn flood_of_keys_with_wrong_checksums_causes_no_look_ups() {
     quota.stop();
 }
 
-/// Open files of this process besides the silent sockets.
+/// Open files of this process in addition to the silent sockets.
 const OWN_FILES: usize = 600;
 const SILENT: usize = 20_000;
-/// Connections from one address, and addresses in one network: fewer than may be, so that only the total limits them.
+/// Connections from one address, and addresses in one network: below the limits, so that only the total limit applies.
 const FROM_ONE_ADDRESS: usize = 500;
 const ADDRESSES: usize = 4;
-/// No request takes longer, even on a busy machine.
+/// No request takes longer than this, even on a busy machine.
 const ANSWERED_WITHIN: Duration = Duration::from_secs(5);
 
-/// Where the hostile connection of this number comes from.
+/// The source address of the hostile connection with this number.
 fn hostile(n: usize) -> Ipv4Addr {
     let address = n / FROM_ONE_ADDRESS;
     let octet = |n: usize| u8::try_from(n % 250 + 1).expect("below 256");
@@ -132,12 +132,12 @@ fn client_at(source: Ipv4Addr) -> Client {
     client.build().expect("a client")
 }
 
-/// As many as the limit of open files allows, up to 20,000.
+/// As many as the open-file limit allows, up to 20,000.
 #[tokio::test(flavor = "multi_thread")]
 async fn silent_connections_do_not_lock_out_others() {
     let limit = file_limit::raise().unwrap_or(1024);
     let silent = SILENT.min(limit.saturating_sub(OWN_FILES));
-    // Fewer than the silent ones.
+    // Fewer than the silent connections.
     let places = (silent / 2).to_string();
     let (data, http) = (data_dir(), Client::new());
     let settings = [("QUOTA_CONNECTIONS", places.as_str())];
@@ -148,7 +148,7 @@ async fn silent_connections_do_not_lock_out_others() {
     let flood = tokio::spawn(async move {
         let mut held = Vec::with_capacity(silent);
         for n in 0..silent {
-            // One in a hundred goes to the metrics listener.
+            // One in a hundred connects to the metrics listener.
             let to = if n % 100 == 0 { metrics } else { server };
             match connect_from(hostile(n), to).await {
                 Ok(stream) => held.push(stream),
@@ -157,7 +157,7 @@ async fn silent_connections_do_not_lock_out_others() {
         }
         held
     });
-    // A new connection each time: from its own address, and from one of the flood's.
+    // A new connection each time: from a separate address, and from one of the flood's.
     let clients = [Ipv4Addr::LOCALHOST, Ipv4Addr::new(127, 0, 1, 1)].map(client_at);
     let began = Instant::now();
     let (mut answered, mut slowest) = (0, Duration::ZERO);
@@ -191,7 +191,7 @@ async fn silent_connections_do_not_lock_out_others() {
     assert!(answered >= 30, "{answered}");
     assert!(grown < 150, "{grown} MiB");
 
-    // They are closed in time even if nobody else needs the room.
+    // They are closed in time even if no other client needs the room.
     for listener in ["public", "metrics"] {
         let open = format!("quota_connections_open{{listener=\"{listener}\"}}");
         let ended = Instant::now();
@@ -210,7 +210,8 @@ async fn silent_connections_do_not_lock_out_others() {
     quota.stop();
 }
 
-/// Over HTTP/2: opens no window, sends a request now and then and cancels the one before; comes back when it is closed.
+/// Over HTTP/2: opens no window, periodically sends a request and cancels the previous one; reconnects when it is
+/// closed.
 async fn cancels_and_comes_back(source: Ipv4Addr, server: SocketAddr) {
     use tokio::io::AsyncWriteExt as _;
     loop {
@@ -226,7 +227,7 @@ async fn cancels_and_comes_back(source: Ipv4Addr, server: SocketAddr) {
             tokio::time::sleep(Duration::from_millis(400)).await;
             next = [http2::get(id, "/openapi.json"), cancel(id - 2)].concat();
         }
-        // The clients run on the machine that the server runs on.
+        // The clients run on the same machine as the server.
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
 }
@@ -246,7 +247,7 @@ async fn clients_that_cancel_what_they_do_not_read_lock_nobody_out() {
     let (began, mut answered, mut slowest) = (Instant::now(), 0, Duration::ZERO);
     while began.elapsed() < Duration::from_secs(8) {
         let asked = Instant::now();
-        // While all places are taken a newcomer may have to try again.
+        // While all slots are taken, a newcomer may have to retry.
         let mut status = None;
         while status.is_none() && asked.elapsed() < ANSWERED_WITHIN {
             let answer = client.get(format!("http://{server}/health/live")).send();
@@ -267,15 +268,15 @@ async fn clients_that_cancel_what_they_do_not_read_lock_nobody_out() {
     quota.stop();
 }
 
-/// Connections that hold as much as they can, and end nothing.
+/// Connections that use as much memory as they can, and complete no request.
 const SLOW: usize = 2000;
-/// How much more memory they may take, in MiB. Handlers of many requests at a time end a while after their connections
-/// were closed, and in a debug build they take most of it.
+/// The maximum increase in memory, in MiB. Handlers of many concurrent requests end a while after their connections
+/// were closed, and use most of the memory in a debug build.
 const MOST: u64 = 64;
 const MOST_AT_A_TIME: u64 = 128;
 const LARGE: usize = 31 * 1024;
 
-/// What one connection of each kind sends. Bodies go where no account is needed.
+/// The data that one connection of each kind sends. Bodies are sent to endpoints that need no account.
 fn slow_clients() -> [(&'static str, Vec<u8>, u64); 8] {
     let value = |length: usize| "v".repeat(length);
     let body = format!("{{{}", " ".repeat(60_000));
@@ -361,8 +362,8 @@ async fn slow_connections_hold_little_memory() {
     let limit = file_limit::raise().unwrap_or(1024);
     let slow = SLOW.min(limit.saturating_sub(OWN_FILES));
     let (data, http) = (data_dir(), Client::new());
-    // Limits of sign-in attempts would keep the bodies out.
-    let settings = [("QUOTA_AUTH_RPM", "0"), ("QUOTA_LOGIN_RPM", "0")];
+    // Limits on sign-in attempts would reject the bodies.
+    let settings = [("QUOTA_AUTH_RPM", "0"), ("QUOTA_LOGIN_FREE_FAILURES", "0")];
     let accepted = "quota_connections_accepted_total{listener=\"public\"}";
     for (kind, bytes, most) in slow_clients() {
         let quota = Quota::start_with(data.path(), &settings);
@@ -376,7 +377,7 @@ async fn slow_connections_hold_little_memory() {
             clients.push(tokio::spawn(async move {
                 let stream = connect_from(hostile(n), server).await;
                 if let Ok(mut stream) = stream {
-                    // The server may close it, or read no further.
+                    // The server may close the connection, or stop reading.
                     let _ = stream.write_all(&bytes).await;
                     std::future::pending::<()>().await;
                 }
@@ -465,7 +466,7 @@ async fn address_at_its_connection_limit_does_not_affect_others() {
 async fn flood_of_readiness_checks_rarely_queries_postgres() {
     let app = TestApp::setup().without_jobs().start().await;
     let client = app.database.connect().await;
-    // PostgreSQL's own statistics, after it has written them.
+    // PostgreSQL's own statistics, after they have been written.
     let scans = async || {
         tokio::time::sleep(Duration::from_millis(1500)).await;
         let sql = "SELECT coalesce(sum(seq_scan + coalesce(idx_scan, 0)), 0)::bigint FROM pg_stat_user_tables \

@@ -7,7 +7,7 @@ use std::fs;
 
 use quota_testkit::redis::free_port;
 use reqwest::{Client, RequestBuilder, Response};
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use self::{
@@ -16,7 +16,7 @@ use self::{
 };
 use crate::support::app::TestApp;
 
-/// The headers of Quota that a gateway forwards.
+/// Quota's headers that a gateway forwards.
 const LIMITS: [&str; 5] = [
     "x-ratelimit-limit",
     "x-ratelimit-remaining",
@@ -107,7 +107,7 @@ impl Setting {
         response
     }
 
-    /// Sends a request with headers that a consumer might try to get admitted with.
+    /// Sends a request with headers that a consumer might use to try to get admitted.
     async fn forged(&self, key: &str) -> Response {
         self.send(with_forgeries(self.get("/orders").header("x-api-key", key)))
             .await
@@ -124,6 +124,8 @@ fn with_forgeries(request: RequestBuilder) -> RequestBuilder {
         ("x-ratelimit-remaining", "forged"),
         ("ratelimit-policy", "forged"),
         ("ratelimit", "forged"),
+        ("x-forwarded-method", "FORGED"),
+        ("x-forwarded-uri", "/forged"),
     ] {
         request = request.header(name, value);
     }
@@ -146,9 +148,9 @@ fn has_limits(response: &Response, remaining: &str) {
     assert_eq!(field(response, "x-ratelimit-remaining"), Some(remaining));
 }
 
-/// Admissions, denials, and everything that a consumer may send to change the decision.
+/// Admissions, denials, and everything that a consumer can send to change the decision.
 async fn enforces_decisions(program: Program) {
-    // A page's `Origin` that is not allowed, which does not concern the gateway.
+    // The `Origin` of a page that is not allowed, which is irrelevant to the gateway.
     let app = TestApp::setup()
         .flag("--allowed-origins=https://app.example.com")
         .start()
@@ -235,7 +237,7 @@ async fn enforces_decisions(program: Program) {
             || (both == 200 && seen.values("x-api-key") == [&other]),
         "{both} {seen:?}"
     );
-    // Proxies remove headers named in `Connection`. The gateway's own token must not be among them.
+    // Proxies remove headers named in `Connection`. The gateway's own token must not be one of them.
     let hop = setting
         .get("/connection")
         .header("x-api-key", &other)
@@ -243,6 +245,20 @@ async fn enforces_decisions(program: Program) {
     assert_eq!(setting.send(hop).await.status(), 200);
     let hop = setting.get("/").header("connection", "X-Service-Token");
     assert_eq!(setting.send(hop).await.status(), 401);
+
+    // Usage shows the consumer's actual method and path, not the ones it claims.
+    app.ship_usage().await;
+    let decisions = "/admin/decisions?limit=100";
+    let decisions = app.act(&account, "GET", decisions, Value::Null).await;
+    let items = decisions.body["items"].as_array().expect("items").iter();
+    let endpoints = items.map(|it| it["endpoint"].as_str().expect("text"));
+    let endpoints = endpoints.collect::<std::collections::BTreeSet<_>>();
+    let mut expected = vec!["GET /", "GET /connection", "GET /orders", "POST /orders"];
+    expected.extend(["GET /status/403", "GET /status/500"]);
+    if both == 200 {
+        expected.push("GET /two");
+    }
+    assert_eq!(endpoints, expected.into_iter().collect());
 }
 
 /// Every kind of response, over a persistent connection.
@@ -270,7 +286,7 @@ async fn keeps_connections(program: Program) {
     );
 }
 
-/// Without Redis, a plan that continues says so, and one that does not gets 503.
+/// Without Redis, a plan that continues has the degraded header, and one that does not gets 503.
 async fn reports_degraded_decisions(program: Program) {
     let app = TestApp::setup()
         .flag(format!("--redis-url=redis://127.0.0.1:{}", free_port()))
@@ -337,7 +353,7 @@ fn allowed_200(_: &Head) -> &'static str {
     "200 OK\r\nx-quota-decision: allowed\r\ncontent-length: 0"
 }
 
-/// How Quota denies a key whose plan needs a subscription.
+/// Quota's denial of a key whose plan requires a subscription.
 fn payment_required(head: &Head) -> &'static str {
     if head.line.contains("deny=403") {
         "403 Forbidden\r\nx-quota-decision: payment_required\r\ncontent-length: 0"

@@ -1,4 +1,4 @@
-//! HTTP: requests that are too large, too slow or not HTTP, the pages, and stopping the server.
+//! HTTP: requests that are too large, too slow or not HTTP, the web pages, and stopping the server.
 
 use std::{
     io::{BufRead as _, BufReader, Write as _},
@@ -22,7 +22,7 @@ use crate::support::app::{Account, TestApp};
 
 const LONG: Duration = Duration::from_secs(20);
 
-/// Sends bytes and reads until the server closes the connection, for `LONG` at most.
+/// Sends bytes and reads until the server closes the connection, for at most `LONG`.
 async fn raw(addr: SocketAddr, bytes: &[u8]) -> String {
     let mut stream = TcpStream::connect(addr).await.expect("it listens");
     // The server may respond and close before it has read everything.
@@ -138,7 +138,7 @@ async fn body_that_is_not_json_gets_a_clear_problem() {
         let shown = String::from_utf8_lossy(&body[..body.len().min(40)]).into_owned();
         assert_eq!(send("application/json", body).await, 400, "{shown}");
     }
-    // No body and no media type means an empty object, for bodies without required fields.
+    // A missing body and media type mean an empty object, for bodies without required fields.
     let none = app.request(reqwest::Method::POST, "/admin/service-tokens");
     assert_eq!(none.bearer(&account.access_token).send().await.status, 422);
 }
@@ -167,7 +167,7 @@ async fn too_many_or_too_large_headers_are_rejected() {
         answer.is_empty() || [400, 414, 431].contains(&status(&answer)),
         "{answer}"
     );
-    // It continues to serve others.
+    // It keeps serving others.
     assert_eq!(app.get("/health/live").send().await.status, 200);
 }
 
@@ -272,7 +272,7 @@ async fn only_harmless_request_ids_are_kept() {
         let given = ask(bad.as_bytes()).await;
         assert!(uuid::Uuid::parse_str(&given).is_ok(), "{bad:?}: {given}");
     }
-    // Every response has one, even to a malformed request.
+    // Every response has one, including those to malformed requests.
     for path in ["/", "/nope", "/docs", "/openapi.json", "/admin/plans"] {
         assert!(app.get(path).send().await.header("x-request-id").is_some());
     }
@@ -454,7 +454,7 @@ async fn clean_stop_reports_not_ready_and_finishes_requests_in_flight() {
     }
     assert!(said_not_ready);
 
-    // After it stopped listening, the request in flight is still answered.
+    // After it has stopped listening, the request in flight still gets a response.
     tokio::time::sleep(Duration::from_millis(2500).saturating_sub(told.elapsed())).await;
     assert!(
         std::net::TcpStream::connect(addr).is_err(),

@@ -1,7 +1,7 @@
-//! Three replicas as operators run them: a change on one reaches all, with messages between them, without messages, and
+//! Three replicas as in production: a change on one reaches all, with messages between them, without messages, and
 //! without Redis.
 //!
-//! Prints how long it takes, and asserts a bound that holds on a busy machine. The benchmarks measure the promised
+//! Prints how long this takes, and asserts a bound that holds on a busy machine. The benchmarks measure the promised
 //! second.
 
 use std::{
@@ -57,7 +57,7 @@ impl World {
             ("REDIS_URL", &url),
             ("QUOTA_ADMIN_RPM", "0"),
             ("QUOTA_DATABASE_POOL", "7"),
-            // This is about who is admitted, not how often.
+            // This test checks which requests are admitted, not how many.
             ("QUOTA_ON_REDIS_FAILURE", "open"),
         ];
         let replicas = (0..3)
@@ -157,7 +157,7 @@ impl World {
                 sleep(Duration::from_millis(10)).await;
             }
             let lag = answered.elapsed();
-            // It remains applied.
+            // The change remains applied.
             sleep(Duration::from_millis(300)).await;
             assert_eq!(self.used(replica, key).await, expected, "change {n}");
             lag
@@ -204,7 +204,7 @@ async fn every_change_reaches_every_replica() {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_change_reaches_every_replica_without_messages() {
     let world = World::start().await;
-    // Nobody may publish or subscribe. Everything else in Redis works.
+    // No client may publish or subscribe. All other commands work.
     let done = world
         .redis
         .command("ACL SETUSER default resetchannels")

@@ -1,4 +1,4 @@
-//! When keys and service tokens were last used: recorded in memory and written in batches.
+//! When keys and service tokens were last used: keys with their usage, tokens in memory and in batches.
 
 use quota_common::{ApiKeyId, ServiceTokenId};
 use quota_server::clock::UnixNanos;
@@ -30,7 +30,7 @@ async fn insert_keys(app: &TestApp, account: &Account, database: &Client) -> Vec
     (1..=KEYS).map(Uuid::from_u128).collect()
 }
 
-/// Returns the seconds at which each key was last used, in the order of IDs.
+/// Returns the time at which each key was last used, in seconds, in the order of IDs.
 async fn written(database: &Client) -> Vec<Option<u64>> {
     let sql = "SELECT extract(epoch FROM last_used_at)::bigint FROM api_keys ORDER BY id";
     let rows = database.query(sql, &[]).await.unwrap();
@@ -62,7 +62,7 @@ async fn batch_that_fails_is_written_later_and_those_before_it_are_written_now()
     );
     locked.batch_execute(&lock).await.unwrap();
     assert!(app.state.last_used.flush(&app.state.db).await.is_err());
-    // Used again in the meantime; and one with a clock that is behind.
+    // Used again in the meantime, and one with a clock that is behind.
     app.state.last_used.key(ApiKeyId(ids[1_500]), at(3));
     app.state.last_used.key(ApiKeyId(ids[1_501]), at(0));
     app.state.last_used.key(ApiKeyId(ids[0]), at(0));
@@ -77,7 +77,7 @@ async fn batch_that_fails_is_written_later_and_those_before_it_are_written_now()
     let mut expected = vec![Some(1); ids.len()];
     expected[1_500] = Some(3);
     assert!(now == expected, "something was lost or went back");
-    // Nothing is left to write.
+    // There is nothing left to write.
     let reset = "UPDATE api_keys SET last_used_at = NULL";
     database.batch_execute(reset).await.unwrap();
     app.state.last_used.flush(&app.state.db).await.unwrap();
@@ -105,7 +105,7 @@ async fn later_use_wins_also_when_two_replicas_write_at_once() {
         late.state.last_used.key(ApiKeyId(*id), at(9));
         late.state.last_used.key(ApiKeyId(*id), at(7));
     }
-    // Keys that were deleted, and a token that never existed, are no failure.
+    // Deleted keys and a token that never existed do not cause an error.
     one.state.last_used.key(ApiKeyId(Uuid::max()), at(1));
     one.state
         .last_used
@@ -144,4 +144,46 @@ async fn clean_stop_writes_everything() {
         let count = client.query_one(&sql, &[]).await.unwrap();
         assert_eq!(count.get::<_, i64>(0), used, "{table}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn last_use_of_a_key_is_written_with_its_usage_and_never_moves_back() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let account = app.register().await;
+    let plan = app
+        .plan(&account, json!({"default_rpm": 1, "burst": 1}))
+        .await;
+    let (used, unused) = (
+        app.key(&account, &plan).await,
+        app.key(&account, &plan).await,
+    );
+    assert_eq!(app.echo(&used.text).await.status, 200);
+    // There is only one way.
+    app.state.last_used.flush(&app.state.db).await.unwrap();
+    let database = app.database.connect().await;
+    let times = async || {
+        let sql = "SELECT id::text, extract(epoch FROM last_used_at)::float8 FROM api_keys";
+        let rows = database.query(sql, &[]).await.unwrap();
+        let times = rows.iter().map(|row| (row.get(0), row.get(1)));
+        times.collect::<std::collections::BTreeMap<String, Option<f64>>>()
+    };
+    assert_eq!(times().await[&used.id], None);
+    app.ship_usage().await;
+    let sql = "SELECT extract(epoch FROM now())::float8";
+    let now: f64 = database.query_one(sql, &[]).await.unwrap().get(0);
+    let first = times().await[&used.id].expect("it was used");
+    assert!((now - 60.0..=now + 1.0).contains(&first), "{first} {now}");
+    assert_eq!(times().await[&unused.id], None);
+    // A denied request also counts as a use.
+    tokio::time::sleep(std::time::Duration::from_millis(1_200)).await;
+    assert_eq!(app.echo(&used.text).await.status, 429);
+    app.ship_usage().await;
+    let second = times().await[&used.id].expect("it was used");
+    assert!(second > first + 1.0, "{first} {second}");
+    let ahead = "UPDATE api_keys SET last_used_at = now() + interval '1 hour' WHERE last_used_at IS NOT NULL";
+    database.batch_execute(ahead).await.unwrap();
+    assert_eq!(app.echo(&used.text).await.status, 429);
+    app.ship_usage().await;
+    let third = times().await[&used.id].expect("it was used");
+    assert!(third > now + 3_000.0, "{third}");
 }

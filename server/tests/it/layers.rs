@@ -1,4 +1,4 @@
-//! Which module may import which: only those of a lower rank, or of its own folder, and never in a circle.
+//! Which modules may import which: only those of a lower rank or in the same folder, and never in a cycle.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -19,13 +19,15 @@ const RANKS: &[&[&str]] = &[
         "schema",
         "seal",
         "secret_text",
+        "subscription",
+        "tenant_places",
         "tenant_queue",
     ],
-    &["db", "redis", "telemetry"],
+    &["db", "redis", "stripe", "telemetry"],
     &["cache", "client_guard", "limiter", "readiness", "repo"],
     &["invalidations"],
     &["auth", "keys"],
-    &["metering"],
+    &["billing", "metering"],
     &["state"],
     &["api", "demo", "jobs"],
     &["doctor", "openapi", "serve", "usage_report"],
@@ -78,6 +80,17 @@ const FORBIDDEN: &[(&str, &[&str])] = &[
             "diesel_async",
         ],
     ),
+    (
+        "billing",
+        &[
+            "poem",
+            "poem_openapi",
+            "http",
+            "hyper",
+            "diesel",
+            "diesel_async",
+        ],
+    ),
     ("jobs", &["poem", "poem_openapi", "http", "hyper"]),
     ("api", &["diesel", "diesel_async", "tokio_postgres"]),
 ];
@@ -98,8 +111,8 @@ fn module_of(path: &str) -> &str {
         .trim_end_matches(".rs")
 }
 
-/// Returns the code without line comments, which name modules as well. A `//` in a string cuts its line short, which
-/// hides no import.
+/// Returns the code without line comments, which mention modules as well. A `//` in a string cuts its line short, which
+/// does not hide imports.
 fn code(source: &str) -> String {
     let lines = source
         .lines()
@@ -123,7 +136,7 @@ fn name_at(text: &str) -> &str {
     &text[..end.unwrap_or(text.len())]
 }
 
-/// Adds the paths of a tree such as `a::{b, c::d}` below `prefix`. Returns what follows the tree.
+/// Adds the paths of a tree such as `a::{b, c::d}` under `prefix`. Returns the text after the tree.
 fn expand<'a>(
     mut text: &'a str,
     mut prefix: Vec<&'a str>,
@@ -164,7 +177,7 @@ fn expand<'a>(
     }
 }
 
-/// Returns every path in the code that begins with `root`, also those of each import in a group.
+/// Returns every path in the code that begins with `root`, including those of each import in a group.
 fn paths<'a>(code: &'a str, root: &str) -> Vec<Vec<&'a str>> {
     let mut paths = Vec::new();
     for (at, _) in code.match_indices(&format!("{root}::")) {
@@ -236,8 +249,8 @@ fn segments(path: &str) -> Vec<&str> {
     segments
 }
 
-/// The files that each file imports from, by absolute and relative paths. A name that a module re-exports is imported
-/// from that module.
+/// The files that each file imports from, by absolute and relative paths. A name that a module re-exports counts as
+/// imported from that module.
 fn graph(files: &[(String, String)]) -> BTreeMap<&str, BTreeSet<&str>> {
     let modules = files
         .iter()
@@ -282,7 +295,7 @@ fn graph(files: &[(String, String)]) -> BTreeMap<&str, BTreeSet<&str>> {
     graph
 }
 
-/// Returns the files of a folder that import each other in a circle, if there are any.
+/// Returns the files of a folder that import each other in a cycle, if there are any.
 fn circle(graph: &BTreeMap<&str, BTreeSet<&str>>, folder: &str) -> Vec<String> {
     let mut rest = graph.clone();
     rest.retain(|path, _| path.starts_with(folder));
@@ -294,7 +307,7 @@ fn circle(graph: &BTreeMap<&str, BTreeSet<&str>>, folder: &str) -> Vec<String> {
             break;
         }
     }
-    // What remains is in a circle, or imports from one.
+    // The remaining files are in a cycle or import from one.
     rest.iter()
         .map(|(path, targets)| {
             let targets = targets.iter().filter(|target| rest.contains_key(*target));
@@ -303,7 +316,7 @@ fn circle(graph: &BTreeMap<&str, BTreeSet<&str>>, folder: &str) -> Vec<String> {
         .collect()
 }
 
-/// Returns the imports within folders that go against [`INNER_RANKS`].
+/// Returns the imports within folders that violate [`INNER_RANKS`].
 fn inner_violations(graph: &BTreeMap<&str, BTreeSet<&str>>) -> Vec<String> {
     let mut found = Vec::new();
     for (folder, ranks) in INNER_RANKS {

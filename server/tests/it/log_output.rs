@@ -14,13 +14,13 @@ use crate::support::{
     quota::{Quota, data_dir},
 };
 
-/// A path as long as a request head allows, in most cases.
+/// In most cases, a path as long as a request head allows.
 const LONG_PATH: usize = 3_900;
-/// More lines than the buffer and the pipe hold together.
+/// More lines than the buffer and the pipe can hold together.
 const REQUESTS: usize = 20_000;
 const BATCH: usize = 100;
 
-/// Sends requests over a few connections and returns how many were answered.
+/// Sends requests over a few connections and returns the number of responses.
 fn get_many(server: SocketAddr, path: &str) -> usize {
     let mut answered = 0;
     for _ in 0..REQUESTS / BATCH {
@@ -52,7 +52,7 @@ async fn a_stopped_reader_of_standard_output_stops_no_request() {
     let answered = std::thread::spawn(move || get_many(addr, &path)).join();
     assert_eq!(answered.expect("every request is answered"), REQUESTS);
 
-    // Neither do events: registering logs one.
+    // Events do not block either: registering logs one.
     for n in 0..8 {
         let account = json!({"email": format!("{n}@example.com"), "password": PASSWORD});
         let url = format!("http://{}/auth/register", quota.addr);
@@ -66,7 +66,7 @@ async fn a_stopped_reader_of_standard_output_stops_no_request() {
     let dropped = quota.counter(&http, "quota_log_lines_dropped_total").await;
     assert!(dropped > 0);
 
-    // Once it is read again, it says how many lines are missing. All others are there.
+    // Once it is read again, it reports how many lines are missing. All other lines are present.
     let reader = std::thread::spawn(move || {
         let lines = out.lines().map_while(Result::ok);
         let lines = lines.map(|line| serde_json::from_str::<Value>(&line).expect(&line));

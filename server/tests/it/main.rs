@@ -1,6 +1,8 @@
 //! The integration tests.
 
 mod admission;
+mod billing;
+mod billing_usage;
 mod console_calls;
 mod doctor;
 mod embedded;

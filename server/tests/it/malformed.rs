@@ -1,4 +1,4 @@
-//! Requests that follow no rules: the server answers or closes, never fails, and goes on serving.
+//! Malformed requests: the server responds or closes the connection, never fails, and keeps serving.
 
 use std::{
     collections::BTreeMap,
@@ -226,7 +226,7 @@ fn pick<'a>(random: &mut Rng, from: &[&'a str]) -> &'a str {
     random.choice(from).copied().unwrap_or_default()
 }
 
-/// A request of the grammar above, of which most parts are usual and some are not.
+/// A request generated from the grammar above, in which most parts are valid and some are not.
 fn request(random: &mut Rng) -> Vec<u8> {
     let mut bytes = Vec::new();
     let is_usual = |random: &mut Rng| random.u8(..10) < 8;
@@ -288,7 +288,7 @@ fn request(random: &mut Rng) -> Vec<u8> {
     }
     bytes.extend(end(random).as_bytes());
     bytes.extend(body);
-    // Some bytes are others, missing, or said twice.
+    // Some bytes are changed, missing or repeated.
     if random.u8(..8) == 0 && !bytes.is_empty() {
         for _ in 0..random.u8(1..4) {
             let at = random.usize(..bytes.len());
@@ -302,14 +302,14 @@ fn request(random: &mut Rng) -> Vec<u8> {
     bytes
 }
 
-/// Sends it, and a usual request after it. Returns all that the server answers until it closes.
+/// Sends it, followed by a valid request. Returns everything that the server sends until it closes the connection.
 async fn answers(server: std::net::SocketAddr, seed: u64) -> Vec<u8> {
     let mut random = Rng::with_seed(seed);
     let request = request(&mut random);
     let mut stream = TcpStream::connect(server).await.expect("it listens");
     let (mut reader, mut writer) = stream.split();
     let writing = async {
-        // In two parts, now and then. A server that has closed takes no more of it.
+        // Occasionally in two parts. A server that has closed the connection does not accept any more.
         let middle = random.usize(..=request.len());
         let last = b"GET /health/live HTTP/1.1\r\nHost: q\r\nConnection: close\r\n\r\n";
         for part in [&request[..middle], &request[middle..], last] {
@@ -332,7 +332,7 @@ async fn answers(server: std::net::SocketAddr, seed: u64) -> Vec<u8> {
     answers
 }
 
-/// `MALFORMED_REQUESTS=100000` sends more.
+/// Set `MALFORMED_REQUESTS=100000` to send more.
 #[expect(
     clippy::disallowed_methods,
     reason = "a measurement is no setting of the server"
@@ -381,7 +381,7 @@ async fn malformed_requests_are_refused_and_nothing_fails() {
     }
     drop(all);
     println!("{requests} requests: {statuses:?}");
-    // Most were understood far enough to be refused, and all that is served was reached.
+    // Most were parsed far enough to be rejected, and all endpoints were reached.
     let answered = |status: &str| statuses.get(status).copied().unwrap_or_default();
     for status in ["400", "401", "404", "405", "415", "422"] {
         assert!(answered(status) > 0, "{status}: {statuses:?}");

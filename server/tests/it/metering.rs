@@ -1,4 +1,4 @@
-//! Every decision on a known key reaches `usage_log` exactly once, whatever fails on the way.
+//! Every decision on a known key reaches `usage_log` exactly once, whatever fails in between.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -77,12 +77,12 @@ async fn logged(database: &TestDatabase) -> BTreeMap<String, Logged> {
     found
 }
 
-/// A number of `/metrics`, as text.
+/// The value of a metric, as text.
 async fn metric(app: &TestApp, name: &str) -> String {
     app.metric(name).await.to_string()
 }
 
-/// A server with a key, without workers: records are shipped when the test says so.
+/// A server with a key and without workers: the test triggers shipping.
 struct World {
     app: TestApp,
     account: Account,
@@ -158,7 +158,7 @@ async fn every_decision_is_recorded_by_every_way_in() {
     let costly = costly.header("X-Request-Id", "way-costly").send().await;
     assert_eq!(costly.body["allowed"], false, "{}", costly.text);
 
-    // No decisions: keys that do not exist, or that may not be used.
+    // Not decisions: keys that do not exist or must not be used.
     assert_eq!(app.echo("qk_nothing").await.status, 401);
     let path = format!("/admin/api-keys/{}", key.id);
     let off = app.act(account, "PATCH", &path, json!({"is_active": false}));
@@ -203,8 +203,8 @@ async fn without_metering_nothing_is_recorded() {
     assert!(!world.app.state.config.data_dir.join("usage").exists());
 }
 
-/// The connection is cut after every number of bytes that a batch's transaction brings back, also after PostgreSQL has
-/// committed and before its answer has arrived.
+/// The connection is cut after each possible number of bytes in PostgreSQL's responses to a batch's transaction,
+/// including after PostgreSQL has committed and before its response has arrived.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_commit_without_an_answer_counts_nothing_twice() {
     let database = database().await;
@@ -273,14 +273,14 @@ async fn the_owner_and_two_replays_at_once_count_nothing_twice() {
     let mut ids = world.echoes(1).await;
     let directory = world.usage_directory();
     let writing = AtomicBool::new(true);
-    // With connections of its own, as another process.
+    // With separate connections, like another process.
     let replay = async || {
         let url = SecretString::from(app.database.url());
         let db = Db::new(&url, &app.state.config.database);
         let (mut records, mut rounds) = (0, 0);
         while writing.load(Ordering::Relaxed) {
             let config = &app.state.config;
-            // It may wait too long for another one's transaction.
+            // It may wait too long for another transaction.
             if let Ok(replayed) = metering::replay(config, &db, &directory).await {
                 assert!(replayed.is_owned);
                 records += replayed.records;
@@ -327,7 +327,7 @@ async fn a_full_backlog_stops_decisions_and_consumes_nothing() {
         allowed += 1;
         assert!(allowed < 20_000, "it is never full");
     };
-    // 240 bytes a record.
+    // 240 bytes per record.
     assert!(allowed > 3_000, "{allowed}");
     assert_eq!(
         (refused.status, refused.problem()),
@@ -352,18 +352,73 @@ async fn a_full_backlog_stops_decisions_and_consumes_nothing() {
     let again = app.echo(&key.text).await;
     assert_eq!(again.status, 200, "{}", again.text);
     let remaining = again.number("x-ratelimit-remaining");
-    // Only what was allowed was consumed.
+    // Only allowed requests were charged.
     assert!(remaining >= 1_000_000 - allowed - 1, "{remaining}");
     app.ship_usage().await;
     assert_eq!(world.logged().await.len() as u64, allowed + 1);
     assert_eq!(metric(app, "quota_usage_unrecordable").await, "0");
 }
 
-/// A file system of its own, of this many bytes.
+/// Denials cost the consumer nothing, so one consumer could send enough of them to fill the backlog for every tenant.
+#[tokio::test(flavor = "multi_thread")]
+async fn denials_of_one_tenant_do_not_fill_the_backlog_of_all() {
+    const DENIED: u64 = 12_000;
+    let database = database().await;
+    let (proxy, url) = through_proxy(&database).await;
+    let flag = "--usage-backlog-max=1048576";
+    let world = World::start(|setup| setup.database(database.clone()).url(url).flag(flag)).await;
+    let app = &world.app;
+    let flooding = app.register().await;
+    let plan = json!({"default_rpm": 1, "burst": 3});
+    let plan = app.plan(&flooding, plan).await;
+    let key = app.key(&flooding, &plan).await;
+    assert_eq!(app.echo(&key.text).await.status, 200);
+    let mut ids = world.echoes(5).await;
+    proxy.set(Fault::Refuse);
+    proxy.cut();
+    let mut statuses = BTreeMap::new();
+    for n in 0..DENIED {
+        let request = app.get("/v1/echo").header("X-API-Key", &key.text);
+        let status = request.send().await.status;
+        *statuses.entry(status).or_insert(0_u64) += 1;
+        if n % 200 == 0 {
+            // Runs continuously, like the job.
+            assert!(app.state.metering.ship().await.is_err());
+        }
+    }
+    assert_eq!(statuses.get(&200), Some(&2), "{statuses:?}");
+    assert_eq!(statuses.get(&429), Some(&(DENIED - 2)), "{statuses:?}");
+    ids.extend(world.echoes(300).await);
+    let unrecorded = metric(app, "quota_usage_denials_unrecorded_total").await;
+    let unrecorded = unrecorded.parse::<u64>().expect("a number");
+    assert!(unrecorded > 1_000, "{unrecorded}");
+
+    proxy.set(Fault::Pass);
+    app.ship_usage().await;
+    let logged = logged(&database).await;
+    let (denied, allowed) = logged
+        .iter()
+        .partition::<Vec<_>, _>(|(_, it)| it.was_rejected);
+    // Every admitted request is recorded, and every denial is either in the log or counted.
+    let of_flooding = |it: &&(&String, &Logged)| it.1.key_id == key.id;
+    assert_eq!(allowed.iter().filter(of_flooding).count(), 3);
+    let others = allowed.iter().filter(|it| it.1.key_id == world.key.id);
+    assert_eq!(others.map(|it| it.0.clone()).collect::<BTreeSet<_>>(), ids);
+    assert_eq!(denied.len() as u64 + unrecorded, DENIED - 2);
+    // Later, all denials are recorded again.
+    for _ in 0..150 {
+        assert_eq!(app.echo(&key.text).await.status, 429);
+    }
+    app.ship_usage().await;
+    let again = world.logged().await.len();
+    assert_eq!(again, logged.len() + 150);
+}
+
+/// A separate file system of this size in bytes.
 struct SmallDisk(TempDir);
 
 impl SmallDisk {
-    /// `None` where the test may not mount.
+    /// `None` if the test is not allowed to mount.
     fn mount(bytes: u64) -> Option<Self> {
         let directory = data_dir();
         let mounted = Command::new("mount")
@@ -432,7 +487,7 @@ async fn a_full_disk_stops_decisions_loses_nothing_and_recovers() {
     assert_eq!(refused, 503);
     assert!(ids.len() > 5_000, "{}", ids.len());
     assert_eq!(metric(&world.app, "quota_usage_unrecordable").await, "1");
-    // Everything else goes on.
+    // Everything else keeps working.
     let plans = world
         .app
         .act(&world.account, "GET", "/admin/plans", json!(null));
@@ -478,7 +533,7 @@ async fn events_have_postgresqls_time_whatever_the_machines_clock_says() {
             .await
             .expect("one row")
             .get::<_, f64>(0);
-        // The clock of the test stands still from the start on.
+        // The test's clock stands still from the start.
         assert!((-1.0..30.0).contains(&error), "{seconds_off}: {error} s");
     }
 }
@@ -520,13 +575,13 @@ async fn a_replica_takes_over_what_a_killed_one_left_in_a_shared_directory() {
     let (data, http) = (data_dir(), Client::new());
     let settings = [
         ("DATABASE_URL", database.url()),
-        // The first one ships nothing by itself.
+        // The first one ships nothing on its own.
         ("QUOTA_USAGE_SHIP_EVERY", "60s"),
     ];
     let first = Quota::start_with(data.path(), &settings);
     let plan = json!({"name": "p", "default_rpm": 1_000_000, "burst": 100_000});
     let key = first.key_on(&http, plan).await;
-    // The first tick is at the start.
+    // The first tick is immediate.
     tokio::time::sleep(Duration::from_millis(500)).await;
     let url = format!("http://{}/v1/echo", first.addr);
     for n in 0..200 {
@@ -559,8 +614,8 @@ async fn a_replica_takes_over_what_a_killed_one_left_in_a_shared_directory() {
     assert_eq!(left, Vec::<PathBuf>::new());
 }
 
-/// The real server is killed again and again under load. Every answered request is counted once, and what is counted
-/// besides was in flight at a kill.
+/// The real server is killed repeatedly under load. Every request that got a response is counted once, and any other
+/// counted request was in flight when the server was killed.
 #[tokio::test(flavor = "multi_thread")]
 async fn killing_the_server_under_load_loses_nothing_and_counts_nothing_twice() {
     const KILLS: usize = 5;
@@ -610,7 +665,7 @@ async fn killing_the_server_under_load_loses_nothing_and_counts_nothing_twice() 
     }
     assert!(answered.len() > 1_000, "{} were answered", answered.len());
     assert!(in_flight > 0, "none was in flight at a kill");
-    // Whatever is left of the killed ones is taken over.
+    // Usage left behind by killed servers is taken over.
     let url = format!("http://{}/v1/echo", quota.addr);
     let last = http.get(&url).header("X-API-Key", &key);
     let last = last.header("X-Request-Id", "last").send().await;
@@ -639,7 +694,7 @@ async fn killing_the_server_under_load_loses_nothing_and_counts_nothing_twice() 
     assert!(unanswered <= in_flight, "{unanswered} of {in_flight}");
 }
 
-/// The system calls that matter, in order, while requests are sent one after the other.
+/// The relevant system calls, in order, while requests are sent one after another.
 async fn traced(durability: &str, requests: usize) -> Option<Vec<String>> {
     let database = database().await;
     let (data, http) = (data_dir(), Client::new());

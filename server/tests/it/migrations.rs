@@ -1,4 +1,4 @@
-//! Migrations: up and down, concurrently, and by a restricted role.
+//! Migrations: up and down, concurrently, and with a restricted role.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ async fn migrate(url: &str) -> Vec<String> {
         .expect("the migrations apply")
 }
 
-/// On another thread, since applying blocks.
+/// On a separate thread, since applying migrations blocks.
 async fn migrate_apart(url: &str) -> Vec<String> {
     let url = url.to_owned();
     tokio::spawn(async move { migrate(&url).await })
@@ -122,8 +122,8 @@ async fn every_constraint_is_named_and_every_table_has_a_comment() {
     let database = TestDatabase::create_empty().await;
     migrate(database.url()).await;
     let client = database.connect().await;
-    // NOT NULL is no constraint with a name of its own to us; it is one in the catalog from PostgreSQL 18 on. Those of
-    // partitions are their table's.
+    // NOT NULL constraints are not named here, but they are constraints in the catalog as of PostgreSQL 18. Constraints
+    // of partitions belong to their table.
     let sql = "SELECT conrelid::regclass::text, conname::text FROM pg_constraint \
         WHERE connamespace = 'public'::regnamespace AND contype <> 'n' \
         AND conrelid <> '__diesel_schema_migrations'::regclass \
@@ -176,7 +176,7 @@ async fn every_constraint_is_named_and_every_table_has_a_comment() {
         .iter()
         .map(|row| row.get::<_, &str>(0))
         .collect::<Vec<_>>();
-    // Users are never deleted individually, and a key's plan has its own index.
+    // Users are never deleted individually, and a key's plan has a separate index.
     let known = [
         "api_keys_plan_fkey",
         "audit_events_user_fkey",
@@ -200,7 +200,7 @@ async fn role_without_superuser_migrates_and_serves() {
         .await
         .expect("an answer")
         .get(0);
-    // If another role has created the two roles, this one must be made a member, as the migration says.
+    // If another role has created the two roles, this one must be made a member, as described in the migration.
     let version: i32 = admin
         .query_one("SELECT current_setting('server_version_num')::int", &[])
         .await
@@ -265,7 +265,7 @@ async fn role_without_superuser_migrates_and_serves() {
         .expect("nothing of it is left");
 }
 
-/// The same database with another role.
+/// The same database, with another role.
 fn as_role(url: &str, role: &str) -> String {
     let mut url = url.to_owned();
     if let Ok(mut parsed) = url::Url::parse(&url)

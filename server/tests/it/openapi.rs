@@ -1,4 +1,4 @@
-//! The OpenAPI document: that it is valid, complete and committed, and describes bodies as the server handles them.
+//! The OpenAPI document is valid, complete and committed, and describes bodies as the server handles them.
 
 use std::{collections::BTreeSet, fs, path::Path};
 
@@ -11,8 +11,8 @@ use crate::{
     support::app::{Answer, DOCUMENT, TestApp, faults},
 };
 
-/// Fields for which a value within the bounds may still be invalid: a short password is easy to guess, the current one
-/// has to be right, and no time zone has a name that short or long.
+/// Fields for which a value within the bounds may still be invalid: a short password is easy to guess, the current
+/// password must be correct, and no time zone has a name that short or long.
 const MORE_THAN_BOUNDS: &[&str] = &[
     "current_password",
     "new_password.min",
@@ -144,7 +144,7 @@ fn every_reference_resolves_and_every_schema_is_used() {
     }
 }
 
-// Bodies and parameters are checked against exactly what the document says. -------------------------------
+// Bodies and parameters are checked exactly as documented. -------------------------------
 
 /// A client that sends bodies.
 struct Sender {
@@ -177,7 +177,7 @@ impl Sender {
         if body["plan_id"].is_string() {
             body["plan_id"] = json!(self.plan);
         }
-        // Names are unique.
+        // Names must be unique.
         if operation.id == "create_plan" {
             body["name"] = json!(format!("Plan {}", uuid::Uuid::now_v7()));
         }
@@ -231,13 +231,13 @@ impl Sender {
             "{id}.{field}: {text} for {}",
             short(body)
         );
-        // A rotation within a grace period conflicts, and names the field that confirms it.
+        // A rotation within a grace period conflicts, and the error names the field that confirms it.
         assert!(
             !names(&answer, field) || (id, answer.status) == ("rotate_api_key", 409),
             "{id}: {text} for {}",
             short(body)
         );
-        // The current password is only right once.
+        // The current password is correct only once.
         assert!(
             answer.status != 422 || id == "change_password",
             "{id}.{field}: {text}"
@@ -249,12 +249,17 @@ fn short(body: &Value) -> String {
     body.to_string().chars().take(300).collect()
 }
 
+/// Whether an error names the field or a part of it.
 fn names(answer: &Answer, field: &str) -> bool {
     let errors = answer.body["errors"].as_array();
-    errors.is_some_and(|errors| errors.iter().any(|it| it["field"] == field))
+    let is_field = |it: &Value| {
+        let named = it["field"].as_str().unwrap_or_default();
+        named.split('.').next() == Some(field)
+    };
+    errors.is_some_and(|errors| errors.iter().any(is_field))
 }
 
-/// Returns a text of that many characters that is valid except perhaps for its length.
+/// Returns a string of this length that is valid except perhaps for its length.
 fn text(field: &str, length: usize) -> String {
     const LETTERS: &[u8] = b"qZ7xKp2mWv9tRb4nYc6sLd8gHf3jTk5wQz";
     let some = |length: usize| -> String {
@@ -263,7 +268,7 @@ fn text(field: &str, length: usize) -> String {
             .collect()
     };
     match field {
-        // 64 at most before the @.
+        // At most 64 before the @.
         "email" if length > 66 => format!("{}@{}", some(64), some(length - 65)),
         "email" if length >= 3 => format!("a@{}", some(length - 2)),
         _ => some(length),
@@ -277,7 +282,7 @@ fn integer(bound: &Value) -> i64 {
     number
 }
 
-/// Returns values on the bounds of a schema and the next ones beyond, each with the name of the bound.
+/// Returns the values at the bounds of a schema and the first values beyond them, each with the name of the bound.
 fn around(field: &str, schema: &Value) -> Vec<(&'static str, Value, Option<Value>)> {
     let length = |bound: &Value| usize::try_from(bound.as_u64().expect("a length")).expect("small");
     let mut all = Vec::new();
@@ -386,12 +391,12 @@ fn odd_values() -> Vec<Value> {
     odd
 }
 
-/// Whether the server checks more about a field than a schema can describe.
+/// Whether the server checks more than a schema can describe about a field.
 fn needs_more_than_the_schema(operation: &Operation, field: &str) -> bool {
     match field {
         // How easy it is to guess, and its length in bytes.
         "password" => operation.id == "register",
-        // Likewise; that it is the current one; that it is a time zone; that it is in the future.
+        // The same; whether it is the current password; whether it is a time zone; whether it is in the future.
         "new_password" | "current_password" | "time_zone" | "expires_at" => true,
         _ => false,
     }
@@ -418,7 +423,7 @@ async fn document_and_server_agree_on_odd_values() {
                 let rejected = matches!(answer.status, 400 | 422);
                 if faults(schema, &body).is_empty() {
                     fitting += 1;
-                    // Another field may be at fault, such as a weak password.
+                    // Another field may be invalid, such as a weak password.
                     assert!(!rejected || !names(&answer, field), "fits: {shown}");
                 } else {
                     others += 1;
@@ -545,7 +550,7 @@ async fn documented_types_required_and_nullable_fields_are_enforced() {
                     sender.refused(&operation, &body, field).await;
                 }
             }
-            // Text that PostgreSQL cannot store is not a server error.
+            // Text that PostgreSQL cannot store does not cause a server error.
             body[field] = json!("a\u{0}\u{feff}\u{202e}");
             let odd = sender.send(&operation, &body).await;
             assert!(odd.status < 500, "{}.{field}: {}", operation.id, odd.text);
@@ -594,7 +599,7 @@ async fn documented_bounds_of_parameters_are_enforced() {
                     );
                     assert!(names(&answer, name), "{}: {}", operation.id, answer.text);
                 }
-                // A text of the maximum length is not a valid cursor.
+                // A string of the maximum length is not a valid cursor.
                 let answer = ask(&on).await;
                 let expected = if name == "cursor" { 400 } else { 200 };
                 assert_eq!(
@@ -608,7 +613,7 @@ async fn documented_bounds_of_parameters_are_enforced() {
     assert!(bounds >= 9, "{bounds}");
 }
 
-/// Every message about a parameter says what is allowed, in words of the API.
+/// Every message about a parameter states the allowed values in terms of the API.
 #[tokio::test(flavor = "multi_thread")]
 async fn rejected_parameters_get_plain_messages() {
     let sender = Sender::new().await;

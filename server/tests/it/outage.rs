@@ -1,5 +1,5 @@
-//! PostgreSQL becomes unreachable and recovers. Known keys are served for a while, nobody is admitted unconfirmed,
-//! nothing hangs, and nothing is an internal error.
+//! PostgreSQL becomes unreachable and recovers. Keys in memory are served for a while, no unconfirmed key is admitted,
+//! nothing hangs, and there are no internal errors.
 
 use std::{
     path::PathBuf,
@@ -21,7 +21,7 @@ use crate::support::{
     postgres::TestDatabase,
 };
 
-/// No response takes longer, whatever PostgreSQL does.
+/// No response takes longer than this, whatever PostgreSQL does.
 const AT_MOST: Duration = Duration::from_secs(5);
 
 /// A server whose connections to PostgreSQL can be made to fail.
@@ -147,7 +147,7 @@ async fn an_outage(fault: Fault) {
         "it lives all the same"
     );
 
-    // Long enough for cached records to be stale. From then on they are served only during the grace period.
+    // Long enough for cached records to be stale. After that, they are served only during the grace period.
     tokio::time::sleep(Duration::from_millis(1500)).await;
     let token = &world.account.access_token;
     let unknown = unknown_key();
@@ -307,7 +307,7 @@ async fn canceled_requests_leave_no_broken_connection_behind() {
         assert_eq!((plans.status, &plans.body["total"]), (200, &json!(0)));
         world.app.plan(&world.account, json!({})).await;
     }
-    // Changes are complete: a plan with its audit event, or neither.
+    // Changes are atomic: either a plan with its audit event, or neither.
     let client = world.app.database.connect().await;
     let halves = client
         .query_one(
@@ -325,7 +325,7 @@ async fn canceled_requests_leave_no_broken_connection_behind() {
     assert_eq!(counts, [0, 0, 0]);
 }
 
-/// When the poll is late, every key needs to be confirmed again. Only the first requests may wait for that.
+/// When the poll is late, every key needs to be confirmed again. Only the first requests may wait for this.
 #[tokio::test(flavor = "multi_thread")]
 async fn only_the_first_requests_wait_when_postgres_goes_silent() {
     const KEYS: usize = 30;
@@ -385,7 +385,7 @@ async fn only_the_first_requests_wait_when_postgres_goes_silent() {
     }
 }
 
-/// Well-formed keys that do not exist, each of which has to be looked up.
+/// Well-formed keys that do not exist, each of which must be looked up.
 #[tokio::test(flavor = "multi_thread")]
 async fn flood_of_unknown_keys_does_not_affect_the_poll_the_ledger_or_known_keys() {
     const FLOOD: usize = 60;
@@ -440,7 +440,7 @@ async fn flood_of_unknown_keys_does_not_affect_the_poll_the_ledger_or_known_keys
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     assert!(known == 25 && ready >= 20, "{known} known, {ready} ready");
-    // A change is noticed during the flood.
+    // A change takes effect during the flood.
     let path = format!("/admin/api-keys/{}", deleted.id);
     let gone = other.request(reqwest::Method::DELETE, &path);
     let gone = gone.bearer(&world.account.access_token).send().await;
@@ -452,7 +452,7 @@ async fn flood_of_unknown_keys_does_not_affect_the_poll_the_ledger_or_known_keys
     }
     let errors = app.metric(failed).await - errors;
     let polls = app.metric("quota_invalidation_polls_total").await - polls;
-    // On a busy machine one may be late. If the flood had an effect, nearly all would be.
+    // On a busy machine, one may be late. If the flood had an effect, nearly all would be late.
     assert!(
         polls >= 3.0 && errors <= polls / 4.0,
         "{errors} of {polls} polls failed"
@@ -535,17 +535,55 @@ async fn changes_are_noticed_after_postgres_was_restored() {
     assert!((401..=403).contains(&app.echo(&key.text).await.status));
 }
 
-/// A sign-in whose client leaves before the password was judged is no failed attempt.
+/// As after a restore during which so many changes were made that the numbers are as high as before.
+#[tokio::test]
+async fn a_restore_is_noticed_although_the_numbers_of_changes_have_caught_up() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let plan = json!({"default_rpm": 600_000, "burst": 10_000});
+    let plan = app.plan(&account, plan).await;
+    let key = app.key(&account, &plan).await;
+    for burst in 1..=6 {
+        let call = app.request(reqwest::Method::PATCH, &format!("/admin/plans/{plan}"));
+        let call = call.json(json!({"burst": 10_000 + burst}));
+        assert_eq!(call.bearer(&account.access_token).send().await.status, 200);
+    }
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(app.echo(&key.text).await.status, 200);
+
+    // The restored table is a new one, with another change under the highest number.
+    let restore = format!(
+        "BEGIN; \
+         CREATE TEMP TABLE before AS SELECT * FROM revocations; \
+         TRUNCATE revocations; \
+         INSERT INTO revocations OVERRIDING SYSTEM VALUE SELECT * FROM before ORDER BY seq; \
+         UPDATE api_keys SET is_active = false WHERE id = '{id}'; \
+         UPDATE revocations SET target_type = 'api_key', target_id = '{id}' \
+             WHERE seq = (SELECT max(seq) FROM before); \
+         COMMIT",
+        id = key.id
+    );
+    let other = app.database.connect().await;
+    other.batch_execute(&restore).await.expect("it is restored");
+    let began = Instant::now();
+    while app.echo(&key.text).await.status == 200 {
+        assert!(began.elapsed() < AT_MOST, "a key that was ended is let in");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!((401..=403).contains(&app.echo(&key.text).await.status));
+}
+
+/// A sign-in whose client disconnects before the password is verified does not count as a failed attempt.
 #[tokio::test(flavor = "multi_thread")]
 async fn sign_ins_given_up_during_an_outage_do_not_count_as_failed() {
-    give_up_sign_ins(world(|setup| setup.flag("--login-rpm=5")).await).await;
+    give_up_sign_ins(world(|setup| setup.flag("--login-free-failures=5")).await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn sign_ins_given_up_during_an_outage_do_not_count_as_failed_in_redis() {
     let redis = RedisServer::start().await;
     let url = format!("--redis-url={}", redis.url());
-    give_up_sign_ins(world(|setup| setup.flag("--login-rpm=5").flag(url)).await).await;
+    give_up_sign_ins(world(|setup| setup.flag("--login-free-failures=5").flag(url)).await).await;
 }
 
 async fn give_up_sign_ins(world: World) {
@@ -570,7 +608,7 @@ async fn give_up_sign_ins(world: World) {
         app.post("/auth/login", body).send().await.status
     };
     assert_eq!(sign_in(PASSWORD).await, 200);
-    // Those that were judged do count.
+    // Verified attempts do count.
     for _ in 0..5 {
         assert_eq!(sign_in("incorrect-harbour-quilt").await, 401);
     }

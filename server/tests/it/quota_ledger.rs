@@ -1,4 +1,4 @@
-//! The ledger of calendar quotas in a real PostgreSQL: what the limiter's tests assume about it.
+//! The ledger of calendar quotas in a real PostgreSQL: the properties that the limiter's tests assume.
 
 use std::{
     num::{NonZeroU32, NonZeroU64},
@@ -118,7 +118,7 @@ async fn take(ledger: &PostgresLedger, request: TakeRequest) -> Taken {
     taken.remove(0).expect("it is answered")
 }
 
-/// The replicas know different time zones, and all open the first window of each key at the same moment.
+/// The replicas have different time zones, and all open the first window of each key at the same time.
 #[tokio::test(flavor = "multi_thread")]
 async fn replicas_that_open_a_window_concurrently_agree_on_one() {
     let world = World::with_keys(30).await;
@@ -152,7 +152,7 @@ async fn replicas_that_open_a_window_concurrently_agree_on_one() {
     assert_eq!(world.overlaps().await, 0);
 }
 
-/// Many keys with two blocks each, as in a clean stop. `DRAIN_KEYS=100000` measures a large number.
+/// Many keys with two blocks each, as when stopping cleanly. Set `DRAIN_KEYS=100000` to measure a large number.
 #[tokio::test(flavor = "multi_thread")]
 async fn drain_returns_the_blocks_of_many_keys_exactly() {
     let count = drain_keys();
@@ -289,7 +289,7 @@ async fn deleted_key_fails_without_affecting_others() {
         .map(|it| it.as_ref().ok().map(|taken| taken.granted))
         .collect();
     assert_eq!(granted, [Some(5), None, Some(5)]);
-    // Returns for it do not affect the others either.
+    // Returning tokens for it does not affect the others either.
     let taken = *answers[0].as_ref().expect("it is answered");
     let batch = ReturnBatch {
         id: Uuid::now_v7(),
@@ -349,7 +349,7 @@ async fn previous_version_counts_in_the_same_windows() {
     assert_eq!((taken.granted, taken.used), (5, 50));
 }
 
-/// Deleting a key and calling the ledger for it and others do not make each other fail, in either order.
+/// Deleting a key and calling the ledger for it and others do not cause each other to fail, in either order.
 #[tokio::test(flavor = "multi_thread")]
 async fn deletion_and_ledger_do_not_deadlock() {
     let world = World::with_keys(3).await;

@@ -1,4 +1,4 @@
-//! Every pair of changes, made at the same time on two replicas: none is an error of the server, each that succeeds is
+//! Every pair of changes, made concurrently on two replicas: neither causes a server error, each one that succeeds is
 //! in the audit log once, and the result is that of one order or the other.
 
 use std::{
@@ -13,7 +13,7 @@ use tokio_postgres::Client;
 use crate::support::app::{Account, Answer, Key, PASSWORD, TestApp};
 
 const NEW_PASSWORD: &str = "granite-meadow-lantern-41";
-/// How long a replica may take to notice a change.
+/// How long a replica may take to apply a change.
 const AT_MOST: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -28,16 +28,16 @@ enum Action {
     /// With the name that `RenamePlan` uses.
     CreatePlan,
     RenamePlan,
-    /// The spare one.
+    /// The spare plan.
     DeletePlan,
     CreateToken,
     DeleteToken,
     UpdateTenant,
-    /// Of the second session, as the next two.
+    /// Uses the second session, like the next two.
     Refresh,
     Logout,
     EndSession,
-    /// By the first session. Ends all others.
+    /// Uses the first session. Ends all other sessions.
     ChangePassword,
     SignIn,
 }
@@ -80,7 +80,7 @@ const EXCLUSIVE: &[(Action, Action)] = &[
     (ChangePassword, ChangePassword),
 ];
 
-/// Pairs of which the first fails if the second comes first. All others both succeed.
+/// Pairs of which the first fails if the second comes first. In all other pairs, both succeed.
 const ORDERED: &[(Action, Action)] = &[
     (MoveKey, DeleteKey),
     (DeactivateKey, DeleteKey),
@@ -111,13 +111,13 @@ impl Action {
             ChangePassword => "user.change_password",
             SignIn => "session.begin",
             EndSession => "session.end",
-            // A sign-out from a session that has ended succeeds as well, and changes nothing.
+            // Signing out of a session that has ended also succeeds, and changes nothing.
             Refresh | Logout => return None,
         })
     }
 }
 
-/// What a pair of changes acts on.
+/// The resources that a pair of changes acts on.
 struct World {
     account: Account,
     spare: String,
@@ -334,7 +334,7 @@ async fn race(replicas: [&TestApp; 2], database: &Client, pair: (Action, Action)
         let token = signed_in.text("access_token");
         becomes(replicas, status, pair, Call::Session(&token)).await;
     }
-    // The session that made the changes stays active.
+    // The session that made the changes remains active.
     let own = Call::Session(&world.account.access_token);
     becomes(replicas, 200, pair, own).await;
 }
@@ -353,7 +353,7 @@ async fn every_pair_of_changes_at_once_leaves_what_one_order_leaves() {
         .flat_map(|(at, first)| ALL[at..].iter().map(move |second| (*first, *second)))
         .collect::<Vec<_>>();
     assert_eq!(pairs.len(), 136);
-    // A few at a time, so that they also compete for connections and for the order of invalidations.
+    // A few pairs run at a time, so that they also compete for connections and for the order of invalidations.
     let mut races = stream::iter(&pairs)
         .map(|pair| race([&one, &other], &database, *pair))
         .buffer_unordered(4);

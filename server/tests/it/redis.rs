@@ -1,4 +1,4 @@
-//! Connections to Redis: they connect, break and recover, and never make a call wait.
+//! Connections to Redis: they connect, break and recover, and calls never wait for them.
 
 use std::{
     sync::atomic::Ordering,
@@ -168,7 +168,7 @@ async fn silent_redis_times_out_then_disconnects_and_recovers() {
     eventually(&redis, "k").await;
 }
 
-/// With the timeouts of the flags.
+/// With the timeouts from the flags.
 fn connect_with(url: &str, flags: &[&str]) -> Redis {
     let url = format!("--redis-url={url}");
     let flags = ["test", &url].into_iter().chain(flags.iter().copied());
@@ -283,7 +283,7 @@ async fn connections_leave_a_master_that_sentinel_demotes() {
     let after = kept_up(&redis, "k").await;
     assert_ne!(after.run_id(), before.run_id());
     group.servers[0].cont();
-    // It becomes a replica, and nothing reconnects to it.
+    // The master becomes a replica, and no client reconnects to it.
     sleep(Duration::from_millis(500)).await;
     let still = kept_up(&redis, "k").await;
     assert_eq!(still.run_id(), after.run_id());
@@ -415,7 +415,7 @@ async fn messages_arrive_in_order_and_losses_are_reported() {
 
     proxy.cut();
     assert_eq!(lost_then_subscribed(&mut subscription).await, 1);
-    // Silence is also noticed when there are no messages.
+    // Silence is detected even when there are no messages.
     proxy.set(Fault::BlackHole);
     assert_eq!(next(&mut subscription).await, Event::Lost);
     proxy.set(Fault::Pass);

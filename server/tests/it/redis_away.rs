@@ -24,7 +24,7 @@ async fn each_plan_is_served_as_configured_and_every_response_says_so() {
         let plan = app.plan(&account, plan).await;
         keys.push(app.key(&account, &plan).await.text);
     }
-    // With Redis there is no difference, and a block of the day is available locally.
+    // With Redis, there is no difference, and a block of the daily quota is available locally.
     for key in &keys {
         let began = Instant::now();
         loop {
@@ -55,7 +55,7 @@ async fn each_plan_is_served_as_configured_and_every_response_says_so() {
     assert_eq!(closed.header("retry-after"), Some("1"));
     assert_eq!(closed.header("x-quota-degraded"), Some("redis-away"));
     let began = Instant::now();
-    // The share starts to fill, from empty, when the replicas have been counted.
+    // The share starts to fill, from empty, once the replicas have been counted.
     loop {
         let share = app.echo(&keys[0]).await;
         assert!(share.status == 200 || share.status == 429, "{}", share.text);
@@ -63,7 +63,7 @@ async fn each_plan_is_served_as_configured_and_every_response_says_so() {
         if share.status == 200 {
             break;
         }
-        // Whether the limit is reached is unknown, and not claimed.
+        // Whether the limit is reached is unknown and not stated.
         assert_eq!(share.problem(), "temporary-reduced-capacity");
         assert!(!share.text.contains("violated-policies"), "{}", share.text);
         assert!(share.header("retry-after").is_some());
@@ -71,7 +71,12 @@ async fn each_plan_is_served_as_configured_and_every_response_says_so() {
         sleep(Duration::from_millis(50)).await;
     }
     assert!(app.metric("quota_admitted_degraded_total").await >= 2.0);
-    assert_eq!(app.metric("quota_counters_away").await.to_string(), "1");
+    assert_eq!(
+        app.metric("quota_counter_partitions_unavailable")
+            .await
+            .to_string(),
+        "1"
+    );
 
     server.restart().await;
     let began = Instant::now();
@@ -85,5 +90,10 @@ async fn each_plan_is_served_as_configured_and_every_response_says_so() {
             sleep(Duration::from_millis(50)).await;
         }
     }
-    assert_eq!(app.metric("quota_counters_away").await.to_string(), "0");
+    assert_eq!(
+        app.metric("quota_counter_partitions_unavailable")
+            .await
+            .to_string(),
+        "0"
+    );
 }

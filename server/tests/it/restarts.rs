@@ -1,4 +1,4 @@
-//! Usage survives, however the server ends.
+//! Usage survives, no matter how the server ends.
 
 use std::time::Instant;
 
@@ -19,7 +19,7 @@ use crate::support::{
 };
 
 const QUOTA: u64 = 1000;
-/// The share of the quota that one run spends. The last run spends the rest.
+/// The part of the quota that one run spends. The last run spends the rest.
 const PART: u64 = 250;
 
 /// Spends up to `most`. Returns how many requests were allowed.
@@ -73,7 +73,7 @@ async fn restarts_and_a_kill_neither_lose_nor_double_a_daily_quota() {
     loop {
         let day = today();
         let served = spend_through_restarts().await;
-        // A new day has a new quota and would prove nothing.
+        // A new day has a new quota, so the test would prove nothing.
         if today() == day {
             assert!(served <= QUOTA, "{served} of {QUOTA} were served");
             assert!(
@@ -107,7 +107,7 @@ async fn add_keys(database: &TestDatabase, count: usize) -> Vec<String> {
     secrets.iter().map(SecretText::reveal).collect()
 }
 
-/// The number of keys with blocks when the server stops. `DRAIN_KEYS=100000` measures a large deployment.
+/// The number of keys with blocks when the server stops. Set `DRAIN_KEYS=100000` to measure a large deployment.
 #[expect(
     clippy::disallowed_methods,
     reason = "a measurement is no setting of the server"
@@ -164,7 +164,7 @@ async fn clean_stop_returns_every_block() {
         "{count} keys with two blocks each: stopped in {:?}",
         stopping.elapsed()
     );
-    // For each policy, across both days if midnight has passed.
+    // For each policy, summed over both days if midnight has passed.
     let rows = client
         .query(
             "SELECT policy, sum(used)::bigint, max(used) FROM quota_usage GROUP BY policy ORDER BY policy",

@@ -1,4 +1,4 @@
-//! Key records that replicas share in Redis: they save look-ups, and an outdated one is never used.
+//! Key records that replicas share in Redis: they save lookups, and an outdated record is never used.
 
 use std::{
     sync::Arc,
@@ -7,7 +7,7 @@ use std::{
 
 use quota_server::{
     clock::{Clock as _, SystemClock, TestClock},
-    keys::Source,
+    keys::LookupCaller,
     repo::sweep,
     secret_text::{Kind, SecretText},
 };
@@ -98,7 +98,7 @@ fn slow() -> &'static str {
     "--redis-timeout=2s"
 }
 
-/// Waits until it is connected and may use shared records.
+/// Waits until it is connected and can use shared records.
 async fn polled(app: &TestApp) {
     let began = Instant::now();
     let redis = app.state.redis.as_ref().expect("it has Redis");
@@ -298,7 +298,7 @@ async fn unreachable_redis_is_a_miss() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn silent_redis_delays_one_look_up_and_not_the_next() {
+async fn silent_redis_delays_one_lookup_and_not_the_next() {
     let world = World::start().await;
     let proxy = FaultProxy::start(Upstream::Tcp(world.server.addr())).await;
     // The clock is stopped, so that the pause after the first failure does not end.
@@ -327,7 +327,7 @@ async fn silent_redis_delays_one_look_up_and_not_the_next() {
         let found = app
             .state
             .keys
-            .key(&text, app.state.freshness.now(), Source::default())
+            .key(&text, app.state.freshness.now(), LookupCaller::default())
             .await;
         assert!(found.expect("PostgreSQL answers").is_some());
         app.state.metrics.key_shared_errors.get()
@@ -344,7 +344,7 @@ async fn silent_redis_delays_one_look_up_and_not_the_next() {
     assert_eq!(look_up(&keys[4]).await, 2, "and is tried again");
 }
 
-/// It cannot know what has changed since.
+/// It cannot know about changes since then.
 #[tokio::test(flavor = "multi_thread")]
 async fn replica_cut_off_from_postgres_trusts_no_shared_record() {
     let world = World::start().await;
@@ -411,7 +411,7 @@ async fn change_is_published_to_other_replicas() {
     }
     eventually(&world.first, "quota_invalidations_published_total", 1.0).await;
     eventually(&second, "quota_invalidation_lag_seconds_count", 1.0).await;
-    // Garbage on the channel is counted and does no harm.
+    // Garbage on the channel is counted and has no effect.
     let mut redis = world.redis().await;
     redis
         .publish::<_, _, ()>("quota:revoked", "nonsense")
@@ -454,7 +454,7 @@ async fn messages_with_future_numbers_do_not_restore_a_deleted_key() {
             .expect("it is sent");
         assert!(heard <= 2);
     }
-    // Both have received them, accepted or not.
+    // Both have received them, whether accepted or not.
     for app in [&world.first, &second] {
         let began = Instant::now();
         loop {

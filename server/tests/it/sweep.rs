@@ -1,4 +1,4 @@
-//! Expired rows are deleted, however many there are and even if one kind cannot be.
+//! Expired rows are deleted, no matter how many there are and even if one kind cannot be deleted.
 
 use std::{sync::Arc, time::Duration};
 
@@ -25,7 +25,7 @@ async fn world(many: i32) -> World {
     let key = app.key(&account, &plan).await;
     let fresh = app.key(&account, &plan).await;
     let client = app.database.connect().await;
-    // IDs of the server, which are safe in SQL.
+    // IDs from the server, which are safe in SQL.
     let (tenant, user) = (&account.tenant_id, &account.user_id);
     let (key, fresh) = (&key.id, &fresh.id);
     let rows = format!(
@@ -48,7 +48,15 @@ async fn world(many: i32) -> World {
              ('{tenant}', '{key}', 'monthly', now(), 1);
          UPDATE api_keys SET previous_key_hash = sha256(id::text::bytea),
              previous_expires_at = now() + CASE WHEN id = '{key}' THEN interval '-1 hour' ELSE interval '1 hour' END
-             WHERE id IN ('{key}', '{fresh}')"
+             WHERE id IN ('{key}', '{fresh}');
+         INSERT INTO billing_events (id, kind, livemode, body, received_at, due_at, outcome) VALUES
+             ('handled', '', false, '', now() - interval '31 days', NULL, 'applied'),
+             ('waiting', '', false, '', now() - interval '31 days', now() + interval '1 day', NULL);
+         INSERT INTO billing_usage (tenant_id, start, cost, planned) VALUES
+             ('{tenant}', now() - interval '401 days', 1, 1), ('{tenant}', now() - interval '402 days', 1, 0);
+         INSERT INTO billing_reports (tenant_id, start, revision, until, value, state, due_at, created_at) VALUES
+             ('{tenant}', now(), 0, now() + interval '1 hour', 1, 'sent', NULL, now() - interval '401 days'),
+             ('{tenant}', now(), 1, now() + interval '1 hour', 1, 'pending', now(), now() - interval '401 days')"
     );
     client.batch_execute(&rows).await.expect("the rows fit");
     World {
@@ -69,12 +77,15 @@ impl World {
                  (SELECT count(*) FROM sessions WHERE revoked_at < now()), \
                  (SELECT count(*) FROM revocations WHERE at < now() - interval '1 day'), \
                  (SELECT count(*) FROM quota_usage WHERE window_start < now() - interval '40 days'), \
-                 (SELECT count(*) FROM api_keys WHERE previous_expires_at < now())",
+                 (SELECT count(*) FROM api_keys WHERE previous_expires_at < now()), \
+                 (SELECT count(*) FROM billing_events WHERE id = 'handled'), \
+                 (SELECT count(*) FROM billing_usage WHERE cost = planned), \
+                 (SELECT count(*) FROM billing_reports WHERE state = 'sent')",
                 &[],
             )
             .await
             .expect("a superuser sees all");
-        (0..6).map(|i| row.get(i)).collect()
+        (0..9).map(|i| row.get(i)).collect()
     }
 
     /// Returns the rows that must not be swept: one of each kind, and the account's session.
@@ -86,13 +97,16 @@ impl World {
                  (SELECT count(*) FROM sessions WHERE expires_at > now() AND revoked_at IS NULL), \
                  (SELECT least(count(*), 1) FROM revocations), \
                  (SELECT count(*) FROM quota_usage), \
-                 (SELECT count(*) FROM api_keys WHERE previous_expires_at > now())",
+                 (SELECT count(*) FROM api_keys WHERE previous_expires_at > now()), \
+                 (SELECT count(*) FROM billing_events), \
+                 (SELECT count(*) FROM billing_usage), \
+                 (SELECT count(*) FROM billing_reports)",
                 &[],
             )
             .await
             .expect("a superuser sees all");
-        let kept = (0..5).map(|i| row.get::<_, i64>(i)).collect::<Vec<_>>();
-        assert_eq!(kept, [1, 1, 1, 1, 1]);
+        let kept = (0..8).map(|i| row.get::<_, i64>(i)).collect::<Vec<_>>();
+        assert_eq!(kept, [1; 8]);
     }
 
     /// Starts the background jobs, with a short statement timeout.
@@ -121,7 +135,7 @@ impl World {
 async fn more_rows_than_one_statement_can_delete_are_deleted() {
     const MANY: i32 = 3000;
     let world = world(MANY).await;
-    // More than a millisecond per row: three seconds in all.
+    // More than a millisecond per row: three seconds in total.
     world
         .client
         .batch_execute(
@@ -132,7 +146,7 @@ async fn more_rows_than_one_statement_can_delete_are_deleted() {
         .await
         .expect("a trigger");
     let app = world.start().await;
-    world.until(&[0; 6]).await;
+    world.until(&[0; 9]).await;
     world.assert_fresh_rows_are_kept().await;
     let swept = app
         .metric("quota_rows_swept_total{kind=\"idempotency_keys\"}")
@@ -168,7 +182,7 @@ async fn kind_that_cannot_be_deleted_does_not_hold_up_others() {
     .await
     .expect("a lock");
     let app = world.start().await;
-    world.until(&[50, 1, 0, 0, 0, 0]).await;
+    world.until(&[50, 1, 0, 0, 0, 0, 0, 0, 0]).await;
     world.assert_fresh_rows_are_kept().await;
     assert!(app.metric("quota_sweep_errors_total").await >= 1.0);
     held.rollback().await.expect("the end");

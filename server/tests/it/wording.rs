@@ -188,8 +188,11 @@ fn conflicts_are_named_per_operation() {
             ("create_plan", "name-taken"),
             ("create_service_token", "request-in-progress"),
             ("delete_plan", "plan-in-use"),
+            ("open_billing_portal", "not-subscribed"),
+            ("receive_stripe_event", "billing-off"),
             ("register", "email-taken"),
             ("rotate_api_key", "previous-key-active"),
+            ("start_checkout", "already-subscribed"),
             ("update_plan", "name-taken"),
         ]
     );
@@ -210,6 +213,7 @@ fn tags_are_in_reading_order() {
             "Plans",
             "Service tokens",
             "Usage",
+            "Billing",
             "Audit",
             "Auth",
             "Health"

@@ -17,7 +17,7 @@ pub(crate) fn answer(bytes: &[u8]) -> Result<Option<(u16, usize)>> {
     let status = bytes
         .strip_prefix(b"HTTP/1.1 ")
         .and_then(|rest| str::from_utf8(rest.get(..3)?).ok()?.parse().ok())
-        .context("an answer that is no HTTP/1.1")?;
+        .context("a response that is not HTTP/1.1")?;
     let mut length = None;
     for line in bytes[..head].split(|byte| *byte == b'\n') {
         const NAME: &[u8] = b"content-length:";
@@ -26,7 +26,7 @@ pub(crate) fn answer(bytes: &[u8]) -> Result<Option<(u16, usize)>> {
             length = Some(text.trim().parse::<usize>()?);
         }
     }
-    let whole = head + 4 + length.context("an answer without Content-Length")?;
+    let whole = head + 4 + length.context("a response without Content-Length")?;
     Ok((bytes.len() >= whole).then_some((status, whole)))
 }
 
@@ -57,7 +57,7 @@ pub(crate) fn call(
     let mut bytes = Vec::new();
     stream.read_to_end(&mut bytes)?;
     let Some((status, whole)) = answer(&bytes)? else {
-        bail!("{method} {path}: the answer is not complete");
+        bail!("{method} {path}: the response is incomplete");
     };
     let start = find(&bytes, b"\r\n\r\n").map_or(whole, |head| head + 4);
     Ok((status, String::from_utf8(bytes[start..whole].to_vec())?))
@@ -73,7 +73,7 @@ pub(crate) fn json(
 ) -> Result<Value> {
     let (status, text) = call(server, method, path, token, Some(body))?;
     if !(200..300).contains(&status) {
-        bail!("{method} {path} answered {status}: {text}");
+        bail!("{method} {path} returned {status}: {text}");
     }
     Ok(serde_json::from_str(&text)?)
 }

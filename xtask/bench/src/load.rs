@@ -68,12 +68,12 @@ async fn connection(server: SocketAddr, end: Instant, request: Vec<u8>) -> Resul
         let status = loop {
             let n = stream.read(&mut bytes[read..]).await?;
             if n == 0 {
-                bail!("the server ended a connection");
+                bail!("the server closed a connection");
             }
             read += n;
             match http1::answer(&bytes[..read])? {
                 Some((status, whole)) if whole == read => break status,
-                Some(_) => bail!("more was answered than asked for"),
+                Some(_) => bail!("got more responses than requests"),
                 None => {}
             }
         };

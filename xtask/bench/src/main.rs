@@ -1,11 +1,11 @@
-//! Benchmarks of the server from outside: the cost of a request, and what holds across replicas.
+//! Benchmarks of the server from outside: the cost of a request, and the behavior of several replicas.
 //!
 //! The cost of a request: Quota compared with a plain poem handler and a plain hyper handler, in the same run.
 //!
 //! Every server is a separate process with the same tokio runtime, pinned to one core. This process generates the load,
 //! pinned to another core. There are many short rounds in which the servers take turns, so that other load on the
-//! machine affects all of them equally. Compare ratios: absolute figures depend on the machine. What holds across
-//! replicas is in [`replicas`].
+//! machine affects all of them equally. Compare ratios: absolute figures depend on the machine. The behavior of several
+//! replicas is measured in [`replicas`].
 
 mod crash;
 mod floor;
@@ -43,7 +43,7 @@ enum Command {
     },
     /// Measure the cost of recording usage, and print a table
     Metering {
-        /// The `quota` binary, built for release
+        /// The `quota` binary, a release build
         quota: PathBuf,
         /// The number of rounds per case
         #[arg(long, default_value_t = 41, value_parser = clap::value_parser!(u32).range(1..=60))]
@@ -54,7 +54,7 @@ enum Command {
     },
     /// Kill servers, Redis and PostgreSQL under load, and recount the usage
     Crash(crash::Options),
-    /// Measure what holds across replicas, and print tables
+    /// Measure the behavior of several replicas, and print tables
     Replicas(replicas::Options),
     /// Run a plain poem handler on a free port
     Poem,

@@ -1,4 +1,4 @@
-//! What recording usage costs: a server that records, next to one that does not, in the same run.
+//! The cost of recording usage: a server that records compared with one that does not, in the same run.
 
 use std::{path::Path, time::Duration};
 
@@ -53,7 +53,7 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
             figures.push(round(case, time)?);
         }
     }
-    println!("| metering | requests/s | CPU µs a request | CPU, off = 1 |");
+    println!("| metering | requests/s | CPU µs per request | CPU, off = 1 |");
     println!("|---|---:|---:|---:|");
     for ((name, _), figures) in cases.iter().zip(&measured) {
         let per_second = median(figures.iter().map(|it| it.0));
@@ -64,19 +64,19 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
     }
     println!();
     println!(
-        "`GET /v1/echo` without access log; medians of {rounds} rounds of {} ms, the cases taking turns; {CONNECTIONS} \
-         connections. Aim: at most 1.05 with the shipper paused, 1.15 with it running.",
+        "`GET /v1/echo` without access log; medians of {rounds} rounds of {} ms, with the cases taking turns; {CONNECTIONS} \
+         connections. Target: at most 1.05 with the shipper paused, 1.15 with it running.",
         time.as_millis()
     );
     Ok(())
 }
 
-/// Reserving and filling a record, by itself.
+/// The cost of reserving and filling a record, without anything else.
 fn append() -> Result<()> {
     let directory = TempDir::new()?;
     let took = quota_server::metering::measure_append(directory.path(), APPENDS)?;
     println!(
-        "One append: {:.0} ns (mean of {APPENDS}, creating segments included). Aim: below 500 ns.",
+        "One append: {:.0} ns (mean of {APPENDS}, including creating segments). Target: below 500 ns.",
         took.as_secs_f64() * 1e9 / f64::from(APPENDS)
     );
     println!();

@@ -20,7 +20,7 @@ use nix::{
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// The first start creates a database.
+/// The first startup creates a database.
 const STARTED_WITHIN: Duration = Duration::from_secs(120);
 const ENDED_WITHIN: Duration = Duration::from_secs(30);
 
@@ -67,7 +67,7 @@ pub(crate) struct Server {
     pub(crate) addr: SocketAddr,
     /// The log of `quota`.
     log: Option<File>,
-    /// Its data, removed at the end.
+    /// Its data, which is removed at the end.
     _data: Option<TempDir>,
 }
 
@@ -90,7 +90,7 @@ impl Server {
             _data: None,
         };
         read?;
-        server.addr = addr.with_context(|| format!("the bare {name} server did not start"))??;
+        server.addr = addr.with_context(|| format!("the plain {name} server did not start"))??;
         Ok(server)
     }
 
@@ -102,19 +102,10 @@ impl Server {
         cores: Option<Cores>,
         settings: &[(&str, String)],
     ) -> Result<Self> {
-        let data = tempfile::Builder::new()
-            .prefix("quota-bench-")
-            .permissions(fs::Permissions::from_mode(0o711))
-            .tempdir()?;
+        let (mut command, data) = serve(binary)?;
         let path = data.path().join("log");
         let log = File::options().create(true).append(true).open(&path)?;
-        let mut command = Command::new(binary);
-        without_settings(&mut command);
         command
-            .arg("serve")
-            .env("QUOTA_LISTEN", "127.0.0.1:0")
-            .env("QUOTA_METRICS_LISTEN", "127.0.0.1:0")
-            .env("QUOTA_DATA_DIR", data.path())
             .env("RUST_LOG", directives)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?);
@@ -142,7 +133,9 @@ impl Server {
         loop {
             let text = fs::read_to_string(log)?;
             if let Some(line) = ready_line(&text) {
-                let listen = line["listen"].as_str().context("no address in the log")?;
+                let listen = line["listen"]
+                    .as_str()
+                    .context("there is no address in the log")?;
                 return Ok(listen.parse()?);
             }
             if let Some(status) = self.child.try_wait()? {
@@ -168,6 +161,22 @@ impl Server {
         let pid = Pid::from_raw(i32::try_from(self.child.id())?);
         Ok(clock_getcpuclockid(pid)?.now()?.into())
     }
+}
+
+/// Returns the command `quota serve`, with default settings and on free ports, and its new data directory.
+pub(crate) fn serve(binary: &Path) -> Result<(Command, TempDir)> {
+    let data = tempfile::Builder::new()
+        .prefix("quota-bench-")
+        .permissions(fs::Permissions::from_mode(0o711))
+        .tempdir()?;
+    let mut command = Command::new(binary);
+    without_settings(&mut command);
+    command
+        .arg("serve")
+        .env("QUOTA_LISTEN", "127.0.0.1:0")
+        .env("QUOTA_METRICS_LISTEN", "127.0.0.1:0")
+        .env("QUOTA_DATA_DIR", data.path());
+    Ok((command, data))
 }
 
 /// Settings in the environment must not affect the measured servers.

@@ -89,7 +89,7 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
         answers,
     };
     let cases = [
-        // First, since the others are compared with it.
+        // Run first, since the others are compared with it.
         case("bare poem", &poem, &ample, Answers::Admitted),
         case("bare hyper", &hyper, &ample, Answers::Admitted),
         case("quota, admitted", &logging, &ample, Answers::Admitted),
@@ -147,7 +147,7 @@ pub(crate) fn keys(server: &Server) -> Result<(String, String)> {
 }
 
 fn print(cases: &[Case<'_>], measured: &[Vec<Figures>], cores: Option<Cores>, time: Duration) {
-    println!("| `GET /v1/echo` | requests/s | CPU µs a request | CPU, bare poem = 1 |");
+    println!("| `GET /v1/echo` | requests/s | CPU µs per request | CPU, bare poem = 1 |");
     println!("|---|---:|---:|---:|");
     let poem = &measured[0];
     for (case, figures) in cases.iter().zip(measured) {
@@ -167,15 +167,16 @@ fn print(cases: &[Case<'_>], measured: &[Vec<Figures>], cores: Option<Cores>, ti
     }
     println!();
     println!(
-        "Medians of {} rounds of {} ms, the cases taking turns; {CONNECTIONS} keep-alive connections on \
-         loopback. CPU is user and system time of the server's process. {} The access log goes to a file, \
-         a line a request; metrics and request ids are on everywhere in quota. Aim: at most 1.25.",
+        "Medians of {} rounds of {} ms, with the cases taking turns; {CONNECTIONS} keep-alive connections on \
+         loopback. CPU is user and system time of the server's process. {} The access log is written to a file, \
+         one line per request; quota always has metrics and request IDs. Target: at most 1.25.",
         measured[0].len(),
         time.as_millis(),
         match cores {
             Some(Cores { servers, load }) =>
                 format!("Servers run on core {servers}, the load on core {load}."),
-            None => "Nothing is pinned to a core here, so the figures are rougher.".to_owned(),
+            None => "Nothing is pinned to a core on this machine, so the figures are less precise."
+                .to_owned(),
         }
     );
 }

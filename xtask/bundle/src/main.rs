@@ -1,4 +1,4 @@
-//! Packages the compiled desktop app as `.deb` and `.rpm`, without the tools of Debian or RPM and without the network.
+//! Packages the compiled desktop app as `.deb` and `.rpm`, without Debian or RPM tools and without the network.
 //!
 //! Called by `cargo xtask bundle` with the compiled program, the folder of the desktop app's sources, the version of
 //! the C library that the program is linked with, and the output folder.

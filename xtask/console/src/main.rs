@@ -22,7 +22,7 @@ use wasm_bindgen_cli_support::Bindgen;
 /// The limit for all files together that a first visit transfers, compressed with brotli.
 const MAX_SIZE: usize = 300_000;
 
-/// The beginning of the names of files that a first visit does not load.
+/// The prefix of the names of files that a first visit does not load.
 const ON_DEMAND: &str = "gateways";
 
 fn main() -> Result<()> {
@@ -145,7 +145,7 @@ fn remove_streams(module: &mut walrus::Module) {
     walrus::passes::gc::run(module);
 }
 
-/// Shortens the names by which the module and its glue script know each other. Most contain a hash, which does not
+/// Shortens the names that the module and its glue script use for each other. Most contain a hash, which does not
 /// compress, in both files.
 fn shorten_names(module: &mut walrus::Module, script: &str) -> String {
     let is_generated = |name: &str| name.starts_with("__wb") || name.starts_with("wasm_bindgen__");
@@ -204,7 +204,7 @@ fn without_comments(script: &str) -> Result<String> {
     Ok(out)
 }
 
-/// Removes comments and most white space. The style sheet has one rule per line and comments on lines of their own.
+/// Removes comments and most white space. The style sheet has one rule per line, and comments on separate lines.
 fn compact_css(css: &str) -> String {
     css.lines()
         .map(str::trim)

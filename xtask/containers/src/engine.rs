@@ -21,8 +21,8 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Returns the engine of the environment. If there is none, starts one with its data in `folder`, which keeps
-    /// images for the next run.
+    /// Returns the engine configured in the environment. If there is none, starts one with its data in `folder`, which
+    /// keeps images for the next run.
     pub fn start(folder: &Path) -> Result<Self> {
         // Debian's client supports BuildKit by default; newer ones on the PATH require a plugin for it.
         let client = ["/usr/bin/docker", "/usr/local/bin/docker"].map(PathBuf::from);
@@ -97,7 +97,7 @@ impl Engine {
         self.with_host(&self.compose)
     }
 
-    /// Returns a command of a program that calls the client itself, such as a script.
+    /// Returns a command that runs a program that calls the client itself, such as a script.
     pub fn script(&self, program: &Path) -> Command {
         let mut command = self.with_host(program);
         if let (Some(folder), Some(path)) = (self.client.parent(), std::env::var_os("PATH")) {

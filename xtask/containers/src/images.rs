@@ -26,11 +26,11 @@ pub fn provide(engine: &Engine, folder: &Path, compiled: bool) -> Result<()> {
         stand_in(engine, "postgres:17", &stand_ins().join("postgres"))?;
         stand_in(engine, "redis:8", &stand_ins().join("redis"))?;
     }
-    if !present(engine, "caddy:2")? {
+    if !present(engine, "caddy:2.11")? {
         let context = tempfile::tempdir()?;
         copy_folder(&stand_ins().join("caddy"), context.path())?;
         caddy(&context.path().join("caddy"))?;
-        stand_in(engine, "caddy:2", context.path())?;
+        stand_in(engine, "caddy:2.11", context.path())?;
     }
     if compiled && !present(engine, "rust:1.95-bookworm")? {
         rust(engine, folder)?;
@@ -69,7 +69,7 @@ fn present(engine: &Engine, name: &str) -> Result<bool> {
         if pulled {
             "pulled"
         } else {
-            "no registry has it here, building a stand-in"
+            "not available from a registry, building a stand-in"
         }
     );
     Ok(pulled)
@@ -101,7 +101,7 @@ fn debian(engine: &Engine, folder: &Path, suite: &str) -> Result<()> {
     let mirror = mirror
         .lines()
         .find(|line| line.ends_with("/debian") || line.ends_with("/debian/"))
-        .context("no package source of Debian is configured")?;
+        .context("no Debian package source is configured")?;
     let root = folder.join(format!("root-{suite}"));
     let _ = fs::remove_dir_all(&root);
     let script = Path::new("/usr/share/debootstrap/scripts").join(suite);
@@ -233,7 +233,7 @@ fn rust(engine: &Engine, folder: &Path) -> Result<()> {
     for proxy in ["cargo", "rustc", "rustdoc"] {
         std::os::unix::fs::symlink("rustup", binaries.join(proxy))?;
     }
-    // Where crates come from, if this machine configures it.
+    // The source of crates, if this machine configures one.
     let home = std::env::var_os("CARGO_HOME").map_or_else(
         || Path::new(&std::env::var_os("HOME").unwrap_or_default()).join(".cargo"),
         PathBuf::from,

@@ -16,7 +16,7 @@ use tokio::{task::JoinSet, time};
 /// Requests per second, every other one a POST.
 pub const RATE: u32 = 180;
 
-/// What is requested.
+/// The request to send.
 #[derive(Debug, Clone)]
 pub struct Target {
     pub client: Client,

@@ -2,7 +2,7 @@
 
 #![expect(
     clippy::disallowed_methods,
-    reason = "a chore has no `Config`: it reads the environment as it is"
+    reason = "a task has no `Config`: it reads the environment directly"
 )]
 
 mod engine;
@@ -32,13 +32,13 @@ use crate::{
 #[derive(Parser)]
 #[command(about = "Build the image, run the production compose file, and test it")]
 struct Arguments {
-    /// Put this binary into the image in place of compiling one inside
+    /// Put this binary into the image instead of compiling one inside
     #[arg(long)]
     binary: Option<PathBuf>,
     /// Only build the image `quota:local`
     #[arg(long)]
     image_only: bool,
-    /// Where images and stand-ins are kept between runs, if no container engine runs already. A short path
+    /// Where images and stand-ins are kept between runs, if no container engine is already running. A short path
     #[arg(long, default_value = "/var/tmp/quota-containers")]
     folder: PathBuf,
 }
@@ -106,7 +106,7 @@ fn image(engine: &Engine, binary: Option<&Path>, tag: &str) -> Result<()> {
 struct Production<'a> {
     engine: &'a Engine,
     project: String,
-    /// The `deploy` folder and the Caddyfile, with secrets of this run.
+    /// The `deploy` folder and the Caddyfile, with secrets created for this run.
     files: tempfile::TempDir,
     https: u16,
     http: u16,
@@ -179,7 +179,7 @@ impl<'a> Production<'a> {
             }
             ensure!(
                 began.elapsed() < Duration::from_secs(120),
-                "{healthy} of {} are healthy, not {count}",
+                "{healthy} of {} are healthy, expected {count}",
                 ids.len()
             );
             sleep(Duration::from_millis(500)).await;
@@ -213,7 +213,7 @@ impl<'a> Production<'a> {
         self.under_load(&client, &account).await
     }
 
-    /// Checks where each path leads.
+    /// Checks how each path is routed.
     async fn routes(&self, client: &Client) -> Result<()> {
         let base = self.base();
         for (path, expected, content) in [
@@ -258,7 +258,7 @@ impl<'a> Production<'a> {
         Ok(())
     }
 
-    /// Sends a strict key's burst to both replicas at once.
+    /// Sends a strict key's burst to both replicas at the same time.
     async fn is_exact(&self, client: &Client, account: &Account) -> Result<()> {
         let plan = json!({"name": "Exact", "default_rpm": 60, "burst": 100, "strict": true});
         let key = account.key(client, plan).await?;
@@ -340,7 +340,7 @@ impl<'a> Production<'a> {
         )?;
         self.until_healthy("quota", 2).await?;
         sleep(Duration::from_secs(2)).await;
-        report("a new image by upgrade.sh", &running.stop().await?)?;
+        report("a new image with upgrade.sh", &running.stop().await?)?;
         for id in self.containers("quota")? {
             let image = ["inspect", "--format", "{{.Config.Image}}", &id];
             ensure!(self.engine.read(&image)?.trim() == "quota:next");

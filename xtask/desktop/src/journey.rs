@@ -49,7 +49,7 @@ pub async fn run(app: &Path, server: &str, shots: Option<&Path>) -> Result<()> {
     without_keychain(app, &server, shots)
         .await
         .context("without a keychain")?;
-    println!("desktop app: passed; no token in {} files", found.1);
+    println!("desktop app: passed; no tokens in {} files", found.1);
     Ok(())
 }
 
@@ -220,7 +220,7 @@ async fn with_server_unreachable(page: &App, proxy: &FaultProxy) -> Result<()> {
     proxy.cut();
     page.follow("API keys").await?;
     page.text("Can't reach the server").await?;
-    // Data loaded earlier stays readable.
+    // Data loaded earlier remains readable.
     page.text("Mobile app").await?;
     page.screenshot("server-unreachable").await?;
     page.follow("Plans").await?;

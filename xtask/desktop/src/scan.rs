@@ -19,7 +19,7 @@ pub fn has_token(bytes: &[u8]) -> bool {
     })
 }
 
-/// The ASCII characters of a text with `width` bytes per character.
+/// Returns the leading ASCII characters of text encoded with `width` bytes per character.
 fn characters(bytes: &[u8], width: usize) -> impl Iterator<Item = u8> {
     let narrow = move |it: &&[u8]| it[1..].iter().all(|byte| *byte == 0);
     bytes.chunks_exact(width).take_while(narrow).map(|it| it[0])
@@ -45,7 +45,7 @@ fn is_access(bytes: &[u8], width: usize) -> bool {
     }
 }
 
-/// Returns the files below a folder that contain a token, and the number of files searched.
+/// Returns the files in a folder that contain a token, and the number of files searched.
 pub fn files(folder: &Path) -> Result<(Vec<String>, u32)> {
     let (mut found, mut count) = (Vec::new(), 0);
     for entry in
@@ -90,7 +90,7 @@ pub fn name(pid: i32) -> String {
 }
 
 const PAGE: u64 = 4096;
-/// How many pages are read at a time.
+/// The number of pages read at a time.
 const BATCH: u64 = 4096;
 
 /// Returns whether a process has a token in its writable memory.
@@ -103,7 +103,7 @@ pub fn memory(pid: i32) -> Result<bool> {
         if let Some(own) = writable(line) {
             range = own;
         } else if line.starts_with("Rss:") && !line.ends_with(" 0 kB") {
-            // Most reserved memory was never touched: skip gigabytes of absent pages.
+            // Most reserved memory was never touched: skips gigabytes of absent pages.
             for run in present(&mut pages, &range)? {
                 let mut bytes = Vec::new();
                 memory.seek(SeekFrom::Start(run.start * PAGE))?;

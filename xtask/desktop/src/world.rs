@@ -169,7 +169,7 @@ fn start_with_address(command: &mut Command) -> Result<(Running, String)> {
     let mut line = String::new();
     BufReader::new(output).read_line(&mut line)?;
     if line.trim().is_empty() {
-        bail!("it exited before it printed its address");
+        bail!("the program exited before it printed its address");
     }
     Ok((running, line.trim().to_owned()))
 }

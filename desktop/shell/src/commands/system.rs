@@ -12,10 +12,10 @@ use tauri::{AppHandle, Manager as _};
 
 use crate::STARTED;
 
-/// Kept until the app closes: on X11 and Wayland, copied text is available only while its owner runs.
+/// The clipboard is kept until the app closes: on X11 and Wayland, copied text is available only while its owner runs.
 static CLIPBOARD: Mutex<Option<arboard::Clipboard>> = Mutex::new(None);
 
-/// Longer than anything the console copies.
+/// Longer than any text the console copies.
 const MAX_COPY: usize = 64 * 1024;
 
 #[tauri::command]
@@ -34,10 +34,10 @@ pub async fn copy(text: String) -> Result<(), CallError> {
     })
 }
 
-/// Far above the size of any export.
+/// Far larger than any export.
 const MAX_FILE: usize = 16 * 1024 * 1024;
 
-/// Saves an export among the user's downloads, under a name that is not in use. Returns its path.
+/// Saves an export in the user's downloads folder, under an unused name. Returns its path.
 #[tauri::command]
 pub async fn save_file(app: AppHandle, name: String, text: String) -> Result<String, CallError> {
     let folder = app.path().download_dir().or_else(|_| app.path().home_dir());
@@ -79,7 +79,7 @@ fn save_new(folder: &Path, name: &str, text: &str) -> std::io::Result<PathBuf> {
     Err(std::io::ErrorKind::AlreadyExists.into())
 }
 
-/// The page reports that it is usable.
+/// Called when the page is ready for use.
 #[tauri::command]
 pub async fn ready() {
     let ms = STARTED

@@ -1,4 +1,4 @@
-//! Tests against a server that implements only sessions, by the real server's fake, and a keychain in memory.
+//! Tests against a fake server that implements only sessions, and a keychain in memory.
 
 use std::{
     collections::HashMap,
@@ -273,10 +273,10 @@ async fn device_is_recognized_at_the_next_sign_in_and_hidden_from_the_page() {
     assert!(!body.contains("known-device"), "{body}");
     assert_eq!(*fixture.fake.device.lock(), Value::Null);
     session.call(&Call::Logout).await.expect("signed out");
-    // Also in another process, after the session has ended.
+    // The lock also works across processes, after the session has ended.
     fixture.session().call(&login()).await.expect("signed in");
     assert_eq!(*fixture.fake.device.lock(), json!("known-device"));
-    // Without a keychain the device is new, and can sign in nevertheless.
+    // Without a keychain, the device is new, but can still sign in.
     fixture.keychain.unavailable.store(true, Ordering::SeqCst);
     fixture.session().call(&login()).await.expect("signed in");
     assert_eq!(*fixture.fake.device.lock(), Value::Null);
@@ -293,33 +293,29 @@ async fn page_never_sees_a_token() {
     assert_eq!(fixture.keychain.only().as_deref(), Some("qr_2"));
 }
 
+async fn list_concurrently(session: &Arc<Session>) {
+    let calls: Vec<_> = (0..20)
+        .map(|_| {
+            let session = Arc::clone(session);
+            tokio::spawn(async move { session.call(&list()).await })
+        })
+        .collect();
+    for call in calls {
+        call.await.expect("no panic").expect("a response");
+    }
+}
+
 #[tokio::test]
 async fn concurrent_calls_share_one_refresh() {
     let fixture = Fixture::new().await;
     fixture.session().call(&login()).await.expect("signed in");
-    // After a restart, with nothing in memory.
+    // As after a restart, with nothing in memory.
     let session = fixture.session();
-    let calls: Vec<_> = (0..20)
-        .map(|_| {
-            let session = Arc::clone(&session);
-            tokio::spawn(async move { session.call(&list()).await })
-        })
-        .collect();
-    for call in calls {
-        call.await.expect("no panic").expect("a response");
-    }
+    list_concurrently(&session).await;
     assert_eq!(fixture.refreshes(), 1);
-    // Also when the server rejects the access token.
+    // This also applies when the server rejects the access token.
     fixture.fake.refresh("qr_2");
-    let calls: Vec<_> = (0..20)
-        .map(|_| {
-            let session = Arc::clone(&session);
-            tokio::spawn(async move { session.call(&list()).await })
-        })
-        .collect();
-    for call in calls {
-        call.await.expect("no panic").expect("a response");
-    }
+    list_concurrently(&session).await;
     assert_eq!(fixture.refreshes(), 3);
     assert!(!fixture.fake.used_too_early.load(Ordering::SeqCst));
 }
@@ -409,7 +405,7 @@ async fn loaded_data_is_readable_while_the_server_is_unreachable() {
     assert_eq!(session.call(&Call::Me).await, Err(CallError::Unreachable));
     let change = Call::UpdateMe(UpdateMe::default());
     assert_eq!(session.call(&change).await, Err(CallError::Unreachable));
-    // Still signed in until the user signs out, which the server does not learn.
+    // The user remains signed in until signing out, which the server is not told about.
     assert!(fixture.keychain.only().is_some());
     let result = session.call(&Call::Logout).await;
     assert_eq!(result, Err(CallError::Unreachable));

@@ -4,7 +4,7 @@
 //! the refresh is rejected, the session has ended and the call returns the server's 401.
 //!
 //! Windows of a browser share its cookies. When one of them signs in to another account, pages in the others still
-//! show the previous account. They notice by the session's readable CSRF cookie and stop sending calls.
+//! show the previous account. They detect this from the session's readable CSRF cookie and stop sending calls.
 
 use std::cell::RefCell;
 
@@ -13,6 +13,7 @@ use quota_common::{
     Problem, TenantId, UserId,
     auth::Me,
     call::{Call, LIMIT_FIELDS},
+    json,
 };
 use wasm_bindgen::JsCast;
 use wasm_bindgen_futures::JsFuture;
@@ -22,7 +23,7 @@ use web_sys::{
 };
 
 use super::error::{CallError, CallResult, TestResponse};
-use crate::model::{address::Query, json};
+use crate::model::address::Query;
 
 /// Whether the session's cookies reach the server: over TLS, or on this computer.
 pub fn is_secure() -> bool {
@@ -55,8 +56,8 @@ thread_local! {
     static PAGE_OWNER: RefCell<Option<PageOwner>> = const { RefCell::new(None) };
 }
 
-/// Returns the page's account if the browser's session has been replaced since, possibly by one of the same account.
-/// `None` if the browser has no session at all: the server then answers 401.
+/// Returns the page's account if the browser's session has been replaced since, possibly by another session of the same
+/// account. `None` if the browser has no session at all: the server then returns 401.
 fn account_before_replacement() -> Option<(UserId, TenantId)> {
     let now = csrf_token()?;
     PAGE_OWNER.with_borrow(|owner| {
@@ -65,7 +66,7 @@ fn account_before_replacement() -> Option<(UserId, TenantId)> {
     })
 }
 
-/// Sends a call with these headers. Uses `fetch` directly: an HTTP crate would add a fiftieth to the download.
+/// Sends a call with these headers. Uses `fetch` directly: an HTTP crate would make the download 2% larger.
 async fn request(
     call: &Call,
     credentials: RequestCredentials,
@@ -88,7 +89,6 @@ async fn request(
     }
     if let Some(body) = sent.body {
         set("content-type", "application/json")?;
-        let body = serde_json::to_string(&body).map_err(|_| CallError::Unreadable)?;
         init.set_body(&body.into());
     }
     init.set_headers(&headers);
@@ -118,7 +118,7 @@ async fn read_body(response: Response) -> CallResult<String> {
     }
     match json::read::<Problem>(&body) {
         Ok(problem) => Err(CallError::Problem(Box::new(problem))),
-        // A proxy answered in place of an unreachable server.
+        // A proxy responded in place of an unreachable server.
         Err(_) if response.status() >= 500 => Err(CallError::Unreachable),
         Err(_) => Err(CallError::Unreadable),
     }
@@ -222,7 +222,7 @@ pub async fn copy(text: &str) -> bool {
         .is_ok()
 }
 
-/// Saves a text file. The browser decides where, and says so itself.
+/// Saves a text file. The browser decides where to save it and notifies the user.
 pub async fn save_file(name: &str, text: &str) -> CallResult<Option<String>> {
     start_download(name, text).ok_or(CallError::Unreadable)?;
     Ok(None)

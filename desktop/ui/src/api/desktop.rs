@@ -1,4 +1,4 @@
-//! Calls through the desktop app, which makes the requests and is the only one to hold tokens.
+//! Calls through the desktop app, which makes the requests and holds the tokens.
 
 use quota_common::{
     call::{Call, LIMIT_FIELDS},
@@ -45,11 +45,11 @@ pub async fn send(call: &Call) -> CallResult<String> {
     match &result {
         Ok(response) => host::set_loaded_at(response.loaded_at),
         Err(CallError::Unreachable) => {}
-        // A rejection is a sign of life.
+        // Even a rejection proves that the server responds.
         Err(_) => host::set_loaded_at(None),
     }
     if matches!(call, Call::Login(_) | Call::Register(_)) {
-        // Only now is it known whether the keychain accepted the session.
+        // Whether the keychain accepted the session is known only now.
         if let Ok(status) = host_status().await {
             host::set_status(status);
         }
@@ -90,7 +90,7 @@ pub async fn copy(text: &str) -> bool {
     invoke::<()>("copy", &json!({ "text": text })).await.is_ok()
 }
 
-/// Saves a text file among the user's downloads. Returns its path.
+/// Saves a text file in the user's downloads folder. Returns its path.
 pub async fn save_file(name: &str, text: &str) -> CallResult<Option<String>> {
     invoke("save_file", &json!({ "name": name, "text": text }))
         .await
@@ -113,7 +113,7 @@ pub async fn forget_server(address: &str) -> CallResult<HostStatus> {
     invoke("forget_server", &json!({ "address": address })).await
 }
 
-/// Reports that the first page is usable.
+/// Reports that the first page is ready for use.
 pub async fn ready() {
     let _ = invoke::<()>("ready", &json!({})).await;
 }

@@ -30,15 +30,15 @@ impl CallError {
             Self::Unreachable => "Can't reach the server. Check your connection and try again.",
             Self::Unreadable => "Unexpected response from the server. Reload the page.",
             Self::AccountChanged => {
-                "Another account signed in in this browser. No changes were made."
+                "A different account is now signed in in this browser. No changes were made."
             }
             Self::CookiesBlocked => "Cookies are blocked. Allow them, then sign in.",
         }
         .to_owned()
     }
 
-    /// The ID under which the server logged the request. `None` for errors that explain themselves, such as
-    /// invalid fields or a wrong password.
+    /// The ID under which the server logged the request. `None` for self-explanatory errors, such as invalid fields or
+    /// a wrong password.
     pub fn request_id(&self) -> Option<&str> {
         match self {
             Self::Problem(problem)
@@ -57,7 +57,7 @@ impl CallError {
 pub struct TestResponse {
     pub status: u16,
     pub headers: Vec<(&'static str, String)>,
-    /// What the server says about a rejection.
+    /// The server's error response.
     pub problem: Option<Box<Problem>>,
 }
 

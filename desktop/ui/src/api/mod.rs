@@ -1,5 +1,5 @@
-//! Calls to the server, one typed function each. The transport, chosen at compile time, knows how a call travels:
-//! from a browser or through the desktop app. A build contains only one of them.
+//! Calls to the server, one typed function each. The transport, chosen at compile time, sends each call from a browser
+//! or through the desktop app. A build contains only one of them.
 
 #[cfg(not(feature = "desktop"))]
 #[path = "browser.rs"]
@@ -19,24 +19,22 @@ use quota_common::{
     auth::{ChangePassword, Login, Me, Register, Session, SignedIn, UpdateMe},
     call::{AuditFilter, Call, DecisionFilter, KeyFilter, PageOf, UsageFilter},
     decision::DecisionPage,
+    json::{self, FromJson},
     limit::PolicyName,
     page::PlanOrder,
     plan::{CreatePlan, Plan, UpdatePlan},
     service_token::{CreateServiceToken, CreatedServiceToken, ServiceToken},
     usage::{BurnDown, KeyLimits, Stats, Usage},
 };
-use serde::de::DeserializeOwned;
 use wasm_bindgen::JsCast;
 use wasm_bindgen_futures::JsFuture;
-
-use crate::model::json;
 
 pub use error::{CallError, CallResult, TestResponse};
 #[cfg(feature = "desktop")]
 pub use transport::{add_server, forget_server, host_status, ready, use_server};
 pub use transport::{copy, is_secure, origin, save_file, try_key};
 
-/// A call in progress. Boxed, so that pages do not each contain the state machine of a whole call.
+/// A call in progress. Boxed, so that pages do not each contain the state machine of the whole call.
 pub type PendingCall<T> = Pin<Box<dyn Future<Output = CallResult<T>>>>;
 
 type Listener = Box<dyn Fn(&CallError)>;
@@ -45,8 +43,8 @@ thread_local! {
     static ON_SESSION_END: RefCell<Option<Listener>> = const { RefCell::new(None) };
 }
 
-/// Registers what happens when a call finds that the session has ended: revoked, expired, or replaced by another
-/// account's.
+/// Registers a callback for when a call finds that the session has ended: revoked, expired, or replaced by another
+/// account's session.
 pub fn on_session_end(listener: impl Fn(&CallError) + 'static) {
     ON_SESSION_END.set(Some(Box::new(listener)));
 }
@@ -66,12 +64,12 @@ fn send(call: Call) -> PendingCall<String> {
 }
 
 /// A call whose response has a body.
-fn fetch<T: DeserializeOwned>(call: Call) -> PendingCall<T> {
+fn fetch<T: FromJson + 'static>(call: Call) -> PendingCall<T> {
     let body = send(call);
     Box::pin(async move { json::read(&body.await?).map_err(|_| CallError::Unreadable) })
 }
 
-/// A call whose response has none.
+/// A call whose response has no body.
 fn execute(call: Call) -> PendingCall<()> {
     let body = send(call);
     Box::pin(async move { body.await.map(drop) })
@@ -189,7 +187,7 @@ pub fn gateway_files() -> PendingCall<String> {
     })
 }
 
-/// Loads the file of the console whose address is the content of a `meta` element.
+/// Loads a file of the console whose address is the content of a `meta` element.
 async fn load_text(selector: &str) -> Option<String> {
     let window = web_sys::window()?;
     let meta = window.document()?.query_selector(selector).ok()??;

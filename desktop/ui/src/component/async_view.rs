@@ -1,4 +1,4 @@
-//! Data from the server: loading it, showing it, and trying again after a failure.
+//! Data from the server: loading it, showing it, and retrying after a failure.
 //!
 //! The data's type is erased where possible. Compiling this code once per type would make the download a quarter larger.
 
@@ -31,11 +31,11 @@ enum LoadState {
 struct Core {
     state: RwSignal<LoadState>,
     version: RwSignal<u32>,
-    /// Whether the data on the page is about to be replaced.
+    /// Whether the data on the page is about to be replaced by a load that is visible to the user.
     pending: RwSignal<bool>,
-    /// Whether the next load happens unnoticed.
+    /// Whether the next load happens in the background.
     quiet: StoredValue<bool>,
-    /// Since when loading unnoticed fails, in milliseconds since 1970: the data on the page is older.
+    /// Since when loading in the background has failed, in milliseconds since 1970: the data on the page is older.
     stale_since: RwSignal<Option<i64>>,
 }
 
@@ -45,7 +45,7 @@ impl Core {
             .try_update(|version| *version = version.wrapping_add(1));
     }
 
-    /// Loads again without showing it. If that fails, [`StaleNote`] says so.
+    /// Reloads without showing it. If that fails, [`StaleNote`] says so.
     fn refresh(self) {
         let is_ready = self
             .state
@@ -60,7 +60,7 @@ impl Core {
         spawn_local(async move {
             for pause_ms in [500, 2000, 4000] {
                 gloo_timers::future::TimeoutFuture::new(pause_ms).await;
-                // In the background, so the page is not dimmed.
+                // In the background, so that the page is not dimmed.
                 if self.quiet.try_update_value(|quiet| *quiet = true).is_some() {
                     self.reload();
                 }
@@ -121,8 +121,8 @@ impl<T: Clone + Send + Sync + 'static> Loader<T> {
 
 type LocalFuture<T> = Pin<Box<dyn Future<Output = T>>>;
 
-/// Loads now, and again whenever a signal that `fetch` reads changes. Ignores responses that arrive out of order. If
-/// reloading the same data fails, the previous data stays and a toast reports the error.
+/// Loads now, and again when a signal that `fetch` reads changes. Ignores responses that arrive out of order. If
+/// reloading the same data fails, the previous data remains and a toast reports the error.
 pub fn load<T, F>(fetch: impl Fn() -> F + 'static) -> Loader<T>
 where
     T: Clone + Send + Sync + 'static,
@@ -202,7 +202,7 @@ fn load_data(fetch: Box<dyn Fn() -> LocalFuture<CallResult<Data>>>) -> Core {
     core
 }
 
-/// Loads the page of a list that the address names. If that page has become empty, for example because its last item
+/// Loads the page of a list given by the address. If that page has become empty, for example because its last item
 /// was deleted, goes to the first page.
 pub fn load_page<T>(fetch: impl Fn(PageOf) -> PendingCall<Page<T>> + 'static) -> Loader<Page<T>>
 where
@@ -291,7 +291,7 @@ fn failure(error: &CallError, core: Core) -> AnyView {
     .into_any()
 }
 
-/// Loads again every half minute while the page is visible.
+/// Reloads every half minute while the page is visible.
 pub fn refresh_regularly<T>(loader: Loader<T>) {
     let core = loader.core;
     Effect::new(move |previous: Option<()>| {
@@ -302,7 +302,7 @@ pub fn refresh_regularly<T>(loader: Loader<T>) {
     });
 }
 
-/// Says that the data on the page could not be refreshed.
+/// Shows that the data on the page could not be refreshed.
 #[component]
 pub fn StaleNote<T>(loader: Loader<T>) -> impl IntoView {
     stale_note(loader.core)
@@ -318,7 +318,7 @@ fn stale_note(core: Core) -> AnyView {
                     .map(|since| {
                         view! {
                             <p class="alert warn stale">
-                                {format!("Couldn't refresh. This was loaded {}. ", relative(since, now()))}
+                                {format!("Couldn't refresh. Last updated {}. ", relative(since, now()))}
                                 <button type="button" class="link" on:click=move |_| core.reload()>"Try again"</button>
                             </p>
                         }

@@ -1,4 +1,4 @@
-//! Buttons that wait for a response. They ignore clicks but keep the focus, which a browser would take from a
+//! Buttons that are waiting for a response. They ignore clicks but keep the focus, which a browser would take from a
 //! disabled button.
 
 use leptos::prelude::*;

@@ -1,4 +1,4 @@
-//! A chart of requests over time, and the same as a table.
+//! A chart of requests over time, with the same data as a table.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use crate::model::{
     text::number,
 };
 
-/// What is shown of a chart. A page can keep it in its address.
+/// The visible part of a chart. A page can keep it in its address.
 #[derive(Clone, Copy)]
 pub struct ChartState {
     pub table: RwSignal<bool>,
@@ -30,7 +30,7 @@ impl ChartState {
 #[component]
 pub fn Chart(
     bars: Vec<Bar>,
-    /// What the chart shows, such as `Requests per hour, CET`.
+    /// The title of the chart, such as `Requests per hour, CET`.
     title: String,
     state: ChartState,
     /// Shows a bar in more detail.
@@ -119,9 +119,9 @@ pub fn Chart(
             let (plotted, measured) = (bars.clone(), bars.clone());
             let (title, summary) = (title.clone(), summary.clone());
             let label = if on_zoom.is_some() {
-                "Bar. Arrow keys move, Enter shows its hours."
+                "Bar. Use the arrow keys to move. Press Enter to show hours."
             } else {
-                "Bar. Arrow keys move."
+                "Bar. Use the arrow keys to move."
             };
             view! {
                 <p class="readout" aria-hidden="true">

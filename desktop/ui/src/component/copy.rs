@@ -8,7 +8,7 @@ use crate::{api, model::text::capitalized};
 #[component]
 pub fn CopyButton(
     #[prop(into)] text: Signal<String>,
-    /// What is copied. Part of the button's accessible name.
+    /// The name of the copied text. Part of the button's accessible name.
     #[prop(into)]
     what: String,
     #[prop(optional)] on_copied: Option<Callback<()>>,

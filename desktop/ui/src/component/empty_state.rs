@@ -1,4 +1,4 @@
-//! What a page shows in place of content it does not have.
+//! The placeholder that a page shows when it has no content.
 
 use leptos::prelude::*;
 
@@ -9,7 +9,7 @@ pub fn EmptyState(
     shape: Shape,
     #[prop(into)] title: String,
     #[prop(into)] about: String,
-    /// Whether this is all the page shows, so that its title is the page's heading.
+    /// Whether this is the only content of the page, so that its title is the page's heading.
     #[prop(optional)]
     standalone: bool,
     #[prop(optional)] children: Option<Children>,

@@ -23,7 +23,7 @@ pub fn ExportButton(
             };
             match saved {
                 Ok(Some(path)) => toasts.succeed(format!("Saved to {path}")),
-                // The browser says where.
+                // The browser notifies the user.
                 Ok(None) => {}
                 Err(error) => toasts.fail(&error),
             }

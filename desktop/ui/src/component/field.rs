@@ -23,6 +23,9 @@ pub fn Field(
     #[prop(default = "off")] autocomplete: &'static str,
     #[prop(optional)] required: bool,
     #[prop(optional)] numeric: bool,
+    /// Whether the value may have several lines.
+    #[prop(optional)]
+    multiline: bool,
     #[prop(optional)] check: Option<Check>,
     /// Values to choose from while typing.
     #[prop(optional)]
@@ -31,11 +34,24 @@ pub fn Field(
     form.register(name, value, required, check);
     let id = id.unwrap_or(name);
     let list = (!suggestions.is_empty()).then(|| format!("{id}-list"));
-    let note = format!("{id}-note");
-    let is_invalid = move || form.error(name).is_some();
-    view! {
-        <div class="field" class:invalid=is_invalid>
-            <label for=id>{label}</label>
+    let input = if multiline {
+        view! {
+            <textarea
+                id=id
+                name=id
+                rows="3"
+                dir="auto"
+                placeholder=placeholder
+                aria-describedby=note_id(id)
+                aria-invalid=move || form.error(name).map(|_| "true")
+                bind:value=value
+                on:input=move |_| form.clear(name)
+                on:blur=move |_| after_press(move || form.check(name))
+            ></textarea>
+        }
+        .into_any()
+    } else {
+        view! {
             <input
                 id=id
                 name=id
@@ -46,8 +62,8 @@ pub fn Field(
                 autocomplete=autocomplete
                 required=required
                 list=list.clone()
-                aria-describedby=note.clone()
-                aria-invalid=move || is_invalid().then_some("true")
+                aria-describedby=note_id(id)
+                aria-invalid=move || form.error(name).map(|_| "true")
                 bind:value=value
                 on:input=move |_| form.clear(name)
                 on:blur=move |_| after_press(move || form.check(name))
@@ -57,11 +73,35 @@ pub fn Field(
                     let options = suggestions.into_iter().map(|it| view! { <option value=it></option> });
                     view! { <datalist id=list>{options.collect_view()}</datalist> }
                 })}
-            <p class="note" id=note aria-live="polite">
+        }
+        .into_any()
+    };
+    labeled(form, name, id, label, hint, input)
+}
+
+fn note_id(id: &str) -> String {
+    format!("{id}-note")
+}
+
+/// Adds a label above an input, and its error or hint below it.
+fn labeled(
+    form: FormState,
+    name: &'static str,
+    id: &'static str,
+    label: String,
+    hint: String,
+    input: AnyView,
+) -> AnyView {
+    view! {
+        <div class="field" class:invalid=move || form.error(name).is_some()>
+            <label for=id>{label}</label>
+            {input}
+            <p class="note" id=note_id(id) aria-live="polite">
                 {move || form.error(name).unwrap_or_else(|| hint.clone())}
             </p>
         </div>
     }
+    .into_any()
 }
 
 #[component]
@@ -79,38 +119,31 @@ pub fn SelectField(
     #[prop(optional)] required: bool,
 ) -> impl IntoView {
     form.register(name, value, required, None);
-    let note = format!("{id}-note");
-    let is_invalid = move || form.error(name).is_some();
-    view! {
-        <div class="field" class:invalid=is_invalid>
-            <label for=id>{label}</label>
-            <select
-                id=id
-                name=id
-                required=required
-                aria-describedby=note.clone()
-                aria-invalid=move || is_invalid().then_some("true")
-                on:change=move |ev| {
-                    value.set(event_target_value(&ev));
-                    form.clear(name);
-                }
-            >
-                {move || {
-                    options
-                        .get()
-                        .into_iter()
-                        .map(|(key, text)| {
-                            let same = key.clone();
-                            view! {
-                                <option value=key prop:selected=move || value.get() == same>{text}</option>
-                            }
-                        })
-                        .collect_view()
-                }}
-            </select>
-            <p class="note" id=note aria-live="polite">
-                {move || form.error(name).unwrap_or_else(|| hint.clone())}
-            </p>
-        </div>
-    }
+    let input = view! {
+        <select
+            id=id
+            name=id
+            required=required
+            aria-describedby=note_id(id)
+            aria-invalid=move || form.error(name).map(|_| "true")
+            on:change=move |ev| {
+                value.set(event_target_value(&ev));
+                form.clear(name);
+            }
+        >
+            {move || {
+                options
+                    .get()
+                    .into_iter()
+                    .map(|(key, text)| {
+                        let same = key.clone();
+                        view! {
+                            <option value=key prop:selected=move || value.get() == same>{text}</option>
+                        }
+                    })
+                    .collect_view()
+            }}
+        </select>
+    };
+    labeled(form, name, id, label, hint, input.into_any())
 }

@@ -11,7 +11,7 @@ const DEBOUNCE_MS: u32 = 250;
 pub fn set_filter(route: Route, name: &str, value: &str) {
     let mut query = route.query.get_untracked().with("cursor", "");
     if name == "target_type" {
-        // Each type of resource has actions of its own.
+        // The actions depend on the type of resource.
         query = query.with("action", "");
     }
     let query = query.with(name, value);
@@ -56,7 +56,7 @@ pub fn fixed_options(
     })
 }
 
-/// A text or a date. A text applies once typing pauses.
+/// A text or date filter. A text filter applies once typing pauses.
 pub fn input_filter(
     name: &'static str,
     label: &'static str,

@@ -37,7 +37,7 @@ pub fn focus_soon(selector: impl Into<String>) {
     });
 }
 
-/// Call before rendering again: afterwards the same element has the focus, or else the page's content.
+/// Call before rendering again: afterwards the same element has the focus, or otherwise the page's content.
 pub fn keep_focus() {
     let Some(before) = focused() else { return };
     let key = before.get_attribute(KEY);

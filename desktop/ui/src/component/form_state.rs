@@ -4,15 +4,15 @@
 //! as the field changes. If a field is left by pressing the mouse button, its error waits for the release, so that it
 //! does not move the button that is being clicked.
 
-use leptos::prelude::*;
+use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
 
 use super::focus::focus_soon;
 use crate::{
-    api::{CallError, CallResult},
+    api::{CallError, CallResult, PendingCall},
     model::text::capitalized,
 };
 
-/// Checks the text of a field.
+/// Validates the text of a field.
 pub type Check = fn(&str) -> Result<(), &'static str>;
 
 struct Registered {
@@ -61,14 +61,33 @@ impl FormState {
         });
     }
 
-    /// Removes all errors, for a form that is opened again.
+    /// Clears all errors, for a form that is opened again.
     pub fn reset(self) {
         self.errors.set(Vec::new());
         self.failure.set(None);
     }
 
+    /// Returns a handler for the form's submission. It calls `submit` if every field is valid.
+    pub fn on_submit(self, submit: impl Fn() + 'static) -> impl Fn(SubmitEvent) + 'static {
+        move |ev| {
+            ev.prevent_default();
+            if self.begin() {
+                submit();
+            }
+        }
+    }
+
+    /// Makes the call for a submission and ends the submission: passes the response to `done`, or shows the error.
+    pub fn send<T: 'static>(self, call: PendingCall<T>, done: impl FnOnce(T) + 'static) {
+        spawn_local(async move {
+            if let Some(response) = self.finish(call.await) {
+                done(response);
+            }
+        });
+    }
+
     /// Starts a submission. Returns `false` if a field is invalid; that field then has an error and the focus.
-    pub fn begin(self) -> bool {
+    fn begin(self) -> bool {
         let errors: Vec<_> = self.fields.with_value(|fields| {
             fields
                 .iter()
@@ -140,7 +159,7 @@ impl FormState {
         })
     }
 
-    /// Checks a field when it is left. An empty field is checked only on submission.
+    /// Validates a field when it loses the focus. An empty field is validated only on submission.
     pub fn check(self, name: &str) {
         // A field also loses the focus when its form is removed.
         let error = self.fields.try_with_value(|fields| {

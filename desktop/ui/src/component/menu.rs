@@ -13,7 +13,7 @@ use super::{
 pub struct MenuItem {
     pub name: &'static str,
     pub action: MenuAction,
-    /// Whether it takes something away.
+    /// Whether the action is destructive.
     pub danger: bool,
 }
 
@@ -65,7 +65,7 @@ pub fn Menu(
     /// The button's accessible name.
     #[prop(into)]
     label: String,
-    /// Identifies the button when its list is rendered again.
+    /// Identifies the button when the list containing it is rendered again.
     #[prop(into)]
     focus_key: String,
     items: Vec<MenuItem>,

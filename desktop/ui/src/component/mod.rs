@@ -1,4 +1,4 @@
-//! The building blocks of pages.
+//! The components of pages.
 
 mod alert;
 mod async_view;
@@ -10,6 +10,7 @@ mod export;
 mod field;
 mod filter;
 mod focus;
+mod form;
 mod form_state;
 mod icon;
 mod menu;
@@ -35,10 +36,11 @@ pub use export::ExportButton;
 pub use field::{Field, SelectField};
 pub use filter::{fixed_options, input_filter, select_filter, set_filter};
 pub use focus::focus_soon;
+pub use form::{DialogForm, SubmitButton};
 pub use form_state::FormState;
 pub use icon::{Icon, Logo, Shape};
 pub use menu::{Menu, MenuItem};
-pub use modal::{Confirm, Modal};
+pub use modal::{Confirm, Confirmation, Modal};
 pub use page_header::PageHeader;
 pub use pager::Pager;
 pub use palette::{Commands, CommandsView, PaletteButton};

@@ -4,6 +4,7 @@ use leptos::{
     ev::{KeyboardEvent, SubmitEvent},
     html,
     prelude::*,
+    task::spawn_local,
 };
 
 use super::{
@@ -14,7 +15,11 @@ use super::{
     form_state::FormState,
     toast::Toasts,
 };
-use crate::{api::CallError, model::bulk::is_phrase, reactive::effect};
+use crate::{
+    api::{CallError, PendingCall},
+    model::bulk::is_phrase,
+    reactive::effect,
+};
 
 #[component]
 pub fn Modal(
@@ -54,7 +59,7 @@ pub fn Modal(
             rescue_focus();
         }
     });
-    // A page that is left takes its open dialog with it.
+    // When its page is left, an open dialog is removed.
     on_cleanup(move || after_render(place_toasts));
     view! {
         <dialog
@@ -95,31 +100,77 @@ pub fn Modal(
     }
 }
 
+/// The state of a dialog that asks for confirmation.
+#[derive(Clone, Copy)]
+pub struct Confirmation {
+    pub open: RwSignal<bool>,
+    /// Whether the action is in progress.
+    pub busy: RwSignal<bool>,
+    pub failure: RwSignal<Option<CallError>>,
+}
+
+impl Confirmation {
+    pub fn new() -> Self {
+        Self {
+            open: RwSignal::new(false),
+            busy: RwSignal::new(false),
+            failure: RwSignal::new(None),
+        }
+    }
+
+    /// Opens the dialog.
+    pub fn ask(self) {
+        self.failure.set(None);
+        self.open.set(true);
+    }
+
+    /// Makes the confirmed call. If it succeeds, closes the dialog and calls `done`; otherwise shows the error.
+    pub fn send<T: 'static>(self, call: PendingCall<T>, done: impl FnOnce(T) + 'static) {
+        self.busy.set(true);
+        spawn_local(async move {
+            let result = call.await;
+            let _ = self.busy.try_set(false);
+            match result {
+                Ok(response) => {
+                    let _ = self.open.try_set(false);
+                    done(response);
+                }
+                Err(error) => {
+                    let _ = self.failure.try_set(Some(error));
+                }
+            }
+        });
+    }
+}
+
 /// Asks for confirmation before an action, and states its consequences.
 #[component]
 pub fn Confirm(
-    open: RwSignal<bool>,
+    confirmation: Confirmation,
     #[prop(into)] title: Signal<String>,
     #[prop(into)] message: Signal<String>,
     /// The label of the button.
     #[prop(into)]
     action: Signal<String>,
-    /// Whether the action takes something away.
+    /// Whether the action is destructive.
     #[prop(default = true.into())]
     danger: Signal<bool>,
     /// Text to type before the button becomes available.
     #[prop(optional, into)]
     phrase: MaybeProp<String>,
-    /// A milder action to offer instead, with its label.
+    /// A milder alternative to offer, with its label.
     #[prop(optional)]
     alternative: Option<(&'static str, Callback<()>)>,
     /// Whether the alternative applies.
     #[prop(optional, into)]
     has_alternative: Signal<bool>,
-    busy: RwSignal<bool>,
-    #[prop(into)] failure: Signal<Option<CallError>>,
     run: Callback<()>,
 ) -> impl IntoView {
+    let Confirmation {
+        open,
+        busy,
+        failure,
+    } = confirmation;
     let typed = RwSignal::new(String::new());
     let is_unconfirmed = move || {
         let phrase = phrase.get();

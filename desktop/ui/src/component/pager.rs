@@ -7,7 +7,7 @@ use leptos::prelude::*;
 use crate::{model::text::number, route::route};
 
 thread_local! {
-    /// Addresses of list pages, each with the address of the page before it: a cursor leads only forward.
+    /// Addresses of list pages, each with the address of the previous page, because a cursor only leads forward.
     static PREVIOUS: RefCell<Vec<(String, String)>> = const { RefCell::new(Vec::new()) };
 }
 

@@ -31,7 +31,7 @@ use crate::{
     route::{Route, route},
 };
 
-/// How many API keys, and how many plans, the palette lists.
+/// Maximum number of API keys, and of plans, that the palette lists.
 const MAX_FOUND: u32 = 5;
 /// How long typing must pause before the palette searches.
 const DEBOUNCE_MS: u32 = 200;
@@ -72,7 +72,7 @@ impl Commands {
     }
 
     fn on_keydown(self, ev: &KeyboardEvent, keys: StoredValue<Keys>) {
-        // Dialogs come first, and an input method has not committed its text yet.
+        // Dialogs take precedence, and an input method may not have committed its text yet.
         let dialog = document().query_selector("dialog[open]").ok().flatten();
         if dialog.is_some() || ev.default_prevented() || ev.is_composing() {
             return;
@@ -279,13 +279,13 @@ fn Palette(commands: Commands) -> impl IntoView {
             type="text"
             role="combobox"
             dir="auto"
-            aria-label="Type a command, or the name of an API key or plan"
+            aria-label="Type a command or the name of an API key or plan"
             aria-expanded="true"
             aria-controls="palette"
             aria-activedescendant=move || format!("choice-{}", selected.get())
             autocomplete="off"
             maxlength="200"
-            placeholder="Type a command, or the name of an API key or plan"
+            placeholder="Type a command or the name of an API key or plan"
             bind:value=typed
             on:keydown=on_keydown
         />

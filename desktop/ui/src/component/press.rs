@@ -1,7 +1,7 @@
 //! Work that waits until no mouse button is pressed.
 //!
-//! A message that appears while a button is pressed can move what is under the pointer, and the browser then sends no
-//! click: it does so only if the button is released over the same element. Touches send the same events as a mouse.
+//! A message that appears while a button is pressed can move the element under the pointer. The browser then sends no
+//! click, because the button is not released over the same element. Touches send the same events as a mouse.
 
 use std::{
     cell::{Cell, RefCell},
@@ -19,7 +19,7 @@ thread_local! {
 pub fn watch_presses() {
     window_event_listener(ev::mousedown, |_| PRESSED.set(true));
     window_event_listener(ev::mouseup, |_| release());
-    // A drag ends without the other event.
+    // A drag ends without a `mouseup` event.
     window_event_listener(ev::dragend, |_| release());
 }
 
@@ -36,7 +36,7 @@ fn release() {
     );
 }
 
-/// Runs now or, while a mouse button is pressed, after the click that follows its release.
+/// Runs immediately or, while a mouse button is pressed, after the click that follows its release.
 pub fn after_press(then: impl FnOnce() + 'static) {
     if PRESSED.get() {
         WAITING.with_borrow_mut(|waiting| waiting.push(Box::new(then)));

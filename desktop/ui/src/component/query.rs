@@ -9,7 +9,7 @@ pub fn open_from_query(open: RwSignal<bool>) {
     let route = route();
     let own_path = route.path.get_untracked();
     effect(move || {
-        // While the user navigates away, this page already sees the next page's query.
+        // While the user navigates to another page, this page already sees that page's query.
         if route.path.with_untracked(|path| *path == own_path)
             && route.query.with(|query| query.get("new")).is_some()
         {

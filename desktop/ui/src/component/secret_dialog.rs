@@ -4,7 +4,7 @@ use leptos::prelude::*;
 
 use super::{copy::CodeBlock, modal::Modal};
 
-/// A new secret and the name of what it belongs to.
+/// A new secret and the name of the resource it belongs to.
 #[derive(Clone, Copy)]
 pub struct NewSecret {
     pub name: RwSignal<String>,
@@ -41,7 +41,7 @@ impl NewSecret {
 pub fn SecretDialog(
     new: NewSecret,
     #[prop(into)] title: Signal<String>,
-    /// What the secret is: `key` or `token`.
+    /// The kind of secret: `key` or `token`.
     noun: &'static str,
     /// What to do if the secret is lost.
     recovery: &'static str,

@@ -12,7 +12,7 @@ use crate::api::CallError;
 const SUCCESS: Duration = Duration::from_secs(6);
 /// Long enough to notice a mistake.
 const UNDOABLE: Duration = Duration::from_secs(12);
-/// How many errors wait behind the latest one; older ones are dropped.
+/// Maximum number of errors that wait behind the latest one; older ones are dropped.
 const MAX_WAITING: usize = 3;
 
 type Undo = Arc<dyn Fn() + Send + Sync>;
@@ -28,7 +28,7 @@ struct Toast {
 
 #[derive(Clone, Copy)]
 pub struct Toasts {
-    /// The last one is visible.
+    /// The last one is shown.
     all: RwSignal<Vec<Toast>>,
     next_id: StoredValue<u32>,
     container: NodeRef<html::Div>,
@@ -63,7 +63,7 @@ impl Toasts {
         self.add(error.message(), request_id, None, None);
     }
 
-    /// Shows an error with a text of its own.
+    /// Shows an error with a custom message.
     pub fn fail_with(self, text: impl Into<String>) {
         self.add(text.into(), None, None, None);
     }
@@ -77,10 +77,10 @@ impl Toasts {
     ) {
         let id = self.next_id.get_value();
         self.next_id.set_value(id.wrapping_add(1));
-        // A live region must be in place before its text changes, or it is not announced.
+        // A live region must exist before its text changes, or the change is not announced.
         self.place();
         self.all.update(|all| {
-            // Only errors are worth coming back to.
+            // Only errors are kept.
             all.retain(|it| it.is_error);
             all.push(Toast {
                 id,
@@ -100,7 +100,8 @@ impl Toasts {
         let _ = self.all.try_update(|all| all.retain(|it| it.id != id));
     }
 
-    /// Moves the messages into the topmost open dialog, or out of dialogs if none is open. Call when that changes.
+    /// Moves the messages into the topmost open dialog, or out of dialogs if none is open. Call whenever a dialog opens
+    /// or closes.
     pub fn place(self) {
         let Some(container) = self.container.get_untracked() else {
             return;

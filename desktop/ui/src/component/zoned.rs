@@ -1,4 +1,4 @@
-//! Local times of a time zone, which only the browser knows.
+//! Local times in a time zone, which only the browser can compute.
 
 use std::{cell::RefCell, collections::BTreeMap};
 
@@ -31,12 +31,12 @@ fn formatter(zone: &str) -> Option<js_sys::Intl::DateTimeFormat> {
     let class = js_sys::Reflect::get(&intl, &"DateTimeFormat".into()).ok()?;
     let class: &js_sys::Function = class.dyn_ref()?;
     let arguments = js_sys::Array::of2(&"en-GB".into(), &options);
-    // Through `construct`, which reports the exception for an unknown time zone.
+    // Calls it through `construct`, which reports the exception for an unknown time zone.
     let made = js_sys::Reflect::construct(class, &arguments).ok()?;
     Some(made.unchecked_into())
 }
 
-/// Converts a time, in milliseconds since 1970. In UTC if the browser does not know the time zone.
+/// Converts a time, in milliseconds since 1970. Uses UTC if the browser does not know the time zone.
 pub fn local_time(at: i64, zone: &str) -> Option<LocalTime> {
     FORMATTERS.with_borrow_mut(|all| {
         let mut format = |zone: &str| -> Option<LocalTime> {

@@ -1,4 +1,4 @@
-//! In the desktop app.
+//! State of the host in the desktop app.
 
 use leptos::prelude::*;
 use quota_common::{Timestamp, ipc::HostStatus};
@@ -40,7 +40,7 @@ pub fn loaded_at() -> ArcRwSignal<Option<Timestamp>> {
     HOST.with(|host| host.loaded_at.clone())
 }
 
-/// Records how a call was answered: by the server, or with data loaded earlier.
+/// Records whether a response came from the server or was loaded earlier.
 pub fn set_loaded_at(loaded_at: Option<Timestamp>) {
     HOST.with(|host| {
         if host.loaded_at.get_untracked() != loaded_at {
@@ -49,7 +49,7 @@ pub fn set_loaded_at(loaded_at: Option<Timestamp>) {
     });
 }
 
-/// Makes everything that called [`track_retries`] load again.
+/// Reloads everything that called [`track_retries`].
 pub fn retry() {
     HOST.with(|host| host.retries.update(|it| *it = it.wrapping_add(1)));
 }

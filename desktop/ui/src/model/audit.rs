@@ -1,4 +1,4 @@
-//! Audit events in words.
+//! Descriptions of audit events.
 
 use quota_common::audit::AuditEvent;
 use serde_json::{Map, Value};
@@ -65,7 +65,7 @@ pub fn field_changes(
         .collect()
 }
 
-/// Sums an event up in one line, such as `Rate 600 → 300/min`. Empty if the action says it all.
+/// Sums up an event in one line, such as `Rate 600 → 300/min`. Empty if the name of the action is enough.
 pub fn summary(event: &AuditEvent, plan_name: &dyn Fn(&str) -> Option<String>) -> String {
     let object = |value: &Option<Value>| value.as_ref().and_then(Value::as_object).cloned();
     match (object(&event.before), object(&event.after)) {
@@ -92,8 +92,8 @@ pub fn summary(event: &AuditEvent, plan_name: &dyn Fn(&str) -> Option<String>) -
                     let value = value_text(name, value, plan_name);
                     match *name {
                         "default_rpm" => value,
-                        "daily_quota" => format!("{value} a day"),
-                        "monthly_quota" => format!("{value} a month"),
+                        "daily_quota" => format!("{value} per day"),
+                        "monthly_quota" => format!("{value} per month"),
                         name => format!("{} {value}", field_label(name).to_ascii_lowercase()),
                     }
                 })
@@ -118,13 +118,14 @@ fn change(
         ("is_active", Value::Bool(true)) => "Activated".to_owned(),
         ("is_active", Value::Bool(false)) => "Deactivated".to_owned(),
         ("key_count" | "last_used_at", _) => return None,
+        ("metadata", _) => "metadata changed".to_owned(),
         ("name", _) => format!(
             "Renamed from {}",
             quoted(&before.map(text).unwrap_or_default())
         ),
         _ => {
             let (before, after) = (before.map(text).unwrap_or_default(), text(after));
-            // The unit is said once.
+            // The unit is given once.
             let before = match after.strip_suffix(|c: char| c.is_ascii_alphabetic()) {
                 Some(_) if after.ends_with("/min") => before.trim_end_matches("/min").to_owned(),
                 _ => before,
@@ -144,6 +145,7 @@ fn field_label(name: &str) -> String {
         "previous_expires_at" => "Previous key expires".to_owned(),
         "prefix" => "Key".to_owned(),
         "on_redis_failure" => "If Redis is unavailable".to_owned(),
+        "external_id" => "External ID".to_owned(),
         "sessions_ended" => "Sessions ended".to_owned(),
         "tenant_name" => "Organization".to_owned(),
         other => capitalized(&other.replace('_', " ")),
@@ -178,11 +180,51 @@ fn value_text(name: &str, value: &Value, plan_name: &dyn Fn(&str) -> Option<Stri
             )
         }
         Value::String(text) => text.clone(),
-        other => serde_json::to_string(other).unwrap_or_default(),
+        Value::Object(entries) if entries.is_empty() => "none".to_owned(),
+        other => compact(other),
     }
 }
 
-/// Events as a table. Each is summed up in one line; a row below, hidden at first, has its details in the full width.
+/// Returns a value as JSON. serde_json's exact tables for fractions would add to the download.
+fn compact(value: &Value) -> String {
+    match value {
+        Value::Null => "null".to_owned(),
+        Value::Bool(it) => it.to_string(),
+        Value::Number(n) => n.as_i64().map_or_else(
+            || fraction(n.as_f64().unwrap_or_default()),
+            |n| n.to_string(),
+        ),
+        Value::String(text) => format!("\"{text}\""),
+        Value::Array(items) => {
+            let items: Vec<_> = items.iter().map(compact).collect();
+            format!("[{}]", items.join(","))
+        }
+        Value::Object(fields) => {
+            let fields = fields.iter();
+            let fields: Vec<_> = fields
+                .map(|(name, value)| format!("\"{name}\":{}", compact(value)))
+                .collect();
+            format!("{{{}}}", fields.join(","))
+        }
+    }
+}
+
+/// Returns a number with three decimals.
+fn fraction(number: f64) -> String {
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "saturates, far above any number in an event"
+    )]
+    let thousandths = (number * 1000.0).round() as i64;
+    let sign = if thousandths < 0 { "-" } else { "" };
+    let (whole, rest) = (
+        thousandths.unsigned_abs() / 1000,
+        thousandths.unsigned_abs() % 1000,
+    );
+    format!("{sign}{whole}.{rest:03}")
+}
+
+/// Events as a table. Each is summed up in one line; a hidden row below has its details across the full width.
 pub fn event_table(
     events: &[AuditEvent],
     plan_name: &dyn Fn(&str) -> Option<String>,
@@ -197,7 +239,7 @@ pub fn event_table(
         .iter()
         .flat_map(|event| {
             let id = event.target_id.as_deref().unwrap_or_default();
-            // Without a page of its own, the resource leads to its history.
+            // A resource without a page links to its history.
             let href = match &*event.target_type {
                 "api_key" if !is_deleted(id) => format!("/console/api-keys/{id}"),
                 "api_key" | "plan" | "service_token" => format!("/console/audit?target_id={id}"),
@@ -237,7 +279,7 @@ fn event_rows(
     now: i64,
 ) -> [Markup; 2] {
     let label = action_label(&event.action);
-    // Accounts and sessions have no name of their own; the actor identifies them.
+    // Accounts and sessions have no name; the actor identifies them.
     let name = event.target_name.as_deref().unwrap_or("–");
     let changes = field_changes(event, plan_name);
     let row_id = format!("details-{}", event.id);
@@ -420,7 +462,7 @@ mod tests {
                 Value::Null,
                 json!({"id": ID, "default_rpm": 60, "daily_quota": 5000, "monthly_quota": null})
             ),
-            "60/min, 5,000 a day"
+            "60/min, 5,000 per day"
         );
         assert_eq!(
             line(
@@ -482,5 +524,12 @@ mod tests {
             "Service token created"
         );
         assert_eq!(action_label("plan.delete"), "Plan deleted");
+    }
+
+    #[test]
+    fn nested_values_are_json() {
+        let value = json!({"list": [1, -2, "x", null, true], "empty": {}});
+        assert_eq!(compact(&value), value.to_string());
+        assert_eq!(compact(&json!([2.5, -0.125])), "[2.500,-0.125]");
     }
 }

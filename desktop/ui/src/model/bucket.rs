@@ -2,8 +2,8 @@
 
 use std::fmt::Write as _;
 
-/// A bucket as response headers describe it. Uses integers only: floating-point formatting would add a twentieth to
-/// the download.
+/// A bucket as described by response headers. Uses only integers: floating-point formatting would make the download 5%
+/// larger.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bucket {
     pub limit: u64,

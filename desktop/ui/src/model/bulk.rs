@@ -1,4 +1,4 @@
-//! Actions on several API keys at once, in words.
+//! Descriptions of actions on several API keys at once.
 
 use super::text::{count, quoted};
 
@@ -28,7 +28,7 @@ impl BulkAction {
         }
     }
 
-    /// The label of the button that confirms it.
+    /// The label of the button that confirms the action.
     pub fn button(self, keys: usize) -> String {
         format!("{} {}", self.label(), count_keys(keys))
     }
@@ -37,12 +37,12 @@ impl BulkAction {
         format!("{}?", self.button(keys))
     }
 
-    /// The text to type as confirmation; `None` for an action that breaks nothing.
+    /// The text to type as confirmation; `None` for an action that does not interrupt clients.
     pub fn phrase(self, keys: usize) -> Option<String> {
         (self != Self::Activate).then(|| self.button(keys).to_ascii_lowercase())
     }
 
-    /// What happens to the clients that use these keys, `recently_used` of which had requests in the last day.
+    /// The effect on the clients that use these keys, `recently_used` of which had requests in the last day.
     pub fn consequences(self, names: &[&str], recently_used: usize) -> String {
         let shown = names.len().min(4);
         let mut list: Vec<String> = names[..shown].iter().map(|name| quoted(name)).collect();

@@ -1,4 +1,4 @@
-//! How a quota is used up over its day or month, as SVG.
+//! The remaining quota over its day or month, as SVG.
 
 use quota_common::{limit::PolicyName, usage::BurnDown};
 
@@ -30,7 +30,7 @@ pub const fn name(policy: PolicyName) -> &'static str {
     }
 }
 
-/// The remaining quota against an even pace, and a projection until the reset.
+/// The remaining quota compared with an even pace, and a projection until the reset.
 pub fn burn_down_chart(burn: &BurnDown) -> Markup {
     let line = |of: &dyn Fn(usize) -> u64| {
         let points = burn.points.iter().enumerate();
@@ -85,7 +85,7 @@ pub fn burn_down_chart(burn: &BurnDown) -> Markup {
     )
 }
 
-/// Says when the quota is used up. `clock` formats a time.
+/// Describes when the quota will be used up. `clock` formats a time.
 pub fn projection(burn: &BurnDown, now: i64, clock: &dyn Fn(i64) -> String) -> String {
     let reset = millis(burn.resets_at);
     let resets = format!("Resets {}.", clock(reset));
@@ -94,12 +94,12 @@ pub fn projection(burn: &BurnDown, now: i64, clock: &dyn Fn(i64) -> String) -> S
         Some(at) if at > now && at < reset => {
             let early = countdown((reset - at).unsigned_abs() / 1000);
             format!(
-                "At this pace used up {}, {early} before it resets. {resets}",
+                "At this pace, it will be used up {}, {early} before it resets. {resets}",
                 clock(at)
             )
         }
         _ => format!(
-            "At this pace {} left when it resets. {resets}",
+            "At this pace, {} will be left when it resets. {resets}",
             number(burn.projected_remaining)
         ),
     }
@@ -111,7 +111,7 @@ mod tests {
 
     use super::*;
 
-    /// Half of a day of 24 hours has passed.
+    /// A day of 24 hours, half of which has passed.
     fn burn(used: u64, used_up_at: Option<&str>, projected: u64) -> BurnDown {
         serde_json::from_value(json!({
             "key_id": "019ab4e1-7c00-7000-8000-0000000000b1", "policy": "daily", "limit": 1000, "used": used,
@@ -146,11 +146,11 @@ mod tests {
         let text = |burn: &BurnDown| projection(burn, NOON, &clock);
         assert_eq!(
             text(&burn(800, Some("2026-11-26T15:00:00Z"), 0)),
-            "At this pace used up 3 h, 9 h 0 min before it resets. Resets 12 h."
+            "At this pace, it will be used up 3 h, 9 h 0 min before it resets. Resets 12 h."
         );
         assert_eq!(
             text(&burn(200, None, 600)),
-            "At this pace 600 left when it resets. Resets 12 h."
+            "At this pace, 600 will be left when it resets. Resets 12 h."
         );
         assert_eq!(
             text(&burn(1000, Some("2026-11-26T11:00:00Z"), 0)),

@@ -10,7 +10,7 @@ use super::{
 /// The height of the plot in pixels, with the labels below it.
 const HEIGHT: u64 = 240;
 const TOP: u64 = 10;
-/// Where bars stand.
+/// Positions of the bars.
 const BASE: u64 = 214;
 const GRIDLINES: u64 = 4;
 const MAX_LABELS: usize = 8;
@@ -20,16 +20,16 @@ pub enum Completeness {
     Complete,
     /// The bar can still grow.
     SoFar,
-    /// Nothing is known yet, which is not the same as zero.
+    /// There is no data yet, which is not the same as zero.
     Missing,
 }
 
 /// An hour or a day.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bar {
-    /// Below the bar.
+    /// The label below the bar.
     pub label: String,
-    /// The time from its start to its end, in full.
+    /// Its full time range.
     pub time: String,
     pub allowed: u64,
     pub rejected: u64,
@@ -37,7 +37,7 @@ pub struct Bar {
 }
 
 impl Bar {
-    /// What the bar says, such as `14:00–15:00 CET · 1,204 allowed · 38 rejected (3.1 %)`.
+    /// The description of the bar, such as `14:00–15:00 CET · 1,204 allowed · 38 rejected (3.1%)`.
     pub fn text(&self) -> String {
         let Self {
             time,
@@ -62,11 +62,11 @@ impl Bar {
     }
 }
 
-/// Formats a part of a whole in percent with one decimal place. `None` of nothing.
+/// Formats a part of a whole as a percentage with one decimal place. Returns `None` if the whole is zero.
 pub fn percent(part: u64, whole: u64) -> Option<String> {
     let tenths = u128::from(part) * 1000 + u128::from(whole) / 2;
     let tenths = u64::try_from(tenths.checked_div(u128::from(whole))?).ok()?;
-    Some(format!("{}.{} %", number(tenths / 10), tenths % 10))
+    Some(format!("{}.{}%", number(tenths / 10), tenths % 10))
 }
 
 /// Returns the distance between gridlines: 1, 2 or 5 times a power of ten.
@@ -83,7 +83,7 @@ fn grid_step(max: u64) -> u64 {
     }
 }
 
-/// Formats a round number shortly: `1.5k`, `20M`.
+/// Formats a round number in short form: `1.5k`, `20M`.
 pub fn short(n: u64) -> String {
     for (unit, suffix) in [(1_000_000_000, "G"), (1_000_000, "M"), (1000, "k")] {
         if n >= unit {
@@ -109,7 +109,7 @@ fn position(part: u64, whole: u64) -> String {
 pub struct Visible {
     pub allowed: bool,
     pub rejected: bool,
-    /// The bar that is pointed at.
+    /// The bar under the pointer.
     pub selected: Option<usize>,
 }
 
@@ -252,7 +252,7 @@ pub fn bar_chart(bars: &[Bar], visible: Visible) -> (Markup, Markup) {
     (plot, axis)
 }
 
-/// The pattern of rejected requests, which tells them apart without color.
+/// The pattern of rejected requests, which distinguishes them without color.
 fn hatch() -> Markup {
     let parts = [
         element(
@@ -276,7 +276,7 @@ fn hatch() -> Markup {
     element("defs", &[], &[pattern])
 }
 
-/// Which bars have a label: evenly spaced, the first always.
+/// Which bars have a label: evenly spaced, including the first.
 fn label_positions(bars: usize) -> impl Iterator<Item = usize> {
     let step = bars.div_ceil(MAX_LABELS).max(1);
     (0..bars).step_by(step)
@@ -418,13 +418,13 @@ mod tests {
 
     #[test]
     fn percentages_are_rounded() {
-        assert_eq!(percent(38, 1242).as_deref(), Some("3.1 %"));
-        assert_eq!(percent(1, 3).as_deref(), Some("33.3 %"));
-        assert_eq!(percent(2, 3).as_deref(), Some("66.7 %"));
-        assert_eq!(percent(0, 5).as_deref(), Some("0.0 %"));
-        assert_eq!(percent(23_017, 1).as_deref(), Some("2,301,700.0 %"));
+        assert_eq!(percent(38, 1242).as_deref(), Some("3.1%"));
+        assert_eq!(percent(1, 3).as_deref(), Some("33.3%"));
+        assert_eq!(percent(2, 3).as_deref(), Some("66.7%"));
+        assert_eq!(percent(0, 5).as_deref(), Some("0.0%"));
+        assert_eq!(percent(23_017, 1).as_deref(), Some("2,301,700.0%"));
         assert_eq!(percent(0, 0), None);
-        assert_eq!(percent(u64::MAX, u64::MAX).as_deref(), Some("100.0 %"));
+        assert_eq!(percent(u64::MAX, u64::MAX).as_deref(), Some("100.0%"));
     }
 
     #[test]
@@ -475,7 +475,7 @@ mod tests {
         };
         assert_eq!(
             so_far.text(),
-            "14:00–15:00 CET · 3 allowed · 1 rejected (25.0 %) so far"
+            "14:00–15:00 CET · 3 allowed · 1 rejected (25.0%) so far"
         );
         let (plot, _) = bar_chart(&[so_far], ALL);
         assert!(plot.to_string().contains("allowed so-far"));

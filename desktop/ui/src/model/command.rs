@@ -84,7 +84,7 @@ impl Keys {
     /// Handles a key by its name, such as `g` or `Shift`. Returns the action it completes.
     pub fn press(&mut self, key: &str, now: i64) -> Option<Action> {
         let mut chars = key.chars();
-        // Ignore keys without a character, such as the Shift that precedes `?`.
+        // Ignores keys without a character, such as the Shift that precedes `?`.
         let (Some(typed), None) = (chars.next(), chars.next()) else {
             return None;
         };

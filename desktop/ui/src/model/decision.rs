@@ -17,7 +17,7 @@ pub struct Live {
     pub rows: VecDeque<Decision>,
     /// Decisions that arrived while the list was paused, newest first.
     pub waiting: VecDeque<Decision>,
-    /// Whether decisions are missing between two updates, because there were too many.
+    /// Whether decisions between two updates were skipped because they arrived too fast.
     pub has_gap: bool,
 }
 
@@ -29,7 +29,7 @@ impl Live {
         self.waiting.front().or_else(|| self.rows.front())
     }
 
-    /// Returns how many of these, newest first, are new. `None` if even the last is.
+    /// Returns how many of these, newest first, are new. `None` if all of them are new.
     pub fn count_new(&self, page: &[Decision]) -> Option<usize> {
         let newest = self.newest()?;
         page.iter().position(|it| it.id == newest.id)
@@ -52,7 +52,7 @@ impl Live {
         }
     }
 
-    /// Shows what arrived while the list was paused.
+    /// Shows the decisions that arrived while the list was paused.
     pub fn resume(&mut self) {
         while let Some(decision) = self.waiting.pop_back() {
             self.rows.push_front(decision);

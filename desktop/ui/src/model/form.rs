@@ -2,6 +2,7 @@
 
 use quota_common::{
     bounds::{NAME_MAX, RPM_MAX},
+    field::Metadata,
     plan::{CreatePlan, UpdatePlan},
 };
 
@@ -43,6 +44,37 @@ pub fn check_email(text: &str) -> Result<(), &'static str> {
     }
 }
 
+/// Reads text. An empty field is `None`.
+pub fn optional_text(text: &str) -> Option<String> {
+    let text = text.trim();
+    (!text.is_empty()).then(|| text.to_owned())
+}
+
+/// Metadata in editable form: one `name=value` pair per line.
+pub fn metadata_text(metadata: &Metadata) -> String {
+    let lines: Vec<_> = metadata
+        .iter()
+        .map(|(name, value)| format!("{name}={value}"))
+        .collect();
+    lines.join("\n")
+}
+
+/// Parses the output of [`metadata_text`] after editing.
+pub fn metadata(text: &str) -> Result<Metadata, &'static str> {
+    let lines = text.lines().filter(|line| !line.trim().is_empty());
+    lines
+        .map(|line| {
+            let (name, value) = line.split_once('=')?;
+            Some((name.trim().to_owned(), value.trim().to_owned()))
+        })
+        .collect::<Option<_>>()
+        .ok_or("Write each entry on a separate line, as name=value")
+}
+
+pub fn check_metadata(text: &str) -> Result<(), &'static str> {
+    metadata(text).map(drop)
+}
+
 /// Returns the new value if it differs. Unchanged fields are not sent, so that concurrent changes by others are kept.
 pub fn changed<T: PartialEq>(was: &T, now: T) -> Option<T> {
     (*was != now).then_some(now)
@@ -64,7 +96,7 @@ pub fn plan_changes(was: &CreatePlan, now: CreatePlan) -> UpdatePlan {
     }
 }
 
-/// The name of a plan's copy. At most as long as a name may be.
+/// The name of a plan's copy. Cut to the maximum length of a name.
 pub fn copy_name(name: &str) -> String {
     const SUFFIX: &str = " (copy)";
     let kept = NAME_MAX - SUFFIX.len();
@@ -72,7 +104,7 @@ pub fn copy_name(name: &str) -> String {
     format!("{start}{SUFFIX}")
 }
 
-/// The page to open after signing in. Always within the console, whatever the address asks for.
+/// The page to open after signing in. Always a page of the console, whatever the address contains.
 pub fn next_page(next: Option<&str>) -> String {
     match next {
         Some(next)
@@ -87,6 +119,19 @@ pub fn next_page(next: Option<&str>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn metadata_is_read_as_it_was_written() {
+        let entries = [("crm.id", "42"), ("note", "a=b, c"), ("empty", "")];
+        let entries = entries.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let own: Metadata = entries.into_iter().collect();
+        assert_eq!(metadata_text(&own), "crm.id=42\nnote=a=b, c\nempty=");
+        assert_eq!(metadata(&metadata_text(&own)), Ok(own));
+        let typed = metadata(" region = eu \r\n\n").expect("an entry");
+        assert_eq!(metadata_text(&typed), "region=eu");
+        assert_eq!(metadata(" \n"), Ok(Metadata::default()));
+        assert!(check_metadata("region").is_err());
+    }
 
     #[test]
     fn numbers_may_have_separators() {

@@ -53,14 +53,7 @@ pub fn key_details(key: &ApiKey, plan: Option<&Plan>, time_zone: &str, now: i64)
             "Key",
             &[with_text("code", &[], &format!("{}…", key.prefix))],
         ),
-        row(
-            "Plan",
-            &[with_text(
-                "span",
-                &[("class", "clamp"), ("dir", "auto")],
-                plan_name,
-            )],
-        ),
+        text_row("Plan", plan_name),
         row("Created", &[time_markup(key.created_at, now)]),
         row("Last used", &[time_or(key.last_used_at, "Never used", now)]),
         row("Expires", &[time_or(key.expires_at, "Never", now)]),
@@ -72,11 +65,35 @@ pub fn key_details(key: &ApiKey, plan: Option<&Plan>, time_zone: &str, now: i64)
             &[Markup::text("Expires "), time_markup(at, now)],
         ));
     }
+    if let Some(external_id) = &key.external_id {
+        rows.push(text_row("External ID", external_id));
+    }
+    rows.extend(
+        key.metadata
+            .iter()
+            .map(|(name, value)| text_row(name, value)),
+    );
     let mut all = element("dl", &[("class", "details")], &rows);
     if let Some(plan) = plan {
         all.push(limit_details(key, plan, time_zone));
     }
+    // Separate from Quota's own rows, because a tenant may choose any name.
+    if !key.metadata.is_empty() {
+        let rows: Vec<_> = key
+            .metadata
+            .iter()
+            .map(|(name, value)| text_row(name, value))
+            .collect();
+        let class = [("class", "details limits")];
+        all.push(element("dl", &class, &rows));
+    }
     all
+}
+
+/// A row with user-defined text.
+fn text_row(label: &str, text: &str) -> Markup {
+    let class = [("class", "clamp"), ("dir", "auto")];
+    row(label, &[with_text("span", &class, text)])
 }
 
 fn limit_details(key: &ApiKey, plan: &Plan, time_zone: &str) -> Markup {
@@ -131,7 +148,7 @@ mod tests {
     fn key(active: bool, expires_at: Option<&str>) -> ApiKey {
         serde_json::from_value(json!({
             "id": ID, "name": "App", "plan_id": ID, "prefix": "qk_12345678", "is_active": active, "expires_at": expires_at,
-            "rpm_override": null, "last_used_at": null, "previous_expires_at": null, "created_at": AT, "updated_at": AT,
+            "rpm_override": null, "external_id": "crm<7>", "metadata": {"region": "eu & us"}, "last_used_at": null, "previous_expires_at": null, "created_at": AT, "updated_at": AT,
         }))
         .expect("a key")
     }

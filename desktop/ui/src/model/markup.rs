@@ -1,7 +1,7 @@
-//! HTML and SVG as text, for parts of a page that are only looked at: charts and large tables. As text they add a tenth
-//! of what the same views add to the download, and they are tested without a browser.
+//! HTML and SVG as text, for parts of a page that are not interactive: charts and large tables. Generating them as text
+//! adds a tenth of what the same views would add to the download, and they are tested without a browser.
 //!
-//! Text and attribute values are escaped here and nowhere else. Tags and attribute names are literals.
+//! All text and attribute values are escaped here. Tags and attribute names are literals.
 
 use std::fmt::{self, Write as _};
 

@@ -8,7 +8,7 @@ pub struct Meter<'a> {
     pub label: &'a str,
     pub used: u64,
     pub limit: u64,
-    /// What the bar says in words, such as `412 of 5,000 left`.
+    /// The value of the bar in words, such as `412 of 5,000 left`.
     pub text: &'a str,
     /// When the limit resets.
     pub note: &'a str,
@@ -17,7 +17,7 @@ pub struct Meter<'a> {
 }
 
 impl Meter<'_> {
-    /// The used part, in percent. A little is visible as soon as anything is used.
+    /// The used part, in percent. A sliver is visible as soon as anything is used.
     fn percent(&self) -> u64 {
         let percent = u128::from(self.used) * 100 / u128::from(self.limit.max(1));
         u64::try_from(percent)
@@ -35,7 +35,7 @@ impl Meter<'_> {
             _ => "meter full",
         };
         let badge = if self.denied {
-            with_text("span", &[("class", "badge off")], "Denied the request")
+            with_text("span", &[("class", "badge off")], "Denied this request")
         } else {
             Markup::default()
         };

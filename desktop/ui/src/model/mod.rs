@@ -1,4 +1,4 @@
-//! Values and texts that need no browser, so that they are tested on the host.
+//! Values and texts that do not depend on a browser, so that they are tested on the host.
 
 pub mod address;
 pub mod audit;
@@ -10,7 +10,6 @@ pub mod command;
 pub mod csv;
 pub mod decision;
 pub mod form;
-pub mod json;
 pub mod key;
 pub mod limits;
 pub mod markup;

@@ -1,14 +1,14 @@
-//! The policies of a key, as the headers of a response report them.
+//! The policies of a key, as reported by the headers of a response.
 
 use quota_common::limit::PolicyName;
 
-/// Where a policy stood after a response.
+/// The state of a policy after a response.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PolicyState {
     /// `rpm`, `daily`, `monthly` or `tenant_monthly`.
     pub policy: String,
     pub limit: u64,
-    /// `None` if the response does not say: it reports only the rate and the policy nearest exhaustion.
+    /// `None` if the response does not report it: only the rate and the policy closest to exhaustion are reported.
     pub remaining: Option<u64>,
     /// Whether this policy denied the request.
     pub denied: bool,
@@ -70,7 +70,7 @@ pub fn policy_states(headers: LimitHeaders<'_>, violated: &[PolicyName]) -> Vec<
             };
             Some(PolicyState {
                 limit: limit?,
-                // A quota that denies a request of cost 1 is used up.
+                // A quota that denies a request with a cost of 1 is used up.
                 remaining: if denied { Some(0) } else { remaining },
                 policy,
                 denied,

@@ -86,7 +86,7 @@ pub fn date_time(millis: i64) -> String {
     )
 }
 
-/// Formats a time to wait for a countdown.
+/// Formats the time to wait, for a countdown.
 pub fn countdown(secs: u64) -> String {
     match secs {
         0..120 => format!("{secs} s"),
@@ -96,7 +96,7 @@ pub fn countdown(secs: u64) -> String {
     }
 }
 
-/// The command to try a key with.
+/// The command with which to try a key.
 pub fn curl(origin: &str, key: &str) -> String {
     format!("curl -i {origin}/v1/echo -H \"X-API-Key: {key}\"")
 }
@@ -162,7 +162,7 @@ impl Gateway {
             }
             _ => (authority, format!("{authority}:{default}")),
         };
-        // nginx and HAProxy name scheme, address and certificate apart.
+        // nginx and HAProxy have separate settings for scheme, address and certificate.
         let text = if scheme == "http" {
             text.replace("https://quota/", "http://quota/")
                 .lines()
@@ -180,7 +180,7 @@ impl Gateway {
     }
 }
 
-/// A file without the comment at its start.
+/// A file without its opening comment.
 fn body(text: &str) -> &str {
     match text.split_once("\n\n") {
         Some((_, body)) if text.starts_with('#') => body.trim_end(),

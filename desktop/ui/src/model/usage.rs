@@ -1,4 +1,4 @@
-//! Usage: what the address asks for, and the numbers in words and tables.
+//! Usage: the parameters of the address, and the numbers in words and tables.
 
 use std::cmp::Reverse;
 
@@ -21,7 +21,7 @@ pub enum Range {
     Day,
     Week,
     Month,
-    /// Between two dates.
+    /// Between two given dates.
     Custom,
 }
 
@@ -43,7 +43,7 @@ impl Range {
     }
 }
 
-/// In which time zone hours and days begin.
+/// The time zone in which hours and days begin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ZoneChoice {
     Organization,
@@ -51,13 +51,13 @@ pub enum ZoneChoice {
     Browser,
 }
 
-/// What the address asks to be loaded.
+/// The data that the address requests.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UsageRequest {
     pub range: Range,
     /// With [`Range::Custom`]: the first and the last day.
     pub dates: (String, String),
-    /// `None`: hours for up to three days, else days.
+    /// `None`: hours for up to three days, days for longer ranges.
     pub bucket: Option<UsageBucketSize>,
     pub key_id: Option<ApiKeyId>,
     pub endpoint: Option<String>,
@@ -66,7 +66,7 @@ pub struct UsageRequest {
 }
 
 impl UsageRequest {
-    /// The parameters of an address that say what to load, as an address.
+    /// The parameters of an address that determine the data to load, as an address.
     pub fn parameters(query: &Query) -> String {
         let names = [
             "range", "from", "to", "bucket", "key_id", "endpoint", "tz", "group",
@@ -139,15 +139,15 @@ const fn group_pair(group: &UsageGroup, by_cost: bool) -> Pair {
     pair(&counts, by_cost)
 }
 
-/// The change since the period before, such as `+12.5 %`.
+/// Returns the change since the previous period, such as `+12.5%`.
 pub fn change(now: u64, before: u64) -> String {
     if now == before {
-        return "Same as before".to_owned();
+        return "Same as previous period".to_owned();
     }
     let sign = if now > before { '+' } else { '−' };
     match percent(now.abs_diff(before), before) {
-        Some(text) => format!("{sign}{text} on the period before"),
-        None => "None in the period before".to_owned(),
+        Some(text) => format!("{sign}{text} vs. previous period"),
+        None => "None in the previous period".to_owned(),
     }
 }
 
@@ -162,7 +162,7 @@ pub fn stat(label: &str, value: &str, note: &str, href: &str) -> Markup {
     element(tag, &[("class", "stat card"), ("href", href)], &parts)
 }
 
-/// Allowed, rejected, the rate of rejection and the busiest hour or day.
+/// Allowed and rejected requests, the rejection rate, and the busiest hour or day.
 pub fn strip(now: Pair, before: Pair, peak: Option<(String, u64)>, peak_name: &str) -> Markup {
     let rate = |pair: Pair| percent(pair.rejected, pair.total()).unwrap_or_else(|| "–".to_owned());
     let (peak_time, peak_count) = match peak {
@@ -185,7 +185,7 @@ pub fn strip(now: Pair, before: Pair, peak: Option<(String, u64)>, peak_name: &s
         stat(
             "Rejection rate",
             &rate(now),
-            &format!("{} in the period before", rate(before)),
+            &format!("{} in the previous period", rate(before)),
             "",
         ),
         stat(peak_name, &peak_count, &peak_time, ""),
@@ -193,7 +193,7 @@ pub fn strip(now: Pair, before: Pair, peak: Option<(String, u64)>, peak_name: &s
     element("div", &[("class", "stats")], &stats)
 }
 
-/// What identifies a group, for people.
+/// The name of a group, as displayed.
 pub fn group_name(group: &UsageGroup) -> String {
     if group.other {
         return "Other".to_owned();
@@ -215,7 +215,7 @@ const COLUMNS: [(&str, &str); 4] = [
     ("last", "Last seen"),
 ];
 
-/// Sorts groups by a column; `Other` comes last. Without one, by requests.
+/// Sorts groups by a column; `Other` comes last. Without a column, sorts by requests.
 fn sort_groups(groups: &mut [UsageGroup], sort: &str, by_cost: bool) {
     let (column, ascending) = match sort.strip_prefix('-') {
         Some(column) => (column, false),
@@ -243,7 +243,7 @@ fn sort_groups(groups: &mut [UsageGroup], sort: &str, by_cost: bool) {
     }
 }
 
-/// The groups of a response as a table. A row's name filters the page by it.
+/// The groups of a response as a table. The name in a row is a link that filters the page by it.
 pub fn group_table(usage: &Usage, query: &Query, by_cost: bool, now: i64) -> Markup {
     let group_by = usage.group_by.unwrap_or(UsageGroupBy::Key);
     let sort = query.get("sort").unwrap_or_default();
@@ -344,7 +344,7 @@ fn sort_head(id: &str, label: &str, sort: &str, query: &Query) -> Markup {
     )
 }
 
-/// The name of a group, which filters the page if the page can be filtered by it.
+/// The name of a group, linked if the page can be filtered by it.
 fn group_link(group: &UsageGroup, query: &Query) -> Markup {
     let name = group_name(group);
     let filter = match (group.key_id, &group.endpoint) {
@@ -358,7 +358,7 @@ fn group_link(group: &UsageGroup, query: &Query) -> Markup {
         Some((parameter, value, next_group)) => {
             let mut query = query.clone().with(parameter, &value).with("sort", "");
             if !next_group.is_empty() {
-                // What is left to split one key by.
+                // The remaining ways to split one key's usage.
                 query = query.with("group", next_group);
             }
             let key = format!("group-{value}");
@@ -472,10 +472,10 @@ mod tests {
 
     #[test]
     fn change_is_relative_to_the_period_before() {
-        assert_eq!(change(9, 8), "+12.5 % on the period before");
-        assert_eq!(change(4, 8), "−50.0 % on the period before");
-        assert_eq!(change(3, 3), "Same as before");
-        assert_eq!(change(3, 0), "None in the period before");
+        assert_eq!(change(9, 8), "+12.5% vs. previous period");
+        assert_eq!(change(4, 8), "−50.0% vs. previous period");
+        assert_eq!(change(3, 3), "Same as previous period");
+        assert_eq!(change(3, 0), "None in the previous period");
     }
 
     #[test]
@@ -516,7 +516,7 @@ mod tests {
             "{table}"
         );
         assert!(
-            table.contains(">90.0 %<") && table.contains(">30 minutes ago<"),
+            table.contains(">90.0%<") && table.contains(">30 minutes ago<"),
             "{table}"
         );
         assert!(table.contains("aria-sort=\"descending\""));

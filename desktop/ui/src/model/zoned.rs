@@ -8,7 +8,7 @@ pub struct LocalTime {
     pub day: u32,
     pub hour: u32,
     pub minute: u32,
-    /// Such as `Thu`.
+    /// For example `Thu`.
     pub weekday: String,
     /// The zone's name at that time, such as `CET` or `GMT+9`.
     pub zone: String,
@@ -19,7 +19,7 @@ const MONTHS: [&str; 12] = [
 ];
 
 impl LocalTime {
-    /// Reads what `Intl.DateTimeFormat("en-GB", …)` writes: `Thu, 26/11/2026, 14:05 CET`.
+    /// Parses the output of `Intl.DateTimeFormat("en-GB", …)`: `Thu, 26/11/2026, 14:05 CET`.
     pub fn read(text: &str) -> Option<Self> {
         let weekday = text.get(..3)?.to_owned();
         let mut numbers = text
@@ -40,28 +40,28 @@ impl LocalTime {
         })
     }
 
-    /// Such as `26 Nov`.
+    /// For example `26 Nov`.
     pub fn date(&self) -> String {
         let month = MONTHS.get(self.month as usize - 1).copied();
         format!("{} {}", self.day, month.unwrap_or_default())
     }
 
-    /// Such as `14:05`.
+    /// For example `14:05`.
     pub fn clock(&self) -> String {
         format!("{:02}:{:02}", self.hour, self.minute)
     }
 
-    /// As the value of a date field, such as `2026-11-26`.
+    /// The value of a date field, such as `2026-11-26`.
     pub fn iso_date(&self) -> String {
         format!("{:04}-{:02}-{:02}", self.year, self.month, self.day)
     }
 
-    /// Minutes since the day began, by the clock.
+    /// Minutes since the start of the day, by the clock.
     pub fn minutes(&self) -> i64 {
         i64::from(self.hour) * 60 + i64::from(self.minute)
     }
 
-    /// From this time to another, such as `Thu 26 Nov, 14:00–15:00 CET`.
+    /// A time range, such as `Thu 26 Nov, 14:00–15:00 CET`.
     pub fn hours_to(&self, end: &Self) -> String {
         let Self { weekday, zone, .. } = self;
         format!(
@@ -77,7 +77,7 @@ impl LocalTime {
         format!("{} {}", self.weekday, self.date())
     }
 
-    /// In full, such as `Thu 26 Nov, 14:20 CET`.
+    /// The full time, such as `Thu 26 Nov, 14:20 CET`.
     pub fn in_full(&self) -> String {
         format!(
             "{} {}, {} {}",
@@ -98,7 +98,7 @@ pub fn start_of_day(at: i64, local: &dyn Fn(i64) -> Option<LocalTime>) -> Option
     let today = local(minute)?;
     let guess = minute - today.minutes() * MINUTE_MS;
     let there = local(guess)?;
-    // The clocks were changed in between: the guess is off by that.
+    // The clocks changed in between, so the guess is off by the difference.
     let off = if there.day == today.day {
         there.minutes()
     } else {
@@ -107,18 +107,18 @@ pub fn start_of_day(at: i64, local: &dyn Fn(i64) -> Option<LocalTime>) -> Option
     Some(guess - off * MINUTE_MS)
 }
 
-/// Returns when the local day began that is `days` before that of a time.
+/// Returns when the local day that is `days` before the given time began.
 pub fn start_of_day_before(
     at: i64,
     days: i64,
     local: &dyn Fn(i64) -> Option<LocalTime>,
 ) -> Option<i64> {
-    // From noon, so that days of 23 or 25 hours do not matter.
+    // Counts from noon, so that days of 23 or 25 hours do not matter.
     let noon = start_of_day(at, local)? + DAY_MINUTES / 2 * MINUTE_MS;
     start_of_day(noon - days * DAY_MINUTES * MINUTE_MS, local)
 }
 
-/// Returns when a day began in a time zone, of a date such as `2026-11-26`.
+/// Returns when a day, such as `2026-11-26`, began in a time zone.
 pub fn start_of_date(date: &str, local: &dyn Fn(i64) -> Option<LocalTime>) -> Option<i64> {
     let mut parts = date.split('-').map(str::parse::<i64>);
     let mut next = || parts.next()?.ok();
@@ -126,7 +126,7 @@ pub fn start_of_date(date: &str, local: &dyn Fn(i64) -> Option<LocalTime>) -> Op
     if !(1970..=9999).contains(&year) || !(1..=12).contains(&month) || !(1..=31).contains(&day) {
         return None;
     }
-    // Noon in UTC is in the same day in most zones, and at most a day off in the others.
+    // Noon in UTC is on the same day in most zones, and at most a day off in the others.
     let noon = (days_since_1970(year, month, day) * DAY_MINUTES + DAY_MINUTES / 2) * MINUTE_MS;
     let found = [0, -1, 1].into_iter().find_map(|off| {
         let at = noon + off * DAY_MINUTES * MINUTE_MS;

@@ -16,11 +16,11 @@ use super::{
     try_it::{TryIt, other_key},
 };
 use crate::{
-    api::{self, CallError},
+    api,
     clock::now,
     component::{
-        Async, Confirm, CopyButton, Field, FormState, Loader, NewSecret, PageHeader, Toasts,
-        busy_attr, load,
+        Async, Confirm, Confirmation, CopyButton, Field, FormState, Loader, NewSecret, PageHeader,
+        Toasts, busy_attr, load,
     },
     model::{key::key_details, text},
     reactive::text_memo,
@@ -28,14 +28,15 @@ use crate::{
     session::session,
 };
 
-/// The dialogs of the page. They are not part of the details, which are rendered again after each load: a dialog with
-/// typed text or a new key must survive that.
+/// They are not part of the details, which are rendered again after each load, so that typed text or a new key in a
+/// dialog is kept. They are not part of the details, which are rendered again after each load, so that typed text or a
+/// new key in a dialog is kept.
 #[derive(Clone, Copy)]
 struct Dialogs {
     editing: RwSignal<bool>,
     rotating: RwSignal<bool>,
-    deactivating: RwSignal<bool>,
-    deleting: RwSignal<bool>,
+    deactivating: Confirmation,
+    deleting: Confirmation,
     /// Whether a change of the key's status is in progress.
     busy: RwSignal<bool>,
 }
@@ -56,12 +57,18 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
             .filter(|name| !name.is_empty())
             .unwrap_or_else(|| "API key".to_owned())
     });
+    let deactivating = Confirmation::new();
+    let busy = deactivating.busy;
     let dialogs = Dialogs {
         editing: RwSignal::new(false),
         rotating: RwSignal::new(false),
-        deactivating: RwSignal::new(false),
-        deleting: RwSignal::new(false),
-        busy: RwSignal::new(false),
+        deactivating,
+        // Deleting offers to deactivate instead.
+        deleting: Confirmation {
+            busy,
+            ..Confirmation::new()
+        },
+        busy,
     };
     let set_active = Callback::new(move |active: bool| {
         dialogs.busy.set(true);
@@ -74,8 +81,8 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
                 });
             }
             let _ = dialogs.busy.try_set(false);
-            let _ = dialogs.deactivating.try_set(false);
-            let _ = dialogs.deleting.try_set(false);
+            let _ = dialogs.deactivating.open.try_set(false);
+            let _ = dialogs.deleting.open.try_set(false);
         });
     });
     let rotated = NewSecret::new();
@@ -86,16 +93,20 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
         <Async loader show=move |key| view! { <KeyDetails key plans usage dialogs set_active/> }/>
         <KeyActivity id usage/>
         <TrySection id loader on_sent/>
-        <EditDialog loader plans open=dialogs.editing/>
+        <EditDialog
+            loader
+            plans
+            open=dialogs.editing
+            // The new limits apply within a second.
+            on_saved=Callback::new(move |()| usage.reload_after_requests())
+        />
         <RotateDialog id loader open=dialogs.rotating rotated/>
         <Confirm
-            open=dialogs.deactivating
+            // Errors appear as toasts.
+            confirmation=dialogs.deactivating
             title=Signal::derive(move || format!("Deactivate {}?", text::quoted(&name.get())))
             message="Requests with this key will be rejected with 401 within a second. You can activate it again later."
             action="Deactivate key"
-            busy=dialogs.busy
-            // Errors appear as toasts.
-            failure=Signal::derive(|| None::<CallError>)
             run=Callback::new(move |()| set_active.run(false))
         />
         <DeleteDialog id loader dialogs set_active/>
@@ -138,7 +149,7 @@ fn TrySection(id: ApiKeyId, loader: Loader<ApiKey>, on_sent: Callback<()>) -> im
             pasted.get()
         }
     });
-    // A key pasted by mistake would be charged in place of this one.
+    // A key pasted by mistake would be charged instead of this one.
     let mistake = move || {
         let key = loader.ready()?;
         let pasted = pasted.get();
@@ -201,13 +212,13 @@ fn KeyDetails(
                     view! {
                         <div class="actions">
                             {if is_active {
-                                view! { <button class="button" data-focus-key="status" aria-disabled=busy_attr(busy) on:click=move |_| dialogs.deactivating.set(true)>"Deactivate"</button> }.into_any()
+                                view! { <button class="button" data-focus-key="status" aria-disabled=busy_attr(busy) on:click=move |_| dialogs.deactivating.ask()>"Deactivate"</button> }.into_any()
                             } else {
                                 view! { <button class="button primary" data-focus-key="status" aria-disabled=busy_attr(busy) on:click=move |_| set_active.run(true)>"Activate"</button> }.into_any()
                             }}
                             <button class="button" data-focus-key="edit" on:click=move |_| dialogs.editing.set(true)>"Edit"</button>
                             <button class="button" data-focus-key="rotate" on:click=move |_| dialogs.rotating.set(true)>"Rotate"</button>
-                            <button class="button danger" data-focus-key="delete" on:click=move |_| dialogs.deleting.set(true)>"Delete"</button>
+                            <button class="button danger" data-focus-key="delete" on:click=move |_| dialogs.deleting.ask()>"Delete"</button>
                         </div>
                     }
                 })}
@@ -224,8 +235,7 @@ fn DeleteDialog(
 ) -> impl IntoView {
     let toasts = expect_context::<Toasts>();
     let route = route();
-    let busy = dialogs.busy;
-    let failure = RwSignal::new(None::<CallError>);
+    let Confirmation { busy, failure, .. } = dialogs.deleting;
     let run = Callback::new(move |()| {
         let name = untrack(move || loader.ready()).map(|key| key.name);
         busy.set(true);
@@ -266,7 +276,7 @@ fn DeleteDialog(
     let is_active = Signal::derive(move || loader.ready().is_some_and(|key| key.is_active));
     view! {
         <Confirm
-            open=dialogs.deleting
+            confirmation=dialogs.deleting
             title=Signal::derive(move || {
                 let name = loader.ready().map(|key| key.name).unwrap_or_default();
                 format!("Delete {}?", text::quoted(&name))
@@ -275,8 +285,6 @@ fn DeleteDialog(
             action="Delete key"
             alternative
             has_alternative=is_active
-            busy
-            failure
             run
         />
     }

@@ -6,6 +6,7 @@ use quota_common::{api_key::ApiKey, call::KeyFilter, page::ApiKeyOrder, plan::Pl
 use super::{
     bulk_actions::{BulkActions, SelectAll},
     create_api_key::CreateDialog,
+    create_button::CreateButton,
     key_status::{key_status, time_or},
     plan_list::{PlansError, load_plans, plan_name},
 };
@@ -173,12 +174,12 @@ fn NoKeys(is_filtered: bool, plans: Loader<Vec<Plan>>, creating: RwSignal<bool>)
         .into_any();
     }
     view! {
-        <EmptyState shape=Shape::Key title="No keys yet" about="Create one key per client, so that you can limit, rotate or deactivate each separately.">
+        <EmptyState shape=Shape::Key title="No keys yet" about="Create one key per client so that you can limit, rotate or deactivate each one separately.">
             {move || match plans.ready() {
                 Some(plans) if plans.is_empty() => {
                     view! { <a class="button primary" href="/console/plans?new=1">"Create a plan first"</a> }.into_any()
                 }
-                _ => view! { <button class="button primary" on:click=move |_| creating.set(true)>"Create your first key"</button> }.into_any(),
+                _ => view! { <CreateButton open=creating label="Create your first key"/> }.into_any(),
             }}
         </EmptyState>
     }

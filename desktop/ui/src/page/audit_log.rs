@@ -27,7 +27,7 @@ use crate::{
     route::route,
 };
 
-/// How many events an export contains at most.
+/// The maximum number of events in an export.
 const MAX_EXPORTED: usize = 10_000;
 
 const fn resource_label(target: AuditTarget) -> &'static str {
@@ -51,7 +51,7 @@ fn resources() -> Signal<Vec<(String, String)>> {
     })
 }
 
-/// The actions on the selected resource.
+/// The possible actions on the selected resource type.
 fn actions(query: RwSignal<Query>) -> Signal<Vec<(String, String)>> {
     Signal::derive(move || {
         let noun = query
@@ -109,7 +109,7 @@ pub fn AuditLog() -> impl IntoView {
             as api::PendingCall<(String, String)>
     });
     view! {
-        <PageHeader title="Audit log" about="Every change: what was changed, by whom, when, and from where.">
+        <PageHeader title="Audit log" about="All changes: what changed, who changed it, when, and from where.">
             <ExportButton export/>
         </PageHeader>
         <search class="filters audit">
@@ -162,7 +162,7 @@ fn NoEvents(is_filtered: bool) -> impl IntoView {
     }
 }
 
-/// The names of plans, as far as they have been loaded.
+/// The names of the plans that have been loaded.
 #[derive(Clone, Copy)]
 struct PlanNames(Loader<Vec<Plan>>);
 
@@ -172,7 +172,7 @@ impl PlanNames {
             let plan = plans.iter().find(|plan| plan.id.to_string() == id);
             plan.map(|plan| plan.name.clone())
         });
-        // Until plans are loaded, none is known to be deleted.
+        // Until plans are loaded, none counts as deleted.
         found.unwrap_or_else(|| Some("…".to_owned()))
     }
 

@@ -1,6 +1,6 @@
 //! Actions on several API keys at once.
 
-use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
+use leptos::{prelude::*, task::spawn_local};
 use quota_common::{
     ApiKeyId, PlanId,
     api_key::{ApiKey, UpdateApiKey},
@@ -8,9 +8,12 @@ use quota_common::{
 };
 
 use crate::{
-    api::{self, CallError, CallResult},
+    api::{self, CallResult},
     clock::now,
-    component::{Confirm, FormState, Loader, Modal, SelectField, Toasts, busy_attr, focus_soon},
+    component::{
+        Confirm, Confirmation, DialogForm, FormState, Loader, Modal, SelectField, Toasts,
+        focus_soon,
+    },
     model::{
         bulk::{BulkAction, moved},
         text,
@@ -36,7 +39,7 @@ async fn set_active(id: ApiKeyId, active: bool) -> CallResult<()> {
     api::update_api_key(id, body).await.map(drop)
 }
 
-/// Activates keys again that were just deactivated.
+/// Reactivates keys that were just deactivated.
 fn undo(keys: Vec<ApiKeyId>, toasts: Toasts, on_changed: Callback<()>) {
     spawn_local(async move {
         let mut last_error = None;
@@ -73,8 +76,7 @@ pub fn BulkActions(
     let moving = RwSignal::new(false);
     let toasts = expect_context::<Toasts>();
     let action = RwSignal::new(BulkAction::Activate);
-    let confirming = RwSignal::new(false);
-    let busy = RwSignal::new(false);
+    let confirmation = Confirmation::new();
     let count = Signal::derive(move || selected.with(Vec::len));
     let shown_count = shown.len();
     // Deselect keys that are no longer shown.
@@ -84,7 +86,7 @@ pub fn BulkActions(
         }
     });
     let run = Callback::new(move |()| {
-        busy.set(true);
+        confirmation.busy.set(true);
         let (action, keys) = (action.get_untracked(), selected.get_untracked());
         spawn_local(async move {
             let mut failed = Vec::new();
@@ -107,8 +109,8 @@ pub fn BulkActions(
             } else {
                 toasts.fail_with(outcome);
             }
-            let _ = busy.try_set(false);
-            let _ = confirming.try_set(false);
+            let _ = confirmation.busy.try_set(false);
+            let _ = confirmation.open.try_set(false);
             // Keys that failed stay selected.
             if selected.try_set(failed).is_none() {
                 focus_soon("#content");
@@ -135,7 +137,7 @@ pub fn BulkActions(
                                         class:danger={it == BulkAction::Delete}
                                         on:click=move |_| {
                                             action.set(it);
-                                            confirming.set(true);
+                                            confirmation.ask();
                                         }
                                     >
                                         {it.label()}
@@ -150,14 +152,12 @@ pub fn BulkActions(
         </div>
         <MoveDialog open=moving selected plans on_changed/>
         <Confirm
-            open=confirming
+            confirmation
             title=Signal::derive(move || action.get().title(count.get()))
             message=Signal::derive(move || selected.with(|selected| consequences(action.get(), selected)))
             action=Signal::derive(move || action.get().button(count.get()))
             danger=Signal::derive(move || action.get() != BulkAction::Activate)
             phrase=Signal::derive(move || action.get().phrase(count.get()))
-            busy
-            failure=Signal::derive(|| None::<CallError>)
             run
         />
     }
@@ -200,11 +200,7 @@ fn MoveForm(
             .map(|plan| (plan.id.to_string(), plan.name));
         [choose].into_iter().chain(plans).collect::<Vec<_>>()
     });
-    let submit = move |ev: SubmitEvent| {
-        ev.prevent_default();
-        if !form.begin() {
-            return;
-        }
+    let submit = move || {
         let id = plan.get_untracked();
         let Ok(plan_id) = id.parse::<PlanId>() else {
             return;
@@ -237,14 +233,10 @@ fn MoveForm(
         });
     };
     view! {
-        <form novalidate on:submit=submit>
+        <DialogForm form open action="Change plan" submit>
             <SelectField form name="plan_id" id="move_plan" label="Plan" value=plan options required=true/>
             <p class="muted">"The plan's limits apply within a second. Usage isn't reset. Rate overrides are kept."</p>
-            <div class="actions end">
-                <button type="button" class="button" on:click=move |_| open.set(false)>"Cancel"</button>
-                <button class="button primary" aria-disabled=busy_attr(form.busy) data-busy=busy_attr(form.busy)>"Change plan"</button>
-            </div>
-        </form>
+        </DialogForm>
     }
 }
 

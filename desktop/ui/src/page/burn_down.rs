@@ -1,4 +1,4 @@
-//! How a key's quotas are used up.
+//! The burn-down of a key's quotas.
 
 use leptos::prelude::*;
 use quota_common::{ApiKeyId, limit::PolicyName, usage::BurnDown};

@@ -1,6 +1,6 @@
-//! Creating an API key, and showing it the only time it is available.
+//! Creating an API key, and showing it once.
 
-use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
+use leptos::prelude::*;
 use quota_common::{
     api_key::{CreateApiKey, CreatedApiKey},
     plan::Plan,
@@ -10,11 +10,11 @@ use super::{local_time, try_it::TryIt};
 use crate::{
     api,
     component::{
-        Alert, Async, CodeBlock, Field, FormState, Loader, Modal, NewSecret, SecretDialog,
-        SelectField, busy_attr, focus_soon,
+        Async, CodeBlock, DialogForm, Field, FormState, Loader, Modal, NewSecret, SecretDialog,
+        SelectField, focus_soon,
     },
     model::{
-        form::{check_rate, optional_rate},
+        form::{check_metadata, check_rate, metadata, optional_rate, optional_text},
         text,
     },
     route::route,
@@ -29,7 +29,8 @@ pub fn CreateDialog(
     on_changed: Callback<()>,
 ) -> impl IntoView {
     let new = NewSecret::new();
-    // Outside the form, which is rendered again with the plans: a response in progress contains the key only once.
+    // Outside the form, which is rendered again when plans are loaded: a response in progress is the only one that
+    // contains the key.
     let form = FormState::new();
     view! {
         <Modal open panel=true title="New API key" locked=form.busy>
@@ -70,7 +71,7 @@ fn CreateForm(
     let session = session();
     // The list may be filtered by a plan.
     let filtered_plan = route().query.with_untracked(|query| query.get("plan_id"));
-    // With several plans the choice is left to the user, so that pressing Enter does not grant the wrong limits.
+    // With several plans, the user has to choose, so that pressing Enter does not grant the wrong limits.
     let preselected = match &plans[..] {
         [only] => Some(only.id.to_string()),
         plans => filtered_plan.filter(|id| plans.iter().any(|plan| plan.id.to_string() == *id)),
@@ -78,6 +79,8 @@ fn CreateForm(
     let plan = RwSignal::new(preselected.unwrap_or_default());
     let rate = RwSignal::new(String::new());
     let expires = RwSignal::new(String::new());
+    let external_id = RwSignal::new(String::new());
+    let entries = RwSignal::new(String::new());
     let placeholder = (plans.len() > 1).then(|| (String::new(), "Choose a plan".to_owned()));
     let options = placeholder
         .into_iter()
@@ -86,11 +89,7 @@ fn CreateForm(
             (plan.id.to_string(), format!("{} ({rate}/min)", plan.name))
         }))
         .collect::<Vec<_>>();
-    let submit = move |ev: SubmitEvent| {
-        ev.prevent_default();
-        if !form.begin() {
-            return;
-        }
+    let submit = move || {
         let Ok(plan_id) = plan.get_untracked().parse() else {
             return;
         };
@@ -101,35 +100,33 @@ fn CreateForm(
             rpm_override: optional_rate(&rate.get_untracked())
                 .unwrap_or_default()
                 .map(Into::into),
+            external_id: optional_text(&external_id.get_untracked()).map(Into::into),
+            metadata: metadata(&entries.get_untracked())
+                .ok()
+                .filter(|it| !it.is_empty()),
         };
-        spawn_local(async move {
-            let result = api::create_api_key(body).await;
-            if let Some(key) = form.finish(result) {
-                let _ = open.try_set(false);
-                show_key(new, key, session);
-                let _ = on_changed.try_run(());
-            }
+        form.send(api::create_api_key(body), move |key| {
+            let _ = open.try_set(false);
+            show_key(new, key, session);
+            let _ = on_changed.try_run(());
         });
     };
     view! {
-        <form novalidate on:submit=submit>
-            <Alert error=form.failure()/>
+        <DialogForm form open action="Create key" locked=true submit>
             <Field form name="name" id="key_name" label="Name" value=name required=true hint="Who uses this key, e.g. Mobile app"/>
             <SelectField form name="plan_id" id="key_plan" label="Plan" value=plan options required=true/>
             <div class="pair">
                 <Field form name="rpm_override" id="key_rate" label="Rate override (optional)" value=rate numeric=true check=check_rate hint="Requests per minute. Defaults to the plan's rate."/>
                 <Field form name="expires_at" id="key_expires" label="Expires (optional)" kind="datetime-local" value=expires hint="Rejected after this time. Leave blank for never."/>
             </div>
-            <div class="actions end">
-                <button type="button" class="button" aria-disabled=busy_attr(form.busy) on:click=move |_| open.set(false)>"Cancel"</button>
-                <button class="button primary" aria-disabled=busy_attr(form.busy) data-busy=busy_attr(form.busy)>"Create key"</button>
-            </div>
-        </form>
+            <Field form name="external_id" id="key_external_id" label="External ID (optional)" value=external_id hint="The key's ID in your own system, such as a customer ID."/>
+            <Field form name="metadata" id="key_metadata" label="Metadata (optional)" value=entries multiline=true check=check_metadata placeholder="region=eu" hint="One name=value per line."/>
+        </DialogForm>
     }
 }
 
-/// Shows a created or rotated key, and remembers it until the tab is closed. Works after the page was left, so that the
-/// key in a late response is not lost.
+/// Shows a created or rotated key, and remembers it until the tab is closed. Works even after the page was left, so
+/// that the key in a late response is not lost.
 pub fn show_key(new: NewSecret, created: CreatedApiKey, session: Session) {
     if let Some(secret) = &created.key {
         session.known_keys.update(|known| {

@@ -1,6 +1,6 @@
 //! The dialog that edits an API key.
 
-use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
+use leptos::prelude::*;
 use quota_common::{
     api_key::{ApiKey, UpdateApiKey},
     plan::Plan,
@@ -9,8 +9,8 @@ use quota_common::{
 use super::local_time;
 use crate::{
     api,
-    component::{Alert, Field, FormState, Loader, Modal, SelectField, Toasts, busy_attr},
-    model::form::{changed, check_rate, optional_rate},
+    component::{DialogForm, Field, FormState, Loader, Modal, SelectField, Toasts},
+    model::form::{self, changed, check_metadata, check_rate, optional_rate, optional_text},
 };
 
 #[component]
@@ -18,10 +18,12 @@ pub fn EditDialog(
     loader: Loader<ApiKey>,
     plans: Loader<Vec<Plan>>,
     open: RwSignal<bool>,
+    on_saved: Callback<()>,
 ) -> impl IntoView {
     view! {
         <Modal open panel=true title="Edit key">
-            {untrack(move || loader.ready()).map(|key| view! { <EditForm key plans open loader/> })}
+            {untrack(move || loader.ready())
+                .map(|key| view! { <EditForm key plans open loader on_saved/> })}
         </Modal>
     }
 }
@@ -32,9 +34,10 @@ fn EditForm(
     plans: Loader<Vec<Plan>>,
     open: RwSignal<bool>,
     loader: Loader<ApiKey>,
+    on_saved: Callback<()>,
 ) -> impl IntoView {
     let toasts = expect_context::<Toasts>();
-    let form = FormState::new();
+    let state = FormState::new();
     let name = RwSignal::new(key.name.clone());
     let plan = RwSignal::new(key.plan_id.to_string());
     let rate = RwSignal::new(
@@ -45,10 +48,13 @@ fn EditForm(
     let previous_expiry =
         StoredValue::new(key.expires_at.map(local_time::format).unwrap_or_default());
     let expires = RwSignal::new(previous_expiry.get_value());
+    let external_id = RwSignal::new(key.external_id.clone().unwrap_or_default());
+    let previous_metadata = StoredValue::new(form::metadata_text(&key.metadata));
+    let metadata = RwSignal::new(previous_metadata.get_value());
     let plan_id = key.plan_id;
     let options = Signal::derive(move || {
         let plans = plans.ready().unwrap_or_default();
-        // Until the plans are loaded, the key's own is the only option.
+        // Until the plans are loaded, the key's current plan is the only option.
         let own = (!plans.iter().any(|plan| plan.id == plan_id))
             .then(|| (plan_id.to_string(), "…".to_owned()));
         own.into_iter()
@@ -59,11 +65,7 @@ fn EditForm(
             )
             .collect::<Vec<_>>()
     });
-    let submit = move |ev: SubmitEvent| {
-        ev.prevent_default();
-        if !form.begin() {
-            return;
-        }
+    let submit = move || {
         let rpm_override = optional_rate(&rate.get_untracked()).unwrap_or_default();
         let expiry = expires.get_untracked();
         let body = UpdateApiKey {
@@ -76,34 +78,35 @@ fn EditForm(
             rpm_override: changed(&key.rpm_override, rpm_override).map(|rpm| rpm.map(Into::into)),
             // The field is less precise than the stored time, so an unchanged one is not sent.
             expires_at: (expiry != previous_expiry.get_value()).then(|| local_time::parse(&expiry)),
+            external_id: changed(
+                &key.external_id,
+                optional_text(&external_id.get_untracked()),
+            )
+            .map(|it| it.map(Into::into)),
+            metadata: changed(&previous_metadata.get_value(), metadata.get_untracked())
+                .and_then(|text| form::metadata(&text).ok()),
             ..UpdateApiKey::default()
         };
         if body == UpdateApiKey::default() {
             return open.set(false);
         }
-        let id = key.id;
-        spawn_local(async move {
-            let result = api::update_api_key(id, body).await;
-            if form.finish(result).is_some() {
-                let _ = open.try_set(false);
-                toasts.succeed("Key updated");
-                loader.reload();
-            }
+        state.send(api::update_api_key(key.id, body), move |_| {
+            let _ = open.try_set(false);
+            toasts.succeed("Key updated");
+            loader.reload();
+            let _ = on_saved.try_run(());
         });
     };
     view! {
-        <form novalidate on:submit=submit>
-            <Alert error=form.failure()/>
-            <Field form name="name" id="edit_name" label="Name" value=name required=true/>
-            <SelectField form name="plan_id" id="edit_plan" label="Plan" value=plan options/>
+        <DialogForm form=state open action="Save changes" submit>
+            <Field form=state name="name" id="edit_name" label="Name" value=name required=true/>
+            <SelectField form=state name="plan_id" id="edit_plan" label="Plan" value=plan options/>
             <div class="pair">
-                <Field form name="rpm_override" id="edit_rate" label="Rate override (optional)" value=rate numeric=true check=check_rate hint="Requests per minute. Defaults to the plan's rate."/>
-                <Field form name="expires_at" id="edit_expires" label="Expires (optional)" kind="datetime-local" value=expires hint="Rejected after this time. Leave blank for never."/>
+                <Field form=state name="rpm_override" id="edit_rate" label="Rate override (optional)" value=rate numeric=true check=check_rate hint="Requests per minute. Defaults to the plan's rate."/>
+                <Field form=state name="expires_at" id="edit_expires" label="Expires (optional)" kind="datetime-local" value=expires hint="Rejected after this time. Leave blank for never."/>
             </div>
-            <div class="actions end">
-                <button type="button" class="button" on:click=move |_| open.set(false)>"Cancel"</button>
-                <button class="button primary" aria-disabled=busy_attr(form.busy) data-busy=busy_attr(form.busy)>"Save changes"</button>
-            </div>
-        </form>
+            <Field form=state name="external_id" id="edit_external_id" label="External ID (optional)" value=external_id hint="The key's ID in your own system, such as a customer ID."/>
+            <Field form=state name="metadata" id="edit_metadata" label="Metadata (optional)" value=metadata multiline=true check=check_metadata placeholder="region=eu" hint="One name=value per line."/>
+        </DialogForm>
     }
 }

@@ -1,4 +1,4 @@
-//! Home: what is happening, what needs attention, and the first steps.
+//! Home: current activity, keys that need attention, and the first steps.
 
 use std::fmt::Write as _;
 
@@ -33,9 +33,9 @@ struct Overview {
     stats: Stats,
     /// The last 24 hours.
     day: Usage,
-    /// The same, by key.
+    /// The same data, by key.
     keys: Usage,
-    /// Contains the most recently used key, or else the newest.
+    /// Contains the most recently used key, or otherwise the newest.
     key: Option<ApiKey>,
     tokens: Page<ServiceToken>,
 }
@@ -86,7 +86,7 @@ pub fn Home() -> impl IntoView {
     let zone = text_memo(move || session.time_zone());
     let loader = load(move || Box::pin(load_overview(zone.get())) as PendingCall<_>);
     refresh_regularly(loader);
-    // Outside of what is loaded, so that it survives a reload.
+    // Separate from the loaded data, so that it is kept after a reload.
     let state = ChartState::new();
     let is_open = RwSignal::new(None::<bool>);
     view! {
@@ -124,15 +124,15 @@ fn Dashboard(it: Overview, state: ChartState, is_open: RwSignal<Option<bool>>) -
     }
 }
 
-/// `n` against yesterday at the same time.
+/// Compares `n` with the same time yesterday.
 fn since_yesterday(now: u64, before: u64) -> String {
     if now == before {
-        return "Same as yesterday by now".to_owned();
+        return "Same as this time yesterday".to_owned();
     }
     let sign = if now > before { '+' } else { '−' };
     match percent(now.abs_diff(before), before) {
-        Some(text) => format!("{sign}{text} on yesterday by now"),
-        None => "None yesterday by now".to_owned(),
+        Some(text) => format!("{sign}{text} vs. this time yesterday"),
+        None => "None by this time yesterday".to_owned(),
     }
 }
 
@@ -162,9 +162,9 @@ fn cards(stats: &Stats, hours: &[u64]) -> Markup {
                 },
             );
             let href = format!("/console/api-keys/{}", quota.key_id);
-            stat("Closest to its limit", &format!("{share} %"), &note, &href)
+            stat("Closest to its limit", &format!("{share}%"), &note, &href)
         }
-        None => stat("Closest to its limit", "–", "No quota is in use", ""),
+        None => stat("Closest to its limit", "–", "No quotas in use", ""),
     };
     let requests = element(
         "a",
@@ -210,7 +210,7 @@ fn attention_text(it: &Attention) -> String {
                 .policy
                 .map_or("quota", burn_down::name)
                 .to_ascii_lowercase();
-            format!("{share} % of the {policy} used, resets {at}")
+            format!("{share}% of the {policy} used, resets {at}")
         }
         AttentionKind::Expiring => format!("Expires {at}"),
         AttentionKind::GraceEnding => format!("Previous key stops working {at}"),
@@ -218,7 +218,7 @@ fn attention_text(it: &Attention) -> String {
     }
 }
 
-/// *Needs attention* beside *Top keys*.
+/// The *Needs attention* and *Top keys* lists.
 fn lists(stats: &Stats, keys: &Usage) -> Markup {
     let row = |href: &str, name: &str, note: &str, class: &str| {
         let name = with_text("span", &[("class", "clamp"), ("dir", "auto")], name);
@@ -281,10 +281,10 @@ fn lists(stats: &Stats, keys: &Usage) -> Markup {
         card(
             "Needs attention",
             attention,
-            "Nothing: no quota is nearly used up and no key is about to expire.",
+            "All clear. No quotas are close to their limit, and no keys are about to expire.",
         ),
         card(
-            "Top keys in 24 hours",
+            "Top keys, last 24 hours",
             top,
             "No requests in the last 24 hours.",
         ),
@@ -293,7 +293,7 @@ fn lists(stats: &Stats, keys: &Usage) -> Markup {
     .collect()
 }
 
-/// A step, with a link to where it is done once those before it are.
+/// A step, with a link to it once the previous steps are done.
 fn step(
     done: bool,
     is_available: bool,
@@ -348,7 +348,7 @@ fn step(
     )
 }
 
-/// The first steps: open until a request was sent, then folded away.
+/// The first steps: expanded until a request has been sent, then collapsed.
 #[component]
 fn GetStarted(it: Overview, is_open: RwSignal<Option<bool>>) -> impl IntoView {
     let key_page = it.key.as_ref().map_or_else(
@@ -372,7 +372,7 @@ fn GetStarted(it: Overview, is_open: RwSignal<Option<bool>>) -> impl IntoView {
             has_plan,
             true,
             "Create a plan",
-            "Set a rate limit and, if you like, daily and monthly quotas.",
+            "Set a rate limit and, optionally, daily and monthly quotas.",
             "/console/plans?new=1",
             "New plan",
         ),
@@ -388,7 +388,7 @@ fn GetStarted(it: Overview, is_open: RwSignal<Option<bool>>) -> impl IntoView {
             has_request,
             has_key,
             "Send a request",
-            "Try the key here or use curl. We'll detect your first request.",
+            "Try the key here or with curl. We'll detect your first request.",
             &key_page,
             "Try it",
         ),
@@ -396,7 +396,7 @@ fn GetStarted(it: Overview, is_open: RwSignal<Option<bool>>) -> impl IntoView {
             has_gateway,
             has_key,
             "Put Quota in front of your API",
-            "Create a service token, and let your gateway check each request.",
+            "Create a service token and let your gateway check each request.",
             "/console/service-tokens?new=1",
             "New token",
         ),

@@ -1,4 +1,4 @@
-//! How a key is used: where its limits stand, its requests in the last day, and its latest decisions.
+//! A key's usage: the state of its limits, its requests in the last day, and its latest decisions.
 
 use leptos::prelude::*;
 use quota_common::{
@@ -29,10 +29,10 @@ use crate::{
     session::session,
 };
 
-/// How many decisions the page shows.
+/// The number of decisions that the page shows.
 const DECISIONS: u32 = 10;
 
-/// What the page of a key shows about its use.
+/// The usage section of a key's page.
 #[derive(Clone, Copy)]
 pub struct KeyUsage {
     pub limits: Loader<KeyLimits>,
@@ -65,7 +65,7 @@ impl KeyUsage {
         usage
     }
 
-    /// Loads again until the requests that were just sent are counted.
+    /// Reloads until the requests that were just sent are counted.
     pub fn reload_after_requests(self) {
         self.limits.reload_after_requests();
         self.day.reload_after_requests();

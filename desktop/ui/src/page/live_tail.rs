@@ -1,4 +1,4 @@
-//! Decisions as they are made.
+//! A live list of decisions.
 
 use std::time::Duration;
 
@@ -17,9 +17,9 @@ use crate::{
     reactive::{effect, flag_memo, text_memo},
 };
 
-/// How often to ask for new decisions.
+/// How often to poll for new decisions.
 const POLL: Duration = Duration::from_millis(1500);
-/// How many pages to ask for before accepting a gap.
+/// The number of pages to fetch before accepting a gap.
 const MAX_PAGES: usize = 5;
 
 #[component]
@@ -35,7 +35,8 @@ pub fn LiveTail(
     }
 }
 
-/// Fetches decisions, newest first, until one is known. Returns the new ones, and whether some are missing between.
+/// Fetches decisions, newest first, until a known one is found. Returns the new ones, and whether some in between are
+/// missing.
 async fn fetch_new(filter: DecisionFilter, live: &Live) -> CallResult<(Vec<Decision>, bool)> {
     let mut new = Vec::new();
     let mut cursor = None;
@@ -196,12 +197,12 @@ fn Tail(key_id: Signal<Option<ApiKeyId>>, zone: Signal<String>) -> impl IntoView
                 let waiting = live.with(|live| live.waiting.len());
                 (waiting > 0).then(|| view! { <button type="button" class="button small" on:click=resume>{format!("{waiting} new")}</button> })
             }}
-            {move || live.with(|live| live.has_gap).then(|| view! { <span class="muted small-text">"Some decisions are missing: there were too many at a time."</span> })}
+            {move || live.with(|live| live.has_gap).then(|| view! { <span class="muted small-text">"Some decisions were skipped because they arrived too fast."</span> })}
         </p>
         {move || {
             if is_empty.get() {
                 return if loaded.get() {
-                    view! { <EmptyState shape=Shape::Usage title="No decisions yet" about="New ones appear here within seconds."/> }.into_any()
+                    view! { <EmptyState shape=Shape::Usage title="No decisions yet" about="New decisions appear here within seconds."/> }.into_any()
                 } else {
                     view! { <p class="muted" role="status">"Loading"</p> }.into_any()
                 };

@@ -1,4 +1,4 @@
-//! The pages, and the dialogs and parts they are made of.
+//! The pages, and their dialogs and components.
 
 mod api_key;
 mod api_keys;
@@ -6,6 +6,7 @@ mod audit_log;
 mod bulk_actions;
 mod burn_down;
 mod create_api_key;
+mod create_button;
 mod edit_api_key;
 mod home;
 mod key_status;

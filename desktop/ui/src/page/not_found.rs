@@ -1,4 +1,4 @@
-//! The page for addresses without one.
+//! The page for unknown addresses.
 
 use leptos::prelude::*;
 

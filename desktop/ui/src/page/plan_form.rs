@@ -4,7 +4,7 @@ use leptos::prelude::*;
 use quota_common::plan::{CreatePlan, OnRedisFailure, Plan};
 
 use crate::{
-    component::{Alert, Field, FormState, SelectField},
+    component::{Field, FormState, SelectField},
     model::form::{check_number, check_rate, copy_name, optional_number, optional_rate},
 };
 
@@ -41,7 +41,7 @@ impl PlanForm {
             strict: RwSignal::new(plan.is_some_and(|it| it.strict)),
             on_redis_failure: RwSignal::new(
                 plan.and_then(|it| it.on_redis_failure)
-                    .map(|it| it.name().to_owned())
+                    .map(|it| it.as_str().to_owned())
                     .unwrap_or_default(),
             ),
         }
@@ -54,7 +54,7 @@ impl PlanForm {
         form
     }
 
-    /// Returns the form's values. Invalid numbers count as blank; [`FormState::begin`] reports them.
+    /// Returns the values of the form. Invalid numbers count as blank; [`FormState::begin`] reports them.
     pub fn values(self) -> CreatePlan {
         let rate = |field: RwSignal<String>| {
             field.with_untracked(|text| optional_rate(text).unwrap_or_default())
@@ -69,7 +69,7 @@ impl PlanForm {
             daily_quota: quota(self.daily_quota).map(Into::into),
             monthly_quota: quota(self.monthly_quota).map(Into::into),
             strict: Some(self.strict.get_untracked()),
-            on_redis_failure: OnRedisFailure::named(&self.on_redis_failure.get_untracked()),
+            on_redis_failure: OnRedisFailure::of(&self.on_redis_failure.get_untracked()),
             billing: None,
         }
     }
@@ -91,7 +91,6 @@ pub fn PlanFields(plan: PlanForm) -> impl IntoView {
         .map(|(value, label)| (value.to_owned(), label.to_owned()))
         .to_vec();
     view! {
-        <Alert error=form.failure()/>
         <Field form name="name" label="Name" value=plan.name required=true/>
         <div class="pair">
             <Field form name="default_rpm" label="Requests per minute" value=plan.rate required=true numeric=true check=check_rate/>

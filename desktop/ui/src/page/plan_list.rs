@@ -13,7 +13,7 @@ use crate::{
     component::{Loader, load, request_id},
 };
 
-/// Loads all plans, from as many pages as there are.
+/// Loads all pages of plans.
 pub fn load_plans() -> Loader<Vec<Plan>> {
     load(|| async {
         let mut plans = Vec::new();

@@ -1,18 +1,21 @@
 //! The list of plans, with the forms to create, edit and delete them.
 
-use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
+use leptos::prelude::*;
 use quota_common::{
     Page,
     page::PlanOrder,
     plan::{Billing, Plan, UpdatePlan},
 };
 
-use super::plan_form::{PlanFields, PlanForm};
+use super::{
+    create_button::CreateButton,
+    plan_form::{PlanFields, PlanForm},
+};
 use crate::{
-    api::{self, CallError},
+    api,
     component::{
-        Async, Confirm, EmptyState, Loader, Menu, MenuItem, Modal, PageHeader, Pager, Shape,
-        SortHead, SortSelect, Toasts, busy_attr, load_page, open_from_query,
+        Async, Confirm, Confirmation, DialogForm, EmptyState, Loader, Menu, MenuItem, Modal,
+        PageHeader, Pager, Shape, SortHead, SortSelect, Toasts, load_page, open_from_query,
     },
     model::{
         form::plan_changes,
@@ -62,15 +65,15 @@ pub fn Plans() -> impl IntoView {
     });
     view! {
         <PageHeader title="Plans" about="Rate limits and quotas for the keys on each plan.">
-            {move || session.can_manage().then(|| view! { <button class="button primary" on:click=move |_| creating.set(true)>"New plan"</button> })}
+            <CreateButton open=creating label="New plan"/>
         </PageHeader>
         <Async
             loader
             show=move |page| {
                 if page.items.is_empty() {
                     return view! {
-                        <EmptyState shape=Shape::Plans title="No plans yet" about="Each key belongs to a plan. Start with one, such as 60 requests per minute.">
-                            {session.can_manage().then(|| view! { <button class="button primary" on:click=move |_| creating.set(true)>"Create your first plan"</button> })}
+                        <EmptyState shape=Shape::Plans title="No plans yet" about="Each key belongs to a plan. Start with one, e.g. 60 requests per minute.">
+                            <CreateButton open=creating label="Create your first plan"/>
                         </EmptyState>
                     }
                         .into_any();
@@ -190,33 +193,22 @@ fn EditForm(plan: Plan, open: RwSignal<bool>, on_updated: Callback<Plan>) -> imp
         ),
     };
     let id = plan.id;
-    let submit = move |ev: SubmitEvent| {
-        ev.prevent_default();
-        if !form.state.begin() {
-            return;
-        }
+    let submit = move || {
         let body = plan_changes(&before, form.values());
         if body == UpdatePlan::default() {
             form.state.busy.set(false);
             return open.set(false);
         }
-        spawn_local(async move {
-            let result = api::update_plan(id, body).await;
-            if let Some(plan) = form.state.finish(result) {
-                let _ = open.try_set(false);
-                let _ = on_updated.try_run(plan);
-            }
+        form.state.send(api::update_plan(id, body), move |plan| {
+            let _ = open.try_set(false);
+            let _ = on_updated.try_run(plan);
         });
     };
     view! {
-        <form novalidate on:submit=submit>
+        <DialogForm form=form.state open action="Save changes" submit>
             <PlanFields plan=form/>
             <p class="muted">{effect}</p>
-            <div class="actions end">
-                <button type="button" class="button" on:click=move |_| open.set(false)>"Cancel"</button>
-                <button class="button primary" aria-disabled=busy_attr(form.state.busy) data-busy=busy_attr(form.state.busy)>"Save changes"</button>
-            </div>
-        </form>
+        </DialogForm>
     }
 }
 
@@ -230,71 +222,46 @@ fn CreateForm(
         Some(plan) => PlanForm::copy_of(plan),
         None => PlanForm::new(None),
     });
-    let submit = move |ev: SubmitEvent| {
-        ev.prevent_default();
-        if !form.state.begin() {
-            return;
-        }
-        let body = form.values();
-        spawn_local(async move {
-            let result = api::create_plan(body).await;
-            if let Some(plan) = form.state.finish(result) {
+    let submit = move || {
+        form.state
+            .send(api::create_plan(form.values()), move |plan| {
                 let _ = open.try_set(false);
                 // The user may have left the page.
                 let _ = on_created.try_run(plan);
-            }
-        });
+            });
     };
     view! {
-        <form novalidate on:submit=submit>
+        <DialogForm form=form.state open action="Create plan" submit>
             <PlanFields plan=form/>
-            <div class="actions end">
-                <button type="button" class="button" on:click=move |_| open.set(false)>"Cancel"</button>
-                <button class="button primary" aria-disabled=busy_attr(form.state.busy) data-busy=busy_attr(form.state.busy)>"Create plan"</button>
-            </div>
-        </form>
+        </DialogForm>
     }
 }
 
 #[component]
 fn DeleteDialog(plan: RwSignal<Option<Plan>>, on_deleted: Callback<Plan>) -> impl IntoView {
-    let confirming = RwSignal::new(false);
+    let confirmation = Confirmation::new();
     let in_use = RwSignal::new(false);
-    let busy = RwSignal::new(false);
-    let failure = RwSignal::new(None::<CallError>);
     effect(move || {
         if let Some(plan) = plan.get() {
-            failure.set(None);
             if plan.key_count > 0 {
                 in_use.set(true);
             } else {
-                confirming.set(true);
+                confirmation.ask();
             }
         }
     });
     effect(move || {
-        if !confirming.get() && !in_use.get() {
+        if !confirmation.open.get() && !in_use.get() {
             plan.set(None);
         }
     });
     let name = move || plan.get().map(|it| it.name).unwrap_or_default();
     let run = Callback::new(move |()| {
-        let Some(it) = plan.get_untracked() else {
-            return;
-        };
-        busy.set(true);
-        spawn_local(async move {
-            match api::delete_plan(it.id).await {
-                Ok(()) => {
-                    let _ = confirming.try_set(false);
-                    let _ = on_deleted.try_run(it);
-                }
-                Err(error) => {
-                    let _ = failure.try_set(Some(error));
-                }
-            }
-            let _ = busy.try_set(false);
-        });
+        if let Some(it) = plan.get_untracked() {
+            confirmation.send(api::delete_plan(it.id), move |()| {
+                let _ = on_deleted.try_run(it);
+            });
+        }
     });
     let usage = move || {
         plan.get().map(|it| match it.key_count {
@@ -307,12 +274,10 @@ fn DeleteDialog(plan: RwSignal<Option<Plan>>, on_deleted: Callback<Plan>) -> imp
     };
     view! {
         <Confirm
-            open=confirming
+            confirmation
             title=Signal::derive(move || format!("Delete plan {}?", text::quoted(&name())))
             message="No keys use this plan. This can't be undone."
             action="Delete plan"
-            busy
-            failure
             run
         />
         <Modal open=in_use title="This plan is in use">

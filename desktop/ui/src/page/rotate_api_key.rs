@@ -1,6 +1,6 @@
 //! The dialog that rotates an API key.
 
-use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
+use leptos::{prelude::*, task::spawn_local};
 use quota_common::{
     ApiKeyId, ProblemCode,
     api_key::{ApiKey, RotateApiKey},
@@ -10,7 +10,7 @@ use super::create_api_key::show_key;
 use crate::{
     api,
     clock::now,
-    component::{Alert, FormState, Loader, Modal, NewSecret, RelativeTime, SelectField, busy_attr},
+    component::{DialogForm, FormState, Loader, Modal, NewSecret, RelativeTime, SelectField},
     model::text,
     session::session,
 };
@@ -59,20 +59,17 @@ fn RotateForm(
         let expires_at = loader.ready()?.previous_expires_at;
         expires_at.filter(|at| at.inner().timestamp_millis() > now())
     };
-    let submit = move |ev: SubmitEvent| {
-        ev.prevent_default();
-        if !form.begin() {
-            return;
-        }
+    let submit = move || {
         let body = RotateApiKey {
             grace_seconds: grace.get_untracked().parse::<u32>().ok().map(Into::into),
-            // Only what the warning below has announced.
+            // Revokes only the previous key that the warning below announced.
             replace_previous: untrack(previous_expiry).map(|_| true),
         };
         spawn_local(async move {
             let result = api::rotate_api_key(id, body).await;
             if matches!(&result, Err(error) if error.is(ProblemCode::PreviousKeyActive)) {
-                // The key was rotated elsewhere. Shows the warning, so that the next attempt is an informed one.
+                // The key was rotated elsewhere. Shows the warning, so that the user knows about it in the next
+                // attempt.
                 let _ = form.busy.try_set(false);
                 loader.reload();
                 return;
@@ -84,24 +81,19 @@ fn RotateForm(
         });
     };
     view! {
-        <form novalidate on:submit=submit>
+        <DialogForm form open action="Rotate key" locked=true submit>
             <p>"Creates a new key with the same settings."</p>
             {move || {
                 previous_expiry()
                     .map(|at| {
                         view! {
                             <p class="alert warn" role="alert">
-                                "This key was rotated recently. The key from before that rotation, which expires " <RelativeTime at/> ", will be revoked now."
+                                "This key was rotated recently. The previous key, which expires " <RelativeTime at/> ", will be revoked immediately."
                             </p>
                         }
                     })
             }}
-            <Alert error=form.failure()/>
             <SelectField form name="grace_seconds" id="grace" label="Old key" value=grace options/>
-            <div class="actions end">
-                <button type="button" class="button" aria-disabled=busy_attr(form.busy) on:click=move |_| open.set(false)>"Cancel"</button>
-                <button class="button primary" aria-disabled=busy_attr(form.busy) data-busy=busy_attr(form.busy)>"Rotate key"</button>
-            </div>
-        </form>
+        </DialogForm>
     }
 }

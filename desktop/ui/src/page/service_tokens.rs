@@ -1,18 +1,18 @@
 //! The list of service tokens, with gateway configurations to copy.
 
-use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
+use leptos::prelude::*;
 use quota_common::{
     Page,
     service_token::{CreateServiceToken, ServiceToken},
 };
 
-use super::key_status::time_or;
+use super::{create_button::CreateButton, key_status::time_or};
 use crate::{
-    api::{self, CallError},
+    api,
     component::{
-        Alert, Async, CodeBlock, Confirm, EmptyState, Field, FormState, Loader, Modal, NewSecret,
-        PageHeader, Pager, RelativeTime, SecretDialog, Shape, Toasts, busy_attr, load, load_page,
-        open_from_query,
+        Async, CodeBlock, Confirm, Confirmation, DialogForm, EmptyState, Field, FormState, Loader,
+        Modal, NewSecret, PageHeader, Pager, RelativeTime, SecretDialog, Shape, Toasts, load,
+        load_page, open_from_query,
     },
     model::text::{Gateway, quoted},
     session::session,
@@ -26,10 +26,9 @@ pub fn ServiceTokens() -> impl IntoView {
     let new = NewSecret::new();
     let form = FormState::new();
     let deletion = Deletion::new();
-    let session = session();
     view! {
         <PageHeader title="Service tokens" about="Let your gateways check requests.">
-            {move || session.can_manage().then(|| view! { <button class="button primary" on:click=move |_| creating.set(true)>"New token"</button> })}
+            <CreateButton open=creating label="New token"/>
         </PageHeader>
         <Async
             loader
@@ -37,7 +36,7 @@ pub fn ServiceTokens() -> impl IntoView {
                 if page.items.is_empty() {
                     return view! {
                         <EmptyState shape=Shape::Token title="No service tokens yet" about="Create one for each gateway. Configurations for Caddy, nginx, HAProxy and Traefik are included.">
-                            {session.can_manage().then(|| view! { <button class="button primary" on:click=move |_| creating.set(true)>"Create your first token"</button> })}
+                            <CreateButton open=creating label="Create your first token"/>
                         </EmptyState>
                     }
                         .into_any();
@@ -104,23 +103,20 @@ fn TokenTable(page: Page<ServiceToken>, deletion: Deletion) -> impl IntoView {
 #[derive(Clone, Copy)]
 struct Deletion {
     token: RwSignal<Option<ServiceToken>>,
-    open: RwSignal<bool>,
-    failure: RwSignal<Option<CallError>>,
+    confirmation: Confirmation,
 }
 
 impl Deletion {
     fn new() -> Self {
         Self {
             token: RwSignal::new(None),
-            open: RwSignal::new(false),
-            failure: RwSignal::new(None),
+            confirmation: Confirmation::new(),
         }
     }
 
     fn ask(self, token: ServiceToken) {
-        self.failure.set(None);
         self.token.set(Some(token));
-        self.open.set(true);
+        self.confirmation.ask();
     }
 }
 
@@ -129,38 +125,23 @@ fn DeleteDialog(deletion: Deletion, loader: Loader<Page<ServiceToken>>) -> impl 
     let toasts = expect_context::<Toasts>();
     let Deletion {
         token,
-        open,
-        failure,
+        confirmation,
     } = deletion;
-    let busy = RwSignal::new(false);
     let run = Callback::new(move |()| {
-        let Some(it) = token.get_untracked() else {
-            return;
-        };
-        busy.set(true);
-        spawn_local(async move {
-            match api::delete_service_token(it.id).await {
-                Ok(()) => {
-                    let _ = open.try_set(false);
-                    toasts.succeed(format!("Token {} deleted", quoted(&it.name)));
-                    loader.reload();
-                }
-                Err(error) => {
-                    let _ = failure.try_set(Some(error));
-                }
-            }
-            let _ = busy.try_set(false);
-        });
+        if let Some(it) = token.get_untracked() {
+            confirmation.send(api::delete_service_token(it.id), move |()| {
+                toasts.succeed(format!("Token {} deleted", quoted(&it.name)));
+                loader.reload();
+            });
+        }
     });
     let name = move || token.get().map(|it| it.name).unwrap_or_default();
     view! {
         <Confirm
-            open
+            confirmation
             title=Signal::derive(move || format!("Delete token {}?", quoted(&name())))
-            message="Within a second, gateways that use this token can no longer check requests and will reject them all. This can't be undone."
+            message="Within a second, gateways that use this token can no longer check requests, and will reject all of them. This can't be undone."
             action="Delete token"
-            busy
-            failure
             run
         />
     }
@@ -210,32 +191,20 @@ fn CreateForm(
 ) -> impl IntoView {
     form.reset();
     let name = RwSignal::new(String::new());
-    let submit = move |ev: SubmitEvent| {
-        ev.prevent_default();
-        if !form.begin() {
-            return;
-        }
+    let submit = move || {
         let body = CreateServiceToken {
             name: name.get_untracked().into(),
         };
-        spawn_local(async move {
-            let result = api::create_service_token(body).await;
-            if let Some(token) = form.finish(result) {
-                let _ = open.try_set(false);
-                new.show(token.service_token.name, token.token);
-                loader.reload();
-            }
+        form.send(api::create_service_token(body), move |token| {
+            let _ = open.try_set(false);
+            new.show(token.service_token.name, token.token);
+            loader.reload();
         });
     };
     view! {
-        <form novalidate on:submit=submit>
-            <Alert error=form.failure()/>
+        <DialogForm form open action="Create token" locked=true submit>
             <Field form name="name" id="token_name" label="Name" value=name required=true hint="Which gateway uses it?"/>
-            <div class="actions end">
-                <button type="button" class="button" aria-disabled=busy_attr(form.busy) on:click=move |_| open.set(false)>"Cancel"</button>
-                <button class="button primary" aria-disabled=busy_attr(form.busy) data-busy=busy_attr(form.busy)>"Create token"</button>
-            </div>
-        </form>
+        </DialogForm>
     }
 }
 

@@ -1,6 +1,6 @@
 //! Settings: profile, theme, password and active sessions.
 
-use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
+use leptos::prelude::*;
 use quota_common::{
     Page,
     auth::{ChangePassword, Session, UpdateMe},
@@ -9,10 +9,10 @@ use quota_common::{
 use wasm_bindgen::JsCast;
 
 use crate::{
-    api::{self, CallError},
+    api,
     component::{
-        Alert, Async, Confirm, Field, FormState, Loader, PageHeader, RelativeTime, Toasts,
-        browser_time_zone, busy_attr, load,
+        Alert, Async, Confirm, Confirmation, Field, FormState, Loader, PageHeader, RelativeTime,
+        SubmitButton, Toasts, browser_time_zone, load,
     },
     preferences::preferences,
     servers,
@@ -43,29 +43,22 @@ fn Profile() -> impl IntoView {
     let can_administer = me.is_some_and(|me| me.tenant.role.may_administer());
     let form = FormState::new();
     let browser_zone = browser_time_zone();
-    let submit = move |ev: SubmitEvent| {
-        ev.prevent_default();
-        if !form.begin() {
-            return;
-        }
+    let submit = move || {
         let name = name.get_untracked();
         let body = UpdateMe {
             name: (!name.trim().is_empty()).then(|| name.into()),
             tenant_name: can_administer.then(|| tenant.get_untracked().into()),
             time_zone: can_administer.then(|| zone.get_untracked().into()),
         };
-        spawn_local(async move {
-            let result = api::update_me(body).await;
-            if let Some(me) = form.finish(result) {
-                session.me.set(Some(me));
-                toasts.succeed("Changes saved");
-            }
+        form.send(api::update_me(body), move |me| {
+            session.me.set(Some(me));
+            toasts.succeed("Changes saved");
         });
     };
     view! {
         <section class="card" aria-labelledby="profile">
             <h2 id="profile">"Profile"</h2>
-            <form novalidate on:submit=submit>
+            <form novalidate on:submit=form.on_submit(submit)>
                 <Alert error=form.failure()/>
                 <div class="pair">
                     <Field form name="name" id="own_name" label="Your name" value=name autocomplete="name"/>
@@ -81,11 +74,11 @@ fn Profile() -> impl IntoView {
                                 value=zone
                                 required=true
                                 suggestions=time_zones()
-                                hint=format!("Decides when a day or month starts. This browser's time zone is {browser_zone}.")
+                                hint=format!("Determines when days and months start. This browser's time zone is {browser_zone}.")
                             />
                         }
                     })}
-                <div class="actions"><button class="button primary" aria-disabled=busy_attr(form.busy) data-busy=busy_attr(form.busy)>"Save changes"</button></div>
+                <div class="actions"><SubmitButton form action="Save changes"/></div>
             </form>
         </section>
     }
@@ -93,7 +86,7 @@ fn Profile() -> impl IntoView {
 
 /// The time zones that the browser knows.
 fn time_zones() -> Vec<String> {
-    // Older browsers have no list; the field then takes a name without suggesting any.
+    // Older browsers have no list; the field then offers no suggestions.
     let intl = js_sys::Reflect::get(&js_sys::global(), &"Intl".into()).unwrap_or_default();
     let list = js_sys::Reflect::get(&intl, &"supportedValuesOf".into())
         .ok()
@@ -138,28 +131,21 @@ fn Password() -> impl IntoView {
     let toasts = expect_context::<Toasts>();
     let (current, new) = (RwSignal::new(String::new()), RwSignal::new(String::new()));
     let form = FormState::new();
-    let submit = move |ev: SubmitEvent| {
-        ev.prevent_default();
-        if !form.begin() {
-            return;
-        }
+    let submit = move || {
         let body = ChangePassword {
             current_password: current.get_untracked().into(),
             new_password: new.get_untracked().into(),
         };
-        spawn_local(async move {
-            let result = api::change_password(body).await;
-            if form.finish(result).is_some() {
-                let _ = current.try_set(String::new());
-                let _ = new.try_set(String::new());
-                toasts.succeed("Password changed. All other sessions were signed out.");
-            }
+        form.send(api::change_password(body), move |()| {
+            let _ = current.try_set(String::new());
+            let _ = new.try_set(String::new());
+            toasts.succeed("Password changed. All other sessions were signed out.");
         });
     };
     view! {
         <section class="card" aria-labelledby="password-title">
             <h2 id="password-title">"Password"</h2>
-            <form novalidate on:submit=submit>
+            <form novalidate on:submit=form.on_submit(submit)>
                 <Alert error=form.failure()/>
                 <div class="pair">
                     <Field form name="current_password" label="Current password" kind="password" autocomplete="current-password" value=current required=true/>
@@ -174,7 +160,7 @@ fn Password() -> impl IntoView {
                         hint="At least 12 characters. Try a few unrelated words."
                     />
                 </div>
-                <div class="actions"><button class="button primary" aria-disabled=busy_attr(form.busy) data-busy=busy_attr(form.busy)>"Change password"</button></div>
+                <div class="actions"><SubmitButton form action="Change password"/></div>
             </form>
         </section>
     }
@@ -241,24 +227,12 @@ fn Sessions() -> impl IntoView {
 fn SessionRow(it: Session, loader: Loader<Page<Session>>) -> impl IntoView {
     let toasts = expect_context::<Toasts>();
     let name = client_name(it.user_agent.as_deref());
-    let confirming = RwSignal::new(false);
-    let busy = RwSignal::new(false);
-    let failure = RwSignal::new(None::<CallError>);
+    let confirmation = Confirmation::new();
     let id = it.id;
     let run = Callback::new(move |()| {
-        busy.set(true);
-        spawn_local(async move {
-            match api::revoke_session(id).await {
-                Ok(()) => {
-                    toasts.succeed("Session revoked");
-                    let _ = confirming.try_set(false);
-                    loader.reload();
-                }
-                Err(error) => {
-                    let _ = failure.try_set(Some(error));
-                }
-            }
-            let _ = busy.try_set(false);
+        confirmation.send(api::revoke_session(id), move |()| {
+            toasts.succeed("Session revoked");
+            loader.reload();
         });
     });
     view! {
@@ -271,14 +245,12 @@ fn SessionRow(it: Session, loader: Loader<Page<Session>>) -> impl IntoView {
                 </p>
             </div>
             {(!it.current)
-                .then(|| view! { <button class="button small" aria-label=format!("Revoke session: {name}") on:click=move |_| confirming.set(true)>"Revoke"</button> })}
+                .then(|| view! { <button class="button small" aria-label=format!("Revoke session: {name}") on:click=move |_| confirmation.ask()>"Revoke"</button> })}
             <Confirm
-                open=confirming
+                confirmation
                 title="Revoke session?"
                 message=format!("{name} will be signed out immediately.")
                 action="Revoke session"
-                busy
-                failure
                 run
             />
         </li>

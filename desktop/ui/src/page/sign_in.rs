@@ -1,6 +1,6 @@
 //! Signing in and registering.
 
-use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
+use leptos::{prelude::*, task::spawn_local};
 use quota_common::{
     ProblemCode,
     auth::{self, Login},
@@ -19,7 +19,7 @@ use crate::{
     session::{AuthState, session},
 };
 
-/// Opens the requested page once someone is signed in, also for visitors who already are.
+/// Opens the requested page once the visitor is signed in, including visitors who already are.
 fn redirect_when_signed_in() {
     let session = session();
     let route = route();
@@ -75,20 +75,14 @@ pub fn SignIn() -> impl IntoView {
     redirect_when_signed_in();
     let form = FormState::new();
     let (email, password) = (RwSignal::new(String::new()), RwSignal::new(String::new()));
-    let submit = move |ev: SubmitEvent| {
-        ev.prevent_default();
-        if form.begin() {
-            let (email, password) = (email.get_untracked(), password.get_untracked());
-            sign_in(
-                form,
-                api::login(Login {
-                    email: email.into(),
-                    password: password.into(),
-                    device_token: None,
-                }),
-            );
-        }
-    };
+    let submit = form.on_submit(move || {
+        let body = Login {
+            email: email.get_untracked().into(),
+            password: password.get_untracked().into(),
+            device_token: None,
+        };
+        sign_in(form, api::login(body));
+    });
     view! {
         <main class="entry">
             <form class="card" novalidate on:submit=submit>
@@ -115,18 +109,15 @@ pub fn Register() -> impl IntoView {
         RwSignal::new(String::new()),
         RwSignal::new(String::new()),
     );
-    let submit = move |ev: SubmitEvent| {
-        ev.prevent_default();
-        if form.begin() {
-            let organization = organization.get_untracked();
-            let body = auth::Register {
-                email: email.get_untracked().into(),
-                password: password.get_untracked().into(),
-                tenant_name: (!organization.trim().is_empty()).then(|| organization.into()),
-            };
-            sign_in(form, api::register(body));
-        }
-    };
+    let submit = form.on_submit(move || {
+        let organization = organization.get_untracked();
+        let body = auth::Register {
+            email: email.get_untracked().into(),
+            password: password.get_untracked().into(),
+            tenant_name: (!organization.trim().is_empty()).then(|| organization.into()),
+        };
+        sign_in(form, api::register(body));
+    });
     view! {
         <main class="entry">
             <form class="card" novalidate on:submit=submit>

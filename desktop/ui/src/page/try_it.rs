@@ -21,7 +21,7 @@ use crate::{
 
 /// How often the chart moves.
 const FRAME: Duration = Duration::from_millis(200);
-/// The most requests that "Send until 429" sends.
+/// The maximum number of requests that "Send until 429" sends.
 const MAX_REQUESTS: u32 = 300;
 /// The width of the chart in SVG units. Its height is 1000.
 const WIDTH: i64 = 6000;
@@ -54,7 +54,7 @@ impl Results {
     }
 }
 
-/// Why the last request was not allowed.
+/// The reason why the last request was not allowed.
 fn reason(
     last: &TestResponse,
     policies: &[PolicyState],
@@ -91,10 +91,10 @@ fn reason(
     }
 }
 
-/// Says that the key in the field is not the one on the page.
+/// Warns that the key in the field is not the one on the page.
 pub fn other_key(key: &ApiKey) -> String {
     format!(
-        "This is another key. The key on this page starts with {}.",
+        "This is a different key. The key on this page starts with {}.",
         key.prefix
     )
 }
@@ -255,7 +255,8 @@ fn ResponseSummary(
     }
 }
 
-/// A bar for each quota that the last response reported. The rate has a chart of its own, unless it denied.
+/// A bar for each quota that the last response reported. The rate has a separate chart, so it is included only if it
+/// denied the request.
 #[component]
 fn Policies(results: RwSignal<Results>) -> impl IntoView {
     let meters = move || {

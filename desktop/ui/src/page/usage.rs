@@ -1,4 +1,4 @@
-//! Usage: requests over time, by key, endpoint and policy. Everything that is chosen is part of the address.
+//! Usage: requests over time, by key, endpoint and policy. All choices are part of the address.
 
 use leptos::prelude::*;
 use quota_common::{
@@ -40,7 +40,7 @@ const TABS: [(&str, &str); 3] = [
 const BUCKETS: [(&str, &str); 3] = [("", "Automatic"), ("hour", "Hours"), ("day", "Days")];
 const UNITS: [(&str, &str); 2] = [("", "Requests"), ("cost", "Cost")];
 
-/// The time zone that is chosen, by its name.
+/// The chosen time zone, by name.
 fn zone_name(choice: ZoneChoice, organization: &str) -> String {
     match choice {
         ZoneChoice::Organization => organization.to_owned(),
@@ -54,7 +54,7 @@ pub fn UsagePage() -> impl IntoView {
     let route = route();
     let query = route.query;
     let session = session();
-    // What is loaded depends only on these parameters. As text, since every type in a memo adds to the download.
+    // The data to load depends only on these parameters. A string, because every type in a memo adds to the download.
     let requested = text_memo(move || query.with(UsageRequest::parameters));
     let request = move || UsageRequest::read(&Query::read(&requested.get()));
     let zone = text_memo(move || zone_name(request().zone, &session.time_zone()));
@@ -84,7 +84,7 @@ pub fn UsagePage() -> impl IntoView {
         }) as PendingCall<(String, String)>
     });
     view! {
-        <PageHeader title="Usage" about="Requests over time: what was allowed, what was rejected, and why.">
+        <PageHeader title="Usage" about="Requests over time: allowed, rejected, and why.">
             <button type="button" class="button" on:click=move |_| live.set(true)>"Live tail"</button>
             <ExportButton export/>
         </PageHeader>
@@ -94,7 +94,7 @@ pub fn UsagePage() -> impl IntoView {
             loader
             show=move |data| match data {
                 None => view! {
-                    <EmptyState shape=Shape::Search title="Choose two dates" about="The first day and the last, both included."/>
+                    <EmptyState shape=Shape::Search title="Choose a start and an end date" about="Both dates are included."/>
                 }
                     .into_any(),
                 Some(data) => view! { <Report data keys/> }.into_any(),
@@ -138,7 +138,7 @@ fn Toolbar(keys: Signal<Vec<ApiKey>>, zone: Memo<String>) -> impl IntoView {
     let set_range = move |value: &str| {
         let mut query = query.get_untracked().with("range", value);
         if value == "custom" {
-            // Begin with what was shown.
+            // Start with what was shown.
             let today = local_time(now(), &zone.get_untracked()).map(|it| it.iso_date());
             let today = today.unwrap_or_default();
             for name in ["from", "to"] {
@@ -197,7 +197,7 @@ fn Toolbar(keys: Signal<Vec<ApiKey>>, zone: Memo<String>) -> impl IntoView {
     }
 }
 
-/// Keeps what is shown of the chart in the address.
+/// Keeps the visible part of the chart in the address.
 fn chart_state(route: Route) -> ChartState {
     let state = ChartState::new();
     let query = route.query.get_untracked();
@@ -261,7 +261,7 @@ fn Report(data: UsageData, keys: Signal<Vec<ApiKey>>) -> impl IntoView {
         groups,
     } = data;
     let total = usage.total;
-    // Rendered again when the count is of cost in place of requests.
+    // Rendered again when switching between requests and cost.
     let chart = move || {
         let by_cost = by_cost.get();
         let bars = bars(&usage, by_cost);
@@ -304,7 +304,7 @@ fn Report(data: UsageData, keys: Signal<Vec<ApiKey>>) -> impl IntoView {
     .into_any()
 }
 
-/// Says up to when requests are counted, if that is some time ago.
+/// Shows the time through which data is complete, if that is some time ago.
 fn partial_note(data: &UsageData) -> Option<String> {
     const LATE_MS: i64 = 60_000;
     let complete = data.usage.complete_until.inner().timestamp_millis();
@@ -312,7 +312,7 @@ fn partial_note(data: &UsageData) -> Option<String> {
     let at = local_time(complete, &data.usage.time_zone)?;
     (end - complete > LATE_MS).then(|| {
         format!(
-            "Complete up to {}. Later requests may be missing.",
+            "Data complete through {}. Later requests may be missing.",
             at.in_full()
         )
     })
@@ -351,7 +351,7 @@ fn NoRequests(keys: Signal<Vec<ApiKey>>) -> impl IntoView {
     move || {
         if is_filtered {
             view! {
-                <EmptyState shape=Shape::Search title="No matching requests" about="There were none in this range with these filters.">
+                <EmptyState shape=Shape::Search title="No matching requests" about="No requests in this range match these filters.">
                     <a class="button" href="/console/usage">"Clear filters"</a>
                 </EmptyState>
             }
@@ -365,7 +365,7 @@ fn NoRequests(keys: Signal<Vec<ApiKey>>) -> impl IntoView {
             .into_any()
         } else {
             view! {
-                <EmptyState shape=Shape::Usage title="No requests yet" about="Send one with an API key, and it appears here within seconds.">
+                <EmptyState shape=Shape::Usage title="No requests yet" about="Send a request with an API key, and it appears here within seconds.">
                     <CodeBlock text=command what="curl command"/>
                 </EmptyState>
             }

@@ -1,4 +1,4 @@
-//! Loading usage: which times an address means, and the calls for them.
+//! Loading usage: the time range of an address, and the calls for it.
 
 use quota_common::{
     ApiKeyId, Timestamp,
@@ -20,13 +20,13 @@ use crate::{
 const HOUR_MS: i64 = 3_600_000;
 const DAY_MS: i64 = 24 * HOUR_MS;
 
-/// Usage, and what it is compared with.
+/// Usage, and the usage it is compared with.
 #[derive(Clone, PartialEq)]
 pub struct UsageData {
     pub usage: Usage,
-    /// The totals of the period before, which is as long as this one was when it was loaded.
+    /// The totals of the previous period, which is as long as this one was when it was loaded.
     pub before: UsageCounts,
-    /// By key, endpoint or policy.
+    /// Grouped by key, endpoint or policy.
     pub groups: Usage,
 }
 
@@ -36,7 +36,7 @@ pub fn timestamp(millis: i64) -> Option<Timestamp> {
     Timestamp::from_unix_secs(millis / 1000)
 }
 
-/// Returns from when to when, and in hours or days. `None` for dates that are none.
+/// Returns the start, the end, and whether to use hours or days. `None` for invalid dates.
 pub fn period(request: &UsageRequest, zone: &str, now: i64) -> Option<(i64, i64, UsageBucketSize)> {
     let local = |at| local_time(at, zone);
     let (from, to) = match request.range {
@@ -71,7 +71,7 @@ pub fn period(request: &UsageRequest, zone: &str, now: i64) -> Option<(i64, i64,
     (from < to).then_some((from, to, bucket))
 }
 
-/// Loads what a request asks for.
+/// Loads the data of a request.
 pub async fn load_usage(request: UsageRequest, zone: String) -> CallResult<Option<UsageData>> {
     let now = now();
     let Some((from, to, bucket)) = period(&request, &zone, now) else {
@@ -92,7 +92,7 @@ pub async fn load_usage(request: UsageRequest, zone: String) -> CallResult<Optio
         ..filter.clone()
     });
     let groups = groups.await?;
-    // As much of the period before as has passed of this one.
+    // The same part of the previous period as has passed of this one.
     let length = to.min(now) - from;
     let before = api::usage(UsageFilter {
         from: timestamp(from - length),
@@ -108,7 +108,7 @@ pub async fn load_usage(request: UsageRequest, zone: String) -> CallResult<Optio
     }))
 }
 
-/// The last 24 hours, of one key or of all.
+/// The last 24 hours, for one key or all keys.
 pub async fn load_day(key_id: Option<ApiKeyId>, zone: String) -> CallResult<Usage> {
     let request = UsageRequest {
         key_id,

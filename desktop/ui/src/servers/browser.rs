@@ -1,4 +1,4 @@
-//! In a browser there is nothing to add.
+//! In a browser, there is nothing to add.
 
 use leptos::prelude::*;
 

@@ -1,16 +1,16 @@
-//! In the desktop app.
+//! Additions in the desktop app.
 //!
-//! While the server is unreachable the app shows data it loaded earlier; a banner says so, names the time,
-//! and offers to try again. Another banner appears when there is no keychain to store sessions in.
+//! While the server is unreachable, the app shows data it loaded earlier, and a banner shows the time of that data and
+//! a retry button. Another banner appears if there is no keychain to store sessions in.
 
 use std::cell::RefCell;
 
-use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
+use leptos::{prelude::*, task::spawn_local};
 use quota_common::ipc::Profile;
 
 use crate::{
     api::{self, CallError},
-    component::{Alert, Confirm, Field, FormState, RelativeTime, busy_attr},
+    component::{Alert, Confirm, Confirmation, Field, FormState, RelativeTime, busy_attr},
     host,
     session::{AuthState, Session},
 };
@@ -26,7 +26,7 @@ pub fn start(mount: impl FnOnce() + 'static) {
     });
 }
 
-/// Tells the app when the first usable page has been painted.
+/// Notifies the app when the first usable page has been painted.
 pub fn report_first_paint(session: Session) {
     let reported = RefCell::new(false);
     Effect::new(move |_| {
@@ -49,7 +49,7 @@ pub fn Banners() -> impl IntoView {
                     .map(|at| {
                         view! {
                             <p class="banner warn">
-                                <span>"Can't reach the server. Showing data loaded " <RelativeTime at/> "."</span>
+                                <span>"Can't reach the server. Showing data from " <RelativeTime at/> "."</span>
                                 <button class="button small" on:click=move |_| host::retry()>"Try again"</button>
                             </p>
                         }
@@ -63,7 +63,7 @@ pub fn Banners() -> impl IntoView {
     }
 }
 
-/// Shown while signed out: the server in use, and a way to choose another.
+/// Shown while signed out: the server in use, and a way to choose a different one.
 #[component]
 pub fn ServerPicker() -> impl IntoView {
     view! {
@@ -86,7 +86,7 @@ pub fn ServerSettings() -> impl IntoView {
     }
 }
 
-/// Loads the console again from its first page: everything on it belongs to one server.
+/// Reloads the console from its first page, because all of its data belongs to one server.
 fn restart() {
     let _ = window().location().replace("/console");
 }
@@ -130,8 +130,7 @@ fn ServerRow(
     } else {
         name.clone()
     };
-    let (confirming, busy) = (RwSignal::new(false), RwSignal::new(false));
-    let removal_failure = RwSignal::new(None::<CallError>);
+    let confirmation = Confirmation::new();
     let to_use = address.clone();
     let select = move |_| {
         let address = to_use.clone();
@@ -145,16 +144,13 @@ fn ServerRow(
     let to_remove = address.clone();
     let remove = Callback::new(move |()| {
         let address = to_remove.clone();
-        busy.set(true);
-        spawn_local(async move {
-            match api::forget_server(&address).await {
-                Ok(_) if current => restart(),
-                Ok(status) => host::set_status(status),
-                Err(error) => {
-                    let _ = removal_failure.try_set(Some(error));
-                }
+        let call = Box::pin(async move { api::forget_server(&address).await });
+        confirmation.send(call, move |status| {
+            if current {
+                restart();
+            } else {
+                host::set_status(status);
             }
-            let _ = busy.try_set(false);
         });
     });
     view! {
@@ -166,15 +162,13 @@ fn ServerRow(
             </div>
             <div class="actions">
                 {(!current).then(|| view! { <button type="button" class="button small" aria-label=format!("Use {label}") on:click=select>"Use"</button> })}
-                <button type="button" class="button small" aria-label=format!("Remove {label}") on:click=move |_| confirming.set(true)>"Remove"</button>
+                <button type="button" class="button small" aria-label=format!("Remove {label}") on:click=move |_| confirmation.ask()>"Remove"</button>
             </div>
             <Confirm
-                open=confirming
+                confirmation
                 title=format!("Remove {label}?")
-                message="You'll be signed out of this server. Nothing on the server is deleted."
+                message="You'll be signed out of this server. No data on the server is deleted."
                 action="Remove server"
-                busy
-                failure=removal_failure
                 run=remove
             />
         </li>
@@ -185,20 +179,15 @@ fn ServerRow(
 fn AddServer() -> impl IntoView {
     let (address, name) = (RwSignal::new(String::new()), RwSignal::new(String::new()));
     let form = FormState::new();
-    let submit = move |ev: SubmitEvent| {
-        ev.prevent_default();
-        if !form.begin() {
-            return;
-        }
-        spawn_local(async move {
-            let result = api::add_server(&address.get_untracked(), &name.get_untracked()).await;
-            if let Some(status) = form.finish(result) {
-                address.set(String::new());
-                name.set(String::new());
-                host::set_status(status);
-            }
+    let submit = form.on_submit(move || {
+        let (server, label) = (address.get_untracked(), name.get_untracked());
+        let call = Box::pin(async move { api::add_server(&server, &label).await });
+        form.send(call, move |status| {
+            address.set(String::new());
+            name.set(String::new());
+            host::set_status(status);
         });
-    };
+    });
     view! {
         <form novalidate on:submit=submit>
             <Alert error=form.failure()/>

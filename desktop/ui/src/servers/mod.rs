@@ -1,4 +1,4 @@
-//! What the desktop app adds to the console: its banners and its list of servers. In a browser, nothing.
+//! The desktop app's additions to the console: its banners and its list of servers. Empty in a browser.
 
 #[cfg(not(feature = "desktop"))]
 mod browser;

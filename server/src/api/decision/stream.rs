@@ -1,16 +1,16 @@
 //! Decisions as server-sent events.
 //!
-//! A stream reads the log in the order of its numbers, in which rows become visible. So it contains what every replica
-//! has shipped, and any replica can resume it. It holds one batch at a time and reads the next one when the client has
-//! read it. A client that falls too far behind is informed how much it missed.
+//! A stream reads the log in the order of positions, in which rows become visible. So it contains what every replica
+//! has shipped, and any replica can resume it. It holds one batch at a time and reads the next one after the client has
+//! read it. A client that falls too far behind is told how many decisions it missed. If a client does not read the end
+//! of its stream, its connection is closed.
 //!
 //! An unreachable PostgreSQL only delays events.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{Stream, stream};
-use parking_lot::Mutex;
 use poem::{
     Body, IntoResponse, Response,
     http::{HeaderValue, header},
@@ -25,7 +25,10 @@ use quota_common::{
     decision::{Decision, DroppedDecisions},
 };
 use secrecy::{ExposeSecret, SecretString};
-use tokio::time::{Instant, sleep_until};
+use tokio::{
+    task::JoinHandle,
+    time::{Instant, sleep, sleep_until, timeout},
+};
 
 use super::write_position;
 use crate::{
@@ -35,13 +38,16 @@ use crate::{
     db::DbError,
     repo::usage_log::{self, Filter},
     state::AppState,
+    tenant_places::{Place, TenantPlaces},
 };
 
 const MEDIA_TYPE: &str = "text/event-stream";
-/// How often the log is read. A decision takes up to a second to get there.
+/// How often the log is read. A decision takes up to a second to appear in it.
 const EVERY: Duration = Duration::from_millis(500);
-/// Without events for this long, a comment is sent, for proxies that close idle connections.
+/// After this long without events, a comment is sent, for proxies that close idle connections.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
+/// How often to check whether a stream should have ended even though its client does not read it.
+const GUARD_EVERY: Duration = Duration::from_secs(2);
 /// The maximum number of rows per read.
 const BATCH: i64 = 500;
 /// The maximum numbers of open streams.
@@ -49,52 +55,35 @@ const STREAMS: usize = 200;
 const STREAMS_OF_TENANT: usize = 20;
 
 /// The open streams of this replica. Cheap to clone.
-#[derive(Debug, Clone, Default)]
-pub struct Streams(Arc<Mutex<HashMap<TenantId, usize>>>);
+#[derive(Debug, Clone)]
+pub struct Streams(TenantPlaces);
 
-/// One of the open streams.
-#[derive(Debug)]
-pub(super) struct Place {
-    streams: Streams,
-    tenant: TenantId,
+impl Default for Streams {
+    fn default() -> Self {
+        Self(TenantPlaces::new(STREAMS_OF_TENANT, STREAMS))
+    }
 }
 
 impl Streams {
     pub(super) fn begin(&self, tenant: TenantId) -> Result<Place, ApiError> {
-        let mut open = self.0.lock();
-        let own = open.get(&tenant).copied().unwrap_or(0);
-        if own >= STREAMS_OF_TENANT || open.values().sum::<usize>() >= STREAMS {
-            return Err(ApiError::too_many_streams());
-        }
-        *open.entry(tenant).or_default() += 1;
-        drop(open);
-        Ok(Place {
-            streams: self.clone(),
-            tenant,
-        })
+        self.0.take(tenant).ok_or_else(ApiError::too_many_streams)
     }
 }
 
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut open = self.streams.0.lock();
-        if let Some(count) = open.get_mut(&self.tenant) {
-            *count -= 1;
-            if *count == 0 {
-                open.remove(&self.tenant);
-            }
-        }
-    }
+/// The session that a stream belongs to.
+#[derive(Clone)]
+pub(super) struct StreamSession {
+    pub(super) state: AppState,
+    pub(super) token: SecretString,
 }
 
 /// The position of a stream in a tenant's log.
 pub(super) struct Tail {
-    pub(super) state: AppState,
-    pub(super) tenant: TenantId,
     /// Checked before each read, so that a revoked session receives nothing more.
-    pub(super) token: SecretString,
+    pub(super) session: StreamSession,
+    pub(super) tenant: TenantId,
     pub(super) filter: Filter,
-    /// The last number that was read.
+    /// The last position that was read.
     pub(super) after: i64,
 }
 
@@ -123,7 +112,8 @@ fn event(name: &str, id: Option<i64>, data: &impl serde::Serialize) -> String {
     format!("event: {name}\n{id}data: {data}\n\n")
 }
 
-impl Tail {
+impl StreamSession {
+    /// Returns why the stream has to end, if it does.
     async fn end(&self) -> Option<End> {
         if self.state.is_draining() {
             return Some(End::ServerStopping);
@@ -136,18 +126,24 @@ impl Tail {
         match session {
             Ok(session) if session.role.may_read_usage() => None,
             Ok(_) | Err(AuthError::Unauthorized) => Some(End::SessionEnded),
-            // Nothing can be read then either.
+            // Streams cannot be read either in that case.
             Err(_) => None,
         }
     }
+}
 
+impl Tail {
     /// Returns the events that were appended to the log since the last read.
     async fn look(&mut self) -> Result<String, DbError> {
-        let mut tx = self.state.db.tenant(self.tenant).await?;
+        let state = self.session.state.clone();
+        let Ok(_turn) = state.reads.turn(self.tenant).await else {
+            return Ok(String::new());
+        };
+        let mut tx = state.db.tenant(self.tenant).await?;
         let newest = usage_log::last_seq(&mut tx).await?;
         if newest <= self.after {
             tx.commit().await?;
-            // Lower only if PostgreSQL was restored to an earlier state.
+            // It is lower only if PostgreSQL was restored to an earlier state.
             self.after = newest;
             return Ok(String::new());
         }
@@ -157,7 +153,7 @@ impl Tail {
         tx.commit().await?;
         let mut text = String::new();
         if let Ok(count @ 1..) = u64::try_from(dropped) {
-            self.state.metrics.decisions_not_streamed.inc_by(count);
+            state.metrics.decisions_not_streamed.inc_by(count);
             text = event("dropped", Some(after), &DroppedDecisions { count });
         }
         for row in rows {
@@ -169,28 +165,57 @@ impl Tail {
     }
 }
 
-/// Runs one step after another, each when the client has read what came before. Holds `held` until the stream ends.
-fn events(tail: Tail, held: Held) -> impl Stream<Item = std::io::Result<Bytes>> + Send + 'static {
+/// Closes the connection of a stream that has to end but is not being read. Stops when dropped, and frees the stream's
+/// slot.
+struct Guard(JoinHandle<()>);
+
+impl Guard {
+    fn start(session: StreamSession, place: Place, endless: Option<EndlessResponse>) -> Self {
+        let grace = session.state.config.write_timeout;
+        Self(tokio::spawn(async move {
+            while session.end().await.is_none() {
+                sleep(GUARD_EVERY).await;
+            }
+            // Time for what the client has not read yet, and for the last event.
+            sleep(grace).await;
+            if let Some(endless) = &endless {
+                endless.close_connection();
+            }
+            drop(place);
+            // All other responses on the connection end with it.
+            std::future::pending::<()>().await;
+        }))
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Runs the steps one after another, each when the client has read the previous output.
+fn events(tail: Tail, guard: Guard) -> impl Stream<Item = std::io::Result<Bytes>> + Send + 'static {
     struct Running {
         tail: Tail,
-        _held: Held,
+        _guard: Guard,
         next: Instant,
         sent: Instant,
         keep_alive: Duration,
         is_over: bool,
     }
     // Well before the deadline of HTTP/2 responses without progress.
-    let keep_alive = KEEP_ALIVE.min(tail.state.config.write_timeout / 3);
+    let keep_alive = KEEP_ALIVE.min(tail.session.state.config.write_timeout / 3);
     let now = Instant::now();
     let running = Running {
         tail,
-        _held: held,
+        _guard: guard,
         next: now,
         sent: now,
         keep_alive,
         is_over: false,
     };
-    // Informs the client that it is connected, and how soon to reconnect.
+    // Tells the client that it is connected, and when to reconnect.
     let hello = stream::iter([Ok(Bytes::from_static(b"retry: 1000\n: connected\n\n"))]);
     let rest = stream::unfold(running, |mut it| async move {
         if it.is_over {
@@ -199,16 +224,19 @@ fn events(tail: Tail, held: Held) -> impl Stream<Item = std::io::Result<Bytes>> 
         loop {
             sleep_until(it.next).await;
             it.next = Instant::now() + EVERY;
-            if let Some(end) = it.tail.end().await {
+            if let Some(end) = it.tail.session.end().await {
                 it.is_over = true;
                 let text = event("end", None, &serde_json::json!({ "reason": end.reason() }));
                 return Some((Ok(Bytes::from(text)), it));
             }
-            let db = it.tail.state.db.clone();
-            let text = match db.within_limit(it.tail.look()).await {
-                Ok(text) => text,
-                Err(error) => {
-                    tracing::debug!(error = %crate::db::chain(&error), "the log of decisions cannot be read");
+            let db = it.tail.session.state.db.clone();
+            // A slow PostgreSQL delays the next comment only briefly.
+            let look = timeout(it.keep_alive, db.within_limit(it.tail.look()));
+            let text = match look.await {
+                Ok(Ok(text)) => text,
+                Err(_) => String::new(),
+                Ok(Err(error)) => {
+                    tracing::debug!(error = %crate::db::chain(&error), "cannot read the decision log");
                     String::new()
                 }
             };
@@ -234,15 +262,13 @@ fn schema() -> MetaSchemaRef {
     }))
 }
 
-/// What lasts as long as a stream: its place among the tenant's, and the mark of its connection.
-pub(super) type Held = (Place, Option<EndlessResponse>);
-
 /// A stream as a response.
 pub struct DecisionStream(Body);
 
 impl DecisionStream {
-    pub(super) fn new(tail: Tail, held: Held) -> Self {
-        Self(Body::from_bytes_stream(events(tail, held)))
+    pub(super) fn new(tail: Tail, place: Place, endless: Option<EndlessResponse>) -> Self {
+        let guard = Guard::start(tail.session.clone(), place, endless);
+        Self(Body::from_bytes_stream(events(tail, guard)))
     }
 }
 
@@ -251,7 +277,7 @@ impl IntoResponse for DecisionStream {
         let mut response = Response::builder().body(self.0);
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
-        // nginx would buffer events otherwise. Caddy does not buffer this media type.
+        // nginx would buffer events otherwise. Caddy never buffers this media type.
         headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
         response
     }
@@ -281,24 +307,6 @@ impl ApiResponse for DecisionStream {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn one_tenant_leaves_streams_for_others() {
-        let streams = Streams::default();
-        let tenant = |n| TenantId(uuid::Uuid::from_u128(n));
-        let mut places = Vec::new();
-        for _ in 0..STREAMS_OF_TENANT {
-            places.push(streams.begin(tenant(1)).expect("there is room"));
-        }
-        assert!(streams.begin(tenant(1)).is_err());
-        for n in 0..STREAMS - STREAMS_OF_TENANT {
-            places.push(streams.begin(tenant(2 + n as u128)).expect("there is room"));
-        }
-        assert!(streams.begin(tenant(9999)).is_err(), "more than {STREAMS}");
-        drop(places);
-        assert!(streams.begin(tenant(1)).is_ok());
-        assert!(streams.0.lock().is_empty() || streams.0.lock().len() <= 1);
-    }
 
     #[test]
     fn an_event_is_one_line_of_data() {

@@ -13,7 +13,7 @@ pub fn wire_name(policy: Policy) -> PolicyName {
     }
 }
 
-/// A [`Problem`](quota_common::Problem) that borrows its parts, since denials must be as cheap as admissions.
+/// A [`Problem`](quota_common::Problem) that borrows its fields, since denials must be as cheap as admissions.
 #[derive(Serialize)]
 pub(super) struct Body<'a> {
     #[serde(rename = "type")]

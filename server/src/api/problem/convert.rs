@@ -124,7 +124,7 @@ impl From<Busy> for ApiError {
                 "Your organization is making too many changes at the same time.",
                 Duration::from_secs(1),
             ),
-            // Not logged: the changes in front are, if they fail.
+            // Not logged: if the changes ahead of it fail, those are logged.
             Busy::TimedOut => Self {
                 source: None,
                 ..Self::unavailable(String::new())
@@ -138,7 +138,7 @@ impl From<Unconfirmed> for ApiError {
         let all = Self::unavailable(error.clone());
         match error {
             Unconfirmed::Failed(_) => all,
-            // Counted, not logged: strangers could fill the disk with it.
+            // Counted but not logged, because unauthenticated clients could fill the disk with log lines.
             Unconfirmed::TooMany => Self {
                 source: None,
                 ..all

@@ -5,6 +5,9 @@ use quota_common::{FieldError, Problem, ProblemCode, limit::PolicyName};
 pub(super) const USAGE_UNRECORDABLE: &str =
     "Usage can't be recorded right now. Nothing was charged. Try again in a few seconds.";
 
+pub(super) const SUBSCRIPTION_NEEDED: &str =
+    "This key's plan requires an active subscription. Nothing was charged.";
+
 /// Returns a typical problem of this kind.
 pub fn example(code: ProblemCode, base: &str) -> Problem {
     let detail = match code {
@@ -13,9 +16,7 @@ pub fn example(code: ProblemCode, base: &str) -> Problem {
         }
         ProblemCode::Unauthorized => "This API key is invalid, disabled or expired.",
         ProblemCode::WrongCredentials => "Incorrect email or password.",
-        ProblemCode::SubscriptionNeeded => {
-            "The key's plan is paid and its tenant has no active subscription."
-        }
+        ProblemCode::SubscriptionNeeded => SUBSCRIPTION_NEEDED,
         ProblemCode::Forbidden => "Your role (viewer) does not allow this action.",
         ProblemCode::RegistrationClosed => {
             "Registration is closed on this server. Ask its operator for an account."
@@ -32,6 +33,11 @@ pub fn example(code: ProblemCode, base: &str) -> Problem {
         ProblemCode::PreviousKeyActive => {
             "The previous key is valid until 2026-08-04T06:26:00.000Z. Rotate again after that, or send replace_previous: true to revoke it now."
         }
+        ProblemCode::BillingOff => "Billing is off on this server.",
+        ProblemCode::AlreadySubscribed => {
+            "Your organization already has a subscription. Change or cancel it in the customer portal."
+        }
+        ProblemCode::NotSubscribed => "Your organization has never subscribed.",
         ProblemCode::RequestInProgress => {
             "A request with this Idempotency-Key is still in progress."
         }

@@ -1,7 +1,7 @@
 //! Usage as CSV (RFC 4180), for spreadsheets.
 //!
-//! Spreadsheets evaluate cells that begin like a formula, and callers of the API choose the names of endpoints. So an
-//! apostrophe is added to such cells, which makes them text.
+//! Spreadsheets evaluate cells that look like a formula, and API callers choose the names of endpoints. Such cells are
+//! prefixed with an apostrophe, which makes them text.
 
 use std::borrow::Cow;
 
@@ -12,7 +12,10 @@ use poem::{
 use poem_openapi::registry::{MetaSchema, MetaSchemaRef};
 use quota_common::usage::Usage;
 
-use crate::{api::problem::ApiError, limiter::Zone};
+use crate::{
+    api::{large_response, problem::ApiError},
+    limiter::Zone,
+};
 
 pub(super) const ESSENCE: &str = "text/csv";
 pub(super) const MEDIA_TYPE: &str = "text/csv; charset=utf-8";
@@ -42,7 +45,7 @@ pub(super) fn schema() -> MetaSchemaRef {
     }))
 }
 
-/// Returns a cell that spreadsheets do not evaluate.
+/// Returns the cell in a form that spreadsheets do not evaluate.
 fn cell(text: &str) -> Cow<'_, str> {
     let is_formula =
         text.starts_with(['=', '+', '-', '@', '\t', '\r', '\n', '＝', '＋', '－', '＠']);
@@ -92,7 +95,9 @@ pub(super) fn write(usage: &Usage, zone: &Zone) -> Result<String, ApiError> {
 }
 
 pub(super) fn respond(text: String) -> Response {
+    let length = text.len();
     let mut response = Response::builder().body(text);
+    large_response::mark(&mut response, length);
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
     headers.insert(

@@ -15,7 +15,7 @@ pub(in crate::api) const QUARTER: TimeDelta = TimeDelta::minutes(15);
 /// Longer ranges use days by default.
 const HOURS_UP_TO: TimeDelta = TimeDelta::days(7);
 
-/// The parameters as sent.
+/// The parameters as sent by the caller.
 #[derive(Debug)]
 pub(super) struct RangeQuery {
     pub(super) from: Option<DateTime<Utc>>,
@@ -23,13 +23,13 @@ pub(super) struct RangeQuery {
     pub(super) bucket: Option<UsageBucketSize>,
 }
 
-/// A range, divided into hours or days of a time zone.
+/// A range, divided into hours or days in a time zone.
 #[derive(Debug)]
 pub(super) struct Buckets {
     pub(super) from: DateTime<Utc>,
     pub(super) to: DateTime<Utc>,
     pub(super) bucket: UsageBucketSize,
-    /// In order. The first one is `from`.
+    /// In order. The first bucket starts at `from`.
     pub(super) starts: Vec<DateTime<Utc>>,
 }
 

@@ -1,4 +1,4 @@
-//! One attempt, and what becomes of its count.
+//! One attempt, and how its count ends.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use super::{Attempts, Counter, OnSuccess};
 pub enum Judgment {
     /// Not verified: the attempt does not count.
     Missing,
-    /// Wrong, or being verified, so that the caller may learn that it is wrong.
+    /// Wrong or still being verified, so that the caller may learn that it is wrong.
     Wrong,
     Correct,
 }
@@ -53,8 +53,8 @@ impl Attempt {
         }
     }
 
-    /// Clears the first counters, keeps the last ones, and takes the attempt back from those in between: locally at
-    /// once, in Redis in the returned task.
+    /// Clears the first counters, keeps the last ones, and takes the attempt back from those in between: locally right
+    /// away, in Redis in the returned task.
     fn take_back(&self, cleared: usize, kept: usize) -> Option<JoinHandle<()>> {
         let changed = self.counters.len().checked_sub(kept).filter(|n| *n > 0)?;
         {
@@ -67,7 +67,7 @@ impl Attempt {
                 {
                     count.tries = (count.tries - 1.0).max(0.0);
                     if count.at == at {
-                        // No earlier wait can be left, since the attempt was allowed.
+                        // There is no earlier wait, since the attempt was allowed.
                         count.until = 0;
                     }
                 }
@@ -88,7 +88,7 @@ impl Attempt {
             u64::try_from(cleared).unwrap_or(u64::MAX),
             self.counted_in_redis.unwrap_or(0),
         ];
-        // Without a runtime, the process is about to end.
+        // Without a runtime, the process is about to exit.
         let runtime = tokio::runtime::Handle::try_current().ok()?;
         Some(runtime.spawn(async move {
             let keys = keys.iter().map(String::as_str).collect::<Vec<_>>();
@@ -106,7 +106,7 @@ impl Drop for Attempt {
             // Verifying it took time, which stays counted.
             Judgment::Correct => self.count(OnSuccess::Keep),
         };
-        // Detached, since nothing waits for it.
+        // Detached, because nothing waits for it.
         drop(self.take_back(0, kept));
     }
 }

@@ -23,7 +23,7 @@ fn weak_passwords_are_rejected_and_strong_ones_accepted() {
     assert!(!refused("correct horse battery staple"));
 }
 
-/// zxcvbn's time grows with the readings of symbols as letters, and it overflows on long keyboard patterns.
+/// zxcvbn's time grows with the number of ways to read symbols as letters, and it overflows on long keyboard patterns.
 #[test]
 fn costly_passwords_are_estimated_in_parts() {
     let costly = "4@8({[<369&#!1|0$5+7%2".repeat(5);
@@ -43,7 +43,7 @@ fn costly_passwords_are_estimated_in_parts() {
     let password = Password::new(&costly[..100]);
     let began = std::time::Instant::now();
     let _ = password.judge("ada@example.com");
-    // Alone it took most of a second, and takes some milliseconds.
+    // Without the bound, this one took most of a second; now it takes a few milliseconds.
     assert!(began.elapsed() < Duration::from_millis(500));
 }
 
@@ -62,7 +62,7 @@ fn weak_passwords_with_symbols_are_rejected() {
         assert!(refused(password), "{password}");
     }
     for password in [
-        // Random, from all printable characters, and from digits and symbols alone.
+        // Random strings of all printable characters, and of digits and symbols only.
         "k7(Q|2z$X9@v%e!R",
         "4[7!9$%0<2@8{5+|6",
         "83920174650938271640",
@@ -122,7 +122,7 @@ async fn flood_is_rejected_at_once_and_earlier_waiters_are_served() {
     assert!(busy >= 200 - room - THREADS - 4, "{busy} turned away");
 }
 
-/// Who of those that come gets in, and in which order they are served.
+/// Which arrivals are admitted, and in which order they are served.
 fn order(turns: &[Turn]) -> (Vec<bool>, Vec<usize>) {
     let mut queue = Queue::default();
     let taken = turns.iter().enumerate();
@@ -150,7 +150,7 @@ async fn dropped_waiter_passes_its_place_to_the_next() {
 fn full_lane_makes_room_for_a_new_network() {
     let room = WAITING[Lane::Ordinary as usize];
     let mut turns = vec![turn(Lane::Ordinary, 1); room];
-    // One more of the same network is refused; another network gets in, and the flood loses its newest.
+    // One more from the same network is rejected. Another network is admitted, and the flood loses its newest waiter.
     turns.extend([turn(Lane::Ordinary, 1), turn(Lane::Ordinary, 2)]);
     let (taken, done) = order(&turns);
     assert!(!taken[room] && taken[room + 1], "{taken:?}");
@@ -164,7 +164,7 @@ fn account_with_many_waiters_goes_last() {
     let room = WAITING[Lane::Known as usize];
     let mut turns = vec![turn(Lane::Known, 1); room - 2];
     turns.extend([turn(Lane::Known, 2), turn(Lane::Known, 3)]);
-    // Full: the next ones take the room of the first account.
+    // The lane is full: the next ones displace waiters of the first account.
     turns.extend([
         turn(Lane::Known, 4),
         turn(Lane::Known, 1),
@@ -174,7 +174,7 @@ fn account_with_many_waiters_goes_last() {
     let of_others = room - 2..room + 1;
     assert!(of_others.clone().all(|n| taken[n]) && !taken[room + 1] && taken[room + 2]);
     assert_eq!(done.len(), room);
-    // One of each, and then the second ones.
+    // One of each party, and then the second of each.
     assert_eq!(done[..6], [0, room - 2, room - 1, room, 1, room + 2]);
 }
 

@@ -19,15 +19,15 @@ use super::{
 #[derive(Debug, Clone)]
 pub(super) struct Binaries {
     pub(super) dir: PathBuf,
-    /// As in a cluster's `PG_VERSION`: `15`.
+    /// As in a cluster's `PG_VERSION`, such as `15`.
     pub(super) version: String,
 }
 
-/// Returns every PostgreSQL server on this machine, the preferred one first.
+/// Returns every PostgreSQL server installed on this machine, the preferred one first.
 pub(super) async fn installed_binaries() -> Vec<Binaries> {
     let mut places = Vec::new();
-    // The machine's owner prefers what `pg_config` and the path name. `pg_config` also comes with the client library,
-    // so its directory may have no server.
+    // Servers found by `pg_config` and in the path are preferred. `pg_config` is also part of the client library, so
+    // its directory may not contain a server.
     for question in [
         "pg_config --bindir",
         "dirname \"$(readlink -f \"$(command -v postgres)\")\"",
@@ -104,8 +104,8 @@ pub(super) fn matching(
         })
 }
 
-/// Creates the cluster in a temporary directory and renames that when it is complete, so that a crash leaves no broken
-/// cluster.
+/// Creates the cluster in a temporary directory and renames it when it is complete, so that a crash does not leave a
+/// broken cluster.
 pub(super) async fn initdb(bin: &Path, place: &Place) -> Result<(), EmbeddedError> {
     const LEFTOVER: &str = "postgres.new-";
     let home = place.cluster.parent().unwrap_or(Path::new("/"));
@@ -162,7 +162,7 @@ pub(super) async fn initdb(bin: &Path, place: &Place) -> Result<(), EmbeddedErro
         .map_err(EmbeddedError::file("cannot write", home))
 }
 
-/// Unlike [`Child::wait_with_output`], does not close standard input first, which would make the guard end its child.
+/// Unlike [`Child::wait_with_output`], does not close standard input first, which would make the guard stop its child.
 async fn wait_with_output(mut child: Child) -> io::Result<std::process::Output> {
     let pipe = child.stdin.take();
     let output = child.wait_with_output().await;

@@ -21,7 +21,7 @@ use tokio::{
 
 use super::{EmbeddedError, connect, place::Place, url};
 
-/// Recovery after a crash replays at most about one `max_wal_size` of log.
+/// Recovery after a crash replays at most about one `max_wal_size` of WAL.
 pub(super) const START_LIMIT: Duration = Duration::from_mins(2);
 /// A fast shutdown ends sessions and writes a checkpoint.
 const FAST_STOP_LIMIT: Duration = Duration::from_secs(20);
@@ -35,13 +35,13 @@ const SETTLED: Duration = Duration::from_mins(1);
 /// The log is rotated at startup if it is longer than this.
 const LOG_LIMIT: u64 = 10 * 1024 * 1024;
 
-/// The guard and the end of its pipe. They are separate because waiting for a [`Child`] closes its standard input,
-/// which would end it.
+/// The guard and the other end of its pipe. They are separate because waiting for a [`Child`] closes its standard
+/// input, which would end it.
 #[derive(Debug)]
 pub(super) struct Guarded {
     pub(super) child: Child,
     pub(super) pipe: Option<ChildStdin>,
-    /// The offset in the log at which its own output begins.
+    /// The offset in the log at which this server's output begins.
     pub(super) log_begin: u64,
 }
 
@@ -57,7 +57,7 @@ pub(super) struct Cluster {
 }
 
 impl Cluster {
-    /// Starts PostgreSQL, which takes a while until it is [`ready`](Self::ready).
+    /// Starts PostgreSQL, which is not [`ready`](Self::ready) for a while.
     pub(super) async fn launch(&self) -> Result<Guarded, EmbeddedError> {
         self.stop_orphan().await?;
         let log = OpenOptions::new()
@@ -117,7 +117,7 @@ impl Cluster {
         }
     }
 
-    /// Ends a PostgreSQL that an earlier server left running on this cluster, and waits for it.
+    /// Stops a PostgreSQL that an earlier server left running on this cluster, and waits until it has exited.
     ///
     /// This process holds the lock of the data directory, so any PostgreSQL here is an orphan. It is recognized by its
     /// working directory, which PostgreSQL sets to its cluster; a PID from a file may belong to another process by now.
@@ -143,7 +143,7 @@ impl Cluster {
         Ok(())
     }
 
-    /// Keeps PostgreSQL running until it is to stop, or until the other end of `stopped` is dropped.
+    /// Keeps PostgreSQL running until it is stopped, or until the other end of `stopped` is dropped.
     pub(super) async fn keep(self, mut postgres: Guarded, mut stopped: watch::Receiver<bool>) {
         let mut pause = FIRST_PAUSE;
         loop {
@@ -195,7 +195,7 @@ impl Cluster {
                 };
                 tracing::error!(
                     error = &error as &dyn std::error::Error,
-                    "the embedded PostgreSQL does not start; retrying"
+                    "the embedded PostgreSQL does not start, retrying"
                 );
             };
             tracing::info!("the embedded PostgreSQL is running again");
@@ -266,7 +266,7 @@ fn running_in(dir: &Path) -> Vec<i32> {
 }
 
 /// Signals the cluster's postmaster and waits until all its processes have exited. Returns `false` if some have not.
-/// Sessions notice by themselves when their postmaster has died.
+/// Sessions detect by themselves that their postmaster has died.
 async fn end_running(cluster: &Path, signal: Signal, limit: Duration) -> bool {
     let deadline = Instant::now() + limit;
     let mut signalled = None;
@@ -291,7 +291,7 @@ async fn end_running(cluster: &Path, signal: Signal, limit: Duration) -> bool {
     }
 }
 
-/// An operator's shell may also have this working directory.
+/// It may be an operator's shell in this working directory.
 fn is_postgres(process: &Path) -> bool {
     fs::read_link(process.join("exe"))
         .is_ok_and(|exe| exe.file_name() == Some(OsStr::new("postgres")))

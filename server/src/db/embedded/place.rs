@@ -1,4 +1,4 @@
-//! Where a cluster's files are, and which user PostgreSQL runs as.
+//! The location of a cluster's files, and the user that PostgreSQL runs as.
 
 use std::{
     fmt::Write as _,
@@ -17,7 +17,7 @@ use tokio::process::Command;
 
 use super::{EmbeddedError, PORT};
 
-/// The longest path of a socket on all supported systems (Linux: 107 bytes, macOS and BSD: 103).
+/// Maximum length of a socket's path on all supported systems (Linux: 107 bytes, macOS and BSD: 103).
 const SOCKET_PATH_LIMIT: usize = 103;
 
 /// The directory for clusters that cannot be in root's data directory.
@@ -77,14 +77,14 @@ impl Place {
         if place.check_reach(data_dir).await.is_ok() {
             return Ok(place);
         }
-        // /root is 0700 on most machines, and a checkout below it must work too.
+        // /root is 0700 on most machines, and a checkout in it must work too.
         make_dir(Path::new(FALLBACK_HOME), 0o755)?;
         make_dir(&fallback_home, 0o711)?;
         tracing::warn!(
             data_dir = %data_dir.display(),
             user = place.user_name(),
             cluster = %fallback.display(),
-            "PostgreSQL's user may not enter the data directory; the embedded database is outside it"
+            "PostgreSQL's user cannot access the data directory, so the embedded database is outside it"
         );
         let place = Self {
             cluster: fallback,
@@ -135,7 +135,7 @@ impl Place {
         self.user.as_ref().map_or("", |user| user.name.as_str())
     }
 
-    /// Tries whether the database's user can enter `dir`, which mode bits alone do not show.
+    /// Tests whether the database's user can enter `dir`, which mode bits do not fully determine.
     pub(super) async fn check_reach(&self, dir: &Path) -> Result<(), EmbeddedError> {
         let Some(user) = &self.user else {
             return Ok(());
@@ -180,11 +180,12 @@ impl Place {
         command
             .args(["-c", GUARD, "quota-postgres-guard"])
             .arg(program)
-            // It must not see secrets in the environment, and PG* variables are not meant for it.
+            // It must not see secrets in the environment, and PG* variables are not intended for it.
             .env_clear()
             .env("PATH", "/usr/bin:/bin")
             .env("LC_ALL", "C")
-            // The terminal's Ctrl-C is for this process, which finishes requests in flight before it stops PostgreSQL.
+            // Ctrl-C in the terminal is meant for this process, which finishes requests in flight before it stops
+            // PostgreSQL.
             .process_group(0)
             .stdin(Stdio::piped());
         if let Some(user) = &self.user {
@@ -196,7 +197,7 @@ impl Place {
 
 /// Creates the data directory and returns its canonical path.
 pub(super) fn make_data_dir(data_dir: &Path) -> Result<PathBuf, EmbeddedError> {
-    // PostgreSQL runs as another user, who must be able to reach its directory below.
+    // PostgreSQL runs as another user, who must be able to reach its directory inside.
     let mode = if geteuid().is_root() { 0o711 } else { 0o700 };
     make_dir(data_dir, mode).map_err(|error| EmbeddedError::NoDataDir {
         path: data_dir.to_owned(),
@@ -213,7 +214,7 @@ pub(super) fn make_dir(path: &Path, mode: u32) -> Result<(), EmbeddedError> {
         .recursive(true)
         .mode(mode)
         .create(path)
-        .map_err(EmbeddedError::file("cannot make the directory", path))
+        .map_err(EmbeddedError::file("cannot create the directory", path))
 }
 
 pub(super) fn lock(data_dir: &Path) -> Result<File, EmbeddedError> {
@@ -238,7 +239,7 @@ fn unprivileged_user() -> Result<User, EmbeddedError> {
         .ok_or(EmbeddedError::NoUser)
 }
 
-/// Returns a user who owns files but is in no list of users, as happens with volumes of containers.
+/// Returns a user who owns files but is not in any user list, as happens with container volumes.
 fn nameless(uid: Uid, gid: Gid) -> User {
     User {
         name: uid.to_string(),
@@ -251,7 +252,7 @@ fn nameless(uid: Uid, gid: Gid) -> User {
     }
 }
 
-/// Returns a short name that is unique to a path.
+/// Returns a short name that is unique for a path.
 fn short_name(path: &Path) -> String {
     let hash = digest::digest(&digest::SHA256, path.as_os_str().as_encoded_bytes());
     hash.as_ref()[..8]
@@ -273,7 +274,7 @@ pub(super) fn socket_dir(place: &Place) -> Result<PathBuf, EmbeddedError> {
         Ok(()) => place.give(&dir)?,
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         Err(error) => {
-            return Err(EmbeddedError::file("cannot make the directory", &dir)(
+            return Err(EmbeddedError::file("cannot create the directory", &dir)(
                 error,
             ));
         }
@@ -290,7 +291,7 @@ pub(super) fn socket_dir(place: &Place) -> Result<PathBuf, EmbeddedError> {
     }
     tracing::info!(
         socket_dir = %dir.display(),
-        "the path of the data directory is too long for a socket; the socket is outside it"
+        "the path of the data directory is too long for a socket, so the socket is outside it"
     );
     Ok(dir)
 }

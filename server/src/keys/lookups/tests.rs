@@ -6,7 +6,8 @@ use tokio::sync::Semaphore;
 use super::*;
 use crate::clock::SystemClock;
 
-/// A database that answers a batch for each permit: what was asked, and how many statements there were.
+/// A database that processes one batch for each permit, and records the hashes it was queried for and the number of
+/// statements.
 struct Fixture {
     batches: Batches<u8>,
     permits: Arc<Semaphore>,
@@ -30,7 +31,7 @@ fn fixture(limit: usize, workers: usize) -> Fixture {
         async move {
             let permit = permits.acquire().await;
             permit.expect("it is not closed").forget();
-            // Even ones exist.
+            // Even numbers exist.
             let found = hashes.iter().filter(|hash| hash[0] % 2 == 0);
             Ok(found.map(|hash| (hash.to_vec(), hash[0])).collect())
         }
@@ -43,8 +44,8 @@ fn fixture(limit: usize, workers: usize) -> Fixture {
     }
 }
 
-fn from(last: u8) -> Source {
-    Source {
+fn from(last: u8) -> LookupCaller {
+    LookupCaller {
         tenant: None,
         address: Some(ClientNetwork::address(
             Ipv4Addr::new(192, 0, 2, last).into(),
@@ -56,15 +57,15 @@ impl Fixture {
     fn find(
         &self,
         n: u8,
-        source: Option<Source>,
+        caller: Option<LookupCaller>,
     ) -> tokio::task::JoinHandle<Result<Option<u8>, Unconfirmed>> {
-        let lookup = self.batches.begin(source);
+        let lookup = self.batches.begin(caller);
         tokio::spawn(async move { lookup?.find([n; 32]).await })
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn look_ups_during_a_statement_share_the_next_one() {
+async fn lookups_during_a_statement_share_the_next_one() {
     let it = fixture(1000, 1);
     let first = it.find(0, Some(from(1)));
     tokio::task::yield_now().await;
@@ -101,7 +102,7 @@ async fn flooding_source_is_limited_and_others_keep_their_share() {
     assert_eq!(flood.iter().filter(|it| it.is_ok()).count(), 10);
     let others = (0..5).map(|_| it.batches.begin(Some(from(9))));
     let others = others.collect::<Vec<_>>();
-    // A third of ten.
+    // A third of ten, rounded down.
     assert_eq!(others.iter().filter(|it| it.is_ok()).count(), 3);
     assert!(
         it.batches.begin(None).is_ok(),
@@ -127,7 +128,7 @@ async fn sources_take_turns() {
     let it = fixture(1000, 1);
     let _first = it.find(0, Some(from(1)));
     tokio::task::yield_now().await;
-    // More than a batch of one source, then one of another.
+    // More than a batch from one caller, then one from another.
     let counted = Arc::new(AtomicUsize::new(0));
     for _ in 0..2 * BATCH {
         let (found, counted) = (it.find(2, Some(from(1))), counted.clone());
@@ -142,7 +143,7 @@ async fn sources_take_turns() {
     assert_eq!(other.await.unwrap().unwrap(), Some(4));
     assert_eq!(*it.statements.lock(), [1, BATCH, BATCH]);
     let answered = counted.load(std::sync::atomic::Ordering::SeqCst);
-    assert!(answered < BATCH, "{answered} of the other source");
+    assert!(answered < BATCH, "{answered} of the other caller");
 }
 
 #[tokio::test(start_paused = true)]
@@ -156,7 +157,7 @@ async fn look_up_that_waits_too_long_for_a_batch_fails() {
     assert!(matches!(refused, Err(Unconfirmed::TooMany)), "{refused:?}");
     assert!(matches!(known.await.unwrap(), Err(Unconfirmed::Failed(_))));
     assert!(it.batches.0.settings.freshness.is_suspect());
-    // One whose batch is under way has its answer.
+    // A lookup whose batch is in progress gets its result.
     it.permits.add_permits(1);
     assert_eq!(begun.await.unwrap().unwrap(), Some(0));
     let queue = it.batches.0.queue.lock();

@@ -78,7 +78,7 @@ impl LimitStore for PausingStore {
 
 fn secret(n: u16) -> SecretText {
     let mut bytes = [7; 32];
-    // Digits of base 62.
+    // The digits of base 62.
     bytes[0] = u8::try_from(n / 62).unwrap();
     bytes[1] = u8::try_from(n % 62).unwrap();
     SecretText::from_bytes(Kind::ApiKey, &bytes)
@@ -101,6 +101,8 @@ fn facts(id: u16, plan_id: Uuid, plan_name: &str) -> KeyFacts {
         strict: false,
         on_redis_failure: None,
         billing: "free".into(),
+        has_paid_access: false,
+        paid_access_until: None,
         time_zone: "UTC".into(),
     }
 }
@@ -112,7 +114,7 @@ async fn plan_edit_reaches_a_key_cached_while_the_index_is_pruned() {
     let clock: Arc<dyn Clock> = Arc::new(TestClock::at(UnixNanos::from_secs(1_785_738_360)));
     let metrics = Arc::<Metrics>::default();
     let freshness = Arc::new(Freshness::new(clock.clone()));
-    // Connects to nothing: the keys have no quotas.
+    // Has no connection: the keys have no quotas.
     let db = Db::new(
         &"postgres://localhost/none".into(),
         &DatabaseSettings::default(),
@@ -153,14 +155,14 @@ async fn plan_edit_reaches_a_key_cached_while_the_index_is_pruned() {
 
     let paused = {
         let keys = keys.clone();
-        tokio::spawn(async move { keys.key(&secret(0), 0, Source::default()).await })
+        tokio::spawn(async move { keys.key(&secret(0), 0, LookupCaller::default()).await })
     };
-    // Blocks the thread of the test, on which no load runs.
+    // Blocks the test's thread, on which no load runs.
     has_reached.recv().unwrap();
-    // Many more than fit, so that entries of the index are dropped.
+    // Many more than the maximum, so that entries of the index are dropped.
     for n in 1..=300 {
         let (secret, now) = (secret(n), clock.monotonic());
-        let found = keys.key(&secret, now, Source::default()).await;
+        let found = keys.key(&secret, now, LookupCaller::default()).await;
         assert!(found.unwrap().is_some());
     }
     resume.send(()).unwrap();
@@ -168,7 +170,7 @@ async fn plan_edit_reaches_a_key_cached_while_the_index_is_pruned() {
     assert_eq!(cached.plan, "old");
     let name = async || {
         let (secret, now) = (secret(0), clock.monotonic());
-        let found = keys.key(&secret, now, Source::default()).await;
+        let found = keys.key(&secret, now, LookupCaller::default()).await;
         found.unwrap().unwrap().plan.clone()
     };
     assert_eq!(name().await, "old", "it is cached");

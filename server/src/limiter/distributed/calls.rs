@@ -145,7 +145,7 @@ impl StoreCore {
         let (answer, late) = match deadline::within(self.settings.deadline, &mut answer).await {
             Ok(answer) => (answer, false),
             Err(_) => {
-                self.failed(call.partition, &"no answer in time");
+                self.failed(call.partition, &"no response in time");
                 on_late();
                 match time::timeout(CALL_DEADLINE, answer).await {
                     Ok(answer) => (answer, true),

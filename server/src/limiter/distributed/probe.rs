@@ -137,7 +137,10 @@ pub(super) async fn probe_until_recovered(
                 BucketState::Active { .. } if in_time => {
                     partition.returned(reply.at, now);
                     inner.metrics.counters_away.dec();
-                    tracing::info!(partition = number, "the shared counters are back");
+                    tracing::info!(
+                        partition = number,
+                        "the shared counters are available again"
+                    );
                     // So that other recovering replicas see that this one got a response.
                     send_heartbeat(inner, number).await;
                     return;

@@ -55,7 +55,7 @@ pub struct RedisCounters {
 
 /// Redis returned something that the script does not return.
 #[derive(Debug, thiserror::Error)]
-#[error("the script answered {0}")]
+#[error("the script returned an unexpected value: {0}")]
 struct Unexpected(String);
 
 impl RedisCounters {

@@ -49,7 +49,7 @@ pub struct Drained {
 
 /// The ledger did not respond in time.
 #[derive(Debug, thiserror::Error)]
-#[error("no answer within {0:?}")]
+#[error("no response within {0:?}")]
 pub(in crate::limiter) struct TooSlow(pub(in crate::limiter) Duration);
 
 /// A call ended without a response.

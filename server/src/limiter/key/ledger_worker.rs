@@ -290,7 +290,7 @@ async fn return_all(mut worker: Worker) {
                 if pause.is_zero() {
                     tracing::warn!(
                         error = %error,
-                        "unused quota tokens cannot be returned; trying again"
+                        "cannot return unused quota tokens, retrying"
                     );
                 }
                 pause = (pause * 2).clamp(PAUSE, PAUSE_MAX);

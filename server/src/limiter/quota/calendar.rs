@@ -24,7 +24,7 @@ pub struct Zone(TimeZone);
 
 /// No IANA time zone has this name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("no time zone is called {0:?}")]
+#[error("unknown time zone {0:?}")]
 pub struct UnknownZone(pub String);
 
 impl Zone {

@@ -11,7 +11,7 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// Both directions of a connection, in the time of the test.
+/// Both directions of a connection, in simulated time.
 #[derive(Default)]
 struct Wire {
     requests: Requests,
@@ -28,7 +28,8 @@ impl Wire {
 
     fn send(&mut self, at: u64, bytes: &[u8]) {
         let requests = &mut self.requests;
-        self.sent.scan(bytes, |event| requests.sent(event, at));
+        self.sent
+            .scan(bytes, |event| requests.sent(event, at, PROGRESS));
     }
 
     fn request(&mut self, at: u64, stream: u32) {
@@ -132,7 +133,7 @@ fn resetting_a_response_does_not_end_its_wait_but_reading_another_does() {
             wire.send(50, &reset);
         }
         assert_eq!(wire.waits_since(), Some(2));
-        // Responses that flow control cannot hold up change nothing.
+        // Responses that flow control cannot block make no difference.
         wire.request(60, 3);
         wire.send(61, &frame(HEADERS, END_HEADERS | END_STREAM, 3, b"head"));
         wire.request(62, 5);
@@ -189,7 +190,7 @@ fn request_head_is_open_until_its_last_frame_is_complete() {
     wire.receive(40, &last[last.len() - 1..]);
     assert_eq!(wire.requests.waiting().head, None);
     assert!(wire.requests.waiting().has_open);
-    // Trailers open no request.
+    // Trailers do not open a request.
     wire.send(50, &frame(HEADERS, END_HEADERS | END_STREAM, 1, b""));
     wire.receive(60, &frame(HEADERS, END_HEADERS | END_STREAM, 1, b""));
     assert!(!wire.requests.waiting().has_open);

@@ -12,10 +12,10 @@ use tokio::time::Instant;
 use super::{IDLE_ENOUGH, YOUNG};
 use crate::serve::connection::Connection;
 
-/// How many of the oldest connections without a request are checked for a silent one.
+/// The number of oldest connections without a request that are checked for a silent one.
 const SILENT_SEARCH: usize = 16;
 
-/// What connections are counted by.
+/// The address or network by which connections are counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Width {
     Address,
@@ -67,7 +67,7 @@ impl Group {
             .take_while(move |(_, connection)| connection.age(now) >= YOUNG)
     }
 
-    /// Returns the connection that has been idle longest, if it has been idle long enough.
+    /// Returns the connection that has been idle the longest, if it has been idle long enough.
     pub(super) fn idle(&self, now: Instant) -> Option<u64> {
         self.counted
             .iter()

@@ -22,7 +22,7 @@ fn admit(table: &Arc<Table>, peer: &str) -> Result<Admitted, ConnectionLimit> {
     table.admit(peer.parse().unwrap())
 }
 
-/// As its task does when told to.
+/// Like its task when it is told to.
 fn is_told_to_close(it: &Admitted) -> bool {
     it.connection.order() == Order::Close
 }
@@ -165,7 +165,7 @@ async fn burst_of_one_address_may_have_twice_its_limit() {
         ConnectionLimit::Address
     );
     assert!(!burst.iter().any(is_told_to_close));
-    // What is silent makes room as soon as it is not young.
+    // Silent connections make room as soon as they are old enough.
     tokio::time::advance(YOUNG).await;
     assert!(admit(&table, "203.0.113.1").is_ok());
     assert!(is_told_to_close(&burst[0]));
@@ -212,13 +212,13 @@ async fn authenticated_connections_do_not_count_against_their_address() {
         tokio::time::advance(2 * IDLE_ENOUGH).await;
     }
     assert!(!gateway.iter().any(is_told_to_close));
-    // The others of the address have its share.
+    // The other connections of the address share the limit.
     let strangers = [(), ()].map(|()| admit(&table, "203.0.113.1").unwrap());
     tokio::time::advance(YOUNG).await;
     let _newcomer = admit(&table, "203.0.113.1").unwrap();
     assert!(is_told_to_close(&strangers[0]) && !is_told_to_close(&strangers[1]));
     drop(strangers);
-    // In the total it still counts.
+    // It still counts toward the total.
     let _new = admit(&table, "203.0.113.2").unwrap();
     let _newest = admit(&table, "203.0.113.2").unwrap();
     drop(gateway);
@@ -240,7 +240,7 @@ async fn finish_waits_for_the_last_connection() {
     finishing.await.unwrap();
 }
 
-/// Two addresses of the first network, then one that is in none of its networks; and how many the first may have.
+/// Two addresses in the first network, then one in none of its networks; and the limit of the first.
 const NETWORKS: [([&str; 3], usize); 3] = [
     (["203.0.113.1", "203.0.113.200", "203.0.112.1"], 3),
     (
@@ -273,7 +273,7 @@ async fn limit_of_one_network_does_not_affect_others() {
         }
         let _elsewhere = admit(&table, elsewhere).unwrap();
         assert!(!all.iter().any(is_told_to_close));
-        // What is idle makes room.
+        // Idle connections make room.
         drop(requests);
         tokio::time::advance(IDLE_ENOUGH).await;
         let _newcomer = admit(&table, other).unwrap();
@@ -324,7 +324,7 @@ async fn largest_connections_are_closed_when_memory_is_short() {
     assert!(table.memory.held() <= MEMORY);
     assert!(![&usual, &proxy, &known].into_iter().any(is_told_to_close));
 
-    // What ends gives back all of it, also what was told to close before.
+    // A connection that ends frees all of its memory, including one that was told to close before.
     drop((hostile, known, proxy));
     assert_eq!(table.memory.held(), 20_000);
     usual.connection.has_written();
@@ -359,7 +359,7 @@ async fn address_with_few_connections_is_not_displaced_by_one_with_many() {
         );
     }
     assert!(!is_told_to_close(&light));
-    // An address that has none yet is lighter still.
+    // An address without connections is lighter still.
     let _lighter = admit(&table, "203.0.113.1").unwrap();
     assert!(is_told_to_close(&light));
 }

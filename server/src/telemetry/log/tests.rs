@@ -47,7 +47,7 @@ fn access_line_shortens_long_paths_and_methods() {
     for (path, written) in [
         ("/".repeat(256), "/".repeat(256)),
         ("/".repeat(3900), format!("{}…", "/".repeat(253))),
-        // Cut between characters: 252 bytes of two-byte characters would end inside of one.
+        // Cut between characters: 252 bytes of two-byte characters would end in the middle of one.
         (
             format!("/{}", "ä".repeat(2000)),
             format!("/{}…", "ä".repeat(126)),
@@ -110,7 +110,7 @@ fn blocked_output_blocks_no_caller_and_every_line_is_written_or_counted() {
     for _ in 0..LINES {
         log.access(&line("/v1/echo"));
     }
-    // An event still has room, in bounds.
+    // There is still room for an event, within bounds.
     log.event(b"{\"event\":1}\n");
     let lines_dropped = log.dropped().get();
     assert!(lines_dropped > 0);
@@ -121,7 +121,7 @@ fn blocked_output_blocks_no_caller_and_every_line_is_written_or_counted() {
     let dropped = log.dropped().get();
     assert!(dropped > lines_dropped);
     assert!(log.state.buffer.lock().bytes.len() <= MAX_WAITING_EVENTS);
-    // The end of the process does not wait for long either.
+    // Exiting the process does not take long either.
     let began = std::time::Instant::now();
     log.clone().stop();
     assert!(began.elapsed() < 10 * STOP_WITHIN);

@@ -11,7 +11,7 @@ pub enum ConnectionLimit {
     Address,
     /// Connections of the network of one address.
     Network,
-    /// Connections in all, and none could be closed to make room.
+    /// Connections in total, if none could be closed to make room.
     Full,
 }
 
@@ -23,7 +23,7 @@ pub struct ConnectionMetrics {
     refused_address: Counter,
     refused_network: Counter,
     refused_full: Counter,
-    /// Closed to make room for another.
+    /// Closed to make room for another connection.
     pub dropped: Counter,
     pub timed_out_head: Counter,
     pub timed_out_write: Counter,
@@ -61,13 +61,13 @@ const FAMILIES: [Family; 6] = [
     Family {
         name: "quota_connections_accepted",
         kind: "counter",
-        help: "Client connections accepted and kept",
+        help: "Client connections that were accepted",
         series: &[("", |it| it.accepted.get().to_string())],
     },
     Family {
         name: "quota_connections_refused",
         kind: "counter",
-        help: "Client connections closed on arrival, by the limit that was reached",
+        help: "Client connections closed immediately, by the limit that was reached",
         series: &[
             (",limit=\"address\"", |it| {
                 it.refused_address.get().to_string()
@@ -87,7 +87,7 @@ const FAMILIES: [Family; 6] = [
     Family {
         name: "quota_connections_timed_out",
         kind: "counter",
-        help: "Client connections closed because the client took too long, by what it was waited for",
+        help: "Client connections closed because the client took too long, by what the server was waiting for",
         series: &[
             (",waiting_for=\"request\"", |it| {
                 it.timed_out_head.get().to_string()

@@ -48,7 +48,7 @@ fn free_port() -> u16 {
     listener.local_addr().expect("it is bound").port()
 }
 
-/// Debian installs servers in root's path only.
+/// Debian installs servers only in root's path.
 fn command(name: &str) -> Command {
     let system = Path::new("/usr/sbin").join(name);
     Command::new(if system.exists() {
@@ -58,7 +58,7 @@ fn command(name: &str) -> Command {
     })
 }
 
-/// Replaces text that must be there.
+/// Replaces text that must be present.
 fn put(text: &str, from: &str, to: &str) -> String {
     assert!(text.contains(from), "{from:?} is not in\n{text}");
     text.replace(from, to)
@@ -126,7 +126,7 @@ impl Program {
                 caddy
                     .args(["run", "--adapter", "caddyfile", "--config"])
                     .arg(file)
-                    // The trusted roots that it verifies Quota's certificate with.
+                    // The trusted roots with which it verifies Quota's certificate.
                     .env("SSL_CERT_FILE", filled.root)
                     .env("HOME", dir)
                     .env("XDG_DATA_HOME", dir)
@@ -143,7 +143,7 @@ impl Program {
                 let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
                     .map(|name| format!("{name}_temp_path {};\n", dir.join(name).display()))
                     .concat();
-                // A single process, so that nothing is left when it ends.
+                // A single process, so that nothing is left running when it ends.
                 let text = format!(
                     "daemon off;\nmaster_process off;\npid {};\nerror_log stderr;\nevents {{}}\nhttp {{\n\
                      access_log off;\n{temporary}{server}}}\n",

@@ -70,7 +70,7 @@ impl Api {
                             .unwrap_or("200")
                             .to_owned();
                         received.lock().push(head);
-                        // Headers that only Quota's may replace.
+                        // Headers that only Quota's values may replace.
                         let answer = format!(
                             "HTTP/1.1 {status} Status\r\ncontent-length: {}\r\nx-ratelimit-limit: api\r\n\
                              ratelimit: api\r\nx-quota-degraded: api\r\nx-own: kept\r\n\r\n",
@@ -164,11 +164,11 @@ impl Authority {
     }
 }
 
-/// What a gateway reaches at Quota's address.
+/// The server at Quota's address.
 #[derive(Clone, Copy)]
 pub(super) enum Behind {
     Quota(SocketAddr),
-    /// A substitute that answers each request with this status line and these headers.
+    /// A substitute that responds to each request with this status line and these headers.
     Other(fn(&Head) -> &'static str),
 }
 

@@ -1,4 +1,4 @@
-//! The promises of `LimitStore`.
+//! The contract of `LimitStore`.
 
 use std::{sync::Arc, time::Duration};
 
@@ -199,7 +199,7 @@ pub(super) async fn larger_burst_is_available_immediately_less_what_was_used(wor
     assert_eq!(key.admitted(&Plan::rate(60, 10), 4).await, 4);
     let larger = Plan::rate(6000, 100);
     assert_eq!(key.ask(&larger, 1).await.rate.remaining, 95);
-    // A remembered denial ends with the plan that denied.
+    // A cached denial ends when the plan that caused it changes.
     let key = Key::number(&key.limiter, 8);
     assert_eq!(key.admitted(&Plan::rate(1, 2), 4).await, 2);
     assert_eq!(key.admitted(&Plan::rate(1, 5), 9).await, 3);
@@ -210,7 +210,7 @@ pub(super) async fn smaller_burst_is_not_a_new_one(world: &World) {
     let (large, small) = (Plan::rate(60, 100), Plan::rate(60, 10));
     assert_eq!(key.admitted(&large, 95).await, 95);
     assert_eq!(key.admitted(&small, 20).await, 0);
-    // Raising it again grants no new one either.
+    // Raising it again grants no new burst either.
     assert_eq!(key.admitted(&large, 200).await, 5);
     assert_eq!(key.admitted(&small, 20).await, 0);
     world.advance(Duration::from_secs(3));
@@ -224,7 +224,7 @@ pub(super) async fn lowering_and_raising_the_burst_grants_nothing(world: &World)
     assert_eq!(key.admitted(&small, 20).await, 0);
     world.advance(Duration::from_secs(4));
     assert_eq!(key.admitted(&large, 200).await, 4);
-    // The small bucket is full after ten seconds. What is missing from the large one continues to refill.
+    // The small bucket is full after ten seconds. The tokens missing from the large one keep refilling.
     assert_eq!(key.admitted(&small, 20).await, 0);
     world.advance(Duration::from_secs(30));
     assert_eq!(key.admitted(&small, 20).await, 10);
@@ -233,7 +233,8 @@ pub(super) async fn lowering_and_raising_the_burst_grants_nothing(world: &World)
     assert_eq!(key.admitted(&large, 200).await, 100);
 }
 
-/// When the plan was edited while nobody asked is not known: what refilled before must not be more than either rate gives.
+/// If the plan was edited while no requests were sent, the time of the edit is unknown: the refill before it must not
+/// exceed that of either rate.
 pub(super) async fn a_rest_across_an_edit_refills_at_the_lower_rate(world: &World) {
     let key = Key::of(&world.start());
     let (fast, slow) = (Plan::rate(6000, 100), Plan::rate(60, 100));
@@ -242,10 +243,10 @@ pub(super) async fn a_rest_across_an_edit_refills_at_the_lower_rate(world: &Worl
     assert_eq!(key.admitted(&slow, 200).await, 5);
     world.advance(Duration::from_secs(5));
     assert_eq!(key.admitted(&fast, 200).await, 5);
-    // From the first request on it is the rate of the plan.
+    // From the first request on, the plan's rate applies.
     world.advance(Duration::from_millis(500));
     assert_eq!(key.admitted(&fast, 200).await, 50);
-    // A smaller bucket refills from empty, and holds no more than its burst.
+    // A smaller bucket refills from empty, and has at most its burst.
     world.advance(Duration::from_secs(30));
     assert_eq!(key.admitted(&Plan::rate(60, 10), 200).await, 10);
 }
@@ -262,7 +263,7 @@ pub(super) async fn lowered_quota_is_not_exceeded(world: &World) {
     let high = Plan::any_rate().daily(10_000);
     assert_eq!(key.admitted(&high, 250).await, 250);
     settle().await;
-    // A block of the high quota is held. The low quota ends before the block does.
+    // A block of the high quota is held. The low quota is exhausted before the block is.
     let low = Plan::any_rate().daily(260);
     assert_eq!(key.admitted(&low, 100).await, 10);
     settle().await;
@@ -324,7 +325,7 @@ pub(super) async fn quotas_survive_a_crash_except_for_a_block(world: &World) {
     let plan = Plan::any_rate().daily(1000);
     let before = Key::of(&world.start()).admitted(&plan, 333).await;
     assert_eq!(before, 333);
-    // Ends without returning anything.
+    // Ends without returning any tokens.
     let after = Key::of(&world.start()).admitted(&plan, 2000).await;
     assert!(before + after <= 1000);
     assert!(before + after >= 990, "{before} and {after}");
@@ -354,7 +355,7 @@ pub(super) async fn failed_ledger_admits_nothing_and_does_not_affect_rates(world
     assert_eq!(key.admitted(&plan, 5).await, 5);
     settle().await;
     world.ledger.set_down(true);
-    // Tokens held locally are spent, then nothing is admitted.
+    // Tokens held locally are spent; after that, nothing is admitted.
     let mut served = 0;
     let error = loop {
         match key.try_ask(&plan, 1).await {
@@ -372,7 +373,7 @@ pub(super) async fn failed_ledger_admits_nothing_and_does_not_affect_rates(world
     }
     let asked = world.ledger.takes();
     assert!(asked < 10, "a ledger in trouble is left alone: {asked}");
-    // A rate alone needs no ledger, and denies without it.
+    // A rate without quotas needs no ledger, and denies without it.
     let other = Key::number(&key.limiter, 8);
     assert!(other.ask(&Plan::rate(60, 1), 1).await.is_allowed());
     assert!(!other.ask(&Plan::rate(60, 1).daily(9), 1).await.is_allowed());

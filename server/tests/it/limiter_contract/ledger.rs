@@ -34,7 +34,7 @@ pub(crate) struct TestLedger {
     applied: Mutex<HashSet<Uuid>>,
     down: AtomicBool,
     delay_ms: AtomicU64,
-    /// The responses to this many returns are lost after they were applied.
+    /// The responses to this many returns are lost after the returns were applied.
     lose_answers: AtomicU64,
     takes: AtomicU64,
     calls: AtomicU64,
@@ -65,7 +65,7 @@ impl TestLedger {
         self.lose_answers.store(n, Ordering::SeqCst);
     }
 
-    /// Returns how often tokens were requested.
+    /// Returns how many times tokens were requested.
     pub(crate) fn takes(&self) -> u64 {
         self.takes.load(Ordering::SeqCst)
     }
@@ -98,7 +98,7 @@ impl TestLedger {
         used.collect()
     }
 
-    /// Another replica takes or returns tokens of every row.
+    /// Takes or returns tokens of every row, like another replica.
     pub(super) fn adjust(&self, change: impl Fn(u64) -> u64) {
         for row in self.rows.lock().unwrap().values_mut().flatten() {
             row.used = change(row.used);
@@ -158,7 +158,7 @@ impl TestLedger {
     }
 }
 
-/// Returns the part of the day or month that overlaps no other window.
+/// Returns the part of the day or month that does not overlap any other window.
 fn opened(request: &TakeRequest, rows: &[Kept]) -> QuotaWindow {
     let Window { mut start, mut end } = request.calendar;
     let before = rows.iter().map(|row| row.window.span.end);

@@ -1,4 +1,4 @@
-//! Behavior of the local store, and of the denial cache in front of a remote one, beyond the common contract.
+//! Behavior of the local store, and of the denial cache in front of a remote one, in addition to the common contract.
 
 use std::{sync::Arc, time::Duration};
 
@@ -43,7 +43,7 @@ async fn number_of_keys_is_limited_and_idle_ones_make_room() {
     }
     assert_eq!(store.len(), asked);
     assert!(asked <= 640 && refused > 0);
-    // A second later each bucket is full again and no handle is in use.
+    // A second later, each bucket is full again and no handle is in use.
     world.advance(Duration::from_secs(1));
     Key::number(&limiter, 10_000);
     for n in 10_001..10_100 {
@@ -136,7 +136,7 @@ async fn remote_store_is_not_asked_about_known_denials() {
     world.advance(Duration::from_secs(1));
     assert_eq!(key.admitted(&plan, 100).await, 1);
     assert!(store.asked() <= 12);
-    // A denied cost does not rule out another.
+    // A denial for one cost does not apply to a lower cost.
     world.advance(Duration::from_secs(2));
     assert!(!key.ask(&plan, 5).await.is_allowed());
     assert!(key.ask(&plan, 2).await.is_allowed());

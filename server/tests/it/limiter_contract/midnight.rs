@@ -1,4 +1,4 @@
-//! Many keys at once: midnight, and stopping.
+//! Many keys at once: at midnight, and when stopping.
 
 use std::{
     sync::{
@@ -17,7 +17,7 @@ use super::world::{self, Key, ONE, Plan, World, memory_store};
 const AT_ONCE: u64 = 6;
 const KEYS: u64 = 3000;
 
-/// Lets background work complete, for thousands of keys.
+/// Waits for background work to complete, for thousands of keys.
 async fn settle_all() {
     for _ in 0..2000 {
         tokio::task::yield_now().await;
@@ -43,7 +43,8 @@ async fn spend_the_day(world: &World, keys: &[Key]) {
     world.advance(Duration::from_mins(13 * 60 + 49));
 }
 
-/// Advances to just before midnight, with the usual pruning. Returns the most blocks taken within ten seconds.
+/// Advances to just before midnight, with the usual pruning. Returns the maximum number of blocks taken within ten
+/// seconds.
 async fn approach_midnight(world: &World, limiter: &Limiter) -> u64 {
     let mut most = 0;
     for _ in 0..65 {
@@ -111,7 +112,7 @@ async fn stop_just_before_midnight_returns_the_blocks_of_both_days() {
     assert_eq!(world.ledger.used(), 2 * all);
 }
 
-/// Keys that send nothing in the minutes before midnight, and then all at once, without pruning.
+/// Keys that send nothing in the minutes before midnight and then all send at the same time, without pruning.
 #[tokio::test(start_paused = true)]
 async fn midnight_without_prefetching_takes_few_calls() {
     let world = world::memory();
@@ -146,7 +147,7 @@ async fn stop_returns_every_block_in_few_calls() {
     assert!(after - calls <= 12, "{} calls", after - calls);
 }
 
-/// After a lost response it is unknown whether the tokens were credited. The same batch is sent again.
+/// After a lost response, it is unknown whether the tokens were credited. The same batch is sent again.
 #[tokio::test(start_paused = true)]
 async fn stop_with_lost_responses_credits_every_token_once() {
     let world = world::memory();
@@ -220,7 +221,7 @@ async fn stop_under_load_leaves_exactly_what_was_admitted() {
     }
 }
 
-/// The blocks of a key that is no longer used are returned while the process runs.
+/// The blocks of keys that are no longer used are returned while the process runs.
 #[tokio::test]
 async fn blocks_of_evicted_keys_are_returned() {
     let world = world::memory();

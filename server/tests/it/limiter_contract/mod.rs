@@ -1,6 +1,6 @@
-//! The contract of limit stores, as one suite that runs on each of them, and a comparison with a simple model.
+//! The contract of limit stores, as one suite that runs on each store, and a comparison with a simple model.
 //!
-//! A store takes part with a line in [`stores`]: a function that creates it with its own clock and ledger.
+//! To include a store, add a line to [`stores`]: a function that creates it with its own clock and ledger.
 
 mod behavior;
 mod concurrency;
@@ -19,7 +19,7 @@ async fn clock_set_back_locks_nobody_out() {
     behavior::clock_set_back_locks_nobody_out(&world::memory()).await;
 }
 
-/// Runs these behaviors on every store.
+/// Runs these tests on every store.
 macro_rules! on_every_store {
     ($($behavior:ident),* $(,)?) => {
         mod memory_store {
@@ -37,7 +37,7 @@ macro_rules! on_every_store {
             })*
         }
 
-        /// The local store as if it were remote, so that the denial cache is in front of it.
+        /// The local store as if it were remote, with the denial cache in front of it.
         mod far_store {
             $(#[tokio::test]
             async fn $behavior() {

@@ -29,11 +29,11 @@ enum Event {
     Grant(u32),
     /// The plan was changed to this emission interval and burst.
     Plan(i128, i128),
-    /// So much was missing, and tokens were last taken then.
+    /// This much was missing, and tokens were last taken at this time.
     Full(i128, u64),
 }
 
-/// Missing nanoseconds of refill, and the numbers to interpret them.
+/// Missing nanoseconds of refill, and the numbers needed to interpret them.
 #[derive(Default)]
 struct Bucket {
     clock: u64,
@@ -41,14 +41,14 @@ struct Bucket {
     burst: i128,
     /// Negative: the bucket has been full for this long.
     missing: i128,
-    /// Missing beyond an empty bucket, since the burst was larger. Time in which the bucket is full reduces it.
+    /// Debt beyond an empty bucket, from before the burst was lowered. Time in which the bucket is full reduces it.
     beyond: i128,
     /// When tokens were last taken, or the plan was edited.
     since: u64,
 }
 
 impl Bucket {
-    /// The bucket is no longer full, or is full since now.
+    /// The bucket is no longer full, or has just become full.
     fn use_time_when_full(&mut self) {
         self.beyond = (self.beyond + self.missing.min(0)).max(0);
         self.missing = self.missing.max(0);
@@ -69,8 +69,8 @@ impl Model {
         let mut bucket = Bucket::default();
         for event in &self.events {
             match *event {
-                // Elapsed time refills. If the clock was set back, the same time passes again, but refills no more than
-                // a bucket.
+                // Elapsed time refills. If the clock was set back, the same time passes again, but refills at most one
+                // bucket.
                 Event::Seen(now) => {
                     bucket.missing -= i128::from(now) - i128::from(bucket.clock);
                     bucket.missing = bucket.missing.min(bucket.interval * bucket.burst);
@@ -83,8 +83,8 @@ impl Model {
                     bucket.since = bucket.clock;
                 }
                 Event::Plan(interval, burst) => {
-                    // As many tokens are missing as before, though a smaller bucket cannot show them all. When the
-                    // edit was made is not known: since tokens were last taken the lower rate counts.
+                    // The number of missing tokens stays the same, although a smaller bucket cannot show all of them.
+                    // The time of the edit is unknown: since tokens were last taken, the lower rate applies.
                     if bucket.interval > 0 {
                         let passed = i128::from(bucket.clock - bucket.since);
                         bucket.missing += passed;
@@ -230,9 +230,9 @@ enum Step {
         cost: u32,
         times: u32,
     },
-    /// Waits, in nanoseconds.
+    /// Waits this many nanoseconds.
     Wait(u64),
-    /// Waits as long as the last denial stated, give or take a nanosecond.
+    /// Waits as long as the last denial stated, plus or minus a nanosecond.
     WaitAsTold(i8),
     /// Sets the clock back.
     Back(u64),
@@ -280,7 +280,7 @@ async fn play(world: &World, plans: &[Plan], steps: &[Step], grain: u64) -> u64 
     let mut policies = plan.policies();
     let mut told = 1_000_000_000;
     let mut compared = 0;
-    // For checking the rate: times, and totals until then.
+    // For checking the rate: times, and the totals up to each.
     let mut grants: Vec<(u64, u64)> = Vec::new();
     for step in steps {
         match *step {
@@ -308,7 +308,7 @@ async fn play(world: &World, plans: &[Plan], steps: &[Step], grain: u64) -> u64 
             Step::WaitAsTold(off) => {
                 let grains = told.div_ceil(grain).saturating_add_signed(i64::from(off));
                 let nanos = grains * grain;
-                // Only the last day of a month's wait.
+                // Only the last day of a wait of a month.
                 world.advance(std::time::Duration::from_nanos(nanos));
             }
             Step::Back(nanos) => {

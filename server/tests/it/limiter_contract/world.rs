@@ -31,7 +31,7 @@ use crate::limiter_shared::{ClockedCounters, started};
 pub(crate) const START: UnixNanos = UnixNanos::from_secs(1_795_514_400);
 pub(super) const ONE: NonZeroU32 = NonZeroU32::MIN;
 
-/// How long a drain waits for the ledger.
+/// How long draining waits for the ledger.
 pub(super) const DRAIN_DEADLINE: Duration = Duration::from_secs(2);
 
 /// How long a request waits for the ledger in these tests.
@@ -77,7 +77,7 @@ pub(super) fn far() -> World {
     World::new(|clock, ledger| Far::new(memory_store(clock, ledger)))
 }
 
-/// Buckets in a private Redis with the test's clock, which decides every request.
+/// Buckets in a private Redis server with the test's clock, which decides every request.
 pub(super) async fn redis() -> (World, RedisServer) {
     let (server, redis) = started().await;
     ClockedCounters::new(&redis, &TestClock::at(START))
@@ -144,7 +144,7 @@ impl LimitStore for Far {
     }
 
     fn try_take(&self, _: &Arc<KeyHandle>, _: &Policies, _: NonZeroU32) -> Option<Decision> {
-        // Nothing is available locally.
+        // No tokens are available locally.
         None
     }
 
@@ -271,7 +271,7 @@ impl Key {
     }
 }
 
-/// Lets background work complete.
+/// Waits for background work to complete.
 pub(super) async fn settle() {
     for _ in 0..50 {
         tokio::task::yield_now().await;

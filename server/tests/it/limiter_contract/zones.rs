@@ -1,9 +1,9 @@
 //! Calendar quotas while the tenant's time zone changes.
 //!
 //! The oracle is derived from the promise, not from the code. It keeps the windows with usage, in order. A request
-//! inside the last one belongs to it. Any other request opens a new one, which begins where the last one ended, or with
-//! the day or month of the zone if that is later, and ends with that day or month. Its quota is proportional. Days and
-//! months are computed from offsets in whole hours.
+//! inside the last one belongs to it. Any other request opens a new one, which begins where the last one ended or, if
+//! that is later, with the day or month in the zone, and ends with that day or month. Its quota is proportional. Days
+//! and months are computed from offsets in whole hours.
 
 use std::time::Duration;
 
@@ -35,7 +35,7 @@ fn hours(hours: u64) -> Duration {
     Duration::from_hours(hours)
 }
 
-/// Returns the day or month of an instant, from the offset.
+/// Returns the day or month that contains an instant, from the offset.
 fn calendar(policy: Policy, minutes: i64, now: UnixNanos) -> (u64, u64) {
     let offset = TimeDelta::minutes(minutes);
     let local = DateTime::from_timestamp_nanos(i64::try_from(now.0).unwrap()) + offset;
@@ -64,8 +64,8 @@ struct Opened {
 struct Oracle {
     policy: Policy,
     limit: u64,
-    /// If only the requesting replica holds unspent tokens, the promise determines the next window. Otherwise it is the
-    /// stated one, which must not overlap any other.
+    /// If only the requesting replica holds unspent tokens, the promise determines the next window. Otherwise, it is
+    /// the stated one, which must not overlap any other.
     is_strict: bool,
     windows: Vec<Opened>,
 }
@@ -192,7 +192,7 @@ async fn play(seed: u64, replicas: usize) -> u64 {
     ];
     // The largest block of these quotas.
     let block = (monthly / 100).max(1);
-    // What the other replicas hold, and what crashes have lost of the open windows.
+    // Tokens that the other replicas hold, and tokens of the open windows that crashes have lost.
     let held = block * (replicas as u64 - 1);
     let mut crashes = 0;
     let mut admitted = 0;
@@ -201,7 +201,7 @@ async fn play(seed: u64, replicas: usize) -> u64 {
             0..=3 => zone = random.usize(0..ZONES.len()),
             4..=8 => world.advance(Duration::from_secs(random.u64(0..20 * 3600))),
             9 => world.advance(Duration::from_secs(random.u64(0..20 * 86_400))),
-            // To about the end of a day in some zone.
+            // Advances to about the end of a day in some zone.
             10 => {
                 let (_, minutes) = ZONES[random.usize(0..ZONES.len())];
                 let (_, end) = calendar(Policy::Daily, minutes, world.now());
@@ -227,7 +227,7 @@ async fn play(seed: u64, replicas: usize) -> u64 {
                 let (name, minutes) = ZONES[known[n]];
                 let plan = Plan::any_rate().daily(daily).monthly(monthly).zone(name);
                 for _ in 0..random.u8(1..40) {
-                    // Unspent tokens of another replica keep a window open in which nothing was allowed.
+                    // Unspent tokens of another replica keep a window open in which no request was allowed.
                     let cost = if replicas == 1 { random.u32(1..4) } else { 1 };
                     let decision = keys[n].ask(&plan, cost).await;
                     let stranded = held + (block + 3) * crashes;
@@ -240,8 +240,8 @@ async fn play(seed: u64, replicas: usize) -> u64 {
         }
     }
     no_windows_overlap(&world);
-    // However many changes there are, no more than the plan's rate is granted, except on the first day and for rounding
-    // up.
+    // No matter how many changes there are, at most the plan's rate is granted, except on the first day and for
+    // rounding up.
     for oracle in &oracles {
         let windows = &oracle.windows;
         let sold: u64 = windows.iter().map(|it| it.admitted).sum();

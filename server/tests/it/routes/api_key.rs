@@ -109,6 +109,83 @@ async fn key_requires_a_plan_of_the_same_tenant() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn external_id_and_metadata_are_kept_found_and_removed() {
+    let app = TestApp::start().await;
+    let (account, other) = (app.register().await, app.register().await);
+    let plan = app.plan(&account, json!({})).await;
+    let create = async |body: Value| {
+        let mut all = json!({"name": "Key", "plan_id": plan});
+        all.as_object_mut()
+            .unwrap()
+            .extend(body.as_object().unwrap().clone());
+        send(&app, &account, "POST", "/admin/api-keys", all).await
+    };
+    let first = create(json!({
+        "external_id": "crm_42%", "metadata": {"region": "eu", "note": "x=\"<ü>\""},
+    }))
+    .await;
+    assert_eq!(first.status, 201);
+    create(json!({"external_id": "crm_4"})).await;
+    let bare = create(json!({"external_id": null, "metadata": null})).await;
+    assert_eq!(bare.body["api_key"]["external_id"], Value::Null);
+    assert_eq!(bare.body["api_key"]["metadata"], json!({}));
+
+    let found = async |account: &Account, query: &str| {
+        let path = format!("/admin/api-keys?sort=created_at&{query}");
+        let list = send(&app, account, "GET", &path, Value::Null).await;
+        let items = list.body["items"].as_array().unwrap().clone();
+        assert_eq!(list.body["total"], json!(items.len()));
+        let ids = items.iter().map(|it| it["external_id"].clone());
+        ids.collect::<Vec<_>>()
+    };
+    assert_eq!(found(&account, "external_id=crm_4").await, ["crm_4"]);
+    assert_eq!(found(&account, "external_id=crm").await.len(), 0);
+    assert_eq!(found(&account, "search=crm_4").await.len(), 2);
+    assert_eq!(found(&account, "search=crm_42%25").await, ["crm_42%"]);
+    // Percent signs and underscores are ordinary characters, not wildcards.
+    assert_eq!(found(&account, "search=crm%25").await.len(), 0);
+    assert_eq!(found(&other, "external_id=crm_4").await.len(), 0);
+
+    let path = format!(
+        "/admin/api-keys/{}",
+        first.body["api_key"]["id"].as_str().unwrap()
+    );
+    let patch = async |body| send(&app, &account, "PATCH", &path, body).await;
+    let renamed = patch(json!({"name": "B"})).await;
+    assert_eq!(renamed.body["metadata"]["note"], json!("x=\"<ü>\""));
+    let replaced = patch(json!({"metadata": {"tier": "1"}})).await;
+    assert_eq!(replaced.body["metadata"], json!({"tier": "1"}));
+    assert_eq!(replaced.body["external_id"], json!("crm_42%"));
+    let removed = patch(json!({"external_id": null, "metadata": {}})).await;
+    assert_eq!(removed.body["external_id"], Value::Null);
+    assert_eq!(removed.body["metadata"], json!({}));
+    let audit = send(&app, &account, "GET", "/admin/audit?limit=1", Value::Null).await;
+    assert_eq!(
+        audit.body["items"][0]["before"],
+        json!({"external_id": "crm_42%", "metadata": {"tier": "1"}})
+    );
+
+    for (body, field) in [
+        (json!({"external_id": ""}), "external_id"),
+        (json!({"external_id": "a\nb"}), "external_id"),
+        (json!({"external_id": "x".repeat(201)}), "external_id"),
+        (json!({"external_id": 7}), "external_id"),
+        (json!({"metadata": {"a b": "c"}}), "metadata"),
+        (json!({"metadata": {"a": "\u{0}"}}), "metadata"),
+        (json!({"metadata": {"a": "x".repeat(501)}}), "metadata"),
+        (json!({"metadata": {"a": 7}}), "metadata"),
+        (json!({"metadata": []}), "metadata"),
+    ] {
+        let rejected = patch(body.clone()).await;
+        assert_eq!(rejected.status, 422, "{body}");
+        let named = rejected.body["errors"][0]["field"].as_str().unwrap();
+        assert!(named.starts_with(field), "{body}: {named}");
+    }
+    let null = patch(json!({"metadata": null})).await;
+    assert_eq!(null.status, 422, "only {{}} removes metadata");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn list_of_keys_can_be_filtered() {
     let app = TestApp::start().await;
     let account = app.register().await;
@@ -379,8 +456,8 @@ async fn patch_of_a_key_clears_null_fields_and_keeps_absent_ones() {
     );
     assert_eq!(patch(json!({})).await, cleared, "nothing is no edit");
 
-    // `null` for a field that cannot be cleared must not be ignored: a caller could believe that a key is disabled when
-    // it is not.
+    // `null` for a field that cannot be cleared must not be ignored: a caller could believe that a key was disabled
+    // when it was not.
     for field in ["name", "plan_id", "is_active"] {
         let refused = app
             .act(&account, "PATCH", &path, json!({ field: null }))

@@ -160,7 +160,7 @@ async fn refresh_token_works_once_and_its_predecessor_gets_the_same_successor() 
     let third = refresh(&app, &second.text("refresh_token")).await;
     assert_eq!(third.status, 200);
 
-    // No longer the predecessor, so it was copied: the whole family ends.
+    // It is no longer the predecessor, so it was copied: the whole family ends.
     assert_eq!(refresh(&app, &account.refresh_token).await.status, 401);
     assert_eq!(
         refresh(&app, &third.text("refresh_token")).await.status,
@@ -368,7 +368,7 @@ async fn role_may_do_exactly_what_it_allows() {
             .execute("UPDATE memberships SET role = $1", &[&role])
             .await
             .unwrap();
-        // A session caches its role no longer than changes take to reach other replicas.
+        // A session caches its role for no longer than changes take to reach other replicas.
         let token = login(&app, &account.email, PASSWORD)
             .await
             .text("access_token");
@@ -451,7 +451,10 @@ async fn requests_are_limited_by_address_and_sign_ins_by_account() {
         "nor another purpose"
     );
 
-    let app = TestApp::setup().flag("--login-rpm=2").start().await;
+    let app = TestApp::setup()
+        .flag("--login-free-failures=2")
+        .start()
+        .await;
     let account = app.register().await;
     for _ in 0..2 {
         assert_eq!(login(&app, &account.email, "wrong").await.status, 401);
@@ -864,7 +867,7 @@ async fn sign_in_attempts_are_limited_per_account_whether_it_exists_or_not() {
     let clock = TestClock::at(SystemClock::new().now());
     let app = TestApp::setup()
         .clock(Arc::new(clock.clone()))
-        .flag("--login-rpm=2")
+        .flag("--login-free-failures=2")
         .start()
         .await;
     let (account, other) = (app.register().await, app.register().await);
@@ -945,7 +948,7 @@ async fn login_from_network(app: &TestApp, ip: &str, email: &str, password: &str
 #[tokio::test(flavor = "multi_thread")]
 async fn stranger_cannot_lock_out_an_owner() {
     let app = TestApp::setup()
-        .flag("--login-rpm=10")
+        .flag("--login-free-failures=10")
         .flag("--trusted-proxies=127.0.0.0/8")
         .start()
         .await;
@@ -1035,7 +1038,7 @@ async fn sign_in_during_a_password_change_creates_no_session() {
     let owner = app.register().await;
     let client = app.database.connect().await;
     let mut old = PASSWORD.to_owned();
-    // Hashes costly enough on this machine for the sign-in to wait until after the change.
+    // The hashes are expensive enough on this machine for the sign-in to wait until after the change.
     for passes in [6, 12, 24, 48, 96] {
         let new = format!("seven orchards under frost {passes}");
         let (status, body, waited) =
@@ -1101,7 +1104,7 @@ async fn one_of_many_concurrent_password_changes_succeeds() {
 #[tokio::test(flavor = "multi_thread")]
 async fn known_device_signs_in_during_an_attack_from_many_networks() {
     let app = TestApp::setup()
-        .flag("--login-rpm=2")
+        .flag("--login-free-failures=2")
         .flag("--trusted-proxies=127.0.0.0/8")
         .start()
         .await;
@@ -1127,7 +1130,7 @@ async fn known_device_signs_in_during_an_attack_from_many_networks() {
         let call = app.post("/auth/login", body).header("X-Forwarded-For", ip);
         call.send().await
     };
-    // Even from a network that is slowed down.
+    // This works even from a network that is slowed down.
     let known = with_device("198.51.1.7", PASSWORD, &device).await;
     assert_eq!(known.status, 200, "{}", known.body);
     let renewed = known.text("device_token");
@@ -1156,7 +1159,7 @@ async fn known_device_signs_in_during_an_attack_from_many_networks() {
 #[tokio::test(flavor = "multi_thread")]
 async fn networks_of_ipv6_are_counted_together_at_sign_in() {
     let app = TestApp::setup()
-        .flag("--login-rpm=2")
+        .flag("--login-free-failures=2")
         .flag("--trusted-proxies=127.0.0.0/8")
         .start()
         .await;
@@ -1182,7 +1185,7 @@ async fn replicas_share_counts_and_are_stricter_without_redis() {
         TestApp::setup()
             .flag(format!("--redis-url={}", redis.url()))
             .flag("--redis-timeout=2s")
-            .flag("--login-rpm=6")
+            .flag("--login-free-failures=6")
     };
     let one = setup().start().await;
     let other = setup().database(one.database.clone()).start().await;
@@ -1207,7 +1210,7 @@ async fn replicas_share_counts_and_are_stricter_without_redis() {
         assert_eq!(login(&one, &second.email, "wrong").await.status, 401);
     }
 
-    // Without Redis each replica counts on its own, with half the attempts.
+    // Without Redis, each replica counts separately, with half the attempts.
     let third = one.register().await;
     redis.kill().await;
     let mut statuses = Vec::new();
@@ -1224,7 +1227,7 @@ async fn replicas_share_counts_and_are_stricter_without_redis() {
 async fn known_device_is_served_while_the_password_threads_are_flooded() {
     let app = TestApp::setup()
         .flag("--trusted-proxies=127.0.0.0/8")
-        .flag("--login-rpm=10")
+        .flag("--login-free-failures=10")
         .start()
         .await;
     let owner = app.register().await;
@@ -1295,7 +1298,7 @@ async fn registration_can_be_closed() {
     assert_eq!(login(&app, email, PASSWORD).await.status, 200);
 }
 
-/// Concurrently: only one gets the last one.
+/// When requests race for the last available slot, only one succeeds.
 #[tokio::test(flavor = "multi_thread")]
 async fn tenant_creates_as_much_as_the_operator_allows_and_no_more() {
     let app = TestApp::setup()
@@ -1334,7 +1337,7 @@ async fn tenant_creates_as_much_as_the_operator_allows_and_no_more() {
         if path != "/admin/api-keys" {
             assert_eq!(create(0, &other).await.status, 201, "{path}");
         }
-        // Deleting makes room.
+        // Deleting one makes room.
         let body = &created[0].body;
         let id = ["api_key", "service_token"]
             .iter()
@@ -1350,7 +1353,7 @@ async fn tenant_creates_as_much_as_the_operator_allows_and_no_more() {
     }
 }
 
-/// The cost of checking a password's strength does not depend on who chose it.
+/// The cost of checking a password's strength does not depend on the password.
 #[tokio::test(flavor = "multi_thread")]
 async fn password_that_is_costly_to_check_does_not_delay_others() {
     let app = TestApp::start().await;
@@ -1446,7 +1449,7 @@ async fn new_secret_ends_every_session_and_a_rotation_ends_none() {
         futures_util::future::join_all((0..4).map(|_| login(&first, &account.email, PASSWORD)))
             .await;
     let token = |n: usize| sessions[n].text("refresh_token");
-    // As an earlier version wrote it, without a secret.
+    // As written by an earlier version, without a secret.
     let client = database.connect().await;
     let unmarked = "UPDATE sessions SET secret_id = NULL WHERE id IN \
                     (SELECT session_id FROM refresh_tokens WHERE token_hash = sha256($1))";
@@ -1467,7 +1470,7 @@ async fn new_secret_ends_every_session_and_a_rotation_ends_none() {
     let unmarked = refresh(&two, &token(2)).await;
     assert_eq!(unmarked.status, 200, "{}", unmarked.body);
 
-    // Only the new secret: sessions that have moved to it remain, and others end.
+    // With only the new secret, sessions that have moved to it remain, and others end.
     let alone = with(&database, &new, None).start().await;
     for (name, token, status) in [
         ("moved", rotated.text("refresh_token"), 200),
@@ -1506,7 +1509,7 @@ async fn changed_password_makes_known_devices_unknown() {
     let clock = TestClock::at(SystemClock::new().now());
     let app = TestApp::setup()
         .clock(Arc::new(clock))
-        .flag("--login-rpm=2")
+        .flag("--login-free-failures=2")
         .start()
         .await;
     let owner = app.register().await;
@@ -1521,7 +1524,7 @@ async fn changed_password_makes_known_devices_unknown() {
     let token = session.text("access_token");
     let changed = send(&app, &token, "POST", "/auth/password", body).await;
     assert_eq!(changed.status, 204);
-    // This network has used up its attempts. The device no longer bypasses that.
+    // This network has used up its attempts. The device no longer bypasses this.
     for _ in 0..2 {
         assert_eq!(login(&app, &owner.email, "wrong").await.status, 401);
     }
@@ -1535,7 +1538,7 @@ async fn devices_of_an_account_are_counted_together() {
     let clock = TestClock::at(SystemClock::new().now());
     let app = TestApp::setup()
         .clock(Arc::new(clock))
-        .flag("--login-rpm=2")
+        .flag("--login-free-failures=2")
         .start()
         .await;
     let owner = app.register().await;
@@ -1567,7 +1570,7 @@ async fn contents_of_redis_delay_nobody_longer_than_the_longest_wait() {
     let app = TestApp::setup()
         .flag(format!("--redis-url={}", redis.url()))
         .flag("--redis-timeout=2s")
-        .flag("--login-rpm=2")
+        .flag("--login-free-failures=2")
         .start()
         .await;
     let connection = app.state.redis.as_ref().expect("it has Redis");

@@ -7,11 +7,11 @@ use serde_json::{Value, json};
 
 use crate::support::app::{PASSWORD, TestApp};
 
-/// A browser, as far as cookies go.
+/// A browser, as far as cookies are concerned.
 struct Browser<'a> {
     server: &'a TestApp,
     cookies: BTreeMap<String, String>,
-    /// What the browser states about the origin of a request.
+    /// What the browser reports about the origin of a request.
     site: Option<&'static str>,
     origin: Option<String>,
     csrf: bool,
@@ -208,7 +208,7 @@ async fn pages_of_other_origins_cannot_change_anything() {
         );
         assert_eq!(browser.register().await.status(), 403, "{site}");
     }
-    // A browser that does not send the site sends the origin.
+    // A browser that does not send `Sec-Fetch-Site` sends `Origin`.
     browser.site = None;
     for origin in [
         None,
@@ -412,7 +412,7 @@ async fn console_is_served_or_says_how_to_build_it() {
     if index.contains("cargo xtask console") {
         return;
     }
-    // Pages of the console exist. Files of an older build do not.
+    // The pages of the console exist. Files of an older build do not exist.
     assert_eq!(get("/console/plans", "gzip").await.status(), 200);
     let old = get("/console/boot-0000000000000000.js", "gzip").await;
     assert_eq!(old.status(), 404);
@@ -611,10 +611,13 @@ async fn cookies_set_through_a_proxy_are_read() {
     assert_eq!(browser.status(Method::GET, "/auth/me", None).await, 200);
 }
 
-/// Strangers, in the same network or in many, do not lock out a browser that has signed in before.
+/// Other clients, in the same network or in many, do not lock out a browser that has signed in before.
 #[tokio::test(flavor = "multi_thread")]
 async fn known_browser_signs_in_while_its_network_is_slowed_down() {
-    let server = TestApp::setup().flag("--login-rpm=3").start().await;
+    let server = TestApp::setup()
+        .flag("--login-free-failures=3")
+        .start()
+        .await;
     let mut browser = Browser::new(&server);
     let email = format!("{}@example.com", uuid::Uuid::now_v7().simple());
     let credentials = json!({"email": email, "password": PASSWORD});

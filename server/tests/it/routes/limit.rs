@@ -9,7 +9,7 @@ use std::{
 use quota_server::{
     api::problem::ApiError,
     clock::{Clock as _, SystemClock, TestClock},
-    keys::Source,
+    keys::LookupCaller,
     limiter::{Decision, Outcome, Policy, PolicySet},
     secret_text::{Kind, SecretText},
 };
@@ -223,7 +223,53 @@ async fn cost_above_the_burst_is_never_allowed_and_consumes_nothing() {
     }
 }
 
-/// Asserts the responses to an invalid key, and that nothing was decided.
+#[tokio::test(flavor = "multi_thread")]
+async fn denied_request_costs_nothing() {
+    let (app, clock, account) = still().await;
+    let token = app.service_token(&account).await;
+    let by_rate = key(
+        &app,
+        &account,
+        json!({"default_rpm": 60, "burst": 2, "daily_quota": 4}),
+    )
+    .await;
+    for _ in 0..2 {
+        assert_eq!(app.echo(&by_rate.text).await.status, 200);
+    }
+    for _ in 0..10 {
+        let echo = app.echo(&by_rate.text).await;
+        assert_eq!(
+            (echo.status, &echo.body["violated-policies"]),
+            (429, &json!(["rpm"]))
+        );
+        assert_eq!(forward(&app, &token, &by_rate.text, "").await.status, 429);
+        let checked = check(&app, &token, json!({"key": by_rate.text})).await;
+        assert_eq!(checked.body["allowed"], json!(false));
+        // Two of the daily quota of four are left.
+        assert_eq!(checked.body["limits"][1]["remaining"], json!(2));
+    }
+    clock.advance(Duration::from_secs(2));
+    for _ in 0..2 {
+        assert_eq!(app.echo(&by_rate.text).await.status, 200);
+    }
+    let denied = app.echo(&by_rate.text).await;
+    assert_eq!(denied.body["violated-policies"], json!(["rpm", "daily"]));
+
+    let by_quota = key(
+        &app,
+        &account,
+        json!({"default_rpm": 60, "burst": 5, "daily_quota": 1}),
+    )
+    .await;
+    assert_eq!(app.echo(&by_quota.text).await.status, 200);
+    for _ in 0..10 {
+        let denied = app.echo(&by_quota.text).await;
+        assert_eq!(denied.body["violated-policies"], json!(["daily"]));
+        assert_eq!(denied.number("x-ratelimit-remaining"), 4);
+    }
+}
+
+/// Asserts the responses to an invalid key, and that no decision was made.
 async fn refused(app: &TestApp, token: &str, key: &str, code: &str) {
     let decided = async || {
         app.metric("quota_decisions_allowed_total").await
@@ -315,7 +361,7 @@ async fn a_key_that_opens_nothing_is_401_and_charged_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn wrong_checksum_is_rejected_without_a_look_up() {
+async fn wrong_checksum_is_rejected_without_a_lookup() {
     let app = TestApp::setup().without_jobs().start().await;
     let lookups = async || {
         app.metric("quota_key_cache_hits_total").await
@@ -653,7 +699,7 @@ async fn gateway_gets_the_same_headers_and_an_empty_body_with_every_method() {
             }
         }
     }
-    // The status of a denial can be chosen, that of an invalid key cannot.
+    // The status of a denial can be chosen; the status for an invalid key cannot.
     let unknown = forward(&app, &token, "x", "?deny=403").await;
     assert_eq!(
         (unknown.status, unknown.header("content-length")),
@@ -786,7 +832,7 @@ async fn key_that_moves_to_another_plan_keeps_its_usage() {
         passed
     };
     assert_eq!(pass().await, 3);
-    // Disabling and enabling the key, or rotating it, grants no new burst either.
+    // Disabling and enabling the key, or rotating it, does not grant a new burst either.
     patch(json!({"is_active": false})).await;
     assert_eq!(app.echo(&key.text).await.status, 401);
     patch(json!({"is_active": true})).await;
@@ -1023,7 +1069,7 @@ async fn grace_period_is_for_one_secret_and_does_not_outlive_the_key() {
     }
 }
 
-/// The three endpoints are recognized by path before the router. An empty query takes the router's path.
+/// The three endpoints are recognized by path before the router. An empty query is routed by the router.
 #[tokio::test(flavor = "multi_thread")]
 async fn fast_path_and_router_respond_alike() {
     let (app, _clock, account) = still().await;
@@ -1073,7 +1119,7 @@ async fn fast_path_and_router_respond_alike() {
                 .send()
                 .await,
         );
-        // Allowed and denied on each path. The daily quota makes all headers appear.
+        // Allowed and denied requests on each path. With a daily quota, all headers are present.
         for _ in 0..2 {
             shows(echo().header("X-API-Key", &key.text).send().await);
             for query in ["", "?deny=403", "?deny=429"] {
@@ -1154,7 +1200,7 @@ async fn forward_auth_accepts_exactly_one_service_token_in_its_header() {
     assert_eq!((both.status, decision(&both)), (200, "allowed"));
 }
 
-/// `POST /v1/check` is called by a service that controls its headers. Two tokens are rejected all the same.
+/// `POST /v1/check` is called by a service that controls its headers. Two tokens are rejected anyway.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_check_with_two_service_tokens_is_401() {
     let app = TestApp::start().await;
@@ -1244,7 +1290,7 @@ async fn a_denial_that_names_no_policy_is_429_and_reduced_capacity() {
     let record = app
         .state
         .keys
-        .key(&text, now, Source::default())
+        .key(&text, now, LookupCaller::default())
         .await
         .unwrap()
         .unwrap();
@@ -1318,7 +1364,7 @@ async fn cross_origin_rules_do_not_apply_to_forward_auth() {
             "{origin}"
         );
     }
-    // They apply to everything else.
+    // They apply to all other endpoints.
     let elsewhere = app
         .http
         .get(app.url("/v1/echo"))
@@ -1352,7 +1398,7 @@ async fn forward_from(app: &TestApp, token: &str, key: &str, origin: &str) -> An
         .await
 }
 
-/// The API behind the gateway may read another one than was checked.
+/// The API behind the gateway may read a different one than was checked.
 #[tokio::test(flavor = "multi_thread")]
 async fn two_consumer_credentials_are_rejected() {
     let (app, _clock, account) = still().await;
@@ -1381,7 +1427,7 @@ async fn two_consumer_credentials_are_rejected() {
         let asked = asked.send().await;
         assert_eq!((asked.status, decision(&asked)), (401, "unauthorized"));
     }
-    // Other credentials for the API do not concern Quota.
+    // Quota ignores other credentials for the API.
     let own = app
         .get("/v1/forward-auth")
         .header("X-Service-Token", &token)

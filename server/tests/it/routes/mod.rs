@@ -1,4 +1,5 @@
-//! What each operation does, one file per noun. Tests act through HTTP, then assert on HTTP and on the database.
+//! The behavior of each operation, one file per noun. Tests send HTTP requests, and check the responses and then the
+//! database.
 
 mod api_key;
 mod audit;

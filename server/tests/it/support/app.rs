@@ -34,7 +34,7 @@ use super::{postgres::TestDatabase, quota::data_dir};
 pub(crate) static DOCUMENT: LazyLock<Value> =
     LazyLock::new(|| serde_json::from_str(&openapi::text()).expect("the document is JSON"));
 
-/// An acceptable password.
+/// A valid password.
 pub(crate) const PASSWORD: &str = "violet-harbour-quilt-93";
 
 #[derive(Parser)]
@@ -54,11 +54,11 @@ pub(crate) struct TestApp {
     stop: watch::Sender<bool>,
     jobs: Option<Jobs>,
     servers: Vec<tokio::task::JoinHandle<()>>,
-    /// Deleted with the server, unless the test has named one.
+    /// Deleted with the server, unless the test provided it.
     _data: Option<TempDir>,
 }
 
-/// What a test configures.
+/// The configuration of a test server.
 pub(crate) struct Setup {
     flags: Vec<String>,
     clock: Arc<dyn Clock>,
@@ -92,13 +92,13 @@ impl Setup {
         self
     }
 
-    /// The data directory of another server, or one that outlives this one.
+    /// The data directory of another server, or a directory that outlives this server.
     pub(crate) fn data_dir(mut self, path: &Path) -> Self {
         self.data_dir = Some(path.to_owned());
         self
     }
 
-    /// Runs no background jobs: no polling for invalidations, no pruning, no `last_used_at`.
+    /// Runs no background jobs: no polling for invalidations, no pruning, no updates of `last_used_at`.
     pub(crate) fn without_jobs(mut self) -> Self {
         self.with_jobs = false;
         self
@@ -119,7 +119,7 @@ impl Setup {
             "test".to_owned(),
             "--auth-rpm=0".into(),
             "--admin-rpm=0".into(),
-            "--login-rpm=0".into(),
+            "--login-free-failures=0".into(),
         ];
         flags.push("--database-pool=12".into());
         flags.push("--usage-backlog-max=67108864".into());
@@ -229,7 +229,7 @@ impl TestApp {
         }
     }
 
-    /// Writes what was recorded so far to the database.
+    /// Writes everything recorded so far to the database.
     pub(crate) async fn ship_usage(&self) {
         self.state
             .metering
@@ -451,7 +451,7 @@ impl Call {
         let (status, headers) = (response.status(), response.headers().clone());
         let mut response = response;
         let text = if media_type(&headers) == "text/event-stream" {
-            // It has no end: what comes first shows that it is open.
+            // The response has no end: its first bytes show that it is open.
             let first = response.chunk().await.expect("a stream begins");
             String::from_utf8(first.expect("a stream begins").to_vec()).expect("events are text")
         } else {

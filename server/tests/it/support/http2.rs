@@ -1,4 +1,4 @@
-//! Just enough of HTTP/2, by hand: a client that follows the rules could not misbehave.
+//! A minimal hand-written HTTP/2 client, since a client that follows the protocol could not misbehave.
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 pub(crate) const DATA: u8 = 0;
@@ -20,7 +20,7 @@ pub(crate) fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8>
     frame
 }
 
-/// What a client sends first, with this window for each response.
+/// The first frames that a client sends, with this window size for each response.
 pub(crate) fn hello(window: u32) -> Vec<u8> {
     let settings = [&[0, 4], &window.to_be_bytes()[..]].concat();
     [PREFACE, &frame(SETTINGS, 0, 0, &settings)].concat()
@@ -41,7 +41,7 @@ fn length(mut length: usize) -> Vec<u8> {
     bytes
 }
 
-/// A field that is not remembered.
+/// A header field that is not added to the table.
 pub(crate) fn field(name: &str, value: &str) -> Vec<u8> {
     let mut field = vec![0];
     field.extend(length(name.len()));
@@ -51,7 +51,7 @@ pub(crate) fn field(name: &str, value: &str) -> Vec<u8> {
     field
 }
 
-/// A request's own fields.
+/// The pseudo-header fields of a request.
 pub(crate) fn head(method: &str, path: &str) -> Vec<u8> {
     [
         field(":method", method),

@@ -4,3 +4,4 @@ pub(crate) mod app;
 pub(crate) mod http2;
 pub(crate) mod postgres;
 pub(crate) mod quota;
+pub(crate) mod stripe;

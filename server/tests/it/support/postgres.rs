@@ -1,8 +1,8 @@
 //! A migrated database for each test, copied from a template.
 //!
-//! The cluster is that of `QUOTA_TEST_POSTGRES`, which `cargo xtask test` starts for the whole run. Without it, each
-//! test process runs its own cluster, in the first free slot of a few that are kept under `/tmp` between runs. So
-//! `cargo test` and `cargo nextest run` also work without setup, the latter more slowly.
+//! The cluster is the one in `QUOTA_TEST_POSTGRES`, which `cargo xtask test` starts for the whole run. Without it, each
+//! test process runs its own cluster, in the first free slot of a few that are kept in `/tmp` between runs. So `cargo
+//! test` and `cargo nextest run` also work without setup, the latter more slowly.
 
 use std::{
     fs, io,
@@ -20,7 +20,7 @@ use uuid::Uuid;
 /// The advisory lock that is held while the template is created.
 const TEMPLATE_LOCK: i64 = 0x7155_6f74_6154;
 
-/// A test's own database, which is dropped with the value.
+/// A database for a single test, which is dropped with the value.
 #[derive(Debug)]
 pub(crate) struct TestDatabase {
     name: String,
@@ -37,7 +37,7 @@ impl TestDatabase {
     {
         let admin = connect(admin_url()).await;
         let template = format!("quota_template_{:016x}", migrations_hash());
-        // Held by the session, so it is released however the test ends.
+        // Held by the session, so it is released no matter how the test ends.
         admin
             .execute("SELECT pg_advisory_lock($1)", &[&TEMPLATE_LOCK])
             .await
@@ -229,7 +229,7 @@ async fn first_free_slot() -> EmbeddedPostgres {
     panic!("256 test processes have a database each already");
 }
 
-/// Must belong to this user: anyone can create files in `/tmp`.
+/// It must belong to this user: anyone can create files in `/tmp`.
 fn slots() -> PathBuf {
     let me = nix::unistd::geteuid();
     let path = PathBuf::from(format!("/tmp/quota-test-slots-{me}"));

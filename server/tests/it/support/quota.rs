@@ -21,12 +21,12 @@ use tempfile::TempDir;
 
 use super::app::PASSWORD;
 
-/// The first start creates a database, and the machine may be busy.
+/// The first startup creates a database, and the machine may be busy.
 const STARTED_WITHIN: Duration = Duration::from_secs(120);
-/// How long a stop after SIGTERM may take.
+/// How long stopping after SIGTERM may take.
 const STOPPED_WITHIN: Duration = Duration::from_secs(30);
 
-/// A data directory that root's PostgreSQL may enter.
+/// A data directory that root's PostgreSQL can access.
 pub(crate) fn data_dir() -> TempDir {
     tempfile::Builder::new()
         .prefix("quota-it-")
@@ -48,15 +48,15 @@ impl Quota {
         Self::start_with(data_dir, &[])
     }
 
-    /// With these settings as well.
+    /// Also applies these settings.
     pub(crate) fn start_with(data_dir: &Path, settings: &[(&str, &str)]) -> Self {
         let (quota, out) = Self::start_unread(data_dir, settings);
-        // Read to the end, so that its log is never blocked.
+        // The output is read to the end, so that its log is never blocked.
         std::thread::spawn(move || out.bytes().map_while(Result::ok).for_each(drop));
         quota
     }
 
-    /// Leaves everything unread that it prints once it is ready.
+    /// Reads no output once it is ready.
     pub(crate) fn start_unread(
         data_dir: &Path,
         settings: &[(&str, &str)],

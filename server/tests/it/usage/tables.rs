@@ -1,4 +1,5 @@
-//! What the tables hold: rows in order, rollups that add up, a bound on endpoints, partitions that come and go.
+//! The contents of the tables: ordered rows, consistent rollups, a bounded number of endpoints, and partitions that are
+//! created and dropped.
 
 use std::collections::BTreeSet;
 
@@ -16,6 +17,7 @@ use super::{append, now, record, rejected};
 use crate::support::app::{Account, TestApp};
 
 const KEY: &str = "00000000-0000-7000-8000-00000000000a";
+const OTHER_KEY: &str = "00000000-0000-7000-8000-00000000000c";
 const PLAN: &str = "00000000-0000-7000-8000-00000000000b";
 
 async fn number(client: &Client, sql: &str) -> i64 {
@@ -41,7 +43,7 @@ fn batch(account: &Account, count: usize) -> Vec<UsageRecord> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_shippers_of_the_same_tenants_wait_for_each_other_and_leave_no_gap() {
-    // More of them than connections.
+    // More tenants than connections.
     let app = TestApp::setup()
         .without_jobs()
         .flag("--database-wait=10s")
@@ -51,7 +53,7 @@ async fn two_shippers_of_the_same_tenants_wait_for_each_other_and_leave_no_gap()
     for _ in 0..4 {
         tenants.push(app.register().await);
     }
-    // Every batch has all tenants, in another order.
+    // Every batch contains all tenants, in a different order.
     let batches = (0..12).map(|n| {
         let mut records = Vec::new();
         for i in 0..tenants.len() {
@@ -114,10 +116,10 @@ async fn endpoints_above_the_limit_count_together_and_keep_their_names_in_the_lo
     };
     let first = (0..200).map(named).collect::<Vec<_>>();
     assert_eq!(append(&app, &first).await.folded, 0);
-    // 256 are the limit: of these 100, the first 56 by time still fit.
+    // The limit is 256: of these 100, the first 56 by time still fit.
     let second = (200..300).rev().map(named).collect::<Vec<_>>();
     assert_eq!(append(&app, &second).await.folded, 44);
-    // What fitted once fits for good.
+    // An endpoint that was listed once remains listed.
     assert_eq!(append(&app, &first).await.folded, 0);
     let list = async |query: &str| {
         let path = format!("/admin/usage?{query}");
@@ -133,7 +135,14 @@ async fn endpoints_above_the_limit_count_together_and_keep_their_names_in_the_lo
         0
     );
     assert_eq!(list(&key).await["total"]["allowed"], 500);
-    // The tenant has room for all of them.
+    // The tenant's list is larger, and one consumer cannot fill it: only endpoints in its key's list are added.
+    assert_eq!(list("endpoint=GET%20/255").await["total"]["allowed"], 1);
+    assert_eq!(list("endpoint=GET%20/256").await["total"]["allowed"], 0);
+    let other = UsageRecord {
+        key_id: OTHER_KEY.parse().expect("an ID"),
+        ..named(256)
+    };
+    assert_eq!(append(&app, &[other]).await.folded, 0);
     assert_eq!(list("endpoint=GET%20/256").await["total"]["allowed"], 1);
     let grouped = list(&format!("{key}&group_by=endpoint")).await;
     let groups = grouped["groups"].as_array().expect("groups");
@@ -145,6 +154,17 @@ async fn endpoints_above_the_limit_count_together_and_keep_their_names_in_the_lo
     let client = app.database.connect().await;
     let names = "SELECT count(DISTINCT endpoint) FROM usage_log";
     assert_eq!(number(&client, names).await, 300);
+    let lists = "SELECT count(*) FROM usage_endpoints WHERE key_id = '00000000-0000-0000-0000-000000000000'";
+    assert_eq!(number(&client, lists).await, 257);
+
+    // An endpoint in use is recorded once a day.
+    let age = "UPDATE usage_endpoints SET seen_on = CURRENT_DATE - 9 WHERE endpoint IN ('GET /000', 'GET /001')";
+    client.batch_execute(age).await.expect("older endpoints");
+    append(&app, &first[1..]).await;
+    let old =
+        "SELECT count(*) FROM usage_endpoints WHERE seen_on < CURRENT_DATE AND endpoint = 'GET /";
+    assert_eq!(number(&client, &format!("{old}000'")).await, 2);
+    assert_eq!(number(&client, &format!("{old}001'")).await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -279,7 +299,7 @@ async fn partitions_are_created_ahead_and_rows_that_came_first_move_there() {
     }
     assert_eq!(number(&client, in_default).await, 0);
     assert_eq!(number(&client, "SELECT count(*) FROM usage_log").await, 100);
-    // The same minute goes on in the partition.
+    // The same minute continues in the partition.
     append(&app, &batch(&account, 100)).await;
     assert_eq!(number(&client, in_default).await, 0);
     let usage = app
@@ -304,7 +324,7 @@ async fn days_beyond_the_retention_are_dropped_and_no_others() {
     for age in ages {
         append(&app, &[record(&account, KEY, PLAN, today - Days::new(age))]).await;
     }
-    // One without a partition, far beyond.
+    // One without a partition, far in the past.
     append(&app, &[record(&account, KEY, PLAN, today - Days::new(30))]).await;
     let client = app.database.connect().await;
     client
@@ -316,6 +336,15 @@ async fn days_beyond_the_retention_are_dropped_and_no_others() {
         )
         .await
         .expect("segments");
+    client
+        .batch_execute(
+            "INSERT INTO usage_endpoints (tenant_id, key_id, endpoint, seen_on) \
+             SELECT gen_random_uuid(), gen_random_uuid(), n::text, CURRENT_DATE - n FROM generate_series(4, 1500) n",
+        )
+        .await
+        .expect("endpoints");
+    let endpoints = "SELECT count(*) FROM usage_endpoints";
+    let listed = number(&client, endpoints).await;
     let replica = TestApp::setup()
         .database(app.database.clone())
         .flag("--usage-retention=3")
@@ -324,7 +353,8 @@ async fn days_beyond_the_retention_are_dropped_and_no_others() {
         .await;
     let segments = "SELECT coalesce(sum(position), 0)::bigint FROM usage_segments";
     for _ in 0..200 {
-        if number(&client, segments).await == 5 {
+        if number(&client, segments).await == 5 && number(&client, endpoints).await == listed - 1495
+        {
             break;
         }
         tokio::time::sleep(std::time::Duration::from_millis(50)).await;
@@ -334,7 +364,9 @@ async fn days_beyond_the_retention_are_dropped_and_no_others() {
         5,
         "cursors are kept as long as they are needed"
     );
-    // Whole days: the one that ended less than the retention ago stays.
+    // Those from 4 and 5 days ago are kept, and those of the requests above.
+    assert_eq!(number(&client, endpoints).await, listed - 1495);
+    // Whole days: a day that ended within the retention period is kept.
     assert_eq!(number(&client, "SELECT count(*) FROM usage_log").await, 4);
     let quarters = "SELECT count(DISTINCT start) FROM usage_quarters";
     assert_eq!(number(&client, quarters).await, 6);

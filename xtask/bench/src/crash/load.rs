@@ -1,4 +1,4 @@
-//! The load, and the client's own account of it: which requests were sent, and how each was answered.
+//! The load and the client's own record of it: which requests were sent, and the response to each.
 
 use std::{
     collections::BTreeMap,
@@ -22,7 +22,7 @@ use crate::http1;
 /// How long a request may take.
 const PATIENCE: Duration = Duration::from_secs(15);
 
-/// What is known of one request, by its number on its connection.
+/// The state of one request, by its number on its connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fate {
     /// 200 or 429: a decision.
@@ -33,11 +33,11 @@ pub(super) enum Fate {
     Unanswered,
 }
 
-/// What one connection has sent. Its requests are numbered from 0.
+/// The requests that one connection has sent. Its requests are numbered from 0.
 #[derive(Debug, Default)]
 pub(super) struct Sent {
     pub(super) count: u64,
-    /// Of the others, which are decided.
+    /// Of the other requests, those that got a decision.
     pub(super) others: BTreeMap<u64, Fate>,
     pub(super) last_decided: Option<u64>,
 }
@@ -63,7 +63,7 @@ impl Load {
         })
     }
 
-    /// Requests that were sent and have no answer yet.
+    /// Requests that were sent and have no response yet.
     pub(super) fn in_flight(&self) -> u64 {
         self.in_flight.load(Ordering::Relaxed)
     }
@@ -76,7 +76,7 @@ impl Load {
         format!("{}-{connection}-{number}", self.server.port())
     }
 
-    /// Sends one request after the other until it is stopped. `pause` is the time between two of them.
+    /// Sends requests one after another until it is stopped. `pause` is the time between two requests.
     pub(super) async fn run(self: Arc<Self>, connection: usize, pause: Duration) -> Result<()> {
         let mut stream = None;
         while !self.stop.load(Ordering::Relaxed) {
@@ -99,9 +99,9 @@ impl Load {
             let fate = match answer {
                 Ok(Ok(200 | 429)) => Fate::Decided,
                 Ok(Ok(503)) => Fate::Refused,
-                Ok(Ok(status)) => bail!("{id} was answered {status}"),
+                Ok(Ok(status)) => bail!("{id} got {status}"),
                 Ok(Err(_)) => Fate::Unanswered,
-                Err(_) => bail!("{id} was not answered within {PATIENCE:?}"),
+                Err(_) => bail!("{id} got no response within {PATIENCE:?}"),
             };
             {
                 let mut sent = self.connections[connection].lock();

@@ -1,8 +1,8 @@
-//! `kill -9` of servers, Redis and PostgreSQL in turn under load, and the recount: of all answered requests, joined by
-//! request ID, none is missing in the usage log and none is there twice.
+//! `kill -9` of servers, Redis and PostgreSQL in turn under load, and a recount: of all requests that got a response,
+//! joined by request ID, none is missing in the usage log and none is in it twice.
 //!
-//! Three replicas share one data directory, so that each may adopt what another has left. Which process is killed, and
-//! when, follows from a seed.
+//! Three replicas share one data directory, so that each may adopt the directories that another has left behind. Which
+//! process is killed, and when, is derived from a seed.
 
 mod load;
 mod postgres;
@@ -44,23 +44,23 @@ const SHIPPED_WITHIN: Duration = Duration::from_secs(120);
 
 #[derive(Args)]
 pub(crate) struct Options {
-    /// The `quota` binary, built for release
+    /// The `quota` binary, a release build
     quota: PathBuf,
     /// The directory of `initdb` and `postgres`
     #[arg(long)]
     programs: PathBuf,
-    /// How many kills
+    /// The number of kills
     #[arg(default_value_t = 300)]
     kills: u32,
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Connections of the load to each replica
+    /// Connections from the load to each replica
     #[arg(long, default_value_t = 32)]
     connections: usize,
     /// Time between two requests of a connection, in milliseconds
     #[arg(long, default_value_t = 20)]
     pause: u64,
-    /// Wait to kill until so many requests are in flight
+    /// Wait with each kill until this many requests are in flight
     #[arg(long, default_value_t = 20)]
     in_flight: u64,
 }
@@ -72,7 +72,7 @@ enum Victim {
     Postgres,
 }
 
-/// A replica on a port that it keeps.
+/// A replica, always on the same port.
 struct Replica {
     command: Command,
     log: PathBuf,
@@ -94,7 +94,7 @@ impl Replica {
             .env("REDIS_URL", redis)
             .env("QUOTA_AUTH_RPM", "0")
             .env("QUOTA_ADMIN_RPM", "0")
-            // Often, so that kills meet batches.
+            // Short, so that kills interrupt batches.
             .env("QUOTA_USAGE_SHIP_EVERY", "20ms")
             .env("RUST_LOG", "info,quota_server::access=off");
         Self {
@@ -147,7 +147,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 #[derive(Default)]
 struct Kills {
     by_victim: BTreeMap<&'static str, u32>,
-    /// Of servers, while an answered request was not in the log yet.
+    /// Kills of servers while a request that had a response was not in the log yet.
     before_commit: u32,
     in_flight: Vec<u64>,
 }
@@ -183,7 +183,7 @@ async fn storm(options: &Options) -> Result<ExitCode> {
     let began = Instant::now();
     for number in 0..options.kills {
         tokio::time::sleep(Duration::from_millis(random.u64(200..900))).await;
-        // Servers more often than the others: it is their records that may be lost.
+        // Servers are killed more often than the others, because it is their records that may be lost.
         let victim = match random.u8(..10) {
             0 | 1 => Victim::Redis,
             2 | 3 => Victim::Postgres,
@@ -249,7 +249,7 @@ async fn storm(options: &Options) -> Result<ExitCode> {
     })
 }
 
-/// Waits until so many requests are in flight, and returns how many there are.
+/// Waits until this many requests are in flight, and returns their number.
 async fn wait_for_flight(loads: &[Arc<Load>], wanted: u64) -> Result<u64> {
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
@@ -259,13 +259,13 @@ async fn wait_for_flight(loads: &[Arc<Load>], wanted: u64) -> Result<u64> {
         }
         ensure!(
             Instant::now() < deadline,
-            "{in_flight} requests are in flight, {wanted} are wanted"
+            "{in_flight} requests are in flight, but {wanted} are required"
         );
         tokio::time::sleep(Duration::from_micros(200)).await;
     }
 }
 
-/// Whether an answered request of a killed replica is not in the log.
+/// Whether a request that got a response from a killed replica is missing in the log.
 async fn is_before_commit(client: &Client, load: &Load) -> Result<bool> {
     let last = load.connections.iter().enumerate();
     let ids = last
@@ -292,14 +292,14 @@ async fn wait_until_shipped(client: &Client, loads: &[Arc<Load>], data: &Path) -
         for load in loads {
             missing += usize::from(is_before_commit(client, load).await?);
         }
-        // One of each running replica.
+        // One for each running replica.
         let directories = fs::read_dir(data.join("usage"))?.count();
         if missing == 0 && directories <= REPLICAS {
             return Ok(());
         }
         ensure!(
             Instant::now() < deadline,
-            "after {SHIPPED_WITHIN:?} {directories} directories are left"
+            "{directories} directories are left after {SHIPPED_WITHIN:?}"
         );
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
@@ -314,10 +314,10 @@ struct Recount {
     rows: u64,
     lost: Vec<String>,
     doubled: u64,
-    /// Rows that no request of ours belongs to.
+    /// Rows that belong to none of our requests.
     unknown: u64,
     rows_without_answer: u64,
-    /// Rows of requests that were answered 503.
+    /// Rows of requests that got 503.
     rows_of_refused: u64,
 }
 
@@ -402,13 +402,16 @@ fn print(options: &Options, kills: &Kills, it: &Recount, took: Duration, left: u
     println!("| in flight at all kills | {sum} |");
     println!("| requests sent | {} |", it.sent);
     println!("| decided (200 or 429) | {} |", it.decided);
-    println!("| answered 503 | {} |", it.refused);
+    println!("| requests that got 503 | {} |", it.refused);
     println!("| without an answer | {} |", it.unanswered);
     println!("| rows in the usage log | {} |", it.rows);
     println!("| **lost** | {} |", it.lost.len());
     println!("| **doubled** | {} |", it.doubled);
-    println!("| rows without an answer | {} |", it.rows_without_answer);
-    println!("| rows of requests answered 503 | {} |", it.rows_of_refused);
+    println!(
+        "| rows of requests without a response | {} |",
+        it.rows_without_answer
+    );
+    println!("| rows of requests that got 503 | {} |", it.rows_of_refused);
     println!("| rows of unknown requests | {} |", it.unknown);
     println!("| directories left after a clean stop | {left} |");
     for id in it.lost.iter().take(10) {

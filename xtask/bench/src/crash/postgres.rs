@@ -1,4 +1,4 @@
-//! A PostgreSQL of our own that may be killed and started again.
+//! A private PostgreSQL that can be killed and restarted.
 
 use std::{
     fs::{self, DirBuilder},
@@ -91,7 +91,8 @@ impl Postgres {
         Ok(client)
     }
 
-    /// `kill -9` of the postmaster. What it has written stays with the kernel, as `fsync` is about the machine.
+    /// `kill -9` of the postmaster. The kernel keeps the data it has written, since `fsync` matters only if the machine
+    /// fails.
     pub(super) async fn kill(&mut self) -> Result<()> {
         if let Some(mut process) = self.running.take() {
             process.signal(Signal::SIGKILL)?;
@@ -126,7 +127,7 @@ impl Postgres {
                     self.running = Some(process);
                     return Ok(());
                 }
-                // The processes of the one that was killed hold its memory for a moment.
+                // The processes of the killed server hold its memory for a moment.
                 if process.ended()?.is_some() {
                     break;
                 }

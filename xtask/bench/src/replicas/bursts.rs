@@ -1,5 +1,5 @@
-//! Bursts that are adverse for leases: one replica takes tokens ahead and idles, then all receive requests at once. The
-//! idle time varies up to twice the lease TTL.
+//! Bursts that are adverse for leases: one replica prefetches tokens and goes idle, then all receive requests at the
+//! same time. The idle time varies up to twice the lease TTL.
 
 use std::time::Duration;
 
@@ -22,12 +22,12 @@ const COLUMNS: &[&str] = &[
     "admitted",
     "excess, tokens",
     "served",
-    "at a rest of, ms",
+    "pause, ms",
 ];
 const REPLICAS: usize = 3;
 const CYCLES: usize = 3;
 
-/// Over all idle times.
+/// The result over all idle times.
 #[derive(Clone)]
 struct Found {
     sent: usize,
@@ -66,7 +66,7 @@ fn promise(plan: &Plan) -> &'static str {
 }
 
 pub(crate) async fn run(options: &Options) -> Result<Table> {
-    let mut table = Table::new("Bursts made to hurt leases", COLUMNS);
+    let mut table = Table::new("Bursts that are adverse for leases", COLUMNS);
     let stage = Stage::set(options, REPLICAS, &[]).await?;
     if !options.no_redis {
         stage.settle(Duration::ZERO).await?;
@@ -85,14 +85,14 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
         let granted = stage.granted().await?;
         let log = stage.drive(&keys, &together(loads)).await?;
         let granted = (granted, stage.granted().await?);
-        let all = format!("a rest of {} ms, all plans", phase.as_millis());
+        let all = format!("a pause of {} ms, all plans", phase.as_millis());
         check_book(&mut table, &all, granted, &log);
         keep_log(options, &format!("bursts-{step}"), &log)?;
         for (key, plan) in plans.iter().enumerate() {
             let recount = Recount::of(key, plan, slack(plan, options.lease_ttl()), &log);
             if recount.is_over() {
                 let what = format!(
-                    "a rest of {} ms, {} a minute, burst {}, {}",
+                    "a pause of {} ms, {} per minute, burst {}, {}",
                     phase.as_millis(),
                     plan.rpm,
                     plan.burst,
@@ -126,7 +126,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
     }
     table.notes.push(format!(
         "{REPLICAS} replicas. The promise of a plan with leases is burst + rate·(T + {} ms), that of a strict \
-         one burst + rate·T. {CYCLES} cycles a cell, each beginning with the next replica. {}",
+         one burst + rate·T. {CYCLES} cycles per cell, each beginning with the next replica. {}",
         options.lease_ttl,
         lateness(&late),
     ));

@@ -61,7 +61,7 @@ impl Channel {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Change {
     Deactivation,
-    /// Of a key that was deactivated before.
+    /// For a key that was deactivated before.
     Activation,
     Plan,
     Deletion,
@@ -88,14 +88,14 @@ impl Change {
 #[derive(Debug, Clone, Copy)]
 struct Seen {
     change: Change,
-    /// Of the slowest replica.
+    /// For the slowest replica.
     after: Duration,
     /// A replica returned to the old state.
     fell_back: bool,
 }
 
 pub(crate) async fn run(options: &Options) -> Result<Table> {
-    let mut table = Table::new("Until a change is in force on every replica", COLUMNS);
+    let mut table = Table::new("Time until a change applies on every replica", COLUMNS);
     let channels: &[Channel] = if options.no_redis {
         &[Channel::Whole]
     } else {
@@ -116,14 +116,17 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
                 let slowest = millis(slowest);
                 table
                     .faults
-                    .push(format!("{what}: in force after {slowest} ms"));
+                    .push(format!("{what}: applied after {slowest} ms"));
             }
             if fell_back > 0 {
-                table.faults.push(format!("{what}: {fell_back} fell back"));
+                table.faults.push(format!("{what}: {fell_back} reverted"));
             }
             let p99 = quantile(times.clone(), 0.99);
             if p99 > Duration::from_millis(250) {
-                let note = format!("Above the aim of 250 ms: {what}, p99, {} ms.", millis(p99));
+                let note = format!(
+                    "Above the target of 250 ms: {what}, p99, {} ms.",
+                    millis(p99)
+                );
                 table.notes.push(note);
             }
             table.row(vec![
@@ -138,9 +141,9 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
         }
     }
     table.notes.push(format!(
-        "{REPLICAS} replicas, each of which knew the key before; {AT_ONCE} changes at once, on any of them. From \
-         the management answer until the first new answer of the last replica, each asked every {} ms; 300 ms \
-         later each is asked again.",
+        "{REPLICAS} replicas, each of which has cached the key; {AT_ONCE} concurrent changes, on any of them. Time \
+         from the response to the change until the last replica's first new response, with a request to each \
+         every {} ms; 300 ms later, each gets another request.",
         PAUSE.as_millis()
     ));
     Ok(table)
@@ -210,13 +213,13 @@ struct Watcher {
     sender: Option<Sender>,
 }
 
-/// What a response says about a key.
+/// What a response shows about a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     Unknown,
     /// The key's burst.
     Known(u32),
-    /// Nothing about the key.
+    /// The response shows nothing about the key.
     Undecided,
 }
 
@@ -242,11 +245,11 @@ impl Watcher {
             (401, _) => State::Unknown,
             (200 | 429, Some(limit)) => State::Known(limit.to_str()?.parse()?),
             (503, _) => State::Undecided,
-            (status, _) => bail!("a key was answered {status}"),
+            (status, _) => bail!("a request with the key got {status}"),
         })
     }
 
-    /// When it first responded this way.
+    /// When the first response of this kind arrived.
     async fn answers(&mut self, key: &HeaderValue, wanted: State) -> Result<Instant> {
         let asked = async {
             loop {
@@ -344,14 +347,17 @@ impl Crew {
         Ok(())
     }
 
-    /// When the last of them first responded this way.
+    /// When the last replica first responded this way.
     async fn all_answer(&mut self, key: &Key, wanted: State) -> Result<Instant> {
-        ensure!(!self.watchers.is_empty(), "nobody watches");
+        ensure!(!self.watchers.is_empty(), "there are no watchers");
         let asked = self
             .watchers
             .iter_mut()
             .map(|watcher| watcher.answers(&key.text, wanted));
         let answered = futures_util::future::try_join_all(asked).await?;
-        answered.into_iter().max().context("nobody answered")
+        answered
+            .into_iter()
+            .max()
+            .context("there were no responses")
     }
 }

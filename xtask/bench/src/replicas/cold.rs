@@ -1,4 +1,4 @@
-//! The whole burst of an idle key at once, at one replica, by the round-trip time to Redis.
+//! The full burst of an idle key, sent at once to one replica, by the round-trip time to Redis.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ use super::{
 };
 
 const COLUMNS: &[&str] = &[
-    "to Redis and back, ms",
+    "round trip to Redis, ms",
     "a minute",
     "burst",
     "plan",
@@ -39,7 +39,7 @@ const REFILLS: u32 = 10;
 
 pub(crate) async fn run(options: &Options) -> Result<Table> {
     let mut table = Table::new("Cold bursts", COLUMNS);
-    ensure!(!options.no_redis, "there is no Redis to be far away");
+    ensure!(!options.no_redis, "this table requires Redis");
     let (round_trips, rounds): (&[u64], _) = if options.quick {
         (&[0, 5], 1)
     } else {
@@ -60,12 +60,12 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
             for strict in [false, true] {
                 let (mut found, mut took) = (Found::default(), Vec::new());
                 for round in 0..rounds {
-                    // After an outage buckets start empty: a burst needs a full one.
+                    // After an outage, buckets start empty: a burst needs a full one.
                     let outages = stage.outages().await?;
                     if std::mem::replace(&mut seen, outages) != outages {
                         if refills == 0 {
                             table.notes.push(
-                                "Redis was given up too often for a full bucket each time: the machine is too busy."
+                                "Outages of Redis prevented full buckets too often: the machine is too busy."
                                     .to_owned(),
                             );
                             break;
@@ -93,7 +93,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
                     }
                     if recount.is_short() {
                         table.faults.push(format!(
-                            "{round_trip} ms to Redis, {rpm} a minute, {kind}: only {} of {} were served",
+                            "{round_trip} ms to Redis, {rpm} per minute, {kind}: only {} of {} were served",
                             recount.tokens, recount.ideal
                         ));
                     }
@@ -119,8 +119,8 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
     }
     stage.end().await?;
     table.notes.push(format!(
-        "One replica, a new key each round, all requests at once, each on a connection of its own that is open before. \
-         {}",
+        "One replica, a new key each round, all requests at the same time, each on a separate connection that was \
+         opened before. {}",
         lateness(&late),
     ));
     Ok(table)

@@ -23,7 +23,7 @@ const COLUMNS: &[&str] = &[
     "requests/s",
     "admitted",
     "Redis calls per 1,000",
-    "CPU µs a request",
+    "CPU µs per request",
     "CPU, memory = 1",
     "requests/s, memory = 1",
 ];
@@ -47,14 +47,14 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
         next_to_memory(options, &mut table).await?;
     }
     table.notes.push(format!(
-        "Redis calls are over {REPLICAS} replicas, all scripts counted by Redis itself. Next to memory: two \
-         servers on one core in turns, {CONNECTIONS} connections from the other, medians of short rounds; CPU is \
-         the server's alone."
+        "Redis calls are for {REPLICAS} replicas; Redis itself counts all scripts. The comparison with memory: two \
+         servers take turns on one core, with {CONNECTIONS} connections from the other core; medians of short \
+         rounds; CPU is that of the server only."
     ));
     Ok(table)
 }
 
-/// At 0.9 of the limit.
+/// At 0.9 times the limit.
 async fn steady(
     options: &Options,
     stage: &Stage,
@@ -73,7 +73,7 @@ async fn steady(
         spread: Spread::Random(1),
     };
     let part = |time| load.lasting(time).arrivals(REPLICAS).collect::<Vec<_>>();
-    // Leases reach their size first.
+    // Leases must reach their size first.
     stage.drive(&keys, &part(time / 3)).await?;
     let mut counters = stage.counters().await?;
     let (calls, cpu) = (scripts(&mut counters).await?, stage.fleet.cpu()?);
@@ -131,7 +131,7 @@ async fn saturated(
     let allowed = envelope.allows(nanos(took));
     if of(200) > allowed {
         let admitted = of(200);
-        let fault = format!("saturated: {admitted} admitted where {allowed} were allowed");
+        let fault = format!("saturated: {admitted} admitted, but only {allowed} are allowed");
         table.faults.push(fault);
     }
     let decisions = of(200) + of(429);
@@ -157,7 +157,7 @@ fn hammer(stage: &Stage, keys: &[Key], time: Duration) -> Result<Statuses> {
             scope.spawn(move || Load::new()?.put(addr, time, request))
         });
         let mut all = Statuses::new();
-        // All are started before waiting.
+        // All are started before waiting for any.
         for load in loads.collect::<Vec<_>>() {
             let statuses = load.join().ok().context("a load ended early")??;
             for (status, count) in statuses {
@@ -183,7 +183,7 @@ fn row(
     if let Some((before, after)) = calls {
         let calls = 1e3 * share(after.saturating_sub(before), decisions);
         if calls > aim {
-            let note = format!("Above the aim of {aim} calls per 1,000: {what}, {calls:.1}.");
+            let note = format!("Above the target of {aim} calls per 1,000: {what}, {calls:.1}.");
             table.notes.push(note);
         }
     }
@@ -259,7 +259,7 @@ async fn next_to_memory(options: &Options, table: &mut Table) -> Result<()> {
         let before = scripts(&mut counters).await?;
         for _ in 0..rounds {
             all.extend(measure(1)?);
-            // So that a signal to stop is noticed.
+            // So that a stop signal is noticed.
             tokio::task::yield_now().await;
         }
         let after = scripts(&mut counters).await?;

@@ -21,7 +21,7 @@ impl Counters {
             .arg("commandstats")
             .query_async(&mut self.connection)
             .await
-            .context("cannot ask Redis for its counters")?;
+            .context("cannot read Redis's statistics")?;
         Ok(scripts(&text))
     }
 

@@ -24,7 +24,7 @@ const COLUMNS: &[&str] = &[
     "policy",
     "admitted",
     "counted as used before the stop",
-    "counted as used after it",
+    "counted as used after the stop",
     "never served",
     "failed",
     "stop took, s",
@@ -32,7 +32,7 @@ const COLUMNS: &[&str] = &[
 const REPLICAS: usize = 3;
 const DAILY: u64 = 5000;
 const MONTHLY: u64 = 50_000;
-/// The promise: a stop takes at most this long.
+/// The promise: stopping takes at most this long.
 const STOPPED_WITHIN: Duration = Duration::from_secs(30);
 /// Keys per statement.
 const AT_ONCE: usize = 5000;
@@ -95,7 +95,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
         let (before, after) = (before.copied().unwrap_or(0), after.copied().unwrap_or(0));
         if after < admitted || after > admitted + silent {
             table.faults.push(format!(
-                "{policy}: {after} tokens are counted as used, {admitted} were used"
+                "{policy}: {after} tokens are counted as used, but {admitted} were used"
             ));
         }
         table.row(vec![
@@ -121,8 +121,8 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
         .max()
         .unwrap_or(0);
     table.notes.push(format!(
-        "{REPLICAS} replicas, keys with {DAILY} a day and {MONTHLY} a month, one request each within {:.0} s, then SIGTERM to \
-         all. {}",
+        "{REPLICAS} replicas, keys with {DAILY} per day and {MONTHLY} per month, one request each within {:.0} s, then SIGTERM \
+         to all. {}",
         Duration::from_nanos(last).as_secs_f64(),
         lateness(&log),
     ));
@@ -148,7 +148,7 @@ async fn write_keys(
                 &[&secrets, &plan_id],
             )
             .await
-            .context("the keys cannot be written")?;
+            .context("cannot write the keys")?;
         for secret in &secrets {
             keys.push(HeaderValue::from_str(secret)?);
         }

@@ -1,9 +1,8 @@
-//! An open loop: sends requests on schedule, whether or not earlier ones have been answered, and logs the outcome of
-//! each.
+//! An open loop: sends requests on schedule, whether or not earlier ones have completed, and logs the outcome of each.
 //!
 //! Requests are scheduled in advance, so a slow server does not slow down the load. A request takes an idle connection
-//! to its replica or opens one. Beyond [`CONNECTIONS`] it waits for one, which its log entry shows as a late start.
-//! Connections are reopened as replicas stop and start.
+//! to its replica or opens one. Beyond [`CONNECTIONS`], it waits for one, which appears as a late start in its log
+//! entry. Connections are reopened as replicas stop and start.
 
 use std::{
     cell::{Cell, RefCell},
@@ -53,12 +52,12 @@ pub(crate) struct Attempt {
     pub(crate) due: u64,
     /// Just before its first byte was sent.
     pub(crate) sent: u64,
-    /// Just after the head of the response arrived, or the request was given up.
+    /// Just after the head of the response arrived, or the request was abandoned.
     pub(crate) answered: u64,
     /// 0: there was no response.
     pub(crate) status: u16,
     pub(crate) retry_after: Option<u32>,
-    /// The response says that it was decided without Redis.
+    /// The response states that it was decided without Redis.
     pub(crate) degraded: bool,
 }
 

@@ -40,11 +40,11 @@ const COLUMNS: &[&str] = &[
     "no answer",
 ];
 const REPLICAS: usize = 3;
-/// When the fault happens.
+/// When the fault occurs.
 const FAULT_AT: Duration = Duration::from_secs(4);
-/// How many recent writes the promoted replica lacks.
+/// The number of recent writes that the promoted replica lacks.
 const MISSED: Duration = Duration::from_millis(1500);
-/// How long it may take until all replicas notice the loss.
+/// How long it may take until all replicas detect the loss.
 const DISCOVERY: Duration = Duration::from_secs(1);
 const AFTERWARDS: Duration = Duration::from_secs(6);
 /// The outage has ended after this long without a degraded response.
@@ -96,7 +96,7 @@ impl Kind {
 
 pub(crate) async fn run(options: &Options) -> Result<Table> {
     let mut table = Table::new("Losing Redis under load", COLUMNS);
-    ensure!(!options.no_redis, "there is no Redis to lose");
+    ensure!(!options.no_redis, "this table requires Redis");
     let kinds = match &options.fault[..] {
         [] if options.quick => &[Kind::Kill],
         [] => &Kind::ALL[..],
@@ -107,10 +107,11 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
         late.extend(one(options, *kind, &mut table).await?);
     }
     table.notes.push(format!(
-        "{REPLICAS} replicas. Excess is as in the table of limits, over the whole run; `open` promises nothing \
-         while Redis is away, and `share` adds the share of a replica that alone lost it. Latency is what the \
-         client saw, from sending to the answer's head. Recovered is when the last degraded or 503 answer came \
-         before a second without one, from when Redis was back; those after that second are degraded later. {}",
+        "{REPLICAS} replicas. Excess is defined as in the table of limits, over the whole run; `open` promises nothing \
+         while Redis is unreachable, and `share` adds the share of a replica that has lost it alone. Latency is \
+         measured by the client, from sending the request to the head of the response. Recovered is the time from \
+         when Redis was available again to the last degraded or 503 response that was followed by a second without \
+         any; those after that second are listed as degraded later. {}",
         lateness(&late),
     ));
     Ok(table)
@@ -178,7 +179,7 @@ fn load(roles: &[Role], time: Duration) -> Vec<Arrival> {
 enum World {
     Plain(RedisServer),
     Proxied {
-        /// Kept alive as long as it is needed.
+        /// Kept alive while it is needed.
         _redis: RedisServer,
         proxies: Vec<FaultProxy>,
     },
@@ -371,7 +372,7 @@ fn tell(
         let failed = recount.failed;
         table
             .faults
-            .push(format!("{what}: {failed} answers of 5xx"));
+            .push(format!("{what}: {failed} responses with 5xx"));
     }
     for (name, time, aim) in [
         ("p99 of the first second", discovering, 60),
@@ -380,7 +381,7 @@ fn tell(
     ] {
         if let Some(time) = time.filter(|time| *time > Duration::from_millis(aim)) {
             let note = format!(
-                "Above the aim of {aim} ms: {what}, {name}, {} ms.",
+                "Above the target of {aim} ms: {what}, {name}, {} ms.",
                 millis(time)
             );
             table.notes.push(note);
@@ -392,7 +393,7 @@ fn tell(
         recount.sent.to_string(),
         recount.admitted.to_string(),
         format!("{:+.3}", recount.excess()),
-        format!("{:.1} %", recount.served() * 100.0),
+        format!("{:.1}%", recount.served() * 100.0),
         cell(p99(FAULT_AT / 2, FAULT_AT)),
         cell(discovering),
         cell(afterwards),

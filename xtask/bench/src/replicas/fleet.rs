@@ -4,9 +4,7 @@
 use std::{
     fs,
     net::SocketAddr,
-    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
-    process::Command,
     time::{Duration, Instant},
 };
 
@@ -16,7 +14,7 @@ use quota_testkit::Process;
 use tempfile::TempDir;
 use tokio_postgres::NoTls;
 
-use crate::process::{ready_line, without_settings};
+use crate::process::{ready_line, serve};
 
 const STARTED_WITHIN: Duration = Duration::from_secs(60);
 /// How long a stop after SIGTERM may take.
@@ -33,7 +31,7 @@ impl Database {
     pub(crate) async fn create(cluster: &str) -> Result<Self> {
         let (base, _) = cluster
             .rsplit_once('/')
-            .context("--postgres: a URL ends in a database")?;
+            .context("--postgres: the URL must end with a database")?;
         let name = format!(
             "quota_bench_{}_{:08x}",
             std::process::id(),
@@ -169,18 +167,9 @@ pub(crate) fn cpu(pid: Pid) -> Result<Duration> {
 
 impl Replica {
     fn spawn(setup: &Setup, index: usize) -> Result<Self> {
-        let data = tempfile::Builder::new()
-            .prefix("quota-bench-")
-            .permissions(fs::Permissions::from_mode(0o711))
-            .tempdir()?;
+        let (mut command, data) = serve(&setup.binary)?;
         let log = data.path().join("log");
-        let mut command = Command::new(&setup.binary);
-        without_settings(&mut command);
         command
-            .arg("serve")
-            .env("QUOTA_LISTEN", "127.0.0.1:0")
-            .env("QUOTA_METRICS_LISTEN", "127.0.0.1:0")
-            .env("QUOTA_DATA_DIR", data.path())
             .env("DATABASE_URL", &setup.database_url)
             .env("QUOTA_DATABASE_POOL", "16")
             .env("QUOTA_ADMIN_RPM", "0")
@@ -212,7 +201,9 @@ impl Replica {
             let text = fs::read_to_string(&self.log).unwrap_or_default();
             if let Some(line) = ready_line(&text) {
                 let address = |name: &str| {
-                    let text = line[name].as_str().context("no address in the log")?;
+                    let text = line[name]
+                        .as_str()
+                        .context("there is no address in the log")?;
                     anyhow::Ok(text.parse()?)
                 };
                 (self.addr, self.metrics) = (address("listen")?, address("metrics_listen")?);

@@ -25,7 +25,7 @@ use super::{
 };
 
 const COLUMNS: &[&str] = &[
-    "answers late by, ms",
+    "responses late by, ms",
     "plan",
     "rounds",
     "sent",
@@ -36,9 +36,9 @@ const COLUMNS: &[&str] = &[
 ];
 const REPLICAS: usize = 3;
 const LIMIT: (u32, u32) = (60_000, 200);
-/// From the delay until the first requests.
+/// The time from the delay until the first requests.
 const BEFORE: Duration = Duration::from_millis(30);
-/// Time for opening all connections.
+/// The time for opening all connections.
 const CONNECTED: Duration = Duration::from_millis(1000);
 
 fn plans(round: u32, delay: Duration) -> Vec<Plan> {
@@ -62,8 +62,8 @@ fn kind(strict: bool) -> &'static str {
 }
 
 pub(crate) async fn run(options: &Options) -> Result<Table> {
-    let mut table = Table::new("Late answers for one of three replicas", COLUMNS);
-    ensure!(!options.no_redis, "there is no Redis to be late");
+    let mut table = Table::new("Late responses for one of three replicas", COLUMNS);
+    ensure!(!options.no_redis, "this table requires Redis");
     let (delays, rounds): (&[u64], _) = if options.quick {
         (&[120], 1)
     } else {
@@ -120,7 +120,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
                     &format!("late-{}-{round}-{key}", delay.as_millis()),
                     &log,
                 )?;
-                // A replica that has lost Redis by itself admits its share in addition to the others.
+                // A replica that has lost Redis on its own admits its share in addition to the others.
                 let promised = with_share_of_one(plan, REPLICAS);
                 let slack = slack(plan, options.lease_ttl());
                 let recount = Recount::of(key, &promised, slack, &log);
@@ -152,9 +152,9 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
     }
     stage.end().await?;
     table.notes.push(format!(
-        "{} a minute, burst {}. 150 requests at once at the replica whose answers are late, then {} at each of the two \
-         others, 50 and 75 ms after the answers came. Served is of what an exact bucket would admit of all of them, \
-         those at the late replica included. {}",
+        "{} per minute, burst {}. 150 concurrent requests to the replica whose responses are late, then {} to each of \
+         the two others, 50 and 75 ms after the responses arrived. Served is the fraction of what an exact bucket \
+         would admit of all requests, including those to the late replica. {}",
         LIMIT.0,
         LIMIT.1,
         LIMIT.1 + 50,

@@ -29,7 +29,7 @@ const COLUMNS: &[&str] = &[
     "served",
     "failed",
     "Redis calls per 1,000",
-    "CPU µs a request",
+    "CPU µs per request",
 ];
 const LOADS: [f64; 3] = [0.9, 1.0, 2.0];
 /// Requests per second while a bucket is emptied: as many as this machine can send to processes that share its cores.
@@ -64,10 +64,10 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
         redis = stage.end().await?;
     }
     table.notes.push(format!(
-        "Each plan's burst is its limit of a minute, and its buckets are full at first. Excess is the worst of all windows above burst + rate·(T + \
-         {} ms + 2 µs for the grain of Redis' clock), recounted from when requests were sent and answered; negative is below. Served is the part of \
-         what one exact bucket would have admitted of the same requests. Redis calls and CPU are those of a \
-         cell's keys together. What a cell admitted is also held against what its replicas say they were granted. {}",
+        "Each plan's burst is its limit per minute, and its buckets are full at first. Excess is the worst of all windows, above burst + rate·(T + \
+         {} ms + 2 µs for the resolution of Redis's clock), recounted from when requests were sent and answered; negative means below. Served is \
+         the fraction of what one exact bucket would have admitted of the same requests. Redis calls and CPU are the \
+         totals of a cell's keys. The admitted requests of a cell are also compared with the tokens that its replicas report as granted. {}",
         options.lease_ttl,
         lateness(&late),
     ));
@@ -85,7 +85,7 @@ async fn cell(
     let replicas = stage.fleet.len();
     let plans: Vec<Plan> = limits
         .iter()
-        .map(|&(rpm, burst)| Plan::new(format!("{rpm} a minute at {load}"), rpm, burst))
+        .map(|&(rpm, burst)| Plan::new(format!("{rpm} per minute at {load}"), rpm, burst))
         .collect();
     let keys = stage.keys_on(&plans).await?;
     let seed = replicas as u64;
@@ -119,7 +119,7 @@ async fn cell(
 
     for (key, plan) in plans.iter().enumerate() {
         let recount = Recount::of(key, plan, slack(plan, options.lease_ttl()), &log);
-        let what = format!("{replicas} replicas, load {load}, {} a minute", plan.rpm);
+        let what = format!("{replicas} replicas, load {load}, {} per minute", plan.rpm);
         if recount.is_over() {
             table.faults.push(context(&what, &recount));
         }
@@ -135,7 +135,7 @@ async fn cell(
             recount.sent.to_string(),
             recount.admitted.to_string(),
             format!("{:+.3}", recount.excess()),
-            format!("{:.2} %", recount.served() * 100.0),
+            format!("{:.2}%", recount.served() * 100.0),
             (recount.failed + recount.silent).to_string(),
             calls.clone(),
             format!("{micros:.0}"),

@@ -1,5 +1,5 @@
-//! What holds across replicas, measured from outside: replicas in separate processes, real PostgreSQL and Redis, an
-//! open-loop load, and a recount of admitted requests from the client's log.
+//! The behavior of several replicas, measured from outside: replicas in separate processes, real PostgreSQL and Redis,
+//! an open-loop load, and a recount of admitted requests from the client's log.
 //!
 //! Uses only what an operator knows about the server: settings, HTTP and signals. A broken promise is listed as a fault
 //! in its table and fails the run. Everything is bounded in number and time, uses only loopback, and ends with this
@@ -33,12 +33,12 @@ use table::Table;
 
 #[derive(Args)]
 pub(crate) struct Options {
-    /// The `quota` binary, built for release
+    /// The `quota` binary, a release build
     quota: PathBuf,
     /// Another binary to measure instead, such as an earlier version
     #[arg(long)]
     server: Option<PathBuf>,
-    /// A PostgreSQL on which to create databases, with a role that may: postgres://user@host/postgres
+    /// A PostgreSQL on which to create databases, with a role that may do so: postgres://user@host/postgres
     #[arg(long)]
     postgres: String,
     /// The tables to produce, separated by commas
@@ -75,21 +75,21 @@ pub(crate) struct Options {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Only {
-    /// Replicas, loads and plans: what was admitted above the promise
+    /// Replicas, loads and plans: requests admitted in excess of the promise
     Limits,
-    /// A daily quota, across a stop and a start
+    /// A daily quota, across a restart
     Daily,
     /// Bursts that are adverse for leases
     Bursts,
     /// Requests that cost 1 to 5
     Weighted,
-    /// The whole burst of an idle key at once, by the round-trip time to Redis
+    /// The full burst of an idle key at once, by the round-trip time to Redis
     Cold,
     /// Redis responds late to one replica
     Late,
     /// Redis freezes for less than a second
     Stalls,
-    /// Redis killed, frozen, failed over, cut off
+    /// Redis killed, frozen, failed over or cut off
     Faults,
     /// A clean stop with many keys in use
     Drain,

@@ -19,11 +19,11 @@ const COLUMNS: &[&str] = &[
     "replicas",
     "quota",
     "served before the stop",
-    "served in all",
+    "served in total",
     "failed",
 ];
 
-/// The maximum, after the start.
+/// The maximum, after the restart.
 const ROUNDS: usize = 20;
 
 pub(crate) async fn run(options: &Options) -> Result<Table> {
@@ -63,7 +63,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
         stage.end().await?;
         ensure!(
             today()? == day,
-            "a day ended meanwhile, which says nothing: run it again"
+            "a day ended in between, so the result is invalid: run it again"
         );
 
         let admitted = |log: &[Attempt]| log.iter().filter(|it| it.admitted()).count() as u64;
@@ -80,7 +80,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
             .count() as u64;
         if total > quota || total + silent < quota {
             table.faults.push(format!(
-                "{replicas} replicas: {total} were served of {quota}"
+                "{replicas} replicas: {total} of {quota} were served"
             ));
         }
         table.row(vec![
@@ -92,7 +92,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
         ]);
     }
     table.notes.push(
-        "Requests for 70 % of it, a stop of all replicas by SIGTERM, a start, and as many requests again until a round of them is denied whole."
+        "Requests for 70% of it, a stop of all replicas with SIGTERM, a start, and rounds of the same number of requests until all requests of a round are denied."
             .to_owned(),
     );
     Ok(table)
@@ -113,7 +113,7 @@ async fn spend(stage: &Stage, keys: &[Key], count: usize) -> Result<Vec<Attempt>
 /// The tenant's days are in UTC.
 #[expect(
     clippy::disallowed_methods,
-    reason = "a measurement has no `Clock`: it reads the time as it is"
+    reason = "a measurement has no `Clock`: it reads the time directly"
 )]
 fn today() -> Result<u64> {
     Ok(SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs() / 86_400)

@@ -24,7 +24,7 @@ pub(crate) struct Steady {
 }
 
 impl Steady {
-    /// Returns as many requests as fit into the time.
+    /// Returns as many requests as fit into the time span.
     pub(crate) fn lasting(mut self, time: Duration) -> Self {
         #[expect(
             clippy::cast_possible_truncation,
@@ -77,7 +77,7 @@ pub(crate) fn at_once(key: usize, at: Duration, replica: usize, count: u32) -> V
     vec![one; count as usize]
 }
 
-/// Gives each request a cost of 1 to 5, at random from this seed.
+/// Gives each request a random cost of 1 to 5, from this seed.
 pub(crate) fn with_costs(arrivals: impl IntoIterator<Item = Arrival>, seed: u64) -> Vec<Arrival> {
     let mut rng = fastrand::Rng::with_seed(seed);
     let arrivals = arrivals.into_iter();
@@ -136,9 +136,9 @@ pub(crate) fn drained_then(
         .collect()
 }
 
-/// Bursts that are adverse for leases. Each cycle sends a steady stream to one replica, so that it takes many tokens
-/// ahead; pauses for `phase`, so that they remain unspent; then sends a burst to all others at once and finally to the
-/// first. The next cycle begins with the next replica.
+/// Bursts that are adverse for leases. Each cycle sends a steady stream to one replica, so that it prefetches many
+/// tokens; pauses for `phase`, so that they remain unspent; then sends a burst to all others at the same time, and
+/// finally to the first. The next cycle begins with the next replica.
 pub(crate) fn on_off(
     key: usize,
     from: Duration,

@@ -111,8 +111,8 @@ impl Stage {
         })
     }
 
-    /// Returns how many tokens the replicas report as granted so far, less those returned, plus requests admitted
-    /// without Redis. `None` without Redis.
+    /// Returns the number of tokens that the replicas report as granted so far, minus those returned, plus requests
+    /// admitted without Redis. `None` without Redis.
     pub(crate) async fn granted(&self) -> Result<Option<u64>> {
         if self.redis.is_none() {
             return Ok(None);
@@ -244,13 +244,13 @@ impl Recount {
         self.worst.map_or(f64::NEG_INFINITY, |worst| worst.excess)
     }
 
-    /// The share of what one exact bucket would have admitted.
+    /// The fraction of what one exact bucket would have admitted.
     pub(crate) fn served(&self) -> f64 {
         share(self.tokens, self.ideal)
     }
 
-    /// Returns whether less than 99 % of what could be admitted was. One request is within the measurement error: a
-    /// client cannot tell whether its tokens were already available.
+    /// Returns whether less than 99% of the possible requests were admitted. One request is within the measurement
+    /// error: a client cannot tell whether its tokens were already available.
     pub(crate) fn is_short(&self) -> bool {
         self.served() < 0.99 && self.tokens + self.dearest < self.ideal
     }
@@ -259,7 +259,7 @@ impl Recount {
         self.excess() > 0.0
     }
 
-    /// Where in the log it is.
+    /// The position in the log.
     pub(crate) fn window(&self) -> String {
         let Some(worst) = self.worst else {
             return "nothing was admitted".to_owned();
@@ -293,7 +293,7 @@ pub(crate) fn check_book(
     let admitted = admitted.filter(|it| it.admitted());
     let admitted: u64 = admitted.map(|it| u64::from(it.cost)).sum();
     if admitted > granted {
-        let fault = format!("{what}: {admitted} admitted where {granted} were granted");
+        let fault = format!("{what}: {admitted} admitted, but only {granted} were granted");
         table.faults.push(fault);
     }
 }
@@ -326,7 +326,7 @@ pub(crate) fn millis(time: Duration) -> String {
 }
 
 pub(crate) fn percent(part: f64) -> String {
-    format!("{:.2} %", part * 100.0)
+    format!("{:.2}%", part * 100.0)
 }
 
 /// Returns the 99th percentile of how late the load itself sent requests.
@@ -335,7 +335,7 @@ pub(crate) fn lateness(log: &[Attempt]) -> String {
         .iter()
         .map(|it| Duration::from_nanos(it.sent.saturating_sub(it.due)));
     format!(
-        "Requests left at most {} ms late at p99.",
+        "Requests were sent at most {} ms late at p99.",
         millis(quantile(late.collect(), 0.99))
     )
 }

@@ -47,8 +47,8 @@ fn plans(ms: u64) -> Vec<Plan> {
 }
 
 pub(crate) async fn run(options: &Options) -> Result<Table> {
-    let mut table = Table::new("Short stalls of Redis", COLUMNS);
-    ensure!(!options.no_redis, "there is no Redis to stall");
+    let mut table = Table::new("Short freezes of Redis", COLUMNS);
+    ensure!(!options.no_redis, "this table requires Redis");
     let stalls: &[u64] = if options.quick {
         &[300]
     } else {
@@ -93,14 +93,14 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
         keep_log(options, &format!("stall-{ms}"), &log)?;
         for (key, plan) in plans.iter().enumerate() {
             let recount = Recount::of(key, plan, slack(plan, options.lease_ttl()), &log);
-            let what = format!("a stall of {ms} ms, {}", plan.name);
+            let what = format!("a freeze of {ms} ms, {}", plan.name);
             if recount.is_over() {
                 table.faults.push(context(&what, &recount));
             }
             if plan.on_redis_failure == Some("share") && recount.failed > 0 {
                 table
                     .faults
-                    .push(format!("{what}: {} answers of 5xx", recount.failed));
+                    .push(format!("{what}: {} responses with 5xx", recount.failed));
             }
             let own = log.iter().filter(|it| it.key == key);
             let took = own.map(super::drive::Attempt::took).collect();
@@ -121,8 +121,9 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
     }
     stage.end().await?;
     table.notes.push(format!(
-        "{REPLICAS} replicas, {} a minute, burst {}; the bucket is emptied first, then twice the rate. Redis is stopped by \
-         SIGSTOP. Served is of what an exact bucket would admit of all requests, those during the stall included. {}",
+        "{REPLICAS} replicas, {} per minute, burst {}; the bucket is emptied first, then twice the rate. Redis is frozen \
+         with SIGSTOP. Served is the fraction of what an exact bucket would admit of all requests, including those \
+         during the freeze. {}",
         LIMIT.0,
         LIMIT.1,
         lateness(&late),

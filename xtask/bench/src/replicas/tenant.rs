@@ -125,7 +125,7 @@ impl Tenant {
 fn text(value: &Value, name: &str) -> Result<String> {
     let text = value[name].as_str();
     Ok(text
-        .with_context(|| format!("no {name} in {value}"))?
+        .with_context(|| format!("{name} is missing in {value}"))?
         .to_owned())
 }
 
@@ -157,7 +157,7 @@ async fn call(
     connection.abort();
     if !status.is_success() {
         bail!(
-            "{method} {path} answered {status}: {}",
+            "{method} {path} returned {status}: {}",
             String::from_utf8_lossy(&bytes)
         );
     }

@@ -77,7 +77,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
         for (key, plan) in plans.iter().enumerate() {
             let recount = Recount::of(key, plan, slack(plan, options.lease_ttl()), &log);
             let kind = if plan.strict { "strict" } else { "leases" };
-            let what = format!("load {load}, {} a minute, {kind}", plan.rpm);
+            let what = format!("load {load}, {} per minute, {kind}", plan.rpm);
             if recount.is_over() {
                 table.faults.push(context(&what, &recount));
             }

@@ -63,7 +63,7 @@ async fn measured(arguments: &[&str]) -> Found {
         .args(["--postgres", &url, "--quick", "--json"])
         .arg(&json)
         .args(arguments);
-    // On a blocking thread: this runtime keeps the database running.
+    // On a blocking thread, because this runtime keeps the database running.
     let (done, ran) = tokio::sync::oneshot::channel();
     std::thread::spawn(move || done.send(command.output()));
     let Output { status, stderr, .. } = ran
@@ -91,7 +91,7 @@ async fn replicas_that_share_no_limits_are_found_out_and_one_alone_is_not() {
         if row["replicas"] == "1" {
             assert!(excess <= 0.0, "{row}");
         } else {
-            // Two buckets, each with the whole burst and the whole rate.
+            // Two buckets, each with the full burst and the full rate.
             assert!(number(row, "served") > 150.0, "{row}");
             assert!(excess >= 1.0, "{row}");
             seen += 1;
@@ -116,7 +116,7 @@ async fn a_daily_quota_is_exact_over_replicas_that_share_nothing_else() {
     let found = measured(&["--only", "daily", "--no-redis", "--replicas", "2"]).await;
     assert!(found.content, "{:?}", found.faults());
     let row = &found.rows()[0];
-    assert_eq!(row["served in all"], row["quota"], "{row}");
+    assert_eq!(row["served in total"], row["quota"], "{row}");
 }
 
 #[tokio::test]

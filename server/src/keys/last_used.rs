@@ -1,4 +1,5 @@
-//! Records when keys and service tokens were last used: in memory, and every few seconds in PostgreSQL.
+//! Records when service tokens were last used: in memory, and every few seconds in PostgreSQL. The same for keys while
+//! metering is off; otherwise, it is written with their usage.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -21,7 +22,7 @@ const BATCH: usize = 1_000;
 
 type Notes = [Mutex<HashMap<Uuid, UnixNanos>>; SHARDS];
 
-/// Times of last use that have not been written yet. Cheap to clone.
+/// Times of last use that have not been saved yet. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub struct LastUsed {
     keys: Arc<Notes>,
@@ -37,7 +38,7 @@ impl LastUsed {
         note(&self.tokens, id.0, now);
     }
 
-    /// Writes all times, in batches of one short transaction each. Keeps those that could not be written.
+    /// Saves all times in batches, each in a short transaction. Keeps those that could not be saved.
     pub async fn flush(&self, db: &Db) -> Result<(), DbError> {
         let keys = flush(db, &self.keys, async |tx, used| {
             api_key::touch(tx, used).await
@@ -80,7 +81,7 @@ fn note(notes: &Notes, id: Uuid, now: UnixNanos) {
     *at = now.max(*at);
 }
 
-/// Returns them in the order of IDs, so that two replicas that write at the same time cannot deadlock.
+/// Returns them ordered by ID, so that two replicas that write at the same time cannot deadlock.
 fn take(notes: &Notes) -> Vec<(Uuid, UnixNanos)> {
     let mut all = notes
         .iter()

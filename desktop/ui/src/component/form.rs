@@ -1,0 +1,60 @@
+//! Forms, and the buttons that submit them.
+
+use leptos::prelude::*;
+
+use super::{alert::Alert, busy::busy_attr, form_state::FormState};
+
+/// A form in a dialog: its error, its fields, and the buttons that close it and submit it.
+#[component]
+pub fn DialogForm(
+    form: FormState,
+    open: RwSignal<bool>,
+    /// The label of the submit button.
+    action: &'static str,
+    /// Whether the dialog must stay open until the response arrives, because it contains a secret.
+    #[prop(optional)]
+    locked: bool,
+    /// Called on submission if every field is valid.
+    submit: impl Fn() + 'static,
+    children: Children,
+) -> impl IntoView {
+    dialog_form(form, open, action, locked, Box::new(submit), children())
+}
+
+fn dialog_form(
+    form: FormState,
+    open: RwSignal<bool>,
+    action: &'static str,
+    locked: bool,
+    submit: Box<dyn Fn()>,
+    fields: AnyView,
+) -> AnyView {
+    let waiting = busy_attr(form.busy);
+    view! {
+        <form novalidate on:submit=form.on_submit(submit)>
+            <Alert error=form.failure()/>
+            {fields}
+            <div class="actions end">
+                <button
+                    type="button"
+                    class="button"
+                    aria-disabled=move || waiting().filter(|_| locked)
+                    on:click=move |_| open.set(false)
+                >
+                    "Cancel"
+                </button>
+                <SubmitButton form action/>
+            </div>
+        </form>
+    }
+    .into_any()
+}
+
+#[component]
+pub fn SubmitButton(form: FormState, action: &'static str) -> impl IntoView {
+    view! {
+        <button class="button primary" aria-disabled=busy_attr(form.busy) data-busy=busy_attr(form.busy)>
+            {action}
+        </button>
+    }
+}

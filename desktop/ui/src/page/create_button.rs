@@ -1,0 +1,15 @@
+//! The button that opens the form for a new plan, key or token.
+
+use leptos::prelude::*;
+
+use crate::session::session;
+
+/// Shown only to users whose role may create it.
+#[component]
+pub fn CreateButton(open: RwSignal<bool>, label: &'static str) -> impl IntoView {
+    let session = session();
+    let button = move || {
+        view! { <button class="button primary" on:click=move |_| open.set(true)>{label}</button> }
+    };
+    move || session.can_manage().then(button)
+}

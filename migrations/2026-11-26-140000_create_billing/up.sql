@@ -1,0 +1,116 @@
+-- Billing through Stripe. Only the server itself writes these tables, as quota_system: a tenant's transaction can read
+-- its own rows, and cannot grant itself access.
+
+CREATE TABLE billing_accounts (
+    tenant_id uuid NOT NULL,
+    customer_id text,
+    customer_email text NOT NULL,
+    customer_name text NOT NULL,
+    customer_attempt integer NOT NULL DEFAULT 0,
+    customer_requested boolean NOT NULL DEFAULT false,
+    access text NOT NULL DEFAULT 'free',
+    has_paid_access boolean NOT NULL DEFAULT false,
+    paid_access_until timestamptz,
+    subscription_id text,
+    reads_begun bigint NOT NULL DEFAULT 0,
+    read_applied bigint NOT NULL DEFAULT 0,
+    read_at timestamptz,
+    read_due_at timestamptz NOT NULL DEFAULT now() + interval '10 minutes',
+    checkout_attempt integer NOT NULL DEFAULT 0,
+    checkout_id text,
+    CONSTRAINT billing_accounts_pkey PRIMARY KEY (tenant_id),
+    CONSTRAINT billing_accounts_customer_id_key UNIQUE (customer_id),
+    CONSTRAINT billing_accounts_tenant_fkey FOREIGN KEY (tenant_id) REFERENCES tenants (id) ON DELETE CASCADE,
+    CONSTRAINT billing_accounts_access_known CHECK (
+        access IN ('free', 'trialing', 'active', 'past_due', 'unpaid', 'canceled', 'paused')
+    ),
+    CONSTRAINT billing_accounts_paid_access CHECK (
+        has_paid_access = (access IN ('trialing', 'active', 'past_due'))
+        AND (has_paid_access OR paid_access_until IS NULL)
+    ),
+    CONSTRAINT billing_accounts_reads_in_order CHECK (read_applied <= reads_begun)
+);
+CREATE INDEX billing_accounts_read_due_at_idx ON billing_accounts (read_due_at);
+COMMENT ON TABLE billing_accounts IS 'Tenants that have begun to pay: their customer at Stripe, and what they have access to';
+COMMENT ON COLUMN billing_accounts.customer_id IS 'The customer at Stripe; NULL until it has been created';
+COMMENT ON COLUMN billing_accounts.customer_email IS 'The email that the customer was created with, so that a retry sends the same';
+COMMENT ON COLUMN billing_accounts.customer_name IS 'The name that the customer was created with';
+COMMENT ON COLUMN billing_accounts.customer_attempt IS 'Part of the idempotency key for creating the customer. Increases when Stripe has failed for good';
+COMMENT ON COLUMN billing_accounts.customer_requested IS 'Whether creating the customer was tried, so that it may exist';
+COMMENT ON COLUMN billing_accounts.access IS 'What the subscriptions mean, as of the last read';
+COMMENT ON COLUMN billing_accounts.has_paid_access IS 'Whether keys on plans marked paid work, until paid_access_until';
+COMMENT ON COLUMN billing_accounts.paid_access_until IS 'When that ends without further news; NULL for never';
+COMMENT ON COLUMN billing_accounts.subscription_id IS 'The subscription that access comes from';
+COMMENT ON COLUMN billing_accounts.reads_begun IS 'How many reads of the subscriptions have begun. A read takes its number before it asks Stripe';
+COMMENT ON COLUMN billing_accounts.read_applied IS 'The number of the read that was applied last. Earlier ones are dropped';
+COMMENT ON COLUMN billing_accounts.read_at IS 'When that read began';
+COMMENT ON COLUMN billing_accounts.read_due_at IS 'When the subscriptions are read again without an event';
+COMMENT ON COLUMN billing_accounts.checkout_attempt IS 'Part of the idempotency key for creating a Checkout Session';
+COMMENT ON COLUMN billing_accounts.checkout_id IS 'The last Checkout Session';
+
+CREATE TABLE billing_subscriptions (
+    tenant_id uuid NOT NULL,
+    id text NOT NULL,
+    status text NOT NULL,
+    started_at timestamptz NOT NULL,
+    trial_ends_at timestamptz,
+    cancels_at timestamptz,
+    unpaid_since timestamptz,
+    period_start timestamptz,
+    period_end timestamptz,
+    CONSTRAINT billing_subscriptions_pkey PRIMARY KEY (tenant_id, id),
+    CONSTRAINT billing_subscriptions_id_key UNIQUE (id),
+    CONSTRAINT billing_subscriptions_account_fkey FOREIGN KEY (tenant_id)
+        REFERENCES billing_accounts (tenant_id) ON DELETE CASCADE
+);
+COMMENT ON TABLE billing_subscriptions IS 'Subscriptions at Stripe, as of the last read that was applied';
+COMMENT ON COLUMN billing_subscriptions.status IS 'Stripe''s name of the status';
+COMMENT ON COLUMN billing_subscriptions.cancels_at IS 'When it is scheduled to be canceled, or was canceled';
+COMMENT ON COLUMN billing_subscriptions.unpaid_since IS 'When its oldest unpaid invoice was finalized, while it is past due';
+COMMENT ON COLUMN billing_subscriptions.period_start IS 'Start of the current billing period';
+COMMENT ON COLUMN billing_subscriptions.period_end IS 'End of the current billing period';
+
+CREATE TABLE billing_events (
+    id text NOT NULL,
+    kind text NOT NULL,
+    object_id text,
+    customer_id text,
+    api_version text,
+    livemode boolean NOT NULL,
+    body text NOT NULL,
+    received_at timestamptz NOT NULL DEFAULT now(),
+    attempts integer NOT NULL DEFAULT 0,
+    due_at timestamptz DEFAULT now(),
+    outcome text,
+    error text,
+    CONSTRAINT billing_events_pkey PRIMARY KEY (id),
+    CONSTRAINT billing_events_outcome_known CHECK (outcome IN ('applied', 'ignored', 'failed')),
+    CONSTRAINT billing_events_due_until_handled CHECK ((due_at IS NULL) = (outcome IS NOT NULL))
+);
+CREATE INDEX billing_events_due_at_idx ON billing_events (due_at) WHERE due_at IS NOT NULL;
+CREATE INDEX billing_events_received_at_idx ON billing_events (received_at);
+COMMENT ON TABLE billing_events IS 'Webhooks of Stripe whose signature was valid, each once. Kept for 30 days after they were handled';
+COMMENT ON COLUMN billing_events.kind IS 'The type of the event';
+COMMENT ON COLUMN billing_events.object_id IS 'The object that the event is about';
+COMMENT ON COLUMN billing_events.customer_id IS 'The customer that the event names';
+COMMENT ON COLUMN billing_events.api_version IS 'The version of Stripe''s API that the body has; NULL for thin events';
+COMMENT ON COLUMN billing_events.body IS 'The body as it was received. What it says is never applied: events only cause reads';
+COMMENT ON COLUMN billing_events.due_at IS 'When it is handled next; NULL when it has been';
+COMMENT ON COLUMN billing_events.outcome IS 'applied: the customer was read afterwards; ignored: about no customer of this server; failed: given up';
+
+GRANT SELECT ON billing_accounts, billing_subscriptions TO quota_app;
+GRANT SELECT, INSERT, UPDATE, DELETE ON billing_accounts, billing_subscriptions, billing_events TO quota_system;
+
+ALTER TABLE billing_accounts ENABLE ROW LEVEL SECURITY;
+ALTER TABLE billing_accounts FORCE ROW LEVEL SECURITY;
+CREATE POLICY billing_accounts_own ON billing_accounts TO quota_app USING (tenant_id = current_tenant());
+CREATE POLICY billing_accounts_system ON billing_accounts TO quota_system USING (true);
+
+ALTER TABLE billing_subscriptions ENABLE ROW LEVEL SECURITY;
+ALTER TABLE billing_subscriptions FORCE ROW LEVEL SECURITY;
+CREATE POLICY billing_subscriptions_own ON billing_subscriptions TO quota_app USING (tenant_id = current_tenant());
+CREATE POLICY billing_subscriptions_system ON billing_subscriptions TO quota_system USING (true);
+
+ALTER TABLE billing_events ENABLE ROW LEVEL SECURITY;
+ALTER TABLE billing_events FORCE ROW LEVEL SECURITY;
+CREATE POLICY billing_events_system ON billing_events TO quota_system USING (true);

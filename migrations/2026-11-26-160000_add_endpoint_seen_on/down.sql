@@ -1,0 +1,2 @@
+DROP INDEX usage_endpoints_seen_on_idx;
+ALTER TABLE usage_endpoints DROP COLUMN seen_on;

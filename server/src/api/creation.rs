@@ -1,0 +1,71 @@
+//! Creating a resource: once per `Idempotency-Key`, within the tenant's limits, with an audit event.
+
+use poem::http::StatusCode;
+use quota_common::{
+    api_key::CreatedApiKey, audit::AuditAction, plan::Plan, service_token::CreatedServiceToken,
+};
+use serde::{Serialize, de::DeserializeOwned};
+
+use super::{
+    admitted::AdmittedTenant,
+    allowance,
+    change::{Audited, Edit},
+    idempotency::IdempotencyGuard,
+    problem::ApiError,
+};
+use crate::{db::TenantTx, repo::allowance::Resource, state::AppState};
+
+/// The response to a creation.
+pub trait Creation: Serialize + DeserializeOwned {
+    const RESOURCE: Resource;
+    const ACTION: AuditAction;
+
+    fn resource(&self) -> &impl Audited;
+}
+
+impl Creation for Plan {
+    const RESOURCE: Resource = Resource::Plans;
+    const ACTION: AuditAction = AuditAction::PlanCreate;
+
+    fn resource(&self) -> &impl Audited {
+        self
+    }
+}
+
+impl Creation for CreatedApiKey {
+    const RESOURCE: Resource = Resource::ApiKeys;
+    const ACTION: AuditAction = AuditAction::ApiKeyCreate;
+
+    fn resource(&self) -> &impl Audited {
+        &self.api_key
+    }
+}
+
+impl Creation for CreatedServiceToken {
+    const RESOURCE: Resource = Resource::ServiceTokens;
+    const ACTION: AuditAction = AuditAction::ServiceTokenCreate;
+
+    fn resource(&self) -> &impl Audited {
+        &self.service_token
+    }
+}
+
+/// Creates a resource with `insert`, or returns the first response if the request is a replay. What `insert` returns is
+/// stored for replays, so it must not contain a secret.
+pub async fn create<T: Creation>(
+    state: &AppState,
+    caller: &AdmittedTenant,
+    idempotency: IdempotencyGuard,
+    insert: impl AsyncFnOnce(&mut TenantTx) -> Result<T, ApiError>,
+) -> Result<T, ApiError> {
+    let mut edit = Edit::begin(state, caller).await?;
+    if let Some(first) = idempotency.replay(&mut edit).await? {
+        return Ok(first);
+    }
+    allowance::one_more(&state.config, &mut edit, T::RESOURCE).await?;
+    let created = insert(&mut edit).await?;
+    let status = StatusCode::CREATED;
+    idempotency.keep(&mut edit, status, &created).await?;
+    edit.created(T::ACTION, created.resource()).await?;
+    Ok(created)
+}

@@ -1,0 +1,192 @@
+//! Webhooks: stored as they arrive, and processed later.
+//!
+//! The contents of an event are never applied. It only causes a read of its customer's subscriptions, whatever its
+//! type, version or age.
+
+use futures_util::{StreamExt, stream};
+use quota_common::TenantId;
+
+use super::{Billing, BillingError};
+use crate::{
+    db::DbError,
+    error_chain::chain,
+    repo::{
+        billing,
+        billing_event::{self, DueEvent, NewEvent, Outcome},
+        invalidation::Invalidation,
+    },
+    stripe::Envelope,
+};
+
+/// Maximum number of events processed together.
+const BATCH: i64 = 100;
+/// After this many attempts, which take about a day, an event is abandoned. The customer is read regularly anyway.
+const ATTEMPTS_MAX: i32 = 35;
+/// Maximum number of customers read concurrently.
+const CONCURRENT: usize = 8;
+/// How often a customer is read without an event, in seconds. So a lost webhook delays its change by at most this long.
+const READ_EVERY: f64 = 600.0;
+/// Maximum number of customers read in one round.
+const READS: i64 = 20;
+
+/// The result of a round of the worker.
+#[derive(Debug, Default)]
+pub struct Round {
+    /// Number of events it took.
+    pub events: usize,
+    /// Number of events it abandoned.
+    pub failed: usize,
+    /// Number of reads of customers that failed.
+    pub read_errors: usize,
+    /// Invalidations to publish.
+    pub invalidations: Vec<Invalidation>,
+}
+
+impl Billing {
+    /// Stores an event whose signature is valid. Returns `false` if it was stored before.
+    pub async fn receive(&self, event: &Envelope, body: &str) -> Result<bool, DbError> {
+        let mut tx = self.db.system().await?;
+        let new = NewEvent {
+            id: &event.id,
+            kind: &event.kind,
+            object_id: event.object.as_deref(),
+            customer_id: event.customer.as_deref(),
+            api_version: event.api_version.as_deref(),
+            livemode: event.livemode,
+            body,
+        };
+        let is_new = billing_event::insert(&mut tx, &new).await?;
+        tx.commit().await?;
+        Ok(is_new)
+    }
+
+    /// Processes events that are due. Events of one tenant are processed with a single read.
+    pub async fn handle_due(&self) -> Result<Round, DbError> {
+        let mut tx = self.db.system().await?;
+        let due = billing_event::claim(&mut tx, BATCH).await?;
+        tx.commit().await?;
+        let mut round = Round {
+            events: due.len(),
+            ..Round::default()
+        };
+        let mut by_tenant: Vec<(TenantId, Vec<DueEvent>)> = Vec::new();
+        for event in due {
+            match self.tenant_of(&event).await {
+                Ok(Some(tenant)) => {
+                    match by_tenant.iter_mut().find(|(other, _)| *other == tenant) {
+                        Some((_, events)) => events.push(event),
+                        None => by_tenant.push((tenant, vec![event])),
+                    }
+                }
+                Ok(None) => self.finish(&[event], Outcome::Ignored, None).await?,
+                Err(error) => self.postpone(&[event], &error, &mut round).await?,
+            }
+        }
+        let reads = by_tenant.into_iter().map(async |(tenant, events)| {
+            let read = self.read(tenant).await;
+            (events, read)
+        });
+        let mut reads = stream::iter(reads).buffer_unordered(CONCURRENT);
+        while let Some((events, read)) = reads.next().await {
+            match read {
+                Ok(invalidation) => {
+                    // Done before recording the outcome, which may fail.
+                    round.invalidations.extend(invalidation);
+                    self.finish(&events, Outcome::Applied, None).await?;
+                }
+                Err(error) => self.postpone(&events, &error, &mut round).await?,
+            }
+        }
+        Ok(round)
+    }
+
+    /// Reads customers that have not been read for a while.
+    pub async fn read_due(&self) -> Result<Round, DbError> {
+        let mut tx = self.db.system().await?;
+        let due = billing::claim_due_reads(&mut tx, READ_EVERY, READS).await?;
+        tx.commit().await?;
+        let mut round = Round::default();
+        for tenant in due {
+            match self.read(tenant).await {
+                Ok(invalidation) => round.invalidations.extend(invalidation),
+                Err(error) => {
+                    round.read_errors += 1;
+                    tracing::warn!(%tenant, error = %chain(&error), "cannot read subscriptions from Stripe");
+                }
+            }
+        }
+        Ok(round)
+    }
+
+    /// Returns the tenant that an event concerns.
+    async fn tenant_of(&self, event: &DueEvent) -> Result<Option<TenantId>, BillingError> {
+        // Events of a sandbox do not concern real subscriptions, nor the other way around.
+        if event.livemode != self.is_live {
+            return Ok(None);
+        }
+        let customer = match (&event.customer_id, &event.object_id) {
+            (Some(customer), _) => Some(customer.clone()),
+            (None, Some(object)) if object.starts_with("cus_") => Some(object.clone()),
+            (None, Some(object)) => self.stripe.customer_of(object).await?,
+            (None, None) => None,
+        };
+        let Some(customer) = customer else {
+            return Ok(None);
+        };
+        let mut tx = self.db.system().await?;
+        let tenant = billing::tenant_of(&mut tx, &customer).await?;
+        tx.commit().await?;
+        Ok(tenant)
+    }
+
+    async fn finish(
+        &self,
+        events: &[DueEvent],
+        outcome: Outcome,
+        error: Option<&str>,
+    ) -> Result<(), DbError> {
+        let ids: Vec<&str> = events.iter().map(|event| event.id.as_str()).collect();
+        let mut tx = self.db.system().await?;
+        billing_event::finish(&mut tx, &ids, outcome, error).await?;
+        tx.commit().await
+    }
+
+    /// Defers events to a later attempt, or abandons them.
+    async fn postpone(
+        &self,
+        events: &[DueEvent],
+        error: &BillingError,
+        round: &mut Round,
+    ) -> Result<(), DbError> {
+        let error = chain(error);
+        let (last, again): (Vec<_>, Vec<_>) = events
+            .iter()
+            .cloned()
+            .partition(|event| event.attempts >= ATTEMPTS_MAX);
+        round.read_errors += 1;
+        round.failed += last.len();
+        for event in &last {
+            tracing::error!(
+                event = event.id,
+                kind = event.kind,
+                error,
+                "abandoned a Stripe event"
+            );
+        }
+        if !last.is_empty() {
+            self.finish(&last, Outcome::Failed, Some(&error)).await?;
+        }
+        if !again.is_empty() {
+            let ids: Vec<&str> = again.iter().map(|event| event.id.as_str()).collect();
+            tracing::warn!(
+                events = ids.len(),
+                error,
+                "cannot process Stripe events yet"
+            );
+            let mut tx = self.db.system().await?;
+            billing_event::postpone(&mut tx, &ids, &error).await?;
+            tx.commit().await?;
+        }
+        Ok(())
+    }
+}

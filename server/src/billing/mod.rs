@@ -1,0 +1,316 @@
+//! Subscriptions of tenants: their access, and how they pay.
+//!
+//! Stripe is the source of truth. What is stored here is the result of the last read of a customer's subscriptions;
+//! webhooks and the passage of time only cause reads ([`events`], [`Billing::read`]). Reads are numbered before they
+//! start, and a read that started before the last applied one is discarded, so the result does not depend on the order
+//! in which events arrive or reads complete. [`subscription`](crate::subscription) defines the meaning of
+//! subscriptions.
+//!
+//! If Stripe is unreachable, tenants keep their access. No tenant can subscribe during that time.
+
+pub mod events;
+pub mod setup;
+pub mod usage;
+
+use chrono::{DateTime, Utc};
+use quota_common::TenantId;
+
+use crate::{
+    config::StripeSettings,
+    db::{Db, DbError},
+    repo::{
+        billing::{self, AccountRow, Applied, AppliedRead, SubscriptionRow},
+        invalidation::{self, Invalidation, Target},
+    },
+    stripe::{Checkout, CheckoutSession, Stripe, StripeError},
+    subscription::{self, Paid, Status},
+};
+
+/// The lookup key of the price per month.
+pub const FLAT_PRICE: &str = "quota_monthly";
+/// The lookup key of the price per unit of usage, which is optional.
+pub const USAGE_PRICE: &str = "quota_usage";
+
+/// Why a billing operation failed.
+#[derive(Debug, thiserror::Error)]
+pub enum BillingError {
+    #[error(transparent)]
+    Stripe(#[from] StripeError),
+    #[error(transparent)]
+    Db(#[from] DbError),
+    /// The tenant already has a subscription, which it has to change or end first.
+    #[error("the tenant has a subscription")]
+    Subscribed,
+    /// The tenant has no customer at Stripe.
+    #[error("the tenant has never subscribed")]
+    NoCustomer,
+    /// Stripe has no active price with the lookup key of [`FLAT_PRICE`].
+    #[error(
+        "Stripe has no active price with the lookup key {FLAT_PRICE}; run `quota billing setup`"
+    )]
+    NoPrice,
+    /// Stripe returned a status that this version does not support. The last known access is kept.
+    #[error("Stripe returned the unknown subscription status {0:?}")]
+    UnknownStatus(String),
+    #[error("Stripe returned a Checkout Session without a page")]
+    NoPage,
+    /// Stripe has no active price with the lookup key of [`USAGE_PRICE`] and a meter.
+    #[error(
+        "Stripe has no metered price with the lookup key {USAGE_PRICE}; run `quota billing setup`"
+    )]
+    NoMeter,
+}
+
+/// Billing for one installation. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Billing {
+    stripe: Stripe,
+    db: Db,
+    grace: i64,
+    is_live: bool,
+}
+
+/// A tenant that wants to subscribe, and the page to which it returns.
+#[derive(Debug, Clone, Copy)]
+pub struct Buyer<'a> {
+    pub tenant: TenantId,
+    /// Only the first time.
+    pub email: &'a str,
+    pub name: &'a str,
+    pub success_url: &'a str,
+    pub cancel_url: &'a str,
+}
+
+fn time(seconds: i64) -> Option<DateTime<Utc>> {
+    DateTime::from_timestamp(seconds, 0)
+}
+
+impl Billing {
+    /// # Errors
+    ///
+    /// If the settings cannot be used in a request.
+    pub fn new(settings: &StripeSettings, db: Db) -> Result<Self, StripeError> {
+        Ok(Self {
+            stripe: Stripe::new(settings)?,
+            db,
+            grace: i64::try_from(settings.grace.as_secs()).unwrap_or(i64::MAX),
+            is_live: settings.is_live(),
+        })
+    }
+
+    /// Reads the tenant's subscriptions from Stripe and stores the resulting access. Returns the invalidation to
+    /// publish if access has changed. Does nothing for a tenant without a customer.
+    pub async fn read(&self, tenant: TenantId) -> Result<Option<Invalidation>, BillingError> {
+        let mut tx = self.db.system().await?;
+        let begun = billing::begin_read(&mut tx, tenant).await?;
+        tx.commit().await?;
+        let Some(begun) = begun else {
+            return Ok(None);
+        };
+        let mut observed = Vec::new();
+        let mut rows = Vec::new();
+        for found in self.stripe.subscriptions(&begun.customer_id).await? {
+            let status = Status::named(&found.status)
+                .ok_or_else(|| BillingError::UnknownStatus(found.status.clone()))?;
+            let unpaid_since = if status == Status::PastDue {
+                let open = self.stripe.open_invoices(&found.id).await?;
+                let since = open
+                    .iter()
+                    .map(|it| it.status_transitions.finalized_at.unwrap_or(it.created));
+                since.min()
+            } else {
+                None
+            };
+            let starts = found.items.data.iter().map(|it| it.current_period_start);
+            let ends = found.items.data.iter().map(|it| it.current_period_end);
+            let (period_start, period_end) = (starts.min(), ends.min());
+            // Older versions of the API omit `cancel_at`.
+            let at_period_end = period_end.filter(|_| found.cancel_at_period_end);
+            let cancel_at = found.cancel_at.or(at_period_end);
+            rows.push(SubscriptionRow {
+                tenant_id: tenant.0,
+                id: found.id.clone(),
+                status: found.status,
+                started_at: time(found.created).unwrap_or_default(),
+                trial_ends_at: found.trial_end.and_then(time),
+                cancels_at: cancel_at.and_then(time),
+                unpaid_since: unpaid_since.and_then(time),
+                period_start: period_start.and_then(time),
+                period_end: period_end.and_then(time),
+                ended_at: found.ended_at.and_then(time),
+                is_metered: found.items.data.iter().any(|item| {
+                    let recurring = item.price.recurring.as_ref();
+                    recurring.is_some_and(|it| it.meter.is_some())
+                }),
+            });
+            observed.push(subscription::Subscription {
+                id: found.id,
+                status,
+                created: found.created,
+                trial_end: found.trial_end,
+                cancel_at,
+                unpaid_since,
+            });
+        }
+        let at = begun.at.timestamp();
+        let deciding = subscription::deciding(&observed, at, self.grace);
+        let access = deciding.map_or(subscription::Access::Free, |it| it.access(at, self.grace));
+        let paid = access.paid();
+        let applied = AppliedRead {
+            number: begun.number,
+            at: begun.at,
+            access: access.name(),
+            has_paid_access: paid != Paid::Never,
+            paid_access_until: match paid {
+                Paid::Until(end) => time(end),
+                Paid::Never | Paid::Always => None,
+            },
+            subscription_id: deciding.map(|it| it.id.as_str()),
+            subscriptions: &rows,
+        };
+        let mut tx = self.db.system().await?;
+        let changed = billing::apply_read(&mut tx, tenant, &applied).await?;
+        // Last, since it waits for other transactions that invalidate.
+        let invalidation = match changed {
+            Applied::PaidAccess => {
+                Some(invalidation::insert_system(&mut tx, tenant.0, Target::Tenant).await?)
+            }
+            Applied::Same | Applied::Outdated => None,
+        };
+        tx.commit().await?;
+        if invalidation.is_some() {
+            tracing::info!(%tenant, access = access.name(), "paid access changed");
+        }
+        Ok(invalidation)
+    }
+
+    /// Returns the tenant's customer at Stripe, creating it if there is none: only once, no matter how often and where
+    /// this fails.
+    async fn customer(&self, buyer: &Buyer<'_>) -> Result<String, BillingError> {
+        let (tenant, mut tx) = (buyer.tenant, self.db.system().await?);
+        let account = billing::open(&mut tx, tenant, buyer.email, buyer.name).await?;
+        if let Some(customer) = account.customer_id {
+            tx.commit().await?;
+            return Ok(customer);
+        }
+        billing::request_customer(&mut tx, tenant).await?;
+        tx.commit().await?;
+        let id = tenant.to_string();
+        let email = account.customer_email.as_str();
+        // An earlier request may have taken effect without a response, so long ago that Stripe has forgotten its key.
+        let found = if account.customer_requested {
+            self.stripe.find_customer(&id, email).await?
+        } else {
+            None
+        };
+        let customer = match found {
+            Some(customer) => customer,
+            None => {
+                let attempt = account.customer_attempt;
+                let key = format!("quota-customer-{id}-{attempt}");
+                let name = account.customer_name.as_str();
+                let created = self.stripe.create_customer(&id, email, name, &key).await;
+                if let Err(StripeError::Failed { .. }) = &created {
+                    // The same key would fail for a day. The next attempt searches for a customer first.
+                    let mut tx = self.db.system().await?;
+                    billing::next_customer_attempt(&mut tx, tenant, attempt).await?;
+                    tx.commit().await?;
+                }
+                created?
+            }
+        };
+        let mut tx = self.db.system().await?;
+        let recorded = billing::set_customer(&mut tx, tenant, &customer).await?;
+        tx.commit().await?;
+        Ok(recorded)
+    }
+
+    /// Returns a Checkout Session for a tenant without a subscription, and the invalidation to publish if its access
+    /// turned out to have changed. While a session is open, it is returned again: a tenant cannot pay twice.
+    pub async fn checkout(
+        &self,
+        buyer: &Buyer<'_>,
+    ) -> Result<(CheckoutSession, Option<Invalidation>), BillingError> {
+        let tenant = buyer.tenant;
+        let customer = self.customer(buyer).await?;
+        let invalidation = self.read(tenant).await?;
+        let account = self.account(buyer).await?;
+        let is_subscribed = self
+            .stripe_statuses(tenant)
+            .await?
+            .into_iter()
+            .any(|status| !matches!(status, Status::Incomplete) && !status.is_final());
+        if is_subscribed {
+            return Err(BillingError::Subscribed);
+        }
+        let mut attempt = account.checkout_attempt;
+        if let Some(session) = &account.checkout_id {
+            let session = self.stripe.checkout(session).await?;
+            if session.status.as_deref() == Some("open") && session.url.is_some() {
+                return Ok((session, invalidation));
+            }
+            attempt = self.end_checkout(tenant, attempt).await?;
+        }
+        let prices = self.stripe.prices(&[FLAT_PRICE, USAGE_PRICE]).await?;
+        let price = |key: &str| {
+            let found = prices
+                .iter()
+                .find(|it| it.lookup_key.as_deref() == Some(key));
+            found.map(|it| it.id.as_str())
+        };
+        let checkout = Checkout {
+            tenant: &tenant.to_string(),
+            customer: &customer,
+            flat: price(FLAT_PRICE).ok_or(BillingError::NoPrice)?,
+            usage: price(USAGE_PRICE),
+            success_url: buyer.success_url,
+            cancel_url: buyer.cancel_url,
+        };
+        let key = format!("quota-checkout-{tenant}-{attempt}");
+        let created = self.stripe.create_checkout(&checkout, &key).await;
+        if let Err(StripeError::Failed { .. } | StripeError::Rejected { .. }) = &created {
+            // The same key would return the same failure. If a session was created after all, no one has seen its page.
+            self.end_checkout(tenant, attempt).await?;
+        }
+        let session = created?;
+        if session.url.is_none() {
+            return Err(BillingError::NoPage);
+        }
+        let mut tx = self.db.system().await?;
+        billing::set_checkout(&mut tx, tenant, attempt, &session.id).await?;
+        tx.commit().await?;
+        Ok((session, invalidation))
+    }
+
+    async fn account(&self, buyer: &Buyer<'_>) -> Result<AccountRow, DbError> {
+        let mut tx = self.db.system().await?;
+        let account = billing::open(&mut tx, buyer.tenant, buyer.email, buyer.name).await?;
+        tx.commit().await?;
+        Ok(account)
+    }
+
+    async fn end_checkout(&self, tenant: TenantId, attempt: i32) -> Result<i32, DbError> {
+        let mut tx = self.db.system().await?;
+        let next = billing::next_checkout_attempt(&mut tx, tenant, attempt).await?;
+        tx.commit().await?;
+        Ok(next)
+    }
+
+    /// Returns the statuses of the tenant's subscriptions, as of the last read.
+    async fn stripe_statuses(&self, tenant: TenantId) -> Result<Vec<Status>, DbError> {
+        let mut tx = self.db.system().await?;
+        let statuses = billing::statuses(&mut tx, tenant).await?;
+        tx.commit().await?;
+        Ok(statuses.iter().filter_map(|it| Status::named(it)).collect())
+    }
+
+    /// Returns the URL of the customer portal, where the tenant can change its payment method, cancel, and find its
+    /// invoices.
+    pub async fn portal(&self, tenant: TenantId, return_url: &str) -> Result<String, BillingError> {
+        let mut tx = self.db.system().await?;
+        let customer = billing::customer_of(&mut tx, tenant).await?;
+        tx.commit().await?;
+        let customer = customer.ok_or(BillingError::NoCustomer)?;
+        Ok(self.stripe.create_portal(&customer, return_url).await?)
+    }
+}

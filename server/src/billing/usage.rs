@@ -1,0 +1,416 @@
+//! Converts usage to meter events at Stripe.
+//!
+//! The shipper adds up charged usage in `billing_usage`, hour by hour. When an hour has ended, [`Billing::plan_usage`]
+//! converts its new usage to reports, each of which becomes one meter event. [`Billing::send_usage`] sends them until
+//! Stripe has received them:
+//!
+//! - The identifier of a meter event is the report's tenant, start and revision. Stripe accepts an identifier once a
+//!   day, so for 20 hours, a report whose response was lost is simply sent again. After that, Stripe's own total for
+//!   the hour shows whether it arrived.
+//! - Usage that arrives late becomes another revision, with the difference.
+//! - An hour in which a billing period begins or ends is divided at that time, based on the log.
+//! - Usage that Stripe would not charge is not sent, but recorded with the reason.
+
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
+
+use chrono::{DateTime, Days, NaiveTime, TimeDelta, Utc};
+use futures_util::{StreamExt, stream};
+use quota_common::TenantId;
+
+use super::{Billing, BillingError, USAGE_PRICE, setup::METER_EVENT};
+use crate::{
+    db::DbError,
+    error_chain::chain,
+    repo::billing_usage::{self, ChargedBy, DueReport, NewReport, OpenHour, Unbilled},
+    stripe::StripeError,
+};
+
+/// Maximum number of hours planned in one round.
+const HOURS: i64 = 200;
+/// Maximum number of customers processed in one round, and how many of them concurrently.
+const SENDERS: i64 = 32;
+const CONCURRENT: usize = 8;
+/// How long reports of one customer are sent in one round. The last one may take as long again.
+const TURN: Duration = Duration::from_secs(20);
+/// How long an identifier is relied on, in seconds. Stripe guarantees a day.
+const RECOGNIZED: i64 = 20 * 60 * 60;
+/// The oldest usage that is sent, in seconds: an hour less than Stripe accepts.
+const OLDEST: i64 = (35 * 24 - 1) * 60 * 60;
+
+const fn hour() -> TimeDelta {
+    TimeDelta::hours(1)
+}
+
+/// A part of an hour that is in one billing period.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Span {
+    start: DateTime<Utc>,
+    until: DateTime<Utc>,
+}
+
+/// Divides an hour at the given times in it.
+fn divide(start: DateTime<Utc>, edges: impl Iterator<Item = DateTime<Utc>>) -> Vec<Span> {
+    let end = start + hour();
+    let mut bounds: Vec<_> = edges.filter(|edge| start < *edge && *edge < end).collect();
+    bounds.extend([start, end]);
+    bounds.sort_unstable();
+    bounds.dedup();
+    let pairs = bounds.windows(2);
+    pairs
+        .map(|pair| Span {
+            start: pair[0],
+            until: pair[1],
+        })
+        .collect()
+}
+
+/// Returns the subscription that was active during a span in which no subscription begins or ends.
+fn in_force<'a>(subscriptions: &'a [ChargedBy], span: &Span) -> Option<&'a ChargedBy> {
+    let covers = |it: &&ChargedBy| {
+        it.started_at <= span.start && it.ended_at.is_none_or(|end| span.until <= end)
+    };
+    // Prefers one with a price for usage, if there are several.
+    let mut covering = subscriptions.iter().filter(covers);
+    let first = covering.clone().next();
+    covering.find(|it| it.is_metered).or(first)
+}
+
+/// The result of a comparison.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reconciled {
+    /// The difference between reports and Stripe's totals, as the sum of absolute values over customers.
+    pub difference: i64,
+    /// Usage that should have been charged but will not be.
+    pub lost: i64,
+    /// Age of the oldest report that Stripe does not have yet, in seconds.
+    pub oldest_pending: i64,
+    /// In seconds since 1970.
+    pub at: i64,
+}
+
+/// The result of a round of sending.
+#[derive(Debug, Default)]
+pub struct Sent {
+    /// Number of reports that were sent or need not be sent.
+    pub finished: u64,
+    /// Number of reports that could not be sent yet.
+    pub errors: u64,
+}
+
+impl Billing {
+    /// Plans reports for hours that have ended. Returns the number of hours it checked.
+    pub async fn plan_usage(&self) -> Result<usize, BillingError> {
+        let mut tx = self.db.system().await?;
+        let hours = billing_usage::open_hours(&mut tx, HOURS).await?;
+        tx.commit().await?;
+        let mut read: HashMap<TenantId, bool> = HashMap::new();
+        let mut planned = 0;
+        for OpenHour {
+            tenant_id,
+            start,
+            is_read,
+        } in hours
+        {
+            let tenant = TenantId(tenant_id);
+            if !is_read && !read.contains_key(&tenant) {
+                let result = self.read(tenant).await;
+                if let Err(error) = &result {
+                    tracing::warn!(%tenant, error = %chain(error), "cannot read subscriptions from Stripe");
+                }
+                read.insert(tenant, result.is_ok());
+            }
+            // If it is not known where billing periods begin and end, the hour waits.
+            if is_read || read.get(&tenant) == Some(&true) {
+                self.plan_hour(tenant, start).await?;
+                planned += 1;
+            }
+        }
+        Ok(planned)
+    }
+
+    async fn plan_hour(&self, tenant: TenantId, start: DateTime<Utc>) -> Result<(), DbError> {
+        let mut tx = self.db.system().await?;
+        let locked = billing_usage::lock_hour(&mut tx, tenant, start).await?;
+        let mut rest = locked.cost - locked.planned;
+        let edges = locked.subscriptions.iter().flat_map(|it| {
+            let edges = [
+                Some(it.started_at),
+                it.ended_at,
+                it.period_start,
+                it.period_end,
+            ];
+            edges.into_iter().flatten()
+        });
+        let spans = divide(start, edges);
+        for (n, span) in spans.iter().enumerate() {
+            let value = if n + 1 == spans.len() {
+                // Includes usage that is no longer in the log.
+                rest
+            } else {
+                let (from, until) = (span.start, span.until);
+                let logged = billing_usage::logged(&mut tx, tenant, from, until).await?;
+                let reported = billing_usage::reported(&mut tx, tenant, from, until, false).await?;
+                (logged - reported).clamp(0, rest)
+            };
+            if value == 0 {
+                continue;
+            }
+            rest -= value;
+            let subscription = in_force(&locked.subscriptions, span);
+            let report = NewReport {
+                start: span.start,
+                until: span.until,
+                subscription: subscription.map(|it| it.id.as_str()),
+                value,
+                unbilled: match subscription {
+                    None => Some(Unbilled::NoSubscription),
+                    Some(it) if !it.is_metered => Some(Unbilled::NotMetered),
+                    Some(_) => None,
+                },
+            };
+            billing_usage::plan(&mut tx, tenant, start, &report).await?;
+        }
+        tx.commit().await
+    }
+
+    /// Sends reports that are due: those of several customers concurrently, and those of each customer one after
+    /// another.
+    pub async fn send_usage(&self) -> Result<Sent, BillingError> {
+        let mut tx = self.db.system().await?;
+        let tenants = billing_usage::claim_senders(&mut tx, SENDERS).await?;
+        tx.commit().await?;
+        let mut sent = Sent::default();
+        let senders = tenants.into_iter().map(async |tenant| {
+            let result = self.send_usage_of(tenant).await;
+            (tenant, result)
+        });
+        let mut senders = stream::iter(senders).buffer_unordered(CONCURRENT);
+        while let Some((tenant, result)) = senders.next().await {
+            match result {
+                Ok(finished) => sent.finished += finished,
+                Err(error) => {
+                    sent.errors += 1;
+                    tracing::warn!(%tenant, error = %chain(&error), "cannot report usage to Stripe yet");
+                }
+            }
+            let mut tx = self.db.system().await?;
+            billing_usage::release_sender(&mut tx, tenant).await?;
+            tx.commit().await?;
+        }
+        Ok(sent)
+    }
+
+    async fn send_usage_of(&self, tenant: TenantId) -> Result<u64, BillingError> {
+        let began = Instant::now();
+        let mut finished = 0;
+        // So that the last report is sent before another replica may take over.
+        while began.elapsed() < TURN {
+            // Committed before calling Stripe, so that it is known that the report may have been sent.
+            let mut tx = self.db.system().await?;
+            let report = billing_usage::begin_attempt(&mut tx, tenant).await?;
+            tx.commit().await?;
+            let Some(report) = report else {
+                break;
+            };
+            let unbilled = self.send(tenant, &report).await?;
+            if let Some(reason) = unbilled {
+                tracing::error!(
+                    %tenant, start = %report.start, value = report.value, reason = reason.name(),
+                    "usage will not be charged"
+                );
+            }
+            let mut tx = self.db.system().await?;
+            billing_usage::finish(&mut tx, tenant, &report, unbilled).await?;
+            tx.commit().await?;
+            finished += 1;
+        }
+        Ok(finished)
+    }
+
+    /// Sends a report. Returns the reason if it will not be charged.
+    async fn send(
+        &self,
+        tenant: TenantId,
+        report: &DueReport,
+    ) -> Result<Option<Unbilled>, BillingError> {
+        let is_recognized = report.sent_ago.is_none_or(|ago| ago < RECOGNIZED);
+        if !is_recognized {
+            match self.has_arrived(tenant, report).await? {
+                Some(true) => return Ok(None),
+                Some(false) => {
+                    let mut tx = self.db.system().await?;
+                    billing_usage::restart_attempts(&mut tx, tenant, report).await?;
+                    tx.commit().await?;
+                }
+                None => return Ok(Some(Unbilled::Unclear)),
+            }
+        }
+        // An earlier attempt may have arrived in time.
+        let may_have_arrived = is_recognized && report.sent_ago.is_some();
+        if !may_have_arrived {
+            if report.age > OLDEST {
+                return Ok(Some(Unbilled::TooOld));
+            }
+            if report.is_of_earlier_period
+                && let Some(subscription) = &report.subscription_id
+                && !self.stripe.has_draft_invoice(subscription).await?
+            {
+                return Ok(Some(Unbilled::Finalized));
+            }
+        }
+        let start = report.start.timestamp();
+        let identifier = format!("{tenant}-{start}-{}", report.revision);
+        let sent = self
+            .stripe
+            .use_meter(
+                METER_EVENT,
+                &report.customer_id,
+                report.value,
+                &identifier,
+                start,
+            )
+            .await;
+        match sent {
+            Ok(()) => Ok(None),
+            // It had already arrived.
+            Err(StripeError::Rejected { message, .. })
+                if message.contains("already exists with identifier") =>
+            {
+                Ok(None)
+            }
+            Err(StripeError::Rejected {
+                status: 400,
+                message,
+            }) => {
+                tracing::error!(%tenant, message, "Stripe rejected usage");
+                Ok(Some(Unbilled::Rejected))
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Returns whether Stripe has counted a report whose identifier it no longer recognizes. `None` if Stripe's total
+    /// matches neither outcome.
+    async fn has_arrived(
+        &self,
+        tenant: TenantId,
+        report: &DueReport,
+    ) -> Result<Option<bool>, BillingError> {
+        let seconds = report.start.timestamp();
+        let from = DateTime::from_timestamp(seconds - seconds.rem_euclid(3600), 0);
+        let from = from.unwrap_or(report.start);
+        let until = from + hour();
+        let counted = self.counted(&report.customer_id, from, until).await?;
+        let mut tx = self.db.system().await?;
+        let sent = billing_usage::reported(&mut tx, tenant, from, until, true).await?;
+        tx.commit().await?;
+        Ok(if counted >= sent + report.value {
+            Some(true)
+        } else if counted == sent {
+            Some(false)
+        } else {
+            None
+        })
+    }
+
+    /// Returns Stripe's total for a customer's usage.
+    async fn counted(
+        &self,
+        customer: &str,
+        from: DateTime<Utc>,
+        until: DateTime<Utc>,
+    ) -> Result<i64, BillingError> {
+        let prices = self.stripe.prices(&[USAGE_PRICE]).await?;
+        let meter = prices
+            .iter()
+            .find_map(|it| it.recurring.as_ref()?.meter.as_deref());
+        let meter = meter.ok_or(BillingError::NoMeter)?;
+        let (from, until) = (from.timestamp(), until.timestamp());
+        Ok(self.stripe.counted(meter, customer, from, until).await?)
+    }
+
+    /// Compares the reports for yesterday (UTC) with Stripe's totals.
+    pub async fn reconcile_usage(&self) -> Result<Reconciled, BillingError> {
+        let mut tx = self.db.system().await?;
+        let uncharged = billing_usage::uncharged(&mut tx).await?;
+        let yesterday = uncharged.now.date_naive() - Days::new(1);
+        let day = yesterday.and_time(NaiveTime::MIN).and_utc();
+        let sent = billing_usage::sent_of_day(&mut tx, day).await?;
+        tx.commit().await?;
+        let mut difference = 0;
+        for it in sent {
+            let counted = self
+                .counted(&it.customer_id, day, day + TimeDelta::days(1))
+                .await?;
+            if counted != it.sent {
+                difference += (counted - it.sent).abs();
+                tracing::error!(
+                    tenant = %it.tenant_id, day = %yesterday, sent = it.sent, counted,
+                    "Stripe's total differs from the reported usage"
+                );
+            }
+        }
+        Ok(Reconciled {
+            difference,
+            lost: uncharged.lost,
+            oldest_pending: uncharged.oldest_pending,
+            at: uncharged.now.timestamp(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(seconds: i64) -> DateTime<Utc> {
+        DateTime::from_timestamp(1_800_000_000 + seconds, 0).unwrap()
+    }
+
+    fn spans(edges: &[i64]) -> Vec<(i64, i64)> {
+        let divided = divide(at(0), edges.iter().map(|it| at(*it)));
+        let seconds = |it: DateTime<Utc>| it.timestamp() - at(0).timestamp();
+        divided
+            .iter()
+            .map(|it| (seconds(it.start), seconds(it.until)))
+            .collect()
+    }
+
+    #[test]
+    fn hour_is_divided_at_edges_within_it() {
+        assert_eq!(spans(&[]), [(0, 3600)]);
+        assert_eq!(spans(&[0, 3600, -5, 4000]), [(0, 3600)]);
+        assert_eq!(spans(&[100]), [(0, 100), (100, 3600)]);
+        assert_eq!(spans(&[3599, 1, 1]), [(0, 1), (1, 3599), (3599, 3600)]);
+    }
+
+    #[test]
+    fn usage_belongs_to_the_subscription_in_force() {
+        let subscription = |id: &str, is_metered, started, ended: Option<i64>| ChargedBy {
+            id: id.to_owned(),
+            is_metered,
+            started_at: at(started),
+            ended_at: ended.map(at),
+            period_start: None,
+            period_end: None,
+        };
+        let span = |start, until| Span {
+            start: at(start),
+            until: at(until),
+        };
+        let all = [
+            subscription("first", true, 100, Some(200)),
+            subscription("flat", false, 300, None),
+            subscription("metered", true, 400, None),
+        ];
+        let id = |start, until| in_force(&all, &span(start, until)).map(|it| it.id.as_str());
+        assert_eq!(id(0, 100), None);
+        assert_eq!(id(100, 200), Some("first"));
+        assert_eq!(id(200, 300), None);
+        assert_eq!(id(300, 400), Some("flat"));
+        assert_eq!(id(400, 500), Some("metered"));
+    }
+}

@@ -1,0 +1,115 @@
+//! `quota billing`.
+
+use anyhow::Context;
+use clap::Subcommand;
+use quota_server::{
+    billing::setup::{self, Finding, Offer},
+    config::{Config, Settings, StripeSettings},
+    stripe::Stripe,
+    telemetry::log::Log,
+};
+
+#[derive(Subcommand)]
+pub enum BillingCommand {
+    /// Create the objects that Quota needs at Stripe: a product, its prices, a meter and a webhook endpoint. Running it
+    /// twice creates nothing twice, and does not change existing objects
+    Setup {
+        #[command(flatten)]
+        settings: Box<Settings>,
+        /// The price per month, in the smallest unit of the currency, such as 2900 for $29.00
+        #[arg(long, value_name = "AMOUNT", value_parser = amount)]
+        price: String,
+        /// The additional price per request, in the same unit, such as 0.05 for $0.50 per 1,000 requests
+        #[arg(long, value_name = "AMOUNT", value_parser = amount)]
+        usage_price: Option<String>,
+        /// The currency
+        #[arg(long, default_value = "usd", value_parser = currency)]
+        currency: stripe_types::Currency,
+        /// The name of the product, as seen by customers
+        #[arg(long, value_name = "NAME", default_value = "Quota")]
+        product: String,
+    },
+    /// Check that all objects that Quota needs at Stripe exist and are consistent
+    Check {
+        #[command(flatten)]
+        settings: Box<Settings>,
+    },
+}
+
+impl BillingCommand {
+    pub fn settings(&self) -> &Settings {
+        match self {
+            Self::Setup { settings, .. } | Self::Check { settings } => settings,
+        }
+    }
+}
+
+/// Stripe accepts up to 12 decimal places.
+fn amount(text: &str) -> Result<String, String> {
+    let (whole, fraction) = text.split_once('.').unwrap_or((text, "0"));
+    let is_number = |part: &str| {
+        !part.is_empty() && part.len() <= 12 && part.bytes().all(|it| it.is_ascii_digit())
+    };
+    if is_number(whole) && is_number(fraction) {
+        Ok(text.to_owned())
+    } else {
+        Err("must be an amount such as 2900 or 0.05".to_owned())
+    }
+}
+
+fn currency(text: &str) -> Result<stripe_types::Currency, String> {
+    text.parse()
+        .map_err(|_| "must be a currency code such as usd".to_owned())
+}
+
+pub async fn run(config: Config, _log: Log, command: BillingCommand) -> anyhow::Result<()> {
+    let settings: &StripeSettings = config
+        .stripe
+        .as_ref()
+        .context("STRIPE_SECRET_KEY: set it to the secret key of your Stripe account")?;
+    let stripe = Stripe::new(settings)?;
+    let url = setup::webhook_url(&config.public_url);
+    match command {
+        BillingCommand::Setup {
+            price,
+            usage_price,
+            currency,
+            product,
+            ..
+        } => {
+            let offer = Offer {
+                product_name: product,
+                currency,
+                price,
+                usage_price,
+            };
+            let (findings, secret) = setup::set_up(&stripe, &offer, &url).await?;
+            print(&findings)?;
+            if let Some(secret) = secret {
+                println!(
+                    "\nSet the secret of the webhook endpoint on every replica. Stripe shows it only once:"
+                );
+                println!("STRIPE_WEBHOOK_SECRET={secret}");
+            }
+        }
+        BillingCommand::Check { .. } => {
+            let has_secret = !settings.webhook_secrets.is_empty();
+            print(&setup::check(&stripe, &url, has_secret).await?)?;
+        }
+    }
+    Ok(())
+}
+
+fn print(findings: &[Finding]) -> anyhow::Result<()> {
+    for Finding { name, text, is_ok } in findings {
+        println!(
+            "{} {name}: {text}",
+            if *is_ok { "ok    " } else { "failed" }
+        );
+    }
+    match findings.iter().filter(|it| !it.is_ok).count() {
+        0 => Ok(()),
+        1 => anyhow::bail!("1 check failed"),
+        failed => anyhow::bail!("{failed} checks failed"),
+    }
+}

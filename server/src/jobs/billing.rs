@@ -1,0 +1,137 @@
+//! Processes webhooks from Stripe, and reads customers regularly in case one was lost.
+//!
+//! A webhook that this replica has stored is processed immediately. If another replica stored it and does not process
+//! it, this takes up to a second. Failures are retried later; see [`events`](crate::billing::events).
+
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::{every, next};
+use crate::{
+    billing::events::Round,
+    db::{self, DbError},
+    state::AppState,
+};
+
+/// How often this replica looks for events without being notified.
+const EVERY: Duration = Duration::from_secs(1);
+/// How often this replica looks for customers that have not been read for a while.
+const READ_EVERY: Duration = Duration::from_secs(5);
+/// How often usage is planned and sent.
+const REPORT_EVERY: Duration = Duration::from_secs(10);
+/// How often reports are compared with Stripe's totals.
+const RECONCILE_EVERY: Duration = Duration::from_hours(1);
+
+pub(super) async fn handle_events(state: AppState, mut stopping: watch::Receiver<bool>) {
+    let Some(billing) = state.billing.clone() else {
+        return;
+    };
+    let mut ticks = every(EVERY);
+    let mut is_reported = false;
+    loop {
+        let continues = tokio::select! {
+            biased;
+            continues = next(&mut ticks, &mut stopping) => continues,
+            () = state.billing_event.notified() => true,
+        };
+        if !continues {
+            return;
+        }
+        // Until there are none left.
+        while handle_round(&state, billing.handle_due().await, &mut is_reported) {
+            if *stopping.borrow() {
+                return;
+            }
+        }
+    }
+}
+
+pub(super) async fn read_customers(state: AppState, mut stopping: watch::Receiver<bool>) {
+    let Some(billing) = state.billing.clone() else {
+        return;
+    };
+    let mut ticks = every(READ_EVERY);
+    let mut is_reported = false;
+    while next(&mut ticks, &mut stopping).await {
+        let round = billing.read_due().await;
+        handle_round(&state, round, &mut is_reported);
+    }
+}
+
+pub(super) async fn report_usage(state: AppState, mut stopping: watch::Receiver<bool>) {
+    let Some(billing) = state.billing.clone() else {
+        return;
+    };
+    let mut ticks = every(REPORT_EVERY);
+    let mut is_reported = false;
+    while next(&mut ticks, &mut stopping).await {
+        let result = async {
+            billing.plan_usage().await?;
+            billing.send_usage().await
+        };
+        match result.await {
+            Ok(sent) => {
+                is_reported = false;
+                state.metrics.billing_reports.inc_by(sent.finished);
+                state.metrics.billing_errors.inc_by(sent.errors);
+            }
+            Err(error) => {
+                state.metrics.billing_errors.inc();
+                if !std::mem::replace(&mut is_reported, true) {
+                    tracing::warn!(error = %db::chain(&error), "cannot report usage to Stripe");
+                }
+            }
+        }
+    }
+}
+
+/// Compares yesterday's reports with Stripe's totals, and reports usage that has not been charged.
+pub(super) async fn reconcile_usage(state: AppState, mut stopping: watch::Receiver<bool>) {
+    let Some(billing) = state.billing.clone() else {
+        return;
+    };
+    let mut ticks = every(RECONCILE_EVERY);
+    while next(&mut ticks, &mut stopping).await {
+        let metrics = &state.metrics;
+        match billing.reconcile_usage().await {
+            Ok(found) => {
+                metrics.billing_usage_difference.set(found.difference);
+                metrics.billing_usage_lost.set(found.lost);
+                metrics.billing_usage_oldest.set(found.oldest_pending);
+                metrics.billing_reconciled_at.set(found.at);
+            }
+            Err(error) => {
+                metrics.billing_errors.inc();
+                tracing::warn!(error = %db::chain(&error), "cannot compare usage with Stripe");
+            }
+        }
+    }
+}
+
+/// Publishes and counts the results of a round. Returns whether there may be more work.
+fn handle_round(state: &AppState, round: Result<Round, DbError>, is_reported: &mut bool) -> bool {
+    let round = match round {
+        Ok(round) => round,
+        Err(error) => {
+            if !std::mem::replace(is_reported, true) {
+                tracing::warn!(error = %db::chain(&error), "cannot process webhooks from Stripe");
+            }
+            return false;
+        }
+    };
+    *is_reported = false;
+    for invalidation in &round.invalidations {
+        state.invalidate(invalidation);
+    }
+    let count = |n: usize| u64::try_from(n).unwrap_or(0);
+    state
+        .metrics
+        .billing_errors
+        .inc_by(count(round.read_errors));
+    state
+        .metrics
+        .billing_events_failed
+        .inc_by(count(round.failed));
+    round.events > 0
+}

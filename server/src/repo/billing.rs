@@ -1,0 +1,338 @@
+//! Customers at Stripe and their subscriptions, in PostgreSQL.
+//!
+//! Only the server itself writes these tables; a tenant's transaction can read its own rows. See the migration.
+
+use chrono::{DateTime, Utc};
+use diesel::{pg::Pg, prelude::*, sql_query, sql_types};
+use diesel_async::RunQueryDsl;
+use quota_common::TenantId;
+use uuid::Uuid;
+
+use crate::{
+    db::{DbError, SystemTx, TenantTx},
+    schema::{billing_accounts, billing_subscriptions, tenants, users},
+};
+
+/// A tenant that has started to pay.
+#[derive(Debug, Clone, Queryable, Selectable)]
+#[diesel(table_name = billing_accounts, check_for_backend(Pg))]
+pub struct AccountRow {
+    pub tenant_id: Uuid,
+    pub customer_id: Option<String>,
+    pub customer_email: String,
+    pub customer_name: String,
+    pub customer_attempt: i32,
+    pub customer_requested: bool,
+    pub access: String,
+    pub has_paid_access: bool,
+    pub paid_access_until: Option<DateTime<Utc>>,
+    pub subscription_id: Option<String>,
+    pub read_at: Option<DateTime<Utc>>,
+    pub checkout_attempt: i32,
+    pub checkout_id: Option<String>,
+}
+
+/// A subscription as of the last read.
+#[derive(Debug, Clone, PartialEq, Eq, Queryable, Selectable, Insertable)]
+#[diesel(table_name = billing_subscriptions, check_for_backend(Pg))]
+pub struct SubscriptionRow {
+    pub tenant_id: Uuid,
+    pub id: String,
+    pub status: String,
+    pub started_at: DateTime<Utc>,
+    pub trial_ends_at: Option<DateTime<Utc>>,
+    pub cancels_at: Option<DateTime<Utc>>,
+    pub unpaid_since: Option<DateTime<Utc>>,
+    pub period_start: Option<DateTime<Utc>>,
+    pub period_end: Option<DateTime<Utc>>,
+    pub ended_at: Option<DateTime<Utc>>,
+    pub is_metered: bool,
+}
+
+/// Returns the email of a user and the name of the tenant.
+pub async fn names(tx: &mut TenantTx, user: Uuid) -> Result<(String, String), DbError> {
+    let email = users::table.find(user).select(users::email);
+    let email = email.get_result(&mut **tx).await?;
+    let name = tenants::table.find(tx.tenant().0).select(tenants::name);
+    let name = name.get_result(&mut **tx).await?;
+    Ok((email, name))
+}
+
+/// Returns the tenant's account and the subscription that determines its access.
+pub async fn find(
+    tx: &mut TenantTx,
+) -> Result<Option<(AccountRow, Option<SubscriptionRow>)>, DbError> {
+    let tenant = tx.tenant().0;
+    let account = billing_accounts::table
+        .find(tenant)
+        .select(AccountRow::as_select())
+        .get_result(&mut **tx)
+        .await
+        .optional()?;
+    let Some(account) = account else {
+        return Ok(None);
+    };
+    let subscription = match &account.subscription_id {
+        Some(id) => billing_subscriptions::table
+            .find((tenant, id))
+            .select(SubscriptionRow::as_select())
+            .get_result(&mut **tx)
+            .await
+            .optional()?,
+        None => None,
+    };
+    Ok(Some((account, subscription)))
+}
+
+/// Returns the tenant's account, creating it if there is none. Email and name are those of the first call.
+pub async fn open(
+    tx: &mut SystemTx,
+    tenant: TenantId,
+    email: &str,
+    name: &str,
+) -> Result<AccountRow, DbError> {
+    diesel::insert_into(billing_accounts::table)
+        .values((
+            billing_accounts::tenant_id.eq(tenant.0),
+            billing_accounts::customer_email.eq(email),
+            billing_accounts::customer_name.eq(name),
+        ))
+        .on_conflict_do_nothing()
+        .execute(&mut **tx)
+        .await?;
+    Ok(billing_accounts::table
+        .find(tenant.0)
+        .select(AccountRow::as_select())
+        .get_result(&mut **tx)
+        .await?)
+}
+
+/// Records that a customer is about to be created at Stripe.
+pub async fn request_customer(tx: &mut SystemTx, tenant: TenantId) -> Result<(), DbError> {
+    diesel::update(billing_accounts::table.find(tenant.0))
+        .set(billing_accounts::customer_requested.eq(true))
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
+}
+
+/// Records the customer, unless one was recorded before. Returns the recorded one.
+pub async fn set_customer(
+    tx: &mut SystemTx,
+    tenant: TenantId,
+    customer: &str,
+) -> Result<String, DbError> {
+    diesel::update(billing_accounts::table.find(tenant.0))
+        .filter(billing_accounts::customer_id.is_null())
+        .set(billing_accounts::customer_id.eq(customer))
+        .execute(&mut **tx)
+        .await?;
+    let recorded = billing_accounts::table
+        .find(tenant.0)
+        .select(billing_accounts::customer_id.assume_not_null());
+    Ok(recorded.get_result(&mut **tx).await?)
+}
+
+/// Counts an attempt to create a customer that has failed permanently at Stripe, so that the next one uses another key.
+pub async fn next_customer_attempt(
+    tx: &mut SystemTx,
+    tenant: TenantId,
+    failed: i32,
+) -> Result<(), DbError> {
+    diesel::update(billing_accounts::table.find(tenant.0))
+        .filter(billing_accounts::customer_attempt.eq(failed))
+        .set(billing_accounts::customer_attempt.eq(failed + 1))
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
+}
+
+/// Records the Checkout Session that an attempt created.
+pub async fn set_checkout(
+    tx: &mut SystemTx,
+    tenant: TenantId,
+    attempt: i32,
+    session: &str,
+) -> Result<(), DbError> {
+    diesel::update(billing_accounts::table.find(tenant.0))
+        .filter(billing_accounts::checkout_attempt.eq(attempt))
+        .set(billing_accounts::checkout_id.eq(session))
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
+}
+
+/// Ends a Checkout Session or a failed attempt to create one, so that the next attempt uses another key. Returns the
+/// number of the next attempt, which another request may have begun.
+pub async fn next_checkout_attempt(
+    tx: &mut SystemTx,
+    tenant: TenantId,
+    ended: i32,
+) -> Result<i32, DbError> {
+    diesel::update(billing_accounts::table.find(tenant.0))
+        .filter(billing_accounts::checkout_attempt.eq(ended))
+        .set((
+            billing_accounts::checkout_attempt.eq(ended + 1),
+            billing_accounts::checkout_id.eq(None::<String>),
+        ))
+        .execute(&mut **tx)
+        .await?;
+    let next = billing_accounts::table
+        .find(tenant.0)
+        .select(billing_accounts::checkout_attempt);
+    Ok(next.get_result(&mut **tx).await?)
+}
+
+/// A read of a tenant's subscriptions that has begun.
+#[derive(Debug, Clone, QueryableByName)]
+pub struct BegunRead {
+    #[diesel(sql_type = sql_types::BigInt)]
+    pub number: i64,
+    #[diesel(sql_type = sql_types::Text)]
+    pub customer_id: String,
+    #[diesel(sql_type = sql_types::Timestamptz)]
+    pub at: DateTime<Utc>,
+}
+
+/// Assigns the number of a read. Must be committed before calling Stripe. `None` if the tenant has no customer.
+pub async fn begin_read(tx: &mut SystemTx, tenant: TenantId) -> Result<Option<BegunRead>, DbError> {
+    let begun = sql_query(
+        "UPDATE billing_accounts SET reads_begun = reads_begun + 1 \
+         WHERE tenant_id = $1 AND customer_id IS NOT NULL \
+         RETURNING reads_begun AS number, customer_id, clock_timestamp() AS at",
+    )
+    .bind::<sql_types::Uuid, _>(tenant.0)
+    .get_result(&mut **tx)
+    .await
+    .optional()?;
+    Ok(begun)
+}
+
+/// The result of a read.
+#[derive(Debug)]
+pub struct AppliedRead<'a> {
+    pub number: i64,
+    pub at: DateTime<Utc>,
+    pub access: &'a str,
+    pub has_paid_access: bool,
+    pub paid_access_until: Option<DateTime<Utc>>,
+    pub subscription_id: Option<&'a str>,
+    pub subscriptions: &'a [SubscriptionRow],
+}
+
+/// The effect of applying a read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Applied {
+    /// A later read was already applied, so this one is outdated.
+    Outdated,
+    /// Keys work as before.
+    Same,
+    /// Keys on plans marked `paid` start or stop working, or will do so at another time.
+    PaidAccess,
+}
+
+/// Applies a read, unless a later one has been applied.
+pub async fn apply_read(
+    tx: &mut SystemTx,
+    tenant: TenantId,
+    read: &AppliedRead<'_>,
+) -> Result<Applied, DbError> {
+    let before: Option<(i64, bool, Option<DateTime<Utc>>)> = billing_accounts::table
+        .find(tenant.0)
+        .select((
+            billing_accounts::read_applied,
+            billing_accounts::has_paid_access,
+            billing_accounts::paid_access_until,
+        ))
+        .for_update()
+        .get_result(&mut **tx)
+        .await
+        .optional()?;
+    let Some((applied, had_access, until)) = before.filter(|it| it.0 < read.number) else {
+        return Ok(Applied::Outdated);
+    };
+    debug_assert!(applied < read.number);
+    diesel::update(billing_accounts::table.find(tenant.0))
+        .set((
+            billing_accounts::access.eq(read.access),
+            billing_accounts::has_paid_access.eq(read.has_paid_access),
+            billing_accounts::paid_access_until.eq(read.paid_access_until),
+            billing_accounts::subscription_id.eq(read.subscription_id),
+            billing_accounts::read_applied.eq(read.number),
+            billing_accounts::read_at.eq(read.at),
+        ))
+        .execute(&mut **tx)
+        .await?;
+    diesel::delete(billing_subscriptions::table)
+        .filter(billing_subscriptions::tenant_id.eq(tenant.0))
+        .execute(&mut **tx)
+        .await?;
+    diesel::insert_into(billing_subscriptions::table)
+        .values(read.subscriptions)
+        .execute(&mut **tx)
+        .await?;
+    let is_same = (had_access, until) == (read.has_paid_access, read.paid_access_until);
+    Ok(if is_same {
+        Applied::Same
+    } else {
+        Applied::PaidAccess
+    })
+}
+
+/// Returns the tenant of a customer.
+pub async fn tenant_of(tx: &mut SystemTx, customer: &str) -> Result<Option<TenantId>, DbError> {
+    let tenant = billing_accounts::table
+        .filter(billing_accounts::customer_id.eq(customer))
+        .select(billing_accounts::tenant_id)
+        .get_result(&mut **tx)
+        .await
+        .optional()?;
+    Ok(tenant.map(TenantId))
+}
+
+#[derive(QueryableByName)]
+struct Due {
+    #[diesel(sql_type = sql_types::Uuid)]
+    tenant_id: Uuid,
+}
+
+/// Returns customers that have not been read for a while, and makes their next read due after about `seconds`, so that
+/// no other replica reads them as well. The time varies by a fifth, so that reads are spread out.
+pub async fn claim_due_reads(
+    tx: &mut SystemTx,
+    seconds: f64,
+    limit: i64,
+) -> Result<Vec<TenantId>, DbError> {
+    let due: Vec<Due> = sql_query(
+        "UPDATE billing_accounts SET read_due_at = now() + make_interval(secs => $1 * (0.9 + random() * 0.2)) \
+         WHERE tenant_id = ANY(ARRAY( \
+             SELECT tenant_id FROM billing_accounts \
+             WHERE read_due_at <= now() AND customer_id IS NOT NULL \
+             ORDER BY read_due_at LIMIT $2 FOR UPDATE SKIP LOCKED)) \
+         RETURNING tenant_id",
+    )
+    .bind::<sql_types::Double, _>(seconds)
+    .bind::<sql_types::BigInt, _>(limit)
+    .get_results(&mut **tx)
+    .await?;
+    Ok(due.into_iter().map(|it| TenantId(it.tenant_id)).collect())
+}
+
+/// Returns the customer of a tenant.
+pub async fn customer_of(tx: &mut SystemTx, tenant: TenantId) -> Result<Option<String>, DbError> {
+    let customer: Option<Option<String>> = billing_accounts::table
+        .find(tenant.0)
+        .select(billing_accounts::customer_id)
+        .get_result(&mut **tx)
+        .await
+        .optional()?;
+    Ok(customer.flatten())
+}
+
+/// Returns the statuses of the tenant's subscriptions as of the last read.
+pub async fn statuses(tx: &mut SystemTx, tenant: TenantId) -> Result<Vec<String>, DbError> {
+    let statuses = billing_subscriptions::table
+        .filter(billing_subscriptions::tenant_id.eq(tenant.0))
+        .select(billing_subscriptions::status);
+    Ok(statuses.get_results(&mut **tx).await?)
+}

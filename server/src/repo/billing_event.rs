@@ -1,0 +1,116 @@
+//! Webhooks from Stripe in PostgreSQL: each is stored once, and processed until its outcome is known.
+
+use diesel::{dsl::sql, prelude::*, sql_query, sql_types};
+use diesel_async::RunQueryDsl;
+
+use crate::{
+    db::{DbError, SystemTx},
+    schema::billing_events,
+};
+
+#[derive(Debug, Insertable)]
+#[diesel(table_name = billing_events)]
+pub struct NewEvent<'a> {
+    pub id: &'a str,
+    pub kind: &'a str,
+    pub object_id: Option<&'a str>,
+    pub customer_id: Option<&'a str>,
+    pub api_version: Option<&'a str>,
+    pub livemode: bool,
+    pub body: &'a str,
+}
+
+/// Stores an event for processing. Returns `false` if it was stored before.
+pub async fn insert(tx: &mut SystemTx, event: &NewEvent<'_>) -> Result<bool, DbError> {
+    let inserted = diesel::insert_into(billing_events::table)
+        .values(event)
+        .on_conflict_do_nothing()
+        .execute(&mut **tx)
+        .await?;
+    Ok(inserted == 1)
+}
+
+/// An event to process.
+#[derive(Debug, Clone, QueryableByName)]
+pub struct DueEvent {
+    #[diesel(sql_type = sql_types::Text)]
+    pub id: String,
+    #[diesel(sql_type = sql_types::Text)]
+    pub kind: String,
+    #[diesel(sql_type = sql_types::Nullable<sql_types::Text>)]
+    pub object_id: Option<String>,
+    #[diesel(sql_type = sql_types::Nullable<sql_types::Text>)]
+    pub customer_id: Option<String>,
+    #[diesel(sql_type = sql_types::Bool)]
+    pub livemode: bool,
+    /// The number of attempts, including this one.
+    #[diesel(sql_type = sql_types::Integer)]
+    pub attempts: i32,
+}
+
+/// Returns events that are due, oldest first, and counts an attempt. Each becomes due again after a delay that doubles
+/// each time, from 4 seconds to an hour, minus a random part of up to half of it: so it is retried if this process
+/// ends, and no other replica processes it in the meantime.
+pub async fn claim(tx: &mut SystemTx, limit: i64) -> Result<Vec<DueEvent>, DbError> {
+    let claimed = sql_query(
+        "UPDATE billing_events SET attempts = attempts + 1, \
+             due_at = now() + least(interval '1 hour', interval '4 seconds' * power(2, least(attempts, 20))) \
+                 * (0.5 + random() * 0.5) \
+         WHERE id = ANY(ARRAY( \
+             SELECT id FROM billing_events WHERE due_at <= now() \
+             ORDER BY due_at LIMIT $1 FOR UPDATE SKIP LOCKED)) \
+         RETURNING id, kind, object_id, customer_id, livemode, attempts",
+    )
+    .bind::<sql_types::BigInt, _>(limit)
+    .get_results(&mut **tx)
+    .await?;
+    Ok(claimed)
+}
+
+/// The outcome of processing an event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// Its customer's subscriptions were read after it was received.
+    Applied,
+    /// It concerns no customer of this server.
+    Ignored,
+    /// It was tried often enough.
+    Failed,
+}
+
+impl Outcome {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Applied => "applied",
+            Self::Ignored => "ignored",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// Records the outcome of processing events.
+pub async fn finish(
+    tx: &mut SystemTx,
+    ids: &[&str],
+    outcome: Outcome,
+    error: Option<&str>,
+) -> Result<(), DbError> {
+    diesel::update(billing_events::table.filter(billing_events::id.eq_any(ids)))
+        .set((
+            billing_events::outcome.eq(outcome.name()),
+            billing_events::error.eq(error),
+            billing_events::due_at.eq(sql("NULL")),
+        ))
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
+}
+
+/// Records why events could not be processed. They are retried.
+pub async fn postpone(tx: &mut SystemTx, ids: &[&str], error: &str) -> Result<(), DbError> {
+    diesel::update(billing_events::table.filter(billing_events::id.eq_any(ids)))
+        .set(billing_events::error.eq(error))
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
+}

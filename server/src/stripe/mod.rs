@@ -1,0 +1,436 @@
+//! Stripe: the requests that Quota makes, and the webhooks that it receives.
+//!
+//! Requests are built by the `async-stripe` crates, which pin one version of Stripe's API. Only the fields in
+//! [`response`] are read from responses, so that no other field of an object can make parsing fail. There are no
+//! automatic retries: callers know what a failed request means, and have the idempotency key for the next attempt.
+
+mod envelope;
+mod response;
+mod signature;
+
+use std::{collections::HashMap, time::Duration};
+
+use secrecy::{ExposeSecret, SecretString};
+use stripe::{IdempotencyKey, RequestStrategy, StripeError as ClientError, StripeRequest};
+use stripe_billing::{
+    billing_meter::{
+        CreateBillingMeter, CreateBillingMeterDefaultAggregation,
+        CreateBillingMeterDefaultAggregationFormula, ListBillingMeter,
+    },
+    billing_meter_event::CreateBillingMeterEvent,
+    billing_meter_event_summary::ListIdBillingMeterEventSummary,
+    billing_portal_session::CreateBillingPortalSession,
+    invoice::ListInvoice,
+    subscription::{ListSubscription, ListSubscriptionStatus, RetrieveSubscription},
+};
+use stripe_checkout::checkout_session::{
+    CreateCheckoutSession, CreateCheckoutSessionLineItems, CreateCheckoutSessionSubscriptionData,
+    RetrieveCheckoutSession,
+};
+use stripe_core::customer::{CreateCustomer, ListCustomer};
+use stripe_misc::webhook_endpoint::{
+    CreateWebhookEndpoint, CreateWebhookEndpointEnabledEvents, ListWebhookEndpoint,
+};
+use stripe_product::{
+    price::{
+        CreatePrice, CreatePriceRecurring, CreatePriceRecurringInterval,
+        CreatePriceRecurringUsageType, ListPrice,
+    },
+    product::{CreateProduct, RetrieveProduct},
+};
+
+use self::response::{Customer, List};
+pub use self::{
+    envelope::{Envelope, NotAnEvent},
+    response::{CheckoutSession, Created, Invoice, Meter, Price, Subscription, WebhookEndpoint},
+    signature::{BadSignature, TOLERANCE, verify},
+};
+use crate::config::StripeSettings;
+
+/// How long one request may take. It may have taken effect when this ends.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The metadata key with which Stripe's objects refer to their tenant.
+pub const TENANT: &str = "quota_tenant";
+
+/// The API version that requests use, and that webhook endpoints have to be created with.
+pub const API_VERSION: stripe_shared::ApiVersion = stripe_shared::version::VERSION;
+
+/// The events that Quota acts on. All others are ignored.
+pub const EVENTS: [&str; 14] = [
+    "checkout.session.completed",
+    "checkout.session.async_payment_succeeded",
+    "checkout.session.async_payment_failed",
+    "checkout.session.expired",
+    "customer.subscription.created",
+    "customer.subscription.updated",
+    "customer.subscription.deleted",
+    "customer.subscription.paused",
+    "customer.subscription.resumed",
+    "customer.subscription.trial_will_end",
+    "invoice.paid",
+    "invoice.payment_failed",
+    "invoice.payment_action_required",
+    "invoice.finalization_failed",
+];
+
+/// Why a request has no result.
+#[derive(Debug, thiserror::Error)]
+pub enum StripeError {
+    /// Its effect is unknown, or it had none and can be sent again. The same idempotency key gives the same
+    /// result.
+    #[error("Stripe could not be reached, or its response was lost: {0}")]
+    Unknown(String),
+    /// Stripe failed. The same idempotency key returns the same failure, and the request may have taken effect.
+    #[error("Stripe failed with status {status}: {message}")]
+    Failed { status: u16, message: String },
+    /// Stripe rejected the request, which had no effect.
+    #[error("Stripe rejected the request with status {status}: {message}")]
+    Rejected { status: u16, message: String },
+}
+
+impl StripeError {
+    /// Whether the object of the request does not exist.
+    pub const fn is_not_found(&self) -> bool {
+        matches!(self, Self::Rejected { status: 404, .. })
+    }
+}
+
+impl From<ClientError> for StripeError {
+    fn from(error: ClientError) -> Self {
+        let (error, status) = match error {
+            ClientError::Stripe(error, status) => (error, status),
+            // Also applies to a response that is not JSON, such as the error page of a proxy, after which the effect is
+            // unknown.
+            other => return Self::Unknown(other.to_string()),
+        };
+        // Never the whole error, which can contain customer input.
+        let message = error.message.unwrap_or_default();
+        match status {
+            409 | 429 => Self::Unknown(message),
+            500.. => Self::Failed { status, message },
+            _ => Self::Rejected { status, message },
+        }
+    }
+}
+
+type Result<T> = std::result::Result<T, StripeError>;
+
+/// A client of one Stripe account. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Stripe {
+    client: stripe::Client,
+}
+
+/// What a Checkout Session sells, and to which tenant.
+#[derive(Debug, Clone, Copy)]
+pub struct Checkout<'a> {
+    pub tenant: &'a str,
+    pub customer: &'a str,
+    /// The price per month.
+    pub flat: &'a str,
+    /// The price per unit of usage.
+    pub usage: Option<&'a str>,
+    pub success_url: &'a str,
+    pub cancel_url: &'a str,
+}
+
+/// Sends a request, and parses `T` from the response.
+macro_rules! send {
+    ($stripe:expr, $request:expr) => {
+        $request.build().customize().send(&$stripe.client).await?
+    };
+    ($stripe:expr, $request:expr, $key:expr) => {
+        $request
+            .build()
+            .customize()
+            .request_strategy(idempotent($key))
+            .send(&$stripe.client)
+            .await?
+    };
+}
+
+fn idempotent(key: &str) -> RequestStrategy {
+    IdempotencyKey::new(key).map_or(RequestStrategy::Once, RequestStrategy::Idempotent)
+}
+
+/// Returns a count, which Stripe sends as a floating-point number.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "counts stay far below 2^53, up to which they are exact"
+)]
+fn whole(count: f64) -> i64 {
+    count.round() as i64
+}
+
+fn tenant_metadata(tenant: &str) -> HashMap<String, String> {
+    [(TENANT.to_owned(), tenant.to_owned())].into()
+}
+
+impl Stripe {
+    /// # Errors
+    ///
+    /// If the secret key or the address cannot be used in a request.
+    pub fn new(settings: &StripeSettings) -> Result<Self> {
+        let key: &SecretString = &settings.secret_key;
+        let mut client = stripe::ClientBuilder::new(key.expose_secret()).timeout(TIMEOUT);
+        if let Some(base) = &settings.api_base {
+            client = client.url(format!("{}/", base.trim_end_matches('/')));
+        }
+        let client = client.build()?;
+        Ok(Self { client })
+    }
+
+    pub async fn create_customer(
+        &self,
+        tenant: &str,
+        email: &str,
+        name: &str,
+        key: &str,
+    ) -> Result<String> {
+        let request = CreateCustomer::new()
+            .email(email)
+            .name(name)
+            .metadata(tenant_metadata(tenant));
+        let created: Created = send!(self, request, key);
+        Ok(created.id)
+    }
+
+    /// Returns the tenant's customer among those with this email.
+    pub async fn find_customer(&self, tenant: &str, email: &str) -> Result<Option<String>> {
+        let mut after: Option<String> = None;
+        loop {
+            let mut request = ListCustomer::new().email(email).limit(100);
+            if let Some(after) = after {
+                request = request.starting_after(after);
+            }
+            let page: List<Customer> = send!(self, request);
+            let is_own = |it: &&Customer| {
+                let metadata = it.metadata.as_ref();
+                metadata.is_some_and(|it| it.get(TENANT).is_some_and(|owner| owner == tenant))
+            };
+            if let Some(found) = page.data.iter().find(is_own) {
+                return Ok(Some(found.id.clone()));
+            }
+            match page.data.last() {
+                Some(last) if page.has_more => after = Some(last.id.clone()),
+                _ => return Ok(None),
+            }
+        }
+    }
+
+    /// Returns all subscriptions of a customer, including ended ones.
+    pub async fn subscriptions(&self, customer: &str) -> Result<Vec<Subscription>> {
+        let mut all: Vec<Subscription> = Vec::new();
+        loop {
+            let mut request = ListSubscription::new()
+                .customer(customer)
+                .status(ListSubscriptionStatus::All)
+                .limit(100);
+            if let Some(last) = all.last() {
+                request = request.starting_after(last.id.clone());
+            }
+            let page: List<Subscription> = send!(self, request);
+            let is_last = !page.has_more || page.data.is_empty();
+            all.extend(page.data);
+            if is_last {
+                return Ok(all);
+            }
+        }
+    }
+
+    /// Returns the unpaid invoices of a subscription.
+    pub async fn open_invoices(&self, subscription: &str) -> Result<Vec<Invoice>> {
+        let request = ListInvoice::new()
+            .subscription(subscription)
+            .status(stripe_shared::InvoiceStatus::Open)
+            .limit(100);
+        let page: List<Invoice> = send!(self, request);
+        Ok(page.data)
+    }
+
+    /// Returns the customer of the object that an event concerns. `None` for kinds of objects without a customer, and
+    /// if the object does not exist.
+    pub async fn customer_of(&self, object: &str) -> Result<Option<String>> {
+        let found: Result<response::Owned> = async {
+            Ok(match object.split('_').next() {
+                Some("sub") => send!(self, RetrieveSubscription::new(object)),
+                Some("cs") => send!(self, RetrieveCheckoutSession::new(object)),
+                Some("in") => {
+                    send!(self, stripe_billing::invoice::RetrieveInvoice::new(object))
+                }
+                _ => response::Owned { customer: None },
+            })
+        }
+        .await;
+        match found {
+            Ok(owned) => Ok(owned.customer),
+            Err(error) if error.is_not_found() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    pub async fn create_checkout(
+        &self,
+        checkout: &Checkout<'_>,
+        key: &str,
+    ) -> Result<CheckoutSession> {
+        let line = |price: &str, quantity| CreateCheckoutSessionLineItems {
+            price: Some(price.to_owned()),
+            quantity,
+            ..CreateCheckoutSessionLineItems::new()
+        };
+        // Stripe rejects a quantity for a metered price.
+        let usage = checkout.usage.map(|price| line(price, None));
+        let lines: Vec<_> = [line(checkout.flat, Some(1))]
+            .into_iter()
+            .chain(usage)
+            .collect();
+        let request = CreateCheckoutSession::new()
+            .mode(stripe_shared::CheckoutSessionMode::Subscription)
+            .line_items(lines)
+            .customer(checkout.customer)
+            .client_reference_id(checkout.tenant)
+            .metadata(tenant_metadata(checkout.tenant))
+            // A session's metadata is not copied to its subscription.
+            .subscription_data(CreateCheckoutSessionSubscriptionData {
+                metadata: Some(tenant_metadata(checkout.tenant)),
+                ..CreateCheckoutSessionSubscriptionData::new()
+            })
+            .success_url(checkout.success_url)
+            .cancel_url(checkout.cancel_url);
+        Ok(send!(self, request, key))
+    }
+
+    pub async fn checkout(&self, session: &str) -> Result<CheckoutSession> {
+        Ok(send!(self, RetrieveCheckoutSession::new(session)))
+    }
+
+    /// Returns the URL of a session of the customer portal.
+    pub async fn create_portal(&self, customer: &str, return_url: &str) -> Result<String> {
+        let request = CreateBillingPortalSession::new()
+            .customer(customer)
+            .return_url(return_url);
+        let session: response::PortalSession = send!(self, request);
+        Ok(session.url)
+    }
+
+    /// Whether an invoice of the subscription is not final yet, so that usage of its period is still charged.
+    pub async fn has_draft_invoice(&self, subscription: &str) -> Result<bool> {
+        let request = ListInvoice::new()
+            .subscription(subscription)
+            .status(stripe_shared::InvoiceStatus::Draft)
+            .limit(1);
+        let page: List<Invoice> = send!(self, request);
+        Ok(!page.data.is_empty())
+    }
+
+    /// Reports a customer's usage at a time, in seconds since 1970. For a day, Stripe rejects another report with the
+    /// same identifier.
+    pub async fn use_meter(
+        &self,
+        event_name: &str,
+        customer: &str,
+        value: i64,
+        identifier: &str,
+        at: i64,
+    ) -> Result<()> {
+        let payload = [
+            ("stripe_customer_id".to_owned(), customer.to_owned()),
+            ("value".to_owned(), value.to_string()),
+        ];
+        let request = CreateBillingMeterEvent::new(event_name, HashMap::from(payload))
+            .identifier(identifier)
+            .timestamp(at);
+        let _: response::MeterEvent = send!(self, request);
+        Ok(())
+    }
+
+    /// Returns Stripe's total for a customer's usage. Times are full hours.
+    pub async fn counted(&self, meter: &str, customer: &str, from: i64, until: i64) -> Result<i64> {
+        let request = ListIdBillingMeterEventSummary::new(meter, customer, until, from).limit(100);
+        let page: List<response::Summary> = send!(self, request);
+        let total: f64 = page.data.iter().map(|it| it.aggregated_value).sum();
+        Ok(whole(total))
+    }
+
+    // Setting up ----------------------------------------------------------------------------------------
+
+    /// Returns the active prices with these lookup keys.
+    pub async fn prices(&self, lookup_keys: &[&str]) -> Result<Vec<Price>> {
+        let keys: Vec<String> = lookup_keys.iter().map(|&key| key.to_owned()).collect();
+        let request = ListPrice::new().active(true).lookup_keys(keys).limit(100);
+        let page: List<Price> = send!(self, request);
+        Ok(page.data)
+    }
+
+    /// Whether a product exists.
+    pub async fn has_product(&self, id: &str) -> Result<bool> {
+        let found: Result<Created> = async { Ok(send!(self, RetrieveProduct::new(id))) }.await;
+        match found {
+            Ok(_) => Ok(true),
+            Err(error) if error.is_not_found() => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    pub async fn create_product(&self, id: &str, name: &str) -> Result<()> {
+        let request = CreateProduct::new(name).id(id);
+        let _: Created = send!(self, request);
+        Ok(())
+    }
+
+    pub async fn meters(&self) -> Result<Vec<Meter>> {
+        let page: List<Meter> = send!(self, ListBillingMeter::new().limit(100));
+        Ok(page.data)
+    }
+
+    pub async fn create_meter(&self, event_name: &str, display_name: &str) -> Result<String> {
+        let sum = CreateBillingMeterDefaultAggregation::new(
+            CreateBillingMeterDefaultAggregationFormula::Sum,
+        );
+        let created: Created = send!(self, CreateBillingMeter::new(sum, display_name, event_name));
+        Ok(created.id)
+    }
+
+    /// Creates a monthly price. `amount` is in the smallest unit of the currency and may be a fraction of it. With
+    /// `meter`, it applies to each unit of usage.
+    pub async fn create_price(
+        &self,
+        product: &str,
+        lookup_key: &str,
+        currency: stripe_types::Currency,
+        amount: &str,
+        meter: Option<&str>,
+    ) -> Result<String> {
+        let mut recurring = CreatePriceRecurring::new(CreatePriceRecurringInterval::Month);
+        if let Some(meter) = meter {
+            recurring.meter = Some(meter.to_owned());
+            recurring.usage_type = Some(CreatePriceRecurringUsageType::Metered);
+        }
+        let request = CreatePrice::new(currency)
+            .product(product)
+            .lookup_key(lookup_key)
+            .unit_amount_decimal(amount)
+            .recurring(recurring);
+        let created: Created = send!(self, request);
+        Ok(created.id)
+    }
+
+    pub async fn webhook_endpoints(&self) -> Result<Vec<WebhookEndpoint>> {
+        let page: List<WebhookEndpoint> = send!(self, ListWebhookEndpoint::new().limit(100));
+        Ok(page.data)
+    }
+
+    /// Creates a webhook endpoint for [`EVENTS`]. Returns it with its secret, which Stripe shows only once.
+    pub async fn create_webhook_endpoint(&self, url: &str) -> Result<WebhookEndpoint> {
+        let events = EVENTS.map(|name| {
+            name.parse::<CreateWebhookEndpointEnabledEvents>()
+                .unwrap_or_else(|_| CreateWebhookEndpointEnabledEvents::Unknown(name.to_owned()))
+        });
+        let request = CreateWebhookEndpoint::new(events.to_vec(), url)
+            .api_version(API_VERSION)
+            .description("Quota");
+        Ok(send!(self, request))
+    }
+}

@@ -1,0 +1,131 @@
+//! The fields of Stripe's objects that Quota reads.
+//!
+//! Uses miniserde, like the `async-stripe` crates. Fields that are not listed are skipped.
+
+use std::collections::HashMap;
+
+use miniserde::Deserialize;
+
+#[derive(Debug, Deserialize)]
+pub(super) struct List<T> {
+    pub data: Vec<T>,
+    pub has_more: bool,
+}
+
+/// Any object of which only the ID matters.
+#[derive(Debug, Deserialize)]
+pub struct Created {
+    pub id: String,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct Customer {
+    pub id: String,
+    pub metadata: Option<HashMap<String, String>>,
+}
+
+/// An object that belongs to a customer.
+#[derive(Debug, Deserialize)]
+pub(super) struct Owned {
+    pub customer: Option<String>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub struct Subscription {
+    pub id: String,
+    pub status: String,
+    pub created: i64,
+    pub trial_end: Option<i64>,
+    pub cancel_at: Option<i64>,
+    pub cancel_at_period_end: bool,
+    pub ended_at: Option<i64>,
+    pub items: Items,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub struct Items {
+    pub data: Vec<Item>,
+}
+
+/// Since API version 2025-03-31, items have the periods.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Item {
+    pub current_period_start: i64,
+    pub current_period_end: i64,
+    pub price: ItemPrice,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub struct ItemPrice {
+    pub recurring: Option<Recurring>,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct Invoice {
+    pub created: i64,
+    pub status_transitions: Transitions,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct Transitions {
+    pub finalized_at: Option<i64>,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct CheckoutSession {
+    pub id: String,
+    /// `open`, `complete` or `expired`.
+    pub status: Option<String>,
+    /// The page on which the customer pays. `None` once it is no longer open.
+    pub url: Option<String>,
+    pub expires_at: i64,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct MeterEvent {
+    #[expect(dead_code, reason = "miniserde needs a field to recognize an object")]
+    pub identifier: String,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct Summary {
+    pub aggregated_value: f64,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct PortalSession {
+    pub url: String,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub struct Price {
+    pub id: String,
+    pub lookup_key: Option<String>,
+    pub currency: String,
+    pub unit_amount_decimal: Option<String>,
+    pub recurring: Option<Recurring>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub struct Recurring {
+    pub interval: String,
+    pub meter: Option<String>,
+    pub usage_type: String,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct Meter {
+    pub id: String,
+    pub event_name: String,
+    pub status: String,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct WebhookEndpoint {
+    pub id: String,
+    pub url: String,
+    pub status: String,
+    pub api_version: Option<String>,
+    pub enabled_events: Vec<String>,
+    pub secret: Option<String>,
+}

@@ -1,0 +1,269 @@
+//! Derives access from Stripe's subscriptions. Pure: no clock, no database, no network.
+//!
+//! A tenant's [`Account`] contains the last observation of its subscriptions. An [`Observation`] is everything that
+//! Stripe returned for the customer in one read, with the number of that read. Events only cause reads, so their order,
+//! number and contents do not matter; a read that is older than the last applied one is discarded. [`Account::access`]
+//! defines what this means for plans marked `paid`:
+//!
+//! | Stripe's status | access | plans marked `paid` |
+//! |---|---|---|
+//! | no subscription, `incomplete`, `incomplete_expired` | [`Free`](Access::Free) | refused |
+//! | `trialing` | [`Trialing`](Access::Trialing) | work; until the date of a scheduled cancellation |
+//! | `active` | [`Active`](Access::Active) | work; until the date of a scheduled cancellation |
+//! | `past_due` | [`PastDue`](Access::PastDue) | work until the grace period after the unpaid invoice ends, or a scheduled cancellation if that is earlier |
+//! | `unpaid` | [`Unpaid`](Access::Unpaid) | refused |
+//! | `canceled` | [`Canceled`](Access::Canceled) | refused |
+//! | `paused` | [`Paused`](Access::Paused) | refused |
+//!
+//! `incomplete` is a subscription whose first payment has not succeeded. `paused` is a trial that ended without a
+//! payment method, or a subscription paused by the operator. Pausing only the collection of payments leaves a
+//! subscription `active`. See <https://docs.stripe.com/billing/subscriptions/overview>.
+//!
+//! If a customer has several subscriptions, the one whose access lasts the longest counts, so plans work as long as any
+//! of the subscriptions allows it. Among equals, the first of `active`, `trialing`, `past_due`, `unpaid`, `paused`,
+//! `canceled` and the others counts, and then the newest.
+
+use std::cmp::Reverse;
+
+/// Seconds since 1970, as used by Stripe.
+pub type Seconds = i64;
+
+/// The status of a subscription at Stripe.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Status {
+    Incomplete,
+    IncompleteExpired,
+    Trialing,
+    Active,
+    PastDue,
+    Unpaid,
+    Canceled,
+    Paused,
+}
+
+impl Status {
+    pub const ALL: [Self; 8] = [
+        Self::Incomplete,
+        Self::IncompleteExpired,
+        Self::Trialing,
+        Self::Active,
+        Self::PastDue,
+        Self::Unpaid,
+        Self::Canceled,
+        Self::Paused,
+    ];
+
+    /// Returns the name in Stripe's API.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Incomplete => "incomplete",
+            Self::IncompleteExpired => "incomplete_expired",
+            Self::Trialing => "trialing",
+            Self::Active => "active",
+            Self::PastDue => "past_due",
+            Self::Unpaid => "unpaid",
+            Self::Canceled => "canceled",
+            Self::Paused => "paused",
+        }
+    }
+
+    /// Returns `None` for a status that this version does not support. Its caller keeps the last known access: neither
+    /// granting nor revoking it would be safe.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|status| status.name() == name)
+    }
+
+    /// Whether the subscription has ended permanently. A new one can then be started.
+    pub const fn is_final(self) -> bool {
+        matches!(self, Self::IncompleteExpired | Self::Canceled)
+    }
+}
+
+/// The data of a subscription that Quota reads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Subscription {
+    pub id: String,
+    pub status: Status,
+    pub created: Seconds,
+    pub trial_end: Option<Seconds>,
+    /// When it will be, or was, canceled.
+    pub cancel_at: Option<Seconds>,
+    /// When the oldest invoice that is due and unpaid was finalized. Read only while the status is `past_due`.
+    pub unpaid_since: Option<Seconds>,
+}
+
+/// All subscriptions of a customer, as returned by one read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Observation {
+    /// The number of the read. Numbers are assigned before reads start, and increase.
+    pub read: u64,
+    /// When the read started.
+    pub at: Seconds,
+    pub subscriptions: Vec<Subscription>,
+}
+
+/// The effect of a tenant's subscriptions on plans marked `paid`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Never subscribed, or never paid.
+    Free,
+    Trialing {
+        /// When the trial ends and the first payment is due.
+        trial_end: Option<Seconds>,
+        /// When access ends because the subscription will be canceled.
+        ends: Option<Seconds>,
+    },
+    Active {
+        /// When access ends because the subscription will be canceled.
+        ends: Option<Seconds>,
+    },
+    /// A payment failed, and Stripe is retrying it.
+    PastDue {
+        /// When access ends, unless the invoice is paid before.
+        grace_ends: Seconds,
+    },
+    /// Stripe has stopped trying to collect the payment.
+    Unpaid,
+    Canceled,
+    Paused,
+}
+
+impl Access {
+    /// Returns the name in the API and in the database.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Free => "free",
+            Self::Trialing { .. } => "trialing",
+            Self::Active { .. } => "active",
+            Self::PastDue { .. } => "past_due",
+            Self::Unpaid => "unpaid",
+            Self::Canceled => "canceled",
+            Self::Paused => "paused",
+        }
+    }
+
+    /// Returns until when plans marked `paid` work.
+    pub const fn paid(self) -> Paid {
+        match self {
+            Self::Trialing { ends, .. } | Self::Active { ends } => match ends {
+                Some(end) => Paid::Until(end),
+                None => Paid::Always,
+            },
+            Self::PastDue { grace_ends } => Paid::Until(grace_ends),
+            Self::Free | Self::Unpaid | Self::Canceled | Self::Paused => Paid::Never,
+        }
+    }
+
+    /// Orders values that are otherwise equal. See the module's documentation.
+    const fn rank(self) -> u8 {
+        match self {
+            Self::Active { .. } => 6,
+            Self::Trialing { .. } => 5,
+            Self::PastDue { .. } => 4,
+            Self::Unpaid => 3,
+            Self::Paused => 2,
+            Self::Canceled => 1,
+            Self::Free => 0,
+        }
+    }
+}
+
+/// Until when plans marked `paid` work, if nothing else changes. Ordered from least to most.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Paid {
+    Never,
+    Until(Seconds),
+    Always,
+}
+
+impl Paid {
+    pub const fn at(self, now: Seconds) -> bool {
+        match self {
+            Self::Never => false,
+            Self::Until(end) => now < end,
+            Self::Always => true,
+        }
+    }
+}
+
+/// The last observation of a tenant's subscriptions.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Account {
+    last: Option<Observation>,
+}
+
+impl Account {
+    /// Applies an observation, unless a later read has been applied. Returns whether it was applied.
+    pub fn apply(&mut self, observation: Observation) -> bool {
+        if self
+            .last
+            .as_ref()
+            .is_some_and(|last| last.read >= observation.read)
+        {
+            return false;
+        }
+        self.last = Some(observation);
+        true
+    }
+
+    /// Returns the subscription that determines access.
+    pub fn subscription(&self, grace: Seconds) -> Option<&Subscription> {
+        let last = self.last.as_ref()?;
+        deciding(&last.subscriptions, last.at, grace)
+    }
+
+    /// Returns the access. `grace` is how long a past-due subscription keeps it.
+    pub fn access(&self, grace: Seconds) -> Access {
+        self.last.as_ref().map_or(Access::Free, |last| {
+            deciding(&last.subscriptions, last.at, grace).map_or(Access::Free, |subscription| {
+                subscription.access(last.at, grace)
+            })
+        })
+    }
+}
+
+/// Returns the subscription that determines access. `at` is when the subscriptions were read.
+pub fn deciding(
+    subscriptions: &[Subscription],
+    at: Seconds,
+    grace: Seconds,
+) -> Option<&Subscription> {
+    subscriptions.iter().max_by_key(|subscription| {
+        let access = subscription.access(at, grace);
+        (
+            access.paid(),
+            access.rank(),
+            subscription.created,
+            Reverse(subscription.id.as_str()),
+        )
+    })
+}
+
+impl Subscription {
+    /// Returns the access that this subscription provides on its own. `at` is when it was read: the grace period starts
+    /// then if Stripe lists no unpaid invoice, which can briefly be the case.
+    pub fn access(&self, at: Seconds, grace: Seconds) -> Access {
+        match self.status {
+            Status::Incomplete | Status::IncompleteExpired => Access::Free,
+            Status::Trialing => Access::Trialing {
+                trial_end: self.trial_end,
+                ends: self.cancel_at,
+            },
+            Status::Active => Access::Active {
+                ends: self.cancel_at,
+            },
+            Status::PastDue => {
+                let grace_ends = self.unpaid_since.unwrap_or(at).saturating_add(grace);
+                Access::PastDue {
+                    grace_ends: self.cancel_at.map_or(grace_ends, |end| end.min(grace_ends)),
+                }
+            }
+            Status::Unpaid => Access::Unpaid,
+            Status::Canceled => Access::Canceled,
+            Status::Paused => Access::Paused,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,776 @@
+//! Subscriptions, with the fake Stripe.
+
+use std::time::Duration;
+
+use quota_fake_stripe::{AfterRetries, Card, Delivery, Fault, How, Signature, sign};
+use quota_server::{
+    billing::setup::{self, Offer},
+    stripe::Stripe,
+};
+use reqwest::Method;
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
+
+use crate::support::{
+    app::TestApp,
+    stripe::{TestStripe, paid_key, wait_for_access, wait_for_status},
+};
+
+const DAY: Duration = Duration::from_hours(24);
+const MONTH: Duration = Duration::from_hours(31 * 24);
+
+async fn count(app: &TestApp, query: &str) -> i64 {
+    let client = app.database.connect().await;
+    client.query_one(query, &[]).await.expect("a count").get(0)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_stripe_billing_is_off_and_paid_plans_work() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let state = app.act(&account, "GET", "/billing", Value::Null).await;
+    assert_eq!(state.status, 200);
+    assert_eq!(state.body["enabled"], false);
+    assert_eq!(state.body["access"], "free");
+    assert_eq!(state.body["paid_plans_work"], true);
+    for path in ["/billing/checkout", "/billing/portal"] {
+        let refused = app.act(&account, "POST", path, Value::Null).await;
+        assert_eq!((refused.status, refused.problem()), (409, "billing-off"));
+    }
+    let key = paid_key(&app, &account).await;
+    assert_eq!(app.echo(&key).await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn paid_plan_needs_a_subscription_on_every_way_in() {
+    let stripe = TestStripe::start().await;
+    let app = stripe.app().await;
+    let account = app.register().await;
+    let other = app.register().await;
+    let gateway = app.service_token(&account).await;
+    let paid = paid_key(&app, &account).await;
+    let free_plan = app.plan(&account, json!({})).await;
+    let free = app.key(&account, &free_plan).await.text;
+
+    let forward = async |key: &str, query: &str| {
+        let call = app.get(&format!("/v1/forward-auth{query}"));
+        let call = call.header("X-Service-Token", &gateway);
+        call.header("X-API-Key", key).send().await
+    };
+    let check = async |key: &str| {
+        let call = app.post("/v1/check", json!({"key": key}));
+        call.bearer(&gateway).send().await
+    };
+    let refused = app.echo(&paid).await;
+    assert_eq!(
+        (refused.status, refused.problem()),
+        (402, "subscription-needed")
+    );
+    let page = app.get("/problems/subscription-needed").send().await;
+    assert_eq!(page.status, 200);
+    for (query, status) in [("", 402), ("?deny=429", 402), ("?deny=403", 403)] {
+        let refused = forward(&paid, query).await;
+        assert_eq!(refused.status, status, "{query}");
+        assert_eq!(refused.header("x-quota-decision"), Some("payment_required"));
+        assert_eq!(refused.text, "");
+        assert_eq!(refused.header("www-authenticate"), None);
+    }
+    let checked = check(&paid).await;
+    assert_eq!(checked.body["allowed"], false);
+    assert_eq!(checked.body["code"], "payment_required");
+    assert!(checked.body["key_id"].is_string());
+    // Free plans work in any case, and another tenant's service token reveals nothing.
+    assert_eq!(app.echo(&free).await.status, 200);
+    assert_eq!(forward(&free, "").await.status, 200);
+    assert_eq!(check(&free).await.body["code"], "allowed");
+    let stranger = app.service_token(&other).await;
+    let unknown = app
+        .post("/v1/check", json!({"key": paid}))
+        .bearer(&stranger)
+        .send()
+        .await;
+    assert_eq!(unknown.body["code"], "unknown_key");
+    // Nothing was charged.
+    assert_eq!(app.metric("quota_decisions_denied_total").await, 0.0);
+    assert!(app.metric("quota_payment_required_total").await >= 5.0);
+
+    stripe.subscribe(&app, &account).await;
+    let state = wait_for_access(&app, &account, "active").await;
+    assert_eq!(state["paid_plans_work"], true);
+    assert_eq!(state["access_ends_at"], Value::Null);
+    assert!(state["period_end"].is_string());
+    assert_eq!(app.echo(&paid).await.status, 200);
+    assert_eq!(forward(&paid, "?deny=403").await.status, 200);
+    assert_eq!(check(&paid).await.body["code"], "allowed");
+    // The other tenant has not subscribed.
+    let others = paid_key(&app, &other).await;
+    assert_eq!(app.echo(&others).await.status, 402);
+}
+
+/// A complete history, on two replicas: both follow every change, whichever of them received the webhook.
+#[tokio::test(flavor = "multi_thread")]
+async fn access_follows_the_subscription_on_every_replica() {
+    let stripe = TestStripe::start().await;
+    stripe.fake.after_retries(AfterRetries::Unpaid);
+    let first = stripe.app().await;
+    let second = stripe
+        .configure(TestApp::setup())
+        .database(first.database.clone());
+    let second = second.start().await;
+    let account = first.register().await;
+    let key = paid_key(&first, &account).await;
+    let reaches_both = async |access: &str, status: u16| {
+        stripe.deliver_all().await;
+        let state = wait_for_access(&first, &account, access).await;
+        for app in [&first, &second] {
+            let took = wait_for_status(app, &key, status).await;
+            println!("{access}: {status} after {took:?}");
+        }
+        state
+    };
+    assert_eq!(second.echo(&key).await.status, 402);
+    stripe.subscribe(&first, &account).await;
+    let customer = stripe.customer_of(&account);
+    reaches_both("active", 200).await;
+
+    // A payment fails, and the plan keeps working for a week.
+    stripe.fake.set_card(&customer, Card::Declines);
+    stripe.fake.advance(MONTH);
+    stripe.fake.advance(Duration::from_hours(2));
+    let state = reaches_both("past_due", 200).await;
+    assert!(state["access_ends_at"].is_string(), "{state}");
+    // Stripe stops retrying.
+    stripe.fake.advance(16 * DAY);
+    stripe.send_to(&second);
+    let state = reaches_both("unpaid", 402).await;
+    assert_eq!(state["paid_plans_work"], false);
+    assert_eq!(state["has_customer"], true);
+
+    // The invoice is paid.
+    stripe.fake.set_card(&customer, Card::Good);
+    let open = stripe
+        .fake
+        .all("invoice")
+        .into_iter()
+        .rfind(|it| it["status"] == "open");
+    let open = open.expect("an open invoice")["id"]
+        .as_str()
+        .expect("an ID")
+        .to_owned();
+    stripe
+        .fake
+        .request(&Method::POST, &format!("invoices/{open}/pay"), "")
+        .expect("paid");
+    reaches_both("active", 200).await;
+
+    let id = stripe.fake.all("subscription")[0]["id"]
+        .as_str()
+        .expect("an ID")
+        .to_owned();
+    stripe
+        .fake
+        .request(
+            &Method::POST,
+            &format!("subscriptions/{id}"),
+            "cancel_at_period_end=true",
+        )
+        .expect("canceled at the end");
+    stripe.deliver_all().await;
+    let state = wait_for_access(&first, &account, "active").await;
+    assert_eq!(state["paid_plans_work"], true);
+    stripe
+        .fake
+        .request(&Method::DELETE, &format!("subscriptions/{id}"), "")
+        .expect("canceled");
+    reaches_both("canceled", 402).await;
+    // And again.
+    stripe.subscribe(&first, &account).await;
+    reaches_both("active", 200).await;
+}
+
+/// With a grace period of zero days, a failed payment ends access: because of its date, not because of another event.
+#[tokio::test(flavor = "multi_thread")]
+async fn grace_period_ends_on_its_date() {
+    let stripe = TestStripe::start().await;
+    let setup = stripe.configure(TestApp::setup()).flag("--billing-grace=0");
+    let app = setup.start().await;
+    stripe.send_to(&app);
+    let account = app.register().await;
+    let key = paid_key(&app, &account).await;
+    stripe.subscribe(&app, &account).await;
+    wait_for_access(&app, &account, "active").await;
+    wait_for_status(&app, &key, 200).await;
+    stripe
+        .fake
+        .set_card(&stripe.customer_of(&account), Card::Declines);
+    stripe.fake.advance(MONTH + Duration::from_hours(2));
+    stripe.deliver_all().await;
+    let state = wait_for_access(&app, &account, "past_due").await;
+    // The fake's clock is a month ahead of the server's, so the date has not been reached.
+    assert_eq!(state["paid_plans_work"], true);
+    let client = app.database.connect().await;
+    client
+        .batch_execute(
+            "UPDATE billing_accounts SET paid_access_until = now() - interval '1 second'; \
+             INSERT INTO revocations (tenant_id, target_type, target_id) SELECT tenant_id, 'tenant', tenant_id \
+             FROM billing_accounts",
+        )
+        .await
+        .expect("time passes");
+    wait_for_status(&app, &key, 402).await;
+    let state = wait_for_access(&app, &account, "past_due").await;
+    assert_eq!(state["paid_plans_work"], false);
+}
+
+/// Events arrive in any order, several times, with other IDs, signed again, in old versions and with other types, and
+/// concern a subscription that has ended in the meantime.
+#[tokio::test(flavor = "multi_thread")]
+async fn events_in_any_order_lead_to_the_present_state() {
+    let stripe = TestStripe::start().await;
+    let app = stripe.app().await;
+    let account = app.register().await;
+    let session = stripe.start_checkout(&app, &account).await;
+    stripe
+        .fake
+        .pay_checkout(&session, Card::Good, false)
+        .expect("open");
+    let customer = stripe.customer_of(&account);
+    stripe.fake.set_card(&customer, Card::Declines);
+    stripe.fake.advance(MONTH + Duration::from_hours(2));
+    stripe.fake.advance(16 * DAY);
+    assert_eq!(stripe.fake.all("subscription")[0]["status"], "canceled");
+    let mut events: Vec<String> = stripe
+        .fake
+        .take_queued()
+        .into_iter()
+        .map(|it| it.0)
+        .collect();
+    assert!(events.len() > 15, "{}", events.len());
+    let mut rng = fastrand::Rng::with_seed(5);
+    rng.shuffle(&mut events);
+    let mut sent = 0;
+    for event in &events {
+        for _ in 0..rng.u8(1..4) {
+            let delivery = Delivery {
+                under_new_id: rng.u8(..4) == 0,
+                as_of_2024: rng.u8(..4) == 0,
+                kind: (rng.u8(..6) == 0).then(|| "customer.something.new".to_owned()),
+                ..Delivery::default()
+            };
+            assert_eq!(stripe.deliver(event, &delivery).await, 204);
+            sent += 1;
+        }
+    }
+    wait_for_access(&app, &account, "canceled").await;
+    let stored = count(&app, "SELECT count(*) FROM billing_events").await;
+    assert!(stored >= i64::try_from(events.len()).expect("few"));
+    assert!(stored < sent, "{stored} of {sent}");
+    handled(&app).await;
+    let ignored = "SELECT count(*) FROM billing_events WHERE outcome <> 'applied' AND customer_id IS NOT NULL";
+    assert_eq!(count(&app, ignored).await, 0);
+    assert_eq!(stripe.fake.all("subscription").len(), 1);
+    let key = paid_key(&app, &account).await;
+    assert_eq!(app.echo(&key).await.status, 402);
+}
+
+/// Waits until all events have been processed.
+async fn handled(app: &TestApp) {
+    for _ in 0..750 {
+        let open = "SELECT count(*) FROM billing_events WHERE outcome IS NULL";
+        if count(app, open).await == 0 {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    panic!("events are not handled");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn webhook_without_a_valid_signature_changes_nothing() {
+    let stripe = TestStripe::start().await;
+    let app = stripe.app().await;
+    let account = app.register().await;
+    let session = stripe.start_checkout(&app, &account).await;
+    stripe
+        .fake
+        .pay_checkout(&session, Card::Good, false)
+        .expect("open");
+    let queued = stripe.fake.take_queued();
+    let event = &queued.last().expect("an event").0;
+    for signature in [
+        Signature::Missing,
+        Signature::Wrong,
+        Signature::Stale(301),
+        Signature::Stale(-600),
+    ] {
+        let delivery = Delivery {
+            signature,
+            ..Delivery::default()
+        };
+        assert_eq!(stripe.deliver(event, &delivery).await, 400, "{signature:?}");
+    }
+    // A valid signature of another body.
+    let (body, header) = stripe
+        .fake
+        .signed(event, &stripe.endpoint, &Delivery::default());
+    let header = header.expect("signed");
+    let send = async |body: Vec<u8>, header: &str| {
+        let call = app.request(Method::POST, "/billing/stripe/webhook");
+        let call = call.body("application/json; charset=utf-8", body);
+        call.header("Stripe-Signature", header).send().await
+    };
+    let changed = send(format!("{body} ").into_bytes(), &header).await;
+    assert_eq!((changed.status, changed.problem()), (400, "malformed"));
+    // Rejected before it is sent.
+    let announced = format!(
+        "POST /billing/stripe/webhook HTTP/1.1\r\nHost: localhost\r\nStripe-Signature: {header}\r\n\
+         Content-Length: {}\r\n\r\n",
+        128 * 1024 + 1
+    );
+    let mut stream = TcpStream::connect(app.addr).await.expect("connected");
+    stream.write_all(announced.as_bytes()).await.expect("sent");
+    let mut response = [0; 12];
+    stream.read_exact(&mut response).await.expect("a response");
+    assert_eq!(&response, b"HTTP/1.1 413");
+    // Signed, but not an event.
+    let now = chrono::Utc::now().timestamp();
+    for body in ["", "[]", "{\"id\":\"evt_1\"}"] {
+        let header = sign(now, body, &[&stripe.secret]);
+        assert_eq!(send(body.into(), &header).await.status, 400, "{body}");
+    }
+    assert_eq!(count(&app, "SELECT count(*) FROM billing_events").await, 0);
+    assert!(app.metric("quota_billing_signatures_bad_total").await >= 5.0);
+    let state = app.act(&account, "GET", "/billing", Value::Null).await;
+    assert_eq!(state.body["access"], "free");
+
+    // A body of almost the limit is accepted, and so is the original.
+    let padded = format!("{body}{}", " ".repeat(128 * 1024 - body.len()));
+    let padded_header = sign(now, &padded, &[&stripe.secret]);
+    assert_eq!(send(padded.into_bytes(), &padded_header).await.status, 204);
+    assert_eq!(send(body.into_bytes(), &header).await.status, 204);
+    wait_for_access(&app, &account, "active").await;
+    assert_eq!(count(&app, "SELECT count(*) FROM billing_events").await, 1);
+}
+
+/// Both secrets are set while one replaces the other, and Stripe signs with both for a day.
+#[tokio::test(flavor = "multi_thread")]
+async fn webhook_secret_can_be_rotated() {
+    let stripe = TestStripe::start().await;
+    let new = stripe.fake.rotate_secret(&stripe.endpoint);
+    let both = format!("--stripe-webhook-secret={}, {new}", stripe.secret);
+    let app = stripe.configure(TestApp::setup()).flag(both).start().await;
+    stripe.send_to(&app);
+    let account = app.register().await;
+    stripe.start_checkout(&app, &account).await;
+    let event = stripe.fake.take_queued().remove(0).0;
+    for signature in [Signature::Valid, Signature::Previous] {
+        let delivery = Delivery {
+            signature,
+            ..Delivery::default()
+        };
+        assert_eq!(
+            stripe.deliver(&event, &delivery).await,
+            204,
+            "{signature:?}"
+        );
+    }
+    stripe.fake.advance(DAY);
+    let only_new = Delivery::default();
+    assert_eq!(stripe.deliver(&event, &only_new).await, 204);
+}
+
+/// Unknown events are stored, and processed by reading the customer they concern.
+#[tokio::test(flavor = "multi_thread")]
+async fn unknown_thin_and_foreign_events_are_stored_and_end() {
+    let stripe = TestStripe::start().await;
+    let app = stripe.app().await;
+    let account = app.register().await;
+    let session = stripe.start_checkout(&app, &account).await;
+    stripe
+        .fake
+        .pay_checkout(&session, Card::Good, false)
+        .expect("open");
+    stripe.fake.take_queued();
+    let subscription = stripe.fake.all("subscription")[0]["id"]
+        .as_str()
+        .expect("an ID")
+        .to_owned();
+    let send = async |event: Value| {
+        let body = event.to_string();
+        let header = sign(chrono::Utc::now().timestamp(), &body, &[&stripe.secret]);
+        let call = app.request(Method::POST, "/billing/stripe/webhook");
+        let call = call.body("application/json; charset=utf-8", body);
+        let answer = call.header("Stripe-Signature", &header).send().await;
+        assert_eq!(answer.status, 204, "{}", answer.text);
+    };
+    let foreign = [
+        json!({"id": "evt_a", "type": "charge.succeeded", "data": {"object": {"id": "ch_1", "customer": "cus_x"}}}),
+        json!({"id": "evt_b", "type": "v1.billing.meter.no_meter_found", "object": "v2.core.event"}),
+        json!({"id": "evt_c", "type": "x", "data": {"object": {"id": "sub_gone", "object": "subscription"}}}),
+        json!({"id": "evt_d", "type": "customer.subscription.updated", "livemode": true,
+            "data": {"object": {"id": subscription, "customer": stripe.customer_of(&account)}}}),
+    ];
+    for event in foreign {
+        send(event).await;
+    }
+    handled(&app).await;
+    let ignored = "SELECT count(*) FROM billing_events WHERE outcome = 'ignored'";
+    assert_eq!(count(&app, ignored).await, 4);
+    let state = app.act(&account, "GET", "/billing", Value::Null).await;
+    assert_eq!(
+        state.body["access"], "free",
+        "a live event says nothing about a sandbox"
+    );
+
+    // A thin event about the subscription, whose customer has to be requested.
+    send(
+        json!({"id": "evt_e", "type": "v1.customer.subscription.updated", "object": "v2.core.event",
+        "livemode": false, "related_object": {"id": subscription, "type": "subscription"}}),
+    )
+    .await;
+    wait_for_access(&app, &account, "active").await;
+    handled(&app).await;
+    assert_eq!(
+        count(
+            &app,
+            "SELECT count(*) FROM billing_events WHERE outcome = 'applied'"
+        )
+        .await,
+        1
+    );
+}
+
+/// Each request of a checkout fails in each way, before and after its effect: there is one customer, at most one open
+/// page, and one subscription at the end.
+#[tokio::test(flavor = "multi_thread")]
+async fn faults_of_stripe_create_nothing_twice() {
+    let stripe = TestStripe::start().await;
+    let app = stripe
+        .configure(TestApp::setup())
+        .without_jobs()
+        .start()
+        .await;
+    let mut failures = 0;
+    for path in [
+        "/v1/customers",
+        "/v1/subscriptions",
+        "/v1/prices",
+        "/v1/checkout/sessions",
+    ] {
+        for fault in Fault::all(Duration::from_millis(20)) {
+            let account = app.register().await;
+            stripe.fake.fail_next(path, fault);
+            let mut page = app
+                .act(&account, "POST", "/billing/checkout", Value::Null)
+                .await;
+            for _ in 0..3 {
+                if page.status == 201 {
+                    break;
+                }
+                failures += 1;
+                assert_eq!(
+                    (page.status, page.problem()),
+                    (503, "unavailable"),
+                    "{path} {fault:?}: {}",
+                    page.text
+                );
+                assert!(page.number("retry-after") >= 1);
+                page = app
+                    .act(&account, "POST", "/billing/checkout", Value::Null)
+                    .await;
+            }
+            assert_eq!(page.status, 201, "{path} {fault:?}: {}", page.text);
+            let again = app
+                .act(&account, "POST", "/billing/checkout", Value::Null)
+                .await;
+            assert_eq!(again.body, page.body, "{path} {fault:?}");
+            let own = |it: &Value| it["metadata"]["quota_tenant"] == account.tenant_id.as_str();
+            let customers = stripe
+                .fake
+                .all("customer")
+                .iter()
+                .filter(|it| own(it))
+                .count();
+            assert_eq!(customers, 1, "{path} {fault:?}");
+            let customer = stripe.customer_of(&account);
+            let sessions = stripe.fake.all("checkout.session");
+            let sessions: Vec<_> = sessions
+                .iter()
+                .filter(|it| it["customer"] == customer.as_str())
+                .collect();
+            // A second one exists only if Stripe failed permanently after creating the first, whose page no one has
+            // seen.
+            let is_lost = path == "/v1/checkout/sessions"
+                && fault == Fault::after(How::Status(500))
+                || path == "/v1/checkout/sessions" && fault == Fault::after(How::Status(503));
+            assert_eq!(
+                sessions.len(),
+                if is_lost { 2 } else { 1 },
+                "{path} {fault:?}"
+            );
+        }
+    }
+    assert!(failures > 30, "{failures}");
+}
+
+/// A customer was created without a response, and Stripe has since forgotten the idempotency key.
+#[tokio::test(flavor = "multi_thread")]
+async fn customer_is_found_again_after_days() {
+    let stripe = TestStripe::start().await;
+    let app = stripe.app().await;
+    let account = app.register().await;
+    stripe
+        .fake
+        .fail_next("/v1/customers", Fault::after(How::Drop));
+    let lost = app
+        .act(&account, "POST", "/billing/checkout", Value::Null)
+        .await;
+    assert_eq!(lost.status, 503);
+    stripe.fake.advance(2 * DAY);
+    stripe.start_checkout(&app, &account).await;
+    assert_eq!(stripe.fake.all("customer").len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn checkout_leads_to_one_subscription() {
+    let stripe = TestStripe::start().await;
+    let app = stripe.app().await;
+    let account = app.register().await;
+    let post = async |key: Option<&str>| {
+        let call = app
+            .request(Method::POST, "/billing/checkout")
+            .bearer(&account.access_token);
+        match key {
+            Some(key) => call.header("Idempotency-Key", key).send().await,
+            None => call.send().await,
+        }
+    };
+    let portal = app
+        .act(&account, "POST", "/billing/portal", Value::Null)
+        .await;
+    assert_eq!((portal.status, portal.problem()), (409, "not-subscribed"));
+    // Clicked several times in a row.
+    let (a, b, c) = tokio::join!(post(None), post(None), post(Some("k")));
+    for page in [&a, &b, &c] {
+        assert_eq!(page.status, 201, "{}", page.text);
+        assert_eq!(page.body, a.body);
+    }
+    let sessions = stripe.fake.all("checkout.session");
+    assert_eq!(sessions.len(), 1);
+    assert_eq!(
+        sessions[0]["client_reference_id"],
+        account.tenant_id.as_str()
+    );
+    assert_eq!(sessions[0]["_line_items"].as_array().map(Vec::len), Some(2));
+    let success = sessions[0]["success_url"].as_str().expect("a URL");
+    assert!(
+        success.ends_with("/console/billing?checkout=success"),
+        "{success}"
+    );
+
+    // It expires, and the next one is different.
+    stripe.fake.advance(DAY);
+    let next = post(None).await;
+    assert_eq!(next.status, 201);
+    assert_ne!(next.body["url"], a.body["url"]);
+    let session = next.text("url");
+    let session = session.rsplit('/').next().expect("an ID");
+    stripe
+        .fake
+        .pay_checkout(session, Card::Good, false)
+        .expect("open");
+    // Even before any webhook arrives.
+    let second = post(None).await;
+    assert_eq!(
+        (second.status, second.problem()),
+        (409, "already-subscribed")
+    );
+    // For another tenant, it is a different request.
+    let other = app.register().await;
+    let call = app
+        .request(Method::POST, "/billing/checkout")
+        .bearer(&other.access_token);
+    let others = call.header("Idempotency-Key", "k").send().await;
+    assert_eq!(others.status, 201);
+    assert_ne!(others.body["url"], c.body["url"]);
+    // The same key gives the same response.
+    let replayed = post(Some("k")).await;
+    assert_eq!((replayed.status, &replayed.body), (201, &c.body));
+    let portal = app
+        .act(&account, "POST", "/billing/portal", Value::Null)
+        .await;
+    assert_eq!(portal.status, 201, "{}", portal.text);
+    assert!(portal.text("url").starts_with(stripe.fake.url()));
+    let subscriptions = stripe.fake.all("subscription");
+    assert_eq!(subscriptions.len(), 1);
+    assert_eq!(
+        subscriptions[0]["metadata"]["quota_tenant"],
+        account.tenant_id.as_str()
+    );
+}
+
+/// While Stripe is unreachable, tenants keep their access, and events wait.
+#[tokio::test(flavor = "multi_thread")]
+async fn outage_of_stripe_changes_no_access() {
+    let stripe = TestStripe::start().await;
+    let app = stripe.app().await;
+    let account = app.register().await;
+    let key = paid_key(&app, &account).await;
+    let subscription = stripe.subscribe(&app, &account).await;
+    wait_for_access(&app, &account, "active").await;
+    wait_for_status(&app, &key, 200).await;
+    handled(&app).await;
+
+    stripe
+        .fake
+        .choose_faults(|_, _| Some(Fault::before(How::Html)));
+    let fake_path = format!("subscriptions/{subscription}");
+    stripe
+        .fake
+        .request(&Method::DELETE, &fake_path, "")
+        .expect("canceled");
+    stripe.deliver_all().await;
+    for _ in 0..100 {
+        if app.metric("quota_billing_errors_total").await > 0.0 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(app.metric("quota_billing_errors_total").await > 0.0);
+    assert_eq!(app.echo(&key).await.status, 200);
+    let waiting = "SELECT count(*) FROM billing_events WHERE outcome IS NULL AND error IS NOT NULL AND due_at > now()";
+    assert_eq!(count(&app, waiting).await, 1);
+
+    stripe.fake.heal();
+    wait_for_status(&app, &key, 402).await;
+    handled(&app).await;
+}
+
+/// A webhook never arrives. The customer is read regularly.
+#[tokio::test(flavor = "multi_thread")]
+async fn lost_webhook_is_made_up_for() {
+    let stripe = TestStripe::start().await;
+    let app = stripe.app().await;
+    let account = app.register().await;
+    let session = stripe.start_checkout(&app, &account).await;
+    stripe
+        .fake
+        .pay_checkout(&session, Card::Good, false)
+        .expect("open");
+    stripe.fake.take_queued();
+    let client = app.database.connect().await;
+    client
+        .execute("UPDATE billing_accounts SET read_due_at = now()", &[])
+        .await
+        .expect("time passes");
+    wait_for_access(&app, &account, "active").await;
+    assert_eq!(count(&app, "SELECT count(*) FROM billing_events").await, 0);
+    let later =
+        "SELECT count(*) FROM billing_accounts WHERE read_due_at > now() + interval '8 minutes'";
+    assert_eq!(count(&app, later).await, 1);
+}
+
+/// Reads of one customer overlap. The one that began last determines the result, no matter which one ends last.
+#[tokio::test(flavor = "multi_thread")]
+async fn outdated_read_is_dropped() {
+    let stripe = TestStripe::start().await;
+    let app = stripe
+        .configure(TestApp::setup())
+        .without_jobs()
+        .start()
+        .await;
+    let account = app.register().await;
+    let session = stripe.start_checkout(&app, &account).await;
+    let tenant = quota_common::TenantId(account.tenant_id.parse().expect("a UUID"));
+    let billing = app.state.billing.as_ref().expect("billing is on");
+    // The first read sees the customer before the payment, and returns late.
+    let slow = Fault::after(How::Slow(Duration::from_millis(800)));
+    stripe.fake.fail_next("/v1/subscriptions", slow);
+    let (outdated, current) = tokio::join!(billing.read(tenant), async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        stripe
+            .fake
+            .pay_checkout(&session, Card::Good, false)
+            .expect("open");
+        billing.read(tenant).await
+    });
+    assert!(outdated.expect("a read").is_none());
+    assert!(current.expect("a read").is_some());
+    let state = app.act(&account, "GET", "/billing", Value::Null).await;
+    assert_eq!(state.body["access"], "active");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn setting_up_twice_creates_nothing_twice() {
+    let fake = quota_fake_stripe::FakeStripe::start()
+        .await
+        .expect("a free port");
+    let app = TestApp::setup()
+        .flag(format!(
+            "--stripe-secret-key={}",
+            quota_fake_stripe::SECRET_KEY
+        ))
+        .flag("--stripe-webhook-secret=whsec_x")
+        .flag(format!("--stripe-api-base={}/", fake.url()))
+        .without_jobs();
+    let app = app.start().await;
+    let settings = app.state.config.stripe.as_ref().expect("billing is on");
+    let stripe = Stripe::new(settings).expect("valid settings");
+    let url = setup::webhook_url("https://quota.example.com");
+    let offer = Offer {
+        product_name: "Quota".into(),
+        currency: "usd".parse().expect("a currency"),
+        price: "2900".into(),
+        usage_price: Some("0.05".into()),
+    };
+    let before = setup::check(&stripe, &url, false).await.expect("checked");
+    assert_eq!(
+        before.iter().filter(|it| !it.is_ok).count(),
+        3,
+        "{before:?}"
+    );
+
+    let (first, secret) = setup::set_up(&stripe, &offer, &url).await.expect("set up");
+    assert!(secret.is_some_and(|it| it.starts_with("whsec_")));
+    assert!(
+        first.iter().all(|it| it.text.ends_with("(created)")),
+        "{first:?}"
+    );
+    let (second, secret) = setup::set_up(&stripe, &offer, &url).await.expect("set up");
+    assert_eq!(secret, None);
+    assert!(
+        second.iter().all(|it| it.text.ends_with("(exists)")),
+        "{second:?}"
+    );
+    assert_eq!(first.len(), 5);
+    for (kind, count) in [
+        ("product", 1),
+        ("price", 2),
+        ("billing.meter", 1),
+        ("webhook_endpoint", 1),
+    ] {
+        assert_eq!(fake.all(kind).len(), count, "{kind}");
+    }
+    let endpoint = &fake.all("webhook_endpoint")[0];
+    assert_eq!(endpoint["api_version"], quota_fake_stripe::API_VERSION);
+    let after = setup::check(&stripe, &url, true).await.expect("checked");
+    assert!(after.iter().all(|it| it.is_ok), "{after:?}");
+    // Loss of access is detected.
+    let id = endpoint["id"].as_str().expect("an ID");
+    fake.request(
+        &Method::POST,
+        &format!("webhook_endpoints/{id}"),
+        "enabled_events[0]=invoice.paid",
+    )
+    .expect("changed");
+    let changed = setup::check(&stripe, &url, true).await.expect("checked");
+    let wrong: Vec<_> = changed
+        .iter()
+        .filter(|it| !it.is_ok)
+        .map(|it| it.name)
+        .collect();
+    assert_eq!(wrong, ["webhook endpoint"]);
+}

@@ -1,0 +1,652 @@
+//! Charged usage, from the log to meter events at the fake Stripe.
+//!
+//! The oracle is a sum over the records that the test itself has appended.
+
+use std::time::Duration;
+
+use chrono::{DateTime, DurationRound as _, TimeDelta, Utc};
+use quota_fake_stripe::{Card, Fault, How, Usage};
+use quota_server::{billing::Billing, repo::usage_log::UsageRecord};
+use reqwest::Method;
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use crate::{
+    support::{
+        app::{Account, TestApp},
+        stripe::TestStripe,
+    },
+    usage,
+};
+
+const DAY: Duration = Duration::from_hours(24);
+
+/// A server without jobs, and a tenant that subscribed some time ago.
+struct World {
+    stripe: TestStripe,
+    app: TestApp,
+    account: Account,
+    plan: String,
+}
+
+impl World {
+    async fn subscribed(ago: Duration) -> Self {
+        let stripe = TestStripe::start().await;
+        stripe.fake.set_back(ago);
+        let app = stripe
+            .configure(TestApp::setup())
+            .without_jobs()
+            .start()
+            .await;
+        stripe.send_to(&app);
+        let account = app.register().await;
+        let plan = app.plan(&account, json!({"billing": "paid"})).await;
+        let world = Self {
+            stripe,
+            app,
+            account,
+            plan,
+        };
+        let session = world
+            .stripe
+            .start_checkout(&world.app, &world.account)
+            .await;
+        let paid = world.stripe.fake.pay_checkout(&session, Card::Good, false);
+        paid.expect("the session is open");
+        world.stripe.fake.advance(ago);
+        world.read().await;
+        world
+    }
+
+    fn billing(&self) -> &Billing {
+        self.app.state.billing.as_ref().expect("billing is on")
+    }
+
+    async fn read(&self) {
+        let tenant = self.account.tenant_id.parse().expect("a UUID");
+        let read = self.billing().read(quota_common::TenantId(tenant)).await;
+        read.expect("Stripe answers");
+    }
+
+    fn paid(&self, at: DateTime<Utc>, cost: i64) -> UsageRecord {
+        let key = Uuid::now_v7().to_string();
+        UsageRecord {
+            billing: "paid",
+            cost,
+            ..usage::record(&self.account, &key, &self.plan, at)
+        }
+    }
+
+    async fn append(&self, records: &[UsageRecord]) {
+        usage::append(&self.app, records).await;
+    }
+
+    async fn execute(&self, sql: &str) -> u64 {
+        let client = self.app.database.connect().await;
+        client.execute(sql, &[]).await.expect("it can be executed")
+    }
+
+    /// Plans and sends until nothing is due.
+    async fn report(&self) {
+        self.billing().plan_usage().await.expect("planned");
+        self.send().await;
+    }
+
+    /// Sends until nothing is due. Retries are due immediately.
+    async fn send(&self) {
+        for _ in 0..50 {
+            let due = "UPDATE billing_reports SET due_at = now() - interval '1 second' WHERE state = 'pending'";
+            if self.execute(due).await == 0 {
+                return;
+            }
+            self.billing()
+                .send_usage()
+                .await
+                .expect("the database answers");
+        }
+        panic!("reports stay pending");
+    }
+
+    /// Returns the fake's total for the tenant.
+    fn counted(&self) -> Vec<Usage> {
+        let customer = self.stripe.customer_of(&self.account);
+        let all = self.stripe.fake.usage().into_iter();
+        all.filter(|it| it.customer == customer).collect()
+    }
+
+    fn total(&self) -> i64 {
+        self.counted().iter().map(|it| it.value).sum()
+    }
+
+    /// Returns the state, reason and value of all reports, in order.
+    async fn reports(&self) -> Vec<(String, Option<String>, i64)> {
+        let client = self.app.database.connect().await;
+        let rows = client
+            .query(
+                "SELECT state, reason, value FROM billing_reports ORDER BY start, revision",
+                &[],
+            )
+            .await
+            .expect("reports");
+        rows.iter()
+            .map(|row| (row.get(0), row.get(1), row.get(2)))
+            .collect()
+    }
+}
+
+/// The start of the hour some hours ago.
+fn hour(ago: i64) -> DateTime<Utc> {
+    let at = Utc::now() - TimeDelta::hours(ago);
+    at.duration_trunc(TimeDelta::hours(1))
+        .expect("a time of this era")
+}
+
+fn minutes(n: i64) -> TimeDelta {
+    TimeDelta::minutes(n)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn usage_of_an_hour_becomes_one_meter_event() {
+    let world = World::subscribed(3 * DAY).await;
+    let at = hour(4);
+    let rejected = usage::rejected(world.paid(at + minutes(3), 100), "rpm");
+    let free = UsageRecord {
+        billing: "free",
+        ..world.paid(at + minutes(3), 100)
+    };
+    world
+        .append(&[
+            world.paid(at, 1),
+            world.paid(at + minutes(30), 2),
+            world.paid(at + minutes(60) - TimeDelta::milliseconds(1), 3),
+            world.paid(at + minutes(60), 10),
+            rejected,
+            free,
+        ])
+        .await;
+    // Not over yet.
+    world.append(&[world.paid(Utc::now(), 1000)]).await;
+    world.report().await;
+    let tenant = &world.account.tenant_id;
+    let sent: Vec<_> = world
+        .counted()
+        .into_iter()
+        .map(|it| (it.identifier, it.at, it.value))
+        .collect();
+    let (first, second) = (at.timestamp(), at.timestamp() + 3600);
+    assert_eq!(
+        sent,
+        [
+            (format!("{tenant}-{first}-0"), first, 6),
+            (format!("{tenant}-{second}-0"), second, 10),
+        ]
+    );
+    // Once.
+    world.report().await;
+    assert_eq!(world.counted().len(), 2);
+
+    // Usage that arrives late is a revision with the difference.
+    world.append(&[world.paid(at + minutes(59), 4)]).await;
+    world.append(&[world.paid(at + minutes(59), 1)]).await;
+    world.report().await;
+    let late = world.counted().pop().expect("sent");
+    assert_eq!(
+        (late.identifier, late.at, late.value),
+        (format!("{tenant}-{first}-1"), first, 5)
+    );
+    assert_eq!(world.total(), 21);
+}
+
+/// Every kind of fault, before and after the effect, on the way to the meter: Stripe's total equals the usage.
+#[tokio::test(flavor = "multi_thread")]
+async fn faults_charge_nothing_twice_and_lose_nothing() {
+    let world = World::subscribed(3 * DAY).await;
+    let mut used = 0;
+    for (n, fault) in Fault::all(Duration::from_millis(10))
+        .into_iter()
+        .enumerate()
+    {
+        let n = i64::try_from(n).expect("few");
+        world
+            .append(&[world.paid(hour(n + 2) + minutes(7), n + 1)])
+            .await;
+        used += n + 1;
+        world
+            .stripe
+            .fake
+            .fail_next("/v1/billing/meter_events", fault);
+        world.report().await;
+        assert_eq!(world.total(), used, "{fault:?}");
+    }
+    assert!(world.reports().await.iter().all(|it| it.0 == "sent"));
+    assert!(used > 70, "{used}");
+}
+
+/// Random usage, faults, late rows, crashes between request and record, and outages longer than Stripe recognizes an
+/// identifier.
+#[tokio::test(flavor = "multi_thread")]
+async fn random_schedules_charge_exactly_what_was_used() {
+    let world = World::subscribed(10 * DAY).await;
+    let faults = Fault::all(Duration::from_millis(2));
+    let mut used = 0;
+    let mut failed = 0;
+    for seed in 0..60 {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        for _ in 0..rng.u8(1..4) {
+            let at = hour(rng.i64(3..80)) + minutes(rng.i64(0..60));
+            let cost = rng.i64(1..1000);
+            used += cost;
+            world.append(&[world.paid(at, cost)]).await;
+        }
+        world.billing().plan_usage().await.expect("planned");
+        for _ in 0..rng.u8(0..3) {
+            if let Some(fault) = rng.choice(&faults) {
+                world
+                    .stripe
+                    .fake
+                    .fail_next("/v1/billing/meter_events", *fault);
+            }
+        }
+        let before = world
+            .reports()
+            .await
+            .iter()
+            .filter(|it| it.0 == "pending")
+            .count();
+        world
+            .execute("UPDATE billing_reports SET due_at = now() WHERE state = 'pending'")
+            .await;
+        world
+            .billing()
+            .send_usage()
+            .await
+            .expect("the database answers");
+        failed += world
+            .reports()
+            .await
+            .iter()
+            .filter(|it| it.0 == "pending")
+            .count()
+            .min(before);
+        if rng.u8(..4) == 0 {
+            // Nothing is sent for a day and a half.
+            world.stripe.fake.advance(Duration::from_hours(36));
+            world.execute("UPDATE billing_reports SET first_attempt_at = first_attempt_at - interval '36 hours'").await;
+        }
+        world.stripe.fake.heal();
+        world.send().await;
+        assert_eq!(world.total(), used, "seed {seed}");
+    }
+    assert!(failed > 20, "{failed}");
+    assert!(world.reports().await.iter().all(|it| it.0 == "sent"));
+}
+
+/// After the time during which Stripe recognizes an identifier, Stripe's total determines the outcome.
+#[tokio::test(flavor = "multi_thread")]
+async fn worker_that_was_down_for_30_hours_charges_once() {
+    let world = World::subscribed(3 * DAY).await;
+    for (n, fault, before) in [
+        (3, Fault::after(How::Drop), 1),
+        (4, Fault::before(How::Drop), 0),
+    ] {
+        world.append(&[world.paid(hour(n), 5)]).await;
+        world.billing().plan_usage().await.expect("planned");
+        world
+            .stripe
+            .fake
+            .fail_next("/v1/billing/meter_events", fault);
+        let events = world.counted().len();
+        let sent = world
+            .billing()
+            .send_usage()
+            .await
+            .expect("the database answers");
+        assert_eq!((sent.finished, sent.errors), (0, 1));
+        assert_eq!(world.counted().len(), events + before, "{fault:?}");
+        world.stripe.fake.advance(Duration::from_hours(30));
+        world.execute("UPDATE billing_reports SET first_attempt_at = first_attempt_at - interval '30 hours'").await;
+        world.send().await;
+        assert_eq!(world.counted().len(), events + 1, "{fault:?}");
+    }
+    assert_eq!(world.total(), 10);
+    // Neither outcome explains Stripe's total: a person has to investigate.
+    world.append(&[world.paid(hour(5), 5)]).await;
+    world.billing().plan_usage().await.expect("planned");
+    world
+        .stripe
+        .fake
+        .fail_next("/v1/billing/meter_events", Fault::before(How::Drop));
+    world
+        .billing()
+        .send_usage()
+        .await
+        .expect("the database answers");
+    let form = format!(
+        "event_name=quota_requests&timestamp={}&payload[value]=2&payload[stripe_customer_id]={}",
+        hour(5).timestamp(),
+        world.stripe.customer_of(&world.account)
+    );
+    world
+        .stripe
+        .fake
+        .request(&Method::POST, "billing/meter_events", &form)
+        .expect("counted");
+    world
+        .execute(
+            "UPDATE billing_reports SET first_attempt_at = first_attempt_at - interval '30 hours'",
+        )
+        .await;
+    world.send().await;
+    assert!(
+        world
+            .reports()
+            .await
+            .iter()
+            .any(|it| it.1.as_deref() == Some("unclear"))
+    );
+}
+
+/// An hour in which a billing period ends is divided at that time. Usage of a period whose invoice is final is not
+/// sent.
+#[tokio::test(flavor = "multi_thread")]
+async fn hour_with_the_edge_of_a_period_is_divided() {
+    let world = World::subscribed(40 * DAY).await;
+    let subscription = &world.stripe.fake.all("subscription")[0];
+    let edge = &subscription["items"]["data"][0]["current_period_start"];
+    let edge = DateTime::from_timestamp(edge.as_i64().expect("a time"), 0).expect("a time");
+    let start = edge.duration_trunc(TimeDelta::hours(1)).expect("a time");
+    assert!(edge < Utc::now() - TimeDelta::days(5), "{edge}");
+    let millis = |n| TimeDelta::milliseconds(n);
+    world
+        .append(&[
+            world.paid(start, 1),
+            world.paid(edge - millis(1), 2),
+            world.paid(edge, 4),
+            world.paid(start + minutes(60) - millis(1), 8),
+        ])
+        .await;
+    world.report().await;
+    // All or nearly all of the hour is after the limit if the subscription began at a full hour.
+    let before = if start == edge { 0 } else { 3 };
+    let sent = world.counted();
+    assert_eq!(sent.len(), 1);
+    assert_eq!((sent[0].at, sent[0].value), (edge.timestamp(), 15 - before));
+    if before > 0 {
+        let reports = world.reports().await;
+        assert_eq!(
+            reports[0],
+            ("unbilled".into(), Some("finalized".into()), before)
+        );
+        // Also late usage before the limit.
+        world.append(&[world.paid(edge - millis(1), 16)]).await;
+        world.append(&[world.paid(edge, 32)]).await;
+        world.report().await;
+        assert_eq!(world.total(), 12 + 32);
+        let unbilled = world
+            .reports()
+            .await
+            .iter()
+            .filter(|it| it.0 == "unbilled")
+            .map(|it| it.2)
+            .sum::<i64>();
+        assert_eq!(unbilled, 3 + 16);
+    }
+}
+
+/// While the invoice of the last period is a draft, its usage is still charged.
+#[tokio::test(flavor = "multi_thread")]
+async fn usage_of_the_last_period_is_sent_while_its_invoice_is_a_draft() {
+    let stripe = TestStripe::start().await;
+    stripe.fake.set_back(40 * DAY);
+    stripe.fake.fail_finalizations(0);
+    let app = stripe
+        .configure(TestApp::setup())
+        .without_jobs()
+        .start()
+        .await;
+    let account = app.register().await;
+    let plan = app.plan(&account, json!({"billing": "paid"})).await;
+    let world = World {
+        stripe,
+        app,
+        account,
+        plan,
+    };
+    let session = world
+        .stripe
+        .start_checkout(&world.app, &world.account)
+        .await;
+    world
+        .stripe
+        .fake
+        .pay_checkout(&session, Card::Good, false)
+        .expect("open");
+    world.stripe.fake.fail_finalizations(1);
+    world.stripe.fake.advance(40 * DAY);
+    world.read().await;
+    let draft = world
+        .stripe
+        .fake
+        .all("invoice")
+        .into_iter()
+        .find(|it| it["status"] == "draft");
+    let draft = draft.expect("it could not be finalized");
+    world
+        .append(&[world.paid(Utc::now() - TimeDelta::days(20), 7)])
+        .await;
+    world.report().await;
+    assert_eq!(world.total(), 7);
+    let path = format!("invoices/{}/finalize", draft["id"].as_str().expect("an ID"));
+    let invoice = world
+        .stripe
+        .fake
+        .request(&Method::POST, &path, "")
+        .expect("final");
+    assert_eq!(invoice["total"], 2900 + 7);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn usage_that_cannot_be_charged_is_recorded_with_the_reason() {
+    let world = World::subscribed(50 * DAY).await;
+    let now = Utc::now();
+    // Before the subscription, and before the oldest usage that Stripe accepts.
+    world
+        .append(&[world.paid(now - TimeDelta::days(60), 1)])
+        .await;
+    world
+        .append(&[world.paid(now - TimeDelta::days(45), 2)])
+        .await;
+    world.report().await;
+    // Stripe does not accept the value.
+    world.append(&[world.paid(hour(3), 4)]).await;
+    world
+        .stripe
+        .fake
+        .fail_next("/v1/billing/meter_events", Fault::before(How::Status(400)));
+    world.report().await;
+    let reason = |text: &str| Some(text.to_owned());
+    assert_eq!(
+        world.reports().await,
+        [
+            ("unbilled".into(), reason("no_subscription"), 1),
+            ("unbilled".into(), reason("too_old"), 2),
+            ("unbilled".into(), reason("rejected"), 4),
+        ]
+    );
+    assert_eq!(world.total(), 0);
+    let found = world.billing().reconcile_usage().await.expect("compared");
+    assert_eq!(found.lost, 6);
+}
+
+/// A tenant that never subscribed, or whose subscription has no price for usage, is not charged for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn usage_without_a_metered_price_is_not_sent() {
+    let stripe = TestStripe::start().await;
+    stripe.fake.set_back(3 * DAY);
+    let app = stripe
+        .configure(TestApp::setup())
+        .without_jobs()
+        .start()
+        .await;
+    let account = app.register().await;
+    let plan = app.plan(&account, json!({"billing": "paid"})).await;
+    let world = World {
+        stripe,
+        app,
+        account,
+        plan,
+    };
+    world.append(&[world.paid(hour(5), 1)]).await;
+    world.report().await;
+    let metered = world
+        .stripe
+        .fake
+        .all("price")
+        .into_iter()
+        .find(|it| it["lookup_key"] == "quota_usage");
+    let path = format!(
+        "prices/{}",
+        metered.expect("a price")["id"].as_str().expect("an ID")
+    );
+    world
+        .stripe
+        .fake
+        .request(&Method::POST, &path, "active=false")
+        .expect("changed");
+    let session = world
+        .stripe
+        .start_checkout(&world.app, &world.account)
+        .await;
+    world
+        .stripe
+        .fake
+        .pay_checkout(&session, Card::Good, false)
+        .expect("open");
+    world.stripe.fake.advance(3 * DAY);
+    world.read().await;
+    world.append(&[world.paid(hour(4), 2)]).await;
+    world.report().await;
+    let reason = |text: &str| Some(text.to_owned());
+    assert_eq!(
+        world.reports().await,
+        [
+            ("unbilled".into(), reason("no_subscription"), 1),
+            ("unbilled".into(), reason("not_metered"), 2),
+        ]
+    );
+    assert!(world.stripe.fake.usage().is_empty());
+    assert_eq!(
+        world
+            .billing()
+            .reconcile_usage()
+            .await
+            .expect("compared")
+            .lost,
+        0
+    );
+}
+
+/// Hours in which the limits of billing periods are not known yet wait for Stripe.
+#[tokio::test(flavor = "multi_thread")]
+async fn hour_waits_until_subscriptions_were_read_after_it() {
+    let world = World::subscribed(3 * DAY).await;
+    world.append(&[world.paid(hour(3), 5)]).await;
+    world
+        .execute("UPDATE billing_accounts SET read_at = now() - interval '4 hours'")
+        .await;
+    world
+        .stripe
+        .fake
+        .choose_faults(|_, _| Some(Fault::before(How::Html)));
+    assert_eq!(
+        world
+            .billing()
+            .plan_usage()
+            .await
+            .expect("the database answers"),
+        0
+    );
+    assert!(world.reports().await.is_empty());
+    world.stripe.fake.heal();
+    world.report().await;
+    assert_eq!(world.total(), 5);
+}
+
+/// Two replicas send at the same time.
+#[tokio::test(flavor = "multi_thread")]
+async fn several_workers_send_each_report_once() {
+    let world = World::subscribed(3 * DAY).await;
+    let records: Vec<_> = (2..40).map(|n| world.paid(hour(n), n)).collect();
+    world.append(&records).await;
+    let billing = world.billing();
+    let work = async || {
+        billing.plan_usage().await.expect("planned");
+        billing.send_usage().await.expect("sent");
+    };
+    tokio::join!(work(), work(), work(), work());
+    world.send().await;
+    assert_eq!(world.total(), (2..40).sum::<i64>());
+    assert_eq!(world.counted().len(), 38);
+    let requests = world.stripe.fake.received();
+    let conflicts = requests.iter().filter(|it| it.status == Some(409)).count();
+    assert_eq!(conflicts, 0, "one at a time for each customer");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn reconciliation_finds_what_stripe_counts_differently() {
+    let world = World::subscribed(5 * DAY).await;
+    let yesterday = Utc::now() - TimeDelta::days(1);
+    let noon = yesterday
+        .date_naive()
+        .and_hms_opt(12, 0, 0)
+        .expect("noon")
+        .and_utc();
+    world
+        .append(&[world.paid(noon, 5), world.paid(noon + minutes(90), 6)])
+        .await;
+    world.report().await;
+    let compare = async || {
+        world
+            .billing()
+            .reconcile_usage()
+            .await
+            .expect("compared")
+            .difference
+    };
+    assert_eq!(compare().await, 0);
+    let form = format!(
+        "event_name=quota_requests&timestamp={}&payload[value]=7&payload[stripe_customer_id]={}",
+        noon.timestamp(),
+        world.stripe.customer_of(&world.account)
+    );
+    world
+        .stripe
+        .fake
+        .request(&Method::POST, "billing/meter_events", &form)
+        .expect("counted");
+    assert_eq!(compare().await, 7);
+}
+
+/// With its jobs, a server sends reports on its own, and its metrics show them.
+#[tokio::test(flavor = "multi_thread")]
+async fn server_reports_usage_by_itself() {
+    let world = World::subscribed(3 * DAY).await;
+    world.append(&[world.paid(hour(3), 5)]).await;
+    let second = world
+        .stripe
+        .configure(TestApp::setup())
+        .database(world.app.database.clone());
+    let second = second.start().await;
+    for _ in 0..750 {
+        if second.metric("quota_billing_reports_total").await >= 1.0 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(world.total(), 5);
+    assert!(second.metric("quota_billing_reconciled_at_seconds").await > 0.0);
+    let state = second
+        .act(&world.account, "GET", "/billing", Value::Null)
+        .await;
+    assert_eq!(state.body["access"], "active");
+}

@@ -1,0 +1,256 @@
+//! A stateful stand-in for Stripe, for tests and for trying out billing without an account.
+//!
+//! It has the endpoints that Quota uses, returns complete objects of the API version that the `async-stripe` crates
+//! pin, and behaves like Stripe where that matters: idempotency keys, signed webhooks with redelivery, a clock that can
+//! be moved forward, renewals, failed payments and their retries, and usage that arrives late. Requests can fail before
+//! or after their effect. It also serves its own Checkout page and customer portal.
+//!
+//! It uses no code of Quota, so that the two cannot agree by accident.
+#![recursion_limit = "512"]
+
+mod api;
+mod engine;
+mod form;
+mod http;
+mod objects;
+mod page;
+mod state;
+mod webhook;
+
+use std::{io, sync::Arc, time::Duration};
+
+use hyper::Method;
+use serde_json::Value;
+use tokio::{net::TcpListener, task::JoinHandle};
+
+use crate::{api::Call, http::Shared, state::State};
+pub use crate::{
+    engine::INVOICE_GRACE,
+    http::{Fault, How, Received, SECRET_KEY, When},
+    state::{API_VERSION, AfterRetries, Card, Failure, Usage},
+    webhook::{Delivery, Signature, sign},
+};
+
+/// A running fake. It stops when it is dropped.
+pub struct FakeStripe {
+    shared: Arc<Shared>,
+    client: reqwest::Client,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl Drop for FakeStripe {
+    fn drop(&mut self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+impl FakeStripe {
+    /// Starts a fake on a free port. Events are queued until [`deliver`](Self::deliver) or
+    /// [`deliver_all`](Self::deliver_all) sends them.
+    pub async fn start() -> io::Result<Self> {
+        Self::start_on("127.0.0.1:0").await
+    }
+
+    /// Starts a fake on an address.
+    pub async fn start_on(address: &str) -> io::Result<Self> {
+        let listener = TcpListener::bind(address).await?;
+        let shared = Arc::new(Shared::new(format!("http://{}", listener.local_addr()?)));
+        let client = reqwest::Client::builder()
+            .timeout(Duration::from_secs(20))
+            .no_proxy()
+            .build()
+            .map_err(io::Error::other)?;
+        let tasks = vec![tokio::spawn(http::serve(listener, shared.clone()))];
+        Ok(Self {
+            shared,
+            client,
+            tasks,
+        })
+    }
+
+    /// Delivers events as soon as they happen, from now on.
+    pub fn deliver_immediately(&mut self) {
+        let (shared, client) = (self.shared.clone(), self.client.clone());
+        self.tasks
+            .push(tokio::spawn(webhook::deliver_queued(shared, client)));
+    }
+
+    /// Returns the address, for clients and for the URLs of its pages.
+    pub fn url(&self) -> &str {
+        &self.shared.base
+    }
+
+    fn with<T>(&self, act: impl FnOnce(&mut State) -> T) -> T {
+        let mut state = self.shared.state.lock();
+        let now = state.now();
+        state.run_timers(now);
+        act(&mut state)
+    }
+
+    /// Has the effect of a request, such as `("POST", "subscriptions/sub_1/resume", …)`.
+    pub fn request(&self, method: &Method, path: &str, form: &str) -> Result<Value, Failure> {
+        let segments: Vec<&str> = path.split('/').collect();
+        let params = form::parse(form);
+        let call = Call {
+            method,
+            path: &segments,
+            params: &params,
+            base: &self.shared.base,
+        };
+        self.with(|state| state.call(&call))
+    }
+
+    // Events at Stripe ----------------------------------------------------------------------------
+
+    /// Returns the time of the fake in seconds since 1970.
+    pub fn now(&self) -> i64 {
+        self.with(|state| state.now())
+    }
+
+    /// Moves the clock forward. Everything that is due in between happens.
+    pub fn advance(&self, time: Duration) {
+        let seconds = i64::try_from(time.as_secs()).unwrap_or(0);
+        self.with(|state| state.advance(seconds));
+    }
+
+    /// Moves the clock back, before anything has happened.
+    pub fn set_back(&self, time: Duration) {
+        let seconds = i64::try_from(time.as_secs()).unwrap_or(0);
+        self.with(|state| state.set_back(seconds));
+    }
+
+    /// Sets the payment method of a customer from now on.
+    pub fn set_card(&self, customer: &str, card: Card) {
+        self.with(|state| state.cards.insert(customer.to_owned(), card));
+    }
+
+    /// Sets what happens to subscriptions when the last attempt to collect a payment has failed.
+    pub fn after_retries(&self, outcome: AfterRetries) {
+        self.with(|state| state.after_retries = outcome);
+    }
+
+    /// Makes finalizing the next invoices fail.
+    pub fn fail_finalizations(&self, count: u32) {
+        self.with(|state| state.failing_finalizations = count);
+    }
+
+    /// Completes a Checkout Session, as a customer with this card would. With `delayed`, the payment takes days:
+    /// [`settle_checkout`](Self::settle_checkout) determines how it ends.
+    pub fn pay_checkout(&self, session: &str, card: Card, delayed: bool) -> Result<Value, Failure> {
+        self.with(|state| state.complete_session(session, card, delayed))
+    }
+
+    pub fn settle_checkout(&self, session: &str, succeeds: bool) -> Result<Value, Failure> {
+        self.with(|state| state.settle_session(session, succeeds))
+    }
+
+    // Current state -------------------------------------------------------------------------------------
+
+    /// Returns all objects of a kind, such as `customer` or `checkout.session`, oldest first.
+    pub fn all(&self, kind: &str) -> Vec<Value> {
+        self.with(|state| state.all(kind).to_vec())
+    }
+
+    /// Returns an object. Panics if there is none.
+    pub fn get(&self, kind: &str, id: &str) -> Value {
+        self.with(|state| state.find(kind, id).cloned())
+            .expect("the object exists")
+    }
+
+    /// Returns all usage, in the order in which it arrived.
+    pub fn usage(&self) -> Vec<Usage> {
+        self.with(|state| state.usage.clone())
+    }
+
+    /// Returns all requests that have arrived.
+    pub fn received(&self) -> Vec<Received> {
+        self.shared.received.lock().clone()
+    }
+
+    // Faults --------------------------------------------------------------------------------------------
+
+    /// Makes the next request to a path with this prefix fail.
+    pub fn fail_next(&self, path: &str, fault: Fault) {
+        self.shared.faults.lock().push((path.to_owned(), fault));
+    }
+
+    /// Chooses a fault for each request, by method and path.
+    pub fn choose_faults(&self, choose: impl FnMut(&str, &str) -> Option<Fault> + Send + 'static) {
+        *self.shared.choose.lock() = Some(Box::new(choose));
+    }
+
+    /// Ends all faults.
+    pub fn heal(&self) {
+        self.shared.faults.lock().clear();
+        *self.shared.choose.lock() = None;
+    }
+
+    // Webhooks ------------------------------------------------------------------------------------------
+
+    /// Adds a webhook endpoint for all events. Returns its ID and secret.
+    pub fn add_endpoint(&self, url: &str) -> (String, String) {
+        let form = format!("url={url}&enabled_events[0]=*");
+        let endpoint = self.request(&Method::POST, "webhook_endpoints", &form);
+        let endpoint = endpoint.expect("a valid endpoint");
+        (
+            state::text(&endpoint["id"]),
+            state::text(&endpoint["secret"]),
+        )
+    }
+
+    /// Changes the URL of an endpoint.
+    pub fn move_endpoint(&self, endpoint: &str, url: &str) {
+        self.with(|state| {
+            state.set(
+                "webhook_endpoint",
+                endpoint,
+                &serde_json::json!({"url": url}),
+            )
+        });
+    }
+
+    /// Rotates the secret of an endpoint. Both secrets sign for a day. Returns the new one.
+    pub fn rotate_secret(&self, endpoint: &str) -> String {
+        self.with(|state| state.rotate_secret(endpoint))
+    }
+
+    /// Takes the queued events, with their endpoints, oldest first.
+    pub fn take_queued(&self) -> Vec<(String, String)> {
+        self.with(|state| state.outbox.drain(..).collect())
+    }
+
+    /// Delivers one event to an endpoint. Returns the status of the response, or 0 if there is none.
+    pub async fn deliver(&self, event: &str, endpoint: &str, delivery: &Delivery) -> u16 {
+        let (url, (body, signature)) = self.with(|state| {
+            let url = state
+                .find("webhook_endpoint", endpoint)
+                .map(|it| state::text(&it["url"]));
+            (
+                url.expect("the endpoint exists"),
+                state.signed(event, endpoint, delivery),
+            )
+        });
+        webhook::send(&self.client, &url, body, signature).await
+    }
+
+    /// Returns the body and the signature of a delivery, without sending it.
+    pub fn signed(
+        &self,
+        event: &str,
+        endpoint: &str,
+        delivery: &Delivery,
+    ) -> (String, Option<String>) {
+        self.with(|state| state.signed(event, endpoint, delivery))
+    }
+
+    /// Delivers all queued events, in order, once. Returns the statuses.
+    pub async fn deliver_all(&self) -> Vec<u16> {
+        let mut statuses = Vec::new();
+        for (event, endpoint) in self.take_queued() {
+            statuses.push(self.deliver(&event, &endpoint, &Delivery::default()).await);
+        }
+        statuses
+    }
+}
