@@ -68,11 +68,6 @@ pub fn key_details(key: &ApiKey, plan: Option<&Plan>, time_zone: &str, now: i64)
     if let Some(external_id) = &key.external_id {
         rows.push(text_row("External ID", external_id));
     }
-    rows.extend(
-        key.metadata
-            .iter()
-            .map(|(name, value)| text_row(name, value)),
-    );
     let mut all = element("dl", &[("class", "details")], &rows);
     if let Some(plan) = plan {
         all.push(limit_details(key, plan, time_zone));
