@@ -144,7 +144,7 @@ impl Session {
         Ok(fresh(json(&signed_in)?))
     }
 
-    /// Drops the tokens in any case. Returns an error if the server did not confirm.
+    /// Always drops the tokens, even if the server does not confirm. Returns an error if the server did not confirm.
     async fn sign_out(&self) -> Result<CallResponse, CallError> {
         let mut state = self.state.lock().await;
         let result = match self.refresh_token(&state).await {

@@ -35,7 +35,7 @@ use crate::{
 
 /// Maximum wait between two attempts.
 const LONGEST: Duration = Duration::from_mins(15);
-/// The time in which one failed attempt on an account is forgiven.
+/// How long until one failed attempt on an account is forgiven.
 const FORGIVE: Duration = Duration::from_mins(5);
 /// The same for attempts from a network across all accounts.
 const FORGIVE_NETWORK: Duration = Duration::from_mins(1);

@@ -53,7 +53,8 @@ const TURNS: [Lane; 8] = [
 const JUDGED: usize = 64;
 /// The maximum number of ways to read symbols as letters that are tried.
 const READINGS: usize = 32;
-/// The maximum effort of an estimate: characters squared, times readings. This takes about 4 ms.
+/// The maximum cost of an estimate: the number of characters squared, times the number of readings. This takes about
+/// 4 ms.
 const EFFORT: usize = 16 * 1024;
 /// A repetition of this length does not make a password harder to guess.
 const REPEATED: usize = 4;
@@ -118,7 +119,7 @@ impl Password {
         known.extend(parts.filter(|part| part.len() > 2).take(EMAIL_PARTS));
         let mut warning = None;
         for part in windows(&self.0) {
-            // A panic counts as easy to guess.
+            // If zxcvbn panics, treat the password as easy to guess.
             let judged = catch_unwind(|| {
                 let estimate = zxcvbn::zxcvbn(&part, &known);
                 let warning = estimate

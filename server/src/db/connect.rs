@@ -64,7 +64,7 @@ pub(super) fn connect(
     .boxed()
 }
 
-/// Verifies certificates against the system's trusted roots, which is the meaning of `sslmode=require` here.
+/// Verifies certificates against the system's trusted roots. This is what `sslmode=require` means here.
 fn tls() -> tokio_postgres_rustls::MakeRustlsConnect {
     let mut roots = rustls::RootCertStore::empty();
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);

@@ -147,7 +147,7 @@ pub async fn newest(tx: &mut SystemTx) -> Result<Vec<Invalidation>, DbError> {
     Ok(rows.into_iter().rev().map(invalidation).collect())
 }
 
-/// The highest number of a change, and the history of the database that it belongs to.
+/// The highest change number, and the database history it belongs to.
 #[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
 pub struct Position {
     #[diesel(sql_type = BigInt)]

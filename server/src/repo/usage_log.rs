@@ -25,7 +25,7 @@ pub struct Filter {
 }
 
 impl Filter {
-    /// Whether rows have to be searched for matches: no index finds exactly the matching ones.
+    /// Whether rows must be scanned because no index covers the filter.
     fn is_searched(&self) -> bool {
         self.endpoint.is_some() || self.was_rejected.is_some()
     }

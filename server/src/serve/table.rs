@@ -5,7 +5,7 @@
 //!
 //! 1. one that has not sent a request for a second,
 //! 2. one that is idle between two requests,
-//! 3. one whose client has not read its response for a while, of the address with the most connections,
+//! 3. one whose client has not read its response for a while, starting with the address that has the most connections,
 //! 4. one that may be about to send its first request, unless its address has fewer connections than the new one's.
 //!
 //! Any other connection with a request in flight is never closed to make room. So clients that send nothing or read

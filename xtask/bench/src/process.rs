@@ -1,4 +1,5 @@
-//! The measured servers: pinned to their own core, with CPU time read from `/proc`, and ended with this process.
+//! The servers under test. Each is pinned to its own core and killed when this process exits; CPU time is read from
+//! `/proc`.
 
 use std::{
     fs::{self, File},
