@@ -30,6 +30,8 @@ use crate::{
 
 /// Maximum number of hours planned in one round.
 const HOURS: i64 = 200;
+/// The maximum number of hours of a tenant that one run plans.
+const ROUNDS: u32 = 1000;
 /// Maximum number of customers processed in one round, and how many of them concurrently.
 const SENDERS: i64 = 32;
 const CONCURRENT: usize = 8;
@@ -101,12 +103,29 @@ pub struct Sent {
 }
 
 impl Billing {
-    /// Plans reports for hours that have ended. Returns the number of hours it checked.
+    /// Plans reports for hours that have ended. Returns the number of hours it planned.
     pub async fn plan_usage(&self) -> Result<usize, BillingError> {
+        let mut read = HashMap::new();
+        let mut planned = 0;
+        for _ in 0..ROUNDS {
+            let round = self.plan_oldest_hours(&mut read).await?;
+            planned += round;
+            if round == 0 {
+                break;
+            }
+        }
+        Ok(planned)
+    }
+
+    /// Plans one hour of each tenant. `read` has the tenants that this run has read from Stripe, and whether their hours
+    /// can be planned.
+    async fn plan_oldest_hours(
+        &self,
+        read: &mut HashMap<TenantId, bool>,
+    ) -> Result<usize, BillingError> {
         let mut tx = self.db.system().await?;
         let hours = billing_usage::open_hours(&mut tx, HOURS).await?;
         tx.commit().await?;
-        let mut read: HashMap<TenantId, bool> = HashMap::new();
         let mut planned = 0;
         for OpenHour {
             tenant_id,
@@ -123,12 +142,13 @@ impl Billing {
                 read.insert(tenant, result.is_ok());
             }
             // If it is not known where billing periods begin and end, the hour waits.
-            if is_read || read.get(&tenant) == Some(&true) {
+            if read.get(&tenant).copied().unwrap_or(is_read) {
                 match self.plan_hour(tenant, start).await {
                     Ok(()) => planned += 1,
                     // The hours of other tenants do not wait for this one.
                     Err(error) => {
                         tracing::warn!(%tenant, %start, error = %chain(&error), "cannot plan reports of usage");
+                        read.insert(tenant, false);
                     }
                 }
             }
