@@ -127,7 +127,7 @@ async fn main_journey(page: &App, world: &World, server: &str, proxy: &FaultProx
     page.screenshot("settings").await?;
     page.fill("Address", "http://quota.example.com").await?;
     page.press("Add server").await?;
-    page.text("works only for this computer").await?;
+    page.text("is only allowed for localhost").await?;
     Ok(())
 }
 
