@@ -65,7 +65,7 @@ impl Secrets {
     }
 
     /// Returns the bytes of the token that follows a refresh token. They are derived from the token, so that two
-    /// requests with the same token get the same successor, and from the secret, so that nobody else can compute them.
+    /// requests with the same token get the same successor, and from the secret, so that no one else can compute them.
     pub fn successor(&self, token: &[u8]) -> [u8; 32] {
         let tag = hmac::sign(&self.refresh, token);
         let mut bytes = [0; 32];

@@ -88,7 +88,7 @@ fn time(seconds: i64) -> Option<DateTime<Utc>> {
 impl Billing {
     /// # Errors
     ///
-    /// If the settings cannot be used in a request.
+    /// Returns an error if a request cannot be built from the settings.
     pub fn new(settings: &StripeSettings, db: Db) -> Result<Self, StripeError> {
         Ok(Self {
             stripe: Stripe::new(settings)?,

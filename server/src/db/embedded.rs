@@ -11,7 +11,8 @@
 //!   user, and fires when the *thread* that forked ends.)
 //! * If PostgreSQL crashes it is restarted, with backoff. Until then, connections fail, as with any database that is
 //!   down.
-//! * If this process is root, as which PostgreSQL does not run, it runs as the user `postgres`, or otherwise `nobody`.
+//! * If this process runs as root, which PostgreSQL refuses, PostgreSQL runs as the user `postgres`, or `nobody` if
+//!   there is no such user.
 mod binaries;
 mod cluster;
 mod place;

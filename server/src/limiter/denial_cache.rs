@@ -5,7 +5,7 @@
 //! nothing anywhere, and a denial by the store must consume nothing here. So `governor` gets a state store that reports
 //! what would happen without changing anything, and only what the store allowed is charged to it. (Charging first and
 //! refunding later is not equivalent: the bucket may have been full in between, and a refund would then credit tokens
-//! that nobody took.)
+//! that no one took.)
 //!
 //! In front of the local store, this would only add cost, because its state is in the same handle. So the limiter skips
 //! it if [`LimitStore::is_local`].

@@ -229,8 +229,8 @@ impl LeaseFetch {
     /// since other replicas may return some. An empty bucket may collect tokens for part of the lease TTL, during which
     /// it does not fill up, so that they are not fetched one by one.
     ///
-    /// The time is measured from the start of the call. The counters decided later, but the next call takes the same
-    /// time to reach them, and a bucket that fills up while a response is in transit must not be waited for again.
+    /// The time is measured from the start of the call. The counters decide later than that, but the next call takes
+    /// just as long to reach them, so measuring from the response would count the time in transit twice.
     fn hold(&self, lease: &mut Lease, granted: u64, debt: Nanos, refused: Option<u64>) {
         let call = &self.call;
         // The counters may follow another version of the plan, whose debts are not comparable.

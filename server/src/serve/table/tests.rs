@@ -22,7 +22,7 @@ fn admit(table: &Arc<Table>, peer: &str) -> Result<Admitted, ConnectionLimit> {
     table.admit(peer.parse().unwrap())
 }
 
-/// Like its task when it is told to.
+/// Checks for the order to close, as the connection's task does when it is woken.
 fn is_told_to_close(it: &Admitted) -> bool {
     it.connection.order() == Order::Close
 }

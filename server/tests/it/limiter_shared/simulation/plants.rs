@@ -31,8 +31,8 @@ pub(super) enum Plant {
     OneBucket,
     AdmitsAll,
     DeniesAll,
-    /// Of the requests that wait for Redis at the same time, only this many are served; the others are told that the
-    /// limit is exceeded.
+    /// Serves only this many of the requests that wait for Redis at the same time, and denies the others as if the limit
+    /// were exceeded.
     RefusesCrowds,
     /// A denial is repeated for this many seconds, whatever Redis would decide.
     RemembersDenials(u64),
