@@ -436,7 +436,7 @@ extract_by_credential!(
     MetaSecurityScheme {
         name: Some("X-Service-Token"),
         key_in: Some("header"),
-        ..blank("apiKey", "Service token (`qs_…`) of the gateway.")
+        ..blank("apiKey", "The gateway's service token (`qs_…`).")
     }
 );
 

@@ -190,8 +190,8 @@ impl ApiKeyApi {
     async fn create(
         &self,
         caller: ManagingTenant,
-        /// Makes the request safe to retry: the same key and body within 24 hours return the first response again,
-        /// without the API key.
+        /// Makes the request safe to retry: repeating it with the same key and body within 24 hours returns the first
+        /// response again, without the API key.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<CreateApiKey>,
@@ -327,8 +327,8 @@ impl ApiKeyApi {
         &self,
         caller: ManagingTenant,
         key_id: Path<ApiKeyId>,
-        /// Makes the request safe to retry: the same key and body within 24 hours return the first response again,
-        /// without the API key.
+        /// Makes the request safe to retry: repeating it with the same key and body within 24 hours returns the first
+        /// response again, without the API key.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<RotateApiKey>,

@@ -142,12 +142,11 @@ impl DecisionApi {
 
     /// Stream decisions
     ///
-    /// Sends the decisions of all servers as server-sent events, usually within a second. A `decision` event has a
-    /// decision as its data, and an ID from which the stream can be resumed on any server: as the `Last-Event-ID`
-    /// header, which browsers send automatically, or as `last_event_id`. A `dropped` event contains the number of
-    /// decisions that were skipped, whether they match the filters or not, because decisions arrived faster than they
-    /// could be sent. The stream ends with an `end` event when the access token expires, the session is revoked or the
-    /// server stops.
+    /// Sends the decisions of all servers as server-sent events, usually within a second. The data of a `decision`
+    /// event is a decision. To resume the stream on any server, send the event's ID in the `Last-Event-ID` header, as
+    /// browsers do automatically, or as `last_event_id`. A `dropped` event contains the number of decisions that were
+    /// skipped because they arrived faster than they could be sent, including those that do not match the filters. The
+    /// stream ends with an `end` event when the access token expires, the session is revoked or the server stops.
     #[oai(
         path = "/decisions/stream",
         method = "get",

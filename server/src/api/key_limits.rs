@@ -139,8 +139,8 @@ fn limit_state(state: PolicyState) -> LimitState {
 impl KeyLimitsApi {
     /// Get an API key's limits
     ///
-    /// Returns how much of each of the key's limits is left and when it resets. Consumes nothing. With several servers,
-    /// usage of a quota on other servers within the last second may be missing.
+    /// Returns how much of each of the key's limits is left, and when each limit resets. Consumes nothing. With several
+    /// servers, quota usage from the last second on other servers may be missing.
     #[oai(
         path = "/api-keys/:key_id/limits",
         method = "get",
@@ -187,10 +187,10 @@ impl KeyLimitsApi {
         }))
     }
 
-    /// Get a quota's burn-down
+    /// Get a quota burn-down
     ///
-    /// Returns the remaining daily or monthly quota of a key over the current day or month, compared with an even pace,
-    /// and when the quota will be used up at the recent pace.
+    /// Returns how a key's daily or monthly quota has been used so far, compared with an even pace, and when it will be
+    /// used up at the recent pace.
     #[oai(
         path = "/api-keys/:key_id/burn-down",
         method = "get",

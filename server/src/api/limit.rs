@@ -271,11 +271,11 @@ impl LimitApi {
 
     /// Check a request (status only, for gateways)
     ///
-    /// Accepts any method. For gateways that check each request before they forward it, such as Caddy, nginx, HAProxy
-    /// and Traefik. Send the gateway's service token in exactly one `X-Service-Token` header, and pass on the consumer's
+    /// For gateways that check each request before forwarding it, such as Caddy, nginx, HAProxy and Traefik. Accepts
+    /// any method. Send the gateway's service token in exactly one `X-Service-Token` header, and pass on the consumer's
     /// `X-API-Key` or `Authorization: Bearer`. Every response has an `X-Quota-Decision` header: `allowed`, `limited`,
-    /// `unauthorized`, `payment_required` or `unavailable`. Forward a request only if the status is 200 and the decision
-    /// is `allowed`.
+    /// `unauthorized`, `payment_required` or `unavailable`. Forward a request only if the status is 200 and the
+    /// decision is `allowed`.
     #[oai(path = "/forward-auth", method = "get", operation_id = "forward_auth")]
     pub async fn forward_auth(
         &self,

@@ -84,8 +84,8 @@ impl ServiceTokenApi {
     async fn create(
         &self,
         caller: ManagingTenant,
-        /// Makes the request safe to retry: the same key and body within 24 hours return the first response again,
-        /// without the token.
+        /// Makes the request safe to retry: repeating it with the same key and body within 24 hours returns the first
+        /// response again, without the token.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<CreateServiceToken>,

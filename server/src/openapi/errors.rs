@@ -120,7 +120,7 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
         (
             "receive_stripe_event",
             &[
-                (P::Malformed, "The signature or the body is not valid."),
+                (P::Malformed, "The signature or the body is invalid."),
                 (P::BillingOff, "Billing is off."),
                 (
                     P::RequestTimeout,
