@@ -47,7 +47,7 @@ impl Report {
         ] {
             let Some(addr) = addr else { continue };
             match TcpListener::bind(addr).await {
-                Ok(_) => self.ok(name, format!("{addr} is free")),
+                Ok(_) => self.ok(name, format!("{addr} is available")),
                 Err(error) => self.failure(name, format!("cannot listen on {addr}: {error}")),
             }
         }
@@ -113,7 +113,11 @@ impl Report {
         let it = &config.database;
         self.ok(
             "database",
-            format!("of {} connections, {}", it.pool, Lanes::divide(it.pool)),
+            format!(
+                "{} connections per replica: {}",
+                it.pool,
+                Lanes::divide(it.pool)
+            ),
         );
         let line = connections(it.pool, replicas, server);
         if it.pool * replicas <= server.available() {
@@ -179,7 +183,7 @@ impl Report {
             self.failure(
                 "redis",
                 format!(
-                    "{addr} rejects scripts with TIME and INFO, which the counters need: {error}"
+                    "{addr} rejects scripts that call TIME and INFO, which the counters require: {error}"
                 ),
             );
         }
@@ -200,12 +204,15 @@ impl Report {
             ),
         );
         if node.round_trip > settings.timeout {
-            self.warning("redis", format!("{addr}: slower than QUOTA_REDIS_TIMEOUT"));
+            self.warning(
+                "redis",
+                format!("{addr}: responds more slowly than QUOTA_REDIS_TIMEOUT allows"),
+            );
         }
         if node.mode == "cluster" && !matches!(settings.servers, RedisServers::Cluster(_)) {
             self.failure(
                 "redis",
-                format!("{addr} is a node of a cluster: use redis+cluster://"),
+                format!("{addr} is a cluster node: use redis+cluster://"),
             );
         }
         if node.role != "master" && !matches!(settings.servers, RedisServers::Cluster(_)) {
@@ -239,16 +246,16 @@ impl Report {
             self.warning(
                 "redis",
                 format!(
-                    "{addr}: min-replicas-to-write is 0: a master that is cut off keeps counting; set it to 1, \
-                     and min-replicas-max-lag to {LAG_MAX}"
+                    "{addr}: min-replicas-to-write is 0, so a partitioned master keeps accepting writes; \
+                     set it to 1, and min-replicas-max-lag to {LAG_MAX}"
                 ),
             );
         } else if let Some(lag) = node.min_replicas_max_lag.filter(|lag| *lag > LAG_MAX) {
             self.warning(
                 "redis",
                 format!(
-                    "{addr}: min-replicas-max-lag is {lag}: a master that is cut off keeps counting for {lag} \
-                     seconds; set it to {LAG_MAX}"
+                    "{addr}: min-replicas-max-lag is {lag}, so a partitioned master keeps accepting writes for \
+                     {lag} seconds; set it to {LAG_MAX}"
                 ),
             );
         }

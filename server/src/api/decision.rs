@@ -177,7 +177,7 @@ impl DecisionApi {
         resumed: Header<Option<String>>,
     ) -> Result<DecisionStream, ApiError> {
         let filter = filter(key_id.0, endpoint.0, outcome.0, request_id.0)?;
-        let invalid = |field| ApiError::invalid(field, "is not the ID of an event");
+        let invalid = |field| ApiError::invalid(field, "must be an event ID");
         let after = match (resumed.0, from.0) {
             (Some(id), _) => Some(read_position(&id).ok_or_else(|| invalid("Last-Event-ID"))?),
             (None, Some(id)) => Some(read_position(&id).ok_or_else(|| invalid("last_event_id"))?),

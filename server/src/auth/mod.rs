@@ -35,7 +35,7 @@ pub enum AuthError {
     Busy,
     #[error(transparent)]
     Db(#[from] DbError),
-    #[error("no random numbers are available")]
+    #[error("cannot generate random numbers")]
     Random(#[from] getrandom::Error),
     #[error("internal error")]
     Internal(String),

@@ -175,7 +175,7 @@ impl Sessions {
             }
             Rotation::Foreign(row) => {
                 self.end_in(tx, &row, origin).await?;
-                tracing::warn!(session = %row.id, tenant = %row.tenant_id, "session revoked: it belongs to another QUOTA_SECRET");
+                tracing::warn!(session = %row.id, tenant = %row.tenant_id, "session revoked: it was last used with a different QUOTA_SECRET");
                 return Err(AuthError::Unauthorized);
             }
             Rotation::Rotated(row) => (row, 0),

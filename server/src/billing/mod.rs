@@ -39,7 +39,7 @@ pub enum BillingError {
     #[error(transparent)]
     Db(#[from] DbError),
     /// The tenant already has a subscription, which it has to change or end first.
-    #[error("the tenant has a subscription")]
+    #[error("the tenant already has a subscription")]
     Subscribed,
     /// The tenant has no customer at Stripe.
     #[error("the tenant has never subscribed")]
@@ -50,9 +50,9 @@ pub enum BillingError {
     )]
     NoPrice,
     /// Stripe returned a status that this version does not support. The last known access is kept.
-    #[error("Stripe returned the unknown subscription status {0:?}")]
+    #[error("Stripe returned an unknown subscription status: {0:?}")]
     UnknownStatus(String),
-    #[error("Stripe returned a Checkout Session without a page")]
+    #[error("Stripe returned a Checkout Session without a URL")]
     NoPage,
     /// Stripe has no active price with the lookup key of [`USAGE_PRICE`] and a meter.
     #[error(

@@ -134,20 +134,23 @@ pub async fn check(
         None => Finding::failed(
             "monthly price",
             format!(
-                "there is no active price with the lookup key {FLAT_PRICE}; run `quota billing setup`"
+                "Stripe has no active price with the lookup key {FLAT_PRICE}; run `quota billing setup`"
             ),
         ),
     }];
     match find_price(&prices, USAGE_PRICE) {
         Some(price) => findings.push(metered(stripe, price).await?),
-        None => findings.push(Finding::ok("usage price", "none: usage is not charged")),
+        None => findings.push(Finding::ok(
+            "usage price",
+            "not set up, so usage is not charged",
+        )),
     }
     let endpoints = stripe.webhook_endpoints().await?;
     findings.push(match endpoints.iter().find(|it| it.url == webhook_url) {
         Some(endpoint) => endpoint_finding(endpoint),
         None => Finding::failed(
             "webhook endpoint",
-            format!("there is none for {webhook_url}; run `quota billing setup`, or set QUOTA_PUBLIC_URL"),
+            format!("Stripe has no webhook endpoint for {webhook_url}; run `quota billing setup`, or set QUOTA_PUBLIC_URL"),
         ),
     });
     findings.push(if has_webhook_secret {
@@ -176,7 +179,7 @@ fn monthly(price: &Price) -> Finding {
     } else {
         Finding::failed(
             "monthly price",
-            format!("{} is not a flat price per month", price.id),
+            format!("{} is not a flat monthly price", price.id),
         )
     }
 }

@@ -147,7 +147,7 @@ impl Billing {
                     Ok(()) => planned += 1,
                     // The hours of other tenants do not wait for this one.
                     Err(error) => {
-                        tracing::warn!(%tenant, %start, error = %chain(&error), "cannot plan reports of usage");
+                        tracing::warn!(%tenant, %start, error = %chain(&error), "cannot plan usage reports");
                         read.insert(tenant, false);
                     }
                 }
@@ -374,7 +374,7 @@ impl Billing {
                 difference += (counted - it.sent).abs();
                 tracing::error!(
                     tenant = %it.tenant_id, day = %yesterday, sent = it.sent, counted,
-                    "Stripe's total differs from the reported usage"
+                    "the total in Stripe differs from the reported usage"
                 );
             }
         }

@@ -115,7 +115,9 @@ pub fn servers(text: &str) -> Result<RedisServers, String> {
         Some((base, "cluster")) => (base, Kind::Cluster),
         Some(("redis" | "valkey", "unix")) => return one(text),
         Some(_) => {
-            return Err("must have a scheme without suffix, or with +sentinel or +cluster".into());
+            return Err(
+                "must have no suffix after the scheme other than +sentinel or +cluster".into(),
+            );
         }
     };
     let tls = match base {
@@ -144,7 +146,7 @@ pub fn servers(text: &str) -> Result<RedisServers, String> {
         .rsplit_once('@')
         .map_or(("", before), |(login, hosts)| (login, hosts));
     if login.contains(',') {
-        return Err("must have user and password only before the first host".into());
+        return Err("must have the user and password only before the first host".into());
     }
     let default_port = if kind == Kind::Sentinel {
         SENTINEL_PORT
@@ -244,7 +246,7 @@ fn address(text: &str, default_port: u16, tls: bool) -> Result<ConnectionAddr, S
         _ => return Err(bad()),
     };
     if !url.username().is_empty() || url.password().is_some() {
-        return Err("must have user and password only before the first host".into());
+        return Err("must have the user and password only before the first host".into());
     }
     let port = url.port().unwrap_or(default_port);
     Ok(if tls {

@@ -74,8 +74,7 @@ pub enum EmbeddedError {
         found: Vec<String>,
     },
     #[error(
-        "cannot create the data directory {} for the embedded database: set DATABASE_URL to a PostgreSQL \
-         server of yours, or QUOTA_DATA_DIR to a directory that can be written",
+        "cannot create the data directory {} for the embedded database: set DATABASE_URL to use your own PostgreSQL server, or QUOTA_DATA_DIR to a writable directory",
         path.display()
     )]
     NoDataDir {

@@ -88,7 +88,7 @@ async fn poll_once(state: &AppState, db: &Db, last: &mut Option<Position>) -> Re
         tracing::warn!(
             polled = polled.highest,
             highest = position.highest,
-            "PostgreSQL was restored or has failed over; all caches are cleared"
+            "PostgreSQL was restored or has failed over; all caches were cleared"
         );
         state.recent.restart(&newest, &position.history);
         state.forget_all();

@@ -212,7 +212,7 @@ impl Recorder {
             Err(reason) => {
                 if files.failed.is_none() {
                     self.metrics.usage_unrecordable.set(1);
-                    tracing::error!(%reason, "usage cannot be recorded; decisions get 503");
+                    tracing::error!(%reason, "usage cannot be recorded; check requests get 503");
                 }
                 files.failed = Some((reason, now.saturating_add(RETRY)));
                 Err(reason)
@@ -223,7 +223,7 @@ impl Recorder {
     /// Logs the cause once for each outage.
     fn log_failure(&self, files: &Files, error: &io::Error) {
         if files.failed.is_none() {
-            tracing::error!(%error, path = %self.root.display(), "cannot create a segment for usage");
+            tracing::error!(%error, path = %self.root.display(), "cannot create a usage segment");
         }
     }
 

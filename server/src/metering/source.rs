@@ -107,7 +107,7 @@ impl Source {
 /// Why records could not be shipped.
 #[derive(Debug, thiserror::Error)]
 pub enum ShipError {
-    #[error("PostgreSQL did not accept usage records")]
+    #[error("cannot write usage records to PostgreSQL")]
     Database(#[from] DbError),
     #[error("a segment could not be read")]
     Read(#[from] io::Error),
@@ -269,7 +269,7 @@ pub(super) async fn ship(
                     tracing::error!(
                         segment = %source.head.id,
                         started_at = %DateTime::from(source.head.started_at),
-                        "this segment is older than the usage log and is not shipped; it is kept for the operator"
+                        "this segment is older than the usage log and will not be shipped; it was kept for inspection"
                     );
                     return Ok(shipped);
                 }

@@ -140,7 +140,7 @@ pub async fn serve<E>(
             }
         };
         if std::mem::take(&mut is_failing) {
-            tracing::info!("connections are accepted again");
+            tracing::info!("accepting connections again");
         }
         let Ok(Admitted { connection, slot }) = table.admit(peer.ip()) else {
             continue;
@@ -316,7 +316,7 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
         match end.await {
             Ok(Ok(())) | Err(End::Ordered) => {}
             // Clients that disconnect or do not use HTTP are not an error of the server.
-            Ok(Err(error)) => tracing::debug!(error = %error, "a connection ended"),
+            Ok(Err(error)) => tracing::debug!(error = %error, "a connection failed"),
             Err(End::TimedOut(phase)) => {
                 let count = match phase {
                     Phase::FirstHead | Phase::Head => &metrics.timed_out_head,

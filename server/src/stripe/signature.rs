@@ -20,7 +20,9 @@ pub enum BadSignature {
     Malformed,
     #[error("The Stripe-Signature header matches none of the webhook secrets.")]
     Wrong,
-    #[error("The Stripe-Signature header is more than 5 minutes old, or from the future.")]
+    #[error(
+        "The timestamp in the Stripe-Signature header is more than 5 minutes old or in the future."
+    )]
     Stale,
 }
 

@@ -312,7 +312,7 @@ impl LogState {
             if dropped > 0 {
                 tracing::warn!(
                     dropped,
-                    "standard output was blocked: log lines were dropped"
+                    "log lines were dropped because standard output was blocked"
                 );
             }
         }

@@ -182,7 +182,7 @@ async fn master_behind_sentinel_is_checked() {
     master.command("CONFIG SET min-replicas-to-write 1").await;
     doctor(&database, &[redis])
         .await
-        .says("min-replicas-max-lag is 10: a master that is cut off keeps counting for 10 seconds")
+        .says("min-replicas-max-lag is 10, so a partitioned master keeps accepting writes for 10 seconds")
         .succeeds();
     master.command("CONFIG SET min-replicas-max-lag 1").await;
     let output = doctor(&database, &[redis]).await;
@@ -202,7 +202,7 @@ async fn nodes_of_a_cluster_are_checked() {
     let one = format!("redis://{}", cluster.nodes[0].addr());
     doctor(&database, &[("REDIS_URL", &one)])
         .await
-        .says("is a node of a cluster: use redis+cluster://")
+        .says("is a cluster node: use redis+cluster://")
         .fails();
     cluster.nodes[1].kill().await;
     doctor(&database, &[("REDIS_URL", &cluster.url())])

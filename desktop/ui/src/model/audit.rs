@@ -146,7 +146,7 @@ fn field_label(name: &str) -> String {
         "prefix" => "Key".to_owned(),
         "on_redis_failure" => "If Redis is unavailable".to_owned(),
         "external_id" => "External ID".to_owned(),
-        "sessions_ended" => "Sessions ended".to_owned(),
+        "sessions_ended" => "Sessions revoked".to_owned(),
         "tenant_name" => "Organization".to_owned(),
         other => capitalized(&other.replace('_', " ")),
     }

@@ -113,7 +113,7 @@ fn limit_details(key: &ApiKey, plan: &Plan, time_zone: &str) -> Markup {
         limit_row(
             "Burst",
             &number(limits.burst.into()),
-            "Requests in one burst",
+            "Requests an idle key can send immediately",
         ),
         quota("Daily quota", limits.daily_quota, "at midnight"),
         quota("Monthly quota", limits.monthly_quota, "on the 1st"),

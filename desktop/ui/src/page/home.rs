@@ -214,7 +214,7 @@ fn attention_text(it: &Attention) -> String {
         }
         AttentionKind::Expiring => format!("Expires {at}"),
         AttentionKind::GraceEnding => format!("Previous key stops working {at}"),
-        AttentionKind::Idle => format!("No requests for 30 days; last {at}"),
+        AttentionKind::Idle => format!("No requests in the last 30 days; last used {at}"),
     }
 }
 

@@ -84,7 +84,7 @@ pub fn UsagePage() -> impl IntoView {
         }) as PendingCall<(String, String)>
     });
     view! {
-        <PageHeader title="Usage" about="Requests over time: allowed, rejected, and why.">
+        <PageHeader title="Usage" about="Allowed and rejected requests over time, and why requests were rejected.">
             <button type="button" class="button" on:click=move |_| live.set(true)>"Live tail"</button>
             <ExportButton export/>
         </PageHeader>

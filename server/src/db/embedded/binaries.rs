@@ -155,7 +155,8 @@ pub(super) async fn initdb(bin: &Path, place: &Place) -> Result<(), EmbeddedErro
             output: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
         });
     }
-    fs::rename(&new, &place.cluster).map_err(EmbeddedError::file("cannot make", &place.cluster))?;
+    fs::rename(&new, &place.cluster)
+        .map_err(EmbeddedError::file("cannot create", &place.cluster))?;
     // The rename must survive a power failure, like the files themselves.
     File::open(home)
         .and_then(|dir| dir.sync_all())

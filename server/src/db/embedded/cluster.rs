@@ -68,7 +68,7 @@ impl Cluster {
             .map_err(EmbeddedError::file("cannot open", &self.log))?;
         let log_begin = log
             .metadata()
-            .map_err(EmbeddedError::file("cannot look at", &self.log))?
+            .map_err(EmbeddedError::file("cannot inspect", &self.log))?
             .len();
         let stdout = log
             .try_clone()
@@ -124,7 +124,7 @@ impl Cluster {
     /// Without `/proc`, only PostgreSQL's own check of its PID file remains.
     pub(super) async fn stop_orphan(&self) -> Result<(), EmbeddedError> {
         let cluster = fs::canonicalize(&self.place.cluster)
-            .map_err(EmbeddedError::file("cannot look at", &self.place.cluster))?;
+            .map_err(EmbeddedError::file("cannot inspect", &self.place.cluster))?;
         let pid_file = cluster.join("postmaster.pid");
         if !running_in(&cluster).is_empty() {
             tracing::info!(cluster = %cluster.display(), "stopping an orphaned PostgreSQL");
@@ -195,7 +195,7 @@ impl Cluster {
                 };
                 tracing::error!(
                     error = &error as &dyn std::error::Error,
-                    "the embedded PostgreSQL does not start, retrying"
+                    "cannot start the embedded PostgreSQL, retrying"
                 );
             };
             tracing::info!("the embedded PostgreSQL is running again");

@@ -99,7 +99,7 @@ impl Place {
         let metadata = match fs::metadata(path) {
             Ok(metadata) => metadata,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(EmbeddedError::file("cannot look at", path)(error)),
+            Err(error) => return Err(EmbeddedError::file("cannot inspect", path)(error)),
         };
         let owner = Uid::from_raw(metadata.uid());
         let me = geteuid();
@@ -203,7 +203,7 @@ pub(super) fn make_data_dir(data_dir: &Path) -> Result<PathBuf, EmbeddedError> {
         path: data_dir.to_owned(),
         source: Box::new(error),
     })?;
-    fs::canonicalize(data_dir).map_err(EmbeddedError::file("cannot look at", data_dir))
+    fs::canonicalize(data_dir).map_err(EmbeddedError::file("cannot inspect", data_dir))
 }
 
 pub(super) fn make_dir(path: &Path, mode: u32) -> Result<(), EmbeddedError> {
@@ -281,7 +281,7 @@ pub(super) fn socket_dir(place: &Place) -> Result<PathBuf, EmbeddedError> {
     }
     // Anyone may create files in /tmp.
     let metadata =
-        fs::symlink_metadata(&dir).map_err(EmbeddedError::file("cannot look at", &dir))?;
+        fs::symlink_metadata(&dir).map_err(EmbeddedError::file("cannot inspect", &dir))?;
     let owner = place.user.as_ref().map_or(geteuid(), |user| user.uid);
     if !metadata.is_dir()
         || metadata.uid() != owner.as_raw()

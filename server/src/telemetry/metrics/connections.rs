@@ -103,7 +103,7 @@ const FAMILIES: [Family; 6] = [
     Family {
         name: "quota_accept_errors",
         kind: "counter",
-        help: "Failures to accept a client connection",
+        help: "Failed attempts to accept a client connection",
         series: &[("", |it| it.accept_errors.get().to_string())],
     },
 ];
