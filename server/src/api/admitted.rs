@@ -71,7 +71,7 @@ macro_rules! extract_by_credential {
     };
 }
 
-/// The token of `Authorization: Bearer`.
+/// Returns the token from `Authorization: Bearer`.
 pub fn bearer(headers: &HeaderMap) -> Result<Option<&str>, ApiError> {
     let mut fields = headers.get_all(header::AUTHORIZATION).iter();
     let Some(field) = fields.next() else {
@@ -327,7 +327,7 @@ impl AdmittedKey {
     pub async fn admit(request: &Request) -> Result<Self, ApiError> {
         let text = key_text(request)?
             .ok_or_else(|| ApiError::unauthorized(false, "Send an API key as X-API-Key."))?;
-        // Only one of Quota's own endpoints is limited.
+        // This is the only one of Quota's own endpoints that is limited.
         let endpoint = "GET /v1/echo";
         let context = RequestContext::of(request)?;
         match decide(context, text, NonZeroU32::MIN, None, endpoint).await? {

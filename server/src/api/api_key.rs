@@ -119,7 +119,7 @@ impl ApiKeyApi {
         DateTime::from_timestamp_nanos(i64::try_from(self.state.clock.now().0).unwrap_or(i64::MAX))
     }
 
-    /// Rejects an expiry that has already passed, because it must be a mistake.
+    /// Rejects an expiry that has already passed, because it is most likely a mistake.
     fn check_expiry(&self, at: Option<Timestamp>) -> Result<(), ApiError> {
         match at {
             Some(at) if at.inner() <= self.now() => {
@@ -222,7 +222,7 @@ impl ApiKeyApi {
             })
         };
         let mut created = create(&self.state, &caller, idempotency, insert).await?;
-        // A replay has none.
+        // A replay has no secret.
         if let Some(secret) = secret {
             self.state.keys.created(&secret);
             created.key = Some(secret.reveal());

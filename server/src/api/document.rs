@@ -23,7 +23,7 @@ const META: &str = "<meta charset=\"utf-8\">\n\
 const LANDING: &str = include_str!("document/landing.html");
 const DOOR: &str = include_str!("document/door.html");
 const ICON: &str = include_str!("../../../desktop/ui/icon.svg");
-/// These URLs have no version, so they are not cached for longer.
+/// These URLs do not contain a version, so they are cached only briefly.
 const HOUR: &str = "public, max-age=3600";
 /// Allows nothing from other origins and nothing inline.
 const CSP: &str = "default-src 'none'; style-src 'self'; img-src 'self' data:; script-src 'self'; connect-src 'self'; \

@@ -66,7 +66,7 @@ impl<E: Endpoint<Output = Response>> Endpoint for FastPath<E> {
         };
         match answer {
             Ok(response) => Ok(response),
-            // Converted here, since denials are frequent and errors are boxed further out.
+            // Errors are converted here, because denials are frequent and the outer layers would box them.
             Err(error) => {
                 let context = RequestContext::of(&request)?;
                 Ok(error.into_response(context.id(), &context.state.config.public_url))

@@ -1,8 +1,8 @@
 //! `/admin/api-keys/{key_id}/limits` and `/burn-down`: the state of a key's limits, now and over time.
 //!
-//! Combines several sources. The shared counters have the usage of a rate by all replicas. For a quota, this replica's
-//! limiter has its own decisions up to this moment, and the rollups have those of all replicas up to about a second
-//! ago.
+//! Combines several sources. For a rate, the shared counters contain the usage of all replicas. For a quota, this
+//! replica's limiter knows its own decisions up to this moment, and the rollups contain those of all replicas up to
+//! about a second ago.
 
 use chrono::{DateTime, TimeDelta, Utc};
 use poem::Result;
@@ -233,8 +233,8 @@ impl KeyLimitsApi {
 /// The maximum number of points in a burn-down, not counting the last one.
 const POINTS: i32 = 192;
 
-/// Returns the starts of equal intervals from the start of the window, in whole quarters of an hour. The last one is
-/// before `until`.
+/// Returns the starts of equal intervals from the start of the window, aligned to quarter hours. The last one is before
+/// `until`.
 fn steps(quota: Quota, until: DateTime<Utc>) -> Vec<DateTime<Utc>> {
     let quarter = TimeDelta::minutes(15);
     let quarters = (quota.end - quota.start).num_minutes() / 15;

@@ -123,7 +123,7 @@ impl ApiError {
         Self::wait("Too many requests from this address.", retry_after)
     }
 
-    /// For concurrent reports and lists of one tenant.
+    /// For a tenant's concurrent reports and lists.
     pub fn too_many_reads() -> Self {
         Self::wait(
             "Your organization has too many concurrent reads.",

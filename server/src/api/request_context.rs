@@ -23,7 +23,7 @@ use crate::{
 /// Maximum length of the stored User-Agent. Longer values are truncated.
 const USER_AGENT_MAX: usize = 256;
 
-/// Determined once, when the request arrives. Stored with the request.
+/// Determined once, when the request arrives, and stored with it.
 pub struct RequestContext {
     pub state: AppState,
     /// The request's ID: visible ASCII.
@@ -104,7 +104,7 @@ impl RequestContext {
         }
     }
 
-    /// Marks the response as a stream without an end.
+    /// Marks the response as an endless stream.
     pub fn begin_endless_response(&self) -> Option<EndlessResponse> {
         let connection = self.authenticated.as_ref();
         connection.map(Authenticated::begin_endless_response)

@@ -33,7 +33,7 @@ pub struct StatsApi {
 /// The same time yesterday, for comparison.
 struct Yesterday {
     start: DateTime<Utc>,
-    /// The start of the quarter of an hour that contains this time.
+    /// The start of the quarter hour that contains this time.
     quarter: DateTime<Utc>,
     /// The fraction of it that has passed.
     part: f64,
@@ -63,7 +63,7 @@ impl Yesterday {
 
 /// Returns a fraction of a count, rounded.
 fn part_of(count: u64, part: f64) -> u64 {
-    // A count for a quarter of an hour is far below 2^52.
+    // A count for a quarter hour is far below 2^52.
     #[expect(
         clippy::cast_precision_loss,
         clippy::cast_possible_truncation,

@@ -1,9 +1,8 @@
 //! Callers with a permission in their tenant.
 //!
-//! A handler whose first argument is one of these types cannot be reached without the permission it stands for. A
-//! signed-in caller without it gets 403 before the body is read. [`AdmittedTenant`] is the caller without any such
-//! requirement: it is for a user's own account and sessions. [`Role`] defines the permissions
-//! of each role.
+//! A handler whose first argument is one of these types cannot be reached without the corresponding permission. A
+//! signed-in caller without it gets 403 before the body is read. [`AdmittedTenant`] requires no permission: it is for a
+//! user's own account and sessions. [`Role`] defines the permissions of each role.
 
 use std::ops::Deref;
 
@@ -31,7 +30,7 @@ impl AdmittedTenant {
     }
 }
 
-// Concrete types: a generic extractor loses its security scheme in the OpenAPI document.
+// The types are concrete because a generic extractor would lose its security scheme in the OpenAPI document.
 macro_rules! callers_with_a_right {
     ($($(#[$doc:meta])* $name:ident requires $right:ident;)+) => {$(
         $(#[$doc])*

@@ -1,7 +1,7 @@
-//! The objects that Quota needs at Stripe: a product, its prices, a meter and a webhook endpoint.
+//! The objects that Quota needs in Stripe: a product, its prices, a meter and a webhook endpoint.
 //!
-//! Each has a name by which it is found, so it is created only once. Existing objects are not changed: a price cannot be
-//! changed, and an operator may have changed the others on purpose.
+//! Each is found by its name, so it is created only once. Existing objects are not changed: a price cannot be changed,
+//! and an operator may have changed the others on purpose.
 
 use super::{FLAT_PRICE, USAGE_PRICE};
 use crate::stripe::{API_VERSION, EVENTS, Price, Stripe, StripeError, WebhookEndpoint};
@@ -48,7 +48,7 @@ pub fn webhook_url(public_url: &str) -> String {
 }
 
 /// Creates the objects that do not exist yet. Returns all objects, and the secret of the webhook endpoint if it was
-/// created now.
+/// just created.
 pub async fn set_up(
     stripe: &Stripe,
     offer: &Offer,
@@ -233,7 +233,7 @@ fn endpoint_finding(endpoint: &WebhookEndpoint) -> Finding {
             format!("{} with {version}", endpoint.id),
         )
     } else {
-        // Event contents are not read, so another version works too.
+        // Event contents are not read, so other versions work too.
         let text = format!(
             "{} with {version}; Quota uses {}",
             endpoint.id,

@@ -1,11 +1,11 @@
-//! Converts usage to meter events at Stripe.
+//! Converts usage to Stripe meter events.
 //!
 //! The shipper adds up charged usage in `billing_usage`, hour by hour. When an hour has ended, [`Billing::plan_usage`]
 //! converts its new usage to reports, each of which becomes one meter event. [`Billing::send_usage`] sends them until
 //! Stripe has received them:
 //!
 //! - The identifier of a meter event is the report's tenant, start and revision. Stripe accepts an identifier once a
-//!   day, so for 20 hours, a report whose response was lost is simply sent again. After that, Stripe's own total for
+//!   day, so for 20 hours, a report whose response was lost is simply sent again. After that, the total in Stripe for
 //!   the hour shows whether it arrived.
 //! - Usage that arrives late becomes another revision, with the difference.
 //! - An hour in which a billing period begins or ends is divided at that time, based on the log.
@@ -46,7 +46,7 @@ const fn hour() -> TimeDelta {
     TimeDelta::hours(1)
 }
 
-/// A part of an hour that is in one billing period.
+/// The part of an hour that is in one billing period.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Span {
     start: DateTime<Utc>,
@@ -83,11 +83,11 @@ fn in_force<'a>(subscriptions: &'a [ChargedBy], span: &Span) -> Option<&'a Charg
 /// The result of a comparison.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reconciled {
-    /// The difference between reports and Stripe's totals, as the sum of absolute values over customers.
+    /// The difference between reports and the totals in Stripe, as the sum of absolute values over customers.
     pub difference: i64,
     /// Usage that should have been charged but will not be.
     pub lost: i64,
-    /// Age of the oldest report that Stripe does not have yet, in seconds.
+    /// Age of the oldest report that Stripe has not received yet, in seconds.
     pub oldest_pending: i64,
     /// In seconds since 1970.
     pub at: i64,
@@ -117,8 +117,8 @@ impl Billing {
         Ok(planned)
     }
 
-    /// Plans one hour of each tenant. `read` has the tenants that this run has read from Stripe, and whether their hours
-    /// can be planned.
+    /// Plans one hour of each tenant. `read` contains the tenants that this run has read from Stripe, and whether their
+    /// hours can be planned.
     async fn plan_oldest_hours(
         &self,
         read: &mut HashMap<TenantId, bool>,
@@ -141,7 +141,7 @@ impl Billing {
                 }
                 read.insert(tenant, result.is_ok());
             }
-            // If it is not known where billing periods begin and end, the hour waits.
+            // Until it is known when billing periods begin and end, the hour has to wait.
             if read.get(&tenant).copied().unwrap_or(is_read) {
                 match self.plan_hour(tenant, start).await {
                     Ok(()) => planned += 1,
@@ -317,8 +317,8 @@ impl Billing {
         }
     }
 
-    /// Returns whether Stripe has counted a report whose identifier it no longer recognizes. `None` if Stripe's total
-    /// matches neither outcome.
+    /// Returns whether Stripe has counted a report whose identifier it no longer recognizes. `None` if the total in
+    /// Stripe matches neither outcome.
     async fn has_arrived(
         &self,
         tenant: TenantId,
@@ -341,7 +341,7 @@ impl Billing {
         })
     }
 
-    /// Returns Stripe's total for a customer's usage.
+    /// Returns the total usage of a customer in Stripe.
     async fn counted(
         &self,
         customer: &str,
@@ -357,7 +357,7 @@ impl Billing {
         Ok(self.stripe.counted(meter, customer, from, until).await?)
     }
 
-    /// Compares the reports for yesterday (UTC) with Stripe's totals.
+    /// Compares the reports for yesterday (UTC) with the totals in Stripe.
     pub async fn reconcile_usage(&self) -> Result<Reconciled, BillingError> {
         let mut tx = self.db.system().await?;
         let uncharged = billing_usage::uncharged(&mut tx).await?;

@@ -25,9 +25,8 @@ use crate::{
 const SEGMENT_MAX: u64 = 8 << 20;
 /// Enough for more than a hundred records of maximum length.
 const SEGMENT_MIN: u64 = 64 << 10;
-/// The maximum age of a segment in use, in nanoseconds. PostgreSQL refuses a segment that is unknown to it and older
-/// than the usage log (at least two days). Without this limit, a segment of a server without requests could get that
-/// old.
+/// The maximum age of a segment in use, in nanoseconds. PostgreSQL rejects a segment that is unknown to it and older
+/// than the usage log (at least two days). Without this limit, the segment of an idle server could get that old.
 const MAX_AGE: u64 = 6 * 3_600_000_000_000;
 /// Nanoseconds between two attempts to create a segment after one failed.
 const RETRY: Nanos = Nanos::from_millis(100);
@@ -83,7 +82,7 @@ struct Files {
     /// The last attempt to create a segment, if it failed: why, and when the next one is allowed.
     failed: Option<(Unrecordable, Monotonic)>,
     is_creating_spare: bool,
-    /// No more segments are created in advance.
+    /// Whether to stop creating segments in advance.
     is_closed: bool,
 }
 
@@ -136,7 +135,7 @@ impl Recorder {
         }))
     }
 
-    /// Reserves space for a record with texts of these lengths in bytes.
+    /// Reserves space for a record whose strings have these lengths in bytes.
     #[inline]
     pub fn reserve(
         &self,

@@ -36,7 +36,7 @@ use crate::{
 const FIRST: usize = 2_000;
 const MOST: usize = 50_000;
 const LEAST: usize = 50;
-/// The intended duration of a batch.
+/// The target duration of a batch.
 const SHORT: Duration = Duration::from_millis(300);
 const LONG: Duration = Duration::from_millis(900);
 
@@ -49,9 +49,9 @@ pub(super) struct Source {
     pub(super) head: SegmentHead,
     pub(super) file: Arc<File>,
     pub(super) writer: Writer,
-    /// Where the next batch begins. `None`: at the cursor.
+    /// Where the next batch begins. `None` means at the cursor.
     pub(super) position: Option<u64>,
-    /// The cursor as last read. There is only space without records between it and `position`.
+    /// The cursor as last read. There are no records between it and `position`.
     pub(super) cursor: u64,
     pub(super) shipped: u64,
     /// The time of the oldest record that was read but not shipped yet.
@@ -95,7 +95,7 @@ impl Source {
         let position = self.position.unwrap_or(self.cursor);
         let read = move || {
             let batch = scan::read(&file, &head, position, writer, max)?;
-            // Done here, because it takes milliseconds for which requests would otherwise wait.
+            // Done on this thread, because it takes milliseconds, which would delay requests.
             Ok((UsageBatch::new(batch.rows), batch.span))
         };
         tokio::task::spawn_blocking(read)

@@ -21,7 +21,7 @@ pub const KEPT_HOURS: i32 = 24;
 /// The state of an `Idempotency-Key`.
 #[derive(Debug)]
 pub enum PriorRequest {
-    /// Nothing. Process the request and [`store`] its response in the same transaction.
+    /// The key is new. Process the request and [`store`] its response in the same transaction.
     Nothing,
     /// Another request with the same key is being processed.
     InProgress,

@@ -59,7 +59,8 @@ pub struct Accepted<'a> {
 pub enum Rotation {
     /// The token was the current one. Its successor is stored.
     Rotated(SessionRow),
-    /// The token was the previous one, used moments ago. The successor is the same, the one with this index.
+    /// The token was the previous one, and was used moments ago. It gets the same successor again, the one with this
+    /// index.
     Repeated(SessionRow, usize),
     /// The token was used earlier, so it has been copied. The session must be revoked.
     Reused(SessionRow),

@@ -1,4 +1,4 @@
-//! Counts decisions before they are appended, for each row of a rollup that they change.
+//! Adds up decisions for each row of a rollup that they change, before they are appended.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
@@ -15,7 +15,7 @@ pub struct UsageRecord {
     pub at: DateTime<Utc>,
     /// `free` or `paid`.
     pub billing: &'static str,
-    /// Empty if the caller named none.
+    /// Empty if the caller did not send one.
     pub endpoint: String,
     pub was_rejected: bool,
     /// The policy that denied it. `None` if it was admitted, or denied while capacity was reduced.
@@ -47,7 +47,7 @@ const QUARTER: i64 = 15 * 60;
 const HOUR: i64 = 60 * 60;
 const DAY: i64 = 24 * 60 * 60;
 
-/// The rank of an endpoint among those of the batch, so that comparing ranks is comparing names.
+/// The rank of an endpoint among those of the batch, so that comparing ranks is the same as comparing names.
 pub(super) type Rank = usize;
 
 /// The primary key of a rollup's row, in the order of its columns. The zero UUID stands for all keys or plans.

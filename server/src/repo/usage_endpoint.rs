@@ -43,7 +43,7 @@ const FIND: &str = "\
         ON e.tenant_id = n.tenant_id AND e.key_id = n.key_id AND e.endpoint = n.endpoint \
     WHERE e.seen_on IS NULL OR e.seen_on < CURRENT_DATE";
 
-/// Adds endpoints up to the limit, oldest first. Returns the positions of the others.
+/// Adds endpoints up to the limit, oldest first. Returns the positions of those that do not fit.
 const ADD: &str = "\
     WITH new AS MATERIALIZED ( \
         SELECT * FROM unnest($1, $2, $3, $4) WITH ORDINALITY AS n (tenant_id, key_id, endpoint, first_at, place) \

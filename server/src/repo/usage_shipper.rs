@@ -42,7 +42,7 @@ pub async fn reports(tx: &mut SystemTx) -> Result<Vec<ShipperReport>, DbError> {
     .await?)
 }
 
-/// PostgreSQL's time, by which usage is recorded.
+/// PostgreSQL's time, which usage records follow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]
 pub struct Times {
     #[diesel(sql_type = Timestamptz)]

@@ -1,4 +1,4 @@
-//! The tenants and keys with the most requests, over all tenants, for operators.
+//! The tenants and keys with the most requests, across all tenants, for operators.
 
 use diesel::{
     prelude::*,
@@ -47,7 +47,7 @@ const SUMS: &str = "coalesce(sum(u.requests) FILTER (WHERE u.policy = ''), 0)::b
      coalesce(sum(u.requests) FILTER (WHERE u.policy <> ''), 0)::bigint AS rejected, \
      coalesce(sum(u.cost) FILTER (WHERE u.policy = ''), 0)::bigint AS cost";
 
-/// The operator can wait: all tenants are read.
+/// All tenants are read, so this may take a while.
 const PATIENCE: &str = "SET LOCAL statement_timeout = '1min'";
 
 pub async fn tenants(tx: &mut SystemTx, hours: u16, top: u16) -> Result<Vec<TopTenant>, DbError> {

@@ -1,7 +1,7 @@
 //! The signature of a webhook: <https://docs.stripe.com/webhooks/signature>.
 //!
 //! Works on bytes, so that what is verified is what was received, and accepts several secrets and several signatures:
-//! both exist while a secret is rotated.
+//! both exist while a secret is being rotated.
 
 use std::time::Duration;
 

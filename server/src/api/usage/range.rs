@@ -1,4 +1,4 @@
-//! The range and buckets of a request for usage.
+//! The range and buckets of a usage request.
 
 use chrono::{DateTime, DurationRound, TimeDelta, Utc};
 use quota_common::usage::{MAX_BUCKETS, UsageBucketSize};
