@@ -1,10 +1,10 @@
 //! Passwords: their strength and their hashes (argon2id).
 //!
 //! Hashing uses at most two threads and 92 MiB, regardless of load. Callers wait for a thread in one of three lanes, so
-//! that a flood of sign-ins does not lock out others: known devices and signed-in users; networks without recent
-//! failures; and all others, including registrations. Each lane is bounded and has its share of the threads. Within a
-//! lane, callers take turns by account or network. When a lane is full, the account or network with the most waiters
-//! loses one first.
+//! that a flood of sign-ins does not lock out other users. The lanes are for known devices and signed-in users, for
+//! networks without recent failures, and for everything else, including registrations. Each lane is bounded and has its
+//! share of the threads. Within a lane, callers take turns by account or network. When a lane is full, the account or
+//! network with the most waiters loses one.
 //!
 //! The strength of new passwords is estimated on the same threads, since it takes time as well.
 
@@ -31,7 +31,7 @@ use zxcvbn::Score;
 use super::AuthError;
 use crate::config::PasswordCost;
 
-/// Concurrent hashes. One takes about 50 ms and 46 MiB.
+/// The maximum number of concurrent hashes. Each takes about 50 ms and 46 MiB.
 const THREADS: usize = 2;
 /// The maximum number of waiters per lane. With all lanes full, the last one waits a little over a second.
 const WAITING: [usize; LANES] = [16, 24, 8];
@@ -49,9 +49,9 @@ const TURNS: [Lane; 8] = [
     Lane::Suspect,
 ];
 
-/// The maximum number of characters of a password that are estimated, not counting repetitions.
+/// The maximum number of characters of a password that are used for the estimate, not counting repetitions.
 const JUDGED: usize = 64;
-/// The maximum number of ways to read symbols as letters that are tried.
+/// The maximum number of ways to read symbols as letters.
 const READINGS: usize = 32;
 /// The maximum cost of an estimate: the number of characters squared, times the number of readings. This takes about
 /// 4 ms.
@@ -141,7 +141,7 @@ impl Password {
     }
 }
 
-/// Returns the text without repetitions.
+/// Removes repetitions.
 fn without_repeats(text: &str) -> String {
     let all = text.chars().collect::<Vec<_>>();
     let mut kept = String::new();
@@ -162,8 +162,8 @@ fn without_repeats(text: &str) -> String {
     kept
 }
 
-/// Splits a text, up to a maximum length, into parts that can be estimated in bounded time. zxcvbn tries every way of
-/// reading the symbols of a text as letters, and their number is the product over all letters.
+/// Splits a string, up to a maximum length, into parts that can be estimated in bounded time. zxcvbn tries every way of
+/// reading the symbols in a string as letters. The number of ways is the product over all letters.
 fn windows(text: &str) -> Vec<String> {
     let mut windows = Vec::new();
     let mut window = Vec::new();
@@ -180,11 +180,11 @@ fn windows(text: &str) -> Vec<String> {
     windows
 }
 
-/// Returns the maximum number of ways in which zxcvbn reads the symbols in this text as letters.
+/// Returns the maximum number of ways in which zxcvbn reads the symbols in this string as letters.
 fn readings(text: &[char]) -> usize {
     let of_letter = |letter: &&str| letter.chars().filter(|c| text.contains(c)).count();
     let product: usize = SYMBOLS.iter().map(|it| of_letter(it).max(1)).product();
-    // The symbols of `l` are also symbols of `i` and `t`, and are read both ways.
+    // The symbols for `l` can also stand for `i` and `t`, and are read both ways.
     let is_shared = text.iter().any(|c| "1|7".contains(*c));
     if is_shared { 2 * product } else { product }
 }
@@ -193,7 +193,7 @@ type Job = Box<dyn FnOnce(&Argon2<'static>) + Send>;
 
 struct Waiter<T> {
     party: u64,
-    /// The number of waiters of the same party that were ahead when it arrived.
+    /// The number of waiters of the same party that were ahead of this one when it arrived.
     round: u64,
     waiter: T,
 }

@@ -1,7 +1,7 @@
 //! Access tokens: JWTs signed with Ed25519, valid for fifteen minutes.
 //!
-//! `kid` is looked up in a map of Ed25519 keys. The algorithm in the header must be Ed25519, but it does not select the
-//! algorithm. A valid token is not enough: its session is looked up as well.
+//! `kid` is looked up in a map of Ed25519 keys. The algorithm in the header must be Ed25519, but it is not used to
+//! select the algorithm. A valid token is not enough: its session is looked up as well.
 
 use std::collections::HashMap;
 
@@ -301,7 +301,7 @@ mod tests {
             );
         }
 
-        // HS256 with the public key as secret: the classic algorithm confusion.
+        // HS256 with the public key as the secret, a classic algorithm confusion attack.
         let pair = Ed25519KeyPair::from_seed_unchecked(&secrets(1).signing_seed).unwrap();
         let header = Header {
             kid: Some(signer.kid.clone()),

@@ -148,7 +148,7 @@ async fn shared_records_are_valid_from_when_they_were_current() {
         })
     };
     it.cache.get(1, shared).await.unwrap();
-    // A second after the poll, not after the lookup, and the poll is no longer fresh.
+    // The poll is no longer fresh a second after it began, not a second after the lookup.
     it.clock.advance(Duration::from_millis(300));
     assert_eq!(it.freshness.polled_lately(), None);
     assert!(it.cache.peek(&1).is_some());
@@ -240,7 +240,7 @@ async fn deleted_entries_are_unknown_after_the_next_look_up() {
     assert_eq!(it.get(Ok(None)).await.unwrap(), None);
     assert!(!it.cache.holds(&1));
     assert!(matches!(it.cache.peek(&1), Some(None)));
-    // A key that was never known does not become known through a change.
+    // A change does not turn an unknown key into a known one.
     it.cache.forget_these(|| [2]);
     assert!(!it.cache.holds(&2));
 }
@@ -331,7 +331,7 @@ async fn load_that_ends_while_changed_keys_are_determined_is_not_kept() {
     let forget = std::thread::spawn(move || {
         has_begun.recv().unwrap();
         cache.forget_these(|| {
-            // At this point the change is not known to affect this key, which is only now being cached.
+            // At this point, the change is not known to affect this key, which is just being cached.
             release.send(true).unwrap();
             while cache.inner.loading.lock().contains_key(&1) {
                 std::thread::yield_now();

@@ -19,9 +19,9 @@ use super::{apply_migrations, with_database};
 
 #[derive(Subcommand)]
 pub enum UsageCommand {
-    /// Write the usage that a replica has left behind to PostgreSQL. For a replica that will not return: one that
-    /// starts with the same QUOTA_DATA_DIR does this itself. Nothing is counted twice if it is run repeatedly or while
-    /// the replica is running
+    /// Write the usage that a replica has left behind to PostgreSQL. Use this for a replica that will not return; a
+    /// replica that starts with the same QUOTA_DATA_DIR ships its usage automatically. Nothing is counted twice if you
+    /// run it repeatedly or while the replica is running
     Replay {
         #[command(flatten)]
         settings: Box<Settings>,

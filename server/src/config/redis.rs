@@ -7,7 +7,7 @@
 //! | Redis Cluster | `redis://host[:port],host[:port][,…]`, or `redis+cluster://host[:port][,…]` |
 //!
 //! `rediss` instead of `redis` means TLS for every connection, with certificates verified against the system's trusted
-//! roots. `valkey` and `valkeys` are synonyms of `redis` and `rediss`. `group` is the name of the master in the
+//! roots. `valkey` and `valkeys` are synonyms for `redis` and `rediss`. `group` is the name of the master in the
 //! sentinels' configuration. User, password and database are the master's; `?sentinel_user=` and `?sentinel_password=`
 //! are the sentinels'. Special characters are percent-encoded, including a comma in a password.
 

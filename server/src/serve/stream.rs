@@ -29,7 +29,7 @@ pub(super) struct WatchedStream {
 
 #[derive(Debug)]
 enum Protocol {
-    /// This many bytes of the HTTP/2 preface have arrived, and nothing else.
+    /// The number of bytes that have arrived, all of which match the HTTP/2 preface.
     Unknown(usize),
     Http1,
     Http2 {
@@ -90,7 +90,7 @@ impl AsyncRead for WatchedStream {
             return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
         }
         if self.connection.should_pause() {
-            // Others go first, including the handlers of connections that were just closed.
+            // Lets other tasks run first, including the handlers of connections that were just closed.
             context.waker().wake_by_ref();
             return Poll::Pending;
         }

@@ -122,7 +122,7 @@ async fn flood_is_rejected_at_once_and_earlier_waiters_are_served() {
     assert!(busy >= 200 - room - THREADS - 4, "{busy} turned away");
 }
 
-/// Which arrivals are admitted, and in which order they are served.
+/// Checks which arrivals are admitted, and in which order they are served.
 fn order(turns: &[Turn]) -> (Vec<bool>, Vec<usize>) {
     let mut queue = Queue::default();
     let taken = turns.iter().enumerate();
@@ -174,7 +174,7 @@ fn account_with_many_waiters_goes_last() {
     let of_others = room - 2..room + 1;
     assert!(of_others.clone().all(|n| taken[n]) && !taken[room + 1] && taken[room + 2]);
     assert_eq!(done.len(), room);
-    // One of each party, and then the second of each.
+    // The first waiter of each party is served, then the second of each.
     assert_eq!(done[..6], [0, room - 2, room - 1, room, 1, room + 2]);
 }
 

@@ -31,7 +31,7 @@ fn fixture(limit: usize, workers: usize) -> Fixture {
         async move {
             let permit = permits.acquire().await;
             permit.expect("it is not closed").forget();
-            // Even numbers exist.
+            // Even numbers are existing secrets.
             let found = hashes.iter().filter(|hash| hash[0] % 2 == 0);
             Ok(found.map(|hash| (hash.to_vec(), hash[0])).collect())
         }

@@ -22,7 +22,7 @@ fn admit(table: &Arc<Table>, peer: &str) -> Result<Admitted, ConnectionLimit> {
     table.admit(peer.parse().unwrap())
 }
 
-/// Checks for the order to close, as the connection's task does when it is woken.
+/// Checks whether the connection has to close, as its task does when it is woken.
 fn is_told_to_close(it: &Admitted) -> bool {
     it.connection.order() == Order::Close
 }
@@ -78,7 +78,7 @@ async fn stalled_response_makes_room_and_a_running_handler_does_not() {
     let stalled = admit(&table, "192.0.2.1").unwrap();
     stalled.connection.speaks_http2();
     let (mut received, mut sent) = (Frames::default(), Frames::default());
-    // Heads of a request and of its response, on the same stream.
+    // The heads of a request and its response, on the same stream.
     let (asked, answered) = ([0, 0, 0, 1, 5, 0, 0, 0, 1], [0, 0, 0, 1, 4, 0, 0, 0, 1]);
     received.scan(&asked, |event| stalled.connection.received(event));
     drop(stalled.connection.begin_request(0));
@@ -359,7 +359,7 @@ async fn address_with_few_connections_is_not_displaced_by_one_with_many() {
         );
     }
     assert!(!is_told_to_close(&light));
-    // An address without connections is lighter still.
+    // An address without connections counts as light too.
     let _lighter = admit(&table, "203.0.113.1").unwrap();
     assert!(is_told_to_close(&light));
 }
