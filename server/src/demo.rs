@@ -1,7 +1,7 @@
 //! `--demo`: a tenant with a plan, a key and a service token to try.
 //!
-//! Created once. The secrets are stored in the data directory, readable only by its owner, so that later startups can
-//! show them again. The database contains only their hashes.
+//! It is created only once. The secrets are stored in the data directory, readable only by its owner, so that later
+//! startups can show them again. The database contains only their hashes.
 
 use std::{
     fs,

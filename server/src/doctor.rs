@@ -1,6 +1,6 @@
 //! `quota doctor`: checks the settings and dependencies of a server, and prints one line for each finding.
 //!
-//! Read-only. An unreachable dependency is a finding too. No check takes longer than the configured timeouts.
+//! Changes nothing. An unreachable dependency is a finding too. No check takes longer than the configured timeouts.
 
 use std::fmt::Write as _;
 
@@ -14,7 +14,7 @@ use crate::{
     redis::inspect::{self, Node},
 };
 
-/// The longest time, in seconds, for which a master that is cut off from its replicas should accept writes.
+/// The longest time, in seconds, for which a partitioned master should accept writes.
 const LAG_MAX: u32 = 1;
 
 /// The findings so far.
@@ -39,7 +39,7 @@ impl Report {
         let _ = writeln!(self.text, "{about}: {line}");
     }
 
-    /// Checks that the addresses to listen on are free.
+    /// Checks that the addresses to listen on are available.
     pub async fn addresses(&mut self, config: &Config) {
         for (name, addr) in [
             ("QUOTA_LISTEN", Some(config.listen)),
@@ -166,7 +166,7 @@ impl Report {
                     self.node(config, settings, &node);
                     connected += node.subscribers;
                 }
-                // The other nodes of a cluster may be enough.
+                // The cluster's other nodes may be enough.
                 Err(error) if matches!(servers, RedisServers::Cluster(_)) => {
                     self.warning("redis", error);
                 }
@@ -239,7 +239,7 @@ impl Report {
         }
     }
 
-    /// Checks that a master that is cut off from its replicas stops accepting writes soon.
+    /// Checks that a partitioned master soon stops accepting writes.
     fn failover(&mut self, node: &Node) {
         let addr = &node.addr;
         if node.min_replicas_to_write == Some(0) {
@@ -272,8 +272,8 @@ fn connections(pool: usize, replicas: usize, server: &ServerInfo) -> String {
     )
 }
 
-/// Logs a warning at startup if the replicas together may open more connections than PostgreSQL allows. Otherwise, this
-/// would be noticed only under load.
+/// Logs a warning at startup if the replicas together may open more connections than PostgreSQL allows. Otherwise, the
+/// problem would appear only under load.
 pub async fn warn_of_too_many_connections(config: &Config, url: &SecretString) {
     if let Ok(server) = db::inspect(url).await
         && config.database.pool * config.replicas > server.available()

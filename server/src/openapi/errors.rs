@@ -15,7 +15,7 @@ const STRIPE_AWAY: &str =
 const NO_REFRESH_TOKEN: &str =
     "No refresh token was sent, or it is invalid, expired or already used.";
 
-/// Errors of single operations, in addition to those derived from the operation's arguments.
+/// Errors that are specific to an operation, in addition to those derived from its arguments.
 const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
     use ProblemCode as P;
     &[

@@ -1,6 +1,7 @@
 //! Metrics: names, descriptions and the OpenMetrics text.
 //!
-//! A counter or gauge without labels is one line in the list below. The documentation of its field is its description.
+//! A counter or gauge without labels is one line in the list below. Its description is also the documentation of its
+//! field.
 
 mod connections;
 mod latency;
@@ -41,13 +42,13 @@ macro_rules! metrics {
             pub invalidation_lag_seconds: Latency,
             pub public_connections: Arc<ConnectionMetrics>,
             pub metrics_connections: Arc<ConnectionMetrics>,
-            /// By kind of row.
+            /// Swept rows, by kind.
             swept: Mutex<BTreeMap<&'static str, u64>>,
             statuses: Statuses,
         }
 
         impl Metrics {
-            /// Registers everything that has no labels.
+            /// Registers all metrics without labels.
             fn register(&self, registry: &mut Registry) {
                 $(registry.register($name, $help, self.$field.clone());)+
             }

@@ -7,15 +7,15 @@ use prometheus_client::metrics::{counter::Counter, gauge::Gauge};
 /// The limit for which a connection was rejected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ConnectionLimit {
-    /// Connections of one address.
+    /// The limit per address.
     Address,
-    /// Connections of the network of one address.
+    /// The limit per network.
     Network,
-    /// Connections in total, if none could be closed to make room.
+    /// The total limit, if no connection could be closed to make room.
     Full,
 }
 
-/// Connections of one listener.
+/// The connections of one listener.
 #[derive(Debug, Default)]
 pub struct ConnectionMetrics {
     pub open: Gauge,
