@@ -1,4 +1,4 @@
-//! The bounds of fields, and the rules of [`field`](crate::field) that check them.
+//! The bounds of fields, and the rules that [`field`](crate::field) uses to check them.
 //!
 //! The server uses them to reject requests, and the console to explain errors before sending.
 

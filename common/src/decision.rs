@@ -60,7 +60,7 @@ response! {
 }
 
 response! {
-    /// The data of a `dropped` event: decisions that were not sent because there were too many.
+    /// The data of a `dropped` event, sent when there were too many decisions to send all of them.
     #[derive(Debug, Copy, Eq)]
     pub struct DroppedDecisions {
         /// Number of decisions that were skipped, whether they match the filters or not.

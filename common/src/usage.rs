@@ -25,7 +25,7 @@ text_enum! {
     pub enum UsageGroupBy {
         Key = "key",
         Endpoint = "endpoint",
-        /// The policy that denied the requests. Allowed requests do not belong to a group.
+        /// The policy that denied the requests. Allowed requests are not in any group.
         Policy = "policy",
         Plan = "plan",
     }

@@ -1,5 +1,6 @@
-//! Stores refresh tokens and device tokens in the system's keychain, one entry of each per server. They are never
-//! stored elsewhere: without a keychain, a session ends when the app closes, and every sign-in is from a new device.
+//! Stores refresh tokens and device tokens in the system keychain, one entry of each per server. They are never stored
+//! elsewhere: without a keychain, a session ends when the app closes, and every sign-in counts as one from a new
+//! device.
 
 use std::time::Duration;
 

@@ -45,11 +45,11 @@ pub async fn send(call: &Call) -> CallResult<String> {
     match &result {
         Ok(response) => host::set_loaded_at(response.loaded_at),
         Err(CallError::Unreachable) => {}
-        // Even a rejection proves that the server responds.
+        // Even a rejection proves that the server is reachable.
         Err(_) => host::set_loaded_at(None),
     }
     if matches!(call, Call::Login(_) | Call::Register(_)) {
-        // Whether the keychain accepted the session is known only now.
+        // Only now is it known whether the keychain has accepted the session.
         if let Ok(status) = host_status().await {
             host::set_status(status);
         }

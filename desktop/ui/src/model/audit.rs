@@ -125,7 +125,7 @@ fn change(
         ),
         _ => {
             let (before, after) = (before.map(text).unwrap_or_default(), text(after));
-            // The unit is given once.
+            // Write the unit only once.
             let before = match after.strip_suffix(|c: char| c.is_ascii_alphabetic()) {
                 Some(_) if after.ends_with("/min") => before.trim_end_matches("/min").to_owned(),
                 _ => before,

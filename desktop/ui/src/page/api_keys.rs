@@ -198,7 +198,7 @@ fn Filters(plans: Loader<Vec<Plan>>) -> impl IntoView {
                     .into_iter()
                     .map(|plan| (plan.id.to_string(), plan.name)),
             );
-            // A filter by a deleted plan still applies.
+            // A filter by a deleted plan remains in effect.
             let current = query.with(|query| query.get("plan_id"));
             if let Some(id) = current.filter(|id| !options.iter().any(|(it, _)| it == id)) {
                 options.push((id, "Deleted plan".to_owned()));

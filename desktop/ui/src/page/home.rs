@@ -33,7 +33,7 @@ struct Overview {
     stats: Stats,
     /// The last 24 hours.
     day: Usage,
-    /// The same data, by key.
+    /// The same data, grouped by key.
     keys: Usage,
     /// Contains the most recently used key, or otherwise the newest.
     key: Option<ApiKey>,
@@ -293,7 +293,7 @@ fn lists(stats: &Stats, keys: &Usage) -> Markup {
     .collect()
 }
 
-/// A step, with a link to it once the previous steps are done.
+/// A step, which becomes a link once the previous steps are done.
 fn step(
     done: bool,
     is_available: bool,
