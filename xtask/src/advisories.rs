@@ -24,7 +24,7 @@ struct Advisory {
     id: String,
     package: String,
     date: String,
-    /// `unmaintained`, `unsound` or `notice`; absent for vulnerabilities.
+    /// The kind of notice: `unmaintained`, `unsound` or `notice`. Absent for vulnerabilities.
     informational: Option<String>,
     withdrawn: bool,
     patched: Vec<VersionReq>,
@@ -190,13 +190,13 @@ impl Advisory {
     }
 }
 
-/// In `semver`, a pre-release only matches requirements that name one. RustSec uses the plain order. In both, a
-/// pre-release of 2.0.0 is below `>= 2.0.0`.
+/// In `semver`, a pre-release only matches requirements that name one. RustSec compares versions by their plain order.
+/// In both, a pre-release of 2.0.0 is below `>= 2.0.0`.
 fn matches(req: &VersionReq, version: &Version) -> bool {
     if version.pre.is_empty() || req.matches(version) {
         return req.matches(version);
     }
-    // It is below its release, but not below any earlier version.
+    // A pre-release is below its release, but not below any earlier version.
     let mut below = version.clone();
     below.pre = semver::Prerelease::EMPTY;
     if below.patch == 0 {

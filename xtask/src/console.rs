@@ -79,7 +79,7 @@ pub(crate) fn add_target() -> Result<()> {
 /// Returns cargo's target directory: `target`, unless configured otherwise.
 pub(crate) fn target_directory() -> Result<PathBuf> {
     let metadata = read(cargo().args(["metadata", "--no-deps", "--format-version=1"]))?;
-    // A JSON parser for a single field would only make this slower to compile.
+    // A JSON parser just for one field would make this slower to compile.
     let place = metadata
         .split_once("\"target_directory\":\"")
         .and_then(|(_, rest)| rest.split_once('"'))

@@ -20,7 +20,7 @@ use crate::{cargo, console, desktop, machine, read, root, say, succeed, system};
 /// The first startup creates a database.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What the tests require, in addition to the server's requirements.
+/// The programs that the tests require in addition to those for the server.
 pub(crate) fn needs() -> Vec<machine::Need> {
     let browser = [machine::CHROMIUM, machine::NODE, machine::NPM];
     [&browser[..], &desktop::JOURNEY_NEEDS].concat()
@@ -119,7 +119,7 @@ struct Server {
 impl Server {
     fn start() -> Result<Self> {
         let stamp = std::time::UNIX_EPOCH.elapsed().unwrap_or_default();
-        // In /tmp and accessible, because the database's user has to reach it.
+        // The directory is in /tmp and accessible, because the database's user has to reach it.
         let data = PathBuf::from(format!(
             "/tmp/quota-journey-{}-{}",
             std::process::id(),
@@ -137,7 +137,7 @@ impl Server {
             .env_clear()
             .envs(std::env::var_os("PATH").map(|path| ("PATH", path)))
             .args(["serve", "--metrics-listen=off", "--log-format=text"])
-            // All requests come from the same address.
+            // All requests come from the same address, so turn off the limits.
             .args(["--auth-rpm=0", "--admin-rpm=0"])
             .arg(format!("--listen={listen}"))
             .arg("--data-dir")
@@ -149,7 +149,8 @@ impl Server {
             .context("cannot run the server")?;
         let mut server = Self {
             process,
-            // By name, because browsers accept cookies from a local server only under a local name.
+            // The server is addressed by name, because browsers accept cookies from a local server only under a local
+            // name.
             address: format!("http://localhost:{port}"),
             data,
         };
@@ -190,7 +191,7 @@ fn is_ready(listen: &str) -> bool {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // SIGTERM, so that its database stops too.
+        // Uses SIGTERM, so that the database stops too.
         let _ = read(Command::new("kill").arg(self.process.id().to_string()));
         let until = Instant::now() + Duration::from_secs(30);
         while matches!(self.process.try_wait(), Ok(None)) && Instant::now() < until {

@@ -111,7 +111,7 @@ impl Throwaway {
             command.args(["-c", setting]);
         }
         let mut guard = as_user(command, user)
-            // The terminal's Ctrl-C must not reach it. The guard stops it after this process has ended.
+            // Ctrl-C in the terminal must not reach PostgreSQL. The guard stops it after this process has ended.
             .process_group(0)
             .stdin(Stdio::piped())
             .stdout(log.try_clone()?)

@@ -94,7 +94,7 @@ fn files(program: &Path, source: &Path) -> Result<Vec<File>> {
     Ok(files)
 }
 
-/// Both licenses in full, as they require.
+/// The full text of both licenses, as they require.
 fn copyright(source: &Path, read: impl Fn(&Path) -> Result<Vec<u8>>) -> Result<Vec<u8>> {
     let root = source.join("../..");
     let mut text = format!("{HOMEPAGE}\n\nLicense: {LICENSE}\n\n").into_bytes();

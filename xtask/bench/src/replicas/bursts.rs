@@ -1,5 +1,5 @@
-//! Bursts that are adverse for leases: one replica prefetches tokens and goes idle, then all receive requests at the
-//! same time. The idle time varies up to twice the lease TTL.
+//! Worst-case bursts for leases: one replica prefetches tokens and goes idle, and then all replicas receive requests at
+//! the same time. The idle time varies up to twice the lease TTL.
 
 use std::time::Duration;
 

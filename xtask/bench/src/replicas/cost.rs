@@ -54,7 +54,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
     Ok(table)
 }
 
-/// At 0.9 times the limit.
+/// A load of 0.9 times the limit.
 async fn steady(
     options: &Options,
     stage: &Stage,
@@ -73,7 +73,7 @@ async fn steady(
         spread: Spread::Random(1),
     };
     let part = |time| load.lasting(time).arrivals(REPLICAS).collect::<Vec<_>>();
-    // Leases must reach their size first.
+    // Leases must first reach their full size.
     stage.drive(&keys, &part(time / 3)).await?;
     let mut counters = stage.counters().await?;
     let (calls, cpu) = (scripts(&mut counters).await?, stage.fleet.cpu()?);
@@ -157,7 +157,7 @@ fn hammer(stage: &Stage, keys: &[Key], time: Duration) -> Result<Statuses> {
             scope.spawn(move || Load::new()?.put(addr, time, request))
         });
         let mut all = Statuses::new();
-        // All are started before waiting for any.
+        // All of them are started before waiting for the first.
         for load in loads.collect::<Vec<_>>() {
             let statuses = load.join().ok().context("a load ended early")??;
             for (status, count) in statuses {
@@ -259,7 +259,7 @@ async fn next_to_memory(options: &Options, table: &mut Table) -> Result<()> {
         let before = scripts(&mut counters).await?;
         for _ in 0..rounds {
             all.extend(measure(1)?);
-            // So that a stop signal is noticed.
+            // This way, a stop signal is noticed.
             tokio::task::yield_now().await;
         }
         let after = scripts(&mut counters).await?;

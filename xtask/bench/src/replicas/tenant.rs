@@ -77,7 +77,7 @@ impl Tenant {
         })
     }
 
-    /// Returns the JSON of a response. An error unless it is a success.
+    /// Returns the JSON of a response, or an error unless the response is a success.
     pub(crate) async fn call(
         &self,
         server: SocketAddr,
