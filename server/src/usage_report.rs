@@ -51,9 +51,9 @@ fn tenant(row: &TopTenant) -> Vec<String> {
     vec![
         row.tenant_id.to_string(),
         row.name.clone().unwrap_or_else(|| "(deleted)".into()),
-        row.allowed.to_string(),
-        row.rejected.to_string(),
-        row.cost.to_string(),
+        row.counts.allowed.to_string(),
+        row.counts.rejected.to_string(),
+        row.counts.cost.to_string(),
     ]
 }
 
@@ -62,9 +62,9 @@ fn key(row: &TopKey) -> Vec<String> {
         row.key_id.to_string(),
         row.prefix.clone().unwrap_or_else(|| "(deleted)".into()),
         row.tenant_id.to_string(),
-        row.allowed.to_string(),
-        row.rejected.to_string(),
-        row.cost.to_string(),
+        row.counts.allowed.to_string(),
+        row.counts.rejected.to_string(),
+        row.counts.cost.to_string(),
     ]
 }
 

@@ -23,7 +23,7 @@ use super::{
     request_context::RequestContext,
 };
 use crate::{
-    authenticated::Authenticated, clock::UnixNanos, state::AppState,
+    clock::UnixNanos, connection_marks::ConnectionMarks, state::AppState,
     telemetry::request_id::RequestIds, tenant_places::TenantPlaces,
 };
 
@@ -84,7 +84,7 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
             self.request_id(&request, arrived),
             client_ip(&request, &state.config.trusted_proxies),
             arrived,
-            request.data::<Authenticated>().cloned(),
+            request.data::<ConnectionMarks>().cloned(),
         ));
         let method = request.method().clone();
         // The whole URI: cloning it is cheaper than copying its path.

@@ -17,7 +17,7 @@ use super::{
     AuthError,
     attempts::{Attempt, Attempts, Judgment, Wait, account_number, network_number},
     device::{Device, Devices},
-    password::{Lane, Password, PasswordPool, Place, Turn},
+    password::{CallerClass, Password, PasswordPool, Place, Turn},
     session::{Origin, Sessions, Tokens},
 };
 use crate::{
@@ -69,7 +69,7 @@ fn refused(Wait(wait): Wait) -> AuthError {
 
 fn known_turn(email: &str) -> Turn {
     Turn {
-        lane: Lane::Known,
+        class: CallerClass::Known,
         party: account_number(email),
     }
 }
@@ -87,7 +87,7 @@ impl Accounts {
         let password = Password::new(password);
         password.check_length()?;
         let turn = Turn {
-            lane: Lane::Suspect,
+            class: CallerClass::Suspect,
             party: network_number(origin.ip),
         };
         let place = self.passwords.enter(turn).await?;
@@ -213,10 +213,10 @@ impl Accounts {
         let turn = match known {
             Some(_) => known_turn(&email),
             None => Turn {
-                lane: if attempt.is_suspect {
-                    Lane::Suspect
+                class: if attempt.is_suspect {
+                    CallerClass::Suspect
                 } else {
-                    Lane::Ordinary
+                    CallerClass::Ordinary
                 },
                 party: network_number(origin.ip),
             },

@@ -48,7 +48,7 @@ const DEVICES: u32 = 5;
 const USES: u32 = 20;
 /// How long until one of these attempts is forgiven: ten are forgiven per minute.
 const FORGIVE_USE: Duration = Duration::from_secs(6);
-/// A network with this many unforgiven attempts is no longer [ordinary](super::password::Lane::Ordinary).
+/// A network with this many unforgiven attempts is no longer [ordinary](super::password::CallerClass::Ordinary).
 const CROWD: u64 = 3;
 /// The maximum number of local counters. One takes about 60 bytes.
 const REMEMBERED: usize = 200_000;

@@ -417,7 +417,9 @@ fn a_directory_has_one_owner_and_is_adopted_after_it() {
     assert!(Directory::adopt(&owner.path).unwrap().is_none());
     let (path, id) = (owner.path.clone(), owner.id);
     drop(owner);
-    let adopted = Directory::adopt(&path).unwrap().expect("nobody holds it");
+    let adopted = Directory::adopt(&path)
+        .unwrap()
+        .expect("no process holds it");
     assert_eq!(adopted.id, id);
     assert!(Directory::adopt(&path).unwrap().is_none());
     // It is kept while it contains segments.

@@ -10,12 +10,7 @@ use uuid::Uuid;
 use crate::db::{DbError, SystemTx};
 
 #[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
-pub struct TopTenant {
-    #[diesel(sql_type = SqlUuid)]
-    pub tenant_id: Uuid,
-    /// `None` if it was deleted.
-    #[diesel(sql_type = Nullable<Text>)]
-    pub name: Option<String>,
+pub struct TopCounts {
     #[diesel(sql_type = BigInt)]
     pub allowed: i64,
     #[diesel(sql_type = BigInt)]
@@ -23,6 +18,17 @@ pub struct TopTenant {
     /// Cost of the allowed requests.
     #[diesel(sql_type = BigInt)]
     pub cost: i64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
+pub struct TopTenant {
+    #[diesel(sql_type = SqlUuid)]
+    pub tenant_id: Uuid,
+    /// `None` if it was deleted.
+    #[diesel(sql_type = Nullable<Text>)]
+    pub name: Option<String>,
+    #[diesel(embed)]
+    pub counts: TopCounts,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
@@ -34,13 +40,8 @@ pub struct TopKey {
     /// `None` if it was deleted.
     #[diesel(sql_type = Nullable<Text>)]
     pub prefix: Option<String>,
-    #[diesel(sql_type = BigInt)]
-    pub allowed: i64,
-    #[diesel(sql_type = BigInt)]
-    pub rejected: i64,
-    /// Cost of the allowed requests.
-    #[diesel(sql_type = BigInt)]
-    pub cost: i64,
+    #[diesel(embed)]
+    pub counts: TopCounts,
 }
 
 const SUMS: &str = "coalesce(sum(u.requests) FILTER (WHERE u.policy = ''), 0)::bigint AS allowed, \

@@ -17,7 +17,7 @@ use super::{
     memory::{self, Memory},
     settings::Timeouts,
 };
-use crate::authenticated::Authenticated;
+use crate::connection_marks::ConnectionMarks;
 
 /// The phases of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,15 +34,15 @@ pub(super) enum Phase {
     Handler,
 }
 
-/// An instruction from the table to a connection.
+/// Whether and how the table has asked a connection to shut down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
-pub(super) enum Order {
-    Continue,
+pub(super) enum Shutdown {
+    None,
     /// Finish the requests in flight, accept no new ones, then close.
-    Finish,
+    Graceful,
     /// Close now.
-    Close,
+    Immediate,
 }
 
 /// State shared by a connection's task, its stream, its requests and the table. Times are nanoseconds since `accepted`
@@ -57,7 +57,7 @@ pub(super) struct Connection {
     progressed: AtomicU64,
     has_requested: AtomicBool,
     is_http2: AtomicBool,
-    pub(super) authenticated: Authenticated,
+    pub(super) marks: ConnectionMarks,
     /// HTTP/1: requests whose handler is running or whose response is being sent.
     in_flight: AtomicU32,
     http2: Mutex<Requests>,
@@ -71,7 +71,7 @@ pub(super) struct Connection {
     /// HTTP/2: bytes of request heads in flight.
     heads: AtomicUsize,
     is_released: AtomicBool,
-    order: AtomicU8,
+    shutdown: AtomicU8,
 }
 
 impl Connection {
@@ -84,7 +84,7 @@ impl Connection {
             progressed: AtomicU64::new(0),
             has_requested: AtomicBool::new(false),
             is_http2: AtomicBool::new(false),
-            authenticated: Authenticated::default(),
+            marks: ConnectionMarks::default(),
             in_flight: AtomicU32::new(0),
             http2: Mutex::default(),
             memory,
@@ -93,7 +93,7 @@ impl Connection {
             buffered: AtomicUsize::new(0),
             heads: AtomicUsize::new(0),
             is_released: AtomicBool::new(false),
-            order: AtomicU8::new(Order::Continue as u8),
+            shutdown: AtomicU8::new(Shutdown::None as u8),
         }
     }
 
@@ -123,7 +123,7 @@ impl Connection {
     /// An HTTP/2 frame to the client has started or is complete.
     pub(super) fn sent(&self, event: Event) {
         // An idle event stream sends a few bytes well before the deadline.
-        let progress = if self.authenticated.has_endless_response() {
+        let progress = if self.marks.has_endless_response() {
             1
         } else {
             PROGRESS
@@ -224,7 +224,7 @@ impl Connection {
         let Some(memory) = &self.memory else {
             return false;
         };
-        let occupied = if self.authenticated.is_set() {
+        let occupied = if self.marks.is_authenticated() {
             0
         } else if self.is_http2() {
             self.http2.lock().held() + self.heads.load(Ordering::Relaxed)
@@ -259,7 +259,7 @@ impl Connection {
     /// Whether reading should wait until other connections free memory.
     pub(super) fn should_pause(&self) -> bool {
         let memory = self.memory.as_ref();
-        memory.is_some_and(|memory| memory.is_backlogged()) && !self.authenticated.is_set()
+        memory.is_some_and(|memory| memory.is_backlogged()) && !self.marks.is_authenticated()
     }
 
     pub(super) fn held(&self) -> usize {
@@ -312,19 +312,19 @@ impl Connection {
         Some(self.at(oldest))
     }
 
-    pub(super) fn give(&self, order: Order) {
-        self.order.fetch_max(order as u8, Ordering::AcqRel);
-        self.authenticated.wake();
+    pub(super) fn shut_down(&self, how: Shutdown) {
+        self.shutdown.fetch_max(how as u8, Ordering::AcqRel);
+        self.marks.wake();
     }
 
-    pub(super) fn order(&self) -> Order {
-        if self.authenticated.is_to_close() {
-            return Order::Close;
+    pub(super) fn shutdown(&self) -> Shutdown {
+        if self.marks.is_to_close() {
+            return Shutdown::Immediate;
         }
-        match self.order.load(Ordering::Acquire) {
-            0 => Order::Continue,
-            1 => Order::Finish,
-            _ => Order::Close,
+        match self.shutdown.load(Ordering::Acquire) {
+            0 => Shutdown::None,
+            1 => Shutdown::Graceful,
+            _ => Shutdown::Immediate,
         }
     }
 

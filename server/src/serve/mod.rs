@@ -37,7 +37,7 @@ use tokio::{
 pub use self::settings::{Limits, ServeSettings, Timeouts};
 use self::{
     body::ResponseBody,
-    connection::{Connection, Order, Phase},
+    connection::{Connection, Phase, Shutdown},
     stream::WatchedStream,
     table::{Admitted, Slot, Table},
 };
@@ -212,7 +212,7 @@ struct Server<E> {
 /// Why the server closed a connection.
 enum End {
     TimedOut(Phase),
-    Ordered,
+    ShutDown,
 }
 
 impl<E: Endpoint<Output = Response> + 'static> Server<E> {
@@ -232,9 +232,8 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
                     slot.has_requested();
                 }
                 // An HTTP/2 connection may also carry an endless response.
-                if connection.is_http2() || !connection.authenticated.is_set() {
-                    let authenticated = connection.authenticated.clone();
-                    request.extensions_mut().insert(authenticated);
+                if connection.is_http2() || !connection.marks.is_authenticated() {
+                    request.extensions_mut().insert(connection.marks.clone());
                 }
                 let server = self.clone();
                 async move {
@@ -264,14 +263,14 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
         let mut is_finishing = false;
         let mut goodbye_until = None;
         let end = poll_fn(|context| {
-            connection.authenticated.register(context.waker());
-            match connection.order() {
-                Order::Close => return Poll::Ready(Err(End::Ordered)),
-                Order::Finish if !is_finishing => {
+            connection.marks.register(context.waker());
+            match connection.shutdown() {
+                Shutdown::Immediate => return Poll::Ready(Err(End::ShutDown)),
+                Shutdown::Graceful if !is_finishing => {
                     is_finishing = true;
                     served.as_mut().graceful_shutdown();
                 }
-                Order::Continue | Order::Finish => {}
+                Shutdown::None | Shutdown::Graceful => {}
             }
             loop {
                 if let Poll::Ready(result) = served.as_mut().poll(context) {
@@ -314,7 +313,7 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
             }
         });
         match end.await {
-            Ok(Ok(())) | Err(End::Ordered) => {}
+            Ok(Ok(())) | Err(End::ShutDown) => {}
             // A client that disconnects or does not speak HTTP is not a server error.
             Ok(Err(error)) => tracing::debug!(error = %error, "a connection failed"),
             Err(End::TimedOut(phase)) => {

@@ -14,7 +14,7 @@ use tokio::{
 };
 
 use super::{
-    connection::{Connection, Order},
+    connection::{Connection, Shutdown},
     http2::{Frames, PREFACE},
     table::Table,
 };
@@ -85,7 +85,7 @@ impl AsyncRead for WatchedStream {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if self.connection.order() == Order::Close {
+        if self.connection.shutdown() == Shutdown::Immediate {
             // The connection's task may be busy reading all data from the socket.
             return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
         }

@@ -39,7 +39,7 @@ use tokio::{sync::Notify, time::Instant};
 
 use self::group::{Group, Width, networks};
 use super::{
-    connection::{Connection, Order},
+    connection::{Connection, Shutdown},
     memory::Memory,
     settings::Limits,
 };
@@ -174,7 +174,7 @@ impl Open {
         let authenticated = group
             .counted
             .iter()
-            .filter(|(_, connection)| connection.authenticated.is_set())
+            .filter(|(_, connection)| connection.marks.is_authenticated())
             .map(|(id, _)| *id)
             .collect::<Vec<_>>();
         for id in authenticated {
@@ -405,7 +405,7 @@ impl Table {
             self.closing.fetch_add(1, Ordering::AcqRel);
             self.metrics.dropped.inc();
             entry.connection.release_memory();
-            entry.connection.give(Order::Close);
+            entry.connection.shut_down(Shutdown::Immediate);
         }
     }
 
@@ -422,7 +422,7 @@ impl Table {
     /// Asks every connection to finish, and waits until all have closed.
     pub(super) async fn finish(&self) {
         for entry in self.open.lock().all.values() {
-            entry.connection.give(Order::Finish);
+            entry.connection.shut_down(Shutdown::Graceful);
         }
         loop {
             let emptied = self.emptied.notified();

@@ -6,7 +6,7 @@ use tokio::{
 };
 
 use super::*;
-use crate::authenticated::Authenticated;
+use crate::connection_marks::ConnectionMarks;
 
 const HEADER: Duration = Duration::from_millis(300);
 const IDLE: Duration = Duration::from_millis(900);
@@ -27,7 +27,7 @@ async fn endpoint(request: poem::Request) -> poem::Body {
 }
 
 /// An occasional comment, as in an idle event stream.
-fn quiet_events(connection: &Authenticated) -> poem::Body {
+fn quiet_events(connection: &ConnectionMarks) -> poem::Body {
     let endless = connection.begin_endless_response();
     poem::Body::from_bytes_stream(stream::unfold(endless, async |endless| {
         time::sleep(WRITE / 3).await;

@@ -205,7 +205,7 @@ async fn burst_of_reads_by_one_tenant_does_not_delay_another() {
 /// A client with an account requests large responses and opens no flow-control window for them, so the server has to
 /// keep them in memory.
 #[tokio::test(flavor = "multi_thread")]
-async fn large_responses_of_one_tenant_that_nobody_reads_are_few() {
+async fn unread_large_responses_of_a_tenant_are_limited() {
     const REQUESTS: u32 = 32;
     const WAITING: usize = 8;
     let app = TestApp::setup().without_jobs().start().await;

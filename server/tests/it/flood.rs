@@ -234,7 +234,7 @@ async fn cancels_and_comes_back(source: Ipv4Addr, server: SocketAddr) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn clients_that_cancel_what_they_do_not_read_lock_nobody_out() {
+async fn clients_that_cancel_unread_responses_do_not_lock_out_others() {
     const PLACES: usize = 200;
     let data = data_dir();
     let places = PLACES.to_string();

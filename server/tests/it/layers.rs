@@ -9,9 +9,9 @@ use std::{
 /// Every module of the server, lowest rank first. `main` and `lib` are above all others.
 const RANKS: &[&[&str]] = &[
     &[
-        "authenticated",
         "clock",
         "config",
+        "connection_marks",
         "deadline",
         "error_chain",
         "file_limit",

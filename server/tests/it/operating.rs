@@ -104,8 +104,8 @@ fn free_address() -> SocketAddr {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn starting_server_refuses_connections_and_stops_on_request() {
-    let nobody = free_address();
-    let mut process = Process::start(&format!("postgres://quota@{nobody}/quota"), &[]);
+    let unused = free_address();
+    let mut process = Process::start(&format!("postgres://quota@{unused}/quota"), &[]);
     process
         .until_logged("cannot reach PostgreSQL, retrying")
         .await;

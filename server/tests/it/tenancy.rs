@@ -293,7 +293,7 @@ async fn another_tenants_id_is_like_one_that_never_existed_and_changes_nothing()
     assert!(attempts.len() >= 11, "{}", attempts.len());
     for attempt in &attempts {
         let theirs = attempt.send(&app, &b, a.id(attempt.names)).await;
-        let nobodys = attempt.send(&app, &b, &Uuid::now_v7().to_string()).await;
+        let missing = attempt.send(&app, &b, &Uuid::now_v7().to_string()).await;
         let random = attempt
             .send(&app, &b, &Uuid::from_u128(rand()).to_string())
             .await;
@@ -303,7 +303,7 @@ async fn another_tenants_id_is_like_one_that_never_existed_and_changes_nothing()
             "{id} by {}: {}",
             attempt.names, theirs.text
         );
-        assert_eq!(bare(&theirs), bare(&nobodys), "{id} by {}", attempt.names);
+        assert_eq!(bare(&theirs), bare(&missing), "{id} by {}", attempt.names);
         assert_eq!(bare(&theirs), bare(&random), "{id} by {}", attempt.names);
         for mark in a.marks() {
             assert!(
@@ -361,10 +361,10 @@ async fn every_method_treats_another_tenants_id_like_one_that_never_existed() {
                             .await
                     };
                     let theirs = send(a.id(name)).await;
-                    let nobodys = send(&Uuid::now_v7().to_string()).await;
+                    let missing = send(&Uuid::now_v7().to_string()).await;
                     assert_eq!(
                         bare(&theirs),
-                        bare(&nobodys),
+                        bare(&missing),
                         "{method} {} {body}",
                         operation.path
                     );
@@ -420,8 +420,8 @@ async fn lists_show_nothing_of_another_tenant_by_filter_or_cursor() {
             .filter(|name| is_list && name.ends_with("_id"));
         for name in ids {
             let theirs = list(&b, operation.path, &format!("{name}={}", a.id(name))).await;
-            let nobodys = list(&b, operation.path, &format!("{name}={}", Uuid::now_v7())).await;
-            assert_eq!(bare(&theirs), bare(&nobodys), "{} by {name}", operation.id);
+            let missing = list(&b, operation.path, &format!("{name}={}", Uuid::now_v7())).await;
+            assert_eq!(bare(&theirs), bare(&missing), "{} by {name}", operation.id);
             assert_eq!(theirs.body["total"], 0, "{} by {name}", operation.id);
             let own = list(&b, operation.path, &format!("{name}={}", b.id(name))).await;
             assert_ne!(own.body["total"], 0, "{} by {name}", operation.id);

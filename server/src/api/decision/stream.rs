@@ -34,7 +34,7 @@ use super::write_position;
 use crate::{
     api::problem::ApiError,
     auth::AuthError,
-    authenticated::EndlessResponse,
+    connection_marks::EndlessResponse,
     db::DbError,
     repo::usage_log::{self, Filter},
     state::AppState,

@@ -60,7 +60,7 @@ async fn guessing_network_waits_longer_and_longer_and_no_other_does() {
 }
 
 #[tokio::test]
-async fn nobody_waits_for_long() {
+async fn waits_are_never_long() {
     let (attempts, clock) = attempts(10);
     let mut slept = Duration::ZERO;
     let mut tries = 0;

@@ -24,7 +24,7 @@ fn admit(table: &Arc<Table>, peer: &str) -> Result<Admitted, ConnectionLimit> {
 
 /// Checks whether the connection has to close, as its task does when it is woken.
 fn is_told_to_close(it: &Admitted) -> bool {
-    it.connection.order() == Order::Close
+    it.connection.shutdown() == Shutdown::Immediate
 }
 
 fn request(it: &Admitted) -> super::super::connection::RequestInFlight {
@@ -207,7 +207,7 @@ async fn authenticated_connections_do_not_count_against_their_address() {
     for _ in 0..10 {
         let one = admit(&table, "203.0.113.1").unwrap();
         drop(request(&one));
-        one.connection.authenticated.set();
+        one.connection.marks.set_authenticated();
         gateway.push(one);
         tokio::time::advance(2 * IDLE_ENOUGH).await;
     }
@@ -234,7 +234,7 @@ async fn finish_waits_for_the_last_connection() {
         async move { table.finish().await }
     });
     tokio::task::yield_now().await;
-    assert_eq!(one.connection.order(), Order::Finish);
+    assert_eq!(one.connection.shutdown(), Shutdown::Graceful);
     assert!(!finishing.is_finished());
     drop(one);
     finishing.await.unwrap();
@@ -288,7 +288,7 @@ async fn authenticated_connections_do_not_count_against_their_network() {
     for n in 0..20 {
         let one = admit(&table, &format!("203.0.113.{n}")).unwrap();
         drop(request(&one));
-        one.connection.authenticated.set();
+        one.connection.marks.set_authenticated();
         gateway.push(one);
         tokio::time::advance(2 * IDLE_ENOUGH).await;
     }
@@ -311,7 +311,7 @@ async fn largest_connections_are_closed_when_memory_is_short() {
     let usual = hold("192.0.2.1", 20_000);
     let proxy = hold("10.0.0.1", MEMORY);
     let known = admit(&table, "192.0.2.2").unwrap();
-    known.connection.authenticated.set();
+    known.connection.marks.set_authenticated();
     known.connection.has_read(MEMORY);
     assert!(!known.connection.account());
     assert_eq!(table.memory.held(), 20_000);

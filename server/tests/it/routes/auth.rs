@@ -1565,7 +1565,7 @@ async fn devices_of_an_account_are_counted_together() {
 
 /// An attacker who can write to Redis can delay sign-ins, but not for longer than Quota itself would.
 #[tokio::test(flavor = "multi_thread")]
-async fn contents_of_redis_delay_nobody_longer_than_the_longest_wait() {
+async fn contents_of_redis_delay_sign_ins_no_longer_than_the_maximum_wait() {
     let redis = quota_testkit::redis::RedisServer::start().await;
     let app = TestApp::setup()
         .flag(format!("--redis-url={}", redis.url()))

@@ -181,7 +181,7 @@ async fn log_and_rollups_agree_and_a_difference_is_found_at_every_level() {
             .await
             .expect("a comparison");
         tx.commit().await.expect("a commit");
-        found.expect("nobody else compares").log_and_rollups
+        found.expect("no other process compares").log_and_rollups
     };
     assert_eq!(differences().await, 0);
     for damage in [
@@ -250,7 +250,7 @@ async fn the_ledger_is_compared_with_windows_that_have_ended() {
             .await
             .expect("a comparison");
         tx.commit().await.expect("a commit");
-        let it = it.expect("nobody else compares");
+        let it = it.expect("no other process compares");
         found.push((it.ledger_excess, it.rollup_excess));
     }
     assert_eq!(found, [(0, 0), (12, 0), (0, 19)]);

@@ -17,24 +17,24 @@ use futures_util::task::AtomicWaker;
 
 /// See the module documentation. Clones share the marks.
 #[derive(Debug, Clone, Default)]
-pub struct Authenticated(Arc<Marks>);
+pub struct ConnectionMarks(Arc<Marks>);
 
 #[derive(Debug, Default)]
 struct Marks {
-    is_set: AtomicBool,
+    is_authenticated: AtomicBool,
     endless_responses: AtomicUsize,
     is_to_close: AtomicBool,
     /// Wakes the connection's task.
     waker: AtomicWaker,
 }
 
-impl Authenticated {
-    pub fn set(&self) {
-        self.0.is_set.store(true, Ordering::Relaxed);
+impl ConnectionMarks {
+    pub fn set_authenticated(&self) {
+        self.0.is_authenticated.store(true, Ordering::Relaxed);
     }
 
-    pub fn is_set(&self) -> bool {
-        self.0.is_set.load(Ordering::Relaxed)
+    pub fn is_authenticated(&self) -> bool {
+        self.0.is_authenticated.load(Ordering::Relaxed)
     }
 
     /// Marks a response as endless. The mark lasts until the returned value is dropped.
