@@ -43,7 +43,7 @@ pub struct Config {
     pub on_redis_failure: OnRedisFailure,
     pub metering: bool,
     pub durability: Durability,
-    /// In bytes.
+    /// The maximum size of the backlog, in bytes.
     pub usage_backlog_max: u64,
     pub usage_ship_every: Duration,
     pub replicas: usize,
@@ -64,9 +64,9 @@ pub struct Config {
     pub idle_timeout: Duration,
     pub write_timeout: Duration,
     pub connections: usize,
-    /// 0: no limit.
+    /// The maximum per address; 0 for no limit.
     pub connections_per_address: usize,
-    /// Per IPv4 /24 or IPv6 /56; an IPv6 /48 may have twice as many. 0: no limit.
+    /// The limit per IPv4 /24 or IPv6 /56. An IPv6 /48 may have twice as many. 0 means no limit.
     pub connections_per_network: usize,
     pub key_lookups: usize,
     pub drain_timeout: Duration,
@@ -74,11 +74,11 @@ pub struct Config {
     pub stale_grace: Duration,
     pub key_cache: usize,
     pub session_days: u32,
-    /// Whole days.
+    /// A number of whole days.
     pub usage_retention: Duration,
-    /// Whole days.
+    /// A number of whole days.
     pub usage_rollup_retention: Duration,
-    /// `None`: billing is off.
+    /// `None` if billing is off.
     pub stripe: Option<StripeSettings>,
     pub log_format: LogFormat,
     pub log: String,
@@ -140,7 +140,7 @@ pub enum Durability {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Registration {
     Open,
-    /// Only the operator.
+    /// Only the operator may create accounts.
     Closed,
 }
 

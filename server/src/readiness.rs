@@ -31,7 +31,7 @@ pub enum Readiness {
 pub struct ReadinessProbe {
     db: Db,
     metrics: Arc<Metrics>,
-    /// Locked during the query.
+    /// The cached result, which is locked during the query.
     last: Mutex<Option<(Instant, Readiness)>>,
 }
 

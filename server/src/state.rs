@@ -74,7 +74,7 @@ pub struct Services {
     pub auth_guard: ClientRateLimiter,
     pub admin_guard: ClientRateLimiter,
     pub login_attempts: Arc<Attempts>,
-    /// `None`: billing is off.
+    /// `None` if billing is off.
     pub billing: Option<Billing>,
     /// Notified when a Stripe webhook has been stored.
     pub billing_event: Notify,

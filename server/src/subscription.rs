@@ -142,7 +142,7 @@ impl Access {
         }
     }
 
-    /// Returns until when plans marked `paid` work.
+    /// Returns the time until which plans marked `paid` work.
     pub const fn paid(self) -> Paid {
         match self {
             Self::Trialing { ends, .. } | Self::Active { ends } => match ends {

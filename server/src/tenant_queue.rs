@@ -66,18 +66,18 @@ impl Drop for Place {
 /// Permission to make a change or read, until it is dropped.
 #[derive(Debug)]
 pub struct Turn {
-    // Dropped before the slot.
+    // The permit is dropped before the slot.
     _permit: OwnedSemaphorePermit,
     _place: Place,
 }
 
 impl TenantQueues {
-    /// For changes: one at a time.
+    /// Creates queues for changes, which run one at a time.
     pub fn of_changes() -> Self {
         Self::with_turns(1)
     }
 
-    /// For reads of usage, the audit log and long lists.
+    /// Creates queues for reads of usage, the audit log and long lists.
     pub fn of_reads() -> Self {
         Self::with_turns(READS)
     }

@@ -18,7 +18,7 @@ pub struct Envelope {
 pub struct Span {
     pub sent: u64,
     pub answered: u64,
-    /// In tokens.
+    /// The number of tokens.
     pub cost: u32,
 }
 
@@ -27,7 +27,7 @@ pub struct Span {
 pub struct Worst {
     pub from: u64,
     pub to: u64,
-    /// In tokens.
+    /// The number of tokens.
     pub admitted: u64,
     /// Tokens above the promise; negative below it.
     pub excess: f64,

@@ -143,7 +143,7 @@ impl Profiles {
     }
 }
 
-/// Drops invalid addresses, whatever their source, and ensures that the server in use is in the list.
+/// Drops invalid addresses, no matter where they come from, and ensures that the server in use is in the list.
 fn sanitize(mut content: ProfileFile) -> Option<ProfileFile> {
     content.servers.retain(|it| {
         Server::parse(&it.address).is_ok_and(|server| server.to_string() == it.address)

@@ -34,7 +34,7 @@ use crate::{
 
 /// How long before its expiry an access token is refreshed.
 const REFRESH_AHEAD: Duration = Duration::from_secs(30);
-/// Longer than a refresh by another process can take.
+/// How long to wait for another process's refresh, which takes less time than this.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
 const LOCK_POLL: Duration = Duration::from_millis(50);
 /// Maximum number of responses kept for when the server is unreachable.

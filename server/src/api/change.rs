@@ -79,7 +79,7 @@ pub struct Edit<'a> {
     tx: TenantTx,
     state: &'a AppState,
     caller: &'a AdmittedTenant,
-    // Released after the transaction, so that the next change begins only when this one has ended.
+    // The turn is released after the transaction, so that the next change starts only when this one has ended.
     _turn: Turn,
 }
 
@@ -145,7 +145,7 @@ impl<'a> Edit<'a> {
                 .by(user.0, self.caller.origin.network())
         };
         audit::insert(&mut self.tx, &event).await?;
-        // Done last, since it waits for other transactions that invalidate.
+        // This comes last, because it waits for other transactions that invalidate.
         let invalidation = match stale {
             Some(stale) => Some(invalidation::insert(&mut self.tx, stale).await?),
             None => None,

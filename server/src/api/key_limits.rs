@@ -290,8 +290,8 @@ fn burn_down(
     }
     let remaining = quota.limit.saturating_sub(used);
 
-    // Measured over the last quarter of the elapsed time: long enough to be stable, and short enough to follow a change
-    // of pace.
+    // The pace is measured over the last quarter of the elapsed time, which is long enough to be stable and short
+    // enough to follow changes.
     let so_far = until - quota.start;
     let recent = (so_far / 4).max(TimeDelta::hours(1)).min(so_far);
     let since = until - recent;

@@ -49,7 +49,7 @@ impl Yesterday {
             )
             .start,
         );
-        // At most the end of the day, in case today is longer than yesterday.
+        // The time is at most the end of the day, in case today is longer than yesterday.
         let at = zone.day_before(nanos(now)).map_or(today, time).min(today);
         let quarter = range::floor(at).max(start);
         let part = (at - quarter).as_seconds_f64() / range::QUARTER.as_seconds_f64();

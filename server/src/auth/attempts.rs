@@ -116,7 +116,7 @@ impl Count {
 /// The result of counting an attempt.
 #[derive(Debug, Clone, Copy)]
 struct Taken {
-    /// Zero: the attempt was counted.
+    /// How long the caller has to wait; zero if the attempt was counted.
     wait: Duration,
     /// Number of earlier attempts from the widest network.
     crowd: u64,
@@ -132,7 +132,7 @@ pub struct Wait(pub Duration);
 /// Counts attempts.
 #[derive(Debug)]
 pub struct Attempts {
-    /// 0: no limit.
+    /// The number of attempts without a wait; 0 for no limit.
     free: u32,
     names: hmac::Key,
     redis: Option<Redis>,

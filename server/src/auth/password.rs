@@ -277,7 +277,7 @@ impl Drop for Place {
         }
         drop(places);
         if let Some(next) = next {
-            // If the waiter is gone, the permit is dropped again, which passes it to the next one.
+            // If the waiter has given up, the permit is dropped again, which passes it to the next one.
             let _ = next.send(Self(self.0.clone()));
         }
     }
@@ -385,8 +385,8 @@ impl PasswordPool {
         }
     }
 
-    /// Checks the strength of a new password of the account with this email. Returns the hash to store, as a PHC string
-    /// that includes its salt.
+    /// Checks the strength of a new password for the account with this email. Returns the hash to store, as a PHC
+    /// string that includes its salt.
     pub async fn hash(
         &self,
         password: Password,

@@ -94,7 +94,7 @@ impl Signer {
         validation.set_audience(&[AUDIENCE]);
         validation.set_issuer(&[ISSUER]);
         validation.set_required_spec_claims(&["exp", "nbf", "aud", "iss", "sub"]);
-        // Checked below, with the server's clock.
+        // The times are checked below, with the server's clock.
         validation.validate_exp = false;
         validation.validate_nbf = false;
         Ok(Self {

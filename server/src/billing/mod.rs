@@ -74,7 +74,7 @@ pub struct Billing {
 #[derive(Debug, Clone, Copy)]
 pub struct Buyer<'a> {
     pub tenant: TenantId,
-    /// Only the first time.
+    /// Used only the first time.
     pub email: &'a str,
     pub name: &'a str,
     pub success_url: &'a str,

@@ -16,9 +16,9 @@ pub const METER_EVENT: &str = "quota_requests";
 pub struct Offer {
     pub product_name: String,
     pub currency: stripe_types::Currency,
-    /// Per month.
+    /// The monthly price.
     pub price: String,
-    /// Per request, in addition to the monthly price.
+    /// The price per request, in addition to the monthly price.
     pub usage_price: Option<String>,
 }
 

@@ -89,7 +89,7 @@ pub struct Reconciled {
     pub lost: i64,
     /// Age of the oldest report that Stripe has not received yet, in seconds.
     pub oldest_pending: i64,
-    /// In seconds since 1970.
+    /// The time of the comparison, in seconds since 1970.
     pub at: i64,
 }
 
@@ -231,9 +231,9 @@ impl Billing {
     async fn send_usage_of(&self, tenant: TenantId) -> Result<u64, BillingError> {
         let began = Instant::now();
         let mut finished = 0;
-        // So that the last report is sent before another replica may take over.
+        // Stop in time, so that the last report is sent before another replica may take over.
         while began.elapsed() < TURN {
-            // Committed before calling Stripe, so that it is known that the report may have been sent.
+            // Commit before calling Stripe, to record that the report may have been sent.
             let mut tx = self.db.system().await?;
             let report = billing_usage::begin_attempt(&mut tx, tenant).await?;
             tx.commit().await?;

@@ -60,7 +60,7 @@ pub async fn run(mut config: Config, log: Log, with_demo: bool) -> anyhow::Resul
     let file_limit = file_limit::raise();
     // The handlers are installed first, so that the server stops cleanly even during a slow startup.
     let mut stop = std::pin::pin!(stop_requested());
-    // Done before accessing the database, because an occupied port is the most common mistake.
+    // This comes before accessing the database, because an occupied port is the most common mistake.
     let sockets = Sockets {
         public: serve::bind(config.listen)
             .with_context(|| format!("QUOTA_LISTEN: cannot listen on {}", config.listen))?,

@@ -37,7 +37,7 @@ pub fn unknown_variables(environment: impl IntoIterator<Item = (String, String)>
 }
 
 fn suggestion<'a>(name: &str, known: &'a [String]) -> Option<&'a str> {
-    // Compared without the prefix, which would make all names similar.
+    // Names are compared without the prefix, which would make all of them similar.
     let plain = |name: &'a str| name.strip_prefix(PREFIX).unwrap_or(name);
     let own = name.strip_prefix(PREFIX).unwrap_or(name);
     known

@@ -158,7 +158,7 @@ pub fn servers(text: &str) -> Result<RedisServers, String> {
         .map(|host| address(host.trim(), default_port, tls))
         .collect::<Result<Vec<_>, _>>()?;
 
-    // Parsed as a URL with a placeholder host.
+    // Parse it as a URL with a placeholder host.
     let common = Url::parse(&format!("redis://{login}@host{after}"))
         .map_err(|_| "must be redis://user:password@host:port,host:port".to_owned())?;
     if common.fragment().is_some() {

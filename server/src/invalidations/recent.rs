@@ -162,7 +162,7 @@ impl Recent {
         true
     }
 
-    /// Returns whether none of the IDs changed after number `as_of`, as far as is known.
+    /// Returns whether no change of one of these IDs after number `as_of` is known.
     pub fn unchanged(&self, ids: &[Uuid], as_of: i64) -> bool {
         let state = self.0.lock();
         let Some(range) = state.range else {

@@ -56,7 +56,8 @@ pub(super) async fn ship(state: AppState, mut stopping: watch::Receiver<bool>) {
     }
 }
 
-/// Separate from [`ship`], so that a long backlog of another replica does not delay this one's records.
+/// Ships the usage of stopped replicas. Separate from [`ship`], so that a long backlog of another replica does not
+/// delay this one's records.
 pub(super) async fn adopt(state: AppState, mut stopping: watch::Receiver<bool>) {
     let mut ticks = every(PAUSE);
     let mut outage = Outage::default();

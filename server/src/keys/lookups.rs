@@ -44,7 +44,7 @@ pub struct LookupCaller {
 /// See the module documentation. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Lookups {
-    /// With the number of the newest invalidation when the facts were read.
+    /// Lookups of keys, which return the facts and the number of the newest invalidation at the time of reading.
     pub keys: Batches<(KeyFacts, i64)>,
     pub tokens: Batches<(TenantId, ServiceTokenId)>,
 }

@@ -154,7 +154,7 @@ impl SharedKeys {
             return None;
         }
         if let Some(facts) = &entry.facts {
-            // Checked after the response, so that no invalidation received in the meantime is missed.
+            // This is checked after the response, so that no invalidation received in the meantime is missed.
             let about = [facts.tenant_id, facts.plan_id, facts.id];
             if !it.recent.unchanged(&about, entry.as_of) {
                 it.metrics.key_shared_outdated.inc();

@@ -82,7 +82,7 @@ pub(super) struct DenialBudget(Mutex<Spent>);
 
 #[derive(Debug, Default)]
 struct Spent {
-    /// In monotonic time.
+    /// The current second, in monotonic time.
     second: u64,
     denials: HashMap<TenantId, u32>,
 }

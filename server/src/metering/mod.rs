@@ -86,7 +86,7 @@ pub struct Metering(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    /// `None`: metering is off.
+    /// `None` if metering is off.
     recorder: Option<Arc<Recorder>>,
     is_durable: bool,
     /// The folder of all directories.

@@ -23,7 +23,7 @@ use crate::{
 
 /// The size of a segment, unless the maximum backlog is smaller than eight of them.
 const SEGMENT_MAX: u64 = 8 << 20;
-/// Enough for more than a hundred records of maximum length.
+/// The minimum size of a segment, which is enough for more than a hundred records of maximum length.
 const SEGMENT_MIN: u64 = 64 << 10;
 /// The maximum age of a segment in use, in nanoseconds. PostgreSQL rejects a segment that is unknown to it and older
 /// than the usage log (at least two days). Without this limit, the segment of an idle server could get that old.

@@ -211,7 +211,7 @@ impl Segment {
         })
     }
 
-    /// Seals the segment: nothing more can be reserved in it.
+    /// Seals the segment, so that no more space can be reserved in it.
     pub fn seal(&self) {
         let words = self.words();
         loop {

@@ -248,7 +248,8 @@ pub(super) async fn ship(
         if source.writer == Writer::Ended && context.is_stopping.load(Ordering::Relaxed) {
             return Ok(shipped);
         }
-        // Before PostgreSQL is queried, so that the age of the backlog is known even while it is unreachable.
+        // Read the segment before querying PostgreSQL, so that the age of the backlog is known even while PostgreSQL is
+        // unreachable.
         let max = size.0;
         let (batch, span) = source.read(max).await?;
         source.oldest = batch.oldest();

@@ -30,7 +30,7 @@ pub struct Node {
     pub persistence: String,
     /// `None` if an ACL forbids reading it.
     pub min_replicas_to_write: Option<u32>,
-    /// In seconds. `None` if an ACL forbids reading it.
+    /// The setting in seconds. `None` if an ACL forbids reading it.
     pub min_replicas_max_lag: Option<u32>,
     /// The maximum number of connections; `None` if it is hidden.
     pub max_clients: Option<usize>,

@@ -384,7 +384,7 @@ impl FactsRow {
 
 /// Finds the keys whose current or previous secret has one of these hashes, active or not, in any tenant, in any order.
 pub async fn facts(tx: &mut SystemTx, hashes: &[&[u8]]) -> Result<Vec<FoundKey>, DbError> {
-    // Read in the same statement, so that it belongs to the same snapshot.
+    // The number is read in the same statement, so that it belongs to the same snapshot.
     let as_of = sql::<BigInt>("(SELECT coalesce(max(seq), 0) FROM revocations)");
     let in_grace = sql::<Bool>("coalesce(api_keys.previous_expires_at > now(), false)");
     let rows = api_keys::table

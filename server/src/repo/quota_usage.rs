@@ -176,7 +176,7 @@ pub async fn take(
 /// ends. The number of requests must not exceed PostgreSQL's limit for a transaction's locks (64 by default).
 pub async fn lock(tx: &mut SystemTx, asks: &[Ask]) -> Result<(), DbError> {
     let mut locks: Vec<i32> = asks.iter().map(Ask::lock).collect();
-    // In ascending order, like everywhere.
+    // Locks are taken in ascending order, like everywhere else.
     locks.sort_unstable();
     locks.dedup();
     diesel::sql_query("SELECT count(pg_advisory_xact_lock($1, n)) FROM unnest($2) AS n")

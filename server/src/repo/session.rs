@@ -129,7 +129,8 @@ pub async fn rotate(
     .optional()?;
     if let (Some(session), Some(next)) = (used, successors.first()) {
         add_token(tx, session, next).await?;
-        // Checked again under the row's lock: if the password was changed in the meantime, the session has ended.
+        // The session is checked again under the row's lock: if the password was changed in the meantime, the session
+        // has ended.
         let live = sessions::table
             .filter(sessions::id.eq(session))
             .filter(sessions::revoked_at.is_null());

@@ -103,7 +103,7 @@ pub struct Ranked {
     pub counts: Counts,
 }
 
-/// From `from` to just before `to`.
+/// The time from `from` to just before `to`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Range {
     pub from: DateTime<Utc>,

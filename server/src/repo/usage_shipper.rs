@@ -20,7 +20,7 @@ pub struct ShipperReport {
     pub directory_id: Uuid,
     #[diesel(sql_type = Text)]
     pub host: String,
-    /// By PostgreSQL's clock.
+    /// The age of the report, by PostgreSQL's clock.
     #[diesel(sql_type = BigInt)]
     pub seconds_since_report: i64,
     #[diesel(sql_type = BigInt)]

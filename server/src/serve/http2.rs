@@ -127,7 +127,7 @@ struct Request {
     received: usize,
 }
 
-/// What the connection is waiting for the client to do, and since when.
+/// What the connection is waiting for the client to do, and when it started to wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Waiting {
     /// The rest of a request head.

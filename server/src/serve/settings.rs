@@ -17,8 +17,8 @@ const METRICS_MEMORY: usize = 1024 * 1024;
 
 #[derive(Debug, Clone, Copy)]
 pub struct Timeouts {
-    /// From accepting the connection to the end of the first request head; for later requests, from the first byte of
-    /// the head.
+    /// How long the first request head may take, measured from accepting the connection. For later requests, the time
+    /// starts with the first byte of the head.
     pub header: Duration,
     /// How long a connection may be idle between two requests. Longer than the idle timeout of proxies, so that the
     /// proxy closes it: if the server closed it while a request was in transit, that request would fail.

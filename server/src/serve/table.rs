@@ -91,7 +91,7 @@ struct Open {
 #[derive(Debug)]
 struct Entry {
     connection: Arc<Connection>,
-    /// `None`: not counted.
+    /// `None` if the connection is not counted.
     counted_at: Option<IpAddr>,
     is_proxy: bool,
 }

@@ -76,7 +76,7 @@ pub struct CheckoutSession {
     pub id: String,
     /// `open`, `complete` or `expired`.
     pub status: Option<String>,
-    /// The page on which the customer pays. `None` once it is no longer open.
+    /// The page on which the customer pays. `None` if the session is no longer open.
     pub url: Option<String>,
     pub expires_at: i64,
 }

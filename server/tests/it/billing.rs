@@ -336,7 +336,7 @@ async fn webhook_without_a_valid_signature_changes_nothing() {
     };
     let changed = send(format!("{body} ").into_bytes(), &header).await;
     assert_eq!((changed.status, changed.problem()), (400, "malformed"));
-    // Rejected before it is sent.
+    // A body that is too large is rejected before it is sent.
     let announced = format!(
         "POST /billing/stripe/webhook HTTP/1.1\r\nHost: localhost\r\nStripe-Signature: {header}\r\n\
          Content-Length: {}\r\n\r\n",

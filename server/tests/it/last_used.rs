@@ -159,7 +159,7 @@ async fn last_use_of_a_key_is_written_with_its_usage_and_never_moves_back() {
         app.key(&account, &plan).await,
     );
     assert_eq!(app.echo(&used.text).await.status, 200);
-    // There is only one way.
+    // A flush does not write the last use of keys, which is written only with their usage.
     app.state.last_used.flush(&app.state.db).await.unwrap();
     let database = app.database.connect().await;
     let times = async || {

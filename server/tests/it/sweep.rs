@@ -10,7 +10,7 @@ use crate::support::app::{Account, TestApp};
 const PATIENCE: Duration = Duration::from_secs(60);
 
 struct World {
-    /// Without background jobs.
+    /// A server without background jobs.
     app: TestApp,
     account: Account,
     client: Client,

@@ -24,7 +24,7 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
     };
     let cases = [
         ("off", server(&[("QUOTA_METERING", "off".into())])?),
-        // Longer than the measurement.
+        // The interval is longer than the measurement.
         (
             "on, shipper paused",
             server(&[("QUOTA_USAGE_SHIP_EVERY", "60s".into())])?,

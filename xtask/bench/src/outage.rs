@@ -160,7 +160,7 @@ async fn outage(options: &Options) -> Result<ExitCode> {
         ("QUOTA_METRICS_LISTEN", metrics.to_string()),
         ("QUOTA_ADMIN_RPM", "0".into()),
         ("QUOTA_AUTH_RPM", "0".into()),
-        // Longer than the outage, because decisions would stop otherwise.
+        // The grace period is longer than the outage, because decisions would stop otherwise.
         ("QUOTA_STALE_GRACE", "5m".into()),
     ];
     let directives = "info,quota_server::access=off";

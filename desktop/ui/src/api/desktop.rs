@@ -19,7 +19,7 @@ extern "C" {
 
 fn parse<T: DeserializeOwned>(value: &JsValue) -> Option<T> {
     let json = js_sys::JSON::stringify(value).ok()?.as_string();
-    // `undefined` stringifies to nothing: a response without a body.
+    // `undefined` stringifies to nothing, which represents a response without a body.
     serde_json::from_str(json.as_deref().unwrap_or("null")).ok()
 }
 

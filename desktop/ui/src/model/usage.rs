@@ -57,7 +57,7 @@ pub struct UsageRequest {
     pub range: Range,
     /// With [`Range::Custom`]: the first and the last day.
     pub dates: (String, String),
-    /// `None`: hours for up to three days, days for longer ranges.
+    /// With `None`, hours are used for up to three days, and days for longer ranges.
     pub bucket: Option<UsageBucketSize>,
     pub key_id: Option<ApiKeyId>,
     pub endpoint: Option<String>,

@@ -79,7 +79,7 @@ pub(super) struct StreamSession {
 
 /// The position of a stream in a tenant's log.
 pub(super) struct Tail {
-    /// Checked before each read, so that a revoked session receives nothing more.
+    /// The session is checked before each read, so that a revoked session receives nothing more.
     pub(super) session: StreamSession,
     pub(super) tenant: TenantId,
     pub(super) filter: Filter,

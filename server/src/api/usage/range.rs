@@ -29,7 +29,7 @@ pub(super) struct Buckets {
     pub(super) from: DateTime<Utc>,
     pub(super) to: DateTime<Utc>,
     pub(super) bucket: UsageBucketSize,
-    /// In order. The first bucket starts at `from`.
+    /// The starts of the buckets, in order. The first bucket starts at `from`.
     pub(super) starts: Vec<DateTime<Utc>>,
 }
 

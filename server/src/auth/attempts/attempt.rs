@@ -10,9 +10,9 @@ use crate::clock::Monotonic;
 /// The state of an attempt's password.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Judgment {
-    /// Not verified: the attempt does not count.
+    /// The password was not verified, so the attempt does not count.
     Missing,
-    /// Wrong or still being verified, so that the caller may learn that it is wrong.
+    /// The password is wrong or still being verified, so the caller may find out that it is wrong.
     Wrong,
     Correct,
 }

@@ -19,7 +19,7 @@ use super::{
 #[derive(Debug, Clone)]
 pub(super) struct Binaries {
     pub(super) dir: PathBuf,
-    /// As in a cluster's `PG_VERSION`, such as `15`.
+    /// The version in the format of a cluster's `PG_VERSION`, such as `15`.
     pub(super) version: String,
 }
 

@@ -52,7 +52,7 @@ pub(super) struct Cluster {
     pub(super) place: Place,
     pub(super) socket_dir: PathBuf,
     pub(super) log: PathBuf,
-    /// Held until PostgreSQL has exited, so that the next server does not find it shutting down.
+    /// The lock is held until PostgreSQL has exited, so that the next server does not find it shutting down.
     pub(super) _lock: File,
 }
 

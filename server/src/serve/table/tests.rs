@@ -240,7 +240,7 @@ async fn finish_waits_for_the_last_connection() {
     finishing.await.unwrap();
 }
 
-/// Two addresses in the first network, then one in none of its networks; and the limit of the first.
+/// Two addresses in the first network and one in none of its networks, with the limit of the first network.
 const NETWORKS: [([&str; 3], usize); 3] = [
     (["203.0.113.1", "203.0.113.200", "203.0.112.1"], 3),
     (
@@ -324,7 +324,7 @@ async fn largest_connections_are_closed_when_memory_is_short() {
     assert!(table.memory.held() <= MEMORY);
     assert!(![&usual, &proxy, &known].into_iter().any(is_told_to_close));
 
-    // A connection that ends frees all of its memory, including one that was told to close before.
+    // A connection that ends frees all of its memory, including one that was asked to close before.
     drop((hostile, known, proxy));
     assert_eq!(table.memory.held(), 20_000);
     usual.connection.has_written();

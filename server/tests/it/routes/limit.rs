@@ -911,7 +911,7 @@ async fn change_of_time_zone_applies_when_the_day_ends_and_headers_say_so() {
         assert_eq!(set.status, 200, "{}", set.body);
         policy("\"daily\";q=48;w=86400").await;
     }
-    // From midnight in UTC to midnight in Tokyo.
+    // The new window lasts from midnight in UTC to midnight in Tokyo.
     clock.advance(Duration::from_hours(4));
     for _ in 0..30 {
         policy("\"daily\";q=30;w=54000").await;
@@ -1105,7 +1105,7 @@ async fn fast_path_and_router_respond_alike() {
             seen.push((answer.status, headers, body));
         };
 
-        // Without credentials, with invalid ones, and with an invalid body.
+        // Requests without credentials, with invalid credentials, and with an invalid body.
         shows(echo().send().await);
         shows(echo().header("X-API-Key", "qk_none").send().await);
         shows(forward("").send().await);

@@ -54,7 +54,7 @@ pub(crate) struct TestApp {
     stop: watch::Sender<bool>,
     jobs: Option<Jobs>,
     servers: Vec<tokio::task::JoinHandle<()>>,
-    /// Deleted with the server, unless the test provided it.
+    /// The data directory, which is deleted with the server unless the test provided it.
     _data: Option<TempDir>,
 }
 

@@ -48,7 +48,7 @@ impl Quota {
         Self::start_with(data_dir, &[])
     }
 
-    /// Also applies these settings.
+    /// Like [`start`](Self::start), with additional settings.
     pub(crate) fn start_with(data_dir: &Path, settings: &[(&str, &str)]) -> Self {
         let (quota, out) = Self::start_unread(data_dir, settings);
         // The output is read to the end, so that its log is never blocked.

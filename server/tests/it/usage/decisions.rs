@@ -265,7 +265,7 @@ async fn a_stream_shows_what_any_replica_ships_and_resumes_on_another() {
     let other = one.register().await;
     append(&one, &requests(&account, 0..5)).await;
     let mut events = Events::open(&one, &account.access_token, "", None).await;
-    // Only new decisions, and only those of its own tenant.
+    // The stream contains only new decisions, and only those of its own tenant.
     let began = Instant::now();
     append(&two, &requests(&other, 900..905)).await;
     append(&two, &requests(&account, 5..8)).await;

@@ -40,7 +40,7 @@ pub(crate) struct Arrival {
     /// Indexes into the lists of keys and replicas.
     pub(crate) key: usize,
     pub(crate) replica: usize,
-    /// In tokens.
+    /// The cost in tokens.
     pub(crate) cost: u32,
 }
 

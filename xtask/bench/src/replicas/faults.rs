@@ -179,7 +179,7 @@ fn load(roles: &[Role], time: Duration) -> Vec<Arrival> {
 enum World {
     Plain(RedisServer),
     Proxied {
-        /// Kept alive while it is needed.
+        /// Redis, which is kept running while it is needed.
         _redis: RedisServer,
         proxies: Vec<FaultProxy>,
     },

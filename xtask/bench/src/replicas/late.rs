@@ -92,7 +92,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
                 let first = CONNECTED + BEFORE;
                 let load = together([
                     at_once(key, first, 0, 150),
-                    // After the late responses have arrived and the first returns have been sent.
+                    // These requests come after the late responses have arrived and the first returns have been sent.
                     at_once(
                         key,
                         BEFORE + delay + Duration::from_millis(50),
