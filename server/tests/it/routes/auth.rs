@@ -1038,7 +1038,7 @@ async fn sign_in_during_a_password_change_creates_no_session() {
     let owner = app.register().await;
     let client = app.database.connect().await;
     let mut old = PASSWORD.to_owned();
-    // Raise the hash cost until the sign-in waits until after the password change.
+    // Raise the hash cost until the sign-in completes only after the password change.
     for passes in [6, 12, 24, 48, 96] {
         let new = format!("seven orchards under frost {passes}");
         let (status, body, waited) =
