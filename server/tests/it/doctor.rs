@@ -135,7 +135,7 @@ async fn unsuitable_redis_fails_the_check() {
     server.command("ACL SETUSER default -eval").await;
     let output = doctor(&database, &[redis]).await;
     output
-        .says("rejects scripts with TIME and INFO")
+        .says("rejects scripts that call TIME and INFO")
         .says("NoPerm")
         .fails();
 }
