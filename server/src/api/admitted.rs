@@ -1,8 +1,8 @@
 //! Authenticated callers. A handler whose first argument is one of these types cannot be reached without its
 //! credential.
 //!
-//! [`AdmittedTenant`] has an access token, [`AdmittedKey`] an API key that the limiter has admitted,
-//! [`AdmittedService`] and [`AdmittedGateway`] a service token. Each is a poem-openapi extractor that also adds its
+//! [`SignedInTenant`] has an access token, [`AdmittedKey`] an API key that the limiter has admitted,
+//! [`ServiceCaller`] and [`GatewayCaller`] a service token. Each is a poem-openapi extractor that also adds its
 //! security scheme to the document.
 
 use std::{num::NonZeroU32, sync::Arc};
@@ -99,12 +99,12 @@ pub fn bearer(headers: &HeaderMap) -> Result<Option<&str>, ApiError> {
 
 /// A signed-in user, acting for one tenant.
 #[derive(Debug, Clone)]
-pub struct AdmittedTenant {
+pub struct SignedInTenant {
     pub session: Arc<LiveSession>,
     pub origin: Origin,
 }
 
-impl AdmittedTenant {
+impl SignedInTenant {
     pub fn tenant(&self) -> TenantId {
         self.session.tenant
     }
@@ -161,7 +161,7 @@ impl AdmittedTenant {
 }
 
 extract_by_credential!(
-    AdmittedTenant,
+    SignedInTenant,
     "AccessToken",
     MetaSecurityScheme {
         scheme: Some("bearer"),
@@ -382,11 +382,11 @@ fn several_service_tokens() -> ApiError {
 
 /// A service of the tenant, which controls all headers of its requests.
 #[derive(Debug, Clone)]
-pub struct AdmittedService {
+pub struct ServiceCaller {
     pub token: Arc<ServiceRecord>,
 }
 
-impl AdmittedService {
+impl ServiceCaller {
     /// Reads the service token from `X-Service-Token`, or otherwise from `Authorization: Bearer`.
     pub async fn admit(request: &Request) -> Result<Self, ApiError> {
         let token = match Sent::of(request.headers(), "x-service-token") {
@@ -410,11 +410,11 @@ impl AdmittedService {
 /// Its token is accepted in `X-Service-Token` only, which gateways overwrite: the consumer controls
 /// `Authorization`. If there are two tokens, one of them may be the consumer's, so neither is accepted.
 #[derive(Debug, Clone)]
-pub struct AdmittedGateway {
+pub struct GatewayCaller {
     pub token: Arc<ServiceRecord>,
 }
 
-impl AdmittedGateway {
+impl GatewayCaller {
     pub async fn admit(request: &Request) -> Result<Self, ApiError> {
         let token = match Sent::of(request.headers(), "x-service-token") {
             Sent::Once(token) => service_token(request, token).await?,
@@ -431,7 +431,7 @@ impl AdmittedGateway {
 }
 
 extract_by_credential!(
-    AdmittedGateway,
+    GatewayCaller,
     "GatewayToken",
     MetaSecurityScheme {
         name: Some("X-Service-Token"),
@@ -441,7 +441,7 @@ extract_by_credential!(
 );
 
 extract_by_credential!(
-    AdmittedService,
+    ServiceCaller,
     "ServiceToken",
     MetaSecurityScheme {
         scheme: Some("bearer"),

@@ -9,7 +9,7 @@ use poem_openapi::{ApiExtractor, ExtractParamOptions, param::Query};
 use quota_common::limit::Check;
 
 use super::{
-    admitted::{AdmittedGateway, AdmittedKey, AdmittedService},
+    admitted::{AdmittedKey, GatewayCaller, ServiceCaller},
     json::Json,
     limit::{Deny, LimitApi},
     problem::ApiError,
@@ -81,14 +81,14 @@ async fn echo(request: &Request) -> Result<Response, ApiError> {
 }
 
 async fn forward_auth(request: &Request, deny: Option<Deny>) -> Result<Response, ApiError> {
-    let caller = AdmittedGateway::admit(request).await?;
+    let caller = GatewayCaller::admit(request).await?;
     let answer = LimitApi.forward_auth(caller, request, Query(deny)).await?;
     Ok(answer.into_response())
 }
 
 async fn check(request: Request) -> Result<impl IntoResponse> {
     let (request, mut body) = request.split();
-    let caller = AdmittedService::admit(&request).await?;
+    let caller = ServiceCaller::admit(&request).await?;
     let body = Json::<Check>::from_request(&request, &mut body, ExtractParamOptions::default());
     Ok(LimitApi.check(caller, &request, body.await?).await?)
 }

@@ -19,7 +19,7 @@ use quota_common::{
 
 use super::{
     Tag,
-    admitted::{AdmittedGateway, AdmittedKey, AdmittedService, consumer_key, decide},
+    admitted::{AdmittedKey, GatewayCaller, ServiceCaller, consumer_key, decide},
     json::Json,
     limit_headers::{self, GatewayDecision},
     problem::{ApiError, challenge, wire_name},
@@ -212,7 +212,7 @@ impl LimitApi {
     #[oai(path = "/check", method = "post", operation_id = "check")]
     pub async fn check(
         &self,
-        caller: AdmittedService,
+        caller: ServiceCaller,
         request: &Request,
         body: Json<Check>,
     ) -> Result<Json<CheckResult>, ApiError> {
@@ -279,7 +279,7 @@ impl LimitApi {
     #[oai(path = "/forward-auth", method = "get", operation_id = "forward_auth")]
     pub async fn forward_auth(
         &self,
-        caller: AdmittedGateway,
+        caller: GatewayCaller,
         request: &Request,
         /// Status code for a denial: `403` or `429`. Default `429`. Use `403` for nginx, which passes on neither 429
         /// nor 402.
