@@ -16,7 +16,7 @@ response! {
         pub id: ApiKeyId,
         pub name: String,
         pub plan_id: PlanId,
-        /// The first characters of the key, to identify it.
+        /// The first characters of the key, which identify it.
         pub prefix: String,
         /// Whether the key is enabled. Requests with an inactive key are rejected with 401 and never charged.
         pub is_active: bool,

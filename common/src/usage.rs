@@ -52,13 +52,13 @@ response! {
     pub struct UsageBucket {
         /// The start of the bucket. A bucket ends where the next one starts; the last one ends at `to`.
         pub start: Timestamp,
-        /// With `group_by=key`: the key. Otherwise `null`.
+        /// The key, if grouped by `key`. Otherwise `null`.
         pub key_id: Option<ApiKeyId>,
-        /// With `group_by=endpoint`: the endpoint; empty for requests without one. Otherwise `null`.
+        /// The endpoint, if grouped by `endpoint`; empty for requests without one. Otherwise `null`.
         pub endpoint: Option<String>,
-        /// With `group_by=policy`: the policy that denied the requests. Otherwise `null`.
+        /// The policy that denied the requests, if grouped by `policy`. Otherwise `null`.
         pub policy: Option<String>,
-        /// With `group_by=plan`: the plan. Otherwise `null`.
+        /// The plan, if grouped by `plan`. Otherwise `null`.
         pub plan_id: Option<PlanId>,
         /// Whether this group combines all groups that are not listed.
         pub other: bool,
@@ -77,14 +77,14 @@ response! {
     /// A key, endpoint, policy or plan, with its requests in the whole range.
     #[derive(Debug, Eq)]
     pub struct UsageGroup {
-        /// With `group_by=key`: the key. Otherwise `null`.
+        /// The key, if grouped by `key`. Otherwise `null`.
         pub key_id: Option<ApiKeyId>,
-        /// With `group_by=endpoint`: the endpoint; empty for requests without one. Otherwise `null`.
+        /// The endpoint, if grouped by `endpoint`; empty for requests without one. Otherwise `null`.
         pub endpoint: Option<String>,
-        /// With `group_by=policy`: the policy that denied the requests, `rpm`, `daily` or `monthly`; `reduced_capacity` if
-        /// limits could not be checked. Otherwise `null`.
+        /// If grouped by `policy`, the policy that denied the requests: `rpm`, `daily` or `monthly`; `reduced_capacity`
+        /// if limits could not be checked. Otherwise `null`.
         pub policy: Option<String>,
-        /// With `group_by=plan`: the plan. Otherwise `null`.
+        /// The plan, if grouped by `plan`. Otherwise `null`.
         pub plan_id: Option<PlanId>,
         /// The key's or plan's current name. `null` if the key or plan was deleted, or if the group is not a key or plan.
         pub name: Option<String>,

@@ -8,8 +8,8 @@
 //! | Stripe's status | access | plans marked `paid` |
 //! |---|---|---|
 //! | no subscription, `incomplete`, `incomplete_expired` | [`Free`](Access::Free) | refused |
-//! | `trialing` | [`Trialing`](Access::Trialing) | work; until the date of a scheduled cancellation |
-//! | `active` | [`Active`](Access::Active) | work; until the date of a scheduled cancellation |
+//! | `trialing` | [`Trialing`](Access::Trialing) | work until a scheduled cancellation, if any |
+//! | `active` | [`Active`](Access::Active) | work until a scheduled cancellation, if any |
 //! | `past_due` | [`PastDue`](Access::PastDue) | work until the grace period after the unpaid invoice ends, or a scheduled cancellation if that is earlier |
 //! | `unpaid` | [`Unpaid`](Access::Unpaid) | refused |
 //! | `canceled` | [`Canceled`](Access::Canceled) | refused |

@@ -52,7 +52,7 @@ impl From<ServiceTokenRow> for ServiceToken {
 impl ServiceTokenApi {
     /// List service tokens
     ///
-    /// Returns tokens newest first. The token itself is never returned.
+    /// Returns tokens, newest first. The token itself is never returned.
     #[oai(
         path = "/service-tokens",
         method = "get",

@@ -185,8 +185,8 @@ settings! {
     /// idle connections to Quota.
     idle_timeout: "QUOTA_IDLE_TIMEOUT", "75s", "DURATION";
 
-    /// How long a client may go without reading any of a response that is being sent, such as 30s. On HTTP/2, less than
-    /// 1 KiB does not count.
+    /// How long a client may go without reading any part of a response that is being sent, such as 30s. On HTTP/2, less
+    /// than 1 KiB does not count.
     write_timeout: "QUOTA_WRITE_TIMEOUT", "30s", "DURATION";
 
     /// The maximum number of open client connections: 16 to 1000000. The open-file limit may allow fewer. When
@@ -194,8 +194,8 @@ settings! {
     /// client does not read its response.
     connections: "QUOTA_CONNECTIONS", "10000", "N";
 
-    /// The maximum number of open connections from one client address (IPv6: one /64); 0 for no limit. Connections
-    /// on which a valid API key or service token was sent don't count, nor do those of QUOTA_TRUSTED_PROXIES.
+    /// The maximum number of open connections from one client address (IPv6: one /64); 0 for no limit. Connections on
+    /// which a valid API key or service token was sent don't count, nor do those from QUOTA_TRUSTED_PROXIES.
     connections_per_address: "QUOTA_CONNECTIONS_PER_ADDRESS", "1000", "N";
 
     /// The maximum number of open connections from one network (IPv4: one /24, IPv6: one /56; an IPv6 /48 may have
