@@ -34,7 +34,7 @@ struct Advisory {
 
 pub(crate) fn check() -> Result<()> {
     let Some(database) = env::var_os("QUOTA_ADVISORY_DB").filter(|path| !path.is_empty()) else {
-        say("no advisory check: QUOTA_ADVISORY_DB names no copy of the RustSec database");
+        say("no advisory check: QUOTA_ADVISORY_DB does not name a copy of the RustSec database");
         return Ok(());
     };
     let advisories = read_database(Path::new(&database))?;
@@ -261,7 +261,7 @@ fn locked(lock: &str) -> Result<Vec<(String, Version)>> {
             package
                 .get(name)
                 .and_then(Value::as_str)
-                .context("an odd package in Cargo.lock")
+                .context("an unrecognized package in Cargo.lock")
         };
         let version = Version::parse(field("version")?)?;
         locked.insert((field("name")?.to_owned(), version));

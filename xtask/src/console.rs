@@ -60,8 +60,7 @@ pub(crate) fn add_target() -> Result<()> {
     }
     if system::on_path("rustup").is_none() {
         bail!(
-            "the console is compiled for {TARGET}, and this Rust has no library for it and came without rustup: \
-             install that library with your system's packages (Debian: libstd-rust-dev-wasm32), or Rust from \
+            "the console is compiled for {TARGET}, but this Rust has no library for it and was installed without rustup: install that library with your system's packages (Debian: libstd-rust-dev-wasm32), or Rust from \
              https://rustup.rs"
         );
     }

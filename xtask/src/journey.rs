@@ -128,7 +128,7 @@ impl Server {
         fs::DirBuilder::new()
             .mode(0o711)
             .create(&data)
-            .with_context(|| format!("cannot make {}", data.display()))?;
+            .with_context(|| format!("cannot create {}", data.display()))?;
         let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let listen = format!("127.0.0.1:{port}");
         let log = fs::File::create(data.join("log"))?;

@@ -179,12 +179,12 @@ pub(crate) fn install(needs: &[Need]) -> Result<()> {
     );
     if !is_root() && on_path("sudo").is_none() {
         bail!(
-            "this machine has no {} and no `sudo`; {by_hand}",
+            "not installed: {}, and there is no `sudo`; {by_hand}",
             names.join(" and ")
         );
     }
     say(&format!(
-        "this machine has no {}: installing Debian's {}",
+        "not installed: {}; installing Debian's {}",
         names.join(" and "),
         packages.join(" and ")
     ));

@@ -271,6 +271,6 @@ fn temporary_dir() -> Result<PathBuf> {
     fs::DirBuilder::new()
         .mode(0o711)
         .create(&dir)
-        .with_context(|| format!("cannot make {}", dir.display()))?;
+        .with_context(|| format!("cannot create {}", dir.display()))?;
     Ok(dir)
 }

@@ -284,7 +284,7 @@ fn print(options: &Options, account: &mut Account, backlog: u64, (shipped, took)
     println!("|---|---:|");
     println!("| backlog at the end of the outage | {backlog} |");
     println!("| shipped after | {:.1} s |", took.as_secs_f64());
-    println!("| records shipped per second meanwhile | {per_second:.0} |");
+    println!("| records shipped per second in that time | {per_second:.0} |");
     println!("| allowed | {} |", account.allowed);
-    println!("| answered otherwise | {} |", account.others);
+    println!("| other responses | {} |", account.others);
 }

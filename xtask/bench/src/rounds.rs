@@ -35,7 +35,7 @@ impl Answers {
             Self::Denied => of(200) + of(429) == total && of(200) * 100 <= total,
         };
         if !right || total == 0 {
-            bail!("wrong answers: {statuses:?}");
+            bail!("unexpected responses: {statuses:?}");
         }
         Ok(total)
     }

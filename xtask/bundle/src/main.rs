@@ -15,8 +15,7 @@ use anyhow::{Context as _, Result, bail};
 
 const NAME: &str = "quota-desktop";
 const SUMMARY: &str = "Quota console as a desktop app";
-const DESCRIPTION: &str = "Manage the plans, API keys, rate limits and quotas of a Quota server. Sessions are stored in the system's \
-keychain.";
+const DESCRIPTION: &str = "Manage the plans, API keys, rate limits and quotas of a Quota server. Sessions are stored in the system keychain.";
 const HOMEPAGE: &str = env!("CARGO_PKG_REPOSITORY");
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 const LICENSE: &str = env!("CARGO_PKG_LICENSE");

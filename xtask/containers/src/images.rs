@@ -69,7 +69,7 @@ fn present(engine: &Engine, name: &str) -> Result<bool> {
         if pulled {
             "pulled"
         } else {
-            "not available from a registry, building a stand-in"
+            "not available from a registry; building a stand-in"
         }
     );
     Ok(pulled)

@@ -403,7 +403,7 @@ fn print(options: &Options, kills: &Kills, it: &Recount, took: Duration, left: u
     println!("| requests sent | {} |", it.sent);
     println!("| decided (200 or 429) | {} |", it.decided);
     println!("| requests that got 503 | {} |", it.refused);
-    println!("| without an answer | {} |", it.unanswered);
+    println!("| requests without a response | {} |", it.unanswered);
     println!("| rows in the usage log | {} |", it.rows);
     println!("| **lost** | {} |", it.lost.len());
     println!("| **doubled** | {} |", it.doubled);

@@ -37,7 +37,7 @@ const COLUMNS: &[&str] = &[
     "recovered after, ms",
     "degraded later",
     "5xx",
-    "no answer",
+    "no response",
 ];
 const REPLICAS: usize = 3;
 /// When the fault occurs.
@@ -75,7 +75,7 @@ impl Kind {
 
     fn name(self) -> &'static str {
         match self {
-            Self::Kill => "killed, back empty",
+            Self::Kill => "killed, restarted empty",
             Self::Freeze => "frozen",
             Self::Failover => "failed over, writes lost",
             Self::BlackHole => "silent",
@@ -358,7 +358,7 @@ fn tell(
     let (recovered, later) = recovery(own(), nanos(back));
     for it in &later {
         table.notes.push(format!(
-            "Degraded later: {what}, {} after {} ms, {} ms after Redis was back.",
+            "Degraded later: {what}, {} after {} ms, {} ms after Redis was available again.",
             it.status,
             millis(it.took()),
             millis(Duration::from_nanos(it.answered - nanos(back))),

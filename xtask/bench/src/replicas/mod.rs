@@ -135,7 +135,7 @@ impl Options {
 /// Prints each table when it is ready. Everything that was started ends with the future, even on Ctrl-C.
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     if let Some(dir) = &options.log {
-        fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
     }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

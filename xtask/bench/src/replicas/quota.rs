@@ -92,7 +92,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
         ]);
     }
     table.notes.push(
-        "Requests for 70% of it, a stop of all replicas with SIGTERM, a start, and rounds of the same number of requests until all requests of a round are denied."
+        "Requests for 70% of the quota, a stop of all replicas with SIGTERM, a start, and then rounds of the same number of requests until all requests of a round are denied."
             .to_owned(),
     );
     Ok(table)

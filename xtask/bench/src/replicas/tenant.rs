@@ -125,7 +125,7 @@ impl Tenant {
 fn text(value: &Value, name: &str) -> Result<String> {
     let text = value[name].as_str();
     Ok(text
-        .with_context(|| format!("{name} is missing in {value}"))?
+        .with_context(|| format!("{name} is missing from {value}"))?
         .to_owned())
 }
 
