@@ -191,7 +191,7 @@ async function usagePage(my, log, app) {
     );
   }
 
-  // By endpoint and by policy.
+  // Usage by endpoint and by policy.
   await page.getByRole("link", { name: "By endpoint" }).click();
   for (const endpoint of ["GET /v1/echo", "GET /orders", "POST /orders"]) {
     const expected = log.count((it) => it.endpoint === endpoint);
@@ -207,7 +207,7 @@ async function usagePage(my, log, app) {
   }
   await my.inspect("usage-policies");
 
-  // Cost instead of requests.
+  // Shows cost instead of requests.
   await page.locator("#count").selectOption({ label: "Cost" });
   const cost = (it) => it.cost;
   await page.waitForFunction(() => location.search.includes("count=cost"));
@@ -238,7 +238,7 @@ async function usagePage(my, log, app) {
   await page.goto(`${my.base}/console/usage`);
   await chart.waitFor();
 
-  // Keyboard only: the last bar is the current hour, or has only part of the requests if the hour has changed.
+  // With the keyboard only. The last bar is the current hour, or has only part of the requests if the hour has changed.
   await page.locator(".chart-plot").focus();
   await page.keyboard.press("End");
   const readout = () => page.locator(".chart-plot").getAttribute("aria-valuetext");
@@ -272,7 +272,7 @@ async function usagePage(my, log, app) {
   await my.inspect("usage-table");
   await my.button("Table").click();
 
-  // Days, and zooming into one.
+  // Shows days, and zooms into one.
   await page.locator("#range").selectOption({ label: "Last 7 days" });
   await chart.getByText(/^Requests per day/).waitFor();
   await matches(all);
@@ -350,7 +350,7 @@ async function liveTail(my, log, app, slow) {
   assert.equal(await drawer.getByText(log.requests.at(-1).id).count(), 0);
   await drawer.getByRole("button", { name: "2 new" }).click();
   await drawer.getByText(log.requests.at(-1).id).waitFor();
-  // Why was this request denied?
+  // Finds out why a request was denied.
   const denied = log.requests.findLast((it) => it.key === "Slow lane" && !it.allowed);
   await drawer.getByLabel("Request ID").fill(denied.id);
   await drawer.getByLabel("Request ID").press("Tab");

@@ -22,7 +22,7 @@ use crate::{
 /// The first startup creates a database.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What the tests require, in addition to the server's requirements.
+/// The programs that the tests require in addition to those for the server.
 pub(crate) fn needs() -> Vec<machine::Need> {
     let browser = [
         machine::CHROMIUM,
@@ -148,7 +148,7 @@ pub(crate) fn on_server<T>(run: impl FnOnce(&str) -> Result<T>) -> Result<T> {
     run(&server.address)
 }
 
-/// In /tmp and accessible, because the database's user has to reach it.
+/// Creates a directory in /tmp that is accessible, because the database's user has to reach it.
 fn new_directory() -> Result<PathBuf> {
     let stamp = std::time::UNIX_EPOCH.elapsed().unwrap_or_default();
     let path = PathBuf::from(format!(
@@ -167,7 +167,7 @@ fn free_port() -> Result<u16> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
-/// A Redis that stores nothing on disk and ends when dropped.
+/// A Redis server that stores nothing on disk and ends when dropped.
 struct Redis {
     process: Child,
     port: u16,
@@ -207,7 +207,7 @@ struct Server {
 }
 
 impl Server {
-    /// Starts a server with these settings in addition; without any, it has its embedded database.
+    /// Starts a server with additional settings. Without `DATABASE_URL`, it has an embedded database.
     fn start(settings: &[(&str, String)]) -> Result<Self> {
         let data = new_directory()?;
         let port = free_port()?;
@@ -219,7 +219,7 @@ impl Server {
             .envs(std::env::var_os("PATH").map(|path| ("PATH", path)))
             .envs(settings.iter().map(|(name, value)| (name, value)))
             .args(["serve", "--metrics-listen=off", "--log-format=text"])
-            // All requests come from the same address.
+            // All requests come from the same address, so turn off the limits.
             .args(["--auth-rpm=0", "--admin-rpm=0"])
             .arg(format!("--listen={listen}"))
             .arg("--data-dir")
@@ -231,7 +231,8 @@ impl Server {
             .context("cannot run the server")?;
         let mut server = Self {
             process,
-            // By name, because browsers accept cookies from a local server only under a local name.
+            // The server is addressed by name, because browsers accept cookies from a local server only under a local
+            // name.
             address: format!("http://localhost:{port}"),
             data,
         };
@@ -272,7 +273,7 @@ fn is_ready(listen: &str) -> bool {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // SIGTERM, so that its database stops too.
+        // Uses SIGTERM, so that the database stops too.
         let _ = read(Command::new("kill").arg(self.process.id().to_string()));
         let until = Instant::now() + Duration::from_secs(30);
         while matches!(self.process.try_wait(), Ok(None)) && Instant::now() < until {

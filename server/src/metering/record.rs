@@ -26,7 +26,7 @@ const VERSION: u8 = 1;
 pub(super) const WORD: usize = 8;
 /// The header word and the fields of fixed length.
 const FIXED_WORDS: usize = 10;
-/// Where the texts begin in the body, in bytes.
+/// The byte offset of the strings in the body.
 const TEXTS_AT: usize = (FIXED_WORDS - 1) * WORD;
 /// The maximum length of a record, in words.
 pub(super) const RECORD_WORDS_MAX: usize = FIXED_WORDS + (ENDPOINT_MAX + REQUEST_ID_MAX) / WORD;
@@ -41,7 +41,7 @@ pub(super) enum RecordState {
     Done = 2,
     /// No decision was made.
     Void = 3,
-    /// Nothing follows in this segment.
+    /// No record follows in this segment.
     Sealed = 4,
 }
 
@@ -146,7 +146,7 @@ impl RecordedOutcome {
     }
 }
 
-/// Returns the length in words of a record with texts of these lengths in bytes.
+/// Returns the length, in words, of a record whose strings have these lengths in bytes.
 pub(super) const fn words(endpoint: usize, request_id: usize) -> usize {
     FIXED_WORDS + (endpoint + request_id).div_ceil(WORD)
 }
@@ -167,7 +167,7 @@ pub(super) struct Body {
 }
 
 impl Body {
-    /// The texts must have the lengths for which the space was reserved.
+    /// The strings must have the lengths for which the space was reserved.
     pub fn of(record: &DecisionRecord<'_>) -> Self {
         let (endpoint, request_id) = (record.endpoint.as_bytes(), record.request_id.as_bytes());
         let len = (words(endpoint.len(), request_id.len()) - 1) * WORD;
@@ -225,8 +225,8 @@ pub(super) fn read(segment: Uuid, position: usize, body: &[u8]) -> Option<UsageR
     })
 }
 
-/// Returns the ID of a record: a UUIDv7 of its time whose other bits depend on where it was written, so that reading
-/// the record again gives the same ID.
+/// Returns the ID of a record: a UUIDv7 that contains its time. The other bits depend on where it was written, so that
+/// reading the record again gives the same ID.
 fn event_id(segment: Uuid, position: usize, at: UnixNanos) -> Uuid {
     let (high, low) = segment.as_u64_pair();
     // No two positions in a segment share these bits, and segments differ in at least 60 random bits.
