@@ -117,7 +117,7 @@ impl Policies {
         }
     }
 
-    /// Equal for equal policies, and almost always different otherwise.
+    /// The fingerprint is equal for equal policies, and almost always different otherwise.
     pub(super) fn fingerprint(&self) -> u64 {
         self.fingerprint
     }

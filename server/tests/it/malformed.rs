@@ -309,7 +309,7 @@ async fn answers(server: std::net::SocketAddr, seed: u64) -> Vec<u8> {
     let mut stream = TcpStream::connect(server).await.expect("it listens");
     let (mut reader, mut writer) = stream.split();
     let writing = async {
-        // Occasionally sends it in two parts. A server that has closed the connection does not accept any more.
+        // Occasionally sends it in two parts. A server that has closed the connection does not accept any more data.
         let middle = random.usize(..=request.len());
         let last = b"GET /health/live HTTP/1.1\r\nHost: q\r\nConnection: close\r\n\r\n";
         for part in [&request[..middle], &request[middle..], last] {

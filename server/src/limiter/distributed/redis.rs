@@ -25,7 +25,7 @@ use crate::{
     redis::{CallError, Redis, Script},
 };
 
-/// Enough to distribute the keys of a cluster evenly over tens of nodes.
+/// The number of partitions, which is enough to distribute the keys of a cluster evenly over tens of nodes.
 const CLUSTER_PARTITIONS: u16 = 256;
 
 /// Minimum time from a loss of state to the new epoch, in microseconds: longer than the interval between probes, so
@@ -70,7 +70,7 @@ impl RedisCounters {
         }
     }
 
-    /// For tests, which control the time.
+    /// Uses a different script. Only for tests, which control the time.
     #[doc(hidden)]
     pub fn with_script(redis: Redis, take: &'static str) -> Self {
         Self {

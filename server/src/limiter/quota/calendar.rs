@@ -84,7 +84,7 @@ impl Hash for Zone {
     }
 }
 
-/// From `start` to just before `end`.
+/// The time from `start` to just before `end`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Window {
     pub start: UnixNanos,

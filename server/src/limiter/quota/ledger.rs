@@ -31,7 +31,7 @@ pub struct TakeRequest {
     pub calendar: Window,
     /// The quota for a full day or month.
     pub limit: u64,
-    /// At least 1.
+    /// The number of tokens to take, at least 1.
     pub want: u64,
 }
 

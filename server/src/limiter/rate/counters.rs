@@ -49,8 +49,8 @@ pub struct TakeCall {
     pub need: u64,
     /// Tokens that requests are waiting for now. Granted up to what the bucket holds.
     pub waiting: u64,
-    /// At least `waiting`. The rest is for later use, and is granted up to half of what the bucket holds. If zero, the
-    /// call only reads the state.
+    /// The number of tokens to take, at least `waiting`. The rest is for later use, and is granted up to half of what
+    /// the bucket holds. If zero, the call only reads the state.
     pub want: u64,
     /// Tokens taken before and not spent.
     pub back: u64,

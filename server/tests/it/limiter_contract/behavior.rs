@@ -123,7 +123,7 @@ pub(super) async fn cost_is_taken_as_a_whole(world: &World) {
     let denied = key.ask(&plan, 4).await;
     assert_eq!(denied.retry_after(), Some(SECOND));
     assert!(key.ask(&plan, 3).await.is_allowed());
-    // More than one block of the quota.
+    // This is more than one block of the quota.
     let plan = Plan::any_rate().daily(1000);
     let decision = key.ask(&plan, 900).await;
     assert!(decision.is_allowed());

@@ -337,7 +337,7 @@ async fn play(world: &World, plans: &[Plan], steps: &[Step], grain: u64) -> u64 
     compared
 }
 
-/// In any window, at most `burst + rpm/60 * T`, with the exact rate and not the rounded one.
+/// In any window, at most `burst + rpm/60 * T` is admitted, with the exact rate and not the rounded one.
 fn within_what_was_sold(plan: &Plan, grants: &[(u64, u64)]) {
     // An edit to a smaller burst may have left less room. The first grant starts the first window.
     for (i, (from, _)) in grants.iter().enumerate() {

@@ -286,7 +286,7 @@ async fn window_after_a_change_is_shortened_with_a_quota_in_proportion() {
     assert_eq!((state.limit, state.shortened_to), (50, None));
     assert_eq!(state.reset_at, at("2026-11-25T00:00:00Z"));
 
-    // From midnight UTC to midnight in Tokyo: 15 of 24 hours.
+    // The time from midnight UTC to midnight in Tokyo is 15 of 24 hours.
     world.advance(hours(14));
     let state = key.ask(&plan("Asia/Tokyo"), 1).await.daily.unwrap();
     assert_eq!(state.limit, 32);
@@ -380,7 +380,7 @@ async fn edited_quota_scales_a_shortened_window() {
     let plan = |quota, zone| Plan::any_rate().daily(quota).zone(zone);
     key.ask(&plan(240, "UTC"), 1).await;
     world.advance(hours(14));
-    // 15 of 24 hours.
+    // The window has 15 of 24 hours.
     assert_eq!(key.admitted(&plan(240, "Asia/Tokyo"), 100).await, 100);
     let state = key.ask(&plan(480, "Asia/Tokyo"), 1).await.daily.unwrap();
     assert_eq!((state.limit, state.remaining), (300, 199));

@@ -443,7 +443,7 @@ async fn a_stop_returns_every_lease() {
         metrics.lease_tokens_taken.get(),
         spent + metrics.lease_tokens_returned.get()
     );
-    // No tokens are held any more, and requests are still decided.
+    // No tokens are held anymore, and requests are still decided.
     assert!(replica.admit(&policies, 1).await.is_allowed());
     sleep(Duration::from_millis(10)).await;
     assert_eq!(

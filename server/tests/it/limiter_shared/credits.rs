@@ -568,7 +568,7 @@ async fn late_returns_one_by_one_sell_nothing_twice() {
     }
     clock.advance(Duration::from_millis(15));
     let served = first + wave().await;
-    // 25 ms between the waves, and the refill during the first calls.
+    // This allows for the 25 ms between the waves and the refill during the first calls.
     assert!(served <= 200 + 25 + 1, "{served}, {first} at first");
     assert!(served >= 185, "{served}, {first} at first");
 }

@@ -42,7 +42,7 @@ const BURST: u32 = 50;
 /// The outcomes of the requests of a run.
 #[derive(Debug, Default)]
 struct Log {
-    /// From request to response, in nanoseconds.
+    /// The time from request to response, in nanoseconds.
     admitted: Mutex<Vec<(u64, u64)>>,
     degraded: AtomicU64,
     errors: AtomicU64,

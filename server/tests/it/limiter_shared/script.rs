@@ -285,7 +285,7 @@ async fn versions_that_start_over_are_followed() {
         assert!(granted(plan(7, 50)).await <= 1);
         assert!(granted(plan(900, 3)).await <= 1);
     }
-    // The other replicas are restarted, and no replica has the higher version any more.
+    // The other replicas are restarted, and no replica has the higher version anymore.
     let mut followed = None;
     for second in 0..30 {
         clock.advance(Duration::from_secs(1));
@@ -336,7 +336,7 @@ async fn a_lost_bucket_is_empty_for_every_burst() {
     let BucketState::Initializing { wait } = take(plan(3, 100)).await else {
         panic!("it has lost its state");
     };
-    // Two seconds into the new epoch, in which one token was used.
+    // The new epoch is two seconds old, and one token was used in it.
     clock.advance(Duration::from_micros(wait) + Duration::from_secs(1));
     assert_eq!(granted(plan(4, 1)).await, 1);
     clock.advance(Duration::from_secs(1));

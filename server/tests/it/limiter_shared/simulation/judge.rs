@@ -4,13 +4,13 @@
 //! used only for two checks: a denial is wrong if Redis had never granted enough tokens to empty the bucket, and the
 //! totals must match.
 //!
-//! **Upper bound.** In any window of `T`, at most `burst + rate·(T + ttl)` tokens, or `burst + rate·T` for a strict
-//! plan, over all replicas, no matter what happens. In the second after an edit, replicas may follow either plan, so a
-//! window that overlaps it has the larger burst and, at each moment, the larger rate of the plans that requests follow.
-//! Between the requests of two plans, the lower rate counts, because a bucket learns of an edit from a request.
-//! `closed` has no exception, and `share` has one: while some replicas lose Redis (or get all responses late) and
-//! others do not, the former use their share `p` of the bucket in addition to the latter. Together they admit at most
-//! `(1 + p)` times as much, where `p` is at most 1. With `open`, the requests that a replica admits without Redis
+//! **Upper bound.** In any window of `T`, all replicas together admit at most `burst + rate·(T + ttl)` tokens, or
+//! `burst + rate·T` for a strict plan, no matter what happens. In the second after an edit, replicas may follow either
+//! plan, so a window that overlaps it has the larger burst and, at each moment, the larger rate of the plans that
+//! requests follow. Between the requests of two plans, the lower rate counts, because a bucket learns of an edit from a
+//! request. `closed` has no exception, and `share` has one: while some replicas lose Redis (or get all responses late)
+//! and others do not, the former use their share `p` of the bucket in addition to the latter. Together they admit at
+//! most `(1 + p)` times as much, where `p` is at most 1. With `open`, the requests that a replica admits without Redis
 //! satisfy the bound of a strict plan, separately for each replica. Requests admitted by Redis keep the plain bound in
 //! every mode.
 //!

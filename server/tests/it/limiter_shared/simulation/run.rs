@@ -129,7 +129,7 @@ struct Stage {
     plant: Plant,
     registry: Registry,
     replicas: Mutex<Vec<Arc<Replica>>>,
-    /// By key and edit.
+    /// The policies of each key, by edit.
     policies: Vec<Vec<Policies>>,
     entries: Mutex<Vec<Entry>>,
     /// Shared by all replicas, instead of their own.

@@ -19,7 +19,7 @@ pub(super) struct Scene {
     pub(super) changes: Vec<(u64, Change)>,
     pub(super) faults: Vec<Fault>,
     pub(super) length: u64,
-    /// In chronological order.
+    /// The load, in chronological order.
     pub(super) load: Load,
 }
 

@@ -168,7 +168,7 @@ impl World {
         of(rng)
     }
 
-    /// In one direction.
+    /// Waits for the latency in one direction.
     async fn travel(&self, link: usize, bucket: BucketName, back: bool) {
         let slow = self.slow.load(Ordering::Relaxed);
         let one_way = if back {
