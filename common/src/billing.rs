@@ -40,7 +40,7 @@ response! {
         pub access_ends_at: Option<Timestamp>,
         /// When the trial ends and the first payment is due.
         pub trial_ends_at: Option<Timestamp>,
-        /// When the subscription will be canceled, or was. `null` if it renews.
+        /// When the subscription will be canceled or was canceled. `null` if it renews.
         pub cancels_at: Option<Timestamp>,
         /// Start of the current billing period.
         pub period_start: Option<Timestamp>,
@@ -48,12 +48,12 @@ response! {
         pub period_end: Option<Timestamp>,
         /// Whether the customer portal is available. It is available once the organization has started a subscription.
         pub has_customer: bool,
-        /// When this was last read from Stripe. Older than half an hour: Stripe is unreachable, and the status may have
-        /// changed.
+        /// When this information was last retrieved from Stripe. If this is more than half an hour ago, Stripe is
+        /// unreachable, and the status may have changed.
         pub refreshed_at: Option<Timestamp>,
-        /// What the subscription costs, or a new one would cost. `null` if that is not known.
+        /// The price of the subscription, or of a new one. `null` if it is unknown.
         pub price: Option<BillingPrice>,
-        /// Usage that is charged in the current billing period. `null` without a subscription.
+        /// Charged usage in the current billing period. `null` without a subscription.
         pub usage: Option<BillingUsage>,
         /// The operator's limits for the organization, which are lower without a subscription.
         pub limits: BillingLimits,
@@ -68,7 +68,7 @@ response! {
     /// The price of a subscription.
     #[derive(Debug, Eq)]
     pub struct BillingPrice {
-        /// The product's name. `null` if it is not known.
+        /// The product's name. `null` if it is unknown.
         pub name: Option<String>,
         /// The currency's ISO 4217 code in lower case, such as `usd`.
         pub currency: String,
@@ -82,11 +82,11 @@ response! {
 }
 
 response! {
-    /// Usage that is charged in the current billing period.
+    /// Charged usage in the current billing period.
     #[derive(Debug, Eq)]
     pub struct BillingUsage {
-        /// The cost of admitted requests on plans marked `paid` since the period began. A request costs 1, unless the
-        /// check API was called with another cost.
+        /// The cost of admitted requests on plans marked `paid` since the period began. A request costs 1 unless the
+        /// check API was called with a different cost.
         pub used: u64,
         /// The cost for the whole period, if usage continues at the average pace since the period began.
         pub projected: u64,
@@ -95,9 +95,9 @@ response! {
         /// The monthly price and the charge for `projected`, before taxes and discounts. `null` if the price is not a
         /// plain amount.
         pub projected_total: Option<u64>,
-        /// Stripe has received all usage before this time.
+        /// The time before which Stripe has received all usage.
         pub reported_until: Option<Timestamp>,
-        /// Usage of this period that should have been charged, but cannot be.
+        /// Usage in this period that should have been charged but cannot be.
         pub not_charged: u64,
         /// The last problem that Stripe reported about the organization's usage in this period.
         pub last_error: Option<BillingUsageError>,
@@ -108,7 +108,7 @@ response! {
     /// A problem that Stripe reported about usage after it had accepted it.
     #[derive(Debug, Eq)]
     pub struct BillingUsageError {
-        /// Stripe's code for it, such as `meter_event_customer_not_found`.
+        /// The code of the problem in Stripe, such as `meter_event_customer_not_found`.
         pub code: String,
         /// When Quota received the report.
         pub at: Timestamp,
@@ -121,14 +121,14 @@ response! {
     pub struct BillingLimits {
         pub plans: BillingLimit,
         pub api_keys: BillingLimit,
-        /// Requests in the current calendar month (UTC), over all API keys. When they are used up, requests get 429 with
-        /// the policy `tenant_monthly`.
+        /// Requests in the current calendar month (UTC), across all API keys. When they are used up, requests get 429
+        /// with the policy `tenant_monthly`.
         pub requests: BillingLimit,
-        /// When `requests` starts again from zero.
+        /// When `requests` is reset to zero.
         pub requests_reset_at: Timestamp,
-        /// Maximum rate and burst of plans that are not marked `paid`. `null`: no limit.
+        /// Maximum rate and burst of plans that are not marked `paid`. `null` for no limit.
         pub free_plan_rpm: Option<u32>,
-        /// Maximum daily and monthly quota of plans that are not marked `paid`. `null`: no limit.
+        /// Maximum daily and monthly quota of plans that are not marked `paid`. `null` for no limit.
         pub free_plan_quota: Option<u64>,
     }
 }

@@ -62,7 +62,7 @@ text_enum! {
         Daily = "daily",
         /// The quota for the calendar month.
         Monthly = "monthly",
-        /// The operator's limit on requests in a calendar month (UTC), over all API keys of an organization without a
+        /// The operator's limit on requests in a calendar month (UTC), across all API keys of an organization without a
         /// subscription.
         TenantMonthly = "tenant_monthly",
     }

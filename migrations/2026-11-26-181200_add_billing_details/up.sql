@@ -11,7 +11,7 @@ COMMENT ON COLUMN billing_subscriptions.monthly_price IS 'Its price per month: a
 COMMENT ON COLUMN billing_subscriptions.usage_price IS 'Its price per unit of usage, in the same unit. NULL if usage is not charged by a plain amount';
 
 ALTER TABLE billing_usage ADD COLUMN divided_at timestamptz;
-COMMENT ON COLUMN billing_usage.divided_at IS 'An edge of a billing period within the hour, up to which usage was planned before the hour had ended';
+COMMENT ON COLUMN billing_usage.divided_at IS 'The end of a billing period within the hour, up to which usage was planned before the hour ended';
 
 ALTER TABLE billing_senders ADD COLUMN owner uuid;
 COMMENT ON COLUMN billing_senders.owner IS 'Identifies the claim, so that a replica that was too slow does not release or extend the claim of another';
@@ -27,7 +27,7 @@ CREATE INDEX billing_meter_errors_tenant_id_idx ON billing_meter_errors (tenant_
 CREATE INDEX billing_meter_errors_received_at_idx ON billing_meter_errors (received_at);
 COMMENT ON TABLE billing_meter_errors IS 'Problems with reported usage that Stripe found after it had accepted it';
 COMMENT ON COLUMN billing_meter_errors.event_id IS 'Stripe''s event, which is also in billing_events';
-COMMENT ON COLUMN billing_meter_errors.code IS 'Stripe''s code of the problem';
+COMMENT ON COLUMN billing_meter_errors.code IS 'The code of the problem in Stripe';
 
 CREATE TABLE tenant_quota_usage (
     tenant_id uuid NOT NULL,
@@ -39,7 +39,7 @@ CREATE TABLE tenant_quota_usage (
     CONSTRAINT tenant_quota_usage_used_positive CHECK (used >= 0)
 );
 CREATE INDEX tenant_quota_usage_window_start_idx ON tenant_quota_usage (window_start);
-COMMENT ON TABLE tenant_quota_usage IS 'How much of the monthly quota of a tenant replicas have taken in blocks, spent or not';
+COMMENT ON TABLE tenant_quota_usage IS 'How much of a tenant''s monthly quota replicas have taken in blocks, whether spent or not';
 COMMENT ON COLUMN tenant_quota_usage.window_start IS 'The start of the calendar month in UTC';
 
 GRANT SELECT ON billing_meter_errors, tenant_quota_usage TO quota_app;

@@ -168,12 +168,12 @@ pub struct Allowances {
     pub service_tokens: u64,
 }
 
-/// Limits for tenants without a subscription. `None`: no limit of its own.
+/// Limits for tenants without a subscription. `None` if there is no separate limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct FreeTier {
     pub plans: Option<u64>,
     pub api_keys: Option<u64>,
-    /// Requests per calendar month (UTC) over all keys. Also the maximum daily and monthly quota of a free plan.
+    /// Requests per calendar month (UTC) across all keys. Also the maximum daily and monthly quota of a free plan.
     pub requests_per_month: Option<NonZeroU64>,
     /// The maximum rate and burst of a free plan.
     pub rpm: Option<u32>,

@@ -49,11 +49,11 @@ use crate::{
 /// The number of client addresses that each rate limiter tracks. One takes about 100 bytes.
 const GUARDED: usize = 200_000;
 
-/// How many pages at Stripe a tenant may request per minute. Each takes several requests to Stripe, whose rate all tenants
-/// share.
+/// How many Stripe pages a tenant may request per minute. Each takes several requests to Stripe, whose rate limit all
+/// tenants share.
 const STRIPE_PAGES: NonZeroU32 = NonZeroU32::new(20).unwrap();
 
-/// See the module. Cheap to clone.
+/// See the module documentation. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct AppState(Arc<Services>);
 

@@ -1,6 +1,6 @@
 //! Limits how often each tenant may cause requests to another service, such as Stripe.
 //!
-//! In memory, so each replica enforces the limit separately.
+//! The counts are kept in memory, so each replica enforces the limit separately.
 
 use std::{num::NonZeroU32, sync::Arc, time::Duration};
 

@@ -1,8 +1,8 @@
 //! The operator's limits on what a tenant may create.
 //!
 //! Every tenant has a maximum number of plans, API keys and service tokens. A tenant without a subscription has lower
-//! ones, if the operator has set them. Plans that are not marked `paid` have a maximum rate and quota, whether the tenant
-//! has a subscription or not. If billing is off, no tenant can have a subscription, and all plans are limited.
+//! limits if the operator has set them. Plans that are not marked `paid` have a maximum rate and quota, whether the
+//! tenant has a subscription or not. If billing is off, no tenant can have a subscription, and all plans are limited.
 
 use quota_common::{
     FieldError, ProblemCode,
@@ -72,7 +72,7 @@ fn at_most(config: &Config, maximum: u64) -> String {
     }
 }
 
-/// Makes changes to the tenant's plans and keys wait for each other if free plans have a maximum rate, so that a plan
+/// If free plans have a maximum rate, makes changes to the tenant's plans and keys wait for each other, so that a plan
 /// cannot become free while a key on it gets a higher rate. Call first in the transaction.
 pub async fn lock_rates(config: &Config, tx: &mut TenantTx) -> Result<(), DbError> {
     match config.free_tier.rpm {

@@ -132,8 +132,8 @@ impl BillingApi {
 impl BillingApi {
     /// Get the subscription
     ///
-    /// Returns the access that the organization's subscription provides, its price, the usage that is charged, and how
-    /// much of the operator's limits is used. Changes at Stripe are visible within seconds.
+    /// Returns the access that the organization's subscription provides, its price, the charged usage, and how much of
+    /// the operator's limits is used. Changes in Stripe are visible within seconds.
     #[oai(path = "/", method = "get", operation_id = "get_billing")]
     async fn get(&self, caller: BillingTenant) -> Result<Json<BillingState>, ApiError> {
         overview::billing_state(&self.state, &caller)
@@ -149,8 +149,8 @@ impl BillingApi {
     async fn checkout(
         &self,
         caller: BillingTenant,
-        /// Makes the request safe to retry: repeating it with the same key within 24 hours returns the first response
-        /// again.
+        /// Makes the request safe to retry: repeating it with repeating it with the same key within 24 hours returns
+        /// the first response again.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
     ) -> Result<Created<CheckoutPage>, ApiError> {

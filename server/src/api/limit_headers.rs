@@ -66,7 +66,7 @@ impl GatewayDecision {
 struct FixedValues {
     limit: HeaderValue,
     policy: HeaderValue,
-    /// With the quota of the tenant.
+    /// With the tenant's quota.
     with_tenant: OnceLock<HeaderValue>,
 }
 

@@ -225,7 +225,7 @@ impl PlanApi {
                 it.billing,
             )
         };
-        // A plan that was above the limits before can still be renamed.
+        // A plan that already was above the limits can still be renamed.
         if limits(&before) != limits(&after) {
             allowance::check_plan(config, &after)?;
         }

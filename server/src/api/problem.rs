@@ -138,7 +138,7 @@ impl ApiError {
         )
     }
 
-    /// For streams, which stay open while they are being viewed.
+    /// The problem for too many streams, which stay open while they are being viewed.
     pub fn too_many_streams() -> Self {
         Self::wait("Too many open streams.", Duration::from_secs(10))
     }

@@ -41,7 +41,7 @@ pub struct Round {
     pub failed: usize,
     /// Number of failed reads of customers.
     pub read_errors: usize,
-    /// Number of usage reports that Stripe found to have an error.
+    /// Number of usage reports in which Stripe found an error.
     pub meter_errors: u64,
     /// Invalidations to publish.
     pub invalidations: Vec<Invalidation>,

@@ -127,11 +127,11 @@ impl Billing {
         let mut observed = Vec::new();
         let mut rows = Vec::new();
         let subscriptions = match self.stripe.subscriptions(&begun.customer_id).await {
-            // Nothing can be charged to it. The next Checkout creates another one.
+            // Nothing can be charged to this customer. The next Checkout creates another one.
             Err(error) if error.is_missing_customer() => {
                 tracing::warn!(
                     %tenant, customer = begun.customer_id, error = %chain(&error),
-                    "the customer does not exist at Stripe; the tenant has no subscription"
+                    "the customer does not exist in Stripe, so the tenant has no subscription"
                 );
                 Vec::new()
             }
@@ -225,7 +225,7 @@ impl Billing {
             };
             audit::insert_system(&mut tx, &event).await?;
         }
-        // Last, since it waits for other transactions that invalidate.
+        // This comes last, because it waits for other transactions that invalidate.
         let invalidation = match changed {
             Applied::PaidAccess => {
                 Some(invalidation::insert_system(&mut tx, tenant.0, Target::Tenant).await?)
@@ -292,7 +292,7 @@ impl Billing {
                 let mut tx = self.db.system().await?;
                 billing::forget_customer(&mut tx, buyer.tenant).await?;
                 tx.commit().await?;
-                tracing::warn!(tenant = %buyer.tenant, "creating another customer at Stripe");
+                tracing::warn!(tenant = %buyer.tenant, "creating another Stripe customer");
                 self.start_checkout(buyer).await
             }
             started => started,
@@ -347,7 +347,8 @@ impl Billing {
             StripeError::Failed { .. } | StripeError::Rejected { .. } | StripeError::Missing { .. },
         ) = &created
         {
-            // The same key would return the same failure. If a session was created after all, no one has seen its page.
+            // The same idempotency key would return the same error. If a session was created after all, no user has
+            // seen its page.
             self.end_checkout(tenant, attempt).await?;
         }
         let session = created?;

@@ -1,4 +1,4 @@
-//! What a subscription costs.
+//! The prices of subscriptions.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -14,7 +14,7 @@ use crate::{
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Decimal {
     digits: u128,
-    /// How many of the digits are after the point.
+    /// The number of digits after the decimal point.
     scale: u32,
 }
 
@@ -24,7 +24,7 @@ impl Decimal {
         scale: 0,
     };
 
-    /// Returns `None` for a negative number, and for one that is not plausible as an amount.
+    /// Returns `None` for a negative number, and for one that is implausible as an amount.
     fn parse(text: &str) -> Option<Self> {
         let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
         let digits = format!("{whole}{fraction}");
@@ -53,7 +53,7 @@ impl Decimal {
         Some(Self { digits, scale })
     }
 
-    /// Rounds to a whole number; one half is rounded up.
+    /// Rounds to a whole number, with halves rounded up.
     fn rounded(self) -> Option<u64> {
         let unit = 10_u128.checked_pow(self.scale)?;
         u64::try_from((self.digits + unit / 2) / unit).ok()
@@ -97,9 +97,9 @@ pub fn total(monthly: &str, unit_price: Option<&str>, units: u64) -> Option<u64>
 pub struct Offer {
     pub name: Option<String>,
     pub currency: String,
-    /// Per month, in the smallest unit of the currency. `None` if it is not a plain amount.
+    /// The price per month, in the smallest unit of the currency. `None` if it is not a plain amount.
     pub monthly: Option<String>,
-    /// Per unit of usage.
+    /// The price per unit of usage.
     pub per_unit: Option<String>,
 }
 
@@ -173,7 +173,8 @@ impl Offer {
     }
 }
 
-/// What this process has read about prices. A name that has changed at Stripe is known after the next start.
+/// The prices and names that this process has read. A product name that changes in Stripe is noticed after the next
+/// start.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Prices {
     names: Arc<Mutex<HashMap<String, String>>>,
@@ -278,7 +279,7 @@ mod tests {
         let offer = Offer::of_items(&[flat.clone(), seats]);
         assert_eq!(offer.monthly.as_deref(), Some("3201.5"));
         assert_eq!(offer.per_unit, None);
-        // Not plain amounts per month.
+        // These are not plain amounts per month.
         for other in [
             item(None, Some(1), false, "month"),
             item(Some("2900"), Some(1), false, "year"),

@@ -34,7 +34,7 @@ use crate::{
 const HOURS: i64 = 200;
 /// The maximum number of hours of a tenant that one run plans.
 const ROUNDS: u32 = 1000;
-/// How often an hour is scanned again because usage has arrived in the meantime.
+/// The maximum number of times an hour is scanned again because usage has arrived in the meantime.
 const SCANS: u32 = 3;
 /// The number of customers whose reports are sent concurrently. No more are claimed at a time, since a claim that waits
 /// would expire.
@@ -209,7 +209,7 @@ impl Billing {
         let seen = billing_usage::hour(&mut tx, tenant, start, false).await?;
         let mut unreported = Vec::new();
         if scanned > 0 {
-            // Before the row is locked, for which the delivery of usage waits.
+            // This comes before locking the row, because the delivery of usage waits for that lock.
             billing_usage::allow_scan(&mut tx).await?;
             for span in &spans[..scanned] {
                 let (from, until) = (span.start, span.until);
@@ -388,8 +388,8 @@ impl Billing {
         }
     }
 
-    /// Returns whether Stripe has counted a report whose identifier it no longer recognizes. `None` if Stripe's total
-    /// matches neither outcome.
+    /// Returns whether Stripe has counted a report whose identifier it no longer recognizes. `None` if the total in
+    /// Stripe matches neither outcome.
     async fn has_arrived(
         &self,
         tenant: TenantId,

@@ -64,7 +64,7 @@ impl Reader {
         })
     }
 
-    /// Returns `None` for an empty text.
+    /// Returns `None` for an empty string.
     pub(super) fn optional_number(
         &mut self,
         variable: &str,

@@ -167,9 +167,9 @@ settings! {
     /// The maximum number of API keys of a tenant without a subscription: 1 to 10000000. Unset: QUOTA_MAX_API_KEYS.
     free_keys: "QUOTA_FREE_KEYS", "", "N";
 
-    /// The maximum number of requests per calendar month (UTC) of a tenant without a subscription, over all its API
-    /// keys: 1 to 1000000000000. More get 429 with the policy tenant_monthly. Unset: no limit. Plans with a higher
-    /// daily or monthly quota must be marked `paid`.
+    /// The maximum number of requests per calendar month (UTC) of a tenant without a subscription, across all its API
+    /// keys: 1 to 1000000000000. Further requests get 429 with the policy tenant_monthly. Unset: no limit. Plans with a
+    /// higher daily or monthly quota must be marked `paid`.
     free_requests_per_month: "QUOTA_FREE_REQUESTS_PER_MONTH", "", "N";
 
     /// The maximum rate (requests per minute) and burst of plans that are not marked `paid`: 1 to 60000000. Unset: no

@@ -16,7 +16,7 @@ use crate::{
 const EVERY: Duration = Duration::from_secs(1);
 /// How often this replica looks for customers that have not been read for a while.
 const READ_EVERY: Duration = Duration::from_secs(5);
-/// How often the prices of new subscriptions are read, and how soon again after a failure.
+/// How often the prices of new subscriptions are read, and how soon this is retried after a failure.
 const OFFER_EVERY: Duration = Duration::from_mins(10);
 const OFFER_AGAIN: Duration = Duration::from_secs(30);
 /// How often usage is planned and sent.

@@ -62,7 +62,7 @@ pub struct Limiter {
     clock: Arc<dyn Clock>,
     /// A cached property of the store.
     is_local: bool,
-    /// `None`: no tenant has a quota for all its keys.
+    /// `None` if no tenant has a quota for all its keys.
     tenants: Option<Arc<TenantQuotas>>,
 }
 

@@ -47,7 +47,7 @@ impl TenantQuota {
     }
 }
 
-/// See the module.
+/// See the module documentation.
 #[derive(Debug)]
 pub struct TenantQuotas {
     keys: KeyTable,
@@ -104,7 +104,7 @@ impl TenantQuotas {
                 decision.tenant_monthly = Some(state);
                 return Ok(decision);
             }
-            // The month has ended since.
+            // The month has ended in the meantime.
             if let Err(denied) = self.reserve(quota, cost, &mut demand).await? {
                 return Ok(denial(decision, &denied, cost));
             }

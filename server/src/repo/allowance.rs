@@ -26,8 +26,8 @@ pub async fn lock(tx: &mut TenantTx) -> Result<(), DbError> {
     Ok(())
 }
 
-/// Returns how many of these a tenant has. Call before the insert, in the same transaction: until it ends, other
-/// transactions that call this wait.
+/// Returns the number of these resources that a tenant has. Call before the insert, in the same transaction: until it
+/// ends, other transactions that call this wait.
 pub async fn count(tx: &mut TenantTx, what: Resource) -> Result<u64, DbError> {
     lock(tx).await?;
     let tenant = tx.tenant().0;

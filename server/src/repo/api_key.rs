@@ -126,7 +126,7 @@ pub async fn insert(tx: &mut TenantTx, key: &NewApiKey<'_>) -> Result<ApiKeyRow,
     Ok(query.get_result(&mut **tx).await?)
 }
 
-/// Returns the highest rate that a key on the plan has of its own.
+/// Returns the highest rate override of a key on the plan.
 pub async fn highest_rate(tx: &mut TenantTx, plan: Uuid) -> Result<Option<i64>, DbError> {
     let highest: Option<i32> = api_keys::table
         .filter(api_keys::tenant_id.eq(tx.tenant().0))

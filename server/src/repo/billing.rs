@@ -49,7 +49,7 @@ pub struct SubscriptionRow {
     pub is_metered: bool,
     pub product_name: Option<String>,
     pub currency: Option<String>,
-    /// In the smallest unit of the currency, like `usage_price`.
+    /// The monthly price in the smallest unit of the currency, like `usage_price`.
     pub monthly_price: Option<String>,
     pub usage_price: Option<String>,
 }
@@ -252,8 +252,8 @@ pub enum Applied {
 /// The columns of an account that a read may change.
 type Before = (i64, bool, Option<DateTime<Utc>>, String);
 
-/// Applies a read, unless a later one has been applied. Also returns the access before, if its change belongs in the
-/// audit log: the end of a grace period alone, which can shift with every read, does not.
+/// Applies a read, unless a later one has already been applied. Also returns the access before, if its change belongs
+/// in the audit log: the end of a grace period alone, which can shift with every read, does not.
 pub async fn apply_read(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -307,7 +307,8 @@ pub async fn apply_read(
     Ok((applied, is_audited.then_some(shown)))
 }
 
-/// Forgets a customer that does not exist at Stripe, and its Checkout Session, so that the next Checkout creates others.
+/// Removes a customer that does not exist in Stripe, and its Checkout Session, so that the next Checkout creates
+/// others.
 pub async fn forget_customer(tx: &mut SystemTx, tenant: TenantId) -> Result<(), DbError> {
     diesel::update(billing_accounts::table.find(tenant.0))
         .set((

@@ -1,4 +1,5 @@
-//! What a tenant sees of its billing: limits with their use, and usage in the current billing period.
+//! The billing information that a tenant sees: its limits and how much of them is used, and usage in the current
+//! billing period.
 
 use chrono::{DateTime, Utc};
 use diesel::{
@@ -28,7 +29,8 @@ pub struct Counts {
     /// The cost of admitted requests in the current month, up to about a second ago.
     #[diesel(sql_type = BigInt)]
     pub counted: i64,
-    /// What replicas have taken from the tenant's quota for the month, spent or not. `None` if they have taken nothing.
+    /// The tokens that replicas have taken from the tenant's quota for the month, whether spent or not. `None` if they
+    /// have taken none.
     #[diesel(sql_type = Nullable<BigInt>)]
     pub taken: Option<i64>,
 }
@@ -60,16 +62,16 @@ pub async fn counts(tx: &mut TenantTx) -> Result<Counts, DbError> {
     Ok(counts)
 }
 
-/// Usage on plans marked `paid`, and what became of it.
+/// Usage on plans marked `paid`, and how much of it has been charged.
 #[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
 pub struct PeriodUsage {
     /// The cost of admitted requests.
     #[diesel(sql_type = BigInt)]
     pub used: i64,
-    /// The part of it that should have been charged, but cannot be.
+    /// The part of the usage that should have been charged but cannot be.
     #[diesel(sql_type = BigInt)]
     pub not_charged: i64,
-    /// The start of the oldest usage that Stripe does not have, in any period. `None` if it has all.
+    /// The start of the oldest usage that Stripe has not received, in any period. `None` if there is none.
     #[diesel(sql_type = Nullable<Timestamptz>)]
     pub unreported_from: Option<DateTime<Utc>>,
     /// The last problem that Stripe reported in this period.

@@ -28,10 +28,10 @@ pub struct OpenHour {
     pub is_read: bool,
 }
 
-/// Returns an hour that has ended for each tenant, its oldest, in random order: tenants whose hours cannot be planned
-/// must not keep others waiting. An hour is included once every server has delivered its records of it,
-/// or a quarter of an hour after its end: usage that arrives later becomes another revision. The part of an hour before
-/// the edge of a billing period is included in the same way, once, so that it is reported before the invoice is final.
+/// Returns the oldest completed hour of each tenant, in random order, so that tenants whose hours cannot be planned do
+/// not delay others. An hour is included once every server has delivered its records of it, or 15 minutes after its
+/// end. Usage that arrives later becomes another revision. The part of an hour before the edge of a billing period is
+/// included in the same way, once, so that it is reported before the invoice is final.
 pub async fn open_hours(tx: &mut SystemTx, limit: i64) -> Result<Vec<OpenHour>, DbError> {
     let hours = sql_query(
         "WITH complete AS ( \
@@ -124,7 +124,7 @@ pub async fn set_divided(
     Ok(())
 }
 
-/// Allows statements of the transaction to take as long as the log of a large tenant takes to scan.
+/// Allows statements of the transaction enough time to scan the log of a large tenant.
 pub async fn allow_scan(tx: &mut SystemTx) -> Result<(), DbError> {
     sql_query("SET LOCAL statement_timeout = '5min'")
         .execute(&mut **tx)
@@ -271,7 +271,7 @@ struct OfTenant {
 }
 
 /// Returns tenants with reports that are due, for `owner` to send. Other replicas do not get them for two minutes, and
-/// each attempt to send a report begins that time again.
+/// each attempt to send a report restarts that time.
 pub async fn claim_senders(
     tx: &mut SystemTx,
     owner: Uuid,
@@ -440,8 +440,8 @@ pub struct Uncharged {
     /// Cost that should have been charged but will not be.
     #[diesel(sql_type = BigInt)]
     pub lost: i64,
-    /// Age of the oldest report that Stripe does not have yet, or time since the end of the oldest hour without a
-    /// report, in seconds; 0 if Stripe has all.
+    /// Age of the oldest report that Stripe has not received yet, or time since the end of the oldest hour without a
+    /// report, in seconds; 0 if Stripe has received everything.
     #[diesel(sql_type = BigInt)]
     pub oldest_pending: i64,
     #[diesel(sql_type = Timestamptz)]

@@ -20,9 +20,9 @@ pub enum Expired {
     Invalidations,
     /// Quota windows that ended long ago. In any time zone, a month ends within 31 days of its start.
     QuotaUsage,
-    /// Months that ended long ago.
+    /// Tenant quotas of months that ended long ago.
     TenantQuotaUsage,
-    /// IDs of batches of returned tokens. Before that, a batch may be retried.
+    /// IDs of batches of returned tokens that will no longer be retried.
     QuotaReturns,
     /// Previous secrets of rotated keys after their grace period. The keys are kept.
     PreviousKeys,
@@ -32,7 +32,7 @@ pub enum Expired {
     /// Charged usage, which is kept for more than a year.
     BillingUsage,
     BillingReports,
-    /// Problems with usage, kept for as long as that.
+    /// Problems with usage, which are kept for as long as charged usage.
     BillingMeterErrors,
 }
 

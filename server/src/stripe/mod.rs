@@ -89,7 +89,7 @@ pub const METER_EVENTS: [&str; 2] = [
     "v1.billing.meter.no_meter_found",
 ];
 
-/// Why a request has no result.
+/// Why a request failed.
 #[derive(Debug, thiserror::Error)]
 pub enum StripeError {
     /// The request may or may not have taken effect. It can be sent again with the same idempotency key.
@@ -101,7 +101,7 @@ pub enum StripeError {
     /// Stripe rejected the request, which had no effect.
     #[error("Stripe rejected the request with status {status}: {message}")]
     Rejected { status: u16, message: String },
-    /// Stripe has no such object, or only in another mode. The request had no effect.
+    /// The object does not exist in Stripe, or only in another mode. The request had no effect.
     #[error("{message}")]
     Missing {
         /// The parameter that names the object. `None` if it is in the path.

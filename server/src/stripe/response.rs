@@ -61,7 +61,7 @@ pub struct Item {
 pub struct ItemPrice {
     pub currency: String,
     pub product: String,
-    /// `None` for tiers.
+    /// `None` for tiered prices.
     pub unit_amount_decimal: Option<String>,
     pub recurring: Option<Recurring>,
 }

@@ -1,4 +1,5 @@
-//! Thin events, whose data has to be read from version 2 of Stripe's API, which the `async-stripe` crates do not have.
+//! Thin events, whose data has to be read from version 2 of the Stripe API, which the `async-stripe` crates do not
+//! support.
 
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::Value;
@@ -18,11 +19,11 @@ pub(super) struct ThinEvents {
 /// Problems of one kind that Stripe has found in meter events after accepting them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MeterError {
-    /// Such as `meter_event_customer_not_found`.
+    /// The code of the problem, such as `meter_event_customer_not_found`.
     pub code: String,
-    /// The number of meter events with it.
+    /// The number of meter events with this problem.
     pub count: u64,
-    /// The identifiers of some of them.
+    /// The identifiers of some of these meter events.
     pub identifiers: Vec<String>,
 }
 
@@ -54,14 +55,14 @@ impl ThinEvents {
     }
 
     pub(super) async fn meter_errors(&self, event: &str) -> Result<Vec<MeterError>> {
-        // Only IDs as Stripe assigns them belong in a URL.
+        // Only IDs in the form that Stripe assigns may be used in a URL.
         if !event
             .bytes()
             .all(|it| it.is_ascii_alphanumeric() || it == b'_')
         {
             return Err(StripeError::Missing {
                 param: None,
-                message: "not the ID of an event".to_owned(),
+                message: "not an event ID".to_owned(),
             });
         }
         let unknown = |error: reqwest::Error| StripeError::Unknown(error.to_string());

@@ -75,9 +75,9 @@ metrics! {
     billing_usage_lost: Gauge, "billing_usage_lost",
         "Usage of the last 40 days that should have been charged but will not be";
     billing_usage_oldest: Gauge, "billing_usage_oldest_pending_seconds",
-        "Age of the oldest usage report that Stripe does not have yet; 0 if there is none";
+        "Age of the oldest usage report that Stripe has not received yet; 0 if there is none";
     billing_meter_errors: Counter, "billing_meter_errors",
-        "Usage reports that Stripe accepted and then found to have an error";
+        "Usage reports in which Stripe found an error after accepting them";
     billing_reconciled_at: Gauge, "billing_reconciled_at_seconds",
         "Unix time of the last comparison of usage reports with the totals in Stripe";
     keys_malformed: Counter, "keys_malformed",

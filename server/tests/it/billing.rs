@@ -794,7 +794,7 @@ async fn setting_up_twice_creates_nothing_twice() {
     assert_eq!(wrong, ["webhook endpoint"]);
 }
 
-/// What a tenant pays does not exist at Stripe any more: neither do its subscriptions, and it can subscribe again.
+/// A tenant's customer no longer exists in Stripe, and neither do its subscriptions. The tenant can subscribe again.
 #[tokio::test(flavor = "multi_thread")]
 async fn tenant_whose_customer_was_deleted_can_subscribe_again() {
     let stripe = TestStripe::start().await;
@@ -846,7 +846,7 @@ async fn tenant_whose_customer_was_deleted_can_subscribe_again() {
     );
 }
 
-/// Such as after switching to a live key.
+/// The customer belongs to another mode, for example after switching to a live key.
 #[tokio::test(flavor = "multi_thread")]
 async fn customer_that_stripe_does_not_know_has_no_access() {
     let stripe = TestStripe::start().await;
@@ -880,7 +880,7 @@ async fn customer_that_stripe_does_not_know_has_no_access() {
     assert_eq!(stripe.fake.all("customer").len(), 1);
 }
 
-/// Customers without a subscription are read less and less often, others about every 10 minutes.
+/// Customers without a subscription are read at increasing intervals, others about every 10 minutes.
 #[tokio::test(flavor = "multi_thread")]
 async fn customer_without_a_subscription_is_rarely_read() {
     let stripe = TestStripe::start().await;
@@ -961,7 +961,8 @@ async fn tenant_cannot_use_up_the_rate_of_requests_to_stripe() {
     assert_eq!(page.status, 201, "{}", page.text);
 }
 
-/// From the webhook of a failed payment to 402 on three replicas, and back. Other subscribers notice nothing.
+/// Measures the time from the webhook of a failed payment to 402 on three replicas, and back. Other subscribers are not
+/// affected.
 #[tokio::test(flavor = "multi_thread")]
 async fn failed_payment_reaches_three_replicas_and_affects_no_one_else() {
     const OTHERS: u32 = 10_000;

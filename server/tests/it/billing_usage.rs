@@ -289,14 +289,14 @@ async fn random_schedules_charge_exactly_what_was_used() {
 /// The number of schedules. Set `BILLING_SEEDS=1000` for a long run.
 #[expect(
     clippy::disallowed_methods,
-    reason = "the length of a test is no setting of the server"
+    reason = "the length of a test is not a setting of the server"
 )]
 fn seeds() -> u64 {
     std::env::var("BILLING_SEEDS").map_or(25, |seeds| seeds.parse().expect("a number"))
 }
 
-/// The worker ends at a random moment, again and again, with faults of Stripe in between. What it has stored and sent
-/// is all that the next one knows.
+/// The worker repeatedly ends at a random moment, with faults in Stripe in between. The next worker knows only what the
+/// last one has stored and sent.
 #[tokio::test(flavor = "multi_thread")]
 async fn worker_that_ends_at_any_moment_charges_exactly_what_was_used() {
     let world = World::subscribed(10 * DAY).await;
@@ -338,7 +338,7 @@ async fn worker_that_ends_at_any_moment_charges_exactly_what_was_used() {
     assert!(world.reports().await.iter().all(|it| it.0 == "sent"));
 }
 
-/// After the time during which Stripe recognizes an identifier, Stripe's total determines the outcome.
+/// Once Stripe no longer recognizes an identifier, the total in Stripe determines the outcome.
 #[tokio::test(flavor = "multi_thread")]
 async fn worker_that_was_down_for_30_hours_charges_once() {
     let world = World::subscribed(3 * DAY).await;
@@ -773,7 +773,7 @@ async fn usage_before_the_edge_of_a_period_is_reported_before_the_hour_ends() {
             world.paid(edge + TimeDelta::milliseconds(500), 8),
         ])
         .await;
-    // Not before the subscriptions were read after the edge.
+    // Nothing is planned until the subscriptions have been read after the edge.
     let set_edge = format!(
         "UPDATE billing_subscriptions SET period_end = '{edge}'; \
          UPDATE billing_accounts SET read_at = now()"
@@ -791,7 +791,7 @@ async fn usage_before_the_edge_of_a_period_is_reported_before_the_hour_ends() {
     assert_eq!(world.reports().await.len(), 1);
 }
 
-/// Stripe accepts usage of a customer that it does not have, and reports the error later.
+/// Stripe accepts usage for a customer that does not exist, and reports the error later.
 #[tokio::test(flavor = "multi_thread")]
 async fn error_that_the_meter_reports_later_is_shown() {
     let world = World::subscribed(3 * DAY).await;
@@ -815,7 +815,7 @@ async fn error_that_the_meter_reports_later_is_shown() {
     let round = world.billing().handle_due().await.expect("handled");
     assert_eq!((round.meter_errors, round.failed), (1, 0));
     assert_eq!(state().await["code"], "meter_event_customer_not_found");
-    // A redelivery changes nothing.
+    // A redelivery has no effect.
     assert_eq!(
         world.billing().handle_due().await.expect("nothing").events,
         0
@@ -879,7 +879,7 @@ async fn usage_and_its_charge_are_shown() {
         (&json!(0), &Value::Null)
     );
     assert_eq!(reported(&shown), hour(0));
-    // A month of 28 to 31 days, of which three have passed.
+    // Three days of a month with 28 to 31 days have passed.
     let projected = usage["projected"].as_u64().expect("a number");
     assert!((1120..=1290).contains(&projected), "{projected}");
     assert_eq!(usage["projected_total"], 2900 + projected);

@@ -91,7 +91,7 @@ async fn too_many_plans_or_keys_are_refused_until_the_tenant_subscribes() {
     let shown = limits(&app, &account).await;
     assert_eq!(shown["plans"], json!({"used": 2, "maximum": 2}));
     assert_eq!(shown["api_keys"], json!({"used": 3, "maximum": 3}));
-    // Others have limits of their own, and nothing else is limited.
+    // Other tenants have separate limits, and nothing else is limited.
     let other = app.register().await;
     app.plan(&other, json!({})).await;
     app.service_token(&account).await;
@@ -218,7 +218,7 @@ async fn plan_above_the_free_limits_must_be_paid() {
     assert_eq!(app.act(&account, "PATCH", &path, moved).await.status, 200);
     assert_eq!(patch(&paid, lower).await.status, 200);
 
-    // A plan from before the limits can be renamed, but not raised.
+    // A plan that is older than the limits can be renamed, but its limits cannot be raised.
     let client = app.database.connect().await;
     let sql = "UPDATE plans SET default_rpm = 500, burst = 500 WHERE name = 'Free'";
     client.execute(sql, &[]).await.expect("the plan is changed");
@@ -234,7 +234,7 @@ async fn plan_above_the_free_limits_must_be_paid() {
     );
 }
 
-/// Without billing, `paid` means nothing, so the limits apply to all plans.
+/// Without billing, `paid` has no effect, so the limits apply to all plans.
 #[tokio::test(flavor = "multi_thread")]
 async fn without_billing_all_plans_have_the_limits() {
     let app = TestApp::setup().flag("--free-rpm=60").start().await;
@@ -295,7 +295,7 @@ async fn monthly_requests_are_limited_on_every_way_in() {
         (&state["policy"], &state["remaining"]),
         (&json!("tenant_monthly"), &json!(5))
     );
-    // More than is left, but not more than the quota.
+    // The cost is more than what is left, but not more than the quota.
     assert_eq!(check(&first, 6).await.body["allowed"], false);
     for _ in 0..5 {
         assert_eq!(app.echo(&first).await.status, 200);
@@ -339,7 +339,7 @@ async fn monthly_requests_are_limited_on_every_way_in() {
     assert_eq!(limits(&app, &other).await["requests"]["used"], 1);
 }
 
-/// What the key's rate denies costs nothing of the tenant's month.
+/// A request that the key's rate denies does not count toward the tenant's month.
 #[tokio::test(flavor = "multi_thread")]
 async fn request_denied_by_the_key_is_not_counted() {
     let app = TestApp::setup()
@@ -414,7 +414,7 @@ async fn replicas_serve_exactly_the_month_of_a_tenant() {
     let mut served = spend(&replicas, &keys, 1300).await;
     assert!(served <= LIMIT, "{served}");
     assert!(served >= LIMIT * 99 / 100, "{served}");
-    // A replica may have held the last tokens while only the other one was asked.
+    // A replica may have held the last tokens while requests were sent only to the other one.
     let began = Instant::now();
     while served < LIMIT {
         assert!(began.elapsed() < AT_MOST, "{served}");

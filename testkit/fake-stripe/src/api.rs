@@ -77,7 +77,7 @@ impl State {
             ["billing", rest @ ..] => self.collection(call, rest),
             ["customers", id] if call.method == Method::DELETE => self.delete_customer(id),
             ["subscriptions"] if is_get => {
-                // Also of a deleted customer.
+                // This includes deleted customers.
                 if let Some(customer) = params["customer"].as_str()
                     && self.find("customer", customer).is_err()
                 {

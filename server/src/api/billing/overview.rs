@@ -54,7 +54,7 @@ pub(super) async fn billing_state(
         it.has_paid_access && it.paid_access_until.is_none_or(|end| times.now < end)
     });
     let offer = match subscription {
-        // Of a subscription that has ended, what it cost does not matter.
+        // The price of a subscription that has ended does not matter.
         Some(it) if it.ended_at.is_none() && it.currency.is_some() => Some(Offer {
             name: it.product_name.clone(),
             currency: it.currency.clone().unwrap_or_default(),
@@ -122,8 +122,8 @@ impl Subscription<'_> {
     }
 }
 
-/// Returns the limits. A quota that replicas take in blocks counts what they have taken, but not more than the requests
-/// that were admitted.
+/// Returns the limits. For a quota that replicas take in blocks, the tokens that they have taken count, but not more
+/// than the admitted requests.
 fn limits(config: &Config, counts: Counts, has_access: bool, is_counted: bool) -> BillingLimits {
     let free = config.free_tier;
     let monthly = free.requests_per_month.filter(|_| !has_access);
@@ -220,6 +220,6 @@ mod tests {
         assert_eq!(after(30 * 24), 100);
         assert_eq!(after(31 * 24), 100, "the period is over");
         assert_eq!(after(1), 72_000);
-        assert_eq!(after(0), 72_000, "not infinitely many");
+        assert_eq!(after(0), 72_000, "the projection is finite");
     }
 }

@@ -150,7 +150,7 @@ async fn last_token_is_available_again_if_the_key_is_denied() {
     let (decide, decision) = oneshot::channel();
     let first = world.admit_with(NonZeroU32::MIN, world.decided(decision));
     let second = async {
-        // It waits for the reservation of the first, instead of being denied until the next month.
+        // It waits for the first request's reservation instead of being denied until the next month.
         let second = world.admit(1);
         tokio::pin!(second);
         for _ in 0..10 {
