@@ -5,6 +5,7 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { actions } from "./actions.mjs";
+import { billing, subscription } from "./billing.mjs";
 import { errors } from "./errors.mjs";
 import { guard } from "./guard.mjs";
 import { keyboard } from "./keyboard.mjs";
@@ -16,16 +17,19 @@ import { pages } from "./pages.mjs";
 import { pictures } from "./pictures.mjs";
 import { tour } from "./tour.mjs";
 import { usage } from "./usage.mjs";
+import { walk } from "./walk.mjs";
 import { widths } from "./widths.mjs";
 import { World } from "./world.mjs";
 
 const [executablePath, base, shots, ...selected] = process.argv.slice(2);
-const parts = { tour, keyboard, once, many, actions, usage, lists, names, guard, pages, errors, widths, pictures };
+const parts = { tour, keyboard, once, many, actions, usage, lists, names, guard, pages, errors, billing, subscription, widths, pictures, walk };
+// Only on request.
+const optional = ["pictures", "walk"];
 
 const world = await World.start(executablePath, base, shots);
 try {
   for (const [name, part] of Object.entries(parts)) {
-    if (selected.length ? !selected.includes(name) : name === "pictures") continue;
+    if (selected.length ? !selected.includes(name) : optional.includes(name)) continue;
     await part(world);
     assert.deepEqual([...world.violations, ...world.pageErrors], [], name);
     console.log(`${name}: passed`);

@@ -29,8 +29,7 @@ use crate::{
 };
 
 /// They are not part of the details, which are rendered again after each load, so that typed text or a new key in a
-/// dialog is kept. They are not part of the details, which are rendered again after each load, so that typed text or a
-/// new key in a dialog is kept.
+/// dialog is kept.
 #[derive(Clone, Copy)]
 struct Dialogs {
     editing: RwSignal<bool>,
