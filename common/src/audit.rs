@@ -48,11 +48,11 @@ response! {
     pub struct AuditEvent {
         pub id: AuditEventId,
         pub at: Timestamp,
-        /// The user who made the change. `null`: the system or its operator.
+        /// The user who made the change. `null` if the system or its operator made it.
         pub user_id: Option<UserId>,
         /// The user's current email.
         pub user_email: Option<String>,
-        /// The action, as `noun.verb`: `plan.create`, `api_key.rotate`, `session.reuse_detected`.
+        /// The action in the form `noun.verb`, such as `plan.create`, `api_key.rotate` or `session.reuse_detected`.
         pub action: String,
         /// The type of the changed resource: `plan`, `api_key`, `service_token`, `user`, `session` or `tenant`.
         pub target_type: String,

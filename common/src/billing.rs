@@ -33,10 +33,10 @@ response! {
         /// Whether billing is set up on this server. If not, plans marked `paid` work like other plans.
         pub enabled: bool,
         pub access: BillingAccess,
-        /// Whether API keys on plans marked `paid` work now.
+        /// Whether API keys on plans marked `paid` currently work.
         pub paid_plans_work: bool,
-        /// When they stop working: the date of a cancellation, or the end of the grace period after a failed payment.
-        /// `null` if no end is known.
+        /// When keys on paid plans stop working: the date of a cancellation, or the end of the grace period after a
+        /// failed payment. `null` if no end is known.
         pub access_ends_at: Option<Timestamp>,
         /// When the trial ends and the first payment is due.
         pub trial_ends_at: Option<Timestamp>,
@@ -44,16 +44,15 @@ response! {
         pub period_start: Option<Timestamp>,
         /// End of the current billing period, when the next payment is due.
         pub period_end: Option<Timestamp>,
-        /// Whether the customer portal is available, which requires that the organization has started a subscription
-        /// before.
+        /// Whether the customer portal is available. It is available once the organization has started a subscription.
         pub has_customer: bool,
-        /// When this was last read from Stripe.
+        /// When this information was last retrieved from Stripe.
         pub refreshed_at: Option<Timestamp>,
     }
 }
 
 response! {
-    /// A Checkout page at Stripe.
+    /// A Stripe Checkout page.
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct CheckoutPage {
@@ -65,7 +64,7 @@ response! {
 }
 
 response! {
-    /// The customer portal at Stripe.
+    /// The Stripe customer portal.
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct PortalPage {

@@ -12,7 +12,7 @@ use crate::{call::Call, problem::Problem, time::Timestamp};
 pub struct CallResponse {
     /// JSON, or empty.
     pub body: String,
-    /// Set if the server was unreachable and this is an earlier response: the time at which that was received.
+    /// If the server was unreachable and this is an earlier response, the time at which it was received.
     pub loaded_at: Option<Timestamp>,
 }
 

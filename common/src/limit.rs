@@ -91,8 +91,7 @@ response! {
         /// Name of the key's plan.
         pub plan: Option<String>,
         pub limits: Vec<LimitState>,
-        /// Seconds until the same request would be allowed, rounded up. `null` if the request was allowed or can never be
-        /// allowed.
+        /// Seconds to wait before retrying, rounded up. `null` if the request was allowed or can never be allowed.
         pub retry_after: Option<u64>,
         /// Headers for the gateway to pass on to the consumer, whether the request was allowed or denied.
         pub headers: BTreeMap<String, String>,

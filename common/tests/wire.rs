@@ -1,5 +1,5 @@
-//! Golden JSON of every API type and, with the `openapi` feature, proof that the document describes the same JSON: serde
-//! and poem-openapi read their own attributes, which can drift apart silently.
+//! Golden JSON of every API type and, with the `openapi` feature, proof that the document describes the same JSON.
+//! serde and poem-openapi read separate attributes, which can drift apart silently.
 
 use quota_common::{
     ApiKeyId, FieldError, Page, PlanId, Problem, ProblemCode, ServiceTokenId, SessionId, TenantId,

@@ -16,10 +16,10 @@ use crate::{cargo, console, journey, machine, read, root, say, succeed, system};
 /// The address of `cargo xtask run`.
 const RUNNING: &str = "http://localhost:8080";
 
-/// What compiling the app requires.
+/// The programs and libraries required to compile the app.
 pub(crate) const NEEDS: [machine::Need; 1] = [machine::WEBKIT];
 
-/// What its end-to-end test requires.
+/// The programs required by its end-to-end test.
 pub(crate) const JOURNEY_NEEDS: [machine::Need; 5] = [
     machine::WEBKIT,
     machine::WEBKIT_DRIVER,
@@ -82,7 +82,7 @@ pub(crate) fn bundle(test: bool) -> Result<()> {
     let built = console::target_directory()?;
     let out = built.join("bundle");
     fs::create_dir_all(&out)?;
-    // Installed with the C compiler.
+    // It is installed along with the C compiler.
     let program = out.join("quota-desktop");
     succeed(
         Command::new("strip")

@@ -1,6 +1,6 @@
 //! `cargo xtask`: the tasks of this project, in Rust, without other tools.
 //!
-//! Has few dependencies, and does not depend on the server, since tasks start before the server is built.
+//! Has few dependencies and does not depend on the server, because tasks start before the server is built.
 
 #![expect(
     clippy::disallowed_methods,

@@ -39,7 +39,7 @@ pub fn run() -> ExitCode {
     STARTED.get_or_init(Instant::now);
     let Arguments { server } = Arguments::parse();
     let app = tauri::Builder::default()
-        // Registered first, so that a second instance does nothing before it detects the first.
+        // Registered first, so that a second instance detects the first before it does anything else.
         .plugin(tauri_plugin_single_instance::init(|app, arguments, _| {
             window::on_second_instance(app, &arguments);
         }))

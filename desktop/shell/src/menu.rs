@@ -10,7 +10,7 @@ use tauri_plugin_opener::OpenerExt as _;
 
 use crate::window;
 
-/// Pages of the console: path, name, shortcut.
+/// The pages of the console, each with its path, name and shortcut.
 const PAGES: [(&str, &str, &str); 8] = [
     ("/console", "Home", "CmdOrCtrl+1"),
     ("/console/usage", "Usage", "CmdOrCtrl+2"),
@@ -22,7 +22,7 @@ const PAGES: [(&str, &str, &str); 8] = [
     ("/console/settings", "Settings", "CmdOrCtrl+,"),
 ];
 
-/// Other entries: ID, name, shortcut.
+/// The other entries, each with its ID, name and shortcut.
 const RELOAD: (&str, &str, &str) = ("reload", "Reload", "CmdOrCtrl+R");
 const QUIT: (&str, &str, &str) = ("quit", "Quit", "CmdOrCtrl+Q");
 const BACK: (&str, &str, &str) = ("back", "Back", "Alt+Left");
@@ -84,7 +84,7 @@ fn build(app: &AppHandle) -> tauri::Result<Menu<tauri::Wry>> {
         .about(Some(about))
         .build()?;
     let mut menu = MenuBuilder::new(app).item(&quota);
-    // On macOS the shortcuts for copy and paste come from the menu; elsewhere the page has them.
+    // On macOS, the shortcuts for copy and paste come from the menu; elsewhere, the page provides them.
     let edit = SubmenuBuilder::new(app, "Edit")
         .undo()
         .redo()

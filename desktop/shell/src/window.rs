@@ -47,8 +47,8 @@ pub fn open(app: &AppHandle) -> tauri::Result<WebviewWindow> {
     Ok(window)
 }
 
-/// Tells the page that the system is dark, which WebKit does not always detect. If Tauri reports a light system, the
-/// page relies on WebKit.
+/// Notifies the page that the system uses a dark theme, which WebKit does not always detect. If Tauri reports a light
+/// theme, the page relies on WebKit.
 fn report_theme(window: &WebviewWindow, theme: Theme) {
     let dark = theme == Theme::Dark;
     run_in(

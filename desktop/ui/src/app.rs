@@ -1,7 +1,7 @@
 //! The frame around all pages: navigation, account, and the current page.
 //!
-//! Visitors who are not signed in are sent to sign in, and back afterwards. While the server is unreachable, users stay
-//! signed in; the frame says so and offers to try again.
+//! Visitors who are not signed in are sent to the sign-in page, and back afterwards. While the server is unreachable,
+//! users stay signed in; the frame says so and offers to try again.
 
 use leptos::{prelude::*, task::spawn_local};
 
@@ -33,7 +33,7 @@ pub fn App() -> impl IntoView {
     watch_presses();
     session.load();
     let current = Memo::new(move |_| ConsolePage::of(&route.path.get()));
-    // Empty inside the frame, so that moving between its pages does not render it again.
+    // This is empty inside the frame, so that moving between its pages does not render the frame again.
     let outside_frame = text_memo(move || {
         match current.get() {
             ConsolePage::SignIn => "sign-in",
@@ -87,7 +87,7 @@ const NAVIGATION: [(&str, &[NavigationLink]); 3] = [
     ),
 ];
 
-/// Shows the frame to those who are signed in.
+/// Shows the frame to users who are signed in.
 #[component]
 fn AuthGate(current: Memo<ConsolePage>) -> impl IntoView {
     let session = session();

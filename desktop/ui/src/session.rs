@@ -9,7 +9,7 @@ use crate::{
     route::Route,
 };
 
-/// Whether the user is signed in, as far as is known.
+/// Whether the user is signed in, if that is known.
 #[derive(Debug, Clone, PartialEq)]
 pub enum AuthState {
     Unknown,
@@ -38,7 +38,7 @@ impl Session {
         api::on_session_end(move |error| {
             session.end();
             if *error == CallError::AccountChanged {
-                // Start over with the account that is signed in now.
+                // Start over with the account that is now signed in.
                 session.auth.set(AuthState::Unknown);
                 route.replace("/console");
                 toasts.fail(error);

@@ -119,7 +119,7 @@ impl ApiKeyApi {
         DateTime::from_timestamp_nanos(i64::try_from(self.state.clock.now().0).unwrap_or(i64::MAX))
     }
 
-    /// Rejects an expiry that has already passed, because it must be a mistake.
+    /// Rejects an expiry that has already passed, because it is most likely a mistake.
     fn check_expiry(&self, at: Option<Timestamp>) -> Result<(), ApiError> {
         match at {
             Some(at) if at.inner() <= self.now() => {
@@ -190,8 +190,8 @@ impl ApiKeyApi {
     async fn create(
         &self,
         caller: ManagingTenant,
-        /// Makes the request safe to retry: the same key and body within 24 hours return the first response again,
-        /// without the API key.
+        /// Makes the request safe to retry: repeating it with the same key and body within 24 hours returns the first
+        /// response again, without the API key.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<CreateApiKey>,
@@ -222,7 +222,7 @@ impl ApiKeyApi {
             })
         };
         let mut created = create(&self.state, &caller, idempotency, insert).await?;
-        // A replay has none.
+        // A replay has no secret.
         if let Some(secret) = secret {
             self.state.keys.created(&secret);
             created.key = Some(secret.reveal());
@@ -327,8 +327,8 @@ impl ApiKeyApi {
         &self,
         caller: ManagingTenant,
         key_id: Path<ApiKeyId>,
-        /// Makes the request safe to retry: the same key and body within 24 hours return the first response again,
-        /// without the API key.
+        /// Makes the request safe to retry: repeating it with the same key and body within 24 hours returns the first
+        /// response again, without the API key.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<RotateApiKey>,

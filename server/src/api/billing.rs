@@ -124,7 +124,7 @@ impl BillingApi {
 impl BillingApi {
     /// Get the subscription
     ///
-    /// Returns the access that the organization's subscription provides. Changes at Stripe are visible within seconds.
+    /// Returns the access that the organization's subscription provides. Changes in Stripe are visible within seconds.
     #[oai(path = "/", method = "get", operation_id = "get_billing")]
     async fn get(&self, caller: BillingTenant) -> Result<Json<BillingState>, ApiError> {
         let find = async |tx: &mut TenantTx| billing::find(tx).await;
@@ -167,13 +167,14 @@ impl BillingApi {
 
     /// Start a subscription
     ///
-    /// Returns a page at Stripe on which the organization can subscribe. While such a page is open, the same page is
-    /// returned, so an organization can't subscribe twice. Fails with 409 if there already is a subscription.
+    /// Returns a Stripe Checkout page where the organization can subscribe. While a page is still open, it is returned
+    /// again, so an organization can't subscribe twice. Fails with 409 if the organization already has a subscription.
     #[oai(path = "/checkout", method = "post", operation_id = "start_checkout")]
     async fn checkout(
         &self,
         caller: BillingTenant,
-        /// Makes the request safe to retry: the same key within 24 hours returns the first response again.
+        /// Makes the request safe to retry: repeating it with the same key within 24 hours returns the first response
+        /// again.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
     ) -> Result<Created<CheckoutPage>, ApiError> {
@@ -217,7 +218,8 @@ impl BillingApi {
 
     /// Open the customer portal
     ///
-    /// Returns a page at Stripe on which the organization can change its payment method, cancel, and find its invoices.
+    /// Returns a link to the Stripe customer portal, where the organization can change its payment method, cancel, and
+    /// find its invoices.
     #[oai(
         path = "/portal",
         method = "post",
@@ -231,8 +233,8 @@ impl BillingApi {
 
     /// Receive a webhook from Stripe
     ///
-    /// Called only by Stripe. The `Stripe-Signature` header must be valid. Events are stored, and processed after the
-    /// response.
+    /// Called only by Stripe. The `Stripe-Signature` header must be valid. Events are stored immediately and processed
+    /// after the response.
     #[oai(
         path = "/stripe/webhook",
         method = "post",

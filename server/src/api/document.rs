@@ -24,7 +24,7 @@ const META: &str = "<meta charset=\"utf-8\">\n\
 const LANDING: &str = include_str!("document/landing.html");
 const DOOR: &str = include_str!("document/door.html");
 const ICON: &str = include_str!("../../../desktop/ui/icon.svg");
-/// These URLs have no version, so they are not cached for longer.
+/// These URLs do not contain a version, so they are cached only briefly.
 const HOUR: &str = "public, max-age=3600";
 /// Allows nothing from other origins and nothing inline.
 const CSP: &str = "default-src 'none'; style-src 'self'; img-src 'self' data:; script-src 'self'; connect-src 'self'; \
@@ -179,15 +179,15 @@ curl {base}/auth/refresh -H "Content-Type: application/json" \
             r#"curl -X DELETE {base}/admin/plans/$PLAN_ID -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
         ProblemCode::SubscriptionNeeded | ProblemCode::NotSubscribed => (
-            "Subscribe on the page that this request returns, then send the request again.",
+            "Request a Stripe Checkout page, subscribe there, then send the original request again.",
             r#"curl -X POST {base}/billing/checkout -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
         ProblemCode::AlreadySubscribed => (
-            "Open the customer portal, on the page that this request returns.",
+            "Manage the existing subscription in the Stripe customer portal. This request returns a link to it.",
             r#"curl -X POST {base}/billing/portal -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
         ProblemCode::BillingOff => (
-            "Retrying won't help. See whether the server has billing.",
+            "Retrying won't help. Check whether billing is enabled on this server.",
             r#"curl {base}/billing -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
         ProblemCode::HeadersTooLarge => (
@@ -215,7 +215,7 @@ curl {base}/auth/refresh -H "Content-Type: application/json" \
 curl -X DELETE {base}/admin/plans/$PLAN_ID -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
         ProblemCode::PreviousKeyActive => (
-            "The same request fails again until the previous key has expired. To revoke it immediately, set `replace_previous`.",
+            "The same request will fail until the previous key expires. To revoke it immediately, set `replace_previous`.",
             r#"curl {base}/admin/api-keys/$KEY_ID/rotate \
   -H "Authorization: Bearer $ACCESS_TOKEN" -H "Content-Type: application/json" \
   -d '{"replace_previous": true}'"#,

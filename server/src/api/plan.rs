@@ -128,7 +128,8 @@ impl PlanApi {
     async fn create(
         &self,
         caller: ManagingTenant,
-        /// Makes the request safe to retry: the same key and body within 24 hours return the first response again.
+        /// Makes the request safe to retry: repeating it with the same key and body within 24 hours returns the first
+        /// response again.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<CreatePlan>,

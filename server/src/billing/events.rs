@@ -1,6 +1,6 @@
 //! Webhooks: stored as they arrive, and processed later.
 //!
-//! The contents of an event are never applied. It only causes a read of its customer's subscriptions, whatever its
+//! The contents of an event are never applied. It only causes a read of its customer's subscriptions, regardless of its
 //! type, version or age.
 
 use futures_util::{StreamExt, stream};
@@ -24,7 +24,7 @@ const BATCH: i64 = 100;
 const ATTEMPTS_MAX: i32 = 35;
 /// Maximum number of customers read concurrently.
 const CONCURRENT: usize = 8;
-/// How often a customer is read without an event, in seconds. So a lost webhook delays its change by at most this long.
+/// How often a customer is read without an event, in seconds. A lost webhook delays its change by at most this long.
 const READ_EVERY: f64 = 600.0;
 /// Maximum number of customers read in one round.
 const READS: i64 = 20;
@@ -32,11 +32,11 @@ const READS: i64 = 20;
 /// The result of a round of the worker.
 #[derive(Debug, Default)]
 pub struct Round {
-    /// Number of events it took.
+    /// Number of events processed.
     pub events: usize,
-    /// Number of events it abandoned.
+    /// Number of events abandoned.
     pub failed: usize,
-    /// Number of reads of customers that failed.
+    /// Number of failed reads of customers.
     pub read_errors: usize,
     /// Invalidations to publish.
     pub invalidations: Vec<Invalidation>,
@@ -90,7 +90,7 @@ impl Billing {
         while let Some((events, read)) = reads.next().await {
             match read {
                 Ok(invalidation) => {
-                    // Done before recording the outcome, which may fail.
+                    // This comes first, because recording the outcome may fail.
                     round.invalidations.extend(invalidation);
                     self.finish(&events, Outcome::Applied, None).await?;
                 }
@@ -120,7 +120,7 @@ impl Billing {
 
     /// Returns the tenant that an event concerns.
     async fn tenant_of(&self, event: &DueEvent) -> Result<Option<TenantId>, BillingError> {
-        // Events of a sandbox do not concern real subscriptions, nor the other way around.
+        // Sandbox events do not concern live subscriptions, and vice versa.
         if event.livemode != self.is_live {
             return Ok(None);
         }

@@ -26,7 +26,7 @@ use crate::{
     subscription::{self, Paid, Status},
 };
 
-/// The lookup key of the price per month.
+/// The lookup key of the monthly price.
 pub const FLAT_PRICE: &str = "quota_monthly";
 /// The lookup key of the price per unit of usage, which is optional.
 pub const USAGE_PRICE: &str = "quota_usage";
@@ -38,10 +38,10 @@ pub enum BillingError {
     Stripe(#[from] StripeError),
     #[error(transparent)]
     Db(#[from] DbError),
-    /// The tenant already has a subscription, which it has to change or end first.
-    #[error("the tenant has a subscription")]
+    /// The tenant already has a subscription, which it has to change or cancel first.
+    #[error("the tenant already has a subscription")]
     Subscribed,
-    /// The tenant has no customer at Stripe.
+    /// The tenant has no Stripe customer.
     #[error("the tenant has never subscribed")]
     NoCustomer,
     /// Stripe has no active price with the lookup key of [`FLAT_PRICE`].
@@ -50,9 +50,9 @@ pub enum BillingError {
     )]
     NoPrice,
     /// Stripe returned a status that this version does not support. The last known access is kept.
-    #[error("Stripe returned the unknown subscription status {0:?}")]
+    #[error("Stripe returned an unknown subscription status: {0:?}")]
     UnknownStatus(String),
-    #[error("Stripe returned a Checkout Session without a page")]
+    #[error("Stripe returned a Checkout Session without a URL")]
     NoPage,
     /// Stripe has no active price with the lookup key of [`USAGE_PRICE`] and a meter.
     #[error(
@@ -74,7 +74,7 @@ pub struct Billing {
 #[derive(Debug, Clone, Copy)]
 pub struct Buyer<'a> {
     pub tenant: TenantId,
-    /// Only the first time.
+    /// Used only the first time.
     pub email: &'a str,
     pub name: &'a str,
     pub success_url: &'a str,
@@ -170,7 +170,7 @@ impl Billing {
         };
         let mut tx = self.db.system().await?;
         let changed = billing::apply_read(&mut tx, tenant, &applied).await?;
-        // Last, since it waits for other transactions that invalidate.
+        // This comes last, because it waits for other transactions that invalidate.
         let invalidation = match changed {
             Applied::PaidAccess => {
                 Some(invalidation::insert_system(&mut tx, tenant.0, Target::Tenant).await?)
@@ -184,8 +184,8 @@ impl Billing {
         Ok(invalidation)
     }
 
-    /// Returns the tenant's customer at Stripe, creating it if there is none: only once, no matter how often and where
-    /// this fails.
+    /// Returns the tenant's Stripe customer, creating it if there is none. Only one customer is ever created, no matter
+    /// how often and where this fails.
     async fn customer(&self, buyer: &Buyer<'_>) -> Result<String, BillingError> {
         let (tenant, mut tx) = (buyer.tenant, self.db.system().await?);
         let account = billing::open(&mut tx, tenant, buyer.email, buyer.name).await?;
@@ -197,7 +197,7 @@ impl Billing {
         tx.commit().await?;
         let id = tenant.to_string();
         let email = account.customer_email.as_str();
-        // An earlier request may have taken effect without a response, so long ago that Stripe has forgotten its key.
+        // An earlier request may have succeeded without a response, but too long ago for Stripe to recognize its key.
         let found = if account.customer_requested {
             self.stripe.find_customer(&id, email).await?
         } else {
@@ -211,7 +211,7 @@ impl Billing {
                 let name = account.customer_name.as_str();
                 let created = self.stripe.create_customer(&id, email, name, &key).await;
                 if let Err(StripeError::Failed { .. }) = &created {
-                    // The same key would fail for a day. The next attempt searches for a customer first.
+                    // The same idempotency key would fail for a day. The next attempt searches for a customer first.
                     let mut tx = self.db.system().await?;
                     billing::next_customer_attempt(&mut tx, tenant, attempt).await?;
                     tx.commit().await?;
@@ -272,7 +272,8 @@ impl Billing {
         let key = format!("quota-checkout-{tenant}-{attempt}");
         let created = self.stripe.create_checkout(&checkout, &key).await;
         if let Err(StripeError::Failed { .. } | StripeError::Rejected { .. }) = &created {
-            // The same key would return the same failure. If a session was created after all, no one has seen its page.
+            // The same idempotency key would return the same error. If a session was created after all, no user has
+            // seen its page.
             self.end_checkout(tenant, attempt).await?;
         }
         let session = created?;

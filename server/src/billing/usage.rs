@@ -1,11 +1,11 @@
-//! Converts usage to meter events at Stripe.
+//! Converts usage to Stripe meter events.
 //!
 //! The shipper adds up charged usage in `billing_usage`, hour by hour. When an hour has ended, [`Billing::plan_usage`]
 //! converts its new usage to reports, each of which becomes one meter event. [`Billing::send_usage`] sends them until
 //! Stripe has received them:
 //!
 //! - The identifier of a meter event is the report's tenant, start and revision. Stripe accepts an identifier once a
-//!   day, so for 20 hours, a report whose response was lost is simply sent again. After that, Stripe's own total for
+//!   day, so for 20 hours, a report whose response was lost is simply sent again. After that, the total in Stripe for
 //!   the hour shows whether it arrived.
 //! - Usage that arrives late becomes another revision, with the difference.
 //! - An hour in which a billing period begins or ends is divided at that time, based on the log.
@@ -46,7 +46,7 @@ const fn hour() -> TimeDelta {
     TimeDelta::hours(1)
 }
 
-/// A part of an hour that is in one billing period.
+/// The part of an hour that is in one billing period.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Span {
     start: DateTime<Utc>,
@@ -83,13 +83,13 @@ fn in_force<'a>(subscriptions: &'a [ChargedBy], span: &Span) -> Option<&'a Charg
 /// The result of a comparison.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reconciled {
-    /// The difference between reports and Stripe's totals, as the sum of absolute values over customers.
+    /// The difference between reports and the totals in Stripe, as the sum of absolute values over customers.
     pub difference: i64,
     /// Usage that should have been charged but will not be.
     pub lost: i64,
-    /// Age of the oldest report that Stripe does not have yet, in seconds.
+    /// Age of the oldest report that Stripe has not received yet, in seconds.
     pub oldest_pending: i64,
-    /// In seconds since 1970.
+    /// The time of the comparison, in seconds since 1970.
     pub at: i64,
 }
 
@@ -117,8 +117,8 @@ impl Billing {
         Ok(planned)
     }
 
-    /// Plans one hour of each tenant. `read` has the tenants that this run has read from Stripe, and whether their hours
-    /// can be planned.
+    /// Plans one hour of each tenant. `read` contains the tenants that this run has read from Stripe, and whether their
+    /// hours can be planned.
     async fn plan_oldest_hours(
         &self,
         read: &mut HashMap<TenantId, bool>,
@@ -141,13 +141,13 @@ impl Billing {
                 }
                 read.insert(tenant, result.is_ok());
             }
-            // If it is not known where billing periods begin and end, the hour waits.
+            // Until it is known when billing periods begin and end, the hour has to wait.
             if read.get(&tenant).copied().unwrap_or(is_read) {
                 match self.plan_hour(tenant, start).await {
                     Ok(()) => planned += 1,
                     // The hours of other tenants do not wait for this one.
                     Err(error) => {
-                        tracing::warn!(%tenant, %start, error = %chain(&error), "cannot plan reports of usage");
+                        tracing::warn!(%tenant, %start, error = %chain(&error), "cannot plan usage reports");
                         read.insert(tenant, false);
                     }
                 }
@@ -231,9 +231,9 @@ impl Billing {
     async fn send_usage_of(&self, tenant: TenantId) -> Result<u64, BillingError> {
         let began = Instant::now();
         let mut finished = 0;
-        // So that the last report is sent before another replica may take over.
+        // Stop in time, so that the last report is sent before another replica may take over.
         while began.elapsed() < TURN {
-            // Committed before calling Stripe, so that it is known that the report may have been sent.
+            // Commit before calling Stripe, to record that the report may have been sent.
             let mut tx = self.db.system().await?;
             let report = billing_usage::begin_attempt(&mut tx, tenant).await?;
             tx.commit().await?;
@@ -317,8 +317,8 @@ impl Billing {
         }
     }
 
-    /// Returns whether Stripe has counted a report whose identifier it no longer recognizes. `None` if Stripe's total
-    /// matches neither outcome.
+    /// Returns whether Stripe has counted a report whose identifier it no longer recognizes. `None` if the total in
+    /// Stripe matches neither outcome.
     async fn has_arrived(
         &self,
         tenant: TenantId,
@@ -341,7 +341,7 @@ impl Billing {
         })
     }
 
-    /// Returns Stripe's total for a customer's usage.
+    /// Returns the total usage of a customer in Stripe.
     async fn counted(
         &self,
         customer: &str,
@@ -357,7 +357,7 @@ impl Billing {
         Ok(self.stripe.counted(meter, customer, from, until).await?)
     }
 
-    /// Compares the reports for yesterday (UTC) with Stripe's totals.
+    /// Compares the reports for yesterday (UTC) with the totals in Stripe.
     pub async fn reconcile_usage(&self) -> Result<Reconciled, BillingError> {
         let mut tx = self.db.system().await?;
         let uncharged = billing_usage::uncharged(&mut tx).await?;
@@ -374,7 +374,7 @@ impl Billing {
                 difference += (counted - it.sent).abs();
                 tracing::error!(
                     tenant = %it.tenant_id, day = %yesterday, sent = it.sent, counted,
-                    "Stripe's total differs from the reported usage"
+                    "the total in Stripe differs from the reported usage"
                 );
             }
         }

@@ -272,7 +272,7 @@ fn stripe(r: &mut Reader, s: &Settings) -> Option<StripeSettings> {
         // The value is not shown, because it is a secret in any case.
         let variable = &key.variable;
         r.0.push(format!(
-            "{variable}: must be a secret key of Stripe's, which starts with sk_ or rk_"
+            "{variable}: must be a Stripe secret key, which starts with sk_ or rk_"
         ));
     }
     let webhook = r.or_file(
@@ -289,7 +289,7 @@ fn stripe(r: &mut Reader, s: &Settings) -> Option<StripeSettings> {
     if secrets.iter().any(|it| !it.starts_with("whsec_")) {
         let variable = &webhook.variable;
         r.0.push(format!(
-            "{variable}: must be a signing secret of Stripe's, which starts with whsec_"
+            "{variable}: must be a Stripe webhook secret, which starts with whsec_"
         ));
     }
     let api_base = r.read("STRIPE_API_BASE", &s.stripe_api_base, None, |text| {

@@ -33,7 +33,7 @@ impl Reader {
         }
     }
 
-    /// Falls back to the first choice.
+    /// Falls back to the first option.
     pub(super) fn choice<T: Copy, const N: usize>(
         &mut self,
         variable: &str,
@@ -172,7 +172,7 @@ pub(super) struct Sourced {
     pub(super) value: Option<SecretString>,
 }
 
-/// A larger file cannot be a secret.
+/// A larger file is certainly not a secret.
 const SECRET_FILE_MAX: u64 = 64 * 1024;
 
 /// Returns the content of a file without surrounding white space, such as the line break that editors add.

@@ -1,7 +1,7 @@
-//! Processes webhooks from Stripe, and reads customers regularly in case one was lost.
+//! Processes Stripe webhooks, and reads customers regularly in case a webhook was lost.
 //!
-//! A webhook that this replica has stored is processed immediately. If another replica stored it and does not process
-//! it, this takes up to a second. Failures are retried later; see [`events`](crate::billing::events).
+//! A webhook that this replica has stored is processed immediately. If another replica stored it but does not process
+//! it, this replica does so within a second. Failures are retried later; see [`events`](crate::billing::events).
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ const EVERY: Duration = Duration::from_secs(1);
 const READ_EVERY: Duration = Duration::from_secs(5);
 /// How often usage is planned and sent.
 const REPORT_EVERY: Duration = Duration::from_secs(10);
-/// How often reports are compared with Stripe's totals.
+/// How often reports are compared with the totals in Stripe.
 const RECONCILE_EVERY: Duration = Duration::from_hours(1);
 
 pub(super) async fn handle_events(state: AppState) {
@@ -32,7 +32,7 @@ pub(super) async fn handle_events(state: AppState) {
             _ = ticks.tick() => {}
             () = state.billing_event.notified() => {}
         }
-        // Until there are none left.
+        // Repeats until there are none left.
         while handle_round(&state, billing.handle_due().await, &mut is_reported) {}
     }
 }
@@ -76,7 +76,7 @@ pub(super) async fn report_usage(state: AppState) {
     }
 }
 
-/// Compares yesterday's reports with Stripe's totals, and reports usage that has not been charged.
+/// Compares yesterday's reports with the totals in Stripe, and measures usage that has not been charged.
 pub(super) async fn reconcile_usage(state: AppState) {
     let Some(billing) = state.billing.clone() else {
         return;

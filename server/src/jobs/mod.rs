@@ -81,8 +81,8 @@ async fn next(ticks: &mut tokio::time::Interval, stopping: &mut watch::Receiver<
     }
 }
 
-/// Runs a job that can be dropped anywhere, since it continues later with what is stored. So stopping does not wait for
-/// Stripe.
+/// Runs a job that can be dropped at any point, since it continues later from its stored state. So stopping the server
+/// does not wait for Stripe.
 async fn until_stopped(mut stopping: watch::Receiver<bool>, job: BoxFuture<'static, ()>) {
     tokio::select! {
         biased;

@@ -32,7 +32,7 @@ use super::{
     shared::SharedKeys,
 };
 
-/// How often the use of a key is recorded.
+/// The minimum time between two recorded uses of a key.
 const NOTE_EVERY: Nanos = Nanos::from_secs(1);
 
 /// An API key, with its limits and the handle of their state.
@@ -47,7 +47,7 @@ pub struct KeyRecord {
     pub is_active: bool,
     pub expires_at: Option<UnixNanos>,
     pub billing: Billing,
-    /// Until when the tenant may use plans marked `paid`; 0 for not at all.
+    /// The time until which the tenant may use plans marked `paid`; 0 if it may not.
     pub paid_access_until: UnixNanos,
     pub policies: Policies,
     pub handle: Arc<KeyHandle>,
@@ -102,7 +102,7 @@ impl KeyRecord {
 }
 
 impl KeyRecord {
-    /// Whether a use at `now` should be recorded: at most once per second, so that a busy key costs no more than
+    /// Whether a use at `now` should be recorded: at most once per second, so that a busy key is no more expensive than
     /// others.
     pub fn is_worth_noting(&self, now: UnixNanos) -> bool {
         let noted_at = self.noted_at.load(Ordering::Relaxed);
@@ -178,7 +178,7 @@ impl KeyStore {
         );
         let (index, cached) = (self.index.clone(), self.keys.clone());
         let record = move |facts: KeyFacts, as_of| {
-            // Added before the record is cached.
+            // The hash is added before the record is cached.
             let owners = [facts.tenant_id, facts.plan_id, facts.id];
             index.add(hash, owners, |hash| cached.holds_or_loads(hash));
             record(facts, as_of, &limiter)
@@ -231,7 +231,7 @@ impl KeyStore {
             .await
     }
 
-    /// Drops records that changes have invalidated.
+    /// Drops records that were invalidated by changes.
     pub fn revoke(&self, gone: &InvalidationSet) {
         if gone.any_key() {
             // Loads in progress are repeated, including those that the index does not have yet.

@@ -1,7 +1,7 @@
-//! A decision: allowed, or denied by certain policies until a certain time.
+//! A decision: whether a request is allowed or denied, by which policies, and for how long.
 //!
-//! A plain `Copy` value. It contains everything that headers and bodies report, but does not depend on HTTP and does
-//! not round.
+//! A plain `Copy` value that contains everything that headers and bodies report. Does not depend on HTTP and does not
+//! round.
 
 use std::num::{NonZeroU32, NonZeroU64};
 
@@ -29,7 +29,7 @@ pub struct PolicyState {
     pub policy: Policy,
     /// The burst for [`Policy::Rpm`], otherwise the quota of the current window.
     pub limit: u64,
-    /// The number of requests with a cost of 1 that are left now.
+    /// The number of requests with a cost of 1 that can be made now.
     pub remaining: u64,
     /// The time at which all of `limit` is available again: when the bucket is full, or when the next day or month
     /// begins.
@@ -51,7 +51,7 @@ impl PolicyState {
 /// The decision about one request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Decision {
-    /// When it was made.
+    /// When the decision was made.
     pub at: UnixNanos,
     pub outcome: Outcome,
     /// The sustained rate per minute. The burst is `rate.limit`.
@@ -154,7 +154,7 @@ mod tests {
         assert_eq!(decision.seconds_to_reset(decision.rate), 19);
         decision.monthly = Some(state(Policy::Monthly, 1_000_000, 500, 1 << 51));
         assert_eq!(decision.nearest().policy, Policy::Monthly);
-        // Of two exhausted policies, the one that resets later.
+        // If two policies are exhausted, the one that resets later is closest to exhaustion.
         decision.daily = Some(state(Policy::Daily, 50_000, 0, 1 << 50));
         decision.monthly = Some(state(Policy::Monthly, 1_000_000, 0, 1 << 51));
         assert_eq!(decision.nearest().policy, Policy::Monthly);

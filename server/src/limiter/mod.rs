@@ -58,7 +58,7 @@ pub const PRUNE_EVERY: std::time::Duration = std::time::Duration::from_secs(10);
 pub struct Limiter {
     store: Arc<dyn LimitStore>,
     clock: Arc<dyn Clock>,
-    /// Cached property of the store.
+    /// A cached property of the store.
     is_local: bool,
 }
 
@@ -130,7 +130,7 @@ impl Limiter {
             .record(policies, cost, &self.clock, asked_at, decision, remembered);
     }
 
-    /// Returns the key's state as far as it is known locally, with [`Outcome::Allowed`]. Consumes nothing and makes no
+    /// Returns what this replica knows about the key's state, with [`Outcome::Allowed`]. Consumes nothing and makes no
     /// call. A quota that has not been fetched in its window counts as full.
     pub fn peek(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
         self.store.peek(handle, policies)

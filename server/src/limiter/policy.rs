@@ -51,7 +51,7 @@ impl PolicySet {
         self.0 == 0
     }
 
-    /// In the order of [`Policy::ALL`].
+    /// Returns the policies in the order of [`Policy::ALL`].
     pub fn iter(self) -> impl Iterator<Item = Policy> {
         Policy::ALL.into_iter().filter(move |p| self.contains(*p))
     }

@@ -16,8 +16,8 @@ pub enum Resource {
     ServiceTokens,
 }
 
-/// Returns how many of these a tenant has. Call before the insert, in the same transaction: until it ends, other
-/// transactions that call this wait.
+/// Returns the number of these resources that a tenant has. Call before the insert, in the same transaction: until it
+/// ends, other transactions that call this wait.
 pub async fn count(tx: &mut TenantTx, what: Resource) -> Result<u64, DbError> {
     let tenant = tx.tenant().0;
     // An advisory lock, because a lock on the tenant's row could deadlock with a change to the tenant.

@@ -113,7 +113,7 @@ pub struct KeyFacts {
     pub billing: String,
     /// Whether the tenant may use plans marked `paid`, until `paid_access_until`.
     pub has_paid_access: bool,
-    /// `None`: no end is known.
+    /// `None` if no end is known.
     pub paid_access_until: Option<DateTime<Utc>>,
     pub time_zone: String,
 }
@@ -278,7 +278,8 @@ pub async fn rotate(
 pub struct FoundKey {
     pub hash: Vec<u8>,
     pub facts: KeyFacts,
-    /// The number of the newest invalidation when it was read. The facts are current except for invalidations above it.
+    /// The number of the newest invalidation at the time of reading. The facts are up to date except for later
+    /// invalidations.
     pub as_of: i64,
 }
 
@@ -383,7 +384,7 @@ impl FactsRow {
 
 /// Finds the keys whose current or previous secret has one of these hashes, active or not, in any tenant, in any order.
 pub async fn facts(tx: &mut SystemTx, hashes: &[&[u8]]) -> Result<Vec<FoundKey>, DbError> {
-    // Read in the same statement, so that it belongs to the same snapshot.
+    // The number is read in the same statement, so that it belongs to the same snapshot.
     let as_of = sql::<BigInt>("(SELECT coalesce(max(seq), 0) FROM revocations)");
     let in_grace = sql::<Bool>("coalesce(api_keys.previous_expires_at > now(), false)");
     let rows = api_keys::table

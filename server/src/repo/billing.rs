@@ -1,4 +1,4 @@
-//! Customers at Stripe and their subscriptions, in PostgreSQL.
+//! Stripe customers and their subscriptions, in PostgreSQL.
 //!
 //! Only the server itself writes these tables; a tenant's transaction can read its own rows. See the migration.
 
@@ -84,7 +84,7 @@ pub async fn find(
     Ok(Some((account, subscription)))
 }
 
-/// Returns the tenant's account, creating it if there is none. Email and name are those of the first call.
+/// Returns the tenant's account, creating it if there is none. The email and name of the first call are kept.
 pub async fn open(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -107,7 +107,7 @@ pub async fn open(
         .await?)
 }
 
-/// Records that a customer is about to be created at Stripe.
+/// Records that a customer is about to be created in Stripe.
 pub async fn request_customer(tx: &mut SystemTx, tenant: TenantId) -> Result<(), DbError> {
     diesel::update(billing_accounts::table.find(tenant.0))
         .set(billing_accounts::customer_requested.eq(true))
@@ -133,7 +133,8 @@ pub async fn set_customer(
     Ok(recorded.get_result(&mut **tx).await?)
 }
 
-/// Counts an attempt to create a customer that has failed permanently at Stripe, so that the next one uses another key.
+/// Counts an attempt to create a customer that failed permanently, so that the next attempt uses another idempotency
+/// key.
 pub async fn next_customer_attempt(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -163,7 +164,7 @@ pub async fn set_checkout(
 }
 
 /// Ends a Checkout Session or a failed attempt to create one, so that the next attempt uses another key. Returns the
-/// number of the next attempt, which another request may have begun.
+/// number of the next attempt, which another request may already have started.
 pub async fn next_checkout_attempt(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -183,7 +184,7 @@ pub async fn next_checkout_attempt(
     Ok(next.get_result(&mut **tx).await?)
 }
 
-/// A read of a tenant's subscriptions that has begun.
+/// A read of a tenant's subscriptions that has started.
 #[derive(Debug, Clone, QueryableByName)]
 pub struct BegunRead {
     #[diesel(sql_type = sql_types::BigInt)]
@@ -231,7 +232,7 @@ pub enum Applied {
     PaidAccess,
 }
 
-/// Applies a read, unless a later one has been applied.
+/// Applies a read, unless a later one has already been applied.
 pub async fn apply_read(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -318,7 +319,7 @@ pub async fn claim_due_reads(
     Ok(due.into_iter().map(|it| TenantId(it.tenant_id)).collect())
 }
 
-/// Returns the customer of a tenant.
+/// Returns a tenant's customer.
 pub async fn customer_of(tx: &mut SystemTx, tenant: TenantId) -> Result<Option<String>, DbError> {
     let customer: Option<Option<String>> = billing_accounts::table
         .find(tenant.0)

@@ -1,4 +1,4 @@
-//! Webhooks from Stripe in PostgreSQL: each is stored once, and processed until its outcome is known.
+//! Stripe webhooks in PostgreSQL. Each is stored once and processed until its outcome is known.
 
 use diesel::{dsl::sql, prelude::*, sql_query, sql_types};
 use diesel_async::RunQueryDsl;
@@ -49,7 +49,7 @@ pub struct DueEvent {
 }
 
 /// Returns events that are due, oldest first, and counts an attempt. Each becomes due again after a delay that doubles
-/// each time, from 4 seconds to an hour, minus a random part of up to half of it: so it is retried if this process
+/// each time, from 4 seconds to an hour, minus a random part of up to half of it. So it is retried if this process
 /// ends, and no other replica processes it in the meantime.
 pub async fn claim(tx: &mut SystemTx, limit: i64) -> Result<Vec<DueEvent>, DbError> {
     let claimed = sql_query(
@@ -70,11 +70,11 @@ pub async fn claim(tx: &mut SystemTx, limit: i64) -> Result<Vec<DueEvent>, DbErr
 /// The outcome of processing an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// Its customer's subscriptions were read after it was received.
+    /// The customer's subscriptions were read after the event was received.
     Applied,
-    /// It concerns no customer of this server.
+    /// The event does not concern a customer of this server.
     Ignored,
-    /// It was tried often enough.
+    /// The event was abandoned after the maximum number of attempts.
     Failed,
 }
 

@@ -1,4 +1,4 @@
-//! Charged usage and its reports to Stripe's meter, in PostgreSQL.
+//! Charged usage and its reports to the Stripe meter, in PostgreSQL.
 
 use chrono::{DateTime, TimeDelta, Utc};
 use diesel::{
@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use crate::db::{DbError, SystemTx};
 
-/// An hour of a tenant with usage that is not in a report yet.
+/// An hour in which a tenant has usage that is not in a report yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]
 pub struct OpenHour {
     #[diesel(sql_type = SqlUuid)]
@@ -25,9 +25,9 @@ pub struct OpenHour {
     pub is_read: bool,
 }
 
-/// Returns an hour that has ended for each tenant, its oldest, in random order: tenants whose hours cannot be planned
-/// must not keep others waiting. An hour is included once every server has delivered its records of it,
-/// or a quarter of an hour after its end: usage that arrives later becomes another revision.
+/// Returns the oldest completed hour of each tenant, in random order, so that tenants whose hours cannot be planned do
+/// not delay others. An hour is included once every server has delivered its records of it, or 15 minutes after its
+/// end. Usage that arrives later becomes another revision.
 pub async fn open_hours(tx: &mut SystemTx, limit: i64) -> Result<Vec<OpenHour>, DbError> {
     let hours = sql_query(
         "WITH complete AS ( \
@@ -130,7 +130,7 @@ pub async fn logged(
     Ok(found.sum)
 }
 
-/// Returns the sum of the reports that start in the span: all of them, or only those that Stripe has.
+/// Returns the sum of the reports that start in the span: all of them, or only those that Stripe has received.
 pub async fn reported(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -175,7 +175,7 @@ pub enum Unbilled {
     Finalized,
     /// Stripe rejected it.
     Rejected,
-    /// It was sent a day ago without a response, and Stripe's total since then matches neither outcome.
+    /// It was sent a day ago without a response, and the total in Stripe matches neither outcome.
     Unclear,
 }
 
@@ -330,7 +330,7 @@ pub async fn restart_attempts(
     Ok(())
 }
 
-/// Records that Stripe has a report, or why it will not be charged.
+/// Records that Stripe has received a report, or why it will not be charged.
 pub async fn finish(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -350,7 +350,7 @@ pub async fn finish(
     Ok(())
 }
 
-/// A customer's usage on a day, according to the reports that Stripe has.
+/// A customer's usage on a day, according to the reports that Stripe has received.
 #[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
 pub struct SentOfDay {
     #[diesel(sql_type = SqlUuid)]
@@ -361,7 +361,7 @@ pub struct SentOfDay {
     pub sent: i64,
 }
 
-/// Returns what was sent for a day in UTC, for customers without a pending report of that day.
+/// Returns the usage that was reported for a UTC day, for customers without a pending report for that day.
 pub async fn sent_of_day(tx: &mut SystemTx, day: DateTime<Utc>) -> Result<Vec<SentOfDay>, DbError> {
     let sent = sql_query(
         "SELECT r.tenant_id, a.customer_id, coalesce(sum(r.value) FILTER (WHERE r.state = 'sent'), 0)::bigint AS sent \
@@ -382,7 +382,7 @@ pub struct Uncharged {
     /// Cost that should have been charged but will not be.
     #[diesel(sql_type = BigInt)]
     pub lost: i64,
-    /// Age of the oldest report that Stripe does not have yet, in seconds; 0 if it has all.
+    /// Age of the oldest report that Stripe has not received yet, in seconds; 0 if there is none.
     #[diesel(sql_type = BigInt)]
     pub oldest_pending: i64,
     #[diesel(sql_type = Timestamptz)]

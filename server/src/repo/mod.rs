@@ -4,8 +4,8 @@
 //! and is also restricted to it by row-level security, or a [`SystemTx`] for the server's own
 //! work. Rows are separate structs, not the API's types. Does not depend on HTTP.
 //!
-//! Lists use keyset pagination. By default they are read newest first, by ID: IDs are UUIDv7 and sort by time. Some
-//! lists have other sort orders, with the ID as tie-breaker.
+//! Lists use keyset pagination. By default they are sorted by ID, newest first: IDs are UUIDv7, which sort by time.
+//! Some lists have other sort orders, with the ID as tie-breaker.
 
 /// Defines a function that finds a row of the transaction's tenant by ID; with `for_update`, locks it until the
 /// transaction ends.
@@ -123,7 +123,7 @@ pub struct Slice {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SortBy {
     CreatedAt,
-    /// Case-insensitively.
+    /// By name, ignoring case.
     Name,
     LastUsed,
 }
@@ -172,7 +172,7 @@ fn by_name(descending: bool) -> SqlLiteral<Text> {
     })
 }
 
-/// Selects the rows after this name and ID in that order.
+/// Selects the rows that follow this name and ID in that order.
 fn beyond_name<T>(
     descending: bool,
     name: &str,

@@ -85,7 +85,7 @@ pub async fn insert(tx: &mut TenantTx, plan: &NewPlan<'_>) -> Result<PlanRow, Db
     Ok(query.get_result(&mut **tx).await?)
 }
 
-/// Returns a page of plans. Plans themselves are not used, so sorting them by last use means sorting by creation.
+/// Returns a page of plans. Plans have no last use, so sorting them by last use means sorting by creation.
 pub async fn list(tx: &mut TenantTx, slice: &SortedSlice) -> Result<Rows<PlanWithKeys>, DbError> {
     let tenant = tx.tenant().0;
     let total = plans::table

@@ -11,23 +11,23 @@ use crate::db::{DbError, SystemTx};
 /// A kind of row that expires.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Expired {
-    /// A day after they expired, with their refresh tokens.
+    /// Expired sessions, a day after their expiry, with their refresh tokens.
     Sessions,
-    /// A day after they were revoked, with their refresh tokens.
+    /// Revoked sessions, a day after they were revoked, with their refresh tokens.
     RevokedSessions,
     IdempotencyKeys,
-    /// Rows that every replica has long read, except the newest, with which numbers are compared.
+    /// Rows that every replica read long ago. The newest row is kept, because its number is used for comparison.
     Invalidations,
-    /// Windows that ended long ago. In any time zone, a month ends within 31 days of its start.
+    /// Quota windows that ended long ago. In any time zone, a month ends within 31 days of its start.
     QuotaUsage,
-    /// IDs of batches of returned tokens. Before that, a batch may be retried.
+    /// IDs of batches of returned tokens that will no longer be retried.
     QuotaReturns,
     /// Previous secrets of rotated keys after their grace period. The keys are kept.
     PreviousKeys,
     Replicas,
-    /// Webhooks from Stripe that were processed, kept for as long as Stripe itself lists them.
+    /// Processed Stripe webhooks, which are kept for as long as Stripe lists them.
     BillingEvents,
-    /// Usage that was charged, kept for more than a year.
+    /// Charged usage, which is kept for more than a year.
     BillingUsage,
     BillingReports,
 }

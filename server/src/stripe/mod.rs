@@ -1,6 +1,6 @@
-//! Stripe: the requests that Quota makes, and the webhooks that it receives.
+//! The requests that Quota sends to Stripe, and the webhooks that it receives.
 //!
-//! Requests are built by the `async-stripe` crates, which pin one version of Stripe's API. Only the fields in
+//! Requests are built by the `async-stripe` crates, which pin one version of the Stripe API. Only the fields in
 //! [`response`] are read from responses, so that no other field of an object can make parsing fail. There are no
 //! automatic retries: callers know what a failed request means, and have the idempotency key for the next attempt.
 
@@ -47,13 +47,13 @@ pub use self::{
 };
 use crate::config::StripeSettings;
 
-/// How long one request may take. It may have taken effect when this ends.
+/// The maximum duration of a request. A request that times out may have taken effect.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The metadata key with which Stripe's objects refer to their tenant.
+/// The metadata key under which Stripe objects store the ID of their tenant.
 pub const TENANT: &str = "quota_tenant";
 
-/// The API version that requests use, and that webhook endpoints have to be created with.
+/// The API version of requests and of the webhook endpoints that Quota creates.
 pub const API_VERSION: stripe_shared::ApiVersion = stripe_shared::version::VERSION;
 
 /// The events that Quota acts on. All others are ignored.
@@ -74,11 +74,10 @@ pub const EVENTS: [&str; 14] = [
     "invoice.finalization_failed",
 ];
 
-/// Why a request has no result.
+/// Why a request failed.
 #[derive(Debug, thiserror::Error)]
 pub enum StripeError {
-    /// Its effect is unknown, or it had none and can be sent again. The same idempotency key gives the same
-    /// result.
+    /// The request may or may not have taken effect. It can be sent again with the same idempotency key.
     #[error("Stripe could not be reached, or its response was lost: {0}")]
     Unknown(String),
     /// Stripe failed. The same idempotency key returns the same failure, and the request may have taken effect.
@@ -104,7 +103,7 @@ impl From<ClientError> for StripeError {
             // unknown.
             other => return Self::Unknown(other.to_string()),
         };
-        // Never the whole error, which can contain customer input.
+        // Not the whole error, because it can contain customer input.
         let message = error.message.unwrap_or_default();
         match status {
             409 | 429 => Self::Unknown(message),
@@ -116,7 +115,7 @@ impl From<ClientError> for StripeError {
 
 type Result<T> = std::result::Result<T, StripeError>;
 
-/// A client of one Stripe account. Cheap to clone.
+/// A client for one Stripe account. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Stripe {
     client: stripe::Client,
@@ -346,7 +345,7 @@ impl Stripe {
         Ok(())
     }
 
-    /// Returns Stripe's total for a customer's usage. Times are full hours.
+    /// Returns the total usage of a customer in Stripe. Times are full hours.
     pub async fn counted(&self, meter: &str, customer: &str, from: i64, until: i64) -> Result<i64> {
         let request = ListIdBillingMeterEventSummary::new(meter, customer, until, from).limit(100);
         let page: List<response::Summary> = send!(self, request);

@@ -1,4 +1,4 @@
-//! The fields of Stripe's objects that Quota reads.
+//! The fields of Stripe objects that Quota reads.
 //!
 //! Uses miniserde, like the `async-stripe` crates. Fields that are not listed are skipped.
 
@@ -47,7 +47,7 @@ pub struct Items {
     pub data: Vec<Item>,
 }
 
-/// Since API version 2025-03-31, items have the periods.
+/// Since API version 2025-03-31, periods belong to items.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Item {
     pub current_period_start: i64,
@@ -76,7 +76,7 @@ pub struct CheckoutSession {
     pub id: String,
     /// `open`, `complete` or `expired`.
     pub status: Option<String>,
-    /// The page on which the customer pays. `None` once it is no longer open.
+    /// The page on which the customer pays. `None` if the session is no longer open.
     pub url: Option<String>,
     pub expires_at: i64,
 }

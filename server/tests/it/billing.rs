@@ -1,4 +1,4 @@
-//! Subscriptions, with the fake Stripe.
+//! Tests of subscriptions, with the fake Stripe.
 
 use std::time::Duration;
 
@@ -85,7 +85,7 @@ async fn paid_plan_needs_a_subscription_on_every_way_in() {
     assert_eq!(checked.body["allowed"], false);
     assert_eq!(checked.body["code"], "payment_required");
     assert!(checked.body["key_id"].is_string());
-    // Free plans work in any case, and another tenant's service token reveals nothing.
+    // Free plans always work, and another tenant's service token reveals nothing.
     assert_eq!(app.echo(&free).await.status, 200);
     assert_eq!(forward(&free, "").await.status, 200);
     assert_eq!(check(&free).await.body["code"], "allowed");
@@ -114,7 +114,8 @@ async fn paid_plan_needs_a_subscription_on_every_way_in() {
     assert_eq!(app.echo(&others).await.status, 402);
 }
 
-/// A complete history, on two replicas: both follow every change, whichever of them received the webhook.
+/// The complete history of a subscription, on two replicas: both follow every change, no matter which of them received
+/// the webhook.
 #[tokio::test(flavor = "multi_thread")]
 async fn access_follows_the_subscription_on_every_replica() {
     let stripe = TestStripe::start().await;
@@ -190,12 +191,12 @@ async fn access_follows_the_subscription_on_every_replica() {
         .request(&Method::DELETE, &format!("subscriptions/{id}"), "")
         .expect("canceled");
     reaches_both("canceled", 402).await;
-    // And again.
+    // The next payment fails, too.
     stripe.subscribe(&first, &account).await;
     reaches_both("active", 200).await;
 }
 
-/// With a grace period of zero days, a failed payment ends access: because of its date, not because of another event.
+/// With a grace period of zero days, a failed payment ends access because of its date, without another event.
 #[tokio::test(flavor = "multi_thread")]
 async fn grace_period_ends_on_its_date() {
     let stripe = TestStripe::start().await;
@@ -216,7 +217,7 @@ async fn grace_period_ends_on_its_date() {
     // The fake's clock is a month ahead of the server's, so the date has not been reached.
     assert_eq!(state["paid_plans_work"], true);
     let client = app.database.connect().await;
-    // Until the worker has handled the last event, which sets the date again.
+    // Wait until the worker has handled the last event, which sets the date again.
     for _ in 0..50 {
         client
             .batch_execute(
@@ -323,7 +324,7 @@ async fn webhook_without_a_valid_signature_changes_nothing() {
         };
         assert_eq!(stripe.deliver(event, &delivery).await, 400, "{signature:?}");
     }
-    // A valid signature of another body.
+    // A signature that is valid for another body.
     let (body, header) = stripe
         .fake
         .signed(event, &stripe.endpoint, &Delivery::default());
@@ -335,7 +336,7 @@ async fn webhook_without_a_valid_signature_changes_nothing() {
     };
     let changed = send(format!("{body} ").into_bytes(), &header).await;
     assert_eq!((changed.status, changed.problem()), (400, "malformed"));
-    // Rejected before it is sent.
+    // A body that is too large is rejected before it is sent.
     let announced = format!(
         "POST /billing/stripe/webhook HTTP/1.1\r\nHost: localhost\r\nStripe-Signature: {header}\r\n\
          Content-Length: {}\r\n\r\n",
@@ -346,7 +347,7 @@ async fn webhook_without_a_valid_signature_changes_nothing() {
     let mut response = [0; 12];
     stream.read_exact(&mut response).await.expect("a response");
     assert_eq!(&response, b"HTTP/1.1 413");
-    // Signed, but not an event.
+    // A body with a valid signature that is not an event.
     let now = usage::now().timestamp();
     for body in ["", "[]", "{\"id\":\"evt_1\"}"] {
         let header = sign(now, body, &[&stripe.secret]);
@@ -357,7 +358,7 @@ async fn webhook_without_a_valid_signature_changes_nothing() {
     let state = app.act(&account, "GET", "/billing", Value::Null).await;
     assert_eq!(state.body["access"], "free");
 
-    // A body of almost the limit is accepted, and so is the original.
+    // A body just below the limit is accepted, and so is the original.
     let padded = format!("{body}{}", " ".repeat(64 * 1024 - body.len()));
     let padded_header = sign(now, &padded, &[&stripe.secret]);
     assert_eq!(send(padded.into_bytes(), &padded_header).await.status, 204);
@@ -366,7 +367,7 @@ async fn webhook_without_a_valid_signature_changes_nothing() {
     assert_eq!(count(&app, "SELECT count(*) FROM billing_events").await, 1);
 }
 
-/// Both secrets are set while one replaces the other, and Stripe signs with both for a day.
+/// While a secret is being rotated, both secrets are set, and Stripe signs with both for a day.
 #[tokio::test(flavor = "multi_thread")]
 async fn webhook_secret_can_be_rotated() {
     let stripe = TestStripe::start().await;
@@ -454,8 +455,8 @@ async fn unknown_thin_and_foreign_events_are_stored_and_end() {
     );
 }
 
-/// Each request of a checkout fails in each way, before and after its effect: there is one customer, at most one open
-/// page, and one subscription at the end.
+/// Each request of a checkout fails in every way, before and after its effect. In the end, there is one customer, at
+/// most one open page, and one subscription.
 #[tokio::test(flavor = "multi_thread")]
 async fn faults_of_stripe_create_nothing_twice() {
     let stripe = TestStripe::start().await;
@@ -512,8 +513,8 @@ async fn faults_of_stripe_create_nothing_twice() {
                 .iter()
                 .filter(|it| it["customer"] == customer.as_str())
                 .collect();
-            // A second one exists only if Stripe failed permanently after creating the first, whose page no one has
-            // seen.
+            // There is a second session only if Stripe failed permanently after creating the first one, whose page no
+            // user has seen.
             let is_lost = path == "/v1/checkout/sessions"
                 && [500, 503]
                     .map(|it| Fault::after(How::Status(it)))
@@ -528,7 +529,7 @@ async fn faults_of_stripe_create_nothing_twice() {
     assert!(failures > 30, "{failures}");
 }
 
-/// A customer was created without a response, and Stripe has since forgotten the idempotency key.
+/// A customer was created but the response was lost, and Stripe no longer recognizes the idempotency key.
 #[tokio::test(flavor = "multi_thread")]
 async fn customer_is_found_again_after_days() {
     let stripe = TestStripe::start().await;
@@ -564,7 +565,7 @@ async fn checkout_leads_to_one_subscription() {
         .act(&account, "POST", "/billing/portal", Value::Null)
         .await;
     assert_eq!((portal.status, portal.problem()), (409, "not-subscribed"));
-    // Clicked several times in a row.
+    // The user clicks several times in a row.
     let (a, b, c) = tokio::join!(post(None), post(None), post(Some("k")));
     for page in [&a, &b, &c] {
         assert_eq!(page.status, 201, "{}", page.text);
@@ -583,7 +584,7 @@ async fn checkout_leads_to_one_subscription() {
         "{success}"
     );
 
-    // It expires, and the next one is different.
+    // After the page expires, the next one is different.
     stripe.fake.advance(DAY);
     let next = post(None).await;
     assert_eq!(next.status, 201);
@@ -594,7 +595,7 @@ async fn checkout_leads_to_one_subscription() {
         .fake
         .pay_checkout(session, Card::Good, true)
         .expect("open");
-    // Even before any webhook arrives, and while the payment may still succeed.
+    // This holds even before any webhook arrives, and while the payment may still succeed.
     for is_paid in [false, true] {
         if is_paid {
             stripe.fake.settle_checkout(session, true).expect("paid");
@@ -605,7 +606,7 @@ async fn checkout_leads_to_one_subscription() {
             (409, "already-subscribed")
         );
     }
-    // For another tenant, it is a different request.
+    // For another tenant, the same key is a different request.
     let other = app.register().await;
     let call = app
         .request(Method::POST, "/billing/checkout")
@@ -666,7 +667,7 @@ async fn outage_of_stripe_changes_no_access() {
     handled(&app).await;
 }
 
-/// A webhook never arrives. The customer is read regularly.
+/// If a webhook never arrives, the regular read of the customer detects the change.
 #[tokio::test(flavor = "multi_thread")]
 async fn lost_webhook_is_made_up_for() {
     let stripe = TestStripe::start().await;
@@ -690,7 +691,7 @@ async fn lost_webhook_is_made_up_for() {
     assert_eq!(count(&app, later).await, 1);
 }
 
-/// Reads of one customer overlap. The one that began last determines the result, no matter which one ends last.
+/// Reads of one customer overlap. The read that started last determines the result, no matter which one ends last.
 #[tokio::test(flavor = "multi_thread")]
 async fn outdated_read_is_dropped() {
     let stripe = TestStripe::start().await;
@@ -703,7 +704,7 @@ async fn outdated_read_is_dropped() {
     let session = stripe.start_checkout(&app, &account).await;
     let tenant = quota_common::TenantId(account.tenant_id.parse().expect("a UUID"));
     let billing = app.state.billing.as_ref().expect("billing is on");
-    // The first read sees the customer before the payment, and returns late.
+    // The first read sees the customer before the payment but returns late.
     let slow = Fault::after(How::Slow(Duration::from_millis(800)));
     stripe.fake.fail_next("/v1/subscriptions", slow);
     let (outdated, current) = tokio::join!(billing.read(tenant), async {

@@ -1,4 +1,4 @@
-//! Charged usage, from the log to meter events at the fake Stripe.
+//! Tests of charged usage, from the log to meter events in the fake Stripe.
 //!
 //! The oracle is a sum over the records that the test itself has appended.
 
@@ -134,7 +134,7 @@ impl World {
     }
 }
 
-/// The start of the hour some hours ago.
+/// Returns the start of the hour that was some hours ago.
 fn hour(ago: i64) -> DateTime<Utc> {
     let at = usage::now() - TimeDelta::hours(ago);
     at.duration_trunc(TimeDelta::hours(1))
@@ -164,7 +164,7 @@ async fn usage_of_an_hour_becomes_one_meter_event() {
             free,
         ])
         .await;
-    // Not over yet.
+    // The hour has not ended yet.
     world.append(&[world.paid(usage::now(), 1000)]).await;
     world.report().await;
     let tenant = &world.account.tenant_id;
@@ -185,7 +185,7 @@ async fn usage_of_an_hour_becomes_one_meter_event() {
     world.report().await;
     assert_eq!(world.counted().len(), 2);
 
-    // Usage that arrives late is a revision with the difference.
+    // Usage that arrives late becomes a revision with the difference.
     world.append(&[world.paid(at + minutes(59), 4)]).await;
     world.append(&[world.paid(at + minutes(59), 1)]).await;
     world.report().await;
@@ -197,7 +197,8 @@ async fn usage_of_an_hour_becomes_one_meter_event() {
     assert_eq!(world.total(), 21);
 }
 
-/// Every kind of fault, before and after the effect, on the way to the meter: Stripe's total equals the usage.
+/// With every kind of fault, before and after the effect, on the way to the meter, the total in Stripe equals the
+/// usage.
 #[tokio::test(flavor = "multi_thread")]
 async fn faults_charge_nothing_twice_and_lose_nothing() {
     let world = World::subscribed(3 * DAY).await;
@@ -222,8 +223,8 @@ async fn faults_charge_nothing_twice_and_lose_nothing() {
     assert!(used > 70, "{used}");
 }
 
-/// Random usage, faults, late rows, crashes between request and record, and outages longer than Stripe recognizes an
-/// identifier.
+/// Combines random usage, faults, late rows, crashes between a request and its record, and outages that last longer
+/// than Stripe recognizes an identifier.
 #[tokio::test(flavor = "multi_thread")]
 async fn random_schedules_charge_exactly_what_was_used() {
     let world = World::subscribed(10 * DAY).await;
@@ -281,7 +282,7 @@ async fn random_schedules_charge_exactly_what_was_used() {
     assert!(world.reports().await.iter().all(|it| it.0 == "sent"));
 }
 
-/// After the time during which Stripe recognizes an identifier, Stripe's total determines the outcome.
+/// Once Stripe no longer recognizes an identifier, the total in Stripe determines the outcome.
 #[tokio::test(flavor = "multi_thread")]
 async fn worker_that_was_down_for_30_hours_charges_once() {
     let world = World::subscribed(3 * DAY).await;
@@ -309,7 +310,7 @@ async fn worker_that_was_down_for_30_hours_charges_once() {
         assert_eq!(world.counted().len(), events + 1, "{fault:?}");
     }
     assert_eq!(world.total(), 10);
-    // Neither outcome explains Stripe's total: a person has to investigate.
+    // Neither outcome explains the total in Stripe, so a person has to investigate.
     world.append(&[world.paid(hour(5), 5)]).await;
     world.billing().plan_usage().await.expect("planned");
     world
@@ -366,7 +367,7 @@ async fn hour_with_the_edge_of_a_period_is_divided() {
         ])
         .await;
     world.report().await;
-    // All or nearly all of the hour is after the limit if the subscription began at a full hour.
+    // If the subscription started at a full hour, all or nearly all of the hour is in the new period.
     let before = if start == edge { 0 } else { 3 };
     let sent = world.counted();
     assert_eq!(sent.len(), 1);
@@ -377,7 +378,7 @@ async fn hour_with_the_edge_of_a_period_is_divided() {
             reports[0],
             ("unbilled".into(), Some("finalized".into()), before)
         );
-        // Also late usage before the limit.
+        // This includes late usage from the previous period.
         world.append(&[world.paid(edge - millis(1), 16)]).await;
         world.append(&[world.paid(edge, 32)]).await;
         world.report().await;
@@ -449,7 +450,7 @@ async fn usage_of_the_last_period_is_sent_while_its_invoice_is_a_draft() {
 async fn usage_that_cannot_be_charged_is_recorded_with_the_reason() {
     let world = World::subscribed(50 * DAY).await;
     let now = usage::now();
-    // Before the subscription, and before what Stripe accepts.
+    // Usage before the subscription, and usage that is too old for Stripe.
     world
         .append(&[world.paid(now - TimeDelta::days(60), 1)])
         .await;
@@ -546,7 +547,7 @@ async fn usage_without_a_metered_price_is_not_sent() {
     );
 }
 
-/// Hours in which the limits of billing periods are not known yet wait for Stripe.
+/// An hour waits for Stripe if it is not known yet whether a billing period starts or ends in it.
 #[tokio::test(flavor = "multi_thread")]
 async fn hour_waits_until_subscriptions_were_read_after_it() {
     let world = World::subscribed(3 * DAY).await;
@@ -627,7 +628,7 @@ async fn reconciliation_finds_what_stripe_counts_differently() {
     assert_eq!(compare().await, 7);
 }
 
-/// With its jobs, a server sends reports on its own, and its metrics show them.
+/// A server with background jobs sends reports on its own, and its metrics show them.
 #[tokio::test(flavor = "multi_thread")]
 async fn server_reports_usage_by_itself() {
     let world = World::subscribed(3 * DAY).await;

@@ -271,7 +271,7 @@ fn every_console_call_matches_the_document() {
         let read = answer(&call).map(|name| format!("#/components/schemas/{name}"));
         assert_eq!(good.as_str(), read.as_deref(), "{what}");
         assert_eq!(call.is_of_session(), session_needed(operation), "{what}");
-        // The desktop app receives it as JSON.
+        // The desktop app receives the call as JSON.
         let handed = serde_json::to_value(&call).and_then(serde_json::from_value::<Call>);
         assert_eq!(handed.expect("a call").sent(), sent, "{what}");
     }

@@ -1,4 +1,4 @@
-//! The endpoints: what a request does to the state.
+//! The endpoints, and the effect of each request on the state.
 
 use hyper::Method;
 use serde_json::{Value, json};
@@ -30,11 +30,11 @@ const CREATED: [(&str, &str, &[&str]); 5] = [
 /// A request that has passed authentication.
 pub struct Call<'a> {
     pub method: &'a Method,
-    /// Below `/v1`.
+    /// The path without `/v1`.
     pub path: &'a [&'a str],
     /// The form or the query.
     pub params: &'a Value,
-    /// The address of the fake, for the pages it serves.
+    /// The address of the fake, for links to the pages it serves.
     pub base: &'a str,
 }
 
@@ -200,7 +200,7 @@ impl State {
                 self.secrets
                     .insert(id.clone(), vec![(secret.clone(), None)]);
                 let mut endpoint = self.add(kind, objects::webhook_endpoint(&id, now, params));
-                // Shown only once.
+                // The secret is shown only once.
                 endpoint["secret"] = secret.into();
                 Ok(endpoint)
             }
@@ -235,7 +235,7 @@ impl State {
         let equals =
             |object: &Value, name: &str| params.get(name).is_none_or(|it| object[name] == *it);
         let matches = |object: &&Value| {
-            // Thin events are not listed with the others.
+            // Thin events are not included in the list of events.
             if object["object"] == "v2.core.event" {
                 return false;
             }
@@ -340,7 +340,7 @@ impl State {
         Ok(updated)
     }
 
-    /// Accepts a meter event. Errors in its payload are found only later, and reported by a thin event.
+    /// Accepts a meter event. Errors in its payload are found only later, and are then reported by a thin event.
     fn use_meter(&mut self, params: &Value) -> Result<Value, Failure> {
         required(params, &["event_name", "payload"])?;
         let now = self.now();
@@ -448,7 +448,7 @@ impl State {
     }
 }
 
-/// Returns the object without the data that only the fake keeps.
+/// Returns the object without the fake's internal data.
 pub fn visible(object: &Value) -> Value {
     let mut object = object.clone();
     if let Some(fields) = object.as_object_mut() {

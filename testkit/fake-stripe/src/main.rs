@@ -1,7 +1,7 @@
 //! Runs a program together with the fake, with settings that make it bill through the fake.
 //!
 //! `fake-stripe [--listen ADDRESS] COMMAND…` listens on 127.0.0.1:12111 by default. Webhooks are sent to
-//! `QUOTA_PUBLIC_URL`, or otherwise to the server's default address. It ends with the program.
+//! `QUOTA_PUBLIC_URL`, or otherwise to the server's default address. It exits when the program does.
 
 use std::{env, process::ExitCode};
 
@@ -70,7 +70,7 @@ async fn main() -> ExitCode {
                 let code = code.and_then(|code| u8::try_from(code).ok());
                 return code.map_or(ExitCode::FAILURE, ExitCode::from);
             }
-            // An interrupt from the terminal reaches the program as well, which decides when to end.
+            // An interrupt from the terminal reaches the program as well, and the program decides when to exit.
             _ = tokio::signal::ctrl_c() => {}
             _ = terminated.recv() => {
                 if let Some(pid) = child.id().and_then(|pid| i32::try_from(pid).ok()) {

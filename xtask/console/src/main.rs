@@ -1,10 +1,10 @@
 //! Packages the compiled console into the files that the server or the desktop app embeds.
 //!
 //! Called by `cargo xtask console` with the compiled wasm, the folder of the console's sources and the output folder.
-//! Every file except `index.html` has a hash of its content in its name, so that browsers can cache it for a year. Every
-//! file has two compressed copies: brotli for browsers, and gzip for clients that do not accept it, such as browsers
-//! over plain HTTP. The desktop app compresses files itself and looks them up by their full path. For it, they are in
-//! `console/`, next to `index.html`, which it serves for any path.
+//! Every file except `index.html` has a hash of its content in its name, so that browsers can cache it for a year.
+//! Every file has two compressed copies: brotli for browsers, and gzip for clients that do not accept it, such as
+//! browsers over plain HTTP. The desktop app compresses files itself and looks them up by their full path. So for the
+//! desktop app, they are in `console/`, next to `index.html`, which it serves for any path.
 
 mod split;
 
@@ -21,7 +21,7 @@ use brotli::enc::BrotliEncoderParams;
 use sha2::{Digest as _, Sha256};
 use wasm_bindgen_cli_support::Bindgen;
 
-/// The limit for all files together that a first visit transfers, compressed with brotli.
+/// The limit for the total size of the files that a first visit transfers, compressed with brotli.
 const MAX_SIZE: usize = 300_000;
 
 /// The prefixes of the names of files that a first visit does not load.
@@ -88,7 +88,7 @@ fn main() -> Result<()> {
         compact_css(&read_text(&source.join("style/console.css"))?).as_bytes(),
     );
     let icon = add_hashed(&mut files, "icon", "svg", &read(&source.join("icon.svg"))?);
-    // Loaded when a page shows them.
+    // Files that are loaded when a page shows them.
     let gateways = gateway_files(&source.join("../../deploy/gateways"))?;
     let gateways = add_hashed(&mut files, GATEWAYS, "txt", gateways.as_bytes());
     let names = [
@@ -174,8 +174,8 @@ fn remove_streams(module: &mut walrus::Module) {
     walrus::passes::gc::run(module);
 }
 
-/// Shortens the names that the module and its glue script use for each other. Most contain a hash, which does not
-/// compress, in both files.
+/// Shortens the names that the module and its glue script use for each other. Most of these names contain a hash, which
+/// does not compress.
 fn shorten_names(module: &mut walrus::Module, script: &str) -> String {
     let is_generated = |name: &str| name.starts_with("__wb") || name.starts_with("wasm_bindgen__");
     let mut short = BTreeMap::new();
@@ -245,7 +245,7 @@ fn compact_css(css: &str) -> String {
                 .replace(";}", "}")
                 .replace(" {", "{")
                 .replace(", ", ",");
-            // A colon in a string keeps its space.
+            // The space after a colon in a string is kept.
             if line.contains('"') {
                 line
             } else {

@@ -169,7 +169,7 @@ async fn search_for_tokens(page: &App, world: &World, server: &str) -> Result<()
         found["found"] == json!(["window.planted.deep.0"]),
         "the search missed what the page can reach: {found}"
     );
-    // The engine remembers the last string that a regular expression matched.
+    // The JavaScript engine remembers the last string that a regular expression matched.
     page.run("delete window.planted; /x/.test('x')").await?;
 
     let (found, count) = scan::files(world.folder.path())?;
@@ -382,7 +382,7 @@ fn check_memory(world: &World) -> Result<()> {
     Ok(())
 }
 
-/// Without a keychain the session ends with the app, and a banner says so.
+/// Without a keychain, the session ends with the app, and a banner says so.
 async fn without_keychain(app: &Path, server: &str, shots: Option<&Path>) -> Result<()> {
     let world = World::new(false)?;
     let page = App::start(&world, app, server, shots).await?;

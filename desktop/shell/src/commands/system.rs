@@ -15,7 +15,7 @@ use crate::STARTED;
 /// The clipboard is kept until the app closes: on X11 and Wayland, copied text is available only while its owner runs.
 static CLIPBOARD: Mutex<Option<arboard::Clipboard>> = Mutex::new(None);
 
-/// Longer than any text the console copies.
+/// Longer than anything the console copies.
 const MAX_COPY: usize = 64 * 1024;
 
 #[tauri::command]

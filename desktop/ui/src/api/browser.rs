@@ -1,7 +1,7 @@
 //! Calls from a browser, to the server that served the page. The session is in cookies that scripts cannot read.
 //!
-//! When the access token has expired, it is refreshed and the call sent again. Concurrent calls share one refresh. If
-//! the refresh is rejected, the session has ended and the call returns the server's 401.
+//! When the access token has expired, it is refreshed and the call is sent again. Concurrent calls share one refresh.
+//! If the refresh is rejected, the session has ended and the call returns the server's 401.
 //!
 //! Windows of a browser share its cookies. When one of them signs in to another account, pages in the others still
 //! show the previous account. They detect this from the session's readable CSRF cookie and stop sending calls.
@@ -58,7 +58,7 @@ thread_local! {
     static PAGE_OWNER: RefCell<Option<PageOwner>> = const { RefCell::new(None) };
 }
 
-/// Returns the page's account if the browser's session has been replaced since, possibly by another session of the same
+/// Returns the page's account if the browser's session has since been replaced, possibly by another session of the same
 /// account. `None` if the browser has no session at all: the server then returns 401.
 fn account_before_replacement() -> Option<(UserId, TenantId)> {
     let now = csrf_token()?;
@@ -120,7 +120,7 @@ async fn read_body(response: Response) -> CallResult<String> {
     }
     match json::read::<Problem>(&body) {
         Ok(problem) => Err(CallError::Problem(Box::new(problem))),
-        // A proxy responded in place of an unreachable server.
+        // A proxy responded in place of the server, which is unreachable.
         Err(_) if response.status() >= 500 => Err(CallError::Unreachable),
         Err(_) => Err(CallError::Unreadable),
     }

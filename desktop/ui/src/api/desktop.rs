@@ -19,7 +19,7 @@ extern "C" {
 
 fn parse<T: DeserializeOwned>(value: &JsValue) -> Option<T> {
     let json = js_sys::JSON::stringify(value).ok()?.as_string();
-    // `undefined` stringifies to nothing: a response without a body.
+    // `undefined` stringifies to nothing, which represents a response without a body.
     serde_json::from_str(json.as_deref().unwrap_or("null")).ok()
 }
 
@@ -46,11 +46,11 @@ pub async fn send(call: &Call) -> CallResult<String> {
     match &result {
         Ok(response) => host::set_loaded_at(response.loaded_at),
         Err(CallError::Unreachable) => {}
-        // Even a rejection proves that the server responds.
+        // Even a rejection proves that the server is reachable.
         Err(_) => host::set_loaded_at(None),
     }
     if matches!(call, Call::Login(_) | Call::Register(_)) {
-        // Whether the keychain accepted the session is known only now.
+        // Only now is it known whether the keychain has accepted the session.
         if let Ok(status) = host_status().await {
             host::set_status(status);
         }

@@ -1,4 +1,4 @@
-//! How calls fail.
+//! The errors of calls.
 
 use quota_common::{Problem, ProblemCode};
 

@@ -1,5 +1,5 @@
-//! Calls to the server, one typed function each. The transport, chosen at compile time, sends each call from a browser
-//! or through the desktop app. A build contains only one of them.
+//! Calls to the server, with one typed function for each. The transport, chosen at compile time, sends each call from a
+//! browser or through the desktop app. A build contains only one of them.
 
 #[cfg(not(feature = "desktop"))]
 #[path = "browser.rs"]

@@ -146,7 +146,7 @@ impl FormState {
         }
     }
 
-    /// The error that belongs to no field of this form.
+    /// The error that does not belong to a field of this form.
     pub fn failure(self) -> Signal<Option<CallError>> {
         self.failure.into()
     }

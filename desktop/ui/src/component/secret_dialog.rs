@@ -34,7 +34,7 @@ impl NewSecret {
         }
     }
 
-    /// Opens the dialog. Does nothing if the page that owns it has been left.
+    /// Opens the dialog. Does nothing if the user has left the page that owns it.
     pub fn show(self, name: String, secret: Option<String>) {
         let _ = self.name.try_set(name);
         let _ = self.secret.try_set(secret.unwrap_or_default());

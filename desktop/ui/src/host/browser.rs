@@ -1,4 +1,4 @@
-//! In a browser there is no host state.
+//! In a browser, there is no host state.
 
 /// Whether signing out succeeds even when the server cannot be reached. A page cannot delete its session's
 /// HTTP-only cookies.

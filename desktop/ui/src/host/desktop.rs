@@ -3,7 +3,7 @@
 use leptos::prelude::*;
 use quota_common::{Timestamp, ipc::HostStatus};
 
-/// Reference-counted signals: they exist before the first page is mounted and outlive the last one.
+/// These signals are reference-counted, because they exist before the first page is mounted and outlive the last one.
 struct Host {
     status: ArcRwSignal<Option<HostStatus>>,
     /// While the server is unreachable: when the data on the page was loaded.

@@ -96,7 +96,7 @@ pub fn plan_changes(was: &CreatePlan, now: CreatePlan) -> UpdatePlan {
     }
 }
 
-/// The name of a plan's copy. Cut to the maximum length of a name.
+/// The name of a plan's copy. It is cut to the maximum length of a name.
 pub fn copy_name(name: &str) -> String {
     const SUFFIX: &str = " (copy)";
     let kept = NAME_MAX - SUFFIX.len();
@@ -104,7 +104,7 @@ pub fn copy_name(name: &str) -> String {
     format!("{start}{SUFFIX}")
 }
 
-/// The page to open after signing in. Always a page of the console, whatever the address contains.
+/// The page to open after signing in. Always a page of the console, no matter what the address contains.
 pub fn next_page(next: Option<&str>) -> String {
     match next {
         Some(next)

@@ -172,7 +172,7 @@ impl PlanNames {
             let plan = plans.iter().find(|plan| plan.id.to_string() == id);
             plan.map(|plan| plan.name.clone())
         });
-        // Until plans are loaded, none counts as deleted.
+        // Until plans are loaded, no plan counts as deleted.
         found.unwrap_or_else(|| Some("…".to_owned()))
     }
 

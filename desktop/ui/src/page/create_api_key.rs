@@ -29,8 +29,8 @@ pub fn CreateDialog(
     on_changed: Callback<()>,
 ) -> impl IntoView {
     let new = NewSecret::new();
-    // Outside the form, which is rendered again when plans are loaded: a response in progress is the only one that
-    // contains the key.
+    // This is outside the form, which is rendered again when plans are loaded, because the response in progress is the
+    // only one that contains the key.
     let form = FormState::new();
     view! {
         <Modal open panel=true title="New API key" locked=form.busy>
@@ -125,8 +125,8 @@ fn CreateForm(
     }
 }
 
-/// Shows a created or rotated key, and remembers it until the tab is closed. Works even after the page was left, so
-/// that the key in a late response is not lost.
+/// Shows a created or rotated key, and remembers it until the tab is closed. Works even after the user has left the
+/// page, so that the key in a late response is not lost.
 pub fn show_key(new: NewSecret, created: CreatedApiKey, session: Session) {
     if let Some(secret) = &created.key {
         session.known_keys.update(|known| {

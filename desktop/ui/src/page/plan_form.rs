@@ -1,4 +1,4 @@
-//! The form of a plan.
+//! The plan form.
 
 use leptos::prelude::*;
 use quota_common::plan::{Billing, CreatePlan, OnRedisFailure, Plan};

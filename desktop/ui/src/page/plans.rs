@@ -28,13 +28,6 @@ use crate::{
     session::session,
 };
 
-const ORDERS: &[(&str, &str)] = &[
-    ("", "Newest first"),
-    ("created_at", "Oldest first"),
-    ("name", "Name, A to Z"),
-    ("-name", "Name, Z to A"),
-];
-
 #[component]
 pub fn Plans() -> impl IntoView {
     let query = route().query;
@@ -97,7 +90,7 @@ pub fn Plans() -> impl IntoView {
                     .collect_view();
                 view! {
                     {(page.total > 1)
-                        .then(|| view! { <div class="filters narrow"><SortSelect options=ORDERS/></div> })}
+                        .then(|| view! { <div class="filters narrow"><SortSelect/></div> })}
                     <table class="table">
                         <caption class="visually-hidden">"Plans"</caption>
                         <thead>

@@ -1,4 +1,4 @@
-//! A typical problem of each kind, for the OpenAPI document and the error pages.
+//! Examples of every kind of problem, for the OpenAPI document and the error pages.
 
 use quota_common::{FieldError, Problem, ProblemCode, limit::PolicyName};
 
