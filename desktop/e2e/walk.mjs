@@ -177,7 +177,7 @@ export async function walk(world) {
     await visit("/plans");
     await page.route(calls, handle);
     await my.button("New plan").click();
-    await my.field("Name").fill("Gold");
+    await dialog.locator("#name").fill("Gold");
     await my.button("Create plan").click();
     await page.waitForTimeout(500);
     await take(`${how}-form`, two, themes);
