@@ -26,6 +26,7 @@ text_enum! {
         SessionEnd = "session.end",
         SessionReuseDetected = "session.reuse_detected",
         TenantUpdate = "tenant.update",
+        SubscriptionUpdate = "subscription.update",
     }
 }
 
@@ -38,6 +39,7 @@ text_enum! {
         User = "user",
         Session = "session",
         Tenant = "tenant",
+        Subscription = "subscription",
     }
 }
 
@@ -54,7 +56,8 @@ response! {
         pub user_email: Option<String>,
         /// The action in the form `noun.verb`, such as `plan.create`, `api_key.rotate` or `session.reuse_detected`.
         pub action: String,
-        /// The type of the changed resource: `plan`, `api_key`, `service_token`, `user`, `session` or `tenant`.
+        /// The type of the changed resource: `plan`, `api_key`, `service_token`, `user`, `session`, `tenant`
+        /// or `subscription`.
         pub target_type: String,
         pub target_id: Option<String>,
         /// The resource's name after the change, or before its deletion. `null` if it has no name.

@@ -62,6 +62,9 @@ text_enum! {
         Daily = "daily",
         /// The quota for the calendar month.
         Monthly = "monthly",
+        /// The operator's limit on requests in a calendar month (UTC), across all API keys of an organization without a
+        /// subscription.
+        TenantMonthly = "tenant_monthly",
     }
 }
 
@@ -70,7 +73,7 @@ response! {
     #[derive(Debug, Eq)]
     pub struct LimitState {
         pub policy: PolicyName,
-        /// The burst for `rpm`; the quota for `daily` and `monthly`.
+        /// The burst for `rpm`; otherwise the quota.
         pub limit: u64,
         /// Requests left now.
         pub remaining: u64,

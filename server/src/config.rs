@@ -13,7 +13,7 @@ mod settings;
 #[cfg(test)]
 mod tests;
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, num::NonZeroU64, path::PathBuf, time::Duration};
 
 use ipnet::IpNet;
 use quota_common::plan::OnRedisFailure;
@@ -53,6 +53,7 @@ pub struct Config {
     pub registration: Registration,
     pub landing: Landing,
     pub allowances: Allowances,
+    pub free_tier: FreeTier,
     pub allowed_origins: Vec<String>,
     pub trusted_proxies: Vec<IpNet>,
     pub auth_rpm: u32,
@@ -165,6 +166,17 @@ pub struct Allowances {
     pub plans: u64,
     pub api_keys: u64,
     pub service_tokens: u64,
+}
+
+/// Limits for tenants without a subscription. `None` if there is no separate limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct FreeTier {
+    pub plans: Option<u64>,
+    pub api_keys: Option<u64>,
+    /// Requests per calendar month (UTC) across all keys. Also the maximum daily and monthly quota of a free plan.
+    pub requests_per_month: Option<NonZeroU64>,
+    /// The maximum rate and burst of a free plan.
+    pub rpm: Option<u32>,
 }
 
 /// PostgreSQL: connections per replica, and timeouts.

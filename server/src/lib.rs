@@ -35,4 +35,5 @@ pub mod subscription;
 pub mod telemetry;
 pub mod tenant_places;
 pub mod tenant_queue;
+pub mod tenant_rate;
 pub mod usage_report;

@@ -1,6 +1,7 @@
 //! The state of a server: everything that requests and workers need, created at startup.
 
 use std::{
+    num::NonZeroU32,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -29,11 +30,12 @@ use crate::{
     db::{Db, DbError, Lane},
     invalidations::{Publisher, Recent},
     keys::{
-        KeyStore, last_used::LastUsed, ledger::PostgresLedger, lookups::Lookups, shared::SharedKeys,
+        KeyStore, last_used::LastUsed, ledger::PostgresLedger, lookups::Lookups,
+        shared::SharedKeys, tenant_ledger::TenantLedger,
     },
     limiter::{
         DistributedSettings, DistributedStore, KeyTableSettings, LimitStore, Limiter, LocalStore,
-        Membership, RedisCounters,
+        Membership, RedisCounters, TenantQuotas,
     },
     metering::Metering,
     readiness::ReadinessProbe,
@@ -41,10 +43,15 @@ use crate::{
     repo::{self, invalidation::Invalidation},
     telemetry::{log::Log, metrics::Metrics},
     tenant_queue::TenantQueues,
+    tenant_rate::TenantRate,
 };
 
 /// The number of client addresses that each rate limiter tracks. One takes about 100 bytes.
 const GUARDED: usize = 200_000;
+
+/// How many Stripe pages a tenant may request per minute. Each takes several requests to Stripe, whose rate limit all
+/// tenants share.
+const STRIPE_PAGES: NonZeroU32 = NonZeroU32::new(20).unwrap();
 
 /// See the module documentation. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -83,6 +90,8 @@ pub struct Services {
     /// The queues in which a tenant's requests for a Stripe page wait for each other. They are separate from those of
     /// changes, because revoking a key must not wait for Stripe.
     pub checkouts: TenantQueues,
+    /// How often a tenant may request such a page.
+    pub stripe_pages: TenantRate,
     /// The queues in which large reads of one tenant wait for each other.
     pub reads: TenantQueues,
     draining: AtomicBool,
@@ -135,6 +144,7 @@ impl AppState {
             ledger_calls: db.lanes().ledger,
             ..KeyTableSettings::default()
         };
+        let tenant_settings = settings.clone();
         let membership = Arc::new(Membership::default());
         let store: Arc<dyn LimitStore> = match &redis {
             None => LocalStore::new(clock.clone(), ledger, settings),
@@ -157,7 +167,16 @@ impl AppState {
                 )
             }
         };
-        let limiter = Limiter::new(store, clock.clone());
+        let mut limiter = Limiter::new(store, clock.clone());
+        if let Some(limit) = config.free_tier.requests_per_month {
+            limiter = limiter.with_tenant_quotas(TenantQuotas::new(
+                clock.clone(),
+                Arc::new(TenantLedger::new(db.on(Lane::Ledger), metrics.clone())),
+                tenant_settings,
+                membership.clone(),
+                limit,
+            ));
+        }
         let shared = redis.clone().map(|redis| {
             SharedKeys::new(
                 redis,
@@ -214,6 +233,7 @@ impl AppState {
             clock: clock.clone(),
             metrics: metrics.clone(),
         };
+        let stripe_pages = TenantRate::new(STRIPE_PAGES, clock.clone());
         Ok(Self(Arc::new(Services {
             auth_guard: ClientRateLimiter::new(config.auth_rpm, GUARDED, clock.clone()),
             admin_guard: ClientRateLimiter::new(config.admin_rpm, GUARDED, clock.clone()),
@@ -239,6 +259,7 @@ impl AppState {
             billing_event: Notify::new(),
             changes: TenantQueues::of_changes(),
             checkouts: TenantQueues::of_changes(),
+            stripe_pages,
             reads: TenantQueues::of_reads(),
             draining: AtomicBool::new(false),
         })))

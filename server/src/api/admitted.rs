@@ -268,13 +268,14 @@ pub async fn decide(
         .metering
         .reserve(record.tenant, endpoint, context.id())
         .map_err(|_| ApiError::unrecordable())?;
-    let decision = state
-        .limiter
-        .admit(&record.handle, &record.policies, cost)
-        .await
-        .inspect_err(|_| {
-            state.metrics.limiter_errors.inc();
-        })?;
+    let (limiter, handle, policies) = (&state.limiter, &record.handle, &record.policies);
+    let decided = match record.tenant_quota(state.billing.is_some(), || state.clock.now()) {
+        None => limiter.admit(handle, policies, cost).await,
+        Some(quota) => limiter.admit_within(quota, handle, policies, cost).await,
+    };
+    let decision = decided.inspect_err(|_| {
+        state.metrics.limiter_errors.inc();
+    })?;
     // This must come after the reservation: the shipper reports that all earlier decisions are in the segments it
     // reads.
     let decided_at = state.clock.monotonic();

@@ -18,7 +18,7 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::{
-    Tag,
+    Tag, allowance,
     change::{Edit, read, read_turn},
     creation::create,
     idempotency::IdempotencyGuard,
@@ -215,11 +215,10 @@ impl ApiKeyApi {
                 metadata: stored(&body.metadata.clone().unwrap_or_default()),
             };
             let row = api_key::insert(tx, &new).await.map_err(plan_not_found)?;
+            let api_key = ApiKey::from(row);
+            allowance::check_key(&self.state.config, tx, &api_key).await?;
             secret = Some(generated);
-            Ok(CreatedApiKey {
-                key: None,
-                api_key: row.into(),
-            })
+            Ok(CreatedApiKey { key: None, api_key })
         };
         let mut created = create(&self.state, &caller, idempotency, insert).await?;
         // A replay has no secret.
@@ -265,7 +264,9 @@ impl ApiKeyApi {
     ) -> Result<Json<ApiKey>, ApiError> {
         let id = key_id.0.0;
         let body = body.0;
+        let config = &self.state.config;
         let mut edit = Edit::begin(&self.state, &caller).await?;
+        allowance::lock_rates(config, &mut edit).await?;
         let before = ApiKey::from(api_key::lock(&mut edit, id).await.or_not_found()?);
         if body == UpdateApiKey::default() {
             return Ok(Json(before));
@@ -285,6 +286,9 @@ impl ApiKeyApi {
             .map_err(plan_not_found)?
             .ok_or_else(ApiError::not_found)?;
         let after = ApiKey::from(row);
+        if (before.plan_id, before.rpm_override) != (after.plan_id, after.rpm_override) {
+            allowance::check_key(config, &mut edit, &after).await?;
+        }
         let action = AuditAction::ApiKeyUpdate;
         edit.updated(action, &before, &after, Target::ApiKey(id))
             .await?;

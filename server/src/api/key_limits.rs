@@ -81,7 +81,7 @@ impl KeyLimitsApi {
         now: DateTime<Utc>,
     ) -> Result<Option<Quota>, ApiError> {
         let limit = match policy {
-            Policy::Rpm => None,
+            Policy::Rpm | Policy::TenantMonthly => None,
             Policy::Daily => record.policies.daily(),
             Policy::Monthly => record.policies.monthly(),
         };

@@ -131,6 +131,13 @@ impl ApiError {
         )
     }
 
+    pub fn too_many_pages(retry_after: Duration) -> Self {
+        Self::wait(
+            "Your organization has opened too many billing pages.",
+            retry_after,
+        )
+    }
+
     /// The problem for too many streams, which stay open while they are being viewed.
     pub fn too_many_streams() -> Self {
         Self::wait("Too many open streams.", Duration::from_secs(10))
@@ -322,6 +329,7 @@ const fn policy_name(policy: Policy) -> &'static str {
         Policy::Rpm => "rate limit",
         Policy::Daily => "daily quota",
         Policy::Monthly => "monthly quota",
+        Policy::TenantMonthly => "organization's monthly quota",
     }
 }
 

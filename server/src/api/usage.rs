@@ -288,6 +288,7 @@ pub(super) const fn policy_name(policy: Policy) -> PolicyName {
         Policy::Rpm => PolicyName::Rpm,
         Policy::Daily => PolicyName::Daily,
         Policy::Monthly => PolicyName::Monthly,
+        Policy::TenantMonthly => PolicyName::TenantMonthly,
     }
 }
 

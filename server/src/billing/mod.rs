@@ -9,17 +9,25 @@
 //! If Stripe is unreachable, tenants keep their access. No tenant can subscribe during that time.
 
 pub mod events;
+pub mod price;
 pub mod setup;
 pub mod usage;
 
 use chrono::{DateTime, Utc};
-use quota_common::TenantId;
+use quota_common::{
+    TenantId, Timestamp,
+    audit::{AuditAction, AuditTarget},
+};
+use serde_json::{Value, json};
 
+use self::price::{Offer, Prices};
 use crate::{
     config::StripeSettings,
     db::{Db, DbError},
+    error_chain::chain,
     repo::{
-        billing::{self, AccountRow, Applied, AppliedRead, SubscriptionRow},
+        audit::{self, NewAuditEvent},
+        billing::{self, AccountRow, Applied, AppliedRead, Shown, SubscriptionRow},
         invalidation::{self, Invalidation, Target},
     },
     stripe::{Checkout, CheckoutSession, Stripe, StripeError},
@@ -68,6 +76,7 @@ pub struct Billing {
     db: Db,
     grace: i64,
     is_live: bool,
+    prices: Prices,
 }
 
 /// A tenant that wants to subscribe, and the page to which it returns.
@@ -85,6 +94,13 @@ fn time(seconds: i64) -> Option<DateTime<Utc>> {
     DateTime::from_timestamp(seconds, 0)
 }
 
+impl Shown {
+    fn to_json(&self) -> Value {
+        let ends_at = self.ends_at.map(|it| Timestamp::from(it).to_string());
+        json!({"access": self.access, "access_ends_at": ends_at})
+    }
+}
+
 impl Billing {
     /// # Errors
     ///
@@ -95,6 +111,7 @@ impl Billing {
             db,
             grace: i64::try_from(settings.grace.as_secs()).unwrap_or(i64::MAX),
             is_live: settings.is_live(),
+            prices: Prices::default(),
         })
     }
 
@@ -109,7 +126,18 @@ impl Billing {
         };
         let mut observed = Vec::new();
         let mut rows = Vec::new();
-        for found in self.stripe.subscriptions(&begun.customer_id).await? {
+        let subscriptions = match self.stripe.subscriptions(&begun.customer_id).await {
+            // Nothing can be charged to this customer. The next Checkout creates another one.
+            Err(error) if error.is_missing_customer() => {
+                tracing::warn!(
+                    %tenant, customer = begun.customer_id, error = %chain(&error),
+                    "the customer does not exist in Stripe, so the tenant has no subscription"
+                );
+                Vec::new()
+            }
+            subscriptions => subscriptions?,
+        };
+        for found in subscriptions {
             let status = Status::named(&found.status)
                 .ok_or_else(|| BillingError::UnknownStatus(found.status.clone()))?;
             let unpaid_since = if status == Status::PastDue {
@@ -127,6 +155,11 @@ impl Billing {
             // Older versions of the API omit `cancel_at`.
             let at_period_end = period_end.filter(|_| found.cancel_at_period_end);
             let cancel_at = found.cancel_at.or(at_period_end);
+            let price = Offer::of_items(&found.items.data);
+            let product_name = match Offer::product(&found.items.data) {
+                Some(product) => self.product_name(product).await,
+                None => None,
+            };
             rows.push(SubscriptionRow {
                 tenant_id: tenant.0,
                 id: found.id.clone(),
@@ -142,6 +175,10 @@ impl Billing {
                     let recurring = item.price.recurring.as_ref();
                     recurring.is_some_and(|it| it.meter.is_some())
                 }),
+                product_name,
+                currency: Some(price.currency).filter(|it| !it.is_empty()),
+                monthly_price: price.monthly,
+                usage_price: price.per_unit,
             });
             observed.push(subscription::Subscription {
                 id: found.id,
@@ -169,7 +206,25 @@ impl Billing {
             subscriptions: &rows,
         };
         let mut tx = self.db.system().await?;
-        let changed = billing::apply_read(&mut tx, tenant, &applied).await?;
+        let (changed, audited) = billing::apply_read(&mut tx, tenant, &applied).await?;
+        if let Some(before) = audited {
+            let after = Shown {
+                access: applied.access.to_owned(),
+                ends_at: applied.paid_access_until,
+            };
+            let event = NewAuditEvent {
+                target_id: applied.subscription_id.map(str::to_owned),
+                before: Some(before.to_json()),
+                after: Some(after.to_json()),
+                ..NewAuditEvent::new(
+                    tenant.0,
+                    AuditAction::SubscriptionUpdate,
+                    AuditTarget::Subscription,
+                    &"",
+                )
+            };
+            audit::insert_system(&mut tx, &event).await?;
+        }
         // This comes last, because it waits for other transactions that invalidate.
         let invalidation = match changed {
             Applied::PaidAccess => {
@@ -226,8 +281,25 @@ impl Billing {
     }
 
     /// Returns a Checkout Session for a tenant without a subscription, and the invalidation to publish if its access
-    /// turned out to have changed. While a session is open, it is returned again: a tenant cannot pay twice.
+    /// turned out to have changed. While a session is open, it is returned again: a tenant cannot pay twice. If the
+    /// tenant's customer no longer exists, creates another one.
     pub async fn checkout(
+        &self,
+        buyer: &Buyer<'_>,
+    ) -> Result<(CheckoutSession, Option<Invalidation>), BillingError> {
+        match self.start_checkout(buyer).await {
+            Err(BillingError::Stripe(error)) if error.is_missing_customer() => {
+                let mut tx = self.db.system().await?;
+                billing::forget_customer(&mut tx, buyer.tenant).await?;
+                tx.commit().await?;
+                tracing::warn!(tenant = %buyer.tenant, "creating another Stripe customer");
+                self.start_checkout(buyer).await
+            }
+            started => started,
+        }
+    }
+
+    async fn start_checkout(
         &self,
         buyer: &Buyer<'_>,
     ) -> Result<(CheckoutSession, Option<Invalidation>), BillingError> {
@@ -271,7 +343,10 @@ impl Billing {
         };
         let key = format!("quota-checkout-{tenant}-{attempt}");
         let created = self.stripe.create_checkout(&checkout, &key).await;
-        if let Err(StripeError::Failed { .. } | StripeError::Rejected { .. }) = &created {
+        if let Err(
+            StripeError::Failed { .. } | StripeError::Rejected { .. } | StripeError::Missing { .. },
+        ) = &created
+        {
             // The same idempotency key would return the same error. If a session was created after all, no user has
             // seen its page.
             self.end_checkout(tenant, attempt).await?;
@@ -327,6 +402,9 @@ impl Billing {
         let customer = billing::customer_of(&mut tx, tenant).await?;
         tx.commit().await?;
         let customer = customer.ok_or(BillingError::NoCustomer)?;
-        Ok(self.stripe.create_portal(&customer, return_url).await?)
+        match self.stripe.create_portal(&customer, return_url).await {
+            Err(error) if error.is_missing_customer() => Err(BillingError::NoCustomer),
+            url => Ok(url?),
+        }
     }
 }

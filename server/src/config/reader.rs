@@ -64,6 +64,16 @@ impl Reader {
         })
     }
 
+    /// Returns `None` for an empty string.
+    pub(super) fn optional_number(
+        &mut self,
+        variable: &str,
+        text: &str,
+        range: RangeInclusive<u64>,
+    ) -> Option<u64> {
+        (!text.trim().is_empty()).then(|| self.number(variable, text, range))
+    }
+
     pub(super) fn count(
         &mut self,
         variable: &str,

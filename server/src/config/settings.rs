@@ -160,6 +160,22 @@ settings! {
     /// The maximum number of service tokens per tenant: 1 to 1000000.
     max_service_tokens: "QUOTA_MAX_SERVICE_TOKENS", "1000", "N";
 
+    /// The maximum number of plans of a tenant without a subscription: 1 to 1000000. Unset: QUOTA_MAX_PLANS. This and
+    /// the following limits apply to every tenant if billing is off.
+    free_plans: "QUOTA_FREE_PLANS", "", "N";
+
+    /// The maximum number of API keys of a tenant without a subscription: 1 to 10000000. Unset: QUOTA_MAX_API_KEYS.
+    free_keys: "QUOTA_FREE_KEYS", "", "N";
+
+    /// The maximum number of requests per calendar month (UTC) of a tenant without a subscription, across all its API
+    /// keys: 1 to 1000000000000. Further requests get 429 with the policy tenant_monthly. Unset: no limit. Plans with a
+    /// higher daily or monthly quota must be marked `paid`.
+    free_requests_per_month: "QUOTA_FREE_REQUESTS_PER_MONTH", "", "N";
+
+    /// The maximum rate (requests per minute) and burst of plans that are not marked `paid`: 1 to 60000000. Unset: no
+    /// limit.
+    free_rpm: "QUOTA_FREE_RPM", "", "N";
+
     /// The maximum number of requests per minute from one client address to /auth; 0 for no limit.
     auth_rpm: "QUOTA_AUTH_RPM", "60", "N";
 

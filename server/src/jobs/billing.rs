@@ -16,6 +16,9 @@ use crate::{
 const EVERY: Duration = Duration::from_secs(1);
 /// How often this replica looks for customers that have not been read for a while.
 const READ_EVERY: Duration = Duration::from_secs(5);
+/// How often the prices of new subscriptions are read, and how soon this is retried after a failure.
+const OFFER_EVERY: Duration = Duration::from_mins(10);
+const OFFER_AGAIN: Duration = Duration::from_secs(30);
 /// How often usage is planned and sent.
 const REPORT_EVERY: Duration = Duration::from_secs(10);
 /// How often reports are compared with the totals in Stripe.
@@ -47,6 +50,23 @@ pub(super) async fn read_customers(state: AppState) {
         ticks.tick().await;
         let round = billing.read_due().await;
         handle_round(&state, round, &mut is_reported);
+    }
+}
+
+/// Reads the prices of new subscriptions, which the console shows.
+pub(super) async fn read_offer(state: AppState) {
+    let Some(billing) = state.billing.clone() else {
+        return;
+    };
+    loop {
+        let wait = match billing.read_offer().await {
+            Ok(()) => OFFER_EVERY,
+            Err(error) => {
+                tracing::debug!(error = %db::chain(&error), "cannot read prices from Stripe");
+                OFFER_AGAIN
+            }
+        };
+        tokio::time::sleep(wait).await;
     }
 }
 
@@ -120,6 +140,10 @@ fn handle_round(state: &AppState, round: Result<Round, DbError>, is_reported: &m
         .metrics
         .billing_errors
         .inc_by(count(round.read_errors));
+    state
+        .metrics
+        .billing_meter_errors
+        .inc_by(round.meter_errors);
     state
         .metrics
         .billing_events_failed

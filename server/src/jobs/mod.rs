@@ -50,6 +50,7 @@ impl Jobs {
             running.spawn(until_stopped(
                 billing::read_customers(state.clone()).boxed(),
             ));
+            running.spawn(until_stopped(billing::read_offer(state.clone()).boxed()));
             running.spawn(until_stopped(billing::report_usage(state.clone()).boxed()));
             running.spawn(until_stopped(
                 billing::reconcile_usage(state.clone()).boxed(),

@@ -216,7 +216,7 @@ fn row((row, n): &(LedgerRow, u64)) -> (Row, i64) {
     (row, amount(*n))
 }
 
-fn time(at: UnixNanos) -> DateTime<Utc> {
+pub(super) fn time(at: UnixNanos) -> DateTime<Utc> {
     DateTime::from_timestamp_nanos(i64::try_from(at.0).unwrap_or(i64::MAX))
 }
 
@@ -225,7 +225,7 @@ fn nanos(at: DateTime<Utc>) -> UnixNanos {
     UnixNanos(u64::try_from(nanos).unwrap_or(0))
 }
 
-fn amount(n: u64) -> i64 {
+pub(super) fn amount(n: u64) -> i64 {
     i64::try_from(n).unwrap_or(i64::MAX)
 }
 

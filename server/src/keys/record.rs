@@ -20,7 +20,7 @@ use crate::{
     cache::{Cached, Freshness, Loaded, Unconfirmed},
     clock::{Monotonic, Nanos, UnixNanos},
     invalidations::InvalidationSet,
-    limiter::{KeyHandle, Limiter, Policies, RatePolicy, Zone},
+    limiter::{KeyHandle, Limiter, Policies, RatePolicy, TenantQuota, Zone},
     repo::api_key::{FoundKey, KeyFacts},
     secret_text::{Hash, SecretText},
     telemetry::metrics::Metrics,
@@ -51,6 +51,8 @@ pub struct KeyRecord {
     pub paid_access_until: UnixNanos,
     pub policies: Policies,
     pub handle: Arc<KeyHandle>,
+    /// The quota that all keys of the tenant share while it may not use plans marked `paid`. `None` if there is none.
+    tenant_quota: Option<TenantQuota>,
     /// Response headers that are the same for all requests of the key, cached by the API layer.
     pub headers: Attachment,
     /// When the use of the key was last recorded.
@@ -89,15 +91,30 @@ impl KeyRecord {
             return Err(Rejection::Expired);
         }
         let is_paid = billing_on && self.billing == Billing::Paid;
-        let has_access = || match self.paid_access_until {
-            UnixNanos(0) => false,
-            UnixNanos(u64::MAX) => true,
-            end => now() < end,
-        };
-        if is_paid && !has_access() {
+        if is_paid && !self.has_paid_access(now) {
             return Err(Rejection::PaymentRequired);
         }
         Ok(())
+    }
+
+    fn has_paid_access(&self, now: impl Fn() -> UnixNanos) -> bool {
+        match self.paid_access_until {
+            UnixNanos(0) => false,
+            UnixNanos(u64::MAX) => true,
+            end => now() < end,
+        }
+    }
+
+    /// Returns the quota that the key shares with all others of its tenant, unless the tenant may use plans marked
+    /// `paid`. With billing off, no tenant can. Calls `now` only if that access expires.
+    #[inline]
+    pub fn tenant_quota(
+        &self,
+        billing_on: bool,
+        now: impl Fn() -> UnixNanos,
+    ) -> Option<&TenantQuota> {
+        let quota = self.tenant_quota.as_ref()?;
+        (!billing_on || !self.has_paid_access(now)).then_some(quota)
     }
 }
 
@@ -267,6 +284,9 @@ fn record(facts: KeyFacts, as_of: i64, limiter: &Limiter) -> Result<KeyRecord, U
     let handle = limiter
         .handle(tenant, id)
         .map_err(|error| Unconfirmed::Failed(error.to_string().into()))?;
+    let tenant_quota = limiter
+        .tenant_quota(tenant)
+        .map_err(|error| Unconfirmed::Failed(error.to_string().into()))?;
     let (rpm, burst) = rate(facts.default_rpm, facts.burst, facts.rpm_override);
     let zone = Zone::named(&facts.time_zone).unwrap_or_else(|_| {
         tracing::error!(zone = facts.time_zone, tenant = %tenant, "unknown time zone; using UTC instead");
@@ -311,6 +331,7 @@ fn record(facts: KeyFacts, as_of: i64, limiter: &Limiter) -> Result<KeyRecord, U
         // Increases with every change.
         .with_version(u64::try_from(as_of).unwrap_or(0)),
         handle,
+        tenant_quota,
         headers: Attachment::default(),
         noted_at: AtomicU64::new(0),
     })

@@ -59,6 +59,8 @@ pub struct Decision {
     pub rate: PolicyState,
     pub daily: Option<PolicyState>,
     pub monthly: Option<PolicyState>,
+    /// The quota that all keys of the tenant share.
+    pub tenant_monthly: Option<PolicyState>,
     /// This replica decided without the shared counters.
     pub degraded: bool,
 }
@@ -93,9 +95,14 @@ impl Decision {
 
     /// Returns the states of the key's policies, in the order of [`Policy::ALL`].
     pub fn states(&self) -> impl Iterator<Item = PolicyState> {
-        [Some(self.rate), self.daily, self.monthly]
-            .into_iter()
-            .flatten()
+        [
+            Some(self.rate),
+            self.daily,
+            self.monthly,
+            self.tenant_monthly,
+        ]
+        .into_iter()
+        .flatten()
     }
 
     /// Returns the policy closest to exhaustion. For a denial, one of the violated policies.
@@ -143,6 +150,7 @@ mod tests {
             rate: state(Policy::Rpm, 600, 412, 18_800_000_001),
             daily: Some(state(Policy::Daily, 50_000, 48_000, 1 << 50)),
             monthly: Some(state(Policy::Monthly, 1_000_000, 999_000, 1 << 51)),
+            tenant_monthly: None,
             degraded: false,
         }
     }

@@ -283,6 +283,7 @@ impl LocalBucket {
             },
             daily: quotas[0],
             monthly: quotas[1],
+            tenant_monthly: None,
             degraded: self.degraded,
         })
     }

@@ -126,6 +126,17 @@ pub async fn insert(tx: &mut TenantTx, key: &NewApiKey<'_>) -> Result<ApiKeyRow,
     Ok(query.get_result(&mut **tx).await?)
 }
 
+/// Returns the highest rate override of a key on the plan.
+pub async fn highest_rate(tx: &mut TenantTx, plan: Uuid) -> Result<Option<i64>, DbError> {
+    let highest: Option<i32> = api_keys::table
+        .filter(api_keys::tenant_id.eq(tx.tenant().0))
+        .filter(api_keys::plan_id.eq(plan))
+        .select(diesel::dsl::max(api_keys::rpm_override))
+        .get_result(&mut **tx)
+        .await?;
+    Ok(highest.map(Into::into))
+}
+
 pub async fn list(
     tx: &mut TenantTx,
     filter: &Filter<'_>,

@@ -2,6 +2,7 @@
 
 use diesel::{dsl::sql, prelude::*, sql_query, sql_types};
 use diesel_async::RunQueryDsl;
+use uuid::Uuid;
 
 use crate::{
     db::{DbError, SystemTx},
@@ -112,5 +113,24 @@ pub async fn postpone(tx: &mut SystemTx, ids: &[&str], error: &str) -> Result<()
         .set(billing_events::error.eq(error))
         .execute(&mut **tx)
         .await?;
+    Ok(())
+}
+
+/// Records a problem with a tenant's usage, once. Ignores tenants without an account.
+pub async fn insert_meter_error(
+    tx: &mut SystemTx,
+    event: &str,
+    tenant: Uuid,
+    code: &str,
+) -> Result<(), DbError> {
+    sql_query(
+        "INSERT INTO billing_meter_errors (event_id, tenant_id, code) \
+         SELECT $1, tenant_id, $3 FROM billing_accounts WHERE tenant_id = $2 ON CONFLICT DO NOTHING",
+    )
+    .bind::<sql_types::Text, _>(event)
+    .bind::<sql_types::Uuid, _>(tenant)
+    .bind::<sql_types::Text, _>(code)
+    .execute(&mut **tx)
+    .await?;
     Ok(())
 }

@@ -156,6 +156,17 @@ update_by_id!(
     pub fn update in plans, PlanChange -> PlanRow
 );
 
+/// Returns the billing mode of a plan.
+pub async fn billing_of(tx: &mut TenantTx, id: Uuid) -> Result<Option<String>, DbError> {
+    let billing = plans::table
+        .find((tx.tenant().0, id))
+        .select(plans::billing)
+        .get_result(&mut **tx)
+        .await
+        .optional()?;
+    Ok(billing)
+}
+
 /// Deletes a plan. A plan that still has keys fails with `api_keys_plan_fkey`.
 pub async fn delete(tx: &mut TenantTx, id: Uuid) -> Result<bool, DbError> {
     Ok(diesel::delete(plans::table.find((tx.tenant().0, id)))

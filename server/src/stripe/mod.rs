@@ -7,6 +7,7 @@
 mod envelope;
 mod response;
 mod signature;
+mod thin;
 
 use std::{collections::HashMap, time::Duration};
 
@@ -39,11 +40,18 @@ use stripe_product::{
     product::{CreateProduct, RetrieveProduct},
 };
 
-use self::response::{Customer, List};
 pub use self::{
     envelope::{Envelope, NotAnEvent},
-    response::{CheckoutSession, Created, Invoice, Meter, Price, Subscription, WebhookEndpoint},
+    response::{
+        CheckoutSession, Created, Invoice, Item, ItemPrice, Meter, Price, Recurring, Subscription,
+        WebhookEndpoint,
+    },
     signature::{BadSignature, TOLERANCE, verify},
+    thin::MeterError,
+};
+use self::{
+    response::{Customer, List},
+    thin::ThinEvents,
 };
 use crate::config::StripeSettings;
 
@@ -74,6 +82,13 @@ pub const EVENTS: [&str; 14] = [
     "invoice.finalization_failed",
 ];
 
+/// Thin events about usage that Stripe cannot charge although it has accepted it. Stripe sends them to an event
+/// destination, not to a webhook endpoint.
+pub const METER_EVENTS: [&str; 2] = [
+    "v1.billing.meter.error_report_triggered",
+    "v1.billing.meter.no_meter_found",
+];
+
 /// Why a request failed.
 #[derive(Debug, thiserror::Error)]
 pub enum StripeError {
@@ -86,12 +101,27 @@ pub enum StripeError {
     /// Stripe rejected the request, which had no effect.
     #[error("Stripe rejected the request with status {status}: {message}")]
     Rejected { status: u16, message: String },
+    /// The object does not exist in Stripe, or only in another mode. The request had no effect.
+    #[error("{message}")]
+    Missing {
+        /// The parameter that names the object. `None` if it is in the path.
+        param: Option<String>,
+        message: String,
+    },
 }
 
 impl StripeError {
     /// Whether the object of the request does not exist.
     pub const fn is_not_found(&self) -> bool {
-        matches!(self, Self::Rejected { status: 404, .. })
+        matches!(
+            self,
+            Self::Rejected { status: 404, .. } | Self::Missing { .. }
+        )
+    }
+
+    /// Whether the customer that a parameter names does not exist: it was deleted, or is one of another mode or account.
+    pub fn is_missing_customer(&self) -> bool {
+        matches!(self, Self::Missing { param: Some(param), .. } if param == "customer")
     }
 }
 
@@ -105,7 +135,12 @@ impl From<ClientError> for StripeError {
         };
         // Not the whole error, because it can contain customer input.
         let message = error.message.unwrap_or_default();
+        let is_missing = error.code == Some(stripe_shared::ApiErrorsCode::ResourceMissing);
         match status {
+            400 | 404 if is_missing => Self::Missing {
+                param: error.param,
+                message,
+            },
             409 | 429 => Self::Unknown(message),
             500.. => Self::Failed { status, message },
             _ => Self::Rejected { status, message },
@@ -119,6 +154,7 @@ type Result<T> = std::result::Result<T, StripeError>;
 #[derive(Debug, Clone)]
 pub struct Stripe {
     client: stripe::Client,
+    thin: ThinEvents,
 }
 
 /// What a Checkout Session sells, and to which tenant.
@@ -177,7 +213,13 @@ impl Stripe {
             client = client.url(format!("{}/", base.trim_end_matches('/')));
         }
         let client = client.build()?;
-        Ok(Self { client })
+        let thin = ThinEvents::new(key, settings.api_base.as_deref())?;
+        Ok(Self { client, thin })
+    }
+
+    /// Returns what an event in [`METER_EVENTS`] reports.
+    pub async fn meter_errors(&self, event: &str) -> Result<Vec<MeterError>> {
+        self.thin.meter_errors(event).await
     }
 
     pub async fn create_customer(
@@ -371,6 +413,11 @@ impl Stripe {
             Err(error) if error.is_not_found() => Ok(false),
             Err(error) => Err(error),
         }
+    }
+
+    pub async fn product_name(&self, id: &str) -> Result<String> {
+        let product: response::Product = send!(self, RetrieveProduct::new(id));
+        Ok(product.name)
     }
 
     pub async fn create_product(&self, id: &str, name: &str) -> Result<()> {

@@ -53,10 +53,16 @@ pub struct Item {
     pub current_period_start: i64,
     pub current_period_end: i64,
     pub price: ItemPrice,
+    /// `None` for a metered price.
+    pub quantity: Option<u64>,
 }
 
 #[derive(Debug, Clone, Deserialize)]
 pub struct ItemPrice {
+    pub currency: String,
+    pub product: String,
+    /// `None` for tiered prices.
+    pub unit_amount_decimal: Option<String>,
     pub recurring: Option<Recurring>,
 }
 
@@ -93,6 +99,11 @@ pub(super) struct Summary {
 }
 
 #[derive(Debug, Deserialize)]
+pub(super) struct Product {
+    pub name: String,
+}
+
+#[derive(Debug, Deserialize)]
 pub(super) struct PortalSession {
     pub url: String,
 }
@@ -102,6 +113,7 @@ pub struct Price {
     pub id: String,
     pub lookup_key: Option<String>,
     pub currency: String,
+    pub product: String,
     pub unit_amount_decimal: Option<String>,
     pub recurring: Option<Recurring>,
 }
@@ -109,6 +121,7 @@ pub struct Price {
 #[derive(Debug, Clone, Deserialize)]
 pub struct Recurring {
     pub interval: String,
+    pub interval_count: u64,
     pub meter: Option<String>,
     pub usage_type: String,
 }

@@ -76,6 +76,8 @@ metrics! {
         "Usage of the last 40 days that should have been charged but will not be";
     billing_usage_oldest: Gauge, "billing_usage_oldest_pending_seconds",
         "Age of the oldest usage report that Stripe has not received yet; 0 if there is none";
+    billing_meter_errors: Counter, "billing_meter_errors",
+        "Usage reports in which Stripe found an error after accepting them";
     billing_reconciled_at: Gauge, "billing_reconciled_at_seconds",
         "Unix time of the last comparison of usage reports with the totals in Stripe";
     keys_malformed: Counter, "keys_malformed",

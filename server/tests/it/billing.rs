@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use futures_util::StreamExt as _;
 use quota_fake_stripe::{AfterRetries, Card, Delivery, Fault, How, Signature, sign};
 use quota_server::{
     billing::setup::{self, Offer},
@@ -791,4 +792,243 @@ async fn setting_up_twice_creates_nothing_twice() {
         .map(|it| it.name)
         .collect();
     assert_eq!(wrong, ["webhook endpoint"]);
+}
+
+/// A tenant's customer no longer exists in Stripe, and neither do its subscriptions. The tenant can subscribe again.
+#[tokio::test(flavor = "multi_thread")]
+async fn tenant_whose_customer_was_deleted_can_subscribe_again() {
+    let stripe = TestStripe::start().await;
+    let app = stripe.app().await;
+    let account = app.register().await;
+    let key = paid_key(&app, &account).await;
+    stripe.subscribe(&app, &account).await;
+    wait_for_access(&app, &account, "active").await;
+    wait_for_status(&app, &key, 200).await;
+    let customer = stripe.customer_of(&account);
+    let path = format!("customers/{customer}");
+    stripe
+        .fake
+        .request(&Method::DELETE, &path, "")
+        .expect("deleted");
+    stripe.deliver_all().await;
+    wait_for_access(&app, &account, "canceled").await;
+    wait_for_status(&app, &key, 402).await;
+    let portal = app
+        .act(&account, "POST", "/billing/portal", Value::Null)
+        .await;
+    assert_eq!(
+        (portal.status, portal.problem()),
+        (409, "not-subscribed"),
+        "{}",
+        portal.text
+    );
+
+    stripe.subscribe(&app, &account).await;
+    wait_for_access(&app, &account, "active").await;
+    wait_for_status(&app, &key, 200).await;
+    assert_ne!(stripe.customer_of(&account), customer);
+    let shown = app
+        .act(
+            &account,
+            "GET",
+            "/admin/audit?action=subscription.update",
+            Value::Null,
+        )
+        .await;
+    let items = shown.body["items"].as_array().expect("events").iter().rev();
+    let accesses: Vec<_> = items.map(|it| it["after"]["access"].clone()).collect();
+    // The new customer has never subscribed.
+    assert_eq!(
+        accesses,
+        ["active", "canceled", "free", "active"],
+        "{}",
+        shown.text
+    );
+}
+
+/// The customer belongs to another mode, for example after switching to a live key.
+#[tokio::test(flavor = "multi_thread")]
+async fn customer_that_stripe_does_not_know_has_no_access() {
+    let stripe = TestStripe::start().await;
+    let app = stripe.app().await;
+    let account = app.register().await;
+    let key = paid_key(&app, &account).await;
+    stripe.subscribe(&app, &account).await;
+    wait_for_access(&app, &account, "active").await;
+    wait_for_status(&app, &key, 200).await;
+    let client = app.database.connect().await;
+    let sql =
+        "UPDATE billing_accounts SET customer_id = 'cus_of_another_mode', read_due_at = now()";
+    client
+        .execute(sql, &[])
+        .await
+        .expect("the customer is changed");
+    wait_for_access(&app, &account, "free").await;
+    wait_for_status(&app, &key, 402).await;
+    // The next Checkout finds the customer of this mode, which is still subscribed.
+    let page = app
+        .act(&account, "POST", "/billing/checkout", Value::Null)
+        .await;
+    assert_eq!(
+        (page.status, page.problem()),
+        (409, "already-subscribed"),
+        "{}",
+        page.text
+    );
+    wait_for_access(&app, &account, "active").await;
+    wait_for_status(&app, &key, 200).await;
+    assert_eq!(stripe.fake.all("customer").len(), 1);
+}
+
+/// Customers without a subscription are read at increasing intervals, others about every 10 minutes.
+#[tokio::test(flavor = "multi_thread")]
+async fn customer_without_a_subscription_is_rarely_read() {
+    let stripe = TestStripe::start().await;
+    let app = stripe
+        .configure(TestApp::setup())
+        .without_jobs()
+        .start()
+        .await;
+    let (idle, subscribed) = (app.register().await, app.register().await);
+    let billing = app.state.billing.as_ref().expect("billing is on");
+    for account in [&idle, &subscribed] {
+        let session = stripe.start_checkout(&app, account).await;
+        if account.tenant_id == subscribed.tenant_id {
+            stripe
+                .fake
+                .pay_checkout(&session, Card::Good, false)
+                .expect("open");
+            let tenant = account.tenant_id.parse().expect("a UUID");
+            billing
+                .read(quota_common::TenantId(tenant))
+                .await
+                .expect("read");
+        }
+    }
+    let client = app.database.connect().await;
+    let due = async |account: &crate::support::app::Account, read: &str| {
+        let sql = format!(
+            "UPDATE billing_accounts SET read_due_at = now(), read_at = now() - interval '{read}'"
+        );
+        client.execute(&sql, &[]).await.expect("time passes");
+        billing.read_due().await.expect("read");
+        let sql = format!(
+            "SELECT extract(epoch FROM read_due_at - now())::bigint / 60 FROM billing_accounts \
+             WHERE tenant_id = '{}'",
+            account.tenant_id
+        );
+        let minutes: i64 = client.query_one(&sql, &[]).await.expect("a row").get(0);
+        minutes
+    };
+    let near = |minutes: i64, expected: i64| {
+        let range = expected * 88 / 100 - 1..=expected * 112 / 100;
+        assert!(range.contains(&minutes), "{minutes} instead of {expected}");
+    };
+    near(due(&idle, "2 minutes").await, 10);
+    near(due(&idle, "1 hour").await, 120);
+    near(due(&idle, "3 days").await, 24 * 60);
+    near(due(&subscribed, "3 days").await, 10);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tenant_cannot_use_up_the_rate_of_requests_to_stripe() {
+    let stripe = TestStripe::start().await;
+    let app = stripe.app().await;
+    let (account, other) = (app.register().await, app.register().await);
+    for account in [&account, &other] {
+        stripe.start_checkout(&app, account).await;
+    }
+    let mut opened = 0;
+    let refused = loop {
+        let page = app
+            .act(&account, "POST", "/billing/portal", Value::Null)
+            .await;
+        if page.status != 201 {
+            break page;
+        }
+        opened += 1;
+        assert!(opened < 50);
+    };
+    assert!(opened >= 10, "{opened}");
+    assert_eq!(
+        (refused.status, refused.problem()),
+        (429, "too-many-requests")
+    );
+    assert!((1..=60).contains(&refused.number("retry-after")));
+    let page = app
+        .act(&other, "POST", "/billing/portal", Value::Null)
+        .await;
+    assert_eq!(page.status, 201, "{}", page.text);
+}
+
+/// Measures the time from the webhook of a failed payment to 402 on three replicas, and back. Other subscribers are not
+/// affected.
+#[tokio::test(flavor = "multi_thread")]
+async fn failed_payment_reaches_three_replicas_and_affects_no_one_else() {
+    const OTHERS: u32 = 10_000;
+    let redis = quota_testkit::redis::RedisServer::start().await;
+    let stripe = TestStripe::start().await;
+    stripe.fake.after_retries(AfterRetries::Unpaid);
+    let setup = || {
+        let setup = stripe.configure(TestApp::setup());
+        let setup = setup.flag(format!("--redis-url={}", redis.url()));
+        setup.flag("--redis-timeout=2s")
+    };
+    let first = setup().start().await;
+    let second = setup().database(first.database.clone()).start().await;
+    let third = setup().database(first.database.clone()).start().await;
+    stripe.send_to(&first);
+    let replicas = [&first, &second, &third];
+    let (account, other) = (first.register().await, first.register().await);
+    let key = paid_key(&first, &account).await;
+    let others = paid_key(&first, &other).await;
+    for account in [&account, &other] {
+        stripe.subscribe(&first, account).await;
+        wait_for_access(&first, account, "active").await;
+    }
+    for app in replicas {
+        wait_for_status(app, &key, 200).await;
+        wait_for_status(app, &others, 200).await;
+    }
+    let customer = stripe.customer_of(&account);
+    let reaches = async |status: u16| {
+        let began = std::time::Instant::now();
+        stripe.deliver_all().await;
+        let all = replicas.map(|app| wait_for_status(app, &key, status));
+        futures_util::future::join_all(all).await;
+        println!("{status} on all replicas after {:?}", began.elapsed());
+    };
+    let story = async {
+        stripe.fake.set_card(&customer, Card::Declines);
+        stripe.fake.advance(MONTH + Duration::from_hours(2));
+        stripe.fake.advance(16 * DAY);
+        reaches(402).await;
+        stripe.fake.set_card(&customer, Card::Good);
+        let open = stripe.fake.all("invoice").into_iter();
+        let open = open
+            .rev()
+            .find(|it| it["status"] == "open" && it["customer"] == customer.as_str());
+        let open = open.expect("an open invoice")["id"]
+            .as_str()
+            .expect("an ID")
+            .to_owned();
+        stripe
+            .fake
+            .request(&Method::POST, &format!("invoices/{open}/pay"), "")
+            .expect("paid");
+        reaches(200).await;
+    };
+    let traffic = async {
+        let calls = (0..OTHERS).map(|n| {
+            let app = replicas[n as usize % 3];
+            async { app.echo(&others).await.status }
+        });
+        let statuses = futures_util::stream::iter(calls).buffer_unordered(6);
+        statuses
+            .filter(|it| std::future::ready(*it != 200))
+            .count()
+            .await
+    };
+    let ((), refused) = tokio::join!(story, traffic);
+    assert_eq!(refused, 0, "of {OTHERS}");
 }

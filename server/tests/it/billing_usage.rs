@@ -5,8 +5,12 @@
 use std::time::Duration;
 
 use chrono::{DateTime, DurationRound as _, TimeDelta, Utc};
+use quota_common::TenantId;
 use quota_fake_stripe::{Card, Fault, How, Usage};
-use quota_server::{billing::Billing, repo::usage_batch::UsageRecord};
+use quota_server::{
+    billing::Billing,
+    repo::{billing_usage, usage_batch::UsageRecord},
+};
 use reqwest::Method;
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -279,6 +283,58 @@ async fn random_schedules_charge_exactly_what_was_used() {
         assert_eq!(world.total(), used, "seed {seed}");
     }
     assert!(failed > 20, "{failed}");
+    assert!(world.reports().await.iter().all(|it| it.0 == "sent"));
+}
+
+/// The number of schedules. Set `BILLING_SEEDS=1000` for a long run.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the length of a test is not a setting of the server"
+)]
+fn seeds() -> u64 {
+    std::env::var("BILLING_SEEDS").map_or(25, |seeds| seeds.parse().expect("a number"))
+}
+
+/// The worker repeatedly ends at a random moment, with faults in Stripe in between. The next worker knows only what the
+/// last one has stored and sent.
+#[tokio::test(flavor = "multi_thread")]
+async fn worker_that_ends_at_any_moment_charges_exactly_what_was_used() {
+    let world = World::subscribed(10 * DAY).await;
+    let faults = Fault::all(Duration::from_millis(3));
+    let (mut used, mut ended) = (0, 0);
+    for seed in 0..seeds() {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        for _ in 0..rng.u8(1..6) {
+            let at = hour(rng.i64(3..80)) + minutes(rng.i64(0..60));
+            let cost = rng.i64(1..1000);
+            used += cost;
+            world.append(&[world.paid(at, cost)]).await;
+        }
+        for _ in 0..rng.u8(1..6) {
+            if let Some(fault) = rng.choice(&faults).filter(|_| rng.bool()) {
+                let path = "/v1/billing/meter_events";
+                world.stripe.fake.fail_next(path, *fault);
+            }
+            let work = async {
+                world.billing().plan_usage().await.expect("planned");
+                world.billing().send_usage().await.expect("sent");
+            };
+            let moment = Duration::from_micros(rng.u64(0..60_000));
+            ended += u32::from(tokio::time::timeout(moment, work).await.is_err());
+            // The next worker starts after the claim of the last one has expired.
+            world
+                .execute("UPDATE billing_senders SET until = now()")
+                .await;
+            world
+                .execute("UPDATE billing_reports SET due_at = now() WHERE state = 'pending'")
+                .await;
+        }
+        world.stripe.fake.heal();
+        world.report().await;
+        assert_eq!(world.total(), used, "seed {seed}");
+    }
+    println!("ended {ended} times");
+    assert!(ended > 10, "{ended}");
     assert!(world.reports().await.iter().all(|it| it.0 == "sent"));
 }
 
@@ -650,4 +706,187 @@ async fn server_reports_usage_by_itself() {
         .act(&world.account, "GET", "/billing", Value::Null)
         .await;
     assert_eq!(state.body["access"], "active");
+}
+
+/// A replica that is too slow has lost its claim, and neither sends nor releases anything.
+#[tokio::test(flavor = "multi_thread")]
+async fn slow_sender_stops_when_another_has_taken_over() {
+    let world = World::subscribed(3 * DAY).await;
+    world
+        .append(&[world.paid(hour(3), 5), world.paid(hour(2), 6)])
+        .await;
+    world.billing().plan_usage().await.expect("planned");
+    let tenant = TenantId(world.account.tenant_id.parse().expect("a UUID"));
+    let (slow, quick) = (Uuid::now_v7(), Uuid::now_v7());
+    let claim = async |owner| {
+        let mut tx = world.app.state.db.system().await.expect("a connection");
+        let claimed = billing_usage::claim_senders(&mut tx, owner, 10).await;
+        tx.commit().await.expect("committed");
+        claimed.expect("claimed")
+    };
+    let begin = async |owner| {
+        let mut tx = world.app.state.db.system().await.expect("a connection");
+        let begun = billing_usage::begin_attempt(&mut tx, tenant, owner).await;
+        tx.commit().await.expect("committed");
+        begun.expect("begun").is_some()
+    };
+    assert_eq!(claim(slow).await, [tenant]);
+    assert!(claim(quick).await.is_empty(), "it is taken");
+    assert!(begin(slow).await);
+    world
+        .execute("UPDATE billing_senders SET until = now() - interval '1 second'")
+        .await;
+    assert_eq!(claim(quick).await, [tenant]);
+    assert!(!begin(slow).await, "the claim is lost");
+    let mut tx = world.app.state.db.system().await.expect("a connection");
+    billing_usage::release_sender(&mut tx, tenant, slow)
+        .await
+        .expect("nothing");
+    tx.commit().await.expect("committed");
+    // Each attempt extends the claim.
+    world
+        .execute("UPDATE billing_senders SET until = now() + interval '1 second'")
+        .await;
+    assert!(begin(quick).await);
+    let extended =
+        "UPDATE billing_senders SET until = until WHERE until > now() + interval '1 minute'";
+    assert_eq!(world.execute(extended).await, 1);
+}
+
+/// The invoice of a period may become final an hour after its end, which can be before its last hour has ended.
+#[tokio::test(flavor = "multi_thread")]
+async fn usage_before_the_edge_of_a_period_is_reported_before_the_hour_ends() {
+    let world = World::subscribed(3 * DAY).await;
+    let mut start = hour(0);
+    while usage::now() - start < TimeDelta::seconds(3) {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        start = hour(0);
+    }
+    let second = TimeDelta::seconds(1);
+    let edge = start + (usage::now() - start) / 2;
+    let edge = edge.duration_trunc(second).expect("a time of this era");
+    world
+        .append(&[
+            world.paid(start, 1),
+            world.paid(edge - second, 2),
+            world.paid(edge, 4),
+            world.paid(edge + TimeDelta::milliseconds(500), 8),
+        ])
+        .await;
+    // Nothing is planned until the subscriptions have been read after the edge.
+    let set_edge = format!(
+        "UPDATE billing_subscriptions SET period_end = '{edge}'; \
+         UPDATE billing_accounts SET read_at = now()"
+    );
+    let client = world.app.database.connect().await;
+    client
+        .batch_execute(&set_edge)
+        .await
+        .expect("the period ends");
+    world.report().await;
+    assert_eq!(world.total(), 3, "{:?}", world.reports().await);
+    // Once.
+    world.append(&[world.paid(edge - second, 16)]).await;
+    world.report().await;
+    assert_eq!(world.reports().await.len(), 1);
+}
+
+/// Stripe accepts usage for a customer that does not exist, and reports the error later.
+#[tokio::test(flavor = "multi_thread")]
+async fn error_that_the_meter_reports_later_is_shown() {
+    let world = World::subscribed(3 * DAY).await;
+    world.append(&[world.paid(hour(3), 5)]).await;
+    world
+        .execute("UPDATE billing_accounts SET customer_id = 'cus_gone'")
+        .await;
+    world.stripe.fake.take_queued();
+    world.report().await;
+    assert_eq!(world.total(), 0);
+    world.stripe.deliver_all().await;
+    let state = async || {
+        let state = world
+            .app
+            .act(&world.account, "GET", "/billing", Value::Null)
+            .await;
+        assert_eq!(state.status, 200, "{}", state.text);
+        state.body["usage"]["last_error"].clone()
+    };
+    assert_eq!(state().await, Value::Null);
+    let round = world.billing().handle_due().await.expect("handled");
+    assert_eq!((round.meter_errors, round.failed), (1, 0));
+    assert_eq!(state().await["code"], "meter_event_customer_not_found");
+    // A redelivery has no effect.
+    assert_eq!(
+        world.billing().handle_due().await.expect("nothing").events,
+        0
+    );
+}
+
+/// Usage that is not in a report yet counts as waiting.
+#[tokio::test(flavor = "multi_thread")]
+async fn hours_that_cannot_be_planned_are_counted_as_pending() {
+    let world = World::subscribed(3 * DAY).await;
+    let pending = async || {
+        let compared = world.billing().reconcile_usage().await.expect("compared");
+        compared.oldest_pending
+    };
+    assert_eq!(pending().await, 0);
+    // The current hour does not wait.
+    world.append(&[world.paid(usage::now(), 5)]).await;
+    assert_eq!(pending().await, 0);
+    world.append(&[world.paid(hour(5), 5)]).await;
+    let age = (usage::now() - hour(4)).num_seconds();
+    assert!((age - 60..=age + 60).contains(&pending().await));
+    world.report().await;
+    assert_eq!(pending().await, 0);
+}
+
+/// `GET /billing` shows the price, and the usage of the current period with its charge.
+#[tokio::test(flavor = "multi_thread")]
+async fn usage_and_its_charge_are_shown() {
+    let world = World::subscribed(3 * DAY).await;
+    let state = async || {
+        let state = world
+            .app
+            .act(&world.account, "GET", "/billing", Value::Null)
+            .await;
+        assert_eq!(state.status, 200, "{}", state.text);
+        state.body
+    };
+    world
+        .append(&[world.paid(hour(30), 100), world.paid(hour(4), 20)])
+        .await;
+    let before = state().await;
+    let reported = |state: &Value| -> DateTime<Utc> {
+        let at = state["usage"]["reported_until"].as_str().expect("a time");
+        at.parse().expect("a time")
+    };
+    assert_eq!(reported(&before), hour(30));
+    world.report().await;
+    world.append(&[world.paid(usage::now(), 3)]).await;
+    let shown = state().await;
+    assert_eq!(
+        shown["price"],
+        json!({"name": "Quota", "currency": "usd", "monthly": "2900", "per_request": "1"})
+    );
+    let usage = &shown["usage"];
+    assert_eq!(
+        (&usage["used"], &usage["charge"]),
+        (&json!(123), &json!(123))
+    );
+    assert_eq!(
+        (&usage["not_charged"], &usage["last_error"]),
+        (&json!(0), &Value::Null)
+    );
+    assert_eq!(reported(&shown), hour(0));
+    // Three days of a month with 28 to 31 days have passed.
+    let projected = usage["projected"].as_u64().expect("a number");
+    assert!((1120..=1290).contains(&projected), "{projected}");
+    assert_eq!(usage["projected_total"], 2900 + projected);
+    assert_eq!(
+        (&shown["paid_plans"], &shown["paid_keys"]),
+        (&json!(1), &json!(0))
+    );
+    world.app.key(&world.account, &world.plan).await;
+    assert_eq!(state().await["paid_keys"], 1);
 }

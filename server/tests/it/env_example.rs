@@ -130,7 +130,11 @@ fn wrong(name: &str) -> &'static str {
         | "QUOTA_KEY_LOOKUPS"
         | "QUOTA_MAX_PLANS"
         | "QUOTA_MAX_API_KEYS"
-        | "QUOTA_MAX_SERVICE_TOKENS" => "0",
+        | "QUOTA_MAX_SERVICE_TOKENS"
+        | "QUOTA_FREE_PLANS"
+        | "QUOTA_FREE_KEYS"
+        | "QUOTA_FREE_REQUESTS_PER_MONTH"
+        | "QUOTA_FREE_RPM" => "0",
         "QUOTA_REDIS_TIMEOUT" => "0ms",
         "QUOTA_REDIS_CONNECT_TIMEOUT" => "250",
         "QUOTA_LEASE_TTL" => "1001ms",

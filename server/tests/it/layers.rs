@@ -24,7 +24,14 @@ const RANKS: &[&[&str]] = &[
         "tenant_queue",
     ],
     &["db", "redis", "stripe", "telemetry"],
-    &["cache", "client_guard", "limiter", "readiness", "repo"],
+    &[
+        "cache",
+        "client_guard",
+        "limiter",
+        "readiness",
+        "repo",
+        "tenant_rate",
+    ],
     &["invalidations"],
     &["auth", "keys"],
     &["billing", "metering"],
@@ -46,6 +53,7 @@ const INNER_RANKS: &[(&str, &[&[&str]])] = &[(
         &["key"],
         &["store"],
         &["distributed", "local"],
+        &["tenant"],
         &["mod"],
     ],
 )];

@@ -65,6 +65,14 @@ impl Failure {
         failure
     }
 
+    /// An object that a parameter names does not exist.
+    pub fn no_such_param(param: &str, id: &str) -> Self {
+        let mut failure = Self::no_such(param, id);
+        failure.status = 400;
+        failure.body["error"]["param"] = param.into();
+        failure
+    }
+
     pub fn no_such(kind: &str, id: &str) -> Self {
         let mut failure = Self::invalid(&format!("No such {kind}: '{id}'"));
         failure.status = 404;

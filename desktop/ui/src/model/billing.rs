@@ -14,7 +14,7 @@ use super::{
     text::{count, date_time, number, relative},
 };
 
-/// The server reads every customer from Stripe more often than this, unless Stripe is unreachable.
+/// The server reads every subscription from Stripe more often than this, unless Stripe is unreachable.
 const STALE_MS: i64 = 30 * 60 * 1000;
 
 fn millis(at: Timestamp) -> i64 {
@@ -70,6 +70,10 @@ pub fn is_action_needed(it: &BillingState) -> bool {
     buttons(it).first() != Some(&MANAGE)
 }
 
+const fn is_subscribed(it: &BillingState) -> bool {
+    !matches!(it.access, BillingAccess::Free | BillingAccess::Canceled)
+}
+
 /// What the user has to know first, each with a style.
 fn notices(it: &BillingState, now: i64) -> Vec<(&'static str, String)> {
     let (danger, warn) = ("alert", "alert warn");
@@ -107,7 +111,8 @@ fn notices(it: &BillingState, now: i64) -> Vec<(&'static str, String)> {
         )),
         _ => {}
     }
-    if let Some(at) = it.refreshed_at.map(millis).filter(|at| now - at > STALE_MS) {
+    let read_at = it.refreshed_at.filter(|_| is_subscribed(it));
+    if let Some(at) = read_at.map(millis).filter(|at| now - at > STALE_MS) {
         all.push((
             warn,
             format!(
@@ -172,8 +177,7 @@ pub fn subscription(it: &BillingState, now: i64) -> Markup {
         .map(|(class, text)| with_text("p", &[("class", class)], &text))
         .collect();
     let name = it.price.as_ref().and_then(|it| it.name.as_deref());
-    let is_subscribed = !matches!(it.access, BillingAccess::Free | BillingAccess::Canceled);
-    let title = if is_subscribed {
+    let title = if is_subscribed(it) {
         "Subscription"
     } else {
         "No subscription"
@@ -193,7 +197,7 @@ pub fn subscription(it: &BillingState, now: i64) -> Markup {
     match (it.cancels_at, it.period_end) {
         (Some(at), _) if millis(at) > now => facts.push(row("Ends", &date(at), "")),
         (Some(at), _) => facts.push(row("Ended", &date(at), "")),
-        (None, Some(at)) if is_subscribed && it.trial_ends_at.is_none() => {
+        (None, Some(at)) if is_subscribed(it) && it.trial_ends_at.is_none() => {
             facts.push(row("Renews", &date(at), ""));
         }
         _ => {}

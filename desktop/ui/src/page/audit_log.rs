@@ -38,6 +38,7 @@ const fn resource_label(target: AuditTarget) -> &'static str {
         AuditTarget::User => "Accounts",
         AuditTarget::Session => "Sessions",
         AuditTarget::Tenant => "Organization",
+        AuditTarget::Subscription => "Subscription",
     }
 }
 

@@ -109,7 +109,7 @@ impl KeyState {
 
     pub(in crate::limiter) fn block(&mut self, policy: Policy) -> Option<&mut Block> {
         match policy {
-            Policy::Rpm => None,
+            Policy::Rpm | Policy::TenantMonthly => None,
             Policy::Daily => Some(&mut self.daily),
             Policy::Monthly => Some(&mut self.monthly),
         }
@@ -339,6 +339,7 @@ impl KeyState {
             rate,
             daily: quota(Policy::Daily, &self.daily),
             monthly: quota(Policy::Monthly, &self.monthly),
+            tenant_monthly: None,
             degraded: false,
         }
     }
@@ -373,7 +374,7 @@ impl KeyState {
     /// Returns how often the ledger has failed for the block of a policy.
     pub(in crate::limiter) fn failures(&self, policy: Policy) -> u64 {
         match policy {
-            Policy::Rpm => 0,
+            Policy::Rpm | Policy::TenantMonthly => 0,
             Policy::Daily => self.daily.failures(),
             Policy::Monthly => self.monthly.failures(),
         }

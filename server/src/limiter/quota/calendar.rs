@@ -188,9 +188,11 @@ pub fn window(policy: Policy, zone: &Zone, now: UnixNanos) -> Window {
     match policy {
         Policy::Rpm => Window::NONE,
         Policy::Daily => around(zone, now, |date| date, tomorrow),
-        Policy::Monthly => around(zone, now, Date::first_of_month, |first| {
-            tomorrow(first.last_of_month())
-        }),
+        Policy::Monthly | Policy::TenantMonthly => {
+            around(zone, now, Date::first_of_month, |first| {
+                tomorrow(first.last_of_month())
+            })
+        }
     }
 }
 
