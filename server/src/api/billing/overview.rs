@@ -10,7 +10,7 @@ use quota_common::billing::{
 };
 
 use crate::{
-    api::{admitted::AdmittedTenant, change::read, problem::ApiError, usage::times},
+    api::{admitted::SignedInTenant, change::read, problem::ApiError, usage::times},
     billing::price::{self, Offer},
     config::Config,
     db::{DbError, TenantTx},
@@ -31,7 +31,7 @@ fn count(n: i64) -> u64 {
 
 pub(super) async fn billing_state(
     state: &AppState,
-    caller: &AdmittedTenant,
+    caller: &SignedInTenant,
 ) -> Result<BillingState, ApiError> {
     let times = times(state).await?;
     let find = async |tx: &mut TenantTx| -> Result<_, DbError> {
