@@ -108,6 +108,9 @@ pub enum Call {
     ListDecisions(DecisionFilter, PageOf),
     KeyLimits(ApiKeyId),
     BurnDown(ApiKeyId, PolicyName),
+    Billing,
+    StartCheckout,
+    OpenBillingPortal,
     /// Sent with an API key in `X-API-Key` instead of the session's credentials.
     Echo,
 }
@@ -232,6 +235,9 @@ impl Call {
             Self::KeyLimits(id) => get(&format!("/admin/api-keys/{id}/limits")),
             Self::BurnDown(id, policy) => get(&format!("/admin/api-keys/{id}/burn-down"))
                 .with("policy", Some(policy.as_str())),
+            Self::Billing => get("/billing"),
+            Self::StartCheckout => post("/billing/checkout"),
+            Self::OpenBillingPortal => post("/billing/portal"),
             Self::Echo => get("/v1/echo"),
         }
     }

@@ -44,7 +44,7 @@ text_enum! {
         ReducedCapacity = "reduced_capacity",
         /// The tenant has no such key.
         UnknownKey = "unknown_key",
-        /// The key is disabled.
+        /// The key is inactive.
         InactiveKey = "inactive_key",
         /// The key has expired.
         ExpiredKey = "expired_key",

@@ -1,4 +1,4 @@
-//! Plans: the rate limits and quotas that a group of keys shares.
+//! Plans: rate limits and quotas that apply to each key in a group.
 
 use crate::{
     field::{Burst, Name, Quota, Rpm},

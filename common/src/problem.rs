@@ -112,7 +112,7 @@ problems! {
     /// The request's JSON, query, headers or path could not be parsed. No changes were made. Fix what `detail`
     /// describes and retry.
     Malformed = "malformed", 400, "Malformed request";
-    /// No API key, access token or service token was sent, or it is unknown, malformed, expired or disabled.
+    /// No API key, access token or service token was sent, or it is unknown, malformed, expired or inactive.
     /// Nothing was charged. Sign in again, or use an active key.
     Unauthorized = "unauthorized", 401, "Missing or invalid credentials";
     /// The email or password is incorrect. For security we don't say which.

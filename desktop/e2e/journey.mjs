@@ -7,6 +7,7 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { actions } from "./actions.mjs";
+import { billing, subscription } from "./billing.mjs";
 import { errors } from "./errors.mjs";
 import { guard } from "./guard.mjs";
 import { keyboard } from "./keyboard.mjs";
@@ -18,13 +19,14 @@ import { pages } from "./pages.mjs";
 import { pictures } from "./pictures.mjs";
 import { tour } from "./tour.mjs";
 import { recount, usage } from "./usage.mjs";
+import { walk } from "./walk.mjs";
 import { widths } from "./widths.mjs";
 import { World } from "./world.mjs";
 
 const [executablePath, base, shots, ...selected] = process.argv.slice(2);
-const parts = { tour, keyboard, once, many, actions, usage, lists, names, guard, pages, errors, widths, recount, pictures };
-// They require a server that is set up for them, or change files of the repository.
-const onRequest = ["recount", "pictures"];
+const parts = { tour, keyboard, once, many, actions, usage, lists, names, guard, pages, errors, billing, subscription, widths, recount, pictures, walk };
+// They require a server that is set up for them, change files of the repository, or are for people to look at.
+const onRequest = ["recount", "pictures", "walk"];
 
 const world = await World.start(executablePath, base, shots);
 world.second = process.env.SECOND_REPLICA;

@@ -29,9 +29,11 @@ fn compile(features: &[&str], out: &Path, shape: &[&str]) -> Result<()> {
     let options = ["--profile", "console", "--target", TARGET];
     succeed(
         cargo()
-            .args(["build", "--quiet", "--package", "quota-ui"])
+            .args(["rustc", "--quiet", "--package", "quota-ui"])
             .args(options)
-            .args(features),
+            .args(features)
+            // The module is split along its relocations.
+            .args(["--", "-Clink-arg=--emit-relocs"]),
     )?;
     let wasm = target_directory()?
         .join(TARGET)

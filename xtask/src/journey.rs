@@ -33,11 +33,21 @@ pub(crate) fn needs() -> Vec<machine::Need> {
     [&browser[..], &desktop::JOURNEY_NEEDS].concat()
 }
 
-/// `cargo xtask journey`: builds the console and the server and runs only the end-to-end tests.
-pub(crate) fn alone() -> Result<ExitCode> {
+/// `cargo xtask journey`: builds the console and the server and runs only the end-to-end tests, or parts of those in
+/// the browser.
+pub(crate) fn alone(parts: &[String]) -> Result<ExitCode> {
     machine::install(&[&[machine::POSTGRES], &needs()[..]].concat())?;
     console::build()?;
-    Ok(if run()? {
+    let has_passed = if parts.is_empty() {
+        run()?
+    } else {
+        install_packages()?;
+        let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
+        // The folder comes before the parts.
+        let screenshots = std::env::var_os("QUOTA_SCREENSHOTS").unwrap_or_default();
+        on_server(|address| browse(address, None, Some(&screenshots), &parts))?.success()
+    };
+    Ok(if has_passed {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
@@ -68,7 +78,7 @@ pub(crate) fn pictures() -> Result<ExitCode> {
 /// Runs the tests. Returns `false` if they failed and have reported why.
 pub(crate) fn run() -> Result<bool> {
     install_packages()?;
-    succeed(cargo().args(["build", "--quiet", "--package", "quota-server"]))?;
+    build_server()?;
     let server = Server::start(&[])?;
     say("the journey through the console, in Chromium");
     let screenshots = std::env::var_os("QUOTA_SCREENSHOTS");
@@ -143,9 +153,19 @@ fn install_packages() -> Result<()> {
 
 /// Runs a function with an empty server.
 pub(crate) fn on_server<T>(run: impl FnOnce(&str) -> Result<T>) -> Result<T> {
-    succeed(cargo().args(["build", "--quiet", "--package", "quota-server"]))?;
+    build_server()?;
     let server = Server::start(&[])?;
     run(&server.address)
+}
+
+fn build_server() -> Result<()> {
+    let packages = [
+        "--package",
+        "quota-server",
+        "--package",
+        "quota-fake-stripe",
+    ];
+    succeed(cargo().args(["build", "--quiet", "--bins"]).args(packages))
 }
 
 /// Creates a directory in /tmp that is accessible, because the database's user has to reach it.
@@ -213,10 +233,25 @@ impl Server {
         let port = free_port()?;
         let listen = format!("127.0.0.1:{port}");
         let log = fs::File::create(data.join("log"))?;
-        let process = Command::new(console::target_directory()?.join("debug/quota"))
+        let built = console::target_directory()?.join("debug");
+        // The server is addressed by name, because browsers accept cookies from a local server only under a local
+        // name.
+        let address = format!("http://localhost:{port}");
+        let mut command = if settings.is_empty() {
+            // It bills through a stand-in for Stripe.
+            let mut command = Command::new(built.join("fake-stripe"));
+            command
+                .args(["--listen", "127.0.0.1:0"])
+                .arg(built.join("quota"));
+            command
+        } else {
+            Command::new(built.join("quota"))
+        };
+        let process = command
             // Settings in the environment must not affect the tests.
             .env_clear()
             .envs(std::env::var_os("PATH").map(|path| ("PATH", path)))
+            .env("QUOTA_PUBLIC_URL", &address)
             .envs(settings.iter().map(|(name, value)| (name, value)))
             .args(["serve", "--metrics-listen=off", "--log-format=text"])
             // All requests come from the same address, so turn off the limits.
@@ -231,9 +266,7 @@ impl Server {
             .context("cannot run the server")?;
         let mut server = Self {
             process,
-            // The server is addressed by name, because browsers accept cookies from a local server only under a local
-            // name.
-            address: format!("http://localhost:{port}"),
+            address,
             data,
         };
         server.wait(&listen)?;

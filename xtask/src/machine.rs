@@ -108,6 +108,18 @@ pub(crate) const KEYRING: Need = Need {
     is_there: || on_path("gnome-keyring-daemon").is_some(),
 };
 
+pub(crate) const RPM2CPIO: Need = Need {
+    name: "rpm2cpio, for the test of the .rpm",
+    package: "rpm2cpio",
+    is_there: || on_path("rpm2cpio").is_some(),
+};
+
+pub(crate) const CPIO: Need = Need {
+    name: "cpio, for the test of the .rpm",
+    package: "cpio",
+    is_there: || on_path("cpio").is_some(),
+};
+
 pub(crate) const DOCKER: Need = Need {
     name: "a container engine (`docker`, `dockerd`)",
     package: "docker.io",

@@ -47,6 +47,7 @@ pub fn run() -> ExitCode {
         .invoke_handler(tauri::generate_handler![
             commands::server::call,
             commands::server::try_key,
+            commands::server::open_billing,
             commands::profile::host_status,
             commands::profile::add_server,
             commands::profile::use_server,
@@ -54,6 +55,7 @@ pub fn run() -> ExitCode {
             commands::system::copy,
             commands::system::save_file,
             commands::system::ready,
+            commands::system::quit,
         ])
         .setup(move |app| {
             let paths = app.path();

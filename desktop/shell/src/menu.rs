@@ -11,12 +11,14 @@ use tauri_plugin_opener::OpenerExt as _;
 use crate::window;
 
 /// The pages of the console, each with its path, name and shortcut.
-const PAGES: [(&str, &str, &str); 6] = [
+const PAGES: [(&str, &str, &str); 8] = [
     ("/console", "Home", "CmdOrCtrl+1"),
-    ("/console/plans", "Plans", "CmdOrCtrl+2"),
-    ("/console/api-keys", "API keys", "CmdOrCtrl+3"),
-    ("/console/service-tokens", "Service tokens", "CmdOrCtrl+4"),
-    ("/console/audit", "Audit log", "CmdOrCtrl+5"),
+    ("/console/usage", "Usage", "CmdOrCtrl+2"),
+    ("/console/audit", "Audit log", "CmdOrCtrl+3"),
+    ("/console/plans", "Plans", "CmdOrCtrl+4"),
+    ("/console/api-keys", "API keys", "CmdOrCtrl+5"),
+    ("/console/service-tokens", "Service tokens", "CmdOrCtrl+6"),
+    ("/console/billing", "Billing", "CmdOrCtrl+7"),
     ("/console/settings", "Settings", "CmdOrCtrl+,"),
 ];
 
@@ -103,12 +105,10 @@ fn on_selected(app: &AppHandle, id: &str) {
         return window::show(app, path);
     }
     match id {
-        // Reloading would discard the new secret that a locked dialog shows.
-        "reload" => window::run(
-            app,
-            "if (!document.querySelector('dialog[open][data-locked]')) location.reload()",
-        ),
-        "quit" => app.exit(0),
+        "reload" => window::if_unlocked(app, |window| {
+            let _ = window.reload();
+        }),
+        "quit" => window::quit(app),
         "back" => window::run(app, "history.back()"),
         "forward" => window::run(app, "history.forward()"),
         "zoom-in" => zoom(app, |percent| percent + 10),

@@ -81,6 +81,12 @@ impl Session {
             .with(|me| me.as_ref().is_some_and(|me| me.tenant.role.may_manage()))
     }
 
+    /// Whether the user's role may see and change the subscription.
+    pub fn can_bill(self) -> bool {
+        self.me
+            .with(|me| me.as_ref().is_some_and(|me| me.tenant.role.may_bill()))
+    }
+
     /// The organization's time zone, in which its quotas reset.
     pub fn time_zone(self) -> String {
         self.me

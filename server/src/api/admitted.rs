@@ -341,7 +341,7 @@ impl AdmittedKey {
             // The detail is the same for all other reasons, so that it does not help to guess keys.
             Err(_) => Err(ApiError::unauthorized(
                 true,
-                "This API key is invalid, disabled or expired.",
+                "This API key is invalid, inactive or expired.",
             )),
         }
     }

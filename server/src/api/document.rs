@@ -14,6 +14,7 @@ use crate::config::Landing;
 const JS: &str = "text/javascript; charset=utf-8";
 const CSS: &str = "text/css; charset=utf-8";
 const SVG: &str = "image/svg+xml";
+const WEBP: &str = "image/webp";
 const STYLE: &str = include_str!("document/page.css");
 const SCRIPT: &str = include_str!("document/page.js");
 /// The opening part of every page.
@@ -293,6 +294,55 @@ fn configuration(file: &str) -> String {
     escape(text.trim_end())
 }
 
+/// The pictures of the landing page, taken by `cargo xtask pictures`.
+const PICTURES: [(&str, &[u8]); 4] = [
+    (
+        "usage-light",
+        include_bytes!("../../../desktop/pictures/usage-light.webp"),
+    ),
+    (
+        "usage-dark",
+        include_bytes!("../../../desktop/pictures/usage-dark.webp"),
+    ),
+    (
+        "try-it-light",
+        include_bytes!("../../../desktop/pictures/try-it-light.webp"),
+    ),
+    (
+        "try-it-dark",
+        include_bytes!("../../../desktop/pictures/try-it-dark.webp"),
+    ),
+];
+
+/// The section with the pictures, in the theme of the page.
+fn pictures() -> String {
+    let figure = |name: &str, caption: &str| {
+        format!(
+            "<figure><picture><source media=\"(prefers-color-scheme: dark)\" srcset=\"/pictures/{name}-dark.webp\">\
+             <img src=\"/pictures/{name}-light.webp\" width=\"1180\" height=\"730\" loading=\"lazy\" alt=\"{caption}\">\
+             </picture><figcaption>{caption}</figcaption></figure>"
+        )
+    };
+    format!(
+        "<section id=\"pictures\">\n<h2>The console</h2>\n<div class=\"pictures\">\n{}\n{}\n</div>\n</section>",
+        figure(
+            "usage",
+            "Allowed and rejected requests by hour, key, endpoint and policy"
+        ),
+        figure(
+            "try-it",
+            "A new key, shown once, and its bucket while it is tested"
+        )
+    )
+}
+
+/// A picture by its file name.
+fn picture(file: &str) -> Option<Response> {
+    let name = file.strip_suffix(".webp")?;
+    let (_, bytes) = PICTURES.iter().find(|(it, _)| *it == name)?;
+    Some(respond(*bytes, WEBP, HOUR, CSP))
+}
+
 /// The page at `/`: about Quota, or a short page with links to the operator's console and API docs.
 fn front_page(landing: &Landing, base: &str) -> String {
     let version = env!("CARGO_PKG_VERSION");
@@ -307,7 +357,7 @@ fn front_page(landing: &Landing, base: &str) -> String {
                 ("{{version}}", version.to_owned()),
                 ("{{base}}", escape(base)),
                 ("{{source}}", env!("CARGO_PKG_REPOSITORY").to_owned()),
-                ("{{pictures}}", String::new()),
+                ("{{pictures}}", pictures()),
                 (
                     "{{caddy}}",
                     configuration(include_str!("../../../deploy/gateways/Caddyfile")),
@@ -334,7 +384,7 @@ fn front_page(landing: &Landing, base: &str) -> String {
     }
 }
 
-/// Serves `/`, `/page.css`, `/problems`, `/docs` and `/openapi.json`.
+/// Serves `/`, `/page.css`, `/pictures`, `/problems`, `/docs` and `/openapi.json`.
 pub fn routes(
     landing: &Landing,
     base: &str,
@@ -358,6 +408,13 @@ pub fn routes(
         .at("/page.css", text(STYLE.to_owned(), CSS, HOUR, CSP))
         .at("/page.js", text(SCRIPT.to_owned(), JS, HOUR, CSP))
         .at("/icon.svg", text(ICON.to_owned(), SVG, HOUR, CSP))
+        .at(
+            "/pictures/:file",
+            get(make(|request| {
+                let found = request.raw_path_param("file").and_then(picture);
+                async move { Ok::<_, poem::Error>(found.ok_or_else(ApiError::not_found)?) }
+            })),
+        )
         .at("/problems", get(make_sync(|_| error_list())))
         .at(
             "/problems/:slug",
@@ -408,6 +465,11 @@ mod tests {
             "the address of the source"
         );
         assert!(full.contains("X-Service-Token qs_YOUR_SERVICE_TOKEN"));
+        for (name, _) in PICTURES {
+            assert!(full.contains(&format!("/pictures/{name}.webp")), "{name}");
+            assert!(picture(&format!("{name}.webp")).is_some());
+        }
+        assert!(picture("keys.webp").is_none() && picture("usage-light").is_none());
         assert!(
             !full.contains("Caddy 2.6 or later"),
             "opening comments are left out"

@@ -19,7 +19,7 @@ use super::{
 /// The path of forward-auth, which accepts every method.
 pub const FORWARD_AUTH: &str = "/v1/forward-auth";
 
-/// Wraps the endpoint of all paths.
+/// Wraps the router, which serves all paths.
 pub struct FastPath<E>(pub E);
 
 enum FastRoute {

@@ -140,7 +140,7 @@ impl KeyLimitsApi {
     /// Get an API key's limits
     ///
     /// Returns how much of each of the key's limits is left, and when each limit resets. Consumes nothing. With several
-    /// servers, quota usage from the last second on other servers may be missing.
+    /// replicas, quota usage from the last second on other replicas may be missing.
     #[oai(
         path = "/api-keys/:key_id/limits",
         method = "get",

@@ -323,7 +323,7 @@ impl UsageApi {
     ///
     /// Returns the number of allowed and denied requests in each hour or day. Without `group_by`, there is one series
     /// of all requests that match the filters, and its `key_id` is `null`. With `group_by`, there is one series for
-    /// each of the 20 largest groups and one for all others. `allowed` and `rejected` are numbers of requests;
+    /// each of the 20 largest groups and one for all others. `allowed` and `rejected` are request counts;
     /// `allowed_cost` and `rejected_cost` are their total cost. Send `Accept: text/csv` to get a CSV file.
     ///
     /// Usage is broken down by at most 256 endpoints per key and 4,096 per organization; requests to additional

@@ -1,8 +1,9 @@
--- Takes one attempt from every counter, or from none while one of them has to wait.
+-- Takes one attempt from every counter, or from none if any of them requires a wait.
 --
--- KEYS     the counters, narrowest first, in one hash slot ARGV     for each counter: attempts without a wait,
--- milliseconds after which one is forgiven, milliseconds of the first wait; and finally the longest wait returns 
--- {milliseconds to wait, attempts of the last counter before this one, the time}
+-- KEYS     the counters, narrowest first, in one hash slot
+-- ARGV     for each counter: attempts without a wait, milliseconds after which one is forgiven, milliseconds of the
+--          first wait; and finally the longest wait
+-- Returns  {milliseconds to wait, attempts of the last counter before this one, the time}
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local longest = tonumber(ARGV[#ARGV])

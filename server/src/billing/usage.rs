@@ -8,7 +8,7 @@
 //!   day, so for 20 hours, a report whose response was lost is simply sent again. After that, the total in Stripe for
 //!   the hour shows whether it arrived.
 //! - Usage that arrives late becomes another revision, with the difference.
-//! - An hour in which a billing period begins or ends is divided at that time, based on the log. The part before it is
+//! - An hour in which a billing period begins or ends is split at that point, based on the log. The part before it is
 //!   planned once it is complete, and the rest when the hour has ended.
 //! - Usage that Stripe would not charge is not sent, but recorded with the reason.
 

@@ -19,7 +19,7 @@ use super::{apply_migrations, with_database};
 
 #[derive(Subcommand)]
 pub enum UsageCommand {
-    /// Write the usage that a replica has left behind to PostgreSQL. Use this for a replica that will not return; a
+    /// Write to PostgreSQL the usage that a replica has left behind. Use this for a replica that will not return; a
     /// replica that starts with the same QUOTA_DATA_DIR ships its usage automatically. Nothing is counted twice if you
     /// run it repeatedly or while the replica is running
     Replay {

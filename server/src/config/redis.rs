@@ -84,7 +84,7 @@ impl std::fmt::Display for RedisServers {
             Self::One(info) => write!(f, "{}", info.addr()),
             Self::Sentinel {
                 sentinels, group, ..
-            } => write!(f, "the master of {group}, by sentinels {}", list(sentinels)),
+            } => write!(f, "the master of {group}, via sentinels {}", list(sentinels)),
             Self::Cluster(nodes) => write!(f, "the cluster {}", list(nodes)),
         }
     }
@@ -317,11 +317,11 @@ mod tests {
             ("unix:///run/redis.sock", "single /run/redis.sock"),
             (
                 "redis+sentinel://a,b:26380,c/main",
-                "sentinel the master of main, by sentinels a:26379,b:26380,c:26379",
+                "sentinel the master of main, via sentinels a:26379,b:26380,c:26379",
             ),
             (
                 "rediss+sentinel://u:p@a/main/2",
-                "sentinel the master of main, by sentinels a:26379 by TLS",
+                "sentinel the master of main, via sentinels a:26379 by TLS",
             ),
             ("redis://a:7000,b:7001", "cluster the cluster a:7000,b:7001"),
             (

@@ -105,7 +105,7 @@ settings! {
     durability: "QUOTA_DURABILITY", "process", "MODE";
 
     /// The maximum disk space for recorded usage while PostgreSQL is unreachable, in bytes: 1048576 to
-    /// 1000000000000. The server logs a warning at half of it. When it is used up, check requests get 503. 1 GiB is
+    /// 1000000000000. The server logs a warning when half of it is used. When it is used up, check requests get 503. 1 GiB is
     /// enough for about 6,000,000 requests.
     usage_backlog_max: "QUOTA_USAGE_BACKLOG_MAX", "4294967296", "BYTES";
 

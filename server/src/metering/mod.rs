@@ -355,8 +355,8 @@ impl Metering {
                 tracing::warn!(
                     bytes,
                     limit = self.0.backlog_max,
-                    "the usage backlog has reached half of QUOTA_USAGE_BACKLOG_MAX; tenants with many denials record \
-                     only some of them"
+                    "the usage backlog has reached half of QUOTA_USAGE_BACKLOG_MAX; for tenants with many \
+                     denials, only some of them are recorded"
                 );
             }
         } else if bytes < self.0.backlog_max / 4 {

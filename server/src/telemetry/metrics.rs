@@ -60,7 +60,7 @@ metrics! {
     allowed: Counter, "decisions_allowed", "Requests allowed by the limiter";
     denied: Counter, "decisions_denied", "Requests denied by the limiter";
     limiter_errors: Counter, "decision_errors", "Requests that got 503 because no decision could be made";
-    refused_keys: Counter, "keys_refused", "Requests with an invalid, disabled or expired key";
+    refused_keys: Counter, "keys_refused", "Requests with an invalid, inactive or expired key";
     payment_required: Counter, "payment_required",
         "Requests with a key on a paid plan whose tenant has no active subscription";
     billing_events: Counter, "billing_events", "Stripe webhooks stored";
@@ -121,7 +121,7 @@ metrics! {
     log_lines_dropped: Counter, "log_lines_dropped",
         "Log lines dropped because standard output was blocked";
     invalidation_polls: Counter, "invalidation_polls", "Polls for changes to keys, plans, tokens and sessions";
-    invalidation_poll_errors: Counter, "invalidation_poll_errors", "Polls for changes that failed";
+    invalidation_poll_errors: Counter, "invalidation_poll_errors", "Failed polls for changes";
     invalidations_published: Counter, "invalidations_published", "Changes published to other replicas";
     invalidation_publish_errors: Counter, "invalidation_publish_errors",
         "Changes that could not be published; other replicas find them by polling";

@@ -403,7 +403,7 @@ async fn worker_that_was_down_for_30_hours_charges_once() {
     );
 }
 
-/// An hour in which a billing period ends is divided at that time. Usage of a period whose invoice is final is not
+/// An hour in which a billing period ends is split at that point. Usage of a period whose invoice is final is not
 /// sent.
 #[tokio::test(flavor = "multi_thread")]
 async fn hour_with_the_edge_of_a_period_is_divided() {

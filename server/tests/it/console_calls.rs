@@ -53,7 +53,10 @@ const fn kinds(call: &Call) -> usize {
         | Call::ListDecisions(..)
         | Call::KeyLimits(_)
         | Call::BurnDown(..)
-        | Call::Echo => 29,
+        | Call::Billing
+        | Call::StartCheckout
+        | Call::OpenBillingPortal
+        | Call::Echo => 32,
     }
 }
 
@@ -194,6 +197,9 @@ fn samples() -> Vec<Call> {
         ),
         Call::KeyLimits(key),
         Call::BurnDown(key, PolicyName::Monthly),
+        Call::Billing,
+        Call::StartCheckout,
+        Call::OpenBillingPortal,
         Call::Echo,
     ]
 }
@@ -291,6 +297,9 @@ const fn answer(call: &Call) -> Option<&'static str> {
         Call::ListDecisions(..) => "DecisionPage",
         Call::KeyLimits(_) => "KeyLimits",
         Call::BurnDown(..) => "BurnDown",
+        Call::Billing => "BillingState",
+        Call::StartCheckout => "CheckoutPage",
+        Call::OpenBillingPortal => "PortalPage",
         Call::Echo => "Echo",
         Call::Logout
         | Call::ChangePassword(_)

@@ -174,7 +174,7 @@ async fn master_behind_sentinel_is_checked() {
     let redis = ("REDIS_URL", url.as_str());
     doctor(&database, &[redis])
         .await
-        .says("redis: sentinel: the master of main, by sentinels ")
+        .says("redis: sentinel: the master of main, via sentinels ")
         .says(&format!("{}: Redis ", group.servers[0].addr()))
         .says("min-replicas-to-write is 0")
         .succeeds();

@@ -258,7 +258,7 @@ pub fn text(value: &Value) -> String {
     value.as_str().unwrap_or_default().to_owned()
 }
 
-/// Returns the integer of a parameter, which is a string, or of a field.
+/// Returns a value as an integer: form parameters are strings, and fields of objects are numbers.
 pub fn number(value: &Value) -> Option<i64> {
     value
         .as_i64()

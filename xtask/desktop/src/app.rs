@@ -67,7 +67,12 @@ impl App {
 
     /// Closes the window and waits until the app has exited: another instance would only notify the running one.
     pub async fn close(self) -> Result<()> {
-        self.page.close().await?;
+        self.page.clone().close().await?;
+        self.exits().await
+    }
+
+    /// Waits until the app has exited.
+    pub async fn exits(self) -> Result<()> {
         let driver = self.driver.pid().as_raw();
         until("the app exits", TIMEOUT, async || {
             Ok((scan::process_tree(driver).len() == 1).then_some(()))

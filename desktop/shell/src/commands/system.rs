@@ -1,4 +1,4 @@
-//! System commands: the clipboard, saving a file, and startup timing.
+//! System commands: the clipboard, saving a file, startup timing, and quitting.
 
 use std::{
     fs::{self, File},
@@ -89,6 +89,12 @@ pub async fn ready() {
         ms = u64::try_from(ms).unwrap_or(u64::MAX),
         "first page painted"
     );
+}
+
+/// Quits without asking.
+#[tauri::command]
+pub async fn quit(app: AppHandle) {
+    app.exit(0);
 }
 
 #[cfg(test)]

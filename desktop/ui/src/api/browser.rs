@@ -12,7 +12,9 @@ use futures_channel::oneshot;
 use quota_common::{
     Problem, TenantId, UserId,
     auth::Me,
+    billing::PortalPage,
     call::{Call, LIMIT_FIELDS},
+    ipc::BillingPage,
     json,
 };
 use wasm_bindgen::JsCast;
@@ -239,4 +241,17 @@ fn start_download(name: &str, text: &str) -> Option<()> {
     link.set_download(name);
     link.click();
     Url::revoke_object_url(&address).ok()
+}
+
+/// A browser asks by itself before it closes a page.
+pub async fn quit() {}
+
+/// Goes to a page at Stripe.
+pub async fn open_billing(page: BillingPage) -> CallResult<()> {
+    let body = super::send(page.call()).await?;
+    let url = json::read::<PortalPage>(&body)
+        .map_err(|_| CallError::Unreadable)?
+        .url;
+    let location = window().ok_or(CallError::Unreadable)?.location();
+    location.assign(&url).map_err(|_| CallError::Unreadable)
 }

@@ -2,7 +2,7 @@
 
 use quota_common::{
     call::{Call, LIMIT_FIELDS},
-    ipc::{self, CallResponse, HostStatus},
+    ipc::{self, BillingPage, CallResponse, HostStatus},
 };
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::json;
@@ -34,6 +34,7 @@ async fn invoke<T: DeserializeOwned>(command: &str, arguments: &impl Serialize) 
         Err(value) => Err(match parse(&value) {
             Some(ipc::CallError::Problem { problem }) => CallError::Problem(problem),
             Some(ipc::CallError::Unreachable) => CallError::Unreachable,
+            Some(ipc::CallError::NoBrowser) => CallError::NoBrowser,
             Some(ipc::CallError::Unreadable) | None => CallError::Unreadable,
         }),
     }
@@ -116,4 +117,14 @@ pub async fn forget_server(address: &str) -> CallResult<HostStatus> {
 /// Reports that the first page is ready for use.
 pub async fn ready() {
     let _ = invoke::<()>("ready", &json!({})).await;
+}
+
+/// Quits the app without asking.
+pub async fn quit() {
+    let _ = invoke::<()>("quit", &json!({})).await;
+}
+
+/// Opens a page at Stripe in the system's browser.
+pub async fn open_billing(page: BillingPage) -> CallResult<()> {
+    invoke("open_billing", &json!({ "page": page })).await
 }

@@ -98,6 +98,11 @@ impl<T: Clone + Send + Sync + 'static> Loader<T> {
         self.core.reload();
     }
 
+    /// Reloads without showing it. If that fails, [`StaleNote`] says so.
+    pub fn refresh(self) {
+        self.core.refresh();
+    }
+
     /// Reloads until the server has recorded requests that were just sent, which takes a few seconds at most.
     pub fn reload_after_requests(self) {
         self.core.reload_after_requests();

@@ -151,7 +151,7 @@ impl FormState {
         self.failure.into()
     }
 
-    /// The error of a field.
+    /// Returns the error message for a field, if any.
     pub fn error(self, name: &'static str) -> Option<String> {
         self.errors.with(|errors| {
             let found = errors.iter().find(|(it, _)| it == name);

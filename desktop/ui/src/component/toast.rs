@@ -10,7 +10,7 @@ use super::{alert::request_id, focus::rescue_focus};
 use crate::api::CallError;
 
 const SUCCESS: Duration = Duration::from_secs(6);
-/// How long a success message is shown: long enough to notice a mistake.
+/// How long a message with an Undo button is shown: long enough to notice a mistake.
 const UNDOABLE: Duration = Duration::from_secs(12);
 /// Maximum number of errors that wait behind the latest one; older ones are dropped.
 const MAX_WAITING: usize = 3;

@@ -66,7 +66,7 @@ fn actions(query: RwSignal<Query>) -> Signal<Vec<(String, String)>> {
     })
 }
 
-/// The parameters of the address that restrict the list.
+/// The query parameters that filter the list.
 const FILTERS: [&str; 7] = [
     "target_type",
     "action",

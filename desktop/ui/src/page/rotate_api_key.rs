@@ -88,7 +88,7 @@ fn RotateForm(
                     .map(|at| {
                         view! {
                             <p class="alert warn" role="alert">
-                                "This key was rotated recently. The previous key, which expires " <RelativeTime at/> ", will be revoked immediately."
+                                "This key was rotated recently. If you rotate it again, the previous key is revoked immediately instead of expiring " <RelativeTime at/> "."
                             </p>
                         }
                     })

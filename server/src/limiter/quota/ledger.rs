@@ -69,7 +69,7 @@ pub trait QuotaLedger: std::fmt::Debug + Send + Sync + 'static {
     /// error, tokens may have been counted. They are lost for the window, but are never spent twice.
     async fn take(&self, requests: &[TakeRequest]) -> Vec<Result<Taken, LedgerError>>;
 
-    /// Credits the tokens of a batch: all of them or, after an error, all or none. A batch is applied only once, so a
+    /// Credits the tokens in a batch. After an error, either all or none of them were credited. A batch is applied only once, so a
     /// caller may retry until it succeeds.
     async fn give_back(&self, batch: &ReturnBatch) -> Result<(), LedgerError>;
 }

@@ -179,7 +179,7 @@ fn load(roles: &[Role], time: Duration) -> Vec<Arrival> {
 enum World {
     Plain(RedisServer),
     Proxied {
-        /// Redis, which is kept running while it is needed.
+        /// Keeps Redis running: dropping it stops the server.
         _redis: RedisServer,
         proxies: Vec<FaultProxy>,
     },
