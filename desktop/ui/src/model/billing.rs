@@ -34,7 +34,7 @@ fn paid_keys(n: u64) -> (String, &'static str) {
     }
 }
 
-/// A button for a page at Stripe.
+/// A button that opens a Stripe page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StripeButton {
     pub label: &'static str,

@@ -1,6 +1,6 @@
 //! Billing: the subscription, its charges, and the operator's limits.
 //!
-//! Checkout and the customer portal are pages at Stripe. A browser leaves this page for them and comes back to it. The
+//! Checkout and the customer portal are Stripe pages. A browser leaves this page for them and comes back to it. The
 //! desktop app opens them in the system's browser, and this page waits.
 
 use leptos::{prelude::*, task::spawn_local};
@@ -41,7 +41,7 @@ struct Visit {
     waiting: RwSignal<Waiting>,
     /// How often this page has polled.
     polls: RwSignal<u32>,
-    /// The page at Stripe that is being opened.
+    /// The Stripe page that is being opened.
     opening: RwSignal<Option<BillingPage>>,
     failure: RwSignal<Option<CallError>>,
 }
