@@ -25,7 +25,7 @@ const POLL_MS: u32 = 2000;
 const SLOW_POLL_MS: u32 = 10_000;
 const SLOW_AFTER: u32 = 30;
 
-/// What this page waits for.
+/// What this page is waiting for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Waiting {
     Nothing,
@@ -104,7 +104,7 @@ fn stop_waiting(visit: Visit) {
     route().replace("/console/billing");
 }
 
-/// Refreshes until this page waits for nothing, or is left.
+/// Refreshes until this page no longer waits for anything, or the user leaves it.
 fn poll(visit: Visit, loader: Loader<BillingState>) {
     visit.polls.set(0);
     spawn_local(async move {
