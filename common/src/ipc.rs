@@ -59,7 +59,7 @@ pub struct HostStatus {
     pub keeps_sessions: bool,
 }
 
-/// A page at Stripe, which the app opens in the system's browser.
+/// A Stripe page, which the app opens in the system's browser.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BillingPage {

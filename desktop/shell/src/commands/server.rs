@@ -24,14 +24,14 @@ pub async fn try_key(app: State<'_, App>, key: SecretString) -> Result<TestRespo
     app.session()?.try_key(&key).await
 }
 
-/// The response with the address of a page at Stripe.
+/// The response with the address of a Stripe page.
 #[derive(Deserialize)]
 struct Page {
     url: Url,
 }
 
-/// Opens a page at Stripe in the system's browser. The address comes from the server, so the page of the app cannot
-/// choose it.
+/// Opens a Stripe page in the system's browser. The address comes from the server, so the page of the app cannot choose
+/// it.
 #[tauri::command]
 pub async fn open_billing(
     app: AppHandle,

@@ -246,7 +246,7 @@ fn start_download(name: &str, text: &str) -> Option<()> {
 /// A browser asks by itself before it closes a page.
 pub async fn quit() {}
 
-/// Goes to a page at Stripe.
+/// Goes to a Stripe page.
 pub async fn open_billing(page: BillingPage) -> CallResult<()> {
     let body = super::send(page.call()).await?;
     let url = json::read::<PortalPage>(&body)

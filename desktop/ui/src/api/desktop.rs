@@ -124,7 +124,7 @@ pub async fn quit() {
     let _ = invoke::<()>("quit", &json!({})).await;
 }
 
-/// Opens a page at Stripe in the system's browser.
+/// Opens a Stripe page in the system's browser.
 pub async fn open_billing(page: BillingPage) -> CallResult<()> {
     invoke("open_billing", &json!({ "page": page })).await
 }

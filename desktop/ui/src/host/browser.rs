@@ -9,5 +9,5 @@ pub const fn track_retries() {}
 /// Runs when the app is about to quit while a new secret is shown. A browser asks by itself.
 pub fn on_quit(_warn: impl Fn() + 'static) {}
 
-/// Whether pages at Stripe open in another window, so that this page waits for the user to return.
+/// Whether Stripe pages open in another window, so that this page waits for the user to return.
 pub const OPENS_PAGES_OUTSIDE: bool = false;

@@ -64,5 +64,5 @@ pub fn on_quit(warn: impl Fn() + 'static) {
     on_cleanup(move || listener.remove());
 }
 
-/// Whether pages at Stripe open in another window, so that this page waits for the user to return.
+/// Whether Stripe pages open in another window, so that this page waits for the user to return.
 pub const OPENS_PAGES_OUTSIDE: bool = true;

@@ -34,7 +34,7 @@ fn paid_keys(n: u64) -> (String, &'static str) {
     }
 }
 
-/// A button for a page at Stripe.
+/// A button that opens a Stripe page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StripeButton {
     pub label: &'static str,
@@ -74,7 +74,7 @@ const fn is_subscribed(it: &BillingState) -> bool {
     !matches!(it.access, BillingAccess::Free | BillingAccess::Canceled)
 }
 
-/// What the user has to know first, each with a style.
+/// The most important notices, each with a style.
 fn notices(it: &BillingState, now: i64) -> Vec<(&'static str, String)> {
     let (danger, warn) = ("alert", "alert warn");
     let (keys, get) = paid_keys(it.paid_keys);
@@ -206,7 +206,7 @@ pub fn subscription(it: &BillingState, now: i64) -> Markup {
     all
 }
 
-/// What is charged in this period.
+/// The charges in this period.
 pub fn usage(it: &BillingUsage, state: &BillingState) -> Markup {
     let currency = state.price.as_ref().map_or("usd", |it| &it.currency);
     let amount = |n: u64| money(&n.to_string(), 0, currency);
@@ -308,7 +308,7 @@ pub fn no_access(role: Role) -> String {
     )
 }
 
-/// What happens to the keys of a paid plan. `None` if they work.
+/// The effect on the keys of a paid plan. `None` if they work.
 pub fn paid_warning(it: &BillingState, keys: u64) -> Option<String> {
     (!it.paid_plans_work && keys > 0).then(|| {
         let (keys, verb) = (
@@ -354,7 +354,7 @@ mod tests {
         serde_json::from_value(state).expect("a state")
     }
 
-    /// The text without tags.
+    /// Removes tags.
     fn text(markup: &Markup) -> String {
         let markup = markup.to_string();
         let mut out = String::new();

@@ -1,8 +1,9 @@
-//! Amounts of money. Decimal arithmetic on text: floating-point numbers would be wrong, and add to the download.
+//! Amounts of money, with decimal arithmetic on strings: floating-point numbers would be inexact, and would add to the
+//! download.
 
 use super::text::group_thousands;
 
-/// Currencies whose smallest unit, as Stripe counts it, is not a hundredth.
+/// Currencies whose smallest unit in Stripe is not a hundredth.
 const WHOLE: &str = "bif clp djf gnf jpy kmf krw mga pyg rwf vnd vuv xaf xof xpf";
 const THOUSANDTHS: &str = "bhd jod kwd omr tnd";
 

@@ -1,6 +1,6 @@
 //! Billing: the subscription, its charges, and the operator's limits.
 //!
-//! Checkout and the customer portal are pages at Stripe. A browser leaves this page for them and comes back to it. The
+//! Checkout and the customer portal are Stripe pages. A browser leaves this page for them and comes back to it. The
 //! desktop app opens them in the system's browser, and this page waits.
 
 use leptos::{prelude::*, task::spawn_local};
@@ -25,7 +25,7 @@ const POLL_MS: u32 = 2000;
 const SLOW_POLL_MS: u32 = 10_000;
 const SLOW_AFTER: u32 = 30;
 
-/// What this page waits for.
+/// What this page is waiting for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Waiting {
     Nothing,
@@ -41,7 +41,7 @@ struct Visit {
     waiting: RwSignal<Waiting>,
     /// How often this page has polled.
     polls: RwSignal<u32>,
-    /// The page at Stripe that is being opened.
+    /// The Stripe page that is being opened.
     opening: RwSignal<Option<BillingPage>>,
     failure: RwSignal<Option<CallError>>,
 }
@@ -104,7 +104,7 @@ fn stop_waiting(visit: Visit) {
     route().replace("/console/billing");
 }
 
-/// Refreshes until this page waits for nothing, or is left.
+/// Refreshes until this page no longer waits for anything, or the user leaves it.
 fn poll(visit: Visit, loader: Loader<BillingState>) {
     visit.polls.set(0);
     spawn_local(async move {

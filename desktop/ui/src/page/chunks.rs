@@ -80,7 +80,7 @@ pub fn LazyPage(page: Chunk) -> impl IntoView {
         Chunk::Usage | Chunk::Billing => (pages.first)(),
         Chunk::Audit | Chunk::Settings => (pages.second)(),
     };
-    // Until the page shows its own.
+    // The header is shown until the page shows its own.
     let is_missing = move || loader.with(|_| ()).is_none();
     view! {
         {move || is_missing().then(|| view! { <PageHeader title=page.title()/> })}
