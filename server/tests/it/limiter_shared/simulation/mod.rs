@@ -14,6 +14,7 @@
 )]
 
 mod judge;
+mod outages;
 mod plants;
 mod run;
 mod scene;
@@ -118,6 +119,7 @@ fn every_promise_holds_in_every_seed() {
             );
         }
         eprintln!("new epochs: {:?}", log.epochs);
+        eprintln!("tokens missed: {:?}", log.missed);
         assert!(
             violations.is_empty(),
             "{}",
