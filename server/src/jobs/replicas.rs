@@ -23,9 +23,14 @@ pub(super) async fn count(state: AppState, mut stopping: watch::Receiver<bool>) 
     while next(&mut ticks, &mut stopping).await {
         let began = state.clock.monotonic();
         match db.within_limit(seen(&db, id)).await {
-            Ok(Seen { rank, count }) => {
+            Ok(Seen {
+                rank,
+                count,
+                oldest_other,
+            }) => {
                 let ended = state.clock.monotonic();
                 let slot = ReplicaSlot { rank, of: count };
+                state.membership.note_oldest_other(oldest_other, began);
                 state.membership.confirm_count(slot, began, ended);
                 state
                     .metrics

@@ -5,7 +5,8 @@
 //! nothing anywhere, and a denial by the store must consume nothing here. So `governor` gets a state store that reports
 //! what would happen without changing anything, and only what the store allowed is charged to it. (Charging first and
 //! refunding later is not equivalent: the bucket may have been full in between, and a refund would then credit tokens
-//! that no one took.)
+//! that no one took.) Decisions without the store do not count: they say nothing about what the store would decide, and
+//! what they admitted is no reason to deny a request that the store would grant.
 //!
 //! The local store keeps its state in the same handle, so a cache in front of it would only add cost. The limiter skips
 //! the cache if [`LimitStore::is_local`].
@@ -106,8 +107,6 @@ struct LocalBucket {
     limiter:
         RateLimiter<NotKeyed, SharedTat, GovernorClock, NoOpMiddleware<governor::nanos::Nanos>>,
     tat: SharedTat,
-    /// Some charged requests were allowed without the store.
-    degraded: bool,
     /// When the limiter was created.
     start: Monotonic,
     /// The store's last decision.
@@ -177,7 +176,6 @@ impl LocalBucket {
             gcra: policies.gcra(),
             limiter: RateLimiter::new(governor_quota(policies.rate()), tat.clone(), clock),
             tat,
-            degraded: false,
             start,
             last: None,
             denied: None,
@@ -284,7 +282,7 @@ impl LocalBucket {
             daily: quotas[0],
             monthly: quotas[1],
             tenant_monthly: None,
-            degraded: self.degraded,
+            degraded: false,
         })
     }
 }
@@ -306,9 +304,9 @@ impl DenialCache {
             .or_else(|| known.over_rate(policies, cost, elapsed, now))
     }
 
-    /// Records a decision of the store. A denial by the rate is cached for at most `rate_memory`. The store
-    /// decided after it was called, so usage has refilled at most since the call. Nothing that the store would allow
-    /// may be denied here.
+    /// Records a decision of the store, unless it is degraded. A denial by the rate is cached for at most `rate_memory`.
+    /// The store decided after it was called, so usage has refilled at most since the call. Nothing that the store would
+    /// allow may be denied here.
     pub(super) fn record(
         &self,
         policies: &Policies,
@@ -318,6 +316,9 @@ impl DenialCache {
         decision: &Decision,
         rate_memory: impl FnOnce() -> Option<Nanos>,
     ) {
+        if decision.degraded {
+            return;
+        }
         let mut known = self.0.lock();
         let known = current(&mut known, policies, clock);
         let elapsed = known.at(clock.monotonic());
@@ -326,18 +327,11 @@ impl DenialCache {
             Outcome::Allowed => {
                 known.denied = None;
                 let price = known.gcra.price(cost);
-                let tat = known.tat.load();
-                let asked = known.at(asked_at);
-                known.degraded &= tat > asked;
-                known.degraded |= decision.degraded;
-                // Replicas that decide without the counters may together allow more than the bucket contains. No more
-                // than the whole burst can be missing.
-                let charged = tat.max(asked).saturating_add(price);
-                let tat = known.gcra.settled(charged, elapsed);
+                let charged = known.tat.load().max(known.at(asked_at));
+                // No more than the whole burst can be missing.
+                let tat = known.gcra.settled(charged.saturating_add(price), elapsed);
                 known.tat.store(tat);
             }
-            // A decision without the store does not show what the store would decide.
-            Outcome::Denied { .. } if decision.degraded => known.denied = None,
             Outcome::Denied { .. } => {
                 known.denied = Denied::new(known.gcra, cost, elapsed, decision, rate_memory());
             }

@@ -60,6 +60,8 @@ struct Counted {
 pub struct Membership {
     counted: Mutex<Option<Counted>>,
     replica_count: AtomicU64,
+    /// Until then (monotonic), no other replica has been counted long enough to act on a slot.
+    others_settle_at: AtomicU64,
 }
 
 impl Default for Membership {
@@ -67,6 +69,7 @@ impl Default for Membership {
         Self {
             counted: Mutex::new(None),
             replica_count: AtomicU64::new(1),
+            others_settle_at: AtomicU64::new(0),
         }
     }
 }
@@ -110,6 +113,21 @@ impl Membership {
     #[inline]
     pub fn replica_count(&self) -> u64 {
         self.replica_count.load(Ordering::Relaxed)
+    }
+
+    /// Records that, at some time after `asked`, the oldest of the other replicas had been counted for `age`. `None`:
+    /// there are no others.
+    pub fn note_oldest_other(&self, age: Option<Duration>, asked: Monotonic) {
+        let settles_at = match age {
+            Some(age) => asked.saturating_add(SETTLED.saturating_sub(age).into()),
+            None => asked.saturating_add(SETTLED.into()),
+        };
+        self.others_settle_at.store(settles_at.0, Ordering::Relaxed);
+    }
+
+    /// Returns whether another replica may act on a slot at `now`, as far as this one knows.
+    pub(super) fn others_may_act(&self, now: Monotonic) -> bool {
+        self.replica_count() > 1 && now.0 >= self.others_settle_at.load(Ordering::Relaxed)
     }
 
     /// Returns this replica's slot, and since when it has had it. `None` while it must not act on a slot.
@@ -190,6 +208,22 @@ mod tests {
             None,
             "as old as its beginning"
         );
+    }
+
+    #[test]
+    fn others_act_once_the_oldest_has_been_counted_for_long() {
+        let membership = Membership::default();
+        assert!(!membership.others_may_act(at(0)), "it is the only one");
+        membership.confirm(slot(1, 2), at(SECOND));
+        assert!(
+            membership.others_may_act(at(SECOND)),
+            "their age is unknown"
+        );
+        membership.note_oldest_other(Some(Duration::from_secs(3)), at(SECOND));
+        assert!(!membership.others_may_act(at(6 * SECOND - 1)));
+        assert!(membership.others_may_act(at(6 * SECOND)));
+        membership.note_oldest_other(Some(Duration::from_secs(60)), at(2 * SECOND));
+        assert!(membership.others_may_act(at(2 * SECOND)));
     }
 
     /// Replicas start, stop, lose PostgreSQL and get slow responses. They count each other as in the database, and the

@@ -17,6 +17,8 @@ struct Place {
     rank: i64,
     #[diesel(sql_type = sql_types::BigInt)]
     count: i64,
+    #[diesel(sql_type = sql_types::Nullable<sql_types::Double>)]
+    oldest_other: Option<f64>,
 }
 
 /// The replicas with recent heartbeats.
@@ -25,6 +27,8 @@ pub struct Seen {
     /// This replica's rank among them, from zero. Ranks follow IDs, which follow start times.
     pub rank: u64,
     pub count: NonZeroU64,
+    /// The time since the first heartbeat of the oldest other replica.
+    pub oldest_other: Option<Duration>,
 }
 
 /// Refreshes the replica's heartbeat. Returns the replicas whose last heartbeat is at most `forgotten` ago.
@@ -37,8 +41,9 @@ pub async fn seen(tx: &mut SystemTx, id: Uuid, forgotten: Duration) -> Result<Se
         .execute(&mut **tx)
         .await?;
     let place: Place = sql_query(
-        "SELECT count(*) FILTER (WHERE id < $1) AS rank, count(*) AS count FROM replicas \
-         WHERE id = $1 OR seen_at > now() - make_interval(secs => $2)",
+        "SELECT count(*) FILTER (WHERE id < $1) AS rank, count(*) AS count, \
+         (extract(epoch FROM now() - min(joined_at) FILTER (WHERE id <> $1)))::float8 AS oldest_other \
+         FROM replicas WHERE id = $1 OR seen_at > now() - make_interval(secs => $2)",
     )
     .bind::<sql_types::Uuid, _>(id)
     .bind::<sql_types::Double, _>(forgotten.as_secs_f64())
@@ -47,6 +52,9 @@ pub async fn seen(tx: &mut SystemTx, id: Uuid, forgotten: Duration) -> Result<Se
     Ok(Seen {
         rank: place.rank.unsigned_abs(),
         count: NonZeroU64::new(place.count.unsigned_abs()).unwrap_or(NonZeroU64::MIN),
+        oldest_other: place
+            .oldest_other
+            .map(|age| Duration::try_from_secs_f64(age.max(0.0)).unwrap_or(Duration::MAX)),
     })
 }
 

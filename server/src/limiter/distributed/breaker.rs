@@ -234,22 +234,22 @@ impl CircuitBreaker {
         self.away.store(false, Ordering::Release);
     }
 
-    /// Returns [`NEVER_HEARD`] until the first response, unless this replica is `alone`, since others may be in an
-    /// outage that it does not know of. Otherwise 0.
-    pub(super) fn never_heard(&self, alone: bool) -> CounterMicros {
-        if alone || self.last_heard() > CounterMicros::NONE {
-            CounterMicros::NONE
-        } else {
+    /// Returns [`NEVER_HEARD`] until the first response if `others_may_be_away`: they may have an outage that this
+    /// replica does not know of. Otherwise 0.
+    pub(super) fn never_heard(&self, others_may_be_away: bool) -> CounterMicros {
+        if others_may_be_away && self.last_heard() == CounterMicros::NONE {
             NEVER_HEARD
+        } else {
+            CounterMicros::NONE
         }
     }
 
     /// Returns when the outage began, by the clock of the counters. Without an outage, the same as
     /// [`never_heard`](Self::never_heard).
-    pub(super) fn away_since(&self, alone: bool) -> CounterMicros {
+    pub(super) fn away_since(&self, others_may_be_away: bool) -> CounterMicros {
         let inner = self.inner.lock();
         if !self.away.load(Ordering::Acquire) {
-            return self.never_heard(alone);
+            return self.never_heard(others_may_be_away);
         }
         inner.outage.counters_since
     }
@@ -315,7 +315,7 @@ mod tests {
             partition.failed(ms(200 + call * 50));
         }
         assert_eq!(
-            partition.away_since(false),
+            partition.away_since(true),
             CounterMicros(5_000_000 + 300_000)
         );
         partition.returned(CounterMicros(900_000), ms(500));
@@ -330,20 +330,20 @@ mod tests {
     #[test]
     fn outage_is_reported_in_the_counters_time() {
         let partition = CircuitBreaker::new(ms(0));
-        assert_eq!(partition.away_since(true), CounterMicros(0));
-        assert_eq!(partition.away_since(false), NEVER_HEARD);
-        partition.succeeded(CounterMicros(5_000_000), ms(100));
         assert_eq!(partition.away_since(false), CounterMicros(0));
+        assert_eq!(partition.away_since(true), NEVER_HEARD);
+        partition.succeeded(CounterMicros(5_000_000), ms(100));
+        assert_eq!(partition.away_since(true), CounterMicros(0));
         for call in 0..u64::from(FAILURES) {
             partition.failed(ms(200 + call * 50));
         }
         assert_eq!(
-            partition.away_since(false),
+            partition.away_since(true),
             CounterMicros(5_000_000 + 300_000)
         );
         assert!(!partition.is_initializing(ms(900), ms(600)));
         assert_eq!(
-            partition.away_since(false),
+            partition.away_since(true),
             CounterMicros(5_000_000 + 300_000)
         );
     }

@@ -6,8 +6,8 @@
 //! the bucket would otherwise become full in the meantime. A call has a deadline, so a decision waits for at most two
 //! calls.
 //!
-//! If a call fails or is late, its requests are notified. The tokens of a late response are held like those of any
-//! lease if that is allowed, and returned otherwise.
+//! If a call fails, its requests are notified. If it is late, they wait for the response for up to two deadlines in
+//! total. Other tokens of a late response are held like those of any lease if that is allowed, and returned otherwise.
 
 use std::{
     sync::{
@@ -89,7 +89,8 @@ impl StoreCore {
             back_generation: back.generation,
             lease: self.ttl.0 / 1000,
             last_heard: self.partitions[usize::from(partition)].last_heard(),
-            away_since: self.partitions[usize::from(partition)].never_heard(self.is_alone()),
+            away_since: self.partitions[usize::from(partition)]
+                .never_heard(self.others_may_be_away()),
             promised: CounterMicros::NONE,
         }
     }
@@ -207,10 +208,16 @@ impl StoreCore {
         }
     }
 
-    /// Returns whether no other replica can be granting tokens without the counters. In a cluster, partitions may be
-    /// idle, so missing responses there prove nothing.
-    pub(super) fn is_alone(&self) -> bool {
-        self.partitions.len() > 1 || self.membership.replica_count() == 1
+    /// Returns whether this is the only replica.
+    pub(super) fn is_single(&self) -> bool {
+        self.membership.replica_count() == 1
+    }
+
+    /// Returns whether other replicas may have an outage of counters that this replica has not used yet, if none has
+    /// confirmed a recent response. In a cluster, partitions may be idle, so missing responses there prove nothing.
+    /// Replicas that have only just started have not used any shares.
+    pub(super) fn others_may_be_away(&self) -> bool {
+        self.partitions.len() == 1 && self.membership.others_may_act(self.clock.monotonic())
     }
 
     pub(super) fn is_draining(&self) -> bool {

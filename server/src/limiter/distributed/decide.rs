@@ -17,6 +17,7 @@ use quota_common::plan::OnRedisFailure;
 use super::core::{Moment, StoreCore};
 use crate::{
     clock::{Monotonic, Nanos, UnixNanos},
+    deadline,
     limiter::{
         decision::{Decision, Outcome, PolicyState},
         error::LimiterError,
@@ -136,7 +137,11 @@ impl StoreCore {
             lease.wait(waiter);
             self.begin_fetch(handle, &mut state, false);
         }
-        outcome.await.unwrap_or(FetchOutcome::Unanswered)
+        // A late response still counts.
+        match deadline::within(2 * self.settings.deadline, outcome).await {
+            Ok(Ok(outcome)) => outcome,
+            _ => FetchOutcome::Unanswered,
+        }
     }
 
     /// Spends the granted tokens and the reserved quota tokens of this request. Returns `None` if the window has ended

@@ -127,15 +127,15 @@ struct LeaseFetch {
 
 impl Drop for LeaseFetch {
     fn drop(&mut self) {
+        self.requests.clear();
         self.give_up();
         self.handle.state.lock().lease().end_call();
     }
 }
 
 impl LeaseFetch {
-    /// The call has failed or is late: its requests continue without a response, and the next call may begin.
+    /// The call has failed or is late: the next call may begin. Requests wait for a late response until they give up.
     fn give_up(&mut self) {
-        self.requests.clear();
         if std::mem::take(&mut self.active) {
             let mut state = self.handle.state.lock();
             state.lease().end_fetch(self.spare);
@@ -168,7 +168,8 @@ impl LeaseFetch {
         if lease.seen_at() <= self.asked_at {
             lease.saw(debt, self.asked_at);
         }
-        if self.active || lease.available() == 0 {
+        let is_awaited = self.requests.iter().any(|waiter| !waiter.is_gone());
+        if self.active || is_awaited || lease.available() == 0 {
             let expires = self.asked_at.saturating_add(self.inner.ttl);
             lease.stock(grant, expires);
         } else {

@@ -17,10 +17,10 @@
 //! argument). Calendar quotas are exact: the ledger counts a token before it is spent. The full burst of an idle
 //! bucket, sent to one replica at the same time, is admitted in at most two round trips.
 //!
-//! **Deadlines.** A call without a timely response counts as failed, and the request that waits for it is decided
-//! without the counters. A decision waits for at most two calls: the one in flight when it arrives, and the next one.
-//! The same applies to the ledger. A request's quota tokens are reserved before its rate is taken, so that no rate is
-//! taken for a request whose quota is then exhausted.
+//! **Deadlines.** A call without a timely response counts as failed. A decision waits for at most two deadlines: for the
+//! call in flight when it arrives and the next one, or for a late response. Then it is made without the counters. A
+//! decision also waits for at most two calls to the ledger. A request's quota tokens are reserved before its rate is
+//! taken, so that no rate is taken for a request whose quota is then exhausted.
 //!
 //! **While the counters are unavailable** ([`breaker`] decides when), a replica follows the plan's fallback setting.
 //! With `Share`, it uses a separate bucket of `burst / replicas` and `rate / replicas`, which starts *empty* shortly
@@ -33,8 +33,8 @@
 //! their state. So after a loss of state, or an outage in which no replica got a response, they start a *new epoch* at
 //! a single moment on their own clock, slightly in the future, with every bucket empty. Until then, all replicas decide
 //! as during an outage. If only one replica had the outage, it simply resumes. A replica that is starting cannot know
-//! whether others have an outage. If none got a response for a second, it starts a new epoch as well. (This does not
-//! apply to a cluster, whose partitions may be idle for long.)
+//! whether others have an outage. If none got a response for 0.8 s, it starts a new epoch as well, unless all others
+//! have only just started too. (This does not apply to a cluster, whose partitions may be idle for long.)
 //!
 //! **Edits.** An edit does not change the number of missing tokens. If a smaller burst cannot hold all of them, the
 //! rest is missing again when the burst is raised, less what would have refilled while the bucket was full. A bucket
@@ -47,7 +47,7 @@
 //! addition to what the counters grant (`k/n` of it for `k` of `n` replicas, up to fractions of a token): at most `(1 +
 //! p) * (burst + rate * (T + ttl))`. `Closed` allows no additional requests. This does not apply to an outage of all
 //! replicas that is too short for some of them to detect: shares begin to fill only when it would be over or detected
-//! by all.
+//! by all. In a cluster, it does apply to replicas that did not use the partition: they do not detect its outage.
 
 mod breaker;
 mod calls;
@@ -153,8 +153,8 @@ impl LimitStore for DistributedStore {
             Ok(LocalOutcome::Done(decision)) => Some(decision),
             Ok(LocalOutcome::Fetch) if self.0.partition(handle).is_away() => {
                 let on_failure = policies.on_failure().unwrap_or(self.0.settings.on_failure);
-                // The other choices are subject to the denial cache first.
-                if on_failure != OnRedisFailure::Share {
+                // A denial that is still known says more than the failure without the counters.
+                if on_failure == OnRedisFailure::Closed {
                     return None;
                 }
                 self.0.without_counters(handle, policies, cost, None).ok()?

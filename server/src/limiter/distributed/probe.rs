@@ -7,7 +7,7 @@ use std::{
 
 use tokio::time;
 
-use super::{breaker::SILENCE, core::StoreCore};
+use super::core::StoreCore;
 use crate::{
     clock::Nanos,
     limiter::rate::counters::{BucketName, BucketState, CounterMicros, TakeCall},
@@ -28,16 +28,25 @@ const PROBE_DEADLINE: Duration = Duration::from_millis(250);
 /// How long an unused partition continues to get heartbeats.
 const IN_USE: Nanos = Nanos::from_secs(10);
 
+const _: () = assert!(
+    HEARTBEAT_EVERY.as_millis() + 5 * SUSPECT_EVERY.as_millis()
+        <= FIRST_PROBE.as_millis() + PROBE_DEADLINE.as_millis(),
+    "an idle replica must detect an outage before the second probe of the first replica that did"
+);
+
 impl StoreCore {
     /// Returns the time after which an outage that one replica has detected either has been detected by all others or
     /// has ended for the first one.
     ///
-    /// An idle replica makes its next call after [`HEARTBEAT_EVERY`], at a multiple of [`SUSPECT_EVERY`], and opens its
-    /// breaker at the fifth failure, four intervals later. If the outage ends just before, the first replica recovers
-    /// with its next probe. Each of these calls may take a deadline, and the first replica has waited for one too.
+    /// The first replica may detect it as soon as it begins, if it got its last response long before. An idle replica
+    /// makes its next call within [`HEARTBEAT_EVERY`] and one [`SUSPECT_EVERY`], and opens its breaker at the fifth
+    /// failure, four intervals and a deadline later. This is before the second probe of the first replica. So if the
+    /// idle replica does not detect the outage, the first one recovers with its second probe at the latest: its first
+    /// probe was sent a moment too early, and the second one follows when the first has failed.
     pub(super) fn noticed_by_all(&self) -> Nanos {
-        let until_noticed = HEARTBEAT_EVERY + 5 * SUSPECT_EVERY + FIRST_PROBE;
-        Nanos::from(until_noticed.saturating_sub(SILENCE) + 4 * self.settings.deadline)
+        let deadline = self.settings.deadline;
+        let second_probe = FIRST_PROBE + PROBE_DEADLINE.max(deadline) + PROBE_EVERY;
+        Nanos::from(second_probe + deadline)
     }
 }
 
@@ -59,7 +68,7 @@ fn heartbeat_call(partition: u16, inner: &StoreCore) -> TakeCall {
         back_generation: 0,
         lease: 0,
         last_heard: of.last_heard(),
-        away_since: of.never_heard(inner.is_alone()),
+        away_since: of.never_heard(inner.others_may_be_away()),
         promised: CounterMicros::NONE,
     }
 }
@@ -86,7 +95,7 @@ pub(super) async fn send_heartbeats(inner: Weak<StoreCore>) {
         for (number, partition) in (0..).zip(&inner.partitions) {
             let in_use = now.saturating_since(partition.used_at()) < IN_USE;
             let due = partition.is_suspect()
-                || partition.is_heartbeat_due(now, HEARTBEAT_EVERY, inner.is_alone());
+                || partition.is_heartbeat_due(now, HEARTBEAT_EVERY, inner.is_single());
             if (in_use || inner.partitions.len() == 1) && due && !partition.is_away() {
                 tokio::spawn(send_heartbeat(Arc::clone(&inner), number));
             }
@@ -114,7 +123,7 @@ pub(super) async fn probe_until_recovered(
         let promised = std::mem::take(&mut promise);
         let call = TakeCall {
             promised,
-            away_since: partition.away_since(inner.is_alone()),
+            away_since: partition.away_since(inner.others_may_be_away()),
             ..heartbeat_call(number, &inner)
         };
         let asked_at = inner.clock.monotonic();
@@ -129,7 +138,9 @@ pub(super) async fn probe_until_recovered(
         wait = PROBE_EVERY.saturating_sub(Duration::from_nanos(now.0 % 50_000_000));
         if let Ok(Ok(reply)) = answer {
             match reply.state {
-                BucketState::Initializing { wait: left } => {
+                // A late response is not a promise: the response to the first call in the epoch would probably be late
+                // too, and this replica would have stopped deciding for nothing.
+                BucketState::Initializing { wait: left } if in_time => {
                     wait = Duration::from_micros(left);
                     promise = reply.at.saturating_add(left);
                     partition.is_initializing(asked_at.saturating_add(wait.into()), now);
@@ -145,7 +156,7 @@ pub(super) async fn probe_until_recovered(
                     send_heartbeat(inner, number).await;
                     return;
                 }
-                BucketState::Active { .. } => {}
+                _ => {}
             }
         }
     }

@@ -47,6 +47,9 @@
 local OUTDATED = 10000000
 -- Callers that were promised an epoch return within this many microseconds after its start.
 local PROMISED = 500000
+-- A response this long ago shows that there is no outage in which callers have already decided requests without the
+-- counters: they do so only after their second probe, which is at least 850 ms after they detected it.
+local CONNECTED = 800000
 -- 52 days, in nanoseconds. Longer sums are not exact.
 local LARGEST = 2 ^ 52
 
@@ -88,7 +91,7 @@ local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
 local epoch = redis.call('HMGET', KEYS[2], 'run', 's', 'ok')
 local start, ok = tonumber(epoch[2]), tonumber(epoch[3]) or 0
 local returns_in_time = promised > 0 and start == promised and now - start < PROMISED
-local others_connected = (ok > away and ok <= now and now - ok < 1000000) or (away == 1 and ok == 0)
+local others_connected = (ok > away and ok <= now and now - ok < CONNECTED) or (away == 1 and ok == 0)
 if epoch[1] ~= run or not start or start > now + delay
   or (away > 0 and start <= now and not returns_in_time and not others_connected) then
   start = now + delay

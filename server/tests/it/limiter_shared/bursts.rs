@@ -271,7 +271,7 @@ async fn a_burst_of_different_costs_is_admitted_as_far_as_it_goes() {
 #[tokio::test(start_paused = true)]
 async fn what_is_too_slow_is_degraded_and_no_limit() {
     for strict in [false, true] {
-        let far = Far::new(Duration::from_millis(50));
+        let far = Far::new(Duration::from_millis(80));
         let replica = far.replica(OnRedisFailure::Share, alone());
         let policies = plan(600, 600, strict);
         let began = Instant::now();
@@ -298,7 +298,7 @@ async fn what_is_too_slow_is_degraded_and_no_limit() {
 /// A plan that is closed without the counters fails, and a plan that is open admits.
 #[tokio::test(start_paused = true)]
 async fn what_is_too_slow_is_decided_by_the_plans_choice() {
-    let far = Far::new(Duration::from_millis(50));
+    let far = Far::new(Duration::from_millis(80));
     let closed = far.replica(OnRedisFailure::Closed, alone());
     let one = NonZeroU32::MIN;
     let policies = plan(600, 600, true);

@@ -14,6 +14,9 @@ pub(super) const EPOCH_DELAY: u64 = 600_000;
 /// How long after an epoch starts callers that were promised it are still accepted, in microseconds.
 const PROMISED: u64 = 500_000;
 
+/// How long after a confirmed response there is certainly no outage, in microseconds.
+const CONNECTED: u64 = 800_000;
+
 /// The largest number of nanoseconds that the script computes exactly.
 const LARGEST: u128 = 1 << 52;
 
@@ -74,7 +77,7 @@ impl State {
             && epoch.start == Some(call.promised.0)
             && now < call.promised.0 + PROMISED;
         let answered =
-            (epoch.ok > call.away_since.0 && epoch.ok <= now && now - epoch.ok < 1_000_000)
+            (epoch.ok > call.away_since.0 && epoch.ok <= now && now - epoch.ok < CONNECTED)
                 || (call.away_since.0 == 1 && epoch.ok == 0);
         let lost = epoch.run != run
             || epoch.start.is_none_or(|start| start > now + EPOCH_DELAY)

@@ -24,8 +24,19 @@
 //! many tokens. Requests that arrive during a call to Redis are decided together by the next call, so at the end of a
 //! window, the refill of the last round trip may be unused, for every plan. In addition, Redis learns of an edit with
 //! the first request after it: tokens that refill before that count at the lower of the two rates. After a fault, a
-//! bucket is empty only if Redis lost its state, or if no replica received a response. Otherwise, it has lost at most
-//! twice the cost of the requests sent in the meantime.
+//! bucket is empty only if Redis lost its state, or if no replica that uses it received a response. Otherwise, it has
+//! lost only the tokens that Redis granted in responses that arrived late or never, and those that were returned by
+//! calls that never arrived.
+//!
+//!
+//! **Outages.** A replica that gets no timely response from Redis for a while still serves at least 99% of what the plan
+//! promises, of the requests that it gets: with `open`, from half a second on, a bucket of its own with the full limit,
+//! which was full at first and which no request that Redis decided has used; with `share`, from 1.4 s on, its share
+//! of the limit, starting empty. That requires a constant number of replicas. If a replica has never had a response for
+//! the key under this plan, its share starts with its first request.
+//!
+//! **Connections.** A replica decides without Redis only during a fault that affects it, and for [`RECOVERED`] after
+//! that. A fault that affects all replicas, or in which Redis loses its state, affects every replica.
 //!
 //! **Waits.** A denial by the rate states a time to wait, which is at most the time that an empty bucket needs for that
 //! cost, plus two leases. If nothing is taken in the meantime, the same request is admitted after that time, rounded up
@@ -40,11 +51,13 @@
 use quota_common::plan::OnRedisFailure;
 use quota_testkit::envelope::{Envelope, Span};
 
+use self::outage::{disconnected, may_lose_state, under_in_outage, used};
 use super::{
     run::{Answer, DEADLINE, EDIT_KNOWN, Entry, Log, TTL},
-    scene::{Change, Fault, FaultKind, Key, Plan, Replicas, Scene},
+    scene::{Change, FaultKind, Key, Plan, Scene},
 };
 
+mod outage;
 #[cfg(test)]
 mod tests;
 
@@ -79,6 +92,10 @@ pub(super) enum Promise {
     Prompt,
     /// The plan's fallback setting was not followed, totals do not match, or a replica did not return to Redis.
     Mode,
+    /// A decision without Redis, although Redis answered.
+    Connected,
+    /// Less than the plan's failure mode promises while Redis is unavailable.
+    Outage,
 }
 
 #[derive(Debug)]
@@ -105,8 +122,19 @@ pub(super) fn judge(scene: &Scene, log: &Log) -> Vec<Violation> {
         if let Some(text) = over(scene, key, &entries) {
             broken(Promise::Upper, text);
         }
-        if let Some(text) = under(scene, key, &entries, &log.epochs) {
+        let facts = Facts {
+            epochs: &log.epochs[number],
+            missed: &log.missed[number],
+            used: used(scene, number, &log.entries),
+        };
+        if let Some(text) = under(scene, key, &entries, &facts) {
             broken(Promise::Lower, text);
+        }
+        if let Some(text) = disconnected(scene, &entries, &facts.used) {
+            broken(Promise::Connected, text);
+        }
+        if let Some(text) = under_in_outage(scene, key, &entries) {
+            broken(Promise::Outage, text);
         }
         if let Some(text) = dishonest(key, &entries) {
             broken(Promise::Honest, text);
@@ -471,11 +499,29 @@ fn least(key: &Key, replicas: usize) -> Vec<Least> {
     pieces
 }
 
-/// Tokens that are lost at a time: all of them, or those of a replica that crashes.
+/// Tokens that are lost at a time.
 #[derive(Debug, Clone, Copy)]
 struct Loss {
     at: u64,
-    is_whole: bool,
+    tokens: Lost,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Lost {
+    All,
+    /// Those of a replica that crashes.
+    Crash,
+    Some(f64),
+}
+
+/// What happened to a key's bucket in Redis.
+struct Facts<'a> {
+    /// When new epochs began.
+    epochs: &'a [u64],
+    /// When tokens were lost, and how many.
+    missed: &'a [(u64, u64)],
+    /// When each replica used the key's partition.
+    used: Vec<Vec<u64>>,
 }
 
 /// An exact bucket, in tokens.
@@ -558,12 +604,15 @@ impl Bucket<'_> {
 
     fn lose(&mut self, loss: Loss) {
         self.advance(loss.at);
-        if loss.is_whole {
-            self.empty();
-        } else if self.now().leased {
+        match loss.tokens {
+            Lost::All => self.empty(),
             // The tokens that a replica holds, those that it was about to return, and those that it was about to
             // receive.
-            self.take(3.0 * (self.now().most / 10.0).floor());
+            Lost::Crash if self.now().leased => {
+                self.take(3.0 * (self.now().most / 10.0).floor());
+            }
+            Lost::Crash => {}
+            Lost::Some(tokens) => self.take(tokens),
         }
     }
 
@@ -597,34 +646,7 @@ fn held(entries: &[Entry], place: usize, least: Least) -> f64 {
     asked.iter().map(|asked| asked.min(most)).sum()
 }
 
-/// Whether the counters lose their state, or no replica gets a response for so long that they must start with empty
-/// buckets. While some replicas get responses, or most calls succeed, the counters keep their state.
-fn may_lose_state(scene: &Scene, fault: &Fault) -> bool {
-    let are_all = |replicas: Replicas| {
-        scene
-            .present(fault)
-            .all(|replica| replicas.contains(replica))
-    };
-    match fault.kind {
-        FaultKind::Restart
-        | FaultKind::FailOver
-        | FaultKind::Cut
-        | FaultKind::Deaf
-        | FaultKind::Stall => true,
-        FaultKind::CutSome { replicas, .. } => are_all(replicas),
-        FaultKind::Late {
-            replicas, percent, ..
-        } => percent == 100 && are_all(replicas),
-        FaultKind::Slow(_) | FaultKind::Lost { .. } => false,
-    }
-}
-
-/// Whether tokens are granted in responses that no replica receives.
-fn loses_answers(fault: &Fault) -> bool {
-    matches!(fault.kind, FaultKind::Lost { .. } | FaultKind::Deaf)
-}
-
-fn under(scene: &Scene, key: &Key, entries: &[Entry], epochs: &[u64]) -> Option<String> {
+fn under(scene: &Scene, key: &Key, entries: &[Entry], facts: &Facts<'_>) -> Option<String> {
     let pieces = least(key, scene.replica_bounds().1);
     // Periods that do not count: faults and their aftermath.
     let faults: Vec<(u64, u64)> = scene
@@ -637,27 +659,32 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry], epochs: &[u64]) -> Option<
             )
         })
         .collect();
-    let (mut losses, mut uncertain) = (Vec::new(), Vec::new());
+    let mut losses: Vec<Loss> = facts
+        .missed
+        .iter()
+        .map(|(at, tokens)| Loss {
+            at: *at,
+            tokens: Lost::Some(*tokens as f64),
+        })
+        .collect();
     for fault in &scene.faults {
         let (from, until) = (
             (fault.at * MS).saturating_sub(PATIENCE),
             fault.end() * MS + RECOVERED,
         );
         let has_begun = |at: &u64| (from..until).contains(at);
-        if loses_answers(fault) || (may_lose_state(scene, fault) && epochs.iter().any(has_begun)) {
+        if may_lose_state(scene, fault, &facts.used) && facts.epochs.iter().any(has_begun) {
             losses.push(Loss {
                 at: until,
-                is_whole: true,
+                tokens: Lost::All,
             });
-        } else {
-            uncertain.push((from, fault.end() * MS));
         }
     }
     let crashes = scene.changes.iter();
     let crashes = crashes.filter(|(_, change)| matches!(change, Change::Crash(_)));
     losses.extend(crashes.map(|(at, _)| Loss {
         at: at * MS,
-        is_whole: false,
+        tokens: Lost::Crash,
     }));
     losses.sort_unstable_by_key(|it| it.at);
 
@@ -689,13 +716,7 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry], epochs: &[u64]) -> Option<
             bucket.advance(it.asked);
             bucket.ask(it.answer, held(entries, next, bucket.now()), gather);
             // A replica that crashed may have taken tokens for requests to which it never responded.
-            if uncertain
-                .iter()
-                .any(|(from, until)| (*from..*until).contains(&it.asked))
-            {
-                // Whatever its response, it may have been granted its cost, and the same amount for later.
-                bucket.take(2.0 * f64::from(it.cost));
-            } else if matches!(it.answer, Answer::Admitted | Answer::None) {
+            if matches!(it.answer, Answer::Admitted | Answer::None) {
                 bucket.take(f64::from(it.cost));
             }
             next += 1;

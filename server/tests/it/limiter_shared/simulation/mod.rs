@@ -15,6 +15,7 @@
 )]
 
 mod judge;
+mod outages;
 mod plants;
 mod run;
 mod scene;
@@ -119,6 +120,7 @@ fn every_promise_holds_in_every_seed() {
             );
         }
         eprintln!("new epochs: {:?}", log.epochs);
+        eprintln!("tokens missed: {:?}", log.missed);
         assert!(
             violations.is_empty(),
             "{}",

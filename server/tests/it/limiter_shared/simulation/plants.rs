@@ -22,6 +22,7 @@ use quota_server::limiter::{
 use tokio::time::Instant;
 
 use super::judge::Promise;
+use crate::limiter_contract::TestLedger;
 
 /// The kinds of errors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,6 +56,20 @@ pub(super) enum Plant {
     FreshShareAfterEdit,
     /// `open` admits every request without Redis.
     OpenWithoutLimit,
+    /// `open` admits some requests without Redis, although Redis answers.
+    OpenWithoutOutage,
+    /// Without Redis, requests of plans with this choice are denied.
+    DeniesWithoutRedis(OnRedisFailure),
+    /// Without Redis, every other request of plans with this choice is denied.
+    HalvesWithoutRedis(OnRedisFailure),
+    /// Replicas do not confirm the responses that they received.
+    ConfirmsNothing,
+    /// Each replica has its own ledger of quotas.
+    OwnLedgers,
+    /// Half of each quota is admitted.
+    HalfQuotas,
+    /// Quota tokens that are returned are lost.
+    ReturnsNoQuota,
     /// Redis loses its state whenever it was slow for a moment.
     LosesStateWhenSlow,
     /// A denial always states the shortest possible wait.
@@ -81,6 +96,29 @@ impl Plant {
         (Self::PromiseNeverExpires, Promise::Upper, 400),
         (Self::FreshShareAfterEdit, Promise::Upper, 400),
         (Self::OpenWithoutLimit, Promise::Upper, 400),
+        (Self::OpenWithoutOutage, Promise::Connected, 100),
+        (
+            Self::DeniesWithoutRedis(OnRedisFailure::Open),
+            Promise::Outage,
+            200,
+        ),
+        (
+            Self::DeniesWithoutRedis(OnRedisFailure::Share),
+            Promise::Outage,
+            200,
+        ),
+        (
+            Self::HalvesWithoutRedis(OnRedisFailure::Open),
+            Promise::Outage,
+            400,
+        ),
+        (
+            Self::HalvesWithoutRedis(OnRedisFailure::Share),
+            Promise::Outage,
+            400,
+        ),
+        (Self::ConfirmsNothing, Promise::Connected, 400),
+        (Self::ConfirmsNothing, Promise::Lower, 1000),
         (Self::LosesStateWhenSlow, Promise::Lower, 400),
         (Self::ForgetsWaits, Promise::Wait, 400),
         (Self::ProlongsWaits, Promise::Wait, 20),
@@ -94,6 +132,10 @@ impl Plant {
                 ..call
             },
             (Self::ReturnsNothing, _) => TakeCall { back: 0, ..call },
+            (Self::ConfirmsNothing, _) => TakeCall {
+                last_heard: CounterMicros::NONE,
+                ..call
+            },
             (Self::FreshAfterEdit, BucketName::Key(tenant, key)) => {
                 let edited = key.0.as_u128() + (u128::from(call.version) << 32);
                 TakeCall {
@@ -105,6 +147,21 @@ impl Plant {
         }
     }
 
+    /// The ledger of a replica, instead of the shared one.
+    pub(super) fn ledger(self, shared: &Arc<TestLedger>) -> Arc<TestLedger> {
+        match self {
+            Self::OwnLedgers => TestLedger::new(),
+            _ => Arc::clone(shared),
+        }
+    }
+
+    pub(super) fn quota(self, quota: Option<NonZeroU64>) -> Option<NonZeroU64> {
+        match self {
+            Self::HalfQuotas => quota.and_then(|it| NonZeroU64::new(it.get().div_ceil(2))),
+            _ => quota,
+        }
+    }
+
     pub(super) fn store(self, store: Arc<DistributedStore>) -> Arc<dyn LimitStore> {
         match self {
             Self::AdmitsAll
@@ -113,6 +170,9 @@ impl Plant {
             | Self::RemembersDenials(_)
             | Self::SpendsTwice
             | Self::OpenWithoutLimit
+            | Self::OpenWithoutOutage
+            | Self::DeniesWithoutRedis(_)
+            | Self::HalvesWithoutRedis(_)
             | Self::ForgetsWaits
             | Self::ProlongsWaits
             | Self::FreshShareAfterEdit => Arc::new(Planted {
@@ -184,6 +244,29 @@ impl Planted {
         }
     }
 
+    /// Denies what the plan's choice would admit without Redis.
+    fn without_redis(&self, decision: Decision, policies: &Policies) -> Decision {
+        let denies = match self.plant {
+            Plant::DeniesWithoutRedis(choice) => policies.on_failure() == Some(choice),
+            Plant::HalvesWithoutRedis(choice) => {
+                policies.on_failure() == Some(choice)
+                    && decision.degraded
+                    && self.admitted.fetch_add(1, Ordering::Relaxed) % 2 == 0
+            }
+            _ => false,
+        };
+        if !denies || !decision.degraded || !decision.is_allowed() {
+            return decision;
+        }
+        Decision {
+            outcome: Outcome::Denied {
+                violated: PolicySet::EMPTY,
+                retry_after: NonZeroU64::new(1_000_000_000),
+            },
+            ..decision
+        }
+    }
+
     fn denied(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
         Decision {
             outcome: Outcome::Denied {
@@ -222,10 +305,21 @@ impl LimitStore for Planted {
                 self.admitted.store(0, Ordering::Relaxed);
                 return Some(self.allowed(handle, policies));
             }
+            // Every tenth admission is followed by one without Redis.
+            Plant::OpenWithoutOutage
+                if policies.on_failure() == Some(OnRedisFailure::Open)
+                    && self.admitted.load(Ordering::Relaxed) >= 10 =>
+            {
+                self.admitted.store(0, Ordering::Relaxed);
+                return Some(Decision {
+                    degraded: true,
+                    ..self.allowed(handle, policies)
+                });
+            }
             _ => {}
         }
         let decision = self.store.try_take(handle, policies, cost);
-        decision.map(|it| self.with_other_wait(it))
+        decision.map(|it| self.without_redis(self.with_other_wait(it), policies))
     }
 
     async fn take(
@@ -239,7 +333,7 @@ impl LimitStore for Planted {
         }
         self.waiting.fetch_add(1, Ordering::Relaxed);
         let decision = self.store.take(handle, policies, cost).await;
-        let decision = decision.map(|it| self.with_other_wait(it));
+        let decision = decision.map(|it| self.without_redis(self.with_other_wait(it), policies));
         self.waiting.fetch_sub(1, Ordering::Relaxed);
         if self.plant == Plant::FreshShareAfterEdit
             && let Ok(denied) = &decision
@@ -263,7 +357,9 @@ impl LimitStore for Planted {
             });
         }
         match &decision {
-            Ok(decision) if decision.is_allowed() => {
+            Ok(decision)
+                if decision.is_allowed() && !matches!(self.plant, Plant::HalvesWithoutRedis(_)) =>
+            {
                 self.admitted.fetch_add(1, Ordering::Relaxed);
             }
             Ok(_) => *self.denied.lock() = Some(Instant::now()),

@@ -4,11 +4,12 @@ use std::{
     num::{NonZeroU32, NonZeroU64},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
+use async_trait::async_trait;
 use fastrand::Rng;
 use parking_lot::Mutex;
 use quota_common::{
@@ -19,8 +20,9 @@ use quota_server::{
     clock::{Clock, Monotonic},
     limiter::{
         COUNTED_EVERY, Decision, DistributedSettings, DistributedStore, FORGOTTEN, KeyHandle,
-        KeyTableSettings, Limiter, LimiterError, LocalStore, Membership, Policies, RatePolicy,
-        ReplicaSlot, SharedCounters, Zone,
+        KeyTableSettings, LedgerError, Limiter, LimiterError, LocalStore, Membership, PRUNE_EVERY,
+        Policies, Policy, QuotaLedger, RatePolicy, ReplicaSlot, ReturnBatch, SharedCounters,
+        TakeRequest, Taken, Zone,
     },
     telemetry::metrics::Metrics,
 };
@@ -67,6 +69,8 @@ pub(super) struct Entry {
     pub(super) retry_after: Option<u64>,
     /// Decided without Redis.
     pub(super) degraded: bool,
+    /// Denied by the quota of the day or of the month.
+    pub(super) denied_by: [bool; 2],
     /// Tokens of the key that Redis had granted when the response arrived; `None` once Redis had lost its state.
     pub(super) granted: Option<u64>,
 }
@@ -74,8 +78,11 @@ pub(super) struct Entry {
 #[derive(Debug)]
 pub(super) struct Log {
     pub(super) entries: Vec<Entry>,
-    /// The times at which Redis reported a new epoch, in nanoseconds since the load began.
-    pub(super) epochs: Vec<u64>,
+    /// The times at which Redis reported a new epoch, in nanoseconds since the load began, by key.
+    pub(super) epochs: Vec<Vec<u64>>,
+    /// Tokens that Redis granted or got back, and that no replica could spend and no bucket contained afterwards: their
+    /// number and the time, by key.
+    pub(super) missed: Vec<Vec<(u64, u64)>>,
     /// Tokens that Redis granted, and tokens that were returned, by key.
     pub(super) granted: Vec<(u64, u64)>,
     /// Totals reported by the replicas that are running at the end: tokens taken; spent; returned or lost.
@@ -94,7 +101,46 @@ struct Replica {
     /// Whether it accepts new requests.
     open: AtomicBool,
     counting: AtomicBool,
-    crashed: AtomicBool,
+    crashed: Arc<AtomicBool>,
+    /// The number of requests that it is deciding.
+    deciding: AtomicUsize,
+}
+
+/// Like the job of a server.
+async fn prune(replica: Arc<Replica>) {
+    while !replica.crashed.load(Ordering::Relaxed) {
+        sleep(PRUNE_EVERY).await;
+        replica.limiter.prune();
+    }
+}
+
+/// The ledger of quotas as one replica reaches it.
+#[derive(Debug)]
+struct ReplicaLedger {
+    ledger: Arc<TestLedger>,
+    crashed: Arc<AtomicBool>,
+    returns: bool,
+}
+
+#[async_trait]
+impl QuotaLedger for ReplicaLedger {
+    async fn take(&self, requests: &[TakeRequest]) -> Vec<Result<Taken, LedgerError>> {
+        if self.crashed.load(Ordering::Relaxed) {
+            std::future::pending().await
+        }
+        self.ledger.take(requests).await
+    }
+
+    async fn give_back(&self, batch: &ReturnBatch) -> Result<(), LedgerError> {
+        if self.crashed.load(Ordering::Relaxed) {
+            std::future::pending().await
+        }
+        if self.returns {
+            self.ledger.give_back(batch).await
+        } else {
+            Ok(())
+        }
+    }
 }
 
 /// The table of replicas in PostgreSQL: when each was last seen.
@@ -132,6 +178,7 @@ struct Stage {
     /// The policies of each key, by edit.
     policies: Vec<Vec<Policies>>,
     entries: Mutex<Vec<Entry>>,
+    ledger: Arc<TestLedger>,
     /// Shared by all replicas, instead of their own.
     one_bucket: Option<Arc<LocalStore>>,
     /// When the load begins.
@@ -156,9 +203,15 @@ impl Stage {
             world: Arc::clone(world),
             replica: index,
         });
+        let crashed = Arc::new(AtomicBool::new(false));
+        let ledger = Arc::new(ReplicaLedger {
+            ledger: self.plant.ledger(&self.ledger),
+            crashed: Arc::clone(&crashed),
+            returns: self.plant != Plant::ReturnsNoQuota,
+        });
         let store = store(
             &clock,
-            TestLedger::new(),
+            ledger,
             counters,
             &membership,
             &metrics,
@@ -188,9 +241,11 @@ impl Stage {
             keys,
             open: AtomicBool::new(true),
             counting: AtomicBool::new(true),
-            crashed: AtomicBool::new(false),
+            crashed,
+            deciding: AtomicUsize::new(0),
         });
         self.replicas.lock().push(Arc::clone(&replica));
+        tokio::spawn(prune(Arc::clone(&replica)));
         tokio::spawn(Arc::clone(self).count(index, replica, membership));
     }
 
@@ -228,6 +283,9 @@ impl Stage {
                 let it = replica(index);
                 it.open.store(false, Ordering::Relaxed);
                 sleep(LAST_REQUESTS).await;
+                while it.deciding.load(Ordering::Relaxed) > 0 {
+                    sleep(Duration::from_millis(1)).await;
+                }
                 it.counting.store(false, Ordering::Relaxed);
                 self.registry.leave(index);
                 if self.one_bucket.is_none() {
@@ -248,14 +306,20 @@ impl Stage {
         let policies = &self.policies[key][edit];
         let limiter = &replica.limiter;
         let cost = NonZeroU32::new(cost).unwrap();
+        replica.deciding.fetch_add(1, Ordering::Relaxed);
         let decision = limiter.admit(&replica.keys[key], policies, cost).await;
+        replica.deciding.fetch_sub(1, Ordering::Relaxed);
         let initialized_again = self.world.initialized_again.load(Ordering::Relaxed);
+        let violated = decision.as_ref().ok().map(Decision::violated);
+        let denied_by = [Policy::Daily, Policy::Monthly]
+            .map(|policy| violated.is_some_and(|it| it.contains(policy)));
         let retry_after = decision.as_ref().ok().and_then(Decision::retry_after);
         let (answer, degraded) = match decision {
             _ if replica.crashed.load(Ordering::Relaxed) => (Answer::None, false),
             Ok(decision) if decision.is_allowed() => (Answer::Admitted, decision.degraded),
             Ok(decision) => (Answer::Denied, decision.degraded),
             Err(LimiterError::CountersAway) => (Answer::Unavailable, true),
+            Err(LimiterError::LedgerUnavailable(_)) => (Answer::Unavailable, false),
             Err(error) => panic!("{error}"),
         };
         self.entries.lock().push(Entry {
@@ -268,6 +332,7 @@ impl Stage {
             answer,
             retry_after,
             degraded,
+            denied_by,
             granted: (!initialized_again).then(|| self.world.granted(key_id(key)).0),
         });
     }
@@ -283,7 +348,7 @@ impl Stage {
 /// A store as configured by a server.
 pub(super) fn store(
     clock: &Arc<dyn Clock>,
-    ledger: Arc<TestLedger>,
+    ledger: Arc<dyn QuotaLedger>,
     counters: Arc<dyn SharedCounters>,
     membership: &Arc<Membership>,
     metrics: &Arc<Metrics>,
@@ -306,7 +371,7 @@ pub(super) fn store(
 
 pub(super) async fn play(scene: &Scene, plant: Plant) -> Log {
     let mut rng = Rng::with_seed(!scene.seed);
-    let world = World::new(scene.seed, scene.round_trip, plant);
+    let world = World::with_partitions(scene.partitions, scene.seed, scene.round_trip, plant);
     let policies = scene.keys.iter().map(|key| {
         let plans = (1..).zip(&key.plans);
         plans
@@ -315,7 +380,8 @@ pub(super) async fn play(scene: &Scene, plant: Plant) -> Log {
                     rpm: NonZeroU32::new(plan.rpm).unwrap(),
                     burst: NonZeroU32::new(plan.burst).unwrap(),
                 };
-                Policies::new(rate, None, None, Zone::utc(), plan.strict)
+                let [daily, monthly] = key.quotas.map(|it| plant.quota(it));
+                Policies::new(rate, daily, monthly, Zone::utc(), plan.strict)
                     .on_redis_failure(Some(key.on_failure))
                     .with_version(version)
             })
@@ -328,6 +394,7 @@ pub(super) async fn play(scene: &Scene, plant: Plant) -> Log {
         registry: Registry::default(),
         replicas: Mutex::default(),
         entries: Mutex::default(),
+        ledger: TestLedger::new(),
         one_bucket: (plant == Plant::OneBucket).then(|| {
             let clock = SkewedClock {
                 zero: world.zero,
@@ -339,6 +406,8 @@ pub(super) async fn play(scene: &Scene, plant: Plant) -> Log {
         begin: world.zero + WARM_UP,
         world,
     });
+    let ledger_delay = Duration::from_millis(scene.ledger_delay);
+    stage.ledger.set_delay(ledger_delay);
     for _ in 0..scene.replicas {
         stage.join(&mut rng);
         // Their counts are not synchronized.
@@ -380,18 +449,27 @@ pub(super) async fn play(scene: &Scene, plant: Plant) -> Log {
         let all = replicas.iter().enumerate();
         all.filter(|(_, replica)| !replica.crashed.load(Ordering::Relaxed))
     };
+    let begin = stage.begin.duration_since(stage.world.zero);
+    let begin = u64::try_from(begin.as_nanos()).unwrap();
+    let since_begin = |at: u64| at.saturating_sub(begin);
     let mut entries = std::mem::take(&mut *stage.entries.lock());
     entries.sort_by_key(|entry| entry.asked);
     Log {
         entries,
-        epochs: {
-            let begin = stage.begin.duration_since(stage.world.zero);
-            let begin = u64::try_from(begin.as_nanos()).unwrap();
-            let told = std::mem::take(&mut *stage.world.epochs.lock());
-            told.into_iter()
-                .map(|at| at.saturating_sub(begin))
-                .collect()
-        },
+        epochs: (0..scene.keys.len())
+            .map(|key| {
+                let told = stage.world.epochs.lock();
+                let of_key = told.iter().filter(|it| it.0 == scene.partition(key));
+                of_key.map(|(_, at)| since_begin(*at)).collect()
+            })
+            .collect(),
+        missed: (0..scene.keys.len())
+            .map(|key| {
+                let missed = stage.world.missed.lock();
+                let of_key = missed.iter().filter(|it| it.key == key_id(key));
+                of_key.map(|it| (since_begin(it.at), it.tokens)).collect()
+            })
+            .collect(),
         granted: (0..scene.keys.len())
             .map(|key| stage.world.granted(key_id(key)))
             .collect(),
@@ -450,7 +528,9 @@ async fn misbehave(stage: Arc<Stage>, fault: Fault, mut rng: Rng) {
             process.run += 1;
             process.state = match fault.kind {
                 FaultKind::FailOver => process.copy.clone(),
-                _ if stage.plant == Plant::FullAfterLoss => State::fresh(process.run, 1),
+                _ if stage.plant == Plant::FullAfterLoss => {
+                    State::fresh(process.run, stage.scene.partitions)
+                }
                 _ => State::default(),
             };
             if fault.kind == FaultKind::FailOver {

@@ -2,8 +2,12 @@
 //!
 //! A pure function of the seed. Times are milliseconds since the load began.
 
+use std::num::NonZeroU64;
+
 use fastrand::Rng;
 use quota_common::plan::OnRedisFailure;
+
+use super::run::key_id;
 
 /// No key sends more, so that a seed takes milliseconds.
 const REQUESTS_MAX: usize = 700;
@@ -15,6 +19,10 @@ pub(super) struct Scene {
     pub(super) replicas: usize,
     /// The usual round-trip time between a replica and Redis.
     pub(super) round_trip: u64,
+    /// Partitions of a cluster, which share all faults.
+    pub(super) partitions: u16,
+    /// The time in which the ledger of quotas responds.
+    pub(super) ledger_delay: u64,
     pub(super) keys: Vec<Key>,
     pub(super) changes: Vec<(u64, Change)>,
     pub(super) faults: Vec<Fault>,
@@ -37,6 +45,8 @@ pub(super) struct Key {
     pub(super) on_failure: OnRedisFailure,
     /// The plan and its edits, in chronological order; the first applies from the start.
     pub(super) plans: Vec<Plan>,
+    /// Per day and per month.
+    pub(super) quotas: [Option<NonZeroU64>; 2],
     pub(super) load: &'static str,
 }
 
@@ -138,13 +148,31 @@ impl Scene {
             seed,
             replicas,
             round_trip: [0, 2, 5, 10, 20][rng.usize(..5)],
+            partitions: 1,
+            ledger_delay: 0,
             keys: Vec::new(),
             changes: Vec::new(),
             faults: Vec::new(),
             length: 8000,
             load: Load(Vec::new()),
         };
+        // Independent of the other numbers, so that the same seeds still produce the same other scenes.
+        match Rng::with_seed(seed ^ 0x05CE_9E5).u8(..24) {
+            0 | 1 => {
+                scene.long_outage(&mut rng);
+                return scene;
+            }
+            2 => {
+                scene.cluster(&mut rng);
+                return scene;
+            }
+            3 => scene.partitions = 2,
+            _ => {}
+        }
         let special = rng.u8(..28);
+        if special < 7 || special == 27 {
+            scene.partitions = 1;
+        }
         if special == 0 {
             scene.miscounted_outage(&mut rng);
         } else if special < 7 || special == 27 {
@@ -168,6 +196,8 @@ impl Scene {
             let on_failure = match rng.u8(..8) {
                 0..=1 => OnRedisFailure::Closed,
                 2 => OnRedisFailure::Open,
+                // A replica does not detect an outage of a partition that it does not use.
+                _ if scene.partitions > 1 => OnRedisFailure::Closed,
                 _ => OnRedisFailure::Share,
             };
             let mut plans = vec![plan(&mut rng, 0)];
@@ -181,6 +211,7 @@ impl Scene {
             scene.keys.push(Key {
                 on_failure,
                 plans,
+                quotas: [None; 2],
                 load,
             });
         }
@@ -242,6 +273,7 @@ impl Scene {
         self.keys.push(Key {
             on_failure: OnRedisFailure::Closed,
             plans: vec![plan],
+            quotas: [None; 2],
             load: "late returns",
         });
         let mut at = rng.u64(50..300);
@@ -290,6 +322,7 @@ impl Scene {
                 burst: rng.u32(40..=300),
                 strict: rng.bool(),
             }],
+            quotas: [None; 2],
             load: "slow for all",
         });
         let fault = Fault {
@@ -315,6 +348,133 @@ impl Scene {
             self.crowd(rng, at, burst / 8 + per_second / 20 + 1);
             at += 50;
         }
+    }
+
+    /// Redis is unavailable to all replicas for seconds. Before that, all of them have used every key.
+    fn long_outage(&mut self, rng: &mut Rng) {
+        let fault = Fault {
+            at: rng.u64(500..1500),
+            lasts: rng.u64(2500..7000),
+            kind: match rng.u8(..6) {
+                0 => FaultKind::Cut,
+                1 => FaultKind::Deaf,
+                2 => FaultKind::Restart,
+                3 => FaultKind::Late {
+                    replicas: Replicas((1 << self.replicas) - 1),
+                    by: rng.u64(35..200),
+                    percent: 100,
+                },
+                _ => FaultKind::CutSome {
+                    replicas: Replicas((1 << self.replicas) - 1),
+                    refused: rng.bool(),
+                },
+            },
+        };
+        self.faults.push(fault);
+        self.length = fault.end() + 2500;
+        for key in 0..rng.usize(1..=3) {
+            let mut plan = plan(rng, 0);
+            plan.rpm = plan.rpm.min(6000);
+            self.keys.push(Key {
+                on_failure: if rng.u8(..3) == 0 {
+                    OnRedisFailure::Open
+                } else {
+                    OnRedisFailure::Share
+                },
+                plans: vec![plan],
+                quotas: [None; 2],
+                load: "long outage",
+            });
+            let dearest = rng.u32(1..=5).min((plan.burst / 4).max(1));
+            let mut send = |rng: &mut Rng, at, pick| {
+                self.load.0.push(Request {
+                    at,
+                    key,
+                    cost: rng.u32(1..=dearest),
+                    pick,
+                });
+            };
+            for replica in 0..self.replicas {
+                let before = rng.u64(..fault.at - 100);
+                send(rng, before, replica);
+            }
+            let percent = [30, 80, 150, 400][rng.usize(..4)];
+            let per_second = u64::from((plan.rpm * percent / 6000).clamp(2, 150));
+            let mut at = fault.at + rng.u64(..2000);
+            while at < self.length {
+                if rng.u8(..40) == 0 {
+                    for _ in 0..plan.burst.min(60) {
+                        let pick = rng.usize(..1000);
+                        send(rng, at, pick);
+                    }
+                }
+                let pick = rng.usize(..1000);
+                send(rng, at, pick);
+                at += rng.u64(0..=2000 / per_second);
+            }
+        }
+        self.load.0.sort_by_key(|request| request.at);
+    }
+
+    /// Several partitions, which every replica uses all the time, but rarely. Some replicas lose Redis for a while, or
+    /// all of them do. Then the keys are drained.
+    fn cluster(&mut self, rng: &mut Rng) {
+        self.replicas = rng.usize(2..=3);
+        self.partitions = 2;
+        let at = rng.u64(2000..4000);
+        let lasts = if rng.bool() {
+            rng.u64(250..700)
+        } else {
+            rng.u64(700..2500)
+        };
+        let kind = if rng.u8(..4) == 0 {
+            FaultKind::Cut
+        } else {
+            FaultKind::CutSome {
+                replicas: Replicas(rng.u32(1..(1 << self.replicas) - 1)),
+                refused: rng.bool(),
+            }
+        };
+        self.faults.push(Fault { at, lasts, kind });
+        self.length = at + lasts + 5000;
+        for key in 0..usize::from(self.partitions) {
+            let mut plan = plan(rng, 0);
+            plan.burst = plan.burst.max(20);
+            self.keys.push(Key {
+                on_failure: [OnRedisFailure::Share, OnRedisFailure::Closed][rng.usize(..2)],
+                plans: vec![plan],
+                quotas: [None; 2],
+                load: "cluster",
+            });
+            for replica in 0..self.replicas {
+                let mut next = rng.u64(..500);
+                while next < self.length {
+                    self.load.0.push(Request {
+                        at: next,
+                        key,
+                        cost: 1,
+                        pick: replica,
+                    });
+                    next += rng.u64(1000..6000);
+                }
+            }
+            for _ in 0..plan.burst {
+                let later = at + lasts + 2000 + rng.u64(..500);
+                self.load.0.push(Request {
+                    at: later,
+                    key,
+                    cost: 1,
+                    pick: rng.usize(..1000),
+                });
+            }
+        }
+        self.load.0.sort_by_key(|request| request.at);
+    }
+
+    /// The partition of a key.
+    pub(super) fn partition(&self, key: usize) -> u16 {
+        let partition = key_id(key).0.as_u128() % u128::from(self.partitions);
+        u16::try_from(partition).unwrap()
     }
 
     /// The rate is edited while Redis is unavailable and every replica admits its share.
@@ -355,6 +515,7 @@ impl Scene {
         self.keys.push(Key {
             on_failure: OnRedisFailure::Share,
             plans,
+            quotas: [None; 2],
             load: "edited outage",
         });
         // A replica detects the outage through its calls.
@@ -383,6 +544,7 @@ impl Scene {
         self.keys.push(Key {
             on_failure: OnRedisFailure::Share,
             plans: vec![plan(0, 60), plan(edit, 6000)],
+            quotas: [None; 2],
             load: "unseen edit",
         });
         for _ in 0..burst {

@@ -81,8 +81,38 @@ fn several(
     )
 }
 
+/// Starts another replica.
+pub(super) fn replica(
+    world: &Arc<World>,
+    membership: &Arc<Membership>,
+    on_failure: OnRedisFailure,
+) -> Limiter {
+    let replica = {
+        let mut links = world.links.lock();
+        links.push(Link::default());
+        links.len() - 1
+    };
+    let clock: Arc<dyn Clock> = Arc::new(SkewedClock {
+        zero: world.zero,
+        skew_ms: 0,
+    });
+    let counters = Arc::new(Linked {
+        world: Arc::clone(world),
+        replica,
+    });
+    let store = store(
+        &clock,
+        TestLedger::new(),
+        counters,
+        membership,
+        &Arc::default(),
+        on_failure,
+    );
+    Limiter::new(store, clock)
+}
+
 /// A replica for each of the memberships, with this choice for when Redis is unavailable.
-fn without_redis(
+pub(super) fn without_redis(
     on_failure: OnRedisFailure,
     memberships: &[Arc<Membership>],
     round_trip: u64,
@@ -92,27 +122,7 @@ fn without_redis(
     let world = World::new(1, round_trip, Plant::Nothing);
     let limiters = memberships
         .iter()
-        .enumerate()
-        .map(|(replica, membership)| {
-            world.links.lock().push(Link::default());
-            let clock: Arc<dyn Clock> = Arc::new(SkewedClock {
-                zero: world.zero,
-                skew_ms: 0,
-            });
-            let counters = Arc::new(Linked {
-                world: Arc::clone(&world),
-                replica,
-            });
-            let store = store(
-                &clock,
-                TestLedger::new(),
-                counters,
-                membership,
-                &Arc::default(),
-                on_failure,
-            );
-            Limiter::new(store, clock)
-        })
+        .map(|membership| replica(&world, membership, on_failure))
         .collect();
     let rate = RatePolicy {
         rpm: NonZeroU32::new(rpm).unwrap(),
@@ -123,11 +133,20 @@ fn without_redis(
 }
 
 /// Returns how many of this many concurrent requests are admitted.
-async fn crowd(limiter: &Limiter, policies: &Policies, count: u32) -> u32 {
-    let handle = a_handle(limiter);
+pub(super) async fn crowd(limiter: &Limiter, policies: &Policies, count: u32) -> u32 {
+    crowd_of(limiter, &a_handle(limiter), policies, count).await
+}
+
+/// Returns how many of this many concurrent requests of a key are admitted.
+pub(super) async fn crowd_of(
+    limiter: &Limiter,
+    handle: &Arc<KeyHandle>,
+    policies: &Policies,
+    count: u32,
+) -> u32 {
     let mut crowd = JoinSet::new();
     for _ in 0..count {
-        let (limiter, handle, policies) = (limiter.clone(), Arc::clone(&handle), policies.clone());
+        let (limiter, handle, policies) = (limiter.clone(), Arc::clone(handle), policies.clone());
         crowd.spawn(async move { limiter.admit(&handle, &policies, NonZeroU32::MIN).await });
     }
     let answers = crowd.join_all().await.into_iter();
@@ -205,7 +224,7 @@ fn returns_after_late_answers_credit_no_token_twice() {
 }
 
 /// Counts replicas for these memberships once per second, as a job does.
-fn count(world: &World, memberships: Vec<Arc<Membership>>) {
+pub(super) fn count(world: &World, memberships: Vec<Arc<Membership>>) {
     let of = NonZeroU64::new(memberships.len() as u64).unwrap();
     let zero = world.zero;
     tokio::spawn(async move {
@@ -220,7 +239,7 @@ fn count(world: &World, memberships: Vec<Arc<Membership>>) {
 }
 
 /// Policies with this rate and burst, in this version of a plan.
-fn version(number: u64, (rpm, burst): (u32, u32), strict: bool) -> Policies {
+pub(super) fn version(number: u64, (rpm, burst): (u32, u32), strict: bool) -> Policies {
     let rate = RatePolicy {
         rpm: NonZeroU32::new(rpm).unwrap(),
         burst: NonZeroU32::new(burst).unwrap(),
@@ -359,7 +378,7 @@ fn an_outage_that_some_replicas_miss_sells_nothing_twice() {
     assert!(served_on > 10, "served on after {served_on} of 30 stalls");
 }
 
-fn a_handle(limiter: &Limiter) -> Arc<KeyHandle> {
+pub(super) fn a_handle(limiter: &Limiter) -> Arc<KeyHandle> {
     limiter
         .handle(TenantId(uuid::Uuid::nil()), ApiKeyId(uuid::Uuid::nil()))
         .unwrap()

@@ -28,7 +28,7 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-use super::plants::Plant;
+use super::{plants::Plant, run::DEADLINE};
 use crate::{limiter_contract::START, limiter_shared::model::State};
 
 /// A replica's own clock: the true time and its offset.
@@ -87,6 +87,14 @@ pub(super) struct Link {
     pub(super) dead: bool,
 }
 
+/// Tokens of a key that are lost at a time.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Missed {
+    pub(super) key: ApiKeyId,
+    pub(super) at: u64,
+    pub(super) tokens: u64,
+}
+
 #[derive(Debug)]
 pub(super) struct World {
     pub(super) zero: Instant,
@@ -98,9 +106,13 @@ pub(super) struct World {
     pub(super) slow: AtomicU64,
     /// Whether a response reported that the state was lost.
     pub(super) initialized_again: AtomicBool,
-    /// The times of such responses.
-    pub(super) epochs: Mutex<Vec<u64>>,
+    /// The partitions and times of such responses.
+    pub(super) epochs: Mutex<Vec<(u16, u64)>>,
+    /// Tokens that no replica can spend, because they were granted in responses that arrived late or never, or returned
+    /// by calls that never arrived.
+    pub(super) missed: Mutex<Vec<Missed>>,
     round_trip: u64,
+    partitions: u16,
     seed: u64,
     plant: Plant,
     /// Replicas that were promised a new epoch and have not returned since.
@@ -121,7 +133,16 @@ fn refused() -> CounterError {
 
 impl World {
     pub(super) fn new(seed: u64, round_trip: u64, plant: Plant) -> Arc<Self> {
-        let state = State::fresh(1, 1);
+        Self::with_partitions(1, seed, round_trip, plant)
+    }
+
+    pub(super) fn with_partitions(
+        partitions: u16,
+        seed: u64,
+        round_trip: u64,
+        plant: Plant,
+    ) -> Arc<Self> {
+        let state = State::fresh(1, partitions);
         Arc::new(Self {
             zero: Instant::now(),
             process: Mutex::new(Process {
@@ -138,7 +159,9 @@ impl World {
             slow: AtomicU64::new(0),
             initialized_again: AtomicBool::new(false),
             epochs: Mutex::default(),
+            missed: Mutex::default(),
             round_trip,
+            partitions,
             seed,
             plant,
             told: Mutex::default(),
@@ -208,7 +231,7 @@ impl World {
             process
                 .alone
                 .entry(replica)
-                .or_insert_with(|| State::fresh(run, 1))
+                .or_insert_with(|| State::fresh(run, self.partitions))
         } else {
             &mut process.state
         };
@@ -232,7 +255,7 @@ impl World {
             (BucketState::Active { .. }, BucketName::Heartbeat) => {}
             (BucketState::Initializing { .. }, _) => {
                 self.initialized_again.store(true, Ordering::Relaxed);
-                self.epochs.lock().push(self.now());
+                self.epochs.lock().push((call.partition, self.now()));
                 self.told.lock().insert(replica);
             }
         }
@@ -253,28 +276,60 @@ impl World {
     }
 
     async fn call(&self, replica: usize, call: TakeCall) -> Result<TakeReply, CounterError> {
+        let sent = self.now();
         match self.link(replica).1 {
-            Reach::Refused => return Err(refused()),
-            Reach::Cut => std::future::pending().await,
+            Reach::Refused => {
+                self.miss(call, sent, call.back);
+                return Err(refused());
+            }
+            Reach::Cut => {
+                self.miss(call, sent, call.back);
+                std::future::pending().await
+            }
             Reach::Up | Reach::Deaf => {}
         }
         self.travel(replica, call.bucket, false).await;
         let mut stalled = self.stalled.subscribe();
         let _ = stalled.wait_for(|stalled| !stalled).await;
+        let served = self.now();
         let reply = self.serve(replica, call);
+        let granted = match &reply {
+            Ok(TakeReply {
+                state: BucketState::Active { granted, .. },
+                ..
+            }) => *granted,
+            _ => {
+                self.miss(call, served, call.back);
+                0
+            }
+        };
         let (link, _) = self.link(replica);
         let percent = self.chance(replica, call.bucket, |rng| rng.u64(..100));
         if percent < u64::from(link.lost) {
+            self.miss(call, served, granted);
             std::future::pending::<()>().await;
         }
         if percent < u64::from(link.late.0) {
             sleep(Duration::from_millis(link.late.1)).await;
         }
         self.travel(replica, call.bucket, true).await;
-        if self.link(replica).1 != Reach::Up {
+        let is_late = u128::from(self.now() - sent) >= DEADLINE.as_nanos();
+        let is_lost = self.link(replica).1 != Reach::Up;
+        if is_late || is_lost {
+            self.miss(call, served, granted);
+        }
+        if is_lost {
             std::future::pending::<()>().await;
         }
         reply
+    }
+
+    fn miss(&self, call: TakeCall, at: u64, tokens: u64) {
+        if let BucketName::Key(_, key) = call.bucket
+            && tokens > 0
+        {
+            self.missed.lock().push(Missed { key, at, tokens });
+        }
     }
 }
 
@@ -288,7 +343,7 @@ pub(super) struct Linked {
 #[async_trait]
 impl SharedCounters for Linked {
     fn partitions(&self) -> u16 {
-        1
+        self.world.partitions
     }
 
     async fn take(&self, call: TakeCall) -> Result<TakeReply, CounterError> {

@@ -4,7 +4,7 @@ use quota_common::plan::OnRedisFailure;
 
 use super::{
     super::scene::{Change, Fault, FaultKind, Key, Load, Plan, Scene},
-    Answer, Entry, MS, under,
+    Answer, Entry, Facts, MS, under,
 };
 
 /// Each of the faults below begins a new epoch.
@@ -24,9 +24,12 @@ fn scene(plans: Vec<Plan>) -> Scene {
         seed: 0,
         replicas: 2,
         round_trip: 0,
+        partitions: 1,
+        ledger_delay: 0,
         keys: vec![Key {
             on_failure: OnRedisFailure::Closed,
             plans,
+            quotas: [None; 2],
             load: "by hand",
         }],
         changes: Vec::new(),
@@ -60,12 +63,18 @@ fn requests(at: u64, admitted: usize, of: usize) -> impl Iterator<Item = Entry> 
         },
         retry_after: None,
         degraded: false,
+        denied_by: [false; 2],
         granted: None,
     })
 }
 
 fn verdict(scene: &Scene, entries: &[Entry]) -> Option<String> {
-    under(scene, &scene.keys[0], entries, &EPOCHS)
+    let facts = Facts {
+        epochs: &EPOCHS,
+        missed: &[],
+        used: Vec::new(),
+    };
+    under(scene, &scene.keys[0], entries, &facts)
 }
 
 #[test]

@@ -1,0 +1,182 @@
+//! Faults, and what a replica does without Redis: when, and how much it serves.
+
+use quota_common::plan::OnRedisFailure;
+
+use super::{
+    super::{
+        run::{Answer, Entry},
+        scene::{Fault, FaultKind, Key, Plan, Replicas, Scene},
+    },
+    KNOWN, MS, RECOVERED, SECOND,
+};
+
+/// After this time, a replica without Redis no longer waits for it.
+const NOTICED: u64 = 500 * MS;
+/// After this time, it admits its share.
+const SHARED: u64 = 1400 * MS;
+/// The times at which each replica sent requests for any key of the same partition.
+pub(super) fn used(scene: &Scene, key: usize, entries: &[Entry]) -> Vec<Vec<u64>> {
+    let mut used = vec![Vec::new(); scene.replica_bounds().1];
+    for it in entries {
+        if scene.partition(it.key) == scene.partition(key) {
+            used[it.replica].push(it.asked);
+        }
+    }
+    used
+}
+
+/// The time for which a replica keeps using a partition of a cluster after a request.
+const IN_USE: u64 = 9 * SECOND;
+
+/// Whether the counters lose their state, or no replica that uses them gets a response for so long that they must start
+/// with empty buckets. While some replicas get responses, or most calls succeed, the counters keep their state.
+pub(super) fn may_lose_state(scene: &Scene, fault: &Fault, used: &[Vec<u64>]) -> bool {
+    let from = fault.at * MS;
+    let has_used = |replica: usize| {
+        let mut times = used[replica].iter();
+        times.any(|at| *at < from && from < at + IN_USE)
+    };
+    let uses = |replica: usize| scene.partitions == 1 || has_used(replica);
+    let are_all = |replicas: Replicas| {
+        scene
+            .present(fault)
+            .all(|replica| replicas.contains(replica) || !uses(replica))
+    };
+    match fault.kind {
+        FaultKind::Restart
+        | FaultKind::FailOver
+        | FaultKind::Cut
+        | FaultKind::Deaf
+        | FaultKind::Stall => true,
+        FaultKind::CutSome { replicas, .. } => are_all(replicas),
+        FaultKind::Late {
+            replicas, percent, ..
+        }
+        | FaultKind::Lost { replicas, percent } => percent == 100 && are_all(replicas),
+        FaultKind::Slow(_) => false,
+    }
+}
+
+/// Whether this fault affects calls of a replica.
+fn affects(fault: &Fault, replica: usize) -> bool {
+    match fault.kind {
+        FaultKind::CutSome { replicas, .. }
+        | FaultKind::Late { replicas, .. }
+        | FaultKind::Lost { replicas, .. } => replicas.contains(replica),
+        _ => true,
+    }
+}
+
+/// Whether no response reaches a replica in time during this fault.
+fn is_outage(fault: &Fault, replica: usize) -> bool {
+    let is_partial = match fault.kind {
+        FaultKind::Late { percent, .. } | FaultKind::Lost { percent, .. } => percent < 100,
+        FaultKind::Slow(_) => true,
+        _ => false,
+    };
+    affects(fault, replica) && !is_partial
+}
+
+/// A decision without Redis, although no fault explains it.
+pub(super) fn disconnected(scene: &Scene, entries: &[Entry], used: &[Vec<u64>]) -> Option<String> {
+    let is_explained = |it: &Entry| {
+        scene.faults.iter().any(|fault| {
+            let is_near = fault.at * MS <= it.answered && it.asked <= fault.end() * MS + RECOVERED;
+            is_near && (affects(fault, it.replica) || may_lose_state(scene, fault, used))
+        })
+    };
+    let found = entries.iter().find(|it| it.degraded && !is_explained(it))?;
+    Some(format!("decided without Redis: {found:?}"))
+}
+
+/// The plan of all requests in this period, and its number, if it is not edited.
+fn unedited(key: &Key, from: u64, until: u64) -> Option<(usize, Plan)> {
+    let number = key.plans.iter().filter(|it| it.from * MS < until).count() - 1;
+    let plan = key.plans[number];
+    (number == 0 || plan.from * MS + KNOWN < from).then_some((number, plan))
+}
+
+/// An outage in which a replica serves less than the failure mode promises.
+pub(super) fn under_in_outage(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
+    scene.faults.iter().find_map(|fault| {
+        (0..scene.replicas)
+            .filter(|replica| is_outage(fault, *replica))
+            .find_map(|replica| {
+                let of_replica: Vec<&Entry> =
+                    entries.iter().filter(|it| it.replica == replica).collect();
+                let (served, due) = served_in_outage(scene, key, fault, &of_replica)?;
+                let dearest = of_replica.iter().map(|it| it.cost).max().unwrap_or(1);
+                (served + f64::from(dearest) + 1.0 < 0.99 * due).then(|| {
+                    format!("{served} of {due} tokens served by replica {replica} during {fault:?}")
+                })
+            })
+    })
+}
+
+/// The tokens that a replica served in an outage, and those that it should have served.
+fn served_in_outage(
+    scene: &Scene,
+    key: &Key,
+    fault: &Fault,
+    entries: &[&Entry],
+) -> Option<(f64, f64)> {
+    let (begins, ends) = (fault.at * MS, fault.end() * MS);
+    let (number, plan) = unedited(key, begins.saturating_sub(SECOND), ends)?;
+    let during = |from: u64| {
+        let during = move |it: &&&Entry| from <= it.asked && it.answered < ends;
+        entries.iter().filter(during)
+    };
+    let (from, burst, mut level);
+    match key.on_failure {
+        OnRedisFailure::Closed => return None,
+        OnRedisFailure::Open => {
+            if key.plans.len() > 1 {
+                return None;
+            }
+            from = begins + NOTICED;
+            burst = f64::from(plan.burst);
+            level = burst;
+            let mut at = 0;
+            let before = entries.iter().filter(|it| it.asked < from && it.degraded);
+            for it in before.filter(|it| it.answer == Answer::Admitted) {
+                level = (level + plan.rate() * (it.asked - at) as f64).min(burst);
+                level -= f64::from(it.cost);
+                at = it.asked;
+            }
+            level = (level + plan.rate() * (from - at) as f64).min(burst);
+        }
+        OnRedisFailure::Share => {
+            let mut changes = scene.changes.iter();
+            if changes.any(|(at, _)| at * MS < ends) {
+                return None;
+            }
+            let is_known = |it: &&Entry| it.plan == number && it.asked < begins && !it.degraded;
+            let starts_at = if entries.iter().any(|it| is_known(it)) {
+                begins
+            } else {
+                during(begins + NOTICED).next()?.asked
+            };
+            from = starts_at.max(begins + SHARED);
+            burst = f64::from(plan.burst / scene.replicas as u32);
+            level = 0.0;
+        }
+    }
+    let rate = plan.rate() * burst / f64::from(plan.burst);
+    let (mut at, mut served, mut due) = (from, 0.0, 0.0);
+    for it in during(from) {
+        let cost = f64::from(it.cost);
+        level = (level + rate * (it.asked - at) as f64).min(burst);
+        at = it.asked;
+        if it.answer == Answer::None {
+            return None;
+        }
+        if it.answer == Answer::Admitted {
+            served += cost;
+        }
+        if cost <= level {
+            level -= cost;
+            due += cost;
+        }
+    }
+    Some((served, due))
+}

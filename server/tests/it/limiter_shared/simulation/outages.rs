@@ -1,0 +1,278 @@
+//! Outages with exact schedules.
+
+use std::{
+    fmt::Write as _,
+    num::{NonZeroU32, NonZeroU64},
+    sync::Arc,
+    time::Duration,
+};
+
+use quota_common::{id::TenantId, plan::OnRedisFailure};
+use quota_server::{
+    clock::{Monotonic, Nanos},
+    limiter::{KeyHandle, Limiter, Membership, Policies, ReplicaSlot},
+};
+use tokio::{
+    task::JoinSet,
+    time::{Instant, sleep, sleep_until},
+};
+
+use super::{
+    paused,
+    plants::Plant,
+    run::{DEADLINE, key_id},
+    single::{a_handle, count, crowd, crowd_of, replica, version, without_redis},
+    world::{Reach, World},
+};
+
+/// The start of the schedules below, in milliseconds.
+const START: u64 = 15_000;
+const RPM: u32 = 60_000;
+const BURST: u32 = 100;
+
+/// Two replicas that lose Redis 2 ms after [`START`]. The first one was quiet just before, so it detects the outage 31 ms
+/// later, and sends probes 350 ms and about 820 ms after that. The other one was quiet just after, so it detects an
+/// outage that lasts 400 ms or longer.
+struct Outage {
+    world: Arc<World>,
+    limiters: Vec<Limiter>,
+    policies: Policies,
+}
+
+async fn until(world: &World, ms: u64) {
+    sleep_until(world.zero + Duration::from_millis(ms)).await;
+}
+
+fn handle(limiter: &Limiter, key: usize) -> Arc<KeyHandle> {
+    limiter
+        .handle(TenantId(uuid::Uuid::nil()), key_id(key))
+        .unwrap()
+}
+
+impl Outage {
+    async fn begin() -> Self {
+        let world = World::new(1, 0, Plant::Nothing);
+        let memberships: Vec<Arc<Membership>> = (0..2).map(|_| Arc::default()).collect();
+        let other = replica(&world, &memberships[1], OnRedisFailure::Share);
+        // Heartbeats of the first replica are sent 3 ms after those of the other one.
+        until(&world, 3).await;
+        let first = replica(&world, &memberships[0], OnRedisFailure::Share);
+        count(&world, memberships);
+        let policies = version(1, (RPM, BURST), true);
+        until(&world, START - 196).await;
+        assert_eq!(crowd(&first, &policies, 1).await, 1);
+        // This call confirms the response to the previous one, so the next heartbeat is sent at `START + 3`.
+        assert_eq!(crowd_of(&first, &handle(&first, 1), &policies, 1).await, 1);
+        until(&world, START + 1).await;
+        assert_eq!(crowd(&other, &policies, BURST).await, BURST);
+        // The next heartbeat is sent at `START + 200`.
+        assert_eq!(crowd_of(&other, &handle(&other, 1), &policies, 1).await, 1);
+        until(&world, START + 2).await;
+        *world.reach.lock() = Reach::Cut;
+        until(&world, START + 3).await;
+        let mut calls = JoinSet::new();
+        for key in 1..=5 {
+            let (limiter, policies) = (first.clone(), policies.clone());
+            calls.spawn(
+                async move { crowd_of(&limiter, &handle(&limiter, key), &policies, 1).await },
+            );
+        }
+        assert_eq!(calls.join_all().await.into_iter().sum::<u32>(), 0);
+        Self {
+            world,
+            limiters: vec![first, other],
+            policies,
+        }
+    }
+
+    /// Sends requests to all replicas, and returns how many tokens more than the envelope they admit.
+    async fn excess(&self, for_ms: u64) -> i64 {
+        let begin = Instant::now();
+        let mut requests = JoinSet::new();
+        for _ in 0..for_ms / 5 {
+            for limiter in &self.limiters {
+                let (limiter, policies) = (limiter.clone(), self.policies.clone());
+                requests.spawn(async move { crowd(&limiter, &policies, 10).await });
+            }
+            sleep(Duration::from_millis(5)).await;
+        }
+        let admitted: u32 = requests.join_all().await.into_iter().sum();
+        assert!(admitted > 0);
+        let millis = i64::try_from(begin.elapsed().as_millis()).unwrap();
+        i64::from(admitted) - i64::from(BURST) - millis * i64::from(RPM) / 60_000 - 1
+    }
+}
+
+/// The other replica misses this outage by a moment, and uses a bucket that knows of no share of the first one.
+#[test]
+fn no_share_begins_before_the_outage_is_over_or_detected_by_all() {
+    paused(async {
+        let outage = Outage::begin().await;
+        until(&outage.world, START + 395).await;
+        *outage.world.reach.lock() = Reach::Up;
+        let excess = outage.excess(505).await;
+        assert!(excess <= 0, "{excess} tokens above the envelope");
+    });
+}
+
+/// A replica that starts when an outage ends cannot know whether others have already used their shares. It must not use
+/// buckets that do not know of them.
+#[test]
+fn a_replica_that_starts_at_the_end_of_an_outage_begins_an_epoch() {
+    for lasts in [780, 860, 950, 1010, 1300] {
+        paused(async {
+            let mut outage = Outage::begin().await;
+            let world = Arc::clone(&outage.world);
+            until(&world, START + lasts - 10).await;
+            let membership = Arc::new(Membership::default());
+            let slot = ReplicaSlot {
+                rank: 2,
+                of: NonZeroU64::new(3).unwrap(),
+            };
+            membership.confirm(slot, Monotonic(Nanos::from(world.zero.elapsed()).0));
+            outage
+                .limiters
+                .push(replica(&world, &membership, OnRedisFailure::Share));
+            until(&world, START + lasts).await;
+            *world.reach.lock() = Reach::Up;
+            let excess = outage.excess(900).await;
+            assert!(
+                excess <= 0,
+                "{excess} tokens above the envelope after {lasts} ms"
+            );
+        });
+    }
+}
+
+/// All replicas were stopped for a while. Those that start at the same time afterwards know that none of them can have
+/// admitted anything without Redis, so buckets keep their tokens.
+#[test]
+fn replicas_that_start_together_find_full_buckets() {
+    for (others_age, is_full) in [(0, true), (3, true), (60, false)] {
+        paused(async {
+            let memberships: Vec<Arc<Membership>> = (0..2).map(|_| Arc::default()).collect();
+            let (world, limiters, policies) =
+                without_redis(OnRedisFailure::Share, &memberships, 2, (60, 100), true);
+            count(&world, memberships);
+            sleep(Duration::from_secs(2)).await;
+            assert_eq!(crowd(&limiters[0], &policies, 10).await, 10);
+            for link in &mut *world.links.lock() {
+                link.dead = true;
+            }
+            sleep(Duration::from_secs(20)).await;
+            let started: Vec<Limiter> = (0..2)
+                .map(|rank| {
+                    let membership = Arc::new(Membership::default());
+                    let now = Monotonic(Nanos::from(world.zero.elapsed()).0);
+                    let of = NonZeroU64::new(2).unwrap();
+                    membership.confirm(ReplicaSlot { rank, of }, now);
+                    membership.note_oldest_other(Some(Duration::from_secs(others_age)), now);
+                    replica(&world, &membership, OnRedisFailure::Share)
+                })
+                .collect();
+            sleep(Duration::from_secs(1)).await;
+            let admitted = crowd(&started[0], &policies, 110).await;
+            assert_eq!(admitted == 100, is_full, "{admitted}, {others_age} s");
+        });
+    }
+}
+
+/// A response that arrives a little too late is still used: the request waits for it as long as for two calls.
+#[test]
+fn a_late_response_is_no_denial() {
+    for on_failure in [OnRedisFailure::Share, OnRedisFailure::Closed] {
+        for strict in [true, false] {
+            for late in [29, 40, 55] {
+                paused(async {
+                    let memberships: Vec<Arc<Membership>> =
+                        (0..2).map(|_| Arc::default()).collect();
+                    let (world, limiters, policies) =
+                        without_redis(on_failure, &memberships, 2, (60, 10), strict);
+                    world.links.lock()[0].late = (100, late);
+                    let handle = a_handle(&limiters[0]);
+                    let begin = Instant::now();
+                    let ends = async {
+                        sleep(Duration::from_millis(20)).await;
+                        world.links.lock()[0].late = (0, 0);
+                    };
+                    let asked = limiters[0].admit(&handle, &policies, NonZeroU32::MIN);
+                    let (decision, ()) = tokio::join!(asked, ends);
+                    let decision = decision.unwrap();
+                    assert!(decision.is_allowed() && !decision.degraded, "{decision:?}");
+                    assert!(begin.elapsed() <= 2 * DEADLINE);
+                    // It took one token.
+                    sleep(Duration::from_millis(300)).await;
+                    assert_eq!(crowd(&limiters[1], &policies, 12).await, 9, "{late} ms");
+                });
+            }
+        }
+    }
+}
+
+/// One of two replicas loses Redis for a while. The other one still gets responses, so buckets keep their tokens, also if
+/// both use a partition only rarely.
+#[test]
+fn an_outage_of_one_replica_empties_no_bucket() {
+    let mut lost = String::new();
+    for partitions in [1, 2] {
+        for (cut_at, lasts) in (0..200)
+            .step_by(10)
+            .flat_map(|at| [300, 400, 500, 600, 1000].map(|lasts| (at, lasts)))
+        {
+            paused(async {
+                let world = World::with_partitions(partitions, 1, 2, Plant::Nothing);
+                let memberships: Vec<Arc<Membership>> = (0..2).map(|_| Arc::default()).collect();
+                let limiters: Vec<Limiter> = memberships
+                    .iter()
+                    .map(|membership| replica(&world, membership, OnRedisFailure::Share))
+                    .collect();
+                count(&world, memberships);
+                let policies = version(1, (6, 100), true);
+                until(&world, START).await;
+                for limiter in &limiters {
+                    assert_eq!(crowd(limiter, &policies, 1).await, 1);
+                }
+                until(&world, START + 1000 + cut_at).await;
+                world.links.lock()[0].reach = Reach::Cut;
+                sleep(Duration::from_millis(lasts)).await;
+                world.links.lock()[0].reach = Reach::Up;
+                sleep(Duration::from_secs(2)).await;
+                let admitted = crowd(&limiters[1], &policies, 110).await;
+                if admitted < 98 {
+                    let _ = writeln!(
+                        lost,
+                        "{admitted} of 98 tokens left, {partitions} partitions, {lasts} ms from {cut_at} ms"
+                    );
+                }
+            });
+        }
+    }
+    assert!(lost.is_empty(), "{lost}");
+}
+
+/// In an outage, an open plan is limited by the replica's own bucket, and not by what Redis decided before.
+#[test]
+fn an_open_plan_repeats_no_denial_of_redis_during_an_outage() {
+    for strict in [true, false] {
+        paused(async {
+            let memberships: Vec<Arc<Membership>> = (0..2).map(|_| Arc::default()).collect();
+            let (world, limiters, policies) =
+                without_redis(OnRedisFailure::Open, &memberships, 2, (6, 10), strict);
+            count(&world, memberships);
+            sleep(Duration::from_secs(12)).await;
+            assert_eq!(crowd(&limiters[0], &policies, 10).await, 10);
+            let handle = a_handle(&limiters[1]);
+            let denied = limiters[1].admit(&handle, &policies, NonZeroU32::MIN).await;
+            let denied = denied.unwrap();
+            assert!(!denied.is_allowed() && !denied.degraded, "{denied:?}");
+            world.stalled.send_replace(true);
+            sleep(Duration::from_secs(1)).await;
+            for n in 0..12 {
+                let decision = limiters[1].admit(&handle, &policies, NonZeroU32::MIN).await;
+                let decision = decision.unwrap();
+                assert_eq!(decision.is_allowed(), n < 10, "{n}: {decision:?}");
+                assert!(decision.degraded, "{n}: {decision:?}");
+            }
+        });
+    }
+}
