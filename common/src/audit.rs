@@ -27,6 +27,12 @@ text_enum! {
         SessionReuseDetected = "session.reuse_detected",
         TenantUpdate = "tenant.update",
         SubscriptionUpdate = "subscription.update",
+        TenantUpdateAlerts = "tenant.update_alerts",
+        WebhookCreate = "webhook.create",
+        WebhookUpdate = "webhook.update",
+        WebhookRotateSecret = "webhook.rotate_secret",
+        WebhookDisable = "webhook.disable",
+        WebhookDelete = "webhook.delete",
     }
 }
 
@@ -40,6 +46,7 @@ text_enum! {
         Session = "session",
         Tenant = "tenant",
         Subscription = "subscription",
+        Webhook = "webhook",
     }
 }
 
@@ -56,8 +63,8 @@ response! {
         pub user_email: Option<String>,
         /// The action, in the form `noun.verb`, such as `plan.create`, `api_key.rotate` or `session.reuse_detected`.
         pub action: String,
-        /// The type of the changed resource: `plan`, `api_key`, `service_token`, `user`, `session`, `tenant`
-        /// or `subscription`.
+        /// The type of the changed resource: `plan`, `api_key`, `service_token`, `user`, `session`, `tenant`,
+        /// `subscription` or `webhook`.
         pub target_type: String,
         pub target_id: Option<String>,
         /// The resource's name after the change, or before its deletion. `null` if it has no name.

@@ -19,7 +19,7 @@ text_enum! {
 }
 
 impl Role {
-    /// Whether the role may read plans, API keys, service tokens and the audit log.
+    /// Whether the role may read plans, API keys, service tokens, webhooks and the audit log.
     pub const fn may_read(self) -> bool {
         !matches!(self, Self::Billing)
     }
@@ -32,7 +32,7 @@ impl Role {
         )
     }
 
-    /// Whether the role may create, update and delete plans, API keys and service tokens.
+    /// Whether the role may create, update and delete plans, API keys, service tokens and webhooks.
     pub const fn may_manage(self) -> bool {
         matches!(self, Self::Owner | Self::Admin | Self::Developer)
     }
@@ -42,7 +42,7 @@ impl Role {
         matches!(self, Self::Owner | Self::Admin | Self::Billing)
     }
 
-    /// Whether the role may update the tenant itself (name and time zone).
+    /// Whether the role may update the tenant itself (name, time zone and alert settings).
     pub const fn may_administer(self) -> bool {
         matches!(self, Self::Owner | Self::Admin)
     }

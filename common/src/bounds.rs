@@ -43,6 +43,9 @@ pub const METADATA_NAME_MAX: usize = 40;
 /// Maximum length of the value of a metadata entry, in characters.
 pub const METADATA_VALUE_MAX: usize = 100;
 
+/// Maximum length of a webhook's URL, in characters.
+pub const WEBHOOK_URL_MAX: usize = 2000;
+
 /// Requires 1 to 200 characters, not all of which may be white space and none of which may be control characters.
 ///
 /// PostgreSQL text cannot hold NUL, and other control characters would break a log line or a terminal.
@@ -163,6 +166,24 @@ pub(crate) fn endpoint(value: &str, _: &()) -> garde::Result {
 /// Requires 1 to 200 characters that are not control characters.
 pub(crate) fn external_id(value: &str, _: &()) -> garde::Result {
     printable(value, EXTERNAL_ID_MAX)
+}
+
+/// Requires an `http` or `https` URL of at most 2,000 ASCII characters. The server checks the rest.
+pub(crate) fn webhook_url(value: &str, _: &()) -> garde::Result {
+    if value.len() > WEBHOOK_URL_MAX {
+        return Err(garde::Error::new(format!(
+            "must be at most {} characters",
+            grouped(WEBHOOK_URL_MAX as u64)
+        )));
+    }
+    let rest = value
+        .strip_prefix("https://")
+        .or_else(|| value.strip_prefix("http://"));
+    if rest.is_some_and(|it| value.len() >= 9 && it.bytes().all(|byte| byte.is_ascii_graphic())) {
+        Ok(())
+    } else {
+        Err(garde::Error::new("must be a URL that starts with https://"))
+    }
 }
 
 /// Requires 1 to `max` characters that are not control characters.

@@ -172,6 +172,8 @@ const EMAIL_PATTERN: &str = r"^[^@\u0000-\u0020\u007F-\u00A0\u1680\u2000-\u200A\
 const NO_NUL_PATTERN: &str = r"^[^\u0000]*$";
 #[cfg(feature = "openapi")]
 const PRINTABLE_PATTERN: &str = r"^[^\u0000-\u001F\u007F-\u009F]*$";
+#[cfg(feature = "openapi")]
+const WEBHOOK_URL_PATTERN: &str = r"^https?://[!-~]+$";
 
 /// Bounds in a schema are floating-point numbers.
 #[cfg(feature = "openapi")]
@@ -214,9 +216,19 @@ texts! {
     Endpoint: 1..=bounds::ENDPOINT_MAX, bounds::endpoint, PRINTABLE_PATTERN;
     /// An API key's identifier in the tenant's own system, such as a customer ID.
     ExternalId: 1..=bounds::EXTERNAL_ID_MAX, bounds::external_id, PRINTABLE_PATTERN;
+    /// The URL of a webhook. The server checks the host and whether the scheme is allowed.
+    WebhookUrl: 9..=bounds::WEBHOOK_URL_MAX, bounds::webhook_url, WEBHOOK_URL_PATTERN;
 }
 
-shown!(Name, Email, LoginEmail, TimeZoneName, Endpoint, ExternalId);
+shown!(
+    Name,
+    Email,
+    LoginEmail,
+    TimeZoneName,
+    Endpoint,
+    ExternalId,
+    WebhookUrl
+);
 redacted!(NewPassword, Credential, DeviceToken);
 
 /// Name–value pairs that a tenant stores with an API key. Quota does not interpret them.

@@ -61,13 +61,22 @@ id!(
     SessionId
 );
 id!(AuditEventId);
+id!(WebhookId);
+id!(
+    /// An event that is sent to one webhook.
+    WebhookDeliveryId
+);
+id!(QuotaAlertId);
 
 /// The resources in the OpenAPI document's examples.
 #[cfg(feature = "openapi")]
 pub(crate) mod example {
     use uuid::{Uuid, uuid};
 
-    use super::{ApiKeyId, AuditEventId, PlanId, ServiceTokenId, SessionId, TenantId, UserId};
+    use super::{
+        ApiKeyId, AuditEventId, PlanId, QuotaAlertId, ServiceTokenId, SessionId, TenantId, UserId,
+        WebhookDeliveryId, WebhookId,
+    };
     use crate::time::Timestamp;
 
     pub(crate) fn plan() -> PlanId {
@@ -90,6 +99,15 @@ pub(crate) mod example {
     }
     pub(crate) fn audit_event() -> AuditEventId {
         AuditEventId(uuid!("019ab4e1-7c00-7000-8000-000000000101"))
+    }
+    pub(crate) fn webhook() -> WebhookId {
+        WebhookId(uuid!("019ab4e1-7c00-7000-8000-000000000111"))
+    }
+    pub(crate) fn webhook_delivery() -> WebhookDeliveryId {
+        WebhookDeliveryId(uuid!("019ab4e1-7c00-7000-8000-000000000121"))
+    }
+    pub(crate) fn quota_alert() -> QuotaAlertId {
+        QuotaAlertId(uuid!("019ab4e1-7c00-7000-8000-000000000131"))
     }
     pub(crate) fn decision() -> Uuid {
         uuid!("019ab4e1-7c00-7000-8000-000000000201")

@@ -10,7 +10,10 @@ use serde_json::{Map, Value};
 use uuid::Uuid;
 
 use crate::{
-    id::{ApiKeyId, AuditEventId, PlanId, ServiceTokenId, SessionId, TenantId, UserId},
+    id::{
+        ApiKeyId, AuditEventId, PlanId, QuotaAlertId, ServiceTokenId, SessionId, TenantId, UserId,
+        WebhookDeliveryId, WebhookId,
+    },
     time::Timestamp,
 };
 
@@ -167,10 +170,13 @@ parsed!(
     ApiKeyId,
     AuditEventId,
     PlanId,
+    QuotaAlertId,
     ServiceTokenId,
     SessionId,
     TenantId,
-    UserId
+    UserId,
+    WebhookDeliveryId,
+    WebhookId
 );
 
 /// JSON of any shape, as in the audit log.

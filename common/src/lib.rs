@@ -4,6 +4,7 @@
 //! reject requests, and the console to explain errors before sending. Does not depend on any framework: with the
 //! `openapi` feature, the types describe themselves to poem-openapi; without it, they build for wasm32.
 
+pub mod alert;
 pub mod api_key;
 pub mod audit;
 pub mod auth;
@@ -23,12 +24,16 @@ pub mod problem;
 pub mod service_token;
 pub mod time;
 pub mod usage;
+pub mod webhook;
 
 mod patch;
 mod wire;
 
 pub use self::{
-    id::{ApiKeyId, AuditEventId, PlanId, ServiceTokenId, SessionId, TenantId, UserId},
+    id::{
+        ApiKeyId, AuditEventId, PlanId, QuotaAlertId, ServiceTokenId, SessionId, TenantId, UserId,
+        WebhookDeliveryId, WebhookId,
+    },
     page::Page,
     patch::Patch,
     problem::{FieldError, Problem, ProblemCode},

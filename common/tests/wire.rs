@@ -3,8 +3,8 @@
 
 use quota_common::{
     ApiKeyId, FieldError, Page, PlanId, Problem, ProblemCode, ServiceTokenId, SessionId, TenantId,
-    Timestamp, UserId, api_key, audit, auth, billing, decision, field::Metadata, health, limit,
-    plan, service_token, usage,
+    Timestamp, UserId, alert, api_key, audit, auth, billing, decision, field::Metadata, health,
+    limit, plan, service_token, usage, webhook,
 };
 use serde_json::{Value, json};
 
@@ -185,6 +185,127 @@ fn billing_matches_its_golden_json() {
             url: "https://billing.stripe.com/p/session/1".into(),
         },
         json!({"url": "https://billing.stripe.com/p/session/1"})
+    );
+}
+
+fn webhook() -> webhook::Webhook {
+    webhook::Webhook {
+        id: id(),
+        name: "Alerts".into(),
+        url: "https://hooks.example.com/quota".into(),
+        is_active: false,
+        disabled_reason: Some("Gone".into()),
+        failing_since: Some(at()),
+        previous_secret_expires_at: None,
+        created_at: at(),
+        updated_at: at(),
+    }
+}
+
+fn webhook_json() -> Value {
+    json!({
+        "id": ID, "name": "Alerts", "url": "https://hooks.example.com/quota", "is_active": false,
+        "disabled_reason": "Gone", "failing_since": "2026-08-03T06:26:00.000Z",
+        "previous_secret_expires_at": null, "created_at": "2026-08-03T06:26:00.000Z",
+        "updated_at": "2026-08-03T06:26:00.000Z",
+    })
+}
+
+#[test]
+fn webhooks_match_their_golden_json() {
+    golden_response!(webhook(), webhook_json());
+    golden!(
+        webhook::CreateWebhook {
+            name: "Alerts".into(),
+            url: "https://hooks.example.com/quota".into(),
+        },
+        json!({"name": "Alerts", "url": "https://hooks.example.com/quota"})
+    );
+    golden!(
+        webhook::UpdateWebhook {
+            is_active: Some(true),
+            ..Default::default()
+        },
+        json!({"is_active": true})
+    );
+    golden!(
+        webhook::RotateWebhookSecret {
+            grace_seconds: Some(60.into()),
+        },
+        json!({"grace_seconds": 60})
+    );
+    golden_response!(
+        webhook::CreatedWebhook {
+            secret: Some("whsec_AAAA".into()),
+            webhook: webhook(),
+        },
+        json!({"secret": "whsec_AAAA", "webhook": webhook_json()})
+    );
+    golden_response!(
+        webhook::CreatedWebhook {
+            secret: None,
+            webhook: webhook(),
+        },
+        json!({"webhook": webhook_json()})
+    );
+    golden_response!(
+        webhook::WebhookDelivery {
+            id: id(),
+            webhook_id: id(),
+            event_id: "msg_1".into(),
+            event_type: "webhook.test".into(),
+            status: webhook::WebhookDeliveryStatus::Failed,
+            attempts: 10,
+            response_status: Some(503),
+            error: Some("Status 503.".into()),
+            last_attempt_at: Some(at()),
+            next_attempt_at: None,
+            payload: json!({"type": "webhook.test"}),
+            created_at: at(),
+        },
+        json!({
+            "id": ID, "webhook_id": ID, "event_id": "msg_1", "event_type": "webhook.test", "status": "failed",
+            "attempts": 10, "response_status": 503, "error": "Status 503.",
+            "last_attempt_at": "2026-08-03T06:26:00.000Z", "next_attempt_at": null,
+            "payload": {"type": "webhook.test"}, "created_at": "2026-08-03T06:26:00.000Z",
+        })
+    );
+}
+
+#[test]
+fn alerts_match_their_golden_json() {
+    golden_response!(
+        alert::QuotaAlert {
+            id: id(),
+            threshold: 80,
+            policy: limit::PolicyName::Daily,
+            key_id: Some(id()),
+            key_name: Some("Mobile".into()),
+            limit: 100,
+            used: 81,
+            starts_at: at(),
+            resets_at: at(),
+            created_at: at(),
+        },
+        json!({
+            "id": ID, "threshold": 80, "policy": "daily", "key_id": ID, "key_name": "Mobile", "limit": 100,
+            "used": 81, "starts_at": "2026-08-03T06:26:00.000Z", "resets_at": "2026-08-03T06:26:00.000Z",
+            "created_at": "2026-08-03T06:26:00.000Z",
+        })
+    );
+    golden_response!(
+        alert::AlertSettings {
+            email: true,
+            email_roles: vec![auth::Role::Owner, auth::Role::Admin],
+        },
+        json!({"email": true, "email_roles": ["owner", "admin"]})
+    );
+    golden!(
+        alert::UpdateAlertSettings {
+            email: Some(false),
+            email_roles: Some(vec![]),
+        },
+        json!({"email": false, "email_roles": []})
     );
 }
 

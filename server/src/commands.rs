@@ -68,6 +68,7 @@ pub async fn doctor(config: Config, _log: Log) -> anyhow::Result<()> {
     report.ok("settings", "valid");
     report.addresses(&config).await;
     report.connections(&config);
+    report.mail(&config).await;
     match database(&config).await {
         Err(error) => report.failure("database", format!("{error:#}")),
         Ok((url, embedded)) => {

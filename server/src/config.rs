@@ -6,6 +6,7 @@
 
 mod environment;
 mod example;
+mod mail;
 mod read;
 mod reader;
 pub mod redis;
@@ -16,6 +17,7 @@ mod tests;
 use std::{net::SocketAddr, num::NonZeroU64, path::PathBuf, time::Duration};
 
 use ipnet::IpNet;
+use lettre::message::Mailbox;
 use quota_common::plan::OnRedisFailure;
 use secrecy::{ExposeSecret, SecretString};
 
@@ -81,6 +83,9 @@ pub struct Config {
     pub usage_rollup_retention: Duration,
     /// `None` if billing is off.
     pub stripe: Option<StripeSettings>,
+    pub mail: MailSettings,
+    /// Networks that are not public, to which webhooks may be sent nevertheless.
+    pub webhook_private_networks: Vec<IpNet>,
     pub log_format: LogFormat,
     pub log: String,
     /// Not a setting; tests use a lower value.
@@ -120,6 +125,34 @@ impl StripeSettings {
     pub fn is_live(&self) -> bool {
         self.secret_key.expose_secret().contains("_live_")
     }
+}
+
+/// Outgoing email.
+#[derive(Clone)]
+pub struct MailSettings {
+    /// `None`: emails are written to files.
+    pub smtp: Option<SmtpSettings>,
+    pub from: Mailbox,
+}
+
+/// The server that sends email.
+#[derive(Clone)]
+pub struct SmtpSettings {
+    pub host: String,
+    pub port: u16,
+    pub tls: SmtpTls,
+    /// The user and the password.
+    pub credentials: Option<(String, SecretString)>,
+}
+
+/// How the connection to the mail server is encrypted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SmtpTls {
+    /// From the start.
+    Implicit,
+    /// After the `STARTTLS` command, without which nothing is sent.
+    StartTls,
+    None,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -166,6 +199,7 @@ pub struct Allowances {
     pub plans: u64,
     pub api_keys: u64,
     pub service_tokens: u64,
+    pub webhooks: u64,
 }
 
 /// Limits for tenants without a subscription. `None` if there is no separate limit.

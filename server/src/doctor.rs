@@ -11,6 +11,7 @@ use crate::{
     config::{Config, RedisServers, RedisSettings},
     db::{self, Lanes, ServerInfo},
     file_limit, invalidations,
+    mail::Mailer,
     redis::inspect::{self, Node},
 };
 
@@ -101,6 +102,25 @@ impl Report {
         match db::inspect(url).await {
             Ok(server) => self.database(config, replicas, &server),
             Err(error) => self.failure("database", db::chain(&error)),
+        }
+    }
+
+    /// Connects to the mail server and signs in. Sends nothing.
+    pub async fn mail(&mut self, config: &Config) {
+        let mailer = match Mailer::new(config) {
+            Ok(mailer) => mailer,
+            Err(error) => return self.failure("mail", db::chain(&error)),
+        };
+        match mailer.test().await {
+            None => self.ok(
+                "mail",
+                format!(
+                    "SMTP_URL is not set: emails are written to {}",
+                    config.data_dir.join("mail").display()
+                ),
+            ),
+            Some(Ok(())) => self.ok("mail", "the mail server accepts the connection"),
+            Some(Err(error)) => self.failure("mail", db::chain(&error)),
         }
     }
 

@@ -1,5 +1,6 @@
 //! Quota's server: self-hosted API keys, plans, rate limits and quotas.
 
+pub mod alerts;
 pub mod api;
 pub mod auth;
 pub mod billing;
@@ -12,6 +13,7 @@ pub mod db;
 pub mod deadline;
 pub mod demo;
 pub mod doctor;
+mod encryption;
 mod error_chain;
 pub mod file_limit;
 pub mod health_check;
@@ -19,6 +21,7 @@ pub mod invalidations;
 pub mod jobs;
 pub mod keys;
 pub mod limiter;
+pub mod mail;
 pub mod metering;
 pub mod openapi;
 pub mod readiness;
@@ -37,3 +40,4 @@ pub mod tenant_places;
 pub mod tenant_queue;
 pub mod tenant_rate;
 pub mod usage_report;
+pub mod webhooks;

@@ -20,6 +20,7 @@ use serde_json::{Value, json};
 use self::operation::for_each_operation;
 use crate::{
     api::{
+        alert::AlertApi,
         allow::Methods,
         api_key::ApiKeyApi,
         audit::AuditApi,
@@ -33,6 +34,7 @@ use crate::{
         service_token::ServiceTokenApi,
         stats::StatsApi,
         usage::UsageApi,
+        webhook::WebhookApi,
     },
     state::AppState,
 };
@@ -48,6 +50,8 @@ pub type Apis = (
     UsageApi,
     DecisionApi,
     AuditApi,
+    AlertApi,
+    WebhookApi,
     BillingApi,
     LimitApi,
     HealthApi,
@@ -67,6 +71,8 @@ const TAGS: &[&str] = &[
     "Plans",
     "Service tokens",
     "Usage",
+    "Alerts",
+    "Webhooks",
     "Billing",
     "Audit",
     "Auth",
@@ -88,6 +94,8 @@ pub fn service(state: &AppState) -> OpenApiService<Apis, ()> {
             streams: Streams::default(),
         },
         AuditApi { state: state() },
+        AlertApi { state: state() },
+        WebhookApi { state: state() },
         BillingApi { state: state() },
         LimitApi,
         HealthApi { state: state() },

@@ -152,6 +152,22 @@ diesel::table! {
 }
 
 diesel::table! {
+    mails (tenant_id, id) {
+        tenant_id -> Uuid,
+        id -> Uuid,
+        recipient -> Text,
+        subject -> Text,
+        text_body -> Text,
+        html_body -> Text,
+        status -> Text,
+        attempts -> Int4,
+        due_at -> Nullable<Timestamptz>,
+        error -> Nullable<Text>,
+        created_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
     memberships (tenant_id, user_id) {
         tenant_id -> Uuid,
         user_id -> Uuid,
@@ -174,6 +190,30 @@ diesel::table! {
         created_at -> Timestamptz,
         updated_at -> Timestamptz,
         on_redis_failure -> Nullable<Text>,
+    }
+}
+
+diesel::table! {
+    quota_alert_progress (tenant_id) {
+        tenant_id -> Uuid,
+        seq -> Int8,
+    }
+}
+
+diesel::table! {
+    quota_alerts (tenant_id, id) {
+        tenant_id -> Uuid,
+        id -> Uuid,
+        key_id -> Uuid,
+        key_name -> Nullable<Text>,
+        policy -> Text,
+        threshold -> Int4,
+        quota -> Int8,
+        used -> Int8,
+        window_start -> Timestamptz,
+        window_end -> Timestamptz,
+        email_pending -> Bool,
+        created_at -> Timestamptz,
     }
 }
 
@@ -283,6 +323,8 @@ diesel::table! {
         time_zone -> Text,
         created_at -> Timestamptz,
         updated_at -> Timestamptz,
+        alert_email -> Bool,
+        alert_email_roles -> Array<Nullable<Text>>,
     }
 }
 
@@ -378,18 +420,57 @@ diesel::table! {
     }
 }
 
+diesel::table! {
+    webhook_deliveries (tenant_id, id) {
+        tenant_id -> Uuid,
+        id -> Uuid,
+        webhook_id -> Uuid,
+        event_id -> Text,
+        event_type -> Text,
+        payload -> Text,
+        status -> Text,
+        attempts -> Int4,
+        due_at -> Nullable<Timestamptz>,
+        last_attempt_at -> Nullable<Timestamptz>,
+        response_status -> Nullable<Int4>,
+        error -> Nullable<Text>,
+        created_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
+    webhooks (tenant_id, id) {
+        tenant_id -> Uuid,
+        id -> Uuid,
+        name -> Text,
+        url -> Text,
+        secret -> Bytea,
+        previous_secret -> Nullable<Bytea>,
+        previous_secret_expires_at -> Nullable<Timestamptz>,
+        is_active -> Bool,
+        disabled_reason -> Nullable<Text>,
+        failing_since -> Nullable<Timestamptz>,
+        created_at -> Timestamptz,
+        updated_at -> Timestamptz,
+    }
+}
+
 diesel::joinable!(api_keys -> tenants (tenant_id));
 diesel::joinable!(audit_events -> tenants (tenant_id));
 diesel::joinable!(audit_events -> users (user_id));
 diesel::joinable!(billing_accounts -> tenants (tenant_id));
 diesel::joinable!(billing_subscriptions -> billing_accounts (tenant_id));
 diesel::joinable!(idempotency_keys -> tenants (tenant_id));
+diesel::joinable!(mails -> tenants (tenant_id));
 diesel::joinable!(memberships -> tenants (tenant_id));
 diesel::joinable!(memberships -> users (user_id));
 diesel::joinable!(plans -> tenants (tenant_id));
+diesel::joinable!(quota_alert_progress -> tenants (tenant_id));
+diesel::joinable!(quota_alerts -> tenants (tenant_id));
 diesel::joinable!(refresh_tokens -> sessions (session_id));
 diesel::joinable!(service_tokens -> tenants (tenant_id));
 diesel::joinable!(tenant_quota_usage -> tenants (tenant_id));
+diesel::joinable!(webhooks -> tenants (tenant_id));
 
 diesel::allow_tables_to_appear_in_same_query!(
     api_keys,
@@ -402,8 +483,11 @@ diesel::allow_tables_to_appear_in_same_query!(
     billing_subscriptions,
     billing_usage,
     idempotency_keys,
+    mails,
     memberships,
     plans,
+    quota_alert_progress,
+    quota_alerts,
     quota_returns,
     quota_usage,
     refresh_tokens,
@@ -423,4 +507,6 @@ diesel::allow_tables_to_appear_in_same_query!(
     usage_shippers,
     usage_tenants,
     users,
+    webhook_deliveries,
+    webhooks,
 );

@@ -12,6 +12,7 @@ use std::{
 use tokio::sync::Notify;
 
 use crate::{
+    alerts::Alerts,
     auth::{
         AuthError,
         account::Accounts,
@@ -37,6 +38,7 @@ use crate::{
         DistributedSettings, DistributedStore, KeyTableSettings, LimitStore, Limiter, LocalStore,
         Membership, RedisCounters, TenantQuotas,
     },
+    mail::Mailer,
     metering::Metering,
     readiness::ReadinessProbe,
     redis::Redis,
@@ -44,6 +46,7 @@ use crate::{
     telemetry::{log::Log, metrics::Metrics},
     tenant_queue::TenantQueues,
     tenant_rate::TenantRate,
+    webhooks::{Lookup, SystemLookup, Webhooks},
 };
 
 /// The number of client addresses that each rate limiter tracks. One takes about 100 bytes.
@@ -85,6 +88,9 @@ pub struct Services {
     pub billing: Option<Billing>,
     /// Notified when a Stripe webhook has been stored.
     pub billing_event: Notify,
+    pub webhooks: Webhooks,
+    pub alerts: Alerts,
+    pub mailer: Mailer,
     /// The queues in which changes of one tenant wait for each other.
     pub changes: TenantQueues,
     /// The queues in which a tenant's requests for a Stripe page wait for each other. They are separate from those of
@@ -134,6 +140,7 @@ impl AppState {
             records,
             invalidations,
             attempts,
+            stored,
         } = Seals::new(&current, previous, &installation);
         let publisher = Publisher::new(redis.clone(), invalidations, metrics.clone());
 
@@ -224,6 +231,13 @@ impl AppState {
             .map(|settings| Billing::new(settings, db.clone()))
             .transpose()
             .map_err(|error| AuthError::Internal(error.to_string()))?;
+        let private = &config.webhook_private_networks;
+        let lookup: Arc<dyn Lookup> = Arc::new(SystemLookup);
+        let webhooks = Webhooks::new(db.clone(), stored, private, &lookup)
+            .map_err(|error| AuthError::Internal(error.to_string()))?;
+        let alerts = Alerts::new(db.clone(), metering.is_on());
+        let mailer =
+            Mailer::new(&config).map_err(|error| AuthError::Internal(error.to_string()))?;
         let accounts = Accounts {
             db: db.clone(),
             passwords: PasswordPool::start(config.password_cost)?,
@@ -257,6 +271,9 @@ impl AppState {
             login_attempts,
             billing,
             billing_event: Notify::new(),
+            webhooks,
+            alerts,
+            mailer,
             changes: TenantQueues::of_changes(),
             checkouts: TenantQueues::of_changes(),
             stripe_pages,

@@ -27,6 +27,7 @@ pub async fn one_more(config: &Config, tx: &mut TenantTx, what: Resource) -> Res
         Resource::Plans => (all.plans, free.plans, "plans"),
         Resource::ApiKeys => (all.api_keys, free.api_keys, "API keys"),
         Resource::ServiceTokens => (all.service_tokens, None, "service tokens"),
+        Resource::Webhooks => (all.webhooks, None, "webhooks"),
     };
     let count = allowance::count(tx, what).await?;
     let has_billing = config.stripe.is_some();

@@ -8,6 +8,7 @@ use quota_common::{
     auth::Tenant,
     plan::Plan,
     service_token::ServiceToken,
+    webhook::Webhook,
 };
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -69,7 +70,13 @@ macro_rules! audited {
         }
     )+};
 }
-audited!(Plan => Plan, ApiKey => ApiKey, ServiceToken => ServiceToken, Tenant => Tenant);
+audited!(
+    Plan => Plan,
+    ApiKey => ApiKey,
+    ServiceToken => ServiceToken,
+    Tenant => Tenant,
+    Webhook => Webhook,
+);
 
 /// A change in progress: a transaction of the caller's tenant that ends in [`created`](Self::created),
 /// [`updated`](Self::updated) or [`deleted`](Self::deleted). These record the audit event, commit, and then publish
@@ -112,10 +119,10 @@ impl<'a> Edit<'a> {
         action: AuditAction,
         before: &T,
         after: &T,
-        stale: Target,
+        stale: impl Into<Option<Target>>,
     ) -> Result<(), ApiError> {
         let changes = difference(before, after);
-        self.commit(action, after, changes, Some(stale)).await
+        self.commit(action, after, changes, stale.into()).await
     }
 
     /// Commits a deletion. Replicas drop `stale` from their caches.

@@ -3,6 +3,7 @@
 use poem::http::StatusCode;
 use quota_common::{
     api_key::CreatedApiKey, audit::AuditAction, plan::Plan, service_token::CreatedServiceToken,
+    webhook::CreatedWebhook,
 };
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -47,6 +48,15 @@ impl Creation for CreatedServiceToken {
 
     fn resource(&self) -> &impl Audited {
         &self.service_token
+    }
+}
+
+impl Creation for CreatedWebhook {
+    const RESOURCE: Resource = Resource::Webhooks;
+    const ACTION: AuditAction = AuditAction::WebhookCreate;
+
+    fn resource(&self) -> &impl Audited {
+        &self.webhook
     }
 }
 

@@ -6,6 +6,7 @@
 //! parser. The type of the caller is the permission that the handler requires; see [`tenant_rights`].
 
 pub mod admitted;
+pub mod alert;
 pub mod allow;
 pub mod allowance;
 pub mod api_key;
@@ -37,6 +38,7 @@ pub mod service_token;
 pub mod stats;
 pub mod tenant_rights;
 pub mod usage;
+pub mod webhook;
 
 /// Groups of operations in the OpenAPI document, in the order in which it lists them.
 #[derive(poem_openapi::Tags)]
@@ -54,6 +56,10 @@ pub enum Tag {
     ServiceTokens,
     /// Number of allowed and denied requests, and the reasons for denials.
     Usage,
+    /// Quota alerts, and who gets them by email.
+    Alerts,
+    /// Endpoints to which events are sent, and their deliveries.
+    Webhooks,
     /// Subscribe, and see the access that the subscription provides.
     Billing,
     /// Audit log of configuration changes.

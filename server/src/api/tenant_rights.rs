@@ -75,12 +75,14 @@ macro_rules! callers_with_a_right {
 }
 
 callers_with_a_right! {
-    /// A caller who may read plans, API keys, service tokens and the audit log.
+    /// A caller who may read plans, API keys, service tokens, webhooks and the audit log.
     ReadingTenant requires may_read;
     /// A caller who may read usage.
     UsageTenant requires may_read_usage;
     /// A caller who may read the subscription, and subscribe, pay and cancel.
     BillingTenant requires may_bill;
-    /// A caller who may create, update and delete plans, API keys and service tokens.
+    /// A caller who may create, update and delete plans, API keys, service tokens and webhooks.
     ManagingTenant requires may_manage;
+    /// A caller who may change settings of the tenant itself.
+    AdministeringTenant requires may_administer;
 }

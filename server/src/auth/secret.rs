@@ -6,7 +6,7 @@
 
 use aws_lc_rs::{hkdf, hmac};
 
-use crate::seal::Seal;
+use crate::{encryption::Encryption, seal::Seal};
 
 /// Derives the key of one purpose.
 fn derive(master: &[u8], purpose: &[&[u8]]) -> [u8; 32] {
@@ -122,7 +122,7 @@ impl SecretPair {
     }
 }
 
-/// The keys for data that replicas exchange through Redis. They are derived from the secret *and* the installation: two
+/// The keys for data that replicas exchange through Redis or store in the database. They are derived from the secret *and* the installation: two
 /// installations with the same secret and the same Redis prefix, but different databases, do not trust each other.
 #[derive(Debug)]
 pub struct Seals {
@@ -130,16 +130,22 @@ pub struct Seals {
     pub invalidations: Seal,
     /// Hashes the names of the counters of failed sign-ins, so that Redis contains neither emails nor addresses.
     pub attempts: [u8; 32],
+    /// Encrypts secrets in the database.
+    pub stored: Encryption,
 }
 
 impl Seals {
-    /// `installation` is a secret that only this database contains.
-    pub fn new(current: &[u8], previous: Option<&[u8]>, installation: &[u8]) -> Self {
+    /// `installation_secret` is a secret that only this database contains.
+    pub fn new(current: &[u8], previous: Option<&[u8]>, installation_secret: &[u8]) -> Self {
         // The derived secret is not the installation's secret itself, which may sign access tokens.
-        let installation = derive(installation, &[b"installation"]);
+        let installation = derive(installation_secret, &[b"installation"]);
         let key = |master: &[u8], purpose: &str| {
             derive(master, &[purpose.as_bytes(), b"\0", &installation])
         };
+        let stored = |master: &[u8]| key(master, "stored secrets");
+        // What was stored before `QUOTA_SECRET` was set can still be read.
+        let others = previous.into_iter().chain([installation_secret]);
+        let others: Vec<_> = others.map(stored).collect();
         let seal = |purpose: &str| {
             let previous = previous.map(|master| key(master, purpose));
             Seal::new(&key(current, purpose), previous.as_ref())
@@ -148,6 +154,7 @@ impl Seals {
             records: seal("key record seal"),
             invalidations: seal("invalidation seal"),
             attempts: key(current, "sign-in attempts"),
+            stored: Encryption::new(&stored(current), &others),
         }
     }
 }

@@ -7,7 +7,7 @@ use secrecy::{ExposeSecret, SecretString};
 
 use super::{
     Allowances, Config, ConfigErrors, DatabaseSettings, Durability, FreeTier, Landing, LogFormat,
-    PasswordCost, RedisSettings, Registration, Settings, StripeSettings,
+    PasswordCost, RedisSettings, Registration, Settings, StripeSettings, mail,
     reader::{
         Reader, Sourced, address, boolean, database_url, list, network, origin, prefix, public_url,
     },
@@ -180,6 +180,7 @@ impl Config {
                     &s.max_service_tokens,
                     1..=1_000_000,
                 ),
+                webhooks: r.number("QUOTA_MAX_WEBHOOKS", &s.max_webhooks, 1..=100),
             },
             free_tier: FreeTier {
                 plans: r.optional_number("QUOTA_FREE_PLANS", &s.free_plans, 1..=1_000_000),
@@ -237,6 +238,13 @@ impl Config {
                 2..=3650,
             ),
             stripe: stripe(r, s),
+            mail: mail::read(r, s),
+            webhook_private_networks: r.read(
+                "QUOTA_WEBHOOK_PRIVATE_NETWORKS",
+                &s.webhook_private_networks,
+                vec![],
+                |text| list(text, network),
+            ),
             log_format: r.choice(
                 "QUOTA_LOG_FORMAT",
                 &s.log_format,

@@ -160,6 +160,9 @@ settings! {
     /// The maximum number of service tokens per tenant: 1 to 1000000.
     max_service_tokens: "QUOTA_MAX_SERVICE_TOKENS", "1000", "N";
 
+    /// The maximum number of webhooks per tenant: 1 to 100.
+    max_webhooks: "QUOTA_MAX_WEBHOOKS", "10", "N";
+
     /// The maximum number of plans of a tenant without a subscription: 1 to 1000000. Unset: QUOTA_MAX_PLANS. This and
     /// the following limits apply to every tenant if billing is off.
     free_plans: "QUOTA_FREE_PLANS", "", "N";
@@ -267,6 +270,23 @@ settings! {
     /// The number of days for which plans marked `paid` keep working after a payment has failed, while Stripe retries
     /// it: 0 to 90.
     billing_grace: "QUOTA_BILLING_GRACE", "7", "DAYS";
+
+    /// The server that sends email: smtps://user:password@host (TLS, port 465) or smtp://user:password@host (STARTTLS,
+    /// port 587), optionally with :port. Encode special characters of the user and the password like in any URL. With
+    /// smtp:// and a loopback address, the connection is not encrypted. Unset: emails are written to files in `mail` in
+    /// QUOTA_DATA_DIR.
+    smtp_url: "SMTP_URL", "", "URL", hide_env_values = true;
+
+    /// A file that contains SMTP_URL. Use either this or SMTP_URL.
+    smtp_url_file: "SMTP_URL_FILE", "", "PATH";
+
+    /// The sender of emails, such as Quota <quota@example.com>. Required with SMTP_URL.
+    mail_from: "QUOTA_MAIL_FROM", "", "ADDRESS";
+
+    /// Networks that are not public, to which tenants may send webhooks nevertheless, separated by commas, such as
+    /// 10.1.0.0/16. Only there may a URL start with http://. Tenants choose the URLs, so list only networks whose
+    /// services they may reach.
+    webhook_private_networks: "QUOTA_WEBHOOK_PRIVATE_NETWORKS", "", "CIDRS";
 
     /// The format of logs: json or text.
     log_format: "QUOTA_LOG_FORMAT", "json", "FORMAT";

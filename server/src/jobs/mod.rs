@@ -3,12 +3,15 @@
 //! Each job is a loop that ends on request and continues after a failure: failed work is retried in the next iteration.
 //! Does not depend on HTTP.
 
+mod alerts;
 mod billing;
 mod invalidations;
+mod mail;
 mod metering;
 mod replicas;
 mod sweep;
 mod usage;
+mod webhooks;
 
 use std::time::Duration;
 
@@ -44,8 +47,11 @@ impl Jobs {
         running.spawn(write_last_used(state.clone(), stopping.clone()));
         running.spawn(usage::maintain(state.clone(), stopping.clone()));
         running.spawn(usage::compare(state.clone(), stopping.clone()));
+        running.spawn(alerts::check(state.clone(), stopping.clone()));
+        running.spawn(webhooks::deliver(state.clone(), stopping.clone()));
+        let until_stopped = |job| until_stopped(stopping.clone(), job);
+        running.spawn(until_stopped(mail::send(state.clone()).boxed()));
         if state.billing.is_some() {
-            let until_stopped = |job| until_stopped(stopping.clone(), job);
             running.spawn(until_stopped(billing::handle_events(state.clone()).boxed()));
             running.spawn(until_stopped(
                 billing::read_customers(state.clone()).boxed(),
@@ -83,7 +89,7 @@ async fn next(ticks: &mut tokio::time::Interval, stopping: &mut watch::Receiver<
 }
 
 /// Runs a job that can be dropped at any point, since it continues later from its stored state. So stopping the server
-/// does not wait for Stripe.
+/// does not wait for Stripe or a mail server.
 async fn until_stopped(mut stopping: watch::Receiver<bool>, job: BoxFuture<'static, ()>) {
     tokio::select! {
         biased;

@@ -94,6 +94,17 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
                 (P::RequestInProgress, IN_PROGRESS),
             ],
         ),
+        (
+            "create_webhook",
+            &[
+                (P::Forbidden, BY_ROLE_OR_LIMIT),
+                (P::RequestInProgress, IN_PROGRESS),
+            ],
+        ),
+        (
+            "rotate_webhook_secret",
+            &[(P::RequestInProgress, IN_PROGRESS)],
+        ),
         ("update_me", &[(P::Forbidden, BY_ROLE)]),
         ("change_password", &[(P::Forbidden, BY_COOKIE)]),
         ("end_session", &[(P::Forbidden, BY_COOKIE)]),

@@ -5,7 +5,7 @@ use diesel_async::RunQueryDsl;
 
 use crate::{
     db::{DbError, TenantTx},
-    schema::{api_keys, plans, service_tokens},
+    schema::{api_keys, plans, service_tokens, webhooks},
 };
 
 /// A kind of resource with a limit.
@@ -14,6 +14,7 @@ pub enum Resource {
     Plans,
     ApiKeys,
     ServiceTokens,
+    Webhooks,
 }
 
 /// Makes other transactions of the tenant that call this wait until the transaction ends.
@@ -42,6 +43,10 @@ pub async fn count(tx: &mut TenantTx, what: Resource) -> Result<u64, DbError> {
         }
         Resource::ServiceTokens => {
             let all = service_tokens::table.filter(service_tokens::tenant_id.eq(tenant));
+            all.count().get_result(&mut **tx).await?
+        }
+        Resource::Webhooks => {
+            let all = webhooks::table.filter(webhooks::tenant_id.eq(tenant));
             all.count().get_result(&mut **tx).await?
         }
     };

@@ -52,6 +52,7 @@ macro_rules! delete_by_id {
 }
 
 pub mod account;
+pub mod alert;
 pub mod allowance;
 pub mod api_key;
 pub mod audit;
@@ -61,6 +62,7 @@ pub mod billing_overview;
 pub mod billing_usage;
 pub mod idempotency;
 pub mod invalidation;
+pub mod mail;
 pub mod plan;
 pub mod quota_usage;
 pub mod replica;
@@ -80,6 +82,8 @@ pub mod usage_shipper;
 pub mod usage_shipping;
 pub mod usage_status;
 pub mod usage_top;
+pub mod webhook;
+pub mod webhook_delivery;
 
 use chrono::{DateTime, Utc};
 use diesel::{

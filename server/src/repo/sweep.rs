@@ -34,10 +34,16 @@ pub enum Expired {
     BillingReports,
     /// Problems with usage, which are kept for as long as charged usage.
     BillingMeterErrors,
+    /// Deliveries that have ended, kept for 30 days.
+    WebhookDeliveries,
+    /// Alerts, kept for 90 days after their window.
+    QuotaAlerts,
+    /// Email that was sent or given up, kept for 7 days.
+    Mails,
 }
 
 impl Expired {
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 15] = [
         Self::Sessions,
         Self::RevokedSessions,
         Self::IdempotencyKeys,
@@ -51,6 +57,9 @@ impl Expired {
         Self::BillingUsage,
         Self::BillingReports,
         Self::BillingMeterErrors,
+        Self::WebhookDeliveries,
+        Self::QuotaAlerts,
+        Self::Mails,
     ];
 
     /// Returns the name used in metrics and logs.
@@ -69,6 +78,9 @@ impl Expired {
             Self::BillingUsage => "billing_usage",
             Self::BillingReports => "billing_reports",
             Self::BillingMeterErrors => "billing_meter_errors",
+            Self::WebhookDeliveries => "webhook_deliveries",
+            Self::QuotaAlerts => "quota_alerts",
+            Self::Mails => "mails",
         }
     }
 
@@ -119,6 +131,15 @@ impl Expired {
             }
             Self::BillingMeterErrors => {
                 delete_older("billing_meter_errors", "ctid", "received_at", "400 days")
+            }
+            Self::WebhookDeliveries => {
+                let ended = format!("due_at IS NULL AND {}", older("created_at", "30 days"));
+                delete("webhook_deliveries", "ctid", &ended, "created_at")
+            }
+            Self::QuotaAlerts => delete_older("quota_alerts", "ctid", "window_end", "90 days"),
+            Self::Mails => {
+                let ended = format!("due_at IS NULL AND {}", older("created_at", "7 days"));
+                delete("mails", "ctid", &ended, "created_at")
             }
             Self::BillingEvents => {
                 let handled = format!("due_at IS NULL AND {}", older("received_at", "30 days"));

@@ -80,6 +80,24 @@ metrics! {
         "Usage reports in which Stripe found an error after accepting them";
     billing_reconciled_at: Gauge, "billing_reconciled_at_seconds",
         "Unix time of the last comparison of usage reports with the totals in Stripe";
+    quota_alerts: Counter, "alerts", "Quota alerts created";
+    alert_errors: Counter, "alert_errors", "Checks of quotas for alerts that failed; they are repeated";
+    webhooks_delivered: Counter, "webhooks_delivered", "Deliveries that an endpoint accepted";
+    webhook_attempts_failed: Counter, "webhook_attempts_failed",
+        "Attempts to deliver an event that failed and are repeated";
+    webhooks_failed: Counter, "webhooks_failed", "Deliveries that were given up";
+    webhook_errors: Counter, "webhook_errors",
+        "Times that deliveries could not be claimed or their results not be recorded; they are repeated";
+    webhooks_overdue: Gauge, "webhooks_overdue_seconds",
+        "How long the oldest delivery that is due has been waiting; 0 if there is none";
+    webhook_secrets_unreadable: Gauge, "webhook_secrets_unreadable",
+        "Webhooks whose secrets were encrypted with a QUOTA_SECRET that is not configured, at startup";
+    mails_sent: Counter, "mails_sent", "Emails that were sent";
+    mail_attempts_failed: Counter, "mail_attempts_failed",
+        "Attempts to send an email that failed and are repeated";
+    mails_failed: Counter, "mails_failed", "Emails that were rejected or given up";
+    mail_errors: Counter, "mail_errors",
+        "Times that emails could not be written, claimed or recorded in PostgreSQL; this is repeated";
     keys_malformed: Counter, "keys_malformed",
         "Requests with a key that has an invalid format or checksum, rejected without a lookup";
     key_cache_hits: Counter, "key_cache_hits", "Key lookups served from memory";

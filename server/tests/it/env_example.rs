@@ -121,6 +121,8 @@ fn wrong(name: &str) -> &'static str {
         "QUOTA_DATABASE_STATEMENT_TIMEOUT" => "2h",
         "QUOTA_DATABASE_LOCK_TIMEOUT" => "-1s",
         "REDIS_URL" => "http://:hunter2@host",
+        "SMTP_URL" => "http://:hunter2@host",
+        "QUOTA_MAIL_FROM" => "Quota",
         "QUOTA_REDIS_PREFIX" => "{quota}",
         "QUOTA_REDIS_CONNECTIONS"
         | "QUOTA_REPLICAS"
@@ -131,6 +133,7 @@ fn wrong(name: &str) -> &'static str {
         | "QUOTA_MAX_PLANS"
         | "QUOTA_MAX_API_KEYS"
         | "QUOTA_MAX_SERVICE_TOKENS"
+        | "QUOTA_MAX_WEBHOOKS"
         | "QUOTA_FREE_PLANS"
         | "QUOTA_FREE_KEYS"
         | "QUOTA_FREE_REQUESTS_PER_MONTH"
@@ -148,13 +151,14 @@ fn wrong(name: &str) -> &'static str {
         | "REDIS_URL_FILE"
         | "QUOTA_SECRET_FILE"
         | "QUOTA_SECRET_PREVIOUS_FILE"
+        | "SMTP_URL_FILE"
         | "STRIPE_SECRET_KEY_FILE"
         | "STRIPE_WEBHOOK_SECRET_FILE" => "/nonexistent/secret",
         "QUOTA_REGISTRATION" => "maybe",
         "QUOTA_LANDING" => "none",
         "QUOTA_OPERATOR_NAME" => "Acme\tInc",
         "ALLOWED_ORIGINS" => "example.com",
-        "QUOTA_TRUSTED_PROXIES" => "10.0.0.0/33",
+        "QUOTA_TRUSTED_PROXIES" | "QUOTA_WEBHOOK_PRIVATE_NETWORKS" => "10.0.0.0/33",
         "QUOTA_AUTH_RPM"
         | "QUOTA_ADMIN_RPM"
         | "QUOTA_LOGIN_FREE_FAILURES"

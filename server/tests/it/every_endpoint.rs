@@ -62,10 +62,13 @@ const RIGHTS: &[(&str, Right)] = &[
     ("create_api_key", Right::Manage),
     ("create_plan", Right::Manage),
     ("create_service_token", Right::Manage),
+    ("create_webhook", Right::Manage),
     ("delete_api_key", Right::Manage),
     ("delete_plan", Right::Manage),
     ("delete_service_token", Right::Manage),
+    ("delete_webhook", Right::Manage),
     ("end_session", Right::Own),
+    ("get_alert_settings", Right::Read),
     ("get_api_key", Right::Read),
     ("get_api_key_limits", Right::Read),
     ("get_billing", Right::Bill),
@@ -75,19 +78,28 @@ const RIGHTS: &[(&str, Right)] = &[
     ("get_service_token", Right::Read),
     ("get_stats", Right::Usage),
     ("get_usage", Right::Usage),
+    ("get_webhook", Right::Read),
+    ("list_alerts", Right::Usage),
     ("list_api_keys", Right::Read),
     ("list_audit_events", Right::Read),
     ("list_decisions", Right::Usage),
     ("list_plans", Right::Read),
     ("list_service_tokens", Right::Read),
     ("list_sessions", Right::Own),
+    ("list_webhook_deliveries", Right::Read),
+    ("list_webhooks", Right::Read),
     ("open_billing_portal", Right::Bill),
+    ("redeliver_webhook", Right::Manage),
     ("rotate_api_key", Right::Manage),
+    ("rotate_webhook_secret", Right::Manage),
     ("start_checkout", Right::Bill),
     ("stream_decisions", Right::Usage),
+    ("test_webhook", Right::Manage),
+    ("update_alert_settings", Right::Administer),
     ("update_api_key", Right::Manage),
     ("update_me", Right::Administer),
     ("update_plan", Right::Manage),
+    ("update_webhook", Right::Manage),
 ];
 
 /// One operation of the document.
@@ -313,7 +325,7 @@ fn every_operation_with_an_access_token_has_a_right() {
 async fn role_without_the_right_is_403_and_changes_nothing() {
     let stripe = TestStripe::start().await;
     let app = stripe.configure(TestApp::setup()).without_jobs();
-    let app = app.start().await;
+    let app = app.flag("--max-webhooks=100").start().await;
     let owner = app.register().await;
     // Creates the customer whose portal is opened.
     stripe.start_checkout(&app, &owner).await;
@@ -355,6 +367,11 @@ async fn role_without_the_right_is_403_and_changes_nothing() {
                 let created = app.act(&owner, "POST", "/admin/service-tokens", body).await;
                 let id = created.body["service_token"]["id"].as_str();
                 id.expect("an id").to_owned()
+            } else if operation.path.contains("{webhook_id}") {
+                app.webhook(&owner).await
+            } else if operation.path.contains("{delivery_id}") {
+                let webhook = app.webhook(&owner).await;
+                app.webhook_delivery(&owner, &webhook).await
             } else {
                 let me = app.get("/auth/me").bearer(&token).send().await;
                 me.text("session_id")
@@ -539,6 +556,7 @@ async fn every_example_body_is_accepted() {
     let plan = app.plan(&account, json!({})).await;
     let key = app.key(&account, &plan).await;
     let service_token = app.service_token(&account).await;
+    let webhook = app.webhook(&account).await;
     let mut sent = 0;
     for operation in operations() {
         let Some(schema) = operation.body() else {
@@ -546,6 +564,8 @@ async fn every_example_body_is_accepted() {
         };
         let id = if operation.path.contains("{plan_id}") {
             &plan
+        } else if operation.path.contains("{webhook_id}") {
+            &webhook
         } else {
             &key.id
         };

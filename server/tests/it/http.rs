@@ -404,7 +404,7 @@ async fn alert_rules_name_metrics_that_exist_and_alerts_that_the_runbook_knows()
     assert_eq!(alerts.len(), expressions.count());
     let explained = RUNBOOK
         .split('`')
-        .filter(|it| it.starts_with("QuotaUsage"))
+        .filter(|it| it.starts_with("Quota"))
         .collect::<BTreeSet<_>>();
     assert_eq!(explained, alerts);
     assert!(named.len() >= 10, "{named:?}");

@@ -13,6 +13,7 @@ const RANKS: &[&[&str]] = &[
         "config",
         "connection_marks",
         "deadline",
+        "encryption",
         "error_chain",
         "file_limit",
         "health_check",
@@ -23,7 +24,7 @@ const RANKS: &[&[&str]] = &[
         "tenant_places",
         "tenant_queue",
     ],
-    &["db", "redis", "stripe", "telemetry"],
+    &["db", "mail", "redis", "stripe", "telemetry"],
     &[
         "cache",
         "client_guard",
@@ -34,7 +35,8 @@ const RANKS: &[&[&str]] = &[
     ],
     &["invalidations"],
     &["auth", "keys"],
-    &["billing", "metering"],
+    &["billing", "metering", "webhooks"],
+    &["alerts"],
     &["state"],
     &["api", "demo", "jobs"],
     &["doctor", "openapi", "serve", "usage_report"],
@@ -90,6 +92,21 @@ const FORBIDDEN: &[(&str, &[&str])] = &[
     ),
     (
         "billing",
+        &[
+            "poem",
+            "poem_openapi",
+            "http",
+            "hyper",
+            "diesel",
+            "diesel_async",
+        ],
+    ),
+    (
+        "webhooks",
+        &["poem", "poem_openapi", "diesel", "diesel_async"],
+    ),
+    (
+        "alerts",
         &[
             "poem",
             "poem_openapi",

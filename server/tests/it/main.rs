@@ -1,6 +1,7 @@
 //! The integration tests.
 
 mod admission;
+mod alerts;
 mod billing;
 mod billing_usage;
 mod console_calls;
@@ -19,6 +20,7 @@ mod layers;
 mod limiter_contract;
 mod limiter_shared;
 mod log_output;
+mod mail;
 mod malformed;
 mod metering;
 mod migrations;
@@ -36,4 +38,5 @@ mod support;
 mod sweep;
 mod tenancy;
 mod usage;
+mod webhooks;
 mod wording;

@@ -153,6 +153,7 @@ struct Sender {
     service_token: String,
     plan: String,
     key: String,
+    webhook: String,
 }
 
 impl Sender {
@@ -162,7 +163,9 @@ impl Sender {
         let plan = app.plan(&account, json!({})).await;
         let key = app.key(&account, &plan).await.id;
         let service_token = app.service_token(&account).await;
+        let webhook = app.webhook(&account).await;
         Self {
+            webhook,
             token: account.access_token,
             app,
             service_token,
@@ -187,6 +190,8 @@ impl Sender {
     async fn send(&self, operation: &Operation, body: &Value) -> Answer {
         let id = if operation.path.contains("{plan_id}") {
             &self.plan
+        } else if operation.path.contains("{webhook_id}") {
+            &self.webhook
         } else {
             &self.key
         };
@@ -268,6 +273,8 @@ fn text(field: &str, length: usize) -> String {
             .collect()
     };
     match field {
+        "url" if length > 22 => format!("https://example.com/{}", some(length - 20)),
+        "url" if length >= 9 => format!("https://{}", some(length - 8)),
         // At most 64 characters may precede the @.
         "email" if length > 66 => format!("{}@{}", some(64), some(length - 65)),
         "email" if length >= 3 => format!("a@{}", some(length - 2)),
@@ -545,7 +552,8 @@ async fn documented_types_required_and_nullable_fields_are_enforced() {
                 json!(-1),
                 json!(true),
             ] {
-                let fits = schema["type"] == "boolean" && wrong.is_boolean();
+                let fits = schema["type"] == "boolean" && wrong.is_boolean()
+                    || schema["type"] == "array" && wrong.is_array();
                 if !fits {
                     body[field] = wrong;
                     sender.refused(&operation, &body, field).await;
@@ -588,7 +596,8 @@ async fn documented_bounds_of_parameters_are_enforced() {
                     let value = value
                         .as_str()
                         .map_or_else(|| value.to_string(), str::to_owned);
-                    let path = format!("{}?{name}={value}", operation.path);
+                    let path = operation.path.replace("{webhook_id}", &sender.webhook);
+                    let path = format!("{path}?{name}={value}");
                     sender.app.get(&path).bearer(&sender.token).send().await
                 };
                 if let Some(beyond) = beyond {
@@ -635,7 +644,7 @@ async fn rejected_parameters_get_plain_messages() {
         (
             "audit?target_type=plans",
             "target_type",
-            "must be one of plan, api_key, service_token, user, session, tenant",
+            "must be one of plan, api_key, service_token, user, session, tenant, webhook",
         ),
     ] {
         let path = format!("/admin/{query}");

@@ -80,6 +80,11 @@ impl Tenant {
         let earlier = usage::record(&account, &key.id, &plan, usage::now());
         usage::append(app, &[record, earlier]).await;
         subscribe(app, &account).await;
+        let webhook = app.webhook(&account).await;
+        app.webhook(&account).await;
+        let delivery = app.webhook_delivery(&account, &webhook).await;
+        app.webhook_delivery(&account, &webhook).await;
+        alert(app, &account, &key.id).await;
 
         let ids = HashMap::from([
             ("request_id", request_id),
@@ -87,6 +92,8 @@ impl Tenant {
             ("plan_id", plan.clone()),
             ("key_id", key.id.clone()),
             ("target_id", key.id.clone()),
+            ("webhook_id", webhook),
+            ("delivery_id", delivery),
             (
                 "token_id",
                 tokens.body["items"][0]["id"]
@@ -140,6 +147,23 @@ async fn subscribe(app: &TestApp, account: &Account) {
          INSERT INTO billing_reports (tenant_id, start, revision, until, value) \
              VALUES ('{tenant}', date_trunc('hour', now()), 0, now() + interval '1 hour', 1); \
          INSERT INTO billing_senders (tenant_id, until) VALUES ('{tenant}', now())",
+        account.email
+    );
+    client.batch_execute(&rows).await.expect("rows are added");
+}
+
+/// Adds alerts, what has been checked, and an email to the database.
+async fn alert(app: &TestApp, account: &Account, key: &str) {
+    let tenant = &account.tenant_id;
+    let client = app.database.connect().await;
+    let rows = format!(
+        "INSERT INTO quota_alerts (tenant_id, id, key_id, key_name, policy, threshold, quota, used, window_start, \
+             window_end, email_pending) \
+             SELECT '{tenant}', gen_random_uuid(), '{key}', 'Key', 'daily', threshold, 100, threshold, now(), \
+                 now() + interval '1 day', false FROM unnest(ARRAY[50, 80]) AS threshold; \
+         INSERT INTO quota_alert_progress (tenant_id, seq) VALUES ('{tenant}', 1); \
+         INSERT INTO mails (tenant_id, id, recipient, subject, text_body, html_body) \
+             VALUES ('{tenant}', gen_random_uuid(), '{}', 'Subject', 'Text', 'HTML')",
         account.email
     );
     client.batch_execute(&rows).await.expect("rows are added");
@@ -381,6 +405,7 @@ async fn lists_show_nothing_of_another_tenant_by_filter_or_cursor() {
     let app = TestApp::setup().without_jobs().start().await;
     let (a, b) = (Tenant::new(&app).await, Tenant::new(&app).await);
     let list = async |who: &Tenant, path: &str, query: &str| {
+        let path = path.replace("{webhook_id}", who.id("webhook_id"));
         let call = app
             .get(&format!("{path}?{query}"))
             .bearer(&who.account.access_token);
@@ -477,6 +502,7 @@ async fn idempotency_keys_of_tenants_are_separate() {
                 &body["id"],
                 &body["api_key"]["id"],
                 &body["service_token"]["id"],
+                &body["webhook"]["id"],
             ];
             all.into_iter()
                 .find_map(Value::as_str)

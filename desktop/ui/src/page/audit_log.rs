@@ -39,6 +39,7 @@ const fn resource_label(target: AuditTarget) -> &'static str {
         AuditTarget::Session => "Sessions",
         AuditTarget::Tenant => "Organization",
         AuditTarget::Subscription => "Subscription",
+        AuditTarget::Webhook => "Webhooks",
     }
 }
 

@@ -13,6 +13,7 @@ use quota_common::{
     decision::DecisionOutcome,
     page::{ApiKeyOrder, PlanOrder},
     usage::{UsageBucketSize, UsageGroupBy},
+    webhook::WebhookDeliveryStatus,
 };
 
 use super::ApiError;
@@ -103,6 +104,10 @@ fn choices(kind: &str) -> Option<Vec<&'static str>> {
         "UsageBucketSize" => UsageBucketSize::ALL.iter().map(|it| it.as_str()).collect(),
         "UsageGroupBy" => UsageGroupBy::ALL.iter().map(|it| it.as_str()).collect(),
         "DecisionOutcome" => DecisionOutcome::ALL.iter().map(|it| it.as_str()).collect(),
+        "WebhookDeliveryStatus" => WebhookDeliveryStatus::ALL
+            .iter()
+            .map(|it| it.as_str())
+            .collect(),
         "QuotaPolicy" => vec!["daily", "monthly"],
         _ => return None,
     })

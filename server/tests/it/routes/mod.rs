@@ -9,3 +9,4 @@ mod limit;
 mod plan;
 mod rotation;
 mod service_token;
+mod webhook;

@@ -325,6 +325,23 @@ impl TestApp {
         made.text("token")
     }
 
+    /// Creates a webhook with a public address, to which nothing is sent. Returns its ID.
+    pub(crate) async fn webhook(&self, account: &Account) -> String {
+        let body = json!({"name": "Hook", "url": "https://8.8.8.8/hook"});
+        let made = self.act(account, "POST", "/admin/webhooks", body).await;
+        assert_eq!(made.status, 201, "{}", made.body);
+        let id = made.body["webhook"]["id"].as_str().expect("an id");
+        id.to_owned()
+    }
+
+    /// Creates a delivery to a webhook. Returns its ID.
+    pub(crate) async fn webhook_delivery(&self, account: &Account, webhook: &str) -> String {
+        let path = format!("/admin/webhooks/{webhook}/test");
+        let made = self.act(account, "POST", &path, Value::Null).await;
+        assert_eq!(made.status, 201, "{}", made.body);
+        made.text("id")
+    }
+
     /// Creates a request of an account. `Null` means no body.
     pub(crate) async fn act(
         &self,

@@ -1,0 +1,105 @@
+//! Quota alerts: a key or tenant has used a certain share of a quota.
+
+use crate::{
+    auth::Role,
+    id::{ApiKeyId, QuotaAlertId},
+    limit::PolicyName,
+    time::Timestamp,
+    wire::{response, update},
+};
+
+/// The shares of a quota at which an alert is created, in percent.
+pub const THRESHOLDS: [u32; 3] = [50, 80, 100];
+
+response! {
+    /// A share of a quota was reached. There is one alert for each quota, window and threshold.
+    #[derive(Debug, Eq)]
+    #[cfg_attr(feature = "openapi", oai(example))]
+    pub struct QuotaAlert {
+        pub id: QuotaAlertId,
+        /// The share of the quota that was reached, in percent: 50, 80 or 100.
+        pub threshold: u32,
+        /// The quota: `daily` or `monthly`.
+        pub policy: PolicyName,
+        /// The API key whose quota it is. `null`: it is the organization's.
+        pub key_id: Option<ApiKeyId>,
+        /// The key's name at the time.
+        pub key_name: Option<String>,
+        /// The quota for the window.
+        pub limit: u64,
+        /// How much of it was used when the alert was created.
+        pub used: u64,
+        /// When the window began.
+        pub starts_at: Timestamp,
+        /// When the quota resets.
+        pub resets_at: Timestamp,
+        pub created_at: Timestamp,
+    }
+}
+
+response! {
+    /// Who gets email about quota alerts.
+    #[derive(Debug, Eq)]
+    #[cfg_attr(feature = "openapi", oai(example))]
+    pub struct AlertSettings {
+        /// Whether alerts are sent by email.
+        pub email: bool,
+        /// The roles whose members get them.
+        pub email_roles: Vec<Role>,
+    }
+}
+
+update! {
+    /// Request body for updating the alert settings. Omitted fields are unchanged.
+    pub struct UpdateAlertSettings {
+        /// Whether alerts are sent by email.
+        #[garde(skip)]
+        pub email: Option<bool>,
+        /// The roles whose members get them.
+        #[garde(skip)]
+        pub email_roles: Option<Vec<Role>>,
+    }
+}
+
+#[cfg(feature = "openapi")]
+mod examples {
+    use poem_openapi::types::Example;
+
+    use super::{AlertSettings, QuotaAlert, UpdateAlertSettings};
+    use crate::{auth::Role, id::example, limit::PolicyName};
+
+    impl Example for QuotaAlert {
+        fn example() -> Self {
+            Self {
+                id: example::quota_alert(),
+                threshold: 80,
+                policy: PolicyName::Monthly,
+                key_id: Some(example::api_key()),
+                key_name: Some("Mobile app".into()),
+                limit: 50_000,
+                used: 40_012,
+                starts_at: example::at(),
+                resets_at: example::at(),
+                created_at: example::at(),
+            }
+        }
+    }
+
+    impl Example for AlertSettings {
+        fn example() -> Self {
+            Self {
+                email: true,
+                email_roles: vec![Role::Owner, Role::Admin],
+            }
+        }
+    }
+
+    impl Example for UpdateAlertSettings {
+        fn example() -> Self {
+            Self {
+                email: Some(true),
+                email_roles: Some(vec![Role::Owner, Role::Admin]),
+            }
+        }
+    }
+}

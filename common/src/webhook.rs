@@ -1,0 +1,219 @@
+//! Webhooks: the endpoints to which Quota sends a tenant's events, and the deliveries to them.
+
+use crate::{
+    field::{GraceSeconds, Name, WebhookUrl},
+    id::{WebhookDeliveryId, WebhookId},
+    time::Timestamp,
+    wire::{Omittable, request, response, text_enum, update},
+};
+
+response! {
+    /// An endpoint to which Quota sends events, without its signing secret, which is returned once, on creation or
+    /// rotation.
+    #[derive(Debug, Eq)]
+    #[cfg_attr(feature = "openapi", oai(example))]
+    pub struct Webhook {
+        pub id: WebhookId,
+        pub name: String,
+        /// Where events are sent, as POST requests.
+        pub url: String,
+        /// Whether events are sent. `false` if you disabled the endpoint, or if Quota did: see `disabled_reason`.
+        pub is_active: bool,
+        /// Why Quota disabled the endpoint. `null`: it did not.
+        pub disabled_reason: Option<String>,
+        /// Since when every delivery has failed. `null`: the last one succeeded, or there was none.
+        pub failing_since: Option<Timestamp>,
+        /// When deliveries are no longer signed with the previous secret as well. `null`: there is no previous secret.
+        pub previous_secret_expires_at: Option<Timestamp>,
+        pub created_at: Timestamp,
+        pub updated_at: Timestamp,
+    }
+}
+
+request! {
+    /// Request body for creating a webhook.
+    #[derive(Debug)]
+    pub struct CreateWebhook {
+        /// 1 to 200 characters.
+        #[garde(dive)]
+        pub name: Name,
+        /// An `https://` URL with a public address. At most 2,000 characters.
+        #[garde(dive)]
+        pub url: WebhookUrl,
+    }
+}
+
+update! {
+    /// Request body for updating a webhook. Omitted fields are unchanged.
+    pub struct UpdateWebhook {
+        /// 1 to 200 characters.
+        #[garde(dive)]
+        pub name: Option<Name>,
+        /// An `https://` URL with a public address. At most 2,000 characters.
+        #[garde(dive)]
+        pub url: Option<WebhookUrl>,
+        /// `false` stops deliveries; pending ones fail and can be redelivered later. `true` also clears
+        /// `disabled_reason`.
+        #[garde(skip)]
+        pub is_active: Option<bool>,
+    }
+}
+
+request! {
+    /// Request body for rotating a webhook's signing secret.
+    #[derive(Debug, Default)]
+    pub struct RotateWebhookSecret {
+        /// Seconds during which deliveries are signed with the current secret as well, 0 to 2,592,000 (30 days). Default:
+        /// 86,400 (24 hours).
+        #[garde(dive)]
+        pub grace_seconds: Option<GraceSeconds>,
+    }
+}
+
+response! {
+    /// A webhook that was just created, or whose secret was rotated, with its signing secret.
+    #[derive(Eq)]
+    #[cfg_attr(feature = "openapi", oai(example))]
+    pub struct CreatedWebhook {
+        /// The signing secret: `whsec_` and 32 random bytes in Base64. This is the only time it is available: a replay
+        /// with the same `Idempotency-Key` omits it.
+        pub secret: Omittable<String>,
+        pub webhook: Webhook,
+    }
+}
+
+impl std::fmt::Debug for CreatedWebhook {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CreatedWebhook")
+            .field("webhook", &self.webhook)
+            .finish_non_exhaustive()
+    }
+}
+
+text_enum! {
+    /// The state of a delivery.
+    pub enum WebhookDeliveryStatus {
+        /// It has not been sent yet, or failed and will be retried.
+        Pending = "pending",
+        /// The endpoint accepted it with a 2xx status.
+        Delivered = "delivered",
+        /// It is not retried any more.
+        Failed = "failed",
+    }
+}
+
+response! {
+    /// An event that is or was sent to a webhook.
+    #[derive(Debug)]
+    #[cfg_attr(feature = "openapi", oai(example))]
+    pub struct WebhookDelivery {
+        pub id: WebhookDeliveryId,
+        pub webhook_id: WebhookId,
+        /// The event's ID, which is sent as `webhook-id`. It is the same on every attempt and for every endpoint.
+        pub event_id: String,
+        /// The event's type, such as `quota.threshold_reached`.
+        pub event_type: String,
+        pub status: WebhookDeliveryStatus,
+        /// How often it has been sent since it was created or redelivered.
+        pub attempts: u32,
+        /// The status of the last response. `null`: there was none.
+        pub response_status: Option<u32>,
+        /// Why the last attempt failed. `null`: it succeeded, or there was none.
+        pub error: Option<String>,
+        pub last_attempt_at: Option<Timestamp>,
+        /// When it is sent next. `null`: never, or it is being sent.
+        pub next_attempt_at: Option<Timestamp>,
+        /// The body that is sent.
+        pub payload: serde_json::Value,
+        pub created_at: Timestamp,
+    }
+}
+
+#[cfg(feature = "openapi")]
+mod examples {
+    use poem_openapi::types::Example;
+
+    use super::{
+        CreateWebhook, CreatedWebhook, RotateWebhookSecret, UpdateWebhook, Webhook,
+        WebhookDelivery, WebhookDeliveryStatus,
+    };
+    use crate::id::example;
+
+    const URL: &str = "https://hooks.example.com/quota";
+    /// 32 zero bytes, which no server generates.
+    const SECRET: &str = "whsec_AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=";
+
+    impl Example for Webhook {
+        fn example() -> Self {
+            Self {
+                id: example::webhook(),
+                name: "Alerts".into(),
+                url: URL.into(),
+                is_active: true,
+                disabled_reason: None,
+                failing_since: None,
+                previous_secret_expires_at: None,
+                created_at: example::at(),
+                updated_at: example::at(),
+            }
+        }
+    }
+
+    impl Example for CreateWebhook {
+        fn example() -> Self {
+            Self {
+                name: "Alerts".into(),
+                url: URL.into(),
+            }
+        }
+    }
+
+    impl Example for UpdateWebhook {
+        fn example() -> Self {
+            Self {
+                is_active: Some(true),
+                ..Self::default()
+            }
+        }
+    }
+
+    impl Example for RotateWebhookSecret {
+        fn example() -> Self {
+            Self {
+                grace_seconds: Some(3600.into()),
+            }
+        }
+    }
+
+    impl Example for CreatedWebhook {
+        fn example() -> Self {
+            Self {
+                secret: Some(SECRET.into()),
+                webhook: Webhook::example(),
+            }
+        }
+    }
+
+    impl Example for WebhookDelivery {
+        fn example() -> Self {
+            Self {
+                id: example::webhook_delivery(),
+                webhook_id: example::webhook(),
+                event_id: format!("msg_{}", example::quota_alert().0.simple()),
+                event_type: "quota.threshold_reached".into(),
+                status: WebhookDeliveryStatus::Pending,
+                attempts: 2,
+                response_status: Some(503),
+                error: Some("The endpoint responded with status 503.".into()),
+                last_attempt_at: Some(example::at()),
+                next_attempt_at: Some(example::at()),
+                payload: serde_json::json!({
+                    "type": "quota.threshold_reached",
+                    "timestamp": example::at(),
+                    "data": crate::alert::QuotaAlert::example(),
+                }),
+                created_at: example::at(),
+            }
+        }
+    }
+}

@@ -1,0 +1,334 @@
+//! Emails about alerts. Alerts that are created together are in one email, and a tenant gets at most a few emails per
+//! hour, so that many keys that reach their quotas do not become as many emails.
+//!
+//! An email is stored for each recipient in the transaction that takes the alerts from those to send, and sent
+//! afterwards. It is sent at least once.
+
+use std::fmt::Write as _;
+
+use chrono::{DateTime, Utc};
+use quota_common::TenantId;
+use uuid::Uuid;
+
+use super::Alerts;
+use crate::{
+    db::DbError,
+    error_chain::chain,
+    mail::{Mail, Mailer},
+    repo::{
+        alert::AlertRow,
+        mail::{self, DueMail, NewMail},
+    },
+};
+
+/// The maximum number of emails per hour and recipient.
+const PER_HOUR: i64 = 6;
+/// The maximum number of alerts in an email.
+const ALERTS_MAX: i64 = 1000;
+/// The maximum number of alerts that an email lists.
+const LISTED_MAX: usize = 25;
+/// The maximum number of recipients of a tenant.
+const RECIPIENTS_MAX: i64 = 100;
+/// The maximum number of tenants in one round.
+const TENANTS: i64 = 100;
+/// The maximum number of emails that are sent in one round.
+const BATCH: i64 = 20;
+/// The time after which another replica may repeat an attempt. Longer than [`BATCH`] attempts take.
+const LEASE: i32 = 600;
+/// The pauses between attempts, in seconds. Together they are a day.
+const PAUSES: [i64; 7] = [60, 300, 900, 3600, 10_800, 25_200, 46_800];
+
+/// What became of the emails of a round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Sent {
+    pub sent: u64,
+    /// They are sent again later.
+    pub postponed: u64,
+    pub failed: u64,
+}
+
+/// The parts of an email.
+struct Text {
+    subject: String,
+    text: String,
+    html: String,
+}
+
+impl Alerts {
+    /// Stores emails for alerts that have not been sent.
+    pub async fn write_emails(&self, public_url: &str) -> Result<(), DbError> {
+        let mut tx = self.db.system().await?;
+        let tenants = mail::tenants_with_alerts(&mut tx, PER_HOUR, TENANTS).await?;
+        tx.commit().await?;
+        for tenant in tenants.into_iter().map(TenantId) {
+            let mut tx = self.db.system().await?;
+            let alerts = mail::lock_alerts(&mut tx, tenant, ALERTS_MAX).await?;
+            if alerts.is_empty() {
+                continue;
+            }
+            let recipients = mail::recipients(&mut tx, tenant, RECIPIENTS_MAX).await?;
+            if let Some(first) = recipients.first() {
+                let Text {
+                    subject,
+                    text,
+                    html,
+                } = described(&alerts, &first.tenant, public_url);
+                let mails: Vec<_> = recipients
+                    .iter()
+                    .map(|recipient| NewMail {
+                        tenant_id: tenant.0,
+                        id: Uuid::now_v7(),
+                        recipient: &recipient.email,
+                        subject: &subject,
+                        text_body: &text,
+                        html_body: &html,
+                    })
+                    .collect();
+                mail::insert_all(&mut tx, &mails).await?;
+            }
+            let ids: Vec<Uuid> = alerts.iter().map(|it| it.id).collect();
+            mail::alerts_are_sent(&mut tx, tenant, &ids).await?;
+            tx.commit().await?;
+        }
+        Ok(())
+    }
+
+    /// Sends emails that are due.
+    pub async fn send_emails(&self, mailer: &Mailer) -> Result<Sent, DbError> {
+        let mut tx = self.db.system().await?;
+        let due = mail::claim(&mut tx, BATCH, LEASE).await?;
+        tx.commit().await?;
+        let mut all = Sent::default();
+        for due in due {
+            let sent = mailer.send(&mail_of(&due)).await;
+            let (error, retry_after) = match &sent {
+                Ok(()) => (None, None),
+                Err(error) if error.is_permanent() => (Some(chain(error)), None),
+                Err(error) => (Some(chain(error)), pause(due.attempts)),
+            };
+            let count = match (&error, retry_after) {
+                (None, _) => &mut all.sent,
+                (Some(_), Some(_)) => &mut all.postponed,
+                (Some(_), None) => &mut all.failed,
+            };
+            *count += 1;
+            if let Some(error) = &error {
+                // Without the recipient.
+                tracing::warn!(mail = %due.id, attempts = due.attempts, error, "cannot send an email");
+            }
+            let mut tx = self.db.system().await?;
+            mail::finish(&mut tx, &due, error.as_deref(), retry_after).await?;
+            tx.commit().await?;
+        }
+        Ok(all)
+    }
+}
+
+fn pause(attempts: i32) -> Option<i64> {
+    let index = usize::try_from(attempts - 1).unwrap_or(0);
+    PAUSES.get(index).copied()
+}
+
+fn mail_of(due: &DueMail) -> Mail<'_> {
+    Mail {
+        id: due.id,
+        recipient: &due.recipient,
+        subject: &due.subject,
+        text: &due.text_body,
+        html: &due.html_body,
+    }
+}
+
+fn time(at: DateTime<Utc>) -> String {
+    at.format("%-d %b %Y, %H:%M UTC").to_string()
+}
+
+/// Formats a number with a comma between groups of three digits.
+fn grouped(number: i64) -> String {
+    let digits = number.to_string();
+    let mut grouped = String::with_capacity(digits.len() + digits.len() / 3);
+    for (place, digit) in digits.chars().enumerate() {
+        if place > 0 && (digits.len() - place).is_multiple_of(3) {
+            grouped.push(',');
+        }
+        grouped.push(digit);
+    }
+    grouped
+}
+
+/// Whose quota it is.
+fn owner(alert: &AlertRow) -> String {
+    match &alert.key_name {
+        Some(name) => format!("API key \"{name}\""),
+        None => "Your organization".to_owned(),
+    }
+}
+
+fn quota(alert: &AlertRow) -> &'static str {
+    if alert.policy == "daily" {
+        "daily quota"
+    } else {
+        "monthly quota"
+    }
+}
+
+/// Describes an alert in one line.
+fn line(alert: &AlertRow) -> String {
+    let state = if alert.threshold >= 100 {
+        "has used up its".to_owned()
+    } else {
+        format!("has used {}% of its", alert.threshold)
+    };
+    format!(
+        "{} {state} {} ({} of {} requests). It resets on {}.",
+        owner(alert),
+        quota(alert),
+        grouped(alert.used),
+        grouped(alert.quota),
+        time(alert.window_end)
+    )
+}
+
+/// Writes the email about these alerts, of which there is at least one.
+fn described(alerts: &[AlertRow], tenant: &str, public_url: &str) -> Text {
+    let base = public_url.trim_end_matches('/');
+    let subject = match alerts {
+        [alert] if alert.threshold >= 100 => {
+            format!("{} has used up its {}", owner(alert), quota(alert))
+        }
+        [alert] => format!(
+            "{} has used {}% of its {}",
+            owner(alert),
+            alert.threshold,
+            quota(alert)
+        ),
+        alerts => format!("{} quota alerts for {tenant}", alerts.len()),
+    };
+    let link = match alerts {
+        [alert] if !alert.key_id.is_nil() => format!("{base}/console/api-keys/{}", alert.key_id),
+        _ => format!("{base}/console/usage"),
+    };
+    let mut text = String::new();
+    let mut items = String::new();
+    for alert in alerts.iter().take(LISTED_MAX) {
+        let line = line(alert);
+        let _ = writeln!(text, "- {line}");
+        let _ = write!(items, "<li>{}</li>", escaped(&line));
+    }
+    let mut more = String::new();
+    if alerts.len() > LISTED_MAX {
+        more = format!("And {} more.", alerts.len() - LISTED_MAX);
+        let _ = writeln!(text, "{more}");
+    }
+    let note = format!(
+        "You get this email because of your role in {tenant} on {base}. Owners and admins can change who gets alerts."
+    );
+    let _ = write!(text, "\nDetails: {link}\n\n{note}\n");
+    let html = format!(
+        "<!doctype html><html lang=\"en\"><body style=\"font-family:sans-serif;line-height:1.5\"><ul>{items}</ul>\
+         <p>{}</p><p><a href=\"{}\">Show details</a></p><p style=\"color:#666\">{}</p></body></html>",
+        escaped(&more),
+        escaped(&link),
+        escaped(&note)
+    );
+    Text {
+        subject,
+        text,
+        html,
+    }
+}
+
+/// Returns text as it is written in HTML.
+fn escaped(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '&' => escaped.push_str("&amp;"),
+            '<' => escaped.push_str("&lt;"),
+            '>' => escaped.push_str("&gt;"),
+            '"' => escaped.push_str("&quot;"),
+            '\'' => escaped.push_str("&#39;"),
+            c => escaped.push(c),
+        }
+    }
+    escaped
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn alert(name: &str, threshold: i32) -> AlertRow {
+        let at = |text: &str| text.parse().unwrap();
+        AlertRow {
+            id: Uuid::now_v7(),
+            key_id: Uuid::from_u128(7),
+            key_name: Some(name.to_owned()),
+            policy: "daily".into(),
+            threshold,
+            quota: 50_000,
+            used: 40_012,
+            window_start: at("2026-11-26T00:00:00Z"),
+            window_end: at("2026-11-27T00:00:00Z"),
+            email_pending: true,
+            created_at: at("2026-11-26T12:00:00Z"),
+        }
+    }
+
+    #[test]
+    fn email_about_one_alert_says_what_happened_and_links_to_the_key() {
+        let it = described(
+            &[alert("Mobile app", 80)],
+            "Acme",
+            "https://quota.example.com/",
+        );
+        assert_eq!(
+            it.subject,
+            "API key \"Mobile app\" has used 80% of its daily quota"
+        );
+        let line = "- API key \"Mobile app\" has used 80% of its daily quota (40,012 of 50,000 requests). \
+                    It resets on 27 Nov 2026, 00:00 UTC.";
+        assert!(it.text.contains(line), "{}", it.text);
+        let link =
+            "https://quota.example.com/console/api-keys/00000000-0000-0000-0000-000000000007";
+        assert!(it.text.contains(link) && it.html.contains(link));
+        let it = described(
+            &[alert("Mobile app", 100)],
+            "Acme",
+            "https://quota.example.com",
+        );
+        assert_eq!(
+            it.subject,
+            "API key \"Mobile app\" has used up its daily quota"
+        );
+    }
+
+    #[test]
+    fn email_about_many_alerts_lists_some_and_counts_the_rest() {
+        let alerts = vec![alert("Key", 50); 40];
+        let it = described(&alerts, "Acme", "https://quota.example.com");
+        assert_eq!(it.subject, "40 quota alerts for Acme");
+        assert_eq!(it.text.matches("API key").count(), 25);
+        assert_eq!(it.html.matches("<li>").count(), 25);
+        assert!(it.text.contains("And 15 more."), "{}", it.text);
+    }
+
+    #[test]
+    fn names_are_escaped_in_html() {
+        let it = described(
+            &[alert("<script>&'\"", 50)],
+            "<b>Acme</b>",
+            "https://quota.example.com",
+        );
+        assert!(
+            !it.html.contains("<script>") && !it.html.contains("<b>"),
+            "{}",
+            it.html
+        );
+        assert!(
+            it.html.contains("&lt;script&gt;&amp;&#39;&quot;"),
+            "{}",
+            it.html
+        );
+    }
+}

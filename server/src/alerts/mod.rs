@@ -1,0 +1,277 @@
+//! Quota alerts: finds quotas of which a certain share is used, and stores an alert with its deliveries.
+//!
+//! Runs after requests, on what they have recorded: the quota ledger and the usage rollups. A tenant is checked when its
+//! usage log has grown, by one replica at a time. An alert, its deliveries and the position up to which the log was
+//! checked are committed together, so a crash loses none and repeats none. Alerts are unique in the database, by quota,
+//! window and threshold: neither a restart, another replica, an edit of the plan nor a change of time zone creates one
+//! again.
+//!
+//! **What counts as used.** The rollups have the exact cost of allowed requests. The ledger counts the tokens that
+//! replicas took, which is up to a hundredth of the quota more, or lost tokens after a crash. So the ledger selects the
+//! quotas to look at, and the rollups decide; 100 % is also reached if all tokens are taken and a request was denied.
+//! Without metering, there are no rollups, and the ledger decides.
+
+pub mod email;
+
+use quota_common::{
+    ApiKeyId, QuotaAlertId, TenantId,
+    alert::{QuotaAlert, THRESHOLDS},
+    limit::PolicyName,
+};
+use uuid::Uuid;
+
+use crate::{
+    db::{Db, DbError},
+    repo::{
+        alert::{self, AlertRow, Keys, NewAlert, QuotaStanding, Unchecked},
+        webhook,
+        webhook_delivery::{self, NewDelivery},
+    },
+    webhooks::event::Event,
+};
+
+/// The maximum number of tenants that are checked in one round.
+const TENANTS: i64 = 200;
+/// The number of records of the usage log from which on all keys of a tenant are checked, instead of those in the
+/// records.
+const RECORDS_MAX: i64 = 200_000;
+/// The maximum number of alerts in one transaction.
+const ALERTS_MAX: usize = 500;
+
+/// See the module. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Alerts {
+    db: Db,
+    is_metered: bool,
+}
+
+/// What a round did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Round {
+    pub alerts: u64,
+    pub deliveries: u64,
+    /// Tenants that could not be checked. They are tried again in the next round.
+    pub errors: u64,
+    /// Whether there may be more to check.
+    pub has_more: bool,
+}
+
+impl Round {
+    fn add(&mut self, other: Self) {
+        self.alerts += other.alerts;
+        self.deliveries += other.deliveries;
+        self.errors += other.errors;
+        self.has_more |= other.has_more;
+    }
+}
+
+/// Returns an alert as the API and webhooks describe it.
+pub fn described(row: AlertRow) -> QuotaAlert {
+    let count = |number: i64| u64::try_from(number).unwrap_or(0);
+    QuotaAlert {
+        id: QuotaAlertId(row.id),
+        threshold: u32::try_from(row.threshold).unwrap_or(0),
+        policy: policy_name(&row.policy),
+        key_id: (!row.key_id.is_nil()).then_some(ApiKeyId(row.key_id)),
+        key_name: row.key_name,
+        limit: count(row.quota),
+        used: count(row.used),
+        starts_at: row.window_start.into(),
+        resets_at: row.window_end.into(),
+        created_at: row.created_at.into(),
+    }
+}
+
+/// The database allows only names of quotas.
+fn policy_name(name: &str) -> PolicyName {
+    PolicyName::of(name).unwrap_or(PolicyName::Monthly)
+}
+
+/// Returns how much of a quota counts as used.
+fn used(standing: &QuotaStanding, is_metered: bool) -> i64 {
+    if !is_metered {
+        standing.taken.min(standing.quota)
+    } else if standing.taken >= standing.quota && standing.has_denials {
+        standing.quota
+    } else {
+        standing.spent
+    }
+}
+
+/// Returns the thresholds that a usage has reached, in ascending order.
+fn reached(used: i64, quota: i64) -> impl Iterator<Item = i32> {
+    let thresholds = THRESHOLDS.into_iter().map(i64::from);
+    thresholds
+        .filter(move |it| i128::from(used) * 100 >= i128::from(quota) * i128::from(*it))
+        .filter_map(|it| i32::try_from(it).ok())
+}
+
+impl Alerts {
+    pub fn new(db: Db, is_metered: bool) -> Self {
+        Self { db, is_metered }
+    }
+
+    /// Checks tenants whose usage has changed; without metering, all of them.
+    pub async fn check(&self) -> Result<Round, DbError> {
+        let mut tx = self.db.system().await?;
+        let tenants = if self.is_metered {
+            alert::unchecked_tenants(&mut tx, TENANTS).await?
+        } else {
+            alert::tenants_with_quotas(&mut tx).await?
+        };
+        tx.commit().await?;
+        let mut round = Round {
+            has_more: self.is_metered && i64::try_from(tenants.len()).unwrap_or(0) == TENANTS,
+            ..Round::default()
+        };
+        for tenant in tenants.into_iter().map(TenantId) {
+            match self.check_tenant(tenant).await {
+                Ok(checked) => round.add(checked),
+                Err(error @ DbError::Unavailable(_)) => return Err(error),
+                Err(error) => {
+                    round.errors += 1;
+                    tracing::warn!(%tenant, error = %crate::db::chain(&error), "cannot check quotas");
+                }
+            }
+        }
+        Ok(round)
+    }
+
+    /// Checks the quotas of one tenant in one transaction.
+    pub async fn check_tenant(&self, tenant: TenantId) -> Result<Round, DbError> {
+        let mut round = Round::default();
+        let mut tx = self.db.system().await?;
+        let Some(unchecked) = alert::lock_progress(&mut tx, tenant).await? else {
+            return Ok(round);
+        };
+        let Unchecked { after, until } = unchecked;
+        if self.is_metered && after == until {
+            return Ok(round);
+        }
+        let is_counted = (0..=RECORDS_MAX).contains(&(until - after)) && after >= 0;
+        let keys = if self.is_metered && is_counted {
+            Keys::Used(unchecked)
+        } else {
+            Keys::All
+        };
+        let lowest = THRESHOLDS.into_iter().min().unwrap_or(0);
+        let lowest = i32::try_from(lowest).unwrap_or(0);
+        let standings = alert::standings(&mut tx, tenant, keys, lowest).await?;
+        let candidates: Vec<_> = standings
+            .iter()
+            .flat_map(|standing| {
+                let used = used(standing, self.is_metered);
+                reached(used, standing.quota).map(move |threshold| NewAlert {
+                    id: Uuid::now_v7(),
+                    standing,
+                    threshold,
+                    used,
+                })
+            })
+            .collect();
+        let mut new = Vec::new();
+        for part in candidates.chunks(ALERTS_MAX) {
+            new.extend(alert::insert_new(&mut tx, tenant, part).await?);
+        }
+        let highest: Vec<Uuid> = new
+            .iter()
+            .filter(|it| !new.iter().any(|other| is_higher(other, it)))
+            .map(|it| it.id)
+            .collect();
+        alert::mark_for_email(&mut tx, tenant, &highest).await?;
+        let events: Vec<Event> = new
+            .into_iter()
+            .map(|row| Event::threshold_reached(&described(row)))
+            .collect();
+        round.alerts = events.len() as u64;
+        let webhooks = if events.is_empty() {
+            Vec::new()
+        } else {
+            webhook::lock_active(&mut tx, tenant).await?
+        };
+        let deliveries: Vec<_> = events
+            .iter()
+            .flat_map(|event| {
+                webhooks.iter().map(move |webhook_id| NewDelivery {
+                    tenant_id: tenant.0,
+                    id: Uuid::now_v7(),
+                    webhook_id: *webhook_id,
+                    event_id: &event.id,
+                    event_type: event.kind,
+                    payload: &event.payload,
+                })
+            })
+            .collect();
+        round.deliveries = deliveries.len() as u64;
+        webhook_delivery::insert_all(&mut tx, &deliveries).await?;
+        if self.is_metered {
+            alert::set_progress(&mut tx, tenant, until).await?;
+        }
+        tx.commit().await?;
+        Ok(round)
+    }
+}
+
+/// Whether an alert is about the same quota as another one, with a higher threshold.
+fn is_higher(one: &AlertRow, other: &AlertRow) -> bool {
+    one.threshold > other.threshold
+        && (one.key_id, &one.policy, one.window_start)
+            == (other.key_id, &other.policy, other.window_start)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn standing(quota: i64, taken: i64, spent: i64, has_denials: bool) -> QuotaStanding {
+        QuotaStanding {
+            key_id: Uuid::nil(),
+            key_name: None,
+            policy: "daily".into(),
+            quota,
+            taken,
+            spent,
+            has_denials,
+            window_start: chrono::DateTime::UNIX_EPOCH,
+            window_end: chrono::DateTime::UNIX_EPOCH,
+        }
+    }
+
+    #[test]
+    fn a_threshold_is_reached_exactly_at_its_share() {
+        let all = |used, quota| reached(used, quota).collect::<Vec<_>>();
+        assert!(all(49, 100).is_empty());
+        assert_eq!(all(50, 100), [50]);
+        assert_eq!(all(79, 100), [50]);
+        assert_eq!(all(80, 100), [50, 80]);
+        assert_eq!(all(99, 100), [50, 80]);
+        assert_eq!(all(100, 100), [50, 80, 100]);
+        assert_eq!(all(150, 100), [50, 80, 100]);
+        assert!(all(0, 1).is_empty());
+        assert_eq!(all(1, 1), [50, 80, 100]);
+        assert!(all(1, 3).is_empty());
+        assert_eq!(all(2, 3), [50]);
+        let most = 999_999_999_999_999;
+        assert_eq!(all(most - 1, most), [50, 80]);
+        assert_eq!(all(most, most), [50, 80, 100]);
+    }
+
+    #[test]
+    fn tokens_that_are_only_held_do_not_count_as_used() {
+        assert_eq!(used(&standing(100, 51, 49, false), true), 49);
+        assert_eq!(used(&standing(100, 100, 99, false), true), 99);
+    }
+
+    #[test]
+    fn quota_with_lost_tokens_is_used_up_when_requests_are_denied() {
+        assert_eq!(used(&standing(100, 100, 99, true), true), 100);
+        // A single request that costs more than is left.
+        assert_eq!(used(&standing(100, 98, 98, true), true), 98);
+    }
+
+    #[test]
+    fn without_metering_the_ledger_decides() {
+        assert_eq!(used(&standing(100, 80, 0, false), false), 80);
+        assert_eq!(used(&standing(100, 120, 0, false), false), 100);
+    }
+}

@@ -1,0 +1,378 @@
+//! `/admin/webhooks`.
+
+use poem::{Result, http::StatusCode};
+use poem_openapi::{
+    OpenApi,
+    param::{Header, Path, Query},
+};
+use quota_common::{
+    Page, WebhookDeliveryId, WebhookId,
+    audit::AuditAction,
+    bounds::GRACE_DEFAULT,
+    field::WebhookUrl,
+    webhook::{
+        CreateWebhook, CreatedWebhook, RotateWebhookSecret, UpdateWebhook, Webhook,
+        WebhookDelivery, WebhookDeliveryStatus,
+    },
+};
+use uuid::Uuid;
+
+use super::{
+    Tag,
+    change::{Edit, read},
+    creation::create,
+    idempotency::IdempotencyGuard,
+    json::{Created, Json, NoContent},
+    page::{self, PageSize},
+    problem::{ApiError, OrNotFound},
+    tenant_rights::{ManagingTenant, ReadingTenant},
+};
+use crate::{
+    db::TenantTx,
+    repo::{
+        webhook::{self, NewWebhook, WebhookChange, WebhookRow},
+        webhook_delivery::{self, DeliveryRow, NewDelivery},
+    },
+    state::AppState,
+    webhooks::event::Event,
+};
+
+pub struct WebhookApi {
+    pub state: AppState,
+}
+
+impl From<WebhookRow> for Webhook {
+    fn from(row: WebhookRow) -> Self {
+        Self {
+            id: WebhookId(row.id),
+            name: row.name,
+            url: row.url,
+            is_active: row.is_active,
+            disabled_reason: row.disabled_reason,
+            failing_since: row.failing_since.map(Into::into),
+            previous_secret_expires_at: row.previous_secret_expires_at.map(Into::into),
+            created_at: row.created_at.into(),
+            updated_at: row.updated_at.into(),
+        }
+    }
+}
+
+impl From<DeliveryRow> for WebhookDelivery {
+    fn from(row: DeliveryRow) -> Self {
+        Self {
+            id: WebhookDeliveryId(row.id),
+            webhook_id: WebhookId(row.webhook_id),
+            event_id: row.event_id,
+            event_type: row.event_type,
+            // The database allows only these.
+            status: WebhookDeliveryStatus::of(&row.status).unwrap_or(WebhookDeliveryStatus::Failed),
+            attempts: u32::try_from(row.attempts).unwrap_or(0),
+            response_status: row.response_status.and_then(|it| u32::try_from(it).ok()),
+            error: row.error,
+            last_attempt_at: row.last_attempt_at.map(Into::into),
+            next_attempt_at: row.due_at.map(Into::into),
+            payload: serde_json::from_str(&row.payload).unwrap_or_default(),
+            created_at: row.created_at.into(),
+        }
+    }
+}
+
+impl WebhookApi {
+    fn check_url(&self, url: &WebhookUrl) -> Result<(), ApiError> {
+        let checked = self.state.webhooks.check_url(url);
+        checked
+            .map(drop)
+            .map_err(|message| ApiError::invalid("url", message))
+    }
+}
+
+#[OpenApi(prefix_path = "/admin", tag = "Tag::Webhooks")]
+impl WebhookApi {
+    /// List webhooks
+    ///
+    /// Returns webhooks newest first. The signing secret is never returned.
+    #[oai(path = "/webhooks", method = "get", operation_id = "list_webhooks")]
+    async fn list(
+        &self,
+        caller: ReadingTenant,
+        /// Page size, 1–100. Default 20.
+        limit: Query<Option<PageSize>>,
+        /// `next_cursor` from the previous page.
+        cursor: Query<Option<String>>,
+    ) -> Result<Json<Page<Webhook>>, ApiError> {
+        let slice = page::slice(limit.0, cursor.0.as_deref())?;
+        let list = async |tx: &mut TenantTx| webhook::list(tx, slice).await;
+        let rows = read(&self.state, &caller, list).await?;
+        Ok(Json(page::page(rows, |row| row.id, Webhook::from)))
+    }
+
+    /// Create a webhook
+    ///
+    /// Returns the signing secret. This is the only time it is available: a replay with the same `Idempotency-Key`
+    /// returns everything except the secret. All later events are sent to the URL.
+    #[oai(path = "/webhooks", method = "post", operation_id = "create_webhook")]
+    async fn create(
+        &self,
+        caller: ManagingTenant,
+        /// Makes the request safe to retry: the same key and body within 24 hours return the first response again,
+        /// without the secret.
+        #[oai(name = "Idempotency-Key")]
+        idempotency_key: Header<Option<String>>,
+        body: Json<CreateWebhook>,
+    ) -> Result<Created<CreatedWebhook>, ApiError> {
+        let body = body.0;
+        let idempotency = IdempotencyGuard::new("create_webhook", idempotency_key.0, &body)?;
+        self.check_url(&body.url)?;
+        let mut secret = None;
+        let insert = async |tx: &mut TenantTx| {
+            let (tenant, id) = (caller.tenant().0, Uuid::now_v7());
+            let generated = self.state.webhooks.generate_secret(tenant, id);
+            let generated = generated.map_err(ApiError::internal)?;
+            let new = NewWebhook {
+                tenant_id: tenant,
+                id,
+                name: body.name.trim(),
+                url: &body.url,
+                secret: &generated.encrypted,
+            };
+            let row = webhook::insert(tx, &new).await?;
+            secret = Some(generated.shown);
+            Ok(CreatedWebhook {
+                secret: None,
+                webhook: row.into(),
+            })
+        };
+        let mut created = create(&self.state, &caller, idempotency, insert).await?;
+        // A replay has none.
+        created.secret = secret;
+        Ok(Created(created))
+    }
+
+    /// Get a webhook
+    ///
+    /// The signing secret is never returned.
+    #[oai(
+        path = "/webhooks/:webhook_id",
+        method = "get",
+        operation_id = "get_webhook"
+    )]
+    async fn get(
+        &self,
+        caller: ReadingTenant,
+        webhook_id: Path<WebhookId>,
+    ) -> Result<Json<Webhook>, ApiError> {
+        let find = async |tx: &mut TenantTx| webhook::find(tx, webhook_id.0.0).await;
+        let row = read(&self.state, &caller, find).await.or_not_found()?;
+        Ok(Json(row.into()))
+    }
+
+    /// Update a webhook
+    ///
+    /// Renames the webhook, changes its URL, disables it, or enables it again. Events that happen while it is disabled
+    /// are not sent to it.
+    #[oai(
+        path = "/webhooks/:webhook_id",
+        method = "patch",
+        operation_id = "update_webhook"
+    )]
+    async fn update(
+        &self,
+        caller: ManagingTenant,
+        webhook_id: Path<WebhookId>,
+        body: Json<UpdateWebhook>,
+    ) -> Result<Json<Webhook>, ApiError> {
+        let id = webhook_id.0.0;
+        let body = body.0;
+        let mut edit = Edit::begin(&self.state, &caller).await?;
+        let before = Webhook::from(webhook::lock(&mut edit, id).await.or_not_found()?);
+        if body == UpdateWebhook::default() {
+            return Ok(Json(before));
+        }
+        if let Some(url) = &body.url {
+            self.check_url(url)?;
+        }
+        // A new URL, or one that was repaired, starts without a history of failures.
+        let starts_over = body.url.is_some() || body.is_active == Some(true);
+        let change = WebhookChange {
+            name: body.name.as_deref().map(str::trim),
+            url: body.url.as_deref(),
+            is_active: body.is_active,
+            disabled_reason: (body.is_active == Some(true)).then_some(None),
+            failing_since: starts_over.then_some(None),
+        };
+        let row = webhook::update(&mut edit, id, &change)
+            .await
+            .or_not_found()?;
+        if body.is_active == Some(false) {
+            webhook_delivery::cancel(&mut edit, id, "The webhook was disabled.").await?;
+        }
+        let after = Webhook::from(row);
+        let action = AuditAction::WebhookUpdate;
+        edit.updated(action, &before, &after, None).await?;
+        Ok(Json(after))
+    }
+
+    /// Delete a webhook
+    ///
+    /// Pending deliveries are not sent, and the log of deliveries is deleted. This cannot be undone.
+    #[oai(
+        path = "/webhooks/:webhook_id",
+        method = "delete",
+        operation_id = "delete_webhook"
+    )]
+    async fn delete(
+        &self,
+        caller: ManagingTenant,
+        webhook_id: Path<WebhookId>,
+    ) -> Result<NoContent, ApiError> {
+        let mut edit = Edit::begin(&self.state, &caller).await?;
+        let last = webhook::delete(&mut edit, webhook_id.0.0)
+            .await
+            .or_not_found()?;
+        edit.deleted(AuditAction::WebhookDelete, &Webhook::from(last), None)
+            .await?;
+        Ok(NoContent)
+    }
+
+    /// Rotate a webhook's signing secret
+    ///
+    /// Returns a new secret. This is the only time it is available: a replay with the same `Idempotency-Key` returns
+    /// everything except the secret. For `grace_seconds`, deliveries are signed with the current secret as well. Until
+    /// then, another rotation ends the use of the earlier secret.
+    #[oai(
+        path = "/webhooks/:webhook_id/rotate-secret",
+        method = "post",
+        operation_id = "rotate_webhook_secret"
+    )]
+    async fn rotate_secret(
+        &self,
+        caller: ManagingTenant,
+        webhook_id: Path<WebhookId>,
+        /// Makes the request safe to retry: the same key and body within 24 hours return the first response again,
+        /// without the secret.
+        #[oai(name = "Idempotency-Key")]
+        idempotency_key: Header<Option<String>>,
+        body: Json<RotateWebhookSecret>,
+    ) -> Result<Json<CreatedWebhook>, ApiError> {
+        let id = webhook_id.0.0;
+        let body = body.0;
+        let idempotency =
+            IdempotencyGuard::new("rotate_webhook_secret", idempotency_key.0, &(id, &body))?;
+        let mut edit = Edit::begin(&self.state, &caller).await?;
+        if let Some(first) = idempotency.replay(&mut edit).await? {
+            return Ok(Json(first));
+        }
+        let before = Webhook::from(webhook::lock(&mut edit, id).await.or_not_found()?);
+        let generated = self.state.webhooks.generate_secret(caller.tenant().0, id);
+        let generated = generated.map_err(ApiError::internal)?;
+        let grace = body
+            .grace_seconds
+            .unwrap_or_else(|| GRACE_DEFAULT.into())
+            .into();
+        let row = webhook::rotate_secret(&mut edit, id, &generated.encrypted, grace).await;
+        let mut rotated = CreatedWebhook {
+            secret: None,
+            webhook: Webhook::from(row.or_not_found()?),
+        };
+        // The secret is removed, because it must not be stored.
+        idempotency
+            .keep(&mut edit, StatusCode::OK, &rotated)
+            .await?;
+        let action = AuditAction::WebhookRotateSecret;
+        edit.updated(action, &before, &rotated.webhook, None)
+            .await?;
+        rotated.secret = Some(generated.shown);
+        Ok(Json(rotated))
+    }
+
+    /// Send a test event
+    ///
+    /// Sends an event of the type `webhook.test`, also if the webhook is disabled. Returns the delivery, which is sent
+    /// immediately afterwards; list deliveries to see the result.
+    #[oai(
+        path = "/webhooks/:webhook_id/test",
+        method = "post",
+        operation_id = "test_webhook"
+    )]
+    async fn test(
+        &self,
+        caller: ManagingTenant,
+        webhook_id: Path<WebhookId>,
+    ) -> Result<Created<WebhookDelivery>, ApiError> {
+        let webhook = webhook_id.0.0;
+        let event = Event::test(self.state.clock.now());
+        let insert = async |tx: &mut TenantTx| {
+            // Locked, so that it is not deleted before the insert.
+            if webhook::lock(tx, webhook).await?.is_none() {
+                return Ok(None);
+            }
+            let new = NewDelivery {
+                tenant_id: tx.tenant().0,
+                id: Uuid::now_v7(),
+                webhook_id: webhook,
+                event_id: &event.id,
+                event_type: event.kind,
+                payload: &event.payload,
+            };
+            webhook_delivery::insert(tx, &new).await.map(Some)
+        };
+        let row = read(&self.state, &caller, insert).await.or_not_found()?;
+        self.state.webhooks.wake();
+        Ok(Created(row.into()))
+    }
+
+    /// List a webhook's deliveries
+    ///
+    /// Returns deliveries newest first. They are kept for 30 days.
+    #[oai(
+        path = "/webhooks/:webhook_id/deliveries",
+        method = "get",
+        operation_id = "list_webhook_deliveries"
+    )]
+    async fn deliveries(
+        &self,
+        caller: ReadingTenant,
+        webhook_id: Path<WebhookId>,
+        /// Only deliveries in this state.
+        status: Query<Option<WebhookDeliveryStatus>>,
+        /// Page size, 1–100. Default 20.
+        limit: Query<Option<PageSize>>,
+        /// `next_cursor` from the previous page.
+        cursor: Query<Option<String>>,
+    ) -> Result<Json<Page<WebhookDelivery>>, ApiError> {
+        let id = webhook_id.0.0;
+        let slice = page::slice(limit.0, cursor.0.as_deref())?;
+        let status = status.0.map(WebhookDeliveryStatus::as_str);
+        let list = async |tx: &mut TenantTx| {
+            if webhook::find(tx, id).await?.is_none() {
+                return Ok(None);
+            }
+            webhook_delivery::list(tx, id, status, slice)
+                .await
+                .map(Some)
+        };
+        let rows = read(&self.state, &caller, list).await.or_not_found()?;
+        Ok(Json(page::page(rows, |row| row.id, WebhookDelivery::from)))
+    }
+
+    /// Redeliver an event
+    ///
+    /// Sends the event again, whatever the state of the delivery, also if the webhook is disabled. It has the same ID, so
+    /// that a receiver that has already processed it can ignore it.
+    #[oai(
+        path = "/webhooks/deliveries/:delivery_id/redeliver",
+        method = "post",
+        operation_id = "redeliver_webhook"
+    )]
+    async fn redeliver(
+        &self,
+        caller: ManagingTenant,
+        delivery_id: Path<WebhookDeliveryId>,
+    ) -> Result<Json<WebhookDelivery>, ApiError> {
+        let id = delivery_id.0.0;
+        let redeliver = async |tx: &mut TenantTx| webhook_delivery::redeliver(tx, id).await;
+        let row = read(&self.state, &caller, redeliver).await.or_not_found()?;
+        self.state.webhooks.wake();
+        Ok(Json(row.into()))
+    }
+}

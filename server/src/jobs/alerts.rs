@@ -1,0 +1,58 @@
+//! Checks quotas for alerts.
+
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::{every, stopped};
+use crate::{db, state::AppState};
+
+/// How often quotas are checked. Usage is recorded within a second after a request.
+const EVERY: Duration = Duration::from_secs(5);
+/// The same without metering, when all quotas are checked.
+const EVERY_UNMETERED: Duration = Duration::from_secs(30);
+
+pub(super) async fn check(state: AppState, mut stopping: watch::Receiver<bool>) {
+    let mut ticks = every(if state.metering.is_on() {
+        EVERY
+    } else {
+        EVERY_UNMETERED
+    });
+    let mut is_reported = false;
+    loop {
+        // Can be dropped anywhere: a transaction that is not committed is rolled back and repeated later.
+        let has_more = tokio::select! {
+            biased;
+            () = stopped(&mut stopping) => return,
+            has_more = async {
+                ticks.tick().await;
+                round(&state, &mut is_reported).await
+            } => has_more,
+        };
+        if has_more {
+            ticks.reset_immediately();
+        }
+    }
+}
+
+/// Returns whether there may be more to check.
+async fn round(state: &AppState, is_reported: &mut bool) -> bool {
+    match state.alerts.check().await {
+        Ok(round) => {
+            *is_reported = false;
+            state.metrics.quota_alerts.inc_by(round.alerts);
+            state.metrics.alert_errors.inc_by(round.errors);
+            if round.deliveries > 0 {
+                state.webhooks.wake();
+            }
+            round.has_more && round.errors == 0
+        }
+        Err(error) => {
+            state.metrics.alert_errors.inc();
+            if !std::mem::replace(is_reported, true) {
+                tracing::warn!(error = %db::chain(&error), "cannot check quotas for alerts");
+            }
+            false
+        }
+    }
+}

@@ -1,0 +1,40 @@
+//! Writes and sends emails about alerts.
+
+use std::time::Duration;
+
+use super::every;
+use crate::{
+    alerts::email::Sent,
+    db::{self, DbError},
+    state::AppState,
+};
+
+/// How often this replica looks for emails to write and send.
+const EVERY: Duration = Duration::from_secs(5);
+
+pub(super) async fn send(state: AppState) {
+    let mut ticks = every(EVERY);
+    let mut is_reported = false;
+    loop {
+        ticks.tick().await;
+        match round(&state).await {
+            Ok(sent) => {
+                is_reported = false;
+                state.metrics.mails_sent.inc_by(sent.sent);
+                state.metrics.mail_attempts_failed.inc_by(sent.postponed);
+                state.metrics.mails_failed.inc_by(sent.failed);
+            }
+            Err(error) => {
+                state.metrics.mail_errors.inc();
+                if !std::mem::replace(&mut is_reported, true) {
+                    tracing::warn!(error = %db::chain(&error), "cannot send emails");
+                }
+            }
+        }
+    }
+}
+
+async fn round(state: &AppState) -> Result<Sent, DbError> {
+    state.alerts.write_emails(&state.config.public_url).await?;
+    state.alerts.send_emails(&state.mailer).await
+}

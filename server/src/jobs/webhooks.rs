@@ -1,0 +1,169 @@
+//! Sends events to webhooks.
+//!
+//! Deliveries that this replica has stored are sent immediately, others within a second.
+
+use std::{collections::HashMap, time::Duration};
+
+use tokio::{
+    sync::watch,
+    task::{self, JoinSet},
+    time::{Instant, timeout},
+};
+use uuid::Uuid;
+
+use super::{every, stopped};
+use crate::{
+    db::{self, DbError},
+    repo::webhook_delivery::DueDelivery,
+    state::AppState,
+    webhooks::deliver::{BUSY_AT, FINISH, Outcome},
+};
+
+/// How often this replica looks for deliveries without being notified.
+const EVERY: Duration = Duration::from_secs(1);
+/// The maximum number of attempts in progress on this replica.
+const CONCURRENT: usize = 32;
+/// How often the age of the oldest delivery is measured.
+const MEASURE_EVERY: Duration = Duration::from_secs(30);
+
+pub(super) async fn deliver(state: AppState, mut stopping: watch::Receiver<bool>) {
+    let mut worker = Worker {
+        state,
+        running: JoinSet::new(),
+        webhooks: HashMap::new(),
+        is_reported: false,
+        measured_at: None,
+    };
+    worker.reencrypt().await;
+    let mut ticks = every(EVERY);
+    loop {
+        let webhooks = worker.state.webhooks.clone();
+        tokio::select! {
+            biased;
+            () = stopped(&mut stopping) => break,
+            Some(ended) = worker.running.join_next_with_id() => match ended {
+                Ok((id, outcome)) => worker.ended(id, Some(&outcome)),
+                Err(error) => worker.ended(error.id(), None),
+            },
+            _ = ticks.tick() => {}
+            () = webhooks.woken() => {}
+        }
+        worker.begin().await;
+        worker.measure().await;
+    }
+    // What does not finish is repeated by another replica, or after the next start.
+    let rest = async { while worker.running.join_next().await.is_some() {} };
+    let _ = timeout(FINISH, rest).await;
+}
+
+struct Worker {
+    state: AppState,
+    running: JoinSet<Result<Outcome, DbError>>,
+    /// The webhook of each attempt in progress.
+    webhooks: HashMap<task::Id, Uuid>,
+    is_reported: bool,
+    measured_at: Option<Instant>,
+}
+
+impl Worker {
+    async fn reencrypt(&mut self) {
+        match self.state.webhooks.reencrypt().await {
+            Ok(unreadable) => {
+                let count = i64::try_from(unreadable).unwrap_or(i64::MAX);
+                self.state.metrics.webhook_secrets_unreadable.set(count);
+                if unreadable > 0 {
+                    tracing::error!(
+                        webhooks = unreadable,
+                        "secrets of webhooks were encrypted with a QUOTA_SECRET that is not configured; set it as QUOTA_SECRET_PREVIOUS and restart"
+                    );
+                }
+            }
+            Err(error) => self.report(&error),
+        }
+    }
+
+    /// Begins attempts for what is due, as far as there is room.
+    async fn begin(&mut self) {
+        loop {
+            let room = CONCURRENT.saturating_sub(self.running.len());
+            if room == 0 {
+                return;
+            }
+            let busy = busy(self.webhooks.values().copied().collect(), BUSY_AT);
+            let claim = self.state.webhooks.claim(room, &busy);
+            let due = match self.state.db.within_limit(claim).await {
+                Ok(due) => due,
+                Err(error) => return self.report(&error),
+            };
+            self.is_reported = false;
+            if due.is_empty() {
+                return;
+            }
+            for due in due {
+                let webhook = due.webhook_id;
+                let attempt = self.running.spawn(attempt(self.state.clone(), due));
+                self.webhooks.insert(attempt.id(), webhook);
+            }
+        }
+    }
+
+    /// `None`: it panicked, and is repeated later.
+    fn ended(&mut self, attempt: task::Id, outcome: Option<&Result<Outcome, DbError>>) {
+        self.webhooks.remove(&attempt);
+        let metrics = &self.state.metrics;
+        let counter = match outcome {
+            None => &metrics.webhook_errors,
+            Some(Ok(Outcome::Delivered)) => &metrics.webhooks_delivered,
+            Some(Ok(Outcome::Postponed)) => &metrics.webhook_attempts_failed,
+            Some(Ok(Outcome::Failed)) => &metrics.webhooks_failed,
+            Some(Err(error)) => return self.report(error),
+        };
+        counter.inc();
+    }
+
+    fn report(&mut self, error: &DbError) {
+        self.state.metrics.webhook_errors.inc();
+        if !std::mem::replace(&mut self.is_reported, true) {
+            tracing::warn!(error = %db::chain(error), "cannot send webhooks");
+        }
+    }
+
+    async fn measure(&mut self) {
+        if self
+            .measured_at
+            .is_some_and(|at| at.elapsed() < MEASURE_EVERY)
+        {
+            return;
+        }
+        self.measured_at = Some(Instant::now());
+        if let Ok(seconds) = self.state.webhooks.overdue_seconds().await {
+            self.state.metrics.webhooks_overdue.set(seconds);
+        }
+    }
+}
+
+async fn attempt(state: AppState, due: DueDelivery) -> Result<Outcome, DbError> {
+    state.webhooks.deliver(&due).await
+}
+
+/// Returns the webhooks that occur at least `at` times.
+fn busy(mut webhooks: Vec<Uuid>, at: usize) -> Vec<Uuid> {
+    webhooks.sort_unstable();
+    let groups = webhooks.chunk_by(|a, b| a == b);
+    groups
+        .filter(|group| group.len() >= at)
+        .map(|group| group[0])
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn webhooks_with_enough_attempts_are_busy() {
+        let [a, b, c] = [1, 2, 3].map(Uuid::from_u128);
+        assert_eq!(busy(vec![a, b, a, c, b, a], 2), [a, b]);
+        assert!(busy(vec![a, b, a, c, b, a], 4).is_empty());
+    }
+}

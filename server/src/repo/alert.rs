@@ -1,0 +1,372 @@
+//! Quota alerts in PostgreSQL, and the usage that causes them.
+
+use chrono::{DateTime, Utc};
+use diesel::{
+    prelude::*,
+    sql_query,
+    sql_types::{Array, BigInt, Bool, Integer, Nullable, Text, Timestamptz, Uuid as SqlUuid},
+};
+use diesel_async::{RunQueryDsl, SimpleAsyncConnection};
+use quota_common::TenantId;
+use uuid::Uuid;
+
+use super::{Rows, Slice};
+use crate::{
+    db::{DbError, SystemTx, TenantTx},
+    schema::quota_alerts,
+};
+
+#[derive(Debug, Clone, Queryable, Selectable, QueryableByName)]
+#[diesel(table_name = quota_alerts, check_for_backend(diesel::pg::Pg))]
+pub struct AlertRow {
+    pub id: Uuid,
+    /// Nil: the tenant's own quota.
+    pub key_id: Uuid,
+    pub key_name: Option<String>,
+    pub policy: String,
+    pub threshold: i32,
+    pub quota: i64,
+    pub used: i64,
+    pub window_start: DateTime<Utc>,
+    pub window_end: DateTime<Utc>,
+    pub email_pending: bool,
+    pub created_at: DateTime<Utc>,
+}
+
+pub async fn list(tx: &mut TenantTx, slice: Slice) -> Result<Rows<AlertRow>, DbError> {
+    let tenant = tx.tenant().0;
+    let total = quota_alerts::table
+        .filter(quota_alerts::tenant_id.eq(tenant))
+        .count()
+        .get_result(&mut **tx)
+        .await?;
+    let rows = quota_alerts::table
+        .filter(quota_alerts::tenant_id.eq(tenant))
+        .filter(quota_alerts::id.lt(slice.before()))
+        .order(quota_alerts::id.desc())
+        .limit(slice.fetch())
+        .select(AlertRow::as_select())
+        .load(&mut **tx)
+        .await?;
+    Ok(Rows::new(rows, slice.limit, total))
+}
+
+/// Who gets email about alerts.
+#[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
+pub struct SettingsRow {
+    #[diesel(sql_type = Bool)]
+    pub alert_email: bool,
+    #[diesel(sql_type = Array<Text>)]
+    pub alert_email_roles: Vec<String>,
+    /// The tenant's name.
+    #[diesel(sql_type = Text)]
+    pub name: String,
+}
+
+/// Returns the tenant's settings; with `for_update`, locks them until the transaction ends.
+pub async fn settings(tx: &mut TenantTx, for_update: bool) -> Result<SettingsRow, DbError> {
+    let lock = if for_update { "FOR NO KEY UPDATE" } else { "" };
+    let tenant = tx.tenant().0;
+    let settings = sql_query(format!(
+        "SELECT alert_email, alert_email_roles, name FROM tenants WHERE id = $1 {lock}"
+    ))
+    .bind::<SqlUuid, _>(tenant);
+    Ok(settings.get_result(&mut **tx).await?)
+}
+
+pub async fn update_settings(
+    tx: &mut TenantTx,
+    email: bool,
+    roles: &[&str],
+) -> Result<(), DbError> {
+    let tenant = tx.tenant().0;
+    sql_query("UPDATE tenants SET alert_email = $2, alert_email_roles = $3 WHERE id = $1")
+        .bind::<SqlUuid, _>(tenant)
+        .bind::<Bool, _>(email)
+        .bind::<Array<Text>, _>(roles)
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
+}
+
+// Checking quotas ----------------------------------------------------------------------------------------
+
+/// Returns tenants with usage that has not been checked yet, in random order.
+pub async fn unchecked_tenants(tx: &mut SystemTx, limit: i64) -> Result<Vec<Uuid>, DbError> {
+    #[derive(QueryableByName)]
+    struct Unchecked {
+        #[diesel(sql_type = SqlUuid)]
+        tenant_id: Uuid,
+    }
+    let tenants: Vec<Unchecked> = sql_query(
+        "SELECT u.tenant_id FROM usage_tenants u JOIN tenants t ON t.id = u.tenant_id \
+             LEFT JOIN quota_alert_progress p ON p.tenant_id = u.tenant_id \
+         WHERE p.seq IS DISTINCT FROM u.last_seq ORDER BY random() LIMIT $1",
+    )
+    .bind::<BigInt, _>(limit)
+    .get_results(&mut **tx)
+    .await?;
+    Ok(tenants.into_iter().map(|it| it.tenant_id).collect())
+}
+
+/// Returns tenants whose keys have quotas, in random order.
+pub async fn tenants_with_quotas(tx: &mut SystemTx) -> Result<Vec<Uuid>, DbError> {
+    #[derive(QueryableByName)]
+    struct Tenant {
+        #[diesel(sql_type = SqlUuid)]
+        tenant_id: Uuid,
+    }
+    let tenants: Vec<Tenant> = sql_query(
+        "SELECT tenant_id FROM plans WHERE daily_quota IS NOT NULL OR monthly_quota IS NOT NULL \
+         GROUP BY tenant_id ORDER BY random()",
+    )
+    .get_results(&mut **tx)
+    .await?;
+    Ok(tenants.into_iter().map(|it| it.tenant_id).collect())
+}
+
+/// The usage of a tenant to check: positions in its log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Unchecked {
+    /// Exclusive. -1: nothing has been checked.
+    pub after: i64,
+    pub until: i64,
+}
+
+/// Locks the progress of a tenant until the transaction ends. Returns `None` if another replica has locked it, or if the
+/// tenant is gone.
+pub async fn lock_progress(
+    tx: &mut SystemTx,
+    tenant: TenantId,
+) -> Result<Option<Unchecked>, DbError> {
+    #[derive(QueryableByName)]
+    struct Positions {
+        #[diesel(sql_type = BigInt)]
+        after: i64,
+    }
+    #[derive(QueryableByName)]
+    struct Last {
+        #[diesel(sql_type = BigInt)]
+        until: i64,
+    }
+    sql_query(
+        "INSERT INTO quota_alert_progress (tenant_id, seq) SELECT id, -1 FROM tenants WHERE id = $1 \
+         ON CONFLICT ON CONSTRAINT quota_alert_progress_pkey DO NOTHING",
+    )
+    .bind::<SqlUuid, _>(tenant.0)
+    .execute(&mut **tx)
+    .await?;
+    let locked: Option<Positions> = sql_query(
+        "SELECT seq AS after FROM quota_alert_progress WHERE tenant_id = $1 FOR UPDATE SKIP LOCKED",
+    )
+    .bind::<SqlUuid, _>(tenant.0)
+    .get_result(&mut **tx)
+    .await
+    .optional()?;
+    let Some(Positions { after }) = locked else {
+        return Ok(None);
+    };
+    // Read after the lock, so that it is never less than what another replica has checked.
+    let last: Option<Last> =
+        sql_query("SELECT last_seq AS until FROM usage_tenants WHERE tenant_id = $1")
+            .bind::<SqlUuid, _>(tenant.0)
+            .get_result(&mut **tx)
+            .await
+            .optional()?;
+    let until = last.map_or(after, |it| it.until);
+    Ok(Some(Unchecked { after, until }))
+}
+
+pub async fn set_progress(tx: &mut SystemTx, tenant: TenantId, seq: i64) -> Result<(), DbError> {
+    sql_query("UPDATE quota_alert_progress SET seq = $2 WHERE tenant_id = $1")
+        .bind::<SqlUuid, _>(tenant.0)
+        .bind::<BigInt, _>(seq)
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
+}
+
+/// How much of a quota is used in one window.
+#[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
+pub struct QuotaStanding {
+    /// Nil: the tenant's own quota.
+    #[diesel(sql_type = SqlUuid)]
+    pub key_id: Uuid,
+    #[diesel(sql_type = Nullable<Text>)]
+    pub key_name: Option<String>,
+    #[diesel(sql_type = Text)]
+    pub policy: String,
+    /// The quota for the window.
+    #[diesel(sql_type = BigInt)]
+    pub quota: i64,
+    /// The tokens that replicas have taken, which is never less than what was spent.
+    #[diesel(sql_type = BigInt)]
+    pub taken: i64,
+    /// The cost of allowed requests.
+    #[diesel(sql_type = BigInt)]
+    pub spent: i64,
+    /// Whether a request was denied because of this quota.
+    #[diesel(sql_type = Bool)]
+    pub has_denials: bool,
+    #[diesel(sql_type = Timestamptz)]
+    pub window_start: DateTime<Utc>,
+    #[diesel(sql_type = Timestamptz)]
+    pub window_end: DateTime<Utc>,
+}
+
+/// Which keys to check.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Keys {
+    /// Those in this part of the usage log.
+    Used(Unchecked),
+    All,
+}
+
+/// The current windows of keys' quotas, and those that ended in the last quarter of an hour, of which at least `$2`
+/// percent is taken. The quota of a shortened window is that of [`quota_usage::take`](super::quota_usage::take).
+///
+/// The usage log has as many partitions as days are kept. Recording is late by at most the time for which usage can wait
+/// on a replica, so the range is found by its position alone.
+fn standings_of(keys: Keys) -> String {
+    let keys = match keys {
+        Keys::Used(_) => {
+            "AND k.id IN (SELECT key_id FROM usage_log WHERE tenant_id = $1 AND seq > $3 AND seq <= $4)"
+        }
+        Keys::All => "",
+    };
+    format!(
+        r"SELECT k.id AS key_id, k.name AS key_name, v.policy, w.quota, w.used AS taken, u.spent, u.has_denials,
+              w.window_start, w.window_end
+          FROM api_keys k
+          JOIN plans p ON p.tenant_id = k.tenant_id AND p.id = k.plan_id
+          CROSS JOIN LATERAL (VALUES ('daily', p.daily_quota), ('monthly', p.monthly_quota)) v (policy, quota)
+          CROSS JOIN LATERAL (
+              SELECT q.used, q.window_start, q.window_end, greatest(1, ceil(v.quota
+                  * extract(epoch FROM q.window_end - q.window_start) / q.period_seconds)::bigint) AS quota
+              FROM quota_usage q
+              WHERE q.tenant_id = k.tenant_id AND q.key_id = k.id AND q.policy = v.policy AND q.used > 0
+                  AND q.window_start <= now() AND q.window_end > now() - interval '15 minutes'
+          ) w
+          CROSS JOIN LATERAL (
+              SELECT coalesce(sum(u.cost) FILTER (WHERE u.policy = ''), 0)::bigint AS spent,
+                  coalesce(bool_or(u.policy = v.policy), false) AS has_denials
+              FROM usage_quarters u
+              WHERE u.tenant_id = k.tenant_id AND u.endpoint = E'\x01' AND u.key_id = k.id
+                  AND u.start >= w.window_start AND u.start < w.window_end
+                  AND u.policy IN ('', v.policy)
+          ) u
+          WHERE k.tenant_id = $1 AND v.quota IS NOT NULL AND w.used::numeric * 100 >= w.quota::numeric * $2 {keys}"
+    )
+}
+
+/// Returns the quotas of a tenant's keys of which at least `percent` is taken. Takes time in proportion to the number of
+/// keys, so the limit for statements is raised.
+pub async fn standings(
+    tx: &mut SystemTx,
+    tenant: TenantId,
+    keys: Keys,
+    percent: i32,
+) -> Result<Vec<QuotaStanding>, DbError> {
+    tx.batch_execute("SET LOCAL statement_timeout = '30s'")
+        .await?;
+    let query = sql_query(standings_of(keys))
+        .bind::<SqlUuid, _>(tenant.0)
+        .bind::<Integer, _>(percent);
+    let rows = match keys {
+        Keys::Used(Unchecked { after, until }) => {
+            let query = query.bind::<BigInt, _>(after).bind::<BigInt, _>(until);
+            query.get_results(&mut **tx).await?
+        }
+        Keys::All => query.get_results(&mut **tx).await?,
+    };
+    Ok(rows)
+}
+
+/// A threshold that was reached.
+#[derive(Debug, Clone, Copy)]
+pub struct NewAlert<'a> {
+    pub id: Uuid,
+    pub standing: &'a QuotaStanding,
+    pub threshold: i32,
+    pub used: i64,
+}
+
+/// Inserts alerts, unless there is one for the same quota and threshold in the same window, or in one that overlaps it.
+/// Returns those that are new.
+pub async fn insert_new(
+    tx: &mut SystemTx,
+    tenant: TenantId,
+    alerts: &[NewAlert<'_>],
+) -> Result<Vec<AlertRow>, DbError> {
+    let column = |of: &dyn Fn(&NewAlert<'_>) -> i64| alerts.iter().map(of).collect::<Vec<_>>();
+    let rows = sql_query(
+        "INSERT INTO quota_alerts (tenant_id, id, key_id, key_name, policy, threshold, quota, used, window_start, \
+             window_end, email_pending) \
+         SELECT $1, a.id, a.key_id, a.key_name, a.policy, a.threshold, a.quota, a.used, a.window_start, a.window_end, \
+             false \
+         FROM unnest($2, $3, $4, $5, $6, $7, $8, $9, $10) \
+             AS a (id, key_id, key_name, policy, threshold, quota, used, window_start, window_end) \
+         WHERE NOT EXISTS ( \
+             SELECT FROM quota_alerts o WHERE o.tenant_id = $1 AND o.key_id = a.key_id AND o.policy = a.policy \
+                 AND o.threshold = a.threshold AND o.window_end > a.window_start AND o.window_start < a.window_end) \
+         ORDER BY a.id \
+         ON CONFLICT ON CONSTRAINT quota_alerts_once DO NOTHING \
+         RETURNING id, key_id, key_name, policy, threshold, quota, used, window_start, window_end, email_pending, \
+             created_at",
+    )
+    .bind::<SqlUuid, _>(tenant.0)
+    .bind::<Array<SqlUuid>, _>(alerts.iter().map(|it| it.id).collect::<Vec<_>>())
+    .bind::<Array<SqlUuid>, _>(
+        alerts
+            .iter()
+            .map(|it| it.standing.key_id)
+            .collect::<Vec<_>>(),
+    )
+    .bind::<Array<Nullable<Text>>, _>(
+        alerts
+            .iter()
+            .map(|it| it.standing.key_name.as_deref())
+            .collect::<Vec<_>>(),
+    )
+    .bind::<Array<Text>, _>(
+        alerts
+            .iter()
+            .map(|it| it.standing.policy.as_str())
+            .collect::<Vec<_>>(),
+    )
+    .bind::<Array<Integer>, _>(alerts.iter().map(|it| it.threshold).collect::<Vec<_>>())
+    .bind::<Array<BigInt>, _>(column(&|it| it.standing.quota))
+    .bind::<Array<BigInt>, _>(column(&|it| it.used))
+    .bind::<Array<Timestamptz>, _>(
+        alerts
+            .iter()
+            .map(|it| it.standing.window_start)
+            .collect::<Vec<_>>(),
+    )
+    .bind::<Array<Timestamptz>, _>(
+        alerts
+            .iter()
+            .map(|it| it.standing.window_end)
+            .collect::<Vec<_>>(),
+    )
+    .get_results(&mut **tx)
+    .await?;
+    Ok(rows)
+}
+
+/// Adds alerts to the next email to the tenant, if it gets any.
+pub async fn mark_for_email(
+    tx: &mut SystemTx,
+    tenant: TenantId,
+    alerts: &[Uuid],
+) -> Result<(), DbError> {
+    sql_query(
+        "UPDATE quota_alerts SET email_pending = true WHERE tenant_id = $1 AND id = ANY($2) \
+             AND (SELECT alert_email FROM tenants WHERE id = $1)",
+    )
+    .bind::<SqlUuid, _>(tenant.0)
+    .bind::<Array<SqlUuid>, _>(alerts)
+    .execute(&mut **tx)
+    .await?;
+    Ok(())
+}

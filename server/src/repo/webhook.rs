@@ -1,0 +1,241 @@
+//! Webhooks in PostgreSQL.
+
+use chrono::{DateTime, Utc};
+use diesel::{
+    prelude::*,
+    sql_types::{BigInt, Bool, Bytea, Integer, Nullable, Uuid as SqlUuid},
+};
+use diesel_async::RunQueryDsl;
+use quota_common::TenantId;
+use uuid::Uuid;
+
+use super::{Rows, Slice};
+use crate::{
+    db::{DbError, SystemTx, TenantTx},
+    schema::webhooks,
+};
+
+#[derive(Debug, Clone, Queryable, Selectable)]
+#[diesel(table_name = webhooks, check_for_backend(diesel::pg::Pg))]
+pub struct WebhookRow {
+    pub id: Uuid,
+    pub name: String,
+    pub url: String,
+    pub is_active: bool,
+    pub disabled_reason: Option<String>,
+    pub failing_since: Option<DateTime<Utc>>,
+    pub previous_secret_expires_at: Option<DateTime<Utc>>,
+    pub created_at: DateTime<Utc>,
+    pub updated_at: DateTime<Utc>,
+}
+
+#[derive(Debug, Insertable)]
+#[diesel(table_name = webhooks)]
+pub struct NewWebhook<'a> {
+    pub tenant_id: Uuid,
+    pub id: Uuid,
+    pub name: &'a str,
+    pub url: &'a str,
+    /// Encrypted.
+    pub secret: &'a [u8],
+}
+
+#[derive(Debug, Default, AsChangeset)]
+#[diesel(table_name = webhooks)]
+pub struct WebhookChange<'a> {
+    pub name: Option<&'a str>,
+    pub url: Option<&'a str>,
+    pub is_active: Option<bool>,
+    pub disabled_reason: Option<Option<String>>,
+    pub failing_since: Option<Option<DateTime<Utc>>>,
+}
+
+pub async fn insert(tx: &mut TenantTx, webhook: &NewWebhook<'_>) -> Result<WebhookRow, DbError> {
+    let query = diesel::insert_into(webhooks::table)
+        .values(webhook)
+        .returning(WebhookRow::as_returning());
+    Ok(query.get_result(&mut **tx).await?)
+}
+
+pub async fn list(tx: &mut TenantTx, slice: Slice) -> Result<Rows<WebhookRow>, DbError> {
+    let tenant = tx.tenant().0;
+    let total = webhooks::table
+        .filter(webhooks::tenant_id.eq(tenant))
+        .count()
+        .get_result(&mut **tx)
+        .await?;
+    let rows = webhooks::table
+        .filter(webhooks::tenant_id.eq(tenant))
+        .filter(webhooks::id.lt(slice.before()))
+        .order(webhooks::id.desc())
+        .limit(slice.fetch())
+        .select(WebhookRow::as_select())
+        .load(&mut **tx)
+        .await?;
+    Ok(Rows::new(rows, slice.limit, total))
+}
+
+find_by_id!(
+    pub fn find in webhooks -> WebhookRow
+);
+find_by_id!(
+    /// Finds a webhook and locks it against other changes until the transaction ends.
+    pub fn lock in webhooks -> WebhookRow, for_update
+);
+update_by_id!(
+    pub fn update in webhooks, WebhookChange -> WebhookRow
+);
+delete_by_id!(
+    /// Deletes a webhook with its deliveries. Returns its last state.
+    pub fn delete in webhooks -> WebhookRow
+);
+
+/// Replaces the secret. The current one becomes the previous one for `grace_seconds`; an earlier previous one is
+/// dropped.
+pub async fn rotate_secret(
+    tx: &mut TenantTx,
+    id: Uuid,
+    secret: &[u8],
+    grace_seconds: i32,
+) -> Result<Option<WebhookRow>, DbError> {
+    #[derive(QueryableByName)]
+    struct Rotated {
+        #[diesel(sql_type = Bool)]
+        #[expect(dead_code, reason = "a row is returned if there is such a webhook")]
+        rotated: bool,
+    }
+    let tenant = tx.tenant().0;
+    let rotated: Option<Rotated> = diesel::sql_query(
+        "UPDATE webhooks SET secret = $3, \
+             previous_secret = CASE WHEN $4 > 0 THEN secret END, \
+             previous_secret_expires_at = CASE WHEN $4 > 0 THEN now() + $4 * interval '1 second' END \
+         WHERE tenant_id = $1 AND id = $2 RETURNING true AS rotated",
+    )
+    .bind::<SqlUuid, _>(tenant)
+    .bind::<SqlUuid, _>(id)
+    .bind::<Bytea, _>(secret)
+    .bind::<Integer, _>(grace_seconds)
+    .get_result(&mut **tx)
+    .await
+    .optional()?;
+    match rotated {
+        Some(_) => find(tx, id).await,
+        None => Ok(None),
+    }
+}
+
+/// Returns the tenant's active webhooks, and keeps them active until the transaction ends.
+pub async fn lock_active(tx: &mut SystemTx, tenant: TenantId) -> Result<Vec<Uuid>, DbError> {
+    let active = webhooks::table
+        .filter(webhooks::tenant_id.eq(tenant.0))
+        .filter(webhooks::is_active)
+        .order(webhooks::id.asc())
+        .select(webhooks::id)
+        .for_share();
+    Ok(active.load(&mut **tx).await?)
+}
+
+/// Records that a delivery was accepted.
+pub async fn succeeded(tx: &mut SystemTx, tenant: Uuid, id: Uuid) -> Result<(), DbError> {
+    let failing = webhooks::table
+        .find((tenant, id))
+        .filter(webhooks::failing_since.is_not_null());
+    diesel::update(failing)
+        .set(webhooks::failing_since.eq(None::<DateTime<Utc>>))
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
+}
+
+/// Records that an attempt failed. Returns for how long attempts have been failing, in seconds, or `None` if the
+/// webhook is gone.
+pub async fn failed(tx: &mut SystemTx, tenant: Uuid, id: Uuid) -> Result<Option<i64>, DbError> {
+    #[derive(QueryableByName)]
+    struct Failing {
+        #[diesel(sql_type = BigInt)]
+        seconds: i64,
+    }
+    let failing: Option<Failing> = diesel::sql_query(
+        "UPDATE webhooks SET failing_since = coalesce(failing_since, now()) \
+         WHERE tenant_id = $1 AND id = $2 \
+         RETURNING extract(epoch FROM now() - failing_since)::bigint AS seconds",
+    )
+    .bind::<SqlUuid, _>(tenant)
+    .bind::<SqlUuid, _>(id)
+    .get_result(&mut **tx)
+    .await
+    .optional()?;
+    Ok(failing.map(|it| it.seconds))
+}
+
+/// Disables an active webhook. Returns its name, or `None` if it was not active.
+pub async fn disable(
+    tx: &mut SystemTx,
+    tenant: Uuid,
+    id: Uuid,
+    reason: &str,
+) -> Result<Option<String>, DbError> {
+    let active = webhooks::table
+        .find((tenant, id))
+        .filter(webhooks::is_active);
+    let name = diesel::update(active)
+        .set((
+            webhooks::is_active.eq(false),
+            webhooks::disabled_reason.eq(reason),
+        ))
+        .returning(webhooks::name)
+        .get_result(&mut **tx)
+        .await;
+    Ok(name.optional()?)
+}
+
+/// The stored secrets of a webhook.
+#[derive(Debug, Clone, QueryableByName)]
+pub struct StoredSecrets {
+    #[diesel(sql_type = SqlUuid)]
+    pub tenant_id: Uuid,
+    #[diesel(sql_type = SqlUuid)]
+    pub id: Uuid,
+    #[diesel(sql_type = Bytea)]
+    pub secret: Vec<u8>,
+    #[diesel(sql_type = Nullable<Bytea>)]
+    pub previous_secret: Option<Vec<u8>>,
+}
+
+/// Returns the secrets of webhooks after this one, in the order of their tenants and IDs.
+pub async fn stored_secrets(
+    tx: &mut SystemTx,
+    after: (Uuid, Uuid),
+    limit: i64,
+) -> Result<Vec<StoredSecrets>, DbError> {
+    let rows = diesel::sql_query(
+        "SELECT tenant_id, id, secret, previous_secret FROM webhooks \
+         WHERE (tenant_id, id) > ($1, $2) ORDER BY tenant_id, id LIMIT $3",
+    )
+    .bind::<SqlUuid, _>(after.0)
+    .bind::<SqlUuid, _>(after.1)
+    .bind::<BigInt, _>(limit);
+    Ok(rows.load(&mut **tx).await?)
+}
+
+/// Replaces stored secrets by the same ones, encrypted with another key, unless they have changed.
+pub async fn replace_secrets(
+    tx: &mut SystemTx,
+    before: &StoredSecrets,
+    secret: &[u8],
+    previous_secret: Option<&[u8]>,
+) -> Result<(), DbError> {
+    diesel::sql_query(
+        "UPDATE webhooks SET secret = $3, previous_secret = $4 \
+         WHERE tenant_id = $1 AND id = $2 AND secret = $5 AND previous_secret IS NOT DISTINCT FROM $6",
+    )
+    .bind::<SqlUuid, _>(before.tenant_id)
+    .bind::<SqlUuid, _>(before.id)
+    .bind::<Bytea, _>(secret)
+    .bind::<Nullable<Bytea>, _>(previous_secret)
+    .bind::<Bytea, _>(&before.secret)
+    .bind::<Nullable<Bytea>, _>(before.previous_secret.as_deref())
+    .execute(&mut **tx)
+    .await?;
+    Ok(())
+}

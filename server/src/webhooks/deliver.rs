@@ -1,0 +1,205 @@
+//! Sends what is due, and decides when failed deliveries are sent again.
+//!
+//! An attempt is counted before it is made, and becomes due again by itself after [`LEASE`], so a delivery is not lost
+//! if this process ends.
+
+use std::time::Duration;
+
+use quota_common::audit::{AuditAction, AuditTarget};
+use uuid::Uuid;
+
+use super::{
+    Webhooks, context,
+    send::{Attempt, Sent},
+    signature::sign,
+};
+use crate::{
+    db::{DbError, SystemTx},
+    repo::{
+        audit::{self, NewAuditEvent},
+        webhook,
+        webhook_delivery::{self, AttemptResult, DueDelivery},
+    },
+};
+
+/// The time after which another replica may repeat an attempt. Longer than an attempt and the recording of its result
+/// take.
+const LEASE: i32 = 60;
+/// The pauses between attempts, in seconds. Together they are a day.
+const PAUSES: [i64; 9] = [5, 60, 300, 1800, 3600, 7200, 14_400, 21_600, 37_000];
+/// The longest pause that an endpoint can request, in seconds.
+const PAUSE_MAX: i64 = 12 * 3600;
+/// After an endpoint has been failing for this long, in seconds, it is disabled when a delivery is given up.
+const FAILING_MAX: i64 = 3 * 24 * 3600;
+/// The maximum number of deliveries that are claimed for one endpoint at a time.
+const PER_WEBHOOK: i64 = 4;
+/// The number of attempts in progress on one replica that make an endpoint [busy](Webhooks::claim).
+pub const BUSY_AT: usize = 4;
+
+const GONE: u16 = 410;
+
+/// What became of an attempt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    Delivered,
+    /// It is sent again later.
+    Postponed,
+    /// It is not sent again.
+    Failed,
+}
+
+/// Returns how long to wait before the next attempt after this many, or `None` if that was the last one. `random` is in
+/// `0..1`.
+fn pause(attempts: i32, retry_after: Option<u64>, random: f64) -> Option<i64> {
+    let index = usize::try_from(attempts - 1).unwrap_or(0);
+    let pause = *PAUSES.get(index)?;
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_precision_loss,
+        reason = "a day has few seconds"
+    )]
+    let jitter = (pause as f64 * 0.2 * random) as i64;
+    let requested = retry_after.map_or(0, |it| i64::try_from(it).unwrap_or(PAUSE_MAX));
+    Some((pause + jitter).max(requested.min(PAUSE_MAX)))
+}
+
+impl Webhooks {
+    /// Claims deliveries that are due, at most `limit`, and none of the `busy` webhooks.
+    pub async fn claim(&self, limit: usize, busy: &[Uuid]) -> Result<Vec<DueDelivery>, DbError> {
+        let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+        let mut tx = self.0.db.system().await?;
+        let due = webhook_delivery::claim(&mut tx, limit, PER_WEBHOOK, busy, LEASE).await?;
+        tx.commit().await?;
+        Ok(due)
+    }
+
+    /// Sends a delivery and records the result.
+    pub async fn deliver(&self, due: &DueDelivery) -> Result<Outcome, DbError> {
+        let sent = self.attempt(due).await;
+        let mut tx = self.0.db.system().await?;
+        let outcome = record(&mut tx, due, &sent).await?;
+        tx.commit().await?;
+        Ok(outcome)
+    }
+
+    async fn attempt(&self, due: &DueDelivery) -> Sent {
+        // Checked again, since the operator's networks may have changed.
+        let (url, scheme) = match self.0.targets.parse(&due.url) {
+            Ok(parsed) => parsed,
+            Err(message) => return Sent::failed(format!("The URL {message}.")),
+        };
+        let context = context(due.tenant_id, due.webhook_id);
+        let secrets = std::iter::once(&due.secret).chain(&due.previous_secret);
+        let secrets: Option<Vec<_>> = secrets
+            .map(|it| Some(self.0.encryption.decrypt(&context, it)?.secret))
+            .collect();
+        let Some(secrets) = secrets else {
+            return Sent::failed("The signing secret cannot be read. Rotate it.");
+        };
+        let attempt = Attempt {
+            event_id: &due.event_id,
+            at: due.at,
+            signature: &sign(&secrets, &due.event_id, due.at, &due.payload),
+            payload: &due.payload,
+        };
+        self.0.sender.send(url, scheme, &attempt).await
+    }
+
+    /// Returns how long the oldest delivery that is due has been waiting, in seconds.
+    pub async fn overdue_seconds(&self) -> Result<i64, DbError> {
+        let mut tx = self.0.db.system().await?;
+        let seconds = webhook_delivery::overdue_seconds(&mut tx).await?;
+        tx.commit().await?;
+        Ok(seconds)
+    }
+}
+
+/// Records the result of an attempt.
+async fn record(tx: &mut SystemTx, due: &DueDelivery, sent: &Sent) -> Result<Outcome, DbError> {
+    let (tenant, id) = (due.tenant_id, due.webhook_id);
+    let mut result = AttemptResult {
+        response_status: sent.status.map(i32::from),
+        error: sent.error.as_deref(),
+        retry_after: None,
+    };
+    // Webhooks are locked before their deliveries, everywhere.
+    if sent.error.is_none() {
+        webhook::succeeded(tx, tenant, id).await?;
+        webhook_delivery::finish(tx, due, &result).await?;
+        return Ok(Outcome::Delivered);
+    }
+    let Some(failing_for) = webhook::failed(tx, tenant, id).await? else {
+        // Deleted, with its deliveries.
+        return Ok(Outcome::Failed);
+    };
+    if sent.status == Some(GONE) {
+        webhook_delivery::finish(tx, due, &result).await?;
+        disable(tx, due, "The endpoint responded with status 410 (Gone).").await?;
+        return Ok(Outcome::Failed);
+    }
+    result.retry_after = pause(due.attempts, sent.retry_after, random());
+    webhook_delivery::finish(tx, due, &result).await?;
+    if result.retry_after.is_some() {
+        return Ok(Outcome::Postponed);
+    }
+    if failing_for >= FAILING_MAX {
+        disable(tx, due, "All deliveries failed for more than 3 days.").await?;
+    }
+    Ok(Outcome::Failed)
+}
+
+/// Disables a webhook, and gives up its other deliveries.
+async fn disable(tx: &mut SystemTx, due: &DueDelivery, reason: &str) -> Result<(), DbError> {
+    let (tenant, id) = (due.tenant_id, due.webhook_id);
+    let Some(name) = webhook::disable(tx, tenant, id, reason).await? else {
+        return Ok(());
+    };
+    webhook_delivery::cancel_system(tx, tenant, id, "The webhook was disabled.").await?;
+    let event = NewAuditEvent {
+        target_name: Some(&name),
+        after: Some(serde_json::json!({"is_active": false, "disabled_reason": reason})),
+        ..NewAuditEvent::new(
+            tenant,
+            AuditAction::WebhookDisable,
+            AuditTarget::Webhook,
+            &id,
+        )
+    };
+    audit::insert_system(tx, &event).await?;
+    tracing::info!(%tenant, webhook = %id, reason, "webhook disabled");
+    Ok(())
+}
+
+/// Returns a random number in `0..1`. Without random bytes, there is no jitter.
+fn random() -> f64 {
+    getrandom::u32().map_or(0.0, |it| f64::from(it) / (f64::from(u32::MAX) + 1.0))
+}
+
+/// How long a stopping server waits for attempts in progress. They are repeated by another replica otherwise.
+pub const FINISH: Duration = Duration::from_secs(3);
+
+#[cfg(test)]
+mod schedule_tests {
+    use super::*;
+
+    #[test]
+    fn retries_take_a_day_and_then_end() {
+        let total = |random| {
+            (1..=9)
+                .map(|n| pause(n, None, random).unwrap())
+                .sum::<i64>()
+        };
+        let hours = |seconds: i64| seconds / 3600;
+        assert_eq!((hours(total(0.0)), hours(total(0.999))), (23, 28));
+        assert_eq!(pause(1, None, 0.0), Some(5));
+        assert_eq!(pause(10, None, 0.5), None);
+        assert_eq!(pause(10, Some(60), 0.5), None);
+    }
+
+    #[test]
+    fn endpoint_can_ask_for_a_longer_pause_but_not_for_a_shorter_one() {
+        assert_eq!(pause(1, Some(600), 0.0), Some(600));
+        assert_eq!(pause(4, Some(600), 0.0), Some(1800));
+        assert_eq!(pause(1, Some(u64::MAX), 0.0), Some(12 * 3600));
+    }
+}

@@ -1,0 +1,67 @@
+//! The events that are sent, as JSON.
+
+use chrono::DateTime;
+use quota_common::{Timestamp, alert::QuotaAlert};
+use serde::Serialize;
+use uuid::Uuid;
+
+use crate::clock::UnixNanos;
+
+/// The type of an event: a share of a quota was reached.
+pub const THRESHOLD_REACHED: &str = "quota.threshold_reached";
+/// The type of an event: a tenant tests an endpoint.
+pub const TEST: &str = "webhook.test";
+
+/// An event with its body, which is the same for every endpoint.
+#[derive(Debug, Clone)]
+pub struct Event {
+    pub id: String,
+    pub kind: &'static str,
+    pub payload: String,
+}
+
+/// The body of a request, as the Standard Webhooks specification recommends.
+#[derive(Serialize)]
+struct Payload<'a, T> {
+    r#type: &'a str,
+    /// When the event happened, not when it is sent.
+    timestamp: Timestamp,
+    data: &'a T,
+}
+
+/// What a test contains.
+#[derive(Serialize)]
+struct Test {
+    message: &'static str,
+}
+
+impl Event {
+    fn new<T: Serialize>(id: Uuid, kind: &'static str, at: Timestamp, data: &T) -> Self {
+        let payload = Payload {
+            r#type: kind,
+            timestamp: at,
+            data,
+        };
+        Self {
+            // It must not contain a period, which separates the parts of what is signed.
+            id: format!("msg_{}", id.simple()),
+            kind,
+            payload: serde_json::to_string(&payload).unwrap_or_default(),
+        }
+    }
+
+    /// A threshold of a quota was reached.
+    pub fn threshold_reached(alert: &QuotaAlert) -> Self {
+        Self::new(alert.id.0, THRESHOLD_REACHED, alert.created_at, alert)
+    }
+
+    /// A tenant tests an endpoint.
+    pub fn test(now: UnixNanos) -> Self {
+        let nanos = i64::try_from(now.0).unwrap_or(i64::MAX);
+        let now = DateTime::from_timestamp_nanos(nanos);
+        let data = Test {
+            message: "This is a test. No action is required.",
+        };
+        Self::new(Uuid::now_v7(), TEST, now.into(), &data)
+    }
+}

@@ -1,0 +1,181 @@
+//! Webhooks: events that are sent to tenants' endpoints.
+//!
+//! An event is stored with a delivery for each endpoint, in the transaction that caused it, and sent afterwards
+//! ([`deliver`]). A delivery is sent at least once: receivers recognize repetitions by their ID. Deliveries of an endpoint
+//! are not ordered.
+//!
+//! If PostgreSQL is unreachable, nothing is sent, and what was stored is sent later.
+
+pub mod deliver;
+pub mod event;
+mod send;
+mod signature;
+mod target;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use tokio::sync::Notify;
+use url::Url;
+use uuid::Uuid;
+
+use self::send::Sender;
+pub use self::{
+    signature::{SECRET_LENGTH, shown},
+    target::{Lookup, Scheme, SystemLookup, Targets},
+};
+use crate::{
+    db::{Db, DbError},
+    encryption::Encryption,
+    repo::webhook::{self, StoredSecrets},
+};
+
+/// The number of webhooks whose secrets are encrypted again in one transaction.
+const BATCH: i64 = 100;
+
+/// See the module. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Webhooks(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    db: Db,
+    encryption: Encryption,
+    targets: Targets,
+    sender: Sender,
+    stored: Notify,
+}
+
+/// A secret cannot be encrypted or decrypted.
+#[derive(Debug, thiserror::Error)]
+pub enum SecretError {
+    #[error("the operating system has no random bytes")]
+    NoRandomBytes,
+    #[error("a secret was encrypted with a QUOTA_SECRET that is not configured")]
+    UnknownKey,
+}
+
+/// A secret that was just generated.
+pub struct NewSecret {
+    /// As it is shown to the tenant.
+    pub shown: String,
+    /// As it is stored.
+    pub encrypted: Vec<u8>,
+}
+
+/// The context in which a webhook's secrets are encrypted.
+fn context(tenant: Uuid, webhook: Uuid) -> Vec<u8> {
+    [tenant.as_bytes().as_slice(), webhook.as_bytes()].concat()
+}
+
+impl Webhooks {
+    /// `private` are networks that are not public, to which webhooks may be sent nevertheless.
+    ///
+    /// # Errors
+    ///
+    /// If the certificates of the operating system cannot be read.
+    pub fn new(
+        db: Db,
+        encryption: Encryption,
+        private: &[IpNet],
+        lookup: &Arc<dyn Lookup>,
+    ) -> Result<Self, reqwest::Error> {
+        let targets = Targets::new(private);
+        let sender = Sender::new(&targets, lookup)?;
+        Ok(Self(Arc::new(Inner {
+            db,
+            encryption,
+            targets,
+            sender,
+            stored: Notify::new(),
+        })))
+    }
+
+    /// Checks everything about a URL that does not need a lookup.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with it, as a message for the field.
+    pub fn check_url(&self, text: &str) -> Result<Url, &'static str> {
+        self.0.targets.parse(text).map(|(url, _)| url)
+    }
+
+    /// Generates a signing secret for a webhook.
+    pub fn generate_secret(&self, tenant: Uuid, webhook: Uuid) -> Result<NewSecret, SecretError> {
+        let mut secret = [0; SECRET_LENGTH];
+        getrandom::fill(&mut secret).map_err(|_| SecretError::NoRandomBytes)?;
+        Ok(NewSecret {
+            shown: shown(&secret),
+            encrypted: self.encrypt(tenant, webhook, &secret)?,
+        })
+    }
+
+    fn encrypt(&self, tenant: Uuid, webhook: Uuid, secret: &[u8]) -> Result<Vec<u8>, SecretError> {
+        let encrypted = self.0.encryption.encrypt(&context(tenant, webhook), secret);
+        encrypted.map_err(|_| SecretError::NoRandomBytes)
+    }
+
+    /// Sends deliveries that have just been stored without waiting for the next round.
+    pub fn wake(&self) {
+        self.0.stored.notify_one();
+    }
+
+    /// Completes when deliveries have been stored on this replica.
+    pub async fn woken(&self) {
+        self.0.stored.notified().await;
+    }
+
+    /// Encrypts all stored secrets with the key in use, so that the previous `QUOTA_SECRET` can be removed. Returns how
+    /// many webhooks have secrets that cannot be decrypted.
+    pub async fn reencrypt(&self) -> Result<usize, DbError> {
+        let mut after = (Uuid::nil(), Uuid::nil());
+        let mut unreadable = 0;
+        loop {
+            let mut tx = self.0.db.system().await?;
+            let batch = webhook::stored_secrets(&mut tx, after, BATCH).await?;
+            let Some(last) = batch.last() else {
+                return tx.commit().await.map(|()| unreadable);
+            };
+            after = (last.tenant_id, last.id);
+            for stored in &batch {
+                match self.reencrypted(stored) {
+                    Ok(None) => {}
+                    Ok(Some((secret, previous))) => {
+                        webhook::replace_secrets(&mut tx, stored, &secret, previous.as_deref())
+                            .await?;
+                    }
+                    Err(error) => {
+                        unreadable += 1;
+                        tracing::debug!(webhook = %stored.id, %error, "cannot encrypt a secret again");
+                    }
+                }
+            }
+            tx.commit().await?;
+        }
+    }
+
+    /// Returns secrets encrypted with the key in use, or `None` if they are already.
+    #[expect(clippy::type_complexity, reason = "the two columns of a row")]
+    fn reencrypted(
+        &self,
+        stored: &StoredSecrets,
+    ) -> Result<Option<(Vec<u8>, Option<Vec<u8>>)>, SecretError> {
+        let (tenant, id) = (stored.tenant_id, stored.id);
+        let decrypt = |secret: &[u8]| {
+            let decrypted = self.0.encryption.decrypt(&context(tenant, id), secret);
+            decrypted.ok_or(SecretError::UnknownKey)
+        };
+        let secret = decrypt(&stored.secret)?;
+        let previous = stored.previous_secret.as_deref().map(decrypt).transpose()?;
+        if secret.is_current && previous.as_ref().is_none_or(|it| it.is_current) {
+            return Ok(None);
+        }
+        let previous = previous.map(|it| self.encrypt(tenant, id, &it.secret));
+        Ok(Some((
+            self.encrypt(tenant, id, &secret.secret)?,
+            previous.transpose()?,
+        )))
+    }
+}

@@ -1,0 +1,217 @@
+//! Sends one delivery.
+
+use std::{error::Error, sync::Arc, time::Duration};
+
+use chrono::DateTime;
+use reqwest::{
+    Client, Response,
+    header::{CONTENT_TYPE, RETRY_AFTER},
+    redirect, retry,
+};
+use tokio::time::{Instant, timeout, timeout_at};
+use url::Url;
+
+use super::target::{ForbiddenAddress, Lookup, Scheme, Targets};
+use crate::error_chain::chain;
+
+/// How long an attempt may take, including the lookup and the connection.
+pub const TIMEOUT: Duration = Duration::from_secs(15);
+/// How long the rest of a response is read after its header, so that the receiver can finish sending it.
+const READ_BODY: Duration = Duration::from_secs(1);
+/// How much of a response is read. It is not used.
+const BODY_MAX: usize = 16 * 1024;
+/// The length of an error, in characters.
+const ERROR_MAX: usize = 200;
+
+/// A request to an endpoint.
+#[derive(Debug)]
+pub struct Attempt<'a> {
+    pub event_id: &'a str,
+    /// Seconds since 1970.
+    pub at: i64,
+    pub signature: &'a str,
+    pub payload: &'a str,
+}
+
+/// The result of an attempt.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sent {
+    pub status: Option<u16>,
+    /// `None`: it was accepted.
+    pub error: Option<String>,
+    /// When the endpoint wants it to be sent again, in seconds from now.
+    pub retry_after: Option<u64>,
+}
+
+impl Sent {
+    pub fn failed(error: impl Into<String>) -> Self {
+        Self {
+            status: None,
+            error: Some(error.into().chars().take(ERROR_MAX).collect()),
+            retry_after: None,
+        }
+    }
+}
+
+/// The clients for both schemes, which differ in the addresses that they connect to.
+#[derive(Debug)]
+pub struct Sender {
+    https: Client,
+    http: Client,
+}
+
+impl Sender {
+    pub fn new(targets: &Targets, lookup: &Arc<dyn Lookup>) -> Result<Self, reqwest::Error> {
+        let builder = |scheme| {
+            Client::builder()
+                .user_agent(concat!("Quota-Webhooks/", env!("CARGO_PKG_VERSION")))
+                .dns_resolver(targets.resolver(scheme, lookup.clone()))
+                // A proxy would do the lookup.
+                .no_proxy()
+                // Would not be checked, and an endpoint that has moved should be configured with its new URL.
+                .redirect(redirect::Policy::none())
+                .retry(retry::never())
+                .https_only(scheme == Scheme::Https)
+                // Each attempt looks up the address again.
+                .pool_max_idle_per_host(0)
+                .timeout(TIMEOUT)
+        };
+        let client = |scheme| {
+            builder(scheme).build().or_else(|error| {
+                // Must not prevent startup, since not every server sends webhooks.
+                tracing::warn!(
+                    error = %chain(&error),
+                    "no CA certificates were found on this machine, so webhooks to https:// URLs fail"
+                );
+                builder(scheme).tls_certs_only([]).build()
+            })
+        };
+        Ok(Self {
+            https: client(Scheme::Https)?,
+            http: client(Scheme::Http)?,
+        })
+    }
+
+    /// Sends one request. `url` has been checked by [`Targets::parse`].
+    pub async fn send(&self, url: Url, scheme: Scheme, attempt: &Attempt<'_>) -> Sent {
+        let client = match scheme {
+            Scheme::Https => &self.https,
+            Scheme::Http => &self.http,
+        };
+        let request = client
+            .post(url)
+            .header(CONTENT_TYPE, "application/json")
+            .header("webhook-id", attempt.event_id)
+            .header("webhook-timestamp", attempt.at)
+            .header("webhook-signature", attempt.signature)
+            .body(attempt.payload.to_owned());
+        match timeout(TIMEOUT, request.send()).await {
+            Ok(Ok(response)) => received(response).await,
+            Ok(Err(error)) => Sent::failed(reason(&error)),
+            Err(_) => Sent::failed(too_slow()),
+        }
+    }
+}
+
+fn too_slow() -> String {
+    format!(
+        "The endpoint did not respond within {} seconds.",
+        TIMEOUT.as_secs()
+    )
+}
+
+async fn received(response: Response) -> Sent {
+    let status = response.status();
+    let retry_after = response
+        .headers()
+        .get(RETRY_AFTER)
+        .and_then(|value| seconds_until(value.to_str().ok()?, response.headers()));
+    skip_body(response).await;
+    let error = if status.is_success() {
+        None
+    } else if status.is_redirection() {
+        Some(format!(
+            "The endpoint responded with status {}. Redirects are not followed.",
+            status.as_u16()
+        ))
+    } else {
+        Some(format!(
+            "The endpoint responded with status {}.",
+            status.as_u16()
+        ))
+    };
+    Sent {
+        status: Some(status.as_u16()),
+        error,
+        retry_after,
+    }
+}
+
+/// Reads the body as far as it is small and arrives soon.
+async fn skip_body(mut response: Response) {
+    let deadline = Instant::now() + READ_BODY;
+    let mut read = 0;
+    while read < BODY_MAX {
+        match timeout_at(deadline, response.chunk()).await {
+            Ok(Ok(Some(chunk))) => read += chunk.len(),
+            _ => return,
+        }
+    }
+}
+
+/// Parses `Retry-After`: seconds, or a time, which is compared with the endpoint's own clock if it sent that.
+fn seconds_until(retry_after: &str, headers: &reqwest::header::HeaderMap) -> Option<u64> {
+    if let Ok(seconds) = retry_after.trim().parse() {
+        return Some(seconds);
+    }
+    let time = |text: &str| DateTime::parse_from_rfc2822(text).ok();
+    let until = time(retry_after)?;
+    let now = time(headers.get("date")?.to_str().ok()?)?;
+    u64::try_from((until - now).num_seconds()).ok()
+}
+
+/// Describes why there was no response, for the tenant.
+fn reason(error: &reqwest::Error) -> String {
+    let mut cause: &dyn Error = error;
+    loop {
+        if cause.is::<ForbiddenAddress>() {
+            return "The URL's host has an address that webhooks may not be sent to.".to_owned();
+        }
+        match cause.source() {
+            Some(source) => cause = source,
+            None => break,
+        }
+    }
+    if error.is_timeout() {
+        too_slow()
+    } else if error.is_connect() {
+        format!("Cannot connect to the endpoint: {cause}.")
+    } else {
+        format!("The endpoint did not send a valid response: {cause}.")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use reqwest::header::{DATE, HeaderMap, HeaderValue};
+
+    use super::*;
+
+    #[test]
+    fn retry_after_is_seconds_or_a_time() {
+        let mut headers = HeaderMap::new();
+        let date = HeaderValue::from_static("Thu, 26 Nov 2026 11:00:00 GMT");
+        assert_eq!(seconds_until("120", &headers), Some(120));
+        let time = "Thu, 26 Nov 2026 11:01:30 GMT";
+        assert_eq!(seconds_until(time, &headers), None);
+        headers.insert(DATE, date);
+        assert_eq!(seconds_until(time, &headers), Some(90));
+        assert_eq!(
+            seconds_until("Thu, 26 Nov 2026 10:00:00 GMT", &headers),
+            None
+        );
+        for text in ["", "-1", "soon", "1.5"] {
+            assert_eq!(seconds_until(text, &headers), None, "{text}");
+        }
+    }
+}

@@ -1,0 +1,272 @@
+//! Sending to real sockets, with a resolver of the tests.
+
+use std::{
+    collections::VecDeque,
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use futures_util::future::BoxFuture;
+use parking_lot::Mutex;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+};
+
+use super::{
+    send::{Attempt, Sender, Sent},
+    target::{Lookup, Targets},
+};
+
+/// Returns one answer after the other, and then the last one again.
+#[derive(Debug)]
+struct Answers {
+    left: Mutex<VecDeque<Vec<IpAddr>>>,
+    lookups: AtomicUsize,
+}
+
+impl Answers {
+    fn new(answers: &[&[&str]]) -> Arc<Self> {
+        let parse = |answer: &&[&str]| answer.iter().map(|it| it.parse().unwrap()).collect();
+        Arc::new(Self {
+            left: Mutex::new(answers.iter().map(parse).collect()),
+            lookups: AtomicUsize::new(0),
+        })
+    }
+}
+
+impl Lookup for Answers {
+    fn lookup(&self, _: String) -> BoxFuture<'static, io::Result<Vec<IpAddr>>> {
+        self.lookups.fetch_add(1, Ordering::Relaxed);
+        let mut left = self.left.lock();
+        let answer = if left.len() > 1 {
+            left.pop_front()
+        } else {
+            left.front().cloned()
+        };
+        Box::pin(async move { Ok(answer.unwrap_or_default()) })
+    }
+}
+
+/// A server that answers each connection with `respond`.
+struct Receiver {
+    addr: SocketAddr,
+    connections: Arc<AtomicUsize>,
+}
+
+impl Receiver {
+    async fn start<F>(respond: impl Fn(TcpStream) -> F + Send + 'static) -> Self
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let connections = Arc::new(AtomicUsize::new(0));
+        let count = connections.clone();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                count.fetch_add(1, Ordering::Relaxed);
+                tokio::spawn(respond(stream));
+            }
+        });
+        Self { addr, connections }
+    }
+
+    /// Responds with this text after the request.
+    async fn saying(text: impl Into<String>) -> Self {
+        let text: String = text.into();
+        Self::start(move |mut stream| {
+            let text = text.clone();
+            async move {
+                read_request(&mut stream).await;
+                let _ = stream.write_all(text.as_bytes()).await;
+            }
+        })
+        .await
+    }
+
+    fn connections(&self) -> usize {
+        self.connections.load(Ordering::Relaxed)
+    }
+}
+
+async fn read_request(stream: &mut TcpStream) {
+    let mut read = Vec::new();
+    while !read.ends_with(b"{}") {
+        let mut part = [0; 1024];
+        match stream.read(&mut part).await {
+            Ok(0) | Err(_) => return,
+            Ok(n) => read.extend_from_slice(&part[..n]),
+        }
+    }
+}
+
+async fn send(private: &[&str], lookup: Arc<dyn Lookup>, url: &str) -> Sent {
+    let private: Vec<_> = private.iter().map(|it| it.parse().unwrap()).collect();
+    let targets = Targets::new(&private);
+    let sender = Sender::new(&targets, &lookup).unwrap();
+    let (url, scheme) = targets.parse(url).unwrap();
+    let attempt = Attempt {
+        event_id: "msg_1",
+        at: 1_800_000_000,
+        signature: "v1,AA==",
+        payload: "{}",
+    };
+    sender.send(url, scheme, &attempt).await
+}
+
+const LOOPBACK: &str = "127.0.0.1/32";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn accepted_delivery_is_the_lower_bound_of_all_other_tests_here() {
+    let receiver = Receiver::saying("HTTP/1.1 204 No Content\r\n\r\n").await;
+    let lookup = Answers::new(&[&["127.0.0.1"]]);
+    let url = format!("http://hooks.example.com:{}/", receiver.addr.port());
+    let sent = send(&[LOOPBACK], lookup.clone(), &url).await;
+    assert_eq!((sent.status, sent.error), (Some(204), None));
+    assert_eq!(receiver.connections(), 1);
+    assert_eq!(lookup.lookups.load(Ordering::Relaxed), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn host_with_any_address_that_is_not_public_is_not_connected_to() {
+    let receiver = Receiver::saying("HTTP/1.1 200 OK\r\n\r\n").await;
+    for answer in [
+        &["127.0.0.1"][..],
+        &["::ffff:127.0.0.1"],
+        // Would be tried second.
+        &["8.8.8.8", "127.0.0.1"],
+    ] {
+        let url = format!("https://hooks.example.com:{}/", receiver.addr.port());
+        let sent = send(&[], Answers::new(&[answer]), &url).await;
+        let error = sent.error.unwrap();
+        assert!(error.contains("may not be sent to"), "{error}");
+    }
+    assert_eq!(receiver.connections(), 0);
+}
+
+/// The name has an allowed address when it is checked, and another one afterwards.
+#[tokio::test(flavor = "multi_thread")]
+async fn connection_is_made_to_the_address_that_was_checked() {
+    let receiver = Receiver::saying("HTTP/1.1 200 OK\r\n\r\n").await;
+    let lookup = Answers::new(&[&["127.0.0.1"], &["127.0.0.2"]]);
+    let url = format!("http://rebind.example.com:{}/", receiver.addr.port());
+    let first = send(&[LOOPBACK], lookup.clone(), &url).await;
+    assert_eq!(first.status, Some(200));
+    assert_eq!(lookup.lookups.load(Ordering::Relaxed), 1, "only one lookup");
+    // The next attempt looks it up again, and sees the address that is not allowed.
+    let second = send(&[LOOPBACK], lookup.clone(), &url).await;
+    assert!(second.error.unwrap().contains("may not be sent to"));
+    assert_eq!(lookup.lookups.load(Ordering::Relaxed), 2);
+    assert_eq!(receiver.connections(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn plain_http_reaches_only_the_networks_of_the_operator() {
+    let lookup = Answers::new(&[&["8.8.8.8"]]);
+    let sent = send(&[LOOPBACK], lookup, "http://hooks.example.com/").await;
+    assert!(sent.error.unwrap().contains("may not be sent to"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn redirect_is_not_followed() {
+    let target = Receiver::saying("HTTP/1.1 200 OK\r\n\r\n").await;
+    let location = format!(
+        "HTTP/1.1 307 Temporary Redirect\r\nlocation: http://127.0.0.1:{}/\r\n\r\n",
+        target.addr.port()
+    );
+    let receiver = Receiver::saying(location).await;
+    let url = format!("http://127.0.0.1:{}/", receiver.addr.port());
+    let sent = send(&[LOOPBACK], Answers::new(&[]), &url).await;
+    assert_eq!(sent.status, Some(307));
+    assert!(sent.error.unwrap().contains("Redirects are not followed"));
+    assert_eq!((receiver.connections(), target.connections()), (1, 0));
+}
+
+/// Counts how much of the body the server can send.
+#[tokio::test(flavor = "multi_thread")]
+async fn huge_body_is_not_read_to_its_end() {
+    let written = Arc::new(AtomicUsize::new(0));
+    let count = written.clone();
+    let receiver = Receiver::start(move |mut stream| {
+        let count = count.clone();
+        async move {
+            read_request(&mut stream).await;
+            let head = "HTTP/1.1 200 OK\r\ncontent-length: 1000000000\r\n\r\n";
+            let _ = stream.write_all(head.as_bytes()).await;
+            while stream.write_all(&[b'x'; 16384]).await.is_ok() {
+                count.fetch_add(16384, Ordering::Relaxed);
+            }
+        }
+    })
+    .await;
+    let url = format!("http://127.0.0.1:{}/", receiver.addr.port());
+    let began = Instant::now();
+    let sent = send(&[LOOPBACK], Answers::new(&[]), &url).await;
+    assert_eq!((sent.status, sent.error), (Some(200), None));
+    assert!(began.elapsed() < Duration::from_secs(10));
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    // The rest is what the sockets buffer.
+    let written = written.load(Ordering::Relaxed);
+    assert!(written < 20_000_000, "{written}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn body_that_trickles_does_not_delay_the_result() {
+    let receiver = Receiver::start(|mut stream| async move {
+        read_request(&mut stream).await;
+        let head = "HTTP/1.1 500 Internal Server Error\r\ncontent-length: 1000\r\n\r\n";
+        let _ = stream.write_all(head.as_bytes()).await;
+        while stream.write_all(b"x").await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    })
+    .await;
+    let url = format!("http://127.0.0.1:{}/", receiver.addr.port());
+    let began = Instant::now();
+    let sent = send(&[LOOPBACK], Answers::new(&[]), &url).await;
+    assert_eq!(sent.status, Some(500));
+    assert!(began.elapsed() < Duration::from_secs(8));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn endpoint_that_is_silent_or_refuses_is_an_error() {
+    let silent = Receiver::start(|mut stream| async move {
+        read_request(&mut stream).await;
+        tokio::time::sleep(Duration::from_secs(60)).await;
+    })
+    .await;
+    let url = format!("http://127.0.0.1:{}/", silent.addr.port());
+    let sent = send(&[LOOPBACK], Answers::new(&[]), &url).await;
+    let error = sent.error.unwrap();
+    assert_eq!(error, "The endpoint did not respond within 15 seconds.");
+
+    let closed = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://127.0.0.1:{}/", closed.local_addr().unwrap().port());
+    drop(closed);
+    let sent = send(&[LOOPBACK], Answers::new(&[]), &url).await;
+    let error = sent.error.unwrap();
+    assert!(
+        error.starts_with("Cannot connect to the endpoint: "),
+        "{error}"
+    );
+
+    let nonsense = Receiver::saying("no HTTP at all\r\n\r\n").await;
+    let url = format!("http://127.0.0.1:{}/", nonsense.addr.port());
+    let sent = send(&[LOOPBACK], Answers::new(&[]), &url).await;
+    assert!(sent.error.is_some() && sent.status.is_none(), "{sent:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn retry_after_is_reported() {
+    let text = "HTTP/1.1 503 Service Unavailable\r\nretry-after: 77\r\ncontent-length: 0\r\n\r\n";
+    let receiver = Receiver::saying(text).await;
+    let url = format!("http://127.0.0.1:{}/", receiver.addr.port());
+    let sent = send(&[LOOPBACK], Answers::new(&[]), &url).await;
+    assert_eq!((sent.status, sent.retry_after), (Some(503), Some(77)));
+}

@@ -1,0 +1,466 @@
+//! Quota alerts: each threshold once, over all replicas, and each arrives.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::{
+    support::{
+        app::{Account, Key, TestApp},
+        hooks::{Hooks, Received, with_hooks},
+    },
+    usage,
+};
+
+struct World {
+    app: TestApp,
+    account: Account,
+    plan: String,
+    key: Key,
+    service_token: String,
+}
+
+impl World {
+    /// Without background jobs, so that the test decides when quotas are checked.
+    async fn new(plan: Value) -> Self {
+        Self::on(
+            with_hooks(TestApp::setup()).without_jobs().start().await,
+            plan,
+        )
+        .await
+    }
+
+    async fn on(app: TestApp, plan: Value) -> Self {
+        let account = app.register().await;
+        let mut plan = plan;
+        plan["default_rpm"] = json!(60_000_000);
+        let plan = app.plan(&account, plan).await;
+        let key = app.key(&account, &plan).await;
+        let service_token = app.service_token(&account).await;
+        Self {
+            app,
+            account,
+            plan,
+            key,
+            service_token,
+        }
+    }
+
+    /// Uses this much of the quotas. Returns whether it was allowed.
+    async fn spend(&self, app: &TestApp, cost: u64) -> bool {
+        let check = json!({"key": self.key.text, "cost": cost});
+        let answer = app.post("/v1/check", check).bearer(&self.service_token);
+        let answer = answer.send().await;
+        assert_eq!(answer.status, 200, "{}", answer.text);
+        answer.body["allowed"] == true
+    }
+
+    async fn check(&self) {
+        self.app.ship_usage().await;
+        self.app.state.alerts.check().await.expect("a check");
+    }
+
+    /// Returns the alerts, oldest first.
+    async fn alerts(&self) -> Vec<Value> {
+        let list = self
+            .app
+            .act(&self.account, "GET", "/admin/alerts?limit=100", Value::Null)
+            .await;
+        assert_eq!(list.status, 200, "{}", list.text);
+        let mut alerts = list.body["items"].as_array().expect("items").clone();
+        alerts.reverse();
+        alerts
+    }
+
+    /// Returns the policy and threshold of each alert, oldest first.
+    async fn reached(&self) -> Vec<(String, u64)> {
+        let alerts = self.alerts().await;
+        let of = |it: &Value| {
+            let policy = it["policy"].as_str().expect("a policy").to_owned();
+            (policy, it["threshold"].as_u64().expect("a threshold"))
+        };
+        alerts.iter().map(of).collect()
+    }
+
+    async fn thresholds(&self) -> Vec<u64> {
+        self.reached().await.into_iter().map(|it| it.1).collect()
+    }
+
+    async fn sql(&self, statement: &str) -> u64 {
+        let client = self.app.database.connect().await;
+        client.execute(statement, &[]).await.expect("it is SQL")
+    }
+
+    async fn update_plan(&self, change: Value) {
+        let path = format!("/admin/plans/{}", self.plan);
+        let answer = self.app.act(&self.account, "PATCH", &path, change).await;
+        assert_eq!(answer.status, 200, "{}", answer.text);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn alerts_of_two_replicas_arrive_once_each_by_themselves() {
+    let hooks = Hooks::start().await;
+    let app = with_hooks(TestApp::setup()).start().await;
+    let second = with_hooks(TestApp::setup()).database(app.database.clone());
+    let second = second.start().await;
+    let world = World::on(app, json!({"daily_quota": 100})).await;
+    let (_, secret) = hooks.create(&world.app, &world.account, "/hook").await;
+    // What one replica holds, the other cannot spend.
+    let mut spent = 0;
+    while spent < 100 {
+        let app = if spent % 2 == 0 { &world.app } else { &second };
+        assert!(world.spend(app, 1).await || world.spend(&world.app, 1).await);
+        spent += 1;
+    }
+    let began = Instant::now();
+    let received = hooks.wait_for("/hook", 3).await;
+    assert!(
+        began.elapsed() < Duration::from_secs(50),
+        "{:?}",
+        began.elapsed()
+    );
+    assert!(!world.spend(&world.app, 1).await, "the quota is used up");
+    tokio::time::sleep(Duration::from_secs(7)).await;
+    assert_eq!(hooks.received("/hook").len(), 3, "no alert is repeated");
+    assert!(received.iter().all(|it| it.is_signed_with(&secret)));
+    let mut events: Vec<Value> = received.iter().map(Received::json).collect();
+    events.sort_by_key(|it| it["data"]["threshold"].as_u64());
+    for (event, threshold) in events.iter().zip([50, 80, 100]) {
+        let data = &event["data"];
+        assert_eq!(event["type"], "quota.threshold_reached");
+        assert_eq!(event["timestamp"], data["created_at"]);
+        assert_eq!(data["threshold"], threshold);
+        assert_eq!(data["policy"], "daily");
+        assert_eq!(data["key_id"], world.key.id.as_str());
+        assert_eq!(data["key_name"], "Key");
+        assert_eq!(data["limit"], 100);
+        let used = data["used"].as_u64().expect("a number");
+        assert!((threshold..=100).contains(&used), "{event}");
+    }
+    assert_eq!(
+        world.alerts().await,
+        events
+            .iter()
+            .map(|it| it["data"].clone())
+            .collect::<Vec<_>>()
+    );
+    second.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn concurrent_checks_of_replicas_create_each_alert_once() {
+    let world = World::new(json!({"daily_quota": 10, "monthly_quota": 20})).await;
+    let second = with_hooks(TestApp::setup()).database(world.app.database.clone());
+    let second = second.without_jobs().start().await;
+    let hooks = Hooks::start().await;
+    hooks.create(&world.app, &world.account, "/hook").await;
+    assert!(world.spend(&world.app, 10).await);
+    world.app.ship_usage().await;
+    let tenant = world.account.tenant_id.parse().expect("an id");
+    let mut checks = tokio::task::JoinSet::new();
+    for i in 0..16 {
+        let alerts = if i % 2 == 0 { &world.app } else { &second };
+        let alerts = alerts.state.alerts.clone();
+        checks.spawn(async move { alerts.check_tenant(tenant).await.map(|it| it.alerts) });
+    }
+    let created: u64 = checks
+        .join_all()
+        .await
+        .into_iter()
+        .map(|it| it.expect("a check"))
+        .sum();
+    assert_eq!(created, 4);
+    let mut reached = world.reached().await;
+    reached.sort();
+    let expected = [
+        ("daily", 50),
+        ("daily", 80),
+        ("daily", 100),
+        ("monthly", 50),
+    ];
+    let mut expected = expected.map(|(policy, threshold)| (policy.to_owned(), threshold));
+    expected.sort();
+    assert_eq!(reached, expected);
+    let client = world.app.database.connect().await;
+    let row = client.query_one("SELECT count(*) FROM webhook_deliveries", &[]);
+    assert_eq!(row.await.expect("a row").get::<_, i64>(0), 4);
+}
+
+/// Each threshold is reached exactly by the last request.
+#[tokio::test(flavor = "multi_thread")]
+async fn threshold_is_reached_with_the_request_that_uses_its_share() {
+    let world = World::new(json!({"daily_quota": 1000})).await;
+    for (cost, thresholds) in [
+        // More tokens are taken from the ledger than are spent.
+        (499, &[][..]),
+        (1, &[50]),
+        (299, &[50]),
+        (1, &[50, 80]),
+        (199, &[50, 80]),
+        (1, &[50, 80, 100]),
+    ] {
+        assert!(world.spend(&world.app, cost).await);
+        world.check().await;
+        assert_eq!(world.thresholds().await, thresholds, "after {cost} more");
+    }
+    let used: Vec<_> = world
+        .alerts()
+        .await
+        .iter()
+        .map(|it| it["used"].clone())
+        .collect();
+    assert_eq!(used, [500, 800, 1000]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn smallest_quotas_alert_when_they_are_used_up() {
+    for quota in [1, 2, 3] {
+        let world = World::new(json!({"monthly_quota": quota})).await;
+        for _ in 0..quota - 1 {
+            assert!(world.spend(&world.app, 1).await);
+            world.check().await;
+            assert!(!world.thresholds().await.contains(&100), "{quota}");
+        }
+        assert!(world.spend(&world.app, 1).await);
+        world.check().await;
+        assert_eq!(world.thresholds().await, [50, 80, 100], "{quota}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn alerts_are_not_repeated_by_a_restart_an_edit_or_another_time_zone() {
+    let world = World::new(json!({"daily_quota": 100, "monthly_quota": 1000})).await;
+    assert!(world.spend(&world.app, 85).await);
+    world.check().await;
+    assert_eq!(world.thresholds().await, [50, 80]);
+
+    let change = async |change: Value| {
+        world.update_plan(change).await;
+        world.spend(&world.app, 1).await;
+        world.check().await;
+        world.thresholds().await
+    };
+    assert_eq!(change(json!({"daily_quota": 1000})).await, [50, 80]);
+    assert_eq!(change(json!({"daily_quota": 90})).await, [50, 80]);
+    assert_eq!(change(json!({"daily_quota": null})).await, [50, 80]);
+    assert_eq!(change(json!({"daily_quota": 100})).await, [50, 80]);
+
+    for zone in ["Pacific/Kiritimati", "Pacific/Pago_Pago", "UTC"] {
+        let me = json!({"time_zone": zone});
+        let answer = world.app.act(&world.account, "PATCH", "/auth/me", me).await;
+        assert_eq!(answer.status, 200, "{}", answer.text);
+        assert!(world.spend(&world.app, 1).await);
+        world.check().await;
+        assert_eq!(world.thresholds().await, [50, 80], "{zone}");
+    }
+
+    let restarted = with_hooks(TestApp::setup()).database(world.app.database.clone());
+    let restarted = restarted.without_jobs().start().await;
+    assert!(world.spend(&restarted, 1).await);
+    restarted.ship_usage().await;
+    restarted.state.alerts.check().await.expect("a check");
+    // Even if what was checked is forgotten.
+    world.sql("DELETE FROM quota_alert_progress").await;
+    world.check().await;
+    assert_eq!(world.thresholds().await, [50, 80]);
+
+    // The lower bound: the next threshold is still reported.
+    while world.spend(&restarted, 1).await || world.spend(&world.app, 1).await {}
+    restarted.ship_usage().await;
+    world.check().await;
+    assert_eq!(world.thresholds().await, [50, 80, 100]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn new_window_has_its_own_alerts() {
+    let world = World::new(json!({"daily_quota": 10})).await;
+    assert!(world.spend(&world.app, 5).await);
+    world.check().await;
+    assert_eq!(world.thresholds().await, [50]);
+    // As if the alert were from yesterday.
+    world
+        .sql(
+            "UPDATE quota_alerts SET window_start = window_start - interval '1 day', \
+                 window_end = window_end - interval '1 day'",
+        )
+        .await;
+    assert!(world.spend(&world.app, 1).await);
+    world.check().await;
+    assert_eq!(world.thresholds().await, [50, 50]);
+}
+
+/// The process ends in the middle of a check.
+#[tokio::test(flavor = "multi_thread")]
+async fn alert_is_not_lost_if_its_deliveries_cannot_be_stored() {
+    let world = World::new(json!({"daily_quota": 10})).await;
+    let hooks = Hooks::start().await;
+    hooks.create(&world.app, &world.account, "/hook").await;
+    assert!(world.spend(&world.app, 8).await);
+    world.app.ship_usage().await;
+    world
+        .sql("ALTER TABLE webhook_deliveries ADD CONSTRAINT no_room CHECK (false) NOT VALID")
+        .await;
+    let round = world.app.state.alerts.check().await.expect("a round");
+    assert_eq!((round.alerts, round.errors), (0, 1));
+    assert_eq!(world.thresholds().await, Vec::<u64>::new());
+    world
+        .sql("ALTER TABLE webhook_deliveries DROP CONSTRAINT no_room")
+        .await;
+    let round = world.app.state.alerts.check().await.expect("a round");
+    assert_eq!((round.alerts, round.deliveries, round.errors), (2, 2, 0));
+    assert_eq!(world.thresholds().await, [50, 80]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn quota_with_tokens_that_a_crash_lost_is_used_up_when_requests_are_denied() {
+    let world = World::new(json!({"daily_quota": 1000})).await;
+    assert!(world.spend(&world.app, 995).await);
+    world.check().await;
+    assert_eq!(world.thresholds().await, [50, 80]);
+    // Five tokens were taken by a replica that crashed.
+    world.sql("UPDATE quota_usage SET used = 1000").await;
+    let restarted = with_hooks(TestApp::setup()).database(world.app.database.clone());
+    let restarted = restarted.without_jobs().start().await;
+    assert!(!world.spend(&restarted, 1).await);
+    restarted.ship_usage().await;
+    world.check().await;
+    assert_eq!(world.thresholds().await, [50, 80, 100]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn alert_is_created_shortly_after_its_window_has_ended() {
+    let world = World::new(json!({"daily_quota": 10})).await;
+    for (window_end, expected) in [("16 minutes", &[][..]), ("5 minutes", &[50, 80, 100])] {
+        let (tenant, key) = (&world.account.tenant_id, &world.key.id);
+        world
+            .sql(&format!(
+                "INSERT INTO quota_usage (tenant_id, key_id, policy, window_start, used, window_end, period_seconds) \
+                 VALUES ('{tenant}', '{key}', 'daily', now() - interval '{window_end}' - interval '1 day', 10, \
+                     now() - interval '{window_end}', 86400)"
+            ))
+            .await;
+        let at = usage::now() - Duration::from_secs(3600);
+        let records: Vec<_> = (0..10)
+            .map(|_| usage::record(&world.account, key, &world.plan, at))
+            .collect();
+        usage::append(&world.app, &records).await;
+        world.check().await;
+        assert_eq!(world.thresholds().await, expected, "{window_end} ago");
+        world.sql("DELETE FROM quota_usage").await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_metering_the_ledger_is_checked() {
+    let setup = with_hooks(TestApp::setup()).flag("--metering=off");
+    let world = World::on(
+        setup.without_jobs().start().await,
+        json!({"daily_quota": 10}),
+    )
+    .await;
+    let check = async || {
+        world.app.state.alerts.check().await.expect("a check");
+        world.thresholds().await
+    };
+    assert!(world.spend(&world.app, 4).await);
+    assert!(!check().await.contains(&80));
+    assert!(world.spend(&world.app, 6).await);
+    assert_eq!(check().await, [50, 80, 100]);
+    assert_eq!(check().await, [50, 80, 100]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn alerts_concern_only_their_key_and_tenant() {
+    let world = World::new(json!({"daily_quota": 10})).await;
+    let other_key = world.app.key(&world.account, &world.plan).await;
+    let stranger = world.app.register().await;
+    let hooks = Hooks::start().await;
+    hooks.create(&world.app, &stranger, "/stranger").await;
+    hooks.create(&world.app, &world.account, "/own").await;
+    assert!(world.spend(&world.app, 5).await);
+    world.check().await;
+    let alerts = world.alerts().await;
+    assert_eq!(alerts.len(), 1);
+    assert_eq!(alerts[0]["key_id"], world.key.id.as_str());
+    assert_ne!(alerts[0]["key_id"], other_key.id.as_str());
+    let theirs = world
+        .app
+        .act(&stranger, "GET", "/admin/alerts", Value::Null)
+        .await;
+    assert_eq!(theirs.body["total"], 0);
+    let client = world.app.database.connect().await;
+    let rows = client
+        .query("SELECT tenant_id::text FROM webhook_deliveries", &[])
+        .await
+        .expect("rows");
+    let tenants: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+    assert_eq!(tenants, [world.account.tenant_id.clone()]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn disabled_webhook_gets_no_alerts() {
+    let world = World::new(json!({"daily_quota": 10})).await;
+    let hooks = Hooks::start().await;
+    let (webhook, _) = hooks.create(&world.app, &world.account, "/hook").await;
+    let path = format!("/admin/webhooks/{webhook}");
+    let disable = json!({"is_active": false});
+    world.app.act(&world.account, "PATCH", &path, disable).await;
+    assert!(world.spend(&world.app, 10).await);
+    world.check().await;
+    assert_eq!(world.thresholds().await, [50, 80, 100]);
+    let path = format!("{path}/deliveries");
+    let list = world
+        .app
+        .act(&world.account, "GET", &path, Value::Null)
+        .await;
+    assert_eq!(list.body["total"], 0);
+}
+
+/// Many keys reach their quotas at the same time.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_alerts_of_one_tenant_are_all_created() {
+    const KEYS: usize = 400;
+    let world = World::new(json!({"daily_quota": 2})).await;
+    let hooks = Hooks::start().await;
+    hooks.create(&world.app, &world.account, "/hook").await;
+    let (tenant, plan) = (&world.account.tenant_id, &world.plan);
+    world
+        .sql(&format!(
+            "INSERT INTO api_keys (tenant_id, id, plan_id, name, prefix, key_hash) \
+             SELECT '{tenant}', gen_random_uuid(), '{plan}', 'Key ' || n, 'qk_', sha256(n::text::bytea) \
+             FROM generate_series(1, {KEYS}) n"
+        ))
+        .await;
+    world
+        .sql(
+            "INSERT INTO quota_usage (tenant_id, key_id, policy, window_start, used, window_end, period_seconds) \
+             SELECT tenant_id, id, 'daily', date_trunc('day', now()), 2, date_trunc('day', now()) + interval '1 day', \
+                 86400 FROM api_keys WHERE prefix = 'qk_'",
+        )
+        .await;
+    let client = world.app.database.connect().await;
+    let keys = client
+        .query("SELECT id::text FROM api_keys WHERE prefix = 'qk_'", &[])
+        .await
+        .expect("keys");
+    let records: Vec<_> = keys
+        .iter()
+        .flat_map(|row| {
+            let record = usage::record(&world.account, row.get(0), plan, usage::now());
+            let again = usage::record(&world.account, row.get(0), plan, usage::now());
+            [record, again]
+        })
+        .collect();
+    usage::append(&world.app, &records).await;
+    world.check().await;
+    let counts = client
+        .query_one(
+            "SELECT (SELECT count(*) FROM quota_alerts), (SELECT count(*) FROM webhook_deliveries)",
+            &[],
+        )
+        .await
+        .expect("counts");
+    let expected = i64::try_from(KEYS * 3).expect("a number");
+    assert_eq!((counts.get(0), counts.get(1)), (expected, expected));
+}
