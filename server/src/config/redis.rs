@@ -84,7 +84,11 @@ impl std::fmt::Display for RedisServers {
             Self::One(info) => write!(f, "{}", info.addr()),
             Self::Sentinel {
                 sentinels, group, ..
-            } => write!(f, "the master of {group}, via sentinels {}", list(sentinels)),
+            } => write!(
+                f,
+                "the master of {group}, via sentinels {}",
+                list(sentinels)
+            ),
             Self::Cluster(nodes) => write!(f, "the cluster {}", list(nodes)),
         }
     }
