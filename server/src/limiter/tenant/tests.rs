@@ -99,11 +99,13 @@ impl World {
         self.quotas.admit(&self.quota, cost, peek, decide).await
     }
 
-    /// A decision of the store that waits for the test.
+    /// A decision of the store, which begins with tokens reserved and then waits for the test.
     async fn decided(
         &self,
+        begun: oneshot::Sender<()>,
         decision: oneshot::Receiver<Outcome>,
     ) -> Result<Decision, LimiterError> {
+        begun.send(()).unwrap();
         let outcome = decision.await.unwrap();
         Ok(Decision {
             outcome,
@@ -148,8 +150,10 @@ async fn all_of_the_quota_is_admitted_and_no_more() {
 async fn last_token_is_available_again_if_the_key_is_denied() {
     let world = World::new(1);
     let (decide, decision) = oneshot::channel();
-    let first = world.admit_with(NonZeroU32::MIN, world.decided(decision));
+    let (begun, reserved) = oneshot::channel();
+    let first = world.admit_with(NonZeroU32::MIN, world.decided(begun, decision));
     let second = async {
+        reserved.await.unwrap();
         // It waits for the first request's reservation instead of being denied until the next month.
         let second = world.admit(1);
         tokio::pin!(second);
@@ -171,8 +175,10 @@ async fn last_token_is_available_again_if_the_key_is_denied() {
 async fn last_token_is_spent_once() {
     let world = World::new(1);
     let (decide, decision) = oneshot::channel();
-    let first = world.admit_with(NonZeroU32::MIN, world.decided(decision));
+    let (begun, reserved) = oneshot::channel();
+    let first = world.admit_with(NonZeroU32::MIN, world.decided(begun, decision));
     let second = async {
+        reserved.await.unwrap();
         let second = world.admit(1);
         tokio::pin!(second);
         assert!(futures_util::poll!(&mut second).is_pending());
@@ -194,9 +200,12 @@ async fn failed_or_canceled_decision_costs_nothing() {
     assert!(world.admit_with(NonZeroU32::MIN, failed).await.is_err());
     {
         let (_decide, decision) = oneshot::channel();
-        let canceled = world.admit_with(NonZeroU32::MIN, world.decided(decision));
-        tokio::pin!(canceled);
-        assert!(futures_util::poll!(&mut canceled).is_pending());
+        let (begun, reserved) = oneshot::channel();
+        let canceled = world.admit_with(NonZeroU32::MIN, world.decided(begun, decision));
+        tokio::select! {
+            _ = canceled => unreachable!("it is not decided"),
+            begun = reserved => begun.unwrap(),
+        }
     }
     assert!(world.admit(1).await.is_allowed());
     assert!(!world.admit(1).await.is_allowed());
