@@ -16,6 +16,7 @@
 mod judge;
 mod outages;
 mod plants;
+mod quotas;
 mod run;
 mod scene;
 mod single;
