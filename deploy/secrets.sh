@@ -23,3 +23,6 @@ write redis.conf "requirepass $(random)
 "
 write redis_url "redis://:$(sed -n 's/^requirepass //p' "$folder/redis.conf")@redis"
 write quota_secret "$(random)"
+# For billing, fill in both files and set QUOTA_BILLING.
+write stripe_secret_key ""
+write stripe_webhook_secret ""

@@ -20,7 +20,8 @@ fn folder(variable: &str) -> PathBuf {
 
 fn main() -> io::Result<()> {
     let built = folder("CARGO_MANIFEST_DIR").join("../desktop/ui/dist");
-    // By both names: relative, for any checkout; absolute, so that another checkout is not mistaken for this one.
+    // List the folder by both names: the relative one works in any checkout, and the absolute one prevents mistaking
+    // another checkout for this one.
     println!("cargo:rerun-if-changed=../desktop/ui/dist");
     println!("cargo:rerun-if-changed={}", built.display());
     println!("cargo:rerun-if-changed=build.rs");

@@ -9,31 +9,31 @@ use crate::{
 };
 
 response! {
-    /// An API key without its secret, which is returned once, on creation or rotation, and never stored.
+    /// An API key. Its secret is returned only once, on creation or rotation, and is never stored.
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct ApiKey {
         pub id: ApiKeyId,
         pub name: String,
         pub plan_id: PlanId,
-        /// The first characters of the key, to identify it.
+        /// The first characters of the key, which identify it.
         pub prefix: String,
-        /// Requests with an inactive key are rejected with 401 and never charged.
+        /// Whether the key is enabled. Requests with an inactive key are rejected with 401 and never charged.
         pub is_active: bool,
-        /// When the key expires. After that, requests with it are rejected with 401. `null`: never.
+        /// When the key expires. After that, requests that use it are rejected with 401. `null` if it never expires.
         pub expires_at: Option<Timestamp>,
-        /// Requests per minute for this key, overriding the plan's rate. `null`: the plan's rate. If the plan's burst
-        /// equals its rate, the key's burst equals this rate.
+        /// Requests per minute for this key, overriding the plan's rate. `null` if the key uses the plan's rate. If the
+        /// plan's burst equals its rate, the key's burst equals this rate.
         pub rpm_override: Option<u32>,
         /// The key's identifier in your own system, such as a customer ID. Multiple keys can share the same external ID.
         #[serde(default)]
         pub external_id: Option<String>,
-        /// Your own names and values, which are stored with the key and not interpreted.
+        /// Name–value pairs of your own. Quota stores them but does not interpret them.
         #[serde(default)]
         pub metadata: Metadata,
         /// When the key was last used, whether the request was allowed or denied. Updated within seconds.
         pub last_used_at: Option<Timestamp>,
-        /// When the previous key stops working after a rotation. `null`: there is no previous key.
+        /// When the previous key stops working after a rotation. `null` if there is no previous key.
         pub previous_expires_at: Option<Timestamp>,
         pub created_at: Timestamp,
         pub updated_at: Timestamp,
@@ -59,8 +59,8 @@ request! {
         /// the same external ID.
         #[garde(dive)]
         pub external_id: Option<ExternalId>,
-        /// Your own names and values: at most 20 entries. Names are 1 to 40 letters, digits, hyphens, underscores or
-        /// periods; values are at most 100 characters.
+        /// Up to 20 name–value pairs of your own. Names are 1 to 40 letters, digits, hyphens, underscores or periods;
+        /// values are at most 100 characters.
         #[garde(dive)]
         pub metadata: Option<Metadata>,
     }

@@ -26,6 +26,7 @@ text_enum! {
         SessionEnd = "session.end",
         SessionReuseDetected = "session.reuse_detected",
         TenantUpdate = "tenant.update",
+        SubscriptionUpdate = "subscription.update",
     }
 }
 
@@ -38,6 +39,7 @@ text_enum! {
         User = "user",
         Session = "session",
         Tenant = "tenant",
+        Subscription = "subscription",
     }
 }
 
@@ -48,13 +50,14 @@ response! {
     pub struct AuditEvent {
         pub id: AuditEventId,
         pub at: Timestamp,
-        /// The user who made the change. `null`: the system or its operator.
+        /// The user who made the change. `null` if the system or its operator made it.
         pub user_id: Option<UserId>,
         /// The user's current email.
         pub user_email: Option<String>,
-        /// The action, as `noun.verb`: `plan.create`, `api_key.rotate`, `session.reuse_detected`.
+        /// The action, in the form `noun.verb`, such as `plan.create`, `api_key.rotate` or `session.reuse_detected`.
         pub action: String,
-        /// The type of the changed resource: `plan`, `api_key`, `service_token`, `user`, `session` or `tenant`.
+        /// The type of the changed resource: `plan`, `api_key`, `service_token`, `user`, `session`, `tenant`
+        /// or `subscription`.
         pub target_type: String,
         pub target_id: Option<String>,
         /// The resource's name after the change, or before its deletion. `null` if it has no name.

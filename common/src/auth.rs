@@ -114,9 +114,9 @@ response! {
     #[derive(Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct Tokens {
-        /// Send it as `Authorization: Bearer`. A JWT (EdDSA). Absent when cookies were requested.
+        /// Send it as `Authorization: Bearer`. A JWT (EdDSA). Absent if cookies were requested.
         pub access_token: Omittable<String>,
-        /// Exchange it at `POST /auth/refresh` for a new pair of tokens. Opaque, single use. Absent when cookies were
+        /// Exchange it at `POST /auth/refresh` for a new pair of tokens. Opaque, single use. Absent if cookies were
         /// requested.
         pub refresh_token: Omittable<String>,
         /// Seconds until the access token expires.
@@ -129,13 +129,13 @@ response! {
     #[derive(Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct SignedIn {
-        /// Send it as `Authorization: Bearer`. A JWT (EdDSA). Absent when cookies were requested.
+        /// Send it as `Authorization: Bearer`. A JWT (EdDSA). Absent if cookies were requested.
         pub access_token: Omittable<String>,
-        /// Exchange it at `POST /auth/refresh` for a new pair of tokens. Opaque, single use. Absent when cookies were
+        /// Exchange it at `POST /auth/refresh` for a new pair of tokens. Opaque, single use. Absent if cookies were
         /// requested.
         pub refresh_token: Omittable<String>,
         /// Send it with the next sign-in from this device. Failed sign-ins from other devices do not slow down sign-ins
-        /// from a known device. It is not a credential. Absent when cookies were requested.
+        /// from a known device. It is not a credential. Absent if cookies were requested.
         pub device_token: Omittable<String>,
         /// Seconds until the access token expires.
         pub expires_in: u32,

@@ -33,27 +33,118 @@ response! {
         /// Whether billing is set up on this server. If not, plans marked `paid` work like other plans.
         pub enabled: bool,
         pub access: BillingAccess,
-        /// Whether API keys on plans marked `paid` work now.
+        /// Whether API keys on plans marked `paid` currently work.
         pub paid_plans_work: bool,
-        /// When they stop working: the date of a cancellation, or the end of the grace period after a failed payment.
-        /// `null` if no end is known.
+        /// When keys on paid plans stop working: the date of a cancellation, or the end of the grace period after a
+        /// failed payment. `null` if no end is known.
         pub access_ends_at: Option<Timestamp>,
         /// When the trial ends and the first payment is due.
         pub trial_ends_at: Option<Timestamp>,
+        /// When the subscription will be canceled or was canceled. `null` if it renews.
+        pub cancels_at: Option<Timestamp>,
         /// Start of the current billing period.
         pub period_start: Option<Timestamp>,
         /// End of the current billing period, when the next payment is due.
         pub period_end: Option<Timestamp>,
-        /// Whether the customer portal is available, which requires that the organization has started a subscription
-        /// before.
+        /// Whether the customer portal is available. It is available once the organization has started a subscription.
         pub has_customer: bool,
-        /// When this was last read from Stripe.
+        /// When this information was last retrieved from Stripe. If this is more than half an hour ago, Stripe is
+        /// unreachable, and the status may have changed.
         pub refreshed_at: Option<Timestamp>,
+        /// The price of the subscription, or of a new one. `null` if it is unknown.
+        pub price: Option<BillingPrice>,
+        /// Charged usage in the current billing period. `null` without a subscription.
+        pub usage: Option<BillingUsage>,
+        /// The operator's limits for the organization, which are lower without a subscription.
+        pub limits: BillingLimits,
+        /// Number of plans marked `paid`.
+        pub paid_plans: u64,
+        /// Number of active API keys on those plans. Without access, their requests get 402.
+        pub paid_keys: u64,
     }
 }
 
 response! {
-    /// A Checkout page at Stripe.
+    /// The price of a subscription.
+    #[derive(Debug, Eq)]
+    pub struct BillingPrice {
+        /// The product's name. `null` if it is unknown.
+        pub name: Option<String>,
+        /// The currency's ISO 4217 code in lower case, such as `usd`.
+        pub currency: String,
+        /// Price per month, as a decimal number in the smallest unit of the currency: `2900` is $29.00. `null` if the
+        /// price is not a plain amount.
+        pub monthly: Option<String>,
+        /// Price per request on plans marked `paid`, in addition to the monthly price, in the same unit. `null` if
+        /// usage is not charged.
+        pub per_request: Option<String>,
+    }
+}
+
+response! {
+    /// Charged usage in the current billing period.
+    #[derive(Debug, Eq)]
+    pub struct BillingUsage {
+        /// The cost of admitted requests on plans marked `paid` since the period began. A request costs 1 unless the
+        /// check API was called with a different cost.
+        pub used: u64,
+        /// The cost for the whole period, if usage continues at the average pace since the period began.
+        pub projected: u64,
+        /// The charge for `used`, in the smallest unit of the currency. `null` if usage is not charged.
+        pub charge: Option<u64>,
+        /// The monthly price and the charge for `projected`, before taxes and discounts. `null` if the price is not a
+        /// plain amount.
+        pub projected_total: Option<u64>,
+        /// The time before which Stripe has received all usage.
+        pub reported_until: Option<Timestamp>,
+        /// Usage in this period that should have been charged but cannot be.
+        pub not_charged: u64,
+        /// The last problem that Stripe reported about the organization's usage in this period.
+        pub last_error: Option<BillingUsageError>,
+    }
+}
+
+response! {
+    /// A problem that Stripe reported about usage after it had accepted it.
+    #[derive(Debug, Eq)]
+    pub struct BillingUsageError {
+        /// The code of the problem in Stripe, such as `meter_event_customer_not_found`.
+        pub code: String,
+        /// When Quota received the report.
+        pub at: Timestamp,
+    }
+}
+
+response! {
+    /// The operator's limits for an organization.
+    #[derive(Debug, Eq)]
+    pub struct BillingLimits {
+        pub plans: BillingLimit,
+        pub api_keys: BillingLimit,
+        /// Requests in the current calendar month (UTC), across all API keys. When they are used up, requests get 429
+        /// with the policy `tenant_monthly`.
+        pub requests: BillingLimit,
+        /// When `requests` is reset to zero.
+        pub requests_reset_at: Timestamp,
+        /// Maximum rate and burst of plans that are not marked `paid`. `null` for no limit.
+        pub free_plan_rpm: Option<u32>,
+        /// Maximum daily and monthly quota of plans that are not marked `paid`. `null` for no limit.
+        pub free_plan_quota: Option<u64>,
+    }
+}
+
+response! {
+    /// How much of a limit is used.
+    #[derive(Debug, Eq)]
+    pub struct BillingLimit {
+        pub used: u64,
+        /// `null`: no limit.
+        pub maximum: Option<u64>,
+    }
+}
+
+response! {
+    /// A Stripe Checkout page.
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct CheckoutPage {
@@ -65,7 +156,7 @@ response! {
 }
 
 response! {
-    /// The customer portal at Stripe.
+    /// The Stripe customer portal.
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct PortalPage {
@@ -78,7 +169,10 @@ response! {
 mod examples {
     use poem_openapi::types::Example;
 
-    use super::{BillingAccess, BillingState, CheckoutPage, PortalPage};
+    use super::{
+        BillingAccess, BillingLimit, BillingLimits, BillingPrice, BillingState, BillingUsage,
+        CheckoutPage, PortalPage,
+    };
     use crate::id::example;
 
     impl Example for BillingState {
@@ -89,10 +183,45 @@ mod examples {
                 paid_plans_work: true,
                 access_ends_at: None,
                 trial_ends_at: None,
+                cancels_at: None,
                 period_start: Some(example::at()),
                 period_end: Some(example::at()),
                 has_customer: true,
                 refreshed_at: Some(example::at()),
+                price: Some(BillingPrice {
+                    name: Some("Quota".into()),
+                    currency: "usd".into(),
+                    monthly: Some("2900".into()),
+                    per_request: Some("0.05".into()),
+                }),
+                usage: Some(BillingUsage {
+                    used: 40_000,
+                    projected: 62_000,
+                    charge: Some(2000),
+                    projected_total: Some(6000),
+                    reported_until: Some(example::at()),
+                    not_charged: 0,
+                    last_error: None,
+                }),
+                limits: BillingLimits {
+                    plans: BillingLimit {
+                        used: 3,
+                        maximum: Some(1000),
+                    },
+                    api_keys: BillingLimit {
+                        used: 12,
+                        maximum: Some(100_000),
+                    },
+                    requests: BillingLimit {
+                        used: 61_500,
+                        maximum: None,
+                    },
+                    requests_reset_at: example::at(),
+                    free_plan_rpm: Some(60),
+                    free_plan_quota: Some(10_000),
+                },
+                paid_plans: 1,
+                paid_keys: 4,
             }
         }
     }

@@ -1,4 +1,4 @@
-//! The bounds of fields, and the rules of [`field`](crate::field) that check them.
+//! The bounds of fields, and the rules that [`field`](crate::field) uses to check them.
 //!
 //! The server uses them to reject requests, and the console to explain errors before sending.
 
@@ -43,7 +43,7 @@ pub const METADATA_NAME_MAX: usize = 40;
 /// Maximum length of the value of a metadata entry, in characters.
 pub const METADATA_VALUE_MAX: usize = 100;
 
-/// Requires 1 to 200 characters that are not all white space and not control characters.
+/// Requires 1 to 200 characters, not all of which may be white space and none of which may be control characters.
 ///
 /// PostgreSQL text cannot hold NUL, and other control characters would break a log line or a terminal.
 pub(crate) fn name(value: &str, _: &()) -> garde::Result {

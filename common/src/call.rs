@@ -1,4 +1,4 @@
-//! The console's calls to the server: a closed set, and the only place where a call is converted to a method, a path, a
+//! The console's calls to the server: a closed set, and the only place that converts a call to a method, a path, a
 //! query and a body. The browser and the desktop app send only these.
 
 use serde::{Deserialize, Serialize};
@@ -52,7 +52,7 @@ pub struct AuditFilter {
     pub to: Option<Timestamp>,
 }
 
-/// Which usage to count, and how to group it.
+/// Selects the usage to count, and how to group it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UsageFilter {
     pub from: Option<Timestamp>,
@@ -108,6 +108,9 @@ pub enum Call {
     ListDecisions(DecisionFilter, PageOf),
     KeyLimits(ApiKeyId),
     BurnDown(ApiKeyId, PolicyName),
+    Billing,
+    StartCheckout,
+    OpenBillingPortal,
     /// Sent with an API key in `X-API-Key` instead of the session's credentials.
     Echo,
 }
@@ -232,11 +235,14 @@ impl Call {
             Self::KeyLimits(id) => get(&format!("/admin/api-keys/{id}/limits")),
             Self::BurnDown(id, policy) => get(&format!("/admin/api-keys/{id}/burn-down"))
                 .with("policy", Some(policy.as_str())),
+            Self::Billing => get("/billing"),
+            Self::StartCheckout => post("/billing/checkout"),
+            Self::OpenBillingPortal => post("/billing/portal"),
             Self::Echo => get("/v1/echo"),
         }
     }
 
-    /// Whether a 401 means that the access token has expired, so that a refresh helps.
+    /// Whether a 401 means that the access token has expired and can be refreshed.
     pub const fn is_of_session(&self) -> bool {
         !matches!(
             self,

@@ -34,7 +34,7 @@ response! {
         /// The policy that denied the request: `rpm`, `daily` or `monthly`; `reduced_capacity` if limits could not be checked.
         /// `null` if it was allowed.
         pub policy: Option<String>,
-        /// Seconds after which the request could be retried. `null` if it was allowed, or can never be allowed.
+        /// Seconds to wait before retrying. `null` if the request was allowed or could never be allowed.
         pub retry_after: Option<u32>,
         pub cost: u64,
         /// The response's `X-Request-Id`.
@@ -47,7 +47,7 @@ response! {
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct DecisionPage {
-        /// Newest first, in the order in which the server received their records.
+        /// The decisions, newest first, in the order in which the server received their records.
         pub items: Vec<Decision>,
         /// Pass as `cursor` to fetch the next page. `null` on the last page. Opaque.
         pub next_cursor: Option<String>,
@@ -60,7 +60,7 @@ response! {
 }
 
 response! {
-    /// The data of a `dropped` event: decisions that were not sent because there were too many.
+    /// The data of a `dropped` event, sent when there were too many decisions to send all of them.
     #[derive(Debug, Copy, Eq)]
     pub struct DroppedDecisions {
         /// Number of decisions that were skipped, whether they match the filters or not.

@@ -1,7 +1,7 @@
-//! Fields of request bodies that have bounds: one type for each kind, with the rule and the schema that go with it.
+//! Bounded fields of request bodies. Each kind has one type, with its rule and its schema.
 //!
-//! Reading one from JSON checks only its JSON type. [`garde::Validate`] checks the bounds, so that all invalid fields
-//! of a body are reported together, and so that the console can hold values that are still being typed.
+//! Reading such a field from JSON checks only its JSON type. [`garde::Validate`] checks the bounds, so that all invalid
+//! fields of a body are reported together, and so that the console can hold values that are still being typed.
 
 #[cfg(feature = "openapi")]
 use std::collections::BTreeMap;
@@ -94,7 +94,7 @@ macro_rules! numbers {
             }
         }
 
-        /// As PostgreSQL stores it. Every valid number fits.
+        /// The number as PostgreSQL stores it. Every valid number fits.
         impl From<$name> for $stored {
             fn from(number: $name) -> Self {
                 Self::try_from(number.0).unwrap_or(Self::MAX)
@@ -219,7 +219,7 @@ texts! {
 shown!(Name, Email, LoginEmail, TimeZoneName, Endpoint, ExternalId);
 redacted!(NewPassword, Credential, DeviceToken);
 
-/// Names and values that a tenant stores with an API key. Quota does not interpret them.
+/// Name–value pairs that a tenant stores with an API key. Quota does not interpret them.
 ///
 /// A list, because a map would add code to the console.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Validate)]
@@ -273,7 +273,7 @@ impl<'de> Deserialize<'de> for Metadata {
 impl FromJson for Metadata {
     fn from_json(json: Json) -> Result<Self, Invalid> {
         match json {
-            // Stored responses of earlier versions do not have it.
+            // Responses stored by earlier versions do not have this field.
             Json::Null => Ok(Self::default()),
             json => json.entries().map(Self),
         }

@@ -97,7 +97,7 @@ pub(crate) mod example {
     pub(crate) fn at() -> Timestamp {
         Timestamp::from_unix_secs(1_785_738_360).expect("a time in 2026")
     }
-    /// Well formed except for the checksum, which is wrong on purpose: no server accepts it.
+    /// Well formed except for the checksum, which is wrong on purpose so that no server accepts it.
     pub(crate) const KEY_TEXT: &str = "qk_00000000000000000000000000000000EXAMPL";
     pub(crate) const SERVICE_TOKEN_TEXT: &str = "qs_00000000000000000000000000000000EXAMPL";
 }

@@ -5,14 +5,14 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{problem::Problem, time::Timestamp};
+use crate::{call::Call, problem::Problem, time::Timestamp};
 
 /// The response to a call.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CallResponse {
     /// JSON, or empty.
     pub body: String,
-    /// Set if the server was unreachable and this is an earlier response: the time at which that was received.
+    /// If the server was unreachable and this is an earlier response, the time at which it was received.
     pub loaded_at: Option<Timestamp>,
 }
 
@@ -26,6 +26,8 @@ pub enum CallError {
     Unreachable,
     /// The response was not what the call expects.
     Unreadable,
+    /// The system's browser could not be opened.
+    NoBrowser,
 }
 
 /// The response to a request sent with an API key.
@@ -55,4 +57,22 @@ pub struct HostStatus {
     pub servers: Vec<Profile>,
     /// Whether sessions outlive the app. They do not if there is no keychain.
     pub keeps_sessions: bool,
+}
+
+/// A Stripe page, which the app opens in the system's browser.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BillingPage {
+    Checkout,
+    Portal,
+}
+
+impl BillingPage {
+    /// The call that returns the page's address.
+    pub const fn call(self) -> Call {
+        match self {
+            Self::Checkout => Call::StartCheckout,
+            Self::Portal => Call::OpenBillingPortal,
+        }
+    }
 }

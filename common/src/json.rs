@@ -1,6 +1,6 @@
 //! Parsing the server's responses in the console.
 //!
-//! serde generates a parser for each type, which together would be a tenth of the console's download. Here, a text is
+//! serde generates a parser for each type, which together would be a tenth of the console's download. Here, a string is
 //! parsed once into [`Json`], from which each type takes its fields. Errors have no message, because they are never
 //! shown. Unknown fields are ignored, and missing ones are `null`.
 
@@ -14,11 +14,11 @@ use crate::{
     time::Timestamp,
 };
 
-/// The text is not JSON, or does not match the expected type.
+/// The string is not JSON, or does not match the expected type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Invalid;
 
-/// A parsed JSON text.
+/// A parsed JSON value.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Json {
     Null,
@@ -51,7 +51,7 @@ pub trait FromJson: Sized {
     fn from_json(json: Json) -> Result<Self, Invalid>;
 }
 
-/// Reads a value from JSON text.
+/// Reads a value from a JSON string.
 pub fn read<T: FromJson>(text: &str) -> Result<T, Invalid> {
     T::from_json(parse(text)?)
 }
@@ -238,7 +238,7 @@ fn parse(text: &str) -> Result<Json, Invalid> {
 
 struct Parser<'a> {
     text: &'a str,
-    /// The next byte to read.
+    /// The index of the next byte to read.
     at: usize,
 }
 
@@ -259,7 +259,7 @@ impl Parser<'_> {
         Ok(())
     }
 
-    /// Skips this byte if it is next.
+    /// Skips the next byte if it is this one.
     fn skip(&mut self, byte: u8) -> bool {
         let found = self.peek() == Some(byte);
         self.at += usize::from(found);

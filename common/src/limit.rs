@@ -44,7 +44,7 @@ text_enum! {
         ReducedCapacity = "reduced_capacity",
         /// The tenant has no such key.
         UnknownKey = "unknown_key",
-        /// The key is disabled.
+        /// The key is inactive.
         InactiveKey = "inactive_key",
         /// The key has expired.
         ExpiredKey = "expired_key",
@@ -62,6 +62,9 @@ text_enum! {
         Daily = "daily",
         /// The quota for the calendar month.
         Monthly = "monthly",
+        /// The operator's limit on requests in a calendar month (UTC), across all API keys of an organization without a
+        /// subscription.
+        TenantMonthly = "tenant_monthly",
     }
 }
 
@@ -70,7 +73,7 @@ response! {
     #[derive(Debug, Eq)]
     pub struct LimitState {
         pub policy: PolicyName,
-        /// The burst for `rpm`; the quota for `daily` and `monthly`.
+        /// The burst for `rpm`; otherwise the quota.
         pub limit: u64,
         /// Requests left now.
         pub remaining: u64,
@@ -91,8 +94,7 @@ response! {
         /// Name of the key's plan.
         pub plan: Option<String>,
         pub limits: Vec<LimitState>,
-        /// Seconds until the same request would be allowed, rounded up. `null` if the request was allowed or can never be
-        /// allowed.
+        /// Seconds to wait before retrying, rounded up. `null` if the request was allowed or can never be allowed.
         pub retry_after: Option<u64>,
         /// Headers for the gateway to pass on to the consumer, whether the request was allowed or denied.
         pub headers: BTreeMap<String, String>,

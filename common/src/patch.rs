@@ -1,7 +1,7 @@
 //! Fields of PATCH bodies.
 
-/// A field that a PATCH can clear. `None`: the field was not sent and is unchanged. `Some(None)`: it was sent as `null`
-/// and is cleared. `Some(Some(v))`: it becomes `v`.
+/// A field that a PATCH can clear. With `None`, the field was not sent and is unchanged. With `Some(None)`, it was sent
+/// as `null` and is cleared. With `Some(Some(v))`, it becomes `v`.
 ///
 /// Fields of this type need `#[serde(default, deserialize_with = "sent")]`, since serde reads `null` as "not sent" by
 /// default.

@@ -1,4 +1,4 @@
-//! Plans: the rate limits and quotas that a group of keys shares.
+//! Plans: rate limits and quotas that apply to each key in a group.
 
 use crate::{
     field::{Burst, Name, Quota, Rpm},
@@ -44,13 +44,13 @@ response! {
         pub default_rpm: u32,
         /// Maximum burst: requests an idle key may send immediately.
         pub burst: u32,
-        /// Requests per key and calendar day, in the tenant's time zone. `null`: unlimited.
+        /// Requests per key per calendar day, in the tenant's time zone. `null` if unlimited.
         pub daily_quota: Option<u64>,
-        /// Requests per key and calendar month, in the tenant's time zone. `null`: unlimited.
+        /// Requests per key per calendar month, in the tenant's time zone. `null` if unlimited.
         pub monthly_quota: Option<u64>,
         /// Whether every request is checked against the shared counters instead of a local lease.
         pub strict: bool,
-        /// Behavior while Redis is unreachable. `null`: the server default.
+        /// Behavior while Redis is unreachable. `null` for the server default.
         pub on_redis_failure: Option<OnRedisFailure>,
         pub billing: Billing,
         /// Number of keys on the plan. A plan that still has keys cannot be deleted.
@@ -73,10 +73,10 @@ request! {
         /// Maximum burst: requests an idle key may send immediately, 1 to 60,000,000. Default: `default_rpm`.
         #[garde(dive)]
         pub burst: Option<Burst>,
-        /// Requests per key and calendar day, in the tenant's time zone. Default: unlimited.
+        /// Requests per key per calendar day, in the tenant's time zone. Default: unlimited.
         #[garde(dive)]
         pub daily_quota: Option<Quota>,
-        /// Requests per key and calendar month, in the tenant's time zone. Default: unlimited.
+        /// Requests per key per calendar month, in the tenant's time zone. Default: unlimited.
         #[garde(dive)]
         pub monthly_quota: Option<Quota>,
         /// Check every request against the shared counters instead of a local lease. Default: false.

@@ -112,7 +112,7 @@ problems! {
     /// The request's JSON, query, headers or path could not be parsed. No changes were made. Fix what `detail`
     /// describes and retry.
     Malformed = "malformed", 400, "Malformed request";
-    /// No API key, access token or service token was sent, or it is unknown, malformed, expired or disabled.
+    /// No API key, access token or service token was sent, or it is unknown, malformed, expired or inactive.
     /// Nothing was charged. Sign in again, or use an active key.
     Unauthorized = "unauthorized", 401, "Missing or invalid credentials";
     /// The email or password is incorrect. For security we don't say which.
@@ -145,7 +145,7 @@ problems! {
     /// key expires. Rotating again would revoke it, because a key has at most one previous key. Wait until it has
     /// expired, or send `replace_previous: true`.
     PreviousKeyActive = "previous-key-active", 409, "Previous key still active";
-    /// This server does not charge: its operator has not connected it to Stripe. Plans marked `paid` work like other
+    /// Billing is off on this server: its operator has not connected it to Stripe. Plans marked `paid` work like other
     /// plans.
     BillingOff = "billing-off", 409, "Billing is off";
     /// The organization already has a subscription. Change or cancel it in the customer portal.
@@ -163,7 +163,7 @@ problems! {
     Invalid = "invalid", 422, "Validation failed";
     /// This `Idempotency-Key` was already used with a different request body. Use a new key for a new request.
     IdempotencyMismatch = "idempotency-mismatch", 422, "Idempotency-Key already used";
-    /// The API key has used up a rate limit or quota; `violated-policies` lists which. Retry after the number of
+    /// The API key has used up a rate limit or quota; `violated-policies` lists which ones. Retry after the number of
     /// seconds in `Retry-After`. Without that header, the cost of the request exceeds the limit itself. Nothing was
     /// charged.
     QuotaExceeded = "quota-exceeded", 429, "Rate limit or quota exceeded";
@@ -194,8 +194,8 @@ impl ProblemCode {
         Self::ALL.iter().copied().find(|code| code.slug() == slug)
     }
 
-    /// Returns the `type` URI: the one registered with IANA if there is one
-    /// (draft-ietf-httpapi-ratelimit-headers), otherwise a page on the server at `base`.
+    /// Returns the `type` URI: the one registered with IANA, if any (draft-ietf-httpapi-ratelimit-headers), otherwise a
+    /// page on the server at `base`.
     pub fn type_uri(self, base: &str) -> Cow<'static, str> {
         match self {
             Self::QuotaExceeded => {

@@ -8,13 +8,13 @@ use crate::{
 };
 
 response! {
-    /// A service token without its secret, which is returned once, on creation, and never stored.
+    /// A service token. Its secret is returned only once, on creation, and is never stored.
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct ServiceToken {
         pub id: ServiceTokenId,
         pub name: String,
-        /// The first characters of the token, to identify it.
+        /// The first characters of the token, which identify it.
         pub prefix: String,
         /// When the token was last used. Updated within seconds.
         pub last_used_at: Option<Timestamp>,

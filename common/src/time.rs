@@ -43,7 +43,7 @@ impl From<Timestamp> for DateTime<Utc> {
 }
 
 impl Timestamp {
-    /// Does not allocate, since every check result contains timestamps.
+    /// Does not allocate, because every check result contains timestamps.
     fn text(self) -> [u8; 24] {
         let mut text = *b"0000-00-00T00:00:00.000Z";
         let mut write = |end: usize, digits: usize, mut number: u32| {
@@ -52,7 +52,7 @@ impl Timestamp {
                 number /= 10;
             }
         };
-        // The constructors only accept years of four digits.
+        // The constructors accept only four-digit years.
         write(4, 4, self.0.year().unsigned_abs());
         write(7, 2, self.0.month());
         write(10, 2, self.0.day());

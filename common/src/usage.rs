@@ -25,14 +25,14 @@ text_enum! {
     pub enum UsageGroupBy {
         Key = "key",
         Endpoint = "endpoint",
-        /// The policy that denied the requests. Allowed requests do not belong to a group.
+        /// The policy that denied the requests. Allowed requests are not in any group.
         Policy = "policy",
         Plan = "plan",
     }
 }
 
 response! {
-    /// Requests and their cost. Each request counts once; its cost is 1 unless the caller sends another.
+    /// Requests and their cost. Each request counts once. Its cost is 1 unless the caller sends a different cost.
     #[derive(Debug, Copy, Eq, Default)]
     pub struct UsageCounts {
         /// Requests that were allowed.
@@ -41,7 +41,7 @@ response! {
         pub rejected: u64,
         /// Total cost of the allowed requests, as charged to quotas.
         pub allowed_cost: u64,
-        /// Total cost of the denied requests, which was not charged. They consumed nothing.
+        /// Total cost of the denied requests. None of it was charged.
         pub rejected_cost: u64,
     }
 }
@@ -52,15 +52,15 @@ response! {
     pub struct UsageBucket {
         /// The start of the bucket. A bucket ends where the next one starts; the last one ends at `to`.
         pub start: Timestamp,
-        /// With `group_by=key`: the key. Otherwise `null`.
+        /// The key, if grouped by `key`. Otherwise `null`.
         pub key_id: Option<ApiKeyId>,
-        /// With `group_by=endpoint`: the endpoint; empty for requests without one. Otherwise `null`.
+        /// The endpoint, if grouped by `endpoint`; empty for requests without one. Otherwise `null`.
         pub endpoint: Option<String>,
-        /// With `group_by=policy`: the policy that denied the requests. Otherwise `null`.
+        /// The policy that denied the requests, if grouped by `policy`. Otherwise `null`.
         pub policy: Option<String>,
-        /// With `group_by=plan`: the plan. Otherwise `null`.
+        /// The plan, if grouped by `plan`. Otherwise `null`.
         pub plan_id: Option<PlanId>,
-        /// Whether this is the sum of all groups that are not listed.
+        /// Whether this group combines all groups that are not listed.
         pub other: bool,
         /// Requests that were allowed.
         pub allowed: u64,
@@ -68,7 +68,7 @@ response! {
         pub rejected: u64,
         /// Total cost of the allowed requests, as charged to quotas.
         pub allowed_cost: u64,
-        /// Total cost of the denied requests, which was not charged. They consumed nothing.
+        /// Total cost of the denied requests. None of it was charged.
         pub rejected_cost: u64,
     }
 }
@@ -77,18 +77,18 @@ response! {
     /// A key, endpoint, policy or plan, with its requests in the whole range.
     #[derive(Debug, Eq)]
     pub struct UsageGroup {
-        /// With `group_by=key`: the key. Otherwise `null`.
+        /// The key, if grouped by `key`. Otherwise `null`.
         pub key_id: Option<ApiKeyId>,
-        /// With `group_by=endpoint`: the endpoint; empty for requests without one. Otherwise `null`.
+        /// The endpoint, if grouped by `endpoint`; empty for requests without one. Otherwise `null`.
         pub endpoint: Option<String>,
-        /// With `group_by=policy`: the policy that denied the requests, `rpm`, `daily` or `monthly`; `reduced_capacity` if
-        /// limits could not be checked. Otherwise `null`.
+        /// If grouped by `policy`, the policy that denied the requests: `rpm`, `daily` or `monthly`; `reduced_capacity`
+        /// if limits could not be checked. Otherwise `null`.
         pub policy: Option<String>,
-        /// With `group_by=plan`: the plan. Otherwise `null`.
+        /// The plan, if grouped by `plan`. Otherwise `null`.
         pub plan_id: Option<PlanId>,
         /// The key's or plan's current name. `null` if the key or plan was deleted, or if the group is not a key or plan.
         pub name: Option<String>,
-        /// Whether this is the sum of all groups that are not listed.
+        /// Whether this group combines all groups that are not listed.
         pub other: bool,
         /// Requests that were allowed.
         pub allowed: u64,
@@ -96,9 +96,9 @@ response! {
         pub rejected: u64,
         /// Total cost of the allowed requests, as charged to quotas.
         pub allowed_cost: u64,
-        /// Total cost of the denied requests, which was not charged. They consumed nothing.
+        /// Total cost of the denied requests. None of it was charged.
         pub rejected_cost: u64,
-        /// Time of the latest request in the range. `null` for `other`, and if there are later requests after `to`.
+        /// Time of the latest request in the range. `null` for `other`, and if the group also has requests after `to`.
         pub last_seen_at: Option<Timestamp>,
     }
 }
@@ -108,9 +108,9 @@ response! {
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct Usage {
-        /// The start of the range, rounded down to a quarter of an hour.
+        /// The start of the range, rounded down to the quarter hour.
         pub from: Timestamp,
-        /// The end of the range, exclusive, rounded up to a quarter of an hour.
+        /// The end of the range, exclusive, rounded up to the quarter hour.
         pub to: Timestamp,
         /// The length of a bucket. A day has 23 to 25 hours when clocks change.
         pub bucket: UsageBucketSize,
@@ -122,7 +122,7 @@ response! {
         pub complete_until: Timestamp,
         /// All requests in the range that match the filters.
         pub total: UsageCounts,
-        /// Without `group_by`: every bucket of the range. With `group_by`: the buckets of each group that had requests.
+        /// Without `group_by`: every bucket in the range. With `group_by`: each group's buckets that had requests.
         pub buckets: Vec<UsageBucket>,
         /// With `group_by`: the 20 groups with the most requests, and `other` if there are more. Otherwise empty.
         pub groups: Vec<UsageGroup>,
@@ -130,7 +130,7 @@ response! {
 }
 
 response! {
-    /// The number of requests today, and yesterday up to the same time of day.
+    /// Statistics on the organization's keys, plans and requests.
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct Stats {
@@ -140,13 +140,13 @@ response! {
         /// Number of keys that were never used.
         pub unused_keys: u64,
         pub total_plans: u64,
-        /// Requests today, allowed and denied.
+        /// Requests today, both allowed and denied.
         pub requests_today: u64,
-        /// Requests today that were denied.
+        /// Requests denied today.
         pub rejected_today: u64,
-        /// Requests yesterday up to the same time of day. The current quarter of an hour counts proportionally.
+        /// Requests yesterday up to the same time of day. The current 15-minute interval is prorated.
         pub requests_yesterday: u64,
-        /// Denied requests yesterday up to the same time of day.
+        /// Requests denied yesterday up to the same time of day.
         pub rejected_yesterday: u64,
         /// When today started.
         pub today: Timestamp,
@@ -154,7 +154,7 @@ response! {
         pub time_zone: String,
         /// All requests before this time are counted.
         pub complete_until: Timestamp,
-        /// The quota that is closest to its limit. `null` if none was used.
+        /// The quota that is closest to its limit. `null` if no quota has been used.
         pub closest_to_limit: Option<QuotaStatus>,
         /// Keys and quotas that need attention, most urgent first, at most 20 of each kind.
         pub attention: Vec<Attention>,
@@ -199,11 +199,11 @@ response! {
         pub key_id: ApiKeyId,
         pub key_name: String,
         pub at: Timestamp,
-        /// With `quota`: the policy. Otherwise `null`.
+        /// The quota's policy, if `kind` is `quota`; otherwise `null`.
         pub policy: Option<PolicyName>,
-        /// With `quota`: the amount used. Otherwise `null`.
+        /// The amount used, if `kind` is `quota`; otherwise `null`.
         pub used: Option<u64>,
-        /// With `quota`: the quota. Otherwise `null`.
+        /// The quota, if `kind` is `quota`; otherwise `null`.
         pub limit: Option<u64>,
     }
 }
@@ -223,7 +223,7 @@ response! {
         pub burst: u32,
         /// The state of each limit.
         pub limits: Vec<LimitState>,
-        /// The time of this state.
+        /// When this snapshot was taken.
         pub at: Timestamp,
     }
 }
@@ -235,7 +235,7 @@ response! {
         pub at: Timestamp,
         /// The quota that was left at that time.
         pub remaining: u64,
-        /// The quota that would have been left at an even pace over the whole window.
+        /// The quota that would be left if it were used at an even pace over the whole window.
         pub ideal_remaining: u64,
     }
 }
@@ -256,14 +256,14 @@ response! {
         pub starts_at: Timestamp,
         /// When the day or month ends and the full quota is available again.
         pub resets_at: Timestamp,
-        /// Points from the start until now, at equal intervals; the last one is at `complete_until`.
+        /// Evenly spaced points from the start until now. The last one is at `complete_until`.
         pub points: Vec<BurnDownPoint>,
         /// Cost per hour over the most recent quarter of the elapsed time (at least the last hour).
         pub pace_per_hour: f64,
         /// When the quota will be used up at that pace. `null` if the quota won't be used up before it resets. In the past
         /// or present if it is already used up.
         pub used_up_at: Option<Timestamp>,
-        /// The quota that will be left when it resets, at that pace.
+        /// The quota that will be left at the reset if that pace continues.
         pub projected_remaining: u64,
         /// All requests before this time are counted.
         pub complete_until: Timestamp,

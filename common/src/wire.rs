@@ -1,10 +1,11 @@
-//! The kinds of JSON on the wire. Each macro adds the attributes that its kind needs for serde, garde and poem-openapi,
-//! so that a type lists only its fields, their descriptions, and which of them have bounds (`#[garde(dive)]`).
+//! Macros for the kinds of JSON on the wire. Each adds the attributes that its kind needs for serde, garde and
+//! poem-openapi, so that a type lists only its fields, their descriptions, and which of them have bounds
+//! (`#[garde(dive)]`).
 
 /// An optional field of a response that is omitted from the JSON when it is `None`. A plain `Option` is `null`.
 pub type Omittable<T> = Option<T>;
 
-/// Defines the body of a request: with the attributes for each type of field, and without unknown fields.
+/// Defines the body of a request, with the attributes for each type of field. Unknown fields are rejected.
 macro_rules! body {
     ([$($rule:tt)+] $($item:tt)+) => {
         #[serde_with::apply($($rule)+)]
@@ -88,7 +89,7 @@ macro_rules! response {
 }
 pub(crate) use response;
 
-/// Defines an enum of strings: in JSON, in query strings and in the database.
+/// Defines an enum that is a string in JSON, in query strings and in the database.
 macro_rules! text_enum {
     ($(#[$attribute:meta])* pub enum $name:ident {
         $($(#[$variant_attribute:meta])* $variant:ident = $text:literal,)+

@@ -1,5 +1,5 @@
-//! Golden JSON of every API type and, with the `openapi` feature, proof that the document describes the same JSON: serde
-//! and poem-openapi read their own attributes, which can drift apart silently.
+//! Golden JSON of every API type and, with the `openapi` feature, proof that the document describes the same JSON.
+//! serde and poem-openapi read separate attributes, which can drift apart silently.
 
 use quota_common::{
     ApiKeyId, FieldError, Page, PlanId, Problem, ProblemCode, ServiceTokenId, SessionId, TenantId,
@@ -110,16 +110,67 @@ fn billing_matches_its_golden_json() {
             paid_plans_work: true,
             access_ends_at: Some(at()),
             trial_ends_at: None,
+            cancels_at: Some(at()),
             period_start: Some(at()),
             period_end: Some(at()),
             has_customer: true,
             refreshed_at: Some(at()),
+            price: Some(billing::BillingPrice {
+                name: None,
+                currency: "usd".into(),
+                monthly: Some("2900".into()),
+                per_request: Some("0.05".into()),
+            }),
+            usage: Some(billing::BillingUsage {
+                used: 40_000,
+                projected: 62_000,
+                charge: Some(2000),
+                projected_total: Some(6000),
+                reported_until: Some(at()),
+                not_charged: 7,
+                last_error: Some(billing::BillingUsageError {
+                    code: "meter_event_customer_not_found".into(),
+                    at: at(),
+                }),
+            }),
+            limits: billing::BillingLimits {
+                plans: billing::BillingLimit {
+                    used: 3,
+                    maximum: Some(5),
+                },
+                api_keys: billing::BillingLimit {
+                    used: 12,
+                    maximum: Some(20),
+                },
+                requests: billing::BillingLimit {
+                    used: 9,
+                    maximum: None,
+                },
+                requests_reset_at: at(),
+                free_plan_rpm: Some(60),
+                free_plan_quota: None,
+            },
+            paid_plans: 1,
+            paid_keys: 4,
         },
         json!({
             "enabled": true, "access": "past_due", "paid_plans_work": true,
             "access_ends_at": "2026-08-03T06:26:00.000Z", "trial_ends_at": null,
+            "cancels_at": "2026-08-03T06:26:00.000Z",
             "period_start": "2026-08-03T06:26:00.000Z", "period_end": "2026-08-03T06:26:00.000Z",
             "has_customer": true, "refreshed_at": "2026-08-03T06:26:00.000Z",
+            "price": {"name": null, "currency": "usd", "monthly": "2900", "per_request": "0.05"},
+            "usage": {
+                "used": 40_000, "projected": 62_000, "charge": 2000, "projected_total": 6000,
+                "reported_until": "2026-08-03T06:26:00.000Z", "not_charged": 7,
+                "last_error": {"code": "meter_event_customer_not_found", "at": "2026-08-03T06:26:00.000Z"},
+            },
+            "limits": {
+                "plans": {"used": 3, "maximum": 5}, "api_keys": {"used": 12, "maximum": 20},
+                "requests": {"used": 9, "maximum": null}, "requests_reset_at": "2026-08-03T06:26:00.000Z",
+                "free_plan_rpm": 60, "free_plan_quota": null,
+            },
+            "paid_plans": 1, "paid_keys": 4,
         })
     );
     golden_response!(

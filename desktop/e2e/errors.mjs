@@ -1,4 +1,4 @@
-// Wrong input, failing calls, and choices that must not be made for the user.
+// Invalid input, failing calls, and choices that must not be made for the user.
 
 import assert from "node:assert/strict";
 import { password, quoted } from "./world.mjs";
@@ -32,7 +32,7 @@ export async function errors(world) {
   await my.inspect("plan-invalid");
   await my.field("Burst").fill("70,000,000");
   await page.locator(".field.invalid").waitFor({ state: "detached" });
-  // The message of the field that is left does not move the button while it is pressed: the form is submitted.
+  // The message for the field that is left does not move the button while it is pressed, so the form is submitted.
   await my.field("Burst").focus();
   await my.button("Create plan").scrollIntoViewIfNeeded();
   const button = await my.button("Create plan").boundingBox();
@@ -132,7 +132,7 @@ export async function errors(world) {
   await my.context.close();
 }
 
-/** While registration is closed, the form shows what the server says about it, and keeps the input. */
+/** While registration is closed, the form shows the server's message and keeps the input. */
 async function closedRegistration(world) {
   const my = await world.visitor();
   const { page, base } = my;

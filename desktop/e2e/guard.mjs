@@ -27,7 +27,7 @@ export async function guard(world) {
     await my.button("Sign out").click();
     await my.heading("Sign in").waitFor();
   }
-  // But never a page on another site.
+  // They never get a page on another site.
   await page.goto(`${base}/console/sign-in?next=${encodeURIComponent("https://example.com/console/")}`);
   await my.heading("Sign in").waitFor();
   await my.signIn();

@@ -109,7 +109,7 @@ export async function once(world) {
   await page.getByText("Previous key").waitFor();
   // Rotating again revokes the previous key.
   await my.button("Rotate").click();
-  await page.getByText("This key was rotated recently. The previous key, which expires in 23 hours, will be revoked immediately.").waitFor();
+  await page.getByText("This key was rotated recently. If you rotate it again, the previous key is revoked immediately instead of expiring in 23 hours.").waitFor();
   await my.inspect("key-rotate-again");
   await my.button("Rotate key").click();
   await my.heading(`Save your key for ${quoted("App")}`).waitFor();

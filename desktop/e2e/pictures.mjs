@@ -1,4 +1,4 @@
-// Takes the pictures of the README: node journey.mjs CHROMIUM ADDRESS ../pictures pictures
+// Takes the pictures for the README and the landing page: node journey.mjs CHROMIUM ADDRESS ../pictures pictures
 
 import assert from "node:assert/strict";
 import { writeFileSync } from "node:fs";
@@ -47,6 +47,43 @@ export async function pictures(world) {
   await page.getByRole("row").nth(7).waitFor();
   await take("keys", "light");
 
+  // A day of traffic: the server of these pictures has just started, so the numbers of its responses are replaced.
+  await page.route((url) => url.pathname === "/admin/usage", async (route) => {
+    const usage = await (await route.fetch()).json();
+    const first = Date.parse(usage.from);
+    const start = (hour) => new Date(first + hour * 3_600_000).toISOString();
+    const shape = (hour) => 1 + Math.sin(((new Date(start(hour)).getUTCHours() - 8) / 24) * 2 * Math.PI);
+    const counts = (allowed, rejected) => ({ allowed, rejected, allowed_cost: allowed, rejected_cost: rejected });
+    const names = keys.filter((key) => /Mobile|Web|Delivery|dashboard/.test(key.api_key.name));
+    const weights = [1, 0.55, 0.3, 0.15];
+    const other = { key_id: null, plan_id: null, endpoint: null, policy: null, other: false };
+    const buckets = [];
+    const total = (all) => all.reduce((sum, it) => counts(sum.allowed + it.allowed, sum.rejected + it.rejected), counts(0, 0));
+    for (let hour = 0; hour < 24; hour += 1) {
+      for (const [at, key] of names.entries()) {
+        const allowed = Math.round(weights[at] * (300 + 900 * shape(hour) + 60 * Math.sin(7 * hour + at)));
+        const rejected = at === 1 && shape(hour) > 1.6 ? Math.round(allowed * 0.22) : Math.round(allowed * 0.006);
+        buckets.push({ ...other, start: start(hour), key_id: key.api_key.id, ...counts(allowed, rejected) });
+      }
+    }
+    const by = (fits) => buckets.filter(fits);
+    if (usage.group_by === "key") {
+      usage.buckets = buckets;
+      usage.groups = names.map((key) => ({ ...other, key_id: key.api_key.id, name: key.api_key.name, last_seen_at: usage.to, ...total(by((it) => it.key_id === key.api_key.id)) }));
+    } else {
+      usage.buckets = Array.from({ length: 24 }, (_, hour) => ({ ...other, start: start(hour), ...total(by((it) => it.start === start(hour))) }));
+    }
+    usage.total = total(buckets);
+    return route.fulfill({ json: usage });
+  });
+  await page.setViewportSize({ width: 1180, height: 730 });
+  await my.navigate("Usage").click();
+  await page.getByRole("row", { name: /Mobile app/ }).waitFor();
+  await take("usage-light", "light");
+  await take("usage-dark", "dark");
+  await my.navigate("API keys").click();
+  await page.getByRole("row").nth(7).waitFor();
+
   await page.setViewportSize({ width: 1180, height: 730 });
   await my.button("New key").click();
   await my.field("Name").fill("Route planner");
@@ -72,6 +109,7 @@ export async function pictures(world) {
     }
   });
   assert.ok(!/qk_\w{9}/.test(await page.locator("body").innerText()), "a complete key is visible");
-  await take("try-it", "dark");
+  await take("try-it-light", "light");
+  await take("try-it-dark", "dark");
   await my.context.close();
 }

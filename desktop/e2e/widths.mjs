@@ -1,5 +1,12 @@
 // No page scrolls sideways at any width from 320 to 1920 pixels.
 
+import { active, isBilling } from "./billing.mjs";
+
+/** Every fifth width, and those next to the breakpoints of the style sheet: in between, layouts change continuously. */
+const steps = Array.from({ length: 321 }, (_, at) => 320 + 5 * at);
+const breakpoints = [30, 56, 73, 80].flatMap((rem) => [16 * rem - 1, 16 * rem, 16 * rem + 1]);
+const all = [...new Set([...steps, ...breakpoints])].sort((a, b) => a - b);
+
 export async function widths(world) {
   const my = await world.visitor();
   const { page, base } = my;
@@ -22,11 +29,12 @@ export async function widths(world) {
   for (const { key } of created) await fetch(`${base}/v1/echo`, { headers: { "x-api-key": key } });
   while (!(await my.api("GET", "/admin/usage")).total.allowed) await page.waitForTimeout(200);
   await my.api("PATCH", `/admin/api-keys/${keys[0].id}`, { is_active: false });
-  for (const path of ["", "/usage", "/usage?range=30d&view=table", "/plans", "/api-keys", `/api-keys/${keys[0].id}`, "/service-tokens", "/audit", "/settings"]) {
+  await page.route(isBilling, (route) => route.fulfill({ json: { ...active(), access: "past_due", access_ends_at: "2199-01-01T00:00:00Z" } }));
+  for (const path of ["", "/usage", "/usage?range=30d&view=table", "/plans", "/api-keys", `/api-keys/${keys[0].id}`, "/service-tokens", "/audit", "/billing", "/settings"]) {
     await page.goto(`${base}/console${path}`);
     await page.locator("main h1").waitFor();
     await page.waitForFunction(() => !document.querySelector(".skeleton"));
-    for (let width = 320; width <= 1920; width += 32) {
+    for (const width of all) {
       await page.setViewportSize({ width, height: 800 });
       await my.fits(`/console${path} at ${width}`);
     }
@@ -34,7 +42,7 @@ export async function widths(world) {
   await page.goto(`${base}/console/api-keys`);
   await my.button("New key").click();
   await my.field("Expires (optional)").waitFor();
-  for (let width = 320; width <= 1920; width += 32) {
+  for (const width of all) {
     await page.setViewportSize({ width, height: 800 });
     await my.fits(`new key at ${width}`);
   }

@@ -55,7 +55,8 @@ export class World {
     page.on("pageerror", (error) => this.pageErrors.push(`error: ${error.message}`));
     page.on("console", (message) => {
       // Browsers log every rejected request and every failed connection, which the journey provokes.
-      const expected = /status of (401|422|429)|ERR_FAILED/;
+      // Leaving a page ends the download of parts of the console that it loads in advance.
+      const expected = /status of (401|422|429)|ERR_FAILED|Failed to fetch\s+at .*\/loader-/;
       const text = message.text();
       if (message.type() === "error" && !expected.test(text) && !this.expected?.test(text)) this.pageErrors.push(text);
     });

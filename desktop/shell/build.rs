@@ -6,6 +6,7 @@ fn main() {
     let commands = tauri_build::AppManifest::new().commands(&[
         "call",
         "try_key",
+        "open_billing",
         "copy",
         "save_file",
         "host_status",
@@ -13,6 +14,7 @@ fn main() {
         "use_server",
         "forget_server",
         "ready",
+        "quit",
     ]);
     let attributes = tauri_build::Attributes::new().app_manifest(commands);
     if let Err(error) = tauri_build::try_build(attributes) {

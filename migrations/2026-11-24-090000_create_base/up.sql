@@ -1,6 +1,6 @@
--- The roles that the server uses. They own nothing, so row-level security applies to them, whichever role the server
--- signs in with. Roles belong to the cluster, not to the database: two databases may create them concurrently. If the
--- migrating role may not create roles, create these two beforehand.
+-- The roles that the server uses. They own nothing, so row-level security applies to them, no matter which role the
+-- server signs in with. Roles belong to the cluster, not to the database: two databases may create them concurrently.
+-- If the migrating role may not create roles, create these two beforehand.
 DO $$
 DECLARE
     name text;
@@ -216,7 +216,7 @@ CREATE TABLE quota_usage (
     CONSTRAINT quota_usage_used_positive CHECK (used >= 0)
 );
 CREATE INDEX quota_usage_window_start_idx ON quota_usage (window_start);
-COMMENT ON TABLE quota_usage IS 'How much of each calendar quota replicas have taken in blocks, spent or not';
+COMMENT ON TABLE quota_usage IS 'How much of each calendar quota replicas have taken in blocks, whether spent or not';
 
 -- Audit, idempotency, revocations --------------------------------------------------------------------
 

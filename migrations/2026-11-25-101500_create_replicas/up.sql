@@ -6,7 +6,7 @@ CREATE TABLE replicas (
     seen_at timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT replicas_pkey PRIMARY KEY (id)
 );
-COMMENT ON TABLE replicas IS 'Running servers; a row that is not updated belongs to a server that is gone';
+COMMENT ON TABLE replicas IS 'Running servers; a row that is no longer updated belongs to a server that has stopped';
 
 -- Whether counters have ever been stored in Redis. If not, an empty Redis is new; otherwise it has lost its state.
 CREATE TABLE shared_counters (

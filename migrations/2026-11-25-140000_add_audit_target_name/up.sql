@@ -2,4 +2,4 @@
 -- working.
 ALTER TABLE audit_events ADD COLUMN target_name text;
 COMMENT ON COLUMN audit_events.target_name IS
-    'What the target was called once the change was made; NULL where it has no name, and in events from before this column';
+    'The name of the target after the change; NULL if it has no name, and in events that are older than this column';

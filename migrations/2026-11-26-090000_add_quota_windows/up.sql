@@ -12,7 +12,7 @@ ALTER TABLE quota_usage
 COMMENT ON COLUMN quota_usage.window_end IS
     'End of the window, exclusive; NULL in rows of earlier versions: the calendar day or month';
 COMMENT ON COLUMN quota_usage.period_seconds IS
-    'Length of the calendar day or month that the window belongs to. A window that a change of time zone shortened is shorter, and its quota is in proportion';
+    'Length of the calendar day or month that the window belongs to. A window that was shortened by a change of time zone is shorter, and its quota is proportional';
 
 CREATE TABLE quota_returns (
     id uuid NOT NULL,
@@ -21,7 +21,7 @@ CREATE TABLE quota_returns (
 );
 CREATE INDEX quota_returns_applied_at_idx ON quota_returns (applied_at);
 COMMENT ON TABLE quota_returns IS
-    'Batches of unused tokens that were credited to quota_usage, so that a retried batch is credited once. Kept as long as the windows';
+    'Batches of unused tokens that were credited to quota_usage, so that a retried batch is credited once. Kept for as long as the windows';
 
 GRANT SELECT, INSERT, UPDATE, DELETE ON quota_returns TO quota_system;
 ALTER TABLE quota_returns ENABLE ROW LEVEL SECURITY;

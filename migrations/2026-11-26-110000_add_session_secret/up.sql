@@ -5,12 +5,12 @@ ALTER TABLE sessions ADD COLUMN secret_id bytea;
 ALTER TABLE sessions
     ADD CONSTRAINT sessions_secret_id_length CHECK (octet_length(secret_id) = 16) NOT VALID;
 COMMENT ON COLUMN sessions.secret_id IS
-    'Which QUOTA_SECRET the session was last used with, as a value derived from it. NULL in sessions of earlier versions: the one in server_secrets.first_session_secret_id';
+    'A value derived from the QUOTA_SECRET that the session was last used with. NULL in sessions of earlier versions, which belong to server_secrets.first_session_secret_id';
 
 ALTER TABLE server_secrets ADD COLUMN first_session_secret_id bytea;
 ALTER TABLE server_secrets
     ADD CONSTRAINT server_secrets_first_session_secret_id_length
         CHECK (octet_length(first_session_secret_id) = 16) NOT VALID;
 COMMENT ON COLUMN server_secrets.first_session_secret_id IS
-    'The secret when sessions began to state theirs, in the form of sessions.secret_id. Sessions that state none are refreshed only while it is accepted';
+    'The secret in use when sessions started to record their secret, in the form of sessions.secret_id. Sessions without a recorded secret are refreshed only while it is accepted';
 GRANT UPDATE (first_session_secret_id) ON server_secrets TO quota_system;

@@ -48,7 +48,7 @@ CREATE TABLE usage_tenants (
 );
 COMMENT ON TABLE usage_tenants IS 'The last position in each tenant''s log';
 COMMENT ON COLUMN usage_tenants.last_seq IS
-    'The last number in usage_log.seq. Its row is locked until the rows with the new numbers are committed, so who has read up to a number has missed none before it';
+    'The last number in usage_log.seq. Its row is locked until the rows with the new numbers are committed, so a reader who has read up to a number has missed none before it';
 
 -- Rollups ---------------------------------------------------------------------------------------------- A row is about
 -- one key or all, one endpoint or all, one plan or all; the other rows with the same start count the same requests
@@ -67,9 +67,9 @@ CREATE TABLE usage_quarters (
     cost bigint NOT NULL,
     CONSTRAINT usage_quarters_pkey PRIMARY KEY (tenant_id, endpoint, key_id, plan_id, start, policy)
 ) PARTITION BY RANGE (start);
-COMMENT ON TABLE usage_quarters IS 'Requests per quarter of an hour. Partitioned by day in UTC';
+COMMENT ON TABLE usage_quarters IS 'Requests per 15 minutes. Partitioned by day in UTC';
 COMMENT ON COLUMN usage_quarters.policy IS
-    'Empty: admitted requests. Else those that this policy denied; reduced_capacity for those that none denied';
+    'The policy that denied the requests; empty for admitted requests, and reduced_capacity for those that no policy denied';
 
 CREATE TABLE usage_quarters_default PARTITION OF usage_quarters DEFAULT;
 COMMENT ON TABLE usage_quarters_default IS 'Rows of days that have no partition';
@@ -87,7 +87,7 @@ CREATE TABLE usage_days (
     CONSTRAINT usage_days_pkey PRIMARY KEY (tenant_id, endpoint, key_id, plan_id, start, policy)
 ) PARTITION BY RANGE (start);
 COMMENT ON TABLE usage_days IS
-    'The same as usage_quarters, for each day in UTC: ranks keys and endpoints over long ranges. Partitioned by day';
+    'The same as usage_quarters, for each day in UTC. Used to rank keys and endpoints over long ranges. Partitioned by day';
 COMMENT ON COLUMN usage_days.last_at IS 'Time of the latest request';
 
 CREATE TABLE usage_days_default PARTITION OF usage_days DEFAULT;
@@ -100,7 +100,7 @@ CREATE TABLE usage_endpoints (
     CONSTRAINT usage_endpoints_pkey PRIMARY KEY (tenant_id, key_id, endpoint)
 );
 COMMENT ON TABLE usage_endpoints IS
-    'Endpoints that have rollups of their own, for each key; the zero UUID: for the tenant. Above the limit they count as E''\x02''';
+    'Endpoints that have their own rollups, for each key or, with the zero UUID, for the tenant. Endpoints above the limit count as E''\x02''';
 
 -- Shipping ---------------------------------------------------------------------------------------------
 
@@ -128,7 +128,7 @@ CREATE TABLE usage_shippers (
     CONSTRAINT usage_shippers_pending_range CHECK (pending_records >= 0 AND pending_bytes >= 0)
 );
 COMMENT ON TABLE usage_shippers IS
-    'What the owner of each usage directory has not shipped yet, by its own report. A row that is no longer updated is of a replica that ended without shipping everything';
+    'What the owner of each usage directory has not shipped yet, as reported by that owner. A row that is no longer updated belongs to a replica that ended without shipping everything';
 
 -- Partitions -------------------------------------------------------------------------------------------
 
@@ -167,7 +167,7 @@ BEGIN
     RETURN created;
 END $$;
 COMMENT ON FUNCTION usage_create_partitions(date, date) IS
-    'Creates the missing partitions of the days from first to last, and moves rows from the default partition there. Returns how many it created';
+    'Creates the missing partitions of the days from first to last, and moves their rows from the default partition. Returns the number of partitions created';
 
 CREATE FUNCTION usage_drop_partitions(parent text, before date) RETURNS integer
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
@@ -194,7 +194,7 @@ BEGIN
     RETURN dropped;
 END $$;
 COMMENT ON FUNCTION usage_drop_partitions(text, date) IS
-    'Drops the oldest partition of days before that date, and deletes such rows from the default partition. Returns how many it dropped, at most 1';
+    'Drops the oldest partition of days before that date, and deletes rows of those days from the default partition. Returns the number of partitions dropped, at most 1';
 
 -- Rights -----------------------------------------------------------------------------------------------
 

@@ -9,6 +9,6 @@ ALTER TABLE api_keys
 -- Partial: no existing row is in it, so building it is quick.
 CREATE INDEX api_keys_external_id_idx ON api_keys (tenant_id, external_id text_pattern_ops)
     WHERE external_id IS NOT NULL;
-COMMENT ON COLUMN api_keys.external_id IS 'What the tenant calls the key in its own system. Not unique';
-COMMENT ON COLUMN api_keys.metadata IS 'Names and values of the tenant, stored and not interpreted';
-COMMENT ON INDEX api_keys_external_id_idx IS 'Finds keys by external ID or its beginning';
+COMMENT ON COLUMN api_keys.external_id IS 'The key''s identifier in the tenant''s own system. Not unique';
+COMMENT ON COLUMN api_keys.metadata IS 'Name-value pairs of the tenant, which are stored but not interpreted';
+COMMENT ON INDEX api_keys_external_id_idx IS 'Finds keys by external ID or its prefix';

@@ -31,19 +31,19 @@ CREATE TABLE billing_accounts (
     CONSTRAINT billing_accounts_reads_in_order CHECK (read_applied <= reads_begun)
 );
 CREATE INDEX billing_accounts_read_due_at_idx ON billing_accounts (read_due_at);
-COMMENT ON TABLE billing_accounts IS 'Tenants that have begun to pay: their customer at Stripe, and what they have access to';
-COMMENT ON COLUMN billing_accounts.customer_id IS 'The customer at Stripe; NULL until it has been created';
+COMMENT ON TABLE billing_accounts IS 'Tenants that have started a subscription, with their Stripe customer and their access';
+COMMENT ON COLUMN billing_accounts.customer_id IS 'The Stripe customer; NULL until it has been created';
 COMMENT ON COLUMN billing_accounts.customer_email IS 'The email that the customer was created with, so that a retry sends the same';
 COMMENT ON COLUMN billing_accounts.customer_name IS 'The name that the customer was created with';
-COMMENT ON COLUMN billing_accounts.customer_attempt IS 'Part of the idempotency key for creating the customer. Increases when Stripe has failed for good';
-COMMENT ON COLUMN billing_accounts.customer_requested IS 'Whether creating the customer was tried, so that it may exist';
-COMMENT ON COLUMN billing_accounts.access IS 'What the subscriptions mean, as of the last read';
+COMMENT ON COLUMN billing_accounts.customer_attempt IS 'Part of the idempotency key for creating the customer. Increases after a permanent failure';
+COMMENT ON COLUMN billing_accounts.customer_requested IS 'Whether creating the customer was attempted, so that it may exist';
+COMMENT ON COLUMN billing_accounts.access IS 'The access that the subscriptions provide, as of the last read';
 COMMENT ON COLUMN billing_accounts.has_paid_access IS 'Whether keys on plans marked paid work, until paid_access_until';
-COMMENT ON COLUMN billing_accounts.paid_access_until IS 'When that ends without further news; NULL for never';
+COMMENT ON COLUMN billing_accounts.paid_access_until IS 'When paid access ends if nothing changes; NULL for never';
 COMMENT ON COLUMN billing_accounts.subscription_id IS 'The subscription that access comes from';
-COMMENT ON COLUMN billing_accounts.reads_begun IS 'How many reads of the subscriptions have begun. A read takes its number before it asks Stripe';
-COMMENT ON COLUMN billing_accounts.read_applied IS 'The number of the read that was applied last. Earlier ones are dropped';
-COMMENT ON COLUMN billing_accounts.read_at IS 'When that read began';
+COMMENT ON COLUMN billing_accounts.reads_begun IS 'The number of reads of the subscriptions that have started. A read gets its number before Stripe is called';
+COMMENT ON COLUMN billing_accounts.read_applied IS 'The number of the read that was applied last. Earlier reads are discarded';
+COMMENT ON COLUMN billing_accounts.read_at IS 'When that read started';
 COMMENT ON COLUMN billing_accounts.read_due_at IS 'When the subscriptions are read again without an event';
 COMMENT ON COLUMN billing_accounts.checkout_attempt IS 'Part of the idempotency key for creating a Checkout Session';
 COMMENT ON COLUMN billing_accounts.checkout_id IS 'The last Checkout Session';
@@ -63,10 +63,10 @@ CREATE TABLE billing_subscriptions (
     CONSTRAINT billing_subscriptions_account_fkey FOREIGN KEY (tenant_id)
         REFERENCES billing_accounts (tenant_id) ON DELETE CASCADE
 );
-COMMENT ON TABLE billing_subscriptions IS 'Subscriptions at Stripe, as of the last read that was applied';
-COMMENT ON COLUMN billing_subscriptions.status IS 'Stripe''s name of the status';
-COMMENT ON COLUMN billing_subscriptions.cancels_at IS 'When it is scheduled to be canceled, or was canceled';
-COMMENT ON COLUMN billing_subscriptions.unpaid_since IS 'When its oldest unpaid invoice was finalized, while it is past due';
+COMMENT ON TABLE billing_subscriptions IS 'Stripe subscriptions, as of the last read that was applied';
+COMMENT ON COLUMN billing_subscriptions.status IS 'The name of the status in Stripe';
+COMMENT ON COLUMN billing_subscriptions.cancels_at IS 'When the subscription is scheduled to be canceled, or was canceled';
+COMMENT ON COLUMN billing_subscriptions.unpaid_since IS 'When the oldest unpaid invoice was finalized, while the subscription is past due';
 COMMENT ON COLUMN billing_subscriptions.period_start IS 'Start of the current billing period';
 COMMENT ON COLUMN billing_subscriptions.period_end IS 'End of the current billing period';
 
@@ -89,14 +89,14 @@ CREATE TABLE billing_events (
 );
 CREATE INDEX billing_events_due_at_idx ON billing_events (due_at) WHERE due_at IS NOT NULL;
 CREATE INDEX billing_events_received_at_idx ON billing_events (received_at);
-COMMENT ON TABLE billing_events IS 'Webhooks of Stripe whose signature was valid, each once. Kept for 30 days after they were handled';
+COMMENT ON TABLE billing_events IS 'Stripe webhooks with a valid signature. Each is stored once, and kept for 30 days after it was processed';
 COMMENT ON COLUMN billing_events.kind IS 'The type of the event';
-COMMENT ON COLUMN billing_events.object_id IS 'The object that the event is about';
-COMMENT ON COLUMN billing_events.customer_id IS 'The customer that the event names';
-COMMENT ON COLUMN billing_events.api_version IS 'The version of Stripe''s API that the body has; NULL for thin events';
-COMMENT ON COLUMN billing_events.body IS 'The body as it was received. What it says is never applied: events only cause reads';
-COMMENT ON COLUMN billing_events.due_at IS 'When it is handled next; NULL when it has been';
-COMMENT ON COLUMN billing_events.outcome IS 'applied: the customer was read afterwards; ignored: about no customer of this server; failed: given up';
+COMMENT ON COLUMN billing_events.object_id IS 'The object that the event concerns';
+COMMENT ON COLUMN billing_events.customer_id IS 'The customer that the event refers to';
+COMMENT ON COLUMN billing_events.api_version IS 'The Stripe API version of the body; NULL for thin events';
+COMMENT ON COLUMN billing_events.body IS 'The body as received. Its contents are never applied: events only cause reads';
+COMMENT ON COLUMN billing_events.due_at IS 'When the event is processed next; NULL once it has been processed';
+COMMENT ON COLUMN billing_events.outcome IS 'applied: the customer was read afterwards; ignored: does not concern a customer of this server; failed: abandoned';
 
 GRANT SELECT ON billing_accounts, billing_subscriptions TO quota_app;
 GRANT SELECT, INSERT, UPDATE, DELETE ON billing_accounts, billing_subscriptions, billing_events TO quota_system;

@@ -1,10 +1,10 @@
--- Usage that is charged: its amount, and what was reported to Stripe's meter.
+-- Charged usage: its amount, and what has been reported to the Stripe meter.
 
 ALTER TABLE billing_subscriptions
     ADD COLUMN ended_at timestamptz,
     ADD COLUMN is_metered boolean NOT NULL DEFAULT false;
-COMMENT ON COLUMN billing_subscriptions.ended_at IS 'When it ended for good';
-COMMENT ON COLUMN billing_subscriptions.is_metered IS 'Whether it has a price per unit of usage';
+COMMENT ON COLUMN billing_subscriptions.ended_at IS 'When the subscription ended permanently';
+COMMENT ON COLUMN billing_subscriptions.is_metered IS 'Whether the subscription has a price per unit of usage';
 
 CREATE TABLE billing_usage (
     tenant_id uuid NOT NULL,
@@ -17,7 +17,7 @@ CREATE TABLE billing_usage (
 CREATE INDEX billing_usage_unplanned_idx ON billing_usage (start) WHERE cost <> planned;
 CREATE INDEX billing_usage_start_idx ON billing_usage (start);
 COMMENT ON TABLE billing_usage IS 'The cost of admitted requests on plans marked paid, for each hour. Written with usage_log';
-COMMENT ON COLUMN billing_usage.planned IS 'How much of it is in billing_reports, or needs no report';
+COMMENT ON COLUMN billing_usage.planned IS 'How much of the usage is in billing_reports, or needs no report';
 
 CREATE TABLE billing_reports (
     tenant_id uuid NOT NULL,
@@ -40,20 +40,20 @@ CREATE TABLE billing_reports (
 );
 CREATE INDEX billing_reports_due_at_idx ON billing_reports (due_at) WHERE due_at IS NOT NULL;
 CREATE INDEX billing_reports_created_at_idx ON billing_reports (created_at);
-COMMENT ON TABLE billing_reports IS 'What is reported to Stripe''s meter: each row is one meter event, with its tenant, start and revision as the identifier';
-COMMENT ON COLUMN billing_reports.start IS 'Start of an hour, or of the part of it after the edge of a billing period';
-COMMENT ON COLUMN billing_reports.revision IS '0, or higher for usage that was recorded after earlier revisions: each has the difference';
+COMMENT ON TABLE billing_reports IS 'Reports to the Stripe meter. Each row is one meter event, identified by its tenant, start and revision';
+COMMENT ON COLUMN billing_reports.start IS 'Start of an hour, or of the part of it after a billing period ended';
+COMMENT ON COLUMN billing_reports.revision IS '0, or higher for usage that was recorded after earlier revisions. Each revision contains the difference';
 COMMENT ON COLUMN billing_reports.subscription_id IS 'The subscription that the usage belongs to; NULL if there was none';
-COMMENT ON COLUMN billing_reports.state IS 'sent: Stripe has it; unbilled: it will not be charged, for the reason in `reason`';
-COMMENT ON COLUMN billing_reports.first_attempt_at IS 'When it was first sent. Stripe recognizes its identifier for a day after that';
-COMMENT ON COLUMN billing_reports.due_at IS 'When it is sent next';
+COMMENT ON COLUMN billing_reports.state IS 'sent: Stripe has received it; unbilled: it will not be charged, see `reason`';
+COMMENT ON COLUMN billing_reports.first_attempt_at IS 'When the report was first sent. Stripe recognizes its identifier for a day after that';
+COMMENT ON COLUMN billing_reports.due_at IS 'When the report is sent next';
 
 CREATE TABLE billing_senders (
     tenant_id uuid NOT NULL,
     until timestamptz NOT NULL,
     CONSTRAINT billing_senders_pkey PRIMARY KEY (tenant_id)
 );
-COMMENT ON TABLE billing_senders IS 'Customers whose usage is being reported by some replica: Stripe accepts one meter event at a time for each';
+COMMENT ON TABLE billing_senders IS 'Customers whose usage a replica is reporting. Stripe accepts one meter event at a time for each customer';
 COMMENT ON COLUMN billing_senders.until IS 'When another replica may take over';
 
 GRANT SELECT ON billing_usage, billing_reports TO quota_app;

@@ -33,7 +33,7 @@ BEGIN
     RETURN created;
 END $$;
 COMMENT ON FUNCTION usage_create_partitions(date, date) IS
-    'Creates the missing partitions of the days from first to last, and moves rows from the default partition there. Returns how many it created';
+    'Creates the missing partitions of the days from first to last, and moves their rows from the default partition. Returns the number of partitions created';
 
 CREATE OR REPLACE FUNCTION usage_drop_partitions(parent text, before date) RETURNS integer
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
@@ -60,7 +60,7 @@ BEGIN
     RETURN dropped;
 END $$;
 COMMENT ON FUNCTION usage_drop_partitions(text, date) IS
-    'Drops the oldest partition of days before that date, and deletes such rows from the default partition. Returns how many it dropped, at most 1';
+    'Drops the oldest partition of days before that date, and deletes rows of those days from the default partition. Returns the number of partitions dropped, at most 1';
 
 DROP FUNCTION usage_create_partition(text, date);
 DROP FUNCTION usage_delete_unpartitioned(text, date, integer);

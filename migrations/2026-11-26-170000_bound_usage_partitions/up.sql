@@ -32,7 +32,7 @@ BEGIN
     RETURN true;
 END $$;
 COMMENT ON FUNCTION usage_create_partition(text, date) IS
-    'Creates the partition of a day unless it exists, and moves rows from the default partition there. Returns whether it created it';
+    'Creates the partition of a day unless it exists, and moves its rows from the default partition. Returns whether the partition was created';
 
 -- For servers of the previous version.
 CREATE OR REPLACE FUNCTION usage_create_partitions(first date, last date) RETURNS integer
@@ -57,7 +57,7 @@ BEGIN
     RETURN deleted;
 END $$;
 COMMENT ON FUNCTION usage_delete_unpartitioned(text, date, integer) IS
-    'Deletes at most this many rows of days before that date from the default partition. Returns how many it deleted';
+    'Deletes at most this many rows of days before that date from the default partition. Returns the number of rows deleted';
 
 CREATE OR REPLACE FUNCTION usage_drop_partitions(parent text, before date) RETURNS integer
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
@@ -80,7 +80,7 @@ BEGIN
     RETURN 1;
 END $$;
 COMMENT ON FUNCTION usage_drop_partitions(text, date) IS
-    'Drops the oldest partition of days before that date. Returns how many it dropped, at most 1';
+    'Drops the oldest partition of days before that date. Returns the number of partitions dropped, at most 1';
 
 REVOKE ALL ON FUNCTION usage_create_partition(text, date), usage_delete_unpartitioned(text, date, integer) FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION usage_create_partition(text, date), usage_delete_unpartitioned(text, date, integer)

@@ -1,7 +1,7 @@
 //! A cache of PostgreSQL rows that tracks how long its entries are valid.
 //!
-//! An entry is valid while the poll for invalidations is fresh, because all changes so far have then been seen and
-//! their entries emptied; without a fresh poll, an entry is valid for a second after it was loaded. After that, it is
+//! An entry is valid while the poll for invalidations is fresh, because all changes so far have been seen and their
+//! entries emptied. Without a fresh poll, an entry is valid for a second after it was loaded. After that, it is
 //! reloaded. While PostgreSQL is unavailable, an entry is still served for a grace period after it was last confirmed.
 //! After that, the lookup fails: an entry that cannot be confirmed is denied.
 //!
@@ -10,7 +10,7 @@
 //! background. So an outage delays the first few requests, not the first request of each key.
 //!
 //! A changed entry is emptied, not removed. It is never served again, but its key still counts as known, so that
-//! reloading it does not compete with lookups of invented keys.
+//! reloading it does not compete with lookups of unknown keys.
 //!
 //! A load may also return a row that another replica has read, with the time at which it was known to be current.
 //!
@@ -47,7 +47,7 @@ const TTL: Nanos = Nanos::from_secs(1);
 /// How long all entries are valid after the last poll. Polls are 150 ms apart.
 const POLL_FRESH: Nanos = Nanos::from_millis(750);
 
-/// Concurrent background loads of one cache while PostgreSQL is suspected to be unreachable.
+/// The maximum number of concurrent background loads per cache while PostgreSQL is suspected to be unreachable.
 const BACKGROUND_LOADS: usize = 4;
 
 /// The time of the last poll for invalidations, and whether PostgreSQL responds. Shared by all caches.
@@ -71,7 +71,7 @@ impl Freshness {
         }
     }
 
-    /// Suspects PostgreSQL to be unreachable. Returns whether it was not suspected before.
+    /// Marks PostgreSQL as suspected to be unreachable. Returns whether it was not suspected before.
     pub fn suspect(&self) -> bool {
         self.suspected
             .send_if_modified(|suspected| !std::mem::replace(suspected, true))
@@ -140,7 +140,7 @@ pub enum Unconfirmed {
 #[derive(Debug)]
 pub struct Loaded<T> {
     pub value: Option<T>,
-    /// Monotonic time at which it was known to be current. `None`: the time at which the load began.
+    /// Monotonic time at which it was known to be current. `None` stands for the time at which the load began.
     pub current_at: Option<Monotonic>,
 }
 
@@ -180,7 +180,7 @@ impl<K: Hash + Eq, T> Drop for LoadGuard<K, T> {
 }
 
 struct Entry<T> {
-    /// `None`: the row has changed and must be loaded before use.
+    /// `None` if the row has changed and must be loaded before use.
     value: Option<Arc<T>>,
     loaded_at: Monotonic,
 }
@@ -194,7 +194,7 @@ impl<T> Clone for Entry<T> {
     }
 }
 
-/// See the module.
+/// See the module documentation.
 pub struct Cached<K, T> {
     inner: Arc<CacheState<K, T>>,
 }
@@ -351,7 +351,7 @@ where
 
     /// Whether the key is cached or being loaded.
     pub fn holds_or_loads(&self, key: &K) -> bool {
-        // Checked in this order, since a load caches its result before it is removed from the loads in progress.
+        // The order matters: a load caches its result before it is removed from the loads in progress.
         let is_loading = self.inner.loading.lock().contains_key(key);
         is_loading || self.holds(key)
     }
@@ -406,7 +406,7 @@ where
                 }
             }
             outcome = Some(loaded);
-            // Something, possibly this key, was invalidated during the load, so load again.
+            // At least one key, possibly this one, was invalidated during the load, so load again.
             if is_current || matches!(outcome, Some(Err(_))) {
                 break;
             }
@@ -470,7 +470,7 @@ where
         }
     }
 
-    /// Drops the entry that records that a key does not exist.
+    /// Drops the entry for a key that is recorded as nonexistent.
     pub fn forget_absent(&self, key: &K) {
         self.inner
             .freshness

@@ -23,7 +23,7 @@ use crate::clock::{Clock, GovernorClock, Monotonic, Nanos};
 /// The wider IPv6 networks, with their limits as multiples of that of a /64.
 const WIDER: [(u32, u32); 2] = [(56, 4), (48, 16)];
 
-/// Addresses that are counted together: one IPv4 address, or an IPv6 network represented by its first address.
+/// Addresses that share a limit: one IPv4 address, or an IPv6 network represented by its first address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ClientNetwork(IpAddr);
 
@@ -56,7 +56,7 @@ type Governor = governor::RateLimiter<
 #[derive(Debug)]
 pub struct ClientRateLimiter {
     governor: Option<Governor>,
-    /// One for each of the [`WIDER`] networks.
+    /// One limiter for each of the [`WIDER`] networks.
     wider: Vec<Governor>,
     clock: GovernorClock,
     capacity: usize,
@@ -66,7 +66,7 @@ pub struct ClientRateLimiter {
 /// The minimum time between two searches for idle networks.
 const PRUNE_EVERY: Nanos = Nanos::from_secs(1);
 
-/// The limit is reached. Retry after this time.
+/// The limit was reached. Retry after this time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TooManyRequests {
     pub retry_after: Duration,
@@ -102,7 +102,7 @@ impl ClientRateLimiter {
             return Ok(());
         };
         if governor.len() >= self.capacity {
-            // Iterates over all networks, so it is not done for every request in a flood.
+            // This iterates over all networks, so it must not run for every request in a flood.
             let now = self.clock.0.monotonic();
             let last = Monotonic(self.pruned_at.load(Ordering::Relaxed));
             if now.saturating_since(last) >= PRUNE_EVERY {
@@ -136,7 +136,7 @@ impl ClientRateLimiter {
         }
     }
 
-    /// Drops idle networks. governor's map only grows by itself.
+    /// Drops idle networks. governor's map never shrinks on its own.
     pub fn prune(&self) {
         for governor in self.wider.iter().chain(&self.governor) {
             governor.retain_recent();

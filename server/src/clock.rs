@@ -45,7 +45,7 @@ impl Nanos {
     }
 }
 
-/// At most 584 years.
+/// Longer times are limited to 584 years.
 impl From<Duration> for Nanos {
     fn from(duration: Duration) -> Self {
         Self(u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX))

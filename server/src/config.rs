@@ -13,7 +13,7 @@ mod settings;
 #[cfg(test)]
 mod tests;
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, num::NonZeroU64, path::PathBuf, time::Duration};
 
 use ipnet::IpNet;
 use quota_common::plan::OnRedisFailure;
@@ -34,16 +34,16 @@ pub struct Config {
     /// Without a trailing slash.
     pub public_url: String,
     pub data_dir: PathBuf,
-    /// `None`: run an embedded PostgreSQL.
+    /// `None` to run an embedded PostgreSQL.
     pub database_url: Option<SecretString>,
     pub database: DatabaseSettings,
-    /// `None`: one replica, with its counters in memory.
+    /// `None` for a single replica with its counters in memory.
     pub redis: Option<RedisSettings>,
     pub lease_ttl: Duration,
     pub on_redis_failure: OnRedisFailure,
     pub metering: bool,
     pub durability: Durability,
-    /// In bytes.
+    /// The maximum size of the backlog, in bytes.
     pub usage_backlog_max: u64,
     pub usage_ship_every: Duration,
     pub replicas: usize,
@@ -53,6 +53,7 @@ pub struct Config {
     pub registration: Registration,
     pub landing: Landing,
     pub allowances: Allowances,
+    pub free_tier: FreeTier,
     pub allowed_origins: Vec<String>,
     pub trusted_proxies: Vec<IpNet>,
     pub auth_rpm: u32,
@@ -64,9 +65,9 @@ pub struct Config {
     pub idle_timeout: Duration,
     pub write_timeout: Duration,
     pub connections: usize,
-    /// 0: no limit.
+    /// The maximum per address; 0 for no limit.
     pub connections_per_address: usize,
-    /// Per IPv4 /24 or IPv6 /56; an IPv6 /48 may have twice as many. 0: no limit.
+    /// The limit per IPv4 /24 or IPv6 /56. An IPv6 /48 may have twice as many. 0 means no limit.
     pub connections_per_network: usize,
     pub key_lookups: usize,
     pub drain_timeout: Duration,
@@ -74,11 +75,11 @@ pub struct Config {
     pub stale_grace: Duration,
     pub key_cache: usize,
     pub session_days: u32,
-    /// Whole days.
+    /// A number of whole days.
     pub usage_retention: Duration,
-    /// Whole days.
+    /// A number of whole days.
     pub usage_rollup_retention: Duration,
-    /// `None`: billing is off.
+    /// `None` if billing is off.
     pub stripe: Option<StripeSettings>,
     pub log_format: LogFormat,
     pub log: String,
@@ -88,7 +89,7 @@ pub struct Config {
 
 impl std::fmt::Debug for Config {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        // An allow list, so that a new field with a secret is not printed by accident.
+        // Lists the fields to print explicitly, so that a new field with a secret is not printed by accident.
         f.debug_struct("Config")
             .field("listen", &self.listen)
             .field("metrics_listen", &self.metrics_listen)
@@ -102,13 +103,13 @@ impl std::fmt::Debug for Config {
     }
 }
 
-/// The operator's account at Stripe.
+/// The operator's Stripe account.
 #[derive(Clone)]
 pub struct StripeSettings {
     pub secret_key: SecretString,
-    /// Two while one replaces the other.
+    /// There are two while one replaces the other.
     pub webhook_secrets: Vec<SecretString>,
-    /// `None`: Stripe itself. Without a trailing slash.
+    /// `None` for Stripe itself. Without a trailing slash.
     pub api_base: Option<String>,
     /// How long a past-due subscription keeps its access.
     pub grace: Duration,
@@ -130,9 +131,9 @@ pub enum LogFormat {
 /// Which failures recorded usage survives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Durability {
-    /// The end of the process.
+    /// Recorded usage survives the end of the process.
     Process,
-    /// Failures of the machine as well.
+    /// Recorded usage also survives failures of the machine.
     Machine,
 }
 
@@ -140,7 +141,7 @@ pub enum Durability {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Registration {
     Open,
-    /// Only the operator.
+    /// Only the operator may create accounts.
     Closed,
 }
 
@@ -165,6 +166,17 @@ pub struct Allowances {
     pub plans: u64,
     pub api_keys: u64,
     pub service_tokens: u64,
+}
+
+/// Limits for tenants without a subscription. `None` if there is no separate limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct FreeTier {
+    pub plans: Option<u64>,
+    pub api_keys: Option<u64>,
+    /// Requests per calendar month (UTC) across all keys. Also the maximum daily and monthly quota of a free plan.
+    pub requests_per_month: Option<NonZeroU64>,
+    /// The maximum rate and burst of a free plan.
+    pub rpm: Option<u32>,
 }
 
 /// PostgreSQL: connections per replica, and timeouts.

@@ -1,8 +1,8 @@
 //! Deadlines that account for pauses of this process.
 //!
-//! After a process was not scheduled for a while, its timers have expired and responses are in its sockets, and it is
-//! random which its tasks see first. So if a timer itself fires late, the response gets that much extra time, once and
-//! up to [`AT_MOST`]. A call that is still reported as late is then the other side's fault.
+//! If a process was not scheduled for a while, its timers have expired and responses are waiting in its sockets, and it
+//! is random which of these its tasks see first. So if the timer itself fires late, the response gets that much extra
+//! time, once and up to [`AT_MOST`]. If a call is still late after that, the other side caused the delay.
 
 use std::{pin::pin, time::Duration};
 

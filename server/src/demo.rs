@@ -1,7 +1,7 @@
 //! `--demo`: a tenant with a plan, a key and a service token to try.
 //!
-//! Created once. The secrets are stored in the data directory, readable only by its owner, so that later startups can
-//! show them again. The database contains only their hashes.
+//! It is created only once. The secrets are stored in the data directory, readable only by its owner, so that later
+//! startups can show them again. The database contains only their hashes.
 
 use std::{
     fs,
@@ -37,7 +37,7 @@ pub enum DemoError {
     Db(#[from] DbError),
     #[error("cannot store the demo's secrets in the data directory")]
     Io(#[from] io::Error),
-    #[error("no random numbers are available")]
+    #[error("cannot generate random numbers")]
     Random(#[from] getrandom::Error),
 }
 
@@ -73,7 +73,7 @@ pub async fn create_once(state: &AppState) -> Result<String, DemoError> {
         format!("  Console        {base}/console"),
         format!("  API            {base}/docs"),
         String::new(),
-        "Try it more than ten times in a row:".to_owned(),
+        "Send more than ten requests in a row:".to_owned(),
         String::new(),
         format!("  curl -i {base}/v1/echo -H 'X-API-Key: {key}'"),
         String::new(),

@@ -1,6 +1,6 @@
 //! `quota doctor`: checks the settings and dependencies of a server, and prints one line for each finding.
 //!
-//! Read-only. An unreachable dependency is a finding too. No check takes longer than the configured timeouts.
+//! Changes nothing. An unreachable dependency is a finding too. No check takes longer than the configured timeouts.
 
 use std::fmt::Write as _;
 
@@ -14,7 +14,7 @@ use crate::{
     redis::inspect::{self, Node},
 };
 
-/// The longest time, in seconds, for which a master that is cut off from its replicas should accept writes.
+/// The longest time, in seconds, for which a partitioned master should accept writes.
 const LAG_MAX: u32 = 1;
 
 /// The findings so far.
@@ -39,7 +39,7 @@ impl Report {
         let _ = writeln!(self.text, "{about}: {line}");
     }
 
-    /// Checks that the addresses to listen on are free.
+    /// Checks that the addresses to listen on are available.
     pub async fn addresses(&mut self, config: &Config) {
         for (name, addr) in [
             ("QUOTA_LISTEN", Some(config.listen)),
@@ -47,7 +47,7 @@ impl Report {
         ] {
             let Some(addr) = addr else { continue };
             match TcpListener::bind(addr).await {
-                Ok(_) => self.ok(name, format!("{addr} is free")),
+                Ok(_) => self.ok(name, format!("{addr} is available")),
                 Err(error) => self.failure(name, format!("cannot listen on {addr}: {error}")),
             }
         }
@@ -113,7 +113,11 @@ impl Report {
         let it = &config.database;
         self.ok(
             "database",
-            format!("of {} connections, {}", it.pool, Lanes::divide(it.pool)),
+            format!(
+                "{} connections per replica: {}",
+                it.pool,
+                Lanes::divide(it.pool)
+            ),
         );
         let line = connections(it.pool, replicas, server);
         if it.pool * replicas <= server.available() {
@@ -162,7 +166,7 @@ impl Report {
                     self.node(config, settings, &node);
                     connected += node.subscribers;
                 }
-                // The other nodes of a cluster may be enough.
+                // The cluster's other nodes may be enough.
                 Err(error) if matches!(servers, RedisServers::Cluster(_)) => {
                     self.warning("redis", error);
                 }
@@ -179,7 +183,7 @@ impl Report {
             self.failure(
                 "redis",
                 format!(
-                    "{addr} rejects scripts with TIME and INFO, which the counters need: {error}"
+                    "{addr} rejects scripts that call TIME and INFO, which the counters require: {error}"
                 ),
             );
         }
@@ -200,12 +204,15 @@ impl Report {
             ),
         );
         if node.round_trip > settings.timeout {
-            self.warning("redis", format!("{addr}: slower than QUOTA_REDIS_TIMEOUT"));
+            self.warning(
+                "redis",
+                format!("{addr}: responds more slowly than QUOTA_REDIS_TIMEOUT allows"),
+            );
         }
         if node.mode == "cluster" && !matches!(settings.servers, RedisServers::Cluster(_)) {
             self.failure(
                 "redis",
-                format!("{addr} is a node of a cluster: use redis+cluster://"),
+                format!("{addr} is a cluster node: use redis+cluster://"),
             );
         }
         if node.role != "master" && !matches!(settings.servers, RedisServers::Cluster(_)) {
@@ -232,23 +239,23 @@ impl Report {
         }
     }
 
-    /// Checks that a master that is cut off from its replicas stops accepting writes soon.
+    /// Checks that a partitioned master soon stops accepting writes.
     fn failover(&mut self, node: &Node) {
         let addr = &node.addr;
         if node.min_replicas_to_write == Some(0) {
             self.warning(
                 "redis",
                 format!(
-                    "{addr}: min-replicas-to-write is 0: a master that is cut off keeps counting; set it to 1, \
-                     and min-replicas-max-lag to {LAG_MAX}"
+                    "{addr}: min-replicas-to-write is 0, so a partitioned master keeps accepting writes; \
+                     set it to 1, and min-replicas-max-lag to {LAG_MAX}"
                 ),
             );
         } else if let Some(lag) = node.min_replicas_max_lag.filter(|lag| *lag > LAG_MAX) {
             self.warning(
                 "redis",
                 format!(
-                    "{addr}: min-replicas-max-lag is {lag}: a master that is cut off keeps counting for {lag} \
-                     seconds; set it to {LAG_MAX}"
+                    "{addr}: min-replicas-max-lag is {lag}, so a partitioned master keeps accepting writes for \
+                     {lag} seconds; set it to {LAG_MAX}"
                 ),
             );
         }
@@ -265,8 +272,8 @@ fn connections(pool: usize, replicas: usize, server: &ServerInfo) -> String {
     )
 }
 
-/// Logs a warning at startup if the replicas together may open more connections than PostgreSQL allows. Otherwise, this
-/// would be noticed only under load.
+/// Logs a warning at startup if the replicas together may open more connections than PostgreSQL allows. Otherwise, the
+/// problem would appear only under load.
 pub async fn warn_of_too_many_connections(config: &Config, url: &SecretString) {
     if let Ok(server) = db::inspect(url).await
         && config.database.pool * config.replicas > server.available()

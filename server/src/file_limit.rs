@@ -5,8 +5,8 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 /// Files other than client connections: logs, the runtime, Redis, the metrics listener, and sockets that are being
 /// closed.
 const OTHER_FILES: usize = 256;
-/// With fewer connections, the server would be useless, so this many are always allowed, even if `accept` fails at
-/// times.
+/// With fewer connections, the server would be useless, so this many are always allowed, even if `accept` sometimes
+/// fails.
 const LEAST: usize = 16;
 
 /// Raises the soft limit to the hard limit and returns the result. Returns `None` if the limit is unknown.

@@ -42,7 +42,8 @@ impl Probe {
     /// Queries the server that listens on `listen`.
     ///
     /// # Errors
-    /// If the server cannot be reached in time or its response is not 200. The error contains the response's body.
+    /// Returns an error if the server cannot be reached in time or its response is not 200. The error contains the
+    /// response's body.
     pub async fn check(self, listen: SocketAddr) -> anyhow::Result<()> {
         let addr = reachable(listen);
         timeout(TIMEOUT, self.ask(addr))

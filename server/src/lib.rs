@@ -2,12 +2,12 @@
 
 pub mod api;
 pub mod auth;
-pub mod authenticated;
 pub mod billing;
 pub mod cache;
 pub mod client_guard;
 pub mod clock;
 pub mod config;
+pub mod connection_marks;
 pub mod db;
 pub mod deadline;
 pub mod demo;
@@ -35,4 +35,5 @@ pub mod subscription;
 pub mod telemetry;
 pub mod tenant_places;
 pub mod tenant_queue;
+pub mod tenant_rate;
 pub mod usage_report;

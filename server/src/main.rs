@@ -61,7 +61,7 @@ enum Command {
     /// Manage accounts
     #[command(subcommand)]
     User(UserCommand),
-    /// Set up and check billing at Stripe
+    /// Set up and check billing through Stripe
     #[command(subcommand)]
     Billing(BillingCommand),
     /// Show the tenants and keys with the most requests, and usage that servers have not delivered yet
@@ -170,7 +170,7 @@ where
             for error in errors.iter().chain(&unknown) {
                 eprintln!("{error}");
             }
-            anyhow::bail!("invalid settings; nothing was started");
+            anyhow::bail!("invalid settings; the server was not started");
         }
     };
     let log = Log::start(config.log_format);

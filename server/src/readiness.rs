@@ -1,4 +1,4 @@
-//! Whether PostgreSQL is ready, cached briefly.
+//! Checks whether PostgreSQL is ready, and caches the result briefly.
 //!
 //! Anyone may check the server's readiness, as often as they like. Concurrent checks share one query, and its result is
 //! reused for a short time.
@@ -26,12 +26,12 @@ pub enum Readiness {
     Unreachable(Arc<str>),
 }
 
-/// See the module.
+/// See the module documentation.
 #[derive(Debug)]
 pub struct ReadinessProbe {
     db: Db,
     metrics: Arc<Metrics>,
-    /// Locked during the query.
+    /// The cached result, which is locked during the query.
     last: Mutex<Option<(Instant, Readiness)>>,
 }
 

@@ -62,7 +62,7 @@ pub fn public(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
         state: state.clone(),
         methods: Arc::new(methods),
     };
-    // Boxed, so that the fast path does not carry its whole future.
+    // Boxed to keep the future of the fast path small.
     let all = Arc::new(FastPath(routes.boxed()));
     let cors = cors(state);
     let is_open = cors.is_some();
@@ -73,7 +73,7 @@ pub fn public(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
     .with(edge)
 }
 
-/// Applies the rules about origins to every path but forward-auth.
+/// Applies the CORS rules to every path except forward-auth.
 ///
 /// There, `Origin` and a preflight's method come from the gateway's consumer: the gateway would treat a response to a
 /// preflight as allowed, and a rejected origin as denied.
@@ -114,7 +114,7 @@ fn cors(state: &AppState) -> Option<Cors> {
     if origins.iter().any(|origin| origin == "*") {
         return Some(cors.allow_origins_fn(|_| true));
     }
-    // Pages of this server also send their origin.
+    // Pages on this server send their origin, too.
     let own =
         url::Url::parse(&state.config.public_url).map(|url| url.origin().ascii_serialization());
     Some(
@@ -140,7 +140,7 @@ fn exposed() -> Vec<HeaderName> {
     names
 }
 
-/// Copies the totals of the Redis connections.
+/// Copies the totals of the Redis connections to the metrics.
 fn show_redis(redis: &Redis, metrics: &Metrics) {
     let (status, counts) = (redis.status(), redis.counts());
     let open = i64::try_from(status.connected).unwrap_or(i64::MAX);

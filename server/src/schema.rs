@@ -76,6 +76,15 @@ diesel::table! {
 }
 
 diesel::table! {
+    billing_meter_errors (event_id, tenant_id, code) {
+        event_id -> Text,
+        tenant_id -> Uuid,
+        code -> Text,
+        received_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
     billing_reports (tenant_id, start, revision) {
         tenant_id -> Uuid,
         start -> Timestamptz,
@@ -96,6 +105,7 @@ diesel::table! {
     billing_senders (tenant_id) {
         tenant_id -> Uuid,
         until -> Timestamptz,
+        owner -> Nullable<Uuid>,
     }
 }
 
@@ -112,6 +122,10 @@ diesel::table! {
         period_end -> Nullable<Timestamptz>,
         ended_at -> Nullable<Timestamptz>,
         is_metered -> Bool,
+        product_name -> Nullable<Text>,
+        currency -> Nullable<Text>,
+        monthly_price -> Nullable<Text>,
+        usage_price -> Nullable<Text>,
     }
 }
 
@@ -121,6 +135,7 @@ diesel::table! {
         start -> Timestamptz,
         cost -> Int8,
         planned -> Int8,
+        divided_at -> Nullable<Timestamptz>,
     }
 }
 
@@ -253,6 +268,15 @@ diesel::table! {
 }
 
 diesel::table! {
+    tenant_quota_usage (tenant_id, window_start) {
+        tenant_id -> Uuid,
+        window_start -> Timestamptz,
+        used -> Int8,
+        updated_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
     tenants (id) {
         id -> Uuid,
         name -> Text,
@@ -365,12 +389,14 @@ diesel::joinable!(memberships -> users (user_id));
 diesel::joinable!(plans -> tenants (tenant_id));
 diesel::joinable!(refresh_tokens -> sessions (session_id));
 diesel::joinable!(service_tokens -> tenants (tenant_id));
+diesel::joinable!(tenant_quota_usage -> tenants (tenant_id));
 
 diesel::allow_tables_to_appear_in_same_query!(
     api_keys,
     audit_events,
     billing_accounts,
     billing_events,
+    billing_meter_errors,
     billing_reports,
     billing_senders,
     billing_subscriptions,
@@ -387,6 +413,7 @@ diesel::allow_tables_to_appear_in_same_query!(
     service_tokens,
     sessions,
     shared_counters,
+    tenant_quota_usage,
     tenants,
     usage_days,
     usage_endpoints,

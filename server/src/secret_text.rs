@@ -1,5 +1,5 @@
-//! The format of secrets: a prefix for the kind, such as `qk_`, 32 random base62 characters (190 bits) and a checksum
-//! of 6. Secret scanners can match `q[ksr]_[0-9A-Za-z]{38}` and verify the checksum.
+//! The format of secrets: a prefix for the kind, such as `qk_`, 32 random base62 characters (190 bits) and a
+//! 6-character checksum. Secret scanners can match `q[ksr]_[0-9A-Za-z]{38}` and verify the checksum.
 
 use std::fmt;
 
@@ -9,7 +9,7 @@ const DIGITS: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnop
 const RANDOM: usize = 32;
 const CHECKSUM: usize = 6;
 const LENGTH: usize = 3 + RANDOM + CHECKSUM;
-/// The length of the part that is stored and shown to identify a secret. It has 8 of the random characters, which
+/// The length of the part that is stored and shown to identify a secret. It contains 8 of the random characters, which
 /// leaves 142 random bits.
 const PREFIX: usize = 3 + 8;
 
@@ -49,7 +49,7 @@ impl SecretText {
         while filled < RANDOM {
             let mut bytes = [0_u8; 2 * RANDOM];
             getrandom::fill(&mut bytes)?;
-            // Bytes of 248 or more are skipped: they would make some digits more likely than others.
+            // Bytes of 248 or more are skipped, because they would make some digits more likely than others.
             for byte in bytes
                 .into_iter()
                 .filter(|byte| *byte < 248)

@@ -1,6 +1,7 @@
 //! The state of a server: everything that requests and workers need, created at startup.
 
 use std::{
+    num::NonZeroU32,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -29,11 +30,12 @@ use crate::{
     db::{Db, DbError, Lane},
     invalidations::{Publisher, Recent},
     keys::{
-        KeyStore, last_used::LastUsed, ledger::PostgresLedger, lookups::Lookups, shared::SharedKeys,
+        KeyStore, last_used::LastUsed, ledger::PostgresLedger, lookups::Lookups,
+        shared::SharedKeys, tenant_ledger::TenantLedger,
     },
     limiter::{
         DistributedSettings, DistributedStore, KeyTableSettings, LimitStore, Limiter, LocalStore,
-        Membership, RedisCounters,
+        Membership, RedisCounters, TenantQuotas,
     },
     metering::Metering,
     readiness::ReadinessProbe,
@@ -41,12 +43,17 @@ use crate::{
     repo::{self, invalidation::Invalidation},
     telemetry::{log::Log, metrics::Metrics},
     tenant_queue::TenantQueues,
+    tenant_rate::TenantRate,
 };
 
 /// The number of client addresses that each rate limiter tracks. One takes about 100 bytes.
 const GUARDED: usize = 200_000;
 
-/// See the module. Cheap to clone.
+/// How many Stripe pages a tenant may request per minute. Each takes several requests to Stripe, whose rate limit all
+/// tenants share.
+const STRIPE_PAGES: NonZeroU32 = NonZeroU32::new(20).unwrap();
+
+/// See the module documentation. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct AppState(Arc<Services>);
 
@@ -67,22 +74,24 @@ pub struct Services {
     pub sessions: Sessions,
     pub accounts: Accounts,
     pub freshness: Arc<Freshness>,
-    /// `None`: one replica.
+    /// `None` for a single replica.
     pub redis: Option<Redis>,
     pub publisher: Publisher,
     pub recent: Arc<Recent>,
     pub auth_guard: ClientRateLimiter,
     pub admin_guard: ClientRateLimiter,
     pub login_attempts: Arc<Attempts>,
-    /// `None`: billing is off.
+    /// `None` if billing is off.
     pub billing: Option<Billing>,
-    /// Notified when a webhook from Stripe has been stored.
+    /// Notified when a Stripe webhook has been stored.
     pub billing_event: Notify,
     /// The queues in which changes of one tenant wait for each other.
     pub changes: TenantQueues,
-    /// The queues in which a tenant's requests for a page at Stripe wait for each other. Not those of changes: revoking a
-    /// key must not wait for Stripe.
+    /// The queues in which a tenant's requests for a Stripe page wait for each other. They are separate from those of
+    /// changes, because revoking a key must not wait for Stripe.
     pub checkouts: TenantQueues,
+    /// How often a tenant may request such a page.
+    pub stripe_pages: TenantRate,
     /// The queues in which large reads of one tenant wait for each other.
     pub reads: TenantQueues,
     draining: AtomicBool,
@@ -111,7 +120,7 @@ impl AppState {
         let redis = config.redis.clone().map(Redis::connect_lazy);
         let recent = Arc::new(Recent::default());
 
-        // Also distinguishes this installation from others with the same QUOTA_SECRET.
+        // This also distinguishes the installation from others with the same QUOTA_SECRET.
         let installation = stored_secret(&db).await?;
         let current = match &config.secret {
             Some(secret) => Config::secret_bytes(secret).to_vec(),
@@ -135,6 +144,7 @@ impl AppState {
             ledger_calls: db.lanes().ledger,
             ..KeyTableSettings::default()
         };
+        let tenant_settings = settings.clone();
         let membership = Arc::new(Membership::default());
         let store: Arc<dyn LimitStore> = match &redis {
             None => LocalStore::new(clock.clone(), ledger, settings),
@@ -157,7 +167,16 @@ impl AppState {
                 )
             }
         };
-        let limiter = Limiter::new(store, clock.clone());
+        let mut limiter = Limiter::new(store, clock.clone());
+        if let Some(limit) = config.free_tier.requests_per_month {
+            limiter = limiter.with_tenant_quotas(TenantQuotas::new(
+                clock.clone(),
+                Arc::new(TenantLedger::new(db.on(Lane::Ledger), metrics.clone())),
+                tenant_settings,
+                membership.clone(),
+                limit,
+            ));
+        }
         let shared = redis.clone().map(|redis| {
             SharedKeys::new(
                 redis,
@@ -214,6 +233,7 @@ impl AppState {
             clock: clock.clone(),
             metrics: metrics.clone(),
         };
+        let stripe_pages = TenantRate::new(STRIPE_PAGES, clock.clone());
         Ok(Self(Arc::new(Services {
             auth_guard: ClientRateLimiter::new(config.auth_rpm, GUARDED, clock.clone()),
             admin_guard: ClientRateLimiter::new(config.admin_rpm, GUARDED, clock.clone()),
@@ -239,19 +259,20 @@ impl AppState {
             billing_event: Notify::new(),
             changes: TenantQueues::of_changes(),
             checkouts: TenantQueues::of_changes(),
+            stripe_pages,
             reads: TenantQueues::of_reads(),
             draining: AtomicBool::new(false),
         })))
     }
 
-    /// Drops everything that changes have invalidated from the caches of this replica.
+    /// Drops all entries that were invalidated by changes from the caches of this replica.
     pub fn forget(&self, invalidations: &[Invalidation]) {
         let gone = invalidations.iter().collect();
         self.keys.revoke(&gone);
         self.sessions.revoke(&gone);
     }
 
-    /// Drops everything from the caches of this replica.
+    /// Clears the caches of this replica.
     pub fn forget_all(&self) {
         self.keys.forget_all();
         self.sessions.forget_all();
@@ -274,11 +295,11 @@ impl AppState {
     }
 }
 
-/// How long startup waits for Redis to initialize its counters.
+/// How long startup waits for Redis when initializing the counters.
 const REDIS_WAIT: Duration = Duration::from_secs(3);
 
-/// Starts a deployment that has never shared counters with full buckets. If Redis is unreachable, the buckets start
-/// empty, as after a loss of its data, and the next startup tries again.
+/// Initializes full buckets for a deployment that has never had shared counters. If Redis is unreachable, the buckets
+/// start empty, as after a loss of its data, and the next startup tries again.
 async fn initialize_counters(
     db: &Db,
     redis: &Redis,
@@ -290,7 +311,7 @@ async fn initialize_counters(
     if is_initialized {
         return Ok(());
     }
-    // Done before locking the row, which other replicas wait for at startup.
+    // This happens before the row is locked, because other replicas wait for the lock at startup.
     redis.connected(REDIS_WAIT).await;
     let mut tx = db.system().await?;
     if !repo::replica::begin_counters(&mut tx).await? {

@@ -1,4 +1,4 @@
-//! Derives access from Stripe's subscriptions. Pure: no clock, no database, no network.
+//! Derives access from Stripe subscriptions. Pure: does not use a clock, the database or the network.
 //!
 //! A tenant's [`Account`] contains the last observation of its subscriptions. An [`Observation`] is everything that
 //! Stripe returned for the customer in one read, with the number of that read. Events only cause reads, so their order,
@@ -8,8 +8,8 @@
 //! | Stripe's status | access | plans marked `paid` |
 //! |---|---|---|
 //! | no subscription, `incomplete`, `incomplete_expired` | [`Free`](Access::Free) | refused |
-//! | `trialing` | [`Trialing`](Access::Trialing) | work; until the date of a scheduled cancellation |
-//! | `active` | [`Active`](Access::Active) | work; until the date of a scheduled cancellation |
+//! | `trialing` | [`Trialing`](Access::Trialing) | work until a scheduled cancellation, if any |
+//! | `active` | [`Active`](Access::Active) | work until a scheduled cancellation, if any |
 //! | `past_due` | [`PastDue`](Access::PastDue) | work until the grace period after the unpaid invoice ends, or a scheduled cancellation if that is earlier |
 //! | `unpaid` | [`Unpaid`](Access::Unpaid) | refused |
 //! | `canceled` | [`Canceled`](Access::Canceled) | refused |
@@ -28,7 +28,7 @@ use std::cmp::Reverse;
 /// Seconds since 1970, as used by Stripe.
 pub type Seconds = i64;
 
-/// The status of a subscription at Stripe.
+/// The status of a Stripe subscription.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Status {
     Incomplete,
@@ -53,7 +53,7 @@ impl Status {
         Self::Paused,
     ];
 
-    /// Returns the name in Stripe's API.
+    /// Returns the name in the Stripe API.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Incomplete => "incomplete",
@@ -86,7 +86,7 @@ pub struct Subscription {
     pub status: Status,
     pub created: Seconds,
     pub trial_end: Option<Seconds>,
-    /// When it will be, or was, canceled.
+    /// When the subscription will be, or was, canceled.
     pub cancel_at: Option<Seconds>,
     /// When the oldest invoice that is due and unpaid was finalized. Read only while the status is `past_due`.
     pub unpaid_since: Option<Seconds>,
@@ -119,7 +119,7 @@ pub enum Access {
     },
     /// A payment failed, and Stripe is retrying it.
     PastDue {
-        /// When access ends, unless the invoice is paid before.
+        /// When access ends unless the invoice is paid first.
         grace_ends: Seconds,
     },
     /// Stripe has stopped trying to collect the payment.
@@ -142,7 +142,7 @@ impl Access {
         }
     }
 
-    /// Returns until when plans marked `paid` work.
+    /// Returns the time until which plans marked `paid` work.
     pub const fn paid(self) -> Paid {
         match self {
             Self::Trialing { ends, .. } | Self::Active { ends } => match ends {
@@ -154,7 +154,7 @@ impl Access {
         }
     }
 
-    /// Orders values that are otherwise equal. See the module's documentation.
+    /// Orders values that are otherwise equal. See the module documentation.
     const fn rank(self) -> u8 {
         match self {
             Self::Active { .. } => 6,
@@ -168,7 +168,7 @@ impl Access {
     }
 }
 
-/// Until when plans marked `paid` work, if nothing else changes. Ordered from least to most.
+/// How long plans marked `paid` work if nothing else changes. Ordered from shortest to longest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Paid {
     Never,

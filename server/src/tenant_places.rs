@@ -1,4 +1,4 @@
-//! Limits how many of something may be open at a time, for each tenant and in total. Does not wait.
+//! Limits how many streams or large responses may be open at a time, for each tenant and in total. Does not wait.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -13,7 +13,7 @@ pub struct TenantPlaces {
     taken: Arc<Mutex<HashMap<TenantId, usize>>>,
 }
 
-/// A place, which is free again when this is dropped.
+/// A place, which is released when this is dropped.
 #[derive(Debug)]
 pub struct Place {
     places: TenantPlaces,
@@ -40,7 +40,7 @@ impl TenantPlaces {
         }
     }
 
-    /// Takes a place. `None`: the tenant, or all tenants together, already have the maximum.
+    /// Takes a place. Returns `None` if the tenant, or all tenants together, already have the maximum.
     pub fn take(&self, tenant: TenantId) -> Option<Place> {
         let mut taken = self.taken.lock();
         let own = taken.get(&tenant).copied().unwrap_or(0);

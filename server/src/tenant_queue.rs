@@ -2,7 +2,7 @@
 //!
 //! A change holds a database connection while it waits for a lock, and changes of the same tenant mostly wait for each
 //! other, so a burst of them would take all connections of this replica. The same is true for a burst of large reads.
-//! Here they wait without a connection, in a bounded queue per tenant, so that other tenants are not delayed. Replicas
+//! So they wait here, without a connection, in a bounded queue per tenant that does not delay other tenants. Replicas
 //! have separate queues; between replicas, the database's locks determine the order.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
@@ -21,7 +21,7 @@ const WAITING: usize = 32;
 /// How long a change or read waits for its turn.
 const WAIT: Duration = Duration::from_secs(5);
 
-/// Why a change or read cannot begin.
+/// Why a change or read cannot start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Busy {
     /// The tenant's queue is full.
@@ -40,7 +40,7 @@ pub struct TenantQueues {
 #[derive(Debug)]
 struct Queue {
     turns: Arc<Semaphore>,
-    /// The number in progress or waiting.
+    /// The number of changes or reads in progress or waiting.
     places: usize,
 }
 
@@ -66,18 +66,18 @@ impl Drop for Place {
 /// Permission to make a change or read, until it is dropped.
 #[derive(Debug)]
 pub struct Turn {
-    // Dropped before the slot.
+    // The permit is dropped before the slot.
     _permit: OwnedSemaphorePermit,
     _place: Place,
 }
 
 impl TenantQueues {
-    /// For changes: one at a time.
+    /// Creates queues for changes, which run one at a time.
     pub fn of_changes() -> Self {
         Self::with_turns(1)
     }
 
-    /// For reads of usage, the audit log and long lists.
+    /// Creates queues for reads of usage, the audit log and long lists.
     pub fn of_reads() -> Self {
         Self::with_turns(READS)
     }
@@ -89,7 +89,7 @@ impl TenantQueues {
         }
     }
 
-    /// Waits until there are few enough other changes or reads of the tenant in progress on this replica.
+    /// Waits until few enough other changes or reads of the tenant are in progress on this replica.
     pub async fn turn(&self, tenant: TenantId) -> Result<Turn, Busy> {
         let (place, turns) = self.enter(tenant)?;
         match timeout(WAIT, turns.acquire_owned()).await {

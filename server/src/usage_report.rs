@@ -12,7 +12,7 @@ use crate::{
     },
 };
 
-/// A server that has not reported for this long has stopped or is cut off from PostgreSQL.
+/// A server that has not reported for this long has stopped or cannot reach PostgreSQL.
 const SILENT_SECONDS: i64 = 30;
 
 /// Returns the report as text.
@@ -51,9 +51,9 @@ fn tenant(row: &TopTenant) -> Vec<String> {
     vec![
         row.tenant_id.to_string(),
         row.name.clone().unwrap_or_else(|| "(deleted)".into()),
-        row.allowed.to_string(),
-        row.rejected.to_string(),
-        row.cost.to_string(),
+        row.counts.allowed.to_string(),
+        row.counts.rejected.to_string(),
+        row.counts.cost.to_string(),
     ]
 }
 
@@ -62,9 +62,9 @@ fn key(row: &TopKey) -> Vec<String> {
         row.key_id.to_string(),
         row.prefix.clone().unwrap_or_else(|| "(deleted)".into()),
         row.tenant_id.to_string(),
-        row.allowed.to_string(),
-        row.rejected.to_string(),
-        row.cost.to_string(),
+        row.counts.allowed.to_string(),
+        row.counts.rejected.to_string(),
+        row.counts.cost.to_string(),
     ]
 }
 
@@ -113,7 +113,7 @@ fn delivery(text: &mut String, times: Times, reports: &[ShipperReport]) {
     );
 }
 
-/// Writes columns that are as wide as their longest value.
+/// Writes columns, each as wide as its longest value.
 fn rows(text: &mut String, header: &[&str], rows: impl Iterator<Item = Vec<String>>) {
     let header = header.iter().map(|it| (*it).to_owned()).collect::<Vec<_>>();
     let all = std::iter::once(header).chain(rows).collect::<Vec<_>>();

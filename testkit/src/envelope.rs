@@ -1,8 +1,8 @@
-//! A sliding-window checker: compares the requests that a client saw admitted with the promise, in every window.
+//! A sliding-window checker, which compares the requests that a client saw admitted with the promise, in every window.
 //!
 //! The promise is that of a token bucket: at most `burst + rate·(T + slack)` tokens in any window of `T`. A client only
 //! knows that a request was admitted between sending it and receiving the response. So a window counts only requests
-//! that lie entirely inside it, and any excess found is real. Works in whole nanoseconds of any clock.
+//! that lie entirely inside it, and any excess found is real. Works in whole nanoseconds, by any clock.
 
 /// The promise of one token bucket.
 #[derive(Debug, Clone, Copy)]
@@ -13,12 +13,12 @@ pub struct Envelope {
     at_once: i64,
 }
 
-/// From just before a request was sent until just after its response, in nanoseconds.
+/// The times just before a request was sent and just after its response arrived, in nanoseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Span {
     pub sent: u64,
     pub answered: u64,
-    /// In tokens.
+    /// The number of tokens.
     pub cost: u32,
 }
 
@@ -27,7 +27,7 @@ pub struct Span {
 pub struct Worst {
     pub from: u64,
     pub to: u64,
-    /// In tokens.
+    /// The number of tokens.
     pub admitted: u64,
     /// Tokens above the promise; negative below it.
     pub excess: f64,
@@ -45,8 +45,7 @@ impl Envelope {
         }
     }
 
-    /// Creates a promise from both numbers: nanoseconds per token, and nanoseconds of refill that an empty window may
-    /// contain.
+    /// Creates a promise from the nanoseconds per token and the nanoseconds of refill that an empty window may contain.
     pub fn from_nanos(emission: u64, at_once: u64) -> Self {
         Self {
             emission: signed(emission),
@@ -75,7 +74,7 @@ impl Envelope {
         admitted
     }
 
-    /// Returns the worst window, or `None` if nothing was admitted. Takes n log n steps: every window ends at a
+    /// Returns the worst window, or `None` if nothing was admitted. Takes `O(n log n)`: every window ends at a
     /// response, and a tree contains the current excess for all starts.
     pub fn worst(self, admitted: &[Span]) -> Option<Worst> {
         let mut begins: Vec<u64> = admitted.iter().map(|span| span.sent).collect();
@@ -284,7 +283,7 @@ mod tests {
             }
         }
 
-        /// No matter when in its span each admission happened.
+        /// This holds no matter when in its span each admission happened.
         #[test]
         fn an_exact_bucket_has_no_excess(
             requests in prop::collection::vec((0..2_000u64, 1..6u32, 0..50u64, 0..50u64), 1..200),

@@ -1,5 +1,5 @@
-//! Test equipment: processes that end with their owner, a Redis that can be killed and frozen, a proxy that fails on
-//! demand, and a checker of token bucket promises.
+//! Tools for tests: processes that end with their owner, a Redis that can be killed and frozen, a proxy that fails on
+//! demand, and a checker for token bucket promises.
 //!
 //! Does not depend on Quota. Processes it starts are ended by PID. Panics with the reason if something cannot be
 //! started.

@@ -35,7 +35,7 @@ exit "$status"
 #[derive(Debug)]
 pub struct Process {
     guard: Child,
-    /// Closed at the end, for which the guard waits.
+    /// Closed at the end, which the guard waits for.
     pipe: Option<ChildStdin>,
     pid: Pid,
 }
@@ -83,7 +83,7 @@ impl Process {
         self.pid
     }
 
-    /// Does nothing if the process has ended.
+    /// Does nothing if the process has already ended.
     pub fn signal(&mut self, signal: Signal) -> io::Result<()> {
         if self.ended()?.is_none() {
             kill(self.pid, signal)?;

@@ -28,10 +28,10 @@ pub enum Upstream {
     Unix(PathBuf),
 }
 
-/// What happens to the traffic of open and new connections.
+/// What happens to the traffic on open and new connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
-    /// Bytes pass.
+    /// All data is forwarded.
     Pass,
     /// Data takes this much longer in both directions. Does not change the bandwidth.
     Delay(Duration),
@@ -78,7 +78,7 @@ impl Default for Control {
 }
 
 impl FaultProxy {
-    /// Runs in the caller's runtime.
+    /// Starts a proxy in the caller's runtime.
     pub async fn start(upstream: Upstream) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
             .await
@@ -93,7 +93,7 @@ impl FaultProxy {
         }
     }
 
-    /// Runs on its own thread, so that a busy caller does not delay the traffic.
+    /// Starts a proxy on its own thread, so that a busy caller does not delay the traffic.
     pub async fn start_apart(upstream: Upstream) -> Self {
         let control = Arc::new(Control::default());
         let (tell, addr) = oneshot::channel();
@@ -155,7 +155,7 @@ async fn accept(listener: TcpListener, upstream: Upstream, control: Arc<Control>
     while let Ok((mut client, _)) = listener.accept().await {
         control.accepted.fetch_add(1, Ordering::SeqCst);
         let upstream = upstream.clone();
-        // Subscribed before the task runs, so that a reset right after accepting is not missed.
+        // This subscribes before the task runs, so that a reset right after accepting is not missed.
         let mut cuts = control.cuts.subscribe();
         let fault = control.fault.subscribe();
         tokio::spawn(async move {
@@ -164,7 +164,7 @@ async fn accept(listener: TcpListener, upstream: Upstream, control: Arc<Control>
                 _ = cuts.changed() => Err(io::ErrorKind::ConnectionReset.into()),
             };
             if ended.is_err() {
-                // Closes with RST, like a crashed peer, and not with FIN.
+                // Closes with RST, like a crashed peer, instead of FIN.
                 let _ = client.set_zero_linger();
             }
         });
@@ -210,7 +210,7 @@ enum Direction {
     Down,
 }
 
-/// Data in transit, and when it arrives. Empty at the end of the stream.
+/// Data in transit, and the time at which it arrives. Empty data marks the end of the stream.
 struct Piece {
     due: Instant,
     data: Vec<u8>,
@@ -394,7 +394,7 @@ mod tests {
         assert_eq!(proxy.accepted(), 4);
     }
 
-    /// Delayed data does not delay data sent after it.
+    /// Delayed data does not add delay to data sent after it.
     #[tokio::test]
     async fn a_delay_is_a_latency_and_no_lower_bandwidth() {
         let proxy = FaultProxy::start_apart(Upstream::Tcp(echo().await)).await;

@@ -1,5 +1,6 @@
 //! A private Redis that can be frozen, killed and restarted: one server, a master and a replica with sentinels, or a
-//! cluster. Listens on free loopback ports, stores nothing on disk, and ends with its owner, even if that is killed.
+//! cluster. Listens on free loopback ports, stores nothing on disk, and ends with its owner, even if the owner is
+//! killed.
 
 mod group;
 
@@ -87,7 +88,7 @@ impl RedisServer {
         self.running.as_ref().map(Process::pid)
     }
 
-    /// Kills it, as in a crash. All data is lost.
+    /// Kills the server, as in a crash. All data is lost.
     pub async fn kill(&mut self) {
         self.signal(Signal::SIGKILL);
         let mut running = self.running.take().expect("it runs");
@@ -105,7 +106,7 @@ impl RedisServer {
         );
     }
 
-    /// Freezes it: connections remain open but get no replies.
+    /// Freezes the server: connections remain open but get no replies.
     pub fn stop(&mut self) {
         self.signal(Signal::SIGSTOP);
     }
@@ -120,7 +121,7 @@ impl RedisServer {
         running.signal(signal).expect("it is alive");
     }
 
-    /// Returns whether it accepts commands on its port.
+    /// Returns whether the server accepts commands on its port.
     async fn launch(&mut self) -> bool {
         let mut command = Command::new("redis-server");
         let port = self.port.to_string();

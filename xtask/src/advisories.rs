@@ -24,7 +24,7 @@ struct Advisory {
     id: String,
     package: String,
     date: String,
-    /// `unmaintained`, `unsound` or `notice`; absent for vulnerabilities.
+    /// The kind of notice: `unmaintained`, `unsound` or `notice`. Absent for vulnerabilities.
     informational: Option<String>,
     withdrawn: bool,
     patched: Vec<VersionReq>,
@@ -34,7 +34,7 @@ struct Advisory {
 
 pub(crate) fn check() -> Result<()> {
     let Some(database) = env::var_os("QUOTA_ADVISORY_DB").filter(|path| !path.is_empty()) else {
-        say("no advisory check: QUOTA_ADVISORY_DB names no copy of the RustSec database");
+        say("no advisory check: QUOTA_ADVISORY_DB does not name a copy of the RustSec database");
         return Ok(());
     };
     let advisories = read_database(Path::new(&database))?;
@@ -190,13 +190,13 @@ impl Advisory {
     }
 }
 
-/// In `semver`, a pre-release only matches requirements that name one. RustSec uses the plain order. In both, a
-/// pre-release of 2.0.0 is below `>= 2.0.0`.
+/// In `semver`, a pre-release only matches requirements that name one. RustSec compares versions by their plain order.
+/// In both, a pre-release of 2.0.0 is below `>= 2.0.0`.
 fn matches(req: &VersionReq, version: &Version) -> bool {
     if version.pre.is_empty() || req.matches(version) {
         return req.matches(version);
     }
-    // It is below its release, but not below any earlier version.
+    // A pre-release is below its release, but not below any earlier version.
     let mut below = version.clone();
     below.pre = semver::Prerelease::EMPTY;
     if below.patch == 0 {
@@ -261,7 +261,7 @@ fn locked(lock: &str) -> Result<Vec<(String, Version)>> {
             package
                 .get(name)
                 .and_then(Value::as_str)
-                .context("an odd package in Cargo.lock")
+                .context("an unrecognized package in Cargo.lock")
         };
         let version = Version::parse(field("version")?)?;
         locked.insert((field("name")?.to_owned(), version));

@@ -29,9 +29,11 @@ fn compile(features: &[&str], out: &Path, shape: &[&str]) -> Result<()> {
     let options = ["--profile", "console", "--target", TARGET];
     succeed(
         cargo()
-            .args(["build", "--quiet", "--package", "quota-ui"])
+            .args(["rustc", "--quiet", "--package", "quota-ui"])
             .args(options)
-            .args(features),
+            .args(features)
+            // The module is split along its relocations.
+            .args(["--", "-Clink-arg=--emit-relocs"]),
     )?;
     let wasm = target_directory()?
         .join(TARGET)
@@ -60,8 +62,7 @@ pub(crate) fn add_target() -> Result<()> {
     }
     if system::on_path("rustup").is_none() {
         bail!(
-            "the console is compiled for {TARGET}, and this Rust has no library for it and came without rustup: \
-             install that library with your system's packages (Debian: libstd-rust-dev-wasm32), or Rust from \
+            "the console is compiled for {TARGET}, but this Rust has no library for it and was installed without rustup: install that library with your system's packages (Debian: libstd-rust-dev-wasm32), or Rust from \
              https://rustup.rs"
         );
     }
@@ -79,7 +80,7 @@ pub(crate) fn add_target() -> Result<()> {
 /// Returns cargo's target directory: `target`, unless configured otherwise.
 pub(crate) fn target_directory() -> Result<PathBuf> {
     let metadata = read(cargo().args(["metadata", "--no-deps", "--format-version=1"]))?;
-    // A JSON parser for a single field would only make this slower to compile.
+    // A JSON parser just for one field would make this slower to compile.
     let place = metadata
         .split_once("\"target_directory\":\"")
         .and_then(|(_, rest)| rest.split_once('"'))

@@ -1,7 +1,7 @@
 //! Unused dependencies: those whose name does not appear in the crate that declares them.
 //!
 //! The compiler cannot detect this, since a crate has several targets and each uses some of the dependencies. A
-//! dependency that is declared only to enable a feature of it is listed in the crate's
+//! dependency that is declared only to enable one of its features is listed in the crate's
 //! `package.metadata.features-only`.
 
 use std::{fs, path::Path};

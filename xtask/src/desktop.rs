@@ -3,21 +3,23 @@
 use std::{
     env,
     ffi::OsString,
+    fs,
     os::unix::process::CommandExt as _,
+    path::{Path, PathBuf},
     process::{Command, ExitCode},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 
-use crate::{cargo, console, machine, read, root, say, succeed};
+use crate::{cargo, console, journey, machine, read, root, say, succeed, system};
 
 /// The address of `cargo xtask run`.
 const RUNNING: &str = "http://localhost:8080";
 
-/// What compiling the app requires.
+/// The programs and libraries required to compile the app.
 pub(crate) const NEEDS: [machine::Need; 1] = [machine::WEBKIT];
 
-/// What its end-to-end test requires.
+/// The programs required by its end-to-end test.
 pub(crate) const JOURNEY_NEEDS: [machine::Need; 5] = [
     machine::WEBKIT,
     machine::WEBKIT_DRIVER,
@@ -66,14 +68,21 @@ fn build_release(targets: &[&str]) -> Result<()> {
     succeed(cargo().arg("build").args(options).args(targets))
 }
 
-pub(crate) fn bundle() -> Result<()> {
+/// What testing the packages requires.
+const PACKAGE_NEEDS: [machine::Need; 2] = [machine::RPM2CPIO, machine::CPIO];
+
+/// Builds the packages. With `test`, also installs, starts and removes one of them, and compares the files of both.
+pub(crate) fn bundle(test: bool) -> Result<()> {
     machine::install(&NEEDS)?;
+    if test {
+        machine::install(&[&[machine::POSTGRES], &JOURNEY_NEEDS[..], &PACKAGE_NEEDS].concat())?;
+    }
     console::build_for_desktop()?;
     build_release(&[])?;
     let built = console::target_directory()?;
     let out = built.join("bundle");
-    std::fs::create_dir_all(&out)?;
-    // Installed with the C compiler.
+    fs::create_dir_all(&out)?;
+    // It is installed along with the C compiler.
     let program = out.join("quota-desktop");
     succeed(
         Command::new("strip")
@@ -91,7 +100,99 @@ pub(crate) fn bundle() -> Result<()> {
             .arg(root().join("desktop/shell"))
             .arg(libc)
             .arg(&out),
-    )
+    )?;
+    if test { test_packages(&out) } else { Ok(()) }
+}
+
+/// The name of the package, and the program in it.
+const PACKAGE: &str = "quota-desktop";
+const PROGRAM: &str = "usr/bin/quota-desktop";
+
+/// Returns the newest file with an extension.
+fn newest(folder: &Path, extension: &str) -> Result<PathBuf> {
+    let files = fs::read_dir(folder)?.filter_map(Result::ok);
+    files
+        .map(|it| it.path())
+        .filter(|path| path.extension().is_some_and(|it| it == extension))
+        .max_by_key(|path| path.metadata().and_then(|it| it.modified()).ok())
+        .with_context(|| format!("no .{extension} in {}", folder.display()))
+}
+
+/// Tests both packages with the tools of their systems: `dpkg` installs the `.deb`, the installed app starts, signs in
+/// and quits, and `dpkg` removes it. The `.rpm` contains the same files.
+fn test_packages(out: &Path) -> Result<()> {
+    let (deb, rpm) = (newest(out, "deb")?, newest(out, "rpm")?);
+    let unpacked = out.join("unpacked");
+    let _ = fs::remove_dir_all(&unpacked);
+    let (from_deb, from_rpm) = (unpacked.join("deb"), unpacked.join("rpm"));
+    fs::create_dir_all(&from_rpm)?;
+    succeed(
+        Command::new("dpkg-deb")
+            .arg("--extract")
+            .args([&deb, &from_deb]),
+    )?;
+    succeed(
+        Command::new("sh")
+            .current_dir(&from_rpm)
+            .args([
+                "-c",
+                "rpm2cpio \"$1\" | cpio --extract --make-directories --quiet",
+                "sh",
+            ])
+            .arg(&rpm),
+    )?;
+    succeed(
+        Command::new("diff")
+            .arg("--recursive")
+            .args([&from_deb, &from_rpm]),
+    )?;
+    let mode = |folder: &Path| {
+        read(
+            Command::new("stat")
+                .args(["--format=%a"])
+                .arg(folder.join(PROGRAM)),
+        )
+    };
+    if mode(&from_deb)? != mode(&from_rpm)? {
+        bail!("the program has other permissions in {}", rpm.display());
+    }
+    say("the .rpm contains the same files as the .deb");
+
+    succeed(cargo().args(["build", "--quiet", "--package", "xtask-desktop"]))?;
+    succeed(as_root(&["dpkg", "--install"]).arg(&deb))?;
+    let program = Path::new("/").join(PROGRAM);
+    let started = journey::on_server(|server| {
+        let tester = console::target_directory()?.join("debug/xtask-desktop");
+        succeed(Command::new(tester).arg("start").arg(&program).arg(server))
+    });
+    // Even if it did not start.
+    let removed = succeed(as_root(&["dpkg", "--purge"]).arg(PACKAGE));
+    started?;
+    removed?;
+    for entry in read(
+        Command::new("find")
+            .arg(&from_deb)
+            .args(["-type", "f", "-printf", "%P\\n"]),
+    )?
+    .lines()
+    {
+        if Path::new("/").join(entry).exists() {
+            bail!("/{entry} is left after removing the package");
+        }
+    }
+    say("the .deb was installed, started and removed");
+    Ok(())
+}
+
+fn as_root(words: &[&str]) -> Command {
+    let (program, arguments) = if system::is_root() {
+        (words[0], &words[1..])
+    } else {
+        ("sudo", words)
+    };
+    let mut command = Command::new(program);
+    command.args(arguments);
+    command
 }
 
 /// Runs the end-to-end test of the app against a running server. Returns `false` if it failed and has reported why.

@@ -1,4 +1,4 @@
-//! Committed files that are generated: `cargo xtask generate` writes all of them, and `check` compares them.
+//! The generated files in the repository. `cargo xtask generate` writes all of them, and `check` compares them.
 
 use std::{fs, process::Stdio};
 
@@ -11,7 +11,7 @@ struct Generated {
     generate: fn() -> Result<String>,
 }
 
-/// In the order in which they must be written: the server is compiled with `schema.rs`.
+/// The order matters, because the server is compiled with `schema.rs`.
 const GENERATED: &[Generated] = &[
     Generated {
         path: "server/src/schema.rs",
@@ -58,7 +58,7 @@ pub(crate) fn write() -> Result<()> {
 
 /// # Errors
 ///
-/// Fails on the first file that differs from what its program writes now.
+/// Fails on the first file that is out of date.
 pub(crate) fn check() -> Result<()> {
     for file in GENERATED {
         say(&format!("is {} up to date?", file.path));
@@ -76,7 +76,7 @@ pub(crate) fn check() -> Result<()> {
     Ok(())
 }
 
-/// Describes the first line in which two texts differ.
+/// Describes the first line in which two files differ.
 fn first_difference(committed: &str, expected: &str) -> Option<String> {
     if committed == expected {
         return None;

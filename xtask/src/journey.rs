@@ -15,22 +15,39 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{cargo, console, desktop, machine, read, root, say, succeed, system};
+use crate::{
+    cargo, console, desktop, machine, postgres::Throwaway, read, root, say, succeed, system,
+};
 
 /// The first startup creates a database.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What the tests require, in addition to the server's requirements.
+/// The programs that the tests require in addition to those for the server.
 pub(crate) fn needs() -> Vec<machine::Need> {
-    let browser = [machine::CHROMIUM, machine::NODE, machine::NPM];
+    let browser = [
+        machine::CHROMIUM,
+        machine::NODE,
+        machine::NPM,
+        machine::REDIS,
+    ];
     [&browser[..], &desktop::JOURNEY_NEEDS].concat()
 }
 
-/// `cargo xtask journey`: builds the console and the server and runs only the end-to-end tests.
-pub(crate) fn alone() -> Result<ExitCode> {
+/// `cargo xtask journey`: builds the console and the server and runs only the end-to-end tests, or parts of those in
+/// the browser.
+pub(crate) fn alone(parts: &[String]) -> Result<ExitCode> {
     machine::install(&[&[machine::POSTGRES], &needs()[..]].concat())?;
     console::build()?;
-    Ok(if run()? {
+    let has_passed = if parts.is_empty() {
+        run()?
+    } else {
+        install_packages()?;
+        let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
+        // The folder comes before the parts.
+        let screenshots = std::env::var_os("QUOTA_SCREENSHOTS").unwrap_or_default();
+        on_server(|address| browse(address, None, Some(&screenshots), &parts))?.success()
+    };
+    Ok(if has_passed {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
@@ -49,7 +66,8 @@ pub(crate) fn pictures() -> Result<ExitCode> {
     console::build()?;
     install_packages()?;
     let folder = root().join("desktop/pictures");
-    let status = on_server(|address| browse(address, Some(folder.as_os_str()), &["pictures"]))?;
+    let status =
+        on_server(|address| browse(address, None, Some(folder.as_os_str()), &["pictures"]))?;
     Ok(if status.success() {
         ExitCode::SUCCESS
     } else {
@@ -60,21 +78,52 @@ pub(crate) fn pictures() -> Result<ExitCode> {
 /// Runs the tests. Returns `false` if they failed and have reported why.
 pub(crate) fn run() -> Result<bool> {
     install_packages()?;
-    succeed(cargo().args(["build", "--quiet", "--package", "quota-server"]))?;
-    let server = Server::start()?;
+    build_server()?;
+    let server = Server::start(&[])?;
     say("the journey through the console, in Chromium");
     let screenshots = std::env::var_os("QUOTA_SCREENSHOTS");
-    let status = browse(&server.address, screenshots.as_deref(), &[])?;
-    // Runs both, even if the first fails.
+    let screenshots = screenshots.as_deref();
+    let status = browse(&server.address, None, screenshots, &[])?;
+    // Runs all of them, even if the first fails.
+    let counted = recount(screenshots)?;
     let in_app = desktop::journey(&server.address)?;
-    Ok(status.success() && in_app)
+    Ok(status.success() && counted && in_app)
+}
+
+/// Compares what the console shows with the client's log of requests to two replicas.
+fn recount(screenshots: Option<&OsStr>) -> Result<bool> {
+    let database = Throwaway::start()?;
+    let redis = Redis::start()?;
+    let shared = [
+        ("DATABASE_URL", database.url()),
+        ("REDIS_URL", redis.url()),
+        (
+            "QUOTA_SECRET",
+            "only for the end-to-end tests, on loopback".into(),
+        ),
+    ];
+    let first = Server::start(&shared)?;
+    let second = Server::start(&shared)?;
+    let status = browse(
+        &first.address,
+        Some(&second.address),
+        screenshots,
+        &["recount"],
+    )?;
+    Ok(status.success())
 }
 
 /// Runs parts of the journey, or all of it, against a server.
-fn browse(address: &str, screenshots: Option<&OsStr>, parts: &[&str]) -> Result<ExitStatus> {
+fn browse(
+    address: &str,
+    second: Option<&str>,
+    screenshots: Option<&OsStr>,
+    parts: &[&str],
+) -> Result<ExitStatus> {
     let chromium = system::on_path("chromium").context("Chromium is not installed")?;
     Command::new("node")
         .current_dir(root().join("desktop/e2e"))
+        .envs(second.map(|it| ("SECOND_REPLICA", it)))
         .arg("journey.mjs")
         .arg(chromium)
         .arg(address)
@@ -104,9 +153,70 @@ fn install_packages() -> Result<()> {
 
 /// Runs a function with an empty server.
 pub(crate) fn on_server<T>(run: impl FnOnce(&str) -> Result<T>) -> Result<T> {
-    succeed(cargo().args(["build", "--quiet", "--package", "quota-server"]))?;
-    let server = Server::start()?;
+    build_server()?;
+    let server = Server::start(&[])?;
     run(&server.address)
+}
+
+fn build_server() -> Result<()> {
+    let packages = [
+        "--package",
+        "quota-server",
+        "--package",
+        "quota-fake-stripe",
+    ];
+    succeed(cargo().args(["build", "--quiet", "--bins"]).args(packages))
+}
+
+/// Creates a directory in /tmp that is accessible, because the database's user has to reach it.
+fn new_directory() -> Result<PathBuf> {
+    let stamp = std::time::UNIX_EPOCH.elapsed().unwrap_or_default();
+    let path = PathBuf::from(format!(
+        "/tmp/quota-journey-{}-{}",
+        std::process::id(),
+        stamp.subsec_nanos()
+    ));
+    fs::DirBuilder::new()
+        .mode(0o711)
+        .create(&path)
+        .with_context(|| format!("cannot create {}", path.display()))?;
+    Ok(path)
+}
+
+fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}
+
+/// A Redis server that stores nothing on disk and ends when dropped.
+struct Redis {
+    process: Child,
+    port: u16,
+}
+
+impl Redis {
+    fn start() -> Result<Self> {
+        let port = free_port()?;
+        let process = Command::new("redis-server")
+            .args(["--bind", "127.0.0.1", "--port", &port.to_string()])
+            .args(["--save", "", "--appendonly", "no"])
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .context("cannot run redis-server")?;
+        Ok(Self { process, port })
+    }
+
+    fn url(&self) -> String {
+        format!("redis://127.0.0.1:{}/0", self.port)
+    }
+}
+
+impl Drop for Redis {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
 }
 
 /// An empty server, which ends when dropped.
@@ -117,27 +227,34 @@ struct Server {
 }
 
 impl Server {
-    fn start() -> Result<Self> {
-        let stamp = std::time::UNIX_EPOCH.elapsed().unwrap_or_default();
-        // In /tmp and accessible, because the database's user has to reach it.
-        let data = PathBuf::from(format!(
-            "/tmp/quota-journey-{}-{}",
-            std::process::id(),
-            stamp.subsec_nanos()
-        ));
-        fs::DirBuilder::new()
-            .mode(0o711)
-            .create(&data)
-            .with_context(|| format!("cannot make {}", data.display()))?;
-        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+    /// Starts a server with additional settings. Without `DATABASE_URL`, it has an embedded database.
+    fn start(settings: &[(&str, String)]) -> Result<Self> {
+        let data = new_directory()?;
+        let port = free_port()?;
         let listen = format!("127.0.0.1:{port}");
         let log = fs::File::create(data.join("log"))?;
-        let process = Command::new(console::target_directory()?.join("debug/quota"))
+        let built = console::target_directory()?.join("debug");
+        // The server is addressed by name, because browsers accept cookies from a local server only under a local
+        // name.
+        let address = format!("http://localhost:{port}");
+        let mut command = if settings.is_empty() {
+            // It bills through a stand-in for Stripe.
+            let mut command = Command::new(built.join("fake-stripe"));
+            command
+                .args(["--listen", "127.0.0.1:0"])
+                .arg(built.join("quota"));
+            command
+        } else {
+            Command::new(built.join("quota"))
+        };
+        let process = command
             // Settings in the environment must not affect the tests.
             .env_clear()
             .envs(std::env::var_os("PATH").map(|path| ("PATH", path)))
+            .env("QUOTA_PUBLIC_URL", &address)
+            .envs(settings.iter().map(|(name, value)| (name, value)))
             .args(["serve", "--metrics-listen=off", "--log-format=text"])
-            // All requests come from the same address.
+            // All requests come from the same address, so turn off the limits.
             .args(["--auth-rpm=0", "--admin-rpm=0"])
             .arg(format!("--listen={listen}"))
             .arg("--data-dir")
@@ -149,8 +266,7 @@ impl Server {
             .context("cannot run the server")?;
         let mut server = Self {
             process,
-            // By name, because browsers accept cookies from a local server only under a local name.
-            address: format!("http://localhost:{port}"),
+            address,
             data,
         };
         server.wait(&listen)?;
@@ -190,7 +306,7 @@ fn is_ready(listen: &str) -> bool {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // SIGTERM, so that its database stops too.
+        // Uses SIGTERM, so that the database stops too.
         let _ = read(Command::new("kill").arg(self.process.id().to_string()));
         let until = Instant::now() + Duration::from_secs(30);
         while matches!(self.process.try_wait(), Ok(None)) && Instant::now() < until {

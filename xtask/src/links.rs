@@ -1,4 +1,4 @@
-//! Dead links in Markdown: relative links must lead to a file in the repository, and `#…` to one of its headings.
+//! Finds dead links in Markdown. Relative links must lead to a file in the repository, and `#…` to one of its headings.
 
 use std::{
     collections::HashMap,

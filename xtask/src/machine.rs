@@ -1,4 +1,4 @@
-//! Programs that tasks require: finds them, installs them where possible, or names them.
+//! Finds the programs that tasks require, installs them where possible, or lists them.
 
 use std::{
     io::{IsTerminal as _, stdin},
@@ -108,6 +108,18 @@ pub(crate) const KEYRING: Need = Need {
     is_there: || on_path("gnome-keyring-daemon").is_some(),
 };
 
+pub(crate) const RPM2CPIO: Need = Need {
+    name: "rpm2cpio, for the test of the .rpm",
+    package: "rpm2cpio",
+    is_there: || on_path("rpm2cpio").is_some(),
+};
+
+pub(crate) const CPIO: Need = Need {
+    name: "cpio, for the test of the .rpm",
+    package: "cpio",
+    is_there: || on_path("cpio").is_some(),
+};
+
 pub(crate) const DOCKER: Need = Need {
     name: "a container engine (`docker`, `dockerd`)",
     package: "docker.io",
@@ -130,7 +142,7 @@ pub(crate) const DEBOOTSTRAP: Need = Need {
 const BUILD: u64 = 7 << 30;
 const REBUILD: u64 = 2 << 30;
 
-/// Fails if there is too little disk space for a build. Compilers would report this late and unclearly.
+/// Fails if there is too little disk space for a build. Compilers would report this late, and with unclear messages.
 fn room() -> Result<()> {
     let target = target();
     let needed = if target.join("debug").exists() {
@@ -179,12 +191,12 @@ pub(crate) fn install(needs: &[Need]) -> Result<()> {
     );
     if !is_root() && on_path("sudo").is_none() {
         bail!(
-            "this machine has no {} and no `sudo`; {by_hand}",
+            "not installed: {}, and there is no `sudo`; {by_hand}",
             names.join(" and ")
         );
     }
     say(&format!(
-        "this machine has no {}: installing Debian's {}",
+        "not installed: {}; installing Debian's {}",
         names.join(" and "),
         packages.join(" and ")
     ));
@@ -254,7 +266,7 @@ fn no_system_service(name: &str) -> Result<()> {
 }
 
 fn apt(arguments: &[&str]) -> Result<()> {
-    // `env`, because sudo does not pass the environment.
+    // Uses `env`, because sudo does not pass the environment.
     let mut command = as_root("env");
     command
         .args(["DEBIAN_FRONTEND=noninteractive", "apt-get"])
@@ -271,7 +283,7 @@ fn as_root(program: &str) -> Command {
     }
     let mut command = Command::new("sudo");
     if !stdin().is_terminal() {
-        // There may be no user to type a password.
+        // There may be no one to type a password.
         command.arg("-n");
     }
     command.arg(program);

@@ -1,6 +1,6 @@
 //! `cargo xtask`: the tasks of this project, in Rust, without other tools.
 //!
-//! Has few dependencies, and does not depend on the server, since tasks start before the server is built.
+//! Has few dependencies and does not depend on the server, because tasks start before the server is built.
 
 #![expect(
     clippy::disallowed_methods,
@@ -76,10 +76,17 @@ enum Chore {
         arguments: Vec<OsString>,
     },
     /// Build the desktop app and package it as .deb and .rpm
-    Bundle,
+    Bundle {
+        /// Then install, start and remove the .deb, and compare the files of the .rpm with it
+        #[arg(long)]
+        test: bool,
+    },
     /// Build everything and run the end-to-end tests in Chromium and in the desktop app; QUOTA_SCREENSHOTS=FOLDER saves
-    /// a screenshot of every page
-    Journey,
+    /// a screenshot of every page. `journey walk` takes pictures of every page and form at six widths instead
+    Journey {
+        /// Only these parts of the test in Chromium, such as `tour` or `billing`
+        parts: Vec<String>,
+    },
     /// Build everything and take new pictures for the README and the landing page
     Pictures,
     /// Build the container image `quota:local`
@@ -103,8 +110,8 @@ fn main() -> ExitCode {
         Chore::Bench { arguments } => bench::bench(&arguments),
         Chore::Console => console::build().map(|()| ExitCode::SUCCESS),
         Chore::Desktop { arguments } => desktop::start(&arguments),
-        Chore::Bundle => desktop::bundle().map(|()| ExitCode::SUCCESS),
-        Chore::Journey => journey::alone(),
+        Chore::Bundle { test } => desktop::bundle(test).map(|()| ExitCode::SUCCESS),
+        Chore::Journey { parts } => journey::alone(&parts),
         Chore::Pictures => journey::pictures(),
         Chore::Image => containers::run(&["--image-only".into()]),
         Chore::Containers { arguments } => containers::run(&arguments),

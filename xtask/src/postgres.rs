@@ -111,7 +111,7 @@ impl Throwaway {
             command.args(["-c", setting]);
         }
         let mut guard = as_user(command, user)
-            // The terminal's Ctrl-C must not reach it. The guard stops it after this process has ended.
+            // Ctrl-C in the terminal must not reach PostgreSQL. The guard stops it after this process has ended.
             .process_group(0)
             .stdin(Stdio::piped())
             .stdout(log.try_clone()?)
@@ -271,6 +271,6 @@ fn temporary_dir() -> Result<PathBuf> {
     fs::DirBuilder::new()
         .mode(0o711)
         .create(&dir)
-        .with_context(|| format!("cannot make {}", dir.display()))?;
+        .with_context(|| format!("cannot create {}", dir.display()))?;
     Ok(dir)
 }

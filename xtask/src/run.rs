@@ -1,4 +1,4 @@
-//! `cargo xtask run`: from a fresh clone to a server with demo data.
+//! `cargo xtask run`: builds and starts a server with demo data from a fresh clone.
 
 use std::{env, ffi::OsString, os::unix::process::CommandExt as _, process::ExitCode};
 

@@ -1,4 +1,5 @@
-//! `server/src/schema.rs`: the tables as Diesel sees them, read from a database to which the migrations were applied.
+//! Generates `server/src/schema.rs`: the tables as Diesel sees them, read from a database to which the migrations have
+//! been applied.
 //!
 //! Diesel's own tool writes the same file, but needs libpq and takes minutes to build. Types and shapes that no
 //! migration uses are rejected rather than guessed.
@@ -52,7 +53,7 @@ fn migrations(dir: &Path) -> Result<Vec<PathBuf>> {
 #[derive(Default)]
 struct Table {
     key: Vec<String>,
-    /// Name and type.
+    /// The name and type of each column.
     columns: Vec<(String, String)>,
 }
 

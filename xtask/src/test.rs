@@ -63,8 +63,8 @@ pub(crate) fn test(arguments: &[OsString]) -> Result<ExitCode> {
     Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
 }
 
-/// Runs the desktop app's tests. Separate, because its libraries enable features of shared dependencies, which would
-/// then be compiled again for the server.
+/// Runs the desktop app's tests. They run separately, because its libraries enable features of shared dependencies,
+/// which would then be compiled again for the server.
 fn of_desktop(has_nextest: bool) -> Result<bool> {
     let runner: &[&str] = if has_nextest {
         &["nextest", "run"]

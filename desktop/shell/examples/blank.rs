@@ -1,8 +1,8 @@
-//! An empty window as a baseline for measurements: the cost of WebKit and Tauri without the app.
+//! An empty window, to measure the cost of WebKit and Tauri without the app.
 
 use tauri::{WebviewUrl, WebviewWindowBuilder, http::Response};
 
-/// Reports when it is painted, like the console's first page.
+/// Reports when it has been painted, like the console's first page.
 const PAGE: &str = "<!doctype html><title>blank</title><script>
 requestAnimationFrame(() => requestAnimationFrame(() => { document.title = 'painted'; }));
 </script>";

@@ -17,14 +17,14 @@ use crate::server::Server;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(20);
-/// Far larger than any response of the API.
+/// Far larger than any API response.
 const MAX_BODY: usize = 8 * 1024 * 1024;
 
 /// How a call is authenticated.
 pub enum Credential<'a> {
     None,
     Access(&'a SecretString),
-    /// Sent in the body.
+    /// The refresh token, which is sent in the body.
     Refresh(&'a SecretString),
 }
 
@@ -86,7 +86,7 @@ impl Client {
             Ok(problem) => Err(CallError::Problem {
                 problem: Box::new(problem),
             }),
-            // A proxy responded in place of an unreachable server.
+            // A proxy responded in place of the server, which is unreachable.
             Err(_) if status.is_server_error() => Err(CallError::Unreachable),
             Err(_) => Err(CallError::Unreadable),
         }

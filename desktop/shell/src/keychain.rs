@@ -1,5 +1,6 @@
-//! Stores refresh tokens and device tokens in the system's keychain, one entry of each per server. They are never
-//! stored elsewhere: without a keychain, a session ends when the app closes, and every sign-in is from a new device.
+//! Stores refresh tokens and device tokens in the system keychain, one entry of each per server. They are never stored
+//! elsewhere: without a keychain, a session ends when the app closes, and every sign-in counts as one from a new
+//! device.
 
 use std::time::Duration;
 
@@ -8,7 +9,7 @@ use secrecy::{ExposeSecret as _, SecretString};
 /// The app's name in the keychain.
 pub const SERVICE: &str = "rs.quota.desktop";
 
-/// Long enough for the user to unlock the keychain.
+/// The time limit for a call, which has to be long enough for the user to unlock the keychain.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

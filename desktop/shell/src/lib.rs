@@ -39,7 +39,7 @@ pub fn run() -> ExitCode {
     STARTED.get_or_init(Instant::now);
     let Arguments { server } = Arguments::parse();
     let app = tauri::Builder::default()
-        // Registered first, so that a second instance does nothing before it detects the first.
+        // Registered first, so that a second instance detects the first before it does anything else.
         .plugin(tauri_plugin_single_instance::init(|app, arguments, _| {
             window::on_second_instance(app, &arguments);
         }))
@@ -47,6 +47,7 @@ pub fn run() -> ExitCode {
         .invoke_handler(tauri::generate_handler![
             commands::server::call,
             commands::server::try_key,
+            commands::server::open_billing,
             commands::profile::host_status,
             commands::profile::add_server,
             commands::profile::use_server,
@@ -54,6 +55,7 @@ pub fn run() -> ExitCode {
             commands::system::copy,
             commands::system::save_file,
             commands::system::ready,
+            commands::system::quit,
         ])
         .setup(move |app| {
             let paths = app.path();

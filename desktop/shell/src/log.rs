@@ -32,7 +32,7 @@ pub fn redacted(text: &str) -> Cow<'_, str> {
     SECRET.replace_all(text, "[redacted]")
 }
 
-/// Starts logging into `folder`, one file per day. If that fails, reports it on standard error and does not log.
+/// Starts logging into `folder`, one file per day. If that fails, reports the error on standard error and does not log.
 pub fn start(folder: &Path) {
     // The appender reports a missing folder before it creates it.
     let _ = fs::create_dir_all(folder);
@@ -66,7 +66,7 @@ pub fn start(folder: &Path) {
 
 struct Redacting<W>(Mutex<W>);
 
-/// One line. The subscriber writes each line with a single call.
+/// A writer for one line. The subscriber writes each line with a single call.
 struct Line<'a, W>(&'a Mutex<W>);
 
 impl<'a, W: Write + 'a> MakeWriter<'a> for Redacting<W> {

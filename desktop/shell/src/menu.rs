@@ -10,17 +10,19 @@ use tauri_plugin_opener::OpenerExt as _;
 
 use crate::window;
 
-/// Pages of the console: path, name, shortcut.
-const PAGES: [(&str, &str, &str); 6] = [
+/// The pages of the console, each with its path, name and shortcut.
+const PAGES: [(&str, &str, &str); 8] = [
     ("/console", "Home", "CmdOrCtrl+1"),
-    ("/console/plans", "Plans", "CmdOrCtrl+2"),
-    ("/console/api-keys", "API keys", "CmdOrCtrl+3"),
-    ("/console/service-tokens", "Service tokens", "CmdOrCtrl+4"),
-    ("/console/audit", "Audit log", "CmdOrCtrl+5"),
+    ("/console/usage", "Usage", "CmdOrCtrl+2"),
+    ("/console/audit", "Audit log", "CmdOrCtrl+3"),
+    ("/console/plans", "Plans", "CmdOrCtrl+4"),
+    ("/console/api-keys", "API keys", "CmdOrCtrl+5"),
+    ("/console/service-tokens", "Service tokens", "CmdOrCtrl+6"),
+    ("/console/billing", "Billing", "CmdOrCtrl+7"),
     ("/console/settings", "Settings", "CmdOrCtrl+,"),
 ];
 
-/// Other entries: ID, name, shortcut.
+/// The other entries, each with its ID, name and shortcut.
 const RELOAD: (&str, &str, &str) = ("reload", "Reload", "CmdOrCtrl+R");
 const QUIT: (&str, &str, &str) = ("quit", "Quit", "CmdOrCtrl+Q");
 const BACK: (&str, &str, &str) = ("back", "Back", "Alt+Left");
@@ -82,7 +84,7 @@ fn build(app: &AppHandle) -> tauri::Result<Menu<tauri::Wry>> {
         .about(Some(about))
         .build()?;
     let mut menu = MenuBuilder::new(app).item(&quota);
-    // On macOS the shortcuts for copy and paste come from the menu; elsewhere the page has them.
+    // On macOS, the shortcuts for copy and paste come from the menu; elsewhere, the page provides them.
     let edit = SubmenuBuilder::new(app, "Edit")
         .undo()
         .redo()
@@ -103,12 +105,10 @@ fn on_selected(app: &AppHandle, id: &str) {
         return window::show(app, path);
     }
     match id {
-        // Reloading would discard the new secret that a locked dialog shows.
-        "reload" => window::run(
-            app,
-            "if (!document.querySelector('dialog[open][data-locked]')) location.reload()",
-        ),
-        "quit" => app.exit(0),
+        "reload" => window::if_unlocked(app, |window| {
+            let _ = window.reload();
+        }),
+        "quit" => window::quit(app),
         "back" => window::run(app, "history.back()"),
         "forward" => window::run(app, "history.forward()"),
         "zoom-in" => zoom(app, |percent| percent + 10),

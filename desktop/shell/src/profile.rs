@@ -1,7 +1,7 @@
 //! The list of servers and the one in use. Stored in a file with addresses and names, without secrets.
 //!
-//! An unreadable file is renamed and the list starts over. If the file cannot be written, the log says so, and changes
-//! last until the app closes.
+//! An unreadable file is renamed and the list starts over. If the file cannot be written, the error is logged, and
+//! changes are lost when the app closes.
 
 use std::{
     fs, io,
@@ -143,7 +143,7 @@ impl Profiles {
     }
 }
 
-/// Drops invalid addresses, whatever their source, and ensures that the server in use is in the list.
+/// Drops invalid addresses, no matter where they come from, and ensures that the server in use is in the list.
 fn sanitize(mut content: ProfileFile) -> Option<ProfileFile> {
     content.servers.retain(|it| {
         Server::parse(&it.address).is_ok_and(|server| server.to_string() == it.address)

@@ -68,7 +68,8 @@ impl fmt::Display for Server {
     }
 }
 
-fn is_loopback(url: &Url) -> bool {
+/// Returns whether an address is on this computer.
+pub fn is_loopback(url: &Url) -> bool {
     match url.host() {
         Some(Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
         Some(Host::Ipv4(ip)) => ip.is_loopback(),

@@ -1,10 +1,10 @@
 //! A session with one server: its tokens, and the calls made with them. Does not depend on Tauri.
 //!
-//! The access token is kept in memory, the refresh token in the keychain or, without one, in memory as well. The first
-//! call that finds the access token expired refreshes it while the others wait. The new refresh token is stored before
-//! the new access token is used, so that the session survives if the app exits in between.
+//! The access token is kept in memory, the refresh token in the keychain or, if there is none, also in memory. The
+//! first call that finds the access token expired refreshes it while the others wait. The new refresh token is stored
+//! before the new access token is used, so that the session survives if the app exits in between.
 //!
-//! Two processes of one user share the keychain entry. A file lock makes them refresh one after the other, and the
+//! Two processes of one user share the keychain entry. A file lock makes them refresh one after the other, so that the
 //! second finds the new token. While the server is unreachable, `GET` calls return their last response, with its time.
 
 #[cfg(test)]
@@ -32,9 +32,9 @@ use crate::{
     keychain::{self, Keychain},
 };
 
-/// How long before it expires an access token is refreshed.
+/// How long before its expiry an access token is refreshed.
 const REFRESH_AHEAD: Duration = Duration::from_secs(30);
-/// Longer than a refresh by another process can take.
+/// How long to wait for another process's refresh, which takes less time than this.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
 const LOCK_POLL: Duration = Duration::from_millis(50);
 /// Maximum number of responses kept for when the server is unreachable.
@@ -198,7 +198,7 @@ impl Session {
     async fn send(&self, call: &Call) -> Result<String, CallError> {
         let token = self.access(None).await?;
         match self.client.send(call, Credential::Access(&token)).await {
-            // It expired in transit, or the server revoked it.
+            // The access token expired in transit, or the server revoked it.
             Err(error) if is_unauthorized(&error) => {
                 let token = self.access(Some(&token)).await?;
                 self.client.send(call, Credential::Access(&token)).await
@@ -298,7 +298,7 @@ impl Session {
 
     async fn store_device(&self, token: SecretString) {
         let (keychain, entry) = (Arc::clone(&self.keychain), self.device_entry());
-        // A device that could not be stored signs in as a new one.
+        // If a device token could not be stored, the device signs in as a new one.
         let _ = keychain::call(move || keychain.set(&entry, &token)).await;
     }
 

@@ -39,7 +39,7 @@ impl App {
 
     /// Returns the server in use.
     pub fn server(&self) -> Result<Server, CallError> {
-        // Addresses in the list are valid.
+        // All addresses in the list are valid.
         Server::parse(self.profiles.lock().current()).map_err(|_| CallError::Unreadable)
     }
 

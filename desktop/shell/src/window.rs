@@ -1,5 +1,13 @@
 //! The window. Its page cannot navigate outside the console.
 
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
 use tauri::{
     AppHandle, Manager as _, Theme, Url, WebviewUrl, WebviewWindow, WebviewWindowBuilder,
     WindowEvent, webview::NewWindowResponse,
@@ -27,17 +35,20 @@ pub fn open(app: &AppHandle) -> tauri::Result<WebviewWindow> {
         })
         .build()?;
     let target = window.clone();
-    window.on_window_event(move |event| {
-        if let WindowEvent::ThemeChanged(theme) = event {
-            report_theme(&target, *theme);
+    window.on_window_event(move |event| match event {
+        WindowEvent::ThemeChanged(theme) => report_theme(&target, *theme),
+        WindowEvent::CloseRequested { api, .. } => {
+            api.prevent_close();
+            quit(target.app_handle());
         }
+        _ => {}
     });
     tracing::info!(theme = ?window.theme().ok(), "window opened");
     Ok(window)
 }
 
-/// Tells the page that the system is dark, which WebKit does not always detect. If Tauri reports a light system, the
-/// page relies on WebKit.
+/// Notifies the page that the system uses a dark theme, which WebKit does not always detect. If Tauri reports a light
+/// theme, the page relies on WebKit.
 fn report_theme(window: &WebviewWindow, theme: Theme) {
     let dark = theme == Theme::Dark;
     run_in(
@@ -84,6 +95,65 @@ fn run_in(window: &WebviewWindow, script: &str) {
     }
 }
 
+/// Whether a locked dialog is open, which must not be discarded.
+const IS_LOCKED: &str = "!!document.querySelector('dialog[open][data-locked]')";
+
+/// Whether a new secret has not been saved, or is being created. The page warns about the former.
+const WARNS: &str = "document.querySelector('[data-unsaved]') ? (dispatchEvent(new Event('quota-quit')), true) : \
+                     !!document.querySelector('dialog[open][data-locked]:not(:has(#secret))')";
+
+/// Longer than a page takes to respond, unless it hangs.
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Quits, unless the page shows a new secret that has not been saved: then the page asks.
+pub fn quit(app: &AppHandle) {
+    let is_waiting = Arc::new(AtomicBool::new(true));
+    let ask = {
+        let (app, is_waiting) = (app.clone(), Arc::clone(&is_waiting));
+        move |warns: bool| {
+            // Not while quitting already, because the page hung.
+            if is_waiting.swap(false, Ordering::AcqRel) && !warns {
+                app.exit(0);
+            }
+        }
+    };
+    if !evaluate(app, WARNS, ask) {
+        return app.exit(0);
+    }
+    let app = app.clone();
+    tauri::async_runtime::spawn(async move {
+        tokio::time::sleep(RESPONSE_TIMEOUT).await;
+        if is_waiting.swap(false, Ordering::AcqRel) {
+            tracing::warn!("the page did not respond; quitting");
+            app.exit(0);
+        }
+    });
+}
+
+/// Does something with the window, unless that would discard a locked dialog.
+pub fn if_unlocked(app: &AppHandle, then: impl Fn(&WebviewWindow) + Send + 'static) {
+    let target = app.clone();
+    evaluate(app, IS_LOCKED, move |is_locked| {
+        if let Some(window) = target.get_webview_window(LABEL).filter(|_| !is_locked) {
+            then(&window);
+        }
+    });
+}
+
+/// Evaluates a condition in the page. Returns `false` if there is no page.
+fn evaluate(
+    app: &AppHandle,
+    condition: &'static str,
+    then: impl Fn(bool) + Send + 'static,
+) -> bool {
+    let Some(window) = app.get_webview_window(LABEL) else {
+        return false;
+    };
+    window
+        .eval_with_callback(condition, move |result| then(result == "true"))
+        .is_ok()
+}
+
 /// Handles a second launch of the app: focuses the window and selects the server named on the command line.
 pub fn on_second_instance(app: &AppHandle, arguments: &[String]) {
     let Some(window) = app.get_webview_window(LABEL) else {
@@ -96,10 +166,13 @@ pub fn on_second_instance(app: &AppHandle, arguments: &[String]) {
         .position(|it| it == "--server")
         .and_then(|at| arguments.get(at + 1))
         .and_then(|text| Server::parse(text).ok());
-    if let (Some(server), Some(state)) = (requested, app.try_state::<App>()) {
-        state.profiles.lock().add_and_select(&server);
-        run(app, "location.replace('/console')");
-    }
+    let Some(server) = requested else { return };
+    if_unlocked(app, move |window| {
+        if let Some(state) = window.try_state::<App>() {
+            state.profiles.lock().add_and_select(&server);
+            run_in(window, "location.replace('/console')");
+        }
+    });
 }
 
 /// Opens a page of the server in use in the system's browser. Never opens another address.

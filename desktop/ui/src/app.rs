@@ -1,7 +1,7 @@
 //! The frame around all pages: navigation, account, and the current page.
 //!
-//! Visitors who are not signed in are sent to sign in, and back afterwards. While the server is unreachable, users stay
-//! signed in; the frame says so and offers to try again.
+//! Visitors who are not signed in are sent to the sign-in page, and back afterwards. While the server is unreachable,
+//! users stay signed in; the frame says so and offers to try again.
 
 use leptos::{prelude::*, task::spawn_local};
 
@@ -14,7 +14,7 @@ use crate::{
     },
     host,
     model::address::{ConsolePage, Query},
-    page,
+    page::{self, Chunk, LazyPage},
     preferences::Preferences,
     reactive::{effect, text_memo},
     route::{Route, route},
@@ -33,7 +33,7 @@ pub fn App() -> impl IntoView {
     watch_presses();
     session.load();
     let current = Memo::new(move |_| ConsolePage::of(&route.path.get()));
-    // Empty inside the frame, so that moving between its pages does not render it again.
+    // This is empty inside the frame, so that moving between its pages does not render the frame again.
     let outside_frame = text_memo(move || {
         match current.get() {
             ConsolePage::SignIn => "sign-in",
@@ -57,6 +57,9 @@ pub fn App() -> impl IntoView {
 /// A page in the navigation: its address, name and icon.
 type NavigationLink = (&'static str, &'static str, Shape);
 
+/// Shown only to roles that may use it.
+const BILLING: &str = "/console/billing";
+
 /// The groups of the navigation.
 const NAVIGATION: [(&str, &[NavigationLink]); 3] = [
     (
@@ -77,11 +80,14 @@ const NAVIGATION: [(&str, &[NavigationLink]); 3] = [
     ),
     (
         "Account",
-        &[("/console/settings", "Settings", Shape::Settings)],
+        &[
+            (BILLING, "Billing", Shape::Billing),
+            ("/console/settings", "Settings", Shape::Settings),
+        ],
     ),
 ];
 
-/// Shows the frame to those who are signed in.
+/// Shows the frame to users who are signed in.
 #[component]
 fn AuthGate(current: Memo<ConsolePage>) -> impl IntoView {
     let session = session();
@@ -150,6 +156,8 @@ fn Frame(current: Memo<ConsolePage>) -> impl IntoView {
             }
         });
     });
+    page::preload_chunks();
+    let lazy = |page| view! { <LazyPage page/> }.into_any();
     let commands = Commands::new(sign_out);
     let content = NodeRef::<leptos::html::Main>::new();
     Effect::new(move |previous: Option<()>| {
@@ -190,7 +198,7 @@ fn Frame(current: Memo<ConsolePage>) -> impl IntoView {
                                 .iter()
                                 .map(|&(href, name, shape)| {
                                     view! {
-                                        <li>
+                                        <li hidden=move || href == BILLING && !session.can_bill()>
                                             <a href=href aria-current=move || is_current(href).then_some("page")>
                                                 <Icon shape/>
                                                 {name}
@@ -219,13 +227,14 @@ fn Frame(current: Memo<ConsolePage>) -> impl IntoView {
             <main id="content" tabindex="-1" node_ref=content>
                 {move || match current.get() {
                     ConsolePage::Home => view! { <page::Home/> }.into_any(),
-                    ConsolePage::Usage => view! { <page::UsagePage/> }.into_any(),
+                    ConsolePage::Usage => lazy(Chunk::Usage),
                     ConsolePage::Plans => view! { <page::Plans/> }.into_any(),
                     ConsolePage::ApiKeys => view! { <page::ApiKeys/> }.into_any(),
                     ConsolePage::ApiKey(id) => view! { <page::ApiKeyPage id/> }.into_any(),
                     ConsolePage::ServiceTokens => view! { <page::ServiceTokens/> }.into_any(),
-                    ConsolePage::Audit => view! { <page::AuditLog/> }.into_any(),
-                    ConsolePage::Settings => view! { <page::Settings/> }.into_any(),
+                    ConsolePage::Audit => lazy(Chunk::Audit),
+                    ConsolePage::Billing => lazy(Chunk::Billing),
+                    ConsolePage::Settings => lazy(Chunk::Settings),
                     ConsolePage::SignIn | ConsolePage::Register | ConsolePage::NotFound => {
                         view! { <page::NotFound/> }.into_any()
                     }

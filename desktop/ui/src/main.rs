@@ -18,7 +18,7 @@
 //! app                         the frame around all pages
 //! ```
 
-// Without a browser, only the tests use the models.
+// Outside a browser, only the tests use the models.
 #![cfg_attr(
     not(target_arch = "wasm32"),
     expect(dead_code, reason = "used only when compiled for WebAssembly")

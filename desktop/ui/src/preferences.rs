@@ -1,4 +1,4 @@
-//! Preferences of this browser. They are stored locally and never sent to the server.
+//! Preferences in this browser. They are stored locally and never sent to the server.
 
 use leptos::prelude::*;
 

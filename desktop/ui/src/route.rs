@@ -1,4 +1,4 @@
-//! The address bar: links within the console change the page without loading a document.
+//! The address bar. Links within the console change the page without loading a document.
 
 use leptos::{ev, prelude::*};
 use wasm_bindgen::{JsCast, JsValue};
@@ -74,8 +74,8 @@ impl Route {
     /// Reads the address into the signals.
     fn update(self) {
         let (path, query) = here();
-        // Effects run after both are set, so nothing is loaded for a mix of two pages. Unchanged values do not notify,
-        // so no page loads twice.
+        // Effects run only after both are set, so nothing is loaded for a mix of two pages. Unchanged values do not
+        // notify, so no page loads twice.
         if self.query.with_untracked(|it| *it != query) {
             self.query.set(query);
         }

@@ -9,7 +9,7 @@ use crate::{
     route::Route,
 };
 
-/// Whether the user is signed in, as far as is known.
+/// Whether the user is signed in, if that is known.
 #[derive(Debug, Clone, PartialEq)]
 pub enum AuthState {
     Unknown,
@@ -38,7 +38,7 @@ impl Session {
         api::on_session_end(move |error| {
             session.end();
             if *error == CallError::AccountChanged {
-                // Start over with the account that is signed in now.
+                // Start over with the account that is now signed in.
                 session.auth.set(AuthState::Unknown);
                 route.replace("/console");
                 toasts.fail(error);
@@ -79,6 +79,12 @@ impl Session {
     pub fn can_manage(self) -> bool {
         self.me
             .with(|me| me.as_ref().is_some_and(|me| me.tenant.role.may_manage()))
+    }
+
+    /// Whether the user's role may see and change the subscription.
+    pub fn can_bill(self) -> bool {
+        self.me
+            .with(|me| me.as_ref().is_some_and(|me| me.tenant.role.may_bill()))
     }
 
     /// The organization's time zone, in which its quotas reset.

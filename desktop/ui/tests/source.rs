@@ -1,4 +1,4 @@
-//! Checks the source of the console and the desktop app: which modules import which, and the words in their texts.
+//! Checks the source of the console and the desktop app: their imports, and the wording of their strings.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -1,8 +1,8 @@
 //! Authenticated callers. A handler whose first argument is one of these types cannot be reached without its
 //! credential.
 //!
-//! [`AdmittedTenant`] has an access token, [`AdmittedKey`] an API key that the limiter has admitted,
-//! [`AdmittedService`] and [`AdmittedGateway`] a service token. Each is a poem-openapi extractor that also adds its
+//! [`SignedInTenant`] has an access token, [`AdmittedKey`] an API key that the limiter has admitted,
+//! [`ServiceCaller`] and [`GatewayCaller`] a service token. Each is a poem-openapi extractor that also adds its
 //! security scheme to the document.
 
 use std::{num::NonZeroU32, sync::Arc};
@@ -71,7 +71,7 @@ macro_rules! extract_by_credential {
     };
 }
 
-/// The token of `Authorization: Bearer`.
+/// Returns the token from `Authorization: Bearer`.
 pub fn bearer(headers: &HeaderMap) -> Result<Option<&str>, ApiError> {
     let mut fields = headers.get_all(header::AUTHORIZATION).iter();
     let Some(field) = fields.next() else {
@@ -99,12 +99,12 @@ pub fn bearer(headers: &HeaderMap) -> Result<Option<&str>, ApiError> {
 
 /// A signed-in user, acting for one tenant.
 #[derive(Debug, Clone)]
-pub struct AdmittedTenant {
+pub struct SignedInTenant {
     pub session: Arc<LiveSession>,
     pub origin: Origin,
 }
 
-impl AdmittedTenant {
+impl SignedInTenant {
     pub fn tenant(&self) -> TenantId {
         self.session.tenant
     }
@@ -161,7 +161,7 @@ impl AdmittedTenant {
 }
 
 extract_by_credential!(
-    AdmittedTenant,
+    SignedInTenant,
     "AccessToken",
     MetaSecurityScheme {
         scheme: Some("bearer"),
@@ -268,13 +268,14 @@ pub async fn decide(
         .metering
         .reserve(record.tenant, endpoint, context.id())
         .map_err(|_| ApiError::unrecordable())?;
-    let decision = state
-        .limiter
-        .admit(&record.handle, &record.policies, cost)
-        .await
-        .inspect_err(|_| {
-            state.metrics.limiter_errors.inc();
-        })?;
+    let (limiter, handle, policies) = (&state.limiter, &record.handle, &record.policies);
+    let decided = match record.tenant_quota(state.billing.is_some(), || state.clock.now()) {
+        None => limiter.admit(handle, policies, cost).await,
+        Some(quota) => limiter.admit_within(quota, handle, policies, cost).await,
+    };
+    let decision = decided.inspect_err(|_| {
+        state.metrics.limiter_errors.inc();
+    })?;
     // This must come after the reservation: the shipper reports that all earlier decisions are in the segments it
     // reads.
     let decided_at = state.clock.monotonic();
@@ -327,7 +328,7 @@ impl AdmittedKey {
     pub async fn admit(request: &Request) -> Result<Self, ApiError> {
         let text = key_text(request)?
             .ok_or_else(|| ApiError::unauthorized(false, "Send an API key as X-API-Key."))?;
-        // Only one of Quota's own endpoints is limited.
+        // This is the only one of Quota's own endpoints that is limited.
         let endpoint = "GET /v1/echo";
         let context = RequestContext::of(request)?;
         match decide(context, text, NonZeroU32::MIN, None, endpoint).await? {
@@ -340,7 +341,7 @@ impl AdmittedKey {
             // The detail is the same for all other reasons, so that it does not help to guess keys.
             Err(_) => Err(ApiError::unauthorized(
                 true,
-                "This API key is invalid, disabled or expired.",
+                "This API key is invalid, inactive or expired.",
             )),
         }
     }
@@ -382,11 +383,11 @@ fn several_service_tokens() -> ApiError {
 
 /// A service of the tenant, which controls all headers of its requests.
 #[derive(Debug, Clone)]
-pub struct AdmittedService {
+pub struct ServiceCaller {
     pub token: Arc<ServiceRecord>,
 }
 
-impl AdmittedService {
+impl ServiceCaller {
     /// Reads the service token from `X-Service-Token`, or otherwise from `Authorization: Bearer`.
     pub async fn admit(request: &Request) -> Result<Self, ApiError> {
         let token = match Sent::of(request.headers(), "x-service-token") {
@@ -410,11 +411,11 @@ impl AdmittedService {
 /// Its token is accepted in `X-Service-Token` only, which gateways overwrite: the consumer controls
 /// `Authorization`. If there are two tokens, one of them may be the consumer's, so neither is accepted.
 #[derive(Debug, Clone)]
-pub struct AdmittedGateway {
+pub struct GatewayCaller {
     pub token: Arc<ServiceRecord>,
 }
 
-impl AdmittedGateway {
+impl GatewayCaller {
     pub async fn admit(request: &Request) -> Result<Self, ApiError> {
         let token = match Sent::of(request.headers(), "x-service-token") {
             Sent::Once(token) => service_token(request, token).await?,
@@ -431,17 +432,17 @@ impl AdmittedGateway {
 }
 
 extract_by_credential!(
-    AdmittedGateway,
+    GatewayCaller,
     "GatewayToken",
     MetaSecurityScheme {
         name: Some("X-Service-Token"),
         key_in: Some("header"),
-        ..blank("apiKey", "Service token (`qs_…`) of the gateway.")
+        ..blank("apiKey", "The gateway's service token (`qs_…`).")
     }
 );
 
 extract_by_credential!(
-    AdmittedService,
+    ServiceCaller,
     "ServiceToken",
     MetaSecurityScheme {
         scheme: Some("bearer"),

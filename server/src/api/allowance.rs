@@ -1,23 +1,54 @@
-//! The operator's limits on how many resources a tenant may create.
+//! The operator's limits on what a tenant may create.
+//!
+//! Every tenant has a maximum number of plans, API keys and service tokens. A tenant without a subscription has lower
+//! limits if the operator has set them. Plans that are not marked `paid` have a maximum rate and quota, whether the
+//! tenant has a subscription or not. If billing is off, no tenant can have a subscription, and all plans are limited.
 
-use quota_common::ProblemCode;
+use quota_common::{
+    FieldError, ProblemCode,
+    api_key::ApiKey,
+    plan::{Billing, Plan},
+};
 
 use super::problem::ApiError;
 use crate::{
     config::Config,
-    db::TenantTx,
-    repo::allowance::{self, Resource},
+    db::{DbError, TenantTx},
+    repo::{
+        allowance::{self, Resource},
+        api_key, billing_overview, plan,
+    },
 };
 
 /// Rejects a creation that would exceed the tenant's limit. Call before the insert, in its transaction.
 pub async fn one_more(config: &Config, tx: &mut TenantTx, what: Resource) -> Result<(), ApiError> {
-    let limits = config.allowances;
-    let (limit, name) = match what {
-        Resource::Plans => (limits.plans, "plans"),
-        Resource::ApiKeys => (limits.api_keys, "API keys"),
-        Resource::ServiceTokens => (limits.service_tokens, "service tokens"),
+    let (all, free) = (config.allowances, config.free_tier);
+    let (limit, free, name) = match what {
+        Resource::Plans => (all.plans, free.plans, "plans"),
+        Resource::ApiKeys => (all.api_keys, free.api_keys, "API keys"),
+        Resource::ServiceTokens => (all.service_tokens, None, "service tokens"),
     };
-    if allowance::count(tx, what).await? < limit {
+    let count = allowance::count(tx, what).await?;
+    let has_billing = config.stripe.is_some();
+    if let Some(free) = free.filter(|free| *free < limit && *free <= count)
+        && !(has_billing && billing_overview::has_access(tx).await?)
+    {
+        let way_out = if has_billing {
+            "Subscribe, or delete some."
+        } else {
+            "Delete some, or ask the operator for a higher limit."
+        };
+        let tier = if has_billing {
+            " without a subscription"
+        } else {
+            ""
+        };
+        return Err(ApiError::new(
+            ProblemCode::LimitReached,
+            format!("Your organization has reached its limit of {free} {name}{tier}. {way_out}"),
+        ));
+    }
+    if count < limit {
         return Ok(());
     }
     Err(ApiError::new(
@@ -26,4 +57,101 @@ pub async fn one_more(config: &Config, tx: &mut TenantTx, what: Resource) -> Res
             "Your organization has reached its limit of {limit} {name}. Delete some, or ask the operator for a higher limit."
         ),
     ))
+}
+
+/// Whether the limits of free plans apply to a plan.
+fn is_limited(config: &Config, billing: Billing) -> bool {
+    config.stripe.is_none() || billing == Billing::Free
+}
+
+fn at_most(config: &Config, maximum: u64) -> String {
+    if config.stripe.is_some() {
+        format!("must be at most {maximum}, unless the plan is marked paid")
+    } else {
+        format!("must be at most {maximum} on this server")
+    }
+}
+
+/// If free plans have a maximum rate, makes changes to the tenant's plans and keys wait for each other, so that a plan
+/// cannot become free while a key on it gets a higher rate. Call first in the transaction.
+pub async fn lock_rates(config: &Config, tx: &mut TenantTx) -> Result<(), DbError> {
+    match config.free_tier.rpm {
+        Some(_) => allowance::lock(tx).await,
+        None => Ok(()),
+    }
+}
+
+/// Rejects a plan that exceeds the limits of free plans and is not marked `paid`.
+pub fn check_plan(config: &Config, plan: &Plan) -> Result<(), ApiError> {
+    if !is_limited(config, plan.billing) {
+        return Ok(());
+    }
+    let free = config.free_tier;
+    let quota = free.requests_per_month.map(Into::into);
+    let limits = [
+        (
+            "default_rpm",
+            Some(plan.default_rpm.into()),
+            free.rpm.map(u64::from),
+        ),
+        ("burst", Some(plan.burst.into()), free.rpm.map(u64::from)),
+        ("daily_quota", plan.daily_quota, quota),
+        ("monthly_quota", plan.monthly_quota, quota),
+    ];
+    let errors: Vec<FieldError> = limits
+        .into_iter()
+        .filter_map(|(field, value, maximum)| {
+            let maximum = maximum.filter(|maximum| value.is_some_and(|it| it > *maximum))?;
+            Some(FieldError {
+                field: field.into(),
+                message: at_most(config, maximum),
+            })
+        })
+        .collect();
+    if errors.is_empty() {
+        Ok(())
+    } else {
+        Err(ApiError::invalid_fields(errors))
+    }
+}
+
+/// Rejects a plan that becomes free while one of its keys has a higher rate than free plans may have.
+pub async fn check_rates_of_keys(
+    config: &Config,
+    tx: &mut TenantTx,
+    plan: &Plan,
+) -> Result<(), ApiError> {
+    let Some(maximum) = config.free_tier.rpm else {
+        return Ok(());
+    };
+    if !is_limited(config, plan.billing) {
+        return Ok(());
+    }
+    match api_key::highest_rate(tx, plan.id.0).await? {
+        Some(rate) if rate > i64::from(maximum) => Err(ApiError::invalid(
+            "billing",
+            format!(
+                "must be paid, because a key on this plan has a rate of {rate} requests per minute, and free plans may \
+                 have at most {maximum}"
+            ),
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// Rejects a key whose own rate exceeds that of free plans, unless its plan is marked `paid`.
+pub async fn check_key(config: &Config, tx: &mut TenantTx, key: &ApiKey) -> Result<(), ApiError> {
+    let (Some(maximum), Some(rate)) = (config.free_tier.rpm, key.rpm_override) else {
+        return Ok(());
+    };
+    if rate <= maximum {
+        return Ok(());
+    }
+    let billing = plan::billing_of(tx, key.plan_id.0).await?;
+    let billing = billing.and_then(|it| Billing::of(&it)).unwrap_or_default();
+    if is_limited(config, billing) {
+        let message = at_most(config, maximum.into());
+        return Err(ApiError::invalid("rpm_override", message));
+    }
+    Ok(())
 }

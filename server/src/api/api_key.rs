@@ -18,7 +18,7 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::{
-    Tag,
+    Tag, allowance,
     change::{Edit, read, read_turn},
     creation::create,
     idempotency::IdempotencyGuard,
@@ -119,7 +119,7 @@ impl ApiKeyApi {
         DateTime::from_timestamp_nanos(i64::try_from(self.state.clock.now().0).unwrap_or(i64::MAX))
     }
 
-    /// Rejects an expiry that has already passed, because it must be a mistake.
+    /// Rejects an expiry that has already passed, because it is most likely a mistake.
     fn check_expiry(&self, at: Option<Timestamp>) -> Result<(), ApiError> {
         match at {
             Some(at) if at.inner() <= self.now() => {
@@ -190,8 +190,8 @@ impl ApiKeyApi {
     async fn create(
         &self,
         caller: ManagingTenant,
-        /// Makes the request safe to retry: the same key and body within 24 hours return the first response again,
-        /// without the API key.
+        /// Makes the request safe to retry: repeating it with the same key and body within 24 hours returns the first
+        /// response again, without the API key.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<CreateApiKey>,
@@ -215,14 +215,13 @@ impl ApiKeyApi {
                 metadata: stored(&body.metadata.clone().unwrap_or_default()),
             };
             let row = api_key::insert(tx, &new).await.map_err(plan_not_found)?;
+            let api_key = ApiKey::from(row);
+            allowance::check_key(&self.state.config, tx, &api_key).await?;
             secret = Some(generated);
-            Ok(CreatedApiKey {
-                key: None,
-                api_key: row.into(),
-            })
+            Ok(CreatedApiKey { key: None, api_key })
         };
         let mut created = create(&self.state, &caller, idempotency, insert).await?;
-        // A replay has none.
+        // A replay has no secret.
         if let Some(secret) = secret {
             self.state.keys.created(&secret);
             created.key = Some(secret.reveal());
@@ -265,7 +264,9 @@ impl ApiKeyApi {
     ) -> Result<Json<ApiKey>, ApiError> {
         let id = key_id.0.0;
         let body = body.0;
+        let config = &self.state.config;
         let mut edit = Edit::begin(&self.state, &caller).await?;
+        allowance::lock_rates(config, &mut edit).await?;
         let before = ApiKey::from(api_key::lock(&mut edit, id).await.or_not_found()?);
         if body == UpdateApiKey::default() {
             return Ok(Json(before));
@@ -285,6 +286,9 @@ impl ApiKeyApi {
             .map_err(plan_not_found)?
             .ok_or_else(ApiError::not_found)?;
         let after = ApiKey::from(row);
+        if (before.plan_id, before.rpm_override) != (after.plan_id, after.rpm_override) {
+            allowance::check_key(config, &mut edit, &after).await?;
+        }
         let action = AuditAction::ApiKeyUpdate;
         edit.updated(action, &before, &after, Target::ApiKey(id))
             .await?;
@@ -327,8 +331,8 @@ impl ApiKeyApi {
         &self,
         caller: ManagingTenant,
         key_id: Path<ApiKeyId>,
-        /// Makes the request safe to retry: the same key and body within 24 hours return the first response again,
-        /// without the API key.
+        /// Makes the request safe to retry: repeating it with the same key and body within 24 hours returns the first
+        /// response again, without the API key.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<RotateApiKey>,

@@ -17,7 +17,7 @@ use serde_json::json;
 
 use super::{
     Tag,
-    admitted::AdmittedTenant,
+    admitted::SignedInTenant,
     browser::{self, SessionCookie, WithCookies},
     change::Edit,
     json::{Created, Json, NoContent},
@@ -275,7 +275,7 @@ impl AuthApi {
     ///
     /// Returns the user, the tenant the session acts for, and the session's ID.
     #[oai(path = "/me", method = "get", operation_id = "get_me")]
-    async fn me(&self, caller: AdmittedTenant) -> Result<Json<Me>, ApiError> {
+    async fn me(&self, caller: SignedInTenant) -> Result<Json<Me>, ApiError> {
         Ok(Json(self.load_me(&caller).await?))
     }
 
@@ -285,7 +285,7 @@ impl AuthApi {
     #[oai(path = "/me", method = "patch", operation_id = "update_me")]
     async fn update_me(
         &self,
-        caller: AdmittedTenant,
+        caller: SignedInTenant,
         body: Json<UpdateMe>,
     ) -> Result<Json<Me>, ApiError> {
         let body = body.0;
@@ -347,7 +347,7 @@ impl AuthApi {
     #[oai(path = "/password", method = "post", operation_id = "change_password")]
     async fn password(
         &self,
-        caller: AdmittedTenant,
+        caller: SignedInTenant,
         body: Json<ChangePassword>,
     ) -> Result<NoContent, ApiError> {
         let who = (caller.user(), caller.tenant(), caller.session_id());
@@ -371,7 +371,7 @@ impl AuthApi {
     #[oai(path = "/sessions", method = "get", operation_id = "list_sessions")]
     async fn sessions(
         &self,
-        caller: AdmittedTenant,
+        caller: SignedInTenant,
         /// Page size, 1–100. Default 20.
         limit: Query<Option<PageSize>>,
         /// `next_cursor` from the previous page.
@@ -401,7 +401,7 @@ impl AuthApi {
     )]
     async fn end_session(
         &self,
-        caller: AdmittedTenant,
+        caller: SignedInTenant,
         session_id: Path<SessionId>,
     ) -> Result<NoContent, ApiError> {
         let ended = self
@@ -418,7 +418,7 @@ impl AuthApi {
 }
 
 impl AuthApi {
-    async fn load_me(&self, caller: &AdmittedTenant) -> Result<Me, ApiError> {
+    async fn load_me(&self, caller: &SignedInTenant) -> Result<Me, ApiError> {
         let mut tx = self.state.db.system().await?;
         let member = rows::member(&mut tx, caller.user().0, caller.tenant().0).await?;
         tx.commit().await?;

@@ -1,5 +1,7 @@
 //! `/billing`: the tenant's subscription, and webhooks from Stripe.
 
+mod overview;
+
 use poem::{Request, RequestBody, Result, http::StatusCode};
 use poem_openapi::{
     ApiExtractor, ApiExtractorType, ExtractParamOptions, OpenApi,
@@ -8,12 +10,11 @@ use poem_openapi::{
 };
 use quota_common::{
     ProblemCode,
-    billing::{BillingAccess, BillingState, CheckoutPage, PortalPage},
+    billing::{BillingState, CheckoutPage, PortalPage},
 };
 
 use super::{
     Tag,
-    change::read,
     idempotency::IdempotencyGuard,
     json::{self, Created, Json, NoContent},
     problem::ApiError,
@@ -22,7 +23,6 @@ use super::{
 };
 use crate::{
     billing::{Billing, BillingError, Buyer},
-    db::TenantTx,
     repo::billing,
     state::AppState,
     stripe::{Envelope, verify},
@@ -115,6 +115,14 @@ impl BillingApi {
         self.state.billing.as_ref().ok_or_else(billing_off)
     }
 
+    fn limit_pages(&self, caller: &BillingTenant) -> Result<(), ApiError> {
+        let admitted = self.state.stripe_pages.admit(caller.tenant());
+        admitted.map_err(|wait| {
+            self.state.metrics.guard_refusals.inc();
+            ApiError::too_many_pages(wait)
+        })
+    }
+
     fn page(&self, result: &str) -> String {
         format!("{}/console/billing{result}", self.state.config.public_url)
     }
@@ -124,61 +132,31 @@ impl BillingApi {
 impl BillingApi {
     /// Get the subscription
     ///
-    /// Returns the access that the organization's subscription provides. Changes at Stripe are visible within seconds.
+    /// Returns the access that the organization's subscription provides, its price, the charged usage, and how much of
+    /// the operator's limits is used. Changes in Stripe are visible within seconds.
     #[oai(path = "/", method = "get", operation_id = "get_billing")]
     async fn get(&self, caller: BillingTenant) -> Result<Json<BillingState>, ApiError> {
-        let find = async |tx: &mut TenantTx| billing::find(tx).await;
-        let found = read(&self.state, &caller, find).await?;
-        let enabled = self.state.billing.is_some();
-        let Some((account, subscription)) = found.filter(|_| enabled) else {
-            return Ok(Json(BillingState {
-                enabled,
-                access: BillingAccess::Free,
-                paid_plans_work: !enabled,
-                access_ends_at: None,
-                trial_ends_at: None,
-                period_start: None,
-                period_end: None,
-                has_customer: false,
-                refreshed_at: None,
-            }));
-        };
-        let now = self.state.clock.now().secs();
-        let is_over = account
-            .paid_access_until
-            .is_some_and(|end| u64::try_from(end.timestamp()).unwrap_or(0) <= now);
-        let access = BillingAccess::of(&account.access).unwrap_or(BillingAccess::Free);
-        let subscription = subscription.as_ref();
-        Ok(Json(BillingState {
-            enabled,
-            access,
-            paid_plans_work: account.has_paid_access && !is_over,
-            access_ends_at: account.paid_access_until.map(Into::into),
-            trial_ends_at: subscription
-                .filter(|_| access == BillingAccess::Trialing)
-                .and_then(|it| it.trial_ends_at)
-                .map(Into::into),
-            period_start: subscription.and_then(|it| it.period_start).map(Into::into),
-            period_end: subscription.and_then(|it| it.period_end).map(Into::into),
-            has_customer: account.customer_id.is_some(),
-            refreshed_at: account.read_at.map(Into::into),
-        }))
+        overview::billing_state(&self.state, &caller)
+            .await
+            .map(Json)
     }
 
     /// Start a subscription
     ///
-    /// Returns a page at Stripe on which the organization can subscribe. While such a page is open, the same page is
-    /// returned, so an organization can't subscribe twice. Fails with 409 if there already is a subscription.
+    /// Returns a Stripe Checkout page where the organization can subscribe. While a page is still open, it is returned
+    /// again, so an organization can't subscribe twice. Fails with 409 if the organization already has a subscription.
     #[oai(path = "/checkout", method = "post", operation_id = "start_checkout")]
     async fn checkout(
         &self,
         caller: BillingTenant,
-        /// Makes the request safe to retry: the same key within 24 hours returns the first response again.
+        /// Makes the request safe to retry: repeating it with repeating it with the same key within 24 hours returns
+        /// the first response again.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
     ) -> Result<Created<CheckoutPage>, ApiError> {
         let billing = self.billing()?;
         let idempotency = IdempotencyGuard::new("start_checkout", idempotency_key.0, &())?;
+        self.limit_pages(&caller)?;
         // One at a time, so that a second click waits for the page of the first.
         let _turn = self.state.checkouts.turn(caller.tenant()).await?;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
@@ -217,7 +195,8 @@ impl BillingApi {
 
     /// Open the customer portal
     ///
-    /// Returns a page at Stripe on which the organization can change its payment method, cancel, and find its invoices.
+    /// Returns a link to the Stripe customer portal, where the organization can change its payment method, cancel, and
+    /// find its invoices.
     #[oai(
         path = "/portal",
         method = "post",
@@ -225,14 +204,15 @@ impl BillingApi {
     )]
     async fn portal(&self, caller: BillingTenant) -> Result<Created<PortalPage>, ApiError> {
         let billing = self.billing()?;
+        self.limit_pages(&caller)?;
         let url = billing.portal(caller.tenant(), &self.page("")).await?;
         Ok(Created(PortalPage { url }))
     }
 
     /// Receive a webhook from Stripe
     ///
-    /// Called only by Stripe. The `Stripe-Signature` header must be valid. Events are stored, and processed after the
-    /// response.
+    /// Called only by Stripe. The `Stripe-Signature` header must be valid. Events are stored immediately and processed
+    /// after the response.
     #[oai(
         path = "/stripe/webhook",
         method = "post",

@@ -39,7 +39,7 @@ pub enum SessionCookie {
 }
 
 impl SessionCookie {
-    /// The cookies that begin and end with a session.
+    /// The cookies that are set and deleted together with a session.
     const OF_SESSION: [Self; 3] = [Self::Access, Self::Refresh, Self::Csrf];
 
     const fn name(self, secure: bool) -> &'static str {

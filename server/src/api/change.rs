@@ -13,7 +13,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
-use super::{admitted::AdmittedTenant, problem::ApiError};
+use super::{admitted::SignedInTenant, problem::ApiError};
 use crate::{
     db::{DbError, TenantTx},
     repo::{
@@ -27,7 +27,7 @@ use crate::{
 /// Runs a query in a transaction of the caller's tenant.
 pub async fn read<T>(
     state: &AppState,
-    caller: &AdmittedTenant,
+    caller: &SignedInTenant,
     query: impl AsyncFnOnce(&mut TenantTx) -> Result<T, DbError>,
 ) -> Result<T, DbError> {
     let mut tx = state.db.tenant(caller.tenant()).await?;
@@ -38,7 +38,7 @@ pub async fn read<T>(
 
 /// Waits for the tenant's turn to read potentially many rows: see [`tenant_queue`](crate::tenant_queue). Call before
 /// taking a connection, and hold the turn until the connection is returned.
-pub async fn read_turn(state: &AppState, caller: &AdmittedTenant) -> Result<Turn, ApiError> {
+pub async fn read_turn(state: &AppState, caller: &SignedInTenant) -> Result<Turn, ApiError> {
     let turn = state.reads.turn(caller.tenant()).await;
     turn.map_err(|_| {
         state.metrics.guard_refusals.inc();
@@ -78,15 +78,15 @@ audited!(Plan => Plan, ApiKey => ApiKey, ServiceToken => ServiceToken, Tenant =>
 pub struct Edit<'a> {
     tx: TenantTx,
     state: &'a AppState,
-    caller: &'a AdmittedTenant,
-    // Released after the transaction, so that the next change begins only when this one has ended.
+    caller: &'a SignedInTenant,
+    // The turn is released after the transaction, so that the next change starts only when this one has ended.
     _turn: Turn,
 }
 
 impl<'a> Edit<'a> {
     /// Waits for the tenant's other changes on this replica, and only then takes a connection: see
     /// [`tenant_queue`](crate::tenant_queue).
-    pub async fn begin(state: &'a AppState, caller: &'a AdmittedTenant) -> Result<Self, ApiError> {
+    pub async fn begin(state: &'a AppState, caller: &'a SignedInTenant) -> Result<Self, ApiError> {
         let turn = state.changes.turn(caller.tenant()).await;
         let turn = turn.inspect_err(|busy| {
             if *busy == Busy::QueueFull {
@@ -145,7 +145,7 @@ impl<'a> Edit<'a> {
                 .by(user.0, self.caller.origin.network())
         };
         audit::insert(&mut self.tx, &event).await?;
-        // Done last, since it waits for other transactions that invalidate.
+        // This comes last, because it waits for other transactions that invalidate.
         let invalidation = match stale {
             Some(stale) => Some(invalidation::insert(&mut self.tx, stale).await?),
             None => None,

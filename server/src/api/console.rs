@@ -29,7 +29,7 @@ include!(concat!(env!("OUT_DIR"), "/console.rs"));
 const INDEX: &str = "index.html";
 /// Names contain a hash of the content, so the file behind a name never changes.
 const YEAR: &str = "public, max-age=31536000, immutable";
-/// Only files from this server, nothing inline. WebAssembly may be compiled; strings are never evaluated.
+/// Allows only files from this server and nothing inline. WebAssembly may be compiled, but strings are never evaluated.
 const CSP: &str = "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self'; \
     img-src 'self' data:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'";
 

@@ -7,7 +7,7 @@ use quota_common::{
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::{
-    admitted::AdmittedTenant,
+    admitted::SignedInTenant,
     allowance,
     change::{Audited, Edit},
     idempotency::IdempotencyGuard,
@@ -54,7 +54,7 @@ impl Creation for CreatedServiceToken {
 /// stored for replays, so it must not contain a secret.
 pub async fn create<T: Creation>(
     state: &AppState,
-    caller: &AdmittedTenant,
+    caller: &SignedInTenant,
     idempotency: IdempotencyGuard,
     insert: impl AsyncFnOnce(&mut TenantTx) -> Result<T, ApiError>,
 ) -> Result<T, ApiError> {

@@ -127,7 +127,8 @@ impl DecisionApi {
         let before = before.transpose()?;
         let _turn = read_turn(&self.state, &caller).await?;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
-        // Read before the rows, so that no decision is missing between the rows and a stream from this position.
+        // This is read before the rows, so that no decision is missing between the rows and a stream from this
+        // position.
         let newest = usage_log::last_seq(&mut tx).await?;
         let page = usage_log::list(&mut tx, &filter, before, page::size(limit.0)).await?;
         let total = usage_log::total(&mut tx, &filter).await?;
@@ -142,12 +143,11 @@ impl DecisionApi {
 
     /// Stream decisions
     ///
-    /// Sends the decisions of all servers as server-sent events, usually within a second. A `decision` event has a
-    /// decision as its data, and an ID from which the stream can be resumed on any server: as the `Last-Event-ID`
-    /// header, which browsers send automatically, or as `last_event_id`. A `dropped` event contains the number of
-    /// decisions that were skipped, whether they match the filters or not, because decisions arrived faster than they
-    /// could be sent. The stream ends with an `end` event when the access token expires, the session is revoked or the
-    /// server stops.
+    /// Sends the decisions of all servers as server-sent events, usually within a second. The data of a `decision`
+    /// event is a decision. To resume the stream on any server, send the event's ID in the `Last-Event-ID` header, as
+    /// browsers do automatically, or as `last_event_id`. A `dropped` event contains the number of decisions that were
+    /// skipped because they arrived faster than they could be sent, including those that do not match the filters. The
+    /// stream ends with an `end` event when the access token expires, the session is revoked or the server stops.
     #[oai(
         path = "/decisions/stream",
         method = "get",
@@ -178,7 +178,7 @@ impl DecisionApi {
         resumed: Header<Option<String>>,
     ) -> Result<DecisionStream, ApiError> {
         let filter = filter(key_id.0, endpoint.0, outcome.0, request_id.0)?;
-        let invalid = |field| ApiError::invalid(field, "is not the ID of an event");
+        let invalid = |field| ApiError::invalid(field, "must be an event ID");
         let after = match (resumed.0, from.0) {
             (Some(id), _) => Some(read_position(&id).ok_or_else(|| invalid("Last-Event-ID"))?),
             (None, Some(id)) => Some(read_position(&id).ok_or_else(|| invalid("last_event_id"))?),

@@ -14,6 +14,7 @@ use crate::config::Landing;
 const JS: &str = "text/javascript; charset=utf-8";
 const CSS: &str = "text/css; charset=utf-8";
 const SVG: &str = "image/svg+xml";
+const WEBP: &str = "image/webp";
 const STYLE: &str = include_str!("document/page.css");
 const SCRIPT: &str = include_str!("document/page.js");
 /// The opening part of every page.
@@ -23,7 +24,7 @@ const META: &str = "<meta charset=\"utf-8\">\n\
 const LANDING: &str = include_str!("document/landing.html");
 const DOOR: &str = include_str!("document/door.html");
 const ICON: &str = include_str!("../../../desktop/ui/icon.svg");
-/// These URLs have no version, so they are not cached for longer.
+/// These URLs do not contain a version, so they are cached only briefly.
 const HOUR: &str = "public, max-age=3600";
 /// Allows nothing from other origins and nothing inline.
 const CSP: &str = "default-src 'none'; style-src 'self'; img-src 'self' data:; script-src 'self'; connect-src 'self'; \
@@ -178,15 +179,15 @@ curl {base}/auth/refresh -H "Content-Type: application/json" \
             r#"curl -X DELETE {base}/admin/plans/$PLAN_ID -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
         ProblemCode::SubscriptionNeeded | ProblemCode::NotSubscribed => (
-            "Subscribe on the page that this request returns, then send the request again.",
+            "Request a Stripe Checkout page, subscribe there, then send the original request again.",
             r#"curl -X POST {base}/billing/checkout -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
         ProblemCode::AlreadySubscribed => (
-            "Open the customer portal, on the page that this request returns.",
+            "Manage the existing subscription in the Stripe customer portal. This request returns a link to it.",
             r#"curl -X POST {base}/billing/portal -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
         ProblemCode::BillingOff => (
-            "Retrying won't help. See whether the server has billing.",
+            "Retrying won't help. Check whether billing is enabled on this server.",
             r#"curl {base}/billing -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
         ProblemCode::HeadersTooLarge => (
@@ -214,7 +215,7 @@ curl {base}/auth/refresh -H "Content-Type: application/json" \
 curl -X DELETE {base}/admin/plans/$PLAN_ID -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
         ProblemCode::PreviousKeyActive => (
-            "The same request fails again until the previous key has expired. To revoke it immediately, set `replace_previous`.",
+            "The same request will fail until the previous key expires. To revoke it immediately, set `replace_previous`.",
             r#"curl {base}/admin/api-keys/$KEY_ID/rotate \
   -H "Authorization: Bearer $ACCESS_TOKEN" -H "Content-Type: application/json" \
   -d '{"replace_previous": true}'"#,
@@ -293,6 +294,55 @@ fn configuration(file: &str) -> String {
     escape(text.trim_end())
 }
 
+/// The pictures of the landing page, taken by `cargo xtask pictures`.
+const PICTURES: [(&str, &[u8]); 4] = [
+    (
+        "usage-light",
+        include_bytes!("../../../desktop/pictures/usage-light.webp"),
+    ),
+    (
+        "usage-dark",
+        include_bytes!("../../../desktop/pictures/usage-dark.webp"),
+    ),
+    (
+        "try-it-light",
+        include_bytes!("../../../desktop/pictures/try-it-light.webp"),
+    ),
+    (
+        "try-it-dark",
+        include_bytes!("../../../desktop/pictures/try-it-dark.webp"),
+    ),
+];
+
+/// The section with the pictures, in the theme of the page.
+fn pictures() -> String {
+    let figure = |name: &str, caption: &str| {
+        format!(
+            "<figure><picture><source media=\"(prefers-color-scheme: dark)\" srcset=\"/pictures/{name}-dark.webp\">\
+             <img src=\"/pictures/{name}-light.webp\" width=\"1180\" height=\"730\" loading=\"lazy\" alt=\"{caption}\">\
+             </picture><figcaption>{caption}</figcaption></figure>"
+        )
+    };
+    format!(
+        "<section id=\"pictures\">\n<h2>The console</h2>\n<div class=\"pictures\">\n{}\n{}\n</div>\n</section>",
+        figure(
+            "usage",
+            "Allowed and rejected requests by hour, key, endpoint and policy"
+        ),
+        figure(
+            "try-it",
+            "A new key, shown once, and its bucket while it is tested"
+        )
+    )
+}
+
+/// A picture by its file name.
+fn picture(file: &str) -> Option<Response> {
+    let name = file.strip_suffix(".webp")?;
+    let (_, bytes) = PICTURES.iter().find(|(it, _)| *it == name)?;
+    Some(respond(*bytes, WEBP, HOUR, CSP))
+}
+
 /// The page at `/`: about Quota, or a short page with links to the operator's console and API docs.
 fn front_page(landing: &Landing, base: &str) -> String {
     let version = env!("CARGO_PKG_VERSION");
@@ -307,7 +357,7 @@ fn front_page(landing: &Landing, base: &str) -> String {
                 ("{{version}}", version.to_owned()),
                 ("{{base}}", escape(base)),
                 ("{{source}}", env!("CARGO_PKG_REPOSITORY").to_owned()),
-                ("{{pictures}}", String::new()),
+                ("{{pictures}}", pictures()),
                 (
                     "{{caddy}}",
                     configuration(include_str!("../../../deploy/gateways/Caddyfile")),
@@ -334,7 +384,7 @@ fn front_page(landing: &Landing, base: &str) -> String {
     }
 }
 
-/// Serves `/`, `/page.css`, `/problems`, `/docs` and `/openapi.json`.
+/// Serves `/`, `/page.css`, `/pictures`, `/problems`, `/docs` and `/openapi.json`.
 pub fn routes(
     landing: &Landing,
     base: &str,
@@ -358,6 +408,13 @@ pub fn routes(
         .at("/page.css", text(STYLE.to_owned(), CSS, HOUR, CSP))
         .at("/page.js", text(SCRIPT.to_owned(), JS, HOUR, CSP))
         .at("/icon.svg", text(ICON.to_owned(), SVG, HOUR, CSP))
+        .at(
+            "/pictures/:file",
+            get(make(|request| {
+                let found = request.raw_path_param("file").and_then(picture);
+                async move { Ok::<_, poem::Error>(found.ok_or_else(ApiError::not_found)?) }
+            })),
+        )
         .at("/problems", get(make_sync(|_| error_list())))
         .at(
             "/problems/:slug",
@@ -408,6 +465,11 @@ mod tests {
             "the address of the source"
         );
         assert!(full.contains("X-Service-Token qs_YOUR_SERVICE_TOKEN"));
+        for (name, _) in PICTURES {
+            assert!(full.contains(&format!("/pictures/{name}.webp")), "{name}");
+            assert!(picture(&format!("{name}.webp")).is_some());
+        }
+        assert!(picture("keys.webp").is_none() && picture("usage-light").is_none());
         assert!(
             !full.contains("Caddy 2.6 or later"),
             "opening comments are left out"

@@ -9,7 +9,7 @@ use poem_openapi::{ApiExtractor, ExtractParamOptions, param::Query};
 use quota_common::limit::Check;
 
 use super::{
-    admitted::{AdmittedGateway, AdmittedKey, AdmittedService},
+    admitted::{AdmittedKey, GatewayCaller, ServiceCaller},
     json::Json,
     limit::{Deny, LimitApi},
     problem::ApiError,
@@ -19,7 +19,7 @@ use super::{
 /// The path of forward-auth, which accepts every method.
 pub const FORWARD_AUTH: &str = "/v1/forward-auth";
 
-/// Wraps the endpoint of all paths.
+/// Wraps the router, which serves all paths.
 pub struct FastPath<E>(pub E);
 
 enum FastRoute {
@@ -66,7 +66,7 @@ impl<E: Endpoint<Output = Response>> Endpoint for FastPath<E> {
         };
         match answer {
             Ok(response) => Ok(response),
-            // Converted here, since denials are frequent and errors are boxed further out.
+            // Errors are converted here, because denials are frequent and the outer layers would box them.
             Err(error) => {
                 let context = RequestContext::of(&request)?;
                 Ok(error.into_response(context.id(), &context.state.config.public_url))
@@ -81,14 +81,14 @@ async fn echo(request: &Request) -> Result<Response, ApiError> {
 }
 
 async fn forward_auth(request: &Request, deny: Option<Deny>) -> Result<Response, ApiError> {
-    let caller = AdmittedGateway::admit(request).await?;
+    let caller = GatewayCaller::admit(request).await?;
     let answer = LimitApi.forward_auth(caller, request, Query(deny)).await?;
     Ok(answer.into_response())
 }
 
 async fn check(request: Request) -> Result<impl IntoResponse> {
     let (request, mut body) = request.split();
-    let caller = AdmittedService::admit(&request).await?;
+    let caller = ServiceCaller::admit(&request).await?;
     let body = Json::<Check>::from_request(&request, &mut body, ExtractParamOptions::default());
     Ok(LimitApi.check(caller, &request, body.await?).await?)
 }

@@ -8,7 +8,7 @@ use crate::{
     state::{AppState, Services},
 };
 
-/// The middleware, with the limiter to use.
+/// The middleware, with its limiter.
 pub struct IpGuard {
     pub state: AppState,
     pub guard: fn(&Services) -> &ClientRateLimiter,

@@ -1,8 +1,8 @@
 //! `/admin/api-keys/{key_id}/limits` and `/burn-down`: the state of a key's limits, now and over time.
 //!
-//! Combines several sources. The shared counters have the usage of a rate by all replicas. For a quota, this replica's
-//! limiter has its own decisions up to this moment, and the rollups have those of all replicas up to about a second
-//! ago.
+//! Combines several sources. For a rate, the shared counters contain the usage of all replicas. For a quota, this
+//! replica's limiter knows its own decisions up to this moment, and the rollups contain those of all replicas up to
+//! about a second ago.
 
 use chrono::{DateTime, TimeDelta, Utc};
 use poem::Result;
@@ -81,7 +81,7 @@ impl KeyLimitsApi {
         now: DateTime<Utc>,
     ) -> Result<Option<Quota>, ApiError> {
         let limit = match policy {
-            Policy::Rpm => None,
+            Policy::Rpm | Policy::TenantMonthly => None,
             Policy::Daily => record.policies.daily(),
             Policy::Monthly => record.policies.monthly(),
         };
@@ -139,8 +139,8 @@ fn limit_state(state: PolicyState) -> LimitState {
 impl KeyLimitsApi {
     /// Get an API key's limits
     ///
-    /// Returns how much of each of the key's limits is left and when it resets. Consumes nothing. With several servers,
-    /// usage of a quota on other servers within the last second may be missing.
+    /// Returns how much of each of the key's limits is left, and when each limit resets. Consumes nothing. With several
+    /// replicas, quota usage from the last second on other replicas may be missing.
     #[oai(
         path = "/api-keys/:key_id/limits",
         method = "get",
@@ -187,10 +187,10 @@ impl KeyLimitsApi {
         }))
     }
 
-    /// Get a quota's burn-down
+    /// Get a quota burn-down
     ///
-    /// Returns the remaining daily or monthly quota of a key over the current day or month, compared with an even pace,
-    /// and when the quota will be used up at the recent pace.
+    /// Returns how a key's daily or monthly quota has been used so far, compared with an even pace, and when it will be
+    /// used up at the recent pace.
     #[oai(
         path = "/api-keys/:key_id/burn-down",
         method = "get",
@@ -233,8 +233,8 @@ impl KeyLimitsApi {
 /// The maximum number of points in a burn-down, not counting the last one.
 const POINTS: i32 = 192;
 
-/// Returns the starts of equal intervals from the start of the window, in whole quarters of an hour. The last one is
-/// before `until`.
+/// Returns the starts of equal intervals from the start of the window, aligned to quarter hours. The last one is before
+/// `until`.
 fn steps(quota: Quota, until: DateTime<Utc>) -> Vec<DateTime<Utc>> {
     let quarter = TimeDelta::minutes(15);
     let quarters = (quota.end - quota.start).num_minutes() / 15;
@@ -290,8 +290,8 @@ fn burn_down(
     }
     let remaining = quota.limit.saturating_sub(used);
 
-    // Measured over the last quarter of the elapsed time: long enough to be stable, and short enough to follow a change
-    // of pace.
+    // The pace is measured over the last quarter of the elapsed time, which is long enough to be stable and short
+    // enough to follow changes.
     let so_far = until - quota.start;
     let recent = (so_far / 4).max(TimeDelta::hours(1)).min(so_far);
     let since = until - recent;

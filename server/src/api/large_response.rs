@@ -1,8 +1,7 @@
 //! Large responses, which occupy memory until their client has read them.
 //!
-//! A client can take as long as it likes, if it makes some progress. So the number of unread large responses is
-//! limited, for each tenant and in total. Responses of static files are not counted, because they use no memory of
-//! their own.
+//! A client that makes some progress can take as long as it likes, so the number of unread large responses is limited,
+//! for each tenant and in total. Static files are not counted, because serving them takes no additional memory.
 
 use poem::Response;
 
@@ -23,14 +22,14 @@ pub fn places() -> TenantPlaces {
     TenantPlaces::new(OF_TENANT, TOTAL)
 }
 
-/// Marks a response whose body has this length, if that is large.
+/// Marks a response with a body of this length, if it is large.
 pub fn mark(response: &mut Response, length: usize) {
     if length > LARGE {
         response.extensions_mut().insert(IsLarge);
     }
 }
 
-/// Makes a large response to a tenant hold a place until it has been sent. Fails if there is none.
+/// Reserves a place for a tenant's large response until it has been sent. Fails if no place is available.
 pub fn hold(
     places: &TenantPlaces,
     context: &RequestContext,

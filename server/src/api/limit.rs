@@ -19,7 +19,7 @@ use quota_common::{
 
 use super::{
     Tag,
-    admitted::{AdmittedGateway, AdmittedKey, AdmittedService, consumer_key, decide},
+    admitted::{AdmittedKey, GatewayCaller, ServiceCaller, consumer_key, decide},
     json::Json,
     limit_headers::{self, GatewayDecision},
     problem::{ApiError, challenge, wire_name},
@@ -212,7 +212,7 @@ impl LimitApi {
     #[oai(path = "/check", method = "post", operation_id = "check")]
     pub async fn check(
         &self,
-        caller: AdmittedService,
+        caller: ServiceCaller,
         request: &Request,
         body: Json<Check>,
     ) -> Result<Json<CheckResult>, ApiError> {
@@ -271,15 +271,15 @@ impl LimitApi {
 
     /// Check a request (status only, for gateways)
     ///
-    /// Accepts any method. For gateways that check each request before they forward it, such as Caddy, nginx, HAProxy
-    /// and Traefik. Send the gateway's service token in exactly one `X-Service-Token` header, and pass on the consumer's
+    /// For gateways that check each request before forwarding it, such as Caddy, nginx, HAProxy and Traefik. Accepts
+    /// any method. Send the gateway's service token in exactly one `X-Service-Token` header, and pass on the consumer's
     /// `X-API-Key` or `Authorization: Bearer`. Every response has an `X-Quota-Decision` header: `allowed`, `limited`,
-    /// `unauthorized`, `payment_required` or `unavailable`. Forward a request only if the status is 200 and the decision
-    /// is `allowed`.
+    /// `unauthorized`, `payment_required` or `unavailable`. Forward a request only if the status is 200 and the
+    /// decision is `allowed`.
     #[oai(path = "/forward-auth", method = "get", operation_id = "forward_auth")]
     pub async fn forward_auth(
         &self,
-        caller: AdmittedGateway,
+        caller: GatewayCaller,
         request: &Request,
         /// Status code for a denial: `403` or `429`. Default `429`. Use `403` for nginx, which passes on neither 429
         /// nor 402.

@@ -6,13 +6,13 @@
 //! `RateLimit` and `RateLimit-Policy` follow draft-ietf-httpapi-ratelimit-headers-11, as structured fields of
 //! RFC 9651; `X-RateLimit-*` are the older convention. `X-Quota-Decision` is for gateways.
 
-use std::fmt::Write;
+use std::{fmt::Write, sync::OnceLock};
 
 use poem::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 
 use crate::{
     keys::KeyRecord,
-    limiter::{Decision, Policies, Policy},
+    limiter::{Decision, Policies, Policy, PolicyState},
 };
 
 pub const LIMIT: HeaderName = HeaderName::from_static("x-ratelimit-limit");
@@ -66,6 +66,8 @@ impl GatewayDecision {
 struct FixedValues {
     limit: HeaderValue,
     policy: HeaderValue,
+    /// With the tenant's quota.
+    with_tenant: OnceLock<HeaderValue>,
 }
 
 /// Writes every header of a decision, including `Retry-After`.
@@ -73,7 +75,8 @@ pub fn write(headers: &mut HeaderMap, record: &KeyRecord, decision: &Decision) {
     let rate = decision.rate;
     let fixed = record.headers.get_or_init(|| FixedValues {
         limit: HeaderValue::from(rate.limit),
-        policy: value(policy_field(&record.policies, None).as_bytes()),
+        policy: value(policy_field(&record.policies, None, None).as_bytes()),
+        with_tenant: OnceLock::new(),
     });
     headers.reserve(FIELDS - headers.len().min(FIELDS));
     headers.insert(LIMIT, fixed.limit.clone());
@@ -81,10 +84,13 @@ pub fn write(headers: &mut HeaderMap, record: &KeyRecord, decision: &Decision) {
     headers.insert(RESET, HeaderValue::from(rate.reset_at.secs_ceil()));
     headers.insert(
         POLICY,
-        if is_usual(decision) {
-            fixed.policy.clone()
-        } else {
-            value(policy_field(&record.policies, Some(decision)).as_bytes())
+        match decision.tenant_monthly {
+            _ if !is_usual(decision) => all_policies(&record.policies, decision),
+            None => fixed.policy.clone(),
+            Some(_) => fixed
+                .with_tenant
+                .get_or_init(|| all_policies(&record.policies, decision))
+                .clone(),
         },
     );
     headers.insert(STATE, value(StateField::of(decision).as_bytes()));
@@ -108,7 +114,7 @@ pub fn pairs(record: &KeyRecord, decision: &Decision) -> Vec<(&'static str, Stri
         ("X-RateLimit-Reset", rate.reset_at.secs_ceil().to_string()),
         (
             "RateLimit-Policy",
-            policy_field(&record.policies, Some(decision)),
+            policy_field(&record.policies, Some(decision), decision.tenant_monthly),
         ),
         ("RateLimit", StateField::of(decision).as_str().to_owned()),
     ];
@@ -134,9 +140,17 @@ fn is_usual(decision: &Decision) -> bool {
     decision.states().all(|state| state.shortened_to.is_none())
 }
 
+fn all_policies(policies: &Policies, decision: &Decision) -> HeaderValue {
+    value(policy_field(policies, Some(decision), decision.tenant_monthly).as_bytes())
+}
+
 /// Returns the key's policies: `q` requests per `w` seconds. A month has no `w`, since its length varies. A window that
 /// a change of time zone shortened has its own length and quota.
-fn policy_field(policies: &Policies, decision: Option<&Decision>) -> String {
+fn policy_field(
+    policies: &Policies,
+    decision: Option<&Decision>,
+    tenant: Option<PolicyState>,
+) -> String {
     let mut field = format!("\"rpm\";q={};w=60", policies.rate().rpm);
     let quotas = [
         (
@@ -156,6 +170,9 @@ fn policy_field(policies: &Policies, decision: Option<&Decision>) -> String {
             Some((quota, seconds)) => write!(field, ", \"{name}\";q={quota};w={seconds}"),
         };
     }
+    if let Some(state) = tenant {
+        let _ = write!(field, ", \"{}\";q={}", state.policy.name(), state.limit);
+    }
     field
 }
 
@@ -169,7 +186,7 @@ struct StateField {
 
 impl StateField {
     /// Large enough for the longest name and two numbers of 20 digits.
-    const LONGEST: usize = "\"monthly\";r=;t=".len() + 2 * 20;
+    const LONGEST: usize = "\"tenant_monthly\";r=;t=".len() + 2 * 20;
 
     fn of(decision: &Decision) -> Self {
         let state = decision.nearest();
@@ -249,6 +266,7 @@ mod tests {
             rate: state(Policy::Rpm, 600, 412, 23),
             daily: Some(state(Policy::Daily, 50_000, 40_000, 3600)),
             monthly: Some(state(Policy::Monthly, 999_999_999_999_999, 7 << 47, 86_400)),
+            tenant_monthly: None,
             degraded: false,
         }
     }
@@ -281,8 +299,8 @@ mod tests {
 
     #[test]
     fn policy_field_follows_the_draft() {
-        let field = policy_field(&policies(), Some(&decision()));
-        assert_eq!(field, policy_field(&policies(), None));
+        let field = policy_field(&policies(), Some(&decision()), None);
+        assert_eq!(field, policy_field(&policies(), None, None));
         assert_eq!(
             field,
             "\"rpm\";q=600;w=60, \"daily\";q=50000;w=86400, \"monthly\";q=999999999999999"
@@ -311,7 +329,7 @@ mod tests {
         monthly.limit = 7;
         monthly.shortened_to = NonZeroU32::new(2_592_000);
         assert_eq!(
-            policy_field(&policies(), Some(&decision)),
+            policy_field(&policies(), Some(&decision), None),
             "\"rpm\";q=600;w=60, \"daily\";q=31250;w=54000, \"monthly\";q=7;w=2592000"
         );
     }
@@ -349,10 +367,15 @@ mod tests {
     #[test]
     fn largest_numbers_are_structured_integers() {
         let mut largest = decision();
+        largest.tenant_monthly = largest.monthly.map(|state| PolicyState {
+            policy: Policy::TenantMonthly,
+            ..state
+        });
         for state in [
             Some(&mut largest.rate),
             largest.daily.as_mut(),
             largest.monthly.as_mut(),
+            largest.tenant_monthly.as_mut(),
         ]
         .into_iter()
         .flatten()
@@ -362,5 +385,18 @@ mod tests {
             state.reset_at = UnixNanos(u64::MAX);
         }
         parse(&state_field(&largest));
+        largest.outcome = Outcome::Denied {
+            violated: PolicySet::EMPTY.with(Policy::TenantMonthly),
+            retry_after: NonZeroU64::new(1),
+        };
+        let field = state_field(&largest);
+        assert!(field.starts_with("\"tenant_monthly\";r="), "{field}");
+        parse(&field);
+        let field = policy_field(&policies(), Some(&largest), largest.tenant_monthly);
+        assert!(
+            field.ends_with(", \"tenant_monthly\";q=999999999999999"),
+            "{field}"
+        );
+        parse(&field);
     }
 }

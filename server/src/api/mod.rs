@@ -44,7 +44,7 @@ pub enum Tag {
     /// Check a key and consume its limits.
     #[oai(rename = "Rate limiting")]
     RateLimiting,
-    /// Create, rotate, disable and delete API keys.
+    /// Create, rotate, deactivate and delete API keys.
     #[oai(rename = "API keys")]
     ApiKeys,
     /// Rate limits and quotas shared by a group of keys.

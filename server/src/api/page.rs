@@ -26,7 +26,7 @@ impl Type for PageSize {
     type RawValueType = Self;
     type RawElementValueType = Self;
 
-    // Not the type name of `u32`, because its error messages are different.
+    // Not `u32`'s type name, because the error messages differ.
     fn name() -> Cow<'static, str> {
         "PageSize".into()
     }
@@ -90,7 +90,7 @@ pub fn size(limit: Option<PageSize>) -> u32 {
     limit.map_or(DEFAULT_LIMIT, |limit| limit.0)
 }
 
-/// Reads a text by which a list is filtered. An empty one means no filter; PostgreSQL text cannot contain NUL.
+/// Reads a string by which a list is filtered. An empty string means no filter. PostgreSQL text cannot contain NUL.
 pub fn filter(name: &'static str, text: Option<String>) -> Result<Option<String>, ApiError> {
     match text {
         Some(text) if text.contains('\0') => {

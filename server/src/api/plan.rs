@@ -14,7 +14,7 @@ use quota_common::{
 use uuid::Uuid;
 
 use super::{
-    Tag,
+    Tag, allowance,
     change::{Edit, read},
     creation::create,
     idempotency::IdempotencyGuard,
@@ -128,7 +128,8 @@ impl PlanApi {
     async fn create(
         &self,
         caller: ManagingTenant,
-        /// Makes the request safe to retry: the same key and body within 24 hours return the first response again.
+        /// Makes the request safe to retry: repeating it with the same key and body within 24 hours returns the first
+        /// response again.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<CreatePlan>,
@@ -149,7 +150,9 @@ impl PlanApi {
         };
         let insert = async |tx: &mut TenantTx| {
             let plan = plan::insert(tx, &new).await.map_err(name_taken)?;
-            Ok(PlanWithKeys { plan, key_count: 0 }.into())
+            let plan = Plan::from(PlanWithKeys { plan, key_count: 0 });
+            allowance::check_plan(&self.state.config, &plan)?;
+            Ok(plan)
         };
         create(&self.state, &caller, idempotency, insert)
             .await
@@ -187,7 +190,9 @@ impl PlanApi {
     ) -> Result<Json<Plan>, ApiError> {
         let id = plan_id.0.0;
         let body = body.0;
+        let config = &self.state.config;
         let mut edit = Edit::begin(&self.state, &caller).await?;
+        allowance::lock_rates(config, &mut edit).await?;
         let before = Plan::from(plan::lock(&mut edit, id).await.or_not_found()?);
         if body == UpdatePlan::default() {
             return Ok(Json(before));
@@ -213,6 +218,20 @@ impl PlanApi {
             .ok_or_else(ApiError::not_found)?;
         let key_count = before.key_count;
         let after = Plan::from(PlanWithKeys { plan, key_count });
+        let limits = |it: &Plan| {
+            (
+                (it.default_rpm, it.burst),
+                (it.daily_quota, it.monthly_quota),
+                it.billing,
+            )
+        };
+        // A plan that already was above the limits can still be renamed.
+        if limits(&before) != limits(&after) {
+            allowance::check_plan(config, &after)?;
+        }
+        if before.billing != after.billing {
+            allowance::check_rates_of_keys(config, &mut edit, &after).await?;
+        }
         edit.updated(AuditAction::PlanUpdate, &before, &after, Target::Plan(id))
             .await?;
         Ok(Json(after))

@@ -47,7 +47,7 @@ pub struct ApiError {
     pub retry_after: Option<Duration>,
     /// The methods that the path supports, for 405.
     pub allow: Option<String>,
-    /// For 401: whether the request had credentials.
+    /// Whether the request had credentials. Used for 401.
     pub credential_sent: bool,
     /// The denial by a key's limits, which is described by the response headers.
     pub denied: Option<Box<(Arc<KeyRecord>, Decision)>>,
@@ -123,7 +123,7 @@ impl ApiError {
         Self::wait("Too many requests from this address.", retry_after)
     }
 
-    /// For concurrent reports and lists of one tenant.
+    /// The problem for too many concurrent reports and lists of a tenant.
     pub fn too_many_reads() -> Self {
         Self::wait(
             "Your organization has too many concurrent reads.",
@@ -131,12 +131,19 @@ impl ApiError {
         )
     }
 
-    /// For streams, which stay open while they are being viewed.
+    pub fn too_many_pages(retry_after: Duration) -> Self {
+        Self::wait(
+            "Your organization has opened too many billing pages.",
+            retry_after,
+        )
+    }
+
+    /// The problem for too many streams, which stay open while they are being viewed.
     pub fn too_many_streams() -> Self {
         Self::wait("Too many open streams.", Duration::from_secs(10))
     }
 
-    /// Also states the wait in the detail, for people who don't see the headers.
+    /// Also states the wait in `detail`, for people who cannot see the headers.
     fn wait(why: &str, retry_after: Duration) -> Self {
         let secs = whole_secs(retry_after);
         let unit = if secs == 1 { "second" } else { "seconds" };
@@ -219,7 +226,7 @@ impl ApiError {
         error.into()
     }
 
-    /// Returns the status: 429 for every denial, whatever its problem type.
+    /// Returns the status, which is 429 for every denial, regardless of its problem type.
     const fn http_status(&self) -> u16 {
         match self.denied {
             Some(_) => 429,
@@ -322,6 +329,7 @@ const fn policy_name(policy: Policy) -> &'static str {
         Policy::Rpm => "rate limit",
         Policy::Daily => "daily quota",
         Policy::Monthly => "monthly quota",
+        Policy::TenantMonthly => "organization's monthly quota",
     }
 }
 
@@ -332,7 +340,7 @@ impl ResponseError for ApiError {
 }
 
 impl IntoResponse for ApiError {
-    /// For responses that bypass `request_log`, which knows the request ID.
+    /// Used only for responses that bypass `request_log`, which would add the request ID.
     fn into_response(self) -> Response {
         self.into_response("", "")
     }

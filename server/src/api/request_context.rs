@@ -12,9 +12,9 @@ use quota_common::TenantId;
 use super::problem::ApiError;
 use crate::{
     auth::session::Origin,
-    authenticated::{Authenticated, EndlessResponse},
     client_guard::ClientNetwork,
     clock::{Nanos, UnixNanos},
+    connection_marks::{ConnectionMarks, EndlessResponse},
     keys::{KeyRecord, LookupCaller},
     state::AppState,
     telemetry::log::AccessLine,
@@ -23,7 +23,7 @@ use crate::{
 /// Maximum length of the stored User-Agent. Longer values are truncated.
 const USER_AGENT_MAX: usize = 256;
 
-/// Determined once, when the request arrives. Stored with the request.
+/// Determined once, when the request arrives, and stored with it.
 pub struct RequestContext {
     pub state: AppState,
     /// The request's ID: visible ASCII.
@@ -31,8 +31,8 @@ pub struct RequestContext {
     /// The client's address. `None` for a peer without one, such as a Unix socket.
     pub ip: Option<IpAddr>,
     arrived: UnixNanos,
-    /// Marks the connection as one that has authenticated.
-    authenticated: Option<Authenticated>,
+    /// Marks on the request's connection, if the listener still needs them.
+    marks: Option<ConnectionMarks>,
     /// The authenticated caller, for the access log. Set during authentication.
     caller: Mutex<Option<Identity>>,
 }
@@ -48,14 +48,14 @@ impl RequestContext {
         id: HeaderValue,
         ip: Option<IpAddr>,
         arrived: UnixNanos,
-        authenticated: Option<Authenticated>,
+        marks: Option<ConnectionMarks>,
     ) -> Self {
         Self {
             state: state.clone(),
             id,
             ip,
             arrived,
-            authenticated,
+            marks,
             caller: Mutex::default(),
         }
     }
@@ -99,15 +99,15 @@ impl RequestContext {
 
     /// Records that the request had a valid API key or service token.
     pub fn has_authenticated(&self) {
-        if let Some(authenticated) = &self.authenticated {
-            authenticated.set();
+        if let Some(marks) = &self.marks {
+            marks.set_authenticated();
         }
     }
 
-    /// Marks the response as a stream without an end.
+    /// Marks the response as an endless stream.
     pub fn begin_endless_response(&self) -> Option<EndlessResponse> {
-        let connection = self.authenticated.as_ref();
-        connection.map(Authenticated::begin_endless_response)
+        let connection = self.marks.as_ref();
+        connection.map(ConnectionMarks::begin_endless_response)
     }
 
     /// Writes the access log line. `took` is the time since the request arrived.

@@ -23,13 +23,13 @@ use super::{
     request_context::RequestContext,
 };
 use crate::{
-    authenticated::Authenticated, clock::UnixNanos, state::AppState,
+    clock::UnixNanos, connection_marks::ConnectionMarks, state::AppState,
     telemetry::request_id::RequestIds, tenant_places::TenantPlaces,
 };
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// Headers of every response: no framing, no content sniffing, no sharing with other origins.
+/// The headers added to every response. They forbid framing, content sniffing and sharing with other origins.
 const ALWAYS: [(HeaderName, &str); 5] = [
     (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
     (header::X_FRAME_OPTIONS, "DENY"),
@@ -44,7 +44,7 @@ const ALWAYS: [(HeaderName, &str); 5] = [
     ),
 ];
 
-/// The middleware; see the module.
+/// The middleware; see the module documentation.
 pub struct RequestLog {
     pub state: AppState,
     pub methods: Arc<Methods>,
@@ -69,7 +69,7 @@ pub struct RequestLogEndpoint<E> {
     state: AppState,
     ids: RequestIds,
     methods: Arc<Methods>,
-    /// For responses that are large.
+    /// Places for large responses.
     large: TenantPlaces,
 }
 
@@ -84,7 +84,7 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
             self.request_id(&request, arrived),
             client_ip(&request, &state.config.trusted_proxies),
             arrived,
-            request.data::<Authenticated>().cloned(),
+            request.data::<ConnectionMarks>().cloned(),
         ));
         let method = request.method().clone();
         // The whole URI: cloning it is cheaper than copying its path.
@@ -203,7 +203,7 @@ impl<E> RequestLogEndpoint<E> {
     }
 }
 
-/// Accepts 1 to 128 letters, digits and `-_.:`, which have no meaning to a log or a terminal.
+/// Accepts 1 to 128 letters, digits and `-_.:`, none of which is special in a log or a terminal.
 fn is_id(bytes: &[u8]) -> bool {
     (1..=128).contains(&bytes.len())
         && bytes

@@ -33,7 +33,7 @@ pub struct StatsApi {
 /// The same time yesterday, for comparison.
 struct Yesterday {
     start: DateTime<Utc>,
-    /// The start of the quarter of an hour that contains this time.
+    /// The start of the quarter hour that contains this time.
     quarter: DateTime<Utc>,
     /// The fraction of it that has passed.
     part: f64,
@@ -49,7 +49,7 @@ impl Yesterday {
             )
             .start,
         );
-        // At most the end of the day, in case today is longer than yesterday.
+        // The time is at most the end of the day, in case today is longer than yesterday.
         let at = zone.day_before(nanos(now)).map_or(today, time).min(today);
         let quarter = range::floor(at).max(start);
         let part = (at - quarter).as_seconds_f64() / range::QUARTER.as_seconds_f64();
@@ -63,7 +63,7 @@ impl Yesterday {
 
 /// Returns a fraction of a count, rounded.
 fn part_of(count: u64, part: f64) -> u64 {
-    // A count for a quarter of an hour is far below 2^52.
+    // A count for a quarter hour is far below 2^52.
     #[expect(
         clippy::cast_precision_loss,
         clippy::cast_possible_truncation,
@@ -136,8 +136,8 @@ fn attention(quotas: Vec<QuotaRow>, standings: Vec<Standing>) -> Vec<Attention> 
 impl StatsApi {
     /// Get statistics
     ///
-    /// Returns the number of keys, plans and today's requests, the quota that is closest to its limit, and the keys that
-    /// need attention.
+    /// Returns the number of keys and plans, today's requests, the quota that is closest to its limit, and the keys
+    /// that need attention.
     #[oai(path = "/stats", method = "get", operation_id = "get_stats")]
     async fn stats(&self, caller: UsageTenant) -> Result<Json<Stats>, ApiError> {
         let _turn = read_turn(&self.state, &caller).await?;

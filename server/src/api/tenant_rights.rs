@@ -1,9 +1,8 @@
 //! Callers with a permission in their tenant.
 //!
-//! A handler whose first argument is one of these types cannot be reached without the permission it stands for. A
-//! signed-in caller without it gets 403 before the body is read. [`AdmittedTenant`] is the caller without any such
-//! requirement: it is for a user's own account and sessions. [`Role`] defines the permissions
-//! of each role.
+//! A handler whose first argument is one of these types cannot be reached without the corresponding permission. A
+//! signed-in caller without it gets 403 before the body is read. [`SignedInTenant`] requires no permission: it is for a
+//! user's own account and sessions. [`Role`] defines the permissions of each role.
 
 use std::ops::Deref;
 
@@ -11,7 +10,7 @@ use poem::{Request, RequestBody, Result};
 use poem_openapi::{ApiExtractor, ApiExtractorType, ExtractParamOptions, registry::Registry};
 use quota_common::{ProblemCode, auth::Role};
 
-use super::{admitted::AdmittedTenant, problem::ApiError};
+use super::{admitted::SignedInTenant, problem::ApiError};
 
 /// The problem for a role without the permission.
 fn forbidden(role: Role) -> ApiError {
@@ -19,7 +18,7 @@ fn forbidden(role: Role) -> ApiError {
     ApiError::new(ProblemCode::Forbidden, detail)
 }
 
-impl AdmittedTenant {
+impl SignedInTenant {
     /// Requires permission to change the tenant itself. For `PATCH /auth/me`, where the permission is needed only for
     /// some of the fields.
     pub fn require_administration(&self) -> Result<(), ApiError> {
@@ -31,32 +30,32 @@ impl AdmittedTenant {
     }
 }
 
-// Concrete types: a generic extractor loses its security scheme in the OpenAPI document.
+// The types are concrete because a generic extractor would lose its security scheme in the OpenAPI document.
 macro_rules! callers_with_a_right {
     ($($(#[$doc:meta])* $name:ident requires $right:ident;)+) => {$(
         $(#[$doc])*
         #[derive(Debug, Clone)]
-        pub struct $name(AdmittedTenant);
+        pub struct $name(SignedInTenant);
 
         impl Deref for $name {
-            type Target = AdmittedTenant;
+            type Target = SignedInTenant;
 
-            fn deref(&self) -> &AdmittedTenant {
+            fn deref(&self) -> &SignedInTenant {
                 &self.0
             }
         }
 
         impl<'a> ApiExtractor<'a> for $name {
-            const TYPES: &'static [ApiExtractorType] = AdmittedTenant::TYPES;
+            const TYPES: &'static [ApiExtractorType] = SignedInTenant::TYPES;
             type ParamType = ();
             type ParamRawType = ();
 
             fn register(registry: &mut Registry) {
-                AdmittedTenant::register(registry);
+                SignedInTenant::register(registry);
             }
 
             fn security_schemes() -> Vec<&'static str> {
-                AdmittedTenant::security_schemes()
+                SignedInTenant::security_schemes()
             }
 
             async fn from_request(
@@ -64,7 +63,7 @@ macro_rules! callers_with_a_right {
                 body: &mut RequestBody,
                 options: ExtractParamOptions<()>,
             ) -> Result<Self> {
-                let caller = AdmittedTenant::from_request(request, body, options).await?;
+                let caller = SignedInTenant::from_request(request, body, options).await?;
                 if caller.role().$right() {
                     Ok(Self(caller))
                 } else {

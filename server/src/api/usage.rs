@@ -179,7 +179,7 @@ struct Grouped {
     groups: Vec<UsageGroup>,
 }
 
-/// `all` are the counts of each bucket across all groups.
+/// `all` contains the counts of each bucket across all groups.
 async fn grouped(
     tx: &mut TenantTx,
     filter: &Filter,
@@ -288,6 +288,7 @@ pub(super) const fn policy_name(policy: Policy) -> PolicyName {
         Policy::Rpm => PolicyName::Rpm,
         Policy::Daily => PolicyName::Daily,
         Policy::Monthly => PolicyName::Monthly,
+        Policy::TenantMonthly => PolicyName::TenantMonthly,
     }
 }
 
@@ -321,9 +322,9 @@ impl UsageApi {
     /// Get usage
     ///
     /// Returns the number of allowed and denied requests in each hour or day. Without `group_by`, there is one series
-    /// of all requests that match the filters, with `key_id` `null`. With `group_by`, there is one series for each of
-    /// the 20 largest groups and one for all others. `allowed` and `rejected` are numbers of requests; `allowed_cost`
-    /// and `rejected_cost` are their total cost. Send `Accept: text/csv` to get a CSV file.
+    /// of all requests that match the filters, and its `key_id` is `null`. With `group_by`, there is one series for
+    /// each of the 20 largest groups and one for all others. `allowed` and `rejected` are request counts;
+    /// `allowed_cost` and `rejected_cost` are their total cost. Send `Accept: text/csv` to get a CSV file.
     ///
     /// Usage is broken down by at most 256 endpoints per key and 4,096 per organization; requests to additional
     /// endpoints count only toward the totals and `other`.
@@ -336,10 +337,10 @@ impl UsageApi {
         &self,
         caller: UsageTenant,
         request: &Request,
-        /// The start of the range. It is rounded down to a quarter of an hour. Default: 24 hours before `to`, or 30
-        /// days with `bucket=day`.
+        /// The start of the range, rounded down to the quarter hour. Default: 24 hours before `to`, or 30 days with
+        /// `bucket=day`.
         from: Query<Option<Timestamp>>,
-        /// The end of the range, exclusive. It is rounded up to a quarter of an hour. Default: now.
+        /// The end of the range, exclusive, rounded up to the quarter hour. Default: now.
         to: Query<Option<Timestamp>>,
         /// The length of a bucket. A response has at most 1,000 buckets for each group. Default: `hour` for ranges of
         /// up to 7 days, `day` for longer ones.
@@ -428,7 +429,7 @@ fn bucket_of_all(start: DateTime<Utc>, counts: &Counts) -> UsageBucket {
     bucket(start, None, None, false, counts)
 }
 
-/// Parses an endpoint filter. An empty one selects requests without an endpoint.
+/// Parses an endpoint filter. An empty filter selects requests without an endpoint.
 pub(super) fn endpoint_filter(endpoint: Option<String>) -> Result<Option<String>, ApiError> {
     match endpoint {
         Some(it) if it.chars().count() > ENDPOINT_MAX => Err(ApiError::invalid(

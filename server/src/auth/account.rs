@@ -2,7 +2,7 @@
 //!
 //! A password is verified outside of any transaction, because hashing is slow and may have to wait. The transaction
 //! that then creates a session or changes the password locks the user's row and checks that the password is still the
-//! one that was verified. So a password that was changed in between does not create a session.
+//! one that was verified. So a password that has since been changed cannot create a session.
 
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ use super::{
     AuthError,
     attempts::{Attempt, Attempts, Judgment, Wait, account_number, network_number},
     device::{Device, Devices},
-    password::{Lane, Password, PasswordPool, Place, Turn},
+    password::{CallerClass, Password, PasswordPool, Place, Turn},
     session::{Origin, Sessions, Tokens},
 };
 use crate::{
@@ -69,7 +69,7 @@ fn refused(Wait(wait): Wait) -> AuthError {
 
 fn known_turn(email: &str) -> Turn {
     Turn {
-        lane: Lane::Known,
+        class: CallerClass::Known,
         party: account_number(email),
     }
 }
@@ -87,7 +87,7 @@ impl Accounts {
         let password = Password::new(password);
         password.check_length()?;
         let turn = Turn {
-            lane: Lane::Suspect,
+            class: CallerClass::Suspect,
             party: network_number(origin.ip),
         };
         let place = self.passwords.enter(turn).await?;
@@ -167,7 +167,8 @@ impl Accounts {
         let hash = self.passwords.hash(password, &email, &place).await?;
         drop(place);
         let mut tx = self.db.system().await?;
-        // Done first: this waits for sign-ins that have verified the old password. Their sessions are revoked below.
+        // This comes first: it waits for sign-ins that have verified the old password. Their sessions are revoked
+        // below.
         account::set_password(&mut tx, user.id, &hash).await?;
         // No session has the nil ID, so all are revoked.
         let ended = session::end_others(&mut tx, user.id, Uuid::nil()).await?;
@@ -212,10 +213,10 @@ impl Accounts {
         let turn = match known {
             Some(_) => known_turn(&email),
             None => Turn {
-                lane: if attempt.is_suspect {
-                    Lane::Suspect
+                class: if attempt.is_suspect {
+                    CallerClass::Suspect
                 } else {
-                    Lane::Ordinary
+                    CallerClass::Ordinary
                 },
                 party: network_number(origin.ip),
             },
@@ -291,8 +292,8 @@ impl Accounts {
         Ok((attempt.map_err(refused)?, None))
     }
 
-    /// Verifies a password. Once passed on, the attempt stays counted even if the caller disconnects, unless the
-    /// password turns out to be correct or was never verified.
+    /// Verifies a password. After that, the attempt remains counted even if the caller disconnects, unless the password
+    /// turns out to be correct or was never verified.
     async fn verify(
         &self,
         attempt: &mut Attempt,
@@ -342,11 +343,12 @@ impl Accounts {
         drop(place);
 
         let mut tx = self.db.system().await?;
-        // Done first: this waits for sign-ins that have verified the old password. Their sessions are revoked below.
+        // This comes first: it waits for sign-ins that have verified the old password. Their sessions are revoked
+        // below.
         if !account::replace_password(&mut tx, user.0, &old, &hash).await? {
             return Err(AuthError::WrongCredentials);
         }
-        // A session that was revoked in between must not change the password.
+        // A session that was revoked in the meantime must not change the password.
         if session::find_live(&mut tx, session.0).await?.is_none() {
             return Err(AuthError::Unauthorized);
         }

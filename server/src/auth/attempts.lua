@@ -1,9 +1,9 @@
--- Takes one attempt from every counter, or from none while one of them has to wait.
+-- Takes one attempt from every counter, or from none if any of them requires a wait.
 --
 -- KEYS     the counters, narrowest first, in one hash slot
--- ARGV     for each counter: attempts without a wait, milliseconds after which one is forgiven,
---          milliseconds of the first wait; and at last the longest wait
--- returns  {milliseconds to wait, attempts of the last counter before this one, the time}
+-- ARGV     for each counter: attempts without a wait, milliseconds after which one is forgiven, milliseconds of the
+--          first wait; and finally the longest wait
+-- Returns  {milliseconds to wait, attempts of the last counter before this one, the time}
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local longest = tonumber(ARGV[#ARGV])
@@ -12,7 +12,8 @@ for i, key in ipairs(KEYS) do
   local state = redis.call('HMGET', key, 'n', 'at', 'until')
   local at = tonumber(state[2]) or now
   local forgiven = math.max(0, now - at) / tonumber(ARGV[3 * i - 1])
-  -- More attempts than this make no difference. Both bounds are reached only if something else writes to these keys.
+  -- More attempts than this have no further effect. Both bounds are reached only if something else writes to these
+  -- keys.
   local n = math.min(tonumber(state[1]) or 0, tonumber(ARGV[3 * i - 2]) + 32)
   counts[i] = math.max(0, n - forgiven)
   local left = (tonumber(state[3]) or 0) - now

@@ -1,16 +1,16 @@
 //! Limits failed password attempts, without letting other people lock a user out.
 //!
 //! Attempts are counted per account *and* network, never per account only: guessing from one network slows down that
-//! network. IPv4 is counted by address and /24, IPv6 by /64, /56 and /48, with higher limits for wider networks. Each
-//! network is also counted across all accounts, to slow down attacks with lists of leaked passwords. A known device
-//! ([`super::device`]) has its own counter instead. The devices of one account are also counted together, with a higher
-//! limit, so that collecting devices does not allow more guesses. Their successful sign-ins are counted as well, with a
-//! much higher limit, since verifying correct passwords takes time too.
+//! network. IPv4 attempts are counted per address and /24, IPv6 attempts per /64, /56 and /48, with higher limits for
+//! wider networks. Each network is also counted across all accounts, to slow down attacks with lists of leaked
+//! passwords. A known device ([`super::device`]) has its own counter instead. The devices of one account are also
+//! counted together, with a higher limit, so that collecting devices does not allow more guesses. Their successful
+//! sign-ins are counted as well, with a much higher limit, since verifying correct passwords takes time too.
 //!
-//! Every counter allows a number of attempts without a wait (`QUOTA_LOGIN_FREE_FAILURES` or a multiple). After those, each
-//! attempt has to wait twice as long as the previous one, and one attempt is forgiven every few minutes. So a lockout
-//! does not last much longer than a few minutes, and a guesser gets about one attempt in that time. An attempt is
-//! counted before the password is verified, so parallel attempts gain nothing. It is taken back if the password is
+//! Every counter allows a number of attempts without a wait (`QUOTA_LOGIN_FREE_FAILURES` or a multiple). After those,
+//! each attempt has to wait twice as long as the previous one, and one attempt is forgiven every few minutes. So a
+//! lockout does not last much longer than a few minutes, and an attacker gets about one guess in that time. An attempt
+//! is counted before the password is verified, so parallel attempts gain nothing. It is taken back if the password is
 //! correct or was never verified, because too many were waiting or the client disconnected.
 //!
 //! With Redis, all replicas share the counters through a script. Every replica also counts locally. While Redis is
@@ -41,21 +41,21 @@ const FORGIVE: Duration = Duration::from_mins(5);
 const FORGIVE_NETWORK: Duration = Duration::from_mins(1);
 /// Attempts from a network across all accounts, as a multiple of those on one account.
 const ACCOUNTS: u32 = 5;
-/// Attempts of all known devices of an account together, as a multiple of those of one.
+/// Attempts of all known devices of an account together, as a multiple of those of a single device.
 const DEVICES: u32 = 5;
 /// Attempts of all known devices of an account, including successful ones, as a multiple of the failed attempts of one
 /// device.
 const USES: u32 = 20;
-/// The time in which one of these is forgiven: ten are forgiven per minute.
+/// How long until one of these attempts is forgiven: ten are forgiven per minute.
 const FORGIVE_USE: Duration = Duration::from_secs(6);
-/// A network with this many unforgiven attempts is no longer [ordinary](super::password::Lane::Ordinary).
+/// A network with this many unforgiven attempts is no longer [ordinary](super::password::CallerClass::Ordinary).
 const CROWD: u64 = 3;
 /// The maximum number of local counters. One takes about 60 bytes.
 const REMEMBERED: usize = 200_000;
 
 const TAKE: &str = include_str!("attempts.lua");
-/// KEYS: counters. ARGV: the number of counters to delete, from the first; and when the attempt was counted, to take it
-/// back from the others and end the wait that it started.
+/// KEYS: the counters. ARGV: the number of counters to delete, starting with the first; and the time at which the
+/// attempt was counted, to take it back from the other counters and end the wait that it started.
 const FORGET: &str = "
 for i, key in ipairs(KEYS) do
   if i <= tonumber(ARGV[1]) then
@@ -81,7 +81,7 @@ struct Counter {
     on_success: OnSuccess,
 }
 
-/// What happens to a counter after a correct password. The counters of an attempt are in this order.
+/// What a correct password does to a counter. The counters of an attempt are in this order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum OnSuccess {
     /// The counter is cleared.
@@ -116,11 +116,12 @@ impl Count {
 /// The result of counting an attempt.
 #[derive(Debug, Clone, Copy)]
 struct Taken {
-    /// Zero: the attempt was counted.
+    /// How long the caller has to wait; zero if the attempt was counted.
     wait: Duration,
-    /// Attempts of the widest network before this one.
+    /// Number of earlier attempts from the widest network.
     crowd: u64,
-    /// The time at which it was counted, by the clock of the counters: the monotonic clock here, or the clock of Redis.
+    /// The time at which the attempt was counted, by the clock of the counters: the local monotonic clock, or the clock
+    /// of Redis.
     at: u64,
 }
 
@@ -131,7 +132,7 @@ pub struct Wait(pub Duration);
 /// Counts attempts.
 #[derive(Debug)]
 pub struct Attempts {
-    /// 0: no limit.
+    /// The number of attempts without a wait; 0 for no limit.
     free: u32,
     names: hmac::Key,
     redis: Option<Redis>,

@@ -5,8 +5,8 @@
 //! exhaust. It is not a credential: without the password, it only allows a few separate attempts.
 //!
 //! A token contains a random ID, the time it was issued and a mark of the account's password, under a MAC that covers
-//! the account's email. Changing the password makes all devices unknown. Nothing is stored on the server. A value may
-//! contain the tokens of several accounts, newest first.
+//! the account's email. After a password change, no device is known anymore. Nothing is stored on the server. A value
+//! may contain the tokens of several accounts, newest first.
 
 use std::{sync::Arc, time::Duration};
 
@@ -22,7 +22,7 @@ use crate::clock::UnixNanos;
 pub const LIFETIME: Duration = Duration::from_hours(180 * 24);
 /// The maximum number of accounts per value.
 const ACCOUNTS: usize = 4;
-/// Characters of one token.
+/// The length of a token, in characters.
 const TOKEN: usize = 86;
 /// The maximum length of a value.
 pub const LENGTH_MAX: usize = ACCOUNTS * (TOKEN + 1) - 1;
@@ -34,7 +34,7 @@ const SEPARATOR: char = '.';
 /// Identifies a device.
 pub type DeviceId = [u8; ID];
 
-/// A device that an account was signed in on.
+/// A device on which an account has signed in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Device {
     pub id: DeviceId,
@@ -152,7 +152,7 @@ mod tests {
         assert!(id.is_some());
         assert_eq!(devices.find("eve@example.com", &value, NOW), None);
         assert_eq!(devices.find("ada@example.co", &value, NOW), None);
-        // Another account signs in on the same device, and then the first one again.
+        // Another account signs in on the same device, and then the first account does so again.
         let both = devices
             .remember(("eve@example.com", HASH), Some(&value), NOW)
             .unwrap();

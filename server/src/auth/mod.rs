@@ -1,7 +1,7 @@
 //! Authentication: passwords, access tokens and session families.
 //!
 //! Does not depend on HTTP. Passwords are hashed on a small pool of dedicated threads, so that a flood of sign-ins does
-//! not take memory or time from other work. While PostgreSQL is unreachable, sign-in is unavailable, and cached
+//! not starve other work of memory or CPU time. While PostgreSQL is unreachable, sign-in is unavailable, and cached
 //! sessions remain valid for `QUOTA_STALE_GRACE`. While Redis is unreachable, each replica limits sign-ins on its own.
 
 pub mod account;
@@ -35,7 +35,7 @@ pub enum AuthError {
     Busy,
     #[error(transparent)]
     Db(#[from] DbError),
-    #[error("no random numbers are available")]
+    #[error("cannot generate random numbers")]
     Random(#[from] getrandom::Error),
     #[error("internal error")]
     Internal(String),

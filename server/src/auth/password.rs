@@ -1,10 +1,10 @@
 //! Passwords: their strength and their hashes (argon2id).
 //!
-//! Hashing uses at most two threads and 92 MiB, regardless of load. Callers wait for a thread in one of three lanes, so
-//! that a flood of sign-ins does not lock out others: known devices and signed-in users; networks without recent
-//! failures; and all others, including registrations. Each lane is bounded and has its share of the threads. Within a
-//! lane, callers take turns by account or network. When a lane is full, the account or network with the most waiters
-//! loses one first.
+//! Hashing uses at most two threads and 92 MiB, regardless of load. Callers wait for a thread in three classes, so that
+//! a flood of sign-ins does not lock out other users: known devices and signed-in users, networks without recent
+//! failures, and all others, including registrations. Each class is bounded and has its share of the threads. Within a
+//! class, callers take turns by account or network. When a class is full, the account or network with the most waiters
+//! loses one.
 //!
 //! The strength of new passwords is estimated on the same threads, since it takes time as well.
 
@@ -31,27 +31,27 @@ use zxcvbn::Score;
 use super::AuthError;
 use crate::config::PasswordCost;
 
-/// Concurrent hashes. One takes about 50 ms and 46 MiB.
+/// The maximum number of concurrent hashes. Each takes about 50 ms and 46 MiB.
 const THREADS: usize = 2;
-/// The maximum number of waiters per lane. With all lanes full, the last one waits a little over a second.
-const WAITING: [usize; LANES] = [16, 24, 8];
+/// The maximum number of waiters per class. With all classes full, the last one waits a little over a second.
+const WAITING: [usize; CLASSES] = [16, 24, 8];
 const WAIT: Duration = Duration::from_secs(5);
-const LANES: usize = 3;
-/// The order in which lanes are served, repeatedly. An empty lane passes its turn to the first one that is not empty.
-const TURNS: [Lane; 8] = [
-    Lane::Known,
-    Lane::Ordinary,
-    Lane::Known,
-    Lane::Ordinary,
-    Lane::Known,
-    Lane::Ordinary,
-    Lane::Known,
-    Lane::Suspect,
+const CLASSES: usize = 3;
+/// The order in which classes are served, repeatedly. An empty class passes its turn to the first one that is not empty.
+const TURNS: [CallerClass; 8] = [
+    CallerClass::Known,
+    CallerClass::Ordinary,
+    CallerClass::Known,
+    CallerClass::Ordinary,
+    CallerClass::Known,
+    CallerClass::Ordinary,
+    CallerClass::Known,
+    CallerClass::Suspect,
 ];
 
-/// The maximum number of characters of a password that are estimated, not counting repetitions.
+/// The maximum number of characters of a password that are used for the estimate, not counting repetitions.
 const JUDGED: usize = 64;
-/// The maximum number of ways to read symbols as letters that are tried.
+/// The maximum number of ways to read symbols as letters.
 const READINGS: usize = 32;
 /// The maximum cost of an estimate: the number of characters squared, times the number of readings. This takes about
 /// 4 ms.
@@ -65,9 +65,9 @@ const SYMBOLS: [&str; 12] = [
 /// The maximum number of parts of an account's email that are searched for in its password.
 const EMAIL_PARTS: usize = 16;
 
-/// The lane in which a password waits to be hashed.
+/// A class of callers whose passwords are hashed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Lane {
+pub enum CallerClass {
     /// A known device, or a signed-in user.
     Known,
     /// A network without recent failures.
@@ -79,8 +79,8 @@ pub enum Lane {
 /// Where to wait in the queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Turn {
-    pub lane: Lane,
-    /// The number of the account (in the known lane) or network that takes turns with others.
+    pub class: CallerClass,
+    /// The number of the account (in the known class) or network that takes turns with others.
     pub party: u64,
 }
 
@@ -141,7 +141,7 @@ impl Password {
     }
 }
 
-/// Returns the text without repetitions.
+/// Removes repetitions.
 fn without_repeats(text: &str) -> String {
     let all = text.chars().collect::<Vec<_>>();
     let mut kept = String::new();
@@ -162,8 +162,8 @@ fn without_repeats(text: &str) -> String {
     kept
 }
 
-/// Splits a text, up to a maximum length, into parts that can be estimated in bounded time. zxcvbn tries every way of
-/// reading the symbols of a text as letters, and their number is the product over all letters.
+/// Splits a string, up to a maximum length, into parts that can be estimated in bounded time. zxcvbn tries every way of
+/// reading the symbols in a string as letters. The number of ways is the product over all letters.
 fn windows(text: &str) -> Vec<String> {
     let mut windows = Vec::new();
     let mut window = Vec::new();
@@ -180,11 +180,11 @@ fn windows(text: &str) -> Vec<String> {
     windows
 }
 
-/// Returns the maximum number of ways in which zxcvbn reads the symbols in this text as letters.
+/// Returns the maximum number of ways in which zxcvbn reads the symbols in this string as letters.
 fn readings(text: &[char]) -> usize {
     let of_letter = |letter: &&str| letter.chars().filter(|c| text.contains(c)).count();
     let product: usize = SYMBOLS.iter().map(|it| of_letter(it).max(1)).product();
-    // The symbols of `l` are also symbols of `i` and `t`, and are read both ways.
+    // The symbols for `l` can also stand for `i` and `t`, and are read both ways.
     let is_shared = text.iter().any(|c| "1|7".contains(*c));
     if is_shared { 2 * product } else { product }
 }
@@ -193,35 +193,35 @@ type Job = Box<dyn FnOnce(&Argon2<'static>) + Send>;
 
 struct Waiter<T> {
     party: u64,
-    /// The number of waiters of the same party that were ahead when it arrived.
+    /// The number of waiters of the same party that were ahead of this one when it arrived.
     round: u64,
     waiter: T,
 }
 
-/// The waiters, by lane. In a lane, the first waiter of every party comes before the second of any. Waiters in the same
-/// round are in order of arrival.
+/// The waiters, by class. Within a class, the first waiter of every party comes before the second of any. Waiters in
+/// the same round are in order of arrival.
 struct Queue<T> {
-    lanes: [VecDeque<Waiter<T>>; LANES],
+    classes: [VecDeque<Waiter<T>>; CLASSES],
     turn: usize,
 }
 
 impl<T> Default for Queue<T> {
     fn default() -> Self {
         Self {
-            lanes: std::array::from_fn(|_| VecDeque::new()),
+            classes: std::array::from_fn(|_| VecDeque::new()),
             turn: 0,
         }
     }
 }
 
 impl<T> Queue<T> {
-    /// Adds a waiter to its lane. If the lane is full, the party with the most waiters loses its newest one. Returns
+    /// Adds a waiter to its class. If the class is full, the party with the most waiters loses its newest one. Returns
     /// `false` if the caller itself would be the one to be dropped.
     fn push(&mut self, turn: Turn, waiter: T) -> bool {
-        let lane = &mut self.lanes[turn.lane as usize];
-        if lane.len() >= WAITING[turn.lane as usize] {
+        let class = &mut self.classes[turn.class as usize];
+        if class.len() >= WAITING[turn.class as usize] {
             let mut counts = HashMap::<u64, usize>::new();
-            for it in &*lane {
+            for it in &*class {
                 *counts.entry(it.party).or_default() += 1;
             }
             let own = counts.get(&turn.party).copied().unwrap_or(0);
@@ -231,30 +231,30 @@ impl<T> Queue<T> {
             if most <= own + 1 {
                 return false;
             }
-            let newest = lane.iter().rposition(|it| it.party == party);
+            let newest = class.iter().rposition(|it| it.party == party);
             // Dropping it notifies its caller.
-            newest.and_then(|at| lane.remove(at));
+            newest.and_then(|at| class.remove(at));
         }
-        let last = lane.iter().rfind(|it| it.party == turn.party);
+        let last = class.iter().rfind(|it| it.party == turn.party);
         let round = last.map_or(0, |it| it.round + 1);
-        // Rounds are sorted within a lane.
-        let at = lane.partition_point(|it| it.round <= round);
+        // Rounds are sorted within a class.
+        let at = class.partition_point(|it| it.round <= round);
         let waiter = Waiter {
             party: turn.party,
             round,
             waiter,
         };
-        lane.insert(at, waiter);
+        class.insert(at, waiter);
         true
     }
 
     fn pop(&mut self) -> Option<T> {
         let first = TURNS[self.turn % TURNS.len()] as usize;
-        let lane = std::iter::once(first)
-            .chain(0..LANES)
-            .find(|lane| !self.lanes[*lane].is_empty())?;
+        let class = std::iter::once(first)
+            .chain(0..CLASSES)
+            .find(|class| !self.classes[*class].is_empty())?;
         self.turn = self.turn.wrapping_add(1);
-        self.lanes[lane].pop_front().map(|it| it.waiter)
+        self.classes[class].pop_front().map(|it| it.waiter)
     }
 }
 
@@ -277,7 +277,7 @@ impl Drop for Place {
         }
         drop(places);
         if let Some(next) = next {
-            // If the waiter is gone, the permit is dropped again, which passes it to the next one.
+            // If the waiter has given up, the permit is dropped again, which passes it to the next one.
             let _ = next.send(Self(self.0.clone()));
         }
     }
@@ -289,7 +289,7 @@ pub struct PasswordPool {
     jobs: SyncSender<Job>,
     places: Arc<Mutex<Places>>,
     /// The hash of a random password, so that unknown emails take as long as wrong passwords.
-    nobody: Arc<str>,
+    dummy_hash: Arc<str>,
 }
 
 impl std::fmt::Debug for PasswordPool {
@@ -306,7 +306,7 @@ impl PasswordPool {
         let argon = Argon2::new(Algorithm::Argon2id, Version::V0x13, params);
         let mut random = [0; 32];
         getrandom::fill(&mut random)?;
-        let nobody = argon
+        let dummy_hash = argon
             .hash_password(&random)
             .map_err(|e| internal(&e))?
             .to_string();
@@ -335,7 +335,7 @@ impl PasswordPool {
         Ok(Self {
             jobs,
             places: Arc::default(),
-            nobody: nobody.into(),
+            dummy_hash: dummy_hash.into(),
         })
     }
 
@@ -385,8 +385,8 @@ impl PasswordPool {
         }
     }
 
-    /// Checks the strength of a new password of the account with this email. Returns the hash to store, as a PHC string
-    /// that includes its salt.
+    /// Checks the strength of a new password for the account with this email. Returns the hash to store, as a PHC
+    /// string that includes its salt.
     pub async fn hash(
         &self,
         password: Password,
@@ -412,7 +412,7 @@ impl PasswordPool {
         _place: &Place,
     ) -> Result<bool, AuthError> {
         let exists = hash.is_some();
-        let hash = hash.unwrap_or_else(|| self.nobody.as_ref().to_owned());
+        let hash = hash.unwrap_or_else(|| self.dummy_hash.as_ref().to_owned());
         let right = self.run(move |argon| {
             PasswordHash::new(&hash)
                 .is_ok_and(|hash| argon.verify_password(password.0.as_bytes(), &hash).is_ok())

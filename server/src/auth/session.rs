@@ -82,7 +82,7 @@ impl Sessions {
         freshness: &Arc<Freshness>,
         metrics: &Arc<Metrics>,
     ) -> Self {
-        // Session lookups are caused by people, not by API traffic.
+        // Sessions are looked up for people's requests, not for API traffic.
         let live = Cached::new(10_000, grace, freshness.clone(), metrics.clone());
         Self {
             db,
@@ -137,8 +137,8 @@ impl Sessions {
         let token =
             SecretText::parse(Kind::Refresh, token.as_bytes()).ok_or(AuthError::Unauthorized)?;
         let hash = token.hash();
-        // Starts with the successor for the current secret. A token that was used just before QUOTA_SECRET was rotated
-        // has the successor for the previous secret.
+        // The first successor is derived from the current secret. A token that was used just before QUOTA_SECRET was
+        // rotated has a successor derived from the previous secret.
         let text = token.reveal();
         let successors = self.secrets.accepted().map(|secrets| {
             SecretText::from_bytes(Kind::Refresh, &secrets.successor(text.as_bytes()))
@@ -175,7 +175,7 @@ impl Sessions {
             }
             Rotation::Foreign(row) => {
                 self.end_in(tx, &row, origin).await?;
-                tracing::warn!(session = %row.id, tenant = %row.tenant_id, "session revoked: it belongs to another QUOTA_SECRET");
+                tracing::warn!(session = %row.id, tenant = %row.tenant_id, "session revoked: it was last used with a different QUOTA_SECRET");
                 return Err(AuthError::Unauthorized);
             }
             Rotation::Rotated(row) => (row, 0),
@@ -282,7 +282,7 @@ impl Sessions {
         }
     }
 
-    /// Returns `false` if another request has revoked it in the meantime.
+    /// Returns `false` if another request has already revoked it.
     async fn end_in(
         &self,
         mut tx: SystemTx,
@@ -319,7 +319,7 @@ impl Sessions {
         self.live.forget(|_, _| true);
     }
 
-    /// Drops sessions from the cache that changes have invalidated.
+    /// Drops sessions from the cache that were invalidated by changes.
     pub fn revoke(&self, gone: &InvalidationSet) {
         if gone.any_session() {
             self.live
@@ -327,8 +327,7 @@ impl Sessions {
         }
     }
 
-    /// Drops sessions from the cache that were revoked in a committed transaction, and publishes this to other
-    /// replicas.
+    /// Drops sessions that were revoked in a committed transaction from the cache, and notifies the other replicas.
     pub fn ended(&self, invalidations: &[Invalidation]) {
         self.revoke(&invalidations.iter().collect());
         for invalidation in invalidations {

@@ -1,7 +1,7 @@
 //! Access tokens: JWTs signed with Ed25519, valid for fifteen minutes.
 //!
-//! `kid` is looked up in a map of Ed25519 keys. The algorithm in the header must be Ed25519, but it does not select the
-//! algorithm. A valid token is not enough: its session is looked up as well.
+//! `kid` is looked up in a map of Ed25519 keys. The algorithm in the header must be Ed25519, but it is not used to
+//! select the algorithm. A valid token is not enough: its session is looked up as well.
 
 use std::collections::HashMap;
 
@@ -94,7 +94,7 @@ impl Signer {
         validation.set_audience(&[AUDIENCE]);
         validation.set_issuer(&[ISSUER]);
         validation.set_required_spec_claims(&["exp", "nbf", "aud", "iss", "sub"]);
-        // Checked below, with the server's clock.
+        // The times are checked below, with the server's clock.
         validation.validate_exp = false;
         validation.validate_nbf = false;
         Ok(Self {
@@ -301,7 +301,7 @@ mod tests {
             );
         }
 
-        // HS256 with the public key as secret: the classic algorithm confusion.
+        // HS256 with the public key as the secret, a classic algorithm confusion attack.
         let pair = Ed25519KeyPair::from_seed_unchecked(&secrets(1).signing_seed).unwrap();
         let header = Header {
             kid: Some(signer.kid.clone()),

@@ -1,10 +1,13 @@
 //! Webhooks: stored as they arrive, and processed later.
 //!
-//! The contents of an event are never applied. It only causes a read of its customer's subscriptions, whatever its
+//! The contents of an event are never applied. It only causes a read of its customer's subscriptions, regardless of its
 //! type, version or age.
+
+use std::collections::BTreeSet;
 
 use futures_util::{StreamExt, stream};
 use quota_common::TenantId;
+use uuid::Uuid;
 
 use super::{Billing, BillingError};
 use crate::{
@@ -15,7 +18,7 @@ use crate::{
         billing_event::{self, DueEvent, NewEvent, Outcome},
         invalidation::Invalidation,
     },
-    stripe::Envelope,
+    stripe::{Envelope, METER_EVENTS},
 };
 
 /// Maximum number of events processed together.
@@ -24,7 +27,7 @@ const BATCH: i64 = 100;
 const ATTEMPTS_MAX: i32 = 35;
 /// Maximum number of customers read concurrently.
 const CONCURRENT: usize = 8;
-/// How often a customer is read without an event, in seconds. So a lost webhook delays its change by at most this long.
+/// How often a customer is read without an event, in seconds. A lost webhook delays its change by at most this long.
 const READ_EVERY: f64 = 600.0;
 /// Maximum number of customers read in one round.
 const READS: i64 = 20;
@@ -32,12 +35,14 @@ const READS: i64 = 20;
 /// The result of a round of the worker.
 #[derive(Debug, Default)]
 pub struct Round {
-    /// Number of events it took.
+    /// Number of events processed.
     pub events: usize,
-    /// Number of events it abandoned.
+    /// Number of events abandoned.
     pub failed: usize,
-    /// Number of reads of customers that failed.
+    /// Number of failed reads of customers.
     pub read_errors: usize,
+    /// Number of usage reports in which Stripe found an error.
+    pub meter_errors: u64,
     /// Invalidations to publish.
     pub invalidations: Vec<Invalidation>,
 }
@@ -71,6 +76,20 @@ impl Billing {
         };
         let mut by_tenant: Vec<(TenantId, Vec<DueEvent>)> = Vec::new();
         for event in due {
+            if event.livemode == self.is_live && METER_EVENTS.contains(&event.kind.as_str()) {
+                match self.record_meter_errors(&event).await {
+                    Ok(count) => {
+                        round.meter_errors += count;
+                        self.finish(&[event], Outcome::Applied, None).await?;
+                    }
+                    // Stripe keeps events for 30 days.
+                    Err(BillingError::Stripe(error)) if error.is_not_found() => {
+                        self.finish(&[event], Outcome::Ignored, None).await?;
+                    }
+                    Err(error) => self.postpone(&[event], &error, &mut round).await?,
+                }
+                continue;
+            }
             match self.tenant_of(&event).await {
                 Ok(Some(tenant)) => {
                     match by_tenant.iter_mut().find(|(other, _)| *other == tenant) {
@@ -90,7 +109,7 @@ impl Billing {
         while let Some((events, read)) = reads.next().await {
             match read {
                 Ok(invalidation) => {
-                    // Done before recording the outcome, which may fail.
+                    // This comes first, because recording the outcome may fail.
                     round.invalidations.extend(invalidation);
                     self.finish(&events, Outcome::Applied, None).await?;
                 }
@@ -118,9 +137,34 @@ impl Billing {
         Ok(round)
     }
 
+    /// Records problems with usage for the tenants that they concern. Returns their number.
+    async fn record_meter_errors(&self, event: &DueEvent) -> Result<u64, BillingError> {
+        let errors = self.stripe.meter_errors(&event.id).await?;
+        let mut count = 0;
+        let mut tx = self.db.system().await?;
+        for error in errors {
+            count += error.count;
+            // An identifier begins with its tenant.
+            let tenants: BTreeSet<Uuid> = error
+                .identifiers
+                .iter()
+                .filter_map(|it| Uuid::try_parse(it.get(..36)?).ok())
+                .collect();
+            tracing::error!(
+                event = event.id, code = error.code, count = error.count, identifiers = ?error.identifiers,
+                "Stripe found errors in reported usage"
+            );
+            for tenant in tenants {
+                billing_event::insert_meter_error(&mut tx, &event.id, tenant, &error.code).await?;
+            }
+        }
+        tx.commit().await?;
+        Ok(count)
+    }
+
     /// Returns the tenant that an event concerns.
     async fn tenant_of(&self, event: &DueEvent) -> Result<Option<TenantId>, BillingError> {
-        // Events of a sandbox do not concern real subscriptions, nor the other way around.
+        // Sandbox events do not concern live subscriptions, and vice versa.
         if event.livemode != self.is_live {
             return Ok(None);
         }

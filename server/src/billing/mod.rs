@@ -9,24 +9,32 @@
 //! If Stripe is unreachable, tenants keep their access. No tenant can subscribe during that time.
 
 pub mod events;
+pub mod price;
 pub mod setup;
 pub mod usage;
 
 use chrono::{DateTime, Utc};
-use quota_common::TenantId;
+use quota_common::{
+    TenantId, Timestamp,
+    audit::{AuditAction, AuditTarget},
+};
+use serde_json::{Value, json};
 
+use self::price::{Offer, Prices};
 use crate::{
     config::StripeSettings,
     db::{Db, DbError},
+    error_chain::chain,
     repo::{
-        billing::{self, AccountRow, Applied, AppliedRead, SubscriptionRow},
+        audit::{self, NewAuditEvent},
+        billing::{self, AccountRow, Applied, AppliedRead, Shown, SubscriptionRow},
         invalidation::{self, Invalidation, Target},
     },
     stripe::{Checkout, CheckoutSession, Stripe, StripeError},
     subscription::{self, Paid, Status},
 };
 
-/// The lookup key of the price per month.
+/// The lookup key of the monthly price.
 pub const FLAT_PRICE: &str = "quota_monthly";
 /// The lookup key of the price per unit of usage, which is optional.
 pub const USAGE_PRICE: &str = "quota_usage";
@@ -38,10 +46,10 @@ pub enum BillingError {
     Stripe(#[from] StripeError),
     #[error(transparent)]
     Db(#[from] DbError),
-    /// The tenant already has a subscription, which it has to change or end first.
-    #[error("the tenant has a subscription")]
+    /// The tenant already has a subscription, which it has to change or cancel first.
+    #[error("the tenant already has a subscription")]
     Subscribed,
-    /// The tenant has no customer at Stripe.
+    /// The tenant has no Stripe customer.
     #[error("the tenant has never subscribed")]
     NoCustomer,
     /// Stripe has no active price with the lookup key of [`FLAT_PRICE`].
@@ -50,9 +58,9 @@ pub enum BillingError {
     )]
     NoPrice,
     /// Stripe returned a status that this version does not support. The last known access is kept.
-    #[error("Stripe returned the unknown subscription status {0:?}")]
+    #[error("Stripe returned an unknown subscription status: {0:?}")]
     UnknownStatus(String),
-    #[error("Stripe returned a Checkout Session without a page")]
+    #[error("Stripe returned a Checkout Session without a URL")]
     NoPage,
     /// Stripe has no active price with the lookup key of [`USAGE_PRICE`] and a meter.
     #[error(
@@ -68,13 +76,14 @@ pub struct Billing {
     db: Db,
     grace: i64,
     is_live: bool,
+    prices: Prices,
 }
 
 /// A tenant that wants to subscribe, and the page to which it returns.
 #[derive(Debug, Clone, Copy)]
 pub struct Buyer<'a> {
     pub tenant: TenantId,
-    /// Only the first time.
+    /// Used only the first time.
     pub email: &'a str,
     pub name: &'a str,
     pub success_url: &'a str,
@@ -83,6 +92,13 @@ pub struct Buyer<'a> {
 
 fn time(seconds: i64) -> Option<DateTime<Utc>> {
     DateTime::from_timestamp(seconds, 0)
+}
+
+impl Shown {
+    fn to_json(&self) -> Value {
+        let ends_at = self.ends_at.map(|it| Timestamp::from(it).to_string());
+        json!({"access": self.access, "access_ends_at": ends_at})
+    }
 }
 
 impl Billing {
@@ -95,6 +111,7 @@ impl Billing {
             db,
             grace: i64::try_from(settings.grace.as_secs()).unwrap_or(i64::MAX),
             is_live: settings.is_live(),
+            prices: Prices::default(),
         })
     }
 
@@ -109,7 +126,18 @@ impl Billing {
         };
         let mut observed = Vec::new();
         let mut rows = Vec::new();
-        for found in self.stripe.subscriptions(&begun.customer_id).await? {
+        let subscriptions = match self.stripe.subscriptions(&begun.customer_id).await {
+            // Nothing can be charged to this customer. The next Checkout creates another one.
+            Err(error) if error.is_missing_customer() => {
+                tracing::warn!(
+                    %tenant, customer = begun.customer_id, error = %chain(&error),
+                    "the customer does not exist in Stripe, so the tenant has no subscription"
+                );
+                Vec::new()
+            }
+            subscriptions => subscriptions?,
+        };
+        for found in subscriptions {
             let status = Status::named(&found.status)
                 .ok_or_else(|| BillingError::UnknownStatus(found.status.clone()))?;
             let unpaid_since = if status == Status::PastDue {
@@ -127,6 +155,11 @@ impl Billing {
             // Older versions of the API omit `cancel_at`.
             let at_period_end = period_end.filter(|_| found.cancel_at_period_end);
             let cancel_at = found.cancel_at.or(at_period_end);
+            let price = Offer::of_items(&found.items.data);
+            let product_name = match Offer::product(&found.items.data) {
+                Some(product) => self.product_name(product).await,
+                None => None,
+            };
             rows.push(SubscriptionRow {
                 tenant_id: tenant.0,
                 id: found.id.clone(),
@@ -142,6 +175,10 @@ impl Billing {
                     let recurring = item.price.recurring.as_ref();
                     recurring.is_some_and(|it| it.meter.is_some())
                 }),
+                product_name,
+                currency: Some(price.currency).filter(|it| !it.is_empty()),
+                monthly_price: price.monthly,
+                usage_price: price.per_unit,
             });
             observed.push(subscription::Subscription {
                 id: found.id,
@@ -169,8 +206,26 @@ impl Billing {
             subscriptions: &rows,
         };
         let mut tx = self.db.system().await?;
-        let changed = billing::apply_read(&mut tx, tenant, &applied).await?;
-        // Last, since it waits for other transactions that invalidate.
+        let (changed, audited) = billing::apply_read(&mut tx, tenant, &applied).await?;
+        if let Some(before) = audited {
+            let after = Shown {
+                access: applied.access.to_owned(),
+                ends_at: applied.paid_access_until,
+            };
+            let event = NewAuditEvent {
+                target_id: applied.subscription_id.map(str::to_owned),
+                before: Some(before.to_json()),
+                after: Some(after.to_json()),
+                ..NewAuditEvent::new(
+                    tenant.0,
+                    AuditAction::SubscriptionUpdate,
+                    AuditTarget::Subscription,
+                    &"",
+                )
+            };
+            audit::insert_system(&mut tx, &event).await?;
+        }
+        // This comes last, because it waits for other transactions that invalidate.
         let invalidation = match changed {
             Applied::PaidAccess => {
                 Some(invalidation::insert_system(&mut tx, tenant.0, Target::Tenant).await?)
@@ -184,8 +239,8 @@ impl Billing {
         Ok(invalidation)
     }
 
-    /// Returns the tenant's customer at Stripe, creating it if there is none: only once, no matter how often and where
-    /// this fails.
+    /// Returns the tenant's Stripe customer, creating it if there is none. Only one customer is ever created, no matter
+    /// how often and where this fails.
     async fn customer(&self, buyer: &Buyer<'_>) -> Result<String, BillingError> {
         let (tenant, mut tx) = (buyer.tenant, self.db.system().await?);
         let account = billing::open(&mut tx, tenant, buyer.email, buyer.name).await?;
@@ -197,7 +252,7 @@ impl Billing {
         tx.commit().await?;
         let id = tenant.to_string();
         let email = account.customer_email.as_str();
-        // An earlier request may have taken effect without a response, so long ago that Stripe has forgotten its key.
+        // An earlier request may have succeeded without a response, but too long ago for Stripe to recognize its key.
         let found = if account.customer_requested {
             self.stripe.find_customer(&id, email).await?
         } else {
@@ -211,7 +266,7 @@ impl Billing {
                 let name = account.customer_name.as_str();
                 let created = self.stripe.create_customer(&id, email, name, &key).await;
                 if let Err(StripeError::Failed { .. }) = &created {
-                    // The same key would fail for a day. The next attempt searches for a customer first.
+                    // The same idempotency key would fail for a day. The next attempt searches for a customer first.
                     let mut tx = self.db.system().await?;
                     billing::next_customer_attempt(&mut tx, tenant, attempt).await?;
                     tx.commit().await?;
@@ -226,8 +281,25 @@ impl Billing {
     }
 
     /// Returns a Checkout Session for a tenant without a subscription, and the invalidation to publish if its access
-    /// turned out to have changed. While a session is open, it is returned again: a tenant cannot pay twice.
+    /// turned out to have changed. While a session is open, it is returned again: a tenant cannot pay twice. If the
+    /// tenant's customer no longer exists, creates another one.
     pub async fn checkout(
+        &self,
+        buyer: &Buyer<'_>,
+    ) -> Result<(CheckoutSession, Option<Invalidation>), BillingError> {
+        match self.start_checkout(buyer).await {
+            Err(BillingError::Stripe(error)) if error.is_missing_customer() => {
+                let mut tx = self.db.system().await?;
+                billing::forget_customer(&mut tx, buyer.tenant).await?;
+                tx.commit().await?;
+                tracing::warn!(tenant = %buyer.tenant, "creating another Stripe customer");
+                self.start_checkout(buyer).await
+            }
+            started => started,
+        }
+    }
+
+    async fn start_checkout(
         &self,
         buyer: &Buyer<'_>,
     ) -> Result<(CheckoutSession, Option<Invalidation>), BillingError> {
@@ -271,8 +343,12 @@ impl Billing {
         };
         let key = format!("quota-checkout-{tenant}-{attempt}");
         let created = self.stripe.create_checkout(&checkout, &key).await;
-        if let Err(StripeError::Failed { .. } | StripeError::Rejected { .. }) = &created {
-            // The same key would return the same failure. If a session was created after all, no one has seen its page.
+        if let Err(
+            StripeError::Failed { .. } | StripeError::Rejected { .. } | StripeError::Missing { .. },
+        ) = &created
+        {
+            // The same idempotency key would return the same error. If a session was created after all, no user has
+            // seen its page.
             self.end_checkout(tenant, attempt).await?;
         }
         let session = created?;
@@ -326,6 +402,9 @@ impl Billing {
         let customer = billing::customer_of(&mut tx, tenant).await?;
         tx.commit().await?;
         let customer = customer.ok_or(BillingError::NoCustomer)?;
-        Ok(self.stripe.create_portal(&customer, return_url).await?)
+        match self.stripe.create_portal(&customer, return_url).await {
+            Err(error) if error.is_missing_customer() => Err(BillingError::NoCustomer),
+            url => Ok(url?),
+        }
     }
 }

@@ -1,7 +1,7 @@
-//! The objects that Quota needs at Stripe: a product, its prices, a meter and a webhook endpoint.
+//! The objects that Quota needs in Stripe: a product, its prices, a meter and a webhook endpoint.
 //!
-//! Each has a name by which it is found, so it is created only once. Existing objects are not changed: a price cannot be
-//! changed, and an operator may have changed the others on purpose.
+//! Each is found by its name, so it is created only once. Existing objects are not changed: a price cannot be changed,
+//! and an operator may have changed the others on purpose.
 
 use super::{FLAT_PRICE, USAGE_PRICE};
 use crate::stripe::{API_VERSION, EVENTS, Price, Stripe, StripeError, WebhookEndpoint};
@@ -16,9 +16,9 @@ pub const METER_EVENT: &str = "quota_requests";
 pub struct Offer {
     pub product_name: String,
     pub currency: stripe_types::Currency,
-    /// Per month.
+    /// The monthly price.
     pub price: String,
-    /// Per request, in addition to the monthly price.
+    /// The price per request, in addition to the monthly price.
     pub usage_price: Option<String>,
 }
 
@@ -48,7 +48,7 @@ pub fn webhook_url(public_url: &str) -> String {
 }
 
 /// Creates the objects that do not exist yet. Returns all objects, and the secret of the webhook endpoint if it was
-/// created now.
+/// just created.
 pub async fn set_up(
     stripe: &Stripe,
     offer: &Offer,
@@ -134,20 +134,23 @@ pub async fn check(
         None => Finding::failed(
             "monthly price",
             format!(
-                "there is no active price with the lookup key {FLAT_PRICE}; run `quota billing setup`"
+                "Stripe has no active price with the lookup key {FLAT_PRICE}; run `quota billing setup`"
             ),
         ),
     }];
     match find_price(&prices, USAGE_PRICE) {
         Some(price) => findings.push(metered(stripe, price).await?),
-        None => findings.push(Finding::ok("usage price", "none: usage is not charged")),
+        None => findings.push(Finding::ok(
+            "usage price",
+            "not set up, so usage is not charged",
+        )),
     }
     let endpoints = stripe.webhook_endpoints().await?;
     findings.push(match endpoints.iter().find(|it| it.url == webhook_url) {
         Some(endpoint) => endpoint_finding(endpoint),
         None => Finding::failed(
             "webhook endpoint",
-            format!("there is none for {webhook_url}; run `quota billing setup`, or set QUOTA_PUBLIC_URL"),
+            format!("Stripe has no webhook endpoint for {webhook_url}; run `quota billing setup`, or set QUOTA_PUBLIC_URL"),
         ),
     });
     findings.push(if has_webhook_secret {
@@ -176,7 +179,7 @@ fn monthly(price: &Price) -> Finding {
     } else {
         Finding::failed(
             "monthly price",
-            format!("{} is not a flat price per month", price.id),
+            format!("{} is not a flat monthly price", price.id),
         )
     }
 }
@@ -230,7 +233,7 @@ fn endpoint_finding(endpoint: &WebhookEndpoint) -> Finding {
             format!("{} with {version}", endpoint.id),
         )
     } else {
-        // Event contents are not read, so another version works too.
+        // Event contents are not read, so other versions work too.
         let text = format!(
             "{} with {version}; Quota uses {}",
             endpoint.id,

@@ -1,14 +1,15 @@
-//! Converts usage to meter events at Stripe.
+//! Converts usage to Stripe meter events.
 //!
 //! The shipper adds up charged usage in `billing_usage`, hour by hour. When an hour has ended, [`Billing::plan_usage`]
 //! converts its new usage to reports, each of which becomes one meter event. [`Billing::send_usage`] sends them until
 //! Stripe has received them:
 //!
 //! - The identifier of a meter event is the report's tenant, start and revision. Stripe accepts an identifier once a
-//!   day, so for 20 hours, a report whose response was lost is simply sent again. After that, Stripe's own total for
+//!   day, so for 20 hours, a report whose response was lost is simply sent again. After that, the total in Stripe for
 //!   the hour shows whether it arrived.
 //! - Usage that arrives late becomes another revision, with the difference.
-//! - An hour in which a billing period begins or ends is divided at that time, based on the log.
+//! - An hour in which a billing period begins or ends is split at that point, based on the log. The part before it is
+//!   planned once it is complete, and the rest when the hour has ended.
 //! - Usage that Stripe would not charge is not sent, but recorded with the reason.
 
 use std::{
@@ -19,6 +20,7 @@ use std::{
 use chrono::{DateTime, Days, NaiveTime, TimeDelta, Utc};
 use futures_util::{StreamExt, stream};
 use quota_common::TenantId;
+use uuid::Uuid;
 
 use super::{Billing, BillingError, USAGE_PRICE, setup::METER_EVENT};
 use crate::{
@@ -32,10 +34,14 @@ use crate::{
 const HOURS: i64 = 200;
 /// The maximum number of hours of a tenant that one run plans.
 const ROUNDS: u32 = 1000;
-/// Maximum number of customers processed in one round, and how many of them concurrently.
-const SENDERS: i64 = 32;
+/// The maximum number of times an hour is scanned again because usage has arrived in the meantime.
+const SCANS: u32 = 3;
+/// The number of customers whose reports are sent concurrently. No more are claimed at a time, since a claim that waits
+/// would expire.
 const CONCURRENT: usize = 8;
-/// How long reports of one customer are sent in one round. The last one may take as long again.
+/// How many times customers are claimed in one round.
+const CLAIMS: usize = 4;
+/// How long reports of one customer are sent in one round.
 const TURN: Duration = Duration::from_secs(20);
 /// How long an identifier is relied on, in seconds. Stripe guarantees a day.
 const RECOGNIZED: i64 = 20 * 60 * 60;
@@ -46,7 +52,7 @@ const fn hour() -> TimeDelta {
     TimeDelta::hours(1)
 }
 
-/// A part of an hour that is in one billing period.
+/// The part of an hour that is in one billing period.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Span {
     start: DateTime<Utc>,
@@ -83,13 +89,13 @@ fn in_force<'a>(subscriptions: &'a [ChargedBy], span: &Span) -> Option<&'a Charg
 /// The result of a comparison.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reconciled {
-    /// The difference between reports and Stripe's totals, as the sum of absolute values over customers.
+    /// The difference between reports and the totals in Stripe, as the sum of absolute values over customers.
     pub difference: i64,
     /// Usage that should have been charged but will not be.
     pub lost: i64,
-    /// Age of the oldest report that Stripe does not have yet, in seconds.
+    /// Age of the oldest report that Stripe has not received yet, in seconds.
     pub oldest_pending: i64,
-    /// In seconds since 1970.
+    /// The time of the comparison, in seconds since 1970.
     pub at: i64,
 }
 
@@ -117,8 +123,8 @@ impl Billing {
         Ok(planned)
     }
 
-    /// Plans one hour of each tenant. `read` has the tenants that this run has read from Stripe, and whether their hours
-    /// can be planned.
+    /// Plans one hour of each tenant. `read` contains the tenants that this run has read from Stripe, and whether their
+    /// hours can be planned.
     async fn plan_oldest_hours(
         &self,
         read: &mut HashMap<TenantId, bool>,
@@ -130,6 +136,7 @@ impl Billing {
         for OpenHour {
             tenant_id,
             start,
+            until,
             is_read,
         } in hours
         {
@@ -141,13 +148,17 @@ impl Billing {
                 }
                 read.insert(tenant, result.is_ok());
             }
-            // If it is not known where billing periods begin and end, the hour waits.
+            // Until it is known when billing periods begin and end, the hour has to wait.
             if read.get(&tenant).copied().unwrap_or(is_read) {
-                match self.plan_hour(tenant, start).await {
-                    Ok(()) => planned += 1,
+                match self.plan_hour(tenant, start, until).await {
+                    Ok(true) => planned += 1,
+                    // Usage keeps arriving. The next run tries again.
+                    Ok(false) => {
+                        read.insert(tenant, false);
+                    }
                     // The hours of other tenants do not wait for this one.
                     Err(error) => {
-                        tracing::warn!(%tenant, %start, error = %chain(&error), "cannot plan reports of usage");
+                        tracing::warn!(%tenant, %start, error = %chain(&error), "cannot plan usage reports");
                         read.insert(tenant, false);
                     }
                 }
@@ -156,11 +167,32 @@ impl Billing {
         Ok(planned)
     }
 
-    async fn plan_hour(&self, tenant: TenantId, start: DateTime<Utc>) -> Result<(), DbError> {
+    /// Plans the usage of an hour up to `until`: its end, or the edge of a billing period in it. Returns whether it
+    /// succeeded.
+    async fn plan_hour(
+        &self,
+        tenant: TenantId,
+        start: DateTime<Utc>,
+        until: DateTime<Utc>,
+    ) -> Result<bool, DbError> {
+        for _ in 0..SCANS {
+            if self.try_plan_hour(tenant, start, until).await? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Returns `false` if usage has arrived while the log was being scanned.
+    async fn try_plan_hour(
+        &self,
+        tenant: TenantId,
+        start: DateTime<Utc>,
+        until: DateTime<Utc>,
+    ) -> Result<bool, DbError> {
         let mut tx = self.db.system().await?;
-        let locked = billing_usage::lock_hour(&mut tx, tenant, start).await?;
-        let mut rest = locked.cost - locked.planned;
-        let edges = locked.subscriptions.iter().flat_map(|it| {
+        let subscriptions = billing_usage::subscriptions(&mut tx, tenant).await?;
+        let edges = subscriptions.iter().flat_map(|it| {
             let edges = [
                 Some(it.started_at),
                 it.ended_at,
@@ -169,22 +201,38 @@ impl Billing {
             ];
             edges.into_iter().flatten()
         });
-        let spans = divide(start, edges);
-        for (n, span) in spans.iter().enumerate() {
-            let value = if n + 1 == spans.len() {
-                // Includes usage that is no longer in the log.
-                rest
-            } else {
+        let is_whole = until == start + hour();
+        let mut spans = divide(start, edges);
+        spans.retain(|it| it.until <= until);
+        // The last part of a whole hour gets the rest, including usage that is no longer in the log.
+        let scanned = spans.len() - usize::from(is_whole);
+        let seen = billing_usage::hour(&mut tx, tenant, start, false).await?;
+        let mut unreported = Vec::new();
+        if scanned > 0 {
+            // This comes before locking the row, because the delivery of usage waits for that lock.
+            billing_usage::allow_scan(&mut tx).await?;
+            for span in &spans[..scanned] {
                 let (from, until) = (span.start, span.until);
                 let logged = billing_usage::logged(&mut tx, tenant, from, until).await?;
                 let reported = billing_usage::reported(&mut tx, tenant, from, until, false).await?;
-                (logged - reported).clamp(0, rest)
-            };
+                unreported.push(logged - reported);
+            }
+        }
+        let locked = billing_usage::hour(&mut tx, tenant, start, true).await?;
+        // Usage after an edge may arrive at any time, and does not matter for the part before it.
+        if scanned > 0 && (seen.planned != locked.planned || (is_whole && seen != locked)) {
+            return Ok(false);
+        }
+        let mut rest = locked.cost - locked.planned;
+        for (n, span) in spans.iter().enumerate() {
+            let value = unreported
+                .get(n)
+                .map_or(rest, |unreported| (*unreported).clamp(0, rest));
             if value == 0 {
                 continue;
             }
             rest -= value;
-            let subscription = in_force(&locked.subscriptions, span);
+            let subscription = in_force(&subscriptions, span);
             let report = NewReport {
                 start: span.start,
                 until: span.until,
@@ -198,44 +246,55 @@ impl Billing {
             };
             billing_usage::plan(&mut tx, tenant, start, &report).await?;
         }
-        tx.commit().await
+        if !is_whole {
+            billing_usage::set_divided(&mut tx, tenant, start, until).await?;
+        }
+        tx.commit().await?;
+        Ok(true)
     }
 
     /// Sends reports that are due: those of several customers concurrently, and those of each customer one after
     /// another.
     pub async fn send_usage(&self) -> Result<Sent, BillingError> {
-        let mut tx = self.db.system().await?;
-        let tenants = billing_usage::claim_senders(&mut tx, SENDERS).await?;
-        tx.commit().await?;
         let mut sent = Sent::default();
-        let senders = tenants.into_iter().map(async |tenant| {
-            let result = self.send_usage_of(tenant).await;
-            (tenant, result)
-        });
-        let mut senders = stream::iter(senders).buffer_unordered(CONCURRENT);
-        while let Some((tenant, result)) = senders.next().await {
-            match result {
-                Ok(finished) => sent.finished += finished,
-                Err(error) => {
-                    sent.errors += 1;
-                    tracing::warn!(%tenant, error = %chain(&error), "cannot report usage to Stripe yet");
-                }
-            }
+        for _ in 0..CLAIMS {
+            let owner = Uuid::now_v7();
             let mut tx = self.db.system().await?;
-            billing_usage::release_sender(&mut tx, tenant).await?;
+            let limit = i64::try_from(CONCURRENT).unwrap_or(1);
+            let tenants = billing_usage::claim_senders(&mut tx, owner, limit).await?;
             tx.commit().await?;
+            if tenants.is_empty() {
+                break;
+            }
+            let senders = tenants.into_iter().map(async |tenant| {
+                let result = self.send_usage_of(tenant, owner).await;
+                (tenant, result)
+            });
+            let mut senders = stream::iter(senders).buffer_unordered(CONCURRENT);
+            while let Some((tenant, result)) = senders.next().await {
+                match result {
+                    Ok(finished) => sent.finished += finished,
+                    Err(error) => {
+                        sent.errors += 1;
+                        tracing::warn!(%tenant, error = %chain(&error), "cannot report usage to Stripe yet");
+                    }
+                }
+                let mut tx = self.db.system().await?;
+                billing_usage::release_sender(&mut tx, tenant, owner).await?;
+                tx.commit().await?;
+            }
         }
         Ok(sent)
     }
 
-    async fn send_usage_of(&self, tenant: TenantId) -> Result<u64, BillingError> {
+    /// Sends a tenant's reports while `owner` has the claim. One report takes less time than a claim lasts.
+    async fn send_usage_of(&self, tenant: TenantId, owner: Uuid) -> Result<u64, BillingError> {
         let began = Instant::now();
         let mut finished = 0;
-        // So that the last report is sent before another replica may take over.
         while began.elapsed() < TURN {
-            // Committed before calling Stripe, so that it is known that the report may have been sent.
+            // Commit before calling Stripe, to record that the report may have been sent.
             let mut tx = self.db.system().await?;
-            let report = billing_usage::begin_attempt(&mut tx, tenant).await?;
+            let report = billing_usage::begin_attempt(&mut tx, tenant, owner).await?;
             tx.commit().await?;
             let Some(report) = report else {
                 break;
@@ -281,7 +340,7 @@ impl Billing {
             }
             if report.is_of_earlier_period
                 && let Some(subscription) = &report.subscription_id
-                && !self.stripe.has_draft_invoice(subscription).await?
+                && !self.has_draft_invoice(subscription).await?
             {
                 return Ok(Some(Unbilled::Finalized));
             }
@@ -306,10 +365,13 @@ impl Billing {
             {
                 Ok(None)
             }
-            Err(StripeError::Rejected {
-                status: 400,
-                message,
-            }) => {
+            Err(
+                StripeError::Rejected {
+                    status: 400,
+                    message,
+                }
+                | StripeError::Missing { message, .. },
+            ) => {
                 tracing::error!(%tenant, message, "Stripe rejected usage");
                 Ok(Some(Unbilled::Rejected))
             }
@@ -317,8 +379,17 @@ impl Billing {
         }
     }
 
-    /// Returns whether Stripe has counted a report whose identifier it no longer recognizes. `None` if Stripe's total
-    /// matches neither outcome.
+    /// Whether usage of an earlier period of the subscription is still charged. It is not if the subscription no longer
+    /// exists.
+    async fn has_draft_invoice(&self, subscription: &str) -> Result<bool, StripeError> {
+        match self.stripe.has_draft_invoice(subscription).await {
+            Err(error) if error.is_not_found() => Ok(false),
+            found => found,
+        }
+    }
+
+    /// Returns whether Stripe has counted a report whose identifier it no longer recognizes. `None` if the total in
+    /// Stripe matches neither outcome.
     async fn has_arrived(
         &self,
         tenant: TenantId,
@@ -341,7 +412,7 @@ impl Billing {
         })
     }
 
-    /// Returns Stripe's total for a customer's usage.
+    /// Returns the total usage of a customer in Stripe.
     async fn counted(
         &self,
         customer: &str,
@@ -357,7 +428,7 @@ impl Billing {
         Ok(self.stripe.counted(meter, customer, from, until).await?)
     }
 
-    /// Compares the reports for yesterday (UTC) with Stripe's totals.
+    /// Compares the reports for yesterday (UTC) with the totals in Stripe.
     pub async fn reconcile_usage(&self) -> Result<Reconciled, BillingError> {
         let mut tx = self.db.system().await?;
         let uncharged = billing_usage::uncharged(&mut tx).await?;
@@ -374,7 +445,7 @@ impl Billing {
                 difference += (counted - it.sent).abs();
                 tracing::error!(
                     tenant = %it.tenant_id, day = %yesterday, sent = it.sent, counted,
-                    "Stripe's total differs from the reported usage"
+                    "the total in Stripe differs from the reported usage"
                 );
             }
         }

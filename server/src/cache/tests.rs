@@ -148,7 +148,7 @@ async fn shared_records_are_valid_from_when_they_were_current() {
         })
     };
     it.cache.get(1, shared).await.unwrap();
-    // A second after the poll, not after the lookup, and the poll is no longer fresh.
+    // The poll is no longer fresh a second after it began, not a second after the lookup.
     it.clock.advance(Duration::from_millis(300));
     assert_eq!(it.freshness.polled_lately(), None);
     assert!(it.cache.peek(&1).is_some());
@@ -161,9 +161,12 @@ async fn unconfirmed_entries_are_served_for_the_grace_period_only() {
     let it = fixture();
     it.get(Ok(Some("a"))).await.unwrap();
     it.clock.advance(Duration::from_mins(1));
-    assert_eq!(it.get(Err("away")).await.unwrap().as_deref(), Some("a"));
+    assert_eq!(
+        it.get(Err("unreachable")).await.unwrap().as_deref(),
+        Some("a")
+    );
     it.clock.advance(Duration::from_secs(1));
-    assert!(it.get(Err("away")).await.is_err());
+    assert!(it.get(Err("unreachable")).await.is_err());
     assert_eq!(it.get(Ok(Some("b"))).await.unwrap().as_deref(), Some("b"));
 }
 
@@ -209,7 +212,7 @@ async fn invalidated_entries_are_not_served_during_an_outage() {
     it.clock.advance(Duration::from_secs(2));
     it.freshness.suspect();
     it.cache.forget(|_, _| true);
-    assert!(it.get(Err("away")).await.is_err());
+    assert!(it.get(Err("unreachable")).await.is_err());
 }
 
 #[tokio::test]
@@ -220,9 +223,15 @@ async fn changed_entries_stay_known_and_are_never_served_unconfirmed() {
     it.cache.forget_these(|| [1]);
     assert!(it.cache.holds(&1), "it is known");
     assert!(it.cache.peek(&1).is_none(), "it is not believed");
-    assert!(it.get(Err("away")).await.is_err(), "it is not served stale");
+    assert!(
+        it.get(Err("unreachable")).await.is_err(),
+        "it is not served stale"
+    );
     it.freshness.suspect();
-    assert!(it.get(Err("away")).await.is_err(), "nor under suspicion");
+    assert!(
+        it.get(Err("unreachable")).await.is_err(),
+        "nor under suspicion"
+    );
     assert!(it.cache.holds(&1), "it is still known");
     assert_eq!(
         it.get(Ok(Some("new"))).await.unwrap().as_deref(),
@@ -240,7 +249,7 @@ async fn deleted_entries_are_unknown_after_the_next_look_up() {
     assert_eq!(it.get(Ok(None)).await.unwrap(), None);
     assert!(!it.cache.holds(&1));
     assert!(matches!(it.cache.peek(&1), Some(None)));
-    // A key that was never known does not become known through a change.
+    // A change does not turn an unknown key into a known one.
     it.cache.forget_these(|| [2]);
     assert!(!it.cache.holds(&2));
 }
@@ -277,7 +286,7 @@ async fn panic_in_a_load_fails_all_its_waiters_and_no_later_load() {
     });
     let all = futures_util::future::join_all(all);
     let all = tokio::time::timeout(Duration::from_secs(5), all).await;
-    for failed in all.expect("nobody waits for ever") {
+    for failed in all.expect("no caller waits forever") {
         let failed = failed.expect("the panic stays in the load");
         assert!(matches!(failed, Err(Unconfirmed::Failed(_))), "{failed:?}");
     }
@@ -331,7 +340,7 @@ async fn load_that_ends_while_changed_keys_are_determined_is_not_kept() {
     let forget = std::thread::spawn(move || {
         has_begun.recv().unwrap();
         cache.forget_these(|| {
-            // At this point the change is not known to affect this key, which is only now being cached.
+            // At this point, the change is not known to affect this key, which is just being cached.
             release.send(true).unwrap();
             while cache.inner.loading.lock().contains_key(&1) {
                 std::thread::yield_now();

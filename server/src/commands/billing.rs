@@ -11,7 +11,7 @@ use quota_server::{
 
 #[derive(Subcommand)]
 pub enum BillingCommand {
-    /// Create the objects that Quota needs at Stripe, unless they exist: a product, its prices, a meter and a webhook
+    /// Create the objects that Quota needs in Stripe, unless they exist: a product, its prices, a meter and a webhook
     /// endpoint. Existing objects are not changed
     Setup {
         #[command(flatten)]
@@ -29,7 +29,7 @@ pub enum BillingCommand {
         #[arg(long, value_name = "NAME", default_value = "Quota")]
         product: String,
     },
-    /// Check that all objects that Quota needs at Stripe exist and are consistent
+    /// Check that all objects that Quota needs in Stripe exist and are consistent
     Check {
         #[command(flatten)]
         settings: Box<Settings>,
@@ -86,9 +86,7 @@ pub async fn run(config: Config, _log: Log, command: BillingCommand) -> anyhow::
             let (findings, secret) = setup::set_up(&stripe, &offer, &url).await?;
             print(&findings)?;
             if let Some(secret) = secret {
-                println!(
-                    "\nSet the secret of the webhook endpoint on every replica. Stripe shows it only once:"
-                );
+                println!("\nSet this webhook secret on every replica. Stripe shows it only once:");
                 println!("STRIPE_WEBHOOK_SECRET={secret}");
             }
         }

@@ -25,8 +25,8 @@ use tokio::{
 
 use super::{apply_migrations, database};
 
-/// Unused quota tokens must be returned within this time after SIGTERM, which leaves 5 of the usual 30 s for everything
-/// else.
+/// Unused quota tokens must be returned within this time after SIGTERM, which leaves 5 s of the usual 30 s for
+/// everything else.
 const RETURN_TOKENS_WITHIN: Duration = Duration::from_secs(25);
 /// The minimum time for returning tokens, even if requests in flight took longer than the time above.
 const RETURN_TOKENS_MIN: Duration = Duration::from_millis(1500);
@@ -58,9 +58,9 @@ pub async fn run(mut config: Config, log: Log, with_demo: bool) -> anyhow::Resul
         );
     }
     let file_limit = file_limit::raise();
-    // Installed first, so that stopping during a slow startup is clean.
+    // The handlers are installed first, so that the server stops cleanly even during a slow startup.
     let mut stop = std::pin::pin!(stop_requested());
-    // Done before accessing the database, because an occupied port is the most common mistake.
+    // This comes before accessing the database, because an occupied port is the most common mistake.
     let sockets = Sockets {
         public: serve::bind(config.listen)
             .with_context(|| format!("QUOTA_LISTEN: cannot listen on {}", config.listen))?,
@@ -129,7 +129,7 @@ async fn serve_on(
     }
 
     let public_settings = ServeSettings::public(&state, file_limit);
-    // Listens only now, because a server must not accept connections before it can make decisions.
+    // The server starts to listen only now, because it must not accept connections before it can make decisions.
     let listener = sockets
         .public
         .listen()
@@ -170,7 +170,7 @@ async fn serve_on(
     if let Some(metrics) = metrics {
         metrics.await?;
     }
-    // So that other replicas can use them.
+    // Returns unused tokens, so that other replicas can use them.
     let left = RETURN_TOKENS_WITHIN
         .saturating_sub(stopping_at.elapsed())
         .max(RETURN_TOKENS_MIN);

@@ -19,9 +19,9 @@ use super::{apply_migrations, with_database};
 
 #[derive(Subcommand)]
 pub enum UsageCommand {
-    /// Write the usage that a replica has left behind to PostgreSQL. For a replica that will not return: one that
-    /// starts with the same QUOTA_DATA_DIR does this itself. Nothing is counted twice if it is run repeatedly or while
-    /// the replica is running
+    /// Write to PostgreSQL the usage that a replica has left behind. Use this for a replica that will not return; a
+    /// replica that starts with the same QUOTA_DATA_DIR ships its usage automatically. Nothing is counted twice if you
+    /// run it repeatedly or while the replica is running
     Replay {
         #[command(flatten)]
         settings: Box<Settings>,
@@ -57,7 +57,7 @@ pub async fn replay(config: Config, _log: Log, directory: PathBuf) -> anyhow::Re
         for directory in directories {
             let replayed = replay_patiently(&config, &db, &directory).await?;
             let rest = if replayed.is_owned {
-                ", the rest is written by the process that is using it"
+                "; the process that is using it will write the rest"
             } else {
                 ""
             };
@@ -85,7 +85,7 @@ async fn replay_patiently(
             Err(metering::ShipError::Database(db::DbError::Unavailable(error)))
                 if Instant::now() < patience =>
             {
-                tracing::warn!(error = %db::chain(error.as_ref()), "PostgreSQL does not accept usage, retrying");
+                tracing::warn!(error = %db::chain(error.as_ref()), "cannot write usage to PostgreSQL, retrying");
                 tokio::time::sleep(Duration::from_secs(1)).await;
             }
             Err(error) => anyhow::bail!("{}", db::chain(&error)),

@@ -71,7 +71,7 @@ pub async fn run(config: Config, log: Log, command: UserCommand) -> anyhow::Resu
                     .accounts
                     .reset_password(&email, password.expose_secret())
                     .await?;
-                println!("password set; all sessions of the user are revoked");
+                println!("password set; all of the user's sessions were revoked");
             }
             UserCommand::List { .. } => {
                 for (email, tenant, role) in state.accounts.list().await? {

@@ -1,12 +1,12 @@
 //! Parses all settings.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, num::NonZeroU64, path::PathBuf, time::Duration};
 
 use quota_common::plan::OnRedisFailure;
 use secrecy::{ExposeSecret, SecretString};
 
 use super::{
-    Allowances, Config, ConfigErrors, DatabaseSettings, Durability, Landing, LogFormat,
+    Allowances, Config, ConfigErrors, DatabaseSettings, Durability, FreeTier, Landing, LogFormat,
     PasswordCost, RedisSettings, Registration, Settings, StripeSettings,
     reader::{
         Reader, Sourced, address, boolean, database_url, list, network, origin, prefix, public_url,
@@ -181,6 +181,20 @@ impl Config {
                     1..=1_000_000,
                 ),
             },
+            free_tier: FreeTier {
+                plans: r.optional_number("QUOTA_FREE_PLANS", &s.free_plans, 1..=1_000_000),
+                api_keys: r.optional_number("QUOTA_FREE_KEYS", &s.free_keys, 1..=10_000_000),
+                requests_per_month: r
+                    .optional_number(
+                        "QUOTA_FREE_REQUESTS_PER_MONTH",
+                        &s.free_requests_per_month,
+                        1..=1_000_000_000_000,
+                    )
+                    .and_then(NonZeroU64::new),
+                rpm: r
+                    .optional_number("QUOTA_FREE_RPM", &s.free_rpm, 1..=60_000_000)
+                    .and_then(|rpm| u32::try_from(rpm).ok()),
+            },
             allowed_origins: r.read("ALLOWED_ORIGINS", &s.allowed_origins, vec![], |text| {
                 list(text, origin)
             }),
@@ -272,7 +286,7 @@ fn stripe(r: &mut Reader, s: &Settings) -> Option<StripeSettings> {
         // The value is not shown, because it is a secret in any case.
         let variable = &key.variable;
         r.0.push(format!(
-            "{variable}: must be a secret key of Stripe's, which starts with sk_ or rk_"
+            "{variable}: must be a Stripe secret key, which starts with sk_ or rk_"
         ));
     }
     let webhook = r.or_file(
@@ -289,7 +303,7 @@ fn stripe(r: &mut Reader, s: &Settings) -> Option<StripeSettings> {
     if secrets.iter().any(|it| !it.starts_with("whsec_")) {
         let variable = &webhook.variable;
         r.0.push(format!(
-            "{variable}: must be a signing secret of Stripe's, which starts with whsec_"
+            "{variable}: must be a Stripe webhook secret, which starts with whsec_"
         ));
     }
     let api_base = r.read("STRIPE_API_BASE", &s.stripe_api_base, None, |text| {

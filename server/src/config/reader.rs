@@ -33,7 +33,7 @@ impl Reader {
         }
     }
 
-    /// Falls back to the first choice.
+    /// Falls back to the first option.
     pub(super) fn choice<T: Copy, const N: usize>(
         &mut self,
         variable: &str,
@@ -62,6 +62,16 @@ impl Reader {
                     )
                 })
         })
+    }
+
+    /// Returns `None` for an empty string.
+    pub(super) fn optional_number(
+        &mut self,
+        variable: &str,
+        text: &str,
+        range: RangeInclusive<u64>,
+    ) -> Option<u64> {
+        (!text.trim().is_empty()).then(|| self.number(variable, text, range))
     }
 
     pub(super) fn count(
@@ -172,7 +182,7 @@ pub(super) struct Sourced {
     pub(super) value: Option<SecretString>,
 }
 
-/// A larger file cannot be a secret.
+/// A larger file is certainly not a secret.
 const SECRET_FILE_MAX: u64 = 64 * 1024;
 
 /// Returns the content of a file without surrounding white space, such as the line break that editors add.

@@ -7,7 +7,7 @@
 //! | Redis Cluster | `redis://host[:port],host[:port][,…]`, or `redis+cluster://host[:port][,…]` |
 //!
 //! `rediss` instead of `redis` means TLS for every connection, with certificates verified against the system's trusted
-//! roots. `valkey` and `valkeys` are synonyms of `redis` and `rediss`. `group` is the name of the master in the
+//! roots. `valkey` and `valkeys` are synonyms for `redis` and `rediss`. `group` is the name of the master in the
 //! sentinels' configuration. User, password and database are the master's; `?sentinel_user=` and `?sentinel_password=`
 //! are the sentinels'. Special characters are percent-encoded, including a comma in a password.
 
@@ -84,7 +84,7 @@ impl std::fmt::Display for RedisServers {
             Self::One(info) => write!(f, "{}", info.addr()),
             Self::Sentinel {
                 sentinels, group, ..
-            } => write!(f, "the master of {group}, by sentinels {}", list(sentinels)),
+            } => write!(f, "the master of {group}, via sentinels {}", list(sentinels)),
             Self::Cluster(nodes) => write!(f, "the cluster {}", list(nodes)),
         }
     }
@@ -115,7 +115,9 @@ pub fn servers(text: &str) -> Result<RedisServers, String> {
         Some((base, "cluster")) => (base, Kind::Cluster),
         Some(("redis" | "valkey", "unix")) => return one(text),
         Some(_) => {
-            return Err("must have a scheme without suffix, or with +sentinel or +cluster".into());
+            return Err(
+                "must have no suffix after the scheme other than +sentinel or +cluster".into(),
+            );
         }
     };
     let tls = match base {
@@ -144,7 +146,7 @@ pub fn servers(text: &str) -> Result<RedisServers, String> {
         .rsplit_once('@')
         .map_or(("", before), |(login, hosts)| (login, hosts));
     if login.contains(',') {
-        return Err("must have user and password only before the first host".into());
+        return Err("must have the user and password only before the first host".into());
     }
     let default_port = if kind == Kind::Sentinel {
         SENTINEL_PORT
@@ -156,7 +158,7 @@ pub fn servers(text: &str) -> Result<RedisServers, String> {
         .map(|host| address(host.trim(), default_port, tls))
         .collect::<Result<Vec<_>, _>>()?;
 
-    // Parsed as a URL with a placeholder host.
+    // Parse it as a URL with a placeholder host.
     let common = Url::parse(&format!("redis://{login}@host{after}"))
         .map_err(|_| "must be redis://user:password@host:port,host:port".to_owned())?;
     if common.fragment().is_some() {
@@ -244,7 +246,7 @@ fn address(text: &str, default_port: u16, tls: bool) -> Result<ConnectionAddr, S
         _ => return Err(bad()),
     };
     if !url.username().is_empty() || url.password().is_some() {
-        return Err("must have user and password only before the first host".into());
+        return Err("must have the user and password only before the first host".into());
     }
     let port = url.port().unwrap_or(default_port);
     Ok(if tls {
@@ -315,11 +317,11 @@ mod tests {
             ("unix:///run/redis.sock", "single /run/redis.sock"),
             (
                 "redis+sentinel://a,b:26380,c/main",
-                "sentinel the master of main, by sentinels a:26379,b:26380,c:26379",
+                "sentinel the master of main, via sentinels a:26379,b:26380,c:26379",
             ),
             (
                 "rediss+sentinel://u:p@a/main/2",
-                "sentinel the master of main, by sentinels a:26379 by TLS",
+                "sentinel the master of main, via sentinels a:26379 by TLS",
             ),
             ("redis://a:7000,b:7001", "cluster the cluster a:7000,b:7001"),
             (

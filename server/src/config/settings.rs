@@ -69,7 +69,7 @@ settings! {
 
     /// The Redis server through which replicas share their counters: redis://user:password@host:port/db; with Sentinel,
     /// redis+sentinel://user:password@host:port,host:port/group/db; with Redis Cluster, redis://host:port,host:port.
-    /// rediss means TLS; valkey is a synonym of redis. Unset: counters are in memory, for a single replica.
+    /// rediss means TLS; valkey is a synonym for redis. Unset: counters are in memory, for a single replica.
     redis_url: "REDIS_URL", "", "URL", hide_env_values = true;
 
     /// A file that contains REDIS_URL. Use either this or REDIS_URL.
@@ -105,7 +105,7 @@ settings! {
     durability: "QUOTA_DURABILITY", "process", "MODE";
 
     /// The maximum disk space for recorded usage while PostgreSQL is unreachable, in bytes: 1048576 to
-    /// 1000000000000. The server logs a warning at half of it. When it is used up, requests for a decision get 503. 1 GiB is
+    /// 1000000000000. The server logs a warning when half of it is used. When it is used up, check requests get 503. 1 GiB is
     /// enough for about 6,000,000 requests.
     usage_backlog_max: "QUOTA_USAGE_BACKLOG_MAX", "4294967296", "BYTES";
 
@@ -127,8 +127,8 @@ settings! {
     /// A file that contains QUOTA_SECRET. Use either this or QUOTA_SECRET.
     secret_file: "QUOTA_SECRET_FILE", "", "PATH";
 
-    /// A second secret that is accepted but not used for anything new: the QUOTA_SECRET before or after the rotation in
-    /// progress.
+    /// A second secret that is accepted but not used for new signatures: the QUOTA_SECRET before or after the rotation
+    /// in progress.
     secret_previous: "QUOTA_SECRET_PREVIOUS", "", "SECRET", hide_env_values = true;
 
     /// A file that contains QUOTA_SECRET_PREVIOUS. Use either this or QUOTA_SECRET_PREVIOUS.
@@ -160,6 +160,22 @@ settings! {
     /// The maximum number of service tokens per tenant: 1 to 1000000.
     max_service_tokens: "QUOTA_MAX_SERVICE_TOKENS", "1000", "N";
 
+    /// The maximum number of plans of a tenant without a subscription: 1 to 1000000. Unset: QUOTA_MAX_PLANS. This and
+    /// the following limits apply to every tenant if billing is off.
+    free_plans: "QUOTA_FREE_PLANS", "", "N";
+
+    /// The maximum number of API keys of a tenant without a subscription: 1 to 10000000. Unset: QUOTA_MAX_API_KEYS.
+    free_keys: "QUOTA_FREE_KEYS", "", "N";
+
+    /// The maximum number of requests per calendar month (UTC) of a tenant without a subscription, across all its API
+    /// keys: 1 to 1000000000000. Further requests get 429 with the policy tenant_monthly. Unset: no limit. Plans with a
+    /// higher daily or monthly quota must be marked `paid`.
+    free_requests_per_month: "QUOTA_FREE_REQUESTS_PER_MONTH", "", "N";
+
+    /// The maximum rate (requests per minute) and burst of plans that are not marked `paid`: 1 to 60000000. Unset: no
+    /// limit.
+    free_rpm: "QUOTA_FREE_RPM", "", "N";
+
     /// The maximum number of requests per minute from one client address to /auth; 0 for no limit.
     auth_rpm: "QUOTA_AUTH_RPM", "60", "N";
 
@@ -185,8 +201,8 @@ settings! {
     /// idle connections to Quota.
     idle_timeout: "QUOTA_IDLE_TIMEOUT", "75s", "DURATION";
 
-    /// How long a client may go without reading any of a response that is being sent, such as 30s. On HTTP/2, less than
-    /// 1 KiB does not count.
+    /// How long a client may go without reading any part of a response that is being sent, such as 30s. On HTTP/2, less
+    /// than 1 KiB does not count.
     write_timeout: "QUOTA_WRITE_TIMEOUT", "30s", "DURATION";
 
     /// The maximum number of open client connections: 16 to 1000000. The open-file limit may allow fewer. When
@@ -194,17 +210,17 @@ settings! {
     /// client does not read its response.
     connections: "QUOTA_CONNECTIONS", "10000", "N";
 
-    /// The maximum number of open connections from one client address (IPv6: one /64); 0 for no limit. Connections
-    /// on which a valid API key or service token was sent don't count, nor do those of QUOTA_TRUSTED_PROXIES.
+    /// The maximum number of open connections from one client address (IPv6: one /64); 0 for no limit. Connections on
+    /// which a valid API key or service token was sent don't count, nor do those from QUOTA_TRUSTED_PROXIES.
     connections_per_address: "QUOTA_CONNECTIONS_PER_ADDRESS", "1000", "N";
 
     /// The maximum number of open connections from one network (IPv4: one /24, IPv6: one /56; an IPv6 /48 may have
     /// twice as many); 0 for no limit. Counted like QUOTA_CONNECTIONS_PER_ADDRESS.
     connections_per_network: "QUOTA_CONNECTIONS_PER_NETWORK", "2500", "N";
 
-    /// The maximum number of concurrent lookups of API keys that are not in memory, and as many of service tokens: 1 to
-    /// 100000. When it is reached, each client still gets an equal share, and other lookups get 503. Keys in memory are
-    /// not affected.
+    /// The maximum number of concurrent lookups of API keys that are not in memory: 1 to 100000. Service tokens have a
+    /// separate limit of the same size. When a limit is reached, each client still gets an equal share, and other
+    /// lookups get 503. Keys in memory are not affected.
     key_lookups: "QUOTA_KEY_LOOKUPS", "1000", "N";
 
     /// How long the server waits for requests in flight when it stops, such as 20s; at most 25s.
@@ -227,25 +243,25 @@ settings! {
     /// 4 GB.
     usage_retention: "QUOTA_USAGE_RETENTION", "90", "DAYS";
 
-    /// The number of days for which usage totals per quarter of an hour and per day are kept: 2 to 3650.
+    /// The number of days for which 15-minute and daily usage totals are kept: 2 to 3650.
     usage_rollup_retention: "QUOTA_USAGE_ROLLUP_RETENTION", "400", "DAYS";
 
-    /// The secret key of your Stripe account, which starts with `sk_` or `rk_`. With it, plans marked `paid` need a
-    /// subscription. `quota billing setup` creates the required objects at Stripe. Unset: billing is off, and such
+    /// The secret key of your Stripe account, which starts with `sk_` or `rk_`. If set, plans marked `paid` require a
+    /// subscription. `quota billing setup` creates the required objects in Stripe. Unset: billing is off, and such
     /// plans work like other plans.
     stripe_secret_key: "STRIPE_SECRET_KEY", "", "SECRET", hide_env_values = true;
 
     /// A file that contains STRIPE_SECRET_KEY. Use either this or STRIPE_SECRET_KEY.
     stripe_secret_key_file: "STRIPE_SECRET_KEY_FILE", "", "PATH";
 
-    /// The signing secret of the webhook endpoint at Stripe, which starts with `whsec_`. While it is being rotated,
+    /// The signing secret of the Stripe webhook endpoint, which starts with `whsec_`. While it is being rotated, set
     /// both secrets, separated by a comma. Required with STRIPE_SECRET_KEY, except by `quota billing`.
     stripe_webhook_secret: "STRIPE_WEBHOOK_SECRET", "", "SECRET", hide_env_values = true;
 
     /// A file that contains STRIPE_WEBHOOK_SECRET. Use either this or STRIPE_WEBHOOK_SECRET.
     stripe_webhook_secret_file: "STRIPE_WEBHOOK_SECRET_FILE", "", "PATH";
 
-    /// The address of Stripe's API, for tests. Default: https://api.stripe.com.
+    /// The address of the Stripe API, for tests. Default: https://api.stripe.com.
     stripe_api_base: "STRIPE_API_BASE", "", "URL";
 
     /// The number of days for which plans marked `paid` keep working after a payment has failed, while Stripe retries

@@ -7,12 +7,12 @@
 //! * PostgreSQL listens on a Unix socket in a directory that only its user can access, and not on any TCP port.
 //! * It stops when this process ends for any reason. A small shell script, the guard, runs PostgreSQL and reads from a
 //!   pipe whose other end only this process holds. When this process ends, even after `kill -9`, the read ends and the
-//!   guard requests a fast shutdown. (`PR_SET_PDEATHSIG` would require `unsafe`, is lost when the process changes its
+//!   guard requests a fast shutdown. (`PR_SET_PDEATHSIG` would require `unsafe`, is reset when the process changes its
 //!   user, and fires when the *thread* that forked ends.)
-//! * If PostgreSQL crashes it is restarted, with backoff. Until then, connections fail, as with any database that is
-//!   down.
-//! * If this process runs as root, which PostgreSQL refuses, PostgreSQL runs as the user `postgres`, or `nobody` if
-//!   there is no such user.
+//! * If PostgreSQL crashes it is restarted, with backoff. Until it is running again, connections fail, as with any
+//!   database that is down.
+//! * If this process runs as root, which PostgreSQL does not allow, PostgreSQL runs as the user `postgres`, or `nobody`
+//!   if there is no such user.
 mod binaries;
 mod cluster;
 mod place;
@@ -35,11 +35,11 @@ use self::{
 /// The role and the database that the server uses.
 const NAME: &str = "quota";
 
-/// Only used in the name of the socket's file (`.s.PGSQL.5432`). No TCP port is opened.
+/// Used only in the name of the socket file (`.s.PGSQL.5432`). No TCP port is opened.
 const PORT: &str = "5432";
 
-/// The cluster's settings. Passed on the command line, so that the settings of this version of Quota apply and not
-/// those of the version that created the cluster.
+/// The cluster's settings. They are passed on the command line, so that the settings of this version of Quota apply
+/// instead of those of the version that created the cluster.
 const SETTINGS: &[(&str, &str)] = &[
     ("listen_addresses", ""),
     ("unix_socket_permissions", "0700"),
@@ -74,8 +74,7 @@ pub enum EmbeddedError {
         found: Vec<String>,
     },
     #[error(
-        "cannot create the data directory {} for the embedded database: set DATABASE_URL to a PostgreSQL \
-         server of yours, or QUOTA_DATA_DIR to a directory that can be written",
+        "cannot create the data directory {} for the embedded database: set DATABASE_URL to use your own PostgreSQL server, or QUOTA_DATA_DIR to a writable directory",
         path.display()
     )]
     NoDataDir {

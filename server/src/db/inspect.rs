@@ -1,4 +1,4 @@
-//! Properties of a database that `quota doctor` reports. Read-only.
+//! Reads the properties of a database that `quota doctor` reports.
 
 use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use secrecy::{ExposeSecret, SecretString};
@@ -17,7 +17,7 @@ const LEFT_TO_OTHERS: usize = 10;
 pub struct ServerInfo {
     pub version: String,
     pub max_connections: usize,
-    /// Reserved for superusers and, as of PostgreSQL 16, for roles that the operator chose.
+    /// Connections reserved for superusers and, as of PostgreSQL 16, for roles chosen by the operator.
     pub reserved_connections: usize,
     /// Number of migrations in this binary that have been applied.
     pub applied: usize,

@@ -12,8 +12,8 @@ const MIGRATIONS: EmbeddedMigrations = embed_migrations!("../migrations");
 /// The advisory lock that allows only one replica to migrate at a time. The others wait for it.
 const LOCK: i64 = 7_226_420;
 
-/// A migration may take long, so there is no statement timeout. It must not wait long for a lock, since all later
-/// queries would then wait for it: see the `lock_timeout` below.
+/// A migration may take a long time, so there is no statement timeout. It must not wait long for a lock, since all
+/// later queries would then wait for it: see the `lock_timeout` below.
 const SESSION: &str = "SET timezone = 'UTC'; SET client_min_messages = 'warning'; \
     SET application_name = 'quota migrate'";
 

@@ -26,7 +26,7 @@ use crate::config::DatabaseSettings;
 pub enum Lane {
     /// Management, sign-in and background work that may wait.
     Requests,
-    /// Lookups of API keys and service tokens, which unauthenticated clients can cause.
+    /// Lookups of API keys and service tokens, which unauthenticated clients can trigger.
     Lookups,
     /// The quota ledger.
     Ledger,
@@ -50,9 +50,9 @@ impl Lanes {
     /// Divides `total` connections, at least six, among the lanes.
     pub fn divide(total: usize) -> Self {
         let health = if total < 8 { 1 } else { 2 };
-        // Two if there are enough connections, so that returning tokens does not delay taking them.
+        // There are two if there are enough connections, so that returning tokens does not delay taking them.
         let ledger = (total * 3 / 16).max(if total < 8 { 1 } else { 2 });
-        // Batches are written one after another.
+        // One is enough, because batches are written one after another.
         let shipping = 1;
         let lookups = (total / 4).max(2);
         Self {
@@ -97,7 +97,7 @@ impl Pools {
     }
 }
 
-/// The pools, and the lane whose pool this handle uses. Cheap to clone.
+/// A handle to the pools that uses the pool of one lane. Cheap to clone.
 #[derive(Clone)]
 pub struct Db {
     pools: Arc<Pools>,
@@ -145,9 +145,9 @@ impl Db {
         self.lanes
     }
 
-    /// Cancels work that takes longer than a statement may. Otherwise, it could take up to a minute to detect that a
-    /// connection went silent in the middle of a transaction. Requests have a separate limit; background work uses this
-    /// one.
+    /// Cancels work that takes longer than a statement is allowed to. Otherwise, it could take up to a minute to detect
+    /// that a connection went silent in the middle of a transaction. Requests have a separate limit, so this one is for
+    /// background work.
     pub async fn within_limit<T>(
         &self,
         work: impl Future<Output = Result<T, DbError>>,

@@ -11,8 +11,8 @@ use tokio::{runtime::Handle, time::timeout};
 
 use super::{connect::ConnectionPool, error::DbError};
 
-/// How long the first response on a pooled connection may take. A PostgreSQL that hangs still acknowledges every byte,
-/// so neither TCP timeouts nor PostgreSQL's own end the wait.
+/// How long the first response on a pooled connection may take. A PostgreSQL server that hangs still acknowledges every
+/// byte, so neither TCP timeouts nor PostgreSQL's own timeouts end the wait.
 pub(super) const FIRST_ANSWER: Duration = Duration::from_secs(2);
 /// How long a rollback may take.
 const ROLLBACK: Duration = Duration::from_secs(2);
@@ -32,7 +32,7 @@ struct Tx {
 impl Tx {
     async fn begin(pool: &ConnectionPool, statements: &str) -> Result<Self, DbError> {
         let conn = pool.get().await?;
-        // If the caller is dropped after this point, dropping this rolls back.
+        // If the caller is dropped after this point, dropping this rolls the transaction back.
         let mut tx = Self { conn: Some(conn) };
         let began = timeout(FIRST_ANSWER, tx.get().batch_execute(statements)).await;
         match (began, tx.conn.take()) {
@@ -68,7 +68,7 @@ impl Drop for Tx {
         runtime.spawn(async move {
             let rollback = timeout(ROLLBACK, conn.batch_execute("ROLLBACK")).await;
             if !matches!(rollback, Ok(Ok(()))) {
-                // Closing the connection also rolls back.
+                // Closing the connection also rolls the transaction back.
                 let _ = Object::take(conn);
             }
         });
@@ -83,7 +83,7 @@ pub struct TenantTx {
 
 impl TenantTx {
     pub(super) async fn begin(pool: &ConnectionPool, tenant: TenantId) -> Result<Self, DbError> {
-        // Not an injection: a UUID has only hexadecimal digits and dashes.
+        // This cannot be an injection, because a UUID contains only hexadecimal digits and dashes.
         let begin = format!("BEGIN; SET LOCAL ROLE quota_app; SET LOCAL quota.tenant = '{tenant}'");
         Ok(Self {
             tx: Tx::begin(pool, &begin).await?,

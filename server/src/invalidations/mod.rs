@@ -5,8 +5,8 @@
 //! Redis, so that most replicas learn of it within milliseconds. Messages may be lost. Without Redis, or while it is
 //! unreachable, no messages are sent.
 //!
-//! Messages are sealed, since anyone with access to Redis can publish one. A message that cannot be opened, is older
-//! than a few minutes, or contains nothing new is counted and otherwise ignored.
+//! Messages are sealed, since anyone with access to Redis can publish one. A message that cannot be opened, is more
+//! than a few minutes old, or contains nothing new is counted but otherwise ignored.
 //!
 //! Does not depend on the caches. [`Recent`] contains the recent changes that this replica knows of.
 
@@ -27,10 +27,10 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// The context of the seal. Change it when a field changes its meaning.
+/// The context of the seal. Change it when the meaning of a field changes.
 const CONTEXT: &[&[u8]] = &[b"invalidation 1"];
 /// The maximum difference between a message's time and this replica's. The clocks of replicas and PostgreSQL may differ
-/// by two minutes, and messages arrive quickly. Older changes have long been polled.
+/// by two minutes, and messages arrive quickly. Older changes were polled long ago.
 const MAX_AGE: Duration = Duration::from_mins(5);
 
 /// Other versions of the server read this: fields may be added, but the meaning of existing ones must not change.
@@ -68,7 +68,7 @@ impl Publisher {
         }
     }
 
-    /// Publishes a committed change. Does not block: sends it in the background.
+    /// Publishes a committed change. Does not block: the message is sent in the background.
     pub fn publish(&self, invalidation: &Invalidation) {
         let (Some(redis), Some(message)) = (self.redis.clone(), write(&self.seal, invalidation))
         else {
@@ -130,7 +130,7 @@ fn read(seal: &Seal, message: &[u8], now: UnixNanos) -> Option<Invalidation> {
     })
 }
 
-/// Everything that several changes invalidate, so that a cache is searched only once.
+/// The combined set of resources that several changes invalidate, so that a cache is searched only once.
 #[derive(Debug, Default)]
 pub struct InvalidationSet {
     tenants: HashSet<Uuid>,

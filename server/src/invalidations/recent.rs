@@ -4,12 +4,12 @@
 //! Changes are numbered in the order of their commits, and a copy carries the highest number at the time it was read. So
 //! a copy with number `n` is current except for changes above `n`.
 //!
-//! There are two sources, which are not trusted equally:
+//! There are two sources with different levels of trust:
 //! - **Polled** changes come from PostgreSQL, in order and without gaps. Only they raise the floor and the number up to
 //!   which all changes are known.
-//! - **Announced** changes are messages from other replicas and this replica's own commits. They only arrive earlier.
-//!   Until the poll has caught up, an announcement outdates older copies. It never hides a number from the poll, never
-//!   raises the floor, and never displaces a polled change.
+//! - **Announced** changes are messages from other replicas and this replica's own commits. Their only benefit is that
+//!   they arrive earlier. Until the poll has caught up, an announcement makes older copies outdated. It never hides a
+//!   number from the poll, never raises the floor, and never displaces a polled change.
 //!
 //! Nothing below the floor is confirmed, since changes there may have been deleted from PostgreSQL. A copy whose number
 //! is higher than any polled or announced one is not confirmed either: no such number has been assigned.
@@ -24,13 +24,13 @@ use uuid::Uuid;
 
 use crate::repo::invalidation::{Invalidation, Target};
 
-/// The maximum number of polled changes in memory. One takes about 150 bytes.
+/// The maximum number of polled changes in memory. Each takes about 150 bytes.
 const REMEMBERED: usize = 20_000;
 /// The maximum number of announcements in memory until the poll reaches them shortly after. Others are dropped, since
 /// the poll reads them anyway.
 const ANNOUNCED: usize = 4096;
 
-/// See the module.
+/// See the module documentation.
 #[derive(Debug, Default)]
 pub struct Recent(Mutex<State>);
 
@@ -41,7 +41,7 @@ struct State {
     /// The history of the database that the numbers belong to.
     history: Option<Arc<str>>,
     polled: BTreeMap<i64, Uuid>,
-    /// Those with numbers above `range.up_to`.
+    /// The announced changes with numbers above `range.up_to`.
     announced: BTreeMap<i64, Uuid>,
     /// The highest number of each ID in either map. IDs are unique across kinds.
     newest: HashMap<Uuid, i64>,
@@ -108,7 +108,7 @@ impl Recent {
         self.0.lock().history.clone()
     }
 
-    /// Records a polled change, after all previous ones. Returns whether it is new.
+    /// Records a polled change. Must be called in order. Returns whether it is new.
     pub fn polled(&self, invalidation: &Invalidation) -> bool {
         let (seq, id) = (invalidation.seq, subject(invalidation));
         let mut state = self.0.lock();
@@ -162,7 +162,7 @@ impl Recent {
         true
     }
 
-    /// Returns whether none of the IDs changed after number `as_of`, as far as is known.
+    /// Returns whether no change of one of these IDs after number `as_of` is known.
     pub fn unchanged(&self, ids: &[Uuid], as_of: i64) -> bool {
         let state = self.0.lock();
         let Some(range) = state.range else {
@@ -252,7 +252,7 @@ mod tests {
         assert!(recent.unchanged(&[key(1)], 2), "read after the change");
         assert!(recent.unchanged(&[key(2)], 1));
         assert!(!recent.unchanged(&[key(2)], 3), "3 was never announced");
-        // It was announced after a later one.
+        // It was announced after a later change.
         assert!(recent.announced(&of_key(1, 2)));
         assert!(!recent.unchanged(&[key(2)], 0));
         assert!(!recent.polled(&of_key(1, 2)) && !recent.polled(&of_key(2, 1)));
@@ -261,7 +261,7 @@ mod tests {
         assert!(recent.unchanged(&[key(1)], 2));
     }
 
-    /// Otherwise anyone who can announce future numbers could hide the real changes with those numbers.
+    /// Otherwise, an attacker who can announce future numbers could hide the real changes with those numbers.
     #[test]
     fn announcement_neither_hides_a_number_from_the_poll_nor_raises_the_floor() {
         let recent = Recent::default();

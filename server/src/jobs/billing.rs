@@ -1,7 +1,7 @@
-//! Processes webhooks from Stripe, and reads customers regularly in case one was lost.
+//! Processes Stripe webhooks, and reads customers regularly in case a webhook was lost.
 //!
-//! A webhook that this replica has stored is processed immediately. If another replica stored it and does not process
-//! it, this takes up to a second. Failures are retried later; see [`events`](crate::billing::events).
+//! A webhook that this replica has stored is processed immediately. If another replica stored it but does not process
+//! it, this replica does so within a second. Failures are retried later; see [`events`](crate::billing::events).
 
 use std::time::Duration;
 
@@ -16,9 +16,12 @@ use crate::{
 const EVERY: Duration = Duration::from_secs(1);
 /// How often this replica looks for customers that have not been read for a while.
 const READ_EVERY: Duration = Duration::from_secs(5);
+/// How often the prices of new subscriptions are read, and how soon this is retried after a failure.
+const OFFER_EVERY: Duration = Duration::from_mins(10);
+const OFFER_AGAIN: Duration = Duration::from_secs(30);
 /// How often usage is planned and sent.
 const REPORT_EVERY: Duration = Duration::from_secs(10);
-/// How often reports are compared with Stripe's totals.
+/// How often reports are compared with the totals in Stripe.
 const RECONCILE_EVERY: Duration = Duration::from_hours(1);
 
 pub(super) async fn handle_events(state: AppState) {
@@ -32,7 +35,7 @@ pub(super) async fn handle_events(state: AppState) {
             _ = ticks.tick() => {}
             () = state.billing_event.notified() => {}
         }
-        // Until there are none left.
+        // Repeats until there are none left.
         while handle_round(&state, billing.handle_due().await, &mut is_reported) {}
     }
 }
@@ -47,6 +50,23 @@ pub(super) async fn read_customers(state: AppState) {
         ticks.tick().await;
         let round = billing.read_due().await;
         handle_round(&state, round, &mut is_reported);
+    }
+}
+
+/// Reads the prices of new subscriptions, which the console shows.
+pub(super) async fn read_offer(state: AppState) {
+    let Some(billing) = state.billing.clone() else {
+        return;
+    };
+    loop {
+        let wait = match billing.read_offer().await {
+            Ok(()) => OFFER_EVERY,
+            Err(error) => {
+                tracing::debug!(error = %db::chain(&error), "cannot read prices from Stripe");
+                OFFER_AGAIN
+            }
+        };
+        tokio::time::sleep(wait).await;
     }
 }
 
@@ -76,7 +96,7 @@ pub(super) async fn report_usage(state: AppState) {
     }
 }
 
-/// Compares yesterday's reports with Stripe's totals, and reports usage that has not been charged.
+/// Compares yesterday's reports with the totals in Stripe, and measures usage that has not been charged.
 pub(super) async fn reconcile_usage(state: AppState) {
     let Some(billing) = state.billing.clone() else {
         return;
@@ -120,6 +140,10 @@ fn handle_round(state: &AppState, round: Result<Round, DbError>, is_reported: &m
         .metrics
         .billing_errors
         .inc_by(count(round.read_errors));
+    state
+        .metrics
+        .billing_meter_errors
+        .inc_by(round.meter_errors);
     state
         .metrics
         .billing_events_failed

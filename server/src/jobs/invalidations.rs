@@ -1,5 +1,5 @@
-//! Learns of changes on other replicas: by polling PostgreSQL, on which the guarantees rely, and from messages, which
-//! are only faster.
+//! Learns of changes made on other replicas, in two ways: by polling PostgreSQL, on which the guarantees rely, and from
+//! messages, which are merely faster.
 
 use std::{pin::pin, time::Duration};
 
@@ -19,12 +19,12 @@ use crate::{
 /// machine. Cache entries are trusted for five polls.
 const POLL_EVERY: Duration = Duration::from_millis(150);
 
-/// If a poll takes this long, PostgreSQL is suspected to be unreachable. Polls normally take milliseconds, and cache entries
-/// are trusted for 750 ms after one.
+/// If a poll takes this long, PostgreSQL is suspected to be unreachable. A poll normally takes milliseconds, and cache
+/// entries are trusted for 750 ms after it.
 const SUSPECT_AFTER: Duration = Duration::from_millis(750);
 
-/// Polls for changes and drops what they invalidate from the caches. Without a recent poll, entries are reloaded after a
-/// second, so a failed poll is only a warning.
+/// Polls for changes, and drops the cache entries that they invalidate. Without a recent poll, entries are reloaded
+/// after a second, so a failed poll is only a warning.
 pub(super) async fn poll(state: AppState, mut stopping: watch::Receiver<bool>) {
     let mut ticks = every(POLL_EVERY);
     let db = state.db.on(Lane::Health);
@@ -70,7 +70,7 @@ fn suspect(state: &AppState) {
 
 async fn poll_once(state: &AppState, db: &Db, last: &mut Option<Position>) -> Result<(), DbError> {
     let mut tx = db.system().await?;
-    // Read before the rows, so that the next poll notices a restore that happens in between.
+    // This is read before the rows, so that the next poll notices a restore that happens in between.
     let position = invalidation::position(&mut tx).await?;
     let Some(polled) = last else {
         // If earlier polls failed, cached entries may be older than the changes read by this one. Records cached by
@@ -88,7 +88,7 @@ async fn poll_once(state: &AppState, db: &Db, last: &mut Option<Position>) -> Re
         tracing::warn!(
             polled = polled.highest,
             highest = position.highest,
-            "PostgreSQL was restored or has failed over; all caches are cleared"
+            "PostgreSQL was restored or has failed over; all caches were cleared"
         );
         state.recent.restart(&newest, &position.history);
         state.forget_all();

@@ -15,8 +15,8 @@ const PREPARE: Duration = Duration::from_millis(100);
 const MEASURE: Duration = Duration::from_secs(10);
 /// How long to wait after a failure.
 const PAUSE: Duration = Duration::from_secs(1);
-/// How long a stopping server continues to ship, including the batch in flight. The next start ships the rest from its
-/// directory.
+/// How long a stopping server continues to ship, including the batch in flight. The rest is shipped from its directory
+/// after the next start.
 const FINISH: Duration = Duration::from_secs(3);
 
 pub(super) async fn ship(state: AppState, mut stopping: watch::Receiver<bool>) {
@@ -39,7 +39,7 @@ pub(super) async fn ship(state: AppState, mut stopping: watch::Receiver<bool>) {
         }
     }
     let finished = async {
-        // Dropping it would keep its connection busy, which the remaining usage needs.
+        // Dropping it would keep its connection busy, but the remaining usage needs that connection.
         if let Some(shipping) = in_flight {
             shipping.await?;
         }
@@ -56,7 +56,8 @@ pub(super) async fn ship(state: AppState, mut stopping: watch::Receiver<bool>) {
     }
 }
 
-/// Separate from [`ship`], so that a long backlog of another replica does not delay this one's records.
+/// Ships the usage of stopped replicas. Separate from [`ship`], so that a long backlog of another replica does not
+/// delay this one's records.
 pub(super) async fn adopt(state: AppState, mut stopping: watch::Receiver<bool>) {
     let mut ticks = every(PAUSE);
     let mut outage = Outage::default();
@@ -98,7 +99,7 @@ pub(super) async fn measure_time(state: AppState, mut stopping: watch::Receiver<
     }
 }
 
-/// Logs the first of several failures.
+/// Logs only the first of several consecutive failures.
 #[derive(Default)]
 struct Outage {
     is_open: bool,

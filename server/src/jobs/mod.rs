@@ -50,6 +50,7 @@ impl Jobs {
             running.spawn(until_stopped(
                 billing::read_customers(state.clone()).boxed(),
             ));
+            running.spawn(until_stopped(billing::read_offer(state.clone()).boxed()));
             running.spawn(until_stopped(billing::report_usage(state.clone()).boxed()));
             running.spawn(until_stopped(
                 billing::reconcile_usage(state.clone()).boxed(),
@@ -81,8 +82,8 @@ async fn next(ticks: &mut tokio::time::Interval, stopping: &mut watch::Receiver<
     }
 }
 
-/// Runs a job that can be dropped anywhere, since it continues later with what is stored. So stopping does not wait for
-/// Stripe.
+/// Runs a job that can be dropped at any point, since it continues later from its stored state. So stopping the server
+/// does not wait for Stripe.
 async fn until_stopped(mut stopping: watch::Receiver<bool>, job: BoxFuture<'static, ()>) {
     tokio::select! {
         biased;

@@ -19,7 +19,7 @@ pub(super) async fn count(state: AppState, mut stopping: watch::Receiver<bool>) 
     let id = Uuid::now_v7();
     let db = state.db.on(Lane::Health);
     let mut ticks = every(limiter::COUNTED_EVERY);
-    let mut away = false;
+    let mut is_failing = false;
     while next(&mut ticks, &mut stopping).await {
         let began = state.clock.monotonic();
         match db.within_limit(seen(&db, id)).await {
@@ -36,10 +36,10 @@ pub(super) async fn count(state: AppState, mut stopping: watch::Receiver<bool>) 
                     .metrics
                     .replicas
                     .set(i64::try_from(count.get()).unwrap_or(i64::MAX));
-                away = false;
+                is_failing = false;
             }
             Err(error) => {
-                if !std::mem::replace(&mut away, true) {
+                if !std::mem::replace(&mut is_failing, true) {
                     tracing::warn!(error = %db::chain(&error), "cannot count replicas");
                 }
             }

@@ -1,6 +1,6 @@
 //! Deletes expired rows.
 //!
-//! Each batch is a short transaction, whose size depends on how long the previous one took, down to a single row. The
+//! Each batch is a short transaction, whose size, down to a single row, depends on how long the previous one took. The
 //! kinds of rows take turns, so that a slow, locked or broken kind does not block the others.
 
 use std::time::{Duration, Instant};
@@ -15,13 +15,13 @@ use crate::{
 };
 
 const EVERY: Duration = Duration::from_mins(10);
-/// Rows per batch.
+/// The maximum number of rows per batch.
 const FIRST: i64 = 500;
 const LARGEST: i64 = 5000;
-/// The intended duration of a batch: well below the statement timeout, and short for transactions that wait for a row.
+/// The target duration of a batch: well below the statement timeout, and short for transactions that wait for a row.
 const SHORT: Duration = Duration::from_millis(100);
 const LONG: Duration = Duration::from_millis(400);
-/// How long one kind of row is swept before the next one.
+/// How long one kind of row is swept before the next kind gets its turn.
 const TURN: Duration = Duration::from_secs(1);
 /// The pause between batches, which leaves room for other work.
 const PAUSE: Duration = Duration::from_millis(5);

@@ -1,7 +1,8 @@
 //! Maintains the usage tables: creates partitions in advance, drops old ones, and regularly compares all tables that
 //! count the same requests.
 //!
-//! Without its partition, a row is stored in the default partition. So a failure here is only a warning and is retried.
+//! If its partition is missing, a row is stored in the default partition. So a failure here only logs a warning and is
+//! retried.
 
 use std::time::Duration;
 
@@ -25,7 +26,7 @@ const COMPARE_EVERY: Duration = Duration::from_hours(6);
 const AHEAD: u64 = 7;
 /// The maximum number of endpoints to remove per transaction.
 const ENDPOINTS: i64 = 1000;
-/// The wait before a retry. Often, a table was just busy.
+/// The wait before a retry. Often, a table was only busy.
 const RETRY: Duration = Duration::from_secs(2);
 const TRIES: u32 = 5;
 
@@ -66,7 +67,7 @@ async fn maintain_with_retries(state: &AppState) {
     }
 }
 
-/// Does as much as possible. Returns the first error.
+/// Continues after errors, and returns the first one.
 async fn maintain_once(state: &AppState) -> Result<(), DbError> {
     let today = state.db.within_limit(today(state)).await?;
     let created = create_all(state, today).await;
@@ -86,7 +87,7 @@ async fn maintain_once(state: &AppState) -> Result<(), DbError> {
     failed.or(forgotten.err()).map_or(Ok(()), Err)
 }
 
-/// Returns the day, by PostgreSQL's clock.
+/// Returns the current day, by PostgreSQL's clock.
 async fn today(state: &AppState) -> Result<NaiveDate, DbError> {
     let mut tx = state.db.system().await?;
     let now = usage_shipper::times(&mut tx).await?.now;

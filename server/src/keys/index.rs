@@ -2,7 +2,7 @@
 //! cache.
 //!
 //! Lists the hashes of cached keys by tenant, plan and key ID. An entry may be out of date because its key was evicted
-//! or moved to another plan; this costs one unnecessary reload. A hash is added before its record is cached and kept
+//! or moved to another plan; that costs one unnecessary reload. A hash is added before its record is cached and kept
 //! while the record is being loaded or cached, so no hash is missing.
 
 use std::collections::{HashMap, HashSet};
@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use crate::{invalidations::InvalidationSet, secret_text::Hash};
 
-/// See the module.
+/// See the module documentation.
 #[derive(Debug)]
 pub struct KeyIndex {
     owners: Mutex<Owners>,
@@ -22,7 +22,7 @@ pub struct KeyIndex {
 
 #[derive(Debug, Default)]
 struct Owners {
-    /// By tenant, plan and key. IDs are unique across all three.
+    /// Hashes by the ID of the tenant, plan or key. IDs are unique across all three.
     hashes: HashMap<Uuid, HashSet<Hash>>,
     entries: usize,
 }
@@ -32,7 +32,7 @@ impl KeyIndex {
     pub fn new(keys: usize) -> Self {
         Self {
             owners: Mutex::default(),
-            // Three entries per key, and the same number of outdated ones.
+            // Leaves room for three entries per key, and for as many outdated ones.
             capacity: keys.saturating_mul(6),
         }
     }
@@ -126,7 +126,7 @@ mod tests {
         let (hash, id) = key(2);
         index.add(hash, [TENANT, plan(0), id], |_| true);
         assert_eq!(take(&index, Target::Plan(plan(0))), [2]);
-        // Its secret was rotated, so both are valid for a while.
+        // The secret was rotated, so both secrets are valid for a while.
         index.add([99; 32], [TENANT, plan(1), id], |_| true);
         assert_eq!(take(&index, Target::ApiKey(id)), [2, 99]);
     }

@@ -1,5 +1,5 @@
-//! Records when service tokens were last used: in memory, and every few seconds in PostgreSQL. The same for keys while
-//! metering is off; otherwise, it is written with their usage.
+//! Records when service tokens were last used, in memory, and writes these times to PostgreSQL every few seconds. While
+//! metering is off, does the same for keys; otherwise, their last use is written with their usage.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -52,7 +52,7 @@ impl LastUsed {
     }
 }
 
-/// Stops at the first batch that fails, since the next one would most likely wait just as long.
+/// Stops at the first batch that fails, since the next one would probably wait just as long.
 async fn flush(
     db: &Db,
     notes: &Notes,

@@ -54,7 +54,7 @@ impl PostgresLedger {
             Windows::Used => quota_usage::take(&mut tx, &asks, None).await?,
             Windows::Opened => open_and_take(&mut tx, requests, &asks).await?,
         };
-        // Quotas are spent only after the commit.
+        // Tokens are spent only after the commit.
         tx.commit().await?;
         Ok(taken.into_iter().map(|it| it.map(granted)).collect())
     }
@@ -88,8 +88,8 @@ impl PostgresLedger {
         }
     }
 
-    /// Takes tokens from windows in use and then, in another transaction, opens missing windows. The second one may
-    /// have to wait for a key that is being deleted, and must not hold locks that others need.
+    /// Takes tokens from windows in use and then, in another transaction, opens missing windows. The second transaction
+    /// may have to wait for a key that is being deleted, and meanwhile must not hold locks that others need.
     async fn take_sorted(&self, requests: &[TakeRequest]) -> Vec<Result<Taken, LedgerError>> {
         let mut results = self.take_from(Windows::Used, requests).await;
         let missing: Vec<usize> = (0..results.len())
@@ -110,7 +110,7 @@ impl PostgresLedger {
     }
 }
 
-/// Which windows to take from.
+/// Which windows to take tokens from.
 #[derive(Debug, Clone, Copy)]
 enum Windows {
     /// Windows with usage.
@@ -173,7 +173,7 @@ fn granted(taken: quota_usage::Taken) -> Taken {
     }
 }
 
-/// Returns the window of a row. Rows of earlier versions have no end and use the calendar's.
+/// Returns the window of a row. Rows of earlier versions have no end, so the calendar's is used.
 fn stated(row: &StatedWindow, request: &TakeRequest) -> QuotaWindow {
     let start = nanos(row.start);
     match row.end {
@@ -216,7 +216,7 @@ fn row((row, n): &(LedgerRow, u64)) -> (Row, i64) {
     (row, amount(*n))
 }
 
-fn time(at: UnixNanos) -> DateTime<Utc> {
+pub(super) fn time(at: UnixNanos) -> DateTime<Utc> {
     DateTime::from_timestamp_nanos(i64::try_from(at.0).unwrap_or(i64::MAX))
 }
 
@@ -225,7 +225,7 @@ fn nanos(at: DateTime<Utc>) -> UnixNanos {
     UnixNanos(u64::try_from(nanos).unwrap_or(0))
 }
 
-fn amount(n: u64) -> i64 {
+pub(super) fn amount(n: u64) -> i64 {
     i64::try_from(n).unwrap_or(i64::MAX)
 }
 

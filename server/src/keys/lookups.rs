@@ -32,7 +32,7 @@ use crate::{
 /// The maximum number of lookups per statement.
 const BATCH: usize = 200;
 
-/// The caller for whom a secret is looked up. Without a tenant and an address, it is the server itself.
+/// The caller for whom a secret is looked up. Without a tenant and an address, the caller is the server itself.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct LookupCaller {
     /// The tenant whose service token was sent.
@@ -41,10 +41,10 @@ pub struct LookupCaller {
     pub address: Option<ClientNetwork>,
 }
 
-/// See the module. Cheap to clone.
+/// See the module documentation. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Lookups {
-    /// With the number of the newest invalidation when the facts were read.
+    /// Lookups of keys, which return the facts and the number of the newest invalidation at the time of reading.
     pub keys: Batches<(KeyFacts, i64)>,
     pub tokens: Batches<(TenantId, ServiceTokenId)>,
 }
@@ -70,7 +70,7 @@ impl Lookups {
             keys: Batches::new(settings(connections), move |hashes| {
                 keys(for_keys.clone(), hashes).boxed()
             }),
-            // Tokens are few and rarely looked up.
+            // There are few tokens, and they are rarely looked up.
             tokens: Batches::new(settings(2), move |hashes| {
                 tokens(for_tokens.clone(), hashes).boxed()
             }),
@@ -113,7 +113,7 @@ struct Settings {
     limit: usize,
     /// How long a lookup waits for its batch to start.
     wait: Duration,
-    /// Concurrent batches; one fewer, but at least one, with unknown secrets.
+    /// The maximum number of concurrent batches. One fewer, but at least one, may contain unknown secrets.
     workers: usize,
     freshness: Arc<Freshness>,
     metrics: Arc<Metrics>,
@@ -218,7 +218,7 @@ impl<V> Queue<V> {
         let Some(waiting) = waiting else {
             return false;
         };
-        // The first to give up is the one that has waited the longest, at the front.
+        // The lookup that has waited the longest, at the front, gives up first.
         let Some(at) = waiting.iter().position(|it| it.id == id) else {
             return false;
         };
@@ -233,10 +233,10 @@ impl<V> Queue<V> {
     }
 }
 
-/// A permitted lookup. Counted until it is dropped.
+/// A permitted lookup, which is counted until this is dropped.
 pub struct Lookup<V> {
     batches: Batches<V>,
-    /// `None`: the secret is known.
+    /// `None` if the secret is known.
     caller: Option<LookupCaller>,
 }
 
@@ -279,7 +279,7 @@ impl<V: Send + 'static> Batches<V> {
             let own = queue.started.get(&caller).copied().unwrap_or(0);
             let callers = queue.started.len() + usize::from(own == 0);
             let is_within_share = own < (limit / callers).max(1);
-            // Twice the limit bounds the sum of all shares, for any number of callers.
+            // The sum of all shares is at most twice the limit, for any number of callers.
             let is_allowed = queue.started_total < limit
                 || (is_within_share && queue.started_total < limit.saturating_mul(2));
             if !is_allowed {
@@ -396,7 +396,7 @@ impl<V: Send + 'static> Worker<V> {
             }
         }
         if list.is_empty() {
-            // Done under the same lock, so that the next lookup starts a worker.
+            // This happens under the same lock, so that the next lookup starts a worker.
             queue.workers -= 1;
             self.has_ended = true;
             return None;

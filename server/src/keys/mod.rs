@@ -10,6 +10,7 @@ pub mod ledger;
 pub mod lookups;
 pub mod record;
 pub mod shared;
+pub mod tenant_ledger;
 
 pub use self::lookups::LookupCaller;
 pub use self::record::{KeyRecord, KeyStore, Rejection, ServiceRecord};

@@ -20,7 +20,7 @@ use crate::{
     cache::{Cached, Freshness, Loaded, Unconfirmed},
     clock::{Monotonic, Nanos, UnixNanos},
     invalidations::InvalidationSet,
-    limiter::{KeyHandle, Limiter, Policies, RatePolicy, Zone},
+    limiter::{KeyHandle, Limiter, Policies, RatePolicy, TenantQuota, Zone},
     repo::api_key::{FoundKey, KeyFacts},
     secret_text::{Hash, SecretText},
     telemetry::metrics::Metrics,
@@ -32,7 +32,7 @@ use super::{
     shared::SharedKeys,
 };
 
-/// How often the use of a key is recorded.
+/// The minimum time between two recorded uses of a key.
 const NOTE_EVERY: Nanos = Nanos::from_secs(1);
 
 /// An API key, with its limits and the handle of their state.
@@ -47,10 +47,12 @@ pub struct KeyRecord {
     pub is_active: bool,
     pub expires_at: Option<UnixNanos>,
     pub billing: Billing,
-    /// Until when the tenant may use plans marked `paid`; 0 for not at all.
+    /// The time until which the tenant may use plans marked `paid`; 0 if it may not.
     pub paid_access_until: UnixNanos,
     pub policies: Policies,
     pub handle: Arc<KeyHandle>,
+    /// The quota that all keys of the tenant share while it may not use plans marked `paid`. `None` if there is none.
+    tenant_quota: Option<TenantQuota>,
     /// Response headers that are the same for all requests of the key, cached by the API layer.
     pub headers: Attachment,
     /// When the use of the key was last recorded.
@@ -89,20 +91,35 @@ impl KeyRecord {
             return Err(Rejection::Expired);
         }
         let is_paid = billing_on && self.billing == Billing::Paid;
-        let has_access = || match self.paid_access_until {
-            UnixNanos(0) => false,
-            UnixNanos(u64::MAX) => true,
-            end => now() < end,
-        };
-        if is_paid && !has_access() {
+        if is_paid && !self.has_paid_access(now) {
             return Err(Rejection::PaymentRequired);
         }
         Ok(())
     }
+
+    fn has_paid_access(&self, now: impl Fn() -> UnixNanos) -> bool {
+        match self.paid_access_until {
+            UnixNanos(0) => false,
+            UnixNanos(u64::MAX) => true,
+            end => now() < end,
+        }
+    }
+
+    /// Returns the quota that the key shares with all others of its tenant, unless the tenant may use plans marked
+    /// `paid`. With billing off, no tenant can. Calls `now` only if that access expires.
+    #[inline]
+    pub fn tenant_quota(
+        &self,
+        billing_on: bool,
+        now: impl Fn() -> UnixNanos,
+    ) -> Option<&TenantQuota> {
+        let quota = self.tenant_quota.as_ref()?;
+        (!billing_on || !self.has_paid_access(now)).then_some(quota)
+    }
 }
 
 impl KeyRecord {
-    /// Whether a use at `now` should be recorded: at most once per second, so that a busy key costs no more than
+    /// Whether a use at `now` should be recorded: at most once per second, so that a busy key is no more expensive than
     /// others.
     pub fn is_worth_noting(&self, now: UnixNanos) -> bool {
         let noted_at = self.noted_at.load(Ordering::Relaxed);
@@ -178,7 +195,7 @@ impl KeyStore {
         );
         let (index, cached) = (self.index.clone(), self.keys.clone());
         let record = move |facts: KeyFacts, as_of| {
-            // Added before the record is cached.
+            // The hash is added before the record is cached.
             let owners = [facts.tenant_id, facts.plan_id, facts.id];
             index.add(hash, owners, |hash| cached.holds_or_loads(hash));
             record(facts, as_of, &limiter)
@@ -231,7 +248,7 @@ impl KeyStore {
             .await
     }
 
-    /// Drops records that changes have invalidated.
+    /// Drops records that were invalidated by changes.
     pub fn revoke(&self, gone: &InvalidationSet) {
         if gone.any_key() {
             // Loads in progress are repeated, including those that the index does not have yet.
@@ -266,6 +283,9 @@ fn record(facts: KeyFacts, as_of: i64, limiter: &Limiter) -> Result<KeyRecord, U
     let (tenant, id) = (TenantId(facts.tenant_id), ApiKeyId(facts.id));
     let handle = limiter
         .handle(tenant, id)
+        .map_err(|error| Unconfirmed::Failed(error.to_string().into()))?;
+    let tenant_quota = limiter
+        .tenant_quota(tenant)
         .map_err(|error| Unconfirmed::Failed(error.to_string().into()))?;
     let (rpm, burst) = rate(facts.default_rpm, facts.burst, facts.rpm_override);
     let zone = Zone::named(&facts.time_zone).unwrap_or_else(|_| {
@@ -311,6 +331,7 @@ fn record(facts: KeyFacts, as_of: i64, limiter: &Limiter) -> Result<KeyRecord, U
         // Increases with every change.
         .with_version(u64::try_from(as_of).unwrap_or(0)),
         handle,
+        tenant_quota,
         headers: Attachment::default(),
         noted_at: AtomicU64::new(0),
     })

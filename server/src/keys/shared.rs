@@ -1,16 +1,16 @@
-//! Key records that replicas share through Redis, between memory and PostgreSQL. So when a replica starts, or a plan
-//! with many keys is edited, PostgreSQL does not have to look up every key.
+//! Key records that replicas share through Redis, between memory and PostgreSQL. When a replica starts, or a plan with
+//! many keys is edited, PostgreSQL therefore does not have to look up every key.
 //!
-//! **Whether an entry is current** does not depend on its deletion, or on which replica wrote it when. PostgreSQL
-//! numbers invalidations in commit order, and a record is read together with the highest number in one statement, and
-//! therefore in one snapshot. An entry with number `n` is therefore current except for invalidations above `n`. It is
-//! used only while the poll for invalidations is fresh, and only if this replica knows of no invalidation above `n` for
-//! its key, plan or tenant ([`Recent`]). It then counts as confirmed at the time of that poll, not when it was read.
-//! So:
+//! **Whether an entry is current** does not depend on its deletion, or on when and by which replica it was written.
+//! PostgreSQL numbers invalidations in commit order, and a record is read together with the highest number in one
+//! statement, and therefore in one snapshot. An entry with number `n` is therefore current except for invalidations
+//! above `n`. It is used only while the poll for invalidations is fresh, and only if this replica knows of no
+//! invalidation above `n` for its key, plan or tenant ([`Recent`]). It then counts as confirmed at the time of that
+//! poll, not when it was read. So:
 //! - A load that began before a change and writes after it stores a number that is lower than the change's. Replicas
 //!   that know of the change reject the entry; others learn of the change with the next poll, as for any record in
 //!   memory.
-//! - Nothing breaks if an invalidation is lost or Redis is unreachable.
+//! - It is safe to lose an invalidation or the connection to Redis.
 //! - A change invalidates the entries of all keys of a plan without listing them.
 //!
 //! The fact that a secret is invalid is cached too, for a few seconds. This needs no number: secrets are random, so
@@ -19,9 +19,9 @@
 //! **Trust.** Anyone with access to Redis can write entries. They are stored under the hash of the key's secret and
 //! sealed for that hash with a key of this installation ([`Seal`]): writing to Redis can make an entry unreadable, but
 //! cannot grant a key more access. An entry also contains the time at which it was written and is rejected after its
-//! lifetime in Redis, so that a saved entry cannot be restored later. Unreadable entries, and those that are too old or
-//! from the future, count as misses. Entries from another history of the database are ignored too: after PostgreSQL was
-//! restored from a backup, it assigns the same numbers again.
+//! lifetime in Redis, so that an old copy of an entry cannot be written back later. Unreadable entries, and those that
+//! are too old or from the future, count as misses. Entries from another history of the database are ignored too: after
+//! PostgreSQL was restored from a backup, it assigns the same numbers again.
 //!
 //! While Redis is unreachable, every lookup is a miss, immediately. While it is slow, one lookup waits for
 //! QUOTA_REDIS_TIMEOUT, and lookups in the next second skip Redis.
@@ -49,7 +49,7 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// Increment with every change to [`KeyFacts`] or to the meaning of a field.
+/// Increment this with every change to [`KeyFacts`] or to the meaning of a field.
 const VERSION: u8 = 3;
 /// Maximum difference between the clocks of two replicas, in seconds.
 const SKEW: u64 = 120;
@@ -154,7 +154,7 @@ impl SharedKeys {
             return None;
         }
         if let Some(facts) = &entry.facts {
-            // Checked after the response, so that no invalidation received in the meantime is missed.
+            // This is checked after the response, so that no invalidation received in the meantime is missed.
             let about = [facts.tenant_id, facts.plan_id, facts.id];
             if !it.recent.unchanged(&about, entry.as_of) {
                 it.metrics.key_shared_outdated.inc();
@@ -236,7 +236,7 @@ const fn lifetime(has_facts: bool) -> Duration {
 }
 
 impl<F> Entry<F> {
-    /// Whether it was written within its lifetime, as far as clocks agree.
+    /// Whether the entry is within its lifetime, given the maximum difference between clocks.
     fn is_recent(&self, now: u64) -> bool {
         let oldest = now.saturating_sub(lifetime(self.facts.is_some()).as_secs() + SKEW);
         (oldest..=now + SKEW).contains(&self.at)
@@ -360,7 +360,7 @@ mod tests {
         }
     }
 
-    /// A saved entry may be restored after it has expired in Redis.
+    /// An old copy of an entry may be written back after it has expired in Redis.
     #[test]
     fn entries_from_the_past_or_future_are_rejected() {
         let recent = |now| entry().is_recent(now);

@@ -1,7 +1,7 @@
-//! A decision: allowed, or denied by certain policies until a certain time.
+//! A decision: whether a request is allowed or denied, by which policies, and for how long.
 //!
-//! A plain `Copy` value. It contains everything that headers and bodies report, but does not depend on HTTP and does
-//! not round.
+//! A plain `Copy` value that contains everything that headers and bodies report. Does not depend on HTTP and does not
+//! round.
 
 use std::num::{NonZeroU32, NonZeroU64};
 
@@ -29,7 +29,7 @@ pub struct PolicyState {
     pub policy: Policy,
     /// The burst for [`Policy::Rpm`], otherwise the quota of the current window.
     pub limit: u64,
-    /// The number of requests with a cost of 1 that are left now.
+    /// The number of requests with a cost of 1 that can be made now.
     pub remaining: u64,
     /// The time at which all of `limit` is available again: when the bucket is full, or when the next day or month
     /// begins.
@@ -51,7 +51,7 @@ impl PolicyState {
 /// The decision about one request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Decision {
-    /// When it was made.
+    /// When the decision was made.
     pub at: UnixNanos,
     pub outcome: Outcome,
     /// The sustained rate per minute. The burst is `rate.limit`.
@@ -59,6 +59,8 @@ pub struct Decision {
     pub rate: PolicyState,
     pub daily: Option<PolicyState>,
     pub monthly: Option<PolicyState>,
+    /// The quota that all keys of the tenant share.
+    pub tenant_monthly: Option<PolicyState>,
     /// This replica decided without the shared counters.
     pub degraded: bool,
 }
@@ -93,9 +95,14 @@ impl Decision {
 
     /// Returns the states of the key's policies, in the order of [`Policy::ALL`].
     pub fn states(&self) -> impl Iterator<Item = PolicyState> {
-        [Some(self.rate), self.daily, self.monthly]
-            .into_iter()
-            .flatten()
+        [
+            Some(self.rate),
+            self.daily,
+            self.monthly,
+            self.tenant_monthly,
+        ]
+        .into_iter()
+        .flatten()
     }
 
     /// Returns the policy closest to exhaustion. For a denial, one of the violated policies.
@@ -143,6 +150,7 @@ mod tests {
             rate: state(Policy::Rpm, 600, 412, 18_800_000_001),
             daily: Some(state(Policy::Daily, 50_000, 48_000, 1 << 50)),
             monthly: Some(state(Policy::Monthly, 1_000_000, 999_000, 1 << 51)),
+            tenant_monthly: None,
             degraded: false,
         }
     }
@@ -154,7 +162,7 @@ mod tests {
         assert_eq!(decision.seconds_to_reset(decision.rate), 19);
         decision.monthly = Some(state(Policy::Monthly, 1_000_000, 500, 1 << 51));
         assert_eq!(decision.nearest().policy, Policy::Monthly);
-        // Of two exhausted policies, the one that resets later.
+        // If two policies are exhausted, the one that resets later is closest to exhaustion.
         decision.daily = Some(state(Policy::Daily, 50_000, 0, 1 << 50));
         decision.monthly = Some(state(Policy::Monthly, 1_000_000, 0, 1 << 51));
         assert_eq!(decision.nearest().policy, Policy::Monthly);

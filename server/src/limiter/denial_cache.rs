@@ -8,8 +8,8 @@
 //! that no one took.) Decisions without the store do not count: they say nothing about what the store would decide, and
 //! what they admitted is no reason to deny a request that the store would grant.
 //!
-//! In front of the local store, this would only add cost, because its state is in the same handle. So the limiter skips
-//! it if [`LimitStore::is_local`].
+//! The local store keeps its state in the same handle, so a cache in front of it would only add cost. The limiter skips
+//! the cache if [`LimitStore::is_local`].
 //!
 //! Uses monotonic time: setting the clock back must not lock anyone out.
 //!
@@ -41,7 +41,7 @@ use crate::clock::{Clock, GovernorClock, Instant, Monotonic, Nanos, UnixNanos};
 /// Converts a rate for `governor`, with the interval rounded up as in [`Gcra`].
 fn governor_quota(rate: RatePolicy) -> Quota {
     let gcra = Gcra::new(rate);
-    // Limited as in `Gcra`: governor does not check for overflow.
+    // Capped as in `Gcra`, because governor does not check for overflow.
     let burst = gcra.tokens(gcra.tau()).max(1);
     let burst = u32::try_from(burst)
         .ok()
@@ -71,7 +71,7 @@ impl Instant for Elapsed {
     }
 }
 
-/// A state that `governor` can read but not change: the TAT.
+/// A TAT that `governor` can read but not change.
 #[derive(Debug, Clone, Default)]
 struct SharedTat(Arc<AtomicU64>);
 
@@ -121,9 +121,9 @@ const QUOTA_DENIAL: Nanos = Nanos::from_secs(1);
 #[derive(Debug, Clone, Copy)]
 struct Denied {
     cost: NonZeroU32,
-    /// Until then, the same request is denied.
+    /// The time until which the same request is denied.
     believed_until: Elapsed,
-    /// After that, it is allowed.
+    /// The time after which it is allowed.
     retry_at: Elapsed,
     decision: Decision,
 }
@@ -146,7 +146,7 @@ impl Denied {
             let tat = Elapsed::ZERO.saturating_add(missing);
             match gcra.decide(tat, Elapsed::ZERO, cost) {
                 Verdict::Wait { wait } => believed = believed.min(Nanos(wait.get())),
-                // The bucket has refilled while the response was in transit.
+                // The bucket has been refilling while the response was in transit.
                 Verdict::Fits { .. } => return None,
                 Verdict::NeverFits => {}
             }
@@ -214,7 +214,7 @@ impl LocalBucket {
         let Outcome::Denied { violated, .. } = decision.outcome else {
             return None;
         };
-        // The bucket has refilled in the meantime.
+        // The bucket has been refilling in the meantime.
         let full_in = decision.rate.reset_at.saturating_since(now);
         let tat = Elapsed::ZERO.saturating_add(full_in);
         decision.rate.remaining = self.gcra.remaining(tat, Elapsed::ZERO);
@@ -234,7 +234,7 @@ impl LocalBucket {
         elapsed: Elapsed,
         now: UnixNanos,
     ) -> Option<Decision> {
-        // After an edit, the store decides first. It also reports costs above the burst.
+        // After an edit, the store decides first. The store also reports costs above the burst.
         let last = self.last?;
         self.limiter.check_n(cost).ok()?.err()?;
         let debt = self.debt(&last, elapsed, now);
@@ -281,6 +281,7 @@ impl LocalBucket {
             },
             daily: quotas[0],
             monthly: quotas[1],
+            tenant_monthly: None,
             degraded: false,
         })
     }

@@ -14,7 +14,7 @@ pub enum LimiterError {
     /// The shared counters are unavailable, and the plan rejects all requests in that case.
     #[error("the shared counters are not available")]
     CountersAway,
-    /// The store was drained and takes no more blocks.
+    /// The store was drained and does not fetch any more blocks.
     #[error("the limiter is shutting down")]
     Draining,
 }

@@ -1,4 +1,4 @@
-//! The limits of one key, with everything that decisions need computed in advance.
+//! The limits of one key, with all values that decisions need computed in advance.
 
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
@@ -57,7 +57,7 @@ impl Policies {
         }
     }
 
-    /// Sets what to do while the shared counters are unavailable. `None`: the server default.
+    /// Sets what to do while the shared counters are unavailable. `None` stands for the server default.
     #[must_use]
     pub fn on_redis_failure(mut self, on_failure: Option<OnRedisFailure>) -> Self {
         let mut hasher = DefaultHasher::new();
@@ -117,7 +117,7 @@ impl Policies {
         }
     }
 
-    /// Equal for equal policies, and almost always different otherwise.
+    /// The fingerprint is equal for equal policies, and almost always different otherwise.
     pub(super) fn fingerprint(&self) -> u64 {
         self.fingerprint
     }

@@ -22,7 +22,7 @@ use super::{
 };
 use crate::clock::Clock;
 
-/// Limits in memory.
+/// A store that keeps all limits in memory.
 #[derive(Debug)]
 pub struct LocalStore {
     keys: KeyTable,

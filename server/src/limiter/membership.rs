@@ -1,7 +1,7 @@
 //! The number of replicas, and this replica's slot among them.
 //!
-//! Owns the last count and decides how long to trust it. Does not count: a job does, in PostgreSQL, so that a count is
-//! available when the shared counters are not.
+//! Owns the last count and decides how long to trust it. Counting itself is done by a job, in PostgreSQL, so that a
+//! count is available when the shared counters are not.
 //!
 //! **The shares of all replicas never exceed the full limit**, although each replica uses its own count, which may be
 //! old. A replica acts only on a count that began within [`BELIEVED`], and only after it has been counted itself for
@@ -40,7 +40,7 @@ const REPLICAS_MAX: u64 = 1000;
 /// A replica's position among all replicas.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ReplicaSlot {
-    /// From zero.
+    /// Starts at zero.
     pub rank: u64,
     pub of: NonZeroU64,
 }
@@ -55,7 +55,7 @@ struct Counted {
     confirmed: Monotonic,
 }
 
-/// See the module.
+/// See the module documentation.
 #[derive(Debug)]
 pub struct Membership {
     counted: Mutex<Option<Counted>>,
@@ -97,7 +97,7 @@ impl Membership {
                 confirmed: began,
                 ..before
             },
-            // The first count, or the first after others may have stopped counting this replica.
+            // This is the first count, or the first after other replicas may have stopped counting this one.
             _ => Counted {
                 slot,
                 joined: ended,
@@ -182,7 +182,7 @@ mod tests {
             None,
             "it is not confirmed"
         );
-        // After such a gap, it must settle again.
+        // After such a gap, the replica must settle again.
         for second in 17..25 {
             membership.confirm(slot(1, 2), at(second * SECOND));
             assert_eq!(membership.slot(at(second * SECOND)), None);

@@ -21,6 +21,7 @@ mod policy;
 mod quota;
 mod rate;
 mod store;
+mod tenant;
 
 use std::{num::NonZeroU32, sync::Arc};
 
@@ -47,6 +48,7 @@ pub use self::{
         gcra::{Gcra, Level, Verdict},
     },
     store::LimitStore,
+    tenant::{TenantQuota, TenantQuotas},
 };
 use crate::clock::{Clock, Monotonic};
 
@@ -58,8 +60,10 @@ pub const PRUNE_EVERY: std::time::Duration = std::time::Duration::from_secs(10);
 pub struct Limiter {
     store: Arc<dyn LimitStore>,
     clock: Arc<dyn Clock>,
-    /// Cached property of the store.
+    /// A cached property of the store.
     is_local: bool,
+    /// `None` if no tenant has a quota for all its keys.
+    tenants: Option<Arc<TenantQuotas>>,
 }
 
 impl Limiter {
@@ -68,7 +72,23 @@ impl Limiter {
             is_local: store.is_local(),
             store,
             clock,
+            tenants: None,
         }
+    }
+
+    /// Adds quotas that all keys of a tenant share.
+    #[must_use]
+    pub fn with_tenant_quotas(self, quotas: TenantQuotas) -> Self {
+        Self {
+            tenants: Some(Arc::new(quotas)),
+            ..self
+        }
+    }
+
+    /// Returns the quota that all keys of the tenant share, to be kept in their cached records. `None` if there is none.
+    pub fn tenant_quota(&self, tenant: TenantId) -> Result<Option<TenantQuota>, LimiterError> {
+        let quotas = self.tenants.as_ref();
+        quotas.map(|quotas| quotas.of(tenant)).transpose()
     }
 
     /// Returns the handle of a key, to be kept in its cached record. While it is in use anywhere, the same key gets the
@@ -116,6 +136,22 @@ impl Limiter {
         Ok(decision)
     }
 
+    /// Decides like [`admit`](Self::admit), and also takes the cost from the quota of the key's tenant.
+    pub async fn admit_within(
+        &self,
+        quota: &TenantQuota,
+        handle: &Arc<KeyHandle>,
+        policies: &Policies,
+        cost: NonZeroU32,
+    ) -> Result<Decision, LimiterError> {
+        let Some(quotas) = &self.tenants else {
+            return self.admit(handle, policies, cost).await;
+        };
+        let peek = || self.peek(handle, policies);
+        let admit = self.admit(handle, policies, cost);
+        quotas.admit(quota, cost, peek, admit).await
+    }
+
     fn remember(
         &self,
         handle: &KeyHandle,
@@ -130,7 +166,7 @@ impl Limiter {
             .record(policies, cost, &self.clock, asked_at, decision, remembered);
     }
 
-    /// Returns the key's state as far as it is known locally, with [`Outcome::Allowed`]. Consumes nothing and makes no
+    /// Returns what this replica knows about the key's state, with [`Outcome::Allowed`]. Consumes nothing and makes no
     /// call. A quota that has not been fetched in its window counts as full.
     pub fn peek(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
         self.store.peek(handle, policies)
@@ -145,11 +181,21 @@ impl Limiter {
     /// Drops keys whose state equals that of a new one, and prefetches quotas for the next day or month. Call every
     /// [`PRUNE_EVERY`]. Returns the number of remaining keys.
     pub fn prune(&self) -> usize {
+        if let Some(quotas) = &self.tenants {
+            quotas.prune();
+        }
         self.store.prune()
     }
 
     /// Returns all unused tokens and takes no more. Call after the last request, before the process exits.
     pub async fn drain(&self) -> Drained {
-        self.store.drain().await
+        let Some(quotas) = &self.tenants else {
+            return self.store.drain().await;
+        };
+        let (keys, tenants) = tokio::join!(self.store.drain(), quotas.drain());
+        Drained {
+            given_back: keys.given_back + tenants.given_back,
+            lost: keys.lost + tenants.lost,
+        }
     }
 }

@@ -1,4 +1,5 @@
-//! The policies that limit a key: a rate with a burst, and quotas per day and month. Only names and numbers.
+//! The policies that limit a key: a rate with a burst, quotas per day and month, and the monthly quota of its tenant.
+//! Only names and numbers.
 
 use std::num::NonZeroU32;
 
@@ -12,10 +13,12 @@ pub enum Policy {
     Daily = 1,
     /// The quota of the calendar month.
     Monthly = 2,
+    /// The quota of the calendar month (UTC) that all keys of a tenant share.
+    TenantMonthly = 3,
 }
 
 impl Policy {
-    pub const ALL: [Self; 3] = [Self::Rpm, Self::Daily, Self::Monthly];
+    pub const ALL: [Self; 4] = [Self::Rpm, Self::Daily, Self::Monthly, Self::TenantMonthly];
 
     /// Returns the name in the API.
     pub const fn name(self) -> &'static str {
@@ -23,6 +26,7 @@ impl Policy {
             Self::Rpm => "rpm",
             Self::Daily => "daily",
             Self::Monthly => "monthly",
+            Self::TenantMonthly => "tenant_monthly",
         }
     }
 
@@ -51,7 +55,7 @@ impl PolicySet {
         self.0 == 0
     }
 
-    /// In the order of [`Policy::ALL`].
+    /// Returns the policies in the order of [`Policy::ALL`].
     pub fn iter(self) -> impl Iterator<Item = Policy> {
         Policy::ALL.into_iter().filter(move |p| self.contains(*p))
     }
@@ -82,7 +86,7 @@ mod tests {
 
     #[test]
     fn set_contains_what_was_added() {
-        for bits in 0..8u8 {
+        for bits in 0..16u8 {
             let chosen: Vec<_> = Policy::ALL
                 .into_iter()
                 .filter(|p| bits & p.bit() != 0)

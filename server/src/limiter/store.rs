@@ -1,8 +1,8 @@
 //! The contract of a store of limits.
 //!
 //! If the quota ledger fails, a store returns a [`LimiterError`] once the blocks it holds are spent. If the shared
-//! counters are unavailable, the plan's choice applies: `closed` is a [`LimiterError`], while `share` and `open` still
-//! decide and mark their decisions as degraded.
+//! counters are unavailable, the plan's fallback setting applies: `closed` is a [`LimiterError`], while `share` and
+//! `open` still decide and mark their decisions as degraded.
 
 use std::{num::NonZeroU32, sync::Arc};
 
@@ -34,7 +34,7 @@ use crate::clock::Nanos;
 /// - *Failure.* If no decision can be made, the result is a [`LimiterError`], never an admission.
 #[async_trait]
 pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
-    /// Returns the handle of a key: the same one while it is in use or its bucket is not full.
+    /// Returns the handle of a key, which stays the same while it is in use or its bucket is not full.
     fn handle(&self, tenant: TenantId, key: ApiKeyId) -> Result<Arc<KeyHandle>, LimiterError>;
 
     /// Decides without blocking. Returns `None` if it would have to wait.
@@ -65,8 +65,8 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
     /// Returns whether a decision takes no I/O. If so, no denial cache is used in front of the store.
     fn is_local(&self) -> bool;
 
-    /// Returns how long a denial by the rate may be cached. `None`: for the wait that it states.
-    /// Shorter if other replicas may return tokens.
+    /// Returns how long a denial by the rate may be cached. `None` stands for the wait that the denial states. The time
+    /// is shorter if other replicas may return tokens.
     fn denial_memory(&self, _policies: &Policies) -> Option<Nanos> {
         None
     }

@@ -1,8 +1,7 @@
-//! The log line of a denial: the key, the plan, the endpoint and the policy. Also limits how many denials a tenant
-//! may record while the backlog is long.
+//! Logs denials, and limits how many denials a tenant may record while the backlog is long.
 //!
-//! A client that is denied a thousand times per second must not cause a thousand lines per second. So there are at most
-//! a few per second, and the next line contains the number of omitted lines.
+//! A client that is denied a thousand times per second must not produce a thousand log lines per second, so only a few
+//! lines per second are written. Each line contains the number of lines omitted before it.
 
 use std::{
     collections::HashMap,
@@ -83,7 +82,7 @@ pub(super) struct DenialBudget(Mutex<Spent>);
 
 #[derive(Debug, Default)]
 struct Spent {
-    /// In monotonic time.
+    /// The current second, in monotonic time.
     second: u64,
     denials: HashMap<TenantId, u32>,
 }
@@ -91,7 +90,7 @@ struct Spent {
 impl Spent {
     fn at(&mut self, now: Monotonic) -> &mut HashMap<TenantId, u32> {
         let second = now.0 / SECOND.0;
-        // Threads may be slightly behind each other.
+        // Threads may see slightly different times.
         if second > self.second {
             self.second = second;
             self.denials.clear();

@@ -1,7 +1,7 @@
 //! The directory of a replica's segments, and the lock that shows whether the replica is running.
 //!
-//! All of them are in `usage` in `QUOTA_DATA_DIR`, which replicas may share. A directory belongs to the process that
-//! holds the lock on its lock file. The kernel releases the lock when the process ends for any reason.
+//! The directories of all replicas are in `usage` in `QUOTA_DATA_DIR`, which replicas may share. A directory belongs to
+//! the process that holds the lock on its lock file. The kernel releases the lock when the process ends for any reason.
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions, TryLockError},
@@ -14,10 +14,10 @@ use uuid::Uuid;
 
 use super::segment::{EXTENSION, UNFINISHED};
 
-/// The folder of all directories, in `QUOTA_DATA_DIR`.
+/// The folder in `QUOTA_DATA_DIR` that contains the directories of all replicas.
 pub const FOLDER: &str = "usage";
 const LOCK: &str = "lock";
-/// The folder, next to the directories, of files that are not shipped but kept for the operator.
+/// The folder, next to these directories, for files that are not shipped but kept for the operator.
 const REFUSED: &str = "refused";
 
 /// A directory whose lock this process holds.
@@ -25,7 +25,7 @@ const REFUSED: &str = "refused";
 pub(super) struct Directory {
     pub id: Uuid,
     pub path: PathBuf,
-    /// Released when it is closed.
+    /// The lock is released when this file is closed.
     _lock: File,
 }
 
@@ -42,7 +42,7 @@ impl Directory {
         let locked = (|| {
             let lock = open_lock(&unfinished)?;
             lock.try_lock()?;
-            // Other processes can see it only from here on, when it is locked.
+            // From here on, other processes can see the directory. It is already locked.
             fs::rename(&unfinished, &path)?;
             Ok(lock)
         })();
@@ -123,7 +123,7 @@ fn open_lock(directory: &Path) -> io::Result<File> {
         .open(directory.join(LOCK))
 }
 
-/// Returns the ID of a replica's directory. `None` if it is not one.
+/// Returns the ID of a replica's directory. `None` if the path is not one.
 pub(super) fn id_of(path: &Path) -> Option<Uuid> {
     Uuid::try_parse(path.file_name()?.to_str()?).ok()
 }
@@ -147,7 +147,7 @@ pub(super) fn set_aside(segment: &Path) -> io::Result<()> {
     };
     let refused = directory.parent().unwrap_or(directory).join(REFUSED);
     folder(&refused, true)?;
-    // Two directories may contain files of the same name.
+    // Two directories may contain files with the same name.
     let mut kept = directory.file_name().unwrap_or_default().to_owned();
     kept.push("-");
     kept.push(name);
@@ -159,7 +159,7 @@ pub(super) fn delete(path: &Path) -> io::Result<()> {
     is_gone(fs::remove_file(path))
 }
 
-/// Ignores the error that a file does not exist.
+/// Treats a missing file as success.
 fn is_gone(removed: io::Result<()>) -> io::Result<()> {
     match removed {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),

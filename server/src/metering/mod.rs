@@ -14,8 +14,8 @@
 //! | file | what it owns |
 //! |---|---|
 //! | `record.rs` | the layout of a record, its CRC and its ID |
-//! | `segment.rs` | a segment that is written: reserving, filling, sealing |
-//! | `scan.rs` | reading a segment, also one that a crash left behind |
+//! | `segment.rs` | a segment that is being written: reserving, filling, sealing |
+//! | `scan.rs` | reading a segment, including one that a crash left behind |
 //! | `directory.rs` | a replica's directory and the lock on it |
 //! | `recorder.rs` | which segment is in use; what to do when there is no space |
 //! | `sync.rs` | `fdatasync` for groups of records |
@@ -86,7 +86,7 @@ pub struct Metering(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    /// `None`: metering is off.
+    /// `None` if metering is off.
     recorder: Option<Arc<Recorder>>,
     is_durable: bool,
     /// The folder of all directories.
@@ -118,7 +118,7 @@ enum Space {
     /// Metering is off.
     Unneeded,
     Reserved(ReservedRecord),
-    /// Reserved only if the request is admitted, because the tenant may not record more denials now.
+    /// Space will be reserved only if the request is admitted, because the tenant may not record more denials now.
     IfAdmitted,
 }
 
@@ -280,7 +280,7 @@ impl Metering {
         recorder.is_some_and(|recorder| recorder.wants_spare())
     }
 
-    /// Creates the segments that decisions will need soon. Blocks.
+    /// Creates segments in advance. Blocks.
     pub fn prepare(&self) {
         if let Some(recorder) = &self.0.recorder {
             recorder.create_spare();
@@ -334,7 +334,7 @@ impl Metering {
             return Ok(());
         };
         recorder.close();
-        // This takes milliseconds, and the directory is not empty before.
+        // This takes milliseconds. Until it is done, the directory is not empty.
         for _ in 0..100 {
             if !recorder.is_creating() {
                 break;
@@ -355,8 +355,8 @@ impl Metering {
                 tracing::warn!(
                     bytes,
                     limit = self.0.backlog_max,
-                    "the usage backlog has reached half of QUOTA_USAGE_BACKLOG_MAX; tenants with many denials record \
-                     only some of them"
+                    "the usage backlog has reached half of QUOTA_USAGE_BACKLOG_MAX; for tenants with many \
+                     denials, only some of them are recorded"
                 );
             }
         } else if bytes < self.0.backlog_max / 4 {
@@ -400,7 +400,8 @@ pub fn measure_append(directory: &Path, count: u32) -> io::Result<Duration> {
     Ok(clock.monotonic().saturating_since(began).into())
 }
 
-/// Returns the usage directories at a path: that of one replica, or all those in it. Empty if there are none.
+/// Returns the usage directories at a path, which is either one replica's directory or contains several. Empty if there
+/// are none.
 pub fn directories(path: &Path) -> io::Result<Vec<PathBuf>> {
     let path = path.canonicalize()?;
     if directory::id_of(&path).is_some() {

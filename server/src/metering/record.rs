@@ -26,7 +26,7 @@ const VERSION: u8 = 1;
 pub(super) const WORD: usize = 8;
 /// The header word and the fields of fixed length.
 const FIXED_WORDS: usize = 10;
-/// Where the texts begin in the body, in bytes.
+/// The byte offset of the strings in the body.
 const TEXTS_AT: usize = (FIXED_WORDS - 1) * WORD;
 /// The maximum length of a record, in words.
 pub(super) const RECORD_WORDS_MAX: usize = FIXED_WORDS + (ENDPOINT_MAX + REQUEST_ID_MAX) / WORD;
@@ -41,7 +41,7 @@ pub(super) enum RecordState {
     Done = 2,
     /// No decision was made.
     Void = 3,
-    /// Nothing follows in this segment.
+    /// No record follows in this segment.
     Sealed = 4,
 }
 
@@ -146,7 +146,7 @@ impl RecordedOutcome {
     }
 }
 
-/// Returns the length in words of a record with texts of these lengths in bytes.
+/// Returns the length, in words, of a record whose strings have these lengths in bytes.
 pub(super) const fn words(endpoint: usize, request_id: usize) -> usize {
     FIXED_WORDS + (endpoint + request_id).div_ceil(WORD)
 }
@@ -167,7 +167,7 @@ pub(super) struct Body {
 }
 
 impl Body {
-    /// The texts must have the lengths for which the space was reserved.
+    /// The strings must have the lengths for which the space was reserved.
     pub fn of(record: &DecisionRecord<'_>) -> Self {
         let (endpoint, request_id) = (record.endpoint.as_bytes(), record.request_id.as_bytes());
         let len = (words(endpoint.len(), request_id.len()) - 1) * WORD;
@@ -193,7 +193,8 @@ impl Body {
     }
 }
 
-/// Parses the body of a record at `position`. Returns `None` if it has an unknown format.
+/// Parses the body of a record at `position`. Returns `None` if it has an unknown format. PostgreSQL accepts every row
+/// that is returned: a single one that it refused would block all records after it.
 pub(super) fn read(segment: Uuid, position: usize, body: &[u8]) -> Option<UsageRecord> {
     let uuid = |at: usize| Uuid::from_slice(body.get(at..at + 16)?).ok();
     let half = |at: usize| Some(u32::from_le_bytes(body.get(at..at + 4)?.try_into().ok()?));
@@ -202,8 +203,13 @@ pub(super) fn read(segment: Uuid, position: usize, body: &[u8]) -> Option<UsageR
         .get(TEXTS_AT..)?
         .split_at_checked(usize::from(endpoint))?;
     let request_id = texts.get(..usize::from(request_id))?;
-    let text = |bytes: &[u8]| std::str::from_utf8(bytes).ok().map(str::to_owned);
+    // PostgreSQL's text cannot contain NUL.
+    let text = |bytes: &[u8]| {
+        let text = std::str::from_utf8(bytes).ok()?;
+        Some(text.replace('\0', "\u{fffd}"))
+    };
     let outcome = RecordedOutcome::of_code(outcome)?;
+    let was_rejected = outcome != RecordedOutcome::Allowed;
     let at = UnixNanos(u64::from_le_bytes(body.get(48..56)?.try_into().ok()?));
     let retry_after = i32::try_from(half(64)?).unwrap_or(i32::MAX);
     Some(UsageRecord {
@@ -214,19 +220,19 @@ pub(super) fn read(segment: Uuid, position: usize, body: &[u8]) -> Option<UsageR
         at: at.into(),
         billing: if is_paid == 0 { "free" } else { "paid" },
         endpoint: text(endpoint)?,
-        was_rejected: outcome != RecordedOutcome::Allowed,
+        was_rejected,
         policy: match outcome {
             RecordedOutcome::Denied(policy) => policy.map(Policy::name),
             RecordedOutcome::Allowed => None,
         },
-        retry_after_seconds: (retry_after > 0).then_some(retry_after),
-        cost: half(56)?.into(),
+        retry_after_seconds: (was_rejected && retry_after > 0).then_some(retry_after),
+        cost: half(56)?.max(1).into(),
         request_id: text(request_id)?,
     })
 }
 
-/// Returns the ID of a record: a UUIDv7 of its time whose other bits depend on where it was written, so that reading
-/// the record again gives the same ID.
+/// Returns the ID of a record: a UUIDv7 that contains its time. The other bits depend on where it was written, so that
+/// reading the record again gives the same ID.
 fn event_id(segment: Uuid, position: usize, at: UnixNanos) -> Uuid {
     let (high, low) = segment.as_u64_pair();
     // No two positions in a segment share these bits, and segments differ in at least 60 random bits.
@@ -237,4 +243,37 @@ fn event_id(segment: Uuid, position: usize, at: UnixNanos) -> Uuid {
     bytes[..2].copy_from_slice(&index.to_be_bytes());
     bytes[2..].copy_from_slice(&rest.to_be_bytes());
     Builder::from_unix_timestamp_millis(at.0 / 1_000_000, &bytes).into_uuid()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_row_is_acceptable_to_the_database() {
+        let id = Uuid::from_u128(1);
+        let record = DecisionRecord {
+            tenant: TenantId(id),
+            key: ApiKeyId(id),
+            plan: PlanId(id),
+            billing: Billing::Free,
+            at: UnixNanos(u64::MAX),
+            cost: 0,
+            outcome: RecordedOutcome::Denied(None),
+            retry_after_secs: u32::MAX,
+            endpoint: "GET /a\0b",
+            request_id: "\0",
+        };
+        let row = read(id, 64, Body::of(&record).bytes()).expect("a known format");
+        assert_eq!((row.cost, row.retry_after_seconds), (1, Some(i32::MAX)));
+        assert_eq!(row.endpoint, "GET /a\u{fffd}b");
+        assert_eq!(row.request_id, "\u{fffd}");
+        let allowed = DecisionRecord {
+            outcome: RecordedOutcome::Allowed,
+            ..record
+        };
+        let row = read(id, 64, Body::of(&allowed).bytes()).expect("a known format");
+        assert_eq!(row.retry_after_seconds, None);
+        assert!(row.at < chrono::DateTime::<chrono::Utc>::MAX_UTC);
+    }
 }

@@ -23,11 +23,10 @@ use crate::{
 
 /// The size of a segment, unless the maximum backlog is smaller than eight of them.
 const SEGMENT_MAX: u64 = 8 << 20;
-/// Enough for more than a hundred records of maximum length.
+/// The minimum size of a segment, which is enough for more than a hundred records of maximum length.
 const SEGMENT_MIN: u64 = 64 << 10;
-/// The maximum age of a segment in use, in nanoseconds. PostgreSQL refuses a segment that is unknown to it and older
-/// than the usage log (at least two days). Without this limit, a segment of a server without requests could get that
-/// old.
+/// The maximum age of a segment in use, in nanoseconds. PostgreSQL rejects a segment that is unknown to it and older
+/// than the usage log (at least two days). Without this limit, the segment of an idle server could get that old.
 const MAX_AGE: u64 = 6 * 3_600_000_000_000;
 /// Nanoseconds between two attempts to create a segment after one failed.
 const RETRY: Nanos = Nanos::from_millis(100);
@@ -83,7 +82,7 @@ struct Files {
     /// The last attempt to create a segment, if it failed: why, and when the next one is allowed.
     failed: Option<(Unrecordable, Monotonic)>,
     is_creating_spare: bool,
-    /// No more segments are created in advance.
+    /// Whether to stop creating segments in advance.
     is_closed: bool,
 }
 
@@ -136,7 +135,7 @@ impl Recorder {
         }))
     }
 
-    /// Reserves space for a record with texts of these lengths in bytes.
+    /// Reserves space for a record whose strings have these lengths in bytes.
     #[inline]
     pub fn reserve(
         &self,
@@ -212,7 +211,7 @@ impl Recorder {
             Err(reason) => {
                 if files.failed.is_none() {
                     self.metrics.usage_unrecordable.set(1);
-                    tracing::error!(%reason, "usage cannot be recorded; decisions get 503");
+                    tracing::error!(%reason, "usage cannot be recorded; check requests get 503");
                 }
                 files.failed = Some((reason, now.saturating_add(RETRY)));
                 Err(reason)
@@ -223,7 +222,7 @@ impl Recorder {
     /// Logs the cause once for each outage.
     fn log_failure(&self, files: &Files, error: &io::Error) {
         if files.failed.is_none() {
-            tracing::error!(%error, path = %self.root.display(), "cannot create a segment for usage");
+            tracing::error!(%error, path = %self.root.display(), "cannot create a usage segment");
         }
     }
 

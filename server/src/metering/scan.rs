@@ -29,8 +29,8 @@ pub(super) struct Batch {
 /// The end of a batch.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Span {
-    /// The byte offset after the last record, including void ones. Not beyond: what looks like the empty rest of an
-    /// ended process's segment may be a copy of one that is still being written.
+    /// The byte offset after the last record, including void ones. Never further, because what looks like unused space
+    /// in an ended process's segment may be a copy of a segment that is still being written.
     pub end: u64,
     /// Whether this is the end of the segment.
     pub is_complete: bool,
@@ -44,7 +44,7 @@ pub(super) struct Span {
 const CHUNK: usize = 1 << 20;
 const _: () = assert!(RECORD_WORDS_MAX * WORD * 100 < CHUNK);
 
-/// Reads at most `max` records from `position` on.
+/// Reads at most `max` records, starting at `position`.
 pub(super) fn read(
     file: &File,
     head: &SegmentHead,
@@ -90,7 +90,7 @@ fn read_at(file: &File, bytes: &mut [u8], position: u64) -> io::Result<usize> {
     Ok(read)
 }
 
-/// The content of a place in a segment.
+/// What is at a position in a segment.
 enum Found {
     Record {
         row: Box<UsageRecord>,
@@ -164,7 +164,7 @@ impl Scan<'_> {
     fn collect(&mut self, max: usize, batch: &mut Batch) -> Option<usize> {
         let is_running = self.writer == Writer::Running;
         let mut at = 0;
-        // Whether the previous place was unreadable, so that one gap counts once.
+        // Whether the previous place was unreadable, so that each gap is counted once.
         let mut is_lost = false;
         let goes_on = loop {
             if batch.rows.len() >= max {
@@ -220,12 +220,12 @@ impl Scan<'_> {
         goes_on.then_some(at)
     }
 
-    /// Returns the next place with a complete record. If there is none, returns a place from which the next chunk finds
-    /// one that begins in this chunk, or the end.
+    /// Returns the next position with a complete record. If there is none, returns the position at which the next chunk
+    /// has to start to contain a record that begins in this chunk, or the end.
     fn next_record(&self, from: usize) -> usize {
         let mut at = from;
         while at + WORD <= self.bytes.len() {
-            // Most of the rest of a segment is empty.
+            // The rest of a segment is usually empty.
             let is_header = self
                 .word(at)
                 .and_then(Header::parse)

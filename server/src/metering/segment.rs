@@ -3,7 +3,7 @@
 //! The file is allocated completely before use and mapped into memory. A record is a plain write to that memory: the
 //! kernel keeps it when the process is killed, and writing a record cannot fail for lack of space.
 //!
-//! Writers share a segment without a lock. A writer reserves space by a compare-and-swap of the header word at the
+//! Writers share a segment without a lock. A writer reserves space with a compare-and-swap on the header word at the
 //! tail, from zero to an open header with the record's length. So the length exists from the moment the space is
 //! reserved, and every reserved record can be skipped, no matter when its writer is killed.
 
@@ -29,7 +29,7 @@ use crate::clock::UnixNanos;
 pub(super) const EXTENSION: &str = "segment";
 /// The suffix of a file that is being prepared.
 pub(super) const UNFINISHED: &str = "new";
-/// Where the records begin, in bytes.
+/// The byte offset of the first record.
 pub(super) const RECORDS_AT: usize = 64;
 const MAGIC: [u8; 8] = *b"quotause";
 
@@ -90,7 +90,7 @@ pub(super) struct Segment {
 }
 
 impl Segment {
-    /// Creates and allocates the file. With `durable`, it also survives a crash of the machine.
+    /// Creates and allocates the file. With `durable`, the file also survives a machine crash.
     pub fn create(
         directory: &Path,
         size: u64,
@@ -110,7 +110,7 @@ impl Segment {
                 .write(true)
                 .create_new(true)
                 .open(&unfinished)?;
-            // Allocates every block now. Writing to a hole of a map when the disk is full would end the process.
+            // Allocates every block now: writing to a hole in a mapped file on a full disk would kill the process.
             let length = i64::try_from(size).map_err(io::Error::other)?;
             fallocate(&file, FallocateFlags::empty(), 0, length)?;
             file.write_all_at(&head.bytes(), 0)?;
@@ -135,7 +135,7 @@ impl Segment {
                 records: AtomicU64::new(0),
             }),
             Err(error) => {
-                // So that the space is available to others.
+                // Frees the space for other files.
                 let _ = std::fs::remove_file(&unfinished);
                 let _ = std::fs::remove_file(&path);
                 Err(error)
@@ -198,7 +198,7 @@ impl Segment {
         }
     }
 
-    /// Reserves space for a record with texts of these lengths in bytes. Returns `None` if the segment is full or
+    /// Reserves space for a record whose strings have these lengths in bytes. Returns `None` if the segment is full or
     /// sealed.
     pub fn reserve(self: &Arc<Self>, endpoint: usize, request_id: usize) -> Option<ReservedRecord> {
         let words = words(endpoint, request_id);
@@ -211,7 +211,7 @@ impl Segment {
         })
     }
 
-    /// Seals the segment: nothing more can be reserved in it.
+    /// Seals the segment, so that no more space can be reserved in it.
     pub fn seal(&self) {
         let words = self.words();
         loop {
@@ -247,7 +247,7 @@ pub struct ReservedRecord {
 }
 
 impl ReservedRecord {
-    /// Writes the record. Its texts must have the lengths for which the space was reserved.
+    /// Writes the record. Its strings must have the lengths for which the space was reserved.
     pub fn fill(mut self, record: &DecisionRecord<'_>) -> Arc<Segment> {
         let body = Body::of(record);
         let bytes = body.bytes();

@@ -1,5 +1,5 @@
-//! Which segments are shipped, in which order, and by which process: those of this process, of stopped replicas, and of
-//! a directory given by an operator. Shipping a segment is in [`source`](super::source).
+//! Decides which segments to ship and in which order: those of this process, those of stopped replicas, and those in a
+//! directory given by an operator. [`source`](super::source) ships a single segment.
 
 use std::{
     collections::{BTreeSet, VecDeque},
@@ -99,7 +99,7 @@ pub(super) struct Shipper {
     own: Vec<(Source, Arc<Segment>)>,
     size: BatchSize,
     reported_at: Option<Instant>,
-    /// The start of the last pass after which nothing was left.
+    /// When the last pass that left nothing to ship started.
     complete_until: Option<DateTime<Utc>>,
 }
 
@@ -109,7 +109,7 @@ pub(super) struct Adopter {
     adopted: VecDeque<Adopted>,
     size: BatchSize,
     looked_at: Option<Instant>,
-    /// Directories with files that cannot be shipped or removed. They are tried again.
+    /// Directories with files that cannot be shipped or removed. They are retried.
     failing: BTreeSet<PathBuf>,
 }
 
@@ -120,7 +120,7 @@ fn is_due(last: Option<Instant>, every: Duration) -> bool {
 impl Shipper {
     /// Ships all available records. Returns their number.
     pub async fn ship(&mut self, context: &Context, recorder: &Recorder) -> Result<u64, ShipError> {
-        // Everything decided before this is in one of these segments.
+        // Every decision made before this point is in one of these segments.
         let began = recorder.now();
         self.find_segments(recorder);
         let mut shipped = 0;
@@ -140,7 +140,7 @@ impl Shipper {
         if failed.is_none() && self.own.iter().all(|(source, _)| !source.is_blocked) {
             self.complete_until = Some(began.into());
         }
-        // A segment that is full to the last word stays until the next one is in use.
+        // A completely full segment is kept until the next one is in use.
         let mut removed = Ok(());
         self.own.retain(|(source, segment)| {
             let is_removed = match source.state {
@@ -194,7 +194,7 @@ impl Shipper {
             let known = [
                 oldest,
                 source.oldest,
-                // Before the first pass that leaves nothing.
+                // No pass has left nothing to ship yet.
                 self.complete_until
                     .is_none()
                     .then(|| source.head.started_at.into()),
@@ -284,7 +284,7 @@ impl Adopter {
             shipped += records;
             match error {
                 Some(error) if error.is_outage() => {
-                    // The next time, others come first.
+                    // Next time, start with the others.
                     self.adopted.push_back(adopted);
                     return Err(error);
                 }
@@ -308,7 +308,7 @@ impl Adopter {
         failed.map_or(Ok(shipped), Err)
     }
 
-    /// Logs the failure of a directory once.
+    /// Logs a directory's failure only once.
     fn note(&mut self, path: PathBuf, error: &dyn Display) {
         if !self.failing.contains(&path) {
             tracing::error!(

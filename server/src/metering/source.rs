@@ -36,7 +36,7 @@ use crate::{
 const FIRST: usize = 2_000;
 const MOST: usize = 50_000;
 const LEAST: usize = 50;
-/// The intended duration of a batch.
+/// The target duration of a batch.
 const SHORT: Duration = Duration::from_millis(300);
 const LONG: Duration = Duration::from_millis(900);
 
@@ -49,9 +49,9 @@ pub(super) struct Source {
     pub(super) head: SegmentHead,
     pub(super) file: Arc<File>,
     pub(super) writer: Writer,
-    /// Where the next batch begins. `None`: at the cursor.
+    /// Where the next batch begins. `None` means at the cursor.
     pub(super) position: Option<u64>,
-    /// The cursor as last read. There is only space without records between it and `position`.
+    /// The cursor as last read. There are no records between it and `position`.
     pub(super) cursor: u64,
     pub(super) shipped: u64,
     /// The time of the oldest record that was read but not shipped yet.
@@ -95,7 +95,7 @@ impl Source {
         let position = self.position.unwrap_or(self.cursor);
         let read = move || {
             let batch = scan::read(&file, &head, position, writer, max)?;
-            // Done here, because it takes milliseconds for which requests would otherwise wait.
+            // Done on this thread, because it takes milliseconds, which would delay requests.
             Ok((UsageBatch::new(batch.rows), batch.span))
         };
         tokio::task::spawn_blocking(read)
@@ -107,7 +107,7 @@ impl Source {
 /// Why records could not be shipped.
 #[derive(Debug, thiserror::Error)]
 pub enum ShipError {
-    #[error("PostgreSQL did not accept usage records")]
+    #[error("cannot write usage records to PostgreSQL")]
     Database(#[from] DbError),
     #[error("a segment could not be read")]
     Read(#[from] io::Error),
@@ -248,7 +248,8 @@ pub(super) async fn ship(
         if source.writer == Writer::Ended && context.is_stopping.load(Ordering::Relaxed) {
             return Ok(shipped);
         }
-        // Before PostgreSQL is queried, so that the age of the backlog is known even while it is unreachable.
+        // Read the segment before querying PostgreSQL, so that the age of the backlog is known even while PostgreSQL is
+        // unreachable.
         let max = size.0;
         let (batch, span) = source.read(max).await?;
         source.oldest = batch.oldest();
@@ -269,7 +270,7 @@ pub(super) async fn ship(
                     tracing::error!(
                         segment = %source.head.id,
                         started_at = %DateTime::from(source.head.started_at),
-                        "this segment is older than the usage log and is not shipped; it is kept for the operator"
+                        "this segment is older than the usage log and will not be shipped; it was kept for inspection"
                     );
                     return Ok(shipped);
                 }

@@ -92,7 +92,7 @@ fn run(shared: &Shared, on_failure: &impl Fn(&Segment, &std::io::Error)) {
         };
         let mut synced = true;
         for segment in &group.segments {
-            // The kernel writes back pages that were changed through a memory map like any others.
+            // The kernel writes back pages that were changed through a memory map like all others.
             if let Err(error) = segment.file.sync_data() {
                 on_failure(segment, &error);
                 synced = false;

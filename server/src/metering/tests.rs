@@ -171,7 +171,7 @@ fn reading_beside_the_writer_stops_at_the_first_open_record() {
     let before = read(&segment.file, Writer::Running);
     assert_eq!(request_ids(&before), ["a"]);
     assert!(!before.span.is_complete);
-    // If the writer has ended, the open record never was a response.
+    // If the writer has ended, no response was sent for the open record.
     let after = read(&segment.file, Writer::Ended);
     assert_eq!(request_ids(&after), ["a", "c", "d"]);
     assert_eq!(after.span.damaged, 0);
@@ -242,7 +242,8 @@ fn a_clients_text_does_not_pass_for_a_record() {
     let forged = bytes_of(&forger)[RECORDS_AT..end].to_vec();
     write(&victim, "a");
     write(&victim, "b");
-    // As if the machine had lost the header before a text that is a complete record of another segment.
+    // The same disk contents as if the machine had lost the header in front of a string that is a complete record of
+    // another segment.
     let mut bytes = bytes_of(&victim);
     let second = RECORDS_AT + (usize::try_from(victim.tail()).unwrap() - RECORDS_AT) / 2;
     bytes[second..second + forged.len()].copy_from_slice(&forged);
@@ -303,15 +304,15 @@ fn a_copy_of_the_file_at_any_moment_has_every_record_that_was_finished_before() 
                 assert!(unique.contains(id.as_str()), "seed {seed}: {id} is lost");
             }
         }
-        // In the end, exactly the finished records are there.
+        // The result contains exactly the finished records.
         let batch = read(&segment.file, Writer::Ended);
         let found = request_ids(&batch).into_iter().map(str::to_owned);
         assert_eq!(found.collect::<BTreeSet<_>>(), all);
     }
 }
 
-/// The possible contents of a disk after the machine failed. A disk keeps what it has confirmed. Of later writes, it
-/// may contain any part, down to single sectors, and a page that was never written back may read as zeros.
+/// The possible contents of a disk after the machine failed. A disk keeps the writes that it has confirmed. It may
+/// contain any part of later writes, down to single sectors, and a page that was never written back may read as zeros.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fate {
     Kept,
@@ -416,7 +417,9 @@ fn a_directory_has_one_owner_and_is_adopted_after_it() {
     assert!(Directory::adopt(&owner.path).unwrap().is_none());
     let (path, id) = (owner.path.clone(), owner.id);
     drop(owner);
-    let adopted = Directory::adopt(&path).unwrap().expect("nobody holds it");
+    let adopted = Directory::adopt(&path)
+        .unwrap()
+        .expect("no process holds it");
     assert_eq!(adopted.id, id);
     assert!(Directory::adopt(&path).unwrap().is_none());
     // It is kept while it contains segments.

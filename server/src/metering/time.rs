@@ -1,7 +1,7 @@
 //! The time of events: PostgreSQL's clock, extrapolated with the monotonic clock.
 //!
-//! So replicas whose clocks differ record consistent times. While PostgreSQL is unreachable, the last measurement is
-//! used.
+//! This way, replicas with different clocks record consistent times. While PostgreSQL is unreachable, the last
+//! measurement is used.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -10,7 +10,7 @@ use crate::clock::{Monotonic, Nanos, UnixNanos};
 /// A measurement that takes longer is not exact enough.
 const LONGEST: Nanos = Nanos::from_secs(1);
 
-/// See the module.
+/// See the module documentation.
 #[derive(Debug)]
 pub struct EventClock {
     /// Unix time minus monotonic time, modulo 2^64.

@@ -10,12 +10,12 @@ const BY_ROLE: &str = "Your role does not allow this action.";
 const BY_COOKIE: &str = "Cookie authentication is only accepted from this server's own pages.";
 const IN_PROGRESS: &str = "A request with this `Idempotency-Key` is still in progress.";
 const BY_ROLE_OR_LIMIT: &str = "Your role does not allow this action, or your organization has reached a limit set by the operator.";
-const STRIPE_AWAY: &str =
+const STRIPE_UNAVAILABLE: &str =
     "Stripe or the database is unavailable. Retry after `Retry-After` seconds.";
 const NO_REFRESH_TOKEN: &str =
     "No refresh token was sent, or it is invalid, expired or already used.";
 
-/// Errors of single operations, in addition to those derived from the operation's arguments.
+/// Errors that are specific to an operation, in addition to those derived from its arguments.
 const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
     use ProblemCode as P;
     &[
@@ -104,7 +104,7 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
                     P::AlreadySubscribed,
                     "Billing is off, the organization already has a subscription, or a request with this `Idempotency-Key` is still in progress.",
                 ),
-                (P::Unavailable, STRIPE_AWAY),
+                (P::Unavailable, STRIPE_UNAVAILABLE),
             ],
         ),
         (
@@ -114,13 +114,13 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
                     P::NotSubscribed,
                     "Billing is off, or the organization has never subscribed.",
                 ),
-                (P::Unavailable, STRIPE_AWAY),
+                (P::Unavailable, STRIPE_UNAVAILABLE),
             ],
         ),
         (
             "receive_stripe_event",
             &[
-                (P::Malformed, "The signature or the body is not valid."),
+                (P::Malformed, "The signature or the body is invalid."),
                 (P::BillingOff, "Billing is off."),
                 (
                     P::RequestTimeout,

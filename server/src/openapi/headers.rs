@@ -26,7 +26,7 @@ fn headers_of_status(status: &str) -> Map<String, Value> {
     let mut headers = Map::new();
     if matches!(status, "429" | "503") {
         headers.insert("Retry-After".into(), json!({
-            "description": "Seconds until a retry can succeed, rounded up, at least 1. Absent if the request can never be allowed.",
+            "description": "Seconds to wait before retrying, rounded up, at least 1. Absent if the request can never be allowed.",
             "schema": {"type": "integer", "minimum": 1},
         }));
     }
@@ -37,7 +37,7 @@ fn headers_of_status(status: &str) -> Map<String, Value> {
         }));
     }
     headers.insert("X-Request-Id".into(), json!({
-        "description": "ID of the request: the one that the client sent, if it is valid; otherwise a new one.",
+        "description": "Request ID: the one sent by the client if it was valid, otherwise a new one.",
         "schema": {"type": "string", "maxLength": 128},
     }));
     headers

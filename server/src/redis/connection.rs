@@ -1,4 +1,4 @@
-//! A connection to one server or to a cluster, and commands on it.
+//! A connection to one server or to a cluster, and the commands sent on it.
 
 use std::time::Duration;
 

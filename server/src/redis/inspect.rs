@@ -1,5 +1,5 @@
-//! Properties of Redis that `quota doctor` reports: of the single server, the master that Sentinel reports, or the
-//! configured nodes of a cluster. Read-only.
+//! Reads the properties of Redis that `quota doctor` reports, from the single server, the master that Sentinel reports,
+//! or the configured nodes of a cluster.
 
 use std::time::{Duration, Instant};
 
@@ -12,10 +12,10 @@ use crate::{
     error_chain::chain,
 };
 
-/// Inspecting a node takes several round trips.
+/// The time limit for inspecting a node, which takes several round trips.
 const STEPS: u32 = 9;
 
-/// What one server reports about itself. Values that are hidden are empty.
+/// What a server reports about itself. Hidden values are empty.
 #[derive(Debug)]
 pub struct Node {
     pub addr: String,
@@ -28,13 +28,13 @@ pub struct Node {
     /// `maxmemory-policy`
     pub eviction: String,
     pub persistence: String,
-    /// `None` if an access list forbids reading it.
+    /// `None` if an ACL forbids reading it.
     pub min_replicas_to_write: Option<u32>,
-    /// In seconds. `None` if an access list forbids reading it.
+    /// The setting in seconds. `None` if an ACL forbids reading it.
     pub min_replicas_max_lag: Option<u32>,
     /// The maximum number of connections; `None` if it is hidden.
     pub max_clients: Option<usize>,
-    /// The error with which it rejects the commands of the counters' script, if it does.
+    /// The error if the server rejects the commands that the counters' script uses.
     pub script_error: Option<String>,
     /// Number of subscribers to the channel.
     pub subscribers: usize,
@@ -134,7 +134,7 @@ async fn node(
     })
 }
 
-/// Returns `None` if an access list or a hosting provider forbids the command.
+/// Returns `None` if an ACL or the hosting provider forbids the command.
 async fn query<T: FromRedisValue>(
     connection: &mut MultiplexedConnection,
     words: &[&str],

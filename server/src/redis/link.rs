@@ -14,7 +14,7 @@ use super::{
 };
 use crate::deadline::{self, Late};
 
-/// The connection that was in use when it was requested. It may break at any time.
+/// The connection that was current when this was created. It may break at any time.
 #[derive(Clone)]
 pub struct Link {
     pub(super) live: Live,
@@ -90,7 +90,7 @@ impl Link {
         let mut answer = deadline::within(limit, &mut call).await;
         if answer.is_err() {
             counts.timed_out.fetch_add(1, Ordering::Relaxed);
-            // The supervisor checks whether the connection is slow or dead.
+            // The supervisor checks whether the connection is merely slow or dead.
             self.shared.slots[self.at].check.notify_one();
             if let Some(more) = patience.and_then(|it| it.checked_sub(limit)) {
                 answer = deadline::within(more, call).await;

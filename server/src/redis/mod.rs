@@ -1,15 +1,15 @@
 //! Redis: supervised connections, calls with deadlines, and messages.
 //!
 //! Owns the connection to Redis: one server, the master that Sentinel reports, or a cluster. Valkey works the same way.
-//! Does not depend on what is stored there.
+//! Does not depend on what is stored in Redis.
 //!
 //! There are `QUOTA_REDIS_CONNECTIONS` connections, each of which is multiplexed and has a [`supervisor`]. A call never
-//! waits for a connection: without one it fails immediately with [`CallError::NotConnected`]. A call that fails is not retried,
-//! since it may have been executed; only one that a cluster's node did not execute, because the key is on another node,
-//! is sent again.
+//! waits for a connection: without one it fails immediately with [`CallError::NotConnected`]. A failed call is not
+//! retried, since it may have been executed. The only exception is a call that a cluster node did not execute because
+//! the key is on another node: it is sent again.
 //!
 //! While Redis is unreachable, every call fails within `QUOTA_REDIS_TIMEOUT`, or within the longer time that a caller
-//! allows for late responses. Nothing is queued. Whether Redis may have lost data in the meantime can be seen from
+//! allows for late responses. Nothing is queued. Callers can detect that Redis may have lost data in the meantime from
 //! [`Link::generation`], which changes with every connection, and from [`Link::run_id`], which changes with every
 //! restart of the server.
 
@@ -88,7 +88,7 @@ impl Redis {
         }
     }
 
-    /// Returns the prefix of every key and channel. Followed by a colon.
+    /// Returns the prefix of every key and channel, which is followed by a colon.
     pub fn prefix(&self) -> &str {
         &self.shared.settings.prefix
     }
@@ -166,7 +166,7 @@ impl Redis {
         self.link(key)?.query(cmd).await
     }
 
-    /// Waits until there is a connection, for at most `patience`. Returns whether there is one.
+    /// Waits for a connection for at most `patience`. Returns whether there is one.
     pub async fn connected(&self, patience: Duration) -> bool {
         let connected = async {
             while self.status().connected == 0 {
@@ -184,7 +184,7 @@ impl Redis {
 
 /// The redis crate uses the default provider of the process.
 fn install_tls() {
-    // Fails if one is already installed.
+    // This fails if a provider is already installed.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
 }
 

@@ -29,7 +29,7 @@ pub enum CallError {
     Failed(#[source] RedisError),
 }
 
-/// A Lua script. Called by its hash; the source is sent only to a server that does not have it.
+/// A Lua script. It is called by its hash, and its source is sent only to servers that do not have it.
 #[derive(Debug, Clone)]
 pub struct Script {
     pub(super) code: &'static str,
@@ -59,7 +59,7 @@ pub(super) struct Slot {
     pub(super) live: RwLock<Option<Live>>,
     /// Wakes the supervisor because the connection was discarded or may be dead.
     pub(super) check: Notify,
-    /// A call found the connection broken. Only set for clusters.
+    /// A call found the connection broken. Set only for clusters.
     pub(super) is_broken: AtomicBool,
 }
 
@@ -75,7 +75,7 @@ pub(super) struct Live {
 #[derive(Debug, Default)]
 pub struct Counts {
     pub calls: AtomicU64,
-    /// Calls without a connection.
+    /// Calls that failed because there was no connection.
     pub not_connected: AtomicU64,
     pub timed_out: AtomicU64,
     /// Calls that failed for another reason.

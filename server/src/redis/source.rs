@@ -15,9 +15,10 @@ use crate::config::{RedisServers, RedisSettings, redis::tcp_settings};
 
 /// The maximum number of calls in flight per connection. Additional calls wait, within their own deadlines.
 const CONCURRENT: usize = 1024;
-/// How long a node of a cluster may take to respond: longer than any caller waits.
+/// How long a cluster node may take to respond, which is longer than any caller waits.
 const UNANSWERED: Duration = Duration::from_secs(2);
-/// Querying Sentinel takes several round trips, including the check of the master that it reports.
+/// How long querying Sentinel may take. It needs several round trips, including the check of the master that it
+/// reports.
 const SENTINEL_STEPS: u32 = 4;
 
 /// Why connecting failed.
@@ -64,7 +65,7 @@ impl ServerSource {
             }
             RedisServers::Cluster(nodes) => Self::Cluster(Box::new(
                 ClusterClientBuilder::new(nodes.iter().cloned())
-                    // The crate would also retry calls that may have been executed.
+                    // Otherwise, the crate would also retry calls that may have been executed.
                     .retries(0)
                     .connection_timeout(settings.connect_timeout)
                     .response_timeout(
@@ -139,7 +140,7 @@ async fn greet(connection: &mut MultiplexedConnection) -> Result<Option<Arc<str>
     Ok(info_value(&server, "run_id").map(Arc::from))
 }
 
-/// Returns a section of `INFO`, or nothing if an access list forbids the command.
+/// Returns a section of `INFO`, or nothing if an ACL forbids the command.
 async fn info(connection: &mut MultiplexedConnection, section: &str) -> Result<String, RedisError> {
     let mut info = redis::cmd("INFO");
     match info.arg(section).query_async(connection).await {

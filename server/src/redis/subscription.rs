@@ -36,7 +36,7 @@ pub enum Event {
     Lost,
 }
 
-/// See [`super::Redis::subscribe`]. Ends when dropped.
+/// See [`super::Redis::subscribe`]. The subscription ends when this is dropped.
 #[derive(Debug)]
 pub struct Subscription {
     events: mpsc::Receiver<Event>,
@@ -85,7 +85,7 @@ async fn supervise(settings: RedisSettings, channel: String, events: mpsc::Sende
                     return;
                 }
                 forward(&mut sink, stream, &events, probe_limit(&settings)).await;
-                // Queued behind the messages that have arrived.
+                // This event is queued behind the messages that have already arrived.
                 if events.send(Event::Lost).await.is_err() {
                     return;
                 }

@@ -1,8 +1,8 @@
 //! Maintains one connection: connects, probes and reconnects.
 //!
 //! The redis crate's `ConnectionManager` keeps reconnecting to one address and makes calls wait for the new connection.
-//! Here, Sentinel is queried for the master before each attempt, calls never wait, and a probe finds connections that
-//! have gone silent, which a late call does not prove.
+//! Here, Sentinel is queried for the master before each attempt, calls never wait, and a probe detects connections that
+//! have gone silent: a late call does not prove that.
 //!
 //! The crate itself maintains the connections of a cluster, node by node. The cluster connection as a whole is replaced
 //! only if that does not help, and the old one is used until the new one is ready.
@@ -22,8 +22,8 @@ use crate::{config::RedisSettings, error_chain::chain};
 
 /// How often a healthy connection is probed.
 const PROBE_EVERY: Duration = Duration::from_millis(500);
-/// Minimum time allowed for the response to a probe. A Redis server that gets no CPU time for a moment is not dead, and
-/// reconnecting would only add to its work.
+/// Minimum time allowed for the response to a probe. A Redis server that briefly gets no CPU time is not dead, and
+/// reconnecting would only add to its load.
 const PROBE_ANSWER: Duration = Duration::from_millis(500);
 /// The pause after a failed attempt, which doubles up to the maximum.
 const FIRST_PAUSE: Duration = Duration::from_millis(25);
@@ -85,7 +85,7 @@ pub(super) async fn supervise(shared: Arc<Shared>, at: usize) {
                 until_broken(&shared, at).await;
                 if !shared.is_cluster() {
                     *shared.slots[at].live.write() = None;
-                    // A connection that breaks immediately does not end the backoff.
+                    // A connection that breaks immediately does not reset the backoff.
                     if began.elapsed() > PROBE_EVERY {
                         backoff.reset();
                     }
@@ -119,7 +119,7 @@ async fn until_broken(shared: &Shared, at: usize) {
         } else {
             let _ = timeout(PROBE_EVERY, slot.check.notified()).await;
         }
-        // `None` after a call found it broken.
+        // `None` after a call has found the connection broken.
         let live = slot.live.read().clone();
         let Some(mut connection) = live.map(|it| it.connection) else {
             return;

@@ -61,7 +61,7 @@ pub async fn register(
     Ok((user, tenant))
 }
 
-/// A user who signs in.
+/// A user who is signing in.
 #[derive(Debug, Clone, Queryable)]
 pub struct LoginRow {
     pub user: UserRow,
@@ -129,8 +129,8 @@ pub async fn password_hash(tx: &mut SystemTx, user: Uuid) -> Result<Option<Strin
         .optional()?)
 }
 
-/// Returns whether `hash` is still the user's password hash, and keeps it unchanged until the transaction ends: a
-/// transaction that changes it waits, and then sees the effects of this one.
+/// Returns whether `hash` is still the user's password hash, and locks it until the transaction ends: a transaction
+/// that changes the hash waits for this one and then sees its effects.
 pub async fn hold_password(tx: &mut SystemTx, user: Uuid, hash: &str) -> Result<bool, DbError> {
     let current = users::table
         .find(user)

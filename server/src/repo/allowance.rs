@@ -16,15 +16,21 @@ pub enum Resource {
     ServiceTokens,
 }
 
-/// Returns how many of these a tenant has. Call before the insert, in the same transaction: until it ends, other
-/// transactions that call this wait.
-pub async fn count(tx: &mut TenantTx, what: Resource) -> Result<u64, DbError> {
-    let tenant = tx.tenant().0;
+/// Makes other transactions of the tenant that call this wait until the transaction ends.
+pub async fn lock(tx: &mut TenantTx) -> Result<(), DbError> {
     // An advisory lock, because a lock on the tenant's row could deadlock with a change to the tenant.
     sql_query("SELECT pg_advisory_xact_lock(hashtextextended($1::text, 7226422))")
-        .bind::<sql_types::Uuid, _>(tenant)
+        .bind::<sql_types::Uuid, _>(tx.tenant().0)
         .execute(&mut **tx)
         .await?;
+    Ok(())
+}
+
+/// Returns the number of these resources that a tenant has. Call before the insert, in the same transaction: until it
+/// ends, other transactions that call this wait.
+pub async fn count(tx: &mut TenantTx, what: Resource) -> Result<u64, DbError> {
+    lock(tx).await?;
+    let tenant = tx.tenant().0;
     let count: i64 = match what {
         Resource::Plans => {
             let all = plans::table.filter(plans::tenant_id.eq(tenant));

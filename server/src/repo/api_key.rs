@@ -113,7 +113,7 @@ pub struct KeyFacts {
     pub billing: String,
     /// Whether the tenant may use plans marked `paid`, until `paid_access_until`.
     pub has_paid_access: bool,
-    /// `None`: no end is known.
+    /// `None` if no end is known.
     pub paid_access_until: Option<DateTime<Utc>>,
     pub time_zone: String,
 }
@@ -124,6 +124,17 @@ pub async fn insert(tx: &mut TenantTx, key: &NewApiKey<'_>) -> Result<ApiKeyRow,
         .values(key)
         .returning(ApiKeyRow::as_returning());
     Ok(query.get_result(&mut **tx).await?)
+}
+
+/// Returns the highest rate override of a key on the plan.
+pub async fn highest_rate(tx: &mut TenantTx, plan: Uuid) -> Result<Option<i64>, DbError> {
+    let highest: Option<i32> = api_keys::table
+        .filter(api_keys::tenant_id.eq(tx.tenant().0))
+        .filter(api_keys::plan_id.eq(plan))
+        .select(diesel::dsl::max(api_keys::rpm_override))
+        .get_result(&mut **tx)
+        .await?;
+    Ok(highest.map(Into::into))
 }
 
 pub async fn list(
@@ -278,7 +289,8 @@ pub async fn rotate(
 pub struct FoundKey {
     pub hash: Vec<u8>,
     pub facts: KeyFacts,
-    /// The number of the newest invalidation when it was read. The facts are current except for invalidations above it.
+    /// The number of the newest invalidation at the time of reading. The facts are up to date except for later
+    /// invalidations.
     pub as_of: i64,
 }
 
@@ -383,7 +395,7 @@ impl FactsRow {
 
 /// Finds the keys whose current or previous secret has one of these hashes, active or not, in any tenant, in any order.
 pub async fn facts(tx: &mut SystemTx, hashes: &[&[u8]]) -> Result<Vec<FoundKey>, DbError> {
-    // Read in the same statement, so that it belongs to the same snapshot.
+    // The number is read in the same statement, so that it belongs to the same snapshot.
     let as_of = sql::<BigInt>("(SELECT coalesce(max(seq), 0) FROM revocations)");
     let in_grace = sql::<Bool>("coalesce(api_keys.previous_expires_at > now(), false)");
     let rows = api_keys::table

@@ -1,9 +1,9 @@
-//! Customers at Stripe and their subscriptions, in PostgreSQL.
+//! Stripe customers and their subscriptions, in PostgreSQL.
 //!
 //! Only the server itself writes these tables; a tenant's transaction can read its own rows. See the migration.
 
 use chrono::{DateTime, Utc};
-use diesel::{pg::Pg, prelude::*, sql_query, sql_types};
+use diesel::{dsl::sql, pg::Pg, prelude::*, sql_query, sql_types};
 use diesel_async::RunQueryDsl;
 use quota_common::TenantId;
 use uuid::Uuid;
@@ -47,6 +47,11 @@ pub struct SubscriptionRow {
     pub period_end: Option<DateTime<Utc>>,
     pub ended_at: Option<DateTime<Utc>>,
     pub is_metered: bool,
+    pub product_name: Option<String>,
+    pub currency: Option<String>,
+    /// The monthly price in the smallest unit of the currency, like `usage_price`.
+    pub monthly_price: Option<String>,
+    pub usage_price: Option<String>,
 }
 
 /// Returns the email of a user and the name of the tenant.
@@ -84,7 +89,7 @@ pub async fn find(
     Ok(Some((account, subscription)))
 }
 
-/// Returns the tenant's account, creating it if there is none. Email and name are those of the first call.
+/// Returns the tenant's account, creating it if there is none. The email and name of the first call are kept.
 pub async fn open(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -107,7 +112,7 @@ pub async fn open(
         .await?)
 }
 
-/// Records that a customer is about to be created at Stripe.
+/// Records that a customer is about to be created in Stripe.
 pub async fn request_customer(tx: &mut SystemTx, tenant: TenantId) -> Result<(), DbError> {
     diesel::update(billing_accounts::table.find(tenant.0))
         .set(billing_accounts::customer_requested.eq(true))
@@ -133,7 +138,8 @@ pub async fn set_customer(
     Ok(recorded.get_result(&mut **tx).await?)
 }
 
-/// Counts an attempt to create a customer that has failed permanently at Stripe, so that the next one uses another key.
+/// Counts an attempt to create a customer that failed permanently, so that the next attempt uses another idempotency
+/// key.
 pub async fn next_customer_attempt(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -156,14 +162,19 @@ pub async fn set_checkout(
 ) -> Result<(), DbError> {
     diesel::update(billing_accounts::table.find(tenant.0))
         .filter(billing_accounts::checkout_attempt.eq(attempt))
-        .set(billing_accounts::checkout_id.eq(session))
+        .set((
+            billing_accounts::checkout_id.eq(session),
+            // A subscription may begin soon, and its webhook may be lost.
+            billing_accounts::read_due_at
+                .eq(sql("least(read_due_at, now() + interval '10 minutes')")),
+        ))
         .execute(&mut **tx)
         .await?;
     Ok(())
 }
 
 /// Ends a Checkout Session or a failed attempt to create one, so that the next attempt uses another key. Returns the
-/// number of the next attempt, which another request may have begun.
+/// number of the next attempt, which another request may already have started.
 pub async fn next_checkout_attempt(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -183,7 +194,7 @@ pub async fn next_checkout_attempt(
     Ok(next.get_result(&mut **tx).await?)
 }
 
-/// A read of a tenant's subscriptions that has begun.
+/// A read of a tenant's subscriptions that has started.
 #[derive(Debug, Clone, QueryableByName)]
 pub struct BegunRead {
     #[diesel(sql_type = sql_types::BigInt)]
@@ -220,6 +231,13 @@ pub struct AppliedRead<'a> {
     pub subscriptions: &'a [SubscriptionRow],
 }
 
+/// The access of a tenant, as the audit log shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shown {
+    pub access: String,
+    pub ends_at: Option<DateTime<Utc>>,
+}
+
 /// The effect of applying a read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Applied {
@@ -231,27 +249,31 @@ pub enum Applied {
     PaidAccess,
 }
 
-/// Applies a read, unless a later one has been applied.
+/// The columns of an account that a read may change.
+type Before = (i64, bool, Option<DateTime<Utc>>, String);
+
+/// Applies a read, unless a later one has already been applied. Also returns the access before, if its change belongs
+/// in the audit log: the end of a grace period alone, which can shift with every read, does not.
 pub async fn apply_read(
     tx: &mut SystemTx,
     tenant: TenantId,
     read: &AppliedRead<'_>,
-) -> Result<Applied, DbError> {
-    let before: Option<(i64, bool, Option<DateTime<Utc>>)> = billing_accounts::table
+) -> Result<(Applied, Option<Shown>), DbError> {
+    let before: Option<Before> = billing_accounts::table
         .find(tenant.0)
         .select((
             billing_accounts::read_applied,
             billing_accounts::has_paid_access,
             billing_accounts::paid_access_until,
+            billing_accounts::access,
         ))
         .for_update()
         .get_result(&mut **tx)
         .await
         .optional()?;
-    let Some((applied, had_access, until)) = before.filter(|it| it.0 < read.number) else {
-        return Ok(Applied::Outdated);
+    let Some((_, had_access, until, access)) = before.filter(|it| it.0 < read.number) else {
+        return Ok((Applied::Outdated, None));
     };
-    debug_assert!(applied < read.number);
     diesel::update(billing_accounts::table.find(tenant.0))
         .set((
             billing_accounts::access.eq(read.access),
@@ -272,11 +294,33 @@ pub async fn apply_read(
         .execute(&mut **tx)
         .await?;
     let is_same = (had_access, until) == (read.has_paid_access, read.paid_access_until);
-    Ok(if is_same {
+    let is_audited = access != read.access || (!is_same && access != "past_due");
+    let applied = if is_same {
         Applied::Same
     } else {
         Applied::PaidAccess
-    })
+    };
+    let shown = Shown {
+        access,
+        ends_at: until,
+    };
+    Ok((applied, is_audited.then_some(shown)))
+}
+
+/// Removes a customer that does not exist in Stripe, and its Checkout Session, so that the next Checkout creates
+/// others.
+pub async fn forget_customer(tx: &mut SystemTx, tenant: TenantId) -> Result<(), DbError> {
+    diesel::update(billing_accounts::table.find(tenant.0))
+        .set((
+            billing_accounts::customer_id.eq(None::<String>),
+            // Stripe would return the same customer for the same idempotency key.
+            billing_accounts::customer_attempt.eq(billing_accounts::customer_attempt + 1),
+            billing_accounts::checkout_id.eq(None::<String>),
+            billing_accounts::checkout_attempt.eq(billing_accounts::checkout_attempt + 1),
+        ))
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
 }
 
 /// Returns the tenant of a customer.
@@ -297,14 +341,19 @@ struct Due {
 }
 
 /// Returns customers that have not been read for a while, and makes their next read due after about `seconds`, so that
-/// no other replica reads them as well. The time varies by a fifth, so that reads are spread out.
+/// no other replica reads them as well. The time varies by a fifth, so that reads are spread out. For a customer without
+/// a subscription that can change, it is twice the time since the last read, up to a day.
 pub async fn claim_due_reads(
     tx: &mut SystemTx,
     seconds: f64,
     limit: i64,
 ) -> Result<Vec<TenantId>, DbError> {
     let due: Vec<Due> = sql_query(
-        "UPDATE billing_accounts SET read_due_at = now() + make_interval(secs => $1 * (0.9 + random() * 0.2)) \
+        "UPDATE billing_accounts a SET read_due_at = now() + (0.9 + random() * 0.2) * CASE \
+             WHEN EXISTS (SELECT FROM billing_subscriptions s WHERE s.tenant_id = a.tenant_id \
+                 AND s.status NOT IN ('canceled', 'incomplete_expired')) THEN make_interval(secs => $1) \
+             ELSE greatest(make_interval(secs => $1), least(interval '1 day', 2 * (now() - coalesce(a.read_at, now())))) \
+             END \
          WHERE tenant_id = ANY(ARRAY( \
              SELECT tenant_id FROM billing_accounts \
              WHERE read_due_at <= now() AND customer_id IS NOT NULL \
@@ -318,7 +367,7 @@ pub async fn claim_due_reads(
     Ok(due.into_iter().map(|it| TenantId(it.tenant_id)).collect())
 }
 
-/// Returns the customer of a tenant.
+/// Returns a tenant's customer.
 pub async fn customer_of(tx: &mut SystemTx, tenant: TenantId) -> Result<Option<String>, DbError> {
     let customer: Option<Option<String>> = billing_accounts::table
         .find(tenant.0)

@@ -1,7 +1,8 @@
-//! Webhooks from Stripe in PostgreSQL: each is stored once, and processed until its outcome is known.
+//! Stripe webhooks in PostgreSQL. Each is stored once and processed until its outcome is known.
 
 use diesel::{dsl::sql, prelude::*, sql_query, sql_types};
 use diesel_async::RunQueryDsl;
+use uuid::Uuid;
 
 use crate::{
     db::{DbError, SystemTx},
@@ -49,7 +50,7 @@ pub struct DueEvent {
 }
 
 /// Returns events that are due, oldest first, and counts an attempt. Each becomes due again after a delay that doubles
-/// each time, from 4 seconds to an hour, minus a random part of up to half of it: so it is retried if this process
+/// each time, from 4 seconds to an hour, minus a random part of up to half of it. So it is retried if this process
 /// ends, and no other replica processes it in the meantime.
 pub async fn claim(tx: &mut SystemTx, limit: i64) -> Result<Vec<DueEvent>, DbError> {
     let claimed = sql_query(
@@ -70,11 +71,11 @@ pub async fn claim(tx: &mut SystemTx, limit: i64) -> Result<Vec<DueEvent>, DbErr
 /// The outcome of processing an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// Its customer's subscriptions were read after it was received.
+    /// The customer's subscriptions were read after the event was received.
     Applied,
-    /// It concerns no customer of this server.
+    /// The event does not concern a customer of this server.
     Ignored,
-    /// It was tried often enough.
+    /// The event was abandoned after the maximum number of attempts.
     Failed,
 }
 
@@ -112,5 +113,24 @@ pub async fn postpone(tx: &mut SystemTx, ids: &[&str], error: &str) -> Result<()
         .set(billing_events::error.eq(error))
         .execute(&mut **tx)
         .await?;
+    Ok(())
+}
+
+/// Records a problem with a tenant's usage, once. Ignores tenants without an account.
+pub async fn insert_meter_error(
+    tx: &mut SystemTx,
+    event: &str,
+    tenant: Uuid,
+    code: &str,
+) -> Result<(), DbError> {
+    sql_query(
+        "INSERT INTO billing_meter_errors (event_id, tenant_id, code) \
+         SELECT $1, tenant_id, $3 FROM billing_accounts WHERE tenant_id = $2 ON CONFLICT DO NOTHING",
+    )
+    .bind::<sql_types::Text, _>(event)
+    .bind::<sql_types::Uuid, _>(tenant)
+    .bind::<sql_types::Text, _>(code)
+    .execute(&mut **tx)
+    .await?;
     Ok(())
 }

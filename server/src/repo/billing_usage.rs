@@ -1,4 +1,4 @@
-//! Charged usage and its reports to Stripe's meter, in PostgreSQL.
+//! Charged usage and its reports to the Stripe meter, in PostgreSQL.
 
 use chrono::{DateTime, TimeDelta, Utc};
 use diesel::{
@@ -12,33 +12,47 @@ use uuid::Uuid;
 
 use crate::db::{DbError, SystemTx};
 
-/// An hour of a tenant with usage that is not in a report yet.
+/// An hour in which a tenant has usage that is not in a report yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]
 pub struct OpenHour {
     #[diesel(sql_type = SqlUuid)]
     pub tenant_id: Uuid,
     #[diesel(sql_type = Timestamptz)]
     pub start: DateTime<Utc>,
-    /// Whether the tenant's subscriptions were read after the hour ended, so that the limits of billing periods in it
-    /// are known. Also true if there is nothing to read.
+    /// The end of the hour, or the edge of a billing period up to which it can be planned before it ends.
+    #[diesel(sql_type = Timestamptz)]
+    pub until: DateTime<Utc>,
+    /// Whether the tenant's subscriptions were read after `until`, so that the limits of billing periods before it are
+    /// known. Also true if there is nothing to read.
     #[diesel(sql_type = Bool)]
     pub is_read: bool,
 }
 
-/// Returns an hour that has ended for each tenant, its oldest, in random order: tenants whose hours cannot be planned
-/// must not keep others waiting. An hour is included once every server has delivered its records of it,
-/// or a quarter of an hour after its end: usage that arrives later becomes another revision.
+/// Returns the oldest completed hour of each tenant, in random order, so that tenants whose hours cannot be planned do
+/// not delay others. An hour is included once every server has delivered its records of it, or 15 minutes after its
+/// end. Usage that arrives later becomes another revision. The part of an hour before the edge of a billing period is
+/// included in the same way, once, so that it is reported before the invoice is final.
 pub async fn open_hours(tx: &mut SystemTx, limit: i64) -> Result<Vec<OpenHour>, DbError> {
     let hours = sql_query(
         "WITH complete AS ( \
-             SELECT least(now(), coalesce(min(coalesce(oldest_pending_at, reported_at)), now())) AS until \
-             FROM usage_shippers) \
-         SELECT * FROM (SELECT DISTINCT ON (u.tenant_id) u.tenant_id, u.start, \
-             coalesce(a.customer_id IS NULL OR a.read_at >= u.start + interval '1 hour', true) AS is_read \
-         FROM billing_usage u LEFT JOIN billing_accounts a USING (tenant_id) \
-         WHERE u.cost <> u.planned AND u.start + interval '1 hour' \
-             <= greatest((SELECT until FROM complete), now() - interval '15 minutes') \
-         ORDER BY u.tenant_id, u.start) oldest ORDER BY random() LIMIT $1",
+             SELECT greatest(least(now(), coalesce(min(coalesce(oldest_pending_at, reported_at)), now())), \
+                 now() - interval '15 minutes') AS until \
+             FROM usage_shippers \
+         ), open AS ( \
+             SELECT u.tenant_id, u.start, u.start + interval '1 hour' AS until \
+             FROM billing_usage u, complete c \
+             WHERE u.cost <> u.planned AND u.start + interval '1 hour' <= c.until \
+             UNION ALL \
+             SELECT u.tenant_id, u.start, e.edge \
+             FROM complete c CROSS JOIN billing_usage u JOIN billing_subscriptions s USING (tenant_id) \
+             CROSS JOIN LATERAL unnest(ARRAY[s.started_at, s.ended_at, s.period_start, s.period_end]) AS e (edge) \
+             WHERE u.cost <> u.planned AND u.start + interval '1 hour' > c.until AND u.start < c.until \
+                 AND e.edge > u.start AND e.edge <= c.until AND (u.divided_at IS NULL OR u.divided_at < e.edge) \
+         ) \
+         SELECT * FROM (SELECT DISTINCT ON (o.tenant_id) o.tenant_id, o.start, o.until, \
+             coalesce(a.customer_id IS NULL OR a.read_at >= o.until, true) AS is_read \
+         FROM open o LEFT JOIN billing_accounts a USING (tenant_id) \
+         ORDER BY o.tenant_id, o.start, o.until) oldest ORDER BY random() LIMIT $1",
     )
     .bind::<BigInt, _>(limit)
     .get_results(&mut **tx)
@@ -63,33 +77,63 @@ pub struct ChargedBy {
     pub period_end: Option<DateTime<Utc>>,
 }
 
-/// An hour whose row is locked, so that no usage is added to it until the transaction ends.
-#[derive(Debug)]
-pub struct LockedHour {
+/// The usage of an hour.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]
+pub struct HourSums {
+    #[diesel(sql_type = BigInt)]
     pub cost: i64,
+    /// The part of it that is in reports.
+    #[diesel(sql_type = BigInt)]
     pub planned: i64,
-    pub subscriptions: Vec<ChargedBy>,
 }
 
-pub async fn lock_hour(
+/// Returns the usage of an hour. If `is_locked`, no usage is added to it until the transaction ends.
+pub async fn hour(
     tx: &mut SystemTx,
     tenant: TenantId,
     start: DateTime<Utc>,
-) -> Result<LockedHour, DbError> {
-    #[derive(QueryableByName)]
-    struct Sums {
-        #[diesel(sql_type = BigInt)]
-        cost: i64,
-        #[diesel(sql_type = BigInt)]
-        planned: i64,
-    }
-    let sums: Sums = sql_query(
-        "SELECT cost, planned FROM billing_usage WHERE tenant_id = $1 AND start = $2 FOR UPDATE",
-    )
-    .bind::<SqlUuid, _>(tenant.0)
-    .bind::<Timestamptz, _>(start)
-    .get_result(&mut **tx)
-    .await?;
+    is_locked: bool,
+) -> Result<HourSums, DbError> {
+    let query = "SELECT cost, planned FROM billing_usage WHERE tenant_id = $1 AND start = $2";
+    let query = if is_locked {
+        format!("{query} FOR UPDATE")
+    } else {
+        query.to_owned()
+    };
+    let sums = sql_query(query)
+        .bind::<SqlUuid, _>(tenant.0)
+        .bind::<Timestamptz, _>(start)
+        .get_result(&mut **tx)
+        .await?;
+    Ok(sums)
+}
+
+/// Records that usage of the hour up to the edge of a billing period is planned.
+pub async fn set_divided(
+    tx: &mut SystemTx,
+    tenant: TenantId,
+    start: DateTime<Utc>,
+    edge: DateTime<Utc>,
+) -> Result<(), DbError> {
+    sql_query("UPDATE billing_usage SET divided_at = $3 WHERE tenant_id = $1 AND start = $2")
+        .bind::<SqlUuid, _>(tenant.0)
+        .bind::<Timestamptz, _>(start)
+        .bind::<Timestamptz, _>(edge)
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
+}
+
+/// Allows statements of the transaction enough time to scan the log of a large tenant.
+pub async fn allow_scan(tx: &mut SystemTx) -> Result<(), DbError> {
+    sql_query("SET LOCAL statement_timeout = '5min'")
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
+}
+
+/// Returns the tenant's subscriptions, oldest first.
+pub async fn subscriptions(tx: &mut SystemTx, tenant: TenantId) -> Result<Vec<ChargedBy>, DbError> {
     let subscriptions = sql_query(
         "SELECT id, is_metered, started_at, ended_at, period_start, period_end FROM billing_subscriptions \
          WHERE tenant_id = $1 AND status <> 'incomplete_expired' ORDER BY started_at, id",
@@ -97,11 +141,7 @@ pub async fn lock_hour(
     .bind::<SqlUuid, _>(tenant.0)
     .get_results(&mut **tx)
     .await?;
-    Ok(LockedHour {
-        cost: sums.cost,
-        planned: sums.planned,
-        subscriptions,
-    })
+    Ok(subscriptions)
 }
 
 #[derive(QueryableByName)]
@@ -130,7 +170,7 @@ pub async fn logged(
     Ok(found.sum)
 }
 
-/// Returns the sum of the reports that start in the span: all of them, or only those that Stripe has.
+/// Returns the sum of the reports that start in the span: all of them, or only those that Stripe has received.
 pub async fn reported(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -175,7 +215,7 @@ pub enum Unbilled {
     Finalized,
     /// Stripe rejected it.
     Rejected,
-    /// It was sent a day ago without a response, and Stripe's total since then matches neither outcome.
+    /// It was sent a day ago without a response, and the total in Stripe matches neither outcome.
     Unclear,
 }
 
@@ -230,17 +270,24 @@ struct OfTenant {
     tenant_id: Uuid,
 }
 
-/// Returns tenants with reports that are due, for this replica to send within a minute. Other replicas do not get them
-/// in the meantime.
-pub async fn claim_senders(tx: &mut SystemTx, limit: i64) -> Result<Vec<TenantId>, DbError> {
+/// Returns tenants with reports that are due, for `owner` to send. Other replicas do not get them for two minutes, and
+/// each attempt to send a report restarts that time.
+pub async fn claim_senders(
+    tx: &mut SystemTx,
+    owner: Uuid,
+    limit: i64,
+) -> Result<Vec<TenantId>, DbError> {
     let claimed: Vec<OfTenant> = sql_query(
-        "INSERT INTO billing_senders AS s (tenant_id, until) \
-         SELECT tenant_id, now() + interval '60 seconds' FROM billing_reports \
-         WHERE due_at <= now() GROUP BY tenant_id ORDER BY min(due_at) LIMIT $1 \
-         ON CONFLICT (tenant_id) DO UPDATE SET until = excluded.until WHERE s.until <= now() \
+        "INSERT INTO billing_senders AS s (tenant_id, until, owner) \
+         SELECT r.tenant_id, now() + interval '2 minutes', $2 FROM billing_reports r \
+         WHERE r.due_at <= now() AND NOT EXISTS ( \
+             SELECT FROM billing_senders o WHERE o.tenant_id = r.tenant_id AND o.until > now()) \
+         GROUP BY r.tenant_id ORDER BY min(r.due_at) LIMIT $1 \
+         ON CONFLICT (tenant_id) DO UPDATE SET until = excluded.until, owner = excluded.owner WHERE s.until <= now() \
          RETURNING tenant_id",
     )
     .bind::<BigInt, _>(limit)
+    .bind::<SqlUuid, _>(owner)
     .get_results(&mut **tx)
     .await?;
     Ok(claimed
@@ -249,10 +296,15 @@ pub async fn claim_senders(tx: &mut SystemTx, limit: i64) -> Result<Vec<TenantId
         .collect())
 }
 
-/// Allows other replicas to send the tenant's reports.
-pub async fn release_sender(tx: &mut SystemTx, tenant: TenantId) -> Result<(), DbError> {
-    sql_query("DELETE FROM billing_senders WHERE tenant_id = $1")
+/// Allows other replicas to send the tenant's reports, unless one has already taken over.
+pub async fn release_sender(
+    tx: &mut SystemTx,
+    tenant: TenantId,
+    owner: Uuid,
+) -> Result<(), DbError> {
+    sql_query("DELETE FROM billing_senders WHERE tenant_id = $1 AND owner = $2")
         .bind::<SqlUuid, _>(tenant.0)
+        .bind::<SqlUuid, _>(owner)
         .execute(&mut **tx)
         .await?;
     Ok(())
@@ -286,15 +338,20 @@ pub struct DueReport {
 
 /// Returns the tenant's next report that is due, and counts an attempt. It becomes due again after a delay that doubles
 /// each time, from 4 seconds to an hour, minus a random part of up to half of it: it is then sent again if its response
-/// was lost or this process has ended.
+/// was lost or this process has ended. Returns `None` if another replica has taken over from `owner`.
 pub async fn begin_attempt(
     tx: &mut SystemTx,
     tenant: TenantId,
+    owner: Uuid,
 ) -> Result<Option<DueReport>, DbError> {
     let due = sql_query(
-        "WITH next AS ( \
+        "WITH claim AS ( \
+             UPDATE billing_senders SET until = now() + interval '2 minutes' \
+             WHERE tenant_id = $1 AND owner = $2 RETURNING tenant_id \
+         ), next AS ( \
              SELECT tenant_id, start, revision, first_attempt_at FROM billing_reports \
-             WHERE tenant_id = $1 AND due_at <= now() ORDER BY due_at, start, revision LIMIT 1 FOR UPDATE) \
+             WHERE tenant_id = (SELECT tenant_id FROM claim) AND due_at <= now() \
+             ORDER BY due_at, start, revision LIMIT 1 FOR UPDATE) \
          UPDATE billing_reports r SET attempts = r.attempts + 1, first_attempt_at = coalesce(r.first_attempt_at, now()), \
              due_at = now() + least(interval '1 hour', interval '4 seconds' * power(2, least(r.attempts, 20))) \
                  * (0.5 + random() * 0.5) \
@@ -307,6 +364,7 @@ pub async fn begin_attempt(
              extract(epoch FROM now() - n.first_attempt_at)::bigint AS sent_ago",
     )
     .bind::<SqlUuid, _>(tenant.0)
+    .bind::<SqlUuid, _>(owner)
     .get_result(&mut **tx)
     .await
     .optional()?;
@@ -330,7 +388,7 @@ pub async fn restart_attempts(
     Ok(())
 }
 
-/// Records that Stripe has a report, or why it will not be charged.
+/// Records that Stripe has received a report, or why it will not be charged.
 pub async fn finish(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -350,7 +408,7 @@ pub async fn finish(
     Ok(())
 }
 
-/// A customer's usage on a day, according to the reports that Stripe has.
+/// A customer's usage on a day, according to the reports that Stripe has received.
 #[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
 pub struct SentOfDay {
     #[diesel(sql_type = SqlUuid)]
@@ -361,7 +419,7 @@ pub struct SentOfDay {
     pub sent: i64,
 }
 
-/// Returns what was sent for a day in UTC, for customers without a pending report of that day.
+/// Returns the usage that was reported for a UTC day, for customers without a pending report for that day.
 pub async fn sent_of_day(tx: &mut SystemTx, day: DateTime<Utc>) -> Result<Vec<SentOfDay>, DbError> {
     let sent = sql_query(
         "SELECT r.tenant_id, a.customer_id, coalesce(sum(r.value) FILTER (WHERE r.state = 'sent'), 0)::bigint AS sent \
@@ -382,7 +440,8 @@ pub struct Uncharged {
     /// Cost that should have been charged but will not be.
     #[diesel(sql_type = BigInt)]
     pub lost: i64,
-    /// Age of the oldest report that Stripe does not have yet, in seconds; 0 if it has all.
+    /// Age of the oldest report that Stripe has not received yet, or time since the end of the oldest hour without a
+    /// report, in seconds; 0 if Stripe has received everything.
     #[diesel(sql_type = BigInt)]
     pub oldest_pending: i64,
     #[diesel(sql_type = Timestamptz)]
@@ -394,7 +453,10 @@ pub async fn uncharged(tx: &mut SystemTx) -> Result<Uncharged, DbError> {
     let uncharged = sql_query(
         "SELECT coalesce(sum(value) FILTER (WHERE reason IN ('too_old', 'finalized', 'rejected', 'unclear')), 0)::bigint \
              AS lost, \
-             coalesce(extract(epoch FROM now() - min(created_at) FILTER (WHERE state = 'pending')), 0)::bigint \
+             coalesce(extract(epoch FROM now() - least( \
+                 (SELECT min(created_at) FROM billing_reports WHERE due_at IS NOT NULL), \
+                 (SELECT min(start) + interval '1 hour' FROM billing_usage \
+                     WHERE cost <> planned AND start <= now() - interval '1 hour'))), 0)::bigint \
              AS oldest_pending, now() AS now \
          FROM billing_reports WHERE created_at > now() - interval '40 days'",
     )

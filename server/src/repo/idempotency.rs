@@ -21,7 +21,7 @@ pub const KEPT_HOURS: i32 = 24;
 /// The state of an `Idempotency-Key`.
 #[derive(Debug)]
 pub enum PriorRequest {
-    /// Nothing. Process the request and [`store`] its response in the same transaction.
+    /// The key is new. Process the request and [`store`] its response in the same transaction.
     Nothing,
     /// Another request with the same key is being processed.
     InProgress,
@@ -45,8 +45,8 @@ struct Lock {
 
 /// Looks up a key and, if it is unknown, locks it against other requests until the transaction ends.
 pub async fn claim(tx: &mut TenantTx, operation: &str, key: &str) -> Result<PriorRequest, DbError> {
-    // Checked before locking: a stored response does not change, so replays need not exclude each other. If a replay
-    // held the lock, the next one would report that the request is still in progress.
+    // This is checked before locking: a stored response does not change, so replays need not exclude each other. If a
+    // replay held the lock, the next one would report that the request is still in progress.
     let known = find(tx, operation, key).await?;
     if !matches!(known, PriorRequest::Nothing) {
         return Ok(known);
@@ -65,7 +65,7 @@ pub async fn claim(tx: &mut TenantTx, operation: &str, key: &str) -> Result<Prio
             .get_result::<Lock>(&mut **tx)
             .await?;
         if lock.acquired {
-            // Checked again, since the previous holder of the lock may have stored its response.
+            // This is checked again, because the previous holder of the lock may have stored its response.
             return find(tx, operation, key).await;
         }
         if attempt + 1 < ATTEMPTS {

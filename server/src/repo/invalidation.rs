@@ -17,7 +17,7 @@ use crate::{
 /// The resource that was changed or revoked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Target {
-    /// Everything that belongs to the tenant.
+    /// All resources of the tenant.
     Tenant,
     Plan(Uuid),
     ApiKey(Uuid),
@@ -62,7 +62,7 @@ impl Target {
 pub struct Invalidation {
     pub seq: i64,
     pub tenant: Uuid,
-    /// `None` for a kind that this version does not support. It invalidates everything of the tenant.
+    /// `None` for a kind that this version does not support. It invalidates all of the tenant's resources.
     pub target: Option<Target>,
     /// When the row was written, shortly before the commit.
     pub at: DateTime<Utc>,
@@ -94,7 +94,7 @@ async fn insert_on(
             revocations::tenant_id.eq(tenant),
             revocations::target_type.eq(target.name()),
             revocations::target_id.eq(target.id(tenant)),
-            // now() would be the start of the transaction.
+            // `now()` would return the start of the transaction.
             revocations::at.eq(sql::<Timestamptz>("clock_timestamp()")),
         ))
         .returning((revocations::seq, revocations::at))
@@ -136,7 +136,7 @@ fn invalidation((seq, tenant, name, id, at): Row) -> Invalidation {
 /// The maximum number of rows per read.
 pub const BATCH: u16 = 10_000;
 
-/// Returns the newest rows, in order. Older ones may have been deleted, which happens after a day.
+/// Returns the newest rows, in order. Rows are deleted after a day.
 pub async fn newest(tx: &mut SystemTx) -> Result<Vec<Invalidation>, DbError> {
     let rows = revocations::table
         .order(revocations::seq.desc())

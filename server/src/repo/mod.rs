@@ -4,8 +4,8 @@
 //! and is also restricted to it by row-level security, or a [`SystemTx`] for the server's own
 //! work. Rows are separate structs, not the API's types. Does not depend on HTTP.
 //!
-//! Lists use keyset pagination. By default they are read newest first, by ID: IDs are UUIDv7 and sort by time. Some
-//! lists have other sort orders, with the ID as tie-breaker.
+//! Lists use keyset pagination. By default they are sorted by ID, newest first: IDs are UUIDv7, which sort by time.
+//! Some lists have other sort orders, with the ID as tie-breaker.
 
 /// Defines a function that finds a row of the transaction's tenant by ID; with `for_update`, locks it until the
 /// transaction ends.
@@ -57,6 +57,7 @@ pub mod api_key;
 pub mod audit;
 pub mod billing;
 pub mod billing_event;
+pub mod billing_overview;
 pub mod billing_usage;
 pub mod idempotency;
 pub mod invalidation;
@@ -67,6 +68,7 @@ pub mod secret;
 pub mod service_token;
 pub mod session;
 pub mod sweep;
+pub mod tenant_quota;
 pub mod usage;
 pub mod usage_append;
 pub mod usage_batch;
@@ -123,7 +125,7 @@ pub struct Slice {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SortBy {
     CreatedAt,
-    /// Case-insensitively.
+    /// By name, ignoring case.
     Name,
     LastUsed,
 }
@@ -172,7 +174,7 @@ fn by_name(descending: bool) -> SqlLiteral<Text> {
     })
 }
 
-/// Selects the rows after this name and ID in that order.
+/// Selects the rows that follow this name and ID in that order.
 fn beyond_name<T>(
     descending: bool,
     name: &str,

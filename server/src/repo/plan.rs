@@ -85,7 +85,7 @@ pub async fn insert(tx: &mut TenantTx, plan: &NewPlan<'_>) -> Result<PlanRow, Db
     Ok(query.get_result(&mut **tx).await?)
 }
 
-/// Returns a page of plans. Plans themselves are not used, so sorting them by last use means sorting by creation.
+/// Returns a page of plans. Plans have no last use, so sorting them by last use means sorting by creation.
 pub async fn list(tx: &mut TenantTx, slice: &SortedSlice) -> Result<Rows<PlanWithKeys>, DbError> {
     let tenant = tx.tenant().0;
     let total = plans::table
@@ -155,6 +155,17 @@ update_by_id!(
     /// Updates a plan. A name that is already in use fails with `plans_name_key`.
     pub fn update in plans, PlanChange -> PlanRow
 );
+
+/// Returns the billing mode of a plan.
+pub async fn billing_of(tx: &mut TenantTx, id: Uuid) -> Result<Option<String>, DbError> {
+    let billing = plans::table
+        .find((tx.tenant().0, id))
+        .select(plans::billing)
+        .get_result(&mut **tx)
+        .await
+        .optional()?;
+    Ok(billing)
+}
 
 /// Deletes a plan. A plan that still has keys fails with `api_keys_plan_fkey`.
 pub async fn delete(tx: &mut TenantTx, id: Uuid) -> Result<bool, DbError> {

@@ -19,13 +19,13 @@ use crate::db::{DbError, SystemTx};
 /// The first key of this module's advisory locks.
 const WINDOWS_LOCK: i32 = 7_226_422;
 
-/// A request for tokens of one key and policy.
+/// A request for tokens for one key and policy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ask {
     pub tenant: Uuid,
     pub key: Uuid,
     pub policy: &'static str,
-    /// The window that contains this time is used.
+    /// The window to use is the one that contains this time.
     pub at: DateTime<Utc>,
     /// The quota for a full day or month.
     pub limit: i64,
@@ -36,11 +36,11 @@ pub struct Ask {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StatedWindow {
     pub start: DateTime<Utc>,
-    /// Its end, and the length of the full day or month in seconds. `None` in rows of earlier versions.
+    /// The window's end, and the length of the full day or month in seconds. `None` in rows of earlier versions.
     pub end: Option<(DateTime<Utc>, i64)>,
 }
 
-/// Tokens that were taken.
+/// Tokens that were granted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Taken {
     pub start: DateTime<Utc>,
@@ -87,8 +87,9 @@ impl Ask {
 }
 
 /// Grants each request as much as it wants, up to what is left in its window. Returns `None` if no window with usage
-/// contains `at`, or if another transaction is changing or deleting the key, which may take long: other keys do not
-/// wait for it. With `opened`, takes from the windows that start at these times instead, with or without usage.
+/// contains `at`, or if another transaction is changing or deleting the key: that may take a long time, and other keys
+/// should not wait for it. With `opened`, takes from the windows that start at these times instead, with or without
+/// usage.
 ///
 /// Requests are in ascending order, so that transactions lock rows in the same order. Each grant is atomic: `used` is
 /// read and increased under the row's lock.
@@ -175,7 +176,7 @@ pub async fn take(
 /// ends. The number of requests must not exceed PostgreSQL's limit for a transaction's locks (64 by default).
 pub async fn lock(tx: &mut SystemTx, asks: &[Ask]) -> Result<(), DbError> {
     let mut locks: Vec<i32> = asks.iter().map(Ask::lock).collect();
-    // In ascending order, like everywhere.
+    // Locks are taken in ascending order, like everywhere else.
     locks.sort_unstable();
     locks.dedup();
     diesel::sql_query("SELECT count(pg_advisory_xact_lock($1, n)) FROM unnest($2) AS n")

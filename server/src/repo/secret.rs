@@ -1,4 +1,4 @@
-//! The server secret, which is stored in the database if the operator sets none.
+//! The server secret, which is stored in the database unless the operator sets one.
 
 use diesel::prelude::*;
 use diesel_async::RunQueryDsl;
@@ -22,7 +22,8 @@ pub async fn get_or_insert(tx: &mut SystemTx, candidate: &[u8]) -> Result<Vec<u8
         .await?)
 }
 
-/// Returns the secret that was in use when sessions began to record theirs. Stores `current` if there is none yet.
+/// Returns the secret that was in use when sessions started to record their secret. Stores `current` if there is none
+/// yet.
 pub async fn first_of_sessions(tx: &mut SystemTx, current: &[u8]) -> Result<Vec<u8>, DbError> {
     let unset = server_secrets::table.filter(server_secrets::first_session_secret_id.is_null());
     diesel::update(unset)

@@ -59,7 +59,8 @@ pub struct Accepted<'a> {
 pub enum Rotation {
     /// The token was the current one. Its successor is stored.
     Rotated(SessionRow),
-    /// The token was the previous one, used moments ago. The successor is the same, the one with this index.
+    /// The token was the previous one, and was used moments ago. It gets the same successor again, the one with this
+    /// index.
     Repeated(SessionRow, usize),
     /// The token was used earlier, so it has been copied. The session must be revoked.
     Reused(SessionRow),
@@ -128,7 +129,8 @@ pub async fn rotate(
     .optional()?;
     if let (Some(session), Some(next)) = (used, successors.first()) {
         add_token(tx, session, next).await?;
-        // Checked again under the row's lock: if the password was changed in the meantime, the session has ended.
+        // The session is checked again under the row's lock: if the password was changed in the meantime, the session
+        // has ended.
         let live = sessions::table
             .filter(sessions::id.eq(session))
             .filter(sessions::revoked_at.is_null());

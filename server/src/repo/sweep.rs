@@ -11,40 +11,46 @@ use crate::db::{DbError, SystemTx};
 /// A kind of row that expires.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Expired {
-    /// A day after they expired, with their refresh tokens.
+    /// Expired sessions, a day after their expiry, with their refresh tokens.
     Sessions,
-    /// A day after they were revoked, with their refresh tokens.
+    /// Revoked sessions, a day after they were revoked, with their refresh tokens.
     RevokedSessions,
     IdempotencyKeys,
-    /// Rows that every replica has long read, except the newest, with which numbers are compared.
+    /// Rows that every replica read long ago. The newest row is kept, because its number is used for comparison.
     Invalidations,
-    /// Windows that ended long ago. In any time zone, a month ends within 31 days of its start.
+    /// Quota windows that ended long ago. In any time zone, a month ends within 31 days of its start.
     QuotaUsage,
-    /// IDs of batches of returned tokens. Before that, a batch may be retried.
+    /// Tenant quotas of months that ended long ago.
+    TenantQuotaUsage,
+    /// IDs of batches of returned tokens that will no longer be retried.
     QuotaReturns,
     /// Previous secrets of rotated keys after their grace period. The keys are kept.
     PreviousKeys,
     Replicas,
-    /// Webhooks from Stripe that were processed, kept for as long as Stripe itself lists them.
+    /// Processed Stripe webhooks, which are kept for as long as Stripe lists them.
     BillingEvents,
-    /// Usage that was charged, kept for more than a year.
+    /// Charged usage, which is kept for more than a year.
     BillingUsage,
     BillingReports,
+    /// Problems with usage, which are kept for as long as charged usage.
+    BillingMeterErrors,
 }
 
 impl Expired {
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 13] = [
         Self::Sessions,
         Self::RevokedSessions,
         Self::IdempotencyKeys,
         Self::Invalidations,
         Self::QuotaUsage,
+        Self::TenantQuotaUsage,
         Self::QuotaReturns,
         Self::PreviousKeys,
         Self::Replicas,
         Self::BillingEvents,
         Self::BillingUsage,
         Self::BillingReports,
+        Self::BillingMeterErrors,
     ];
 
     /// Returns the name used in metrics and logs.
@@ -55,12 +61,14 @@ impl Expired {
             Self::IdempotencyKeys => "idempotency_keys",
             Self::Invalidations => "revocations",
             Self::QuotaUsage => "quota_usage",
+            Self::TenantQuotaUsage => "tenant_quota_usage",
             Self::QuotaReturns => "quota_returns",
             Self::PreviousKeys => "previous_keys",
             Self::Replicas => "replicas",
             Self::BillingEvents => "billing_events",
             Self::BillingUsage => "billing_usage",
             Self::BillingReports => "billing_reports",
+            Self::BillingMeterErrors => "billing_meter_errors",
         }
     }
 
@@ -89,6 +97,9 @@ impl Expired {
                 delete("revocations", "seq", &expired, "at")
             }
             Self::QuotaUsage => delete_older("quota_usage", "ctid", "window_start", "40 days"),
+            Self::TenantQuotaUsage => {
+                delete_older("tenant_quota_usage", "ctid", "window_start", "40 days")
+            }
             Self::QuotaReturns => delete_older("quota_returns", "id", "applied_at", "40 days"),
             Self::PreviousKeys => "UPDATE api_keys \
                  SET previous_key_hash = NULL, previous_expires_at = NULL \
@@ -105,6 +116,9 @@ impl Expired {
             Self::BillingReports => {
                 let ended = format!("due_at IS NULL AND {}", older("created_at", "400 days"));
                 delete("billing_reports", "ctid", &ended, "created_at")
+            }
+            Self::BillingMeterErrors => {
+                delete_older("billing_meter_errors", "ctid", "received_at", "400 days")
             }
             Self::BillingEvents => {
                 let handled = format!("due_at IS NULL AND {}", older("received_at", "30 days"));

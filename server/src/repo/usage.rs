@@ -1,8 +1,8 @@
 //! Reads the usage rollups.
 //!
 //! A row of a rollup covers one key or all keys, one endpoint or all, and one plan or all; see the migration. A query
-//! selects the rows of its combination, so it sums no more rows than necessary. For ranking, long ranges are read as
-//! the whole UTC days they contain and the quarters of an hour at both ends.
+//! selects the rows of its combination, so it sums no more rows than necessary. To rank groups over a long range, it
+//! reads the whole UTC days in the range and the quarter hours at both ends.
 //!
 //! Statements consist of constant text; all values from callers are bound.
 
@@ -40,7 +40,7 @@ pub struct Filter {
 pub enum GroupBy {
     Key,
     Endpoint,
-    /// The policy that denied the requests. Admitted requests do not belong to a group.
+    /// The policy that denied the requests. Admitted requests are not in any group.
     Policy,
     Plan,
 }
@@ -103,7 +103,7 @@ pub struct Ranked {
     pub counts: Counts,
 }
 
-/// From `from` to just before `to`.
+/// The time from `from` to just before `to`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Range {
     pub from: DateTime<Utc>,
@@ -130,8 +130,8 @@ impl Range {
 }
 
 impl Filter {
-    /// The condition that selects rows for these keys, endpoints and plans, individually for those that are `group`ed.
-    /// Parameters: `$2` key, `$3` plan, `$4` endpoint.
+    /// The condition that selects rows for these keys, endpoints and plans. A column that is `group`ed selects
+    /// individual rows. Parameters: `$2` key, `$3` plan, `$4` endpoint.
     fn condition(&self, group: Option<GroupBy>) -> String {
         let mut sql = String::from("u.tenant_id = $1");
         let has_key = self.key.is_some() || group == Some(GroupBy::Key);
@@ -255,8 +255,8 @@ macro_rules! bind_series {
     };
 }
 
-/// Counts requests by bucket and, with `groups`, by each of those. `starts` are the starts of the buckets, in order;
-/// the last one ends at `to`. Buckets without requests are omitted.
+/// Counts requests by bucket and, with `groups`, also by group. `starts` are the starts of the buckets, in order; the
+/// last one ends at `to`. Buckets without requests are omitted.
 pub async fn series(
     tx: &mut TenantTx,
     filter: &Filter,

@@ -3,7 +3,8 @@
 //! A [batch](super::usage_batch) is sorted and counted before its transaction begins, so PostgreSQL only inserts: one
 //! row for each decision, and one for each row of a rollup that the batch changes.
 //!
-//! **Order of locks.** Tenants, in the order of their IDs; everything else that [`append`] writes belongs to one of them.
+//! **Order of locks.** Tenants are locked in the order of their IDs. Everything else that [`append`] writes belongs to
+//! one of them.
 
 use std::collections::{HashMap, HashSet};
 
@@ -26,18 +27,18 @@ use crate::db::{DbError, SystemTx};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Appended {
     pub rows: u64,
-    /// Rows whose key has too many endpoints: in its rollups they count together, in the log they have their own.
+    /// Rows whose key has too many endpoints. Rollups combine these endpoints; the log has their names.
     pub folded: u64,
 }
 
-/// A large batch may take longer than a request may, and waits for others of the same tenants: giving up would only mean
-/// doing it again.
+/// A large batch may take longer than a request, and waits for other batches of the same tenants. Giving up would only
+/// mean starting over.
 const TIMEOUTS: &str = "SET LOCAL statement_timeout = '30s'; SET LOCAL lock_timeout = '10s'";
 
-/// Rows per statement: encoding more of them would keep a thread from serving requests for milliseconds.
+/// Rows per statement: encoding more of them would block a thread that serves requests for milliseconds.
 const CHUNK: usize = 1_000;
 
-/// Locks the tenants and takes numbers for the rows. Statements after it see what others committed before.
+/// Locks the tenants and assigns numbers to the rows. Later statements see what others have committed before.
 const TAKE_NUMBERS: &str = "\
     INSERT INTO usage_tenants AS t (tenant_id, last_seq) SELECT unnest($1), unnest($2) \
     ON CONFLICT (tenant_id) DO UPDATE SET last_seq = t.last_seq + excluded.last_seq \
@@ -50,7 +51,7 @@ const ADD_ROWS: &str = "\
         unnest($9), unnest($10), unnest($11), unnest($12), unnest($13)";
 
 /// Moves `last_used_at` forward, at most once per second, so that a busy key causes no more writes than others. Skips
-/// keys that are locked by others: their next use is soon enough, and usage does not wait for them.
+/// keys that are locked by others: their next use will update them, and usage does not wait.
 const TOUCH_KEYS: &str = "\
     UPDATE api_keys k SET last_used_at = u.at \
     FROM ( \
@@ -93,9 +94,9 @@ struct Seq {
     last_seq: i64,
 }
 
-/// Adds the records to the log and to every rollup. A transaction does this once, and commits soon: the tenants are
-/// locked until then. A larger batch takes less time for each record. Sets the transaction's timeouts to 30 s for a
-/// statement and 10 s for a lock.
+/// Adds the records to the log and to every rollup. Call this once per transaction and commit soon, because the tenants
+/// stay locked until then. A larger batch takes less time for each record. Sets the transaction's timeouts to 30 s for
+/// a statement and 10 s for a lock.
 pub async fn append(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Appended, DbError> {
     if batch.is_empty() {
         return Ok(Appended::default());
@@ -147,7 +148,7 @@ async fn take_numbers(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Vec<i64>,
     Ok(numbers.collect())
 }
 
-/// Updates the lists of endpoints. Returns the endpoints that have no rollups of their own because there are too many.
+/// Updates the lists of endpoints. Returns the endpoints that do not get their own rollups because there are too many.
 async fn add_endpoints(
     tx: &mut SystemTx,
     batch: &UsageBatch,
@@ -170,7 +171,7 @@ async fn add_endpoints(
     if new.is_empty() {
         return Ok(HashSet::new());
     }
-    // All at the same time, because they are numbered by the time of their first request.
+    // All endpoints are added together, because they are numbered by the time of their first request.
     let (of_tenants, of_keys) = new
         .into_iter()
         .partition::<Vec<_>, _>(|it| it.0.key.is_nil());
@@ -180,7 +181,7 @@ async fn add_endpoints(
         .into_iter()
         .filter_map(|it| Some(of_keys.get(it)?.0))
         .collect::<HashSet<_>>();
-    // A tenant lists only endpoints that a key lists, from the first request of such a key on.
+    // A tenant's list contains only endpoints that are in a key's list, from the first request of that key.
     let mut listed = HashMap::<(Uuid, Rank), DateTime<Utc>>::new();
     for (of, first_at) in &batch.named {
         if !of.key.is_nil() && !folded.contains(of) {

@@ -1,4 +1,4 @@
-//! Counts decisions before they are appended, for each row of a rollup that they change.
+//! Adds up decisions for each row of a rollup that they change, before they are appended.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
@@ -15,12 +15,12 @@ pub struct UsageRecord {
     pub at: DateTime<Utc>,
     /// `free` or `paid`.
     pub billing: &'static str,
-    /// Empty if the caller named none.
+    /// Empty if the caller did not send one.
     pub endpoint: String,
     pub was_rejected: bool,
     /// The policy that denied it. `None` if it was admitted, or denied while capacity was reduced.
     pub policy: Option<&'static str>,
-    /// Only for rejections.
+    /// The wait in seconds. Set only for rejections.
     pub retry_after_seconds: Option<i32>,
     /// At least 1.
     pub cost: i64,
@@ -47,7 +47,7 @@ const QUARTER: i64 = 15 * 60;
 const HOUR: i64 = 60 * 60;
 const DAY: i64 = 24 * 60 * 60;
 
-/// The rank of an endpoint among those of the batch, so that comparing ranks is comparing names.
+/// The rank of an endpoint among those of the batch, so that comparing ranks is the same as comparing names.
 pub(super) type Rank = usize;
 
 /// The primary key of a rollup's row, in the order of its columns. The zero UUID stands for all keys or plans.
@@ -100,7 +100,7 @@ impl Rollup {
             .or_insert(*sums);
     }
 
-    /// In the order of the primary key.
+    /// Returns the rows in the order of the primary key.
     fn sorted(self) -> Vec<(RowKey, Sums)> {
         let mut rows = self.0.into_iter().collect::<Vec<_>>();
         rows.sort_unstable_by_key(|(key, _)| *key);
@@ -155,13 +155,13 @@ fn charged(records: &[UsageRecord]) -> Vec<Charged> {
 /// Records that are ready to be appended.
 #[derive(Debug)]
 pub struct UsageBatch {
-    /// In the order in which they are appended to the log.
+    /// The records, in the order in which they are appended to the log.
     pub(super) records: Vec<UsageRecord>,
     /// The number of records of each tenant, in the order of the IDs.
     pub(super) tenants: Vec<(Uuid, i64)>,
-    /// In the order of their names.
+    /// The endpoints, in the order of their names.
     pub(super) endpoints: Vec<String>,
-    /// By quarter hour, key, plan, endpoint and policy.
+    /// The counts by quarter hour, key, plan, endpoint and policy.
     pub(super) counts: Vec<(RowKey, Sums)>,
     /// Endpoints of keys and tenants, with the time of their first request.
     pub(super) named: Vec<(EndpointOf, DateTime<Utc>)>,

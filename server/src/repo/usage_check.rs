@@ -1,8 +1,8 @@
 //! Compares tables that count the same requests in different ways: the log, its rollups, and the quota ledger.
 //!
 //! Log and rollups are written in one transaction, so any difference is an error. The ledger counts the tokens that
-//! replicas took: after a window has ended, its excess over recorded usage was lost in crashes, at most one block each.
-//! Recorded usage in excess of the ledger would mean that requests were allowed without it.
+//! replicas took. Its excess over recorded usage, after a window has ended, was lost in crashes, each of which loses at
+//! most one block. Recorded usage in excess of the ledger would mean that requests were allowed without it.
 
 use chrono::NaiveDate;
 use diesel::{
@@ -16,7 +16,7 @@ use crate::db::{DbError, SystemTx};
 /// Ensures that only one replica compares at a time.
 const CHECK_LOCK: i64 = 7_226_424;
 
-/// The differences found.
+/// The differences that were found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Differences {
     /// Difference in requests between the log and the rollups, over all levels, summed over tenants.
@@ -47,8 +47,8 @@ struct Excess {
     rollups: i64,
 }
 
-/// Compares `log` with every level: the tenant's total by day and by quarter of an hour, its keys, endpoints, plans,
-/// and endpoints of keys.
+/// Compares `log` with every level: the tenant's daily and 15-minute totals, its keys, endpoints, plans, and endpoints
+/// of keys.
 const LOG_AND_ROLLUPS: &str = r#"
 WITH day AS (SELECT $1::timestamp AT TIME ZONE 'UTC' AS start, ($1 + 1)::timestamp AT TIME ZONE 'UTC' AS until),
 levels AS (

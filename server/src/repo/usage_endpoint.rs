@@ -43,7 +43,7 @@ const FIND: &str = "\
         ON e.tenant_id = n.tenant_id AND e.key_id = n.key_id AND e.endpoint = n.endpoint \
     WHERE e.seen_on IS NULL OR e.seen_on < CURRENT_DATE";
 
-/// Adds endpoints up to the limit, oldest first. Returns the positions of the others.
+/// Adds endpoints up to the limit, oldest first. Returns the positions of those that do not fit.
 const ADD: &str = "\
     WITH new AS MATERIALIZED ( \
         SELECT * FROM unnest($1, $2, $3, $4) WITH ORDINALITY AS n (tenant_id, key_id, endpoint, first_at, place) \
@@ -60,7 +60,7 @@ const ADD: &str = "\
     ) \
     SELECT place FROM numbered WHERE number > $5";
 
-/// At most once a day for each endpoint.
+/// Runs at most once a day for each endpoint.
 const MARK_SEEN: &str = "\
     UPDATE usage_endpoints e SET seen_on = CURRENT_DATE \
     FROM unnest($1, $2, $3) AS b (tenant_id, key_id, endpoint) \
@@ -69,7 +69,7 @@ const MARK_SEEN: &str = "\
 
 #[derive(QueryableByName)]
 struct FoundRow {
-    /// Counted from 1.
+    /// The position of the endpoint, counted from 1.
     #[diesel(sql_type = BigInt)]
     place: i64,
     #[diesel(sql_type = Bool)]
@@ -78,7 +78,7 @@ struct FoundRow {
 
 #[derive(QueryableByName)]
 struct Place {
-    /// Counted from 1.
+    /// The position of the endpoint, counted from 1.
     #[diesel(sql_type = BigInt)]
     place: i64,
 }

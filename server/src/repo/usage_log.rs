@@ -100,7 +100,7 @@ macro_rules! bind_filter {
 #[derive(Debug)]
 pub struct Page {
     pub rows: Vec<DecisionRow>,
-    /// The next page begins before this number. `None`: this is the last page.
+    /// The next page begins before this number. `None` if this is the last page.
     pub before: Option<i64>,
 }
 
@@ -123,7 +123,7 @@ pub async fn list(
         "SELECT l.* FROM usage_log l WHERE l.tenant_id = $1 AND l.seq < $2{} ORDER BY l.seq DESC",
         conditions(filter, true),
     );
-    // A materialized query is still run only as far as its rows are needed.
+    // A materialized query still produces only the rows that are needed.
     let sql = format!(
         "WITH searched AS MATERIALIZED ({rows} LIMIT $8) \
          SELECT {COLUMNS} FROM (SELECT * FROM searched l WHERE true{} ORDER BY l.seq DESC LIMIT $7) l \

@@ -1,4 +1,4 @@
-//! Partitions of the usage tables: created in advance, dropped after the retention period.
+//! Creates partitions of the usage tables in advance, and drops them after the retention period.
 //!
 //! Functions of the database do both, with the rights of the tables' owner; see the migration. Rows of a day that has
 //! no partition are in the default partition until one is created.
@@ -52,7 +52,7 @@ struct Number {
     number: i32,
 }
 
-/// Creates a day's partition unless it exists. Returns whether it did. May take as long as [`CREATE`].
+/// Creates a day's partition unless it exists. Returns whether it was created. May take as long as [`CREATE`].
 pub async fn create(
     tx: &mut SystemTx,
     table: Partitioned,
@@ -99,8 +99,8 @@ pub async fn delete_unpartitioned(
     Ok(deleted.number >= DELETED_ROWS)
 }
 
-/// Deletes cursors of segments whose records would be refused by their age, and reports of servers that have been silent
-/// for as long. `days` is how long the log is kept.
+/// Deletes cursors of segments whose records would be rejected because of their age, and reports of servers that have
+/// been silent for as long. `days` is how long the log is kept.
 pub async fn forget_segments(tx: &mut SystemTx, days: i64) -> Result<usize, DbError> {
     let segments = diesel::sql_query(
         "DELETE FROM usage_segments WHERE started_at < now() - ($1 + 2) * interval '1 day' \

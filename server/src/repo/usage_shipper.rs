@@ -20,7 +20,7 @@ pub struct ShipperReport {
     pub directory_id: Uuid,
     #[diesel(sql_type = Text)]
     pub host: String,
-    /// By PostgreSQL's clock.
+    /// The age of the report, by PostgreSQL's clock.
     #[diesel(sql_type = BigInt)]
     pub seconds_since_report: i64,
     #[diesel(sql_type = BigInt)]
@@ -42,7 +42,7 @@ pub async fn reports(tx: &mut SystemTx) -> Result<Vec<ShipperReport>, DbError> {
     .await?)
 }
 
-/// PostgreSQL's time, by which usage is recorded.
+/// PostgreSQL's time, which usage records follow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]
 pub struct Times {
     #[diesel(sql_type = Timestamptz)]

@@ -1,4 +1,4 @@
-//! The tenants and keys with the most requests, over all tenants, for operators.
+//! The tenants and keys with the most requests, across all tenants, for operators.
 
 use diesel::{
     prelude::*,
@@ -10,12 +10,7 @@ use uuid::Uuid;
 use crate::db::{DbError, SystemTx};
 
 #[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
-pub struct TopTenant {
-    #[diesel(sql_type = SqlUuid)]
-    pub tenant_id: Uuid,
-    /// `None` if it was deleted.
-    #[diesel(sql_type = Nullable<Text>)]
-    pub name: Option<String>,
+pub struct TopCounts {
     #[diesel(sql_type = BigInt)]
     pub allowed: i64,
     #[diesel(sql_type = BigInt)]
@@ -23,6 +18,17 @@ pub struct TopTenant {
     /// Cost of the allowed requests.
     #[diesel(sql_type = BigInt)]
     pub cost: i64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
+pub struct TopTenant {
+    #[diesel(sql_type = SqlUuid)]
+    pub tenant_id: Uuid,
+    /// `None` if it was deleted.
+    #[diesel(sql_type = Nullable<Text>)]
+    pub name: Option<String>,
+    #[diesel(embed)]
+    pub counts: TopCounts,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
@@ -34,20 +40,15 @@ pub struct TopKey {
     /// `None` if it was deleted.
     #[diesel(sql_type = Nullable<Text>)]
     pub prefix: Option<String>,
-    #[diesel(sql_type = BigInt)]
-    pub allowed: i64,
-    #[diesel(sql_type = BigInt)]
-    pub rejected: i64,
-    /// Cost of the allowed requests.
-    #[diesel(sql_type = BigInt)]
-    pub cost: i64,
+    #[diesel(embed)]
+    pub counts: TopCounts,
 }
 
 const SUMS: &str = "coalesce(sum(u.requests) FILTER (WHERE u.policy = ''), 0)::bigint AS allowed, \
      coalesce(sum(u.requests) FILTER (WHERE u.policy <> ''), 0)::bigint AS rejected, \
      coalesce(sum(u.cost) FILTER (WHERE u.policy = ''), 0)::bigint AS cost";
 
-/// The operator can wait: all tenants are read.
+/// All tenants are read, so this may take a while.
 const PATIENCE: &str = "SET LOCAL statement_timeout = '1min'";
 
 pub async fn tenants(tx: &mut SystemTx, hours: u16, top: u16) -> Result<Vec<TopTenant>, DbError> {

@@ -11,7 +11,7 @@ use hyper::body::{Body, Frame, SizeHint};
 use super::connection::RequestInFlight;
 use crate::tenant_places::HeldUntilSent;
 
-/// Maximum size of a chunk that is passed on at once.
+/// Maximum size of a single chunk.
 const CHUNK: usize = 16 * 1024;
 
 /// A response body that keeps its request in flight and is passed on in small chunks.

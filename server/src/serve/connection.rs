@@ -17,7 +17,7 @@ use super::{
     memory::{self, Memory},
     settings::Timeouts,
 };
-use crate::authenticated::Authenticated;
+use crate::connection_marks::ConnectionMarks;
 
 /// The phases of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,7 +26,7 @@ pub(super) enum Phase {
     FirstHead,
     /// The rest of a later request head whose first byte has arrived.
     Head,
-    /// The client has not finished reading a response.
+    /// Waiting for the client to finish reading a response.
     Write,
     /// The next request.
     Idle,
@@ -34,15 +34,15 @@ pub(super) enum Phase {
     Handler,
 }
 
-/// An instruction from the table to a connection.
+/// Whether and how the table has asked a connection to shut down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
-pub(super) enum Order {
-    Continue,
+pub(super) enum Shutdown {
+    None,
     /// Finish the requests in flight, accept no new ones, then close.
-    Finish,
+    Graceful,
     /// Close now.
-    Close,
+    Immediate,
 }
 
 /// State shared by a connection's task, its stream, its requests and the table. Times are nanoseconds since `accepted`
@@ -50,20 +50,20 @@ pub(super) enum Order {
 #[derive(Debug)]
 pub(super) struct Connection {
     accepted: Instant,
-    /// When the first byte of a request head arrived. HTTP/2: only for the first request.
+    /// When the first byte of a request head arrived. For HTTP/2, only the first request.
     head_began: AtomicU64,
     write_blocked: AtomicU64,
     /// HTTP/1: when the last response ended or made progress.
     progressed: AtomicU64,
     has_requested: AtomicBool,
     is_http2: AtomicBool,
-    pub(super) authenticated: Authenticated,
+    pub(super) marks: ConnectionMarks,
     /// HTTP/1: requests whose handler is running or whose response is being sent.
     in_flight: AtomicU32,
     http2: Mutex<Requests>,
-    /// `None`: the connection does not count.
+    /// `None` if the connection is not counted.
     memory: Option<Arc<Memory>>,
-    /// What was last reported to `memory`.
+    /// The amount last reported to `memory`.
     held: AtomicUsize,
     occupied: AtomicUsize,
     /// HTTP/1: bytes of the request that is arriving or in flight, or of the response that waits for the socket.
@@ -71,7 +71,7 @@ pub(super) struct Connection {
     /// HTTP/2: bytes of request heads in flight.
     heads: AtomicUsize,
     is_released: AtomicBool,
-    order: AtomicU8,
+    shutdown: AtomicU8,
 }
 
 impl Connection {
@@ -84,7 +84,7 @@ impl Connection {
             progressed: AtomicU64::new(0),
             has_requested: AtomicBool::new(false),
             is_http2: AtomicBool::new(false),
-            authenticated: Authenticated::default(),
+            marks: ConnectionMarks::default(),
             in_flight: AtomicU32::new(0),
             http2: Mutex::default(),
             memory,
@@ -93,7 +93,7 @@ impl Connection {
             buffered: AtomicUsize::new(0),
             heads: AtomicUsize::new(0),
             is_released: AtomicBool::new(false),
-            order: AtomicU8::new(Order::Continue as u8),
+            shutdown: AtomicU8::new(Shutdown::None as u8),
         }
     }
 
@@ -123,7 +123,7 @@ impl Connection {
     /// An HTTP/2 frame to the client has started or is complete.
     pub(super) fn sent(&self, event: Event) {
         // An idle event stream sends a few bytes well before the deadline.
-        let progress = if self.authenticated.has_endless_response() {
+        let progress = if self.marks.has_endless_response() {
             1
         } else {
             PROGRESS
@@ -131,7 +131,7 @@ impl Connection {
         self.http2.lock().sent(event, self.now(), progress);
     }
 
-    /// Returns the current phase and its deadline. `None`: the phase is limited elsewhere.
+    /// Returns the current phase and its deadline. `None` if another timer limits the phase.
     pub(super) fn phase(&self, timeouts: &Timeouts) -> (Phase, Option<Instant>) {
         let blocked = match self.write_blocked.load(Ordering::Relaxed) {
             0 => None,
@@ -172,7 +172,7 @@ impl Connection {
             .head
             .map(|since| (Phase::Head, self.at(since) + timeouts.header));
         let response = waiting.response.map(|since| {
-            // With nothing but canceled requests, the connection is still shut down gracefully.
+            // A connection that has only canceled requests is still shut down gracefully.
             let phase = if is_quiet { Phase::Idle } else { Phase::Write };
             (phase, self.at(since) + timeouts.write)
         });
@@ -195,7 +195,7 @@ impl Connection {
         self.buffered.fetch_add(2 * length, Ordering::Relaxed);
     }
 
-    /// The socket accepted bytes: requests read before have been responded to.
+    /// The socket accepted bytes, so earlier requests have been responded to.
     pub(super) fn has_written(&self) {
         if !self.is_http2() {
             self.head_began.store(0, Ordering::Relaxed);
@@ -207,7 +207,7 @@ impl Connection {
         }
     }
 
-    /// The socket does not accept these `length` bytes at the moment.
+    /// The socket does not currently accept these `length` bytes.
     pub(super) fn is_write_blocked(&self, length: usize) {
         if !self.is_http2() {
             self.head_began.store(0, Ordering::Relaxed);
@@ -219,12 +219,12 @@ impl Connection {
     }
 
     /// Reports the memory used by the connection to `memory`. Returns whether this connection, or all connections
-    /// together, use too much.
+    /// together, use too much memory.
     pub(super) fn account(&self) -> bool {
         let Some(memory) = &self.memory else {
             return false;
         };
-        let occupied = if self.authenticated.is_set() {
+        let occupied = if self.marks.is_authenticated() {
             0
         } else if self.is_http2() {
             self.http2.lock().held() + self.heads.load(Ordering::Relaxed)
@@ -259,7 +259,7 @@ impl Connection {
     /// Whether reading should wait until other connections free memory.
     pub(super) fn should_pause(&self) -> bool {
         let memory = self.memory.as_ref();
-        memory.is_some_and(|memory| memory.is_backlogged()) && !self.authenticated.is_set()
+        memory.is_some_and(|memory| memory.is_backlogged()) && !self.marks.is_authenticated()
     }
 
     pub(super) fn held(&self) -> usize {
@@ -277,12 +277,12 @@ impl Connection {
         now.saturating_duration_since(self.accepted)
     }
 
-    /// Whether no byte of a request has arrived so far.
+    /// Whether no byte of a request has arrived yet.
     pub(super) fn is_silent(&self) -> bool {
         self.head_began.load(Ordering::Relaxed) == 0 && !self.has_requested.load(Ordering::Relaxed)
     }
 
-    /// Returns since when the connection has been idle between two requests. `None`: it is not idle.
+    /// Returns when the connection became idle between two requests. `None` if it is not idle.
     pub(super) fn idle_since(&self) -> Option<Instant> {
         if !self.has_requested.load(Ordering::Relaxed)
             || self.write_blocked.load(Ordering::Relaxed) > 0
@@ -300,7 +300,7 @@ impl Connection {
         since.map(|since| self.at(since))
     }
 
-    /// Returns since when the client has not read a response. `None`: no response waits for the client.
+    /// Returns when the client stopped reading a response. `None` if no response is waiting for the client.
     pub(super) fn stalled_since(&self) -> Option<Instant> {
         let blocked = self.write_blocked.load(Ordering::Relaxed);
         let blocked = (blocked > 0).then_some(blocked);
@@ -312,19 +312,19 @@ impl Connection {
         Some(self.at(oldest))
     }
 
-    pub(super) fn give(&self, order: Order) {
-        self.order.fetch_max(order as u8, Ordering::AcqRel);
-        self.authenticated.wake();
+    pub(super) fn shut_down(&self, how: Shutdown) {
+        self.shutdown.fetch_max(how as u8, Ordering::AcqRel);
+        self.marks.wake();
     }
 
-    pub(super) fn order(&self) -> Order {
-        if self.authenticated.is_to_close() {
-            return Order::Close;
+    pub(super) fn shutdown(&self) -> Shutdown {
+        if self.marks.is_to_close() {
+            return Shutdown::Immediate;
         }
-        match self.order.load(Ordering::Acquire) {
-            0 => Order::Continue,
-            1 => Order::Finish,
-            _ => Order::Close,
+        match self.shutdown.load(Ordering::Acquire) {
+            0 => Shutdown::None,
+            1 => Shutdown::Graceful,
+            _ => Shutdown::Immediate,
         }
     }
 
@@ -358,8 +358,8 @@ impl Drop for Connection {
     }
 }
 
-/// A request, until its response has been passed on completely or abandoned. Over HTTP/2 the client may not have read
-/// it then; see [`http2`](super::http2).
+/// A request, until its response has been passed on completely or abandoned. Over HTTP/2, the client may not have read
+/// it by then; see [`http2`](super::http2).
 #[derive(Debug)]
 pub(super) struct RequestInFlight {
     connection: Arc<Connection>,

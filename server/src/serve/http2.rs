@@ -1,15 +1,15 @@
 //! Tracks the requests of an HTTP/2 connection for its deadlines: which are open, and which responses make progress.
 //!
-//! h2 copies a small body into its own buffer immediately and does not report when the client reads it, or that the
-//! client cancels the request instead. So the frames between h2 and the socket are observed. They are not validated,
-//! since h2 closes the connection on invalid ones.
+//! h2 copies a small body into its own buffer immediately and does not report when the client reads it or cancels the
+//! request. So the frames between h2 and the socket are observed. They are not validated, since h2 closes the
+//! connection on invalid ones.
 
 use super::CONCURRENT_STREAMS;
 
 /// The first bytes that an HTTP/2 client sends.
 pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// Fewer bytes of a response do not count as progress, unless they are its end. So a client cannot keep many responses
-/// in memory by reading a byte occasionally.
+/// Fewer bytes of a response do not count as progress, unless the response ends with them. This prevents a client from
+/// keeping many responses in memory by reading a byte occasionally.
 pub(super) const PROGRESS: u32 = 1024;
 /// The maximum number of tracked requests. h2 rejects or ignores requests above its own limit.
 const REMEMBERED: usize = 2 * CONCURRENT_STREAMS as usize;
@@ -56,9 +56,9 @@ impl Frame {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Event {
-    /// The head of a frame is complete.
+    /// The head of a frame has arrived completely.
     Began(Frame),
-    /// The whole frame is complete.
+    /// The whole frame has arrived.
     Ended(Frame),
 }
 
@@ -103,14 +103,14 @@ impl Frames {
 pub(super) struct Requests {
     last_stream: u32,
     open: Vec<Request>,
-    /// The time since which a request head has been incomplete.
+    /// When the incomplete request head started to arrive.
     head_began: Option<u64>,
     /// Bytes of that head so far.
     head_length: usize,
     /// When a response last ended or made progress.
     progressed: u64,
-    /// The time since which a response that was then reset had made no progress. Cleared by progress of another one.
-    /// Without it, a client that resets responses instead of reading them would get a new deadline with each request.
+    /// When a response that was later reset last made progress. Cleared when another response makes progress. Without
+    /// it, a client that resets responses instead of reading them would get a new deadline with each request.
     unread: Option<u64>,
     /// When a request arrived that was reset before its response began. Cleared when another one gets a response.
     cancelled: Option<u64>,
@@ -119,15 +119,15 @@ pub(super) struct Requests {
 #[derive(Debug)]
 struct Request {
     stream: u32,
-    /// When it arrived; later, when its response last made progress.
+    /// When the request arrived; later, when its response last made progress.
     since: u64,
-    /// Once the response has begun: bytes sent since its last progress.
+    /// Once the response has started: bytes sent since it last made progress.
     sent: Option<u32>,
-    /// Bytes of its body so far.
+    /// Bytes of the request body received so far.
     received: usize,
 }
 
-/// The state that waits for the client, and since when.
+/// What the connection is waiting for the client to do, and when it started to wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Waiting {
     /// The rest of a request head.

@@ -6,7 +6,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Amounts up to this are ignored.
+/// Smaller amounts are ignored.
 pub(super) const SMALL: usize = 4 * 1024;
 
 fn change(total: &AtomicUsize, before: usize, now: usize) {
@@ -22,7 +22,7 @@ pub(super) struct Memory {
     limit: usize,
     limit_per_connection: usize,
     held: AtomicUsize,
-    /// Like `held`, including connections that were told to close: their handlers end a moment later.
+    /// Like `held`, but includes connections that are closing, whose handlers end a moment later.
     occupied: AtomicUsize,
 }
 
@@ -56,7 +56,7 @@ impl Memory {
         self.held.load(Ordering::Relaxed)
     }
 
-    /// Whether so much memory is still to be freed that no more data should be read.
+    /// Whether so much memory still has to be freed that no more data should be read.
     pub(super) fn is_backlogged(&self) -> bool {
         self.occupied.load(Ordering::Relaxed) > self.limit / 4 * 5
     }
@@ -65,7 +65,7 @@ impl Memory {
         self.held.load(Ordering::Relaxed) > self.limit
     }
 
-    /// Whether more memory has to be freed. Leaves a margin, so that the next request does not start this again.
+    /// Whether more memory has to be freed. Leaves a margin, so that the next request does not exceed the limit again.
     pub(super) fn is_short(&self) -> bool {
         self.held.load(Ordering::Relaxed) > self.limit / 4 * 3
     }

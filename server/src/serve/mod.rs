@@ -1,9 +1,9 @@
 //! Accepts connections, enforces their deadlines and closes them.
 //!
 //! poem's server has no timeout for header fields, and hyper has none for the first bytes of a connection (which
-//! distinguish HTTP/1 from HTTP/2), for an idle HTTP/2 connection or for a client that does not read. Here, each
-//! connection has one timer. [`connection`] computes its current deadline, for HTTP/2 from the frames on the wire
-//! ([`http2`]). [`table`] limits the number of connections. Does not depend on the endpoint.
+//! distinguish HTTP/1 from HTTP/2), for an idle HTTP/2 connection, or for a client that does not read its response.
+//! Here, each connection has one timer. [`connection`] computes its current deadline, for HTTP/2 from the frames on the
+//! wire ([`http2`]). [`table`] limits the number of connections. Does not depend on the endpoint.
 
 mod body;
 mod connection;
@@ -37,7 +37,7 @@ use tokio::{
 pub use self::settings::{Limits, ServeSettings, Timeouts};
 use self::{
     body::ResponseBody,
-    connection::{Connection, Order, Phase},
+    connection::{Connection, Phase, Shutdown},
     stream::WatchedStream,
     table::{Admitted, Slot, Table},
 };
@@ -58,7 +58,7 @@ const SEND_BUFFER: usize = 64 * 1024;
 const CONCURRENT_STREAMS: u32 = 32;
 /// Connections that the kernel completes before they are accepted. It may allow fewer (net.core.somaxconn).
 const BACKLOG: u32 = 4096;
-/// Pause after a failed accept, for example without free file descriptors.
+/// How long to pause after failing to accept a connection, for example for lack of file descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
 /// Accepting pauses while more sockets than this are being closed to make room.
 const CLOSING: usize = 16;
@@ -91,7 +91,7 @@ pub fn bind(addr: SocketAddr) -> io::Result<BoundSocket> {
     } else {
         TcpSocket::new_v6()?
     };
-    // Like all servers, allows a port that was closed a moment ago.
+    // Like most servers, allows reusing a port that was closed a moment ago.
     socket.set_reuseaddr(true)?;
     socket.bind(addr)?;
     Ok(BoundSocket(socket))
@@ -140,7 +140,7 @@ pub async fn serve<E>(
             }
         };
         if std::mem::take(&mut is_failing) {
-            tracing::info!("connections are accepted again");
+            tracing::info!("accepting connections again");
         }
         let Ok(Admitted { connection, slot }) = table.admit(peer.ip()) else {
             continue;
@@ -212,7 +212,7 @@ struct Server<E> {
 /// Why the server closed a connection.
 enum End {
     TimedOut(Phase),
-    Ordered,
+    ShutDown,
 }
 
 impl<E: Endpoint<Output = Response> + 'static> Server<E> {
@@ -231,10 +231,9 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
                 if is_first {
                     slot.has_requested();
                 }
-                // An HTTP/2 connection may also carry a response without an end.
-                if connection.is_http2() || !connection.authenticated.is_set() {
-                    let authenticated = connection.authenticated.clone();
-                    request.extensions_mut().insert(authenticated);
+                // An HTTP/2 connection may also carry an endless response.
+                if connection.is_http2() || !connection.marks.is_authenticated() {
+                    request.extensions_mut().insert(connection.marks.clone());
                 }
                 let server = self.clone();
                 async move {
@@ -258,20 +257,20 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
             self.builder
                 .serve_connection_with_upgrades(TokioIo::new(stream), service)
         );
-        // One timer for the lifetime of the connection. It is reset when it fires, or if a deadline becomes earlier:
-        // about once per deadline instead of twice per request.
+        // One timer for the lifetime of the connection. It is reset when it fires, or if a deadline becomes earlier,
+        // which is about once per deadline instead of twice per request.
         let mut alarm = pin!(time::sleep(self.timeouts.header));
         let mut is_finishing = false;
         let mut goodbye_until = None;
         let end = poll_fn(|context| {
-            connection.authenticated.register(context.waker());
-            match connection.order() {
-                Order::Close => return Poll::Ready(Err(End::Ordered)),
-                Order::Finish if !is_finishing => {
+            connection.marks.register(context.waker());
+            match connection.shutdown() {
+                Shutdown::Immediate => return Poll::Ready(Err(End::ShutDown)),
+                Shutdown::Graceful if !is_finishing => {
                     is_finishing = true;
                     served.as_mut().graceful_shutdown();
                 }
-                Order::Continue | Order::Finish => {}
+                Shutdown::None | Shutdown::Graceful => {}
             }
             loop {
                 if let Poll::Ready(result) = served.as_mut().poll(context) {
@@ -305,7 +304,7 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
                     continue;
                 }
                 if phase == Phase::Idle && connection.is_http2() && goodbye_until.is_none() {
-                    // This tells a client that is about to send a request that the request was not processed.
+                    // This lets a client that is about to send a request know that the request was not processed.
                     served.as_mut().graceful_shutdown();
                     goodbye_until = Some(time::Instant::now() + GOODBYE);
                     continue;
@@ -314,9 +313,9 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
             }
         });
         match end.await {
-            Ok(Ok(())) | Err(End::Ordered) => {}
-            // Clients that disconnect or do not use HTTP are not an error of the server.
-            Ok(Err(error)) => tracing::debug!(error = %error, "a connection ended"),
+            Ok(Ok(())) | Err(End::ShutDown) => {}
+            // A client that disconnects or does not speak HTTP is not a server error.
+            Ok(Err(error)) => tracing::debug!(error = %error, "a connection failed"),
             Err(End::TimedOut(phase)) => {
                 let count = match phase {
                     Phase::FirstHead | Phase::Head => &metrics.timed_out_head,

@@ -17,15 +17,15 @@ const METRICS_MEMORY: usize = 1024 * 1024;
 
 #[derive(Debug, Clone, Copy)]
 pub struct Timeouts {
-    /// From accepting the connection to the end of the first request head; for later requests, from the first byte of
-    /// the head.
+    /// How long the first request head may take, measured from accepting the connection. For later requests, the time
+    /// starts with the first byte of the head.
     pub header: Duration,
     /// How long a connection may be idle between two requests. Longer than the idle timeout of proxies, so that the
     /// proxy closes it: if the server closed it while a request was in transit, that request would fail.
     pub idle: Duration,
     /// How long a client may go without reading any of its response.
     pub write: Duration,
-    /// For requests in flight when the server stops.
+    /// How long requests in flight may take when the server stops.
     pub drain: Duration,
 }
 
@@ -33,11 +33,12 @@ pub struct Timeouts {
 #[derive(Debug, Clone)]
 pub struct Limits {
     pub connections: usize,
-    /// Per address, or IPv6 /64, not counting those that have authenticated. Twice as many for a second. 0: no limit.
+    /// Per address, or IPv6 /64, not counting those that have authenticated. During a connection's first second, twice
+    /// as many are allowed. 0 means no limit.
     pub per_address: usize,
     /// The same per IPv4 /24 or IPv6 /56. An IPv6 /48 may have twice as many.
     pub per_network: usize,
-    /// Exempt from both, since many clients are behind each of these addresses.
+    /// Networks that are exempt from both limits, because many clients share each of their addresses.
     pub trusted_proxies: Vec<IpNet>,
     /// Bytes that all counted connections together may use for requests.
     pub memory: usize,
@@ -98,7 +99,7 @@ impl ServeSettings {
             },
             limits: Limits {
                 connections: METRICS_CONNECTIONS,
-                // Scrapers have few addresses. One address with many connections leaves some for the others.
+                // Scrapers have few addresses. An address with many connections still leaves some for the others.
                 per_address: METRICS_CONNECTIONS / 2,
                 per_network: METRICS_CONNECTIONS / 4 * 3,
                 memory: METRICS_MEMORY,

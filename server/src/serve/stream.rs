@@ -14,7 +14,7 @@ use tokio::{
 };
 
 use super::{
-    connection::{Connection, Order},
+    connection::{Connection, Shutdown},
     http2::{Frames, PREFACE},
     table::Table,
 };
@@ -29,7 +29,7 @@ pub(super) struct WatchedStream {
 
 #[derive(Debug)]
 enum Protocol {
-    /// This many bytes of the HTTP/2 preface have arrived, and nothing else.
+    /// The number of bytes that have arrived, all of which match the HTTP/2 preface.
     Unknown(usize),
     Http1,
     Http2 {
@@ -85,12 +85,12 @@ impl AsyncRead for WatchedStream {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if self.connection.order() == Order::Close {
+        if self.connection.shutdown() == Shutdown::Immediate {
             // The connection's task may be busy reading all data from the socket.
             return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
         }
         if self.connection.should_pause() {
-            // Others go first, including the handlers of connections that were just closed.
+            // Lets other tasks run first, including the handlers of connections that were just closed.
             context.waker().wake_by_ref();
             return Poll::Pending;
         }

@@ -8,17 +8,17 @@
 //! 3. one whose client has not read its response for a while, starting with the address that has the most connections,
 //! 4. one that may be about to send its first request, unless its address has fewer connections than the new one's.
 //!
-//! Any other connection with a request in flight is never closed to make room. So clients that send nothing or read
+//! No other connection with a request in flight is ever closed to make room. So clients that send nothing or read
 //! nothing cannot lock out others, no matter how many there are.
 //!
-//! Connections are counted per address, and with a higher limit per network, until a valid API key or service token was
+//! Connections are counted per address, and with a higher limit per network, until a valid API key or service token is
 //! received on them: a gateway, or many clients behind one address, may have as many connections as the total allows.
 //! At the limit of an address or network, a new connection replaces its oldest silent connection, or the one that has
-//! been idle longest. A connection is not closed for this reason during its first second, in which its request may be
-//! in transit; instead, the address may have twice its limit during that second.
+//! been idle longest. A connection is not closed for this reason during its first second, because its request may be in
+//! transit. Instead, the address may exceed its limit by a factor of two during that second.
 //!
-//! The memory used by counted connections is limited in total. Above that limit, the connections that use the most
-//! memory are closed, of the address that uses the most.
+//! The memory used by counted connections is limited in total. Above that limit, the largest connections of the address
+//! that uses the most memory are closed.
 
 mod group;
 
@@ -39,7 +39,7 @@ use tokio::{sync::Notify, time::Instant};
 
 use self::group::{Group, Width, networks};
 use super::{
-    connection::{Connection, Order},
+    connection::{Connection, Shutdown},
     memory::Memory,
     settings::Limits,
 };
@@ -53,9 +53,9 @@ const STALLED_ENOUGH: Duration = Duration::from_secs(1);
 const YOUNG: Duration = Duration::from_secs(1);
 /// The number of oldest connections without a request whose addresses are compared by number of connections.
 const WAITING_SEARCH: usize = 16;
-/// An address counts as light compared with one that has this many times its connections.
+/// An address counts as light compared with another that has this many times as many connections.
 const LIGHT: usize = 4;
-/// Time between two searches for idle and stalled connections, which check all connections.
+/// The minimum time between two searches for idle and stalled connections, because a search checks all connections.
 const SEARCH_EVERY: Duration = Duration::from_millis(100);
 /// One search finds at most this fraction of all connections.
 const SEARCH_PART: usize = 4;
@@ -68,7 +68,7 @@ pub(super) struct Table {
     metrics: Arc<ConnectionMetrics>,
     memory: Arc<Memory>,
     open: Mutex<Open>,
-    /// Connections that were told to close but whose socket is still open.
+    /// Connections that are closing but whose socket is still open.
     closing: AtomicUsize,
     emptied: Notify,
 }
@@ -77,7 +77,7 @@ pub(super) struct Table {
 struct Open {
     next_id: u64,
     all: HashMap<u64, Entry>,
-    /// By address and by network.
+    /// Connections by address and by network.
     groups: HashMap<IpNet, Group>,
     /// Connections without a request so far, in the order in which they were accepted.
     waiting: BTreeSet<u64>,
@@ -91,19 +91,19 @@ struct Open {
 #[derive(Debug)]
 struct Entry {
     connection: Arc<Connection>,
-    /// `None`: not counted.
+    /// `None` if the connection is not counted.
     counted_at: Option<IpAddr>,
     is_proxy: bool,
 }
 
 impl Entry {
-    /// Returns since when it has been idle, if that is long enough to close it to make room.
+    /// Returns when it became idle, if that is long enough ago to close it to make room.
     fn idle(&self, now: Instant) -> Option<Instant> {
         let since = self.connection.idle_since().filter(|_| !self.is_proxy)?;
         (now.saturating_duration_since(since) >= IDLE_ENOUGH).then_some(since)
     }
 
-    /// Returns since when its client has not read a response, if long enough. `None` for connections that have
+    /// Returns when its client stopped reading a response, if that is long enough ago. `None` for connections that have
     /// authenticated.
     fn stalled(&self, now: Instant) -> Option<Instant> {
         let since = self.connection.stalled_since();
@@ -174,7 +174,7 @@ impl Open {
         let authenticated = group
             .counted
             .iter()
-            .filter(|(_, connection)| connection.authenticated.is_set())
+            .filter(|(_, connection)| connection.marks.is_authenticated())
             .map(|(id, _)| *id)
             .collect::<Vec<_>>();
         for id in authenticated {
@@ -367,7 +367,7 @@ impl Table {
                 continue;
             };
             if open.weight(entry.counted_at) < heavy {
-                // No other address has more.
+                // No other address has more connections.
                 open.just_stalled.push(id);
                 break;
             }
@@ -405,11 +405,11 @@ impl Table {
             self.closing.fetch_add(1, Ordering::AcqRel);
             self.metrics.dropped.inc();
             entry.connection.release_memory();
-            entry.connection.give(Order::Close);
+            entry.connection.shut_down(Shutdown::Immediate);
         }
     }
 
-    /// Whether much memory of closed connections has not been freed yet.
+    /// Whether a lot of memory of closed connections has not been freed yet.
     pub(super) fn is_backlogged(&self) -> bool {
         self.memory.is_backlogged()
     }
@@ -419,10 +419,10 @@ impl Table {
         self.closing.load(Ordering::Acquire)
     }
 
-    /// Tells every connection to finish, and waits until all have closed.
+    /// Asks every connection to finish, and waits until all have closed.
     pub(super) async fn finish(&self) {
         for entry in self.open.lock().all.values() {
-            entry.connection.give(Order::Finish);
+            entry.connection.shut_down(Shutdown::Graceful);
         }
         loop {
             let emptied = self.emptied.notified();

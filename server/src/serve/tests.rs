@@ -6,12 +6,12 @@ use tokio::{
 };
 
 use super::*;
-use crate::authenticated::Authenticated;
+use crate::connection_marks::ConnectionMarks;
 
 const HEADER: Duration = Duration::from_millis(300);
 const IDLE: Duration = Duration::from_millis(900);
 const WRITE: Duration = Duration::from_millis(600);
-/// More than any socket buffers.
+/// More than any socket can buffer.
 const LARGE: usize = 32 * 1024 * 1024;
 
 const MEDIUM: usize = 50 * 1024;
@@ -27,7 +27,7 @@ async fn endpoint(request: poem::Request) -> poem::Body {
 }
 
 /// An occasional comment, as in an idle event stream.
-fn quiet_events(connection: &Authenticated) -> poem::Body {
+fn quiet_events(connection: &ConnectionMarks) -> poem::Body {
     let endless = connection.begin_endless_response();
     poem::Body::from_bytes_stream(stream::unfold(endless, async |endless| {
         time::sleep(WRITE / 3).await;
@@ -107,7 +107,7 @@ async fn slow_header_fields_close_the_connection() {
     assert!(ended >= HEADER * 9 / 10, "{ended:?}");
 }
 
-/// Even if the timer was still set to the deadline of an earlier request.
+/// This holds even if the timer was still set to the deadline of an earlier request.
 #[tokio::test]
 async fn every_request_gets_the_full_header_timeout() {
     let mut stream = connect().await;
@@ -135,7 +135,7 @@ async fn connection_that_sends_nothing_is_closed() {
     assert!(ended >= HEADER * 9 / 10, "{ended:?}");
 }
 
-/// One byte that HTTP/1 and HTTP/2 have in common, then a byte occasionally.
+/// Sends one byte that HTTP/1 and HTTP/2 have in common, then a byte occasionally.
 #[tokio::test]
 async fn slow_first_request_is_closed_for_any_protocol() {
     for (first, rest) in [
@@ -229,14 +229,14 @@ mod http2 {
     }
 
     fn get_path(stream: u32, path: &str) -> Vec<u8> {
-        // GET and http from the static table; the path and the authority as literals.
+        // Takes GET and http from the static table, and encodes the path and the authority as literals.
         let mut head = vec![0x82, 0x86, 0x44, u8::try_from(path.len()).unwrap()];
         head.extend(path.as_bytes());
         head.extend([0x41, 1, b'q']);
         frame(HEADERS, 0x5, stream, &head)
     }
 
-    /// Settings with this window size for each response.
+    /// Sends settings with this window size for each response.
     fn window(size: u32) -> Vec<u8> {
         [&[0, 4], &size.to_be_bytes()[..]].concat()
     }
@@ -432,7 +432,7 @@ mod http2 {
         opening.abort();
     }
 
-    /// Canceling requests does not end a connection that reads the responses it does not cancel.
+    /// Canceling requests does not end a connection whose client reads its other responses.
     #[tokio::test]
     async fn client_that_cancels_some_requests_and_reads_others_stays_connected() {
         let mut stream = connect().await;
@@ -458,7 +458,7 @@ mod http2 {
             .unwrap();
         time::sleep(HEADER / 2).await;
         let began = time::Instant::now();
-        // Its fields would follow in another frame.
+        // The rest of its fields would follow in another frame.
         let part = frame(HEADERS, 0x1, 3, &[0x82, 0x86, 0x84]);
         stream.write_all(&part).await.unwrap();
         until_closed(&mut stream).await;
@@ -487,7 +487,7 @@ mod http2 {
 
     #[tokio::test]
     async fn event_stream_that_is_not_read_is_closed() {
-        // Nothing is read, or only the first two events.
+        // The client reads nothing, or only the first two events.
         for size in [0, 6] {
             let mut stream = connect().await;
             let request = [hello(&window(size)), get_path(1, "/events")].concat();

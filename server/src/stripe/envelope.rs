@@ -3,7 +3,7 @@
 
 use serde_json::Value;
 
-/// Longer than any ID of Stripe's.
+/// Longer than any Stripe ID.
 const ID_MAX: usize = 255;
 
 /// The parts of an event that identify what it concerns.
@@ -11,9 +11,9 @@ const ID_MAX: usize = 255;
 pub struct Envelope {
     pub id: String,
     pub kind: String,
-    /// The object that it concerns.
+    /// The ID of the object that the event concerns.
     pub object: Option<String>,
-    /// The customer in it.
+    /// The customer that the object belongs to.
     pub customer: Option<String>,
     pub api_version: Option<String>,
     pub livemode: bool,

@@ -1,12 +1,13 @@
-//! Stripe: the requests that Quota makes, and the webhooks that it receives.
+//! The requests that Quota sends to Stripe, and the webhooks that it receives.
 //!
-//! Requests are built by the `async-stripe` crates, which pin one version of Stripe's API. Only the fields in
+//! Requests are built by the `async-stripe` crates, which pin one version of the Stripe API. Only the fields in
 //! [`response`] are read from responses, so that no other field of an object can make parsing fail. There are no
 //! automatic retries: callers know what a failed request means, and have the idempotency key for the next attempt.
 
 mod envelope;
 mod response;
 mod signature;
+mod thin;
 
 use std::{collections::HashMap, time::Duration};
 
@@ -39,21 +40,28 @@ use stripe_product::{
     product::{CreateProduct, RetrieveProduct},
 };
 
-use self::response::{Customer, List};
 pub use self::{
     envelope::{Envelope, NotAnEvent},
-    response::{CheckoutSession, Created, Invoice, Meter, Price, Subscription, WebhookEndpoint},
+    response::{
+        CheckoutSession, Created, Invoice, Item, ItemPrice, Meter, Price, Recurring, Subscription,
+        WebhookEndpoint,
+    },
     signature::{BadSignature, TOLERANCE, verify},
+    thin::MeterError,
+};
+use self::{
+    response::{Customer, List},
+    thin::ThinEvents,
 };
 use crate::config::StripeSettings;
 
-/// How long one request may take. It may have taken effect when this ends.
+/// The maximum duration of a request. A request that times out may have taken effect.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The metadata key with which Stripe's objects refer to their tenant.
+/// The metadata key under which Stripe objects store the ID of their tenant.
 pub const TENANT: &str = "quota_tenant";
 
-/// The API version that requests use, and that webhook endpoints have to be created with.
+/// The API version of requests and of the webhook endpoints that Quota creates.
 pub const API_VERSION: stripe_shared::ApiVersion = stripe_shared::version::VERSION;
 
 /// The events that Quota acts on. All others are ignored.
@@ -74,11 +82,17 @@ pub const EVENTS: [&str; 14] = [
     "invoice.finalization_failed",
 ];
 
-/// Why a request has no result.
+/// Thin events about usage that Stripe cannot charge although it has accepted it. Stripe sends them to an event
+/// destination, not to a webhook endpoint.
+pub const METER_EVENTS: [&str; 2] = [
+    "v1.billing.meter.error_report_triggered",
+    "v1.billing.meter.no_meter_found",
+];
+
+/// Why a request failed.
 #[derive(Debug, thiserror::Error)]
 pub enum StripeError {
-    /// Its effect is unknown, or it had none and can be sent again. The same idempotency key gives the same
-    /// result.
+    /// The request may or may not have taken effect. It can be sent again with the same idempotency key.
     #[error("Stripe could not be reached, or its response was lost: {0}")]
     Unknown(String),
     /// Stripe failed. The same idempotency key returns the same failure, and the request may have taken effect.
@@ -87,12 +101,27 @@ pub enum StripeError {
     /// Stripe rejected the request, which had no effect.
     #[error("Stripe rejected the request with status {status}: {message}")]
     Rejected { status: u16, message: String },
+    /// The object does not exist in Stripe, or only in another mode. The request had no effect.
+    #[error("{message}")]
+    Missing {
+        /// The parameter that names the object. `None` if it is in the path.
+        param: Option<String>,
+        message: String,
+    },
 }
 
 impl StripeError {
     /// Whether the object of the request does not exist.
     pub const fn is_not_found(&self) -> bool {
-        matches!(self, Self::Rejected { status: 404, .. })
+        matches!(
+            self,
+            Self::Rejected { status: 404, .. } | Self::Missing { .. }
+        )
+    }
+
+    /// Whether the customer that a parameter names does not exist: it was deleted, or is one of another mode or account.
+    pub fn is_missing_customer(&self) -> bool {
+        matches!(self, Self::Missing { param: Some(param), .. } if param == "customer")
     }
 }
 
@@ -104,9 +133,14 @@ impl From<ClientError> for StripeError {
             // unknown.
             other => return Self::Unknown(other.to_string()),
         };
-        // Never the whole error, which can contain customer input.
+        // Not the whole error, because it can contain customer input.
         let message = error.message.unwrap_or_default();
+        let is_missing = error.code == Some(stripe_shared::ApiErrorsCode::ResourceMissing);
         match status {
+            400 | 404 if is_missing => Self::Missing {
+                param: error.param,
+                message,
+            },
             409 | 429 => Self::Unknown(message),
             500.. => Self::Failed { status, message },
             _ => Self::Rejected { status, message },
@@ -116,10 +150,11 @@ impl From<ClientError> for StripeError {
 
 type Result<T> = std::result::Result<T, StripeError>;
 
-/// A client of one Stripe account. Cheap to clone.
+/// A client for one Stripe account. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Stripe {
     client: stripe::Client,
+    thin: ThinEvents,
 }
 
 /// What a Checkout Session sells, and to which tenant.
@@ -178,7 +213,13 @@ impl Stripe {
             client = client.url(format!("{}/", base.trim_end_matches('/')));
         }
         let client = client.build()?;
-        Ok(Self { client })
+        let thin = ThinEvents::new(key, settings.api_base.as_deref())?;
+        Ok(Self { client, thin })
+    }
+
+    /// Returns what an event in [`METER_EVENTS`] reports.
+    pub async fn meter_errors(&self, event: &str) -> Result<Vec<MeterError>> {
+        self.thin.meter_errors(event).await
     }
 
     pub async fn create_customer(
@@ -346,7 +387,7 @@ impl Stripe {
         Ok(())
     }
 
-    /// Returns Stripe's total for a customer's usage. Times are full hours.
+    /// Returns the total usage of a customer in Stripe. Times are full hours.
     pub async fn counted(&self, meter: &str, customer: &str, from: i64, until: i64) -> Result<i64> {
         let request = ListIdBillingMeterEventSummary::new(meter, customer, until, from).limit(100);
         let page: List<response::Summary> = send!(self, request);
@@ -372,6 +413,11 @@ impl Stripe {
             Err(error) if error.is_not_found() => Ok(false),
             Err(error) => Err(error),
         }
+    }
+
+    pub async fn product_name(&self, id: &str) -> Result<String> {
+        let product: response::Product = send!(self, RetrieveProduct::new(id));
+        Ok(product.name)
     }
 
     pub async fn create_product(&self, id: &str, name: &str) -> Result<()> {

@@ -1,4 +1,4 @@
-//! The fields of Stripe's objects that Quota reads.
+//! The fields of Stripe objects that Quota reads.
 //!
 //! Uses miniserde, like the `async-stripe` crates. Fields that are not listed are skipped.
 
@@ -47,16 +47,22 @@ pub struct Items {
     pub data: Vec<Item>,
 }
 
-/// Since API version 2025-03-31, items have the periods.
+/// Since API version 2025-03-31, periods belong to items.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Item {
     pub current_period_start: i64,
     pub current_period_end: i64,
     pub price: ItemPrice,
+    /// `None` for a metered price.
+    pub quantity: Option<u64>,
 }
 
 #[derive(Debug, Clone, Deserialize)]
 pub struct ItemPrice {
+    pub currency: String,
+    pub product: String,
+    /// `None` for tiered prices.
+    pub unit_amount_decimal: Option<String>,
     pub recurring: Option<Recurring>,
 }
 
@@ -76,7 +82,7 @@ pub struct CheckoutSession {
     pub id: String,
     /// `open`, `complete` or `expired`.
     pub status: Option<String>,
-    /// The page on which the customer pays. `None` once it is no longer open.
+    /// The page on which the customer pays. `None` if the session is no longer open.
     pub url: Option<String>,
     pub expires_at: i64,
 }
@@ -93,6 +99,11 @@ pub(super) struct Summary {
 }
 
 #[derive(Debug, Deserialize)]
+pub(super) struct Product {
+    pub name: String,
+}
+
+#[derive(Debug, Deserialize)]
 pub(super) struct PortalSession {
     pub url: String,
 }
@@ -102,6 +113,7 @@ pub struct Price {
     pub id: String,
     pub lookup_key: Option<String>,
     pub currency: String,
+    pub product: String,
     pub unit_amount_decimal: Option<String>,
     pub recurring: Option<Recurring>,
 }
@@ -109,6 +121,7 @@ pub struct Price {
 #[derive(Debug, Clone, Deserialize)]
 pub struct Recurring {
     pub interval: String,
+    pub interval_count: u64,
     pub meter: Option<String>,
     pub usage_type: String,
 }

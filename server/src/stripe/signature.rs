@@ -1,7 +1,7 @@
 //! The signature of a webhook: <https://docs.stripe.com/webhooks/signature>.
 //!
 //! Works on bytes, so that what is verified is what was received, and accepts several secrets and several signatures:
-//! both exist while a secret is rotated.
+//! both exist while a secret is being rotated.
 
 use std::time::Duration;
 
@@ -20,7 +20,9 @@ pub enum BadSignature {
     Malformed,
     #[error("The Stripe-Signature header matches none of the webhook secrets.")]
     Wrong,
-    #[error("The Stripe-Signature header is more than 5 minutes old, or from the future.")]
+    #[error(
+        "The timestamp in the Stripe-Signature header is more than 5 minutes old or in the future."
+    )]
     Stale,
 }
 

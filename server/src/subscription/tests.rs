@@ -16,7 +16,7 @@ enum Works {
     DuringGrace,
 }
 
-/// Access according to Stripe's documentation, status by status.
+/// The access for each status, according to the Stripe documentation.
 const TABLE: [(&str, &str, Works); 8] = [
     ("incomplete", "free", Works::Not),
     ("incomplete_expired", "free", Works::Not),
@@ -28,7 +28,7 @@ const TABLE: [(&str, &str, Works); 8] = [
     ("paused", "paused", Works::Not),
 ];
 
-/// A subscription at Stripe: the events that happen to it, and what Stripe reports about it.
+/// A Stripe subscription: the events that happen to it, and what Stripe reports about it.
 #[derive(Debug, Clone)]
 struct Life {
     status: &'static str,
@@ -104,7 +104,7 @@ impl Life {
     }
 }
 
-/// A customer at Stripe.
+/// A Stripe customer.
 #[derive(Debug, Default)]
 struct Customer {
     subscriptions: BTreeMap<String, Life>,
@@ -222,7 +222,7 @@ fn random_schedules_agree_with_the_table() {
             "seed {seed}"
         );
     }
-    // The schedules reach both outcomes.
+    // Make sure that the schedules reach both outcomes.
     assert!(worked > 100_000 && refused > 100_000 && dropped > 100_000);
 }
 
@@ -239,8 +239,8 @@ fn each_order<T: Copy>(items: &mut [T], fixed: usize, visit: &mut impl FnMut(&[T
     }
 }
 
-/// Every order in which seven events can arrive, each several times, while the subscription continues between the
-/// arrivals: all of them end with the access that the subscription has at the end.
+/// Seven events arrive in every possible order, each several times, while the subscription keeps changing between
+/// arrivals. Every order ends with the access that the subscription has at the end.
 #[test]
 fn every_order_of_a_life_ends_in_one_state() {
     const STATUSES: [&str; 7] = [

@@ -26,7 +26,7 @@ const FLUSH_EVERY: Duration = Duration::from_millis(50);
 const FLUSH_AT: usize = 64 * 1024;
 /// The maximum number of bytes waiting for standard output. Additional access log lines are dropped.
 const MAX_WAITING: usize = 4 * 1024 * 1024;
-/// The same including other events, so that a flood of requests does not displace them.
+/// The maximum including other events, so that a flood of requests does not displace them.
 const MAX_WAITING_EVENTS: usize = MAX_WAITING + 1024 * 1024;
 /// How long the process waits on exit for the last lines to be written.
 const STOP_WITHIN: Duration = Duration::from_secs(1);
@@ -44,7 +44,7 @@ pub struct AccessLine<'a> {
     pub at: UnixNanos,
     pub request_id: &'a str,
     pub method: &'a str,
-    /// Without the query, which may contain secrets. Long paths are shortened.
+    /// The path without the query, which may contain secrets. Long paths are shortened.
     pub path: &'a str,
     pub status: u16,
     pub micros: u64,
@@ -67,7 +67,7 @@ fn shorten(text: &str, max: usize) -> Cow<'_, str> {
 }
 
 impl AccessLine<'_> {
-    /// Formatted by hand, because it is done for every request. `second` is the time without its fraction.
+    /// Formatted by hand, because this runs for every request. `second` is the time without its fraction.
     fn json(&self, second: &str, out: &mut Vec<u8>) -> io::Result<()> {
         let mut number = itoa::Buffer::new();
         let mut text = |parts: &[&str]| {
@@ -177,7 +177,7 @@ struct Buffer {
     second: Second,
 }
 
-/// The current time as text, without its fraction: the same for thousands of lines.
+/// The formatted current time without its fraction, which thousands of lines share.
 #[derive(Debug, Default)]
 struct Second {
     secs: u64,
@@ -215,7 +215,7 @@ impl Log {
         log
     }
 
-    /// Makes this the output of `tracing`. Call once per process.
+    /// Sets this as the output of `tracing`. Call once per process.
     pub fn install(&self, directives: &str) -> Result<(), tracing_subscriber::util::TryInitError> {
         let filter = EnvFilter::try_new(directives).unwrap_or_else(|_| EnvFilter::new("info"));
         let registry = tracing_subscriber::registry().with(filter);
@@ -312,7 +312,7 @@ impl LogState {
             if dropped > 0 {
                 tracing::warn!(
                     dropped,
-                    "standard output was blocked: log lines were dropped"
+                    "log lines were dropped because standard output was blocked"
                 );
             }
         }
@@ -327,7 +327,7 @@ impl<'a> MakeWriter<'a> for Log {
     }
 }
 
-/// A writer that receives whole events.
+/// A writer that receives each event as a whole.
 #[derive(Debug)]
 pub struct EventWriter<'a>(&'a Log);
 

@@ -1,6 +1,7 @@
 //! Metrics: names, descriptions and the OpenMetrics text.
 //!
-//! A counter or gauge without labels is one line in the list below. The documentation of its field is its description.
+//! A counter or gauge without labels is one line in the list below. Its description is also the documentation of its
+//! field.
 
 mod connections;
 mod latency;
@@ -41,13 +42,13 @@ macro_rules! metrics {
             pub invalidation_lag_seconds: Latency,
             pub public_connections: Arc<ConnectionMetrics>,
             pub metrics_connections: Arc<ConnectionMetrics>,
-            /// By kind of row.
+            /// Swept rows, by kind.
             swept: Mutex<BTreeMap<&'static str, u64>>,
             statuses: Statuses,
         }
 
         impl Metrics {
-            /// Registers everything that has no labels.
+            /// Registers all metrics without labels.
             fn register(&self, registry: &mut Registry) {
                 $(registry.register($name, $help, self.$field.clone());)+
             }
@@ -59,24 +60,26 @@ metrics! {
     allowed: Counter, "decisions_allowed", "Requests allowed by the limiter";
     denied: Counter, "decisions_denied", "Requests denied by the limiter";
     limiter_errors: Counter, "decision_errors", "Requests that got 503 because no decision could be made";
-    refused_keys: Counter, "keys_refused", "Requests with an invalid, disabled or expired key";
+    refused_keys: Counter, "keys_refused", "Requests with an invalid, inactive or expired key";
     payment_required: Counter, "payment_required",
         "Requests with a key on a paid plan whose tenant has no active subscription";
-    billing_events: Counter, "billing_events", "Webhooks from Stripe that were stored";
+    billing_events: Counter, "billing_events", "Stripe webhooks stored";
     billing_signatures_bad: Counter, "billing_signatures_bad",
-        "Webhooks that were rejected because of their signature";
-    billing_errors: Counter, "billing_errors", "Reads of subscriptions from Stripe that failed; they are retried";
+        "Stripe webhooks rejected because of an invalid signature";
+    billing_errors: Counter, "billing_errors", "Failed attempts to read subscriptions from Stripe; they are retried";
     billing_events_failed: Counter, "billing_events_failed",
-        "Webhooks from Stripe that could not be processed and were abandoned";
-    billing_reports: Counter, "billing_reports", "Usage reports that Stripe has, or that need not be sent";
+        "Stripe webhooks that could not be processed and were abandoned";
+    billing_reports: Counter, "billing_reports", "Usage reports that Stripe has accepted or that need not be sent";
     billing_usage_difference: Gauge, "billing_usage_difference",
-        "Difference between reports and Stripe's totals in yesterday's usage (UTC), summed over customers";
+        "Difference between usage reports and the totals in Stripe for yesterday (UTC), summed over customers";
     billing_usage_lost: Gauge, "billing_usage_lost",
         "Usage of the last 40 days that should have been charged but will not be";
     billing_usage_oldest: Gauge, "billing_usage_oldest_pending_seconds",
-        "Age of the oldest usage report that Stripe does not have yet; 0 if there is none";
+        "Age of the oldest usage report that Stripe has not received yet; 0 if there is none";
+    billing_meter_errors: Counter, "billing_meter_errors",
+        "Usage reports in which Stripe found an error after accepting them";
     billing_reconciled_at: Gauge, "billing_reconciled_at_seconds",
-        "Unix time of the last comparison of reports with Stripe's totals";
+        "Unix time of the last comparison of usage reports with the totals in Stripe";
     keys_malformed: Counter, "keys_malformed",
         "Requests with a key that has an invalid format or checksum, rejected without a lookup";
     key_cache_hits: Counter, "key_cache_hits", "Key lookups served from memory";
@@ -107,9 +110,9 @@ metrics! {
         "Leased tokens that could not be returned to the shared counters";
     admitted_degraded: Counter, "admitted_degraded", "Requests allowed without the shared counters";
     counters_away: Gauge, "counter_partitions_unavailable",
-        "Partitions of the shared counters with an outage; a single Redis is one partition";
+        "Number of unavailable partitions of the shared counters; a single Redis is one partition";
     replicas: Gauge, "replicas", "Number of replicas as seen by this one; 0 without Redis";
-    guard_refusals: Counter, "guard_refusals", "Requests rejected by a limit per address or account";
+    guard_refusals: Counter, "guard_refusals", "Requests rejected by a per-address or per-account limit";
     logins_failed: Counter, "logins_failed", "Sign-ins with a wrong email or password";
     password_queue_full: Counter, "password_queue_full",
         "Requests that got 503 because too many passwords were being hashed";
@@ -118,7 +121,7 @@ metrics! {
     log_lines_dropped: Counter, "log_lines_dropped",
         "Log lines dropped because standard output was blocked";
     invalidation_polls: Counter, "invalidation_polls", "Polls for changes to keys, plans, tokens and sessions";
-    invalidation_poll_errors: Counter, "invalidation_poll_errors", "Polls for changes that failed";
+    invalidation_poll_errors: Counter, "invalidation_poll_errors", "Failed polls for changes";
     invalidations_published: Counter, "invalidations_published", "Changes published to other replicas";
     invalidation_publish_errors: Counter, "invalidation_publish_errors",
         "Changes that could not be published; other replicas find them by polling";
@@ -126,7 +129,7 @@ metrics! {
         "Published changes received, including those of this replica";
     invalidations_unreadable: Counter, "invalidations_unreadable", "Published changes that could not be read";
     invalidation_messages_lost: Counter, "invalidation_messages_lost",
-        "Times that published changes may have been lost";
+        "Number of times published changes may have been lost";
     limiter_keys: Gauge, "limiter_keys", "Keys with limiter state in memory";
     database_connections: Gauge, "database_connections", "Open connections to PostgreSQL";
     database_connections_busy: Gauge, "database_connections_busy", "Connections to PostgreSQL in use";
@@ -141,13 +144,13 @@ metrics! {
         "Calls to Redis that failed for reasons other than a timeout or a missing connection";
     lookups_refused: Counter, "lookups_refused",
         "Lookups of unknown keys and tokens that got 503 because too many were in progress";
-    database_suspected: Counter, "database_suspected", "Times that PostgreSQL was suspected to be unreachable";
+    database_suspected: Counter, "database_suspected", "Number of times PostgreSQL was suspected to be unreachable";
     readiness_checks: Counter, "readiness_checks", "Readiness checks that queried PostgreSQL";
     sweep_errors: Counter, "sweep_errors", "Batches of expired rows that could not be deleted";
     decisions_not_streamed: Counter, "decisions_not_streamed",
         "Decisions that streams skipped because they arrived faster than they could be sent";
     usage_log_rollup_difference: Gauge, "usage_log_rollup_difference",
-        "Difference between the log and its rollups in yesterday's requests (UTC), summed over tenants";
+        "Difference between the log and its rollups in the number of yesterday's requests (UTC), summed over tenants";
     usage_ledger_excess: Gauge, "usage_ledger_excess",
         "Cost in the quota ledger in excess of recorded usage, for windows that ended the previous day";
     usage_rollup_excess: Gauge, "usage_rollup_excess",
@@ -155,7 +158,7 @@ metrics! {
     usage_reconciled_at: Gauge, "usage_reconciled_at_seconds",
         "Unix time of the last comparison of log, rollups and quota ledger on this server";
     usage_partition_errors: Counter, "usage_partition_errors",
-        "Times that usage partitions could not be created or dropped";
+        "Failed attempts to create or drop usage partitions";
     usage_records_shipped: Counter, "usage_records_shipped", "Usage records written to PostgreSQL";
     usage_records_replayed: Counter, "usage_records_replayed",
         "Usage records left behind by stopped replicas and written to PostgreSQL";
@@ -167,7 +170,7 @@ metrics! {
         "Requests that got 503 because usage could not be recorded";
     usage_denials_unrecorded: Counter, "usage_denials_unrecorded",
         "Denials that were not recorded because the usage backlog was more than half full and their tenant had many";
-    usage_ship_errors: Counter, "usage_ship_errors", "Batches of usage records that PostgreSQL did not accept";
+    usage_ship_errors: Counter, "usage_ship_errors", "Batches of usage records that could not be written to PostgreSQL";
     usage_sync_errors: Counter, "usage_sync_errors",
         "Usage records that could not be written to disk in time for their responses";
     usage_endpoints_folded: Counter, "usage_endpoints_folded",
@@ -177,7 +180,7 @@ metrics! {
     usage_backlog_bytes: Gauge, "usage_backlog_bytes",
         "Bytes of usage records that this process has not written to PostgreSQL yet";
     usage_unrecordable: Gauge, "usage_unrecordable",
-        "1 while usage cannot be recorded and decisions get 503, otherwise 0";
+        "1 while usage cannot be recorded and check requests get 503, otherwise 0";
     usage_oldest_seconds: Gauge, "usage_oldest_record_timestamp_seconds",
         "Time of the oldest record in the backlog; 0 if there is none";
 }
@@ -209,7 +212,7 @@ impl Metrics {
     pub fn text(&self) -> String {
         let mut registry = Registry::with_prefix("quota");
         let version = Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
-        registry.register("build", "The running version", version);
+        registry.register("build", "Version of the running server", version);
         self.register(&mut registry);
         let mut text = String::with_capacity(8192);
         // The end marker is added last, below.

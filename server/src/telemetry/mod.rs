@@ -1,4 +1,4 @@
-//! Information for the operator: logs and metrics.
+//! Logs and metrics for the operator.
 //!
 //! Logs are lines on standard output. [`log::Log::access`] formats the line of a request directly into a buffer,
 //! because these are most of the lines that a busy server logs; everything else goes through `tracing`. Metrics are

@@ -32,8 +32,8 @@ impl RequestIds {
     pub fn next(&self, now: UnixNanos) -> [u8; 36] {
         let count = self.count.fetch_add(1, Ordering::Relaxed);
         let mut chance = [0; 10];
-        // Eight bytes that are unique in a process, since `mixed` is one-to-one, and two that replace the six bits
-        // overwritten by version and variant.
+        // Eight bytes that are unique within a process, because `mixed` is one-to-one, and two bytes that replace the
+        // six bits overwritten by the version and variant.
         chance[..2].copy_from_slice(&count.to_be_bytes()[6..]);
         chance[2..].copy_from_slice(&mixed(self.start.wrapping_add(count)).to_be_bytes());
         let millis = now.0 / 1_000_000;

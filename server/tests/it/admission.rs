@@ -1,6 +1,6 @@
-//! Which requests are admitted under load: keys in use after their plan was changed, keys that are not in memory yet,
-//! and connections from one address. Each test is repeated while an unauthenticated client requests keys that do not
-//! exist.
+//! Checks which requests are admitted under load: with keys in use after their plan was changed, with keys that are not
+//! in memory yet, and on connections from one address. Each test is repeated while an unauthenticated client requests
+//! keys that do not exist.
 
 use std::{
     net::{IpAddr, Ipv4Addr},
@@ -167,7 +167,7 @@ async fn lookups_of_invented_keys_do_not_starve_others() {
     let check = check.json(&json!({"key": world.keys[0].text}));
     let status = check.send().await.expect("it answers").status();
     assert_eq!(status, 200, "the service token and a key");
-    // Some concurrently, within its share.
+    // Some requests are concurrent, within the client's share.
     let mut statuses = Vec::new();
     for some in world.keys.chunks(5) {
         statuses.extend(echo_all(&app, some).await);
@@ -210,14 +210,14 @@ async fn gateway_may_have_more_connections_than_the_limit_per_address() {
     let plan = app.plan(&account, json!({"default_rpm": 60_000})).await;
     let key = app.key(&account, &plan).await;
 
-    // All at the same time, each with a request immediately after connecting.
+    // All connections open at the same time, each with a request immediately after connecting.
     let mut gateway = join_all((0..LIMIT * 3 / 2).map(|_| connect_from(1, &app))).await;
     let asked = gateway
         .iter_mut()
         .map(|stream| ask(stream, "/v1/echo", &key.text));
     let statuses = join_all(asked).await;
     assert!(statuses.iter().all(|it| *it == Some(200)), "{statuses:?}");
-    // Many more follow one after another while the others are idle.
+    // Many more connections follow one after another while the others are idle.
     sleep(Duration::from_millis(1200)).await;
     for _ in 0..3 * LIMIT {
         let mut stream = connect_from(1, &app).await;

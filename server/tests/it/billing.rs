@@ -1,7 +1,8 @@
-//! Subscriptions, with the fake Stripe.
+//! Tests of subscriptions, with the fake Stripe.
 
 use std::time::Duration;
 
+use futures_util::StreamExt as _;
 use quota_fake_stripe::{AfterRetries, Card, Delivery, Fault, How, Signature, sign};
 use quota_server::{
     billing::setup::{self, Offer},
@@ -85,7 +86,7 @@ async fn paid_plan_needs_a_subscription_on_every_way_in() {
     assert_eq!(checked.body["allowed"], false);
     assert_eq!(checked.body["code"], "payment_required");
     assert!(checked.body["key_id"].is_string());
-    // Free plans work in any case, and another tenant's service token reveals nothing.
+    // Free plans always work, and another tenant's service token reveals nothing.
     assert_eq!(app.echo(&free).await.status, 200);
     assert_eq!(forward(&free, "").await.status, 200);
     assert_eq!(check(&free).await.body["code"], "allowed");
@@ -114,7 +115,8 @@ async fn paid_plan_needs_a_subscription_on_every_way_in() {
     assert_eq!(app.echo(&others).await.status, 402);
 }
 
-/// A complete history, on two replicas: both follow every change, whichever of them received the webhook.
+/// The complete history of a subscription, on two replicas: both follow every change, no matter which of them received
+/// the webhook.
 #[tokio::test(flavor = "multi_thread")]
 async fn access_follows_the_subscription_on_every_replica() {
     let stripe = TestStripe::start().await;
@@ -190,12 +192,12 @@ async fn access_follows_the_subscription_on_every_replica() {
         .request(&Method::DELETE, &format!("subscriptions/{id}"), "")
         .expect("canceled");
     reaches_both("canceled", 402).await;
-    // And again.
+    // The next payment fails, too.
     stripe.subscribe(&first, &account).await;
     reaches_both("active", 200).await;
 }
 
-/// With a grace period of zero days, a failed payment ends access: because of its date, not because of another event.
+/// With a grace period of zero days, a failed payment ends access because of its date, without another event.
 #[tokio::test(flavor = "multi_thread")]
 async fn grace_period_ends_on_its_date() {
     let stripe = TestStripe::start().await;
@@ -216,7 +218,7 @@ async fn grace_period_ends_on_its_date() {
     // The fake's clock is a month ahead of the server's, so the date has not been reached.
     assert_eq!(state["paid_plans_work"], true);
     let client = app.database.connect().await;
-    // Until the worker has handled the last event, which sets the date again.
+    // Wait until the worker has handled the last event, which sets the date again.
     for _ in 0..50 {
         client
             .batch_execute(
@@ -323,7 +325,7 @@ async fn webhook_without_a_valid_signature_changes_nothing() {
         };
         assert_eq!(stripe.deliver(event, &delivery).await, 400, "{signature:?}");
     }
-    // A valid signature of another body.
+    // A signature that is valid for another body.
     let (body, header) = stripe
         .fake
         .signed(event, &stripe.endpoint, &Delivery::default());
@@ -335,7 +337,7 @@ async fn webhook_without_a_valid_signature_changes_nothing() {
     };
     let changed = send(format!("{body} ").into_bytes(), &header).await;
     assert_eq!((changed.status, changed.problem()), (400, "malformed"));
-    // Rejected before it is sent.
+    // A body that is too large is rejected before it is sent.
     let announced = format!(
         "POST /billing/stripe/webhook HTTP/1.1\r\nHost: localhost\r\nStripe-Signature: {header}\r\n\
          Content-Length: {}\r\n\r\n",
@@ -346,7 +348,7 @@ async fn webhook_without_a_valid_signature_changes_nothing() {
     let mut response = [0; 12];
     stream.read_exact(&mut response).await.expect("a response");
     assert_eq!(&response, b"HTTP/1.1 413");
-    // Signed, but not an event.
+    // A body with a valid signature that is not an event.
     let now = usage::now().timestamp();
     for body in ["", "[]", "{\"id\":\"evt_1\"}"] {
         let header = sign(now, body, &[&stripe.secret]);
@@ -357,7 +359,7 @@ async fn webhook_without_a_valid_signature_changes_nothing() {
     let state = app.act(&account, "GET", "/billing", Value::Null).await;
     assert_eq!(state.body["access"], "free");
 
-    // A body of almost the limit is accepted, and so is the original.
+    // A body just below the limit is accepted, and so is the original.
     let padded = format!("{body}{}", " ".repeat(64 * 1024 - body.len()));
     let padded_header = sign(now, &padded, &[&stripe.secret]);
     assert_eq!(send(padded.into_bytes(), &padded_header).await.status, 204);
@@ -366,7 +368,7 @@ async fn webhook_without_a_valid_signature_changes_nothing() {
     assert_eq!(count(&app, "SELECT count(*) FROM billing_events").await, 1);
 }
 
-/// Both secrets are set while one replaces the other, and Stripe signs with both for a day.
+/// While a secret is being rotated, both secrets are set, and Stripe signs with both for a day.
 #[tokio::test(flavor = "multi_thread")]
 async fn webhook_secret_can_be_rotated() {
     let stripe = TestStripe::start().await;
@@ -454,8 +456,8 @@ async fn unknown_thin_and_foreign_events_are_stored_and_end() {
     );
 }
 
-/// Each request of a checkout fails in each way, before and after its effect: there is one customer, at most one open
-/// page, and one subscription at the end.
+/// Each request of a checkout fails in every way, before and after its effect. In the end, there is one customer, at
+/// most one open page, and one subscription.
 #[tokio::test(flavor = "multi_thread")]
 async fn faults_of_stripe_create_nothing_twice() {
     let stripe = TestStripe::start().await;
@@ -512,8 +514,8 @@ async fn faults_of_stripe_create_nothing_twice() {
                 .iter()
                 .filter(|it| it["customer"] == customer.as_str())
                 .collect();
-            // A second one exists only if Stripe failed permanently after creating the first, whose page no one has
-            // seen.
+            // There is a second session only if Stripe failed permanently after creating the first one, whose page no
+            // user has seen.
             let is_lost = path == "/v1/checkout/sessions"
                 && [500, 503]
                     .map(|it| Fault::after(How::Status(it)))
@@ -528,7 +530,7 @@ async fn faults_of_stripe_create_nothing_twice() {
     assert!(failures > 30, "{failures}");
 }
 
-/// A customer was created without a response, and Stripe has since forgotten the idempotency key.
+/// A customer was created but the response was lost, and Stripe no longer recognizes the idempotency key.
 #[tokio::test(flavor = "multi_thread")]
 async fn customer_is_found_again_after_days() {
     let stripe = TestStripe::start().await;
@@ -564,7 +566,7 @@ async fn checkout_leads_to_one_subscription() {
         .act(&account, "POST", "/billing/portal", Value::Null)
         .await;
     assert_eq!((portal.status, portal.problem()), (409, "not-subscribed"));
-    // Clicked several times in a row.
+    // The user clicks several times in a row.
     let (a, b, c) = tokio::join!(post(None), post(None), post(Some("k")));
     for page in [&a, &b, &c] {
         assert_eq!(page.status, 201, "{}", page.text);
@@ -583,7 +585,7 @@ async fn checkout_leads_to_one_subscription() {
         "{success}"
     );
 
-    // It expires, and the next one is different.
+    // After the page expires, the next one is different.
     stripe.fake.advance(DAY);
     let next = post(None).await;
     assert_eq!(next.status, 201);
@@ -594,7 +596,7 @@ async fn checkout_leads_to_one_subscription() {
         .fake
         .pay_checkout(session, Card::Good, true)
         .expect("open");
-    // Even before any webhook arrives, and while the payment may still succeed.
+    // This holds even before any webhook arrives, and while the payment may still succeed.
     for is_paid in [false, true] {
         if is_paid {
             stripe.fake.settle_checkout(session, true).expect("paid");
@@ -605,7 +607,7 @@ async fn checkout_leads_to_one_subscription() {
             (409, "already-subscribed")
         );
     }
-    // For another tenant, it is a different request.
+    // For another tenant, the same key is a different request.
     let other = app.register().await;
     let call = app
         .request(Method::POST, "/billing/checkout")
@@ -666,7 +668,7 @@ async fn outage_of_stripe_changes_no_access() {
     handled(&app).await;
 }
 
-/// A webhook never arrives. The customer is read regularly.
+/// If a webhook never arrives, the regular read of the customer detects the change.
 #[tokio::test(flavor = "multi_thread")]
 async fn lost_webhook_is_made_up_for() {
     let stripe = TestStripe::start().await;
@@ -690,7 +692,7 @@ async fn lost_webhook_is_made_up_for() {
     assert_eq!(count(&app, later).await, 1);
 }
 
-/// Reads of one customer overlap. The one that began last determines the result, no matter which one ends last.
+/// Reads of one customer overlap. The read that started last determines the result, no matter which one ends last.
 #[tokio::test(flavor = "multi_thread")]
 async fn outdated_read_is_dropped() {
     let stripe = TestStripe::start().await;
@@ -703,7 +705,7 @@ async fn outdated_read_is_dropped() {
     let session = stripe.start_checkout(&app, &account).await;
     let tenant = quota_common::TenantId(account.tenant_id.parse().expect("a UUID"));
     let billing = app.state.billing.as_ref().expect("billing is on");
-    // The first read sees the customer before the payment, and returns late.
+    // The first read sees the customer before the payment but returns late.
     let slow = Fault::after(How::Slow(Duration::from_millis(800)));
     stripe.fake.fail_next("/v1/subscriptions", slow);
     let (outdated, current) = tokio::join!(billing.read(tenant), async {
@@ -790,4 +792,243 @@ async fn setting_up_twice_creates_nothing_twice() {
         .map(|it| it.name)
         .collect();
     assert_eq!(wrong, ["webhook endpoint"]);
+}
+
+/// A tenant's customer no longer exists in Stripe, and neither do its subscriptions. The tenant can subscribe again.
+#[tokio::test(flavor = "multi_thread")]
+async fn tenant_whose_customer_was_deleted_can_subscribe_again() {
+    let stripe = TestStripe::start().await;
+    let app = stripe.app().await;
+    let account = app.register().await;
+    let key = paid_key(&app, &account).await;
+    stripe.subscribe(&app, &account).await;
+    wait_for_access(&app, &account, "active").await;
+    wait_for_status(&app, &key, 200).await;
+    let customer = stripe.customer_of(&account);
+    let path = format!("customers/{customer}");
+    stripe
+        .fake
+        .request(&Method::DELETE, &path, "")
+        .expect("deleted");
+    stripe.deliver_all().await;
+    wait_for_access(&app, &account, "canceled").await;
+    wait_for_status(&app, &key, 402).await;
+    let portal = app
+        .act(&account, "POST", "/billing/portal", Value::Null)
+        .await;
+    assert_eq!(
+        (portal.status, portal.problem()),
+        (409, "not-subscribed"),
+        "{}",
+        portal.text
+    );
+
+    stripe.subscribe(&app, &account).await;
+    wait_for_access(&app, &account, "active").await;
+    wait_for_status(&app, &key, 200).await;
+    assert_ne!(stripe.customer_of(&account), customer);
+    let shown = app
+        .act(
+            &account,
+            "GET",
+            "/admin/audit?action=subscription.update",
+            Value::Null,
+        )
+        .await;
+    let items = shown.body["items"].as_array().expect("events").iter().rev();
+    let accesses: Vec<_> = items.map(|it| it["after"]["access"].clone()).collect();
+    // The new customer has never subscribed.
+    assert_eq!(
+        accesses,
+        ["active", "canceled", "free", "active"],
+        "{}",
+        shown.text
+    );
+}
+
+/// The customer belongs to another mode, for example after switching to a live key.
+#[tokio::test(flavor = "multi_thread")]
+async fn customer_that_stripe_does_not_know_has_no_access() {
+    let stripe = TestStripe::start().await;
+    let app = stripe.app().await;
+    let account = app.register().await;
+    let key = paid_key(&app, &account).await;
+    stripe.subscribe(&app, &account).await;
+    wait_for_access(&app, &account, "active").await;
+    wait_for_status(&app, &key, 200).await;
+    let client = app.database.connect().await;
+    let sql =
+        "UPDATE billing_accounts SET customer_id = 'cus_of_another_mode', read_due_at = now()";
+    client
+        .execute(sql, &[])
+        .await
+        .expect("the customer is changed");
+    wait_for_access(&app, &account, "free").await;
+    wait_for_status(&app, &key, 402).await;
+    // The next Checkout finds the customer of this mode, which is still subscribed.
+    let page = app
+        .act(&account, "POST", "/billing/checkout", Value::Null)
+        .await;
+    assert_eq!(
+        (page.status, page.problem()),
+        (409, "already-subscribed"),
+        "{}",
+        page.text
+    );
+    wait_for_access(&app, &account, "active").await;
+    wait_for_status(&app, &key, 200).await;
+    assert_eq!(stripe.fake.all("customer").len(), 1);
+}
+
+/// Customers without a subscription are read at increasing intervals, others about every 10 minutes.
+#[tokio::test(flavor = "multi_thread")]
+async fn customer_without_a_subscription_is_rarely_read() {
+    let stripe = TestStripe::start().await;
+    let app = stripe
+        .configure(TestApp::setup())
+        .without_jobs()
+        .start()
+        .await;
+    let (idle, subscribed) = (app.register().await, app.register().await);
+    let billing = app.state.billing.as_ref().expect("billing is on");
+    for account in [&idle, &subscribed] {
+        let session = stripe.start_checkout(&app, account).await;
+        if account.tenant_id == subscribed.tenant_id {
+            stripe
+                .fake
+                .pay_checkout(&session, Card::Good, false)
+                .expect("open");
+            let tenant = account.tenant_id.parse().expect("a UUID");
+            billing
+                .read(quota_common::TenantId(tenant))
+                .await
+                .expect("read");
+        }
+    }
+    let client = app.database.connect().await;
+    let due = async |account: &crate::support::app::Account, read: &str| {
+        let sql = format!(
+            "UPDATE billing_accounts SET read_due_at = now(), read_at = now() - interval '{read}'"
+        );
+        client.execute(&sql, &[]).await.expect("time passes");
+        billing.read_due().await.expect("read");
+        let sql = format!(
+            "SELECT extract(epoch FROM read_due_at - now())::bigint / 60 FROM billing_accounts \
+             WHERE tenant_id = '{}'",
+            account.tenant_id
+        );
+        let minutes: i64 = client.query_one(&sql, &[]).await.expect("a row").get(0);
+        minutes
+    };
+    let near = |minutes: i64, expected: i64| {
+        let range = expected * 88 / 100 - 1..=expected * 112 / 100;
+        assert!(range.contains(&minutes), "{minutes} instead of {expected}");
+    };
+    near(due(&idle, "2 minutes").await, 10);
+    near(due(&idle, "1 hour").await, 120);
+    near(due(&idle, "3 days").await, 24 * 60);
+    near(due(&subscribed, "3 days").await, 10);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tenant_cannot_use_up_the_rate_of_requests_to_stripe() {
+    let stripe = TestStripe::start().await;
+    let app = stripe.app().await;
+    let (account, other) = (app.register().await, app.register().await);
+    for account in [&account, &other] {
+        stripe.start_checkout(&app, account).await;
+    }
+    let mut opened = 0;
+    let refused = loop {
+        let page = app
+            .act(&account, "POST", "/billing/portal", Value::Null)
+            .await;
+        if page.status != 201 {
+            break page;
+        }
+        opened += 1;
+        assert!(opened < 50);
+    };
+    assert!(opened >= 10, "{opened}");
+    assert_eq!(
+        (refused.status, refused.problem()),
+        (429, "too-many-requests")
+    );
+    assert!((1..=60).contains(&refused.number("retry-after")));
+    let page = app
+        .act(&other, "POST", "/billing/portal", Value::Null)
+        .await;
+    assert_eq!(page.status, 201, "{}", page.text);
+}
+
+/// Measures the time from the webhook of a failed payment to 402 on three replicas, and back. Other subscribers are not
+/// affected.
+#[tokio::test(flavor = "multi_thread")]
+async fn failed_payment_reaches_three_replicas_and_affects_no_one_else() {
+    const OTHERS: u32 = 10_000;
+    let redis = quota_testkit::redis::RedisServer::start().await;
+    let stripe = TestStripe::start().await;
+    stripe.fake.after_retries(AfterRetries::Unpaid);
+    let setup = || {
+        let setup = stripe.configure(TestApp::setup());
+        let setup = setup.flag(format!("--redis-url={}", redis.url()));
+        setup.flag("--redis-timeout=2s")
+    };
+    let first = setup().start().await;
+    let second = setup().database(first.database.clone()).start().await;
+    let third = setup().database(first.database.clone()).start().await;
+    stripe.send_to(&first);
+    let replicas = [&first, &second, &third];
+    let (account, other) = (first.register().await, first.register().await);
+    let key = paid_key(&first, &account).await;
+    let others = paid_key(&first, &other).await;
+    for account in [&account, &other] {
+        stripe.subscribe(&first, account).await;
+        wait_for_access(&first, account, "active").await;
+    }
+    for app in replicas {
+        wait_for_status(app, &key, 200).await;
+        wait_for_status(app, &others, 200).await;
+    }
+    let customer = stripe.customer_of(&account);
+    let reaches = async |status: u16| {
+        let began = std::time::Instant::now();
+        stripe.deliver_all().await;
+        let all = replicas.map(|app| wait_for_status(app, &key, status));
+        futures_util::future::join_all(all).await;
+        println!("{status} on all replicas after {:?}", began.elapsed());
+    };
+    let story = async {
+        stripe.fake.set_card(&customer, Card::Declines);
+        stripe.fake.advance(MONTH + Duration::from_hours(2));
+        stripe.fake.advance(16 * DAY);
+        reaches(402).await;
+        stripe.fake.set_card(&customer, Card::Good);
+        let open = stripe.fake.all("invoice").into_iter();
+        let open = open
+            .rev()
+            .find(|it| it["status"] == "open" && it["customer"] == customer.as_str());
+        let open = open.expect("an open invoice")["id"]
+            .as_str()
+            .expect("an ID")
+            .to_owned();
+        stripe
+            .fake
+            .request(&Method::POST, &format!("invoices/{open}/pay"), "")
+            .expect("paid");
+        reaches(200).await;
+    };
+    let traffic = async {
+        let calls = (0..OTHERS).map(|n| {
+            let app = replicas[n as usize % 3];
+            async { app.echo(&others).await.status }
+        });
+        let statuses = futures_util::stream::iter(calls).buffer_unordered(6);
+        statuses
+            .filter(|it| std::future::ready(*it != 200))
+            .count()
+            .await
+    };
+    let ((), refused) = tokio::join!(story, traffic);
+    assert_eq!(refused, 0, "of {OTHERS}");
 }

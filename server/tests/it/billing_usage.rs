@@ -1,12 +1,16 @@
-//! Charged usage, from the log to meter events at the fake Stripe.
+//! Tests of charged usage, from the log to meter events in the fake Stripe.
 //!
 //! The oracle is a sum over the records that the test itself has appended.
 
 use std::time::Duration;
 
 use chrono::{DateTime, DurationRound as _, TimeDelta, Utc};
+use quota_common::TenantId;
 use quota_fake_stripe::{Card, Fault, How, Usage};
-use quota_server::{billing::Billing, repo::usage_batch::UsageRecord};
+use quota_server::{
+    billing::Billing,
+    repo::{billing_usage, usage_batch::UsageRecord},
+};
 use reqwest::Method;
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -134,7 +138,7 @@ impl World {
     }
 }
 
-/// The start of the hour some hours ago.
+/// Returns the start of the hour that was some hours ago.
 fn hour(ago: i64) -> DateTime<Utc> {
     let at = usage::now() - TimeDelta::hours(ago);
     at.duration_trunc(TimeDelta::hours(1))
@@ -164,7 +168,7 @@ async fn usage_of_an_hour_becomes_one_meter_event() {
             free,
         ])
         .await;
-    // Not over yet.
+    // The hour has not ended yet.
     world.append(&[world.paid(usage::now(), 1000)]).await;
     world.report().await;
     let tenant = &world.account.tenant_id;
@@ -185,7 +189,7 @@ async fn usage_of_an_hour_becomes_one_meter_event() {
     world.report().await;
     assert_eq!(world.counted().len(), 2);
 
-    // Usage that arrives late is a revision with the difference.
+    // Usage that arrives late becomes a revision with the difference.
     world.append(&[world.paid(at + minutes(59), 4)]).await;
     world.append(&[world.paid(at + minutes(59), 1)]).await;
     world.report().await;
@@ -197,7 +201,8 @@ async fn usage_of_an_hour_becomes_one_meter_event() {
     assert_eq!(world.total(), 21);
 }
 
-/// Every kind of fault, before and after the effect, on the way to the meter: Stripe's total equals the usage.
+/// With every kind of fault, before and after the effect, on the way to the meter, the total in Stripe equals the
+/// usage.
 #[tokio::test(flavor = "multi_thread")]
 async fn faults_charge_nothing_twice_and_lose_nothing() {
     let world = World::subscribed(3 * DAY).await;
@@ -222,8 +227,8 @@ async fn faults_charge_nothing_twice_and_lose_nothing() {
     assert!(used > 70, "{used}");
 }
 
-/// Random usage, faults, late rows, crashes between request and record, and outages longer than Stripe recognizes an
-/// identifier.
+/// Combines random usage, faults, late rows, crashes between a request and its record, and outages that last longer
+/// than Stripe recognizes an identifier.
 #[tokio::test(flavor = "multi_thread")]
 async fn random_schedules_charge_exactly_what_was_used() {
     let world = World::subscribed(10 * DAY).await;
@@ -281,7 +286,59 @@ async fn random_schedules_charge_exactly_what_was_used() {
     assert!(world.reports().await.iter().all(|it| it.0 == "sent"));
 }
 
-/// After the time during which Stripe recognizes an identifier, Stripe's total determines the outcome.
+/// The number of schedules. Set `BILLING_SEEDS=1000` for a long run.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the length of a test is not a setting of the server"
+)]
+fn seeds() -> u64 {
+    std::env::var("BILLING_SEEDS").map_or(25, |seeds| seeds.parse().expect("a number"))
+}
+
+/// The worker repeatedly ends at a random moment, with faults in Stripe in between. The next worker knows only what the
+/// last one has stored and sent.
+#[tokio::test(flavor = "multi_thread")]
+async fn worker_that_ends_at_any_moment_charges_exactly_what_was_used() {
+    let world = World::subscribed(10 * DAY).await;
+    let faults = Fault::all(Duration::from_millis(3));
+    let (mut used, mut ended) = (0, 0);
+    for seed in 0..seeds() {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        for _ in 0..rng.u8(1..6) {
+            let at = hour(rng.i64(3..80)) + minutes(rng.i64(0..60));
+            let cost = rng.i64(1..1000);
+            used += cost;
+            world.append(&[world.paid(at, cost)]).await;
+        }
+        for _ in 0..rng.u8(1..6) {
+            if let Some(fault) = rng.choice(&faults).filter(|_| rng.bool()) {
+                let path = "/v1/billing/meter_events";
+                world.stripe.fake.fail_next(path, *fault);
+            }
+            let work = async {
+                world.billing().plan_usage().await.expect("planned");
+                world.billing().send_usage().await.expect("sent");
+            };
+            let moment = Duration::from_micros(rng.u64(0..60_000));
+            ended += u32::from(tokio::time::timeout(moment, work).await.is_err());
+            // The next worker starts after the claim of the last one has expired.
+            world
+                .execute("UPDATE billing_senders SET until = now()")
+                .await;
+            world
+                .execute("UPDATE billing_reports SET due_at = now() WHERE state = 'pending'")
+                .await;
+        }
+        world.stripe.fake.heal();
+        world.report().await;
+        assert_eq!(world.total(), used, "seed {seed}");
+    }
+    println!("ended {ended} times");
+    assert!(ended > 10, "{ended}");
+    assert!(world.reports().await.iter().all(|it| it.0 == "sent"));
+}
+
+/// Once Stripe no longer recognizes an identifier, the total in Stripe determines the outcome.
 #[tokio::test(flavor = "multi_thread")]
 async fn worker_that_was_down_for_30_hours_charges_once() {
     let world = World::subscribed(3 * DAY).await;
@@ -309,7 +366,7 @@ async fn worker_that_was_down_for_30_hours_charges_once() {
         assert_eq!(world.counted().len(), events + 1, "{fault:?}");
     }
     assert_eq!(world.total(), 10);
-    // Neither outcome explains Stripe's total: a person has to investigate.
+    // Neither outcome explains the total in Stripe, so a person has to investigate.
     world.append(&[world.paid(hour(5), 5)]).await;
     world.billing().plan_usage().await.expect("planned");
     world
@@ -346,7 +403,7 @@ async fn worker_that_was_down_for_30_hours_charges_once() {
     );
 }
 
-/// An hour in which a billing period ends is divided at that time. Usage of a period whose invoice is final is not
+/// An hour in which a billing period ends is split at that point. Usage of a period whose invoice is final is not
 /// sent.
 #[tokio::test(flavor = "multi_thread")]
 async fn hour_with_the_edge_of_a_period_is_divided() {
@@ -366,7 +423,7 @@ async fn hour_with_the_edge_of_a_period_is_divided() {
         ])
         .await;
     world.report().await;
-    // All or nearly all of the hour is after the limit if the subscription began at a full hour.
+    // If the subscription started at a full hour, all or nearly all of the hour is in the new period.
     let before = if start == edge { 0 } else { 3 };
     let sent = world.counted();
     assert_eq!(sent.len(), 1);
@@ -377,7 +434,7 @@ async fn hour_with_the_edge_of_a_period_is_divided() {
             reports[0],
             ("unbilled".into(), Some("finalized".into()), before)
         );
-        // Also late usage before the limit.
+        // This includes late usage from the previous period.
         world.append(&[world.paid(edge - millis(1), 16)]).await;
         world.append(&[world.paid(edge, 32)]).await;
         world.report().await;
@@ -449,7 +506,7 @@ async fn usage_of_the_last_period_is_sent_while_its_invoice_is_a_draft() {
 async fn usage_that_cannot_be_charged_is_recorded_with_the_reason() {
     let world = World::subscribed(50 * DAY).await;
     let now = usage::now();
-    // Before the subscription, and before what Stripe accepts.
+    // Usage before the subscription, and usage that is too old for Stripe.
     world
         .append(&[world.paid(now - TimeDelta::days(60), 1)])
         .await;
@@ -546,7 +603,7 @@ async fn usage_without_a_metered_price_is_not_sent() {
     );
 }
 
-/// Hours in which the limits of billing periods are not known yet wait for Stripe.
+/// An hour waits for Stripe if it is not known yet whether a billing period starts or ends in it.
 #[tokio::test(flavor = "multi_thread")]
 async fn hour_waits_until_subscriptions_were_read_after_it() {
     let world = World::subscribed(3 * DAY).await;
@@ -627,7 +684,7 @@ async fn reconciliation_finds_what_stripe_counts_differently() {
     assert_eq!(compare().await, 7);
 }
 
-/// With its jobs, a server sends reports on its own, and its metrics show them.
+/// A server with background jobs sends reports on its own, and its metrics show them.
 #[tokio::test(flavor = "multi_thread")]
 async fn server_reports_usage_by_itself() {
     let world = World::subscribed(3 * DAY).await;
@@ -649,4 +706,187 @@ async fn server_reports_usage_by_itself() {
         .act(&world.account, "GET", "/billing", Value::Null)
         .await;
     assert_eq!(state.body["access"], "active");
+}
+
+/// A replica that is too slow has lost its claim, and neither sends nor releases anything.
+#[tokio::test(flavor = "multi_thread")]
+async fn slow_sender_stops_when_another_has_taken_over() {
+    let world = World::subscribed(3 * DAY).await;
+    world
+        .append(&[world.paid(hour(3), 5), world.paid(hour(2), 6)])
+        .await;
+    world.billing().plan_usage().await.expect("planned");
+    let tenant = TenantId(world.account.tenant_id.parse().expect("a UUID"));
+    let (slow, quick) = (Uuid::now_v7(), Uuid::now_v7());
+    let claim = async |owner| {
+        let mut tx = world.app.state.db.system().await.expect("a connection");
+        let claimed = billing_usage::claim_senders(&mut tx, owner, 10).await;
+        tx.commit().await.expect("committed");
+        claimed.expect("claimed")
+    };
+    let begin = async |owner| {
+        let mut tx = world.app.state.db.system().await.expect("a connection");
+        let begun = billing_usage::begin_attempt(&mut tx, tenant, owner).await;
+        tx.commit().await.expect("committed");
+        begun.expect("begun").is_some()
+    };
+    assert_eq!(claim(slow).await, [tenant]);
+    assert!(claim(quick).await.is_empty(), "it is taken");
+    assert!(begin(slow).await);
+    world
+        .execute("UPDATE billing_senders SET until = now() - interval '1 second'")
+        .await;
+    assert_eq!(claim(quick).await, [tenant]);
+    assert!(!begin(slow).await, "the claim is lost");
+    let mut tx = world.app.state.db.system().await.expect("a connection");
+    billing_usage::release_sender(&mut tx, tenant, slow)
+        .await
+        .expect("nothing");
+    tx.commit().await.expect("committed");
+    // Each attempt extends the claim.
+    world
+        .execute("UPDATE billing_senders SET until = now() + interval '1 second'")
+        .await;
+    assert!(begin(quick).await);
+    let extended =
+        "UPDATE billing_senders SET until = until WHERE until > now() + interval '1 minute'";
+    assert_eq!(world.execute(extended).await, 1);
+}
+
+/// The invoice of a period may become final an hour after its end, which can be before its last hour has ended.
+#[tokio::test(flavor = "multi_thread")]
+async fn usage_before_the_edge_of_a_period_is_reported_before_the_hour_ends() {
+    let world = World::subscribed(3 * DAY).await;
+    let mut start = hour(0);
+    while usage::now() - start < TimeDelta::seconds(3) {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        start = hour(0);
+    }
+    let second = TimeDelta::seconds(1);
+    let edge = start + (usage::now() - start) / 2;
+    let edge = edge.duration_trunc(second).expect("a time of this era");
+    world
+        .append(&[
+            world.paid(start, 1),
+            world.paid(edge - second, 2),
+            world.paid(edge, 4),
+            world.paid(edge + TimeDelta::milliseconds(500), 8),
+        ])
+        .await;
+    // Nothing is planned until the subscriptions have been read after the edge.
+    let set_edge = format!(
+        "UPDATE billing_subscriptions SET period_end = '{edge}'; \
+         UPDATE billing_accounts SET read_at = now()"
+    );
+    let client = world.app.database.connect().await;
+    client
+        .batch_execute(&set_edge)
+        .await
+        .expect("the period ends");
+    world.report().await;
+    assert_eq!(world.total(), 3, "{:?}", world.reports().await);
+    // Once.
+    world.append(&[world.paid(edge - second, 16)]).await;
+    world.report().await;
+    assert_eq!(world.reports().await.len(), 1);
+}
+
+/// Stripe accepts usage for a customer that does not exist, and reports the error later.
+#[tokio::test(flavor = "multi_thread")]
+async fn error_that_the_meter_reports_later_is_shown() {
+    let world = World::subscribed(3 * DAY).await;
+    world.append(&[world.paid(hour(3), 5)]).await;
+    world
+        .execute("UPDATE billing_accounts SET customer_id = 'cus_gone'")
+        .await;
+    world.stripe.fake.take_queued();
+    world.report().await;
+    assert_eq!(world.total(), 0);
+    world.stripe.deliver_all().await;
+    let state = async || {
+        let state = world
+            .app
+            .act(&world.account, "GET", "/billing", Value::Null)
+            .await;
+        assert_eq!(state.status, 200, "{}", state.text);
+        state.body["usage"]["last_error"].clone()
+    };
+    assert_eq!(state().await, Value::Null);
+    let round = world.billing().handle_due().await.expect("handled");
+    assert_eq!((round.meter_errors, round.failed), (1, 0));
+    assert_eq!(state().await["code"], "meter_event_customer_not_found");
+    // A redelivery has no effect.
+    assert_eq!(
+        world.billing().handle_due().await.expect("nothing").events,
+        0
+    );
+}
+
+/// Usage that is not in a report yet counts as waiting.
+#[tokio::test(flavor = "multi_thread")]
+async fn hours_that_cannot_be_planned_are_counted_as_pending() {
+    let world = World::subscribed(3 * DAY).await;
+    let pending = async || {
+        let compared = world.billing().reconcile_usage().await.expect("compared");
+        compared.oldest_pending
+    };
+    assert_eq!(pending().await, 0);
+    // The current hour does not wait.
+    world.append(&[world.paid(usage::now(), 5)]).await;
+    assert_eq!(pending().await, 0);
+    world.append(&[world.paid(hour(5), 5)]).await;
+    let age = (usage::now() - hour(4)).num_seconds();
+    assert!((age - 60..=age + 60).contains(&pending().await));
+    world.report().await;
+    assert_eq!(pending().await, 0);
+}
+
+/// `GET /billing` shows the price, and the usage of the current period with its charge.
+#[tokio::test(flavor = "multi_thread")]
+async fn usage_and_its_charge_are_shown() {
+    let world = World::subscribed(3 * DAY).await;
+    let state = async || {
+        let state = world
+            .app
+            .act(&world.account, "GET", "/billing", Value::Null)
+            .await;
+        assert_eq!(state.status, 200, "{}", state.text);
+        state.body
+    };
+    world
+        .append(&[world.paid(hour(30), 100), world.paid(hour(4), 20)])
+        .await;
+    let before = state().await;
+    let reported = |state: &Value| -> DateTime<Utc> {
+        let at = state["usage"]["reported_until"].as_str().expect("a time");
+        at.parse().expect("a time")
+    };
+    assert_eq!(reported(&before), hour(30));
+    world.report().await;
+    world.append(&[world.paid(usage::now(), 3)]).await;
+    let shown = state().await;
+    assert_eq!(
+        shown["price"],
+        json!({"name": "Quota", "currency": "usd", "monthly": "2900", "per_request": "1"})
+    );
+    let usage = &shown["usage"];
+    assert_eq!(
+        (&usage["used"], &usage["charge"]),
+        (&json!(123), &json!(123))
+    );
+    assert_eq!(
+        (&usage["not_charged"], &usage["last_error"]),
+        (&json!(0), &Value::Null)
+    );
+    assert_eq!(reported(&shown), hour(0));
+    // Three days of a month with 28 to 31 days have passed.
+    let projected = usage["projected"].as_u64().expect("a number");
+    assert!((1120..=1290).contains(&projected), "{projected}");
+    assert_eq!(usage["projected_total"], 2900 + projected);
+    assert_eq!(
+        (&shown["paid_plans"], &shown["paid_keys"]),
+        (&json!(1), &json!(0))
+    );
+    world.app.key(&world.account, &world.plan).await;
+    assert_eq!(state().await["paid_keys"], 1);
 }

@@ -53,7 +53,10 @@ const fn kinds(call: &Call) -> usize {
         | Call::ListDecisions(..)
         | Call::KeyLimits(_)
         | Call::BurnDown(..)
-        | Call::Echo => 29,
+        | Call::Billing
+        | Call::StartCheckout
+        | Call::OpenBillingPortal
+        | Call::Echo => 32,
     }
 }
 
@@ -194,6 +197,9 @@ fn samples() -> Vec<Call> {
         ),
         Call::KeyLimits(key),
         Call::BurnDown(key, PolicyName::Monthly),
+        Call::Billing,
+        Call::StartCheckout,
+        Call::OpenBillingPortal,
         Call::Echo,
     ]
 }
@@ -265,7 +271,7 @@ fn every_console_call_matches_the_document() {
         let read = answer(&call).map(|name| format!("#/components/schemas/{name}"));
         assert_eq!(good.as_str(), read.as_deref(), "{what}");
         assert_eq!(call.is_of_session(), session_needed(operation), "{what}");
-        // The desktop app receives it as JSON.
+        // The desktop app receives the call as JSON.
         let handed = serde_json::to_value(&call).and_then(serde_json::from_value::<Call>);
         assert_eq!(handed.expect("a call").sent(), sent, "{what}");
     }
@@ -291,6 +297,9 @@ const fn answer(call: &Call) -> Option<&'static str> {
         Call::ListDecisions(..) => "DecisionPage",
         Call::KeyLimits(_) => "KeyLimits",
         Call::BurnDown(..) => "BurnDown",
+        Call::Billing => "BillingState",
+        Call::StartCheckout => "CheckoutPage",
+        Call::OpenBillingPortal => "PortalPage",
         Call::Echo => "Echo",
         Call::Logout
         | Call::ChangePassword(_)

@@ -135,7 +135,7 @@ async fn unsuitable_redis_fails_the_check() {
     server.command("ACL SETUSER default -eval").await;
     let output = doctor(&database, &[redis]).await;
     output
-        .says("rejects scripts with TIME and INFO")
+        .says("rejects scripts that call TIME and INFO")
         .says("NoPerm")
         .fails();
 }
@@ -174,7 +174,7 @@ async fn master_behind_sentinel_is_checked() {
     let redis = ("REDIS_URL", url.as_str());
     doctor(&database, &[redis])
         .await
-        .says("redis: sentinel: the master of main, by sentinels ")
+        .says("redis: sentinel: the master of main, via sentinels ")
         .says(&format!("{}: Redis ", group.servers[0].addr()))
         .says("min-replicas-to-write is 0")
         .succeeds();
@@ -182,7 +182,7 @@ async fn master_behind_sentinel_is_checked() {
     master.command("CONFIG SET min-replicas-to-write 1").await;
     doctor(&database, &[redis])
         .await
-        .says("min-replicas-max-lag is 10: a master that is cut off keeps counting for 10 seconds")
+        .says("min-replicas-max-lag is 10, so a partitioned master keeps accepting writes for 10 seconds")
         .succeeds();
     master.command("CONFIG SET min-replicas-max-lag 1").await;
     let output = doctor(&database, &[redis]).await;
@@ -202,7 +202,7 @@ async fn nodes_of_a_cluster_are_checked() {
     let one = format!("redis://{}", cluster.nodes[0].addr());
     doctor(&database, &[("REDIS_URL", &one)])
         .await
-        .says("is a node of a cluster: use redis+cluster://")
+        .says("is a cluster node: use redis+cluster://")
         .fails();
     cluster.nodes[1].kill().await;
     doctor(&database, &[("REDIS_URL", &cluster.url())])
@@ -211,7 +211,7 @@ async fn nodes_of_a_cluster_are_checked() {
         .succeeds();
 }
 
-/// Writes a certificate, and the certificate authority that issued it.
+/// Writes a certificate, and that of the certificate authority that issued it.
 fn certificate(dir: &Path) {
     let mut authority = CertificateParams::new(Vec::new()).expect("no names");
     authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);

@@ -1,4 +1,4 @@
-//! The embedded PostgreSQL: it starts from an empty directory, keeps its data, recovers from crashes, and never
+//! Tests of the embedded PostgreSQL: it starts in an empty directory, keeps its data, recovers from crashes, and never
 //! outlives the server.
 
 use std::{
@@ -195,7 +195,7 @@ async fn it_is_restarted_when_it_crashes() {
     assert_eq!(processes_of(dir.path()), Vec::<i32>::new());
 }
 
-/// The supervisor may be at any point of a restart when it is told to stop.
+/// The supervisor may be at any point of a restart when it is asked to stop.
 #[tokio::test]
 async fn stopping_during_a_restart_stops_it() {
     let dir = data_dir();
@@ -206,7 +206,7 @@ async fn stopping_during_a_restart_stops_it() {
         kill(Pid::from_raw(postmaster(dir.path())), Signal::SIGKILL).expect("it was alive");
         tokio::time::sleep(Duration::from_millis(wait)).await;
         postgres.stop().await;
-        // Sessions of the killed postmaster detect its death after a while.
+        // It takes a while until the sessions of the killed postmaster detect its death.
         let guarded = fs::read_to_string(dir.path().join("postgres/postmaster.pid"))
             .ok()
             .and_then(|text| text.lines().next()?.parse::<i32>().ok())
@@ -222,7 +222,7 @@ async fn killing_the_server_stops_its_postgres() {
     connect(&url).await;
     kill_and_reap(&mut owner);
     eventually("PostgreSQL ends", || processes_of(dir.path()).is_empty()).await;
-    // A clean shutdown, not a crash: there is nothing to recover.
+    // This is a clean shutdown, not a crash, so there is nothing to recover.
     assert!(!dir.path().join("postgres/postmaster.pid").exists());
 }
 
@@ -231,8 +231,8 @@ async fn server_started_right_after_a_kill_takes_over() {
     let dir = data_dir();
     let (mut owner, url) = start_owner(dir.path());
     let orphan = postmaster(dir.path());
-    // Without its guard, PostgreSQL keeps running: the worst state that a crash can leave behind. The owner is frozen
-    // first, or it would fix this.
+    // Without its guard, PostgreSQL keeps running, which is the worst state that a crash can leave behind. The owner is
+    // frozen first, because it would otherwise fix this.
     let owner_pid = Pid::from_raw(owner.id().cast_signed());
     kill(owner_pid, Signal::SIGSTOP).expect("the owner was alive");
     let guard = parent_of(orphan);
@@ -348,7 +348,7 @@ async fn error_contains_the_output_of_a_postgres_that_does_not_start() {
     assert!(error.to_string().contains("pg_control"), "{error}");
 }
 
-/// Not a test: this is the server that the tests above kill.
+/// This is not a test but the server that the tests above kill.
 #[tokio::test]
 #[ignore = "run by other tests, in a process of its own"]
 #[expect(
@@ -363,7 +363,7 @@ async fn owner() {
         .await
         .expect("it starts");
     println!("\nurl={}", postgres.database_url());
-    // Limited, in case the test that started this process is gone.
+    // The time is limited, in case the test that started this process has ended.
     tokio::time::sleep(Duration::from_mins(2)).await;
 }
 
@@ -433,7 +433,7 @@ async fn root_moves_the_database_if_its_user_cannot_enter_the_directory() {
             .await
             .expect("a setting");
         clusters.push(PathBuf::from(row.get::<_, &str>(0)));
-        // Even if the directory is accessible now, the data remains where it is.
+        // Even if the directory has become accessible, the data remains where it is.
         fs::set_permissions(closed.path(), fs::Permissions::from_mode(0o755))
             .expect("its mode is set");
         postgres.stop().await;

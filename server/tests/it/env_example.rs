@@ -1,4 +1,4 @@
-//! Settings: the example lists all of them, and an invalid one prevents startup.
+//! Tests that the example lists all settings, and that an invalid setting prevents startup.
 
 use std::{
     collections::BTreeSet,
@@ -73,12 +73,12 @@ fn every_variable_is_described_and_known_to_the_binary() {
         );
         assert!(names.insert(name), "{name} is there twice");
     }
-    // Every variable that is read is in the example: nothing else in the server reads the environment.
+    // Every variable that the server reads is in the example, because nothing else in the server reads the environment.
     let listed = help.matches("[env: ").count();
     assert_eq!(listed, variables.len());
 }
 
-/// Users copy it into their environment.
+/// Users copy the example into their environment.
 #[test]
 fn example_is_a_valid_environment() {
     let example = variables(&config::env_example());
@@ -130,7 +130,11 @@ fn wrong(name: &str) -> &'static str {
         | "QUOTA_KEY_LOOKUPS"
         | "QUOTA_MAX_PLANS"
         | "QUOTA_MAX_API_KEYS"
-        | "QUOTA_MAX_SERVICE_TOKENS" => "0",
+        | "QUOTA_MAX_SERVICE_TOKENS"
+        | "QUOTA_FREE_PLANS"
+        | "QUOTA_FREE_KEYS"
+        | "QUOTA_FREE_REQUESTS_PER_MONTH"
+        | "QUOTA_FREE_RPM" => "0",
         "QUOTA_REDIS_TIMEOUT" => "0ms",
         "QUOTA_REDIS_CONNECT_TIMEOUT" => "250",
         "QUOTA_LEASE_TTL" => "1001ms",
@@ -197,7 +201,7 @@ fn invalid_value_prevents_startup_with_one_line_that_names_the_variable() {
     }
     assert!(
         !Path::new(data).exists(),
-        "nothing was started, so nothing was made"
+        "nothing was started, so nothing was created"
     );
 }
 
@@ -272,7 +276,7 @@ fn secret_is_read_from_its_file_and_an_invalid_file_prevents_startup() {
         fs::write(&path, content).expect("it is written");
         path.to_str().expect("it is text").to_owned()
     };
-    // A host that does not exist: startup fails later, when connecting to the database named in the file.
+    // The host does not exist, so startup fails later, when connecting to the database named in the file.
     let database = file(
         "database",
         b"postgres://quota:hunter2@database.invalid/quota\n",

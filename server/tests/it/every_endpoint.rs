@@ -1,4 +1,4 @@
-//! Properties of every operation, generated from the OpenAPI document, so that a new operation cannot be forgotten.
+//! Checks properties of every operation in the OpenAPI document, so that a new operation cannot be forgotten.
 
 use std::collections::BTreeSet;
 
@@ -32,13 +32,13 @@ const ROLES: [&str; 5] = ["owner", "admin", "developer", "billing", "viewer"];
 /// The permission that an operation requires.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Right {
-    /// None: it concerns the caller's own account.
+    /// No permission, because it concerns the caller's own account.
     Own,
     Read,
     Usage,
     Bill,
     Manage,
-    /// Tested with the document's example as the body.
+    /// It is called with the document's example as the body.
     Administer,
 }
 
@@ -255,7 +255,7 @@ async fn invalid_credentials_are_401_with_invalid_token() {
     }
 }
 
-/// An API key does not work for management, and an access token not for limited requests.
+/// An API key does not work for management requests, and an access token does not work for limited requests.
 #[tokio::test(flavor = "multi_thread")]
 async fn credentials_of_another_kind_are_401() {
     let app = TestApp::start().await;
@@ -307,8 +307,8 @@ fn every_operation_with_an_access_token_has_a_right() {
     assert_eq!(found, listed);
 }
 
-/// Each operation is called by each role. Without the permission, the response is 403 and no row of any table changes,
-/// whatever the ID and the body are; with it, the operation succeeds.
+/// Each operation is called by each role. Without the permission, the response is 403 and no row in any table changes,
+/// regardless of the ID and the body. With it, the operation succeeds.
 #[tokio::test(flavor = "multi_thread")]
 async fn role_without_the_right_is_403_and_changes_nothing() {
     let stripe = TestStripe::start().await;
@@ -345,7 +345,7 @@ async fn role_without_the_right_is_403_and_changes_nothing() {
             let login = json!({"email": member.email, "password": PASSWORD});
             let login = app.post("/auth/login", login).send().await;
             let token = login.text("access_token");
-            // Each call gets its own resources, since calls delete them.
+            // Each call gets its own resources, because some calls delete them.
             let path_id = if operation.path.contains("{plan_id}") {
                 app.plan(&owner, json!({})).await
             } else if operation.path.contains("{key_id}") {
@@ -560,7 +560,7 @@ async fn every_example_body_is_accepted() {
             .json(schema["example"].clone())
             .send()
             .await;
-        // The example's plan, password and tokens do not exist here, which is detected only after the body has been
+        // The example's plan, password and tokens do not exist here, but this is detected only after the body has been
         // accepted.
         let expected: &[u16] = match operation.id {
             "create_api_key" => &[404],
@@ -685,7 +685,7 @@ async fn unsupported_method_is_405_with_allow() {
                 .split(',')
                 .map(|it| it.trim().to_owned())
                 .collect::<BTreeSet<_>>();
-            // RFC 9110: GET implies HEAD.
+            // According to RFC 9110, GET implies HEAD.
             if allowed.contains("GET") {
                 allowed.insert("HEAD".to_owned());
             }

@@ -1,4 +1,4 @@
-//! One tenant's burst of changes leaves connections for the others.
+//! Tests that one tenant's burst of changes leaves connections for the others.
 
 use std::{
     sync::Arc,
@@ -23,7 +23,7 @@ use crate::{
 
 /// The number of concurrent requests: many times the number of connections.
 const BURST: usize = 64;
-/// The changes that one tenant may have in progress or waiting on a replica.
+/// The number of changes that one tenant may have in progress or waiting on a replica.
 const ADMITTED: usize = 33;
 
 /// Starts creating `count` plans.
@@ -110,7 +110,7 @@ async fn burst_of_updates_of_one_plan_does_not_delay_another_tenant() {
         let (app, a, path) = (app.clone(), a.clone(), format!("/admin/plans/{plan}"));
         updates.spawn(async move { app.act(&a, "PATCH", &path, json!({"burst": n})).await });
     }
-    // All of them are waiting, or will be soon.
+    // All requests are waiting, or soon will be.
     tokio::time::sleep(Duration::from_millis(300)).await;
     for _ in 0..10 {
         app.plan(&b, json!({})).await;
@@ -202,9 +202,10 @@ async fn burst_of_reads_by_one_tenant_does_not_delay_another() {
     }
 }
 
-/// A client with an account requests large responses and opens no window for them, so the server has to keep them.
+/// A client with an account requests large responses and opens no flow-control window for them, so the server has to
+/// keep them in memory.
 #[tokio::test(flavor = "multi_thread")]
-async fn large_responses_of_one_tenant_that_nobody_reads_are_few() {
+async fn unread_large_responses_of_a_tenant_are_limited() {
     const REQUESTS: u32 = 32;
     const WAITING: usize = 8;
     let app = TestApp::setup().without_jobs().start().await;
@@ -240,7 +241,7 @@ async fn large_responses_of_one_tenant_that_nobody_reads_are_few() {
         stream.read_exact(&mut payload).await.expect("it is open");
         if head[3] == http2::HEADERS {
             answered += 1;
-            // `:status: 200`, from HPACK's static table.
+            // `:status: 200` from the static table of HPACK.
             admitted += usize::from(payload[0] == 0x88);
         }
     }

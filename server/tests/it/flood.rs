@@ -1,4 +1,5 @@
-//! Requests that clients can send without an account: keys that were never created, and connections that send nothing.
+//! Tests of what clients can do without an account: sending keys that were never created, and opening connections
+//! without sending anything.
 
 use std::{
     io::{Read as _, Write as _},
@@ -21,7 +22,7 @@ use crate::support::{
 };
 
 const KEYS: u32 = 100_000;
-/// Requests that a connection sends before it reads the first response.
+/// The number of requests that a connection sends before it reads the first response.
 const BATCH: u32 = 100;
 
 /// Returns a key that is valid except for its checksum.
@@ -96,7 +97,7 @@ async fn flood_of_keys_with_wrong_checksums_causes_no_lookups() {
     quota.stop();
 }
 
-/// Open files of this process in addition to the silent sockets.
+/// The number of files that this process has open in addition to the silent sockets.
 const OWN_FILES: usize = 600;
 const SILENT: usize = 20_000;
 /// Connections from one address, and addresses in one network: below the limits, so that only the total limit applies.
@@ -157,7 +158,7 @@ async fn silent_connections_do_not_lock_out_others() {
         }
         held
     });
-    // A new connection each time: from a separate address, and from one of the flood's.
+    // Opens a new connection each time, from a separate address and from one of the flood's addresses.
     let clients = [Ipv4Addr::LOCALHOST, Ipv4Addr::new(127, 0, 1, 1)].map(client_at);
     let began = Instant::now();
     let (mut answered, mut slowest) = (0, Duration::ZERO);
@@ -191,7 +192,7 @@ async fn silent_connections_do_not_lock_out_others() {
     assert!(answered >= 30, "{answered}");
     assert!(grown < 150, "{grown} MiB");
 
-    // They are closed in time even if no other client needs the room.
+    // They are closed in time even if no other client needs their slots.
     for listener in ["public", "metrics"] {
         let open = format!("quota_connections_open{{listener=\"{listener}\"}}");
         let ended = Instant::now();
@@ -210,8 +211,8 @@ async fn silent_connections_do_not_lock_out_others() {
     quota.stop();
 }
 
-/// Over HTTP/2: opens no window, periodically sends a request and cancels the previous one; reconnects when it is
-/// closed.
+/// An HTTP/2 client that opens no flow-control window, periodically sends a request and cancels the previous one, and
+/// reconnects when its connection is closed.
 async fn cancels_and_comes_back(source: Ipv4Addr, server: SocketAddr) {
     use tokio::io::AsyncWriteExt as _;
     loop {
@@ -233,7 +234,7 @@ async fn cancels_and_comes_back(source: Ipv4Addr, server: SocketAddr) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn clients_that_cancel_what_they_do_not_read_lock_nobody_out() {
+async fn clients_that_cancel_unread_responses_do_not_lock_out_others() {
     const PLACES: usize = 200;
     let data = data_dir();
     let places = PLACES.to_string();
@@ -247,7 +248,7 @@ async fn clients_that_cancel_what_they_do_not_read_lock_nobody_out() {
     let (began, mut answered, mut slowest) = (Instant::now(), 0, Duration::ZERO);
     while began.elapsed() < Duration::from_secs(8) {
         let asked = Instant::now();
-        // While all slots are taken, a newcomer may have to retry.
+        // While all slots are in use, a new client may have to retry.
         let mut status = None;
         while status.is_none() && asked.elapsed() < ANSWERED_WITHIN {
             let answer = client.get(format!("http://{server}/health/live")).send();
@@ -268,7 +269,7 @@ async fn clients_that_cancel_what_they_do_not_read_lock_nobody_out() {
     quota.stop();
 }
 
-/// Connections that use as much memory as they can, and complete no request.
+/// Connections that use as much memory as they can without completing a request.
 const SLOW: usize = 2000;
 /// The maximum increase in memory, in MiB. Handlers of many concurrent requests end a while after their connections
 /// close, and use most of the memory in a debug build.
@@ -434,7 +435,7 @@ async fn address_at_its_connection_limit_does_not_affect_others() {
     for _ in 0..5 {
         held.push(at(1).await.expect("within its share"));
     }
-    // Briefly twice its limit.
+    // For a moment, an address may have twice its limit.
     let mut refused = 0;
     for _ in 0..15 {
         match at(1).await {

@@ -1,4 +1,4 @@
-//! The unchanged configurations of `deploy/gateways` in the real gateways, with Quota behind verified TLS.
+//! Tests the unchanged configurations in `deploy/gateways` in the real gateways, with Quota behind verified TLS.
 
 mod programs;
 mod upstreams;
@@ -148,9 +148,9 @@ fn has_limits(response: &Response, remaining: &str) {
     assert_eq!(field(response, "x-ratelimit-remaining"), Some(remaining));
 }
 
-/// Admissions, denials, and everything that a consumer can send to change the decision.
+/// Tests admissions, denials, and everything that a consumer can send to try to change the decision.
 async fn enforces_decisions(program: Program) {
-    // The `Origin` of a page that is not allowed, which is irrelevant to the gateway.
+    // The `Origin` of a page that is not allowed, which does not matter to the gateway.
     let app = TestApp::setup()
         .flag("--allowed-origins=https://app.example.com")
         .start()
@@ -176,7 +176,7 @@ async fn enforces_decisions(program: Program) {
         field(&unknown, "www-authenticate"),
         Some("Bearer realm=\"quota\", error=\"invalid_token\"")
     );
-    // Another tenant's service token in the consumer's headers.
+    // The consumer's headers contain another tenant's service token.
     let bearer = setting.get("/orders").bearer_auth(&other_token);
     assert_eq!(setting.send(bearer).await.status(), 401);
     assert_eq!(setting.api.requests().len(), 0);
@@ -261,7 +261,7 @@ async fn enforces_decisions(program: Program) {
     assert_eq!(endpoints, expected.into_iter().collect());
 }
 
-/// Every kind of response, over a persistent connection.
+/// Tests every kind of response, over a persistent connection.
 async fn keeps_connections(program: Program) {
     let app = TestApp::start().await;
     let account = app.register().await;
@@ -286,7 +286,8 @@ async fn keeps_connections(program: Program) {
     );
 }
 
-/// Without Redis, a plan that continues has the degraded header, and one that does not gets 503.
+/// Without Redis, requests on a plan that continues have the degraded header, and those on a plan that does not get
+/// 503.
 async fn reports_degraded_decisions(program: Program) {
     let app = TestApp::setup()
         .flag(format!("--redis-url=redis://127.0.0.1:{}", free_port()))
@@ -362,7 +363,7 @@ fn payment_required(head: &Head) -> &'static str {
     }
 }
 
-/// Responses that are not admissions by Quota, whatever the consumer sends.
+/// Responses that are not admissions by Quota, no matter what the consumer sends.
 async fn admits_only_what_quota_admits(program: Program) {
     type Answer = fn(&Head) -> &'static str;
     // nginx follows the decision if it is not an admission.
@@ -389,7 +390,7 @@ async fn admits_only_what_quota_admits(program: Program) {
     assert_eq!(setting.api.requests().len(), 1);
 }
 
-/// An untrusted certificate, and a Quota that is not running.
+/// Tests an untrusted certificate, and a Quota server that is not running.
 async fn fails_closed_without_quota(program: Program) {
     let dir = tempfile::tempdir().expect("a directory");
     let (right, wrong) = (

@@ -1,4 +1,4 @@
-//! HTTP: requests that are too large, too slow or not HTTP, the web pages, and stopping the server.
+//! Tests requests that are too large, too slow or not HTTP, the web pages, and stopping the server.
 
 use std::{
     collections::BTreeSet,
@@ -168,7 +168,7 @@ async fn too_many_or_too_large_headers_are_rejected() {
         answer.is_empty() || [400, 414, 431].contains(&status(&answer)),
         "{answer}"
     );
-    // It keeps serving others.
+    // The server keeps serving other clients.
     assert_eq!(app.get("/health/live").send().await.status, 200);
 }
 
@@ -273,7 +273,7 @@ async fn only_harmless_request_ids_are_kept() {
         let given = ask(bad.as_bytes()).await;
         assert!(uuid::Uuid::parse_str(&given).is_ok(), "{bad:?}: {given}");
     }
-    // Every response has one, including those to malformed requests.
+    // Every response has a request ID, including those to malformed requests.
     for path in ["/", "/nope", "/docs", "/openapi.json", "/admin/plans"] {
         assert!(app.get(path).send().await.header("x-request-id").is_some());
     }
@@ -316,7 +316,7 @@ async fn pages_exist_and_load_nothing_from_other_hosts() {
                 assets.insert(target.to_owned());
             }
         }
-        // Links within the server resolve.
+        // Checks that links within the server work.
         for rest in answer.text.split("<a href=\"").skip(1) {
             let target = rest.split('"').next().unwrap_or_default();
             if target.starts_with('/') {

@@ -1,5 +1,5 @@
-//! Three replicas as in production: a change on one reaches all, with messages between them, without messages, and
-//! without Redis.
+//! Runs three replicas as in production, and tests that a change on one reaches all: with messages between them,
+//! without messages, and without Redis.
 //!
 //! Prints how long this takes, and asserts a bound that holds on a busy machine. The benchmarks measure the promised
 //! second.
@@ -27,7 +27,7 @@ use crate::support::{
     quota::{Quota, data_dir},
 };
 
-/// The bound, on any machine.
+/// The time limit for any machine.
 const AT_MOST: Duration = Duration::from_secs(5);
 const CHANGES: usize = 120;
 /// The number of changes in progress.
@@ -204,7 +204,7 @@ async fn every_change_reaches_every_replica() {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_change_reaches_every_replica_without_messages() {
     let world = World::start().await;
-    // No client may publish or subscribe. All other commands work.
+    // Forbids publishing and subscribing. All other commands work.
     let done = world
         .redis
         .command("ACL SETUSER default resetchannels")

@@ -1,4 +1,5 @@
-//! When keys and service tokens were last used: keys with their usage, tokens in memory and in batches.
+//! Tests when keys and service tokens were last used. Keys are updated with their usage, tokens in memory and then in
+//! batches.
 
 use quota_common::{ApiKeyId, ServiceTokenId};
 use quota_server::clock::UnixNanos;
@@ -62,7 +63,7 @@ async fn batch_that_fails_is_written_later_and_those_before_it_are_written_now()
     );
     locked.batch_execute(&lock).await.unwrap();
     assert!(app.state.last_used.flush(&app.state.db).await.is_err());
-    // Used again in the meantime, and one with a clock that is behind.
+    // One key is used again in the meantime, and another is used according to a clock that is behind.
     app.state.last_used.key(ApiKeyId(ids[1_500]), at(3));
     app.state.last_used.key(ApiKeyId(ids[1_501]), at(0));
     app.state.last_used.key(ApiKeyId(ids[0]), at(0));
@@ -158,7 +159,7 @@ async fn last_use_of_a_key_is_written_with_its_usage_and_never_moves_back() {
         app.key(&account, &plan).await,
     );
     assert_eq!(app.echo(&used.text).await.status, 200);
-    // There is only one way.
+    // A flush does not write the last use of keys, which is written only with their usage.
     app.state.last_used.flush(&app.state.db).await.unwrap();
     let database = app.database.connect().await;
     let times = async || {

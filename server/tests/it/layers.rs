@@ -1,4 +1,4 @@
-//! Which modules may import which: only those of a lower rank or in the same folder, and never in a cycle.
+//! Checks that modules import only modules of a lower rank or in the same folder, and never in a cycle.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,9 +9,9 @@ use std::{
 /// Every module of the server, lowest rank first. `main` and `lib` are above all others.
 const RANKS: &[&[&str]] = &[
     &[
-        "authenticated",
         "clock",
         "config",
+        "connection_marks",
         "deadline",
         "error_chain",
         "file_limit",
@@ -24,7 +24,14 @@ const RANKS: &[&[&str]] = &[
         "tenant_queue",
     ],
     &["db", "redis", "stripe", "telemetry"],
-    &["cache", "client_guard", "limiter", "readiness", "repo"],
+    &[
+        "cache",
+        "client_guard",
+        "limiter",
+        "readiness",
+        "repo",
+        "tenant_rate",
+    ],
     &["invalidations"],
     &["auth", "keys"],
     &["billing", "metering"],
@@ -46,11 +53,12 @@ const INNER_RANKS: &[(&str, &[&[&str]])] = &[(
         &["key"],
         &["store"],
         &["distributed", "local"],
+        &["tenant"],
         &["mod"],
     ],
 )];
 
-/// Crates and modules that a folder must not use, whatever its rank.
+/// Crates and modules that a folder must not use, regardless of its rank.
 const FORBIDDEN: &[(&str, &[&str])] = &[
     (
         "limiter",
@@ -182,7 +190,7 @@ fn paths<'a>(code: &'a str, root: &str) -> Vec<Vec<&'a str>> {
     let mut paths = Vec::new();
     for (at, _) in code.match_indices(&format!("{root}::")) {
         let before = &code[..at];
-        // `pub(in crate::limiter)` imports nothing.
+        // `pub(in crate::limiter)` is not an import.
         let is_path = !before.ends_with(is_name) && !before.ends_with("::");
         if is_path && !before.ends_with("(in ") {
             expand(&code[at..], Vec::new(), &mut paths);
@@ -391,7 +399,7 @@ fn modules_import_only_from_lower_ranks_or_their_own_folder() {
         .collect::<Vec<_>>();
     assert!(found.is_empty(), "{found:#?}");
 
-    // A rank left behind by a deleted module would apply to a new module of the same name.
+    // The rank of a deleted module would apply to a new module with the same name.
     for module in RANKS.iter().copied().flatten() {
         assert!(
             files.iter().any(|(path, _)| module_of(path) == *module),

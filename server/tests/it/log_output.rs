@@ -1,4 +1,4 @@
-//! The log on standard output, of the real process.
+//! Tests the log on standard output, with the real process.
 
 use std::{
     io::{BufRead as _, Read as _, Write as _},
@@ -14,7 +14,7 @@ use crate::support::{
     quota::{Quota, data_dir},
 };
 
-/// In most cases, a path as long as a request head allows.
+/// In most cases, the path is as long as a request head allows.
 const LONG_PATH: usize = 3_900;
 /// More lines than the buffer and the pipe can hold together.
 const REQUESTS: usize = 20_000;
@@ -52,7 +52,7 @@ async fn a_stopped_reader_of_standard_output_stops_no_request() {
     let answered = std::thread::spawn(move || get_many(addr, &path)).join();
     assert_eq!(answered.expect("every request is answered"), REQUESTS);
 
-    // Events do not block either: registering logs one.
+    // Events do not block either. Registering logs one.
     for n in 0..8 {
         let account = json!({"email": format!("{n}@example.com"), "password": PASSWORD});
         let url = format!("http://{}/auth/register", quota.addr);
@@ -66,7 +66,7 @@ async fn a_stopped_reader_of_standard_output_stops_no_request() {
     let dropped = quota.counter(&http, "quota_log_lines_dropped_total").await;
     assert!(dropped > 0);
 
-    // Once it is read again, it reports how many lines are missing. All other lines are present.
+    // When the output is read again, a line reports how many lines are missing. All other lines are present.
     let reader = std::thread::spawn(move || {
         let lines = out.lines().map_while(Result::ok);
         let lines = lines.map(|line| serde_json::from_str::<Value>(&line).expect(&line));

@@ -10,6 +10,7 @@ mod env_example;
 mod every_endpoint;
 mod fairness;
 mod flood;
+mod free_tier;
 mod gateways;
 mod http;
 mod invalidation;

@@ -1,4 +1,4 @@
-//! Malformed requests: the server responds or closes the connection, never fails, and keeps serving.
+//! Tests malformed requests: the server responds or closes the connection, never fails, and keeps serving.
 
 use std::{
     collections::BTreeMap,
@@ -21,7 +21,7 @@ use crate::support::app::TestApp;
 
 const REQUESTS: u64 = 3000;
 const AT_A_TIME: usize = 64;
-/// No connection lasts longer: every deadline is a second, and the machine may be busy.
+/// No connection lasts longer than this: every deadline is a second, and the machine may be busy.
 const ENDED_WITHIN: Duration = Duration::from_secs(30);
 
 const METHODS: &[&str] = &[
@@ -309,7 +309,7 @@ async fn answers(server: std::net::SocketAddr, seed: u64) -> Vec<u8> {
     let mut stream = TcpStream::connect(server).await.expect("it listens");
     let (mut reader, mut writer) = stream.split();
     let writing = async {
-        // Occasionally in two parts. A server that has closed the connection does not accept any more.
+        // Occasionally sends it in two parts. A server that has closed the connection does not accept any more data.
         let middle = random.usize(..=request.len());
         let last = b"GET /health/live HTTP/1.1\r\nHost: q\r\nConnection: close\r\n\r\n";
         for part in [&request[..middle], &request[middle..], last] {
@@ -323,7 +323,7 @@ async fn answers(server: std::net::SocketAddr, seed: u64) -> Vec<u8> {
     };
     let mut answers = Vec::new();
     let reading = async {
-        // A reset ends it as well.
+        // A reset also ends the connection.
         let _ = reader.read_to_end(&mut answers).await;
     };
     let both = async { tokio::join!(writing, reading) };
@@ -381,7 +381,7 @@ async fn malformed_requests_are_refused_and_nothing_fails() {
     }
     drop(all);
     println!("{requests} requests: {statuses:?}");
-    // Most were parsed far enough to be rejected, and all endpoints were reached.
+    // Most requests were parsed far enough to be rejected, and all endpoints were reached.
     let answered = |status: &str| statuses.get(status).copied().unwrap_or_default();
     for status in ["400", "401", "404", "405", "415", "422"] {
         assert!(answered(status) > 0, "{status}: {statuses:?}");

@@ -1,4 +1,4 @@
-//! Every decision on a known key reaches `usage_log` exactly once, whatever fails in between.
+//! Tests that every decision on a known key reaches `usage_log` exactly once, no matter what fails in between.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -158,7 +158,7 @@ async fn every_decision_is_recorded_by_every_way_in() {
     let costly = costly.header("X-Request-Id", "way-costly").send().await;
     assert_eq!(costly.body["allowed"], false, "{}", costly.text);
 
-    // Not decisions: keys that do not exist or must not be used.
+    // Requests with keys that do not exist or must not be used are not decisions.
     assert_eq!(app.echo("qk_nothing").await.status, 401);
     let path = format!("/admin/api-keys/{}", key.id);
     let off = app.act(account, "PATCH", &path, json!({"is_active": false}));
@@ -273,7 +273,7 @@ async fn the_owner_and_two_replays_at_once_count_nothing_twice() {
     let mut ids = world.echoes(1).await;
     let directory = world.usage_directory();
     let writing = AtomicBool::new(true);
-    // With separate connections, like another process.
+    // Uses separate connections, like another process.
     let replay = async || {
         let url = SecretString::from(app.database.url());
         let db = Db::new(&url, &app.state.config.database);
@@ -327,7 +327,7 @@ async fn a_full_backlog_stops_decisions_and_consumes_nothing() {
         allowed += 1;
         assert!(allowed < 20_000, "it is never full");
     };
-    // 240 bytes per record.
+    // A record takes 240 bytes.
     assert!(allowed > 3_000, "{allowed}");
     assert_eq!(
         (refused.status, refused.problem()),
@@ -424,7 +424,7 @@ async fn denials_of_one_tenant_do_not_fill_the_backlog_of_all() {
 struct SmallDisk(TempDir);
 
 impl SmallDisk {
-    /// `None` if the test is not allowed to mount.
+    /// `None` if the test may not mount file systems.
     fn mount(bytes: u64) -> Option<Self> {
         let directory = data_dir();
         let mounted = Command::new("mount")
@@ -595,7 +595,7 @@ async fn directories_and_segments_that_cannot_be_read_hold_up_no_others() {
     let ids = world.echoes(5).await;
     let own = world.usage_directory();
     let root = own.parent().expect("it is in `usage`");
-    // Sorted before the good one by name.
+    // By name, it sorts before the good one.
     let [unlockable, unreadable, good] =
         [1_u128, 2, 3].map(|n| root.join(uuid::Uuid::from_u128(n).to_string()));
     std::fs::create_dir_all(unlockable.join("lock")).expect("there is space");
@@ -605,7 +605,7 @@ async fn directories_and_segments_that_cannot_be_read_hold_up_no_others() {
     assert_eq!(world.logged().await, ids);
     assert!(!good.exists(), "what is shipped is deleted");
     assert!(unreadable.exists(), "the rest is kept");
-    // The same within one directory.
+    // The same happens within one directory.
     let ids = &ids | &world.echoes(5).await;
     copy_segments(&own, &unreadable);
     let url = SecretString::from(world.app.database.url());
@@ -630,7 +630,7 @@ async fn refused_segments_are_kept_apart_and_their_directory_goes() {
         make_ancient(&ancient);
     }
     std::fs::write(left.join("1.segment"), "not a segment").expect("there is space");
-    // In the location used by an earlier version.
+    // The location used by an earlier version.
     std::fs::write(left.join("2.refused"), "refused").expect("there is space");
     world
         .app
@@ -755,7 +755,7 @@ async fn usage_is_not_complete_beyond_a_decision_in_flight() {
         .reserve(tenant, "GET /slow", "open")
         .expect("there is space");
     tokio::time::sleep(Duration::from_secs(2)).await;
-    // It follows the open one, so it is not shipped.
+    // The record follows the open one, so it is not shipped.
     world.echoes(2).await;
     let (pending, behind) = report().await;
     assert_eq!(pending, 2);
@@ -784,7 +784,7 @@ async fn a_replica_takes_over_what_a_killed_one_left_in_a_shared_directory() {
     let (data, http) = (data_dir(), Client::new());
     let settings = [
         ("DATABASE_URL", database.url()),
-        // The first one ships nothing on its own.
+        // The first server does not ship anything itself.
         ("QUOTA_USAGE_SHIP_EVERY", "60s"),
     ];
     let first = Quota::start_with(data.path(), &settings);
@@ -903,7 +903,7 @@ async fn killing_the_server_under_load_loses_nothing_and_counts_nothing_twice() 
     assert!(unanswered <= in_flight, "{unanswered} of {in_flight}");
 }
 
-/// The relevant system calls, in order, while requests are sent one after another.
+/// Records the relevant system calls, in order, while requests are sent one after another.
 async fn traced(durability: &str, requests: usize) -> Option<Vec<String>> {
     let database = database().await;
     let (data, http) = (data_dir(), Client::new());

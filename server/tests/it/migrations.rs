@@ -1,4 +1,4 @@
-//! Migrations: up and down, concurrently, and with a restricted role.
+//! Tests migrations: up and down, concurrently, and with a restricted role.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ async fn migrate(url: &str) -> Vec<String> {
         .expect("the migrations apply")
 }
 
-/// On a separate thread, since applying migrations blocks.
+/// Runs on a separate thread, because applying migrations blocks.
 async fn migrate_apart(url: &str) -> Vec<String> {
     let url = url.to_owned();
     tokio::spawn(async move { migrate(&url).await })
@@ -22,8 +22,8 @@ async fn migrate_apart(url: &str) -> Vec<String> {
         .expect("it does not panic")
 }
 
-/// Returns everything that migrations create, as text: columns, constraints, indexes, policies, functions, triggers,
-/// privileges and comments.
+/// Returns a description of everything that migrations create: columns, constraints, indexes, policies, functions,
+/// triggers, privileges and comments.
 async fn shape(client: &Client) -> Vec<String> {
     let sql = "
         SELECT format('column %s.%s %s %s %s', c.relname, a.attname, format_type(a.atttypid, a.atttypmod),
@@ -122,8 +122,8 @@ async fn every_constraint_is_named_and_every_table_has_a_comment() {
     let database = TestDatabase::create_empty().await;
     migrate(database.url()).await;
     let client = database.connect().await;
-    // NOT NULL constraints are not named here, but they are constraints in the catalog as of PostgreSQL 18. Constraints
-    // of partitions belong to their table.
+    // NOT NULL constraints are not named in migrations, but as of PostgreSQL 18, they are constraints in the catalog.
+    // Constraints of partitions belong to their table.
     let sql = "SELECT conrelid::regclass::text, conname::text FROM pg_constraint \
         WHERE connamespace = 'public'::regnamespace AND contype <> 'n' \
         AND conrelid <> '__diesel_schema_migrations'::regclass \

@@ -1,4 +1,4 @@
-//! The OpenAPI document is valid, complete and committed, and describes bodies as the server handles them.
+//! Tests that the OpenAPI document is valid, complete and committed, and describes bodies as the server handles them.
 
 use std::{collections::BTreeSet, fs, path::Path};
 
@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// Fields for which a value within the bounds may still be invalid: a short password is easy to guess, the current
-/// password must be correct, and no time zone has a name that short or long.
+/// password must be correct, and there is no time zone with such a short or long name.
 const MORE_THAN_BOUNDS: &[&str] = &[
     "current_password",
     "new_password.min",
@@ -221,7 +221,7 @@ impl Sender {
         let answer = self.send(operation, body).await;
         let (id, text) = (operation.id, &answer.text);
         if matches!(id, "refresh" | "logout") && field == "refresh_token" && body[field].is_null() {
-            // Optional for clients whose tokens are in cookies, but required for this one.
+            // The field is optional for clients whose tokens are in cookies, but required for this client.
             assert_eq!(answer.status, 401, "{id}: {text}");
             return;
         }
@@ -268,7 +268,7 @@ fn text(field: &str, length: usize) -> String {
             .collect()
     };
     match field {
-        // At most 64 before the @.
+        // At most 64 characters may precede the @.
         "email" if length > 66 => format!("{}@{}", some(64), some(length - 65)),
         "email" if length >= 3 => format!("a@{}", some(length - 2)),
         _ => some(length),
@@ -394,9 +394,10 @@ fn odd_values() -> Vec<Value> {
 /// Whether the server checks more than a schema can describe about a field.
 fn needs_more_than_the_schema(operation: &Operation, field: &str) -> bool {
     match field {
-        // How easy it is to guess, and its length in bytes.
+        // The server also checks how easy it is to guess, and its length in bytes.
         "password" => operation.id == "register",
-        // The same; whether it is the current password; whether it is a time zone; whether it is in the future.
+        // The server also checks the same, whether it is the current password, whether it is a time zone, and whether
+        // it is in the future.
         "new_password" | "current_password" | "time_zone" | "expires_at" => true,
         _ => false,
     }

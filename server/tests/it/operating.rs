@@ -1,5 +1,5 @@
-//! How the `quota` binary behaves for service managers, container engines and load balancers: when it listens, what its
-//! health checks return, and which of them it logs.
+//! Tests how the `quota` binary behaves for service managers, container engines and load balancers: when it listens,
+//! what its health checks return, and which of them it logs.
 
 use std::{
     io::{BufRead as _, BufReader},
@@ -104,8 +104,8 @@ fn free_address() -> SocketAddr {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn starting_server_refuses_connections_and_stops_on_request() {
-    let nobody = free_address();
-    let mut process = Process::start(&format!("postgres://quota@{nobody}/quota"), &[]);
+    let unused = free_address();
+    let mut process = Process::start(&format!("postgres://quota@{unused}/quota"), &[]);
     process
         .until_logged("cannot reach PostgreSQL, retrying")
         .await;
@@ -140,7 +140,7 @@ async fn health_checks_distinguish_ready_serving_and_live() {
     process.until_logged("/health/ready").await;
     proxy.set(Fault::Pass);
 
-    // While it is stopping, only the liveness probe succeeds. This is not an error.
+    // While the server is stopping, only the liveness probe succeeds. This is not an error.
     let errors = || {
         let log = process.log.lock().expect("no panic");
         log.iter().filter(|line| line.contains("/health/")).count()
@@ -172,7 +172,7 @@ async fn routine_probes_are_not_in_the_access_log() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn error_of_a_data_directory_that_cannot_be_created_names_both_settings() {
-    // A file in its place blocks even root, like a read-only file system.
+    // A file in place of the directory stops even root, like a read-only file system.
     let dir = tempfile::tempdir().expect("a directory");
     std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).expect("ours");
     let file = dir.path().join("file");

@@ -21,7 +21,7 @@ use crate::support::{
     postgres::TestDatabase,
 };
 
-/// No response takes longer than this, whatever PostgreSQL does.
+/// No response takes longer than this, no matter what PostgreSQL does.
 const AT_MOST: Duration = Duration::from_secs(5);
 
 /// A server whose connections to PostgreSQL can be made to fail.
@@ -246,7 +246,7 @@ async fn unreachable_ledger_reduces_capacity_and_never_exceeds_a_quota() {
             break;
         }
     }
-    // Tokens that were available locally or prefetched.
+    // These tokens were available locally or prefetched.
     assert!(
         served <= 9 && refused == 3,
         "{served} served, {refused} refused"
@@ -271,7 +271,7 @@ async fn unreachable_ledger_reduces_capacity_and_never_exceeds_a_quota() {
     );
 }
 
-/// Clients that disconnect at various points of a request.
+/// Clients disconnect at various points during a request.
 #[tokio::test(flavor = "multi_thread")]
 async fn canceled_requests_leave_no_broken_connection_behind() {
     let world = world(|setup| setup.flag("--database-pool=6")).await;
@@ -307,7 +307,7 @@ async fn canceled_requests_leave_no_broken_connection_behind() {
         assert_eq!((plans.status, &plans.body["total"]), (200, &json!(0)));
         world.app.plan(&world.account, json!({})).await;
     }
-    // Changes are atomic: either a plan with its audit event, or neither.
+    // Changes are atomic: both a plan and its audit event exist, or neither does.
     let client = world.app.database.connect().await;
     let halves = client
         .query_one(
@@ -410,7 +410,7 @@ async fn flood_of_unknown_keys_does_not_affect_the_poll_the_ledger_or_known_keys
         tokio::spawn(async move {
             let mut answers = Vec::new();
             while Instant::now() < until {
-                // Not validated against the document, which takes longer than the request.
+                // The response is not validated against the document, because that takes longer than the request.
                 let call = app.http.get(app.url("/v1/echo"));
                 let answer = call.header("x-api-key", unknown_key()).send().await;
                 answers.push(answer.expect("it answers").status().as_u16());
@@ -452,7 +452,7 @@ async fn flood_of_unknown_keys_does_not_affect_the_poll_the_ledger_or_known_keys
     }
     let errors = app.metric(failed).await - errors;
     let polls = app.metric("quota_invalidation_polls_total").await - polls;
-    // On a busy machine, one may be late. If the flood had an effect, nearly all would be late.
+    // On a busy machine, a request may be late. If the flood had an effect, nearly all of them would be late.
     assert!(
         polls >= 3.0 && errors <= polls / 4.0,
         "{errors} of {polls} polls failed"
@@ -498,7 +498,7 @@ async fn change_that_waits_too_long_for_a_lock_is_503() {
     assert_eq!(patch().send().await.status, 200);
 }
 
-/// Numbers of changes restart below those that were polled, as after restoring a backup.
+/// The numbers of changes restart below those that were polled, as after restoring a backup.
 #[tokio::test]
 async fn changes_are_noticed_after_postgres_was_restored() {
     let app = TestApp::start().await;
@@ -535,7 +535,7 @@ async fn changes_are_noticed_after_postgres_was_restored() {
     assert!((401..=403).contains(&app.echo(&key.text).await.status));
 }
 
-/// As after a restore after which so many changes were made that the numbers are as high as before.
+/// Simulates a restore that was followed by so many changes that the numbers are as high as before.
 #[tokio::test]
 async fn a_restore_is_noticed_although_the_numbers_of_changes_have_caught_up() {
     let app = TestApp::start().await;

@@ -1,4 +1,4 @@
-//! The ledger of calendar quotas in a real PostgreSQL: the properties that the limiter's tests assume.
+//! Tests that the ledger of calendar quotas in a real PostgreSQL has the properties that the limiter's tests assume.
 
 use std::{
     num::{NonZeroU32, NonZeroU64},
@@ -225,7 +225,7 @@ async fn postgres_behaves_like_the_test_ledger() {
                 model.give_back(&batch).await.expect("it is applied");
             }
         }
-        // Sometimes a little later, as for a block of the next window.
+        // Sometimes slightly later, as for a block of the next window.
         let later = now.saturating_add(Nanos::from_secs(
             random.u64(0..2) * random.u64(0..20 * 3600),
         ));
@@ -316,7 +316,7 @@ async fn batch_sent_twice_concurrently_is_applied_once() {
     assert_eq!(world.used().await, 3);
 }
 
-/// Behaves like the previous version, during a rolling upgrade.
+/// Behaves like the previous version during a rolling upgrade.
 async fn take_as_before(world: &World, key: usize, start: &str, want: i64) {
     let sql = format!(
         "INSERT INTO quota_usage (tenant_id, key_id, policy, window_start, used) \
@@ -336,7 +336,7 @@ async fn previous_version_counts_in_the_same_windows() {
     let ledger = world.ledger();
     let now = at("2026-11-24T10:00:00Z");
     let midnight = "2026-11-24T00:00:00Z";
-    // The previous version came first: this one takes from its row, whatever the zone is now.
+    // The previous version came first, so this one takes from its row, regardless of the current zone.
     take_as_before(&world, 0, midnight, 30).await;
     for zone in ["UTC", "Asia/Tokyo", "Pacific/Honolulu"] {
         let taken = take(&ledger, world.request(0, Policy::Daily, zone, now)).await;
@@ -344,14 +344,14 @@ async fn previous_version_counts_in_the_same_windows() {
         assert_eq!(taken.window.span.end, at("2026-11-25T00:00:00Z"), "{zone}");
     }
     assert_eq!(world.used().await, 45);
-    // This version came first: the previous one takes from its row.
+    // This version came first, so the previous one takes from its row.
     take(&ledger, world.request(1, Policy::Daily, "UTC", now)).await;
     take_as_before(&world, 1, midnight, 40).await;
     let taken = take(&ledger, world.request(1, Policy::Daily, "UTC", now)).await;
     assert_eq!((taken.granted, taken.used), (5, 50));
 }
 
-/// Deleting a key and calling the ledger for it and others do not cause each other to fail, in either order.
+/// Deleting a key and concurrent ledger calls for it and other keys do not make each other fail.
 #[tokio::test(flavor = "multi_thread")]
 async fn deletion_and_ledger_do_not_deadlock() {
     let world = World::with_keys(3).await;

@@ -1,5 +1,5 @@
-//! Every pair of changes, made concurrently on two replicas: neither causes a server error, each one that succeeds is
-//! in the audit log once, and the result is that of one order or the other.
+//! Makes every pair of changes concurrently on two replicas. Neither change causes a server error, each one that
+//! succeeds is in the audit log once, and the result is the same as in one of the two orders.
 
 use std::{
     collections::BTreeMap,
@@ -18,14 +18,14 @@ const AT_MOST: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Action {
-    /// On the spare plan.
+    /// A key on the spare plan.
     CreateKey,
-    /// To the spare plan.
+    /// Moves the key to the spare plan.
     MoveKey,
     DeactivateKey,
     RotateKey,
     DeleteKey,
-    /// With the name that `RenamePlan` uses.
+    /// Creates a plan with the name that `RenamePlan` uses.
     CreatePlan,
     RenamePlan,
     /// The spare plan.
@@ -66,7 +66,7 @@ const ALL: [Action; 16] = [
     SignIn,
 ];
 
-/// Pairs of which exactly one succeeds, whichever comes first.
+/// Pairs of which exactly one succeeds, no matter which comes first.
 const EXCLUSIVE: &[(Action, Action)] = &[
     (CreateKey, DeletePlan),
     (MoveKey, DeletePlan),
@@ -95,7 +95,7 @@ const ORDERED: &[(Action, Action)] = &[
 ];
 
 impl Action {
-    /// The action in the audit log. `None`: not audited.
+    /// The action in the audit log. `None` if the change is not audited.
     const fn action(self) -> Option<&'static str> {
         Some(match self {
             CreateKey => "api_key.create",
@@ -294,7 +294,7 @@ async fn race(replicas: [&TestApp; 2], database: &Client, pair: (Action, Action)
     }
     let mut after = audited(database, tenant).await;
     if pair.0 == Logout || pair.1 == Logout {
-        // Recorded once for the session, by whichever change ended it.
+        // The end of a session is recorded once, by the change that ended it.
         let ended = after.remove("session.end").unwrap_or(0);
         let by_other = expected.remove("session.end").unwrap_or(0);
         assert!(ended <= 1 && ended >= by_other, "{pair:?}: {ended}");

@@ -1,4 +1,4 @@
-//! Connections to Redis: they connect, break and recover, and calls never wait for them.
+//! Tests that connections to Redis are made, break and recover, and that calls never wait for them.
 
 use std::{
     sync::atomic::Ordering,
@@ -168,7 +168,7 @@ async fn silent_redis_times_out_then_disconnects_and_recovers() {
     eventually(&redis, "k").await;
 }
 
-/// With the timeouts from the flags.
+/// Uses the timeouts from the flags.
 fn connect_with(url: &str, flags: &[&str]) -> Redis {
     let url = format!("--redis-url={url}");
     let flags = ["test", &url].into_iter().chain(flags.iter().copied());

@@ -1,4 +1,4 @@
-//! Responses while Redis is unreachable, by the plan's choice.
+//! Tests responses while Redis is unreachable, for each fallback setting of a plan.
 
 use std::time::{Duration, Instant};
 
@@ -63,7 +63,7 @@ async fn each_plan_is_served_as_configured_and_every_response_says_so() {
         if share.status == 200 {
             break;
         }
-        // Whether the limit is reached is unknown and not stated.
+        // It is unknown whether the limit is reached, so the response does not say so.
         assert_eq!(share.problem(), "temporary-reduced-capacity");
         assert!(!share.text.contains("violated-policies"), "{}", share.text);
         assert!(share.header("retry-after").is_some());

@@ -1,4 +1,4 @@
-//! Usage survives, no matter how the server ends.
+//! Tests that usage survives, no matter how the server ends.
 
 use std::time::Instant;
 
@@ -73,7 +73,7 @@ async fn restarts_and_a_kill_neither_lose_nor_double_a_daily_quota() {
     loop {
         let day = today();
         let served = spend_through_restarts().await;
-        // A new day has a new quota, so the test would prove nothing.
+        // A new day has a new quota, so the test would not prove anything.
         if today() == day {
             assert!(served <= QUOTA, "{served} of {QUOTA} were served");
             assert!(
@@ -164,7 +164,7 @@ async fn clean_stop_returns_every_block() {
         "{count} keys with two blocks each: stopped in {:?}",
         stopping.elapsed()
     );
-    // For each policy, summed over both days if midnight has passed.
+    // The usage of each policy, summed over both days if midnight has passed.
     let rows = client
         .query(
             "SELECT policy, sum(used)::bigint, max(used) FROM quota_usage GROUP BY policy ORDER BY policy",

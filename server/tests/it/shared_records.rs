@@ -1,4 +1,4 @@
-//! Key records that replicas share in Redis: they save lookups, and an outdated record is never used.
+//! Tests that the key records that replicas share in Redis save lookups, and that an outdated record is never used.
 
 use std::{
     sync::Arc,
@@ -141,7 +141,7 @@ async fn unknown_keys_are_shared_too() {
     assert!(second.metric("quota_key_shared_negative_hits_total").await >= 1.0);
 }
 
-/// A load that began before a change and was written long after it.
+/// A load that started before a change and was written long after it.
 #[tokio::test(flavor = "multi_thread")]
 async fn record_from_before_a_change_is_rejected_whenever_it_was_written() {
     let world = World::start().await;
@@ -156,7 +156,7 @@ async fn record_from_before_a_change_is_rejected_whenever_it_was_written() {
     assert_eq!(changed.status, 200, "{}", changed.body);
     let mut redis = world.redis().await;
     for app in [first, &second, &world.another().await] {
-        // As if it had just been written, each time.
+        // Each time, as if it had just been written.
         redis
             .set::<_, _, ()>(&name, &before)
             .await
@@ -265,7 +265,7 @@ async fn damaged_or_forged_record_is_ignored() {
     let app = world.another().await;
     assert_eq!(app.echo(&unknown.reveal()).await.status, 401);
     assert!(app.metric("quota_key_shared_unreadable_total").await >= 1.0);
-    // Binary garbage.
+    // Random bytes.
     redis.del::<_, ()>(&name).await.expect("it is gone");
     redis
         .rpush::<_, _, ()>(&name, "list")
@@ -291,7 +291,7 @@ async fn unreachable_redis_is_a_miss() {
     assert_eq!(world.first.echo(&key.text).await.status, 200);
     assert_eq!(world.first.echo(&world.key.text).await.status, 200);
     eventually(&world.first, "quota_key_shared_errors_total", 1.0).await;
-    // It is used again after it recovers.
+    // Redis is used again after it recovers.
     world.server.restart().await;
     let redis = world.first.state.redis.clone().expect("it has Redis");
     assert!(redis.connected(PATIENCE).await);
@@ -344,7 +344,7 @@ async fn silent_redis_delays_one_lookup_and_not_the_next() {
     assert_eq!(look_up(&keys[4]).await, 2, "and is tried again");
 }
 
-/// It cannot know about changes since then.
+/// The replica cannot know about changes since then.
 #[tokio::test(flavor = "multi_thread")]
 async fn replica_cut_off_from_postgres_trusts_no_shared_record() {
     let world = World::start().await;
@@ -430,7 +430,7 @@ async fn newest_invalidation(app: &TestApp) -> i64 {
     row.expect("it is read").get(0)
 }
 
-/// A message without a seal, which anyone who has seen one could write.
+/// A message without a seal, which anyone who has seen a message could write.
 fn unsealed(seq: i64, id: uuid::Uuid) -> String {
     let at = SystemClock::new().now().0 / 1000;
     json!({"seq": seq, "tenant": id, "target": "tenant", "id": id, "at": at}).to_string()

@@ -1,4 +1,4 @@
-//! Expired rows are deleted, no matter how many there are and even if one kind cannot be deleted.
+//! Tests that expired rows are deleted, no matter how many there are and even if one kind cannot be deleted.
 
 use std::{sync::Arc, time::Duration};
 
@@ -10,7 +10,7 @@ use crate::support::app::{Account, TestApp};
 const PATIENCE: Duration = Duration::from_secs(60);
 
 struct World {
-    /// Without background jobs.
+    /// A server without background jobs.
     app: TestApp,
     account: Account,
     client: Client,
@@ -130,7 +130,7 @@ impl World {
     }
 }
 
-/// Too many for one statement within the timeout.
+/// There are too many for one statement within the timeout.
 #[tokio::test(flavor = "multi_thread")]
 async fn more_rows_than_one_statement_can_delete_are_deleted() {
     const MANY: i32 = 3000;

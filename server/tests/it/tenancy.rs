@@ -1,5 +1,5 @@
-//! Tenants are isolated in every operation, generated from the document, and in every table, generated from the
-//! database's catalog.
+//! Tests that tenants are isolated in every operation of the OpenAPI document and in every table of the database's
+//! catalog.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -21,7 +21,7 @@ struct Tenant {
     plan: String,
     key: Key,
     service_token: String,
-    /// By parameter name.
+    /// The IDs, by parameter name.
     ids: HashMap<&'static str, String>,
 }
 
@@ -200,7 +200,7 @@ fn bare(answer: &Answer) -> (u16, String, Vec<(String, String)>) {
 /// Creates a request body from the ID in it.
 type Body = Box<dyn Fn(&str) -> Option<Value>>;
 
-/// One place in which an operation takes an ID.
+/// A place in which an operation takes an ID.
 struct Attempt {
     operation: Operation,
     path: Box<dyn Fn(&str) -> String>,
@@ -293,7 +293,7 @@ async fn another_tenants_id_is_like_one_that_never_existed_and_changes_nothing()
     assert!(attempts.len() >= 11, "{}", attempts.len());
     for attempt in &attempts {
         let theirs = attempt.send(&app, &b, a.id(attempt.names)).await;
-        let nobodys = attempt.send(&app, &b, &Uuid::now_v7().to_string()).await;
+        let missing = attempt.send(&app, &b, &Uuid::now_v7().to_string()).await;
         let random = attempt
             .send(&app, &b, &Uuid::from_u128(rand()).to_string())
             .await;
@@ -303,7 +303,7 @@ async fn another_tenants_id_is_like_one_that_never_existed_and_changes_nothing()
             "{id} by {}: {}",
             attempt.names, theirs.text
         );
-        assert_eq!(bare(&theirs), bare(&nobodys), "{id} by {}", attempt.names);
+        assert_eq!(bare(&theirs), bare(&missing), "{id} by {}", attempt.names);
         assert_eq!(bare(&theirs), bare(&random), "{id} by {}", attempt.names);
         for mark in a.marks() {
             assert!(
@@ -361,10 +361,10 @@ async fn every_method_treats_another_tenants_id_like_one_that_never_existed() {
                             .await
                     };
                     let theirs = send(a.id(name)).await;
-                    let nobodys = send(&Uuid::now_v7().to_string()).await;
+                    let missing = send(&Uuid::now_v7().to_string()).await;
                     assert_eq!(
                         bare(&theirs),
-                        bare(&nobodys),
+                        bare(&missing),
                         "{method} {} {body}",
                         operation.path
                     );
@@ -397,7 +397,7 @@ async fn lists_show_nothing_of_another_tenant_by_filter_or_cursor() {
             let mut theirs = list(&a, operation.path, "limit=1").await;
             let ours = own.body["items"].as_array().expect("items").clone();
             assert!(!ours.is_empty(), "{}", operation.id);
-            // With all of A's cursors.
+            // B uses all of A's cursors.
             let mut cursors = 0;
             while let Some(cursor) = theirs.body["next_cursor"].as_str().map(str::to_owned) {
                 cursors += 1;
@@ -420,8 +420,8 @@ async fn lists_show_nothing_of_another_tenant_by_filter_or_cursor() {
             .filter(|name| is_list && name.ends_with("_id"));
         for name in ids {
             let theirs = list(&b, operation.path, &format!("{name}={}", a.id(name))).await;
-            let nobodys = list(&b, operation.path, &format!("{name}={}", Uuid::now_v7())).await;
-            assert_eq!(bare(&theirs), bare(&nobodys), "{} by {name}", operation.id);
+            let missing = list(&b, operation.path, &format!("{name}={}", Uuid::now_v7())).await;
+            assert_eq!(bare(&theirs), bare(&missing), "{} by {name}", operation.id);
             assert_eq!(theirs.body["total"], 0, "{} by {name}", operation.id);
             let own = list(&b, operation.path, &format!("{name}={}", b.id(name))).await;
             assert_ne!(own.body["total"], 0, "{} by {name}", operation.id);
@@ -446,7 +446,7 @@ async fn idempotency_keys_of_tenants_are_separate() {
     let (a, b) = (Tenant::new(&app).await, Tenant::new(&app).await);
     let mut tried = 0;
     for operation in operations() {
-        // Starting a checkout needs Stripe; `billing.rs` tests it.
+        // Starting a checkout requires Stripe, so `billing.rs` tests it.
         let is_checkout = operation.id == "start_checkout";
         if is_checkout || !operation.parameters("header").contains(&"Idempotency-Key") {
             continue;
@@ -533,7 +533,7 @@ async fn another_tenants_key_is_unknown_to_a_gateway_and_not_charged() {
         assert_eq!(theirs.0, 401);
         assert_eq!(theirs, forward(&never).await);
     }
-    // At most one token was refilled in between.
+    // At most one token has refilled in between.
     assert!(remaining().await + 1 >= before, "the key was charged");
     let own = app
         .post("/v1/check", json!({"key": b.key.text}))
@@ -592,7 +592,7 @@ async fn database_denies_a_tenant_every_row_of_another() {
     let pattern = a.marks().join("|");
     let mut reachable = 0;
     for (table, rows) in &theirs {
-        // An empty table would prove nothing: add a row for each tenant here when adding a table.
+        // An empty table would not prove anything, so add a row for each tenant here when you add a table.
         assert!(
             !rows.is_empty() || OF_NO_TENANT.contains(&table.as_str()),
             "{table} has no row of A's"
@@ -627,7 +627,7 @@ async fn database_denies_a_tenant_every_row_of_another() {
             );
         }
 
-        // No rows without a tenant, and only B's rows for B.
+        // Without a tenant, no rows are visible, and B sees only B's rows.
         let all = format!("SELECT 1 FROM {table}");
         for unset in [None, Some("")] {
             assert!(
@@ -637,7 +637,7 @@ async fn database_denies_a_tenant_every_row_of_another() {
         }
         reachable += usize::from(as_app(&mut client, Some(tenant_b), &all).await > Some(0));
 
-        // One of its own rows, moved to another tenant.
+        // Moving one of its own rows to another tenant fails too.
         if column == "tenant_id" {
             let tenant_a = &a.account.tenant_id;
             let give = format!("UPDATE {table} SET tenant_id = '{tenant_a}'");
@@ -761,7 +761,7 @@ async fn a_partition_is_reached_through_its_table_alone() {
         )
         .await
         .expect("the catalog is readable");
-    // Of three tables: the default one, today's and tomorrow's.
+    // Three tables have partitions: the default one, today's and tomorrow's.
     assert_eq!(partitions.len(), 9);
     let own = tenant.account.tenant_id.as_str();
     for row in partitions {

@@ -1,4 +1,4 @@
-//! The words that callers of the API read: in the OpenAPI document, on the error pages and in messages.
+//! Checks the wording of everything that callers of the API read: the OpenAPI document, the error pages and messages.
 
 use std::{fs, path::Path};
 
@@ -13,6 +13,7 @@ const BANNED: &[&str] = &[
     "anew",
     "as the server is set",
     "asks for",
+    "at stripe",
     "at the moment",
     "away",
     "chance",
@@ -55,6 +56,9 @@ const BANNED: &[&str] = &[
     "opens nothing",
     "own account",
     "own sessions",
+    "plan's choice",
+    "quarter of an hour",
+    "quarters of an hour",
     "refused",
     "requests a minute",
     "rested",
@@ -76,13 +80,13 @@ const BANNED: &[&str] = &[
     "works on",
 ];
 
-/// Texts that contain a banned word for a reason.
+/// Strings that may contain a banned word.
 const ALLOWED: &[&str] = &[
     // A header value that clients compare.
     "redis-away",
 ];
 
-/// Returns the banned words in a text.
+/// Returns the banned words in a string.
 fn banned(text: &str) -> Vec<&'static str> {
     let mut text = text.to_owned();
     for allowed in ALLOWED {

@@ -1,4 +1,4 @@
-//! The endpoints: what a request does to the state.
+//! The endpoints, and the effect of each request on the state.
 
 use hyper::Method;
 use serde_json::{Value, json};
@@ -30,11 +30,11 @@ const CREATED: [(&str, &str, &[&str]); 5] = [
 /// A request that has passed authentication.
 pub struct Call<'a> {
     pub method: &'a Method,
-    /// Below `/v1`.
+    /// The path without `/v1`.
     pub path: &'a [&'a str],
     /// The form or the query.
     pub params: &'a Value,
-    /// The address of the fake, for the pages it serves.
+    /// The address of the fake, for links to the pages it serves.
     pub base: &'a str,
 }
 
@@ -67,7 +67,7 @@ impl State {
             }
             ["billing_portal", "sessions"] if is_post => {
                 required(params, &["customer"])?;
-                self.find("customer", params["customer"].as_str().unwrap_or_default())?;
+                self.active_customer(params)?;
                 let id = self.id("bps");
                 let session = objects::portal_session(&id, self.now(), call.base, params);
                 Ok(self.add("billing_portal.session", session))
@@ -75,6 +75,16 @@ impl State {
             ["billing", "meter_events"] if is_post => self.use_meter(params),
             ["billing", "meters", id, "event_summaries"] if is_get => self.summaries(id, params),
             ["billing", rest @ ..] => self.collection(call, rest),
+            ["customers", id] if call.method == Method::DELETE => self.delete_customer(id),
+            ["subscriptions"] if is_get => {
+                // This includes deleted customers.
+                if let Some(customer) = params["customer"].as_str()
+                    && self.find("customer", customer).is_err()
+                {
+                    return Err(Failure::no_such_param("customer", customer));
+                }
+                self.collection(call, call.path)
+            }
             ["subscriptions", id] if is_post => self.update_subscription(id, params),
             ["subscriptions", id] if call.method == Method::DELETE => {
                 if self.find("subscription", id)?["status"] == "canceled" {
@@ -108,6 +118,34 @@ impl State {
             }
             path => self.collection(call, path),
         }
+    }
+
+    /// Checks that the customer that a parameter names exists and was not deleted.
+    fn active_customer(&self, params: &Value) -> Result<(), Failure> {
+        let Some(customer) = params["customer"].as_str() else {
+            return Ok(());
+        };
+        match self.find("customer", customer) {
+            Ok(found) if found["deleted"] != true => Ok(()),
+            _ => Err(Failure::no_such_param("customer", customer)),
+        }
+    }
+
+    /// Deletes a customer, which cancels its subscriptions.
+    fn delete_customer(&mut self, id: &str) -> Result<Value, Failure> {
+        self.find("customer", id)?;
+        let subscriptions: Vec<String> = self
+            .all("subscription")
+            .iter()
+            .filter(|it| it["customer"] == id && it["ended_at"].is_null())
+            .map(|it| text(&it["id"]))
+            .collect();
+        for subscription in subscriptions {
+            self.cancel(&subscription, "cancellation_requested");
+        }
+        let deleted = self.set("customer", id, &json!({"deleted": true, "metadata": {}}));
+        self.emit("customer.deleted", &deleted);
+        Ok(json!({"id": id, "object": "customer", "deleted": true}))
     }
 
     /// Creating, updating, retrieving and listing, which work the same way for many kinds.
@@ -200,7 +238,7 @@ impl State {
                 self.secrets
                     .insert(id.clone(), vec![(secret.clone(), None)]);
                 let mut endpoint = self.add(kind, objects::webhook_endpoint(&id, now, params));
-                // Shown only once.
+                // The secret is shown only once.
                 endpoint["secret"] = secret.into();
                 Ok(endpoint)
             }
@@ -235,7 +273,7 @@ impl State {
         let equals =
             |object: &Value, name: &str| params.get(name).is_none_or(|it| object[name] == *it);
         let matches = |object: &&Value| {
-            // Thin events are not listed with the others.
+            // Thin events are not included in the list of events.
             if object["object"] == "v2.core.event" {
                 return false;
             }
@@ -290,9 +328,7 @@ impl State {
                 return Err(Failure::missing("line_items[0][quantity]"));
             }
         }
-        if let Some(customer) = params["customer"].as_str() {
-            self.find("customer", customer)?;
-        }
+        self.active_customer(params)?;
         let id = self.id("cs");
         let session = objects::session(&id, self.now(), call.base, params);
         self.set_timer(
@@ -340,7 +376,7 @@ impl State {
         Ok(updated)
     }
 
-    /// Accepts a meter event. Errors in its payload are found only later, and reported by a thin event.
+    /// Accepts a meter event. Errors in its payload are found only later, and are then reported by a thin event.
     fn use_meter(&mut self, params: &Value) -> Result<Value, Failure> {
         required(params, &["event_name", "payload"])?;
         let now = self.now();
@@ -448,7 +484,7 @@ impl State {
     }
 }
 
-/// Returns the object without the data that only the fake keeps.
+/// Returns the object without the fake's internal data.
 pub fn visible(object: &Value) -> Value {
     let mut object = object.clone();
     if let Some(fields) = object.as_object_mut() {

@@ -1,4 +1,4 @@
-//! Stripe's own activity: subscriptions, their invoices and payments, and the passage of time.
+//! What Stripe does on its own: subscriptions, their invoices and payments, and the passage of time.
 
 use serde_json::{Value, json};
 
@@ -224,7 +224,7 @@ impl State {
         }
     }
 
-    /// Assigns the usage of the period that has arrived to the invoice. Returns the total.
+    /// Assigns the period's usage that has arrived to the invoice. Returns the total.
     fn charge_usage(
         &mut self,
         subscription: &Value,
@@ -384,7 +384,7 @@ impl State {
         Ok(self.find("subscription", id)?.clone())
     }
 
-    /// Begins a billing period now, and drafts the invoice of the previous one.
+    /// Starts a billing period now, and drafts the invoice for the previous one.
     fn start_period(&mut self, id: &str, reason: &str) {
         let now = self.now();
         let end = months_after(now, 1);

@@ -22,7 +22,7 @@ use crate::{
     state::{Failure, State},
 };
 
-/// When a request fails: before it takes effect, or after.
+/// Whether a request fails before or after it takes effect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum When {
     Before,
@@ -32,8 +32,8 @@ pub enum When {
 /// How a request fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum How {
-    /// This status, as an error of Stripe itself. Returned again for the same idempotency key, unless it is 409 or 429,
-    /// with which Stripe rejects a request before it begins.
+    /// This status, as an error from Stripe itself. It is returned again for the same idempotency key, unless it is 409
+    /// or 429, with which Stripe rejects a request before processing it.
     Status(u16),
     /// 502 with an HTML page, from a proxy.
     Html,
@@ -61,7 +61,7 @@ impl Fault {
         Self { when, how }
     }
 
-    /// Every kind of fault, before and after the effect. Slow ones take `slow`.
+    /// Returns every kind of fault, before and after the effect. Slow responses take `slow`.
     pub fn all(slow: Duration) -> Vec<Self> {
         let before = [409, 429, 500, 503].map(How::Status).to_vec();
         let after = [500, 503].map(How::Status).to_vec();
@@ -76,11 +76,11 @@ impl Fault {
 #[derive(Debug, Clone)]
 pub struct Received {
     pub method: String,
-    /// With `/v1`.
+    /// The path, including `/v1`.
     pub path: String,
     pub params: Value,
     pub idempotency_key: Option<String>,
-    /// The requested version of the API.
+    /// The API version that the request asked for.
     pub version: Option<String>,
     /// The status that was sent, if one was.
     pub status: Option<u16>,
@@ -102,7 +102,7 @@ pub struct Shared {
     pub received: Mutex<Vec<Received>>,
     /// Faults of the next requests to a path.
     pub faults: Mutex<Vec<(String, Fault)>>,
-    /// Called with the method and path of every request that has no such fault.
+    /// Called with the method and path of every request without such a fault.
     pub choose: Mutex<Option<Choose>>,
     kept: Mutex<HashMap<String, Kept>>,
     /// Customers and meters with a meter event in progress.
@@ -127,7 +127,7 @@ pub async fn serve(listener: TcpListener, shared: Arc<Shared>) {
                 let shared = shared.clone();
                 async move { answer(&shared, request).await }
             });
-            // An error of the service closes the connection, which looks like a dropped response.
+            // If the service returns an error, the connection is closed, which looks like a dropped response.
             drop(
                 http1::Builder::new()
                     .serve_connection(TokioIo::new(stream), service)

@@ -5,7 +5,7 @@
 //! be moved forward, renewals, failed payments and their retries, and usage that arrives late. Requests can fail before
 //! or after their effect. It also serves its own Checkout page and customer portal.
 //!
-//! It uses no code of Quota, so that the two cannot agree by accident.
+//! It shares no code with Quota, so that the two cannot agree by accident.
 #![recursion_limit = "512"]
 
 mod api;
@@ -89,7 +89,7 @@ impl FakeStripe {
         act(&mut state)
     }
 
-    /// Has the effect of a request, such as `("POST", "subscriptions/sub_1/resume", …)`.
+    /// Has the same effect as a request, such as `("POST", "subscriptions/sub_1/resume", …)`.
     pub fn request(&self, method: &Method, path: &str, form: &str) -> Result<Value, Failure> {
         let segments: Vec<&str> = path.split('/').collect();
         let params = form::parse(form);
@@ -115,7 +115,7 @@ impl FakeStripe {
         self.with(|state| state.advance(seconds));
     }
 
-    /// Moves the clock back, before anything has happened.
+    /// Moves the clock back. Call before anything has happened.
     pub fn set_back(&self, time: Duration) {
         let seconds = i64::try_from(time.as_secs()).unwrap_or(0);
         self.with(|state| state.set_back(seconds));
@@ -153,7 +153,7 @@ impl FakeStripe {
         self.with(|state| state.all(kind).to_vec())
     }
 
-    /// Returns an object. Panics if there is none.
+    /// Returns an object. Panics if it does not exist.
     pub fn get(&self, kind: &str, id: &str) -> Value {
         self.with(|state| state.find(kind, id).cloned())
             .expect("the object exists")
@@ -211,7 +211,7 @@ impl FakeStripe {
         });
     }
 
-    /// Rotates the secret of an endpoint. Both secrets sign for a day. Returns the new one.
+    /// Rotates the secret of an endpoint. Both secrets are used for signing for a day. Returns the new one.
     pub fn rotate_secret(&self, endpoint: &str) -> String {
         self.with(|state| state.rotate_secret(endpoint))
     }

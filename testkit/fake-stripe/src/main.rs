@@ -1,28 +1,41 @@
 //! Runs a program together with the fake, with settings that make it bill through the fake.
 //!
-//! `fake-stripe COMMAND…` listens on 127.0.0.1:12111. Webhooks are sent to `QUOTA_PUBLIC_URL`, or otherwise to the
-//! server's default address. It ends with the program.
+//! `fake-stripe [--listen ADDRESS] COMMAND…` listens on 127.0.0.1:12111 by default. Webhooks are sent to
+//! `QUOTA_PUBLIC_URL`, or otherwise to the server's default address. It exits when the program does.
 
 use std::{env, process::ExitCode};
 
 use hyper::Method;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use quota_fake_stripe::{FakeStripe, SECRET_KEY};
-use tokio::process::Command;
+use tokio::{
+    process::Command,
+    signal::unix::{SignalKind, signal},
+};
 
 const ADDRESS: &str = "127.0.0.1:12111";
 const SERVER: &str = "http://127.0.0.1:8080";
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let mut arguments = env::args_os().skip(1);
+    let mut arguments = env::args_os().skip(1).peekable();
+    let address = if arguments.next_if(|it| it == "--listen").is_some() {
+        let address = arguments.next().and_then(|it| it.into_string().ok());
+        address.unwrap_or_default()
+    } else {
+        ADDRESS.to_owned()
+    };
     let Some(program) = arguments.next() else {
-        eprintln!("usage: fake-stripe COMMAND…");
+        eprintln!("usage: fake-stripe [--listen ADDRESS] COMMAND…");
         return ExitCode::FAILURE;
     };
-    let mut fake = match FakeStripe::start_on(ADDRESS).await {
+    let mut fake = match FakeStripe::start_on(&address).await {
         Ok(fake) => fake,
         Err(error) => {
-            eprintln!("fake-stripe: cannot listen on {ADDRESS}: {error}");
+            eprintln!("fake-stripe: cannot listen on {address}: {error}");
             return ExitCode::FAILURE;
         }
     };
@@ -36,6 +49,13 @@ async fn main() -> ExitCode {
         .env("STRIPE_SECRET_KEY", SECRET_KEY)
         .env("STRIPE_WEBHOOK_SECRET", secret)
         .env("STRIPE_API_BASE", fake.url());
+    let mut terminated = match signal(SignalKind::terminate()) {
+        Ok(terminated) => terminated,
+        Err(error) => {
+            eprintln!("fake-stripe: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
     let mut child = match command.spawn() {
         Ok(child) => child,
         Err(error) => {
@@ -50,8 +70,13 @@ async fn main() -> ExitCode {
                 let code = code.and_then(|code| u8::try_from(code).ok());
                 return code.map_or(ExitCode::FAILURE, ExitCode::from);
             }
-            // An interrupt from the terminal reaches the program as well, which decides when to end.
+            // An interrupt from the terminal reaches the program as well, and the program decides when to exit.
             _ = tokio::signal::ctrl_c() => {}
+            _ = terminated.recv() => {
+                if let Some(pid) = child.id().and_then(|pid| i32::try_from(pid).ok()) {
+                    let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
+                }
+            }
         }
     }
 }

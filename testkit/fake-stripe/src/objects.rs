@@ -112,7 +112,7 @@ pub fn session(id: &str, now: i64, base: &str, params: &Value) -> Value {
         "shipping_cost": null, "shipping_options": [], "status": "open", "submit_type": null, "subscription": null,
         "success_url": optional(params, "success_url"), "total_details": null, "ui_mode": "hosted_page",
         "url": format!("{base}/pay/{id}"), "wallet_options": null,
-        // Not part of the object: the future items of the subscription.
+        // The future items of the subscription, which are not part of the object.
         "_line_items": params["line_items"], "_subscription_data": optional(params, "subscription_data"),
     })
 }

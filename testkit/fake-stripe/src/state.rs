@@ -8,7 +8,7 @@ use std::{
 use chrono::{DateTime, Months};
 use serde_json::{Value, json};
 
-/// The version of Stripe's API to which objects conform.
+/// The version of the Stripe API to which objects conform.
 pub const API_VERSION: &str = "2026-09-30.endive";
 
 /// A customer's payment method.
@@ -38,7 +38,8 @@ pub enum AfterRetries {
 pub struct Failure {
     pub status: u16,
     pub body: Value,
-    /// Whether an idempotency key returns it again. Stripe keeps no result of a request that it did not begin.
+    /// Whether the same idempotency key returns this error again. Stripe does not keep the result of a request that it
+    /// did not process.
     pub kept: bool,
 }
 
@@ -55,12 +56,20 @@ impl Failure {
         Self::new(400, "invalid_request_error", message)
     }
 
-    /// A request that is not begun.
+    /// The error for a request that is not processed.
     pub fn missing(param: &str) -> Self {
         let mut failure = Self::invalid(&format!("Missing required param: {param}."));
         failure.body["error"]["code"] = "parameter_missing".into();
         failure.body["error"]["param"] = param.into();
         failure.kept = false;
+        failure
+    }
+
+    /// An object that a parameter names does not exist.
+    pub fn no_such_param(param: &str, id: &str) -> Self {
+        let mut failure = Self::no_such(param, id);
+        failure.status = 400;
+        failure.body["error"]["param"] = param.into();
         failure
     }
 
@@ -102,12 +111,12 @@ pub struct Usage {
 
 #[derive(Debug, Default)]
 pub struct State {
-    /// Added to the machine's time.
+    /// The seconds that are added to the machine's time.
     offset: i64,
     /// The time of the timer that is being processed.
     frozen: Option<i64>,
     next_id: u64,
-    /// By kind, in order of creation.
+    /// The objects of each kind, in order of creation.
     objects: BTreeMap<&'static str, Vec<Value>>,
     pub cards: HashMap<String, Card>,
     pub timers: Vec<(i64, u64, Timer)>,
@@ -143,7 +152,7 @@ impl State {
         format!("{prefix}_fake{:08}", self.next_id)
     }
 
-    /// Moves the clock forward. Everything that is due in between happens at its own time.
+    /// Moves the clock forward. Everything that becomes due in between happens at the time at which it is due.
     pub fn advance(&mut self, seconds: i64) {
         let end = self.now() + seconds;
         self.run_timers(end);
@@ -244,12 +253,12 @@ impl State {
     }
 }
 
-/// Returns the string of a value, or an empty one.
+/// Returns a value's string, or an empty string.
 pub fn text(value: &Value) -> String {
     value.as_str().unwrap_or_default().to_owned()
 }
 
-/// Returns the integer of a parameter, which is a string, or of a field.
+/// Returns a value as an integer: form parameters are strings, and fields of objects are numbers.
 pub fn number(value: &Value) -> Option<i64> {
     value
         .as_i64()

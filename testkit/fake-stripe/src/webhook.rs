@@ -16,11 +16,11 @@ pub enum Signature {
     #[default]
     Valid,
     Missing,
-    /// With another secret.
+    /// Signed with another secret.
     Wrong,
     /// Signed this many seconds ago.
     Stale(i64),
-    /// Only with the secret before the last rotation.
+    /// Signed only with the previous secret.
     Previous,
 }
 
@@ -28,16 +28,17 @@ pub enum Signature {
 #[derive(Debug, Clone, Default)]
 pub struct Delivery {
     pub signature: Signature,
-    /// With a new ID, as Stripe sometimes does for an event that it sends twice.
+    /// With a new ID, which Stripe sometimes assigns to an event that it sends twice.
     pub under_new_id: bool,
-    /// In the format of an endpoint with an API version from 2024.
+    /// In the format for an endpoint with an API version from 2024.
     pub as_of_2024: bool,
-    /// Instead of the actual type of the event.
+    /// The event type to send instead of the actual one.
     pub kind: Option<String>,
 }
 
 impl State {
-    /// Gives an endpoint a new secret. The previous one also signs for a day. Returns the new one.
+    /// Gives an endpoint a new secret. For a day, deliveries are also signed with the previous one. Returns the new
+    /// one.
     pub fn rotate_secret(&mut self, endpoint: &str) -> String {
         let secret = format!("whsec_{}", self.id("secret"));
         let until = self.now() + 86_400;
@@ -59,7 +60,7 @@ impl State {
         let mut event = self.find("event", event).expect("an event").clone();
         let is_thin = event["object"] == "v2.core.event";
         if is_thin && let Some(fields) = event.as_object_mut() {
-            // Its data must be requested.
+            // The receiver has to request the data.
             fields.remove("data");
         }
         if delivery.under_new_id {

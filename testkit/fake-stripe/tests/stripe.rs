@@ -1,6 +1,6 @@
 //! The fake, used through async-stripe, which parses whole objects and fails if one is invalid.
 //!
-//! Each test names the behavior of Stripe that it covers.
+//! Each test names the Stripe behavior that it covers.
 
 use std::{
     sync::{Arc, Mutex},
@@ -338,7 +338,7 @@ async fn failed_renewals_run_their_course() {
             .await
             .expect("a list");
         assert_eq!(open.data.len(), 1);
-        // A payment in between.
+        // A payment succeeds in between.
         shop.fake.set_card(&shop.customer, Card::Good);
         shop.fake.advance(3 * DAY);
         assert_eq!(shop.status(&id).await, "active");
@@ -455,7 +455,7 @@ async fn faults_happen_before_or_after_the_effect() {
             assert_eq!(status_of(result).0, status);
         }
     }
-    // A rate limit leaves no trace for the key.
+    // After a rate limit, the idempotency key is still unused.
     let strategy = || RequestStrategy::Idempotent(IdempotencyKey::new("limited").expect("a key"));
     shop.fake
         .fail_next("/v1/customers", Fault::before(How::Status(429)));
@@ -596,7 +596,7 @@ async fn finalization_can_fail() {
 /// A received webhook: the signature header and the body.
 type Hook = (Option<String>, String);
 
-/// Receives webhooks. Responds with `status`, once for each attempt.
+/// Receives webhooks. Responds with one `status` per attempt.
 async fn receiver(mut statuses: Vec<u16>) -> (String, Arc<Mutex<Vec<Hook>>>) {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0")
         .await
@@ -808,7 +808,7 @@ async fn pages_lead_through_checkout_and_the_portal() {
     );
 }
 
-/// The responses to a request without the key, to an unknown path, or without required parameters.
+/// The responses to requests without the key, to an unknown path, or without required parameters.
 #[tokio::test]
 async fn bad_requests_are_rejected() {
     let shop = Shop::open().await;

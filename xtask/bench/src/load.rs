@@ -1,4 +1,4 @@
-//! A closed loop: connections that send their next request after the response to the previous one.
+//! A closed loop: each connection sends its next request after the response to the previous one.
 
 use std::{
     collections::BTreeMap,

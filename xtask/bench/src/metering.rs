@@ -24,7 +24,7 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
     };
     let cases = [
         ("off", server(&[("QUOTA_METERING", "off".into())])?),
-        // Longer than the measurement.
+        // The interval is longer than the measurement.
         (
             "on, shipper paused",
             server(&[("QUOTA_USAGE_SHIP_EVERY", "60s".into())])?,
@@ -38,7 +38,7 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
         let cpu = server.cpu()?.saturating_sub(before);
         let total = statuses.values().sum::<u64>();
         if total == 0 || statuses.get(&200) != Some(&total) {
-            bail!("wrong answers: {statuses:?}");
+            bail!("unexpected responses: {statuses:?}");
         }
         #[expect(clippy::cast_precision_loss, reason = "fewer requests than 2^52")]
         let total = total as f64;

@@ -1,8 +1,8 @@
 //! PostgreSQL is stopped under load: no decision is lost or late, and the backlog is shipped soon afterwards.
 //!
-//! One server with its own PostgreSQL. Requests of many keys to many endpoints, both Zipf-distributed, at a fixed rate:
-//! before the outage, while PostgreSQL is stopped, and until the backlog is shipped. Then the rows of the usage log are
-//! compared with the client's own count.
+//! One server with its own PostgreSQL. The load consists of requests with many keys to many endpoints, both
+//! Zipf-distributed, at a fixed rate: before the outage, while PostgreSQL is stopped, and until the backlog is shipped.
+//! Then the rows of the usage log are compared with the client's own count.
 
 use std::{
     fs,
@@ -36,7 +36,7 @@ use crate::{
 const CONNECTIONS: u32 = 64;
 const KEYS: u32 = 1_000;
 const ENDPOINTS: u32 = 200;
-/// Load before the outage.
+/// The duration of the load before the outage.
 const BEFORE: Duration = Duration::from_secs(20);
 /// The time within which the backlog must be shipped.
 const AIM: Duration = Duration::from_secs(60);
@@ -93,18 +93,19 @@ struct Load {
     stop: AtomicBool,
 }
 
-/// The client's own account.
+/// The client's own record.
 #[derive(Default)]
 struct Account {
     /// Microseconds from sending a request to its response, by phase.
     micros: [Vec<u32>; PHASES.len()],
     allowed: u64,
-    /// Answered otherwise.
+    /// Requests with any other outcome.
     others: u64,
 }
 
 impl Load {
-    /// Requests one after another, at intervals of `every`, starting at `first`. A late request is sent immediately.
+    /// Sends requests one after another, at intervals of `every`, starting at `first`. A late request is sent
+    /// immediately.
     async fn run(self: Arc<Self>, seed: u64, first: Instant, every: Duration) -> Result<Account> {
         let mut random = Rng::with_seed(seed);
         let mut stream = TcpStream::connect(self.server).await?;
@@ -159,7 +160,7 @@ async fn outage(options: &Options) -> Result<ExitCode> {
         ("QUOTA_METRICS_LISTEN", metrics.to_string()),
         ("QUOTA_ADMIN_RPM", "0".into()),
         ("QUOTA_AUTH_RPM", "0".into()),
-        // Longer than the outage, because decisions would stop otherwise.
+        // The grace period is longer than the outage, because decisions would stop otherwise.
         ("QUOTA_STALE_GRACE", "5m".into()),
     ];
     let directives = "info,quota_server::access=off";
@@ -198,7 +199,7 @@ async fn outage(options: &Options) -> Result<ExitCode> {
     load.phase.store(2, Ordering::Relaxed);
     postgres.restart().await?;
     let back = Instant::now();
-    // The rest is the usage of one second.
+    // The rest is one second's usage.
     while counted(metrics, "quota_usage_backlog_records").await? > u64::from(options.rate) {
         if back.elapsed() > PATIENCE {
             bail!("the backlog was not shipped within {PATIENCE:?}");
@@ -283,7 +284,7 @@ fn print(options: &Options, account: &mut Account, backlog: u64, (shipped, took)
     println!("|---|---:|");
     println!("| backlog at the end of the outage | {backlog} |");
     println!("| shipped after | {:.1} s |", took.as_secs_f64());
-    println!("| records shipped per second meanwhile | {per_second:.0} |");
+    println!("| records shipped per second in that time | {per_second:.0} |");
     println!("| allowed | {} |", account.allowed);
-    println!("| answered otherwise | {} |", account.others);
+    println!("| other responses | {} |", account.others);
 }

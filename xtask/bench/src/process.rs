@@ -25,7 +25,7 @@ use tempfile::TempDir;
 const STARTED_WITHIN: Duration = Duration::from_secs(120);
 const ENDED_WITHIN: Duration = Duration::from_secs(30);
 
-/// The cores of the servers and of the load.
+/// The cores for the servers and for the load.
 #[derive(Clone, Copy)]
 pub(crate) struct Cores {
     pub(crate) servers: usize,
@@ -68,7 +68,7 @@ pub(crate) struct Server {
     pub(crate) addr: SocketAddr,
     /// The log of `quota`.
     log: Option<File>,
-    /// Its data, which is removed at the end.
+    /// The server's data directory, which is removed at the end.
     _data: Option<TempDir>,
 }
 

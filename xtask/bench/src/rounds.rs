@@ -11,7 +11,7 @@ use crate::{
     process::{Cores, Server},
 };
 
-/// Before measuring.
+/// The load before measuring.
 const WARM_UP: Duration = Duration::from_millis(500);
 /// Plan names of this length give all responses the same size.
 pub(crate) const PLAN: &str = "ample";
@@ -35,7 +35,7 @@ impl Answers {
             Self::Denied => of(200) + of(429) == total && of(200) * 100 <= total,
         };
         if !right || total == 0 {
-            bail!("wrong answers: {statuses:?}");
+            bail!("unexpected responses: {statuses:?}");
         }
         Ok(total)
     }
@@ -89,7 +89,7 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
         answers,
     };
     let cases = [
-        // Run first, since the others are compared with it.
+        // This one runs first, because the others are compared with it.
         case("bare poem", &poem, &ample, Answers::Admitted),
         case("bare hyper", &hyper, &ample, Answers::Admitted),
         case("quota, admitted", &logging, &ample, Answers::Admitted),
@@ -153,7 +153,7 @@ fn print(cases: &[Case<'_>], measured: &[Vec<Figures>], cores: Option<Cores>, ti
     for (case, figures) in cases.iter().zip(measured) {
         let per_second = median(figures.iter().map(|it| it.per_second));
         let micros = median(figures.iter().map(|it| it.micros));
-        // Per round, since a disturbance affects both.
+        // Compared per round, because a disturbance affects both.
         let ratio = median(
             figures
                 .iter()

@@ -15,8 +15,7 @@ use anyhow::{Context as _, Result, bail};
 
 const NAME: &str = "quota-desktop";
 const SUMMARY: &str = "Quota console as a desktop app";
-const DESCRIPTION: &str = "Manage the plans, API keys, rate limits and quotas of a Quota server. Sessions are stored in the system's \
-keychain.";
+const DESCRIPTION: &str = "Manage the plans, API keys, rate limits and quotas of a Quota server. Sessions are stored in the system keychain.";
 const HOMEPAGE: &str = env!("CARGO_PKG_REPOSITORY");
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 const LICENSE: &str = env!("CARGO_PKG_LICENSE");
@@ -94,7 +93,7 @@ fn files(program: &Path, source: &Path) -> Result<Vec<File>> {
     Ok(files)
 }
 
-/// Both licenses in full, as they require.
+/// The full text of both licenses, as they require.
 fn copyright(source: &Path, read: impl Fn(&Path) -> Result<Vec<u8>>) -> Result<Vec<u8>> {
     let root = source.join("../..");
     let mut text = format!("{HOMEPAGE}\n\nLicense: {LICENSE}\n\n").into_bytes();

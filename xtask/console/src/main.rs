@@ -1,10 +1,12 @@
 //! Packages the compiled console into the files that the server or the desktop app embeds.
 //!
 //! Called by `cargo xtask console` with the compiled wasm, the folder of the console's sources and the output folder.
-//! Every file except `index.html` has a hash of its content in its name, so that browsers can cache it for a year. Every
-//! file has two compressed copies: brotli for browsers, and gzip for clients that do not accept it, such as browsers
-//! over plain HTTP. The desktop app compresses files itself and looks them up by their full path. For it, they are in
-//! `console/`, next to `index.html`, which it serves for any path.
+//! Every file except `index.html` has a hash of its content in its name, so that browsers can cache it for a year.
+//! Every file has two compressed copies: brotli for browsers, and gzip for clients that do not accept it, such as
+//! browsers over plain HTTP. The desktop app compresses files itself and looks them up by their full path. So for the
+//! desktop app, they are in `console/`, next to `index.html`, which it serves for any path.
+
+mod split;
 
 use std::{
     collections::BTreeMap,
@@ -19,11 +21,14 @@ use brotli::enc::BrotliEncoderParams;
 use sha2::{Digest as _, Sha256};
 use wasm_bindgen_cli_support::Bindgen;
 
-/// The limit for all files together that a first visit transfers, compressed with brotli.
+/// The limit for the total size of the files that a first visit transfers, compressed with brotli.
 const MAX_SIZE: usize = 300_000;
 
-/// The prefix of the names of files that a first visit does not load.
-const ON_DEMAND: &str = "gateways";
+/// The prefixes of the names of files that a first visit does not load.
+const ON_DEMAND: [&str; 2] = [GATEWAYS, split::PREFIX];
+
+/// The name of the file with the gateway configurations.
+const GATEWAYS: &str = "gateways";
 
 fn main() -> Result<()> {
     let arguments: Vec<PathBuf> = env::args_os().skip(1).map(PathBuf::from).collect();
@@ -34,10 +39,14 @@ fn main() -> Result<()> {
     };
     let work = out.with_extension("work");
     let _ = fs::remove_dir_all(&work);
+    let main = work.join("main.wasm");
+    let chunks = split::split(wasm, &work, &main)?;
     let mut bindgen = Bindgen::new();
     bindgen
         .web(true)?
-        .input_path(wasm)
+        .input_path(&main)
+        // The other modules share its memory and its tables.
+        .keep_lld_exports(true)
         .out_name("quota-ui")
         .typescript(false)
         .remove_name_section(true)
@@ -50,8 +59,27 @@ fn main() -> Result<()> {
     remove_streams(&mut module);
     let glue = without_comments(&read_text(&work.join("quota-ui.js"))?)?;
     let glue = shorten_names(&mut module, &glue);
+    let mut loader = without_comments(&read_text(&work.join(split::LOADER))?)?;
+    for name in chunks {
+        let stem = name.trim_end_matches(".wasm");
+        let bytes = split::without_names(&read(&work.join(&name))?)?;
+        let hashed = format!("{}{stem}", split::PREFIX);
+        let hashed = add_hashed(&mut files, &hashed, "wasm", &bytes);
+        loader = split::renamed(&loader, &name, &hashed)?;
+    }
     let wasm = add_hashed(&mut files, "quota-ui", "wasm", &module.emit_wasm());
-    let glue = add_hashed(&mut files, "quota-ui", "js", glue.as_bytes());
+    // The two scripts import each other, so their names contain a hash of both.
+    let both = hash_of(&format!("{glue}{loader}"));
+    let names = [format!("quota-ui-{both}.js"), format!("loader-{both}.js")];
+    files.insert(
+        names[0].clone(),
+        split::renamed(&glue, split::LOADER, &names[1])?.into_bytes(),
+    );
+    files.insert(
+        names[1].clone(),
+        split::renamed(&loader, split::GLUE, &names[0])?.into_bytes(),
+    );
+    let [glue, loader] = names;
     add_snippets(&mut files, &work, &work.join("snippets"))?;
     let style = add_hashed(
         &mut files,
@@ -60,13 +88,14 @@ fn main() -> Result<()> {
         compact_css(&read_text(&source.join("style/console.css"))?).as_bytes(),
     );
     let icon = add_hashed(&mut files, "icon", "svg", &read(&source.join("icon.svg"))?);
-    // Loaded when a page shows them.
+    // Files that are loaded when a page shows them.
     let gateways = gateway_files(&source.join("../../deploy/gateways"))?;
-    let gateways = add_hashed(&mut files, ON_DEMAND, "txt", gateways.as_bytes());
+    let gateways = add_hashed(&mut files, GATEWAYS, "txt", gateways.as_bytes());
     let names = [
         ("{{gateways}}", &gateways),
         ("{{wasm}}", &wasm),
         ("{{glue}}", &glue),
+        ("{{loader}}", &loader),
         ("{{style}}", &style),
         ("{{icon}}", &icon),
     ];
@@ -89,7 +118,7 @@ fn main() -> Result<()> {
     let (mut brotli_size, mut gzip_size) = (0, 0);
     for (name, bytes) in &files {
         let (brotli, gzip) = (compress_brotli(bytes)?, compress_gzip(bytes)?);
-        if !name.starts_with(ON_DEMAND) {
+        if !ON_DEMAND.iter().any(|prefix| name.starts_with(prefix)) {
             brotli_size += brotli.len();
             gzip_size += gzip.len();
         }
@@ -102,7 +131,7 @@ fn main() -> Result<()> {
     files.append(&mut compressed);
     write(out, &files)?;
     println!(
-        "the console is {} kB compressed with brotli, {} kB with gzip",
+        "a first visit to the console loads {} kB compressed with brotli, {} kB with gzip",
         brotli_size.div_ceil(1000),
         gzip_size.div_ceil(1000)
     );
@@ -145,8 +174,8 @@ fn remove_streams(module: &mut walrus::Module) {
     walrus::passes::gc::run(module);
 }
 
-/// Shortens the names that the module and its glue script use for each other. Most contain a hash, which does not
-/// compress, in both files.
+/// Shortens the names that the module and its glue script use for each other. Most of these names contain a hash, which
+/// does not compress.
 fn shorten_names(module: &mut walrus::Module, script: &str) -> String {
     let is_generated = |name: &str| name.starts_with("__wb") || name.starts_with("wasm_bindgen__");
     let mut short = BTreeMap::new();
@@ -193,7 +222,7 @@ fn without_comments(script: &str) -> Result<String> {
         }
         unused_class |= line.starts_with("export class IntoUnderlying");
         let text = line.trim();
-        let is_comment = ["/**", "*", "//"].iter().any(|it| text.starts_with(it));
+        let is_comment = ["/*", "*", "//"].iter().any(|it| text.starts_with(it));
         let is_unused = unused_class || text.starts_with("if (Symbol.dispose) IntoUnderlying");
         if !(text.is_empty() || is_comment || is_unused) {
             out.push_str(text);
@@ -216,7 +245,7 @@ fn compact_css(css: &str) -> String {
                 .replace(";}", "}")
                 .replace(" {", "{")
                 .replace(", ", ",");
-            // A colon in a string keeps its space.
+            // The space after a colon in a string is kept.
             if line.contains('"') {
                 line
             } else {
@@ -252,6 +281,12 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
+fn hash_of(bytes: impl AsRef<[u8]>) -> String {
+    let digest = Sha256::digest(bytes);
+    let hash = u64::from_be_bytes(*digest.first_chunk().expect("SHA-256 has 32 bytes"));
+    format!("{hash:016x}")
+}
+
 /// Adds a file under a name that contains a hash of its content. Returns the name.
 fn add_hashed(
     files: &mut BTreeMap<String, Vec<u8>>,
@@ -259,10 +294,7 @@ fn add_hashed(
     extension: &str,
     bytes: &[u8],
 ) -> String {
-    let digest = Sha256::digest(bytes);
-    let hash = u64::from_be_bytes(*digest.first_chunk().expect("SHA-256 has 32 bytes"));
-    let hash = format!("{hash:016x}");
-    let name = format!("{stem}-{hash}.{extension}");
+    let name = format!("{stem}-{}.{extension}", hash_of(bytes));
     files.insert(name.clone(), bytes.to_vec());
     name
 }

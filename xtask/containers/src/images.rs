@@ -69,7 +69,7 @@ fn present(engine: &Engine, name: &str) -> Result<bool> {
         if pulled {
             "pulled"
         } else {
-            "not available from a registry, building a stand-in"
+            "not available from a registry; building a stand-in"
         }
     );
     Ok(pulled)
@@ -126,7 +126,7 @@ fn debian(engine: &Engine, folder: &Path, suite: &str) -> Result<()> {
         inside("etc/apt/sources.list"),
         format!("deb {mirror} {suite} main\n"),
     )?;
-    // No service starts while a package is installed.
+    // Prevents services from starting when a package is installed.
     fs::write(inside("usr/sbin/policy-rc.d"), "#!/bin/sh\nexit 101\n")?;
     succeed(
         Command::new("chmod")

@@ -13,7 +13,7 @@ use reqwest::Client;
 use serde_json::json;
 use tokio::{task::JoinSet, time};
 
-/// Requests per second, every other one a POST.
+/// Requests per second. Every other request is a POST.
 pub const RATE: u32 = 180;
 
 /// The request to send.

@@ -301,7 +301,7 @@ impl<'a> Production<'a> {
         let killed = &self.containers("quota")?[0];
         let pid = ["inspect", "--format", "{{.State.Pid}}", killed];
         let pid: i32 = self.engine.read(&pid)?.trim().parse()?;
-        // Not `docker kill`, after which the engine would not restart it.
+        // This does not use `docker kill`, because the engine would not restart the container after that.
         nix::sys::signal::kill(
             nix::unistd::Pid::from_raw(pid),
             nix::sys::signal::Signal::SIGKILL,

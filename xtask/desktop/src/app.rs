@@ -52,7 +52,7 @@ impl App {
         let connect = until("the app", TIMEOUT, async || {
             Ok(Some(builder.connect(&address).await?))
         });
-        // The driver never returns if the app exits immediately.
+        // The driver hangs if the app exits immediately.
         let page = tokio::time::timeout(2 * TIMEOUT, connect).await;
         let page = page.context("the app did not start")??;
         if let Some(shots) = shots {
@@ -67,7 +67,12 @@ impl App {
 
     /// Closes the window and waits until the app has exited: another instance would only notify the running one.
     pub async fn close(self) -> Result<()> {
-        self.page.close().await?;
+        self.page.clone().close().await?;
+        self.exits().await
+    }
+
+    /// Waits until the app has exited.
+    pub async fn exits(self) -> Result<()> {
         let driver = self.driver.pid().as_raw();
         until("the app exits", TIMEOUT, async || {
             Ok((scan::process_tree(driver).len() == 1).then_some(()))
@@ -175,7 +180,7 @@ impl App {
         Ok(self.page.execute(script, Vec::new()).await?)
     }
 
-    /// Runs a script in the page and returns what it passes to `arguments[0]`.
+    /// Runs a script in the page and returns the value that it passes to `arguments[0]`.
     pub async fn run_async(&self, script: &str) -> Result<Value> {
         Ok(self.page.execute_async(script, Vec::new()).await?)
     }

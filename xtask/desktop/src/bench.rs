@@ -48,7 +48,7 @@ pub async fn run(app: &Path, blank: &Path, server: &str, rounds: u32) -> Result<
 async fn cost(world: &World, program: &Path, arguments: &[&str], round: u32) -> Result<Cost> {
     let name = format!("bench-{round}-{}.log", arguments.len());
     let output = world.folder.path().join(&name);
-    // The app reports it in its log, the empty window on standard output.
+    // The app reports the time in its log, and the empty window on standard output.
     let count_reports = |text: &str| text.matches("first page painted").count();
     let before = count_reports(&world.log());
     let mut command = world.command(program);

@@ -1,6 +1,6 @@
 //! The main user journey in the desktop app, from registering to using up a key's limit, and a search for leaked tokens.
 
-use std::{path::Path, time::Duration};
+use std::{io::Write as _, net::TcpStream, path::Path, time::Duration};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use quota_testkit::proxy::{Fault, FaultProxy, Upstream};
@@ -10,8 +10,11 @@ use crate::{
     app::App,
     scan,
     world::{World, until},
+    x11,
 };
 
+/// The title of the app's window.
+const TITLE: &str = "Quota";
 const PASSWORD: &str = "violet-harbour-quilt-93";
 const TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -86,6 +89,9 @@ async fn main_journey(page: &App, world: &World, server: &str, proxy: &FaultProx
         key.starts_with("qk_") && key.len() == 41,
         "not an API key: {key}"
     );
+    asks_before_quitting(page, world)
+        .await
+        .context("with a key that is not saved")?;
     page.press("Copy key").await?;
     page.text("Copied").await?;
     page.press("Send until 429").await?;
@@ -109,6 +115,8 @@ async fn main_journey(page: &App, world: &World, server: &str, proxy: &FaultProx
     with_server_unreachable(page, proxy)
         .await
         .context("with the server unreachable")?;
+
+    billing(page, world).await.context("billing")?;
 
     page.follow("API keys").await?;
     page.follow("Mobile app").await?;
@@ -161,7 +169,7 @@ async fn search_for_tokens(page: &App, world: &World, server: &str) -> Result<()
         found["found"] == json!(["window.planted.deep.0"]),
         "the search missed what the page can reach: {found}"
     );
-    // The engine remembers the last string that a regular expression matched.
+    // The JavaScript engine remembers the last string that a regular expression matched.
     page.run("delete window.planted; /x/.test('x')").await?;
 
     let (found, count) = scan::files(world.folder.path())?;
@@ -263,7 +271,91 @@ async fn second_start(app: &Path, world: &World, server: &str) -> Result<()> {
     page.heading("Sign in").await?;
     let token = world.token(server);
     ensure!(token.is_err(), "the keychain still holds a token");
-    page.close().await
+    // Without a new key on the page, the app quits without asking.
+    let keys = [x11::CONTROL, x11::Q];
+    world.display()?.press(TITLE, &keys).await?;
+    page.exits().await
+}
+
+/// While a new key is shown and not saved, closing the window and quitting ask first.
+async fn asks_before_quitting(page: &App, world: &World) -> Result<()> {
+    let display = world.display()?;
+    display.close(TITLE)?;
+    page.text("Copy it before you quit.").await?;
+    page.screenshot("quit-warning").await?;
+    // Escape asks about closing the dialog instead.
+    page.run("document.querySelector('#secret').dispatchEvent(new KeyboardEvent('keydown', { key: 'Escape', bubbles: true }))")
+        .await?;
+    page.text("Copy it before you close.").await?;
+    display.press(TITLE, &[x11::CONTROL, x11::Q]).await?;
+    page.text("Copy it before you quit.").await?;
+    page.element("#secret").await
+}
+
+/// Quits in spite of a new key that is not saved.
+async fn quits_without_saving(page: App, world: &World) -> Result<()> {
+    page.follow("Service tokens").await?;
+    page.press("New token").await?;
+    page.fill("Name", "Edge gateway").await?;
+    page.press("Create token").await?;
+    page.element("#secret").await?;
+    world.display()?.close(TITLE)?;
+    page.press("Quit without saving").await?;
+    page.exits().await
+}
+
+/// Checkout opens in the system's browser; the app notices when it is complete.
+async fn billing(page: &App, world: &World) -> Result<()> {
+    page.follow("Billing").await?;
+    page.heading("No subscription").await?;
+    page.press("Upgrade").await?;
+    page.heading("Waiting for your payment…").await?;
+    page.screenshot("billing-waiting").await?;
+    let checkout = until("Checkout opens", TIMEOUT, async || Ok(world.opened().pop())).await?;
+    ensure!(checkout.contains("/pay/"), "opened {checkout}");
+    pay(&checkout)?;
+    page.text("Subscription active").await?;
+    page.text("Renews").await?;
+    page.screenshot("billing").await?;
+    page.press("Manage in Stripe").await?;
+    page.text("Stripe opened in your browser.").await?;
+    let portal = world.opened().pop().unwrap_or_default();
+    ensure!(portal.contains("/portal/"), "opened {portal}");
+    Ok(())
+}
+
+/// Pays on the page of the stand-in for Stripe, like a browser.
+fn pay(page: &str) -> Result<()> {
+    let rest = page.strip_prefix("http://").context("not the stand-in")?;
+    let (host, path) = rest.split_once('/').context("no path")?;
+    let body = "do=pay";
+    let mut stream = TcpStream::connect(host)?;
+    write!(
+        stream,
+        "POST /{path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Type: application/x-www-form-urlencoded\r\n\
+         Content-Length: {}\r\n\r\n{body}",
+        body.len()
+    )?;
+    let response = std::io::read_to_string(stream)?;
+    ensure!(response.starts_with("HTTP/1.1 303"), "{response}");
+    Ok(())
+}
+
+/// Starts an installed app, signs in and quits.
+pub async fn start(app: &Path, server: &str) -> Result<()> {
+    let world = World::new(true)?;
+    let page = App::start(&world, app, server, None).await?;
+    page.heading("Sign in").await?;
+    page.follow("Create an account").await?;
+    page.fill("Email", &email()).await?;
+    page.fill("Password", PASSWORD).await?;
+    page.press("Create account").await?;
+    page.heading("Get started").await?;
+    let keys = [x11::CONTROL, x11::Q];
+    world.display()?.press(TITLE, &keys).await?;
+    page.exits().await?;
+    println!("{}: started, signed in and quit", app.display());
+    Ok(())
 }
 
 /// Only the app itself has tokens in memory, not the processes that render its page.
@@ -290,7 +382,7 @@ fn check_memory(world: &World) -> Result<()> {
     Ok(())
 }
 
-/// Without a keychain the session ends with the app, and a banner says so.
+/// Without a keychain, the session ends with the app, and a banner says so.
 async fn without_keychain(app: &Path, server: &str, shots: Option<&Path>) -> Result<()> {
     let world = World::new(false)?;
     let page = App::start(&world, app, server, shots).await?;
@@ -302,7 +394,9 @@ async fn without_keychain(app: &Path, server: &str, shots: Option<&Path>) -> Res
     page.screenshot("no-keychain").await?;
     let (found, _) = scan::files(world.folder.path())?;
     ensure!(found.is_empty(), "tokens in files: {found:?}");
-    page.close().await?;
+    quits_without_saving(page, &world)
+        .await
+        .context("with a token that is not saved")?;
     let page = App::start(&world, app, server, None).await?;
     page.heading("Sign in").await?;
     page.close().await

@@ -1,4 +1,4 @@
-//! Accesses the keychain like the app, in a separate process whose environment selects the keychain.
+//! Accesses the keychain in the same way as the app, in a separate process whose environment selects the keychain.
 
 use std::{path::PathBuf, sync::Arc};
 

@@ -9,6 +9,7 @@ mod journey;
 mod keychain;
 mod scan;
 mod world;
+mod x11;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -30,6 +31,8 @@ enum Task {
         /// Save a screenshot of each page in this folder
         screenshots: Option<PathBuf>,
     },
+    /// Start the app, sign in on a server and quit
+    Start { app: PathBuf, server: String },
     /// Measure memory and time to first paint, compared with an empty window
     Bench {
         app: PathBuf,
@@ -66,6 +69,7 @@ async fn run(task: Task) -> Result<()> {
             server,
             screenshots,
         } => journey::run(&app, &server, screenshots.as_deref()).await,
+        Task::Start { app, server } => journey::start(&app, &server).await,
         Task::Bench {
             app,
             blank,

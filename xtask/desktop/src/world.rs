@@ -13,6 +13,8 @@ use anyhow::{Context as _, Result, bail};
 use quota_testkit::Process;
 use tempfile::TempDir;
 
+use crate::x11::Display;
+
 pub const WIDTH: u32 = 1280;
 pub const HEIGHT: u32 = 900;
 
@@ -39,11 +41,15 @@ impl World {
         let folder = tempfile::Builder::new()
             .prefix("quota-desktop-")
             .tempdir()?;
-        for name in ["data", "config", "cache", "runtime", "home"] {
+        for name in ["data", "config", "cache", "runtime", "home", "bin"] {
             let path = folder.path().join(name);
             fs::create_dir(&path)?;
             fs::set_permissions(&path, fs::Permissions::from_mode(0o700))?;
         }
+        // Stands in for the system's browser.
+        let browser = folder.path().join("bin/xdg-open");
+        fs::write(&browser, "#!/bin/sh\necho \"$1\" >>\"$HOME/opened\"\n")?;
+        fs::set_permissions(&browser, fs::Permissions::from_mode(0o755))?;
         let screen = format!("{WIDTH}x{HEIGHT}x24");
         let mut command = Command::new("Xvfb");
         command.args([
@@ -122,6 +128,21 @@ impl World {
         Ok(Process::start(command, &self.folder.path().join(log))?)
     }
 
+    /// Returns the addresses that the app has opened in the system's browser.
+    pub fn opened(&self) -> Vec<String> {
+        let opened = fs::read_to_string(self.folder.path().join("home/opened"));
+        opened
+            .unwrap_or_default()
+            .lines()
+            .map(str::to_owned)
+            .collect()
+    }
+
+    /// Returns the display, for input that does not come from the page.
+    pub fn display(&self) -> Result<Display> {
+        Display::connect(&self.display)
+    }
+
     /// Returns the app's data directory.
     pub fn data(&self) -> PathBuf {
         self.folder.path().join("data/rs.quota.desktop")
@@ -140,16 +161,23 @@ impl World {
 fn set_environment(command: &mut Command, folder: &Path) {
     command
         .env_clear()
-        .envs(
-            ["PATH", "LANG", "XDG_DATA_DIRS"]
-                .into_iter()
-                .filter_map(variable),
-        )
+        .envs(["LANG", "XDG_DATA_DIRS"].into_iter().filter_map(variable))
+        .env("PATH", search_path(folder))
         .env("HOME", folder.join("home"))
         .env("XDG_DATA_HOME", folder.join("data"))
         .env("XDG_CONFIG_HOME", folder.join("config"))
         .env("XDG_CACHE_HOME", folder.join("cache"))
         .env("XDG_RUNTIME_DIR", folder.join("runtime"));
+}
+
+/// The stand-ins first.
+fn search_path(folder: &Path) -> std::ffi::OsString {
+    let mut path = folder.join("bin").into_os_string();
+    if let Some((_, rest)) = variable("PATH") {
+        path.push(":");
+        path.push(rest);
+    }
+    path
 }
 
 #[expect(clippy::disallowed_methods, reason = "passed through unchanged")]

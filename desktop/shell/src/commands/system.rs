@@ -1,4 +1,4 @@
-//! System commands: the clipboard, saving a file, and startup timing.
+//! System commands: the clipboard, saving a file, startup timing, and quitting.
 
 use std::{
     fs::{self, File},
@@ -15,7 +15,7 @@ use crate::STARTED;
 /// The clipboard is kept until the app closes: on X11 and Wayland, copied text is available only while its owner runs.
 static CLIPBOARD: Mutex<Option<arboard::Clipboard>> = Mutex::new(None);
 
-/// Longer than any text the console copies.
+/// Longer than anything the console copies.
 const MAX_COPY: usize = 64 * 1024;
 
 #[tauri::command]
@@ -89,6 +89,12 @@ pub async fn ready() {
         ms = u64::try_from(ms).unwrap_or(u64::MAX),
         "first page painted"
     );
+}
+
+/// Quits without asking.
+#[tauri::command]
+pub async fn quit(app: AppHandle) {
+    app.exit(0);
 }
 
 #[cfg(test)]

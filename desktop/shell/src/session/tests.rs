@@ -273,7 +273,7 @@ async fn device_is_recognized_at_the_next_sign_in_and_hidden_from_the_page() {
     assert!(!body.contains("known-device"), "{body}");
     assert_eq!(*fixture.fake.device.lock(), Value::Null);
     session.call(&Call::Logout).await.expect("signed out");
-    // The lock also works across processes, after the session has ended.
+    // The lock also works across processes after the session has ended.
     fixture.session().call(&login()).await.expect("signed in");
     assert_eq!(*fixture.fake.device.lock(), json!("known-device"));
     // Without a keychain, the device is new, but can still sign in.
@@ -309,7 +309,7 @@ async fn list_concurrently(session: &Arc<Session>) {
 async fn concurrent_calls_share_one_refresh() {
     let fixture = Fixture::new().await;
     fixture.session().call(&login()).await.expect("signed in");
-    // As after a restart, with nothing in memory.
+    // The state after a restart, with nothing in memory.
     let session = fixture.session();
     list_concurrently(&session).await;
     assert_eq!(fixture.refreshes(), 1);
@@ -405,7 +405,7 @@ async fn loaded_data_is_readable_while_the_server_is_unreachable() {
     assert_eq!(session.call(&Call::Me).await, Err(CallError::Unreachable));
     let change = Call::UpdateMe(UpdateMe::default());
     assert_eq!(session.call(&change).await, Err(CallError::Unreachable));
-    // The user remains signed in until signing out, which the server is not told about.
+    // The user remains signed in until signing out. The server is not notified.
     assert!(fixture.keychain.only().is_some());
     let result = session.call(&Call::Logout).await;
     assert_eq!(result, Err(CallError::Unreachable));

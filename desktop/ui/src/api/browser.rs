@@ -1,7 +1,7 @@
 //! Calls from a browser, to the server that served the page. The session is in cookies that scripts cannot read.
 //!
-//! When the access token has expired, it is refreshed and the call sent again. Concurrent calls share one refresh. If
-//! the refresh is rejected, the session has ended and the call returns the server's 401.
+//! When the access token has expired, it is refreshed and the call is sent again. Concurrent calls share one refresh.
+//! If the refresh is rejected, the session has ended and the call returns the server's 401.
 //!
 //! Windows of a browser share its cookies. When one of them signs in to another account, pages in the others still
 //! show the previous account. They detect this from the session's readable CSRF cookie and stop sending calls.
@@ -12,7 +12,9 @@ use futures_channel::oneshot;
 use quota_common::{
     Problem, TenantId, UserId,
     auth::Me,
+    billing::PortalPage,
     call::{Call, LIMIT_FIELDS},
+    ipc::BillingPage,
     json,
 };
 use wasm_bindgen::JsCast;
@@ -56,7 +58,7 @@ thread_local! {
     static PAGE_OWNER: RefCell<Option<PageOwner>> = const { RefCell::new(None) };
 }
 
-/// Returns the page's account if the browser's session has been replaced since, possibly by another session of the same
+/// Returns the page's account if the browser's session has since been replaced, possibly by another session of the same
 /// account. `None` if the browser has no session at all: the server then returns 401.
 fn account_before_replacement() -> Option<(UserId, TenantId)> {
     let now = csrf_token()?;
@@ -118,7 +120,7 @@ async fn read_body(response: Response) -> CallResult<String> {
     }
     match json::read::<Problem>(&body) {
         Ok(problem) => Err(CallError::Problem(Box::new(problem))),
-        // A proxy responded in place of an unreachable server.
+        // A proxy responded in place of the server, which is unreachable.
         Err(_) if response.status() >= 500 => Err(CallError::Unreachable),
         Err(_) => Err(CallError::Unreadable),
     }
@@ -239,4 +241,17 @@ fn start_download(name: &str, text: &str) -> Option<()> {
     link.set_download(name);
     link.click();
     Url::revoke_object_url(&address).ok()
+}
+
+/// A browser asks by itself before it closes a page.
+pub async fn quit() {}
+
+/// Goes to a Stripe page.
+pub async fn open_billing(page: BillingPage) -> CallResult<()> {
+    let body = super::send(page.call()).await?;
+    let url = json::read::<PortalPage>(&body)
+        .map_err(|_| CallError::Unreadable)?
+        .url;
+    let location = window().ok_or(CallError::Unreadable)?.location();
+    location.assign(&url).map_err(|_| CallError::Unreadable)
 }

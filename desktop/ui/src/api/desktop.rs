@@ -2,7 +2,7 @@
 
 use quota_common::{
     call::{Call, LIMIT_FIELDS},
-    ipc::{self, CallResponse, HostStatus},
+    ipc::{self, BillingPage, CallResponse, HostStatus},
 };
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::json;
@@ -19,7 +19,7 @@ extern "C" {
 
 fn parse<T: DeserializeOwned>(value: &JsValue) -> Option<T> {
     let json = js_sys::JSON::stringify(value).ok()?.as_string();
-    // `undefined` stringifies to nothing: a response without a body.
+    // `undefined` stringifies to nothing, which represents a response without a body.
     serde_json::from_str(json.as_deref().unwrap_or("null")).ok()
 }
 
@@ -34,6 +34,7 @@ async fn invoke<T: DeserializeOwned>(command: &str, arguments: &impl Serialize) 
         Err(value) => Err(match parse(&value) {
             Some(ipc::CallError::Problem { problem }) => CallError::Problem(problem),
             Some(ipc::CallError::Unreachable) => CallError::Unreachable,
+            Some(ipc::CallError::NoBrowser) => CallError::NoBrowser,
             Some(ipc::CallError::Unreadable) | None => CallError::Unreadable,
         }),
     }
@@ -45,11 +46,11 @@ pub async fn send(call: &Call) -> CallResult<String> {
     match &result {
         Ok(response) => host::set_loaded_at(response.loaded_at),
         Err(CallError::Unreachable) => {}
-        // Even a rejection proves that the server responds.
+        // Even a rejection proves that the server is reachable.
         Err(_) => host::set_loaded_at(None),
     }
     if matches!(call, Call::Login(_) | Call::Register(_)) {
-        // Whether the keychain accepted the session is known only now.
+        // Only now is it known whether the keychain has accepted the session.
         if let Ok(status) = host_status().await {
             host::set_status(status);
         }
@@ -116,4 +117,14 @@ pub async fn forget_server(address: &str) -> CallResult<HostStatus> {
 /// Reports that the first page is ready for use.
 pub async fn ready() {
     let _ = invoke::<()>("ready", &json!({})).await;
+}
+
+/// Quits the app without asking.
+pub async fn quit() {
+    let _ = invoke::<()>("quit", &json!({})).await;
+}
+
+/// Opens a Stripe page in the system's browser.
+pub async fn open_billing(page: BillingPage) -> CallResult<()> {
+    invoke("open_billing", &json!({ "page": page })).await
 }

@@ -1,4 +1,4 @@
-//! How calls fail.
+//! The errors of calls.
 
 use quota_common::{Problem, ProblemCode};
 
@@ -11,8 +11,13 @@ pub enum CallError {
     Unreachable,
     /// The response was not what the call expects.
     Unreadable,
+    /// A part of the console could not be loaded.
+    NoCode,
     /// Another window signed in to another account; the call was not sent on that account's behalf.
     AccountChanged,
+    /// The desktop app could not open the system's browser.
+    #[cfg(feature = "desktop")]
+    NoBrowser,
     /// Signing in succeeded, but the browser did not store the session's cookies.
     CookiesBlocked,
 }
@@ -29,9 +34,14 @@ impl CallError {
             Self::Problem(problem) => return problem.detail.clone(),
             Self::Unreachable => "Can't reach the server. Check your connection and try again.",
             Self::Unreadable => "Unexpected response from the server. Reload the page.",
+            Self::NoCode => {
+                "A part of the console is missing. Check your connection, or reload the page: there may be a new version."
+            }
             Self::AccountChanged => {
                 "A different account is now signed in in this browser. No changes were made."
             }
+            #[cfg(feature = "desktop")]
+            Self::NoBrowser => "Couldn't open your browser.",
             Self::CookiesBlocked => "Cookies are blocked. Allow them, then sign in.",
         }
         .to_owned()

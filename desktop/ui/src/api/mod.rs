@@ -1,5 +1,5 @@
-//! Calls to the server, one typed function each. The transport, chosen at compile time, sends each call from a browser
-//! or through the desktop app. A build contains only one of them.
+//! Calls to the server, with one typed function for each. The transport, chosen at compile time, sends each call from a
+//! browser or through the desktop app. A build contains only one of them.
 
 #[cfg(not(feature = "desktop"))]
 #[path = "browser.rs"]
@@ -17,6 +17,7 @@ use quota_common::{
     api_key::{ApiKey, CreateApiKey, CreatedApiKey, RotateApiKey, UpdateApiKey},
     audit::AuditEvent,
     auth::{ChangePassword, Login, Me, Register, Session, SignedIn, UpdateMe},
+    billing::BillingState,
     call::{AuditFilter, Call, DecisionFilter, KeyFilter, PageOf, UsageFilter},
     decision::DecisionPage,
     json::{self, FromJson},
@@ -32,7 +33,7 @@ use wasm_bindgen_futures::JsFuture;
 pub use error::{CallError, CallResult, TestResponse};
 #[cfg(feature = "desktop")]
 pub use transport::{add_server, forget_server, host_status, ready, use_server};
-pub use transport::{copy, is_secure, origin, save_file, try_key};
+pub use transport::{copy, is_secure, open_billing, origin, quit, save_file, try_key};
 
 /// A call in progress. Boxed, so that pages do not each contain the state machine of the whole call.
 pub type PendingCall<T> = Pin<Box<dyn Future<Output = CallResult<T>>>>;
@@ -177,6 +178,10 @@ pub fn list_decisions(filter: DecisionFilter, page: PageOf) -> PendingCall<Decis
 
 pub fn key_limits(id: ApiKeyId) -> PendingCall<KeyLimits> {
     fetch(Call::KeyLimits(id))
+}
+
+pub fn billing() -> PendingCall<BillingState> {
+    fetch(Call::Billing)
 }
 
 /// Loads the gateway configurations, which are a file of the console.

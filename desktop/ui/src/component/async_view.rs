@@ -1,6 +1,7 @@
 //! Data from the server: loading it, showing it, and retrying after a failure.
 //!
-//! The data's type is erased where possible. Compiling this code once per type would make the download a quarter larger.
+//! The data's type is erased where possible. Compiling this code separately for each type would make the download a
+//! quarter larger.
 
 use std::{any::Any, marker::PhantomData, pin::Pin, sync::Arc};
 
@@ -35,7 +36,8 @@ struct Core {
     pending: RwSignal<bool>,
     /// Whether the next load happens in the background.
     quiet: StoredValue<bool>,
-    /// Since when loading in the background has failed, in milliseconds since 1970: the data on the page is older.
+    /// When loading in the background started to fail, in milliseconds since 1970. The data on the page is older than
+    /// that.
     stale_since: RwSignal<Option<i64>>,
 }
 
@@ -45,7 +47,7 @@ impl Core {
             .try_update(|version| *version = version.wrapping_add(1));
     }
 
-    /// Reloads without showing it. If that fails, [`StaleNote`] says so.
+    /// Reloads in the background. If that fails, [`StaleNote`] is shown.
     fn refresh(self) {
         let is_ready = self
             .state
@@ -60,7 +62,7 @@ impl Core {
         spawn_local(async move {
             for pause_ms in [500, 2000, 4000] {
                 gloo_timers::future::TimeoutFuture::new(pause_ms).await;
-                // In the background, so that the page is not dimmed.
+                // Reloads in the background, so that the page is not dimmed.
                 if self.quiet.try_update_value(|quiet| *quiet = true).is_some() {
                     self.reload();
                 }
@@ -91,12 +93,17 @@ impl<T> Clone for Loader<T> {
 impl<T> Copy for Loader<T> {}
 
 impl<T: Clone + Send + Sync + 'static> Loader<T> {
-    /// Loads again. Does nothing once the page that owns this has been left.
+    /// Loads the data again. Does nothing if the user has left the page that owns this.
     pub fn reload(self) {
         self.core.reload();
     }
 
-    /// Reloads until the server has recorded requests that were just sent: it does so within seconds.
+    /// Reloads without showing it. If that fails, [`StaleNote`] says so.
+    pub fn refresh(self) {
+        self.core.refresh();
+    }
+
+    /// Reloads until the server has recorded requests that were just sent, which takes a few seconds at most.
     pub fn reload_after_requests(self) {
         self.core.reload_after_requests();
     }
@@ -202,8 +209,8 @@ fn load_data(fetch: Box<dyn Fn() -> LocalFuture<CallResult<Data>>>) -> Core {
     core
 }
 
-/// Loads the page of a list given by the address. If that page has become empty, for example because its last item
-/// was deleted, goes to the first page.
+/// Loads the page of a list that the address specifies. If that page has become empty, for example because its last
+/// item was deleted, goes to the first page.
 pub fn load_page<T>(fetch: impl Fn(PageOf) -> PendingCall<Page<T>> + 'static) -> Loader<Page<T>>
 where
     T: Clone + Send + Sync + 'static,

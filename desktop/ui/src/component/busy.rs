@@ -22,7 +22,7 @@ pub fn ignore_clicks_on_busy_buttons() {
             ev.stop_propagation();
         }
     });
-    // In the capture phase, before the button's own listener.
+    // This listens in the capture phase, before the button's own listener.
     let _ = window().add_event_listener_with_callback_and_bool(
         "click",
         stop.as_ref().unchecked_ref(),

@@ -1,4 +1,4 @@
-//! Text to copy.
+//! Text with a button to copy it.
 
 use leptos::{prelude::*, task::spawn_local};
 

@@ -46,14 +46,11 @@ pub fn select_filter(
 
 /// The options of a filter that are always the same.
 pub fn fixed_options(
-    options: &'static [(&'static str, &'static str)],
+    options: impl IntoIterator<Item = &'static (&'static str, &'static str)>,
 ) -> Signal<Vec<(String, String)>> {
-    Signal::derive(move || {
-        let options = options.iter();
-        options
-            .map(|&(value, text)| (value.to_owned(), text.to_owned()))
-            .collect()
-    })
+    let options = options.into_iter();
+    let options = options.map(|&(value, text)| (value.to_owned(), text.to_owned()));
+    Signal::stored(options.collect())
 }
 
 /// A text or date filter. A text filter applies once typing pauses.

@@ -9,7 +9,7 @@ use web_sys::{Element, HtmlElement};
 /// An attribute whose value identifies an element before and after it is rendered again.
 const KEY: &str = "data-focus-key";
 
-/// The focused element, unless that is the document itself.
+/// Returns the focused element, unless that is the document itself.
 fn focused() -> Option<Element> {
     document()
         .active_element()
@@ -37,7 +37,8 @@ pub fn focus_soon(selector: impl Into<String>) {
     });
 }
 
-/// Call before rendering again: afterwards the same element has the focus, or otherwise the page's content.
+/// Call before rendering again. Afterwards, the same element gets the focus, or the page's content if that element no
+/// longer exists.
 pub fn keep_focus() {
     let Some(before) = focused() else { return };
     let key = before.get_attribute(KEY);

@@ -146,12 +146,12 @@ impl FormState {
         }
     }
 
-    /// The error that belongs to no field of this form.
+    /// The error that does not belong to a field of this form.
     pub fn failure(self) -> Signal<Option<CallError>> {
         self.failure.into()
     }
 
-    /// The error of a field.
+    /// Returns the error message for a field, if any.
     pub fn error(self, name: &'static str) -> Option<String> {
         self.errors.with(|errors| {
             let found = errors.iter().find(|(it, _)| it == name);

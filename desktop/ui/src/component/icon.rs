@@ -9,6 +9,7 @@ pub enum Shape {
     Key,
     Token,
     Audit,
+    Billing,
     Settings,
     Check,
     Copy,
@@ -27,6 +28,7 @@ impl Shape {
             Self::Key => "M14.5 4a5.5 5.5 0 1 1-4.2 9.05L4 19.4V21h3v-2h2v-2h2l1.2-1.2M16 8h.01",
             Self::Token => "M12 3l8 3v6c0 4.5-3.2 7.7-8 9-4.8-1.3-8-4.5-8-9V6zM9 12l2 2 4-4",
             Self::Audit => "M6 3h9l4 4v14H6zM14 3v5h5M9 12h7M9 16h7",
+            Self::Billing => "M3 6h18v12H3zM3 10h18M7 14h4",
             Self::Settings => {
                 "M12 9a3 3 0 1 0 0 6 3 3 0 0 0 0-6zM12 3v3M12 18v3M3 12h3M18 12h3M5.6 5.6l2.2 2.2M16.2 16.2l2.2 2.2M5.6 18.4l2.2-2.2M16.2 7.8l2.2-2.2"
             }

@@ -49,7 +49,7 @@ impl MenuItem {
     }
 }
 
-/// Returns the next item for a key, of `count` items with `at` focused.
+/// Returns the item to focus after a key press, if there are `count` items and `at` has the focus.
 fn target(key: &str, at: usize, count: usize) -> Option<usize> {
     Some(match key {
         "ArrowDown" => (at + 1) % count,

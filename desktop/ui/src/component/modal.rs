@@ -32,10 +32,10 @@ pub fn Modal(
     #[prop(optional)]
     on_escape: Option<Callback<()>>,
     #[prop(optional)] wide: bool,
-    /// At the side of the page and as high as the window: for the forms that create and edit.
+    /// Whether the dialog is at the side of the page and as tall as the window, for forms that create and edit.
     #[prop(optional)]
     panel: bool,
-    /// Without padding, and with a title only for screen readers.
+    /// Whether the dialog has no padding, and a title only for screen readers.
     #[prop(optional)]
     bare: bool,
     children: ChildrenFn,
@@ -59,7 +59,7 @@ pub fn Modal(
             rescue_focus();
         }
     });
-    // When its page is left, an open dialog is removed.
+    // When the user leaves its page, an open dialog is removed.
     on_cleanup(move || after_render(place_toasts));
     view! {
         <dialog
@@ -70,7 +70,7 @@ pub fn Modal(
             class:panel=panel
             aria-label=move || title.get()
             data-locked=move || locked.get().then_some("")
-            // Fires asynchronously, when the dialog may be open again.
+            // This event fires asynchronously, when the dialog may already be open again.
             on:close=move |_| {
                 if dialog.get_untracked().is_none_or(|dialog| !dialog.open()) {
                     open.set(false);

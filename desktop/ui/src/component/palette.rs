@@ -72,7 +72,7 @@ impl Commands {
     }
 
     fn on_keydown(self, ev: &KeyboardEvent, keys: StoredValue<Keys>) {
-        // Dialogs take precedence, and an input method may not have committed its text yet.
+        // Open dialogs take precedence, and an input method may not have committed its text yet.
         let dialog = document().query_selector("dialog[open]").ok().flatten();
         if dialog.is_some() || ev.default_prevented() || ev.is_composing() {
             return;
@@ -177,7 +177,7 @@ fn Palette(commands: Commands) -> impl IntoView {
             limit: Some(MAX_LIMIT),
             cursor: None,
         };
-        // Without plans, the commands and keys are still listed.
+        // If plans could not be loaded, the commands and keys are still listed.
         if let Ok(page) = api::list_plans(Some(PlanOrder::Name), page).await {
             let names = page.items.into_iter().map(|plan| (plan.id, plan.name));
             let _ = plans.try_set(names.collect());

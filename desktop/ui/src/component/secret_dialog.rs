@@ -1,8 +1,9 @@
 //! Shows a new secret, the only time it is available.
 
-use leptos::prelude::*;
+use leptos::{prelude::*, task::spawn_local};
 
 use super::{copy::CodeBlock, modal::Modal};
+use crate::{api, host};
 
 /// A new secret and the name of the resource it belongs to.
 #[derive(Clone, Copy)]
@@ -11,8 +12,15 @@ pub struct NewSecret {
     pub secret: RwSignal<String>,
     open: RwSignal<bool>,
     saved: RwSignal<bool>,
-    /// Whether the user tried to close the dialog before saving the secret.
-    warned: RwSignal<bool>,
+    /// How the user tried to leave before saving the secret.
+    leaving: RwSignal<Option<Leaving>>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Leaving {
+    Close,
+    /// Quits the desktop app.
+    Quit,
 }
 
 impl NewSecret {
@@ -22,16 +30,16 @@ impl NewSecret {
             secret: RwSignal::new(String::new()),
             open: RwSignal::new(false),
             saved: RwSignal::new(false),
-            warned: RwSignal::new(false),
+            leaving: RwSignal::new(None),
         }
     }
 
-    /// Opens the dialog. Does nothing if the page that owns it has been left.
+    /// Opens the dialog. Does nothing if the user has left the page that owns it.
     pub fn show(self, name: String, secret: Option<String>) {
         let _ = self.name.try_set(name);
         let _ = self.secret.try_set(secret.unwrap_or_default());
         let _ = self.saved.try_set(false);
-        let _ = self.warned.try_set(false);
+        let _ = self.leaving.try_set(None);
         let _ = self.open.try_set(true);
     }
 }
@@ -52,7 +60,7 @@ pub fn SecretDialog(
         open,
         secret,
         saved,
-        warned,
+        leaving,
         ..
     } = new;
     let close = move || {
@@ -66,9 +74,10 @@ pub fn SecretDialog(
         if saved.get_untracked() {
             close();
         } else {
-            warned.set(true);
+            leaving.set(Some(Leaving::Close));
         }
     });
+    host::on_quit(move || leaving.set(Some(Leaving::Quit)));
     view! {
         <Modal open locked=true wide=true title on_escape>
             <p>{format!("You won't see this {noun} again. {recovery}")}</p>
@@ -76,18 +85,27 @@ pub fn SecretDialog(
             {children()}
             <div role="alert">
                 {move || {
-                    (warned.get() && !saved.get())
-                        .then(|| {
-                            view! {
-                                <div class="alert warn">
-                                    <p>{format!("You haven't saved this {noun}. Copy it before you close.")}</p>
-                                    <button type="button" class="button small" on:click=move |_| close()>"Close without saving"</button>
-                                </div>
-                            }
-                        })
+                    let how = leaving.get().filter(|_| !saved.get())?;
+                    let (verb, action) = match how {
+                        Leaving::Close => ("close", "Close without saving"),
+                        Leaving::Quit => ("quit", "Quit without saving"),
+                    };
+                    let leave = move |_| match how {
+                        Leaving::Close => close(),
+                        Leaving::Quit => spawn_local(api::quit()),
+                    };
+                    Some(
+                        view! {
+                            <div class="alert warn">
+                                <p>{format!("You haven't saved this {noun}. Copy it before you {verb}.")}</p>
+                                <button type="button" class="button small" on:click=leave>{action}</button>
+                            </div>
+                        },
+                    )
                 }}
             </div>
-            <div class="actions end saved">
+            // Read by the desktop app when it is about to quit.
+            <div class="actions end saved" data-unsaved=move || (!saved.get()).then_some("")>
                 <label class="check">
                     <input type="checkbox" name="saved" bind:checked=saved/>
                     <span>{format!("I've saved this {noun}")}</span>

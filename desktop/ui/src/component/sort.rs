@@ -19,10 +19,27 @@ fn current() -> String {
         .unwrap_or_default()
 }
 
-/// Selects a sort order. The first option is the default.
+/// The orders that every sortable list has. The first is the server's default.
+const COMMON_ORDERS: &[(&str, &str)] = &[
+    ("", "Newest first"),
+    ("created_at", "Oldest first"),
+    ("name", "Name, A to Z"),
+    ("-name", "Name, Z to A"),
+];
+
+/// Selects a sort order.
 #[component]
-pub fn SortSelect(options: &'static [(&'static str, &'static str)]) -> impl IntoView {
-    select_filter("sort", "sort", "Sort", fixed_options(options))
+pub fn SortSelect(
+    /// The orders that only this list has.
+    #[prop(optional)]
+    more: &'static [(&'static str, &'static str)],
+) -> impl IntoView {
+    select_filter(
+        "sort",
+        "sort",
+        "Sort",
+        fixed_options(COMMON_ORDERS.iter().chain(more)),
+    )
 }
 
 /// The header of a sortable column. Clicking it again reverses the order.

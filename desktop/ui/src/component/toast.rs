@@ -10,7 +10,7 @@ use super::{alert::request_id, focus::rescue_focus};
 use crate::api::CallError;
 
 const SUCCESS: Duration = Duration::from_secs(6);
-/// Long enough to notice a mistake.
+/// How long a message with an Undo button is shown: long enough to notice a mistake.
 const UNDOABLE: Duration = Duration::from_secs(12);
 /// Maximum number of errors that wait behind the latest one; older ones are dropped.
 const MAX_WAITING: usize = 3;
@@ -28,7 +28,7 @@ struct Toast {
 
 #[derive(Clone, Copy)]
 pub struct Toasts {
-    /// The last one is shown.
+    /// The messages. The last one is shown.
     all: RwSignal<Vec<Toast>>,
     next_id: StoredValue<u32>,
     container: NodeRef<html::Div>,
@@ -49,7 +49,7 @@ impl Toasts {
         self.add(text.into(), None, None, Some(SUCCESS));
     }
 
-    /// Reports a success that can be undone. `undo` also runs after the page that reported it has been left.
+    /// Reports a success that can be undone. `undo` works even after the user has left the page that reported it.
     pub fn succeed_with_undo(
         self,
         text: impl Into<String>,

@@ -3,7 +3,7 @@
 use leptos::prelude::*;
 use quota_common::{Timestamp, ipc::HostStatus};
 
-/// Reference-counted signals: they exist before the first page is mounted and outlive the last one.
+/// These signals are reference-counted, because they exist before the first page is mounted and outlive the last one.
 struct Host {
     status: ArcRwSignal<Option<HostStatus>>,
     /// While the server is unreachable: when the data on the page was loaded.
@@ -57,3 +57,12 @@ pub fn retry() {
 pub fn track_retries() {
     HOST.with(|host| host.retries.track());
 }
+
+/// Runs when the app is about to quit while a new secret is shown, until the caller's component is removed.
+pub fn on_quit(warn: impl Fn() + 'static) {
+    let listener = window_event_listener_untyped("quota-quit", move |_| warn());
+    on_cleanup(move || listener.remove());
+}
+
+/// Whether Stripe pages open in another window, so that this page waits for the user to return.
+pub const OPENS_PAGES_OUTSIDE: bool = true;

@@ -15,6 +15,7 @@ pub enum ConsolePage {
     ApiKey(ApiKeyId),
     ServiceTokens,
     Audit,
+    Billing,
     Settings,
     NotFound,
 }
@@ -32,6 +33,7 @@ impl ConsolePage {
             ["console", "api-keys", id] => id.parse().map_or(Self::NotFound, Self::ApiKey),
             ["console", "service-tokens"] => Self::ServiceTokens,
             ["console", "audit"] => Self::Audit,
+            ["console", "billing"] => Self::Billing,
             ["console", "settings"] => Self::Settings,
             _ => Self::NotFound,
         }

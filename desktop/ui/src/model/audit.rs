@@ -125,7 +125,7 @@ fn change(
         ),
         _ => {
             let (before, after) = (before.map(text).unwrap_or_default(), text(after));
-            // The unit is given once.
+            // Write the unit only once.
             let before = match after.strip_suffix(|c: char| c.is_ascii_alphabetic()) {
                 Some(_) if after.ends_with("/min") => before.trim_end_matches("/min").to_owned(),
                 _ => before,
@@ -146,7 +146,7 @@ fn field_label(name: &str) -> String {
         "prefix" => "Key".to_owned(),
         "on_redis_failure" => "If Redis is unavailable".to_owned(),
         "external_id" => "External ID".to_owned(),
-        "sessions_ended" => "Sessions ended".to_owned(),
+        "sessions_ended" => "Sessions revoked".to_owned(),
         "tenant_name" => "Organization".to_owned(),
         other => capitalized(&other.replace('_', " ")),
     }

@@ -27,6 +27,7 @@ pub const fn name(policy: PolicyName) -> &'static str {
         PolicyName::Rpm => "Rate limit",
         PolicyName::Daily => "Daily quota",
         PolicyName::Monthly => "Monthly quota",
+        PolicyName::TenantMonthly => "Organization's monthly quota",
     }
 }
 

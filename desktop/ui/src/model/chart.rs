@@ -18,7 +18,7 @@ const MAX_LABELS: usize = 8;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Completeness {
     Complete,
-    /// The bar can still grow.
+    /// The bar may still grow.
     SoFar,
     /// There is no data yet, which is not the same as zero.
     Missing,
@@ -113,7 +113,7 @@ pub struct Visible {
     pub selected: Option<usize>,
 }
 
-/// Returns the plot and, for the column to its left, the labels of the gridlines.
+/// Returns the plot, and the labels of the gridlines for the column to its left.
 pub fn bar_chart(bars: &[Bar], visible: Visible) -> (Markup, Markup) {
     let shown = |bar: &Bar| {
         let allowed = if visible.allowed { bar.allowed } else { 0 };
@@ -126,7 +126,7 @@ pub fn bar_chart(bars: &[Bar], visible: Visible) -> (Markup, Markup) {
     });
     let step = grid_step(highest.max().unwrap_or(0));
     let top = step * GRIDLINES;
-    // At least a pixel for anything that is not zero.
+    // Anything other than zero is at least one pixel high.
     let height = |n: u64| {
         let pixels = u128::from(n) * u128::from(BASE - TOP) / u128::from(top);
         u64::try_from(pixels)
@@ -149,7 +149,7 @@ pub fn bar_chart(bars: &[Bar], visible: Visible) -> (Markup, Markup) {
             &short(step * line),
         ));
     }
-    // Ten units for each bar, of which one on either side is space.
+    // Each bar takes ten units, including one unit of space on either side.
     let units = bars.len() as u64 * 10;
     for (at, bar) in bars.iter().enumerate() {
         let left = at as u64 * 10;
@@ -252,7 +252,7 @@ pub fn bar_chart(bars: &[Bar], visible: Visible) -> (Markup, Markup) {
     (plot, axis)
 }
 
-/// The pattern of rejected requests, which distinguishes them without color.
+/// The pattern for rejected requests, which distinguishes them without color.
 fn hatch() -> Markup {
     let parts = [
         element(
@@ -276,7 +276,7 @@ fn hatch() -> Markup {
     element("defs", &[], &[pattern])
 }
 
-/// Which bars have a label: evenly spaced, including the first.
+/// Returns which bars have a label. They are evenly spaced and include the first.
 fn label_positions(bars: usize) -> impl Iterator<Item = usize> {
     let step = bars.div_ceil(MAX_LABELS).max(1);
     (0..bars).step_by(step)

@@ -36,6 +36,7 @@ pub const COMMANDS: &[Command] = &[
         Action::Go("/console/service-tokens"),
     ),
     command("Go to Audit log", "ga", Action::Go("/console/audit")),
+    command("Go to Billing", "gb", Action::Go("/console/billing")),
     command("Go to Settings", "gs", Action::Go("/console/settings")),
     command("Create plan", "np", Action::Go("/console/plans?new=1")),
     command(

@@ -11,7 +11,7 @@ pub fn csv(rows: impl IntoIterator<Item = Vec<String>>) -> String {
     file
 }
 
-/// Quotes a cell if needed. A text that a spreadsheet would evaluate as a formula is prefixed with an apostrophe
+/// Quotes a cell if needed. A string that a spreadsheet would evaluate as a formula is prefixed with an apostrophe
 /// (OWASP, "CSV Injection"); a plain number is not.
 fn cell(text: &str) -> String {
     let is_number = text.parse::<i64>().is_ok();

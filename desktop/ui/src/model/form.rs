@@ -92,11 +92,11 @@ pub fn plan_changes(was: &CreatePlan, now: CreatePlan) -> UpdatePlan {
         monthly_quota: changed(&was.monthly_quota, now.monthly_quota),
         strict: changed(&was.strict, now.strict).flatten(),
         on_redis_failure: changed(&was.on_redis_failure, now.on_redis_failure),
-        billing: None,
+        billing: changed(&was.billing, now.billing).flatten(),
     }
 }
 
-/// The name of a plan's copy. Cut to the maximum length of a name.
+/// The name of a plan's copy. It is cut to the maximum length of a name.
 pub fn copy_name(name: &str) -> String {
     const SUFFIX: &str = " (copy)";
     let kept = NAME_MAX - SUFFIX.len();
@@ -104,7 +104,7 @@ pub fn copy_name(name: &str) -> String {
     format!("{start}{SUFFIX}")
 }
 
-/// The page to open after signing in. Always a page of the console, whatever the address contains.
+/// The page to open after signing in. Always a page of the console, no matter what the address contains.
 pub fn next_page(next: Option<&str>) -> String {
     match next {
         Some(next)
@@ -118,6 +118,8 @@ pub fn next_page(next: Option<&str>) -> String {
 
 #[cfg(test)]
 mod tests {
+    use quota_common::plan::Billing;
+
     use super::*;
 
     #[test]
@@ -183,6 +185,13 @@ mod tests {
             ..was
         };
         assert_eq!(plan_changes(&before, now).burst, Some(120.into()));
+        let (free, paid) = [Billing::Free, Billing::Paid]
+            .map(|billing| CreatePlan {
+                billing: Some(billing),
+                ..before.clone()
+            })
+            .into();
+        assert_eq!(plan_changes(&free, paid).billing, Some(Billing::Paid));
     }
 
     #[test]

@@ -18,7 +18,7 @@ pub fn time_markup(at: Timestamp, now: i64) -> Markup {
     )
 }
 
-/// A time that may be missing.
+/// Formats a time that may be missing.
 pub fn time_or(at: Option<Timestamp>, missing: &str, now: i64) -> Markup {
     at.map_or_else(
         || with_text("span", &[("class", "muted")], missing),
@@ -72,7 +72,7 @@ pub fn key_details(key: &ApiKey, plan: Option<&Plan>, time_zone: &str, now: i64)
     if let Some(plan) = plan {
         all.push(limit_details(key, plan, time_zone));
     }
-    // Separate from Quota's own rows, because a tenant may choose any name.
+    // These rows are separate from Quota's own, because a tenant may choose any name.
     if !key.metadata.is_empty() {
         let rows: Vec<_> = key
             .metadata
@@ -113,7 +113,7 @@ fn limit_details(key: &ApiKey, plan: &Plan, time_zone: &str) -> Markup {
         limit_row(
             "Burst",
             &number(limits.burst.into()),
-            "Requests in one burst",
+            "Requests an idle key can send immediately",
         ),
         quota("Daily quota", limits.daily_quota, "at midnight"),
         quota("Monthly quota", limits.monthly_quota, "on the 1st"),

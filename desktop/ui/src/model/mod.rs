@@ -2,6 +2,7 @@
 
 pub mod address;
 pub mod audit;
+pub mod billing;
 pub mod bucket;
 pub mod bulk;
 pub mod burn_down;
@@ -14,6 +15,7 @@ pub mod key;
 pub mod limits;
 pub mod markup;
 pub mod meter;
+pub mod money;
 pub mod policy;
 pub mod text;
 pub mod usage;

@@ -2,7 +2,11 @@
 
 /// Formats a number with thousands separators.
 pub fn number(n: u64) -> String {
-    let digits = n.to_string();
+    group_thousands(&n.to_string())
+}
+
+/// Adds thousands separators to digits.
+pub fn group_thousands(digits: &str) -> String {
     let mut text = String::new();
     for (at, digit) in digits.chars().enumerate() {
         if at > 0 && (digits.len() - at).is_multiple_of(3) {
@@ -43,7 +47,8 @@ fn duration(secs: u64) -> String {
     match secs {
         0..3600 => count(secs / 60, "minute", "minutes"),
         3600..86_400 => count(secs / 3600, "hour", "hours"),
-        _ => count(secs / 86_400, "day", "days"),
+        86_400..63_115_200 => count(secs / 86_400, "day", "days"),
+        _ => count(secs / 31_557_600, "year", "years"),
     }
 }
 
@@ -228,6 +233,8 @@ mod tests {
         assert_eq!(relative(now - 61_000, now), "1 minute ago");
         assert_eq!(relative(now - 7_200_000, now), "2 hours ago");
         assert_eq!(relative(now + 86_400_000, now), "in 1 day");
+        assert_eq!(relative(now + 700 * 86_400_000, now), "in 700 days");
+        assert_eq!(relative(now + 62_916 * 86_400_000, now), "in 172 years");
     }
 
     #[test]

@@ -21,7 +21,7 @@ pub enum Range {
     Day,
     Week,
     Month,
-    /// Between two given dates.
+    /// The days between two given dates.
     Custom,
 }
 
@@ -57,7 +57,7 @@ pub struct UsageRequest {
     pub range: Range,
     /// With [`Range::Custom`]: the first and the last day.
     pub dates: (String, String),
-    /// `None`: hours for up to three days, days for longer ranges.
+    /// With `None`, hours are used for up to three days, and days for longer ranges.
     pub bucket: Option<UsageBucketSize>,
     pub key_id: Option<ApiKeyId>,
     pub endpoint: Option<String>,
@@ -358,7 +358,7 @@ fn group_link(group: &UsageGroup, query: &Query) -> Markup {
         Some((parameter, value, next_group)) => {
             let mut query = query.clone().with(parameter, &value).with("sort", "");
             if !next_group.is_empty() {
-                // The remaining ways to split one key's usage.
+                // The ways in which a single key's usage can be grouped.
                 query = query.with("group", next_group);
             }
             let key = format!("group-{value}");

@@ -1,6 +1,6 @@
 //! Local times, as the browser formats them for a time zone.
 
-/// A time on the clocks of a time zone.
+/// A local time in a time zone.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LocalTime {
     pub year: i64,
@@ -98,7 +98,7 @@ pub fn start_of_day(at: i64, local: &dyn Fn(i64) -> Option<LocalTime>) -> Option
     let today = local(minute)?;
     let guess = minute - today.minutes() * MINUTE_MS;
     let there = local(guess)?;
-    // The clocks changed in between, so the guess is off by the difference.
+    // The clocks changed in between, so the guess is off by that change.
     let off = if there.day == today.day {
         there.minutes()
     } else {

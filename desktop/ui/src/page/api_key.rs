@@ -28,9 +28,8 @@ use crate::{
     session::session,
 };
 
-/// They are not part of the details, which are rendered again after each load, so that typed text or a new key in a
-/// dialog is kept. They are not part of the details, which are rendered again after each load, so that typed text or a
-/// new key in a dialog is kept.
+/// The dialogs are not part of the details, which are rendered again after each load, so that typed text or a new key
+/// in a dialog is kept.
 #[derive(Clone, Copy)]
 struct Dialogs {
     editing: RwSignal<bool>,
@@ -134,7 +133,7 @@ async fn change_status(id: ApiKeyId, active: bool, loader: Loader<ApiKey>, toast
 fn TrySection(id: ApiKeyId, loader: Loader<ApiKey>, on_sent: Callback<()>) -> impl IntoView {
     let known_keys = session().known_keys;
     let pasted = RwSignal::new(String::new());
-    // Empty if the key is not known.
+    // Empty if the full key is not available.
     let known = text_memo(move || {
         known_keys.with(|keys| {
             let own = keys.iter().find(|(it, _)| *it == id);

@@ -21,12 +21,8 @@ use crate::{
     session::session,
 };
 
-/// Sort orders and their labels. The first is the server's default.
+/// The sort orders that only this list has, with their labels.
 const ORDERS: &[(&str, &str)] = &[
-    ("", "Newest first"),
-    ("created_at", "Oldest first"),
-    ("name", "Name, A to Z"),
-    ("-name", "Name, Z to A"),
     ("-last_used_at", "Recently used"),
     ("last_used_at", "Least recently used"),
 ];
@@ -198,7 +194,7 @@ fn Filters(plans: Loader<Vec<Plan>>) -> impl IntoView {
                     .into_iter()
                     .map(|plan| (plan.id.to_string(), plan.name)),
             );
-            // A filter by a deleted plan still applies.
+            // A filter by a deleted plan remains in effect.
             let current = query.with(|query| query.get("plan_id"));
             if let Some(id) = current.filter(|id| !options.iter().any(|(it, _)| it == id)) {
                 options.push((id, "Deleted plan".to_owned()));
@@ -211,7 +207,7 @@ fn Filters(plans: Loader<Vec<Plan>>) -> impl IntoView {
             {input_filter("search", "Search", "search", "Search by name or key prefix")}
             {select_filter("plan_id", "plan_filter", "Plan", plan_options)}
             {select_filter("status", "status_filter", "Status", fixed_options(&STATUSES))}
-            <SortSelect options=ORDERS/>
+            <SortSelect more=ORDERS/>
         </search>
     }
 }

@@ -38,6 +38,7 @@ const fn resource_label(target: AuditTarget) -> &'static str {
         AuditTarget::User => "Accounts",
         AuditTarget::Session => "Sessions",
         AuditTarget::Tenant => "Organization",
+        AuditTarget::Subscription => "Subscription",
     }
 }
 
@@ -65,7 +66,7 @@ fn actions(query: RwSignal<Query>) -> Signal<Vec<(String, String)>> {
     })
 }
 
-/// The parameters of the address that restrict the list.
+/// The query parameters that filter the list.
 const FILTERS: [&str; 7] = [
     "target_type",
     "action",
@@ -172,7 +173,7 @@ impl PlanNames {
             let plan = plans.iter().find(|plan| plan.id.to_string() == id);
             plan.map(|plan| plan.name.clone())
         });
-        // Until plans are loaded, none counts as deleted.
+        // Until plans are loaded, no plan counts as deleted.
         found.unwrap_or_else(|| Some("…".to_owned()))
     }
 

@@ -29,8 +29,8 @@ pub fn CreateDialog(
     on_changed: Callback<()>,
 ) -> impl IntoView {
     let new = NewSecret::new();
-    // Outside the form, which is rendered again when plans are loaded: a response in progress is the only one that
-    // contains the key.
+    // This is outside the form, which is rendered again when plans are loaded, because the response in progress is the
+    // only one that contains the key.
     let form = FormState::new();
     view! {
         <Modal open panel=true title="New API key" locked=form.busy>
@@ -117,7 +117,7 @@ fn CreateForm(
             <SelectField form name="plan_id" id="key_plan" label="Plan" value=plan options required=true/>
             <div class="pair">
                 <Field form name="rpm_override" id="key_rate" label="Rate override (optional)" value=rate numeric=true check=check_rate hint="Requests per minute. Defaults to the plan's rate."/>
-                <Field form name="expires_at" id="key_expires" label="Expires (optional)" kind="datetime-local" value=expires hint="Rejected after this time. Leave blank for never."/>
+                <Field form name="expires_at" id="key_expires" label="Expires (optional)" kind="datetime-local" value=expires hint="The key stops working at this time. Leave blank for never."/>
             </div>
             <Field form name="external_id" id="key_external_id" label="External ID (optional)" value=external_id hint="The key's ID in your own system, such as a customer ID."/>
             <Field form name="metadata" id="key_metadata" label="Metadata (optional)" value=entries multiline=true check=check_metadata placeholder="region=eu" hint="One name=value per line."/>
@@ -125,8 +125,8 @@ fn CreateForm(
     }
 }
 
-/// Shows a created or rotated key, and remembers it until the tab is closed. Works even after the page was left, so
-/// that the key in a late response is not lost.
+/// Shows a created or rotated key, and remembers it until the tab is closed. Works even after the user has left the
+/// page, so that the key in a late response is not lost.
 pub fn show_key(new: NewSecret, created: CreatedApiKey, session: Session) {
     if let Some(secret) = &created.key {
         session.known_keys.update(|known| {

@@ -33,7 +33,7 @@ struct Overview {
     stats: Stats,
     /// The last 24 hours.
     day: Usage,
-    /// The same data, by key.
+    /// The same data, grouped by key.
     keys: Usage,
     /// Contains the most recently used key, or otherwise the newest.
     key: Option<ApiKey>,
@@ -214,7 +214,7 @@ fn attention_text(it: &Attention) -> String {
         }
         AttentionKind::Expiring => format!("Expires {at}"),
         AttentionKind::GraceEnding => format!("Previous key stops working {at}"),
-        AttentionKind::Idle => format!("No requests for 30 days; last {at}"),
+        AttentionKind::Idle => format!("No requests in the last 30 days; last used {at}"),
     }
 }
 
@@ -293,7 +293,7 @@ fn lists(stats: &Stats, keys: &Usage) -> Markup {
     .collect()
 }
 
-/// A step, with a link to it once the previous steps are done.
+/// A step, which becomes a link once the previous steps are done.
 fn step(
     done: bool,
     is_available: bool,

@@ -12,7 +12,7 @@ pub fn key_status(key: &ApiKey) -> AnyView {
     view! { <span inner_html=status_badge(key, now()).to_string()></span> }.into_any()
 }
 
-/// A time that may be missing.
+/// Shows a time that may be missing.
 pub fn time_or(at: Option<Timestamp>, missing: &'static str) -> AnyView {
     view! { <span inner_html=key::time_or(at, missing, now()).to_string()></span> }.into_any()
 }

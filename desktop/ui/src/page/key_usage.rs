@@ -93,7 +93,7 @@ fn meter(limit: &LimitState) -> Markup {
     let reset = relative(limit.reset_at.inner().timestamp_millis(), now());
     let is_rate = limit.policy == PolicyName::Rpm;
     let note = match used {
-        0 => "Nothing used".to_owned(),
+        0 => "None used".to_owned(),
         _ if is_rate => format!("Full again {reset}"),
         _ => format!("Resets {reset}"),
     };

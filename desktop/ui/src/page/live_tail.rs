@@ -19,7 +19,7 @@ use crate::{
 
 /// How often to poll for new decisions.
 const POLL: Duration = Duration::from_millis(1500);
-/// The number of pages to fetch before accepting a gap.
+/// The maximum number of pages to fetch before accepting a gap.
 const MAX_PAGES: usize = 5;
 
 #[component]
@@ -81,7 +81,7 @@ fn Tail(key_id: Signal<Option<ApiKeyId>>, zone: Signal<String>) -> impl IntoView
             request_id: text(request_id),
         }
     };
-    // Counts the changes of the filter.
+    // Counts changes to the filter.
     let version = StoredValue::new(0_u32);
     let busy = StoredValue::new(false);
     let poll = move || {

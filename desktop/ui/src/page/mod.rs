@@ -3,8 +3,10 @@
 mod api_key;
 mod api_keys;
 mod audit_log;
+mod billing;
 mod bulk_actions;
 mod burn_down;
+mod chunks;
 mod create_api_key;
 mod create_button;
 mod edit_api_key;
@@ -27,11 +29,9 @@ mod usage_data;
 
 pub use api_key::ApiKeyPage;
 pub use api_keys::ApiKeys;
-pub use audit_log::AuditLog;
+pub use chunks::{Chunk, LazyPage, preload_chunks};
 pub use home::Home;
 pub use not_found::NotFound;
 pub use plans::Plans;
 pub use service_tokens::ServiceTokens;
-pub use settings::Settings;
 pub use sign_in::{Register, SignIn};
-pub use usage::UsagePage;

@@ -1,7 +1,7 @@
-//! The form of a plan.
+//! The plan form.
 
 use leptos::prelude::*;
-use quota_common::plan::{CreatePlan, OnRedisFailure, Plan};
+use quota_common::plan::{Billing, CreatePlan, OnRedisFailure, Plan};
 
 use crate::{
     component::{Field, FormState, SelectField},
@@ -19,6 +19,8 @@ pub struct PlanForm {
     strict: RwSignal<bool>,
     /// The wire name; empty for the server's default.
     on_redis_failure: RwSignal<String>,
+    /// Whether the plan's keys need a subscription.
+    pub paid: RwSignal<bool>,
 }
 
 impl PlanForm {
@@ -44,6 +46,7 @@ impl PlanForm {
                     .map(|it| it.as_str().to_owned())
                     .unwrap_or_default(),
             ),
+            paid: RwSignal::new(plan.is_some_and(|it| it.billing == Billing::Paid)),
         }
     }
 
@@ -70,7 +73,11 @@ impl PlanForm {
             monthly_quota: quota(self.monthly_quota).map(Into::into),
             strict: Some(self.strict.get_untracked()),
             on_redis_failure: OnRedisFailure::of(&self.on_redis_failure.get_untracked()),
-            billing: None,
+            billing: Some(if self.paid.get_untracked() {
+                Billing::Paid
+            } else {
+                Billing::Free
+            }),
         }
     }
 }
@@ -85,8 +92,9 @@ const ON_REDIS_FAILURE: [(&str, &str); 4] = [
 #[component]
 pub fn PlanFields(plan: PlanForm) -> impl IntoView {
     let form = plan.state;
-    let is_advanced =
-        plan.strict.get_untracked() || !plan.on_redis_failure.with_untracked(String::is_empty);
+    let is_advanced = plan.strict.get_untracked()
+        || plan.paid.get_untracked()
+        || !plan.on_redis_failure.with_untracked(String::is_empty);
     let options = ON_REDIS_FAILURE
         .map(|(value, label)| (value.to_owned(), label.to_owned()))
         .to_vec();
@@ -102,6 +110,10 @@ pub fn PlanFields(plan: PlanForm) -> impl IntoView {
         </div>
         <details class="advanced" open=is_advanced>
             <summary>"Advanced"</summary>
+            <label class="check">
+                <input type="checkbox" name="billing" bind:checked=plan.paid/>
+                <span>"Paid: keys work only while your organization has a subscription"</span>
+            </label>
             <label class="check">
                 <input type="checkbox" name="strict" bind:checked=plan.strict/>
                 <span>"Strict: check every request against shared counters (slightly slower)"</span>

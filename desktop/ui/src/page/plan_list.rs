@@ -45,7 +45,7 @@ pub fn plan_name(plans: Loader<Vec<Plan>>, id: PlanId) -> String {
     find_plan(plans, id).map_or_else(|| "…".to_owned(), |plan| plan.name)
 }
 
-/// Reports that plans could not be loaded, so that their names are missing.
+/// Shows that plans could not be loaded, so their names are missing.
 #[component]
 pub fn PlansError(plans: Loader<Vec<Plan>>) -> impl IntoView {
     move || {

@@ -3,6 +3,7 @@
 use leptos::prelude::*;
 use quota_common::{
     Page,
+    billing::BillingState,
     page::PlanOrder,
     plan::{Billing, Plan, UpdatePlan},
 };
@@ -15,9 +16,10 @@ use crate::{
     api,
     component::{
         Async, Confirm, Confirmation, DialogForm, EmptyState, Loader, Menu, MenuItem, Modal,
-        PageHeader, Pager, Shape, SortHead, SortSelect, Toasts, load_page, open_from_query,
+        PageHeader, Pager, Shape, SortHead, SortSelect, Toasts, load, load_page, open_from_query,
     },
     model::{
+        billing::paid_warning,
         form::plan_changes,
         text::{self, count},
     },
@@ -26,16 +28,10 @@ use crate::{
     session::session,
 };
 
-const ORDERS: &[(&str, &str)] = &[
-    ("", "Newest first"),
-    ("created_at", "Oldest first"),
-    ("name", "Name, A to Z"),
-    ("-name", "Name, Z to A"),
-];
-
 #[component]
 pub fn Plans() -> impl IntoView {
     let query = route().query;
+    let session = session();
     let toasts = expect_context::<Toasts>();
     let loader: Loader<Page<Plan>> = load_page(move |page| {
         let sort = query.with(|query| query.get("sort"));
@@ -43,7 +39,6 @@ pub fn Plans() -> impl IntoView {
     });
     let creating = RwSignal::new(false);
     open_from_query(creating);
-    let session = session();
     // The plan whose settings a new plan starts with.
     let template = RwSignal::new(None::<Plan>);
     effect(move || {
@@ -51,6 +46,13 @@ pub fn Plans() -> impl IntoView {
             template.set(None);
         }
     });
+    let billing = session.can_bill().then(|| load(api::billing));
+    let paid_note = move || {
+        let text = warning(billing, None)?;
+        Some(
+            view! { <p class="alert warn">{text} " " <a href="/console/billing">"Open billing"</a></p> },
+        )
+    };
     let editing = RwSignal::new(None::<Plan>);
     let deleting = RwSignal::new(None::<Plan>);
     let report = move |what: &'static str| {
@@ -67,6 +69,7 @@ pub fn Plans() -> impl IntoView {
         <PageHeader title="Plans" about="Rate limits and quotas for the keys on each plan.">
             <CreateButton open=creating label="New plan"/>
         </PageHeader>
+        <div role="status">{paid_note}</div>
         <Async
             loader
             show=move |page| {
@@ -87,7 +90,7 @@ pub fn Plans() -> impl IntoView {
                     .collect_view();
                 view! {
                     {(page.total > 1)
-                        .then(|| view! { <div class="filters narrow"><SortSelect options=ORDERS/></div> })}
+                        .then(|| view! { <div class="filters narrow"><SortSelect/></div> })}
                     <table class="table">
                         <caption class="visually-hidden">"Plans"</caption>
                         <thead>
@@ -111,9 +114,16 @@ pub fn Plans() -> impl IntoView {
         <Modal open=creating panel=true title="New plan">
             <CreateForm open=creating template on_created=report("created")/>
         </Modal>
-        <EditPanel editing on_updated=report("updated")/>
+        <EditPanel editing billing on_updated=report("updated")/>
         <DeleteDialog plan=deleting on_deleted=report("deleted")/>
     }
+}
+
+/// What happens to keys on paid plans, if they do not work: all of them, or those of one plan.
+fn warning(billing: Option<Loader<BillingState>>, keys: Option<u64>) -> Option<String> {
+    billing?
+        .with(|it| paid_warning(it, keys.unwrap_or(it.paid_keys)))
+        .flatten()
 }
 
 #[component]
@@ -162,7 +172,11 @@ fn PlanRow(
 }
 
 #[component]
-fn EditPanel(editing: RwSignal<Option<Plan>>, on_updated: Callback<Plan>) -> impl IntoView {
+fn EditPanel(
+    editing: RwSignal<Option<Plan>>,
+    billing: Option<Loader<BillingState>>,
+    on_updated: Callback<Plan>,
+) -> impl IntoView {
     let open = RwSignal::new(false);
     effect(move || {
         if editing.with(Option::is_some) {
@@ -176,13 +190,18 @@ fn EditPanel(editing: RwSignal<Option<Plan>>, on_updated: Callback<Plan>) -> imp
     });
     view! {
         <Modal open panel=true title="Edit plan">
-            {move || editing.get().map(|plan| view! { <EditForm plan open on_updated/> })}
+            {move || editing.get().map(|plan| view! { <EditForm plan open billing on_updated/> })}
         </Modal>
     }
 }
 
 #[component]
-fn EditForm(plan: Plan, open: RwSignal<bool>, on_updated: Callback<Plan>) -> impl IntoView {
+fn EditForm(
+    plan: Plan,
+    open: RwSignal<bool>,
+    billing: Option<Loader<BillingState>>,
+    on_updated: Callback<Plan>,
+) -> impl IntoView {
     let form = PlanForm::new(Some(&plan));
     let before = form.values();
     let effect = match plan.key_count {
@@ -192,7 +211,11 @@ fn EditForm(plan: Plan, open: RwSignal<bool>, on_updated: Callback<Plan>) -> imp
             count(n, "key", "keys")
         ),
     };
-    let id = plan.id;
+    let (id, keys) = (plan.id, plan.key_count);
+    let paid_note = move || {
+        let text = warning(billing, Some(keys)).filter(|_| form.paid.get())?;
+        Some(view! { <p class="alert warn">{text}</p> })
+    };
     let submit = move || {
         let body = plan_changes(&before, form.values());
         if body == UpdatePlan::default() {
@@ -207,6 +230,7 @@ fn EditForm(plan: Plan, open: RwSignal<bool>, on_updated: Callback<Plan>) -> imp
     view! {
         <DialogForm form=form.state open action="Save changes" submit>
             <PlanFields plan=form/>
+            <div role="status">{paid_note}</div>
             <p class="muted">{effect}</p>
         </DialogForm>
     }

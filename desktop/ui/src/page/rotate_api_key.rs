@@ -62,13 +62,13 @@ fn RotateForm(
     let submit = move || {
         let body = RotateApiKey {
             grace_seconds: grace.get_untracked().parse::<u32>().ok().map(Into::into),
-            // Revokes only the previous key that the warning below announced.
+            // Revoke only the previous key that the warning below mentions.
             replace_previous: untrack(previous_expiry).map(|_| true),
         };
         spawn_local(async move {
             let result = api::rotate_api_key(id, body).await;
             if matches!(&result, Err(error) if error.is(ProblemCode::PreviousKeyActive)) {
-                // The key was rotated elsewhere. Shows the warning, so that the user knows about it in the next
+                // The key was rotated elsewhere. Show the warning, so that the user has seen it before the next
                 // attempt.
                 let _ = form.busy.try_set(false);
                 loader.reload();
@@ -88,7 +88,7 @@ fn RotateForm(
                     .map(|at| {
                         view! {
                             <p class="alert warn" role="alert">
-                                "This key was rotated recently. The previous key, which expires " <RelativeTime at/> ", will be revoked immediately."
+                                "This key was rotated recently. If you rotate it again, the previous key is revoked immediately instead of expiring " <RelativeTime at/> "."
                             </p>
                         }
                     })

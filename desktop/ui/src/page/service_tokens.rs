@@ -140,7 +140,7 @@ fn DeleteDialog(deletion: Deletion, loader: Loader<Page<ServiceToken>>) -> impl 
         <Confirm
             confirmation
             title=Signal::derive(move || format!("Delete token {}?", quoted(&name())))
-            message="Within a second, gateways that use this token can no longer check requests, and will reject all of them. This can't be undone."
+            message="Within a second, gateways that use this token won't be able to check requests and will reject all of them. This can't be undone."
             action="Delete token"
             run
         />

@@ -84,9 +84,9 @@ fn Profile() -> impl IntoView {
     }
 }
 
-/// The time zones that the browser knows.
+/// Returns the time zones that the browser supports.
 fn time_zones() -> Vec<String> {
-    // Older browsers have no list; the field then offers no suggestions.
+    // Older browsers have no such list, so the field offers no suggestions.
     let intl = js_sys::Reflect::get(&js_sys::global(), &"Intl".into()).unwrap_or_default();
     let list = js_sys::Reflect::get(&intl, &"supportedValuesOf".into())
         .ok()

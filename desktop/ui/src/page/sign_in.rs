@@ -19,7 +19,7 @@ use crate::{
     session::{AuthState, session},
 };
 
-/// Opens the requested page once the visitor is signed in, including visitors who already are.
+/// Opens the requested page once the visitor is signed in, or immediately if they already are.
 fn redirect_when_signed_in() {
     let session = session();
     let route = route();

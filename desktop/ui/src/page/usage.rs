@@ -84,7 +84,7 @@ pub fn UsagePage() -> impl IntoView {
         }) as PendingCall<(String, String)>
     });
     view! {
-        <PageHeader title="Usage" about="Requests over time: allowed, rejected, and why.">
+        <PageHeader title="Usage" about="Allowed and rejected requests over time, and why requests were rejected.">
             <button type="button" class="button" on:click=move |_| live.set(true)>"Live tail"</button>
             <ExportButton export/>
         </PageHeader>
@@ -118,7 +118,7 @@ fn Toolbar(keys: Signal<Vec<ApiKey>>, zone: Memo<String>) -> impl IntoView {
                 .into_iter()
                 .map(|key| (key.id.to_string(), key.name)),
         );
-        // The key may be deleted, or not among those listed.
+        // The key may have been deleted, or may not be among those listed.
         let current = get("key_id");
         if !options.iter().any(|(id, _)| *id == current) {
             options.push((current, "Other key".to_owned()));
@@ -138,7 +138,7 @@ fn Toolbar(keys: Signal<Vec<ApiKey>>, zone: Memo<String>) -> impl IntoView {
     let set_range = move |value: &str| {
         let mut query = query.get_untracked().with("range", value);
         if value == "custom" {
-            // Start with what was shown.
+            // Start with the dates that were shown.
             let today = local_time(now(), &zone.get_untracked()).map(|it| it.iso_date());
             let today = today.unwrap_or_default();
             for name in ["from", "to"] {
@@ -344,7 +344,7 @@ fn NoRequests(keys: Signal<Vec<ApiKey>>) -> impl IntoView {
             .iter()
             .any(|name| query.get(name).is_some())
     });
-    // Keys are sorted by their last use.
+    // Keys are sorted by last use.
     let was_used =
         move || keys.with(|keys| keys.first().is_some_and(|key| key.last_used_at.is_some()));
     let command = Signal::derive(|| curl(&api::origin(), "qk_…"));

@@ -20,7 +20,7 @@ use crate::{
 const HOUR_MS: i64 = 3_600_000;
 const DAY_MS: i64 = 24 * HOUR_MS;
 
-/// Usage, and the usage it is compared with.
+/// Usage, and the usage of the previous period to compare it with.
 #[derive(Clone, PartialEq)]
 pub struct UsageData {
     pub usage: Usage,
@@ -30,7 +30,7 @@ pub struct UsageData {
     pub groups: Usage,
 }
 
-/// A time for a call.
+/// Converts a time for use in a call.
 pub fn timestamp(millis: i64) -> Option<Timestamp> {
     let millis = u64::try_from(millis).ok()?;
     Timestamp::from_unix_secs(millis / 1000)
@@ -92,7 +92,7 @@ pub async fn load_usage(request: UsageRequest, zone: String) -> CallResult<Optio
         ..filter.clone()
     });
     let groups = groups.await?;
-    // The same part of the previous period as has passed of this one.
+    // The same part of the previous period as has elapsed of this one.
     let length = to.min(now) - from;
     let before = api::usage(UsageFilter {
         from: timestamp(from - length),
@@ -135,7 +135,7 @@ fn counts(bucket: &UsageBucket) -> UsageCounts {
     }
 }
 
-/// The bars of a chart. Hours and days that have not begun are left out.
+/// The bars of a chart. Hours and days that have not started are omitted.
 pub fn bars(usage: &Usage, by_cost: bool) -> Vec<Bar> {
     let millis = |at: Timestamp| at.inner().timestamp_millis();
     let (complete, now) = (millis(usage.complete_until), now());

@@ -1,4 +1,4 @@
-//! In a browser, there is nothing to add.
+//! A browser needs no additions.
 
 use leptos::prelude::*;
 

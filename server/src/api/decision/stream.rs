@@ -1,9 +1,9 @@
 //! Decisions as server-sent events.
 //!
-//! A stream reads the log in the order of positions, in which rows become visible. So it contains what every replica
-//! has shipped, and any replica can resume it. It holds one batch at a time and reads the next one after the client has
-//! read it. A client that falls too far behind is told how many decisions it missed. If a client does not read the end
-//! of its stream, its connection is closed.
+//! A stream reads the log by position, which is the order in which rows become visible. So it contains what all
+//! replicas have shipped, and any replica can resume it. It holds one batch at a time and reads the next one after the
+//! client has read it. A client that falls too far behind receives the number of decisions it missed. If a client does
+//! not read the end of its stream, its connection is closed.
 //!
 //! An unreachable PostgreSQL only delays events.
 
@@ -34,7 +34,7 @@ use super::write_position;
 use crate::{
     api::problem::ApiError,
     auth::AuthError,
-    authenticated::EndlessResponse,
+    connection_marks::EndlessResponse,
     db::DbError,
     repo::usage_log::{self, Filter},
     state::AppState,
@@ -44,7 +44,7 @@ use crate::{
 const MEDIA_TYPE: &str = "text/event-stream";
 /// How often the log is read. A decision takes up to a second to appear in it.
 const EVERY: Duration = Duration::from_millis(500);
-/// After this long without events, a comment is sent, for proxies that close idle connections.
+/// After this long without events, a comment is sent so that proxies don't close the connection as idle.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// How often to check whether a stream should have ended even though its client does not read it.
 const GUARD_EVERY: Duration = Duration::from_secs(2);
@@ -79,7 +79,7 @@ pub(super) struct StreamSession {
 
 /// The position of a stream in a tenant's log.
 pub(super) struct Tail {
-    /// Checked before each read, so that a revoked session receives nothing more.
+    /// The session is checked before each read, so that a revoked session receives nothing more.
     pub(super) session: StreamSession,
     pub(super) tenant: TenantId,
     pub(super) filter: Filter,
@@ -126,7 +126,7 @@ impl StreamSession {
         match session {
             Ok(session) if session.role.may_read_usage() => None,
             Ok(_) | Err(AuthError::Unauthorized) => Some(End::SessionEnded),
-            // Streams cannot be read either in that case.
+            // In that case, the log cannot be read either.
             Err(_) => None,
         }
     }
@@ -176,13 +176,13 @@ impl Guard {
             while session.end().await.is_none() {
                 sleep(GUARD_EVERY).await;
             }
-            // Time for what the client has not read yet, and for the last event.
+            // Gives the client time to read the rest, including the last event.
             sleep(grace).await;
             if let Some(endless) = &endless {
                 endless.close_connection();
             }
             drop(place);
-            // All other responses on the connection end with it.
+            // This also ends all other responses on the connection.
             std::future::pending::<()>().await;
         }))
     }
@@ -194,7 +194,7 @@ impl Drop for Guard {
     }
 }
 
-/// Runs the steps one after another, each when the client has read the previous output.
+/// Runs the steps one after another, each after the client has read the output of the previous one.
 fn events(tail: Tail, guard: Guard) -> impl Stream<Item = std::io::Result<Bytes>> + Send + 'static {
     struct Running {
         tail: Tail,
@@ -204,7 +204,7 @@ fn events(tail: Tail, guard: Guard) -> impl Stream<Item = std::io::Result<Bytes>
         keep_alive: Duration,
         is_over: bool,
     }
-    // Well before the deadline of HTTP/2 responses without progress.
+    // Well before the deadline for HTTP/2 responses that make no progress.
     let keep_alive = KEEP_ALIVE.min(tail.session.state.config.write_timeout / 3);
     let now = Instant::now();
     let running = Running {

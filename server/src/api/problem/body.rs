@@ -10,6 +10,7 @@ pub fn wire_name(policy: Policy) -> PolicyName {
         Policy::Rpm => PolicyName::Rpm,
         Policy::Daily => PolicyName::Daily,
         Policy::Monthly => PolicyName::Monthly,
+        Policy::TenantMonthly => PolicyName::TenantMonthly,
     }
 }
 

@@ -1,4 +1,4 @@
-//! Conversion of other errors.
+//! Converts other errors to API errors.
 
 use std::time::Duration;
 
@@ -124,7 +124,7 @@ impl From<Busy> for ApiError {
                 "Your organization is making too many changes at the same time.",
                 Duration::from_secs(1),
             ),
-            // Not logged: if the changes ahead of it fail, those are logged.
+            // Not logged: if the changes ahead of this one fail, their errors are logged.
             Busy::TimedOut => Self {
                 source: None,
                 ..Self::unavailable(String::new())

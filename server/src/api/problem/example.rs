@@ -1,4 +1,4 @@
-//! A typical problem of each kind, for the OpenAPI document and the error pages.
+//! Examples of every kind of problem, for the OpenAPI document and the error pages.
 
 use quota_common::{FieldError, Problem, ProblemCode, limit::PolicyName};
 
@@ -14,7 +14,7 @@ pub fn example(code: ProblemCode, base: &str) -> Problem {
         ProblemCode::Malformed => {
             "The body is not valid JSON: EOF while parsing an object at line 1 column 18."
         }
-        ProblemCode::Unauthorized => "This API key is invalid, disabled or expired.",
+        ProblemCode::Unauthorized => "This API key is invalid, inactive or expired.",
         ProblemCode::WrongCredentials => "Incorrect email or password.",
         ProblemCode::SubscriptionNeeded => SUBSCRIPTION_NEEDED,
         ProblemCode::Forbidden => "Your role (viewer) does not allow this action.",

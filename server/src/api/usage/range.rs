@@ -1,4 +1,4 @@
-//! The range and buckets of a request for usage.
+//! The range and buckets of a usage request.
 
 use chrono::{DateTime, DurationRound, TimeDelta, Utc};
 use quota_common::usage::{MAX_BUCKETS, UsageBucketSize};
@@ -29,7 +29,7 @@ pub(super) struct Buckets {
     pub(super) from: DateTime<Utc>,
     pub(super) to: DateTime<Utc>,
     pub(super) bucket: UsageBucketSize,
-    /// In order. The first bucket starts at `from`.
+    /// The starts of the buckets, in order. The first bucket starts at `from`.
     pub(super) starts: Vec<DateTime<Utc>>,
 }
 

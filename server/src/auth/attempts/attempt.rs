@@ -10,9 +10,9 @@ use crate::clock::Monotonic;
 /// The state of an attempt's password.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Judgment {
-    /// Not verified: the attempt does not count.
+    /// The password was not verified, so the attempt does not count.
     Missing,
-    /// Wrong or still being verified, so that the caller may learn that it is wrong.
+    /// The password is wrong or still being verified, so the caller may find out that it is wrong.
     Wrong,
     Correct,
 }
@@ -22,9 +22,9 @@ pub enum Judgment {
 pub struct Attempt {
     pub(super) attempts: Arc<Attempts>,
     pub(super) counters: Vec<Counter>,
-    /// Monotonic time at which it was counted locally. `None`: not counted.
+    /// Monotonic time at which it was counted locally. `None` if it was not counted.
     pub(super) counted_here: Option<Monotonic>,
-    /// When Redis counted it, in milliseconds of its clock. `None`: not counted, or unknown.
+    /// When Redis counted it, in milliseconds of its clock. `None` if it was not counted or this is not known.
     pub(super) counted_in_redis: Option<u64>,
     pub(super) judgment: Judgment,
     /// Whether the caller's network had failures recently.
@@ -54,8 +54,8 @@ impl Attempt {
         }
     }
 
-    /// Clears the first counters, keeps the last ones, and takes the attempt back from those in between: locally right
-    /// away, in Redis in the returned task.
+    /// Clears the first counters, keeps the last ones, and takes the attempt back from those in between: locally before
+    /// returning, and in Redis in the returned task.
     fn take_back(&self, cleared: usize, kept: usize) -> Option<JoinHandle<()>> {
         let changed = self.counters.len().checked_sub(kept).filter(|n| *n > 0)?;
         {
@@ -104,7 +104,7 @@ impl Drop for Attempt {
         let kept = match self.judgment {
             Judgment::Missing => 0,
             Judgment::Wrong => return,
-            // Verifying it took time, which stays counted.
+            // Verifying the password took time, so the attempt remains counted.
             Judgment::Correct => self.count(OnSuccess::Keep),
         };
         // Detached, because nothing waits for it.

@@ -60,7 +60,7 @@ async fn guessing_network_waits_longer_and_longer_and_no_other_does() {
 }
 
 #[tokio::test]
-async fn nobody_waits_for_long() {
+async fn waits_are_never_long() {
     let (attempts, clock) = attempts(10);
     let mut slept = Duration::ZERO;
     let mut tries = 0;
@@ -74,7 +74,7 @@ async fn nobody_waits_for_long() {
             }
         }
     }
-    // Ten at first, and then about one every five minutes.
+    // Ten attempts at first, and then about one every five minutes.
     assert!((200..400).contains(&tries), "{tries} tries in a day");
 }
 
@@ -207,7 +207,7 @@ async fn network_is_suspect_after_a_few_failures_and_not_for_long() {
         let attempt = fail(&attempts, &email, "192.0.2.1").await.unwrap();
         assert_eq!(attempt.is_suspect, n >= CROWD, "{n}");
     }
-    // Another address in the same /24 is counted together; another network is not.
+    // Another address in the same /24 shares the count; another network does not.
     let neighbor = fail(&attempts, "x@example.com", "192.0.2.2").await.unwrap();
     assert!(neighbor.is_suspect);
     let other = fail(&attempts, "x@example.com", "192.0.3.2").await.unwrap();

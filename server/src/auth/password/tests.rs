@@ -72,14 +72,14 @@ fn weak_passwords_with_symbols_are_rejected() {
     }
 }
 
-fn turn(lane: Lane, party: u64) -> Turn {
-    Turn { lane, party }
+fn turn(class: CallerClass, party: u64) -> Turn {
+    Turn { class, party }
 }
 
 #[tokio::test]
 async fn password_is_verified_in_any_normal_form() {
     let pool = PasswordPool::start(CHEAP).unwrap();
-    let place = &pool.enter(turn(Lane::Known, 0)).await.unwrap();
+    let place = &pool.enter(turn(CallerClass::Known, 0)).await.unwrap();
     let hash = pool
         .hash(
             Password::new("caf\u{e9} und Tee, violet harbour"),
@@ -105,7 +105,7 @@ async fn flood_is_rejected_at_once_and_earlier_waiters_are_served() {
         passes: 4,
     })
     .unwrap();
-    let ordinary = turn(Lane::Ordinary, 1);
+    let ordinary = turn(CallerClass::Ordinary, 1);
     let all = (0..200).map(async |_| {
         let place = pool.enter(ordinary).await?;
         pool.verify(Password::new("x"), None, &place).await
@@ -117,12 +117,12 @@ async fn flood_is_rejected_at_once_and_earlier_waiters_are_served() {
         .count();
     let served = all.iter().filter(|it| matches!(it, Ok(false))).count();
     assert_eq!(busy + served, 200);
-    let room = WAITING[Lane::Ordinary as usize];
+    let room = WAITING[CallerClass::Ordinary as usize];
     assert!(served >= room, "{served} served");
-    assert!(busy >= 200 - room - THREADS - 4, "{busy} turned away");
+    assert!(busy >= 200 - room - THREADS - 4, "{busy} rejected");
 }
 
-/// Which arrivals are admitted, and in which order they are served.
+/// Checks which arrivals are admitted, and in which order they are served.
 fn order(turns: &[Turn]) -> (Vec<bool>, Vec<usize>) {
     let mut queue = Queue::default();
     let taken = turns.iter().enumerate();
@@ -134,24 +134,29 @@ fn order(turns: &[Turn]) -> (Vec<bool>, Vec<usize>) {
 #[tokio::test]
 async fn dropped_waiter_passes_its_place_to_the_next() {
     let pool = PasswordPool::start(CHEAP).unwrap();
-    let ordinary = turn(Lane::Ordinary, 1);
+    let ordinary = turn(CallerClass::Ordinary, 1);
     let first = pool.enter(ordinary).await.unwrap();
     let second = pool.enter(ordinary).await.unwrap();
     for _ in 0..20 {
         let gone = tokio::time::timeout(Duration::from_millis(1), pool.enter(ordinary)).await;
         assert!(gone.is_err());
     }
-    let (next, ()) = tokio::join!(pool.enter(turn(Lane::Suspect, 2)), async { drop(first) });
+    let (next, ()) = tokio::join!(pool.enter(turn(CallerClass::Suspect, 2)), async {
+        drop(first);
+    });
     drop((next.unwrap(), second));
     assert_eq!(pool.places.lock().taken, 0);
 }
 
 #[test]
-fn full_lane_makes_room_for_a_new_network() {
-    let room = WAITING[Lane::Ordinary as usize];
-    let mut turns = vec![turn(Lane::Ordinary, 1); room];
+fn full_class_makes_room_for_a_new_network() {
+    let room = WAITING[CallerClass::Ordinary as usize];
+    let mut turns = vec![turn(CallerClass::Ordinary, 1); room];
     // One more from the same network is rejected. Another network is admitted, and the flood loses its newest waiter.
-    turns.extend([turn(Lane::Ordinary, 1), turn(Lane::Ordinary, 2)]);
+    turns.extend([
+        turn(CallerClass::Ordinary, 1),
+        turn(CallerClass::Ordinary, 2),
+    ]);
     let (taken, done) = order(&turns);
     assert!(!taken[room] && taken[room + 1], "{taken:?}");
     assert_eq!(done.len(), room);
@@ -161,32 +166,32 @@ fn full_lane_makes_room_for_a_new_network() {
 
 #[test]
 fn account_with_many_waiters_goes_last() {
-    let room = WAITING[Lane::Known as usize];
-    let mut turns = vec![turn(Lane::Known, 1); room - 2];
-    turns.extend([turn(Lane::Known, 2), turn(Lane::Known, 3)]);
-    // The lane is full: the next ones displace waiters of the first account.
+    let room = WAITING[CallerClass::Known as usize];
+    let mut turns = vec![turn(CallerClass::Known, 1); room - 2];
+    turns.extend([turn(CallerClass::Known, 2), turn(CallerClass::Known, 3)]);
+    // The class is full: the next ones displace waiters of the first account.
     turns.extend([
-        turn(Lane::Known, 4),
-        turn(Lane::Known, 1),
-        turn(Lane::Known, 2),
+        turn(CallerClass::Known, 4),
+        turn(CallerClass::Known, 1),
+        turn(CallerClass::Known, 2),
     ]);
     let (taken, done) = order(&turns);
     let of_others = room - 2..room + 1;
     assert!(of_others.clone().all(|n| taken[n]) && !taken[room + 1] && taken[room + 2]);
     assert_eq!(done.len(), room);
-    // One of each party, and then the second of each.
+    // The first waiter of each party is served, then the second of each.
     assert_eq!(done[..6], [0, room - 2, room - 1, room, 1, room + 2]);
 }
 
 #[test]
-fn no_lane_starves_and_known_devices_wait_for_at_most_one_other() {
+fn no_class_starves_and_known_devices_wait_for_at_most_one_other() {
     let mut turns = Vec::new();
     for network in 0..24 {
-        turns.push(turn(Lane::Ordinary, network));
+        turns.push(turn(CallerClass::Ordinary, network));
     }
-    turns.extend((0..8).map(|network| turn(Lane::Suspect, network)));
+    turns.extend((0..8).map(|network| turn(CallerClass::Suspect, network)));
     let known = turns.len();
-    turns.extend((0..4).map(|_| turn(Lane::Known, 99)));
+    turns.extend((0..4).map(|_| turn(CallerClass::Known, 99)));
     let (taken, done) = order(&turns);
     assert!(taken.iter().all(|taken| *taken));
     assert_eq!(done.len(), turns.len());

@@ -19,14 +19,14 @@ use super::{
 #[derive(Debug, Clone)]
 pub(super) struct Binaries {
     pub(super) dir: PathBuf,
-    /// As in a cluster's `PG_VERSION`, such as `15`.
+    /// The version in the format of a cluster's `PG_VERSION`, such as `15`.
     pub(super) version: String,
 }
 
 /// Returns every PostgreSQL server installed on this machine, the preferred one first.
 pub(super) async fn installed_binaries() -> Vec<Binaries> {
     let mut places = Vec::new();
-    // Servers found by `pg_config` and in the path are preferred. `pg_config` is also part of the client library, so
+    // Servers found through `pg_config` and in `PATH` are preferred. `pg_config` is also part of the client library, so
     // its directory may not contain a server.
     for question in [
         "pg_config --bindir",
@@ -129,11 +129,12 @@ pub(super) async fn initdb(bin: &Path, place: &Place) -> Result<(), EmbeddedErro
         .arg(&new)
         .args([
             &format!("--username={NAME}"),
-            // Access is restricted by the permissions of the socket's directory.
+            // The permissions of the socket's directory restrict access.
             "--auth-local=trust",
             "--auth-host=reject",
             "--encoding=UTF8",
-            // Byte order never changes. A locale's order may change with the C library, which breaks indexes.
+            // Byte order never changes. A locale's sort order may change with the C library, which would corrupt
+            // indexes.
             "--no-locale",
             "--data-checksums",
         ])
@@ -155,7 +156,8 @@ pub(super) async fn initdb(bin: &Path, place: &Place) -> Result<(), EmbeddedErro
             output: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
         });
     }
-    fs::rename(&new, &place.cluster).map_err(EmbeddedError::file("cannot make", &place.cluster))?;
+    fs::rename(&new, &place.cluster)
+        .map_err(EmbeddedError::file("cannot create", &place.cluster))?;
     // The rename must survive a power failure, like the files themselves.
     File::open(home)
         .and_then(|dir| dir.sync_all())

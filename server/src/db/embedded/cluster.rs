@@ -1,4 +1,4 @@
-//! The server process: starts it under the guard, supervises, restarts and stops it.
+//! The server process: starts it under the guard, and supervises, restarts and stops it.
 
 use std::{
     ffi::OsStr,
@@ -52,12 +52,12 @@ pub(super) struct Cluster {
     pub(super) place: Place,
     pub(super) socket_dir: PathBuf,
     pub(super) log: PathBuf,
-    /// Held until PostgreSQL has exited, so that the next server does not find it shutting down.
+    /// The lock is held until PostgreSQL has exited, so that the next server does not find it shutting down.
     pub(super) _lock: File,
 }
 
 impl Cluster {
-    /// Starts PostgreSQL, which is not [`ready`](Self::ready) for a while.
+    /// Starts PostgreSQL, which takes a while to become [`ready`](Self::ready).
     pub(super) async fn launch(&self) -> Result<Guarded, EmbeddedError> {
         self.stop_orphan().await?;
         let log = OpenOptions::new()
@@ -68,7 +68,7 @@ impl Cluster {
             .map_err(EmbeddedError::file("cannot open", &self.log))?;
         let log_begin = log
             .metadata()
-            .map_err(EmbeddedError::file("cannot look at", &self.log))?
+            .map_err(EmbeddedError::file("cannot inspect", &self.log))?
             .len();
         let stdout = log
             .try_clone()
@@ -120,11 +120,11 @@ impl Cluster {
     /// Stops a PostgreSQL that an earlier server left running on this cluster, and waits until it has exited.
     ///
     /// This process holds the lock of the data directory, so any PostgreSQL here is an orphan. It is recognized by its
-    /// working directory, which PostgreSQL sets to its cluster; a PID from a file may belong to another process by now.
-    /// Without `/proc`, only PostgreSQL's own check of its PID file remains.
+    /// working directory, which PostgreSQL sets to its cluster. A PID from a file may belong to another process by now.
+    /// Without `/proc`, Quota relies on PostgreSQL's own check of its PID file.
     pub(super) async fn stop_orphan(&self) -> Result<(), EmbeddedError> {
         let cluster = fs::canonicalize(&self.place.cluster)
-            .map_err(EmbeddedError::file("cannot look at", &self.place.cluster))?;
+            .map_err(EmbeddedError::file("cannot inspect", &self.place.cluster))?;
         let pid_file = cluster.join("postmaster.pid");
         if !running_in(&cluster).is_empty() {
             tracing::info!(cluster = %cluster.display(), "stopping an orphaned PostgreSQL");
@@ -195,7 +195,7 @@ impl Cluster {
                 };
                 tracing::error!(
                     error = &error as &dyn std::error::Error,
-                    "the embedded PostgreSQL does not start, retrying"
+                    "cannot start the embedded PostgreSQL, retrying"
                 );
             };
             tracing::info!("the embedded PostgreSQL is running again");
@@ -266,7 +266,7 @@ fn running_in(dir: &Path) -> Vec<i32> {
 }
 
 /// Signals the cluster's postmaster and waits until all its processes have exited. Returns `false` if some have not.
-/// Sessions detect by themselves that their postmaster has died.
+/// Sessions notice on their own that their postmaster has died.
 async fn end_running(cluster: &Path, signal: Signal, limit: Duration) -> bool {
     let deadline = Instant::now() + limit;
     let mut signalled = None;
@@ -291,7 +291,7 @@ async fn end_running(cluster: &Path, signal: Signal, limit: Duration) -> bool {
     }
 }
 
-/// It may be an operator's shell in this working directory.
+/// The process may be an operator's shell in this working directory.
 fn is_postgres(process: &Path) -> bool {
     fs::read_link(process.join("exe"))
         .is_ok_and(|exe| exe.file_name() == Some(OsStr::new("postgres")))

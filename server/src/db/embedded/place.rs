@@ -24,8 +24,8 @@ const SOCKET_PATH_LIMIT: usize = 103;
 const FALLBACK_HOME: &str = "/var/lib/quota";
 
 /// Runs "$@", requests a fast shutdown when standard input ends, and exits with the same status. A shell's background
-/// jobs have no standard input, hence descriptor 3, and ignore SIGINT until they install a handler, hence more than
-/// one.
+/// jobs have no standard input, so the script uses descriptor 3. They ignore SIGINT until they install a handler, so
+/// the script sends it repeatedly.
 const GUARD: &str = r#"
 exec 3<&0 </dev/null
 "$@" 3<&- &
@@ -47,7 +47,7 @@ pub(super) struct Place {
     pub(super) user: RunAs,
 }
 
-/// `None`: the current user, which is not root.
+/// `None` for the current user, if it is not root.
 pub(super) type RunAs = Option<User>;
 
 impl Place {
@@ -77,7 +77,7 @@ impl Place {
         if place.check_reach(data_dir).await.is_ok() {
             return Ok(place);
         }
-        // /root is 0700 on most machines, and a checkout in it must work too.
+        // `/root` is 0700 on most machines, and a checkout in it has to work too.
         make_dir(Path::new(FALLBACK_HOME), 0o755)?;
         make_dir(&fallback_home, 0o711)?;
         tracing::warn!(
@@ -99,7 +99,7 @@ impl Place {
         let metadata = match fs::metadata(path) {
             Ok(metadata) => metadata,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(EmbeddedError::file("cannot look at", path)(error)),
+            Err(error) => return Err(EmbeddedError::file("cannot inspect", path)(error)),
         };
         let owner = Uid::from_raw(metadata.uid());
         let me = geteuid();
@@ -135,7 +135,7 @@ impl Place {
         self.user.as_ref().map_or("", |user| user.name.as_str())
     }
 
-    /// Tests whether the database's user can enter `dir`, which mode bits do not fully determine.
+    /// Tests whether the database's user can enter `dir`. The mode bits alone do not determine this.
     pub(super) async fn check_reach(&self, dir: &Path) -> Result<(), EmbeddedError> {
         let Some(user) = &self.user else {
             return Ok(());
@@ -180,7 +180,7 @@ impl Place {
         command
             .args(["-c", GUARD, "quota-postgres-guard"])
             .arg(program)
-            // It must not see secrets in the environment, and PG* variables are not intended for it.
+            // PostgreSQL must not see secrets in the environment, and PG* variables are not intended for it.
             .env_clear()
             .env("PATH", "/usr/bin:/bin")
             .env("LC_ALL", "C")
@@ -203,7 +203,7 @@ pub(super) fn make_data_dir(data_dir: &Path) -> Result<PathBuf, EmbeddedError> {
         path: data_dir.to_owned(),
         source: Box::new(error),
     })?;
-    fs::canonicalize(data_dir).map_err(EmbeddedError::file("cannot look at", data_dir))
+    fs::canonicalize(data_dir).map_err(EmbeddedError::file("cannot inspect", data_dir))
 }
 
 pub(super) fn make_dir(path: &Path, mode: u32) -> Result<(), EmbeddedError> {
@@ -239,7 +239,7 @@ fn unprivileged_user() -> Result<User, EmbeddedError> {
         .ok_or(EmbeddedError::NoUser)
 }
 
-/// Returns a user who owns files but is not in any user list, as happens with container volumes.
+/// Returns a user who owns files but has no passwd entry, as happens with container volumes.
 fn nameless(uid: Uid, gid: Gid) -> User {
     User {
         name: uid.to_string(),
@@ -279,9 +279,9 @@ pub(super) fn socket_dir(place: &Place) -> Result<PathBuf, EmbeddedError> {
             ));
         }
     }
-    // Anyone may create files in /tmp.
+    // Any user can create files in /tmp.
     let metadata =
-        fs::symlink_metadata(&dir).map_err(EmbeddedError::file("cannot look at", &dir))?;
+        fs::symlink_metadata(&dir).map_err(EmbeddedError::file("cannot inspect", &dir))?;
     let owner = place.user.as_ref().map_or(geteuid(), |user| user.uid);
     if !metadata.is_dir()
         || metadata.uid() != owner.as_raw()

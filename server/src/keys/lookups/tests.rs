@@ -31,7 +31,7 @@ fn fixture(limit: usize, workers: usize) -> Fixture {
         async move {
             let permit = permits.acquire().await;
             permit.expect("it is not closed").forget();
-            // Even numbers exist.
+            // Even numbers are existing secrets.
             let found = hashes.iter().filter(|hash| hash[0] % 2 == 0);
             Ok(found.map(|hash| (hash.to_vec(), hash[0])).collect())
         }
@@ -128,7 +128,7 @@ async fn sources_take_turns() {
     let it = fixture(1000, 1);
     let _first = it.find(0, Some(from(1)));
     tokio::task::yield_now().await;
-    // More than a batch from one caller, then one from another.
+    // More than a full batch from one caller, and then one lookup from another.
     let counted = Arc::new(AtomicUsize::new(0));
     for _ in 0..2 * BATCH {
         let (found, counted) = (it.find(2, Some(from(1))), counted.clone());

@@ -14,8 +14,8 @@ use crate::{
     limiter::rate::counters::{CounterMicros, NEVER_HEARD},
 };
 
-/// This many consecutive failures, without a success for this long, open the breaker. A process that was not scheduled
-/// for a moment has many failures at the same time although the counters work.
+/// This many consecutive failures, without a success for this long, open the breaker. If a process was not scheduled
+/// for a moment, many of its calls fail at the same time although the counters work.
 const FAILURES: u32 = 5;
 pub(super) const SILENCE: Duration = Duration::from_millis(200);
 
@@ -27,7 +27,7 @@ const SPAN: Nanos = Nanos::from_secs(1);
 /// In microseconds. If a timely response is this much older than the last one, the clock of the counters was set back.
 const TURNED_BACK: u64 = 1_000_000;
 
-/// See the module.
+/// See the module documentation.
 #[derive(Debug)]
 pub(super) struct CircuitBreaker {
     away: AtomicBool,
@@ -51,20 +51,20 @@ struct BreakerState {
     outage: Outage,
 }
 
-/// A period in which nothing may be decided without the counters.
+/// A period in which no decision may be made without the counters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Pause {
     from: Monotonic,
     until: Monotonic,
 }
 
-/// A period without counters.
+/// A period during which the counters are unavailable.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Outage {
-    /// The number of the outage; 0 means none.
+    /// The number of the outage; 0 means that there is none.
     pub(super) number: u64,
     pub(super) since: Monotonic,
-    /// When it began, by the clock of the counters.
+    /// When the outage began, by the clock of the counters.
     counters_since: CounterMicros,
     /// The time from when the promised epoch may have started until the response to the first call in it is late.
     paused: Option<Pause>,
@@ -72,7 +72,7 @@ pub(super) struct Outage {
 
 impl Outage {
     /// Returns whether the counters may have started to grant tokens and this replica may be about to use them again.
-    /// Anything it allowed now could be allowed twice.
+    /// Any request it allowed now could be allowed twice.
     pub(super) fn is_paused(self, now: Monotonic) -> bool {
         self.paused
             .is_some_and(|pause| pause.from <= now && now < pause.until)
@@ -121,7 +121,7 @@ impl CircuitBreaker {
     }
 
     /// Returns whether a heartbeat is due, because no response was received, or none was confirmed, for the duration
-    /// `every`. A single replica has no one to confirm responses to.
+    /// `every`. A single replica has no other replica to confirm responses to.
     pub(super) fn is_heartbeat_due(
         &self,
         now: Monotonic,

@@ -1,7 +1,7 @@
 //! Calls to the counters, and their outcomes.
 //!
-//! Tasks make the calls, so that a request may be canceled while it waits, a late response is still used, and no token
-//! is lost. All waiting requests of a key share one call, which requests the sum of what they need. Requests that
+//! Calls run in separate tasks, so that a request can be canceled while it waits, a late response is still used, and no
+//! token is lost. All waiting requests of a key share one call, which requests all the tokens they need. Requests that
 //! arrive during a call are decided by the next one, which starts when that call ends, or shortly after it started if
 //! the bucket would otherwise become full in the meantime. A call has a deadline, so a decision waits for at most two
 //! calls.
@@ -39,13 +39,13 @@ use crate::{
     },
 };
 
-/// How long until a call is abandoned. Before that, a late response is still used.
+/// How long until a call is abandoned. Until then, a late response is still used.
 pub(super) const CALL_DEADLINE: Duration = Duration::from_secs(1);
 
 /// How long a denial by the counters is trusted if tokens are leased, as a multiple of the lease TTL.
 pub(super) const DENIED_FOR_LEASES: u64 = 2;
 
-/// The number of concurrent calls that return leases on exit, and how many of them may fail.
+/// The maximum number of concurrent calls that return leases on exit, and how many of them may fail.
 const RETURNS_AT_ONCE: usize = 256;
 const RETURNS_FAILED: u32 = 8;
 /// How long returning leases may take.
@@ -247,7 +247,7 @@ impl StoreCore {
                     busy.push(handle);
                 }
             }
-            // Does not affect the breaker: with this many concurrent calls, some may be late.
+            // These calls do not affect the breaker, because with this many concurrent calls, some may be late.
             stream::iter(calls)
                 .for_each_concurrent(RETURNS_AT_ONCE, async |call| {
                     let gave_up = failures.load(Ordering::Relaxed) >= RETURNS_FAILED;
@@ -268,7 +268,7 @@ impl StoreCore {
                 failures.store(RETURNS_FAILED, Ordering::Relaxed);
             }
         }
-        // Calls in flight return the tokens they are granted.
+        // Calls in flight return their granted tokens themselves.
         let patience = time::Instant::now() + CALL_DEADLINE + self.settings.deadline;
         let is_busy = |handle: &Arc<KeyHandle>| {
             let mut state = handle.state.lock();

@@ -1,4 +1,4 @@
-//! The state of the distributed store. Its methods are in the modules that use them.
+//! The state of the distributed store. Its methods are defined in the modules that use them.
 
 use std::{
     sync::{Arc, Weak, atomic::AtomicBool},
@@ -21,7 +21,7 @@ use crate::{
 /// Settings of the distributed store.
 #[derive(Debug, Clone)]
 pub struct DistributedSettings {
-    /// How long tokens taken in advance may be spent. Zero: the counters decide every request.
+    /// How long tokens taken in advance may be spent. If zero, the counters decide every request.
     pub lease_ttl: Duration,
     /// How long a request waits for one call to the counters.
     pub deadline: Duration,
@@ -30,7 +30,7 @@ pub struct DistributedSettings {
     pub keys: KeyTableSettings,
 }
 
-/// See the module.
+/// See the module documentation.
 #[derive(Debug)]
 pub(super) struct StoreCore {
     pub(super) keys: KeyTable,
@@ -41,12 +41,12 @@ pub(super) struct StoreCore {
     pub(super) settings: DistributedSettings,
     pub(super) ttl: Nanos,
     pub(super) partitions: Box<[CircuitBreaker]>,
-    /// Tokens are no longer held for later.
+    /// Whether to stop holding tokens for later.
     pub(super) draining: AtomicBool,
     pub(super) me: Weak<StoreCore>,
 }
 
-/// The same moment on both clocks.
+/// The same instant on both clocks.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Moment {
     pub(super) now: UnixNanos,
@@ -54,7 +54,7 @@ pub(super) struct Moment {
 }
 
 impl StoreCore {
-    /// Returns the moment of calendar time that was just read.
+    /// Returns the instant at which the calendar time was just read.
     #[inline]
     pub(super) fn moment(&self, now: UnixNanos) -> Moment {
         Moment {

@@ -1,10 +1,10 @@
 //! One decision: from local tokens, by a call to the counters, or without them.
 //!
 //! Ensures that quotas and rate are taken together or not at all. Does not depend on how the counters are called. While
-//! they are unavailable, applies the plan's choice.
+//! they are unavailable, applies the plan's fallback setting.
 //!
-//! A denial names the rate as violated only if the counters reported that, at most a moment ago. Without a response, it
-//! is unknown whether the rate is exceeded: [`OnRedisFailure::Share`] then denies without naming a policy,
+//! A denial names the rate as violated only if the counters reported that just before. Without a response, it is
+//! unknown whether the rate is exceeded: [`OnRedisFailure::Share`] then denies without naming a policy,
 //! [`OnRedisFailure::Closed`] fails, and [`OnRedisFailure::Open`] denies only what exceeds the limit on this replica.
 
 use std::{
@@ -35,7 +35,7 @@ use crate::{
 /// The wait to report if none is known.
 const A_SECOND: NonZeroU64 = NonZeroU64::new(1_000_000_000).unwrap();
 
-/// The wait to report if it is known to be short.
+/// The wait to report if the actual wait is known to be short.
 const A_MOMENT: NonZeroU64 = NonZeroU64::new(1_000_000).unwrap();
 
 /// The outcome of deciding with the state on this replica.
@@ -84,7 +84,7 @@ impl StoreCore {
             && !self.partition(handle).is_away()
         {
             let mut denial = Denial::default();
-            // Until the counters may be called again, and until there are enough tokens for this request.
+            // The times until the counters may be called again, and until there are enough tokens for this request.
             denial.add(Policy::Rpm, left(until, monotonic));
             let gcra = policies.gcra();
             let debt = lease.debt(gcra, monotonic);
@@ -118,8 +118,8 @@ impl StoreCore {
         }
     }
 
-    /// Takes `tokens` from the counters, in one call with all other waiting requests of this key. Zero only reads the
-    /// state of the bucket.
+    /// Takes `tokens` from the counters, in one call with all other waiting requests of this key. With zero, only reads
+    /// the state of the bucket.
     async fn fetch(
         &self,
         handle: &Arc<KeyHandle>,
@@ -203,7 +203,8 @@ impl StoreCore {
         Some(decision)
     }
 
-    /// Decides without the counters, by the plan's choice. Returns `None` if the quotas must be checked again.
+    /// Decides without the counters, according to the plan's fallback setting. Returns `None` if the quotas must be
+    /// checked again.
     pub(super) fn without_counters(
         &self,
         handle: &Arc<KeyHandle>,
@@ -225,7 +226,7 @@ impl StoreCore {
         let gcra = policies.gcra();
         let (outcome, rate) = match on_failure {
             OnRedisFailure::Closed => return Err(LimiterError::CountersAway),
-            // The same as if this were the only replica.
+            // Decides as if this were the only replica.
             OnRedisFailure::Open => {
                 let mut denial = Denial::default();
                 denial.add_rate(state.take_rate(cost, now));
@@ -254,13 +255,13 @@ impl StoreCore {
                         let debt = share.tat.saturating_since(monotonic);
                         (verdict, rate(policies, now, debt.min(gcra.tau())))
                     }
-                    // A single call failed, or the number of replicas is unknown: treated like a share that has just
-                    // started, empty.
+                    // A single call failed, or the number of replicas is unknown. This is treated like an empty share
+                    // that has just started.
                     _ => (Err(A_SECOND), rate(policies, now, gcra.tau())),
                 };
                 let outcome = match verdict {
                     Ok(()) => Outcome::Allowed,
-                    // This replica's share is exhausted. Only the counters know whether the limit is exhausted.
+                    // This replica's share is exhausted. Only the counters know whether the limit itself is exhausted.
                     Err(wait) => Outcome::Denied {
                         violated: PolicySet::EMPTY,
                         retry_after: Some(wait),
@@ -294,7 +295,7 @@ impl StoreCore {
                     let again = || self.decide_locally(handle, policies, cost, Some(&mut demand));
                     match self.keys.fetch(handle, cost, &mut patience, again).await {
                         Ok(outcome) => outcome,
-                        // The rate may deny it anyway.
+                        // The rate may deny the request anyway.
                         Err(error) => {
                             self.fetch(handle, policies, 0).await;
                             return self
@@ -323,7 +324,7 @@ impl StoreCore {
                         }
                         FetchOutcome::TooFew => {
                             let denial = self.denial(handle, policies, cost, &mut demand, None);
-                            // The bucket may have refilled since, or the counters may follow another version of the
+                            // The bucket may have refilled since then, or the counters may use another version of the
                             // plan.
                             let soon =
                                 || self.denial(handle, policies, cost, &mut demand, Some(A_MOMENT));

@@ -69,7 +69,7 @@ impl StoreCore {
         }));
     }
 
-    /// Returns the outcome with `unspent`, or without tokens if the request only waited for the response.
+    /// Returns the outcome with the tokens in `unspent`, or without tokens if the request only waited for the response.
     fn guard(&self, handle: &Arc<KeyHandle>, unspent: Unspent) -> FetchOutcome {
         match self.me.upgrade() {
             Some(core) if unspent.tokens > 0 => {
@@ -121,7 +121,7 @@ struct LeaseFetch {
     spare: u64,
     asked_at: Monotonic,
     requests: Vec<Waiter>,
-    /// The call is not late yet, so the next call for this key starts only after a pause.
+    /// The call is not late yet, so the next call for this key has to wait for a pause.
     active: bool,
 }
 
@@ -226,9 +226,9 @@ impl LeaseFetch {
         left
     }
 
-    /// If the bucket has too few tokens, denies requests locally for a while: until there are enough, but not for long,
+    /// If the bucket has too few tokens, denies requests locally until there are enough, but only for a short time,
     /// since other replicas may return some. An empty bucket may collect tokens for part of the lease TTL, during which
-    /// it does not fill up, so that they are not fetched one by one.
+    /// it does not fill up, so that tokens are not fetched one by one.
     ///
     /// The time is measured from the start of the call. The counters decide later than that, but the next call takes
     /// just as long to reach them, so measuring from the response would count the time in transit twice.
@@ -244,7 +244,7 @@ impl LeaseFetch {
             Nanos::ZERO
         };
         let n = match refused {
-            // A bucket that is known to be empty is not called unless tokens are returned to it.
+            // The counters are not called for a bucket that is known to be empty, unless tokens are returned to it.
             _ if !self.terms.leased && left < call.emission && !lease.owes() => 1,
             _ if 0 < granted && granted < call.want && left < call.emission => 1,
             Some(refused) => refused,
@@ -252,7 +252,7 @@ impl LeaseFetch {
             None => return,
         };
         let missing = call.emission.saturating_mul(n).saturating_sub(left);
-        // Under this version of the plan there are enough tokens: the counters refused them under another version.
+        // Under this version of the plan, there are enough tokens. The counters denied them under another version.
         if missing == Nanos::ZERO {
             return;
         }
@@ -266,7 +266,7 @@ impl LeaseFetch {
     }
 }
 
-/// Requests tokens, and in the end returns those that were not spent.
+/// Requests tokens, and finally returns those that were not spent.
 async fn fetch(mut fetch: LeaseFetch) {
     let (inner, handle) = (Arc::clone(&fetch.inner), Arc::clone(&fetch.handle));
     let asked_at = fetch.asked_at;

@@ -15,35 +15,37 @@
 //! **Guarantees.** In any window of `T` seconds, all replicas together admit at most `burst + rate · (T + ttl)`, or at
 //! most `burst + rate · T` if the counters decide every request ([`lease`](crate::limiter::rate::lease) has the
 //! argument). Calendar quotas are exact: the ledger counts a token before it is spent. The full burst of an idle
-//! bucket, sent at once to one replica, is admitted in at most two round trips.
+//! bucket, sent to one replica at the same time, is admitted in at most two round trips.
 //!
 //! **Deadlines.** A call without a timely response counts as failed. A decision waits for at most two deadlines: for the
 //! call in flight when it arrives and the next one, or for a late response. Then it is made without the counters. A
 //! decision also waits for at most two calls to the ledger. A request's quota tokens are reserved before its rate is
 //! taken, so that no rate is taken for a request whose quota is then exhausted.
 //!
-//! **While the counters are unavailable** ([`breaker`] decides when), a replica follows the plan's choice. `Share`: a
-//! separate bucket of `burst / replicas` and `rate / replicas`, which starts *empty* shortly after the start of the
-//! outage. All shares together are one bucket that starts empty, so that they stay within the envelope together with
-//! the tokens taken before. `Open`: each replica enforces the whole limit, in a bucket of its own that starts full.
-//! `Closed`: nothing. A denial then names no violated policy, since it is unknown whether the limit was reached.
+//! **While the counters are unavailable** ([`breaker`] decides when), a replica follows the plan's fallback setting.
+//! With `Share`, it uses a separate bucket of `burst / replicas` and `rate / replicas`, which starts *empty* shortly
+//! after the start of the outage. All shares together are one bucket that starts empty, so that they stay within the
+//! envelope together with the tokens taken before. With `Open`, each replica enforces the whole limit in a separate
+//! bucket that starts full. With `Closed`, nothing is admitted. A denial then names no violated policy, since it is
+//! unknown whether the limit was reached.
 //!
 //! **When they are available again**, they do not know which requests were allowed without them, and may have lost
-//! their state. So after a loss of state, or an outage in which no replica got a response, they start a *new epoch*: at
-//! a single moment of their own clock, slightly in the future, with every bucket empty. Until then, all replicas decide
+//! their state. So after a loss of state, or an outage in which no replica got a response, they start a *new epoch* at
+//! a single moment on their own clock, slightly in the future, with every bucket empty. Until then, all replicas decide
 //! as during an outage. If only one replica had the outage, it simply resumes. A replica that is starting cannot know
 //! whether others have an outage. If none got a response for 0.8 s, it starts a new epoch as well, unless all others
 //! have only just started too. (This does not apply to a cluster, whose partitions may be idle for long.)
 //!
 //! **Edits.** An edit does not change the number of missing tokens. If a smaller burst cannot hold all of them, the
-//! rest is missing again when the burst is raised, minus the time during which the bucket was full. A bucket learns of
-//! an edit with the first request after it, but not of its time: since the previous request, it has refilled at the
-//! lower of the two rates. A bucket that was idle for a minute plus twice the time it takes to fill is deleted, and is
-//! full under any plan. After a loss of state, a larger burst contains no more than what has refilled since then.
+//! rest is missing again when the burst is raised, less what would have refilled while the bucket was full. A bucket
+//! learns of an edit with the first request after it, but not when the edit was made. So it counts as having refilled
+//! at the lower of the two rates since the previous request. A bucket that was idle for a minute plus twice the time it
+//! takes to fill is deleted, and is full under any plan. After a loss of state, a larger burst contains no more than
+//! what has refilled since then.
 //!
 //! **Not guaranteed.** While only some replicas have an outage, `Share` allows their share `p` of the bucket in
 //! addition to what the counters grant (`k/n` of it for `k` of `n` replicas, up to fractions of a token): at most `(1 +
-//! p) * (burst + rate * (T + ttl))`. `Closed` allows nothing in addition. This does not apply to an outage of all
+//! p) * (burst + rate * (T + ttl))`. `Closed` allows no additional requests. This does not apply to an outage of all
 //! replicas that is too short for some of them to detect: shares begin to fill only when it would be over or detected
 //! by all. In a cluster, it does apply to replicas that did not use the partition: they do not detect its outage.
 
@@ -93,7 +95,7 @@ use crate::{
 pub struct DistributedStore(Arc<StoreCore>);
 
 impl DistributedStore {
-    /// Also starts the task that sends heartbeats, which ends with the store.
+    /// Also starts the task that sends heartbeats. The task ends with the store.
     pub fn new(
         clock: Arc<dyn Clock>,
         ledger: Arc<dyn QuotaLedger>,

@@ -1,4 +1,4 @@
-//! Heartbeats to counters in use, and probes of counters with an outage.
+//! Sends heartbeats to counters in use, and probes counters during an outage.
 
 use std::{
     sync::{Arc, Weak},
@@ -13,9 +13,9 @@ use crate::{
     limiter::rate::counters::{BucketName, BucketState, CounterMicros, TakeCall},
 };
 
-/// The delay of the first probe of counters with an outage, and the interval between probes. The first probe of a
-/// replica is sent after other replicas, if they still get responses, have confirmed one that is newer than the outage.
-/// That takes two heartbeats: one gets a response, and the next confirms it.
+/// The delay before the first probe in an outage, and the interval between probes. The first probe of a replica is sent
+/// after other replicas, if they still get responses, have confirmed one that is newer than the outage. That takes two
+/// heartbeats: one gets a response, and the next confirms it.
 pub(super) const FIRST_PROBE: Duration = Duration::from_millis(350);
 const PROBE_EVERY: Duration = Duration::from_millis(250);
 /// The delay of a heartbeat after the last confirmed response, and the interval after a failure, so that all replicas
@@ -23,9 +23,9 @@ const PROBE_EVERY: Duration = Duration::from_millis(250);
 const HEARTBEAT_EVERY: Duration = Duration::from_millis(150);
 const SUSPECT_EVERY: Duration = Duration::from_millis(50);
 /// Minimum time to wait for the response to a probe. Only a response within the deadline of requests ends an outage:
-/// with slow counters, every request would time out, and each recovery would empty all buckets.
+/// otherwise, if the counters were slow, every request would time out, and each recovery would empty all buckets.
 const PROBE_DEADLINE: Duration = Duration::from_millis(250);
-/// How long an unused partition still gets heartbeats.
+/// How long an unused partition continues to get heartbeats.
 const IN_USE: Nanos = Nanos::from_secs(10);
 
 const _: () = assert!(
@@ -81,8 +81,8 @@ async fn send_heartbeat(inner: Arc<StoreCore>, number: u16) {
     partition.used(used_at);
 }
 
-/// Sends heartbeats to counters in use that have had no recent call. They also show other recovering replicas that a
-/// replica got responses.
+/// Sends heartbeats to counters in use that have had no recent call. They also let other replicas that are recovering
+/// know that this one got responses.
 pub(super) async fn send_heartbeats(inner: Weak<StoreCore>) {
     let mut ticks = time::interval(SUSPECT_EVERY);
     ticks.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
@@ -138,7 +138,7 @@ pub(super) async fn probe_until_recovered(
         let partition = &inner.partitions[usize::from(number)];
         inner.metrics.counter_calls.inc();
         // A promise is valid for a single moment. If the response is late or missing, this replica continues to decide
-        // on its own.
+        // without the counters.
         let promised = std::mem::take(&mut promise);
         let call = TakeCall {
             promised,
@@ -153,7 +153,7 @@ pub(super) async fn probe_until_recovered(
         let answer = time::timeout(patience, inner.counters.take(call)).await;
         let now = inner.clock.monotonic();
         let in_time = now.saturating_since(asked_at) <= inner.settings.deadline.into();
-        // So that replicas do not all probe at the same time.
+        // The jitter prevents all replicas from probing at the same time.
         wait = PROBE_EVERY.saturating_sub(Duration::from_nanos(now.0 % 50_000_000));
         if let Ok(Ok(reply)) = answer {
             match reply.state {
@@ -172,7 +172,7 @@ pub(super) async fn probe_until_recovered(
                         partition = number,
                         "the shared counters are available again"
                     );
-                    // So that other recovering replicas can see that this one got a response.
+                    // This lets other recovering replicas see that this one got a response.
                     send_heartbeat(inner, number).await;
                     return;
                 }

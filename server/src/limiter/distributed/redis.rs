@@ -1,15 +1,16 @@
 //! The shared counters in Redis.
 //!
 //! Owns the script (`take.lua`, which documents its arguments), the names of its keys, and the initial state of a new
-//! deployment. If Redis is not connected, every call fails immediately; if it is silent, after [`CALL_DEADLINE`].
+//! deployment. If Redis is not connected, every call fails immediately; if it does not respond, calls fail after
+//! [`CALL_DEADLINE`].
 //!
 //! | key | value |
 //! |---|---|
 //! | `{prefix}:{q7}:k:<tenant id>:<key id>` | a bucket of partition 7 |
 //! | `{prefix}:{q7}:epoch` | the epoch from which the partition's buckets are valid |
 //!
-//! A partition is one hash slot with its own epoch: in a cluster, each may lose its state separately. One Redis, with
-//! or without Sentinel, is one partition.
+//! A partition is one hash slot with its own epoch: in a cluster, each may lose its state separately. A single Redis,
+//! with or without Sentinel, is one partition.
 
 use std::sync::Arc;
 
@@ -24,13 +25,13 @@ use crate::{
     redis::{CallError, Redis, Script},
 };
 
-/// Enough to distribute the keys of a cluster evenly over tens of nodes.
+/// The number of partitions, which is enough to distribute the keys of a cluster evenly over tens of nodes.
 const CLUSTER_PARTITIONS: u16 = 256;
 
 /// Minimum time from a loss of state to the new epoch, in microseconds: longer than the interval between probes, so
 /// that all replicas know of it before it starts.
 const EPOCH_DELAY: u64 = 600_000;
-/// The part of it that is not reserved for the response to a probe.
+/// The part of that time that is not reserved for the response to a probe.
 const UNPROBED: u64 = 350_000;
 
 const TAKE: &str = include_str!("take.lua");
@@ -44,7 +45,7 @@ if redis.call('EXISTS', KEYS[1]) == 0 then
 end
 return 0";
 
-/// See the module.
+/// See the module documentation.
 #[derive(Debug)]
 pub struct RedisCounters {
     redis: Redis,
@@ -54,7 +55,7 @@ pub struct RedisCounters {
     delay: u64,
 }
 
-/// Redis returned a value that the script never returns.
+/// Redis returned a value that the script cannot return.
 #[derive(Debug, thiserror::Error)]
 #[error("the script returned an unexpected value: {0}")]
 struct Unexpected(String);
@@ -69,7 +70,7 @@ impl RedisCounters {
         }
     }
 
-    /// For tests, which control the time.
+    /// Uses a different script. Only for tests, which control the time.
     #[doc(hidden)]
     pub fn with_script(redis: Redis, take: &'static str) -> Self {
         Self {
@@ -90,8 +91,8 @@ impl RedisCounters {
         TAKE
     }
 
-    /// Starts with full buckets if there is no state in this Redis. Call only once per deployment: after that, an empty
-    /// Redis is one that has lost its state.
+    /// Initializes full buckets if there is no state in this Redis. Call only once per deployment: after that, an empty
+    /// Redis means that it has lost its state.
     pub async fn begin(&self) -> Result<(), CounterError> {
         let first = Script::new(FIRST);
         for partition in 0..self.partitions {

@@ -36,8 +36,8 @@ impl<'a> DemandGuard<'a> {
         }
     }
 
-    /// Reserves the request's quota tokens if all blocks have enough, so that no other request proceeds to the rate
-    /// with the same tokens.
+    /// Reserves the request's quota tokens if all blocks have enough, so that no other request can use the same tokens
+    /// while this one waits for its rate.
     pub(in crate::limiter) fn reserve(&mut self, state: &mut KeyState, now: UnixNanos) -> bool {
         if self.reserved.is_none() {
             self.reserved = state.reserve_quotas(self.cost, now);

@@ -1,12 +1,12 @@
 //! Calls to the quota ledger: batched, limited in number, and retried where that is safe.
 //!
 //! Calls that arrive while all workers are busy share the next batch, so a thousand keys whose day begins at the same
-//! time need only a few transactions on a few connections. However a call ends, even by a panic or with the runtime,
-//! its block is notified.
+//! time need only a few transactions on a few connections. No matter how a call ends, even by a panic or with the
+//! runtime, its block is notified.
 //!
 //! Tokens to return are kept until the ledger has confirmed them. A batch is retried with the same ID and applied once,
-//! so neither an outage nor an ambiguous failure loses tokens or credits them twice. They can be lost only when the
-//! process ends: with `kill -9`, or if draining runs out of time.
+//! so an outage or an ambiguous failure neither loses tokens nor credits them twice. They can be lost only when the
+//! process ends: by `kill -9`, or if draining runs out of time.
 
 use std::{
     pin::pin,
@@ -57,7 +57,7 @@ pub(in crate::limiter) struct TooSlow(pub(in crate::limiter) Duration);
 #[error("the call was canceled")]
 pub(super) struct Canceled;
 
-/// See the module.
+/// See the module documentation.
 #[derive(Debug)]
 pub(in crate::limiter) struct LedgerCalls {
     pub(super) clock: Arc<dyn Clock>,
@@ -70,14 +70,15 @@ pub(in crate::limiter) struct LedgerCalls {
     pub(super) queue: Mutex<Queue>,
     pub(super) idle: Notify,
     draining: AtomicBool,
-    /// Tokens to return that are not confirmed yet.
+    /// Tokens whose return is not confirmed yet.
     pub(super) unconfirmed: AtomicU64,
     /// Tokens returned since draining began.
     pub(super) given_back: AtomicU64,
 }
 
 impl LedgerCalls {
-    /// Calls are abandoned after `deadline`. At most `at_once` are in flight, and returns leave one of these to takes.
+    /// Calls are abandoned after `deadline`. At most `at_once` calls are in flight, and one of these is reserved for
+    /// takes.
     pub(in crate::limiter) fn new(
         clock: Arc<dyn Clock>,
         ledger: Arc<dyn QuotaLedger>,
@@ -103,7 +104,7 @@ impl LedgerCalls {
         self.draining.load(Ordering::SeqCst)
     }
 
-    /// Starts no more takes, and cancels those that have not begun.
+    /// Stops starting takes, and cancels those that have not started.
     pub(in crate::limiter) fn begin_draining(self: &Arc<Self>) {
         self.draining.store(true, Ordering::SeqCst);
         let waiting: Vec<_> = {

@@ -67,7 +67,7 @@ pub(super) fn row(handle: &KeyHandle, policy: Policy, window_start: UnixNanos) -
 #[derive(Debug, Default)]
 pub(super) struct Queue {
     pub(super) urgent: VecDeque<Call>,
-    /// First blocks of next windows. Processed one batch at a time, while no other call is waiting.
+    /// First blocks of next windows. These are processed one batch at a time, while no other call is waiting.
     pub(super) ahead: VecDeque<Call>,
     pub(super) is_ahead_running: bool,
     pub(super) takers: usize,

@@ -15,14 +15,14 @@ use super::{
 };
 use crate::limiter::quota::ledger::{LedgerError, LedgerRow, ReturnBatch};
 
-/// Calls in one batch of takes.
+/// The maximum number of calls per batch of takes.
 const TAKES: usize = 50;
-/// Rows in one batch of returns.
+/// The maximum number of rows per batch of returns.
 const RETURNS: usize = 1000;
 /// A second worker for returns starts above this number.
 const RETURNS_FOR_ONE: usize = 2 * RETURNS;
 
-/// The pause after a failed return: the first one, and the maximum.
+/// The initial and the maximum pause after a failed return.
 const PAUSE: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 
@@ -35,13 +35,13 @@ impl LedgerCalls {
         let is_missing = {
             let mut queue = self.queue.lock();
             let has_work = !queue.retries.is_empty() || !queue.returns.is_empty();
-            // The second one is started only if the first has more than one batch to process.
+            // The second worker is started only if the first has more than one batch to process.
             let is_missing = (has_work && queue.returners == 0)
                 || (queue.returners < self.returners && queue.returns.len() > RETURNS_FOR_ONE);
             queue.returners += usize::from(is_missing);
             is_missing
         };
-        // Without holding the lock: a runtime that is shutting down drops the worker immediately.
+        // This must not hold the lock, because a runtime that is shutting down drops the worker immediately.
         if is_missing {
             runtime.spawn(return_all(Worker::new(self, Role::Returner)));
         }
@@ -175,8 +175,7 @@ impl Drop for Worker {
         }
         let calls = Arc::clone(&self.calls);
         self.end(&mut calls.queue.lock());
-        // A worker that never ran was dropped by a runtime that is shutting down, and the next one would be dropped
-        // too.
+        // A worker that never ran was dropped by a runtime that is shutting down, which would drop the next one too.
         if self.has_begun {
             match self.role {
                 Role::Taker => calls.start_taker(),

@@ -1,4 +1,4 @@
-//! Everything about one key in memory.
+//! The state of one key in memory.
 
 pub(super) mod demand;
 pub(super) mod handle;

@@ -1,7 +1,8 @@
 //! The state of one key on this replica: its bucket or lease, and its blocks of calendar quotas.
 //!
-//! Everything that a decision reads and changes under the key's lock, for every store. Pure functions of the given
-//! time. Starts no tasks and makes no calls: it reports missing blocks to the store, which fetches them.
+//! Contains everything that a decision reads and changes under the key's lock, for every store. Its functions depend
+//! only on the given time. It starts no tasks and makes no calls, but reports missing blocks to the store, which
+//! fetches them.
 
 use std::num::{NonZeroU32, NonZeroU64};
 
@@ -25,7 +26,7 @@ use crate::{
 /// The state of one key.
 #[derive(Debug)]
 pub(in crate::limiter) struct KeyState {
-    /// The fingerprint of the policies that the state follows; zero before the first.
+    /// The fingerprint of the policies that the state follows; zero if it follows none yet.
     fingerprint: u64,
     /// The time zone of days and months.
     zone: Zone,
@@ -33,7 +34,7 @@ pub(in crate::limiter) struct KeyState {
     /// The TAT of the bucket, for the local store and for requests that this replica allows without shared counters
     /// under `open`.
     pub(in crate::limiter) tat: UnixNanos,
-    /// Refill missing beyond an empty bucket, from before the burst was lowered.
+    /// Debt in excess of an empty bucket, from before the burst was lowered.
     beyond: Nanos,
     /// When tokens were last taken from the bucket, or the plan was edited.
     used_at: UnixNanos,
@@ -48,16 +49,16 @@ pub(in crate::limiter) struct KeyState {
 /// The policies whose blocks must be fetched first.
 pub(in crate::limiter) type MissingBlocks = PolicySet;
 
-/// What to do about policies for which the ledger has not been called.
+/// What to do about policies for which the ledger has not been called yet.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(in crate::limiter) enum OnUnknown {
-    /// Fetch first.
+    /// Fetch a block first.
     Wait,
-    /// Fetching is impossible: deny if another policy denies anyway.
+    /// Fetching is impossible, so deny if another policy denies anyway.
     PassOver,
 }
 
-/// The relation of the calendar quotas to a cost.
+/// Whether the calendar quotas allow a cost.
 pub(in crate::limiter) struct Quotas {
     pub(in crate::limiter) denial: Denial,
     /// The ledger has not responded in this window.
@@ -67,8 +68,8 @@ pub(in crate::limiter) struct Quotas {
 }
 
 impl Quotas {
-    /// Returns what to fetch before a decision, if anything. If the rate already denies, only a quota that may prolong
-    /// the wait is worth fetching.
+    /// Returns what to fetch before a decision, if anything. If the rate already denies, a quota is worth fetching only
+    /// if it may prolong the wait.
     pub(in crate::limiter) fn missing(
         &self,
         denied: bool,
@@ -108,7 +109,7 @@ impl KeyState {
 
     pub(in crate::limiter) fn block(&mut self, policy: Policy) -> Option<&mut Block> {
         match policy {
-            Policy::Rpm => None,
+            Policy::Rpm | Policy::TenantMonthly => None,
             Policy::Daily => Some(&mut self.daily),
             Policy::Monthly => Some(&mut self.monthly),
         }
@@ -338,6 +339,7 @@ impl KeyState {
             rate,
             daily: quota(Policy::Daily, &self.daily),
             monthly: quota(Policy::Monthly, &self.monthly),
+            tenant_monthly: None,
             degraded: false,
         }
     }
@@ -372,7 +374,7 @@ impl KeyState {
     /// Returns how often the ledger has failed for the block of a policy.
     pub(in crate::limiter) fn failures(&self, policy: Policy) -> u64 {
         match policy {
-            Policy::Rpm => 0,
+            Policy::Rpm | Policy::TenantMonthly => 0,
             Policy::Daily => self.daily.failures(),
             Policy::Monthly => self.monthly.failures(),
         }
@@ -395,7 +397,7 @@ impl KeyState {
     }
 }
 
-/// A denial under construction.
+/// A denial that is being assembled.
 #[derive(Default)]
 pub(in crate::limiter) struct Denial {
     pub(in crate::limiter) violated: PolicySet,

@@ -1,12 +1,11 @@
-//! The table of all keys on this replica, and waiting for blocks of their calendar quotas.
+//! The table of all keys on this replica, which also waits for blocks of their calendar quotas.
 //!
 //! Used by every store. Owns the handles and prunes them. Does not depend on SQL: the ledger is a trait. If the ledger
 //! is slow or fails, keys without calendar quotas are not affected. Keys with quotas spend their blocks, and then get
 //! [`LimiterError::LedgerUnavailable`].
 //!
-//! A handle is a short lock around plain numbers instead of one atomic per number: all policies are decided together,
-//! and with several atomics, a request could be denied because of tokens that another denied request is about to
-//! return.
+//! A handle has one lock, held briefly, instead of an atomic per number. All policies are decided together, and with
+//! several atomics, a request could be denied because of tokens that another denied request is about to return.
 //!
 //! Workers call the ledger, one call at a time per key and policy. A request waits only if no tokens are available
 //! locally, and may be canceled while it waits without losing tokens.
@@ -42,16 +41,16 @@ use crate::{
     },
 };
 
-/// Enough that cores rarely contend for one, and few enough to iterate over.
+/// There are enough shards that cores rarely contend for one, and few enough to iterate over.
 const SHARDS: usize = 64;
 
-/// The time between two searches for keys that can be dropped, in a full shard.
+/// The minimum time between two searches of a full shard for keys that can be dropped.
 const CROWDED_PRUNE: Nanos = Nanos::from_secs(1);
 
 /// Limits of the table, and timeouts of the ledger.
 #[derive(Debug, Clone)]
 pub struct KeyTableSettings {
-    /// The maximum number of keys, of about 600 bytes each. Requests of additional keys get
+    /// The maximum number of keys, of about 600 bytes each. Requests with additional keys get
     /// [`LimiterError::TooManyKeys`], since dropping another key's bucket would fill it.
     pub max_keys: usize,
     /// How long a request waits for one ledger call. A decision waits for at most two.
@@ -59,9 +58,9 @@ pub struct KeyTableSettings {
     /// How long until a ledger call is abandoned. Later than requests stop waiting, since tokens of a late response can
     /// still be spent, while those of an abandoned call are lost.
     pub call_deadline: Duration,
-    /// The maximum number of concurrent ledger calls: as many as it has connections.
+    /// The maximum number of concurrent ledger calls: the number of its connections.
     pub ledger_calls: usize,
-    /// How long draining retries returning blocks to a ledger that does not respond.
+    /// How long draining keeps trying to return blocks to a ledger that does not respond.
     pub drain_deadline: Duration,
 }
 
@@ -80,11 +79,11 @@ impl Default for KeyTableSettings {
 #[derive(Debug, Default)]
 struct Shard {
     keys: HashMap<(TenantId, ApiKeyId), Arc<KeyHandle>>,
-    /// When it was last searched because it was full.
+    /// When the shard was last searched because it was full.
     crowded_at: UnixNanos,
 }
 
-/// How long a decision waits for the ledger: for one call deadline each time, and for two in total.
+/// How long a decision waits for the ledger: at most one call deadline at a time, and two in total.
 #[derive(Debug)]
 pub(in crate::limiter) struct Patience {
     one: Duration,
@@ -99,7 +98,7 @@ impl Patience {
     }
 }
 
-/// See the module.
+/// See the module documentation.
 #[derive(Debug)]
 pub(in crate::limiter) struct KeyTable {
     pub(in crate::limiter) clock: Arc<dyn Clock>,
@@ -189,15 +188,15 @@ impl KeyTable {
             // If the map has the only reference, no other can appear while the shard is locked.
             let is_shared = Arc::strong_count(handle) > 1;
             if is_shared || state.tat > now {
-                // So that a prefetched block is also returned if no request arrives.
+                // This returns a prefetched block even if no request arrives.
                 state.enter_windows(now, self.membership.replica_count());
                 for policy in [Policy::Daily, Policy::Monthly] {
                     self.calls.return_unneeded(handle, &mut state, policy, now);
                     self.calls.start_next(handle, &mut state, policy, now);
                 }
             } else {
-                // It is dropped the next time, after the ledger has credited the tokens. Before that, the key's next
-                // request would find too few.
+                // The key is dropped next time, after the ledger has credited the tokens. If it were dropped now, its
+                // next request would find too few.
                 let released = [Policy::Daily, Policy::Monthly]
                     .map(|policy| self.calls.release(handle, &mut state, policy));
                 if released.contains(&true) {
@@ -305,7 +304,7 @@ impl KeyTable {
                 return Err(LimiterError::Draining);
             }
             let mut call_ended = pin!(handle.call_ended.notified());
-            // From here on, a notification counts, even one before the wait below.
+            // From here on, no notification is missed, even one that arrives before the wait below.
             call_ended.as_mut().enable();
             let missing = match attempt() {
                 Ok(done) => return Ok(done),
@@ -357,7 +356,7 @@ impl KeyTable {
 
     /// See [`LimitStore::drain`](crate::limiter::LimitStore::drain).
     pub(in crate::limiter) async fn drain(&self) -> Drained {
-        // Seen by all calls that end later, and by all requests that would start one.
+        // All calls that end later see this, and so do all requests that would start one.
         self.calls.begin_draining();
         for shard in &self.shards {
             let keys: Vec<_> = shard.lock().keys.values().map(Arc::clone).collect();

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::clock::{Nanos, UnixNanos};
 
-/// A block is at most this many tokens, and at most one hundredth of its quota.
+/// The maximum size of a block. It is also at most one hundredth of its quota.
 const BLOCK_MAX: u64 = 10_000;
 
 /// The time until an exhausted ledger is queried again, since other replicas may have returned tokens. Doubles with
@@ -42,7 +42,7 @@ pub(in crate::limiter) const fn block_size(limit: u64, replicas: u64) -> u64 {
     }
 }
 
-/// The relation of a block to a cost.
+/// Whether a block covers a cost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::limiter) enum BlockStatus {
     /// The policy does not limit this key.
@@ -53,7 +53,7 @@ pub(in crate::limiter) enum BlockStatus {
     Short,
     /// The ledger has not responded in this window.
     Unknown,
-    /// Exhausted for the rest of the window.
+    /// The quota is exhausted for the rest of the window.
     Exhausted,
     /// The cost is above the quota.
     NeverFits,
@@ -72,7 +72,7 @@ pub(in crate::limiter) struct LedgerOrder {
     pub(in crate::limiter) give_back: Vec<(UnixNanos, u64)>,
     /// The quota of a full day or month.
     pub(in crate::limiter) limit: u64,
-    /// Zero: only return tokens.
+    /// The number of tokens to take. If zero, tokens are only returned.
     pub(in crate::limiter) want: u64,
 }
 
@@ -100,7 +100,7 @@ struct NextBlock {
 enum Next {
     None,
     Fetching,
-    /// Being fetched, but for a calendar that has changed since.
+    /// A block is being fetched, but for a calendar that has changed since.
     Outdated,
     Held(Box<NextBlock>),
 }
@@ -108,7 +108,7 @@ enum Next {
 /// The tokens held for a policy, and what is known about the rest.
 #[derive(Debug)]
 pub(in crate::limiter) struct Block {
-    /// The limit for a full day or month. Zero: no quota.
+    /// The limit for a full day or month. Zero means that there is no quota.
     limit: u64,
     /// The quota for the current window.
     quota: u64,
@@ -120,9 +120,9 @@ pub(in crate::limiter) struct Block {
     held: u64,
     /// Tokens reserved for requests that wait for their rate. Not part of `held`, and counted as consumed.
     reserved: u64,
-    /// The ledger's count, which includes `held` but not what is owed.
+    /// The ledger's count, which includes `held` but not the tokens that are owed.
     used: u64,
-    /// When it was last used or filled.
+    /// When the block was last used or filled.
     spent_at: UnixNanos,
     asked_at: UnixNanos,
     patience: Nanos,
@@ -295,7 +295,7 @@ impl Block {
         self.reserved > 0
     }
 
-    /// Gives up the tokens held if none were used for a while and other replicas share the quota. Returns whether it
+    /// Releases the held tokens if none were used for a while and other replicas share the quota. Returns whether it
     /// did.
     pub(in crate::limiter) fn give_up_idle(&mut self, now: UnixNanos) -> bool {
         let is_idle = now.abs_diff(self.spent_at) >= IDLE
@@ -313,7 +313,7 @@ impl Block {
         (self.limit != 0).then_some(self.quota)
     }
 
-    /// Returns the rest of the quota: all of it until the ledger has responded.
+    /// Returns the rest of the quota, which is all of it until the ledger has responded.
     pub(in crate::limiter) fn remaining(&self) -> u64 {
         self.quota
             .saturating_sub(self.used.saturating_sub(self.held))
@@ -327,8 +327,8 @@ impl Block {
         }
     }
 
-    /// Owes tokens held beyond a block and beyond what waiting requests need: those fetched for a costly request that
-    /// was then denied or canceled.
+    /// Marks held tokens as owed if they exceed both a block and the needs of waiting requests: they were fetched for a
+    /// costly request that was then denied or canceled.
     pub(in crate::limiter) fn tidy(&mut self, waited_for: u64) {
         let size = self.size().max(waited_for);
         if self.held > size {
@@ -336,14 +336,14 @@ impl Block {
         }
     }
 
-    /// Owes all tokens held.
+    /// Marks all held tokens as owed.
     fn surrender(&mut self) {
         let n = std::mem::take(&mut self.held);
         self.used = self.used.saturating_sub(n);
         self.owe(self.window.span, n);
     }
 
-    /// Gives up all tokens held, and returns everything that is owed.
+    /// Releases all held tokens, and returns everything that is owed.
     pub(in crate::limiter) fn release(&mut self) -> impl Iterator<Item = (UnixNanos, u64)> {
         self.surrender();
         self.drop_next();

@@ -3,7 +3,7 @@
 //! Decides where days and months begin, and what happens to a quota's window when the time zone changes. A day has 23
 //! or 25 hours when clocks change, begins at 00:30 or 01:00 if midnight is skipped, and does not exist where a country
 //! crossed the date line. A call takes about a microsecond, so callers keep the window until it ends. The time zone
-//! database is compiled in, so that all machines agree.
+//! database is compiled in, so that all servers use the same rules.
 
 use std::{
     hash::{Hash, Hasher},
@@ -84,7 +84,7 @@ impl Hash for Zone {
     }
 }
 
-/// From `start` to just before `end`.
+/// The time from `start` to just before `end`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Window {
     pub start: UnixNanos,
@@ -122,7 +122,7 @@ impl QuotaWindow {
         period: Nanos::ZERO,
     };
 
-    /// Creates the window of a full day or month.
+    /// Creates the window for a full day or month.
     pub const fn whole(span: Window) -> Self {
         Self {
             span,
@@ -161,7 +161,7 @@ impl QuotaWindow {
 /// there is one. Otherwise it is the calendar's window, starting where the last window with usage ended: windows never
 /// overlap.
 pub fn window_at(at: UnixNanos, calendar: Window, used: &[QuotaWindow]) -> QuotaWindow {
-    // Two windows can contain it if a version that did not store ends has counted in both.
+    // Two windows can contain it if a version that did not store the end of windows has counted in both.
     let current = used.iter().filter(|window| window.span.contains(at));
     if let Some(current) = current.max_by_key(|window| window.span.start) {
         return *current;
@@ -188,9 +188,11 @@ pub fn window(policy: Policy, zone: &Zone, now: UnixNanos) -> Window {
     match policy {
         Policy::Rpm => Window::NONE,
         Policy::Daily => around(zone, now, |date| date, tomorrow),
-        Policy::Monthly => around(zone, now, Date::first_of_month, |first| {
-            tomorrow(first.last_of_month())
-        }),
+        Policy::Monthly | Policy::TenantMonthly => {
+            around(zone, now, Date::first_of_month, |first| {
+                tomorrow(first.last_of_month())
+            })
+        }
     }
 }
 
@@ -245,15 +247,15 @@ fn first_instant(zone: &TimeZone, date: Date) -> UnixNanos {
         AmbiguousOffset::Unambiguous { offset } | AmbiguousOffset::Fold { before: offset, .. } => {
             offset.to_timestamp(midnight)
         }
-        // Midnight was skipped. With the offset after the gap, it is before the transition, and the next transition
-        // ends the old date and begins the new one.
+        // Midnight was skipped. With the offset after the gap, midnight is before the transition, and the next
+        // transition ends the old date and begins the new one.
         AmbiguousOffset::Gap { after, .. } => after.to_timestamp(midnight).map(|before| {
             zone.following(before)
                 .next()
                 .map_or(before, |transition| transition.timestamp())
         }),
     };
-    // Outside the years that jiff supports, or before 1970: the bounds of our time.
+    // Outside the years that jiff supports, or before 1970, these are the bounds of our time.
     let nanos = instant.map_or(i128::MAX, Timestamp::as_nanosecond);
     UnixNanos(u64::try_from(nanos.max(0)).unwrap_or(u64::MAX))
 }
@@ -308,7 +310,7 @@ mod tests {
         assert_eq!(autumn[1..4], ["01:00:00", "02:00:00", "02:00:00"]);
         assert_eq!(hours("Asia/Kolkata", "2026-11-26T12:00:00Z").len(), 24);
         assert_eq!(hours("Asia/Kathmandu", "2026-11-26T12:00:00Z").len(), 24);
-        // Changes by half an hour, which is repeated or skipped.
+        // Here, clocks change by half an hour, which is repeated or skipped.
         let autumn = hours("Australia/Lord_Howe", "2026-04-05T02:00:00Z");
         assert_eq!(autumn[1..4], ["01:00:00", "01:30:00", "02:00:00"]);
         let spring = hours("Australia/Lord_Howe", "2026-10-04T02:00:00Z");
@@ -436,8 +438,8 @@ mod tests {
                     let window = window(policy, &zone, now);
                     assert_eq!(window.start, now, "{name}: a gap or an overlap");
                     assert!(window.end > window.start && window.end.0 - window.start.0 <= longest);
-                    // It begins with its date, and the nanosecond before it has an earlier date. Nothing more is
-                    // checked: if midnight occurs twice, the old date applies again later.
+                    // The window begins with its date, and the nanosecond before it has an earlier date. Nothing more
+                    // is checked: if midnight occurs twice, the old date applies again later.
                     let unit = |at: DateTime| match policy {
                         Policy::Monthly => at.date().first_of_month(),
                         _ => at.date(),
@@ -458,7 +460,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2000))]
 
-        /// Every instant of a window is in that window.
+        /// Looking up any instant in a window returns that window.
         #[test]
         fn every_instant_is_in_its_window(
             index in any::<prop::sample::Index>(),

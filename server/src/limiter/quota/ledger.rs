@@ -31,11 +31,11 @@ pub struct TakeRequest {
     pub calendar: Window,
     /// The quota for a full day or month.
     pub limit: u64,
-    /// At least 1.
+    /// The number of tokens to take, at least 1.
     pub want: u64,
 }
 
-/// Tokens that the ledger granted.
+/// The number of tokens that the ledger granted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Taken {
     /// The window to which the tokens belong. It contains the `at` of the request.
@@ -50,7 +50,7 @@ pub struct Taken {
 pub struct ReturnBatch {
     /// Identifies the batch when it is retried.
     pub id: Uuid,
-    /// Each row at most once, in ascending order.
+    /// The rows, in ascending order. Each occurs at most once.
     pub rows: Vec<(LedgerRow, u64)>,
 }
 
@@ -60,16 +60,16 @@ pub type LedgerError = Arc<dyn Error + Send + Sync>;
 /// The durable record of calendar quotas.
 #[async_trait]
 pub trait QuotaLedger: std::fmt::Debug + Send + Sync + 'static {
-    /// Grants up to `want` tokens for each request and counts them as used, atomically for each: `min(want, quota -
-    /// used)`, where `quota` is the window's share of `limit`. Returns one result per request, in order. A batch has at
-    /// most one request per key and policy.
+    /// Grants up to `want` tokens for each request and counts them as used, atomically for each request: `min(want,
+    /// quota - used)`, where `quota` is the window's share of `limit`. Returns one result per request, in order. A
+    /// batch has at most one request per key and policy.
     ///
-    /// If a window with usage contains `at`, it is that window. Otherwise, it is the calendar window of the request,
-    /// shortened so that it overlaps no window with usage, with a proportional quota. After an error, tokens may have
-    /// been counted. They are lost for the window, but are never spent twice.
+    /// The tokens come from the window with usage that contains `at`. If there is none, they come from the calendar
+    /// window of the request, shortened so that it overlaps no window with usage, with a proportional quota. After an
+    /// error, tokens may have been counted. They are lost for the window, but are never spent twice.
     async fn take(&self, requests: &[TakeRequest]) -> Vec<Result<Taken, LedgerError>>;
 
-    /// Credits the tokens of a batch: all of them or, after an error, all or none. A batch is applied only once, so a
+    /// Credits the tokens in a batch. After an error, either all or none of them were credited. A batch is applied only once, so a
     /// caller may retry until it succeeds.
     async fn give_back(&self, batch: &ReturnBatch) -> Result<(), LedgerError>;
 }

@@ -9,7 +9,7 @@ use quota_common::id::{ApiKeyId, TenantId};
 
 use crate::clock::Nanos;
 
-/// Microseconds since the Unix epoch, by the clock of the counters. Zero: none.
+/// Microseconds since the Unix epoch, by the clock of the counters. Zero means that there is no time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 #[repr(transparent)]
 pub struct CounterMicros(pub u64);
@@ -29,7 +29,7 @@ pub const NEVER_HEARD: CounterMicros = CounterMicros(1);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum BucketName {
     Key(TenantId, ApiKeyId),
-    /// Not for a key's bucket, but for heartbeats.
+    /// The owner to use for heartbeats, which do not refer to a key's bucket.
     Heartbeat,
 }
 
@@ -49,8 +49,8 @@ pub struct TakeCall {
     pub need: u64,
     /// Tokens that requests are waiting for now. Granted up to what the bucket holds.
     pub waiting: u64,
-    /// At least `waiting`. The rest is for later use, and is granted up to half of what the bucket holds. Zero: only
-    /// read the state.
+    /// The number of tokens to take, at least `waiting`. The rest is for later use, and is granted up to half of what
+    /// the bucket holds. If zero, the call only reads the state.
     pub want: u64,
     /// Tokens taken before and not spent.
     pub back: u64,
@@ -62,9 +62,9 @@ pub struct TakeCall {
     pub lease: u64,
     /// The counters' time in the latest reply from this partition that the caller received in time.
     pub last_heard: CounterMicros,
-    /// The time since which the caller has served without the counters; zero if it has not. Since then, it may have
-    /// admitted requests that the counters do not know of. [`NEVER_HEARD`] if it has never had a reply and others may
-    /// have admitted some.
+    /// When the caller started to serve without the counters; zero if it has not. Since then, it may have admitted
+    /// requests that the counters do not know of. [`NEVER_HEARD`] if it has never had a reply and others may have
+    /// admitted some.
     pub away_since: CounterMicros,
     /// Start of the new epoch that was promised to the caller's previous call, if it has served nothing since the epoch
     /// started; zero otherwise. It is valid for calls that arrive soon after that start. A call that arrives before it
@@ -82,7 +82,7 @@ pub struct TakeReply {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BucketState {
     /// The counters have lost their state. A new epoch starts in `wait` microseconds with every bucket empty. Until
-    /// then nothing is granted.
+    /// then, nothing is granted.
     Initializing { wait: u64 },
     Active {
         granted: u64,
@@ -96,7 +96,7 @@ pub enum BucketState {
 /// Why there was no reply. Tokens may have been taken anyway; they are lost until the bucket refills.
 pub type CounterError = Arc<dyn Error + Send + Sync>;
 
-/// Buckets that all replicas share.
+/// The buckets that all replicas share.
 ///
 /// A call is atomic and uses the counters' own clock: tokens granted by a reply were in the bucket at
 /// [`TakeReply::at`]. Returned tokens make the bucket no fuller than if they had never been taken.

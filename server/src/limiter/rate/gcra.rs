@@ -1,13 +1,14 @@
 //! The generic cell rate algorithm (GCRA), in whole nanoseconds.
 //!
-//! A token bucket represented by one number: the *theoretical arrival time* (TAT), at which the bucket will be full
-//! again. One token is worth one emission interval, and an empty bucket is `burst` intervals from full. Pure functions
-//! of the stored number, so that all stores (a handle in memory, a script in Redis) make the same decisions.
+//! A token bucket is represented by one number, the *theoretical arrival time* (TAT), at which the bucket will be full
+//! again. One token is worth one emission interval, and an empty bucket is `burst` intervals from full. All functions
+//! depend only on the stored number, so that all stores (a handle in memory, a script in Redis) make the same
+//! decisions.
 //!
-//! Two promises. *Never above the limit*: the interval is rounded up, so the rate is `rpm` or slightly less (at most 1
-//! in 1,000, and only near 60,000,000 per minute). *No lockout by a clock*: a TAT later than that of an empty bucket
-//! can only come from a clock that was ahead, and counts as an empty bucket. So setting a clock back by hours costs a
-//! key one refill, not hours.
+//! It makes two promises. *Never above the limit*: the interval is rounded up, so the rate is `rpm` or slightly less
+//! (at most 1 in 1,000, and only near 60,000,000 per minute). *No lockout by a clock*: a TAT later than that of an
+//! empty bucket can only come from a clock that was ahead, and counts as an empty bucket. So setting a clock back by
+//! hours costs a key one refill, not hours.
 //!
 //! Reference: ITU-T I.371, annex A (virtual scheduling algorithm).
 
@@ -33,20 +34,20 @@ pub struct Gcra {
     tau: Nanos,
 }
 
-/// The amount missing from a bucket, expressed as a time on its clock, `T`.
+/// The number of tokens missing from a bucket, expressed as a time on its clock, `T`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Level<T> {
     pub tat: T,
-    /// Refill missing beyond an empty bucket, from before the burst was lowered.
+    /// Debt in excess of an empty bucket, from before the burst was lowered.
     pub beyond: Nanos,
 }
 
-/// Whether a cost fits into a bucket.
+/// Whether a bucket contains enough tokens for a cost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict<T> {
-    /// It fits. Taking it makes this the new TAT.
+    /// It does. Taking the tokens results in this TAT.
     Fits { tat: T },
-    /// It does not fit now, but will after exactly `wait` nanoseconds if nothing else is taken.
+    /// It does not, but will after exactly `wait` nanoseconds if no other tokens are taken.
     Wait { wait: NonZeroU64 },
     /// The cost is larger than the bucket.
     NeverFits,
@@ -107,15 +108,15 @@ impl Gcra {
         time.0 / self.emission.0
     }
 
-    /// Carries usage under `old` over to `self`: as many tokens are missing from the new bucket as from the old one.
-    /// If the new bucket holds fewer tokens, it is empty, and the rest is missing once the bucket is made larger again.
-    /// `level` is as of `used_at`, when tokens were last taken. Since the time of the edit is unknown, the bucket has refilled at the lower of the
-    /// two rates since then.
+    /// Carries usage under `old` over to `self`: as many tokens are missing from the new bucket as from the old one. If
+    /// the new bucket holds fewer tokens, it is empty, and the remaining tokens are missing once the bucket is made
+    /// larger again. `level` is as of `used_at`, when tokens were last taken. Since the time of the edit is unknown,
+    /// the bucket has refilled at the lower of the two rates since then.
     ///
-    /// So the difference to a larger burst is available immediately, minus the usage. A smaller bucket has the same
-    /// number of missing tokens, and no request waits for more than one full bucket of the new size. A temporarily
+    /// So when the burst is raised, the difference is available immediately, minus the usage. A smaller bucket has the
+    /// same number of missing tokens, and no request waits for more than one full bucket of the new size. A temporarily
     /// smaller burst gains nothing, and neither does a key that is idle during an edit to a lower rate. Fractions of a
-    /// token are rounded against the caller.
+    /// token are rounded in favor of the limit.
     pub fn carry_over<T: Instant>(
         self,
         old: Self,
@@ -231,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn clock_that_was_hours_ahead_locks_nobody_out() {
+    fn clock_that_was_hours_ahead_does_not_lock_keys_out() {
         let gcra = gcra(60, 10);
         let ahead = NOW.saturating_add(Nanos::from_secs(7200));
         let Verdict::Fits { tat } = gcra.decide(UnixNanos(0), ahead, cost(10)) else {
@@ -254,7 +255,7 @@ mod tests {
             beyond: Nanos::ZERO,
         };
         let later = NOW.saturating_add(Nanos::from_secs(5));
-        // The same in both directions: 5 s at 12 per minute.
+        // The result is the same in both directions: 5 s at 12 per minute.
         let Level { tat, beyond } = slow.carry_over(fast, drained(fast), NOW, later);
         assert_eq!((slow.remaining(tat, later), beyond), (1, Nanos::ZERO));
         let Level { tat, beyond } = fast.carry_over(slow, drained(slow), NOW, later);

@@ -5,7 +5,7 @@
 //! **The guarantee.** A token is spent only after the counters granted it, and at most `ttl` after it was *requested*,
 //! which is before it was granted. So tokens spent in a window of `T` seconds were granted in the `T + ttl` seconds
 //! that end with the window, in which the counters grant at most `burst + rate * (T + ttl)` to all replicas together.
-//! Returned tokens fill the bucket no further than if they had never been taken, so the bound also applies to spent
+//! Returning tokens leaves the bucket no fuller than if they had never been taken, so the bound also applies to spent
 //! tokens.
 //!
 //! **How much.** The tokens that waiting requests need are requested in full. The number of tokens held for later
@@ -19,16 +19,17 @@ use super::{
 };
 use crate::clock::{Monotonic, Nanos};
 
-/// Nanoseconds. Tokens that expire sooner do not count as stock, so the next lease is requested while they are spent.
+/// In nanoseconds. Tokens that expire sooner do not count as available, so the next lease is requested while they are
+/// being spent.
 const LAST_MOMENT: Nanos = Nanos::from_millis(10);
 
-/// Nanoseconds. Minimum time between the starts of concurrent calls for a key.
+/// The minimum time, in nanoseconds, between the starts of concurrent calls for a key.
 const PAUSE_MIN: Nanos = Nanos::from_millis(1);
 
-/// A replica holds at most the burst divided by this for later.
+/// A replica holds at most the burst divided by this number for later.
 const BURST_PER_LEASE: u64 = 10;
 
-/// Tokens of one grant.
+/// The tokens of one grant.
 #[derive(Debug, Clone, Copy, Default)]
 struct Slot {
     tokens: u64,
@@ -41,13 +42,13 @@ struct Slot {
 /// The state of the bucket in the last response of the counters.
 #[derive(Debug, Clone, Copy, Default)]
 struct View {
-    /// Nanoseconds until full, at `seen`.
+    /// Nanoseconds until the bucket was full, at `seen`.
     debt: Nanos,
     /// When the call began, which is before the counters read the state.
     seen: Monotonic,
 }
 
-/// The plan's data in a call to the counters.
+/// The plan's parameters in a call to the counters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::limiter) struct Terms {
     pub(in crate::limiter) gcra: Gcra,
@@ -75,17 +76,17 @@ impl Terms {
     }
 }
 
-/// See the module.
+/// See the module documentation.
 #[derive(Debug, Default)]
 pub(in crate::limiter) struct Lease {
     /// The older grant, then the newer one.
     slots: [Slot; 2],
-    /// The intended number of tokens of the next grant.
+    /// The target number of tokens for the next grant.
     size: u64,
     /// When tokens were last requested (0 for never), and how many have been wanted since.
     asked_at: Monotonic,
     wanted: u64,
-    /// The number of calls in flight that are not late yet, and when the latest began.
+    /// The number of calls in flight that are not late yet, and when the latest of them started.
     fetching: u32,
     began_at: Monotonic,
     /// Tokens that these calls request in addition to those that their requests need.
@@ -94,11 +95,11 @@ pub(in crate::limiter) struct Lease {
     calls: u32,
     /// Requests waiting for the next call.
     waiting: Vec<Waiter>,
-    /// Terms of the last request that needed a call.
+    /// The terms of the last request that needed a call.
     terms: Option<Terms>,
     /// Unspent tokens to return.
     back: Unspent,
-    /// Whether a task is returning them.
+    /// Whether a task is returning those tokens.
     returning: bool,
     view: Option<View>,
     /// Whether the last call got fewer tokens than it wanted.
@@ -136,7 +137,7 @@ pub(in crate::limiter) struct Demand {
     pub(in crate::limiter) need: u64,
     pub(in crate::limiter) waiting: u64,
     pub(in crate::limiter) want: u64,
-    /// Tokens of `want` that none of `requests` need.
+    /// The part of `want` that no request in `requests` needs.
     pub(in crate::limiter) spare: u64,
     pub(in crate::limiter) requests: Vec<Waiter>,
 }
@@ -153,7 +154,7 @@ impl Lease {
         self.size = 1;
     }
 
-    /// Marks all tokens held here to be returned.
+    /// Marks all held tokens to be returned.
     pub(in crate::limiter) fn surrender_all(&mut self) {
         for i in 0..self.slots.len() {
             self.surrender(i);
@@ -242,7 +243,7 @@ impl Lease {
     }
 
     /// Returns how many tokens to hold: the number spent within the lease TTL at the current pace, clamped to between
-    /// half and twice the previous size. One means that the counters decide each request.
+    /// half and twice the previous size. A result of one means that the counters decide each request.
     fn pace(&mut self, now: Monotonic, ttl: Nanos, largest: u64) -> u64 {
         let elapsed = now.saturating_since(self.asked_at).0.max(1);
         if self.asked_at == Monotonic::default() || elapsed >= 4 * ttl.0 {
@@ -438,8 +439,8 @@ impl Lease {
         (now < self.held_until && n >= self.held_for).then_some(self.held_until)
     }
 
-    /// Returns nanoseconds until the bucket is full, as far as known. Local tokens count as if they were in the
-    /// bucket.
+    /// Returns the nanoseconds until the bucket is full, according to the last response. Local tokens count as if they
+    /// were in the bucket.
     pub(in crate::limiter) fn debt(&self, gcra: Gcra, now: Monotonic) -> Nanos {
         let view = self.view.unwrap_or_default();
         let debt = view.debt.saturating_sub(now.saturating_since(view.seen));

@@ -22,12 +22,12 @@ pub(in crate::limiter) struct Share {
     tau: Nanos,
     /// When the share was last used.
     used_at: Monotonic,
-    /// The plan may have been edited since the share was last used, or since the last response of the counters.
+    /// Whether the plan may have been edited since the share was last used, or since the last response of the counters.
     pub(super) is_edited: bool,
 }
 
 impl Default for Share {
-    /// A key that this replica has not used may have been edited just before.
+    /// The plan of a key that this replica has not used may just have been edited.
     fn default() -> Self {
         Self {
             since: Monotonic::default(),
@@ -75,7 +75,7 @@ impl Share {
     /// the share has refilled at the lower of the two rates since its last use. Nothing refills before `since`.
     fn follow(&mut self, price: Nanos, tau: Nanos, since: Monotonic, now: Monotonic) {
         if self.since != since {
-            // It is unknown how it would have filled under the previous plan.
+            // It is unknown how much would have refilled under the previous plan.
             let empty_at = if self.is_edited {
                 now.max(since)
             } else {
@@ -160,7 +160,7 @@ mod tests {
                 0,
                 "{rpm}, {burst}, and back"
             );
-            // It refills at the current rate.
+            // The share refills at the current rate.
             assert_eq!(drain(&mut share, sold, 10 * SECOND), 100, "{rpm}, {burst}");
         }
     }
@@ -175,7 +175,7 @@ mod tests {
         assert_eq!(drain(&mut share, fast, SECOND + SECOND / 10), 10);
         let mut share = seen();
         assert_eq!(drain(&mut share, fast, SECOND / 2), 0);
-        // The edit was made at some time in between.
+        // The edit was made at an unknown time in between.
         assert_eq!(drain(&mut share, slow, 2 * SECOND), 10);
     }
 

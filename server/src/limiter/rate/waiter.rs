@@ -8,14 +8,14 @@ use super::counters::CounterMicros;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(in crate::limiter) struct Unspent {
     pub(in crate::limiter) tokens: u64,
-    /// When the oldest was taken.
+    /// When the oldest of them was taken.
     pub(in crate::limiter) taken_at: CounterMicros,
     /// The bucket's generation when they were taken; 0, which does not exist, for several generations.
     pub(in crate::limiter) generation: u64,
 }
 
 impl Unspent {
-    /// Adds both up. For tokens of several generations, nothing is credited, which is always safe.
+    /// Adds up both. Tokens of several generations are not credited, which is always safe.
     pub(super) fn and(self, more: Self) -> Self {
         match (self.tokens, more.tokens) {
             (0, _) => more,

@@ -1,4 +1,4 @@
-//! The connections of one address or network, and which of them to close to make room for another.
+//! The connections of one address or network, and the choice of which one to close to make room for another.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -39,10 +39,10 @@ pub(super) fn networks(peer: IpAddr) -> impl Iterator<Item = (Width, IpNet)> {
 
 #[derive(Debug, Default)]
 pub(super) struct Group {
-    /// In the order in which they were accepted.
+    /// The connections, in the order in which they were accepted.
     pub(super) counted: BTreeMap<u64, Arc<Connection>>,
     pub(super) waiting: BTreeSet<u64>,
-    /// When the last search found none that could be closed.
+    /// When the last search found no connection that could be closed.
     pub(super) searched_at: Option<Instant>,
 }
 

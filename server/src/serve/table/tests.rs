@@ -22,9 +22,9 @@ fn admit(table: &Arc<Table>, peer: &str) -> Result<Admitted, ConnectionLimit> {
     table.admit(peer.parse().unwrap())
 }
 
-/// Checks for the order to close, as the connection's task does when it is woken.
+/// Checks whether the connection has to close, as its task does when it is woken.
 fn is_told_to_close(it: &Admitted) -> bool {
-    it.connection.order() == Order::Close
+    it.connection.shutdown() == Shutdown::Immediate
 }
 
 fn request(it: &Admitted) -> super::super::connection::RequestInFlight {
@@ -78,7 +78,7 @@ async fn stalled_response_makes_room_and_a_running_handler_does_not() {
     let stalled = admit(&table, "192.0.2.1").unwrap();
     stalled.connection.speaks_http2();
     let (mut received, mut sent) = (Frames::default(), Frames::default());
-    // Heads of a request and of its response, on the same stream.
+    // The heads of a request and its response, on the same stream.
     let (asked, answered) = ([0, 0, 0, 1, 5, 0, 0, 0, 1], [0, 0, 0, 1, 4, 0, 0, 0, 1]);
     received.scan(&asked, |event| stalled.connection.received(event));
     drop(stalled.connection.begin_request(0));
@@ -207,7 +207,7 @@ async fn authenticated_connections_do_not_count_against_their_address() {
     for _ in 0..10 {
         let one = admit(&table, "203.0.113.1").unwrap();
         drop(request(&one));
-        one.connection.authenticated.set();
+        one.connection.marks.set_authenticated();
         gateway.push(one);
         tokio::time::advance(2 * IDLE_ENOUGH).await;
     }
@@ -234,13 +234,13 @@ async fn finish_waits_for_the_last_connection() {
         async move { table.finish().await }
     });
     tokio::task::yield_now().await;
-    assert_eq!(one.connection.order(), Order::Finish);
+    assert_eq!(one.connection.shutdown(), Shutdown::Graceful);
     assert!(!finishing.is_finished());
     drop(one);
     finishing.await.unwrap();
 }
 
-/// Two addresses in the first network, then one in none of its networks; and the limit of the first.
+/// Two addresses in the first network and one in none of its networks, with the limit of the first network.
 const NETWORKS: [([&str; 3], usize); 3] = [
     (["203.0.113.1", "203.0.113.200", "203.0.112.1"], 3),
     (
@@ -288,7 +288,7 @@ async fn authenticated_connections_do_not_count_against_their_network() {
     for n in 0..20 {
         let one = admit(&table, &format!("203.0.113.{n}")).unwrap();
         drop(request(&one));
-        one.connection.authenticated.set();
+        one.connection.marks.set_authenticated();
         gateway.push(one);
         tokio::time::advance(2 * IDLE_ENOUGH).await;
     }
@@ -311,7 +311,7 @@ async fn largest_connections_are_closed_when_memory_is_short() {
     let usual = hold("192.0.2.1", 20_000);
     let proxy = hold("10.0.0.1", MEMORY);
     let known = admit(&table, "192.0.2.2").unwrap();
-    known.connection.authenticated.set();
+    known.connection.marks.set_authenticated();
     known.connection.has_read(MEMORY);
     assert!(!known.connection.account());
     assert_eq!(table.memory.held(), 20_000);
@@ -324,7 +324,7 @@ async fn largest_connections_are_closed_when_memory_is_short() {
     assert!(table.memory.held() <= MEMORY);
     assert!(![&usual, &proxy, &known].into_iter().any(is_told_to_close));
 
-    // A connection that ends frees all of its memory, including one that was told to close before.
+    // A connection that ends frees all of its memory, including one that was asked to close before.
     drop((hostile, known, proxy));
     assert_eq!(table.memory.held(), 20_000);
     usual.connection.has_written();
@@ -359,7 +359,7 @@ async fn address_with_few_connections_is_not_displaced_by_one_with_many() {
         );
     }
     assert!(!is_told_to_close(&light));
-    // An address without connections is lighter still.
+    // An address without connections counts as light too.
     let _lighter = admit(&table, "203.0.113.1").unwrap();
     assert!(is_told_to_close(&light));
 }

@@ -47,7 +47,7 @@ fn access_line_shortens_long_paths_and_methods() {
     for (path, written) in [
         ("/".repeat(256), "/".repeat(256)),
         ("/".repeat(3900), format!("{}…", "/".repeat(253))),
-        // Cut between characters: 252 bytes of two-byte characters would end in the middle of one.
+        // Paths are cut between characters: 252 bytes of two-byte characters would end in the middle of one.
         (
             format!("/{}", "ä".repeat(2000)),
             format!("/{}…", "ä".repeat(126)),
@@ -67,7 +67,7 @@ fn access_line_shortens_long_paths_and_methods() {
     assert_eq!(written["method"], format!("{}…", "M".repeat(29)).as_str());
 }
 
-/// Output that accepts nothing until it is opened.
+/// An output that accepts nothing until it is opened.
 #[derive(Debug, Clone, Default)]
 struct Valve(Arc<ValveState>);
 
@@ -121,7 +121,7 @@ fn blocked_output_blocks_no_caller_and_every_line_is_written_or_counted() {
     let dropped = log.dropped().get();
     assert!(dropped > lines_dropped);
     assert!(log.state.buffer.lock().bytes.len() <= MAX_WAITING_EVENTS);
-    // Exiting the process does not take long either.
+    // The process also exits quickly.
     let began = std::time::Instant::now();
     log.clone().stop();
     assert!(began.elapsed() < 10 * STOP_WITHIN);

@@ -7,15 +7,15 @@ use prometheus_client::metrics::{counter::Counter, gauge::Gauge};
 /// The limit for which a connection was rejected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ConnectionLimit {
-    /// Connections of one address.
+    /// The limit per address.
     Address,
-    /// Connections of the network of one address.
+    /// The limit per network.
     Network,
-    /// Connections in total, if none could be closed to make room.
+    /// The total limit, if no connection could be closed to make room.
     Full,
 }
 
-/// Connections of one listener.
+/// The connections of one listener.
 #[derive(Debug, Default)]
 pub struct ConnectionMetrics {
     pub open: Gauge,
@@ -23,7 +23,7 @@ pub struct ConnectionMetrics {
     refused_address: Counter,
     refused_network: Counter,
     refused_full: Counter,
-    /// Closed to make room for another connection.
+    /// Connections closed to make room for another one.
     pub dropped: Counter,
     pub timed_out_head: Counter,
     pub timed_out_write: Counter,
@@ -103,7 +103,7 @@ const FAMILIES: [Family; 6] = [
     Family {
         name: "quota_accept_errors",
         kind: "counter",
-        help: "Failures to accept a client connection",
+        help: "Failed attempts to accept a client connection",
         series: &[("", |it| it.accept_errors.get().to_string())],
     },
 ];

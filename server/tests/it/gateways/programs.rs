@@ -12,7 +12,7 @@ use quota_testkit::Process;
 use tempfile::TempDir;
 use tokio::net::TcpStream;
 
-/// The machine may be busy.
+/// Allows for a busy machine.
 const STARTED_WITHIN: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,7 +58,7 @@ fn command(name: &str) -> Command {
     })
 }
 
-/// Replaces text that must be present.
+/// Replaces a string that must be present.
 fn put(text: &str, from: &str, to: &str) -> String {
     assert!(text.contains(from), "{from:?} is not in\n{text}");
     text.replace(from, to)
@@ -143,7 +143,7 @@ impl Program {
                 let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
                     .map(|name| format!("{name}_temp_path {};\n", dir.join(name).display()))
                     .concat();
-                // A single process, so that nothing is left running when it ends.
+                // It runs as a single process, so that nothing is left running when it ends.
                 let text = format!(
                     "daemon off;\nmaster_process off;\npid {};\nerror_log stderr;\nevents {{}}\nhttp {{\n\
                      access_log off;\n{temporary}{server}}}\n",

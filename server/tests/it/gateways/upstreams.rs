@@ -27,7 +27,8 @@ use tokio_rustls::{
     },
 };
 
-/// The API behind a gateway. It returns the body it received. The path can select another status: `/status/403`.
+/// The API behind a gateway. It returns the body it received. The path can select another status, such as
+/// `/status/403`.
 pub(super) struct Api {
     pub(super) addr: SocketAddr,
     requests: Arc<Mutex<Vec<Head>>>,
@@ -70,7 +71,7 @@ impl Api {
                             .unwrap_or("200")
                             .to_owned();
                         received.lock().push(head);
-                        // Headers that only Quota's values may replace.
+                        // Headers that may only be replaced with Quota's values.
                         let answer = format!(
                             "HTTP/1.1 {status} Status\r\ncontent-length: {}\r\nx-ratelimit-limit: api\r\n\
                              ratelimit: api\r\nx-quota-degraded: api\r\nx-own: kept\r\n\r\n",

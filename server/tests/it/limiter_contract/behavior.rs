@@ -1,4 +1,4 @@
-//! The contract of `LimitStore`.
+//! Tests of the contract of `LimitStore`.
 
 use std::{sync::Arc, time::Duration};
 
@@ -123,7 +123,7 @@ pub(super) async fn cost_is_taken_as_a_whole(world: &World) {
     let denied = key.ask(&plan, 4).await;
     assert_eq!(denied.retry_after(), Some(SECOND));
     assert!(key.ask(&plan, 3).await.is_allowed());
-    // More than one block of the quota.
+    // This is more than one block of the quota.
     let plan = Plan::any_rate().daily(1000);
     let decision = key.ask(&plan, 900).await;
     assert!(decision.is_allowed());
@@ -132,7 +132,7 @@ pub(super) async fn cost_is_taken_as_a_whole(world: &World) {
 
 pub(super) async fn quota_resets_with_the_local_day(world: &World) {
     let key = Key::of(&world.start());
-    // In Tokyo 2026-11-24T10:00Z is 19:00, in Los Angeles 02:00.
+    // 2026-11-24T10:00Z is 19:00 in Tokyo and 02:00 in Los Angeles.
     for (n, zone, hours) in [(1, "Asia/Tokyo", 5), (2, "America/Los_Angeles", 22)] {
         let key = Key::number(&key.limiter, n);
         let plan = Plan::any_rate().daily(3).zone(zone);
@@ -151,7 +151,7 @@ pub(super) async fn quota_resets_with_the_month(world: &World) {
     let key = Key::of(&world.start());
     let plan = Plan::any_rate().monthly(100);
     let mut admitted = 0;
-    // A dozen per day for six and a half days, until 1 December.
+    // Twelve per day for six and a half days, until 1 December.
     for _ in 0..12 {
         admitted += key.admitted(&plan, 12).await;
         settle().await;
@@ -181,7 +181,7 @@ pub(super) async fn stopped_clock_refills_nothing(world: &World) {
     assert_eq!(key.admitted(&plan, 10_000).await, 10);
 }
 
-pub(super) async fn clock_set_back_locks_nobody_out(world: &World) {
+pub(super) async fn clock_set_back_does_not_lock_keys_out(world: &World) {
     let key = Key::of(&world.start());
     let plan = Plan::rate(60, 10);
     assert_eq!(key.admitted(&plan, 20).await, 10);
@@ -280,7 +280,7 @@ pub(super) async fn key_finds_its_handle_again(world: &World) {
     assert!(Arc::ptr_eq(&key.handle, &Key::of(&limiter).handle));
     drop(key);
     settle().await;
-    // Not while tokens are missing or a block is held.
+    // It is not pruned while tokens are missing or a block is held.
     assert_eq!(limiter.prune(), 1);
     assert_eq!(Key::of(&limiter).ask(&plan, 1).await.rate.remaining, 1);
     world.advance(Duration::from_mins(1));
@@ -325,7 +325,7 @@ pub(super) async fn quotas_survive_a_crash_except_for_a_block(world: &World) {
     let plan = Plan::any_rate().daily(1000);
     let before = Key::of(&world.start()).admitted(&plan, 333).await;
     assert_eq!(before, 333);
-    // Ends without returning any tokens.
+    // The replica ends without returning any tokens.
     let after = Key::of(&world.start()).admitted(&plan, 2000).await;
     assert!(before + after <= 1000);
     assert!(before + after >= 990, "{before} and {after}");
@@ -373,7 +373,7 @@ pub(super) async fn failed_ledger_admits_nothing_and_does_not_affect_rates(world
     }
     let asked = world.ledger.takes();
     assert!(asked < 10, "a ledger in trouble is left alone: {asked}");
-    // A rate without quotas needs no ledger, and denies without it.
+    // A rate without quotas needs no ledger, and can also deny without it.
     let other = Key::number(&key.limiter, 8);
     assert!(other.ask(&Plan::rate(60, 1), 1).await.is_allowed());
     assert!(!other.ask(&Plan::rate(60, 1).daily(9), 1).await.is_allowed());

@@ -1,4 +1,4 @@
-//! Many threads use one key.
+//! Tests in which many threads use one key.
 
 use std::{
     num::NonZeroU32,
@@ -67,7 +67,7 @@ fn threads_get_exactly_the_burst_and_the_refill() {
     }
 }
 
-/// The same with the system clock.
+/// The same test with the system clock.
 #[test]
 fn no_more_than_the_limit_is_allowed_in_real_time() {
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
@@ -99,7 +99,7 @@ fn no_more_than_the_limit_is_allowed_in_real_time() {
     assert!(admitted > 50, "{admitted}: nothing was refilled");
 }
 
-/// Requests on several threads, limited by a quota that is fetched in blocks.
+/// Sends requests on several threads, limited by a quota that is fetched in blocks.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn concurrent_requests_get_exactly_the_quota() {
     for (quota, costs) in [

@@ -1,4 +1,4 @@
-//! A ledger in memory that keeps a log, and fails or delays on request.
+//! A ledger in memory that keeps a log, and fails or delays calls on request.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -70,7 +70,7 @@ impl TestLedger {
         self.takes.load(Ordering::SeqCst)
     }
 
-    /// Returns the number of calls, and the highest number of concurrent ones.
+    /// Returns the number of calls, and the highest number of concurrent calls.
     pub(super) fn calls(&self) -> (u64, u64) {
         let calls = self.calls.load(Ordering::SeqCst);
         (calls, self.most_under_way.load(Ordering::SeqCst))
@@ -98,7 +98,7 @@ impl TestLedger {
         used.collect()
     }
 
-    /// Takes or returns tokens of every row, like another replica.
+    /// Takes or returns tokens in every row, like another replica.
     pub(super) fn adjust(&self, change: impl Fn(u64) -> u64) {
         for row in self.rows.lock().unwrap().values_mut().flatten() {
             row.used = change(row.used);

@@ -1,4 +1,4 @@
-//! Behavior of the local store, and of the denial cache in front of a remote one, in addition to the common contract.
+//! Tests of the local store, and of the denial cache in front of a remote store, in addition to the common contract.
 
 use std::{sync::Arc, time::Duration};
 
@@ -101,7 +101,7 @@ async fn nothing_is_held_after_a_drain_with_calls_in_flight() {
         let key = Key::number(&limiter, n);
         assert_eq!(key.admitted(&plan, 8).await, 8);
     }
-    // The last of each eight requested more, which has not arrived yet.
+    // Every eighth request has fetched more, which has not arrived yet.
     world.ledger.set_delay(Duration::from_millis(20));
     for n in 0..50 {
         Key::number(&limiter, n).admitted(&plan, 1).await;
@@ -140,11 +140,11 @@ async fn remote_store_is_not_asked_about_known_denials() {
     world.advance(Duration::from_secs(2));
     assert!(!key.ask(&plan, 5).await.is_allowed());
     assert!(key.ask(&plan, 2).await.is_allowed());
-    // Above the quota, until tomorrow.
+    // The cost is above the rest of the quota, so it is denied until tomorrow.
     let plan = Plan::any_rate().daily(20);
     assert_eq!(key.admitted(&plan, 500).await, 7);
     assert!(store.asked() <= 12 + 11, "{}", store.asked());
-    // But not with another plan.
+    // The denial does not apply to another plan.
     assert!(key.ask(&Plan::any_rate().daily(21), 1).await.is_allowed());
 }
 
@@ -193,7 +193,7 @@ async fn ledger_that_panics_or_hangs_counts_as_failed() {
     assert!(key.ask(&plan, 1).await.is_allowed());
 }
 
-/// Only the ledger is shared.
+/// The replicas share only the ledger.
 #[tokio::test]
 async fn two_replicas_with_one_ledger_share_a_quota() {
     let world = world::memory();

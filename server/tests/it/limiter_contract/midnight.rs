@@ -1,4 +1,4 @@
-//! Many keys at once: at midnight, and when stopping.
+//! Tests with many keys at the same time: at midnight, and when stopping.
 
 use std::{
     sync::{
@@ -86,7 +86,7 @@ async fn no_request_waits_at_midnight_and_the_next_day_is_served_in_full() {
     settle_all().await;
     let (_, at_once) = world.ledger.calls();
     assert!(at_once <= AT_ONCE, "{at_once} calls at once");
-    // Exactly the quota of the new day.
+    // Exactly the quota of the new day is available.
     for key in keys.iter().step_by(500) {
         assert_eq!(key.admitted(&both(), 1100).await, 999);
     }

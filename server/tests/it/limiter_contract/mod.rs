@@ -1,4 +1,4 @@
-//! The contract of limit stores, as one suite that runs on each store, and a comparison with a simple model.
+//! Tests of the contract of limit stores, which run on each store, and a comparison with a simple model.
 //!
 //! To include a store, add a line to [`stores`]: a function that creates it with its own clock and ledger.
 
@@ -15,8 +15,8 @@ pub(crate) use self::{ledger::TestLedger, world::START};
 
 /// A remote store has its own clock, which a test cannot set back.
 #[tokio::test]
-async fn clock_set_back_locks_nobody_out() {
-    behavior::clock_set_back_locks_nobody_out(&world::memory()).await;
+async fn clock_set_back_does_not_lock_keys_out() {
+    behavior::clock_set_back_does_not_lock_keys_out(&world::memory()).await;
 }
 
 /// Runs these tests on every store.
@@ -37,7 +37,7 @@ macro_rules! on_every_store {
             })*
         }
 
-        /// The local store as if it were remote, with the denial cache in front of it.
+        /// The local store, treated as a remote store with the denial cache in front of it.
         mod far_store {
             $(#[tokio::test]
             async fn $behavior() {

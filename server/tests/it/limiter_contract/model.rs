@@ -1,4 +1,4 @@
-//! Compares the limiter with a simple model, with random schedules.
+//! Compares the limiter with a simple model on random schedules.
 //!
 //! The model keeps a list of grants and replays it from the start for each request, in tokens as exact fractions. It
 //! gets days and months from `chrono`. Every field of every decision is compared.
@@ -23,7 +23,7 @@ const MINUTE: i128 = 60_000_000_000;
 /// An event of a bucket.
 #[derive(Clone, Copy)]
 enum Event {
-    /// The time.
+    /// The time advanced to this.
     Seen(u64),
     /// This many tokens were taken.
     Grant(u32),
@@ -39,9 +39,9 @@ struct Bucket {
     clock: u64,
     interval: i128,
     burst: i128,
-    /// Negative: the bucket has been full for this long.
+    /// If negative, the bucket has been full for this long.
     missing: i128,
-    /// Debt beyond an empty bucket, from before the burst was lowered. Time in which the bucket is full reduces it.
+    /// Debt beyond an empty bucket, from before the burst was lowered. It decreases while the bucket is full.
     beyond: i128,
     /// When tokens were last taken, or the plan was edited.
     since: u64,
@@ -58,7 +58,7 @@ impl Bucket {
 #[derive(Default)]
 struct Model {
     events: Vec<Event>,
-    /// By policy and the day on which the window starts.
+    /// The usage by policy and the day on which the window starts.
     used: HashMap<(Policy, NaiveDate), u64>,
     plan: (i128, i128),
 }
@@ -280,7 +280,7 @@ async fn play(world: &World, plans: &[Plan], steps: &[Step], grain: u64) -> u64 
     let mut policies = plan.policies();
     let mut told = 1_000_000_000;
     let mut compared = 0;
-    // For checking the rate: times, and the totals up to each.
+    // For checking the rate: times, and the total up to each time.
     let mut grants: Vec<(u64, u64)> = Vec::new();
     for step in steps {
         match *step {
@@ -337,7 +337,7 @@ async fn play(world: &World, plans: &[Plan], steps: &[Step], grain: u64) -> u64 
     compared
 }
 
-/// In any window, at most `burst + rpm/60 * T`, with the exact rate and not the rounded one.
+/// In any window, at most `burst + rpm/60 * T` is admitted, with the exact rate and not the rounded one.
 fn within_what_was_sold(plan: &Plan, grants: &[(u64, u64)]) {
     // An edit to a smaller burst may have left less room. The first grant starts the first window.
     for (i, (from, _)) in grants.iter().enumerate() {
@@ -353,7 +353,7 @@ fn within_what_was_sold(plan: &Plan, grants: &[(u64, u64)]) {
 fn compare(seed: u8, set_up: fn() -> World, jumps: bool, decisions: u64) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
-        // Waits for the ledger end with its response, not because the machine is busy.
+        // Requests stop waiting for the ledger when it responds, not because the machine is busy.
         .start_paused(true)
         .build()
         .unwrap();
@@ -381,7 +381,7 @@ fn a_million_decisions_equal_those_of_the_model() {
     });
 }
 
-/// The denial cache in front of a store changes no decision.
+/// The denial cache in front of a store does not change any decision.
 #[test]
 fn denial_cache_changes_no_decision() {
     compare(4, world::far, false, 100_000);

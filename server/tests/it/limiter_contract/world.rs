@@ -117,7 +117,7 @@ fn key_settings() -> KeyTableSettings {
     }
 }
 
-/// A store that claims to be remote, and counts calls.
+/// A store that claims to be remote and counts calls.
 #[derive(Debug)]
 pub(super) struct Far {
     store: Arc<LocalStore>,

@@ -1,4 +1,4 @@
-//! Calendar quotas while the tenant's time zone changes.
+//! Tests of calendar quotas while the tenant's time zone changes.
 //!
 //! The oracle is derived from the promise, not from the code. It keeps the windows with usage, in order. A request
 //! inside the last one belongs to it. Any other request opens a new one, which begins where the last one ended or, if
@@ -175,8 +175,8 @@ fn no_windows_overlap(world: &World) {
     }
 }
 
-/// Random requests, waits, zone changes, restarts and crashes on `replicas` replicas, each of which learns of a change
-/// at a random time.
+/// Plays random requests, waits, zone changes, restarts and crashes on `replicas` replicas, each of which learns of a
+/// change at a random time.
 async fn play(seed: u64, replicas: usize) -> u64 {
     let mut random = fastrand::Rng::with_seed(seed);
     let world = world::memory();
@@ -286,7 +286,7 @@ async fn window_after_a_change_is_shortened_with_a_quota_in_proportion() {
     assert_eq!((state.limit, state.shortened_to), (50, None));
     assert_eq!(state.reset_at, at("2026-11-25T00:00:00Z"));
 
-    // From midnight UTC to midnight in Tokyo: 15 of 24 hours.
+    // The time from midnight UTC to midnight in Tokyo is 15 of 24 hours.
     world.advance(hours(14));
     let state = key.ask(&plan("Asia/Tokyo"), 1).await.daily.unwrap();
     assert_eq!(state.limit, 32);
@@ -307,7 +307,7 @@ async fn change_applies_immediately_if_nothing_was_used() {
     let limiter = world.start();
     let plan = |zone| Plan::any_rate().daily(50).zone(zone);
     let key = Key::of(&limiter);
-    // Denied, so it used nothing, although the ledger was called.
+    // The request was denied, so nothing was used, although the ledger was called.
     assert!(!key.ask(&plan("UTC"), 51).await.is_allowed());
     let state = key.ask(&plan("Asia/Tokyo"), 1).await.daily.unwrap();
     assert_eq!((state.limit, state.shortened_to), (50, None));
@@ -380,7 +380,7 @@ async fn edited_quota_scales_a_shortened_window() {
     let plan = |quota, zone| Plan::any_rate().daily(quota).zone(zone);
     key.ask(&plan(240, "UTC"), 1).await;
     world.advance(hours(14));
-    // 15 of 24 hours.
+    // The window has 15 of 24 hours.
     assert_eq!(key.admitted(&plan(240, "Asia/Tokyo"), 100).await, 100);
     let state = key.ask(&plan(480, "Asia/Tokyo"), 1).await.daily.unwrap();
     assert_eq!((state.limit, state.remaining), (300, 199));
@@ -443,7 +443,7 @@ async fn prefetched_block_gives_way_to_a_change_of_zone() {
         .map(|row| row.used)
         .sum();
     assert_eq!(ahead, 24, "a block of the next day");
-    // It is returned with the first request that knows of the change.
+    // The block is returned with the first request that knows of the change.
     key.ask(&plan("Asia/Tokyo"), 1).await;
     settle().await;
     world.advance(Duration::from_secs(60));

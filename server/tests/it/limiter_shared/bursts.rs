@@ -1,6 +1,6 @@
-//! Bursts with distant counters: the full burst of an idle key is admitted in two round trips, slow responses are never
-//! reported as an exceeded limit, and tokens that were taken but not spent are returned. Runs in simulated time on the
-//! model of the counters, and in real time on a real Redis behind a proxy that delays traffic.
+//! Tests of bursts with distant counters: the full burst of an idle key is admitted in two round trips, slow responses
+//! are never reported as an exceeded limit, and tokens that were taken but not spent are returned. Runs in simulated
+//! time on the model of the counters, and in real time on a real Redis behind a proxy that delays traffic.
 
 use std::{
     num::{NonZeroU32, NonZeroU64},
@@ -134,7 +134,7 @@ impl SharedCounters for Far {
 
     async fn take(&self, call: TakeCall) -> Result<TakeReply, CounterError> {
         let it = self.clone();
-        // A call that was sent arrives, whether or not the caller still waits.
+        // A call that was sent arrives, whether or not the caller is still waiting.
         let served = tokio::spawn(async move {
             let way = *it.round_trip.lock() / 2;
             it.calls.lock().push(call);
@@ -260,7 +260,7 @@ async fn a_burst_of_different_costs_is_admitted_as_far_as_it_goes() {
         let costs: Vec<u32> = (0..60).map(|n| n % 5 + 1).collect();
         let served = admitted(&replica.at_once(&policies, &costs).await);
         assert!((96..=100).contains(&served), "{served}");
-        // Any other granted tokens are back in the bucket.
+        // All other granted tokens are back in the bucket.
         sleep(Duration::from_millis(150)).await;
         let rest = admitted(&replica.at_once(&policies, &[1; 10]).await);
         assert_eq!(served + rest, 100, "strict {strict}");
@@ -338,7 +338,7 @@ async fn dropped_requests_take_nothing() {
     }
 }
 
-/// The script ran and its response was lost: these tokens may not be spent, and other requests continue.
+/// The script ran and its response was lost. These tokens must not be spent, and other requests continue.
 #[tokio::test(start_paused = true)]
 async fn a_lost_answer_loses_no_more_than_it_granted() {
     let far = Far::new(Duration::from_millis(4));
@@ -353,7 +353,7 @@ async fn a_lost_answer_loses_no_more_than_it_granted() {
     assert_eq!(served, 90);
 }
 
-/// The bucket is empty for a minute because of the tokens that one replica holds, and which it returns immediately.
+/// The bucket is empty for a minute because of tokens that one replica holds, but the replica returns them immediately.
 #[tokio::test(start_paused = true)]
 async fn a_denial_is_forgotten_when_others_may_have_returned_tokens() {
     let far = Far::new(Duration::from_millis(2));
@@ -403,7 +403,7 @@ async fn a_denial_is_forgotten_when_others_may_have_returned_tokens() {
     assert!(replica.admit(&policies, 1).await.is_allowed());
 }
 
-/// However, a key that is continually denied does not need a call for each request.
+/// However, a key that is denied repeatedly does not need a call for each request.
 #[tokio::test(start_paused = true)]
 async fn denials_are_remembered_for_a_while() {
     for (strict, most) in [(false, 30), (true, 3)] {
@@ -443,7 +443,7 @@ async fn a_stop_returns_every_lease() {
         metrics.lease_tokens_taken.get(),
         spent + metrics.lease_tokens_returned.get()
     );
-    // No tokens are held any more, and requests are still decided.
+    // No tokens are held anymore, and requests are still decided.
     assert!(replica.admit(&policies, 1).await.is_allowed());
     sleep(Duration::from_millis(10)).await;
     assert_eq!(
@@ -545,12 +545,12 @@ async fn answers_that_come_late_sell_nothing_twice() {
     assert!(served >= 100, "{served} of {most}");
 }
 
-/// The same on a real Redis, 20 ms away: a burst takes two calls.
+/// The same on a real Redis with a latency of 20 ms: a burst takes two calls.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_distant_redis_is_asked_twice_for_a_burst() {
     let server = RedisServer::start().await;
     let proxy = FaultProxy::start(Upstream::Tcp(server.addr())).await;
-    // This test does not depend on the speed of a busy machine.
+    // This makes the test independent of the speed of the machine.
     let replicas = three(&server, &proxy, Duration::from_secs(5), "5s").await;
     proxy.set(Fault::Delay(Duration::from_millis(10)));
     for (key, strict) in [(1, false), (2, true)] {
@@ -570,7 +570,7 @@ async fn a_distant_redis_is_asked_twice_for_a_burst() {
         let served = decided.iter().filter(|it| **it).count();
         assert!((600..=602).contains(&served), "{served}, strict {strict}");
         let calls = replica.metrics.counter_calls.get() - calls;
-        // With heartbeats in between.
+        // There are heartbeats in between.
         assert!(calls <= 40, "{calls} calls, strict {strict}");
     }
 }

@@ -1,4 +1,4 @@
-//! Returned tokens never make a bucket fuller than if they had never been taken.
+//! Tests that returned tokens never make a bucket fuller than if they had never been taken.
 //!
 //! The oracle implements that sentence: after every call, it replays the bucket's entire history from a full bucket,
 //! without the tokens that have been returned by then, and compares the results. It keeps no minima and has no rules
@@ -52,14 +52,14 @@ impl Plan {
     }
 }
 
-/// Tokens granted by one call.
+/// The tokens granted by one call.
 #[derive(Debug, Clone, Copy)]
 struct Granted {
     at: u64,
     generation: u64,
     tokens: u64,
     returned: u64,
-    /// Their return was lost.
+    /// The call that returned them was lost.
     lost: u64,
 }
 
@@ -93,8 +93,8 @@ fn debt_without_returned(history: &[Event], grants: &[Granted]) -> u128 {
                 remembered,
                 wrote,
             } => {
-                // Debt beyond an empty bucket, from before the burst was lowered; the time during which the bucket is
-                // full reduces it.
+                // Debt in excess of an empty bucket, from before the burst was lowered. It decreases while the bucket
+                // is full.
                 let (mut debt, mut beyond, last) = bucket;
                 let mut passed = u128::from(at.saturating_sub(last)) * 1000;
                 let mut writes = wrote || at < last;
@@ -151,7 +151,7 @@ impl Counters {
         }
     }
 
-    /// As in a new deployment.
+    /// The state of a new deployment.
     async fn reset(&mut self) {
         match self {
             Self::Model { .. } => *self = Self::model(),
@@ -197,7 +197,7 @@ impl Counters {
 #[derive(Debug, Default)]
 struct Sum {
     returned: u64,
-    /// In buckets: the total credited, and the total that the oracle would have allowed.
+    /// The total credited, and the total that the oracle would have allowed, both in buckets.
     credited: f64,
     allowed: f64,
     exceptions: u64,
@@ -268,7 +268,7 @@ async fn schedule(seed: u64, counters: &mut Counters, clock: &TestClock, sum: &m
                 grants[i].returned += n;
                 back += n;
                 back_taken_at = back_taken_at.min(grants[i].at);
-                // If they are from several generations, none of them counts.
+                // If they are from several generations, none of them is credited.
                 back_generation = match back_generation {
                     u64::MAX => grants[i].generation,
                     same if same == grants[i].generation => same,
@@ -382,7 +382,7 @@ fn check(sum: &Sum) {
     eprintln!("{sum:?}");
     if number("QUOTA_SEED").is_none() {
         assert!(sum.returned > 1000 && sum.exceptions > 100, "{sum:?}");
-        // A script that credits nothing would never be too full either.
+        // With a script that credits nothing, the bucket would never be too full either.
         assert!(sum.credited > 0.5 * sum.allowed, "{sum:?}");
     }
 }
@@ -414,7 +414,7 @@ async fn planted_errors_in_the_credit_are_found() {
         (lowered, "m = math.min(m, debt)\n  n = math.min(n, debt)"),
         // Tokens are credited across edits, epochs and a clock that goes backward.
         ("back_generation == g and taken_at <= now", "true"),
-        // A token keeps its original value.
+        // A token keeps its original value, no matter when it is returned.
         (
             "math.min(debt, back * e, math.max(",
             "math.min(debt, back * e, math.max(back * e, ",
@@ -482,20 +482,20 @@ async fn a_simple_return_is_credited_whole() {
         back_generation: generation,
         ..call
     };
-    // Immediately, to a bucket that was full: everything except the refill in between.
+    // If returned immediately, to a bucket that was full, everything except the refill in between is credited.
     let (at, granted, _, generation) = take(wanting(50)).await;
     assert_eq!(granted, 50);
     clock.advance(Duration::from_millis(2));
     let (_, _, debt, _) = take(returning(50, at, generation)).await;
     assert_eq!(debt, 0);
-    // Late, to a bucket that was never full in between.
+    // If returned late, to a bucket that was never full in between, everything is credited.
     assert_eq!(take(wanting(150)).await.1, 150);
     let (at, granted, debt, generation) = take(wanting(40)).await;
     assert_eq!((granted, debt), (40, 190_000_000));
     clock.advance(Duration::from_millis(100));
     let (_, _, debt, _) = take(returning(40, at, generation)).await;
     assert_eq!(debt, 50_000_000);
-    // Nothing, in an older generation.
+    // In an older generation, nothing is credited.
     let (at, granted, debt, generation) = take(wanting(40)).await;
     assert_eq!(granted, 40);
     let (_, _, same, _) = take(returning(40, at, generation - 1)).await;
@@ -568,7 +568,7 @@ async fn late_returns_one_by_one_sell_nothing_twice() {
     }
     clock.advance(Duration::from_millis(15));
     let served = first + wave().await;
-    // 25 ms between the waves, and the refill during the first calls.
+    // This allows for the 25 ms between the waves and the refill during the first calls.
     assert!(served <= 200 + 25 + 1, "{served}, {first} at first");
     assert!(served >= 185, "{served}, {first} at first");
 }

@@ -1,5 +1,5 @@
-//! Three replicas in real time on a real Redis that is killed, and on one that is frozen: admitted requests are
-//! recounted.
+//! Runs three replicas in real time on a real Redis that is killed, and on one that is frozen, and recounts admitted
+//! requests.
 #![expect(
     clippy::cast_precision_loss,
     reason = "times of a run are far below 2^52 nanoseconds"
@@ -42,7 +42,7 @@ const BURST: u32 = 50;
 /// The outcomes of the requests of a run.
 #[derive(Debug, Default)]
 struct Log {
-    /// From request to response, in nanoseconds.
+    /// The time from request to response, in nanoseconds.
     admitted: Mutex<Vec<(u64, u64)>>,
     degraded: AtomicU64,
     errors: AtomicU64,
@@ -91,7 +91,7 @@ async fn replicas(server: &RedisServer, on_failure: OnRedisFailure) -> Replicas 
             sleep(Duration::from_millis(500)).await;
         }
     });
-    // Until they have counted each other.
+    // Waits until the replicas have counted each other.
     sleep(Duration::from_millis(8500)).await;
     Replicas {
         stores,
@@ -206,7 +206,7 @@ async fn a_redis_that_is_killed_sells_nothing_twice() {
     assert_eq!(
         log.errors.load(Ordering::Relaxed),
         0,
-        "nobody is turned away with an error"
+        "no request fails with an error"
     );
 }
 

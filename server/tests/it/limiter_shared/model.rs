@@ -27,7 +27,7 @@ const LARGEST: u128 = 1 << 52;
 struct Bucket {
     at: u64,
     debt: u128,
-    /// Debt beyond an empty bucket.
+    /// Debt in excess of an empty bucket.
     beyond: u128,
     /// Refill since the epoch started, minus the tokens taken, even if the bucket was full in between.
     gathered: Option<u128>,
@@ -76,7 +76,7 @@ impl State {
         }
     }
 
-    /// One call at `now`, to the process with the run ID `run`.
+    /// Executes one call at `now`, on the process with the run ID `run`.
     pub(super) fn take(&mut self, run: u64, now: u64, call: TakeCall) -> TakeReply {
         let epoch = self.epochs.entry(call.partition).or_default();
         let told = call.promised.0 > 0

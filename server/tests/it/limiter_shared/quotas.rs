@@ -1,5 +1,5 @@
-//! Calendar quotas with shared counters: a burst takes the tokens it needs in a few calls, and no replica keeps tokens
-//! that another one needs. Runs in simulated time, on models of the counters and the ledger.
+//! Tests of calendar quotas with shared counters: a burst takes the tokens it needs in a few calls, and no replica
+//! keeps tokens that another one needs. Runs in simulated time, on models of the counters and the ledger.
 
 use std::{
     num::{NonZeroU32, NonZeroU64},
@@ -28,7 +28,7 @@ fn plan(rate: u32, daily: u64, strict: bool) -> Policies {
     Policies::new(rate, NonZeroU64::new(daily), None, Zone::utc(), strict)
 }
 
-/// Replicas whose count of replicas is `of`.
+/// Replicas that believe there are `of` replicas.
 fn replicas(far: &Far, ledger: &Arc<TestLedger>, count: u64, of: u64) -> Vec<Replica> {
     (0..count)
         .map(|rank| {
@@ -92,7 +92,10 @@ async fn a_burst_beyond_the_quota_or_the_rate_is_served_exactly() {
         }
         sleep(Duration::from_millis(500)).await;
         let held = ledger.used() - served;
-        assert!(held <= 1, "{held} of the quota are held for nobody");
+        assert!(
+            held <= 1,
+            "{held} tokens of the quota are held for no request"
+        );
     }
 }
 
@@ -131,7 +134,7 @@ async fn blocks_of_idle_replicas_go_to_the_busy_ones() {
         let far = Far::new(Duration::from_millis(1));
         let ledger = TestLedger::new();
         let all = replicas(&far, &ledger, of, of);
-        // Like cached records do.
+        // Keep the handles, as cached records do.
         let _handles: Vec<_> = all.iter().map(|it| it.handle(7)).collect();
         let policies = plan(600_000, daily, false);
         let (busy, idle) = all.split_last().unwrap();

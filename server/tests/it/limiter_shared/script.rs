@@ -1,4 +1,4 @@
-//! The script in a real Redis, at times set by the test, compared with the model.
+//! Compares the script in a real Redis with the model, at times set by the test.
 
 use std::{sync::Arc, time::Duration};
 
@@ -139,8 +139,8 @@ fn call(rng: &mut Rng, now: u64, told: u64, generation: u64) -> TakeCall {
     }
 }
 
-/// Random calls, including calls after a loss of state, a clock set back, or an edit: the same replies, to the
-/// nanosecond.
+/// For random calls, including calls after a loss of state, a clock set back, or an edit, both give the same replies,
+/// to the nanosecond.
 #[tokio::test]
 async fn the_script_answers_as_the_model_does() {
     let (_server, redis) = started().await;
@@ -285,7 +285,7 @@ async fn versions_that_start_over_are_followed() {
         assert!(granted(plan(7, 50)).await <= 1);
         assert!(granted(plan(900, 3)).await <= 1);
     }
-    // The other replicas are restarted, and no replica has the higher version any more.
+    // The other replicas are restarted, and no replica has the higher version anymore.
     let mut followed = None;
     for second in 0..30 {
         clock.advance(Duration::from_secs(1));
@@ -300,7 +300,7 @@ async fn versions_that_start_over_are_followed() {
     assert_eq!(granted(plan(9, 2)).await, 2);
 }
 
-/// A loss of state leaves every bucket empty, even for a burst that the plan gets later.
+/// A loss of state leaves every bucket empty, even if the plan's burst is raised later.
 #[tokio::test]
 async fn a_lost_bucket_is_empty_for_every_burst() {
     let (_server, redis) = started().await;
@@ -336,12 +336,12 @@ async fn a_lost_bucket_is_empty_for_every_burst() {
     let BucketState::Initializing { wait } = take(plan(3, 100)).await else {
         panic!("it has lost its state");
     };
-    // Two seconds into the new epoch, in which one token was used.
+    // The new epoch is two seconds old, and one token was used in it.
     clock.advance(Duration::from_micros(wait) + Duration::from_secs(1));
     assert_eq!(granted(plan(4, 1)).await, 1);
     clock.advance(Duration::from_secs(1));
     assert_eq!(granted(plan(5, 100)).await, 19);
-    // This continues: the bucket is full once it has refilled, and not before.
+    // This continues until the bucket has refilled completely.
     clock.advance(Duration::from_secs(5));
     assert_eq!(granted(plan(5, 100)).await, 50);
     clock.advance(Duration::from_secs(100));

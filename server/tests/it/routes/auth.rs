@@ -146,7 +146,7 @@ async fn refresh_token_works_once_and_its_predecessor_gets_the_same_successor() 
     let second = refresh(&app, &account.refresh_token).await;
     assert_eq!(second.status, 200);
     assert_ne!(second.text("refresh_token"), account.refresh_token);
-    // Two tabs, or a lost response.
+    // Two tabs refresh at the same time, or a response was lost.
     let both = futures_util::future::join(
         refresh(&app, &account.refresh_token),
         refresh(&app, &account.refresh_token),
@@ -160,7 +160,7 @@ async fn refresh_token_works_once_and_its_predecessor_gets_the_same_successor() 
     let third = refresh(&app, &second.text("refresh_token")).await;
     assert_eq!(third.status, 200);
 
-    // It is no longer the predecessor, so it was copied: the whole family ends.
+    // The token is no longer the predecessor, so it must have been copied, and the whole family ends.
     assert_eq!(refresh(&app, &account.refresh_token).await.status, 401);
     assert_eq!(
         refresh(&app, &third.text("refresh_token")).await.status,
@@ -368,7 +368,7 @@ async fn role_may_do_exactly_what_it_allows() {
             .execute("UPDATE memberships SET role = $1", &[&role])
             .await
             .unwrap();
-        // A session caches its role for no longer than changes take to reach other replicas.
+        // A session caches its role only for as long as changes take to reach other replicas.
         let token = login(&app, &account.email, PASSWORD)
             .await
             .text("access_token");
@@ -430,7 +430,7 @@ async fn requests_are_limited_by_address_and_sign_ins_by_account() {
         (429, "too-many-requests")
     );
     assert!((1..=30).contains(&refused.number("retry-after")));
-    // A console shows only the message.
+    // A console may show only the message.
     let wait = format!("Try again in {} second", refused.number("retry-after"));
     assert!(refused.text("detail").contains(&wait), "{}", refused.body);
     assert_eq!(
@@ -963,7 +963,7 @@ async fn stranger_cannot_lock_out_an_owner() {
         (429, "too-many-requests")
     );
     assert!(refused.number("retry-after") >= 1);
-    // The owner, on a new device in another network.
+    // The owner signs in on a new device in another network.
     let owner_signs_in = login_from_network(&app, "203.0.113.9", &owner.email, PASSWORD).await;
     assert_eq!(owner_signs_in.status, 200, "{}", owner_signs_in.body);
 }
@@ -992,7 +992,7 @@ async fn occupy_password_threads(app: &TestApp, passes: u32) -> Vec<tokio::task:
             answer.expect("it answers").status().as_u16()
         }));
     }
-    // Long enough for both to be busy, but not to finish.
+    // This is long enough for both threads to be busy, but not to finish.
     tokio::time::sleep(std::time::Duration::from_millis(150)).await;
     busy
 }
@@ -1021,7 +1021,7 @@ async fn sign_in_during_reset(
     let reset_at = std::time::Instant::now();
     let (status, body, answered_at) = waiting.await.expect("it ends");
     for it in busy {
-        // 503 if a hash takes too long on a busy machine.
+        // The status is 503 if a hash takes too long on a busy machine.
         assert!(matches!(it.await.expect("it ends"), 401 | 503));
     }
     (status, body, answered_at > reset_at)
@@ -1038,7 +1038,7 @@ async fn sign_in_during_a_password_change_creates_no_session() {
     let owner = app.register().await;
     let client = app.database.connect().await;
     let mut old = PASSWORD.to_owned();
-    // Raise the hash cost until the sign-in waits until after the password change.
+    // Raise the hash cost until the sign-in completes only after the password change.
     for passes in [6, 12, 24, 48, 96] {
         let new = format!("seven orchards under frost {passes}");
         let (status, body, waited) =
@@ -1426,7 +1426,7 @@ async fn flood_of_registrations_is_rejected_while_known_devices_are_served() {
     assert!(of(201) > 0 && of(503) >= 20, "{statuses:?}");
 }
 
-/// Anyone who knows the old secret and a used refresh token can compute its successors.
+/// Anyone who knows the old secret and a used refresh token can compute the token's successors.
 #[tokio::test(flavor = "multi_thread")]
 async fn new_secret_ends_every_session_and_a_rotation_ends_none() {
     let (old, new) = ("old-".repeat(8), "new-".repeat(8));
@@ -1449,7 +1449,7 @@ async fn new_secret_ends_every_session_and_a_rotation_ends_none() {
         futures_util::future::join_all((0..4).map(|_| login(&first, &account.email, PASSWORD)))
             .await;
     let token = |n: usize| sessions[n].text("refresh_token");
-    // As written by an earlier version, without a secret.
+    // The row as written by an earlier version, without a secret.
     let client = database.connect().await;
     let unmarked = "UPDATE sessions SET secret_id = NULL WHERE id IN \
                     (SELECT session_id FROM refresh_tokens WHERE token_hash = sha256($1))";
@@ -1458,7 +1458,7 @@ async fn new_secret_ends_every_session_and_a_rotation_ends_none() {
         assert_eq!(changed.expect("it is set"), 1);
     }
 
-    // A rotation, step by step.
+    // Rotates the secret step by step.
     let (one, two) = (
         with(&database, &old, Some(&new)).start().await,
         with(&database, &new, Some(&old)).start().await,
@@ -1470,7 +1470,7 @@ async fn new_secret_ends_every_session_and_a_rotation_ends_none() {
     let unmarked = refresh(&two, &token(2)).await;
     assert_eq!(unmarked.status, 200, "{}", unmarked.body);
 
-    // With only the new secret, sessions that have moved to it remain, and others end.
+    // With only the new secret, sessions that have moved to it remain active, and others end.
     let alone = with(&database, &new, None).start().await;
     for (name, token, status) in [
         ("moved", rotated.text("refresh_token"), 200),
@@ -1563,9 +1563,9 @@ async fn devices_of_an_account_are_counted_together() {
     assert_eq!(guesses, 10);
 }
 
-/// Someone who writes to Redis can delay sign-ins, but not for longer than Quota itself would.
+/// An attacker who can write to Redis can delay sign-ins, but not for longer than Quota itself would.
 #[tokio::test(flavor = "multi_thread")]
-async fn contents_of_redis_delay_nobody_longer_than_the_longest_wait() {
+async fn contents_of_redis_delay_sign_ins_no_longer_than_the_maximum_wait() {
     let redis = quota_testkit::redis::RedisServer::start().await;
     let app = TestApp::setup()
         .flag(format!("--redis-url={}", redis.url()))

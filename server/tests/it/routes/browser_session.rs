@@ -7,11 +7,11 @@ use serde_json::{Value, json};
 
 use crate::support::app::{PASSWORD, TestApp};
 
-/// A browser, as far as cookies are concerned.
+/// Handles cookies like a browser.
 struct Browser<'a> {
     server: &'a TestApp,
     cookies: BTreeMap<String, String>,
-    /// What the browser reports about the origin of a request.
+    /// The headers in which the browser reports the origin of a request.
     site: Option<&'static str>,
     origin: Option<String>,
     csrf: bool,
@@ -412,7 +412,7 @@ async fn console_is_served_or_says_how_to_build_it() {
     if index.contains("cargo xtask console") {
         return;
     }
-    // The pages of the console exist. Files of an older build do not exist.
+    // The console's pages exist. The files of an older build do not.
     assert_eq!(get("/console/plans", "gzip").await.status(), 200);
     let old = get("/console/boot-0000000000000000.js", "gzip").await;
     assert_eq!(old.status(), 404);
@@ -456,7 +456,7 @@ const SECRETS: [&str; 2] = [
     "fedcba9876543210fedcba9876543210",
 ];
 
-/// The same cookies, on another server of the same installation.
+/// Uses the same cookies on another server of the same installation.
 impl Browser<'_> {
     fn on<'b>(&self, server: &'b TestApp) -> Browser<'b> {
         Browser {
@@ -478,7 +478,7 @@ async fn rotated_secret_keeps_browser_sessions() {
         .await;
     let browser = Browser::registered(&before).await;
     let desktop = before.register().await;
-    // Two tabs, one of which has just refreshed and lost the response.
+    // There are two tabs, one of which has just refreshed and lost the response.
     let mut first_tab = browser.on(&before);
     let refresh = Some(json!({}));
     assert_eq!(
@@ -663,7 +663,7 @@ async fn known_browser_signs_in_while_its_network_is_slowed_down() {
         statuses.push(status.as_u16());
     }
     assert_eq!(statuses, [401, 401, 401, 429, 429]);
-    // It is useless for another account.
+    // The cookie is useless for another account.
     let other = server.register().await;
     let mut thief = Browser::new(&server);
     thief.cookies = browser.cookies.clone();

@@ -245,7 +245,7 @@ async fn denied_request_costs_nothing() {
         assert_eq!(forward(&app, &token, &by_rate.text, "").await.status, 429);
         let checked = check(&app, &token, json!({"key": by_rate.text})).await;
         assert_eq!(checked.body["allowed"], json!(false));
-        // Two of the daily quota of four are left.
+        // Two requests of the daily quota of four are left.
         assert_eq!(checked.body["limits"][1]["remaining"], json!(2));
     }
     clock.advance(Duration::from_secs(2));
@@ -911,7 +911,7 @@ async fn change_of_time_zone_applies_when_the_day_ends_and_headers_say_so() {
         assert_eq!(set.status, 200, "{}", set.body);
         policy("\"daily\";q=48;w=86400").await;
     }
-    // From midnight in UTC to midnight in Tokyo.
+    // The new window lasts from midnight in UTC to midnight in Tokyo.
     clock.advance(Duration::from_hours(4));
     for _ in 0..30 {
         policy("\"daily\";q=30;w=54000").await;
@@ -1003,7 +1003,7 @@ async fn key_that_is_sent_twice_is_rejected() {
         .send()
         .await;
     assert_eq!((twice.status, twice.problem()), (400, "malformed"));
-    // The API behind the gateway may read the other one, so neither is accepted.
+    // The API behind the gateway may read the other key, so neither is accepted.
     let forwarded = app
         .get("/v1/forward-auth")
         .header("X-Service-Token", &token)
@@ -1105,7 +1105,7 @@ async fn fast_path_and_router_respond_alike() {
             seen.push((answer.status, headers, body));
         };
 
-        // Without credentials, with invalid ones, and with an invalid body.
+        // Requests without credentials, with invalid credentials, and with an invalid body.
         shows(echo().send().await);
         shows(echo().header("X-API-Key", "qk_none").send().await);
         shows(forward("").send().await);
@@ -1276,7 +1276,7 @@ async fn every_response_of_forward_auth_states_the_decision() {
     );
     assert_eq!(away.header("retry-after"), Some("1"));
     states(away, (503, "unavailable")).await;
-    // No other path has it.
+    // No other path has this header.
     assert_eq!(decision(&app.echo(&key.text).await), "none");
 }
 
@@ -1364,7 +1364,7 @@ async fn cross_origin_rules_do_not_apply_to_forward_auth() {
             "{origin}"
         );
     }
-    // They apply to all other endpoints.
+    // The CORS rules apply to all other endpoints.
     let elsewhere = app
         .http
         .get(app.url("/v1/echo"))
@@ -1398,7 +1398,7 @@ async fn forward_from(app: &TestApp, token: &str, key: &str, origin: &str) -> An
         .await
 }
 
-/// The API behind the gateway may read a different one than was checked.
+/// The API behind the gateway may read a different key than the one that was checked.
 #[tokio::test(flavor = "multi_thread")]
 async fn two_consumer_credentials_are_rejected() {
     let (app, _clock, account) = still().await;

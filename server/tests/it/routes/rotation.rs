@@ -115,7 +115,7 @@ async fn rotation_within_a_grace_period_must_confirm_that_the_previous_key_is_re
         assert_eq!(app.echo(key).await.status, 200);
     }
 
-    // Once the grace period is over, there is nothing to confirm.
+    // Once the grace period is over, no confirmation is needed.
     clock.advance(Duration::from_secs(301));
     let rotated = rotate(&app, &account, &first.id, json!({"grace_seconds": 300})).await;
     assert_eq!(rotated.status, 200, "{}", rotated.text);

@@ -54,7 +54,7 @@ pub(crate) struct TestApp {
     stop: watch::Sender<bool>,
     jobs: Option<Jobs>,
     servers: Vec<tokio::task::JoinHandle<()>>,
-    /// Deleted with the server, unless the test provided it.
+    /// The data directory, which is deleted with the server unless the test provided it.
     _data: Option<TempDir>,
 }
 
@@ -114,7 +114,7 @@ impl Setup {
                 .await,
             ),
         };
-        // All tests use the same address, so limits per address would make them interfere.
+        // All tests use the same address, so per-address limits would make them interfere with each other.
         let mut flags = vec![
             "test".to_owned(),
             "--auth-rpm=0".into(),
@@ -416,7 +416,7 @@ pub(crate) struct Key {
     pub(crate) id: String,
 }
 
-/// A request under construction.
+/// A request that is being built.
 pub(crate) struct Call {
     request: RequestBuilder,
     method: Method,
@@ -451,7 +451,7 @@ impl Call {
         let (status, headers) = (response.status(), response.headers().clone());
         let mut response = response;
         let text = if media_type(&headers) == "text/event-stream" {
-            // The response has no end: its first bytes show that it is open.
+            // The response is endless. Its first bytes show that it is open.
             let first = response.chunk().await.expect("a stream begins");
             String::from_utf8(first.expect("a stream begins").to_vec()).expect("events are text")
         } else {
@@ -606,7 +606,7 @@ pub(crate) fn operation(method: &Method, path: &str) -> Option<(String, &'static
         .collect::<Vec<_>>();
     found.sort_by_key(|(template, _)| template.matches('{').count());
     let (template, operations) = found.first()?;
-    // Accepts any method but is documented for one.
+    // This operation accepts any method but is documented for one.
     let is_documented = !matches!(method.as_str(), "TRACE" | "BREW");
     let method = match path {
         "/v1/forward-auth" if is_documented => "get".to_owned(),

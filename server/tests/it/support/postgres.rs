@@ -37,7 +37,7 @@ impl TestDatabase {
     {
         let admin = connect(admin_url()).await;
         let template = format!("quota_template_{:016x}", migrations_hash());
-        // Held by the session, so it is released no matter how the test ends.
+        // The lock is held by the session, so it is released no matter how the test ends.
         admin
             .execute("SELECT pg_advisory_lock($1)", &[&TEMPLATE_LOCK])
             .await

@@ -48,7 +48,7 @@ impl Quota {
         Self::start_with(data_dir, &[])
     }
 
-    /// Also applies these settings.
+    /// Like [`start`](Self::start), with additional settings.
     pub(crate) fn start_with(data_dir: &Path, settings: &[(&str, &str)]) -> Self {
         let (quota, out) = Self::start_unread(data_dir, settings);
         // The output is read to the end, so that its log is never blocked.
@@ -56,7 +56,7 @@ impl Quota {
         quota
     }
 
-    /// Reads no output once it is ready.
+    /// Stops reading its output once it is ready.
     pub(crate) fn start_unread(
         data_dir: &Path,
         settings: &[(&str, &str)],
@@ -117,7 +117,7 @@ impl Quota {
         kill(Pid::from_raw(pid), signal).expect("it is there");
     }
 
-    /// Stops it with SIGTERM.
+    /// Stops the server with SIGTERM.
     pub(crate) fn stop(mut self) {
         self.signal(Signal::SIGTERM);
         let deadline = Instant::now() + STOPPED_WITHIN;
@@ -131,7 +131,7 @@ impl Quota {
         }
     }
 
-    /// Kills it with `kill -9`.
+    /// Kills the server with `kill -9`.
     pub(crate) fn kill(mut self) {
         self.signal(Signal::SIGKILL);
         self.child.wait().expect("it ends");

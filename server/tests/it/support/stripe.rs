@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::app::{Account, Setup, TestApp};
 
-/// A bound that holds on a busy machine.
+/// A time limit that holds on a busy machine.
 const AT_MOST: Duration = Duration::from_secs(15);
 
 pub(crate) struct TestStripe {
@@ -41,7 +41,7 @@ impl TestStripe {
             "prices",
             &format!("{usage}&recurring[meter]={meter}&product={product}&lookup_key=quota_usage"),
         );
-        // Moved to a server once there is one.
+        // The webhook endpoint is moved to a server once there is one.
         let (endpoint, secret) = fake.add_endpoint("http://127.0.0.1:9/");
         Self {
             fake,
@@ -82,7 +82,7 @@ impl TestStripe {
         }
     }
 
-    /// Starts a subscription as a tenant's user, up to the page at Stripe. Returns the session's ID.
+    /// Starts a subscription as a tenant's user, up to the Checkout page. Returns the session's ID.
     pub(crate) async fn start_checkout(&self, app: &TestApp, account: &Account) -> String {
         let page = app
             .act(account, "POST", "/billing/checkout", Value::Null)
@@ -113,7 +113,7 @@ impl TestStripe {
     }
 }
 
-/// Waits until the account has this access, by `GET /billing`.
+/// Waits until `GET /billing` returns this access.
 pub(crate) async fn wait_for_access(app: &TestApp, account: &Account, access: &str) -> Value {
     let began = Instant::now();
     loop {

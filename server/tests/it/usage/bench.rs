@@ -1,5 +1,5 @@
-//! The speed of appending and reading usage, with 10 million rows. Run by `cargo xtask bench usage`; asserts no times,
-//! because they depend on the machine.
+//! Measures the speed of appending and reading usage, with 10 million rows. `cargo xtask bench usage` runs it. It does
+//! not assert times, because they depend on the machine.
 
 use std::time::{Duration, Instant};
 
@@ -17,11 +17,11 @@ use crate::support::app::{Account, PASSWORD, TestApp};
 const KEYS: usize = 1000;
 const ENDPOINTS: usize = 200;
 const DAYS: i64 = 30;
-/// Records of one transaction, as with a backlog.
+/// The number of records per transaction, as with a backlog.
 const BATCH: usize = 50_000;
 /// Number of records in the backlog.
 const BACKLOG: usize = 1_000_000;
-/// Requests for each percentile.
+/// The number of requests for each percentile.
 const ROUNDS: usize = 100;
 
 /// Draws a number from 0 to `n`; number `i` is drawn 1 / (i + 1) times as often as the first (Zipf, with exponent 1).
@@ -89,7 +89,7 @@ fn percentile(times: &mut [Duration], part: usize) -> Duration {
     times[(times.len() * part / 100).min(times.len() - 1)]
 }
 
-/// The number per second.
+/// Returns the number per second.
 fn per_second(rows: usize, time: Duration) -> u64 {
     let nanos = time.as_nanos().max(1);
     u64::try_from(rows as u128 * 1_000_000_000 / nanos).unwrap_or(u64::MAX)
@@ -254,7 +254,7 @@ async fn ten_million_rows() {
     fill(&app, &mut generator).await;
     vacuum(&app).await;
     let rows = rows + BACKLOG;
-    // A sign-in is valid for minutes.
+    // An access token is valid only for minutes.
     let account = generator.account;
     let login = json!({"email": account.email, "password": PASSWORD});
     let token = app

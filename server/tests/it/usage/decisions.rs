@@ -1,4 +1,4 @@
-//! `/admin/decisions`: the log as a list and as a stream.
+//! Tests of `/admin/decisions`, the log as a list and as a stream.
 
 use std::time::{Duration, Instant};
 
@@ -36,7 +36,7 @@ fn request_ids(page: &Value) -> Vec<String> {
         .collect()
 }
 
-/// One request per second until now, named by its number.
+/// Appends one request per second until now, named by its number.
 fn requests(account: &Account, numbers: std::ops::Range<i64>) -> Vec<UsageRecord> {
     let start = now() - TimeDelta::hours(1);
     numbers
@@ -160,7 +160,7 @@ async fn decisions_are_listed_newest_first_page_by_page() {
     assert_eq!(answer.status, 400);
 }
 
-/// Events as they arrive.
+/// Reads events as they arrive.
 struct Events {
     response: Response,
     text: String,
@@ -209,7 +209,7 @@ impl Events {
         Some(())
     }
 
-    /// The next event; `None` at the end of the stream.
+    /// Returns the next event, or `None` at the end of the stream.
     async fn next(&mut self) -> Option<Event> {
         loop {
             if let Some((event, rest)) = self.text.split_once("\n\n") {
@@ -236,7 +236,7 @@ impl Events {
         }
     }
 
-    /// The request IDs of the next `count` decisions, and the ID of the last event.
+    /// Returns the request IDs of the next `count` decisions, and the ID of the last event.
     async fn decisions(&mut self, count: usize) -> (Vec<String>, String) {
         let (mut ids, mut last) = (Vec::new(), String::new());
         while ids.len() < count {
@@ -265,7 +265,7 @@ async fn a_stream_shows_what_any_replica_ships_and_resumes_on_another() {
     let other = one.register().await;
     append(&one, &requests(&account, 0..5)).await;
     let mut events = Events::open(&one, &account.access_token, "", None).await;
-    // Only new decisions, and only those of its own tenant.
+    // The stream contains only new decisions, and only those of its own tenant.
     let began = Instant::now();
     append(&two, &requests(&other, 900..905)).await;
     append(&two, &requests(&account, 5..8)).await;
@@ -408,7 +408,7 @@ async fn a_quiet_stream_stays_open_beyond_every_deadline_of_a_connection() {
     assert_eq!(multiplexed.decisions(2).await.0, names(0..2));
 }
 
-/// It reads a byte occasionally, which no deadline can distinguish from a slow network.
+/// It reads a byte occasionally, which looks the same as a slow network to any deadline.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_that_is_read_byte_by_byte_ends_with_its_session() {
     let app = TestApp::setup()

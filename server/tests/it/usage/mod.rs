@@ -1,4 +1,4 @@
-//! Usage: the records appended to the log are the ones that the API counts and returns.
+//! Tests that the API counts and returns exactly the records that were appended to the log.
 //!
 //! Records are appended in the same way as by the shipper, so these tests know every request that was made.
 
@@ -43,7 +43,7 @@ pub(crate) async fn append(app: &TestApp, records: &[UsageRecord]) -> Appended {
         };
         match appended.await {
             Ok(appended) => return appended,
-            // A partition was just created, or the machine is busy.
+            // Allows for a partition that was just created, and for a busy machine.
             Err(DbError::Unavailable(_)) if attempt < 10 => {}
             Err(error) => panic!("{error:?}"),
         }

@@ -1,4 +1,4 @@
-//! Compares usage with a recount of the raw records: by the local date and hour, not by where buckets begin.
+//! Compares usage with a recount of the raw records by local date and hour, instead of by the start of buckets.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -11,7 +11,7 @@ use uuid::Uuid;
 use super::{append, record, rejected};
 use crate::support::app::{Account, TestApp};
 
-/// Allowed, rejected, and their cost.
+/// The numbers of allowed and rejected requests, and their cost.
 type Counts = [u64; 4];
 
 const FIELDS: [&str; 4] = ["allowed", "rejected", "allowed_cost", "rejected_cost"];
@@ -75,7 +75,7 @@ async fn world(days: &[&str]) -> World {
     for day in days {
         let day: DateTime<Utc> = format!("{day}T00:00:00Z").parse().expect("a day");
         for _ in 0..600 {
-            // Squared, so that the first ones are used far more often.
+            // The number is squared, so that the first ones are used far more often.
             let mut square =
                 |n: u64| usize::try_from(dice.below(n) * dice.below(n) / n).expect("small");
             let (key, endpoint) = (square(30), square(40));
@@ -100,7 +100,7 @@ async fn world(days: &[&str]) -> World {
             });
         }
     }
-    // In batches that span several days, as with late records.
+    // Appends them in batches that span several days, as with late records.
     let mut shuffled = records.clone();
     shuffled.sort_by_key(|it| it.event_id);
     for batch in shuffled.chunks(700) {
@@ -301,7 +301,7 @@ impl World {
     }
 }
 
-/// Whether this quarter of an hour has the same label as the previous one.
+/// Whether this quarter hour has the same label as the previous one.
 fn seen_before(zone: &TimeZone, at: DateTime<Utc>, bucket: &str) -> bool {
     label(zone, at, bucket) == label(zone, at - TimeDelta::minutes(15), bucket)
 }

@@ -1,4 +1,4 @@
-//! Two replicas under load: every number shown by the API equals the client's own log.
+//! Tests with two replicas under load that every number returned by the API equals the client's own log.
 
 use std::{
     collections::BTreeMap,
@@ -64,7 +64,7 @@ impl Answered {
         self.code == "allowed"
     }
 
-    /// The plans deny by one policy each, or by all policies while a replica does not reach Redis in time.
+    /// Each plan denies by one policy, or by all of them while a replica does not reach Redis in time.
     fn policy(&self) -> &str {
         match self.code.as_str() {
             "quota_exceeded" => ["rpm", "daily", "none"][self.key % 3],
@@ -193,7 +193,7 @@ async fn what_two_replicas_show_equals_the_clients_own_log() {
         }
         assert_eq!(buckets, total);
         let stats = get("/admin/stats").await;
-        // Unless midnight has passed in the meantime.
+        // This holds unless midnight has passed in the meantime.
         if now().date_naive() == day {
             assert_eq!(
                 (&stats["requests_today"], &stats["rejected_today"]),

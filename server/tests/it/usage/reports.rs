@@ -1,4 +1,4 @@
-//! `/admin/usage`, `/admin/stats`, and the current limits of a key.
+//! Tests of `/admin/usage`, `/admin/stats`, and the current limits of a key.
 
 use chrono::{DateTime, TimeDelta, Utc};
 use quota_server::repo::usage_batch::UsageRecord;
@@ -112,7 +112,7 @@ async fn defaults_are_the_last_24_hours_in_the_tenants_zone() {
     );
     let buckets = usage["buckets"].as_array().expect("buckets");
     assert!((24..=26).contains(&buckets.len()), "{}", buckets.len());
-    // All except the first begin at a full hour in India.
+    // All buckets except the first start at a full hour in India.
     for it in &buckets[1..] {
         assert!(
             it["start"]
@@ -251,7 +251,8 @@ async fn stats_count_today_and_compare_with_yesterday() {
         it.record(now),
         rejected(it.record(midnight), "rpm"),
     ];
-    // Yesterday: at its start, and one second before midnight, a time of day that has not been reached today.
+    // Yesterday's requests: at the start of the day, and one second before midnight, a time of day that has not been
+    // reached today.
     records.extend((0..5).map(|_| it.record(yesterday)));
     records.push(rejected(it.record(yesterday), "rpm"));
     records.extend((0..50).map(|_| it.record(midnight - TimeDelta::seconds(1))));
@@ -376,7 +377,7 @@ async fn limits_show_where_a_key_stands_and_consume_nothing() {
         assert!(now[0].1 >= 6, "{now:?}");
         assert_eq!(now[1..], [of("daily", 46), of("monthly", 496)]);
     }
-    // As a request would find it.
+    // The limits as a request would find them.
     let answer = it.app.echo(&it.key.text).await;
     assert!(
         answer.header("ratelimit").expect("a field").contains("r="),
@@ -385,7 +386,7 @@ async fn limits_show_where_a_key_stands_and_consume_nothing() {
     );
     assert_eq!(states().await[1], of("daily", 45));
 
-    // Records of other replicas count as well.
+    // The records of other replicas count as well.
     let records = (0..30).map(|_| it.record(now())).collect::<Vec<_>>();
     append(&it.app, &records).await;
     append(&it.app, &[rejected(it.record(now()), "rpm")]).await;
@@ -431,7 +432,7 @@ async fn a_burn_down_has_what_was_left_and_where_it_leads() {
         .expect("a time");
     assert!(start <= now && now < end && (28..=31).contains(&(end - start).num_days()));
 
-    // 10 every quarter of an hour since the start of the month; denied requests and those of the previous month do not
+    // 10 requests every 15 minutes since the start of the month; denied requests and those of the previous month do not
     // count.
     let mut records = Vec::new();
     let mut at = start;
@@ -488,7 +489,7 @@ async fn a_burn_down_has_what_was_left_and_where_it_leads() {
             "8 an hour are at most 5,952 a month"
         );
     }
-    // Used up.
+    // The quota is used up.
     append(
         &it.app,
         &[UsageRecord {
@@ -541,7 +542,7 @@ async fn usage_says_until_when_it_is_complete() {
 async fn limits_show_what_another_replica_took_of_the_rate() {
     let redis = RedisServer::start().await;
     let flag = format!("--redis-url={}", redis.url());
-    // A busy machine responds late.
+    // Allows for a busy machine.
     let replica = || {
         TestApp::setup()
             .flag(flag.clone())

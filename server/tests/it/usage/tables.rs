@@ -1,5 +1,5 @@
-//! The contents of the tables: ordered rows, consistent rollups, a bounded number of endpoints, and partitions that are
-//! created and dropped.
+//! Tests the contents of the tables: ordered rows, consistent rollups, a bounded number of endpoints, and partitions
+//! that are created and dropped.
 
 use std::collections::BTreeSet;
 
@@ -181,7 +181,7 @@ async fn log_and_rollups_agree_and_a_difference_is_found_at_every_level() {
             .await
             .expect("a comparison");
         tx.commit().await.expect("a commit");
-        found.expect("nobody else compares").log_and_rollups
+        found.expect("no other process compares").log_and_rollups
     };
     assert_eq!(differences().await, 0);
     for damage in [
@@ -250,7 +250,7 @@ async fn the_ledger_is_compared_with_windows_that_have_ended() {
             .await
             .expect("a comparison");
         tx.commit().await.expect("a commit");
-        let it = it.expect("nobody else compares");
+        let it = it.expect("no other process compares");
         found.push((it.ledger_excess, it.rollup_excess));
     }
     assert_eq!(found, [(0, 0), (12, 0), (0, 19)]);
@@ -296,7 +296,7 @@ async fn partitions_are_created_ahead_and_rows_that_came_first_move_there() {
     }
     assert_eq!(number(&client, in_default).await, 0);
     assert_eq!(number(&client, "SELECT count(*) FROM usage_log").await, 100);
-    // The same minute continues in the partition.
+    // Further rows of the same minute go into the partition.
     append(&app, &batch(&account, 100)).await;
     assert_eq!(number(&client, in_default).await, 0);
     let usage = app
@@ -346,7 +346,7 @@ async fn a_table_whose_partitions_cannot_be_created_holds_up_no_other() {
 async fn partitions_are_created_however_long_it_takes() {
     let app = TestApp::setup().without_jobs().start().await;
     let client = app.database.connect().await;
-    // Each takes longer than the statement timeout.
+    // Each of them takes longer than the statement timeout.
     client
         .batch_execute(
             "CREATE FUNCTION wait_for_partition() RETURNS event_trigger LANGUAGE plpgsql AS \
@@ -437,7 +437,7 @@ async fn days_beyond_the_retention_are_dropped_and_no_others() {
         5,
         "cursors are kept as long as they are needed"
     );
-    // Those from 4 and 5 days ago are kept, and those of the requests above.
+    // Those from 4 and 5 days ago are kept, and so are those of the requests above.
     assert_eq!(number(&client, endpoints).await, listed - 1495);
     // Whole days: a day that ended within the retention period is kept.
     assert_eq!(number(&client, "SELECT count(*) FROM usage_log").await, 4);

@@ -1,4 +1,4 @@
-//! The load and the client's own record of it: which requests were sent, and the response to each.
+//! The load, and the client's record of which requests were sent and the response to each.
 
 use std::{
     collections::BTreeMap,
@@ -19,7 +19,7 @@ use tokio::{
 
 use crate::http1;
 
-/// How long a request may take.
+/// The time limit for a request.
 const PATIENCE: Duration = Duration::from_secs(15);
 
 /// The state of one request, by its number on its connection.
@@ -29,7 +29,7 @@ pub(super) enum Fate {
     Decided,
     /// 503: no decision.
     Refused,
-    /// The connection ended first.
+    /// The connection ended before the response.
     Unanswered,
 }
 
@@ -37,7 +37,7 @@ pub(super) enum Fate {
 #[derive(Debug, Default)]
 pub(super) struct Sent {
     pub(super) count: u64,
-    /// Of the other requests, those that got a decision.
+    /// The other requests that got a decision.
     pub(super) others: BTreeMap<u64, Fate>,
     pub(super) last_decided: Option<u64>,
 }

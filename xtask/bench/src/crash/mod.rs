@@ -1,5 +1,5 @@
-//! `kill -9` of servers, Redis and PostgreSQL in turn under load, and a recount: of all requests that got a response,
-//! joined by request ID, none is missing in the usage log and none is in it twice.
+//! `kill -9` of servers, Redis and PostgreSQL in turn under load, and a recount: no request that got a response is
+//! missing from the usage log or in it twice, compared by request ID.
 //!
 //! Three replicas share one data directory, so that each may adopt the directories that another has left behind. Which
 //! process is killed, and when, is derived from a seed.
@@ -94,7 +94,7 @@ impl Replica {
             .env("REDIS_URL", redis)
             .env("QUOTA_AUTH_RPM", "0")
             .env("QUOTA_ADMIN_RPM", "0")
-            // Short, so that kills interrupt batches.
+            // The interval is short, so that kills interrupt batches.
             .env("QUOTA_USAGE_SHIP_EVERY", "20ms")
             .env("RUST_LOG", "info,quota_server::access=off");
         Self {
@@ -147,7 +147,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 #[derive(Default)]
 struct Kills {
     by_victim: BTreeMap<&'static str, u32>,
-    /// Kills of servers while a request that had a response was not in the log yet.
+    /// Number of servers killed while a request that had a response was not in the log yet.
     before_commit: u32,
     in_flight: Vec<u64>,
 }
@@ -265,7 +265,7 @@ async fn wait_for_flight(loads: &[Arc<Load>], wanted: u64) -> Result<u64> {
     }
 }
 
-/// Whether a request that got a response from a killed replica is missing in the log.
+/// Whether a request that got a response from a killed replica is missing from the log.
 async fn is_before_commit(client: &Client, load: &Load) -> Result<bool> {
     let last = load.connections.iter().enumerate();
     let ids = last
@@ -314,7 +314,7 @@ struct Recount {
     rows: u64,
     lost: Vec<String>,
     doubled: u64,
-    /// Rows that belong to none of our requests.
+    /// Rows that do not belong to any of our requests.
     unknown: u64,
     rows_without_answer: u64,
     /// Rows of requests that got 503.
@@ -403,7 +403,7 @@ fn print(options: &Options, kills: &Kills, it: &Recount, took: Duration, left: u
     println!("| requests sent | {} |", it.sent);
     println!("| decided (200 or 429) | {} |", it.decided);
     println!("| requests that got 503 | {} |", it.refused);
-    println!("| without an answer | {} |", it.unanswered);
+    println!("| requests without a response | {} |", it.unanswered);
     println!("| rows in the usage log | {} |", it.rows);
     println!("| **lost** | {} |", it.lost.len());
     println!("| **doubled** | {} |", it.doubled);

@@ -127,7 +127,7 @@ impl Postgres {
                     self.running = Some(process);
                     return Ok(());
                 }
-                // The processes of the killed server hold its memory for a moment.
+                // The killed server's processes keep its shared memory for a moment.
                 if process.ended()?.is_some() {
                     break;
                 }

@@ -1,5 +1,5 @@
-//! Bursts that are adverse for leases: one replica prefetches tokens and goes idle, then all receive requests at the
-//! same time. The idle time varies up to twice the lease TTL.
+//! Worst-case bursts for leases: one replica prefetches tokens and goes idle, and then all replicas receive requests at
+//! the same time. The idle time varies up to twice the lease TTL.
 
 use std::time::Duration;
 
@@ -66,7 +66,7 @@ fn promise(plan: &Plan) -> &'static str {
 }
 
 pub(crate) async fn run(options: &Options) -> Result<Table> {
-    let mut table = Table::new("Bursts that are adverse for leases", COLUMNS);
+    let mut table = Table::new("Worst-case bursts for leases", COLUMNS);
     let stage = Stage::set(options, REPLICAS, &[]).await?;
     if !options.no_redis {
         stage.settle(Duration::ZERO).await?;
@@ -126,7 +126,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
     }
     table.notes.push(format!(
         "{REPLICAS} replicas. The promise of a plan with leases is burst + rate·(T + {} ms), that of a strict \
-         one burst + rate·T. {CYCLES} cycles per cell, each beginning with the next replica. {}",
+         one burst + rate·T. {CYCLES} cycles per cell, each starting with the next replica. {}",
         options.lease_ttl,
         lateness(&late),
     ));

@@ -1,4 +1,4 @@
-//! How long a change takes, from the response that confirms it until every replica applies it.
+//! Measures how long a change takes from the response that confirms it until every replica applies it.
 
 use std::time::Duration;
 
@@ -61,7 +61,7 @@ impl Channel {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Change {
     Deactivation,
-    /// For a key that was deactivated before.
+    /// The expected status of a key that was deactivated before.
     Activation,
     Plan,
     Deletion,
@@ -88,9 +88,9 @@ impl Change {
 #[derive(Debug, Clone, Copy)]
 struct Seen {
     change: Change,
-    /// For the slowest replica.
+    /// The time for the slowest replica.
     after: Duration,
-    /// A replica returned to the old state.
+    /// Number of times that a replica returned to the old state.
     fell_back: bool,
 }
 
@@ -163,7 +163,7 @@ async fn under(channel: Channel, mut stage: Stage, rounds: usize) -> Result<Vec<
     if channel == Channel::Frozen {
         let redis = stage.redis.as_mut().context("there is a Redis")?;
         redis.stop();
-        // This does not measure its loss.
+        // This does not measure the effect of losing Redis.
         sleep(Duration::from_secs(2)).await;
     }
     let cutting = counters.map(|mut counters| {
@@ -213,7 +213,7 @@ struct Watcher {
     sender: Option<Sender>,
 }
 
-/// What a response shows about a key.
+/// What a response reveals about a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     Unknown,

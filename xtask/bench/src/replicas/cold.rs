@@ -1,4 +1,4 @@
-//! The full burst of an idle key, sent at once to one replica, by the round-trip time to Redis.
+//! Sends an idle key's full burst to one replica at the same time, for several round-trip times to Redis.
 
 use std::time::Duration;
 
@@ -34,7 +34,7 @@ const LIMITS: [(u32, u32); 2] = [(600, 600), (60, 60)];
 
 /// How long the slowest bucket takes to fill.
 const FILLED: Duration = Duration::from_secs(60);
-/// How often to wait for this again.
+/// How many times to wait for it.
 const REFILLS: u32 = 10;
 
 pub(crate) async fn run(options: &Options) -> Result<Table> {

@@ -30,7 +30,7 @@ const COLUMNS: &[&str] = &[
 const REPLICAS: usize = 3;
 
 pub(crate) async fn run(options: &Options) -> Result<Table> {
-    let mut table = Table::new("What sharing costs", COLUMNS);
+    let mut table = Table::new("The cost of sharing", COLUMNS);
     let seconds = Duration::from_secs(if options.quick { 1 } else { 6 });
     let stage = Stage::set(options, REPLICAS, &[]).await?;
     if !options.no_redis {
@@ -54,7 +54,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
     Ok(table)
 }
 
-/// At 0.9 times the limit.
+/// A load of 0.9 times the limit.
 async fn steady(
     options: &Options,
     stage: &Stage,
@@ -73,7 +73,7 @@ async fn steady(
         spread: Spread::Random(1),
     };
     let part = |time| load.lasting(time).arrivals(REPLICAS).collect::<Vec<_>>();
-    // Leases must reach their size first.
+    // Leases must first reach their full size.
     stage.drive(&keys, &part(time / 3)).await?;
     let mut counters = stage.counters().await?;
     let (calls, cpu) = (scripts(&mut counters).await?, stage.fleet.cpu()?);
@@ -101,7 +101,7 @@ async fn steady(
     );
     table
         .notes
-        .push(format!("At {rpm} a minute: {}", lateness(&log)));
+        .push(format!("At {rpm} per minute: {}", lateness(&log)));
     Ok(())
 }
 
@@ -125,7 +125,7 @@ async fn saturated(
     let of = |status| statuses.get(&status).copied().unwrap_or(0);
     ensure!(
         of(200) + of(429) == statuses.values().sum::<u64>(),
-        "wrong answers: {statuses:?}"
+        "unexpected responses: {statuses:?}"
     );
     let envelope = Envelope::new(plan.rpm, plan.burst, options.lease_ttl());
     let allowed = envelope.allows(nanos(took));
@@ -157,7 +157,7 @@ fn hammer(stage: &Stage, keys: &[Key], time: Duration) -> Result<Statuses> {
             scope.spawn(move || Load::new()?.put(addr, time, request))
         });
         let mut all = Statuses::new();
-        // All are started before waiting for any.
+        // All of them are started before waiting for the first.
         for load in loads.collect::<Vec<_>>() {
             let statuses = load.join().ok().context("a load ended early")??;
             for (status, count) in statuses {
@@ -240,7 +240,7 @@ async fn next_to_memory(options: &Options, table: &mut Table) -> Result<()> {
                         let cpu = server.cpu()?.saturating_sub(cpu);
                         let total = statuses.values().sum::<u64>();
                         let right = statuses.keys().all(|it| matches!(it, 200 | 429));
-                        ensure!(right && total > 0, "wrong answers: {statuses:?}");
+                        ensure!(right && total > 0, "unexpected responses: {statuses:?}");
                         #[expect(clippy::cast_precision_loss, reason = "fewer than 2^52")]
                         let total = total as f64;
                         Ok(Round {
@@ -259,7 +259,7 @@ async fn next_to_memory(options: &Options, table: &mut Table) -> Result<()> {
         let before = scripts(&mut counters).await?;
         for _ in 0..rounds {
             all.extend(measure(1)?);
-            // So that a stop signal is noticed.
+            // This way, a stop signal is noticed.
             tokio::task::yield_now().await;
         }
         let after = scripts(&mut counters).await?;

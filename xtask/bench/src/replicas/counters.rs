@@ -3,7 +3,7 @@
 use anyhow::{Context as _, Result};
 use redis::aio::MultiplexedConnection;
 
-/// Queries one Redis on a separate connection.
+/// Queries one Redis server on a separate connection.
 pub(crate) struct Counters {
     connection: MultiplexedConnection,
 }
@@ -15,7 +15,7 @@ impl Counters {
         Ok(Self { connection })
     }
 
-    /// Returns how many scripts Redis has run since it started: those of decisions and leases.
+    /// Returns the number of scripts that Redis has run since it started, for decisions and leases.
     pub(crate) async fn scripts(&mut self) -> Result<u64> {
         let text: String = redis::cmd("INFO")
             .arg("commandstats")

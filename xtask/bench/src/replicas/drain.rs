@@ -32,7 +32,7 @@ const COLUMNS: &[&str] = &[
 const REPLICAS: usize = 3;
 const DAILY: u64 = 5000;
 const MONTHLY: u64 = 50_000;
-/// The promise: stopping takes at most this long.
+/// The promised maximum time for stopping.
 const STOPPED_WITHIN: Duration = Duration::from_secs(30);
 /// Keys per statement.
 const AT_ONCE: usize = 5000;
@@ -61,7 +61,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
         service: None,
         ready: 0,
     };
-    // Keys use the replicas in turn. A new key takes several database transactions.
+    // Keys take turns on the replicas. A new key takes several database transactions.
     let load = Steady {
         key: 0,
         from: Duration::ZERO,

@@ -1,8 +1,9 @@
-//! An open loop: sends requests on schedule, whether or not earlier ones have completed, and logs the outcome of each.
+//! An open loop, which sends requests on schedule, whether or not earlier ones have completed, and logs the outcome of
+//! each.
 //!
 //! Requests are scheduled in advance, so a slow server does not slow down the load. A request takes an idle connection
-//! to its replica or opens one. Beyond [`CONNECTIONS`], it waits for one, which appears as a late start in its log
-//! entry. Connections are reopened as replicas stop and start.
+//! to its replica or opens one. Above [`CONNECTIONS`], it waits for one, which its log entry shows as a late start.
+//! Connections are reopened as replicas stop and start.
 
 use std::{
     cell::{Cell, RefCell},
@@ -39,7 +40,7 @@ pub(crate) struct Arrival {
     /// Indexes into the lists of keys and replicas.
     pub(crate) key: usize,
     pub(crate) replica: usize,
-    /// In tokens.
+    /// The cost in tokens.
     pub(crate) cost: u32,
 }
 
@@ -54,10 +55,10 @@ pub(crate) struct Attempt {
     pub(crate) sent: u64,
     /// Just after the head of the response arrived, or the request was abandoned.
     pub(crate) answered: u64,
-    /// 0: there was no response.
+    /// The status; 0 if there was no response.
     pub(crate) status: u16,
     pub(crate) retry_after: Option<u32>,
-    /// The response states that it was decided without Redis.
+    /// Whether the response states that the request was decided without Redis.
     pub(crate) degraded: bool,
 }
 
@@ -195,7 +196,7 @@ struct Line {
     open: Cell<usize>,
     /// Connections that wait for the start signal.
     idle: Cell<usize>,
-    /// There are no more jobs.
+    /// Whether there are no more jobs.
     over: Cell<bool>,
 }
 
@@ -303,7 +304,7 @@ fn number(headers: &HeaderMap, name: &header::HeaderName) -> Option<u32> {
     headers.get(name)?.to_str().ok()?.parse().ok()
 }
 
-/// The header is present whenever a server decides without Redis, whatever its value.
+/// The header is present whenever a server decides without Redis, no matter what its value is.
 fn is_degraded(headers: &HeaderMap) -> bool {
     headers
         .keys()

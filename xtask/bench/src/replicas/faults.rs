@@ -1,8 +1,8 @@
 //! Redis crashes, freezes, fails over and goes silent under load.
 //!
-//! There is a key for each failure mode, all in the same processes at the same time. Some are above their limit and
-//! test the promise; some are below it and strict, so they need Redis for every decision and show its loss in their
-//! latency.
+//! There is a key for each failure mode, and all of them are used in the same processes at the same time. Some are
+//! above their limit and test the promise; some are below it and strict, so they need Redis for every decision and show
+//! the loss of Redis in their latency.
 
 use std::{mem::replace, time::Duration};
 
@@ -37,14 +37,14 @@ const COLUMNS: &[&str] = &[
     "recovered after, ms",
     "degraded later",
     "5xx",
-    "no answer",
+    "no response",
 ];
 const REPLICAS: usize = 3;
 /// When the fault occurs.
 const FAULT_AT: Duration = Duration::from_secs(4);
 /// The number of recent writes that the promoted replica lacks.
 const MISSED: Duration = Duration::from_millis(1500);
-/// How long it may take until all replicas detect the loss.
+/// How long all replicas may take to detect the loss.
 const DISCOVERY: Duration = Duration::from_secs(1);
 const AFTERWARDS: Duration = Duration::from_secs(6);
 /// The outage has ended after this long without a degraded response.
@@ -75,7 +75,7 @@ impl Kind {
 
     fn name(self) -> &'static str {
         match self {
-            Self::Kill => "killed, back empty",
+            Self::Kill => "killed, restarted empty",
             Self::Freeze => "frozen",
             Self::Failover => "failed over, writes lost",
             Self::BlackHole => "silent",
@@ -179,7 +179,7 @@ fn load(roles: &[Role], time: Duration) -> Vec<Arrival> {
 enum World {
     Plain(RedisServer),
     Proxied {
-        /// Kept alive while it is needed.
+        /// Keeps Redis running: dropping it stops the server.
         _redis: RedisServer,
         proxies: Vec<FaultProxy>,
     },
@@ -310,7 +310,7 @@ pub(crate) fn with_share_of_one(plan: &Plan, replicas: usize) -> Plan {
     plan
 }
 
-/// Returns when the outage ended for a key, after `back`, and what was degraded after that.
+/// Returns when the outage ended for a key, after `back`, and which responses were degraded after that.
 fn recovery<'a>(
     own: impl Iterator<Item = &'a Attempt>,
     back: u64,
@@ -358,7 +358,7 @@ fn tell(
     let (recovered, later) = recovery(own(), nanos(back));
     for it in &later {
         table.notes.push(format!(
-            "Degraded later: {what}, {} after {} ms, {} ms after Redis was back.",
+            "Degraded later: {what}, {} after {} ms, {} ms after Redis was available again.",
             it.status,
             millis(it.took()),
             millis(Duration::from_nanos(it.answered - nanos(back))),

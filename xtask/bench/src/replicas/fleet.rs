@@ -70,7 +70,7 @@ impl Database {
 pub(crate) struct Setup {
     pub(crate) binary: PathBuf,
     pub(crate) database_url: String,
-    /// One per replica; none for replicas without Redis.
+    /// One URL per replica; none for replicas without Redis.
     pub(crate) redis_urls: Vec<String>,
     /// Additional environment variables.
     pub(crate) settings: Vec<(&'static str, String)>,
@@ -103,7 +103,7 @@ impl Fleet {
     async fn start_all(&mut self, count: usize) -> Result<()> {
         for index in 0..count {
             self.replicas.push(Replica::spawn(&self.setup, index)?);
-            // The first applies the migrations.
+            // The first replica applies the migrations.
             if index == 0 || index + 1 == count {
                 for replica in &mut self.replicas {
                     replica.ready().await?;

@@ -1,9 +1,8 @@
 //! The behavior of several replicas, measured from outside: replicas in separate processes, real PostgreSQL and Redis,
 //! an open-loop load, and a recount of admitted requests from the client's log.
 //!
-//! Uses only what an operator knows about the server: settings, HTTP and signals. A broken promise is listed as a fault
-//! in its table and fails the run. Everything is bounded in number and time, uses only loopback, and ends with this
-//! process.
+//! Uses only what is available to an operator: settings, HTTP and signals. A broken promise is listed as a fault in its
+//! table and fails the run. Everything is bounded in number and time, uses only loopback, and ends with this process.
 
 mod bursts;
 mod changes;
@@ -79,11 +78,11 @@ enum Only {
     Limits,
     /// A daily quota, across a restart
     Daily,
-    /// Bursts that are adverse for leases
+    /// Worst-case bursts for leases
     Bursts,
     /// Requests that cost 1 to 5
     Weighted,
-    /// The full burst of an idle key at once, by the round-trip time to Redis
+    /// An idle key's full burst, by the round-trip time to Redis
     Cold,
     /// Redis responds late to one replica
     Late,
@@ -136,7 +135,7 @@ impl Options {
 /// Prints each table when it is ready. Everything that was started ends with the future, even on Ctrl-C.
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     if let Some(dir) = &options.log {
-        fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
     }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -153,7 +152,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 
 async fn all(options: &Options) -> Result<ExitCode> {
     let mut tables = Vec::new();
-    // Some of it is pinned to one core.
+    // Some of the load is pinned to one core.
     let cores = std::thread::available_parallelism().map_or(0, Into::into);
     for only in Only::ALL.iter().filter(|it| options.only.contains(it)) {
         eprintln!("{only}");

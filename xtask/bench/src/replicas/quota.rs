@@ -45,11 +45,11 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
             stage.settle(Duration::ZERO).await?;
         }
         let keys = stage.keys_on(std::slice::from_ref(&plan)).await?;
-        // In parts, so that several replicas hold blocks when they stop.
+        // The quota is used in parts, so that several replicas hold blocks when they stop.
         let before = spend(&stage, &keys, part).await?;
         keep_log(options, &format!("daily-{replicas}-before"), &before)?;
         stage.fleet.restart().await?;
-        // Until nothing more is admitted: on a busy machine, some requests may get no decision.
+        // Continues until nothing more is admitted, because some requests may get no decision on a busy machine.
         let mut after = Vec::new();
         for _ in 0..ROUNDS {
             let round = spend(&stage, &keys, part).await?;
@@ -92,7 +92,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
         ]);
     }
     table.notes.push(
-        "Requests for 70% of it, a stop of all replicas with SIGTERM, a start, and rounds of the same number of requests until all requests of a round are denied."
+        "Requests for 70% of the quota, a stop of all replicas with SIGTERM, a start, and then rounds of the same number of requests until all requests of a round are denied."
             .to_owned(),
     );
     Ok(table)

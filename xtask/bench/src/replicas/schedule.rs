@@ -1,4 +1,4 @@
-//! Schedules: when each key sends a request to which replica. Pure functions.
+//! Schedules, which determine when each key sends a request to which replica. Pure functions.
 
 use std::time::Duration;
 
@@ -96,8 +96,8 @@ pub(crate) fn together(parts: impl IntoIterator<Item = Vec<Arrival>>) -> Vec<Arr
     all
 }
 
-/// More than a full bucket at once, followed by a steady rate that meets an empty bucket. For a small bucket, the burst
-/// is larger than all replicas together would admit without sharing.
+/// A burst of more than a full bucket, followed by a steady rate that meets an empty bucket. For a small bucket, the
+/// burst is larger than all replicas together would admit without sharing.
 pub(crate) fn drained_then(
     steady: Steady,
     replicas: usize,
@@ -136,9 +136,9 @@ pub(crate) fn drained_then(
         .collect()
 }
 
-/// Bursts that are adverse for leases. Each cycle sends a steady stream to one replica, so that it prefetches many
-/// tokens; pauses for `phase`, so that they remain unspent; then sends a burst to all others at the same time, and
-/// finally to the first. The next cycle begins with the next replica.
+/// Worst-case bursts for leases. Each cycle sends a steady stream to one replica, so that it prefetches many tokens;
+/// pauses for `phase`, so that they remain unspent; then sends a burst to all others at the same time, and finally to
+/// the first. The next cycle begins with the next replica.
 pub(crate) fn on_off(
     key: usize,
     from: Duration,

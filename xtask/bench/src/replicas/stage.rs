@@ -21,15 +21,15 @@ use super::{
 /// Redis's time has microsecond resolution, which may shift either end of a window.
 const GRAIN: Duration = Duration::from_micros(2);
 
-/// A new epoch starts a little in the future, and new replicas are counted for some seconds before they have a share
-/// during an outage.
+/// A new epoch starts a little in the future, and new replicas must have been counted for some seconds before they get
+/// a share during an outage.
 const ACQUAINTANCE: Duration = Duration::from_secs(5);
 
 /// Time for returning unspent tokens after leases have expired.
 const RETURN: Duration = Duration::from_millis(400);
 
 pub(crate) struct Stage {
-    // In the order in which they are dropped.
+    // The fields are in the order in which they are dropped.
     pub(crate) fleet: Fleet,
     pub(crate) tenant: Tenant,
     pub(crate) redis: Option<RedisServer>,
@@ -345,7 +345,7 @@ pub(crate) fn context(what: &str, recount: &Recount) -> String {
     format!("{what}: {}", recount.window())
 }
 
-/// Returns a reading of Redis's statistics, if there is a Redis.
+/// Returns the current statistics of Redis, if there is one.
 pub(crate) async fn scripts(counters: &mut Option<Counters>) -> Result<Option<u64>> {
     match counters {
         Some(counters) => Ok(Some(counters.scripts().await.context("Redis")?)),

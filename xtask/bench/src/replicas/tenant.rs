@@ -26,7 +26,7 @@ pub(crate) struct Plan {
     pub(crate) strict: bool,
     pub(crate) daily: Option<u64>,
     pub(crate) monthly: Option<u64>,
-    /// Behavior of its keys while Redis is unreachable. `None`: the server default.
+    /// Behavior of its keys while Redis is unreachable. `None` for the server default.
     pub(crate) on_redis_failure: Option<&'static str>,
 }
 
@@ -77,7 +77,7 @@ impl Tenant {
         })
     }
 
-    /// Returns the JSON of a response. An error unless it is a success.
+    /// Returns the JSON of a response, or an error unless the response is a success.
     pub(crate) async fn call(
         &self,
         server: SocketAddr,
@@ -125,7 +125,7 @@ impl Tenant {
 fn text(value: &Value, name: &str) -> Result<String> {
     let text = value[name].as_str();
     Ok(text
-        .with_context(|| format!("{name} is missing in {value}"))?
+        .with_context(|| format!("{name} is missing from {value}"))?
         .to_owned())
 }
 

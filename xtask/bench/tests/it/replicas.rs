@@ -1,4 +1,4 @@
-//! Violations are found, and there are no false alarms.
+//! Checks that violations are found, and that there are no false alarms.
 
 use std::{
     path::PathBuf,

@@ -21,8 +21,8 @@ const AHEAD_MIN: Nanos = Nanos::from_secs(120);
 const AHEAD_JITTER: Nanos = Nanos::from_secs(480);
 
 impl Block {
-    /// Returns whether to fetch more before a request has to wait. With blocks of one token, only if no other replica
-    /// shares the quota: otherwise, each would hold a token that it may not need.
+    /// Returns whether to fetch more before a request has to wait. With blocks of one token, does so only if no other
+    /// replica shares the quota. Otherwise, each replica would hold a token that it may not need.
     pub(in crate::limiter) fn is_low(&self, now: UnixNanos) -> bool {
         self.known
             && self.used < self.quota
@@ -66,7 +66,7 @@ impl Block {
         } else {
             self.patience
         };
-        // Checked in both directions: a clock that was set back must not block a key for hours.
+        // This checks both directions, because a clock that was set back must not block a key for hours.
         now.abs_diff(self.asked_at) >= patience
     }
 
@@ -90,8 +90,8 @@ impl Block {
             Need::Cost(_) | Need::Ahead => size.saturating_sub(self.held).min(left),
             Need::Again => size.saturating_sub(self.held).max(1),
         };
-        // Returned before taking, so that `used` does not include them, and so that a window without usage can be
-        // replaced by one in another time zone.
+        // Tokens are returned before taking more, so that `used` does not include them, and so that a window without
+        // usage can be replaced by one in another time zone.
         let give_back: Vec<_> = self
             .owed
             .extract_if(.., |(window, _)| now < window.end)
@@ -158,8 +158,9 @@ impl Block {
         self.asked_at = now;
     }
 
-    /// Begins to fetch the first block of the next window, if it is time for `key_hash` and the key was used in the
-    /// current one. Returns when the next window starts. Must be followed by [`finish_next`](Self::finish_next).
+    /// Begins to fetch the first block of the next window, if it is time to do so for `key_hash` and the key was used
+    /// in the current window. Returns when the next window starts. Must be followed by
+    /// [`finish_next`](Self::finish_next).
     pub(in crate::limiter) fn begin_next(
         &mut self,
         now: UnixNanos,
@@ -206,7 +207,7 @@ impl Block {
                 used: taken.used,
             }));
         } else {
-            // The window has begun in the meantime.
+            // The window has started in the meantime.
             self.receive(taken, now);
         }
     }

@@ -1,16 +1,16 @@
-//! Recounts the promises from the log of requests only.
+//! Checks the promises by a recount, based only on the log of requests.
 //!
 //! Derived from the documented promises, without knowing how the limiter keeps them. Numbers from replicas or Redis are
 //! used only for two checks: a denial is wrong if Redis had never granted enough tokens to empty the bucket, and the
 //! totals must match.
 //!
-//! **Upper bound.** In any window of `T`, at most `burst + rate·(T + ttl)` tokens, or `burst + rate·T` for a strict
-//! plan, over all replicas and whatever happens. In the second after an edit, replicas may follow either plan, so a
-//! window that overlaps it has the larger burst and, at each moment, the larger rate of the plans that requests follow.
-//! Between the requests of two plans, the lower rate counts, because a bucket learns of an edit from a request.
-//! `closed` has no exception, and `share` has one: while some replicas lose Redis (or get all responses late) and
-//! others do not, the former use their share `p` of the bucket in addition to the latter. Together they admit at most
-//! `(1 + p)` times as much, where `p` is at most 1. With `open`, the requests that a replica admits without Redis
+//! **Upper bound.** In any window of `T`, all replicas together admit at most `burst + rate·(T + ttl)` tokens, or
+//! `burst + rate·T` for a strict plan, no matter what happens. In the second after an edit, replicas may follow either
+//! plan, so a window that overlaps it has the larger burst and, at each moment, the larger rate of the plans that
+//! requests follow. Between the requests of two plans, the lower rate counts, because a bucket learns of an edit from a
+//! request. `closed` has no exception, and `share` has one: while some replicas lose Redis (or get all responses late)
+//! and others do not, the former use their share `p` of the bucket in addition to the latter. Together they admit at
+//! most `(1 + p)` times as much, where `p` is at most 1. With `open`, the requests that a replica admits without Redis
 //! satisfy the bound of a strict plan, separately for each replica. Requests admitted by Redis keep the plain bound in
 //! every mode.
 //!
@@ -65,7 +65,7 @@ const MS: u64 = 1_000_000;
 const SECOND: u64 = 1000 * MS;
 const FOREVER: u64 = u64::MAX / 4;
 
-/// After a fault: probes reach Redis again, and lost buckets start empty.
+/// The time after a fault in which probes reach Redis again, and lost buckets start empty.
 const RECOVERED: u64 = 2000 * MS;
 /// The lower bound holds in every window of this length.
 const WINDOW: u64 = 2000 * MS;
@@ -90,7 +90,7 @@ pub(super) enum Promise {
     Wait,
     /// A response took longer than two deadlines.
     Prompt,
-    /// Failure modes as chosen by the plan, matching totals, and a return to Redis.
+    /// The plan's fallback setting was not followed, totals do not match, or a replica did not return to Redis.
     Mode,
     /// A decision without Redis, although Redis answered.
     Connected,
@@ -210,7 +210,7 @@ fn in_force(key: &Key) -> Vec<InForce> {
 
 /// The plans that buckets have followed, each from the first request under it to the last. A bucket learns of an edit
 /// from a request, and since the previous request it refills at the lower of the two rates. So a plan under which no
-/// request was sent was never in force, and the slower plan is in force between the requests of two plans.
+/// request was sent never took effect, and the slower plan applies between the requests of two plans.
 ///
 /// A replica that has not learned of an edit yet may also return tokens during the time that an edit takes to arrive.
 /// If nothing was admitted under a plan, as in `is_heard`, it is unknown whether the bucket learned of it: both cases
@@ -299,7 +299,8 @@ fn refilled(plans: &[InForce], beside: &[Beside], until: u64) -> f64 {
     pieces.sum()
 }
 
-/// When replicas that have lost Redis alone admit in addition to it: during the fault, and until they have recovered.
+/// The periods in which only some replicas have lost Redis and admit in addition to it: the fault, and the time until
+/// they have recovered.
 fn beside(scene: &Scene, key: &Key) -> Vec<Beside> {
     if key.on_failure != OnRedisFailure::Share {
         return Vec::new();
@@ -567,7 +568,7 @@ impl Bucket<'_> {
     }
 
     /// Returns how many tokens are available for a request, while other replicas hold `held` tokens and tokens may
-    /// accumulate for `gather`. The request tells Redis which plan is in force.
+    /// accumulate for `gather`. Redis learns from the request which plan applies.
     fn ask(&mut self, answer: Answer, held: f64, gather: u64) -> f64 {
         if answer != Answer::None {
             self.heard = self.piece;
@@ -706,7 +707,7 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry], facts: &Facts<'_>) -> Opti
     let mut next_losses = losses.iter().copied().peekable();
     let mut start = 0;
     while start + WINDOW <= scene.length * MS {
-        // The number of requests actually admitted until then.
+        // The number of requests that were actually admitted until then.
         while next < entries.len() && entries[next].asked < start {
             let it = entries[next];
             while let Some(loss) = next_losses.next_if(|loss| loss.at <= it.asked) {
@@ -765,7 +766,7 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry], facts: &Facts<'_>) -> Opti
 }
 
 /// A denial by the rate although, after all tokens that Redis ever granted, enough are left in the bucket of every plan
-/// that may be in force.
+/// that may apply.
 fn dishonest(key: &Key, entries: &[Entry]) -> Option<String> {
     let plans = in_force(key);
     entries.iter().find_map(|it| {

@@ -1,9 +1,10 @@
-//! Replicas, counters, and the faults between them, in simulated time and derived from a seed.
+//! Simulates replicas, counters, and faults between them, in simulated time and derived from a seed.
 //!
 //! The store is the real one, on tokio's paused clock; the counters are the [model](super::model) behind links that
 //! delay, lose and cut traffic, in a process that stalls, is killed, or is replaced by one that lags behind. Keys have
 //! plans that are edited while they are in use, replicas join, stop and crash, and requests cost 1 to 5. Admitted
-//! requests are recounted from the responses and compared with upper and lower bounds: [`judge`] has the promises.
+//! requests are recounted from the responses and compared with upper and lower bounds: [`judge`] describes the
+//! promises.
 //!
 //! `cargo xtask bench simulation 20000` runs this many seeds, on all cores. The same is possible with environment
 //! variables: `QUOTA_SEEDS=n` is the number of seeds, `QUOTA_FIRST_SEED=n` the first one, and `QUOTA_SEED=n` runs only
@@ -211,7 +212,7 @@ fn each_planted_lack_is_found() {
     find_planted(|promise| promise != Promise::Upper);
 }
 
-/// The judge raises no false alarms: a single exact bucket breaks no promise, whatever requests it gets.
+/// The judge raises no false alarms: a single exact bucket breaks no promise, no matter what requests it gets.
 #[test]
 fn one_exact_bucket_breaks_no_promise() {
     each_seed(0..200, |seed| {

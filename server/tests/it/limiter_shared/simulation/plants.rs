@@ -35,9 +35,9 @@ pub(super) enum Plant {
     /// Serves only this many of the requests that wait for Redis at the same time, and denies the others as if the limit
     /// were exceeded.
     RefusesCrowds,
-    /// A denial is repeated for this many seconds, whatever Redis would decide.
+    /// A denial is repeated for this many seconds, no matter what Redis would decide.
     RemembersDenials(u64),
-    /// Tokens are granted again after a pause without requests: a lease that is spent twice.
+    /// Tokens are granted again after a pause without requests, as if a lease were spent twice.
     SpendsTwice,
     /// Each replica has its own counters.
     SharesNothing,
@@ -196,7 +196,7 @@ struct Planted {
     waiting: AtomicU64,
     denied: Mutex<Option<Instant>>,
     admitted: AtomicU64,
-    /// By key: the version for which its share was filled, and the remaining tokens.
+    /// For each key, the version for which its share was filled, and the remaining tokens.
     shares: Mutex<HashMap<ApiKeyId, (u64, u32)>>,
 }
 
@@ -372,7 +372,7 @@ impl LimitStore for Planted {
         self.store.peek(handle, policies)
     }
 
-    /// So that nothing hides the error.
+    /// This way, nothing hides the error.
     fn is_local(&self) -> bool {
         true
     }

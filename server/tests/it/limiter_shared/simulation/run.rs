@@ -1,4 +1,4 @@
-//! Plays a scene: the real store on every replica, in virtual time, and a log of every request.
+//! Plays a scene with the real store on every replica, in virtual time, and logs every request.
 
 use std::{
     num::{NonZeroU32, NonZeroU64},
@@ -37,11 +37,11 @@ use crate::{limiter_contract::TestLedger, limiter_shared::model::State};
 
 pub(super) const TTL: Duration = Duration::from_millis(100);
 pub(super) const DEADLINE: Duration = Duration::from_millis(30);
-/// By then, replicas have counted each other, no matter how long that takes.
+/// The time by which replicas have counted each other, no matter how long that takes.
 const WARM_UP: Duration = Duration::from_secs(11);
-/// When an edit of a plan applies on every replica.
+/// The time after which an edit of a plan applies on every replica.
 pub(super) const EDIT_KNOWN: Duration = Duration::from_secs(1);
-/// From the last response of a load balancer that leads to a replica until the replica is stopped.
+/// The time between the last request that a load balancer sends to a replica and the replica's stop.
 const LAST_REQUESTS: Duration = Duration::from_millis(70);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,7 +60,7 @@ pub(super) struct Entry {
     pub(super) key: usize,
     pub(super) replica: usize,
     pub(super) cost: u32,
-    /// Which of the key's plans its replica applied.
+    /// Which of the key's plans the replica applied.
     pub(super) plan: usize,
     pub(super) asked: u64,
     pub(super) answered: u64,
@@ -85,9 +85,9 @@ pub(super) struct Log {
     pub(super) missed: Vec<Vec<(u64, u64)>>,
     /// Tokens that Redis granted, and tokens that were returned, by key.
     pub(super) granted: Vec<(u64, u64)>,
-    /// Totals reported by the replicas that are left at the end: tokens taken; spent; returned or lost.
+    /// Totals reported by the replicas that are running at the end: tokens taken; spent; returned or lost.
     pub(super) books: Vec<(u64, u64, u64)>,
-    /// Replicas that are left at the end and still consider Redis unavailable.
+    /// Replicas that are running at the end and still consider Redis unavailable.
     pub(super) degraded: Vec<usize>,
 }
 
@@ -96,7 +96,7 @@ struct Replica {
     store: Arc<DistributedStore>,
     metrics: Arc<Metrics>,
     keys: Vec<Arc<KeyHandle>>,
-    /// When it learns of each edit, by key.
+    /// When the replica learns of each edit, by key.
     knows: Vec<Vec<u64>>,
     /// Whether it accepts new requests.
     open: AtomicBool,
@@ -175,7 +175,7 @@ struct Stage {
     plant: Plant,
     registry: Registry,
     replicas: Mutex<Vec<Arc<Replica>>>,
-    /// By key and edit.
+    /// The policies of each key, by edit.
     policies: Vec<Vec<Policies>>,
     entries: Mutex<Vec<Entry>>,
     ledger: Arc<TestLedger>,

@@ -27,7 +27,7 @@ pub(super) struct Scene {
     pub(super) changes: Vec<(u64, Change)>,
     pub(super) faults: Vec<Fault>,
     pub(super) length: u64,
-    /// In chronological order.
+    /// The load, in chronological order.
     pub(super) load: Load,
 }
 
@@ -95,8 +95,8 @@ pub(super) enum FaultKind {
     Stall,
     /// Some calls take up to this many milliseconds more, each way.
     Slow(u64),
-    /// The script has run, and its response arrives this much later. One call in a hundred, or all calls, of these
-    /// replicas.
+    /// The script has run, and its response arrives this much later. This affects one call in a hundred, or all calls,
+    /// of these replicas.
     Late {
         replicas: Replicas,
         by: u64,
@@ -112,7 +112,7 @@ pub(super) enum FaultKind {
     Cut,
     /// All calls arrive, and no responses come back.
     Deaf,
-    /// These replicas do not reach Redis: silence, or refused connections.
+    /// These replicas do not reach Redis: it is silent, or connections are refused.
     CutSome { replicas: Replicas, refused: bool },
 }
 
@@ -136,7 +136,7 @@ pub(super) struct Request {
     pub(super) at: u64,
     pub(super) key: usize,
     pub(super) cost: u32,
-    /// Which of the replicas that are running at that time.
+    /// Which of the replicas that are running at that time stops.
     pub(super) pick: usize,
 }
 
@@ -303,8 +303,8 @@ impl Scene {
         }
     }
 
-    /// For a few seconds, Redis answers every replica too late. Then it recovers. The key is drained before and
-    /// saturated after.
+    /// For a few seconds, Redis answers every replica too late. Then it recovers. The key is drained before that and
+    /// saturated afterwards.
     fn slow_for_all(&mut self, rng: &mut Rng) {
         self.replicas = rng.usize(2..=4);
         let rpm = [600, 2000, 6000][rng.usize(..3)];
@@ -512,7 +512,7 @@ impl Scene {
             quotas: [None; 2],
             load: "edited outage",
         });
-        // A replica detects the outage by its calls.
+        // A replica detects the outage through its calls.
         self.faults.push(Fault {
             at,
             lasts: edit - at,
@@ -561,7 +561,7 @@ impl Scene {
         self.length = edit + 3500;
     }
 
-    /// This many requests at the same time, at any replicas.
+    /// This many requests at the same time, on any replicas.
     fn crowd(&mut self, rng: &mut Rng, at: u64, count: u32) {
         for _ in 0..count {
             self.load.0.push(Request {

@@ -1,4 +1,4 @@
-//! One replica, or several, on Redis without faults: behaviors that are checked request by request.
+//! Tests with one or several replicas on Redis without faults, checked request by request.
 
 use std::{
     fmt::Write as _,
@@ -154,7 +154,7 @@ pub(super) async fn crowd_of(
     u32::try_from(admitted.count()).unwrap()
 }
 
-/// The full burst is admitted, in one or two round trips, no matter how far away Redis is within the deadline.
+/// The full burst is admitted, in one or two round trips, no matter how long Redis takes within the deadline.
 #[test]
 fn a_rested_keys_whole_burst_is_admitted_at_once() {
     let mut short = String::new();
@@ -179,8 +179,8 @@ fn a_rested_keys_whole_burst_is_admitted_at_once() {
     assert!(short.is_empty(), "{short}");
 }
 
-/// Tokens that are granted too late to be spent are returned, and so are those of the others: each is credited only as
-/// far as the bucket has not refilled in the meantime.
+/// Tokens that are granted too late to be spent are returned, and so are those of the others: each is credited only to
+/// the extent that the bucket has not refilled in the meantime.
 #[test]
 fn returns_after_late_answers_credit_no_token_twice() {
     let (rpm, burst) = (60_000, 200);
@@ -384,7 +384,8 @@ pub(super) fn a_handle(limiter: &Limiter) -> Arc<KeyHandle> {
         .unwrap()
 }
 
-/// PostgreSQL is slower than Redis may be, and many requests of a closed plan wait for it: neither is an outage.
+/// Neither a PostgreSQL that is slower than Redis may be, nor many requests of a closed plan that wait for it, count as
+/// an outage.
 #[test]
 fn a_slow_ledger_leaves_the_counters_their_time() {
     paused(async {
@@ -428,8 +429,8 @@ fn a_burst_is_had_whole_though_leases_are_taken_of_it() {
     });
 }
 
-/// A request with a cost above one is told when enough tokens will be available, even if the counters are not called in
-/// the meantime.
+/// The denial of a request with a cost above one states when enough tokens will be available, even if the counters are
+/// not called in the meantime.
 #[test]
 fn a_wait_is_told_for_the_tokens_that_were_asked_for() {
     paused(async {

@@ -2,7 +2,7 @@
 //!
 //! The process behind the links runs the [model](crate::limiter_shared::model) of the script. It stalls, loses its
 //! state and fails over to a stale copy; links delay, lose and cut traffic. A call that was sent arrives, whether or
-//! not the caller still waits.
+//! not the caller is still waiting.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -49,7 +49,7 @@ impl Clock for SkewedClock {
     }
 }
 
-/// The process that has the counters.
+/// The process that stores the counters.
 #[derive(Debug)]
 pub(super) struct Process {
     pub(super) state: State,
@@ -59,7 +59,7 @@ pub(super) struct Process {
     pub(super) up: bool,
     /// Microseconds by which its clock is ahead.
     pub(super) ahead: u64,
-    /// If every replica has its own counters, these.
+    /// The counters of each replica, if every replica has its own.
     alone: HashMap<usize, State>,
 }
 
@@ -83,7 +83,7 @@ pub(super) struct Link {
     pub(super) late: (u8, u64),
     /// The percentage of responses that never arrive.
     pub(super) lost: u8,
-    /// Its replica has ended: none of its calls arrives any more.
+    /// The replica has ended, and none of its calls arrive anymore.
     pub(super) dead: bool,
 }
 
@@ -191,7 +191,7 @@ impl World {
         of(rng)
     }
 
-    /// One way.
+    /// Waits for the latency in one direction.
     async fn travel(&self, link: usize, bucket: BucketName, back: bool) {
         let slow = self.slow.load(Ordering::Relaxed);
         let one_way = if back {

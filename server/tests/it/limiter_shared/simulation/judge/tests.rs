@@ -1,4 +1,4 @@
-//! Handwritten logs: what the lower bound requires, and what it does not.
+//! Tests the lower bound with handwritten logs.
 
 use quota_common::plan::OnRedisFailure;
 
@@ -117,7 +117,7 @@ fn what_refilled_after_a_loss_is_spent_once() {
     let log = |every: u64| {
         let times = (5000..8000).step_by(50);
         let each = times.flat_map(|at| {
-            // Ten requests per second, once the edit is in force everywhere.
+            // Ten requests per second, once the edit has taken effect everywhere.
             requests(at, usize::from(at > 6100 && at % every == 0), 1)
         });
         each.collect::<Vec<_>>()

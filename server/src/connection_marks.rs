@@ -15,29 +15,29 @@ use std::{
 
 use futures_util::task::AtomicWaker;
 
-/// See the module. Clones share the marks.
+/// See the module documentation. Clones share the marks.
 #[derive(Debug, Clone, Default)]
-pub struct Authenticated(Arc<Marks>);
+pub struct ConnectionMarks(Arc<Marks>);
 
 #[derive(Debug, Default)]
 struct Marks {
-    is_set: AtomicBool,
+    is_authenticated: AtomicBool,
     endless_responses: AtomicUsize,
     is_to_close: AtomicBool,
     /// Wakes the connection's task.
     waker: AtomicWaker,
 }
 
-impl Authenticated {
-    pub fn set(&self) {
-        self.0.is_set.store(true, Ordering::Relaxed);
+impl ConnectionMarks {
+    pub fn set_authenticated(&self) {
+        self.0.is_authenticated.store(true, Ordering::Relaxed);
     }
 
-    pub fn is_set(&self) -> bool {
-        self.0.is_set.load(Ordering::Relaxed)
+    pub fn is_authenticated(&self) -> bool {
+        self.0.is_authenticated.load(Ordering::Relaxed)
     }
 
-    /// Marks a response as a stream without an end. The mark lasts until the returned value is dropped.
+    /// Marks a response as endless. The mark lasts until the returned value is dropped.
     pub fn begin_endless_response(&self) -> EndlessResponse {
         self.0.endless_responses.fetch_add(1, Ordering::Relaxed);
         EndlessResponse(Arc::clone(&self.0))
@@ -47,7 +47,7 @@ impl Authenticated {
         self.0.endless_responses.load(Ordering::Relaxed) > 0
     }
 
-    /// Whether the handler of a response without an end wants the connection closed.
+    /// Whether the handler of an endless response wants the connection closed.
     pub fn is_to_close(&self) -> bool {
         self.0.is_to_close.load(Ordering::Acquire)
     }
@@ -63,7 +63,7 @@ impl Authenticated {
     }
 }
 
-/// A response without an end, while it is being sent.
+/// An endless response that is being sent.
 #[derive(Debug)]
 pub struct EndlessResponse(Arc<Marks>);
 

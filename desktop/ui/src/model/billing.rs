@@ -1,0 +1,492 @@
+//! The subscription of an organization, in words.
+
+use quota_common::{
+    Timestamp,
+    auth::Role,
+    billing::{BillingAccess, BillingLimits, BillingPrice, BillingState, BillingUsage},
+    ipc::BillingPage,
+};
+
+use super::{
+    markup::{Markup, element, with_text},
+    meter::Meter,
+    money::money,
+    text::{count, date_time, number, relative},
+};
+
+/// The server reads every subscription from Stripe more often than this, unless Stripe is unreachable.
+const STALE_MS: i64 = 30 * 60 * 1000;
+
+fn millis(at: Timestamp) -> i64 {
+    at.inner().timestamp_millis()
+}
+
+fn date(at: Timestamp) -> String {
+    date_time(millis(at))
+}
+
+/// The keys that need a subscription, as the subject of a sentence, and its verb.
+fn paid_keys(n: u64) -> (String, &'static str) {
+    match n {
+        0 => ("keys on paid plans".to_owned(), "get"),
+        1 => ("1 key on a paid plan".to_owned(), "gets"),
+        n => (format!("{} keys on paid plans", number(n)), "get"),
+    }
+}
+
+/// A button that opens a Stripe page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StripeButton {
+    pub label: &'static str,
+    pub page: BillingPage,
+}
+
+const MANAGE: StripeButton = StripeButton {
+    label: "Manage in Stripe",
+    page: BillingPage::Portal,
+};
+
+/// The buttons of the subscription, the most important one first.
+pub fn buttons(it: &BillingState) -> Vec<StripeButton> {
+    let checkout = |label| StripeButton {
+        label,
+        page: BillingPage::Checkout,
+    };
+    let update_card = StripeButton {
+        label: "Update card",
+        ..MANAGE
+    };
+    match it.access {
+        BillingAccess::Free if it.has_customer => vec![checkout("Upgrade"), MANAGE],
+        BillingAccess::Free => vec![checkout("Upgrade")],
+        BillingAccess::Canceled => vec![checkout("Subscribe again"), MANAGE],
+        BillingAccess::PastDue | BillingAccess::Unpaid => vec![update_card],
+        BillingAccess::Trialing | BillingAccess::Active | BillingAccess::Paused => vec![MANAGE],
+    }
+}
+
+/// Whether the first button is what the user should do next.
+pub fn is_action_needed(it: &BillingState) -> bool {
+    buttons(it).first() != Some(&MANAGE)
+}
+
+const fn is_subscribed(it: &BillingState) -> bool {
+    !matches!(it.access, BillingAccess::Free | BillingAccess::Canceled)
+}
+
+/// The most important notices, each with a style.
+fn notices(it: &BillingState, now: i64) -> Vec<(&'static str, String)> {
+    let (danger, warn) = ("alert", "alert warn");
+    let (keys, get) = paid_keys(it.paid_keys);
+    let mut all = Vec::new();
+    let ends = it.access_ends_at.filter(|_| it.paid_plans_work).map(date);
+    match (it.access, ends) {
+        (BillingAccess::PastDue, Some(end)) => all.push((
+            danger,
+            format!("Your last payment failed. Update your card by {end}. After that, {keys} will get 402."),
+        )),
+        (BillingAccess::PastDue, None) if it.paid_plans_work => all.push((
+            danger,
+            "Your last payment failed. Update your card to keep your paid plans working.".to_owned(),
+        )),
+        (BillingAccess::PastDue | BillingAccess::Unpaid, _) => all.push((
+            danger,
+            format!("Your last payment failed. Until it is paid, {keys} {get} 402. Update your card."),
+        )),
+        (BillingAccess::Canceled, _) => all.push((
+            warn,
+            format!("Your subscription has ended, so {keys} {get} 402."),
+        )),
+        (BillingAccess::Paused, _) => all.push((
+            warn,
+            format!("Your subscription is paused, so {keys} {get} 402."),
+        )),
+        (BillingAccess::Trialing | BillingAccess::Active, Some(end)) => all.push((
+            warn,
+            format!("Your subscription ends on {end}. After that, {keys} will get 402."),
+        )),
+        (BillingAccess::Free, _) if it.paid_keys > 0 => all.push((
+            warn,
+            format!("Until you subscribe, {keys} {get} 402."),
+        )),
+        _ => {}
+    }
+    let read_at = it.refreshed_at.filter(|_| is_subscribed(it));
+    if let Some(at) = read_at.map(millis).filter(|at| now - at > STALE_MS) {
+        all.push((
+            warn,
+            format!(
+                "Stripe can't be reached. This was last updated {}; recent changes may be missing.",
+                relative(at, now)
+            ),
+        ));
+    }
+    all
+}
+
+fn badge(it: &BillingState) -> Markup {
+    let (class, text) = match it.access {
+        BillingAccess::Free => ("badge", "Free"),
+        BillingAccess::Trialing | BillingAccess::Active if it.cancels_at.is_some() => {
+            ("badge limited", "Canceling")
+        }
+        BillingAccess::Trialing => ("badge on", "Trial"),
+        BillingAccess::Active => ("badge on", "Active"),
+        BillingAccess::PastDue => ("badge off", "Past due"),
+        BillingAccess::Unpaid => ("badge off", "Unpaid"),
+        BillingAccess::Canceled => ("badge", "Canceled"),
+        BillingAccess::Paused => ("badge limited", "Paused"),
+    };
+    with_text("span", &[("class", class)], text)
+}
+
+/// For example `$29.00 per month + $0.50 per 1,000 requests`.
+fn price_text(price: &BillingPrice) -> Option<String> {
+    let monthly = price.monthly.as_deref();
+    let monthly = monthly.map(|it| format!("{} per month", money(it, 0, &price.currency)));
+    let usage = price.per_request.as_deref();
+    let usage = usage.map(|it| format!("{} per 1,000 requests", money(it, 3, &price.currency)));
+    match (monthly, usage) {
+        (Some(monthly), Some(usage)) => Some(format!("{monthly} + {usage}")),
+        (monthly, usage) => monthly.or(usage),
+    }
+}
+
+fn row(label: &str, value: &str, note: &str) -> Markup {
+    let note = if note.is_empty() {
+        Markup::default()
+    } else {
+        with_text("span", &[("class", "muted small-text")], note)
+    };
+    let value = with_text("strong", &[], value);
+    let parts = [
+        with_text("dt", &[], label),
+        element("dd", &[], &[value, note]),
+    ];
+    element("div", &[], &parts)
+}
+
+fn rows(rows: &[Markup]) -> Markup {
+    element("dl", &[("class", "details")], rows)
+}
+
+/// The subscription: notices, plan, status, price and renewal.
+pub fn subscription(it: &BillingState, now: i64) -> Markup {
+    let mut all: Markup = notices(it, now)
+        .into_iter()
+        .map(|(class, text)| with_text("p", &[("class", class)], &text))
+        .collect();
+    let name = it.price.as_ref().and_then(|it| it.name.as_deref());
+    let title = if is_subscribed(it) {
+        "Subscription"
+    } else {
+        "No subscription"
+    };
+    let title = [with_text("h2", &[("id", "subscription")], title), badge(it)];
+    all.push(element("div", &[("class", "card-head")], &title));
+    let mut facts = Vec::new();
+    if let Some(name) = name {
+        facts.push(row("Plan", name, ""));
+    }
+    if let Some(price) = it.price.as_ref().and_then(price_text) {
+        facts.push(row("Price", &price, ""));
+    }
+    if let Some(at) = it.trial_ends_at {
+        facts.push(row("First payment", &date(at), ""));
+    }
+    match (it.cancels_at, it.period_end) {
+        (Some(at), _) if millis(at) > now => facts.push(row("Ends", &date(at), "")),
+        (Some(at), _) => facts.push(row("Ended", &date(at), "")),
+        (None, Some(at)) if is_subscribed(it) && it.trial_ends_at.is_none() => {
+            facts.push(row("Renews", &date(at), ""));
+        }
+        _ => {}
+    }
+    all.push(rows(&facts));
+    all
+}
+
+/// The charges in this period.
+pub fn usage(it: &BillingUsage, state: &BillingState) -> Markup {
+    let currency = state.price.as_ref().map_or("usd", |it| &it.currency);
+    let amount = |n: u64| money(&n.to_string(), 0, currency);
+    let requests = |n: u64| format!("{} on paid plans", count(n, "request", "requests"));
+    let mut facts = Vec::new();
+    match it.charge {
+        Some(charge) => facts.push(row("Usage so far", &amount(charge), &requests(it.used))),
+        None => facts.push(row(
+            "Usage so far",
+            &number(it.used),
+            "requests on paid plans; not charged",
+        )),
+    }
+    if let Some(total) = it.projected_total {
+        let note = format!(
+            "at this pace, {}; before taxes and discounts",
+            count(it.projected, "request", "requests")
+        );
+        facts.push(row("Projected charge", &amount(total), &note));
+    }
+    if let (Some(start), Some(end)) = (state.period_start, state.period_end) {
+        facts.push(row("Period", &date(start), &format!("to {}", date(end))));
+    }
+    if it.charge.is_some() {
+        let reported = it
+            .reported_until
+            .map_or_else(|| "Not yet".to_owned(), |at| format!("Up to {}", date(at)));
+        facts.push(row("Reported to Stripe", &reported, "every hour"));
+    }
+    let mut all = rows(&facts);
+    let mut note = |text: &str| all.push(with_text("p", &[("class", "muted small-text")], text));
+    if it.not_charged > 0 {
+        note(&format!(
+            "{} of this period won't be charged, because Stripe did not accept them in time.",
+            count(it.not_charged, "request", "requests")
+        ));
+    }
+    if let Some(error) = &it.last_error {
+        note(&format!(
+            "Stripe reported a problem with this usage on {}: {}.",
+            date(error.at),
+            error.code
+        ));
+    }
+    all
+}
+
+/// Meters for the operator's limits. Empty if there are none.
+pub fn limits(it: &BillingLimits, now: i64) -> Markup {
+    let resets = format!("Resets {}", relative(millis(it.requests_reset_at), now));
+    let meters = [
+        ("Requests this month", &it.requests, &*resets),
+        ("Plans", &it.plans, ""),
+        ("API keys", &it.api_keys, ""),
+    ];
+    let meters: Vec<Markup> = meters
+        .into_iter()
+        .filter_map(|(label, limit, note)| {
+            let maximum = limit.maximum?;
+            let text = format!("{} of {}", number(limit.used), number(maximum));
+            let meter = Meter {
+                label,
+                used: limit.used,
+                limit: maximum,
+                text: &text,
+                note,
+                denied: false,
+            };
+            Some(meter.markup())
+        })
+        .collect();
+    let mut all = if meters.is_empty() {
+        Markup::default()
+    } else {
+        element("div", &[("class", "meters wide")], &meters)
+    };
+    let rate = it
+        .free_plan_rpm
+        .map(|n| format!("{} per minute", count(n.into(), "request", "requests")));
+    let quota = it
+        .free_plan_quota
+        .map(|n| format!("a daily and monthly quota of {}", number(n)));
+    let bounds: Vec<String> = rate.into_iter().chain(quota).collect();
+    if !bounds.is_empty() {
+        let text = format!(
+            "Plans that are not marked Paid: at most {}.",
+            bounds.join(", and ")
+        );
+        all.push(with_text("p", &[("class", "muted small-text")], &text));
+    }
+    all
+}
+
+/// Why a role cannot see this page.
+pub fn no_access(role: Role) -> String {
+    format!(
+        "Your role ({}) doesn't include billing. Ask an owner or an admin of your organization.",
+        role.as_str()
+    )
+}
+
+/// The effect on the keys of a paid plan. `None` if they work.
+pub fn paid_warning(it: &BillingState, keys: u64) -> Option<String> {
+    (!it.paid_plans_work && keys > 0).then(|| {
+        let (keys, verb) = (
+            count(keys, "key", "keys"),
+            if keys == 1 { "gets" } else { "get" },
+        );
+        format!("{keys} {verb} 402 until your organization subscribes.")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// 26 Nov 2026, 15:00 UTC.
+    const NOW: i64 = 1_795_705_200_000;
+
+    fn state(changes: Value) -> BillingState {
+        let mut state = json!({
+            "enabled": true, "access": "active", "paid_plans_work": true, "access_ends_at": null,
+            "trial_ends_at": null, "cancels_at": null, "period_start": "2026-11-20T12:00:00Z",
+            "period_end": "2026-12-20T12:00:00Z", "has_customer": true, "refreshed_at": "2026-11-26T14:55:00Z",
+            "price": {"name": "Pro", "currency": "usd", "monthly": "2900", "per_request": "0.05"},
+            "usage": {
+                "used": 40_000, "projected": 62_000, "charge": 2000, "projected_total": 6000,
+                "reported_until": "2026-11-26T14:00:00Z", "not_charged": 0, "last_error": null,
+            },
+            "limits": {
+                "plans": {"used": 3, "maximum": null}, "api_keys": {"used": 12, "maximum": null},
+                "requests": {"used": 61_500, "maximum": null}, "requests_reset_at": "2026-12-01T00:00:00Z",
+                "free_plan_rpm": null, "free_plan_quota": null,
+            },
+            "paid_plans": 1, "paid_keys": 4,
+        });
+        let Value::Object(changes) = changes else {
+            panic!("not an object");
+        };
+        for (name, value) in changes {
+            state[name] = value;
+        }
+        serde_json::from_value(state).expect("a state")
+    }
+
+    /// Removes tags.
+    fn text(markup: &Markup) -> String {
+        let markup = markup.to_string();
+        let mut out = String::new();
+        for part in markup.split('<') {
+            out.push_str(part.split_once('>').map_or(part, |(_, text)| text));
+            out.push(' ');
+        }
+        out.split_whitespace().collect::<Vec<_>>().join(" ")
+    }
+
+    fn shown(changes: Value) -> String {
+        text(&subscription(&state(changes), NOW))
+    }
+
+    #[test]
+    fn active_subscription_shows_its_price_and_renewal() {
+        assert_eq!(
+            shown(json!({})),
+            "Subscription Active Plan Pro Price $29.00 per month + $0.50 per 1,000 requests Renews 20 Dec 2026, 12:00 UTC"
+        );
+        assert!(!is_action_needed(&state(json!({}))));
+    }
+
+    #[test]
+    fn failed_payment_names_the_date_and_the_keys() {
+        let end = json!({"access": "past_due", "access_ends_at": "2026-12-03T12:00:00Z"});
+        let failed = shown(end.clone());
+        assert!(failed.starts_with(
+            "Your last payment failed. Update your card by 3 Dec 2026, 12:00 UTC. After that, 4 keys on paid plans will get 402. Subscription Past due"
+        ), "{failed}");
+        let labels: Vec<_> = buttons(&state(end)).iter().map(|it| it.label).collect();
+        assert_eq!(labels, ["Update card"]);
+        for access in ["past_due", "unpaid"] {
+            let over = shown(
+                json!({"access": access, "paid_plans_work": false, "access_ends_at": "2026-11-25T12:00:00Z"}),
+            );
+            assert!(
+                over.contains("Until it is paid, 4 keys on paid plans get 402."),
+                "{over}"
+            );
+        }
+    }
+
+    #[test]
+    fn ending_subscription_says_when() {
+        let at = "2026-12-20T12:00:00Z";
+        let ending = shown(json!({"cancels_at": at, "access_ends_at": at}));
+        assert!(ending.starts_with("Your subscription ends on 20 Dec 2026, 12:00 UTC. After that, 4 keys on paid plans will get 402."), "{ending}");
+        assert!(
+            ending.contains("Canceling") && ending.ends_with("Ends 20 Dec 2026, 12:00 UTC"),
+            "{ending}"
+        );
+        let ended = json!({"access": "canceled", "paid_plans_work": false, "cancels_at": "2026-11-25T12:00:00Z"});
+        assert!(shown(ended.clone()).starts_with(
+            "Your subscription has ended, so 4 keys on paid plans get 402. No subscription Canceled"
+        ));
+        assert_eq!(buttons(&state(ended))[0].label, "Subscribe again");
+    }
+
+    #[test]
+    fn free_organization_is_offered_an_upgrade() {
+        let free = json!({
+            "access": "free", "paid_plans_work": false, "has_customer": false, "period_start": null, "period_end": null,
+            "refreshed_at": null, "usage": null, "paid_keys": 1,
+        });
+        assert_eq!(
+            shown(free.clone()),
+            "Until you subscribe, 1 key on a paid plan gets 402. No subscription Free Plan Pro Price $29.00 per month + $0.50 per 1,000 requests"
+        );
+        assert!(is_action_needed(&state(free.clone())));
+        assert_eq!(buttons(&state(free)).len(), 1);
+    }
+
+    #[test]
+    fn old_data_says_that_stripe_is_unreachable() {
+        let fresh = shown(json!({"refreshed_at": "2026-11-26T14:35:00Z"}));
+        assert!(!fresh.contains("reached"), "{fresh}");
+        let old = shown(json!({"refreshed_at": "2026-11-26T13:00:00Z"}));
+        assert!(
+            old.starts_with("Stripe can't be reached. This was last updated 2 hours ago"),
+            "{old}"
+        );
+    }
+
+    #[test]
+    fn usage_shows_charge_projection_and_reporting() {
+        let state = state(json!({}));
+        let mut of_period = state.usage.clone().expect("usage");
+        assert_eq!(
+            text(&usage(&of_period, &state)),
+            "Usage so far $20.00 40,000 requests on paid plans \
+             Projected charge $60.00 at this pace, 62,000 requests; before taxes and discounts \
+             Period 20 Nov 2026, 12:00 UTC to 20 Dec 2026, 12:00 UTC \
+             Reported to Stripe Up to 26 Nov 2026, 14:00 UTC every hour"
+        );
+        of_period.not_charged = 7;
+        assert!(text(&usage(&of_period, &state)).ends_with("7 requests of this period won't be charged, because Stripe did not accept them in time."));
+        of_period.charge = None;
+        of_period.projected_total = None;
+        let flat = text(&usage(&of_period, &state));
+        assert!(
+            flat.starts_with("Usage so far 40,000 requests on paid plans; not charged Period"),
+            "{flat}"
+        );
+    }
+
+    #[test]
+    fn only_limits_that_exist_are_shown() {
+        let mut state = state(json!({}));
+        assert_eq!(limits(&state.limits, NOW), Markup::default());
+        state.limits.requests.maximum = Some(100_000);
+        state.limits.free_plan_rpm = Some(60);
+        state.limits.free_plan_quota = Some(10_000);
+        assert_eq!(
+            text(&limits(&state.limits, NOW)),
+            "Requests this month 61,500 of 100,000 Resets in 4 days \
+             Plans that are not marked Paid: at most 60 requests per minute, and a daily and monthly quota of 10,000."
+        );
+    }
+
+    #[test]
+    fn keys_of_paid_plans_work_only_with_access() {
+        let none = state(json!({"access": "free", "paid_plans_work": false}));
+        assert_eq!(
+            paid_warning(&none, 4).as_deref(),
+            Some("4 keys get 402 until your organization subscribes.")
+        );
+        assert_eq!(
+            paid_warning(&none, 1).as_deref(),
+            Some("1 key gets 402 until your organization subscribes.")
+        );
+        assert_eq!(paid_warning(&none, 0), None);
+        assert_eq!(paid_warning(&state(json!({})), 4), None);
+    }
+}

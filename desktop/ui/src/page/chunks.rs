@@ -1,0 +1,102 @@
+//! Pages that are not part of the first download: each group is a WebAssembly module that is loaded when one of its
+//! pages is opened, or shortly after signing in.
+//!
+//! `cargo xtask console` moves the code that only these functions reach into the modules.
+
+use std::time::Duration;
+
+use leptos::{
+    prelude::*,
+    task::spawn_local,
+    wasm_split::{SplitLoaderError, wasm_split},
+};
+
+use super::{audit_log::AuditLog, billing::Billing, settings::Settings, usage::UsagePage};
+use crate::{
+    api::{CallError, PendingCall},
+    component::{Async, PageHeader, load},
+};
+
+type View = fn() -> AnyView;
+
+/// The pages of a module.
+#[derive(Clone, Copy)]
+pub struct Pages {
+    first: View,
+    second: View,
+}
+
+#[wasm_split(observe, wasm_split_path = leptos::wasm_split, fallible)]
+fn observe() -> Result<Pages, SplitLoaderError> {
+    Ok(Pages {
+        first: || view! { <UsagePage/> }.into_any(),
+        second: || view! { <AuditLog/> }.into_any(),
+    })
+}
+
+#[wasm_split(account, wasm_split_path = leptos::wasm_split, fallible)]
+fn account() -> Result<Pages, SplitLoaderError> {
+    Ok(Pages {
+        first: || view! { <Billing/> }.into_any(),
+        second: || view! { <Settings/> }.into_any(),
+    })
+}
+
+/// A page in one of the modules.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Chunk {
+    Usage,
+    Audit,
+    Billing,
+    Settings,
+}
+
+impl Chunk {
+    const fn title(self) -> &'static str {
+        match self {
+            Self::Usage => "Usage",
+            Self::Audit => "Audit log",
+            Self::Billing => "Billing",
+            Self::Settings => "Settings",
+        }
+    }
+
+    fn load(self) -> PendingCall<Pages> {
+        Box::pin(async move {
+            let pages = match self {
+                Self::Usage | Self::Audit => observe().await,
+                Self::Billing | Self::Settings => account().await,
+            };
+            pages.map_err(|_| CallError::NoCode)
+        })
+    }
+}
+
+/// Shows a page once its module is loaded.
+#[component]
+pub fn LazyPage(page: Chunk) -> impl IntoView {
+    let loader = load(move || page.load());
+    let show = move |pages: Pages| match page {
+        Chunk::Usage | Chunk::Billing => (pages.first)(),
+        Chunk::Audit | Chunk::Settings => (pages.second)(),
+    };
+    // The header is shown until the page shows its own.
+    let is_missing = move || loader.with(|_| ()).is_none();
+    view! {
+        {move || is_missing().then(|| view! { <PageHeader title=page.title()/> })}
+        <Async loader show/>
+    }
+}
+
+/// Loads the modules in the background, so that their pages open immediately.
+pub fn preload_chunks() {
+    set_timeout(
+        || {
+            spawn_local(async {
+                let _ = Chunk::Usage.load().await;
+                let _ = Chunk::Billing.load().await;
+            });
+        },
+        Duration::from_secs(1),
+    );
+}

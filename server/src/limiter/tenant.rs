@@ -1,0 +1,205 @@
+//! Quotas that all keys of a tenant share, for a calendar month in UTC.
+//!
+//! In front of the store, which decides about a key: a request first reserves its cost from the quota of its tenant, and
+//! spends or releases it when the store has decided. So both are taken, or neither. A quota is a block of the ledger on
+//! each replica, like a key's own quotas, in a [`KeyTable`] with one entry for each tenant. The same rules apply: never
+//! exceeded, and after a crash, at most one block is lost.
+//!
+//! While a request waits for the store, its reservation may be the last token. Other requests then wait for it instead
+//! of being denied, since it may be released.
+
+use std::{
+    num::{NonZeroU32, NonZeroU64},
+    sync::Arc,
+};
+
+use quota_common::id::{ApiKeyId, TenantId};
+
+use super::{
+    decision::{Decision, Outcome, PolicyState},
+    error::LimiterError,
+    key::{
+        demand::DemandGuard,
+        handle::KeyHandle,
+        ledger_calls::Drained,
+        state::OnUnknown,
+        table::{KeyTable, KeyTableSettings},
+    },
+    limits::Policies,
+    membership::Membership,
+    policy::{Policy, PolicySet, RatePolicy},
+    quota::{calendar::Zone, ledger::QuotaLedger},
+};
+use crate::clock::Clock;
+
+/// The quota of one tenant. Stored in the cached records of its keys.
+#[derive(Debug, Clone)]
+pub struct TenantQuota {
+    handle: Arc<KeyHandle>,
+    /// The quota as if it were that of a key, with a rate that is never charged.
+    policies: Policies,
+    limit: NonZeroU64,
+}
+
+impl TenantQuota {
+    pub fn limit(&self) -> NonZeroU64 {
+        self.limit
+    }
+}
+
+/// See the module documentation.
+#[derive(Debug)]
+pub struct TenantQuotas {
+    keys: KeyTable,
+    limit: NonZeroU64,
+}
+
+impl TenantQuotas {
+    /// `limit` is the quota for a month. In requests to the ledger, the key is the tenant itself, and the policy
+    /// [`Policy::Monthly`].
+    pub fn new(
+        clock: Arc<dyn Clock>,
+        ledger: Arc<dyn QuotaLedger>,
+        settings: KeyTableSettings,
+        membership: Arc<Membership>,
+        limit: NonZeroU64,
+    ) -> Self {
+        Self {
+            keys: KeyTable::new(clock, ledger, settings, membership),
+            limit,
+        }
+    }
+
+    pub(super) fn of(&self, tenant: TenantId) -> Result<TenantQuota, LimiterError> {
+        let rate = RatePolicy {
+            rpm: NonZeroU32::MAX,
+            burst: NonZeroU32::MAX,
+        };
+        Ok(TenantQuota {
+            handle: self.keys.handle(tenant, ApiKeyId(tenant.0))?,
+            policies: Policies::new(rate, None, Some(self.limit), Zone::utc(), false),
+            limit: self.limit,
+        })
+    }
+
+    /// Decides with `decide` if the tenant's quota has `cost` tokens. `peek` returns the state of the key.
+    pub(super) async fn admit(
+        &self,
+        quota: &TenantQuota,
+        cost: NonZeroU32,
+        peek: impl Fn() -> Decision,
+        decide: impl Future<Output = Result<Decision, LimiterError>>,
+    ) -> Result<Decision, LimiterError> {
+        let mut demand = self.keys.claim(&quota.handle, cost);
+        if let Err(denied) = self.reserve(quota, cost, &mut demand).await? {
+            return Ok(denial(peek(), &denied, cost));
+        }
+        let mut decision = decide.await?;
+        if !decision.is_allowed() {
+            decision.tenant_monthly = self.release(quota, &mut demand);
+            return Ok(decision);
+        }
+        loop {
+            if let Some(state) = self.spend(quota, &mut demand) {
+                decision.tenant_monthly = Some(state);
+                return Ok(decision);
+            }
+            // The month has ended in the meantime.
+            if let Err(denied) = self.reserve(quota, cost, &mut demand).await? {
+                return Ok(denial(decision, &denied, cost));
+            }
+        }
+    }
+
+    /// Reserves tokens, and waits for the ledger if there are none on this replica. The inner error is a denial.
+    async fn reserve(
+        &self,
+        quota: &TenantQuota,
+        cost: NonZeroU32,
+        demand: &mut DemandGuard<'_>,
+    ) -> Result<Result<(), Decision>, LimiterError> {
+        let tokens = u64::from(cost.get());
+        let mut attempt = || {
+            let (mut state, now) = self.keys.current(&quota.handle, &quota.policies);
+            if demand.reserve(&mut state, now) {
+                return Ok(Ok(()));
+            }
+            let quotas = state.quotas(tokens, now);
+            if let Some(missing) = quotas.missing(false, OnUnknown::Wait) {
+                self.keys.after(&quota.handle, &mut state, None);
+                return Err(missing);
+            }
+            let denied = state.decision(&quota.policies, now, quotas.denial.outcome());
+            self.keys.after(&quota.handle, &mut state, Some(&denied));
+            Ok(Err(denied))
+        };
+        if let Ok(done) = attempt() {
+            return Ok(done);
+        }
+        let mut patience = self.keys.patience();
+        self.keys
+            .fetch(&quota.handle, cost, &mut patience, attempt)
+            .await
+    }
+
+    /// Spends the reserved tokens. Returns `None` if they belong to a month that has ended, and the current one has none
+    /// on this replica.
+    fn spend(&self, quota: &TenantQuota, demand: &mut DemandGuard<'_>) -> Option<PolicyState> {
+        let (mut state, now) = self.keys.current(&quota.handle, &quota.policies);
+        if !demand.spend(&mut state, now) {
+            return None;
+        }
+        let spent = state.decision(&quota.policies, now, Outcome::Allowed);
+        self.keys.after(&quota.handle, &mut state, Some(&spent));
+        shared_state(&spent)
+    }
+
+    fn release(&self, quota: &TenantQuota, demand: &mut DemandGuard<'_>) -> Option<PolicyState> {
+        let (mut state, now) = self.keys.current(&quota.handle, &quota.policies);
+        demand.release(&mut state);
+        let released = state.decision(&quota.policies, now, Outcome::Allowed);
+        shared_state(&released)
+    }
+
+    pub(super) fn prune(&self) -> usize {
+        self.keys.prune()
+    }
+
+    pub(super) async fn drain(&self) -> Drained {
+        self.keys.drain().await
+    }
+}
+
+/// Returns the state of the tenant's quota, from a decision about it alone.
+fn shared_state(decision: &Decision) -> Option<PolicyState> {
+    decision.monthly.map(|state| PolicyState {
+        policy: Policy::TenantMonthly,
+        ..state
+    })
+}
+
+/// Returns the denial of a request by its tenant's quota. `key` has the state of the key, whose own quotas may deny it as
+/// well.
+fn denial(key: Decision, tenant: &Decision, cost: NonZeroU32) -> Decision {
+    let cost = u64::from(cost.get());
+    let exhausted = [key.daily, key.monthly].into_iter().flatten();
+    let exhausted = exhausted.filter(|it| it.remaining < cost);
+    let mut violated = PolicySet::EMPTY.with(Policy::TenantMonthly);
+    let mut wait = tenant.retry_after();
+    for state in exhausted {
+        violated = violated.with(state.policy);
+        let left = state.reset_at.saturating_since(key.at).0;
+        wait = wait.filter(|_| cost <= state.limit).map(|it| it.max(left));
+    }
+    Decision {
+        outcome: Outcome::Denied {
+            violated,
+            retry_after: wait.and_then(NonZeroU64::new),
+        },
+        tenant_monthly: shared_state(tenant),
+        ..key
+    }
+}
+
+#[cfg(test)]
+mod tests;

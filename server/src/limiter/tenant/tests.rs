@@ -1,0 +1,213 @@
+use async_trait::async_trait;
+use parking_lot::Mutex;
+use tokio::sync::oneshot;
+use uuid::Uuid;
+
+use super::*;
+use crate::{
+    clock::SystemClock,
+    limiter::{
+        local::LocalStore,
+        quota::{
+            calendar::QuotaWindow,
+            ledger::{LedgerError, ReturnBatch, TakeRequest, Taken},
+        },
+        store::LimitStore,
+    },
+};
+
+/// A ledger of one window.
+#[derive(Debug, Default)]
+struct Memory(Mutex<u64>);
+
+#[async_trait]
+impl QuotaLedger for Memory {
+    async fn take(&self, requests: &[TakeRequest]) -> Vec<Result<Taken, LedgerError>> {
+        let mut used = self.0.lock();
+        let take = |request: &TakeRequest| {
+            let granted = request.want.min(request.limit - *used);
+            *used += granted;
+            Ok(Taken {
+                window: QuotaWindow::whole(request.calendar),
+                granted,
+                used: *used,
+            })
+        };
+        requests.iter().map(take).collect()
+    }
+
+    async fn give_back(&self, batch: &ReturnBatch) -> Result<(), LedgerError> {
+        *self.0.lock() -= batch.rows.iter().map(|(_, n)| n).sum::<u64>();
+        Ok(())
+    }
+}
+
+struct World {
+    quotas: TenantQuotas,
+    quota: TenantQuota,
+    store: Arc<LocalStore>,
+    key: Arc<KeyHandle>,
+    policies: Policies,
+    ledger: Arc<Memory>,
+}
+
+impl World {
+    fn new(limit: u64) -> Self {
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
+        let ledger = Arc::new(Memory::default());
+        let limit = NonZeroU64::new(limit).unwrap();
+        let settings = KeyTableSettings::default();
+        let quotas = TenantQuotas::new(
+            clock.clone(),
+            ledger.clone(),
+            settings.clone(),
+            Arc::default(),
+            limit,
+        );
+        let tenant = TenantId(Uuid::now_v7());
+        let store = LocalStore::new(clock, Arc::new(Memory::default()), settings);
+        let rate = RatePolicy {
+            rpm: NonZeroU32::new(1).unwrap(),
+            burst: NonZeroU32::new(1000).unwrap(),
+        };
+        Self {
+            quota: quotas.of(tenant).unwrap(),
+            quotas,
+            key: store.handle(tenant, ApiKeyId(Uuid::now_v7())).unwrap(),
+            store,
+            policies: Policies::new(rate, None, None, Zone::utc(), false),
+            ledger,
+        }
+    }
+
+    fn peek(&self) -> Decision {
+        self.store.peek(&self.key, &self.policies)
+    }
+
+    async fn admit(&self, cost: u32) -> Decision {
+        let cost = NonZeroU32::new(cost).unwrap();
+        let decide = self.store.take(&self.key, &self.policies, cost);
+        self.admit_with(cost, decide).await.unwrap()
+    }
+
+    async fn admit_with(
+        &self,
+        cost: NonZeroU32,
+        decide: impl Future<Output = Result<Decision, LimiterError>>,
+    ) -> Result<Decision, LimiterError> {
+        let peek = || self.peek();
+        self.quotas.admit(&self.quota, cost, peek, decide).await
+    }
+
+    /// A decision of the store that waits for the test.
+    async fn decided(
+        &self,
+        decision: oneshot::Receiver<Outcome>,
+    ) -> Result<Decision, LimiterError> {
+        let outcome = decision.await.unwrap();
+        Ok(Decision {
+            outcome,
+            ..self.peek()
+        })
+    }
+}
+
+const DENIED: Outcome = Outcome::Denied {
+    violated: PolicySet::EMPTY.with(Policy::Rpm),
+    retry_after: NonZeroU64::new(1),
+};
+
+#[tokio::test]
+async fn all_of_the_quota_is_admitted_and_no_more() {
+    let world = World::new(100);
+    let mut admitted = 0;
+    for cost in [7, 1, 30, 2, 60, 1].into_iter().cycle().take(60) {
+        let before = world.peek().rate.remaining;
+        let decision = world.admit(cost).await;
+        if decision.is_allowed() {
+            admitted += cost;
+            continue;
+        }
+        assert_eq!(
+            decision.violated(),
+            PolicySet::EMPTY.with(Policy::TenantMonthly)
+        );
+        assert_eq!(decision.nearest().policy, Policy::TenantMonthly);
+        assert_eq!(
+            world.peek().rate.remaining,
+            before,
+            "a denial costs nothing"
+        );
+    }
+    assert_eq!(admitted, 100);
+    let never = world.admit(101).await;
+    assert_eq!((never.is_allowed(), never.retry_after()), (false, None));
+}
+
+#[tokio::test]
+async fn last_token_is_available_again_if_the_key_is_denied() {
+    let world = World::new(1);
+    let (decide, decision) = oneshot::channel();
+    let first = world.admit_with(NonZeroU32::MIN, world.decided(decision));
+    let second = async {
+        // It waits for the first request's reservation instead of being denied until the next month.
+        let second = world.admit(1);
+        tokio::pin!(second);
+        for _ in 0..10 {
+            assert!(futures_util::poll!(&mut second).is_pending());
+            tokio::task::yield_now().await;
+        }
+        decide.send(DENIED).unwrap();
+        second.await
+    };
+    let (first, second) = tokio::join!(first, second);
+    let first = first.unwrap();
+    assert_eq!(first.violated(), PolicySet::EMPTY.with(Policy::Rpm));
+    assert!(second.is_allowed(), "{second:?}");
+    assert!(!world.admit(1).await.is_allowed());
+}
+
+#[tokio::test]
+async fn last_token_is_spent_once() {
+    let world = World::new(1);
+    let (decide, decision) = oneshot::channel();
+    let first = world.admit_with(NonZeroU32::MIN, world.decided(decision));
+    let second = async {
+        let second = world.admit(1);
+        tokio::pin!(second);
+        assert!(futures_util::poll!(&mut second).is_pending());
+        decide.send(Outcome::Allowed).unwrap();
+        second.await
+    };
+    let (first, second) = tokio::join!(first, second);
+    assert!(first.unwrap().is_allowed());
+    assert_eq!(
+        second.violated(),
+        PolicySet::EMPTY.with(Policy::TenantMonthly)
+    );
+}
+
+#[tokio::test]
+async fn failed_or_canceled_decision_costs_nothing() {
+    let world = World::new(1);
+    let failed = async { Err(LimiterError::CountersAway) };
+    assert!(world.admit_with(NonZeroU32::MIN, failed).await.is_err());
+    {
+        let (_decide, decision) = oneshot::channel();
+        let canceled = world.admit_with(NonZeroU32::MIN, world.decided(decision));
+        tokio::pin!(canceled);
+        assert!(futures_util::poll!(&mut canceled).is_pending());
+    }
+    assert!(world.admit(1).await.is_allowed());
+    assert!(!world.admit(1).await.is_allowed());
+}
+
+#[tokio::test]
+async fn draining_returns_the_rest() {
+    let world = World::new(1000);
+    for _ in 0..5 {
+        assert!(world.admit(1).await.is_allowed());
+    }
+    world.quotas.drain().await;
+    assert_eq!(*world.ledger.0.lock(), 5);
+}

@@ -1,0 +1,131 @@
+//! Thin events, whose data has to be read from version 2 of the Stripe API, which the `async-stripe` crates do not
+//! support.
+
+use secrecy::{ExposeSecret, SecretString};
+use serde_json::Value;
+
+use super::{API_VERSION, Result, StripeError, TIMEOUT};
+
+const STRIPE: &str = "https://api.stripe.com";
+
+#[derive(Debug, Clone)]
+pub(super) struct ThinEvents {
+    http: reqwest::Client,
+    /// Without a trailing slash.
+    base: String,
+    key: SecretString,
+}
+
+/// Problems of one kind that Stripe has found in meter events after accepting them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MeterError {
+    /// The code of the problem, such as `meter_event_customer_not_found`.
+    pub code: String,
+    /// The number of meter events with this problem.
+    pub count: u64,
+    /// The identifiers of some of these meter events.
+    pub identifiers: Vec<String>,
+}
+
+/// Reads the report of an event.
+fn meter_errors(event: &Value) -> Vec<MeterError> {
+    let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
+    let error = |it: &Value| MeterError {
+        code: it["code"].as_str().unwrap_or("unknown").to_owned(),
+        count: it["error_count"].as_u64().unwrap_or(1),
+        identifiers: list(&it["sample_errors"])
+            .iter()
+            .filter_map(|it| Some(it["request"]["identifier"].as_str()?.to_owned()))
+            .collect(),
+    };
+    list(&event["data"]["reason"]["error_types"])
+        .iter()
+        .map(error)
+        .collect()
+}
+
+impl ThinEvents {
+    pub(super) fn new(key: &SecretString, base: Option<&str>) -> Result<Self> {
+        let http = reqwest::Client::builder().timeout(TIMEOUT).build();
+        Ok(Self {
+            http: http.map_err(|error| StripeError::Unknown(error.to_string()))?,
+            base: base.unwrap_or(STRIPE).trim_end_matches('/').to_owned(),
+            key: key.clone(),
+        })
+    }
+
+    pub(super) async fn meter_errors(&self, event: &str) -> Result<Vec<MeterError>> {
+        // Only IDs in the form that Stripe assigns may be used in a URL.
+        if !event
+            .bytes()
+            .all(|it| it.is_ascii_alphanumeric() || it == b'_')
+        {
+            return Err(StripeError::Missing {
+                param: None,
+                message: "not an event ID".to_owned(),
+            });
+        }
+        let unknown = |error: reqwest::Error| StripeError::Unknown(error.to_string());
+        let url = format!("{}/v2/core/events/{event}", self.base);
+        let request = self.http.get(url).bearer_auth(self.key.expose_secret());
+        let request = request.header("Stripe-Version", API_VERSION.as_str());
+        let response = request.send().await.map_err(unknown)?;
+        let status = response.status().as_u16();
+        let body = response.bytes().await.map_err(unknown)?;
+        let body: Value = serde_json::from_slice(&body).unwrap_or_default();
+        let message = || {
+            let message = body["error"]["message"].as_str();
+            message.unwrap_or("no message").to_owned()
+        };
+        match status {
+            200 => Ok(meter_errors(&body)),
+            404 => Err(StripeError::Missing {
+                param: None,
+                message: message(),
+            }),
+            409 | 429 => Err(StripeError::Unknown(message())),
+            500.. => Err(StripeError::Failed {
+                status,
+                message: message(),
+            }),
+            _ => Err(StripeError::Rejected {
+                status,
+                message: message(),
+            }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn report_of_any_shape_is_read() {
+        let event = json!({"id": "evt_1", "data": {"reason": {"error_count": 3, "error_types": [
+            {"code": "meter_event_customer_not_found", "error_count": 3, "sample_errors": [
+                {"error_message": "…", "request": {"identifier": "a-1-0"}}, {"request": {}},
+            ]},
+            {"sample_errors": null},
+        ]}}});
+        let read = meter_errors(&event);
+        assert_eq!(
+            read,
+            [
+                MeterError {
+                    code: "meter_event_customer_not_found".into(),
+                    count: 3,
+                    identifiers: vec!["a-1-0".into()],
+                },
+                MeterError {
+                    code: "unknown".into(),
+                    count: 1,
+                    identifiers: vec![],
+                },
+            ]
+        );
+        assert_eq!(meter_errors(&json!({"data": [1]})), []);
+    }
+}

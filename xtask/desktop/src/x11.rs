@@ -1,0 +1,108 @@
+//! Input that comes from the window system and not from the page: closing the window, and shortcuts of the menu.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use x11rb::{
+    CURRENT_TIME, NONE,
+    connection::Connection as _,
+    protocol::{
+        xproto::{
+            AtomEnum, ClientMessageEvent, ConnectionExt as _, EventMask, InputFocus,
+            KEY_PRESS_EVENT, KEY_RELEASE_EVENT, MapState, Window,
+        },
+        xtest::ConnectionExt as _,
+    },
+    rust_connection::RustConnection,
+};
+
+/// Keysyms of keys.
+pub const CONTROL: u32 = 0xffe3;
+pub const Q: u32 = 0x71;
+
+pub struct Display {
+    connection: RustConnection,
+    root: Window,
+}
+
+impl Display {
+    pub fn connect(name: &str) -> Result<Self> {
+        let (connection, screen) = x11rb::connect(Some(name))?;
+        let root = connection.setup().roots[screen].root;
+        Ok(Self { connection, root })
+    }
+
+    /// Returns the visible window with a title. Without a window manager, it is a child of the root.
+    fn window(&self, title: &str) -> Result<Window> {
+        let tree = self.connection.query_tree(self.root)?.reply()?;
+        for window in tree.children {
+            let state = self.connection.get_window_attributes(window)?.reply()?;
+            let name = self
+                .connection
+                .get_property(false, window, AtomEnum::WM_NAME, AtomEnum::ANY, 0, 64)?
+                .reply()?;
+            if state.map_state == MapState::VIEWABLE && name.value == title.as_bytes() {
+                return Ok(window);
+            }
+        }
+        None.context("no such window")
+    }
+
+    fn atom(&self, name: &str) -> Result<u32> {
+        let atom = self.connection.intern_atom(false, name.as_bytes())?;
+        Ok(atom.reply()?.atom)
+    }
+
+    /// Asks a window to close, like the button of a window manager.
+    pub fn close(&self, title: &str) -> Result<()> {
+        let window = self.window(title)?;
+        let data = [self.atom("WM_DELETE_WINDOW")?, CURRENT_TIME, 0, 0, 0];
+        let event = ClientMessageEvent::new(32, window, self.atom("WM_PROTOCOLS")?, data);
+        self.connection
+            .send_event(false, window, EventMask::NO_EVENT, event)?
+            .check()?;
+        Ok(())
+    }
+
+    /// Presses keys together, with the window focused.
+    pub async fn press(&self, title: &str, keysyms: &[u32]) -> Result<()> {
+        let window = self.window(title)?;
+        self.connection
+            .set_input_focus(InputFocus::PARENT, window, CURRENT_TIME)?
+            .check()?;
+        // The toolkit learns about the focus from an event.
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        let codes = keysyms
+            .iter()
+            .map(|keysym| self.keycode(*keysym))
+            .collect::<Result<Vec<_>>>()?;
+        let send = |kind: u8, code: u8| -> Result<()> {
+            let input = self
+                .connection
+                .xtest_fake_input(kind, code, 0, NONE, 0, 0, 0)?;
+            Ok(input.check()?)
+        };
+        for code in &codes {
+            send(KEY_PRESS_EVENT, *code)?;
+        }
+        for code in codes.iter().rev() {
+            send(KEY_RELEASE_EVENT, *code)?;
+        }
+        Ok(())
+    }
+
+    fn keycode(&self, keysym: u32) -> Result<u8> {
+        let setup = self.connection.setup();
+        let first = setup.min_keycode;
+        let count = setup.max_keycode - first + 1;
+        let map = self
+            .connection
+            .get_keyboard_mapping(first, count)?
+            .reply()?;
+        let width = usize::from(map.keysyms_per_keycode);
+        ensure!(width > 0, "no keyboard");
+        let at = map.keysyms.iter().position(|it| *it == keysym);
+        let at = at.context("no such key")? / width;
+        Ok(first + u8::try_from(at)?)
+    }
+}
