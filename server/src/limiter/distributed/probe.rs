@@ -103,6 +103,20 @@ pub(super) async fn send_heartbeats(inner: Weak<StoreCore>) {
     }
 }
 
+/// Confirms that this replica knows when the promised epoch starts. Without that, its start may be put off. Arriving late,
+/// this call must not begin another epoch, so it does not report the outage.
+fn confirm_promise(inner: Arc<StoreCore>, number: u16, promised: CounterMicros) {
+    tokio::spawn(async move {
+        let call = TakeCall {
+            promised,
+            away_since: CounterMicros::NONE,
+            ..heartbeat_call(number, &inner)
+        };
+        inner.metrics.counter_calls.inc();
+        let _ = time::timeout(PROBE_DEADLINE, inner.counters.take(call)).await;
+    });
+}
+
 /// Probes the counters until they grant tokens again.
 pub(super) async fn probe_until_recovered(
     inner: Weak<StoreCore>,
@@ -111,6 +125,11 @@ pub(super) async fn probe_until_recovered(
     promised: CounterMicros,
 ) {
     let (mut wait, mut promise) = (first, promised);
+    if promised > CounterMicros::NONE
+        && let Some(inner) = inner.upgrade()
+    {
+        confirm_promise(inner, number, promised);
+    }
     loop {
         time::sleep(wait).await;
         let Some(inner) = inner.upgrade() else {
@@ -139,11 +158,12 @@ pub(super) async fn probe_until_recovered(
         if let Ok(Ok(reply)) = answer {
             match reply.state {
                 // A late response is not a promise: the response to the first call in the epoch would probably be late
-                // too, and this replica would have stopped deciding for nothing.
+                // too, and this replica would have stopped deciding for nothing. The start of the epoch is put off.
                 BucketState::Initializing { wait: left } if in_time => {
                     wait = Duration::from_micros(left);
                     promise = reply.at.saturating_add(left);
                     partition.is_initializing(asked_at.saturating_add(wait.into()), now);
+                    confirm_promise(Arc::clone(&inner), number, promise);
                 }
                 BucketState::Active { .. } if in_time => {
                     partition.returned(reply.at, now);

@@ -16,11 +16,12 @@
 -- KEYS[2]  the partition's epoch, a hash in the same slot:
 --            run     run id of the Redis process that the epoch began on
 --            s       its start, in microseconds of TIME
+--            c       1 if a caller has confirmed that it knows of the start, before it
 --            ok      the latest response that a caller who uses the counters has confirmed receiving in time
 -- ARGV     1 e   2 t   3 v   4 need   5 want   6 back   7 when the oldest of `back` was taken
 --          8 latest response that the caller received in time   9 start of the time in which it has received none, or 0;
 --            1 if it has never received one and is not the only caller
---         10 start of the epoch that the previous response promised, or 0   11 microseconds until a new epoch starts
+--         10 start of the epoch that the previous response promised, or 0. Before that start: confirms the promise   11 microseconds until a new epoch starts
 --         12 microseconds for which granted tokens may be spent   13 generation in which `back` was taken
 --         14 tokens that requests are waiting for; the rest of `want` is held for later
 -- Returns  {0, now, granted, debt, g}, or {1, now, microseconds until the epoch starts}
@@ -47,6 +48,8 @@
 local OUTDATED = 10000000
 -- Callers that were promised an epoch return within this many microseconds after its start.
 local PROMISED = 500000
+-- The start of an epoch is put off until a caller has confirmed it, unless it is further than the delay minus this.
+local KNOWN = 50000
 -- A response this long ago shows that there is no outage in which callers have already decided requests without the
 -- counters: they do so only after their second probe, which is at least 850 ms after they detected it.
 local CONNECTED = 800000
@@ -88,7 +91,7 @@ end
 -- joined others cannot know whether they have decided requests without the counters. They have if no caller received a
 -- response for a while.
 local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
-local epoch = redis.call('HMGET', KEYS[2], 'run', 's', 'ok')
+local epoch = redis.call('HMGET', KEYS[2], 'run', 's', 'ok', 'c')
 local start, ok = tonumber(epoch[2]), tonumber(epoch[3]) or 0
 local returns_in_time = promised > 0 and start == promised and now - start < PROMISED
 local others_connected = (ok > away and ok <= now and now - ok < CONNECTED) or (away == 1 and ok == 0)
@@ -96,7 +99,15 @@ if epoch[1] ~= run or not start or start > now + delay
   or (away > 0 and start <= now and not returns_in_time and not others_connected) then
   start = now + delay
   ok = 0
-  redis.call('HSET', KEYS[2], 'run', run, 's', whole(start), 'ok', '0')
+  redis.call('HSET', KEYS[2], 'run', run, 's', whole(start), 'ok', '0', 'c', '0')
+elseif start > now then
+  if promised == start then
+    redis.call('HSET', KEYS[2], 'c', '1')
+  elseif away > 0 and epoch[4] ~= '1' and start - now < delay - KNOWN then
+    -- Perhaps no caller received a response. Those that try again only after the start would not know of it.
+    start = now + delay
+    redis.call('HSET', KEYS[2], 's', whole(start))
+  end
 end
 if start > now then
   return {1, now, start - now}

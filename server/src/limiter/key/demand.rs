@@ -88,10 +88,11 @@ impl Drop for DemandGuard<'_> {
             return;
         }
         let now = self.calls.clock.now();
+        let is_last = state.waited_for == 0;
         for policy in [Policy::Daily, Policy::Monthly] {
             if state
                 .block(policy)
-                .is_some_and(|block| block.has_debts(now))
+                .is_some_and(|block| block.has_debts(now) || (is_last && block.is_low(now)))
             {
                 self.calls
                     .start(self.handle, &mut state, policy, Need::Ahead);

@@ -236,7 +236,10 @@ impl KeyTable {
             && let Some(needs) = state.pending_refills(decision, decision.at)
         {
             for (policy, need) in [Policy::Daily, Policy::Monthly].into_iter().zip(needs) {
-                if let Some(need) = need {
+                // Waiting requests fetch all that they need. A smaller call in the meantime would delay them.
+                if let Some(need) = need
+                    && (need != Need::Ahead || state.waited_for == 0)
+                {
                     self.calls.start(handle, state, policy, need);
                 }
             }

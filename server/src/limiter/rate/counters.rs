@@ -67,7 +67,8 @@ pub struct TakeCall {
     /// admitted some.
     pub away_since: CounterMicros,
     /// Start of the new epoch that was promised to the caller's previous call, if it has served nothing since the epoch
-    /// started; zero otherwise. It is valid for calls that arrive soon after that start.
+    /// started; zero otherwise. It is valid for calls that arrive soon after that start. A call that arrives before it
+    /// confirms that the caller knows the start, which is put off until somebody does.
     pub promised: CounterMicros,
 }
 

@@ -14,6 +14,9 @@ pub(super) const EPOCH_DELAY: u64 = 600_000;
 /// How long after an epoch starts callers that were promised it are still accepted, in microseconds.
 const PROMISED: u64 = 500_000;
 
+/// The start of an epoch is put off until a caller has confirmed it, unless it is further than the delay minus this.
+const KNOWN: u64 = 50_000;
+
 /// How long after a confirmed response there is certainly no outage, in microseconds.
 const CONNECTED: u64 = 800_000;
 
@@ -44,6 +47,8 @@ struct Epoch {
     run: u64,
     start: Option<u64>,
     ok: u64,
+    /// A caller has confirmed the start.
+    is_known: bool,
 }
 
 /// Microseconds after which an unused version of a plan is forgotten.
@@ -63,6 +68,7 @@ impl State {
             run,
             start: Some(0),
             ok: 0,
+            is_known: true,
         };
         Self {
             buckets: HashMap::new(),
@@ -90,7 +96,15 @@ impl State {
                 run,
                 start: Some(now + EPOCH_DELAY),
                 ok: 0,
+                is_known: false,
             };
+        } else if let Some(start) = epoch.start.filter(|start| *start > now) {
+            if call.promised.0 == start {
+                epoch.is_known = true;
+            } else if call.away_since.0 > 0 && !epoch.is_known && start - now < EPOCH_DELAY - KNOWN
+            {
+                epoch.start = Some(now + EPOCH_DELAY);
+            }
         }
         let start = epoch.start.unwrap();
         if start > now {

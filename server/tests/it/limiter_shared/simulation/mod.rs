@@ -17,6 +17,7 @@
 mod judge;
 mod outages;
 mod plants;
+mod quotas;
 mod run;
 mod scene;
 mod single;

@@ -166,13 +166,9 @@ impl Scene {
                 scene.cluster(&mut rng);
                 return scene;
             }
-            3 => scene.partitions = 2,
             _ => {}
         }
         let special = rng.u8(..28);
-        if special < 7 || special == 27 {
-            scene.partitions = 1;
-        }
         if special == 0 {
             scene.miscounted_outage(&mut rng);
         } else if special < 7 || special == 27 {
@@ -196,8 +192,6 @@ impl Scene {
             let on_failure = match rng.u8(..8) {
                 0..=1 => OnRedisFailure::Closed,
                 2 => OnRedisFailure::Open,
-                // A replica does not detect an outage of a partition that it does not use.
-                _ if scene.partitions > 1 => OnRedisFailure::Closed,
                 _ => OnRedisFailure::Share,
             };
             let mut plans = vec![plan(&mut rng, 0)];
