@@ -43,7 +43,7 @@ pub enum Expired {
 }
 
 impl Expired {
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::Sessions,
         Self::RevokedSessions,
         Self::IdempotencyKeys,
