@@ -109,16 +109,21 @@ impl Recorder {
             Durability::Process => None,
             Durability::Machine => {
                 let metrics = metrics.clone();
-                Some(Syncer::start(move |segment, error| {
+                let on_failure = move |segment: &Segment, error: &io::Error| {
                     metrics.usage_sync_errors.inc();
                     tracing::error!(
                         %error,
                         segment = %segment.head.id,
                         "usage records could not be written to disk"
                     );
-                    // After a failed write, later calls may report success without writing the data.
+                    // Further records go to another segment.
                     segment.seal();
-                })?)
+                };
+                // The kernel writes back pages that were changed through a memory map like all others.
+                Some(Syncer::start(
+                    |segment| segment.file.sync_data(),
+                    on_failure,
+                )?)
             }
         };
         Ok(Arc::new(Self {

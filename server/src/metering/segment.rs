@@ -14,7 +14,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
 };
 
@@ -87,6 +87,9 @@ pub(super) struct Segment {
     tail: AtomicUsize,
     /// Records filled so far.
     pub records: AtomicU64,
+    /// Whether the file could not be written to disk. The kernel reports this only once, and later calls succeed even
+    /// though records may be missing on the disk.
+    is_broken: AtomicBool,
 }
 
 impl Segment {
@@ -133,6 +136,7 @@ impl Segment {
                 map,
                 tail: AtomicUsize::new(RECORDS_AT / WORD),
                 records: AtomicU64::new(0),
+                is_broken: AtomicBool::new(false),
             }),
             Err(error) => {
                 // Frees the space for other files.
@@ -229,6 +233,15 @@ impl Segment {
                 .tail
                 .compare_exchange(index, next, Ordering::AcqRel, Ordering::Acquire);
         }
+    }
+
+    /// Records that the file could not be written to disk.
+    pub fn has_broken(&self) {
+        self.is_broken.store(true, Ordering::Relaxed);
+    }
+
+    pub fn is_broken(&self) -> bool {
+        self.is_broken.load(Ordering::Relaxed)
     }
 
     /// Returns the bytes up to the tail: an upper bound for the end of all records.

@@ -5,7 +5,7 @@ use std::{
     path::Path,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
 };
@@ -22,6 +22,7 @@ use super::{
     recorder::Recorder,
     scan::{self, Batch, Writer},
     segment::{RECORDS_AT, ReservedRecord, Segment, SegmentHead},
+    sync::Syncer,
     time::EventClock,
 };
 use crate::{
@@ -507,4 +508,31 @@ fn a_quiet_server_replaces_its_segments_before_they_are_too_old_to_be_shipped() 
         assert!(segments.len() == 1 || first.span.is_complete);
         drop(recorder.reserve(ENDPOINT.len(), 1).unwrap());
     }
+}
+
+#[tokio::test]
+async fn a_segment_that_failed_to_reach_the_disk_once_is_never_reported_as_written() {
+    let directory = TempDir::new().unwrap();
+    let (broken, intact) = (segment(directory.path()), segment(directory.path()));
+    let (id, failures) = (broken.head.id, Arc::new(AtomicU64::new(0)));
+    // Like the kernel, reports the failure only to the first call.
+    let has_failed = AtomicBool::new(false);
+    let write = move |segment: &Segment| {
+        if segment.head.id == id && !has_failed.swap(true, Ordering::Relaxed) {
+            return Err(std::io::Error::other("lost"));
+        }
+        Ok(())
+    };
+    let counted = failures.clone();
+    let on_failure = move |_: &Segment, _: &std::io::Error| {
+        counted.fetch_add(1, Ordering::Relaxed);
+    };
+    let syncer = Syncer::start(write, on_failure).unwrap();
+    assert!(syncer.sync(intact.clone()).await);
+    assert!(!syncer.sync(broken.clone()).await);
+    // A record whose space was reserved before the failure.
+    assert!(!syncer.sync(broken.clone()).await);
+    assert!(syncer.sync(intact).await);
+    assert!(!syncer.sync(broken).await);
+    assert_eq!(failures.load(Ordering::Relaxed), 1);
 }
