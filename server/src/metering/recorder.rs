@@ -207,10 +207,7 @@ impl Recorder {
         match created {
             Ok(segment) => {
                 files.count += 1;
-                if files.failed.take().is_some() {
-                    self.metrics.usage_unrecordable.set(0);
-                    tracing::info!("usage is recorded again");
-                }
+                self.log_recovery(files);
                 Ok(segment)
             }
             Err(reason) => {
@@ -221,6 +218,14 @@ impl Recorder {
                 files.failed = Some((reason, now.saturating_add(RETRY)));
                 Err(reason)
             }
+        }
+    }
+
+    /// Ends an outage. Call when a segment was created.
+    fn log_recovery(&self, files: &mut Files) {
+        if files.failed.take().is_some() {
+            self.metrics.usage_unrecordable.set(0);
+            tracing::info!("usage is recorded again");
         }
     }
 
@@ -306,6 +311,9 @@ impl Recorder {
         let spare = self.create_in(&directory);
         let mut files = self.files.lock();
         files.is_creating_spare = false;
+        if spare.is_ok() {
+            self.log_recovery(&mut files);
+        }
         match spare {
             Ok(spare)
                 if !files.is_closed && files.spare.as_ref().is_none_or(|it| self.is_old(it)) =>

@@ -28,6 +28,7 @@ use super::{
 use crate::{
     clock::{Clock, Monotonic, UnixNanos},
     limiter::Policy,
+    telemetry::metrics::Metrics,
 };
 
 const SIZE: u64 = 64 << 10;
@@ -535,4 +536,46 @@ async fn a_segment_that_failed_to_reach_the_disk_once_is_never_reported_as_writt
     assert!(syncer.sync(intact).await);
     assert!(!syncer.sync(broken).await);
     assert_eq!(failures.load(Ordering::Relaxed), 1);
+}
+
+fn recorder(directory: &Path, backlog_max: u64, metrics: Arc<Metrics>) -> Arc<Recorder> {
+    Recorder::new(
+        directory.to_owned(),
+        backlog_max,
+        Durability::Process,
+        Arc::new(TestClock::default()),
+        Arc::new(EventClock::new(UnixNanos(0), Monotonic(0))),
+        metrics,
+    )
+    .unwrap()
+}
+
+/// Records until there is no space. Returns the number of records.
+fn fill_up(recorder: &Recorder) -> u64 {
+    let mut written = 0;
+    while let Ok(reserved) = recorder.reserve(ENDPOINT.len(), 1) {
+        reserved.fill(&record("a"));
+        written += 1;
+    }
+    written
+}
+
+#[test]
+fn an_outage_ends_when_the_next_segment_is_created_in_advance() {
+    let directory = TempDir::new().unwrap();
+    let metrics = Arc::<Metrics>::default();
+    let recorder = recorder(directory.path(), 2 * SIZE, metrics.clone());
+    recorder.create_spare();
+    for _ in 0..3 {
+        assert_eq!(metrics.usage_unrecordable.get(), 0);
+        assert!(fill_up(&recorder) > 400);
+        assert_eq!(metrics.usage_unrecordable.get(), 1);
+        let shipped = recorder.segments().remove(0);
+        assert!(recorder.remove(&shipped, directory::delete).unwrap());
+        assert_eq!(metrics.usage_unrecordable.get(), 1);
+        assert!(recorder.wants_spare());
+        recorder.create_spare();
+    }
+    assert_eq!(metrics.usage_unrecordable.get(), 0);
+    assert!(recorder.reserve(ENDPOINT.len(), 1).is_ok());
 }
