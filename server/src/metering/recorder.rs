@@ -12,6 +12,8 @@ use parking_lot::Mutex;
 use super::{
     Durability,
     directory::Directory,
+    record::{ENDPOINT_MAX, REQUEST_ID_MAX},
+    reusable::{Reusable, ReusableSpace},
     segment::{ReservedRecord, Segment},
     sync::Syncer,
     time::EventClock,
@@ -68,6 +70,7 @@ pub(super) struct Recorder {
     /// The current segment.
     current: ArcSwapOption<Segment>,
     files: Mutex<Files>,
+    reusable: Reusable,
     syncer: Option<Syncer>,
 }
 
@@ -136,6 +139,7 @@ impl Recorder {
             metrics,
             current: ArcSwapOption::empty(),
             files: Mutex::default(),
+            reusable: Reusable::default(),
             syncer,
         }))
     }
@@ -155,6 +159,23 @@ impl Recorder {
         }
         drop(current);
         self.reserve_in_next(endpoint, request_id)
+    }
+
+    /// Reserves space for a record that will probably not be written.
+    #[cold]
+    pub fn reserve_reusable(&self) -> Result<ReusableSpace, Unrecordable> {
+        self.reusable
+            .take(|| self.reserve(ENDPOINT_MAX, REQUEST_ID_MAX))
+    }
+
+    /// Returns space that was not needed.
+    pub fn give_back(&self, space: ReusableSpace) {
+        self.reusable.give_back(space);
+    }
+
+    /// Voids reserved space that no request is using. Call before a pass of the shipper.
+    pub fn void_unused(&self) {
+        self.reusable.begin_pass();
     }
 
     #[cold]

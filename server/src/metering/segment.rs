@@ -260,12 +260,12 @@ pub struct ReservedRecord {
 }
 
 impl ReservedRecord {
-    /// Writes the record. Its strings must have the lengths for which the space was reserved.
+    /// Writes the record. Its strings must not be longer than those for which the space was reserved.
     pub fn fill(mut self, record: &DecisionRecord<'_>) -> Arc<Segment> {
         let body = Body::of(record);
-        let bytes = body.bytes();
-        debug_assert_eq!(bytes.len(), (self.words - 1) * WORD);
-        if bytes.len() == (self.words - 1) * WORD {
+        let bytes = body.padded(self.words);
+        debug_assert!(bytes.is_some());
+        if let Some(bytes) = bytes {
             let target = &self.segment.words()[self.index + 1..][..self.words - 1];
             for (word, chunk) in target.iter().zip(bytes.chunks_exact(WORD)) {
                 let chunk = chunk.try_into().map_or(0, u64::from_le_bytes);

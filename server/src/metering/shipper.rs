@@ -120,6 +120,7 @@ fn is_due(last: Option<Instant>, every: Duration) -> bool {
 impl Shipper {
     /// Ships all available records. Returns their number.
     pub async fn ship(&mut self, context: &Context, recorder: &Recorder) -> Result<u64, ShipError> {
+        recorder.void_unused();
         // Every decision made before this point is in one of these segments.
         let began = recorder.now();
         self.find_segments(recorder);

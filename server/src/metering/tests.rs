@@ -579,3 +579,63 @@ fn an_outage_ends_when_the_next_segment_is_created_in_advance() {
     assert_eq!(metrics.usage_unrecordable.get(), 0);
     assert!(recorder.reserve(ENDPOINT.len(), 1).is_ok());
 }
+
+#[test]
+fn a_tenant_that_may_not_record_more_denials_gets_space_before_the_decision() {
+    let directory = TempDir::new().unwrap();
+    let recorder = recorder(directory.path(), 2 * SIZE, Arc::default());
+    recorder.create_spare();
+    // Ten times what fits, with two requests at a time.
+    for _ in 0..5_000 {
+        let spaces = [(); 2].map(|()| recorder.reserve_reusable().expect("there is space"));
+        spaces.into_iter().for_each(|it| recorder.give_back(it));
+    }
+    let segments = recorder.segments();
+    let [only] = &segments[..] else {
+        panic!("it needs more than one segment");
+    };
+    assert!(only.tail() < 1_000, "{}", only.tail());
+    // An admitted request is recorded, and shipped once no request before it is in progress.
+    let in_progress = recorder.reserve_reusable().unwrap();
+    let admitted = recorder.reserve_reusable().unwrap();
+    admitted.record.fill(&record("admitted"));
+    let shipped = || {
+        recorder.void_unused();
+        let batch = read(&only.file, Writer::Running);
+        let ids = request_ids(&batch).into_iter().map(str::to_owned);
+        (ids.collect::<Vec<_>>(), batch.span.is_blocked)
+    };
+    let before = shipped();
+    assert!(before.1, "{before:?}");
+    // The shipper did not wait for it in vain: it is not used again.
+    recorder.give_back(in_progress);
+    assert_eq!(shipped(), (vec!["admitted".to_owned()], false));
+
+    let kept = recorder.reserve_reusable().unwrap();
+    assert!(fill_up(&recorder) > 800);
+    recorder.give_back(kept);
+    let kept = recorder.reserve_reusable().expect("the same space");
+    // Without space, there is no decision.
+    assert!(recorder.reserve_reusable().is_err());
+    let segment = kept.record.fill(&record("last"));
+    let batch = read(&segment.file, Writer::Ended);
+    let last = batch
+        .rows
+        .iter()
+        .find(|it| it.request_id == "last")
+        .unwrap();
+    assert_eq!((last.endpoint.as_str(), last.cost), (ENDPOINT, 7));
+}
+
+#[test]
+fn space_in_a_segment_that_failed_to_reach_the_disk_is_not_used_again() {
+    let directory = TempDir::new().unwrap();
+    let recorder = recorder(directory.path(), 8 * SIZE, Arc::default());
+    let space = recorder.reserve_reusable().unwrap();
+    let broken = recorder.segments().remove(0);
+    recorder.give_back(space);
+    broken.has_broken();
+    broken.seal();
+    let next = recorder.reserve_reusable().unwrap();
+    assert!(!Arc::ptr_eq(&next.record.segment, &broken));
+}
