@@ -157,12 +157,13 @@ impl Shipper {
                 }
             }
         });
-        removed?;
         self.measure(&context.metrics);
         if let Some(error) = failed {
             return Err(error);
         }
+        // A file that cannot be removed does not make the usage incomplete.
         self.report(context, recorder).await?;
+        removed?;
         Ok(shipped)
     }
 
