@@ -262,15 +262,24 @@ impl Recorder {
         if let Some(directory) = &files.directory {
             return Ok(directory.clone());
         }
-        let directory = Arc::new(Directory::create(&self.root)?);
+        let directory = Arc::new(Directory::create(&self.root, self.is_durable())?);
         files.directory = Some(directory.clone());
         Ok(directory)
     }
 
     fn create_in(&self, directory: &Directory) -> io::Result<Arc<Segment>> {
         let started_at = self.now();
-        let durable = self.durability == Durability::Machine;
-        Segment::create(&directory.path, self.segment_size, started_at, durable).map(Arc::new)
+        let created = Segment::create(
+            &directory.path,
+            self.segment_size,
+            started_at,
+            self.is_durable(),
+        );
+        created.map(Arc::new)
+    }
+
+    fn is_durable(&self) -> bool {
+        self.durability == Durability::Machine
     }
 
     /// The time of an event that happens now.

@@ -261,9 +261,12 @@ impl Adopter {
     /// Ships the records of stopped replicas in `root`. Returns the number of records shipped, or the first error;
     /// everything else that could be shipped was shipped.
     pub async fn ship(&mut self, context: &Context, root: &Path) -> Result<u64, ShipError> {
-        let (mut shipped, mut failed) = (0, None);
+        let (mut shipped, mut failed) = (0, None::<ShipError>);
         if is_due(self.looked_at, ADOPT) {
             self.looked_at = Some(Instant::now());
+            if let Err(error) = directory::delete_unfinished(root) {
+                failed.get_or_insert(error.into());
+            }
             for path in directory::list(root)? {
                 match Adopted::take(&path) {
                     Ok(None) => {}

@@ -8,6 +8,7 @@ use std::{
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
+    time::Duration,
 };
 
 use fastrand::Rng;
@@ -410,7 +411,7 @@ fn no_record_that_was_synced_is_lost_in_any_crash_of_the_machine() {
 #[test]
 fn a_directory_has_one_owner_and_is_adopted_after_it() {
     let root = TempDir::new().unwrap();
-    let owner = Directory::create(root.path()).unwrap();
+    let owner = Directory::create(root.path(), true).unwrap();
     write(&segment(&owner.path), "a");
     assert_eq!(
         directory::list(root.path()).unwrap(),
@@ -638,4 +639,29 @@ fn space_in_a_segment_that_failed_to_reach_the_disk_is_not_used_again() {
     broken.seal();
     let next = recorder.reserve_reusable().unwrap();
     assert!(!Arc::ptr_eq(&next.record.segment, &broken));
+}
+
+#[test]
+fn a_directory_whose_creation_was_interrupted_is_deleted_later() {
+    let root = TempDir::new().unwrap();
+    let owner = Directory::create(root.path(), true).unwrap();
+    let [old, new] = [(); 2].map(|()| root.path().join(format!("{}.new", Uuid::now_v7())));
+    for path in [&old, &new] {
+        std::fs::create_dir(path).unwrap();
+        File::create(path.join("lock")).unwrap();
+    }
+    // The operator's.
+    let other = root.path().join("other.new");
+    std::fs::create_dir(&other).unwrap();
+    let now = new.metadata().unwrap().modified().unwrap();
+    let two_hours_ago = now - Duration::from_hours(2);
+    for path in [&old, &other, &owner.path] {
+        File::open(path)
+            .unwrap()
+            .set_modified(two_hours_ago)
+            .unwrap();
+    }
+    directory::delete_unfinished(root.path()).unwrap();
+    assert!(!old.exists());
+    assert!(new.exists() && other.exists() && owner.path.exists());
 }
