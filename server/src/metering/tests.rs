@@ -149,7 +149,8 @@ fn every_outcome_survives() {
             (true, None),
             (true, Some("rpm")),
             (true, Some("daily")),
-            (true, Some("monthly"))
+            (true, Some("monthly")),
+            (true, Some("tenant_monthly"))
         ]
     );
 }
