@@ -122,6 +122,16 @@ fn main() -> ExitCode {
             usage::replay(config, log, directory)
         }),
         Command::Usage {
+            command:
+                Some(UsageCommand::Forget {
+                    settings,
+                    directory_id,
+                }),
+            ..
+        } => run(&settings, move |config, _| {
+            usage::forget(config, directory_id)
+        }),
+        Command::Usage {
             command: None,
             settings,
             hours,

@@ -4,16 +4,52 @@
 
 use std::fmt::Write as _;
 
+use uuid::Uuid;
+
 use crate::{
     db::{Db, DbError},
     repo::{
         usage_shipper::{self, ShipperReport, Times},
+        usage_shipping,
         usage_top::{self, TopKey, TopTenant},
     },
 };
 
 /// A server that has not reported for this long has stopped or cannot reach PostgreSQL.
 const SILENT_SECONDS: i64 = 30;
+
+/// The minimum age of a report that an operator may remove.
+const FORGET_SECONDS: i64 = 60;
+
+/// The result of [`forget`].
+#[derive(Debug)]
+pub enum Forgotten {
+    Unknown,
+    /// The server that owns the directory is running.
+    Recent(ShipperReport),
+    Removed(ShipperReport),
+}
+
+/// Removes the report about a usage directory that is lost, so that usage counts as complete without it.
+pub async fn forget(db: &Db, directory: Uuid) -> Result<Forgotten, DbError> {
+    let mut tx = db.system().await?;
+    let Some(report) = usage_shipper::report_of(&mut tx, directory).await? else {
+        return Ok(Forgotten::Unknown);
+    };
+    if report.seconds_since_report < FORGET_SECONDS {
+        return Ok(Forgotten::Recent(report));
+    }
+    usage_shipping::remove_report(&mut tx, directory).await?;
+    tx.commit().await?;
+    Ok(Forgotten::Removed(report))
+}
+
+/// Returns a report as text.
+pub fn table(report: &ShipperReport) -> String {
+    let mut text = String::new();
+    reports_table(&mut text, std::slice::from_ref(report));
+    text
+}
 
 /// Returns the report as text.
 pub async fn report(db: &Db, hours: u16, top: u16) -> Result<String, DbError> {
@@ -81,6 +117,10 @@ fn delivery(text: &mut String, times: Times, reports: &[ShipperReport]) {
         return;
     }
     text.push('\n');
+    reports_table(text, reports);
+}
+
+fn reports_table(text: &mut String, reports: &[ShipperReport]) {
     let row = |it: &ShipperReport| {
         let is_silent = it.seconds_since_report > SILENT_SECONDS;
         let oldest = it

@@ -12,8 +12,9 @@ use quota_server::{
     db::{self, Db},
     metering,
     telemetry::log::Log,
-    usage_report,
+    usage_report::{self, Forgotten},
 };
+use uuid::Uuid;
 
 use super::{apply_migrations, with_database};
 
@@ -28,6 +29,13 @@ pub enum UsageCommand {
         /// A replica's directory in `usage`, or the `usage` directory itself for all of them
         directory: PathBuf,
     },
+    /// Stop waiting for the usage of a replica whose disk is lost. Usage then counts as complete without it
+    Forget {
+        #[command(flatten)]
+        settings: Box<Settings>,
+        /// The directory's ID, as shown by `quota usage`
+        directory_id: Uuid,
+    },
 }
 
 /// Prints the usage report.
@@ -39,6 +47,30 @@ pub async fn report(config: Config, hours: u16, top: u16) -> anyhow::Result<()> 
             Err(error) => anyhow::bail!("cannot read usage: {}", db::chain(&error)),
         }
         Ok(())
+    })
+    .await
+}
+
+/// Removes a directory's report.
+pub async fn forget(config: Config, directory: Uuid) -> anyhow::Result<()> {
+    with_database(&config, async |url| {
+        let db = Db::new(url, &config.database);
+        match usage_report::forget(&db, directory).await {
+            Ok(Forgotten::Removed(report)) => {
+                print!("{}", usage_report::table(&report));
+                println!("\nNo longer waiting for this usage.");
+                Ok(())
+            }
+            Ok(Forgotten::Recent(report)) => anyhow::bail!(
+                "the replica on {} reported {} s ago, so it is running: stop it, and try again after a minute",
+                report.host,
+                report.seconds_since_report
+            ),
+            Ok(Forgotten::Unknown) => anyhow::bail!(
+                "there is no report about {directory}; `quota usage` shows the directories"
+            ),
+            Err(error) => anyhow::bail!("cannot remove the report: {}", db::chain(&error)),
+        }
     })
     .await
 }

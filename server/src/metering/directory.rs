@@ -8,6 +8,7 @@ use std::{
     io,
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use uuid::Uuid;
@@ -20,6 +21,9 @@ const LOCK: &str = "lock";
 /// The folder, next to these directories, for files that are not shipped but kept for the operator.
 const REFUSED: &str = "refused";
 
+/// The minimum age of an unfinished directory that is deleted. Creating one takes milliseconds.
+const LEFT: Duration = Duration::from_hours(1);
+
 /// A directory whose lock this process holds.
 #[derive(Debug)]
 pub(super) struct Directory {
@@ -30,9 +34,14 @@ pub(super) struct Directory {
 }
 
 impl Directory {
-    /// Creates a new directory in `root`.
-    pub fn create(root: &Path) -> io::Result<Self> {
-        folder(root, true)?;
+    /// Creates a new directory in `root`. With `durable`, the directory also survives a machine crash.
+    pub fn create(root: &Path, durable: bool) -> io::Result<Self> {
+        if !root.exists() {
+            folder(root, true)?;
+            if durable && let Some(parent) = root.parent() {
+                File::open(parent)?.sync_all()?;
+            }
+        }
         let id = Uuid::now_v7();
         let (unfinished, path) = (
             root.join(format!("{id}.{UNFINISHED}")),
@@ -44,6 +53,9 @@ impl Directory {
             lock.try_lock()?;
             // From here on, other processes can see the directory. It is already locked.
             fs::rename(&unfinished, &path)?;
+            if durable {
+                File::open(root)?.sync_all()?;
+            }
             Ok(lock)
         })();
         match locked {
@@ -54,6 +66,7 @@ impl Directory {
             }),
             Err(error) => {
                 let _ = fs::remove_dir_all(&unfinished);
+                let _ = fs::remove_dir_all(&path);
                 Err(error)
             }
         }
@@ -131,6 +144,26 @@ pub(super) fn id_of(path: &Path) -> Option<Uuid> {
 /// Returns the directories in `root`, oldest first.
 pub(super) fn list(root: &Path) -> io::Result<Vec<PathBuf>> {
     paths(root, |path| id_of(path).is_some())
+}
+
+/// Deletes directories in `root` whose creation a crash interrupted. They contain no records.
+pub(super) fn delete_unfinished(root: &Path) -> io::Result<()> {
+    let is_unfinished = |path: &Path| {
+        path.extension().is_some_and(|it| it == UNFINISHED)
+            && id_of(&path.with_extension("")).is_some()
+    };
+    for path in paths(root, is_unfinished)? {
+        let changed_at = match fs::metadata(&path) {
+            Ok(found) => found.modified()?,
+            // Its owner has just finished it.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error),
+        };
+        if changed_at.elapsed().is_ok_and(|age| age > LEFT) {
+            is_gone(fs::remove_dir_all(&path))?;
+        }
+    }
+    Ok(())
 }
 
 /// Returns the segments in a directory, oldest first.

@@ -18,6 +18,7 @@
 //! | `scan.rs` | reading a segment, including one that a crash left behind |
 //! | `directory.rs` | a replica's directory and the lock on it |
 //! | `recorder.rs` | which segment is in use; what to do when there is no space |
+//! | `reusable.rs` | the space of denials that are not recorded, which goes to the next request |
 //! | `sync.rs` | `fdatasync` for groups of records |
 //! | `shipper.rs` | batches, cursors, directories of replicas that have ended |
 //! | `time.rs` | the time of events |
@@ -34,6 +35,7 @@ mod denials;
 mod directory;
 mod record;
 mod recorder;
+mod reusable;
 mod scan;
 mod segment;
 mod shipper;
@@ -59,6 +61,7 @@ use uuid::Uuid;
 use self::{
     denials::{DenialBudget, DenialLog},
     recorder::Recorder,
+    reusable::ReusableSpace,
     segment::{ReservedRecord, Segment},
     shipper::{Adopter, Shipper},
     source::Context,
@@ -118,8 +121,8 @@ enum Space {
     /// Metering is off.
     Unneeded,
     Reserved(ReservedRecord),
-    /// Space will be reserved only if the request is admitted, because the tenant may not record more denials now.
-    IfAdmitted,
+    /// The tenant may not record more denials now, so a denial leaves the space to another request.
+    Reusable(ReusableSpace),
 }
 
 /// The record would be lost if the machine failed now.
@@ -176,12 +179,16 @@ impl Metering {
         let request_id = record::cut(request_id, record::REQUEST_ID_MAX);
         let space = match &self.0.recorder {
             None => Space::Unneeded,
-            Some(_) if self.has_spent_denials(tenant) => Space::IfAdmitted,
             Some(recorder) => {
-                let reserved = recorder.reserve(endpoint.len(), request_id.len());
-                Space::Reserved(reserved.inspect_err(|_| {
+                let reserved = if self.has_spent_denials(tenant) {
+                    recorder.reserve_reusable().map(Space::Reusable)
+                } else {
+                    let reserved = recorder.reserve(endpoint.len(), request_id.len());
+                    reserved.map(Space::Reserved)
+                };
+                reserved.inspect_err(|_| {
                     self.0.context.metrics.usage_refused_decisions.inc();
-                })?)
+                })?
             }
         };
         Ok(Reservation {
@@ -226,13 +233,11 @@ impl Metering {
         }
         let reserved = match (reservation.space, &self.0.recorder) {
             (Space::Reserved(reserved), _) => reserved,
-            (Space::IfAdmitted, Some(recorder)) if is_allowed => {
-                let (endpoint, request_id) = (reservation.endpoint, reservation.request_id);
-                recorder
-                    .reserve(endpoint.len(), request_id.len())
-                    .map_err(|_| NotDurable)?
-            }
-            (Space::IfAdmitted, _) => {
+            (Space::Reusable(space), _) if is_allowed => space.record,
+            (Space::Reusable(space), recorder) => {
+                if let Some(recorder) = recorder {
+                    recorder.give_back(space);
+                }
                 self.0.context.metrics.usage_denials_unrecorded.inc();
                 return Ok(());
             }

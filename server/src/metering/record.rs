@@ -160,14 +160,13 @@ pub(super) fn cut(text: &str, max: usize) -> &str {
     &text[..end.unwrap_or(0)]
 }
 
-/// Returns the body of a record: everything but its header word.
+/// The body of a record: everything but its header word.
 pub(super) struct Body {
     bytes: [u8; (RECORD_WORDS_MAX - 1) * WORD],
     len: usize,
 }
 
 impl Body {
-    /// The strings must have the lengths for which the space was reserved.
     pub fn of(record: &DecisionRecord<'_>) -> Self {
         let (endpoint, request_id) = (record.endpoint.as_bytes(), record.request_id.as_bytes());
         let len = (words(endpoint.len(), request_id.len()) - 1) * WORD;
@@ -188,8 +187,15 @@ impl Body {
         Self { bytes, len }
     }
 
-    pub fn bytes(&self) -> &[u8] {
+    #[cfg(test)]
+    fn bytes(&self) -> &[u8] {
         &self.bytes[..self.len]
+    }
+
+    /// Returns the body, followed by zeros, of a record of `words` words. `None` if it does not fit.
+    pub fn padded(&self, words: usize) -> Option<&[u8]> {
+        let len = words.checked_sub(1)? * WORD;
+        (len >= self.len).then(|| self.bytes.get(..len)).flatten()
     }
 }
 

@@ -12,6 +12,8 @@ use parking_lot::Mutex;
 use super::{
     Durability,
     directory::Directory,
+    record::{ENDPOINT_MAX, REQUEST_ID_MAX},
+    reusable::{Reusable, ReusableSpace},
     segment::{ReservedRecord, Segment},
     sync::Syncer,
     time::EventClock,
@@ -68,6 +70,7 @@ pub(super) struct Recorder {
     /// The current segment.
     current: ArcSwapOption<Segment>,
     files: Mutex<Files>,
+    reusable: Reusable,
     syncer: Option<Syncer>,
 }
 
@@ -109,16 +112,21 @@ impl Recorder {
             Durability::Process => None,
             Durability::Machine => {
                 let metrics = metrics.clone();
-                Some(Syncer::start(move |segment, error| {
+                let on_failure = move |segment: &Segment, error: &io::Error| {
                     metrics.usage_sync_errors.inc();
                     tracing::error!(
                         %error,
                         segment = %segment.head.id,
                         "usage records could not be written to disk"
                     );
-                    // After a failed write, later calls may report success without writing the data.
+                    // Further records go to another segment.
                     segment.seal();
-                })?)
+                };
+                // The kernel writes back pages that were changed through a memory map like all others.
+                Some(Syncer::start(
+                    |segment| segment.file.sync_data(),
+                    on_failure,
+                )?)
             }
         };
         Ok(Arc::new(Self {
@@ -131,6 +139,7 @@ impl Recorder {
             metrics,
             current: ArcSwapOption::empty(),
             files: Mutex::default(),
+            reusable: Reusable::default(),
             syncer,
         }))
     }
@@ -150,6 +159,23 @@ impl Recorder {
         }
         drop(current);
         self.reserve_in_next(endpoint, request_id)
+    }
+
+    /// Reserves space for a record that will probably not be written.
+    #[cold]
+    pub fn reserve_reusable(&self) -> Result<ReusableSpace, Unrecordable> {
+        self.reusable
+            .take(|| self.reserve(ENDPOINT_MAX, REQUEST_ID_MAX))
+    }
+
+    /// Returns space that was not needed.
+    pub fn give_back(&self, space: ReusableSpace) {
+        self.reusable.give_back(space);
+    }
+
+    /// Voids reserved space that no request is using. Call before a pass of the shipper.
+    pub fn void_unused(&self) {
+        self.reusable.begin_pass();
     }
 
     #[cold]
@@ -202,10 +228,7 @@ impl Recorder {
         match created {
             Ok(segment) => {
                 files.count += 1;
-                if files.failed.take().is_some() {
-                    self.metrics.usage_unrecordable.set(0);
-                    tracing::info!("usage is recorded again");
-                }
+                self.log_recovery(files);
                 Ok(segment)
             }
             Err(reason) => {
@@ -216,6 +239,14 @@ impl Recorder {
                 files.failed = Some((reason, now.saturating_add(RETRY)));
                 Err(reason)
             }
+        }
+    }
+
+    /// Ends an outage. Call when a segment was created.
+    fn log_recovery(&self, files: &mut Files) {
+        if files.failed.take().is_some() {
+            self.metrics.usage_unrecordable.set(0);
+            tracing::info!("usage is recorded again");
         }
     }
 
@@ -231,15 +262,24 @@ impl Recorder {
         if let Some(directory) = &files.directory {
             return Ok(directory.clone());
         }
-        let directory = Arc::new(Directory::create(&self.root)?);
+        let directory = Arc::new(Directory::create(&self.root, self.is_durable())?);
         files.directory = Some(directory.clone());
         Ok(directory)
     }
 
     fn create_in(&self, directory: &Directory) -> io::Result<Arc<Segment>> {
         let started_at = self.now();
-        let durable = self.durability == Durability::Machine;
-        Segment::create(&directory.path, self.segment_size, started_at, durable).map(Arc::new)
+        let created = Segment::create(
+            &directory.path,
+            self.segment_size,
+            started_at,
+            self.is_durable(),
+        );
+        created.map(Arc::new)
+    }
+
+    fn is_durable(&self) -> bool {
+        self.durability == Durability::Machine
     }
 
     /// The time of an event that happens now.
@@ -301,6 +341,9 @@ impl Recorder {
         let spare = self.create_in(&directory);
         let mut files = self.files.lock();
         files.is_creating_spare = false;
+        if spare.is_ok() {
+            self.log_recovery(&mut files);
+        }
         match spare {
             Ok(spare)
                 if !files.is_closed && files.spare.as_ref().is_none_or(|it| self.is_old(it)) =>

@@ -14,7 +14,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
 };
 
@@ -87,6 +87,9 @@ pub(super) struct Segment {
     tail: AtomicUsize,
     /// Records filled so far.
     pub records: AtomicU64,
+    /// Whether the file could not be written to disk. The kernel reports this only once, and later calls succeed even
+    /// though records may be missing on the disk.
+    is_broken: AtomicBool,
 }
 
 impl Segment {
@@ -133,6 +136,7 @@ impl Segment {
                 map,
                 tail: AtomicUsize::new(RECORDS_AT / WORD),
                 records: AtomicU64::new(0),
+                is_broken: AtomicBool::new(false),
             }),
             Err(error) => {
                 // Frees the space for other files.
@@ -231,6 +235,15 @@ impl Segment {
         }
     }
 
+    /// Records that the file could not be written to disk.
+    pub fn has_broken(&self) {
+        self.is_broken.store(true, Ordering::Relaxed);
+    }
+
+    pub fn is_broken(&self) -> bool {
+        self.is_broken.load(Ordering::Relaxed)
+    }
+
     /// Returns the bytes up to the tail: an upper bound for the end of all records.
     pub fn tail(&self) -> u64 {
         (self.tail.load(Ordering::Acquire) * WORD) as u64
@@ -247,12 +260,12 @@ pub struct ReservedRecord {
 }
 
 impl ReservedRecord {
-    /// Writes the record. Its strings must have the lengths for which the space was reserved.
+    /// Writes the record. Its strings must not be longer than those for which the space was reserved.
     pub fn fill(mut self, record: &DecisionRecord<'_>) -> Arc<Segment> {
         let body = Body::of(record);
-        let bytes = body.bytes();
-        debug_assert_eq!(bytes.len(), (self.words - 1) * WORD);
-        if bytes.len() == (self.words - 1) * WORD {
+        let bytes = body.padded(self.words);
+        debug_assert!(bytes.is_some());
+        if let Some(bytes) = bytes {
             let target = &self.segment.words()[self.index + 1..][..self.words - 1];
             for (word, chunk) in target.iter().zip(bytes.chunks_exact(WORD)) {
                 let chunk = chunk.try_into().map_or(0, u64::from_le_bytes);

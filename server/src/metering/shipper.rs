@@ -120,6 +120,7 @@ fn is_due(last: Option<Instant>, every: Duration) -> bool {
 impl Shipper {
     /// Ships all available records. Returns their number.
     pub async fn ship(&mut self, context: &Context, recorder: &Recorder) -> Result<u64, ShipError> {
+        recorder.void_unused();
         // Every decision made before this point is in one of these segments.
         let began = recorder.now();
         self.find_segments(recorder);
@@ -156,12 +157,13 @@ impl Shipper {
                 }
             }
         });
-        removed?;
         self.measure(&context.metrics);
         if let Some(error) = failed {
             return Err(error);
         }
+        // A file that cannot be removed does not make the usage incomplete.
         self.report(context, recorder).await?;
+        removed?;
         Ok(shipped)
     }
 
@@ -259,9 +261,12 @@ impl Adopter {
     /// Ships the records of stopped replicas in `root`. Returns the number of records shipped, or the first error;
     /// everything else that could be shipped was shipped.
     pub async fn ship(&mut self, context: &Context, root: &Path) -> Result<u64, ShipError> {
-        let (mut shipped, mut failed) = (0, None);
+        let (mut shipped, mut failed) = (0, None::<ShipError>);
         if is_due(self.looked_at, ADOPT) {
             self.looked_at = Some(Instant::now());
+            if let Err(error) = directory::delete_unfinished(root) {
+                failed.get_or_insert(error.into());
+            }
             for path in directory::list(root)? {
                 match Adopted::take(&path) {
                     Ok(None) => {}

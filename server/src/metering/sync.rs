@@ -1,6 +1,6 @@
 //! Makes records survive a crash of the machine: one `fdatasync` for all waiting records.
 
-use std::{sync::Arc, thread};
+use std::{io, sync::Arc, thread};
 
 use parking_lot::{Condvar, Mutex};
 use tokio::sync::watch;
@@ -41,19 +41,21 @@ struct Next {
 pub(super) struct Syncer(Arc<Shared>);
 
 impl Syncer {
-    /// Calls `on_failure` with a segment that could not be written to disk.
+    /// Writes segments to disk with `write`. Calls `on_failure` once for a segment that could not be written.
     pub fn start(
-        on_failure: impl Fn(&Segment, &std::io::Error) + Send + 'static,
-    ) -> std::io::Result<Self> {
+        write: impl Fn(&Segment) -> io::Result<()> + Send + 'static,
+        on_failure: impl Fn(&Segment, &io::Error) + Send + 'static,
+    ) -> io::Result<Self> {
         let shared = Arc::<Shared>::default();
         let syncer = Self(shared.clone());
         thread::Builder::new()
             .name("usage-sync".into())
-            .spawn(move || run(&shared, &on_failure))?;
+            .spawn(move || run(&shared, &write, &on_failure))?;
         Ok(syncer)
     }
 
-    /// Waits until everything written to the segment so far is on disk. Returns `false` if writing failed.
+    /// Waits until everything written to the segment so far is on disk. Returns `false` if writing has ever
+    /// failed.
     pub async fn sync(&self, segment: Arc<Segment>) -> bool {
         let mut done = {
             let mut next = self.0.next.lock();
@@ -78,7 +80,11 @@ impl Drop for Syncer {
     }
 }
 
-fn run(shared: &Shared, on_failure: &impl Fn(&Segment, &std::io::Error)) {
+fn run(
+    shared: &Shared,
+    write: &impl Fn(&Segment) -> io::Result<()>,
+    on_failure: &impl Fn(&Segment, &io::Error),
+) {
     loop {
         let group = {
             let mut next = shared.next.lock();
@@ -92,8 +98,11 @@ fn run(shared: &Shared, on_failure: &impl Fn(&Segment, &std::io::Error)) {
         };
         let mut synced = true;
         for segment in &group.segments {
-            // The kernel writes back pages that were changed through a memory map like all others.
-            if let Err(error) = segment.file.sync_data() {
+            if segment.is_broken() {
+                synced = false;
+            } else if let Err(error) = write(segment) {
+                // All later groups are written by this thread, so they fail if they contain it.
+                segment.has_broken();
                 on_failure(segment, &error);
                 synced = false;
             }

@@ -5,9 +5,10 @@ use std::{
     path::Path,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
+    time::Duration,
 };
 
 use fastrand::Rng;
@@ -22,11 +23,13 @@ use super::{
     recorder::Recorder,
     scan::{self, Batch, Writer},
     segment::{RECORDS_AT, ReservedRecord, Segment, SegmentHead},
+    sync::Syncer,
     time::EventClock,
 };
 use crate::{
     clock::{Clock, Monotonic, UnixNanos},
     limiter::Policy,
+    telemetry::metrics::Metrics,
 };
 
 const SIZE: u64 = 64 << 10;
@@ -146,7 +149,8 @@ fn every_outcome_survives() {
             (true, None),
             (true, Some("rpm")),
             (true, Some("daily")),
-            (true, Some("monthly"))
+            (true, Some("monthly")),
+            (true, Some("tenant_monthly"))
         ]
     );
 }
@@ -408,7 +412,7 @@ fn no_record_that_was_synced_is_lost_in_any_crash_of_the_machine() {
 #[test]
 fn a_directory_has_one_owner_and_is_adopted_after_it() {
     let root = TempDir::new().unwrap();
-    let owner = Directory::create(root.path()).unwrap();
+    let owner = Directory::create(root.path(), true).unwrap();
     write(&segment(&owner.path), "a");
     assert_eq!(
         directory::list(root.path()).unwrap(),
@@ -507,4 +511,158 @@ fn a_quiet_server_replaces_its_segments_before_they_are_too_old_to_be_shipped() 
         assert!(segments.len() == 1 || first.span.is_complete);
         drop(recorder.reserve(ENDPOINT.len(), 1).unwrap());
     }
+}
+
+#[tokio::test]
+async fn a_segment_that_failed_to_reach_the_disk_once_is_never_reported_as_written() {
+    let directory = TempDir::new().unwrap();
+    let (broken, intact) = (segment(directory.path()), segment(directory.path()));
+    let (id, failures) = (broken.head.id, Arc::new(AtomicU64::new(0)));
+    // Like the kernel, reports the failure only to the first call.
+    let has_failed = AtomicBool::new(false);
+    let write = move |segment: &Segment| {
+        if segment.head.id == id && !has_failed.swap(true, Ordering::Relaxed) {
+            return Err(std::io::Error::other("lost"));
+        }
+        Ok(())
+    };
+    let counted = failures.clone();
+    let on_failure = move |_: &Segment, _: &std::io::Error| {
+        counted.fetch_add(1, Ordering::Relaxed);
+    };
+    let syncer = Syncer::start(write, on_failure).unwrap();
+    assert!(syncer.sync(intact.clone()).await);
+    assert!(!syncer.sync(broken.clone()).await);
+    // A record whose space was reserved before the failure.
+    assert!(!syncer.sync(broken.clone()).await);
+    assert!(syncer.sync(intact).await);
+    assert!(!syncer.sync(broken).await);
+    assert_eq!(failures.load(Ordering::Relaxed), 1);
+}
+
+fn recorder(directory: &Path, backlog_max: u64, metrics: Arc<Metrics>) -> Arc<Recorder> {
+    Recorder::new(
+        directory.to_owned(),
+        backlog_max,
+        Durability::Process,
+        Arc::new(TestClock::default()),
+        Arc::new(EventClock::new(UnixNanos(0), Monotonic(0))),
+        metrics,
+    )
+    .unwrap()
+}
+
+/// Records until there is no space. Returns the number of records.
+fn fill_up(recorder: &Recorder) -> u64 {
+    let mut written = 0;
+    while let Ok(reserved) = recorder.reserve(ENDPOINT.len(), 1) {
+        reserved.fill(&record("a"));
+        written += 1;
+    }
+    written
+}
+
+#[test]
+fn an_outage_ends_when_the_next_segment_is_created_in_advance() {
+    let directory = TempDir::new().unwrap();
+    let metrics = Arc::<Metrics>::default();
+    let recorder = recorder(directory.path(), 2 * SIZE, metrics.clone());
+    recorder.create_spare();
+    for _ in 0..3 {
+        assert_eq!(metrics.usage_unrecordable.get(), 0);
+        assert!(fill_up(&recorder) > 400);
+        assert_eq!(metrics.usage_unrecordable.get(), 1);
+        let shipped = recorder.segments().remove(0);
+        assert!(recorder.remove(&shipped, directory::delete).unwrap());
+        assert_eq!(metrics.usage_unrecordable.get(), 1);
+        assert!(recorder.wants_spare());
+        recorder.create_spare();
+    }
+    assert_eq!(metrics.usage_unrecordable.get(), 0);
+    assert!(recorder.reserve(ENDPOINT.len(), 1).is_ok());
+}
+
+#[test]
+fn a_tenant_that_may_not_record_more_denials_gets_space_before_the_decision() {
+    let directory = TempDir::new().unwrap();
+    let recorder = recorder(directory.path(), 2 * SIZE, Arc::default());
+    recorder.create_spare();
+    // Ten times what fits, with two requests at a time.
+    for _ in 0..5_000 {
+        let spaces = [(); 2].map(|()| recorder.reserve_reusable().expect("there is space"));
+        spaces.into_iter().for_each(|it| recorder.give_back(it));
+    }
+    let segments = recorder.segments();
+    let [only] = &segments[..] else {
+        panic!("it needs more than one segment");
+    };
+    assert!(only.tail() < 1_000, "{}", only.tail());
+    // An admitted request is recorded, and shipped once no request before it is in progress.
+    let in_progress = recorder.reserve_reusable().unwrap();
+    let admitted = recorder.reserve_reusable().unwrap();
+    admitted.record.fill(&record("admitted"));
+    let shipped = || {
+        recorder.void_unused();
+        let batch = read(&only.file, Writer::Running);
+        let ids = request_ids(&batch).into_iter().map(str::to_owned);
+        (ids.collect::<Vec<_>>(), batch.span.is_blocked)
+    };
+    let before = shipped();
+    assert!(before.1, "{before:?}");
+    // The shipper did not wait for it in vain: it is not used again.
+    recorder.give_back(in_progress);
+    assert_eq!(shipped(), (vec!["admitted".to_owned()], false));
+
+    let kept = recorder.reserve_reusable().unwrap();
+    assert!(fill_up(&recorder) > 800);
+    recorder.give_back(kept);
+    let kept = recorder.reserve_reusable().expect("the same space");
+    // Without space, there is no decision.
+    assert!(recorder.reserve_reusable().is_err());
+    let segment = kept.record.fill(&record("last"));
+    let batch = read(&segment.file, Writer::Ended);
+    let last = batch
+        .rows
+        .iter()
+        .find(|it| it.request_id == "last")
+        .unwrap();
+    assert_eq!((last.endpoint.as_str(), last.cost), (ENDPOINT, 7));
+}
+
+#[test]
+fn space_in_a_segment_that_failed_to_reach_the_disk_is_not_used_again() {
+    let directory = TempDir::new().unwrap();
+    let recorder = recorder(directory.path(), 8 * SIZE, Arc::default());
+    let space = recorder.reserve_reusable().unwrap();
+    let broken = recorder.segments().remove(0);
+    recorder.give_back(space);
+    broken.has_broken();
+    broken.seal();
+    let next = recorder.reserve_reusable().unwrap();
+    assert!(!Arc::ptr_eq(&next.record.segment, &broken));
+}
+
+#[test]
+fn a_directory_whose_creation_was_interrupted_is_deleted_later() {
+    let root = TempDir::new().unwrap();
+    let owner = Directory::create(root.path(), true).unwrap();
+    let [old, new] = [(); 2].map(|()| root.path().join(format!("{}.new", Uuid::now_v7())));
+    for path in [&old, &new] {
+        std::fs::create_dir(path).unwrap();
+        File::create(path.join("lock")).unwrap();
+    }
+    // The operator's.
+    let other = root.path().join("other.new");
+    std::fs::create_dir(&other).unwrap();
+    let now = new.metadata().unwrap().modified().unwrap();
+    let two_hours_ago = now - Duration::from_hours(2);
+    for path in [&old, &other, &owner.path] {
+        File::open(path)
+            .unwrap()
+            .set_modified(two_hours_ago)
+            .unwrap();
+    }
+    directory::delete_unfinished(root.path()).unwrap();
+    assert!(!old.exists());
+    assert!(new.exists() && other.exists() && owner.path.exists());
 }

@@ -23,7 +23,7 @@ pub struct Differences {
     pub log_and_rollups: i64,
     /// Cost that the ledger counted but was not recorded.
     pub ledger_excess: i64,
-    /// Cost that was recorded but not counted by the ledger.
+    /// Cost that was recorded but not counted by the ledger, in windows whose key and plan did not change.
     pub rollup_excess: i64,
 }
 
@@ -78,16 +78,24 @@ SELECT coalesce(sum(difference), 0)::bigint AS difference FROM (
 
 /// Windows that ended on the previous day, at least an hour ago: replicas have returned the tokens they held since
 /// then.
+///
+/// A key whose plan gets or loses the quota during the window has usage that the ledger rightly did not count. So usage
+/// in excess of the ledger is only counted if neither the key nor its plan has changed since an hour before the window,
+/// when replicas had read them.
 const LEDGER_AND_ROLLUPS: &str = r"
 SELECT coalesce(sum(greatest(used - spent, 0)), 0)::bigint AS ledger,
-    coalesce(sum(greatest(spent - used, 0)), 0)::bigint AS rollups
+    coalesce(sum(greatest(spent - used, 0)) FILTER (WHERE is_unchanged), 0)::bigint AS rollups
 FROM (
     SELECT q.used, coalesce((
         SELECT sum(u.cost) FROM usage_quarters u
         WHERE u.tenant_id = q.tenant_id AND u.endpoint = E'\x01' AND u.key_id = q.key_id AND u.policy = ''
             AND u.start >= q.window_start AND u.start < q.window_end
-    ), 0)::bigint AS spent
+    ), 0)::bigint AS spent,
+        (k.updated_at = k.created_at OR k.updated_at < q.window_start - interval '1 hour')
+        AND (p.updated_at = p.created_at OR p.updated_at < q.window_start - interval '1 hour') AS is_unchanged
     FROM quota_usage q
+    JOIN api_keys k ON k.tenant_id = q.tenant_id AND k.id = q.key_id
+    JOIN plans p ON p.tenant_id = k.tenant_id AND p.id = k.plan_id
     WHERE q.window_end <= now() - interval '1 hour' AND q.window_end > now() - interval '25 hours'
 ) w";
 

@@ -42,6 +42,22 @@ pub async fn reports(tx: &mut SystemTx) -> Result<Vec<ShipperReport>, DbError> {
     .await?)
 }
 
+/// Returns the report about a directory, and locks it against a new one until the transaction ends.
+pub async fn report_of(
+    tx: &mut SystemTx,
+    directory: Uuid,
+) -> Result<Option<ShipperReport>, DbError> {
+    Ok(diesel::sql_query(
+        "SELECT directory_id, host, extract(epoch FROM now() - reported_at)::bigint AS seconds_since_report, \
+         pending_records, pending_bytes, oldest_pending_at \
+         FROM usage_shippers WHERE directory_id = $1 FOR UPDATE",
+    )
+    .bind::<SqlUuid, _>(directory)
+    .get_result(&mut **tx)
+    .await
+    .optional()?)
+}
+
 /// PostgreSQL's time, which usage records follow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]
 pub struct Times {

@@ -767,6 +767,35 @@ async fn usage_is_not_complete_beyond_a_decision_in_flight() {
     assert_eq!(world.logged().await.len(), 3);
 }
 
+/// Usage that was delivered does not count as missing because its file remains.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_segment_that_cannot_be_deleted_does_not_stop_reports() {
+    let flag = "--usage-backlog-max=1048576";
+    let world = World::start(|setup| setup.flag(flag)).await;
+    world.echoes(1).await;
+    let segments = || {
+        let entries = std::fs::read_dir(world.usage_directory()).expect("it is readable");
+        let paths = entries.map(|entry| entry.expect("it is readable").path());
+        paths
+            .filter(|path| path.extension().is_some_and(|it| it == "segment"))
+            .collect::<BTreeSet<_>>()
+    };
+    let first = segments().pop_first().expect("a segment");
+    while segments().len() < 2 {
+        world.echoes(100).await;
+    }
+    // Deleting a directory like a file fails, even for root.
+    std::fs::remove_file(&first).expect("it is deleted");
+    std::fs::create_dir(&first).expect("there is space");
+    assert!(world.app.state.metering.ship().await.is_err());
+    let client = world.app.database.connect().await;
+    let query = "SELECT pending_records FROM usage_shippers";
+    let report = client.query_one(query, &[]).await.expect("one report");
+    assert_eq!(report.get::<_, i64>(0), 0);
+    std::fs::remove_dir(&first).expect("it is deleted");
+    world.app.ship_usage().await;
+}
+
 async fn wait_for<T>(what: &str, mut ask: impl AsyncFnMut() -> Result<T, String>) -> T {
     let began = Instant::now();
     loop {

@@ -637,3 +637,63 @@ async fn operators_see_the_largest_tenants_and_what_is_not_delivered() {
     assert!(!text.contains(&it.key.text), "no secret");
     assert!(report(&["--hours=1", "--top=1"]).contains("in the last 1 hour\n"));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn operators_end_the_wait_for_a_lost_disk() {
+    let it = world(json!({})).await;
+    let client = it.app.database.connect().await;
+    let (running, lost) = (
+        "00000000-0000-0000-0000-00000000000a",
+        "00000000-0000-0000-0000-00000000000b",
+    );
+    client
+        .batch_execute(&format!(
+            "INSERT INTO usage_shippers VALUES \
+             ('{running}', 'replica-1', now(), 0, 0, NULL), \
+             ('{lost}', 'replica-2', now() - interval '5 minutes', 70, 7000, now() - interval '6 minutes')"
+        ))
+        .await
+        .expect("reports");
+    let forget = |id: &str| {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_quota"))
+            .args(["usage", "forget", id])
+            .env_clear()
+            .env("DATABASE_URL", it.app.database.url())
+            .output()
+            .expect("the binary runs");
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (
+            output.status.success(),
+            text(&output.stdout),
+            text(&output.stderr),
+        )
+    };
+    let hosts = async || {
+        let query = "SELECT host FROM usage_shippers WHERE host LIKE 'replica-%' ORDER BY host";
+        let rows = client.query(query, &[]).await.expect("reports");
+        rows.iter()
+            .map(|row| row.get::<_, String>(0))
+            .collect::<Vec<_>>()
+    };
+    let (is_done, _, error) = forget(running);
+    assert!(!is_done && error.contains("replica-1"), "{error}");
+    let (is_done, _, error) = forget("00000000-0000-0000-0000-00000000000c");
+    assert!(!is_done && error.contains("no report"), "{error}");
+    assert_eq!(hosts().await, ["replica-1", "replica-2"]);
+
+    let (is_done, shown, error) = forget(lost);
+    assert!(is_done, "{error}");
+    assert!(
+        [lost, "replica-2", "70", "7000"]
+            .iter()
+            .all(|it| shown.contains(it)),
+        "{shown}"
+    );
+    assert_eq!(hosts().await, ["replica-1"]);
+    let (is_done, _, error) = forget(lost);
+    assert!(!is_done && error.contains("no report"), "{error}");
+    let until = it.get("/admin/usage").await.body["complete_until"].clone();
+    let until = until.as_str().expect("a time").parse::<DateTime<Utc>>();
+    let lag = now() - until.expect("a time");
+    assert!(lag < TimeDelta::minutes(5), "{lag}");
+}

@@ -235,7 +235,23 @@ async fn the_ledger_is_compared_with_windows_that_have_ended() {
     .await;
     let client = app.database.connect().await;
     let mut found = Vec::new();
-    for used in [30_i64, 42, 11] {
+    // Finally, the plan changes, so it may have had no quota for a part of the window.
+    for (used, is_changed) in [
+        (30_i64, false),
+        (42, false),
+        (11, false),
+        (11, true),
+        (42, true),
+    ] {
+        if is_changed {
+            client
+                .execute(
+                    "UPDATE plans SET daily_quota = daily_quota + 1 WHERE id = $1::text::uuid",
+                    &[&plan],
+                )
+                .await
+                .expect("the plan changes");
+        }
         client
             .execute(
                 "INSERT INTO quota_usage (tenant_id, key_id, policy, window_start, used, window_end, period_seconds) \
@@ -253,7 +269,7 @@ async fn the_ledger_is_compared_with_windows_that_have_ended() {
         let it = it.expect("no other process compares");
         found.push((it.ledger_excess, it.rollup_excess));
     }
-    assert_eq!(found, [(0, 0), (12, 0), (0, 19)]);
+    assert_eq!(found, [(0, 0), (12, 0), (0, 19), (0, 0), (12, 0)]);
 }
 
 async fn partitions(client: &Client, table: &str) -> BTreeSet<String> {
