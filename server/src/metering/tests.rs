@@ -590,7 +590,9 @@ fn a_tenant_that_may_not_record_more_denials_gets_space_before_the_decision() {
     // Ten times what fits, with two requests at a time.
     for _ in 0..5_000 {
         let spaces = [(); 2].map(|()| recorder.reserve_reusable().expect("there is space"));
-        spaces.into_iter().for_each(|it| recorder.give_back(it));
+        for space in spaces {
+            recorder.give_back(space);
+        }
     }
     let segments = recorder.segments();
     let [only] = &segments[..] else {

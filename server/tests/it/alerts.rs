@@ -395,7 +395,7 @@ async fn alerts_concern_only_their_key_and_tenant() {
         .await
         .expect("rows");
     let tenants: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
-    assert_eq!(tenants, [world.account.tenant_id.clone()]);
+    assert_eq!(tenants, std::slice::from_ref(&world.account.tenant_id));
 }
 
 #[tokio::test(flavor = "multi_thread")]

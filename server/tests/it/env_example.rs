@@ -120,8 +120,7 @@ fn wrong(name: &str) -> &'static str {
         "QUOTA_DATABASE_CONNECT_TIMEOUT" => "31s",
         "QUOTA_DATABASE_STATEMENT_TIMEOUT" => "2h",
         "QUOTA_DATABASE_LOCK_TIMEOUT" => "-1s",
-        "REDIS_URL" => "http://:hunter2@host",
-        "SMTP_URL" => "http://:hunter2@host",
+        "REDIS_URL" | "SMTP_URL" => "http://:hunter2@host",
         "QUOTA_MAIL_FROM" => "Quota",
         "QUOTA_REDIS_PREFIX" => "{quota}",
         "QUOTA_REDIS_CONNECTIONS"

@@ -143,7 +143,7 @@ async fn settings_decide_who_gets_email() {
     world.settings(json!({"email_roles": ["viewer"]})).await;
     world.alert("A").await;
     assert_eq!(world.send().await, (1, 0, 0));
-    assert_eq!(world.recipients(), [viewer.email.clone()]);
+    assert_eq!(world.recipients(), std::slice::from_ref(&viewer.email));
     world.settings(json!({"email": false})).await;
     world.alert("B").await;
     assert_eq!(world.send().await, (0, 0, 0));
@@ -266,7 +266,7 @@ async fn email_arrives_by_itself_when_a_quota_is_used_up() {
     let received = smtp.received();
     assert_eq!(received.len(), 1, "only the highest threshold");
     assert!(text(&received[0]).contains("has used up its daily quota"));
-    assert_eq!(received[0].to, [account.email.clone()]);
+    assert_eq!(received[0].to, std::slice::from_ref(&account.email));
     assert!(!received[0].message.contains(PASSWORD));
 }
 

@@ -43,8 +43,8 @@ impl World {
     async fn delivery(&self, webhook: &str, id: &str) -> Value {
         let path = format!("/admin/webhooks/{webhook}/deliveries?limit=100");
         let list = self.act("GET", &path, Value::Null).await;
-        let items = list["items"].as_array().expect("items").iter();
-        let found = items.cloned().find(|it| it["id"] == id);
+        let mut items = list["items"].as_array().expect("items").iter();
+        let found = items.find(|it| it["id"] == id).cloned();
         found.expect("the delivery is listed")
     }
 

@@ -11,7 +11,10 @@ use quota_common::billing::{
 
 use crate::{
     api::{admitted::SignedInTenant, change::read, problem::ApiError, usage::times},
-    billing::price::{self, Offer},
+    billing::{
+        Billing,
+        price::{self, Offer},
+    },
     config::Config,
     db::{DbError, TenantTx},
     repo::{
@@ -61,7 +64,7 @@ pub(super) async fn billing_state(
             monthly: it.monthly_price.clone(),
             per_unit: it.usage_price.clone(),
         }),
-        _ => state.billing.as_ref().and_then(|it| it.offer()),
+        _ => state.billing.as_ref().and_then(Billing::offer),
     };
     let subscription = Subscription {
         account,

@@ -251,7 +251,10 @@ impl Planted {
             Plant::HalvesWithoutRedis(choice) => {
                 policies.on_failure() == Some(choice)
                     && decision.degraded
-                    && self.admitted.fetch_add(1, Ordering::Relaxed) % 2 == 0
+                    && self
+                        .admitted
+                        .fetch_add(1, Ordering::Relaxed)
+                        .is_multiple_of(2)
             }
             _ => false,
         };

@@ -32,7 +32,7 @@ const ASKS_AGAIN: u64 = 9_000 * MS;
 const RETURNED: u64 = 200 * MS;
 /// Requests of the last phase, in milliseconds.
 const LAST_PHASE: u64 = 40_000;
-const LAST_EVERY: u64 = 200;
+const LAST_EVERY: usize = 200;
 /// All replicas know the state of the ledger again.
 const SETTLED: u64 = 25_000;
 
@@ -65,7 +65,7 @@ fn with_quotas(seed: u64) -> (Scene, u64) {
             }
         }
         let at_one = rng.bool().then(|| rng.usize(..1000));
-        for at in (from..from + LAST_PHASE).step_by(LAST_EVERY as usize) {
+        for at in (from..from + LAST_PHASE).step_by(LAST_EVERY) {
             scene.load.0.push(Request {
                 at,
                 key: number,

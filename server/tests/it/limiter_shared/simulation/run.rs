@@ -126,14 +126,14 @@ struct ReplicaLedger {
 impl QuotaLedger for ReplicaLedger {
     async fn take(&self, requests: &[TakeRequest]) -> Vec<Result<Taken, LedgerError>> {
         if self.crashed.load(Ordering::Relaxed) {
-            std::future::pending().await
+            std::future::pending::<()>().await;
         }
         self.ledger.take(requests).await
     }
 
     async fn give_back(&self, batch: &ReturnBatch) -> Result<(), LedgerError> {
         if self.crashed.load(Ordering::Relaxed) {
-            std::future::pending().await
+            std::future::pending::<()>().await;
         }
         if self.returns {
             self.ledger.give_back(batch).await

@@ -157,7 +157,7 @@ impl Scene {
             load: Load(Vec::new()),
         };
         // Independent of the other numbers, so that the same seeds still produce the same other scenes.
-        match Rng::with_seed(seed ^ 0x05CE_9E5).u8(..24) {
+        match Rng::with_seed(seed ^ 0x005C_E9E5).u8(..24) {
             0 | 1 => {
                 scene.long_outage(&mut rng);
                 return scene;

@@ -284,7 +284,7 @@ impl World {
             }
             Reach::Cut => {
                 self.miss(call, sent, call.back);
-                std::future::pending().await
+                std::future::pending::<()>().await;
             }
             Reach::Up | Reach::Deaf => {}
         }

@@ -151,7 +151,7 @@ fn served_in_outage(
                 return None;
             }
             let is_known = |it: &&Entry| it.plan == number && it.asked < begins && !it.degraded;
-            let starts_at = if entries.iter().any(|it| is_known(it)) {
+            let starts_at = if entries.iter().any(is_known) {
                 begins
             } else {
                 during(begins + NOTICED).next()?.asked
