@@ -58,7 +58,7 @@ export async function keyboard(world) {
 
   // The first tab stop skips the navigation.
   await page.reload();
-  await my.heading("Home").waitFor();
+  await page.getByRole("link", { name: "New plan" }).waitFor();
   await to("Skip to content");
   await press("Enter");
   await to("New plan");

@@ -6,7 +6,7 @@ use tauri::{
     AppHandle, Manager as _,
     menu::{AboutMetadataBuilder, Menu, MenuBuilder, MenuItemBuilder, SubmenuBuilder},
 };
-use tauri_plugin_opener::OpenerExt as _;
+use tauri_plugin_opener::open_path;
 
 use crate::window;
 
@@ -140,9 +140,7 @@ fn open_logs(app: &AppHandle) {
     let Ok(folder) = app.path().app_log_dir() else {
         return;
     };
-    let opened = app
-        .opener()
-        .open_path(folder.to_string_lossy(), None::<&str>);
+    let opened = open_path(folder, None::<&str>);
     if let Err(error) = opened {
         tracing::warn!(
             error = &error as &dyn std::error::Error,

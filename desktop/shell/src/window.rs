@@ -12,7 +12,7 @@ use tauri::{
     AppHandle, Manager as _, Theme, Url, WebviewUrl, WebviewWindow, WebviewWindowBuilder,
     WindowEvent, webview::NewWindowResponse,
 };
-use tauri_plugin_opener::OpenerExt as _;
+use tauri_plugin_opener::open_url;
 
 use crate::{server::Server, state::App};
 
@@ -180,7 +180,7 @@ pub fn open_on_server(app: &AppHandle, path: &'static str) {
     let Some(server) = app.try_state::<App>().and_then(|it| it.server().ok()) else {
         return;
     };
-    if let Err(error) = app.opener().open_url(server.at(path), None::<&str>) {
+    if let Err(error) = open_url(server.at(path), None::<&str>) {
         tracing::warn!(
             error = &error as &dyn std::error::Error,
             "cannot open the browser"

@@ -321,6 +321,11 @@ async fn billing(page: &App, world: &World) -> Result<()> {
     page.text("Stripe opened in your browser.").await?;
     let portal = world.opened().pop().unwrap_or_default();
     ensure!(portal.contains("/portal/"), "opened {portal}");
+    world.display()?.press(TITLE, &[x11::F1]).await?;
+    until("the API docs open", TIMEOUT, async || {
+        Ok(world.opened().pop().filter(|it| it.ends_with("/docs")))
+    })
+    .await?;
     Ok(())
 }
 

@@ -19,6 +19,7 @@ use x11rb::{
 /// Keysyms of keys.
 pub const CONTROL: u32 = 0xffe3;
 pub const Q: u32 = 0x71;
+pub const F1: u32 = 0xffbe;
 
 pub struct Display {
     connection: RustConnection,

@@ -6,8 +6,8 @@ use quota_common::{
 };
 use secrecy::SecretString;
 use serde::Deserialize;
-use tauri::{AppHandle, State, Url};
-use tauri_plugin_opener::OpenerExt as _;
+use tauri::{State, Url};
+use tauri_plugin_opener::open_url;
 
 use crate::{
     server::{Server, is_loopback},
@@ -33,18 +33,14 @@ struct Page {
 /// Opens a Stripe page in the system's browser. The address comes from the server, so the page of the app cannot choose
 /// it.
 #[tauri::command]
-pub async fn open_billing(
-    app: AppHandle,
-    state: State<'_, App>,
-    page: BillingPage,
-) -> Result<(), CallError> {
+pub async fn open_billing(state: State<'_, App>, page: BillingPage) -> Result<(), CallError> {
     let response = state.session()?.call(&page.call()).await?;
     let Page { url } = serde_json::from_str(&response.body).map_err(|_| CallError::Unreadable)?;
     if !may_open(&url, &state.server()?) {
         tracing::warn!(scheme = url.scheme(), "address not opened");
         return Err(CallError::Unreadable);
     }
-    app.opener().open_url(url, None::<&str>).map_err(|error| {
+    open_url(url, None::<&str>).map_err(|error| {
         tracing::warn!(
             error = &error as &dyn std::error::Error,
             "cannot open the browser"
