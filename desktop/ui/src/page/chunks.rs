@@ -3,6 +3,14 @@
 //!
 //! `cargo xtask console` moves the code that only these functions reach into the modules.
 
+#![cfg_attr(
+    target_arch = "wasm32",
+    expect(
+        clippy::unnecessary_wraps,
+        reason = "the macro turns these functions into loaders, which can fail"
+    )
+)]
+
 use std::time::Duration;
 
 use leptos::{
