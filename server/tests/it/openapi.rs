@@ -644,7 +644,7 @@ async fn rejected_parameters_get_plain_messages() {
         (
             "audit?target_type=plans",
             "target_type",
-            "must be one of plan, api_key, service_token, user, session, tenant, webhook",
+            "must be one of plan, api_key, service_token, user, session, tenant, subscription, webhook",
         ),
     ] {
         let path = format!("/admin/{query}");
