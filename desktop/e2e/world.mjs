@@ -52,7 +52,10 @@ export class World {
   async window(context) {
     const page = await context.newPage();
     page.setDefaultTimeout(15_000);
-    page.on("pageerror", (error) => this.pageErrors.push(`error: ${error.message}`));
+    page.on("pageerror", (error) => {
+      // Leaving a page stops the download of pages that are loaded in advance.
+      if (!/Response body loading was aborted/.test(error.message)) this.pageErrors.push(`error: ${error.message}`);
+    });
     page.on("console", (message) => {
       // Browsers log every rejected request and every failed connection, which the journey provokes.
       // Leaving a page ends the download of parts of the console that it loads in advance.

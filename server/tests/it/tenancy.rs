@@ -146,7 +146,9 @@ async fn subscribe(app: &TestApp, account: &Account) {
          INSERT INTO billing_usage (tenant_id, start, cost) VALUES ('{tenant}', date_trunc('hour', now()), 1); \
          INSERT INTO billing_reports (tenant_id, start, revision, until, value) \
              VALUES ('{tenant}', date_trunc('hour', now()), 0, now() + interval '1 hour', 1); \
-         INSERT INTO billing_senders (tenant_id, until) VALUES ('{tenant}', now())",
+         INSERT INTO billing_senders (tenant_id, until) VALUES ('{tenant}', now()); \
+         INSERT INTO billing_meter_errors (event_id, tenant_id, code) VALUES ('evt_{tenant}', '{tenant}', 'code'); \
+         INSERT INTO tenant_quota_usage (tenant_id, window_start, used) VALUES ('{tenant}', date_trunc('month', now()), 1)",
         account.email
     );
     client.batch_execute(&rows).await.expect("rows are added");
