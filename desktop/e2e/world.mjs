@@ -52,14 +52,11 @@ export class World {
   async window(context) {
     const page = await context.newPage();
     page.setDefaultTimeout(15_000);
-    page.on("pageerror", (error) => {
-      // Leaving a page stops the download of pages that are loaded in advance.
-      if (!/Response body loading was aborted/.test(error.message)) this.pageErrors.push(`error: ${error.message}`);
-    });
+    page.on("pageerror", (error) => this.pageErrors.push(`error: ${error.message}`));
     page.on("console", (message) => {
       // Browsers log every rejected request and every failed connection, which the journey provokes.
       // Leaving a page ends the download of parts of the console that it loads in advance.
-      const expected = /status of (401|422|429)|ERR_FAILED|Failed to fetch\s+at .*\/loader-/;
+      const expected = /status of (401|422|429)|ERR_FAILED|Failed to fetch\s+at .*\/loader-|Response body loading was aborted/;
       const text = message.text();
       if (message.type() === "error" && !expected.test(text) && !this.expected?.test(text)) this.pageErrors.push(text);
     });
