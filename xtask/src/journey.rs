@@ -127,7 +127,8 @@ fn browse(
         .arg("journey.mjs")
         .arg(chromium)
         .arg(address)
-        .args(screenshots)
+        // The parts follow the folder for screenshots, so it may be empty but not missing.
+        .arg(screenshots.unwrap_or_default())
         .args(parts)
         .status()
         .context("cannot run node")
