@@ -19,7 +19,7 @@ response! {
         pub id: QuotaAlertId,
         /// The share of the quota that was reached, in percent: 50, 80 or 100.
         pub threshold: u32,
-        /// The quota: `daily` or `monthly`.
+        /// The quota: `daily`, `monthly` or `tenant_monthly`.
         pub policy: PolicyName,
         /// The API key whose quota it is. `null`: it is the organization's.
         pub key_id: Option<ApiKeyId>,

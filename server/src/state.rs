@@ -42,7 +42,7 @@ use crate::{
     metering::Metering,
     readiness::ReadinessProbe,
     redis::Redis,
-    repo::{self, invalidation::Invalidation},
+    repo::{self, alert::TenantQuota, invalidation::Invalidation},
     telemetry::{log::Log, metrics::Metrics},
     tenant_queue::TenantQueues,
     tenant_rate::TenantRate,
@@ -235,7 +235,14 @@ impl AppState {
         let lookup: Arc<dyn Lookup> = Arc::new(SystemLookup);
         let webhooks = Webhooks::new(db.clone(), stored, private, &lookup)
             .map_err(|error| AuthError::Internal(error.to_string()))?;
-        let alerts = Alerts::new(db.clone(), metering.is_on());
+        let tenant_quota = config
+            .free_tier
+            .requests_per_month
+            .map(|quota| TenantQuota {
+                quota: i64::try_from(quota.get()).unwrap_or(i64::MAX),
+                is_lifted_by_access: config.stripe.is_some(),
+            });
+        let alerts = Alerts::new(db.clone(), metering.is_on(), tenant_quota);
         let mailer =
             Mailer::new(&config).map_err(|error| AuthError::Internal(error.to_string()))?;
         let accounts = Accounts {

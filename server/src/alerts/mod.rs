@@ -23,7 +23,7 @@ use uuid::Uuid;
 use crate::{
     db::{Db, DbError},
     repo::{
-        alert::{self, AlertRow, Keys, NewAlert, QuotaStanding, Unchecked},
+        alert::{self, AlertRow, Keys, NewAlert, QuotaStanding, TenantQuota, Unchecked},
         webhook,
         webhook_delivery::{self, NewDelivery},
     },
@@ -43,6 +43,7 @@ const ALERTS_MAX: usize = 500;
 pub struct Alerts {
     db: Db,
     is_metered: bool,
+    tenant_quota: Option<TenantQuota>,
 }
 
 /// What a round did.
@@ -107,8 +108,13 @@ fn reached(used: i64, quota: i64) -> impl Iterator<Item = i32> {
 }
 
 impl Alerts {
-    pub fn new(db: Db, is_metered: bool) -> Self {
-        Self { db, is_metered }
+    /// `tenant_quota` is a quota of each tenant, in addition to those of its keys.
+    pub fn new(db: Db, is_metered: bool, tenant_quota: Option<TenantQuota>) -> Self {
+        Self {
+            db,
+            is_metered,
+            tenant_quota,
+        }
     }
 
     /// Checks tenants whose usage has changed; without metering, all of them.
@@ -156,7 +162,10 @@ impl Alerts {
         };
         let lowest = THRESHOLDS.into_iter().min().unwrap_or(0);
         let lowest = i32::try_from(lowest).unwrap_or(0);
-        let standings = alert::standings(&mut tx, tenant, keys, lowest).await?;
+        let mut standings = alert::standings(&mut tx, tenant, keys, lowest).await?;
+        if let Some(quota) = self.tenant_quota {
+            standings.extend(alert::tenant_standing(&mut tx, tenant, quota, lowest).await?);
+        }
         let candidates: Vec<_> = standings
             .iter()
             .flat_map(|standing| {

@@ -7,8 +7,8 @@ use url::{Host, Url};
 
 use super::{MailSettings, Settings, SmtpSettings, SmtpTls, reader::Reader};
 
-/// The sender in files, which are not sent.
-const NOBODY: &str = "Quota <quota@localhost>";
+/// The sender of emails that are written to files.
+const FILE_SENDER: &str = "Quota <quota@localhost>";
 
 /// All settings are parsed even without SMTP_URL, so that errors are reported.
 pub(super) fn read(r: &mut Reader, s: &Settings) -> MailSettings {
@@ -26,13 +26,13 @@ pub(super) fn read(r: &mut Reader, s: &Settings) -> MailSettings {
     if smtp.is_some() && s.mail_from.trim().is_empty() {
         r.0.push("QUOTA_MAIL_FROM: required with SMTP_URL".to_owned());
     }
-    let nobody = || NOBODY.parse().expect("an address");
+    let file_sender = || FILE_SENDER.parse().expect("an address");
     let from = r.read(
         "QUOTA_MAIL_FROM",
         &s.mail_from,
-        nobody(),
+        file_sender(),
         |text| match text.trim() {
-            "" => Ok(nobody()),
+            "" => Ok(file_sender()),
             text => text
                 .parse::<Mailbox>()
                 .map_err(|_| "must be an address such as Quota <quota@example.com>".into()),

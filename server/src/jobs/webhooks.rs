@@ -32,9 +32,9 @@ pub(super) async fn deliver(state: AppState, mut stopping: watch::Receiver<bool>
         running: JoinSet::new(),
         webhooks: HashMap::new(),
         is_reported: false,
+        is_reencrypted: false,
         measured_at: None,
     };
-    worker.reencrypt().await;
     let mut ticks = every(EVERY);
     loop {
         let webhooks = worker.state.webhooks.clone();
@@ -47,6 +47,9 @@ pub(super) async fn deliver(state: AppState, mut stopping: watch::Receiver<bool>
             },
             _ = ticks.tick() => {}
             () = webhooks.woken() => {}
+        }
+        if !worker.is_reencrypted {
+            worker.reencrypt().await;
         }
         worker.begin().await;
         worker.measure().await;
@@ -62,6 +65,8 @@ struct Worker {
     /// The webhook of each attempt in progress.
     webhooks: HashMap<task::Id, Uuid>,
     is_reported: bool,
+    /// Whether secrets that were encrypted with the previous `QUOTA_SECRET` are encrypted with the current one.
+    is_reencrypted: bool,
     measured_at: Option<Instant>,
 }
 
@@ -69,6 +74,7 @@ impl Worker {
     async fn reencrypt(&mut self) {
         match self.state.webhooks.reencrypt().await {
             Ok(unreadable) => {
+                self.is_reencrypted = true;
                 let count = i64::try_from(unreadable).unwrap_or(i64::MAX);
                 self.state.metrics.webhook_secrets_unreadable.set(count);
                 if unreadable > 0 {

@@ -109,7 +109,7 @@ pub async fn unchecked_tenants(tx: &mut SystemTx, limit: i64) -> Result<Vec<Uuid
     Ok(tenants.into_iter().map(|it| it.tenant_id).collect())
 }
 
-/// Returns tenants whose keys have quotas, in random order.
+/// Returns tenants that have quotas, or whose keys do, in random order.
 pub async fn tenants_with_quotas(tx: &mut SystemTx) -> Result<Vec<Uuid>, DbError> {
     #[derive(QueryableByName)]
     struct Tenant {
@@ -117,8 +117,10 @@ pub async fn tenants_with_quotas(tx: &mut SystemTx) -> Result<Vec<Uuid>, DbError
         tenant_id: Uuid,
     }
     let tenants: Vec<Tenant> = sql_query(
-        "SELECT tenant_id FROM plans WHERE daily_quota IS NOT NULL OR monthly_quota IS NOT NULL \
-         GROUP BY tenant_id ORDER BY random()",
+        "SELECT tenant_id FROM ( \
+             SELECT tenant_id FROM plans WHERE daily_quota IS NOT NULL OR monthly_quota IS NOT NULL \
+             UNION SELECT tenant_id FROM tenant_quota_usage \
+         ) all_tenants ORDER BY random()",
     )
     .get_results(&mut **tx)
     .await?;
@@ -280,6 +282,50 @@ pub async fn standings(
         Keys::All => query.get_results(&mut **tx).await?,
     };
     Ok(rows)
+}
+
+/// A quota that all keys of a tenant share, for a calendar month in UTC.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TenantQuota {
+    pub quota: i64,
+    /// Whether it does not apply to tenants with access to paid plans.
+    pub is_lifted_by_access: bool,
+}
+
+/// Returns the state of the tenant's own quota if at least `percent` of it is taken. Requests while it did not apply are
+/// in the rollups, but not in its ledger.
+pub async fn tenant_standing(
+    tx: &mut SystemTx,
+    tenant: TenantId,
+    of: TenantQuota,
+    percent: i32,
+) -> Result<Vec<QuotaStanding>, DbError> {
+    let standing = sql_query(
+        r"SELECT '00000000-0000-0000-0000-000000000000'::uuid AS key_id, NULL::text AS key_name,
+              'tenant_monthly' AS policy, $2 AS quota, w.used AS taken, least(w.used, u.spent) AS spent,
+              u.has_denials, w.window_start, w.window_end
+          FROM (
+              SELECT *, (window_start AT TIME ZONE 'UTC' + interval '1 month') AT TIME ZONE 'UTC' AS window_end
+              FROM tenant_quota_usage WHERE tenant_id = $1 AND used > 0
+          ) w
+          CROSS JOIN LATERAL (
+              SELECT coalesce(sum(u.cost) FILTER (WHERE u.policy = ''), 0)::bigint AS spent,
+                  coalesce(bool_or(u.policy = 'tenant_monthly'), false) AS has_denials
+              FROM usage_quarters u
+              WHERE u.tenant_id = $1 AND u.endpoint = E'\x01' AND u.key_id = '00000000-0000-0000-0000-000000000000'
+                  AND u.plan_id = '00000000-0000-0000-0000-000000000000'
+                  AND u.start >= w.window_start AND u.start < w.window_end
+          ) u
+          WHERE w.window_start <= now() AND w.window_end > now() - interval '15 minutes'
+              AND w.used::numeric * 100 >= $2::numeric * $3
+              AND NOT ($4 AND EXISTS (SELECT FROM billing_accounts WHERE tenant_id = $1 AND has_paid_access
+                  AND (paid_access_until IS NULL OR paid_access_until > now())))",
+    )
+    .bind::<SqlUuid, _>(tenant.0)
+    .bind::<BigInt, _>(of.quota)
+    .bind::<Integer, _>(percent)
+    .bind::<Bool, _>(of.is_lifted_by_access);
+    Ok(standing.get_results(&mut **tx).await?)
 }
 
 /// A threshold that was reached.

@@ -92,11 +92,11 @@ metrics! {
         "How long the oldest delivery that is due has been waiting; 0 if there is none";
     webhook_secrets_unreadable: Gauge, "webhook_secrets_unreadable",
         "Webhooks whose secrets were encrypted with a QUOTA_SECRET that is not configured, at startup";
-    mails_sent: Counter, "mails_sent", "Emails that were sent";
-    mail_attempts_failed: Counter, "mail_attempts_failed",
+    mails_sent: Counter, "emails_sent", "Emails that were sent";
+    mail_attempts_failed: Counter, "email_attempts_failed",
         "Attempts to send an email that failed and are repeated";
-    mails_failed: Counter, "mails_failed", "Emails that were rejected or given up";
-    mail_errors: Counter, "mail_errors",
+    mails_failed: Counter, "emails_failed", "Emails that were rejected or given up";
+    mail_errors: Counter, "email_errors",
         "Times that emails could not be written, claimed or recorded in PostgreSQL; this is repeated";
     keys_malformed: Counter, "keys_malformed",
         "Requests with a key that has an invalid format or checksum, rejected without a lookup";

@@ -399,6 +399,33 @@ async fn alerts_concern_only_their_key_and_tenant() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn quota_of_the_whole_tenant_has_alerts_too() {
+    let setup = with_hooks(TestApp::setup()).flag("--free-requests-per-month=10");
+    let world = World::on(setup.without_jobs().start().await, json!({})).await;
+    let other = world.app.key(&world.account, &world.plan).await;
+    assert!(world.spend(&world.app, 4).await);
+    world.check().await;
+    assert!(world.thresholds().await.is_empty());
+    let check = json!({"key": other.text, "cost": 1});
+    let answer = world
+        .app
+        .post("/v1/check", check)
+        .bearer(&world.service_token);
+    assert_eq!(answer.send().await.body["allowed"], true);
+    world.check().await;
+    assert_eq!(world.reached().await, [("tenant_monthly".to_owned(), 50)]);
+    assert!(world.spend(&world.app, 5).await);
+    world.check().await;
+    assert_eq!(world.thresholds().await, [50, 80, 100]);
+    let alerts = world.alerts().await;
+    assert!(
+        alerts
+            .iter()
+            .all(|it| it["key_id"].is_null() && it["limit"] == 10)
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn disabled_webhook_gets_no_alerts() {
     let world = World::new(json!({"daily_quota": 10})).await;
     let hooks = Hooks::start().await;

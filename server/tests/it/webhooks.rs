@@ -369,7 +369,10 @@ async fn delivery_of_a_replica_that_crashed_is_repeated_after_its_lease() {
         .claim(10, &[])
         .await
         .expect("a claim");
-    assert!(again.is_empty(), "nobody else sends it during the lease");
+    assert!(
+        again.is_empty(),
+        "no other worker sends it during the lease"
+    );
 
     let app = with_hooks(TestApp::setup()).database(crashed.database.clone());
     let world = World {
