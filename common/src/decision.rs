@@ -31,7 +31,7 @@ response! {
         /// Empty if none was sent.
         pub endpoint: String,
         pub outcome: DecisionOutcome,
-        /// The policy that denied the request: `rpm`, `daily` or `monthly`; `reduced_capacity` if limits could not be checked.
+        /// The policy that denied the request: `rpm`, `daily`, `monthly` or `tenant_monthly`; `reduced_capacity` if limits could not be checked.
         /// `null` if it was allowed.
         pub policy: Option<String>,
         /// Seconds to wait before retrying. `null` if the request was allowed or could never be allowed.

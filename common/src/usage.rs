@@ -81,7 +81,7 @@ response! {
         pub key_id: Option<ApiKeyId>,
         /// The endpoint, if grouped by `endpoint`; empty for requests without one. Otherwise `null`.
         pub endpoint: Option<String>,
-        /// If grouped by `policy`, the policy that denied the requests: `rpm`, `daily` or `monthly`; `reduced_capacity`
+        /// If grouped by `policy`, the policy that denied the requests: `rpm`, `daily`, `monthly` or `tenant_monthly`; `reduced_capacity`
         /// if limits could not be checked. Otherwise `null`.
         pub policy: Option<String>,
         /// The plan, if grouped by `plan`. Otherwise `null`.

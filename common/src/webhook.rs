@@ -21,7 +21,8 @@ response! {
         pub is_active: bool,
         /// Why Quota disabled the endpoint. `null`: it did not.
         pub disabled_reason: Option<String>,
-        /// Since when every delivery has failed. `null`: the last one succeeded, or there was none.
+        /// When deliveries began to fail. `null` if the last attempt succeeded, there was none, or the URL was changed
+        /// or the webhook was enabled since then.
         pub failing_since: Option<Timestamp>,
         /// When deliveries are no longer signed with the previous secret as well. `null`: there is no previous secret.
         pub previous_secret_expires_at: Option<Timestamp>,
@@ -97,7 +98,7 @@ text_enum! {
         Pending = "pending",
         /// The endpoint accepted it with a 2xx status.
         Delivered = "delivered",
-        /// It is not retried any more.
+        /// It is not retried anymore.
         Failed = "failed",
     }
 }
@@ -114,14 +115,15 @@ response! {
         /// The event's type, such as `quota.threshold_reached`.
         pub event_type: String,
         pub status: WebhookDeliveryStatus,
-        /// How often it has been sent since it was created or redelivered.
+        /// The number of attempts since it was created or redelivered.
         pub attempts: u32,
         /// The status of the last response. `null`: there was none.
         pub response_status: Option<u32>,
-        /// Why the last attempt failed. `null`: it succeeded, or there was none.
+        /// Why the last attempt failed, or the delivery was canceled. `null`: it succeeded, or there was none.
         pub error: Option<String>,
         pub last_attempt_at: Option<Timestamp>,
-        /// When it is sent next. `null`: never, or it is being sent.
+        /// When it is sent next. During an attempt: when the attempt is repeated if the server stops. `null`: it is not
+        /// sent again.
         pub next_attempt_at: Option<Timestamp>,
         /// The body that is sent.
         pub payload: serde_json::Value,

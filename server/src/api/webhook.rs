@@ -357,7 +357,7 @@ impl WebhookApi {
 
     /// Redeliver an event
     ///
-    /// Sends the event again, whatever the state of the delivery, also if the webhook is disabled. It has the same ID, so
+    /// Sends the event again, regardless of its status, even if the webhook is disabled. It has the same ID, so
     /// that a receiver that has already processed it can ignore it.
     #[oai(
         path = "/webhooks/deliveries/:delivery_id/redeliver",

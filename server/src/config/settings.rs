@@ -118,8 +118,8 @@ settings! {
     /// Whether to apply pending migrations at startup: true or false. One replica applies them while the others wait.
     migrate: "QUOTA_MIGRATE", "true", "BOOL";
 
-    /// Signs access tokens, browser sessions and known devices, and seals data that replicas share in Redis: at least
-    /// 32 random characters, the same on every replica. Unset: generated once and kept in the database. To rotate it
+    /// Signs access tokens, browser sessions and known devices, seals data that replicas share in Redis, and encrypts
+    /// the signing secrets of webhooks: at least 32 random characters, the same on every replica. Unset: generated once and kept in the database. To rotate it
     /// without signing anyone out: (1) set the new secret as QUOTA_SECRET_PREVIOUS on every replica, (2) swap the two,
     /// (3) remove QUOTA_SECRET_PREVIOUS after QUOTA_SESSION_DAYS.
     secret: "QUOTA_SECRET", "", "SECRET", hide_env_values = true;
@@ -127,8 +127,8 @@ settings! {
     /// A file that contains QUOTA_SECRET. Use either this or QUOTA_SECRET.
     secret_file: "QUOTA_SECRET_FILE", "", "PATH";
 
-    /// A second secret that is accepted but not used for new signatures: the QUOTA_SECRET before or after the rotation
-    /// in progress.
+    /// A second secret that is accepted but not used for new signatures or encryption: the QUOTA_SECRET before or after
+    /// the rotation in progress.
     secret_previous: "QUOTA_SECRET_PREVIOUS", "", "SECRET", hide_env_values = true;
 
     /// A file that contains QUOTA_SECRET_PREVIOUS. Use either this or QUOTA_SECRET_PREVIOUS.
@@ -272,7 +272,7 @@ settings! {
     billing_grace: "QUOTA_BILLING_GRACE", "7", "DAYS";
 
     /// The server that sends email: smtps://user:password@host (TLS, port 465) or smtp://user:password@host (STARTTLS,
-    /// port 587), optionally with :port. Encode special characters of the user and the password like in any URL. With
+    /// port 587), optionally with :port. Percent-encode special characters in the user name and the password. With
     /// smtp:// and a loopback address, the connection is not encrypted. Unset: emails are written to files in `mail` in
     /// QUOTA_DATA_DIR.
     smtp_url: "SMTP_URL", "", "URL", hide_env_values = true;
@@ -283,8 +283,8 @@ settings! {
     /// The sender of emails, such as Quota <quota@example.com>. Required with SMTP_URL.
     mail_from: "QUOTA_MAIL_FROM", "", "ADDRESS";
 
-    /// Networks that are not public, to which tenants may send webhooks nevertheless, separated by commas, such as
-    /// 10.1.0.0/16. Only there may a URL start with http://. Tenants choose the URLs, so list only networks whose
+    /// Private networks to which tenants may send webhooks, separated by commas, such as 10.1.0.0/16. URLs that start
+    /// with http:// are allowed only in these networks. Tenants choose the URLs, so list only networks whose
     /// services they may reach.
     webhook_private_networks: "QUOTA_WEBHOOK_PRIVATE_NETWORKS", "", "CIDRS";
 

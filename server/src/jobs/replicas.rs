@@ -45,6 +45,11 @@ pub(super) async fn count(state: AppState, mut stopping: watch::Receiver<bool>) 
             }
         }
     }
+    // Its share may have admitted requests that the shared counters do not know of, so replicas that start now must not
+    // take it for one that never existed.
+    if state.metrics.counters_away.get() > 0 {
+        return;
+    }
     let left = async {
         let mut tx = db.system().await?;
         repo::replica::leave(&mut tx, id).await?;
@@ -57,7 +62,7 @@ pub(super) async fn count(state: AppState, mut stopping: watch::Receiver<bool>) 
 
 async fn seen(db: &Db, id: Uuid) -> Result<Seen, DbError> {
     let mut tx = db.system().await?;
-    let slot = repo::replica::seen(&mut tx, id, limiter::FORGOTTEN).await?;
+    let slot = repo::replica::seen(&mut tx, id, limiter::FORGOTTEN, limiter::REMEMBERED).await?;
     tx.commit().await?;
     Ok(slot)
 }

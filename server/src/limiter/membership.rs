@@ -24,6 +24,9 @@ pub const BELIEVED: Duration = Duration::from_secs(7);
 /// How long after its last heartbeat a replica is no longer counted. Must exceed [`BELIEVED`], so that a replica that
 /// has stopped sending heartbeats is still counted while it may trust a count that includes it.
 pub const FORGOTTEN: Duration = Duration::from_secs(10);
+/// How long after its last heartbeat a replica still matters to those that start: its share may have admitted requests
+/// during an outage of the shared counters.
+pub const REMEMBERED: Duration = Duration::from_secs(60);
 /// How long a replica must have been counted before it takes a share: until counts without it are no longer trusted.
 pub const SETTLED: Duration = Duration::from_secs(8);
 /// How often replicas are counted.
@@ -60,7 +63,7 @@ struct Counted {
 pub struct Membership {
     counted: Mutex<Option<Counted>>,
     replica_count: AtomicU64,
-    /// Until then (monotonic), no other replica has been counted long enough to act on a slot.
+    /// Until then (monotonic), no other replica has been counted long enough to act on a slot. 0: unknown.
     others_settle_at: AtomicU64,
 }
 
@@ -122,12 +125,18 @@ impl Membership {
             Some(age) => asked.saturating_add(SETTLED.saturating_sub(age).into()),
             None => asked.saturating_add(SETTLED.into()),
         };
-        self.others_settle_at.store(settles_at.0, Ordering::Relaxed);
+        // 0 means that it is unknown.
+        let settles_at = settles_at.0.max(1);
+        self.others_settle_at.store(settles_at, Ordering::Relaxed);
     }
 
-    /// Returns whether another replica may act on a slot at `now`, as far as this one knows.
+    /// Returns whether another replica may act on a slot at `now`, or may have acted on one until recently, as far as this
+    /// one knows.
     pub(super) fn others_may_act(&self, now: Monotonic) -> bool {
-        self.replica_count() > 1 && now.0 >= self.others_settle_at.load(Ordering::Relaxed)
+        match self.others_settle_at.load(Ordering::Relaxed) {
+            0 => self.replica_count() > 1,
+            settles_at => now.0 >= settles_at,
+        }
     }
 
     /// Returns this replica's slot, and since when it has had it. `None` while it must not act on a slot.
@@ -224,6 +233,13 @@ mod tests {
         assert!(membership.others_may_act(at(6 * SECOND)));
         membership.note_oldest_other(Some(Duration::from_secs(60)), at(2 * SECOND));
         assert!(membership.others_may_act(at(2 * SECOND)));
+        membership.confirm(slot(0, 1), at(3 * SECOND));
+        assert!(
+            membership.others_may_act(at(3 * SECOND)),
+            "the other one has stopped, but its share may have admitted requests"
+        );
+        membership.note_oldest_other(None, at(4 * SECOND));
+        assert!(!membership.others_may_act(at(5 * SECOND)));
     }
 
     /// Replicas start, stop, lose PostgreSQL and get slow responses. They count each other as in the database, and the

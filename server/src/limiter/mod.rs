@@ -34,7 +34,7 @@ pub use self::{
     key::{handle::KeyHandle, ledger_calls::Drained, table::KeyTableSettings},
     limits::Policies,
     local::LocalStore,
-    membership::{COUNTED_EVERY, FORGOTTEN, Membership, ReplicaSlot},
+    membership::{COUNTED_EVERY, FORGOTTEN, Membership, REMEMBERED, ReplicaSlot},
     policy::{Policy, PolicySet, RatePolicy},
     quota::{
         calendar::{QuotaWindow, UnknownZone, Window, Zone, hour_end, window, window_at},

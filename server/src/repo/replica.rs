@@ -27,12 +27,18 @@ pub struct Seen {
     /// This replica's rank among them, from zero. Ranks follow IDs, which follow start times.
     pub rank: u64,
     pub count: NonZeroU64,
-    /// The time since the first heartbeat of the oldest other replica.
+    /// The time since the first heartbeat of the oldest other replica, including those that stopped recently.
     pub oldest_other: Option<Duration>,
 }
 
-/// Refreshes the replica's heartbeat. Returns the replicas whose last heartbeat is at most `forgotten` ago.
-pub async fn seen(tx: &mut SystemTx, id: Uuid, forgotten: Duration) -> Result<Seen, DbError> {
+/// Refreshes the replica's heartbeat. Returns the replicas whose last heartbeat is at most `forgotten` ago, and the age
+/// of the oldest one whose last heartbeat is at most `remembered` ago.
+pub async fn seen(
+    tx: &mut SystemTx,
+    id: Uuid,
+    forgotten: Duration,
+    remembered: Duration,
+) -> Result<Seen, DbError> {
     diesel::insert_into(replicas::table)
         .values(replicas::id.eq(id))
         .on_conflict(replicas::id)
@@ -41,12 +47,14 @@ pub async fn seen(tx: &mut SystemTx, id: Uuid, forgotten: Duration) -> Result<Se
         .execute(&mut **tx)
         .await?;
     let place: Place = sql_query(
-        "SELECT count(*) FILTER (WHERE id < $1) AS rank, count(*) AS count, \
+        "SELECT count(*) FILTER (WHERE id < $1 AND is_counted) AS rank, count(*) FILTER (WHERE is_counted) AS count, \
          (extract(epoch FROM now() - min(joined_at) FILTER (WHERE id <> $1)))::float8 AS oldest_other \
-         FROM replicas WHERE id = $1 OR seen_at > now() - make_interval(secs => $2)",
+         FROM (SELECT id, joined_at, id = $1 OR seen_at > now() - make_interval(secs => $2) AS is_counted \
+             FROM replicas WHERE id = $1 OR seen_at > now() - make_interval(secs => $3)) r",
     )
     .bind::<sql_types::Uuid, _>(id)
     .bind::<sql_types::Double, _>(forgotten.as_secs_f64())
+    .bind::<sql_types::Double, _>(remembered.max(forgotten).as_secs_f64())
     .get_result(&mut **tx)
     .await?;
     Ok(Seen {

@@ -2,9 +2,11 @@
 
 use std::time::{Duration, Instant};
 
+use quota_server::repo::replica;
 use quota_testkit::redis::RedisServer;
 use serde_json::json;
 use tokio::time::sleep;
+use uuid::Uuid;
 
 use crate::support::app::TestApp;
 
@@ -96,4 +98,24 @@ async fn each_plan_is_served_as_configured_and_every_response_says_so() {
             .to_string(),
         "0"
     );
+}
+
+/// A replica that has stopped is not counted, but those that start learn of it for a while: its share may have admitted
+/// requests that Redis does not know of.
+#[tokio::test(flavor = "multi_thread")]
+async fn stopped_replica_is_remembered_longer_than_it_is_counted() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let (stopped, started) = (Uuid::now_v7(), Uuid::now_v7());
+    let seen = async |id, remembered| {
+        let mut tx = app.state.db.system().await.expect("a transaction");
+        let seen = replica::seen(&mut tx, id, Duration::ZERO, remembered).await;
+        tx.commit().await.expect("a commit");
+        seen.expect("a count")
+    };
+    let minute = Duration::from_secs(60);
+    assert!(seen(stopped, minute).await.oldest_other.is_none());
+    let of_started = seen(started, minute).await;
+    assert_eq!((of_started.count.get(), of_started.rank), (1, 0));
+    assert!(of_started.oldest_other.is_some());
+    assert!(seen(started, Duration::ZERO).await.oldest_other.is_none());
 }
