@@ -220,3 +220,40 @@ async fn draining_returns_the_rest() {
     world.quotas.drain().await;
     assert_eq!(*world.ledger.0.lock(), 5);
 }
+
+/// Two requests have reserved the last tokens, and a third one waits for both. When one of them is spent, the third one
+/// is denied, however long the other takes.
+#[tokio::test]
+async fn request_that_can_no_longer_get_enough_tokens_stops_waiting() {
+    let world = World::new(2);
+    let hold = || {
+        let (decide, decision) = oneshot::channel();
+        let (begun, reserved) = oneshot::channel();
+        let request = world.admit_with(NonZeroU32::MIN, world.decided(begun, decision));
+        (request, reserved, decide)
+    };
+    let (first, first_reserved, decide_first) = hold();
+    let (second, second_reserved, decide_second) = hold();
+    let third = async {
+        first_reserved.await.unwrap();
+        second_reserved.await.unwrap();
+        let cost = NonZeroU32::new(2).unwrap();
+        let decide = world.store.take(&world.key, &world.policies, cost);
+        let third = world.admit_with(cost, decide);
+        tokio::pin!(third);
+        for _ in 0..10 {
+            assert!(futures_util::poll!(&mut third).is_pending());
+            tokio::task::yield_now().await;
+        }
+        decide_first.send(Outcome::Allowed).unwrap();
+        let third = third.await;
+        decide_second.send(Outcome::Allowed).unwrap();
+        third
+    };
+    let (first, second, third) = tokio::join!(first, second, third);
+    assert!(first.unwrap().is_allowed() && second.unwrap().is_allowed());
+    assert_eq!(
+        third.unwrap().violated(),
+        PolicySet::EMPTY.with(Policy::TenantMonthly)
+    );
+}
