@@ -64,6 +64,15 @@ impl<'a> DemandGuard<'a> {
         is_spent
     }
 
+    /// Spends the reserved tokens, which were taken from the quota of their window, even if it has ended in the meantime.
+    pub(in crate::limiter) fn spend_in_any_window(&mut self, state: &mut KeyState) {
+        if let Some(reserved) = self.reserved.take() {
+            state.begin_wait(self.cost);
+            state.spend_reserved_in_any_window(reserved);
+            self.notify_denied(state);
+        }
+    }
+
     /// Notifies requests that wait for reserved tokens to be released, if there are too few for some of them.
     fn notify_denied(&self, state: &KeyState) {
         if state.waited_for > self.cost && state.may_deny_waiting() {

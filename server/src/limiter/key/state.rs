@@ -268,6 +268,15 @@ impl KeyState {
         is_current
     }
 
+    /// Spends reserved tokens, which were taken from their window, even if it has ended.
+    pub(in crate::limiter) fn spend_reserved_in_any_window(
+        &mut self,
+        [daily, monthly]: [ReservedTokens; 2],
+    ) {
+        self.daily.settle(daily, true);
+        self.monthly.settle(monthly, true);
+    }
+
     /// Releases reserved tokens.
     pub(in crate::limiter) fn release_reserved(&mut self, [daily, monthly]: [ReservedTokens; 2]) {
         self.daily.settle(daily, false);
