@@ -35,8 +35,8 @@ use crate::{
         shared::SharedKeys, tenant_ledger::TenantLedger,
     },
     limiter::{
-        DistributedSettings, DistributedStore, KeyTableSettings, LimitStore, Limiter, LocalStore,
-        Membership, RedisCounters, TenantQuotas,
+        DistributedSettings, DistributedStore, KeyTableSettings, LedgerConnections, LimitStore,
+        Limiter, LocalStore, Membership, RedisCounters, TenantQuotas,
     },
     mail::Mailer,
     metering::Metering,
@@ -148,7 +148,7 @@ impl AppState {
         // Ten times the size of the cache, since an evicted key keeps its bucket until the bucket is full again.
         let settings = KeyTableSettings {
             max_keys: config.key_cache.saturating_mul(10),
-            ledger_calls: db.lanes().ledger,
+            connections: LedgerConnections::new(db.lanes().ledger),
             ..KeyTableSettings::default()
         };
         let tenant_settings = settings.clone();

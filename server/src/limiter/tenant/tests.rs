@@ -321,3 +321,74 @@ async fn request_at_the_end_of_a_month_is_charged_if_and_only_if_it_is_allowed()
         assert_eq!((used[0], used.get(1).map_or(0, |n| *n)), (2, of_next));
     }
 }
+
+/// The tables of keys and of tenants use the same connections. Neither calls the ledger more often at once than there
+/// are connections, and a call of one table does not wait until the other one has no more work.
+#[tokio::test(start_paused = true)]
+async fn key_tables_share_the_connections_to_the_ledger() {
+    const KEYS: u32 = 3000;
+    let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
+    let ledger = Arc::new(Memory {
+        delay: Duration::from_millis(100),
+        ..Memory::default()
+    });
+    // All keys share one row, and so do all tenants.
+    let quota = NonZeroU64::new(1_000_000_000);
+    let settings = KeyTableSettings {
+        ledger_deadline: Duration::from_secs(60),
+        ..KeyTableSettings::default()
+    };
+    let quotas = TenantQuotas::new(
+        clock.clone(),
+        ledger.clone(),
+        settings.clone(),
+        Arc::default(),
+        quota.unwrap(),
+    );
+    let (quotas, store) = (
+        Arc::new(quotas),
+        LocalStore::new(clock, ledger.clone(), settings),
+    );
+    let rate = RatePolicy {
+        rpm: NonZeroU32::MIN,
+        burst: NonZeroU32::MIN,
+    };
+    let policies = Policies::new(rate, quota, None, Zone::utc(), false);
+    let began = time::Instant::now();
+    let mut requests = JoinSet::new();
+    for _ in 0..KEYS {
+        let (store, policies) = (store.clone(), policies.clone());
+        let tenant = TenantId(Uuid::now_v7());
+        let key = store.handle(tenant, ApiKeyId(Uuid::now_v7())).unwrap();
+        requests.spawn(async move { store.take(&key, &policies, NonZeroU32::MIN).await });
+    }
+    time::sleep(Duration::from_millis(150)).await;
+    let asked = time::Instant::now();
+    let mut tenants = JoinSet::new();
+    for _ in 0..150 {
+        let (quotas, quota) = (quotas.clone(), quotas.of(TenantId(Uuid::now_v7())).unwrap());
+        let key = store
+            .handle(TenantId(Uuid::now_v7()), ApiKeyId(Uuid::now_v7()))
+            .unwrap();
+        let decided = store.peek(&key, &policies);
+        tenants.spawn(async move {
+            let decide = async { Ok(decided) };
+            quotas
+                .admit(&quota, NonZeroU32::MIN, || decided, decide)
+                .await
+        });
+    }
+    for decision in tenants.join_all().await {
+        assert!(decision.unwrap().is_allowed());
+    }
+    let waited = asked.elapsed();
+    assert!(waited <= Duration::from_millis(600), "{waited:?}");
+    for decision in requests.join_all().await {
+        assert!(decision.unwrap().is_allowed());
+    }
+    let all = began.elapsed();
+    assert!(all > 2 * waited, "the keys took only {all:?}");
+    tokio::join!(store.drain(), quotas.drain());
+    let most = ledger.most_calls.load(Ordering::SeqCst);
+    assert_eq!(most, 3, "calls at once");
+}
