@@ -12,17 +12,18 @@ use quota_common::{
     plan::OnRedisFailure,
 };
 use quota_server::{
-    clock::{Clock, Monotonic, Nanos},
+    clock::{Clock, Monotonic},
     limiter::{Decision, KeyHandle, Limiter, Membership, Policies, RatePolicy, ReplicaSlot, Zone},
 };
 use tokio::{
-    task::JoinSet,
+    task::{AbortHandle, JoinSet},
     time::{Instant, sleep},
 };
 
 use super::{
     paused,
     plants::Plant,
+    registry::Registry,
     run::{DEADLINE, store},
     world::{Link, Linked, SkewedClock, World},
 };
@@ -111,7 +112,7 @@ pub(super) fn replica(
     Limiter::new(store, clock)
 }
 
-/// A replica for each of the memberships, with this choice for when Redis is unavailable.
+/// A replica for each of the memberships, with this fallback setting.
 pub(super) fn without_redis(
     on_failure: OnRedisFailure,
     memberships: &[Arc<Membership>],
@@ -223,19 +224,28 @@ fn returns_after_late_answers_credit_no_token_twice() {
     assert!(over.is_empty(), "{over}");
 }
 
-/// Counts replicas for these memberships once per second, as a job does.
-pub(super) fn count(world: &World, memberships: Vec<Arc<Membership>>) {
-    let of = NonZeroU64::new(memberships.len() as u64).unwrap();
-    let zero = world.zero;
-    tokio::spawn(async move {
-        loop {
-            for (rank, membership) in (0..).zip(&memberships) {
-                let now = Monotonic(Nanos::from(zero.elapsed()).0);
-                membership.confirm(ReplicaSlot { rank, of }, now);
+/// Counts replicas for these memberships once per second, as a job does, until the task is aborted.
+pub(super) fn count(
+    world: &Arc<World>,
+    memberships: Vec<Arc<Membership>>,
+) -> (Arc<Registry>, AbortHandle) {
+    let (registry, world) = (Arc::<Registry>::default(), Arc::clone(world));
+    let count = {
+        let registry = Arc::clone(&registry);
+        move || {
+            for (replica, membership) in memberships.iter().enumerate() {
+                registry.count(replica, membership, world.now());
             }
+        }
+    };
+    count();
+    let task = tokio::spawn(async move {
+        loop {
             sleep(Duration::from_secs(1)).await;
+            count();
         }
     });
+    (registry, task.abort_handle())
 }
 
 /// Policies with this rate and burst, in this version of a plan.
