@@ -17,6 +17,7 @@ use super::{
     single::{a_handle, count, crowd, crowd_of, replica, version, without_redis},
     world::{Reach, World},
 };
+use crate::limiter_shared::model::State;
 
 /// The start of the schedules below, in milliseconds.
 const START: u64 = 15_000;
@@ -214,6 +215,39 @@ fn a_late_response_is_no_denial() {
                 });
             }
         }
+    }
+}
+
+/// A response that reports a loss of state may arrive after Redis has started to grant tokens again. Then it is no reason
+/// to stop using Redis, or even to begin another epoch.
+#[test]
+fn a_late_response_that_reports_a_loss_of_state_begins_no_outage() {
+    for strict in [true, false] {
+        paused(async {
+            let membership: Arc<Membership> = Arc::default();
+            let memberships = [Arc::clone(&membership)];
+            let (world, limiters, policies) =
+                without_redis(OnRedisFailure::Share, &memberships, 2, (6000, 100), strict);
+            count(&world, vec![membership]);
+            sleep(Duration::from_secs(12)).await;
+            assert_eq!(crowd(&limiters[0], &policies, 1).await, 1);
+            {
+                let mut process = world.process.lock();
+                process.run += 1;
+                process.state = State::default();
+            }
+            world.links.lock()[0].late = (100, 950);
+            let (limiter, asked) = (limiters[0].clone(), policies.clone());
+            tokio::spawn(async move { crowd(&limiter, &asked, 1).await });
+            sleep(Duration::from_millis(5)).await;
+            world.links.lock()[0].late = (0, 0);
+            // The new epoch starts before 650 ms have passed.
+            for (pause, wanted) in [(945, 10), (50, 10), (200, 30), (1500, 100)] {
+                sleep(Duration::from_millis(pause)).await;
+                let admitted = crowd(&limiters[0], &policies, wanted).await;
+                assert_eq!(admitted, wanted, "after {pause} ms, strict: {strict}");
+            }
+        });
     }
 }
 
