@@ -211,11 +211,6 @@ impl StoreCore {
         }
     }
 
-    /// Returns whether this is the only replica.
-    pub(super) fn is_single(&self) -> bool {
-        self.membership.replica_count() == 1
-    }
-
     /// Returns whether other replicas may have an outage of counters that this replica has not used yet, if none has
     /// confirmed a recent response. In a cluster, partitions may be idle, so a lack of responses proves nothing.
     /// Replicas that have only just started have not used any shares.
