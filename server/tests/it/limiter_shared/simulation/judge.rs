@@ -8,7 +8,8 @@
 //! `burst + rate·T` for a strict plan, no matter what happens. In the second after an edit, replicas may follow either
 //! plan, so a window that overlaps it has the larger burst and, at each moment, the larger rate of the plans that
 //! requests follow. Between the requests of two plans, the lower rate counts, because a bucket learns of an edit from a
-//! request. `closed` has no exception, and `share` has one: while some replicas have lost Redis (or get all responses
+//! request. If Redis has lost its state in between, the later plan counts from the start of the new epoch, because the
+//! earlier one is unknown. `closed` has no exception, and `share` has one: while some replicas have lost Redis (or get all responses
 //! late) and others have not, the former use their share `p` of the bucket in addition to the latter. Together they admit
 //! at most `(1 + p)` times as much, where `p` is at most 1. If some calls fail just after an outage, the replicas that
 //! made them have still lost Redis while the others use it again. With `open`, the requests that a replica admits without
@@ -57,6 +58,7 @@ use super::{
     run::{Answer, DEADLINE, EDIT_KNOWN, Entry, Log, TTL},
     scene::{Change, Fault, FaultKind, Key, Plan, Replicas, Scene},
 };
+use crate::limiter_shared::model::EPOCH_DELAY;
 
 mod outage;
 #[cfg(test)]
@@ -120,7 +122,7 @@ pub(super) fn judge(scene: &Scene, log: &Log) -> Vec<Violation> {
             let text = format!("key {number} ({}): {text}", key.load);
             found.push(Violation { promise, text });
         };
-        if let Some(text) = over(scene, key, &entries) {
+        if let Some(text) = over(scene, key, &entries, &log.epochs[number]) {
             broken(Promise::Upper, text);
         }
         let facts = Facts {
@@ -216,10 +218,15 @@ fn in_force(key: &Key) -> Vec<InForce> {
 /// A replica that has not learned of an edit yet may also return tokens during the time that an edit takes to arrive.
 /// If nothing was admitted under a plan, as in `is_heard`, it is unknown whether the bucket learned of it: both cases
 /// count.
-fn followed(key: &Key, entries: &[Entry], is_heard: fn(&Entry) -> bool) -> Vec<InForce> {
+fn followed(
+    key: &Key,
+    entries: &[Entry],
+    restarts: &[u64],
+    is_heard: fn(&Entry) -> bool,
+) -> Vec<InForce> {
     let number = |it: &InForce| it.plan.from;
-    let mut followed = followed_one_by_one(key, entries, |_| true);
-    for heard in followed_one_by_one(key, entries, is_heard) {
+    let mut followed = followed_one_by_one(key, entries, restarts, |_| true);
+    for heard in followed_one_by_one(key, entries, restarts, is_heard) {
         if let Some(it) = followed.iter_mut().find(|it| number(it) == number(&heard)) {
             it.from = it.from.min(heard.from);
             it.until = it.until.max(heard.until);
@@ -231,6 +238,7 @@ fn followed(key: &Key, entries: &[Entry], is_heard: fn(&Entry) -> bool) -> Vec<I
 fn followed_one_by_one(
     key: &Key,
     entries: &[Entry],
+    restarts: &[u64],
     is_heard: impl Fn(&Entry) -> bool,
 ) -> Vec<InForce> {
     let mut followed: Vec<InForce> = Vec::new();
@@ -252,7 +260,10 @@ fn followed_one_by_one(
             None => next.from = 0,
             Some(before) if before.until < first => {
                 if before.plan.rate() <= plan.rate() {
-                    before.until = first;
+                    let mut restarts = restarts.iter();
+                    let restart = restarts.find(|at| before.until < **at && **at < first);
+                    next.from = restart.map_or(first, |at| first.min(plan.from * MS).max(*at));
+                    before.until = next.from;
                 } else {
                     next.from = before.until;
                     before.until = first.min(plan.from * MS + KNOWN).max(before.until);
@@ -351,20 +362,38 @@ fn follows_outage(scene: &Scene, fault: &Fault) -> bool {
     })
 }
 
-fn over(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
+/// The times at which buckets that Redis had lost started again, empty.
+fn restarts(scene: &Scene, epochs: &[u64]) -> Vec<u64> {
+    let losses = scene.faults.iter().filter(|fault| {
+        let kind = fault.kind;
+        kind == FaultKind::Restart || kind == FaultKind::FailOver
+    });
+    let starts = losses.filter_map(|fault| {
+        let reports = epochs.iter().filter(|at| **at >= fault.end() * MS);
+        Some(reports.min()? + EPOCH_DELAY * 1000)
+    });
+    starts.collect()
+}
+
+fn over(scene: &Scene, key: &Key, entries: &[Entry], epochs: &[u64]) -> Option<String> {
+    let restarts = restarts(scene, epochs);
     let admitted = || entries.iter().filter(|it| it.answer == Answer::Admitted);
     let by_redis: Vec<&Entry> = admitted().filter(|it| !it.degraded).collect();
     let all: Vec<&Entry> = admitted().collect();
     let is_granted = |it: &Entry| it.answer == Answer::Admitted && !it.degraded;
-    let found = worst(&followed(key, entries, is_granted), &by_redis, &[])
-        .map(|text| format!("by the counters alone, {text}"));
+    let found = worst(
+        &followed(key, entries, &restarts, is_granted),
+        &by_redis,
+        &[],
+    )
+    .map(|text| format!("by the counters alone, {text}"));
     if found.is_some() {
         return found;
     }
     if key.on_failure == OnRedisFailure::Open {
-        return over_by_open(scene, key, entries);
+        return over_by_open(scene, key, entries, &restarts);
     }
-    let plans = followed(key, entries, |it| it.answer == Answer::Admitted);
+    let plans = followed(key, entries, &restarts, |it| it.answer == Answer::Admitted);
     let beside = beside(scene, key);
     // Windows that do not overlap any period in which shares are admitted in addition to Redis.
     let mut from = 0;
@@ -387,14 +416,14 @@ fn over(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
 }
 
 /// Without the counters, `open` is a separate limit of each replica. In that case, no tokens are leased.
-fn over_by_open(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
+fn over_by_open(scene: &Scene, key: &Key, entries: &[Entry], restarts: &[u64]) -> Option<String> {
     (0..scene.replica_bounds().1).find_map(|replica| {
         let of = entries.iter().filter(|it| it.replica == replica);
         let of: Vec<Entry> = of.copied().collect();
         let admitted = of
             .iter()
             .filter(|it| it.answer == Answer::Admitted && it.degraded);
-        let mut plans = followed(key, &of, |_| true);
+        let mut plans = followed(key, &of, restarts, |_| true);
         for it in &mut plans {
             it.plan.strict = true;
         }

@@ -169,7 +169,7 @@ fn shares_are_allowed_in_addition_only_while_replicas_return() {
             ..it
         });
         let log: Vec<_> = log.collect();
-        over(scene, &scene.keys[0], &log).is_some()
+        over(scene, &scene.keys[0], &log, &[]).is_some()
     };
     scene.faults = vec![late];
     assert!(!is_over(&scene, 10) && is_over(&scene, 11));
@@ -178,4 +178,25 @@ fn shares_are_allowed_in_addition_only_while_replicas_return() {
         let most = if ends == 2500 { 15 } else { 10 };
         assert!(!is_over(&scene, most) && is_over(&scene, most + 1));
     }
+}
+
+/// A bucket learns of a higher rate with the first request after the edit, unless Redis has lost its state since then.
+#[test]
+fn a_lost_bucket_refills_at_the_rate_of_its_next_request() {
+    let mut scene = scene(vec![plan(0, 60, 200, true), plan(3000, 6000, 100, true)]);
+    let restart = Fault {
+        at: 1500,
+        lasts: 1000,
+        kind: FaultKind::Restart,
+    };
+    let is_over = |scene: &Scene, later: usize, epochs: &[u64]| {
+        let later = requests(6000, later, 400).map(|it| Entry { plan: 1, ..it });
+        let log: Vec<_> = requests(1000, 200, 400).chain(later).collect();
+        over(scene, &scene.keys[0], &log, epochs).is_some()
+    };
+    // 5 s at one token per second.
+    assert!(!is_over(&scene, 5, &[]) && is_over(&scene, 6, &[]));
+    scene.faults.push(restart);
+    // The epoch starts at 5.5 s, with 100 tokens per second.
+    assert!(!is_over(&scene, 54, &[4900 * MS]) && is_over(&scene, 55, &[4900 * MS]));
 }
