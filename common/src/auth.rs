@@ -94,7 +94,8 @@ request! {
         pub email: LoginEmail,
         #[garde(dive)]
         pub password: Credential,
-        /// The `device_token` of an earlier sign-in, which identifies a known device. Omit when the tokens are in cookies.
+        /// The `device_token` of an earlier sign-in, which identifies a known device. Omit when the tokens are in
+        /// cookies.
         #[garde(dive)]
         pub device_token: Option<DeviceToken>,
     }

@@ -95,22 +95,22 @@ response! {
         /// The monthly price and the charge for `projected`, before taxes and discounts. `null` if the price is not a
         /// plain amount.
         pub projected_total: Option<u64>,
-        /// The time before which Stripe has received all usage.
+        /// Stripe has received all usage before this time.
         pub reported_until: Option<Timestamp>,
         /// Usage in this period that should have been charged but cannot be.
         pub not_charged: u64,
-        /// The last problem that Stripe reported about the organization's usage in this period.
+        /// The most recent problem that Stripe reported with the organization's usage in this period.
         pub last_error: Option<BillingUsageError>,
     }
 }
 
 response! {
-    /// A problem that Stripe reported about usage after it had accepted it.
+    /// A problem with usage that Stripe reported after accepting the usage.
     #[derive(Debug, Eq)]
     pub struct BillingUsageError {
-        /// The code of the problem in Stripe, such as `meter_event_customer_not_found`.
+        /// Stripe's code for the problem, such as `meter_event_customer_not_found`.
         pub code: String,
-        /// When Quota received the report.
+        /// When Stripe notified Quota of the problem.
         pub at: Timestamp,
     }
 }
@@ -138,7 +138,7 @@ response! {
     #[derive(Debug, Eq)]
     pub struct BillingLimit {
         pub used: u64,
-        /// `null`: no limit.
+        /// `null` for no limit.
         pub maximum: Option<u64>,
     }
 }

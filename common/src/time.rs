@@ -5,7 +5,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 /// A timestamp: RFC 3339 in UTC with milliseconds, such as `2026-11-24T09:18:42.000Z`.
 ///
-/// Accepts any offset. Truncates to milliseconds, so that a timestamp equals its own JSON read back.
+/// Accepts any offset. Truncates to milliseconds, so that a round trip through JSON does not change a timestamp.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Timestamp(DateTime<Utc>);
 

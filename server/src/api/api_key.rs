@@ -249,8 +249,8 @@ impl ApiKeyApi {
 
     /// Update an API key
     ///
-    /// Renames the key, moves it to another plan, disables it, or changes its expiry, rate, external ID or metadata.
-    /// Takes effect on all replicas within one second.
+    /// Renames the key, moves it to another plan, activates or deactivates it, or changes its expiry, rate, external ID
+    /// or metadata. Takes effect on all replicas within one second.
     #[oai(
         path = "/api-keys/:key_id",
         method = "patch",
@@ -360,7 +360,7 @@ impl ApiKeyApi {
             key: None,
             api_key: ApiKey::from(row.or_not_found()?),
         };
-        // The secret is removed, because it must not be stored.
+        // Without the secret, which must not be stored.
         idempotency
             .keep(&mut edit, StatusCode::OK, &rotated)
             .await?;

@@ -143,8 +143,8 @@ impl DecisionApi {
 
     /// Stream decisions
     ///
-    /// Sends the decisions of all servers as server-sent events, usually within a second. The data of a `decision`
-    /// event is a decision. To resume the stream on any server, send the event's ID in the `Last-Event-ID` header, as
+    /// Sends the decisions of all replicas as server-sent events, usually within a second. The data of a `decision`
+    /// event is a decision. To resume the stream on any replica, send the event's ID in the `Last-Event-ID` header, as
     /// browsers do automatically, or as `last_event_id`. A `dropped` event contains the number of decisions that were
     /// skipped because they arrived faster than they could be sent, including those that do not match the filters. The
     /// stream ends with an `end` event when the access token expires, the session is revoked or the server stops.

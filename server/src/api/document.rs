@@ -285,7 +285,7 @@ fn viewer(service_html: &str) -> Option<(String, String)> {
     Some((style, script))
 }
 
-/// A gateway configuration without its opening comment.
+/// Returns a gateway configuration without its opening comment.
 fn configuration(file: &str) -> String {
     let text = match file.split_once("\n\n") {
         Some((_, body)) if file.starts_with('#') => body,
@@ -314,7 +314,7 @@ const PICTURES: [(&str, &[u8]); 4] = [
     ),
 ];
 
-/// The section with the pictures, in the theme of the page.
+/// Returns the section with the pictures, which follow the page's theme.
 fn pictures() -> String {
     let figure = |name: &str, caption: &str| {
         format!(
@@ -336,7 +336,7 @@ fn pictures() -> String {
     )
 }
 
-/// A picture by its file name.
+/// Returns the picture with this file name.
 fn picture(file: &str) -> Option<Response> {
     let name = file.strip_suffix(".webp")?;
     let (_, bytes) = PICTURES.iter().find(|(it, _)| *it == name)?;

@@ -17,7 +17,7 @@ const TOTAL: usize = 64;
 #[derive(Debug, Clone, Copy)]
 struct IsLarge;
 
-/// The places for large responses on one server.
+/// Returns the places for large responses on one replica.
 pub fn places() -> TenantPlaces {
     TenantPlaces::new(OF_TENANT, TOTAL)
 }

@@ -187,7 +187,7 @@ impl ApiError {
     pub fn denied(record: Arc<KeyRecord>, decision: Decision) -> Self {
         let secs = decision.retry_after_secs();
         if decision.violated().is_empty() {
-            // No limit is known to be reached, because the shared counters could not be queried.
+            // No limit is known to have been reached, because the shared counters could not be queried.
             return Self {
                 retry_after: Some(Duration::from_secs(secs.unwrap_or(1))),
                 denied: Some(Box::new((record, decision))),

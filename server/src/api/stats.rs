@@ -35,7 +35,7 @@ struct Yesterday {
     start: DateTime<Utc>,
     /// The start of the quarter hour that contains this time.
     quarter: DateTime<Utc>,
-    /// The fraction of it that has passed.
+    /// The fraction of that quarter hour that has passed.
     part: f64,
 }
 
@@ -91,7 +91,7 @@ impl From<QuotaRow> for QuotaStatus {
     }
 }
 
-/// The percentage of a quota above which it needs attention.
+/// The percentage used from which a quota needs attention.
 const ATTENTION_PERCENT: i64 = 80;
 
 fn attention(quotas: Vec<QuotaRow>, standings: Vec<Standing>) -> Vec<Attention> {
