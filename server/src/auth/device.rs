@@ -5,8 +5,8 @@
 //! exhaust. It is not a credential: without the password, it only allows a few separate attempts.
 //!
 //! A token contains a random ID, the time it was issued and a mark of the account's password, under a MAC that covers
-//! the account's email. After a password change, no device is known anymore. Nothing is stored on the server. A value
-//! may contain the tokens of several accounts, newest first.
+//! the account's email. After a password change, no device is known. Nothing is stored on the server. A value may
+//! contain the tokens of several accounts, newest first.
 
 use std::{sync::Arc, time::Duration};
 
@@ -34,7 +34,7 @@ const SEPARATOR: char = '.';
 /// Identifies a device.
 pub type DeviceId = [u8; ID];
 
-/// A device on which an account has signed in.
+/// A device from which an account was signed in to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Device {
     pub id: DeviceId,

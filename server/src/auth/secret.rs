@@ -116,14 +116,15 @@ impl SecretPair {
         }
     }
 
-    /// Starts with the current secret.
+    /// Returns the accepted secrets, starting with the current one.
     pub fn accepted(&self) -> impl Iterator<Item = &Secrets> {
         std::iter::once(&self.current).chain(&self.previous)
     }
 }
 
-/// The keys for data that replicas exchange through Redis or store in the database. They are derived from the secret *and* the installation: two
-/// installations with the same secret and the same Redis prefix, but different databases, do not trust each other.
+/// The keys for data that replicas exchange through Redis or store in the database. They are derived from the secret
+/// *and* the installation: two installations with the same secret and the same Redis prefix, but different databases,
+/// do not trust each other.
 #[derive(Debug)]
 pub struct Seals {
     pub records: Seal,

@@ -68,7 +68,7 @@ impl Attempt {
                 {
                     count.tries = (count.tries - 1.0).max(0.0);
                     if count.at == at {
-                        // There is no earlier wait, since the attempt was allowed.
+                        // There was no earlier wait, since the attempt was allowed.
                         count.until = Monotonic::default();
                     }
                 }
