@@ -54,7 +54,7 @@ fn smtp(text: &str) -> Result<SmtpSettings, &'static str> {
     let is_loopback = match url.host() {
         Some(Host::Ipv4(ip)) => ip.is_loopback(),
         Some(Host::Ipv6(ip)) => ip.is_loopback(),
-        // The host of a URL with another scheme than http is not parsed as an address.
+        // For schemes such as smtp, the URL parser treats an IPv4 address as a domain.
         Some(Host::Domain(name)) => {
             name == "localhost"
                 || name

@@ -104,9 +104,9 @@ settings! {
     /// failures). With machine, each response waits for the disk (fdatasync); waiting requests share one call.
     durability: "QUOTA_DURABILITY", "process", "MODE";
 
-    /// The maximum disk space for recorded usage while PostgreSQL is unreachable, in bytes: 1048576 to
-    /// 1000000000000. The server logs a warning when half of it is used. When it is used up, check requests get 503. 1 GiB is
-    /// enough for about 6,000,000 requests.
+    /// The maximum disk space for recorded usage while PostgreSQL is unreachable, in bytes: 1048576 to 1000000000000.
+    /// The server logs a warning when half of it is used. When it is used up, check requests get 503. 1 GiB is enough
+    /// for about 6,000,000 requests.
     usage_backlog_max: "QUOTA_USAGE_BACKLOG_MAX", "4294967296", "BYTES";
 
     /// How often recorded usage is written to PostgreSQL: 10ms to 60s.
@@ -119,9 +119,10 @@ settings! {
     migrate: "QUOTA_MIGRATE", "true", "BOOL";
 
     /// Signs access tokens, browser sessions and known devices, seals data that replicas share in Redis, and encrypts
-    /// the signing secrets of webhooks: at least 32 random characters, the same on every replica. Unset: generated once and kept in the database. To rotate it
-    /// without signing anyone out: (1) set the new secret as QUOTA_SECRET_PREVIOUS on every replica, (2) swap the two,
-    /// (3) remove QUOTA_SECRET_PREVIOUS after QUOTA_SESSION_DAYS.
+    /// the signing secrets of webhooks: at least 32 random characters, the same on every replica. Unset: generated once
+    /// and kept in the database. To rotate it without signing anyone out: (1) set the new secret as
+    /// QUOTA_SECRET_PREVIOUS on every replica, (2) swap the two, (3) remove QUOTA_SECRET_PREVIOUS after
+    /// QUOTA_SESSION_DAYS.
     secret: "QUOTA_SECRET", "", "SECRET", hide_env_values = true;
 
     /// A file that contains QUOTA_SECRET. Use either this or QUOTA_SECRET.
