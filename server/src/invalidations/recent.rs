@@ -1,8 +1,8 @@
 //! The recent changes that this replica knows of. Decides whether a copy that another replica read from PostgreSQL
 //! earlier is still current.
 //!
-//! Changes are numbered in the order of their commits, and a copy carries the highest number at the time it was read. So
-//! a copy with number `n` is current except for changes above `n`.
+//! Changes are numbered in the order of their commits, and a copy carries the highest number at the time it was read.
+//! So a copy with number `n` is current except for changes above `n`.
 //!
 //! There are two sources with different levels of trust:
 //! - **Polled** changes come from PostgreSQL, in order and without gaps. Only they raise the floor and the number up to
@@ -65,8 +65,8 @@ fn subject(invalidation: &Invalidation) -> Uuid {
 }
 
 impl Recent {
-    /// Records the first poll: the newest changes that PostgreSQL still has, in order. Older ones may have been deleted,
-    /// so nothing below the first of them is confirmed.
+    /// Records the first poll: the newest changes that PostgreSQL still has, in order. Older ones may have been
+    /// deleted, so nothing below the first of them is confirmed.
     pub fn begin(&self, newest: &[Invalidation], history: &str) {
         let mut state = self.0.lock();
         state.history = Some(history.into());

@@ -42,7 +42,7 @@ impl PostgresLedger {
         Arc::new(error)
     }
 
-    /// Takes all requests in one transaction. `requests` are sorted.
+    /// Takes all requests in one transaction. `requests` must be sorted.
     async fn take_together(
         &self,
         from: Windows,
