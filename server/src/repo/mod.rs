@@ -206,7 +206,7 @@ pub struct Rows<T> {
 }
 
 impl<T> Rows<T> {
-    /// Expects one more row than fits on the page, if there is one.
+    /// `rows` must contain one more row than fits on the page, if there is one.
     fn new(mut rows: Vec<T>, limit: u32, total: i64) -> Self {
         let limit = limit as usize;
         let more = rows.len() > limit;

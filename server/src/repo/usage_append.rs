@@ -95,8 +95,8 @@ struct Seq {
 }
 
 /// Adds the records to the log and to every rollup. Call this once per transaction and commit soon, because the tenants
-/// stay locked until then. A larger batch takes less time for each record. Sets the transaction's timeouts to 30 s for
-/// a statement and 10 s for a lock.
+/// remain locked until then. A larger batch takes less time for each record. Sets the transaction's timeouts to 30 s
+/// for a statement and 10 s for a lock.
 pub async fn append(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Appended, DbError> {
     if batch.is_empty() {
         return Ok(Appended::default());

@@ -80,8 +80,8 @@ SELECT coalesce(sum(difference), 0)::bigint AS difference FROM (
 /// then.
 ///
 /// A key whose plan gets or loses the quota during the window has usage that the ledger rightly did not count. So usage
-/// in excess of the ledger is only counted if neither the key nor its plan has changed since an hour before the window,
-/// when replicas had read them.
+/// in excess of the ledger is only counted if neither the key nor its plan has changed since an hour before the window
+/// began, so that every replica had read their current versions by then.
 const LEDGER_AND_ROLLUPS: &str = r"
 SELECT coalesce(sum(greatest(used - spent, 0)), 0)::bigint AS ledger,
     coalesce(sum(greatest(spent - used, 0)) FILTER (WHERE is_unchanged), 0)::bigint AS rollups
