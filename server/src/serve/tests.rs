@@ -80,7 +80,7 @@ async fn ask(stream: &mut TcpStream) {
     }
 }
 
-/// The time until the server closes the connection.
+/// Returns the time until the server closes the connection.
 async fn ended_after(stream: &mut TcpStream) -> Duration {
     let began = time::Instant::now();
     let mut rest = Vec::new();

@@ -10,7 +10,7 @@ use uuid::Builder;
 use crate::clock::UnixNanos;
 
 /// Generates IDs that are unique across processes. They are predictable, which does not matter for request IDs: reading
-/// random numbers from the system would cost more than everything else.
+/// random numbers from the system would cost more than the rest of generating an ID.
 #[derive(Debug)]
 pub struct RequestIds {
     /// The starting point of this process's counter.
