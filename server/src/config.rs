@@ -84,7 +84,7 @@ pub struct Config {
     /// `None` if billing is off.
     pub stripe: Option<StripeSettings>,
     pub mail: MailSettings,
-    /// Networks that are not public, to which webhooks may be sent nevertheless.
+    /// Non-public networks to which webhooks may be sent.
     pub webhook_private_networks: Vec<IpNet>,
     pub log_format: LogFormat,
     pub log: String,
@@ -130,7 +130,7 @@ impl StripeSettings {
 /// Outgoing email.
 #[derive(Clone)]
 pub struct MailSettings {
-    /// `None`: emails are written to files.
+    /// `None` to write emails to files.
     pub smtp: Option<SmtpSettings>,
     pub from: Mailbox,
 }
