@@ -335,7 +335,8 @@ async fn role_without_the_right_is_403_and_changes_nothing() {
     let mut denied = 0;
     for role in ROLES {
         let member = app.register().await;
-        // Joins the owner's tenant instead of the tenant it was created with, and has a session there.
+        // The user joins the owner's tenant instead of the one that was created with the account, and has a session
+        // there.
         client
             .execute(
                 "DELETE FROM sessions WHERE user_id = $1::text::uuid",

@@ -133,12 +133,12 @@ fn client_at(source: Ipv4Addr) -> Client {
     client.build().expect("a client")
 }
 
-/// As many as the open-file limit allows, up to 20,000.
+/// Opens as many connections as the open-file limit allows, up to 20,000.
 #[tokio::test(flavor = "multi_thread")]
 async fn silent_connections_do_not_lock_out_others() {
     let limit = file_limit::raise().unwrap_or(1024);
     let silent = SILENT.min(limit.saturating_sub(OWN_FILES));
-    // Fewer than the silent connections.
+    // There are fewer slots than silent connections.
     let places = (silent / 2).to_string();
     let (data, http) = (data_dir(), Client::new());
     let settings = [("QUOTA_CONNECTIONS", places.as_str())];
@@ -192,7 +192,7 @@ async fn silent_connections_do_not_lock_out_others() {
     assert!(answered >= 30, "{answered}");
     assert!(grown < 150, "{grown} MiB");
 
-    // They are closed in time even if no other client needs their slots.
+    // Silent connections are closed in time even if no other client needs their slots.
     for listener in ["public", "metrics"] {
         let open = format!("quota_connections_open{{listener=\"{listener}\"}}");
         let ended = Instant::now();
@@ -228,7 +228,7 @@ async fn cancels_and_comes_back(source: Ipv4Addr, server: SocketAddr) {
             tokio::time::sleep(Duration::from_millis(400)).await;
             next = [http2::get(id, "/openapi.json"), cancel(id - 2)].concat();
         }
-        // The clients run on the same machine as the server.
+        // Pauses, because the clients run on the same machine as the server.
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
 }
@@ -269,7 +269,7 @@ async fn clients_that_cancel_unread_responses_do_not_lock_out_others() {
     quota.stop();
 }
 
-/// Connections that use as much memory as they can without completing a request.
+/// The number of connections that use as much memory as they can without completing a request.
 const SLOW: usize = 2000;
 /// The maximum increase in memory, in MiB. Handlers of many concurrent requests end a while after their connections
 /// close, and use most of the memory in a debug build.
@@ -435,7 +435,7 @@ async fn address_at_its_connection_limit_does_not_affect_others() {
     for _ in 0..5 {
         held.push(at(1).await.expect("within its share"));
     }
-    // For a moment, an address may have twice its limit.
+    // For a moment, an address may have up to twice its limit.
     let mut refused = 0;
     for _ in 0..15 {
         match at(1).await {

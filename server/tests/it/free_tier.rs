@@ -268,7 +268,7 @@ async fn monthly_requests_are_limited_on_every_way_in() {
         let call = call.header("X-Service-Token", &gateway);
         call.header("X-API-Key", key).send().await
     };
-    // A request that costs more than the whole quota will never be admitted, and costs nothing.
+    // A request that costs more than the whole quota is never admitted, and consumes nothing.
     let never = check(&first, 21).await;
     assert_eq!(never.body["allowed"], false, "{}", never.text);
     assert_eq!(never.body["retry_after"], Value::Null);

@@ -49,7 +49,7 @@ impl Setting {
         }
     }
 
-    /// HAProxy with a bug in its script, and a Quota that admits everything.
+    /// HAProxy with a bug in its script, and a substitute for Quota that admits everything.
     async fn with_script_fault(fault: Option<(&str, &str)>) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let authority = Authority::new(dir.path(), "authority");
@@ -286,8 +286,8 @@ async fn keeps_connections(program: Program) {
     );
 }
 
-/// Without Redis, requests on a plan that continues have the degraded header, and those on a plan that does not get
-/// 503.
+/// Without Redis, requests on a plan that remains available get the degraded header, and requests on a plan that does
+/// not remain available get 503.
 async fn reports_degraded_decisions(program: Program) {
     let app = TestApp::setup()
         .flag(format!("--redis-url=redis://127.0.0.1:{}", free_port()))
@@ -363,7 +363,7 @@ fn payment_required(head: &Head) -> &'static str {
     }
 }
 
-/// Responses that are not admissions by Quota, no matter what the consumer sends.
+/// Tests that only Quota's admissions admit a request, no matter what the consumer sends.
 async fn admits_only_what_quota_admits(program: Program) {
     type Answer = fn(&Head) -> &'static str;
     // nginx follows the decision if it is not an admission.

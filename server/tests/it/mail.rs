@@ -1,4 +1,4 @@
-//! Emails about alerts arrive at the members who should get them, once, despite failures of the mail server.
+//! Emails about alerts reach the members who should receive them, once, despite failures of the mail server.
 
 use std::time::Duration;
 
@@ -248,7 +248,7 @@ async fn replicas_write_and_send_each_email_once() {
     assert_eq!(world.smtp.received().len(), 1);
 }
 
-/// From a request to the email, with nothing called by the test.
+/// Covers everything from a request to the email. The test itself triggers nothing in between.
 #[tokio::test(flavor = "multi_thread")]
 async fn email_arrives_by_itself_when_a_quota_is_used_up() {
     let smtp = SmtpServer::start().await;

@@ -288,7 +288,7 @@ fn request(random: &mut Rng) -> Vec<u8> {
     }
     bytes.extend(end(random).as_bytes());
     bytes.extend(body);
-    // Some bytes are changed, missing or repeated.
+    // Sometimes changes, removes or repeats some bytes.
     if random.u8(..8) == 0 && !bytes.is_empty() {
         for _ in 0..random.u8(1..4) {
             let at = random.usize(..bytes.len());
@@ -302,7 +302,8 @@ fn request(random: &mut Rng) -> Vec<u8> {
     bytes
 }
 
-/// Sends it, followed by a valid request. Returns everything that the server sends until it closes the connection.
+/// Sends a random request, followed by a valid one. Returns everything that the server sends until it closes the
+/// connection.
 async fn answers(server: std::net::SocketAddr, seed: u64) -> Vec<u8> {
     let mut random = Rng::with_seed(seed);
     let request = request(&mut random);

@@ -77,7 +77,7 @@ async fn logged(database: &TestDatabase) -> BTreeMap<String, Logged> {
     found
 }
 
-/// The value of a metric, as text.
+/// Returns the value of a metric, as text.
 async fn metric(app: &TestApp, name: &str) -> String {
     app.metric(name).await.to_string()
 }
@@ -158,7 +158,7 @@ async fn every_decision_is_recorded_by_every_way_in() {
     let costly = costly.header("X-Request-Id", "way-costly").send().await;
     assert_eq!(costly.body["allowed"], false, "{}", costly.text);
 
-    // Requests with keys that do not exist or must not be used are not decisions.
+    // No decision is made on requests with keys that do not exist or must not be used.
     assert_eq!(app.echo("qk_nothing").await.status, 401);
     let path = format!("/admin/api-keys/{}", key.id);
     let off = app.act(account, "PATCH", &path, json!({"is_active": false}));
@@ -280,7 +280,7 @@ async fn the_owner_and_two_replays_at_once_count_nothing_twice() {
         let (mut records, mut rounds) = (0, 0);
         while writing.load(Ordering::Relaxed) {
             let config = &app.state.config;
-            // It may wait too long for another transaction.
+            // The replay may wait too long for another transaction.
             if let Ok(replayed) = metering::replay(config, &db, &directory).await {
                 assert!(replayed.is_owned);
                 records += replayed.records;
@@ -420,7 +420,7 @@ async fn denials_of_one_tenant_do_not_fill_the_backlog_of_all() {
     assert_eq!(again, logged.len() + 150);
 }
 
-/// A separate file system of this size in bytes.
+/// A separate file system of limited size.
 struct SmallDisk(TempDir);
 
 impl SmallDisk {
@@ -712,7 +712,7 @@ async fn a_clean_stop_does_not_wait_for_a_batch_that_waits() {
         began.elapsed()
     );
     lock.batch_execute("ROLLBACK").await.expect("it was locked");
-    // The next start ships it.
+    // The next startup ships it.
     let app = TestApp::setup()
         .data_dir(data.path())
         .database(database.clone());
@@ -767,7 +767,7 @@ async fn usage_is_not_complete_beyond_a_decision_in_flight() {
     assert_eq!(world.logged().await.len(), 3);
 }
 
-/// Usage that was delivered does not count as missing because its file remains.
+/// Usage that has been shipped does not count as missing even if its file remains.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_segment_that_cannot_be_deleted_does_not_stop_reports() {
     let flag = "--usage-backlog-max=1048576";

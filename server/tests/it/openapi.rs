@@ -398,7 +398,7 @@ fn odd_values() -> Vec<Value> {
     odd
 }
 
-/// Whether the server checks more than a schema can describe about a field.
+/// Whether the server checks more about a field than a schema can describe.
 fn needs_more_than_the_schema(operation: &Operation, field: &str) -> bool {
     match field {
         // The server also checks how easy it is to guess, and its length in bytes.

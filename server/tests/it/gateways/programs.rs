@@ -81,7 +81,7 @@ impl Filled<'_> {
 }
 
 impl Program {
-    /// Starts it and waits until it listens.
+    /// Starts the gateway and waits until it listens.
     pub(super) async fn start(self, filled: &Filled<'_>) -> Gateway {
         let dir = tempfile::tempdir().expect("a directory");
         let output = dir.path().join("output");

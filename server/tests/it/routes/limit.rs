@@ -832,7 +832,7 @@ async fn key_that_moves_to_another_plan_keeps_its_usage() {
         passed
     };
     assert_eq!(pass().await, 3);
-    // Disabling and enabling the key, or rotating it, does not grant a new burst either.
+    // Deactivating and activating the key, or rotating it, does not grant a new burst either.
     patch(json!({"is_active": false})).await;
     assert_eq!(app.echo(&key.text).await.status, 401);
     patch(json!({"is_active": true})).await;
@@ -1135,7 +1135,7 @@ async fn fast_path_and_router_respond_alike() {
     assert_eq!(
         statuses,
         [
-            401, 401, 401, 401, 401, 422, 415, // refused
+            401, 401, 401, 401, 401, 422, 415, // rejected
             200, 200, 403, 429, 200, // the burst of two ends
             429, 429, 403, 429, 200,
         ]
