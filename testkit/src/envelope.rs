@@ -53,7 +53,7 @@ impl Envelope {
         }
     }
 
-    /// Returns the number of tokens it allows in `nanos`, starting with a full bucket.
+    /// Returns the number of tokens that the promise allows in `nanos`, starting with a full bucket.
     pub fn allows(self, nanos: u64) -> u64 {
         u64::try_from((self.at_once + signed(nanos)) / self.emission).unwrap_or(0)
     }
