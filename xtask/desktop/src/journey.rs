@@ -1,4 +1,5 @@
-//! The main user journey in the desktop app, from registering to using up a key's limit, and a search for leaked tokens.
+//! The main user journey in the desktop app, from registering to using up a key's limit, and a search for leaked
+//! tokens.
 
 use std::{io::Write as _, net::TcpStream, path::Path, time::Duration};
 
@@ -18,7 +19,7 @@ const TITLE: &str = "Quota";
 const PASSWORD: &str = "violet-harbour-quilt-93";
 const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Unique per run, so that the journey can be repeated on the same server.
+/// Returns an email address that is unique per run, so that the journey can be repeated on the same server.
 fn email() -> String {
     format!("desktop-{}@example.com", std::process::id())
 }
@@ -283,7 +284,7 @@ async fn asks_before_quitting(page: &App, world: &World) -> Result<()> {
     display.close(TITLE)?;
     page.text("Copy it before you quit.").await?;
     page.screenshot("quit-warning").await?;
-    // Escape asks about closing the dialog instead.
+    // Escape asks whether to close the dialog instead.
     page.run("document.querySelector('#secret').dispatchEvent(new KeyboardEvent('keydown', { key: 'Escape', bubbles: true }))")
         .await?;
     page.text("Copy it before you close.").await?;
@@ -292,7 +293,7 @@ async fn asks_before_quitting(page: &App, world: &World) -> Result<()> {
     page.element("#secret").await
 }
 
-/// Quits in spite of a new key that is not saved.
+/// Quits even though a new key has not been saved.
 async fn quits_without_saving(page: App, world: &World) -> Result<()> {
     page.follow("Service tokens").await?;
     page.press("New token").await?;
@@ -300,7 +301,7 @@ async fn quits_without_saving(page: App, world: &World) -> Result<()> {
     page.press("Create token").await?;
     page.element("#secret").await?;
     world.display()?.close(TITLE)?;
-    // The app may end before it has answered the driver, so only its end counts.
+    // The app may exit before it has responded to the driver, so only its exit counts.
     let pressed = page.press("Quit without saving").await;
     page.exits()
         .await

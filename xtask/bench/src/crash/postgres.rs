@@ -65,7 +65,7 @@ impl Postgres {
         Ok(postgres)
     }
 
-    /// PostgreSQL refuses to run as root.
+    /// Returns a command for one of PostgreSQL's programs, which refuse to run as root.
     fn program(&self, name: &str) -> Result<Command> {
         let program = self.programs.join(name);
         if !Uid::effective().is_root() {
