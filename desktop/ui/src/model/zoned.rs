@@ -40,28 +40,28 @@ impl LocalTime {
         })
     }
 
-    /// For example `26 Nov`.
+    /// Returns the date, such as `26 Nov`.
     pub fn date(&self) -> String {
         let month = MONTHS.get(self.month as usize - 1).copied();
         format!("{} {}", self.day, month.unwrap_or_default())
     }
 
-    /// For example `14:05`.
+    /// Returns the time of day, such as `14:05`.
     pub fn clock(&self) -> String {
         format!("{:02}:{:02}", self.hour, self.minute)
     }
 
-    /// The value of a date field, such as `2026-11-26`.
+    /// Returns the value of a date field, such as `2026-11-26`.
     pub fn iso_date(&self) -> String {
         format!("{:04}-{:02}-{:02}", self.year, self.month, self.day)
     }
 
-    /// Minutes since the start of the day, by the clock.
+    /// Returns the minutes since the start of the day, by the clock.
     pub fn minutes(&self) -> i64 {
         i64::from(self.hour) * 60 + i64::from(self.minute)
     }
 
-    /// A time range, such as `Thu 26 Nov, 14:00–15:00 CET`.
+    /// Returns a time range, such as `Thu 26 Nov, 14:00–15:00 CET`.
     pub fn hours_to(&self, end: &Self) -> String {
         let Self { weekday, zone, .. } = self;
         format!(
@@ -72,12 +72,12 @@ impl LocalTime {
         )
     }
 
-    /// The day, such as `Thu 26 Nov`.
+    /// Returns the day, such as `Thu 26 Nov`.
     pub fn whole_day(&self) -> String {
         format!("{} {}", self.weekday, self.date())
     }
 
-    /// The full time, such as `Thu 26 Nov, 14:20 CET`.
+    /// Returns the full time, such as `Thu 26 Nov, 14:20 CET`.
     pub fn in_full(&self) -> String {
         format!(
             "{} {}, {} {}",
