@@ -1,5 +1,5 @@
-//! The console's calls to the server: a closed set, and the only place that converts a call to a method, a path, a
-//! query and a body. The browser and the desktop app send only these.
+//! The console's calls to the server. They are a closed set: the browser and the desktop app send no others. Only this
+//! module converts a call to a method, a path, a query and a body.
 
 use serde::{Deserialize, Serialize};
 

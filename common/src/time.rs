@@ -20,7 +20,7 @@ impl Timestamp {
         (at <= Self::latest()).then_some(Self(at))
     }
 
-    /// The last second that RFC 3339 can represent.
+    /// Returns the last second that RFC 3339 can represent.
     fn latest() -> DateTime<Utc> {
         DateTime::from_timestamp(253_402_300_799, 0).expect("9999-12-31T23:59:59Z is a time")
     }

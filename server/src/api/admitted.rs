@@ -192,7 +192,7 @@ impl<'a> Sent<'a> {
     }
 }
 
-/// The API key of a request: `X-API-Key: K` or `Authorization: Bearer K`.
+/// Returns the API key of a request: `X-API-Key: K` or `Authorization: Bearer K`.
 fn key_text(request: &Request) -> Result<Option<&str>, ApiError> {
     let headers = request.headers();
     let from_field = match Sent::of(headers, "x-api-key") {

@@ -170,8 +170,8 @@ pub fn same_origin(state: &AppState, headers: &HeaderMap) -> Result<(), ApiError
     }
 }
 
-/// Checks a request with a session cookie, once its session is known: one that may change something must come from this
-/// server's own pages, with the CSRF header.
+/// Checks a request with a session cookie, once its session is known: if it may change something, it must come from
+/// this server's own pages and carry the CSRF header.
 pub fn may_change(state: &AppState, request: &Request, session: SessionId) -> Result<(), ApiError> {
     if matches!(*request.method(), Method::GET | Method::HEAD) {
         return Ok(());

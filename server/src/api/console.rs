@@ -81,7 +81,7 @@ fn choose_coding(headers: &HeaderMap) -> Coding {
                 .split_once('=')
                 .filter(|(name, _)| name.trim().eq_ignore_ascii_case("q"))
                 .and_then(|(_, value)| value.trim().parse().ok());
-            // A malformed quality does not count as consent.
+            // A coding with a malformed quality is not acceptable.
             (name.trim(), quality.unwrap_or(0.0))
         })
         .collect();

@@ -17,7 +17,7 @@ const SVG: &str = "image/svg+xml";
 const WEBP: &str = "image/webp";
 const STYLE: &str = include_str!("document/page.css");
 const SCRIPT: &str = include_str!("document/page.js");
-/// The opening part of every page.
+/// The metadata at the start of every page.
 const META: &str = "<meta charset=\"utf-8\">\n\
     <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
     <meta name=\"color-scheme\" content=\"light dark\">";
@@ -343,7 +343,7 @@ fn picture(file: &str) -> Option<Response> {
     Some(respond(*bytes, WEBP, HOUR, CSP))
 }
 
-/// The page at `/`: about Quota, or a short page with links to the operator's console and API docs.
+/// Returns the page at `/`: about Quota, or a short page with links to the operator's console and API docs.
 fn front_page(landing: &Landing, base: &str) -> String {
     let version = env!("CARGO_PKG_VERSION");
     match landing {

@@ -1,7 +1,7 @@
 //! The headers that report a decision.
 //!
-//! Writes all of them, except those of responses without a decision: `X-Quota-Decision` of errors on forward-auth, and
-//! `Retry-After` of errors.
+//! This module writes all of them, except those of responses without a decision: `X-Quota-Decision` of errors on
+//! forward-auth, and `Retry-After` of errors.
 //!
 //! `RateLimit` and `RateLimit-Policy` follow draft-ietf-httpapi-ratelimit-headers-11, as structured fields of
 //! RFC 9651; `X-RateLimit-*` are the older convention. `X-Quota-Decision` is for gateways.

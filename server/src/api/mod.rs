@@ -49,7 +49,7 @@ pub enum Tag {
     /// Create, rotate, deactivate and delete API keys.
     #[oai(rename = "API keys")]
     ApiKeys,
-    /// Rate limits and quotas shared by a group of keys.
+    /// Rate limits and quotas that apply to each key in a group.
     Plans,
     /// Credentials your gateways use to call the check endpoints.
     #[oai(rename = "Service tokens")]

@@ -1,4 +1,4 @@
-//! `/admin/stats`: the numbers of the home page.
+//! `/admin/stats`: the numbers on the home page.
 
 use chrono::{DateTime, TimeDelta, Utc};
 use poem::Result;
@@ -91,7 +91,7 @@ impl From<QuotaRow> for QuotaStatus {
     }
 }
 
-/// The percentage used from which a quota needs attention.
+/// How much of a quota must be used before it needs attention, in percent.
 const ATTENTION_PERCENT: i64 = 80;
 
 fn attention(quotas: Vec<QuotaRow>, standings: Vec<Standing>) -> Vec<Attention> {

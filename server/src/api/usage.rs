@@ -179,7 +179,7 @@ struct Grouped {
     groups: Vec<UsageGroup>,
 }
 
-/// `all` contains the counts of each bucket across all groups.
+/// Returns the largest groups and all others combined. `all` contains the counts of each bucket across all groups.
 async fn grouped(
     tx: &mut TenantTx,
     filter: &Filter,

@@ -254,7 +254,7 @@ fn events(tail: Tail, guard: Guard) -> impl Stream<Item = std::io::Result<Bytes>
     futures_util::StreamExt::chain(hello, rest)
 }
 
-/// The schema of a stream, with an example of an event.
+/// Returns the schema of a stream, with an example of an event.
 fn schema() -> MetaSchemaRef {
     MetaSchemaRef::Inline(Box::new(MetaSchema {
         example: Some(event("decision", Some(1), &Decision::example()).into()),
