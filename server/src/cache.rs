@@ -1,6 +1,6 @@
 //! A cache of PostgreSQL rows that tracks how long its entries are valid.
 //!
-//! An entry is valid while the last poll for invalidations is recent, because the entries of all rows that have changed
+//! An entry is valid while the last poll for invalidations is recent, because the entries of all rows that had changed
 //! by then have been emptied. Without a recent poll, an entry is valid for a second after it was loaded. After that, it
 //! is reloaded. While PostgreSQL is unavailable, an entry is still served for a grace period after it was last
 //! confirmed. After that, lookups fail, because the entry cannot be confirmed.
@@ -126,7 +126,7 @@ impl Freshness {
     }
 }
 
-/// A load failed. Shared by all callers that waited for the load.
+/// Why a load failed. Shared by all callers that waited for the load.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Unconfirmed {
     #[error("cannot be confirmed: {0}")]

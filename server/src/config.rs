@@ -67,9 +67,9 @@ pub struct Config {
     pub idle_timeout: Duration,
     pub write_timeout: Duration,
     pub connections: usize,
-    /// The maximum per address; 0 for no limit.
+    /// The maximum number per address; 0 for no limit.
     pub connections_per_address: usize,
-    /// The limit per IPv4 /24 or IPv6 /56. An IPv6 /48 may have twice as many. 0 means no limit.
+    /// The maximum number per IPv4 /24 or IPv6 /56. An IPv6 /48 may have twice as many. 0 means no limit.
     pub connections_per_network: usize,
     pub key_lookups: usize,
     pub drain_timeout: Duration,

@@ -51,7 +51,7 @@ pub fn table(report: &ShipperReport) -> String {
     text
 }
 
-/// Returns the report as text.
+/// Returns the usage report as text.
 pub async fn report(db: &Db, hours: u16, top: u16) -> Result<String, DbError> {
     let mut tx = db.system().await?;
     let times = usage_shipper::times(&mut tx).await?;

@@ -111,8 +111,8 @@ impl Password {
         )))
     }
 
-    /// Checks that it is strong enough for the account with this email. Takes a few milliseconds for any password; see
-    /// [`windows`]. If one part is hard to guess, the whole password is hard to guess.
+    /// Checks that the password is strong enough for the account with this email. Takes a few milliseconds for any
+    /// password; see [`windows`]. If one part is hard to guess, the whole password is hard to guess.
     fn judge(&self, email: &str) -> Result<(), AuthError> {
         self.check_length()?;
         let mut known = vec![email, "quota"];

@@ -1,5 +1,5 @@
-//! The keys from which all signing keys are derived: a secret set by the operator, or one kept in the database. Each
-//! purpose has its own key (HKDF-SHA-256), so no key reveals another.
+//! Derives all signing keys from one secret, which the operator sets or which is kept in the database. Each purpose has
+//! its own key (HKDF-SHA-256), so no key reveals another.
 //!
 //! While the operator rotates `QUOTA_SECRET`, new signatures use the current secret, and those made with
 //! `QUOTA_SECRET_PREVIOUS` are still accepted: browser sessions, access tokens and known devices survive.

@@ -170,7 +170,7 @@ async fn unconfirmed_entries_are_served_for_the_grace_period_only() {
     assert_eq!(it.get(Ok(Some("b"))).await.unwrap().as_deref(), Some("b"));
 }
 
-/// A load that never ends, as when PostgreSQL accepts every byte but never responds.
+/// Returns a load that never ends, as when PostgreSQL accepts every byte but never responds.
 fn hangs() -> impl Fn() -> std::future::Pending<Result<Option<String>, Unconfirmed>> {
     std::future::pending
 }

@@ -94,7 +94,7 @@ impl std::fmt::Display for RedisServers {
     }
 }
 
-/// TCP options of every connection.
+/// Returns the TCP options of every connection.
 pub fn tcp_settings() -> TcpSettings {
     TcpSettings::default()
         .set_nodelay(true)

@@ -26,8 +26,8 @@ use crate::repo::invalidation::{Invalidation, Target};
 
 /// The maximum number of polled changes in memory. Each takes about 150 bytes.
 const REMEMBERED: usize = 20_000;
-/// The maximum number of announcements in memory until the poll reaches them shortly after. Others are dropped, since
-/// the poll reads them anyway.
+/// The maximum number of announcements in memory that the poll has not reached yet. Others are dropped, since the poll
+/// reads them anyway.
 const ANNOUNCED: usize = 4096;
 
 /// See the module documentation.
@@ -252,7 +252,7 @@ mod tests {
         assert!(recent.unchanged(&[key(1)], 2), "read after the change");
         assert!(recent.unchanged(&[key(2)], 1));
         assert!(!recent.unchanged(&[key(2)], 3), "3 was never announced");
-        // It was announced after a later change.
+        // This change was announced after a later one.
         assert!(recent.announced(&of_key(1, 2)));
         assert!(!recent.unchanged(&[key(2)], 0));
         assert!(!recent.polled(&of_key(1, 2)) && !recent.polled(&of_key(2, 1)));

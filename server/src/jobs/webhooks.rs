@@ -113,7 +113,7 @@ impl Worker {
         }
     }
 
-    /// `outcome` is `None` if the attempt panicked. It is then repeated later.
+    /// Handles the end of an attempt. `outcome` is `None` if it panicked; it is then repeated later.
     fn ended(&mut self, attempt: task::Id, outcome: Option<&Result<Outcome, DbError>>) {
         self.webhooks.remove(&attempt);
         let metrics = &self.state.metrics;

@@ -173,7 +173,8 @@ fn granted(taken: quota_usage::Taken) -> Taken {
     }
 }
 
-/// Returns the window of a row. Rows of earlier versions have no end, so the calendar's is used.
+/// Returns the window of a row. Rows of earlier versions have no end, so the end of the calendar's day or month is
+/// used.
 fn stated(row: &StatedWindow, request: &TakeRequest) -> QuotaWindow {
     let start = nanos(row.start);
     match row.end {

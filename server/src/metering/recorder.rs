@@ -359,7 +359,7 @@ impl Recorder {
         }
     }
 
-    /// Waits until the record is as durable as configured. Returns `false` if it may be lost if the machine fails.
+    /// Waits until the record is as durable as configured. Returns `false` if it may be lost when the machine fails.
     pub async fn made_durable(&self, segment: Arc<Segment>) -> bool {
         match &self.syncer {
             None => true,

@@ -376,7 +376,7 @@ async fn ship_segment(
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Replayed {
     pub records: u64,
-    /// Whether a running process holds the directory. It ships the rest itself.
+    /// Whether a running process holds the directory. That process ships the rest.
     pub is_owned: bool,
 }
 

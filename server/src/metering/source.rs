@@ -56,7 +56,7 @@ pub(super) struct Source {
     pub(super) shipped: u64,
     /// The time of the oldest record that was read but not shipped yet.
     pub(super) oldest: Option<DateTime<Utc>>,
-    /// Whether a record is still being written; it and all later ones were not read.
+    /// Whether a record is still being written. That record and all later ones were not read.
     pub(super) is_blocked: bool,
     pub(super) state: SourceState,
 }

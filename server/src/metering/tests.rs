@@ -342,7 +342,7 @@ fn crashed(synced: &[u8], current: &[u8], random: &mut Rng) -> Vec<u8> {
     bytes
 }
 
-/// Set `CRASH_IMAGES=10000` to check more images.
+/// Returns the number of images to check. Set `CRASH_IMAGES=10000` to check more.
 #[expect(
     clippy::disallowed_methods,
     reason = "a measurement is no setting of the server"

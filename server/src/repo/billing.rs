@@ -13,7 +13,7 @@ use crate::{
     schema::{billing_accounts, billing_subscriptions, tenants, users},
 };
 
-/// A tenant that has started to pay.
+/// A tenant that has started a subscription or tried to.
 #[derive(Debug, Clone, Queryable, Selectable)]
 #[diesel(table_name = billing_accounts, check_for_backend(Pg))]
 pub struct AccountRow {

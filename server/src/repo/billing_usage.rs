@@ -22,7 +22,7 @@ pub struct OpenHour {
     /// The end of the hour, or the edge of a billing period up to which it can be planned before it ends.
     #[diesel(sql_type = Timestamptz)]
     pub until: DateTime<Utc>,
-    /// Whether the tenant's subscriptions were read after `until`, so that the limits of billing periods before it are
+    /// Whether the tenant's subscriptions were read after `until`, so that the edges of billing periods before it are
     /// known. Also true if there is nothing to read.
     #[diesel(sql_type = Bool)]
     pub is_read: bool,

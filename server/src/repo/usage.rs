@@ -221,7 +221,7 @@ impl CountsRow {
     }
 }
 
-/// The statement of [`series`].
+/// Returns the statement of [`series`].
 fn series_sql(filter: &Filter, group: Option<GroupBy>) -> String {
     let chosen = match group {
         None => "",

@@ -38,7 +38,7 @@ const TIMEOUTS: &str = "SET LOCAL statement_timeout = '30s'; SET LOCAL lock_time
 /// Rows per statement: encoding more of them would block a thread that serves requests for milliseconds.
 const CHUNK: usize = 1_000;
 
-/// Locks the tenants and assigns numbers to the rows. Later statements see what others have committed before.
+/// Locks the tenants and assigns numbers to the rows. Later statements see what others committed before that.
 const TAKE_NUMBERS: &str = "\
     INSERT INTO usage_tenants AS t (tenant_id, last_seq) SELECT unnest($1), unnest($2) \
     ON CONFLICT (tenant_id) DO UPDATE SET last_seq = t.last_seq + excluded.last_seq \

@@ -1,4 +1,4 @@
-//! Adds up decisions for each row of a rollup that they change, before they are appended.
+//! Sums decisions for each rollup row that they change, before they are appended.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 

@@ -1,7 +1,7 @@
 //! Reports of replicas about usage that they have not shipped yet.
 //!
 //! A replica reports about once per second on each usage directory it owns. An older report means that its replica is
-//! slow, cut off from PostgreSQL, or stopped without shipping everything.
+//! slow, cut off from PostgreSQL, or has stopped without shipping everything.
 
 use chrono::{DateTime, Utc};
 use diesel::{

@@ -195,7 +195,7 @@ impl Connection {
         self.buffered.fetch_add(2 * length, Ordering::Relaxed);
     }
 
-    /// Records that the socket accepted bytes, so that earlier requests have been answered.
+    /// Records that the socket accepted bytes, which means that earlier requests have been answered.
     pub(super) fn has_written(&self) {
         if !self.is_http2() {
             self.head_began.store(0, Ordering::Relaxed);

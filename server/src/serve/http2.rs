@@ -219,8 +219,8 @@ impl Requests {
         }
     }
 
-    /// The stream was reset by either side: a client can make the server reset a stream by violating the protocol on
-    /// it.
+    /// Records that either side has reset a stream: a client can make the server reset a stream by violating the
+    /// protocol on it.
     fn reset(&mut self, stream: u32) {
         let Some(index) = self.open.iter().position(|it| it.stream == stream) else {
             return;

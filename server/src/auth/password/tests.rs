@@ -44,7 +44,7 @@ fn costly_passwords_are_estimated_in_parts() {
     let password = Password::new(&costly[..100]);
     let began = std::time::Instant::now();
     let _ = password.judge("ada@example.com");
-    // Without the bound, this one took most of a second; now it takes a few milliseconds.
+    // Without the bound, this one would take most of a second; with it, a few milliseconds.
     assert!(began.elapsed() < Duration::from_millis(500));
 }
 
