@@ -55,7 +55,7 @@ pub struct FaultProxy {
 #[derive(Debug)]
 enum Running {
     Here(JoinHandle<()>),
-    /// Ends when this is dropped.
+    /// The proxy's thread ends when this is dropped.
     Apart(#[expect(dead_code, reason = "held for its drop")] oneshot::Sender<()>),
 }
 
@@ -299,7 +299,7 @@ async fn deliver(
 mod tests {
     use super::*;
 
-    /// An echo server.
+    /// Starts an echo server.
     async fn echo() -> SocketAddr {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
             .await

@@ -30,7 +30,7 @@ pub struct SmtpServer {
 #[derive(Debug, Default)]
 struct State {
     received: Mutex<Vec<ReceivedMail>>,
-    /// Responses to the next recipients, instead of accepting them.
+    /// Responses that reject the next recipients.
     refusals: Mutex<VecDeque<String>>,
     /// The user and password in Base64, as AUTH PLAIN sends them.
     credentials: Mutex<Option<String>>,

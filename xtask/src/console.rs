@@ -32,7 +32,7 @@ fn compile(features: &[&str], out: &Path, shape: &[&str]) -> Result<()> {
             .args(["rustc", "--quiet", "--package", "quota-ui"])
             .args(options)
             .args(features)
-            // The module is split along its relocations.
+            // Splitting the module requires relocations.
             .args(["--", "-Clink-arg=--emit-relocs"]),
     )?;
     let wasm = target_directory()?

@@ -68,7 +68,7 @@ fn build_release(targets: &[&str]) -> Result<()> {
     succeed(cargo().arg("build").args(options).args(targets))
 }
 
-/// What testing the packages requires.
+/// The programs required to test the packages.
 const PACKAGE_NEEDS: [machine::Need; 2] = [machine::RPM2CPIO, machine::CPIO];
 
 /// Builds the packages. With `test`, also installs, starts and removes one of them, and compares the files of both.

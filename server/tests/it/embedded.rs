@@ -19,7 +19,7 @@ use tokio_postgres::{Client, NoTls};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A data directory that root's PostgreSQL can access, unlike `/root/…`.
+/// Returns a data directory that root's PostgreSQL can access, unlike `/root/…`.
 fn data_dir() -> tempfile::TempDir {
     let dir = tempfile::Builder::new()
         .prefix("quota-embedded-")

@@ -106,7 +106,7 @@ const ADDRESSES: usize = 4;
 /// No request takes longer than this, even on a busy machine.
 const ANSWERED_WITHIN: Duration = Duration::from_secs(5);
 
-/// The source address of the hostile connection with this number.
+/// Returns the source address of the hostile connection with this number.
 fn hostile(n: usize) -> Ipv4Addr {
     let address = n / FROM_ONE_ADDRESS;
     let octet = |n: usize| u8::try_from(n % 250 + 1).expect("below 256");
@@ -211,8 +211,8 @@ async fn silent_connections_do_not_lock_out_others() {
     quota.stop();
 }
 
-/// An HTTP/2 client that opens no flow-control window, periodically sends a request and cancels the previous one, and
-/// reconnects when its connection is closed.
+/// Runs an HTTP/2 client that opens no flow-control window, periodically sends a request and cancels the previous one,
+/// and reconnects when its connection is closed.
 async fn cancels_and_comes_back(source: Ipv4Addr, server: SocketAddr) {
     use tokio::io::AsyncWriteExt as _;
     loop {
@@ -277,7 +277,7 @@ const MOST: u64 = 64;
 const MOST_AT_A_TIME: u64 = 128;
 const LARGE: usize = 31 * 1024;
 
-/// The data that one connection of each kind sends. Bodies are sent to endpoints that need no account.
+/// Returns the data that one connection of each kind sends. Bodies are sent to endpoints that need no account.
 fn slow_clients() -> [(&'static str, Vec<u8>, u64); 8] {
     let value = |length: usize| "v".repeat(length);
     let body = format!("{{{}", " ".repeat(60_000));

@@ -1,5 +1,5 @@
-//! Tests when keys and service tokens were last used. The last use of keys is stored with their usage; that of tokens
-//! is kept in memory and stored in batches.
+//! Tests how the last use of keys and service tokens is recorded. The last use of keys is stored with their usage; that
+//! of tokens is kept in memory and stored in batches.
 
 use quota_common::{ApiKeyId, ServiceTokenId};
 use quota_server::clock::UnixNanos;

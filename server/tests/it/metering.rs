@@ -424,7 +424,7 @@ async fn denials_of_one_tenant_do_not_fill_the_backlog_of_all() {
 struct SmallDisk(TempDir);
 
 impl SmallDisk {
-    /// `None` if the test may not mount file systems.
+    /// Mounts the file system. Returns `None` if the test may not mount file systems.
     fn mount(bytes: u64) -> Option<Self> {
         let directory = data_dir();
         let mounted = Command::new("mount")
@@ -595,7 +595,7 @@ async fn directories_and_segments_that_cannot_be_read_hold_up_no_others() {
     let ids = world.echoes(5).await;
     let own = world.usage_directory();
     let root = own.parent().expect("it is in `usage`");
-    // By name, it sorts before the good one.
+    // By name, the bad directories sort before the good one.
     let [unlockable, unreadable, good] =
         [1_u128, 2, 3].map(|n| root.join(uuid::Uuid::from_u128(n).to_string()));
     std::fs::create_dir_all(unlockable.join("lock")).expect("there is space");

@@ -107,7 +107,7 @@ async fn add_keys(database: &TestDatabase, count: usize) -> Vec<String> {
     secrets.iter().map(SecretText::reveal).collect()
 }
 
-/// The number of keys with blocks when the server stops. Set `DRAIN_KEYS=100000` to measure a large deployment.
+/// Returns the number of keys with blocks when the server stops. Set `DRAIN_KEYS=100000` to measure a large deployment.
 #[expect(
     clippy::disallowed_methods,
     reason = "a measurement is no setting of the server"

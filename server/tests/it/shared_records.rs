@@ -54,7 +54,7 @@ impl World {
         }
     }
 
-    /// Another replica, with nothing in memory.
+    /// Starts another replica, with nothing in memory.
     async fn another(&self) -> TestApp {
         let app = TestApp::setup()
             .database(self.first.database.clone())
@@ -430,7 +430,7 @@ async fn newest_invalidation(app: &TestApp) -> i64 {
     row.expect("it is read").get(0)
 }
 
-/// A message without a seal, which anyone who has seen a message could write.
+/// Returns a message without a seal, which anyone who has seen a message could write.
 fn unsealed(seq: i64, id: uuid::Uuid) -> String {
     let at = SystemClock::new().now().0 / 1000;
     json!({"seq": seq, "tenant": id, "target": "tenant", "id": id, "at": at}).to_string()

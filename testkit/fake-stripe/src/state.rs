@@ -56,7 +56,7 @@ impl Failure {
         Self::new(400, "invalid_request_error", message)
     }
 
-    /// The error for a request that is not processed.
+    /// Returns the error for a missing parameter. The request is not processed.
     pub fn missing(param: &str) -> Self {
         let mut failure = Self::invalid(&format!("Missing required param: {param}."));
         failure.body["error"]["code"] = "parameter_missing".into();
@@ -65,7 +65,7 @@ impl Failure {
         failure
     }
 
-    /// The error for a parameter that names an object that does not exist.
+    /// Returns the error for a parameter that names an object that does not exist.
     pub fn no_such_param(param: &str, id: &str) -> Self {
         let mut failure = Self::no_such(param, id);
         failure.status = 400;

@@ -179,7 +179,7 @@ fn status_of<T: std::fmt::Debug>(result: Result<T, StripeError>) -> (u16, String
     }
 }
 
-/// Incomplete becomes active, through Checkout.
+/// An incomplete subscription becomes active through Checkout.
 #[tokio::test]
 async fn checkout_creates_an_active_subscription() {
     let shop = Shop::open().await;
@@ -251,7 +251,7 @@ async fn checkout_expires_and_settles_later() {
         .settle_checkout(&failed.id, false)
         .expect("settled");
     assert_eq!(statuses(&shop.fake), ["active", "incomplete"]);
-    // Incomplete expires after 23 hours.
+    // An incomplete subscription expires after 23 hours.
     shop.fake.advance(23 * HOUR);
     assert_eq!(statuses(&shop.fake), ["active", "incomplete_expired"]);
     shop.fake.advance(HOUR);

@@ -198,7 +198,7 @@ async fn search_for_tokens(page: &App, world: &World, server: &str) -> Result<()
     Ok(())
 }
 
-/// A script in the page can call only the app's commands, and cannot reach another address.
+/// Checks that a script in the page can call only the app's commands, and cannot reach another address.
 async fn other_commands_are_denied(page: &App) -> Result<()> {
     let script = r#"
         const done = arguments[0];
@@ -243,7 +243,7 @@ async fn with_server_unreachable(page: &App, proxy: &FaultProxy) -> Result<()> {
     .await
 }
 
-/// Two processes refresh the same session concurrently.
+/// Checks that two processes can refresh the same session concurrently.
 async fn two_processes(world: &World, server: &str) -> Result<()> {
     let lock = world.data().join("refresh.lock");
     let mut both = Vec::new();
@@ -263,7 +263,7 @@ async fn two_processes(world: &World, server: &str) -> Result<()> {
     Ok(())
 }
 
-/// The app is still signed in after a restart. Then it signs out.
+/// Checks that the app is still signed in after a restart, and then signs out.
 async fn second_start(app: &Path, world: &World, server: &str) -> Result<()> {
     let page = App::start(world, app, server, None).await?;
     page.heading("Get started").await?;
@@ -278,7 +278,7 @@ async fn second_start(app: &Path, world: &World, server: &str) -> Result<()> {
     page.exits().await
 }
 
-/// While a new key is shown and not saved, closing the window and quitting ask first.
+/// Checks that closing the window and quitting ask first while a new key is shown and not saved.
 async fn asks_before_quitting(page: &App, world: &World) -> Result<()> {
     let display = world.display()?;
     display.close(TITLE)?;
@@ -308,7 +308,7 @@ async fn quits_without_saving(page: App, world: &World) -> Result<()> {
         .with_context(|| format!("pressing \"Quit without saving\": {pressed:?}"))
 }
 
-/// Checkout opens in the system's browser; the app notices when it is complete.
+/// Checks that Checkout opens in the system's browser, and that the app notices when it is complete.
 async fn billing(page: &App, world: &World) -> Result<()> {
     page.follow("Billing").await?;
     page.heading("No subscription").await?;
@@ -367,7 +367,7 @@ pub async fn start(app: &Path, server: &str) -> Result<()> {
     Ok(())
 }
 
-/// Only the app itself has tokens in memory, not the processes that render its page.
+/// Checks that only the app itself has tokens in memory, and not the processes that render its page.
 fn check_memory(world: &World) -> Result<()> {
     let mut checked = 0;
     for pid in scan::process_tree(std::process::id().try_into()?) {
@@ -391,7 +391,7 @@ fn check_memory(world: &World) -> Result<()> {
     Ok(())
 }
 
-/// Without a keychain, the session ends with the app, and a banner says so.
+/// Checks that without a keychain, the session ends with the app, and a banner says so.
 async fn without_keychain(app: &Path, server: &str, shots: Option<&Path>) -> Result<()> {
     let world = World::new(false)?;
     let page = App::start(&world, app, server, shots).await?;

@@ -112,7 +112,7 @@ mod tests {
 
     use super::*;
 
-    /// A day of 24 hours, half of which has passed.
+    /// Returns a burn-down of a day of 24 hours, half of which has passed.
     fn burn(used: u64, used_up_at: Option<&str>, projected: u64) -> BurnDown {
         serde_json::from_value(json!({
             "key_id": "019ab4e1-7c00-7000-8000-0000000000b1", "policy": "daily", "limit": 1000, "used": used,

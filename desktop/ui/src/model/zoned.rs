@@ -135,7 +135,7 @@ pub fn start_of_date(date: &str, local: &dyn Fn(i64) -> Option<LocalTime>) -> Op
     start_of_day(found, local)
 }
 
-/// Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms".
+/// Returns the number of days since 1970. See Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms".
 fn days_since_1970(year: i64, month: i64, day: i64) -> i64 {
     let year = if month <= 2 { year - 1 } else { year };
     let era = year.div_euclid(400);
@@ -192,7 +192,7 @@ mod tests {
 
     #[test]
     fn days_start_at_midnight_also_when_clocks_change() {
-        // 29 March 2026 has 23 hours, 25 October 25.
+        // 29 March 2026 has 23 hours, and 25 October has 25.
         for (date, start, hours) in [
             ("2026-03-28", 1_774_652_400_000, 24),
             ("2026-03-29", 1_774_738_800_000, 23),

@@ -308,7 +308,6 @@ async fn play(world: &World, plans: &[Plan], steps: &[Step], grain: u64) -> u64 
             Step::WaitAsTold(off) => {
                 let grains = told.div_ceil(grain).saturating_add_signed(i64::from(off));
                 let nanos = grains * grain;
-                // Only the last day of a wait of a month.
                 world.advance(std::time::Duration::from_nanos(nanos));
             }
             Step::Back(nanos) => {
@@ -337,7 +336,7 @@ async fn play(world: &World, plans: &[Plan], steps: &[Step], grain: u64) -> u64 
     compared
 }
 
-/// In any window, at most `burst + rpm/60 * T` is admitted, with the exact rate and not the rounded one.
+/// Asserts that at most `burst + rpm/60 * T` is admitted in any window, with the exact rate and not the rounded one.
 fn within_what_was_sold(plan: &Plan, grants: &[(u64, u64)]) {
     // An edit to a smaller burst may have left less room. The first grant starts the first window.
     for (i, (from, _)) in grants.iter().enumerate() {

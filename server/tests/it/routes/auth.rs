@@ -1292,7 +1292,7 @@ async fn registration_can_be_closed() {
     );
     let kept = app.everything_kept().await;
     assert!(!kept.contains(email));
-    // The operator can still create accounts, and they can sign in.
+    // The operator can still create accounts, and their users can sign in.
     let created = app.state.accounts.create(email, PASSWORD, None).await;
     created.expect("it is created");
     assert_eq!(login(&app, email, PASSWORD).await.status, 200);

@@ -21,7 +21,7 @@ use crate::{
     support::app::{Account, Answer, Key, TestApp},
 };
 
-/// A server with a test clock, and an account.
+/// Starts a server with a test clock, and registers an account.
 async fn still() -> (TestApp, TestClock, Account) {
     let clock = TestClock::at(SystemClock::new().now());
     let app = TestApp::setup()
@@ -1069,7 +1069,8 @@ async fn grace_period_is_for_one_secret_and_does_not_outlive_the_key() {
     }
 }
 
-/// The three endpoints are recognized by path before the router. An empty query is routed by the router.
+/// The three endpoints are recognized by path before they reach the router. A request with an empty query is routed by
+/// the router.
 #[tokio::test(flavor = "multi_thread")]
 async fn fast_path_and_router_respond_alike() {
     let (app, _clock, account) = still().await;
@@ -1145,7 +1146,7 @@ async fn fast_path_and_router_respond_alike() {
     }
 }
 
-/// The header that gateways rely on.
+/// Returns the header that gateways rely on.
 fn decision(answer: &Answer) -> &str {
     answer.header("x-quota-decision").unwrap_or("none")
 }

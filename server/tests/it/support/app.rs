@@ -342,7 +342,7 @@ impl TestApp {
         made.text("id")
     }
 
-    /// Creates a request of an account. `Null` means no body.
+    /// Creates a request with an account's credentials. `Null` means no body.
     pub(crate) async fn act(
         &self,
         account: &Account,

@@ -26,7 +26,7 @@ const STARTED_WITHIN: Duration = Duration::from_secs(120);
 /// How long stopping after SIGTERM may take.
 const STOPPED_WITHIN: Duration = Duration::from_secs(30);
 
-/// A data directory that root's PostgreSQL can access.
+/// Returns a data directory that root's PostgreSQL can access.
 pub(crate) fn data_dir() -> TempDir {
     tempfile::Builder::new()
         .prefix("quota-it-")

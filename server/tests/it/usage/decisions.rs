@@ -119,7 +119,7 @@ async fn decisions_are_listed_newest_first_page_by_page() {
     );
     assert_eq!(item["key_name"], Value::Null, "the key was deleted");
 
-    // Another tenant sees none of it, with any filter.
+    // Another tenant sees none of these decisions, with any filter.
     let other = app.register().await;
     for query in [
         "",

@@ -453,7 +453,7 @@ async fn days_beyond_the_retention_are_dropped_and_no_others() {
         5,
         "cursors are kept as long as they are needed"
     );
-    // Those from 4 and 5 days ago are kept, and so are those of the requests above.
+    // Endpoints from 4 and 5 days ago are kept, and so are those of the requests above.
     assert_eq!(number(&client, endpoints).await, listed - 1495);
     // Whole days: a day that ended within the retention period is kept.
     assert_eq!(number(&client, "SELECT count(*) FROM usage_log").await, 4);

@@ -292,7 +292,7 @@ async fn wait_until_shipped(client: &Client, loads: &[Arc<Load>], data: &Path) -
         for load in loads {
             missing += usize::from(is_before_commit(client, load).await?);
         }
-        // One for each running replica.
+        // There is one directory for each running replica.
         let directories = fs::read_dir(data.join("usage"))?.count();
         if missing == 0 && directories <= REPLICAS {
             return Ok(());

@@ -267,7 +267,7 @@ async fn happen(kind: Kind, world: &mut World, origin: Instant) -> Result<Durati
             }
             sleep_until(over).await;
             for proxy in &proxies[..silent] {
-                // These TCP streams have lost bytes, which never happens in a network, so they are closed.
+                // These TCP streams have lost bytes, which a real network never causes, so they are closed.
                 proxy.cut();
                 proxy.set(Fault::Pass);
             }

@@ -136,9 +136,9 @@ pub(crate) fn drained_then(
         .collect()
 }
 
-/// Worst-case bursts for leases. Each cycle sends a steady stream to one replica, so that it prefetches many tokens;
-/// pauses for `phase`, so that they remain unspent; then sends a burst to all others at the same time, and finally to
-/// the first. The next cycle begins with the next replica.
+/// Returns worst-case bursts for leases. Each cycle sends a steady stream to one replica, so that it prefetches many
+/// tokens; pauses for `phase`, so that they remain unspent; then sends a burst to all others at the same time, and
+/// finally to the first. The next cycle begins with the next replica.
 pub(crate) fn on_off(
     key: usize,
     from: Duration,

@@ -174,8 +174,8 @@ impl Stage {
         drive(&self.targets(keys), load, Instant::now()).await
     }
 
-    /// A new epoch starts with every bucket empty. Waits until it has started, until buckets that take `time` to fill
-    /// are full, and until the replicas have counted each other.
+    /// Waits until a new epoch has started, with every bucket empty; until buckets that take `time` to fill are full;
+    /// and until the replicas have counted each other.
     pub(crate) async fn settle(&self, time: Duration) -> Result<()> {
         let keys = self.keys_on(&[Plan::new("to begin with", 60, 1)]).await?;
         let load: Vec<_> = (0..self.fleet.len())
@@ -217,7 +217,7 @@ pub(crate) struct Recount {
 }
 
 impl Recount {
-    /// `slack` is what the promise allows for leases.
+    /// Evaluates the log of one key. `slack` is what the promise allows for leases.
     pub(crate) fn of(key: usize, plan: &Plan, slack: Duration, log: &[Attempt]) -> Self {
         let own = || log.iter().filter(|it| it.key == key);
         let count = |what: fn(&Attempt) -> bool| own().filter(|it| what(it)).count();
