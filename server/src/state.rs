@@ -289,7 +289,7 @@ impl AppState {
         })))
     }
 
-    /// Drops all entries that were invalidated by changes from the caches of this replica.
+    /// Drops all entries from the caches of this replica that changes have invalidated.
     pub fn forget(&self, invalidations: &[Invalidation]) {
         let gone = invalidations.iter().collect();
         self.keys.revoke(&gone);

@@ -49,7 +49,7 @@ struct Logged {
     billing: String,
 }
 
-/// Panics if a request has two rows.
+/// Returns the rows of the usage log by request ID. Panics if a request has two rows.
 async fn logged(database: &TestDatabase) -> BTreeMap<String, Logged> {
     let client = database.connect().await;
     let rows = client

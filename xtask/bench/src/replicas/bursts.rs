@@ -27,7 +27,7 @@ const COLUMNS: &[&str] = &[
 const REPLICAS: usize = 3;
 const CYCLES: usize = 3;
 
-/// The result over all idle times.
+/// The result across all idle times.
 #[derive(Clone)]
 struct Found {
     sent: usize,
