@@ -321,7 +321,7 @@ impl AuthApi {
             };
             audit::insert_system(&mut tx, &event).await?;
             tx.commit().await?;
-            tracing::info!(action = "user.update", tenant = %caller.tenant(), user = %caller.user(), "changed");
+            tracing::info!(action = "user.update", tenant = %caller.tenant(), user = %caller.user(), "user updated");
         }
         if body.tenant_name.is_some() || body.time_zone.is_some() {
             let mut edit = Edit::begin(&self.state, &caller).await?;

@@ -276,7 +276,7 @@ impl Billing {
                     Ok(finished) => sent.finished += finished,
                     Err(error) => {
                         sent.errors += 1;
-                        tracing::warn!(%tenant, error = %chain(&error), "cannot report usage to Stripe yet");
+                        tracing::warn!(%tenant, error = %chain(&error), "cannot report usage to Stripe, retrying later");
                     }
                 }
                 let mut tx = self.db.system().await?;

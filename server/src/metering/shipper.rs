@@ -84,7 +84,7 @@ fn open(path: &Path, writer: Writer) -> io::Result<Option<Source>> {
         Err(error) => return Err(error),
     };
     let Some(head) = SegmentHead::read(&file)? else {
-        tracing::error!(path = %path.display(), "not a segment of usage records");
+        tracing::error!(path = %path.display(), "this file is not a usage segment");
         if writer == Writer::Ended {
             directory::set_aside(path)?;
         }
@@ -318,7 +318,7 @@ impl Adopter {
         if !self.failing.contains(&path) {
             tracing::error!(
                 path = %path.display(), %error,
-                "cannot ship or remove some files of this usage directory; all others are shipped"
+                "cannot ship or remove some files in this usage directory; all others are being shipped"
             );
             self.failing.insert(path);
         }
