@@ -197,6 +197,8 @@ metrics! {
         "Usage records that this process has not written to PostgreSQL yet";
     usage_backlog_bytes: Gauge, "usage_backlog_bytes",
         "Bytes of usage records that this process has not written to PostgreSQL yet";
+    usage_adopted_segments: Gauge, "usage_adopted_segments",
+        "Usage segments taken over from stopped replicas that have not been shipped completely";
     usage_unrecordable: Gauge, "usage_unrecordable",
         "1 while usage cannot be recorded and check requests get 503, otherwise 0";
     usage_oldest_seconds: Gauge, "usage_oldest_record_timestamp_seconds",
