@@ -27,7 +27,7 @@ core.register_action("quota", { "http-req" }, function(txn)
   end
   local decision = field("x-quota-decision")
   if answer and answer.status == 200 and decision == "allowed" then
-    -- haproxy.cfg denies requests that were not admitted here, since HAProxy continues after an error in this script.
+    -- haproxy.cfg denies requests that were not allowed here, since HAProxy continues after an error in this script.
     txn:set_var("txn.quota_admitted", true)
     for _, name in ipairs(LIMITS) do
       if field(name) then txn:set_var("txn." .. name:gsub("-", "_"), field(name)) end
