@@ -8,7 +8,7 @@ local TITLES = { [401] = "Unauthorized", [402] = "Payment Required", [429] = "To
 
 core.register_action("quota", { "http-req" }, function(txn)
   local consumer = txn.http:req_get_headers()
-  -- The endpoint, for usage.
+  -- The endpoint to record in usage.
   local headers = { ["x-forwarded-method"] = { txn.sf:method() }, ["x-forwarded-uri"] = { txn.sf:path() } }
   -- Copies every value, because Quota rejects a request with two keys.
   for _, name in ipairs({ "x-api-key", "authorization" }) do
