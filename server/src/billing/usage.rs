@@ -372,7 +372,7 @@ impl Billing {
                 }
                 | StripeError::Missing { message, .. },
             ) => {
-                tracing::error!(%tenant, message, "Stripe rejected usage");
+                tracing::error!(%tenant, message, "Stripe rejected a usage report");
                 Ok(Some(Unbilled::Rejected))
             }
             Err(error) => Err(error.into()),

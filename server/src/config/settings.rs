@@ -94,8 +94,8 @@ settings! {
     /// Redis, as with a strict plan.
     lease_ttl: "QUOTA_LEASE_TTL", "100ms", "DURATION";
 
-    /// Behavior while Redis is unreachable, unless the plan specifies it: share (each replica enforces its share of the
-    /// limit), open (each replica enforces the full limit) or closed (check requests get 503).
+    /// Behavior while Redis is unreachable, for plans that do not specify it: share (each replica enforces its share of
+    /// the limit), open (each replica enforces the full limit) or closed (check requests get 503).
     on_redis_failure: "QUOTA_ON_REDIS_FAILURE", "share", "MODE";
 
     /// Whether to record the usage of API keys: on or off. Each decision is recorded on this machine, in the directory
@@ -203,8 +203,8 @@ settings! {
     /// How long a request may take from the end of its headers to its response, such as 10s.
     request_timeout: "QUOTA_REQUEST_TIMEOUT", "10s", "DURATION";
 
-    /// How long a client connection may be idle between two requests, such as 75s. Set it longer than proxies keep
-    /// idle connections to Quota.
+    /// How long a client connection may be idle between two requests, such as 75s. This must be longer than proxies
+    /// keep idle connections to Quota.
     idle_timeout: "QUOTA_IDLE_TIMEOUT", "75s", "DURATION";
 
     /// How long a client may go without reading any part of a response that is being sent, such as 30s. On HTTP/2,

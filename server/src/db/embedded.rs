@@ -87,8 +87,7 @@ pub enum EmbeddedError {
     )]
     InUse(PathBuf),
     #[error(
-        "the database in {} belongs to the user {owner}: start as that user or as root, or set \
-         QUOTA_DATA_DIR",
+        "the database in {} belongs to the user {owner}: start the server as that user or as root, or set QUOTA_DATA_DIR",
         cluster.display()
     )]
     ForeignOwner { cluster: PathBuf, owner: String },
