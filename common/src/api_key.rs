@@ -16,7 +16,7 @@ response! {
         pub id: ApiKeyId,
         pub name: String,
         pub plan_id: PlanId,
-        /// The first characters of the key, which identify it.
+        /// The first characters of the key, by which you can recognize it.
         pub prefix: String,
         /// Whether the key is active. Requests with an inactive key are rejected with 401 and never charged.
         pub is_active: bool,

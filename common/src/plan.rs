@@ -9,7 +9,8 @@ use crate::{
 };
 
 text_enum! {
-    /// `paid`: keys on the plan work only while the tenant has an active subscription.
+    /// Whether a plan requires a subscription. Keys on a `paid` plan work only while the tenant has an active
+    /// subscription.
     #[derive(Default)]
     pub enum Billing {
         #[default]

@@ -344,7 +344,7 @@ async fn initialize_counters(
     match counters.begin().await {
         Ok(()) => tx.commit().await,
         Err(error) => {
-            tracing::warn!(error = %error, "cannot reach Redis; its counters will start empty");
+            tracing::warn!(error = %error, "cannot reach Redis at startup; the counters will start empty");
             Ok(())
         }
     }

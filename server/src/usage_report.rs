@@ -68,7 +68,7 @@ pub async fn report(db: &Db, hours: u16, top: u16) -> Result<String, DbError> {
     );
     rows(
         &mut text,
-        &["tenant", "name", "allowed", "rejected", "cost"],
+        &["tenant", "name", "allowed", "denied", "cost"],
         tenants.iter().map(tenant),
     );
     let _ = writeln!(
@@ -77,7 +77,7 @@ pub async fn report(db: &Db, hours: u16, top: u16) -> Result<String, DbError> {
     );
     rows(
         &mut text,
-        &["key", "prefix", "tenant", "allowed", "rejected", "cost"],
+        &["key", "prefix", "tenant", "allowed", "denied", "cost"],
         keys.iter().map(key),
     );
     Ok(text)
@@ -110,7 +110,7 @@ fn delivery(text: &mut String, times: Times, reports: &[ShipperReport]) {
     let bytes: i64 = reports.iter().map(|it| it.pending_bytes).sum();
     let _ = writeln!(
         text,
-        "Usage is complete through {} ({lag} s ago). Not delivered yet: {pending} records, {bytes} bytes.",
+        "Usage is complete up to {} ({lag} s ago). Not delivered yet: {pending} records, {bytes} bytes.",
         times.complete_until.format("%Y-%m-%dT%H:%M:%SZ"),
     );
     if reports.is_empty() {

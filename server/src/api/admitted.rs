@@ -126,7 +126,7 @@ impl SignedInTenant {
         let context = RequestContext::of(request)?;
         let token = bearer(request.headers())?
             .or_else(|| browser::cookie(&context.state, request, SessionCookie::Access))
-            .ok_or_else(|| ApiError::internal("an admitted caller has a token"))?;
+            .ok_or_else(|| ApiError::internal("the caller was authenticated without a token"))?;
         Ok(SecretString::from(token))
     }
 
@@ -220,7 +220,7 @@ fn key_text(request: &Request) -> Result<Option<&str>, ApiError> {
         {
             Err(ApiError::new(
                 ProblemCode::Malformed,
-                "Don't send API keys in the URL, because URLs are logged. Rotate this key and send it as X-API-Key.",
+                "Don't send API keys in the URL, because URLs are logged. Rotate this key, and send the new one as X-API-Key.",
             ))
         }
         (None, None) => Ok(None),

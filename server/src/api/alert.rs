@@ -73,7 +73,7 @@ impl AlertApi {
     async fn list(
         &self,
         caller: UsageTenant,
-        /// Page size, 1–100. Default 20.
+        /// Page size, 1–100. Default: 20.
         limit: Query<Option<PageSize>>,
         /// `next_cursor` from the previous page.
         cursor: Query<Option<String>>,

@@ -62,11 +62,11 @@ impl AuditApi {
     async fn list(
         &self,
         caller: ReadingTenant,
-        /// Only events with this action.
+        /// Include only events with this action.
         action: Query<Option<AuditAction>>,
-        /// Only changes to resources of this type.
+        /// Include only changes to resources of this type.
         target_type: Query<Option<AuditTarget>>,
-        /// Only changes to the resource with this ID.
+        /// Include only changes to the resource with this ID.
         #[oai(validator(max_length = 64))]
         target_id: Query<Option<String>>,
         /// Substring of the actor's email.
@@ -75,11 +75,11 @@ impl AuditApi {
         /// Substring of the resource's name.
         #[oai(validator(max_length = 200))]
         search: Query<Option<String>>,
-        /// Only events at or after this time.
+        /// Include only events at or after this time.
         from: Query<Option<Timestamp>>,
-        /// Only events before this time.
+        /// Include only events before this time.
         to: Query<Option<Timestamp>>,
-        /// Page size, 1–100. Default 20.
+        /// Page size, 1–100. Default: 20.
         limit: Query<Option<PageSize>>,
         /// `next_cursor` from the previous page.
         cursor: Query<Option<String>>,

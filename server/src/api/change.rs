@@ -161,7 +161,7 @@ impl<'a> Edit<'a> {
         if let Some(invalidation) = &invalidation {
             self.state.invalidate(invalidation);
         }
-        tracing::info!(action = action.as_str(), tenant = %tenant, user = %user, target, "changed");
+        tracing::info!(action = action.as_str(), tenant = %tenant, user = %user, target, "resource changed");
         Ok(())
     }
 }

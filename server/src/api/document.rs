@@ -145,14 +145,13 @@ const fn retry(code: ProblemCode) -> (&'static str, &'static str) {
             RETRY_AFTER,
         ),
         ProblemCode::RequestTimeout | ProblemCode::Internal => (
-            "Send the same request again. With an `Idempotency-Key`, a request that was already processed is not \
-             processed twice.",
+            "Send the same request again. With an `Idempotency-Key`, a request that was already processed is not processed again.",
             r#"curl --retry 3 {base}/admin/plans \
   -H "Authorization: Bearer $ACCESS_TOKEN" -H "Content-Type: application/json" \
   -H "Idempotency-Key: 5f0c1a9e" -d '{"name": "Starter", "default_rpm": 600}'"#,
         ),
         ProblemCode::Malformed | ProblemCode::Invalid | ProblemCode::UnsupportedMediaType => (
-            "Retrying won't help. Fix it first.",
+            "Retrying won't help. Fix the request first.",
             r#"curl {base}/admin/plans \
   -H "Authorization: Bearer $ACCESS_TOKEN" -H "Content-Type: application/json" \
   -d '{"name": "Starter", "default_rpm": 600}'"#,
@@ -187,11 +186,11 @@ curl {base}/auth/refresh -H "Content-Type: application/json" \
             r#"curl -X POST {base}/billing/portal -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
         ProblemCode::BillingOff => (
-            "Retrying won't help. Check whether billing is enabled on this server.",
+            "Retrying won't help. This request shows whether billing is set up on this server.",
             r#"curl {base}/billing -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
         ProblemCode::HeadersTooLarge => (
-            "Fix the cause, then send the request again.",
+            "Send fewer or shorter headers.",
             r#"curl -i {base}/v1/echo -H "X-API-Key: $API_KEY""#,
         ),
         ProblemCode::Forbidden => (
@@ -199,7 +198,7 @@ curl {base}/auth/refresh -H "Content-Type: application/json" \
             r#"curl {base}/auth/me -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
         ProblemCode::NotFound => (
-            "Retrying won't help. List the resources to find the ID.",
+            "Retrying won't help. List the resources to find the right ID.",
             r#"curl "{base}/admin/plans?limit=100" -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
         ProblemCode::MethodNotAllowed => (
@@ -215,13 +214,13 @@ curl {base}/auth/refresh -H "Content-Type: application/json" \
 curl -X DELETE {base}/admin/plans/$PLAN_ID -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
         ProblemCode::PreviousKeyActive => (
-            "The same request will fail until the previous key expires. To revoke it immediately, set `replace_previous`.",
+            "The same request will fail until the previous key expires. To revoke that key immediately, set `replace_previous`.",
             r#"curl {base}/admin/api-keys/$KEY_ID/rotate \
   -H "Authorization: Bearer $ACCESS_TOKEN" -H "Content-Type: application/json" \
   -d '{"replace_previous": true}'"#,
         ),
         ProblemCode::NameTaken => (
-            "Send the request with another name.",
+            "Send the request again with another name.",
             r#"curl {base}/admin/plans \
   -H "Authorization: Bearer $ACCESS_TOKEN" -H "Content-Type: application/json" \
   -d '{"name": "Starter 2", "default_rpm": 600}'"#,
@@ -233,7 +232,7 @@ curl -X DELETE {base}/admin/plans/$PLAN_ID -H "Authorization: Bearer $ACCESS_TOK
   -d '{"default_rpm": 1200}'"#,
         ),
         ProblemCode::IdempotencyMismatch => (
-            "Send the new request with a new key.",
+            "Send the new request with a new `Idempotency-Key`.",
             r#"curl {base}/admin/plans \
   -H "Authorization: Bearer $ACCESS_TOKEN" -H "Content-Type: application/json" \
   -H "Idempotency-Key: $(uuidgen)" -d '{"name": "Pro", "default_rpm": 6000}'"#,
@@ -327,7 +326,7 @@ fn pictures() -> String {
         "<section id=\"pictures\">\n<h2>The console</h2>\n<div class=\"pictures\">\n{}\n{}\n</div>\n</section>",
         figure(
             "usage",
-            "Allowed and rejected requests by hour, key, endpoint and policy"
+            "Allowed and denied requests by hour, key, endpoint and policy"
         ),
         figure(
             "try-it",

@@ -32,7 +32,8 @@ fn stopping() -> ApiError {
 impl HealthApi {
     /// Liveness
     ///
-    /// Returns 200 while the process runs. Does not check dependencies: restarting the server would not fix them.
+    /// Returns 200 while the process runs. Does not check dependencies, because restarting the server would not fix
+    /// them.
     #[oai(path = "/live", method = "get", operation_id = "live")]
     async fn live(&self) -> Json<Health> {
         ok()

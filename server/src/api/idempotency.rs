@@ -27,7 +27,10 @@ pub fn check_field(headers: &HeaderMap) -> Result<(), ApiError> {
             "Idempotency-Key",
             format!("must be 1–{LENGTH_MAX} printable ASCII characters"),
         )),
-        (Some(_), Some(_)) => Err(ApiError::invalid("Idempotency-Key", "must be sent once")),
+        (Some(_), Some(_)) => Err(ApiError::invalid(
+            "Idempotency-Key",
+            "must be sent only once",
+        )),
         _ => Ok(()),
     }
 }

@@ -54,13 +54,13 @@ pub enum Tag {
     /// Credentials your gateways use to call the check endpoints.
     #[oai(rename = "Service tokens")]
     ServiceTokens,
-    /// Number of allowed and denied requests, and the reasons for denials.
+    /// The number of allowed and denied requests, and the reasons for denials.
     Usage,
     /// Quota alerts, and who receives them by email.
     Alerts,
     /// Endpoints to which events are sent, and their deliveries.
     Webhooks,
-    /// Subscribe, and see the access that the subscription provides.
+    /// Subscribe, and see the access that your subscription provides.
     Billing,
     /// Audit log of configuration changes.
     Audit,

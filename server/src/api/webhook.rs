@@ -95,7 +95,7 @@ impl WebhookApi {
     async fn list(
         &self,
         caller: ReadingTenant,
-        /// Page size, 1–100. Default 20.
+        /// Page size, 1–100. Default: 20.
         limit: Query<Option<PageSize>>,
         /// `next_cursor` from the previous page.
         cursor: Query<Option<String>>,
@@ -333,9 +333,9 @@ impl WebhookApi {
         &self,
         caller: ReadingTenant,
         webhook_id: Path<WebhookId>,
-        /// Only deliveries in this state.
+        /// Include only deliveries in this state.
         status: Query<Option<WebhookDeliveryStatus>>,
-        /// Page size, 1–100. Default 20.
+        /// Page size, 1–100. Default: 20.
         limit: Query<Option<PageSize>>,
         /// `next_cursor` from the previous page.
         cursor: Query<Option<String>>,

@@ -321,7 +321,7 @@ impl Attempts {
             },
             Ok(_) => None,
             Err(error) => {
-                tracing::debug!(error = %error, "Redis did not count a sign-in; using the local count");
+                tracing::debug!(error = %error, "cannot count a sign-in attempt in Redis; using the local count");
                 None
             }
         }

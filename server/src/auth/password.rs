@@ -376,7 +376,9 @@ impl PasswordPool {
             Ok(()) => {}
             Err(TrySendError::Full(_)) => return Err(AuthError::Busy),
             Err(TrySendError::Disconnected(_)) => {
-                return Err(AuthError::Internal("no password threads".into()));
+                return Err(AuthError::Internal(
+                    "all password threads have ended".into(),
+                ));
             }
         }
         match tokio::time::timeout(WAIT, answered).await {

@@ -63,7 +63,7 @@ pub async fn run(config: Config, log: Log, command: UserCommand) -> anyhow::Resu
                     .accounts
                     .create(&email, password.expose_secret(), tenant.as_deref())
                     .await?;
-                println!("user {user} of tenant {tenant}");
+                println!("created user {user} with tenant {tenant}");
             }
             UserCommand::SetPassword { email, .. } => {
                 let password = read_password()?;

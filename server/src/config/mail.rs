@@ -73,7 +73,7 @@ fn smtp(text: &str) -> Result<SmtpSettings, &'static str> {
         let decoded = percent_decode_str(text).decode_utf8();
         decoded
             .map(String::from)
-            .map_err(|_| "has a user or password that is not UTF-8")
+            .map_err(|_| "must have a user and password in UTF-8")
     };
     let credentials = match (url.username(), url.password()) {
         ("", None) => None,

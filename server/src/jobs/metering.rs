@@ -111,14 +111,14 @@ impl Outage {
         match shipped {
             Ok(_) => {
                 if std::mem::take(&mut self.is_open) {
-                    tracing::info!("usage is written to PostgreSQL again");
+                    tracing::info!("usage is being written to PostgreSQL again");
                 }
                 false
             }
             Err(error) => {
                 state.metrics.usage_ship_errors.inc();
                 if !std::mem::replace(&mut self.is_open, true) {
-                    tracing::warn!(error = %db::chain(&error), "cannot write usage to PostgreSQL; it is kept on disk");
+                    tracing::warn!(error = %db::chain(&error), "cannot write usage to PostgreSQL; the records are kept on disk");
                 }
                 true
             }

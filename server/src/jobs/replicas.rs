@@ -56,7 +56,7 @@ pub(super) async fn count(state: AppState, mut stopping: watch::Receiver<bool>) 
         tx.commit().await
     };
     if let Err(error) = left.await {
-        tracing::warn!(error = %db::chain(&error), "cannot deregister this replica; others count it for up to 10 s");
+        tracing::warn!(error = %db::chain(&error), "cannot deregister this replica; other replicas will count it for up to 10 s");
     }
 }
 

@@ -68,7 +68,7 @@ impl PostgresLedger {
         match self.take_together(from, requests).await {
             Ok(taken) => taken.into_iter().map(Ok).collect(),
             Err(error @ (DbError::Query(_) | DbError::Constraint(_))) if requests.len() > 1 => {
-                tracing::debug!(error = %db::chain(&error), "retrying them one at a time");
+                tracing::debug!(error = %db::chain(&error), "a call to the quota ledger failed; retrying its requests one at a time");
                 let mut results = Vec::with_capacity(requests.len());
                 for request in requests {
                     let taken = self

@@ -308,7 +308,7 @@ impl<V: Send + 'static> Batches<V> {
                     it.metrics.database_suspected.inc();
                 }
             }
-            error => tracing::error!(error = %db::chain(error), "cannot look up secrets"),
+            error => tracing::error!(error = %db::chain(error), "cannot look up keys or tokens"),
         }
         Unconfirmed::Failed(db::chain(error).into())
     }

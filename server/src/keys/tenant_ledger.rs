@@ -36,7 +36,7 @@ impl TenantLedger {
 
     fn failed(&self, error: DbError) -> LedgerError {
         self.metrics.ledger_errors.inc();
-        tracing::warn!(error = %db::chain(&error), "a call to the ledger of tenant quotas failed");
+        tracing::warn!(error = %db::chain(&error), "a call to the tenant quota ledger failed");
         Arc::new(error)
     }
 

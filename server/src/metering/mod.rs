@@ -360,8 +360,7 @@ impl Metering {
                 tracing::warn!(
                     bytes,
                     limit = self.0.backlog_max,
-                    "the usage backlog has reached half of QUOTA_USAGE_BACKLOG_MAX; for tenants with many \
-                     denials, only some of them are recorded"
+                    "the usage backlog has reached half of QUOTA_USAGE_BACKLOG_MAX; for tenants with many denials, only some denials are recorded"
                 );
             }
         } else if bytes < self.0.backlog_max / 4 {

@@ -247,7 +247,7 @@ impl Recorder {
     fn log_recovery(&self, files: &mut Files) {
         if files.failed.take().is_some() {
             self.metrics.usage_unrecordable.set(0);
-            tracing::info!("usage is recorded again");
+            tracing::info!("usage is being recorded again");
         }
     }
 

@@ -52,10 +52,16 @@ impl Adopted {
         }))
     }
 
-    /// Whether every segment was shipped or refused.
+    /// The number of segments that were neither completely shipped nor refused.
+    fn left(&self) -> usize {
+        let sources = self.sources.iter();
+        sources
+            .filter(|(source, _)| source.state == SourceState::Open)
+            .count()
+    }
+
     fn is_done(&self) -> bool {
-        let mut sources = self.sources.iter();
-        sources.all(|(source, _)| source.state != SourceState::Open)
+        self.left() == 0
     }
 }
 
@@ -84,7 +90,7 @@ fn open(path: &Path, writer: Writer) -> io::Result<Option<Source>> {
         Err(error) => return Err(error),
     };
     let Some(head) = SegmentHead::read(&file)? else {
-        tracing::error!(path = %path.display(), "not a segment of usage records");
+        tracing::error!(path = %path.display(), "this file is not a usage segment");
         if writer == Writer::Ended {
             directory::set_aside(path)?;
         }
@@ -107,6 +113,8 @@ pub(super) struct Shipper {
 #[derive(Debug, Default)]
 pub(super) struct Adopter {
     adopted: VecDeque<Adopted>,
+    /// The number of segments in directories that could not be shipped and are tried again at the next look.
+    failed_segments: usize,
     size: BatchSize,
     looked_at: Option<Instant>,
     /// Directories with files that cannot be shipped or removed. They are retried.
@@ -261,9 +269,18 @@ impl Adopter {
     /// Ships the records of stopped replicas in `root`. Returns the number of records shipped, or the first error;
     /// everything else that could be shipped was shipped.
     pub async fn ship(&mut self, context: &Context, root: &Path) -> Result<u64, ShipError> {
+        let shipped = self.ship_all(context, root).await;
+        let left = self.adopted.iter().map(Adopted::left).sum::<usize>() + self.failed_segments;
+        let left = i64::try_from(left).unwrap_or(i64::MAX);
+        context.metrics.usage_adopted_segments.set(left);
+        shipped
+    }
+
+    async fn ship_all(&mut self, context: &Context, root: &Path) -> Result<u64, ShipError> {
         let (mut shipped, mut failed) = (0, None::<ShipError>);
         if is_due(self.looked_at, ADOPT) {
             self.looked_at = Some(Instant::now());
+            self.failed_segments = 0;
             if let Err(error) = directory::delete_unfinished(root) {
                 failed.get_or_insert(error.into());
             }
@@ -294,6 +311,7 @@ impl Adopter {
                     return Err(error);
                 }
                 Some(error) => {
+                    self.failed_segments += adopted.left();
                     self.note(path, &error);
                     failed.get_or_insert(error);
                 }
@@ -318,7 +336,7 @@ impl Adopter {
         if !self.failing.contains(&path) {
             tracing::error!(
                 path = %path.display(), %error,
-                "cannot ship or remove some files of this usage directory; all others are shipped"
+                "cannot ship or remove some files in this usage directory; all others are being shipped"
             );
             self.failing.insert(path);
         }

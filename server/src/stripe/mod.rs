@@ -96,7 +96,7 @@ pub enum StripeError {
     #[error("Stripe could not be reached, or its response was lost: {0}")]
     Unknown(String),
     /// Stripe failed. The same idempotency key returns the same failure, and the request may have taken effect.
-    #[error("Stripe failed with status {status}: {message}")]
+    #[error("Stripe returned status {status}: {message}")]
     Failed { status: u16, message: String },
     /// Stripe rejected the request, which had no effect.
     #[error("Stripe rejected the request with status {status}: {message}")]

@@ -600,12 +600,13 @@ async fn as_app(client: &mut Client, tenant: Option<&str>, sql: &str) -> Option<
 }
 
 /// Tables without tenant data.
-const OF_NO_TENANT: [&str; 7] = [
+const OF_NO_TENANT: [&str; 8] = [
     "billing_events",
     "quota_returns",
     "replicas",
     "server_secrets",
     "shared_counters",
+    "usage_forgotten_segments",
     "usage_segments",
     "usage_shippers",
 ];

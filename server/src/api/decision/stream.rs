@@ -236,7 +236,7 @@ fn events(tail: Tail, guard: Guard) -> impl Stream<Item = std::io::Result<Bytes>
                 Ok(Ok(text)) => text,
                 Err(_) => String::new(),
                 Ok(Err(error)) => {
-                    tracing::debug!(error = %crate::db::chain(&error), "cannot read the decision log");
+                    tracing::debug!(error = %crate::db::chain(&error), "cannot read the usage log");
                     String::new()
                 }
             };

@@ -162,7 +162,7 @@ impl Cluster {
             tracing::error!(
                 status,
                 log = %self.log.display(),
-                "the embedded PostgreSQL exited; restarting it"
+                "the private PostgreSQL exited; restarting it"
             );
             postgres = loop {
                 let paused = async {
@@ -195,10 +195,10 @@ impl Cluster {
                 };
                 tracing::error!(
                     error = &error as &dyn std::error::Error,
-                    "cannot start the embedded PostgreSQL, retrying"
+                    "cannot start the private PostgreSQL, retrying"
                 );
             };
-            tracing::info!("the embedded PostgreSQL is running again");
+            tracing::info!("the private PostgreSQL is running again");
         }
     }
 
@@ -214,13 +214,13 @@ impl Cluster {
             return;
         }
         tracing::warn!(
-            "the embedded PostgreSQL takes too long to stop; requesting an immediate shutdown"
+            "the private PostgreSQL is taking too long to stop; requesting an immediate shutdown"
         );
         if let Ok(cluster) = fs::canonicalize(&self.place.cluster) {
             end_running(&cluster, Signal::SIGQUIT, HARD_STOP_LIMIT).await;
         }
         if timeout(HARD_STOP_LIMIT, child.wait()).await.is_err() {
-            tracing::error!("the embedded PostgreSQL did not stop");
+            tracing::error!("the private PostgreSQL did not stop");
         }
     }
 }

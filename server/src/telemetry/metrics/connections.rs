@@ -67,7 +67,7 @@ const FAMILIES: [Family; 6] = [
     Family {
         name: "quota_connections_refused",
         kind: "counter",
-        help: "Client connections closed immediately, by the limit that was reached",
+        help: "Client connections closed immediately because a limit was reached, by limit",
         series: &[
             (",limit=\"address\"", |it| {
                 it.refused_address.get().to_string()

@@ -8,6 +8,7 @@ use quota_server::repo::{
     usage_append::{self, Appended},
     usage_batch::{UsageBatch, UsageRecord},
     usage_check,
+    usage_shipping::open_cursor,
 };
 use serde_json::Value;
 use tokio_postgres::Client;
@@ -453,6 +454,17 @@ async fn days_beyond_the_retention_are_dropped_and_no_others() {
         5,
         "cursors are kept as long as they are needed"
     );
+    // If the log is kept for longer from now on, a copy of a segment whose cursor is deleted is still rejected.
+    let days = |days: u64| std::time::Duration::from_secs(days * 24 * 60 * 60);
+    let cursor_of = async |age, retention| {
+        let mut tx = app.state.db.system().await.expect("PostgreSQL responds");
+        let started_at = now() - Days::new(age);
+        let opened = open_cursor(&mut tx, Uuid::now_v7(), 64, started_at, days(retention)).await;
+        opened.expect("a query")
+    };
+    assert_eq!(cursor_of(7, 90).await, None);
+    assert_eq!(cursor_of(5, 90).await, Some(64));
+    assert_eq!(cursor_of(5, 3).await, None);
     // Endpoints from 4 and 5 days ago are kept, and so are those of the requests above.
     assert_eq!(number(&client, endpoints).await, listed - 1495);
     // Whole days: a day that ended within the retention period is kept.
