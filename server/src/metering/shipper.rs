@@ -113,7 +113,8 @@ pub(super) struct Shipper {
 #[derive(Debug, Default)]
 pub(super) struct Adopter {
     adopted: VecDeque<Adopted>,
-    /// The number of segments in directories that could not be shipped and are tried again at the next look.
+    /// The number of segments in directories that could not be shipped. They are tried again when the adopter next
+    /// looks for directories.
     failed_segments: usize,
     size: BatchSize,
     looked_at: Option<Instant>,

@@ -100,8 +100,8 @@ pub async fn delete_unpartitioned(
 }
 
 /// Deletes cursors of segments whose records would be rejected because of their age, and reports of replicas that have
-/// been silent for as long. `days` is how long the log is kept. If it is kept for longer later, the segments are still
-/// rejected.
+/// been silent for as long. `days` is how long the log is kept. The segments are still rejected if it is kept for
+/// longer later.
 pub async fn forget_segments(tx: &mut SystemTx, days: i64) -> Result<(), DbError> {
     diesel::sql_query(
         "WITH deleted AS ( \

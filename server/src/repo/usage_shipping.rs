@@ -25,9 +25,9 @@ struct Position {
     position: i64,
 }
 
-/// Returns the position of a segment's cursor, which is created at `first` if there is none. `None` if the segment has
-/// none and is older than `retention`, or than any whose cursor has been deleted: its records may have been shipped, and
-/// deleted since then.
+/// Returns the position of a segment's cursor. If there is none, creates one at `first`, unless the segment is older
+/// than `retention` or no newer than another one whose cursor has been deleted: its records may have been shipped and
+/// deleted since then. Returns `None` in that case.
 pub async fn open_cursor(
     tx: &mut SystemTx,
     segment: Uuid,

@@ -37,7 +37,7 @@ async fn database() -> Arc<TestDatabase> {
     Arc::new(TestDatabase::create(migrate).await)
 }
 
-/// A row of `usage_log`, by the ID of its request.
+/// A row of `usage_log`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Logged {
     key_id: String,

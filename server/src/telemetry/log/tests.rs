@@ -47,7 +47,7 @@ fn access_line_shortens_long_paths_and_methods() {
     for (path, written) in [
         ("/".repeat(256), "/".repeat(256)),
         ("/".repeat(3900), format!("{}…", "/".repeat(253))),
-        // Paths are cut between characters: 252 bytes of two-byte characters would end in the middle of one.
+        // Paths are cut between characters. The 253 bytes before the ellipsis end with a complete two-byte character.
         (
             format!("/{}", "ä".repeat(2000)),
             format!("/{}…", "ä".repeat(126)),

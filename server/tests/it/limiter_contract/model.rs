@@ -29,7 +29,7 @@ enum Event {
     Grant(u32),
     /// The plan was changed to this emission interval and burst.
     Plan(i128, i128),
-    /// This much was missing, and tokens were last taken at this time.
+    /// The state of a full bucket: what was missing (0 or less), and when tokens were last taken.
     Full(i128, u64),
 }
 
