@@ -9,7 +9,7 @@
 pub struct Envelope {
     /// Nanoseconds in which one token refills, rounded up as the server does.
     emission: i64,
-    /// Nanoseconds of refill that an empty window may contain: the burst and the slack.
+    /// What a window of length zero may contain, in nanoseconds of refill: the burst and the slack.
     at_once: i64,
 }
 
@@ -45,7 +45,8 @@ impl Envelope {
         }
     }
 
-    /// Creates a promise from the nanoseconds per token and the nanoseconds of refill that an empty window may contain.
+    /// Creates a promise from the nanoseconds per token, and what a window of length zero may contain, in nanoseconds
+    /// of refill.
     pub fn from_nanos(emission: u64, at_once: u64) -> Self {
         Self {
             emission: signed(emission),

@@ -52,7 +52,7 @@ impl Adopted {
         }))
     }
 
-    /// The number of segments that were neither completely shipped nor refused.
+    /// Returns the number of segments that were neither completely shipped nor rejected.
     fn left(&self) -> usize {
         let sources = self.sources.iter();
         sources

@@ -181,8 +181,8 @@ impl Requests {
         self.head_length + self.open.len() * REQUEST + bodies
     }
 
-    /// Tracks a frame to the client. `progress` is the number of bytes of a response, without its end, that count as
-    /// progress.
+    /// Tracks a frame to the client. `progress` is the number of bytes that count as progress for a response that has
+    /// not ended.
     pub(super) fn sent(&mut self, event: Event, now: u64, progress: u32) {
         let Event::Ended(frame) = event else { return };
         match frame.kind {

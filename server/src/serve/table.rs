@@ -3,7 +3,7 @@
 //!
 //! When the total is reached, a new connection replaces, in this order:
 //!
-//! 1. one that has not sent a request for a second,
+//! 1. one that has been open for at least a second without sending a request,
 //! 2. one that is idle between two requests,
 //! 3. one whose client has not read its response for a while, starting with the address that has the most connections,
 //! 4. one that may be about to send its first request, unless its address has fewer connections than the new one's.

@@ -223,10 +223,10 @@ fn bare(answer: &Answer) -> (u16, String, Vec<(String, String)>) {
     (answer.status, answer.text.replace(id, "ID"), fields)
 }
 
-/// Creates a request body from the ID in it.
+/// Creates a request body that contains this ID.
 type Body = Box<dyn Fn(&str) -> Option<Value>>;
 
-/// A place in which an operation takes an ID.
+/// A place where an operation takes an ID.
 struct Attempt {
     operation: Operation,
     path: Box<dyn Fn(&str) -> String>,

@@ -1,4 +1,4 @@
-//! Usage: the parameters of the address, and the numbers in words and tables.
+//! Usage: the parameters in the page's address, and the numbers as text and tables.
 
 use std::cmp::Reverse;
 

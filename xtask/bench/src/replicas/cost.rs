@@ -1,4 +1,4 @@
-//! The cost of sharing: calls to Redis, and the cost of a request compared with a single replica's memory.
+//! The cost of sharing: calls to Redis, and the cost of a request compared with a single replica that counts in memory.
 
 use std::{thread, time::Duration};
 
