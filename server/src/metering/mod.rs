@@ -92,7 +92,7 @@ struct Inner {
     /// `None` if metering is off.
     recorder: Option<Arc<Recorder>>,
     is_durable: bool,
-    /// The folder of all directories.
+    /// The folder that contains the directories of all replicas.
     root: PathBuf,
     backlog_max: u64,
     context: Context,
