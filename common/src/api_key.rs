@@ -25,7 +25,8 @@ response! {
         /// Requests per minute for this key, overriding the plan's rate. `null` if the key uses the plan's rate. If the
         /// plan's burst equals its rate, the key's burst equals this rate.
         pub rpm_override: Option<u32>,
-        /// The key's identifier in your own system, such as a customer ID. Multiple keys can share the same external ID.
+        /// The key's identifier in your own system, such as a customer ID. Multiple keys can share the same external
+        /// ID.
         #[serde(default)]
         pub external_id: Option<String>,
         /// Name–value pairs of your own. Quota stores them but does not interpret them.
@@ -95,8 +96,8 @@ request! {
     /// Request body for rotating an API key.
     #[derive(Debug, Default)]
     pub struct RotateApiKey {
-        /// Seconds until the current key stops working, 0 to 2,592,000 (30 days). Use 0 for a leaked key. Default: 86,400
-        /// (24 hours).
+        /// Seconds until the current key stops working, 0 to 2,592,000 (30 days). Use 0 for a leaked key. Default:
+        /// 86,400 (24 hours).
         #[garde(dive)]
         pub grace_seconds: Option<GraceSeconds>,
         /// Whether to revoke the previous key immediately if the grace period of an earlier rotation has not ended.

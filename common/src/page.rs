@@ -24,7 +24,7 @@ pub struct Page<
     /// Pass as `cursor` to fetch the next page. `null` on the last page. Opaque.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub next_cursor: Option<String>,
-    /// Number of items on all pages that match the filters.
+    /// Number of items that match the filters, across all pages.
     pub total: u64,
 }
 

@@ -189,7 +189,7 @@ text_enum! {
         Expiring = "expiring",
         /// The previous secret of a rotated key stops working within 24 hours. `at` is the time at which it expires.
         GraceEnding = "grace_ending",
-        /// The key is active and was not used for 30 days. `at` is the time of its last use, or of its creation.
+        /// The key is active and has not been used for 30 days. `at` is the time of its last use, or of its creation.
         Idle = "idle",
     }
 }
@@ -236,7 +236,7 @@ response! {
     #[derive(Debug, Eq)]
     pub struct BurnDownPoint {
         pub at: Timestamp,
-        /// The quota that was left at that time.
+        /// The remaining quota at that time.
         pub remaining: u64,
         /// The quota that would be left if it were used at an even pace over the whole window.
         pub ideal_remaining: u64,

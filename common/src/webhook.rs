@@ -19,12 +19,12 @@ response! {
         pub url: String,
         /// Whether events are sent. `false` if you disabled the endpoint, or if Quota did: see `disabled_reason`.
         pub is_active: bool,
-        /// Why Quota disabled the endpoint. `null`: it did not.
+        /// Why Quota disabled the endpoint. `null` if it did not.
         pub disabled_reason: Option<String>,
-        /// When deliveries began to fail. `null` if the last attempt succeeded, there was none, or the URL was changed
-        /// or the webhook was enabled since then.
+        /// When deliveries started to fail. `null` if the last attempt succeeded, if there were no attempts, or if the
+        /// URL was changed or the webhook was enabled after the last attempt.
         pub failing_since: Option<Timestamp>,
-        /// When deliveries are no longer signed with the previous secret as well. `null`: there is no previous secret.
+        /// When deliveries stop being signed with the previous secret as well. `null` if there is no previous secret.
         pub previous_secret_expires_at: Option<Timestamp>,
         pub created_at: Timestamp,
         pub updated_at: Timestamp,
@@ -64,8 +64,8 @@ request! {
     /// Request body for rotating a webhook's signing secret.
     #[derive(Debug, Default)]
     pub struct RotateWebhookSecret {
-        /// Seconds during which deliveries are signed with the current secret as well, 0 to 2,592,000 (30 days). Default:
-        /// 86,400 (24 hours).
+        /// Seconds during which deliveries are signed with the current secret as well, 0 to 2,592,000 (30 days).
+        /// Default: 86,400 (24 hours).
         #[garde(dive)]
         pub grace_seconds: Option<GraceSeconds>,
     }
@@ -98,7 +98,7 @@ text_enum! {
         Pending = "pending",
         /// The endpoint accepted it with a 2xx status.
         Delivered = "delivered",
-        /// It is not retried anymore.
+        /// It failed and will not be retried.
         Failed = "failed",
     }
 }
@@ -117,13 +117,13 @@ response! {
         pub status: WebhookDeliveryStatus,
         /// The number of attempts since it was created or redelivered.
         pub attempts: u32,
-        /// The status of the last response. `null`: there was none.
+        /// The status code of the last response. `null` if there was none.
         pub response_status: Option<u32>,
-        /// Why the last attempt failed, or the delivery was canceled. `null`: it succeeded, or there was none.
+        /// Why the last attempt failed, or why the delivery was canceled. Otherwise `null`.
         pub error: Option<String>,
         pub last_attempt_at: Option<Timestamp>,
-        /// When it is sent next. During an attempt: when the attempt is repeated if the server stops. `null`: it is not
-        /// sent again.
+        /// When the next attempt is due. During an attempt, this is when it is repeated if the server stops. `null` if
+        /// the event will not be sent again.
         pub next_attempt_at: Option<Timestamp>,
         /// The body that is sent.
         pub payload: serde_json::Value,

@@ -96,7 +96,7 @@ pub struct Services {
     /// The queues in which a tenant's requests for a Stripe page wait for each other. They are separate from those of
     /// changes, because revoking a key must not wait for Stripe.
     pub checkouts: TenantQueues,
-    /// How often a tenant may request such a page.
+    /// Limits how often a tenant may request such a page.
     pub stripe_pages: TenantRate,
     /// The queues in which large reads of one tenant wait for each other.
     pub reads: TenantQueues,

@@ -15,7 +15,7 @@ use crate::{
     },
 };
 
-/// A server that has not reported for this long has stopped or cannot reach PostgreSQL.
+/// A replica that has not reported for this long has stopped or cannot reach PostgreSQL.
 const SILENT_SECONDS: i64 = 30;
 
 /// The minimum age of a report that an operator may remove.
@@ -25,7 +25,7 @@ const FORGET_SECONDS: i64 = 60;
 #[derive(Debug)]
 pub enum Forgotten {
     Unknown,
-    /// The server that owns the directory is running.
+    /// The replica that owns the directory is running.
     Recent(ShipperReport),
     Removed(ShipperReport),
 }
@@ -51,7 +51,7 @@ pub fn table(report: &ShipperReport) -> String {
     text
 }
 
-/// Returns the report as text.
+/// Returns the usage report as text.
 pub async fn report(db: &Db, hours: u16, top: u16) -> Result<String, DbError> {
     let mut tx = db.system().await?;
     let times = usage_shipper::times(&mut tx).await?;

@@ -20,7 +20,7 @@ pub struct ReceivedMail {
     pub message: String,
 }
 
-/// See the module. Listens until it is dropped, together with its clones.
+/// See the module documentation. Listens until it and all of its clones are dropped.
 #[derive(Debug, Clone)]
 pub struct SmtpServer {
     pub addr: SocketAddr,
@@ -30,7 +30,7 @@ pub struct SmtpServer {
 #[derive(Debug, Default)]
 struct State {
     received: Mutex<Vec<ReceivedMail>>,
-    /// Responses to the next recipients, instead of accepting them.
+    /// Responses that reject the next recipients.
     refusals: Mutex<VecDeque<String>>,
     /// The user and password in Base64, as AUTH PLAIN sends them.
     credentials: Mutex<Option<String>>,
@@ -39,7 +39,7 @@ struct State {
 impl SmtpServer {
     /// # Panics
     ///
-    /// If loopback has no free port.
+    /// Panics if loopback has no free port.
     pub async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0")
             .await
@@ -58,12 +58,12 @@ impl SmtpServer {
         Self { addr, state }
     }
 
-    /// Accepts only this answer to AUTH PLAIN.
+    /// Accepts only these credentials in AUTH PLAIN.
     pub fn require_credentials(&self, plain: &str) {
         *lock(&self.state.credentials) = Some(plain.to_owned());
     }
 
-    /// Answers the next recipient with this line, such as `550 No such user`.
+    /// Rejects the next recipient with this line, such as `550 No such user`.
     pub fn refuse(&self, line: &str) {
         lock(&self.state.refusals).push_back(line.to_owned());
     }
@@ -73,7 +73,7 @@ impl SmtpServer {
     }
 }
 
-/// A test that panicked elsewhere must not hide its reason.
+/// Ignores poisoning, so that a panic in another thread remains the only reason that a test reports.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

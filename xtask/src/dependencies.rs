@@ -1,4 +1,4 @@
-//! Unused dependencies: those whose name does not appear in the crate that declares them.
+//! Finds unused dependencies: those whose name does not appear in the crate that declares them.
 //!
 //! The compiler cannot detect this, since a crate has several targets and each uses some of the dependencies. A
 //! dependency that is declared only to enable one of its features is listed in the crate's

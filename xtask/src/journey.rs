@@ -22,7 +22,7 @@ use crate::{
 /// The first startup creates a database.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The programs that the tests require in addition to those for the server.
+/// Returns the programs that the tests require in addition to those for the server.
 pub(crate) fn needs() -> Vec<machine::Need> {
     let browser = [
         machine::CHROMIUM,
@@ -169,7 +169,7 @@ fn build_server() -> Result<()> {
     succeed(cargo().args(["build", "--quiet", "--bins"]).args(packages))
 }
 
-/// Creates a directory in /tmp that is accessible, because the database's user has to reach it.
+/// Creates a directory in /tmp that other users can access, because the database's user has to reach it.
 fn new_directory() -> Result<PathBuf> {
     let stamp = std::time::UNIX_EPOCH.elapsed().unwrap_or_default();
     let path = PathBuf::from(format!(

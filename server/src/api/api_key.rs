@@ -74,7 +74,7 @@ fn order(sort: ApiKeyOrder) -> Order {
     Order { by, descending }
 }
 
-/// Metadata as PostgreSQL stores it.
+/// Returns metadata as PostgreSQL stores it.
 fn stored(metadata: &Metadata) -> Value {
     metadata
         .iter()
@@ -101,7 +101,7 @@ fn previous_key_active(until: Timestamp) -> ApiError {
     }
 }
 
-/// The problem for a plan that does not exist or belongs to another tenant.
+/// Returns the problem for a plan that does not exist or belongs to another tenant.
 fn plan_not_found(error: DbError) -> ApiError {
     let not_found = || {
         let mut problem = ApiError::not_found();
@@ -361,7 +361,7 @@ impl ApiKeyApi {
             key: None,
             api_key: ApiKey::from(row.or_not_found()?),
         };
-        // The secret is removed, because it must not be stored.
+        // Without the secret, which must not be stored.
         idempotency
             .keep(&mut edit, StatusCode::OK, &rotated)
             .await?;

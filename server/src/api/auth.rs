@@ -64,7 +64,7 @@ fn tenant(row: TenantRow, role: Role) -> Tenant {
     }
 }
 
-/// Only pages on this server may request tokens in cookies.
+/// Returns whether the request asks for tokens in cookies, which only pages on this server may do.
 fn cookies_wanted(state: &AppState, request: &Request) -> Result<bool, ApiError> {
     let wanted = browser::wants_cookies(request.headers());
     if wanted {
@@ -201,8 +201,8 @@ impl AuthApi {
     ///
     /// Exchanges a refresh token for a new pair of tokens. Each refresh token works once. For ten seconds, the previous
     /// token returns the same new refresh token again, for clients that lost the response; any other reuse revokes the
-    /// session. With `X-Quota-Session: cookie`, the token is read from its cookie, `X-Quota-CSRF` must contain the value
-    /// of the `quota_csrf` cookie, and the body is `{}`.
+    /// session. With `X-Quota-Session: cookie`, the token is read from its cookie, `X-Quota-CSRF` must contain the
+    /// value of the `quota_csrf` cookie, and the body is `{}`.
     #[oai(path = "/refresh", method = "post", operation_id = "refresh")]
     async fn refresh(
         &self,

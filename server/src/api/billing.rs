@@ -28,8 +28,8 @@ use crate::{
     stripe::{Envelope, verify},
 };
 
-/// Maximum size of a webhook: half of the data that a connection without a valid credential may have in memory.
-/// Stripe's are far smaller.
+/// Maximum size of a webhook: half of the memory that a connection without a valid credential may use. Webhooks from
+/// Stripe are far smaller.
 const WEBHOOK_MAX: usize = 64 * 1024;
 const SIGNATURE: &str = "stripe-signature";
 
@@ -157,7 +157,7 @@ impl BillingApi {
         let billing = self.billing()?;
         let idempotency = IdempotencyGuard::new("start_checkout", idempotency_key.0, &())?;
         self.limit_pages(&caller)?;
-        // One at a time, so that a second click waits for the page of the first.
+        // One at a time per tenant, so that a second click waits for the page that the first one opens.
         let _turn = self.state.checkouts.turn(caller.tenant()).await?;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
         let replayed = idempotency.replay(&mut tx).await?;

@@ -152,7 +152,7 @@ impl<'a> Edit<'a> {
                 .by(user.0, self.caller.origin.network())
         };
         audit::insert(&mut self.tx, &event).await?;
-        // This comes last, because it waits for other transactions that invalidate.
+        // This comes last, because it waits for other transactions that insert invalidations.
         let invalidation = match stale {
             Some(stale) => Some(invalidation::insert(&mut self.tx, stale).await?),
             None => None,

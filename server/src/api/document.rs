@@ -17,7 +17,7 @@ const SVG: &str = "image/svg+xml";
 const WEBP: &str = "image/webp";
 const STYLE: &str = include_str!("document/page.css");
 const SCRIPT: &str = include_str!("document/page.js");
-/// The opening part of every page.
+/// The metadata at the start of every page.
 const META: &str = "<meta charset=\"utf-8\">\n\
     <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
     <meta name=\"color-scheme\" content=\"light dark\">";
@@ -284,7 +284,7 @@ fn viewer(service_html: &str) -> Option<(String, String)> {
     Some((style, script))
 }
 
-/// A gateway configuration without its opening comment.
+/// Returns a gateway configuration without its opening comment.
 fn configuration(file: &str) -> String {
     let text = match file.split_once("\n\n") {
         Some((_, body)) if file.starts_with('#') => body,
@@ -313,7 +313,7 @@ const PICTURES: [(&str, &[u8]); 4] = [
     ),
 ];
 
-/// The section with the pictures, in the theme of the page.
+/// Returns the section with the pictures, which follow the page's theme.
 fn pictures() -> String {
     let figure = |name: &str, caption: &str| {
         format!(
@@ -335,14 +335,14 @@ fn pictures() -> String {
     )
 }
 
-/// A picture by its file name.
+/// Returns the picture with this file name.
 fn picture(file: &str) -> Option<Response> {
     let name = file.strip_suffix(".webp")?;
     let (_, bytes) = PICTURES.iter().find(|(it, _)| *it == name)?;
     Some(respond(*bytes, WEBP, HOUR, CSP))
 }
 
-/// The page at `/`: about Quota, or a short page with links to the operator's console and API docs.
+/// Returns the page at `/`: about Quota, or a short page with links to the operator's console and API docs.
 fn front_page(landing: &Landing, base: &str) -> String {
     let version = env!("CARGO_PKG_VERSION");
     match landing {

@@ -20,7 +20,7 @@ fn ok() -> Json<Health> {
     })
 }
 
-/// Not a server error, so it has no source to log.
+/// Returns the problem for probes while the server is stopping. It is not a server error, so it has no source to log.
 fn stopping() -> ApiError {
     ApiError {
         retry_after: Some(Duration::from_secs(1)),

@@ -36,8 +36,8 @@ pub fn check_field(headers: &HeaderMap) -> Result<(), ApiError> {
 }
 
 impl IdempotencyGuard {
-    /// `key` is the header, if it was sent. `body` is everything that the response depends on: for an operation on one
-    /// resource, also the resource's ID.
+    /// `key` is the header, if it was sent. `body` is everything that the response depends on, including the resource's
+    /// ID if the operation is on one resource.
     pub fn new<T: Serialize>(
         operation: &'static str,
         key: Option<String>,
@@ -50,7 +50,7 @@ impl IdempotencyGuard {
                 return Err(ApiError::invalid("Idempotency-Key", message));
             }
         }
-        // A hash of the parsed body: the order of its fields does not matter.
+        // Hashes the parsed body, so the order of its fields does not matter.
         let body = serde_json::to_vec(body).map_err(ApiError::internal)?;
         let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &body);
         Ok(Self {

@@ -248,7 +248,7 @@ fn steps(quota: Quota, until: DateTime<Utc>) -> Vec<DateTime<Utc>> {
     starts
 }
 
-/// Returns the share of `limit` for `part` of a window of `whole`.
+/// Returns the quota that would remain at `at` if it were used at an even pace over the whole window.
 fn ideal(quota: Quota, at: DateTime<Utc>) -> u64 {
     let whole = u128::try_from((quota.end - quota.start).num_milliseconds())
         .unwrap_or(1)

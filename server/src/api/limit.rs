@@ -97,7 +97,7 @@ impl StatusOnly {
     }
 
     fn payment_required(denied: StatusCode) -> Self {
-        // nginx passes on only 403.
+        // Of the statuses for denials, nginx passes on only 403.
         let status = match denied {
             StatusCode::FORBIDDEN => StatusCode::FORBIDDEN,
             _ => StatusCode::PAYMENT_REQUIRED,

@@ -40,7 +40,7 @@ pub mod tenant_rights;
 pub mod usage;
 pub mod webhook;
 
-/// Groups of operations in the OpenAPI document, in the order in which it lists them.
+/// Groups of operations in the OpenAPI document, in the order in which they are listed.
 #[derive(poem_openapi::Tags)]
 pub enum Tag {
     /// Check a key and consume its limits.

@@ -88,7 +88,7 @@ fn in_use(key_count: u64) -> ApiError {
     ApiError::new(ProblemCode::PlanInUse, detail)
 }
 
-/// A key was added after the count.
+/// Returns the problem for deleting a plan to which a key was added after its keys were counted.
 fn just_used() -> ApiError {
     ApiError::new(
         ProblemCode::PlanInUse,
@@ -225,7 +225,7 @@ impl PlanApi {
                 it.billing,
             )
         };
-        // A plan that already was above the limits can still be renamed.
+        // A plan that already exceeded the limits can still be renamed.
         if limits(&before) != limits(&after) {
             allowance::check_plan(config, &after)?;
         }

@@ -96,7 +96,7 @@ const fn group_by(by: UsageGroupBy) -> GroupBy {
     }
 }
 
-/// Identifies a group by the field for its kind.
+/// The fields that identify a group. Only the one for its kind is set.
 #[derive(Default)]
 struct GroupFields {
     key_id: Option<ApiKeyId>,
@@ -179,7 +179,7 @@ struct Grouped {
     groups: Vec<UsageGroup>,
 }
 
-/// `all` contains the counts of each bucket across all groups.
+/// Returns the largest groups and all others combined. `all` contains the counts of each bucket across all groups.
 async fn grouped(
     tx: &mut TenantTx,
     filter: &Filter,
@@ -293,7 +293,7 @@ pub(super) const fn policy_name(policy: Policy) -> PolicyName {
 }
 
 fn wants_csv(request: &Request) -> bool {
-    // The first supported media type.
+    // The first supported media type is used.
     let accept = request.headers().get_all(poem::http::header::ACCEPT);
     let types = accept
         .iter()
@@ -436,7 +436,7 @@ pub(super) fn endpoint_filter(endpoint: Option<String>) -> Result<Option<String>
             "endpoint",
             format!("must be at most {ENDPOINT_MAX} characters"),
         )),
-        // These represent all endpoints, and the endpoints above the limit.
+        // In the rollups, names with control characters represent all endpoints together, and those above the limit.
         Some(it) if it.chars().any(char::is_control) => Err(ApiError::invalid(
             "endpoint",
             "must not contain control characters",

@@ -68,7 +68,7 @@ pub struct Sessions {
     live: Cached<SessionId, LiveSession>,
     publisher: Publisher,
     days: u32,
-    /// Whether to refresh sessions of earlier versions, which did not record their secret.
+    /// Whether to refresh sessions created by earlier versions, which did not record their secret.
     accepts_unmarked: bool,
 }
 
@@ -319,7 +319,7 @@ impl Sessions {
         self.live.forget(|_, _| true);
     }
 
-    /// Drops sessions from the cache that were invalidated by changes.
+    /// Drops sessions that were invalidated by changes from the cache.
     pub fn revoke(&self, gone: &InvalidationSet) {
         if gone.any_session() {
             self.live

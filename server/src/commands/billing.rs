@@ -44,7 +44,7 @@ impl BillingCommand {
     }
 }
 
-/// Stripe accepts up to 12 decimal places.
+/// Parses an amount. Stripe accepts up to 12 decimal places.
 fn amount(text: &str) -> Result<String, String> {
     let (whole, fraction) = text.split_once('.').unwrap_or((text, "0"));
     let is_number = |part: &str| {

@@ -94,7 +94,7 @@ impl std::fmt::Display for RedisServers {
     }
 }
 
-/// TCP options of every connection.
+/// Returns the TCP options of every connection.
 pub fn tcp_settings() -> TcpSettings {
     TcpSettings::default()
         .set_nodelay(true)
@@ -108,7 +108,7 @@ enum Kind {
     Cluster,
 }
 
-/// Parses `REDIS_URL`. Errors do not repeat any part of it, since it may be a password.
+/// Parses `REDIS_URL`. Errors do not repeat any part of it, since any part may be a password.
 pub fn servers(text: &str) -> Result<RedisServers, String> {
     let (scheme, rest) = text.split_once("://").ok_or(
         "must begin with redis://, rediss://, redis+sentinel:// or redis+cluster://".to_owned(),

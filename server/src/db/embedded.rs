@@ -9,7 +9,7 @@
 //!   pipe whose other end only this process holds. When this process ends, even after `kill -9`, the read ends and the
 //!   guard requests a fast shutdown. (`PR_SET_PDEATHSIG` would require `unsafe`, is reset when the process changes its
 //!   user, and fires when the *thread* that forked ends.)
-//! * If PostgreSQL crashes it is restarted, with backoff. Until it is running again, connections fail, as with any
+//! * If PostgreSQL crashes, it is restarted, with backoff. Until it is running again, connections fail, as with any
 //!   database that is down.
 //! * If this process runs as root, which PostgreSQL does not allow, PostgreSQL runs as the user `postgres`, or `nobody`
 //!   if there is no such user.

@@ -107,7 +107,7 @@ async fn poll_once(state: &AppState, db: &Db, last: &mut Option<Position>) -> Re
     }
 }
 
-/// The position after these rows.
+/// Returns the position after these rows.
 fn up_to(newest: &[Invalidation], position: Position) -> Position {
     Position {
         highest: newest.last().map_or(0, |it| it.seq),

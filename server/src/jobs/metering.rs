@@ -39,7 +39,7 @@ pub(super) async fn ship(state: AppState, mut stopping: watch::Receiver<bool>) {
         }
     }
     let finished = async {
-        // Dropping it would keep its connection busy, but the remaining usage needs that connection.
+        // Dropping the batch in flight would keep its connection busy, but the remaining usage needs that connection.
         if let Some(shipping) = in_flight {
             shipping.await?;
         }

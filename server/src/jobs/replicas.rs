@@ -45,8 +45,8 @@ pub(super) async fn count(state: AppState, mut stopping: watch::Receiver<bool>) 
             }
         }
     }
-    // Its share may have admitted requests that the shared counters do not know of, so replicas that start now must not
-    // take it for one that never existed.
+    // During an outage, this replica's row is kept: its share may have admitted requests that the shared counters do
+    // not know of, so replicas that start now must know that it existed.
     if state.metrics.counters_away.get() > 0 {
         return;
     }

@@ -65,7 +65,7 @@ struct Worker {
     /// The webhook of each attempt in progress.
     webhooks: HashMap<task::Id, Uuid>,
     is_reported: bool,
-    /// Whether secrets that were encrypted with the previous `QUOTA_SECRET` are encrypted with the current one.
+    /// Whether secrets that were encrypted with the previous `QUOTA_SECRET` have been encrypted with the current one.
     is_reencrypted: bool,
     measured_at: Option<Instant>,
 }
@@ -88,7 +88,7 @@ impl Worker {
         }
     }
 
-    /// Begins attempts for what is due, as far as there is room.
+    /// Starts attempts for deliveries that are due, up to the maximum.
     async fn begin(&mut self) {
         loop {
             let room = CONCURRENT.saturating_sub(self.running.len());
@@ -113,7 +113,7 @@ impl Worker {
         }
     }
 
-    /// `None`: it panicked, and is repeated later.
+    /// Handles the end of an attempt. `outcome` is `None` if it panicked; it is then repeated later.
     fn ended(&mut self, attempt: task::Id, outcome: Option<&Result<Outcome, DbError>>) {
         self.webhooks.remove(&attempt);
         let metrics = &self.state.metrics;

@@ -100,7 +100,7 @@ struct Inner {
     time: Arc<EventClock>,
     denials: DenialLog,
     denial_budget: DenialBudget,
-    /// Each ships from one place at a time.
+    /// Each is locked while it ships.
     shipper: tokio::sync::Mutex<Shipper>,
     adopter: tokio::sync::Mutex<Adopter>,
     /// Whether the backlog has reached half its maximum and has not been below a quarter since then.
@@ -121,7 +121,7 @@ enum Space {
     /// Metering is off.
     Unneeded,
     Reserved(ReservedRecord),
-    /// The tenant may not record more denials now, so a denial leaves the space to another request.
+    /// The tenant may not record more denials now, so a denial leaves the space for another request.
     Reusable(ReusableSpace),
 }
 
@@ -339,7 +339,7 @@ impl Metering {
             return Ok(());
         };
         recorder.close();
-        // This takes milliseconds. Until it is done, the directory is not empty.
+        // Waits until no segment is being created, which takes milliseconds. Until then, the directory is not empty.
         for _ in 0..100 {
             if !recorder.is_creating() {
                 break;

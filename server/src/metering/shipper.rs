@@ -204,7 +204,7 @@ impl Shipper {
             let known = [
                 oldest,
                 source.oldest,
-                // No pass has left nothing to ship yet.
+                // Every pass so far has left something to ship.
                 self.complete_until
                     .is_none()
                     .then(|| source.head.started_at.into()),
@@ -234,7 +234,7 @@ impl Shipper {
         if let Some(directory) = recorder.own_directory() {
             let pending = self.pending();
             let at = match (pending.oldest, self.complete_until) {
-                // Decisions made while this is reported are not shipped.
+                // Decisions made while this is being reported have not been shipped.
                 (None, Some(complete_until)) => complete_until,
                 _ => recorder.now().into(),
             };
@@ -394,7 +394,7 @@ async fn ship_segment(
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Replayed {
     pub records: u64,
-    /// Whether a running process holds the directory. It ships the rest itself.
+    /// Whether a running process holds the directory. That process ships the rest.
     pub is_owned: bool,
 }
 

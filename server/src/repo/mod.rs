@@ -169,7 +169,7 @@ impl SortedSlice {
     }
 }
 
-/// The `ORDER BY` expression for a table with a `name`. Does not depend on the database's locale.
+/// Returns the `ORDER BY` expression for a table with a `name`. Does not depend on the database's locale.
 fn by_name(descending: bool) -> SqlLiteral<Text> {
     sql(if descending {
         r#"lower(name) COLLATE "C" DESC"#
@@ -206,7 +206,7 @@ pub struct Rows<T> {
 }
 
 impl<T> Rows<T> {
-    /// Expects one more row than fits on the page, if there is one.
+    /// `rows` must contain one more row than fits on the page, if there is one.
     fn new(mut rows: Vec<T>, limit: u32, total: i64) -> Self {
         let limit = limit as usize;
         let more = rows.len() > limit;
@@ -224,7 +224,7 @@ impl Slice {
         i64::from(self.limit) + 1
     }
 
-    /// The upper bound for IDs on this page. The maximum UUID is greater than any UUIDv7.
+    /// Returns the upper bound for IDs on this page. The maximum UUID is greater than any UUIDv7.
     fn before(self) -> Uuid {
         self.after.unwrap_or(Uuid::max())
     }

@@ -38,7 +38,7 @@ pub enum Expired {
     WebhookDeliveries,
     /// Alerts, kept for 90 days after their window.
     QuotaAlerts,
-    /// Email that was sent or given up, kept for 7 days.
+    /// Emails that were sent or given up on, kept for 7 days.
     Mails,
 }
 

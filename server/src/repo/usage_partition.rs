@@ -99,7 +99,7 @@ pub async fn delete_unpartitioned(
     Ok(deleted.number >= DELETED_ROWS)
 }
 
-/// Deletes cursors of segments whose records would be rejected because of their age, and reports of servers that have
+/// Deletes cursors of segments whose records would be rejected because of their age, and reports of replicas that have
 /// been silent for as long. `days` is how long the log is kept. If it is kept for longer later, the segments are still
 /// rejected.
 pub async fn forget_segments(tx: &mut SystemTx, days: i64) -> Result<(), DbError> {

@@ -81,7 +81,7 @@ pub async fn move_cursor(
 pub struct Pending {
     pub records: i64,
     pub bytes: i64,
-    /// No record before it is left to ship. `None` if no record is left.
+    /// No record before this time is left to ship. `None` if no record is left.
     pub oldest: Option<DateTime<Utc>>,
 }
 

@@ -1,4 +1,4 @@
-//! Emails about alerts arrive at the members who should get them, once, despite failures of the mail server.
+//! Emails about alerts reach the members who should receive them, once, despite failures of the mail server.
 
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ fn with_smtp(setup: Setup, smtp: &SmtpServer, credentials: &str) -> Setup {
 }
 
 impl World {
-    /// Without background jobs, so that the test decides when emails are written and sent.
+    /// Starts a server without background jobs, so that the test decides when emails are written and sent.
     async fn new() -> Self {
         let smtp = SmtpServer::start().await;
         let app = with_smtp(TestApp::setup(), &smtp, "").without_jobs();
@@ -64,7 +64,7 @@ impl World {
             .expect("an alert");
     }
 
-    /// Writes and sends emails. Returns how many were sent, postponed and given up.
+    /// Writes and sends emails. Returns how many were sent, postponed and given up on.
     async fn send(&self) -> (u64, u64, u64) {
         let state = &self.app.state;
         let url = &state.config.public_url;
@@ -147,7 +147,7 @@ async fn settings_decide_who_gets_email() {
     world.settings(json!({"email": false})).await;
     world.alert("B").await;
     assert_eq!(world.send().await, (0, 0, 0));
-    // What happened while it was off is not sent later.
+    // Alerts from the time when emails were off are not sent later.
     world.settings(json!({"email": true})).await;
     assert_eq!(world.send().await, (0, 0, 0));
     world.alert("C").await;
@@ -248,7 +248,7 @@ async fn replicas_write_and_send_each_email_once() {
     assert_eq!(world.smtp.received().len(), 1);
 }
 
-/// From a request to the email, with nothing called by the test.
+/// Covers everything from a request to the email. The test itself triggers nothing in between.
 #[tokio::test(flavor = "multi_thread")]
 async fn email_arrives_by_itself_when_a_quota_is_used_up() {
     let smtp = SmtpServer::start().await;

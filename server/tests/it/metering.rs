@@ -77,7 +77,7 @@ async fn logged(database: &TestDatabase) -> BTreeMap<String, Logged> {
     found
 }
 
-/// The value of a metric, as text.
+/// Returns the value of a metric, as text.
 async fn metric(app: &TestApp, name: &str) -> String {
     app.metric(name).await.to_string()
 }
@@ -158,7 +158,7 @@ async fn every_decision_is_recorded_by_every_way_in() {
     let costly = costly.header("X-Request-Id", "way-costly").send().await;
     assert_eq!(costly.body["allowed"], false, "{}", costly.text);
 
-    // Requests with keys that do not exist or must not be used are not decisions.
+    // No decision is made on requests with keys that do not exist or must not be used.
     assert_eq!(app.echo("qk_nothing").await.status, 401);
     let path = format!("/admin/api-keys/{}", key.id);
     let off = app.act(account, "PATCH", &path, json!({"is_active": false}));
@@ -280,7 +280,7 @@ async fn the_owner_and_two_replays_at_once_count_nothing_twice() {
         let (mut records, mut rounds) = (0, 0);
         while writing.load(Ordering::Relaxed) {
             let config = &app.state.config;
-            // It may wait too long for another transaction.
+            // The replay may wait too long for another transaction.
             if let Ok(replayed) = metering::replay(config, &db, &directory).await {
                 assert!(replayed.is_owned);
                 records += replayed.records;
@@ -430,11 +430,11 @@ async fn denials_of_one_tenant_do_not_fill_the_backlog_of_all() {
     assert_eq!(again, logged.len() + 150);
 }
 
-/// A separate file system of this size in bytes.
+/// A separate file system of limited size.
 struct SmallDisk(TempDir);
 
 impl SmallDisk {
-    /// `None` if the test may not mount file systems.
+    /// Mounts the file system. Returns `None` if the test may not mount file systems.
     fn mount(bytes: u64) -> Option<Self> {
         let directory = data_dir();
         let mounted = Command::new("mount")
@@ -627,7 +627,7 @@ async fn directories_and_segments_that_cannot_be_read_hold_up_no_others() {
     let ids = world.echoes(5).await;
     let own = world.usage_directory();
     let root = own.parent().expect("it is in `usage`");
-    // By name, it sorts before the good one.
+    // By name, the bad directories sort before the good one.
     let [unlockable, unreadable, good] =
         [1_u128, 2, 3].map(|n| root.join(uuid::Uuid::from_u128(n).to_string()));
     std::fs::create_dir_all(unlockable.join("lock")).expect("there is space");
@@ -744,7 +744,7 @@ async fn a_clean_stop_does_not_wait_for_a_batch_that_waits() {
         began.elapsed()
     );
     lock.batch_execute("ROLLBACK").await.expect("it was locked");
-    // The next start ships it.
+    // The next startup ships it.
     let app = TestApp::setup()
         .data_dir(data.path())
         .database(database.clone());
@@ -799,7 +799,7 @@ async fn usage_is_not_complete_beyond_a_decision_in_flight() {
     assert_eq!(world.logged().await.len(), 3);
 }
 
-/// Usage that was delivered does not count as missing because its file remains.
+/// Usage that has been shipped does not count as missing even if its file remains.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_segment_that_cannot_be_deleted_does_not_stop_reports() {
     let flag = "--usage-backlog-max=1048576";

@@ -130,7 +130,7 @@ impl World {
     }
 }
 
-/// There are too many for one statement within the timeout.
+/// There are too many rows to delete in one statement within the timeout.
 #[tokio::test(flavor = "multi_thread")]
 async fn more_rows_than_one_statement_can_delete_are_deleted() {
     const MANY: i32 = 3000;

@@ -154,7 +154,7 @@ async fn subscribe(app: &TestApp, account: &Account) {
     client.batch_execute(&rows).await.expect("rows are added");
 }
 
-/// Adds alerts, what has been checked, and an email to the database.
+/// Adds alerts, the state of alert checks, and an email to the database.
 async fn alert(app: &TestApp, account: &Account, key: &str) {
     let tenant = &account.tenant_id;
     let client = app.database.connect().await;
@@ -171,7 +171,7 @@ async fn alert(app: &TestApp, account: &Account, key: &str) {
     client.batch_execute(&rows).await.expect("rows are added");
 }
 
-/// The tables of the database, except the record of its migrations. A partition belongs to its table.
+/// Returns the tables of the database, except the record of its migrations. A partition belongs to its table.
 async fn tables(client: &Client) -> Vec<String> {
     let rows = client
         .query(
@@ -360,7 +360,7 @@ async fn another_tenants_id_is_like_one_that_never_existed_and_changes_nothing()
     }
 }
 
-/// A random ID that does not exist.
+/// Returns a random ID that does not exist.
 fn rand() -> u128 {
     Uuid::now_v7()
         .as_u128()

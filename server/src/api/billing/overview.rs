@@ -125,8 +125,8 @@ impl Subscription<'_> {
     }
 }
 
-/// Returns the limits. For a quota that replicas take in blocks, the tokens that they have taken count, but not more
-/// than the admitted requests.
+/// Returns the limits and how much of each is used. If the number of requests is limited, the tokens that replicas have
+/// taken from the quota count as used, but never more than the requests that were admitted, if those are counted.
 fn limits(config: &Config, counts: Counts, has_access: bool, is_counted: bool) -> BillingLimits {
     let free = config.free_tier;
     let monthly = free.requests_per_month.filter(|_| !has_access);

@@ -21,9 +21,9 @@ use tokio::{
 
 use super::{EmbeddedError, connect, place::Place, url};
 
-/// Recovery after a crash replays at most about one `max_wal_size` of WAL.
+/// How long starting may take. Recovery after a crash replays at most about one `max_wal_size` of WAL.
 pub(super) const START_LIMIT: Duration = Duration::from_mins(2);
-/// A fast shutdown ends sessions and writes a checkpoint.
+/// How long a fast shutdown may take. It ends sessions and writes a checkpoint.
 const FAST_STOP_LIMIT: Duration = Duration::from_secs(20);
 const HARD_STOP_LIMIT: Duration = Duration::from_secs(5);
 
@@ -291,7 +291,7 @@ async fn end_running(cluster: &Path, signal: Signal, limit: Duration) -> bool {
     }
 }
 
-/// The process may be an operator's shell in this working directory.
+/// Whether a process is PostgreSQL, and not, for example, an operator's shell in the same working directory.
 fn is_postgres(process: &Path) -> bool {
     fs::read_link(process.join("exe"))
         .is_ok_and(|exe| exe.file_name() == Some(OsStr::new("postgres")))

@@ -17,7 +17,7 @@ use tokio::process::Command;
 
 use super::{EmbeddedError, PORT};
 
-/// Maximum length of a socket's path on all supported systems (Linux: 107 bytes, macOS and BSD: 103).
+/// The maximum length of a socket's path that all supported systems allow (Linux: 107 bytes, macOS and BSD: 103).
 const SOCKET_PATH_LIMIT: usize = 103;
 
 /// The directory for clusters that cannot be in root's data directory.

@@ -4,7 +4,7 @@ use std::{fmt::Write as _, sync::Arc};
 
 use prometheus_client::metrics::{counter::Counter, gauge::Gauge};
 
-/// The limit for which a connection was rejected.
+/// The limit that caused a connection to be rejected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ConnectionLimit {
     /// The limit per address.

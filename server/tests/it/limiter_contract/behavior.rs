@@ -280,7 +280,7 @@ pub(super) async fn key_finds_its_handle_again(world: &World) {
     assert!(Arc::ptr_eq(&key.handle, &Key::of(&limiter).handle));
     drop(key);
     settle().await;
-    // It is not pruned while tokens are missing or a block is held.
+    // A key is not pruned while tokens are missing or a block is held.
     assert_eq!(limiter.prune(), 1);
     assert_eq!(Key::of(&limiter).ask(&plan, 1).await.rate.remaining, 1);
     world.advance(Duration::from_mins(1));
