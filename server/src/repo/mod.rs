@@ -1,8 +1,8 @@
 //! All SQL, one file per noun.
 //!
 //! Every function takes the transaction in which it runs: a [`TenantTx`](crate::db::TenantTx), which carries the tenant
-//! and is also restricted to it by row-level security, or a [`SystemTx`] for the server's own
-//! work. Rows are separate structs, not the API's types. Does not depend on HTTP.
+//! and is also restricted to it by row-level security, or a [`SystemTx`] for the server's own work.
+//! Rows are separate structs, not the API's types. Does not depend on HTTP.
 //!
 //! Lists use keyset pagination. By default they are sorted by ID, newest first: IDs are UUIDv7, which sort by time.
 //! Some lists have other sort orders, with the ID as tie-breaker.
