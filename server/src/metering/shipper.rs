@@ -37,7 +37,7 @@ struct Adopted {
 }
 
 impl Adopted {
-    /// Returns `None` if a running process holds the directory or it does not exist.
+    /// Returns `None` if a running process holds the directory or if it does not exist.
     fn take(path: &Path) -> io::Result<Option<Self>> {
         let Some(directory) = Directory::adopt(path)? else {
             return Ok(None);
