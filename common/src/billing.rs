@@ -111,7 +111,7 @@ response! {
     pub struct BillingUsageError {
         /// Stripe's code for the problem, such as `meter_event_customer_not_found`.
         pub code: String,
-        /// When Stripe notified Quota.
+        /// When Stripe notified Quota of the problem.
         pub at: Timestamp,
     }
 }
