@@ -352,6 +352,13 @@ diesel::table! {
 }
 
 diesel::table! {
+    usage_forgotten_segments (is_only_row) {
+        is_only_row -> Bool,
+        started_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
     usage_log (tenant_id, seq, timestamp) {
         tenant_id -> Uuid,
         seq -> Int8,
@@ -501,6 +508,7 @@ diesel::allow_tables_to_appear_in_same_query!(
     tenants,
     usage_days,
     usage_endpoints,
+    usage_forgotten_segments,
     usage_log,
     usage_quarters,
     usage_segments,
