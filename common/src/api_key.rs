@@ -29,7 +29,7 @@ response! {
         /// ID.
         #[serde(default)]
         pub external_id: Option<String>,
-        /// Name–value pairs of your own. Quota stores them but does not interpret them.
+        /// Custom name–value pairs. Quota stores them but does not interpret them.
         #[serde(default)]
         pub metadata: Metadata,
         /// When the key was last used, whether the request was allowed or denied. Updated within seconds.
@@ -60,8 +60,8 @@ request! {
         /// the same external ID.
         #[garde(dive)]
         pub external_id: Option<ExternalId>,
-        /// Up to 20 name–value pairs of your own. Names are 1 to 40 letters, digits, hyphens, underscores or periods;
-        /// values are at most 100 characters.
+        /// Up to 20 custom name–value pairs. Names are 1 to 40 letters, digits, hyphens, underscores or periods; values
+        /// are at most 100 characters.
         #[garde(dive)]
         pub metadata: Option<Metadata>,
     }

@@ -163,10 +163,10 @@ update! {
         /// Display name, 1 to 200 characters.
         #[garde(dive)]
         pub name: Option<Name>,
-        /// The tenant's name, 1 to 200 characters. Owners and admins only.
+        /// The tenant's name, 1 to 200 characters. Only owners and admins can change it.
         #[garde(dive)]
         pub tenant_name: Option<Name>,
-        /// IANA time zone in which quotas reset, such as `Europe/Berlin`. Owners and admins only.
+        /// IANA time zone in which quotas reset, such as `Europe/Berlin`. Only owners and admins can change it.
         #[garde(dive)]
         pub time_zone: Option<TimeZoneName>,
     }

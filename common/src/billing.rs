@@ -48,8 +48,9 @@ response! {
         pub period_end: Option<Timestamp>,
         /// Whether the customer portal is available. It becomes available when the tenant first starts a subscription.
         pub has_customer: bool,
-        /// When this information was last retrieved from Stripe. If that was more than half an hour ago, Stripe is
-        /// unreachable, and the status may be outdated.
+        /// When this information was last retrieved from Stripe, which happens about every 10 minutes while there is a
+        /// subscription. If it has not happened for half an hour, Stripe is unreachable, and the status may be
+        /// outdated.
         pub refreshed_at: Option<Timestamp>,
         /// The price of the current subscription or, without one, of a new subscription. `null` if it is unknown.
         pub price: Option<BillingPrice>,
@@ -111,7 +112,7 @@ response! {
     pub struct BillingUsageError {
         /// Stripe's code for the problem, such as `meter_event_customer_not_found`.
         pub code: String,
-        /// When Stripe notified Quota.
+        /// When Stripe notified Quota of the problem.
         pub at: Timestamp,
     }
 }

@@ -48,7 +48,7 @@ text_enum! {
         InactiveKey = "inactive_key",
         /// The key has expired.
         ExpiredKey = "expired_key",
-        /// The key's plan is paid and the tenant has no active subscription; nothing was consumed.
+        /// The key is on a paid plan, and its tenant has no active subscription; nothing was consumed.
         PaymentRequired = "payment_required",
     }
 }
@@ -73,9 +73,9 @@ response! {
     #[derive(Debug, Eq)]
     pub struct LimitState {
         pub policy: PolicyName,
-        /// The burst for `rpm`; otherwise the quota.
+        /// The maximum: the burst for `rpm`, otherwise the quota.
         pub limit: u64,
-        /// Requests left now.
+        /// Number of requests left now.
         pub remaining: u64,
         /// When `remaining` reaches `limit` again.
         pub reset_at: Timestamp,

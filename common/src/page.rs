@@ -52,9 +52,9 @@ text_enum! {
         Oldest = "created_at",
         Name = "name",
         NameReversed = "-name",
-        /// Keys that were never used come last.
+        /// Keys that have never been used come last.
         LastUsed = "-last_used_at",
-        /// Keys that were never used come first.
+        /// Keys that have never been used come first.
         LeastRecentlyUsed = "last_used_at",
     }
 }

@@ -39,7 +39,7 @@ response! {
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct Plan {
         pub id: PlanId,
-        /// Unique within the tenant.
+        /// The plan's name, unique within the tenant.
         pub name: String,
         /// Requests per minute for each key.
         pub default_rpm: u32,

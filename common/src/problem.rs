@@ -115,7 +115,7 @@ problems! {
     /// No API key, access token or service token was sent, or it is unknown, malformed, expired or inactive.
     /// Nothing was charged. Sign in again, or use an active key.
     Unauthorized = "unauthorized", 401, "Missing or invalid credentials";
-    /// The email or password is incorrect. For security we don't say which.
+    /// The email or password is incorrect. For security reasons, the response does not say which.
     WrongCredentials = "wrong-credentials", 401, "Incorrect email or password";
     /// The key is on a paid plan, and its tenant has no active subscription. Nothing was charged. A member of the
     /// tenant who may manage billing has to subscribe or pay the outstanding invoice. After that, keys on paid plans

@@ -34,7 +34,9 @@ struct Advisory {
 
 pub(crate) fn check() -> Result<()> {
     let Some(database) = env::var_os("QUOTA_ADVISORY_DB").filter(|path| !path.is_empty()) else {
-        say("no advisory check: QUOTA_ADVISORY_DB does not name a copy of the RustSec database");
+        say(
+            "skipping the advisory check: QUOTA_ADVISORY_DB does not name a copy of the RustSec database",
+        );
         return Ok(());
     };
     let advisories = read_database(Path::new(&database))?;

@@ -17,7 +17,7 @@ const KINDS: [&str; 3] = ["dependencies", "dev-dependencies", "build-dependencie
 ///
 /// Fails if a crate of the workspace declares a dependency that it does not use.
 pub(crate) fn check() -> Result<()> {
-    say("are all dependencies used?");
+    say("checking for unused dependencies");
     let workspace = manifest(&root())?;
     let members = workspace
         .get("workspace")

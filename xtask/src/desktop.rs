@@ -200,7 +200,7 @@ pub(crate) fn journey(server: &str) -> Result<bool> {
     console::build_for_desktop()?;
     say("building the desktop app (a first build takes a few minutes)");
     succeed(cargo().args(["build", "--quiet"]).args(alone("--bins")))?;
-    say("the journey through the desktop app");
+    say("running the end-to-end tests in the desktop app");
     let built = console::target_directory()?.join("debug");
     let status = Command::new(built.join("xtask-desktop"))
         .arg("journey")

@@ -80,7 +80,7 @@ pub(crate) fn run() -> Result<bool> {
     install_packages()?;
     build_server()?;
     let server = Server::start(&[])?;
-    say("the journey through the console, in Chromium");
+    say("running the end-to-end tests in Chromium");
     let screenshots = std::env::var_os("QUOTA_SCREENSHOTS");
     let screenshots = screenshots.as_deref();
     let status = browse(&server.address, None, screenshots, &[])?;

@@ -69,10 +69,10 @@ impl AuditApi {
         /// Include only changes to the resource with this ID.
         #[oai(validator(max_length = 64))]
         target_id: Query<Option<String>>,
-        /// Substring of the actor's email.
+        /// Include only changes by users whose email contains this string.
         #[oai(validator(max_length = 200))]
         actor: Query<Option<String>>,
-        /// Substring of the resource's name.
+        /// Include only changes to resources whose name contains this string.
         #[oai(validator(max_length = 200))]
         search: Query<Option<String>>,
         /// Include only events at or after this time.

@@ -200,9 +200,9 @@ impl AuthApi {
     /// Refresh an access token
     ///
     /// Exchanges a refresh token for a new pair of tokens. Each refresh token works once. For ten seconds, the previous
-    /// token returns the same new refresh token again, for clients that lost the response; any other reuse revokes the
-    /// session. With `X-Quota-Session: cookie`, the token is read from its cookie, `X-Quota-CSRF` must contain the
-    /// value of the `quota_csrf` cookie, and the body is `{}`.
+    /// token can be used again and returns the same new refresh token, in case the client has lost the response. Any
+    /// other reuse revokes the session. With `X-Quota-Session: cookie`, the token is read from its cookie,
+    /// `X-Quota-CSRF` must contain the value of the `quota_csrf` cookie, and the body is `{}`.
     #[oai(path = "/refresh", method = "post", operation_id = "refresh")]
     async fn refresh(
         &self,
@@ -244,8 +244,8 @@ impl AuthApi {
     /// Sign out
     ///
     /// Revokes the session that the refresh token belongs to. Its access tokens stop working on all replicas within one
-    /// second. With `X-Quota-Session: cookie`, the token is read from its cookie, as for a refresh, and the cookies are
-    /// deleted.
+    /// second. With `X-Quota-Session: cookie`, the token is read from its cookie, as when refreshing, and the cookies
+    /// are deleted.
     #[oai(path = "/logout", method = "post", operation_id = "logout")]
     async fn logout(
         &self,

@@ -330,7 +330,7 @@ fn pictures() -> String {
         ),
         figure(
             "try-it",
-            "A new key, shown once, and its bucket while it is tested"
+            "A new key, shown once, and its bucket while the key is tested"
         )
     )
 }

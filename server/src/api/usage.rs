@@ -323,8 +323,8 @@ impl UsageApi {
     ///
     /// Returns the number of allowed and denied requests in each hour or day. Without `group_by`, there is one series
     /// with all requests that match the filters. With `group_by`, there is one series for each of the 20 largest groups
-    /// and one for all others. `allowed` and `rejected` are request counts; `allowed_cost` and `rejected_cost` are
-    /// their total cost. Send `Accept: text/csv` to get a CSV file.
+    /// and one for all others. `allowed` and `rejected` are request counts; `allowed_cost` and `rejected_cost` are the
+    /// total costs of these requests. Send `Accept: text/csv` to get a CSV file.
     ///
     /// At most 256 endpoints per key and 4,096 per tenant are counted separately; requests to additional endpoints
     /// count only toward the totals and `other`.

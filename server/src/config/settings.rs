@@ -260,7 +260,7 @@ settings! {
     stripe_secret_key_file: "STRIPE_SECRET_KEY_FILE", "", "PATH";
 
     /// The signing secret of the Stripe webhook endpoint, which starts with `whsec_`. While it is being rotated, set
-    /// both secrets, separated by a comma. Required with STRIPE_SECRET_KEY, except by `quota billing`.
+    /// both secrets, separated by a comma. Required with STRIPE_SECRET_KEY, except for `quota billing`.
     stripe_webhook_secret: "STRIPE_WEBHOOK_SECRET", "", "SECRET", hide_env_values = true;
 
     /// A file that contains STRIPE_WEBHOOK_SECRET. Use either this or STRIPE_WEBHOOK_SECRET.

@@ -63,7 +63,7 @@ fn limit_headers() -> Map<String, Value> {
         ),
         (
             "X-RateLimit-Remaining".to_owned(),
-            number("Requests left in the burst."),
+            number("Number of requests left in the burst."),
         ),
         (
             "X-RateLimit-Reset".to_owned(),

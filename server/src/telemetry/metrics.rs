@@ -111,12 +111,12 @@ metrics! {
         "Key lookups that found an outdated record in Redis";
     key_shared_unreadable: Counter, "key_shared_unreadable",
         "Key lookups that found a record in Redis that was not sealed with this installation's secret";
-    key_shared_errors: Counter, "key_shared_errors", "Reads and writes of key records in Redis that failed";
+    key_shared_errors: Counter, "key_shared_errors", "Failed reads and writes of key records in Redis";
     key_loads: Counter, "key_loads", "Key lookups in PostgreSQL";
     key_stale_served: Counter, "key_stale_served",
         "Key lookups served with a record that could not be confirmed";
     ledger_takes: Counter, "ledger_takes", "Calendar quota blocks taken from the ledger";
-    ledger_errors: Counter, "ledger_errors", "Calls to the quota ledger that failed";
+    ledger_errors: Counter, "ledger_errors", "Failed calls to the quota ledger";
     counter_calls: Counter, "counter_calls", "Calls to the shared counters";
     counter_errors: Counter, "counter_errors", "Calls to the shared counters that failed or were late";
     counter_outages: Counter, "counter_outages", "Outages of the shared counters";
