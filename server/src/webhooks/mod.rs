@@ -17,6 +17,7 @@ mod tests;
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use parking_lot::Mutex;
 use tokio::sync::Notify;
 use url::Url;
 use uuid::Uuid;
@@ -46,6 +47,8 @@ struct Inner {
     targets: Targets,
     sender: Sender,
     stored: Notify,
+    /// The tenant that had the last turn.
+    last_tenant: Mutex<Uuid>,
 }
 
 /// A secret cannot be encrypted or decrypted.
@@ -90,6 +93,7 @@ impl Webhooks {
             targets,
             sender,
             stored: Notify::new(),
+            last_tenant: Mutex::new(Uuid::nil()),
         })))
     }
 
