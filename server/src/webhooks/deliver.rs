@@ -130,13 +130,13 @@ impl Webhooks {
             Err(message) => return Sent::failed(format!("The URL {message}.")),
         };
         let context = context(due.tenant_id, due.webhook_id);
-        let secrets = std::iter::once(&due.secret).chain(&due.previous_secret);
-        let secrets: Option<Vec<_>> = secrets
-            .map(|it| Some(self.0.encryption.decrypt(&context, it)?.secret))
-            .collect();
-        let Some(secrets) = secrets else {
+        let decrypt = |secret: &Vec<u8>| Some(self.0.encryption.decrypt(&context, secret)?.secret);
+        let Some(secret) = decrypt(&due.secret) else {
             return Sent::failed("The signing secret cannot be read. Rotate it.");
         };
+        let mut secrets = vec![secret];
+        // Receivers that have the current secret do not need the signature of the previous one.
+        secrets.extend(due.previous_secret.as_ref().and_then(decrypt));
         let attempt = Attempt {
             event_id: &due.event_id,
             at: due.at,

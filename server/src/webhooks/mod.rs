@@ -172,14 +172,16 @@ impl Webhooks {
             decrypted.ok_or(SecretError::UnknownKey)
         };
         let secret = decrypt(&stored.secret)?;
-        let previous = stored.previous_secret.as_deref().map(decrypt).transpose()?;
+        // A previous secret that cannot be decrypted is not used, and is kept as it is.
+        let previous = stored.previous_secret.as_deref().map(decrypt);
+        let previous = previous.and_then(Result::ok);
         if secret.is_current && previous.as_ref().is_none_or(|it| it.is_current) {
             return Ok(None);
         }
-        let previous = previous.map(|it| self.encrypt(tenant, id, &it.secret));
-        Ok(Some((
-            self.encrypt(tenant, id, &secret.secret)?,
-            previous.transpose()?,
-        )))
+        let previous = match previous {
+            Some(previous) => Some(self.encrypt(tenant, id, &previous.secret)?),
+            None => stored.previous_secret.clone(),
+        };
+        Ok(Some((self.encrypt(tenant, id, &secret.secret)?, previous)))
     }
 }

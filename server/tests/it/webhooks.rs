@@ -734,6 +734,25 @@ async fn webhook_is_deleted_before_its_log() {
     locked.rollback().await.expect("a rollback");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn previous_secret_that_cannot_be_read_does_not_prevent_deliveries() {
+    let world = World::new().await;
+    let (webhook, secret) = world
+        .hooks
+        .create(&world.app, &world.account, "/hook")
+        .await;
+    world
+        .sql(
+            "UPDATE webhooks SET previous_secret = '\\x0102', \
+                 previous_secret_expires_at = now() + interval '1 day'",
+        )
+        .await;
+    let delivery = world.test(&webhook).await;
+    world.wait_until(&webhook, &delivery, is("delivered")).await;
+    let received = world.hooks.wait_for("/hook", 1).await.remove(0);
+    assert!(received.is_signed_with(&secret));
+}
+
 /// As an earlier version may have left it.
 #[tokio::test(flavor = "multi_thread")]
 async fn webhook_with_a_large_backlog_can_be_disabled() {
