@@ -173,7 +173,7 @@ fn grouped(number: i64) -> String {
 /// Whose quota it is.
 fn owner(alert: &AlertRow) -> String {
     match &alert.key_name {
-        Some(name) => format!("API key \"{name}\""),
+        Some(name) => format!("API key \"{}\"", unlinked(name)),
         None => "Your organization".to_owned(),
     }
 }
@@ -205,6 +205,7 @@ fn line(alert: &AlertRow) -> String {
 
 /// Writes the email about these alerts, of which there is at least one.
 fn described(alerts: &[AlertRow], tenant: &str, public_url: &str) -> Text {
+    let tenant = unlinked(tenant);
     let base = public_url.trim_end_matches('/');
     let subject = match alerts {
         [alert] if alert.threshold >= 100 => {
@@ -239,7 +240,8 @@ fn described(alerts: &[AlertRow], tenant: &str, public_url: &str) -> Text {
     );
     let _ = write!(text, "\nDetails: {link}\n\n{note}\n");
     let html = format!(
-        "<!doctype html><html lang=\"en\"><body style=\"font-family:sans-serif;line-height:1.5\"><ul>{items}</ul>\
+        "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"format-detection\" \
+         content=\"telephone=no,date=no,address=no,email=no,url=no\"></head><body style=\"font-family:sans-serif;line-height:1.5\"><ul>{items}</ul>\
          <p>{}</p><p><a href=\"{}\">Show details</a></p><p style=\"color:#666\">{}</p></body></html>",
         escaped(&more),
         escaped(&link),
@@ -250,6 +252,24 @@ fn described(alerts: &[AlertRow], tenant: &str, public_url: &str) -> Text {
         text,
         html,
     }
+}
+
+/// Returns a name with invisible spaces around each character that could make it an address. Email programs turn
+/// anything that looks like an address into a link, and a tenant chooses the names of its keys, but not who reads them.
+fn unlinked(name: &str) -> String {
+    // Full stops of other scripts are allowed in domain names.
+    const PARTS_OF_ADDRESSES: [char; 8] =
+        ['.', ':', '/', '@', '\\', '\u{3002}', '\u{ff0e}', '\u{ff61}'];
+    const ZERO_WIDTH_SPACE: char = '\u{200b}';
+    let mut unlinked = String::with_capacity(name.len());
+    for c in name.chars() {
+        if PARTS_OF_ADDRESSES.contains(&c) {
+            unlinked.extend([ZERO_WIDTH_SPACE, c, ZERO_WIDTH_SPACE]);
+        } else {
+            unlinked.push(c);
+        }
+    }
+    unlinked
 }
 
 /// Returns text as it is written in HTML.
@@ -325,6 +345,31 @@ mod tests {
         assert_eq!(it.text.matches("API key").count(), 25);
         assert_eq!(it.html.matches("<li>").count(), 25);
         assert!(it.text.contains("And 15 more."), "{}", it.text);
+    }
+
+    #[test]
+    fn names_do_not_become_links() {
+        let names = [
+            ("evil.example", "evil.example"),
+            ("https://evil.example/login", "https:"),
+            ("https://evil.example/login", "/evil"),
+            ("www.evil.example", "www."),
+            ("mail@evil.example", "mail@"),
+            ("evil\u{3002}example", "evil\u{3002}"),
+            ("localhost:8080/x", "localhost:"),
+        ];
+        for (name, part) in names {
+            let one = [alert(name, 80)];
+            let two = [alert(name, 80), alert(name, 80)];
+            for alerts in [&one[..], &two[..]] {
+                let it = described(alerts, name, "");
+                for text in [it.subject, it.text, it.html] {
+                    assert!(!text.contains(part), "{text}");
+                    let visible = text.replace('\u{200b}', "");
+                    assert!(visible.contains(name), "{text}");
+                }
+            }
+        }
     }
 
     #[test]
