@@ -197,6 +197,8 @@ diesel::table! {
     quota_alert_progress (tenant_id) {
         tenant_id -> Uuid,
         seq -> Int8,
+        until_seq -> Nullable<Int8>,
+        after_key -> Nullable<Uuid>,
     }
 }
 
@@ -477,6 +479,7 @@ diesel::joinable!(quota_alerts -> tenants (tenant_id));
 diesel::joinable!(refresh_tokens -> sessions (session_id));
 diesel::joinable!(service_tokens -> tenants (tenant_id));
 diesel::joinable!(tenant_quota_usage -> tenants (tenant_id));
+diesel::joinable!(webhook_deliveries -> tenants (tenant_id));
 diesel::joinable!(webhooks -> tenants (tenant_id));
 
 diesel::allow_tables_to_appear_in_same_query!(

@@ -56,6 +56,9 @@ const GUARDED: usize = 200_000;
 /// tenants share.
 const STRIPE_PAGES: NonZeroU32 = NonZeroU32::new(20).unwrap();
 
+/// How many test events and redeliveries a tenant may request per minute.
+const WEBHOOK_REQUESTS: NonZeroU32 = NonZeroU32::new(30).unwrap();
+
 /// See the module documentation. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct AppState(Arc<Services>);
@@ -98,6 +101,8 @@ pub struct Services {
     pub checkouts: TenantQueues,
     /// Limits how often a tenant may request such a page.
     pub stripe_pages: TenantRate,
+    /// How often a tenant may request a test event or a redelivery.
+    pub webhook_requests: TenantRate,
     /// The queues in which large reads of one tenant wait for each other.
     pub reads: TenantQueues,
     draining: AtomicBool,
@@ -255,6 +260,7 @@ impl AppState {
             metrics: metrics.clone(),
         };
         let stripe_pages = TenantRate::new(STRIPE_PAGES, clock.clone());
+        let webhook_requests = TenantRate::new(WEBHOOK_REQUESTS, clock.clone());
         Ok(Self(Arc::new(Services {
             auth_guard: ClientRateLimiter::new(config.auth_rpm, GUARDED, clock.clone()),
             admin_guard: ClientRateLimiter::new(config.admin_rpm, GUARDED, clock.clone()),
@@ -284,6 +290,7 @@ impl AppState {
             changes: TenantQueues::of_changes(),
             checkouts: TenantQueues::of_changes(),
             stripe_pages,
+            webhook_requests,
             reads: TenantQueues::of_reads(),
             draining: AtomicBool::new(false),
         })))

@@ -4,6 +4,7 @@ use std::{
     collections::VecDeque,
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use tokio::{
@@ -34,6 +35,8 @@ struct State {
     refusals: Mutex<VecDeque<String>>,
     /// The user and password in Base64, as AUTH PLAIN sends them.
     credentials: Mutex<Option<String>>,
+    /// How long each answer takes.
+    delay: Mutex<Duration>,
 }
 
 impl SmtpServer {
@@ -66,6 +69,11 @@ impl SmtpServer {
     /// Rejects the next recipient with this line, such as `550 No such user`.
     pub fn refuse(&self, line: &str) {
         lock(&self.state.refusals).push_back(line.to_owned());
+    }
+
+    /// Delays each answer from now on.
+    pub fn delay(&self, delay: Duration) {
+        *lock(&self.state.delay) = delay;
     }
 
     pub fn received(&self) -> Vec<ReceivedMail> {
@@ -148,6 +156,8 @@ async fn converse(stream: TcpStream, state: &State) -> std::io::Result<()> {
             "NOOP" | "RSET" => "250 OK".to_owned(),
             _ => "502 Unknown command".to_owned(),
         };
+        let delay = *lock(&state.delay);
+        tokio::time::sleep(delay).await;
         stream.write_all(answer.as_bytes()).await?;
         stream.write_all(b"\r\n").await?;
     }

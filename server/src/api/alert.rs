@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use super::{
     Tag,
-    change::{Audited, Edit, read},
+    change::{Audited, Edit, read, read_turn},
     json::Json,
     page::{self, PageSize},
     problem::ApiError,
@@ -69,6 +69,7 @@ impl AlertApi {
     ///
     /// Returns alerts newest first. An alert is created when 50, 80 or 100 percent of a quota is used, once for each
     /// quota, day or month, and threshold. Alerts are kept for 90 days after the quota has reset.
+    /// `total` is at most 10,000.
     #[oai(path = "/alerts", method = "get", operation_id = "list_alerts")]
     async fn list(
         &self,
@@ -79,6 +80,7 @@ impl AlertApi {
         cursor: Query<Option<String>>,
     ) -> Result<Json<Page<QuotaAlert>>, ApiError> {
         let slice = page::slice(limit.0, cursor.0.as_deref())?;
+        let _turn = read_turn(&self.state, &caller).await?;
         let list = async |tx: &mut TenantTx| alert::list(tx, slice).await;
         let rows = read(&self.state, &caller, list).await?;
         Ok(Json(page::page(rows, |row| row.id, alerts::described)))

@@ -138,6 +138,22 @@ impl ApiError {
         )
     }
 
+    /// Returns the problem for a tenant that has requested too many deliveries.
+    pub fn too_many_webhook_requests(retry_after: Duration) -> Self {
+        Self::wait(
+            "Your organization has requested too many test events and redeliveries.",
+            retry_after,
+        )
+    }
+
+    /// Returns the problem for a webhook that has as many pending deliveries as it may.
+    pub fn too_many_pending() -> Self {
+        Self::wait(
+            "The webhook has too many pending deliveries.",
+            Duration::from_mins(1),
+        )
+    }
+
     /// Returns the problem for too many streams, which remain open while they are being viewed.
     pub fn too_many_streams() -> Self {
         Self::wait("Too many open streams.", Duration::from_secs(10))

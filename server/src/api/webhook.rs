@@ -19,7 +19,7 @@ use uuid::Uuid;
 
 use super::{
     Tag,
-    change::{Edit, read},
+    change::{Edit, change_turn, read, read_turn},
     creation::create,
     idempotency::IdempotencyGuard,
     json::{Created, Json, NoContent},
@@ -34,6 +34,7 @@ use crate::{
         webhook_delivery::{self, DeliveryRow, NewDelivery},
     },
     state::AppState,
+    tenant_queue::Turn,
     webhooks::event::Event,
 };
 
@@ -83,6 +84,16 @@ impl WebhookApi {
         checked
             .map(drop)
             .map_err(|message| ApiError::invalid("url", message))
+    }
+
+    /// Waits for the tenant's turn to request a delivery, if it has not requested too many.
+    async fn request_turn(&self, caller: &ManagingTenant) -> Result<Turn, ApiError> {
+        let admitted = self.state.webhook_requests.admit(caller.tenant());
+        admitted.map_err(|wait| {
+            self.state.metrics.guard_refusals.inc();
+            ApiError::too_many_webhook_requests(wait)
+        })?;
+        change_turn(&self.state, caller).await
     }
 }
 
@@ -214,7 +225,7 @@ impl WebhookApi {
 
     /// Delete a webhook
     ///
-    /// Pending deliveries are not sent, and the log of deliveries is deleted. This cannot be undone.
+    /// Pending deliveries are not sent, and the log of deliveries is deleted shortly afterwards. This cannot be undone.
     #[oai(
         path = "/webhooks/:webhook_id",
         method = "delete",
@@ -289,6 +300,8 @@ impl WebhookApi {
     ///
     /// Sends an event of the type `webhook.test`, also if the webhook is disabled. Returns the delivery, which is sent
     /// immediately afterwards; list deliveries to see the result.
+    ///
+    /// An organization can request at most 30 tests and redeliveries per minute.
     #[oai(
         path = "/webhooks/:webhook_id/test",
         method = "post",
@@ -301,10 +314,14 @@ impl WebhookApi {
     ) -> Result<Created<WebhookDelivery>, ApiError> {
         let webhook = webhook_id.0.0;
         let event = Event::test(self.state.clock.now());
+        let _turn = self.request_turn(&caller).await?;
         let insert = async |tx: &mut TenantTx| {
             // Locked, so that it is not deleted before the insert.
             if webhook::lock(tx, webhook).await?.is_none() {
                 return Ok(None);
+            }
+            if !webhook_delivery::has_room(tx, webhook).await? {
+                return Ok(Some(None));
             }
             let new = NewDelivery {
                 tenant_id: tx.tenant().0,
@@ -314,16 +331,18 @@ impl WebhookApi {
                 event_type: event.kind,
                 payload: &event.payload,
             };
-            webhook_delivery::insert(tx, &new).await.map(Some)
+            let row = webhook_delivery::insert(tx, &new).await?;
+            Ok(Some(Some(row)))
         };
         let row = read(&self.state, &caller, insert).await.or_not_found()?;
+        let row = row.ok_or_else(ApiError::too_many_pending)?;
         self.state.webhooks.wake();
         Ok(Created(row.into()))
     }
 
     /// List a webhook's deliveries
     ///
-    /// Returns deliveries newest first. They are kept for 30 days.
+    /// Returns deliveries newest first. They are kept for 30 days. `total` is at most 10,000.
     #[oai(
         path = "/webhooks/:webhook_id/deliveries",
         method = "get",
@@ -343,6 +362,7 @@ impl WebhookApi {
         let id = webhook_id.0.0;
         let slice = page::slice(limit.0, cursor.0.as_deref())?;
         let status = status.0.map(WebhookDeliveryStatus::as_str);
+        let _turn = read_turn(&self.state, &caller).await?;
         let list = async |tx: &mut TenantTx| {
             if webhook::find(tx, id).await?.is_none() {
                 return Ok(None);
@@ -359,6 +379,8 @@ impl WebhookApi {
     ///
     /// Sends the event again, regardless of its status, even if the webhook is disabled. It has the same ID, so
     /// that a receiver that has already processed it can ignore it.
+    ///
+    /// An organization can request at most 30 tests and redeliveries per minute.
     #[oai(
         path = "/webhooks/deliveries/:delivery_id/redeliver",
         method = "post",
@@ -370,8 +392,25 @@ impl WebhookApi {
         delivery_id: Path<WebhookDeliveryId>,
     ) -> Result<Json<WebhookDelivery>, ApiError> {
         let id = delivery_id.0.0;
-        let redeliver = async |tx: &mut TenantTx| webhook_delivery::redeliver(tx, id).await;
+        let _turn = self.request_turn(&caller).await?;
+        let redeliver = async |tx: &mut TenantTx| {
+            let Some(delivery) = webhook_delivery::find(tx, id).await? else {
+                return Ok(None);
+            };
+            // Its deliveries outlive a deleted webhook for a while.
+            if webhook::lock(tx, delivery.webhook_id).await?.is_none() {
+                return Ok(None);
+            }
+            if delivery.due_at.is_none()
+                && !webhook_delivery::has_room(tx, delivery.webhook_id).await?
+            {
+                return Ok(Some(None));
+            }
+            let row = webhook_delivery::redeliver(tx, id).await?;
+            Ok(row.map(Some))
+        };
         let row = read(&self.state, &caller, redeliver).await.or_not_found()?;
+        let row = row.ok_or_else(ApiError::too_many_pending)?;
         self.state.webhooks.wake();
         Ok(Json(row.into()))
     }

@@ -91,7 +91,7 @@ use diesel::{
     expression::{AppearsOnTable, NonAggregate, SqlLiteral},
     pg::Pg,
     query_builder::QueryFragment,
-    sql_types::{Array, Bool, Text, Timestamptz, Uuid as SqlUuid},
+    sql_types::{Array, BigInt, Bool, Text, Timestamptz, Uuid as SqlUuid},
 };
 use diesel_async::RunQueryDsl;
 use uuid::Uuid;
@@ -195,13 +195,22 @@ fn beyond_name<T>(
     .sql(")")
 }
 
+/// A long list counts at most this many rows, because counting reads all of them.
+pub const COUNTED_MAX: i64 = 10_000;
+
+#[derive(diesel::QueryableByName)]
+struct Counted {
+    #[diesel(sql_type = BigInt)]
+    total: i64,
+}
+
 /// The rows of one page.
 #[derive(Debug)]
 pub struct Rows<T> {
     pub rows: Vec<T>,
     /// Whether there is another page.
     pub more: bool,
-    /// Number of rows on all pages.
+    /// Number of rows on all pages; in long lists, at most [`COUNTED_MAX`].
     pub total: u64,
 }
 

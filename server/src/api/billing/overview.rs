@@ -10,7 +10,12 @@ use quota_common::billing::{
 };
 
 use crate::{
-    api::{admitted::SignedInTenant, change::read, problem::ApiError, usage::times},
+    api::{
+        admitted::SignedInTenant,
+        change::{read, read_turn},
+        problem::ApiError,
+        usage::times,
+    },
     billing::{
         Billing,
         price::{self, Offer},
@@ -36,6 +41,7 @@ pub(super) async fn billing_state(
     state: &AppState,
     caller: &SignedInTenant,
 ) -> Result<BillingState, ApiError> {
+    let _turn = read_turn(state, caller).await?;
     let times = times(state).await?;
     let find = async |tx: &mut TenantTx| -> Result<_, DbError> {
         let counts = billing_overview::counts(tx).await?;
