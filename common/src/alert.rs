@@ -12,8 +12,8 @@ use crate::{
 pub const THRESHOLDS: [u32; 3] = [50, 80, 100];
 
 response! {
-    /// A notice that a certain percentage of a quota has been used. There is one alert for each quota, window and
-    /// threshold.
+    /// A notice that a certain percentage of a quota has been used. There is at most one alert for each threshold in
+    /// each window of a quota.
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct QuotaAlert {
@@ -22,15 +22,15 @@ response! {
         pub threshold: u32,
         /// The quota: `daily`, `monthly` or `tenant_monthly`.
         pub policy: PolicyName,
-        /// The API key that the quota applies to. `null` if the quota is the organization's.
+        /// The API key that the quota applies to. `null` if the quota is the tenant's.
         pub key_id: Option<ApiKeyId>,
-        /// The key's name at the time.
+        /// The key's name when the alert was created.
         pub key_name: Option<String>,
         /// The quota for the window.
         pub limit: u64,
-        /// How much of it was used when the alert was created.
+        /// How much of the quota was used when the alert was created.
         pub used: u64,
-        /// When the window began.
+        /// When the window started.
         pub starts_at: Timestamp,
         /// When the quota resets.
         pub resets_at: Timestamp,

@@ -194,7 +194,7 @@ fn line(alert: &AlertRow) -> String {
         format!("has used {}% of its", alert.threshold)
     };
     format!(
-        "{} {state} {} ({} of {} requests). It resets on {}.",
+        "{} {state} {} ({} of {} requests). The quota resets on {}.",
         owner(alert),
         quota(alert),
         grouped(alert.used),
@@ -236,7 +236,7 @@ fn described(alerts: &[AlertRow], tenant: &str, public_url: &str) -> Text {
         let _ = writeln!(text, "{more}");
     }
     let note = format!(
-        "You get this email because of your role in {tenant} on {base}. Owners and admins can change who gets alerts."
+        "You receive this email because of your role in {tenant} on {base}. Owners and admins can change who receives alerts."
     );
     let _ = write!(text, "\nDetails: {link}\n\n{note}\n");
     let html = format!(
@@ -321,7 +321,7 @@ mod tests {
             "API key \"Mobile app\" has used 80% of its daily quota"
         );
         let line = "- API key \"Mobile app\" has used 80% of its daily quota (40,012 of 50,000 requests). \
-                    It resets on 27 Nov 2026, 00:00 UTC.";
+                    The quota resets on 27 Nov 2026, 00:00 UTC.";
         assert!(it.text.contains(line), "{}", it.text);
         let link =
             "https://quota.example.com/console/api-keys/00000000-0000-0000-0000-000000000007";

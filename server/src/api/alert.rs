@@ -67,9 +67,9 @@ impl Audited for AuditedSettings<'_> {
 impl AlertApi {
     /// List quota alerts
     ///
-    /// Returns alerts newest first. An alert is created when 50, 80 or 100 percent of a quota is used, once for each
-    /// quota, day or month, and threshold. Alerts are kept for 90 days after the quota has reset.
-    /// `total` is at most 10,000.
+    /// Returns alerts, newest first. An alert is created when 50, 80 or 100 percent of a quota has been used, once for
+    /// each threshold in each day or month. Alerts are kept for 90 days after the quota has reset. `total` is counted
+    /// up to 10,000.
     #[oai(path = "/alerts", method = "get", operation_id = "list_alerts")]
     async fn list(
         &self,
@@ -88,7 +88,7 @@ impl AlertApi {
 
     /// Get the alert settings
     ///
-    /// Returns who gets email about quota alerts.
+    /// Returns who receives quota alerts by email.
     #[oai(
         path = "/alert-settings",
         method = "get",
@@ -102,7 +102,7 @@ impl AlertApi {
 
     /// Update the alert settings
     ///
-    /// Applies to alerts from now on.
+    /// Applies to alerts that are created from now on.
     #[oai(
         path = "/alert-settings",
         method = "patch",

@@ -101,7 +101,7 @@ impl WebhookApi {
 impl WebhookApi {
     /// List webhooks
     ///
-    /// Returns webhooks newest first. The signing secret is never returned.
+    /// Returns webhooks, newest first. The signing secret is never returned.
     #[oai(path = "/webhooks", method = "get", operation_id = "list_webhooks")]
     async fn list(
         &self,
@@ -120,13 +120,13 @@ impl WebhookApi {
     /// Create a webhook
     ///
     /// Returns the signing secret. This is the only time it is available: a replay with the same `Idempotency-Key`
-    /// returns everything except the secret. All later events are sent to the URL.
+    /// returns everything except the secret. All events that happen from now on are sent to the URL.
     #[oai(path = "/webhooks", method = "post", operation_id = "create_webhook")]
     async fn create(
         &self,
         caller: ManagingTenant,
-        /// Makes the request safe to retry: the same key and body within 24 hours return the first response again,
-        /// without the secret.
+        /// Makes the request safe to retry: repeating it with the same key and body within 24 hours returns the first
+        /// response again, without the secret.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<CreateWebhook>,
@@ -225,7 +225,7 @@ impl WebhookApi {
 
     /// Delete a webhook
     ///
-    /// Pending deliveries are not sent, and the log of deliveries is deleted shortly afterwards. This cannot be undone.
+    /// Pending deliveries are not sent, and all deliveries are deleted shortly afterward. This cannot be undone.
     #[oai(
         path = "/webhooks/:webhook_id",
         method = "delete",
@@ -248,8 +248,8 @@ impl WebhookApi {
     /// Rotate a webhook's signing secret
     ///
     /// Returns a new secret. This is the only time it is available: a replay with the same `Idempotency-Key` returns
-    /// everything except the secret. For `grace_seconds`, deliveries are signed with the current secret as well. Until
-    /// then, another rotation ends the use of the earlier secret.
+    /// everything except the secret. For `grace_seconds`, deliveries are also signed with the current secret. If you
+    /// rotate again during this time, they are no longer signed with the earliest secret.
     #[oai(
         path = "/webhooks/:webhook_id/rotate-secret",
         method = "post",
@@ -259,8 +259,8 @@ impl WebhookApi {
         &self,
         caller: ManagingTenant,
         webhook_id: Path<WebhookId>,
-        /// Makes the request safe to retry: the same key and body within 24 hours return the first response again,
-        /// without the secret.
+        /// Makes the request safe to retry: repeating it with the same key and body within 24 hours returns the first
+        /// response again, without the secret.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<RotateWebhookSecret>,
@@ -298,10 +298,10 @@ impl WebhookApi {
 
     /// Send a test event
     ///
-    /// Sends an event of the type `webhook.test`, also if the webhook is disabled. Returns the delivery, which is sent
-    /// immediately afterwards; list deliveries to see the result.
+    /// Sends an event of the type `webhook.test`, even if the webhook is disabled. Returns the delivery, which is sent
+    /// immediately afterward; list the deliveries to see the result.
     ///
-    /// An organization can request at most 30 tests and redeliveries per minute.
+    /// A tenant can request at most 30 tests and redeliveries per minute.
     #[oai(
         path = "/webhooks/:webhook_id/test",
         method = "post",
@@ -342,7 +342,7 @@ impl WebhookApi {
 
     /// List a webhook's deliveries
     ///
-    /// Returns deliveries newest first. They are kept for 30 days. `total` is at most 10,000.
+    /// Returns deliveries, newest first. They are kept for 30 days. `total` is counted up to 10,000.
     #[oai(
         path = "/webhooks/:webhook_id/deliveries",
         method = "get",
@@ -377,10 +377,10 @@ impl WebhookApi {
 
     /// Redeliver an event
     ///
-    /// Sends the event again, regardless of its status, even if the webhook is disabled. It has the same ID, so
-    /// that a receiver that has already processed it can ignore it.
+    /// Sends the event again, regardless of its status, even if the webhook is disabled. The event keeps its ID, so a
+    /// receiver that has already processed it can ignore it.
     ///
-    /// An organization can request at most 30 tests and redeliveries per minute.
+    /// A tenant can request at most 30 tests and redeliveries per minute.
     #[oai(
         path = "/webhooks/deliveries/:delivery_id/redeliver",
         method = "post",

@@ -80,7 +80,7 @@ impl Worker {
                 if unreadable > 0 {
                     tracing::error!(
                         webhooks = unreadable,
-                        "secrets of webhooks were encrypted with a QUOTA_SECRET that is not configured; set it as QUOTA_SECRET_PREVIOUS and restart"
+                        "signing secrets of webhooks were encrypted with a QUOTA_SECRET that is not configured; set it as QUOTA_SECRET_PREVIOUS and restart"
                     );
                 }
             }
@@ -130,7 +130,7 @@ impl Worker {
     fn report(&mut self, error: &DbError) {
         self.state.metrics.webhook_errors.inc();
         if !std::mem::replace(&mut self.is_reported, true) {
-            tracing::warn!(error = %db::chain(error), "cannot send webhooks");
+            tracing::warn!(error = %db::chain(error), "cannot claim webhook deliveries or record their results");
         }
     }
 

@@ -81,23 +81,23 @@ metrics! {
     billing_reconciled_at: Gauge, "billing_reconciled_at_seconds",
         "Unix time of the last comparison of usage reports with the totals in Stripe";
     quota_alerts: Counter, "alerts", "Quota alerts created";
-    alert_errors: Counter, "alert_errors", "Checks of quotas for alerts that failed; they are repeated";
+    alert_errors: Counter, "alert_errors", "Failed attempts to check quotas for alerts; they are retried";
     webhooks_delivered: Counter, "webhooks_delivered", "Deliveries that an endpoint accepted";
     webhook_attempts_failed: Counter, "webhook_attempts_failed",
-        "Attempts to deliver an event that failed and are repeated";
-    webhooks_failed: Counter, "webhooks_failed", "Deliveries that were given up";
+        "Failed attempts to deliver an event that are retried";
+    webhooks_failed: Counter, "webhooks_failed", "Deliveries that were abandoned";
     webhook_errors: Counter, "webhook_errors",
-        "Times that deliveries could not be claimed or their results not be recorded; they are repeated";
+        "Failed attempts to claim deliveries or to record their results; they are retried";
     webhooks_overdue: Gauge, "webhooks_overdue_seconds",
         "How long the oldest delivery that is due has been waiting; 0 if there is none";
     webhook_secrets_unreadable: Gauge, "webhook_secrets_unreadable",
-        "Webhooks whose secrets were encrypted with a QUOTA_SECRET that is not configured, at startup";
-    mails_sent: Counter, "emails_sent", "Emails that were sent";
+        "Webhooks whose secrets were encrypted with a QUOTA_SECRET that is not configured, as found at startup";
+    mails_sent: Counter, "emails_sent", "Emails sent";
     mail_attempts_failed: Counter, "email_attempts_failed",
-        "Attempts to send an email that failed and are repeated";
-    mails_failed: Counter, "emails_failed", "Emails that were rejected or given up";
+        "Failed attempts to send an email that are retried";
+    mails_failed: Counter, "emails_failed", "Emails that were rejected or abandoned";
     mail_errors: Counter, "email_errors",
-        "Times that emails could not be written, claimed or recorded in PostgreSQL; this is repeated";
+        "Failed attempts to write or claim emails in PostgreSQL or to record their results; they are retried";
     keys_malformed: Counter, "keys_malformed",
         "Requests with a key that has an invalid format or checksum, rejected without a lookup";
     key_cache_hits: Counter, "key_cache_hits", "Key lookups served from memory";
