@@ -115,7 +115,7 @@ response! {
     #[derive(Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct Tokens {
-        /// A JWT (EdDSA). Send it in the `Authorization` header, after `Bearer`. Absent if cookies were requested.
+        /// A JWT (EdDSA). Send it as `Authorization: Bearer <token>`. Absent if cookies were requested.
         pub access_token: Omittable<String>,
         /// An opaque token that can be used once. Exchange it at `POST /auth/refresh` for a new pair of tokens. Absent
         /// if cookies were requested.
@@ -130,7 +130,7 @@ response! {
     #[derive(Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct SignedIn {
-        /// A JWT (EdDSA). Send it in the `Authorization` header, after `Bearer`. Absent if cookies were requested.
+        /// A JWT (EdDSA). Send it as `Authorization: Bearer <token>`. Absent if cookies were requested.
         pub access_token: Omittable<String>,
         /// An opaque token that can be used once. Exchange it at `POST /auth/refresh` for a new pair of tokens. Absent
         /// if cookies were requested.

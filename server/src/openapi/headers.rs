@@ -79,7 +79,7 @@ fn limit_headers() -> Map<String, Value> {
         (
             "RateLimit".to_owned(),
             text(
-                "The limit that is closest to being used up: `r` requests are left, and all of it is available again in `t` seconds.",
+                "The limit that is closest to being used up: `r` requests are left, and the full limit is available again in `t` seconds.",
                 "\"rpm\";r=412;t=23",
             ),
         ),

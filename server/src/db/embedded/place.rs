@@ -66,7 +66,7 @@ impl Place {
         let fallback_home = Path::new(FALLBACK_HOME).join(short_name(data_dir));
         let fallback = fallback_home.join("postgres");
         if let Some(place) = Self::existing(&fallback)? {
-            tracing::info!(cluster = %fallback.display(), "the private PostgreSQL is outside the data directory");
+            tracing::info!(cluster = %fallback.display(), "the data of the private PostgreSQL is outside the data directory");
             return Ok(place);
         }
         let user = unprivileged_user()?;
@@ -84,7 +84,7 @@ impl Place {
             data_dir = %data_dir.display(),
             user = place.user_name(),
             cluster = %fallback.display(),
-            "PostgreSQL's user cannot access the data directory, so the private PostgreSQL is outside it"
+            "PostgreSQL's user cannot access the data directory, so the data of the private PostgreSQL is outside it"
         );
         let place = Self {
             cluster: fallback,
