@@ -90,7 +90,7 @@ fn previous_expiry(key: &ApiKey) -> Option<Timestamp> {
 
 fn previous_key_active(until: Timestamp) -> ApiError {
     let detail = format!(
-        "The previous key is valid until {until}. Rotate again after that, or send replace_previous: true to revoke it now."
+        "The previous key is valid until {until}. Rotate again after that, or send replace_previous: true to revoke that key now."
     );
     ApiError {
         errors: vec![FieldError {

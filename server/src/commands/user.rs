@@ -27,7 +27,7 @@ pub enum UserCommand {
         #[arg(long)]
         tenant: Option<String>,
     },
-    /// Set a user's password, read from standard input, and revoke their sessions
+    /// Set a user's password, which is read from standard input, and revoke the user's sessions
     SetPassword {
         #[command(flatten)]
         settings: Box<Settings>,
