@@ -71,9 +71,9 @@ response! {
         pub target_name: Option<String>,
         /// The client's IP address.
         pub ip: Option<String>,
-        /// The changed fields before the change. `null` on creation.
+        /// The values of the changed fields before the change. `null` on creation.
         pub before: Option<serde_json::Value>,
-        /// The changed fields after the change. `null` on deletion.
+        /// The values of the changed fields after the change. `null` on deletion.
         pub after: Option<serde_json::Value>,
     }
 }

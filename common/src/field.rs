@@ -365,7 +365,7 @@ mod tests {
         assert_eq!(fault(&entries(20, &"n".repeat(38), &longest_value)), None);
         assert_eq!(fault(&entries(1, "Crm.id-2_", "")), None);
         let names = "names must be 1–40 letters, digits, hyphens, underscores or periods";
-        let value = "the value of name0 must be at most 100 characters without control characters";
+        let value = "the value of name0 must be at most 100 characters, without control characters";
         for (metadata, fault_text) in [
             (entries(21, "name", ""), "must have at most 20 entries"),
             (entries(1, &"n".repeat(40), ""), names),

@@ -80,7 +80,7 @@ request! {
         /// Requests per key per calendar month, in the tenant's time zone. Default: unlimited.
         #[garde(dive)]
         pub monthly_quota: Option<Quota>,
-        /// Check every request against the shared counters instead of a local lease. Default: false.
+        /// Whether to check every request against the shared counters instead of a local lease. Default: false.
         #[garde(skip)]
         pub strict: Option<bool>,
         /// Behavior while Redis is unreachable. Default: the server default.
