@@ -2,7 +2,7 @@
 
 use chrono::{DateTime, Utc};
 use diesel::{
-    dsl::{now, sql},
+    dsl::{auto_type, now, sql},
     pg::Pg,
     prelude::*,
     sql_types::{BigInt, Bool, Text},
@@ -393,19 +393,25 @@ impl FactsRow {
     }
 }
 
+/// Keys with everything that a decision depends on.
+#[auto_type]
+fn with_facts() -> _ {
+    let plan = plans::tenant_id
+        .eq(api_keys::tenant_id)
+        .and(plans::id.eq(api_keys::plan_id));
+    let access = billing_accounts::tenant_id.eq(api_keys::tenant_id);
+    api_keys::table
+        .inner_join(plans::table.on(plan))
+        .inner_join(tenants::table.on(tenants::id.eq(api_keys::tenant_id)))
+        .left_join(billing_accounts::table.on(access))
+}
+
 /// Finds the keys whose current or previous secret has one of these hashes, active or not, in any tenant, in any order.
 pub async fn facts(tx: &mut SystemTx, hashes: &[&[u8]]) -> Result<Vec<FoundKey>, DbError> {
     // The number is read in the same statement, so that it belongs to the same snapshot.
     let as_of = sql::<BigInt>("(SELECT coalesce(max(seq), 0) FROM revocations)");
     let in_grace = sql::<Bool>("coalesce(api_keys.previous_expires_at > now(), false)");
-    let rows = api_keys::table
-        .inner_join(
-            plans::table.on(plans::tenant_id
-                .eq(api_keys::tenant_id)
-                .and(plans::id.eq(api_keys::plan_id))),
-        )
-        .inner_join(tenants::table.on(tenants::id.eq(api_keys::tenant_id)))
-        .left_join(billing_accounts::table.on(billing_accounts::tenant_id.eq(api_keys::tenant_id)))
+    let rows = with_facts()
         .filter(
             api_keys::key_hash
                 .eq_any(hashes)
@@ -431,14 +437,7 @@ pub async fn facts(tx: &mut SystemTx, hashes: &[&[u8]]) -> Result<Vec<FoundKey>,
 pub async fn facts_of(tx: &mut TenantTx, id: Uuid) -> Result<Option<FoundKey>, DbError> {
     let tenant = tx.tenant().0;
     let as_of = sql::<BigInt>("(SELECT coalesce(max(seq), 0) FROM revocations)");
-    let row = api_keys::table
-        .inner_join(
-            plans::table.on(plans::tenant_id
-                .eq(api_keys::tenant_id)
-                .and(plans::id.eq(api_keys::plan_id))),
-        )
-        .inner_join(tenants::table.on(tenants::id.eq(api_keys::tenant_id)))
-        .left_join(billing_accounts::table.on(billing_accounts::tenant_id.eq(api_keys::tenant_id)))
+    let row = with_facts()
         .filter(api_keys::tenant_id.eq(tenant))
         .filter(api_keys::id.eq(id))
         .select((

@@ -239,6 +239,19 @@ impl Slice {
     }
 }
 
+/// Puts the results of a statement with `WITH ORDINALITY` into the order of its parameters. `None` for those without a
+/// result.
+fn in_order<T: Clone>(len: usize, numbered: impl Iterator<Item = (i64, T)>) -> Vec<Option<T>> {
+    let mut results = vec![None; len];
+    for (number, result) in numbered {
+        let index = usize::try_from(number - 1).unwrap_or(usize::MAX);
+        if let Some(place) = results.get_mut(index) {
+            *place = Some(result);
+        }
+    }
+    results
+}
+
 /// Returns an `ILIKE` pattern that matches `text` literally, anywhere.
 fn containing(text: &str) -> String {
     let mut pattern = String::with_capacity(text.len() + 2);

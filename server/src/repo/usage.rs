@@ -241,18 +241,26 @@ fn series_sql(filter: &Filter, group: Option<GroupBy>) -> String {
     )
 }
 
-macro_rules! bind_series {
-    ($sql:expr, $tx:expr, $filter:expr, $values:expr, $starts:expr, $to:expr) => {
+/// Binds `$1` to `$6`: the tenant, the [`Filter`] and a range.
+macro_rules! bind {
+    ($sql:expr, $tx:expr, $filter:expr, $from:expr, $to:expr) => {
         diesel::sql_query($sql)
             .bind::<SqlUuid, _>($tx.tenant().0)
             .bind::<Nullable<SqlUuid>, _>($filter.key)
             .bind::<Nullable<SqlUuid>, _>($filter.plan)
             .bind::<Nullable<Text>, _>($filter.endpoint.as_deref())
-            .bind::<Timestamptz, _>($starts.first().copied().unwrap_or($to))
+            .bind::<Timestamptz, _>($from)
             .bind::<Timestamptz, _>($to)
+    };
+}
+
+macro_rules! bind_series {
+    ($sql:expr, $tx:expr, $filter:expr, $values:expr, $starts:expr, $to:expr) => {{
+        let from = $starts.first().copied().unwrap_or($to);
+        bind!($sql, $tx, $filter, from, $to)
             .bind::<Array<Timestamptz>, _>($starts)
             .bind::<Array<Text>, _>($values)
-    };
+    }};
 }
 
 /// Counts requests by bucket and, with `groups`, also by group. `starts` are the starts of the buckets, in order; the
@@ -327,14 +335,7 @@ pub async fn ranked(
         part("usage_quarters", "u.start >= $5 AND u.start < $7"),
         part("usage_quarters", "u.start >= $8 AND u.start < $6"),
     );
-    let tenant = tx.tenant().0;
-    let rows = diesel::sql_query(sql)
-        .bind::<SqlUuid, _>(tenant)
-        .bind::<Nullable<SqlUuid>, _>(filter.key)
-        .bind::<Nullable<SqlUuid>, _>(filter.plan)
-        .bind::<Nullable<Text>, _>(filter.endpoint.as_deref())
-        .bind::<Timestamptz, _>(range.from)
-        .bind::<Timestamptz, _>(range.to)
+    let rows = bind!(sql, tx, filter, range.from, range.to)
         .bind::<Timestamptz, _>(days.from)
         .bind::<Timestamptz, _>(days.to)
         .bind::<BigInt, _>(i64::try_from(limit).unwrap_or(i64::MAX))
@@ -378,14 +379,7 @@ pub async fn last_seen(
         value = group_value(Some(group)),
         condition = filter.condition(Some(group)),
     );
-    let tenant = tx.tenant().0;
-    let rows = diesel::sql_query(sql)
-        .bind::<SqlUuid, _>(tenant)
-        .bind::<Nullable<SqlUuid>, _>(filter.key)
-        .bind::<Nullable<SqlUuid>, _>(filter.plan)
-        .bind::<Nullable<Text>, _>(filter.endpoint.as_deref())
-        .bind::<Timestamptz, _>(range.from)
-        .bind::<Timestamptz, _>(range.to)
+    let rows = bind!(sql, tx, filter, range.from, range.to)
         .bind::<Array<Text>, _>(values)
         .load::<Seen>(&mut **tx)
         .await?;
