@@ -24,6 +24,7 @@ mod mail;
 mod malformed;
 mod metering;
 mod migrations;
+mod monitoring;
 mod openapi;
 mod operating;
 mod outage;
