@@ -2,6 +2,7 @@
 
 mod admission;
 mod alerts;
+mod backup;
 mod billing;
 mod billing_usage;
 mod console_calls;
