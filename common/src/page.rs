@@ -12,6 +12,9 @@ pub const DEFAULT_LIMIT: u32 = 20;
 /// The largest page size.
 pub const MAX_LIMIT: u32 = 100;
 
+/// Lists count their items up to this number.
+pub const TOTAL_MAX: u64 = 10_000;
+
 /// One page of a list.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object))]
@@ -24,7 +27,7 @@ pub struct Page<
     /// Pass as `cursor` to fetch the next page. `null` on the last page. Opaque.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub next_cursor: Option<String>,
-    /// Number of items on all pages that match the filters.
+    /// Number of items on all pages that match the filters, counted up to 10,000: if it is 10,000, there may be more.
     pub total: u64,
 }
 

@@ -16,6 +16,7 @@ mod free_tier;
 mod gateways;
 mod http;
 mod invalidation;
+mod key_lists;
 mod last_used;
 mod layers;
 mod limiter_contract;
