@@ -21,6 +21,7 @@ mod last_used;
 mod layers;
 mod limiter_contract;
 mod limiter_shared;
+mod loadtest;
 mod log_output;
 mod mail;
 mod malformed;
