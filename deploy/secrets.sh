@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Creates the secrets that compose.prod.yml reads, in deploy/secrets or the given folder. Keeps existing files.
+# Creates the secrets that compose.prod.yml reads, in deploy/secrets or the given directory. Keeps existing files.
 set -euo pipefail
 folder=${1:-$(dirname "${BASH_SOURCE[0]}")/secrets}
 
-# Containers read these files as different users, so the files are world-readable and the folder is not.
+# Containers read these files as different users, so the files are world-readable and the directory is not.
 mkdir -p "$folder"
 chmod 700 "$folder"
 random() { head -c 32 /dev/urandom | base64 | tr '+/' '-_' | tr -d '=\n'; }

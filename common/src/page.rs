@@ -27,7 +27,7 @@ pub struct Page<
     /// Pass as `cursor` to fetch the next page. `null` on the last page. Opaque.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub next_cursor: Option<String>,
-    /// Number of items on all pages that match the filters, counted up to 10,000: if it is 10,000, there may be more.
+    /// Number of items that match the filters, across all pages, counted up to 10,000: if it is 10,000, there may be more.
     pub total: u64,
 }
 
@@ -55,9 +55,9 @@ text_enum! {
         Oldest = "created_at",
         Name = "name",
         NameReversed = "-name",
-        /// Keys that were never used come last.
+        /// Keys that have never been used come last.
         LastUsed = "-last_used_at",
-        /// Keys that were never used come first.
+        /// Keys that have never been used come first.
         LeastRecentlyUsed = "last_used_at",
     }
 }

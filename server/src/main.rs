@@ -34,7 +34,8 @@ enum Command {
     Serve {
         #[command(flatten)]
         settings: Box<Settings>,
-        /// Create a demo tenant, plan, key and service token once, and print them with a command to try
+        /// Create a demo tenant with a plan, a key and a service token, unless they exist, and print them with a
+        /// command to try
         #[arg(long)]
         demo: bool,
     },
@@ -50,7 +51,7 @@ enum Command {
         /// Check only whether the process responds
         #[arg(long, conflicts_with = "serving")]
         live: bool,
-        /// Check whether it serves requests, which it does even while PostgreSQL is unreachable
+        /// Check whether the server serves requests, which it does even while PostgreSQL is unreachable
         #[arg(long)]
         serving: bool,
     },
@@ -65,7 +66,7 @@ enum Command {
     /// Set up and check billing through Stripe
     #[command(subcommand)]
     Billing(BillingCommand),
-    /// Show the tenants and keys with the most requests, and usage that servers have not delivered yet
+    /// Show the tenants and keys with the most requests, and usage that replicas have not delivered yet
     #[command(args_conflicts_with_subcommands = true)]
     Usage {
         #[command(subcommand)]

@@ -56,6 +56,9 @@ const GUARDED: usize = 200_000;
 /// tenants share.
 const STRIPE_PAGES: NonZeroU32 = NonZeroU32::new(20).unwrap();
 
+/// How many test events and redeliveries a tenant may request per minute.
+const WEBHOOK_REQUESTS: NonZeroU32 = NonZeroU32::new(30).unwrap();
+
 /// See the module documentation. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct AppState(Arc<Services>);
@@ -96,8 +99,10 @@ pub struct Services {
     /// The queues in which a tenant's requests for a Stripe page wait for each other. They are separate from those of
     /// changes, because revoking a key must not wait for Stripe.
     pub checkouts: TenantQueues,
-    /// How often a tenant may request such a page.
+    /// Limits how often a tenant may request such a page.
     pub stripe_pages: TenantRate,
+    /// How often a tenant may request a test event or a redelivery.
+    pub webhook_requests: TenantRate,
     /// The queues in which large reads of one tenant wait for each other.
     pub reads: TenantQueues,
     draining: AtomicBool,
@@ -262,6 +267,7 @@ impl AppState {
             metrics: metrics.clone(),
         };
         let stripe_pages = TenantRate::new(STRIPE_PAGES, clock.clone());
+        let webhook_requests = TenantRate::new(WEBHOOK_REQUESTS, clock.clone());
         Ok(Self(Arc::new(Services {
             auth_guard: ClientRateLimiter::new(config.auth_rpm, GUARDED, clock.clone()),
             admin_guard: ClientRateLimiter::new(config.admin_rpm, GUARDED, clock.clone()),
@@ -291,12 +297,13 @@ impl AppState {
             changes: TenantQueues::of_changes(),
             checkouts: TenantQueues::of_changes(),
             stripe_pages,
+            webhook_requests,
             reads: TenantQueues::of_reads(),
             draining: AtomicBool::new(false),
         })))
     }
 
-    /// Drops all entries that were invalidated by changes from the caches of this replica.
+    /// Drops all entries from the caches of this replica that changes have invalidated.
     pub fn forget(&self, invalidations: &[Invalidation]) {
         let gone = invalidations.iter().collect();
         self.keys.revoke(&gone);
@@ -351,7 +358,7 @@ async fn initialize_counters(
     match counters.begin().await {
         Ok(()) => tx.commit().await,
         Err(error) => {
-            tracing::warn!(error = %error, "cannot reach Redis; its counters will start empty");
+            tracing::warn!(error = %error, "cannot reach Redis at startup; the counters will start empty");
             Ok(())
         }
     }

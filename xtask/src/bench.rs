@@ -98,7 +98,7 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
     let is = |name: &str| arguments.first().is_some_and(|it| it == name);
     let replicas = is("replicas");
     machine::install(&[machine::POSTGRES, machine::REDIS])?;
-    say("building the server and the measurement for release (a first build takes a few minutes)");
+    say("building the server and the benchmarks for release (a first build takes a few minutes)");
     let mut build = cargo();
     build.args(["build", "--release", "--quiet"]);
     build.args(["--package", "quota-bench", "--bin", "quota-bench"]);

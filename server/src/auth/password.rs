@@ -2,7 +2,7 @@
 //!
 //! Hashing uses at most two threads and 92 MiB, regardless of load. Callers wait for a thread in three classes, so that
 //! a flood of sign-ins does not lock out other users: known devices and signed-in users, networks without recent
-//! failures, and all others, including registrations. Each class is bounded and has its share of the threads. Within a
+//! failures, and all others, including registrations. Each class is bounded and gets a share of the threads. Within a
 //! class, callers take turns by account or network. When a class is full, the account or network with the most waiters
 //! loses one.
 //!
@@ -38,7 +38,8 @@ const THREADS: usize = 2;
 const WAITING: [usize; CLASSES] = [16, 24, 8];
 const WAIT: Duration = Duration::from_secs(5);
 const CLASSES: usize = 3;
-/// The order in which classes are served, repeatedly. An empty class passes its turn to the first one that is not empty.
+/// The order in which classes are served, repeatedly. An empty class passes its turn to the first one that is not
+/// empty.
 const TURNS: [CallerClass; 8] = [
     CallerClass::Known,
     CallerClass::Ordinary,
@@ -77,7 +78,7 @@ pub enum CallerClass {
     Suspect,
 }
 
-/// Where to wait in the queue.
+/// A caller's place in the queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Turn {
     pub class: CallerClass,
@@ -111,8 +112,8 @@ impl Password {
         )))
     }
 
-    /// Checks that it is strong enough for the account with this email. Takes a few milliseconds for any password; see
-    /// [`windows`]. If one part is hard to guess, the whole password is hard to guess.
+    /// Checks that the password is strong enough for the account with this email. Takes a few milliseconds for any
+    /// password; see [`windows`]. If one part is hard to guess, the whole password is hard to guess.
     fn judge(&self, email: &str) -> Result<(), AuthError> {
         self.check_length()?;
         let mut known = vec![email, "quota"];
@@ -385,7 +386,9 @@ impl PasswordPool {
             Ok(()) => {}
             Err(TrySendError::Full(_)) => return Err(self.turn_away()),
             Err(TrySendError::Disconnected(_)) => {
-                return Err(AuthError::Internal("no password threads".into()));
+                return Err(AuthError::Internal(
+                    "all password threads have ended".into(),
+                ));
             }
         }
         match tokio::time::timeout(WAIT, answered).await {

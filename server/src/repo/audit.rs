@@ -36,7 +36,7 @@ pub struct AuditEntry {
     pub user_email: Option<String>,
 }
 
-/// Restricts a list of events.
+/// Filters a list of events.
 #[derive(Debug, Default)]
 pub struct Filter<'a> {
     pub action: Option<&'a str>,
@@ -47,7 +47,7 @@ pub struct Filter<'a> {
     /// Substring of the resource's name.
     pub search: Option<&'a str>,
     pub from: Option<DateTime<Utc>>,
-    /// Exclusive.
+    /// The end of the range, exclusive.
     pub to: Option<DateTime<Utc>>,
 }
 

@@ -1,8 +1,8 @@
 //! All SQL, one file per noun.
 //!
 //! Every function takes the transaction in which it runs: a [`TenantTx`](crate::db::TenantTx), which carries the tenant
-//! and is also restricted to it by row-level security, or a [`SystemTx`] for the server's own
-//! work. Rows are separate structs, not the API's types. Does not depend on HTTP.
+//! and is also restricted to it by row-level security, or a [`SystemTx`] for the server's own work.
+//! Rows are separate structs, not the API's types. Does not depend on HTTP.
 //!
 //! Lists use keyset pagination. By default they are sorted by ID, newest first: IDs are UUIDv7, which sort by time.
 //! Some lists have other sort orders, with the ID as tie-breaker.
@@ -171,7 +171,7 @@ impl SortedSlice {
     }
 }
 
-/// The `ORDER BY` expression for a table with a `name`. Does not depend on the database's locale.
+/// Returns the `ORDER BY` expression for a table with a `name`. Does not depend on the database's locale.
 fn by_name(descending: bool) -> SqlLiteral<Text> {
     sql(if descending {
         r#"lower(name) COLLATE "C" DESC"#
@@ -197,6 +197,15 @@ fn beyond_name<T>(
     .sql(")")
 }
 
+/// A long list counts at most this many rows, because counting reads all of them.
+pub const COUNTED_MAX: i64 = TOTAL_MAX.cast_signed();
+
+#[derive(diesel::QueryableByName)]
+struct Counted {
+    #[diesel(sql_type = BigInt)]
+    total: i64,
+}
+
 /// The rows of one page.
 #[derive(Debug)]
 pub struct Rows<T> {
@@ -208,7 +217,7 @@ pub struct Rows<T> {
 }
 
 impl<T> Rows<T> {
-    /// Expects one more row than fits on the page, if there is one.
+    /// `rows` must contain one more row than fits on the page, if there is one.
     fn new(mut rows: Vec<T>, limit: u32, total: i64) -> Self {
         let limit = limit as usize;
         let more = rows.len() > limit;
@@ -243,7 +252,7 @@ impl Slice {
         i64::from(self.limit) + 1
     }
 
-    /// The upper bound for IDs on this page. The maximum UUID is greater than any UUIDv7.
+    /// Returns the upper bound for IDs on this page. The maximum UUID is greater than any UUIDv7.
     fn before(self) -> Uuid {
         self.after.unwrap_or(Uuid::max())
     }

@@ -81,7 +81,7 @@ impl Ask {
     fn lock(&self) -> i32 {
         let (high, low) = self.key.as_u64_pair();
         let mixed = (high ^ low ^ self.policy.len() as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        // 31 bits.
+        // The upper 31 bits, which fit.
         i32::try_from(mixed >> 33).unwrap_or(0)
     }
 }

@@ -454,7 +454,7 @@ async fn clean_stop_reports_not_ready_and_finishes_requests_in_flight() {
     }
     assert!(said_not_ready);
 
-    // After it has stopped listening, the request in flight still gets a response.
+    // After the server has stopped listening, the request in flight still gets a response.
     tokio::time::sleep(Duration::from_millis(2500).saturating_sub(told.elapsed())).await;
     assert!(
         std::net::TcpStream::connect(addr).is_err(),

@@ -187,7 +187,7 @@ impl<'a> Production<'a> {
         }
     }
 
-    /// A client that trusts Caddy's own certificate authority.
+    /// Returns a client that trusts Caddy's own certificate authority.
     fn client(&self) -> Result<Client> {
         let caddy = &self.containers("caddy")?[0];
         let certificate = self.files.path().join("root.crt");

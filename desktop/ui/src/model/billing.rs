@@ -25,7 +25,7 @@ fn date(at: Timestamp) -> String {
     date_time(millis(at))
 }
 
-/// The keys that need a subscription, as the subject of a sentence, and its verb.
+/// Returns the keys that need a subscription, as the subject of a sentence, and its verb.
 fn paid_keys(n: u64) -> (String, &'static str) {
     match n {
         0 => ("keys on paid plans".to_owned(), "get"),
@@ -46,7 +46,7 @@ const MANAGE: StripeButton = StripeButton {
     page: BillingPage::Portal,
 };
 
-/// The buttons of the subscription, the most important one first.
+/// Returns the buttons of the subscription, the most important one first.
 pub fn buttons(it: &BillingState) -> Vec<StripeButton> {
     let checkout = |label| StripeButton {
         label,
@@ -74,7 +74,7 @@ const fn is_subscribed(it: &BillingState) -> bool {
     !matches!(it.access, BillingAccess::Free | BillingAccess::Canceled)
 }
 
-/// The most important notices, each with a style.
+/// Returns the most important notices, each with a style.
 fn notices(it: &BillingState, now: i64) -> Vec<(&'static str, String)> {
     let (danger, warn) = ("alert", "alert warn");
     let (keys, get) = paid_keys(it.paid_keys);
@@ -140,7 +140,7 @@ fn badge(it: &BillingState) -> Markup {
     with_text("span", &[("class", class)], text)
 }
 
-/// For example `$29.00 per month + $0.50 per 1,000 requests`.
+/// Returns a price as text, such as `$29.00 per month + $0.50 per 1,000 requests`.
 fn price_text(price: &BillingPrice) -> Option<String> {
     let monthly = price.monthly.as_deref();
     let monthly = monthly.map(|it| format!("{} per month", money(it, 0, &price.currency)));
@@ -170,7 +170,7 @@ fn rows(rows: &[Markup]) -> Markup {
     element("dl", &[("class", "details")], rows)
 }
 
-/// The subscription: notices, plan, status, price and renewal.
+/// Returns the subscription: notices, plan, status, price and renewal.
 pub fn subscription(it: &BillingState, now: i64) -> Markup {
     let mut all: Markup = notices(it, now)
         .into_iter()
@@ -206,7 +206,7 @@ pub fn subscription(it: &BillingState, now: i64) -> Markup {
     all
 }
 
-/// The charges in this period.
+/// Returns the charges in this period.
 pub fn usage(it: &BillingUsage, state: &BillingState) -> Markup {
     let currency = state.price.as_ref().map_or("usd", |it| &it.currency);
     let amount = |n: u64| money(&n.to_string(), 0, currency);
@@ -254,7 +254,7 @@ pub fn usage(it: &BillingUsage, state: &BillingState) -> Markup {
     all
 }
 
-/// Meters for the operator's limits. Empty if there are none.
+/// Returns meters for the operator's limits. Empty if there are none.
 pub fn limits(it: &BillingLimits, now: i64) -> Markup {
     let resets = format!("Resets {}", relative(millis(it.requests_reset_at), now));
     let meters = [
@@ -300,7 +300,7 @@ pub fn limits(it: &BillingLimits, now: i64) -> Markup {
     all
 }
 
-/// Why a role cannot see this page.
+/// Returns why a role cannot see this page.
 pub fn no_access(role: Role) -> String {
     format!(
         "Your role ({}) doesn't include billing. Ask an owner or an admin of your organization.",
@@ -308,7 +308,7 @@ pub fn no_access(role: Role) -> String {
     )
 }
 
-/// The effect on the keys of a paid plan. `None` if they work.
+/// Returns the effect on the keys of a paid plan. `None` if they work.
 pub fn paid_warning(it: &BillingState, keys: u64) -> Option<String> {
     (!it.paid_plans_work && keys > 0).then(|| {
         let (keys, verb) = (

@@ -17,7 +17,7 @@ pub struct Meter<'a> {
 }
 
 impl Meter<'_> {
-    /// The used part, in percent. A sliver is visible as soon as anything is used.
+    /// Returns the used part in percent. A sliver is visible as soon as anything is used.
     fn percent(&self) -> u64 {
         let percent = u128::from(self.used) * 100 / u128::from(self.limit.max(1));
         u64::try_from(percent)

@@ -14,7 +14,7 @@ pub struct PolicyState {
     pub denied: bool,
 }
 
-/// The label of a policy.
+/// Returns the label of a policy.
 pub fn policy_label(policy: &str) -> &str {
     match policy {
         "rpm" => "Rate limit",

@@ -109,7 +109,7 @@ pub fn countdown(secs: u64) -> String {
     }
 }
 
-/// The command with which to try a key.
+/// Returns a command that tries a key.
 pub fn curl(origin: &str, key: &str) -> String {
     format!("curl -i {origin}/v1/echo -H \"X-API-Key: {key}\"")
 }
@@ -193,7 +193,7 @@ impl Gateway {
     }
 }
 
-/// A file without its opening comment.
+/// Returns a file without its opening comment.
 fn body(text: &str) -> &str {
     match text.split_once("\n\n") {
         Some((_, body)) if text.starts_with('#') => body.trim_end(),

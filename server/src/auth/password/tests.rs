@@ -23,7 +23,8 @@ fn weak_passwords_are_rejected_and_strong_ones_accepted() {
     assert!(!refused("correct horse battery staple"));
 }
 
-/// zxcvbn's time grows with the number of ways to read symbols as letters, and it overflows on long keyboard patterns.
+/// The time that zxcvbn takes grows with the number of ways to read symbols as letters, and it overflows on long
+/// keyboard patterns.
 #[test]
 fn costly_passwords_are_estimated_in_parts() {
     let costly = "4@8({[<369&#!1|0$5+7%2".repeat(5);
@@ -43,7 +44,7 @@ fn costly_passwords_are_estimated_in_parts() {
     let password = Password::new(&costly[..100]);
     let began = std::time::Instant::now();
     let _ = password.judge("ada@example.com");
-    // Without the bound, this one took most of a second; now it takes a few milliseconds.
+    // Without the bound, this one would take most of a second; with it, a few milliseconds.
     assert!(began.elapsed() < Duration::from_millis(500));
 }
 

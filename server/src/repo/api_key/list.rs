@@ -17,12 +17,12 @@ use crate::{
     schema::api_keys,
 };
 
-/// Restricts a list of keys.
+/// Filters a list of keys.
 #[derive(Debug, Default)]
 pub struct Filter<'a> {
     pub plan_id: Option<Uuid>,
     pub is_active: Option<bool>,
-    /// Whether they have expired by this time.
+    /// Whether the keys have expired by this time.
     pub is_expired: Option<(bool, DateTime<Utc>)>,
     pub external_id: Option<&'a str>,
     /// Substring of the name, or prefix of the key or external ID.
