@@ -27,7 +27,7 @@ pub struct Page<
     /// Pass as `cursor` to fetch the next page. `null` on the last page. Opaque.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub next_cursor: Option<String>,
-    /// Number of items that match the filters, across all pages, counted up to 10,000: if it is 10,000, there may be more.
+    /// Number of items that match the filters, across all pages. A total of 10,000 means 10,000 or more.
     pub total: u64,
 }
 
