@@ -23,6 +23,8 @@ write redis.conf "requirepass $(random)
 "
 write redis_url "redis://:$(sed -n 's/^requirepass //p' "$folder/redis.conf")@redis"
 write quota_secret "$(random)"
+# Differs only while rotate-secret.sh rotates the secret.
+write quota_secret_previous "$(cat "$folder/quota_secret")"
 # For billing, fill in both files and set QUOTA_BILLING.
 write stripe_secret_key ""
 write stripe_webhook_secret ""

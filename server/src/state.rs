@@ -42,7 +42,7 @@ use crate::{
     metering::Metering,
     readiness::ReadinessProbe,
     redis::Redis,
-    repo::{self, alert::TenantQuota, invalidation::Invalidation},
+    repo::{self, alert::TenantQuota, invalidation::Invalidation, sweep::Expired},
     telemetry::{log::Log, metrics::Metrics},
     tenant_queue::TenantQueues,
     tenant_rate::TenantRate,
@@ -126,6 +126,10 @@ impl AppState {
     ) -> Result<Self, AuthError> {
         let mut metrics = Metrics::default();
         metrics.log_lines_dropped = log.dropped().clone();
+        // A counter that first appears with a value above 0 looks to Prometheus as if it had not risen.
+        for kind in Expired::ALL {
+            metrics.swept(kind.name(), 0);
+        }
         let metrics = Arc::new(metrics);
         let freshness = Arc::new(Freshness::new(clock.clone()));
         let redis = config.redis.clone().map(Redis::connect_lazy);
@@ -252,7 +256,10 @@ impl AppState {
             Mailer::new(&config).map_err(|error| AuthError::Internal(error.to_string()))?;
         let accounts = Accounts {
             db: db.clone(),
-            passwords: PasswordPool::start(config.password_cost)?,
+            passwords: PasswordPool::start(
+                config.password_cost,
+                metrics.password_queue_full.clone(),
+            )?,
             sessions: sessions.clone(),
             attempts: login_attempts.clone(),
             devices: Devices::new(secrets),

@@ -138,6 +138,12 @@ pub(crate) const DEBOOTSTRAP: Need = Need {
     is_there: || on_path("debootstrap").is_some() || Path::new("/usr/sbin/debootstrap").exists(),
 };
 
+pub(crate) const PROMTOOL: Need = Need {
+    name: "Prometheus's `promtool`, for the tests of the alert rules",
+    package: "prometheus",
+    is_there: || on_path("promtool").is_some(),
+};
+
 /// The disk space required for a full build, with debug and release of everything, and for an incremental one.
 const BUILD: u64 = 7 << 30;
 const REBUILD: u64 = 2 << 30;
@@ -217,6 +223,7 @@ pub(crate) fn install(needs: &[Need]) -> Result<()> {
         (CADDY, "caddy"),
         (NGINX, "nginx"),
         (HAPROXY, "haproxy"),
+        (PROMTOOL, "prometheus"),
     ] {
         if packages.contains(&need.package) {
             no_system_service(service)?;

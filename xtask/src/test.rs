@@ -25,6 +25,7 @@ pub(crate) fn test(arguments: &[OsString]) -> Result<ExitCode> {
         needs.extend(journey::needs());
     }
     machine::install(&needs)?;
+    let untested = machine::install(&[machine::PROMTOOL]).err();
     console::build()?;
     let postgres = Throwaway::start()?;
     let has_nextest = cargo()
@@ -53,6 +54,11 @@ pub(crate) fn test(arguments: &[OsString]) -> Result<ExitCode> {
     };
     drop(postgres);
     let went_well = !with_journey || (of_desktop(has_nextest)? & journey::run()?);
+    if let Some(error) = untested {
+        say(&format!(
+            "skipped: the alert rules were not tested with promtool: {error:#}"
+        ));
+    }
     if let Some(summary) = summary {
         println!("{summary}");
     }

@@ -176,8 +176,18 @@ impl ApiKeyApi {
             external_id: external_id.as_deref(),
             search: search.as_deref(),
         };
-        let list = async |tx: &mut TenantTx| api_key::list(tx, &filter, &slice).await;
         let _turn = read_turn(&self.state, &caller).await?;
+        let matches = match filter.search {
+            None => None,
+            Some(_) => {
+                let mut tx = self.state.db.system().await?;
+                let matches = api_key::search(&mut tx, caller.tenant(), &filter).await?;
+                tx.commit().await?;
+                Some(matches)
+            }
+        };
+        let list =
+            async |tx: &mut TenantTx| api_key::list(tx, &filter, matches.as_ref(), &slice).await;
         let rows = read(&self.state, &caller, list).await?;
         Ok(Json(page::sorted_page(rows, order)))
     }

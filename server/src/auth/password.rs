@@ -23,6 +23,7 @@ use argon2::{
     password_hash::phc::PasswordHash,
 };
 use parking_lot::Mutex;
+use prometheus_client::metrics::counter::Counter;
 use quota_common::bounds::PASSWORD_BYTES;
 use tokio::sync::oneshot;
 use unicode_normalization::UnicodeNormalization;
@@ -289,6 +290,8 @@ impl Drop for Place {
 pub struct PasswordPool {
     jobs: SyncSender<Job>,
     places: Arc<Mutex<Places>>,
+    /// Counts the callers that were turned away.
+    busy: Counter,
     /// The hash of a random password, so that unknown emails take as long as wrong passwords.
     dummy_hash: Arc<str>,
 }
@@ -300,7 +303,8 @@ impl std::fmt::Debug for PasswordPool {
 }
 
 impl PasswordPool {
-    pub fn start(cost: PasswordCost) -> Result<Self, AuthError> {
+    /// Starts the threads. `busy` counts the callers that get [`AuthError::Busy`].
+    pub fn start(cost: PasswordCost, busy: Counter) -> Result<Self, AuthError> {
         let internal = |error: &dyn std::fmt::Display| AuthError::Internal(error.to_string());
         let params =
             Params::new(cost.memory_kib, cost.passes, 1, Some(32)).map_err(|e| internal(&e))?;
@@ -336,8 +340,14 @@ impl PasswordPool {
         Ok(Self {
             jobs,
             places: Arc::default(),
+            busy,
             dummy_hash: dummy_hash.into(),
         })
+    }
+
+    fn turn_away(&self) -> AuthError {
+        self.busy.inc();
+        AuthError::Busy
     }
 
     /// Waits for a thread.
@@ -350,14 +360,14 @@ impl PasswordPool {
             }
             let (grant, granted) = oneshot::channel();
             if !places.waiting.push(turn, grant) {
-                return Err(AuthError::Busy);
+                return Err(self.turn_away());
             }
             granted
         };
         // A waiter that was displaced by another party was dropped.
         match tokio::time::timeout(WAIT, granted).await {
             Ok(Ok(place)) => Ok(place),
-            Ok(Err(_)) | Err(_) => Err(AuthError::Busy),
+            Ok(Err(_)) | Err(_) => Err(self.turn_away()),
         }
     }
 
@@ -374,7 +384,7 @@ impl PasswordPool {
         });
         match self.jobs.try_send(job) {
             Ok(()) => {}
-            Err(TrySendError::Full(_)) => return Err(AuthError::Busy),
+            Err(TrySendError::Full(_)) => return Err(self.turn_away()),
             Err(TrySendError::Disconnected(_)) => {
                 return Err(AuthError::Internal(
                     "all password threads have ended".into(),
@@ -384,7 +394,7 @@ impl PasswordPool {
         match tokio::time::timeout(WAIT, answered).await {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(_)) => Err(AuthError::Internal("a password thread panicked".into())),
-            Err(_) => Err(AuthError::Busy),
+            Err(_) => Err(self.turn_away()),
         }
     }
 

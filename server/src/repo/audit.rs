@@ -8,7 +8,7 @@ use quota_common::audit::{AuditAction, AuditTarget};
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::{Rows, Slice, containing};
+use super::{Rows, Slice, UpToTotalMax, containing};
 use crate::{
     db::{DbError, SystemTx, TenantTx},
     schema::{audit_events, users},
@@ -150,7 +150,8 @@ pub async fn list(
         }
         query
     };
-    let total = filtered().count().get_result(&mut **tx).await?;
+    let all = filtered().select(audit_events::id);
+    let total = UpToTotalMax(all).get_result(&mut **tx).await?;
     let rows = filtered()
         .filter(audit_events::id.lt(slice.before()))
         .order(audit_events::id.desc())

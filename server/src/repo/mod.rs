@@ -90,10 +90,12 @@ use diesel::{
     dsl::sql,
     expression::{AppearsOnTable, NonAggregate, SqlLiteral},
     pg::Pg,
-    query_builder::QueryFragment,
+    query_builder::{AstPass, Query, QueryFragment, QueryId},
+    result::QueryResult,
     sql_types::{Array, BigInt, Bool, Text, Timestamptz, Uuid as SqlUuid},
 };
 use diesel_async::RunQueryDsl;
+use quota_common::page::TOTAL_MAX;
 use uuid::Uuid;
 
 use crate::db::{DbError, SystemTx};
@@ -196,7 +198,7 @@ fn beyond_name<T>(
 }
 
 /// A long list counts at most this many rows, because counting reads all of them.
-pub const COUNTED_MAX: i64 = 10_000;
+pub const COUNTED_MAX: i64 = TOTAL_MAX.cast_signed();
 
 #[derive(diesel::QueryableByName)]
 struct Counted {
@@ -210,7 +212,7 @@ pub struct Rows<T> {
     pub rows: Vec<T>,
     /// Whether there is another page.
     pub more: bool,
-    /// Number of rows on all pages; in long lists, at most [`COUNTED_MAX`].
+    /// Number of rows on all pages, counted up to [`TOTAL_MAX`].
     pub total: u64,
 }
 
@@ -223,9 +225,26 @@ impl<T> Rows<T> {
         Self {
             rows,
             more,
-            total: u64::try_from(total).unwrap_or(0),
+            total: u64::try_from(total).unwrap_or(0).min(TOTAL_MAX),
         }
     }
+}
+
+/// Counts the rows of a query, but not more than [`TOTAL_MAX`], so that counting a long list does not read all of it.
+#[derive(Debug, QueryId)]
+struct UpToTotalMax<Q>(Q);
+
+impl<Q: QueryFragment<Pg>> QueryFragment<Pg> for UpToTotalMax<Q> {
+    fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
+        out.push_sql("SELECT count(*) FROM (");
+        self.0.walk_ast(out.reborrow())?;
+        out.push_sql(&format!(" LIMIT {TOTAL_MAX}) AS counted"));
+        Ok(())
+    }
+}
+
+impl<Q> Query for UpToTotalMax<Q> {
+    type SqlType = BigInt;
 }
 
 impl Slice {

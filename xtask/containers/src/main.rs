@@ -5,6 +5,7 @@
     reason = "a task has no `Config`: it reads the environment directly"
 )]
 
+mod backup;
 mod engine;
 mod images;
 mod load;
@@ -210,7 +211,8 @@ impl<'a> Production<'a> {
         self.routes(&client).await?;
         let account = Account::register(&client, &self.base()).await?;
         self.is_exact(&client, &account).await?;
-        self.under_load(&client, &account).await
+        self.under_load(&client, &account).await?;
+        self.restored_from_backup(&client, &account).await
     }
 
     /// Checks how each path is routed.

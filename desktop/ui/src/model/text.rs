@@ -1,5 +1,7 @@
 //! Numbers, times and names as the console shows them.
 
+use quota_common::page::TOTAL_MAX;
+
 /// Formats a number with thousands separators.
 pub fn number(n: u64) -> String {
     group_thousands(&n.to_string())
@@ -20,6 +22,12 @@ pub fn group_thousands(digits: &str) -> String {
 /// Formats a count with its noun.
 pub fn count(n: u64, one: &str, many: &str) -> String {
     format!("{} {}", number(n), if n == 1 { one } else { many })
+}
+
+/// Formats the number of items in a list, which is counted up to [`TOTAL_MAX`].
+pub fn list_total(n: u64) -> String {
+    let more = if n < TOTAL_MAX { "" } else { "+" };
+    format!("{}{more}", number(n))
 }
 
 /// Capitalizes the first letter of a message.
@@ -209,6 +217,12 @@ mod tests {
         "\n=== traefik.yml\n",
         include_str!("../../../../deploy/gateways/traefik.yml"),
     );
+
+    #[test]
+    fn total_of_a_long_list_is_a_lower_bound() {
+        assert_eq!(list_total(9999), "9,999");
+        assert_eq!(list_total(10_000), "10,000+");
+    }
 
     #[test]
     fn thousands_are_separated() {

@@ -79,7 +79,7 @@ fn turn(class: CallerClass, party: u64) -> Turn {
 
 #[tokio::test]
 async fn password_is_verified_in_any_normal_form() {
-    let pool = PasswordPool::start(CHEAP).unwrap();
+    let pool = PasswordPool::start(CHEAP, Counter::default()).unwrap();
     let place = &pool.enter(turn(CallerClass::Known, 0)).await.unwrap();
     let hash = pool
         .hash(
@@ -101,11 +101,12 @@ async fn password_is_verified_in_any_normal_form() {
 
 #[tokio::test]
 async fn flood_is_rejected_at_once_and_earlier_waiters_are_served() {
-    let pool = PasswordPool::start(PasswordCost {
+    let cost = PasswordCost {
         memory_kib: 8192,
         passes: 4,
-    })
-    .unwrap();
+    };
+    let counted = Counter::default();
+    let pool = PasswordPool::start(cost, counted.clone()).unwrap();
     let ordinary = turn(CallerClass::Ordinary, 1);
     let all = (0..200).map(async |_| {
         let place = pool.enter(ordinary).await?;
@@ -121,6 +122,7 @@ async fn flood_is_rejected_at_once_and_earlier_waiters_are_served() {
     let room = WAITING[CallerClass::Ordinary as usize];
     assert!(served >= room, "{served} served");
     assert!(busy >= 200 - room - THREADS - 4, "{busy} rejected");
+    assert_eq!(counted.get(), busy as u64);
 }
 
 /// Checks which arrivals are admitted, and in which order they are served.
@@ -134,7 +136,7 @@ fn order(turns: &[Turn]) -> (Vec<bool>, Vec<usize>) {
 
 #[tokio::test]
 async fn dropped_waiter_passes_its_place_to_the_next() {
-    let pool = PasswordPool::start(CHEAP).unwrap();
+    let pool = PasswordPool::start(CHEAP, Counter::default()).unwrap();
     let ordinary = turn(CallerClass::Ordinary, 1);
     let first = pool.enter(ordinary).await.unwrap();
     let second = pool.enter(ordinary).await.unwrap();
