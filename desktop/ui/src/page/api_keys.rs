@@ -80,6 +80,7 @@ pub fn ApiKeys() -> impl IntoView {
         <Filters plans/>
         <Async
             loader
+            what="API keys"
             show=move |page| {
                 if page.items.is_empty() {
                     return view! { <NoKeys is_filtered=is_filtered() plans creating/> }.into_any();

@@ -92,7 +92,7 @@ pub fn Home() -> impl IntoView {
     view! {
         <PageHeader title="Home"/>
         <StaleNote loader/>
-        <Async loader show=move |it| view! { <Dashboard it state is_open/> }/>
+        <Async loader what="activity" show=move |it| view! { <Dashboard it state is_open/> }/>
     }
 }
 

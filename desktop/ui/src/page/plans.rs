@@ -72,6 +72,7 @@ pub fn Plans() -> impl IntoView {
         <div role="status">{paid_note}</div>
         <Async
             loader
+            what="plans"
             show=move |page| {
                 if page.items.is_empty() {
                     return view! {

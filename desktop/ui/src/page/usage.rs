@@ -60,6 +60,7 @@ pub fn UsagePage() -> impl IntoView {
     let zone = text_memo(move || zone_name(request().zone, &session.time_zone()));
     let loader = load(move || Box::pin(load_usage(request(), zone.get())) as PendingCall<_>);
     refresh_regularly(loader);
+    let is_loaded = flag_memo(move || loader.with(|_| ()).is_some());
     let keys = load(|| {
         let filter = KeyFilter {
             sort: Some(ApiKeyOrder::LastUsed),
@@ -92,6 +93,7 @@ pub fn UsagePage() -> impl IntoView {
         <StaleNote loader/>
         <Async
             loader
+            what="usage"
             show=move |data| match data {
                 None => view! {
                     <EmptyState shape=Shape::Search title="Choose a start and an end date" about="Both dates are included."/>
@@ -100,7 +102,11 @@ pub fn UsagePage() -> impl IntoView {
                 Some(data) => view! { <Report data keys/> }.into_any(),
             }
         />
-        {move || request().key_id.map(|id| view! { <BurnDowns id zone/> })}
+        // If usage can't be loaded, one error is enough.
+        {move || {
+            let id = request().key_id.filter(|_| is_loaded.get());
+            id.map(|id| view! { <BurnDowns id zone/> })
+        }}
         <LiveTail open=live key_id=Signal::derive(move || request().key_id) zone/>
     }
 }
