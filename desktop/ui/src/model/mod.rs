@@ -14,6 +14,7 @@ pub mod form;
 pub mod key;
 pub mod limits;
 pub mod markup;
+pub mod messages;
 pub mod meter;
 pub mod money;
 pub mod policy;
