@@ -1,6 +1,7 @@
 //! Values and texts that do not depend on a browser, so that they are tested on the host.
 
 pub mod address;
+pub mod attention;
 pub mod audit;
 pub mod billing;
 pub mod bucket;
