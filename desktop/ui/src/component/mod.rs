@@ -30,7 +30,7 @@ pub use alert::{Alert, request_id};
 pub use async_view::{Async, Loader, StaleNote, load, load_page, refresh_regularly};
 pub use busy::{busy_attr, ignore_clicks_on_busy_buttons};
 pub use chart::{Chart, ChartState};
-pub use copy::{CodeBlock, CopyButton};
+pub use copy::{CodeBlock, CopyButton, copy_and_report};
 pub use empty_state::EmptyState;
 pub use export::ExportButton;
 pub use field::{Field, SelectField};

@@ -16,7 +16,8 @@ use crate::{
     api,
     component::{
         Async, Confirm, Confirmation, DialogForm, EmptyState, Loader, Menu, MenuItem, Modal,
-        PageHeader, Pager, Shape, SortHead, SortSelect, Toasts, load, load_page, open_from_query,
+        PageHeader, Pager, Shape, SortHead, SortSelect, Toasts, copy_and_report, load, load_page,
+        open_from_query,
     },
     model::{
         billing::paid_warning,
@@ -138,9 +139,14 @@ fn PlanRow(
     let quota = |n: Option<u64>| n.map_or_else(|| "Unlimited".to_owned(), text::number);
     let keys = format!("/console/api-keys?plan_id={}", plan.id);
     let (edited, copied, deleted) = (plan.clone(), plan.clone(), plan.clone());
+    let toasts = expect_context::<Toasts>();
+    let id = plan.id;
     let items = vec![
         MenuItem::open("View keys", keys.clone()),
         MenuItem::run("Duplicate", move || duplicate.run(copied.clone())),
+        MenuItem::run("Copy ID", move || {
+            copy_and_report(id.to_string(), "Plan ID", toasts)
+        }),
         MenuItem::danger("Delete", move || deleting.set(Some(deleted.clone()))),
     ];
     view! {
