@@ -56,6 +56,7 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
             .filter(|name| !name.is_empty())
             .unwrap_or_else(|| "API key".to_owned())
     });
+    let is_loaded = flag_memo(move || loader.with(|_| ()).is_some());
     let deactivating = Confirmation::new();
     let busy = deactivating.busy;
     let dialogs = Dialogs {
@@ -92,10 +93,27 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
     view! {
         <p class="breadcrumb"><a href="/console/api-keys">"API keys"</a></p>
         <PageHeader title/>
-        <PlansError plans/>
-        <Async loader show=move |key| view! { <KeyDetails key plans usage dialogs set_active/> }/>
-        <KeyActivity id usage/>
-        <TrySection id loader on_sent/>
+        <Async
+            loader
+            what="this API key"
+            show=move |key| {
+                view! {
+                    <PlansError plans/>
+                    <KeyDetails key plans usage dialogs set_active/>
+                }
+            }
+        />
+        // If the key itself can't be loaded, one error is enough.
+        {move || {
+            is_loaded
+                .get()
+                .then(|| {
+                    view! {
+                        <KeyActivity key=loader id usage/>
+                        <TrySection id loader on_sent/>
+                    }
+                })
+        }}
         <EditDialog
             loader
             plans

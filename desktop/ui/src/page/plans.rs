@@ -124,7 +124,7 @@ pub fn Plans() -> impl IntoView {
 /// What happens to keys on paid plans, if they do not work: all of them, or those of one plan.
 fn warning(billing: Option<Loader<BillingState>>, keys: Option<u64>) -> Option<String> {
     billing?
-        .with(|it| paid_warning(it, keys.unwrap_or(it.paid_keys)))
+        .with(|it| paid_warning(it, keys.unwrap_or(it.paid_keys), keys.is_none()))
         .flatten()
 }
 
