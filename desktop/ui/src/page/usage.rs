@@ -133,9 +133,9 @@ fn Toolbar(keys: Signal<Vec<ApiKey>>, zone: Memo<String>) -> impl IntoView {
     });
     let zone_options = Signal::derive(move || {
         [
-            ("", format!("Organization ({})", session.time_zone())),
+            ("", format!("{} (organization)", session.time_zone())),
             ("utc", "UTC".to_owned()),
-            ("browser", format!("Browser ({})", browser_time_zone())),
+            ("browser", format!("{} (browser)", browser_time_zone())),
         ]
         .map(|(value, text)| (value.to_owned(), text))
         .to_vec()
@@ -183,8 +183,8 @@ fn Toolbar(keys: Signal<Vec<ApiKey>>, zone: Memo<String>) -> impl IntoView {
                             .collect_view()
                     })
             }}
-            {select_filter("bucket", "bucket", "Bars", fixed_options(&BUCKETS))}
-            {select_filter("count", "count", "Count", fixed_options(&UNITS))}
+            {select_filter("bucket", "bucket", "Interval", fixed_options(&BUCKETS))}
+            {select_filter("count", "count", "Measure", fixed_options(&UNITS))}
             {select_filter("key_id", "key_id", "Key", key_options)}
             {select_filter("tz", "tz", "Time zone", zone_options)}
         </search>
