@@ -80,6 +80,9 @@ enum Chore {
         /// Then install, start and remove the .deb, and compare the files of the .rpm with it
         #[arg(long)]
         test: bool,
+        /// Package an unoptimized build, which compiles faster
+        #[arg(long)]
+        debug: bool,
     },
     /// Build everything and run the end-to-end tests in Chromium and in the desktop app; QUOTA_SCREENSHOTS=FOLDER saves
     /// a screenshot of every page. `journey walk` takes pictures of every page and form at six widths instead
@@ -110,7 +113,7 @@ fn main() -> ExitCode {
         Chore::Bench { arguments } => bench::bench(&arguments),
         Chore::Console => console::build().map(|()| ExitCode::SUCCESS),
         Chore::Desktop { arguments } => desktop::start(&arguments),
-        Chore::Bundle { test } => desktop::bundle(test).map(|()| ExitCode::SUCCESS),
+        Chore::Bundle { test, debug } => desktop::bundle(test, debug).map(|()| ExitCode::SUCCESS),
         Chore::Journey { parts } => journey::alone(&parts),
         Chore::Pictures => journey::pictures(),
         Chore::Image => containers::run(&["--image-only".into()]),
