@@ -98,6 +98,14 @@ impl<T: Clone + Send + Sync + 'static> Loader<T> {
         self.core.reload();
     }
 
+    /// Loads the data again if that has failed.
+    pub fn retry(self) {
+        let has_failed = |state: &LoadState| matches!(state, LoadState::Failed(_));
+        if self.core.state.try_with_untracked(has_failed) == Some(true) {
+            self.core.reload();
+        }
+    }
+
     /// Reloads without showing it. If that fails, [`StaleNote`] says so.
     pub fn refresh(self) {
         self.core.refresh();

@@ -57,6 +57,13 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
             .unwrap_or_else(|| "API key".to_owned())
     });
     let is_loaded = flag_memo(move || loader.with(|_| ()).is_some());
+    // Once the key is loaded after an error, the rest is loaded again too.
+    effect(move || {
+        if is_loaded.get() {
+            plans.retry();
+            usage.retry();
+        }
+    });
     let deactivating = Confirmation::new();
     let busy = deactivating.busy;
     let dialogs = Dialogs {

@@ -80,6 +80,11 @@ impl KeyUsage {
         usage
     }
 
+    pub fn retry(self) {
+        self.limits.retry();
+        self.activity.retry();
+    }
+
     /// Reloads until the requests that were just sent are counted.
     pub fn reload_after_requests(self) {
         // The limits are known immediately.
