@@ -1,5 +1,5 @@
-//! The console's calls to the server: a closed set, and the only place that converts a call to a method, a path, a
-//! query and a body. The browser and the desktop app send only these.
+//! The console's calls to the server. They are a closed set: the browser and the desktop app send no others. Only this
+//! module converts a call to a method, a path, a query and a body.
 
 use serde::{Deserialize, Serialize};
 
@@ -26,7 +26,7 @@ pub struct PageOf {
     pub cursor: Option<String>,
 }
 
-/// Restricts and sorts a list of API keys.
+/// Filters and sorts a list of API keys.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeyFilter {
     pub plan_id: Option<PlanId>,
@@ -37,7 +37,7 @@ pub struct KeyFilter {
     pub sort: Option<ApiKeyOrder>,
 }
 
-/// Restricts a list of audit events.
+/// Filters a list of audit events.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AuditFilter {
     pub action: Option<AuditAction>,
@@ -48,7 +48,7 @@ pub struct AuditFilter {
     /// Substring of the resource's name.
     pub search: Option<String>,
     pub from: Option<Timestamp>,
-    /// Exclusive.
+    /// The end of the range, exclusive.
     pub to: Option<Timestamp>,
 }
 
@@ -56,7 +56,7 @@ pub struct AuditFilter {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UsageFilter {
     pub from: Option<Timestamp>,
-    /// Exclusive.
+    /// The end of the range, exclusive.
     pub to: Option<Timestamp>,
     pub bucket: Option<UsageBucketSize>,
     /// The time zone in which hours and days start.
@@ -66,7 +66,7 @@ pub struct UsageFilter {
     pub group_by: Option<UsageGroupBy>,
 }
 
-/// Restricts a list of decisions.
+/// Filters a list of decisions.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DecisionFilter {
     pub key_id: Option<ApiKeyId>,
@@ -126,7 +126,7 @@ pub const LIMIT_FIELDS: [&str; 7] = [
     "WWW-Authenticate",
 ];
 
-/// The HTTP request of a call.
+/// The HTTP request for a call.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sent {
     pub method: &'static str,
@@ -164,7 +164,7 @@ impl Sent {
 }
 
 impl Call {
-    /// Returns the HTTP request of this call.
+    /// Returns the HTTP request for this call.
     pub fn sent(&self) -> Sent {
         let get = |path: &str| Sent::new("GET", path);
         let post = |path: &str| Sent::new("POST", path);

@@ -90,7 +90,7 @@ impl Session {
             .with(|me| me.as_ref().is_some_and(|me| me.tenant.role.may_bill()))
     }
 
-    /// The organization's time zone, in which its quotas reset.
+    /// Returns the organization's time zone, in which its quotas reset.
     pub fn time_zone(self) -> String {
         self.me
             .with(|me| me.as_ref().map(|me| me.tenant.time_zone.clone()))

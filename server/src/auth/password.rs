@@ -2,7 +2,7 @@
 //!
 //! Hashing uses at most two threads and 92 MiB, regardless of load. Callers wait for a thread in three classes, so that
 //! a flood of sign-ins does not lock out other users: known devices and signed-in users, networks without recent
-//! failures, and all others, including registrations. Each class is bounded and has its share of the threads. Within a
+//! failures, and all others, including registrations. Each class is bounded and gets a share of the threads. Within a
 //! class, callers take turns by account or network. When a class is full, the account or network with the most waiters
 //! loses one.
 //!
@@ -23,6 +23,7 @@ use argon2::{
     password_hash::phc::PasswordHash,
 };
 use parking_lot::Mutex;
+use prometheus_client::metrics::counter::Counter;
 use quota_common::bounds::PASSWORD_BYTES;
 use tokio::sync::oneshot;
 use unicode_normalization::UnicodeNormalization;
@@ -37,7 +38,8 @@ const THREADS: usize = 2;
 const WAITING: [usize; CLASSES] = [16, 24, 8];
 const WAIT: Duration = Duration::from_secs(5);
 const CLASSES: usize = 3;
-/// The order in which classes are served, repeatedly. An empty class passes its turn to the first one that is not empty.
+/// The order in which classes are served, repeatedly. An empty class passes its turn to the first one that is not
+/// empty.
 const TURNS: [CallerClass; 8] = [
     CallerClass::Known,
     CallerClass::Ordinary,
@@ -76,7 +78,7 @@ pub enum CallerClass {
     Suspect,
 }
 
-/// Where to wait in the queue.
+/// A caller's place in the queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Turn {
     pub class: CallerClass,
@@ -110,8 +112,8 @@ impl Password {
         )))
     }
 
-    /// Checks that it is strong enough for the account with this email. Takes a few milliseconds for any password; see
-    /// [`windows`]. If one part is hard to guess, the whole password is hard to guess.
+    /// Checks that the password is strong enough for the account with this email. Takes a few milliseconds for any
+    /// password; see [`windows`]. If one part is hard to guess, the whole password is hard to guess.
     fn judge(&self, email: &str) -> Result<(), AuthError> {
         self.check_length()?;
         let mut known = vec![email, "quota"];
@@ -277,6 +279,8 @@ impl Drop for Place {
 pub struct PasswordPool {
     jobs: SyncSender<Job>,
     places: Arc<Mutex<Places>>,
+    /// Counts the callers that were turned away.
+    busy: Counter,
     /// The hash of a random password, so that unknown emails take as long as wrong passwords.
     dummy_hash: Arc<str>,
 }
@@ -288,7 +292,8 @@ impl std::fmt::Debug for PasswordPool {
 }
 
 impl PasswordPool {
-    pub fn start(cost: PasswordCost) -> Result<Self, AuthError> {
+    /// Starts the threads. `busy` counts the callers that get [`AuthError::Busy`].
+    pub fn start(cost: PasswordCost, busy: Counter) -> Result<Self, AuthError> {
         let internal = |error: &dyn std::fmt::Display| AuthError::Internal(error.to_string());
         let params =
             Params::new(cost.memory_kib, cost.passes, 1, Some(32)).map_err(|e| internal(&e))?;
@@ -324,8 +329,14 @@ impl PasswordPool {
         Ok(Self {
             jobs,
             places: Arc::default(),
+            busy,
             dummy_hash: dummy_hash.into(),
         })
+    }
+
+    fn turn_away(&self) -> AuthError {
+        self.busy.inc();
+        AuthError::Busy
     }
 
     /// Waits for a thread.
@@ -338,14 +349,14 @@ impl PasswordPool {
             }
             let (grant, granted) = oneshot::channel();
             if !places.waiting.push(turn, grant) {
-                return Err(AuthError::Busy);
+                return Err(self.turn_away());
             }
             granted
         };
         // A waiter that was displaced by another party was dropped.
         match tokio::time::timeout(WAIT, granted).await {
             Ok(Ok(place)) => Ok(place),
-            Ok(Err(_)) | Err(_) => Err(AuthError::Busy),
+            Ok(Err(_)) | Err(_) => Err(self.turn_away()),
         }
     }
 
@@ -362,15 +373,17 @@ impl PasswordPool {
         });
         match self.jobs.try_send(job) {
             Ok(()) => {}
-            Err(TrySendError::Full(_)) => return Err(AuthError::Busy),
+            Err(TrySendError::Full(_)) => return Err(self.turn_away()),
             Err(TrySendError::Disconnected(_)) => {
-                return Err(AuthError::Internal("no password threads".into()));
+                return Err(AuthError::Internal(
+                    "all password threads have ended".into(),
+                ));
             }
         }
         match tokio::time::timeout(WAIT, answered).await {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(_)) => Err(AuthError::Internal("a password thread panicked".into())),
-            Err(_) => Err(AuthError::Busy),
+            Err(_) => Err(self.turn_away()),
         }
     }
 

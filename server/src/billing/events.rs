@@ -225,7 +225,7 @@ impl Billing {
             tracing::warn!(
                 events = ids.len(),
                 error,
-                "cannot process Stripe events yet"
+                "cannot process Stripe events, retrying later"
             );
             let mut tx = self.db.system().await?;
             billing_event::postpone(&mut tx, &ids, &error).await?;

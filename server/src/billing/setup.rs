@@ -230,12 +230,12 @@ fn endpoint_finding(endpoint: &WebhookEndpoint) -> Finding {
     } else if version == API_VERSION.as_str() {
         Finding::ok(
             "webhook endpoint",
-            format!("{} with {version}", endpoint.id),
+            format!("{} uses API version {version}", endpoint.id),
         )
     } else {
         // Event contents are not read, so other versions work too.
         let text = format!(
-            "{} with {version}; Quota uses {}",
+            "{} uses API version {version}; Quota uses {}",
             endpoint.id,
             API_VERSION.as_str()
         );

@@ -276,7 +276,7 @@ impl Billing {
                     Ok(finished) => sent.finished += finished,
                     Err(error) => {
                         sent.errors += 1;
-                        tracing::warn!(%tenant, error = %chain(&error), "cannot report usage to Stripe yet");
+                        tracing::warn!(%tenant, error = %chain(&error), "cannot report usage to Stripe, retrying later");
                     }
                 }
                 let mut tx = self.db.system().await?;
@@ -372,7 +372,7 @@ impl Billing {
                 }
                 | StripeError::Missing { message, .. },
             ) => {
-                tracing::error!(%tenant, message, "Stripe rejected usage");
+                tracing::error!(%tenant, message, "Stripe rejected a usage report");
                 Ok(Some(Unbilled::Rejected))
             }
             Err(error) => Err(error.into()),

@@ -44,7 +44,7 @@ impl BillingCommand {
     }
 }
 
-/// Stripe accepts up to 12 decimal places.
+/// Parses an amount. Stripe accepts up to 12 decimal places.
 fn amount(text: &str) -> Result<String, String> {
     let (whole, fraction) = text.split_once('.').unwrap_or((text, "0"));
     let is_number = |part: &str| {
@@ -86,7 +86,9 @@ pub async fn run(config: Config, _log: Log, command: BillingCommand) -> anyhow::
             let (findings, secret) = setup::set_up(&stripe, &offer, &url).await?;
             print(&findings)?;
             if let Some(secret) = secret {
-                println!("\nSet this webhook secret on every replica. Stripe shows it only once:");
+                println!(
+                    "\nSet this webhook secret on every replica. Later, you can find it only in the Stripe dashboard:"
+                );
                 println!("STRIPE_WEBHOOK_SECRET={secret}");
             }
         }

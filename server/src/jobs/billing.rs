@@ -35,7 +35,7 @@ pub(super) async fn handle_events(state: AppState) {
             _ = ticks.tick() => {}
             () = state.billing_event.notified() => {}
         }
-        // Repeats until there are none left.
+        // Repeats until no events are left.
         while handle_round(&state, billing.handle_due().await, &mut is_reported) {}
     }
 }

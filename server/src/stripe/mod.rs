@@ -96,7 +96,7 @@ pub enum StripeError {
     #[error("Stripe could not be reached, or its response was lost: {0}")]
     Unknown(String),
     /// Stripe failed. The same idempotency key returns the same failure, and the request may have taken effect.
-    #[error("Stripe failed with status {status}: {message}")]
+    #[error("Stripe returned status {status}: {message}")]
     Failed { status: u16, message: String },
     /// Stripe rejected the request, which had no effect.
     #[error("Stripe rejected the request with status {status}: {message}")]
@@ -119,7 +119,8 @@ impl StripeError {
         )
     }
 
-    /// Whether the customer that a parameter names does not exist: it was deleted, or is one of another mode or account.
+    /// Whether the customer that a parameter names does not exist: it was deleted, or belongs to another mode or
+    /// account.
     pub fn is_missing_customer(&self) -> bool {
         matches!(self, Self::Missing { param: Some(param), .. } if param == "customer")
     }
@@ -133,7 +134,7 @@ impl From<ClientError> for StripeError {
             // unknown.
             other => return Self::Unknown(other.to_string()),
         };
-        // Not the whole error, because it can contain customer input.
+        // Only the message, because the rest of the error can contain customer input.
         let message = error.message.unwrap_or_default();
         let is_missing = error.code == Some(stripe_shared::ApiErrorsCode::ResourceMissing);
         match status {
@@ -205,7 +206,7 @@ fn tenant_metadata(tenant: &str) -> HashMap<String, String> {
 impl Stripe {
     /// # Errors
     ///
-    /// If the secret key or the address cannot be used in a request.
+    /// Fails if the secret key or the address cannot be used in a request.
     pub fn new(settings: &StripeSettings) -> Result<Self> {
         let key: &SecretString = &settings.secret_key;
         let mut client = stripe::ClientBuilder::new(key.expose_secret()).timeout(TIMEOUT);

@@ -204,7 +204,7 @@ fn samples() -> Vec<Call> {
     ]
 }
 
-/// Finds the operation in the document, whose paths have `{…}` for each parameter.
+/// Finds the operation of a request in the document, in whose paths each parameter is written as `{…}`.
 fn operation(sent: &Sent) -> &'static Value {
     let fits = |template: &str| {
         let (a, b): (Vec<&str>, Vec<&str>) = (

@@ -2,6 +2,7 @@
 
 mod admission;
 mod alerts;
+mod backup;
 mod billing;
 mod billing_usage;
 mod console_calls;
@@ -15,15 +16,18 @@ mod free_tier;
 mod gateways;
 mod http;
 mod invalidation;
+mod key_lists;
 mod last_used;
 mod layers;
 mod limiter_contract;
 mod limiter_shared;
+mod loadtest;
 mod log_output;
 mod mail;
 mod malformed;
 mod metering;
 mod migrations;
+mod monitoring;
 mod openapi;
 mod operating;
 mod outage;

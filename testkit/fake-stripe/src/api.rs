@@ -148,7 +148,7 @@ impl State {
         Ok(json!({"id": id, "object": "customer", "deleted": true}))
     }
 
-    /// Creating, updating, retrieving and listing, which work the same way for many kinds.
+    /// Creates, updates, retrieves or lists objects. This works the same way for many kinds.
     fn collection(&mut self, call: &Call<'_>, path: &[&str]) -> Result<Value, Failure> {
         let (name, id) = match path {
             [name] => (*name, None),
@@ -265,7 +265,7 @@ impl State {
         object
     }
 
-    /// Lists newest first, at most `limit`, after the object `starting_after`.
+    /// Lists at most `limit` objects, newest first, after the object `starting_after`.
     fn list(&self, kind: &str, call: &Call<'_>) -> Value {
         let params = call.params;
         let limit = number(&params["limit"]).unwrap_or(10).clamp(1, 100);
@@ -445,7 +445,7 @@ impl State {
         }))
     }
 
-    /// A customer's usage, in total or by hour or day.
+    /// Returns a customer's usage, in total or by hour or day.
     fn summaries(&self, id: &str, params: &Value) -> Result<Value, Failure> {
         required(params, &["customer", "start_time", "end_time"])?;
         let meter = self.find("billing.meter", id)?;

@@ -43,7 +43,7 @@ pub enum How {
     Slow(Duration),
 }
 
-/// A fault of one request.
+/// A fault that affects one request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Fault {
     pub when: When,
@@ -80,7 +80,7 @@ pub struct Received {
     pub path: String,
     pub params: Value,
     pub idempotency_key: Option<String>,
-    /// The API version that the request asked for.
+    /// The API version that was requested.
     pub version: Option<String>,
     /// The status that was sent, if one was.
     pub status: Option<u16>,

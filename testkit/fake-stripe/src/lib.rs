@@ -176,7 +176,7 @@ impl FakeStripe {
         self.shared.faults.lock().push((path.to_owned(), fault));
     }
 
-    /// Chooses a fault for each request, by method and path.
+    /// Sets a function that chooses a fault for each request, by method and path.
     pub fn choose_faults(&self, choose: impl FnMut(&str, &str) -> Option<Fault> + Send + 'static) {
         *self.shared.choose.lock() = Some(Box::new(choose));
     }
@@ -216,7 +216,7 @@ impl FakeStripe {
         self.with(|state| state.rotate_secret(endpoint))
     }
 
-    /// Takes the queued events, with their endpoints, oldest first.
+    /// Removes and returns the queued events, with their endpoints, oldest first.
     pub fn take_queued(&self) -> Vec<(String, String)> {
         self.with(|state| state.outbox.drain(..).collect())
     }

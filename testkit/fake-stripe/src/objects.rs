@@ -4,12 +4,12 @@ use serde_json::{Value, json};
 
 use crate::state::{API_VERSION, text};
 
-/// The parameter, or null.
+/// Returns the parameter, or null.
 fn optional(params: &Value, name: &str) -> Value {
     params.get(name).cloned().unwrap_or(Value::Null)
 }
 
-/// The parameter, or an empty object.
+/// Returns the parameter, or an empty object.
 fn metadata(params: &Value) -> Value {
     params.get("metadata").cloned().unwrap_or_else(|| json!({}))
 }
@@ -125,7 +125,7 @@ pub fn portal_session(id: &str, now: i64, base: &str, params: &Value) -> Value {
     })
 }
 
-/// The legacy description of a price, which items still contain.
+/// Returns the legacy description of a price, which items still contain.
 fn plan(price: &Value) -> Value {
     let recurring = &price["recurring"];
     json!({

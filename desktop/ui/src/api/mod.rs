@@ -64,13 +64,13 @@ fn send(call: Call) -> PendingCall<String> {
     })
 }
 
-/// A call whose response has a body.
+/// Sends a call whose response has a body.
 fn fetch<T: FromJson + 'static>(call: Call) -> PendingCall<T> {
     let body = send(call);
     Box::pin(async move { json::read(&body.await?).map_err(|_| CallError::Unreadable) })
 }
 
-/// A call whose response has no body.
+/// Sends a call whose response has no body.
 fn execute(call: Call) -> PendingCall<()> {
     let body = send(call);
     Box::pin(async move { body.await.map(drop) })

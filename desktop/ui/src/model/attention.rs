@@ -11,7 +11,7 @@ pub fn is_rejection_rate_high(requests: Pair) -> bool {
     rejected > 0 && rejected * 100 >= u128::from(requests.total()) * u128::from(HIGH_PERCENT)
 }
 
-/// For example `9.0% (473 of 5,233) in the last 24 hours`.
+/// Returns the rejection rate, such as `9.0% (473 of 5,233) in the last 24 hours`.
 pub fn rejection_rate(requests: Pair) -> String {
     format!(
         "{} ({} of {}) in the last 24 hours",
@@ -21,7 +21,7 @@ pub fn rejection_rate(requests: Pair) -> String {
     )
 }
 
-/// The text if nothing needs attention. It says what was checked.
+/// Returns the text to show if nothing needs attention. It says what was checked.
 pub fn all_clear(requests: Pair) -> String {
     let rejected = match requests.rejected {
         0 => "no requests were rejected".to_owned(),

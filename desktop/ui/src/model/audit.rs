@@ -9,7 +9,7 @@ use super::{
     text::{capitalized, date_time, number, quoted},
 };
 
-/// The label of an action such as `api_key.rotate`.
+/// Returns the label of an action such as `api_key.rotate`.
 pub fn action_label(action: &str) -> String {
     match action {
         "session.begin" => "Signed in",
@@ -39,7 +39,7 @@ pub struct FieldChange {
     pub after: Option<String>,
 }
 
-/// The fields of an event. `plan_name` finds the name of a plan by its ID.
+/// Returns the changed fields of an event. `plan_name` finds the name of a plan by its ID.
 pub fn field_changes(
     event: &AuditEvent,
     plan_name: &dyn Fn(&str) -> Option<String>,
@@ -55,7 +55,7 @@ pub fn field_changes(
     };
     names
         .chain(added)
-        // The event itself has the ID and the time.
+        // The event itself contains the ID and the time.
         .filter(|name| !matches!(name.as_str(), "id" | "created_at" | "updated_at"))
         .map(|name| FieldChange {
             label: field_label(name),
@@ -224,7 +224,7 @@ fn fraction(number: f64) -> String {
     format!("{sign}{whole}.{rest:03}")
 }
 
-/// Events as a table. Each is summed up in one line; a hidden row below has its details across the full width.
+/// Returns a table of events. Each is summed up in one line; a hidden row below has its details across the full width.
 pub fn event_table(
     events: &[AuditEvent],
     plan_name: &dyn Fn(&str) -> Option<String>,

@@ -25,7 +25,7 @@ fn date(at: Timestamp) -> String {
     date_time(millis(at))
 }
 
-/// The requests that need a subscription, as the subject of a sentence.
+/// Returns the requests that need a subscription, as the subject of a sentence.
 fn paid_requests(keys: u64) -> String {
     match keys {
         0 => "requests with keys on paid plans".to_owned(),
@@ -46,7 +46,7 @@ const MANAGE: StripeButton = StripeButton {
     page: BillingPage::Portal,
 };
 
-/// The buttons of the subscription, the most important one first.
+/// Returns the buttons of the subscription, the most important one first.
 pub fn buttons(it: &BillingState) -> Vec<StripeButton> {
     let checkout = |label| StripeButton {
         label,
@@ -74,7 +74,7 @@ const fn is_subscribed(it: &BillingState) -> bool {
     !matches!(it.access, BillingAccess::Free | BillingAccess::Canceled)
 }
 
-/// The most important notices, each with a style.
+/// Returns the most important notices, each with a style.
 fn notices(it: &BillingState, now: i64) -> Vec<(&'static str, String)> {
     let (danger, warn) = ("alert", "alert warn");
     let requests = paid_requests(it.paid_keys);
@@ -140,7 +140,7 @@ fn badge(it: &BillingState) -> Markup {
     with_text("span", &[("class", class)], text)
 }
 
-/// For example `$29.00 per month + $0.50 per 1,000 requests`.
+/// Returns a price as text, such as `$29.00 per month + $0.50 per 1,000 requests`.
 fn price_text(price: &BillingPrice) -> Option<String> {
     let monthly = price.monthly.as_deref();
     let monthly = monthly.map(|it| format!("{} per month", money(it, 0, &price.currency)));
@@ -170,7 +170,7 @@ fn rows(rows: &[Markup]) -> Markup {
     element("dl", &[("class", "details")], rows)
 }
 
-/// The subscription: notices, plan, status, price and renewal.
+/// Returns the subscription: notices, plan, status, price and renewal.
 pub fn subscription(it: &BillingState, now: i64) -> Markup {
     let mut all: Markup = notices(it, now)
         .into_iter()
@@ -198,8 +198,8 @@ pub fn subscription(it: &BillingState, now: i64) -> Markup {
     all
 }
 
-/// The date on which the subscription changes next, with its label. `None` if that depends on a payment, or on someone
-/// who resumes the subscription.
+/// Returns the date on which the subscription changes next, with its label. `None` if that depends on a payment, or on
+/// someone who resumes the subscription.
 fn next_date(it: &BillingState, now: i64) -> Option<(&'static str, Timestamp)> {
     if let Some(at) = it.cancels_at {
         let label = if millis(at) > now { "Ends" } else { "Ended" };
@@ -216,7 +216,7 @@ fn next_date(it: &BillingState, now: i64) -> Option<(&'static str, Timestamp)> {
     }
 }
 
-/// The charges in this period.
+/// Returns the charges in this period.
 pub fn usage(it: &BillingUsage, state: &BillingState) -> Markup {
     let currency = state.price.as_ref().map_or("usd", |it| &it.currency);
     let amount = |n: u64| money(&n.to_string(), 0, currency);
@@ -265,7 +265,7 @@ pub fn usage(it: &BillingUsage, state: &BillingState) -> Markup {
     all
 }
 
-/// Meters for the operator's limits. Empty if there are none.
+/// Returns meters for the operator's limits. Empty if there are none.
 pub fn limits(it: &BillingLimits, now: i64) -> Markup {
     let resets = format!("Resets {}", relative(millis(it.requests_reset_at), now));
     let meters = [
@@ -309,7 +309,7 @@ pub fn limits(it: &BillingLimits, now: i64) -> Markup {
     all
 }
 
-/// Why a role cannot see this page.
+/// Returns why a role cannot see this page.
 pub fn no_access(role: Role) -> String {
     format!(
         "Your role ({}) doesn't include billing. Ask an owner or an admin of your organization.",
@@ -317,7 +317,7 @@ pub fn no_access(role: Role) -> String {
     )
 }
 
-/// The effect on the keys of a paid plan, which may not be saved yet. `None` if they work.
+/// Returns the effect on the keys of a paid plan, which may not be saved yet. `None` if they work.
 pub fn paid_warning(it: &BillingState, keys: u64, is_saved: bool) -> Option<String> {
     (!it.paid_plans_work && keys > 0).then(|| {
         let keys = count(keys, "key", "keys");

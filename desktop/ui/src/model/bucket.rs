@@ -82,7 +82,7 @@ impl History {
     /// The time span of the chart, in milliseconds.
     pub const SPAN: i64 = 30_000;
 
-    /// `share` is in thousandths.
+    /// Adds the current level. `share` is in thousandths.
     pub fn add(&mut self, now: i64, share: u64) {
         self.points.push((now, share.min(1000)));
         // Keep one older point, so that the line begins at the edge.

@@ -24,7 +24,7 @@ pub struct Live {
 impl Live {
     pub const MAX: usize = 500;
 
-    /// The newest decision that is known.
+    /// Returns the newest known decision.
     fn newest(&self) -> Option<&Decision> {
         self.waiting.front().or_else(|| self.rows.front())
     }
@@ -61,7 +61,7 @@ impl Live {
     }
 }
 
-/// A table of decisions. `clock` formats a time; with `with_key`, the key's name is a column.
+/// Returns a table of decisions. `clock` formats a time; with `with_key`, the key's name is a column.
 pub fn decision_table(
     decisions: &[&Decision],
     caption: &str,
@@ -139,7 +139,7 @@ pub fn decision_table(
     element("table", &[("class", "table data decisions")], &parts)
 }
 
-/// Why a key has no decisions to show. `requests` is the number of its requests in the last day, by its usage.
+/// Returns why a key has no decisions to show. `requests` is the number of its requests in the last day, by its usage.
 pub const fn no_decisions(requests: u64, was_used: bool) -> &'static str {
     match (requests, was_used) {
         (1.., _) => "The decision log has no entries for these requests.",

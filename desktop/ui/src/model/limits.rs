@@ -42,8 +42,8 @@ impl EffectiveLimits {
     }
 }
 
-/// A meter for each limit of a key. Between two loads, the burst refills: `loaded_at` is when the limits were loaded.
-/// Both times are the browser's, in milliseconds since 1970.
+/// Returns a meter for each limit of a key. Between two loads, the burst refills: `loaded_at` is when the limits were
+/// loaded. Both times are the browser's, in milliseconds since 1970.
 pub fn limit_meters(it: &KeyLimits, loaded_at: i64, now: i64) -> Markup {
     let meters = it.limits.iter();
     meters

@@ -48,7 +48,7 @@ impl<A: Clone> Messages<A> {
         self.0.is_empty()
     }
 
-    /// The message to show, and how many wait behind it.
+    /// Returns the message to show, and how many wait behind it.
     pub fn shown(&self) -> Option<(Message<A>, usize)> {
         let (last, waiting) = self.0.split_last()?;
         Some((last.clone(), waiting.len()))

@@ -18,12 +18,12 @@ pub struct Meter<'a> {
 }
 
 impl Meter<'_> {
-    /// The value of the bar in words. Always what is used, like the bar.
+    /// Returns the value of the bar in words: what is used, like the bar.
     pub fn text(&self) -> String {
         format!("{} of {} used", number(self.used), number(self.limit))
     }
 
-    /// The used part, in percent. A sliver is visible as soon as anything is used.
+    /// Returns the used part in percent. A sliver is visible as soon as anything is used.
     fn percent(&self) -> u64 {
         let percent = u128::from(self.used) * 100 / u128::from(self.limit.max(1));
         u64::try_from(percent)

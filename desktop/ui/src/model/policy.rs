@@ -14,7 +14,7 @@ pub struct PolicyState {
     pub denied: bool,
 }
 
-/// The label of a policy.
+/// Returns the label of a policy.
 pub fn policy_label(policy: &str) -> &str {
     match policy {
         "rpm" => "Rate limit",
@@ -26,7 +26,7 @@ pub fn policy_label(policy: &str) -> &str {
     }
 }
 
-/// What a response with status 429 means, by the policies that denied the request.
+/// Returns what a response with status 429 means, by the policies that denied the request.
 pub fn denial(policies: &[PolicyState]) -> &'static str {
     let denying = policies.iter().find(|it| it.denied);
     match denying.map(|it| &*it.policy) {

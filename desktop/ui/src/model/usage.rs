@@ -1,4 +1,4 @@
-//! Usage: the parameters of the address, and the numbers in words and tables.
+//! Usage: the parameters in the page's address, and the numbers as text and tables.
 
 use std::cmp::Reverse;
 
@@ -66,7 +66,7 @@ pub struct UsageRequest {
 }
 
 impl UsageRequest {
-    /// The parameters of an address that determine the data to load, as an address.
+    /// Returns the parameters of an address that determine which data to load.
     pub fn parameters(query: &Query) -> String {
         let names = [
             "range", "from", "to", "bucket", "key_id", "endpoint", "tz", "group",
@@ -151,7 +151,7 @@ pub fn change(now: u64, before: u64) -> String {
     }
 }
 
-/// A number with its label and a note below.
+/// Returns a number with its label and a note below.
 pub fn stat(label: &str, value: &str, note: &str, href: &str) -> Markup {
     let tag = if href.is_empty() { "div" } else { "a" };
     let parts = [
@@ -162,7 +162,7 @@ pub fn stat(label: &str, value: &str, note: &str, href: &str) -> Markup {
     element(tag, &[("class", "stat card"), ("href", href)], &parts)
 }
 
-/// Allowed and rejected requests, the rejection rate, and the busiest hour or day.
+/// Returns the numbers above the chart: allowed and rejected requests, the rejection rate, and the busiest hour or day.
 pub fn strip(now: Pair, before: Pair, peak: Option<(String, u64)>, peak_name: &str) -> Markup {
     let rate = |pair: Pair| percent(pair.rejected, pair.total());
     let rate_before = rate(before).map_or_else(
@@ -197,7 +197,7 @@ pub fn strip(now: Pair, before: Pair, peak: Option<(String, u64)>, peak_name: &s
     element("div", &[("class", "stats")], &stats)
 }
 
-/// The name of a group, as displayed.
+/// Returns the name of a group, as displayed.
 pub fn group_name(group: &UsageGroup) -> String {
     if group.other {
         return "Other".to_owned();
@@ -247,7 +247,7 @@ fn sort_groups(groups: &mut [UsageGroup], sort: &str, by_cost: bool) {
     }
 }
 
-/// The groups of a response as a table. The name in a row is a link that filters the page by it.
+/// Returns the groups of a response as a table. The name in each row is a link that filters the page by that group.
 pub fn group_table(usage: &Usage, query: &Query, by_cost: bool, now: i64) -> Markup {
     let group_by = usage.group_by.unwrap_or(UsageGroupBy::Key);
     let sort = query.get("sort").unwrap_or_default();
@@ -348,7 +348,7 @@ fn sort_head(id: &str, label: &str, sort: &str, query: &Query) -> Markup {
     )
 }
 
-/// The name of a group, linked if the page can be filtered by it.
+/// Returns the name of a group, linked if the page can be filtered by it.
 fn group_link(group: &UsageGroup, query: &Query) -> Markup {
     let name = group_name(group);
     let filter = match (group.key_id, &group.endpoint) {
@@ -403,7 +403,7 @@ fn share_bar(pair: Pair, highest: u64) -> Markup {
     )
 }
 
-/// The buckets of a response as a file.
+/// Returns the buckets of a response as a CSV file.
 pub fn usage_csv(usage: &Usage) -> String {
     let header = [
         "start",

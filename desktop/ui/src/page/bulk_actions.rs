@@ -123,7 +123,8 @@ pub fn BulkActions(
         <div class="bulk" role="group" aria-label="Bulk actions">
             <span role="status">
                 {move || match count.get() {
-                    0 => text::count(total, "key", "keys"),
+                    0 if total == 1 => "1 key".to_owned(),
+                    0 => format!("{} keys", text::list_total(total)),
                     n => format!("{n} of {shown_count} selected"),
                 }}
             </span>
