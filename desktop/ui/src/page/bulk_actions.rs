@@ -124,6 +124,7 @@ pub fn BulkActions(
             <span role="status">
                 {move || match count.get() {
                     0 if total == 1 => "1 key".to_owned(),
+                    0 if total == 1 => "1 key".to_owned(),
                     0 => format!("{} keys", text::list_total(total)),
                     n => format!("{n} of {shown_count} selected"),
                 }}
