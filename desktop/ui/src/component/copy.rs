@@ -2,10 +2,7 @@
 
 use leptos::{prelude::*, task::spawn_local};
 
-use super::{
-    icon::{Icon, Shape},
-    toast::Toasts,
-};
+use super::icon::{Icon, Shape};
 use crate::{api, model::text::capitalized};
 
 #[component]
@@ -53,17 +50,6 @@ pub fn CopyButton(
             }}
         </span>
     }
-}
-
-/// Copies a text for a menu, which closes before it can show the result.
-pub fn copy_and_report(text: String, what: &'static str, toasts: Toasts) {
-    spawn_local(async move {
-        if api::copy(&text).await {
-            toasts.succeed(format!("{what} copied"));
-        } else {
-            toasts.fail_with(format!("Couldn't copy: {text}"));
-        }
-    });
 }
 
 #[component]
