@@ -164,7 +164,11 @@ pub fn stat(label: &str, value: &str, note: &str, href: &str) -> Markup {
 
 /// Returns the numbers above the chart: allowed and rejected requests, the rejection rate, and the busiest hour or day.
 pub fn strip(now: Pair, before: Pair, peak: Option<(String, u64)>, peak_name: &str) -> Markup {
-    let rate = |pair: Pair| percent(pair.rejected, pair.total()).unwrap_or_else(|| "–".to_owned());
+    let rate = |pair: Pair| percent(pair.rejected, pair.total());
+    let rate_before = rate(before).map_or_else(
+        || "No requests in the previous period".to_owned(),
+        |rate| format!("{rate} in the previous period"),
+    );
     let (peak_time, peak_count) = match peak {
         Some((time, count)) => (time, number(count)),
         None => ("No requests".to_owned(), "–".to_owned()),
@@ -184,8 +188,8 @@ pub fn strip(now: Pair, before: Pair, peak: Option<(String, u64)>, peak_name: &s
         ),
         stat(
             "Rejection rate",
-            &rate(now),
-            &format!("{} in the previous period", rate(before)),
+            &rate(now).unwrap_or_else(|| "–".to_owned()),
+            &rate_before,
             "",
         ),
         stat(peak_name, &peak_count, &peak_time, ""),
@@ -476,6 +480,33 @@ mod tests {
         assert_eq!(change(4, 8), "−50.0% vs. previous period");
         assert_eq!(change(3, 3), "Same as previous period");
         assert_eq!(change(3, 0), "None in the previous period");
+    }
+
+    #[test]
+    fn strip_says_if_there_is_nothing_to_compare_with() {
+        let text = |before: Pair| {
+            let now = Pair {
+                allowed: 9,
+                rejected: 1,
+            };
+            strip(now, before, None, "Busiest hour").to_string()
+        };
+        let compared = text(Pair {
+            allowed: 3,
+            rejected: 1,
+        });
+        assert!(
+            compared.contains(">10.0%<") && compared.contains(">25.0% in the previous period<"),
+            "{compared}"
+        );
+        let first = text(Pair {
+            allowed: 0,
+            rejected: 0,
+        });
+        assert!(
+            first.contains(">No requests in the previous period<"),
+            "{first}"
+        );
     }
 
     #[test]
