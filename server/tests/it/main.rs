@@ -4,6 +4,7 @@ mod admission;
 mod alerts;
 mod backup;
 mod billing;
+mod billing_account;
 mod billing_usage;
 mod console_calls;
 mod doctor;
