@@ -5,6 +5,7 @@ mod alerts;
 mod backup;
 mod billing;
 mod billing_account;
+mod billing_faults;
 mod billing_usage;
 mod console_calls;
 mod doctor;
