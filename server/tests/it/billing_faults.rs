@@ -273,6 +273,8 @@ async fn tenants_are_charged_once_with_faults_in_every_request_and_a_worker_that
             };
             ended += u32::from(end_early(&mut rng, 120_000, work).await);
         }
+        // Usage is later than the subscription, so a read between them finds it.
+        while billing.read(tenant).await.is_err() {}
         world.spend(&mut customer, &mut rng).await;
         for _ in 0..rng.u8(2..6) {
             let work = async {
@@ -397,6 +399,17 @@ async fn tenants_are_charged_once_by_a_server_that_is_killed() {
         paid.expect("the session is open");
         world.stripe.fake.advance(AGO);
         world.deliver(&mut rng).await;
+        // Usage is later than the subscription, so a read between them finds it.
+        let tenant = &customer.account.tenant_id;
+        let active = format!(
+            "SELECT count(*) FROM billing_accounts WHERE tenant_id = '{tenant}' AND access = 'active'"
+        );
+        let began = Instant::now();
+        while world.count(&active).await == 0 {
+            assert!(began.elapsed() < AT_MOST, "run {run}: no access");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            world.time_passes().await;
+        }
         world.spend(&mut customer, &mut rng).await;
         drop(server);
 

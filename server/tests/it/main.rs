@@ -6,6 +6,7 @@ mod backup;
 mod billing;
 mod billing_account;
 mod billing_faults;
+mod billing_flood;
 mod billing_usage;
 mod console_calls;
 mod doctor;
