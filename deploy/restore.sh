@@ -29,7 +29,7 @@ fi
 others=$(query "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()")
 [ "$others" = 0 ] || fail "$others other sessions use the database: stop all servers first"
 
-# Roles belong to the cluster, so they are not in the backup of a database. These are created as the first migration does.
+# Roles belong to the cluster, so they are not in the backup of a database. They are created as in the first migration.
 query "DO \$\$
 DECLARE
     name text;
