@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 
 use quota_common::{
     ApiKeyId,
-    usage::{Usage, UsageBucketSize, UsageCounts, UsageGroup, UsageGroupBy},
+    usage::{Stats, Usage, UsageBucketSize, UsageCounts, UsageGroup, UsageGroupBy},
 };
 
 use super::{
@@ -137,6 +137,25 @@ const fn group_pair(group: &UsageGroup, by_cost: bool) -> Pair {
         rejected_cost: group.rejected_cost,
     };
     pair(&counts, by_cost)
+}
+
+/// Returns the requests since today began. The usage of the last day may have been loaded after the statistics, or may
+/// not reach back to midnight, if the clocks have changed since then.
+pub fn today(stats: &Stats, day: &Usage) -> Pair {
+    let buckets = day.buckets.iter().filter(|it| it.start >= stats.today);
+    let (allowed, rejected) = buckets.fold((0, 0), |(allowed, rejected), it| {
+        (allowed + it.allowed, rejected + it.rejected)
+    });
+    let counted = Pair { allowed, rejected };
+    let stated = Pair {
+        allowed: stats.requests_today.saturating_sub(stats.rejected_today),
+        rejected: stats.rejected_today,
+    };
+    if counted.total() > stated.total() {
+        counted
+    } else {
+        stated
+    }
 }
 
 /// Returns the change since the previous period, such as `+12.5%`.
@@ -480,6 +499,27 @@ mod tests {
         assert_eq!(change(4, 8), "−50.0% vs. previous period");
         assert_eq!(change(3, 3), "Same as previous period");
         assert_eq!(change(3, 0), "None in the previous period");
+    }
+
+    #[test]
+    fn today_is_never_less_than_the_chart_shows() {
+        let stats = |requests: u64, rejected: u64, today: &str| -> Stats {
+            serde_json::from_value(json!({
+                "total_keys": 1, "active_keys": 1, "unused_keys": 0, "total_plans": 1, "requests_today": requests,
+                "rejected_today": rejected, "requests_yesterday": 0, "rejected_yesterday": 0, "today": today,
+                "time_zone": "UTC", "complete_until": today, "closest_to_limit": null, "attention": [],
+            }))
+            .expect("statistics")
+        };
+        // 5 allowed and 1 rejected, at 05:00 on the 25th.
+        let day = usage(&[]);
+        let of = |stats: &Stats| {
+            let pair = today(stats, &day);
+            (pair.allowed, pair.rejected)
+        };
+        assert_eq!(of(&stats(2, 0, "2026-11-25T00:00:00Z")), (5, 1));
+        assert_eq!(of(&stats(9, 2, "2026-11-25T00:00:00Z")), (7, 2));
+        assert_eq!(of(&stats(2, 0, "2026-11-26T00:00:00Z")), (2, 0));
     }
 
     #[test]

@@ -23,7 +23,7 @@ use crate::{
         chart::{percent, sparkline},
         markup::{Markup, element, with_text},
         text::{count, number, relative},
-        usage::{group_name, pair, stat},
+        usage::{Pair, group_name, pair, stat, today},
     },
     reactive::text_memo,
     session::session,
@@ -103,7 +103,8 @@ fn Dashboard(it: Overview, state: ChartState, is_open: RwSignal<Option<bool>>) -
     let chart = bars(&it.day, false);
     let title = format!("Requests per hour, {}", it.day.time_zone);
     let hours: Vec<u64> = chart.iter().map(|bar| bar.allowed + bar.rejected).collect();
-    let cards = cards(&it.stats, &hours).to_string();
+    let today = today(&it.stats, &it.day);
+    let cards = cards(&it.stats, today, &hours).to_string();
     let lists = lists(&it).to_string();
     view! {
         {(!has_requests).then(|| view! { <GetStarted it=it.clone() is_open/> })}
@@ -137,9 +138,9 @@ fn since_yesterday(now: u64, before: u64) -> String {
     }
 }
 
-fn cards(stats: &Stats, hours: &[u64]) -> Markup {
-    let rejected = percent(stats.rejected_today, stats.requests_today).map_or_else(
-        || "No requests yet".to_owned(),
+fn cards(stats: &Stats, today: Pair, hours: &[u64]) -> Markup {
+    let rejected = percent(today.rejected, today.total()).map_or_else(
+        || "No requests today".to_owned(),
         |rate| format!("{rate} of requests"),
     );
     let idle = match stats.unused_keys {
@@ -172,11 +173,11 @@ fn cards(stats: &Stats, hours: &[u64]) -> Markup {
         &[("class", "stat card"), ("href", "/console/usage")],
         &[
             with_text("span", &[("class", "muted")], "Requests today"),
-            with_text("strong", &[], &number(stats.requests_today)),
+            with_text("strong", &[], &number(today.total())),
             with_text(
                 "span",
                 &[("class", "muted small-text")],
-                &since_yesterday(stats.requests_today, stats.requests_yesterday),
+                &since_yesterday(today.total(), stats.requests_yesterday),
             ),
             element("span", &[("class", "spark")], &[sparkline(hours)]),
         ],
@@ -185,7 +186,7 @@ fn cards(stats: &Stats, hours: &[u64]) -> Markup {
         requests,
         stat(
             "Rejected today",
-            &number(stats.rejected_today),
+            &number(today.rejected),
             &rejected,
             "/console/usage?group=policy&hide=allowed",
         ),
