@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Creates the secrets that compose.prod.yml reads, in deploy/secrets or the given folder. Keeps existing files.
+# Creates the secrets that compose.prod.yml reads, in deploy/secrets or the given directory. Keeps existing files.
 set -euo pipefail
 folder=${1:-$(dirname "${BASH_SOURCE[0]}")/secrets}
 
-# Containers read these files as different users, so the files are world-readable and the folder is not.
+# Containers read these files as different users, so the files are world-readable and the directory is not.
 mkdir -p "$folder"
 chmod 700 "$folder"
 random() { head -c 32 /dev/urandom | base64 | tr '+/' '-_' | tr -d '=\n'; }
@@ -23,6 +23,8 @@ write redis.conf "requirepass $(random)
 "
 write redis_url "redis://:$(sed -n 's/^requirepass //p' "$folder/redis.conf")@redis"
 write quota_secret "$(random)"
+# Differs only while rotate-secret.sh rotates the secret.
+write quota_secret_previous "$(cat "$folder/quota_secret")"
 # For billing, fill in both files and set QUOTA_BILLING.
 write stripe_secret_key ""
 write stripe_webhook_secret ""

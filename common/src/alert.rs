@@ -1,4 +1,4 @@
-//! Quota alerts: a key or tenant has used a certain share of a quota.
+//! Quota alerts: a key or tenant has used a certain percentage of a quota.
 
 use crate::{
     auth::Role,
@@ -8,28 +8,29 @@ use crate::{
     wire::{response, update},
 };
 
-/// The shares of a quota at which an alert is created, in percent.
+/// The percentages of a quota at which an alert is created.
 pub const THRESHOLDS: [u32; 3] = [50, 80, 100];
 
 response! {
-    /// A share of a quota was reached. There is one alert for each quota, window and threshold.
+    /// A notice that a certain percentage of a quota has been used. There is at most one alert for each threshold in
+    /// each window of a quota.
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct QuotaAlert {
         pub id: QuotaAlertId,
-        /// The share of the quota that was reached, in percent: 50, 80 or 100.
+        /// The percentage of the quota that was reached: 50, 80 or 100.
         pub threshold: u32,
         /// The quota: `daily`, `monthly` or `tenant_monthly`.
         pub policy: PolicyName,
-        /// The API key whose quota it is. `null`: it is the organization's.
+        /// The API key that the quota applies to. `null` if the quota is the tenant's.
         pub key_id: Option<ApiKeyId>,
-        /// The key's name at the time.
+        /// The key's name when the alert was created.
         pub key_name: Option<String>,
         /// The quota for the window.
         pub limit: u64,
-        /// How much of it was used when the alert was created.
+        /// How much of the quota was used when the alert was created.
         pub used: u64,
-        /// When the window began.
+        /// When the window started.
         pub starts_at: Timestamp,
         /// When the quota resets.
         pub resets_at: Timestamp,
@@ -38,13 +39,13 @@ response! {
 }
 
 response! {
-    /// Who gets email about quota alerts.
+    /// Who receives quota alerts by email.
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct AlertSettings {
         /// Whether alerts are sent by email.
         pub email: bool,
-        /// The roles whose members get them.
+        /// The roles whose members receive the emails.
         pub email_roles: Vec<Role>,
     }
 }
@@ -55,7 +56,7 @@ update! {
         /// Whether alerts are sent by email.
         #[garde(skip)]
         pub email: Option<bool>,
-        /// The roles whose members get them.
+        /// The roles whose members receive the emails.
         #[garde(skip)]
         pub email_roles: Option<Vec<Role>>,
     }

@@ -16,19 +16,20 @@ response! {
         pub id: ApiKeyId,
         pub name: String,
         pub plan_id: PlanId,
-        /// The first characters of the key, which identify it.
+        /// The first characters of the key, by which you can recognize it.
         pub prefix: String,
-        /// Whether the key is enabled. Requests with an inactive key are rejected with 401 and never charged.
+        /// Whether the key is active. Requests with an inactive key are rejected with 401 and never charged.
         pub is_active: bool,
         /// When the key expires. After that, requests that use it are rejected with 401. `null` if it never expires.
         pub expires_at: Option<Timestamp>,
         /// Requests per minute for this key, overriding the plan's rate. `null` if the key uses the plan's rate. If the
         /// plan's burst equals its rate, the key's burst equals this rate.
         pub rpm_override: Option<u32>,
-        /// The key's identifier in your own system, such as a customer ID. Multiple keys can share the same external ID.
+        /// The key's identifier in your own system, such as a customer ID. Multiple keys can share the same external
+        /// ID.
         #[serde(default)]
         pub external_id: Option<String>,
-        /// Name–value pairs of your own. Quota stores them but does not interpret them.
+        /// Custom name–value pairs. Quota stores them but does not interpret them.
         #[serde(default)]
         pub metadata: Metadata,
         /// When the key was last used, whether the request was allowed or denied. Updated within seconds.
@@ -59,8 +60,8 @@ request! {
         /// the same external ID.
         #[garde(dive)]
         pub external_id: Option<ExternalId>,
-        /// Up to 20 name–value pairs of your own. Names are 1 to 40 letters, digits, hyphens, underscores or periods;
-        /// values are at most 100 characters.
+        /// Up to 20 custom name–value pairs. Names are 1 to 40 letters, digits, hyphens, underscores or periods; values
+        /// are at most 100 characters.
         #[garde(dive)]
         pub metadata: Option<Metadata>,
     }
@@ -95,8 +96,8 @@ request! {
     /// Request body for rotating an API key.
     #[derive(Debug, Default)]
     pub struct RotateApiKey {
-        /// Seconds until the current key stops working, 0 to 2,592,000 (30 days). Use 0 for a leaked key. Default: 86,400
-        /// (24 hours).
+        /// Seconds until the current key stops working, 0 to 2,592,000 (30 days). Use 0 for a leaked key. Default:
+        /// 86,400 (24 hours).
         #[garde(dive)]
         pub grace_seconds: Option<GraceSeconds>,
         /// Whether to revoke the previous key immediately if the grace period of an earlier rotation has not ended.

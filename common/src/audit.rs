@@ -57,7 +57,7 @@ response! {
     pub struct AuditEvent {
         pub id: AuditEventId,
         pub at: Timestamp,
-        /// The user who made the change. `null` if the system or its operator made it.
+        /// The user who made the change. `null` if Quota or its operator made it.
         pub user_id: Option<UserId>,
         /// The user's current email.
         pub user_email: Option<String>,
@@ -71,9 +71,9 @@ response! {
         pub target_name: Option<String>,
         /// The client's IP address.
         pub ip: Option<String>,
-        /// The changed fields before the change. `null` on creation.
+        /// The values of the changed fields before the change. `null` on creation.
         pub before: Option<serde_json::Value>,
-        /// The changed fields after the change. `null` on deletion.
+        /// The values of the changed fields after the change. `null` on deletion.
         pub after: Option<serde_json::Value>,
     }
 }

@@ -78,7 +78,7 @@ request! {
     pub struct Register {
         #[garde(dive)]
         pub email: Email,
-        /// 12 to 256 bytes, any characters. Rejected if it is too easy to guess.
+        /// 12 to 256 bytes. Any characters are allowed. A password that is too easy to guess is rejected.
         #[garde(dive)]
         pub password: NewPassword,
         /// 1 to 200 characters. Default: the part of the email before the `@`.
@@ -94,7 +94,8 @@ request! {
         pub email: LoginEmail,
         #[garde(dive)]
         pub password: Credential,
-        /// The `device_token` of an earlier sign-in, which identifies a known device. Omit when the tokens are in cookies.
+        /// The `device_token` of an earlier sign-in, which identifies a known device. Omit it if the tokens are in
+        /// cookies.
         #[garde(dive)]
         pub device_token: Option<DeviceToken>,
     }
@@ -103,7 +104,7 @@ request! {
 request! {
     /// Request body for refreshing an access token or signing out.
     pub struct Refresh {
-        /// Omit when the tokens are in cookies.
+        /// The refresh token. Omit it if the tokens are in cookies.
         #[garde(dive)]
         pub refresh_token: Option<Credential>,
     }
@@ -114,10 +115,10 @@ response! {
     #[derive(Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct Tokens {
-        /// Send it as `Authorization: Bearer`. A JWT (EdDSA). Absent if cookies were requested.
+        /// A JWT (EdDSA). Send it as `Authorization: Bearer <token>`. Absent if cookies were requested.
         pub access_token: Omittable<String>,
-        /// Exchange it at `POST /auth/refresh` for a new pair of tokens. Opaque, single use. Absent if cookies were
-        /// requested.
+        /// An opaque token that can be used once. Exchange it at `POST /auth/refresh` for a new pair of tokens. Absent
+        /// if cookies were requested.
         pub refresh_token: Omittable<String>,
         /// Seconds until the access token expires.
         pub expires_in: u32,
@@ -129,13 +130,13 @@ response! {
     #[derive(Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct SignedIn {
-        /// Send it as `Authorization: Bearer`. A JWT (EdDSA). Absent if cookies were requested.
+        /// A JWT (EdDSA). Send it as `Authorization: Bearer <token>`. Absent if cookies were requested.
         pub access_token: Omittable<String>,
-        /// Exchange it at `POST /auth/refresh` for a new pair of tokens. Opaque, single use. Absent if cookies were
-        /// requested.
+        /// An opaque token that can be used once. Exchange it at `POST /auth/refresh` for a new pair of tokens. Absent
+        /// if cookies were requested.
         pub refresh_token: Omittable<String>,
-        /// Send it with the next sign-in from this device. Failed sign-ins from other devices do not slow down sign-ins
-        /// from a known device. It is not a credential. Absent if cookies were requested.
+        /// Identifies this device. Send it with the next sign-in, so that failed sign-ins from other devices do not
+        /// slow it down. This is not a credential. Absent if cookies were requested.
         pub device_token: Omittable<String>,
         /// Seconds until the access token expires.
         pub expires_in: u32,
@@ -162,10 +163,10 @@ update! {
         /// Display name, 1 to 200 characters.
         #[garde(dive)]
         pub name: Option<Name>,
-        /// The tenant's name, 1 to 200 characters. Owners and admins only.
+        /// The tenant's name, 1 to 200 characters. Only owners and admins can change it.
         #[garde(dive)]
         pub tenant_name: Option<Name>,
-        /// IANA time zone in which quotas reset, such as `Europe/Berlin`. Owners and admins only.
+        /// IANA time zone in which quotas reset, such as `Europe/Berlin`. Only owners and admins can change it.
         #[garde(dive)]
         pub time_zone: Option<TimeZoneName>,
     }
@@ -176,7 +177,7 @@ request! {
     pub struct ChangePassword {
         #[garde(dive)]
         pub current_password: Credential,
-        /// 12 to 256 bytes, any characters. Rejected if it is too easy to guess.
+        /// 12 to 256 bytes. Any characters are allowed. A password that is too easy to guess is rejected.
         #[garde(dive)]
         pub new_password: NewPassword,
     }
@@ -192,7 +193,7 @@ response! {
         pub current: bool,
         /// The client's `User-Agent`.
         pub user_agent: Option<String>,
-        /// IP address of the last refresh.
+        /// The IP address from which the session was last refreshed.
         pub ip: Option<String>,
         pub created_at: Timestamp,
         pub last_used_at: Timestamp,

@@ -35,8 +35,8 @@ response! {
         pub access: BillingAccess,
         /// Whether API keys on plans marked `paid` currently work.
         pub paid_plans_work: bool,
-        /// When keys on paid plans stop working: the date of a cancellation, or the end of the grace period after a
-        /// failed payment. `null` if no end is known.
+        /// When keys on plans marked `paid` will stop working: when the subscription is canceled, or when the grace
+        /// period after a failed payment ends. `null` if neither is scheduled.
         pub access_ends_at: Option<Timestamp>,
         /// When the trial ends and the first payment is due.
         pub trial_ends_at: Option<Timestamp>,
@@ -46,20 +46,22 @@ response! {
         pub period_start: Option<Timestamp>,
         /// End of the current billing period, when the next payment is due.
         pub period_end: Option<Timestamp>,
-        /// Whether the customer portal is available. It is available once the organization has started a subscription.
+        /// Whether the customer portal is available. It becomes available when the tenant first starts a subscription.
         pub has_customer: bool,
-        /// When this information was last retrieved from Stripe. If this is more than half an hour ago, Stripe is
-        /// unreachable, and the status may have changed.
+        /// When this information was last retrieved from Stripe, which happens about every 10 minutes while there is a
+        /// subscription. If it has not happened for half an hour, Stripe is unreachable, and the status may be
+        /// outdated.
         pub refreshed_at: Option<Timestamp>,
-        /// The price of the subscription, or of a new one. `null` if it is unknown.
+        /// The price of the current subscription or, without one, of a new subscription. `null` if it is unknown.
         pub price: Option<BillingPrice>,
         /// Charged usage in the current billing period. `null` without a subscription.
         pub usage: Option<BillingUsage>,
-        /// The operator's limits for the organization, which are lower without a subscription.
+        /// The limits that the operator has set for the tenant. They may be lower without a subscription.
         pub limits: BillingLimits,
         /// Number of plans marked `paid`.
         pub paid_plans: u64,
-        /// Number of active API keys on those plans. Without access, their requests get 402.
+        /// Number of active API keys on plans marked `paid`. While these plans don't work, requests with these keys get
+        /// 402.
         pub paid_keys: u64,
     }
 }
@@ -73,7 +75,7 @@ response! {
         /// The currency's ISO 4217 code in lower case, such as `usd`.
         pub currency: String,
         /// Price per month, as a decimal number in the smallest unit of the currency: `2900` is $29.00. `null` if the
-        /// price is not a plain amount.
+        /// price is not a fixed amount.
         pub monthly: Option<String>,
         /// Price per request on plans marked `paid`, in addition to the monthly price, in the same unit. `null` if
         /// usage is not charged.
@@ -85,44 +87,44 @@ response! {
     /// Charged usage in the current billing period.
     #[derive(Debug, Eq)]
     pub struct BillingUsage {
-        /// The cost of admitted requests on plans marked `paid` since the period began. A request costs 1 unless the
-        /// check API was called with a different cost.
+        /// Total cost of the requests allowed on plans marked `paid` since the period began. A request costs 1 unless
+        /// it was checked with a different cost.
         pub used: u64,
-        /// The cost for the whole period, if usage continues at the average pace since the period began.
+        /// The projected value of `used` at the end of the period, at the average pace since the period began.
         pub projected: u64,
         /// The charge for `used`, in the smallest unit of the currency. `null` if usage is not charged.
         pub charge: Option<u64>,
-        /// The monthly price and the charge for `projected`, before taxes and discounts. `null` if the price is not a
-        /// plain amount.
+        /// The sum of the monthly price and the charge for `projected`, before taxes and discounts. `null` if the
+        /// monthly price is not a fixed amount.
         pub projected_total: Option<u64>,
-        /// The time before which Stripe has received all usage.
+        /// Stripe has received all usage before this time.
         pub reported_until: Option<Timestamp>,
         /// Usage in this period that should have been charged but cannot be.
         pub not_charged: u64,
-        /// The last problem that Stripe reported about the organization's usage in this period.
+        /// The most recent problem that Stripe found in the tenant's usage for this period.
         pub last_error: Option<BillingUsageError>,
     }
 }
 
 response! {
-    /// A problem that Stripe reported about usage after it had accepted it.
+    /// A problem that Stripe found in usage after accepting it.
     #[derive(Debug, Eq)]
     pub struct BillingUsageError {
-        /// The code of the problem in Stripe, such as `meter_event_customer_not_found`.
+        /// Stripe's code for the problem, such as `meter_event_customer_not_found`.
         pub code: String,
-        /// When Quota received the report.
+        /// When Stripe notified Quota of the problem.
         pub at: Timestamp,
     }
 }
 
 response! {
-    /// The operator's limits for an organization.
+    /// The limits that the operator has set for a tenant.
     #[derive(Debug, Eq)]
     pub struct BillingLimits {
         pub plans: BillingLimit,
         pub api_keys: BillingLimit,
-        /// Requests in the current calendar month (UTC), across all API keys. When they are used up, requests get 429
-        /// with the policy `tenant_monthly`.
+        /// Requests in the current calendar month (UTC), across all API keys. Once the limit is reached, requests get
+        /// 429 with the policy `tenant_monthly`.
         pub requests: BillingLimit,
         /// When `requests` is reset to zero.
         pub requests_reset_at: Timestamp,
@@ -134,11 +136,11 @@ response! {
 }
 
 response! {
-    /// How much of a limit is used.
+    /// A limit, and how much of it is used.
     #[derive(Debug, Eq)]
     pub struct BillingLimit {
         pub used: u64,
-        /// `null`: no limit.
+        /// The limit. `null` for no limit.
         pub maximum: Option<u64>,
     }
 }
@@ -148,7 +150,7 @@ response! {
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct CheckoutPage {
-        /// Open this page in a browser. It redirects back to the console.
+        /// The URL to open in a browser. The page redirects back to the console afterward.
         pub url: String,
         /// When the page expires.
         pub expires_at: Timestamp,
@@ -156,11 +158,11 @@ response! {
 }
 
 response! {
-    /// The Stripe customer portal.
+    /// A link to the Stripe customer portal.
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct PortalPage {
-        /// Open this page in a browser promptly. It expires within minutes.
+        /// The URL to open in a browser. It expires within minutes.
         pub url: String,
     }
 }

@@ -213,7 +213,7 @@ pub(crate) fn metadata(entries: &[(String, String)], _: &()) -> garde::Result {
         }
         if value.chars().count() > METADATA_VALUE_MAX || value.chars().any(char::is_control) {
             return Err(garde::Error::new(format!(
-                "the value of {name} must be at most {METADATA_VALUE_MAX} characters without control characters"
+                "the value of {name} must be at most {METADATA_VALUE_MAX} characters, without control characters"
             )));
         }
     }

@@ -1,20 +1,22 @@
-//! The console's calls to the server: a closed set, and the only place that converts a call to a method, a path, a
-//! query and a body. The browser and the desktop app send only these.
+//! The console's calls to the server. They are a closed set: the browser and the desktop app send no others. Only this
+//! module converts a call to a method, a path, a query and a body.
 
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    alert::UpdateAlertSettings,
     api_key::{CreateApiKey, RotateApiKey, UpdateApiKey},
     audit::{AuditAction, AuditTarget},
     auth::{ChangePassword, Login, Refresh, Register, UpdateMe},
     decision::DecisionOutcome,
-    id::{ApiKeyId, PlanId, ServiceTokenId, SessionId},
+    id::{ApiKeyId, PlanId, ServiceTokenId, SessionId, WebhookDeliveryId, WebhookId},
     limit::PolicyName,
     page::{ApiKeyOrder, PlanOrder},
     plan::{CreatePlan, UpdatePlan},
     service_token::CreateServiceToken,
     time::Timestamp,
     usage::{UsageBucketSize, UsageGroupBy},
+    webhook::{CreateWebhook, RotateWebhookSecret, UpdateWebhook, WebhookDeliveryStatus},
 };
 
 /// A page of a list.
@@ -26,7 +28,7 @@ pub struct PageOf {
     pub cursor: Option<String>,
 }
 
-/// Restricts and sorts a list of API keys.
+/// Filters and sorts a list of API keys.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeyFilter {
     pub plan_id: Option<PlanId>,
@@ -37,7 +39,7 @@ pub struct KeyFilter {
     pub sort: Option<ApiKeyOrder>,
 }
 
-/// Restricts a list of audit events.
+/// Filters a list of audit events.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AuditFilter {
     pub action: Option<AuditAction>,
@@ -48,7 +50,7 @@ pub struct AuditFilter {
     /// Substring of the resource's name.
     pub search: Option<String>,
     pub from: Option<Timestamp>,
-    /// Exclusive.
+    /// The end of the range, exclusive.
     pub to: Option<Timestamp>,
 }
 
@@ -56,7 +58,7 @@ pub struct AuditFilter {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UsageFilter {
     pub from: Option<Timestamp>,
-    /// Exclusive.
+    /// The end of the range, exclusive.
     pub to: Option<Timestamp>,
     pub bucket: Option<UsageBucketSize>,
     /// The time zone in which hours and days start.
@@ -66,7 +68,7 @@ pub struct UsageFilter {
     pub group_by: Option<UsageGroupBy>,
 }
 
-/// Restricts a list of decisions.
+/// Filters a list of decisions.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DecisionFilter {
     pub key_id: Option<ApiKeyId>,
@@ -102,6 +104,18 @@ pub enum Call {
     ListServiceTokens(PageOf),
     CreateServiceToken(CreateServiceToken),
     DeleteServiceToken(ServiceTokenId),
+    ListWebhooks(PageOf),
+    GetWebhook(WebhookId),
+    CreateWebhook(CreateWebhook),
+    UpdateWebhook(WebhookId, UpdateWebhook),
+    RotateWebhookSecret(WebhookId, RotateWebhookSecret),
+    TestWebhook(WebhookId),
+    DeleteWebhook(WebhookId),
+    ListDeliveries(WebhookId, Option<WebhookDeliveryStatus>, PageOf),
+    Redeliver(WebhookDeliveryId),
+    ListAlerts(PageOf),
+    AlertSettings,
+    UpdateAlertSettings(UpdateAlertSettings),
     ListAudit(AuditFilter, PageOf),
     Stats,
     Usage(UsageFilter),
@@ -126,7 +140,7 @@ pub const LIMIT_FIELDS: [&str; 7] = [
     "WWW-Authenticate",
 ];
 
-/// The HTTP request of a call.
+/// The HTTP request for a call.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sent {
     pub method: &'static str,
@@ -164,7 +178,7 @@ impl Sent {
 }
 
 impl Call {
-    /// Returns the HTTP request of this call.
+    /// Returns the HTTP request for this call.
     pub fn sent(&self) -> Sent {
         let get = |path: &str| Sent::new("GET", path);
         let post = |path: &str| Sent::new("POST", path);
@@ -207,6 +221,28 @@ impl Call {
             Self::CreateServiceToken(body) => post("/admin/service-tokens").body(body),
             Self::DeleteServiceToken(id) => {
                 Sent::new("DELETE", format!("/admin/service-tokens/{id}"))
+            }
+            Self::ListWebhooks(page) => get("/admin/webhooks").page(page),
+            Self::GetWebhook(id) => get(&format!("/admin/webhooks/{id}")),
+            Self::CreateWebhook(body) => post("/admin/webhooks").body(body),
+            Self::UpdateWebhook(id, body) => {
+                Sent::new("PATCH", format!("/admin/webhooks/{id}")).body(body)
+            }
+            Self::RotateWebhookSecret(id, body) => {
+                post(&format!("/admin/webhooks/{id}/rotate-secret")).body(body)
+            }
+            Self::TestWebhook(id) => post(&format!("/admin/webhooks/{id}/test")),
+            Self::DeleteWebhook(id) => Sent::new("DELETE", format!("/admin/webhooks/{id}")),
+            Self::ListDeliveries(id, status, page) => {
+                get(&format!("/admin/webhooks/{id}/deliveries"))
+                    .with("status", *status)
+                    .page(page)
+            }
+            Self::Redeliver(id) => post(&format!("/admin/webhooks/deliveries/{id}/redeliver")),
+            Self::ListAlerts(page) => get("/admin/alerts").page(page),
+            Self::AlertSettings => get("/admin/alert-settings"),
+            Self::UpdateAlertSettings(body) => {
+                Sent::new("PATCH", "/admin/alert-settings").body(body)
             }
             Self::ListAudit(filter, page) => get("/admin/audit")
                 .with("action", filter.action)

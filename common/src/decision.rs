@@ -26,13 +26,13 @@ response! {
         pub key_id: ApiKeyId,
         /// The key's current name. `null` if the key was deleted.
         pub key_name: Option<String>,
-        /// The key's plan at that time.
+        /// The plan that the key was on at the time.
         pub plan_id: PlanId,
-        /// Empty if none was sent.
+        /// The endpoint that was called. Empty if none was sent.
         pub endpoint: String,
         pub outcome: DecisionOutcome,
-        /// The policy that denied the request: `rpm`, `daily`, `monthly` or `tenant_monthly`; `reduced_capacity` if limits could not be checked.
-        /// `null` if it was allowed.
+        /// The policy that denied the request: `rpm`, `daily`, `monthly` or `tenant_monthly`; `reduced_capacity` if
+        /// limits could not be checked. `null` if the request was allowed.
         pub policy: Option<String>,
         /// Seconds to wait before retrying. `null` if the request was allowed or could never be allowed.
         pub retry_after: Option<u32>,
@@ -47,12 +47,12 @@ response! {
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct DecisionPage {
-        /// The decisions, newest first, in the order in which the server received their records.
+        /// The decisions, most recently recorded first.
         pub items: Vec<Decision>,
         /// Pass as `cursor` to fetch the next page. `null` on the last page. Opaque.
         pub next_cursor: Option<String>,
-        /// Number of decisions in the log that match the filters. `null` if `endpoint` is one whose requests are
-        /// counted in `other`, or if more than 50,000 requests have the same `request_id`.
+        /// Number of decisions in the log that match the filters. `null` if requests to `endpoint` are counted only in
+        /// `other`, or if more than 50,000 requests have this `request_id`.
         pub total: Option<u64>,
         /// Pass as `last_event_id` to `GET /admin/decisions/stream` to receive the decisions after this page. Opaque.
         pub last_event_id: String,

@@ -163,7 +163,7 @@ macro_rules! redacted {
     )+};
 }
 
-/// Matches text with a character that is neither white space nor a control character, and without control characters.
+/// Matches text without control characters that contains at least one character other than white space.
 #[cfg(feature = "openapi")]
 const NAME_PATTERN: &str = r"^[^\u0000-\u001F\u007F-\u009F]*[^\u0000-\u0020\u007F-\u00A0\u1680\u2000-\u200A\u2028\u2029\u202F\u205F\u3000][^\u0000-\u001F\u007F-\u009F]*$";
 #[cfg(feature = "openapi")]
@@ -233,7 +233,7 @@ redacted!(NewPassword, Credential, DeviceToken);
 
 /// Name–value pairs that a tenant stores with an API key. Quota does not interpret them.
 ///
-/// A list, because a map would add code to the console.
+/// A list, because a map would make the console's download larger.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Validate)]
 #[garde(transparent)]
 pub struct Metadata(#[garde(custom(bounds::metadata))] Vec<(String, String)>);
@@ -365,7 +365,7 @@ mod tests {
         assert_eq!(fault(&entries(20, &"n".repeat(38), &longest_value)), None);
         assert_eq!(fault(&entries(1, "Crm.id-2_", "")), None);
         let names = "names must be 1–40 letters, digits, hyphens, underscores or periods";
-        let value = "the value of name0 must be at most 100 characters without control characters";
+        let value = "the value of name0 must be at most 100 characters, without control characters";
         for (metadata, fault_text) in [
             (entries(21, "name", ""), "must have at most 20 entries"),
             (entries(1, &"n".repeat(40), ""), names),

@@ -68,7 +68,7 @@ pub enum BillingPage {
 }
 
 impl BillingPage {
-    /// The call that returns the page's address.
+    /// Returns the call that requests the page's address.
     pub const fn call(self) -> Call {
         match self {
             Self::Checkout => Call::StartCheckout,

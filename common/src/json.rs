@@ -1,8 +1,8 @@
 //! Parsing the server's responses in the console.
 //!
-//! serde generates a parser for each type, which together would be a tenth of the console's download. Here, a string is
-//! parsed once into [`Json`], from which each type takes its fields. Errors have no message, because they are never
-//! shown. Unknown fields are ignored, and missing ones are `null`.
+//! serde would generate a parser for each type; together, these would be a tenth of the console's download. Here, a
+//! string is parsed once into [`Json`], from which each type takes its fields. Errors have no message, because they are
+//! never shown. Unknown fields are ignored, and missing ones are `null`.
 
 use std::collections::BTreeMap;
 

@@ -15,7 +15,7 @@ request! {
         /// The consumer's API key.
         #[garde(dive)]
         pub key: Credential,
-        /// The number of requests this one counts as, 1 to 1,000,000. Default: 1.
+        /// The number of requests that this request counts as, 1 to 1,000,000. Default: 1.
         #[garde(dive)]
         pub cost: Option<Cost>,
         /// The endpoint being called, such as `GET /orders`. At most 128 characters.
@@ -34,7 +34,7 @@ impl std::fmt::Debug for Check {
 }
 
 text_enum! {
-    /// Result of a check.
+    /// Why a request was allowed or denied.
     pub enum CheckCode {
         /// Allowed; `cost` was consumed from every limit.
         Allowed = "allowed",
@@ -48,13 +48,13 @@ text_enum! {
         InactiveKey = "inactive_key",
         /// The key has expired.
         ExpiredKey = "expired_key",
-        /// The key's plan is paid and the tenant has no active subscription; nothing was consumed.
+        /// The key is on a paid plan, and its tenant has no active subscription; nothing was consumed.
         PaymentRequired = "payment_required",
     }
 }
 
 text_enum! {
-    /// A limit that applies to a key.
+    /// A limit that applies to a key or to a tenant.
     pub enum PolicyName {
         /// The rate limit, in requests per minute with a burst.
         Rpm = "rpm",
@@ -62,7 +62,7 @@ text_enum! {
         Daily = "daily",
         /// The quota for the calendar month.
         Monthly = "monthly",
-        /// The operator's limit on requests in a calendar month (UTC), across all API keys of an organization without a
+        /// The operator's limit on requests in a calendar month (UTC), across all API keys of a tenant without a
         /// subscription.
         TenantMonthly = "tenant_monthly",
     }
@@ -73,9 +73,9 @@ response! {
     #[derive(Debug, Eq)]
     pub struct LimitState {
         pub policy: PolicyName,
-        /// The burst for `rpm`; otherwise the quota.
+        /// The maximum: the burst for `rpm`, otherwise the quota.
         pub limit: u64,
-        /// Requests left now.
+        /// Number of requests left now.
         pub remaining: u64,
         /// When `remaining` reaches `limit` again.
         pub reset_at: Timestamp,
@@ -89,7 +89,7 @@ response! {
     pub struct CheckResult {
         pub allowed: bool,
         pub code: CheckCode,
-        /// `null` if the tenant has no such key.
+        /// The key's ID. `null` if the tenant has no such key.
         pub key_id: Option<ApiKeyId>,
         /// Name of the key's plan.
         pub plan: Option<String>,

@@ -12,6 +12,9 @@ pub const DEFAULT_LIMIT: u32 = 20;
 /// The largest page size.
 pub const MAX_LIMIT: u32 = 100;
 
+/// Lists count their items up to this number.
+pub const TOTAL_MAX: u64 = 10_000;
+
 /// One page of a list.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object))]
@@ -24,7 +27,7 @@ pub struct Page<
     /// Pass as `cursor` to fetch the next page. `null` on the last page. Opaque.
     #[cfg_attr(feature = "openapi", oai(nullable))]
     pub next_cursor: Option<String>,
-    /// Number of items on all pages that match the filters.
+    /// Number of items that match the filters, across all pages. A total of 10,000 means 10,000 or more.
     pub total: u64,
 }
 
@@ -52,9 +55,9 @@ text_enum! {
         Oldest = "created_at",
         Name = "name",
         NameReversed = "-name",
-        /// Keys that were never used come last.
+        /// Keys that have never been used come last.
         LastUsed = "-last_used_at",
-        /// Keys that were never used come first.
+        /// Keys that have never been used come first.
         LeastRecentlyUsed = "last_used_at",
     }
 }

@@ -7,8 +7,8 @@
 /// default.
 pub type Patch<T> = Option<Option<T>>;
 
-/// Deserializes a field that was sent. Without it, serde would read `null` as "not sent", and silently ignore a `null`
-/// for a field that cannot be cleared.
+/// Deserializes a field that was sent. Without this function, serde would read `null` as "not sent", and silently
+/// ignore a `null` for a field that cannot be cleared.
 pub(crate) fn sent<'de, T, D>(deserializer: D) -> Result<Option<T>, D::Error>
 where
     T: serde::Deserialize<'de>,

@@ -9,7 +9,8 @@ use crate::{
 };
 
 text_enum! {
-    /// `paid`: keys on the plan work only while the tenant has an active subscription.
+    /// Whether a plan requires a subscription. Keys on a `paid` plan work only while the tenant has an active
+    /// subscription.
     #[derive(Default)]
     pub enum Billing {
         #[default]
@@ -38,7 +39,7 @@ response! {
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct Plan {
         pub id: PlanId,
-        /// Unique within the tenant.
+        /// The plan's name, unique within the tenant.
         pub name: String,
         /// Requests per minute for each key.
         pub default_rpm: u32,
@@ -79,7 +80,7 @@ request! {
         /// Requests per key per calendar month, in the tenant's time zone. Default: unlimited.
         #[garde(dive)]
         pub monthly_quota: Option<Quota>,
-        /// Check every request against the shared counters instead of a local lease. Default: false.
+        /// Whether to check every request against the shared counters instead of a local lease. Default: false.
         #[garde(skip)]
         pub strict: Option<bool>,
         /// Behavior while Redis is unreachable. Default: the server default.

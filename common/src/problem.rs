@@ -33,7 +33,7 @@ pub struct Problem {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[cfg_attr(feature = "openapi", oai(default, skip_serializing_if_is_empty))]
     pub errors: Vec<FieldError>,
-    /// The limits that denied the request.
+    /// The policies that denied the request.
     #[serde(
         rename = "violated-policies",
         default,
@@ -115,19 +115,19 @@ problems! {
     /// No API key, access token or service token was sent, or it is unknown, malformed, expired or inactive.
     /// Nothing was charged. Sign in again, or use an active key.
     Unauthorized = "unauthorized", 401, "Missing or invalid credentials";
-    /// The email or password is incorrect. For security we don't say which.
+    /// The email or password is incorrect. For security reasons, the response does not say which.
     WrongCredentials = "wrong-credentials", 401, "Incorrect email or password";
-    /// The key's plan is paid and its organization has no active subscription. Nothing was charged. Someone in the
-    /// organization who may manage billing has to subscribe or pay the outstanding invoice. Keys work again within a
-    /// second after that.
+    /// The key is on a paid plan, and its tenant has no active subscription. Nothing was charged. A member of the
+    /// tenant who may manage billing has to subscribe or pay the outstanding invoice. After that, keys on paid plans
+    /// work again within seconds.
     SubscriptionNeeded = "subscription-needed", 402, "Subscription required";
     /// Your role in the tenant does not allow this action, or a request with session cookies did not come from
     /// this server's own pages. `detail` contains the reason.
     Forbidden = "forbidden", 403, "Not allowed";
-    /// New accounts on this server are created by its operator. Ask the operator for one.
+    /// Only the operator of this server can create accounts. Ask the operator for one.
     RegistrationClosed = "registration-closed", 403, "Registration is closed";
-    /// The organization has reached a limit set by the operator of this server; `detail` contains the reason. Delete
-    /// what you no longer need, or ask the operator for a higher limit.
+    /// The tenant has reached a limit set by the operator of this server; `detail` says which one. Delete resources you
+    /// no longer need, or ask the operator for a higher limit.
     LimitReached = "limit-reached", 403, "Limit reached";
     /// The resource does not exist, or it belongs to another tenant. Both look the same on purpose.
     NotFound = "not-found", 404, "Not found";
@@ -141,16 +141,16 @@ problems! {
     NameTaken = "name-taken", 409, "Name already in use";
     /// An account with this email already exists. Sign in, or use another address.
     EmailTaken = "email-taken", 409, "Email already in use";
-    /// The key was rotated before, and the grace period of that rotation has not ended; `detail` says when the previous
-    /// key expires. Rotating again would revoke it, because a key has at most one previous key. Wait until it has
-    /// expired, or send `replace_previous: true`.
+    /// The grace period of an earlier rotation has not ended; `detail` says when the previous key expires. Rotating
+    /// again would revoke the previous key, because there can be only one. Wait until it has expired, or send
+    /// `replace_previous: true`.
     PreviousKeyActive = "previous-key-active", 409, "Previous key still active";
     /// Billing is off on this server: its operator has not connected it to Stripe. Plans marked `paid` work like other
     /// plans.
     BillingOff = "billing-off", 409, "Billing is off";
-    /// The organization already has a subscription. Change or cancel it in the customer portal.
+    /// The tenant already has a subscription. Change or cancel it in the customer portal.
     AlreadySubscribed = "already-subscribed", 409, "Already subscribed";
-    /// The organization has never started a subscription, so it has no customer portal. Subscribe first.
+    /// The tenant has never started a subscription, so it has no access to the customer portal. Subscribe first.
     NotSubscribed = "not-subscribed", 409, "Not subscribed";
     /// A request with the same `Idempotency-Key` is still being processed. Retry after the number of seconds in
     /// `Retry-After` to get its response.
@@ -159,16 +159,16 @@ problems! {
     ContentTooLarge = "content-too-large", 413, "Request body too large";
     /// The request body must be sent as `application/json`.
     UnsupportedMediaType = "unsupported-media-type", 415, "Unsupported media type";
-    /// One or more fields have invalid values; `errors` lists each of them. No changes were made.
+    /// One or more fields have invalid values; `errors` lists them. No changes were made.
     Invalid = "invalid", 422, "Validation failed";
     /// This `Idempotency-Key` was already used with a different request body. Use a new key for a new request.
     IdempotencyMismatch = "idempotency-mismatch", 422, "Idempotency-Key already used";
-    /// The API key has used up a rate limit or quota; `violated-policies` lists which ones. Retry after the number of
-    /// seconds in `Retry-After`. Without that header, the cost of the request exceeds the limit itself. Nothing was
-    /// charged.
+    /// The API key has reached a rate limit or quota; `violated-policies` says which one. Nothing was charged. Retry
+    /// after the number of seconds in `Retry-After`. If that header is absent, the request costs more than the limit
+    /// and can never be allowed.
     QuotaExceeded = "quota-exceeded", 429, "Rate limit or quota exceeded";
-    /// Too many requests came from this address or for this account, or too many changes by one organization at the
-    /// same time. Retry after the number of seconds in `Retry-After`.
+    /// Too many requests came from this address, for this account or from this tenant; `detail` contains the reason.
+    /// Retry after the number of seconds in `Retry-After`.
     TooManyRequests = "too-many-requests", 429, "Too many requests";
     /// The request's headers exceed the server's limit. Send fewer or shorter headers.
     HeadersTooLarge = "headers-too-large", 431, "Request headers too large";
@@ -177,12 +177,12 @@ problems! {
     /// A dependency of the server is unavailable, or the server is starting or stopping. Retry after the number of
     /// seconds in `Retry-After`.
     Unavailable = "unavailable", 503, "Temporarily unavailable";
-    /// Rate limits can't be checked right now, because the shared counters or the database are unreachable. Nothing
-    /// was charged. Retry after the number of seconds in `Retry-After`. The status is 429 if this server still enforces
-    /// its share of the limit and that share is used up, and 503 if nothing can be checked.
+    /// Rate limits can't be checked right now, because the shared counters or the database can't be reached. Nothing
+    /// was charged. Retry after the number of seconds in `Retry-After`. The status is 429 if this replica still
+    /// enforces its share of the limit and that share is used up, and 503 if nothing can be checked.
     ReducedCapacity = "temporary-reduced-capacity", 503, "Temporarily reduced capacity";
     /// Usage can't be recorded right now, because the server's disk is full or read-only, or too much usage is waiting
-    /// to be written to the database. Requests that are not recorded are not admitted. Nothing was charged. Retry after
+    /// to be written to the database. Requests that can't be recorded are not allowed. Nothing was charged. Retry after
     /// the number of seconds in `Retry-After`. Operators: free disk space in `QUOTA_DATA_DIR`, or find out why usage is
     /// not written to PostgreSQL.
     InsufficientStorage = "insufficient-storage", 503, "Usage can't be recorded";

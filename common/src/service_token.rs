@@ -14,7 +14,7 @@ response! {
     pub struct ServiceToken {
         pub id: ServiceTokenId,
         pub name: String,
-        /// The first characters of the token, which identify it.
+        /// The first characters of the token, by which you can recognize it.
         pub prefix: String,
         /// When the token was last used. Updated within seconds.
         pub last_used_at: Option<Timestamp>,

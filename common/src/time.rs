@@ -5,7 +5,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 /// A timestamp: RFC 3339 in UTC with milliseconds, such as `2026-11-24T09:18:42.000Z`.
 ///
-/// Accepts any offset. Truncates to milliseconds, so that a timestamp equals its own JSON read back.
+/// Accepts any offset. Truncates to milliseconds, so that a round trip through JSON does not change a timestamp.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Timestamp(DateTime<Utc>);
 
@@ -20,7 +20,7 @@ impl Timestamp {
         (at <= Self::latest()).then_some(Self(at))
     }
 
-    /// The last second that RFC 3339 can represent.
+    /// Returns the last second that RFC 3339 can represent.
     fn latest() -> DateTime<Utc> {
         DateTime::from_timestamp(253_402_300_799, 0).expect("9999-12-31T23:59:59Z is a time")
     }

@@ -81,12 +81,13 @@ response! {
         pub key_id: Option<ApiKeyId>,
         /// The endpoint, if grouped by `endpoint`; empty for requests without one. Otherwise `null`.
         pub endpoint: Option<String>,
-        /// If grouped by `policy`, the policy that denied the requests: `rpm`, `daily`, `monthly` or `tenant_monthly`; `reduced_capacity`
-        /// if limits could not be checked. Otherwise `null`.
+        /// If grouped by `policy`, the policy that denied the requests: `rpm`, `daily`, `monthly` or `tenant_monthly`;
+        /// `reduced_capacity` if limits could not be checked. Otherwise `null`.
         pub policy: Option<String>,
         /// The plan, if grouped by `plan`. Otherwise `null`.
         pub plan_id: Option<PlanId>,
-        /// The key's or plan's current name. `null` if the key or plan was deleted, or if the group is not a key or plan.
+        /// The key's or plan's current name. `null` if the key or plan was deleted, or if the group is not a key or
+        /// plan.
         pub name: Option<String>,
         /// Whether this group combines all groups that are not listed.
         pub other: bool,
@@ -112,32 +113,34 @@ response! {
         pub from: Timestamp,
         /// The end of the range, exclusive, rounded up to the quarter hour.
         pub to: Timestamp,
-        /// The length of a bucket. A day has 23 to 25 hours when clocks change.
+        /// The length of a bucket. A day on which the clocks change has 23 to 25 hours.
         pub bucket: UsageBucketSize,
         /// The time zone in which hours and days start.
         pub time_zone: String,
         pub group_by: Option<UsageGroupBy>,
-        /// All requests before this time are counted; later ones may be missing. Earlier than `to` if the range includes
-        /// the present, or if a server has not delivered its records yet.
+        /// All requests before this time are counted; later ones may be missing. This is earlier than `to` if the range
+        /// includes the present, or if a replica has not delivered its records yet.
         pub complete_until: Timestamp,
         /// All requests in the range that match the filters.
         pub total: UsageCounts,
-        /// Without `group_by`: every bucket in the range. With `group_by`: each group's buckets that had requests.
+        /// Without `group_by`, every bucket in the range. With `group_by`, only the buckets in which a group had
+        /// requests.
         pub buckets: Vec<UsageBucket>,
-        /// With `group_by`: the 20 groups with the most requests, and `other` if there are more. Otherwise empty.
+        /// With `group_by`, the 20 groups with the most requests, and `other` if there are more groups. Otherwise
+        /// empty.
         pub groups: Vec<UsageGroup>,
     }
 }
 
 response! {
-    /// Statistics on the organization's keys, plans and requests.
+    /// Statistics on the tenant's keys, plans and requests.
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct Stats {
         pub total_keys: u64,
-        /// Number of keys that are enabled and have not expired.
+        /// Number of keys that are active and have not expired.
         pub active_keys: u64,
-        /// Number of keys that were never used.
+        /// Number of keys that have never been used.
         pub unused_keys: u64,
         pub total_plans: u64,
         /// Requests today, both allowed and denied.
@@ -150,7 +153,7 @@ response! {
         pub rejected_yesterday: u64,
         /// When today started.
         pub today: Timestamp,
-        /// The organization's time zone, which determines when days start.
+        /// The tenant's time zone, which determines when days start.
         pub time_zone: String,
         /// All requests before this time are counted.
         pub complete_until: Timestamp,
@@ -168,8 +171,8 @@ response! {
         pub key_id: ApiKeyId,
         pub key_name: String,
         pub policy: PolicyName,
-        /// Includes tokens that servers hold for future requests, at most 1% of the quota in total (or one token per
-        /// server, for small quotas).
+        /// How much of the quota is used, including tokens that replicas hold for future requests: at most 1% of the
+        /// quota in total, or one token per replica if the quota is small.
         pub used: u64,
         pub limit: u64,
         /// When the day or month ends.
@@ -186,7 +189,7 @@ text_enum! {
         Expiring = "expiring",
         /// The previous secret of a rotated key stops working within 24 hours. `at` is the time at which it expires.
         GraceEnding = "grace_ending",
-        /// The key is active and was not used for 30 days. `at` is the time of its last use, or of its creation.
+        /// The key is active and has not been used for 30 days. `at` is the time of its last use, or of its creation.
         Idle = "idle",
     }
 }
@@ -233,7 +236,7 @@ response! {
     #[derive(Debug, Eq)]
     pub struct BurnDownPoint {
         pub at: Timestamp,
-        /// The quota that was left at that time.
+        /// The remaining quota at that time.
         pub remaining: u64,
         /// The quota that would be left if it were used at an even pace over the whole window.
         pub ideal_remaining: u64,
@@ -241,7 +244,7 @@ response! {
 }
 
 response! {
-    /// The remaining quota over its day or month.
+    /// How a quota has been used over the current day or month.
     #[derive(Debug)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct BurnDown {
@@ -258,12 +261,12 @@ response! {
         pub resets_at: Timestamp,
         /// Evenly spaced points from the start until now. The last one is at `complete_until`.
         pub points: Vec<BurnDownPoint>,
-        /// Cost per hour over the most recent quarter of the elapsed time (at least the last hour).
+        /// The current pace: cost per hour over the most recent quarter of the elapsed time (at least the last hour).
         pub pace_per_hour: f64,
-        /// When the quota will be used up at that pace. `null` if the quota won't be used up before it resets. In the past
-        /// or present if it is already used up.
+        /// When the quota will be used up at the current pace. `null` if it won't be used up before it resets. Not in
+        /// the future if it is already used up.
         pub used_up_at: Option<Timestamp>,
-        /// The quota that will be left at the reset if that pace continues.
+        /// The quota that will be left when it resets, at the current pace.
         pub projected_remaining: u64,
         /// All requests before this time are counted.
         pub complete_until: Timestamp,

@@ -8,23 +8,22 @@ use crate::{
 };
 
 response! {
-    /// An endpoint to which Quota sends events, without its signing secret, which is returned once, on creation or
-    /// rotation.
+    /// An endpoint to which Quota sends events. Its signing secret is returned only once, on creation or rotation.
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct Webhook {
         pub id: WebhookId,
         pub name: String,
-        /// Where events are sent, as POST requests.
+        /// The URL to which events are sent, as POST requests.
         pub url: String,
-        /// Whether events are sent. `false` if you disabled the endpoint, or if Quota did: see `disabled_reason`.
+        /// Whether events are sent. `false` if you disabled the webhook, or if Quota did: see `disabled_reason`.
         pub is_active: bool,
-        /// Why Quota disabled the endpoint. `null`: it did not.
+        /// Why Quota disabled the webhook. `null` if it did not.
         pub disabled_reason: Option<String>,
-        /// When deliveries began to fail. `null` if the last attempt succeeded, there was none, or the URL was changed
-        /// or the webhook was enabled since then.
+        /// When deliveries started to fail. `null` if the last attempt succeeded, if there were no attempts, or if the
+        /// URL was changed or the webhook was enabled after the last attempt.
         pub failing_since: Option<Timestamp>,
-        /// When deliveries are no longer signed with the previous secret as well. `null`: there is no previous secret.
+        /// Until when deliveries are also signed with the previous secret. `null` if there is no previous secret.
         pub previous_secret_expires_at: Option<Timestamp>,
         pub created_at: Timestamp,
         pub updated_at: Timestamp,
@@ -64,7 +63,7 @@ request! {
     /// Request body for rotating a webhook's signing secret.
     #[derive(Debug, Default)]
     pub struct RotateWebhookSecret {
-        /// Seconds during which deliveries are signed with the current secret as well, 0 to 2,592,000 (30 days). Default:
+        /// Seconds for which deliveries are also signed with the current secret, 0 to 2,592,000 (30 days). Default:
         /// 86,400 (24 hours).
         #[garde(dive)]
         pub grace_seconds: Option<GraceSeconds>,
@@ -94,11 +93,11 @@ impl std::fmt::Debug for CreatedWebhook {
 text_enum! {
     /// The state of a delivery.
     pub enum WebhookDeliveryStatus {
-        /// It has not been sent yet, or failed and will be retried.
+        /// The event has not been sent yet, or an attempt failed and will be retried.
         Pending = "pending",
-        /// The endpoint accepted it with a 2xx status.
+        /// The endpoint accepted the event with a 2xx status.
         Delivered = "delivered",
-        /// It is not retried anymore.
+        /// The delivery failed and will not be retried.
         Failed = "failed",
     }
 }
@@ -115,17 +114,17 @@ response! {
         /// The event's type, such as `quota.threshold_reached`.
         pub event_type: String,
         pub status: WebhookDeliveryStatus,
-        /// The number of attempts since it was created or redelivered.
+        /// The number of attempts since the delivery was created or last redelivered.
         pub attempts: u32,
-        /// The status of the last response. `null`: there was none.
+        /// The status code of the last response. `null` if there was none.
         pub response_status: Option<u32>,
-        /// Why the last attempt failed, or the delivery was canceled. `null`: it succeeded, or there was none.
+        /// Why the last attempt failed, or why the delivery was canceled. Otherwise `null`.
         pub error: Option<String>,
         pub last_attempt_at: Option<Timestamp>,
-        /// When it is sent next. During an attempt: when the attempt is repeated if the server stops. `null`: it is not
-        /// sent again.
+        /// When the next attempt is due. During an attempt, the time at which the attempt is repeated if the server
+        /// stops. `null` if the event will not be sent again.
         pub next_attempt_at: Option<Timestamp>,
-        /// The body that is sent.
+        /// The body of the request.
         pub payload: serde_json::Value,
         pub created_at: Timestamp,
     }

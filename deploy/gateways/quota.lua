@@ -8,7 +8,7 @@ local TITLES = { [401] = "Unauthorized", [402] = "Payment Required", [429] = "To
 
 core.register_action("quota", { "http-req" }, function(txn)
   local consumer = txn.http:req_get_headers()
-  -- The endpoint, for usage.
+  -- The endpoint to record in usage.
   local headers = { ["x-forwarded-method"] = { txn.sf:method() }, ["x-forwarded-uri"] = { txn.sf:path() } }
   -- Copies every value, because Quota rejects a request with two keys.
   for _, name in ipairs({ "x-api-key", "authorization" }) do
@@ -27,7 +27,7 @@ core.register_action("quota", { "http-req" }, function(txn)
   end
   local decision = field("x-quota-decision")
   if answer and answer.status == 200 and decision == "allowed" then
-    -- haproxy.cfg denies requests that were not admitted here, since HAProxy continues after an error in this script.
+    -- haproxy.cfg denies requests that were not allowed here, since HAProxy continues after an error in this script.
     txn:set_var("txn.quota_admitted", true)
     for _, name in ipairs(LIMITS) do
       if field(name) then txn:set_var("txn." .. name:gsub("-", "_"), field(name)) end

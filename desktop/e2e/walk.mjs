@@ -21,7 +21,7 @@ export async function walk(world) {
         await page.emulateMedia({ colorScheme: theme, reducedMotion: "reduce" });
         await page.evaluate(() => new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve))));
         await my.fits(`${name} ${theme} ${width}`);
-        if (world.shots) await page.screenshot({ path: join(world.shots, `walk-${name}-${width}-${theme}.png`) });
+        if (world.shots) await page.screenshot({ path: join(world.shots, `walk-${name}-${width}-${theme}.png`), fullPage: true });
         count += 1;
       }
     }
@@ -43,7 +43,7 @@ export async function walk(world) {
 
   // Without data.
   await my.registered("Northwind Maps");
-  const pages = { home: "", usage: "/usage", audit: "/audit", plans: "/plans", keys: "/api-keys", tokens: "/service-tokens", billing: "/billing", settings: "/settings" };
+  const pages = { home: "", usage: "/usage", audit: "/audit", plans: "/plans", keys: "/api-keys", tokens: "/service-tokens", webhooks: "/webhooks", alerts: "/alerts", billing: "/billing", settings: "/settings" };
   for (const [name, path] of Object.entries(pages)) {
     await visit(path);
     await take(`empty-${name}`);
@@ -106,7 +106,7 @@ export async function walk(world) {
   });
   await form("keys-move", "/api-keys", async () => {
     await my.field("Select all on this page").check();
-    await my.button("Change plan").click();
+    await my.button("Move").click();
   });
   await form("token-new", "/service-tokens", () => my.button("New token").click());
   await form("token-delete", "/service-tokens", () => my.button("Delete Edge gateway").click());

@@ -1,9 +1,9 @@
 //! A cache of PostgreSQL rows that tracks how long its entries are valid.
 //!
-//! An entry is valid while the poll for invalidations is fresh, because all changes so far have been seen and their
-//! entries emptied. Without a fresh poll, an entry is valid for a second after it was loaded. After that, it is
-//! reloaded. While PostgreSQL is unavailable, an entry is still served for a grace period after it was last confirmed.
-//! After that, the lookup fails: an entry that cannot be confirmed is denied.
+//! An entry is valid while the last poll for invalidations is recent, because the entries of all rows that had changed
+//! by then have been emptied. Without a recent poll, an entry is valid for a second after it was loaded. After that, it
+//! is reloaded. While PostgreSQL is unavailable, an entry is still served for a grace period after it was last
+//! confirmed. After that, lookups fail, because the entry cannot be confirmed.
 //!
 //! Once a load or a poll has failed, PostgreSQL is suspected to be unreachable, for all caches. Until it responds
 //! again, entries within their grace period are served without waiting, and only a few at a time are reloaded in the
@@ -77,7 +77,7 @@ impl Freshness {
             .send_if_modified(|suspected| !std::mem::replace(suspected, true))
     }
 
-    /// PostgreSQL has responded.
+    /// Records that PostgreSQL has responded.
     fn reached(&self) {
         self.suspected.send_if_modified(std::mem::take);
     }
@@ -97,7 +97,7 @@ impl Freshness {
         self.clock.monotonic()
     }
 
-    /// A poll that began at `began` has applied all changes up to that time.
+    /// Records that a poll has applied all changes made before `began`.
     pub fn polled(&self, began: Monotonic) {
         self.polled_at.fetch_max(began.0 + 1, Ordering::AcqRel);
         self.reached();
@@ -126,7 +126,7 @@ impl Freshness {
     }
 }
 
-/// A load failed. Shared by all callers that waited for the load.
+/// Why a load failed. Shared by all callers that waited for the load.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Unconfirmed {
     #[error("cannot be confirmed: {0}")]
@@ -458,8 +458,8 @@ where
         }
     }
 
-    /// Invalidates these keys, and all loads in progress. `keys` is called after all loads in progress have been marked
-    /// to be repeated, so that no outdated entry is cached afterwards.
+    /// Invalidates the entries of these keys, and all loads in progress. `keys` is called after all loads in progress
+    /// have been marked to be repeated, so that no outdated entry is cached afterwards.
     pub fn forget_these<I: IntoIterator<Item = K>>(&self, keys: impl FnOnce() -> I) {
         self.inner
             .freshness

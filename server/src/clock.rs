@@ -117,7 +117,7 @@ impl UnixNanos {
         self.0 / 1_000_000_000
     }
 
-    /// Returns the time between the two, in either direction.
+    /// Returns the time between the two times, in either direction.
     pub const fn abs_diff(self, other: Self) -> Nanos {
         Nanos(self.0.abs_diff(other.0))
     }

@@ -1,6 +1,7 @@
 //! The commands of the `quota` binary.
 
 pub mod billing;
+pub mod loadtest;
 pub mod serve;
 pub mod usage;
 pub mod user;

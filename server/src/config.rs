@@ -67,9 +67,9 @@ pub struct Config {
     pub idle_timeout: Duration,
     pub write_timeout: Duration,
     pub connections: usize,
-    /// The maximum per address; 0 for no limit.
+    /// The maximum number per address; 0 for no limit.
     pub connections_per_address: usize,
-    /// The limit per IPv4 /24 or IPv6 /56. An IPv6 /48 may have twice as many. 0 means no limit.
+    /// The maximum number per IPv4 /24 or IPv6 /56. An IPv6 /48 may have twice as many. 0 means no limit.
     pub connections_per_network: usize,
     pub key_lookups: usize,
     pub drain_timeout: Duration,
@@ -84,7 +84,7 @@ pub struct Config {
     /// `None` if billing is off.
     pub stripe: Option<StripeSettings>,
     pub mail: MailSettings,
-    /// Networks that are not public, to which webhooks may be sent nevertheless.
+    /// Non-public networks to which webhooks may be sent.
     pub webhook_private_networks: Vec<IpNet>,
     pub log_format: LogFormat,
     pub log: String,
@@ -130,7 +130,7 @@ impl StripeSettings {
 /// Outgoing email.
 #[derive(Clone)]
 pub struct MailSettings {
-    /// `None`: emails are written to files.
+    /// `None` to write emails to files.
     pub smtp: Option<SmtpSettings>,
     pub from: Mailbox,
 }

@@ -1,9 +1,9 @@
 //! Information from handlers to the listener about the connection of a request.
 //!
 //! Handlers mark connections on which a valid API key or service token was sent. The listener then stops counting them
-//! toward the limit of their address. Handlers also announce responses that continue as long as the client wants.
-//! Such a response may send only a few bytes occasionally, which count as progress. If the client does not read it when
-//! it has to end, its handler closes the connection.
+//! toward the limit of their address. Handlers also announce responses that continue as long as the client wants. Such
+//! a response may send only a few bytes occasionally, which count as progress. If such a response has to end but its
+//! client does not read it, its handler closes the connection.
 
 use std::{
     sync::{

@@ -91,7 +91,7 @@ impl Report {
         } else if replicas > 1 {
             self.failure(
                 "redis",
-                format!("{replicas} replicas need a REDIS_URL to share their limits"),
+                format!("{replicas} replicas need REDIS_URL to share their limits"),
             );
         } else {
             self.ok(

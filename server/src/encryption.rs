@@ -9,7 +9,7 @@ use aws_lc_rs::{
     error::Unspecified,
 };
 
-/// The key in use, and others that what is stored may still be encrypted with.
+/// The key in use, and other keys with which stored secrets may still be encrypted.
 pub struct Encryption {
     current: RandomizedNonceKey,
     others: Vec<RandomizedNonceKey>,
@@ -44,7 +44,7 @@ impl Encryption {
     ///
     /// # Errors
     ///
-    /// If the operating system has no random bytes.
+    /// Fails if the operating system cannot provide random bytes.
     pub fn encrypt(&self, context: &[u8], secret: &[u8]) -> Result<Vec<u8>, Unspecified> {
         let mut text = secret.to_vec();
         let nonce = self

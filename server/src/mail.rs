@@ -19,12 +19,15 @@ use lettre::{
     },
 };
 use secrecy::ExposeSecret;
+use tokio::time::timeout;
 use uuid::Uuid;
 
 use crate::config::{Config, MailSettings, SmtpSettings, SmtpTls};
 
 /// How long each command of the protocol may take.
 const TIMEOUT: Duration = Duration::from_secs(15);
+/// How long sending an email may take.
+pub const SEND_MAX: Duration = Duration::from_secs(25);
 /// The maximum number of files. The oldest are deleted.
 const FILES_MAX: usize = 1000;
 
@@ -48,6 +51,8 @@ pub enum MailError {
     Message(#[from] lettre::error::Error),
     #[error("{0}")]
     Smtp(#[from] lettre::transport::smtp::Error),
+    #[error("the mail server took too long")]
+    TimedOut,
     #[error("cannot write the file: {0}")]
     File(#[from] io::Error),
 }
@@ -60,7 +65,7 @@ impl MailError {
             Self::Smtp(error) => error.status().is_some_and(|code| {
                 ["550", "551", "552", "553", "554"].contains(&&*code.to_string())
             }),
-            Self::File(_) => false,
+            Self::TimedOut | Self::File(_) => false,
         }
     }
 }
@@ -139,7 +144,8 @@ impl Mailer {
         let message = self.message(mail)?;
         match &self.transport {
             Transport::Smtp(transport) => {
-                transport.send(message).await?;
+                let sent = timeout(SEND_MAX, transport.send(message)).await;
+                sent.map_err(|_| MailError::TimedOut)??;
             }
             Transport::Files(dir) => {
                 let path = dir.join(format!("{}.eml", mail.id));

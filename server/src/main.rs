@@ -13,7 +13,8 @@ use quota_server::{
 };
 
 use self::commands::{
-    billing, billing::BillingCommand, serve, usage, usage::UsageCommand, user, user::UserCommand,
+    billing, billing::BillingCommand, loadtest, loadtest::LoadTest, serve, usage,
+    usage::UsageCommand, user, user::UserCommand,
 };
 
 #[derive(Parser)]
@@ -33,7 +34,8 @@ enum Command {
     Serve {
         #[command(flatten)]
         settings: Box<Settings>,
-        /// Create a demo tenant, plan, key and service token once, and print them with a command to try
+        /// Create a demo tenant with a plan, a key and a service token, unless they exist, and print them with a
+        /// command to try
         #[arg(long)]
         demo: bool,
     },
@@ -49,7 +51,7 @@ enum Command {
         /// Check only whether the process responds
         #[arg(long, conflicts_with = "serving")]
         live: bool,
-        /// Check whether it serves requests, which it does even while PostgreSQL is unreachable
+        /// Check whether the server serves requests, which it does even while PostgreSQL is unreachable
         #[arg(long)]
         serving: bool,
     },
@@ -64,7 +66,7 @@ enum Command {
     /// Set up and check billing through Stripe
     #[command(subcommand)]
     Billing(BillingCommand),
-    /// Show the tenants and keys with the most requests, and usage that servers have not delivered yet
+    /// Show the tenants and keys with the most requests, and usage that replicas have not delivered yet
     #[command(args_conflicts_with_subcommands = true)]
     Usage {
         #[command(subcommand)]
@@ -78,6 +80,8 @@ enum Command {
         #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=1000))]
         top: u16,
     },
+    /// Send requests to a running installation at a fixed rate, and compare what is allowed with the limits
+    Loadtest(LoadTest),
     /// Print the OpenAPI document
     Openapi,
     /// Print every setting with its default and description, as in .env.example
@@ -94,6 +98,7 @@ fn main() -> ExitCode {
             print!("{}", config::env_example());
             Ok(())
         }
+        Command::Loadtest(test) => runtime().and_then(|it| it.block_on(loadtest::run(test))),
         Command::Serve { settings, demo } => {
             run(&settings, |config, log| serve::run(config, log, demo))
         }
@@ -161,6 +166,11 @@ fn main() -> ExitCode {
     }
 }
 
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    Ok(builder.enable_all().build()?)
+}
+
 /// Reads the settings, starts the log and the runtime, and runs a command.
 fn run<F>(settings: &Settings, command: impl FnOnce(Config, Log) -> F) -> anyhow::Result<()>
 where
@@ -185,9 +195,7 @@ where
     };
     let log = Log::start(config.log_format);
     log.install(&config.log)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()?;
+    let runtime = runtime()?;
     let done = runtime.block_on(command(config, log.clone()));
     log.stop();
     done

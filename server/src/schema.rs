@@ -197,6 +197,8 @@ diesel::table! {
     quota_alert_progress (tenant_id) {
         tenant_id -> Uuid,
         seq -> Int8,
+        until_seq -> Nullable<Int8>,
+        after_key -> Nullable<Uuid>,
     }
 }
 
@@ -352,6 +354,13 @@ diesel::table! {
 }
 
 diesel::table! {
+    usage_forgotten_segments (is_only_row) {
+        is_only_row -> Bool,
+        started_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
     usage_log (tenant_id, seq, timestamp) {
         tenant_id -> Uuid,
         seq -> Int8,
@@ -470,6 +479,7 @@ diesel::joinable!(quota_alerts -> tenants (tenant_id));
 diesel::joinable!(refresh_tokens -> sessions (session_id));
 diesel::joinable!(service_tokens -> tenants (tenant_id));
 diesel::joinable!(tenant_quota_usage -> tenants (tenant_id));
+diesel::joinable!(webhook_deliveries -> tenants (tenant_id));
 diesel::joinable!(webhooks -> tenants (tenant_id));
 
 diesel::allow_tables_to_appear_in_same_query!(
@@ -501,6 +511,7 @@ diesel::allow_tables_to_appear_in_same_query!(
     tenants,
     usage_days,
     usage_endpoints,
+    usage_forgotten_segments,
     usage_log,
     usage_quarters,
     usage_segments,

@@ -57,7 +57,8 @@ impl Seal {
     }
 }
 
-/// Each part is preceded by its length, so that different lists of parts never have the same signature.
+/// Returns the tag. Each part is preceded by its length, so that different lists of parts never have the same
+/// signature.
 fn sign(key: &hmac::Key, context: &[&[u8]], content: &[u8]) -> hmac::Tag {
     let mut signing = hmac::Context::with_key(key);
     for part in context {

@@ -43,7 +43,7 @@ use crate::{
     metering::Metering,
     readiness::ReadinessProbe,
     redis::Redis,
-    repo::{self, alert::TenantQuota, invalidation::Invalidation, replica::Seen},
+    repo::{self, alert::TenantQuota, invalidation::Invalidation, replica::Seen, sweep::Expired},
     telemetry::{log::Log, metrics::Metrics},
     tenant_queue::TenantQueues,
     tenant_rate::TenantRate,
@@ -56,6 +56,9 @@ const GUARDED: usize = 200_000;
 /// How many Stripe pages a tenant may request per minute. Each takes several requests to Stripe, whose rate limit all
 /// tenants share.
 const STRIPE_PAGES: NonZeroU32 = NonZeroU32::new(20).unwrap();
+
+/// How many test events and redeliveries a tenant may request per minute.
+const WEBHOOK_REQUESTS: NonZeroU32 = NonZeroU32::new(30).unwrap();
 
 /// See the module documentation. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -98,8 +101,10 @@ pub struct Services {
     /// The queues in which a tenant's requests for a Stripe page wait for each other. They are separate from those of
     /// changes, because revoking a key must not wait for Stripe.
     pub checkouts: TenantQueues,
-    /// How often a tenant may request such a page.
+    /// Limits how often a tenant may request such a page.
     pub stripe_pages: TenantRate,
+    /// How often a tenant may request a test event or a redelivery.
+    pub webhook_requests: TenantRate,
     /// The queues in which large reads of one tenant wait for each other.
     pub reads: TenantQueues,
     draining: AtomicBool,
@@ -123,6 +128,10 @@ impl AppState {
     ) -> Result<Self, AuthError> {
         let mut metrics = Metrics::default();
         metrics.log_lines_dropped = log.dropped().clone();
+        // A counter that first appears with a value above 0 looks to Prometheus as if it had not risen.
+        for kind in Expired::ALL {
+            metrics.swept(kind.name(), 0);
+        }
         let metrics = Arc::new(metrics);
         let freshness = Arc::new(Freshness::new(clock.clone()));
         let redis = config.redis.clone().map(Redis::connect_lazy);
@@ -253,7 +262,10 @@ impl AppState {
             Mailer::new(&config).map_err(|error| AuthError::Internal(error.to_string()))?;
         let accounts = Accounts {
             db: db.clone(),
-            passwords: PasswordPool::start(config.password_cost)?,
+            passwords: PasswordPool::start(
+                config.password_cost,
+                metrics.password_queue_full.clone(),
+            )?,
             sessions: sessions.clone(),
             attempts: login_attempts.clone(),
             devices: Devices::new(secrets),
@@ -261,6 +273,7 @@ impl AppState {
             metrics: metrics.clone(),
         };
         let stripe_pages = TenantRate::new(STRIPE_PAGES, clock.clone());
+        let webhook_requests = TenantRate::new(WEBHOOK_REQUESTS, clock.clone());
         Ok(Self(Arc::new(Services {
             auth_guard: ClientRateLimiter::new(config.auth_rpm, GUARDED, clock.clone()),
             admin_guard: ClientRateLimiter::new(config.admin_rpm, GUARDED, clock.clone()),
@@ -291,12 +304,13 @@ impl AppState {
             changes: TenantQueues::of_changes(),
             checkouts: TenantQueues::of_changes(),
             stripe_pages,
+            webhook_requests,
             reads: TenantQueues::of_reads(),
             draining: AtomicBool::new(false),
         })))
     }
 
-    /// Drops all entries that were invalidated by changes from the caches of this replica.
+    /// Drops all entries from the caches of this replica that changes have invalidated.
     pub fn forget(&self, invalidations: &[Invalidation]) {
         let gone = invalidations.iter().collect();
         self.keys.revoke(&gone);
@@ -381,7 +395,7 @@ async fn initialize_counters(
     match counters.begin().await {
         Ok(()) => tx.commit().await,
         Err(error) => {
-            tracing::warn!(error = %error, "cannot reach Redis; its counters will start empty");
+            tracing::warn!(error = %error, "cannot reach Redis at startup; the counters will start empty");
             Ok(())
         }
     }

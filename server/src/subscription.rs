@@ -7,13 +7,13 @@
 //!
 //! | Stripe's status | access | plans marked `paid` |
 //! |---|---|---|
-//! | no subscription, `incomplete`, `incomplete_expired` | [`Free`](Access::Free) | refused |
+//! | no subscription, `incomplete`, `incomplete_expired` | [`Free`](Access::Free) | do not work |
 //! | `trialing` | [`Trialing`](Access::Trialing) | work until a scheduled cancellation, if any |
 //! | `active` | [`Active`](Access::Active) | work until a scheduled cancellation, if any |
 //! | `past_due` | [`PastDue`](Access::PastDue) | work until the grace period after the unpaid invoice ends, or a scheduled cancellation if that is earlier |
-//! | `unpaid` | [`Unpaid`](Access::Unpaid) | refused |
-//! | `canceled` | [`Canceled`](Access::Canceled) | refused |
-//! | `paused` | [`Paused`](Access::Paused) | refused |
+//! | `unpaid` | [`Unpaid`](Access::Unpaid) | do not work |
+//! | `canceled` | [`Canceled`](Access::Canceled) | do not work |
+//! | `paused` | [`Paused`](Access::Paused) | do not work |
 //!
 //! `incomplete` is a subscription whose first payment has not succeeded. `paused` is a trial that ended without a
 //! payment method, or a subscription paused by the operator. Pausing only the collection of payments leaves a
@@ -67,8 +67,8 @@ impl Status {
         }
     }
 
-    /// Returns `None` for a status that this version does not support. Its caller keeps the last known access: neither
-    /// granting nor revoking it would be safe.
+    /// Returns `None` for a status that this version does not support. The caller then keeps the last known access,
+    /// because neither granting nor revoking access would be safe.
     pub fn named(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|status| status.name() == name)
     }
@@ -154,7 +154,7 @@ impl Access {
         }
     }
 
-    /// Orders values that are otherwise equal. See the module documentation.
+    /// Ranks subscriptions whose access is otherwise equal. See the module documentation.
     const fn rank(self) -> u8 {
         match self {
             Self::Active { .. } => 6,

@@ -1,4 +1,5 @@
-//! Limits how many streams or large responses may be open at a time, for each tenant and in total. Does not wait.
+//! Limits how many streams or large responses may be open at a time, for each tenant and in total. Callers do not wait
+//! for a place.
 
 use std::{collections::HashMap, sync::Arc};
 

@@ -63,7 +63,7 @@ impl Drop for Place {
     }
 }
 
-/// Permission to make a change or read, until it is dropped.
+/// Permission for one change or read, until it is dropped.
 #[derive(Debug)]
 pub struct Turn {
     // The permit is dropped before the slot.

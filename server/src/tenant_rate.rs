@@ -1,4 +1,4 @@
-//! Limits how often each tenant may cause requests to another service, such as Stripe.
+//! Limits how often each tenant may cause requests to other servers, such as Stripe or a webhook's endpoint.
 //!
 //! The counts are kept in memory, so each replica enforces the limit separately.
 

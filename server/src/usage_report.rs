@@ -15,7 +15,7 @@ use crate::{
     },
 };
 
-/// A server that has not reported for this long has stopped or cannot reach PostgreSQL.
+/// A replica that has not reported for this long has stopped or cannot reach PostgreSQL.
 const SILENT_SECONDS: i64 = 30;
 
 /// The minimum age of a report that an operator may remove.
@@ -25,7 +25,7 @@ const FORGET_SECONDS: i64 = 60;
 #[derive(Debug)]
 pub enum Forgotten {
     Unknown,
-    /// The server that owns the directory is running.
+    /// The replica that owns the directory is running.
     Recent(ShipperReport),
     Removed(ShipperReport),
 }
@@ -51,7 +51,7 @@ pub fn table(report: &ShipperReport) -> String {
     text
 }
 
-/// Returns the report as text.
+/// Returns the usage report as text.
 pub async fn report(db: &Db, hours: u16, top: u16) -> Result<String, DbError> {
     let mut tx = db.system().await?;
     let times = usage_shipper::times(&mut tx).await?;
@@ -68,7 +68,7 @@ pub async fn report(db: &Db, hours: u16, top: u16) -> Result<String, DbError> {
     );
     rows(
         &mut text,
-        &["tenant", "name", "allowed", "rejected", "cost"],
+        &["tenant", "name", "allowed", "denied", "cost"],
         tenants.iter().map(tenant),
     );
     let _ = writeln!(
@@ -77,7 +77,7 @@ pub async fn report(db: &Db, hours: u16, top: u16) -> Result<String, DbError> {
     );
     rows(
         &mut text,
-        &["key", "prefix", "tenant", "allowed", "rejected", "cost"],
+        &["key", "prefix", "tenant", "allowed", "denied", "cost"],
         keys.iter().map(key),
     );
     Ok(text)
@@ -110,7 +110,7 @@ fn delivery(text: &mut String, times: Times, reports: &[ShipperReport]) {
     let bytes: i64 = reports.iter().map(|it| it.pending_bytes).sum();
     let _ = writeln!(
         text,
-        "Usage is complete through {} ({lag} s ago). Not delivered yet: {pending} records, {bytes} bytes.",
+        "Usage is complete up to {} ({lag} s ago). Not delivered yet: {pending} records, {bytes} bytes.",
         times.complete_until.format("%Y-%m-%dT%H:%M:%SZ"),
     );
     if reports.is_empty() {

@@ -9,7 +9,7 @@
 pub struct Envelope {
     /// Nanoseconds in which one token refills, rounded up as the server does.
     emission: i64,
-    /// Nanoseconds of refill that an empty window may contain: the burst and the slack.
+    /// What a window of length zero may contain, in nanoseconds of refill: the burst and the slack.
     at_once: i64,
 }
 
@@ -36,7 +36,7 @@ pub struct Worst {
 const MINUTE: u64 = 60_000_000_000;
 
 impl Envelope {
-    /// `slack` is the time to refill the tokens that leases may add.
+    /// Creates a promise from a plan. `slack` is the time to refill the tokens that leases may add.
     pub fn new(rpm: u32, burst: u32, slack: std::time::Duration) -> Self {
         let emission = signed(MINUTE.div_ceil(u64::from(rpm)));
         Self {
@@ -45,7 +45,8 @@ impl Envelope {
         }
     }
 
-    /// Creates a promise from the nanoseconds per token and the nanoseconds of refill that an empty window may contain.
+    /// Creates a promise from the nanoseconds per token, and what a window of length zero may contain, in nanoseconds
+    /// of refill.
     pub fn from_nanos(emission: u64, at_once: u64) -> Self {
         Self {
             emission: signed(emission),
@@ -53,7 +54,7 @@ impl Envelope {
         }
     }
 
-    /// Returns the number of tokens it allows in `nanos`, starting with a full bucket.
+    /// Returns the number of tokens that the promise allows in `nanos`, starting with a full bucket.
     pub fn allows(self, nanos: u64) -> u64 {
         u64::try_from((self.at_once + signed(nanos)) / self.emission).unwrap_or(0)
     }
@@ -227,7 +228,7 @@ mod tests {
         most
     }
 
-    /// A token bucket that is refilled step by step, unlike the one above.
+    /// Returns the requests that a token bucket admits. Unlike in `Envelope::exact`, it is refilled step by step.
     fn exact_limiter(envelope: Envelope, mut requests: Vec<(u64, u32)>) -> Vec<(u64, u32)> {
         requests.sort_unstable();
         let (mut level, mut last) = (envelope.at_once, 0);

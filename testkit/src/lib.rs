@@ -1,8 +1,8 @@
 //! Tools for tests: processes that end with their owner, a Redis that can be killed and frozen, a proxy that fails on
 //! demand, a mail server, and a checker for token bucket promises.
 //!
-//! Does not depend on Quota. Processes it starts are ended by PID. Panics with the reason if something cannot be
-//! started.
+//! Does not depend on Quota. Ends the processes that it starts by their PIDs. Panics with the reason if something
+//! cannot be started.
 
 pub mod envelope;
 mod process;

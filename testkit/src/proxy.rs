@@ -55,7 +55,7 @@ pub struct FaultProxy {
 #[derive(Debug)]
 enum Running {
     Here(JoinHandle<()>),
-    /// Ends when this is dropped.
+    /// The proxy's thread ends when this is dropped.
     Apart(#[expect(dead_code, reason = "held for its drop")] oneshot::Sender<()>),
 }
 
@@ -171,7 +171,7 @@ async fn accept(listener: TcpListener, upstream: Upstream, control: Arc<Control>
     }
 }
 
-/// Runs until both sides have closed. Returns an error if one failed or a fault ended the connection.
+/// Relays data until both sides have closed. Returns an error if one failed or a fault ended the connection.
 async fn relay(
     client: &mut TcpStream,
     upstream: Upstream,
@@ -218,7 +218,7 @@ struct Piece {
     last: bool,
 }
 
-/// The maximum amount in transit in one direction before the sender is slowed down.
+/// The maximum number of pieces in transit in one direction before the sender is slowed down.
 const PIECES: usize = 1024;
 
 async fn pass(
@@ -299,7 +299,7 @@ async fn deliver(
 mod tests {
     use super::*;
 
-    /// An echo server.
+    /// Starts an echo server.
     async fn echo() -> SocketAddr {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
             .await

@@ -36,8 +36,8 @@ impl RedisServer {
         Self::start_with(&[]).await
     }
 
-    /// Starts it with more options of `redis-server`, such as `--replicaof`. `{free}` is replaced by another free port.
-    /// `--sentinel` must come first, followed by the sentinel's file.
+    /// Starts a server with additional options of `redis-server`, such as `--replicaof`. `{free}` is replaced by
+    /// another free port. `--sentinel` must come first, followed by the sentinel's file.
     pub async fn start_with(options: &[&str]) -> Self {
         // Another process may have taken the port in the meantime.
         for _ in 0..10 {
@@ -66,7 +66,7 @@ impl RedisServer {
         (Ipv4Addr::LOCALHOST, self.port).into()
     }
 
-    /// Returns the password, if its options require one.
+    /// Returns the password, if the server's options require one.
     fn password(&self) -> Option<&str> {
         let at = self.options.iter().position(|it| it == "--requirepass")?;
         self.options.get(at + 1).map(String::as_str)
@@ -96,7 +96,7 @@ impl RedisServer {
         ended.expect("it ends");
     }
 
-    /// Restarts it after [`kill`](Self::kill), empty, on the same port.
+    /// Restarts the server after [`kill`](Self::kill), without data, on the same port.
     pub async fn restart(&mut self) {
         assert!(self.running.is_none(), "it still runs");
         assert!(
@@ -111,7 +111,7 @@ impl RedisServer {
         self.signal(Signal::SIGSTOP);
     }
 
-    /// Resumes it after [`stop`](Self::stop).
+    /// Resumes the server after [`stop`](Self::stop).
     pub fn cont(&mut self) {
         self.signal(Signal::SIGCONT);
     }
@@ -127,7 +127,7 @@ impl RedisServer {
         let port = self.port.to_string();
         let place = ["--port", &port, "--bind", "127.0.0.1", "--daemonize", "no"];
         match &*self.options {
-            // A sentinel's file must come first, and it has no data options.
+            // A sentinel's file must come first, and a sentinel has no data options.
             [sentinel, file] if sentinel == "--sentinel" => {
                 command.args([file, sentinel]).args(place);
             }

@@ -4,6 +4,7 @@ use std::{
     collections::VecDeque,
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use tokio::{
@@ -20,7 +21,7 @@ pub struct ReceivedMail {
     pub message: String,
 }
 
-/// See the module. Listens until it is dropped, together with its clones.
+/// See the module documentation. Listens until it and all of its clones are dropped.
 #[derive(Debug, Clone)]
 pub struct SmtpServer {
     pub addr: SocketAddr,
@@ -30,16 +31,18 @@ pub struct SmtpServer {
 #[derive(Debug, Default)]
 struct State {
     received: Mutex<Vec<ReceivedMail>>,
-    /// Responses to the next recipients, instead of accepting them.
+    /// Responses that reject the next recipients.
     refusals: Mutex<VecDeque<String>>,
     /// The user and password in Base64, as AUTH PLAIN sends them.
     credentials: Mutex<Option<String>>,
+    /// How long each answer takes.
+    delay: Mutex<Duration>,
 }
 
 impl SmtpServer {
     /// # Panics
     ///
-    /// If loopback has no free port.
+    /// Panics if loopback has no free port.
     pub async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0")
             .await
@@ -58,14 +61,19 @@ impl SmtpServer {
         Self { addr, state }
     }
 
-    /// Accepts only this answer to AUTH PLAIN.
+    /// Accepts only these credentials in AUTH PLAIN.
     pub fn require_credentials(&self, plain: &str) {
         *lock(&self.state.credentials) = Some(plain.to_owned());
     }
 
-    /// Answers the next recipient with this line, such as `550 No such user`.
+    /// Rejects the next recipient with this line, such as `550 No such user`.
     pub fn refuse(&self, line: &str) {
         lock(&self.state.refusals).push_back(line.to_owned());
+    }
+
+    /// Delays each answer from now on.
+    pub fn delay(&self, delay: Duration) {
+        *lock(&self.state.delay) = delay;
     }
 
     pub fn received(&self) -> Vec<ReceivedMail> {
@@ -73,7 +81,7 @@ impl SmtpServer {
     }
 }
 
-/// A test that panicked elsewhere must not hide its reason.
+/// Ignores poisoning, so that a panic in another thread remains the only reason that a test reports.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -148,6 +156,8 @@ async fn converse(stream: TcpStream, state: &State) -> std::io::Result<()> {
             "NOOP" | "RSET" => "250 OK".to_owned(),
             _ => "502 Unknown command".to_owned(),
         };
+        let delay = *lock(&state.delay);
+        tokio::time::sleep(delay).await;
         stream.write_all(answer.as_bytes()).await?;
         stream.write_all(b"\r\n").await?;
     }

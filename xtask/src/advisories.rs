@@ -34,7 +34,9 @@ struct Advisory {
 
 pub(crate) fn check() -> Result<()> {
     let Some(database) = env::var_os("QUOTA_ADVISORY_DB").filter(|path| !path.is_empty()) else {
-        say("no advisory check: QUOTA_ADVISORY_DB does not name a copy of the RustSec database");
+        say(
+            "skipping the advisory check: QUOTA_ADVISORY_DB does not name a copy of the RustSec database",
+        );
         return Ok(());
     };
     let advisories = read_database(Path::new(&database))?;
@@ -133,7 +135,7 @@ impl Accepted {
 }
 
 impl Advisory {
-    /// An advisory is a Markdown file that begins with a fenced block of TOML.
+    /// Parses an advisory: a Markdown file that begins with a fenced block of TOML.
     fn parse(text: &str) -> Result<Self> {
         let (head, body) = text
             .strip_prefix("```toml\n")
@@ -190,8 +192,8 @@ impl Advisory {
     }
 }
 
-/// In `semver`, a pre-release only matches requirements that name one. RustSec compares versions by their plain order.
-/// In both, a pre-release of 2.0.0 is below `>= 2.0.0`.
+/// Returns whether a version matches, as RustSec defines it. In `semver`, a pre-release only matches requirements that
+/// name one. RustSec compares versions by their plain order. In both, a pre-release of 2.0.0 is below `>= 2.0.0`.
 fn matches(req: &VersionReq, version: &Version) -> bool {
     if version.pre.is_empty() || req.matches(version) {
         return req.matches(version);

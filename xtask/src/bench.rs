@@ -2,8 +2,8 @@
 //! behavior of several replicas. See `xtask/bench`. `cargo xtask bench simulation`: the limiter's promises in simulated
 //! time, with many seeds. `cargo xtask bench crash`: kills under load, and a recount of the usage. `cargo xtask bench
 //! metering`: the cost of recording usage. `cargo xtask bench outage`: an outage of PostgreSQL under load. `cargo xtask
-//! bench usage`: the speed of writing and reading usage. `cargo xtask bench desktop`: the cost of the desktop app,
-//! compared with an empty window. See `xtask/desktop`.
+//! bench usage`: the speed of writing and reading usage. `cargo xtask bench keys`: the speed of listing and searching
+//! keys. `cargo xtask bench webhooks`: many webhooks from Stripe at once. `cargo xtask bench desktop`: the cost of the desktop app, compared with an empty window. See `xtask/desktop`.
 
 use std::{
     ffi::OsString,
@@ -25,8 +25,14 @@ const SIMULATION: &str = "limiter_shared::simulation::every_promise_holds_in_eve
 
 /// The test that measures usage.
 const USAGE: &str = "usage::bench::ten_million_rows";
+/// The test that measures lists of keys.
+const KEYS: &str = "key_lists::three_hundred_thousand_keys";
 
-fn usage(arguments: &[OsString]) -> Result<ExitCode> {
+/// The test that measures webhooks from Stripe.
+const WEBHOOKS: &str = "billing_flood::webhooks_per_second";
+
+/// Runs a test that measures something. It reads the arguments from these variables.
+fn measure(name: &str, variables: &[&str], arguments: &[OsString]) -> Result<ExitCode> {
     machine::install(&[machine::POSTGRES])?;
     let mut test = cargo();
     test.args(["test", "--release", "--quiet", "--package", "quota-server"])
@@ -36,12 +42,10 @@ fn usage(arguments: &[OsString]) -> Result<ExitCode> {
             "--",
             "--ignored",
             "--exact",
-            USAGE,
+            name,
             "--nocapture",
         ]);
-    if let Some(rows) = arguments.first() {
-        test.env("QUOTA_USAGE_ROWS", rows);
-    }
+    test.envs(variables.iter().zip(arguments));
     let status = test.status().context("cannot run the measurement")?;
     Ok(if status.success() {
         ExitCode::SUCCESS
@@ -85,12 +89,22 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
     if let Some((first, rest)) = arguments.split_first()
         && first == "usage"
     {
-        return usage(rest);
+        return measure(USAGE, &["QUOTA_USAGE_ROWS"], rest);
+    }
+    if let Some((first, rest)) = arguments.split_first()
+        && first == "keys"
+    {
+        return measure(KEYS, &["QUOTA_KEYS"], rest);
+    }
+    if let Some((first, rest)) = arguments.split_first()
+        && first == "webhooks"
+    {
+        return measure(WEBHOOKS, &["QUOTA_WEBHOOKS", "QUOTA_SECONDS"], rest);
     }
     let is = |name: &str| arguments.first().is_some_and(|it| it == name);
     let replicas = is("replicas");
     machine::install(&[machine::POSTGRES, machine::REDIS])?;
-    say("building the server and the measurement for release (a first build takes a few minutes)");
+    say("building the server and the benchmarks for release (a first build takes a few minutes)");
     let mut build = cargo();
     build.args(["build", "--release", "--quiet"]);
     build.args(["--package", "quota-bench", "--bin", "quota-bench"]);

@@ -48,7 +48,7 @@ fn clippy(packages: &[&str]) -> Result<()> {
     )
 }
 
-/// Broken links in doc comments are errors.
+/// Builds the documentation. Broken links in doc comments are errors.
 fn documentation(packages: &[&str]) -> Result<()> {
     succeed(
         cargo()

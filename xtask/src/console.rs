@@ -32,7 +32,7 @@ fn compile(features: &[&str], out: &Path, shape: &[&str]) -> Result<()> {
             .args(["rustc", "--quiet", "--package", "quota-ui"])
             .args(options)
             .args(features)
-            // The module is split along its relocations.
+            // Splitting the module requires relocations.
             .args(["--", "-Clink-arg=--emit-relocs"]),
     )?;
     let wasm = target_directory()?
@@ -48,7 +48,7 @@ fn compile(features: &[&str], out: &Path, shape: &[&str]) -> Result<()> {
     )
 }
 
-/// Rust's standard library for WebAssembly. Added with rustup if that is how Rust is installed.
+/// Adds Rust's standard library for WebAssembly if it is missing. Fails if Rust was installed without rustup.
 pub(crate) fn add_target() -> Result<()> {
     let rustc = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
     let library = read(Command::new(rustc).current_dir(root()).args([
@@ -80,7 +80,7 @@ pub(crate) fn add_target() -> Result<()> {
 /// Returns cargo's target directory: `target`, unless configured otherwise.
 pub(crate) fn target_directory() -> Result<PathBuf> {
     let metadata = read(cargo().args(["metadata", "--no-deps", "--format-version=1"]))?;
-    // A JSON parser just for one field would make this slower to compile.
+    // A JSON parser for just one field would make this slower to compile.
     let place = metadata
         .split_once("\"target_directory\":\"")
         .and_then(|(_, rest)| rest.split_once('"'))

@@ -1,4 +1,4 @@
-//! Unused dependencies: those whose name does not appear in the crate that declares them.
+//! Finds unused dependencies: those whose name does not appear in the crate that declares them.
 //!
 //! The compiler cannot detect this, since a crate has several targets and each uses some of the dependencies. A
 //! dependency that is declared only to enable one of its features is listed in the crate's
@@ -17,7 +17,7 @@ const KINDS: [&str; 3] = ["dependencies", "dev-dependencies", "build-dependencie
 ///
 /// Fails if a crate of the workspace declares a dependency that it does not use.
 pub(crate) fn check() -> Result<()> {
-    say("are all dependencies used?");
+    say("checking for unused dependencies");
     let workspace = manifest(&root())?;
     let members = workspace
         .get("workspace")

@@ -31,7 +31,7 @@ pub(crate) const JOURNEY_NEEDS: [machine::Need; 5] = [
 /// The crates that use the app's libraries.
 const PACKAGES: [&str; 2] = ["quota-desktop", "xtask-desktop"];
 
-/// Arguments that select all other crates.
+/// Returns arguments that select all other crates.
 pub(crate) fn without<'a>(all: &'a str, more: &'a str) -> Vec<&'a str> {
     let mut arguments = vec![all];
     arguments.extend(PACKAGES.iter().flat_map(|it| ["--exclude", *it]));
@@ -40,7 +40,7 @@ pub(crate) fn without<'a>(all: &'a str, more: &'a str) -> Vec<&'a str> {
     arguments
 }
 
-/// Arguments that select only these crates.
+/// Returns arguments that select only these crates.
 pub(crate) fn alone(more: &str) -> Vec<&str> {
     let mut arguments: Vec<&str> = PACKAGES.iter().flat_map(|it| ["--package", *it]).collect();
     arguments.push(more);
@@ -68,28 +68,36 @@ fn build_release(targets: &[&str]) -> Result<()> {
     succeed(cargo().arg("build").args(options).args(targets))
 }
 
-/// What testing the packages requires.
+/// The programs required to test the packages.
 const PACKAGE_NEEDS: [machine::Need; 2] = [machine::RPM2CPIO, machine::CPIO];
 
-/// Builds the packages. With `test`, also installs, starts and removes one of them, and compares the files of both.
-pub(crate) fn bundle(test: bool) -> Result<()> {
+/// Builds the packages, of an unoptimized app with `debug`. With `test`, also installs, starts and removes one of them,
+/// and compares the files of both.
+pub(crate) fn bundle(test: bool, debug: bool) -> Result<()> {
     machine::install(&NEEDS)?;
     if test {
         machine::install(&[&[machine::POSTGRES], &JOURNEY_NEEDS[..], &PACKAGE_NEEDS].concat())?;
     }
     console::build_for_desktop()?;
-    build_release(&[])?;
+    let profile = if debug {
+        say("building the desktop app (a first build takes a few minutes)");
+        succeed(cargo().args(["build", "--quiet", "--package", "quota-desktop"]))?;
+        "debug"
+    } else {
+        build_release(&[])?;
+        "release"
+    };
     let built = console::target_directory()?;
     let out = built.join("bundle");
     fs::create_dir_all(&out)?;
-    // It is installed along with the C compiler.
+    // `strip` is installed along with the C compiler.
     let program = out.join("quota-desktop");
     succeed(
         Command::new("strip")
             .arg("--strip-all")
             .arg("-o")
             .arg(&program)
-            .arg(built.join("release/quota-desktop")),
+            .arg(built.join(profile).join("quota-desktop")),
     )?;
     let libc = read(Command::new("getconf").arg("GNU_LIBC_VERSION"))?;
     let libc = libc.trim().trim_start_matches("glibc ");
@@ -165,7 +173,7 @@ fn test_packages(out: &Path) -> Result<()> {
         let tester = console::target_directory()?.join("debug/xtask-desktop");
         succeed(Command::new(tester).arg("start").arg(&program).arg(server))
     });
-    // Even if it did not start.
+    // The package is removed even if the app did not start.
     let removed = succeed(as_root(&["dpkg", "--purge"]).arg(PACKAGE));
     started?;
     removed?;
@@ -200,7 +208,7 @@ pub(crate) fn journey(server: &str) -> Result<bool> {
     console::build_for_desktop()?;
     say("building the desktop app (a first build takes a few minutes)");
     succeed(cargo().args(["build", "--quiet"]).args(alone("--bins")))?;
-    say("the journey through the desktop app");
+    say("running the end-to-end tests in the desktop app");
     let built = console::target_directory()?.join("debug");
     let status = Command::new(built.join("xtask-desktop"))
         .arg("journey")

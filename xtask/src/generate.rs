@@ -61,7 +61,7 @@ pub(crate) fn write() -> Result<()> {
 /// Fails on the first file that is out of date.
 pub(crate) fn check() -> Result<()> {
     for file in GENERATED {
-        say(&format!("is {} up to date?", file.path));
+        say(&format!("checking whether {} is up to date", file.path));
         let expected =
             (file.generate)().with_context(|| format!("cannot generate {}", file.path))?;
         let committed = fs::read_to_string(root().join(file.path))

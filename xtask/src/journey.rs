@@ -22,7 +22,7 @@ use crate::{
 /// The first startup creates a database.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The programs that the tests require in addition to those for the server.
+/// Returns the programs that the tests require in addition to those for the server.
 pub(crate) fn needs() -> Vec<machine::Need> {
     let browser = [
         machine::CHROMIUM,
@@ -80,7 +80,7 @@ pub(crate) fn run() -> Result<bool> {
     install_packages()?;
     build_server()?;
     let server = Server::start(&[])?;
-    say("the journey through the console, in Chromium");
+    say("running the end-to-end tests in Chromium");
     let screenshots = std::env::var_os("QUOTA_SCREENSHOTS");
     let screenshots = screenshots.as_deref();
     let status = browse(&server.address, None, screenshots, &[])?;
@@ -169,7 +169,7 @@ fn build_server() -> Result<()> {
     succeed(cargo().args(["build", "--quiet", "--bins"]).args(packages))
 }
 
-/// Creates a directory in /tmp that is accessible, because the database's user has to reach it.
+/// Creates a directory in /tmp that other users can access, because the database's user has to reach it.
 fn new_directory() -> Result<PathBuf> {
     let stamp = std::time::UNIX_EPOCH.elapsed().unwrap_or_default();
     let path = PathBuf::from(format!(
@@ -257,6 +257,8 @@ impl Server {
             .args(["serve", "--metrics-listen=off", "--log-format=text"])
             // All requests come from the same address, so turn off the limits.
             .args(["--auth-rpm=0", "--admin-rpm=0"])
+            // Webhooks are sent to a receiver on this machine.
+            .arg("--webhook-private-networks=127.0.0.0/8")
             .arg(format!("--listen={listen}"))
             .arg("--data-dir")
             .arg(data.join("data"))

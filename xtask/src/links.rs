@@ -15,7 +15,7 @@ use crate::{read, root, say};
 ///
 /// Fails if a tracked Markdown file links to something that does not exist.
 pub(crate) fn check() -> Result<()> {
-    say("are all links in Markdown valid?");
+    say("checking links in Markdown");
     let listed = read(Command::new("git").current_dir(root()).args([
         "ls-files",
         "--cached",

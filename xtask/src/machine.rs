@@ -138,6 +138,12 @@ pub(crate) const DEBOOTSTRAP: Need = Need {
     is_there: || on_path("debootstrap").is_some() || Path::new("/usr/sbin/debootstrap").exists(),
 };
 
+pub(crate) const PROMTOOL: Need = Need {
+    name: "Prometheus's `promtool`, for the tests of the alert rules",
+    package: "prometheus",
+    is_there: || on_path("promtool").is_some(),
+};
+
 /// The disk space required for a full build, with debug and release of everything, and for an incremental one.
 const BUILD: u64 = 7 << 30;
 const REBUILD: u64 = 2 << 30;
@@ -217,6 +223,7 @@ pub(crate) fn install(needs: &[Need]) -> Result<()> {
         (CADDY, "caddy"),
         (NGINX, "nginx"),
         (HAPROXY, "haproxy"),
+        (PROMTOOL, "prometheus"),
     ] {
         if packages.contains(&need.package) {
             no_system_service(service)?;
@@ -232,8 +239,8 @@ pub(crate) fn install(needs: &[Need]) -> Result<()> {
     }
 }
 
-/// Debian's package creates a cluster and starts it on port 5432. This is not needed, since each of ours is private, so
-/// it is disabled before the installation.
+/// Prevents Debian's package from creating a cluster and starting it on port 5432, which is not needed. Call before the
+/// installation.
 fn no_system_cluster() -> Result<()> {
     const CONFIG: &str = "/etc/postgresql-common/createcluster.conf";
     apt(&[
@@ -254,7 +261,7 @@ fn no_system_cluster() -> Result<()> {
     ]))
 }
 
-/// Debian's packages start servers on the default ports. Tests start their own.
+/// Stops and disables the server that a Debian package starts on its default port. Tests start their own servers.
 fn no_system_service(name: &str) -> Result<()> {
     if !Path::new("/run/systemd/system").exists() {
         return Ok(());

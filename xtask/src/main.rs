@@ -12,6 +12,7 @@ mod bench;
 mod check;
 mod console;
 mod containers;
+mod deb;
 mod dependencies;
 mod desktop;
 mod generate;
@@ -55,11 +56,11 @@ enum Chore {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
-    /// Measure the cost of a request, compared with a plain poem and a plain hyper server. `bench replicas` measures
-    /// the behavior of several replicas, `bench simulation 20000` runs the limiter in simulated time with this many
-    /// seeds, `bench desktop` measures memory and startup of the desktop app, compared with an empty window, `bench
-    /// usage` measures writing and reading usage with 10 million rows (or `bench usage 1000000`), `bench crash 300`
-    /// kills servers, Redis and PostgreSQL this many times under load and recounts the usage, `bench metering`
+    /// Measure the cost of a request, compared with a plain poem server and a plain hyper server. `bench replicas`
+    /// measures the behavior of several replicas, `bench simulation 20000` runs the limiter in simulated time with this
+    /// many seeds, `bench desktop` measures memory and startup time of the desktop app, compared with an empty window,
+    /// `bench usage` measures writing and reading usage with 10 million rows (or `bench usage 1000000`), `bench keys`
+    /// measures listing and searching 300,000 keys, `bench crash 300` kills servers, Redis and PostgreSQL this many times under load and recounts the usage, `bench metering`
     /// measures the cost of recording usage, and `bench outage` stops PostgreSQL for a minute under load
     Bench {
         /// Options of the benchmark, such as `--rounds N` and `--millis N`, or `--only faults` after `replicas`;
@@ -77,17 +78,29 @@ enum Chore {
     },
     /// Build the desktop app and package it as .deb and .rpm
     Bundle {
-        /// Then install, start and remove the .deb, and compare the files of the .rpm with it
+        /// Afterward, install, start and remove the .deb, and compare the files of the .rpm with it
+        #[arg(long)]
+        test: bool,
+        /// Package an unoptimized build, which compiles faster
+        #[arg(long)]
+        debug: bool,
+    },
+    /// Package the server as .deb, with its systemd units
+    Deb {
+        /// Package this binary instead of compiling one
+        #[arg(long)]
+        binary: Option<PathBuf>,
+        /// Then install, start, upgrade and remove the package in a minimal Debian, as root
         #[arg(long)]
         test: bool,
     },
-    /// Build everything and run the end-to-end tests in Chromium and in the desktop app; QUOTA_SCREENSHOTS=FOLDER saves
-    /// a screenshot of every page. `journey walk` takes pictures of every page and form at six widths instead
+    /// Build everything and run the end-to-end tests in Chromium and in the desktop app; QUOTA_SCREENSHOTS=DIRECTORY
+    /// saves a screenshot of every page. `journey walk` saves screenshots of every page and form at six widths instead
     Journey {
-        /// Only these parts of the test in Chromium, such as `tour` or `billing`
+        /// Run only these parts of the test in Chromium, such as `tour` or `billing`
         parts: Vec<String>,
     },
-    /// Build everything and take new pictures for the README and the landing page
+    /// Build everything and take new screenshots for the README and the landing page
     Pictures,
     /// Build the container image `quota:local`
     Image,
@@ -110,7 +123,8 @@ fn main() -> ExitCode {
         Chore::Bench { arguments } => bench::bench(&arguments),
         Chore::Console => console::build().map(|()| ExitCode::SUCCESS),
         Chore::Desktop { arguments } => desktop::start(&arguments),
-        Chore::Bundle { test } => desktop::bundle(test).map(|()| ExitCode::SUCCESS),
+        Chore::Bundle { test, debug } => desktop::bundle(test, debug).map(|()| ExitCode::SUCCESS),
+        Chore::Deb { binary, test } => deb::deb(binary, test).map(|()| ExitCode::SUCCESS),
         Chore::Journey { parts } => journey::alone(&parts),
         Chore::Pictures => journey::pictures(),
         Chore::Image => containers::run(&["--image-only".into()]),

@@ -6,7 +6,8 @@ use anyhow::{Context as _, Result};
 
 use crate::{cargo, console, machine, say};
 
-/// With `--billing`, the server bills through a stand-in for Stripe, whose pages can be used in a browser.
+/// Builds and starts the server. With `--billing`, it bills through a stand-in for Stripe, whose pages can be used in a
+/// browser.
 pub(crate) fn run(arguments: &[OsString]) -> Result<ExitCode> {
     let with_billing = arguments.iter().any(|it| it == "--billing");
     let arguments = arguments.iter().filter(|it| *it != "--billing");
@@ -16,7 +17,7 @@ pub(crate) fn run(arguments: &[OsString]) -> Result<ExitCode> {
     // `exec`, as cargo itself does: the server receives the signals, and its exit code is returned.
     let mut command = cargo();
     if env::var_os("QUOTA_LOG_FORMAT").is_none() {
-        // For people at a terminal.
+        // Text is easier to read in a terminal.
         command.env("QUOTA_LOG_FORMAT", "text");
     }
     if with_billing {

@@ -39,7 +39,7 @@ pub(crate) fn generate() -> Result<String> {
     Ok(text)
 }
 
-/// The `up.sql` files, oldest first.
+/// Returns the `up.sql` files, oldest first.
 fn migrations(dir: &Path) -> Result<Vec<PathBuf>> {
     let mut files: Vec<PathBuf> = fs::read_dir(dir)
         .with_context(|| format!("cannot read {}", dir.display()))?

@@ -25,6 +25,7 @@ pub(crate) fn test(arguments: &[OsString]) -> Result<ExitCode> {
         needs.extend(journey::needs());
     }
     machine::install(&needs)?;
+    let untested = machine::install(&[machine::PROMTOOL]).err();
     console::build()?;
     let postgres = Throwaway::start()?;
     let has_nextest = cargo()
@@ -53,6 +54,11 @@ pub(crate) fn test(arguments: &[OsString]) -> Result<ExitCode> {
     };
     drop(postgres);
     let went_well = !with_journey || (of_desktop(has_nextest)? & journey::run()?);
+    if let Some(error) = untested {
+        say(&format!(
+            "skipped: the alert rules were not tested with promtool: {error:#}"
+        ));
+    }
     if let Some(summary) = summary {
         println!("{summary}");
     }
@@ -75,8 +81,8 @@ fn of_desktop(has_nextest: bool) -> Result<bool> {
     Ok(status.context("cannot run cargo")?.success())
 }
 
-/// nextest reports on standard error; its last summary line reads
-/// `Summary [   1.234s] 12 tests run: 12 passed, 1 skipped`.
+/// Runs nextest, which reports on standard error; its last summary line reads `Summary [   1.234s] 12 tests run: 12
+/// passed, 1 skipped`.
 fn with_nextest(mut command: Command) -> Result<(ExitStatus, Option<String>)> {
     if stderr().is_terminal() {
         command.env("CARGO_TERM_COLOR", "always");
@@ -103,8 +109,8 @@ fn with_nextest(mut command: Command) -> Result<(ExitStatus, Option<String>)> {
     Ok((runner.wait()?, summary))
 }
 
-/// `cargo test` reports on standard output, one line per test binary: `test result: ok. 3 passed; 0 failed; 1 ignored;
-/// …`.
+/// Runs `cargo test`, which reports on standard output, one line per test binary: `test result: ok. 3 passed; 0 failed;
+/// 1 ignored; …`.
 fn with_cargo_test(mut command: Command) -> Result<(ExitStatus, Option<String>)> {
     if stdout().is_terminal() {
         command.env("CARGO_TERM_COLOR", "always");

@@ -3,7 +3,7 @@
 
 use leptos::prelude::*;
 
-/// Runs now, and again when a signal that it reads changes.
+/// Runs a closure now, and again whenever a signal that it reads changes.
 pub fn effect(run: impl Fn() + 'static) {
     boxed_effect(Box::new(run));
 }
@@ -12,7 +12,7 @@ fn boxed_effect(run: Box<dyn Fn()>) {
     Effect::new(move |_| run());
 }
 
-/// A string that notifies only when it changes.
+/// Returns a string that notifies its readers only when it changes.
 pub fn text_memo(of: impl Fn() -> String + Send + Sync + 'static) -> Memo<String> {
     boxed_text_memo(Box::new(of))
 }
@@ -21,7 +21,7 @@ fn boxed_text_memo(of: Box<dyn Fn() -> String + Send + Sync>) -> Memo<String> {
     Memo::new(move |_| of())
 }
 
-/// A condition that notifies only when it changes.
+/// Returns a condition that notifies its readers only when it changes.
 pub fn flag_memo(of: impl Fn() -> bool + Send + Sync + 'static) -> Memo<bool> {
     boxed_flag_memo(Box::new(of))
 }

@@ -25,6 +25,7 @@ pub struct Session {
     pub me: RwSignal<Option<Me>>,
     /// Keys created in this tab, in full. Discarded when the tab is closed or the session ends.
     pub known_keys: RwSignal<Vec<(ApiKeyId, String)>>,
+    toasts: Toasts,
 }
 
 impl Session {
@@ -33,6 +34,7 @@ impl Session {
             auth: RwSignal::new(AuthState::Unknown),
             me: RwSignal::new(None),
             known_keys: RwSignal::new(Vec::new()),
+            toasts,
         };
         provide_context(session);
         api::on_session_end(move |error| {
@@ -72,13 +74,28 @@ impl Session {
     pub fn end(self) {
         self.me.set(None);
         self.known_keys.set(Vec::new());
+        self.toasts.clear();
         self.auth.set(AuthState::SignedOut);
     }
 
-    /// Whether the user's role may create, change and delete plans, keys and tokens.
+    /// Whether the user's role may create, change and delete plans, keys, tokens and webhooks.
     pub fn can_manage(self) -> bool {
         self.me
             .with(|me| me.as_ref().is_some_and(|me| me.tenant.role.may_manage()))
+    }
+
+    /// Whether the user's role may see plans, keys, tokens and webhooks.
+    pub fn can_read(self) -> bool {
+        self.me
+            .with(|me| me.as_ref().is_some_and(|me| me.tenant.role.may_read()))
+    }
+
+    /// Whether the user's role may change the organization and its alert settings.
+    pub fn can_administer(self) -> bool {
+        self.me.with(|me| {
+            me.as_ref()
+                .is_some_and(|me| me.tenant.role.may_administer())
+        })
     }
 
     /// Whether the user's role may see and change the subscription.
@@ -87,7 +104,7 @@ impl Session {
             .with(|me| me.as_ref().is_some_and(|me| me.tenant.role.may_bill()))
     }
 
-    /// The organization's time zone, in which its quotas reset.
+    /// Returns the organization's time zone, in which its quotas reset.
     pub fn time_zone(self) -> String {
         self.me
             .with(|me| me.as_ref().map(|me| me.tenant.time_zone.clone()))

@@ -2,7 +2,7 @@
 //! hour, so that many keys that reach their quotas do not become as many emails.
 //!
 //! An email is stored for each recipient in the transaction that takes the alerts from those to send, and sent
-//! afterwards. It is sent at least once.
+//! afterwards. It is sent at least once. Tenants take turns, so that many emails of one do not delay those of others.
 
 use std::fmt::Write as _;
 
@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::Alerts;
 use crate::{
-    db::DbError,
+    db::{self, DbError},
     error_chain::chain,
     mail::{Mail, Mailer},
     repo::{
@@ -32,9 +32,10 @@ const RECIPIENTS_MAX: i64 = 100;
 /// The maximum number of tenants in one round.
 const TENANTS: i64 = 100;
 /// The maximum number of emails that are sent in one round.
-const BATCH: i64 = 20;
-/// The time after which another replica may repeat an attempt. Longer than [`BATCH`] attempts take.
-const LEASE: i32 = 600;
+const BATCH: usize = 20;
+/// The time after which another replica may repeat an attempt. Much longer than an [attempt](crate::mail::SEND_MAX) and
+/// the recording of its result take.
+const LEASE: i32 = 120;
 /// The pauses between attempts, in seconds. Together they are a day.
 const PAUSES: [i64; 7] = [60, 300, 900, 3600, 10_800, 25_200, 46_800];
 
@@ -55,51 +56,64 @@ struct Text {
 }
 
 impl Alerts {
-    /// Stores emails for alerts that have not been sent.
-    pub async fn write_emails(&self, public_url: &str) -> Result<(), DbError> {
+    /// Stores emails for alerts that have not been sent. Returns for how many tenants this failed.
+    pub async fn write_emails(&self, public_url: &str) -> Result<u64, DbError> {
         let mut tx = self.db.system().await?;
         let tenants = mail::tenants_with_alerts(&mut tx, PER_HOUR, TENANTS).await?;
         tx.commit().await?;
+        let mut errors = 0;
         for tenant in tenants.into_iter().map(TenantId) {
-            let mut tx = self.db.system().await?;
-            let alerts = mail::lock_alerts(&mut tx, tenant, ALERTS_MAX).await?;
-            if alerts.is_empty() {
-                continue;
+            if let Err(error) = self.write_email(tenant, public_url).await {
+                errors += 1;
+                tracing::warn!(%tenant, error = %db::chain(&error), "cannot write an email");
+                self.db.probe().await?;
             }
-            let recipients = mail::recipients(&mut tx, tenant, RECIPIENTS_MAX).await?;
-            if let Some(first) = recipients.first() {
-                let Text {
-                    subject,
-                    text,
-                    html,
-                } = described(&alerts, &first.tenant, public_url);
-                let mails: Vec<_> = recipients
-                    .iter()
-                    .map(|recipient| NewMail {
-                        tenant_id: tenant.0,
-                        id: Uuid::now_v7(),
-                        recipient: &recipient.email,
-                        subject: &subject,
-                        text_body: &text,
-                        html_body: &html,
-                    })
-                    .collect();
-                mail::insert_all(&mut tx, &mails).await?;
-            }
-            let ids: Vec<Uuid> = alerts.iter().map(|it| it.id).collect();
-            mail::alerts_are_sent(&mut tx, tenant, &ids).await?;
-            tx.commit().await?;
         }
-        Ok(())
+        Ok(errors)
     }
 
-    /// Sends emails that are due.
-    pub async fn send_emails(&self, mailer: &Mailer) -> Result<Sent, DbError> {
+    /// Stores one email about a tenant's alerts for each recipient.
+    async fn write_email(&self, tenant: TenantId, public_url: &str) -> Result<(), DbError> {
         let mut tx = self.db.system().await?;
-        let due = mail::claim(&mut tx, BATCH, LEASE).await?;
-        tx.commit().await?;
+        let alerts = mail::lock_alerts(&mut tx, tenant, ALERTS_MAX).await?;
+        if alerts.is_empty() {
+            return Ok(());
+        }
+        let recipients = mail::recipients(&mut tx, tenant, RECIPIENTS_MAX).await?;
+        if let Some(first) = recipients.first() {
+            let Text {
+                subject,
+                text,
+                html,
+            } = described(&alerts, &first.tenant, public_url);
+            let mails: Vec<_> = recipients
+                .iter()
+                .map(|recipient| NewMail {
+                    tenant_id: tenant.0,
+                    id: Uuid::now_v7(),
+                    recipient: &recipient.email,
+                    subject: &subject,
+                    text_body: &text,
+                    html_body: &html,
+                })
+                .collect();
+            mail::insert_all(&mut tx, &mails).await?;
+        }
+        let ids: Vec<Uuid> = alerts.iter().map(|it| it.id).collect();
+        mail::alerts_are_sent(&mut tx, tenant, &ids).await?;
+        tx.commit().await
+    }
+
+    /// Sends emails that are due. Claims one at a time, so that none waits for others while its lease runs.
+    pub async fn send_emails(&self, mailer: &Mailer) -> Result<Sent, DbError> {
         let mut all = Sent::default();
-        for due in due {
+        for _ in 0..BATCH {
+            let mut tx = self.db.system().await?;
+            let after_tenant = *self.last_mailed.lock();
+            let due = mail::claim(&mut tx, after_tenant, LEASE).await?;
+            tx.commit().await?;
+            let Some(due) = due else { break };
+            *self.last_mailed.lock() = due.tenant_id;
             let sent = mailer.send(&mail_of(&due)).await;
             let (error, retry_after) = match &sent {
                 Ok(()) => (None, None),
@@ -159,7 +173,7 @@ fn grouped(number: i64) -> String {
 /// Whose quota it is.
 fn owner(alert: &AlertRow) -> String {
     match &alert.key_name {
-        Some(name) => format!("API key \"{name}\""),
+        Some(name) => format!("API key \"{}\"", unlinked(name)),
         None => "Your organization".to_owned(),
     }
 }
@@ -180,7 +194,7 @@ fn line(alert: &AlertRow) -> String {
         format!("has used {}% of its", alert.threshold)
     };
     format!(
-        "{} {state} {} ({} of {} requests). It resets on {}.",
+        "{} {state} {} ({} of {} requests). The quota resets on {}.",
         owner(alert),
         quota(alert),
         grouped(alert.used),
@@ -191,6 +205,7 @@ fn line(alert: &AlertRow) -> String {
 
 /// Writes the email about these alerts, of which there is at least one.
 fn described(alerts: &[AlertRow], tenant: &str, public_url: &str) -> Text {
+    let tenant = unlinked(tenant);
     let base = public_url.trim_end_matches('/');
     let subject = match alerts {
         [alert] if alert.threshold >= 100 => {
@@ -221,11 +236,12 @@ fn described(alerts: &[AlertRow], tenant: &str, public_url: &str) -> Text {
         let _ = writeln!(text, "{more}");
     }
     let note = format!(
-        "You get this email because of your role in {tenant} on {base}. Owners and admins can change who gets alerts."
+        "You receive this email because of your role in {tenant} on {base}. Owners and admins can change who receives alerts."
     );
     let _ = write!(text, "\nDetails: {link}\n\n{note}\n");
     let html = format!(
-        "<!doctype html><html lang=\"en\"><body style=\"font-family:sans-serif;line-height:1.5\"><ul>{items}</ul>\
+        "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"format-detection\" \
+         content=\"telephone=no,date=no,address=no,email=no,url=no\"></head><body style=\"font-family:sans-serif;line-height:1.5\"><ul>{items}</ul>\
          <p>{}</p><p><a href=\"{}\">Show details</a></p><p style=\"color:#666\">{}</p></body></html>",
         escaped(&more),
         escaped(&link),
@@ -236,6 +252,24 @@ fn described(alerts: &[AlertRow], tenant: &str, public_url: &str) -> Text {
         text,
         html,
     }
+}
+
+/// Returns a name with invisible spaces around each character that could make it an address. Email programs turn
+/// anything that looks like an address into a link, and a tenant chooses the names of its keys, but not who reads them.
+fn unlinked(name: &str) -> String {
+    // Full stops of other scripts are allowed in domain names.
+    const PARTS_OF_ADDRESSES: [char; 8] =
+        ['.', ':', '/', '@', '\\', '\u{3002}', '\u{ff0e}', '\u{ff61}'];
+    const ZERO_WIDTH_SPACE: char = '\u{200b}';
+    let mut unlinked = String::with_capacity(name.len());
+    for c in name.chars() {
+        if PARTS_OF_ADDRESSES.contains(&c) {
+            unlinked.extend([ZERO_WIDTH_SPACE, c, ZERO_WIDTH_SPACE]);
+        } else {
+            unlinked.push(c);
+        }
+    }
+    unlinked
 }
 
 /// Returns text as it is written in HTML.
@@ -287,7 +321,7 @@ mod tests {
             "API key \"Mobile app\" has used 80% of its daily quota"
         );
         let line = "- API key \"Mobile app\" has used 80% of its daily quota (40,012 of 50,000 requests). \
-                    It resets on 27 Nov 2026, 00:00 UTC.";
+                    The quota resets on 27 Nov 2026, 00:00 UTC.";
         assert!(it.text.contains(line), "{}", it.text);
         let link =
             "https://quota.example.com/console/api-keys/00000000-0000-0000-0000-000000000007";
@@ -311,6 +345,31 @@ mod tests {
         assert_eq!(it.text.matches("API key").count(), 25);
         assert_eq!(it.html.matches("<li>").count(), 25);
         assert!(it.text.contains("And 15 more."), "{}", it.text);
+    }
+
+    #[test]
+    fn names_do_not_become_links() {
+        let names = [
+            ("evil.example", "evil.example"),
+            ("https://evil.example/login", "https:"),
+            ("https://evil.example/login", "/evil"),
+            ("www.evil.example", "www."),
+            ("mail@evil.example", "mail@"),
+            ("evil\u{3002}example", "evil\u{3002}"),
+            ("localhost:8080/x", "localhost:"),
+        ];
+        for (name, part) in names {
+            let one = [alert(name, 80)];
+            let two = [alert(name, 80), alert(name, 80)];
+            for alerts in [&one[..], &two[..]] {
+                let it = described(alerts, name, "");
+                for text in [it.subject, it.text, it.html] {
+                    assert!(!text.contains(part), "{text}");
+                    let visible = text.replace('\u{200b}', "");
+                    assert!(visible.contains(name), "{text}");
+                }
+            }
+        }
     }
 
     #[test]

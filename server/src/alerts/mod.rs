@@ -1,10 +1,10 @@
 //! Quota alerts: finds quotas of which a certain share is used, and stores an alert with its deliveries.
 //!
 //! Runs after requests, on what they have recorded: the quota ledger and the usage rollups. A tenant is checked when its
-//! usage log has grown, by one replica at a time. An alert, its deliveries and the position up to which the log was
-//! checked are committed together, so a crash loses none and repeats none. Alerts are unique in the database, by quota,
-//! window and threshold: neither a restart, another replica, an edit of the plan nor a change of time zone creates one
-//! again.
+//! usage log has grown, by one replica at a time, in steps of a limited number of keys. An alert, its deliveries and how
+//! far the tenant was checked are committed together, so a crash loses none and repeats none. Alerts are unique in the
+//! database, by quota, window and threshold: neither a restart, another replica, an edit of the plan nor a change of
+//! time zone creates one again.
 //!
 //! **What counts as used.** The rollups have the exact cost of allowed requests. The ledger counts the tokens that
 //! replicas took, which is up to a hundredth of the quota more, or lost tokens after a crash. So the ledger selects the
@@ -13,17 +13,24 @@
 
 pub mod email;
 
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::Arc,
+};
+
+use parking_lot::Mutex;
 use quota_common::{
     ApiKeyId, QuotaAlertId, TenantId,
     alert::{QuotaAlert, THRESHOLDS},
     limit::PolicyName,
 };
+use tokio::time::{Duration, Instant};
 use uuid::Uuid;
 
 use crate::{
-    db::{Db, DbError},
+    db::{Db, DbError, SystemTx},
     repo::{
-        alert::{self, AlertRow, Keys, NewAlert, QuotaStanding, TenantQuota, Unchecked},
+        alert::{self, AlertRow, Keys, NewAlert, Progress, QuotaStanding, TenantQuota},
         webhook,
         webhook_delivery::{self, NewDelivery},
     },
@@ -35,8 +42,15 @@ const TENANTS: i64 = 200;
 /// The number of records of the usage log from which on all keys of a tenant are checked, instead of those in the
 /// records.
 const RECORDS_MAX: i64 = 200_000;
-/// The maximum number of alerts in one transaction.
+/// The number of records of the usage log whose keys are checked before those of later records. Each step reads them
+/// again.
+const PART_MAX: i64 = 20_000;
+/// The maximum number of keys that are checked in one transaction.
+const KEYS_MAX: i64 = 250;
+/// The maximum number of alerts in one statement.
 const ALERTS_MAX: usize = 500;
+/// After this time, a round ends, and the rest is checked in the next one, so that other tenants get their turn.
+const ROUND_MAX: Duration = Duration::from_secs(20);
 
 /// See the module. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -44,6 +58,8 @@ pub struct Alerts {
     db: Db,
     is_metered: bool,
     tenant_quota: Option<TenantQuota>,
+    /// The tenant that had the last turn to send an email.
+    last_mailed: Arc<Mutex<Uuid>>,
 }
 
 /// What a round did.
@@ -55,15 +71,6 @@ pub struct Round {
     pub errors: u64,
     /// Whether there may be more to check.
     pub has_more: bool,
-}
-
-impl Round {
-    fn add(&mut self, other: Self) {
-        self.alerts += other.alerts;
-        self.deliveries += other.deliveries;
-        self.errors += other.errors;
-        self.has_more |= other.has_more;
-    }
 }
 
 /// Returns an alert as the API and webhooks describe it.
@@ -114,11 +121,14 @@ impl Alerts {
             db,
             is_metered,
             tenant_quota,
+            last_mailed: Arc::default(),
         }
     }
 
-    /// Checks tenants whose usage has changed; without metering, all of them.
+    /// Checks tenants whose usage has changed; without metering, all of them. Tenants take turns, so that one with many
+    /// keys, or one that cannot be checked, does not delay the others.
     pub async fn check(&self) -> Result<Round, DbError> {
+        let began = Instant::now();
         let mut tx = self.db.system().await?;
         let tenants = if self.is_metered {
             alert::unchecked_tenants(&mut tx, TENANTS).await?
@@ -130,42 +140,89 @@ impl Alerts {
             has_more: self.is_metered && i64::try_from(tenants.len()).unwrap_or(0) == TENANTS,
             ..Round::default()
         };
-        for tenant in tenants.into_iter().map(TenantId) {
+        let mut tenants: VecDeque<_> = tenants.into_iter().map(TenantId).collect();
+        while let Some(tenant) = tenants.pop_front() {
             match self.check_tenant(tenant).await {
-                Ok(checked) => round.add(checked),
-                Err(error @ DbError::Unavailable(_)) => return Err(error),
+                Ok(step) => {
+                    round.alerts += step.alerts;
+                    round.deliveries += step.deliveries;
+                    if step.has_more {
+                        tenants.push_back(tenant);
+                    }
+                }
                 Err(error) => {
                     round.errors += 1;
                     tracing::warn!(%tenant, error = %crate::db::chain(&error), "cannot check quotas");
+                    self.db.probe().await?;
                 }
+            }
+            if began.elapsed() >= ROUND_MAX {
+                round.has_more |= !tenants.is_empty();
+                break;
             }
         }
         Ok(round)
     }
 
-    /// Checks the quotas of one tenant in one transaction.
+    /// Checks quotas of some of a tenant's keys in one transaction: at most [`KEYS_MAX`].
     pub async fn check_tenant(&self, tenant: TenantId) -> Result<Round, DbError> {
         let mut round = Round::default();
         let mut tx = self.db.system().await?;
-        let Some(unchecked) = alert::lock_progress(&mut tx, tenant).await? else {
+        let Some(progress) = alert::lock_progress(&mut tx, tenant).await? else {
             return Ok(round);
         };
-        let Unchecked { after, until } = unchecked;
-        if self.is_metered && after == until {
+        let Progress { seq, last_seq, .. } = progress;
+        if self.is_metered && progress.part.is_none() && seq == last_seq {
             return Ok(round);
         }
-        let is_counted = (0..=RECORDS_MAX).contains(&(until - after)) && after >= 0;
-        let keys = if self.is_metered && is_counted {
-            Keys::Used(unchecked)
+        let (until, after_key) = progress.part.unwrap_or_else(|| {
+            let is_counted = seq >= 0 && (0..=RECORDS_MAX).contains(&(last_seq - seq));
+            let until = if is_counted {
+                last_seq.min(seq + PART_MAX)
+            } else {
+                last_seq
+            };
+            (until, Uuid::nil())
+        });
+        let is_part = seq >= 0 && (0..=PART_MAX).contains(&(until - seq));
+        let keys = if self.is_metered && is_part {
+            Keys::Used { after: seq, until }
         } else {
             Keys::All
         };
+        let keys = alert::keys(&mut tx, tenant, keys, after_key, KEYS_MAX).await?;
         let lowest = THRESHOLDS.into_iter().min().unwrap_or(0);
         let lowest = i32::try_from(lowest).unwrap_or(0);
-        let mut standings = alert::standings(&mut tx, tenant, keys, lowest).await?;
-        if let Some(quota) = self.tenant_quota {
+        let mut standings = alert::standings(&mut tx, tenant, &keys, lowest).await?;
+        if let Some(quota) = self.tenant_quota
+            && after_key.is_nil()
+        {
             standings.extend(alert::tenant_standing(&mut tx, tenant, quota, lowest).await?);
         }
+        (round.alerts, round.deliveries) = self.store(&mut tx, tenant, &standings).await?;
+        let is_last = i64::try_from(keys.len()).unwrap_or(0) < KEYS_MAX;
+        match keys.last() {
+            Some(last) if !is_last => {
+                round.has_more = true;
+                alert::set_progress(&mut tx, tenant, seq, Some((until, *last))).await?;
+            }
+            _ => {
+                round.has_more = self.is_metered && until < last_seq;
+                let seq = if self.is_metered { until } else { seq };
+                alert::set_progress(&mut tx, tenant, seq, None).await?;
+            }
+        }
+        tx.commit().await?;
+        Ok(round)
+    }
+
+    /// Stores the new alerts with their deliveries. Returns how many there are of each.
+    async fn store(
+        &self,
+        tx: &mut SystemTx,
+        tenant: TenantId,
+        standings: &[QuotaStanding],
+    ) -> Result<(u64, u64), DbError> {
         let candidates: Vec<_> = standings
             .iter()
             .flat_map(|standing| {
@@ -180,24 +237,17 @@ impl Alerts {
             .collect();
         let mut new = Vec::new();
         for part in candidates.chunks(ALERTS_MAX) {
-            new.extend(alert::insert_new(&mut tx, tenant, part).await?);
+            new.extend(alert::insert_new(tx, tenant, part).await?);
         }
-        let highest: Vec<Uuid> = new
-            .iter()
-            .filter(|it| !new.iter().any(|other| is_higher(other, it)))
-            .map(|it| it.id)
-            .collect();
-        alert::mark_for_email(&mut tx, tenant, &highest).await?;
+        if new.is_empty() {
+            return Ok((0, 0));
+        }
+        alert::mark_for_email(tx, tenant, &highest(&new)).await?;
         let events: Vec<Event> = new
             .into_iter()
             .map(|row| Event::threshold_reached(&described(row)))
             .collect();
-        round.alerts = events.len() as u64;
-        let webhooks = if events.is_empty() {
-            Vec::new()
-        } else {
-            webhook::lock_active(&mut tx, tenant).await?
-        };
+        let webhooks = webhook::lock_active(tx, tenant).await?;
         let deliveries: Vec<_> = events
             .iter()
             .flat_map(|event| {
@@ -211,21 +261,22 @@ impl Alerts {
                 })
             })
             .collect();
-        round.deliveries = deliveries.len() as u64;
-        webhook_delivery::insert_all(&mut tx, &deliveries).await?;
-        if self.is_metered {
-            alert::set_progress(&mut tx, tenant, until).await?;
-        }
-        tx.commit().await?;
-        Ok(round)
+        webhook_delivery::insert_all(tx, tenant.0, &webhooks, &deliveries).await?;
+        Ok((events.len() as u64, deliveries.len() as u64))
     }
 }
 
-/// Whether an alert is about the same quota as another one, with a higher threshold.
-fn is_higher(one: &AlertRow, other: &AlertRow) -> bool {
-    one.threshold > other.threshold
-        && (one.key_id, &one.policy, one.window_start)
-            == (other.key_id, &other.policy, other.window_start)
+/// Returns the alert with the highest threshold of each quota and window.
+fn highest(alerts: &[AlertRow]) -> Vec<Uuid> {
+    let mut highest = HashMap::new();
+    for alert in alerts {
+        let quota = (alert.key_id, &alert.policy, alert.window_start);
+        let entry = highest.entry(quota).or_insert(alert);
+        if alert.threshold > entry.threshold {
+            *entry = alert;
+        }
+    }
+    highest.into_values().map(|it| it.id).collect()
 }
 
 #[cfg(test)]

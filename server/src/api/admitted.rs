@@ -1,5 +1,5 @@
-//! Authenticated callers. A handler whose first argument is one of these types cannot be reached without its
-//! credential.
+//! Authenticated callers. A handler whose first argument is one of these types cannot be reached without the
+//! corresponding credential.
 //!
 //! [`SignedInTenant`] has an access token, [`AdmittedKey`] an API key that the limiter has admitted,
 //! [`ServiceCaller`] and [`GatewayCaller`] a service token. Each is a poem-openapi extractor that also adds its
@@ -44,7 +44,7 @@ const fn blank(ty: &'static str, description: &'static str) -> MetaSecuritySchem
     }
 }
 
-/// Makes a caller type an extractor that adds its security scheme to the document.
+/// Implements an extractor for a caller type, which adds its security scheme to the document.
 macro_rules! extract_by_credential {
     ($caller:ty, $name:literal, $scheme:expr) => {
         impl<'a> ApiExtractor<'a> for $caller {
@@ -126,7 +126,7 @@ impl SignedInTenant {
         let context = RequestContext::of(request)?;
         let token = bearer(request.headers())?
             .or_else(|| browser::cookie(&context.state, request, SessionCookie::Access))
-            .ok_or_else(|| ApiError::internal("an admitted caller has a token"))?;
+            .ok_or_else(|| ApiError::internal("the caller was authenticated without a token"))?;
         Ok(SecretString::from(token))
     }
 
@@ -173,7 +173,7 @@ extract_by_credential!(
     }
 );
 
-/// Returns the number of times a header was sent.
+/// How many times a header was sent.
 enum Sent<'a> {
     Never,
     Once(&'a str),
@@ -192,7 +192,7 @@ impl<'a> Sent<'a> {
     }
 }
 
-/// The API key of a request: `X-API-Key: K` or `Authorization: Bearer K`.
+/// Returns the API key of a request: `X-API-Key: K` or `Authorization: Bearer K`.
 fn key_text(request: &Request) -> Result<Option<&str>, ApiError> {
     let headers = request.headers();
     let from_field = match Sent::of(headers, "x-api-key") {
@@ -220,7 +220,7 @@ fn key_text(request: &Request) -> Result<Option<&str>, ApiError> {
         {
             Err(ApiError::new(
                 ProblemCode::Malformed,
-                "Don't send API keys in the URL, because URLs are logged. Rotate this key and send it as X-API-Key.",
+                "Don't send API keys in the URL, because URLs are logged. Rotate this key, and send the new one as X-API-Key.",
             ))
         }
         (None, None) => Ok(None),
@@ -290,7 +290,7 @@ pub async fn decide(
         .record(reservation, &record, &decision, cost.get(), decided_at)
         .await
         .map_err(ApiError::unavailable)?;
-    // Otherwise, it is written with the usage.
+    // If metering is on, the time of last use is stored together with the usage.
     if !state.metering.is_on() && record.is_worth_noting(decision.at) {
         state.last_used.key(record.id, decision.at);
     }
@@ -324,7 +324,7 @@ pub struct AdmittedKey {
 impl AdmittedKey {
     /// Consumes one request from the limits of the request's key.
     ///
-    /// The recorded endpoint is the request's own.
+    /// The decision is recorded for the request's own endpoint.
     pub async fn admit(request: &Request) -> Result<Self, ApiError> {
         let text = key_text(request)?
             .ok_or_else(|| ApiError::unauthorized(false, "Send an API key as X-API-Key."))?;
@@ -338,7 +338,7 @@ impl AdmittedKey {
                 rejection: Rejection::PaymentRequired,
                 ..
             }) => Err(ApiError::subscription_needed()),
-            // The detail is the same for all other reasons, so that it does not help to guess keys.
+            // The detail is the same for all other reasons, so that it does not help an attacker guess keys.
             Err(_) => Err(ApiError::unauthorized(
                 true,
                 "This API key is invalid, inactive or expired.",
@@ -381,7 +381,7 @@ fn several_service_tokens() -> ApiError {
     ApiError::unauthorized(true, "The X-Service-Token header was sent more than once.")
 }
 
-/// A service of the tenant, which controls all headers of its requests.
+/// One of the tenant's services, which controls all headers of its requests.
 #[derive(Debug, Clone)]
 pub struct ServiceCaller {
     pub token: Arc<ServiceRecord>,
@@ -456,8 +456,8 @@ extract_by_credential!(
 /// Returns the consumer's key in a request that a gateway passes on: `X-API-Key`, or `Authorization: Bearer qk_…`.
 ///
 /// `Authorization` may instead contain a credential for the API behind the gateway, which is ignored. Also returns
-/// `None` if there are several keys, or several values of either header: the API may read a different one than was
-/// checked.
+/// `None` if there are several keys, or several values of either header: the API may read a different one than the one
+/// that was checked.
 pub fn consumer_key(request: &Request) -> Option<&str> {
     let headers = request.headers();
     let from_field = match Sent::of(headers, "x-api-key") {

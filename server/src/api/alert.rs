@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use super::{
     Tag,
-    change::{Audited, Edit, read},
+    change::{Audited, Edit, read, read_turn},
     json::Json,
     page::{self, PageSize},
     problem::ApiError,
@@ -67,18 +67,19 @@ impl Audited for AuditedSettings<'_> {
 impl AlertApi {
     /// List quota alerts
     ///
-    /// Returns alerts newest first. An alert is created when 50, 80 or 100 percent of a quota is used, once for each
-    /// quota, day or month, and threshold. Alerts are kept for 90 days after the quota has reset.
+    /// Returns alerts, newest first. An alert is created when 50, 80 or 100 percent of a quota has been used, once for
+    /// each threshold in each day or month. Alerts are kept for 90 days after the quota has reset.
     #[oai(path = "/alerts", method = "get", operation_id = "list_alerts")]
     async fn list(
         &self,
         caller: UsageTenant,
-        /// Page size, 1–100. Default 20.
+        /// Page size, 1–100. Default: 20.
         limit: Query<Option<PageSize>>,
         /// `next_cursor` from the previous page.
         cursor: Query<Option<String>>,
     ) -> Result<Json<Page<QuotaAlert>>, ApiError> {
         let slice = page::slice(limit.0, cursor.0.as_deref())?;
+        let _turn = read_turn(&self.state, &caller).await?;
         let list = async |tx: &mut TenantTx| alert::list(tx, slice).await;
         let rows = read(&self.state, &caller, list).await?;
         Ok(Json(page::page(rows, |row| row.id, alerts::described)))
@@ -86,7 +87,7 @@ impl AlertApi {
 
     /// Get the alert settings
     ///
-    /// Returns who gets email about quota alerts.
+    /// Returns who receives quota alerts by email.
     #[oai(
         path = "/alert-settings",
         method = "get",
@@ -100,7 +101,7 @@ impl AlertApi {
 
     /// Update the alert settings
     ///
-    /// Applies to alerts from now on.
+    /// Applies to alerts that are created from now on.
     #[oai(
         path = "/alert-settings",
         method = "patch",

@@ -28,8 +28,7 @@ impl Methods {
         Self(methods.collect())
     }
 
-    /// Returns the `Allow` header for a path. A path that is not in the document is a web page, which only supports
-    /// reading.
+    /// Returns the `Allow` header for a path. A path that is not in the document is a web page, which is read-only.
     pub fn allow(&self, path: &str) -> &str {
         let parts = path.split('/').collect::<Vec<_>>();
         let fits = |names: &[String]| {

@@ -20,7 +20,7 @@ use crate::{
     },
 };
 
-/// Rejects a creation that would exceed the tenant's limit. Call before the insert, in its transaction.
+/// Rejects a creation that would exceed the tenant's limit. Call before the insert, in the same transaction.
 pub async fn one_more(config: &Config, tx: &mut TenantTx, what: Resource) -> Result<(), ApiError> {
     let (all, free) = (config.allowances, config.free_tier);
     let (limit, free, name) = match what {
@@ -116,7 +116,7 @@ pub fn check_plan(config: &Config, plan: &Plan) -> Result<(), ApiError> {
     }
 }
 
-/// Rejects a plan that becomes free while one of its keys has a higher rate than free plans may have.
+/// Rejects a change that makes a plan free while one of its keys has a higher rate than free plans allow.
 pub async fn check_rates_of_keys(
     config: &Config,
     tx: &mut TenantTx,
@@ -140,7 +140,7 @@ pub async fn check_rates_of_keys(
     }
 }
 
-/// Rejects a key whose own rate exceeds that of free plans, unless its plan is marked `paid`.
+/// Rejects a key whose own rate exceeds the maximum for free plans, unless its plan is marked `paid`.
 pub async fn check_key(config: &Config, tx: &mut TenantTx, key: &ApiKey) -> Result<(), ApiError> {
     let (Some(maximum), Some(rate)) = (config.free_tier.rpm, key.rpm_override) else {
         return Ok(());

@@ -74,7 +74,7 @@ fn order(sort: ApiKeyOrder) -> Order {
     Order { by, descending }
 }
 
-/// Metadata as PostgreSQL stores it.
+/// Returns metadata as PostgreSQL stores it.
 fn stored(metadata: &Metadata) -> Value {
     metadata
         .iter()
@@ -90,7 +90,7 @@ fn previous_expiry(key: &ApiKey) -> Option<Timestamp> {
 
 fn previous_key_active(until: Timestamp) -> ApiError {
     let detail = format!(
-        "The previous key is valid until {until}. Rotate again after that, or send replace_previous: true to revoke it now."
+        "The previous key is valid until {until}. Rotate again after that, or send replace_previous: true to revoke that key now."
     );
     ApiError {
         errors: vec![FieldError {
@@ -101,7 +101,7 @@ fn previous_key_active(until: Timestamp) -> ApiError {
     }
 }
 
-/// The problem for a plan that does not exist or belongs to another tenant.
+/// Returns the problem for a plan that does not exist or belongs to another tenant.
 fn plan_not_found(error: DbError) -> ApiError {
     let not_found = || {
         let mut problem = ApiError::not_found();
@@ -135,7 +135,7 @@ impl ApiKeyApi {
     /// List API keys
     ///
     /// Returns keys in the order given by `sort`, by default newest first. The key itself is never returned. A cursor
-    /// is only valid with the sort it was issued for; when sorting by last use, a key that is used while you page
+    /// is valid only with the `sort` it was issued for. When sorting by last use, a key that is used while you page
     /// through the list may be skipped or repeated.
     #[oai(path = "/api-keys", method = "get", operation_id = "list_api_keys")]
     #[expect(
@@ -145,22 +145,22 @@ impl ApiKeyApi {
     async fn list(
         &self,
         caller: ReadingTenant,
-        /// Only keys on this plan.
+        /// Include only keys on this plan.
         plan_id: Query<Option<PlanId>>,
-        /// Only active keys (`true`) or only inactive keys (`false`).
+        /// Include only active keys (`true`) or only inactive keys (`false`).
         is_active: Query<Option<bool>>,
-        /// Only expired keys (`true`) or only keys that have not expired (`false`).
+        /// Include only expired keys (`true`) or only keys that have not expired (`false`).
         is_expired: Query<Option<bool>>,
-        /// Only keys with this external ID.
+        /// Include only keys with this external ID.
         #[oai(validator(min_length = 1, max_length = 200))]
         external_id: Query<Option<String>>,
-        /// Substring of the name, or prefix of the key or external ID.
+        /// Include only keys whose name contains this string, or whose key or external ID starts with it.
         #[oai(validator(max_length = 200))]
         search: Query<Option<String>>,
-        /// Sort field; prefix with `-` for descending. Names are compared case-insensitively; keys that were never
+        /// Sort field; prefix with `-` for descending. Names are compared case-insensitively; keys that have never been
         /// used sort as the least recently used. Default: `-created_at`.
         sort: Query<Option<ApiKeyOrder>>,
-        /// Page size, 1–100. Default 20.
+        /// Page size, 1–100. Default: 20.
         limit: Query<Option<PageSize>>,
         /// `next_cursor` from the previous page.
         cursor: Query<Option<String>>,
@@ -176,8 +176,18 @@ impl ApiKeyApi {
             external_id: external_id.as_deref(),
             search: search.as_deref(),
         };
-        let list = async |tx: &mut TenantTx| api_key::list(tx, &filter, &slice).await;
         let _turn = read_turn(&self.state, &caller).await?;
+        let matches = match filter.search {
+            None => None,
+            Some(_) => {
+                let mut tx = self.state.db.system().await?;
+                let matches = api_key::search(&mut tx, caller.tenant(), &filter).await?;
+                tx.commit().await?;
+                Some(matches)
+            }
+        };
+        let list =
+            async |tx: &mut TenantTx| api_key::list(tx, &filter, matches.as_ref(), &slice).await;
         let rows = read(&self.state, &caller, list).await?;
         Ok(Json(page::sorted_page(rows, order)))
     }
@@ -249,8 +259,8 @@ impl ApiKeyApi {
 
     /// Update an API key
     ///
-    /// Renames the key, moves it to another plan, disables it, or changes its expiry, rate, external ID or metadata.
-    /// Takes effect on all replicas within one second.
+    /// Renames the key, moves it to another plan, activates or deactivates it, or changes its expiry, rate, external ID
+    /// or metadata. Takes effect on all replicas within one second.
     #[oai(
         path = "/api-keys/:key_id",
         method = "patch",
@@ -297,7 +307,8 @@ impl ApiKeyApi {
 
     /// Delete an API key
     ///
-    /// The key stops working immediately and its quota usage is discarded. This cannot be undone.
+    /// The key stops working on all replicas within one second, and its quota usage is discarded. This cannot be
+    /// undone.
     #[oai(
         path = "/api-keys/:key_id",
         method = "delete",
@@ -320,8 +331,8 @@ impl ApiKeyApi {
     ///
     /// Returns a new key. This is the only time it is available: a replay with the same `Idempotency-Key` returns
     /// everything except the key. The previous key keeps working for `grace_seconds`; both count against the same
-    /// limits. Until then, another rotation fails with 409 unless `replace_previous` is true, because there can be only
-    /// one previous key.
+    /// limits. During this time, another rotation fails with 409 unless `replace_previous` is true, because there can
+    /// be only one previous key.
     #[oai(
         path = "/api-keys/:key_id/rotate",
         method = "post",
@@ -360,7 +371,7 @@ impl ApiKeyApi {
             key: None,
             api_key: ApiKey::from(row.or_not_found()?),
         };
-        // The secret is removed, because it must not be stored.
+        // Without the secret, which must not be stored.
         idempotency
             .keep(&mut edit, StatusCode::OK, &rotated)
             .await?;

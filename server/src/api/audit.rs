@@ -27,7 +27,7 @@ pub struct AuditApi {
 
 impl From<AuditEntry> for AuditEvent {
     fn from(AuditEntry { event, user_email }: AuditEntry) -> Self {
-        // Older events have no separate name, but may have one among their fields.
+        // Older events have no separate name, but their fields may contain one.
         let target_name = event.target_name.or_else(|| {
             let fields = [&event.after, &event.before].into_iter().flatten();
             let mut names = fields.filter_map(|it| it.get("name")?.as_str());
@@ -62,24 +62,24 @@ impl AuditApi {
     async fn list(
         &self,
         caller: ReadingTenant,
-        /// Only events with this action.
+        /// Include only events with this action.
         action: Query<Option<AuditAction>>,
-        /// Only changes to resources of this type.
+        /// Include only changes to resources of this type.
         target_type: Query<Option<AuditTarget>>,
-        /// Only changes to the resource with this ID.
+        /// Include only changes to the resource with this ID.
         #[oai(validator(max_length = 64))]
         target_id: Query<Option<String>>,
-        /// Substring of the actor's email.
+        /// Include only changes by users whose email contains this string.
         #[oai(validator(max_length = 200))]
         actor: Query<Option<String>>,
-        /// Substring of the resource's name.
+        /// Include only changes to resources whose name contains this string.
         #[oai(validator(max_length = 200))]
         search: Query<Option<String>>,
-        /// Only events at or after this time.
+        /// Include only events at or after this time.
         from: Query<Option<Timestamp>>,
-        /// Only events before this time.
+        /// Include only events before this time.
         to: Query<Option<Timestamp>>,
-        /// Page size, 1–100. Default 20.
+        /// Page size, 1–100. Default: 20.
         limit: Query<Option<PageSize>>,
         /// `next_cursor` from the previous page.
         cursor: Query<Option<String>>,

@@ -64,7 +64,7 @@ fn tenant(row: TenantRow, role: Role) -> Tenant {
     }
 }
 
-/// Only pages on this server may request tokens in cookies.
+/// Returns whether the request asks for tokens in cookies, which only pages on this server may do.
 fn cookies_wanted(state: &AppState, request: &Request) -> Result<bool, ApiError> {
     let wanted = browser::wants_cookies(request.headers());
     if wanted {
@@ -132,8 +132,8 @@ impl AuthApi {
     /// Register
     ///
     /// Creates a user, a tenant that the user owns, and a session. With `X-Quota-Session: cookie`, sent from this
-    /// server's own pages, the tokens are set as cookies instead of returned in the body. Returns 403 if the operator
-    /// has closed registration.
+    /// server's own pages, the tokens are set as cookies instead of being returned in the body. Returns 403 if the
+    /// operator has closed registration.
     #[oai(path = "/register", method = "post", operation_id = "register")]
     async fn register(
         &self,
@@ -174,7 +174,7 @@ impl AuthApi {
     /// Creates a session and returns its tokens. Failed sign-ins are limited per account and network. Send the
     /// `device_token` of an earlier sign-in to identify a known device: its attempts are counted separately, so failed
     /// sign-ins from other devices do not lock it out. With `X-Quota-Session: cookie`, sent from this server's own
-    /// pages, all tokens are set as cookies instead of returned in the body.
+    /// pages, all tokens are set as cookies instead of being returned in the body.
     #[oai(path = "/login", method = "post", operation_id = "login")]
     async fn login(
         &self,
@@ -200,9 +200,9 @@ impl AuthApi {
     /// Refresh an access token
     ///
     /// Exchanges a refresh token for a new pair of tokens. Each refresh token works once. For ten seconds, the previous
-    /// token returns the same new refresh token again, for clients that lost the response; any other reuse revokes the
-    /// session. With `X-Quota-Session: cookie`, the token is read from its cookie, `X-Quota-CSRF` must contain the value
-    /// of the `quota_csrf` cookie, and the body is `{}`.
+    /// token can be used again and returns the same new refresh token, in case the client has lost the response. Any
+    /// other reuse revokes the session. With `X-Quota-Session: cookie`, the token is read from its cookie,
+    /// `X-Quota-CSRF` must contain the value of the `quota_csrf` cookie, and the body is `{}`.
     #[oai(path = "/refresh", method = "post", operation_id = "refresh")]
     async fn refresh(
         &self,
@@ -243,8 +243,9 @@ impl AuthApi {
 
     /// Sign out
     ///
-    /// Revokes the session that the refresh token belongs to; its access tokens stop working immediately. With
-    /// `X-Quota-Session: cookie`, the token is read from its cookie, as for a refresh, and the cookies are deleted.
+    /// Revokes the session that the refresh token belongs to. Its access tokens stop working on all replicas within one
+    /// second. With `X-Quota-Session: cookie`, the token is read from its cookie, as when refreshing, and the cookies
+    /// are deleted.
     #[oai(path = "/logout", method = "post", operation_id = "logout")]
     async fn logout(
         &self,
@@ -281,7 +282,7 @@ impl AuthApi {
 
     /// Update the current user
     ///
-    /// Owners and admins can also update the tenant's name and time zone.
+    /// Updates the user's display name. Owners and admins can also update the tenant's name and time zone.
     #[oai(path = "/me", method = "patch", operation_id = "update_me")]
     async fn update_me(
         &self,
@@ -320,7 +321,7 @@ impl AuthApi {
             };
             audit::insert_system(&mut tx, &event).await?;
             tx.commit().await?;
-            tracing::info!(action = "user.update", tenant = %caller.tenant(), user = %caller.user(), "changed");
+            tracing::info!(action = "user.update", tenant = %caller.tenant(), user = %caller.user(), "user updated");
         }
         if body.tenant_name.is_some() || body.time_zone.is_some() {
             let mut edit = Edit::begin(&self.state, &caller).await?;
@@ -343,7 +344,7 @@ impl AuthApi {
 
     /// Change the password
     ///
-    /// Revokes all other sessions of the user.
+    /// Changes the user's password and revokes all of their other sessions.
     #[oai(path = "/password", method = "post", operation_id = "change_password")]
     async fn password(
         &self,
@@ -367,12 +368,12 @@ impl AuthApi {
 
     /// List your sessions
     ///
-    /// Returns active sessions, newest first.
+    /// Returns your active sessions, newest first.
     #[oai(path = "/sessions", method = "get", operation_id = "list_sessions")]
     async fn sessions(
         &self,
         caller: SignedInTenant,
-        /// Page size, 1–100. Default 20.
+        /// Page size, 1–100. Default: 20.
         limit: Query<Option<PageSize>>,
         /// `next_cursor` from the previous page.
         cursor: Query<Option<String>>,
@@ -393,7 +394,7 @@ impl AuthApi {
 
     /// Revoke a session
     ///
-    /// The session's tokens stop working immediately.
+    /// The session's tokens stop working on all replicas within one second.
     #[oai(
         path = "/sessions/:session_id",
         method = "delete",

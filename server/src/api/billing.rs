@@ -28,8 +28,8 @@ use crate::{
     stripe::{Envelope, verify},
 };
 
-/// Maximum size of a webhook: half of the data that a connection without a valid credential may have in memory.
-/// Stripe's are far smaller.
+/// Maximum size of a webhook: half of the memory that a connection without a valid credential may use. Webhooks from
+/// Stripe are far smaller.
 const WEBHOOK_MAX: usize = 64 * 1024;
 const SIGNATURE: &str = "stripe-signature";
 
@@ -104,6 +104,8 @@ impl From<BillingError> for ApiError {
             error @ (BillingError::Stripe(_)
             | BillingError::NoPrice
             | BillingError::UnknownStatus(_)
+            | BillingError::OtherAccount(_)
+            | BillingError::UnknownCustomer(_)
             | BillingError::NoPage
             | BillingError::NoMeter) => Self::unavailable(error),
         }
@@ -132,8 +134,8 @@ impl BillingApi {
 impl BillingApi {
     /// Get the subscription
     ///
-    /// Returns the access that the organization's subscription provides, its price, the charged usage, and how much of
-    /// the operator's limits is used. Changes in Stripe are visible within seconds.
+    /// Returns the access that the tenant's subscription provides, its price, the charged usage, and how much of the
+    /// operator's limits is used. Changes in Stripe are visible within seconds.
     #[oai(path = "/", method = "get", operation_id = "get_billing")]
     async fn get(&self, caller: BillingTenant) -> Result<Json<BillingState>, ApiError> {
         overview::billing_state(&self.state, &caller)
@@ -143,21 +145,21 @@ impl BillingApi {
 
     /// Start a subscription
     ///
-    /// Returns a Stripe Checkout page where the organization can subscribe. While a page is still open, it is returned
-    /// again, so an organization can't subscribe twice. Fails with 409 if the organization already has a subscription.
+    /// Returns a Stripe Checkout page where the tenant can subscribe. While a page is still open, it is returned again,
+    /// so a tenant can't subscribe twice. Fails with 409 if the tenant already has a subscription.
     #[oai(path = "/checkout", method = "post", operation_id = "start_checkout")]
     async fn checkout(
         &self,
         caller: BillingTenant,
-        /// Makes the request safe to retry: repeating it with the same key within 24 hours returns
-        /// the first response again.
+        /// Makes the request safe to retry: repeating it with the same key within 24 hours returns the first
+        /// response again.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
     ) -> Result<Created<CheckoutPage>, ApiError> {
         let billing = self.billing()?;
         let idempotency = IdempotencyGuard::new("start_checkout", idempotency_key.0, &())?;
         self.limit_pages(&caller)?;
-        // One at a time, so that a second click waits for the page of the first.
+        // One at a time per tenant, so that a second click waits for the page that the first one opens.
         let _turn = self.state.checkouts.turn(caller.tenant()).await?;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
         let replayed = idempotency.replay(&mut tx).await?;
@@ -182,7 +184,9 @@ impl BillingApi {
             expires_at: quota_common::Timestamp::from_unix_secs(
                 u64::try_from(session.expires_at).unwrap_or(0),
             )
-            .ok_or_else(|| ApiError::internal("a Checkout Session that never expires"))?,
+            .ok_or_else(|| {
+                ApiError::internal("Stripe returned a Checkout Session without an expiry")
+            })?,
         };
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
         idempotency
@@ -195,8 +199,8 @@ impl BillingApi {
 
     /// Open the customer portal
     ///
-    /// Returns a link to the Stripe customer portal, where the organization can change its payment method, cancel, and
-    /// find its invoices.
+    /// Returns a link to the Stripe customer portal, where the tenant can change its payment method, cancel its
+    /// subscription, and find its invoices.
     #[oai(
         path = "/portal",
         method = "post",

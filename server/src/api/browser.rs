@@ -1,9 +1,9 @@
 //! Browser sessions: the usual tokens, in cookies that scripts cannot read.
 //!
 //! A client requests cookies with `X-Quota-Session: cookie`. Both tokens are then set as cookies that are `HttpOnly`,
-//! `SameSite=Lax` and bound to this host (`__Host-`, RFC 6265bis 4.1.3.2), and are not in the body. A request that
-//! changes something with them must come from the server's own pages, according to the browser, and must carry a CSRF
-//! header derived from the session, which only a page of this origin can read from its cookie.
+//! `SameSite=Lax` and bound to this host (`__Host-`, RFC 6265bis 4.1.3.2), and are not in the body. A request that uses
+//! them to change something must come from the server's own pages, according to the browser, and must carry a CSRF
+//! header derived from the session. Only a page of this origin can read the header's value from its cookie.
 
 use poem::{
     Addr, IntoResponse, Request, Response,
@@ -22,9 +22,9 @@ use crate::{
     state::AppState,
 };
 
-/// Requests cookies, with the value `cookie`.
+/// The header that requests cookies. Its value must be `cookie`.
 pub const SESSION_FIELD: &str = "x-quota-session";
-/// Contains the value of the CSRF cookie.
+/// The header that contains the value of the CSRF cookie.
 pub const CSRF_FIELD: &str = "x-quota-csrf";
 
 /// The cookies of a session.
@@ -115,8 +115,8 @@ pub fn wants_cookies(headers: &HeaderMap) -> bool {
         .is_some_and(|field| field.as_bytes() == b"cookie")
 }
 
-/// Returns the value of a cookie. The names that only a secure origin can set are always read; the others only in
-/// requests from this machine. Whether the sending page may change anything is checked elsewhere.
+/// Returns the value of a cookie. Cookies whose names only a secure origin can set are always read; others are read
+/// only in requests from this machine. Whether the sending page may change anything is checked elsewhere.
 pub fn cookie<'a>(
     state: &AppState,
     request: &'a Request,
@@ -170,8 +170,8 @@ pub fn same_origin(state: &AppState, headers: &HeaderMap) -> Result<(), ApiError
     }
 }
 
-/// Checks a request with a session cookie, once its session is known: one that may change something must come from this
-/// server's own pages, with the CSRF header.
+/// Checks a request with a session cookie, once its session is known: if it may change something, it must come from
+/// this server's own pages and carry the CSRF header.
 pub fn may_change(state: &AppState, request: &Request, session: SessionId) -> Result<(), ApiError> {
     if matches!(*request.method(), Method::GET | Method::HEAD) {
         return Ok(());
@@ -228,7 +228,7 @@ pub fn keep(state: &AppState, request: &Request, tokens: &Tokens) -> Vec<HeaderV
         .collect()
 }
 
-/// Returns the `Set-Cookie` header by which the browser is recognized at its next sign-in.
+/// Returns the `Set-Cookie` header that identifies the browser at its next sign-in.
 pub fn keep_device(state: &AppState, request: &Request, device: &str) -> Option<HeaderValue> {
     let age = device::LIFETIME.as_secs();
     set_cookie(

@@ -47,6 +47,18 @@ pub async fn read_turn(state: &AppState, caller: &SignedInTenant) -> Result<Turn
     })
 }
 
+/// Waits for the tenant's other changes on this replica: see [`tenant_queue`](crate::tenant_queue). Call before taking a
+/// connection, and hold the turn until the connection is returned.
+pub async fn change_turn(state: &AppState, caller: &SignedInTenant) -> Result<Turn, ApiError> {
+    let turn = state.changes.turn(caller.tenant()).await;
+    let turn = turn.inspect_err(|busy| {
+        if *busy == Busy::QueueFull {
+            state.metrics.guard_refusals.inc();
+        }
+    })?;
+    Ok(turn)
+}
+
 /// A resource whose changes are audited.
 pub trait Audited: Serialize {
     const TARGET: AuditTarget;
@@ -94,12 +106,7 @@ impl<'a> Edit<'a> {
     /// Waits for the tenant's other changes on this replica, and only then takes a connection: see
     /// [`tenant_queue`](crate::tenant_queue).
     pub async fn begin(state: &'a AppState, caller: &'a SignedInTenant) -> Result<Self, ApiError> {
-        let turn = state.changes.turn(caller.tenant()).await;
-        let turn = turn.inspect_err(|busy| {
-            if *busy == Busy::QueueFull {
-                state.metrics.guard_refusals.inc();
-            }
-        })?;
+        let turn = change_turn(state, caller).await?;
         Ok(Self {
             tx: state.db.tenant(caller.tenant()).await?,
             state,
@@ -152,7 +159,7 @@ impl<'a> Edit<'a> {
                 .by(user.0, self.caller.origin.network())
         };
         audit::insert(&mut self.tx, &event).await?;
-        // This comes last, because it waits for other transactions that invalidate.
+        // This comes last, because it waits for other transactions that insert invalidations.
         let invalidation = match stale {
             Some(stale) => Some(invalidation::insert(&mut self.tx, stale).await?),
             None => None,
@@ -161,7 +168,7 @@ impl<'a> Edit<'a> {
         if let Some(invalidation) = &invalidation {
             self.state.invalidate(invalidation);
         }
-        tracing::info!(action = action.as_str(), tenant = %tenant, user = %user, target, "changed");
+        tracing::info!(action = action.as_str(), tenant = %tenant, user = %user, target, "resource changed");
         Ok(())
     }
 }

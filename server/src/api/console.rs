@@ -68,7 +68,7 @@ impl Coding {
     }
 }
 
-/// The coding that the client prefers, the smaller one if it has no preference (RFC 9110, section 12.5.3).
+/// Returns the coding that the client prefers, or the smaller one if it has no preference (RFC 9110, section 12.5.3).
 fn choose_coding(headers: &HeaderMap) -> Coding {
     let accepted: Vec<(&str, f32)> = headers
         .get_all(header::ACCEPT_ENCODING)
@@ -81,7 +81,7 @@ fn choose_coding(headers: &HeaderMap) -> Coding {
                 .split_once('=')
                 .filter(|(name, _)| name.trim().eq_ignore_ascii_case("q"))
                 .and_then(|(_, value)| value.trim().parse().ok());
-            // A malformed quality does not count as consent.
+            // A coding with a malformed quality is not acceptable.
             (name.trim(), quality.unwrap_or(0.0))
         })
         .collect();
@@ -183,7 +183,7 @@ mod tests {
         assert_eq!(choose("gzip;q=abc"), Coding::Identity);
         assert_eq!(choose("gzipped, brotli"), Coding::Identity);
         assert_eq!(choose_coding(&HeaderMap::new()), Coding::Identity);
-        // The field can appear several times.
+        // The header can appear several times.
         let mut headers = HeaderMap::new();
         for coding in ["gzip", "br"] {
             headers.append(header::ACCEPT_ENCODING, coding.parse().unwrap());

@@ -106,16 +106,16 @@ impl DecisionApi {
     async fn list(
         &self,
         caller: UsageTenant,
-        /// Only requests with this key.
+        /// Include only requests with this key.
         key_id: Query<Option<ApiKeyId>>,
-        /// Only requests to this endpoint.
+        /// Include only requests to this endpoint.
         endpoint: Query<Option<String>>,
-        /// Only allowed or only denied requests.
+        /// Include only allowed or only denied requests.
         outcome: Query<Option<DecisionOutcome>>,
-        /// Only requests with this ID.
+        /// Include only requests with this ID.
         #[oai(validator(max_length = 128))]
         request_id: Query<Option<String>>,
-        /// Page size, 1–100. Default 20.
+        /// Page size, 1–100. Default: 20.
         limit: Query<Option<PageSize>>,
         /// `next_cursor` from the previous page.
         cursor: Query<Option<String>>,
@@ -143,11 +143,12 @@ impl DecisionApi {
 
     /// Stream decisions
     ///
-    /// Sends the decisions of all servers as server-sent events, usually within a second. The data of a `decision`
-    /// event is a decision. To resume the stream on any server, send the event's ID in the `Last-Event-ID` header, as
-    /// browsers do automatically, or as `last_event_id`. A `dropped` event contains the number of decisions that were
-    /// skipped because they arrived faster than they could be sent, including those that do not match the filters. The
-    /// stream ends with an `end` event when the access token expires, the session is revoked or the server stops.
+    /// Streams the decisions of all replicas as server-sent events, usually within a second. The data of a `decision`
+    /// event is a decision. To resume the stream on any replica, send the ID of the last event in the `Last-Event-ID`
+    /// header, as browsers do automatically, or in the `last_event_id` parameter. A `dropped` event contains the number
+    /// of decisions that were skipped because they arrived faster than they could be sent, including those that do not
+    /// match the filters. The stream ends with an `end` event when the access token expires, the session is revoked or
+    /// the server stops.
     #[oai(
         path = "/decisions/stream",
         method = "get",
@@ -161,19 +162,19 @@ impl DecisionApi {
         &self,
         caller: UsageTenant,
         request: &Request,
-        /// Only requests with this key.
+        /// Include only requests with this key.
         key_id: Query<Option<ApiKeyId>>,
-        /// Only requests to this endpoint.
+        /// Include only requests to this endpoint.
         endpoint: Query<Option<String>>,
-        /// Only allowed or only denied requests.
+        /// Include only allowed or only denied requests.
         outcome: Query<Option<DecisionOutcome>>,
-        /// Only requests with this ID.
+        /// Include only requests with this ID.
         #[oai(validator(max_length = 128))]
         request_id: Query<Option<String>>,
         /// The ID of the last event you received, or the `last_event_id` of a list. Default: only new decisions.
         #[oai(name = "last_event_id")]
         from: Query<Option<String>>,
-        /// The ID of the last event you received. It takes precedence over the parameter.
+        /// The ID of the last event you received. Takes precedence over the `last_event_id` parameter.
         #[oai(name = "Last-Event-ID")]
         resumed: Header<Option<String>>,
     ) -> Result<DecisionStream, ApiError> {

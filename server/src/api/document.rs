@@ -17,7 +17,7 @@ const SVG: &str = "image/svg+xml";
 const WEBP: &str = "image/webp";
 const STYLE: &str = include_str!("document/page.css");
 const SCRIPT: &str = include_str!("document/page.js");
-/// The opening part of every page.
+/// The metadata at the start of every page.
 const META: &str = "<meta charset=\"utf-8\">\n\
     <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
     <meta name=\"color-scheme\" content=\"light dark\">";
@@ -145,14 +145,13 @@ const fn retry(code: ProblemCode) -> (&'static str, &'static str) {
             RETRY_AFTER,
         ),
         ProblemCode::RequestTimeout | ProblemCode::Internal => (
-            "Send the same request again. With an `Idempotency-Key`, a request that was already processed is not \
-             processed twice.",
+            "Send the same request again. With an `Idempotency-Key`, a request that was already processed is not processed again.",
             r#"curl --retry 3 {base}/admin/plans \
   -H "Authorization: Bearer $ACCESS_TOKEN" -H "Content-Type: application/json" \
   -H "Idempotency-Key: 5f0c1a9e" -d '{"name": "Starter", "default_rpm": 600}'"#,
         ),
         ProblemCode::Malformed | ProblemCode::Invalid | ProblemCode::UnsupportedMediaType => (
-            "Retrying won't help. Fix it first.",
+            "Retrying won't help. Fix the request first.",
             r#"curl {base}/admin/plans \
   -H "Authorization: Bearer $ACCESS_TOKEN" -H "Content-Type: application/json" \
   -d '{"name": "Starter", "default_rpm": 600}'"#,
@@ -187,11 +186,11 @@ curl {base}/auth/refresh -H "Content-Type: application/json" \
             r#"curl -X POST {base}/billing/portal -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
         ProblemCode::BillingOff => (
-            "Retrying won't help. Check whether billing is enabled on this server.",
+            "Retrying won't help. This request shows whether billing is set up on this server.",
             r#"curl {base}/billing -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
         ProblemCode::HeadersTooLarge => (
-            "Fix the cause, then send the request again.",
+            "Send fewer or shorter headers.",
             r#"curl -i {base}/v1/echo -H "X-API-Key: $API_KEY""#,
         ),
         ProblemCode::Forbidden => (
@@ -199,7 +198,7 @@ curl {base}/auth/refresh -H "Content-Type: application/json" \
             r#"curl {base}/auth/me -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
         ProblemCode::NotFound => (
-            "Retrying won't help. List the resources to find the ID.",
+            "Retrying won't help. List the resources to find the right ID.",
             r#"curl "{base}/admin/plans?limit=100" -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
         ProblemCode::MethodNotAllowed => (
@@ -215,13 +214,13 @@ curl {base}/auth/refresh -H "Content-Type: application/json" \
 curl -X DELETE {base}/admin/plans/$PLAN_ID -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
         ProblemCode::PreviousKeyActive => (
-            "The same request will fail until the previous key expires. To revoke it immediately, set `replace_previous`.",
+            "The same request will fail until the previous key expires. To revoke that key immediately, set `replace_previous`.",
             r#"curl {base}/admin/api-keys/$KEY_ID/rotate \
   -H "Authorization: Bearer $ACCESS_TOKEN" -H "Content-Type: application/json" \
   -d '{"replace_previous": true}'"#,
         ),
         ProblemCode::NameTaken => (
-            "Send the request with another name.",
+            "Send the request again with another name.",
             r#"curl {base}/admin/plans \
   -H "Authorization: Bearer $ACCESS_TOKEN" -H "Content-Type: application/json" \
   -d '{"name": "Starter 2", "default_rpm": 600}'"#,
@@ -233,7 +232,7 @@ curl -X DELETE {base}/admin/plans/$PLAN_ID -H "Authorization: Bearer $ACCESS_TOK
   -d '{"default_rpm": 1200}'"#,
         ),
         ProblemCode::IdempotencyMismatch => (
-            "Send the new request with a new key.",
+            "Send the new request with a new `Idempotency-Key`.",
             r#"curl {base}/admin/plans \
   -H "Authorization: Bearer $ACCESS_TOKEN" -H "Content-Type: application/json" \
   -H "Idempotency-Key: $(uuidgen)" -d '{"name": "Pro", "default_rpm": 6000}'"#,
@@ -285,7 +284,7 @@ fn viewer(service_html: &str) -> Option<(String, String)> {
     Some((style, script))
 }
 
-/// A gateway configuration without its opening comment.
+/// Returns a gateway configuration without its opening comment.
 fn configuration(file: &str) -> String {
     let text = match file.split_once("\n\n") {
         Some((_, body)) if file.starts_with('#') => body,
@@ -314,7 +313,7 @@ const PICTURES: [(&str, &[u8]); 4] = [
     ),
 ];
 
-/// The section with the pictures, in the theme of the page.
+/// Returns the section with the pictures, which follow the page's theme.
 fn pictures() -> String {
     let figure = |name: &str, caption: &str| {
         format!(
@@ -327,23 +326,23 @@ fn pictures() -> String {
         "<section id=\"pictures\">\n<h2>The console</h2>\n<div class=\"pictures\">\n{}\n{}\n</div>\n</section>",
         figure(
             "usage",
-            "Allowed and rejected requests by hour, key, endpoint and policy"
+            "Allowed and denied requests by hour, key, endpoint and policy"
         ),
         figure(
             "try-it",
-            "A new key, shown once, and its bucket while it is tested"
+            "A new key, shown once, and its bucket while the key is tested"
         )
     )
 }
 
-/// A picture by its file name.
+/// Returns the picture with this file name.
 fn picture(file: &str) -> Option<Response> {
     let name = file.strip_suffix(".webp")?;
     let (_, bytes) = PICTURES.iter().find(|(it, _)| *it == name)?;
     Some(respond(*bytes, WEBP, HOUR, CSP))
 }
 
-/// The page at `/`: about Quota, or a short page with links to the operator's console and API docs.
+/// Returns the page at `/`: about Quota, or a short page with links to the operator's console and API docs.
 fn front_page(landing: &Landing, base: &str) -> String {
     let version = env!("CARGO_PKG_VERSION");
     match landing {

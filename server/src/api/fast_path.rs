@@ -1,8 +1,8 @@
 //! The fast path for decisions.
 //!
-//! Most requests are checks, at one of three fixed paths. They are recognized by path before the router and
-//! poem-openapi, whose nested routes, query parsing and boxed errors cost more than the rest of such a request. They
-//! are handled by the same code in the same order. A request with any other query is routed normally.
+//! Most requests are checks, at one of three fixed paths. They are recognized by path before they reach the router and
+//! poem-openapi, whose nested routes, query parsing and boxed errors cost more than the rest of such a request. The
+//! same code handles them, in the same order. A request with any other query is routed normally.
 
 use poem::{Endpoint, IntoResponse, Request, Response, Result, http::Method};
 use poem_openapi::{ApiExtractor, ExtractParamOptions, param::Query};

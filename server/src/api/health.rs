@@ -20,7 +20,7 @@ fn ok() -> Json<Health> {
     })
 }
 
-/// Not a server error, so it has no source to log.
+/// Returns the problem for probes while the server is stopping. It is not a server error, so it has no source to log.
 fn stopping() -> ApiError {
     ApiError {
         retry_after: Some(Duration::from_secs(1)),
@@ -32,7 +32,8 @@ fn stopping() -> ApiError {
 impl HealthApi {
     /// Liveness
     ///
-    /// Returns 200 while the process runs. Does not check dependencies: restarting the server would not fix them.
+    /// Returns 200 while the process runs. Does not check dependencies, because restarting the server would not fix
+    /// them.
     #[oai(path = "/live", method = "get", operation_id = "live")]
     async fn live(&self) -> Json<Health> {
         ok()

@@ -27,14 +27,17 @@ pub fn check_field(headers: &HeaderMap) -> Result<(), ApiError> {
             "Idempotency-Key",
             format!("must be 1–{LENGTH_MAX} printable ASCII characters"),
         )),
-        (Some(_), Some(_)) => Err(ApiError::invalid("Idempotency-Key", "must be sent once")),
+        (Some(_), Some(_)) => Err(ApiError::invalid(
+            "Idempotency-Key",
+            "must be sent only once",
+        )),
         _ => Ok(()),
     }
 }
 
 impl IdempotencyGuard {
-    /// `key` is the header, if it was sent. `body` is everything that the response depends on: for an operation on one
-    /// resource, also the resource's ID.
+    /// `key` is the header, if it was sent. `body` is everything that the response depends on, including the resource's
+    /// ID if the operation is on one resource.
     pub fn new<T: Serialize>(
         operation: &'static str,
         key: Option<String>,
@@ -47,7 +50,7 @@ impl IdempotencyGuard {
                 return Err(ApiError::invalid("Idempotency-Key", message));
             }
         }
-        // A hash of the parsed body: the order of its fields does not matter.
+        // Hashes the parsed body, so the order of its fields does not matter.
         let body = serde_json::to_vec(body).map_err(ApiError::internal)?;
         let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &body);
         Ok(Self {

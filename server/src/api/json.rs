@@ -269,7 +269,7 @@ pub fn parse<T: DeserializeOwned + Validate<Context = ()>>(bytes: &[u8]) -> Resu
         ));
     }
     drop(value);
-    // Reads from the bytes instead of the value, which keeps only the last of two fields with the same name.
+    // Reads from the bytes, because the value keeps only the last of two fields with the same name.
     let mut reader = serde_json::Deserializer::from_slice(bytes);
     let value: T = serde_path_to_error::deserialize(&mut reader)
         .map_err(|error| ApiError::invalid_fields(vec![rejected_field(&error)]))?;

@@ -40,7 +40,7 @@ pub struct KeyLimitsApi {
     pub state: AppState,
 }
 
-/// A quota for a calendar day or month.
+/// A daily or monthly quota.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Enum)]
 #[oai(rename_all = "snake_case")]
 pub enum QuotaPolicy {
@@ -190,7 +190,7 @@ impl KeyLimitsApi {
     /// Get a quota burn-down
     ///
     /// Returns how a key's daily or monthly quota has been used so far, compared with an even pace, and when it will be
-    /// used up at the recent pace.
+    /// used up at the current pace.
     #[oai(
         path = "/api-keys/:key_id/burn-down",
         method = "get",
@@ -200,8 +200,8 @@ impl KeyLimitsApi {
         &self,
         caller: UsageTenant,
         key_id: Path<ApiKeyId>,
-        /// The quota to return. The key's plan must have it. Defaults to `daily` if the key's plan has a daily quota, otherwise
-        /// `monthly`.
+        /// The quota to return. The key's plan must have this quota. Default: `daily` if the plan has a daily quota,
+        /// otherwise `monthly`.
         policy: Query<Option<QuotaPolicy>>,
     ) -> Result<Json<BurnDown>, ApiError> {
         let _turn = read_turn(&self.state, &caller).await?;
@@ -248,7 +248,7 @@ fn steps(quota: Quota, until: DateTime<Utc>) -> Vec<DateTime<Utc>> {
     starts
 }
 
-/// Returns the share of `limit` for `part` of a window of `whole`.
+/// Returns the quota that would remain at `at` if it were used at an even pace over the whole window.
 fn ideal(quota: Quota, at: DateTime<Utc>) -> u64 {
     let whole = u128::try_from((quota.end - quota.start).num_milliseconds())
         .unwrap_or(1)

@@ -8,7 +8,8 @@ use poem::Response;
 use super::{problem::ApiError, request_context::RequestContext};
 use crate::tenant_places::{HeldUntilSent, TenantPlaces};
 
-/// Bytes. Smaller responses fit in the socket's buffer, or are limited by the request rate.
+/// The size in bytes above which a response is large. Smaller responses fit in the socket's buffer, or are limited by
+/// the request rate.
 const LARGE: usize = 64 * 1024;
 const OF_TENANT: usize = 8;
 const TOTAL: usize = 64;
@@ -17,7 +18,7 @@ const TOTAL: usize = 64;
 #[derive(Debug, Clone, Copy)]
 struct IsLarge;
 
-/// The places for large responses on one server.
+/// Returns the places for large responses on one replica.
 pub fn places() -> TenantPlaces {
     TenantPlaces::new(OF_TENANT, TOTAL)
 }

@@ -97,7 +97,7 @@ impl StatusOnly {
     }
 
     fn payment_required(denied: StatusCode) -> Self {
-        // nginx passes on only 403.
+        // Of the statuses for denials, nginx passes on only 403.
         let status = match denied {
             StatusCode::FORBIDDEN => StatusCode::FORBIDDEN,
             _ => StatusCode::PAYMENT_REQUIRED,
@@ -133,7 +133,7 @@ impl ApiResponse for StatusOnly {
                 bare(200, "Allowed. The body is empty."),
                 bare(
                     402,
-                    "The key's plan is paid and its organization has no active subscription. The body is empty.",
+                    "The key is on a paid plan, and its tenant has no active subscription. The body is empty.",
                 ),
                 bare(403, "Denied, with `deny=403`. The body is empty."),
                 bare(429, "Denied. The body is empty."),
@@ -144,7 +144,7 @@ impl ApiResponse for StatusOnly {
     fn register(_registry: &mut Registry) {}
 }
 
-/// The status of a denial.
+/// The status code for a denied request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Enum)]
 pub enum Deny {
     #[oai(rename = "403")]
@@ -206,9 +206,9 @@ impl LimitApi {
 
     /// Check a request
     ///
-    /// Called by your own services for each request they receive. Returns 200 whether the request is allowed or
-    /// denied; see `allowed`. A successful check consumes `cost` from all of the key's limits; a denial consumes
-    /// nothing.
+    /// Call this from your own services for each request they receive. Returns 200 whether the request is allowed or
+    /// denied; see `allowed`. An allowed request consumes `cost` from each of the key's limits; a denied request
+    /// consumes nothing.
     #[oai(path = "/check", method = "post", operation_id = "check")]
     pub async fn check(
         &self,
@@ -271,8 +271,8 @@ impl LimitApi {
 
     /// Check a request (status only, for gateways)
     ///
-    /// For gateways that check each request before forwarding it, such as Caddy, nginx, HAProxy and Traefik. Accepts
-    /// any method. Send the gateway's service token in exactly one `X-Service-Token` header, and pass on the consumer's
+    /// For gateways such as Caddy, nginx, HAProxy and Traefik that check each request before forwarding it. Accepts any
+    /// method. Send the gateway's service token in exactly one `X-Service-Token` header, and pass on the consumer's
     /// `X-API-Key` or `Authorization: Bearer`. Every response has an `X-Quota-Decision` header: `allowed`, `limited`,
     /// `unauthorized`, `payment_required` or `unavailable`. Forward a request only if the status is 200 and the
     /// decision is `allowed`.
@@ -281,8 +281,8 @@ impl LimitApi {
         &self,
         caller: GatewayCaller,
         request: &Request,
-        /// Status code for a denial: `403` or `429`. Default `429`. Use `403` for nginx, which passes on neither 429
-        /// nor 402.
+        /// Status code for a denied request: `403` or `429`. Default: `429`. Use `403` for nginx, which passes on
+        /// neither 429 nor 402.
         deny: Query<Option<Deny>>,
     ) -> Result<StatusOnly, ApiError> {
         let denied = match deny.0 {

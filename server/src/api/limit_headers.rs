@@ -1,7 +1,7 @@
 //! The headers that report a decision.
 //!
-//! Writes all of them, except those of responses without a decision: `X-Quota-Decision` of errors on forward-auth, and
-//! `Retry-After` of errors.
+//! This module writes all of them, except those of responses without a decision: `X-Quota-Decision` of errors on
+//! forward-auth, and `Retry-After` of errors.
 //!
 //! `RateLimit` and `RateLimit-Policy` follow draft-ietf-httpapi-ratelimit-headers-11, as structured fields of
 //! RFC 9651; `X-RateLimit-*` are the older convention. `X-Quota-Decision` is for gateways.
@@ -26,7 +26,7 @@ pub const DECISION: HeaderName = HeaderName::from_static("x-quota-decision");
 pub const DEGRADED: HeaderName = HeaderName::from_static("x-quota-degraded");
 pub const REDIS_AWAY: &str = "redis-away";
 
-/// The number of fields in a response, so that its map is allocated once.
+/// The maximum number of headers in a response, so that its map is allocated only once.
 pub const FIELDS: usize = 14;
 
 /// The values of [`DECISION`].
@@ -66,7 +66,7 @@ impl GatewayDecision {
 struct FixedValues {
     limit: HeaderValue,
     policy: HeaderValue,
-    /// With the tenant's quota.
+    /// The policies, including the tenant's quota.
     with_tenant: OnceLock<HeaderValue>,
 }
 
@@ -176,7 +176,7 @@ fn policy_field(
     field
 }
 
-/// Returns the policy closest to exhaustion: `r` requests are left, and all of them are available again in `t` seconds.
+/// The policy closest to exhaustion: `r` requests are left, and all of them are available again in `t` seconds.
 ///
 /// For example `"rpm";r=412;t=23`. Written without heap allocation, since it differs for every request.
 struct StateField {

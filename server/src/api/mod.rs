@@ -40,7 +40,7 @@ pub mod tenant_rights;
 pub mod usage;
 pub mod webhook;
 
-/// Groups of operations in the OpenAPI document, in the order in which it lists them.
+/// Groups of operations in the OpenAPI document, in the order in which they are listed.
 #[derive(poem_openapi::Tags)]
 pub enum Tag {
     /// Check a key and consume its limits.
@@ -49,18 +49,18 @@ pub enum Tag {
     /// Create, rotate, deactivate and delete API keys.
     #[oai(rename = "API keys")]
     ApiKeys,
-    /// Rate limits and quotas shared by a group of keys.
+    /// Rate limits and quotas that apply to each key in a group.
     Plans,
     /// Credentials your gateways use to call the check endpoints.
     #[oai(rename = "Service tokens")]
     ServiceTokens,
-    /// Number of allowed and denied requests, and the reasons for denials.
+    /// The number of allowed and denied requests, and the reasons for denials.
     Usage,
-    /// Quota alerts, and who gets them by email.
+    /// Quota alerts, and who receives them by email.
     Alerts,
     /// Endpoints to which events are sent, and their deliveries.
     Webhooks,
-    /// Subscribe, and see the access that the subscription provides.
+    /// Subscribe, and see the access that your subscription provides.
     Billing,
     /// Audit log of configuration changes.
     Audit,

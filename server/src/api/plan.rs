@@ -88,7 +88,7 @@ fn in_use(key_count: u64) -> ApiError {
     ApiError::new(ProblemCode::PlanInUse, detail)
 }
 
-/// A key was added after the count.
+/// Returns the problem for deleting a plan to which a key was added after its keys were counted.
 fn just_used() -> ApiError {
     ApiError::new(
         ProblemCode::PlanInUse,
@@ -101,7 +101,7 @@ impl PlanApi {
     /// List plans
     ///
     /// Returns plans in the order given by `sort`, by default newest first, each with its number of keys. A cursor is
-    /// only valid with the sort it was issued for.
+    /// valid only with the `sort` it was issued for.
     #[oai(path = "/plans", method = "get", operation_id = "list_plans")]
     async fn list(
         &self,
@@ -109,7 +109,7 @@ impl PlanApi {
         /// Sort field; prefix with `-` for descending. Names are compared case-insensitively. Default:
         /// `-created_at`.
         sort: Query<Option<PlanOrder>>,
-        /// Page size, 1–100. Default 20.
+        /// Page size, 1–100. Default: 20.
         limit: Query<Option<PageSize>>,
         /// `next_cursor` from the previous page.
         cursor: Query<Option<String>>,
@@ -123,7 +123,7 @@ impl PlanApi {
 
     /// Create a plan
     ///
-    /// Returns the plan. Keys created on it get these limits.
+    /// Returns the plan. Its limits apply to each of its keys separately.
     #[oai(path = "/plans", method = "post", operation_id = "create_plan")]
     async fn create(
         &self,
@@ -175,8 +175,8 @@ impl PlanApi {
 
     /// Update a plan
     ///
-    /// Takes effect on all replicas within one second. Usage isn't reset: an update grants no new burst or quota. If
-    /// burst equals the rate, it follows rate changes unless `burst` is sent.
+    /// Takes effect on all replicas within one second. Usage isn't reset: an update grants no new burst or quota. A
+    /// burst that equals the rate changes with the rate unless `burst` is sent.
     #[oai(
         path = "/plans/:plan_id",
         method = "patch",
@@ -225,7 +225,7 @@ impl PlanApi {
                 it.billing,
             )
         };
-        // A plan that already was above the limits can still be renamed.
+        // A plan that already exceeded the limits can still be renamed.
         if limits(&before) != limits(&after) {
             allowance::check_plan(config, &after)?;
         }

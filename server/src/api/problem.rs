@@ -73,7 +73,7 @@ impl ApiError {
         }
     }
 
-    /// The problem for a resource that does not exist or belongs to another tenant.
+    /// Returns the problem for a resource that does not exist or belongs to another tenant.
     pub fn not_found() -> Self {
         Self::new(ProblemCode::NotFound, "Not found.")
     }
@@ -123,7 +123,7 @@ impl ApiError {
         Self::wait("Too many requests from this address.", retry_after)
     }
 
-    /// The problem for too many concurrent reports and lists of a tenant.
+    /// Returns the problem for too many concurrent reports and lists of a tenant.
     pub fn too_many_reads() -> Self {
         Self::wait(
             "Your organization has too many concurrent reads.",
@@ -138,12 +138,29 @@ impl ApiError {
         )
     }
 
-    /// The problem for too many streams, which stay open while they are being viewed.
+    /// Returns the problem for a tenant that has requested too many deliveries.
+    pub fn too_many_webhook_requests(retry_after: Duration) -> Self {
+        Self::wait(
+            "Your organization has requested too many test events and redeliveries.",
+            retry_after,
+        )
+    }
+
+    /// Returns the problem for a webhook that has as many pending deliveries as it may.
+    pub fn too_many_pending() -> Self {
+        Self::wait(
+            "The webhook has too many pending deliveries.",
+            Duration::from_mins(1),
+        )
+    }
+
+    /// Returns the problem for too many streams, which remain open while they are being viewed.
     pub fn too_many_streams() -> Self {
         Self::wait("Too many open streams.", Duration::from_secs(10))
     }
 
-    /// Also states the wait in `detail`, for people who cannot see the headers.
+    /// Returns the problem for a request to be retried later. `detail` states the wait as well, for users who cannot
+    /// see the headers.
     fn wait(why: &str, retry_after: Duration) -> Self {
         let secs = whole_secs(retry_after);
         let unit = if secs == 1 { "second" } else { "seconds" };
@@ -187,7 +204,7 @@ impl ApiError {
     pub fn denied(record: Arc<KeyRecord>, decision: Decision) -> Self {
         let secs = decision.retry_after_secs();
         if decision.violated().is_empty() {
-            // No limit is known to be reached, because the shared counters could not be queried.
+            // No limit is known to have been reached, because the shared counters could not be queried.
             return Self {
                 retry_after: Some(Duration::from_secs(secs.unwrap_or(1))),
                 denied: Some(Box::new((record, decision))),

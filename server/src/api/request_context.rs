@@ -23,7 +23,7 @@ use crate::{
 /// Maximum length of the stored User-Agent. Longer values are truncated.
 const USER_AGENT_MAX: usize = 256;
 
-/// Determined once, when the request arrives, and stored with it.
+/// The details of a request, determined once when it arrives and stored with it.
 pub struct RequestContext {
     pub state: AppState,
     /// The request's ID: visible ASCII.
@@ -89,7 +89,7 @@ impl RequestContext {
     }
 
     /// Returns the caller for whom a secret in this request is looked up. `tenant` is the owner of the service token in
-    /// the request, if it had one.
+    /// the request, if it has one.
     pub fn source(&self, tenant: Option<TenantId>) -> LookupCaller {
         LookupCaller {
             tenant,
@@ -132,7 +132,7 @@ impl RequestContext {
     }
 }
 
-/// The stored details of a request's origin.
+/// Returns the origin of a request, as it is stored with sessions and audit events.
 pub fn origin(request: &Request) -> Origin {
     let user_agent = request.headers().get(header::USER_AGENT).map(|agent| {
         String::from_utf8_lossy(agent.as_bytes())

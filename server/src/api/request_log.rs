@@ -131,7 +131,7 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
         let status = response.status().as_u16();
         let took = state.clock.monotonic().saturating_since(began);
         state.metrics.answered(status);
-        // Probes arrive every few seconds while the server runs.
+        // Routine probes are not logged, because they arrive every few seconds.
         let is_routine_probe =
             uri.path().starts_with("/health/") && (status < 500 || state.is_draining());
         if !is_routine_probe

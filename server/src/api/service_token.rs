@@ -61,7 +61,7 @@ impl ServiceTokenApi {
     async fn list(
         &self,
         caller: ReadingTenant,
-        /// Page size, 1–100. Default 20.
+        /// Page size, 1–100. Default: 20.
         limit: Query<Option<PageSize>>,
         /// `next_cursor` from the previous page.
         cursor: Query<Option<String>>,
@@ -138,7 +138,7 @@ impl ServiceTokenApi {
 
     /// Delete a service token
     ///
-    /// The token stops working immediately. This cannot be undone.
+    /// The token stops working on all replicas within one second. This cannot be undone.
     #[oai(
         path = "/service-tokens/:token_id",
         method = "delete",

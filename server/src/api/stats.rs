@@ -1,4 +1,4 @@
-//! `/admin/stats`: the numbers of the home page.
+//! `/admin/stats`: the numbers on the home page.
 
 use chrono::{DateTime, TimeDelta, Utc};
 use poem::Result;
@@ -35,7 +35,7 @@ struct Yesterday {
     start: DateTime<Utc>,
     /// The start of the quarter hour that contains this time.
     quarter: DateTime<Utc>,
-    /// The fraction of it that has passed.
+    /// The fraction of that quarter hour that has passed.
     part: f64,
 }
 
@@ -91,7 +91,7 @@ impl From<QuotaRow> for QuotaStatus {
     }
 }
 
-/// The percentage of a quota above which it needs attention.
+/// How much of a quota must be used before it needs attention, in percent.
 const ATTENTION_PERCENT: i64 = 80;
 
 fn attention(quotas: Vec<QuotaRow>, standings: Vec<Standing>) -> Vec<Attention> {

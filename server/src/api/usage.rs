@@ -96,7 +96,7 @@ const fn group_by(by: UsageGroupBy) -> GroupBy {
     }
 }
 
-/// Identifies a group by the field for its kind.
+/// The fields that identify a group. Only the one for its kind is set.
 #[derive(Default)]
 struct GroupFields {
     key_id: Option<ApiKeyId>,
@@ -179,7 +179,7 @@ struct Grouped {
     groups: Vec<UsageGroup>,
 }
 
-/// `all` contains the counts of each bucket across all groups.
+/// Returns the largest groups and all others combined. `all` contains the counts of each bucket across all groups.
 async fn grouped(
     tx: &mut TenantTx,
     filter: &Filter,
@@ -293,7 +293,7 @@ pub(super) const fn policy_name(policy: Policy) -> PolicyName {
 }
 
 fn wants_csv(request: &Request) -> bool {
-    // The first supported media type.
+    // The first supported media type is used.
     let accept = request.headers().get_all(poem::http::header::ACCEPT);
     let types = accept
         .iter()
@@ -322,12 +322,12 @@ impl UsageApi {
     /// Get usage
     ///
     /// Returns the number of allowed and denied requests in each hour or day. Without `group_by`, there is one series
-    /// of all requests that match the filters, and its `key_id` is `null`. With `group_by`, there is one series for
-    /// each of the 20 largest groups and one for all others. `allowed` and `rejected` are request counts;
-    /// `allowed_cost` and `rejected_cost` are their total cost. Send `Accept: text/csv` to get a CSV file.
+    /// with all requests that match the filters. With `group_by`, there is one series for each of the 20 largest groups
+    /// and one for all others. `allowed` and `rejected` are request counts; `allowed_cost` and `rejected_cost` are the
+    /// total costs of these requests. Send `Accept: text/csv` to get a CSV file.
     ///
-    /// Usage is broken down by at most 256 endpoints per key and 4,096 per organization; requests to additional
-    /// endpoints count only toward the totals and `other`.
+    /// At most 256 endpoints per key and 4,096 per tenant are counted separately; requests to additional endpoints
+    /// count only toward the totals and `other`.
     #[oai(path = "/usage", method = "get", operation_id = "get_usage")]
     #[expect(
         clippy::too_many_arguments,
@@ -345,13 +345,13 @@ impl UsageApi {
         /// The length of a bucket. A response has at most 1,000 buckets for each group. Default: `hour` for ranges of
         /// up to 7 days, `day` for longer ones.
         bucket: Query<Option<UsageBucketSize>>,
-        /// The IANA name of the time zone in which hours and days start. Default: the organization's.
+        /// The IANA name of the time zone in which hours and days start. Default: the tenant's time zone.
         tz: Query<Option<String>>,
-        /// Only requests with this key.
+        /// Include only requests with this key.
         key_id: Query<Option<ApiKeyId>>,
-        /// Only requests with keys that were on this plan at the time.
+        /// Include only requests with keys that were on this plan at the time.
         plan_id: Query<Option<PlanId>>,
-        /// Only requests to this endpoint.
+        /// Include only requests to this endpoint.
         endpoint: Query<Option<String>>,
         /// How to group the requests.
         group_by: Query<Option<UsageGroupBy>>,
@@ -436,7 +436,7 @@ pub(super) fn endpoint_filter(endpoint: Option<String>) -> Result<Option<String>
             "endpoint",
             format!("must be at most {ENDPOINT_MAX} characters"),
         )),
-        // These represent all endpoints, and the endpoints above the limit.
+        // In the rollups, names with control characters represent all endpoints together, and those above the limit.
         Some(it) if it.chars().any(char::is_control) => Err(ApiError::invalid(
             "endpoint",
             "must not contain control characters",

@@ -19,7 +19,7 @@ use uuid::Uuid;
 
 use super::{
     Tag,
-    change::{Edit, read},
+    change::{Edit, change_turn, read, read_turn},
     creation::create,
     idempotency::IdempotencyGuard,
     json::{Created, Json, NoContent},
@@ -34,6 +34,7 @@ use crate::{
         webhook_delivery::{self, DeliveryRow, NewDelivery},
     },
     state::AppState,
+    tenant_queue::Turn,
     webhooks::event::Event,
 };
 
@@ -84,18 +85,28 @@ impl WebhookApi {
             .map(drop)
             .map_err(|message| ApiError::invalid("url", message))
     }
+
+    /// Waits for the tenant's turn to request a delivery, if it has not requested too many.
+    async fn request_turn(&self, caller: &ManagingTenant) -> Result<Turn, ApiError> {
+        let admitted = self.state.webhook_requests.admit(caller.tenant());
+        admitted.map_err(|wait| {
+            self.state.metrics.guard_refusals.inc();
+            ApiError::too_many_webhook_requests(wait)
+        })?;
+        change_turn(&self.state, caller).await
+    }
 }
 
 #[OpenApi(prefix_path = "/admin", tag = "Tag::Webhooks")]
 impl WebhookApi {
     /// List webhooks
     ///
-    /// Returns webhooks newest first. The signing secret is never returned.
+    /// Returns webhooks, newest first. The signing secret is never returned.
     #[oai(path = "/webhooks", method = "get", operation_id = "list_webhooks")]
     async fn list(
         &self,
         caller: ReadingTenant,
-        /// Page size, 1–100. Default 20.
+        /// Page size, 1–100. Default: 20.
         limit: Query<Option<PageSize>>,
         /// `next_cursor` from the previous page.
         cursor: Query<Option<String>>,
@@ -109,13 +120,13 @@ impl WebhookApi {
     /// Create a webhook
     ///
     /// Returns the signing secret. This is the only time it is available: a replay with the same `Idempotency-Key`
-    /// returns everything except the secret. All later events are sent to the URL.
+    /// returns everything except the secret. All events that happen from now on are sent to the URL.
     #[oai(path = "/webhooks", method = "post", operation_id = "create_webhook")]
     async fn create(
         &self,
         caller: ManagingTenant,
-        /// Makes the request safe to retry: the same key and body within 24 hours return the first response again,
-        /// without the secret.
+        /// Makes the request safe to retry: repeating it with the same key and body within 24 hours returns the first
+        /// response again, without the secret.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<CreateWebhook>,
@@ -214,7 +225,7 @@ impl WebhookApi {
 
     /// Delete a webhook
     ///
-    /// Pending deliveries are not sent, and the log of deliveries is deleted. This cannot be undone.
+    /// Pending deliveries are not sent, and all deliveries are deleted shortly afterward. This cannot be undone.
     #[oai(
         path = "/webhooks/:webhook_id",
         method = "delete",
@@ -237,8 +248,8 @@ impl WebhookApi {
     /// Rotate a webhook's signing secret
     ///
     /// Returns a new secret. This is the only time it is available: a replay with the same `Idempotency-Key` returns
-    /// everything except the secret. For `grace_seconds`, deliveries are signed with the current secret as well. Until
-    /// then, another rotation ends the use of the earlier secret.
+    /// everything except the secret. For `grace_seconds`, deliveries are also signed with the current secret. If you
+    /// rotate again during this time, they are no longer signed with the earliest secret.
     #[oai(
         path = "/webhooks/:webhook_id/rotate-secret",
         method = "post",
@@ -248,8 +259,8 @@ impl WebhookApi {
         &self,
         caller: ManagingTenant,
         webhook_id: Path<WebhookId>,
-        /// Makes the request safe to retry: the same key and body within 24 hours return the first response again,
-        /// without the secret.
+        /// Makes the request safe to retry: repeating it with the same key and body within 24 hours returns the first
+        /// response again, without the secret.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<RotateWebhookSecret>,
@@ -287,8 +298,10 @@ impl WebhookApi {
 
     /// Send a test event
     ///
-    /// Sends an event of the type `webhook.test`, also if the webhook is disabled. Returns the delivery, which is sent
-    /// immediately afterwards; list deliveries to see the result.
+    /// Sends an event of the type `webhook.test`, even if the webhook is disabled. Returns the delivery, which is sent
+    /// immediately afterward; list the deliveries to see the result.
+    ///
+    /// A tenant can request at most 30 tests and redeliveries per minute.
     #[oai(
         path = "/webhooks/:webhook_id/test",
         method = "post",
@@ -301,10 +314,14 @@ impl WebhookApi {
     ) -> Result<Created<WebhookDelivery>, ApiError> {
         let webhook = webhook_id.0.0;
         let event = Event::test(self.state.clock.now());
+        let _turn = self.request_turn(&caller).await?;
         let insert = async |tx: &mut TenantTx| {
             // Locked, so that it is not deleted before the insert.
             if webhook::lock(tx, webhook).await?.is_none() {
                 return Ok(None);
+            }
+            if !webhook_delivery::has_room(tx, webhook).await? {
+                return Ok(Some(None));
             }
             let new = NewDelivery {
                 tenant_id: tx.tenant().0,
@@ -314,16 +331,18 @@ impl WebhookApi {
                 event_type: event.kind,
                 payload: &event.payload,
             };
-            webhook_delivery::insert(tx, &new).await.map(Some)
+            let row = webhook_delivery::insert(tx, &new).await?;
+            Ok(Some(Some(row)))
         };
         let row = read(&self.state, &caller, insert).await.or_not_found()?;
+        let row = row.ok_or_else(ApiError::too_many_pending)?;
         self.state.webhooks.wake();
         Ok(Created(row.into()))
     }
 
     /// List a webhook's deliveries
     ///
-    /// Returns deliveries newest first. They are kept for 30 days.
+    /// Returns deliveries, newest first. They are kept for 30 days.
     #[oai(
         path = "/webhooks/:webhook_id/deliveries",
         method = "get",
@@ -333,9 +352,9 @@ impl WebhookApi {
         &self,
         caller: ReadingTenant,
         webhook_id: Path<WebhookId>,
-        /// Only deliveries in this state.
+        /// Include only deliveries in this state.
         status: Query<Option<WebhookDeliveryStatus>>,
-        /// Page size, 1–100. Default 20.
+        /// Page size, 1–100. Default: 20.
         limit: Query<Option<PageSize>>,
         /// `next_cursor` from the previous page.
         cursor: Query<Option<String>>,
@@ -343,6 +362,7 @@ impl WebhookApi {
         let id = webhook_id.0.0;
         let slice = page::slice(limit.0, cursor.0.as_deref())?;
         let status = status.0.map(WebhookDeliveryStatus::as_str);
+        let _turn = read_turn(&self.state, &caller).await?;
         let list = async |tx: &mut TenantTx| {
             if webhook::find(tx, id).await?.is_none() {
                 return Ok(None);
@@ -357,8 +377,10 @@ impl WebhookApi {
 
     /// Redeliver an event
     ///
-    /// Sends the event again, regardless of its status, even if the webhook is disabled. It has the same ID, so
-    /// that a receiver that has already processed it can ignore it.
+    /// Sends the event again, regardless of its status, even if the webhook is disabled. The event keeps its ID, so a
+    /// receiver that has already processed it can ignore it.
+    ///
+    /// A tenant can request at most 30 tests and redeliveries per minute.
     #[oai(
         path = "/webhooks/deliveries/:delivery_id/redeliver",
         method = "post",
@@ -370,8 +392,25 @@ impl WebhookApi {
         delivery_id: Path<WebhookDeliveryId>,
     ) -> Result<Json<WebhookDelivery>, ApiError> {
         let id = delivery_id.0.0;
-        let redeliver = async |tx: &mut TenantTx| webhook_delivery::redeliver(tx, id).await;
+        let _turn = self.request_turn(&caller).await?;
+        let redeliver = async |tx: &mut TenantTx| {
+            let Some(delivery) = webhook_delivery::find(tx, id).await? else {
+                return Ok(None);
+            };
+            // Its deliveries outlive a deleted webhook for a while.
+            if webhook::lock(tx, delivery.webhook_id).await?.is_none() {
+                return Ok(None);
+            }
+            if delivery.due_at.is_none()
+                && !webhook_delivery::has_room(tx, delivery.webhook_id).await?
+            {
+                return Ok(Some(None));
+            }
+            let row = webhook_delivery::redeliver(tx, id).await?;
+            Ok(row.map(Some))
+        };
         let row = read(&self.state, &caller, redeliver).await.or_not_found()?;
+        let row = row.ok_or_else(ApiError::too_many_pending)?;
         self.state.webhooks.wake();
         Ok(Json(row.into()))
     }

@@ -35,7 +35,7 @@ use crate::{
 /// An account with a new session.
 pub struct SignedIn {
     pub tokens: Tokens,
-    /// The token by which the device is recognized at its next sign-in.
+    /// The token that identifies the device at its next sign-in.
     pub device: String,
     pub user: UserRow,
     pub tenant: TenantRow,
@@ -128,7 +128,7 @@ impl Accounts {
         })
     }
 
-    /// Returns the token of the device that signed in.
+    /// Returns the device token to store on the device that signed in.
     fn remember(&self, email: &str, hash: &str, device: Option<&str>) -> Result<String, AuthError> {
         self.devices
             .remember((email, hash), device, self.clock.now())

@@ -11,7 +11,7 @@
 //! each attempt has to wait twice as long as the previous one, and one attempt is forgiven every few minutes. So a
 //! lockout does not last much longer than a few minutes, and an attacker gets about one guess in that time. An attempt
 //! is counted before the password is verified, so parallel attempts gain nothing. It is taken back if the password is
-//! correct or was never verified, because too many were waiting or the client disconnected.
+//! correct, or if it was never verified because too many were waiting or the client disconnected.
 //!
 //! With Redis, all replicas share the counters through a script. Every replica also counts locally. While Redis is
 //! unreachable, the local count decides, with half the attempts. Nothing here reveals whether an account exists.
@@ -88,7 +88,7 @@ enum OnSuccess {
     Clear,
     /// This attempt is taken back.
     TakeBack,
-    /// The attempt stays counted.
+    /// The attempt remains counted.
     Keep,
 }
 
@@ -203,8 +203,8 @@ impl Attempts {
             .await
     }
 
-    /// Counts an attempt by a signed-in user, such as to change the password, so that a stolen session cannot be used
-    /// to guess it.
+    /// Counts an attempt by a signed-in user, for example to change the password, so that a stolen session cannot be
+    /// used to guess the password.
     pub async fn of_user(self: &Arc<Self>, user: &[u8]) -> Result<Attempt, Wait> {
         let own = self.of_one(&[b"user", user], OnSuccess::Clear);
         self.take_known(vec![own, self.uses(&[b"user uses", user])])
@@ -245,7 +245,8 @@ impl Attempts {
         name
     }
 
-    /// All keys are in the hash slot of the last counter, that of the widest network.
+    /// Returns the counters' keys in Redis. All of them are in the hash slot of the last counter, that of the widest
+    /// network.
     fn keys(redis: &Redis, counters: &[Counter]) -> Vec<String> {
         let text = |counter: &Counter| URL_SAFE_NO_PAD.encode(counter.name);
         let slot = counters.last().map(text).unwrap_or_default();
@@ -320,7 +321,7 @@ impl Attempts {
             },
             Ok(_) => None,
             Err(error) => {
-                tracing::debug!(error = %error, "Redis did not count a sign-in; using the local count");
+                tracing::debug!(error = %error, "cannot count a sign-in attempt in Redis; using the local count");
                 None
             }
         }

@@ -1,12 +1,12 @@
-//! Known devices: devices from which an account was signed in to before.
+//! Known devices: devices that were used to sign in to an account before.
 //!
 //! A successful sign-in returns a device token, which the browser keeps in a cookie and the desktop app in the
 //! keychain. A later sign-in to the same account that sends it is not subject to the limits that other people can
-//! exhaust. It is not a credential: without the password, it only allows a few separate attempts.
+//! exhaust. The token is not a credential: without the password, it only allows a few separate attempts.
 //!
 //! A token contains a random ID, the time it was issued and a mark of the account's password, under a MAC that covers
-//! the account's email. After a password change, no device is known anymore. Nothing is stored on the server. A value
-//! may contain the tokens of several accounts, newest first.
+//! the account's email. After a password change, no device is known. Nothing is stored on the server. A value may
+//! contain the tokens of several accounts, newest first.
 
 use std::{sync::Arc, time::Duration};
 
@@ -34,7 +34,7 @@ const SEPARATOR: char = '.';
 /// Identifies a device.
 pub type DeviceId = [u8; ID];
 
-/// A device on which an account has signed in.
+/// A device that was used to sign in to an account.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Device {
     pub id: DeviceId,

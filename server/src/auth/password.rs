@@ -2,7 +2,7 @@
 //!
 //! Hashing uses at most two threads and 92 MiB, regardless of load. Callers wait for a thread in three classes, so that
 //! a flood of sign-ins does not lock out other users: known devices and signed-in users, networks without recent
-//! failures, and all others, including registrations. Each class is bounded and has its share of the threads. Within a
+//! failures, and all others, including registrations. Each class is bounded and gets a share of the threads. Within a
 //! class, callers take turns by account or network. When a class is full, the account or network with the most waiters
 //! loses one.
 //!
@@ -23,6 +23,7 @@ use argon2::{
     password_hash::phc::PasswordHash,
 };
 use parking_lot::Mutex;
+use prometheus_client::metrics::counter::Counter;
 use quota_common::bounds::PASSWORD_BYTES;
 use tokio::sync::oneshot;
 use unicode_normalization::UnicodeNormalization;
@@ -37,7 +38,8 @@ const THREADS: usize = 2;
 const WAITING: [usize; CLASSES] = [16, 24, 8];
 const WAIT: Duration = Duration::from_secs(5);
 const CLASSES: usize = 3;
-/// The order in which classes are served, repeatedly. An empty class passes its turn to the first one that is not empty.
+/// The order in which classes are served, repeatedly. An empty class passes its turn to the first one that is not
+/// empty.
 const TURNS: [CallerClass; 8] = [
     CallerClass::Known,
     CallerClass::Ordinary,
@@ -76,7 +78,7 @@ pub enum CallerClass {
     Suspect,
 }
 
-/// Where to wait in the queue.
+/// A caller's place in the queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Turn {
     pub class: CallerClass,
@@ -110,34 +112,23 @@ impl Password {
         )))
     }
 
-    /// Checks that it is strong enough for the account with this email. Takes a few milliseconds for any password; see
-    /// [`windows`]. If one part is hard to guess, the whole password is hard to guess.
+    /// Checks that the password is strong enough for the account with this email. Takes a few milliseconds for any
+    /// password; see [`windows`]. If one part is hard to guess, the whole password is hard to guess.
     fn judge(&self, email: &str) -> Result<(), AuthError> {
         self.check_length()?;
         let mut known = vec![email, "quota"];
         let parts = email.split(['@', '.', '+', '-', '_']);
         known.extend(parts.filter(|part| part.len() > 2).take(EMAIL_PARTS));
-        let mut warning = None;
         for part in windows(&self.0) {
             // If zxcvbn panics, treat the password as easy to guess.
-            let judged = catch_unwind(|| {
-                let estimate = zxcvbn::zxcvbn(&part, &known);
-                let warning = estimate
-                    .feedback()
-                    .and_then(zxcvbn::feedback::Feedback::warning);
-                (estimate.score(), warning)
-            });
-            match judged {
-                Ok((score, _)) if score >= Score::Three => return Ok(()),
-                Ok((_, this)) => warning = warning.or(this),
-                Err(_) => {}
+            let score = catch_unwind(|| zxcvbn::zxcvbn(&part, &known).score());
+            if score.is_ok_and(|score| score >= Score::Three) {
+                return Ok(());
             }
         }
-        let message = match warning {
-            Some(warning) => format!("is too easy to guess: {warning}"),
-            None => "is too easy to guess".to_owned(),
-        };
-        Err(AuthError::WeakPassword(message))
+        Err(AuthError::WeakPassword(
+            "this password is too common. Choose another.".to_owned(),
+        ))
     }
 }
 
@@ -288,6 +279,8 @@ impl Drop for Place {
 pub struct PasswordPool {
     jobs: SyncSender<Job>,
     places: Arc<Mutex<Places>>,
+    /// Counts the callers that were turned away.
+    busy: Counter,
     /// The hash of a random password, so that unknown emails take as long as wrong passwords.
     dummy_hash: Arc<str>,
 }
@@ -299,7 +292,8 @@ impl std::fmt::Debug for PasswordPool {
 }
 
 impl PasswordPool {
-    pub fn start(cost: PasswordCost) -> Result<Self, AuthError> {
+    /// Starts the threads. `busy` counts the callers that get [`AuthError::Busy`].
+    pub fn start(cost: PasswordCost, busy: Counter) -> Result<Self, AuthError> {
         let internal = |error: &dyn std::fmt::Display| AuthError::Internal(error.to_string());
         let params =
             Params::new(cost.memory_kib, cost.passes, 1, Some(32)).map_err(|e| internal(&e))?;
@@ -335,8 +329,14 @@ impl PasswordPool {
         Ok(Self {
             jobs,
             places: Arc::default(),
+            busy,
             dummy_hash: dummy_hash.into(),
         })
+    }
+
+    fn turn_away(&self) -> AuthError {
+        self.busy.inc();
+        AuthError::Busy
     }
 
     /// Waits for a thread.
@@ -349,14 +349,14 @@ impl PasswordPool {
             }
             let (grant, granted) = oneshot::channel();
             if !places.waiting.push(turn, grant) {
-                return Err(AuthError::Busy);
+                return Err(self.turn_away());
             }
             granted
         };
         // A waiter that was displaced by another party was dropped.
         match tokio::time::timeout(WAIT, granted).await {
             Ok(Ok(place)) => Ok(place),
-            Ok(Err(_)) | Err(_) => Err(AuthError::Busy),
+            Ok(Err(_)) | Err(_) => Err(self.turn_away()),
         }
     }
 
@@ -373,15 +373,17 @@ impl PasswordPool {
         });
         match self.jobs.try_send(job) {
             Ok(()) => {}
-            Err(TrySendError::Full(_)) => return Err(AuthError::Busy),
+            Err(TrySendError::Full(_)) => return Err(self.turn_away()),
             Err(TrySendError::Disconnected(_)) => {
-                return Err(AuthError::Internal("no password threads".into()));
+                return Err(AuthError::Internal(
+                    "all password threads have ended".into(),
+                ));
             }
         }
         match tokio::time::timeout(WAIT, answered).await {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(_)) => Err(AuthError::Internal("a password thread panicked".into())),
-            Err(_) => Err(AuthError::Busy),
+            Err(_) => Err(self.turn_away()),
         }
     }
 

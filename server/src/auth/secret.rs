@@ -1,5 +1,5 @@
-//! The keys from which all signing keys are derived: a secret set by the operator, or one kept in the database. Each
-//! purpose has its own key (HKDF-SHA-256), so no key reveals another.
+//! Derives all signing keys from one secret, which the operator sets or which is kept in the database. Each purpose has
+//! its own key (HKDF-SHA-256), so no key reveals another.
 //!
 //! While the operator rotates `QUOTA_SECRET`, new signatures use the current secret, and those made with
 //! `QUOTA_SECRET_PREVIOUS` are still accepted: browser sessions, access tokens and known devices survive.
@@ -116,14 +116,15 @@ impl SecretPair {
         }
     }
 
-    /// Starts with the current secret.
+    /// Returns the accepted secrets, starting with the current one.
     pub fn accepted(&self) -> impl Iterator<Item = &Secrets> {
         std::iter::once(&self.current).chain(&self.previous)
     }
 }
 
-/// The keys for data that replicas exchange through Redis or store in the database. They are derived from the secret *and* the installation: two
-/// installations with the same secret and the same Redis prefix, but different databases, do not trust each other.
+/// The keys for data that replicas exchange through Redis or store in the database. They are derived from the secret
+/// *and* the installation: two installations with the same secret and the same Redis prefix, but different databases,
+/// do not trust each other.
 #[derive(Debug)]
 pub struct Seals {
     pub records: Seal,

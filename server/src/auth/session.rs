@@ -68,7 +68,7 @@ pub struct Sessions {
     live: Cached<SessionId, LiveSession>,
     publisher: Publisher,
     days: u32,
-    /// Whether to refresh sessions of earlier versions, which did not record their secret.
+    /// Whether to refresh sessions created by earlier versions, which did not record their secret.
     accepts_unmarked: bool,
 }
 
@@ -319,7 +319,7 @@ impl Sessions {
         self.live.forget(|_, _| true);
     }
 
-    /// Drops sessions from the cache that were invalidated by changes.
+    /// Drops sessions from the cache if a change has invalidated them.
     pub fn revoke(&self, gone: &InvalidationSet) {
         if gone.any_session() {
             self.live
@@ -327,7 +327,7 @@ impl Sessions {
         }
     }
 
-    /// Drops sessions that were revoked in a committed transaction from the cache, and notifies the other replicas.
+    /// Drops sessions from the cache that a committed transaction has revoked, and notifies the other replicas.
     pub fn ended(&self, invalidations: &[Invalidation]) {
         self.revoke(&invalidations.iter().collect());
         for invalidation in invalidations {

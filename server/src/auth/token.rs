@@ -68,10 +68,10 @@ struct Pair {
 
 fn pair(secrets: &Secrets) -> Result<Pair, AuthError> {
     let pair = Ed25519KeyPair::from_seed_unchecked(&secrets.signing_seed)
-        .map_err(|error| AuthError::Internal(format!("no signing key: {error}")))?;
+        .map_err(|error| AuthError::Internal(format!("cannot create the signing key: {error}")))?;
     let pkcs8 = pair
         .to_pkcs8v1()
-        .map_err(|error| AuthError::Internal(format!("no signing key: {error}")))?;
+        .map_err(|error| AuthError::Internal(format!("cannot create the signing key: {error}")))?;
     let public = pair.public_key().as_ref();
     let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, public);
     Ok(Pair {

@@ -148,7 +148,7 @@ async fn shared_records_are_valid_from_when_they_were_current() {
         })
     };
     it.cache.get(1, shared).await.unwrap();
-    // The poll is no longer fresh a second after it began, not a second after the lookup.
+    // The entry is valid for a second after the poll began, not after the lookup.
     it.clock.advance(Duration::from_millis(300));
     assert_eq!(it.freshness.polled_lately(), None);
     assert!(it.cache.peek(&1).is_some());
@@ -170,7 +170,7 @@ async fn unconfirmed_entries_are_served_for_the_grace_period_only() {
     assert_eq!(it.get(Ok(Some("b"))).await.unwrap().as_deref(), Some("b"));
 }
 
-/// A load that never ends, as when PostgreSQL accepts every byte and never responds.
+/// Returns a load that never ends, as when PostgreSQL accepts every byte but never responds.
 fn hangs() -> impl Fn() -> std::future::Pending<Result<Option<String>, Unconfirmed>> {
     std::future::pending
 }

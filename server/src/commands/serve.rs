@@ -31,8 +31,8 @@ const RETURN_TOKENS_WITHIN: Duration = Duration::from_secs(25);
 /// The minimum time for returning tokens, even if requests in flight took longer than the time above.
 const RETURN_TOKENS_MIN: Duration = Duration::from_millis(1500);
 
-/// Completes on SIGTERM or SIGINT. The call installs the handlers, not the first poll: a signal in between would kill
-/// the process.
+/// Completes on SIGTERM or SIGINT. The handlers are installed by the call, not by the first poll, because a signal in
+/// between would kill the process.
 fn stop_requested() -> impl Future<Output = ()> {
     let signals = (
         signal(SignalKind::terminate()),

@@ -20,16 +20,16 @@ use super::{apply_migrations, with_database};
 
 #[derive(Subcommand)]
 pub enum UsageCommand {
-    /// Write to PostgreSQL the usage that a replica has left behind. Use this for a replica that will not return; a
-    /// replica that starts with the same QUOTA_DATA_DIR ships its usage automatically. Nothing is counted twice if you
-    /// run it repeatedly or while the replica is running
+    /// Recover the usage that a replica left behind, and write it to PostgreSQL. Use this for a replica that will not
+    /// return; a replica that starts with the same QUOTA_DATA_DIR ships this usage automatically. Nothing is counted
+    /// twice if you run the command repeatedly or while the replica is running
     Replay {
         #[command(flatten)]
         settings: Box<Settings>,
         /// A replica's directory in `usage`, or the `usage` directory itself for all of them
         directory: PathBuf,
     },
-    /// Stop waiting for the usage of a replica whose disk is lost. Usage then counts as complete without it
+    /// Stop waiting for the usage of a replica whose disk is lost. Usage is then considered complete without it
     Forget {
         #[command(flatten)]
         settings: Box<Settings>,
@@ -89,7 +89,7 @@ pub async fn replay(config: Config, _log: Log, directory: PathBuf) -> anyhow::Re
         for directory in directories {
             let replayed = replay_patiently(&config, &db, &directory).await?;
             let rest = if replayed.is_owned {
-                "; the process that is using it will write the rest"
+                "; the process that is using this directory will write the rest"
             } else {
                 ""
             };

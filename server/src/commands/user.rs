@@ -27,7 +27,7 @@ pub enum UserCommand {
         #[arg(long)]
         tenant: Option<String>,
     },
-    /// Set a user's password, read from standard input, and revoke their sessions
+    /// Set a user's password, which is read from standard input, and revoke the user's sessions
     SetPassword {
         #[command(flatten)]
         settings: Box<Settings>,
@@ -63,7 +63,7 @@ pub async fn run(config: Config, log: Log, command: UserCommand) -> anyhow::Resu
                     .accounts
                     .create(&email, password.expose_secret(), tenant.as_deref())
                     .await?;
-                println!("user {user} of tenant {tenant}");
+                println!("created user {user} with tenant {tenant}");
             }
             UserCommand::SetPassword { email, .. } => {
                 let password = read_password()?;

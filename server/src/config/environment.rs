@@ -48,7 +48,7 @@ fn suggestion<'a>(name: &str, known: &'a [String]) -> Option<&'a str> {
         .map(|(_, it)| it)
 }
 
-/// QUOTA_PORT_8080_TCP, optionally followed by _PROTO, _PORT or _ADDR.
+/// Whether Kubernetes sets this variable for a service named `quota`.
 fn is_service_link(name: &str, value: &str) -> bool {
     let is_address = ["tcp://", "udp://", "sctp://"]
         .iter()

@@ -10,7 +10,7 @@ use super::{MailSettings, Settings, SmtpSettings, SmtpTls, reader::Reader};
 /// The sender of emails that are written to files.
 const FILE_SENDER: &str = "Quota <quota@localhost>";
 
-/// All settings are parsed even without SMTP_URL, so that errors are reported.
+/// Reads the settings of outgoing email. All of them are parsed even without SMTP_URL, so that errors are reported.
 pub(super) fn read(r: &mut Reader, s: &Settings) -> MailSettings {
     let url = r.or_file("SMTP_URL", &s.smtp_url, &s.smtp_url_file);
     let smtp = url.value.as_ref().and_then(|text| {
@@ -54,7 +54,7 @@ fn smtp(text: &str) -> Result<SmtpSettings, &'static str> {
     let is_loopback = match url.host() {
         Some(Host::Ipv4(ip)) => ip.is_loopback(),
         Some(Host::Ipv6(ip)) => ip.is_loopback(),
-        // The host of a URL with another scheme than http is not parsed as an address.
+        // For schemes such as smtp, the URL parser treats an IPv4 address as a domain.
         Some(Host::Domain(name)) => {
             name == "localhost"
                 || name
@@ -73,7 +73,7 @@ fn smtp(text: &str) -> Result<SmtpSettings, &'static str> {
         let decoded = percent_decode_str(text).decode_utf8();
         decoded
             .map(String::from)
-            .map_err(|_| "has a user or password that is not UTF-8")
+            .map_err(|_| "must have a user and password in UTF-8")
     };
     let credentials = match (url.username(), url.password()) {
         ("", None) => None,

@@ -278,7 +278,7 @@ impl Config {
     }
 }
 
-/// All settings are parsed even without STRIPE_SECRET_KEY, so that errors are reported.
+/// Reads the settings of Stripe. All of them are parsed even without STRIPE_SECRET_KEY, so that errors are reported.
 fn stripe(r: &mut Reader, s: &Settings) -> Option<StripeSettings> {
     let key = r.or_file(
         "STRIPE_SECRET_KEY",

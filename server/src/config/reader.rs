@@ -33,7 +33,7 @@ impl Reader {
         }
     }
 
-    /// Falls back to the first option.
+    /// Reads one of the options. If the value is invalid, returns the first one.
     pub(super) fn choice<T: Copy, const N: usize>(
         &mut self,
         variable: &str,
@@ -64,7 +64,7 @@ impl Reader {
         })
     }
 
-    /// Returns `None` for an empty string.
+    /// Reads a number. Returns `None` for an empty string.
     pub(super) fn optional_number(
         &mut self,
         variable: &str,
@@ -97,7 +97,7 @@ impl Reader {
         Duration::from_secs(self.number(variable, text, range) * 24 * 60 * 60)
     }
 
-    /// The range is in seconds.
+    /// Reads a duration. The range is in seconds.
     pub(super) fn duration(
         &mut self,
         variable: &str,

@@ -94,7 +94,7 @@ impl std::fmt::Display for RedisServers {
     }
 }
 
-/// TCP options of every connection.
+/// Returns the TCP options of every connection.
 pub fn tcp_settings() -> TcpSettings {
     TcpSettings::default()
         .set_nodelay(true)
@@ -108,7 +108,7 @@ enum Kind {
     Cluster,
 }
 
-/// Parses `REDIS_URL`. Errors do not repeat any part of it, since it may be a password.
+/// Parses `REDIS_URL`. Errors do not repeat any part of it, since any part may be a password.
 pub fn servers(text: &str) -> Result<RedisServers, String> {
     let (scheme, rest) = text.split_once("://").ok_or(
         "must begin with redis://, rediss://, redis+sentinel:// or redis+cluster://".to_owned(),
@@ -189,7 +189,7 @@ pub fn servers(text: &str) -> Result<RedisServers, String> {
     let connection = |addr: ConnectionAddr, info: RedisConnectionInfo| {
         let connection = addr
             .into_connection_info()
-            .map_err(|_| "must name valid servers".to_owned())?;
+            .map_err(|_| "must contain valid server addresses".to_owned())?;
         Ok::<_, String>(
             connection
                 .set_tcp_settings(tcp_settings())
@@ -200,7 +200,11 @@ pub fn servers(text: &str) -> Result<RedisServers, String> {
         let (group, db) = match &*path {
             [group] => (group.clone(), 0),
             [group, db] => (group.clone(), database(db)?),
-            _ => return Err("must name the master: redis+sentinel://host:port/group".into()),
+            _ => {
+                return Err(
+                    "must name the group of the master: redis+sentinel://host:port/group".into(),
+                );
+            }
         };
         let sentinels = addrs
             .into_iter()

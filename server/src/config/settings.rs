@@ -39,12 +39,12 @@ settings! {
     /// by QUOTA_LISTEN.
     public_url: "QUOTA_PUBLIC_URL", "", "URL";
 
-    /// The directory of the embedded database and its log, and of usage that has not been written to PostgreSQL yet.
+    /// The directory for the private PostgreSQL and its log, and for usage that has not been written to PostgreSQL yet.
     /// Replicas may share it.
     data_dir: "QUOTA_DATA_DIR", "./.quota", "DIR";
 
     /// The PostgreSQL database, as postgres://user:password@host/database. Unset: the server runs a private PostgreSQL
-    /// in QUOTA_DATA_DIR, using the programs installed on the machine.
+    /// in QUOTA_DATA_DIR, with the PostgreSQL programs installed on the machine.
     database_url: "DATABASE_URL", "", "URL", hide_env_values = true;
 
     /// A file that contains DATABASE_URL, such as a mounted secret. Use either this or DATABASE_URL.
@@ -69,7 +69,8 @@ settings! {
 
     /// The Redis server through which replicas share their counters: redis://user:password@host:port/db; with Sentinel,
     /// redis+sentinel://user:password@host:port,host:port/group/db; with Redis Cluster, redis://host:port,host:port.
-    /// rediss means TLS; valkey is a synonym for redis. Unset: counters are in memory, for a single replica.
+    /// With rediss instead of redis, connections use TLS; valkey is a synonym for redis. Unset: counters are kept in
+    /// memory, for a single replica.
     redis_url: "REDIS_URL", "", "URL", hide_env_values = true;
 
     /// A file that contains REDIS_URL. Use either this or REDIS_URL.
@@ -82,7 +83,8 @@ settings! {
     /// The number of Redis connections per replica for decisions: 1 to 64. Each carries many concurrent calls.
     redis_connections: "QUOTA_REDIS_CONNECTIONS", "2", "N";
 
-    /// How long a decision waits for Redis before QUOTA_ON_REDIS_FAILURE applies: 1ms to 5s.
+    /// How long a call to Redis may take before it counts as failed: 1ms to 5s. A decision waits for at most twice this
+    /// time before QUOTA_ON_REDIS_FAILURE applies.
     redis_timeout: "QUOTA_REDIS_TIMEOUT", "30ms", "DURATION";
 
     /// How long connecting to Redis may take: 10ms to 10s.
@@ -92,20 +94,20 @@ settings! {
     /// Redis, as with a strict plan.
     lease_ttl: "QUOTA_LEASE_TTL", "100ms", "DURATION";
 
-    /// Behavior while Redis is unreachable, unless the plan specifies it: share (each replica enforces its share of the
-    /// limit), open (each replica enforces the full limit) or closed (every response is 503).
+    /// Behavior while Redis is unreachable, for plans that do not specify it: share (each replica enforces its share of
+    /// the limit), open (each replica enforces the full limit) or closed (check requests get 503).
     on_redis_failure: "QUOTA_ON_REDIS_FAILURE", "share", "MODE";
 
-    /// Whether to record the usage of API keys: on or off. Each decision is recorded on this machine, in `usage` in
-    /// QUOTA_DATA_DIR, before the response is sent, and written to PostgreSQL soon after.
+    /// Whether to record the usage of API keys: on or off. Each decision is recorded on this machine, in the directory
+    /// `usage` in QUOTA_DATA_DIR, before the response is sent, and is written to PostgreSQL soon after.
     metering: "QUOTA_METERING", "on", "MODE";
 
     /// Which failures recorded usage survives: process (`kill -9` and crashes of the server) or machine (also power
     /// failures). With machine, each response waits for the disk (fdatasync); waiting requests share one call.
     durability: "QUOTA_DURABILITY", "process", "MODE";
 
-    /// The maximum disk space for recorded usage while PostgreSQL is unreachable, in bytes: 1048576 to
-    /// 1000000000000. The server logs a warning when half of it is used. When it is used up, check requests get 503. 1 GiB is
+    /// The maximum disk space for recorded usage while PostgreSQL is unreachable, in bytes: 1048576 to 1000000000000.
+    /// The server logs a warning when half of it is used. When all of it is used, check requests get 503. 1 GiB is
     /// enough for about 6,000,000 requests.
     usage_backlog_max: "QUOTA_USAGE_BACKLOG_MAX", "4294967296", "BYTES";
 
@@ -118,10 +120,11 @@ settings! {
     /// Whether to apply pending migrations at startup: true or false. One replica applies them while the others wait.
     migrate: "QUOTA_MIGRATE", "true", "BOOL";
 
-    /// Signs access tokens, browser sessions and known devices, seals data that replicas share in Redis, and encrypts
-    /// the signing secrets of webhooks: at least 32 random characters, the same on every replica. Unset: generated once and kept in the database. To rotate it
-    /// without signing anyone out: (1) set the new secret as QUOTA_SECRET_PREVIOUS on every replica, (2) swap the two,
-    /// (3) remove QUOTA_SECRET_PREVIOUS after QUOTA_SESSION_DAYS.
+    /// The secret that signs access tokens, browser sessions and known devices, seals data that replicas share in
+    /// Redis, and encrypts the signing secrets of webhooks: at least 32 random characters, the same on every replica.
+    /// Unset: generated once and kept in the database. To rotate it without signing anyone out, (1) set the new secret
+    /// as QUOTA_SECRET_PREVIOUS on every replica, (2) swap the two, and (3) remove QUOTA_SECRET_PREVIOUS after
+    /// QUOTA_SESSION_DAYS.
     secret: "QUOTA_SECRET", "", "SECRET", hide_env_values = true;
 
     /// A file that contains QUOTA_SECRET. Use either this or QUOTA_SECRET.
@@ -163,8 +166,8 @@ settings! {
     /// The maximum number of webhooks per tenant: 1 to 100.
     max_webhooks: "QUOTA_MAX_WEBHOOKS", "10", "N";
 
-    /// The maximum number of plans of a tenant without a subscription: 1 to 1000000. Unset: QUOTA_MAX_PLANS. This and
-    /// the following limits apply to every tenant if billing is off.
+    /// The maximum number of plans of a tenant without a subscription: 1 to 1000000. Unset: QUOTA_MAX_PLANS. If billing
+    /// is off, this limit and the other QUOTA_FREE_* limits apply to every tenant.
     free_plans: "QUOTA_FREE_PLANS", "", "N";
 
     /// The maximum number of API keys of a tenant without a subscription: 1 to 10000000. Unset: QUOTA_MAX_API_KEYS.
@@ -193,19 +196,19 @@ settings! {
     /// The maximum size of a request body, in bytes: 1024 to 16777216.
     body_limit: "QUOTA_BODY_LIMIT", "65536", "BYTES";
 
-    /// How long the header fields of a request may take to arrive, and then its body, such as 5s. For the first
-    /// request, measured from the moment the connection was accepted.
+    /// How long the headers of a request may take to arrive, and then its body, such as 5s. For the first request on a
+    /// connection, this is measured from the time at which the connection was accepted.
     header_timeout: "QUOTA_HEADER_TIMEOUT", "5s", "DURATION";
 
-    /// How long a request may take from its last header field to its response, such as 10s.
+    /// How long a request may take from the end of its headers to its response, such as 10s.
     request_timeout: "QUOTA_REQUEST_TIMEOUT", "10s", "DURATION";
 
-    /// How long a client connection may be idle between two requests, such as 75s. Set it longer than proxies keep
-    /// idle connections to Quota.
+    /// How long a client connection may be idle between two requests, such as 75s. This must be longer than proxies
+    /// keep idle connections to Quota.
     idle_timeout: "QUOTA_IDLE_TIMEOUT", "75s", "DURATION";
 
-    /// How long a client may go without reading any part of a response that is being sent, such as 30s. On HTTP/2, less
-    /// than 1 KiB does not count.
+    /// How long a client may go without reading any part of a response that is being sent, such as 30s. On HTTP/2,
+    /// reading less than 1 KiB does not count.
     write_timeout: "QUOTA_WRITE_TIMEOUT", "30s", "DURATION";
 
     /// The maximum number of open client connections: 16 to 1000000. The open-file limit may allow fewer. When
@@ -236,17 +239,16 @@ settings! {
     /// How long keys in memory are served while PostgreSQL is unreachable and cannot confirm them, such as 60s.
     stale_grace: "QUOTA_STALE_GRACE", "60s", "DURATION";
 
-    /// The number of API keys cached in memory: 1000 to 10000000. One takes about 1 kB.
+    /// The number of API keys cached in memory: 1000 to 10000000. Each takes about 1 kB.
     key_cache: "QUOTA_KEY_CACHE", "100000", "N";
 
     /// The number of days after which an unused session expires: 1 to 365.
     session_days: "QUOTA_SESSION_DAYS", "14", "DAYS";
 
-    /// The number of days for which the decision log is kept: 2 to 3650. A day of 10 million requests takes about
-    /// 4 GB.
+    /// The number of days for which the usage log is kept: 2 to 3650. 10 million requests take about 4 GB.
     usage_retention: "QUOTA_USAGE_RETENTION", "90", "DAYS";
 
-    /// The number of days for which 15-minute and daily usage totals are kept: 2 to 3650.
+    /// The number of days for which usage rollups (totals per 15 minutes and per day) are kept: 2 to 3650.
     usage_rollup_retention: "QUOTA_USAGE_ROLLUP_RETENTION", "400", "DAYS";
 
     /// The secret key of your Stripe account, which starts with `sk_` or `rk_`. If set, plans marked `paid` require a
@@ -258,7 +260,7 @@ settings! {
     stripe_secret_key_file: "STRIPE_SECRET_KEY_FILE", "", "PATH";
 
     /// The signing secret of the Stripe webhook endpoint, which starts with `whsec_`. While it is being rotated, set
-    /// both secrets, separated by a comma. Required with STRIPE_SECRET_KEY, except by `quota billing`.
+    /// both secrets, separated by a comma. Required with STRIPE_SECRET_KEY, except for `quota billing`.
     stripe_webhook_secret: "STRIPE_WEBHOOK_SECRET", "", "SECRET", hide_env_values = true;
 
     /// A file that contains STRIPE_WEBHOOK_SECRET. Use either this or STRIPE_WEBHOOK_SECRET.

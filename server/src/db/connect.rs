@@ -21,8 +21,8 @@ const KEEPALIVE_RETRIES: u32 = 3;
 /// The kernel closes a connection on which sent bytes remain unacknowledged for this long.
 const UNACKNOWLEDGED: Duration = Duration::from_secs(5);
 
-/// The session settings of pooled connections. PostgreSQL enforces the timeouts itself: dropping a future leaves its
-/// query running.
+/// Returns the session settings of pooled connections. PostgreSQL enforces the timeouts itself: dropping a future
+/// leaves its query running.
 pub(super) fn session(settings: &DatabaseSettings) -> String {
     format!(
         "SET timezone = 'UTC'; SET jit = off; SET statement_timeout = {}; SET lock_timeout = {}; \

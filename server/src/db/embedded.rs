@@ -9,7 +9,7 @@
 //!   pipe whose other end only this process holds. When this process ends, even after `kill -9`, the read ends and the
 //!   guard requests a fast shutdown. (`PR_SET_PDEATHSIG` would require `unsafe`, is reset when the process changes its
 //!   user, and fires when the *thread* that forked ends.)
-//! * If PostgreSQL crashes it is restarted, with backoff. Until it is running again, connections fail, as with any
+//! * If PostgreSQL crashes, it is restarted, with backoff. Until it is running again, connections fail, as with any
 //!   database that is down.
 //! * If this process runs as root, which PostgreSQL does not allow, PostgreSQL runs as the user `postgres`, or `nobody`
 //!   if there is no such user.
@@ -74,7 +74,7 @@ pub enum EmbeddedError {
         found: Vec<String>,
     },
     #[error(
-        "cannot create the data directory {} for the embedded database: set DATABASE_URL to use your own PostgreSQL server, or QUOTA_DATA_DIR to a writable directory",
+        "cannot create the data directory {} for the private PostgreSQL: set DATABASE_URL to use your own PostgreSQL server, or QUOTA_DATA_DIR to a writable directory",
         path.display()
     )]
     NoDataDir {
@@ -87,12 +87,11 @@ pub enum EmbeddedError {
     )]
     InUse(PathBuf),
     #[error(
-        "the database in {} belongs to the user {owner}: start as that user or as root, or set \
-         QUOTA_DATA_DIR",
+        "the database in {} belongs to the user {owner}: start the server as that user or as root, or set QUOTA_DATA_DIR",
         cluster.display()
     )]
     ForeignOwner { cluster: PathBuf, owner: String },
-    #[error("PostgreSQL does not run as root, and this machine has no user postgres or nobody")]
+    #[error("PostgreSQL cannot run as root, and this machine has no user named postgres or nobody")]
     NoUser,
     #[error(
         "PostgreSQL has to run as the user {user}, which cannot access {}: grant access (chmod o+x on it and its \
@@ -121,7 +120,7 @@ pub enum EmbeddedError {
     },
     #[error("initdb failed ({status}): {output}")]
     Initdb { status: ExitStatus, output: String },
-    #[error("PostgreSQL exited at startup ({status}); the end of {}:\n{tail}", log.display())]
+    #[error("PostgreSQL exited at startup ({status}); the last lines of {}:\n{tail}", log.display())]
     Ended {
         status: ExitStatus,
         log: PathBuf,
@@ -231,7 +230,7 @@ impl EmbeddedPostgres {
     pub async fn stop(self) {
         let _ = self.stop.send(true);
         if let Err(error) = self.supervisor.await {
-            tracing::error!(%error, "the embedded PostgreSQL did not stop cleanly");
+            tracing::error!(%error, "the private PostgreSQL did not stop cleanly");
         }
     }
 }

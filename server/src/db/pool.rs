@@ -178,6 +178,12 @@ impl Db {
         SystemTx::begin(self.pool()).await
     }
 
+    /// Returns an error if PostgreSQL is unreachable. Tells an outage from the failure of one transaction, such as a
+    /// statement that took too long.
+    pub async fn probe(&self) -> Result<(), DbError> {
+        self.system().await?.commit().await
+    }
+
     /// Returns whether every migration in this binary is applied. Fails if PostgreSQL does not respond.
     pub async fn ready(&self) -> Result<bool, DbError> {
         #[derive(diesel::QueryableByName)]

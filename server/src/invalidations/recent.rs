@@ -1,8 +1,8 @@
 //! The recent changes that this replica knows of. Decides whether a copy that another replica read from PostgreSQL
 //! earlier is still current.
 //!
-//! Changes are numbered in the order of their commits, and a copy carries the highest number at the time it was read. So
-//! a copy with number `n` is current except for changes above `n`.
+//! Changes are numbered in the order of their commits, and a copy carries the highest number at the time it was read.
+//! So a copy with number `n` is current except for changes above `n`.
 //!
 //! There are two sources with different levels of trust:
 //! - **Polled** changes come from PostgreSQL, in order and without gaps. Only they raise the floor and the number up to
@@ -26,8 +26,8 @@ use crate::repo::invalidation::{Invalidation, Target};
 
 /// The maximum number of polled changes in memory. Each takes about 150 bytes.
 const REMEMBERED: usize = 20_000;
-/// The maximum number of announcements in memory until the poll reaches them shortly after. Others are dropped, since
-/// the poll reads them anyway.
+/// The maximum number of announcements in memory that the poll has not reached yet. Others are dropped, since the poll
+/// reads them anyway.
 const ANNOUNCED: usize = 4096;
 
 /// See the module documentation.
@@ -65,8 +65,8 @@ fn subject(invalidation: &Invalidation) -> Uuid {
 }
 
 impl Recent {
-    /// Records the first poll: the newest changes that PostgreSQL still has, in order. Older ones may have been deleted,
-    /// so nothing below the first of them is confirmed.
+    /// Records the first poll: the newest changes that PostgreSQL still has, in order. Older ones may have been
+    /// deleted, so nothing below the first of them is confirmed.
     pub fn begin(&self, newest: &[Invalidation], history: &str) {
         let mut state = self.0.lock();
         state.history = Some(history.into());
@@ -252,7 +252,7 @@ mod tests {
         assert!(recent.unchanged(&[key(1)], 2), "read after the change");
         assert!(recent.unchanged(&[key(2)], 1));
         assert!(!recent.unchanged(&[key(2)], 3), "3 was never announced");
-        // It was announced after a later change.
+        // This change was announced after a later one.
         assert!(recent.announced(&of_key(1, 2)));
         assert!(!recent.unchanged(&[key(2)], 0));
         assert!(!recent.polled(&of_key(1, 2)) && !recent.polled(&of_key(2, 1)));

@@ -20,7 +20,8 @@ pub(super) async fn check(state: AppState, mut stopping: watch::Receiver<bool>) 
     });
     let mut is_reported = false;
     loop {
-        // Can be dropped anywhere: a transaction that is not committed is rolled back and repeated later.
+        // This can be dropped at any point: a transaction that is not committed is rolled back, and its work is
+        // repeated later.
         let has_more = tokio::select! {
             biased;
             () = stopped(&mut stopping) => return,

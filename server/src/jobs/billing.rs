@@ -35,7 +35,7 @@ pub(super) async fn handle_events(state: AppState) {
             _ = ticks.tick() => {}
             () = state.billing_event.notified() => {}
         }
-        // Repeats until there are none left.
+        // Repeats until no events are left.
         while handle_round(&state, billing.handle_due().await, &mut is_reported) {}
     }
 }
@@ -49,6 +49,9 @@ pub(super) async fn read_customers(state: AppState) {
     loop {
         ticks.tick().await;
         let round = billing.read_due().await;
+        let is_other_account = billing.is_other_account();
+        let metric = &state.metrics.billing_account_mismatch;
+        metric.set(is_other_account.into());
         handle_round(&state, round, &mut is_reported);
     }
 }

@@ -47,7 +47,7 @@ pub(super) async fn poll(state: AppState, mut stopping: watch::Receiver<bool>) {
             Ok(()) => {
                 state.freshness.polled(began);
                 if std::mem::take(&mut is_reported) {
-                    tracing::info!("polling for invalidations succeeds again");
+                    tracing::info!("polling for invalidations works again");
                 }
             }
             Err(error) => {
@@ -107,7 +107,7 @@ async fn poll_once(state: &AppState, db: &Db, last: &mut Option<Position>) -> Re
     }
 }
 
-/// The position after these rows.
+/// Returns the position after these rows.
 fn up_to(newest: &[Invalidation], position: Position) -> Position {
     Position {
         highest: newest.last().map_or(0, |it| it.seq),

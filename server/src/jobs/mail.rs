@@ -3,11 +3,7 @@
 use std::time::Duration;
 
 use super::every;
-use crate::{
-    alerts::email::Sent,
-    db::{self, DbError},
-    state::AppState,
-};
+use crate::{db, state::AppState};
 
 /// How often this replica looks for emails to write and send.
 const EVERY: Duration = Duration::from_secs(5);
@@ -17,12 +13,18 @@ pub(super) async fn send(state: AppState) {
     let mut is_reported = false;
     loop {
         ticks.tick().await;
-        match round(&state).await {
-            Ok(sent) => {
+        let written = state.alerts.write_emails(&state.config.public_url).await;
+        // Also if none could be written.
+        let sent = state.alerts.send_emails(&state.mailer).await;
+        if let Ok(sent) = &sent {
+            state.metrics.mails_sent.inc_by(sent.sent);
+            state.metrics.mail_attempts_failed.inc_by(sent.postponed);
+            state.metrics.mails_failed.inc_by(sent.failed);
+        }
+        match written.and_then(|errors| sent.map(|_| errors)) {
+            Ok(errors) => {
                 is_reported = false;
-                state.metrics.mails_sent.inc_by(sent.sent);
-                state.metrics.mail_attempts_failed.inc_by(sent.postponed);
-                state.metrics.mails_failed.inc_by(sent.failed);
+                state.metrics.mail_errors.inc_by(errors);
             }
             Err(error) => {
                 state.metrics.mail_errors.inc();
@@ -32,9 +34,4 @@ pub(super) async fn send(state: AppState) {
             }
         }
     }
-}
-
-async fn round(state: &AppState) -> Result<Sent, DbError> {
-    state.alerts.write_emails(&state.config.public_url).await?;
-    state.alerts.send_emails(&state.mailer).await
 }

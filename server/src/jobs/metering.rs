@@ -39,7 +39,7 @@ pub(super) async fn ship(state: AppState, mut stopping: watch::Receiver<bool>) {
         }
     }
     let finished = async {
-        // Dropping it would keep its connection busy, but the remaining usage needs that connection.
+        // Dropping the batch in flight would keep its connection busy, but the remaining usage needs that connection.
         if let Some(shipping) = in_flight {
             shipping.await?;
         }
@@ -111,14 +111,14 @@ impl Outage {
         match shipped {
             Ok(_) => {
                 if std::mem::take(&mut self.is_open) {
-                    tracing::info!("usage is written to PostgreSQL again");
+                    tracing::info!("usage is being written to PostgreSQL again");
                 }
                 false
             }
             Err(error) => {
                 state.metrics.usage_ship_errors.inc();
                 if !std::mem::replace(&mut self.is_open, true) {
-                    tracing::warn!(error = %db::chain(&error), "cannot write usage to PostgreSQL; it is kept on disk");
+                    tracing::warn!(error = %db::chain(&error), "cannot write usage to PostgreSQL; the records are kept on disk");
                 }
                 true
             }

@@ -32,8 +32,8 @@ pub(super) async fn count(state: AppState, mut stopping: watch::Receiver<bool>) 
             }
         }
     }
-    // Its share may have admitted requests that the shared counters do not know of, so replicas that start now must not
-    // take it for one that never existed.
+    // During an outage, this replica's row is kept: its share may have admitted requests that the shared counters do
+    // not know of, so replicas that start now must know that it existed.
     if state.metrics.counters_away.get() > 0 {
         return;
     }
@@ -43,6 +43,6 @@ pub(super) async fn count(state: AppState, mut stopping: watch::Receiver<bool>) 
         tx.commit().await
     };
     if let Err(error) = left.await {
-        tracing::warn!(error = %db::chain(&error), "cannot deregister this replica; others count it for up to 10 s");
+        tracing::warn!(error = %db::chain(&error), "cannot deregister this replica; other replicas will count it for up to 10 s");
     }
 }

@@ -15,10 +15,11 @@ use crate::{
 };
 
 const EVERY: Duration = Duration::from_mins(10);
-/// The maximum number of rows per batch.
+/// The maximum number of rows in the first batch and in any later one.
 const FIRST: i64 = 500;
 const LARGEST: i64 = 5000;
-/// The target duration of a batch: well below the statement timeout, and short for transactions that wait for a row.
+/// The target duration of a batch is between these two: well below the statement timeout, and short for transactions
+/// that wait for a row.
 const SHORT: Duration = Duration::from_millis(100);
 const LONG: Duration = Duration::from_millis(400);
 /// How long one kind of row is swept before the next kind gets its turn.

@@ -59,7 +59,7 @@ async fn maintain_with_retries(state: &AppState) {
         if attempt == TRIES {
             tracing::warn!(
                 error = %db::chain(&error),
-                "usage partitions could not be created or dropped; retrying later"
+                "cannot create or drop usage partitions, retrying later"
             );
             return;
         }
@@ -201,7 +201,7 @@ pub(super) async fn compare(state: AppState, mut stopping: watch::Receiver<bool>
             compared = compare_once(&state) => compared,
         };
         if let Err(error) = compared {
-            tracing::warn!(error = %db::chain(&error), "cannot compare log, rollups and quota ledger");
+            tracing::warn!(error = %db::chain(&error), "cannot compare the usage log, the rollups and the quota ledger");
         }
     }
 }
@@ -226,7 +226,7 @@ async fn compare_once(state: &AppState) -> Result<(), DbError> {
             day = %yesterday,
             log_and_rollups = found.log_and_rollups,
             rollup_excess = found.rollup_excess,
-            "log, rollups and quota ledger disagree"
+            "the usage log, the rollups and the quota ledger disagree"
         );
     }
     Ok(())

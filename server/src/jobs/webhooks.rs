@@ -16,7 +16,7 @@ use crate::{
     db::{self, DbError},
     repo::webhook_delivery::DueDelivery,
     state::AppState,
-    webhooks::deliver::{BUSY_AT, FINISH, Outcome},
+    webhooks::deliver::{FINISH, Outcome},
 };
 
 /// How often this replica looks for deliveries without being notified.
@@ -30,7 +30,7 @@ pub(super) async fn deliver(state: AppState, mut stopping: watch::Receiver<bool>
     let mut worker = Worker {
         state,
         running: JoinSet::new(),
-        webhooks: HashMap::new(),
+        attempts: HashMap::new(),
         is_reported: false,
         is_reencrypted: false,
         measured_at: None,
@@ -62,10 +62,10 @@ pub(super) async fn deliver(state: AppState, mut stopping: watch::Receiver<bool>
 struct Worker {
     state: AppState,
     running: JoinSet<Result<Outcome, DbError>>,
-    /// The webhook of each attempt in progress.
-    webhooks: HashMap<task::Id, Uuid>,
+    /// The tenant and the webhook of each attempt in progress.
+    attempts: HashMap<task::Id, (Uuid, Uuid)>,
     is_reported: bool,
-    /// Whether secrets that were encrypted with the previous `QUOTA_SECRET` are encrypted with the current one.
+    /// Whether secrets that were encrypted with the previous `QUOTA_SECRET` have been encrypted with the current one.
     is_reencrypted: bool,
     measured_at: Option<Instant>,
 }
@@ -80,7 +80,7 @@ impl Worker {
                 if unreadable > 0 {
                     tracing::error!(
                         webhooks = unreadable,
-                        "secrets of webhooks were encrypted with a QUOTA_SECRET that is not configured; set it as QUOTA_SECRET_PREVIOUS and restart"
+                        "signing secrets of webhooks were encrypted with a QUOTA_SECRET that is not configured; set it as QUOTA_SECRET_PREVIOUS and restart"
                     );
                 }
             }
@@ -88,15 +88,15 @@ impl Worker {
         }
     }
 
-    /// Begins attempts for what is due, as far as there is room.
+    /// Starts attempts for deliveries that are due, up to the maximum.
     async fn begin(&mut self) {
         loop {
             let room = CONCURRENT.saturating_sub(self.running.len());
             if room == 0 {
                 return;
             }
-            let busy = busy(self.webhooks.values().copied().collect(), BUSY_AT);
-            let claim = self.state.webhooks.claim(room, &busy);
+            let running: Vec<_> = self.attempts.values().copied().collect();
+            let claim = self.state.webhooks.claim(room, &running);
             let due = match self.state.db.within_limit(claim).await {
                 Ok(due) => due,
                 Err(error) => return self.report(&error),
@@ -106,16 +106,16 @@ impl Worker {
                 return;
             }
             for due in due {
-                let webhook = due.webhook_id;
+                let owner = (due.tenant_id, due.webhook_id);
                 let attempt = self.running.spawn(attempt(self.state.clone(), due));
-                self.webhooks.insert(attempt.id(), webhook);
+                self.attempts.insert(attempt.id(), owner);
             }
         }
     }
 
-    /// `None`: it panicked, and is repeated later.
+    /// Handles the end of an attempt. `outcome` is `None` if it panicked; it is then repeated later.
     fn ended(&mut self, attempt: task::Id, outcome: Option<&Result<Outcome, DbError>>) {
-        self.webhooks.remove(&attempt);
+        self.attempts.remove(&attempt);
         let metrics = &self.state.metrics;
         let counter = match outcome {
             None => &metrics.webhook_errors,
@@ -130,7 +130,7 @@ impl Worker {
     fn report(&mut self, error: &DbError) {
         self.state.metrics.webhook_errors.inc();
         if !std::mem::replace(&mut self.is_reported, true) {
-            tracing::warn!(error = %db::chain(error), "cannot send webhooks");
+            tracing::warn!(error = %db::chain(error), "cannot claim webhook deliveries or record their results");
         }
     }
 
@@ -150,26 +150,4 @@ impl Worker {
 
 async fn attempt(state: AppState, due: DueDelivery) -> Result<Outcome, DbError> {
     state.webhooks.deliver(&due).await
-}
-
-/// Returns the webhooks that occur at least `at` times.
-fn busy(mut webhooks: Vec<Uuid>, at: usize) -> Vec<Uuid> {
-    webhooks.sort_unstable();
-    let groups = webhooks.chunk_by(|a, b| a == b);
-    groups
-        .filter(|group| group.len() >= at)
-        .map(|group| group[0])
-        .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn webhooks_with_enough_attempts_are_busy() {
-        let [a, b, c] = [1, 2, 3].map(Uuid::from_u128);
-        assert_eq!(busy(vec![a, b, a, c, b, a], 2), [a, b]);
-        assert!(busy(vec![a, b, a, c, b, a], 4).is_empty());
-    }
 }

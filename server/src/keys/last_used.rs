@@ -81,7 +81,7 @@ fn note(notes: &Notes, id: Uuid, now: UnixNanos) {
     *at = now.max(*at);
 }
 
-/// Returns them ordered by ID, so that two replicas that write at the same time cannot deadlock.
+/// Removes and returns all times, ordered by ID, so that two replicas that write at the same time cannot deadlock.
 fn take(notes: &Notes) -> Vec<(Uuid, UnixNanos)> {
     let mut all = notes
         .iter()

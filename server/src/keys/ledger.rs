@@ -42,7 +42,7 @@ impl PostgresLedger {
         Arc::new(error)
     }
 
-    /// Takes all requests in one transaction. `requests` are sorted.
+    /// Takes all requests in one transaction. `requests` must be sorted.
     async fn take_together(
         &self,
         from: Windows,
@@ -68,7 +68,7 @@ impl PostgresLedger {
         match self.take_together(from, requests).await {
             Ok(taken) => taken.into_iter().map(Ok).collect(),
             Err(error @ (DbError::Query(_) | DbError::Constraint(_))) if requests.len() > 1 => {
-                tracing::debug!(error = %db::chain(&error), "retrying them one at a time");
+                tracing::debug!(error = %db::chain(&error), "a call to the quota ledger failed; retrying its requests one at a time");
                 let mut results = Vec::with_capacity(requests.len());
                 for request in requests {
                     let taken = self
@@ -173,7 +173,8 @@ fn granted(taken: quota_usage::Taken) -> Taken {
     }
 }
 
-/// Returns the window of a row. Rows of earlier versions have no end, so the calendar's is used.
+/// Returns the window of a row. Rows of earlier versions have no end, so the end of the calendar's day or month is
+/// used.
 fn stated(row: &StatedWindow, request: &TakeRequest) -> QuotaWindow {
     let start = nanos(row.start);
     match row.end {

@@ -158,7 +158,7 @@ struct Queue<V> {
     started: HashMap<LookupCaller, usize>,
     started_total: usize,
     workers: usize,
-    /// Workers whose batch has unknown secrets.
+    /// The number of workers whose batch contains unknown secrets.
     on_unknown: usize,
 }
 
@@ -308,7 +308,7 @@ impl<V: Send + 'static> Batches<V> {
                     it.metrics.database_suspected.inc();
                 }
             }
-            error => tracing::error!(error = %db::chain(error), "cannot look up secrets"),
+            error => tracing::error!(error = %db::chain(error), "cannot look up keys or tokens"),
         }
         Unconfirmed::Failed(db::chain(error).into())
     }
@@ -358,7 +358,7 @@ impl<V: Send + 'static> Lookup<V> {
                     ))
                 });
             }
-            // Its batch is in progress, which has a separate deadline.
+            // Its batch is in progress and has a separate deadline.
             Err(_) => answer.await,
         };
         answered.unwrap_or_else(|_| Err(Unconfirmed::Failed("the lookup was canceled".into())))

@@ -175,8 +175,8 @@ impl KeyStore {
         }
     }
 
-    /// Returns the record of the key with this secret, active or not. `now` is monotonic time. `caller` is counted if
-    /// the key is unknown.
+    /// Returns the record of the key with this secret, active or not. `now` is monotonic time. If the key is unknown,
+    /// the lookup counts toward the limit of `caller`.
     pub async fn key(
         &self,
         text: &SecretText,
@@ -271,7 +271,7 @@ impl KeyStore {
         self.tokens.forget(|_, _| true);
     }
 
-    /// A key or token with this secret has been created. It may have been looked up before.
+    /// Call after creating a key or token with this secret, since the secret may have been looked up before.
     pub fn created(&self, text: &SecretText) {
         let hash = text.hash();
         self.keys.forget_absent(&hash);

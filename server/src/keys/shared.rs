@@ -4,7 +4,7 @@
 //! **Whether an entry is current** does not depend on its deletion, or on when and by which replica it was written.
 //! PostgreSQL numbers invalidations in commit order, and a record is read together with the highest number in one
 //! statement, and therefore in one snapshot. An entry with number `n` is therefore current except for invalidations
-//! above `n`. It is used only while the poll for invalidations is fresh, and only if this replica knows of no
+//! above `n`. It is used only while the last poll for invalidations is recent, and only if this replica knows of no
 //! invalidation above `n` for its key, plan or tenant ([`Recent`]). It then counts as confirmed at the time of that
 //! poll, not when it was read. So:
 //! - A load that began before a change and writes after it stores a number that is lower than the change's. Replicas

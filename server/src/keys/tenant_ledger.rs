@@ -36,7 +36,7 @@ impl TenantLedger {
 
     fn failed(&self, error: DbError) -> LedgerError {
         self.metrics.ledger_errors.inc();
-        tracing::warn!(error = %db::chain(&error), "a call to the ledger of tenant quotas failed");
+        tracing::warn!(error = %db::chain(&error), "a call to the tenant quota ledger failed");
         Arc::new(error)
     }
 
@@ -48,7 +48,7 @@ impl TenantLedger {
         Ok(taken)
     }
 
-    /// Takes from existing rows, and then from missing ones, which are added in a separate transaction. `asks` are
+    /// Takes from existing rows, and then from missing ones, which are added in a separate transaction. `asks` must be
     /// sorted.
     async fn take_sorted(&self, asks: &[Ask]) -> Vec<Result<tenant_quota::Taken, LedgerError>> {
         let gone = || Arc::new(NoSuchTenant) as LedgerError;

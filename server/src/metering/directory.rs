@@ -155,7 +155,7 @@ pub(super) fn delete_unfinished(root: &Path) -> io::Result<()> {
     for path in paths(root, is_unfinished)? {
         let changed_at = match fs::metadata(&path) {
             Ok(found) => found.modified()?,
-            // Its owner has just finished it.
+            // Its owner has just completed and renamed it.
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             Err(error) => return Err(error),
         };
@@ -220,7 +220,7 @@ fn paths(directory: &Path, is_wanted: impl Fn(&Path) -> bool) -> io::Result<Vec<
             found.push(path);
         }
     }
-    // Its name is a UUIDv7.
+    // The names are UUIDv7, which sort by time.
     found.sort();
     Ok(found)
 }

@@ -92,7 +92,7 @@ struct Inner {
     /// `None` if metering is off.
     recorder: Option<Arc<Recorder>>,
     is_durable: bool,
-    /// The folder of all directories.
+    /// The folder that contains the directories of all replicas.
     root: PathBuf,
     backlog_max: u64,
     context: Context,
@@ -100,7 +100,7 @@ struct Inner {
     time: Arc<EventClock>,
     denials: DenialLog,
     denial_budget: DenialBudget,
-    /// Each ships from one place at a time.
+    /// Each is locked while it ships.
     shipper: tokio::sync::Mutex<Shipper>,
     adopter: tokio::sync::Mutex<Adopter>,
     /// Whether the backlog has reached half its maximum and has not been below a quarter since then.
@@ -121,7 +121,7 @@ enum Space {
     /// Metering is off.
     Unneeded,
     Reserved(ReservedRecord),
-    /// The tenant may not record more denials now, so a denial leaves the space to another request.
+    /// The tenant may not record more denials now, so a denial leaves the space for another request.
     Reusable(ReusableSpace),
 }
 
@@ -339,7 +339,7 @@ impl Metering {
             return Ok(());
         };
         recorder.close();
-        // This takes milliseconds. Until it is done, the directory is not empty.
+        // Waits until no segment is being created, which takes milliseconds. Until then, the directory is not empty.
         for _ in 0..100 {
             if !recorder.is_creating() {
                 break;
@@ -360,8 +360,7 @@ impl Metering {
                 tracing::warn!(
                     bytes,
                     limit = self.0.backlog_max,
-                    "the usage backlog has reached half of QUOTA_USAGE_BACKLOG_MAX; for tenants with many \
-                     denials, only some of them are recorded"
+                    "the usage backlog has reached half of QUOTA_USAGE_BACKLOG_MAX; for tenants with many denials, only some denials are recorded"
                 );
             }
         } else if bytes < self.0.backlog_max / 4 {

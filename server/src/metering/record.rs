@@ -121,7 +121,8 @@ pub struct DecisionRecord<'a> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RecordedOutcome {
     Allowed,
-    /// The policy that denied it. `None` if the shared counters were unavailable and no limit is known to be reached.
+    /// The policy that denied it. `None` if the shared counters were unavailable and no limit is known to have been
+    /// reached.
     Denied(Option<Policy>),
 }
 
@@ -200,7 +201,7 @@ impl Body {
 }
 
 /// Parses the body of a record at `position`. Returns `None` if it has an unknown format. PostgreSQL accepts every row
-/// that is returned: a single one that it refused would block all records after it.
+/// that is returned: a single one that it rejected would block all records after it.
 pub(super) fn read(segment: Uuid, position: usize, body: &[u8]) -> Option<UsageRecord> {
     let uuid = |at: usize| Uuid::from_slice(body.get(at..at + 16)?).ok();
     let half = |at: usize| Some(u32::from_le_bytes(body.get(at..at + 4)?.try_into().ok()?));

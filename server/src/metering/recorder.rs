@@ -27,10 +27,11 @@ use crate::{
 const SEGMENT_MAX: u64 = 8 << 20;
 /// The minimum size of a segment, which is enough for more than a hundred records of maximum length.
 const SEGMENT_MIN: u64 = 64 << 10;
-/// The maximum age of a segment in use, in nanoseconds. PostgreSQL rejects a segment that is unknown to it and older
-/// than the usage log (at least two days). Without this limit, the segment of an idle server could get that old.
+/// The maximum age of a segment in use, in nanoseconds. A segment that has no cursor in PostgreSQL and is older than
+/// the usage log (at least two days) is rejected. Without this limit, the segment of an idle replica could get that
+/// old.
 const MAX_AGE: u64 = 6 * 3_600_000_000_000;
-/// Nanoseconds between two attempts to create a segment after one failed.
+/// The time between two attempts to create a segment after one has failed.
 const RETRY: Nanos = Nanos::from_millis(100);
 
 /// Why decisions cannot be recorded.
@@ -80,7 +81,7 @@ struct Files {
     spare: Option<Arc<Segment>>,
     /// Full segments that have not been shipped yet, oldest first.
     sealed: Vec<Arc<Segment>>,
-    /// All segments that exist, and one more while the spare is being created.
+    /// The number of segments, including a spare one that is being created.
     count: usize,
     /// The last attempt to create a segment, if it failed: why, and when the next one is allowed.
     failed: Option<(Unrecordable, Monotonic)>,
@@ -122,7 +123,7 @@ impl Recorder {
                     // Further records go to another segment.
                     segment.seal();
                 };
-                // The kernel writes back pages that were changed through a memory map like all others.
+                // The kernel writes back pages that were changed through a memory map like any other pages.
                 Some(Syncer::start(
                     |segment| segment.file.sync_data(),
                     on_failure,
@@ -242,11 +243,11 @@ impl Recorder {
         }
     }
 
-    /// Ends an outage. Call when a segment was created.
+    /// Ends an outage. Call when a segment has been created.
     fn log_recovery(&self, files: &mut Files) {
         if files.failed.take().is_some() {
             self.metrics.usage_unrecordable.set(0);
-            tracing::info!("usage is recorded again");
+            tracing::info!("usage is being recorded again");
         }
     }
 
@@ -257,7 +258,7 @@ impl Recorder {
         }
     }
 
-    /// The directory of this process, created when first needed.
+    /// Returns the directory of this process, which is created when first needed.
     fn directory(&self, files: &mut Files) -> io::Result<Arc<Directory>> {
         if let Some(directory) = &files.directory {
             return Ok(directory.clone());
@@ -282,7 +283,7 @@ impl Recorder {
         self.durability == Durability::Machine
     }
 
-    /// The time of an event that happens now.
+    /// Returns the time of an event that happens now.
     pub fn now(&self) -> UnixNanos {
         self.time.at(self.clock.monotonic())
     }
@@ -358,7 +359,7 @@ impl Recorder {
         }
     }
 
-    /// Waits until the record is as durable as configured. Returns `false` if it may be lost if the machine fails.
+    /// Waits until the record is as durable as configured. Returns `false` if it may be lost when the machine fails.
     pub async fn made_durable(&self, segment: Arc<Segment>) -> bool {
         match &self.syncer {
             None => true,

@@ -1,9 +1,9 @@
 //! Space for the records of tenants that may not record more denials now.
 //!
 //! Such a tenant's request needs space before its decision like any other, but it is probably denied, and then no
-//! record is written. If each of these requests left void space behind, they would fill the backlog like the records
-//! that they replace. So the space stays open, and the next such request uses it. The shipper cannot read past open
-//! space; at the beginning of each pass, it voids the space that no request is using.
+//! record is written. If each of these requests left void space behind, that space would fill the backlog like the
+//! records that it replaces. So the space remains open, and the next such request uses it. The shipper cannot read past
+//! open space; at the beginning of each pass, it voids the space that no request is using.
 
 use parking_lot::Mutex;
 

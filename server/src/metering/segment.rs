@@ -124,7 +124,7 @@ impl Segment {
             if durable {
                 File::open(directory)?.sync_all()?;
             }
-            // Loads the pages, so that the first writes do not wait for this.
+            // Loads the pages, so that the first writes do not wait for page faults.
             let map = MmapOptions::new().populate().map_raw(&file)?;
             Ok((file, map))
         })();

@@ -37,7 +37,7 @@ struct Adopted {
 }
 
 impl Adopted {
-    /// Returns `None` if a running process holds the directory or it does not exist.
+    /// Returns `None` if a running process holds the directory or if it does not exist.
     fn take(path: &Path) -> io::Result<Option<Self>> {
         let Some(directory) = Directory::adopt(path)? else {
             return Ok(None);
@@ -52,10 +52,16 @@ impl Adopted {
         }))
     }
 
-    /// Whether every segment was shipped or refused.
+    /// Returns the number of segments that were neither completely shipped nor rejected.
+    fn left(&self) -> usize {
+        let sources = self.sources.iter();
+        sources
+            .filter(|(source, _)| source.state == SourceState::Open)
+            .count()
+    }
+
     fn is_done(&self) -> bool {
-        let mut sources = self.sources.iter();
-        sources.all(|(source, _)| source.state != SourceState::Open)
+        self.left() == 0
     }
 }
 
@@ -84,7 +90,7 @@ fn open(path: &Path, writer: Writer) -> io::Result<Option<Source>> {
         Err(error) => return Err(error),
     };
     let Some(head) = SegmentHead::read(&file)? else {
-        tracing::error!(path = %path.display(), "not a segment of usage records");
+        tracing::error!(path = %path.display(), "this file is not a usage segment");
         if writer == Writer::Ended {
             directory::set_aside(path)?;
         }
@@ -107,6 +113,9 @@ pub(super) struct Shipper {
 #[derive(Debug, Default)]
 pub(super) struct Adopter {
     adopted: VecDeque<Adopted>,
+    /// The number of segments in directories that could not be shipped. They are tried again when the adopter next
+    /// looks for directories.
+    failed_segments: usize,
     size: BatchSize,
     looked_at: Option<Instant>,
     /// Directories with files that cannot be shipped or removed. They are retried.
@@ -196,7 +205,7 @@ impl Shipper {
             let known = [
                 oldest,
                 source.oldest,
-                // No pass has left nothing to ship yet.
+                // Every pass so far has left something to ship.
                 self.complete_until
                     .is_none()
                     .then(|| source.head.started_at.into()),
@@ -226,7 +235,7 @@ impl Shipper {
         if let Some(directory) = recorder.own_directory() {
             let pending = self.pending();
             let at = match (pending.oldest, self.complete_until) {
-                // Decisions made while this is reported are not shipped.
+                // Decisions made while this is being reported have not been shipped.
                 (None, Some(complete_until)) => complete_until,
                 _ => recorder.now().into(),
             };
@@ -261,9 +270,18 @@ impl Adopter {
     /// Ships the records of stopped replicas in `root`. Returns the number of records shipped, or the first error;
     /// everything else that could be shipped was shipped.
     pub async fn ship(&mut self, context: &Context, root: &Path) -> Result<u64, ShipError> {
+        let shipped = self.ship_all(context, root).await;
+        let left = self.adopted.iter().map(Adopted::left).sum::<usize>() + self.failed_segments;
+        let left = i64::try_from(left).unwrap_or(i64::MAX);
+        context.metrics.usage_adopted_segments.set(left);
+        shipped
+    }
+
+    async fn ship_all(&mut self, context: &Context, root: &Path) -> Result<u64, ShipError> {
         let (mut shipped, mut failed) = (0, None::<ShipError>);
         if is_due(self.looked_at, ADOPT) {
             self.looked_at = Some(Instant::now());
+            self.failed_segments = 0;
             if let Err(error) = directory::delete_unfinished(root) {
                 failed.get_or_insert(error.into());
             }
@@ -294,6 +312,7 @@ impl Adopter {
                     return Err(error);
                 }
                 Some(error) => {
+                    self.failed_segments += adopted.left();
                     self.note(path, &error);
                     failed.get_or_insert(error);
                 }
@@ -318,7 +337,7 @@ impl Adopter {
         if !self.failing.contains(&path) {
             tracing::error!(
                 path = %path.display(), %error,
-                "cannot ship or remove some files of this usage directory; all others are shipped"
+                "cannot ship or remove some files in this usage directory; all others are being shipped"
             );
             self.failing.insert(path);
         }
@@ -376,7 +395,7 @@ async fn ship_segment(
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Replayed {
     pub records: u64,
-    /// Whether a running process holds the directory. It ships the rest itself.
+    /// Whether a running process holds the directory. That process ships the rest.
     pub is_owned: bool,
 }
 

@@ -32,11 +32,11 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// The initial and the maximum number of records per transaction.
+/// The initial, the maximum and the minimum number of records per transaction.
 const FIRST: usize = 2_000;
 const MOST: usize = 50_000;
 const LEAST: usize = 50;
-/// The target duration of a batch.
+/// The target duration of a batch is between these two.
 const SHORT: Duration = Duration::from_millis(300);
 const LONG: Duration = Duration::from_millis(900);
 
@@ -56,7 +56,7 @@ pub(super) struct Source {
     pub(super) shipped: u64,
     /// The time of the oldest record that was read but not shipped yet.
     pub(super) oldest: Option<DateTime<Utc>>,
-    /// Whether a record is still being written; it and all later ones were not read.
+    /// Whether a record is still being written. That record and all later ones were not read.
     pub(super) is_blocked: bool,
     pub(super) state: SourceState,
 }
@@ -95,7 +95,7 @@ impl Source {
         let position = self.position.unwrap_or(self.cursor);
         let read = move || {
             let batch = scan::read(&file, &head, position, writer, max)?;
-            // Done on this thread, because it takes milliseconds, which would delay requests.
+            // The batch is prepared on this thread, because that takes milliseconds, which would delay requests.
             Ok((UsageBatch::new(batch.rows), batch.span))
         };
         tokio::task::spawn_blocking(read)

@@ -101,7 +101,7 @@ fn run(
             if segment.is_broken() {
                 synced = false;
             } else if let Err(error) = write(segment) {
-                // All later groups are written by this thread, so they fail if they contain it.
+                // All later groups are written by this thread, so they fail if they contain this segment.
                 segment.has_broken();
                 on_failure(segment, &error);
                 synced = false;

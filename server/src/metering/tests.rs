@@ -225,7 +225,7 @@ fn a_damaged_record_is_left_out_and_later_ones_are_kept() {
         ends.push(usize::try_from(segment.tail()).unwrap());
     }
     let whole = bytes_of(&segment);
-    // Every bit of the second record, including its header.
+    // Flips every bit of the second record, including its header.
     for at in ends[0]..ends[1] {
         for bit in 0..8 {
             let mut torn = whole.clone();
@@ -342,7 +342,7 @@ fn crashed(synced: &[u8], current: &[u8], random: &mut Rng) -> Vec<u8> {
     bytes
 }
 
-/// Set `CRASH_IMAGES=10000` to check more of them.
+/// Returns the number of images to check. Set `CRASH_IMAGES=10000` to check more.
 #[expect(
     clippy::disallowed_methods,
     reason = "a measurement is no setting of the server"
@@ -426,7 +426,7 @@ fn a_directory_has_one_owner_and_is_adopted_after_it() {
         .expect("no process holds it");
     assert_eq!(adopted.id, id);
     assert!(Directory::adopt(&path).unwrap().is_none());
-    // It is kept while it contains segments.
+    // The directory is kept while it contains segments.
     let segments = directory::segments(&path).unwrap();
     assert_eq!(segments.len(), 1);
     adopted.remove().unwrap();
@@ -587,7 +587,7 @@ fn a_tenant_that_may_not_record_more_denials_gets_space_before_the_decision() {
     let directory = TempDir::new().unwrap();
     let recorder = recorder(directory.path(), 2 * SIZE, Arc::default());
     recorder.create_spare();
-    // Ten times what fits, with two requests at a time.
+    // Many times what fits, with two requests at a time.
     for _ in 0..5_000 {
         let spaces = [(); 2].map(|()| recorder.reserve_reusable().expect("there is space"));
         for space in spaces {
@@ -611,7 +611,7 @@ fn a_tenant_that_may_not_record_more_denials_gets_space_before_the_decision() {
     };
     let before = shipped();
     assert!(before.1, "{before:?}");
-    // The shipper did not wait for it in vain: it is not used again.
+    // The space that held up the shipper is not used again.
     recorder.give_back(in_progress);
     assert_eq!(shipped(), (vec!["admitted".to_owned()], false));
 
@@ -653,7 +653,7 @@ fn a_directory_whose_creation_was_interrupted_is_deleted_later() {
         std::fs::create_dir(path).unwrap();
         File::create(path.join("lock")).unwrap();
     }
-    // The operator's.
+    // A directory that the operator created.
     let other = root.path().join("other.new");
     std::fs::create_dir(&other).unwrap();
     let now = new.metadata().unwrap().modified().unwrap();

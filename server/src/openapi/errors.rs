@@ -9,7 +9,8 @@ use crate::api::problem;
 const BY_ROLE: &str = "Your role does not allow this action.";
 const BY_COOKIE: &str = "Cookie authentication is only accepted from this server's own pages.";
 const IN_PROGRESS: &str = "A request with this `Idempotency-Key` is still in progress.";
-const BY_ROLE_OR_LIMIT: &str = "Your role does not allow this action, or your organization has reached a limit set by the operator.";
+const BY_ROLE_OR_LIMIT: &str =
+    "Your role does not allow this action, or the tenant has reached a limit set by the operator.";
 const STRIPE_UNAVAILABLE: &str =
     "Stripe or the database is unavailable. Retry after `Retry-After` seconds.";
 const NO_REFRESH_TOKEN: &str =
@@ -69,7 +70,10 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
             "create_api_key",
             &[
                 (P::Forbidden, BY_ROLE_OR_LIMIT),
-                (P::NotFound, "The plan was not found in your organization."),
+                (
+                    P::NotFound,
+                    "The plan does not exist, or it belongs to another tenant.",
+                ),
                 (P::RequestInProgress, IN_PROGRESS),
             ],
         ),
@@ -77,7 +81,7 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
             "update_api_key",
             &[(
                 P::NotFound,
-                "The key or plan was not found in your organization.",
+                "The key or plan does not exist, or it belongs to another tenant.",
             )],
         ),
         (
@@ -113,7 +117,7 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
             &[
                 (
                     P::AlreadySubscribed,
-                    "Billing is off, the organization already has a subscription, or a request with this `Idempotency-Key` is still in progress.",
+                    "Billing is off, the tenant already has a subscription, or a request with this `Idempotency-Key` is still in progress.",
                 ),
                 (P::Unavailable, STRIPE_UNAVAILABLE),
             ],
@@ -123,7 +127,7 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
             &[
                 (
                     P::NotSubscribed,
-                    "Billing is off, or the organization has never subscribed.",
+                    "Billing is off, or the tenant has never subscribed.",
                 ),
                 (P::Unavailable, STRIPE_UNAVAILABLE),
             ],
@@ -145,7 +149,7 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
             &[
                 (
                     P::SubscriptionNeeded,
-                    "The key's plan is paid and its organization has no active subscription. Nothing was charged.",
+                    "The key is on a paid plan, and its tenant has no active subscription. Nothing was charged.",
                 ),
                 (
                     P::Malformed,
@@ -170,7 +174,7 @@ const ERRORS: &[(ProblemCode, &str)] = {
             "Missing or invalid credentials. Nothing was charged.",
         ),
         (P::Forbidden, BY_ROLE),
-        (P::NotFound, "Not found, or not in your organization."),
+        (P::NotFound, "Not found, or it belongs to another tenant."),
         (
             P::RequestTimeout,
             "The request body was not received in time.",

@@ -63,7 +63,7 @@ fn limit_headers() -> Map<String, Value> {
         ),
         (
             "X-RateLimit-Remaining".to_owned(),
-            number("Requests left in the burst."),
+            number("Number of requests left in the burst."),
         ),
         (
             "X-RateLimit-Reset".to_owned(),
@@ -79,7 +79,7 @@ fn limit_headers() -> Map<String, Value> {
         (
             "RateLimit".to_owned(),
             text(
-                "The limit closest to exhaustion: `r` requests are left; it is fully available again in `t` seconds.",
+                "The limit that is closest to being used up: `r` requests are left, and the full limit is available again in `t` seconds.",
                 "\"rpm\";r=412;t=23",
             ),
         ),

@@ -12,7 +12,7 @@ use crate::{
     error_chain::chain,
 };
 
-/// The time limit for inspecting a node, which takes several round trips.
+/// The time limit for inspecting a node, as a multiple of the limit for connecting, since it takes several round trips.
 const STEPS: u32 = 9;
 
 /// What a server reports about itself. Hidden values are empty.

@@ -90,7 +90,7 @@ impl Link {
         let mut answer = deadline::within(limit, &mut call).await;
         if answer.is_err() {
             counts.timed_out.fetch_add(1, Ordering::Relaxed);
-            // The supervisor checks whether the connection is merely slow or dead.
+            // The supervisor checks whether the connection is dead or merely slow.
             self.shared.slots[self.at].check.notify_one();
             if let Some(more) = patience.and_then(|it| it.checked_sub(limit)) {
                 answer = deadline::within(more, call).await;

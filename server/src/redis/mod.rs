@@ -149,7 +149,7 @@ impl Redis {
             })
     }
 
-    /// [`Link::eval`] on the connection for the first key.
+    /// Calls [`Link::eval`] on the connection for the first key.
     pub async fn eval(
         &self,
         script: &Script,
@@ -161,7 +161,7 @@ impl Redis {
         self.link(key)?.eval(script, keys, args, patience).await
     }
 
-    /// [`Link::query`] on the connection for `key`. `cmd` must already contain the key.
+    /// Calls [`Link::query`] on the connection for `key`. `cmd` must already contain the key.
     pub async fn query(&self, key: &str, cmd: &Cmd) -> Result<Value, CallError> {
         self.link(key)?.query(cmd).await
     }
@@ -182,7 +182,7 @@ impl Redis {
     }
 }
 
-/// The redis crate uses the default provider of the process.
+/// Installs the default TLS provider of the process, which the redis crate uses.
 fn install_tls() {
     // This fails if a provider is already installed.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();

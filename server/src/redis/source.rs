@@ -17,8 +17,8 @@ use crate::config::{RedisServers, RedisSettings, redis::tcp_settings};
 const CONCURRENT: usize = 1024;
 /// How long a cluster node may take to respond, which is longer than any caller waits.
 const UNANSWERED: Duration = Duration::from_secs(2);
-/// How long querying Sentinel may take. It needs several round trips, including the check of the master that it
-/// reports.
+/// How long querying Sentinel may take, as a multiple of the limit for connecting. It takes several round trips,
+/// including the check of the master that Sentinel reports.
 const SENTINEL_STEPS: u32 = 4;
 
 /// Why connecting failed.
@@ -28,7 +28,7 @@ pub(super) enum ConnectError {
     Redis(#[from] RedisError),
     #[error("Redis did not accept the connection within {0:?}")]
     Late(Duration),
-    /// A replica rejects writes and may lag behind.
+    /// The server is not a master. A Redis replica rejects writes and may lag behind.
     #[error("Redis is a {0}, not a master")]
     NoMaster(String),
 }

@@ -2,7 +2,7 @@
 //!
 //! The redis crate's `ConnectionManager` keeps reconnecting to one address and makes calls wait for the new connection.
 //! Here, Sentinel is queried for the master before each attempt, calls never wait, and a probe detects connections that
-//! have gone silent: a late call does not prove that.
+//! have gone silent, which a single late call does not prove.
 //!
 //! The crate itself maintains the connections of a cluster, node by node. The cluster connection as a whole is replaced
 //! only if that does not help, and the old one is used until the new one is ready.

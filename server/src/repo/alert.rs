@@ -10,7 +10,7 @@ use diesel_async::{RunQueryDsl, SimpleAsyncConnection};
 use quota_common::TenantId;
 use uuid::Uuid;
 
-use super::{Rows, Slice};
+use super::{COUNTED_MAX, Counted, Rows, Slice};
 use crate::{
     db::{DbError, SystemTx, TenantTx},
     schema::quota_alerts,
@@ -35,11 +35,13 @@ pub struct AlertRow {
 
 pub async fn list(tx: &mut TenantTx, slice: Slice) -> Result<Rows<AlertRow>, DbError> {
     let tenant = tx.tenant().0;
-    let total = quota_alerts::table
-        .filter(quota_alerts::tenant_id.eq(tenant))
-        .count()
-        .get_result(&mut **tx)
-        .await?;
+    let counted: Counted = sql_query(
+        "SELECT count(*) AS total FROM (SELECT FROM quota_alerts WHERE tenant_id = $1 LIMIT $2) counted",
+    )
+    .bind::<SqlUuid, _>(tenant)
+    .bind::<BigInt, _>(COUNTED_MAX)
+    .get_result(&mut **tx)
+    .await?;
     let rows = quota_alerts::table
         .filter(quota_alerts::tenant_id.eq(tenant))
         .filter(quota_alerts::id.lt(slice.before()))
@@ -48,7 +50,7 @@ pub async fn list(tx: &mut TenantTx, slice: Slice) -> Result<Rows<AlertRow>, DbE
         .select(AlertRow::as_select())
         .load(&mut **tx)
         .await?;
-    Ok(Rows::new(rows, slice.limit, total))
+    Ok(Rows::new(rows, slice.limit, counted.total))
 }
 
 /// Who gets email about alerts.
@@ -127,12 +129,15 @@ pub async fn tenants_with_quotas(tx: &mut SystemTx) -> Result<Vec<Uuid>, DbError
     Ok(tenants.into_iter().map(|it| it.tenant_id).collect())
 }
 
-/// The usage of a tenant to check: positions in its log.
+/// How far a tenant has been checked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Unchecked {
-    /// Exclusive. -1: nothing has been checked.
-    pub after: i64,
-    pub until: i64,
+pub struct Progress {
+    /// The last position in the usage log that was checked for all keys. -1: none.
+    pub seq: i64,
+    /// The position up to which keys are being checked, and the last key that was.
+    pub part: Option<(i64, Uuid)>,
+    /// The last position in the usage log.
+    pub last_seq: i64,
 }
 
 /// Locks the progress of a tenant until the transaction ends. Returns `None` if another replica has locked it, or if the
@@ -140,16 +145,20 @@ pub struct Unchecked {
 pub async fn lock_progress(
     tx: &mut SystemTx,
     tenant: TenantId,
-) -> Result<Option<Unchecked>, DbError> {
+) -> Result<Option<Progress>, DbError> {
     #[derive(QueryableByName)]
-    struct Positions {
+    struct Locked {
         #[diesel(sql_type = BigInt)]
-        after: i64,
+        seq: i64,
+        #[diesel(sql_type = Nullable<BigInt>)]
+        until_seq: Option<i64>,
+        #[diesel(sql_type = Nullable<SqlUuid>)]
+        after_key: Option<Uuid>,
     }
     #[derive(QueryableByName)]
     struct Last {
         #[diesel(sql_type = BigInt)]
-        until: i64,
+        last_seq: i64,
     }
     sql_query(
         "INSERT INTO quota_alert_progress (tenant_id, seq) SELECT id, -1 FROM tenants WHERE id = $1 \
@@ -158,34 +167,103 @@ pub async fn lock_progress(
     .bind::<SqlUuid, _>(tenant.0)
     .execute(&mut **tx)
     .await?;
-    let locked: Option<Positions> = sql_query(
-        "SELECT seq AS after FROM quota_alert_progress WHERE tenant_id = $1 FOR UPDATE SKIP LOCKED",
+    let locked: Option<Locked> = sql_query(
+        "SELECT seq, until_seq, after_key FROM quota_alert_progress WHERE tenant_id = $1 \
+         FOR UPDATE SKIP LOCKED",
     )
     .bind::<SqlUuid, _>(tenant.0)
     .get_result(&mut **tx)
     .await
     .optional()?;
-    let Some(Positions { after }) = locked else {
+    let Some(Locked {
+        seq,
+        until_seq,
+        after_key,
+    }) = locked
+    else {
         return Ok(None);
     };
     // Read after the lock, so that it is never less than what another replica has checked.
-    let last: Option<Last> =
-        sql_query("SELECT last_seq AS until FROM usage_tenants WHERE tenant_id = $1")
-            .bind::<SqlUuid, _>(tenant.0)
-            .get_result(&mut **tx)
-            .await
-            .optional()?;
-    let until = last.map_or(after, |it| it.until);
-    Ok(Some(Unchecked { after, until }))
+    let last: Option<Last> = sql_query("SELECT last_seq FROM usage_tenants WHERE tenant_id = $1")
+        .bind::<SqlUuid, _>(tenant.0)
+        .get_result(&mut **tx)
+        .await
+        .optional()?;
+    Ok(Some(Progress {
+        seq,
+        part: until_seq.zip(after_key),
+        last_seq: last.map_or(seq, |it| it.last_seq),
+    }))
 }
 
-pub async fn set_progress(tx: &mut SystemTx, tenant: TenantId, seq: i64) -> Result<(), DbError> {
-    sql_query("UPDATE quota_alert_progress SET seq = $2 WHERE tenant_id = $1")
-        .bind::<SqlUuid, _>(tenant.0)
-        .bind::<BigInt, _>(seq)
-        .execute(&mut **tx)
-        .await?;
+pub async fn set_progress(
+    tx: &mut SystemTx,
+    tenant: TenantId,
+    seq: i64,
+    part: Option<(i64, Uuid)>,
+) -> Result<(), DbError> {
+    sql_query(
+        "UPDATE quota_alert_progress SET seq = $2, until_seq = $3, after_key = $4 WHERE tenant_id = $1",
+    )
+    .bind::<SqlUuid, _>(tenant.0)
+    .bind::<BigInt, _>(seq)
+    .bind::<Nullable<BigInt>, _>(part.map(|it| it.0))
+    .bind::<Nullable<SqlUuid>, _>(part.map(|it| it.1))
+    .execute(&mut **tx)
+    .await?;
     Ok(())
+}
+
+/// Which keys to check.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Keys {
+    /// Those in this part of the usage log: after one position, up to another.
+    Used {
+        after: i64,
+        until: i64,
+    },
+    All,
+}
+
+/// Returns at most `limit` of a tenant's keys to check, in the order of their IDs, after this one.
+pub async fn keys(
+    tx: &mut SystemTx,
+    tenant: TenantId,
+    keys: Keys,
+    after_key: Uuid,
+    limit: i64,
+) -> Result<Vec<Uuid>, DbError> {
+    #[derive(QueryableByName)]
+    struct Key {
+        #[diesel(sql_type = SqlUuid)]
+        id: Uuid,
+    }
+    let found: Vec<Key> = match keys {
+        // The log has as many partitions as days are kept. Recording is late by at most the time for which usage can
+        // wait on a replica, so the range is found by its position alone.
+        Keys::Used { after, until } => {
+            sql_query(
+                "SELECT DISTINCT key_id AS id FROM usage_log \
+                 WHERE tenant_id = $1 AND seq > $4 AND seq <= $5 AND key_id > $2 ORDER BY id LIMIT $3",
+            )
+            .bind::<SqlUuid, _>(tenant.0)
+            .bind::<SqlUuid, _>(after_key)
+            .bind::<BigInt, _>(limit)
+            .bind::<BigInt, _>(after)
+            .bind::<BigInt, _>(until)
+            .get_results(&mut **tx)
+            .await?
+        }
+        Keys::All => {
+            sql_query("SELECT id FROM api_keys WHERE tenant_id = $1 AND id > $2 ORDER BY id LIMIT $3")
+                .bind::<SqlUuid, _>(tenant.0)
+                .bind::<SqlUuid, _>(after_key)
+                .bind::<BigInt, _>(limit)
+                .get_results(&mut **tx)
+                .await?
+        }
+    };
+    Ok(found.into_iter().map(|it| it.id).collect())
 }
 
 /// How much of a quota is used in one window.
@@ -216,72 +294,53 @@ pub struct QuotaStanding {
     pub window_end: DateTime<Utc>,
 }
 
-/// Which keys to check.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Keys {
-    /// Those in this part of the usage log.
-    Used(Unchecked),
-    All,
-}
-
-/// The current windows of keys' quotas, and those that ended in the last quarter of an hour, of which at least `$2`
-/// percent is taken. The quota of a shortened window is that of [`quota_usage::take`](super::quota_usage::take).
-///
-/// The usage log has as many partitions as days are kept. Recording is late by at most the time for which usage can wait
-/// on a replica, so the range is found by its position alone.
-fn standings_of(keys: Keys) -> String {
-    let keys = match keys {
-        Keys::Used(_) => {
-            "AND k.id IN (SELECT key_id FROM usage_log WHERE tenant_id = $1 AND seq > $3 AND seq <= $4)"
-        }
-        Keys::All => "",
-    };
-    format!(
-        r"SELECT k.id AS key_id, k.name AS key_name, v.policy, w.quota, w.used AS taken, u.spent, u.has_denials,
-              w.window_start, w.window_end
-          FROM api_keys k
-          JOIN plans p ON p.tenant_id = k.tenant_id AND p.id = k.plan_id
-          CROSS JOIN LATERAL (VALUES ('daily', p.daily_quota), ('monthly', p.monthly_quota)) v (policy, quota)
-          CROSS JOIN LATERAL (
-              SELECT q.used, q.window_start, q.window_end, greatest(1, ceil(v.quota
-                  * extract(epoch FROM q.window_end - q.window_start) / q.period_seconds)::bigint) AS quota
-              FROM quota_usage q
-              WHERE q.tenant_id = k.tenant_id AND q.key_id = k.id AND q.policy = v.policy AND q.used > 0
-                  AND q.window_start <= now() AND q.window_end > now() - interval '15 minutes'
-          ) w
-          CROSS JOIN LATERAL (
-              SELECT coalesce(sum(u.cost) FILTER (WHERE u.policy = ''), 0)::bigint AS spent,
-                  coalesce(bool_or(u.policy = v.policy), false) AS has_denials
-              FROM usage_quarters u
-              WHERE u.tenant_id = k.tenant_id AND u.endpoint = E'\x01' AND u.key_id = k.id
-                  AND u.start >= w.window_start AND u.start < w.window_end
-                  AND u.policy IN ('', v.policy)
-          ) u
-          WHERE k.tenant_id = $1 AND v.quota IS NOT NULL AND w.used::numeric * 100 >= w.quota::numeric * $2 {keys}"
-    )
-}
-
-/// Returns the quotas of a tenant's keys of which at least `percent` is taken. Takes time in proportion to the number of
-/// keys, so the limit for statements is raised.
+/// Returns the current windows of these keys' quotas, and those that ended in the last quarter of an hour, of which at
+/// least `percent` is taken, except those with an alert that they are used up. The quota of a shortened window is that
+/// of [`quota_usage::take`](super::quota_usage::take).
 pub async fn standings(
     tx: &mut SystemTx,
     tenant: TenantId,
-    keys: Keys,
+    keys: &[Uuid],
     percent: i32,
 ) -> Result<Vec<QuotaStanding>, DbError> {
-    tx.batch_execute("SET LOCAL statement_timeout = '30s'")
+    // The rollups of a month are many rows, so they are read only for the windows that matter.
+    tx.batch_execute("SET LOCAL statement_timeout = '10s'")
         .await?;
-    let query = sql_query(standings_of(keys))
-        .bind::<SqlUuid, _>(tenant.0)
-        .bind::<Integer, _>(percent);
-    let rows = match keys {
-        Keys::Used(Unchecked { after, until }) => {
-            let query = query.bind::<BigInt, _>(after).bind::<BigInt, _>(until);
-            query.get_results(&mut **tx).await?
-        }
-        Keys::All => query.get_results(&mut **tx).await?,
-    };
-    Ok(rows)
+    let standings = sql_query(
+        r"WITH windows AS MATERIALIZED (
+              SELECT k.id AS key_id, k.name AS key_name, v.policy, w.quota, w.used AS taken, w.window_start, w.window_end
+              FROM api_keys k
+              JOIN plans p ON p.tenant_id = k.tenant_id AND p.id = k.plan_id
+              CROSS JOIN LATERAL (VALUES ('daily', p.daily_quota), ('monthly', p.monthly_quota)) v (policy, quota)
+              CROSS JOIN LATERAL (
+                  SELECT q.used, q.window_start, q.window_end, greatest(1, ceil(v.quota
+                      * extract(epoch FROM q.window_end - q.window_start) / q.period_seconds)::bigint) AS quota
+                  FROM quota_usage q
+                  WHERE q.tenant_id = k.tenant_id AND q.key_id = k.id AND q.policy = v.policy AND q.used > 0
+                      AND q.window_start <= now() AND q.window_end > now() - interval '15 minutes'
+              ) w
+              WHERE k.tenant_id = $1 AND k.id = ANY($2) AND v.quota IS NOT NULL
+                  AND w.used::numeric * 100 >= w.quota::numeric * $3
+                  AND NOT EXISTS (
+                      SELECT FROM quota_alerts a
+                      WHERE a.tenant_id = $1 AND a.key_id = k.id AND a.policy = v.policy AND a.threshold = 100
+                          AND a.window_end > w.window_start AND a.window_start < w.window_end)
+          )
+          SELECT w.*, u.spent, u.has_denials
+          FROM windows w
+          CROSS JOIN LATERAL (
+              SELECT coalesce(sum(u.cost) FILTER (WHERE u.policy = ''), 0)::bigint AS spent,
+                  coalesce(bool_or(u.policy = w.policy), false) AS has_denials
+              FROM usage_quarters u
+              WHERE u.tenant_id = $1 AND u.endpoint = E'\x01' AND u.key_id = w.key_id
+                  AND u.start >= w.window_start AND u.start < w.window_end
+                  AND u.policy IN ('', w.policy)
+          ) u",
+    )
+    .bind::<SqlUuid, _>(tenant.0)
+    .bind::<Array<SqlUuid>, _>(keys)
+    .bind::<Integer, _>(percent);
+    Ok(standings.get_results(&mut **tx).await?)
 }
 
 /// A quota that all keys of a tenant share, for a calendar month in UTC.

@@ -1,20 +1,21 @@
 //! API keys in PostgreSQL.
 
+mod list;
+
 use chrono::{DateTime, Utc};
 use diesel::{
-    dsl::{now, sql},
+    dsl::{auto_type, now, sql},
     pg::Pg,
     prelude::*,
-    sql_types::{BigInt, Bool, Text},
+    sql_types::{BigInt, Bool},
 };
 use diesel_async::RunQueryDsl;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::{
-    CursorKey, Order, Rows, SortBy, Sorted, SortedSlice, beyond_name, by_name, containing,
-};
+pub use self::list::{Filter, Matches, list, search};
+use super::{CursorKey, SortBy, Sorted};
 use crate::{
     db::{DbError, SystemTx, TenantTx},
     schema::{api_keys, billing_accounts, plans, tenants},
@@ -79,18 +80,6 @@ pub struct ApiKeyChange<'a> {
     pub metadata: Option<Value>,
 }
 
-/// Restricts a list of keys.
-#[derive(Debug, Default)]
-pub struct Filter<'a> {
-    pub plan_id: Option<Uuid>,
-    pub is_active: Option<bool>,
-    /// Whether they have expired by this time.
-    pub is_expired: Option<(bool, DateTime<Utc>)>,
-    pub external_id: Option<&'a str>,
-    /// Substring of the name, or prefix of the key or external ID.
-    pub search: Option<&'a str>,
-}
-
 /// The data of a key that decisions need.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -135,97 +124,6 @@ pub async fn highest_rate(tx: &mut TenantTx, plan: Uuid) -> Result<Option<i64>, 
         .get_result(&mut **tx)
         .await?;
     Ok(highest.map(Into::into))
-}
-
-pub async fn list(
-    tx: &mut TenantTx,
-    filter: &Filter<'_>,
-    slice: &SortedSlice,
-) -> Result<Rows<ApiKeyRow>, DbError> {
-    let tenant = tx.tenant().0;
-    let filtered = || {
-        let mut query = api_keys::table
-            .filter(api_keys::tenant_id.eq(tenant))
-            .into_boxed::<Pg>();
-        if let Some(plan_id) = filter.plan_id {
-            query = query.filter(api_keys::plan_id.eq(plan_id));
-        }
-        if let Some(is_active) = filter.is_active {
-            query = query.filter(api_keys::is_active.eq(is_active));
-        }
-        match filter.is_expired {
-            Some((true, at)) => query = query.filter(api_keys::expires_at.le(at)),
-            Some((false, at)) => {
-                query = query.filter(
-                    api_keys::expires_at
-                        .is_null()
-                        .or(api_keys::expires_at.gt(at)),
-                );
-            }
-            None => {}
-        }
-        if let Some(external_id) = filter.external_id {
-            query = query.filter(api_keys::external_id.assume_not_null().eq(external_id));
-        }
-        if let Some(search) = filter.search {
-            let pattern = containing(search);
-            let beginning = pattern[1..].to_owned();
-            let external_id = sql::<Text>("coalesce(external_id, '')");
-            query = query.filter(
-                api_keys::name
-                    .ilike(pattern)
-                    .or(api_keys::prefix.like(beginning.clone()))
-                    .or(external_id.like(beginning)),
-            );
-        }
-        query
-    };
-    let total = filtered().count().get_result(&mut **tx).await?;
-    let mut query = filtered()
-        .select(ApiKeyRow::as_select())
-        .limit(slice.fetch());
-    let Order { by, descending } = slice.order;
-    query = match (by, descending) {
-        (SortBy::CreatedAt, true) => query.order(api_keys::id.desc()),
-        (SortBy::CreatedAt, false) => query.order(api_keys::id.asc()),
-        (SortBy::Name, true) => query.order((by_name(true), api_keys::id.desc())),
-        (SortBy::Name, false) => query.order((by_name(false), api_keys::id.asc())),
-        (SortBy::LastUsed, true) => query.order((
-            api_keys::last_used_at.desc().nulls_last(),
-            api_keys::id.desc(),
-        )),
-        (SortBy::LastUsed, false) => query.order((
-            api_keys::last_used_at.asc().nulls_first(),
-            api_keys::id.asc(),
-        )),
-    };
-    if let Some((cursor_key, id)) = &slice.after {
-        let (before, behind) = (api_keys::id.lt(*id), api_keys::id.gt(*id));
-        query = match (cursor_key, descending) {
-            (CursorKey::CreatedAt, true) => query.filter(before),
-            (CursorKey::CreatedAt, false) => query.filter(behind),
-            (CursorKey::Name(name), _) => query.filter(beyond_name(descending, name, *id)),
-            (CursorKey::LastUsed(None), true) => {
-                query.filter(api_keys::last_used_at.is_null().and(before))
-            }
-            (CursorKey::LastUsed(None), false) => {
-                query.filter(api_keys::last_used_at.is_not_null().or(behind))
-            }
-            (CursorKey::LastUsed(Some(at)), true) => query.filter(
-                api_keys::last_used_at
-                    .lt(*at)
-                    .or(api_keys::last_used_at.eq(*at).and(before))
-                    .or(api_keys::last_used_at.is_null()),
-            ),
-            (CursorKey::LastUsed(Some(at)), false) => query.filter(
-                api_keys::last_used_at
-                    .gt(*at)
-                    .or(api_keys::last_used_at.eq(*at).and(behind)),
-            ),
-        };
-    }
-    let rows = query.load(&mut **tx).await?;
-    Ok(Rows::new(rows, slice.limit, total))
 }
 
 find_by_id!(
@@ -393,19 +291,25 @@ impl FactsRow {
     }
 }
 
+/// Keys with everything that a decision depends on.
+#[auto_type]
+fn with_facts() -> _ {
+    let plan = plans::tenant_id
+        .eq(api_keys::tenant_id)
+        .and(plans::id.eq(api_keys::plan_id));
+    let access = billing_accounts::tenant_id.eq(api_keys::tenant_id);
+    api_keys::table
+        .inner_join(plans::table.on(plan))
+        .inner_join(tenants::table.on(tenants::id.eq(api_keys::tenant_id)))
+        .left_join(billing_accounts::table.on(access))
+}
+
 /// Finds the keys whose current or previous secret has one of these hashes, active or not, in any tenant, in any order.
 pub async fn facts(tx: &mut SystemTx, hashes: &[&[u8]]) -> Result<Vec<FoundKey>, DbError> {
     // The number is read in the same statement, so that it belongs to the same snapshot.
     let as_of = sql::<BigInt>("(SELECT coalesce(max(seq), 0) FROM revocations)");
     let in_grace = sql::<Bool>("coalesce(api_keys.previous_expires_at > now(), false)");
-    let rows = api_keys::table
-        .inner_join(
-            plans::table.on(plans::tenant_id
-                .eq(api_keys::tenant_id)
-                .and(plans::id.eq(api_keys::plan_id))),
-        )
-        .inner_join(tenants::table.on(tenants::id.eq(api_keys::tenant_id)))
-        .left_join(billing_accounts::table.on(billing_accounts::tenant_id.eq(api_keys::tenant_id)))
+    let rows = with_facts()
         .filter(
             api_keys::key_hash
                 .eq_any(hashes)
@@ -431,14 +335,7 @@ pub async fn facts(tx: &mut SystemTx, hashes: &[&[u8]]) -> Result<Vec<FoundKey>,
 pub async fn facts_of(tx: &mut TenantTx, id: Uuid) -> Result<Option<FoundKey>, DbError> {
     let tenant = tx.tenant().0;
     let as_of = sql::<BigInt>("(SELECT coalesce(max(seq), 0) FROM revocations)");
-    let row = api_keys::table
-        .inner_join(
-            plans::table.on(plans::tenant_id
-                .eq(api_keys::tenant_id)
-                .and(plans::id.eq(api_keys::plan_id))),
-        )
-        .inner_join(tenants::table.on(tenants::id.eq(api_keys::tenant_id)))
-        .left_join(billing_accounts::table.on(billing_accounts::tenant_id.eq(api_keys::tenant_id)))
+    let row = with_facts()
         .filter(api_keys::tenant_id.eq(tenant))
         .filter(api_keys::id.eq(id))
         .select((

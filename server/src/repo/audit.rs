@@ -8,7 +8,7 @@ use quota_common::audit::{AuditAction, AuditTarget};
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::{Rows, Slice, containing};
+use super::{Rows, Slice, UpToTotalMax, containing};
 use crate::{
     db::{DbError, SystemTx, TenantTx},
     schema::{audit_events, users},
@@ -36,7 +36,7 @@ pub struct AuditEntry {
     pub user_email: Option<String>,
 }
 
-/// Restricts a list of events.
+/// Filters a list of events.
 #[derive(Debug, Default)]
 pub struct Filter<'a> {
     pub action: Option<&'a str>,
@@ -47,7 +47,7 @@ pub struct Filter<'a> {
     /// Substring of the resource's name.
     pub search: Option<&'a str>,
     pub from: Option<DateTime<Utc>>,
-    /// Exclusive.
+    /// The end of the range, exclusive.
     pub to: Option<DateTime<Utc>>,
 }
 
@@ -150,7 +150,8 @@ pub async fn list(
         }
         query
     };
-    let total = filtered().count().get_result(&mut **tx).await?;
+    let all = filtered().select(audit_events::id);
+    let total = UpToTotalMax(all).get_result(&mut **tx).await?;
     let rows = filtered()
         .filter(audit_events::id.lt(slice.before()))
         .order(audit_events::id.desc())

@@ -13,7 +13,7 @@ use crate::{
     schema::{billing_accounts, billing_subscriptions, tenants, users},
 };
 
-/// A tenant that has started to pay.
+/// A tenant that has started a subscription or tried to.
 #[derive(Debug, Clone, Queryable, Selectable)]
 #[diesel(table_name = billing_accounts, check_for_backend(Pg))]
 pub struct AccountRow {
@@ -252,8 +252,8 @@ pub enum Applied {
 /// The columns of an account that a read may change.
 type Before = (i64, bool, Option<DateTime<Utc>>, String);
 
-/// Applies a read, unless a later one has already been applied. Also returns the access before, if its change belongs
-/// in the audit log: the end of a grace period alone, which can shift with every read, does not.
+/// Applies a read, unless a later one has already been applied. Also returns the previous access, if the change belongs
+/// in the audit log. A change of only the end of a grace period does not, because that can shift with every read.
 pub async fn apply_read(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -341,8 +341,8 @@ struct Due {
 }
 
 /// Returns customers that have not been read for a while, and makes their next read due after about `seconds`, so that
-/// no other replica reads them as well. The time varies by a fifth, so that reads are spread out. For a customer without
-/// a subscription that can change, it is twice the time since the last read, up to a day.
+/// no other replica reads them as well. The time varies by a fifth, so that reads are spread out. For a customer
+/// without a subscription that can change, it is twice the time since the last read, up to a day.
 pub async fn claim_due_reads(
     tx: &mut SystemTx,
     seconds: f64,

@@ -49,9 +49,9 @@ pub struct DueEvent {
     pub attempts: i32,
 }
 
-/// Returns events that are due, oldest first, and counts an attempt. Each becomes due again after a delay that doubles
-/// each time, from 4 seconds to an hour, minus a random part of up to half of it. So it is retried if this process
-/// ends, and no other replica processes it in the meantime.
+/// Returns events that are due, oldest first, and counts an attempt for each. An event becomes due again after a delay
+/// that doubles each time, from 4 seconds to an hour, minus a random part of up to half of it. So an event is retried
+/// if this process ends, and no other replica processes it in the meantime.
 pub async fn claim(tx: &mut SystemTx, limit: i64) -> Result<Vec<DueEvent>, DbError> {
     let claimed = sql_query(
         "UPDATE billing_events SET attempts = attempts + 1, \

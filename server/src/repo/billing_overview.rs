@@ -74,7 +74,7 @@ pub struct PeriodUsage {
     /// The start of the oldest usage that Stripe has not received, in any period. `None` if there is none.
     #[diesel(sql_type = Nullable<Timestamptz>)]
     pub unreported_from: Option<DateTime<Utc>>,
-    /// The last problem that Stripe reported in this period.
+    /// The most recent problem that Stripe reported in this period.
     #[diesel(sql_type = Nullable<Text>)]
     pub error_code: Option<String>,
     #[diesel(sql_type = Nullable<Timestamptz>)]

@@ -22,16 +22,16 @@ pub struct OpenHour {
     /// The end of the hour, or the edge of a billing period up to which it can be planned before it ends.
     #[diesel(sql_type = Timestamptz)]
     pub until: DateTime<Utc>,
-    /// Whether the tenant's subscriptions were read after `until`, so that the limits of billing periods before it are
+    /// Whether the tenant's subscriptions were read after `until`, so that the edges of billing periods before it are
     /// known. Also true if there is nothing to read.
     #[diesel(sql_type = Bool)]
     pub is_read: bool,
 }
 
 /// Returns the oldest completed hour of each tenant, in random order, so that tenants whose hours cannot be planned do
-/// not delay others. An hour is included once every server has delivered its records of it, or 15 minutes after its
-/// end. Usage that arrives later becomes another revision. The part of an hour before the edge of a billing period is
-/// included in the same way, once, so that it is reported before the invoice is final.
+/// not delay others. An hour is included once every replica has shipped its records of the hour, or 15 minutes after
+/// its end. Usage that arrives later becomes another revision. The part of an hour before the edge of a billing period
+/// is included in the same way, once, so that it is reported before the invoice is final.
 pub async fn open_hours(tx: &mut SystemTx, limit: i64) -> Result<Vec<OpenHour>, DbError> {
     let hours = sql_query(
         "WITH complete AS ( \
@@ -108,7 +108,7 @@ pub async fn hour(
     Ok(sums)
 }
 
-/// Records that usage of the hour up to the edge of a billing period is planned.
+/// Records that usage of the hour up to the edge of a billing period has been planned.
 pub async fn set_divided(
     tx: &mut SystemTx,
     tenant: TenantId,

@@ -32,7 +32,7 @@ pub enum PriorRequest {
     },
 }
 
-/// How often to try to acquire the lock, and the pause in between. A rejected request gets its response before its
+/// How many times to try to acquire the lock, and the pause in between. A rejected request gets its response before its
 /// transaction is rolled back, so a client that repeats it immediately may find the lock still held.
 const ATTEMPTS: u32 = 6;
 const PAUSE: Duration = Duration::from_millis(40);

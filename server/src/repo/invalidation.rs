@@ -68,8 +68,8 @@ pub struct Invalidation {
     pub at: DateTime<Utc>,
 }
 
-/// Call last in the transaction: it waits for other transactions that do the same. Publish the returned value after the
-/// commit.
+/// Inserts an invalidation. Call last in the transaction: it waits for other transactions that do the same. Publish the
+/// returned value after the commit.
 pub async fn insert(tx: &mut TenantTx, target: Target) -> Result<Invalidation, DbError> {
     let tenant = tx.tenant().0;
     insert_on(tx, tenant, target).await
@@ -158,8 +158,8 @@ pub struct Position {
     pub history: String,
 }
 
-/// Returns the position. The newest row is never deleted, so the highest number decreases only if PostgreSQL is restored
-/// to an earlier state.
+/// Returns the position. The newest row is never deleted, so the highest number decreases only if PostgreSQL is
+/// restored to an earlier state.
 pub async fn position(tx: &mut SystemTx) -> Result<Position, DbError> {
     let sql =
         "SELECT coalesce(max(seq), 0) AS highest, database_history() AS history FROM revocations";

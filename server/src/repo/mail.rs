@@ -140,24 +140,32 @@ pub struct DueMail {
     pub attempts: i32,
 }
 
-/// Returns emails that are due, oldest first, and counts an attempt. Each becomes due again after `lease_seconds`: so it
-/// is retried if this process ends, and no other replica sends it in the meantime.
+/// Returns an email that is due, and counts an attempt. Tenants take turns: the one after `after_tenant` is first. The
+/// email becomes due again after `lease_seconds`: so it is retried if this process ends, and no other replica sends it in
+/// the meantime.
 pub async fn claim(
     tx: &mut SystemTx,
-    limit: i64,
+    after_tenant: Uuid,
     lease_seconds: i32,
-) -> Result<Vec<DueMail>, DbError> {
-    let claimed = sql_query(
-        "UPDATE mails SET attempts = attempts + 1, due_at = now() + $2 * interval '1 second' \
-         WHERE (tenant_id, id) IN ( \
-             SELECT tenant_id, id FROM mails WHERE due_at <= now() ORDER BY due_at LIMIT $1 FOR UPDATE SKIP LOCKED) \
-         RETURNING tenant_id, id, recipient, subject, text_body, html_body, attempts",
-    )
-    .bind::<BigInt, _>(limit)
-    .bind::<Integer, _>(lease_seconds)
-    .get_results(&mut **tx)
-    .await?;
-    Ok(claimed)
+) -> Result<Option<DueMail>, DbError> {
+    for first in ["tenant_id > $2", "tenant_id <= $2"] {
+        let claimed = sql_query(format!(
+            "UPDATE mails SET attempts = attempts + 1, due_at = now() + $1 * interval '1 second' \
+             WHERE (tenant_id, id) = ( \
+                 SELECT tenant_id, id FROM mails WHERE due_at <= now() AND {first} \
+                 ORDER BY tenant_id, due_at LIMIT 1 FOR UPDATE SKIP LOCKED) \
+             RETURNING tenant_id, id, recipient, subject, text_body, html_body, attempts"
+        ))
+        .bind::<Integer, _>(lease_seconds)
+        .bind::<SqlUuid, _>(after_tenant)
+        .get_result(&mut **tx)
+        .await
+        .optional()?;
+        if claimed.is_some() {
+            return Ok(claimed);
+        }
+    }
+    Ok(None)
 }
 
 /// Records the result of an attempt: that it was sent, or an error and after how many seconds it is sent again, if at

@@ -1,8 +1,8 @@
 //! All SQL, one file per noun.
 //!
 //! Every function takes the transaction in which it runs: a [`TenantTx`](crate::db::TenantTx), which carries the tenant
-//! and is also restricted to it by row-level security, or a [`SystemTx`] for the server's own
-//! work. Rows are separate structs, not the API's types. Does not depend on HTTP.
+//! and is also restricted to it by row-level security, or a [`SystemTx`] for the server's own work.
+//! Rows are separate structs, not the API's types. Does not depend on HTTP.
 //!
 //! Lists use keyset pagination. By default they are sorted by ID, newest first: IDs are UUIDv7, which sort by time.
 //! Some lists have other sort orders, with the ID as tie-breaker.
@@ -69,6 +69,7 @@ pub mod replica;
 pub mod secret;
 pub mod service_token;
 pub mod session;
+pub mod stripe_account;
 pub mod sweep;
 pub mod tenant_quota;
 pub mod usage;
@@ -90,10 +91,12 @@ use diesel::{
     dsl::sql,
     expression::{AppearsOnTable, NonAggregate, SqlLiteral},
     pg::Pg,
-    query_builder::QueryFragment,
-    sql_types::{Array, Bool, Text, Timestamptz, Uuid as SqlUuid},
+    query_builder::{AstPass, Query, QueryFragment, QueryId},
+    result::QueryResult,
+    sql_types::{Array, BigInt, Bool, Text, Timestamptz, Uuid as SqlUuid},
 };
 use diesel_async::RunQueryDsl;
+use quota_common::page::TOTAL_MAX;
 use uuid::Uuid;
 
 use crate::db::{DbError, SystemTx};
@@ -169,7 +172,7 @@ impl SortedSlice {
     }
 }
 
-/// The `ORDER BY` expression for a table with a `name`. Does not depend on the database's locale.
+/// Returns the `ORDER BY` expression for a table with a `name`. Does not depend on the database's locale.
 fn by_name(descending: bool) -> SqlLiteral<Text> {
     sql(if descending {
         r#"lower(name) COLLATE "C" DESC"#
@@ -195,18 +198,27 @@ fn beyond_name<T>(
     .sql(")")
 }
 
+/// A long list counts at most this many rows, because counting reads all of them.
+pub const COUNTED_MAX: i64 = TOTAL_MAX.cast_signed();
+
+#[derive(diesel::QueryableByName)]
+struct Counted {
+    #[diesel(sql_type = BigInt)]
+    total: i64,
+}
+
 /// The rows of one page.
 #[derive(Debug)]
 pub struct Rows<T> {
     pub rows: Vec<T>,
     /// Whether there is another page.
     pub more: bool,
-    /// Number of rows on all pages.
+    /// Number of rows on all pages, counted up to [`TOTAL_MAX`].
     pub total: u64,
 }
 
 impl<T> Rows<T> {
-    /// Expects one more row than fits on the page, if there is one.
+    /// `rows` must contain one more row than fits on the page, if there is one.
     fn new(mut rows: Vec<T>, limit: u32, total: i64) -> Self {
         let limit = limit as usize;
         let more = rows.len() > limit;
@@ -214,9 +226,26 @@ impl<T> Rows<T> {
         Self {
             rows,
             more,
-            total: u64::try_from(total).unwrap_or(0),
+            total: u64::try_from(total).unwrap_or(0).min(TOTAL_MAX),
         }
     }
+}
+
+/// Counts the rows of a query, but not more than [`TOTAL_MAX`], so that counting a long list does not read all of it.
+#[derive(Debug, QueryId)]
+struct UpToTotalMax<Q>(Q);
+
+impl<Q: QueryFragment<Pg>> QueryFragment<Pg> for UpToTotalMax<Q> {
+    fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
+        out.push_sql("SELECT count(*) FROM (");
+        self.0.walk_ast(out.reborrow())?;
+        out.push_sql(&format!(" LIMIT {TOTAL_MAX}) AS counted"));
+        Ok(())
+    }
+}
+
+impl<Q> Query for UpToTotalMax<Q> {
+    type SqlType = BigInt;
 }
 
 impl Slice {
@@ -224,10 +253,23 @@ impl Slice {
         i64::from(self.limit) + 1
     }
 
-    /// The upper bound for IDs on this page. The maximum UUID is greater than any UUIDv7.
+    /// Returns the upper bound for IDs on this page. The maximum UUID is greater than any UUIDv7.
     fn before(self) -> Uuid {
         self.after.unwrap_or(Uuid::max())
     }
+}
+
+/// Puts the results of a statement with `WITH ORDINALITY` into the order of its parameters. `None` for those without a
+/// result.
+fn in_order<T: Clone>(len: usize, numbered: impl Iterator<Item = (i64, T)>) -> Vec<Option<T>> {
+    let mut results = vec![None; len];
+    for (number, result) in numbered {
+        let index = usize::try_from(number - 1).unwrap_or(usize::MAX);
+        if let Some(place) = results.get_mut(index) {
+            *place = Some(result);
+        }
+    }
+    results
 }
 
 /// Returns an `ILIKE` pattern that matches `text` literally, anywhere.

@@ -14,6 +14,7 @@ use diesel::{
 use diesel_async::RunQueryDsl;
 use uuid::Uuid;
 
+use super::in_order;
 use crate::db::{DbError, SystemTx};
 
 /// The first key of this module's advisory locks.
@@ -81,7 +82,7 @@ impl Ask {
     fn lock(&self) -> i32 {
         let (high, low) = self.key.as_u64_pair();
         let mixed = (high ^ low ^ self.policy.len() as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        // 31 bits.
+        // The upper 31 bits, which fit.
         i32::try_from(mixed >> 33).unwrap_or(0)
     }
 }
@@ -156,20 +157,17 @@ pub async fn take(
     .bind::<Array<BigInt>, _>(asks.iter().map(|ask| ask.want).collect::<Vec<_>>())
     .load::<Row>(&mut **tx)
     .await?;
-    let mut taken = vec![None; asks.len()];
-    for row in rows {
-        let index = usize::try_from(row.n - 1).unwrap_or(usize::MAX);
-        if let Some(taken) = taken.get_mut(index) {
-            *taken = Some(Taken {
-                start: row.window_start,
-                end: row.window_end,
-                period_seconds: row.period_seconds,
-                granted: row.granted,
-                used: row.used,
-            });
-        }
-    }
-    Ok(taken)
+    let taken = rows.into_iter().map(|row| {
+        let taken = Taken {
+            start: row.window_start,
+            end: row.window_end,
+            period_seconds: row.period_seconds,
+            granted: row.granted,
+            used: row.used,
+        };
+        (row.n, taken)
+    });
+    Ok(in_order(asks.len(), taken))
 }
 
 /// Waits until no other transaction opens windows of these keys and policies, and blocks others until this transaction

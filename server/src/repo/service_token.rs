@@ -83,7 +83,7 @@ pub async fn owners(
     Ok(query.load(&mut **tx).await?)
 }
 
-/// Moves `last_used_at` of many tokens forward in one statement. Never moves it back.
+/// Moves `last_used_at` of many tokens forward in one statement. Never moves it backward.
 pub async fn touch(tx: &mut SystemTx, used: &[(Uuid, DateTime<Utc>)]) -> Result<(), DbError> {
     super::touch(tx, "service_tokens", used).await
 }

@@ -36,14 +36,16 @@ pub enum Expired {
     BillingMeterErrors,
     /// Deliveries that have ended, kept for 30 days.
     WebhookDeliveries,
+    /// Deliveries of deleted webhooks.
+    DeletedWebhooks,
     /// Alerts, kept for 90 days after their window.
     QuotaAlerts,
-    /// Email that was sent or given up, kept for 7 days.
+    /// Emails that were sent or given up on, kept for 7 days.
     Mails,
 }
 
 impl Expired {
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Sessions,
         Self::RevokedSessions,
         Self::IdempotencyKeys,
@@ -58,6 +60,7 @@ impl Expired {
         Self::BillingReports,
         Self::BillingMeterErrors,
         Self::WebhookDeliveries,
+        Self::DeletedWebhooks,
         Self::QuotaAlerts,
         Self::Mails,
     ];
@@ -79,6 +82,7 @@ impl Expired {
             Self::BillingReports => "billing_reports",
             Self::BillingMeterErrors => "billing_meter_errors",
             Self::WebhookDeliveries => "webhook_deliveries",
+            Self::DeletedWebhooks => "deleted_webhooks",
             Self::QuotaAlerts => "quota_alerts",
             Self::Mails => "mails",
         }
@@ -136,6 +140,26 @@ impl Expired {
                 let ended = format!("due_at IS NULL AND {}", older("created_at", "30 days"));
                 delete("webhook_deliveries", "ctid", &ended, "created_at")
             }
+            // Finds the webhooks with deliveries by one probe of an index each.
+            Self::DeletedWebhooks => "WITH RECURSIVE logs AS ( \
+                     (SELECT tenant_id, webhook_id FROM webhook_deliveries \
+                      ORDER BY tenant_id, webhook_id, id LIMIT 1) \
+                     UNION ALL \
+                     SELECT next.tenant_id, next.webhook_id FROM logs CROSS JOIN LATERAL ( \
+                         SELECT d.tenant_id, d.webhook_id FROM webhook_deliveries d \
+                         WHERE (d.tenant_id, d.webhook_id) > (logs.tenant_id, logs.webhook_id) \
+                         ORDER BY d.tenant_id, d.webhook_id, d.id LIMIT 1) next \
+                 ), deleted AS MATERIALIZED ( \
+                     SELECT l.tenant_id, l.webhook_id FROM logs l WHERE NOT EXISTS ( \
+                         SELECT FROM webhooks w WHERE w.tenant_id = l.tenant_id AND w.id = l.webhook_id) \
+                 ) \
+                 DELETE FROM webhook_deliveries WHERE ctid = ANY(ARRAY( \
+                     SELECT d.ctid FROM deleted l CROSS JOIN LATERAL ( \
+                         SELECT d.ctid FROM webhook_deliveries d \
+                         WHERE d.tenant_id = l.tenant_id AND d.webhook_id = l.webhook_id \
+                         LIMIT $1 FOR UPDATE SKIP LOCKED) d \
+                     LIMIT $1))"
+                .to_owned(),
             Self::QuotaAlerts => delete_older("quota_alerts", "ctid", "window_end", "90 days"),
             Self::Mails => {
                 let ended = format!("due_at IS NULL AND {}", older("created_at", "7 days"));

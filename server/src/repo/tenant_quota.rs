@@ -10,6 +10,7 @@ use diesel::{
 use diesel_async::RunQueryDsl;
 use uuid::Uuid;
 
+use super::in_order;
 use crate::db::{DbError, SystemTx};
 
 /// A request for tokens of one tenant and month.
@@ -70,17 +71,14 @@ pub async fn take(tx: &mut SystemTx, asks: &[Ask]) -> Result<Vec<Option<Taken>>,
     .bind::<Array<BigInt>, _>(asks.iter().map(|ask| ask.want).collect::<Vec<_>>())
     .load::<Row>(&mut **tx)
     .await?;
-    let mut taken = vec![None; asks.len()];
-    for row in rows {
-        let index = usize::try_from(row.n - 1).unwrap_or(usize::MAX);
-        if let Some(taken) = taken.get_mut(index) {
-            *taken = Some(Taken {
-                granted: row.granted,
-                used: row.used,
-            });
-        }
-    }
-    Ok(taken)
+    let taken = rows.into_iter().map(|row| {
+        let taken = Taken {
+            granted: row.granted,
+            used: row.used,
+        };
+        (row.n, taken)
+    });
+    Ok(in_order(asks.len(), taken))
 }
 
 /// Adds missing rows. Skips tenants that do not exist.

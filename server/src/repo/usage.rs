@@ -23,9 +23,9 @@ pub const ENDPOINTS_OF_KEY: i64 = 256;
 /// The maximum number of endpoints of a tenant with their own rollups, across all keys.
 pub const ENDPOINTS_OF_TENANT: i64 = 4096;
 
-/// The zero UUID: the row covers all keys or all plans.
+/// The zero UUID, which stands for all keys or all plans.
 const ALL: &str = "'00000000-0000-0000-0000-000000000000'";
-/// The row covers all endpoints.
+/// The endpoint of rows that cover all endpoints.
 const ALL_ENDPOINTS: &str = r"E'\x01'";
 
 /// Restricts which requests are counted.
@@ -74,7 +74,7 @@ impl Counts {
         }
     }
 
-    /// Returns the difference from `other`, which is part of it.
+    /// Returns these counts without those of `other`, which they include.
     #[must_use]
     pub fn without(&self, other: &Self) -> Self {
         Self {
@@ -130,8 +130,8 @@ impl Range {
 }
 
 impl Filter {
-    /// The condition that selects rows for these keys, endpoints and plans. A column that is `group`ed selects
-    /// individual rows. Parameters: `$2` key, `$3` plan, `$4` endpoint.
+    /// Returns the condition that selects rows for these keys, endpoints and plans. For the column by which rows are
+    /// grouped, it selects the rows of individual values. Parameters: `$2` key, `$3` plan, `$4` endpoint.
     fn condition(&self, group: Option<GroupBy>) -> String {
         let mut sql = String::from("u.tenant_id = $1");
         let has_key = self.key.is_some() || group == Some(GroupBy::Key);
@@ -159,8 +159,8 @@ impl Filter {
         sql
     }
 
-    /// The rollup, as `u`. Rows of all endpoints are found through the list of endpoints: the endpoint comes first in
-    /// the rollup's key.
+    /// Returns the rollup, named `u`. The rows of each endpoint are found through the list of endpoints, because the
+    /// endpoint comes first in the rollup's key.
     fn source(&self, table: &str, group: Option<GroupBy>) -> String {
         if group == Some(GroupBy::Endpoint) && self.endpoint.is_none() {
             let key = if self.key.is_some() { "$2" } else { ALL };
@@ -221,7 +221,7 @@ impl CountsRow {
     }
 }
 
-/// The statement of [`series`].
+/// Returns the statement of [`series`].
 fn series_sql(filter: &Filter, group: Option<GroupBy>) -> String {
     let chosen = match group {
         None => "",
@@ -241,18 +241,26 @@ fn series_sql(filter: &Filter, group: Option<GroupBy>) -> String {
     )
 }
 
-macro_rules! bind_series {
-    ($sql:expr, $tx:expr, $filter:expr, $values:expr, $starts:expr, $to:expr) => {
+/// Binds `$1` to `$6`: the tenant, the [`Filter`] and a range.
+macro_rules! bind {
+    ($sql:expr, $tx:expr, $filter:expr, $from:expr, $to:expr) => {
         diesel::sql_query($sql)
             .bind::<SqlUuid, _>($tx.tenant().0)
             .bind::<Nullable<SqlUuid>, _>($filter.key)
             .bind::<Nullable<SqlUuid>, _>($filter.plan)
             .bind::<Nullable<Text>, _>($filter.endpoint.as_deref())
-            .bind::<Timestamptz, _>($starts.first().copied().unwrap_or($to))
+            .bind::<Timestamptz, _>($from)
             .bind::<Timestamptz, _>($to)
+    };
+}
+
+macro_rules! bind_series {
+    ($sql:expr, $tx:expr, $filter:expr, $values:expr, $starts:expr, $to:expr) => {{
+        let from = $starts.first().copied().unwrap_or($to);
+        bind!($sql, $tx, $filter, from, $to)
             .bind::<Array<Timestamptz>, _>($starts)
             .bind::<Array<Text>, _>($values)
-    };
+    }};
 }
 
 /// Counts requests by bucket and, with `groups`, also by group. `starts` are the starts of the buckets, in order; the
@@ -327,14 +335,7 @@ pub async fn ranked(
         part("usage_quarters", "u.start >= $5 AND u.start < $7"),
         part("usage_quarters", "u.start >= $8 AND u.start < $6"),
     );
-    let tenant = tx.tenant().0;
-    let rows = diesel::sql_query(sql)
-        .bind::<SqlUuid, _>(tenant)
-        .bind::<Nullable<SqlUuid>, _>(filter.key)
-        .bind::<Nullable<SqlUuid>, _>(filter.plan)
-        .bind::<Nullable<Text>, _>(filter.endpoint.as_deref())
-        .bind::<Timestamptz, _>(range.from)
-        .bind::<Timestamptz, _>(range.to)
+    let rows = bind!(sql, tx, filter, range.from, range.to)
         .bind::<Timestamptz, _>(days.from)
         .bind::<Timestamptz, _>(days.to)
         .bind::<BigInt, _>(i64::try_from(limit).unwrap_or(i64::MAX))
@@ -378,14 +379,7 @@ pub async fn last_seen(
         value = group_value(Some(group)),
         condition = filter.condition(Some(group)),
     );
-    let tenant = tx.tenant().0;
-    let rows = diesel::sql_query(sql)
-        .bind::<SqlUuid, _>(tenant)
-        .bind::<Nullable<SqlUuid>, _>(filter.key)
-        .bind::<Nullable<SqlUuid>, _>(filter.plan)
-        .bind::<Nullable<Text>, _>(filter.endpoint.as_deref())
-        .bind::<Timestamptz, _>(range.from)
-        .bind::<Timestamptz, _>(range.to)
+    let rows = bind!(sql, tx, filter, range.from, range.to)
         .bind::<Array<Text>, _>(values)
         .load::<Seen>(&mut **tx)
         .await?;

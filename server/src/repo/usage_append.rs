@@ -38,7 +38,7 @@ const TIMEOUTS: &str = "SET LOCAL statement_timeout = '30s'; SET LOCAL lock_time
 /// Rows per statement: encoding more of them would block a thread that serves requests for milliseconds.
 const CHUNK: usize = 1_000;
 
-/// Locks the tenants and assigns numbers to the rows. Later statements see what others have committed before.
+/// Locks the tenants and assigns numbers to the rows. Later statements see what others committed before that.
 const TAKE_NUMBERS: &str = "\
     INSERT INTO usage_tenants AS t (tenant_id, last_seq) SELECT unnest($1), unnest($2) \
     ON CONFLICT (tenant_id) DO UPDATE SET last_seq = t.last_seq + excluded.last_seq \
@@ -95,8 +95,8 @@ struct Seq {
 }
 
 /// Adds the records to the log and to every rollup. Call this once per transaction and commit soon, because the tenants
-/// stay locked until then. A larger batch takes less time for each record. Sets the transaction's timeouts to 30 s for
-/// a statement and 10 s for a lock.
+/// remain locked until then. A larger batch takes less time for each record. Sets the transaction's timeouts to 30 s
+/// for a statement and 10 s for a lock.
 pub async fn append(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Appended, DbError> {
     if batch.is_empty() {
         return Ok(Appended::default());

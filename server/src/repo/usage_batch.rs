@@ -1,4 +1,4 @@
-//! Adds up decisions for each row of a rollup that they change, before they are appended.
+//! Sums decisions for each rollup row that they change, before they are appended.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
@@ -20,7 +20,7 @@ pub struct UsageRecord {
     pub was_rejected: bool,
     /// The policy that denied it. `None` if it was admitted, or denied while capacity was reduced.
     pub policy: Option<&'static str>,
-    /// The wait in seconds. Set only for rejections.
+    /// The wait in seconds. Set only for denials.
     pub retry_after_seconds: Option<i32>,
     /// At least 1.
     pub cost: i64,
@@ -28,7 +28,7 @@ pub struct UsageRecord {
 }
 
 impl UsageRecord {
-    /// The policy under which rollups count it.
+    /// Returns the policy under which rollups count the decision.
     fn counted_policy(&self) -> &'static str {
         match (self.was_rejected, self.policy) {
             (false, _) => "",
@@ -38,9 +38,9 @@ impl UsageRecord {
     }
 }
 
-/// The row covers all endpoints.
+/// The endpoint of rows that cover all endpoints.
 const ALL_ENDPOINTS: &str = "\u{1}";
-/// The row covers the endpoints above the limit.
+/// The endpoint of rows that cover the endpoints above the limit.
 const FURTHER_ENDPOINTS: &str = "\u{2}";
 /// The length of a rollup's interval in seconds.
 const QUARTER: i64 = 15 * 60;
@@ -242,7 +242,7 @@ impl UsageBatch {
         batch
     }
 
-    /// The number of records.
+    /// Returns the number of records.
     pub fn len(&self) -> usize {
         self.records.len()
     }
@@ -251,7 +251,7 @@ impl UsageBatch {
         self.records.is_empty()
     }
 
-    /// The time of the oldest record.
+    /// Returns the time of the oldest record.
     pub fn oldest(&self) -> Option<DateTime<Utc>> {
         self.records.iter().map(|it| it.at).min()
     }
@@ -262,7 +262,7 @@ impl UsageBatch {
             .unwrap_or_default()
     }
 
-    /// The rows of the rollups if these endpoints do not have their own.
+    /// Returns the rows of the rollups if these endpoints do not have their own.
     pub(super) fn rollups_without(&self, folded: &HashSet<EndpointOf>) -> Rollups {
         let (all, further) = (self.rank(ALL_ENDPOINTS), self.rank(FURTHER_ENDPOINTS));
         let (mut quarters, mut requests) = (Rollup::default(), 0);
@@ -283,7 +283,7 @@ impl UsageBatch {
             if of_key == further {
                 requests += sums.requests;
             }
-            // Rows of one key are always of one plan.
+            // All rows of a key have the same plan.
             for (endpoint, key, plan) in [
                 (all, Uuid::nil(), Uuid::nil()),
                 (all, Uuid::nil(), row.plan),

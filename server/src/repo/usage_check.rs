@@ -76,12 +76,12 @@ SELECT coalesce(sum(difference), 0)::bigint AS difference FROM (
     FROM levels GROUP BY tenant_id
 ) t"#;
 
-/// Windows that ended on the previous day, at least an hour ago: replicas have returned the tokens they held since
-/// then.
+/// Compares windows that ended on the previous day, at least an hour ago. By then, replicas have returned unused
+/// tokens.
 ///
 /// A key whose plan gets or loses the quota during the window has usage that the ledger rightly did not count. So usage
-/// in excess of the ledger is only counted if neither the key nor its plan has changed since an hour before the window,
-/// when replicas had read them.
+/// in excess of the ledger is counted only if neither the key nor its plan has changed since an hour before the window
+/// began. In that case, every replica knew the quota for the whole window.
 const LEDGER_AND_ROLLUPS: &str = r"
 SELECT coalesce(sum(greatest(used - spent, 0)), 0)::bigint AS ledger,
     coalesce(sum(greatest(spent - used, 0)) FILTER (WHERE is_unchanged), 0)::bigint AS rollups

@@ -27,7 +27,7 @@ pub(super) struct Endpoint<'a> {
     pub first_at: DateTime<Utc>,
 }
 
-/// The indexes of endpoints that require a change of the lists.
+/// The indexes of endpoints that require a change to the lists.
 #[derive(Debug, Default)]
 pub(super) struct Found {
     /// Not listed.

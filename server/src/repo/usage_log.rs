@@ -1,9 +1,9 @@
 //! Reads the log of decisions.
 //!
 //! **Order.** The rows of a tenant are numbered without gaps in the order in which they become visible:
-//! [`append`](super::usage_append::append) takes the numbers under a lock on the tenant's row of `usage_tenants` that is
-//! held until the commit. So a reader who has seen all rows up to a number has missed none before it, on any replica.
-//! Nothing else may insert into the log.
+//! [`append`](super::usage_append::append) takes the numbers under a lock on the tenant's row of `usage_tenants` that
+//! is held until the commit. So a reader who has seen all rows up to a number has missed none before it, on any
+//! replica. Nothing else may insert into the log.
 
 use chrono::{DateTime, Utc};
 use diesel::{
@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use crate::db::{DbError, TenantTx};
 
-/// Restricts a list of decisions.
+/// Filters a list of decisions.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Filter {
     pub key: Option<Uuid>,
@@ -66,7 +66,8 @@ pub struct DecisionRow {
 const COLUMNS: &str = r#"l.seq, l.event_id, l."timestamp", l.key_id, k.name AS key_name, l.plan_id, l.endpoint,
     l.was_rejected, l.policy, l.retry_after_seconds, l.cost, l.request_id"#;
 
-/// Parameters: `$3` key, `$4` endpoint, `$5` whether it was rejected, `$6` request ID.
+/// Returns the conditions of a filter. Parameters: `$3` key, `$4` endpoint, `$5` whether the request was denied, `$6`
+/// request ID.
 fn conditions(filter: &Filter, of_index: bool) -> String {
     let indexed = [
         (filter.key.is_some(), " AND l.key_id = $3"),
@@ -167,7 +168,7 @@ pub async fn list(
 /// if more than [`SEARCHED_ROWS`] rows have the request ID, which the API caller chooses.
 ///
 /// Log and rollups are written together, and whole days of the log are dropped, so the rollups of the remaining days
-/// count its rows.
+/// count exactly the rows in the log.
 pub async fn total(tx: &mut TenantTx, filter: &Filter) -> Result<Option<u64>, DbError> {
     #[derive(QueryableByName)]
     struct Total {

@@ -99,21 +99,27 @@ pub async fn delete_unpartitioned(
     Ok(deleted.number >= DELETED_ROWS)
 }
 
-/// Deletes cursors of segments whose records would be rejected because of their age, and reports of servers that have
-/// been silent for as long. `days` is how long the log is kept.
-pub async fn forget_segments(tx: &mut SystemTx, days: i64) -> Result<usize, DbError> {
-    let segments = diesel::sql_query(
-        "DELETE FROM usage_segments WHERE started_at < now() - ($1 + 2) * interval '1 day' \
-         AND updated_at < now() - interval '2 days'",
+/// Deletes cursors of segments whose records would be rejected because of their age, and reports of replicas that have
+/// been silent for as long. `days` is how long the log is kept. The segments are still rejected if it is kept for
+/// longer later.
+pub async fn forget_segments(tx: &mut SystemTx, days: i64) -> Result<(), DbError> {
+    diesel::sql_query(
+        "WITH deleted AS ( \
+             DELETE FROM usage_segments WHERE started_at < now() - ($1 + 2) * interval '1 day' \
+             AND updated_at < now() - interval '2 days' RETURNING started_at) \
+         INSERT INTO usage_forgotten_segments AS forgotten (started_at) \
+             SELECT max(started_at) FROM deleted HAVING count(*) > 0 \
+         ON CONFLICT (is_only_row) DO UPDATE \
+             SET started_at = greatest(forgotten.started_at, excluded.started_at)",
     )
     .bind::<BigInt, _>(days)
     .execute(&mut **tx)
     .await?;
-    let reports = diesel::sql_query(
+    diesel::sql_query(
         "DELETE FROM usage_shippers WHERE reported_at < now() - ($1 + 2) * interval '1 day'",
     )
     .bind::<BigInt, _>(days)
     .execute(&mut **tx)
     .await?;
-    Ok(segments + reports)
+    Ok(())
 }

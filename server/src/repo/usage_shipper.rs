@@ -1,7 +1,7 @@
-//! Reports of servers about usage that they have not shipped yet.
+//! Reports of replicas about usage that they have not shipped yet.
 //!
-//! A server reports about once per second on each usage directory it owns. An older report means that its server is
-//! slow, cut off from PostgreSQL, or stopped without shipping everything.
+//! A replica reports about once per second on each usage directory it owns. An older report means that its replica is
+//! slow, cut off from PostgreSQL, or has stopped without shipping everything.
 
 use chrono::{DateTime, Utc};
 use diesel::{
@@ -63,7 +63,7 @@ pub async fn report_of(
 pub struct Times {
     #[diesel(sql_type = Timestamptz)]
     pub now: DateTime<Utc>,
-    /// All requests before it are counted: no server has an older record that it has not delivered.
+    /// All requests before this time are counted: no replica has an older record that it has not shipped.
     #[diesel(sql_type = Timestamptz)]
     pub complete_until: DateTime<Utc>,
 }

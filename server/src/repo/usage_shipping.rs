@@ -25,8 +25,9 @@ struct Position {
     position: i64,
 }
 
-/// Returns the position of a segment's cursor, which is created at `first` if there is none. `None` if the segment is
-/// older than `retention` and has none: its records may have been shipped and deleted since then.
+/// Returns the position of a segment's cursor. If there is none, creates one at `first`, unless the segment is older
+/// than `retention` or no newer than another one whose cursor has been deleted: its records may have been shipped and
+/// deleted since then. Returns `None` in that case.
 pub async fn open_cursor(
     tx: &mut SystemTx,
     segment: Uuid,
@@ -37,7 +38,9 @@ pub async fn open_cursor(
     let retention = i64::try_from(retention.as_micros()).unwrap_or(i64::MAX);
     diesel::sql_query(
         "INSERT INTO usage_segments (segment_id, position, started_at) \
-         SELECT $1, $2, $3 WHERE $3 > now() - $4 ON CONFLICT (segment_id) DO NOTHING",
+         SELECT $1, $2, $3 WHERE $3 > now() - $4 \
+             AND NOT EXISTS (SELECT FROM usage_forgotten_segments WHERE started_at >= $3) \
+         ON CONFLICT (segment_id) DO NOTHING",
     )
     .bind::<SqlUuid, _>(segment)
     .bind::<BigInt, _>(first)
@@ -78,7 +81,7 @@ pub async fn move_cursor(
 pub struct Pending {
     pub records: i64,
     pub bytes: i64,
-    /// No record before it is left to ship. `None` if no record is left.
+    /// No record before this time is left to ship. `None` if no record is left.
     pub oldest: Option<DateTime<Utc>>,
 }
 

@@ -86,7 +86,8 @@ update_by_id!(
     pub fn update in webhooks, WebhookChange -> WebhookRow
 );
 delete_by_id!(
-    /// Deletes a webhook with its deliveries. Returns its last state.
+    /// Deletes a webhook. Returns its last state. Its deliveries, of which there may be many, are deleted
+    /// [later](super::sweep::Expired::DeletedWebhooks).
     pub fn delete in webhooks -> WebhookRow
 );
 
@@ -187,6 +188,17 @@ pub async fn disable(
         .get_result(&mut **tx)
         .await;
     Ok(name.optional()?)
+}
+
+/// Locks a webhook if it is disabled. Returns whether it is.
+pub async fn lock_disabled(tx: &mut SystemTx, tenant: Uuid, id: Uuid) -> Result<bool, DbError> {
+    let disabled = webhooks::table
+        .find((tenant, id))
+        .filter(diesel::dsl::not(webhooks::is_active))
+        .select(webhooks::id)
+        .for_update();
+    let locked: Option<Uuid> = disabled.first(&mut **tx).await.optional()?;
+    Ok(locked.is_some())
 }
 
 /// The stored secrets of a webhook.

@@ -1,15 +1,17 @@
 //! Deliveries to webhooks in PostgreSQL: an outbox, from which replicas claim what is due.
 
+use std::collections::HashMap;
+
 use chrono::{DateTime, Utc};
 use diesel::{
     prelude::*,
     sql_query,
-    sql_types::{Array, BigInt, Bytea, Integer, Nullable, Text, Uuid as SqlUuid},
+    sql_types::{Array, BigInt, Bool, Bytea, Integer, Nullable, Text, Uuid as SqlUuid},
 };
-use diesel_async::RunQueryDsl;
+use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
 
-use super::{Rows, Slice};
+use super::{COUNTED_MAX, Counted, Rows, Slice};
 use crate::{
     db::{DbError, SystemTx, TenantTx},
     schema::webhook_deliveries,
@@ -51,17 +53,90 @@ pub async fn insert(tx: &mut TenantTx, delivery: &NewDelivery<'_>) -> Result<Del
     Ok(query.get_result(&mut **tx).await?)
 }
 
-/// Inserts the deliveries of events.
-pub async fn insert_all(tx: &mut SystemTx, deliveries: &[NewDelivery<'_>]) -> Result<(), DbError> {
-    // PostgreSQL allows 65,535 parameters per statement.
-    for part in deliveries.chunks(1000) {
-        diesel::insert_into(webhook_deliveries::table)
-            .values(part)
-            .execute(&mut **tx)
-            .await?;
+/// The maximum number of pending deliveries of a webhook, so that an endpoint that is down for long costs no more than
+/// that.
+pub const PENDING_MAX: i64 = 1000;
+/// Why an event is not sent.
+const NO_ROOM: &str = "Not sent, because the webhook had 1,000 pending deliveries.";
+
+/// Returns how many deliveries of each webhook are pending. Webhooks that are locked get no more until the transaction
+/// ends.
+async fn pending(
+    conn: &mut AsyncPgConnection,
+    tenant: Uuid,
+    webhooks: &[Uuid],
+) -> Result<HashMap<Uuid, i64>, DbError> {
+    #[derive(QueryableByName)]
+    struct Pending {
+        #[diesel(sql_type = SqlUuid)]
+        webhook_id: Uuid,
+        #[diesel(sql_type = BigInt)]
+        count: i64,
+    }
+    let pending: Vec<Pending> = sql_query(
+        "SELECT webhook_id, count(*) AS count FROM webhook_deliveries \
+         WHERE tenant_id = $1 AND webhook_id = ANY($2) AND due_at IS NOT NULL GROUP BY webhook_id",
+    )
+    .bind::<SqlUuid, _>(tenant)
+    .bind::<Array<SqlUuid>, _>(webhooks)
+    .get_results(conn)
+    .await?;
+    Ok(pending
+        .into_iter()
+        .map(|it| (it.webhook_id, it.count))
+        .collect())
+}
+
+/// Whether a webhook, which the caller has locked, may have one more pending delivery.
+pub async fn has_room(tx: &mut TenantTx, webhook: Uuid) -> Result<bool, DbError> {
+    let tenant = tx.tenant().0;
+    let pending = pending(tx, tenant, &[webhook]).await?;
+    Ok(pending.get(&webhook).is_none_or(|it| *it < PENDING_MAX))
+}
+
+/// Inserts the deliveries of a tenant's events to these webhooks, which the caller has locked. Those of a webhook that
+/// has [`PENDING_MAX`] fail.
+pub async fn insert_all(
+    tx: &mut SystemTx,
+    tenant: Uuid,
+    webhooks: &[Uuid],
+    deliveries: &[NewDelivery<'_>],
+) -> Result<(), DbError> {
+    let mut pending = pending(tx, tenant, webhooks).await?;
+    let mut is_sent = Vec::with_capacity(deliveries.len());
+    for delivery in deliveries {
+        let pending = pending.entry(delivery.webhook_id).or_default();
+        is_sent.push(*pending < PENDING_MAX);
+        *pending += 1;
+    }
+    // So that no message is large.
+    for (part, is_sent) in deliveries.chunks(1000).zip(is_sent.chunks(1000)) {
+        sql_query(
+            "INSERT INTO webhook_deliveries \
+                 (tenant_id, id, webhook_id, event_id, event_type, payload, status, due_at, error) \
+             SELECT $1, d.id, d.webhook_id, d.event_id, d.event_type, d.payload, \
+                 CASE WHEN d.is_sent THEN 'pending' ELSE 'failed' END, CASE WHEN d.is_sent THEN now() END, \
+                 CASE WHEN NOT d.is_sent THEN $8 END \
+             FROM unnest($2, $3, $4, $5, $6, $7) \
+                 AS d (id, webhook_id, event_id, event_type, payload, is_sent)",
+        )
+        .bind::<SqlUuid, _>(tenant)
+        .bind::<Array<SqlUuid>, _>(part.iter().map(|it| it.id).collect::<Vec<_>>())
+        .bind::<Array<SqlUuid>, _>(part.iter().map(|it| it.webhook_id).collect::<Vec<_>>())
+        .bind::<Array<Text>, _>(part.iter().map(|it| it.event_id).collect::<Vec<_>>())
+        .bind::<Array<Text>, _>(part.iter().map(|it| it.event_type).collect::<Vec<_>>())
+        .bind::<Array<Text>, _>(part.iter().map(|it| it.payload).collect::<Vec<_>>())
+        .bind::<Array<Bool>, _>(is_sent)
+        .bind::<Text, _>(NO_ROOM)
+        .execute(&mut **tx)
+        .await?;
     }
     Ok(())
 }
+
+find_by_id!(
+    pub fn find in webhook_deliveries -> DeliveryRow
+);
 
 /// Returns a page of a webhook's deliveries.
 pub async fn list(
@@ -71,25 +146,32 @@ pub async fn list(
     slice: Slice,
 ) -> Result<Rows<DeliveryRow>, DbError> {
     let tenant = tx.tenant().0;
-    let of_webhook = || {
-        let all = webhook_deliveries::table
-            .filter(webhook_deliveries::tenant_id.eq(tenant))
-            .filter(webhook_deliveries::webhook_id.eq(webhook))
-            .into_boxed::<diesel::pg::Pg>();
-        match status {
-            Some(status) => all.filter(webhook_deliveries::status.eq(status.to_owned())),
-            None => all,
-        }
-    };
-    let total = of_webhook().count().get_result(&mut **tx).await?;
-    let rows = of_webhook()
+    let counted: Counted = sql_query(
+        "SELECT count(*) AS total FROM ( \
+             SELECT FROM webhook_deliveries \
+             WHERE tenant_id = $1 AND webhook_id = $2 AND ($3 IS NULL OR status = $3) LIMIT $4) counted",
+    )
+    .bind::<SqlUuid, _>(tenant)
+    .bind::<SqlUuid, _>(webhook)
+    .bind::<Nullable<Text>, _>(status)
+    .bind::<BigInt, _>(COUNTED_MAX)
+    .get_result(&mut **tx)
+    .await?;
+    let mut filtered = webhook_deliveries::table
+        .filter(webhook_deliveries::tenant_id.eq(tenant))
+        .filter(webhook_deliveries::webhook_id.eq(webhook))
+        .into_boxed::<diesel::pg::Pg>();
+    if let Some(status) = status {
+        filtered = filtered.filter(webhook_deliveries::status.eq(status));
+    }
+    let rows = filtered
         .filter(webhook_deliveries::id.lt(slice.before()))
         .order(webhook_deliveries::id.desc())
         .limit(slice.fetch())
         .select(DeliveryRow::as_select())
         .load(&mut **tx)
         .await?;
-    Ok(Rows::new(rows, slice.limit, total))
+    Ok(Rows::new(rows, slice.limit, counted.total))
 }
 
 /// Makes a delivery due, as if it had never been sent.
@@ -120,25 +202,35 @@ pub async fn cancel_system(
     cancel_on(tx, tenant, webhook, error).await
 }
 
+/// The number of deliveries that one statement ends, so that it does not take long. An earlier version stored more than
+/// [`PENDING_MAX`].
+const CANCELED_AT_ONCE: i64 = 500;
+
 async fn cancel_on(
-    conn: &mut diesel_async::AsyncPgConnection,
+    conn: &mut AsyncPgConnection,
     tenant: Uuid,
     webhook: Uuid,
     error: &str,
 ) -> Result<usize, DbError> {
-    let pending = webhook_deliveries::table
-        .filter(webhook_deliveries::tenant_id.eq(tenant))
-        .filter(webhook_deliveries::webhook_id.eq(webhook))
-        .filter(webhook_deliveries::status.eq("pending"));
-    let canceled = diesel::update(pending)
-        .set((
-            webhook_deliveries::status.eq("failed"),
-            webhook_deliveries::due_at.eq(None::<DateTime<Utc>>),
-            webhook_deliveries::error.eq(error),
-        ))
+    let mut total = 0;
+    loop {
+        let canceled = sql_query(
+            "UPDATE webhook_deliveries SET status = 'failed', due_at = NULL, error = $3 \
+             WHERE tenant_id = $1 AND id = ANY(ARRAY( \
+                 SELECT id FROM webhook_deliveries \
+                 WHERE tenant_id = $1 AND webhook_id = $2 AND due_at IS NOT NULL LIMIT $4))",
+        )
+        .bind::<SqlUuid, _>(tenant)
+        .bind::<SqlUuid, _>(webhook)
+        .bind::<Text, _>(error)
+        .bind::<BigInt, _>(CANCELED_AT_ONCE)
         .execute(conn)
         .await?;
-    Ok(canceled)
+        if canceled == 0 {
+            return Ok(total);
+        }
+        total += canceled;
+    }
 }
 
 /// A delivery to send, with its webhook.
@@ -170,42 +262,99 @@ pub struct DueDelivery {
     pub previous_secret: Option<Vec<u8>>,
 }
 
+/// How much is claimed.
+#[derive(Debug, Clone, Copy)]
+pub struct Claim<'a> {
+    pub limit: i64,
+    /// The maximum number of attempts in progress of a tenant, and of a webhook.
+    pub per_tenant: i64,
+    pub per_webhook: i64,
+    /// The tenant and the webhook of each attempt in progress.
+    pub running_tenants: &'a [Uuid],
+    pub running_webhooks: &'a [Uuid],
+    /// Tenants take turns: the one after this one is first.
+    pub after_tenant: Uuid,
+    /// After this many attempts, a delivery fails.
+    pub attempts_max: i32,
+    pub lease_seconds: i32,
+}
+
+/// The maximum number of deliveries that are considered.
+const CONSIDERED: i64 = 256;
+
 /// Returns deliveries that are due, and counts an attempt. Each becomes due again after `lease_seconds`: so it is
 /// retried if this process ends, and no other replica sends it in the meantime.
 ///
-/// Takes at most `per_webhook` of each webhook, and none of the `busy` ones, so that a slow endpoint does not delay the
-/// others.
-pub async fn claim(
-    tx: &mut SystemTx,
-    limit: i64,
-    per_webhook: i64,
-    busy: &[Uuid],
-    lease_seconds: i32,
-) -> Result<Vec<DueDelivery>, DbError> {
+/// Takes time in proportion to the number of tenants with pending deliveries, not to the number of deliveries: each
+/// tenant and each of its webhooks is one probe of an index.
+pub async fn claim(tx: &mut SystemTx, claim: &Claim<'_>) -> Result<Vec<DueDelivery>, DbError> {
     let claimed = sql_query(
-        "WITH due AS ( \
-             SELECT tenant_id, id FROM ( \
-                 SELECT tenant_id, id, due_at, row_number() OVER (PARTITION BY webhook_id ORDER BY due_at) AS n \
-                 FROM webhook_deliveries WHERE due_at <= now() AND webhook_id <> ALL($3) \
-             ) ranked \
-             WHERE n <= $2 ORDER BY n, due_at LIMIT $1 \
-         ), claimed AS ( \
-             SELECT d.tenant_id, d.id FROM webhook_deliveries d JOIN due USING (tenant_id, id) \
+        "WITH RECURSIVE later AS ( \
+             (SELECT tenant_id FROM webhook_deliveries WHERE due_at IS NOT NULL AND tenant_id > $6 \
+              ORDER BY tenant_id, webhook_id, due_at LIMIT 1) \
+             UNION ALL \
+             SELECT next.tenant_id FROM later CROSS JOIN LATERAL ( \
+                 SELECT d.tenant_id FROM webhook_deliveries d \
+                 WHERE d.due_at IS NOT NULL AND d.tenant_id > later.tenant_id \
+                 ORDER BY d.tenant_id, d.webhook_id, d.due_at LIMIT 1) next \
+         ), earlier AS ( \
+             (SELECT tenant_id FROM webhook_deliveries WHERE due_at IS NOT NULL AND tenant_id <= $6 \
+              ORDER BY tenant_id, webhook_id, due_at LIMIT 1) \
+             UNION ALL \
+             SELECT next.tenant_id FROM earlier CROSS JOIN LATERAL ( \
+                 SELECT d.tenant_id FROM webhook_deliveries d \
+                 WHERE d.due_at IS NOT NULL AND d.tenant_id > earlier.tenant_id AND d.tenant_id <= $6 \
+                 ORDER BY d.tenant_id, d.webhook_id, d.due_at LIMIT 1) next \
+         ), considered AS MATERIALIZED ( \
+             SELECT t.tenant_id, d.id, d.n \
+             FROM (SELECT tenant_id FROM later UNION ALL SELECT tenant_id FROM earlier) t \
+             CROSS JOIN LATERAL ( \
+                 SELECT ranked.id, row_number() OVER (ORDER BY ranked.n, ranked.due_at) AS n FROM ( \
+                     SELECT due.id, due.due_at, row_number() OVER (PARTITION BY w.id ORDER BY due.due_at) AS n \
+                     FROM webhooks w CROSS JOIN LATERAL ( \
+                         SELECT d.id, d.due_at FROM webhook_deliveries d \
+                         WHERE d.tenant_id = t.tenant_id AND d.webhook_id = w.id AND d.due_at <= now() \
+                         ORDER BY d.due_at \
+                         LIMIT greatest(0, $3 - (SELECT count(*) FROM unnest($5) AS r (id) WHERE r.id = w.id)) \
+                     ) due \
+                     WHERE w.tenant_id = t.tenant_id \
+                 ) ranked \
+                 ORDER BY ranked.n, ranked.due_at \
+                 LIMIT greatest(0, $2 - (SELECT count(*) FROM unnest($4) AS r (id) WHERE r.id = t.tenant_id)) \
+             ) d \
+             LIMIT $9 \
+         ), due AS ( \
+             SELECT tenant_id, id FROM considered ORDER BY n, tenant_id <= $6, tenant_id LIMIT $1 \
+         ), locked AS ( \
+             SELECT d.tenant_id, d.id, d.webhook_id, d.attempts >= $7 AS is_exhausted \
+             FROM webhook_deliveries d JOIN due USING (tenant_id, id) \
              WHERE d.due_at <= now() FOR UPDATE OF d SKIP LOCKED \
+         ), claimed AS ( \
+             UPDATE webhook_deliveries d \
+             SET attempts = CASE WHEN l.is_exhausted THEN d.attempts ELSE d.attempts + 1 END, \
+                 last_attempt_at = CASE WHEN l.is_exhausted THEN d.last_attempt_at ELSE now() END, \
+                 due_at = CASE WHEN NOT l.is_exhausted THEN now() + $8 * interval '1 second' END, \
+                 status = CASE WHEN l.is_exhausted THEN 'failed' ELSE d.status END, \
+                 error = CASE WHEN l.is_exhausted THEN 'The last attempt did not finish.' ELSE d.error END \
+             FROM locked l JOIN webhooks w ON w.tenant_id = l.tenant_id AND w.id = l.webhook_id \
+             WHERE d.tenant_id = l.tenant_id AND d.id = l.id \
+             RETURNING d.tenant_id, d.id, d.webhook_id, d.event_id, d.payload, d.attempts, w.url, w.secret, \
+                 CASE WHEN w.previous_secret_expires_at > now() THEN w.previous_secret END AS previous_secret, \
+                 l.is_exhausted \
          ) \
-         UPDATE webhook_deliveries d \
-         SET attempts = d.attempts + 1, last_attempt_at = now(), due_at = now() + $4 * interval '1 second' \
-         FROM claimed c JOIN webhook_deliveries o USING (tenant_id, id) \
-             JOIN webhooks w ON w.tenant_id = o.tenant_id AND w.id = o.webhook_id \
-         WHERE d.tenant_id = c.tenant_id AND d.id = c.id \
-         RETURNING d.tenant_id, d.id, d.webhook_id, d.event_id, d.payload, d.attempts, \
-             extract(epoch FROM now())::bigint AS at, w.url, w.secret, \
-             CASE WHEN w.previous_secret_expires_at > now() THEN w.previous_secret END AS previous_secret",
+         SELECT tenant_id, id, webhook_id, event_id, payload, attempts, extract(epoch FROM now())::bigint AS at, \
+             url, secret, previous_secret \
+         FROM claimed WHERE NOT is_exhausted",
     )
-    .bind::<BigInt, _>(limit)
-    .bind::<BigInt, _>(per_webhook)
-    .bind::<Array<SqlUuid>, _>(busy)
-    .bind::<Integer, _>(lease_seconds)
+    .bind::<BigInt, _>(claim.limit)
+    .bind::<BigInt, _>(claim.per_tenant)
+    .bind::<BigInt, _>(claim.per_webhook)
+    .bind::<Array<SqlUuid>, _>(claim.running_tenants)
+    .bind::<Array<SqlUuid>, _>(claim.running_webhooks)
+    .bind::<SqlUuid, _>(claim.after_tenant)
+    .bind::<Integer, _>(claim.attempts_max)
+    .bind::<Integer, _>(claim.lease_seconds)
+    .bind::<BigInt, _>(CONSIDERED)
     .get_results(&mut **tx)
     .await?;
     Ok(claimed)
@@ -258,8 +407,11 @@ pub async fn overdue_seconds(tx: &mut SystemTx) -> Result<i64, DbError> {
         overdue_seconds: i64,
     }
     let backlog: Backlog = sql_query(
-        "SELECT coalesce(extract(epoch FROM now() - min(due_at)), 0)::bigint AS overdue_seconds \
-         FROM webhook_deliveries WHERE due_at <= now()",
+        "SELECT coalesce(extract(epoch FROM now() - ( \
+             SELECT d.due_at FROM webhook_deliveries d \
+             WHERE d.due_at <= now() \
+                 AND EXISTS (SELECT FROM webhooks w WHERE w.tenant_id = d.tenant_id AND w.id = d.webhook_id) \
+             ORDER BY d.due_at LIMIT 1)), 0)::bigint AS overdue_seconds",
     )
     .get_result(&mut **tx)
     .await?;

@@ -19,14 +19,14 @@ use super::{
 };
 use crate::connection_marks::ConnectionMarks;
 
-/// The phases of a connection.
+/// The phases of a connection, named after what it is waiting for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Phase {
     /// The first complete request head.
     FirstHead,
     /// The rest of a later request head whose first byte has arrived.
     Head,
-    /// Waiting for the client to finish reading a response.
+    /// The client, which has not finished reading a response.
     Write,
     /// The next request.
     Idle,
@@ -110,17 +110,17 @@ impl Connection {
         self.is_http2.load(Ordering::Relaxed)
     }
 
-    /// The client speaks HTTP/2. From then on, frames are passed to [`Self::received`] and [`Self::sent`].
+    /// Records that the client speaks HTTP/2. From then on, frames are passed to [`Self::received`] and [`Self::sent`].
     pub(super) fn speaks_http2(&self) {
         self.is_http2.store(true, Ordering::Relaxed);
     }
 
-    /// An HTTP/2 frame from the client has started or is complete.
+    /// Records that an HTTP/2 frame from the client has started or is complete.
     pub(super) fn received(&self, event: Event) {
         self.http2.lock().received(event, self.now());
     }
 
-    /// An HTTP/2 frame to the client has started or is complete.
+    /// Records that an HTTP/2 frame to the client has started or is complete.
     pub(super) fn sent(&self, event: Event) {
         // An idle event stream sends a few bytes well before the deadline.
         let progress = if self.marks.has_endless_response() {
@@ -186,7 +186,7 @@ impl Connection {
             })
     }
 
-    /// `length` bytes were read from the socket.
+    /// Records that `length` bytes were read from the socket.
     pub(super) fn has_read(&self, length: usize) {
         if self.head_began.load(Ordering::Relaxed) == 0 {
             self.head_began.store(self.now(), Ordering::Relaxed);
@@ -195,7 +195,7 @@ impl Connection {
         self.buffered.fetch_add(2 * length, Ordering::Relaxed);
     }
 
-    /// The socket accepted bytes, so earlier requests have been responded to.
+    /// Records that the socket accepted bytes, which means that earlier requests have been answered.
     pub(super) fn has_written(&self) {
         if !self.is_http2() {
             self.head_began.store(0, Ordering::Relaxed);
@@ -207,7 +207,7 @@ impl Connection {
         }
     }
 
-    /// The socket does not currently accept these `length` bytes.
+    /// Records that the socket does not currently accept these `length` bytes.
     pub(super) fn is_write_blocked(&self, length: usize) {
         if !self.is_http2() {
             self.head_began.store(0, Ordering::Relaxed);
@@ -328,7 +328,7 @@ impl Connection {
         }
     }
 
-    /// A request head of about `length` bytes is complete. Returns whether it is the connection's first.
+    /// Records that a request head of about `length` bytes is complete. Returns whether it is the connection's first.
     pub(super) fn begin_request(self: &Arc<Self>, length: usize) -> (bool, RequestInFlight) {
         let head = if self.is_http2() {
             self.heads.fetch_add(length, Ordering::Relaxed);

@@ -8,8 +8,8 @@ use super::CONCURRENT_STREAMS;
 
 /// The first bytes that an HTTP/2 client sends.
 pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// Fewer bytes of a response do not count as progress, unless the response ends with them. This prevents a client from
-/// keeping many responses in memory by reading a byte occasionally.
+/// The number of bytes of a response that count as progress. Fewer bytes count only if the response ends with them.
+/// This prevents a client from keeping many responses in memory by reading a byte occasionally.
 pub(super) const PROGRESS: u32 = 1024;
 /// The maximum number of tracked requests. h2 rejects or ignores requests above its own limit.
 const REMEMBERED: usize = 2 * CONCURRENT_STREAMS as usize;
@@ -181,7 +181,8 @@ impl Requests {
         self.head_length + self.open.len() * REQUEST + bodies
     }
 
-    /// `progress` is the number of bytes of a response, without its end, that count as progress.
+    /// Tracks a frame to the client. `progress` is the number of bytes that count as progress for a response that has
+    /// not ended.
     pub(super) fn sent(&mut self, event: Event, now: u64, progress: u32) {
         let Event::Ended(frame) = event else { return };
         match frame.kind {
@@ -218,8 +219,8 @@ impl Requests {
         }
     }
 
-    /// The stream was reset by either side: a client can make the server reset a stream by violating the protocol on
-    /// it.
+    /// Records that either side has reset a stream: a client can make the server reset a stream by violating the
+    /// protocol on it.
     fn reset(&mut self, stream: u32) {
         let Some(index) = self.open.iter().position(|it| it.stream == stream) else {
             return;

@@ -36,7 +36,7 @@ impl Memory {
         }
     }
 
-    /// Records that a connection that stays open used `before` bytes and now uses `now`.
+    /// Records that a connection that remains open used `before` bytes and now uses `now`.
     pub(super) fn change_held(&self, before: usize, now: usize) {
         change(&self.held, before, now);
     }
@@ -56,7 +56,7 @@ impl Memory {
         self.held.load(Ordering::Relaxed)
     }
 
-    /// Whether so much memory still has to be freed that no more data should be read.
+    /// Whether no more data should be read until more memory has been freed.
     pub(super) fn is_backlogged(&self) -> bool {
         self.occupied.load(Ordering::Relaxed) > self.limit / 4 * 5
     }

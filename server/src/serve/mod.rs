@@ -56,7 +56,7 @@ const CONNECTION_WINDOW: u32 = 128 * 1024;
 const SEND_BUFFER: usize = 64 * 1024;
 /// HTTP/2: concurrent requests per connection. Each holds some memory until the client has received its response.
 const CONCURRENT_STREAMS: u32 = 32;
-/// Connections that the kernel completes before they are accepted. It may allow fewer (net.core.somaxconn).
+/// Connections that the kernel completes before they are accepted. The kernel may allow fewer (net.core.somaxconn).
 const BACKLOG: u32 = 4096;
 /// How long to pause after failing to accept a connection, for example for lack of file descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -170,7 +170,7 @@ fn builder() -> auto::Builder<TokioExecutor> {
         .http1()
         // The connection's own timer enforces this deadline.
         .header_read_timeout(None)
-        // Copying a response into one buffer costs less than a list of buffers costs in the kernel.
+        // Copying a response into one buffer costs less than passing a list of buffers to the kernel.
         .writev(false)
         .max_headers(HEADER_FIELDS)
         .max_buf_size(HEADER_BYTES);

@@ -6,7 +6,7 @@ use ipnet::IpNet;
 
 use crate::{file_limit, state::AppState, telemetry::metrics::ConnectionMetrics};
 
-/// The maximum number of connections to the metrics listener: enough for a few scrapers and a person.
+/// The maximum number of connections to the metrics listener: enough for a few scrapers and an operator.
 const METRICS_CONNECTIONS: usize = 64;
 /// Bytes that requests may use on all connections that have not authenticated: enough for hundreds of the largest
 /// request heads, or thousands of typical ones.
@@ -20,8 +20,9 @@ pub struct Timeouts {
     /// How long the first request head may take, measured from accepting the connection. For later requests, the time
     /// starts with the first byte of the head.
     pub header: Duration,
-    /// How long a connection may be idle between two requests. Longer than the idle timeout of proxies, so that the
-    /// proxy closes it: if the server closed it while a request was in transit, that request would fail.
+    /// How long a connection may be idle between two requests. Must be longer than the idle timeout of proxies, so that
+    /// the proxy closes the connection: if the server closed it while a request was in transit, that request would
+    /// fail.
     pub idle: Duration,
     /// How long a client may go without reading any of its response.
     pub write: Duration,

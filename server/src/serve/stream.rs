@@ -86,7 +86,7 @@ impl AsyncRead for WatchedStream {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         if self.connection.shutdown() == Shutdown::Immediate {
-            // The connection's task may be busy reading all data from the socket.
+            // Ends the connection even if its task is busy reading from the socket.
             return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
         }
         if self.connection.should_pause() {

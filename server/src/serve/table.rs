@@ -3,7 +3,7 @@
 //!
 //! When the total is reached, a new connection replaces, in this order:
 //!
-//! 1. one that has not sent a request for a second,
+//! 1. one that has been open for at least a second without sending a request,
 //! 2. one that is idle between two requests,
 //! 3. one whose client has not read its response for a while, starting with the address that has the most connections,
 //! 4. one that may be about to send its first request, unless its address has fewer connections than the new one's.
@@ -15,7 +15,7 @@
 //! received on them: a gateway, or many clients behind one address, may have as many connections as the total allows.
 //! At the limit of an address or network, a new connection replaces its oldest silent connection, or the one that has
 //! been idle longest. A connection is not closed for this reason during its first second, because its request may be in
-//! transit. Instead, the address may exceed its limit by a factor of two during that second.
+//! transit. Instead, the address may have up to twice as many connections during that second.
 //!
 //! The memory used by counted connections is limited in total. Above that limit, the largest connections of the address
 //! that uses the most memory are closed.
@@ -57,9 +57,9 @@ const WAITING_SEARCH: usize = 16;
 const LIGHT: usize = 4;
 /// The minimum time between two searches for idle and stalled connections, because a search checks all connections.
 const SEARCH_EVERY: Duration = Duration::from_millis(100);
-/// One search finds at most this fraction of all connections.
+/// One search finds at most one in this many connections.
 const SEARCH_PART: usize = 4;
-/// The number of connections that an IPv6 /48 may have, as a multiple of those of a /56. A site may have either.
+/// The number of connections that an IPv6 /48 may have, as a multiple of those of a /56. A site may be assigned either.
 const SITE: usize = 2;
 
 #[derive(Debug)]
@@ -97,7 +97,7 @@ struct Entry {
 }
 
 impl Entry {
-    /// Returns when it became idle, if that is long enough ago to close it to make room.
+    /// Returns when the connection became idle, if that is long enough ago to close it to make room.
     fn idle(&self, now: Instant) -> Option<Instant> {
         let since = self.connection.idle_since().filter(|_| !self.is_proxy)?;
         (now.saturating_duration_since(since) >= IDLE_ENOUGH).then_some(since)
@@ -345,8 +345,8 @@ impl Table {
     }
 
     /// Finds a connection that is idle, or whose client has stopped reading its response. If the newcomer's address is
-    /// light, a client of a heavy address can be closed sooner after it stops reading. Otherwise, the heavy address's
-    /// clients, which reconnect immediately, would take every slot that becomes free.
+    /// light, a connection of a heavy address can be closed sooner after its client stops reading. Otherwise, the heavy
+    /// address's clients, which reconnect immediately, would take every slot that becomes free.
     fn spare(&self, open: &mut Open, now: Instant, newcomer: Option<IpAddr>) -> Option<u64> {
         let is_searched = open
             .searched_at
@@ -449,7 +449,7 @@ pub(super) struct Slot {
 }
 
 impl Slot {
-    /// The first request head is complete: the connection is no longer one of the first to close.
+    /// Records that the first request head is complete: the connection is no longer one of the first to close.
     pub(super) fn has_requested(&self) {
         let mut open = self.table.open.lock();
         open.waiting.remove(&self.id);

@@ -26,7 +26,7 @@ async fn endpoint(request: poem::Request) -> poem::Body {
     }
 }
 
-/// An occasional comment, as in an idle event stream.
+/// Returns a body of occasional comments, as in an idle event stream.
 fn quiet_events(connection: &ConnectionMarks) -> poem::Body {
     let endless = connection.begin_endless_response();
     poem::Body::from_bytes_stream(stream::unfold(endless, async |endless| {
@@ -80,7 +80,7 @@ async fn ask(stream: &mut TcpStream) {
     }
 }
 
-/// The time until the server closes the connection.
+/// Returns the time until the server closes the connection.
 async fn ended_after(stream: &mut TcpStream) -> Duration {
     let began = time::Instant::now();
     let mut rest = Vec::new();

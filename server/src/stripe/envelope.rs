@@ -3,7 +3,7 @@
 
 use serde_json::Value;
 
-/// Longer than any Stripe ID.
+/// The maximum length of an ID, which is longer than any Stripe ID.
 const ID_MAX: usize = 255;
 
 /// The parts of an event that identify what it concerns.

@@ -1,7 +1,7 @@
 //! The signature of a webhook: <https://docs.stripe.com/webhooks/signature>.
 //!
-//! Works on bytes, so that what is verified is what was received, and accepts several secrets and several signatures:
-//! both exist while a secret is being rotated.
+//! Works on bytes, so that what is verified is what was received, and accepts several secrets and several signatures,
+//! since there can be several of both while a secret is being rotated.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use secrecy::{ExposeSecret, SecretString};
 /// Maximum difference between the time of a signature and now, in either direction.
 pub const TOLERANCE: Duration = Duration::from_secs(300);
 
-/// More signatures than Stripe ever sends. The rest are ignored.
+/// The maximum number of signatures that are checked, which is more than Stripe ever sends.
 const SIGNATURES_MAX: usize = 8;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

@@ -68,7 +68,7 @@ impl Life {
         }
     }
 
-    /// An event that can happen to it.
+    /// Applies a random event that can happen to the subscription.
     fn step(&mut self, rng: &mut fastrand::Rng, now: Seconds) {
         match (self.status, rng.u8(..6)) {
             ("incomplete" | "paused", 0 | 1) | ("trialing", 0) => self.status = "active",
@@ -265,7 +265,7 @@ fn every_order_of_a_life_ends_in_one_state() {
             let mut account = Account::default();
             let mut under_way = Vec::new();
             for &event in order {
-                // An event cannot arrive before it happened. Earlier events have happened as well.
+                // An event cannot arrive before it has happened. Earlier events have happened as well.
                 while happened <= event.min(last - 1) {
                     life.status = STATUSES[happened];
                     life.first_unpaid = (life.status == "past_due").then_some(START + 3 * DAY);
@@ -325,7 +325,7 @@ fn a_scheduled_cancellation_ends_access_on_its_date_without_news() {
     let paid = subscription.access(START, GRACE).paid();
     assert!(paid.at(START + 30 * DAY - 1));
     assert!(!paid.at(START + 30 * DAY));
-    // Undoing the cancellation restores it.
+    // Undoing the cancellation restores access.
     let renewed = Subscription {
         cancel_at: None,
         ..subscription

@@ -38,7 +38,7 @@ macro_rules! metrics {
             )+
             /// Time from receiving a key to the decision.
             pub decision_seconds: Latency,
-            /// Time from a change, by PostgreSQL's clock, until this replica applies it.
+            /// Time from a change, by PostgreSQL's clock, until this replica applied it.
             pub invalidation_lag_seconds: Latency,
             pub public_connections: Arc<ConnectionMetrics>,
             pub metrics_connections: Arc<ConnectionMetrics>,
@@ -69,7 +69,9 @@ metrics! {
     billing_errors: Counter, "billing_errors", "Failed attempts to read subscriptions from Stripe; they are retried";
     billing_events_failed: Counter, "billing_events_failed",
         "Stripe webhooks that could not be processed and were abandoned";
-    billing_reports: Counter, "billing_reports", "Usage reports that Stripe has accepted or that need not be sent";
+    billing_account_mismatch: Gauge, "billing_account_mismatch",
+        "1 while billing is stopped because STRIPE_SECRET_KEY belongs to another account or mode than the customers";
+    billing_reports: Counter, "billing_reports", "Usage reports that Stripe has accepted or that did not need to be sent";
     billing_usage_difference: Gauge, "billing_usage_difference",
         "Difference between usage reports and the totals in Stripe for yesterday (UTC), summed over customers";
     billing_usage_lost: Gauge, "billing_usage_lost",
@@ -81,23 +83,23 @@ metrics! {
     billing_reconciled_at: Gauge, "billing_reconciled_at_seconds",
         "Unix time of the last comparison of usage reports with the totals in Stripe";
     quota_alerts: Counter, "alerts", "Quota alerts created";
-    alert_errors: Counter, "alert_errors", "Checks of quotas for alerts that failed; they are repeated";
+    alert_errors: Counter, "alert_errors", "Failed attempts to check quotas for alerts; they are retried";
     webhooks_delivered: Counter, "webhooks_delivered", "Deliveries that an endpoint accepted";
     webhook_attempts_failed: Counter, "webhook_attempts_failed",
-        "Attempts to deliver an event that failed and are repeated";
-    webhooks_failed: Counter, "webhooks_failed", "Deliveries that were given up";
+        "Failed attempts to deliver an event that are retried";
+    webhooks_failed: Counter, "webhooks_failed", "Deliveries that were abandoned";
     webhook_errors: Counter, "webhook_errors",
-        "Times that deliveries could not be claimed or their results not be recorded; they are repeated";
+        "Failed attempts to claim deliveries or to record their results; they are retried";
     webhooks_overdue: Gauge, "webhooks_overdue_seconds",
         "How long the oldest delivery that is due has been waiting; 0 if there is none";
     webhook_secrets_unreadable: Gauge, "webhook_secrets_unreadable",
-        "Webhooks whose secrets were encrypted with a QUOTA_SECRET that is not configured, at startup";
-    mails_sent: Counter, "emails_sent", "Emails that were sent";
+        "Webhooks whose secrets were encrypted with a QUOTA_SECRET that is not configured, as found at startup";
+    mails_sent: Counter, "emails_sent", "Emails sent";
     mail_attempts_failed: Counter, "email_attempts_failed",
-        "Attempts to send an email that failed and are repeated";
-    mails_failed: Counter, "emails_failed", "Emails that were rejected or given up";
+        "Failed attempts to send an email that are retried";
+    mails_failed: Counter, "emails_failed", "Emails that were rejected or abandoned";
     mail_errors: Counter, "email_errors",
-        "Times that emails could not be written, claimed or recorded in PostgreSQL; this is repeated";
+        "Failed attempts to write or claim emails in PostgreSQL or to record their results; they are retried";
     keys_malformed: Counter, "keys_malformed",
         "Requests with a key that has an invalid format or checksum, rejected without a lookup";
     key_cache_hits: Counter, "key_cache_hits", "Key lookups served from memory";
@@ -111,12 +113,12 @@ metrics! {
         "Key lookups that found an outdated record in Redis";
     key_shared_unreadable: Counter, "key_shared_unreadable",
         "Key lookups that found a record in Redis that was not sealed with this installation's secret";
-    key_shared_errors: Counter, "key_shared_errors", "Reads and writes of key records in Redis that failed";
+    key_shared_errors: Counter, "key_shared_errors", "Failed reads and writes of key records in Redis";
     key_loads: Counter, "key_loads", "Key lookups in PostgreSQL";
     key_stale_served: Counter, "key_stale_served",
         "Key lookups served with a record that could not be confirmed";
     ledger_takes: Counter, "ledger_takes", "Calendar quota blocks taken from the ledger";
-    ledger_errors: Counter, "ledger_errors", "Calls to the quota ledger that failed";
+    ledger_errors: Counter, "ledger_errors", "Failed calls to the quota ledger";
     counter_calls: Counter, "counter_calls", "Calls to the shared counters";
     counter_errors: Counter, "counter_errors", "Calls to the shared counters that failed or were late";
     counter_outages: Counter, "counter_outages", "Outages of the shared counters";
@@ -129,9 +131,9 @@ metrics! {
     admitted_degraded: Counter, "admitted_degraded", "Requests allowed without the shared counters";
     counters_away: Gauge, "counter_partitions_unavailable",
         "Number of unavailable partitions of the shared counters; a single Redis is one partition";
-    replicas: Gauge, "replicas", "Number of replicas as seen by this one; 0 without Redis";
+    replicas: Gauge, "replicas", "Number of replicas, as counted by this one; 0 without Redis";
     guard_refusals: Counter, "guard_refusals", "Requests rejected by a per-address or per-account limit";
-    logins_failed: Counter, "logins_failed", "Sign-ins with a wrong email or password";
+    logins_failed: Counter, "logins_failed", "Sign-ins with an incorrect email or password";
     password_queue_full: Counter, "password_queue_full",
         "Requests that got 503 because too many passwords were being hashed";
     requests_in_flight: Gauge, "requests_in_flight", "Requests in flight";
@@ -161,42 +163,44 @@ metrics! {
     redis_calls_failed: Counter, "redis_calls_failed",
         "Calls to Redis that failed for reasons other than a timeout or a missing connection";
     lookups_refused: Counter, "lookups_refused",
-        "Lookups of unknown keys and tokens that got 503 because too many were in progress";
+        "Lookups of keys and tokens that got 503 because too many lookups were in progress";
     database_suspected: Counter, "database_suspected", "Number of times PostgreSQL was suspected to be unreachable";
     readiness_checks: Counter, "readiness_checks", "Readiness checks that queried PostgreSQL";
     sweep_errors: Counter, "sweep_errors", "Batches of expired rows that could not be deleted";
     decisions_not_streamed: Counter, "decisions_not_streamed",
         "Decisions that streams skipped because they arrived faster than they could be sent";
     usage_log_rollup_difference: Gauge, "usage_log_rollup_difference",
-        "Difference between the log and its rollups in the number of yesterday's requests (UTC), summed over tenants";
+        "Difference between the usage log and the rollups in the number of yesterday's requests (UTC), summed over tenants";
     usage_ledger_excess: Gauge, "usage_ledger_excess",
         "Cost in the quota ledger in excess of recorded usage, for windows that ended the previous day";
     usage_rollup_excess: Gauge, "usage_rollup_excess",
         "Recorded cost in excess of the quota ledger, for windows that ended the previous day";
     usage_reconciled_at: Gauge, "usage_reconciled_at_seconds",
-        "Unix time of the last comparison of log, rollups and quota ledger on this server";
+        "Unix time of this replica's last comparison of the usage log, the rollups and the quota ledger";
     usage_partition_errors: Counter, "usage_partition_errors",
         "Failed attempts to create or drop usage partitions";
     usage_records_shipped: Counter, "usage_records_shipped", "Usage records written to PostgreSQL";
     usage_records_replayed: Counter, "usage_records_replayed",
         "Usage records left behind by stopped replicas and written to PostgreSQL";
     usage_records_damaged: Counter, "usage_records_damaged",
-        "Places in segments where a record was expected but could not be read";
+        "Places in segments where a record was expected but none could be read";
     usage_segments_refused: Counter, "usage_segments_refused",
         "Segments that are older than the usage log and were not shipped";
     usage_refused_decisions: Counter, "usage_refused_decisions",
         "Requests that got 503 because usage could not be recorded";
     usage_denials_unrecorded: Counter, "usage_denials_unrecorded",
-        "Denials that were not recorded because the usage backlog was more than half full and their tenant had many";
+        "Denials that were not recorded because the usage backlog was more than half full and the tenant had many denials";
     usage_ship_errors: Counter, "usage_ship_errors", "Batches of usage records that could not be written to PostgreSQL";
     usage_sync_errors: Counter, "usage_sync_errors",
-        "Usage records that could not be written to disk in time for their responses";
+        "Usage records that could not be written to disk before their responses were sent";
     usage_endpoints_folded: Counter, "usage_endpoints_folded",
         "Usage records counted under `other` because the endpoint limit was reached";
     usage_backlog_records: Gauge, "usage_backlog_records",
         "Usage records that this process has not written to PostgreSQL yet";
     usage_backlog_bytes: Gauge, "usage_backlog_bytes",
         "Bytes of usage records that this process has not written to PostgreSQL yet";
+    usage_adopted_segments: Gauge, "usage_adopted_segments",
+        "Usage segments taken over from stopped replicas that have not been shipped completely";
     usage_unrecordable: Gauge, "usage_unrecordable",
         "1 while usage cannot be recorded and check requests get 503, otherwise 0";
     usage_oldest_seconds: Gauge, "usage_oldest_record_timestamp_seconds",
@@ -245,7 +249,7 @@ impl Metrics {
         self.invalidation_lag_seconds.write(
             &mut text,
             "quota_invalidation_lag_seconds",
-            "Seconds from a change, by PostgreSQL's clock, until this replica applies it.",
+            "Seconds from a change, by PostgreSQL's clock, until this replica applied it.",
         );
         connections::write(
             &mut text,

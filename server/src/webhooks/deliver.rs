@@ -14,11 +14,11 @@ use super::{
     signature::sign,
 };
 use crate::{
-    db::{DbError, SystemTx},
+    db::{self, DbError, SystemTx},
     repo::{
         audit::{self, NewAuditEvent},
         webhook,
-        webhook_delivery::{self, AttemptResult, DueDelivery},
+        webhook_delivery::{self, AttemptResult, Claim, DueDelivery},
     },
 };
 
@@ -31,10 +31,11 @@ const PAUSES: [i64; 9] = [5, 60, 300, 1800, 3600, 7200, 14_400, 21_600, 37_000];
 const PAUSE_MAX: i64 = 12 * 3600;
 /// After an endpoint has been failing for this long, in seconds, it is disabled when a delivery is given up.
 const FAILING_MAX: i64 = 3 * 24 * 3600;
-/// The maximum number of deliveries that are claimed for one endpoint at a time.
+/// The maximum number of attempts in progress on one replica for a tenant, and for an endpoint.
+const PER_TENANT: i64 = 8;
 const PER_WEBHOOK: i64 = 4;
-/// The number of attempts in progress on one replica that make an endpoint [busy](Webhooks::claim).
-pub const BUSY_AT: usize = 4;
+/// The maximum number of attempts of a delivery.
+const ATTEMPTS_MAX: i32 = 10;
 
 const GONE: u16 = 410;
 
@@ -64,12 +65,33 @@ fn pause(attempts: i32, retry_after: Option<u64>, random: f64) -> Option<i64> {
 }
 
 impl Webhooks {
-    /// Claims deliveries that are due, at most `limit`, and none of the `busy` webhooks.
-    pub async fn claim(&self, limit: usize, busy: &[Uuid]) -> Result<Vec<DueDelivery>, DbError> {
-        let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+    /// Claims deliveries that are due, at most `limit`. `running` are the tenant and the webhook of each attempt in
+    /// progress, which count toward the limits of both.
+    pub async fn claim(
+        &self,
+        limit: usize,
+        running: &[(Uuid, Uuid)],
+    ) -> Result<Vec<DueDelivery>, DbError> {
+        let (running_tenants, running_webhooks): (Vec<_>, Vec<_>) = running.iter().copied().unzip();
+        let after_tenant = *self.0.last_tenant.lock();
+        let claim = Claim {
+            limit: i64::try_from(limit).unwrap_or(i64::MAX),
+            per_tenant: PER_TENANT,
+            per_webhook: PER_WEBHOOK,
+            running_tenants: &running_tenants,
+            running_webhooks: &running_webhooks,
+            after_tenant,
+            attempts_max: ATTEMPTS_MAX,
+            lease_seconds: LEASE,
+        };
         let mut tx = self.0.db.system().await?;
-        let due = webhook_delivery::claim(&mut tx, limit, PER_WEBHOOK, busy, LEASE).await?;
+        let due = webhook_delivery::claim(&mut tx, &claim).await?;
         tx.commit().await?;
+        // The next turn is that of the tenant after the last of these.
+        let tenants = due.iter().map(|it| it.tenant_id);
+        if let Some(last) = tenants.max_by_key(|it| (*it <= after_tenant, *it)) {
+            *self.0.last_tenant.lock() = last;
+        }
         Ok(due)
     }
 
@@ -77,9 +99,28 @@ impl Webhooks {
     pub async fn deliver(&self, due: &DueDelivery) -> Result<Outcome, DbError> {
         let sent = self.attempt(due).await;
         let mut tx = self.0.db.system().await?;
-        let outcome = record(&mut tx, due, &sent).await?;
+        let (outcome, is_disabled) = record(&mut tx, due, &sent).await?;
         tx.commit().await?;
+        if is_disabled {
+            // Separately, so that the result is recorded even if this fails. Then the next attempt repeats it.
+            if let Err(error) = self.cancel(due).await {
+                let error = db::chain(&error);
+                tracing::warn!(webhook = %due.webhook_id, error, "cannot cancel deliveries");
+            }
+        }
         Ok(outcome)
+    }
+
+    /// Gives up the other deliveries of a disabled webhook.
+    async fn cancel(&self, due: &DueDelivery) -> Result<(), DbError> {
+        let (tenant, id) = (due.tenant_id, due.webhook_id);
+        let mut tx = self.0.db.system().await?;
+        // It may have been enabled again.
+        if webhook::lock_disabled(&mut tx, tenant, id).await? {
+            webhook_delivery::cancel_system(&mut tx, tenant, id, "The webhook was disabled.")
+                .await?;
+        }
+        tx.commit().await
     }
 
     async fn attempt(&self, due: &DueDelivery) -> Sent {
@@ -89,13 +130,13 @@ impl Webhooks {
             Err(message) => return Sent::failed(format!("The URL {message}.")),
         };
         let context = context(due.tenant_id, due.webhook_id);
-        let secrets = std::iter::once(&due.secret).chain(&due.previous_secret);
-        let secrets: Option<Vec<_>> = secrets
-            .map(|it| Some(self.0.encryption.decrypt(&context, it)?.secret))
-            .collect();
-        let Some(secrets) = secrets else {
+        let decrypt = |secret: &Vec<u8>| Some(self.0.encryption.decrypt(&context, secret)?.secret);
+        let Some(secret) = decrypt(&due.secret) else {
             return Sent::failed("The signing secret cannot be read. Rotate it.");
         };
+        let mut secrets = vec![secret];
+        // Receivers that have the current secret do not need the signature of the previous one.
+        secrets.extend(due.previous_secret.as_ref().and_then(decrypt));
         let attempt = Attempt {
             event_id: &due.event_id,
             at: due.at,
@@ -114,8 +155,12 @@ impl Webhooks {
     }
 }
 
-/// Records the result of an attempt.
-async fn record(tx: &mut SystemTx, due: &DueDelivery, sent: &Sent) -> Result<Outcome, DbError> {
+/// Records the result of an attempt. Also returns whether the webhook is disabled because of it.
+async fn record(
+    tx: &mut SystemTx,
+    due: &DueDelivery,
+    sent: &Sent,
+) -> Result<(Outcome, bool), DbError> {
     let (tenant, id) = (due.tenant_id, due.webhook_id);
     let mut result = AttemptResult {
         response_status: sent.status.map(i32::from),
@@ -126,35 +171,35 @@ async fn record(tx: &mut SystemTx, due: &DueDelivery, sent: &Sent) -> Result<Out
     if sent.error.is_none() {
         webhook::succeeded(tx, tenant, id).await?;
         webhook_delivery::finish(tx, due, &result).await?;
-        return Ok(Outcome::Delivered);
+        return Ok((Outcome::Delivered, false));
     }
     let Some(failing_for) = webhook::failed(tx, tenant, id).await? else {
-        // Deleted, with its deliveries.
-        return Ok(Outcome::Failed);
+        // It was deleted.
+        return Ok((Outcome::Failed, false));
     };
     if sent.status == Some(GONE) {
         webhook_delivery::finish(tx, due, &result).await?;
         disable(tx, due, "The endpoint responded with status 410 (Gone).").await?;
-        return Ok(Outcome::Failed);
+        return Ok((Outcome::Failed, true));
     }
     result.retry_after = pause(due.attempts, sent.retry_after, random());
     webhook_delivery::finish(tx, due, &result).await?;
     if result.retry_after.is_some() {
-        return Ok(Outcome::Postponed);
+        return Ok((Outcome::Postponed, false));
     }
-    if failing_for >= FAILING_MAX {
+    let is_disabled = failing_for >= FAILING_MAX;
+    if is_disabled {
         disable(tx, due, "All deliveries failed for more than 3 days.").await?;
     }
-    Ok(Outcome::Failed)
+    Ok((Outcome::Failed, is_disabled))
 }
 
-/// Disables a webhook, and gives up its other deliveries.
+/// Disables a webhook unless it already is.
 async fn disable(tx: &mut SystemTx, due: &DueDelivery, reason: &str) -> Result<(), DbError> {
     let (tenant, id) = (due.tenant_id, due.webhook_id);
     let Some(name) = webhook::disable(tx, tenant, id, reason).await? else {
         return Ok(());
     };
-    webhook_delivery::cancel_system(tx, tenant, id, "The webhook was disabled.").await?;
     let event = NewAuditEvent {
         target_name: Some(&name),
         after: Some(serde_json::json!({"is_active": false, "disabled_reason": reason})),
@@ -192,6 +237,7 @@ mod schedule_tests {
         let hours = |seconds: i64| seconds / 3600;
         assert_eq!((hours(total(0.0)), hours(total(0.999))), (23, 28));
         assert_eq!(pause(1, None, 0.0), Some(5));
+        assert_eq!(usize::try_from(ATTEMPTS_MAX), Ok(PAUSES.len() + 1));
         assert_eq!(pause(10, None, 0.5), None);
         assert_eq!(pause(10, Some(60), 0.5), None);
     }

@@ -17,6 +17,7 @@ mod tests;
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use parking_lot::Mutex;
 use tokio::sync::Notify;
 use url::Url;
 use uuid::Uuid;
@@ -46,6 +47,8 @@ struct Inner {
     targets: Targets,
     sender: Sender,
     stored: Notify,
+    /// The tenant that had the last turn.
+    last_tenant: Mutex<Uuid>,
 }
 
 /// A secret cannot be encrypted or decrypted.
@@ -90,6 +93,7 @@ impl Webhooks {
             targets,
             sender,
             stored: Notify::new(),
+            last_tenant: Mutex::new(Uuid::nil()),
         })))
     }
 
@@ -168,14 +172,16 @@ impl Webhooks {
             decrypted.ok_or(SecretError::UnknownKey)
         };
         let secret = decrypt(&stored.secret)?;
-        let previous = stored.previous_secret.as_deref().map(decrypt).transpose()?;
+        // A previous secret that cannot be decrypted is not used, and is kept as it is.
+        let previous = stored.previous_secret.as_deref().map(decrypt);
+        let previous = previous.and_then(Result::ok);
         if secret.is_current && previous.as_ref().is_none_or(|it| it.is_current) {
             return Ok(None);
         }
-        let previous = previous.map(|it| self.encrypt(tenant, id, &it.secret));
-        Ok(Some((
-            self.encrypt(tenant, id, &secret.secret)?,
-            previous.transpose()?,
-        )))
+        let previous = match previous {
+            Some(previous) => Some(self.encrypt(tenant, id, &previous.secret)?),
+            None => stored.previous_secret.clone(),
+        };
+        Ok(Some((self.encrypt(tenant, id, &secret.secret)?, previous)))
     }
 }

@@ -175,7 +175,7 @@ fn reason(error: &reqwest::Error) -> String {
     let mut cause: &dyn Error = error;
     loop {
         if cause.is::<ForbiddenAddress>() {
-            return "The URL's host has an address that webhooks may not be sent to.".to_owned();
+            return "The URL's host has an address to which webhooks may not be sent.".to_owned();
         }
         match cause.source() {
             Some(source) => cause = source,

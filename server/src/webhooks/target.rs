@@ -39,7 +39,7 @@ impl Lookup for SystemLookup {
 
 /// A host has an address to which webhooks are not sent.
 #[derive(Debug, thiserror::Error)]
-#[error("the host has an address that webhooks may not be sent to")]
+#[error("the host has an address to which webhooks may not be sent")]
 pub struct ForbiddenAddress;
 
 /// Which addresses webhooks may be sent to.

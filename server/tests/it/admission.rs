@@ -1,6 +1,6 @@
 //! Checks which requests are admitted under load: with keys in use after their plan was changed, with keys that are not
-//! in memory yet, and on connections from one address. Each test is repeated while an unauthenticated client requests
-//! keys that do not exist.
+//! in memory yet, and on connections from one address. Each test is repeated while an unauthenticated client sends keys
+//! that do not exist.
 
 use std::{
     net::{IpAddr, Ipv4Addr},
@@ -56,7 +56,7 @@ async fn world(keys: usize, lookups: usize) -> World {
 }
 
 impl World {
-    /// A replica that has just started, with nothing in memory and a remote PostgreSQL.
+    /// Returns a replica that has just started, with nothing in memory and a remote PostgreSQL.
     async fn cold_replica(&self, lookups: usize) -> (Arc<TestApp>, FaultProxy) {
         let (proxy, url) = through_proxy(&self.app.database).await;
         let cold = TestApp::setup()
@@ -83,7 +83,7 @@ fn count(statuses: &[u16], status: u16) -> usize {
     statuses.iter().filter(|it| **it == status).count()
 }
 
-/// Requests keys that do not exist, from its own address.
+/// Sends keys that do not exist, from a separate address.
 fn stranger(app: &Arc<TestApp>, at_once: usize) -> Vec<JoinHandle<Vec<u16>>> {
     let from = IpAddr::V4(Ipv4Addr::new(127, 0, 3, 1));
     let http = Client::builder().local_address(from).build();
@@ -127,7 +127,7 @@ async fn keys_in_use_keep_working_when_their_plan_is_renamed() {
     assert_eq!(count(&statuses, 200), KEYS, "{statuses:?}");
     assert!(app.metric("quota_key_loads_total").await >= 2.0 * 60.0);
 
-    // Deactivating a key still takes effect immediately.
+    // Deleting a key still takes effect immediately.
     let gone = app.request(Method::DELETE, &deleted).bearer(token);
     assert_eq!(gone.send().await.status, 204);
     let statuses = echo_all(&app, &world.keys).await;

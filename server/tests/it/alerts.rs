@@ -91,6 +91,39 @@ impl World {
         client.execute(statement, &[]).await.expect("it is SQL")
     }
 
+    /// Creates this many keys, each with a daily quota of 2 that was just used up.
+    async fn use_up(&self, count: usize) {
+        let (tenant, plan) = (&self.account.tenant_id, &self.plan);
+        self
+            .sql(&format!(
+                "INSERT INTO api_keys (tenant_id, id, plan_id, name, prefix, key_hash) \
+                 SELECT '{tenant}', gen_random_uuid(), '{plan}', 'Key ' || n, 'qk_', sha256(n::text::bytea) \
+                 FROM generate_series(1, {count}) n"
+            ))
+            .await;
+        self
+            .sql(
+                "INSERT INTO quota_usage (tenant_id, key_id, policy, window_start, used, window_end, period_seconds) \
+                 SELECT tenant_id, id, 'daily', date_trunc('day', now()), 2, date_trunc('day', now()) + interval '1 day', \
+                     86400 FROM api_keys WHERE prefix = 'qk_'",
+            )
+            .await;
+        let client = self.app.database.connect().await;
+        let keys = client
+            .query("SELECT id::text FROM api_keys WHERE prefix = 'qk_'", &[])
+            .await
+            .expect("keys");
+        let records: Vec<_> = keys
+            .iter()
+            .flat_map(|row| {
+                let record = usage::record(&self.account, row.get(0), plan, usage::now());
+                let again = usage::record(&self.account, row.get(0), plan, usage::now());
+                [record, again]
+            })
+            .collect();
+        usage::append(&self.app, &records).await;
+    }
+
     async fn update_plan(&self, change: Value) {
         let path = format!("/admin/plans/{}", self.plan);
         let answer = self.app.act(&self.account, "PATCH", &path, change).await;
@@ -451,36 +484,9 @@ async fn many_alerts_of_one_tenant_are_all_created() {
     let world = World::new(json!({"daily_quota": 2})).await;
     let hooks = Hooks::start().await;
     hooks.create(&world.app, &world.account, "/hook").await;
-    let (tenant, plan) = (&world.account.tenant_id, &world.plan);
-    world
-        .sql(&format!(
-            "INSERT INTO api_keys (tenant_id, id, plan_id, name, prefix, key_hash) \
-             SELECT '{tenant}', gen_random_uuid(), '{plan}', 'Key ' || n, 'qk_', sha256(n::text::bytea) \
-             FROM generate_series(1, {KEYS}) n"
-        ))
-        .await;
-    world
-        .sql(
-            "INSERT INTO quota_usage (tenant_id, key_id, policy, window_start, used, window_end, period_seconds) \
-             SELECT tenant_id, id, 'daily', date_trunc('day', now()), 2, date_trunc('day', now()) + interval '1 day', \
-                 86400 FROM api_keys WHERE prefix = 'qk_'",
-        )
-        .await;
-    let client = world.app.database.connect().await;
-    let keys = client
-        .query("SELECT id::text FROM api_keys WHERE prefix = 'qk_'", &[])
-        .await
-        .expect("keys");
-    let records: Vec<_> = keys
-        .iter()
-        .flat_map(|row| {
-            let record = usage::record(&world.account, row.get(0), plan, usage::now());
-            let again = usage::record(&world.account, row.get(0), plan, usage::now());
-            [record, again]
-        })
-        .collect();
-    usage::append(&world.app, &records).await;
+    world.use_up(KEYS).await;
     world.check().await;
+    let client = world.app.database.connect().await;
     let counts = client
         .query_one(
             "SELECT (SELECT count(*) FROM quota_alerts), (SELECT count(*) FROM webhook_deliveries)",
@@ -490,4 +496,138 @@ async fn many_alerts_of_one_tenant_are_all_created() {
         .expect("counts");
     let expected = i64::try_from(KEYS * 3).expect("a number");
     assert_eq!((counts.get(0), counts.get(1)), (expected, expected));
+}
+
+/// One check waits for a lock until its statement is canceled.
+#[tokio::test(flavor = "multi_thread")]
+async fn tenant_whose_check_fails_does_not_delay_other_tenants() {
+    let world = World::new(json!({"daily_quota": 10})).await;
+    let hooks = Hooks::start().await;
+    let (webhook, _) = hooks.create(&world.app, &world.account, "/hook").await;
+    let mut others = Vec::new();
+    for _ in 0..3 {
+        let account = world.app.register().await;
+        let plan = json!({"daily_quota": 10, "default_rpm": 60_000_000});
+        let plan = world.app.plan(&account, plan).await;
+        let key = world.app.key(&account, &plan).await;
+        let token = world.app.service_token(&account).await;
+        let check = json!({"key": key.text, "cost": 8});
+        let answer = world.app.post("/v1/check", check).bearer(&token);
+        assert_eq!(answer.send().await.body["allowed"], true);
+        others.push(account);
+    }
+    assert!(world.spend(&world.app, 8).await);
+    world.app.ship_usage().await;
+    let mut client = world.app.database.connect().await;
+    let locked = client.transaction().await.expect("a transaction");
+    let lock = format!("SELECT FROM webhooks WHERE id = '{webhook}' FOR UPDATE");
+    locked.batch_execute(&lock).await.expect("a lock");
+    let round = world.app.state.alerts.check().await.expect("a round");
+    assert_eq!((round.alerts, round.errors), (6, 1));
+    for account in &others {
+        let list = world
+            .app
+            .act(account, "GET", "/admin/alerts", Value::Null)
+            .await;
+        assert_eq!(list.body["total"], 2);
+    }
+    assert_eq!(world.thresholds().await, Vec::<u64>::new());
+    locked.rollback().await.expect("a rollback");
+    let round = world.app.state.alerts.check().await.expect("a round");
+    assert_eq!((round.alerts, round.deliveries, round.errors), (2, 2, 0));
+    assert_eq!(world.thresholds().await, [50, 80]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_keys_are_checked_in_several_transactions() {
+    const KEYS: usize = 700;
+    let world = World::new(json!({"daily_quota": 2})).await;
+    world.use_up(KEYS).await;
+    let tenant = world.account.tenant_id.parse().expect("an id");
+    let (mut total, mut steps) = (0, 0);
+    loop {
+        let step = world.app.state.alerts.check_tenant(tenant).await;
+        let step = step.expect("a check");
+        assert!(step.alerts <= 1000, "{step:?}");
+        total += step.alerts;
+        steps += 1;
+        if !step.has_more {
+            break;
+        }
+    }
+    assert_eq!(total, 3 * KEYS as u64);
+    assert!((2..20).contains(&steps), "{steps}");
+    assert_eq!(
+        world
+            .app
+            .state
+            .alerts
+            .check()
+            .await
+            .expect("a round")
+            .alerts,
+        0
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn events_beyond_the_pending_deliveries_of_a_webhook_fail() {
+    let world = World::new(json!({"daily_quota": 10})).await;
+    let hooks = Hooks::start().await;
+    let (full, _) = hooks.create(&world.app, &world.account, "/full").await;
+    let (other, _) = hooks.create(&world.app, &world.account, "/other").await;
+    let tenant = &world.account.tenant_id;
+    world
+        .sql(&format!(
+            "INSERT INTO webhook_deliveries (tenant_id, id, webhook_id, event_id, event_type, payload, due_at) \
+             SELECT '{tenant}', gen_random_uuid(), '{full}', 'msg_' || n, 'webhook.test', '{{}}', \
+                 now() + interval '1 hour' FROM generate_series(1, 999) n"
+        ))
+        .await;
+    assert!(world.spend(&world.app, 8).await);
+    world.check().await;
+    assert_eq!(world.thresholds().await, [50, 80]);
+    let list = async |webhook: &str, status: &str| {
+        let path = format!("/admin/webhooks/{webhook}/deliveries?status={status}");
+        let list = world
+            .app
+            .act(&world.account, "GET", &path, Value::Null)
+            .await;
+        list.body
+    };
+    assert_eq!(list(&other, "pending").await["total"], 2);
+    assert_eq!(list(&full, "pending").await["total"], 1000);
+    let failed = list(&full, "failed").await;
+    assert_eq!(failed["total"], 1);
+    let failed = &failed["items"][0];
+    assert_eq!(failed["event_type"], "quota.threshold_reached");
+    let error = failed["error"].as_str().expect("an error");
+    assert!(error.contains("1,000 pending deliveries"), "{error}");
+
+    // A tenant can't add more either.
+    let act =
+        async |method, path: String, body| world.app.act(&world.account, method, &path, body).await;
+    let test = format!("/admin/webhooks/{full}/test");
+    let refused = act("POST", test.clone(), Value::Null).await;
+    assert_eq!(
+        (refused.status, refused.problem()),
+        (429, "too-many-requests")
+    );
+    let id = failed["id"].as_str().expect("an id");
+    let redeliver = format!("/admin/webhooks/deliveries/{id}/redeliver");
+    let refused = act("POST", redeliver.clone(), Value::Null).await;
+    assert_eq!(
+        (refused.status, refused.problem()),
+        (429, "too-many-requests")
+    );
+    assert!(refused.number("retry-after") >= 1);
+    assert_eq!(list(&full, "failed").await["total"], 1);
+
+    let own = format!("/admin/webhooks/{full}");
+    let disabled = act("PATCH", own, json!({"is_active": false})).await;
+    assert_eq!(disabled.status, 200, "{}", disabled.text);
+    assert_eq!(list(&full, "pending").await["total"], 0);
+    assert_eq!(act("POST", test, Value::Null).await.status, 201);
+    assert_eq!(act("POST", redeliver, Value::Null).await.status, 200);
+    assert_eq!(list(&full, "pending").await["total"], 2);
 }

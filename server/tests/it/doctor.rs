@@ -74,7 +74,7 @@ async fn single_replica_needs_a_database_that_allows_its_connections() {
     let output = doctor(&database, &[("QUOTA_DATABASE_POOL", "1000")]).await;
     output.says(": too many\n").fails();
     let output = doctor(&database, &[("QUOTA_REPLICAS", "2")]).await;
-    output.says("2 replicas need a REDIS_URL").fails();
+    output.says("2 replicas need REDIS_URL").fails();
 }
 
 #[tokio::test(flavor = "multi_thread")]

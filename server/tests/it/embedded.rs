@@ -19,7 +19,7 @@ use tokio_postgres::{Client, NoTls};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A data directory that root's PostgreSQL can access, unlike `/root/…`.
+/// Returns a data directory that root's PostgreSQL can access, unlike `/root/…`.
 fn data_dir() -> tempfile::TempDir {
     let dir = tempfile::Builder::new()
         .prefix("quota-embedded-")
@@ -206,7 +206,7 @@ async fn stopping_during_a_restart_stops_it() {
         kill(Pid::from_raw(postmaster(dir.path())), Signal::SIGKILL).expect("it was alive");
         tokio::time::sleep(Duration::from_millis(wait)).await;
         postgres.stop().await;
-        // It takes a while until the sessions of the killed postmaster detect its death.
+        // The sessions of the killed postmaster take a while to detect its death.
         let guarded = fs::read_to_string(dir.path().join("postgres/postmaster.pid"))
             .ok()
             .and_then(|text| text.lines().next()?.parse::<i32>().ok())

@@ -270,7 +270,7 @@ fn misspelled_setting_prevents_startup_and_a_kubernetes_link_does_not() {
     assert_eq!(lines.len(), 1, "{lines:#?}");
 }
 
-/// Mounted secrets, as in Docker and Kubernetes.
+/// Covers mounted secrets, as in Docker and Kubernetes.
 #[test]
 fn secret_is_read_from_its_file_and_an_invalid_file_prevents_startup() {
     let dir = tempfile::tempdir().expect("a directory");

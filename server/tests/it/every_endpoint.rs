@@ -319,7 +319,7 @@ fn every_operation_with_an_access_token_has_a_right() {
     assert_eq!(found, listed);
 }
 
-/// Each operation is called by each role. Without the permission, the response is 403 and no row in any table changes,
+/// Each role calls each operation. Without the permission, the response is 403 and no row in any table changes,
 /// regardless of the ID and the body. With it, the operation succeeds.
 #[tokio::test(flavor = "multi_thread")]
 async fn role_without_the_right_is_403_and_changes_nothing() {
@@ -335,7 +335,8 @@ async fn role_without_the_right_is_403_and_changes_nothing() {
     let mut denied = 0;
     for role in ROLES {
         let member = app.register().await;
-        // Joins the owner's tenant instead of the tenant it was created with, and has a session there.
+        // The user joins the owner's tenant instead of the one that was created with the account, and has a session
+        // there.
         client
             .execute(
                 "DELETE FROM sessions WHERE user_id = $1::text::uuid",

@@ -162,7 +162,12 @@ async fn burst_of_reads_by_one_tenant_does_not_delay_another() {
     let app = patient().await;
     let (a, b) = (Arc::new(app.register().await), app.register().await);
     let mut database = app.database.connect().await;
+    let webhook = app.webhook(&a).await;
+    let deliveries = format!("/admin/webhooks/{webhook}/deliveries");
     for (path, table) in [
+        (deliveries.as_str(), "webhook_deliveries"),
+        ("/admin/alerts", "quota_alerts"),
+        ("/billing", "billing_accounts"),
         ("/admin/usage", "usage_quarters"),
         ("/admin/stats", "usage_quarters"),
         ("/admin/decisions", "usage_tenants"),
@@ -173,8 +178,8 @@ async fn burst_of_reads_by_one_tenant_does_not_delay_another() {
         locked.batch_execute(&lock).await.unwrap();
         let mut reads = JoinSet::new();
         for _ in 0..BURST {
-            let (app, a) = (app.clone(), a.clone());
-            reads.spawn(async move { app.act(&a, "GET", path, Value::Null).await });
+            let (app, a, path) = (app.clone(), a.clone(), path.to_owned());
+            reads.spawn(async move { app.act(&a, "GET", &path, Value::Null).await });
         }
         tokio::time::sleep(Duration::from_millis(300)).await;
         let began = Instant::now();
@@ -200,6 +205,41 @@ async fn burst_of_reads_by_one_tenant_does_not_delay_another() {
         assert!(answered >= 33, "{path}: {answered}");
         assert!(rejected >= 16, "{path}: {rejected}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn burst_of_webhook_tests_by_one_tenant_does_not_delay_another() {
+    let app = patient().await;
+    let (a, b) = (Arc::new(app.register().await), app.register().await);
+    let webhook = app.webhook(&a).await;
+    let mut database = app.database.connect().await;
+    let locked = database.transaction().await.unwrap();
+    let lock = format!("SELECT FROM webhooks WHERE id = '{webhook}' FOR UPDATE");
+    locked.batch_execute(&lock).await.unwrap();
+    let mut tests = JoinSet::new();
+    for _ in 0..BURST {
+        let (app, a, path) = (
+            app.clone(),
+            a.clone(),
+            format!("/admin/webhooks/{webhook}/test"),
+        );
+        tests.spawn(async move { app.act(&a, "POST", &path, Value::Null).await });
+    }
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let began = Instant::now();
+    for _ in 0..10 {
+        app.plan(&b, json!({})).await;
+    }
+    let took = began.elapsed();
+    assert!(took < Duration::from_secs(4), "{took:?}");
+    locked.rollback().await.unwrap();
+    let mut created = 0;
+    while let Some(answer) = tests.join_next().await {
+        let answer = answer.unwrap();
+        created += usize::from(answer.status == 201);
+        assert!(matches!(answer.status, 201 | 429 | 503), "{}", answer.text);
+    }
+    assert!((1..BURST).contains(&created), "{created}");
 }
 
 /// A client with an account requests large responses and opens no flow-control window for them, so the server has to

@@ -106,7 +106,7 @@ const ADDRESSES: usize = 4;
 /// No request takes longer than this, even on a busy machine.
 const ANSWERED_WITHIN: Duration = Duration::from_secs(5);
 
-/// The source address of the hostile connection with this number.
+/// Returns the source address of the hostile connection with this number.
 fn hostile(n: usize) -> Ipv4Addr {
     let address = n / FROM_ONE_ADDRESS;
     let octet = |n: usize| u8::try_from(n % 250 + 1).expect("below 256");
@@ -133,12 +133,12 @@ fn client_at(source: Ipv4Addr) -> Client {
     client.build().expect("a client")
 }
 
-/// As many as the open-file limit allows, up to 20,000.
+/// Opens as many connections as the open-file limit allows, up to 20,000.
 #[tokio::test(flavor = "multi_thread")]
 async fn silent_connections_do_not_lock_out_others() {
     let limit = file_limit::raise().unwrap_or(1024);
     let silent = SILENT.min(limit.saturating_sub(OWN_FILES));
-    // Fewer than the silent connections.
+    // There are fewer slots than silent connections.
     let places = (silent / 2).to_string();
     let (data, http) = (data_dir(), Client::new());
     let settings = [("QUOTA_CONNECTIONS", places.as_str())];
@@ -192,7 +192,7 @@ async fn silent_connections_do_not_lock_out_others() {
     assert!(answered >= 30, "{answered}");
     assert!(grown < 150, "{grown} MiB");
 
-    // They are closed in time even if no other client needs their slots.
+    // Silent connections are closed in time even if no other client needs their slots.
     for listener in ["public", "metrics"] {
         let open = format!("quota_connections_open{{listener=\"{listener}\"}}");
         let ended = Instant::now();
@@ -211,8 +211,8 @@ async fn silent_connections_do_not_lock_out_others() {
     quota.stop();
 }
 
-/// An HTTP/2 client that opens no flow-control window, periodically sends a request and cancels the previous one, and
-/// reconnects when its connection is closed.
+/// Runs an HTTP/2 client that opens no flow-control window, periodically sends a request and cancels the previous one,
+/// and reconnects when its connection is closed.
 async fn cancels_and_comes_back(source: Ipv4Addr, server: SocketAddr) {
     use tokio::io::AsyncWriteExt as _;
     loop {
@@ -228,7 +228,7 @@ async fn cancels_and_comes_back(source: Ipv4Addr, server: SocketAddr) {
             tokio::time::sleep(Duration::from_millis(400)).await;
             next = [http2::get(id, "/openapi.json"), cancel(id - 2)].concat();
         }
-        // The clients run on the same machine as the server.
+        // Pauses, because the clients run on the same machine as the server.
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
 }
@@ -269,7 +269,7 @@ async fn clients_that_cancel_unread_responses_do_not_lock_out_others() {
     quota.stop();
 }
 
-/// Connections that use as much memory as they can without completing a request.
+/// The number of connections that use as much memory as they can without completing a request.
 const SLOW: usize = 2000;
 /// The maximum increase in memory, in MiB. Handlers of many concurrent requests end a while after their connections
 /// close, and use most of the memory in a debug build.
@@ -277,7 +277,7 @@ const MOST: u64 = 64;
 const MOST_AT_A_TIME: u64 = 128;
 const LARGE: usize = 31 * 1024;
 
-/// The data that one connection of each kind sends. Bodies are sent to endpoints that need no account.
+/// Returns the data that one connection of each kind sends. Bodies are sent to endpoints that need no account.
 fn slow_clients() -> [(&'static str, Vec<u8>, u64); 8] {
     let value = |length: usize| "v".repeat(length);
     let body = format!("{{{}", " ".repeat(60_000));
@@ -435,7 +435,7 @@ async fn address_at_its_connection_limit_does_not_affect_others() {
     for _ in 0..5 {
         held.push(at(1).await.expect("within its share"));
     }
-    // For a moment, an address may have twice its limit.
+    // For a moment, an address may have up to twice its limit.
     let mut refused = 0;
     for _ in 0..15 {
         match at(1).await {

@@ -16,7 +16,7 @@ use crate::support::{
 /// A bound that holds on a busy machine.
 const AT_MOST: Duration = Duration::from_secs(45);
 
-/// A plan whose bucket does not refill noticeably during a test.
+/// Returns a plan whose bucket does not refill noticeably during a test.
 fn plan(burst: u32) -> Value {
     json!({"default_rpm": 1, "burst": burst})
 }
@@ -268,7 +268,7 @@ async fn monthly_requests_are_limited_on_every_way_in() {
         let call = call.header("X-Service-Token", &gateway);
         call.header("X-API-Key", key).send().await
     };
-    // A request that costs more than the whole quota will never be admitted, and costs nothing.
+    // A request that costs more than the whole quota is never admitted, and consumes nothing.
     let never = check(&first, 21).await;
     assert_eq!(never.body["allowed"], false, "{}", never.text);
     assert_eq!(never.body["retry_after"], Value::Null);
@@ -339,7 +339,7 @@ async fn monthly_requests_are_limited_on_every_way_in() {
     assert_eq!(limits(&app, &other).await["requests"]["used"], 1);
 }
 
-/// A request that the key's rate denies does not count toward the tenant's month.
+/// A request that the key's rate denies does not count toward the tenant's monthly quota.
 #[tokio::test(flavor = "multi_thread")]
 async fn request_denied_by_the_key_is_not_counted() {
     let app = TestApp::setup()

@@ -49,7 +49,7 @@ impl Setting {
         }
     }
 
-    /// HAProxy with a bug in its script, and a Quota that admits everything.
+    /// Sets up HAProxy with a bug in its script, and a substitute for Quota that admits everything.
     async fn with_script_fault(fault: Option<(&str, &str)>) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let authority = Authority::new(dir.path(), "authority");
@@ -224,7 +224,7 @@ async fn enforces_decisions(program: Program) {
     let query = setting.get("/?deny=403").header("x-api-key", &key);
     assert_eq!(setting.send(query).await.status(), 429);
 
-    // The API sees at most the key that Quota has checked.
+    // The API sees no key other than the one that Quota has checked.
     let other = app.key(&account, &plan).await.text;
     let both = setting
         .get("/two")
@@ -286,8 +286,8 @@ async fn keeps_connections(program: Program) {
     );
 }
 
-/// Without Redis, requests on a plan that continues have the degraded header, and those on a plan that does not get
-/// 503.
+/// Without Redis, requests on an `open` plan are admitted and those on a `closed` plan get 503, both with the degraded
+/// header.
 async fn reports_degraded_decisions(program: Program) {
     let app = TestApp::setup()
         .flag(format!("--redis-url=redis://127.0.0.1:{}", free_port()))
@@ -326,7 +326,7 @@ fn empty_200(_: &Head) -> &'static str {
 }
 
 fn echoed_200(head: &Head) -> &'static str {
-    // A proxy that echoes the request.
+    // Responds like a proxy that echoes the request.
     if head.values("x-quota-decision").contains(&"allowed") {
         "200 OK\r\nx-quota-decision: allowed\r\ncontent-length: 0"
     } else {
@@ -354,7 +354,7 @@ fn allowed_200(_: &Head) -> &'static str {
     "200 OK\r\nx-quota-decision: allowed\r\ncontent-length: 0"
 }
 
-/// Quota's denial of a key whose plan requires a subscription.
+/// Returns Quota's denial of a key whose plan requires a subscription.
 fn payment_required(head: &Head) -> &'static str {
     if head.line.contains("deny=403") {
         "403 Forbidden\r\nx-quota-decision: payment_required\r\ncontent-length: 0"
@@ -363,7 +363,7 @@ fn payment_required(head: &Head) -> &'static str {
     }
 }
 
-/// Responses that are not admissions by Quota, no matter what the consumer sends.
+/// Tests that only Quota's admissions admit a request, no matter what the consumer sends.
 async fn admits_only_what_quota_admits(program: Program) {
     type Answer = fn(&Head) -> &'static str;
     // nginx follows the decision if it is not an admission.

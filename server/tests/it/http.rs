@@ -1,7 +1,6 @@
 //! Tests requests that are too large, too slow or not HTTP, the web pages, and stopping the server.
 
 use std::{
-    collections::BTreeSet,
     io::{BufRead as _, BufReader, Write as _},
     net::{SocketAddr, TcpListener},
     process::{Child, Command, Stdio},
@@ -370,46 +369,6 @@ async fn metrics_are_only_on_their_own_port() {
     assert_eq!(other.expect("it answers").status(), 404);
 }
 
-/// Every metric in an alert rule exists, and the runbook has a row for every alert.
-#[tokio::test(flavor = "multi_thread")]
-async fn alert_rules_name_metrics_that_exist_and_alerts_that_the_runbook_knows() {
-    const RULES: &str = include_str!("../../../deploy/monitoring/alerts.yml");
-    const RUNBOOK: &str = include_str!("../../../docs/RUNBOOK.md");
-    let app = TestApp::start().await;
-    let url = format!("http://{}/metrics", app.metrics_addr);
-    let scrape = app.http.get(url).send().await.expect("it answers");
-    let scrape = scrape.text().await.expect("text");
-    let exists = |name: &str| {
-        let mut lines = scrape.lines().filter_map(|line| line.strip_prefix(name));
-        lines.any(|rest| rest.starts_with([' ', '{']))
-    };
-    assert!(exists("quota_usage_unrecordable") && !exists("quota_usage_unrecordabl"));
-    let words = |line: &'static str| {
-        let words = line.split(|it: char| !it.is_ascii_alphanumeric() && it != '_');
-        words.filter(|word| word.starts_with("quota_"))
-    };
-    let expressions = RULES
-        .lines()
-        .filter_map(|it| it.trim().strip_prefix("expr:"));
-    let named = expressions.clone().flat_map(words).collect::<BTreeSet<_>>();
-    let missing = named
-        .iter()
-        .filter(|name| !exists(name))
-        .collect::<Vec<_>>();
-    assert_eq!(missing, Vec::<&&str>::new());
-    let alerts = RULES
-        .lines()
-        .filter_map(|it| it.trim().strip_prefix("- alert: "))
-        .collect::<BTreeSet<_>>();
-    assert_eq!(alerts.len(), expressions.count());
-    let explained = RUNBOOK
-        .split('`')
-        .filter(|it| it.starts_with("Quota"))
-        .collect::<BTreeSet<_>>();
-    assert_eq!(explained, alerts);
-    assert!(named.len() >= 10, "{named:?}");
-}
-
 // The real binary. ------------------------------------------------------------------------------------
 
 /// `quota serve`, stopped on drop.
@@ -495,7 +454,7 @@ async fn clean_stop_reports_not_ready_and_finishes_requests_in_flight() {
     }
     assert!(said_not_ready);
 
-    // After it has stopped listening, the request in flight still gets a response.
+    // After the server has stopped listening, the request in flight still gets a response.
     tokio::time::sleep(Duration::from_millis(2500).saturating_sub(told.elapsed())).await;
     assert!(
         std::net::TcpStream::connect(addr).is_err(),

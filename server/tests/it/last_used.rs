@@ -1,5 +1,5 @@
-//! Tests when keys and service tokens were last used. Keys are updated with their usage, tokens in memory and then in
-//! batches.
+//! Tests how the last use of keys and service tokens is recorded. The last use of keys is stored with their usage; that
+//! of tokens is kept in memory and stored in batches.
 
 use quota_common::{ApiKeyId, ServiceTokenId};
 use quota_server::clock::UnixNanos;

@@ -274,8 +274,8 @@ fn segments(path: &str) -> Vec<&str> {
     segments
 }
 
-/// The files that each file imports from, by absolute and relative paths. A name that a module re-exports counts as
-/// imported from that module.
+/// Returns the files that each file imports from, by absolute and relative paths. A name that a module re-exports
+/// counts as imported from that module.
 fn graph(files: &[(String, String)]) -> BTreeMap<&str, BTreeSet<&str>> {
     let modules = files
         .iter()

@@ -1,4 +1,4 @@
-//! Emails about alerts arrive at the members who should get them, once, despite failures of the mail server.
+//! Emails about alerts reach the members who should receive them, once, despite failures of the mail server.
 
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ fn with_smtp(setup: Setup, smtp: &SmtpServer, credentials: &str) -> Setup {
 }
 
 impl World {
-    /// Without background jobs, so that the test decides when emails are written and sent.
+    /// Starts a server without background jobs, so that the test decides when emails are written and sent.
     async fn new() -> Self {
         let smtp = SmtpServer::start().await;
         let app = with_smtp(TestApp::setup(), &smtp, "").without_jobs();
@@ -64,7 +64,7 @@ impl World {
             .expect("an alert");
     }
 
-    /// Writes and sends emails. Returns how many were sent, postponed and given up.
+    /// Writes and sends emails. Returns how many were sent, postponed and given up on.
     async fn send(&self) -> (u64, u64, u64) {
         let state = &self.app.state;
         let url = &state.config.public_url;
@@ -147,7 +147,7 @@ async fn settings_decide_who_gets_email() {
     world.settings(json!({"email": false})).await;
     world.alert("B").await;
     assert_eq!(world.send().await, (0, 0, 0));
-    // What happened while it was off is not sent later.
+    // Alerts from the time when emails were off are not sent later.
     world.settings(json!({"email": true})).await;
     assert_eq!(world.send().await, (0, 0, 0));
     world.alert("C").await;
@@ -248,7 +248,7 @@ async fn replicas_write_and_send_each_email_once() {
     assert_eq!(world.smtp.received().len(), 1);
 }
 
-/// From a request to the email, with nothing called by the test.
+/// Covers everything from a request to the email. The test itself triggers nothing in between.
 #[tokio::test(flavor = "multi_thread")]
 async fn email_arrives_by_itself_when_a_quota_is_used_up() {
     let smtp = SmtpServer::start().await;
@@ -289,4 +289,66 @@ async fn without_a_mail_server_emails_are_files() {
         "{content}"
     );
     assert!(world.smtp.received().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tenant_whose_emails_cannot_be_written_does_not_delay_others() {
+    let world = World::new().await;
+    world.alert("A").await;
+    let other = World {
+        account: world.app.register().await,
+        ..world
+    };
+    other.alert("B").await;
+    let own = &other.account.email;
+    other
+        .sql(&format!(
+            "ALTER TABLE mails ADD CONSTRAINT only_one CHECK (recipient = '{own}')"
+        ))
+        .await;
+    assert_eq!(other.send().await, (1, 0, 0));
+    assert_eq!(other.recipients(), std::slice::from_ref(own));
+    other
+        .sql("ALTER TABLE mails DROP CONSTRAINT only_one")
+        .await;
+    assert_eq!(other.send().await, (1, 0, 0));
+}
+
+/// It accepts the message in the end, but another replica may have sent it by then.
+#[tokio::test(flavor = "multi_thread")]
+async fn mail_server_that_takes_too_long_is_an_outage() {
+    let world = World::new().await;
+    world.alert("A").await;
+    // Each answer is within the limit for a command.
+    world.smtp.delay(Duration::from_secs(9));
+    let began = std::time::Instant::now();
+    assert_eq!(world.send().await, (0, 1, 0));
+    let took = began.elapsed();
+    assert!(took < Duration::from_secs(35), "{took:?}");
+    world.smtp.delay(Duration::ZERO);
+    world.sql("UPDATE mails SET due_at = now()").await;
+    assert_eq!(world.send().await, (1, 0, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_emails_of_one_tenant_do_not_delay_others() {
+    let world = World::new().await;
+    let tenant = &world.account.tenant_id;
+    world
+        .sql(&format!(
+            "INSERT INTO mails (tenant_id, id, recipient, subject, text_body, html_body, due_at) \
+             SELECT '{tenant}', gen_random_uuid(), 'many@example.com', 'Hello', 'Text', '<p>HTML</p>', \
+                 now() - interval '1 hour' FROM generate_series(1, 50)"
+        ))
+        .await;
+    let other = World {
+        account: world.app.register().await,
+        ..world
+    };
+    other.alert("Mobile app").await;
+    let (sent, ..) = other.send().await;
+    assert!(sent < 50, "{sent}");
+    let recipients = other.recipients();
+    assert!(recipients.contains(&other.account.email), "{recipients:?}");
+    assert!(recipients.len() > 2, "{recipients:?}");
 }

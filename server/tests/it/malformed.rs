@@ -226,7 +226,7 @@ fn pick<'a>(random: &mut Rng, from: &[&'a str]) -> &'a str {
     random.choice(from).copied().unwrap_or_default()
 }
 
-/// A request generated from the grammar above, in which most parts are valid and some are not.
+/// Returns a request generated from the grammar above, in which most parts are valid and some are not.
 fn request(random: &mut Rng) -> Vec<u8> {
     let mut bytes = Vec::new();
     let is_usual = |random: &mut Rng| random.u8(..10) < 8;
@@ -288,7 +288,7 @@ fn request(random: &mut Rng) -> Vec<u8> {
     }
     bytes.extend(end(random).as_bytes());
     bytes.extend(body);
-    // Some bytes are changed, missing or repeated.
+    // Sometimes changes, removes or repeats some bytes.
     if random.u8(..8) == 0 && !bytes.is_empty() {
         for _ in 0..random.u8(1..4) {
             let at = random.usize(..bytes.len());
@@ -302,14 +302,16 @@ fn request(random: &mut Rng) -> Vec<u8> {
     bytes
 }
 
-/// Sends it, followed by a valid request. Returns everything that the server sends until it closes the connection.
+/// Sends a random request, followed by a valid one. Returns everything that the server sends until it closes the
+/// connection.
 async fn answers(server: std::net::SocketAddr, seed: u64) -> Vec<u8> {
     let mut random = Rng::with_seed(seed);
     let request = request(&mut random);
     let mut stream = TcpStream::connect(server).await.expect("it listens");
     let (mut reader, mut writer) = stream.split();
     let writing = async {
-        // Occasionally sends it in two parts. A server that has closed the connection does not accept any more data.
+        // Sends the request in two parts, occasionally with a pause. A server that has closed the connection does not
+        // accept any more data.
         let middle = random.usize(..=request.len());
         let last = b"GET /health/live HTTP/1.1\r\nHost: q\r\nConnection: close\r\n\r\n";
         for part in [&request[..middle], &request[middle..], last] {
@@ -332,7 +334,7 @@ async fn answers(server: std::net::SocketAddr, seed: u64) -> Vec<u8> {
     answers
 }
 
-/// Set `MALFORMED_REQUESTS=100000` to send more.
+/// Returns the number of requests to send. Set `MALFORMED_REQUESTS=100000` to send more.
 #[expect(
     clippy::disallowed_methods,
     reason = "a measurement is no setting of the server"

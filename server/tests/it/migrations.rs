@@ -265,7 +265,7 @@ async fn role_without_superuser_migrates_and_serves() {
         .expect("nothing of it is left");
 }
 
-/// The same database, with another role.
+/// Returns the URL of the same database, with another role.
 fn as_role(url: &str, role: &str) -> String {
     let mut url = url.to_owned();
     if let Ok(mut parsed) = url::Url::parse(&url)

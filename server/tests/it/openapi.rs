@@ -398,13 +398,12 @@ fn odd_values() -> Vec<Value> {
     odd
 }
 
-/// Whether the server checks more than a schema can describe about a field.
+/// Whether the server checks more about a field than a schema can describe.
 fn needs_more_than_the_schema(operation: &Operation, field: &str) -> bool {
     match field {
         // The server also checks how easy it is to guess, and its length in bytes.
         "password" => operation.id == "register",
-        // The server also checks the same, whether it is the current password, whether it is a time zone, and whether
-        // it is in the future.
+        // Likewise, and also whether it is the current password, a time zone, or a time in the future.
         "new_password" | "current_password" | "time_zone" | "expires_at" => true,
         _ => false,
     }

@@ -385,7 +385,7 @@ async fn only_the_first_requests_wait_when_postgres_goes_silent() {
     }
 }
 
-/// Well-formed keys that do not exist, each of which must be looked up.
+/// Floods the server with well-formed keys that do not exist, each of which must be looked up.
 #[tokio::test(flavor = "multi_thread")]
 async fn flood_of_unknown_keys_does_not_affect_the_poll_the_ledger_or_known_keys() {
     const FLOOD: usize = 60;

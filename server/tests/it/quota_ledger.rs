@@ -211,7 +211,7 @@ async fn postgres_behaves_like_the_test_ledger() {
             now = now.saturating_add(Nanos::from_secs(random.u64(0..30 * 3600)));
         }
         if random.u8(0..4) == 0 && !held.is_empty() {
-            // Each row once, in order.
+            // A batch contains each row once, in order.
             held.sort_unstable();
             let (row, _) = held[random.usize(0..held.len())];
             let all = held.extract_if(.., |(it, _)| *it == row);
@@ -225,7 +225,7 @@ async fn postgres_behaves_like_the_test_ledger() {
                 model.give_back(&batch).await.expect("it is applied");
             }
         }
-        // Sometimes slightly later, as for a block of the next window.
+        // Sometimes hours later, as for a block of the next window.
         let later = now.saturating_add(Nanos::from_secs(
             random.u64(0..2) * random.u64(0..20 * 3600),
         ));
@@ -291,7 +291,7 @@ async fn deleted_key_fails_without_affecting_others() {
         .map(|it| it.as_ref().ok().map(|taken| taken.granted))
         .collect();
     assert_eq!(granted, [Some(5), None, Some(5)]);
-    // Returning tokens for it does not affect the others either.
+    // Returning tokens for the deleted key does not affect the other keys either.
     let taken = *answers[0].as_ref().expect("it is answered");
     let batch = ReturnBatch {
         id: Uuid::now_v7(),
@@ -316,7 +316,7 @@ async fn batch_sent_twice_concurrently_is_applied_once() {
     assert_eq!(world.used().await, 3);
 }
 
-/// Behaves like the previous version during a rolling upgrade.
+/// Takes tokens like the previous version during a rolling upgrade.
 async fn take_as_before(world: &World, key: usize, start: &str, want: i64) {
     let sql = format!(
         "INSERT INTO quota_usage (tenant_id, key_id, policy, window_start, used) \

@@ -95,7 +95,7 @@ const ORDERED: &[(Action, Action)] = &[
 ];
 
 impl Action {
-    /// The action in the audit log. `None` if the change is not audited.
+    /// Returns the action in the audit log. `None` if the change is not audited.
     const fn action(self) -> Option<&'static str> {
         Some(match self {
             CreateKey => "api_key.create",

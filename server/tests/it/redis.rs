@@ -47,7 +47,7 @@ async fn add(redis: &Redis, key: &str, n: i64) -> Result<i64, CallError> {
     Ok(i64::from_redis_value(value).expect("a number"))
 }
 
-/// Retries until it succeeds.
+/// Retries a call until it succeeds.
 async fn eventually(redis: &Redis, key: &str) -> i64 {
     let began = Instant::now();
     loop {
@@ -380,7 +380,7 @@ async fn subscribed(subscription: &mut Subscription) {
     assert_eq!(next(subscription).await, Event::Subscribed);
 }
 
-/// Returns the number of losses until it was subscribed again.
+/// Returns the number of losses until the subscription was restored.
 async fn lost_then_subscribed(subscription: &mut Subscription) -> usize {
     let mut lost = 0;
     loop {

@@ -73,7 +73,7 @@ async fn restarts_and_a_kill_neither_lose_nor_double_a_daily_quota() {
     loop {
         let day = today();
         let served = spend_through_restarts().await;
-        // A new day has a new quota, so the test would not prove anything.
+        // If a new day has begun, there is a new quota, and the test would not prove anything.
         if today() == day {
             assert!(served <= QUOTA, "{served} of {QUOTA} were served");
             assert!(
@@ -107,7 +107,7 @@ async fn add_keys(database: &TestDatabase, count: usize) -> Vec<String> {
     secrets.iter().map(SecretText::reveal).collect()
 }
 
-/// The number of keys with blocks when the server stops. Set `DRAIN_KEYS=100000` to measure a large deployment.
+/// Returns the number of keys with blocks when the server stops. Set `DRAIN_KEYS=100000` to measure a large deployment.
 #[expect(
     clippy::disallowed_methods,
     reason = "a measurement is no setting of the server"

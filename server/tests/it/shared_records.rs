@@ -54,7 +54,7 @@ impl World {
         }
     }
 
-    /// Another replica, with nothing in memory.
+    /// Starts another replica, with nothing in memory.
     async fn another(&self) -> TestApp {
         let app = TestApp::setup()
             .database(self.first.database.clone())
@@ -98,7 +98,7 @@ fn slow() -> &'static str {
     "--redis-timeout=2s"
 }
 
-/// Waits until it is connected and can use shared records.
+/// Waits until the replica is connected to Redis and can use shared records.
 async fn polled(app: &TestApp) {
     let began = Instant::now();
     let redis = app.state.redis.as_ref().expect("it has Redis");
@@ -141,7 +141,7 @@ async fn unknown_keys_are_shared_too() {
     assert!(second.metric("quota_key_shared_negative_hits_total").await >= 1.0);
 }
 
-/// A load that started before a change and was written long after it.
+/// A record that was loaded before a change is written long after it.
 #[tokio::test(flavor = "multi_thread")]
 async fn record_from_before_a_change_is_rejected_whenever_it_was_written() {
     let world = World::start().await;
@@ -344,7 +344,7 @@ async fn silent_redis_delays_one_lookup_and_not_the_next() {
     assert_eq!(look_up(&keys[4]).await, 2, "and is tried again");
 }
 
-/// The replica cannot know about changes since then.
+/// The replica cannot know about changes made since it was cut off.
 #[tokio::test(flavor = "multi_thread")]
 async fn replica_cut_off_from_postgres_trusts_no_shared_record() {
     let world = World::start().await;
@@ -430,7 +430,7 @@ async fn newest_invalidation(app: &TestApp) -> i64 {
     row.expect("it is read").get(0)
 }
 
-/// A message without a seal, which anyone who has seen a message could write.
+/// Returns a message without a seal, which anyone who has seen a message could write.
 fn unsealed(seq: i64, id: uuid::Uuid) -> String {
     let at = SystemClock::new().now().0 / 1000;
     json!({"seq": seq, "tenant": id, "target": "tenant", "id": id, "at": at}).to_string()
@@ -454,7 +454,7 @@ async fn messages_with_future_numbers_do_not_restore_a_deleted_key() {
             .expect("it is sent");
         assert!(heard <= 2);
     }
-    // Both have received them, whether accepted or not.
+    // Both replicas have received the messages, whether they accepted them or not.
     for app in [&world.first, &second] {
         let began = Instant::now();
         loop {
@@ -463,7 +463,7 @@ async fn messages_with_future_numbers_do_not_restore_a_deleted_key() {
             if taken >= 199.0 {
                 break;
             }
-            // It misses messages until it has subscribed.
+            // The replica misses messages until it has subscribed.
             redis
                 .publish::<_, _, ()>("quota:revoked", unsealed(newest + 1, uuid::Uuid::now_v7()))
                 .await

@@ -130,7 +130,7 @@ impl World {
     }
 }
 
-/// There are too many for one statement within the timeout.
+/// There are too many rows to delete in one statement within the timeout.
 #[tokio::test(flavor = "multi_thread")]
 async fn more_rows_than_one_statement_can_delete_are_deleted() {
     const MANY: i32 = 3000;
@@ -186,4 +186,47 @@ async fn kind_that_cannot_be_deleted_does_not_hold_up_others() {
     world.assert_fresh_rows_are_kept().await;
     assert!(app.metric("quota_sweep_errors_total").await >= 1.0);
     held.rollback().await.expect("the end");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn deliveries_of_deleted_webhooks_are_deleted() {
+    let world = world(1).await;
+    let webhook = world.app.webhook(&world.account).await;
+    let tenant = &world.account.tenant_id;
+    let insert = |webhook: &str, count: i32| {
+        format!(
+            "INSERT INTO webhook_deliveries (tenant_id, id, webhook_id, event_id, event_type, payload, status, due_at) \
+             SELECT '{tenant}', gen_random_uuid(), {webhook}, 'msg_' || n, 'webhook.test', '{{}}', 'delivered', NULL \
+             FROM generate_series(1, {count}) n; \
+             INSERT INTO webhook_deliveries (tenant_id, id, webhook_id, event_id, event_type, payload, due_at) \
+             SELECT '{tenant}', gen_random_uuid(), {webhook}, 'waiting_' || n, 'webhook.test', '{{}}', \
+                 now() + interval '1 hour' FROM generate_series(1, {count}) n;"
+        )
+    };
+    // Two that are deleted, on both sides of the one that is not.
+    let rows = [
+        insert("'00000000-0000-0000-0000-000000000001'", 2000),
+        insert(&format!("'{webhook}'"), 3),
+        insert("'ffffffff-ffff-ffff-ffff-ffffffffffff'", 2000),
+    ];
+    let rows = rows.concat();
+    world.client.batch_execute(&rows).await.expect("rows");
+    let _app = world.start().await;
+    let began = std::time::Instant::now();
+    loop {
+        let counts = world
+            .client
+            .query_one(
+                "SELECT count(*) FILTER (WHERE webhook_id = $1::text::uuid), count(*) FROM webhook_deliveries",
+                &[&webhook],
+            )
+            .await
+            .expect("counts");
+        assert_eq!(counts.get::<_, i64>(0), 6);
+        if counts.get::<_, i64>(1) == 6 {
+            return;
+        }
+        assert!(began.elapsed() < PATIENCE, "{counts:?}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
 }

@@ -154,7 +154,7 @@ async fn subscribe(app: &TestApp, account: &Account) {
     client.batch_execute(&rows).await.expect("rows are added");
 }
 
-/// Adds alerts, what has been checked, and an email to the database.
+/// Adds alerts, the state of alert checks, and an email to the database.
 async fn alert(app: &TestApp, account: &Account, key: &str) {
     let tenant = &account.tenant_id;
     let client = app.database.connect().await;
@@ -171,7 +171,7 @@ async fn alert(app: &TestApp, account: &Account, key: &str) {
     client.batch_execute(&rows).await.expect("rows are added");
 }
 
-/// The tables of the database, except the record of its migrations. A partition belongs to its table.
+/// Returns the tables of the database, except the record of its migrations. A partition belongs to its table.
 async fn tables(client: &Client) -> Vec<String> {
     let rows = client
         .query(
@@ -223,10 +223,10 @@ fn bare(answer: &Answer) -> (u16, String, Vec<(String, String)>) {
     (answer.status, answer.text.replace(id, "ID"), fields)
 }
 
-/// Creates a request body from the ID in it.
+/// Creates a request body that contains this ID.
 type Body = Box<dyn Fn(&str) -> Option<Value>>;
 
-/// A place in which an operation takes an ID.
+/// A place where an operation takes an ID.
 struct Attempt {
     operation: Operation,
     path: Box<dyn Fn(&str) -> String>,
@@ -360,7 +360,7 @@ async fn another_tenants_id_is_like_one_that_never_existed_and_changes_nothing()
     }
 }
 
-/// A random ID that does not exist.
+/// Returns a random ID that does not exist.
 fn rand() -> u128 {
     Uuid::now_v7()
         .as_u128()
@@ -600,12 +600,14 @@ async fn as_app(client: &mut Client, tenant: Option<&str>, sql: &str) -> Option<
 }
 
 /// Tables without tenant data.
-const OF_NO_TENANT: [&str; 7] = [
+const OF_NO_TENANT: [&str; 9] = [
     "billing_events",
+    "billing_stripe_account",
     "quota_returns",
     "replicas",
     "server_secrets",
     "shared_counters",
+    "usage_forgotten_segments",
     "usage_segments",
     "usage_shippers",
 ];

@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::support::{
-    app::{Account, TestApp},
+    app::{Account, Setup, TestApp},
     hooks::{Hooks, PATIENCE, Response, with_hooks},
 };
 
@@ -19,8 +19,17 @@ struct World {
 
 impl World {
     async fn new() -> Self {
+        Self::start(|setup| setup).await
+    }
+
+    /// Sends nothing.
+    async fn without_jobs() -> Self {
+        Self::start(Setup::without_jobs).await
+    }
+
+    async fn start(change: impl FnOnce(Setup) -> Setup) -> Self {
         let hooks = Hooks::start().await;
-        let app = with_hooks(TestApp::setup()).start().await;
+        let app = change(with_hooks(TestApp::setup())).start().await;
         let account = app.register().await;
         Self {
             app,
@@ -64,6 +73,17 @@ impl World {
             assert!(began.elapsed() < PATIENCE, "{shown}");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+    }
+
+    /// Stores this many deliveries that are due.
+    async fn store(&self, webhook: &str, count: usize) {
+        let tenant = &self.account.tenant_id;
+        self.sql(&format!(
+            "INSERT INTO webhook_deliveries (tenant_id, id, webhook_id, event_id, event_type, payload) \
+             SELECT '{tenant}', gen_random_uuid(), '{webhook}', 'msg_' || gen_random_uuid(), 'webhook.test', '{{}}' \
+             FROM generate_series(1, {count})"
+        ))
+        .await;
     }
 
     async fn webhook(&self, id: &str) -> Value {
@@ -412,9 +432,7 @@ async fn slow_endpoint_does_not_delay_others() {
     };
     world.hooks.respond("/slow", delay);
     // More than there are attempts in progress.
-    for _ in 0..40 {
-        world.test(&slow).await;
-    }
+    world.store(&slow, 40).await;
     world.hooks.wait_for("/slow", 4).await;
     let began = std::time::Instant::now();
     world.test(&fast).await;
@@ -555,4 +573,267 @@ async fn addresses_that_are_not_public_are_rejected_and_not_connected_to() {
     let shown = world.wait_until(&webhook, &delivery, has_failed(1)).await;
     let error = shown["error"].as_str().expect("an error");
     assert!(error.contains("may not be sent to"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tests_and_redeliveries_of_a_tenant_are_limited() {
+    let world = World::new().await;
+    let (webhook, _) = world
+        .hooks
+        .create(&world.app, &world.account, "/hook")
+        .await;
+    let delivery = world.test(&webhook).await;
+    let test = format!("/admin/webhooks/{webhook}/test");
+    let redeliver = format!("/admin/webhooks/deliveries/{delivery}/redeliver");
+    let (mut sent, mut refused) = (1, 0);
+    for n in 0..40 {
+        let path = if n % 2 == 0 { &test } else { &redeliver };
+        let answer = world
+            .app
+            .act(&world.account, "POST", path, Value::Null)
+            .await;
+        if answer.status == 429 {
+            assert_eq!(answer.problem(), "too-many-requests");
+            assert!(answer.number("retry-after") >= 1);
+            refused += 1;
+        } else {
+            assert!(answer.status < 300, "{}", answer.text);
+            sent += 1;
+        }
+    }
+    // A few more if the machine is slow.
+    assert!(sent >= 30 && refused >= 1, "{sent}, {refused}");
+    let stranger = world.app.register().await;
+    let (webhook, _) = world.hooks.create(&world.app, &stranger, "/other").await;
+    world.app.webhook_delivery(&stranger, &webhook).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tenant_with_a_large_backlog_does_not_take_all_attempts() {
+    let world = World::without_jobs().await;
+    let stranger = world.app.register().await;
+    for n in 0..10 {
+        let (webhook, _) = world
+            .hooks
+            .create(&world.app, &world.account, &format!("/{n}"))
+            .await;
+        world.store(&webhook, 100).await;
+    }
+    world
+        .sql("UPDATE webhook_deliveries SET due_at = now() - interval '1 day'")
+        .await;
+    let (webhook, _) = world.hooks.create(&world.app, &stranger, "/other").await;
+    for _ in 0..3 {
+        world.app.webhook_delivery(&stranger, &webhook).await;
+    }
+    let claimed = world.app.state.webhooks.claim(32, &[]).await;
+    let claimed = claimed.expect("a claim");
+    let of = |account: &Account| {
+        let tenant = account.tenant_id.as_str();
+        let own = claimed
+            .iter()
+            .filter(|it| it.tenant_id.to_string() == tenant);
+        own.count()
+    };
+    assert_eq!((of(&world.account), of(&stranger)), (8, 3));
+    // Its webhooks share its part.
+    let mut webhooks: Vec<_> = claimed.iter().map(|it| it.webhook_id).collect();
+    webhooks.sort();
+    webhooks.dedup();
+    assert_eq!(webhooks.len(), 9);
+}
+
+/// The results of its attempts were not recorded.
+#[tokio::test(flavor = "multi_thread")]
+async fn delivery_is_not_attempted_more_than_ten_times() {
+    let world = World::new().await;
+    let (webhook, _) = world
+        .hooks
+        .create(&world.app, &world.account, "/hook")
+        .await;
+    world.hooks.respond("/hook", Response::status(500));
+    let delivery = world.test(&webhook).await;
+    world.wait_until(&webhook, &delivery, has_failed(1)).await;
+    world
+        .sql("UPDATE webhook_deliveries SET attempts = 10, due_at = now()")
+        .await;
+    let shown = world.wait_until(&webhook, &delivery, is("failed")).await;
+    assert_eq!(shown["attempts"], 10);
+    assert!(shown["error"].is_string());
+    assert_eq!(world.hooks.received("/hook").len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn gone_endpoint_is_disabled_even_if_its_other_deliveries_cannot_be_canceled() {
+    let world = World::new().await;
+    let (webhook, _) = world
+        .hooks
+        .create(&world.app, &world.account, "/hook")
+        .await;
+    world.hooks.respond("/hook", Response::status(500));
+    let waiting = world.test(&webhook).await;
+    world.wait_until(&webhook, &waiting, has_failed(1)).await;
+    world
+        .sql("UPDATE webhook_deliveries SET due_at = now() + interval '1 day'")
+        .await;
+    let mut client = world.app.database.connect().await;
+    let locked = client.transaction().await.expect("a transaction");
+    let lock = format!("SELECT FROM webhook_deliveries WHERE id = '{waiting}' FOR UPDATE");
+    locked.batch_execute(&lock).await.expect("a lock");
+    world.hooks.respond("/hook", Response::status(410));
+    let delivery = world.test(&webhook).await;
+    let shown = world.wait_until(&webhook, &delivery, is("failed")).await;
+    assert_eq!(
+        (&shown["response_status"], &shown["attempts"]),
+        (&json!(410), &json!(1))
+    );
+    assert_eq!(world.webhook(&webhook).await["is_active"], false);
+    locked.rollback().await.expect("a rollback");
+    // They are canceled with the next attempt.
+    let again = world.test(&webhook).await;
+    world.wait_until(&webhook, &again, is("failed")).await;
+    world.wait_until(&webhook, &waiting, is("failed")).await;
+    assert_eq!(world.hooks.received("/hook").len(), 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn webhook_is_deleted_before_its_log() {
+    let world = World::new().await;
+    let (webhook, _) = world
+        .hooks
+        .create(&world.app, &world.account, "/hook")
+        .await;
+    let (other, _) = world
+        .hooks
+        .create(&world.app, &world.account, "/other")
+        .await;
+    let delivery = world.test(&webhook).await;
+    world.wait_until(&webhook, &delivery, is("delivered")).await;
+    let kept = world.test(&other).await;
+    world.wait_until(&other, &kept, is("delivered")).await;
+    let mut client = world.app.database.connect().await;
+    let locked = client.transaction().await.expect("a transaction");
+    let lock = format!("SELECT FROM webhook_deliveries WHERE id = '{delivery}' FOR UPDATE");
+    locked.batch_execute(&lock).await.expect("a lock");
+    let path = format!("/admin/webhooks/{webhook}");
+    world.act("DELETE", &path, Value::Null).await;
+    for (method, path) in [
+        ("GET", format!("{path}/deliveries")),
+        ("POST", format!("{path}/test")),
+        (
+            "POST",
+            format!("/admin/webhooks/deliveries/{delivery}/redeliver"),
+        ),
+    ] {
+        let answer = world
+            .app
+            .act(&world.account, method, &path, Value::Null)
+            .await;
+        assert_eq!(answer.status, 404, "{method} {path}: {}", answer.text);
+    }
+    locked.rollback().await.expect("a rollback");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn previous_secret_that_cannot_be_read_does_not_prevent_deliveries() {
+    let world = World::new().await;
+    let (webhook, secret) = world
+        .hooks
+        .create(&world.app, &world.account, "/hook")
+        .await;
+    world
+        .sql(
+            "UPDATE webhooks SET previous_secret = '\\x0102', \
+                 previous_secret_expires_at = now() + interval '1 day'",
+        )
+        .await;
+    let delivery = world.test(&webhook).await;
+    world.wait_until(&webhook, &delivery, is("delivered")).await;
+    let received = world.hooks.wait_for("/hook", 1).await.remove(0);
+    assert!(received.is_signed_with(&secret));
+}
+
+/// As an earlier version may have left it.
+#[tokio::test(flavor = "multi_thread")]
+async fn webhook_with_a_large_backlog_can_be_disabled() {
+    let world = World::without_jobs().await;
+    let (webhook, _) = world
+        .hooks
+        .create(&world.app, &world.account, "/hook")
+        .await;
+    world.store(&webhook, 4000).await;
+    // Altogether, this takes longer than a statement may.
+    let client = world.app.database.connect().await;
+    client
+        .batch_execute(
+            "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS \
+                 $$ BEGIN PERFORM pg_sleep(0.001); RETURN new; END $$; \
+             CREATE TRIGGER slow BEFORE UPDATE ON webhook_deliveries FOR EACH ROW EXECUTE FUNCTION slow()",
+        )
+        .await
+        .expect("a trigger");
+    let path = format!("/admin/webhooks/{webhook}");
+    world.act("PATCH", &path, json!({"is_active": false})).await;
+    let list = format!("{path}/deliveries?status=");
+    let failed = world
+        .act("GET", &format!("{list}failed"), Value::Null)
+        .await;
+    assert_eq!(failed["total"], 4000);
+    let pending = world
+        .act("GET", &format!("{list}pending"), Value::Null)
+        .await;
+    assert_eq!(pending["total"], 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn long_lists_of_deliveries_are_not_counted_completely() {
+    let world = World::without_jobs().await;
+    let (webhook, _) = world
+        .hooks
+        .create(&world.app, &world.account, "/hook")
+        .await;
+    world.store(&webhook, 10_005).await;
+    let path = format!("/admin/webhooks/{webhook}/deliveries?limit=2");
+    let list = world.act("GET", &path, Value::Null).await;
+    assert_eq!(list["total"], 10_000);
+    assert_eq!(list["items"].as_array().map(Vec::len), Some(2));
+}
+
+/// The cost of a claim does not depend on the backlog.
+#[tokio::test(flavor = "multi_thread")]
+async fn claim_reads_few_of_many_deliveries() {
+    const CLAIMS: usize = 10;
+    let world = World::without_jobs().await;
+    let (webhook, _) = world
+        .hooks
+        .create(&world.app, &world.account, "/hook")
+        .await;
+    world.store(&webhook, 20_000).await;
+    world.sql("ANALYZE webhook_deliveries").await;
+    let client = world.app.database.connect().await;
+    let read = async || {
+        let rows = "SELECT (SELECT sum(seq_tup_read) FROM pg_stat_user_tables WHERE relname = 'webhook_deliveries')::bigint \
+             + (SELECT sum(idx_tup_read) FROM pg_stat_user_indexes WHERE relname = 'webhook_deliveries')::bigint";
+        let row = client.query_one(rows, &[]).await.expect("statistics");
+        row.get::<_, i64>(0)
+    };
+    let before = read().await;
+    let mut claimed = 0;
+    for _ in 0..CLAIMS {
+        let due = world.app.state.webhooks.claim(32, &[]).await;
+        claimed += due.expect("a claim").len();
+        // PostgreSQL counts what was read at most once per second.
+        tokio::time::sleep(Duration::from_millis(150)).await;
+    }
+    assert_eq!(claimed, 4 * CLAIMS);
+    let began = std::time::Instant::now();
+    loop {
+        let rows = read().await - before;
+        if rows >= 40 {
+            assert!(rows < 20_000, "{rows}");
+            return;
+        }
+        assert!(began.elapsed() < PATIENCE, "{rows}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
 }

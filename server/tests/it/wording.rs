@@ -233,7 +233,7 @@ fn tags_are_in_reading_order() {
     }
 }
 
-/// The string literals of Rust code, without its comments and without the tests at its end.
+/// Returns the string literals of Rust code, without its comments and without the tests at its end.
 fn literals(source: &str) -> Vec<String> {
     let source = source.split("#[cfg(test)]").next().unwrap_or_default();
     let mut found = Vec::new();

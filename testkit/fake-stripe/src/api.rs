@@ -52,6 +52,7 @@ impl State {
         let is_post = call.method == Method::POST;
         let params = call.params;
         match call.path {
+            ["account"] if is_get => Ok(objects::account(self.account.as_deref())),
             ["checkout", "sessions"] if is_post => self.create_session(call),
             ["checkout", "sessions", id] if is_get => {
                 Ok(visible(self.find("checkout.session", id)?))
@@ -148,7 +149,7 @@ impl State {
         Ok(json!({"id": id, "object": "customer", "deleted": true}))
     }
 
-    /// Creating, updating, retrieving and listing, which work the same way for many kinds.
+    /// Creates, updates, retrieves or lists objects. This works the same way for many kinds.
     fn collection(&mut self, call: &Call<'_>, path: &[&str]) -> Result<Value, Failure> {
         let (name, id) = match path {
             [name] => (*name, None),
@@ -246,7 +247,11 @@ impl State {
     }
 
     fn retrieve(&self, kind: &str, id: &str, params: &Value) -> Result<Value, Failure> {
-        Ok(self.expanded(self.find(kind, id)?, &params["expand"], ""))
+        let object = self.find(kind, id)?;
+        if object["deleted"] == true {
+            return Ok(json!({"id": id, "object": kind, "deleted": true}));
+        }
+        Ok(self.expanded(object, &params["expand"], ""))
     }
 
     /// Replaces the ID of the latest invoice with the invoice, if `expand` requests it.
@@ -265,7 +270,7 @@ impl State {
         object
     }
 
-    /// Lists newest first, at most `limit`, after the object `starting_after`.
+    /// Lists at most `limit` objects, newest first, after the object `starting_after`.
     fn list(&self, kind: &str, call: &Call<'_>) -> Value {
         let params = call.params;
         let limit = number(&params["limit"]).unwrap_or(10).clamp(1, 100);
@@ -445,7 +450,7 @@ impl State {
         }))
     }
 
-    /// A customer's usage, in total or by hour or day.
+    /// Returns a customer's usage, in total or by hour or day.
     fn summaries(&self, id: &str, params: &Value) -> Result<Value, Failure> {
         required(params, &["customer", "start_time", "end_time"])?;
         let meter = self.find("billing.meter", id)?;

@@ -429,7 +429,7 @@ impl State {
         }
     }
 
-    /// A customer pays on the Checkout page. Returns the session.
+    /// Completes a Checkout Session, as if a customer had paid on its page. Returns the session.
     pub fn complete_session(
         &mut self,
         id: &str,
@@ -467,7 +467,7 @@ impl State {
         Ok(session)
     }
 
-    /// A delayed payment of a Checkout Session succeeds or fails.
+    /// Settles the delayed payment of a Checkout Session, which succeeds or fails.
     pub fn settle_session(&mut self, id: &str, succeeds: bool) -> Result<Value, Failure> {
         let session = self.find("checkout.session", id)?.clone();
         let (customer, invoice) = (text(&session["customer"]), text(&session["invoice"]));

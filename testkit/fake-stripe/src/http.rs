@@ -43,7 +43,7 @@ pub enum How {
     Slow(Duration),
 }
 
-/// A fault of one request.
+/// A fault that affects one request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Fault {
     pub when: When,
@@ -80,7 +80,7 @@ pub struct Received {
     pub path: String,
     pub params: Value,
     pub idempotency_key: Option<String>,
-    /// The API version that the request asked for.
+    /// The API version that was requested.
     pub version: Option<String>,
     /// The status that was sent, if one was.
     pub status: Option<u16>,
@@ -125,7 +125,11 @@ pub async fn serve(listener: TcpListener, shared: Arc<Shared>) {
         tokio::spawn(async move {
             let service = service_fn(move |request| {
                 let shared = shared.clone();
-                async move { answer(&shared, request).await }
+                async move {
+                    // A request takes effect even if the client does not wait for the response.
+                    let answer = tokio::spawn(async move { answer(&shared, request).await });
+                    answer.await.map_err(io::Error::other)?
+                }
             });
             // If the service returns an error, the connection is closed, which looks like a dropped response.
             drop(

@@ -121,6 +121,11 @@ impl FakeStripe {
         self.with(|state| state.set_back(seconds));
     }
 
+    /// Makes this another account than that of other fakes: with this ID, and from now on with other IDs of objects.
+    pub fn set_account(&self, id: &str) {
+        self.with(|state| state.change_account(id));
+    }
+
     /// Sets the payment method of a customer from now on.
     pub fn set_card(&self, customer: &str, card: Card) {
         self.with(|state| state.cards.insert(customer.to_owned(), card));
@@ -176,7 +181,7 @@ impl FakeStripe {
         self.shared.faults.lock().push((path.to_owned(), fault));
     }
 
-    /// Chooses a fault for each request, by method and path.
+    /// Sets a function that chooses a fault for each request, by method and path.
     pub fn choose_faults(&self, choose: impl FnMut(&str, &str) -> Option<Fault> + Send + 'static) {
         *self.shared.choose.lock() = Some(Box::new(choose));
     }
@@ -216,7 +221,7 @@ impl FakeStripe {
         self.with(|state| state.rotate_secret(endpoint))
     }
 
-    /// Takes the queued events, with their endpoints, oldest first.
+    /// Removes and returns the queued events, with their endpoints, oldest first.
     pub fn take_queued(&self) -> Vec<(String, String)> {
         self.with(|state| state.outbox.drain(..).collect())
     }

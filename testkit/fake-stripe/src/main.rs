@@ -1,7 +1,7 @@
 //! Runs a program together with the fake, with settings that make it bill through the fake.
 //!
 //! `fake-stripe [--listen ADDRESS] COMMAND…` listens on 127.0.0.1:12111 by default. Webhooks are sent to
-//! `QUOTA_PUBLIC_URL`, or otherwise to the server's default address. It exits when the program does.
+//! `QUOTA_PUBLIC_URL`, or otherwise to the server's default address. The fake exits when the program does.
 
 use std::{env, process::ExitCode};
 
@@ -81,7 +81,7 @@ async fn main() -> ExitCode {
     }
 }
 
-/// Returns the address of the server that gets the webhooks.
+/// Returns the address of the server that receives the webhooks.
 #[expect(
     clippy::disallowed_methods,
     reason = "a separate program, which passes the server's own settings on"

@@ -4,12 +4,12 @@ use serde_json::{Value, json};
 
 use crate::state::{API_VERSION, text};
 
-/// The parameter, or null.
+/// Returns the parameter, or null.
 fn optional(params: &Value, name: &str) -> Value {
     params.get(name).cloned().unwrap_or(Value::Null)
 }
 
-/// The parameter, or an empty object.
+/// Returns the parameter, or an empty object.
 fn metadata(params: &Value) -> Value {
     params.get("metadata").cloned().unwrap_or_else(|| json!({}))
 }
@@ -20,6 +20,15 @@ fn is_true(params: &Value, name: &str) -> bool {
 
 pub fn list(url: &str, data: &[Value], has_more: bool) -> Value {
     json!({"object": "list", "url": url, "has_more": has_more, "data": data})
+}
+
+pub fn account(id: Option<&str>) -> Value {
+    json!({
+        "id": id.unwrap_or("acct_fake"), "object": "account", "business_profile": {"name": "Fake"},
+        "business_type": null, "capabilities": {}, "charges_enabled": true, "country": "US",
+        "default_currency": "usd", "details_submitted": true, "email": "fake@example.com", "payouts_enabled": true,
+        "settings": {}, "type": "standard",
+    })
 }
 
 pub fn customer(id: &str, now: i64, params: &Value) -> Value {
@@ -125,7 +134,7 @@ pub fn portal_session(id: &str, now: i64, base: &str, params: &Value) -> Value {
     })
 }
 
-/// The legacy description of a price, which items still contain.
+/// Returns the legacy description of a price, which items still contain.
 fn plan(price: &Value) -> Value {
     let recurring = &price["recurring"];
     json!({

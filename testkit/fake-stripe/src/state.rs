@@ -56,7 +56,7 @@ impl Failure {
         Self::new(400, "invalid_request_error", message)
     }
 
-    /// The error for a request that is not processed.
+    /// Returns the error for a missing parameter. The request is not processed.
     pub fn missing(param: &str) -> Self {
         let mut failure = Self::invalid(&format!("Missing required param: {param}."));
         failure.body["error"]["code"] = "parameter_missing".into();
@@ -65,7 +65,7 @@ impl Failure {
         failure
     }
 
-    /// An object that a parameter names does not exist.
+    /// Returns the error for a parameter that names an object that does not exist.
     pub fn no_such_param(param: &str, id: &str) -> Self {
         let mut failure = Self::no_such(param, id);
         failure.status = 400;
@@ -101,7 +101,7 @@ pub struct Usage {
     pub event_name: String,
     pub customer: String,
     pub value: i64,
-    /// When it was used.
+    /// When the usage occurred.
     pub at: i64,
     /// When Stripe received it.
     pub received: i64,
@@ -116,6 +116,8 @@ pub struct State {
     /// The time of the timer that is being processed.
     frozen: Option<i64>,
     next_id: u64,
+    /// The ID of the account. `None`: the usual one.
+    pub account: Option<String>,
     /// The objects of each kind, in order of creation.
     objects: BTreeMap<&'static str, Vec<Value>>,
     pub cards: HashMap<String, Card>,
@@ -123,7 +125,7 @@ pub struct State {
     pub usage: Vec<Usage>,
     /// Secrets of webhook endpoints, each with the time at which it is no longer used. The newest is last.
     pub secrets: HashMap<String, Vec<(String, Option<i64>)>>,
-    /// Events and the endpoints to which they are to be delivered.
+    /// Events, each with the endpoint to which it is to be delivered.
     pub outbox: VecDeque<(String, String)>,
     pub after_retries: AfterRetries,
     /// The number of next invoices that cannot be finalized.
@@ -132,7 +134,7 @@ pub struct State {
     pub request_key: Option<String>,
 }
 
-/// The machine's time in seconds since 1970.
+/// Returns the machine's time in seconds since 1970.
 #[expect(
     clippy::disallowed_methods,
     reason = "a separate program, whose clock starts at the machine's time"
@@ -150,6 +152,12 @@ impl State {
     pub fn id(&mut self, prefix: &str) -> String {
         self.next_id += 1;
         format!("{prefix}_fake{:08}", self.next_id)
+    }
+
+    /// IDs are unique in all of Stripe, and those of a fake are numbers.
+    pub fn change_account(&mut self, id: &str) {
+        self.account = Some(id.to_owned());
+        self.next_id += 10_000_000;
     }
 
     /// Moves the clock forward. Everything that becomes due in between happens at the time at which it is due.

@@ -28,9 +28,9 @@ pub enum Signature {
 #[derive(Debug, Clone, Default)]
 pub struct Delivery {
     pub signature: Signature,
-    /// With a new ID, which Stripe sometimes assigns to an event that it sends twice.
+    /// Whether to use a new ID, which Stripe sometimes assigns to an event that it sends twice.
     pub under_new_id: bool,
-    /// In the format for an endpoint with an API version from 2024.
+    /// Whether to use the format for an endpoint with an API version from 2024.
     pub as_of_2024: bool,
     /// The event type to send instead of the actual one.
     pub kind: Option<String>,
@@ -60,7 +60,7 @@ impl State {
         let mut event = self.find("event", event).expect("an event").clone();
         let is_thin = event["object"] == "v2.core.event";
         if is_thin && let Some(fields) = event.as_object_mut() {
-            // The receiver has to request the data.
+            // The receiver of a thin event has to request the data.
             fields.remove("data");
         }
         if delivery.under_new_id {

@@ -1,6 +1,6 @@
 //! The fake, used through async-stripe, which parses whole objects and fails if one is invalid.
 //!
-//! Each test names the Stripe behavior that it covers.
+//! Each test describes the Stripe behavior that it covers.
 
 use std::{
     sync::{Arc, Mutex},
@@ -179,7 +179,7 @@ fn status_of<T: std::fmt::Debug>(result: Result<T, StripeError>) -> (u16, String
     }
 }
 
-/// 1, 9: incomplete becomes active, through Checkout.
+/// An incomplete subscription becomes active through Checkout.
 #[tokio::test]
 async fn checkout_creates_an_active_subscription() {
     let shop = Shop::open().await;
@@ -217,7 +217,7 @@ async fn checkout_creates_an_active_subscription() {
     assert_eq!(again.expect_err("used").status, 400);
 }
 
-/// 9: Checkout sessions expire, and delayed payments succeed or fail.
+/// Checkout sessions expire, and delayed payments succeed or fail.
 #[tokio::test]
 async fn checkout_expires_and_settles_later() {
     let shop = Shop::open().await;
@@ -251,7 +251,7 @@ async fn checkout_expires_and_settles_later() {
         .settle_checkout(&failed.id, false)
         .expect("settled");
     assert_eq!(statuses(&shop.fake), ["active", "incomplete"]);
-    // 2: incomplete expires after 23 hours.
+    // An incomplete subscription expires after 23 hours.
     shop.fake.advance(23 * HOUR);
     assert_eq!(statuses(&shop.fake), ["active", "incomplete_expired"]);
     shop.fake.advance(HOUR);
@@ -272,7 +272,7 @@ async fn checkout_expires_and_settles_later() {
     }
 }
 
-/// 3, 4: trials become active, or paused and then resumed.
+/// Trials become active, or paused and then resumed.
 #[tokio::test]
 async fn trials_end() {
     let shop = Shop::open().await;
@@ -305,7 +305,7 @@ async fn trials_end() {
     assert_eq!(shop.status(paused).await, "active");
 }
 
-/// 5, 6, 7, 10: renewals move the periods of items; failed payments lead to past_due, and from there to active again, to
+/// Renewals move the periods of items; failed payments lead to past_due, and from there to active again, to
 /// unpaid or to canceled.
 #[tokio::test]
 async fn failed_renewals_run_their_course() {
@@ -358,7 +358,7 @@ async fn failed_renewals_run_their_course() {
     }
 }
 
-/// 8: cancellation at the end of the period, and immediately.
+/// Subscriptions are canceled at the end of the period, or immediately.
 #[tokio::test]
 async fn subscriptions_are_canceled() {
     let shop = Shop::open().await;
@@ -386,7 +386,7 @@ async fn subscriptions_are_canceled() {
     assert_eq!(shop.status(&other).await, "canceled");
 }
 
-/// 16, 17: idempotency keys replay the first response, even after its connection was lost, and even a failure; they
+/// Idempotency keys replay the first response, even after its connection was lost, and even a failure; they
 /// reject other parameters and concurrent use, and are forgotten after a day.
 #[tokio::test]
 async fn idempotency_keys_follow_the_rules() {
@@ -438,7 +438,7 @@ async fn idempotency_keys_follow_the_rules() {
     assert_eq!(count(), before + 4);
 }
 
-/// 18: every fault, before and after the effect.
+/// Every fault occurs before or after the effect of the request.
 #[tokio::test]
 async fn faults_happen_before_or_after_the_effect() {
     let shop = Shop::open().await;
@@ -469,7 +469,7 @@ async fn faults_happen_before_or_after_the_effect() {
     again.send(&shop.client).await.expect("not replayed");
 }
 
-/// 19, 20, 21, 22: duplicate identifiers, the time window, errors that are found later, usage after finalization.
+/// Covers duplicate identifiers, the time window, errors that are found later, and usage after finalization.
 #[tokio::test]
 async fn meters_count_each_identifier_once_and_charge_what_arrives_in_time() {
     let shop = Shop::open().await;
@@ -550,13 +550,13 @@ async fn meters_count_each_identifier_once_and_charge_what_arrives_in_time() {
         .collect();
     assert_eq!(unbilled.len(), 1);
     assert_eq!(unbilled[0].identifier, "too-late");
-    // 19: an identifier may be used again after a day.
+    // An identifier may be used again after a day.
     shop.use_meter("one", 5, shop.fake.now())
         .await
         .expect("counted again");
 }
 
-/// 23: an invoice that cannot be finalized stays a draft.
+/// An invoice that cannot be finalized remains a draft.
 #[tokio::test]
 async fn finalization_can_fail() {
     let shop = Shop::open().await;
@@ -645,7 +645,7 @@ fn is_signed(hook: &Hook, secret: &str) -> bool {
     header.split(',').any(|part| part == expected)
 }
 
-/// 11, 13, 14, 15: deliveries of every kind.
+/// Covers deliveries of every kind.
 #[tokio::test]
 async fn webhooks_are_signed_and_delivered_in_every_way() {
     let shop = Shop::open().await;
@@ -725,7 +725,7 @@ async fn webhooks_are_signed_and_delivered_in_every_way() {
     assert!(object["items"]["data"][0]["current_period_end"].is_null());
 }
 
-/// 13: a delivery that fails is sent again, signed again.
+/// A delivery that fails is sent again, with a new signature.
 #[tokio::test]
 async fn failed_deliveries_are_repeated() {
     let mut shop = Shop::open().await;
@@ -748,7 +748,7 @@ async fn failed_deliveries_are_repeated() {
     assert!(hooks.iter().all(|hook| is_signed(hook, &secret)));
 }
 
-/// A person can go through the lifetime of a subscription in a browser.
+/// A user can go through the lifetime of a subscription in a browser.
 #[tokio::test]
 async fn pages_lead_through_checkout_and_the_portal() {
     let shop = Shop::open().await;
@@ -808,7 +808,7 @@ async fn pages_lead_through_checkout_and_the_portal() {
     );
 }
 
-/// The responses to requests without the key, to an unknown path, or without required parameters.
+/// Checks the responses to requests without the key, to an unknown path, or without required parameters.
 #[tokio::test]
 async fn bad_requests_are_rejected() {
     let shop = Shop::open().await;

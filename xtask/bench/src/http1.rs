@@ -63,7 +63,7 @@ pub(crate) fn call(
     Ok((status, String::from_utf8(bytes[start..whole].to_vec())?))
 }
 
-/// Returns the JSON of a response, which must be a success.
+/// Sends a request and returns the JSON of the response, which must be a success.
 pub(crate) fn json(
     server: SocketAddr,
     method: &str,

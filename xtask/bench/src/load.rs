@@ -82,7 +82,7 @@ async fn connection(server: SocketAddr, end: Instant, request: Vec<u8>) -> Resul
     Ok(statuses)
 }
 
-/// `GET /v1/echo` with a key.
+/// Returns the request `GET /v1/echo` with a key.
 pub(crate) fn echo(key: &str) -> Vec<u8> {
     format!(
         "GET /v1/echo HTTP/1.1\r\nHost: 127.0.0.1\r\nUser-Agent: quota-bench\r\nAccept: */*\r\n\

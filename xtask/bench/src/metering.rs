@@ -24,7 +24,7 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
     };
     let cases = [
         ("off", server(&[("QUOTA_METERING", "off".into())])?),
-        // The interval is longer than the measurement.
+        // The shipper's interval is longer than the measurement.
         (
             "on, shipper paused",
             server(&[("QUOTA_USAGE_SHIP_EVERY", "60s".into())])?,
@@ -71,7 +71,7 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
     Ok(())
 }
 
-/// The cost of reserving and filling a record, without anything else.
+/// Measures the cost of reserving and filling a record, without anything else.
 fn append() -> Result<()> {
     let directory = TempDir::new()?;
     let took = quota_server::metering::measure_append(directory.path(), APPENDS)?;

@@ -199,7 +199,7 @@ async fn outage(options: &Options) -> Result<ExitCode> {
     load.phase.store(2, Ordering::Relaxed);
     postgres.restart().await?;
     let back = Instant::now();
-    // The rest is one second's usage.
+    // The remaining backlog is at most one second's usage.
     while counted(metrics, "quota_usage_backlog_records").await? > u64::from(options.rate) {
         if back.elapsed() > PATIENCE {
             bail!("the backlog was not shipped within {PATIENCE:?}");

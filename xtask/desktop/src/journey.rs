@@ -1,4 +1,5 @@
-//! The main user journey in the desktop app, from registering to using up a key's limit, and a search for leaked tokens.
+//! The main user journey in the desktop app, from registering to using up a key's limit, and a search for leaked
+//! tokens.
 
 use std::{io::Write as _, net::TcpStream, path::Path, time::Duration};
 
@@ -18,7 +19,7 @@ const TITLE: &str = "Quota";
 const PASSWORD: &str = "violet-harbour-quilt-93";
 const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Unique per run, so that the journey can be repeated on the same server.
+/// Returns an email address that is unique per run, so that the journey can be repeated on the same server.
 fn email() -> String {
     format!("desktop-{}@example.com", std::process::id())
 }
@@ -116,6 +117,7 @@ async fn main_journey(page: &App, world: &World, server: &str, proxy: &FaultProx
         .await
         .context("with the server unreachable")?;
 
+    events(page).await.context("alerts and webhooks")?;
     billing(page, world).await.context("billing")?;
 
     page.follow("API keys").await?;
@@ -197,7 +199,7 @@ async fn search_for_tokens(page: &App, world: &World, server: &str) -> Result<()
     Ok(())
 }
 
-/// A script in the page can call only the app's commands, and cannot reach another address.
+/// Checks that a script in the page can call only the app's commands, and cannot reach another address.
 async fn other_commands_are_denied(page: &App) -> Result<()> {
     let script = r#"
         const done = arguments[0];
@@ -234,7 +236,7 @@ async fn with_server_unreachable(page: &App, proxy: &FaultProxy) -> Result<()> {
     page.follow("Plans").await?;
     page.text("Starter").await?;
     proxy.set(Fault::Pass);
-    page.press("Try again").await?;
+    page.press("Retry").await?;
     let is_hidden = "return !document.querySelector('.banner')";
     until("the banner disappears", TIMEOUT, async || {
         Ok((page.run(is_hidden).await? == json!(true)).then_some(()))
@@ -242,7 +244,7 @@ async fn with_server_unreachable(page: &App, proxy: &FaultProxy) -> Result<()> {
     .await
 }
 
-/// Two processes refresh the same session concurrently.
+/// Checks that two processes can refresh the same session concurrently.
 async fn two_processes(world: &World, server: &str) -> Result<()> {
     let lock = world.data().join("refresh.lock");
     let mut both = Vec::new();
@@ -262,7 +264,7 @@ async fn two_processes(world: &World, server: &str) -> Result<()> {
     Ok(())
 }
 
-/// The app is still signed in after a restart. Then it signs out.
+/// Checks that the app is still signed in after a restart, and then signs out.
 async fn second_start(app: &Path, world: &World, server: &str) -> Result<()> {
     let page = App::start(world, app, server, None).await?;
     page.heading("Get started").await?;
@@ -277,13 +279,13 @@ async fn second_start(app: &Path, world: &World, server: &str) -> Result<()> {
     page.exits().await
 }
 
-/// While a new key is shown and not saved, closing the window and quitting ask first.
+/// Checks that closing the window and quitting ask first while a new key is shown and not saved.
 async fn asks_before_quitting(page: &App, world: &World) -> Result<()> {
     let display = world.display()?;
     display.close(TITLE)?;
     page.text("Copy it before you quit.").await?;
     page.screenshot("quit-warning").await?;
-    // Escape asks about closing the dialog instead.
+    // Escape asks whether to close the dialog instead.
     page.run("document.querySelector('#secret').dispatchEvent(new KeyboardEvent('keydown', { key: 'Escape', bubbles: true }))")
         .await?;
     page.text("Copy it before you close.").await?;
@@ -292,7 +294,7 @@ async fn asks_before_quitting(page: &App, world: &World) -> Result<()> {
     page.element("#secret").await
 }
 
-/// Quits in spite of a new key that is not saved.
+/// Quits even though a new key has not been saved.
 async fn quits_without_saving(page: App, world: &World) -> Result<()> {
     page.follow("Service tokens").await?;
     page.press("New token").await?;
@@ -300,14 +302,14 @@ async fn quits_without_saving(page: App, world: &World) -> Result<()> {
     page.press("Create token").await?;
     page.element("#secret").await?;
     world.display()?.close(TITLE)?;
-    // The app may end before it has answered the driver, so only its end counts.
+    // The app may exit before it has responded to the driver, so only its exit counts.
     let pressed = page.press("Quit without saving").await;
     page.exits()
         .await
         .with_context(|| format!("pressing \"Quit without saving\": {pressed:?}"))
 }
 
-/// Checkout opens in the system's browser; the app notices when it is complete.
+/// Checks that Checkout opens in the system's browser, and that the app notices when it is complete.
 async fn billing(page: &App, world: &World) -> Result<()> {
     page.follow("Billing").await?;
     page.heading("No subscription").await?;
@@ -366,7 +368,7 @@ pub async fn start(app: &Path, server: &str) -> Result<()> {
     Ok(())
 }
 
-/// Only the app itself has tokens in memory, not the processes that render its page.
+/// Checks that only the app itself has tokens in memory, and not the processes that render its page.
 fn check_memory(world: &World) -> Result<()> {
     let mut checked = 0;
     for pid in scan::process_tree(std::process::id().try_into()?) {
@@ -390,7 +392,7 @@ fn check_memory(world: &World) -> Result<()> {
     Ok(())
 }
 
-/// Without a keychain, the session ends with the app, and a banner says so.
+/// Checks that without a keychain, the session ends with the app, and a banner says so.
 async fn without_keychain(app: &Path, server: &str, shots: Option<&Path>) -> Result<()> {
     let world = World::new(false)?;
     let page = App::start(&world, app, server, shots).await?;

@@ -9,8 +9,8 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 
-/// Returns whether the bytes contain a refresh token or a JWT, in UTF-8 or UTF-16. A regular expression in a debug build
-/// would take minutes for the memory of a process.
+/// Returns whether the bytes contain a refresh token or a JWT, in UTF-8 or UTF-16. A regular expression in a debug
+/// build would take minutes for the memory of a process.
 pub fn has_token(bytes: &[u8]) -> bool {
     bytes.iter().enumerate().any(|(at, first)| match first {
         b'q' => is_refresh(&bytes[at..], 1) || is_refresh(&bytes[at..], 2),

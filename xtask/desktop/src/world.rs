@@ -170,7 +170,7 @@ fn set_environment(command: &mut Command, folder: &Path) {
         .env("XDG_RUNTIME_DIR", folder.join("runtime"));
 }
 
-/// The stand-ins first.
+/// Returns the search path, with the stand-ins first.
 fn search_path(folder: &Path) -> std::ffi::OsString {
     let mut path = folder.join("bin").into_os_string();
     if let Some((_, rest)) = variable("PATH") {

@@ -27,12 +27,12 @@ use web_sys::{
 use super::error::{CallError, CallResult, TestResponse};
 use crate::model::address::Query;
 
-/// Whether the session's cookies reach the server: over TLS, or on this computer.
+/// Whether the browser sends the session's cookies to the server, which requires TLS or a server on this computer.
 pub fn is_secure() -> bool {
     window().is_some_and(|window| window.is_secure_context())
 }
 
-/// The server's address.
+/// Returns the server's address.
 pub fn origin() -> String {
     window()
         .and_then(|window| window.location().origin().ok())
@@ -243,7 +243,7 @@ fn start_download(name: &str, text: &str) -> Option<()> {
     Url::revoke_object_url(&address).ok()
 }
 
-/// A browser asks by itself before it closes a page.
+/// Does nothing: a browser asks the user before it closes the page.
 pub async fn quit() {}
 
 /// Goes to a Stripe page.

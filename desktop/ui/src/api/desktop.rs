@@ -50,7 +50,7 @@ pub async fn send(call: &Call) -> CallResult<String> {
         Err(_) => host::set_loaded_at(None),
     }
     if matches!(call, Call::Login(_) | Call::Register(_)) {
-        // Only now is it known whether the keychain has accepted the session.
+        // Only now is it known whether the keychain has stored the session.
         if let Ok(status) = host_status().await {
             host::set_status(status);
         }
@@ -63,7 +63,7 @@ pub const fn is_secure() -> bool {
     true
 }
 
-/// The server's address.
+/// Returns the server's address.
 pub fn origin() -> String {
     host::server_address()
 }

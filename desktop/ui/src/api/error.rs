@@ -47,8 +47,8 @@ impl CallError {
         .to_owned()
     }
 
-    /// The ID under which the server logged the request. `None` for self-explanatory errors, such as invalid fields or
-    /// a wrong password.
+    /// Returns the ID under which the server logged the request. `None` for self-explanatory errors, such as invalid
+    /// fields or a wrong password.
     pub fn request_id(&self) -> Option<&str> {
         match self {
             Self::Problem(problem)

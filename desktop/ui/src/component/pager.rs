@@ -4,7 +4,10 @@ use std::cell::RefCell;
 
 use leptos::prelude::*;
 
-use crate::{model::text::number, route::route};
+use crate::{
+    model::text::{list_total, number},
+    route::route,
+};
 
 thread_local! {
     /// Addresses of list pages, each with the address of the previous page, because a cursor only leads forward.
@@ -32,7 +35,7 @@ pub fn Pager(total: u64, shown: usize, next: Option<String>) -> impl IntoView {
     });
     view! {
         <nav class="pager" aria-label="Pages">
-            <span class="muted">{format!("{} of {}", number(shown as u64), number(total))}</span>
+            <span class="muted">{format!("{} of {}", number(shown as u64), list_total(total))}</span>
             {first.map(|href| view! { <a class="button small" href=href>"First page"</a> })}
             {previous.map(|href| view! { <a class="button small" href=href>"Previous page"</a> })}
             {next.map(|href| view! { <a class="button small" href=href>"Next page"</a> })}

@@ -6,7 +6,12 @@ pub const SIGNS_OUT_LOCALLY: bool = false;
 
 pub const fn track_retries() {}
 
-/// Runs when the app is about to quit while a new secret is shown. A browser asks by itself.
+/// Whether the server is known to be unreachable.
+pub const fn is_offline() -> bool {
+    false
+}
+
+/// Does nothing: a browser asks the user before it closes a page that shows a new secret.
 pub fn on_quit(_warn: impl Fn() + 'static) {}
 
 /// Whether Stripe pages open in another window, so that this page waits for the user to return.

@@ -30,14 +30,19 @@ pub fn set_status(status: HostStatus) {
     HOST.with(|host| host.status.set(Some(status)));
 }
 
-/// The address of the server in use.
+/// Returns the address of the server in use.
 pub fn server_address() -> String {
     status().with_untracked(|it| it.as_ref().map(|it| it.current.clone()).unwrap_or_default())
 }
 
-/// When the data on the page was loaded, while the server is unreachable.
+/// Returns when the data on the page was loaded, if the server is unreachable.
 pub fn loaded_at() -> ArcRwSignal<Option<Timestamp>> {
     HOST.with(|host| host.loaded_at.clone())
+}
+
+/// Whether the server is known to be unreachable.
+pub fn is_offline() -> bool {
+    loaded_at().with_untracked(Option::is_some)
 }
 
 /// Records whether a response came from the server or was loaded earlier.
@@ -58,7 +63,7 @@ pub fn track_retries() {
     HOST.with(|host| host.retries.track());
 }
 
-/// Runs when the app is about to quit while a new secret is shown, until the caller's component is removed.
+/// Calls `warn` when the app is about to quit while a new secret is shown, until the caller's component is removed.
 pub fn on_quit(warn: impl Fn() + 'static) {
     let listener = window_event_listener_untyped("quota-quit", move |_| warn());
     on_cleanup(move || listener.remove());

@@ -28,7 +28,7 @@ impl BulkAction {
         }
     }
 
-    /// The label of the button that confirms the action.
+    /// Returns the label of the button that confirms the action.
     pub fn button(self, keys: usize) -> String {
         format!("{} {}", self.label(), count_keys(keys))
     }
@@ -37,12 +37,12 @@ impl BulkAction {
         format!("{}?", self.button(keys))
     }
 
-    /// The text to type as confirmation; `None` for an action that does not interrupt clients.
+    /// Returns the text to type as confirmation; `None` for an action that does not interrupt clients.
     pub fn phrase(self, keys: usize) -> Option<String> {
         (self != Self::Activate).then(|| self.button(keys).to_ascii_lowercase())
     }
 
-    /// The effect on the clients that use these keys, `recently_used` of which had requests in the last day.
+    /// Returns the effect on the clients that use these keys, `recently_used` of which had requests in the last day.
     pub fn consequences(self, names: &[&str], recently_used: usize) -> String {
         let shown = names.len().min(4);
         let mut list: Vec<String> = names[..shown].iter().map(|name| quoted(name)).collect();
@@ -70,7 +70,7 @@ impl BulkAction {
         }
     }
 
-    /// The result, with the last error if some keys failed.
+    /// Returns the result, with the last error if some keys failed.
     pub fn outcome(self, done: usize, failed: usize, error: &str) -> String {
         let done = format!("{} {}", count_keys(done), self.past_participle());
         match failed {
@@ -80,7 +80,7 @@ impl BulkAction {
     }
 }
 
-/// The result of moving keys to another plan.
+/// Returns the result of moving keys to another plan.
 pub fn moved(done: usize, plan: &str, failed: usize, error: &str) -> String {
     let done = format!("{} moved to {}", count_keys(done), quoted(plan));
     match failed {

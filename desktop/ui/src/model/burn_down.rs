@@ -1,4 +1,4 @@
-//! The remaining quota over its day or month, as SVG.
+//! The remaining quota over the course of its day or month, as SVG.
 
 use quota_common::{limit::PolicyName, usage::BurnDown};
 
@@ -7,7 +7,7 @@ use super::{
     text::{countdown, number},
 };
 
-/// The chart in units: 1000 wide, 1000 high.
+/// Returns the horizontal position of a time. The chart is 1000 units wide and 1000 high.
 fn x(burn: &BurnDown, at: i64) -> i64 {
     let (start, end) = (millis(burn.starts_at), millis(burn.resets_at));
     ((at - start) * 1000 / (end - start).max(1)).clamp(0, 1000)
@@ -31,7 +31,7 @@ pub const fn name(policy: PolicyName) -> &'static str {
     }
 }
 
-/// The remaining quota compared with an even pace, and a projection until the reset.
+/// Returns a chart of the remaining quota, compared with an even pace, and a projection until the reset.
 pub fn burn_down_chart(burn: &BurnDown) -> Markup {
     let line = |of: &dyn Fn(usize) -> u64| {
         let points = burn.points.iter().enumerate();
@@ -112,7 +112,7 @@ mod tests {
 
     use super::*;
 
-    /// A day of 24 hours, half of which has passed.
+    /// Returns a burn-down of a day of 24 hours, half of which has passed.
     fn burn(used: u64, used_up_at: Option<&str>, projected: u64) -> BurnDown {
         serde_json::from_value(json!({
             "key_id": "019ab4e1-7c00-7000-8000-0000000000b1", "policy": "daily", "limit": 1000, "used": used,

@@ -10,7 +10,7 @@ use super::{
 /// The height of the plot in pixels, with the labels below it.
 const HEIGHT: u64 = 240;
 const TOP: u64 = 10;
-/// Positions of the bars.
+/// The vertical position of the bars' lower edge.
 const BASE: u64 = 214;
 const GRIDLINES: u64 = 4;
 const MAX_LABELS: usize = 8;
@@ -29,7 +29,7 @@ pub enum Completeness {
 pub struct Bar {
     /// The label below the bar.
     pub label: String,
-    /// Its full time range.
+    /// The full time range.
     pub time: String,
     pub allowed: u64,
     pub rejected: u64,
@@ -37,7 +37,7 @@ pub struct Bar {
 }
 
 impl Bar {
-    /// The description of the bar, such as `14:00–15:00 CET · 1,204 allowed · 38 rejected (3.1%)`.
+    /// Returns the description of the bar, such as `14:00–15:00 CET · 1,204 allowed · 38 rejected (3.1%)`.
     pub fn text(&self) -> String {
         let Self {
             time,
@@ -98,13 +98,13 @@ pub fn short(n: u64) -> String {
     n.to_string()
 }
 
-/// `part` of `whole` as a percentage for an attribute.
+/// Returns `part` of `whole` as a percentage for an attribute.
 fn position(part: u64, whole: u64) -> String {
     let thousandths = part * 100_000 / whole.max(1);
     format!("{}.{:03}%", thousandths / 1000, thousandths % 1000)
 }
 
-/// What is visible of a chart.
+/// Which parts of a chart are visible.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Visible {
     pub allowed: bool,
@@ -252,7 +252,7 @@ pub fn bar_chart(bars: &[Bar], visible: Visible) -> (Markup, Markup) {
     (plot, axis)
 }
 
-/// The pattern for rejected requests, which distinguishes them without color.
+/// Returns the pattern for rejected requests, which distinguishes them without color.
 fn hatch() -> Markup {
     let parts = [
         element(
@@ -282,7 +282,7 @@ fn label_positions(bars: usize) -> impl Iterator<Item = usize> {
     (0..bars).step_by(step)
 }
 
-/// The same data as a table.
+/// Returns the data of the chart as a table.
 pub fn bar_table(caption: &str, bars: &[Bar]) -> Markup {
     let head = ["Time", "Allowed", "Rejected", "Rejection rate"];
     let head = head.map(|name| {
@@ -328,7 +328,7 @@ pub fn bar_table(caption: &str, bars: &[Bar]) -> Markup {
     element("table", &[("class", "table data")], &parts)
 }
 
-/// The heights of a row of small bars, without axes.
+/// Returns a row of small bars, without axes.
 pub fn sparkline(values: &[u64]) -> Markup {
     let highest = values.iter().copied().max().unwrap_or(0).max(1);
     let units = values.len() as u64 * 10;

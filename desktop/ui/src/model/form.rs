@@ -50,7 +50,7 @@ pub fn optional_text(text: &str) -> Option<String> {
     (!text.is_empty()).then(|| text.to_owned())
 }
 
-/// Metadata in editable form: one `name=value` pair per line.
+/// Returns metadata in editable form: one `name=value` pair per line.
 pub fn metadata_text(metadata: &Metadata) -> String {
     let lines: Vec<_> = metadata
         .iter()
@@ -80,7 +80,7 @@ pub fn changed<T: PartialEq>(was: &T, now: T) -> Option<T> {
     (*was != now).then_some(now)
 }
 
-/// The changed fields of a plan.
+/// Returns the changed fields of a plan.
 pub fn plan_changes(was: &CreatePlan, now: CreatePlan) -> UpdatePlan {
     UpdatePlan {
         name: changed(&was.name, now.name),
@@ -96,7 +96,7 @@ pub fn plan_changes(was: &CreatePlan, now: CreatePlan) -> UpdatePlan {
     }
 }
 
-/// The name of a plan's copy. It is cut to the maximum length of a name.
+/// Returns the name of a plan's copy, truncated to the maximum length of a name.
 pub fn copy_name(name: &str) -> String {
     const SUFFIX: &str = " (copy)";
     let kept = NAME_MAX - SUFFIX.len();
@@ -104,7 +104,7 @@ pub fn copy_name(name: &str) -> String {
     format!("{start}{SUFFIX}")
 }
 
-/// The page to open after signing in. Always a page of the console, no matter what the address contains.
+/// Returns the page to open after signing in. Always a page of the console, no matter what the address contains.
 pub fn next_page(next: Option<&str>) -> String {
     match next {
         Some(next)

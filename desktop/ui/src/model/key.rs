@@ -8,7 +8,7 @@ use super::{
     text::{date_time, number, relative},
 };
 
-/// A relative time, whose exact time is its tooltip. The page keeps it current.
+/// Returns a relative time, with the exact time as a tooltip. The page keeps it current.
 pub fn time_markup(at: Timestamp, now: i64) -> Markup {
     let millis = at.inner().timestamp_millis();
     with_text(
@@ -31,7 +31,7 @@ fn row(label: &str, content: &[Markup]) -> Markup {
     element("div", &[], &parts)
 }
 
-/// Whether the key can be used.
+/// Returns a badge that shows whether the key can be used.
 pub fn status_badge(key: &ApiKey, now: i64) -> Markup {
     let is_expired = key
         .expires_at
@@ -44,7 +44,7 @@ pub fn status_badge(key: &ApiKey, now: i64) -> Markup {
     with_text("span", &[("class", class)], status)
 }
 
-/// The key's status, times and plan, and the limits that apply to it once its plan is known.
+/// Returns the key's status, times and plan, and the limits that apply to it once its plan is known.
 pub fn key_details(key: &ApiKey, plan: Option<&Plan>, time_zone: &str, now: i64) -> Markup {
     let plan_name = plan.map_or("…", |plan| &plan.name);
     let mut rows = vec![
@@ -85,7 +85,7 @@ pub fn key_details(key: &ApiKey, plan: Option<&Plan>, time_zone: &str, now: i64)
     all
 }
 
-/// A row with user-defined text.
+/// Returns a row with user-defined text.
 fn text_row(label: &str, text: &str) -> Markup {
     let class = [("class", "clamp"), ("dir", "auto")];
     row(label, &[with_text("span", &class, text)])

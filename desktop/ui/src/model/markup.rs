@@ -1,5 +1,5 @@
 //! HTML and SVG as text, for parts of a page that are not interactive: charts and large tables. Generating them as text
-//! adds a tenth of what the same views would add to the download, and they are tested without a browser.
+//! adds a tenth of what the same views would add to the download, and they can be tested without a browser.
 //!
 //! All text and attribute values are escaped here. Tags and attribute names are literals.
 
@@ -53,7 +53,7 @@ fn escape(text: &str, out: &mut String) {
     }
 }
 
-/// An element. An attribute with an empty value is left out.
+/// Returns an element. Attributes with an empty value are left out.
 pub fn element(
     tag: &'static str,
     attributes: &[(&'static str, &str)],
@@ -75,7 +75,7 @@ pub fn element(
     Markup(out)
 }
 
-/// An element that contains only text.
+/// Returns an element that contains only text.
 pub fn with_text(tag: &'static str, attributes: &[(&'static str, &str)], text: &str) -> Markup {
     element(tag, attributes, &[Markup::text(text)])
 }

@@ -1,6 +1,8 @@
-//! Values and texts that do not depend on a browser, so that they are tested on the host.
+//! Values and texts that do not depend on a browser, so that they can be tested on the host.
 
 pub mod address;
+pub mod alert;
+pub mod attention;
 pub mod audit;
 pub mod billing;
 pub mod bucket;
@@ -14,9 +16,12 @@ pub mod form;
 pub mod key;
 pub mod limits;
 pub mod markup;
+pub mod messages;
 pub mod meter;
 pub mod money;
+pub mod payload;
 pub mod policy;
 pub mod text;
 pub mod usage;
+pub mod webhook;
 pub mod zoned;

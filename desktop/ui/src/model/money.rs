@@ -7,7 +7,7 @@ use super::text::group_thousands;
 const WHOLE: &str = "bif clp djf gnf jpy kmf krw mga pyg rwf vnd vuv xaf xof xpf";
 const THOUSANDTHS: &str = "bhd jod kwd omr tnd";
 
-/// The number of digits after the decimal point.
+/// Returns the number of digits after the decimal point.
 fn digits_of(currency: &str) -> usize {
     let is_in = |list: &str| list.split(' ').any(|it| it == currency);
     match () {

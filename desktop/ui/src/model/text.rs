@@ -1,5 +1,7 @@
 //! Numbers, times and names as the console shows them.
 
+use quota_common::page::TOTAL_MAX;
+
 /// Formats a number with thousands separators.
 pub fn number(n: u64) -> String {
     group_thousands(&n.to_string())
@@ -20,6 +22,12 @@ pub fn group_thousands(digits: &str) -> String {
 /// Formats a count with its noun.
 pub fn count(n: u64, one: &str, many: &str) -> String {
     format!("{} {}", number(n), if n == 1 { one } else { many })
+}
+
+/// Formats the number of items in a list, which is counted up to [`TOTAL_MAX`].
+pub fn list_total(n: u64) -> String {
+    let more = if n < TOTAL_MAX { "" } else { "+" };
+    format!("{}{more}", number(n))
 }
 
 /// Capitalizes the first letter of a message.
@@ -101,7 +109,7 @@ pub fn countdown(secs: u64) -> String {
     }
 }
 
-/// The command with which to try a key.
+/// Returns a command that tries a key.
 pub fn curl(origin: &str, key: &str) -> String {
     format!("curl -i {origin}/v1/echo -H \"X-API-Key: {key}\"")
 }
@@ -185,7 +193,7 @@ impl Gateway {
     }
 }
 
-/// A file without its opening comment.
+/// Returns a file without its opening comment.
 fn body(text: &str) -> &str {
     match text.split_once("\n\n") {
         Some((_, body)) if text.starts_with('#') => body.trim_end(),
@@ -209,6 +217,12 @@ mod tests {
         "\n=== traefik.yml\n",
         include_str!("../../../../deploy/gateways/traefik.yml"),
     );
+
+    #[test]
+    fn total_of_a_long_list_is_a_lower_bound() {
+        assert_eq!(list_total(9999), "9,999");
+        assert_eq!(list_total(10_000), "10,000+");
+    }
 
     #[test]
     fn thousands_are_separated() {

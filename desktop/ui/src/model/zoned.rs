@@ -40,28 +40,28 @@ impl LocalTime {
         })
     }
 
-    /// For example `26 Nov`.
+    /// Returns the date, such as `26 Nov`.
     pub fn date(&self) -> String {
         let month = MONTHS.get(self.month as usize - 1).copied();
         format!("{} {}", self.day, month.unwrap_or_default())
     }
 
-    /// For example `14:05`.
+    /// Returns the time of day, such as `14:05`.
     pub fn clock(&self) -> String {
         format!("{:02}:{:02}", self.hour, self.minute)
     }
 
-    /// The value of a date field, such as `2026-11-26`.
+    /// Returns the value of a date field, such as `2026-11-26`.
     pub fn iso_date(&self) -> String {
         format!("{:04}-{:02}-{:02}", self.year, self.month, self.day)
     }
 
-    /// Minutes since the start of the day, by the clock.
+    /// Returns the minutes since the start of the day, by the clock.
     pub fn minutes(&self) -> i64 {
         i64::from(self.hour) * 60 + i64::from(self.minute)
     }
 
-    /// A time range, such as `Thu 26 Nov, 14:00–15:00 CET`.
+    /// Returns a time range, such as `Thu 26 Nov, 14:00–15:00 CET`.
     pub fn hours_to(&self, end: &Self) -> String {
         let Self { weekday, zone, .. } = self;
         format!(
@@ -72,12 +72,12 @@ impl LocalTime {
         )
     }
 
-    /// The day, such as `Thu 26 Nov`.
+    /// Returns the day, such as `Thu 26 Nov`.
     pub fn whole_day(&self) -> String {
         format!("{} {}", self.weekday, self.date())
     }
 
-    /// The full time, such as `Thu 26 Nov, 14:20 CET`.
+    /// Returns the full time, such as `Thu 26 Nov, 14:20 CET`.
     pub fn in_full(&self) -> String {
         format!(
             "{} {}, {} {}",
@@ -135,7 +135,7 @@ pub fn start_of_date(date: &str, local: &dyn Fn(i64) -> Option<LocalTime>) -> Op
     start_of_day(found, local)
 }
 
-/// Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms".
+/// Returns the number of days since 1970. See Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms".
 fn days_since_1970(year: i64, month: i64, day: i64) -> i64 {
     let year = if month <= 2 { year - 1 } else { year };
     let era = year.div_euclid(400);
@@ -192,7 +192,7 @@ mod tests {
 
     #[test]
     fn days_start_at_midnight_also_when_clocks_change() {
-        // 29 March 2026 has 23 hours, 25 October 25.
+        // 29 March 2026 has 23 hours, and 25 October has 25.
         for (date, start, hours) in [
             ("2026-03-28", 1_774_652_400_000, 24),
             ("2026-03-29", 1_774_738_800_000, 23),

@@ -10,7 +10,12 @@ use quota_common::billing::{
 };
 
 use crate::{
-    api::{admitted::SignedInTenant, change::read, problem::ApiError, usage::times},
+    api::{
+        admitted::SignedInTenant,
+        change::{read, read_turn},
+        problem::ApiError,
+        usage::times,
+    },
     billing::{
         Billing,
         price::{self, Offer},
@@ -36,6 +41,7 @@ pub(super) async fn billing_state(
     state: &AppState,
     caller: &SignedInTenant,
 ) -> Result<BillingState, ApiError> {
+    let _turn = read_turn(state, caller).await?;
     let times = times(state).await?;
     let find = async |tx: &mut TenantTx| -> Result<_, DbError> {
         let counts = billing_overview::counts(tx).await?;
@@ -125,8 +131,8 @@ impl Subscription<'_> {
     }
 }
 
-/// Returns the limits. For a quota that replicas take in blocks, the tokens that they have taken count, but not more
-/// than the admitted requests.
+/// Returns the limits and how much of each is used. If the number of requests is limited, the tokens that replicas have
+/// taken from the quota count as used, but never more than the requests that were admitted, if those are counted.
 fn limits(config: &Config, counts: Counts, has_access: bool, is_counted: bool) -> BillingLimits {
     let free = config.free_tier;
     let monthly = free.requests_per_month.filter(|_| !has_access);

@@ -126,7 +126,7 @@ impl StreamSession {
         match session {
             Ok(session) if session.role.may_read_usage() => None,
             Ok(_) | Err(AuthError::Unauthorized) => Some(End::SessionEnded),
-            // In that case, the log cannot be read either.
+            // If the session cannot be checked, the log cannot be read either.
             Err(_) => None,
         }
     }
@@ -143,7 +143,7 @@ impl Tail {
         let newest = usage_log::last_seq(&mut tx).await?;
         if newest <= self.after {
             tx.commit().await?;
-            // It is lower only if PostgreSQL was restored to an earlier state.
+            // The newest position is lower only if PostgreSQL was restored to an earlier state.
             self.after = newest;
             return Ok(String::new());
         }
@@ -204,7 +204,7 @@ fn events(tail: Tail, guard: Guard) -> impl Stream<Item = std::io::Result<Bytes>
         keep_alive: Duration,
         is_over: bool,
     }
-    // Well before the deadline for HTTP/2 responses that make no progress.
+    // A comment is sent well before the deadline for HTTP/2 responses that make no progress.
     let keep_alive = KEEP_ALIVE.min(tail.session.state.config.write_timeout / 3);
     let now = Instant::now();
     let running = Running {
@@ -236,7 +236,7 @@ fn events(tail: Tail, guard: Guard) -> impl Stream<Item = std::io::Result<Bytes>
                 Ok(Ok(text)) => text,
                 Err(_) => String::new(),
                 Ok(Err(error)) => {
-                    tracing::debug!(error = %crate::db::chain(&error), "cannot read the decision log");
+                    tracing::debug!(error = %crate::db::chain(&error), "cannot read the usage log");
                     String::new()
                 }
             };
@@ -254,7 +254,7 @@ fn events(tail: Tail, guard: Guard) -> impl Stream<Item = std::io::Result<Bytes>
     futures_util::StreamExt::chain(hello, rest)
 }
 
-/// The schema of a stream, with an example of an event.
+/// Returns the schema of a stream, with an example of an event.
 fn schema() -> MetaSchemaRef {
     MetaSchemaRef::Inline(Box::new(MetaSchema {
         example: Some(event("decision", Some(1), &Decision::example()).into()),

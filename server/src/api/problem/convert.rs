@@ -27,7 +27,7 @@ impl ApiError {
         if error.is::<Self>() {
             return error
                 .downcast::<Self>()
-                .unwrap_or_else(|_| Self::internal("an error changed its type"));
+                .unwrap_or_else(|_| Self::internal("unexpected error type"));
         }
         if let Some(error) = error.downcast_ref::<ParseParamError>() {
             return Self::invalid(error.name, parameter_message(&error.reason));

@@ -31,7 +31,7 @@ pub fn example(code: ProblemCode, base: &str) -> Problem {
         ProblemCode::NameTaken => "A plan with this name already exists.",
         ProblemCode::EmailTaken => "An account with this email already exists.",
         ProblemCode::PreviousKeyActive => {
-            "The previous key is valid until 2026-08-04T06:26:00.000Z. Rotate again after that, or send replace_previous: true to revoke it now."
+            "The previous key is valid until 2026-08-04T06:26:00.000Z. Rotate again after that, or send replace_previous: true to revoke that key now."
         }
         ProblemCode::BillingOff => "Billing is off on this server.",
         ProblemCode::AlreadySubscribed => {

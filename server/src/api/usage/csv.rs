@@ -35,7 +35,7 @@ const COLUMNS: [&str; 12] = [
     "rejected_cost",
 ];
 
-/// The schema of a CSV file, with an example.
+/// Returns the schema of a CSV file, with an example.
 pub(super) fn schema() -> MetaSchemaRef {
     let line =
         "2026-08-03T00:00:00.000Z,2026-08-03T02:00:00+02:00,,,GET /orders,,,false,1204,38,1204,38";

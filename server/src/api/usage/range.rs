@@ -52,12 +52,8 @@ pub(in crate::api) fn ceil(at: DateTime<Utc>) -> DateTime<Utc> {
 }
 
 pub(super) fn zone(name: &str) -> Result<Zone, ApiError> {
-    Zone::named(name).map_err(|_| {
-        ApiError::invalid(
-            "tz",
-            "must be the IANA name of a time zone, such as Europe/Berlin",
-        )
-    })
+    Zone::named(name)
+        .map_err(|_| ApiError::invalid("tz", "must be an IANA time zone, such as Europe/Berlin"))
 }
 
 impl RangeQuery {

@@ -43,7 +43,7 @@ impl Attempt {
             .count()
     }
 
-    /// The password was correct: clears the counters of this account.
+    /// Records that the password was correct, and clears the counters of this account.
     pub async fn succeeded(mut self) {
         let (cleared, kept) = (self.count(OnSuccess::Clear), self.count(OnSuccess::Keep));
         let task = self.take_back(cleared, kept);
@@ -68,7 +68,7 @@ impl Attempt {
                 {
                     count.tries = (count.tries - 1.0).max(0.0);
                     if count.at == at {
-                        // There is no earlier wait, since the attempt was allowed.
+                        // There was no earlier wait, since the attempt was allowed.
                         count.until = Monotonic::default();
                     }
                 }

@@ -121,7 +121,7 @@ pub(super) async fn initdb(bin: &Path, place: &Place) -> Result<(), EmbeddedErro
     let new = home.join(format!("{LEFTOVER}{}", std::process::id()));
     make_dir(&new, 0o700)?;
     place.give(&new)?;
-    tracing::info!(cluster = %place.cluster.display(), "creating the embedded database");
+    tracing::info!(cluster = %place.cluster.display(), "creating the private PostgreSQL");
     let program = bin.join("initdb");
     let child = place
         .guarded(&program)

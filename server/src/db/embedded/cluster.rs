@@ -21,9 +21,9 @@ use tokio::{
 
 use super::{EmbeddedError, connect, place::Place, url};
 
-/// Recovery after a crash replays at most about one `max_wal_size` of WAL.
+/// How long starting may take. Recovery after a crash replays at most about one `max_wal_size` of WAL.
 pub(super) const START_LIMIT: Duration = Duration::from_mins(2);
-/// A fast shutdown ends sessions and writes a checkpoint.
+/// How long a fast shutdown may take. It ends sessions and writes a checkpoint.
 const FAST_STOP_LIMIT: Duration = Duration::from_secs(20);
 const HARD_STOP_LIMIT: Duration = Duration::from_secs(5);
 
@@ -162,7 +162,7 @@ impl Cluster {
             tracing::error!(
                 status,
                 log = %self.log.display(),
-                "the embedded PostgreSQL exited; restarting it"
+                "the private PostgreSQL exited; restarting it"
             );
             postgres = loop {
                 let paused = async {
@@ -195,10 +195,10 @@ impl Cluster {
                 };
                 tracing::error!(
                     error = &error as &dyn std::error::Error,
-                    "cannot start the embedded PostgreSQL, retrying"
+                    "cannot start the private PostgreSQL, retrying"
                 );
             };
-            tracing::info!("the embedded PostgreSQL is running again");
+            tracing::info!("the private PostgreSQL is running again");
         }
     }
 
@@ -214,13 +214,13 @@ impl Cluster {
             return;
         }
         tracing::warn!(
-            "the embedded PostgreSQL takes too long to stop; requesting an immediate shutdown"
+            "the private PostgreSQL is taking too long to stop; requesting an immediate shutdown"
         );
         if let Ok(cluster) = fs::canonicalize(&self.place.cluster) {
             end_running(&cluster, Signal::SIGQUIT, HARD_STOP_LIMIT).await;
         }
         if timeout(HARD_STOP_LIMIT, child.wait()).await.is_err() {
-            tracing::error!("the embedded PostgreSQL did not stop");
+            tracing::error!("the private PostgreSQL did not stop");
         }
     }
 }
@@ -291,7 +291,7 @@ async fn end_running(cluster: &Path, signal: Signal, limit: Duration) -> bool {
     }
 }
 
-/// The process may be an operator's shell in this working directory.
+/// Whether a process is PostgreSQL, and not, for example, an operator's shell in the same working directory.
 fn is_postgres(process: &Path) -> bool {
     fs::read_link(process.join("exe"))
         .is_ok_and(|exe| exe.file_name() == Some(OsStr::new("postgres")))

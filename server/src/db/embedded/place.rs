@@ -17,7 +17,7 @@ use tokio::process::Command;
 
 use super::{EmbeddedError, PORT};
 
-/// Maximum length of a socket's path on all supported systems (Linux: 107 bytes, macOS and BSD: 103).
+/// The maximum length of a socket's path that all supported systems allow (Linux: 107 bytes, macOS and BSD: 103).
 const SOCKET_PATH_LIMIT: usize = 103;
 
 /// The directory for clusters that cannot be in root's data directory.
@@ -66,7 +66,7 @@ impl Place {
         let fallback_home = Path::new(FALLBACK_HOME).join(short_name(data_dir));
         let fallback = fallback_home.join("postgres");
         if let Some(place) = Self::existing(&fallback)? {
-            tracing::info!(cluster = %fallback.display(), "the embedded database is outside the data directory");
+            tracing::info!(cluster = %fallback.display(), "the data of the private PostgreSQL is outside the data directory");
             return Ok(place);
         }
         let user = unprivileged_user()?;
@@ -84,7 +84,7 @@ impl Place {
             data_dir = %data_dir.display(),
             user = place.user_name(),
             cluster = %fallback.display(),
-            "PostgreSQL's user cannot access the data directory, so the embedded database is outside it"
+            "PostgreSQL's user cannot access the data directory, so the data of the private PostgreSQL is outside it"
         );
         let place = Self {
             cluster: fallback,

@@ -114,7 +114,7 @@ async fn plan_edit_reaches_a_key_cached_while_the_index_is_pruned() {
     let clock: Arc<dyn Clock> = Arc::new(TestClock::at(UnixNanos::from_secs(1_785_738_360)));
     let metrics = Arc::<Metrics>::default();
     let freshness = Arc::new(Freshness::new(clock.clone()));
-    // Has no connection: the keys have no quotas.
+    // Needs no connection, because the keys have no quotas.
     let db = Db::new(
         &"postgres://localhost/none".into(),
         &DatabaseSettings::default(),

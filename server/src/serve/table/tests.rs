@@ -218,7 +218,7 @@ async fn authenticated_connections_do_not_count_against_their_address() {
     let _newcomer = admit(&table, "203.0.113.1").unwrap();
     assert!(is_told_to_close(&strangers[0]) && !is_told_to_close(&strangers[1]));
     drop(strangers);
-    // It still counts toward the total.
+    // The gateway's connection still counts toward the total.
     let _new = admit(&table, "203.0.113.2").unwrap();
     let _newest = admit(&table, "203.0.113.2").unwrap();
     drop(gateway);
@@ -240,7 +240,7 @@ async fn finish_waits_for_the_last_connection() {
     finishing.await.unwrap();
 }
 
-/// Two addresses in the first network and one in none of its networks, with the limit of the first network.
+/// Two addresses in the same network and one outside it, with the limit of that network.
 const NETWORKS: [([&str; 3], usize); 3] = [
     (["203.0.113.1", "203.0.113.200", "203.0.112.1"], 3),
     (

@@ -4,7 +4,7 @@ use std::{fmt::Write as _, sync::Arc};
 
 use prometheus_client::metrics::{counter::Counter, gauge::Gauge};
 
-/// The limit for which a connection was rejected.
+/// The limit that caused a connection to be rejected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ConnectionLimit {
     /// The limit per address.
@@ -67,7 +67,7 @@ const FAMILIES: [Family; 6] = [
     Family {
         name: "quota_connections_refused",
         kind: "counter",
-        help: "Client connections closed immediately, by the limit that was reached",
+        help: "Client connections closed immediately because a limit was reached, by limit",
         series: &[
             (",limit=\"address\"", |it| {
                 it.refused_address.get().to_string()

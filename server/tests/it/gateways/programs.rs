@@ -48,7 +48,7 @@ fn free_port() -> u16 {
     listener.local_addr().expect("it is bound").port()
 }
 
-/// Debian installs servers only in root's path.
+/// Returns a command that runs a server, which Debian installs only in root's path.
 fn command(name: &str) -> Command {
     let system = Path::new("/usr/sbin").join(name);
     Command::new(if system.exists() {
@@ -81,7 +81,7 @@ impl Filled<'_> {
 }
 
 impl Program {
-    /// Starts it and waits until it listens.
+    /// Starts the gateway and waits until it listens.
     pub(super) async fn start(self, filled: &Filled<'_>) -> Gateway {
         let dir = tempfile::tempdir().expect("a directory");
         let output = dir.path().join("output");
@@ -143,7 +143,7 @@ impl Program {
                 let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
                     .map(|name| format!("{name}_temp_path {};\n", dir.join(name).display()))
                     .concat();
-                // It runs as a single process, so that nothing is left running when it ends.
+                // nginx runs as a single process, so that nothing is left running when it ends.
                 let text = format!(
                     "daemon off;\nmaster_process off;\npid {};\nerror_log stderr;\nevents {{}}\nhttp {{\n\
                      access_log off;\n{temporary}{server}}}\n",

@@ -71,7 +71,7 @@ impl Api {
                             .unwrap_or("200")
                             .to_owned();
                         received.lock().push(head);
-                        // Headers that may only be replaced with Quota's values.
+                        // Headers that the gateway may only replace with Quota's values.
                         let answer = format!(
                             "HTTP/1.1 {status} Status\r\ncontent-length: {}\r\nx-ratelimit-limit: api\r\n\
                              ratelimit: api\r\nx-quota-degraded: api\r\nx-own: kept\r\n\r\n",

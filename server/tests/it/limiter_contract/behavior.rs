@@ -151,7 +151,7 @@ pub(super) async fn quota_resets_with_the_month(world: &World) {
     let key = Key::of(&world.start());
     let plan = Plan::any_rate().monthly(100);
     let mut admitted = 0;
-    // Twelve per day for six and a half days, until 1 December.
+    // Twelve requests every half day for six days, until 30 November.
     for _ in 0..12 {
         admitted += key.admitted(&plan, 12).await;
         settle().await;
@@ -280,7 +280,7 @@ pub(super) async fn key_finds_its_handle_again(world: &World) {
     assert!(Arc::ptr_eq(&key.handle, &Key::of(&limiter).handle));
     drop(key);
     settle().await;
-    // It is not pruned while tokens are missing or a block is held.
+    // A key is not pruned while tokens are missing or a block is held.
     assert_eq!(limiter.prune(), 1);
     assert_eq!(Key::of(&limiter).ask(&plan, 1).await.rate.remaining, 1);
     world.advance(Duration::from_mins(1));

@@ -95,7 +95,7 @@ fn no_more_than_the_limit_is_allowed_in_real_time() {
     let admitted = admitted.into_inner();
     let sold = 50 + 10_000 * took / 1_000_000_000;
     assert!(admitted <= sold, "{admitted} of {sold}");
-    // How far below the limit it stays depends on when these threads run.
+    // How far the total remains below the limit depends on when these threads run.
     assert!(admitted > 50, "{admitted}: nothing was refilled");
 }
 

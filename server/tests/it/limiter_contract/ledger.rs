@@ -34,7 +34,7 @@ pub(crate) struct TestLedger {
     applied: Mutex<HashSet<Uuid>>,
     down: AtomicBool,
     delay_ms: AtomicU64,
-    /// The responses to this many returns are lost after the returns were applied.
+    /// The responses to this many returns are lost after the returns have been applied.
     lose_answers: AtomicU64,
     takes: AtomicU64,
     calls: AtomicU64,
@@ -113,7 +113,7 @@ impl TestLedger {
         if delay > 0 {
             tokio::time::sleep(Duration::from_millis(delay)).await;
         } else {
-            // Even the fastest database responds later.
+            // Even the fastest database does not respond immediately.
             tokio::task::yield_now().await;
         }
         self.under_way.fetch_sub(1, Ordering::SeqCst);

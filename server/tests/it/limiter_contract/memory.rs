@@ -66,7 +66,7 @@ async fn request_canceled_while_it_waits_loses_no_tokens() {
     }
     world.ledger.set_delay(Duration::ZERO);
     tokio::time::sleep(DEADLINE).await;
-    // Tokens fetched for it beyond a block are returned with the next decision.
+    // Tokens that were fetched for these requests beyond a block are returned with the next decision.
     assert!(key.ask(&plan, 1).await.is_allowed());
     settle().await;
     assert!(world.ledger.used() <= 11, "{}", world.ledger.used());
@@ -140,7 +140,7 @@ async fn remote_store_is_not_asked_about_known_denials() {
     world.advance(Duration::from_secs(2));
     assert!(!key.ask(&plan, 5).await.is_allowed());
     assert!(key.ask(&plan, 2).await.is_allowed());
-    // The cost is above the rest of the quota, so it is denied until tomorrow.
+    // The cost exceeds what is left of the quota, so the request is denied until tomorrow.
     let plan = Plan::any_rate().daily(20);
     assert_eq!(key.admitted(&plan, 500).await, 7);
     assert!(store.asked() <= 12 + 11, "{}", store.asked());

@@ -1,7 +1,7 @@
 //! Compares the limiter with a simple model on random schedules.
 //!
-//! The model keeps a list of grants and replays it from the start for each request, in tokens as exact fractions. It
-//! gets days and months from `chrono`. Every field of every decision is compared.
+//! The model keeps a list of grants and, for each request, replays it from the start, counting tokens as exact
+//! fractions. It gets days and months from `chrono`. Every field of every decision is compared.
 
 use std::collections::HashMap;
 
@@ -29,7 +29,7 @@ enum Event {
     Grant(u32),
     /// The plan was changed to this emission interval and burst.
     Plan(i128, i128),
-    /// This much was missing, and tokens were last taken at this time.
+    /// The state of a full bucket: what was missing (0 or less), and when tokens were last taken.
     Full(i128, u64),
 }
 
@@ -48,7 +48,7 @@ struct Bucket {
 }
 
 impl Bucket {
-    /// The bucket is no longer full, or has just become full.
+    /// Reduces `beyond` by the time for which the bucket has been full. The bucket then counts as just full.
     fn use_time_when_full(&mut self) {
         self.beyond = (self.beyond + self.missing.min(0)).max(0);
         self.missing = self.missing.max(0);
@@ -69,8 +69,8 @@ impl Model {
         let mut bucket = Bucket::default();
         for event in &self.events {
             match *event {
-                // Elapsed time refills. If the clock was set back, the same time passes again, but refills at most one
-                // bucket.
+                // Elapsed time refills the bucket. If the clock was set back, the same time passes again, but refills
+                // at most one bucket.
                 Event::Seen(now) => {
                     bucket.missing -= i128::from(now) - i128::from(bucket.clock);
                     bucket.missing = bucket.missing.min(bucket.interval * bucket.burst);
@@ -83,7 +83,7 @@ impl Model {
                     bucket.since = bucket.clock;
                 }
                 Event::Plan(interval, burst) => {
-                    // The number of missing tokens stays the same, although a smaller bucket cannot show all of them.
+                    // The number of missing tokens remains the same, although a smaller bucket cannot show all of them.
                     // The time of the edit is unknown: since tokens were last taken, the lower rate applies.
                     if bucket.interval > 0 {
                         let passed = i128::from(bucket.clock - bucket.since);
@@ -280,7 +280,7 @@ async fn play(world: &World, plans: &[Plan], steps: &[Step], grain: u64) -> u64 
     let mut policies = plan.policies();
     let mut told = 1_000_000_000;
     let mut compared = 0;
-    // For checking the rate: times, and the total up to each time.
+    // For checking the rate: the time and the cost of each grant.
     let mut grants: Vec<(u64, u64)> = Vec::new();
     for step in steps {
         match *step {
@@ -308,7 +308,6 @@ async fn play(world: &World, plans: &[Plan], steps: &[Step], grain: u64) -> u64 
             Step::WaitAsTold(off) => {
                 let grains = told.div_ceil(grain).saturating_add_signed(i64::from(off));
                 let nanos = grains * grain;
-                // Only the last day of a wait of a month.
                 world.advance(std::time::Duration::from_nanos(nanos));
             }
             Step::Back(nanos) => {
@@ -337,7 +336,7 @@ async fn play(world: &World, plans: &[Plan], steps: &[Step], grain: u64) -> u64 
     compared
 }
 
-/// In any window, at most `burst + rpm/60 * T` is admitted, with the exact rate and not the rounded one.
+/// Asserts that at most `burst + rpm/60 * T` is admitted in any window, with the exact rate and not the rounded one.
 fn within_what_was_sold(plan: &Plan, grants: &[(u64, u64)]) {
     // An edit to a smaller burst may have left less room. The first grant starts the first window.
     for (i, (from, _)) in grants.iter().enumerate() {

@@ -78,7 +78,7 @@ pub(super) fn far() -> World {
     World::new(|clock, ledger| Far::new(memory_store(clock, ledger)))
 }
 
-/// Buckets in a private Redis server with the test's clock, which decides every request.
+/// Returns a world with buckets in a private Redis server with the test's clock, which decides every request.
 pub(super) async fn redis() -> (World, RedisServer) {
     let (server, redis) = started().await;
     ClockedCounters::new(&redis, &TestClock::at(START))
@@ -203,7 +203,7 @@ impl Plan {
         }
     }
 
-    /// A rate that never limits.
+    /// Returns a plan with a rate that never limits.
     pub(super) fn any_rate() -> Self {
         Self::rate(60_000_000, 60_000_000)
     }

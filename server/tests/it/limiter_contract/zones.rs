@@ -64,8 +64,8 @@ struct Opened {
 struct Oracle {
     policy: Policy,
     limit: u64,
-    /// If only the requesting replica holds unspent tokens, the promise determines the next window. Otherwise, it is
-    /// the stated one, which must not overlap any other.
+    /// If only the requesting replica holds unspent tokens, the promise determines the next window. Otherwise, the
+    /// window is the stated one, which must not overlap any other.
     is_strict: bool,
     windows: Vec<Opened>,
 }

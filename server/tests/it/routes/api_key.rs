@@ -464,7 +464,7 @@ async fn patch_of_a_key_clears_null_fields_and_keeps_absent_ones() {
     );
     assert_eq!(patch(json!({})).await, cleared, "nothing is no edit");
 
-    // `null` for a field that cannot be cleared must not be ignored: a caller could believe that a key was disabled
+    // `null` for a field that cannot be cleared must not be ignored: a caller could believe that a key was deactivated
     // when it was not.
     for field in ["name", "plan_id", "is_active"] {
         let refused = app
@@ -736,7 +736,7 @@ async fn cursor_stays_valid_when_the_last_key_of_its_page_changes() {
     let page = |cursor: &str| format!("/admin/api-keys?limit=2&sort=name{cursor}");
     let first = send(&app, &account, "GET", &page(""), Value::Null).await;
     let next = first.text("next_cursor");
-    // The key at the cursor is renamed, one before it is deleted, and another is created.
+    // The key at the cursor is renamed, the one before it is deleted, and another is created.
     let b = format!("/admin/api-keys/{}", ids[1]);
     send(&app, &account, "PATCH", &b, json!({"name": "z"})).await;
     let a = format!("/admin/api-keys/{}", ids[0]);

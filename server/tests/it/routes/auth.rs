@@ -1292,7 +1292,7 @@ async fn registration_can_be_closed() {
     );
     let kept = app.everything_kept().await;
     assert!(!kept.contains(email));
-    // The operator can still create accounts, and they can sign in.
+    // The operator can still create accounts, and their users can sign in.
     let created = app.state.accounts.create(email, PASSWORD, None).await;
     created.expect("it is created");
     assert_eq!(login(&app, email, PASSWORD).await.status, 200);
@@ -1486,7 +1486,7 @@ async fn new_secret_ends_every_session_and_a_rotation_ends_none() {
         let answer = refresh(&alone, &token).await;
         assert_eq!(answer.status, status, "{name}: {}", answer.body);
     }
-    // The sessions stay revoked: restoring the old secret does not revive them.
+    // The sessions remain revoked: restoring the old secret does not revive them.
     let back = with(&database, &old, Some(&new)).start().await;
     for n in [1, 3] {
         assert_eq!(refresh(&back, &token(n)).await.status, 401);
@@ -1559,7 +1559,7 @@ async fn devices_of_an_account_are_counted_together() {
             guesses += usize::from(answer.status == 401);
         }
     }
-    // Five times as many as one device, and no more.
+    // Together, the devices get five times as many attempts as a single device, and no more.
     assert_eq!(guesses, 10);
 }
 

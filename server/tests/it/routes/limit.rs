@@ -21,7 +21,7 @@ use crate::{
     support::app::{Account, Answer, Key, TestApp},
 };
 
-/// A server with a test clock, and an account.
+/// Starts a server with a test clock, and registers an account.
 async fn still() -> (TestApp, TestClock, Account) {
     let clock = TestClock::at(SystemClock::new().now());
     let app = TestApp::setup()
@@ -832,7 +832,7 @@ async fn key_that_moves_to_another_plan_keeps_its_usage() {
         passed
     };
     assert_eq!(pass().await, 3);
-    // Disabling and enabling the key, or rotating it, does not grant a new burst either.
+    // Deactivating and activating the key, or rotating it, does not grant a new burst either.
     patch(json!({"is_active": false})).await;
     assert_eq!(app.echo(&key.text).await.status, 401);
     patch(json!({"is_active": true})).await;
@@ -1069,7 +1069,8 @@ async fn grace_period_is_for_one_secret_and_does_not_outlive_the_key() {
     }
 }
 
-/// The three endpoints are recognized by path before the router. An empty query is routed by the router.
+/// The three endpoints are recognized by path before they reach the router. A request with an empty query is routed by
+/// the router.
 #[tokio::test(flavor = "multi_thread")]
 async fn fast_path_and_router_respond_alike() {
     let (app, _clock, account) = still().await;
@@ -1135,7 +1136,7 @@ async fn fast_path_and_router_respond_alike() {
     assert_eq!(
         statuses,
         [
-            401, 401, 401, 401, 401, 422, 415, // refused
+            401, 401, 401, 401, 401, 422, 415, // rejected
             200, 200, 403, 429, 200, // the burst of two ends
             429, 429, 403, 429, 200,
         ]
@@ -1145,7 +1146,7 @@ async fn fast_path_and_router_respond_alike() {
     }
 }
 
-/// The header that gateways rely on.
+/// Returns the header that gateways rely on.
 fn decision(answer: &Answer) -> &str {
     answer.header("x-quota-decision").unwrap_or("none")
 }

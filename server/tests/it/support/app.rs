@@ -69,7 +69,7 @@ pub(crate) struct Setup {
 }
 
 impl Setup {
-    /// One setting, such as `--auth-rpm=3`.
+    /// Adds one setting, such as `--auth-rpm=3`.
     pub(crate) fn flag(mut self, flag: impl Into<String>) -> Self {
         self.flags.push(flag.into());
         self
@@ -92,7 +92,7 @@ impl Setup {
         self
     }
 
-    /// The data directory of another server, or a directory that outlives this server.
+    /// Uses the data directory of another server, or a directory that outlives this server.
     pub(crate) fn data_dir(mut self, path: &Path) -> Self {
         self.data_dir = Some(path.to_owned());
         self
@@ -343,7 +343,7 @@ impl TestApp {
         made.text("id")
     }
 
-    /// Creates a request of an account. `Null` means no body.
+    /// Creates a request with an account's credentials. `Null` means no body.
     pub(crate) async fn act(
         &self,
         account: &Account,
@@ -491,7 +491,7 @@ impl Call {
     }
 }
 
-/// The media type of a response, without its parameters.
+/// Returns the media type of a response, without its parameters.
 fn media_type(headers: &HeaderMap) -> &str {
     let media_type = headers.get("content-type").and_then(|it| it.to_str().ok());
     media_type

@@ -20,13 +20,13 @@ pub(crate) fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8>
     frame
 }
 
-/// The first frames that a client sends, with this window size for each response.
+/// Returns the first frames that a client sends, with this window size for each response.
 pub(crate) fn hello(window: u32) -> Vec<u8> {
     let settings = [&[0, 4], &window.to_be_bytes()[..]].concat();
     [PREFACE, &frame(SETTINGS, 0, 0, &settings)].concat()
 }
 
-/// A length in HPACK, with 7 bits in its first byte.
+/// Encodes a length for HPACK, with 7 bits in its first byte.
 fn length(mut length: usize) -> Vec<u8> {
     if let Ok(short @ ..127) = u8::try_from(length) {
         return vec![short];
@@ -41,7 +41,7 @@ fn length(mut length: usize) -> Vec<u8> {
     bytes
 }
 
-/// A header field that is not added to the table.
+/// Returns a header field that is not added to the table.
 pub(crate) fn field(name: &str, value: &str) -> Vec<u8> {
     let mut field = vec![0];
     field.extend(length(name.len()));
@@ -51,7 +51,7 @@ pub(crate) fn field(name: &str, value: &str) -> Vec<u8> {
     field
 }
 
-/// The pseudo-header fields of a request.
+/// Returns the pseudo-header fields of a request.
 pub(crate) fn head(method: &str, path: &str) -> Vec<u8> {
     [
         field(":method", method),

@@ -82,7 +82,7 @@ impl TestDatabase {
         &self.url
     }
 
-    /// Connects as superuser, who bypasses row-level security.
+    /// Connects as the superuser, who bypasses row-level security.
     pub(crate) async fn connect(&self) -> Client {
         connect(&self.url).await
     }
@@ -119,7 +119,8 @@ async fn exists(admin: &Client, name: &str) -> bool {
         .is_some()
 }
 
-/// Created under another name and renamed when complete, so that an existing template is always valid.
+/// Creates the template under another name and renames it when it is complete, so that an existing template is always
+/// valid.
 async fn make_template<F, E>(admin: &Client, template: &str, migrate: impl FnOnce(String) -> F)
 where
     F: Future<Output = Result<(), E>>,
@@ -229,7 +230,7 @@ async fn first_free_slot() -> EmbeddedPostgres {
     panic!("256 test processes have a database each already");
 }
 
-/// It must belong to this user: anyone can create files in `/tmp`.
+/// Returns the directory of the slots, which must belong to this user: anyone can create files in `/tmp`.
 fn slots() -> PathBuf {
     let me = nix::unistd::geteuid();
     let path = PathBuf::from(format!("/tmp/quota-test-slots-{me}"));

@@ -26,7 +26,7 @@ const STARTED_WITHIN: Duration = Duration::from_secs(120);
 /// How long stopping after SIGTERM may take.
 const STOPPED_WITHIN: Duration = Duration::from_secs(30);
 
-/// A data directory that root's PostgreSQL can access.
+/// Returns a data directory that root's PostgreSQL can access.
 pub(crate) fn data_dir() -> TempDir {
     tempfile::Builder::new()
         .prefix("quota-it-")
@@ -43,7 +43,7 @@ pub(crate) struct Quota {
 }
 
 impl Quota {
-    /// Starts it and waits until it logs that it is ready.
+    /// Starts a server and waits until it logs that it is ready.
     pub(crate) fn start(data_dir: &Path) -> Self {
         Self::start_with(data_dir, &[])
     }
@@ -56,7 +56,7 @@ impl Quota {
         quota
     }
 
-    /// Stops reading its output once it is ready.
+    /// Like [`start_with`](Self::start_with), but stops reading the output once the server is ready.
     pub(crate) fn start_unread(
         data_dir: &Path,
         settings: &[(&str, &str)],
@@ -137,7 +137,7 @@ impl Quota {
         self.child.wait().expect("it ends");
     }
 
-    /// Registers and creates a plan with a key. Returns the key.
+    /// Registers an account, and creates a plan with a key. Returns the key.
     pub(crate) async fn key_on(&self, http: &Client, plan: Value) -> String {
         let account = json!({"email": "owner@example.com", "password": PASSWORD});
         let account = self.post(http, "/auth/register", "", account).await;

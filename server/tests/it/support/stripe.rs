@@ -18,7 +18,7 @@ pub(crate) struct TestStripe {
 }
 
 impl TestStripe {
-    /// A fake with a monthly price, a price for usage and a webhook endpoint.
+    /// Starts a fake with a monthly price, a price for usage and a webhook endpoint.
     pub(crate) async fn start() -> Self {
         let fake = FakeStripe::start().await.expect("loopback has a free port");
         let post = |path: &str, form: &str| {

@@ -36,7 +36,7 @@ fn request_ids(page: &Value) -> Vec<String> {
         .collect()
 }
 
-/// Appends one request per second until now, named by its number.
+/// Returns requests that are a second apart, named by their numbers. Number 0 was sent an hour ago.
 fn requests(account: &Account, numbers: std::ops::Range<i64>) -> Vec<UsageRecord> {
     let start = now() - TimeDelta::hours(1);
     numbers
@@ -119,7 +119,7 @@ async fn decisions_are_listed_newest_first_page_by_page() {
     );
     assert_eq!(item["key_name"], Value::Null, "the key was deleted");
 
-    // Another tenant sees none of it, with any filter.
+    // Another tenant sees none of these decisions, with any filter.
     let other = app.register().await;
     for query in [
         "",
@@ -293,7 +293,7 @@ async fn a_stream_shows_what_any_replica_ships_and_resumes_on_another() {
     let mut following = Events::open(&one, &account.access_token, &query, None).await;
     assert_eq!(following.decisions(2).await.0, names(14..16));
 
-    // Filters.
+    // Filters apply to a stream as well.
     let query = format!("{query}&outcome=rejected&key_id={OTHER_KEY}");
     let mut filtered = Events::open(&one, &account.access_token, &query, None).await;
     append(&one, &requests(&account, 16..30)).await;
@@ -408,7 +408,7 @@ async fn a_quiet_stream_stays_open_beyond_every_deadline_of_a_connection() {
     assert_eq!(multiplexed.decisions(2).await.0, names(0..2));
 }
 
-/// It reads a byte occasionally, which looks the same as a slow network to any deadline.
+/// The client reads a byte occasionally, which no deadline can tell from a slow network.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_that_is_read_byte_by_byte_ends_with_its_session() {
     let app = TestApp::setup()

@@ -22,7 +22,7 @@ use uuid::Uuid;
 
 use crate::support::app::{Account, TestApp};
 
-/// The current time.
+/// Returns the current time.
 #[expect(
     clippy::disallowed_methods,
     reason = "these tests are about today and yesterday, by PostgreSQL's clock"
@@ -64,7 +64,7 @@ pub(crate) async fn create_partitions(app: &TestApp, days: impl Iterator<Item = 
     }
 }
 
-/// An allowed request of cost 1.
+/// Returns an allowed request with a cost of 1.
 pub(crate) fn record(account: &Account, key: &str, plan: &str, at: DateTime<Utc>) -> UsageRecord {
     let event_id = Uuid::now_v7();
     UsageRecord {
@@ -83,7 +83,7 @@ pub(crate) fn record(account: &Account, key: &str, plan: &str, at: DateTime<Utc>
     }
 }
 
-/// The same request, denied by this policy.
+/// Returns the same request, denied by this policy.
 pub(crate) fn rejected(record: UsageRecord, policy: &'static str) -> UsageRecord {
     UsageRecord {
         was_rejected: true,

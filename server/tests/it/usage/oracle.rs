@@ -31,7 +31,7 @@ fn add(to: &mut Counts, record: &UsageRecord) {
     to[first + 2] += cost;
 }
 
-/// The local time, to the hour or day. An hour that occurs twice has two offsets.
+/// Returns the local time, truncated to the hour or day. An hour that occurs twice has two offsets.
 fn label(zone: &TimeZone, at: DateTime<Utc>, bucket: &str) -> String {
     let at = Timestamp::from_microsecond(at.timestamp_micros()).expect("a time");
     let (local, offset) = (zone.to_datetime(at), zone.to_offset(at));
@@ -60,7 +60,7 @@ struct World {
     records: Vec<UsageRecord>,
 }
 
-/// Records of 30 keys on 3 plans, with 40 endpoints, over some days.
+/// Creates records of 30 keys on 3 plans, with 40 endpoints, over some days.
 async fn world(days: &[&str]) -> World {
     let app = TestApp::setup().without_jobs().start().await;
     let account = app.register().await;
@@ -113,7 +113,7 @@ async fn world(days: &[&str]) -> World {
     }
 }
 
-/// The group to which a record belongs.
+/// Returns the group to which a record belongs.
 fn group(record: &UsageRecord, by: &str) -> Option<String> {
     match by {
         "key" => Some(record.key_id.to_string()),
@@ -125,7 +125,7 @@ fn group(record: &UsageRecord, by: &str) -> Option<String> {
     }
 }
 
-/// The group to which a bucket or group of a response belongs; `None` for `other`.
+/// Returns the group to which a bucket or group of a response belongs; `None` for `other`.
 fn group_of(value: &Value, by: &str) -> Option<String> {
     let field = match by {
         "key" => "key_id",

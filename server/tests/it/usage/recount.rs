@@ -38,7 +38,7 @@ impl Counts {
         *sum += cost;
     }
 
-    /// The numbers shown by the API.
+    /// Returns the numbers shown by the API.
     fn shown(value: &Value) -> Self {
         let number = |name: &str| value[name].as_u64().expect("a number");
         Self {
@@ -64,7 +64,7 @@ impl Answered {
         self.code == "allowed"
     }
 
-    /// Each plan denies by one policy, or by all of them while a replica does not reach Redis in time.
+    /// Returns the policy under which the request is counted. Each plan denies by only one policy.
     fn policy(&self) -> &str {
         match self.code.as_str() {
             "quota_exceeded" => ["rpm", "daily", "none"][self.key % 3],

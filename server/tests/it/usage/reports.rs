@@ -432,8 +432,8 @@ async fn a_burn_down_has_what_was_left_and_where_it_leads() {
         .expect("a time");
     assert!(start <= now && now < end && (28..=31).contains(&(end - start).num_days()));
 
-    // 10 requests every 15 minutes since the start of the month; denied requests and those of the previous month do not
-    // count.
+    // An allowed request with a cost of 2 every 15 minutes since the start of the month; denied requests and those of
+    // the previous month do not count.
     let mut records = Vec::new();
     let mut at = start;
     while at < now {

@@ -8,6 +8,7 @@ use quota_server::repo::{
     usage_append::{self, Appended},
     usage_batch::{UsageBatch, UsageRecord},
     usage_check,
+    usage_shipping::open_cursor,
 };
 use serde_json::Value;
 use tokio_postgres::Client;
@@ -157,7 +158,7 @@ async fn endpoints_above_the_limit_count_together_and_keep_their_names_in_the_lo
     let lists = "SELECT count(*) FROM usage_endpoints WHERE key_id = '00000000-0000-0000-0000-000000000000'";
     assert_eq!(number(&client, lists).await, 257);
 
-    // An endpoint in use is recorded once a day.
+    // The use of an endpoint is recorded once a day.
     let age = "UPDATE usage_endpoints SET seen_on = CURRENT_DATE - 9 WHERE endpoint IN ('GET /000', 'GET /001')";
     client.batch_execute(age).await.expect("older endpoints");
     append(&app, &first[1..]).await;
@@ -298,7 +299,7 @@ async fn partitions_are_created_ahead_and_rows_that_came_first_move_there() {
         .start()
         .await;
     let last = (now() + Days::new(7)).format("%Y%m%d").to_string();
-    // Yesterday's is created last.
+    // Yesterday's partition is created last.
     let yesterday = (now() - Days::new(1)).format("%Y%m%d").to_string();
     holds(async || partitions(&client, "usage_days").await.contains(&yesterday)).await;
     for table in ["usage_log", "usage_quarters", "usage_days"] {
@@ -337,7 +338,7 @@ async fn holds(mut check: impl AsyncFnMut() -> bool) -> bool {
 async fn a_table_whose_partitions_cannot_be_created_holds_up_no_other() {
     let app = TestApp::setup().without_jobs().start().await;
     let reader = app.database.connect().await;
-    // A long query.
+    // Holds a lock, like a long query.
     reader
         .batch_execute("BEGIN; LOCK TABLE usage_log_default IN ACCESS SHARE MODE")
         .await
@@ -362,7 +363,7 @@ async fn a_table_whose_partitions_cannot_be_created_holds_up_no_other() {
 async fn partitions_are_created_however_long_it_takes() {
     let app = TestApp::setup().without_jobs().start().await;
     let client = app.database.connect().await;
-    // Each of them takes longer than the statement timeout.
+    // Creating each partition takes longer than the statement timeout.
     client
         .batch_execute(
             "CREATE FUNCTION wait_for_partition() RETURNS event_trigger LANGUAGE plpgsql AS \
@@ -413,7 +414,7 @@ async fn days_beyond_the_retention_are_dropped_and_no_others() {
     for age in ages {
         append(&app, &[record(&account, KEY, PLAN, today - Days::new(age))]).await;
     }
-    // One without a partition, far in the past.
+    // A record without a partition, far in the past.
     append(&app, &[record(&account, KEY, PLAN, today - Days::new(30))]).await;
     let client = app.database.connect().await;
     client
@@ -453,7 +454,18 @@ async fn days_beyond_the_retention_are_dropped_and_no_others() {
         5,
         "cursors are kept as long as they are needed"
     );
-    // Those from 4 and 5 days ago are kept, and so are those of the requests above.
+    // If the log is kept for longer from now on, a copy of a segment whose cursor is deleted is still rejected.
+    let days = |days: u64| std::time::Duration::from_secs(days * 24 * 60 * 60);
+    let cursor_of = async |age, retention| {
+        let mut tx = app.state.db.system().await.expect("PostgreSQL responds");
+        let started_at = now() - Days::new(age);
+        let opened = open_cursor(&mut tx, Uuid::now_v7(), 64, started_at, days(retention)).await;
+        opened.expect("a query")
+    };
+    assert_eq!(cursor_of(7, 90).await, None);
+    assert_eq!(cursor_of(5, 90).await, Some(64));
+    assert_eq!(cursor_of(5, 3).await, None);
+    // Endpoints from 4 and 5 days ago are kept, and so are those of the requests above.
     assert_eq!(number(&client, endpoints).await, listed - 1495);
     // Whole days: a day that ended within the retention period is kept.
     assert_eq!(number(&client, "SELECT count(*) FROM usage_log").await, 4);

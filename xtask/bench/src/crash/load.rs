@@ -37,7 +37,7 @@ pub(super) enum Fate {
 #[derive(Debug, Default)]
 pub(super) struct Sent {
     pub(super) count: u64,
-    /// The other requests that got a decision.
+    /// The requests that did not get a decision.
     pub(super) others: BTreeMap<u64, Fate>,
     pub(super) last_decided: Option<u64>,
 }

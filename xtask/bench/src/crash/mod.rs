@@ -1,5 +1,5 @@
 //! `kill -9` of servers, Redis and PostgreSQL in turn under load, and a recount: no request that got a response is
-//! missing from the usage log or in it twice, compared by request ID.
+//! missing from the usage log or recorded twice, compared by request ID.
 //!
 //! Three replicas share one data directory, so that each may adopt the directories that another has left behind. Which
 //! process is killed, and when, is derived from a seed.
@@ -292,7 +292,7 @@ async fn wait_until_shipped(client: &Client, loads: &[Arc<Load>], data: &Path) -
         for load in loads {
             missing += usize::from(is_before_commit(client, load).await?);
         }
-        // One for each running replica.
+        // There is one directory for each running replica.
         let directories = fs::read_dir(data.join("usage"))?.count();
         if missing == 0 && directories <= REPLICAS {
             return Ok(());
@@ -314,7 +314,7 @@ struct Recount {
     rows: u64,
     lost: Vec<String>,
     doubled: u64,
-    /// Rows that do not belong to any of our requests.
+    /// Rows that do not belong to any request of the load.
     unknown: u64,
     rows_without_answer: u64,
     /// Rows of requests that got 503.

@@ -65,7 +65,7 @@ impl Postgres {
         Ok(postgres)
     }
 
-    /// PostgreSQL refuses to run as root.
+    /// Returns a command for one of PostgreSQL's programs, which refuse to run as root.
     fn program(&self, name: &str) -> Result<Command> {
         let program = self.programs.join(name);
         if !Uid::effective().is_root() {
@@ -91,8 +91,8 @@ impl Postgres {
         Ok(client)
     }
 
-    /// `kill -9` of the postmaster. The kernel keeps the data it has written, since `fsync` matters only if the machine
-    /// fails.
+    /// Kills the postmaster with `kill -9`. The kernel keeps the data it has written, since `fsync` matters only if the
+    /// machine fails.
     pub(crate) async fn kill(&mut self) -> Result<()> {
         if let Some(mut process) = self.running.take() {
             process.signal(Signal::SIGKILL)?;

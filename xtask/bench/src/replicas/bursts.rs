@@ -27,7 +27,7 @@ const COLUMNS: &[&str] = &[
 const REPLICAS: usize = 3;
 const CYCLES: usize = 3;
 
-/// The result over all idle times.
+/// The result across all idle times.
 #[derive(Clone)]
 struct Found {
     sent: usize,
@@ -49,7 +49,7 @@ impl Default for Found {
     }
 }
 
-/// Names are unique within the tenant.
+/// Returns the plans of a step, whose names are unique within the tenant.
 fn plans(step: u32) -> Vec<Plan> {
     let limits = [(600, 20), (6000, 100), (60_000, 300)];
     let both = limits.into_iter().flat_map(|(rpm, burst)| {

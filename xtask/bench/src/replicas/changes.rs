@@ -34,7 +34,7 @@ const AT_ONCE: usize = 8;
 /// The interval between requests to the same replica.
 const PAUSE: Duration = Duration::from_millis(3);
 const PATIENCE: Duration = Duration::from_secs(10);
-/// The promise.
+/// The promised maximum.
 const PROMISE: Duration = Duration::from_secs(1);
 const BURSTS: (u32, u32) = (100_000, 200_000);
 
@@ -61,7 +61,7 @@ impl Channel {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Change {
     Deactivation,
-    /// The expected status of a key that was deactivated before.
+    /// Activating a key that was deactivated before.
     Activation,
     Plan,
     Deletion,
@@ -90,7 +90,7 @@ struct Seen {
     change: Change,
     /// The time for the slowest replica.
     after: Duration,
-    /// Number of times that a replica returned to the old state.
+    /// Whether a replica returned to the old state.
     fell_back: bool,
 }
 
@@ -163,7 +163,7 @@ async fn under(channel: Channel, mut stage: Stage, rounds: usize) -> Result<Vec<
     if channel == Channel::Frozen {
         let redis = stage.redis.as_mut().context("there is a Redis")?;
         redis.stop();
-        // This does not measure the effect of losing Redis.
+        // Waits, because the effect of losing Redis is not measured here.
         sleep(Duration::from_secs(2)).await;
     }
     let cutting = counters.map(|mut counters| {
@@ -249,7 +249,7 @@ impl Watcher {
         })
     }
 
-    /// When the first response of this kind arrived.
+    /// Returns when the first response of this kind arrived.
     async fn answers(&mut self, key: &HeaderValue, wanted: State) -> Result<Instant> {
         let asked = async {
             loop {
@@ -272,7 +272,7 @@ struct Crew {
 }
 
 impl Crew {
-    /// One change of each kind.
+    /// Makes one change of each kind.
     async fn round(&mut self, round: usize, plan: &str, seen: &mut Vec<Seen>) -> Result<()> {
         let at = |n: usize| (round + n) % REPLICAS;
         let (old, new) = (State::Known(BURSTS.0), State::Known(BURSTS.1));
@@ -347,7 +347,7 @@ impl Crew {
         Ok(())
     }
 
-    /// When the last replica first responded this way.
+    /// Returns when the last replica first responded this way.
     async fn all_answer(&mut self, key: &Key, wanted: State) -> Result<Instant> {
         ensure!(!self.watchers.is_empty(), "there are no watchers");
         let asked = self

@@ -34,7 +34,7 @@ const LIMITS: [(u32, u32); 2] = [(600, 600), (60, 60)];
 
 /// How long the slowest bucket takes to fill.
 const FILLED: Duration = Duration::from_secs(60);
-/// How many times to wait for it.
+/// How many times to wait for the buckets to fill.
 const REFILLS: u32 = 10;
 
 pub(crate) async fn run(options: &Options) -> Result<Table> {

@@ -1,4 +1,4 @@
-//! The cost of sharing: calls to Redis, and the cost of a request compared with a single replica's memory.
+//! The cost of sharing: calls to Redis, and the cost of a request compared with a single replica that counts in memory.
 
 use std::{thread, time::Duration};
 
@@ -34,7 +34,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
     let seconds = Duration::from_secs(if options.quick { 1 } else { 6 });
     let stage = Stage::set(options, REPLICAS, &[]).await?;
     if !options.no_redis {
-        // A burst of one minute.
+        // The burst takes one minute to refill.
         let fills = if options.quick { 0 } else { 60 };
         stage.settle(Duration::from_secs(fills)).await?;
     }
@@ -54,7 +54,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
     Ok(table)
 }
 
-/// A load of 0.9 times the limit.
+/// Measures a load of 0.9 times the limit.
 async fn steady(
     options: &Options,
     stage: &Stage,
@@ -105,7 +105,7 @@ async fn steady(
     Ok(())
 }
 
-/// As many requests as possible on one key whose bucket is empty.
+/// Measures as many requests as possible on one key whose bucket is empty.
 async fn saturated(
     options: &Options,
     stage: &Stage,
@@ -148,7 +148,7 @@ async fn saturated(
     Ok(())
 }
 
-/// A closed loop on every replica.
+/// Runs a closed loop on every replica.
 fn hammer(stage: &Stage, keys: &[Key], time: Duration) -> Result<Statuses> {
     let request = echo(keys[0].text.to_str()?);
     thread::scope(|scope| {
@@ -205,7 +205,8 @@ struct Round {
     per_second: f64,
 }
 
-/// One busy key, with all requests admitted and with all denied, alternately on a server with Redis and one without.
+/// Measures one busy key, with all requests admitted and with all denied, alternately on a server with Redis and one
+/// without.
 async fn next_to_memory(options: &Options, table: &mut Table) -> Result<()> {
     let redis = RedisServer::start().await;
     let (rounds, time) = if options.quick { (3, 100) } else { (25, 300) };
@@ -259,7 +260,7 @@ async fn next_to_memory(options: &Options, table: &mut Table) -> Result<()> {
         let before = scripts(&mut counters).await?;
         for _ in 0..rounds {
             all.extend(measure(1)?);
-            // This way, a stop signal is noticed.
+            // Yields, so that a stop signal is noticed.
             tokio::task::yield_now().await;
         }
         let after = scripts(&mut counters).await?;

@@ -34,7 +34,7 @@ impl Counters {
     }
 }
 
-/// Lines such as `cmdstat_evalsha:calls=12,usec=340,…`.
+/// Returns the number of script calls, from lines such as `cmdstat_evalsha:calls=12,usec=340,…`.
 fn scripts(text: &str) -> u64 {
     let calls = |line: &str| -> Option<u64> {
         let (name, rest) = line.strip_prefix("cmdstat_")?.split_once(":calls=")?;

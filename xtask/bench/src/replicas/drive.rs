@@ -304,7 +304,7 @@ fn number(headers: &HeaderMap, name: &header::HeaderName) -> Option<u32> {
     headers.get(name)?.to_str().ok()?.parse().ok()
 }
 
-/// The header is present whenever a server decides without Redis, no matter what its value is.
+/// Whether the request was decided without Redis: the header is then present, whatever its value.
 fn is_degraded(headers: &HeaderMap) -> bool {
     headers
         .keys()

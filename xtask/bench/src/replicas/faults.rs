@@ -42,7 +42,7 @@ const COLUMNS: &[&str] = &[
 const REPLICAS: usize = 3;
 /// When the fault occurs.
 const FAULT_AT: Duration = Duration::from_secs(4);
-/// The number of recent writes that the promoted replica lacks.
+/// How long before the fault the replica that will be promoted stops receiving writes.
 const MISSED: Duration = Duration::from_millis(1500);
 /// How long all replicas may take to detect the loss.
 const DISCOVERY: Duration = Duration::from_secs(1);
@@ -83,7 +83,7 @@ impl Kind {
         }
     }
 
-    /// The maximum.
+    /// Returns the maximum duration of the fault.
     fn lasts(self) -> Duration {
         Duration::from_secs(match self {
             Self::Kill => 2,
@@ -267,7 +267,7 @@ async fn happen(kind: Kind, world: &mut World, origin: Instant) -> Result<Durati
             }
             sleep_until(over).await;
             for proxy in &proxies[..silent] {
-                // These streams have lost bytes, which a network never loses, so they are closed.
+                // These TCP streams have lost bytes, which a real network never causes, so they are closed.
                 proxy.cut();
                 proxy.set(Fault::Pass);
             }
@@ -290,7 +290,7 @@ async fn happen(kind: Kind, world: &mut World, origin: Instant) -> Result<Durati
     Ok(origin.elapsed())
 }
 
-/// If all replicas lose Redis, the plan's promise holds.
+/// Returns the promise that holds for a plan during a fault. If all replicas lose Redis, it is the plan's own.
 fn promised(kind: Kind, plan: &Plan) -> Plan {
     match kind {
         Kind::Partial => with_share_of_one(plan, REPLICAS),

@@ -183,7 +183,7 @@ impl Replica {
         }
         let process = Process::start(&command, &log)
             .with_context(|| format!("cannot run {}", setup.binary.display()))?;
-        // Waits until it is ready.
+        // The addresses are known only once the replica is ready.
         let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
         Ok(Self {
             process,

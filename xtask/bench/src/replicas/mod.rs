@@ -122,7 +122,7 @@ impl std::fmt::Display for Only {
 }
 
 impl Options {
-    /// The binary to measure.
+    /// Returns the binary to measure.
     fn binary(&self) -> PathBuf {
         self.server.as_ref().unwrap_or(&self.quota).clone()
     }

@@ -23,7 +23,7 @@ const COLUMNS: &[&str] = &[
     "failed",
 ];
 
-/// The maximum, after the restart.
+/// The maximum number of rounds after the restart.
 const ROUNDS: usize = 20;
 
 pub(crate) async fn run(options: &Options) -> Result<Table> {
@@ -110,7 +110,7 @@ async fn spend(stage: &Stage, keys: &[Key], count: usize) -> Result<Vec<Attempt>
     stage.drive(keys, &load).await
 }
 
-/// The tenant's days are in UTC.
+/// Returns the number of the current day in UTC, the tenant's time zone.
 #[expect(
     clippy::disallowed_methods,
     reason = "a measurement has no `Clock`: it reads the time directly"

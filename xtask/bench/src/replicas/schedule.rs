@@ -96,8 +96,8 @@ pub(crate) fn together(parts: impl IntoIterator<Item = Vec<Arrival>>) -> Vec<Arr
     all
 }
 
-/// A burst of more than a full bucket, followed by a steady rate that meets an empty bucket. For a small bucket, the
-/// burst is larger than all replicas together would admit without sharing.
+/// Returns a burst of more than a full bucket, followed by a steady rate that meets an empty bucket. For a small
+/// bucket, the burst is larger than all replicas together would admit without sharing.
 pub(crate) fn drained_then(
     steady: Steady,
     replicas: usize,
@@ -107,7 +107,7 @@ pub(crate) fn drained_then(
 ) -> Vec<Arrival> {
     let (rpm, burst) = limit;
     let rate = f64::from(rpm) / 60.0;
-    // It refills in the meantime.
+    // The bucket refills during the burst.
     #[expect(clippy::cast_precision_loss, reason = "a handful of replicas")]
     let over = if burst <= 10_000 {
         replicas as f64 + 1.0
@@ -136,9 +136,9 @@ pub(crate) fn drained_then(
         .collect()
 }
 
-/// Worst-case bursts for leases. Each cycle sends a steady stream to one replica, so that it prefetches many tokens;
-/// pauses for `phase`, so that they remain unspent; then sends a burst to all others at the same time, and finally to
-/// the first. The next cycle begins with the next replica.
+/// Returns worst-case bursts for leases. Each cycle sends a steady stream to one replica, so that it prefetches many
+/// tokens; pauses for `phase`, so that they remain unspent; then sends a burst to all others at the same time, and
+/// finally to the first. The next cycle begins with the next replica.
 pub(crate) fn on_off(
     key: usize,
     from: Duration,

@@ -174,8 +174,8 @@ impl Stage {
         drive(&self.targets(keys), load, Instant::now()).await
     }
 
-    /// A new epoch starts with every bucket empty. Waits until it has started, until buckets that take `time` to fill
-    /// are full, and until the replicas have counted each other.
+    /// Waits until a new epoch has started, with every bucket empty; until buckets that take `time` to fill are full;
+    /// and until the replicas have counted each other.
     pub(crate) async fn settle(&self, time: Duration) -> Result<()> {
         let keys = self.keys_on(&[Plan::new("to begin with", 60, 1)]).await?;
         let load: Vec<_> = (0..self.fleet.len())
@@ -217,7 +217,7 @@ pub(crate) struct Recount {
 }
 
 impl Recount {
-    /// `slack` is what the promise allows for leases.
+    /// Evaluates the log of one key. `slack` is what the promise allows for leases.
     pub(crate) fn of(key: usize, plan: &Plan, slack: Duration, log: &[Attempt]) -> Self {
         let own = || log.iter().filter(|it| it.key == key);
         let count = |what: fn(&Attempt) -> bool| own().filter(|it| what(it)).count();
@@ -239,12 +239,12 @@ impl Recount {
         }
     }
 
-    /// In tokens. Negative if every window was below the promise.
+    /// Returns the excess of the worst window, in tokens. Negative if every window was below the promise.
     pub(crate) fn excess(&self) -> f64 {
         self.worst.map_or(f64::NEG_INFINITY, |worst| worst.excess)
     }
 
-    /// The fraction of what one exact bucket would have admitted.
+    /// Returns the admitted tokens as a fraction of those that one exact bucket would have admitted.
     pub(crate) fn served(&self) -> f64 {
         share(self.tokens, self.ideal)
     }
@@ -259,7 +259,7 @@ impl Recount {
         self.excess() > 0.0
     }
 
-    /// The position in the log.
+    /// Describes the worst window.
     pub(crate) fn window(&self) -> String {
         let Some(worst) = self.worst else {
             return "nothing was admitted".to_owned();
@@ -298,7 +298,7 @@ pub(crate) fn check_book(
     }
 }
 
-/// The slack in a plan's promise.
+/// Returns the slack in a plan's promise.
 pub(crate) fn slack(plan: &Plan, lease_ttl: Duration) -> Duration {
     if plan.strict {
         Duration::ZERO
@@ -340,7 +340,7 @@ pub(crate) fn lateness(log: &[Attempt]) -> String {
     )
 }
 
-/// Returns the log of the worst window, for investigation.
+/// Describes the worst window, for investigation.
 pub(crate) fn context(what: &str, recount: &Recount) -> String {
     format!("{what}: {}", recount.window())
 }
@@ -353,7 +353,7 @@ pub(crate) async fn scripts(counters: &mut Option<Counters>) -> Result<Option<u6
     }
 }
 
-/// Calls per thousand decisions.
+/// Returns the number of calls per thousand decisions.
 pub(crate) fn per_thousand(before: Option<u64>, after: Option<u64>, decisions: u64) -> String {
     match (before, after) {
         (Some(before), Some(after)) => {

@@ -116,7 +116,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
             ]);
         }
         late.extend(log);
-        // The effects of one freeze must not affect the next.
+        // Waits, so that one freeze does not affect the next.
         sleep(Duration::from_secs(3)).await;
     }
     stage.end().await?;

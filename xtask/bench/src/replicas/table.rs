@@ -25,7 +25,7 @@ impl Table {
         }
     }
 
-    /// One cell per column.
+    /// Adds a row with one cell per column.
     pub(crate) fn row(&mut self, cells: Vec<String>) {
         assert_eq!(cells.len(), self.columns.len(), "{cells:?}");
         eprintln!("  {}", cells.join(" | "));
@@ -51,7 +51,7 @@ impl Table {
         text
     }
 
-    /// Rows are objects with a string per column.
+    /// Returns the table as JSON. Rows are objects with a string per column.
     pub(crate) fn json(&self) -> Value {
         let row = |cells: &Vec<String>| {
             let cells = self.columns.iter().zip(cells);

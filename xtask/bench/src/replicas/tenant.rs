@@ -17,7 +17,7 @@ pub(crate) struct Tenant {
     token: String,
 }
 
-/// A plan, as the load needs it.
+/// A plan to create.
 #[derive(Debug, Clone)]
 pub(crate) struct Plan {
     pub(crate) name: String,

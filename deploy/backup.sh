@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Writes a backup of a running installation to a new directory, quota-YEAR-MONTH-DAYTHOUR-MINUTE-SECOND, in the given
+# directory.
+#
+#   deploy/backup.sh /var/backups                   the installation of compose.prod.yml
+#
+#   DATABASE_URL_FILE=/etc/quota/secrets/database_url QUOTA_DATA_DIR=/var/lib/quota deploy/backup.sh /var/backups
+#                                                   any other (DATABASE_URL works too); requires pg_dump, psql and tar
+#
+# The backup contains the database, and the usage that was not in the database yet: all usage until the backup started is
+# in one of them. It does not contain the secrets, so keep a copy of them elsewhere. Redis needs no backup.
+#
+# With FORCE ROW LEVEL SECURITY, not even the owner of the tables can read all rows. So connect as a superuser, or as a role
+# with BYPASSRLS and pg_read_all_data.
+set -euo pipefail
+umask 077
+deploy=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=deploy/backup-common.sh
+source "$deploy/backup-common.sh"
+
+folder=${1:?"usage: backup.sh FOLDER"}
+name=quota-$(date -u +%Y-%m-%dT%H-%M-%S)
+partial=$folder/$name.partial
+mkdir -p "$folder"
+mkdir "$partial"
+trap 'rm -rf "$partial"' EXIT
+
+connect
+sees_all=$(query "SELECT rolsuper OR rolbypassrls FROM pg_roles WHERE rolname = current_user")
+if [ "$sees_all" != t ]; then
+  fail "the role $(query "SELECT current_user") cannot read the rows of all tenants; connect as a superuser or a role with BYPASSRLS"
+fi
+[ "$(query "SELECT to_regclass('public.api_keys') IS NOT NULL")" = t ] || fail "this is not a database of Quota"
+
+query "SELECT now()" > "$partial/started_at"
+# Usage first: what is written to the database after this is in the dump, and restoring it twice does not count it twice.
+archive_usage > "$partial/usage.tar"
+postgres pg_dump --format custom --no-owner > "$partial/quota.dump"
+postgres pg_restore --list < "$partial/quota.dump" > /dev/null
+
+(cd "$partial" && sha256sum started_at usage.tar quota.dump > SHA256SUMS)
+sync "$partial"/* "$partial"
+mv "$partial" "$folder/$name"
+trap - EXIT
+echo "$folder/$name"

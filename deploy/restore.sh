@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Restores a backup of backup.sh into an empty database.
+#
+#   deploy/restore.sh /var/backups/quota-2026-11-26T03-00-00          the installation of compose.prod.yml
+#
+#   DATABASE_URL_FILE=… QUOTA_DATA_DIR=/var/lib/quota deploy/restore.sh /var/backups/quota-2026-11-26T03-00-00
+#                                                                     any other; requires pg_restore, psql and tar
+#
+# No server may be running. Restore the secrets first, and start the servers afterward: they apply newer migrations, and write
+# the usage in the backup to the database. Nothing is counted twice, not even if the servers' own directories in
+# QUOTA_DATA_DIR/usage still exist: these are kept, because they are newer than those in the backup.
+set -euo pipefail
+umask 077
+deploy=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=deploy/backup-common.sh
+source "$deploy/backup-common.sh"
+
+backup=${1:?"usage: restore.sh BACKUP"}
+(cd "$backup" && sha256sum --check --quiet SHA256SUMS) || fail "the backup is damaged"
+backup=$(cd "$backup" && pwd)
+
+connect
+if [ "$(query "SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p', 'v', 'S')")" != 0 ]; then
+  name=$(query "SELECT current_database()")
+  fail "the database $name is not empty. To keep what is in it, rename it, and create a new one:
+  ALTER DATABASE $name RENAME TO ${name}_before_restore;
+  CREATE DATABASE $name;"
+fi
+# A server that has just stopped may still have sessions for a moment.
+for _ in 1 2 3 4 5 6 7 8 9 10; do
+  others=$(query "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'")
+  [ "$others" != 0 ] || break
+  sleep 0.5
+done
+[ "$others" = 0 ] || fail "other sessions use the database ($others): stop all servers first"
+
+# Roles belong to the cluster, so they are not in the backup of a database. They are created as in the first migration.
+query "DO \$\$
+DECLARE
+    name text;
+BEGIN
+    FOREACH name IN ARRAY ARRAY['quota_app', 'quota_system'] LOOP
+        IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = name) THEN
+            EXECUTE format('CREATE ROLE %I NOLOGIN NOINHERIT', name);
+        END IF;
+        IF NOT pg_has_role(current_user, name, 'MEMBER') THEN
+            EXECUTE format('GRANT %I TO %I', name, current_user);
+        END IF;
+    END LOOP;
+END \$\$"
+# All or nothing.
+postgres pg_restore --single-transaction --exit-on-error --no-owner < "$backup/quota.dump"
+# Warns about system tables that only a superuser may analyze.
+query "SET client_min_messages = error; ANALYZE"
+
+restore_usage < "$backup/usage.tar"
+cat << END
+Restored. All usage until at least this time is in the database, or will be written to it when a server starts:
+  $(query "SELECT least(timestamptz '$(< "$backup/started_at")', min(coalesce(oldest_pending_at, reported_at))) FROM usage_shippers")
+Start the servers. A minute later, \`quota usage\` shows the replicas whose usage is still missing. If their disks are lost,
+run \`quota usage forget DIRECTORY_ID\` for each of them.
+END

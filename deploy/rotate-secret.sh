@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Rotates QUOTA_SECRET without signing anyone out. Run each step, and then restart all replicas, one after the other, before
+# you run the next one. With compose.prod.yml, `deploy/upgrade.sh` restarts them.
+#
+#   deploy/rotate-secret.sh prepare     creates a new secret, which replicas accept but do not use yet
+#   deploy/rotate-secret.sh switch      uses the new secret; the old one is still accepted
+#   deploy/rotate-secret.sh finish      stops accepting the old one; not before QUOTA_SESSION_DAYS have passed
+#
+#   deploy/rotate-secret.sh leaked      replaces the secret immediately: all users have to sign in again
+#   deploy/rotate-secret.sh status
+#
+# The files quota_secret and quota_secret_previous are in deploy/secrets, or in the directory in SECRETS, such as
+# /etc/quota/secrets. When no rotation is in progress, both contain the same secret.
+set -euo pipefail
+folder=${SECRETS:-$(dirname "${BASH_SOURCE[0]}")/secrets}
+current=$folder/quota_secret
+previous=$folder/quota_secret_previous
+
+fail() {
+  echo "rotate-secret.sh: $*" >&2
+  exit 1
+}
+random() { head -c 32 /dev/urandom | base64 | tr '+/' '-_' | tr -d '=\n'; }
+# Replaces a file atomically, and keeps its owner and mode.
+write() {
+  local new
+  new=$(mktemp "$folder/.quota_secret.XXXXXX")
+  printf '%s' "$2" > "$new"
+  chown --reference "$current" "$new"
+  chmod --reference "$current" "$new"
+  sync "$new"
+  mv "$new" "$1"
+}
+
+[ -s "$current" ] || fail "there is no $current"
+[ -e "$previous" ] || write "$previous" "$(< "$current")"
+# The step that was run last.
+if [ -e "$folder/.rotation" ]; then step=$(< "$folder/.rotation"); else step=none; fi
+expect() {
+  [ "$step" = "$1" ] || fail "this step comes after \`$1\`, and the last step was \`$step\`"
+}
+
+case "${1:-}" in
+  prepare)
+    case "$step" in none | finish | leaked) ;; *) fail "a rotation is in progress; the last step was \`$step\`" ;; esac
+    write "$previous" "$(random)"
+    ;;
+  switch)
+    expect prepare
+    # If this is interrupted, run it again: this file contains the old secret until both others are written.
+    old_copy=$folder/.quota_secret.old
+    [ -e "$old_copy" ] || write "$old_copy" "$(< "$current")"
+    old=$(< "$old_copy")
+    new=$(< "$current")
+    [ "$new" != "$old" ] || new=$(< "$previous")
+    write "$current" "$new"
+    write "$previous" "$old"
+    rm -f "$old_copy"
+    ;;
+  finish)
+    expect switch
+    write "$previous" "$(< "$current")"
+    ;;
+  leaked)
+    write "$current" "$(random)"
+    write "$previous" "$(< "$current")"
+    ;;
+  status)
+    echo "$step"
+    exit
+    ;;
+  *) fail "usage: rotate-secret.sh prepare|switch|finish|leaked|status" ;;
+esac
+printf '%s' "$1" > "$folder/.rotation"
+echo "done: $1. Now restart all replicas, one after the other"

@@ -1,0 +1,175 @@
+//! Pages of keys, and searches for keys.
+
+use chrono::{DateTime, Utc};
+use diesel::{pg::Pg, prelude::*};
+use diesel_async::{RunQueryDsl, SimpleAsyncConnection as _};
+use quota_common::{TenantId, page::TOTAL_MAX};
+use uuid::Uuid;
+
+use super::{
+    super::{
+        CursorKey, Order, Rows, SortBy, SortedSlice, UpToTotalMax, beyond_name, by_name, containing,
+    },
+    ApiKeyRow,
+};
+use crate::{
+    db::{DbError, SystemTx, TenantTx},
+    schema::api_keys,
+};
+
+/// Filters a list of keys.
+#[derive(Debug, Default)]
+pub struct Filter<'a> {
+    pub plan_id: Option<Uuid>,
+    pub is_active: Option<bool>,
+    /// Whether the keys have expired by this time.
+    pub is_expired: Option<(bool, DateTime<Utc>)>,
+    pub external_id: Option<&'a str>,
+    /// Substring of the name, or prefix of the key or external ID.
+    pub search: Option<&'a str>,
+}
+
+/// Returns the tenant's keys that match the filter, without its search.
+fn filtered<'a>(tenant: Uuid, filter: &Filter<'a>) -> api_keys::BoxedQuery<'a, Pg> {
+    let mut query = api_keys::table
+        .filter(api_keys::tenant_id.eq(tenant))
+        .into_boxed::<Pg>();
+    if let Some(plan_id) = filter.plan_id {
+        query = query.filter(api_keys::plan_id.eq(plan_id));
+    }
+    if let Some(is_active) = filter.is_active {
+        query = query.filter(api_keys::is_active.eq(is_active));
+    }
+    match filter.is_expired {
+        Some((true, at)) => query = query.filter(api_keys::expires_at.le(at)),
+        Some((false, at)) => {
+            query = query.filter(
+                api_keys::expires_at
+                    .is_null()
+                    .or(api_keys::expires_at.gt(at)),
+            );
+        }
+        None => {}
+    }
+    if let Some(external_id) = filter.external_id {
+        query = query.filter(api_keys::external_id.assume_not_null().eq(external_id));
+    }
+    query
+}
+
+/// Returns the tenant's keys that match the filter and its search. Each condition has an index.
+fn searched<'a>(tenant: Uuid, filter: &Filter<'a>) -> api_keys::BoxedQuery<'a, Pg> {
+    let query = filtered(tenant, filter);
+    let Some(search) = filter.search else {
+        return query;
+    };
+    let pattern = containing(search);
+    let beginning = pattern[1..].to_owned();
+    let external_id = api_keys::external_id.assume_not_null();
+    query.filter(
+        api_keys::name
+            .ilike(pattern)
+            .or(api_keys::prefix.like(beginning.clone()))
+            .or(external_id.like(beginning)),
+    )
+}
+
+/// The keys that match a search.
+#[derive(Debug)]
+pub enum Matches {
+    /// The IDs of all of them.
+    Ids(Vec<Uuid>),
+    /// There are more than [`TOTAL_MAX`].
+    Many,
+}
+
+/// Finds the keys that match a filter with a search.
+///
+/// Under row-level security, `LIKE` cannot use an index: PostgreSQL checks the policy of each row first, because the
+/// operator might reveal the rows that it reads. So this returns only IDs, and [`list`] reads the rows as the tenant.
+pub async fn search(
+    tx: &mut SystemTx,
+    tenant: TenantId,
+    filter: &Filter<'_>,
+) -> Result<Matches, DbError> {
+    // A plan that must work for any pattern does not use the indexes either.
+    tx.batch_execute("SET LOCAL plan_cache_mode = force_custom_plan")
+        .await?;
+    let ids = searched(tenant.0, filter)
+        .select(api_keys::id)
+        .limit(i64::try_from(TOTAL_MAX).unwrap_or(i64::MAX) + 1)
+        .load::<Uuid>(&mut **tx)
+        .await?;
+    Ok(if ids.len() as u64 > TOTAL_MAX {
+        Matches::Many
+    } else {
+        Matches::Ids(ids)
+    })
+}
+
+/// Returns a page of the tenant's keys. For a filter with a search, pass what [`search`] has found.
+pub async fn list(
+    tx: &mut TenantTx,
+    filter: &Filter<'_>,
+    matches: Option<&Matches>,
+    slice: &SortedSlice,
+) -> Result<Rows<ApiKeyRow>, DbError> {
+    let tenant = tx.tenant().0;
+    let query = match matches {
+        None => filtered(tenant, filter),
+        Some(Matches::Ids(ids)) => filtered(tenant, filter).filter(api_keys::id.eq_any(ids)),
+        // So many that the first page is found soon.
+        Some(Matches::Many) => searched(tenant, filter),
+    };
+    let total = match matches {
+        None => {
+            let all = filtered(tenant, filter).select(api_keys::id);
+            UpToTotalMax(all).get_result(&mut **tx).await?
+        }
+        Some(Matches::Ids(ids)) => i64::try_from(ids.len()).unwrap_or(i64::MAX),
+        Some(Matches::Many) => i64::MAX,
+    };
+    let mut query = query.select(ApiKeyRow::as_select()).limit(slice.fetch());
+    let Order { by, descending } = slice.order;
+    query = match (by, descending) {
+        (SortBy::CreatedAt, true) => query.order(api_keys::id.desc()),
+        (SortBy::CreatedAt, false) => query.order(api_keys::id.asc()),
+        (SortBy::Name, true) => query.order((by_name(true), api_keys::id.desc())),
+        (SortBy::Name, false) => query.order((by_name(false), api_keys::id.asc())),
+        (SortBy::LastUsed, true) => query.order((
+            api_keys::last_used_at.desc().nulls_last(),
+            api_keys::id.desc(),
+        )),
+        (SortBy::LastUsed, false) => query.order((
+            api_keys::last_used_at.asc().nulls_first(),
+            api_keys::id.asc(),
+        )),
+    };
+    if let Some((cursor_key, id)) = &slice.after {
+        let (before, behind) = (api_keys::id.lt(*id), api_keys::id.gt(*id));
+        query = match (cursor_key, descending) {
+            (CursorKey::CreatedAt, true) => query.filter(before),
+            (CursorKey::CreatedAt, false) => query.filter(behind),
+            (CursorKey::Name(name), _) => query.filter(beyond_name(descending, name, *id)),
+            (CursorKey::LastUsed(None), true) => {
+                query.filter(api_keys::last_used_at.is_null().and(before))
+            }
+            (CursorKey::LastUsed(None), false) => {
+                query.filter(api_keys::last_used_at.is_not_null().or(behind))
+            }
+            (CursorKey::LastUsed(Some(at)), true) => query.filter(
+                api_keys::last_used_at
+                    .lt(*at)
+                    .or(api_keys::last_used_at.eq(*at).and(before))
+                    .or(api_keys::last_used_at.is_null()),
+            ),
+            (CursorKey::LastUsed(Some(at)), false) => query.filter(
+                api_keys::last_used_at
+                    .gt(*at)
+                    .or(api_keys::last_used_at.eq(*at).and(behind)),
+            ),
+        };
+    }
+    let rows = query.load(&mut **tx).await?;
+    Ok(Rows::new(rows, slice.limit, total))
+}

@@ -1,0 +1,485 @@
+//! Tests of the scripts for backups and for rotating the secret, with real servers and databases.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use quota_server::{
+    clock::{Clock as _, SystemClock},
+    db::{self, embedded::EmbeddedPostgres},
+};
+use reqwest::{Client, StatusCode};
+use secrecy::SecretString;
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+use uuid::Uuid;
+
+use crate::support::{
+    app::PASSWORD,
+    postgres::TestDatabase,
+    quota::{Quota, data_dir},
+};
+
+const QUOTA: u64 = 5000;
+
+fn script(name: &str) -> Command {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../deploy")
+        .join(name);
+    let mut command = Command::new("bash");
+    command
+        .arg(path)
+        .env_remove("DATABASE_URL_FILE")
+        .env_remove("QUOTA_DATA_DIR");
+    command
+}
+
+fn text(output: &Output) -> String {
+    let all = [&output.stdout[..], &output.stderr].concat();
+    String::from_utf8_lossy(&all).into_owned()
+}
+
+/// Writes a backup, and returns its folder.
+fn back_up(url: &str, data: &Path, into: &Path) -> PathBuf {
+    let output = script("backup.sh")
+        .arg(into)
+        .env("DATABASE_URL", url)
+        .env("QUOTA_DATA_DIR", data)
+        .output()
+        .expect("bash runs");
+    assert!(output.status.success(), "{}", text(&output));
+    let folder = String::from_utf8(output.stdout).expect("a path");
+    PathBuf::from(folder.trim())
+}
+
+fn restore(backup: &Path, url: &str, data: &Path) -> Output {
+    let mut command = script("restore.sh");
+    command
+        .arg(backup)
+        .env("DATABASE_URL", url)
+        .env("QUOTA_DATA_DIR", data);
+    command.output().expect("bash runs")
+}
+
+async fn migrated() -> TestDatabase {
+    TestDatabase::create(|url| async move { db::migrate(&SecretString::from(url)).await.map(drop) })
+        .await
+}
+
+/// A request of the load.
+#[derive(Debug, Clone, Copy)]
+struct Sent {
+    began: Instant,
+    ended: Instant,
+    allowed: bool,
+}
+
+/// Sends requests until it is stopped, or the server is. Returns them by request ID.
+async fn load(
+    http: Client,
+    url: String,
+    key: String,
+    running: Arc<AtomicBool>,
+) -> BTreeMap<String, Sent> {
+    let mut sent = BTreeMap::new();
+    while running.load(Ordering::Relaxed) {
+        let began = Instant::now();
+        let request = http.get(&url).header("X-API-Key", &key);
+        let Ok(answer) = request.send().await else {
+            break;
+        };
+        let allowed = match answer.status().as_u16() {
+            200 => true,
+            429 => false,
+            status => panic!("{status}: {:?}", answer.text().await),
+        };
+        let id = answer.headers()["x-request-id"].to_str().expect("text");
+        let request = Sent {
+            began,
+            ended: Instant::now(),
+            allowed,
+        };
+        assert!(sent.insert(id.to_owned(), request).is_none(), "{id} twice");
+        tokio::time::sleep(Duration::from_millis(4)).await;
+    }
+    sent
+}
+
+/// Sends requests until one is denied. Returns the number of allowed ones.
+async fn spend(http: &Client, url: &str, key: &str) -> u64 {
+    for allowed in 0..=2 * QUOTA {
+        let answer = http.get(url).header("X-API-Key", key).send().await;
+        match answer.expect("it answers").status().as_u16() {
+            200 => {}
+            429 => return allowed,
+            status => panic!("{status}"),
+        }
+    }
+    panic!("more than twice the quota");
+}
+
+async fn count(database: &tokio_postgres::Client, query: &str) -> i64 {
+    let row = database.query_one(query, &[]).await;
+    row.expect("a row").get(0)
+}
+
+/// Takes a backup under load, loses the machine, and restores it on another one. Usage is shipped at this interval.
+async fn back_up_and_restore(ship_every: &str) {
+    let (source, data, http) = (migrated().await, data_dir(), Client::new());
+    let settings = [
+        ("DATABASE_URL", source.url()),
+        ("QUOTA_USAGE_SHIP_EVERY", ship_every),
+    ];
+    let quota = Quota::start_with(data.path(), &settings);
+    let plan = json!({"name": "daily", "default_rpm": 60_000_000, "daily_quota": QUOTA});
+    let key = quota.key_on(&http, plan).await;
+
+    let running = Arc::new(AtomicBool::new(true));
+    let mut clients = JoinSet::new();
+    for _ in 0..4 {
+        let url = format!("http://{}/v1/echo", quota.addr);
+        clients.spawn(load(http.clone(), url, key.clone(), Arc::clone(&running)));
+    }
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    let backups = data_dir();
+    let started = Instant::now();
+    let backup = tokio::task::block_in_place(|| back_up(source.url(), data.path(), backups.path()));
+    let finished = Instant::now();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    running.store(false, Ordering::Relaxed);
+    let mut sent = BTreeMap::new();
+    while let Some(client) = clients.join_next().await {
+        sent.extend(client.expect("no panic"));
+    }
+    quota.kill();
+    drop(data);
+
+    // Another machine, whose cluster has neither the roles nor the tables.
+    let (cluster_dir, data) = (data_dir(), data_dir());
+    let cluster = EmbeddedPostgres::start(cluster_dir.path()).await;
+    let cluster = cluster.expect("a second PostgreSQL");
+    let url = cluster.database_url();
+    let restored = restore(&backup, &url, data.path());
+    assert!(restored.status.success(), "{}", text(&restored));
+    let again = restore(&backup, &url, data.path());
+    assert!(!again.status.success());
+    assert!(text(&again).contains("is not empty"), "{}", text(&again));
+
+    let quota = Quota::start_with(data.path(), &[("DATABASE_URL", &url)]);
+    let (database, connection) = tokio_postgres::connect(&url, tokio_postgres::NoTls)
+        .await
+        .expect("it accepts connections");
+    tokio::spawn(connection);
+
+    // All usage until the backup started is written, either from the dump or from the segments.
+    let before = |at: Instant| sent.values().filter(move |it| it.ended <= at).count();
+    let rows = "SELECT count(*) FROM usage_log";
+    let patience = Instant::now() + Duration::from_secs(20);
+    while count(&database, rows).await < i64::try_from(before(started)).expect("few") {
+        assert!(
+            Instant::now() < patience,
+            "{} rows of {} requests before the backup",
+            count(&database, rows).await,
+            before(started)
+        );
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let log = database
+        .query("SELECT request_id, was_rejected FROM usage_log", &[])
+        .await
+        .expect("rows");
+    let log = log
+        .iter()
+        .map(|row| (row.get::<_, String>(0), row.get::<_, bool>(1)))
+        .collect::<Vec<_>>();
+    let by_id = log.iter().cloned().collect::<BTreeMap<_, _>>();
+    assert_eq!(by_id.len(), log.len(), "a request is counted twice");
+    for (id, request) in &sent {
+        match by_id.get(id) {
+            Some(was_rejected) => {
+                assert_eq!(*was_rejected, !request.allowed, "{id}");
+                assert!(request.began <= finished, "{id} was sent after the backup");
+            }
+            None => assert!(request.ended > started, "{id} is missing"),
+        }
+    }
+    assert!(by_id.keys().all(|id| sent.contains_key(id)), "a stranger");
+    let total = "SELECT coalesce(sum(requests), 0)::bigint FROM usage_days \
+        WHERE key_id <> '00000000-0000-0000-0000-000000000000' AND endpoint = E'\\x01' \
+        AND plan_id <> '00000000-0000-0000-0000-000000000000'";
+    assert_eq!(
+        count(&database, total).await,
+        i64::try_from(log.len()).expect("few")
+    );
+
+    // The key works, and the quota that was used before the backup stays used.
+    let echo = format!("http://{}/v1/echo", quota.addr);
+    let after = spend(&http, &echo, &key).await;
+    let admitted = |is_counted: &dyn Fn(&Sent) -> bool| {
+        let admitted = sent.values().filter(|it| it.allowed && is_counted(it));
+        u64::try_from(admitted.count()).expect("few")
+    };
+    let (least, most) = (
+        admitted(&|it| it.ended <= started),
+        admitted(&|it| it.began <= finished),
+    );
+    assert!(least >= 100, "only {least} requests before the backup");
+    assert!(most < QUOTA, "the quota was used up before the backup");
+    assert!(
+        least + after <= QUOTA,
+        "{least} before the backup and {after} after it"
+    );
+    assert!(
+        most + after >= QUOTA * 99 / 100,
+        "{most} before the end of the backup and {after} after it"
+    );
+    quota.stop();
+    cluster.stop().await;
+}
+
+/// A new day has a new quota, so a run across midnight proves nothing, and is repeated.
+async fn within_a_day<F: Future<Output = ()>>(test: impl Fn() -> F) {
+    let clock = SystemClock::new();
+    loop {
+        let until_midnight = 86_400 - clock.now().secs() % 86_400;
+        if until_midnight > 60 {
+            return test().await;
+        }
+        tokio::time::sleep(Duration::from_secs(until_midnight)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn restored_backup_has_all_keys_and_usage_and_no_quota_is_granted_twice() {
+    within_a_day(|| back_up_and_restore("250ms")).await;
+}
+
+/// As in an outage of PostgreSQL that ended just before the backup.
+#[tokio::test(flavor = "multi_thread")]
+async fn backup_contains_usage_that_was_not_in_the_database() {
+    within_a_day(|| back_up_and_restore("60s")).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn damaged_backup_or_one_of_another_database_is_rejected() {
+    let (source, folder, data) = (migrated().await, data_dir(), data_dir());
+    let backup = back_up(source.url(), data.path(), folder.path());
+    let empty = TestDatabase::create_empty().await;
+
+    let dump = backup.join("quota.dump");
+    let bytes = fs::read(&dump).expect("a dump");
+    let mut damaged = bytes.clone();
+    *damaged.last_mut().expect("it is not empty") ^= 1;
+    fs::write(&dump, damaged).expect("written");
+    let output = restore(&backup, empty.url(), data.path());
+    assert!(!output.status.success());
+    assert!(text(&output).contains("is damaged"), "{}", text(&output));
+
+    fs::write(&dump, bytes).expect("written");
+    // A server, or anyone else, uses the database.
+    let session = empty.connect().await;
+    let output = restore(&backup, empty.url(), data.path());
+    assert!(!output.status.success());
+    assert!(
+        text(&output).contains("stop all servers"),
+        "{}",
+        text(&output)
+    );
+    let tables = "SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regnamespace";
+    assert_eq!(count(&session, tables).await, 0, "nothing was restored");
+
+    let output = script("backup.sh")
+        .arg(folder.path())
+        .env("DATABASE_URL", empty.url())
+        .output()
+        .expect("bash runs");
+    assert!(!output.status.success());
+    assert!(
+        text(&output).contains("not a database of Quota"),
+        "{}",
+        text(&output)
+    );
+    let left = fs::read_dir(folder.path()).expect("a folder").count();
+    assert_eq!(left, 1, "a failed backup leaves nothing behind");
+}
+
+// Rotation --------------------------------------------------------------------------------------------
+
+/// Runs a step of the rotation. Returns its output, and whether it succeeded.
+fn rotate(secrets: &Path, step: &str) -> (bool, String) {
+    let mut command = script("rotate-secret.sh");
+    let output = command.arg(step).env("SECRETS", secrets).output();
+    let output = output.expect("bash runs");
+    (output.status.success(), text(&output))
+}
+
+/// A server with the secrets in a folder.
+fn with_secrets(data: &Path, secrets: &Path, url: &str) -> Quota {
+    let file = |name: &str| secrets.join(name).to_str().expect("UTF-8").to_owned();
+    let settings = [
+        ("DATABASE_URL", url),
+        ("QUOTA_SECRET_FILE", &file("quota_secret")),
+        ("QUOTA_SECRET_PREVIOUS_FILE", &file("quota_secret_previous")),
+    ];
+    Quota::start_with(data, &settings)
+}
+
+async fn post(http: &Client, url: String, token: &str, body: Value) -> Value {
+    let answer = http.post(url).bearer_auth(token).json(&body).send().await;
+    let answer = answer.expect("it answers");
+    let (status, text) = (answer.status(), answer.text().await.expect("text"));
+    assert!(status.is_success(), "{status}: {text}");
+    serde_json::from_str(&text).expect("JSON")
+}
+
+async fn accepts(quota: &Quota, http: &Client, token: &str) -> bool {
+    let url = format!("http://{}/admin/plans", quota.addr);
+    let answer = http.get(url).bearer_auth(token).send().await;
+    match answer.expect("it answers").status() {
+        StatusCode::OK => true,
+        StatusCode::UNAUTHORIZED => false,
+        status => panic!("{status}"),
+    }
+}
+
+async fn sign_in(quota: &Quota, http: &Client) -> String {
+    let url = format!("http://{}/auth/login", quota.addr);
+    let account = json!({"email": "owner@example.com", "password": PASSWORD});
+    let signed_in = post(http, url, "", account).await;
+    signed_in["access_token"]
+        .as_str()
+        .expect("a token")
+        .to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rotating_the_secret_signs_no_one_out_and_replacing_it_signs_everyone_out() {
+    let (database, data, secrets, http) = (migrated().await, data_dir(), data_dir(), Client::new());
+    let created = script("secrets.sh").arg(secrets.path()).output();
+    assert!(created.expect("bash runs").status.success());
+    let read = |name: &str| fs::read_to_string(secrets.path().join(name)).expect("a secret");
+    let first = read("quota_secret");
+    assert_eq!(read("quota_secret_previous"), first);
+    let start = || with_secrets(data.path(), secrets.path(), database.url());
+    let step = |name: &str| {
+        let (passed, text) = rotate(secrets.path(), name);
+        assert!(passed, "{name}: {text}");
+    };
+
+    let quota = start();
+    let key = quota
+        .key_on(&http, json!({"name": "x", "default_rpm": 600}))
+        .await;
+    let old = sign_in(&quota, &http).await;
+    let hook = json!({"name": "Hook", "url": "https://8.8.8.8/hook"});
+    let url = format!("http://{}/admin/webhooks", quota.addr);
+    post(&http, url, &old, hook).await;
+    quota.stop();
+    let session = database.connect().await;
+    let stored = async || {
+        let row = session.query_one("SELECT secret FROM webhooks", &[]).await;
+        row.expect("one webhook").get::<_, Vec<u8>>(0)
+    };
+    let encrypted = stored().await;
+
+    // Steps cannot be skipped.
+    assert!(!rotate(secrets.path(), "switch").0);
+    step("prepare");
+    assert!(!rotate(secrets.path(), "finish").0);
+    let second = read("quota_secret_previous");
+    assert_eq!(read("quota_secret"), first);
+    assert_ne!(second, first);
+    let quota = start();
+    assert!(accepts(&quota, &http, &old).await);
+    quota.stop();
+
+    step("switch");
+    assert_eq!(
+        (read("quota_secret"), read("quota_secret_previous")),
+        (second.clone(), first.clone())
+    );
+    let quota = start();
+    assert!(accepts(&quota, &http, &old).await);
+    let new = sign_in(&quota, &http).await;
+    // The secrets of webhooks are encrypted again soon after the start.
+    let patience = Instant::now() + Duration::from_secs(20);
+    while stored().await == encrypted {
+        assert!(Instant::now() < patience, "not encrypted again");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    quota.stop();
+
+    step("finish");
+    assert_eq!(
+        (read("quota_secret"), read("quota_secret_previous")),
+        (second.clone(), second.clone())
+    );
+    let quota = start();
+    assert!(accepts(&quota, &http, &new).await);
+    assert!(
+        !accepts(&quota, &http, &old).await,
+        "signed with the old secret"
+    );
+    let unreadable = async |quota: &Quota| {
+        quota
+            .counter(&http, "quota_webhook_secrets_unreadable")
+            .await
+    };
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(unreadable(&quota).await, 0);
+    quota.stop();
+
+    step("leaked");
+    assert_ne!(read("quota_secret"), second);
+    assert_eq!(read("quota_secret_previous"), read("quota_secret"));
+    let quota = start();
+    assert!(!accepts(&quota, &http, &new).await);
+    let patience = Instant::now() + Duration::from_secs(20);
+    while unreadable(&quota).await != 1 {
+        assert!(Instant::now() < patience, "the webhook is still readable");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    // API keys do not depend on the secret.
+    let echo = http.get(format!("http://{}/v1/echo", quota.addr));
+    let echo = echo.header("X-API-Key", &key).send().await;
+    assert_eq!(echo.expect("it answers").status(), StatusCode::OK);
+    quota.stop();
+    drop(session);
+}
+
+/// An interrupted switch loses neither secret.
+#[test]
+fn switch_can_be_repeated_after_an_interruption() {
+    let secrets = data_dir();
+    let write = |name: &str, text: &str| {
+        fs::write(secrets.path().join(name), text).expect("written");
+    };
+    let read = |name: &str| fs::read_to_string(secrets.path().join(name)).expect("a secret");
+    // What the files contain after each of its four writes.
+    for files in [("old", "new"), ("new", "new"), ("new", "old")] {
+        write("quota_secret", files.0);
+        write("quota_secret_previous", files.1);
+        write(".quota_secret.old", "old");
+        write(".rotation", "prepare");
+        let (passed, text) = rotate(secrets.path(), "switch");
+        assert!(passed, "{text}");
+        assert_eq!(
+            (read("quota_secret"), read("quota_secret_previous")),
+            ("new".into(), "old".into())
+        );
+        assert!(!secrets.path().join(".quota_secret.old").exists());
+    }
+    let id = Uuid::now_v7().to_string();
+    assert!(
+        !rotate(&secrets.path().join(id), "status").0,
+        "no such folder"
+    );
+}
