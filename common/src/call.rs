@@ -4,17 +4,19 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    alert::UpdateAlertSettings,
     api_key::{CreateApiKey, RotateApiKey, UpdateApiKey},
     audit::{AuditAction, AuditTarget},
     auth::{ChangePassword, Login, Refresh, Register, UpdateMe},
     decision::DecisionOutcome,
-    id::{ApiKeyId, PlanId, ServiceTokenId, SessionId},
+    id::{ApiKeyId, PlanId, ServiceTokenId, SessionId, WebhookDeliveryId, WebhookId},
     limit::PolicyName,
     page::{ApiKeyOrder, PlanOrder},
     plan::{CreatePlan, UpdatePlan},
     service_token::CreateServiceToken,
     time::Timestamp,
     usage::{UsageBucketSize, UsageGroupBy},
+    webhook::{CreateWebhook, RotateWebhookSecret, UpdateWebhook, WebhookDeliveryStatus},
 };
 
 /// A page of a list.
@@ -102,6 +104,18 @@ pub enum Call {
     ListServiceTokens(PageOf),
     CreateServiceToken(CreateServiceToken),
     DeleteServiceToken(ServiceTokenId),
+    ListWebhooks(PageOf),
+    GetWebhook(WebhookId),
+    CreateWebhook(CreateWebhook),
+    UpdateWebhook(WebhookId, UpdateWebhook),
+    RotateWebhookSecret(WebhookId, RotateWebhookSecret),
+    TestWebhook(WebhookId),
+    DeleteWebhook(WebhookId),
+    ListDeliveries(WebhookId, Option<WebhookDeliveryStatus>, PageOf),
+    Redeliver(WebhookDeliveryId),
+    ListAlerts(PageOf),
+    AlertSettings,
+    UpdateAlertSettings(UpdateAlertSettings),
     ListAudit(AuditFilter, PageOf),
     Stats,
     Usage(UsageFilter),
@@ -207,6 +221,28 @@ impl Call {
             Self::CreateServiceToken(body) => post("/admin/service-tokens").body(body),
             Self::DeleteServiceToken(id) => {
                 Sent::new("DELETE", format!("/admin/service-tokens/{id}"))
+            }
+            Self::ListWebhooks(page) => get("/admin/webhooks").page(page),
+            Self::GetWebhook(id) => get(&format!("/admin/webhooks/{id}")),
+            Self::CreateWebhook(body) => post("/admin/webhooks").body(body),
+            Self::UpdateWebhook(id, body) => {
+                Sent::new("PATCH", format!("/admin/webhooks/{id}")).body(body)
+            }
+            Self::RotateWebhookSecret(id, body) => {
+                post(&format!("/admin/webhooks/{id}/rotate-secret")).body(body)
+            }
+            Self::TestWebhook(id) => post(&format!("/admin/webhooks/{id}/test")),
+            Self::DeleteWebhook(id) => Sent::new("DELETE", format!("/admin/webhooks/{id}")),
+            Self::ListDeliveries(id, status, page) => {
+                get(&format!("/admin/webhooks/{id}/deliveries"))
+                    .with("status", *status)
+                    .page(page)
+            }
+            Self::Redeliver(id) => post(&format!("/admin/webhooks/deliveries/{id}/redeliver")),
+            Self::ListAlerts(page) => get("/admin/alerts").page(page),
+            Self::AlertSettings => get("/admin/alert-settings"),
+            Self::UpdateAlertSettings(body) => {
+                Sent::new("PATCH", "/admin/alert-settings").body(body)
             }
             Self::ListAudit(filter, page) => get("/admin/audit")
                 .with("action", filter.action)

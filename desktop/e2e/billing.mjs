@@ -198,7 +198,7 @@ async function chunks(my) {
   const loaded = () => page.evaluate(() => performance.getEntriesByType("resource").filter((it) => /pages-.*wasm/.test(it.name)).length);
   await page.goto(`${base}/console`);
   await my.heading("Home").waitFor();
-  await page.waitForFunction(() => performance.getEntriesByType("resource").filter((it) => /pages-.*wasm/.test(it.name)).length === 3);
+  await page.waitForFunction(() => performance.getEntriesByType("resource").filter((it) => /pages-.*wasm/.test(it.name)).length === 6);
   const before = await loaded();
   await my.navigate("Usage").click();
   await my.heading("Usage").waitFor();

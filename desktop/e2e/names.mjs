@@ -22,6 +22,7 @@ export async function names(world) {
     const key = await my.api("POST", "/admin/api-keys", { name, plan_id: plan.id });
     keys.push(key.api_key);
     await my.api("POST", "/admin/service-tokens", { name });
+    await my.api("POST", "/admin/webhooks", { name, url: `https://hooks.example.com/${"a".repeat(900)}` });
   }
   const assertInert = async (where) => {
     const found = await page.evaluate(() => ({
@@ -36,7 +37,7 @@ export async function names(world) {
   };
   const rows = () => page.locator("tbody th .clamp").evaluateAll((them) => them.map((it) => it.textContent));
 
-  for (const [path, title] of [["plans", "Plans"], ["api-keys", "API keys"], ["service-tokens", "Service tokens"]]) {
+  for (const [path, title] of [["plans", "Plans"], ["api-keys", "API keys"], ["service-tokens", "Service tokens"], ["webhooks", "Webhooks"]]) {
     await page.goto(`${base}/console/${path}`);
     await page.getByRole("row").nth(NAMES.length).waitFor();
     await my.heading(title).waitFor();

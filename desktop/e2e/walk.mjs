@@ -43,7 +43,7 @@ export async function walk(world) {
 
   // Without data.
   await my.registered("Northwind Maps");
-  const pages = { home: "", usage: "/usage", audit: "/audit", plans: "/plans", keys: "/api-keys", tokens: "/service-tokens", billing: "/billing", settings: "/settings" };
+  const pages = { home: "", usage: "/usage", audit: "/audit", plans: "/plans", keys: "/api-keys", tokens: "/service-tokens", webhooks: "/webhooks", alerts: "/alerts", billing: "/billing", settings: "/settings" };
   for (const [name, path] of Object.entries(pages)) {
     await visit(path);
     await take(`empty-${name}`);

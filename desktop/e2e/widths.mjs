@@ -49,11 +49,12 @@ export async function widths(world) {
     keys.push(created.at(-1).api_key);
     await my.api("POST", "/admin/service-tokens", { name });
   }
+  const hook = await my.api("POST", "/admin/webhooks", { name: names[1], url: `https://hooks.example.com/${"quota-alerts-".repeat(12)}` });
   for (const { key } of created) await fetch(`${base}/v1/echo`, { headers: { "x-api-key": key } });
   while (!(await my.api("GET", "/admin/usage")).total.allowed) await page.waitForTimeout(200);
   await my.api("PATCH", `/admin/api-keys/${keys[0].id}`, { is_active: false });
   await page.route(isBilling, (route) => route.fulfill({ json: { ...active(), access: "past_due", access_ends_at: "2199-01-01T00:00:00Z" } }));
-  for (const path of ["", "/usage", "/usage?range=30d&view=table", "/plans", "/api-keys", `/api-keys/${keys[0].id}`, "/service-tokens", "/audit", "/billing", "/settings"]) {
+  for (const path of ["", "/usage", "/usage?range=30d&view=table", "/plans", "/api-keys", `/api-keys/${keys[0].id}`, "/service-tokens", "/webhooks", `/webhooks/${hook.webhook.id}`, "/alerts", "/audit", "/billing", "/settings"]) {
     await page.goto(`${base}/console${path}`);
     await page.locator("main h1").waitFor();
     await page.waitForFunction(() => !document.querySelector(".skeleton"));

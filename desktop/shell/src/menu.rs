@@ -11,14 +11,16 @@ use tauri_plugin_opener::open_path;
 use crate::window;
 
 /// The pages of the console, each with its path, name and shortcut.
-const PAGES: [(&str, &str, &str); 8] = [
+const PAGES: [(&str, &str, &str); 10] = [
     ("/console", "Home", "CmdOrCtrl+1"),
     ("/console/usage", "Usage", "CmdOrCtrl+2"),
-    ("/console/audit", "Audit log", "CmdOrCtrl+3"),
-    ("/console/plans", "Plans", "CmdOrCtrl+4"),
-    ("/console/api-keys", "API keys", "CmdOrCtrl+5"),
-    ("/console/service-tokens", "Service tokens", "CmdOrCtrl+6"),
-    ("/console/billing", "Billing", "CmdOrCtrl+7"),
+    ("/console/alerts", "Alerts", "CmdOrCtrl+3"),
+    ("/console/audit", "Audit log", "CmdOrCtrl+4"),
+    ("/console/plans", "Plans", "CmdOrCtrl+5"),
+    ("/console/api-keys", "API keys", "CmdOrCtrl+6"),
+    ("/console/service-tokens", "Service tokens", "CmdOrCtrl+7"),
+    ("/console/webhooks", "Webhooks", "CmdOrCtrl+8"),
+    ("/console/billing", "Billing", "CmdOrCtrl+9"),
     ("/console/settings", "Settings", "CmdOrCtrl+,"),
 ];
 

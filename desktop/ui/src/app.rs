@@ -57,8 +57,12 @@ pub fn App() -> impl IntoView {
 /// A page in the navigation: its address, name and icon.
 type NavigationLink = (&'static str, &'static str, Shape);
 
-/// Shown only to roles that may use it.
+/// Shown only to roles that may use them.
 const BILLING: &str = "/console/billing";
+const WEBHOOKS: &str = "/console/webhooks";
+
+/// Has the number of new alerts in the navigation.
+const ALERTS: &str = "/console/alerts";
 
 /// The groups of the navigation.
 const NAVIGATION: [(&str, &[NavigationLink]); 3] = [
@@ -67,6 +71,7 @@ const NAVIGATION: [(&str, &[NavigationLink]); 3] = [
         &[
             ("/console", "Home", Shape::Home),
             ("/console/usage", "Usage", Shape::Usage),
+            (ALERTS, "Alerts", Shape::Alerts),
             ("/console/audit", "Audit log", Shape::Audit),
         ],
     ),
@@ -76,6 +81,7 @@ const NAVIGATION: [(&str, &[NavigationLink]); 3] = [
             ("/console/plans", "Plans", Shape::Plans),
             ("/console/api-keys", "API keys", Shape::Key),
             ("/console/service-tokens", "Service tokens", Shape::Token),
+            (WEBHOOKS, "Webhooks", Shape::Webhook),
         ],
     ),
     (
@@ -157,6 +163,16 @@ fn Frame(current: Memo<ConsolePage>) -> impl IntoView {
         });
     });
     page::preload_chunks();
+    let new_alerts = page::NewAlerts::watch(toasts);
+    let is_hidden = move |href: &str| match href {
+        BILLING => !session.can_bill(),
+        WEBHOOKS => !session.can_read(),
+        _ => false,
+    };
+    let new_count = move |href: &str| {
+        let text = (href == ALERTS).then(|| new_alerts.label()).flatten()?;
+        Some(view! { " " <span class="badge limited">{text}</span> })
+    };
     let lazy = |page| view! { <LazyPage page/> }.into_any();
     let commands = Commands::new(sign_out);
     let content = NodeRef::<leptos::html::Main>::new();
@@ -198,10 +214,11 @@ fn Frame(current: Memo<ConsolePage>) -> impl IntoView {
                                 .iter()
                                 .map(|&(href, name, shape)| {
                                     view! {
-                                        <li hidden=move || href == BILLING && !session.can_bill()>
+                                        <li hidden=move || is_hidden(href)>
                                             <a href=href aria-current=move || is_current(href).then_some("page")>
                                                 <Icon shape/>
                                                 {name}
+                                                {move || new_count(href)}
                                             </a>
                                         </li>
                                     }
@@ -232,6 +249,8 @@ fn Frame(current: Memo<ConsolePage>) -> impl IntoView {
                     ConsolePage::ApiKeys => view! { <page::ApiKeys/> }.into_any(),
                     ConsolePage::ApiKey(id) => view! { <page::ApiKeyPage id/> }.into_any(),
                     ConsolePage::ServiceTokens => view! { <page::ServiceTokens/> }.into_any(),
+                    ConsolePage::Webhooks | ConsolePage::Webhook(_) => lazy(Chunk::Webhooks),
+                    ConsolePage::Alerts => lazy(Chunk::Alerts),
                     ConsolePage::Audit => lazy(Chunk::Audit),
                     ConsolePage::Billing => lazy(Chunk::Billing),
                     ConsolePage::Settings => lazy(Chunk::Settings),

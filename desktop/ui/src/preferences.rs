@@ -24,6 +24,15 @@ fn store(name: &str, value: &str) {
     }
 }
 
+/// Returns the ID of the newest quota alert of a tenant that was seen in this browser.
+pub fn seen_alert(tenant: &str) -> Option<String> {
+    stored(&format!("seen-alert-{tenant}"))
+}
+
+pub fn set_seen_alert(tenant: &str, id: &str) {
+    store(&format!("seen-alert-{tenant}"), id);
+}
+
 impl Preferences {
     pub fn provide() -> Self {
         let preferences = Self {

@@ -78,10 +78,24 @@ impl Session {
         self.auth.set(AuthState::SignedOut);
     }
 
-    /// Whether the user's role may create, change and delete plans, keys and tokens.
+    /// Whether the user's role may create, change and delete plans, keys, tokens and webhooks.
     pub fn can_manage(self) -> bool {
         self.me
             .with(|me| me.as_ref().is_some_and(|me| me.tenant.role.may_manage()))
+    }
+
+    /// Whether the user's role may see plans, keys, tokens and webhooks.
+    pub fn can_read(self) -> bool {
+        self.me
+            .with(|me| me.as_ref().is_some_and(|me| me.tenant.role.may_read()))
+    }
+
+    /// Whether the user's role may change the organization and its alert settings.
+    pub fn can_administer(self) -> bool {
+        self.me.with(|me| {
+            me.as_ref()
+                .is_some_and(|me| me.tenant.role.may_administer())
+        })
     }
 
     /// Whether the user's role may see and change the subscription.

@@ -4,10 +4,11 @@
 use std::{collections::BTreeSet, mem::discriminant};
 
 use quota_common::{
-    ApiKeyId, PlanId, ServiceTokenId, SessionId, Timestamp,
+    ApiKeyId, PlanId, ServiceTokenId, SessionId, Timestamp, WebhookDeliveryId, WebhookId,
+    alert::UpdateAlertSettings,
     api_key::{CreateApiKey, RotateApiKey, UpdateApiKey},
     audit::{AuditAction, AuditTarget},
-    auth::{ChangePassword, Login, Register, UpdateMe},
+    auth::{ChangePassword, Login, Register, Role, UpdateMe},
     call::{AuditFilter, Call, DecisionFilter, KeyFilter, PageOf, Sent, UsageFilter},
     decision::DecisionOutcome,
     field::Metadata,
@@ -16,6 +17,7 @@ use quota_common::{
     plan::{Billing, CreatePlan, OnRedisFailure, UpdatePlan},
     service_token::CreateServiceToken,
     usage::{UsageBucketSize, UsageGroupBy},
+    webhook::{CreateWebhook, RotateWebhookSecret, UpdateWebhook, WebhookDeliveryStatus},
 };
 use serde_json::{Value, json};
 
@@ -47,6 +49,18 @@ const fn kinds(call: &Call) -> usize {
         | Call::ListServiceTokens(_)
         | Call::CreateServiceToken(_)
         | Call::DeleteServiceToken(_)
+        | Call::ListWebhooks(_)
+        | Call::GetWebhook(_)
+        | Call::CreateWebhook(_)
+        | Call::UpdateWebhook(..)
+        | Call::RotateWebhookSecret(..)
+        | Call::TestWebhook(_)
+        | Call::DeleteWebhook(_)
+        | Call::ListDeliveries(..)
+        | Call::Redeliver(_)
+        | Call::ListAlerts(_)
+        | Call::AlertSettings
+        | Call::UpdateAlertSettings(_)
         | Call::ListAudit(..)
         | Call::Stats
         | Call::Usage(_)
@@ -56,7 +70,7 @@ const fn kinds(call: &Call) -> usize {
         | Call::Billing
         | Call::StartCheckout
         | Call::OpenBillingPortal
-        | Call::Echo => 32,
+        | Call::Echo => 44,
     }
 }
 
@@ -71,7 +85,7 @@ fn samples() -> Vec<Call> {
         cursor: Some("AZ".into()),
     };
     let at: Timestamp = "2027-01-01T00:00:00Z".parse().expect("a time");
-    let (plan, key) = (id::<PlanId>(), id::<ApiKeyId>());
+    let (plan, key, webhook) = (id::<PlanId>(), id::<ApiKeyId>(), id::<WebhookId>());
     vec![
         Call::Register(Register {
             email: "a@b.c".into(),
@@ -164,6 +178,36 @@ fn samples() -> Vec<Call> {
         Call::ListServiceTokens(page()),
         Call::CreateServiceToken(CreateServiceToken { name: "A".into() }),
         Call::DeleteServiceToken(id::<ServiceTokenId>()),
+        Call::ListWebhooks(page()),
+        Call::GetWebhook(webhook),
+        Call::CreateWebhook(CreateWebhook {
+            name: "A".into(),
+            url: "https://hooks.example.com/quota".into(),
+        }),
+        Call::UpdateWebhook(
+            webhook,
+            UpdateWebhook {
+                name: Some("A".into()),
+                url: Some("https://hooks.example.com/quota".into()),
+                is_active: Some(true),
+            },
+        ),
+        Call::RotateWebhookSecret(
+            webhook,
+            RotateWebhookSecret {
+                grace_seconds: Some(60.into()),
+            },
+        ),
+        Call::TestWebhook(webhook),
+        Call::DeleteWebhook(webhook),
+        Call::ListDeliveries(webhook, Some(WebhookDeliveryStatus::Failed), page()),
+        Call::Redeliver(id::<WebhookDeliveryId>()),
+        Call::ListAlerts(page()),
+        Call::AlertSettings,
+        Call::UpdateAlertSettings(UpdateAlertSettings {
+            email: Some(true),
+            email_roles: Some(vec![Role::Owner]),
+        }),
         Call::ListAudit(
             AuditFilter {
                 action: Some(AuditAction::PlanUpdate),
@@ -291,6 +335,13 @@ const fn answer(call: &Call) -> Option<&'static str> {
         Call::CreateApiKey(_) | Call::RotateApiKey(..) => "CreatedApiKey",
         Call::ListServiceTokens(_) => "Page_ServiceToken",
         Call::CreateServiceToken(_) => "CreatedServiceToken",
+        Call::ListWebhooks(_) => "Page_Webhook",
+        Call::GetWebhook(_) | Call::UpdateWebhook(..) => "Webhook",
+        Call::CreateWebhook(_) | Call::RotateWebhookSecret(..) => "CreatedWebhook",
+        Call::ListDeliveries(..) => "Page_WebhookDelivery",
+        Call::TestWebhook(_) | Call::Redeliver(_) => "WebhookDelivery",
+        Call::ListAlerts(_) => "Page_QuotaAlert",
+        Call::AlertSettings | Call::UpdateAlertSettings(_) => "AlertSettings",
         Call::ListAudit(..) => "Page_AuditEvent",
         Call::Stats => "Stats",
         Call::Usage(_) => "Usage",
@@ -306,7 +357,8 @@ const fn answer(call: &Call) -> Option<&'static str> {
         | Call::EndSession(_)
         | Call::DeletePlan(_)
         | Call::DeleteApiKey(_)
-        | Call::DeleteServiceToken(_) => return None,
+        | Call::DeleteServiceToken(_)
+        | Call::DeleteWebhook(_) => return None,
     })
 }
 

@@ -117,6 +117,7 @@ async fn main_journey(page: &App, world: &World, server: &str, proxy: &FaultProx
         .await
         .context("with the server unreachable")?;
 
+    events(page).await.context("alerts and webhooks")?;
     billing(page, world).await.context("billing")?;
 
     page.follow("API keys").await?;

@@ -13,7 +13,8 @@ mod error;
 use std::{cell::RefCell, pin::Pin};
 
 use quota_common::{
-    ApiKeyId, Page, PlanId, ProblemCode, ServiceTokenId, SessionId,
+    ApiKeyId, Page, PlanId, ProblemCode, ServiceTokenId, SessionId, WebhookDeliveryId, WebhookId,
+    alert::{AlertSettings, QuotaAlert, UpdateAlertSettings},
     api_key::{ApiKey, CreateApiKey, CreatedApiKey, RotateApiKey, UpdateApiKey},
     audit::AuditEvent,
     auth::{ChangePassword, Login, Me, Register, Session, SignedIn, UpdateMe},
@@ -26,6 +27,10 @@ use quota_common::{
     plan::{CreatePlan, Plan, UpdatePlan},
     service_token::{CreateServiceToken, CreatedServiceToken, ServiceToken},
     usage::{BurnDown, KeyLimits, Stats, Usage},
+    webhook::{
+        CreateWebhook, CreatedWebhook, RotateWebhookSecret, UpdateWebhook, Webhook,
+        WebhookDelivery, WebhookDeliveryStatus,
+    },
 };
 use wasm_bindgen::JsCast;
 use wasm_bindgen_futures::JsFuture;
@@ -158,6 +163,61 @@ pub fn create_service_token(body: CreateServiceToken) -> PendingCall<CreatedServ
 
 pub fn delete_service_token(id: ServiceTokenId) -> PendingCall<()> {
     execute(Call::DeleteServiceToken(id))
+}
+
+pub fn list_webhooks(page: PageOf) -> PendingCall<Page<Webhook>> {
+    fetch(Call::ListWebhooks(page))
+}
+
+pub fn get_webhook(id: WebhookId) -> PendingCall<Webhook> {
+    fetch(Call::GetWebhook(id))
+}
+
+pub fn create_webhook(body: CreateWebhook) -> PendingCall<CreatedWebhook> {
+    fetch(Call::CreateWebhook(body))
+}
+
+pub fn update_webhook(id: WebhookId, body: UpdateWebhook) -> PendingCall<Webhook> {
+    fetch(Call::UpdateWebhook(id, body))
+}
+
+pub fn rotate_webhook_secret(
+    id: WebhookId,
+    body: RotateWebhookSecret,
+) -> PendingCall<CreatedWebhook> {
+    fetch(Call::RotateWebhookSecret(id, body))
+}
+
+pub fn test_webhook(id: WebhookId) -> PendingCall<WebhookDelivery> {
+    fetch(Call::TestWebhook(id))
+}
+
+pub fn delete_webhook(id: WebhookId) -> PendingCall<()> {
+    execute(Call::DeleteWebhook(id))
+}
+
+pub fn list_deliveries(
+    id: WebhookId,
+    status: Option<WebhookDeliveryStatus>,
+    page: PageOf,
+) -> PendingCall<Page<WebhookDelivery>> {
+    fetch(Call::ListDeliveries(id, status, page))
+}
+
+pub fn redeliver(id: WebhookDeliveryId) -> PendingCall<WebhookDelivery> {
+    fetch(Call::Redeliver(id))
+}
+
+pub fn list_alerts(page: PageOf) -> PendingCall<Page<QuotaAlert>> {
+    fetch(Call::ListAlerts(page))
+}
+
+pub fn alert_settings() -> PendingCall<AlertSettings> {
+    fetch(Call::AlertSettings)
+}
+
+pub fn update_alert_settings(body: UpdateAlertSettings) -> PendingCall<AlertSettings> {
+    fetch(Call::UpdateAlertSettings(body))
 }
 
 pub fn list_audit(filter: AuditFilter, page: PageOf) -> PendingCall<Page<AuditEvent>> {

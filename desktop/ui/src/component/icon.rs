@@ -18,6 +18,8 @@ pub enum Shape {
     Search,
     More,
     Usage,
+    Alerts,
+    Webhook,
 }
 
 impl Shape {
@@ -38,6 +40,8 @@ impl Shape {
             Self::Menu => "M4 7h16M4 12h16M4 17h16",
             Self::Usage => "M4 20h16M7 16v-5M12 16V6M17 16v-8",
             Self::More => "M5 12h.01M12 12h.01M19 12h.01",
+            Self::Alerts => "M6 17h12l-1.5-2.5V10a4.5 4.5 0 0 0-9 0v4.5zM10 20h4M12 3.5v2",
+            Self::Webhook => "M20.5 3.5L3 10.5l7.5 3 3 7.5zM20.5 3.5l-10 10",
             Self::Search => "M11 5a6 6 0 1 0 0 12 6 6 0 0 0 0-12zM15.5 15.5L20 20",
         }
     }

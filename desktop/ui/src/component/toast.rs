@@ -54,6 +54,17 @@ impl Toasts {
         self.add(text.into(), None, Some(undo), Some(WITH_ACTION));
     }
 
+    /// Reports something that happened elsewhere, with a button that leads to it.
+    pub fn announce(
+        self,
+        text: impl Into<String>,
+        label: &'static str,
+        open: impl Fn() + Send + Sync + 'static,
+    ) {
+        let open: Action = (label, Arc::new(open));
+        self.add(text.into(), None, Some(open), Some(WITH_ACTION));
+    }
+
     pub fn fail(self, error: &CallError) {
         let request_id = error.request_id().map(str::to_owned);
         self.add(error.message(), request_id, None, None);

@@ -6,6 +6,11 @@ pub const SIGNS_OUT_LOCALLY: bool = false;
 
 pub const fn track_retries() {}
 
+/// Whether the server is known to be unreachable.
+pub const fn is_offline() -> bool {
+    false
+}
+
 /// Does nothing: a browser asks the user before it closes a page that shows a new secret.
 pub fn on_quit(_warn: impl Fn() + 'static) {}
 

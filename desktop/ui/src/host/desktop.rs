@@ -40,6 +40,11 @@ pub fn loaded_at() -> ArcRwSignal<Option<Timestamp>> {
     HOST.with(|host| host.loaded_at.clone())
 }
 
+/// Whether the server is known to be unreachable.
+pub fn is_offline() -> bool {
+    loaded_at().with_untracked(Option::is_some)
+}
+
 /// Records whether a response came from the server or was loaded earlier.
 pub fn set_loaded_at(loaded_at: Option<Timestamp>) {
     HOST.with(|host| {

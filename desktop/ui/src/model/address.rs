@@ -2,7 +2,7 @@
 
 use std::fmt::{self, Write as _};
 
-use quota_common::ApiKeyId;
+use quota_common::{ApiKeyId, WebhookId};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ConsolePage {
@@ -14,6 +14,9 @@ pub enum ConsolePage {
     ApiKeys,
     ApiKey(ApiKeyId),
     ServiceTokens,
+    Webhooks,
+    Webhook(WebhookId),
+    Alerts,
     Audit,
     Billing,
     Settings,
@@ -32,6 +35,9 @@ impl ConsolePage {
             ["console", "api-keys"] => Self::ApiKeys,
             ["console", "api-keys", id] => id.parse().map_or(Self::NotFound, Self::ApiKey),
             ["console", "service-tokens"] => Self::ServiceTokens,
+            ["console", "webhooks"] => Self::Webhooks,
+            ["console", "webhooks", id] => id.parse().map_or(Self::NotFound, Self::Webhook),
+            ["console", "alerts"] => Self::Alerts,
             ["console", "audit"] => Self::Audit,
             ["console", "billing"] => Self::Billing,
             ["console", "settings"] => Self::Settings,
@@ -143,6 +149,13 @@ mod tests {
             ConsolePage::of("/console/api-keys/x"),
             ConsolePage::NotFound
         );
+        let page = ConsolePage::of(&format!("/console/webhooks/{id}"));
+        assert_eq!(page, ConsolePage::Webhook(id.parse().expect("valid ID")));
+        assert_eq!(
+            ConsolePage::of("/console/webhooks/x"),
+            ConsolePage::NotFound
+        );
+        assert_eq!(ConsolePage::of("/console/alerts"), ConsolePage::Alerts);
         assert_eq!(ConsolePage::of("/console/plans/x"), ConsolePage::NotFound);
         assert_eq!(ConsolePage::of("/"), ConsolePage::NotFound);
     }

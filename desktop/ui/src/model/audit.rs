@@ -20,6 +20,8 @@ pub fn action_label(action: &str) -> String {
         "user.change_password" => "Password changed",
         "user.reset_password" => "Password reset",
         "tenant.update" => "Organization updated",
+        "tenant.update_alerts" => "Alert settings updated",
+        "webhook.rotate_secret" => "Webhook secret rotated",
         _ => {
             let (noun, verb) = action.split_once('.').unwrap_or((action, ""));
             let noun = capitalized(&noun.replace('_', " ")).replace("Api ", "API ");
@@ -114,6 +116,10 @@ fn change(
     Some(match (name, after) {
         ("previous_expires_at", Value::Null) => "previous key revoked".to_owned(),
         ("previous_expires_at", at) => format!("previous key works until {}", text(at)),
+        ("previous_secret_expires_at", Value::Null) => "previous secret revoked".to_owned(),
+        ("previous_secret_expires_at", at) => {
+            format!("previous secret works until {}", text(at))
+        }
         ("prefix", _) => format!("now {}…", text(after)),
         ("is_active", Value::Bool(true)) => "Activated".to_owned(),
         ("is_active", Value::Bool(false)) => "Deactivated".to_owned(),
@@ -143,6 +149,9 @@ fn field_label(name: &str) -> String {
         "is_active" => "Active".to_owned(),
         "expires_at" => "Expires".to_owned(),
         "previous_expires_at" => "Previous key expires".to_owned(),
+        "previous_secret_expires_at" => "Previous secret expires".to_owned(),
+        "url" => "URL".to_owned(),
+        "email_roles" => "Email recipients".to_owned(),
         "prefix" => "Key".to_owned(),
         "on_redis_failure" => "If Redis is unavailable".to_owned(),
         "external_id" => "External ID".to_owned(),
@@ -181,12 +190,16 @@ fn value_text(name: &str, value: &Value, plan_name: &dyn Fn(&str) -> Option<Stri
         }
         Value::String(text) => text.clone(),
         Value::Object(entries) if entries.is_empty() => "none".to_owned(),
+        Value::Array(items) if name == "email_roles" => {
+            let roles: Vec<_> = items.iter().filter_map(Value::as_str).collect();
+            roles.join(", ")
+        }
         other => compact(other),
     }
 }
 
-/// Returns a value as JSON. serde_json's exact tables for fractions would add to the download.
-fn compact(value: &Value) -> String {
+/// Returns a value as JSON in one line. serde_json's exact tables for fractions would add to the download.
+pub fn compact(value: &Value) -> String {
     match value {
         Value::Null => "null".to_owned(),
         Value::Bool(it) => it.to_string(),
@@ -242,7 +255,11 @@ pub fn event_table(
             // A resource without a page links to its history.
             let href = match &*event.target_type {
                 "api_key" if !is_deleted(id) => format!("/console/api-keys/{id}"),
-                "api_key" | "plan" | "service_token" => format!("/console/audit?target_id={id}"),
+                "webhook" if !is_deleted(id) => format!("/console/webhooks/{id}"),
+                "tenant" if event.action == "tenant.update_alerts" => "/console/alerts".to_owned(),
+                "api_key" | "plan" | "service_token" | "webhook" => {
+                    format!("/console/audit?target_id={id}")
+                }
                 _ => String::new(),
             };
             event_rows(event, &href, plan_name, now)
@@ -514,6 +531,33 @@ mod tests {
         assert!(table(&all).contains(&format!("href=\"/console/audit?target_id={ID}\"")));
         assert!(table(&all).contains("&lt;App&gt;") && !table(&all).contains("<App>"));
         assert!(!table(&all).contains("<del>"), "neither is a difference");
+        let mut webhook = event("webhook.disable", Value::Null, Value::Null);
+        webhook.target_type = "webhook".to_owned();
+        let page = format!("href=\"/console/webhooks/{ID}\"");
+        assert!(table(std::slice::from_ref(&webhook)).contains(&page));
+        let mut deletion = webhook.clone();
+        deletion.action = "webhook.delete".to_owned();
+        assert!(!table(&[deletion, webhook]).contains(&page));
+    }
+
+    #[test]
+    fn changes_of_webhooks_and_alert_settings_are_in_words() {
+        assert_eq!(
+            line(
+                "webhook.rotate_secret",
+                json!({"previous_secret_expires_at": null}),
+                json!({"previous_secret_expires_at": "2027-01-01T00:00:00Z"})
+            ),
+            "Previous secret works until 1 Jan 2027, 00:00 UTC"
+        );
+        assert_eq!(
+            line(
+                "tenant.update_alerts",
+                json!({"email_roles": ["owner"]}),
+                json!({"email_roles": ["owner", "billing"]})
+            ),
+            "Email recipients owner → owner, billing"
+        );
     }
 
     #[test]
@@ -524,6 +568,13 @@ mod tests {
             "Service token created"
         );
         assert_eq!(action_label("plan.delete"), "Plan deleted");
+        for action in quota_common::audit::AuditAction::ALL {
+            let label = action_label(action.as_str());
+            assert!(
+                !label.contains('_') && label.ends_with(['d', 'n', 't']),
+                "{label}"
+            );
+        }
     }
 
     #[test]

@@ -28,6 +28,7 @@ const fn command(name: &'static str, keys: &'static str, action: Action) -> Comm
 pub const COMMANDS: &[Command] = &[
     command("Go to Home", "gh", Action::Go("/console")),
     command("Go to Usage", "gu", Action::Go("/console/usage")),
+    command("Go to Alerts", "gl", Action::Go("/console/alerts")),
     command("Go to Plans", "gp", Action::Go("/console/plans")),
     command("Go to API keys", "gk", Action::Go("/console/api-keys")),
     command(
@@ -35,6 +36,7 @@ pub const COMMANDS: &[Command] = &[
         "gt",
         Action::Go("/console/service-tokens"),
     ),
+    command("Go to Webhooks", "gw", Action::Go("/console/webhooks")),
     command("Go to Audit log", "ga", Action::Go("/console/audit")),
     command("Go to Billing", "gb", Action::Go("/console/billing")),
     command("Go to Settings", "gs", Action::Go("/console/settings")),
@@ -48,6 +50,11 @@ pub const COMMANDS: &[Command] = &[
         "Create service token",
         "nt",
         Action::Go("/console/service-tokens?new=1"),
+    ),
+    command(
+        "Create webhook",
+        "nw",
+        Action::Go("/console/webhooks?new=1"),
     ),
     command("Open live tail", "", Action::Go("/console/usage?live=1")),
     command("Search API keys", "/", Action::Search),

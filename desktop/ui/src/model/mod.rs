@@ -1,6 +1,7 @@
 //! Values and texts that do not depend on a browser, so that they can be tested on the host.
 
 pub mod address;
+pub mod alert;
 pub mod attention;
 pub mod audit;
 pub mod billing;
@@ -18,7 +19,9 @@ pub mod markup;
 pub mod messages;
 pub mod meter;
 pub mod money;
+pub mod payload;
 pub mod policy;
 pub mod text;
 pub mod usage;
+pub mod webhook;
 pub mod zoned;

@@ -19,7 +19,10 @@ use leptos::{
     wasm_split::{SplitLoaderError, wasm_split},
 };
 
-use super::{audit_log::AuditLog, billing::Billing, settings::Settings, usage::UsagePage};
+use super::{
+    alerts::Alerts, audit_log::AuditLog, billing::Billing, settings::Settings, usage::UsagePage,
+    webhooks::Webhooks,
+};
 use crate::{
     api::{CallError, PendingCall},
     component::{Async, PageHeader, load},
@@ -50,6 +53,14 @@ fn account() -> Result<Pages, SplitLoaderError> {
     })
 }
 
+#[wasm_split(events, wasm_split_path = leptos::wasm_split, fallible)]
+fn events() -> Result<Pages, SplitLoaderError> {
+    Ok(Pages {
+        first: || view! { <Alerts/> }.into_any(),
+        second: || view! { <Webhooks/> }.into_any(),
+    })
+}
+
 /// A page in one of the modules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Chunk {
@@ -57,6 +68,8 @@ pub enum Chunk {
     Audit,
     Billing,
     Settings,
+    Alerts,
+    Webhooks,
 }
 
 impl Chunk {
@@ -66,6 +79,8 @@ impl Chunk {
             Self::Audit => "Audit log",
             Self::Billing => "Billing",
             Self::Settings => "Settings",
+            Self::Alerts => "Alerts",
+            Self::Webhooks => "Webhooks",
         }
     }
 
@@ -74,6 +89,7 @@ impl Chunk {
             let pages = match self {
                 Self::Usage | Self::Audit => observe().await,
                 Self::Billing | Self::Settings => account().await,
+                Self::Alerts | Self::Webhooks => events().await,
             };
             pages.map_err(|_| CallError::NoCode)
         })
@@ -85,8 +101,8 @@ impl Chunk {
 pub fn LazyPage(page: Chunk) -> impl IntoView {
     let loader = load(move || page.load());
     let show = move |pages: Pages| match page {
-        Chunk::Usage | Chunk::Billing => (pages.first)(),
-        Chunk::Audit | Chunk::Settings => (pages.second)(),
+        Chunk::Usage | Chunk::Billing | Chunk::Alerts => (pages.first)(),
+        Chunk::Audit | Chunk::Settings | Chunk::Webhooks => (pages.second)(),
     };
     // The header is shown until the page shows its own.
     let is_missing = move || loader.with(|_| ()).is_none();
@@ -103,6 +119,7 @@ pub fn preload_chunks() {
             spawn_local(async {
                 let _ = Chunk::Usage.load().await;
                 let _ = Chunk::Billing.load().await;
+                let _ = Chunk::Alerts.load().await;
             });
         },
         Duration::from_secs(1),

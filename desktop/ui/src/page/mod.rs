@@ -1,5 +1,6 @@
 //! The pages, and their dialogs and components.
 
+mod alerts;
 mod api_key;
 mod api_keys;
 mod audit_log;
@@ -9,12 +10,14 @@ mod burn_down;
 mod chunks;
 mod create_api_key;
 mod create_button;
+mod deliveries;
 mod edit_api_key;
 mod home;
 mod key_status;
 mod key_usage;
 mod live_tail;
 mod local_time;
+mod new_alerts;
 mod not_found;
 mod plan_form;
 mod plan_list;
@@ -26,11 +29,15 @@ mod sign_in;
 mod try_it;
 mod usage;
 mod usage_data;
+mod webhook;
+mod webhook_forms;
+mod webhooks;
 
 pub use api_key::ApiKeyPage;
 pub use api_keys::ApiKeys;
 pub use chunks::{Chunk, LazyPage, preload_chunks};
 pub use home::Home;
+pub use new_alerts::NewAlerts;
 pub use not_found::NotFound;
 pub use plans::Plans;
 pub use service_tokens::ServiceTokens;

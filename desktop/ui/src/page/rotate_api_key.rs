@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// How long the old key stays valid, in seconds.
-const GRACE_PERIODS: [(&str, &str); 5] = [
+pub const GRACE_PERIODS: [(&str, &str); 5] = [
     ("0", "Revoke now"),
     ("3600", "Keep for 1 hour"),
     ("86400", "Keep for 24 hours"),

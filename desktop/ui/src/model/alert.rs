@@ -1,0 +1,238 @@
+//! Quota alerts, in words.
+
+use quota_common::{
+    QuotaAlertId,
+    alert::{AlertSettings, QuotaAlert},
+    auth::Role,
+};
+
+use super::{
+    burn_down,
+    key::time_markup,
+    markup::{Markup, element, with_text},
+    text::{capitalized, count, date_time, number, quoted},
+};
+
+/// Whose quota it is.
+fn owner(alert: &QuotaAlert) -> &str {
+    match (&alert.key_id, &alert.key_name) {
+        (None, _) => "Your organization",
+        (Some(_), Some(name)) => name,
+        (Some(_), None) => "(unnamed key)",
+    }
+}
+
+/// The quota, without its owner: `Monthly quota`.
+fn quota_name(alert: &QuotaAlert) -> &'static str {
+    match alert.key_id {
+        Some(_) => burn_down::name(alert.policy),
+        None => "Monthly quota",
+    }
+}
+
+fn threshold_badge(threshold: u32) -> Markup {
+    let class = match threshold {
+        100.. => "badge off",
+        80.. => "badge limited",
+        _ => "badge",
+    };
+    with_text("span", &[("class", class)], &format!("{threshold}%"))
+}
+
+/// Alerts as a table. Those after `seen` are marked as new.
+pub fn alert_table(alerts: &[QuotaAlert], seen: Option<QuotaAlertId>, now: i64) -> Markup {
+    let columns = ["Key", "Quota", "Reached", "Used", "Time", "Resets"];
+    let head: Vec<Markup> = columns
+        .iter()
+        .map(|name| with_text("th", &[("scope", "col")], name))
+        .collect();
+    let rows: Markup = alerts
+        .iter()
+        .map(|alert| {
+            let is_new = seen.is_some_and(|seen| alert.id > seen);
+            alert_row(alert, is_new, now)
+        })
+        .collect();
+    let parts = [
+        with_text(
+            "caption",
+            &[("class", "visually-hidden")],
+            "Alerts, newest first",
+        ),
+        element("thead", &[], &[element("tr", &[], &head)]),
+        element("tbody", &[], &[rows]),
+    ];
+    element("table", &[("class", "table")], &parts)
+}
+
+fn alert_row(alert: &QuotaAlert, is_new: bool, now: i64) -> Markup {
+    let name = with_text("span", &[("class", "clamp")], owner(alert));
+    let name = match alert.key_id {
+        Some(id) => element(
+            "a",
+            &[("href", &format!("/console/api-keys/{id}"))],
+            &[name],
+        ),
+        None => name,
+    };
+    let new = if is_new {
+        with_text("span", &[("class", "badge on")], "New")
+    } else {
+        Markup::default()
+    };
+    let exact = with_text(
+        "span",
+        &[("class", "exact")],
+        &date_time(alert.created_at.inner().timestamp_millis()),
+    );
+    let time = element("div", &[], &[time_markup(alert.created_at, now), exact]);
+    let used = format!("{} of {}", number(alert.used), number(alert.limit));
+    let cell = |label: &str, content: Markup| element("td", &[("data-label", label)], &[content]);
+    let cells = [
+        element("th", &[("scope", "row"), ("dir", "auto")], &[name, new]),
+        cell("Quota", Markup::text(quota_name(alert))),
+        cell("Reached", threshold_badge(alert.threshold)),
+        cell("Used", Markup::text(&used)),
+        cell("Time", time),
+        cell("Resets", time_markup(alert.resets_at, now)),
+    ];
+    element("tr", &[], &cells)
+}
+
+/// Sums up alerts that were just created, for a message.
+pub fn announcement(new: &[QuotaAlert]) -> Option<String> {
+    // A burst of requests reaches several thresholds of one quota; the highest one is what matters.
+    let highest = new.iter().max_by_key(|it| it.threshold)?;
+    let is_one_quota = new
+        .iter()
+        .all(|it| (it.key_id, it.policy) == (highest.key_id, highest.policy));
+    if !is_one_quota {
+        return Some(count(
+            new.len() as u64,
+            "new quota alert",
+            "new quota alerts",
+        ));
+    }
+    let owner = match highest.key_id {
+        Some(_) => quoted(owner(highest)),
+        None => owner(highest).to_owned(),
+    };
+    Some(format!(
+        "{owner} has used {}% of its {}",
+        highest.threshold,
+        quota_name(highest).to_ascii_lowercase()
+    ))
+}
+
+/// The members with a role.
+pub const fn role_members(role: Role) -> &'static str {
+    match role {
+        Role::Owner => "owners",
+        Role::Admin => "admins",
+        Role::Developer => "developers",
+        Role::Billing => "billing members",
+        Role::Viewer => "viewers",
+    }
+}
+
+/// Who gets alerts by email.
+pub fn recipients(settings: &AlertSettings) -> String {
+    let roles = settings.email_roles.iter();
+    let names: Vec<&str> = roles.map(|it| role_members(*it)).collect();
+    match names.split_last() {
+        Some(_) if !settings.email => "Off".to_owned(),
+        None => "Off".to_owned(),
+        Some((only, [])) => capitalized(only),
+        Some((last, rest)) => capitalized(&format!("{} and {last}", rest.join(", "))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use quota_common::limit::PolicyName;
+    use serde_json::json;
+
+    use super::*;
+
+    const NOW: i64 = 1_785_738_420_000;
+
+    fn alert(n: u32, key: Option<&str>, policy: PolicyName, threshold: u32) -> QuotaAlert {
+        let id = |n: u32| format!("019ab4e1-7c00-7000-8000-{n:012}");
+        serde_json::from_value(json!({
+            "id": id(n), "threshold": threshold, "policy": policy, "key_id": key.map(|_| id(900)), "key_name": key,
+            "limit": 50_000, "used": 40_012, "starts_at": "2026-08-01T00:00:00.000Z",
+            "resets_at": "2026-09-01T00:00:00.000Z", "created_at": "2026-08-03T06:26:00.000Z",
+        }))
+        .expect("an alert")
+    }
+
+    #[test]
+    fn row_names_the_key_the_quota_and_the_reset() {
+        let of_key = alert(2, Some("<App>"), PolicyName::Daily, 80);
+        let row = alert_table(std::slice::from_ref(&of_key), Some(of_key.id), NOW).to_string();
+        for part in [
+            "href=\"/console/api-keys/019ab4e1-7c00-7000-8000-000000000900\"",
+            "&lt;App&gt;",
+            ">Daily quota<",
+            "badge limited\">80%<",
+            ">40,012 of 50,000<",
+            ">1 minute ago<",
+            ">3 Aug 2026, 06:26 UTC<",
+            ">in 28 days<",
+        ] {
+            assert!(row.contains(part), "{part} is not in {row}");
+        }
+        assert!(!row.contains(">New<"));
+        let of_tenant = alert(3, None, PolicyName::TenantMonthly, 100);
+        let row = alert_table(&[of_tenant], Some(of_key.id), NOW).to_string();
+        for part in [
+            ">Your organization<",
+            ">Monthly quota<",
+            "badge off\">100%<",
+            ">New<",
+        ] {
+            assert!(row.contains(part), "{part} is not in {row}");
+        }
+        assert!(!row.contains("<a "), "the organization has no page");
+    }
+
+    #[test]
+    fn announcement_names_the_highest_threshold_of_one_quota() {
+        let app = |threshold| alert(1, Some("App"), PolicyName::Daily, threshold);
+        assert_eq!(announcement(&[]), None);
+        assert_eq!(
+            announcement(&[app(100), app(80), app(50)]).as_deref(),
+            Some("\"\u{2068}App\u{2069}\" has used 100% of its daily quota")
+        );
+        let tenant = alert(1, None, PolicyName::TenantMonthly, 50);
+        assert_eq!(
+            announcement(std::slice::from_ref(&tenant)).as_deref(),
+            Some("Your organization has used 50% of its monthly quota")
+        );
+        assert_eq!(
+            announcement(&[app(50), tenant]).as_deref(),
+            Some("2 new quota alerts")
+        );
+    }
+
+    #[test]
+    fn recipients_are_listed_unless_email_is_off() {
+        let settings = |email, email_roles: &[Role]| {
+            recipients(&AlertSettings {
+                email,
+                email_roles: email_roles.to_vec(),
+            })
+        };
+        assert_eq!(settings(true, &[Role::Owner]), "Owners");
+        assert_eq!(
+            settings(true, &[Role::Owner, Role::Admin]),
+            "Owners and admins"
+        );
+        assert_eq!(
+            settings(true, Role::ALL),
+            "Owners, admins, developers, billing members and viewers"
+        );
+        assert_eq!(settings(true, &[]), "Off");
+        assert_eq!(settings(false, &[Role::Owner]), "Off");
+    }
+}

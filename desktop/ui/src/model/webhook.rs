@@ -1,0 +1,473 @@
+//! Webhooks and their deliveries, in words.
+
+use std::fmt::Write as _;
+
+use quota_common::{
+    WebhookDeliveryId,
+    auth::Role,
+    bounds::WEBHOOK_URL_MAX,
+    webhook::{Webhook, WebhookDelivery, WebhookDeliveryStatus},
+};
+
+use super::{
+    key::{time_markup, time_or},
+    markup::{Markup, element, with_text},
+    text::{date_time, number, relative},
+};
+
+/// The type of the events that are sent when a threshold of a quota is reached.
+const THRESHOLD_REACHED: &str = "quota.threshold_reached";
+
+/// Whether events are sent to a webhook, and whether they arrive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WebhookStatus {
+    Active,
+    Failing,
+    /// Deactivated by a user.
+    Inactive,
+    /// Deactivated by the server.
+    Disabled,
+}
+
+impl WebhookStatus {
+    pub const fn of(webhook: &Webhook) -> Self {
+        match (
+            webhook.is_active,
+            &webhook.disabled_reason,
+            &webhook.failing_since,
+        ) {
+            (false, Some(_), _) => Self::Disabled,
+            (false, None, _) => Self::Inactive,
+            (true, _, Some(_)) => Self::Failing,
+            (true, _, None) => Self::Active,
+        }
+    }
+
+    fn badge(self) -> Markup {
+        let (class, text) = match self {
+            Self::Active => ("badge on", "Active"),
+            Self::Failing => ("badge limited", "Failing"),
+            Self::Inactive => ("badge", "Inactive"),
+            Self::Disabled => ("badge off", "Disabled"),
+        };
+        with_text("span", &[("class", class)], text)
+    }
+}
+
+fn head(columns: &[&str]) -> Markup {
+    let columns: Vec<Markup> = columns
+        .iter()
+        .map(|name| match *name {
+            "" => element(
+                "th",
+                &[("scope", "col")],
+                &[with_text(
+                    "span",
+                    &[("class", "visually-hidden")],
+                    "Actions",
+                )],
+            ),
+            name => with_text("th", &[("scope", "col")], name),
+        })
+        .collect();
+    element("thead", &[], &[element("tr", &[], &columns)])
+}
+
+fn table(class: &str, caption: &str, columns: &[&str], rows: Markup) -> Markup {
+    let parts = [
+        with_text("caption", &[("class", "visually-hidden")], caption),
+        head(columns),
+        element("tbody", &[], &[rows]),
+    ];
+    element("table", &[("class", class)], &parts)
+}
+
+fn cell(label: &str, content: &[Markup]) -> Markup {
+    element("td", &[("data-label", label)], content)
+}
+
+fn note(text: &str) -> Markup {
+    with_text("span", &[("class", "exact")], text)
+}
+
+/// Webhooks as a table. Each name leads to the webhook's page.
+pub fn webhook_table(webhooks: &[Webhook], now: i64) -> Markup {
+    let rows = webhooks
+        .iter()
+        .map(|it| {
+            let name = with_text("span", &[("class", "clamp")], &it.name);
+            let href = format!("/console/webhooks/{}", it.id);
+            let name = element("a", &[("href", &href)], &[name]);
+            let url = with_text("code", &[("class", "url clamp")], &it.url);
+            let cells = [
+                element("th", &[("scope", "row"), ("dir", "auto")], &[name]),
+                cell("URL", &[url]),
+                cell("Status", &[status(it, now)]),
+                cell("Created", &[time_markup(it.created_at, now)]),
+            ];
+            element("tr", &[], &cells)
+        })
+        .collect();
+    table(
+        "table webhooks",
+        "Webhooks, newest first",
+        &["Name", "URL", "Status", "Created"],
+        rows,
+    )
+}
+
+/// The status badge, with the reason below it.
+fn status(it: &Webhook, now: i64) -> Markup {
+    let status = WebhookStatus::of(it);
+    let reason = match (status, &it.disabled_reason, it.failing_since) {
+        (WebhookStatus::Disabled, Some(reason), _) => reason.clone(),
+        (WebhookStatus::Failing, _, Some(since)) => {
+            format!(
+                "First failed {}",
+                relative(since.inner().timestamp_millis(), now)
+            )
+        }
+        _ => String::new(),
+    };
+    let mut parts = vec![status.badge()];
+    if !reason.is_empty() {
+        parts.push(with_text("span", &[("class", "summary")], &reason));
+    }
+    element("div", &[], &parts)
+}
+
+/// How many webhooks there are, by status.
+pub fn webhook_counts(webhooks: &[Webhook]) -> String {
+    let counts: Vec<String> = [
+        (WebhookStatus::Active, "active"),
+        (WebhookStatus::Failing, "failing"),
+        (WebhookStatus::Disabled, "disabled"),
+        (WebhookStatus::Inactive, "inactive"),
+    ]
+    .into_iter()
+    .filter_map(|(status, text)| {
+        let with_status = webhooks.iter().filter(|it| WebhookStatus::of(it) == status);
+        match with_status.count() as u64 {
+            0 => None,
+            n => Some(format!("{} {text}", number(n))),
+        }
+    })
+    .collect();
+    if counts.is_empty() {
+        "None".to_owned()
+    } else {
+        counts.join(", ")
+    }
+}
+
+/// A row of a list of definitions.
+fn detail(label: &str, content: &[Markup]) -> Markup {
+    let parts = [with_text("dt", &[], label), element("dd", &[], content)];
+    element("div", &[], &parts)
+}
+
+/// What the user has to know or do. Empty if the webhook works.
+fn notice(it: &Webhook, now: i64) -> Markup {
+    let text = match (WebhookStatus::of(it), &it.disabled_reason, it.failing_since) {
+        (WebhookStatus::Disabled, Some(reason), _) => format!(
+            "Quota disabled this webhook. {reason} Events are not sent. Fix the endpoint, then activate the webhook."
+        ),
+        (WebhookStatus::Failing, _, Some(since)) => format!(
+            "Deliveries began to fail {}. If none succeeds for 3 days, Quota disables this webhook.",
+            relative(since.inner().timestamp_millis(), now)
+        ),
+        _ => return Markup::default(),
+    };
+    let class = if it.is_active { "alert warn" } else { "alert" };
+    with_text("p", &[("class", class)], &text)
+}
+
+/// The webhook's status, URL and times.
+pub fn webhook_details(it: &Webhook, now: i64) -> Markup {
+    let url = with_text("code", &[("class", "url")], &it.url);
+    let mut rows = vec![
+        detail("URL", &[url]),
+        detail("Status", &[WebhookStatus::of(it).badge()]),
+        detail("Created", &[time_markup(it.created_at, now)]),
+        detail("Last edited", &[time_markup(it.updated_at, now)]),
+    ];
+    if let Some(at) = previous_secret_expiry(it, now) {
+        rows.push(detail(
+            "Previous secret",
+            &[Markup::text("Expires "), time_markup(at, now)],
+        ));
+    }
+    [
+        notice(it, now),
+        element("dl", &[("class", "details")], &rows),
+    ]
+    .into_iter()
+    .collect()
+}
+
+/// When requests are no longer signed with the previous secret, if they are now.
+pub fn previous_secret_expiry(it: &Webhook, now: i64) -> Option<quota_common::Timestamp> {
+    it.previous_secret_expires_at
+        .filter(|at| at.inner().timestamp_millis() > now)
+}
+
+/// Checks a URL before it is sent. The server also checks the host.
+pub fn check_url(text: &str) -> Result<(), &'static str> {
+    let text = text.trim();
+    let rest = text
+        .strip_prefix("https://")
+        .or_else(|| text.strip_prefix("http://"));
+    match rest {
+        _ if text.len() > WEBHOOK_URL_MAX => Err("Must be at most 2,000 characters"),
+        Some(rest) if !rest.is_empty() && rest.bytes().all(|it| it.is_ascii_graphic()) => Ok(()),
+        Some(_) => Err("Enter a complete URL, without spaces"),
+        None => Err("Must start with https://"),
+    }
+}
+
+/// A short description of a type of event.
+pub fn event_label(kind: &str) -> &str {
+    match kind {
+        THRESHOLD_REACHED => "Quota threshold reached",
+        "webhook.test" => "Test event",
+        other => other,
+    }
+}
+
+const fn delivery_badge(status: WebhookDeliveryStatus) -> (&'static str, &'static str) {
+    match status {
+        WebhookDeliveryStatus::Pending => ("badge limited", "Pending"),
+        WebhookDeliveryStatus::Delivered => ("badge on", "Delivered"),
+        WebhookDeliveryStatus::Failed => ("badge off", "Failed"),
+    }
+}
+
+fn badge_of(it: &WebhookDelivery) -> Markup {
+    let (class, text) = delivery_badge(it.status);
+    with_text("span", &[("class", class)], text)
+}
+
+fn response(it: &WebhookDelivery) -> String {
+    it.response_status
+        .map_or_else(|| "–".to_owned(), |status| status.to_string())
+}
+
+/// When a delivery is attempted again. During an attempt, the server returns when it would be repeated after a crash.
+fn next_attempt(it: &WebhookDelivery, now: i64) -> Markup {
+    match it.next_attempt_at {
+        Some(_) if it.attempts > 0 && it.error.is_none() => Markup::text("Sending…"),
+        None => with_text("span", &[("class", "muted")], "–"),
+        Some(at) if at.inner().timestamp_millis() <= now => Markup::text("Now"),
+        Some(at) => time_markup(at, now),
+    }
+}
+
+/// Deliveries as a table. The button of each row has the delivery's ID in `data-delivery`.
+pub fn delivery_table(deliveries: &[WebhookDelivery], now: i64) -> Markup {
+    let rows = deliveries.iter().map(|it| delivery_row(it, now)).collect();
+    table(
+        "table deliveries",
+        "Deliveries, newest first",
+        &[
+            "Event",
+            "Status",
+            "Response",
+            "Attempts",
+            "Next attempt",
+            "Created",
+            "",
+        ],
+        rows,
+    )
+}
+
+fn delivery_row(it: &WebhookDelivery, now: i64) -> Markup {
+    let id = it.id.to_string();
+    let label = event_label(&it.event_type);
+    let created = it.created_at.inner().timestamp_millis();
+    let button = with_text(
+        "button",
+        &[
+            ("type", "button"),
+            ("class", "button small"),
+            ("data-delivery", &id),
+            ("data-focus-key", &format!("delivery-{id}")),
+            (
+                "aria-label",
+                &format!("Details of {label}, {}", date_time(created)),
+            ),
+        ],
+        "Details",
+    );
+    let kind = with_text("code", &[("class", "summary")], &it.event_type);
+    let status_only = format!("The endpoint responded with status {}.", response(it));
+    let mut response = vec![Markup::text(&response(it))];
+    if let Some(error) = it.error.as_ref().filter(|it| **it != status_only) {
+        response.push(with_text("span", &[("class", "summary")], error));
+    }
+    let response = element("div", &[], &response);
+    let time = element(
+        "div",
+        &[],
+        &[time_markup(it.created_at, now), note(&date_time(created))],
+    );
+    let cells = [
+        element("th", &[("scope", "row")], &[Markup::text(label), kind]),
+        cell("Status", &[badge_of(it)]),
+        cell("Response", &[response]),
+        cell("Attempts", &[Markup::text(&number(it.attempts.into()))]),
+        cell("Next attempt", &[next_attempt(it, now)]),
+        cell("Created", &[time]),
+        element("td", &[("class", "row-actions")], &[button]),
+    ];
+    element("tr", &[], &cells)
+}
+
+/// Everything about a delivery except its payload.
+pub fn delivery_details(it: &WebhookDelivery, now: i64) -> Markup {
+    let created = it.created_at.inner().timestamp_millis();
+    let error = match (&it.error, it.response_status) {
+        (Some(error), _) => Markup::text(error),
+        (None, None) => with_text("span", &[("class", "muted")], "–"),
+        (None, Some(_)) => with_text("span", &[("class", "muted")], "None"),
+    };
+    let rows = [
+        detail("Status", &[badge_of(it)]),
+        detail("Response status", &[Markup::text(&response(it))]),
+        detail("Error", &[error]),
+        detail("Attempts", &[Markup::text(&number(it.attempts.into()))]),
+        detail(
+            "Last attempt",
+            &[time_or(it.last_attempt_at, "Not sent yet", now)],
+        ),
+        detail("Next attempt", &[next_attempt(it, now)]),
+        detail(
+            "Created",
+            &[time_markup(it.created_at, now), note(&date_time(created))],
+        ),
+        detail("Event type", &[with_text("code", &[], &it.event_type)]),
+    ];
+    element("dl", &[("class", "details")], &rows)
+}
+
+/// Whether an attempt of a new delivery has ended.
+pub const fn has_result(it: &WebhookDelivery) -> bool {
+    it.error.is_some() || !matches!(it.status, WebhookDeliveryStatus::Pending)
+}
+
+/// Whether an attempt of a delivery is in progress or imminent, so that its result should be loaded soon.
+pub fn is_changing(deliveries: &[WebhookDelivery], now: i64) -> bool {
+    const SOON_MS: i64 = 10_000;
+    /// Longer than an attempt takes.
+    const ATTEMPT_MS: i64 = 20_000;
+    let millis = |at: quota_common::Timestamp| at.inner().timestamp_millis();
+    deliveries.iter().any(|it| {
+        let is_due = |at| millis(at) < now + SOON_MS;
+        let was_sent = |at| millis(at) > now - ATTEMPT_MS;
+        it.next_attempt_at.is_some_and(is_due)
+            || (it.next_attempt_at.is_some() && it.last_attempt_at.is_some_and(was_sent))
+    })
+}
+
+/// The results of deliveries, in a form that differs when one of them changes.
+pub fn results(deliveries: &[WebhookDelivery]) -> String {
+    let mut all = String::new();
+    for it in deliveries {
+        let _ = write!(all, "{} {} {} ", it.id, it.status, it.attempts);
+        all.push_str(it.error.as_deref().unwrap_or_default());
+    }
+    all
+}
+
+/// The delivery with an ID.
+pub fn find(deliveries: &[WebhookDelivery], id: WebhookDeliveryId) -> Option<&WebhookDelivery> {
+    deliveries.iter().find(|it| it.id == id)
+}
+
+/// The result of a test event.
+pub fn test_result(it: &WebhookDelivery, now: i64) -> Markup {
+    let mut text = match (it.status, it.response_status, &it.error) {
+        (WebhookDeliveryStatus::Delivered, Some(status), _) => {
+            format!("The endpoint responded with status {status}.")
+        }
+        (.., Some(error)) => error.clone(),
+        (WebhookDeliveryStatus::Delivered, None, None) => "The endpoint accepted it.".to_owned(),
+        _ => "It was not sent.".to_owned(),
+    };
+    if it.status == WebhookDeliveryStatus::Pending
+        && let Some(at) = it.next_attempt_at
+    {
+        let next = relative(at.inner().timestamp_millis(), now);
+        let _ = write!(text, " Quota tries again {next}.");
+    }
+    let (class, badge) = match it.status {
+        WebhookDeliveryStatus::Delivered => ("badge on", "Delivered"),
+        _ => ("badge off", "Failed"),
+    };
+    [
+        with_text("span", &[("class", class)], badge),
+        with_text("span", &[], &text),
+    ]
+    .into_iter()
+    .collect()
+}
+
+/// The types of events, as a list of definitions.
+pub fn event_types() -> Markup {
+    let rows = [
+        (
+            THRESHOLD_REACHED,
+            "50, 80 or 100% of a daily or monthly quota is used, once for each day or month.",
+        ),
+        ("webhook.test", "You sent a test event."),
+    ]
+    .map(|(kind, about)| {
+        let parts = [
+            element("dt", &[], &[with_text("code", &[], kind)]),
+            with_text("dd", &[], about),
+        ];
+        element("div", &[], &parts)
+    });
+    element("dl", &[("class", "details event-types")], &rows)
+}
+
+/// Why a role cannot see webhooks.
+pub fn no_access(role: Role) -> String {
+    format!(
+        "Your role ({}) doesn't include webhooks. Ask an owner or an admin of your organization.",
+        role.as_str()
+    )
+}
+
+/// A language with an example of how to verify a signature.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Language {
+    Python,
+    Node,
+}
+
+impl Language {
+    pub const ALL: [Self; 2] = [Self::Python, Self::Node];
+
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Python => "Python",
+            Self::Node => "Node.js",
+        }
+    }
+
+    /// Verifies a request with the Standard Webhooks library.
+    pub const fn example(self) -> &'static str {
+        match self {
+            Self::Python => {
+                "# pip install standardwebhooks\nimport os\nfrom standardwebhooks.webhooks import Webhook\n\nevent = Webhook(os.environ[\"QUOTA_WEBHOOK_SECRET\"]).verify(body, headers)"
+            }
+            Self::Node => {
+                "// npm install standardwebhooks\nimport { Webhook } from \"standardwebhooks\";\n\nconst event = new Webhook(process.env.QUOTA_WEBHOOK_SECRET).verify(body, headers);"
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,119 @@
+//! Notices new quota alerts while the console is open: the navigation counts them, and a message announces each.
+
+use leptos::{prelude::*, task::spawn_local};
+use quota_common::{QuotaAlertId, call::PageOf};
+
+use crate::{
+    api,
+    clock::track_ticks,
+    component::Toasts,
+    host,
+    model::alert::announcement,
+    preferences,
+    reactive::effect,
+    route::{Route, route},
+    session::{Session, session},
+};
+
+/// How often to look for alerts, in ticks of the clock: every minute.
+const EVERY: u32 = 2;
+/// More new alerts than this are not counted.
+const MAX_COUNT: u32 = 20;
+
+/// Alerts that the user has not seen in this browser.
+#[derive(Clone, Copy)]
+pub struct NewAlerts {
+    count: RwSignal<usize>,
+    /// The newest alert that was announced in this tab. `None` before the first look.
+    announced: StoredValue<Option<QuotaAlertId>>,
+    session: Session,
+    toasts: Toasts,
+    route: Route,
+}
+
+impl NewAlerts {
+    /// Looks for alerts until the caller's component is removed.
+    pub fn watch(toasts: Toasts) -> Self {
+        let alerts = Self {
+            count: RwSignal::new(0),
+            announced: StoredValue::new(None),
+            session: session(),
+            toasts,
+            route: route(),
+        };
+        provide_context(alerts);
+        let ticks = StoredValue::new(0_u32);
+        effect(move || {
+            track_ticks();
+            let tick = ticks.get_value();
+            ticks.set_value(tick.wrapping_add(1));
+            if tick.is_multiple_of(EVERY) && !document().hidden() && !host::is_offline() {
+                spawn_local(alerts.look());
+            }
+        });
+        alerts
+    }
+
+    async fn look(self) {
+        let page = PageOf {
+            limit: Some(MAX_COUNT),
+            cursor: None,
+        };
+        // Errors are reported by the pages that need the response.
+        let Ok(page) = api::list_alerts(page).await else {
+            return;
+        };
+        let newest = page.items.first().map_or(QuotaAlertId::NIL, |it| it.id);
+        let seen = self.seen().unwrap_or_else(|| {
+            // Alerts from before this browser was used are not new.
+            self.store(newest);
+            newest
+        });
+        let after = |id| page.items.iter().filter(move |it| it.id > id);
+        let _ = self.count.try_set(after(seen).count());
+        // The user may have signed out.
+        let Some(announced) = self.announced.try_get_value() else {
+            return;
+        };
+        let new: Vec<_> = after(announced.unwrap_or(newest)).cloned().collect();
+        self.announced.set_value(Some(newest));
+        if let Some(text) = announcement(&new) {
+            let route = self.route;
+            let open = move || route.go("/console/alerts");
+            self.toasts.announce(text, "View alerts", open);
+        }
+    }
+
+    /// The newest alert that the user has seen, if that is known.
+    pub fn seen(self) -> Option<QuotaAlertId> {
+        preferences::seen_alert(&self.tenant()?)?.parse().ok()
+    }
+
+    /// Records that the user has seen all alerts up to this one.
+    pub fn mark_seen(self, newest: QuotaAlertId) {
+        if self.seen().is_none_or(|seen| seen < newest) {
+            self.store(newest);
+        }
+        self.count.set(0);
+    }
+
+    fn store(self, newest: QuotaAlertId) {
+        if let Some(tenant) = self.tenant() {
+            preferences::set_seen_alert(&tenant, &newest.to_string());
+        }
+    }
+
+    fn tenant(self) -> Option<String> {
+        let me = self.session.me.get_untracked()?;
+        Some(me.tenant.id.to_string())
+    }
+
+    /// The number of new alerts, if there are any, such as `3 new`.
+    pub fn label(self) -> Option<String> {
+        match self.count.get() {
+            0 => None,
+            n if n >= MAX_COUNT as usize => Some(format!("{n}+ new")),
+            n => Some(format!("{n} new")),
+        }
+    }
+}

@@ -1,0 +1,310 @@
+//! The page of one webhook: its status, actions, and deliveries.
+
+use leptos::{prelude::*, task::spawn_local};
+use quota_common::{
+    WebhookDeliveryId, WebhookId,
+    call::PageOf,
+    webhook::{UpdateWebhook, Webhook, WebhookDelivery},
+};
+
+use super::{
+    deliveries::{Deliveries, Log, load_log},
+    webhook_forms::{EditDialog, NewSecretDialog, RotateDialog},
+};
+use crate::{
+    api::{self, CallError, CallResult},
+    clock::now,
+    component::{
+        Alert, Async, Confirm, Confirmation, CopyButton, Loader, NewSecret, PageHeader, StaleNote,
+        Toasts, busy_attr, load, refresh_regularly,
+    },
+    model::{
+        text::quoted,
+        webhook::{find, has_result, results, test_result, webhook_details},
+    },
+    reactive::text_memo,
+    route::route,
+    session::session,
+};
+
+/// The dialogs are not part of the details, which are rendered again after each load, so that typed text or a new
+/// secret in a dialog is kept.
+#[derive(Clone, Copy)]
+struct Dialogs {
+    editing: RwSignal<bool>,
+    rotating: RwSignal<bool>,
+    deactivating: Confirmation,
+    deleting: Confirmation,
+    /// Whether a change of the webhook's status is in progress.
+    busy: RwSignal<bool>,
+}
+
+#[component]
+pub fn WebhookPage(id: WebhookId) -> impl IntoView {
+    let toasts = expect_context::<Toasts>();
+    let loader = load(move || api::get_webhook(id));
+    refresh_regularly(loader);
+    let log = load_log(id);
+    // A result in the log can change the webhook's status.
+    let results = text_memo(move || log.with(|page| results(&page.items)).unwrap_or_default());
+    Effect::new(move |was_loaded: Option<bool>| {
+        let is_loaded = results.with(|it| !it.is_empty());
+        if was_loaded == Some(true) {
+            loader.refresh();
+        }
+        is_loaded
+    });
+    let name = Signal::derive(move || loader.ready().map(|it| it.name).unwrap_or_default());
+    let title = Signal::derive(move || {
+        Some(name.get())
+            .filter(|name| !name.is_empty())
+            .unwrap_or_else(|| "Webhook".to_owned())
+    });
+    let deactivating = Confirmation::new();
+    let busy = deactivating.busy;
+    let dialogs = Dialogs {
+        editing: RwSignal::new(false),
+        rotating: RwSignal::new(false),
+        deactivating,
+        // Deleting offers to deactivate instead.
+        deleting: Confirmation {
+            busy,
+            ..Confirmation::new()
+        },
+        busy,
+    };
+    let set_active = Callback::new(move |active: bool| {
+        dialogs.busy.set(true);
+        spawn_local(async move {
+            change_status(id, active, toasts).await;
+            loader.reload();
+            // Pending deliveries were canceled.
+            log.refresh();
+            let _ = dialogs.busy.try_set(false);
+            let _ = dialogs.deactivating.open.try_set(false);
+            let _ = dialogs.deleting.open.try_set(false);
+        });
+    });
+    let rotated = NewSecret::new();
+    let test = Test::new(id, loader, log);
+    let exists = move || loader.with(|_| ()).is_some();
+    view! {
+        <p class="breadcrumb"><a href="/console/webhooks">"Webhooks"</a></p>
+        <PageHeader title/>
+        <StaleNote loader/>
+        <Async loader show=move |webhook| view! { <WebhookDetails webhook dialogs test set_active/> }/>
+        <Show when=exists>
+            <Deliveries log/>
+        </Show>
+        <EditDialog loader open=dialogs.editing/>
+        <RotateDialog id loader open=dialogs.rotating rotated/>
+        <NewSecretDialog new=rotated on_close=Callback::new(|()| {})/>
+        <Confirm
+            // Errors appear as toasts.
+            confirmation=dialogs.deactivating
+            title=Signal::derive(move || format!("Deactivate {}?", quoted(&name.get())))
+            message="Events aren't sent until you activate it again, and pending deliveries are canceled. You can redeliver those later."
+            action="Deactivate webhook"
+            run=Callback::new(move |()| set_active.run(false))
+        />
+        <DeleteDialog id loader dialogs set_active/>
+    }
+}
+
+/// Activates or deactivates the webhook, and reports the result.
+async fn change_status(id: WebhookId, active: bool, toasts: Toasts) {
+    let body = UpdateWebhook {
+        is_active: Some(active),
+        ..UpdateWebhook::default()
+    };
+    match api::update_webhook(id, body).await {
+        Ok(_) if active => toasts.succeed("Webhook activated"),
+        Ok(_) => toasts.succeed("Webhook deactivated"),
+        Err(error) => toasts.fail(&error),
+    }
+}
+
+#[component]
+fn WebhookDetails(
+    webhook: Webhook,
+    dialogs: Dialogs,
+    test: Test,
+    set_active: Callback<bool>,
+) -> impl IntoView {
+    let can_manage = session().can_manage();
+    let id = webhook.id.to_string();
+    let (is_active, busy) = (webhook.is_active, dialogs.busy);
+    let details = webhook_details(&webhook, now()).to_string();
+    view! {
+        <section class="card">
+            <div inner_html=details></div>
+            <p class="key-id">
+                <span class="muted small-text">"Webhook ID"</span>
+                <code>{id.clone()}</code>
+                <CopyButton text=Signal::stored(id) what="webhook ID"/>
+            </p>
+            {can_manage
+                .then(|| {
+                    let status = if is_active {
+                        view! { <button class="button" data-focus-key="status" aria-disabled=busy_attr(busy) on:click=move |_| dialogs.deactivating.ask()>"Deactivate"</button> }.into_any()
+                    } else {
+                        view! { <button class="button primary" data-focus-key="status" aria-disabled=busy_attr(busy) on:click=move |_| set_active.run(true)>"Activate"</button> }.into_any()
+                    };
+                    view! {
+                        <div class="actions">
+                            <button class="button" data-focus-key="test" aria-disabled=busy_attr(test.busy) data-busy=busy_attr(test.busy) on:click=move |_| test.send()>"Send test event"</button>
+                            {status}
+                            <button class="button" data-focus-key="edit" on:click=move |_| dialogs.editing.set(true)>"Edit"</button>
+                            <button class="button" data-focus-key="rotate" on:click=move |_| dialogs.rotating.set(true)>"Rotate secret"</button>
+                            <button class="button danger" data-focus-key="delete" on:click=move |_| dialogs.deleting.ask()>"Delete"</button>
+                        </div>
+                        <TestResult test/>
+                    }
+                })}
+        </section>
+    }
+}
+
+/// How often to look for the result of a test event.
+const POLL_MS: u32 = 400;
+/// Longer than an attempt takes.
+const MAX_POLLS: u32 = 50;
+
+#[derive(Clone)]
+enum TestState {
+    Idle,
+    Sending,
+    Sent(Box<WebhookDelivery>),
+    /// There is no result yet.
+    Slow,
+}
+
+/// A test event and its result.
+#[derive(Clone, Copy)]
+struct Test {
+    id: WebhookId,
+    loader: Loader<Webhook>,
+    log: Log,
+    busy: RwSignal<bool>,
+    state: RwSignal<TestState>,
+    failure: RwSignal<Option<CallError>>,
+}
+
+impl Test {
+    fn new(id: WebhookId, loader: Loader<Webhook>, log: Log) -> Self {
+        Self {
+            id,
+            loader,
+            log,
+            busy: RwSignal::new(false),
+            state: RwSignal::new(TestState::Idle),
+            failure: RwSignal::new(None),
+        }
+    }
+
+    fn send(self) {
+        self.busy.set(true);
+        self.failure.set(None);
+        self.state.set(TestState::Sending);
+        spawn_local(async move {
+            let (state, failure) = match self.result().await {
+                Ok(Some(delivery)) => (TestState::Sent(Box::new(delivery)), None),
+                Ok(None) => (TestState::Slow, None),
+                Err(error) => (TestState::Idle, Some(error)),
+            };
+            let _ = self.state.try_set(state);
+            let _ = self.failure.try_set(failure);
+            let _ = self.busy.try_set(false);
+            // The status may have changed.
+            self.loader.refresh();
+            self.log.refresh();
+        });
+    }
+
+    /// Sends a test event and waits for its first attempt.
+    async fn result(self) -> CallResult<Option<WebhookDelivery>> {
+        let sent = api::test_webhook(self.id).await?;
+        self.log.refresh();
+        for _ in 0..MAX_POLLS {
+            gloo_timers::future::TimeoutFuture::new(POLL_MS).await;
+            // The user may have left the page.
+            if self.busy.try_get_untracked().is_none() {
+                break;
+            }
+            let delivery = self.find(sent.id).await?;
+            if let Some(it) = delivery.filter(has_result) {
+                return Ok(Some(it));
+            }
+        }
+        Ok(None)
+    }
+
+    async fn find(self, id: WebhookDeliveryId) -> CallResult<Option<WebhookDelivery>> {
+        let newest = PageOf::default();
+        let page = api::list_deliveries(self.id, None, newest).await?;
+        Ok(find(&page.items, id).cloned())
+    }
+}
+
+#[component]
+fn TestResult(test: Test) -> impl IntoView {
+    view! {
+        <div class="test-result" role="status">
+            {move || match test.state.get() {
+                TestState::Idle => ().into_any(),
+                TestState::Sending => view! { <p class="muted">"Sending a test event…"</p> }.into_any(),
+                TestState::Sent(it) => view! { <p inner_html=test_result(&it, now()).to_string()></p> }.into_any(),
+                TestState::Slow => view! { <p class="muted">"The test event hasn't been sent yet. Its result appears below."</p> }.into_any(),
+            }}
+        </div>
+        <Alert error=test.failure/>
+    }
+}
+
+#[component]
+fn DeleteDialog(
+    id: WebhookId,
+    loader: Loader<Webhook>,
+    dialogs: Dialogs,
+    set_active: Callback<bool>,
+) -> impl IntoView {
+    let toasts = expect_context::<Toasts>();
+    let route = route();
+    let Confirmation { busy, failure, .. } = dialogs.deleting;
+    let name = move || loader.ready().map(|it| it.name).unwrap_or_default();
+    let run = Callback::new(move |()| {
+        let name = untrack(name);
+        busy.set(true);
+        spawn_local(async move {
+            match api::delete_webhook(id).await {
+                Ok(()) => {
+                    toasts.succeed(format!("Webhook {} deleted", quoted(&name)));
+                    // Leave the deleted webhook's page, unless the user has already left it.
+                    if busy.try_set(false).is_none() {
+                        route.replace("/console/webhooks");
+                    }
+                }
+                Err(error) => {
+                    let _ = failure.try_set(Some(error));
+                    let _ = busy.try_set(false);
+                }
+            }
+        });
+    });
+    let alternative = (
+        "Deactivate instead",
+        Callback::new(move |()| set_active.run(false)),
+    );
+    let is_active = Signal::derive(move || loader.ready().is_some_and(|it| it.is_active));
+    view! {
+        <Confirm
+            confirmation=dialogs.deleting
+            title=Signal::derive(move || format!("Delete {}?", quoted(&name())))
+            message="Events are no longer sent, pending deliveries are canceled, and the delivery log is deleted. This can't be undone."
+            action="Delete webhook"
+            alternative
+            has_alternative=is_active
+            run
+        />
+    }
+}
