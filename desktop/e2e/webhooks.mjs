@@ -285,13 +285,13 @@ async function reportsErrors(my) {
   await page.route(calls, fail);
   for (const name of ["Alerts", "Webhooks"]) {
     await my.navigate(name).click();
-    await my.heading("Couldn't load this page").waitFor();
+    await my.heading(`Couldn't load ${name.toLowerCase()}`).waitFor();
     await page.locator(".empty").getByText("019ab4e1-7c00-7000-8000-00000000abcd").first().waitFor();
     await my.inspect(`${name.toLowerCase()}-failed`);
   }
   await page.unroute(calls);
   world.expected = undefined;
-  await my.button("Try again").click();
+  await my.button("Retry").click();
   await page.locator("main").getByRole("link", { name: "Alerts", exact: true }).click();
   await counts(my, 4);
 }

@@ -68,7 +68,7 @@ pub fn Alerts() -> impl IntoView {
         <PageHeader title="Alerts" about="Daily and monthly quotas that reached 50, 80 or 100%."/>
         {move || session.can_read().then(|| view! { <Notifications/> })}
         <StaleNote loader/>
-        <Async loader show/>
+        <Async loader what="alerts" show/>
     }
 }
 
@@ -120,7 +120,7 @@ fn Notifications() -> impl IntoView {
     view! {
         <section class="card" aria-labelledby="notifications">
             <h2 id="notifications">"Notifications"</h2>
-            <Async loader show/>
+            <Async loader what="the settings" inside=true show/>
         </section>
         <Modal open=editing panel=true title="Email notifications">
             {untrack(move || loader.with(|it| it.settings.clone()))

@@ -108,7 +108,7 @@ pub fn Deliveries(log: Log) -> impl IntoView {
                 <div class="filters narrow">{select_filter("status", "status", "Status", fixed_options(&STATUSES))}</div>
             </div>
             <StaleNote loader=log/>
-            <Async loader=log show/>
+            <Async loader=log what="deliveries" inside=true show/>
         </section>
         <Modal open panel=true title=Signal::derive(move || opened.with(|it| it.as_ref().map(|it| event_label(&it.event_type).to_owned()).unwrap_or_default()))>
             {untrack(move || opened.get()).map(|delivery| view! { <DeliveryDetails delivery log open/> })}

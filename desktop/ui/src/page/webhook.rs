@@ -92,7 +92,7 @@ pub fn WebhookPage(id: WebhookId) -> impl IntoView {
         <p class="breadcrumb"><a href="/console/webhooks">"Webhooks"</a></p>
         <PageHeader title/>
         <StaleNote loader/>
-        <Async loader show=move |webhook| view! { <WebhookDetails webhook dialogs test set_active/> }/>
+        <Async loader what="this webhook" show=move |webhook| view! { <WebhookDetails webhook dialogs test set_active/> }/>
         <Show when=exists>
             <Deliveries log/>
         </Show>

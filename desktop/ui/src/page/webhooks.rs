@@ -89,7 +89,7 @@ fn WebhookList() -> impl IntoView {
             <CreateButton open=creating label="New webhook"/>
         </PageHeader>
         <StaleNote loader/>
-        <Async loader show/>
+        <Async loader what="webhooks" show/>
         <section class="card" aria-labelledby="event-types">
             <h2 id="event-types">"Events"</h2>
             <div inner_html=event_types().to_string()></div>
