@@ -42,7 +42,7 @@ query() {
   postgres psql --no-psqlrc --quiet --tuples-only --no-align --set ON_ERROR_STOP=1 --command "$1"
 }
 
-# Writes an archive with the folder `usage`, or an empty one.
+# Writes an archive with the directory `usage`, or an empty one.
 archive_usage() {
   if [ -z "$database" ]; then
     local replica

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Writes a backup of a running installation to a new folder, quota-YEAR-MONTH-DAYTHOUR-MINUTE-SECOND, in the given folder.
+# Writes a backup of a running installation to a new directory, quota-YEAR-MONTH-DAYTHOUR-MINUTE-SECOND, in the given
+# directory.
 #
 #   deploy/backup.sh /var/backups                   the installation of compose.prod.yml
 #

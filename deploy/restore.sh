@@ -26,10 +26,15 @@ if [ "$(query "SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regn
   ALTER DATABASE $name RENAME TO ${name}_before_restore;
   CREATE DATABASE $name;"
 fi
-others=$(query "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()")
-[ "$others" = 0 ] || fail "$others other sessions use the database: stop all servers first"
+# A server that has just stopped may still have sessions for a moment.
+for _ in 1 2 3 4 5 6 7 8 9 10; do
+  others=$(query "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'")
+  [ "$others" != 0 ] || break
+  sleep 0.5
+done
+[ "$others" = 0 ] || fail "other sessions use the database ($others): stop all servers first"
 
-# Roles belong to the cluster, so they are not in the backup of a database. These are created as the first migration does.
+# Roles belong to the cluster, so they are not in the backup of a database. They are created as in the first migration.
 query "DO \$\$
 DECLARE
     name text;

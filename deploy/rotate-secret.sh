@@ -9,7 +9,7 @@
 #   deploy/rotate-secret.sh leaked      replaces the secret immediately: all users have to sign in again
 #   deploy/rotate-secret.sh status
 #
-# The files quota_secret and quota_secret_previous are in deploy/secrets, or in the folder in SECRETS, such as
+# The files quota_secret and quota_secret_previous are in deploy/secrets, or in the directory in SECRETS, such as
 # /etc/quota/secrets. When no rotation is in progress, both contain the same secret.
 set -euo pipefail
 folder=${SECRETS:-$(dirname "${BASH_SOURCE[0]}")/secrets}
@@ -21,7 +21,7 @@ fail() {
   exit 1
 }
 random() { head -c 32 /dev/urandom | base64 | tr '+/' '-_' | tr -d '=\n'; }
-# Replaces a file at once, and keeps its owner and mode.
+# Replaces a file atomically, and keeps its owner and mode.
 write() {
   local new
   new=$(mktemp "$folder/.quota_secret.XXXXXX")

@@ -22,13 +22,13 @@ export async function actions(world) {
   await my.heading("One").waitFor();
   await my.button("Deactivate").click();
   await my.button("Deactivate key").click();
-  await toast.getByText("Key deactivated").waitFor();
+  await toast.getByText(`Key ${quoted("One")} deactivated`).waitFor();
   assert.equal((await key(0)).is_active, false);
   await my.inspect("toast-undo");
   await my.navigate("Plans").click();
   await my.heading("Plans").waitFor();
   await my.button("Undo").click();
-  await toast.getByText("Key activated").waitFor();
+  await toast.getByText(`Key ${quoted("One")} activated`).waitFor();
   assert.equal((await key(0)).is_active, true);
   assert.equal(await toast.count(), 1, "one message at a time");
   await my.button("Dismiss").click();
@@ -45,7 +45,12 @@ export async function actions(world) {
   await page.keyboard.press("ArrowUp");
   assert.equal(await focused(), "Delete");
   await page.keyboard.press("ArrowUp");
-  assert.equal(await focused(), "Duplicate");
+  assert.equal(await focused(), "Copy ID");
+  await page.keyboard.press("Enter");
+  await toast.getByText("Plan ID copied").waitFor();
+  assert.equal(await page.evaluate(() => navigator.clipboard.readText()), starter.id);
+  await page.keyboard.press("ArrowDown");
+  await page.waitForFunction(() => document.activeElement.textContent === "View keys");
   await page.keyboard.press("Escape");
   await page.getByRole("menu").waitFor({ state: "detached" });
   assert.equal(await focused(), "More actions for Starter");
@@ -72,21 +77,57 @@ export async function actions(world) {
   await my.heading("New plan").waitFor();
   assert.equal(await dialog.locator("#name").inputValue(), "", "a new plan does not start with the last duplicate");
   assert.equal(await dialog.locator(".toast").count(), 1, "the message is in the dialog, not behind it");
+  // It covers no button of the dialog, at any size of the window.
+  for (const [width, height] of [[320, 568], [390, 844], [768, 600], [1280, 800]]) {
+    await page.setViewportSize({ width, height });
+    const box = await toast.boundingBox();
+    for (const name of ["Cancel", "Create plan"]) {
+      const button = await my.button(name).boundingBox();
+      const isApart = box.y + box.height <= button.y || button.y + button.height <= box.y || box.x + box.width <= button.x || button.x + button.width <= box.x;
+      assert.ok(isApart, `${name} at ${width} × ${height}: ${JSON.stringify([box, button])}`);
+    }
+  }
+  await page.setViewportSize({ width: 1280, height: 800 });
   await my.button("Dismiss").click();
   await toast.waitFor({ state: "detached" });
   await my.button("Cancel").click();
+
+  // The menu of a key leads to the dialogs on its page, and to its usage.
+  await page.goto(`${base}/console/api-keys`);
+  for (const [action, title] of [
+    ["Edit", "Edit key"],
+    ["Rotate", `Rotate ${quoted("Two")}`],
+    ["Deactivate", `Deactivate ${quoted("Two")}?`],
+    ["Delete", `Delete ${quoted("Two")}?`],
+  ]) {
+    await my.choose("Two", action);
+    await my.heading(title).waitFor();
+    assert.equal(new URL(page.url()).search, "", "the dialog opens once");
+    await my.button("Cancel").click();
+    await my.navigate("API keys").click();
+  }
+  await my.choose("Two", "View usage");
+  await my.heading("Usage").waitFor();
+  assert.match(page.url(), new RegExp(`key_id=${created[1].api_key.id}`));
+  await my.api("PATCH", `/admin/api-keys/${created[1].api_key.id}`, { is_active: false });
+  await my.navigate("API keys").click();
+  await my.choose("Two", "Activate");
+  await toast.getByText("1 key activated").waitFor();
+  assert.equal((await key(1)).is_active, true);
+  await my.inspect("keys-menu");
 
   // Several keys are moved to another plan.
   await page.goto(`${base}/console/api-keys`);
   await my.field("Select One").check();
   await my.field("Select Three").check();
-  await my.button("Change plan").click();
+  assert.deepEqual(await page.locator(".bulk button").allTextContents(), ["Move", "Activate", "Deactivate", "Delete"]);
+  await my.button("Move").click();
   await my.heading("Move 2 keys to another plan").waitFor();
-  await dialog.getByRole("button", { name: "Change plan" }).click();
+  await dialog.getByRole("button", { name: "Move keys" }).click();
   await dialog.locator(".field.invalid").getByText("Required").waitFor();
   await dialog.locator("#move_plan").selectOption({ label: "Pro" });
   await my.inspect("keys-move");
-  await dialog.getByRole("button", { name: "Change plan" }).click();
+  await dialog.getByRole("button", { name: "Move keys" }).click();
   await toast.getByText(`2 keys moved to ${quoted("Pro")}`).waitFor();
   assert.deepEqual([(await key(0)).plan_id, (await key(1)).plan_id, (await key(2)).plan_id], [pro.id, starter.id, pro.id]);
 

@@ -55,11 +55,11 @@ export const states = {
       refreshed_at: null,
       limits: { ...active().limits, plans: { used: 3, maximum: 3 }, api_keys: { used: 8, maximum: 10 }, requests: { used: 52_000, maximum: 100_000 } },
     },
-    "Until you subscribe, 4 keys on paid plans get 402.",
+    "Until you subscribe, requests with 4 keys on paid plans are rejected (402).",
   ],
   trial: [{ ...active(), access: "trialing", trial_ends_at: hours(200) }, "First payment"],
   "past-due": [{ ...active(), access: "past_due", access_ends_at: hours(100) }, "Your last payment failed. Update your card by"],
-  unpaid: [{ ...active(), access: "unpaid", paid_plans_work: false }, "Until it is paid, 4 keys on paid plans get 402."],
+  unpaid: [{ ...active(), access: "unpaid", paid_plans_work: false }, "Until it is paid, requests with 4 keys on paid plans are rejected (402)."],
   canceling: [{ ...active(), cancels_at: hours(480), access_ends_at: hours(480) }, "Your subscription ends on"],
   canceled: [{ ...active(), ...none, access: "canceled", cancels_at: hours(-24) }, "Your subscription has ended"],
   paused: [{ ...active(), access: "paused", paid_plans_work: false }, "Your subscription is paused"],
@@ -84,6 +84,9 @@ export async function billing(world) {
     response = state;
     await open();
     await page.locator("main").getByText(text).first().waitFor();
+    // Only a subscription in good standing renews.
+    const renews = await page.locator("dt", { hasText: /^Renews$/ }).count();
+    assert.equal(renews, name === "active" || name === "stale" ? 1 : 0, name);
     await my.inspect(`billing-${name}`);
   }
   // Buttons by state.
@@ -147,11 +150,11 @@ export async function billing(world) {
   const plan = await my.api("POST", "/admin/plans", { name: "Gold", default_rpm: 60 });
   await my.api("POST", "/admin/api-keys", { name: "App", plan_id: plan.id });
   await my.navigate("Plans").click();
-  await page.getByText("4 keys get 402 until your organization subscribes.").waitFor();
+  await page.getByText("Requests with 4 keys are rejected (402) until your organization subscribes.").waitFor();
   await my.button("Edit Gold").click();
   await page.getByText("Advanced").click();
   await page.getByLabel("Paid: keys work only while your organization has a subscription").check();
-  await page.locator("dialog[open]").getByText("1 key gets 402 until your organization subscribes.").waitFor();
+  await page.locator("dialog[open]").getByText("Requests with 1 key will be rejected (402) until your organization subscribes.").waitFor();
   await my.inspect("plan-paid");
   await my.button("Save changes").click();
   await page.getByRole("row", { name: /Gold.*Paid/ }).waitFor();
@@ -188,7 +191,7 @@ async function chunks(my) {
   await page.getByText("A part of the console is missing.").waitFor();
   await my.inspect("page-missing");
   await page.unroute(/pages-.*\.wasm/);
-  await my.button("Try again").click();
+  await my.button("Retry").click();
   await my.heading("Audit log").waitFor();
   world.expected = undefined;
   // They are not part of the first page, and loaded before they are needed.
@@ -223,7 +226,7 @@ export async function subscription(world) {
   };
   await becomes(402);
   await my.navigate("Billing").click();
-  await page.getByText("Until you subscribe, 1 key on a paid plan gets 402.").waitFor();
+  await page.getByText("Until you subscribe, requests with 1 key on a paid plan are rejected (402).").waitFor();
   await my.inspect("subscription-none");
   await my.button("Upgrade").click();
   await page.getByRole("heading", { name: "Checkout" }).waitFor();

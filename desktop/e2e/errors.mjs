@@ -122,12 +122,45 @@ export async function errors(world) {
   assert.equal(await page.evaluate(() => navigator.clipboard.readText()), id);
   await page.keyboard.press("Escape");
   await my.navigate("Plans").click();
-  await my.heading("Couldn't load this page").waitFor();
+  await my.heading("Couldn't load plans").waitFor();
+  assert.equal(await page.locator(".toast").count(), 0, "the message of another page is gone");
   await page.locator(".empty").getByText(id).waitFor();
   await my.inspect("page-internal-error");
   await page.unroute(calls);
-  await my.button("Try again").click();
+  await my.button("Retry").click();
   await page.getByRole("row", { name: /Starter/ }).waitFor();
+
+  // A key that can't be loaded has one error, and a part that can't be loaded says which.
+  const key = (await my.api("GET", "/admin/api-keys")).items[0];
+  const failures = page.getByRole("alert").filter({ hasText: "Couldn't load" });
+  await page.route(calls, fail);
+  await page.goto(`${base}/console/api-keys/${key.id}`);
+  await my.heading("Couldn't load this API key").waitFor();
+  await page.locator(".skeleton").waitFor({ state: "detached" });
+  assert.equal(await failures.count(), 1);
+  await page.locator(".empty").getByText(id).waitFor();
+  await my.inspect("key-failed");
+  await page.unroute(calls);
+  const parts = /\/limits$|\/admin\/(usage|decisions)/;
+  await page.route(parts, fail);
+  await my.button("Retry").click();
+  await page.getByText("Couldn't load limits.").waitFor();
+  await my.heading("Couldn't load requests").waitFor();
+  assert.equal(await failures.count(), 2);
+  await my.inspect("key-part-failed");
+  await page.unroute(parts);
+  await my.button("Retry").first().click();
+  await page.locator(".meter").first().waitFor();
+  await my.button("Retry").click();
+  await page.locator(".chart").waitFor();
+  const billing = (url) => url.pathname === "/billing";
+  await page.route(billing, fail);
+  await my.navigate("Billing").click();
+  await my.heading("Couldn't load billing").waitFor();
+  await page.locator(".empty").getByText(id).waitFor();
+  await page.unroute(billing);
+  await my.button("Retry").click();
+  await my.heading("Limits").waitFor();
   world.expected = undefined;
   await my.context.close();
 }

@@ -17,6 +17,7 @@ import { names } from "./names.mjs";
 import { once } from "./once.mjs";
 import { pages } from "./pages.mjs";
 import { pictures } from "./pictures.mjs";
+import { site } from "./site.mjs";
 import { tour } from "./tour.mjs";
 import { recount, usage } from "./usage.mjs";
 import { walk } from "./walk.mjs";
@@ -24,7 +25,7 @@ import { widths } from "./widths.mjs";
 import { World } from "./world.mjs";
 
 const [executablePath, base, shots, ...selected] = process.argv.slice(2);
-const parts = { tour, keyboard, once, many, actions, usage, lists, names, guard, pages, errors, billing, subscription, widths, recount, pictures, walk };
+const parts = { site, tour, keyboard, once, many, actions, usage, lists, names, guard, pages, errors, billing, subscription, widths, recount, pictures, walk };
 // They require a server that is set up for them, change files of the repository, or are for people to look at.
 const onRequest = ["recount", "pictures", "walk"];
 

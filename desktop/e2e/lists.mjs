@@ -78,7 +78,7 @@ export async function lists(world) {
   await page.getByText("Couldn't load plans.").waitFor();
   await my.inspect("keys-without-plans");
   await page.unroute(plansCall);
-  await my.button("Reload plans").click();
+  await my.button("Retry").click();
   await page.getByRole("row", { name: /Key 40 .*Plan 100/ }).waitFor();
   assert.equal(await page.getByText("Couldn't load plans.").count(), 0);
 
@@ -104,7 +104,7 @@ export async function lists(world) {
   await my.button("Save changes").click();
   await my.heading("Renamed").waitFor();
   await page.locator("dd").getByText("eu & us").waitFor();
-  await page.getByText("7 of 7 left").waitFor();
+  await page.getByText("0 of 7 used").waitFor();
   await my.inspect("key-metadata");
   const { name, rpm_override, plan_id, external_id, metadata } = await my.api("GET", key);
   assert.deepEqual([name, rpm_override, plan_id], ["Renamed", 7, plans[50].id]);

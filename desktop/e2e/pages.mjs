@@ -166,7 +166,7 @@ async function running(world) {
   await openKey("Wide", { default_rpm: 60_000 });
   await page.getByText("count against this key's limits").waitFor();
   await my.button("Send until 429").click();
-  await page.getByText("300 requests sent, none rate limited.").waitFor({ timeout: 60_000 });
+  await page.getByText("300 requests sent, none rejected.").waitFor({ timeout: 60_000 });
   await my.status(200);
   let delay = true;
   await page.route(/\/v1\/echo/, async (route) => {
@@ -177,21 +177,45 @@ async function running(world) {
   await my.button("Stop").click();
   await my.button("Stop").waitFor({ state: "detached" });
   delay = false;
-  const sent = async () => (await page.locator(".outcome").textContent()).match(/(\d+) requests allowed/)[1];
+  const sent = async () => (await page.locator(".outcome").textContent()).match(/(\d+) requests? allowed/)[1];
   assert.ok((await sent()) < 400, await sent());
-  assert.equal(await page.getByText("none rate limited").count(), 0);
+  assert.equal(await page.getByText("none rejected").count(), 0);
 
   await openKey("Daily", { default_rpm: 60_000, daily_quota: 3 });
   await my.button("Send until 429").click();
   await my.status(429);
-  await page.getByText("Daily quota reached.").waitFor();
+  await page.locator(".outcome").getByText("Daily quota used up").waitFor();
+  assert.equal(await page.getByText("Rate limited").count(), 0);
   const denied = page.locator(".meter.denied");
-  await denied.getByText("0 of 3 left").waitFor();
+  await denied.getByText("3 of 3 used").waitFor();
   assert.match(await denied.innerText(), /Daily quota[\s\S]*Denied this request/);
   assert.equal(await denied.getByRole("meter").getAttribute("aria-valuenow"), "100");
   // The wait until midnight is in hours, except in the last two.
   assert.match(await page.locator(".countdown strong").textContent(), /^\d+ (h \d+ min|min \d+ s|s)$/);
   await my.inspect("key-daily");
+
+  // Every quota is shown after each request, although responses report only the limit closest to exhaustion; a meter of
+  // the rate refills.
+  await openKey("Both", { default_rpm: 60, burst: 4, daily_quota: 100, monthly_quota: 1000 });
+  const meter = (name) => page.locator(".try .meter").filter({ hasText: name });
+  await my.button("Send 1").click();
+  await my.status(200);
+  await meter("Daily quota").getByText("1 of 100 used").waitFor();
+  await meter("Monthly quota").getByText("1 of 1,000 used").waitFor();
+  await my.button("Send until 429").click();
+  await my.status(429);
+  await page.locator(".outcome").getByText("Rate limited").waitFor();
+  const allowed = Number(await sent());
+  await meter("Daily quota").getByText(`${allowed} of 100 used`).waitFor();
+  await meter("Monthly quota").getByText(`${allowed} of 1,000 used`).waitFor();
+  await meter("Rate limit").getByText("Denied this request").waitFor();
+  await meter("Rate limit").getByText("2 of 4 used").waitFor();
+  // So do the meters at the top of the page.
+  await page.locator(".meters.wide .meter").filter({ hasText: "Burst" }).getByText("0 of 4 used").waitFor();
+  await page.locator(".meters.wide .meter").filter({ hasText: "Daily quota" }).getByText(`${allowed} of 100 used`).waitFor();
+  // Another key has no results yet.
+  await page.locator("#pasted_key").fill("");
+  await page.locator(".outcome").waitFor({ state: "detached" });
 
   // The first steps are collapsed once any key has been used, no matter how many unused keys there are.
   const { id } = await my.api("POST", "/admin/plans", { name: "More", default_rpm: 60 });

@@ -148,6 +148,9 @@ async function home(my, log, quota) {
   const attention = page.locator("section", { has: page.getByRole("heading", { name: "Needs attention" }) });
   assert.ok(used >= quota * 0.8, `${used}`);
   await attention.getByRole("link", { name: "Counted" }).waitFor();
+  // More than 5% of the requests were rejected, which needs attention too.
+  assert.ok(all.rejected * 20 >= all.total, JSON.stringify(all));
+  await attention.getByText(`${percent(all.rejected, all.total)} (${number(all.rejected)} of ${number(all.total)}) in the last 24 hours`).waitFor();
   const top = page.locator("section", { has: page.getByRole("heading", { name: "Top keys, last 24 hours" }) });
   for (const key of ["Mobile app", "Slow lane", "Counted"]) {
     const { total, rejected } = log.count((it) => it.key === key);
@@ -304,8 +307,8 @@ async function keyPage(my, log, counted) {
   await my.heading("Counted").waitFor();
   const used = log.count((it) => it.key === "Counted" && it.allowed, (it) => it.cost).allowed;
   const meter = (name) => page.locator(".meter").filter({ hasText: name }).locator("strong");
-  await meter("Daily quota").getByText(`${40 - used} of 40 left`).waitFor();
-  await meter("Monthly quota").getByText(`${number(5000 - used)} of 5,000 left`).waitFor();
+  await meter("Daily quota").getByText(`${used} of 40 used`).waitFor();
+  await meter("Monthly quota").getByText(`${number(used)} of 5,000 used`).waitFor();
   const chart = page.locator(".chart");
   await chart.waitFor();
   const own = log.count((it) => it.key === "Counted");
@@ -389,6 +392,6 @@ async function states(my) {
   assert.equal(await page.locator(".chart").count(), 1, "the data stays on the page");
   await my.inspect("usage-stale");
   await page.unroute(calls);
-  await my.button("Try again").click();
+  await my.button("Retry").click();
   await page.getByText("Couldn't refresh.").waitFor({ state: "detached" });
 }

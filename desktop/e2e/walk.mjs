@@ -21,7 +21,7 @@ export async function walk(world) {
         await page.emulateMedia({ colorScheme: theme, reducedMotion: "reduce" });
         await page.evaluate(() => new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve))));
         await my.fits(`${name} ${theme} ${width}`);
-        if (world.shots) await page.screenshot({ path: join(world.shots, `walk-${name}-${width}-${theme}.png`) });
+        if (world.shots) await page.screenshot({ path: join(world.shots, `walk-${name}-${width}-${theme}.png`), fullPage: true });
         count += 1;
       }
     }
@@ -106,7 +106,7 @@ export async function walk(world) {
   });
   await form("keys-move", "/api-keys", async () => {
     await my.field("Select all on this page").check();
-    await my.button("Change plan").click();
+    await my.button("Move").click();
   });
   await form("token-new", "/service-tokens", () => my.button("New token").click());
   await form("token-delete", "/service-tokens", () => my.button("Delete Edge gateway").click());

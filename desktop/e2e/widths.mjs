@@ -1,11 +1,34 @@
-// No page scrolls sideways at any width from 320 to 1920 pixels.
+// No page scrolls sideways at any width from 320 to 1920 pixels. Cards and fields are evenly apart.
 
+import assert from "node:assert/strict";
 import { active, isBilling } from "./billing.mjs";
 
 /** Every fifth width, and those next to the breakpoints of the style sheet: in between, layouts change continuously. */
 const steps = Array.from({ length: 321 }, (_, at) => 320 + 5 * at);
 const breakpoints = [30, 56, 73, 80].flatMap((rem) => [16 * rem - 1, 16 * rem, 16 * rem + 1]);
 const all = [...new Set([...steps, ...breakpoints])].sort((a, b) => a - b);
+
+/** Cards with less than 16 pixels between them and the next one below. Runs in the page. */
+function tooClose() {
+  const boxes = [...document.querySelectorAll("main :is(.card, .empty)")].map((it) => [it, it.getBoundingClientRect()]);
+  const found = [];
+  for (const [one, a] of boxes) {
+    for (const [other, b] of boxes) {
+      const isBelow = b.top >= a.top && b.left < a.right && b.right > a.left && one !== other && !one.contains(other);
+      if (isBelow && b.top - a.bottom < 15.5) found.push([one.textContent.slice(0, 30), other.textContent.slice(0, 30), b.top - a.bottom]);
+    }
+  }
+  return found;
+}
+
+/** Fields of a dialog that are not 16 pixels below the previous one. Runs in the page. */
+function uneven() {
+  const fields = [...document.querySelectorAll("dialog[open] .field")].map((it) => [it.textContent, it.getBoundingClientRect()]);
+  const next = (a) => fields.map(([, b]) => b).filter((b) => b.top > a.top && b.left < a.right && b.right > a.left).sort((b, c) => b.top - c.top)[0];
+  // Two fields side by side are as high as the higher one.
+  const bottom = (a) => Math.max(...fields.map(([, b]) => b).filter((b) => b.top === a.top).map((b) => b.bottom));
+  return fields.filter(([, a]) => next(a) && Math.abs(next(a).top - bottom(a) - 16) > 0.5).map(([text, a]) => [text, next(a).top - bottom(a)]);
+}
 
 export async function widths(world) {
   const my = await world.visitor();
@@ -37,6 +60,7 @@ export async function widths(world) {
     for (const width of all) {
       await page.setViewportSize({ width, height: 800 });
       await my.fits(`/console${path} at ${width}`);
+      if (width % 320 === 0) assert.deepEqual(await page.evaluate(tooClose), [], `/console${path} at ${width}`);
     }
   }
   await page.goto(`${base}/console/api-keys`);
@@ -45,6 +69,7 @@ export async function widths(world) {
   for (const width of all) {
     await page.setViewportSize({ width, height: 800 });
     await my.fits(`new key at ${width}`);
+    if (width % 320 === 0) assert.deepEqual(await page.evaluate(uneven), [], `new key at ${width}`);
   }
   await my.context.close();
 }

@@ -139,7 +139,12 @@ export class Visitor {
     const excess = await this.page.evaluate(() => {
       const beyond = (element) => element.scrollWidth - element.clientWidth;
       const parts = [...document.querySelectorAll("dialog[open], .side, .card, main")];
-      return Math.max(document.documentElement.scrollWidth - window.innerWidth, ...parts.map(beyond));
+      // Text can also leave the card of its row without making anything scroll.
+      const right = (element) => element.getBoundingClientRect().right;
+      const scrolls = (element) => element.closest(".chart-table, .tail-list, .visually-hidden, pre, svg, [hidden]");
+      const leaves = [...document.querySelectorAll("main .table tbody tr *")].filter((it) => !it.children.length && !scrolls(it));
+      const out = leaves.map((it) => Math.floor(right(it) - right(it.closest("tr"))));
+      return Math.max(document.documentElement.scrollWidth - window.innerWidth, ...parts.map(beyond), ...out);
     });
     if (excess > 0) this.world.violations.push(`${form}: ${excess} px too wide`);
   }

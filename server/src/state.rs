@@ -1,7 +1,7 @@
 //! The state of a server: everything that requests and workers need, created at startup.
 
 use std::{
-    num::NonZeroU32,
+    num::{NonZeroU32, NonZeroU64},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -10,6 +10,7 @@ use std::{
 };
 
 use tokio::sync::Notify;
+use uuid::Uuid;
 
 use crate::{
     alerts::Alerts,
@@ -35,14 +36,14 @@ use crate::{
         shared::SharedKeys, tenant_ledger::TenantLedger,
     },
     limiter::{
-        DistributedSettings, DistributedStore, KeyTableSettings, LimitStore, Limiter, LocalStore,
-        Membership, RedisCounters, TenantQuotas,
+        self, DistributedSettings, DistributedStore, KeyTableSettings, LedgerConnections,
+        LimitStore, Limiter, LocalStore, Membership, RedisCounters, ReplicaSlot, TenantQuotas,
     },
     mail::Mailer,
     metering::Metering,
     readiness::ReadinessProbe,
     redis::Redis,
-    repo::{self, alert::TenantQuota, invalidation::Invalidation, sweep::Expired},
+    repo::{self, alert::TenantQuota, invalidation::Invalidation, replica::Seen, sweep::Expired},
     telemetry::{log::Log, metrics::Metrics},
     tenant_queue::TenantQueues,
     tenant_rate::TenantRate,
@@ -72,8 +73,9 @@ pub struct Services {
     pub metrics: Arc<Metrics>,
     pub log: Log,
     pub limiter: Limiter,
-    /// The number of replicas.
+    /// The number of replicas, and the ID of this one.
     pub membership: Arc<Membership>,
+    pub replica_id: Uuid,
     pub keys: KeyStore,
     pub last_used: LastUsed,
     pub metering: Metering,
@@ -157,16 +159,20 @@ impl AppState {
         // Ten times the size of the cache, since an evicted key keeps its bucket until the bucket is full again.
         let settings = KeyTableSettings {
             max_keys: config.key_cache.saturating_mul(10),
-            ledger_calls: db.lanes().ledger,
+            connections: LedgerConnections::new(db.lanes().ledger),
             ..KeyTableSettings::default()
         };
         let tenant_settings = settings.clone();
         let membership = Arc::new(Membership::default());
+        let replica_id = Uuid::now_v7();
         let store: Arc<dyn LimitStore> = match &redis {
             None => LocalStore::new(clock.clone(), ledger, settings),
             Some(redis) => {
                 let counters = RedisCounters::new(redis.clone());
                 initialize_counters(&db, redis, &counters).await?;
+                // The first call to Redis must already state whether other replicas may have decided requests without
+                // it.
+                Box::pin(count_replicas(&db, replica_id, &*clock, &membership)).await?;
                 let settings = DistributedSettings {
                     lease_ttl: config.lease_ttl,
                     deadline: redis.settings().timeout,
@@ -279,6 +285,7 @@ impl AppState {
             log,
             limiter,
             membership,
+            replica_id,
             keys,
             last_used: LastUsed::default(),
             metering,
@@ -323,6 +330,11 @@ impl AppState {
         self.publisher.publish(invalidation);
     }
 
+    /// Refreshes this replica's heartbeat and counts the replicas, including this one.
+    pub async fn count_replicas(&self) -> Result<NonZeroU64, DbError> {
+        count_replicas(&self.db, self.replica_id, &*self.clock, &self.membership).await
+    }
+
     /// Makes readiness checks fail from now on.
     pub fn drain(&self) {
         self.draining.store(true, Ordering::Release);
@@ -331,6 +343,31 @@ impl AppState {
     pub fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Acquire)
     }
+}
+
+async fn count_replicas(
+    db: &Db,
+    id: Uuid,
+    clock: &dyn Clock,
+    membership: &Membership,
+) -> Result<NonZeroU64, DbError> {
+    let db = db.on(Lane::Health);
+    let began = clock.monotonic();
+    let seen = async {
+        let mut tx = db.system().await?;
+        let (forgotten, remembered) = (limiter::FORGOTTEN, limiter::REMEMBERED);
+        let seen = repo::replica::seen(&mut tx, id, forgotten, remembered).await?;
+        tx.commit().await?;
+        Ok(seen)
+    };
+    let Seen {
+        rank,
+        count,
+        oldest_other,
+    } = db.within_limit(seen).await?;
+    membership.note_oldest_other(oldest_other, began);
+    membership.confirm_count(ReplicaSlot { rank, of: count }, began, clock.monotonic());
+    Ok(count)
 }
 
 /// How long startup waits for Redis when initializing the counters.

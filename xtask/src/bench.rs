@@ -3,7 +3,7 @@
 //! time, with many seeds. `cargo xtask bench crash`: kills under load, and a recount of the usage. `cargo xtask bench
 //! metering`: the cost of recording usage. `cargo xtask bench outage`: an outage of PostgreSQL under load. `cargo xtask
 //! bench usage`: the speed of writing and reading usage. `cargo xtask bench keys`: the speed of listing and searching
-//! keys. `cargo xtask bench desktop`: the cost of the desktop app, compared with an empty window. See `xtask/desktop`.
+//! keys. `cargo xtask bench webhooks`: many webhooks from Stripe at once. `cargo xtask bench desktop`: the cost of the desktop app, compared with an empty window. See `xtask/desktop`.
 
 use std::{
     ffi::OsString,
@@ -28,8 +28,11 @@ const USAGE: &str = "usage::bench::ten_million_rows";
 /// The test that measures lists of keys.
 const KEYS: &str = "key_lists::three_hundred_thousand_keys";
 
-/// Runs a test that measures something. The first argument is its number of rows, which it reads from this variable.
-fn measure(name: &str, variable: &str, arguments: &[OsString]) -> Result<ExitCode> {
+/// The test that measures webhooks from Stripe.
+const WEBHOOKS: &str = "billing_flood::webhooks_per_second";
+
+/// Runs a test that measures something. It reads the arguments from these variables.
+fn measure(name: &str, variables: &[&str], arguments: &[OsString]) -> Result<ExitCode> {
     machine::install(&[machine::POSTGRES])?;
     let mut test = cargo();
     test.args(["test", "--release", "--quiet", "--package", "quota-server"])
@@ -42,9 +45,7 @@ fn measure(name: &str, variable: &str, arguments: &[OsString]) -> Result<ExitCod
             name,
             "--nocapture",
         ]);
-    if let Some(rows) = arguments.first() {
-        test.env(variable, rows);
-    }
+    test.envs(variables.iter().zip(arguments));
     let status = test.status().context("cannot run the measurement")?;
     Ok(if status.success() {
         ExitCode::SUCCESS
@@ -88,12 +89,17 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
     if let Some((first, rest)) = arguments.split_first()
         && first == "usage"
     {
-        return measure(USAGE, "QUOTA_USAGE_ROWS", rest);
+        return measure(USAGE, &["QUOTA_USAGE_ROWS"], rest);
     }
     if let Some((first, rest)) = arguments.split_first()
         && first == "keys"
     {
-        return measure(KEYS, "QUOTA_KEYS", rest);
+        return measure(KEYS, &["QUOTA_KEYS"], rest);
+    }
+    if let Some((first, rest)) = arguments.split_first()
+        && first == "webhooks"
+    {
+        return measure(WEBHOOKS, &["QUOTA_WEBHOOKS", "QUOTA_SECONDS"], rest);
     }
     let is = |name: &str| arguments.first().is_some_and(|it| it == name);
     let replicas = is("replicas");

@@ -71,14 +71,22 @@ fn build_release(targets: &[&str]) -> Result<()> {
 /// The programs required to test the packages.
 const PACKAGE_NEEDS: [machine::Need; 2] = [machine::RPM2CPIO, machine::CPIO];
 
-/// Builds the packages. With `test`, also installs, starts and removes one of them, and compares the files of both.
-pub(crate) fn bundle(test: bool) -> Result<()> {
+/// Builds the packages, of an unoptimized app with `debug`. With `test`, also installs, starts and removes one of them,
+/// and compares the files of both.
+pub(crate) fn bundle(test: bool, debug: bool) -> Result<()> {
     machine::install(&NEEDS)?;
     if test {
         machine::install(&[&[machine::POSTGRES], &JOURNEY_NEEDS[..], &PACKAGE_NEEDS].concat())?;
     }
     console::build_for_desktop()?;
-    build_release(&[])?;
+    let profile = if debug {
+        say("building the desktop app (a first build takes a few minutes)");
+        succeed(cargo().args(["build", "--quiet", "--package", "quota-desktop"]))?;
+        "debug"
+    } else {
+        build_release(&[])?;
+        "release"
+    };
     let built = console::target_directory()?;
     let out = built.join("bundle");
     fs::create_dir_all(&out)?;
@@ -89,7 +97,7 @@ pub(crate) fn bundle(test: bool) -> Result<()> {
             .arg("--strip-all")
             .arg("-o")
             .arg(&program)
-            .arg(built.join("release/quota-desktop")),
+            .arg(built.join(profile).join("quota-desktop")),
     )?;
     let libc = read(Command::new("getconf").arg("GNU_LIBC_VERSION"))?;
     let libc = libc.trim().trim_start_matches("glibc ");

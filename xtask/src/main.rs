@@ -81,6 +81,9 @@ enum Chore {
         /// Afterward, install, start and remove the .deb, and compare the files of the .rpm with it
         #[arg(long)]
         test: bool,
+        /// Package an unoptimized build, which compiles faster
+        #[arg(long)]
+        debug: bool,
     },
     /// Package the server as .deb, with its systemd units
     Deb {
@@ -120,7 +123,7 @@ fn main() -> ExitCode {
         Chore::Bench { arguments } => bench::bench(&arguments),
         Chore::Console => console::build().map(|()| ExitCode::SUCCESS),
         Chore::Desktop { arguments } => desktop::start(&arguments),
-        Chore::Bundle { test } => desktop::bundle(test).map(|()| ExitCode::SUCCESS),
+        Chore::Bundle { test, debug } => desktop::bundle(test, debug).map(|()| ExitCode::SUCCESS),
         Chore::Deb { binary, test } => deb::deb(binary, test).map(|()| ExitCode::SUCCESS),
         Chore::Journey { parts } => journey::alone(&parts),
         Chore::Pictures => journey::pictures(),

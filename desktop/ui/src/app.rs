@@ -117,7 +117,7 @@ fn AuthGate(current: Memo<ConsolePage>) -> impl IntoView {
             view! {
                 <main class="standalone">
                     <EmptyState standalone=true shape=Shape::Close title about>
-                        <button class="button primary" on:click=move |_| session.load()>"Try again"</button>
+                        <button class="button primary" on:click=move |_| session.load()>"Retry"</button>
                         <servers::ServerPicker/>
                     </EmptyState>
                 </main>

@@ -10,6 +10,8 @@ use crate::model::address::Query;
 pub struct Route {
     pub path: RwSignal<String>,
     pub query: RwSignal<Query>,
+    /// How many times the user has gone to another page.
+    pub visits: RwSignal<u32>,
 }
 
 pub fn route() -> Route {
@@ -22,13 +24,14 @@ impl Route {
         let route = Self {
             path: RwSignal::new(path),
             query: RwSignal::new(query),
+            visits: RwSignal::new(0),
         };
         provide_context(route);
         let _ = window_event_listener(ev::popstate, move |_| {
             if is_locked() {
                 route.restore();
             } else {
-                route.update();
+                route.visit();
             }
         });
         let _ = window_event_listener(ev::beforeunload, |ev| {
@@ -52,6 +55,17 @@ impl Route {
         }
         push(to);
         window().scroll_to_with_x_and_y(0.0, 0.0);
+        self.visit();
+    }
+
+    /// Follows the address that the user has chosen.
+    fn visit(self) {
+        let (path, _) = here();
+        // Before the new page is shown, which may add messages.
+        if self.path.with_untracked(|it| *it != path) {
+            self.visits
+                .update(|visits| *visits = visits.wrapping_add(1));
+        }
         self.update();
     }
 

@@ -25,6 +25,7 @@ pub struct Session {
     pub me: RwSignal<Option<Me>>,
     /// Keys created in this tab, in full. Discarded when the tab is closed or the session ends.
     pub known_keys: RwSignal<Vec<(ApiKeyId, String)>>,
+    toasts: Toasts,
 }
 
 impl Session {
@@ -33,6 +34,7 @@ impl Session {
             auth: RwSignal::new(AuthState::Unknown),
             me: RwSignal::new(None),
             known_keys: RwSignal::new(Vec::new()),
+            toasts,
         };
         provide_context(session);
         api::on_session_end(move |error| {
@@ -72,6 +74,7 @@ impl Session {
     pub fn end(self) {
         self.me.set(None);
         self.known_keys.set(Vec::new());
+        self.toasts.clear();
         self.auth.set(AuthState::SignedOut);
     }
 

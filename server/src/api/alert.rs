@@ -68,8 +68,7 @@ impl AlertApi {
     /// List quota alerts
     ///
     /// Returns alerts, newest first. An alert is created when 50, 80 or 100 percent of a quota has been used, once for
-    /// each threshold in each day or month. Alerts are kept for 90 days after the quota has reset. `total` is counted
-    /// up to 10,000.
+    /// each threshold in each day or month. Alerts are kept for 90 days after the quota has reset.
     #[oai(path = "/alerts", method = "get", operation_id = "list_alerts")]
     async fn list(
         &self,

@@ -104,6 +104,8 @@ impl From<BillingError> for ApiError {
             error @ (BillingError::Stripe(_)
             | BillingError::NoPrice
             | BillingError::UnknownStatus(_)
+            | BillingError::OtherAccount(_)
+            | BillingError::UnknownCustomer(_)
             | BillingError::NoPage
             | BillingError::NoMeter) => Self::unavailable(error),
         }

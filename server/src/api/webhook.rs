@@ -342,7 +342,7 @@ impl WebhookApi {
 
     /// List a webhook's deliveries
     ///
-    /// Returns deliveries, newest first. They are kept for 30 days. `total` is counted up to 10,000.
+    /// Returns deliveries, newest first. They are kept for 30 days.
     #[oai(
         path = "/webhooks/:webhook_id/deliveries",
         method = "get",

@@ -119,27 +119,16 @@ impl Password {
         let mut known = vec![email, "quota"];
         let parts = email.split(['@', '.', '+', '-', '_']);
         known.extend(parts.filter(|part| part.len() > 2).take(EMAIL_PARTS));
-        let mut warning = None;
         for part in windows(&self.0) {
             // If zxcvbn panics, treat the password as easy to guess.
-            let judged = catch_unwind(|| {
-                let estimate = zxcvbn::zxcvbn(&part, &known);
-                let warning = estimate
-                    .feedback()
-                    .and_then(zxcvbn::feedback::Feedback::warning);
-                (estimate.score(), warning)
-            });
-            match judged {
-                Ok((score, _)) if score >= Score::Three => return Ok(()),
-                Ok((_, this)) => warning = warning.or(this),
-                Err(_) => {}
+            let score = catch_unwind(|| zxcvbn::zxcvbn(&part, &known).score());
+            if score.is_ok_and(|score| score >= Score::Three) {
+                return Ok(());
             }
         }
-        let message = match warning {
-            Some(warning) => format!("is too easy to guess: {warning}"),
-            None => "is too easy to guess".to_owned(),
-        };
-        Err(AuthError::WeakPassword(message))
+        Err(AuthError::WeakPassword(
+            "this password is too common. Choose another.".to_owned(),
+        ))
     }
 }
 

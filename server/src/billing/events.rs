@@ -67,6 +67,9 @@ impl Billing {
 
     /// Processes events that are due. Events of one tenant are processed with a single read.
     pub async fn handle_due(&self) -> Result<Round, DbError> {
+        if let Some(round) = self.postponed().await? {
+            return Ok(round);
+        }
         let mut tx = self.db.system().await?;
         let due = billing_event::claim(&mut tx, BATCH).await?;
         tx.commit().await?;
@@ -119,8 +122,29 @@ impl Billing {
         Ok(round)
     }
 
+    /// Returns an empty round if nothing can be read at the moment. Then events and customers remain due.
+    async fn postponed(&self) -> Result<Option<Round>, DbError> {
+        let read_errors = match self.verify_account().await {
+            Ok(_) => return Ok(None),
+            Err(BillingError::Db(error)) => return Err(error),
+            // This has its own metric.
+            Err(BillingError::OtherAccount(_)) => 0,
+            Err(error) => {
+                tracing::debug!(error = %chain(&error), "cannot read the Stripe account");
+                1
+            }
+        };
+        Ok(Some(Round {
+            read_errors,
+            ..Round::default()
+        }))
+    }
+
     /// Reads customers that have not been read for a while.
     pub async fn read_due(&self) -> Result<Round, DbError> {
+        if let Some(round) = self.postponed().await? {
+            return Ok(round);
+        }
         let mut tx = self.db.system().await?;
         let due = billing::claim_due_reads(&mut tx, READ_EVERY, READS).await?;
         tx.commit().await?;

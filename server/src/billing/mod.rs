@@ -6,8 +6,10 @@
 //! in which events arrive or reads complete. [`subscription`] defines the meaning of
 //! subscriptions.
 //!
-//! If Stripe is unreachable, tenants keep their access. No tenant can subscribe during that time.
+//! If Stripe is unreachable, or the secret key belongs to [another account](account), tenants keep their access. No
+//! tenant can subscribe during that time.
 
+pub mod account;
 pub mod events;
 pub mod price;
 pub mod setup;
@@ -20,11 +22,13 @@ use quota_common::{
 };
 use serde_json::{Value, json};
 
-use self::price::{Offer, Prices};
+use self::{
+    account::OwnAccount,
+    price::{Offer, Prices},
+};
 use crate::{
     config::StripeSettings,
     db::{Db, DbError},
-    error_chain::chain,
     repo::{
         audit::{self, NewAuditEvent},
         billing::{self, AccountRow, Applied, AppliedRead, Shown, SubscriptionRow},
@@ -60,6 +64,12 @@ pub enum BillingError {
     /// Stripe returned a status that this version does not support. The last known access is kept.
     #[error("Stripe returned an unknown subscription status: {0:?}")]
     UnknownStatus(String),
+    /// The secret key belongs to another account or mode than the customers.
+    #[error("{0}")]
+    OtherAccount(String),
+    /// Stripe does not know the customer, and has not deleted it either. Its tenant's access is kept.
+    #[error("Stripe does not know the customer {0}, so its access does not change")]
+    UnknownCustomer(String),
     #[error("Stripe returned a Checkout Session without a URL")]
     NoPage,
     /// Stripe has no active price with the lookup key of [`USAGE_PRICE`] and a meter.
@@ -76,6 +86,7 @@ pub struct Billing {
     db: Db,
     grace: i64,
     is_live: bool,
+    account: OwnAccount,
     prices: Prices,
 }
 
@@ -111,6 +122,7 @@ impl Billing {
             db,
             grace: i64::try_from(settings.grace.as_secs()).unwrap_or(i64::MAX),
             is_live: settings.is_live(),
+            account: OwnAccount::default(),
             prices: Prices::default(),
         })
     }
@@ -118,6 +130,7 @@ impl Billing {
     /// Reads the tenant's subscriptions from Stripe and stores the resulting access. Returns the invalidation to
     /// publish if access has changed. Does nothing for a tenant without a customer.
     pub async fn read(&self, tenant: TenantId) -> Result<Option<Invalidation>, BillingError> {
+        self.verify_account().await?;
         let mut tx = self.db.system().await?;
         let begun = billing::begin_read(&mut tx, tenant).await?;
         tx.commit().await?;
@@ -127,11 +140,12 @@ impl Billing {
         let mut observed = Vec::new();
         let mut rows = Vec::new();
         let subscriptions = match self.stripe.subscriptions(&begun.customer_id).await {
-            // Nothing can be charged to this customer. The next Checkout creates another one.
+            // Nothing can be charged to a deleted customer. The next Checkout creates another one.
             Err(error) if error.is_missing_customer() => {
+                self.expect_deleted(&begun.customer_id).await?;
                 tracing::warn!(
-                    %tenant, customer = begun.customer_id, error = %chain(&error),
-                    "the customer does not exist in Stripe, so the tenant has no subscription"
+                    %tenant, customer = begun.customer_id,
+                    "the customer was deleted in Stripe, so the tenant has no subscription"
                 );
                 Vec::new()
             }
@@ -239,6 +253,18 @@ impl Billing {
         Ok(invalidation)
     }
 
+    /// Returns an error unless Stripe says that the customer was deleted. That Stripe does not know it is no reason to
+    /// end access: the data of test mode may have been deleted, for example.
+    async fn expect_deleted(&self, customer: &str) -> Result<(), BillingError> {
+        let unknown = || BillingError::UnknownCustomer(customer.to_owned());
+        match self.stripe.is_deleted(customer).await {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(unknown()),
+            Err(error) if error.is_not_found() => Err(unknown()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     /// Returns the tenant's Stripe customer, creating it if there is none. Only one customer is ever created, no matter
     /// how often and where this fails.
     async fn customer(&self, buyer: &Buyer<'_>) -> Result<String, BillingError> {
@@ -282,14 +308,18 @@ impl Billing {
 
     /// Returns a Checkout Session for a tenant without a subscription, and the invalidation to publish if its access
     /// turned out to have changed. While a session is open, it is returned again: a tenant cannot pay twice. If the
-    /// tenant's customer no longer exists, creates another one.
+    /// tenant's customer was deleted, creates another one.
     pub async fn checkout(
         &self,
         buyer: &Buyer<'_>,
     ) -> Result<(CheckoutSession, Option<Invalidation>), BillingError> {
+        self.verify_account().await?;
         match self.start_checkout(buyer).await {
             Err(BillingError::Stripe(error)) if error.is_missing_customer() => {
                 let mut tx = self.db.system().await?;
+                if let Some(customer) = billing::customer_of(&mut tx, buyer.tenant).await? {
+                    self.expect_deleted(&customer).await?;
+                }
                 billing::forget_customer(&mut tx, buyer.tenant).await?;
                 tx.commit().await?;
                 tracing::warn!(tenant = %buyer.tenant, "creating another Stripe customer");
@@ -398,12 +428,16 @@ impl Billing {
     /// Returns the URL of the customer portal, where the tenant can change its payment method, cancel, and find its
     /// invoices.
     pub async fn portal(&self, tenant: TenantId, return_url: &str) -> Result<String, BillingError> {
+        self.verify_account().await?;
         let mut tx = self.db.system().await?;
         let customer = billing::customer_of(&mut tx, tenant).await?;
         tx.commit().await?;
         let customer = customer.ok_or(BillingError::NoCustomer)?;
         match self.stripe.create_portal(&customer, return_url).await {
-            Err(error) if error.is_missing_customer() => Err(BillingError::NoCustomer),
+            Err(error) if error.is_missing_customer() => {
+                self.expect_deleted(&customer).await?;
+                Err(BillingError::NoCustomer)
+            }
             url => Ok(url?),
         }
     }

@@ -4,10 +4,10 @@ use std::{collections::HashMap, sync::Arc};
 
 use parking_lot::Mutex;
 
-use super::{Billing, FLAT_PRICE, USAGE_PRICE};
+use super::{Billing, BillingError, FLAT_PRICE, USAGE_PRICE};
 use crate::{
     error_chain::chain,
-    stripe::{Item, Price, Recurring, StripeError},
+    stripe::{Item, Price, Recurring},
 };
 
 /// A decimal number that is not negative, such as an amount in the smallest unit of a currency.
@@ -188,7 +188,8 @@ impl Billing {
     }
 
     /// Reads the prices of a new subscription.
-    pub async fn read_offer(&self) -> Result<(), StripeError> {
+    pub async fn read_offer(&self) -> Result<(), BillingError> {
+        self.verify_account().await?;
         let prices = self.stripe.prices(&[FLAT_PRICE, USAGE_PRICE]).await?;
         let mut offer = Offer::of_prices(&prices);
         let flat = prices

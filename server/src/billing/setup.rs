@@ -122,6 +122,14 @@ fn find_price<'a>(prices: &'a [Price], lookup_key: &str) -> Option<&'a Price> {
     prices.iter().find(has_key)
 }
 
+/// Describes the result of comparing the account of the secret key with that of the customers.
+pub fn account_finding<E: std::fmt::Display>(account: Result<String, E>) -> Finding {
+    match account {
+        Ok(account) => Finding::ok("account", account),
+        Err(error) => Finding::failed("account", format!("{error:#}")),
+    }
+}
+
 /// Checks that all objects exist and are consistent.
 pub async fn check(
     stripe: &Stripe,

@@ -256,6 +256,7 @@ impl Billing {
     /// Sends reports that are due: those of several customers concurrently, and those of each customer one after
     /// another.
     pub async fn send_usage(&self) -> Result<Sent, BillingError> {
+        self.verify_account().await?;
         let mut sent = Sent::default();
         for _ in 0..CLAIMS {
             let owner = Uuid::now_v7();
@@ -430,6 +431,7 @@ impl Billing {
 
     /// Compares the reports for yesterday (UTC) with the totals in Stripe.
     pub async fn reconcile_usage(&self) -> Result<Reconciled, BillingError> {
+        self.verify_account().await?;
         let mut tx = self.db.system().await?;
         let uncharged = billing_usage::uncharged(&mut tx).await?;
         let yesterday = uncharged.now.date_naive() - Days::new(1);

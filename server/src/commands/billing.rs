@@ -3,11 +3,17 @@
 use anyhow::Context;
 use clap::Subcommand;
 use quota_server::{
-    billing::setup::{self, Finding, Offer},
+    billing::{
+        Billing,
+        setup::{self, Finding, Offer},
+    },
     config::{Config, Settings, StripeSettings},
+    db::Db,
     stripe::Stripe,
     telemetry::log::Log,
 };
+
+use super::{apply_migrations, with_database};
 
 #[derive(Subcommand)]
 pub enum BillingCommand {
@@ -28,6 +34,11 @@ pub enum BillingCommand {
         /// The name of the product, as seen by customers
         #[arg(long, value_name = "NAME", default_value = "Quota")]
         product: String,
+        /// Also bill through the account and mode of the secret key from now on, for example to move from test mode to
+        /// live mode. The customers and subscriptions of the account before are forgotten: tenants lose access to
+        /// plans marked `paid`, and usage that has not been reported is not charged
+        #[arg(long)]
+        switch_account: bool,
     },
     /// Check that all objects that Quota needs in Stripe exist and are consistent
     Check {
@@ -75,6 +86,7 @@ pub async fn run(config: Config, _log: Log, command: BillingCommand) -> anyhow::
             usage_price,
             currency,
             product,
+            switch_account,
             ..
         } => {
             let offer = Offer {
@@ -91,13 +103,47 @@ pub async fn run(config: Config, _log: Log, command: BillingCommand) -> anyhow::
                 );
                 println!("STRIPE_WEBHOOK_SECRET={secret}");
             }
+            if switch_account {
+                switch(&config, settings).await?;
+            }
         }
         BillingCommand::Check { .. } => {
             let has_secret = !settings.webhook_secrets.is_empty();
-            print(&setup::check(&stripe, &url, has_secret).await?)?;
+            let account = account(&config, settings).await;
+            let mut findings = vec![setup::account_finding(account)];
+            findings.extend(setup::check(&stripe, &url, has_secret).await?);
+            print(&findings)?;
         }
     }
     Ok(())
+}
+
+/// Returns how the account is named to which both the secret key and the customers belong.
+async fn account(config: &Config, settings: &StripeSettings) -> anyhow::Result<String> {
+    with_database(config, async |url| {
+        let billing = Billing::new(settings, Db::new(url, &config.database))?;
+        Ok(billing.verify_account().await?)
+    })
+    .await
+}
+
+async fn switch(config: &Config, settings: &StripeSettings) -> anyhow::Result<()> {
+    with_database(config, async |url| {
+        apply_migrations(url).await?;
+        let billing = Billing::new(settings, Db::new(url, &config.database))?;
+        let (account, ended) = billing.switch_account().await?;
+        println!(
+            "\nThis server now bills through {account}. {} lost access; {} can subscribe again.",
+            if ended == 1 {
+                "1 tenant".to_owned()
+            } else {
+                format!("{ended} tenants")
+            },
+            if ended == 1 { "it" } else { "they" },
+        );
+        Ok(())
+    })
+    .await
 }
 
 fn print(findings: &[Finding]) -> anyhow::Result<()> {

@@ -41,10 +41,10 @@ pub struct LoadTest {
     /// A file with API keys, one per line. Requests use them in turn
     #[arg(long, value_name = "FILE")]
     keys: PathBuf,
-    /// A file with a service token: use `POST /v1/check` instead of `GET /v1/echo`
+    /// A file with a service token. If set, the test calls `POST /v1/check` instead of `GET /v1/echo`
     #[arg(long, value_name = "FILE")]
     service_token: Option<PathBuf>,
-    /// Requests per second, with all keys together
+    /// Requests per second, across all keys
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     rate: u32,
     /// Duration in seconds
@@ -53,7 +53,7 @@ pub struct LoadTest {
     /// The cost of each check. Requires a service token
     #[arg(long, default_value_t = 1, requires = "service_token", value_parser = clap::value_parser!(u32).range(1..))]
     cost: u32,
-    /// A file with a PEM certificate of an authority to trust, such as that of a local Caddy
+    /// A file with the PEM certificate of a certificate authority to trust, such as that of a local Caddy
     #[arg(long, value_name = "FILE")]
     ca: Option<PathBuf>,
 }
@@ -414,7 +414,7 @@ fn summary(counts: &Counts, cost: u64, elapsed: Duration) -> String {
     }
     let _ = writeln!(
         text,
-        "\nAllowed, compared with what the rate limits sell in this time:"
+        "\nTokens used, compared with the maximum that the rate limits allow in this time:"
     );
     for (number, key) in counts.keys.iter().enumerate() {
         let used = key.allowed * cost;
@@ -422,7 +422,7 @@ fn summary(counts: &Counts, cost: u64, elapsed: Duration) -> String {
         let _ = match (key.sold(), key.rpm, key.burst) {
             (Some(sold), Some(rpm), Some(burst)) => {
                 let verdict = if used as f64 > sold + 1.0 {
-                    "MORE THAN SOLD"
+                    "TOO MANY"
                 } else {
                     "ok"
                 };

@@ -49,6 +49,9 @@ pub(super) async fn read_customers(state: AppState) {
     loop {
         ticks.tick().await;
         let round = billing.read_due().await;
+        let is_other_account = billing.is_other_account();
+        let metric = &state.metrics.billing_account_mismatch;
+        metric.set(is_other_account.into());
         handle_round(&state, round, &mut is_reported);
     }
 }

@@ -1,12 +1,12 @@
 //! Denials that a replica remembers, in front of a remote store, so that repeated denials need no round trip.
 //!
-//! Two things deny requests here: a `governor` limiter with the plan's full rate, and the store's last denial, until
-//! the state it was based on or the plan changes. Both only repeat what the store would decide. A denial here consumes
+//! Requests are denied here by a `governor` limiter with the plan's full rate, and by the store's last denial, until the
+//! plan or the state on which it was based changes. Both only repeat what the store would decide. A denial here consumes
 //! nothing anywhere, and a denial by the store must consume nothing here. So `governor` gets a state store that reports
-//! what would happen without changing anything, and only what the store allowed is charged to it. (Charging first and
-//! refunding later is not equivalent: the bucket may have been full in between, and a refund would then credit tokens
-//! that no one took.) Decisions without the store do not count: they say nothing about what the store would decide, and
-//! what they admitted is no reason to deny a request that the store would grant.
+//! what would happen without changing anything, and it is charged only for requests that the store has allowed. (Charging
+//! first and refunding later is not equivalent: the bucket may have been full in between, and a refund would then credit
+//! tokens that no one took.) Decisions without the store are not recorded: they say nothing about what the store would
+//! decide, and a request that the store would allow must not be denied because of them.
 //!
 //! The local store keeps its state in the same handle, so a cache in front of it would only add cost. The limiter skips
 //! the cache if [`LimitStore::is_local`].

@@ -131,15 +131,15 @@ impl Membership {
     }
 
     /// Returns whether another replica may act on a slot at `now`, or may have acted on one until recently, as far as this
-    /// one knows.
+    /// one knows. Before the first count, it knows of none, but there may be others.
     pub(super) fn others_may_act(&self, now: Monotonic) -> bool {
         match self.others_settle_at.load(Ordering::Relaxed) {
-            0 => self.replica_count() > 1,
+            0 => self.counted.lock().is_none_or(|it| it.slot.of.get() > 1),
             settles_at => now.0 >= settles_at,
         }
     }
 
-    /// Returns this replica's slot, and since when it has had it. `None` while it must not act on a slot.
+    /// Returns this replica's slot and the time at which it got the slot. `None` while it must not act on a slot.
     pub(super) fn slot(&self, now: Monotonic) -> Option<(ReplicaSlot, Monotonic)> {
         let counted = (*self.counted.lock())?;
         let settled = now.saturating_since(counted.joined) >= SETTLED.into();
@@ -222,7 +222,15 @@ mod tests {
     #[test]
     fn others_act_once_the_oldest_has_been_counted_for_long() {
         let membership = Membership::default();
-        assert!(!membership.others_may_act(at(0)), "it is the only one");
+        assert!(
+            membership.others_may_act(at(0)),
+            "it has not counted them yet"
+        );
+        membership.confirm(slot(0, 1), at(SECOND / 2));
+        assert!(
+            !membership.others_may_act(at(SECOND / 2)),
+            "it is the only one"
+        );
         membership.confirm(slot(1, 2), at(SECOND));
         assert!(
             membership.others_may_act(at(SECOND)),

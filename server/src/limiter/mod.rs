@@ -31,7 +31,11 @@ pub use self::{
     decision::{Decision, Outcome, PolicyState},
     distributed::{DistributedStore, RedisCounters, core::DistributedSettings},
     error::LimiterError,
-    key::{handle::KeyHandle, ledger_calls::Drained, table::KeyTableSettings},
+    key::{
+        handle::KeyHandle,
+        ledger_calls::{Drained, LedgerConnections},
+        table::KeyTableSettings,
+    },
     limits::Policies,
     local::LocalStore,
     membership::{COUNTED_EVERY, FORGOTTEN, Membership, REMEMBERED, ReplicaSlot},

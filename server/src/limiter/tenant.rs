@@ -5,6 +5,8 @@
 //! each replica, like a key's own quotas, in a [`KeyTable`] with one entry for each tenant. The same rules apply: never
 //! exceeded, and after a crash, at most one block is lost.
 //!
+//! A request counts in the month in which its tokens were reserved, even if it is decided at the beginning of the next.
+//!
 //! While a request waits for the store, its reservation may be the last token. Other requests then wait for it instead
 //! of being denied, since it may be released.
 
@@ -99,16 +101,8 @@ impl TenantQuotas {
             decision.tenant_monthly = self.release(quota, &mut demand);
             return Ok(decision);
         }
-        loop {
-            if let Some(state) = self.spend(quota, &mut demand) {
-                decision.tenant_monthly = Some(state);
-                return Ok(decision);
-            }
-            // The month has ended in the meantime.
-            if let Err(denied) = self.reserve(quota, cost, &mut demand).await? {
-                return Ok(denial(decision, &denied, cost));
-            }
-        }
+        decision.tenant_monthly = self.spend(quota, &mut demand);
+        Ok(decision)
     }
 
     /// Reserves tokens, and waits for the ledger if there are none on this replica. The inner error is a denial.
@@ -142,13 +136,11 @@ impl TenantQuotas {
             .await
     }
 
-    /// Spends the reserved tokens. Returns `None` if they belong to a month that has ended, and the current one has none
-    /// on this replica.
+    /// Spends the reserved tokens. If their month has ended in the meantime, the request still counts in it: the key's own
+    /// tokens are already spent, so it can no longer be denied.
     fn spend(&self, quota: &TenantQuota, demand: &mut DemandGuard<'_>) -> Option<PolicyState> {
         let (mut state, now) = self.keys.current(&quota.handle, &quota.policies);
-        if !demand.spend(&mut state, now) {
-            return None;
-        }
+        demand.spend_in_any_window(&mut state);
         let spent = state.decision(&quota.policies, now, Outcome::Allowed);
         self.keys.after(&quota.handle, &mut state, Some(&spent));
         shared_state(&spent)

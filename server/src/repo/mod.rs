@@ -69,6 +69,7 @@ pub mod replica;
 pub mod secret;
 pub mod service_token;
 pub mod session;
+pub mod stripe_account;
 pub mod sweep;
 pub mod tenant_quota;
 pub mod usage;

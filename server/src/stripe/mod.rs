@@ -5,9 +5,9 @@
 //! automatic retries: callers know what a failed request means, and have the idempotency key for the next attempt.
 
 mod envelope;
+mod raw;
 mod response;
 mod signature;
-mod thin;
 
 use std::{collections::HashMap, time::Duration};
 
@@ -28,7 +28,7 @@ use stripe_checkout::checkout_session::{
     CreateCheckoutSession, CreateCheckoutSessionLineItems, CreateCheckoutSessionSubscriptionData,
     RetrieveCheckoutSession,
 };
-use stripe_core::customer::{CreateCustomer, ListCustomer};
+use stripe_core::customer::{CreateCustomer, ListCustomer, RetrieveCustomer};
 use stripe_misc::webhook_endpoint::{
     CreateWebhookEndpoint, CreateWebhookEndpointEnabledEvents, ListWebhookEndpoint,
 };
@@ -42,16 +42,16 @@ use stripe_product::{
 
 pub use self::{
     envelope::{Envelope, NotAnEvent},
+    raw::MeterError,
     response::{
         CheckoutSession, Created, Invoice, Item, ItemPrice, Meter, Price, Recurring, Subscription,
         WebhookEndpoint,
     },
     signature::{BadSignature, TOLERANCE, verify},
-    thin::MeterError,
 };
 use self::{
+    raw::RawClient,
     response::{Customer, List},
-    thin::ThinEvents,
 };
 use crate::config::StripeSettings;
 
@@ -119,8 +119,8 @@ impl StripeError {
         )
     }
 
-    /// Whether the customer that a parameter names does not exist: it was deleted, or belongs to another mode or
-    /// account.
+    /// Whether the customer that a parameter names cannot be used: it was [deleted](Stripe::is_deleted), or belongs to
+    /// another mode or account.
     pub fn is_missing_customer(&self) -> bool {
         matches!(self, Self::Missing { param: Some(param), .. } if param == "customer")
     }
@@ -155,7 +155,7 @@ type Result<T> = std::result::Result<T, StripeError>;
 #[derive(Debug, Clone)]
 pub struct Stripe {
     client: stripe::Client,
-    thin: ThinEvents,
+    raw: RawClient,
 }
 
 /// What a Checkout Session sells, and to which tenant.
@@ -214,13 +214,24 @@ impl Stripe {
             client = client.url(format!("{}/", base.trim_end_matches('/')));
         }
         let client = client.build()?;
-        let thin = ThinEvents::new(key, settings.api_base.as_deref())?;
-        Ok(Self { client, thin })
+        let raw = RawClient::new(key, settings.api_base.as_deref())?;
+        Ok(Self { client, raw })
     }
 
     /// Returns what an event in [`METER_EVENTS`] reports.
     pub async fn meter_errors(&self, event: &str) -> Result<Vec<MeterError>> {
-        self.thin.meter_errors(event).await
+        self.raw.meter_errors(event).await
+    }
+
+    /// Returns the ID of the account. `None` if the secret key may not read it.
+    pub async fn account(&self) -> Result<Option<String>> {
+        self.raw.account().await
+    }
+
+    /// Whether a customer was deleted. An error if the account and mode of the secret key never had it.
+    pub async fn is_deleted(&self, customer: &str) -> Result<bool> {
+        let found: response::Deleted = send!(self, RetrieveCustomer::new(customer));
+        Ok(found.deleted == Some(true))
     }
 
     pub async fn create_customer(

@@ -24,6 +24,14 @@ pub(super) struct Customer {
     pub metadata: Option<HashMap<String, String>>,
 }
 
+/// A customer that may have been deleted.
+#[derive(Debug, Deserialize)]
+pub(super) struct Deleted {
+    #[expect(dead_code, reason = "miniserde needs a field to recognize an object")]
+    pub id: String,
+    pub deleted: Option<bool>,
+}
+
 /// An object that belongs to a customer.
 #[derive(Debug, Deserialize)]
 pub(super) struct Owned {

@@ -846,40 +846,6 @@ async fn tenant_whose_customer_was_deleted_can_subscribe_again() {
     );
 }
 
-/// The customer belongs to another mode, for example after switching to a live key.
-#[tokio::test(flavor = "multi_thread")]
-async fn customer_that_stripe_does_not_know_has_no_access() {
-    let stripe = TestStripe::start().await;
-    let app = stripe.app().await;
-    let account = app.register().await;
-    let key = paid_key(&app, &account).await;
-    stripe.subscribe(&app, &account).await;
-    wait_for_access(&app, &account, "active").await;
-    wait_for_status(&app, &key, 200).await;
-    let client = app.database.connect().await;
-    let sql =
-        "UPDATE billing_accounts SET customer_id = 'cus_of_another_mode', read_due_at = now()";
-    client
-        .execute(sql, &[])
-        .await
-        .expect("the customer is changed");
-    wait_for_access(&app, &account, "free").await;
-    wait_for_status(&app, &key, 402).await;
-    // The next Checkout finds the customer of this mode, which is still subscribed.
-    let page = app
-        .act(&account, "POST", "/billing/checkout", Value::Null)
-        .await;
-    assert_eq!(
-        (page.status, page.problem()),
-        (409, "already-subscribed"),
-        "{}",
-        page.text
-    );
-    wait_for_access(&app, &account, "active").await;
-    wait_for_status(&app, &key, 200).await;
-    assert_eq!(stripe.fake.all("customer").len(), 1);
-}
-
 /// Customers without a subscription are read at increasing intervals, others about every 10 minutes.
 #[tokio::test(flavor = "multi_thread")]
 async fn customer_without_a_subscription_is_rarely_read() {

@@ -291,7 +291,7 @@ async fn random_schedules_charge_exactly_what_was_used() {
     clippy::disallowed_methods,
     reason = "the length of a test is not a setting of the server"
 )]
-fn seeds() -> u64 {
+pub(crate) fn seeds() -> u64 {
     std::env::var("BILLING_SEEDS").map_or(25, |seeds| seeds.parse().expect("a number"))
 }
 

@@ -119,3 +119,19 @@ async fn stopped_replica_is_remembered_longer_than_it_is_counted() {
     assert!(of_started.oldest_other.is_some());
     assert!(seen(started, Duration::ZERO).await.oldest_other.is_none());
 }
+
+/// The first call to Redis states whether other replicas may have decided requests without it.
+#[tokio::test(flavor = "multi_thread")]
+async fn replica_is_counted_before_it_uses_redis() {
+    let server = RedisServer::start().await;
+    let app = TestApp::setup()
+        .without_jobs()
+        .flag(format!("--redis-url={}", server.url()))
+        .start()
+        .await;
+    let mut tx = app.state.db.system().await.expect("a transaction");
+    let minute = Duration::from_secs(60);
+    let seen = replica::seen(&mut tx, Uuid::now_v7(), minute, minute).await;
+    tx.commit().await.expect("a commit");
+    assert_eq!(seen.expect("a count").count.get(), 2);
+}

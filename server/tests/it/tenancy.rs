@@ -600,8 +600,9 @@ async fn as_app(client: &mut Client, tenant: Option<&str>, sql: &str) -> Option<
 }
 
 /// Tables without tenant data.
-const OF_NO_TENANT: [&str; 8] = [
+const OF_NO_TENANT: [&str; 9] = [
     "billing_events",
+    "billing_stripe_account",
     "quota_returns",
     "replicas",
     "server_secrets",

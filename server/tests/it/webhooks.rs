@@ -798,3 +798,42 @@ async fn long_lists_of_deliveries_are_not_counted_completely() {
     assert_eq!(list["total"], 10_000);
     assert_eq!(list["items"].as_array().map(Vec::len), Some(2));
 }
+
+/// The cost of a claim does not depend on the backlog.
+#[tokio::test(flavor = "multi_thread")]
+async fn claim_reads_few_of_many_deliveries() {
+    const CLAIMS: usize = 10;
+    let world = World::without_jobs().await;
+    let (webhook, _) = world
+        .hooks
+        .create(&world.app, &world.account, "/hook")
+        .await;
+    world.store(&webhook, 20_000).await;
+    world.sql("ANALYZE webhook_deliveries").await;
+    let client = world.app.database.connect().await;
+    let read = async || {
+        let rows = "SELECT (SELECT sum(seq_tup_read) FROM pg_stat_user_tables WHERE relname = 'webhook_deliveries')::bigint \
+             + (SELECT sum(idx_tup_read) FROM pg_stat_user_indexes WHERE relname = 'webhook_deliveries')::bigint";
+        let row = client.query_one(rows, &[]).await.expect("statistics");
+        row.get::<_, i64>(0)
+    };
+    let before = read().await;
+    let mut claimed = 0;
+    for _ in 0..CLAIMS {
+        let due = world.app.state.webhooks.claim(32, &[]).await;
+        claimed += due.expect("a claim").len();
+        // PostgreSQL counts what was read at most once per second.
+        tokio::time::sleep(Duration::from_millis(150)).await;
+    }
+    assert_eq!(claimed, 4 * CLAIMS);
+    let began = std::time::Instant::now();
+    loop {
+        let rows = read().await - before;
+        if rows >= 40 {
+            assert!(rows < 20_000, "{rows}");
+            return;
+        }
+        assert!(began.elapsed() < PATIENCE, "{rows}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}

@@ -52,6 +52,7 @@ impl State {
         let is_post = call.method == Method::POST;
         let params = call.params;
         match call.path {
+            ["account"] if is_get => Ok(objects::account(self.account.as_deref())),
             ["checkout", "sessions"] if is_post => self.create_session(call),
             ["checkout", "sessions", id] if is_get => {
                 Ok(visible(self.find("checkout.session", id)?))
@@ -246,7 +247,11 @@ impl State {
     }
 
     fn retrieve(&self, kind: &str, id: &str, params: &Value) -> Result<Value, Failure> {
-        Ok(self.expanded(self.find(kind, id)?, &params["expand"], ""))
+        let object = self.find(kind, id)?;
+        if object["deleted"] == true {
+            return Ok(json!({"id": id, "object": kind, "deleted": true}));
+        }
+        Ok(self.expanded(object, &params["expand"], ""))
     }
 
     /// Replaces the ID of the latest invoice with the invoice, if `expand` requests it.

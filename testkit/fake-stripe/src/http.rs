@@ -125,7 +125,11 @@ pub async fn serve(listener: TcpListener, shared: Arc<Shared>) {
         tokio::spawn(async move {
             let service = service_fn(move |request| {
                 let shared = shared.clone();
-                async move { answer(&shared, request).await }
+                async move {
+                    // A request takes effect even if the client does not wait for the response.
+                    let answer = tokio::spawn(async move { answer(&shared, request).await });
+                    answer.await.map_err(io::Error::other)?
+                }
             });
             // If the service returns an error, the connection is closed, which looks like a dropped response.
             drop(

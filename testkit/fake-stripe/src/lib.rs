@@ -121,6 +121,11 @@ impl FakeStripe {
         self.with(|state| state.set_back(seconds));
     }
 
+    /// Makes this another account than that of other fakes: with this ID, and from now on with other IDs of objects.
+    pub fn set_account(&self, id: &str) {
+        self.with(|state| state.change_account(id));
+    }
+
     /// Sets the payment method of a customer from now on.
     pub fn set_card(&self, customer: &str, card: Card) {
         self.with(|state| state.cards.insert(customer.to_owned(), card));

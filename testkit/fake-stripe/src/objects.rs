@@ -22,6 +22,15 @@ pub fn list(url: &str, data: &[Value], has_more: bool) -> Value {
     json!({"object": "list", "url": url, "has_more": has_more, "data": data})
 }
 
+pub fn account(id: Option<&str>) -> Value {
+    json!({
+        "id": id.unwrap_or("acct_fake"), "object": "account", "business_profile": {"name": "Fake"},
+        "business_type": null, "capabilities": {}, "charges_enabled": true, "country": "US",
+        "default_currency": "usd", "details_submitted": true, "email": "fake@example.com", "payouts_enabled": true,
+        "settings": {}, "type": "standard",
+    })
+}
+
 pub fn customer(id: &str, now: i64, params: &Value) -> Value {
     json!({
         "id": id, "object": "customer", "address": null, "balance": 0, "created": now, "currency": null,

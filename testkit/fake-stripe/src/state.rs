@@ -116,6 +116,8 @@ pub struct State {
     /// The time of the timer that is being processed.
     frozen: Option<i64>,
     next_id: u64,
+    /// The ID of the account. `None`: the usual one.
+    pub account: Option<String>,
     /// The objects of each kind, in order of creation.
     objects: BTreeMap<&'static str, Vec<Value>>,
     pub cards: HashMap<String, Card>,
@@ -150,6 +152,12 @@ impl State {
     pub fn id(&mut self, prefix: &str) -> String {
         self.next_id += 1;
         format!("{prefix}_fake{:08}", self.next_id)
+    }
+
+    /// IDs are unique in all of Stripe, and those of a fake are numbers.
+    pub fn change_account(&mut self, id: &str) {
+        self.account = Some(id.to_owned());
+        self.next_id += 10_000_000;
     }
 
     /// Moves the clock forward. Everything that becomes due in between happens at the time at which it is due.

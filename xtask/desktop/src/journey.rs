@@ -235,7 +235,7 @@ async fn with_server_unreachable(page: &App, proxy: &FaultProxy) -> Result<()> {
     page.follow("Plans").await?;
     page.text("Starter").await?;
     proxy.set(Fault::Pass);
-    page.press("Try again").await?;
+    page.press("Retry").await?;
     let is_hidden = "return !document.querySelector('.banner')";
     until("the banner disappears", TIMEOUT, async || {
         Ok((page.run(is_hidden).await? == json!(true)).then_some(()))

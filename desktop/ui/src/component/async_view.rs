@@ -36,9 +36,9 @@ struct Core {
     pending: RwSignal<bool>,
     /// Whether the next load happens in the background.
     quiet: StoredValue<bool>,
-    /// When loading in the background started to fail, in milliseconds since 1970. The data on the page is older than
-    /// that.
-    stale_since: RwSignal<Option<i64>>,
+    /// When loading in the background started to fail, in milliseconds since 1970, and the latest error. The data on the
+    /// page is older than that.
+    stale: RwSignal<Option<(i64, CallError)>>,
 }
 
 impl Core {
@@ -98,6 +98,14 @@ impl<T: Clone + Send + Sync + 'static> Loader<T> {
         self.core.reload();
     }
 
+    /// Loads the data again if that has failed.
+    pub fn retry(self) {
+        let has_failed = |state: &LoadState| matches!(state, LoadState::Failed(_));
+        if self.core.state.try_with_untracked(has_failed) == Some(true) {
+            self.core.reload();
+        }
+    }
+
     /// Reloads without showing it. If that fails, [`StaleNote`] says so.
     pub fn refresh(self) {
         self.core.refresh();
@@ -152,7 +160,7 @@ fn load_data(fetch: Box<dyn Fn() -> LocalFuture<CallResult<Data>>>) -> Core {
         version: RwSignal::new(0),
         pending: RwSignal::new(false),
         quiet: StoredValue::new(false),
-        stale_since: RwSignal::new(None),
+        stale: RwSignal::new(None),
     };
     let latest = StoredValue::new(0_u32);
     let toasts = use_context::<Toasts>();
@@ -186,12 +194,13 @@ fn load_data(fetch: Box<dyn Fn() -> LocalFuture<CallResult<Data>>>) -> Core {
             let _ = core.pending.try_set(false);
             match result {
                 Ok(data) => {
-                    let _ = core.stale_since.try_set(None);
+                    let _ = core.stale.try_set(None);
                     let _ = core.state.try_set(LoadState::Ready(data));
                 }
-                Err(_) if is_quiet && was_ready => {
-                    core.stale_since.try_update(|since| {
-                        since.get_or_insert_with(now);
+                Err(error) if is_quiet && was_ready => {
+                    core.stale.try_update(|stale| {
+                        let since = stale.as_ref().map_or_else(now, |(since, _)| *since);
+                        *stale = Some((since, error));
                     });
                 }
                 Err(error) if is_reload && was_ready && !error.is(ProblemCode::NotFound) => {
@@ -246,6 +255,12 @@ fn leave_empty_page(route: Route, core: Core, is_empty: fn(&Data) -> bool) {
 #[component]
 pub fn Async<T, V>(
     loader: Loader<T>,
+    /// What is loaded, as in `Couldn't load plans`.
+    #[prop(default = "this page")]
+    what: &'static str,
+    /// Whether this is a part of a card, so that its error has no frame.
+    #[prop(optional)]
+    inside: bool,
     show: impl Fn(T) -> V + Send + Sync + 'static,
 ) -> impl IntoView
 where
@@ -256,16 +271,21 @@ where
         let data = data.downcast_ref::<T>().cloned();
         data.map(|data| show(data).into_any()).into_any()
     };
-    view_data(loader.core, Box::new(show))
+    view_data(loader.core, what, inside, Box::new(show))
 }
 
-fn view_data(core: Core, show: Box<dyn Fn(&Data) -> AnyView + Send + Sync>) -> AnyView {
+fn view_data(
+    core: Core,
+    what: &'static str,
+    inside: bool,
+    show: Box<dyn Fn(&Data) -> AnyView + Send + Sync>,
+) -> AnyView {
     let is_loading =
         move || core.pending.get() || core.state.with(|state| matches!(state, LoadState::Loading));
     let content = move || match core.state.get() {
         LoadState::Loading => skeleton(),
         LoadState::Ready(data) => show(&data),
-        LoadState::Failed(error) => failure(&error, core),
+        LoadState::Failed(error) => failure(&error, what, inside, core),
     };
     view! {
         <div class="async" class:pending=core.pending aria-busy=move || is_loading().to_string()>
@@ -285,14 +305,26 @@ fn skeleton() -> AnyView {
     .into_any()
 }
 
-fn failure(error: &CallError, core: Core) -> AnyView {
+fn failure(error: &CallError, what: &str, inside: bool, core: Core) -> AnyView {
     let id = error.request_id().map(str::to_owned);
+    let title = format!("Couldn't load {what}");
+    let retry = move |_| core.reload();
+    if inside {
+        return view! {
+            <div class="alert" role="alert">
+                <p><strong>{title}"."</strong>" "{error.message()}</p>
+                {request_id(id)}
+                <button type="button" class="button small" on:click=retry>"Retry"</button>
+            </div>
+        }
+        .into_any();
+    }
     view! {
         <div class="empty" role="alert">
-            <h2>"Couldn't load this page"</h2>
+            <h2>{title}</h2>
             <p class="muted">{error.message()}</p>
             {request_id(id)}
-            <button class="button" on:click=move |_| core.reload()>"Try again"</button>
+            <button type="button" class="button" on:click=retry>"Retry"</button>
         </div>
     }
     .into_any()
@@ -320,14 +352,18 @@ fn stale_note(core: Core) -> AnyView {
         <div role="status">
             {move || {
                 track_ticks();
-                core.stale_since
+                core.stale
                     .get()
-                    .map(|since| {
+                    .map(|(since, error)| {
+                        let id = error.request_id().map(str::to_owned);
                         view! {
-                            <p class="alert warn stale">
-                                {format!("Couldn't refresh. Last updated {}. ", relative(since, now()))}
-                                <button type="button" class="link" on:click=move |_| core.reload()>"Try again"</button>
-                            </p>
+                            <div class="alert warn stale">
+                                <p>
+                                    {format!("Couldn't refresh. Last updated {}. ", relative(since, now()))}
+                                    <button type="button" class="link" on:click=move |_| core.reload()>"Retry"</button>
+                                </p>
+                                {request_id(id)}
+                            </div>
                         }
                     })
             }}

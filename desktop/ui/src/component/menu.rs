@@ -161,7 +161,7 @@ pub fn Menu(
                                 match action {
                                     MenuAction::Open(address) => {
                                         view! {
-                                            <a role="menuitem" tabindex="-1" href=address on:click=move |_| open.set(false) on:keydown=move |ev| on_item_key(&ev, at)>{name}</a>
+                                            <a role="menuitem" tabindex="-1" class:danger=danger href=address on:click=move |_| open.set(false) on:keydown=move |ev| on_item_key(&ev, at)>{name}</a>
                                         }
                                             .into_any()
                                     }

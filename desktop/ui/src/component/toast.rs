@@ -1,4 +1,5 @@
-//! Short messages, one at a time. Success messages disappear on their own; errors stay until dismissed.
+//! Short messages, one at a time. Success messages disappear on their own; errors remain until they are dismissed or
+//! the user goes to another page.
 //!
 //! While a dialog is open, everything outside it is inert, so the messages move into it.
 
@@ -7,29 +8,23 @@ use std::{sync::Arc, time::Duration};
 use leptos::{html, prelude::*};
 
 use super::{alert::request_id, focus::rescue_focus};
-use crate::api::CallError;
+use crate::{
+    api::CallError,
+    clock::now,
+    model::messages::{Message, Messages},
+    route::route,
+};
 
 const SUCCESS: Duration = Duration::from_secs(6);
-/// How long a message with an Undo button is shown: long enough to notice a mistake.
-const UNDOABLE: Duration = Duration::from_secs(12);
-/// Maximum number of errors that wait behind the latest one; older ones are dropped.
-const MAX_WAITING: usize = 3;
+/// How long a message with a button is shown: long enough to read it and decide.
+const WITH_ACTION: Duration = Duration::from_secs(12);
 
-type Undo = Arc<dyn Fn() + Send + Sync>;
-
-#[derive(Clone)]
-struct Toast {
-    id: u32,
-    text: String,
-    request_id: Option<String>,
-    is_error: bool,
-    undo: Option<Undo>,
-}
+/// What a message offers to do, with the label of its button.
+type Action = (&'static str, Arc<dyn Fn() + Send + Sync>);
 
 #[derive(Clone, Copy)]
 pub struct Toasts {
-    /// The messages. The last one is shown.
-    all: RwSignal<Vec<Toast>>,
+    all: RwSignal<Messages<Action>>,
     next_id: StoredValue<u32>,
     container: NodeRef<html::Div>,
 }
@@ -37,7 +32,7 @@ pub struct Toasts {
 impl Toasts {
     pub fn provide() -> Self {
         let toasts = Self {
-            all: RwSignal::new(Vec::new()),
+            all: RwSignal::new(Messages::new()),
             next_id: StoredValue::new(0),
             container: NodeRef::new(),
         };
@@ -55,7 +50,8 @@ impl Toasts {
         text: impl Into<String>,
         undo: impl Fn() + Send + Sync + 'static,
     ) {
-        self.add(text.into(), None, Some(Arc::new(undo)), Some(UNDOABLE));
+        let undo: Action = ("Undo", Arc::new(undo));
+        self.add(text.into(), None, Some(undo), Some(WITH_ACTION));
     }
 
     pub fn fail(self, error: &CallError) {
@@ -72,32 +68,34 @@ impl Toasts {
         self,
         text: String,
         request_id: Option<String>,
-        undo: Option<Undo>,
+        action: Option<Action>,
         duration: Option<Duration>,
     ) {
         let id = self.next_id.get_value();
         self.next_id.set_value(id.wrapping_add(1));
         // A live region must exist before its text changes, or the change is not announced.
         self.place();
-        self.all.update(|all| {
-            // Only errors are kept.
-            all.retain(|it| it.is_error);
-            all.push(Toast {
-                id,
-                text,
-                request_id,
-                is_error: duration.is_none(),
-                undo,
-            });
-            all.drain(..all.len().saturating_sub(MAX_WAITING));
-        });
+        let message = Message {
+            id,
+            text,
+            request_id,
+            is_error: duration.is_none(),
+            action,
+            added_at: now(),
+        };
+        self.all.update(|all| all.add(message));
         if let Some(duration) = duration {
             set_timeout(move || self.remove(id), duration);
         }
     }
 
     fn remove(self, id: u32) {
-        let _ = self.all.try_update(|all| all.retain(|it| it.id != id));
+        let _ = self.all.try_update(|all| all.remove(id));
+    }
+
+    /// Removes all messages, when the session ends.
+    pub fn clear(self) {
+        self.all.set(Messages::new());
     }
 
     /// Moves the messages into the topmost open dialog, or out of dialogs if none is open. Call whenever a dialog opens
@@ -119,6 +117,13 @@ impl Toasts {
 
 #[component]
 pub fn ToastsView(toasts: Toasts) -> impl IntoView {
+    let visits = route().visits;
+    Effect::new(move |previous: Option<()>| {
+        visits.track();
+        if previous.is_some() && !toasts.all.with_untracked(Messages::is_empty) {
+            toasts.all.update(Messages::leave_page);
+        }
+    });
     let dismiss = move |id| {
         toasts.remove(id);
         rescue_focus();
@@ -126,23 +131,22 @@ pub fn ToastsView(toasts: Toasts) -> impl IntoView {
     view! {
         <div class="toasts" role="status" aria-live="polite" node_ref=toasts.container>
             {move || {
-                let all = toasts.all.get();
-                let waiting = all.len().saturating_sub(1);
-                all.into_iter()
-                    .next_back()
-                    .map(|Toast { id, text, request_id: id_to_quote, is_error, undo }| {
+                toasts
+                    .all
+                    .with(Messages::shown)
+                    .map(|(Message { id, text, request_id: id_to_quote, is_error, action, .. }, waiting)| {
                         view! {
                             <div class="toast" class:error=is_error>
                                 <p dir="auto">{text}</p>
                                 {request_id(id_to_quote)}
                                 <div class="toast-actions">
-                                    {undo
-                                        .map(|undo| {
+                                    {action
+                                        .map(|(label, act)| {
                                             let run = move |_| {
                                                 dismiss(id);
-                                                undo();
+                                                act();
                                             };
-                                            view! { <button type="button" class="link" on:click=run>"Undo"</button> }
+                                            view! { <button type="button" class="link" on:click=run>{label}</button> }
                                         })}
                                     <button type="button" class="link" on:click=move |_| dismiss(id)>"Dismiss"</button>
                                     {(waiting > 0).then(|| view! { <span class="small-text">{format!("{waiting} more")}</span> })}

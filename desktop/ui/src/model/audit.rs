@@ -248,7 +248,7 @@ pub fn event_table(
             event_rows(event, &href, plan_name, now)
         })
         .collect();
-    let head = ["Change", "Resource", "Actor", "IP address", "Time"]
+    let head = ["Action", "Resource", "Actor", "IP address", "Time"]
         .map(|name| with_text("th", &[("scope", "col")], name));
     let details = element(
         "th",

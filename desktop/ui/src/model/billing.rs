@@ -25,12 +25,12 @@ fn date(at: Timestamp) -> String {
     date_time(millis(at))
 }
 
-/// Returns the keys that need a subscription, as the subject of a sentence, and its verb.
-fn paid_keys(n: u64) -> (String, &'static str) {
-    match n {
-        0 => ("keys on paid plans".to_owned(), "get"),
-        1 => ("1 key on a paid plan".to_owned(), "gets"),
-        n => (format!("{} keys on paid plans", number(n)), "get"),
+/// Returns the requests that need a subscription, as the subject of a sentence.
+fn paid_requests(keys: u64) -> String {
+    match keys {
+        0 => "requests with keys on paid plans".to_owned(),
+        1 => "requests with 1 key on a paid plan".to_owned(),
+        n => format!("requests with {} keys on paid plans", number(n)),
     }
 }
 
@@ -77,13 +77,13 @@ const fn is_subscribed(it: &BillingState) -> bool {
 /// Returns the most important notices, each with a style.
 fn notices(it: &BillingState, now: i64) -> Vec<(&'static str, String)> {
     let (danger, warn) = ("alert", "alert warn");
-    let (keys, get) = paid_keys(it.paid_keys);
+    let requests = paid_requests(it.paid_keys);
     let mut all = Vec::new();
     let ends = it.access_ends_at.filter(|_| it.paid_plans_work).map(date);
     match (it.access, ends) {
         (BillingAccess::PastDue, Some(end)) => all.push((
             danger,
-            format!("Your last payment failed. Update your card by {end}. After that, {keys} will get 402."),
+            format!("Your last payment failed. Update your card by {end}. After that, {requests} will be rejected (402)."),
         )),
         (BillingAccess::PastDue, None) if it.paid_plans_work => all.push((
             danger,
@@ -91,23 +91,23 @@ fn notices(it: &BillingState, now: i64) -> Vec<(&'static str, String)> {
         )),
         (BillingAccess::PastDue | BillingAccess::Unpaid, _) => all.push((
             danger,
-            format!("Your last payment failed. Until it is paid, {keys} {get} 402. Update your card."),
+            format!("Your last payment failed. Until it is paid, {requests} are rejected (402). Update your card."),
         )),
         (BillingAccess::Canceled, _) => all.push((
             warn,
-            format!("Your subscription has ended, so {keys} {get} 402."),
+            format!("Your subscription has ended, so {requests} are rejected (402)."),
         )),
         (BillingAccess::Paused, _) => all.push((
             warn,
-            format!("Your subscription is paused, so {keys} {get} 402."),
+            format!("Your subscription is paused, so {requests} are rejected (402)."),
         )),
         (BillingAccess::Trialing | BillingAccess::Active, Some(end)) => all.push((
             warn,
-            format!("Your subscription ends on {end}. After that, {keys} will get 402."),
+            format!("Your subscription ends on {end}. After that, {requests} will be rejected (402)."),
         )),
         (BillingAccess::Free, _) if it.paid_keys > 0 => all.push((
             warn,
-            format!("Until you subscribe, {keys} {get} 402."),
+            format!("Until you subscribe, {requests} are rejected (402)."),
         )),
         _ => {}
     }
@@ -191,19 +191,29 @@ pub fn subscription(it: &BillingState, now: i64) -> Markup {
     if let Some(price) = it.price.as_ref().and_then(price_text) {
         facts.push(row("Price", &price, ""));
     }
-    if let Some(at) = it.trial_ends_at {
-        facts.push(row("First payment", &date(at), ""));
-    }
-    match (it.cancels_at, it.period_end) {
-        (Some(at), _) if millis(at) > now => facts.push(row("Ends", &date(at), "")),
-        (Some(at), _) => facts.push(row("Ended", &date(at), "")),
-        (None, Some(at)) if is_subscribed(it) && it.trial_ends_at.is_none() => {
-            facts.push(row("Renews", &date(at), ""));
-        }
-        _ => {}
+    if let Some((label, at)) = next_date(it, now) {
+        facts.push(row(label, &date(at), ""));
     }
     all.push(rows(&facts));
     all
+}
+
+/// Returns the date on which the subscription changes next, with its label. `None` if that depends on a payment, or on
+/// someone who resumes the subscription.
+fn next_date(it: &BillingState, now: i64) -> Option<(&'static str, Timestamp)> {
+    if let Some(at) = it.cancels_at {
+        let label = if millis(at) > now { "Ends" } else { "Ended" };
+        return Some((label, at));
+    }
+    match it.access {
+        BillingAccess::Trialing => it.trial_ends_at.map(|at| ("First payment", at)),
+        BillingAccess::Active => it.period_end.map(|at| ("Renews", at)),
+        BillingAccess::Free
+        | BillingAccess::PastDue
+        | BillingAccess::Unpaid
+        | BillingAccess::Canceled
+        | BillingAccess::Paused => None,
+    }
 }
 
 /// Returns the charges in this period.
@@ -220,7 +230,8 @@ pub fn usage(it: &BillingUsage, state: &BillingState) -> Markup {
             "requests on paid plans; not charged",
         )),
     }
-    if let Some(total) = it.projected_total {
+    // While requests are rejected, usage doesn't continue at its pace.
+    if let Some(total) = it.projected_total.filter(|_| state.paid_plans_work) {
         let note = format!(
             "at this pace, {}; before taxes and discounts",
             count(it.projected, "request", "requests")
@@ -266,12 +277,10 @@ pub fn limits(it: &BillingLimits, now: i64) -> Markup {
         .into_iter()
         .filter_map(|(label, limit, note)| {
             let maximum = limit.maximum?;
-            let text = format!("{} of {}", number(limit.used), number(maximum));
             let meter = Meter {
                 label,
                 used: limit.used,
                 limit: maximum,
-                text: &text,
                 note,
                 denied: false,
             };
@@ -308,14 +317,12 @@ pub fn no_access(role: Role) -> String {
     )
 }
 
-/// Returns the effect on the keys of a paid plan. `None` if they work.
-pub fn paid_warning(it: &BillingState, keys: u64) -> Option<String> {
+/// Returns the effect on the keys of a paid plan, which may not be saved yet. `None` if they work.
+pub fn paid_warning(it: &BillingState, keys: u64, is_saved: bool) -> Option<String> {
     (!it.paid_plans_work && keys > 0).then(|| {
-        let (keys, verb) = (
-            count(keys, "key", "keys"),
-            if keys == 1 { "gets" } else { "get" },
-        );
-        format!("{keys} {verb} 402 until your organization subscribes.")
+        let keys = count(keys, "key", "keys");
+        let verb = if is_saved { "are" } else { "will be" };
+        format!("Requests with {keys} {verb} rejected (402) until your organization subscribes.")
     })
 }
 
@@ -383,7 +390,7 @@ mod tests {
         let end = json!({"access": "past_due", "access_ends_at": "2026-12-03T12:00:00Z"});
         let failed = shown(end.clone());
         assert!(failed.starts_with(
-            "Your last payment failed. Update your card by 3 Dec 2026, 12:00 UTC. After that, 4 keys on paid plans will get 402. Subscription Past due"
+            "Your last payment failed. Update your card by 3 Dec 2026, 12:00 UTC. After that, requests with 4 keys on paid plans will be rejected (402). Subscription Past due"
         ), "{failed}");
         let labels: Vec<_> = buttons(&state(end)).iter().map(|it| it.label).collect();
         assert_eq!(labels, ["Update card"]);
@@ -392,7 +399,9 @@ mod tests {
                 json!({"access": access, "paid_plans_work": false, "access_ends_at": "2026-11-25T12:00:00Z"}),
             );
             assert!(
-                over.contains("Until it is paid, 4 keys on paid plans get 402."),
+                over.contains(
+                    "Until it is paid, requests with 4 keys on paid plans are rejected (402)."
+                ),
                 "{over}"
             );
         }
@@ -402,16 +411,46 @@ mod tests {
     fn ending_subscription_says_when() {
         let at = "2026-12-20T12:00:00Z";
         let ending = shown(json!({"cancels_at": at, "access_ends_at": at}));
-        assert!(ending.starts_with("Your subscription ends on 20 Dec 2026, 12:00 UTC. After that, 4 keys on paid plans will get 402."), "{ending}");
+        assert!(ending.starts_with("Your subscription ends on 20 Dec 2026, 12:00 UTC. After that, requests with 4 keys on paid plans will be rejected (402)."), "{ending}");
         assert!(
             ending.contains("Canceling") && ending.ends_with("Ends 20 Dec 2026, 12:00 UTC"),
             "{ending}"
         );
         let ended = json!({"access": "canceled", "paid_plans_work": false, "cancels_at": "2026-11-25T12:00:00Z"});
         assert!(shown(ended.clone()).starts_with(
-            "Your subscription has ended, so 4 keys on paid plans get 402. No subscription Canceled"
+            "Your subscription has ended, so requests with 4 keys on paid plans are rejected (402). No subscription Canceled"
         ));
         assert_eq!(buttons(&state(ended))[0].label, "Subscribe again");
+    }
+
+    #[test]
+    fn only_a_subscription_in_good_standing_renews() {
+        let period_end = "2026-12-20T12:00:00Z";
+        let trial_end = "2026-12-01T12:00:00Z";
+        for (access, cancels_at, expected) in [
+            ("active", None, Some("Renews 20 Dec 2026")),
+            ("trialing", None, Some("First payment 1 Dec 2026")),
+            ("active", Some(period_end), Some("Ends 20 Dec 2026")),
+            ("trialing", Some(trial_end), Some("Ends 1 Dec 2026")),
+            ("past_due", Some(period_end), Some("Ends 20 Dec 2026")),
+            ("past_due", None, None),
+            ("unpaid", None, None),
+            ("paused", None, None),
+        ] {
+            let text = shown(json!({
+                "access": access, "cancels_at": cancels_at, "access_ends_at": cancels_at, "period_end": period_end,
+                "trial_ends_at": if access == "trialing" { Some(trial_end) } else { None },
+            }));
+            let dates = ["Renews", "First payment", "Ends", "Ended"];
+            let shown: Vec<_> = dates.iter().filter(|it| text.contains(**it)).collect();
+            match expected {
+                Some(expected) => assert!(
+                    text.contains(expected) && shown.len() == 1,
+                    "{access}: {text}"
+                ),
+                None => assert!(shown.is_empty(), "{access}: {text}"),
+            }
+        }
     }
 
     #[test]
@@ -422,7 +461,7 @@ mod tests {
         });
         assert_eq!(
             shown(free.clone()),
-            "Until you subscribe, 1 key on a paid plan gets 402. No subscription Free Plan Pro Price $29.00 per month + $0.50 per 1,000 requests"
+            "Until you subscribe, requests with 1 key on a paid plan are rejected (402). No subscription Free Plan Pro Price $29.00 per month + $0.50 per 1,000 requests"
         );
         assert!(is_action_needed(&state(free.clone())));
         assert_eq!(buttons(&state(free)).len(), 1);
@@ -450,6 +489,11 @@ mod tests {
              Period 20 Nov 2026, 12:00 UTC to 20 Dec 2026, 12:00 UTC \
              Reported to Stripe Up to 26 Nov 2026, 14:00 UTC every hour"
         );
+        let rejected = BillingState {
+            paid_plans_work: false,
+            ..state.clone()
+        };
+        assert!(!text(&usage(&of_period, &rejected)).contains("Projected"));
         of_period.not_charged = 7;
         assert!(text(&usage(&of_period, &state)).ends_with("7 requests of this period won't be charged, because Stripe did not accept them in time."));
         of_period.charge = None;
@@ -470,7 +514,7 @@ mod tests {
         state.limits.free_plan_quota = Some(10_000);
         assert_eq!(
             text(&limits(&state.limits, NOW)),
-            "Requests this month 61,500 of 100,000 Resets in 4 days \
+            "Requests this month 61,500 of 100,000 used Resets in 4 days \
              Plans that are not marked Paid: at most 60 requests per minute, and a daily and monthly quota of 10,000."
         );
     }
@@ -479,14 +523,14 @@ mod tests {
     fn keys_of_paid_plans_work_only_with_access() {
         let none = state(json!({"access": "free", "paid_plans_work": false}));
         assert_eq!(
-            paid_warning(&none, 4).as_deref(),
-            Some("4 keys get 402 until your organization subscribes.")
+            paid_warning(&none, 4, true).as_deref(),
+            Some("Requests with 4 keys are rejected (402) until your organization subscribes.")
         );
         assert_eq!(
-            paid_warning(&none, 1).as_deref(),
-            Some("1 key gets 402 until your organization subscribes.")
+            paid_warning(&none, 1, false).as_deref(),
+            Some("Requests with 1 key will be rejected (402) until your organization subscribes.")
         );
-        assert_eq!(paid_warning(&none, 0), None);
-        assert_eq!(paid_warning(&state(json!({})), 4), None);
+        assert_eq!(paid_warning(&none, 0, true), None);
+        assert_eq!(paid_warning(&state(json!({})), 4, true), None);
     }
 }

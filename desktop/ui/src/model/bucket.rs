@@ -2,6 +2,8 @@
 
 use std::fmt::Write as _;
 
+use super::text::number;
+
 /// A bucket as described by response headers. Uses only integers: floating-point formatting would make the download 5%
 /// larger.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,10 +55,20 @@ impl Bucket {
         self.level(now) / self.limit
     }
 
+    /// Returns the number of seconds from `now` until the bucket is full.
+    pub fn full_in(&self, now: i64) -> u64 {
+        let missing = self.limit.saturating_mul(1000) - self.level(now);
+        let millis = missing.saturating_mul(self.window).div_ceil(self.refill);
+        millis.div_ceil(1000)
+    }
+
     /// Returns the refill rate per second, to one decimal place.
     pub fn pace(&self) -> String {
         let tenths = (self.refill.saturating_mul(10) + self.window / 2) / self.window;
-        format!("{}.{}", tenths / 10, tenths % 10)
+        match tenths % 10 {
+            0 => number(tenths / 10),
+            rest => format!("{}.{rest}", number(tenths / 10)),
+        }
     }
 }
 
@@ -111,6 +123,21 @@ mod tests {
         assert_eq!(bucket().level(0), 4000);
         assert_eq!(bucket().share(3000), 700);
         assert_eq!(bucket().pace(), "1.5");
+        let fast = Bucket {
+            refill: 60_000,
+            ..bucket()
+        };
+        assert_eq!(fast.pace(), "1,000");
+    }
+
+    #[test]
+    fn bucket_is_full_once_everything_has_refilled() {
+        // 6 requests are missing, and 1.5 are added each second.
+        assert_eq!(bucket().full_in(1000), 4);
+        assert_eq!(bucket().full_in(3000), 2);
+        assert_eq!(bucket().full_in(4999), 1);
+        assert_eq!(bucket().full_in(5000), 0);
+        assert_eq!(bucket().full_in(60_000), 0);
     }
 
     #[test]

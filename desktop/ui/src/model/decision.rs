@@ -73,7 +73,7 @@ pub fn decision_table(
         "Key",
         "Endpoint",
         "Outcome",
-        "Policy",
+        "Denied by",
         "Retry after",
         "Request ID",
     ];
@@ -125,7 +125,7 @@ pub fn decision_table(
                 "Outcome",
                 with_text("span", &[("class", class)], outcome),
             ));
-            cells.push(text("Policy", policy));
+            cells.push(text("Denied by", policy));
             cells.push(text("Retry after", &retry));
             cells.push(cell("Request ID", with_text("code", &[], &it.request_id)));
             element("tr", &[], &cells)
@@ -139,11 +139,29 @@ pub fn decision_table(
     element("table", &[("class", "table data decisions")], &parts)
 }
 
+/// Returns why a key has no decisions to show. `requests` is the number of its requests in the last day, by its usage.
+pub const fn no_decisions(requests: u64, was_used: bool) -> &'static str {
+    match (requests, was_used) {
+        (1.., _) => "The decision log has no entries for these requests.",
+        (0, true) => "No requests lately.",
+        (0, false) => "No requests yet.",
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn no_text_denies_the_traffic_in_the_chart() {
+        assert_eq!(no_decisions(0, false), "No requests yet.");
+        assert_eq!(no_decisions(0, true), "No requests lately.");
+        for was_used in [false, true] {
+            assert!(!no_decisions(7, was_used).contains("No requests"));
+        }
+    }
 
     fn decision(n: u32) -> Decision {
         serde_json::from_value(json!({

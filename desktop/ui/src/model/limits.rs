@@ -1,6 +1,19 @@
-//! The limits that apply to an API key.
+//! The limits that apply to an API key, and how much of them is used.
 
-use quota_common::{api_key::ApiKey, plan::Plan};
+use quota_common::{
+    api_key::ApiKey,
+    limit::{LimitState, PolicyName},
+    plan::Plan,
+    usage::KeyLimits,
+};
+
+use super::{
+    bucket::Bucket,
+    burn_down::name,
+    markup::Markup,
+    meter::Meter,
+    text::{countdown, relative},
+};
 
 /// A key's limits: its plan's, with the key's own rate if it has one.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,6 +40,60 @@ impl EffectiveLimits {
             monthly_quota: plan.monthly_quota,
         }
     }
+}
+
+/// Returns a meter for each limit of a key. Between two loads, the burst refills: `loaded_at` is when the limits were
+/// loaded. Both times are the browser's, in milliseconds since 1970.
+pub fn limit_meters(it: &KeyLimits, loaded_at: i64, now: i64) -> Markup {
+    let meters = it.limits.iter();
+    meters
+        .map(|limit| match limit.policy {
+            PolicyName::Rpm => burst_meter(limit, it.rpm, loaded_at, now),
+            _ => quota_meter(limit, now),
+        })
+        .collect()
+}
+
+fn burst_meter(limit: &LimitState, rpm: u32, loaded_at: i64, now: i64) -> Markup {
+    let bucket = Bucket {
+        limit: limit.limit,
+        remaining: limit.remaining,
+        at: loaded_at,
+        refill: u64::from(rpm.max(1)),
+        window: 60,
+    };
+    let note = match bucket.full_in(now) {
+        0 => "None used".to_owned(),
+        secs => format!("All available again in {}", countdown(secs)),
+    };
+    let meter = Meter {
+        label: "Burst",
+        // A request needs a whole token.
+        used: limit.limit.saturating_sub(bucket.level(now) / 1000),
+        limit: limit.limit,
+        note: &note,
+        denied: false,
+    };
+    meter.markup()
+}
+
+fn quota_meter(limit: &LimitState, now: i64) -> Markup {
+    let used = limit.limit.saturating_sub(limit.remaining);
+    let note = match used {
+        0 => "None used".to_owned(),
+        _ => {
+            let reset = relative(limit.reset_at.inner().timestamp_millis(), now);
+            format!("Resets {reset}")
+        }
+    };
+    let meter = Meter {
+        label: name(limit.policy),
+        used,
+        limit: limit.limit,
+        note: &note,
+        denied: false,
+    };
+    meter.markup()
 }
 
 #[cfg(test)]
@@ -62,6 +129,36 @@ mod tests {
             (limits.daily_quota, limits.monthly_quota),
             (Some(1000), None)
         );
+    }
+
+    #[test]
+    fn meters_show_what_is_used_and_the_burst_refills() {
+        let limit = |policy: &str, limit: u64, remaining: u64| json!({"policy": policy, "limit": limit, "remaining": remaining, "reset_at": "2026-08-04T00:00:00.000Z"});
+        let it: KeyLimits = serde_json::from_value(json!({
+            "key_id": ID, "plan_id": ID, "plan": "Starter", "rpm": 60, "burst": 10, "at": AT,
+            "limits": [limit("rpm", 10, 2), limit("daily", 1000, 400), limit("monthly", 9000, 9000)],
+        }))
+        .expect("limits");
+        // 3 Aug 2026, 06:26 UTC.
+        let loaded = 1_785_738_360_000;
+        let now = limit_meters(&it, loaded, loaded).to_string();
+        for text in [
+            "8 of 10 used",
+            "All available again in 8 s",
+            "600 of 1,000 used",
+            "Resets in 17 hours",
+            "0 of 9,000 used",
+        ] {
+            assert!(now.contains(text), "{text} is not in {now}");
+        }
+        let later = limit_meters(&it, loaded, loaded + 5000).to_string();
+        assert!(
+            later.contains("3 of 10 used") && later.contains("All available again in 3 s"),
+            "{later}"
+        );
+        assert!(later.contains("600 of 1,000 used"), "{later}");
+        let full = limit_meters(&it, loaded, loaded + 8000).to_string();
+        assert!(full.contains("0 of 10 used"), "{full}");
     }
 
     #[test]

@@ -1,6 +1,9 @@
 //! Bars that show how much of a limit is used.
 
-use super::markup::{Markup, element, with_text};
+use super::{
+    markup::{Markup, element, with_text},
+    text::number,
+};
 
 /// How much of a limit is used.
 #[derive(Debug, Clone, Default)]
@@ -8,8 +11,6 @@ pub struct Meter<'a> {
     pub label: &'a str,
     pub used: u64,
     pub limit: u64,
-    /// The value of the bar in words, such as `412 of 5,000 left`.
-    pub text: &'a str,
     /// When the limit resets.
     pub note: &'a str,
     /// Whether this limit denied a request.
@@ -17,6 +18,11 @@ pub struct Meter<'a> {
 }
 
 impl Meter<'_> {
+    /// Returns the value of the bar in words: what is used, like the bar.
+    pub fn text(&self) -> String {
+        format!("{} of {} used", number(self.used), number(self.limit))
+    }
+
     /// Returns the used part in percent. A sliver is visible as soon as anything is used.
     fn percent(&self) -> u64 {
         let percent = u128::from(self.used) * 100 / u128::from(self.limit.max(1));
@@ -27,7 +33,7 @@ impl Meter<'_> {
     }
 
     pub fn markup(&self) -> Markup {
-        let percent = self.percent();
+        let (percent, text) = (self.percent(), self.text());
         let class = match percent {
             _ if self.denied => "meter full denied",
             0..80 => "meter",
@@ -45,7 +51,7 @@ impl Meter<'_> {
             &[
                 with_text("span", &[], self.label),
                 badge,
-                with_text("strong", &[], self.text),
+                with_text("strong", &[], &text),
             ],
         );
         let (now, width) = (percent.to_string(), format!("{percent}%"));
@@ -67,7 +73,7 @@ impl Meter<'_> {
                 ("aria-valuemin", "0"),
                 ("aria-valuemax", "100"),
                 ("aria-valuenow", &now),
-                ("aria-valuetext", self.text),
+                ("aria-valuetext", &text),
             ],
             &[bar],
         );
@@ -105,6 +111,39 @@ mod tests {
         assert_eq!(class(1000, 1000, false), "meter full");
         assert_eq!(class(1, 1000, true), "meter full denied");
         assert_eq!(class(u64::MAX, 1, false), "meter full");
+    }
+
+    #[test]
+    fn label_and_bar_both_show_what_is_used() {
+        let meter = |used, limit| {
+            let meter = Meter {
+                label: "Daily quota",
+                used,
+                limit,
+                ..Meter::default()
+            };
+            meter.markup().to_string()
+        };
+        for (used, limit, text, width) in [
+            (0, 20, "0 of 20 used", "0%"),
+            (5, 20, "5 of 20 used", "25%"),
+            (4500, 5000, "4,500 of 5,000 used", "90%"),
+            (20, 20, "20 of 20 used", "100%"),
+        ] {
+            let markup = meter(used, limit);
+            assert!(
+                markup.contains(&format!("<strong>{text}</strong>")),
+                "{markup}"
+            );
+            assert!(
+                markup.contains(&format!("aria-valuetext=\"{text}\"")),
+                "{markup}"
+            );
+            assert!(
+                markup.contains(&format!("<rect width=\"{width}\"")),
+                "{markup}"
+            );
+        }
     }
 
     #[test]

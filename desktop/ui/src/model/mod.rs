@@ -1,6 +1,7 @@
 //! Values and texts that do not depend on a browser, so that they can be tested on the host.
 
 pub mod address;
+pub mod attention;
 pub mod audit;
 pub mod billing;
 pub mod bucket;
@@ -14,6 +15,7 @@ pub mod form;
 pub mod key;
 pub mod limits;
 pub mod markup;
+pub mod messages;
 pub mod meter;
 pub mod money;
 pub mod policy;

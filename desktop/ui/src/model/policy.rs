@@ -1,6 +1,6 @@
 //! The policies of a key, as reported by the headers of a response.
 
-use quota_common::limit::PolicyName;
+use quota_common::limit::{LimitState, PolicyName};
 
 /// The state of a policy after a response.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,6 +23,26 @@ pub fn policy_label(policy: &str) -> &str {
         "reduced_capacity" => "Reduced capacity",
         "tenant_monthly" => "Organization's monthly quota",
         other => other,
+    }
+}
+
+/// Returns what a response with status 429 means, by the policies that denied the request.
+pub fn denial(policies: &[PolicyState]) -> &'static str {
+    let denying = policies.iter().find(|it| it.denied);
+    match denying.map(|it| &*it.policy) {
+        Some("rpm") => "Rate limited",
+        Some("daily") => "Daily quota used up",
+        Some("monthly") => "Monthly quota used up",
+        Some("tenant_monthly") => "Organization's monthly quota used up",
+        _ => "Rejected",
+    }
+}
+
+/// Adds what the headers do not report: the quotas of a key as loaded before its last `spent` allowed requests.
+pub fn complete(states: &mut [PolicyState], limits: &[LimitState], spent: u64) {
+    for state in states.iter_mut().filter(|it| it.remaining.is_none()) {
+        let found = limits.iter().find(|it| it.policy.as_str() == state.policy);
+        state.remaining = found.map(|it| it.remaining.saturating_sub(spent));
     }
 }
 
@@ -123,6 +143,42 @@ mod tests {
             summary(&states)[..2],
             [("rpm", 10, Some(10), false), ("daily", 500, Some(0), true)]
         );
+    }
+
+    #[test]
+    fn denial_names_the_policy() {
+        let text = |violated: &[PolicyName]| denial(&policy_states(HEADERS, violated));
+        assert_eq!(text(&[PolicyName::Rpm]), "Rate limited");
+        assert_eq!(text(&[PolicyName::Daily]), "Daily quota used up");
+        assert_eq!(text(&[PolicyName::Monthly]), "Monthly quota used up");
+        assert_eq!(text(&[]), "Rejected");
+    }
+
+    #[test]
+    fn unreported_quotas_are_taken_from_the_limits_that_were_loaded() {
+        let limit = |policy, remaining| LimitState {
+            policy,
+            limit: 9000,
+            remaining,
+            reset_at: "2026-08-04T00:00:00Z".parse().expect("a time"),
+        };
+        let limits = [
+            limit(PolicyName::Daily, 499),
+            limit(PolicyName::Monthly, 8000),
+        ];
+        let mut states = policy_states(HEADERS, &[]);
+        complete(&mut states, &limits, 3);
+        assert_eq!(
+            summary(&states),
+            [
+                ("rpm", 10, Some(7), false),
+                ("daily", 500, Some(3), false),
+                ("monthly", 9000, Some(7997), false),
+            ]
+        );
+        let mut unknown = policy_states(HEADERS, &[]);
+        complete(&mut unknown, &[], 3);
+        assert_eq!(summary(&unknown)[2], ("monthly", 9000, None, false));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 
 use quota_common::{
     ApiKeyId,
-    usage::{Usage, UsageBucketSize, UsageCounts, UsageGroup, UsageGroupBy},
+    usage::{Stats, Usage, UsageBucketSize, UsageCounts, UsageGroup, UsageGroupBy},
 };
 
 use super::{
@@ -139,6 +139,25 @@ const fn group_pair(group: &UsageGroup, by_cost: bool) -> Pair {
     pair(&counts, by_cost)
 }
 
+/// Returns the requests since today began. The usage of the last day may have been loaded after the statistics, or may
+/// not reach back to midnight, if the clocks have changed since then.
+pub fn today(stats: &Stats, day: &Usage) -> Pair {
+    let buckets = day.buckets.iter().filter(|it| it.start >= stats.today);
+    let (allowed, rejected) = buckets.fold((0, 0), |(allowed, rejected), it| {
+        (allowed + it.allowed, rejected + it.rejected)
+    });
+    let counted = Pair { allowed, rejected };
+    let stated = Pair {
+        allowed: stats.requests_today.saturating_sub(stats.rejected_today),
+        rejected: stats.rejected_today,
+    };
+    if counted.total() > stated.total() {
+        counted
+    } else {
+        stated
+    }
+}
+
 /// Returns the change since the previous period, such as `+12.5%`.
 pub fn change(now: u64, before: u64) -> String {
     if now == before {
@@ -164,7 +183,11 @@ pub fn stat(label: &str, value: &str, note: &str, href: &str) -> Markup {
 
 /// Returns the numbers above the chart: allowed and rejected requests, the rejection rate, and the busiest hour or day.
 pub fn strip(now: Pair, before: Pair, peak: Option<(String, u64)>, peak_name: &str) -> Markup {
-    let rate = |pair: Pair| percent(pair.rejected, pair.total()).unwrap_or_else(|| "–".to_owned());
+    let rate = |pair: Pair| percent(pair.rejected, pair.total());
+    let rate_before = rate(before).map_or_else(
+        || "No requests in the previous period".to_owned(),
+        |rate| format!("{rate} in the previous period"),
+    );
     let (peak_time, peak_count) = match peak {
         Some((time, count)) => (time, number(count)),
         None => ("No requests".to_owned(), "–".to_owned()),
@@ -184,8 +207,8 @@ pub fn strip(now: Pair, before: Pair, peak: Option<(String, u64)>, peak_name: &s
         ),
         stat(
             "Rejection rate",
-            &rate(now),
-            &format!("{} in the previous period", rate(before)),
+            &rate(now).unwrap_or_else(|| "–".to_owned()),
+            &rate_before,
             "",
         ),
         stat(peak_name, &peak_count, &peak_time, ""),
@@ -476,6 +499,54 @@ mod tests {
         assert_eq!(change(4, 8), "−50.0% vs. previous period");
         assert_eq!(change(3, 3), "Same as previous period");
         assert_eq!(change(3, 0), "None in the previous period");
+    }
+
+    #[test]
+    fn today_is_never_less_than_the_chart_shows() {
+        let stats = |requests: u64, rejected: u64, today: &str| -> Stats {
+            serde_json::from_value(json!({
+                "total_keys": 1, "active_keys": 1, "unused_keys": 0, "total_plans": 1, "requests_today": requests,
+                "rejected_today": rejected, "requests_yesterday": 0, "rejected_yesterday": 0, "today": today,
+                "time_zone": "UTC", "complete_until": today, "closest_to_limit": null, "attention": [],
+            }))
+            .expect("statistics")
+        };
+        // 5 allowed and 1 rejected, at 05:00 on the 25th.
+        let day = usage(&[]);
+        let of = |stats: &Stats| {
+            let pair = today(stats, &day);
+            (pair.allowed, pair.rejected)
+        };
+        assert_eq!(of(&stats(2, 0, "2026-11-25T00:00:00Z")), (5, 1));
+        assert_eq!(of(&stats(9, 2, "2026-11-25T00:00:00Z")), (7, 2));
+        assert_eq!(of(&stats(2, 0, "2026-11-26T00:00:00Z")), (2, 0));
+    }
+
+    #[test]
+    fn strip_says_if_there_is_nothing_to_compare_with() {
+        let text = |before: Pair| {
+            let now = Pair {
+                allowed: 9,
+                rejected: 1,
+            };
+            strip(now, before, None, "Busiest hour").to_string()
+        };
+        let compared = text(Pair {
+            allowed: 3,
+            rejected: 1,
+        });
+        assert!(
+            compared.contains(">10.0%<") && compared.contains(">25.0% in the previous period<"),
+            "{compared}"
+        );
+        let first = text(Pair {
+            allowed: 0,
+            rejected: 0,
+        });
+        assert!(
+            first.contains(">No requests in the previous period<"),
+            "{first}"
+        );
     }
 
     #[test]

@@ -23,7 +23,7 @@ use crate::{
         Toasts, busy_attr, load,
     },
     model::{key::key_details, text},
-    reactive::text_memo,
+    reactive::{effect, flag_memo, text_memo},
     route::route,
     session::session,
 };
@@ -56,6 +56,14 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
             .filter(|name| !name.is_empty())
             .unwrap_or_else(|| "API key".to_owned())
     });
+    let is_loaded = flag_memo(move || loader.with(|_| ()).is_some());
+    // Once the key is loaded after an error, the rest is loaded again too.
+    effect(move || {
+        if is_loaded.get() {
+            plans.retry();
+            usage.retry();
+        }
+    });
     let deactivating = Confirmation::new();
     let busy = deactivating.busy;
     let dialogs = Dialogs {
@@ -71,11 +79,14 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
     };
     let set_active = Callback::new(move |active: bool| {
         dialogs.busy.set(true);
+        // The messages may be read on another page.
+        let key = text::quoted(&name.get_untracked());
         spawn_local(async move {
-            if change_status(id, active, loader, toasts).await && !active {
-                toasts.succeed_with_undo("Key deactivated", move || {
+            if change_status(id, &key, active, loader, toasts).await && !active {
+                toasts.succeed_with_undo(format!("Key {key} deactivated"), move || {
+                    let key = key.clone();
                     spawn_local(async move {
-                        change_status(id, true, loader, toasts).await;
+                        change_status(id, &key, true, loader, toasts).await;
                     });
                 });
             }
@@ -85,13 +96,31 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
         });
     });
     let rotated = NewSecret::new();
+    open_dialog_from_query(dialogs, loader);
     view! {
         <p class="breadcrumb"><a href="/console/api-keys">"API keys"</a></p>
         <PageHeader title/>
-        <PlansError plans/>
-        <Async loader show=move |key| view! { <KeyDetails key plans usage dialogs set_active/> }/>
-        <KeyActivity id usage/>
-        <TrySection id loader on_sent/>
+        <Async
+            loader
+            what="this API key"
+            show=move |key| {
+                view! {
+                    <PlansError plans/>
+                    <KeyDetails key plans usage dialogs set_active/>
+                }
+            }
+        />
+        // If the key itself can't be loaded, one error is enough.
+        {move || {
+            is_loaded
+                .get()
+                .then(|| {
+                    view! {
+                        <KeyActivity key=loader id usage/>
+                        <TrySection id loader on_sent/>
+                    }
+                })
+        }}
         <EditDialog
             loader
             plans
@@ -113,15 +142,46 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
     }
 }
 
+/// Opens the dialog that the address names, once the key is loaded, and removes it from the address.
+fn open_dialog_from_query(dialogs: Dialogs, loader: Loader<ApiKey>) {
+    let route = route();
+    let own_path = route.path.get_untracked();
+    effect(move || {
+        let name = route.query.with(|query| query.get("open"));
+        let is_ready = loader.with(|_| ()).is_some();
+        let Some(name) = name.filter(|_| is_ready) else {
+            return;
+        };
+        if route.path.with_untracked(|path| *path != own_path) {
+            return;
+        }
+        match &*name {
+            "edit" => dialogs.editing.set(true),
+            "rotate" => dialogs.rotating.set(true),
+            "deactivate" => dialogs.deactivating.ask(),
+            "delete" => dialogs.deleting.ask(),
+            _ => {}
+        }
+        let query = route.query.get_untracked().with("open", "");
+        route.replace(&format!("{own_path}{query}"));
+    });
+}
+
 /// Activates or deactivates the key. Reports activation and errors; returns whether it succeeded.
-async fn change_status(id: ApiKeyId, active: bool, loader: Loader<ApiKey>, toasts: Toasts) -> bool {
+async fn change_status(
+    id: ApiKeyId,
+    name: &str,
+    active: bool,
+    loader: Loader<ApiKey>,
+    toasts: Toasts,
+) -> bool {
     let body = UpdateApiKey {
         is_active: Some(active),
         ..UpdateApiKey::default()
     };
     let result = api::update_api_key(id, body).await;
     match &result {
-        Ok(_) if active => toasts.succeed("Key activated"),
+        Ok(_) if active => toasts.succeed(format!("Key {name} activated")),
         Ok(_) => {}
         Err(error) => toasts.fail(error),
     }

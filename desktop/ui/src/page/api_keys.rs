@@ -1,20 +1,22 @@
 //! The list of API keys.
 
 use leptos::prelude::*;
-use quota_common::{api_key::ApiKey, call::KeyFilter, page::ApiKeyOrder, plan::Plan};
+use quota_common::{Page, api_key::ApiKey, call::KeyFilter, page::ApiKeyOrder, plan::Plan};
 
 use super::{
-    bulk_actions::{BulkActions, SelectAll},
+    bulk_actions::{BulkActions, SelectAll, activate},
     create_api_key::CreateDialog,
     create_button::CreateButton,
     key_status::{key_status, time_or},
     plan_list::{PlansError, load_plans, plan_name},
+    usage::usage_of_key,
 };
 use crate::{
     api,
     component::{
-        Async, EmptyState, Loader, PageHeader, Pager, Shape, SortHead, SortSelect, fixed_options,
-        input_filter, load_page, open_from_query, select_filter,
+        Async, EmptyState, Loader, Menu, MenuItem, PageHeader, Pager, Shape, SortHead, SortSelect,
+        Toasts, copy_and_report, fixed_options, input_filter, load_page, open_from_query,
+        select_filter,
     },
     reactive::effect,
     route::route,
@@ -80,6 +82,7 @@ pub fn ApiKeys() -> impl IntoView {
         <Filters plans/>
         <Async
             loader
+            what="API keys"
             show=move |page| {
                 if page.items.is_empty() {
                     return view! { <NoKeys is_filtered=is_filtered() plans creating/> }.into_any();
@@ -104,6 +107,7 @@ pub fn ApiKeys() -> impl IntoView {
                                 <th scope="col">"Status"</th>
                                 <SortHead name="Last used" ascending="last_used_at" descending="-last_used_at"/>
                                 <th scope="col">"Expires"</th>
+                                {can_manage.then(|| view! { <th scope="col"><span class="visually-hidden">"Actions"</span></th> })}
                             </tr>
                         </thead>
                         <tbody>
@@ -121,6 +125,7 @@ pub fn ApiKeys() -> impl IntoView {
                                             <td data-label="Status">{key_status(&key)}</td>
                                             <td data-label="Last used">{time_or(key.last_used_at, "Never used")}</td>
                                             <td data-label="Expires">{time_or(key.expires_at, "Never")}</td>
+                                            {can_manage.then(|| view! { <td class="row-actions"><KeyMenu key loader/></td> })}
                                         </tr>
                                     }
                                 })
@@ -210,6 +215,34 @@ fn Filters(plans: Loader<Vec<Plan>>) -> impl IntoView {
             <SortSelect more=ORDERS/>
         </search>
     }
+}
+
+/// The actions on a key. Its page has the dialogs for them.
+#[component]
+fn KeyMenu(key: ApiKey, loader: Loader<Page<ApiKey>>) -> impl IntoView {
+    let toasts = expect_context::<Toasts>();
+    let id = key.id;
+    let open = |name| format!("/console/api-keys/{id}?open={name}");
+    let status = if key.is_active {
+        MenuItem::open("Deactivate", open("deactivate"))
+    } else {
+        let on_changed = Callback::new(move |()| loader.reload());
+        MenuItem::run("Activate", move || activate(vec![id], toasts, on_changed))
+    };
+    let items = vec![
+        MenuItem::open("View usage", usage_of_key(id)),
+        MenuItem::open("Edit", open("edit")),
+        MenuItem::open("Rotate", open("rotate")),
+        MenuItem::run("Copy ID", move || {
+            copy_and_report(id.to_string(), "Key ID", toasts)
+        }),
+        status,
+        MenuItem {
+            danger: true,
+            ..MenuItem::open("Delete", open("delete"))
+        },
+    ];
+    view! { <Menu label=format!("More actions for {}", key.name) focus_key=format!("more-{id}") items/> }
 }
 
 /// Selects a key for a bulk action.

@@ -136,6 +136,7 @@ pub fn AuditLog() -> impl IntoView {
         }}
         <Async
             loader
+            what="the audit log"
             show=move |page| {
                 if page.items.is_empty() {
                     let is_filtered = query.with(|query| FILTERS.iter().any(|name| query.get(name).is_some()));

@@ -95,7 +95,7 @@ fn Subscription() -> impl IntoView {
     });
     view! {
         <StaleNote loader/>
-        <Async loader show=move |it| show(&it, loader, visit)/>
+        <Async loader what="billing" show=move |it| show(&it, loader, visit)/>
     }
 }
 

@@ -39,8 +39,8 @@ async fn set_active(id: ApiKeyId, active: bool) -> CallResult<()> {
     api::update_api_key(id, body).await.map(drop)
 }
 
-/// Reactivates keys that were just deactivated.
-fn undo(keys: Vec<ApiKeyId>, toasts: Toasts, on_changed: Callback<()>) {
+/// Activates keys and reports the result.
+pub fn activate(keys: Vec<ApiKeyId>, toasts: Toasts, on_changed: Callback<()>) {
     spawn_local(async move {
         let mut last_error = None;
         for id in &keys {
@@ -102,8 +102,9 @@ pub fn BulkActions(
                 |key: &&ApiKey| key.is_active && failed.iter().all(|it| it.id != key.id);
             let changed: Vec<_> = keys.iter().filter(was_active).map(|key| key.id).collect();
             if failed.is_empty() && action == BulkAction::Deactivate && !changed.is_empty() {
-                toasts
-                    .succeed_with_undo(outcome, move || undo(changed.clone(), toasts, on_changed));
+                toasts.succeed_with_undo(outcome, move || {
+                    activate(changed.clone(), toasts, on_changed)
+                });
             } else if failed.is_empty() {
                 toasts.succeed(outcome);
             } else {
@@ -123,10 +124,12 @@ pub fn BulkActions(
             <span role="status">
                 {move || match count.get() {
                     0 if total == 1 => "1 key".to_owned(),
+                    0 if total == 1 => "1 key".to_owned(),
                     0 => format!("{} keys", text::list_total(total)),
                     n => format!("{n} of {shown_count} selected"),
                 }}
             </span>
+            {move || (count.get() > 0).then(|| view! { <button class="button small" on:click=move |_| moving.set(true)>"Move"</button> })}
             {move || {
                 (count.get() > 0)
                     .then(|| {
@@ -149,7 +152,6 @@ pub fn BulkActions(
                             .collect_view()
                     })
             }}
-            {move || (count.get() > 0).then(|| view! { <button class="button small" on:click=move |_| moving.set(true)>"Change plan"</button> })}
         </div>
         <MoveDialog open=moving selected plans on_changed/>
         <Confirm
@@ -234,7 +236,7 @@ fn MoveForm(
         });
     };
     view! {
-        <DialogForm form open action="Change plan" submit>
+        <DialogForm form open action="Move keys" submit>
             <SelectField form name="plan_id" id="move_plan" label="Plan" value=plan options required=true/>
             <p class="muted">"The plan's limits apply within a second. Usage isn't reset. Rate overrides are kept."</p>
         </DialogForm>

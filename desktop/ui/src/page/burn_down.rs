@@ -11,7 +11,6 @@ use crate::{
         burn_down::{burn_down_chart, name, projection},
         markup::{Markup, element, with_text},
         meter::Meter,
-        text::number,
     },
 };
 
@@ -43,19 +42,17 @@ pub fn BurnDowns(id: ApiKeyId, #[prop(into)] zone: Signal<String>) -> impl IntoV
             }
         })
     };
-    view! { <Async loader show/> }
+    view! { <Async loader what="the quota burn-down" show/> }
 }
 
 fn one(burn: &BurnDown, zone: &str) -> Markup {
     let clock = |at: i64| local_time(at, zone).map_or_else(String::new, |it| it.in_full());
-    let text = format!("{} of {} used", number(burn.used), number(burn.limit));
     let note = projection(burn, now(), &clock);
     let label = name(burn.policy);
     let meter = Meter {
         label,
         used: burn.used,
         limit: burn.limit,
-        text: &text,
         ..Meter::default()
     };
     let keys = [
@@ -70,7 +67,7 @@ fn one(burn: &BurnDown, zone: &str) -> Markup {
         element("p", &[("class", "chart-key small-text muted")], &keys),
         with_text("figcaption", &[], &note),
     ];
-    let summary = format!("{label}: {text}. {note}");
+    let summary = format!("{label}: {}. {note}", meter.text());
     element(
         "figure",
         &[("class", "burn-down"), ("aria-label", &summary)],

@@ -36,6 +36,8 @@ pub fn CreateDialog(
         <Modal open panel=true title="New API key" locked=form.busy>
             <Async
                 loader=plans
+                what="plans"
+                inside=true
                 show=move |plans| {
                     if plans.is_empty() {
                         view! {

@@ -18,11 +18,12 @@ use crate::{
     clock::now,
     component::{Async, Chart, ChartState, PageHeader, StaleNote, load, refresh_regularly},
     model::{
+        attention::{all_clear, is_rejection_rate_high, rejection_rate},
         burn_down,
         chart::{percent, sparkline},
         markup::{Markup, element, with_text},
         text::{count, number, relative},
-        usage::{group_name, stat},
+        usage::{Pair, group_name, pair, stat, today},
     },
     reactive::text_memo,
     session::session,
@@ -92,7 +93,7 @@ pub fn Home() -> impl IntoView {
     view! {
         <PageHeader title="Home"/>
         <StaleNote loader/>
-        <Async loader show=move |it| view! { <Dashboard it state is_open/> }/>
+        <Async loader what="activity" show=move |it| view! { <Dashboard it state is_open/> }/>
     }
 }
 
@@ -102,8 +103,9 @@ fn Dashboard(it: Overview, state: ChartState, is_open: RwSignal<Option<bool>>) -
     let chart = bars(&it.day, false);
     let title = format!("Requests per hour, {}", it.day.time_zone);
     let hours: Vec<u64> = chart.iter().map(|bar| bar.allowed + bar.rejected).collect();
-    let cards = cards(&it.stats, &hours).to_string();
-    let lists = lists(&it.stats, &it.keys).to_string();
+    let today = today(&it.stats, &it.day);
+    let cards = cards(&it.stats, today, &hours).to_string();
+    let lists = lists(&it).to_string();
     view! {
         {(!has_requests).then(|| view! { <GetStarted it=it.clone() is_open/> })}
         <div inner_html=cards></div>
@@ -136,9 +138,9 @@ fn since_yesterday(now: u64, before: u64) -> String {
     }
 }
 
-fn cards(stats: &Stats, hours: &[u64]) -> Markup {
-    let rejected = percent(stats.rejected_today, stats.requests_today).map_or_else(
-        || "No requests yet".to_owned(),
+fn cards(stats: &Stats, today: Pair, hours: &[u64]) -> Markup {
+    let rejected = percent(today.rejected, today.total()).map_or_else(
+        || "No requests today".to_owned(),
         |rate| format!("{rate} of requests"),
     );
     let idle = match stats.unused_keys {
@@ -151,7 +153,7 @@ fn cards(stats: &Stats, hours: &[u64]) -> Markup {
             let share = share.split('.').next().unwrap_or_default().to_owned();
             let reset = relative(quota.reset_at.inner().timestamp_millis(), now());
             let note = format!(
-                "{}, {} of {} {}, resets {reset}",
+                "{}, {} of {} used {}, resets {reset}",
                 quota.key_name,
                 number(quota.used),
                 number(quota.limit),
@@ -162,20 +164,20 @@ fn cards(stats: &Stats, hours: &[u64]) -> Markup {
                 },
             );
             let href = format!("/console/api-keys/{}", quota.key_id);
-            stat("Closest to its limit", &format!("{share}%"), &note, &href)
+            stat("Closest to limit", &format!("{share}%"), &note, &href)
         }
-        None => stat("Closest to its limit", "–", "No quotas in use", ""),
+        None => stat("Closest to limit", "–", "No quotas in use", ""),
     };
     let requests = element(
         "a",
         &[("class", "stat card"), ("href", "/console/usage")],
         &[
             with_text("span", &[("class", "muted")], "Requests today"),
-            with_text("strong", &[], &number(stats.requests_today)),
+            with_text("strong", &[], &number(today.total())),
             with_text(
                 "span",
                 &[("class", "muted small-text")],
-                &since_yesterday(stats.requests_today, stats.requests_yesterday),
+                &since_yesterday(today.total(), stats.requests_yesterday),
             ),
             element("span", &[("class", "spark")], &[sparkline(hours)]),
         ],
@@ -184,7 +186,7 @@ fn cards(stats: &Stats, hours: &[u64]) -> Markup {
         requests,
         stat(
             "Rejected today",
-            &number(stats.rejected_today),
+            &number(today.rejected),
             &rejected,
             "/console/usage?group=policy&hide=allowed",
         ),
@@ -214,12 +216,14 @@ fn attention_text(it: &Attention) -> String {
         }
         AttentionKind::Expiring => format!("Expires {at}"),
         AttentionKind::GraceEnding => format!("Previous key stops working {at}"),
-        AttentionKind::Idle => format!("No requests in the last 30 days; last used {at}"),
+        // The time is that of the key's last use, or of its creation.
+        AttentionKind::Idle => "No requests in the last 30 days".to_owned(),
     }
 }
 
 /// The *Needs attention* and *Top keys* lists.
-fn lists(stats: &Stats, keys: &Usage) -> Markup {
+fn lists(it: &Overview) -> Markup {
+    let (stats, requests) = (&it.stats, pair(&it.day.total, false));
     let row = |href: &str, name: &str, note: &str, class: &str| {
         let name = with_text("span", &[("class", "clamp"), ("dir", "auto")], name);
         let name = if href.is_empty() {
@@ -230,22 +234,26 @@ fn lists(stats: &Stats, keys: &Usage) -> Markup {
         let note = with_text("span", &[("class", class)], note);
         element("li", &[], &[name, note])
     };
-    let attention: Vec<Markup> = stats
-        .attention
-        .iter()
-        .map(|it| {
-            let class = match it.kind {
-                AttentionKind::Quota if it.used >= it.limit => "note full",
-                AttentionKind::Quota | AttentionKind::Expiring | AttentionKind::GraceEnding => {
-                    "note near"
-                }
-                AttentionKind::Idle => "note",
-            };
-            let href = format!("/console/api-keys/{}", it.key_id);
-            row(&href, &it.key_name, &attention_text(it), class)
-        })
-        .collect();
-    let top: Vec<Markup> = keys
+    let rejections = is_rejection_rate_high(requests).then(|| {
+        let href = "/console/usage?group=policy&hide=allowed";
+        let note = rejection_rate(requests);
+        row(href, "Rejected requests", &note, "note near")
+    });
+    let attention = stats.attention.iter();
+    let attention = attention.map(|it| {
+        let class = match it.kind {
+            AttentionKind::Quota if it.used >= it.limit => "note full",
+            AttentionKind::Quota | AttentionKind::Expiring | AttentionKind::GraceEnding => {
+                "note near"
+            }
+            AttentionKind::Idle => "note",
+        };
+        let href = format!("/console/api-keys/{}", it.key_id);
+        row(&href, &it.key_name, &attention_text(it), class)
+    });
+    let attention: Vec<Markup> = rejections.into_iter().chain(attention).collect();
+    let top: Vec<Markup> = it
+        .keys
         .groups
         .iter()
         .filter(|group| !group.other)
@@ -278,11 +286,7 @@ fn lists(stats: &Stats, keys: &Usage) -> Markup {
         )
     };
     [
-        card(
-            "Needs attention",
-            attention,
-            "All clear. No quotas are close to their limit, and no keys are about to expire.",
-        ),
+        card("Needs attention", attention, &all_clear(requests)),
         card(
             "Top keys, last 24 hours",
             top,

@@ -1,11 +1,13 @@
 //! A key's usage: the state of its limits, its requests in the last day, and its latest decisions.
 
+use std::time::Duration;
+
 use leptos::prelude::*;
 use quota_common::{
     ApiKeyId,
+    api_key::ApiKey,
     call::{DecisionFilter, PageOf},
     decision::{Decision, DecisionPage},
-    limit::{LimitState, PolicyName},
     usage::{KeyLimits, Usage},
 };
 
@@ -15,15 +17,12 @@ use super::{
     usage_data::{bars, load_day},
 };
 use crate::{
-    api::{self, PendingCall},
+    api::{self, CallResult, PendingCall},
     clock::now,
     component::{Async, Chart, ChartState, Loader, StaleNote, load, local_time, refresh_regularly},
     model::{
-        burn_down::name,
-        decision::decision_table,
-        markup::Markup,
-        meter::Meter,
-        text::{number, relative},
+        decision::{decision_table, no_decisions},
+        limits::limit_meters,
     },
     reactive::text_memo,
     session::session,
@@ -31,119 +30,131 @@ use crate::{
 
 /// The number of decisions that the page shows.
 const DECISIONS: u32 = 10;
+/// How often the meters follow the refilling of the burst.
+const SECOND: Duration = Duration::from_secs(1);
+
+/// Limits, and when they were loaded, in milliseconds since 1970.
+pub type LoadedLimits = (KeyLimits, i64);
+
+/// A key's requests, loaded together so that they match.
+#[derive(Clone)]
+pub struct Activity {
+    /// The last 24 hours.
+    day: Usage,
+    decisions: DecisionPage,
+}
 
 /// The usage section of a key's page.
 #[derive(Clone, Copy)]
 pub struct KeyUsage {
-    pub limits: Loader<KeyLimits>,
-    day: Loader<Usage>,
-    decisions: Loader<DecisionPage>,
+    pub limits: Loader<LoadedLimits>,
+    activity: Loader<Activity>,
+}
+
+async fn load_activity(id: ApiKeyId, zone: String) -> CallResult<Activity> {
+    let filter = DecisionFilter {
+        key_id: Some(id),
+        ..DecisionFilter::default()
+    };
+    let page = PageOf {
+        limit: Some(DECISIONS),
+        cursor: None,
+    };
+    Ok(Activity {
+        day: load_day(Some(id), zone).await?,
+        decisions: api::list_decisions(filter, page).await?,
+    })
 }
 
 impl KeyUsage {
     pub fn load(id: ApiKeyId) -> Self {
         let session = session();
         let zone = text_memo(move || session.time_zone());
+        let limits = move || async move { Ok((api::key_limits(id).await?, now())) };
         let usage = Self {
-            limits: load(move || api::key_limits(id)),
-            day: load(move || Box::pin(load_day(Some(id), zone.get())) as PendingCall<_>),
-            decisions: load(move || {
-                let filter = DecisionFilter {
-                    key_id: Some(id),
-                    ..DecisionFilter::default()
-                };
-                let page = PageOf {
-                    limit: Some(DECISIONS),
-                    cursor: None,
-                };
-                api::list_decisions(filter, page)
-            }),
+            limits: load(move || Box::pin(limits()) as PendingCall<_>),
+            activity: load(move || Box::pin(load_activity(id, zone.get())) as PendingCall<_>),
         };
         refresh_regularly(usage.limits);
-        refresh_regularly(usage.day);
-        refresh_regularly(usage.decisions);
+        refresh_regularly(usage.activity);
         usage
+    }
+
+    pub fn retry(self) {
+        self.limits.retry();
+        self.activity.retry();
     }
 
     /// Reloads until the requests that were just sent are counted.
     pub fn reload_after_requests(self) {
+        // The limits are known immediately.
+        self.limits.refresh();
         self.limits.reload_after_requests();
-        self.day.reload_after_requests();
-        self.decisions.reload_after_requests();
+        self.activity.reload_after_requests();
     }
 }
 
 /// A bar for each limit of the key.
 #[component]
-pub fn LimitMeters(limits: Loader<KeyLimits>) -> impl IntoView {
-    let show = move |it: KeyLimits| {
-        let meters: Markup = it.limits.iter().map(meter).collect();
-        view! { <div class="meters wide" inner_html=meters.to_string()></div> }
+pub fn LimitMeters(limits: Loader<LoadedLimits>) -> impl IntoView {
+    let clock = RwSignal::new(now());
+    let timer = set_interval_with_handle(move || clock.set(now()), SECOND);
+    on_cleanup(move || {
+        if let Ok(timer) = timer {
+            timer.clear();
+        }
+    });
+    let show = move |(it, loaded_at): LoadedLimits| {
+        let meters =
+            text_memo(move || limit_meters(&it, loaded_at, clock.get().max(loaded_at)).to_string());
+        view! { <div class="meters wide" inner_html=move || meters.get()></div> }
     };
-    view! { <Async loader=limits show/> }
-}
-
-fn meter(limit: &LimitState) -> Markup {
-    let used = limit.limit.saturating_sub(limit.remaining);
-    let text = format!(
-        "{} of {} left",
-        number(limit.remaining),
-        number(limit.limit)
-    );
-    let reset = relative(limit.reset_at.inner().timestamp_millis(), now());
-    let is_rate = limit.policy == PolicyName::Rpm;
-    let note = match used {
-        0 => "None used".to_owned(),
-        _ if is_rate => format!("Full again {reset}"),
-        _ => format!("Resets {reset}"),
-    };
-    let meter = Meter {
-        label: if is_rate { "Burst" } else { name(limit.policy) },
-        used,
-        limit: limit.limit,
-        text: &text,
-        note: &note,
-        denied: false,
-    };
-    meter.markup()
+    view! { <Async loader=limits what="limits" inside=true show/> }
 }
 
 #[component]
-pub fn KeyActivity(id: ApiKeyId, usage: KeyUsage) -> impl IntoView {
+pub fn KeyActivity(key: Loader<ApiKey>, id: ApiKeyId, usage: KeyUsage) -> impl IntoView {
     let session = session();
     let zone = text_memo(move || session.time_zone());
     let state = ChartState::new();
     let live = RwSignal::new(false);
-    let chart = move |day: Usage| {
-        let title = format!("Requests per hour, {}", day.time_zone);
-        view! { <Chart bars=bars(&day, false) title state/> }
-    };
-    let decisions = move |page: DecisionPage| {
-        if page.items.is_empty() {
-            return view! { <p class="muted">"No requests yet."</p> }.into_any();
+    let show = move |it: Activity| {
+        let title = format!("Requests per hour, {}", it.day.time_zone);
+        let chart = view! { <Chart bars=bars(&it.day, false) title state/> };
+        let requests = it.day.total.allowed + it.day.total.rejected;
+        let decisions = if it.decisions.items.is_empty() {
+            let text = move || {
+                let was_used = key.with(|key| key.last_used_at.is_some());
+                no_decisions(requests, was_used == Some(true))
+            };
+            view! { <p class="muted">{text}</p> }.into_any()
+        } else {
+            let zone = zone.get();
+            let clock = |at: i64| local_time(at, &zone).map_or_else(String::new, |it| it.in_full());
+            let rows: Vec<&Decision> = it.decisions.items.iter().collect();
+            let table = decision_table(&rows, "Latest decisions, newest first", false, &clock);
+            view! { <div inner_html=table.to_string()></div> }.into_any()
+        };
+        view! {
+            <section class="card" aria-labelledby="key-day">
+                <div class="card-head">
+                    <h2 id="key-day">"Last 24 hours"</h2>
+                    <a href=usage_of_key(id)>"Open usage"</a>
+                </div>
+                {chart}
+            </section>
+            <section class="card" aria-labelledby="key-decisions">
+                <div class="card-head">
+                    <h2 id="key-decisions">"Latest decisions"</h2>
+                    <button type="button" class="button small" data-focus-key="live-tail" on:click=move |_| live.set(true)>"Live tail"</button>
+                </div>
+                {decisions}
+            </section>
         }
-        let zone = zone.get();
-        let clock = |at: i64| local_time(at, &zone).map_or_else(String::new, |it| it.in_full());
-        let rows: Vec<&Decision> = page.items.iter().collect();
-        let table = decision_table(&rows, "Latest decisions, newest first", false, &clock);
-        view! { <div inner_html=table.to_string()></div> }.into_any()
     };
     view! {
-        <section class="card" aria-labelledby="key-day">
-            <div class="card-head">
-                <h2 id="key-day">"Last 24 hours"</h2>
-                <a href=usage_of_key(id)>"Open usage"</a>
-            </div>
-            <StaleNote loader=usage.day/>
-            <Async loader=usage.day show=chart/>
-        </section>
-        <section class="card" aria-labelledby="key-decisions">
-            <div class="card-head">
-                <h2 id="key-decisions">"Latest decisions"</h2>
-                <button type="button" class="button small" on:click=move |_| live.set(true)>"Live tail"</button>
-            </div>
-            <Async loader=usage.decisions show=decisions/>
-        </section>
+        <StaleNote loader=usage.activity/>
+        <Async loader=usage.activity what="requests" show/>
         <LiveTail open=live key_id=Signal::derive(move || Some(id)) zone/>
     }
 }

@@ -53,9 +53,9 @@ pub fn PlansError(plans: Loader<Vec<Plan>>) -> impl IntoView {
         let id = error.request_id().map(str::to_owned);
         Some(view! {
             <div class="alert" role="alert">
-                <p>"Couldn't load plans. " {error.message()}</p>
+                <p><strong>"Couldn't load plans."</strong> " " {error.message()}</p>
                 {request_id(id)}
-                <button class="button small" on:click=move |_| plans.reload()>"Reload plans"</button>
+                <button type="button" class="button small" on:click=move |_| plans.reload()>"Retry"</button>
             </div>
         })
     }

@@ -16,7 +16,8 @@ use crate::{
     api,
     component::{
         Async, Confirm, Confirmation, DialogForm, EmptyState, Loader, Menu, MenuItem, Modal,
-        PageHeader, Pager, Shape, SortHead, SortSelect, Toasts, load, load_page, open_from_query,
+        PageHeader, Pager, Shape, SortHead, SortSelect, Toasts, copy_and_report, load, load_page,
+        open_from_query,
     },
     model::{
         billing::paid_warning,
@@ -72,6 +73,7 @@ pub fn Plans() -> impl IntoView {
         <div role="status">{paid_note}</div>
         <Async
             loader
+            what="plans"
             show=move |page| {
                 if page.items.is_empty() {
                     return view! {
@@ -122,7 +124,7 @@ pub fn Plans() -> impl IntoView {
 /// What happens to keys on paid plans, if they do not work: all of them, or those of one plan.
 fn warning(billing: Option<Loader<BillingState>>, keys: Option<u64>) -> Option<String> {
     billing?
-        .with(|it| paid_warning(it, keys.unwrap_or(it.paid_keys)))
+        .with(|it| paid_warning(it, keys.unwrap_or(it.paid_keys), keys.is_none()))
         .flatten()
 }
 
@@ -137,9 +139,14 @@ fn PlanRow(
     let quota = |n: Option<u64>| n.map_or_else(|| "Unlimited".to_owned(), text::number);
     let keys = format!("/console/api-keys?plan_id={}", plan.id);
     let (edited, copied, deleted) = (plan.clone(), plan.clone(), plan.clone());
+    let toasts = expect_context::<Toasts>();
+    let id = plan.id;
     let items = vec![
         MenuItem::open("View keys", keys.clone()),
         MenuItem::run("Duplicate", move || duplicate.run(copied.clone())),
+        MenuItem::run("Copy ID", move || {
+            copy_and_report(id.to_string(), "Plan ID", toasts)
+        }),
         MenuItem::danger("Delete", move || deleting.set(Some(deleted.clone()))),
     ];
     view! {

@@ -12,7 +12,7 @@ use crate::{
     component::{
         Async, CodeBlock, Confirm, Confirmation, DialogForm, EmptyState, Field, FormState, Loader,
         Modal, NewSecret, PageHeader, Pager, RelativeTime, SecretDialog, Shape, Toasts, load,
-        load_page, open_from_query,
+        load_page, open_from_query, request_id,
     },
     model::text::{Gateway, quoted},
     session::session,
@@ -32,6 +32,7 @@ pub fn ServiceTokens() -> impl IntoView {
         </PageHeader>
         <Async
             loader
+            what="service tokens"
             show=move |page| {
                 if page.items.is_empty() {
                     return view! {
@@ -151,7 +152,7 @@ fn DeleteDialog(deletion: Deletion, loader: Loader<Page<ServiceToken>>) -> impl 
 #[component]
 fn Configuration(#[prop(into)] token: Signal<String>) -> impl IntoView {
     let selected = RwSignal::new(Gateway::Caddy);
-    // A file of the console. Without it, only the command for curl is shown.
+    // A file of the console.
     let files = load(api::gateway_files);
     let text = Signal::derive(move || {
         let files = files.ready().unwrap_or_default();
@@ -159,6 +160,21 @@ fn Configuration(#[prop(into)] token: Signal<String>) -> impl IntoView {
             .get()
             .configuration(&files, &api::origin(), &token.get())
     });
+    let configuration = move || match files.error() {
+        // The command is not part of the file.
+        Some(error) if selected.get() != Gateway::Curl => {
+            let id = error.request_id().map(str::to_owned);
+            view! {
+                <div class="alert" role="alert">
+                    <p><strong>"Couldn't load the configurations."</strong> " " {error.message()}</p>
+                    {request_id(id)}
+                    <button type="button" class="button small" on:click=move |_| files.reload()>"Retry"</button>
+                </div>
+            }
+            .into_any()
+        }
+        _ => view! { <CodeBlock text what="configuration"/> }.into_any(),
+    };
     view! {
         <fieldset class="choice">
             <legend class="visually-hidden">"Gateway"</legend>
@@ -178,7 +194,7 @@ fn Configuration(#[prop(into)] token: Signal<String>) -> impl IntoView {
                 })
                 .collect_view()}
         </fieldset>
-        <CodeBlock text what="configuration"/>
+        {configuration}
     }
 }
 

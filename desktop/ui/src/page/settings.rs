@@ -218,7 +218,7 @@ fn Sessions() -> impl IntoView {
     view! {
         <section class="card" aria-labelledby="sessions">
             <h2 id="sessions">"Active sessions"</h2>
-            <Async loader show/>
+            <Async loader what="sessions" inside=true show/>
         </section>
     }
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use leptos::{prelude::*, task::spawn_local};
 
-use quota_common::api_key::ApiKey;
+use quota_common::{ApiKeyId, api_key::ApiKey, limit::LimitState};
 
 use crate::{
     api::{self, CallError, TestResponse},
@@ -14,9 +14,11 @@ use crate::{
         bucket::{Bucket, History},
         markup::Markup,
         meter::Meter,
-        policy::{LimitHeaders, PolicyState, policy_label, policy_states},
+        policy::{LimitHeaders, PolicyState, complete, denial, policy_label, policy_states},
         text::{count, countdown, number},
     },
+    reactive::{effect, text_memo},
+    session::session,
 };
 
 /// How often the chart moves.
@@ -29,11 +31,13 @@ const WIDTH: i64 = 6000;
 #[derive(Clone, Default)]
 struct Results {
     allowed: u64,
-    limited: u64,
+    rejected: u64,
     last: Option<TestResponse>,
     failure: Option<CallError>,
     /// Whether "Send until 429" ended without a 429.
-    never_limited: bool,
+    never_rejected: bool,
+    /// The key's limits when `allowed` had the second value. Responses report only the limit closest to exhaustion.
+    limits: Option<(Vec<LimitState>, u64)>,
 }
 
 impl Results {
@@ -50,7 +54,11 @@ impl Results {
             nearest: header("RateLimit"),
         };
         let violated = last.problem.as_ref().map(|it| &it.violated_policies[..]);
-        policy_states(headers, violated.unwrap_or_default())
+        let mut states = policy_states(headers, violated.unwrap_or_default());
+        if let Some((limits, allowed)) = &self.limits {
+            complete(&mut states, limits, self.allowed.saturating_sub(*allowed));
+        }
+        states
     }
 }
 
@@ -72,7 +80,9 @@ fn reason(
                 .collect();
             match &denying[..] {
                 [] => detail().unwrap_or_default(),
-                names => format!("{} reached.", names.join(" and ")),
+                // The outcome names it.
+                [_] => String::new(),
+                names => format!("Denied by: {}.", names.join(", ").to_ascii_lowercase()),
             }
         }
         401 => {
@@ -118,6 +128,30 @@ pub fn TryIt(
     let stopped = RwSignal::new(false);
     // When the next request is allowed, in milliseconds since 1970.
     let retry_at = RwSignal::new(None::<i64>);
+    // The results of another key would be misleading.
+    let sent_with = text_memo(move || secret.get().trim().to_owned());
+    effect(move || {
+        // Tracking it is not enough, because it is computed when it is read for the first time.
+        sent_with.with(|_| ());
+        results.set(Results::default());
+        bucket.set(None);
+        history.set(History::default());
+        retry_at.set(None);
+    });
+    let known_keys = session().known_keys;
+    let key_id = move || {
+        let secret = sent_with.get_untracked();
+        let of_page = key.with_untracked(|key| {
+            let key = key.as_ref().filter(|key| secret.starts_with(&*key.prefix));
+            key.map(|key| key.id)
+        });
+        of_page.or_else(|| {
+            known_keys.with_untracked(|keys| {
+                let found = keys.iter().find(|(_, it)| *it == secret);
+                found.map(|(id, _)| *id)
+            })
+        })
+    };
 
     let timer = set_interval_with_handle(
         move || {
@@ -144,15 +178,18 @@ pub fn TryIt(
             Ok(response) => {
                 let now = now();
                 let header = |name| response.header(name).unwrap_or_default();
-                if let Some(read) = Bucket::read(
+                let read = Bucket::read(
                     header("X-RateLimit-Limit"),
                     header("X-RateLimit-Remaining"),
                     header("RateLimit-Policy"),
                     now,
-                ) {
-                    history.update(|history| history.add(now, read.share(now)));
-                    bucket.set(Some(read));
+                );
+                match read {
+                    Some(read) => history.update(|history| history.add(now, read.share(now))),
+                    // Without limits in the response, nothing is known about the bucket.
+                    None => history.set(History::default()),
                 }
+                bucket.set(read);
                 let retry_after = header("Retry-After").parse::<i64>().ok();
                 retry_at.set(retry_after.map(|secs| now + secs * 1000));
                 let allowed = response.status == 200;
@@ -161,7 +198,7 @@ pub fn TryIt(
                     if allowed {
                         results.allowed += 1;
                     } else if response.status == 429 {
-                        results.limited += 1;
+                        results.rejected += 1;
                     }
                     results.last = Some(response);
                 });
@@ -176,18 +213,19 @@ pub fn TryIt(
     let run = move |requests: u32, until_limited: bool| {
         busy.set(true);
         stopped.set(false);
-        results.update(|results| results.never_limited = false);
+        results.update(|results| results.never_rejected = false);
         spawn_local(async move {
-            let mut never_limited = until_limited;
+            let mut never_rejected = until_limited;
             for _ in 0..requests {
                 let allowed = send().await;
                 // The user stopped or left the page, or the limit was reached.
                 if stopped.try_get_untracked().unwrap_or(true) || (!allowed && until_limited) {
-                    never_limited = false;
+                    never_rejected = false;
                     break;
                 }
             }
-            let _ = results.try_update(|results| results.never_limited = never_limited);
+            let _ = results.try_update(|results| results.never_rejected = never_rejected);
+            load_limits(key_id(), results).await;
             let _ = busy.try_set(false);
             if let Some(on_sent) = on_sent {
                 let _ = on_sent.try_run(());
@@ -209,7 +247,7 @@ pub fn TryIt(
             <p class="muted small-text">"Sends real requests to GET /v1/echo. They count against this key's limits and quotas."</p>
             <Alert error=Signal::derive(move || results.get().failure)/>
             <ResponseSummary results secret key/>
-            <Policies results/>
+            <Policies results bucket clock/>
             {move || {
                 retry_at
                     .get()
@@ -236,7 +274,7 @@ fn ResponseSummary(
         let last = it.last?;
         let (class, outcome) = match last.status {
             200 => ("badge on", "Allowed"),
-            429 => ("badge limited", "Rate limited"),
+            429 => ("badge limited", denial(&policies)),
             _ => ("badge off", "Rejected"),
         };
         let sent = secret.get_untracked();
@@ -246,31 +284,46 @@ fn ResponseSummary(
                 <strong class="status" data-status=last.status.to_string()>{last.status}</strong>
                 <span class=class>{outcome}</span>
                 <span class="muted">
-                    {format!("{} allowed, {} rate limited", count(it.allowed, "request", "requests"), number(it.limited))}
+                    {format!("{} allowed, {} rejected", count(it.allowed, "request", "requests"), number(it.rejected))}
                 </span>
                 <span class="reason">{reason}</span>
-                {it.never_limited.then(|| format!("{MAX_REQUESTS} requests sent, none rate limited."))}
+                {it.never_rejected.then(|| format!("{MAX_REQUESTS} requests sent, none rejected."))}
             </p>
         })
     }
 }
 
-/// A bar for each quota that the last response reported. The rate has a separate chart, so it is included only if it
-/// denied the request.
+/// Loads the limits that responses do not report. Without them, only the reported ones are shown.
+async fn load_limits(key: Option<ApiKeyId>, results: RwSignal<Results>) {
+    let Some(key) = key else { return };
+    let allowed = results.try_with_untracked(|results| results.allowed);
+    if let (Some(allowed), Ok(limits)) = (allowed, api::key_limits(key).await) {
+        let _ = results.try_update(|results| results.limits = Some((limits.limits, allowed)));
+    }
+}
+
+/// A bar for each quota after the last response. The rate has a separate chart, so it is included only if it denied the
+/// request.
 #[component]
-fn Policies(results: RwSignal<Results>) -> impl IntoView {
-    let meters = move || {
+fn Policies(
+    results: RwSignal<Results>,
+    bucket: RwSignal<Option<Bucket>>,
+    clock: RwSignal<i64>,
+) -> impl IntoView {
+    let meters = text_memo(move || {
         let policies = results.with(Results::policies);
         let shown = policies.iter().filter(|it| it.policy != "rpm" || it.denied);
         let meters: Markup = shown
             .filter_map(|it| {
-                let remaining = it.remaining?;
-                let text = format!("{} of {} left", number(remaining), number(it.limit));
+                let remaining = match bucket.get() {
+                    // It refills, as in the chart.
+                    Some(bucket) if it.policy == "rpm" => bucket.level(clock.get()) / 1000,
+                    _ => it.remaining?,
+                };
                 let meter = Meter {
                     label: policy_label(&it.policy),
                     used: it.limit.saturating_sub(remaining),
                     limit: it.limit,
-                    text: &text,
                     denied: it.denied,
                     ..Meter::default()
                 };
@@ -278,8 +331,8 @@ fn Policies(results: RwSignal<Results>) -> impl IntoView {
             })
             .collect();
         meters.to_string()
-    };
-    view! { <div class="meters" inner_html=meters></div> }
+    });
+    view! { <div class="meters" inner_html=move || meters.get()></div> }
 }
 
 #[component]
@@ -294,14 +347,14 @@ fn BucketChart(bucket: Bucket, history: RwSignal<History>, clock: RwSignal<i64>)
                 viewBox="0 -60 6000 1120"
                 preserveAspectRatio="none"
                 role="img"
-                aria-label="Bucket level over the last 30 seconds"
+                aria-label="Available burst over the last 30 seconds"
             >
                 <path class="plot-grid" d="M0 0h6000M0 500h6000M0 1000h6000"/>
                 <polyline class="plot-line" points=move || history.with(|history| history.line(clock.get(), WIDTH))/>
             </svg>
             <p class="plot-time"><span>"30 s ago"</span><span>"now"</span></p>
             <figcaption>
-                <span>"Bucket: " <strong>{move || number(level())}</strong> {format!(" of {}", number(bucket.limit))}</span>
+                <span>"Burst: " <strong>{move || number(level())}</strong> {format!(" of {} available", number(bucket.limit))}</span>
                 <span class="muted">{format!("Refills {} per second", bucket.pace())}</span>
             </figcaption>
         </figure>

@@ -60,6 +60,7 @@ pub fn UsagePage() -> impl IntoView {
     let zone = text_memo(move || zone_name(request().zone, &session.time_zone()));
     let loader = load(move || Box::pin(load_usage(request(), zone.get())) as PendingCall<_>);
     refresh_regularly(loader);
+    let is_loaded = flag_memo(move || loader.with(|_| ()).is_some());
     let keys = load(|| {
         let filter = KeyFilter {
             sort: Some(ApiKeyOrder::LastUsed),
@@ -92,6 +93,7 @@ pub fn UsagePage() -> impl IntoView {
         <StaleNote loader/>
         <Async
             loader
+            what="usage"
             show=move |data| match data {
                 None => view! {
                     <EmptyState shape=Shape::Search title="Choose a start and an end date" about="Both dates are included."/>
@@ -100,7 +102,11 @@ pub fn UsagePage() -> impl IntoView {
                 Some(data) => view! { <Report data keys/> }.into_any(),
             }
         />
-        {move || request().key_id.map(|id| view! { <BurnDowns id zone/> })}
+        // If usage can't be loaded, one error is enough.
+        {move || {
+            let id = request().key_id.filter(|_| is_loaded.get());
+            id.map(|id| view! { <BurnDowns id zone/> })
+        }}
         <LiveTail open=live key_id=Signal::derive(move || request().key_id) zone/>
     }
 }
@@ -127,9 +133,9 @@ fn Toolbar(keys: Signal<Vec<ApiKey>>, zone: Memo<String>) -> impl IntoView {
     });
     let zone_options = Signal::derive(move || {
         [
-            ("", format!("Organization ({})", session.time_zone())),
+            ("", format!("{} (organization)", session.time_zone())),
             ("utc", "UTC".to_owned()),
-            ("browser", format!("Browser ({})", browser_time_zone())),
+            ("browser", format!("{} (browser)", browser_time_zone())),
         ]
         .map(|(value, text)| (value.to_owned(), text))
         .to_vec()
@@ -177,8 +183,8 @@ fn Toolbar(keys: Signal<Vec<ApiKey>>, zone: Memo<String>) -> impl IntoView {
                             .collect_view()
                     })
             }}
-            {select_filter("bucket", "bucket", "Bars", fixed_options(&BUCKETS))}
-            {select_filter("count", "count", "Count", fixed_options(&UNITS))}
+            {select_filter("bucket", "bucket", "Interval", fixed_options(&BUCKETS))}
+            {select_filter("count", "count", "Measure", fixed_options(&UNITS))}
             {select_filter("key_id", "key_id", "Key", key_options)}
             {select_filter("tz", "tz", "Time zone", zone_options)}
         </search>

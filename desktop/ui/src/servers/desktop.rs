@@ -50,7 +50,7 @@ pub fn Banners() -> impl IntoView {
                         view! {
                             <p class="banner warn">
                                 <span>"Can't reach the server. Showing data from " <RelativeTime at/> "."</span>
-                                <button class="button small" on:click=move |_| host::retry()>"Try again"</button>
+                                <button class="button small" on:click=move |_| host::retry()>"Retry"</button>
                             </p>
                         }
                     })

@@ -19,6 +19,11 @@ fn weak_passwords_are_rejected_and_strong_ones_accepted() {
     assert!(refused("aaaaaaaaaaaaaaaa"));
     assert!(refused("ada.lovelace@example.com"));
     assert!(refused(&"ö4$zK".repeat(60)));
+    let judged = Password::new("password1234").judge("ada.lovelace@example.com");
+    assert_eq!(
+        judged.map_err(|it| it.to_string()),
+        Err("this password is too common. Choose another.".to_owned())
+    );
     assert!(!refused("violet-harbour-quilt-93"));
     assert!(!refused("correct horse battery staple"));
 }

@@ -45,8 +45,7 @@ struct BreakerState {
     failed: u32,
     /// When the response with the time `last_heard` arrived.
     heard_at: Monotonic,
-    /// The `heard_at` that the latest call has confirmed to the counters, and the start of that call.
-    confirmed_at: Monotonic,
+    /// When the latest call started.
     called_at: Monotonic,
     outage: Outage,
 }
@@ -88,7 +87,6 @@ impl CircuitBreaker {
             inner: Mutex::new(BreakerState {
                 succeeded_at: now,
                 heard_at: now,
-                confirmed_at: now,
                 called_at: now,
                 ..BreakerState::default()
             }),
@@ -113,33 +111,26 @@ impl CircuitBreaker {
         CounterMicros(self.last_heard.load(Ordering::Relaxed))
     }
 
-    /// Records the start of a call, which acknowledges the last response to the counters.
+    /// Records the start of a call, which confirms the last response to the counters.
     pub(super) fn called(&self, now: Monotonic) {
-        let mut inner = self.inner.lock();
-        inner.confirmed_at = inner.heard_at;
-        inner.called_at = now;
+        self.inner.lock().called_at = now;
     }
 
-    /// Returns whether a heartbeat is due, because no response was received, or none was confirmed, for the duration
-    /// `every`. A single replica has no other replica to confirm responses to.
+    /// Returns whether a heartbeat is due, because no call has started for the duration `every`, or `if_suspect` if the
+    /// last one failed.
     pub(super) fn is_heartbeat_due(
         &self,
         now: Monotonic,
         every: Duration,
-        is_single: bool,
+        if_suspect: Duration,
     ) -> bool {
         let inner = self.inner.lock();
-        let since = if is_single {
-            inner.heard_at.max(inner.called_at)
+        let every = if inner.in_a_row > 0 {
+            if_suspect
         } else {
-            inner.confirmed_at
+            every
         };
-        now.saturating_since(since) >= every.into()
-    }
-
-    /// Returns whether the last call failed.
-    pub(super) fn is_suspect(&self) -> bool {
-        self.inner.lock().in_a_row > 0
+        now.saturating_since(inner.called_at) >= every.into()
     }
 
     pub(super) fn used(&self, now: Monotonic) {

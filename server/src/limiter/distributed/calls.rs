@@ -7,7 +7,7 @@
 //! calls.
 //!
 //! If a call fails, its requests are notified. If it is late, they wait for the response for up to two deadlines in
-//! total. Other tokens of a late response are held like those of any lease if that is allowed, and returned otherwise.
+//! total. Other tokens of a late response are held like any lease if the plan allows it, and returned otherwise.
 
 use std::{
     sync::{
@@ -162,7 +162,10 @@ impl StoreCore {
                 if !late {
                     partition.succeeded(reply.at, now);
                 }
+                // A late response promises nothing: the epoch may have started, and other calls may have been granted
+                // tokens in it.
                 if let BucketState::Initializing { wait: wait_us } = reply.state
+                    && !late
                     && let wait = Duration::from_micros(wait_us)
                     && !partition.is_away()
                     && partition.is_initializing(asked_at.saturating_add(wait.into()), now)
@@ -208,13 +211,8 @@ impl StoreCore {
         }
     }
 
-    /// Returns whether this is the only replica.
-    pub(super) fn is_single(&self) -> bool {
-        self.membership.replica_count() == 1
-    }
-
     /// Returns whether other replicas may have an outage of counters that this replica has not used yet, if none has
-    /// confirmed a recent response. In a cluster, partitions may be idle, so missing responses there prove nothing.
+    /// confirmed a recent response. In a cluster, partitions may be idle, so a lack of responses proves nothing.
     /// Replicas that have only just started have not used any shares.
     pub(super) fn others_may_be_away(&self) -> bool {
         self.partitions.len() == 1 && self.membership.others_may_act(self.clock.monotonic())

@@ -20,7 +20,7 @@
 //! **Deadlines.** A call without a timely response counts as failed. A decision waits for at most two deadlines: for the
 //! call in flight when it arrives and the next one, or for a late response. Then it is made without the counters. A
 //! decision also waits for at most two calls to the ledger. A request's quota tokens are reserved before its rate is
-//! taken, so that no rate is taken for a request whose quota is then exhausted.
+//! taken, so that no rate tokens are taken for a request that the quota then denies.
 //!
 //! **While the counters are unavailable** ([`breaker`] decides when), a replica follows the plan's fallback setting.
 //! With `Share`, it uses a separate bucket of `burst / replicas` and `rate / replicas`, which starts *empty* shortly
@@ -33,8 +33,8 @@
 //! their state. So after a loss of state, or an outage in which no replica got a response, they start a *new epoch* at
 //! a single moment on their own clock, slightly in the future, with every bucket empty. Until then, all replicas decide
 //! as during an outage. If only one replica had the outage, it simply resumes. A replica that is starting cannot know
-//! whether others have an outage. If none got a response for 0.8 s, it starts a new epoch as well, unless all others
-//! have only just started too. (This does not apply to a cluster, whose partitions may be idle for long.)
+//! whether others have an outage. If no replica got a response for 0.8 s, it starts a new epoch as well, unless all
+//! others have only just started too. (This does not apply to a cluster, whose partitions may be idle for a long time.)
 //!
 //! **Edits.** An edit does not change the number of missing tokens. If a smaller burst cannot hold all of them, the
 //! rest is missing again when the burst is raised, less what would have refilled while the bucket was full. A bucket
@@ -43,11 +43,12 @@
 //! takes to fill is deleted, and is full under any plan. After a loss of state, a larger burst contains no more than
 //! what has refilled since then.
 //!
-//! **Not guaranteed.** While only some replicas have an outage, `Share` allows their share `p` of the bucket in
-//! addition to what the counters grant (`k/n` of it for `k` of `n` replicas, up to fractions of a token): at most `(1 +
-//! p) * (burst + rate * (T + ttl))`. `Closed` allows no additional requests. This does not apply to an outage of all
-//! replicas that is too short for some of them to detect: shares begin to fill only when it would be over or detected
-//! by all. In a cluster, it does apply to replicas that did not use the partition: they do not detect its outage.
+//! **Not guaranteed.** While only some replicas have an outage, `Share` allows their share `p` of the bucket in addition
+//! to what the counters grant: at most `(1 + p) * (burst + rate * (T + ttl))`. Here, `p` is the sum of their parts of the
+//! burst, each of which is a whole number of tokens: with a burst of 1, one replica has all of it. This includes the
+//! start of a new epoch, if the first call of a replica fails while those of others succeed. `Closed` allows no
+//! additional requests. This does not apply to an outage of all replicas that is too short for some of them to detect:
+//! shares begin to fill only when it would be over or detected by all. In a cluster, it does apply to replicas that did not use the partition: they do not detect its outage.
 
 mod breaker;
 mod calls;

@@ -14,14 +14,18 @@ use crate::{
 };
 
 /// The delay before the first probe in an outage, and the interval between probes. The first probe of a replica is sent
-/// after other replicas, if they still get responses, have confirmed one that is newer than the outage. That takes two
-/// heartbeats: one gets a response, and the next confirms it.
+/// after other replicas, if they still get responses, have confirmed one that is newer than the outage.
 pub(super) const FIRST_PROBE: Duration = Duration::from_millis(350);
 const PROBE_EVERY: Duration = Duration::from_millis(250);
-/// The delay of a heartbeat after the last confirmed response, and the interval after a failure, so that all replicas
-/// detect an outage within the same half second.
-const HEARTBEAT_EVERY: Duration = Duration::from_millis(150);
+/// The delay of a heartbeat after the last call, and after one that failed, so that all replicas detect an outage within
+/// the same half second. A call for tokens confirms the last response just as a heartbeat does. So a replica that renews
+/// leases, which takes a call every 90 ms with the default settings, sends no heartbeats.
+const HEARTBEAT_EVERY: Duration = Duration::from_millis(110);
 const SUSPECT_EVERY: Duration = Duration::from_millis(50);
+/// How often to check whether a heartbeat is due.
+const TICK: Duration = Duration::from_millis(20);
+/// The counters do not store a confirmation that is newer than the stored one by less than this.
+const CONFIRMED_EVERY: Duration = Duration::from_millis(50);
 /// Minimum time to wait for the response to a probe. Only a response within the deadline of requests ends an outage:
 /// otherwise, if the counters were slow, every request would time out, and each recovery would empty all buckets.
 const PROBE_DEADLINE: Duration = Duration::from_millis(250);
@@ -29,9 +33,16 @@ const PROBE_DEADLINE: Duration = Duration::from_millis(250);
 const IN_USE: Nanos = Nanos::from_secs(10);
 
 const _: () = assert!(
-    HEARTBEAT_EVERY.as_millis() + 5 * SUSPECT_EVERY.as_millis()
+    HEARTBEAT_EVERY.as_millis() + 4 * SUSPECT_EVERY.as_millis() + 5 * TICK.as_millis()
         <= FIRST_PROBE.as_millis() + PROBE_DEADLINE.as_millis(),
     "an idle replica must detect an outage before the second probe of the first replica that did"
+);
+/// One call gets a response that is newer than the outage, and newer than the stored confirmation by long enough. The next
+/// call confirms it. Between any two calls is at most a heartbeat's delay.
+const _: () = assert!(
+    CONFIRMED_EVERY.as_millis() + 2 * (HEARTBEAT_EVERY.as_millis() + TICK.as_millis())
+        < FIRST_PROBE.as_millis(),
+    "a replica that gets responses must have confirmed one before the first probe of another replica"
 );
 
 impl StoreCore {
@@ -39,8 +50,8 @@ impl StoreCore {
     /// has ended for the first one.
     ///
     /// The first replica may detect it as soon as it begins, if it got its last response long before. An idle replica
-    /// makes its next call within [`HEARTBEAT_EVERY`] and one [`SUSPECT_EVERY`], and opens its breaker at the fifth
-    /// failure, four intervals and a deadline later. This is before the second probe of the first replica. So if the
+    /// makes its next call within [`HEARTBEAT_EVERY`] and one [`TICK`], and opens its breaker at the fifth failure, four
+    /// times [`SUSPECT_EVERY`] and a deadline later. This is before the second probe of the first replica. So if the
     /// idle replica does not detect the outage, the first one recovers with its second probe at the latest: its first
     /// probe was sent a moment too early, and the second one follows when the first has failed.
     pub(super) fn noticed_by_all(&self) -> Nanos {
@@ -84,7 +95,7 @@ async fn send_heartbeat(inner: Arc<StoreCore>, number: u16) {
 /// Sends heartbeats to counters in use that have had no recent call. They also let other replicas that are recovering
 /// know that this one got responses.
 pub(super) async fn send_heartbeats(inner: Weak<StoreCore>) {
-    let mut ticks = time::interval(SUSPECT_EVERY);
+    let mut ticks = time::interval(TICK);
     ticks.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
@@ -94,8 +105,7 @@ pub(super) async fn send_heartbeats(inner: Weak<StoreCore>) {
         let now = inner.clock.monotonic();
         for (number, partition) in (0..).zip(&inner.partitions) {
             let in_use = now.saturating_since(partition.used_at()) < IN_USE;
-            let due = partition.is_suspect()
-                || partition.is_heartbeat_due(now, HEARTBEAT_EVERY, inner.is_single());
+            let due = partition.is_heartbeat_due(now, HEARTBEAT_EVERY, SUSPECT_EVERY);
             if (in_use || inner.partitions.len() == 1) && due && !partition.is_away() {
                 tokio::spawn(send_heartbeat(Arc::clone(&inner), number));
             }

@@ -53,6 +53,8 @@ local KNOWN = 50000
 -- A response this long ago shows that there is no outage in which callers have already decided requests without the
 -- counters: they do so only after their second probe, which is at least 850 ms after they detected it.
 local CONNECTED = 800000
+-- A confirmation that is newer than the stored one by less than this is not stored.
+local CONFIRMED = 50000
 -- 52 days, in nanoseconds. Longer sums are not exact.
 local LARGEST = 2 ^ 52
 
@@ -113,7 +115,7 @@ if start > now then
   return {1, now, start - now}
 end
 -- A caller with an outage may not receive this response in time either, and would then continue without the counters.
-if away == 0 and heard > ok + 100000 and heard <= now and heard >= start then
+if away == 0 and heard > ok + CONFIRMED and heard <= now and heard >= start then
   redis.call('HSET', KEYS[2], 'ok', whole(heard))
 end
 

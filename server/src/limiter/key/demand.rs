@@ -27,7 +27,7 @@ impl<'a> DemandGuard<'a> {
         cost: NonZeroU32,
     ) -> Self {
         let cost = u64::from(cost.get());
-        handle.state.lock().waited_for += cost;
+        handle.state.lock().begin_wait(cost);
         Self {
             calls,
             handle,
@@ -42,7 +42,7 @@ impl<'a> DemandGuard<'a> {
         if self.reserved.is_none() {
             self.reserved = state.reserve_quotas(self.cost, now);
             if self.reserved.is_some() {
-                state.waited_for -= self.cost;
+                state.end_wait(self.cost);
             }
         }
         self.reserved.is_some()
@@ -54,19 +54,36 @@ impl<'a> DemandGuard<'a> {
         let Some(reserved) = self.reserved.take() else {
             return state.spend_quotas(self.cost, now);
         };
-        state.waited_for += self.cost;
+        state.begin_wait(self.cost);
         let is_spent = state.spend_reserved(reserved) || state.spend_quotas(self.cost, now);
-        // Requests that wait for these tokens to be released stop waiting.
-        if !is_spent || (state.waited_for > self.cost && !state.has_reservations()) {
+        if is_spent {
+            self.notify_denied(state);
+        } else {
             self.handle.call_ended.notify_waiters();
         }
         is_spent
     }
 
+    /// Spends the reserved tokens, which were taken from the quota of their window, even if it has ended in the meantime.
+    pub(in crate::limiter) fn spend_in_any_window(&mut self, state: &mut KeyState) {
+        if let Some(reserved) = self.reserved.take() {
+            state.begin_wait(self.cost);
+            state.spend_reserved_in_any_window(reserved);
+            self.notify_denied(state);
+        }
+    }
+
+    /// Notifies requests that wait for reserved tokens to be released, if there are too few for some of them.
+    fn notify_denied(&self, state: &KeyState) {
+        if state.waited_for > self.cost && state.may_deny_waiting() {
+            self.handle.call_ended.notify_waiters();
+        }
+    }
+
     /// Releases the reserved tokens. The request waits again.
     pub(in crate::limiter) fn release(&mut self, state: &mut KeyState) {
         if let Some(reserved) = self.reserved.take() {
-            state.waited_for += self.cost;
+            state.begin_wait(self.cost);
             state.release_reserved(reserved);
             if state.waited_for > self.cost {
                 self.handle.call_ended.notify_waiters();
@@ -79,7 +96,7 @@ impl Drop for DemandGuard<'_> {
     fn drop(&mut self) {
         let mut state = self.handle.state.lock();
         self.release(&mut state);
-        state.waited_for -= self.cost;
+        state.end_wait(self.cost);
         state.tidy();
         if self.calls.is_draining() {
             for policy in [Policy::Daily, Policy::Monthly] {

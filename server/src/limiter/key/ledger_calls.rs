@@ -18,7 +18,11 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use tokio::{runtime::Handle, sync::Notify, time};
+use tokio::{
+    runtime::Handle,
+    sync::{Notify, Semaphore, SemaphorePermit},
+    time,
+};
 use uuid::Uuid;
 
 use super::{
@@ -52,6 +56,40 @@ pub struct Drained {
 #[error("no response within {0:?}")]
 pub(in crate::limiter) struct TooSlow(pub(in crate::limiter) Duration);
 
+/// The connections to the ledger, shared by all key tables whose settings contain a clone. Batches get them in the order
+/// in which they were ready, so no table waits until another one has no more work.
+#[derive(Debug, Clone)]
+pub struct LedgerConnections {
+    count: usize,
+    all: Arc<Semaphore>,
+    /// For batches of returns, which leave one connection for takes, if there are several.
+    returns: Arc<Semaphore>,
+}
+
+impl LedgerConnections {
+    /// `count` is at least 1.
+    pub fn new(count: usize) -> Self {
+        let count = count.max(1);
+        Self {
+            count,
+            all: Arc::new(Semaphore::new(count)),
+            returns: Arc::new(Semaphore::new((count - 1).max(1))),
+        }
+    }
+
+    /// Waits for a connection for a batch of takes, which is free again when the result is dropped.
+    pub(super) async fn for_takes(&self) -> Option<SemaphorePermit<'_>> {
+        // The semaphores are never closed, so there is always a permit.
+        self.all.acquire().await.ok()
+    }
+
+    /// Waits for a connection for a batch of returns.
+    pub(super) async fn for_returns(&self) -> Option<[SemaphorePermit<'_>; 2]> {
+        let first = self.returns.acquire().await.ok()?;
+        Some([first, self.all.acquire().await.ok()?])
+    }
+}
+
 /// A call ended without a response.
 #[derive(Debug, thiserror::Error)]
 #[error("the call was canceled")]
@@ -63,6 +101,7 @@ pub(in crate::limiter) struct LedgerCalls {
     pub(super) clock: Arc<dyn Clock>,
     pub(super) ledger: Arc<dyn QuotaLedger>,
     pub(super) deadline: Duration,
+    pub(super) connections: LedgerConnections,
     /// The maximum number of concurrent batches of takes.
     pub(super) takers: usize,
     /// The maximum number of concurrent batches of returns.
@@ -77,20 +116,20 @@ pub(in crate::limiter) struct LedgerCalls {
 }
 
 impl LedgerCalls {
-    /// Calls are abandoned after `deadline`. At most `at_once` calls are in flight, and one of these is reserved for
-    /// takes.
+    /// Calls are abandoned after `deadline`.
     pub(in crate::limiter) fn new(
         clock: Arc<dyn Clock>,
         ledger: Arc<dyn QuotaLedger>,
         deadline: Duration,
-        at_once: usize,
+        connections: LedgerConnections,
     ) -> Arc<Self> {
-        let returners = (at_once / 2).clamp(1, 2);
+        let returners = (connections.count / 2).clamp(1, 2);
         Arc::new(Self {
             clock,
             ledger,
             deadline,
-            takers: at_once.saturating_sub(returners).clamp(1, 3),
+            takers: connections.count.saturating_sub(returners).clamp(1, 3),
+            connections,
             returners,
             queue: Mutex::default(),
             idle: Notify::new(),

@@ -195,6 +195,8 @@ struct Takes {
 
 impl Takes {
     async fn run(mut self) {
+        let calls = Arc::clone(&self.calls);
+        let _connection = calls.connections.for_takes().await;
         let mut owed = BTreeMap::new();
         for call in &self.list {
             for (window_start, n) in &call.order.give_back {
@@ -284,7 +286,11 @@ async fn take_all(mut worker: Worker) {
 async fn return_all(mut worker: Worker) {
     let mut pause = Duration::ZERO;
     while let Some(mut returns) = worker.next_returns() {
-        match returns.run().await {
+        let calls = Arc::clone(&returns.calls);
+        let connection = calls.connections.for_returns().await;
+        let returned = returns.run().await;
+        drop(connection);
+        match returned {
             Ok(()) => pause = Duration::ZERO,
             Err(error) => {
                 if pause.is_zero() {

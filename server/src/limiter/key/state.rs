@@ -44,6 +44,8 @@ pub(in crate::limiter) struct KeyState {
     monthly: Block,
     /// The total cost of requests that wait for quota tokens, except those that have reserved theirs.
     pub(in crate::limiter) waited_for: u64,
+    /// At least the largest of these costs.
+    largest_wait: u64,
 }
 
 /// The policies whose blocks must be fetched first.
@@ -97,6 +99,7 @@ impl KeyState {
             daily: Block::new(),
             monthly: Block::new(),
             waited_for: 0,
+            largest_wait: 0,
         }
     }
 
@@ -265,14 +268,41 @@ impl KeyState {
         is_current
     }
 
+    /// Spends reserved tokens, which were taken from their window, even if it has ended.
+    pub(in crate::limiter) fn spend_reserved_in_any_window(
+        &mut self,
+        [daily, monthly]: [ReservedTokens; 2],
+    ) {
+        self.daily.settle(daily, true);
+        self.monthly.settle(monthly, true);
+    }
+
     /// Releases reserved tokens.
     pub(in crate::limiter) fn release_reserved(&mut self, [daily, monthly]: [ReservedTokens; 2]) {
         self.daily.settle(daily, false);
         self.monthly.settle(monthly, false);
     }
 
-    pub(in crate::limiter) fn has_reservations(&self) -> bool {
-        self.daily.has_reservations() || self.monthly.has_reservations()
+    /// Adds a request that waits for quota tokens.
+    pub(in crate::limiter) fn begin_wait(&mut self, cost: u64) {
+        self.waited_for += cost;
+        self.largest_wait = self.largest_wait.max(cost);
+    }
+
+    /// Removes a request that waited for quota tokens.
+    pub(in crate::limiter) fn end_wait(&mut self, cost: u64) {
+        self.waited_for -= cost;
+        if self.waited_for == 0 {
+            self.largest_wait = 0;
+        }
+    }
+
+    /// Returns whether a waiting request may have to be denied: the quotas have too few tokens for it, even if all
+    /// reserved ones are released.
+    pub(in crate::limiter) fn may_deny_waiting(&self) -> bool {
+        [&self.daily, &self.monthly]
+            .iter()
+            .any(|block| block.status(self.largest_wait) == BlockStatus::Exhausted)
     }
 
     pub(in crate::limiter) fn quotas(&self, tokens: u64, now: UnixNanos) -> Quotas {

@@ -26,7 +26,7 @@ use tokio::time;
 use super::{
     demand::DemandGuard,
     handle::KeyHandle,
-    ledger_calls::{Drained, LedgerCalls, TooSlow},
+    ledger_calls::{Drained, LedgerCalls, LedgerConnections, TooSlow},
     state::{KeyState, MissingBlocks, OnUnknown},
 };
 use crate::{
@@ -58,8 +58,8 @@ pub struct KeyTableSettings {
     /// How long until a ledger call is abandoned. Later than requests stop waiting, since tokens of a late response can
     /// still be spent, while those of an abandoned call are lost.
     pub call_deadline: Duration,
-    /// The maximum number of concurrent ledger calls: the number of its connections.
-    pub ledger_calls: usize,
+    /// The connections to the ledger, which limit the number of concurrent calls.
+    pub connections: LedgerConnections,
     /// How long draining keeps trying to return blocks to a ledger that does not respond.
     pub drain_deadline: Duration,
 }
@@ -70,7 +70,7 @@ impl Default for KeyTableSettings {
             max_keys: 1_000_000,
             ledger_deadline: Duration::from_secs(1),
             call_deadline: Duration::from_secs(10),
-            ledger_calls: 3,
+            connections: LedgerConnections::new(3),
             drain_deadline: Duration::from_secs(20),
         }
     }
@@ -122,7 +122,7 @@ impl KeyTable {
                 Arc::clone(&clock),
                 ledger,
                 settings.call_deadline,
-                settings.ledger_calls,
+                settings.connections.clone(),
             ),
             clock,
             settings,

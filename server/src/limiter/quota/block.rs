@@ -290,11 +290,6 @@ impl Block {
         }
     }
 
-    /// Returns whether there are reservations in the current window.
-    pub(in crate::limiter) fn has_reservations(&self) -> bool {
-        self.reserved > 0
-    }
-
     /// Releases the held tokens if none were used for a while and other replicas share the quota. Returns whether it
     /// did.
     pub(in crate::limiter) fn give_up_idle(&mut self, now: UnixNanos) -> bool {

@@ -9,7 +9,8 @@
 //! tokens.
 //!
 //! **How much.** The tokens that waiting requests need are requested in full. The number of tokens held for later
-//! follows the key's pace on this replica, up to a tenth of the burst.
+//! follows the key's pace on this replica, up to a tenth of the burst. It includes a reserve for the time of the next
+//! call, so that a steady key is renewed just before its lease expires.
 
 use super::{
     counters::CounterMicros,
@@ -28,6 +29,11 @@ const PAUSE_MIN: Nanos = Nanos::from_millis(1);
 
 /// A replica holds at most the burst divided by this number for later.
 const BURST_PER_LEASE: u64 = 10;
+
+/// When no more than this many tokens are left of a lease of `size`, the next one is requested.
+const fn reserve(size: u64) -> u64 {
+    if size < 16 { 1 } else { size / 8 }
+}
 
 /// The tokens of one grant.
 #[derive(Debug, Clone, Copy, Default)]
@@ -223,7 +229,10 @@ impl Lease {
 
     /// Marks tokens beyond the size of a lease to be returned: those granted to canceled requests.
     pub(in crate::limiter) fn trim(&mut self) {
-        let most = if self.size < 2 { 0 } else { self.size };
+        let most = match self.terms {
+            Some(terms) if self.size >= 2 => self.to_hold(terms),
+            _ => 0,
+        };
         if let Some(excess) = self.available().checked_sub(most)
             && let Some(unspent) = self.set_apart(excess)
         {
@@ -242,8 +251,15 @@ impl Lease {
         lasting.map(|slot| slot.tokens).sum()
     }
 
-    /// Returns how many tokens to hold: the number spent within the lease TTL at the current pace, clamped to between
-    /// half and twice the previous size. A result of one means that the counters decide each request.
+    /// Returns the maximum number of tokens to hold for later.
+    fn to_hold(&self, terms: Terms) -> u64 {
+        (self.size + reserve(self.size)).min(terms.largest_lease())
+    }
+
+    /// Returns the size of the next lease: the number of tokens spent within the lease TTL at the current pace, but at
+    /// most twice the previous size. If the pace is lower than before, the mean of both: if fewer requests than usual
+    /// have arrived by chance, the next lease must not be used up early. A result of one means that the counters decide
+    /// each request.
     fn pace(&mut self, now: Monotonic, ttl: Nanos, largest: u64) -> u64 {
         let elapsed = now.saturating_since(self.asked_at).0.max(1);
         if self.asked_at == Monotonic::default() || elapsed >= 4 * ttl.0 {
@@ -252,7 +268,11 @@ impl Lease {
             let pace = u128::from(self.wanted) * u128::from(ttl.0) / u128::from(elapsed);
             let pace = u64::try_from(pace).unwrap_or(u64::MAX);
             let size = self.size.max(1);
-            self.size = pace.clamp(size / 2, size * 2);
+            self.size = if pace < size {
+                pace.midpoint(size)
+            } else {
+                pace.min(size * 2)
+            };
         }
         self.size = self.size.clamp(1, largest);
         self.asked_at = now.max(Monotonic(1));
@@ -286,7 +306,7 @@ impl Lease {
         if self.size < 2 || self.fetching > 0 || now < self.held_until {
             return false;
         }
-        self.lasting(now.saturating_add(LAST_MOMENT)) <= (self.size / 8).max(1)
+        self.lasting(now.saturating_add(LAST_MOMENT)) <= reserve(self.size)
     }
 
     /// Begins a call for all waiting requests and, if `ahead`, for tokens for later. Returns `None` if there is nothing
@@ -330,7 +350,8 @@ impl Lease {
             None => (u64::from(ahead), u64::from(ahead)),
         };
         let for_later = if waiting > 0 && size >= 2 {
-            size.saturating_sub(self.available() + self.coming)
+            self.to_hold(terms)
+                .saturating_sub(self.available() + self.coming)
         } else {
             0
         };

@@ -1,30 +1,58 @@
+use std::{
+    collections::BTreeMap,
+    sync::atomic::{AtomicUsize, Ordering},
+    time::Duration,
+};
+
 use async_trait::async_trait;
 use parking_lot::Mutex;
-use tokio::sync::oneshot;
+use tokio::{sync::oneshot, task::JoinSet, time};
 use uuid::Uuid;
 
 use super::*;
 use crate::{
-    clock::SystemClock,
+    clock::{SystemClock, TestClock, UnixNanos},
     limiter::{
         local::LocalStore,
         quota::{
-            calendar::QuotaWindow,
+            calendar::{QuotaWindow, window},
             ledger::{LedgerError, ReturnBatch, TakeRequest, Taken},
         },
         store::LimitStore,
     },
 };
 
-/// A ledger of one window.
+/// A ledger of one tenant, by the start of the window.
 #[derive(Debug, Default)]
-struct Memory(Mutex<u64>);
+struct Memory {
+    used: Mutex<BTreeMap<UnixNanos, u64>>,
+    /// How long each call takes.
+    delay: Duration,
+    /// The number of calls in progress, and the maximum of that.
+    calls: AtomicUsize,
+    most_calls: AtomicUsize,
+}
+
+impl Memory {
+    fn used(&self) -> Vec<u64> {
+        self.used.lock().values().copied().collect()
+    }
+
+    async fn work(&self) {
+        let calls = self.calls.fetch_add(1, Ordering::SeqCst) + 1;
+        self.most_calls.fetch_max(calls, Ordering::SeqCst);
+        time::sleep(self.delay).await;
+        self.calls.fetch_sub(1, Ordering::SeqCst);
+    }
+}
 
 #[async_trait]
 impl QuotaLedger for Memory {
     async fn take(&self, requests: &[TakeRequest]) -> Vec<Result<Taken, LedgerError>> {
-        let mut used = self.0.lock();
+        self.work().await;
+        let mut used = self.used.lock();
         let take = |request: &TakeRequest| {
+            let used = used.entry(request.calendar.start).or_default();
             let granted = request.want.min(request.limit - *used);
             *used += granted;
             Ok(Taken {
@@ -37,10 +65,16 @@ impl QuotaLedger for Memory {
     }
 
     async fn give_back(&self, batch: &ReturnBatch) -> Result<(), LedgerError> {
-        *self.0.lock() -= batch.rows.iter().map(|(_, n)| n).sum::<u64>();
+        self.work().await;
+        for (row, n) in &batch.rows {
+            *self.used.lock().entry(row.window_start).or_default() -= n;
+        }
         Ok(())
     }
 }
+
+/// 2026-11-30T23:59:59Z.
+const END_OF_MONTH: UnixNanos = UnixNanos::from_secs(1_796_083_199);
 
 struct World {
     quotas: TenantQuotas,
@@ -49,23 +83,25 @@ struct World {
     key: Arc<KeyHandle>,
     policies: Policies,
     ledger: Arc<Memory>,
+    clock: TestClock,
 }
 
 impl World {
     fn new(limit: u64) -> Self {
-        let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
+        let clock = TestClock::at(END_OF_MONTH);
+        let shared: Arc<dyn Clock> = Arc::new(clock.clone());
         let ledger = Arc::new(Memory::default());
         let limit = NonZeroU64::new(limit).unwrap();
         let settings = KeyTableSettings::default();
         let quotas = TenantQuotas::new(
-            clock.clone(),
+            shared.clone(),
             ledger.clone(),
             settings.clone(),
             Arc::default(),
             limit,
         );
         let tenant = TenantId(Uuid::now_v7());
-        let store = LocalStore::new(clock, Arc::new(Memory::default()), settings);
+        let store = LocalStore::new(shared, Arc::new(Memory::default()), settings);
         let rate = RatePolicy {
             rpm: NonZeroU32::new(1).unwrap(),
             burst: NonZeroU32::new(1000).unwrap(),
@@ -77,6 +113,7 @@ impl World {
             store,
             policies: Policies::new(rate, None, None, Zone::utc(), false),
             ledger,
+            clock,
         }
     }
 
@@ -218,5 +255,140 @@ async fn draining_returns_the_rest() {
         assert!(world.admit(1).await.is_allowed());
     }
     world.quotas.drain().await;
-    assert_eq!(*world.ledger.0.lock(), 5);
+    assert_eq!(world.ledger.used(), [5]);
+}
+
+/// Two requests have reserved the last tokens, and a third one waits for both. When one of them is spent, the third one
+/// is denied, however long the other takes.
+#[tokio::test]
+async fn request_that_can_no_longer_get_enough_tokens_stops_waiting() {
+    let world = World::new(2);
+    let hold = || {
+        let (decide, decision) = oneshot::channel();
+        let (begun, reserved) = oneshot::channel();
+        let request = world.admit_with(NonZeroU32::MIN, world.decided(begun, decision));
+        (request, reserved, decide)
+    };
+    let (first, first_reserved, decide_first) = hold();
+    let (second, second_reserved, decide_second) = hold();
+    let third = async {
+        first_reserved.await.unwrap();
+        second_reserved.await.unwrap();
+        let cost = NonZeroU32::new(2).unwrap();
+        let decide = world.store.take(&world.key, &world.policies, cost);
+        let third = world.admit_with(cost, decide);
+        tokio::pin!(third);
+        for _ in 0..10 {
+            assert!(futures_util::poll!(&mut third).is_pending());
+            tokio::task::yield_now().await;
+        }
+        decide_first.send(Outcome::Allowed).unwrap();
+        let third = third.await;
+        decide_second.send(Outcome::Allowed).unwrap();
+        third
+    };
+    let (first, second, third) = tokio::join!(first, second, third);
+    assert!(first.unwrap().is_allowed() && second.unwrap().is_allowed());
+    assert_eq!(
+        third.unwrap().violated(),
+        PolicySet::EMPTY.with(Policy::TenantMonthly)
+    );
+}
+
+/// A request that arrives in one month and is decided in the next one, whose quota is exhausted already. Its token was
+/// taken from the first month.
+#[tokio::test]
+async fn request_at_the_end_of_a_month_is_charged_if_and_only_if_it_is_allowed() {
+    for is_next_exhausted in [false, true] {
+        let world = World::new(5);
+        let next = window(Policy::Monthly, &Zone::utc(), world.clock.now()).end;
+        if is_next_exhausted {
+            world.ledger.used.lock().insert(next, 5);
+        }
+        let before = world.peek().rate.remaining;
+        let cost = NonZeroU32::new(2).unwrap();
+        let decide = async {
+            let decision = world.store.take(&world.key, &world.policies, cost).await;
+            world.clock.advance(Duration::from_secs(1));
+            decision
+        };
+        let decision = world.admit_with(cost, decide).await.unwrap();
+        assert!(decision.is_allowed(), "{decision:?}");
+        assert_eq!(world.peek().rate.remaining, before - 2);
+        world.quotas.drain().await;
+        let of_next = if is_next_exhausted { 5 } else { 0 };
+        let used = world.ledger.used();
+        assert_eq!((used[0], used.get(1).map_or(0, |n| *n)), (2, of_next));
+    }
+}
+
+/// The tables of keys and of tenants use the same connections. Neither calls the ledger more often at once than there
+/// are connections, and a call of one table does not wait until the other one has no more work.
+#[tokio::test(start_paused = true)]
+async fn key_tables_share_the_connections_to_the_ledger() {
+    const KEYS: u32 = 3000;
+    let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
+    let ledger = Arc::new(Memory {
+        delay: Duration::from_millis(100),
+        ..Memory::default()
+    });
+    // All keys share one row, and so do all tenants.
+    let quota = NonZeroU64::new(1_000_000_000);
+    let settings = KeyTableSettings {
+        ledger_deadline: Duration::from_secs(60),
+        ..KeyTableSettings::default()
+    };
+    let quotas = TenantQuotas::new(
+        clock.clone(),
+        ledger.clone(),
+        settings.clone(),
+        Arc::default(),
+        quota.unwrap(),
+    );
+    let (quotas, store) = (
+        Arc::new(quotas),
+        LocalStore::new(clock, ledger.clone(), settings),
+    );
+    let rate = RatePolicy {
+        rpm: NonZeroU32::MIN,
+        burst: NonZeroU32::MIN,
+    };
+    let policies = Policies::new(rate, quota, None, Zone::utc(), false);
+    let began = time::Instant::now();
+    let mut requests = JoinSet::new();
+    for _ in 0..KEYS {
+        let (store, policies) = (store.clone(), policies.clone());
+        let tenant = TenantId(Uuid::now_v7());
+        let key = store.handle(tenant, ApiKeyId(Uuid::now_v7())).unwrap();
+        requests.spawn(async move { store.take(&key, &policies, NonZeroU32::MIN).await });
+    }
+    time::sleep(Duration::from_millis(150)).await;
+    let asked = time::Instant::now();
+    let mut tenants = JoinSet::new();
+    for _ in 0..150 {
+        let (quotas, quota) = (quotas.clone(), quotas.of(TenantId(Uuid::now_v7())).unwrap());
+        let key = store
+            .handle(TenantId(Uuid::now_v7()), ApiKeyId(Uuid::now_v7()))
+            .unwrap();
+        let decided = store.peek(&key, &policies);
+        tenants.spawn(async move {
+            let decide = async { Ok(decided) };
+            quotas
+                .admit(&quota, NonZeroU32::MIN, || decided, decide)
+                .await
+        });
+    }
+    for decision in tenants.join_all().await {
+        assert!(decision.unwrap().is_allowed());
+    }
+    let waited = asked.elapsed();
+    assert!(waited <= Duration::from_millis(600), "{waited:?}");
+    for decision in requests.join_all().await {
+        assert!(decision.unwrap().is_allowed());
+    }
+    let all = began.elapsed();
+    assert!(all > 2 * waited, "the keys took only {all:?}");
+    tokio::join!(store.drain(), quotas.drain());
+    let most = ledger.most_calls.load(Ordering::SeqCst);
+    assert_eq!(most, 3, "calls at once");
 }

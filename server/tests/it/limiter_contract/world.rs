@@ -18,7 +18,8 @@ use quota_server::{
     clock::{Clock, TestClock, UnixNanos},
     limiter::{
         Decision, DistributedSettings, DistributedStore, Drained, KeyHandle, KeyTableSettings,
-        LimitStore, Limiter, LimiterError, LocalStore, Policies, RatePolicy, Zone,
+        LimitStore, Limiter, LimiterError, LocalStore, Membership, Policies, RatePolicy,
+        ReplicaSlot, Zone,
     },
 };
 
@@ -84,11 +85,17 @@ pub(super) async fn redis() -> (World, RedisServer) {
         .begin()
         .await;
     let world = World::new(move |clock, ledger| {
+        let membership = Arc::new(Membership::default());
+        let only = ReplicaSlot {
+            rank: 0,
+            of: NonZeroU64::MIN,
+        };
+        membership.confirm(only, clock.monotonic());
         DistributedStore::new(
             Arc::new(clock.clone()),
             Arc::clone(ledger) as _,
             ClockedCounters::new(&redis, clock),
-            Arc::default(),
+            membership,
             Arc::default(),
             DistributedSettings {
                 lease_ttl: Duration::ZERO,

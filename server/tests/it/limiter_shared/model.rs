@@ -20,6 +20,9 @@ const KNOWN: u64 = 50_000;
 /// How long after a confirmed response there is certainly no outage, in microseconds.
 const CONNECTED: u64 = 800_000;
 
+/// A confirmation that is newer than the stored one by less than this is not stored, in microseconds.
+const CONFIRMED: u64 = 50_000;
+
 /// The largest number of nanoseconds that the script computes exactly.
 const LARGEST: u128 = 1 << 52;
 
@@ -115,7 +118,8 @@ impl State {
             };
         }
         let heard = call.last_heard.0;
-        if call.away_since.0 == 0 && heard > epoch.ok + 100_000 && heard <= now && heard >= start {
+        if call.away_since.0 == 0 && heard > epoch.ok + CONFIRMED && heard <= now && heard >= start
+        {
             epoch.ok = heard;
         }
         let known = self.buckets.get(&call.bucket).cloned();

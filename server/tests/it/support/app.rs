@@ -145,7 +145,8 @@ impl Setup {
         let url = SecretString::from(self.url.unwrap_or_else(|| database.url().to_owned()));
         let db = Db::new(&url, &config.database);
         let log = Log::start(config.log_format);
-        let state = AppState::new(config, db, self.clock, log)
+        // It would make the futures of tests very large.
+        let state = Box::pin(AppState::new(config, db, self.clock, log))
             .await
             .expect("the state can be built");
         let jobs = self.with_jobs.then(|| Jobs::start(&state));

@@ -8,11 +8,12 @@
 //! `burst + rate·T` for a strict plan, no matter what happens. In the second after an edit, replicas may follow either
 //! plan, so a window that overlaps it has the larger burst and, at each moment, the larger rate of the plans that
 //! requests follow. Between the requests of two plans, the lower rate counts, because a bucket learns of an edit from a
-//! request. `closed` has no exception, and `share` has one: while some replicas lose Redis (or get all responses late)
-//! and others do not, the former use their share `p` of the bucket in addition to the latter. Together they admit at
-//! most `(1 + p)` times as much, where `p` is at most 1. With `open`, the requests that a replica admits without Redis
-//! satisfy the bound of a strict plan, separately for each replica. Requests admitted by Redis keep the plain bound in
-//! every mode.
+//! request. `closed` has no exception, and `share` has one: while some replicas have lost Redis (or get all responses
+//! late) and others have not, the former use their share `p` of the bucket in addition to the latter. Together they admit
+//! at most `(1 + p)` times as much, where `p` is at most 1. If some calls fail just after an outage, the replicas that
+//! made them have still lost Redis while the others use it again. With `open`, the requests that a replica admits without
+//! Redis satisfy the bound of a strict plan, separately for each replica. Requests admitted by Redis keep the plain bound
+//! in every mode.
 //!
 //! **Lower bound.** In any 2 s without a fault and at least [`RECOVERED`] after the last one, at least 99% of what an
 //! exact bucket would admit of the same requests, to within a token or two. At its start, the bucket contains what
@@ -51,10 +52,10 @@
 use quota_common::plan::OnRedisFailure;
 use quota_testkit::envelope::{Envelope, Span};
 
-use self::outage::{disconnected, may_lose_state, under_in_outage, used};
+use self::outage::{disconnected, is_outage, may_lose_state, under_in_outage, used};
 use super::{
     run::{Answer, DEADLINE, EDIT_KNOWN, Entry, Log, TTL},
-    scene::{Change, FaultKind, Key, Plan, Scene},
+    scene::{Change, Fault, FaultKind, Key, Plan, Replicas, Scene},
 };
 
 mod outage;
@@ -308,21 +309,32 @@ fn beside(scene: &Scene, key: &Key) -> Vec<Beside> {
     let (least, all) = scene.replica_bounds();
     let part = |plan: &Plan| f64::from(plan.burst.div_ceil(least as u32)) / f64::from(plan.burst);
     let part = key.plans.iter().map(part).fold(0.0, f64::max);
+    let everyone = Replicas(u32::MAX);
     let alone = scene.faults.iter().filter_map(|fault| {
-        let (FaultKind::CutSome { replicas, .. }
-        | FaultKind::Late {
-            replicas,
-            percent: 100,
-            ..
-        }
-        | FaultKind::Lost {
-            replicas,
-            percent: 100,
-        }) = fault.kind
-        else {
-            return None;
+        let replicas = match fault.kind {
+            FaultKind::CutSome { replicas, .. }
+            | FaultKind::Late {
+                replicas,
+                percent: 100,
+                ..
+            }
+            | FaultKind::Lost {
+                replicas,
+                percent: 100,
+            } => replicas,
+            FaultKind::Late { replicas, .. } | FaultKind::Lost { replicas, .. }
+                if follows_outage(scene, fault) =>
+            {
+                replicas
+            }
+            FaultKind::Slow(_) if follows_outage(scene, fault) => everyone,
+            _ => return None,
         };
-        let alone = (0..all).filter(|it| replicas.contains(*it)).count();
+        let mut alone = (0..all).filter(|it| replicas.contains(*it)).count();
+        // Even if it affects all replicas, a partial fault delays the return of only some.
+        if !is_outage(fault) {
+            alone = alone.min(all - 1);
+        }
         (alone < all).then(|| Beside {
             from: fault.at * MS,
             until: fault.end() * MS + RECOVERED,
@@ -330,6 +342,13 @@ fn beside(scene: &Scene, key: &Key) -> Vec<Beside> {
         })
     });
     alone.collect()
+}
+
+/// Whether this fault begins while replicas that have lost Redis in an earlier one may still be returning to it.
+fn follows_outage(scene: &Scene, fault: &Fault) -> bool {
+    scene.faults.iter().any(|before| {
+        is_outage(before) && before.at < fault.at && fault.at * MS < before.end() * MS + RECOVERED
+    })
 }
 
 fn over(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {

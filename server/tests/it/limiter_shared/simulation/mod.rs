@@ -18,6 +18,7 @@ mod judge;
 mod outages;
 mod plants;
 mod quotas;
+mod registry;
 mod run;
 mod scene;
 mod single;

@@ -1,17 +1,9 @@
 //! Outages with exact schedules.
 
-use std::{
-    fmt::Write as _,
-    num::{NonZeroU32, NonZeroU64},
-    sync::Arc,
-    time::Duration,
-};
+use std::{fmt::Write as _, num::NonZeroU32, sync::Arc, time::Duration};
 
 use quota_common::{id::TenantId, plan::OnRedisFailure};
-use quota_server::{
-    clock::{Monotonic, Nanos},
-    limiter::{KeyHandle, Limiter, Membership, Policies, ReplicaSlot},
-};
+use quota_server::limiter::{KeyHandle, Limiter, Membership, Policies};
 use tokio::{
     task::JoinSet,
     time::{Instant, sleep, sleep_until},
@@ -20,21 +12,24 @@ use tokio::{
 use super::{
     paused,
     plants::Plant,
+    registry::Registry,
     run::{DEADLINE, key_id},
     single::{a_handle, count, crowd, crowd_of, replica, version, without_redis},
     world::{Reach, World},
 };
+use crate::limiter_shared::model::State;
 
 /// The start of the schedules below, in milliseconds.
 const START: u64 = 15_000;
 const RPM: u32 = 60_000;
 const BURST: u32 = 100;
 
-/// Two replicas that lose Redis 2 ms after [`START`]. The first one was quiet just before, so it detects the outage 31 ms
-/// later, and sends probes 350 ms and about 820 ms after that. The other one was quiet just after, so it detects an
-/// outage that lasts 400 ms or longer.
+/// Two replicas that lose Redis 2 ms after [`START`]. The first one made its last call before that a while ago, so it
+/// detects the outage 121 ms later, and sends probes 350 ms and about 820 ms after that. The other one has just made a
+/// call, so it detects only an outage that lasts 360 ms or longer.
 struct Outage {
     world: Arc<World>,
+    registry: Arc<Registry>,
     limiters: Vec<Limiter>,
     policies: Policies,
 }
@@ -57,19 +52,17 @@ impl Outage {
         // Heartbeats of the first replica are sent 3 ms after those of the other one.
         until(&world, 3).await;
         let first = replica(&world, &memberships[0], OnRedisFailure::Share);
-        count(&world, memberships);
+        let (registry, _) = count(&world, memberships);
         let policies = version(1, (RPM, BURST), true);
         until(&world, START - 196).await;
+        // The next heartbeats are sent at `START - 77` and `START + 43`.
         assert_eq!(crowd(&first, &policies, 1).await, 1);
-        // This call confirms the response to the previous one, so the next heartbeat is sent at `START + 3`.
-        assert_eq!(crowd_of(&first, &handle(&first, 1), &policies, 1).await, 1);
         until(&world, START + 1).await;
+        // The next heartbeats are sent at `START + 120`, 180, 240, 300 and 360.
         assert_eq!(crowd(&other, &policies, BURST).await, BURST);
-        // The next heartbeat is sent at `START + 200`.
-        assert_eq!(crowd_of(&other, &handle(&other, 1), &policies, 1).await, 1);
         until(&world, START + 2).await;
         *world.reach.lock() = Reach::Cut;
-        until(&world, START + 3).await;
+        until(&world, START + 93).await;
         let mut calls = JoinSet::new();
         for key in 1..=5 {
             let (limiter, policies) = (first.clone(), policies.clone());
@@ -80,6 +73,7 @@ impl Outage {
         assert_eq!(calls.join_all().await.into_iter().sum::<u32>(), 0);
         Self {
             world,
+            registry,
             limiters: vec![first, other],
             policies,
         }
@@ -108,7 +102,7 @@ impl Outage {
 fn no_share_begins_before_the_outage_is_over_or_detected_by_all() {
     paused(async {
         let outage = Outage::begin().await;
-        until(&outage.world, START + 395).await;
+        until(&outage.world, START + 355).await;
         *outage.world.reach.lock() = Reach::Up;
         let excess = outage.excess(505).await;
         assert!(excess <= 0, "{excess} tokens above the envelope");
@@ -116,20 +110,21 @@ fn no_share_begins_before_the_outage_is_over_or_detected_by_all() {
 }
 
 /// A replica that starts when an outage ends cannot know whether others have already used their shares. It must not use
-/// buckets that do not know of them.
+/// buckets that do not know of them, even if it has not counted the replicas yet.
 #[test]
 fn a_replica_that_starts_at_the_end_of_an_outage_begins_an_epoch() {
-    for lasts in [780, 860, 950, 1010, 1300] {
+    for (lasts, is_counted) in [870, 950, 1040, 1100, 1390]
+        .into_iter()
+        .flat_map(|lasts| [(lasts, true), (lasts, false)])
+    {
         paused(async {
             let mut outage = Outage::begin().await;
             let world = Arc::clone(&outage.world);
             until(&world, START + lasts - 10).await;
             let membership = Arc::new(Membership::default());
-            let slot = ReplicaSlot {
-                rank: 2,
-                of: NonZeroU64::new(3).unwrap(),
-            };
-            membership.confirm(slot, Monotonic(Nanos::from(world.zero.elapsed()).0));
+            if is_counted {
+                outage.registry.count(2, &membership, world.now());
+            }
             outage
                 .limiters
                 .push(replica(&world, &membership, OnRedisFailure::Share));
@@ -138,41 +133,53 @@ fn a_replica_that_starts_at_the_end_of_an_outage_begins_an_epoch() {
             let excess = outage.excess(900).await;
             assert!(
                 excess <= 0,
-                "{excess} tokens above the envelope after {lasts} ms"
+                "{excess} tokens above the envelope after {lasts} ms, counted: {is_counted}"
             );
         });
     }
 }
 
-/// All replicas were stopped for a while. Those that start at the same time afterwards know that none of them can have
-/// admitted anything without Redis, so buckets keep their tokens.
+/// After all replicas have ended, others start, at the same time or one after the other. If the former were stopped, or
+/// killed more than a minute ago, none can have admitted anything that Redis does not know of, so buckets keep their
+/// tokens.
 #[test]
 fn replicas_that_start_together_find_full_buckets() {
-    for (others_age, is_full) in [(0, true), (3, true), (60, false)] {
+    for (is_stopped, pause, apart, is_full) in [
+        (true, 20, 0, true),
+        (true, 20, 3, true),
+        (false, 20, 0, false),
+        (false, 20, 3, false),
+        (false, 65, 0, true),
+    ] {
         paused(async {
             let memberships: Vec<Arc<Membership>> = (0..2).map(|_| Arc::default()).collect();
             let (world, limiters, policies) =
                 without_redis(OnRedisFailure::Share, &memberships, 2, (60, 100), true);
-            count(&world, memberships);
+            let (registry, counting) = count(&world, memberships);
             sleep(Duration::from_secs(2)).await;
             assert_eq!(crowd(&limiters[0], &policies, 10).await, 10);
-            for link in &mut *world.links.lock() {
+            counting.abort();
+            for (replica, link) in world.links.lock().iter_mut().enumerate() {
                 link.dead = true;
+                if is_stopped {
+                    registry.leave(replica);
+                }
             }
-            sleep(Duration::from_secs(20)).await;
-            let started: Vec<Limiter> = (0..2)
-                .map(|rank| {
-                    let membership = Arc::new(Membership::default());
-                    let now = Monotonic(Nanos::from(world.zero.elapsed()).0);
-                    let of = NonZeroU64::new(2).unwrap();
-                    membership.confirm(ReplicaSlot { rank, of }, now);
-                    membership.note_oldest_other(Some(Duration::from_secs(others_age)), now);
-                    replica(&world, &membership, OnRedisFailure::Share)
-                })
-                .collect();
+            sleep(Duration::from_secs(pause)).await;
+            let mut started = Vec::new();
+            for index in 2..4 {
+                let membership = Arc::new(Membership::default());
+                registry.count(index, &membership, world.now());
+                started.push(replica(&world, &membership, OnRedisFailure::Share));
+                sleep(Duration::from_secs(apart)).await;
+            }
             sleep(Duration::from_secs(1)).await;
             let admitted = crowd(&started[0], &policies, 110).await;
-            assert_eq!(admitted == 100, is_full, "{admitted}, {others_age} s");
+            assert_eq!(
+                admitted == 100,
+                is_full,
+                "{admitted}, {pause} s, {apart} s, stopped: {is_stopped}"
+            );
         });
     }
 }
@@ -206,6 +213,39 @@ fn a_late_response_is_no_denial() {
                 });
             }
         }
+    }
+}
+
+/// A response that reports a loss of state may arrive after Redis has started to grant tokens again. Then it is no reason
+/// to stop using Redis, or even to begin another epoch.
+#[test]
+fn a_late_response_that_reports_a_loss_of_state_begins_no_outage() {
+    for strict in [true, false] {
+        paused(async {
+            let membership: Arc<Membership> = Arc::default();
+            let memberships = [Arc::clone(&membership)];
+            let (world, limiters, policies) =
+                without_redis(OnRedisFailure::Share, &memberships, 2, (6000, 100), strict);
+            count(&world, vec![membership]);
+            sleep(Duration::from_secs(12)).await;
+            assert_eq!(crowd(&limiters[0], &policies, 1).await, 1);
+            {
+                let mut process = world.process.lock();
+                process.run += 1;
+                process.state = State::default();
+            }
+            world.links.lock()[0].late = (100, 950);
+            let (limiter, asked) = (limiters[0].clone(), policies.clone());
+            tokio::spawn(async move { crowd(&limiter, &asked, 1).await });
+            sleep(Duration::from_millis(5)).await;
+            world.links.lock()[0].late = (0, 0);
+            // The new epoch starts before 650 ms have passed.
+            for (pause, wanted) in [(945, 10), (50, 10), (200, 30), (1500, 100)] {
+                sleep(Duration::from_millis(pause)).await;
+                let admitted = crowd(&limiters[0], &policies, wanted).await;
+                assert_eq!(admitted, wanted, "after {pause} ms, strict: {strict}");
+            }
+        });
     }
 }
 

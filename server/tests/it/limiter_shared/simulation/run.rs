@@ -1,7 +1,7 @@
 //! Plays a scene with the real store on every replica, in virtual time, and logs every request.
 
 use std::{
-    num::{NonZeroU32, NonZeroU64},
+    num::NonZeroU32,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -17,12 +17,12 @@ use quota_common::{
     plan::OnRedisFailure,
 };
 use quota_server::{
-    clock::{Clock, Monotonic},
+    clock::Clock,
     limiter::{
-        COUNTED_EVERY, Decision, DistributedSettings, DistributedStore, FORGOTTEN, KeyHandle,
+        COUNTED_EVERY, Decision, DistributedSettings, DistributedStore, KeyHandle,
         KeyTableSettings, LedgerError, Limiter, LimiterError, LocalStore, Membership, PRUNE_EVERY,
-        Policies, Policy, QuotaLedger, RatePolicy, ReplicaSlot, ReturnBatch, SharedCounters,
-        TakeRequest, Taken, Zone,
+        Policies, Policy, QuotaLedger, RatePolicy, ReturnBatch, SharedCounters, TakeRequest, Taken,
+        Zone,
     },
     telemetry::metrics::Metrics,
 };
@@ -30,6 +30,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use super::{
     plants::Plant,
+    registry::Registry,
     scene::{Change, Fault, FaultKind, Scene},
     world::{Linked, Reach, SkewedClock, World},
 };
@@ -143,28 +144,6 @@ impl QuotaLedger for ReplicaLedger {
     }
 }
 
-/// The table of replicas in PostgreSQL: when each was last seen.
-#[derive(Debug, Default)]
-struct Registry(Mutex<Vec<(usize, u64)>>);
-
-impl Registry {
-    fn seen(&self, replica: usize, now: u64) -> Option<ReplicaSlot> {
-        let forgotten = u64::try_from(FORGOTTEN.as_nanos()).unwrap();
-        let mut rows = self.0.lock();
-        rows.retain(|(other, at)| *other != replica && now - at < forgotten);
-        rows.push((replica, now));
-        let rank = rows.iter().filter(|(other, _)| *other < replica).count();
-        Some(ReplicaSlot {
-            rank: rank as u64,
-            of: NonZeroU64::new(rows.len() as u64)?,
-        })
-    }
-
-    fn leave(&self, replica: usize) {
-        self.0.lock().retain(|(other, _)| *other != replica);
-    }
-}
-
 pub(super) fn key_id(key: usize) -> ApiKeyId {
     ApiKeyId(uuid::Uuid::from_u128(key as u128 + 1))
 }
@@ -199,6 +178,7 @@ impl Stage {
         });
         let metrics = Arc::new(Metrics::default());
         let membership = Arc::new(Membership::default());
+        self.registry.count(index, &membership, world.now());
         let counters: Arc<dyn SharedCounters> = Arc::new(Linked {
             world: Arc::clone(world),
             replica: index,
@@ -255,12 +235,12 @@ impl Stage {
         replica: Arc<Replica>,
         membership: Arc<Membership>,
     ) {
-        while replica.counting.load(Ordering::Relaxed) {
-            let now = self.world.now();
-            if let Some(place) = self.registry.seen(index, now) {
-                membership.confirm(place, Monotonic(now));
-            }
+        loop {
             sleep(COUNTED_EVERY).await;
+            if !replica.counting.load(Ordering::Relaxed) {
+                return;
+            }
+            self.registry.count(index, &membership, self.world.now());
         }
     }
 
@@ -287,7 +267,11 @@ impl Stage {
                     sleep(Duration::from_millis(1)).await;
                 }
                 it.counting.store(false, Ordering::Relaxed);
-                self.registry.leave(index);
+                // A replica that stops during an outage remains in the table, since its share may have admitted
+                // requests.
+                if !it.store.is_degraded() {
+                    self.registry.leave(index);
+                }
                 if self.one_bucket.is_none() {
                     it.limiter.drain().await;
                 }

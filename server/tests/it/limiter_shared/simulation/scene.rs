@@ -9,7 +9,7 @@ use quota_common::plan::OnRedisFailure;
 
 use super::run::key_id;
 
-/// No key sends more, so that a seed takes milliseconds.
+/// The maximum number of requests per key, so that a seed takes only milliseconds.
 const REQUESTS_MAX: usize = 700;
 
 #[derive(Debug, Clone)]

@@ -3,7 +3,7 @@
 use std::{
     fmt::Write as _,
     num::{NonZeroU32, NonZeroU64},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
@@ -12,17 +12,18 @@ use quota_common::{
     plan::OnRedisFailure,
 };
 use quota_server::{
-    clock::{Clock, Monotonic, Nanos},
+    clock::{Clock, Monotonic},
     limiter::{Decision, KeyHandle, Limiter, Membership, Policies, RatePolicy, ReplicaSlot, Zone},
 };
 use tokio::{
-    task::JoinSet,
+    task::{AbortHandle, JoinSet},
     time::{Instant, sleep},
 };
 
 use super::{
     paused,
     plants::Plant,
+    registry::Registry,
     run::{DEADLINE, store},
     world::{Link, Linked, SkewedClock, World},
 };
@@ -111,7 +112,7 @@ pub(super) fn replica(
     Limiter::new(store, clock)
 }
 
-/// A replica for each of the memberships, with this choice for when Redis is unavailable.
+/// A replica for each of the memberships, with this fallback setting.
 pub(super) fn without_redis(
     on_failure: OnRedisFailure,
     memberships: &[Arc<Membership>],
@@ -223,19 +224,28 @@ fn returns_after_late_answers_credit_no_token_twice() {
     assert!(over.is_empty(), "{over}");
 }
 
-/// Counts replicas for these memberships once per second, as a job does.
-pub(super) fn count(world: &World, memberships: Vec<Arc<Membership>>) {
-    let of = NonZeroU64::new(memberships.len() as u64).unwrap();
-    let zero = world.zero;
-    tokio::spawn(async move {
-        loop {
-            for (rank, membership) in (0..).zip(&memberships) {
-                let now = Monotonic(Nanos::from(zero.elapsed()).0);
-                membership.confirm(ReplicaSlot { rank, of }, now);
+/// Counts replicas for these memberships once per second, as a job does, until the task is aborted.
+pub(super) fn count(
+    world: &Arc<World>,
+    memberships: Vec<Arc<Membership>>,
+) -> (Arc<Registry>, AbortHandle) {
+    let (registry, world) = (Arc::<Registry>::default(), Arc::clone(world));
+    let count = {
+        let registry = Arc::clone(&registry);
+        move || {
+            for (replica, membership) in memberships.iter().enumerate() {
+                registry.count(replica, membership, world.now());
             }
+        }
+    };
+    count();
+    let task = tokio::spawn(async move {
+        loop {
             sleep(Duration::from_secs(1)).await;
+            count();
         }
     });
+    (registry, task.abort_handle())
 }
 
 /// Policies with this rate and burst, in this version of a plan.
@@ -245,6 +255,49 @@ pub(super) fn version(number: u64, (rpm, burst): (u32, u32), strict: bool) -> Po
         burst: NonZeroU32::new(burst).unwrap(),
     };
     Policies::new(rate, None, None, Zone::utc(), strict).with_version(number)
+}
+
+/// Three replicas share a busy key at 90% of its limit. They renew their leases about every 90 ms, and these calls also
+/// serve as heartbeats.
+#[test]
+fn a_busy_key_takes_few_calls_to_redis() {
+    for (rpm, most_per_thousand) in [(60_000, 46), (600_000, 4)] {
+        let (calls, asked, admitted) = paused(async {
+            let memberships: Vec<Arc<Membership>> = (0..3).map(|_| Arc::default()).collect();
+            let (world, limiters, policies) =
+                without_redis(OnRedisFailure::Share, &memberships, 1, (rpm, rpm), false);
+            count(&world, memberships);
+            let mut rng = fastrand::Rng::with_seed(1);
+            let mut requests = JoinSet::new();
+            let (mut calls, mut asked) = (0, 0_u64);
+            for ms in 0..6000 {
+                // Leases must first reach their full size.
+                if ms == 2000 {
+                    (calls, asked) = (world.calls.load(Ordering::Relaxed), 0);
+                }
+                let per_second = u64::from(rpm) * 9 / 600;
+                let count = (per_second + rng.u64(..1000)) / 1000;
+                asked += count;
+                for _ in 0..count {
+                    let limiter = limiters[rng.usize(..3)].clone();
+                    let (handle, policies) = (a_handle(&limiter), policies.clone());
+                    requests.spawn(async move {
+                        let decision = limiter.admit(&handle, &policies, NonZeroU32::MIN).await;
+                        decision.is_ok_and(|it| it.is_allowed())
+                    });
+                }
+                sleep(Duration::from_millis(1)).await;
+            }
+            calls = world.calls.load(Ordering::Relaxed) - calls;
+            let decisions = requests.join_all().await;
+            (calls, asked, decisions.into_iter().all(|it| it))
+        });
+        assert!(admitted);
+        assert!(
+            calls * 1000 <= asked * most_per_thousand,
+            "{calls} calls for {asked} decisions"
+        );
+    }
 }
 
 /// A replica keeps the state of its share from the plan before an edit. Redis may have known of the edit for longer,

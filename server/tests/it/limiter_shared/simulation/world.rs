@@ -103,6 +103,8 @@ pub(super) struct World {
     /// Applies to all links.
     pub(super) reach: Mutex<Reach>,
     pub(super) stalled: watch::Sender<bool>,
+    /// The number of calls to Redis so far.
+    pub(super) calls: AtomicU64,
     pub(super) slow: AtomicU64,
     /// Whether a response reported that the state was lost.
     pub(super) initialized_again: AtomicBool,
@@ -156,6 +158,7 @@ impl World {
             links: Mutex::default(),
             reach: Mutex::default(),
             stalled: watch::Sender::new(false),
+            calls: AtomicU64::new(0),
             slow: AtomicU64::new(0),
             initialized_again: AtomicBool::new(false),
             epochs: Mutex::default(),
@@ -277,6 +280,7 @@ impl World {
 
     async fn call(&self, replica: usize, call: TakeCall) -> Result<TakeReply, CounterError> {
         let sent = self.now();
+        self.calls.fetch_add(1, Ordering::Relaxed);
         match self.link(replica).1 {
             Reach::Refused => {
                 self.miss(call, sent, call.back);

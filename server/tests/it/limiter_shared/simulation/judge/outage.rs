@@ -67,14 +67,13 @@ fn affects(fault: &Fault, replica: usize) -> bool {
     }
 }
 
-/// Whether no response reaches a replica in time during this fault.
-fn is_outage(fault: &Fault, replica: usize) -> bool {
-    let is_partial = match fault.kind {
-        FaultKind::Late { percent, .. } | FaultKind::Lost { percent, .. } => percent < 100,
-        FaultKind::Slow(_) => true,
-        _ => false,
-    };
-    affects(fault, replica) && !is_partial
+/// Whether no response reaches the affected replicas in time during this fault.
+pub(super) fn is_outage(fault: &Fault) -> bool {
+    match fault.kind {
+        FaultKind::Late { percent, .. } | FaultKind::Lost { percent, .. } => percent == 100,
+        FaultKind::Slow(_) => false,
+        _ => true,
+    }
 }
 
 /// A decision without Redis, although no fault explains it.
@@ -100,7 +99,7 @@ fn unedited(key: &Key, from: u64, until: u64) -> Option<(usize, Plan)> {
 pub(super) fn under_in_outage(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
     scene.faults.iter().find_map(|fault| {
         (0..scene.replicas)
-            .filter(|replica| is_outage(fault, *replica))
+            .filter(|replica| is_outage(fault) && affects(fault, *replica))
             .find_map(|replica| {
                 let of_replica: Vec<&Entry> =
                     entries.iter().filter(|it| it.replica == replica).collect();

@@ -1,10 +1,10 @@
-//! Tests the lower bound with handwritten logs.
+//! Tests both bounds with handwritten logs.
 
 use quota_common::plan::OnRedisFailure;
 
 use super::{
-    super::scene::{Change, Fault, FaultKind, Key, Load, Plan, Scene},
-    Answer, Entry, Facts, MS, under,
+    super::scene::{Change, Fault, FaultKind, Key, Load, Plan, Replicas, Scene},
+    Answer, Entry, Facts, MS, over, under,
 };
 
 /// Each of the faults below begins a new epoch.
@@ -145,4 +145,37 @@ fn a_few_tokens_are_taken_together_and_not_one_by_one() {
     let at_once = |admitted| requests(1000, admitted, 700).collect::<Vec<_>>();
     assert_eq!(verdict(&scene, &at_once(600)), None);
     assert!(verdict(&scene, &at_once(580)).is_some());
+}
+
+/// If a fifth of the calls are late just after an outage, one replica may use Redis again while another one still uses
+/// its share. Otherwise, late calls are no reason for a share.
+#[test]
+fn shares_are_allowed_in_addition_only_while_replicas_return() {
+    let mut scene = scene(vec![plan(0, 600, 10, true)]);
+    scene.keys[0].on_failure = OnRedisFailure::Share;
+    let late = Fault {
+        at: 3000,
+        lasts: 700,
+        kind: FaultKind::Late {
+            replicas: Replicas(3),
+            by: 354,
+            percent: 20,
+        },
+    };
+    let is_over = |scene: &Scene, admitted: usize| {
+        let log = (0..).zip(requests(3500, admitted, 30));
+        let log = log.map(|(n, it)| Entry {
+            degraded: n >= 10,
+            ..it
+        });
+        let log: Vec<_> = log.collect();
+        over(scene, &scene.keys[0], &log).is_some()
+    };
+    scene.faults = vec![late];
+    assert!(!is_over(&scene, 10) && is_over(&scene, 11));
+    for ends in [2500, 900] {
+        scene.faults = vec![outage(500, ends - 500), late];
+        let most = if ends == 2500 { 15 } else { 10 };
+        assert!(!is_over(&scene, most) && is_over(&scene, most + 1));
+    }
 }

@@ -1,5 +1,5 @@
-//! Thin events, whose data has to be read from version 2 of the Stripe API, which the `async-stripe` crates do not
-//! support.
+//! Requests that the `async-stripe` crates in use do not support: thin events, whose data has to be read from version 2
+//! of the Stripe API, and the account.
 
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::Value;
@@ -9,7 +9,7 @@ use super::{API_VERSION, Result, StripeError, TIMEOUT};
 const STRIPE: &str = "https://api.stripe.com";
 
 #[derive(Debug, Clone)]
-pub(super) struct ThinEvents {
+pub(super) struct RawClient {
     http: reqwest::Client,
     /// Without a trailing slash.
     base: String,
@@ -44,7 +44,7 @@ fn meter_errors(event: &Value) -> Vec<MeterError> {
         .collect()
 }
 
-impl ThinEvents {
+impl RawClient {
     pub(super) fn new(key: &SecretString, base: Option<&str>) -> Result<Self> {
         let http = reqwest::Client::builder().timeout(TIMEOUT).build();
         Ok(Self {
@@ -65,9 +65,26 @@ impl ThinEvents {
                 message: "not an event ID".to_owned(),
             });
         }
+        let event = self.get(&format!("v2/core/events/{event}")).await?;
+        Ok(meter_errors(&event))
+    }
+
+    /// Returns the ID of the account. `None` if the key may not read it.
+    pub(super) async fn account(&self) -> Result<Option<String>> {
+        match self.get("v1/account").await {
+            Ok(account) => match account["id"].as_str() {
+                Some(id) => Ok(Some(id.to_owned())),
+                None => Err(StripeError::Unknown("an account without an ID".to_owned())),
+            },
+            Err(StripeError::Rejected { status: 403, .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn get(&self, path: &str) -> Result<Value> {
         let unknown = |error: reqwest::Error| StripeError::Unknown(error.to_string());
-        let url = format!("{}/v2/core/events/{event}", self.base);
-        let request = self.http.get(url).bearer_auth(self.key.expose_secret());
+        let request = self.http.get(format!("{}/{path}", self.base));
+        let request = request.bearer_auth(self.key.expose_secret());
         let request = request.header("Stripe-Version", API_VERSION.as_str());
         let response = request.send().await.map_err(unknown)?;
         let status = response.status().as_u16();
@@ -78,7 +95,7 @@ impl ThinEvents {
             message.unwrap_or("no message").to_owned()
         };
         match status {
-            200 => Ok(meter_errors(&body)),
+            200 => Ok(body),
             404 => Err(StripeError::Missing {
                 param: None,
                 message: message(),

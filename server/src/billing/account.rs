@@ -1,0 +1,182 @@
+//! The Stripe account that this server bills through.
+//!
+//! Customers and subscriptions exist in one Stripe account, in live or in test mode. With a secret key of another
+//! account or mode, Stripe reports all of them as missing, and would accept new ones and usage. So the account of the
+//! customers is stored, and compared with that of the secret key before Stripe is used. If they differ, nothing is read,
+//! reported or sold: tenants keep their access, and events and usage wait for the right key.
+//!
+//! A server of an earlier version has not stored the account. Then the account of the secret key is stored if it knows
+//! at least one customer. As long as there are no customers, the account may change.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
+use quota_common::audit::{AuditAction, AuditTarget};
+use tokio::sync::OnceCell;
+
+use super::{Billing, BillingError};
+use crate::{
+    repo::{
+        audit::{self, NewAuditEvent},
+        billing::Shown,
+        invalidation::{self, Target},
+        stripe_account::{self, StripeAccount},
+    },
+    stripe::StripeError,
+};
+
+/// The number of customers among which one has to exist in the account of the secret key.
+const SAMPLE: i64 = 10;
+
+/// What is known about the account of the secret key. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub(super) struct OwnAccount(Arc<Inner>);
+
+#[derive(Debug, Default)]
+struct Inner {
+    /// Its ID; `None` if the key may not read it.
+    id: OnceCell<Option<String>>,
+    has_customers: AtomicBool,
+    is_other: AtomicBool,
+}
+
+/// Returns how an account is named in messages.
+fn named(account: &StripeAccount) -> String {
+    let id = account.account_id.as_deref().unwrap_or("an account");
+    let mode = if account.livemode { "live" } else { "test" };
+    format!("{id} ({mode} mode)")
+}
+
+impl Billing {
+    /// Whether the last comparison found that the secret key belongs to another account or mode than the customers.
+    pub fn is_other_account(&self) -> bool {
+        self.account.0.is_other.load(Ordering::Relaxed)
+    }
+
+    /// Returns [`BillingError::OtherAccount`] if the secret key belongs to another account or mode than the customers.
+    /// Otherwise returns how its account is named. Reads the account from Stripe only once.
+    pub async fn verify_account(&self) -> Result<String, BillingError> {
+        let result = self.compare_account().await;
+        let is_other = match &result {
+            Ok(_) => false,
+            Err(BillingError::OtherAccount(_)) => true,
+            Err(_) => return result,
+        };
+        if self.account.0.is_other.swap(is_other, Ordering::Relaxed) != is_other {
+            match &result {
+                Ok(account) => {
+                    tracing::info!(
+                        account,
+                        "the Stripe secret key belongs to the customers' account"
+                    );
+                }
+                Err(error) => {
+                    tracing::error!(%error, "billing has stopped, and tenants keep their access");
+                }
+            }
+        }
+        result
+    }
+
+    async fn own_account(&self) -> Result<StripeAccount, StripeError> {
+        let id = self.account.0.id.get_or_try_init(|| self.stripe.account());
+        Ok(StripeAccount {
+            account_id: id.await?.clone(),
+            livemode: self.is_live,
+        })
+    }
+
+    async fn compare_account(&self) -> Result<String, BillingError> {
+        let own = self.own_account().await?;
+        let knows = &self.account.0.has_customers;
+        let mut tx = self.db.system().await?;
+        let stored = stripe_account::find(&mut tx).await?;
+        let is_certain = own.account_id.is_some() || knows.load(Ordering::Relaxed);
+        if stored.as_ref() == Some(&own) && is_certain {
+            tx.commit().await?;
+            return Ok(named(&own));
+        }
+        let customers = stripe_account::customers(&mut tx, SAMPLE).await?;
+        tx.commit().await?;
+        if !customers.is_empty() {
+            if let Some(stored) = &stored
+                && !stored.matches(&own)
+            {
+                return Err(other_account(&own, stored));
+            }
+            if !knows.load(Ordering::Relaxed) && !self.knows_any(&customers).await? {
+                return Err(BillingError::OtherAccount(format!(
+                    "STRIPE_SECRET_KEY is a key of {}, which has none of the customers of this server",
+                    named(&own)
+                )));
+            }
+            knows.store(true, Ordering::Relaxed);
+        }
+        let mut tx = self.db.system().await?;
+        stripe_account::record(&mut tx, &own).await?;
+        if customers.is_empty() {
+            stripe_account::replace_unused(&mut tx, &own).await?;
+        }
+        let stored = stripe_account::find(&mut tx).await?;
+        tx.commit().await?;
+        match stored {
+            // Another replica was faster.
+            Some(stored) if !stored.matches(&own) => Err(other_account(&own, &stored)),
+            _ => Ok(named(&own)),
+        }
+    }
+
+    async fn knows_any(&self, customers: &[String]) -> Result<bool, StripeError> {
+        for customer in customers {
+            match self.stripe.is_deleted(customer).await {
+                Ok(_) => return Ok(true),
+                Err(error) if error.is_not_found() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(false)
+    }
+
+    /// Bills through the account and mode of the secret key from now on. Customers and subscriptions of the account
+    /// before are forgotten, so tenants have no access until they subscribe again. Returns how the account is named, and
+    /// for how many tenants access has ended.
+    pub async fn switch_account(&self) -> Result<(String, usize), BillingError> {
+        let own = self.own_account().await?;
+        let mut tx = self.db.system().await?;
+        let ended = stripe_account::switch(&mut tx, &own).await?;
+        let after = Shown {
+            access: "free".to_owned(),
+            ends_at: None,
+        };
+        for tenant in &ended {
+            let event = NewAuditEvent {
+                target_id: None,
+                before: Some(tenant.before.to_json()),
+                after: Some(after.to_json()),
+                ..NewAuditEvent::new(
+                    tenant.tenant_id,
+                    AuditAction::SubscriptionUpdate,
+                    AuditTarget::Subscription,
+                    &"",
+                )
+            };
+            audit::insert_system(&mut tx, &event).await?;
+        }
+        // This comes last, because it waits for other transactions that invalidate. Replicas find it themselves.
+        for tenant in ended.iter().filter(|it| it.had_paid_access) {
+            invalidation::insert_system(&mut tx, tenant.tenant_id, Target::Tenant).await?;
+        }
+        tx.commit().await?;
+        Ok((named(&own), ended.len()))
+    }
+}
+
+fn other_account(own: &StripeAccount, stored: &StripeAccount) -> BillingError {
+    BillingError::OtherAccount(format!(
+        "STRIPE_SECRET_KEY is a key of {}, but the customers of this server belong to {}",
+        named(own),
+        named(stored)
+    ))
+}
