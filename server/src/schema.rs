@@ -110,6 +110,15 @@ diesel::table! {
 }
 
 diesel::table! {
+    billing_stripe_account (is_only) {
+        is_only -> Bool,
+        account_id -> Nullable<Text>,
+        livemode -> Bool,
+        recorded_at -> Timestamptz,
+    }
+}
+
+diesel::table! {
     billing_subscriptions (tenant_id, id) {
         tenant_id -> Uuid,
         id -> Text,
@@ -490,6 +499,7 @@ diesel::allow_tables_to_appear_in_same_query!(
     billing_meter_errors,
     billing_reports,
     billing_senders,
+    billing_stripe_account,
     billing_subscriptions,
     billing_usage,
     idempotency_keys,
