@@ -309,6 +309,16 @@ async fn quits_without_saving(page: App, world: &World) -> Result<()> {
         .with_context(|| format!("pressing \"Quit without saving\": {pressed:?}"))
 }
 
+/// Opens the pages for alerts and webhooks, whose code is loaded with the first of them.
+async fn events(page: &App) -> Result<()> {
+    page.follow("Alerts").await?;
+    page.heading("No alerts yet").await?;
+    page.screenshot("alerts").await?;
+    page.follow("Webhooks").await?;
+    page.heading("No webhooks yet").await?;
+    page.screenshot("webhooks").await
+}
+
 /// Checks that Checkout opens in the system's browser, and that the app notices when it is complete.
 async fn billing(page: &App, world: &World) -> Result<()> {
     page.follow("Billing").await?;
