@@ -246,7 +246,7 @@ async fn tenants_are_charged_once_with_faults_in_every_request_and_a_worker_that
             assert!(attempt < 70, "run {seed}: no Checkout");
             let mut started = None;
             let work = async { started = billing.checkout(&buyer).await.ok() };
-            ended += u32::from(end_early(&mut rng, 120_000, work).await);
+            ended += u32::from(end_early(&mut rng, 120_000, Box::pin(work)).await);
             session = started.map(|(session, _)| session.id).or(session);
             // Some requests another page although they have one.
             if session.is_some() && rng.bool() {
@@ -271,7 +271,7 @@ async fn tenants_are_charged_once_with_faults_in_every_request_and_a_worker_that
                 let _ = billing.portal(tenant, "https://quota.test").await;
                 let _ = billing.read_offer().await;
             };
-            ended += u32::from(end_early(&mut rng, 120_000, work).await);
+            ended += u32::from(end_early(&mut rng, 120_000, Box::pin(work)).await);
         }
         // Usage is later than the subscription, so a read between them finds it.
         while billing.read(tenant).await.is_err() {}
