@@ -572,7 +572,10 @@ async fn addresses_that_are_not_public_are_rejected_and_not_connected_to() {
     let delivery = world.test(&webhook).await;
     let shown = world.wait_until(&webhook, &delivery, has_failed(1)).await;
     let error = shown["error"].as_str().expect("an error");
-    assert!(error.contains("may not be sent to"), "{error}");
+    assert!(
+        error.contains("to which webhooks may not be sent"),
+        "{error}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -266,7 +266,8 @@ async fn drop_leftovers(admin_url: &str) {
     }
 }
 
-/// Returns a hash (FNV-1a) that changes with any migration, so that no test uses an outdated template.
+/// Returns a hash (FNV-1a) that changes with any migration, so that no test uses an outdated template. It covers the
+/// migrations in this binary, and the content of the files, which may be newer.
 fn migrations_hash() -> u64 {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../migrations");
     let mut files: Vec<PathBuf> = fs::read_dir(&dir)
@@ -275,12 +276,18 @@ fn migrations_hash() -> u64 {
         .collect();
     files.sort();
     let mut hash = 0xcbf2_9ce4_8422_2325;
-    for file in files {
-        let name = file.strip_prefix(&dir).expect("it is in there");
-        let content = fs::read(&file).unwrap_or_default();
-        for byte in name.as_os_str().as_encoded_bytes().iter().chain(&content) {
+    let mut add = |bytes: &[u8]| {
+        for byte in bytes {
             hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
         }
+    };
+    for version in quota_server::db::versions() {
+        add(version.as_bytes());
+    }
+    for file in files {
+        let name = file.strip_prefix(&dir).expect("it is in there");
+        add(name.as_os_str().as_encoded_bytes());
+        add(&fs::read(&file).unwrap_or_default());
     }
     hash
 }
