@@ -234,7 +234,7 @@ fn KeyMenu(key: ApiKey, loader: Loader<Page<ApiKey>>) -> impl IntoView {
         MenuItem::open("Edit", open("edit")),
         MenuItem::open("Rotate", open("rotate")),
         MenuItem::run("Copy ID", move || {
-            copy_and_report(id.to_string(), "Key ID", toasts)
+            copy_and_report(id.to_string(), "Key ID", toasts);
         }),
         status,
         MenuItem {

@@ -103,7 +103,7 @@ pub fn BulkActions(
             let changed: Vec<_> = keys.iter().filter(was_active).map(|key| key.id).collect();
             if failed.is_empty() && action == BulkAction::Deactivate && !changed.is_empty() {
                 toasts.succeed_with_undo(outcome, move || {
-                    activate(changed.clone(), toasts, on_changed)
+                    activate(changed.clone(), toasts, on_changed);
                 });
             } else if failed.is_empty() {
                 toasts.succeed(outcome);
@@ -123,7 +123,6 @@ pub fn BulkActions(
         <div class="bulk" role="group" aria-label="Bulk actions">
             <span role="status">
                 {move || match count.get() {
-                    0 if total == 1 => "1 key".to_owned(),
                     0 if total == 1 => "1 key".to_owned(),
                     0 => format!("{} keys", text::list_total(total)),
                     n => format!("{n} of {shown_count} selected"),

@@ -145,7 +145,7 @@ fn PlanRow(
         MenuItem::open("View keys", keys.clone()),
         MenuItem::run("Duplicate", move || duplicate.run(copied.clone())),
         MenuItem::run("Copy ID", move || {
-            copy_and_report(id.to_string(), "Plan ID", toasts)
+            copy_and_report(id.to_string(), "Plan ID", toasts);
         }),
         MenuItem::danger("Delete", move || deleting.set(Some(deleted.clone()))),
     ];
