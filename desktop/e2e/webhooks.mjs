@@ -429,6 +429,7 @@ async function alerts(world, receiver) {
   await to(my, "Billing members", "Shift+Tab");
   await page.keyboard.press("Space");
   await press(my, "Save changes");
+  await my.heading("Email notifications").waitFor({ state: "hidden" });
   await page.locator("main").getByText("Billing members").waitFor();
   assert.deepEqual(await my.api("GET", "/admin/alert-settings"), { email: true, email_roles: ["billing"] });
   await hasFocus(my, "Edit email notifications");
