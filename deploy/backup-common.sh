@@ -17,6 +17,12 @@ connect() {
     database="${BASH_REMATCH[1]}@${BASH_REMATCH[4]}"
     PGPASSWORD=$(printf '%b' "${BASH_REMATCH[3]//%/\\x}")
     export PGPASSWORD
+  elif [[ $database =~ [pP][aA][sS][sS][wW][oO][rR][dD][[:space:]]*= || $database =~ ^[a-z]+://[^/?]*:[^/?]*@ ]]; then
+    fail "write the password as in postgres://user:password@host/database, or set PGPASSFILE: it would be visible in the list of processes"
+  fi
+  if [ -n "$database" ] && [ -n "${QUOTA_DATA_DIR:-}" ]; then
+    [ -r "$QUOTA_DATA_DIR" ] && [ -x "$QUOTA_DATA_DIR" ] || fail "cannot read QUOTA_DATA_DIR, $QUOTA_DATA_DIR"
+    [ ! -e "$QUOTA_DATA_DIR/usage" ] || [ -r "$QUOTA_DATA_DIR/usage" ] || fail "cannot read $QUOTA_DATA_DIR/usage"
   fi
 }
 
@@ -74,6 +80,8 @@ restore_usage() {
     rm "$archive"
   elif [ -n "${QUOTA_DATA_DIR:-}" ]; then
     local unpacked
+    # The server's user could have made it one, to have files written elsewhere.
+    [ ! -L "$QUOTA_DATA_DIR/usage" ] || fail "$QUOTA_DATA_DIR/usage is a symbolic link"
     unpacked=$(mktemp --directory "$QUOTA_DATA_DIR/restore.XXXXXX")
     tar --extract --sparse --directory "$unpacked"
     if [ -d "$unpacked/usage" ]; then

@@ -7,8 +7,8 @@
 #   DATABASE_URL_FILE=/etc/quota/secrets/database_url QUOTA_DATA_DIR=/var/lib/quota deploy/backup.sh /var/backups
 #                                                   any other (DATABASE_URL works too); requires pg_dump, psql and tar
 #
-# The backup contains the database, and the usage that was not in the database yet: all usage until the backup started is
-# in one of them. It does not contain the secrets, so keep a copy of them elsewhere. Redis needs no backup.
+# The backup contains the database, and the usage in this data directory that was not in the database yet: all usage until
+# the backup started is in one of them, unless replicas have data directories of their own that contain a backlog. It does not contain the secrets, so keep a copy of them elsewhere. Redis needs no backup.
 #
 # With FORCE ROW LEVEL SECURITY, not even the owner of the tables can read all rows. So connect as a superuser, or as a role
 # with BYPASSRLS and pg_read_all_data.

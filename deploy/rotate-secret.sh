@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Rotates QUOTA_SECRET without signing anyone out. Run each step, and then restart all replicas, one after the other, before
-# you run the next one. With compose.prod.yml, `deploy/upgrade.sh` restarts them.
+# Rotates QUOTA_SECRET. The first three steps sign no one out: run each, and then restart all replicas, one after the other,
+# before you run the next one. With compose.prod.yml, `deploy/upgrade.sh` restarts them.
 #
 #   deploy/rotate-secret.sh prepare     creates a new secret, which replicas accept but do not use yet
 #   deploy/rotate-secret.sh switch      uses the new secret; the old one is still accepted
 #   deploy/rotate-secret.sh finish      stops accepting the old one; not before QUOTA_SESSION_DAYS have passed
 #
-#   deploy/rotate-secret.sh leaked      replaces the secret immediately: all users have to sign in again
+#   deploy/rotate-secret.sh leaked      replaces the secret. Restart all replicas at once: until then, each still accepts the
+#                                       leaked one. All users have to sign in again, and webhooks need new secrets
 #   deploy/rotate-secret.sh status
 #
 # The files quota_secret and quota_secret_previous are in deploy/secrets, or in the directory in SECRETS, such as
@@ -15,6 +16,8 @@ set -euo pipefail
 folder=${SECRETS:-$(dirname "${BASH_SOURCE[0]}")/secrets}
 current=$folder/quota_secret
 previous=$folder/quota_secret_previous
+# The secret before the switch, while it is in progress.
+old_copy=$folder/.quota_secret.old
 
 fail() {
   echo "rotate-secret.sh: $*" >&2
@@ -43,18 +46,20 @@ expect() {
 case "${1:-}" in
   prepare)
     case "$step" in none | finish | leaked) ;; *) fail "a rotation is in progress; the last step was \`$step\`" ;; esac
+    rm -f "$old_copy"
     write "$previous" "$(random)"
     ;;
   switch)
     expect prepare
     # If this is interrupted, run it again: this file contains the old secret until both others are written.
-    old_copy=$folder/.quota_secret.old
     [ -e "$old_copy" ] || write "$old_copy" "$(< "$current")"
     old=$(< "$old_copy")
     new=$(< "$current")
     [ "$new" != "$old" ] || new=$(< "$previous")
     write "$current" "$new"
     write "$previous" "$old"
+    # Only then is the copy removed, or another run would switch back.
+    write "$folder/.rotation" switch
     rm -f "$old_copy"
     ;;
   finish)
@@ -62,6 +67,7 @@ case "${1:-}" in
     write "$previous" "$(< "$current")"
     ;;
   leaked)
+    rm -f "$old_copy"
     write "$current" "$(random)"
     write "$previous" "$(< "$current")"
     ;;
@@ -71,5 +77,9 @@ case "${1:-}" in
     ;;
   *) fail "usage: rotate-secret.sh prepare|switch|finish|leaked|status" ;;
 esac
-printf '%s' "$1" > "$folder/.rotation"
-echo "done: $1. Now restart all replicas, one after the other"
+write "$folder/.rotation" "$1"
+if [ "$1" = leaked ]; then
+  echo "done: $1. Now restart all replicas at once"
+else
+  echo "done: $1. Now restart all replicas, one after the other"
+fi

@@ -483,3 +483,54 @@ fn switch_can_be_repeated_after_an_interruption() {
         "no such folder"
     );
 }
+
+/// A secret that leaked while a switch was interrupted never comes back.
+#[test]
+fn leaked_secret_does_not_return_with_a_later_rotation() {
+    let secrets = data_dir();
+    let write = |name: &str, text: &str| {
+        fs::write(secrets.path().join(name), text).expect("written");
+    };
+    let read = |name: &str| fs::read_to_string(secrets.path().join(name)).expect("a secret");
+    write("quota_secret", "old");
+    write("quota_secret_previous", "new");
+    write(".quota_secret.old", "old");
+    write(".rotation", "prepare");
+    for step in ["leaked", "prepare", "switch"] {
+        let (passed, text) = rotate(secrets.path(), step);
+        assert!(passed, "{text}");
+        assert_eq!(text.contains("at once"), step == "leaked", "{text}");
+        assert_ne!(read("quota_secret"), "old");
+        if step != "prepare" {
+            assert_ne!(read("quota_secret_previous"), "old", "after {step}");
+        }
+    }
+    // Both secrets are new, and the last one is in use.
+    assert_ne!(read("quota_secret"), read("quota_secret_previous"));
+}
+
+/// The password would be visible to everyone on the machine, and usage would be missing from the backup.
+#[test]
+fn backup_refuses_settings_that_it_would_misread() {
+    let folder = data_dir();
+    let backup = |url: &str, data: &str| {
+        let mut command = script("backup.sh");
+        command.arg(folder.path());
+        command.env("DATABASE_URL", url).env("QUOTA_DATA_DIR", data);
+        let output = command.output().expect("bash runs");
+        (output.status.success(), text(&output))
+    };
+    for url in [
+        "postgres://localhost/quota?user=u&password=p",
+        "postgres://:p@localhost/quota",
+        "host=localhost user=u password=p",
+    ] {
+        let (passed, text) = backup(url, "");
+        assert!(
+            !passed && text.contains("postgres://user:password@host"),
+            "{url}: {text}"
+        );
+    }
+    let (passed, text) = backup("postgres://u@localhost/quota", "/no/such/directory");
+    assert!(!passed && text.contains("QUOTA_DATA_DIR"), "{text}");
+}
