@@ -300,9 +300,11 @@ impl KeyState {
     /// Returns whether a waiting request may have to be denied: the quotas have too few tokens for it, even if all
     /// reserved ones are released.
     pub(in crate::limiter) fn may_deny_waiting(&self) -> bool {
-        [&self.daily, &self.monthly]
-            .iter()
-            .any(|block| block.status(self.largest_wait) == BlockStatus::Exhausted)
+        [&self.daily, &self.monthly].iter().any(|block| {
+            let status = block.status(self.largest_wait);
+            // The largest one may have been too large for the whole quota, and have left since.
+            matches!(status, BlockStatus::Exhausted | BlockStatus::NeverFits)
+        })
     }
 
     pub(in crate::limiter) fn quotas(&self, tokens: u64, now: UnixNanos) -> Quotas {

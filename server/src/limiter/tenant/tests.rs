@@ -282,6 +282,11 @@ async fn request_that_can_no_longer_get_enough_tokens_stops_waiting() {
             assert!(futures_util::poll!(&mut third).is_pending());
             tokio::task::yield_now().await;
         }
+        // One that is larger than the whole quota does not wait, and changes nothing for those that do.
+        let too_large = NonZeroU32::new(1000).unwrap();
+        let decide = world.store.take(&world.key, &world.policies, too_large);
+        let denied = world.admit_with(too_large, decide).await.unwrap();
+        assert!(!denied.is_allowed());
         decide_first.send(Outcome::Allowed).unwrap();
         let third = third.await;
         decide_second.send(Outcome::Allowed).unwrap();
