@@ -94,8 +94,8 @@ pub async fn has_room(tx: &mut TenantTx, webhook: Uuid) -> Result<bool, DbError>
     Ok(pending.get(&webhook).is_none_or(|it| *it < PENDING_MAX))
 }
 
-/// Inserts the deliveries of a tenant's events to these webhooks, which the caller has locked. Those of a webhook that
-/// has [`PENDING_MAX`] fail.
+/// Inserts the deliveries of a tenant's events to these webhooks, which the caller must have locked. Deliveries to a
+/// webhook that has [`PENDING_MAX`] fail.
 pub async fn insert_all(
     tx: &mut SystemTx,
     tenant: Uuid,
@@ -306,7 +306,8 @@ pub async fn claim(tx: &mut SystemTx, claim: &Claim<'_>) -> Result<Vec<DueDelive
                  WHERE d.due_at IS NOT NULL AND d.tenant_id > earlier.tenant_id AND d.tenant_id <= $6 \
                  ORDER BY d.tenant_id, d.webhook_id, d.due_at LIMIT 1) next \
          ), considered AS MATERIALIZED ( \
-             SELECT t.tenant_id, d.id, d.n \
+             SELECT t.tenant_id, d.id, \
+                 d.n + (SELECT count(*) FROM unnest($4) AS r (id) WHERE r.id = t.tenant_id) AS n \
              FROM (SELECT tenant_id FROM later UNION ALL SELECT tenant_id FROM earlier) t \
              CROSS JOIN LATERAL ( \
                  SELECT ranked.id, row_number() OVER (ORDER BY ranked.n, ranked.due_at) AS n FROM ( \

@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use uuid::Uuid;
 
 use crate::support::{
     app::{Account, Setup, TestApp},
@@ -644,6 +645,25 @@ async fn tenant_with_a_large_backlog_does_not_take_all_attempts() {
     webhooks.sort();
     webhooks.dedup();
     assert_eq!(webhooks.len(), 9);
+}
+
+/// Those of a tenant whose earlier attempts are still in progress come last, wherever the turn is.
+#[tokio::test(flavor = "multi_thread")]
+async fn tenant_without_attempts_in_progress_is_first() {
+    let world = World::without_jobs().await;
+    let stranger = world.app.register().await;
+    let (busy, _) = world.hooks.create(&world.app, &world.account, "/a").await;
+    let (idle, _) = world.hooks.create(&world.app, &stranger, "/b").await;
+    let tenant = Uuid::parse_str(&world.account.tenant_id).expect("an ID");
+    let running = [(tenant, Uuid::now_v7()), (tenant, Uuid::now_v7())];
+    for _ in 0..3 {
+        world.app.webhook_delivery(&world.account, &busy).await;
+        world.app.webhook_delivery(&stranger, &idle).await;
+        let claimed = world.app.state.webhooks.claim(1, &running).await;
+        let claimed = claimed.expect("a claim");
+        let tenants: Vec<_> = claimed.iter().map(|it| it.tenant_id.to_string()).collect();
+        assert_eq!(tenants, [stranger.tenant_id.as_str()]);
+    }
 }
 
 /// The results of its attempts were not recorded.
