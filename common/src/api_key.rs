@@ -86,7 +86,7 @@ update! {
         /// The key's identifier in your own system: 1 to 200 characters. `null` removes it.
         #[garde(dive)]
         pub external_id: Patch<ExternalId>,
-        /// Replaces all names and values. `{}` removes them.
+        /// Replaces all names and values. Send `{}` to remove all of them.
         #[garde(dive)]
         pub metadata: Option<Metadata>,
     }

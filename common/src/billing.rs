@@ -44,7 +44,7 @@ response! {
         pub cancels_at: Option<Timestamp>,
         /// Start of the current billing period.
         pub period_start: Option<Timestamp>,
-        /// End of the current billing period, when the next payment is due.
+        /// End of the current billing period. The next payment is due then, unless the subscription is to be canceled.
         pub period_end: Option<Timestamp>,
         /// Whether the customer portal is available. It becomes available when the tenant first starts a subscription.
         pub has_customer: bool,
@@ -72,7 +72,7 @@ response! {
     pub struct BillingPrice {
         /// The product's name. `null` if it is unknown.
         pub name: Option<String>,
-        /// The currency's ISO 4217 code in lower case, such as `usd`.
+        /// Lowercase ISO 4217 currency code, such as `usd`.
         pub currency: String,
         /// Price per month, as a decimal number in the smallest unit of the currency: `2900` is $29.00. `null` if the
         /// price is not a fixed amount.

@@ -34,7 +34,7 @@ text_enum! {
 }
 
 response! {
-    /// A plan. Its limits apply to each of its keys separately.
+    /// A plan. Its limits apply to each key on it separately.
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct Plan {

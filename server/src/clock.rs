@@ -139,7 +139,7 @@ pub trait Clock: Debug + Send + Sync + 'static {
     /// Returns calendar time. It may stand still or go backward.
     fn now(&self) -> UnixNanos;
 
-    /// Returns the time since an arbitrary start in this process. Never goes backward.
+    /// Returns the time since an arbitrary point in the life of this process. Never goes backward.
     fn monotonic(&self) -> Monotonic;
 }
 

@@ -123,7 +123,7 @@ impl PlanApi {
 
     /// Create a plan
     ///
-    /// Returns the plan. Its limits apply to each of its keys separately.
+    /// Returns the plan. Its limits apply to each key on it separately.
     #[oai(path = "/plans", method = "post", operation_id = "create_plan")]
     async fn create(
         &self,
@@ -175,8 +175,8 @@ impl PlanApi {
 
     /// Update a plan
     ///
-    /// Takes effect on all replicas within one second. Usage isn't reset: an update grants no new burst or quota. A
-    /// burst that equals the rate changes with the rate unless `burst` is sent.
+    /// Takes effect on all replicas within one second. Usage isn't reset: an update grants no new burst or quota. If
+    /// the burst equals the rate, changing the rate also changes the burst, unless you send `burst`.
     #[oai(
         path = "/plans/:plan_id",
         method = "patch",

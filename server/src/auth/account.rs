@@ -147,7 +147,7 @@ impl Accounts {
         Ok((UserId(made.user.id), TenantId(made.tenant.id)))
     }
 
-    /// Sets a password without the old one, for the operator, and revokes the user's sessions.
+    /// Sets a password without requiring the old one, and revokes the user's sessions. Used by operators.
     pub async fn reset_password(&self, email: &str, password: &str) -> Result<(), AuthError> {
         let email = email.trim().to_lowercase();
         let mut tx = self.db.system().await?;

@@ -139,8 +139,8 @@ impl Billing {
         Ok(false)
     }
 
-    /// Bills through the account and mode of the secret key from now on. Customers and subscriptions of the account
-    /// before are forgotten, so tenants have no access until they subscribe again. Returns how the account is named, and
+    /// Bills through the account and mode of the secret key from now on. Customers and subscriptions of the
+    /// previous account are forgotten, so tenants have no access until they subscribe again. Returns how the account is named, and
     /// for how many tenants access has ended.
     pub async fn switch_account(&self) -> Result<(String, usize), BillingError> {
         let own = self.own_account().await?;

@@ -113,7 +113,7 @@ struct Settings {
     limit: usize,
     /// How long a lookup waits for its batch to start.
     wait: Duration,
-    /// The maximum number of concurrent batches. One fewer, but at least one, may contain unknown secrets.
+    /// The maximum number of concurrent batches. All but one of them may contain unknown secrets; if there is only one, it may too.
     workers: usize,
     freshness: Arc<Freshness>,
     metrics: Arc<Metrics>,

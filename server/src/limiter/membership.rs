@@ -85,7 +85,7 @@ impl Membership {
 
     /// Records a count that found this replica in `slot`, with its beginning and end.
     ///
-    /// Its age is measured from its beginning. It takes effect at its end: until then this replica acted on the
+    /// Its age is measured from when it started. It takes effect when it ends: until then, this replica acted on the
     /// previous count, and others may not have included this replica.
     pub fn confirm_count(&self, slot: ReplicaSlot, began: Monotonic, ended: Monotonic) {
         let mut counted = self.counted.lock();

@@ -27,7 +27,7 @@ pub async fn lock(tx: &mut TenantTx) -> Result<(), DbError> {
     Ok(())
 }
 
-/// Returns the number of these resources that a tenant has. Call before the insert, in the same transaction: until it
+/// Returns how many resources of this kind the tenant has. Call before the insert, in the same transaction: until it
 /// ends, other transactions that call this wait.
 pub async fn count(tx: &mut TenantTx, what: Resource) -> Result<u64, DbError> {
     lock(tx).await?;

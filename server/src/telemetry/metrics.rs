@@ -249,7 +249,7 @@ impl Metrics {
         self.invalidation_lag_seconds.write(
             &mut text,
             "quota_invalidation_lag_seconds",
-            "Seconds from a change, by PostgreSQL's clock, until this replica applied it.",
+            "Seconds between a change (by PostgreSQL's clock) and the moment this replica applied it.",
         );
         connections::write(
             &mut text,

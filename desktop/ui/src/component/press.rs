@@ -1,4 +1,4 @@
-//! Work that waits until no mouse button is pressed.
+//! Defers work until no mouse button is pressed.
 //!
 //! A message that appears while a button is pressed can move the element under the pointer. The browser then sends no
 //! click, because the button is not released over the same element. Touches send the same events as a mouse.

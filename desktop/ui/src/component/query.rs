@@ -1,4 +1,4 @@
-//! Dialogs that an address opens.
+//! Dialogs opened by the query string of the URL.
 
 use leptos::prelude::*;
 

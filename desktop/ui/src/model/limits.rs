@@ -30,7 +30,7 @@ impl EffectiveLimits {
         let rate = key.rpm_override.unwrap_or(plan.default_rpm);
         Self {
             rate,
-            // A burst that equals the plan's rate follows the key's own.
+            // If the plan's burst equals its rate, the key's burst equals the key's own rate.
             burst: if plan.burst == plan.default_rpm {
                 rate
             } else {

@@ -391,8 +391,10 @@ pub fn test_result(it: &WebhookDelivery, now: i64) -> Markup {
             format!("The endpoint responded with status {status}.")
         }
         (.., Some(error)) => error.clone(),
-        (WebhookDeliveryStatus::Delivered, None, None) => "The endpoint accepted it.".to_owned(),
-        _ => "It was not sent.".to_owned(),
+        (WebhookDeliveryStatus::Delivered, None, None) => {
+            "The endpoint accepted the event.".to_owned()
+        }
+        _ => "The event was not sent.".to_owned(),
     };
     if it.status == WebhookDeliveryStatus::Pending
         && let Some(at) = it.next_attempt_at

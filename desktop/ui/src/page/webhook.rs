@@ -103,7 +103,7 @@ pub fn WebhookPage(id: WebhookId) -> impl IntoView {
             // Errors appear as toasts.
             confirmation=dialogs.deactivating
             title=Signal::derive(move || format!("Deactivate {}?", quoted(&name.get())))
-            message="Events aren't sent until you activate it again, and pending deliveries are canceled. You can redeliver those later."
+            message="Events aren't sent until you activate the webhook again. Pending deliveries are canceled, but you can redeliver them later."
             action="Deactivate webhook"
             run=Callback::new(move |()| set_active.run(false))
         />

@@ -21,7 +21,7 @@ use crate::{
     },
 };
 
-pub const URL_HINT: &str = "Events are sent here as POST requests. The host must be public.";
+pub const URL_HINT: &str = "Events are sent here as POST requests. The host must have a public address, unless the operator allows its network.";
 
 #[component]
 pub fn EditDialog(loader: Loader<Webhook>, open: RwSignal<bool>) -> impl IntoView {
@@ -129,11 +129,11 @@ pub fn NewSecretDialog(new: NewSecret, on_close: Callback<()>) -> impl IntoView 
             new
             title=Signal::derive(move || format!("Save the signing secret of {}", quoted(&new.name.get())))
             noun="secret"
-            recovery="If you lose it, rotate it."
+            recovery="If you lose it, rotate the secret."
             on_close
         >
             <h3>"Verify requests"</h3>
-            <p class="muted">"Anyone who knows your URL can send requests to it. Verify the signature of each one with this secret and a Standard Webhooks library."</p>
+            <p class="muted">"Anyone who knows your URL can send requests to it. Use this secret and a Standard Webhooks library to verify the signature of each request."</p>
             <Examples/>
         </SecretDialog>
     }

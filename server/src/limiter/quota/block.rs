@@ -308,7 +308,7 @@ impl Block {
         (self.limit != 0).then_some(self.quota)
     }
 
-    /// Returns the rest of the quota, which is all of it until the ledger has responded.
+    /// Returns the remaining quota. Until the ledger has responded, this is the full quota.
     pub(in crate::limiter) fn remaining(&self) -> u64 {
         self.quota
             .saturating_sub(self.used.saturating_sub(self.held))
