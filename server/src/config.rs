@@ -66,6 +66,8 @@ pub struct Config {
     pub request_timeout: Duration,
     pub idle_timeout: Duration,
     pub write_timeout: Duration,
+    /// Whether plain requests are answered without hyper.
+    pub direct_responses: bool,
     pub connections: usize,
     /// The maximum number per address; 0 for no limit.
     pub connections_per_address: usize,

@@ -24,6 +24,7 @@ pub mod limiter;
 pub mod mail;
 pub mod metering;
 pub mod openapi;
+pub mod plain_request;
 pub mod readiness;
 pub mod redis;
 pub mod repo;

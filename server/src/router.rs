@@ -12,7 +12,9 @@ use quota_common::ProblemCode;
 
 use crate::{
     api::{
-        console, document,
+        console,
+        direct::DirectDecisions,
+        document,
         fast_path::{FORWARD_AUTH, FastPath},
         ip_guard::IpGuard,
         limit_headers,
@@ -71,6 +73,12 @@ pub fn public(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
         forward_auth: all,
     }
     .with(edge)
+}
+
+/// Returns the endpoint of the public listener for plain requests, unless it is turned off.
+pub fn direct(state: &AppState) -> Option<DirectDecisions> {
+    let is_on = state.config.direct_responses;
+    is_on.then(|| DirectDecisions::new(state))
 }
 
 /// Applies the CORS rules to every path except forward-auth.

@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: the cost of a request, compared with servers that do nothing; `cargo xtask bench replicas`: the
 //! behavior of several replicas. See `xtask/bench`. `cargo xtask bench simulation`: the limiter's promises in simulated
-//! time, with many seeds. `cargo xtask bench crash`: kills under load, and a recount of the usage. `cargo xtask bench
+//! time, with many seeds. `cargo xtask bench differential`: direct responses compared with those of hyper, in many
+//! cases. `cargo xtask bench crash`: kills under load, and a recount of the usage. `cargo xtask bench
 //! metering`: the cost of recording usage. `cargo xtask bench outage`: an outage of PostgreSQL under load. `cargo xtask
 //! bench usage`: the speed of writing and reading usage. `cargo xtask bench keys`: the speed of listing and searching
 //! keys. `cargo xtask bench webhooks`: many webhooks from Stripe at once. `cargo xtask bench desktop`: the cost of the desktop app, compared with an empty window. See `xtask/desktop`.
@@ -22,6 +23,11 @@ use crate::{
 const SEEDS: &str = "20000";
 /// The test that runs the seeds.
 const SIMULATION: &str = "limiter_shared::simulation::every_promise_holds_in_every_seed";
+
+/// The default number of cases for the comparison of direct responses.
+const CASES: &str = "1000000";
+/// The test that runs the cases.
+const DIFFERENTIAL: &str = "direct::direct_responses_are_those_of_hyper";
 
 /// The test that measures usage.
 const USAGE: &str = "usage::bench::ten_million_rows";
@@ -47,6 +53,27 @@ fn measure(name: &str, variables: &[&str], arguments: &[OsString]) -> Result<Exi
         ]);
     test.envs(variables.iter().zip(arguments));
     let status = test.status().context("cannot run the measurement")?;
+    Ok(if status.success() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// Compares direct responses with those of hyper in this many cases, starting with the first.
+fn differential(arguments: &[OsString]) -> Result<ExitCode> {
+    machine::install(&[machine::POSTGRES])?;
+    let cases = arguments
+        .first()
+        .map_or_else(|| OsString::from(CASES), OsString::clone);
+    let mut test = cargo();
+    test.args(["test", "--release", "--quiet", "--package", "quota-server"])
+        .args(["--test", "it", "--", "--exact", DIFFERENTIAL, "--nocapture"])
+        .env("DIFFERENTIAL_CASES", cases);
+    if let Some(first) = arguments.get(1) {
+        test.env("DIFFERENTIAL_FIRST", first);
+    }
+    let status = test.status().context("cannot run the comparison")?;
     Ok(if status.success() {
         ExitCode::SUCCESS
     } else {
@@ -85,6 +112,11 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
         && first == "simulation"
     {
         return simulation(rest);
+    }
+    if let Some((first, rest)) = arguments.split_first()
+        && first == "differential"
+    {
+        return differential(rest);
     }
     if let Some((first, rest)) = arguments.split_first()
         && first == "usage"

@@ -7,19 +7,18 @@
 
 use std::{num::NonZeroU32, sync::Arc};
 
-use poem::{
-    Request, RequestBody, Result,
-    http::{HeaderMap, Method, header},
-};
+use poem::{Request, RequestBody, Result, http::Method};
 use poem_openapi::{
     ApiExtractor, ApiExtractorType, ExtractParamOptions,
     registry::{MetaSecurityScheme, Registry},
 };
-use quota_common::{ProblemCode, SessionId, TenantId, UserId, auth::Role};
+use quota_common::{SessionId, TenantId, UserId, auth::Role};
 use secrecy::SecretString;
 
 use super::{
     browser::{self, SessionCookie},
+    credentials::{api_key, bearer},
+    fields::{Fields, Sent},
     idempotency,
     problem::ApiError,
     request_context::{RequestContext, origin},
@@ -69,32 +68,6 @@ macro_rules! extract_by_credential {
             }
         }
     };
-}
-
-/// Returns the token from `Authorization: Bearer`.
-pub fn bearer(headers: &HeaderMap) -> Result<Option<&str>, ApiError> {
-    let mut fields = headers.get_all(header::AUTHORIZATION).iter();
-    let Some(field) = fields.next() else {
-        return Ok(None);
-    };
-    if fields.next().is_some() {
-        return Err(ApiError::new(
-            ProblemCode::Malformed,
-            "The Authorization header was sent more than once.",
-        ));
-    }
-    let unusable = || {
-        ApiError::unauthorized(
-            true,
-            "Send credentials as: Authorization: Bearer <credential>.",
-        )
-    };
-    let field = field.to_str().map_err(|_| unusable())?;
-    let (kind, token) = field.split_once(' ').ok_or_else(unusable)?;
-    if !kind.eq_ignore_ascii_case("bearer") || token.trim().is_empty() {
-        return Err(unusable());
-    }
-    Ok(Some(token.trim()))
 }
 
 /// A signed-in user, acting for one tenant.
@@ -172,60 +145,6 @@ extract_by_credential!(
         )
     }
 );
-
-/// How many times a header was sent.
-enum Sent<'a> {
-    Never,
-    Once(&'a str),
-    Several,
-}
-
-impl<'a> Sent<'a> {
-    fn of(headers: &'a HeaderMap, name: &str) -> Self {
-        let mut fields = headers.get_all(name).iter();
-        match (fields.next(), fields.next()) {
-            (None, _) => Self::Never,
-            // A value that is not valid text is rejected like any other invalid credential.
-            (Some(field), None) => Self::Once(field.to_str().unwrap_or("?").trim()),
-            (Some(_), Some(_)) => Self::Several,
-        }
-    }
-}
-
-/// Returns the API key of a request: `X-API-Key: K` or `Authorization: Bearer K`.
-fn key_text(request: &Request) -> Result<Option<&str>, ApiError> {
-    let headers = request.headers();
-    let from_field = match Sent::of(headers, "x-api-key") {
-        Sent::Never => None,
-        Sent::Once(key) => Some(key),
-        Sent::Several => {
-            return Err(ApiError::new(
-                ProblemCode::Malformed,
-                "The X-API-Key header was sent more than once.",
-            ));
-        }
-    };
-    let from_bearer = bearer(headers)?;
-    match (from_field, from_bearer) {
-        (Some(key), Some(other)) if key != other => Err(ApiError::new(
-            ProblemCode::Malformed,
-            "X-API-Key and Authorization contain different keys. Send only one of them.",
-        )),
-        (Some(key), _) | (None, Some(key)) => Ok(Some(key)),
-        (None, None)
-            if request
-                .uri()
-                .query()
-                .is_some_and(|query| query.contains(Kind::ApiKey.prefix())) =>
-        {
-            Err(ApiError::new(
-                ProblemCode::Malformed,
-                "Don't send API keys in the URL, because URLs are logged. Rotate this key, and send the new one as X-API-Key.",
-            ))
-        }
-        (None, None) => Ok(None),
-    }
-}
 
 /// Looks up the key, calls the limiter, and records the decision for `endpoint`, which may be empty. An invalid key is
 /// rejected without being charged.
@@ -326,11 +245,20 @@ impl AdmittedKey {
     ///
     /// The decision is recorded for the request's own endpoint.
     pub async fn admit(request: &Request) -> Result<Self, ApiError> {
-        let text = key_text(request)?
+        let query = request.uri().query();
+        Self::of(RequestContext::of(request)?, request.headers(), query).await
+    }
+
+    /// The same for a request with these fields and query.
+    pub async fn of(
+        context: &RequestContext,
+        fields: &impl Fields,
+        query: Option<&str>,
+    ) -> Result<Self, ApiError> {
+        let text = api_key(fields, query)?
             .ok_or_else(|| ApiError::unauthorized(false, "Send an API key as X-API-Key."))?;
         // This is the only one of Quota's own endpoints that is limited.
         let endpoint = "GET /v1/echo";
-        let context = RequestContext::of(request)?;
         match decide(context, text, NonZeroU32::MIN, None, endpoint).await? {
             Ok((record, decision)) if decision.is_allowed() => Ok(Self { record, decision }),
             Ok((record, decision)) => Err(ApiError::denied(record, decision)),
@@ -361,8 +289,10 @@ extract_by_credential!(
 );
 
 /// Looks up a service token.
-async fn service_token(request: &Request, token: &str) -> Result<Arc<ServiceRecord>, ApiError> {
-    let context = RequestContext::of(request)?;
+async fn service_token(
+    context: &RequestContext,
+    token: &str,
+) -> Result<Arc<ServiceRecord>, ApiError> {
     let state = &context.state;
     let refused = || ApiError::unauthorized(true, "This service token is invalid.");
     let text = SecretText::parse(Kind::ServiceToken, token.as_bytes()).ok_or_else(refused)?;
@@ -388,11 +318,15 @@ pub struct ServiceCaller {
 }
 
 impl ServiceCaller {
-    /// Reads the service token from `X-Service-Token`, or otherwise from `Authorization: Bearer`.
     pub async fn admit(request: &Request) -> Result<Self, ApiError> {
-        let token = match Sent::of(request.headers(), "x-service-token") {
+        Self::of(RequestContext::of(request)?, request.headers()).await
+    }
+
+    /// Reads the service token from `X-Service-Token`, or otherwise from `Authorization: Bearer`.
+    pub async fn of(context: &RequestContext, fields: &impl Fields) -> Result<Self, ApiError> {
+        let token = match Sent::of(fields, "x-service-token") {
             Sent::Once(token) => Some(token),
-            Sent::Never => bearer(request.headers())?,
+            Sent::Never => bearer(fields)?,
             Sent::Several => return Err(several_service_tokens()),
         };
         let token = token.ok_or_else(|| {
@@ -401,7 +335,7 @@ impl ServiceCaller {
                 "Send a service token as Authorization: Bearer <token>.",
             )
         })?;
-        let token = service_token(request, token).await?;
+        let token = service_token(context, token).await?;
         Ok(Self { token })
     }
 }
@@ -417,8 +351,12 @@ pub struct GatewayCaller {
 
 impl GatewayCaller {
     pub async fn admit(request: &Request) -> Result<Self, ApiError> {
-        let token = match Sent::of(request.headers(), "x-service-token") {
-            Sent::Once(token) => service_token(request, token).await?,
+        Self::of(RequestContext::of(request)?, request.headers()).await
+    }
+
+    pub async fn of(context: &RequestContext, fields: &impl Fields) -> Result<Self, ApiError> {
+        let token = match Sent::of(fields, "x-service-token") {
+            Sent::Once(token) => service_token(context, token).await?,
             Sent::Never => {
                 return Err(ApiError::unauthorized(
                     false,
@@ -452,31 +390,3 @@ extract_by_credential!(
         )
     }
 );
-
-/// Returns the consumer's key in a request that a gateway passes on: `X-API-Key`, or `Authorization: Bearer qk_…`.
-///
-/// `Authorization` may instead contain a credential for the API behind the gateway, which is ignored. Also returns
-/// `None` if there are several keys, or several values of either header: the API may read a different one than the one
-/// that was checked.
-pub fn consumer_key(request: &Request) -> Option<&str> {
-    let headers = request.headers();
-    let from_field = match Sent::of(headers, "x-api-key") {
-        Sent::Never => None,
-        Sent::Once(key) => Some(key),
-        Sent::Several => return None,
-    };
-    if matches!(
-        Sent::of(headers, header::AUTHORIZATION.as_str()),
-        Sent::Several
-    ) {
-        return None;
-    }
-    let from_bearer = bearer(headers)
-        .ok()
-        .flatten()
-        .filter(|it| it.starts_with(Kind::ApiKey.prefix()));
-    match (from_field, from_bearer) {
-        (Some(key), Some(other)) if key != other => None,
-        (key, other) => key.or(other),
-    }
-}

@@ -8,7 +8,9 @@
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use poem::{Addr, Request, http::HeaderMap};
+use poem::{Addr, Request};
+
+use super::fields::{Fields, text};
 
 /// Returns the client's address. `None` for a peer without one, such as a Unix socket.
 pub fn client_ip(request: &Request, trusted: &[IpNet]) -> Option<IpAddr> {
@@ -16,22 +18,19 @@ pub fn client_ip(request: &Request, trusted: &[IpNet]) -> Option<IpAddr> {
         Addr::SocketAddr(addr) => addr.ip().to_canonical(),
         _ => return None,
     };
-    Some(walk(peer, request.headers(), trusted))
+    Some(client_of(peer, request.headers(), trusted))
 }
 
-fn walk(peer: IpAddr, headers: &HeaderMap, trusted: &[IpNet]) -> IpAddr {
+/// Returns the client's address. `peer` is in its canonical form.
+pub fn client_of(peer: IpAddr, fields: &impl Fields, trusted: &[IpNet]) -> IpAddr {
     let is_trusted = |ip: IpAddr| trusted.iter().any(|network| network.contains(&ip));
     let mut client = peer;
     if !is_trusted(peer) {
         return client;
     }
     // Multiple headers form one list, in order.
-    let fields = headers
-        .get_all("x-forwarded-for")
-        .iter()
-        .collect::<Vec<_>>();
-    for field in fields.into_iter().rev() {
-        for hop in field.to_str().unwrap_or("?").rsplit(',') {
+    for value in fields.values("x-forwarded-for").rev() {
+        for hop in text(value).unwrap_or("?").rsplit(',') {
             let Some(hop) = address(hop.trim()) else {
                 return client;
             };
@@ -55,6 +54,8 @@ fn address(text: &str) -> Option<IpAddr> {
 
 #[cfg(test)]
 mod tests {
+    use poem::http::HeaderMap;
+
     use super::*;
 
     fn of(peer: &str, forwarded: &[&str]) -> String {
@@ -65,7 +66,7 @@ mod tests {
         }
         headers.insert("x-real-ip", "203.0.113.66".parse().unwrap());
         headers.insert("forwarded", "for=203.0.113.67".parse().unwrap());
-        walk(
+        client_of(
             peer.parse::<IpAddr>().unwrap().to_canonical(),
             &headers,
             &trusted,

@@ -21,7 +21,7 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use super::{large_response, limit_headers, problem::ApiError, request_context::RequestContext};
 
-const MEDIA_TYPE: &str = "application/json";
+pub const MEDIA_TYPE: &str = "application/json";
 
 /// A JSON body.
 #[derive(Debug, Clone)]
@@ -159,34 +159,22 @@ where
         body: &mut RequestBody,
         _options: ExtractParamOptions<()>,
     ) -> Result<Self> {
-        if request.content_type().is_some() {
-            check_media_type(request)?;
-        }
+        let media_type = request.content_type();
+        check_media_type(media_type)?;
         let limit = RequestContext::of(request)?.state.config.body_limit;
-        let mut bytes = read(request, body, limit).await?;
-        if request.content_type().is_none() {
-            // A missing body means an empty object. A body must have a media type.
-            if !bytes.is_empty() {
-                return Err(wrong_media_type().into());
-            }
-            bytes.extend_from_slice(b"{}");
-        }
-        Ok(Self(parse(&bytes)?))
+        let bytes = read(request, body, limit).await?;
+        Ok(Self(parse_body(media_type, &bytes)?))
     }
 }
 
-fn wrong_media_type() -> ApiError {
-    ApiError::new(
-        ProblemCode::UnsupportedMediaType,
-        "Send the request body as application/json.",
-    )
-}
-
-fn check_media_type(request: &Request) -> Result<(), ApiError> {
-    let media_type = request
-        .content_type()
-        .and_then(|it| it.parse::<mime::Mime>().ok());
-    let media_type = media_type.ok_or_else(wrong_media_type)?;
+/// Checks that the media type is JSON, if there is one.
+pub fn check_media_type(media_type: Option<&str>) -> Result<(), ApiError> {
+    let Some(media_type) = media_type else {
+        return Ok(());
+    };
+    let media_type = media_type
+        .parse::<mime::Mime>()
+        .map_err(|_| wrong_media_type())?;
     let charset = media_type
         .get_param(mime::CHARSET)
         .is_none_or(|charset| charset == mime::UTF_8);
@@ -195,6 +183,26 @@ fn check_media_type(request: &Request) -> Result<(), ApiError> {
     } else {
         Err(wrong_media_type())
     }
+}
+
+/// Parses and validates a body whose media type is JSON, or unknown.
+pub fn parse_body<T: DeserializeOwned + Validate<Context = ()>>(
+    media_type: Option<&str>,
+    bytes: &[u8],
+) -> Result<T, ApiError> {
+    match (media_type, bytes) {
+        // A missing body means an empty object. A body must have a media type.
+        (None, []) => parse(b"{}"),
+        (None, _) => Err(wrong_media_type()),
+        (Some(_), bytes) => parse(bytes),
+    }
+}
+
+fn wrong_media_type() -> ApiError {
+    ApiError::new(
+        ProblemCode::UnsupportedMediaType,
+        "Send the request body as application/json.",
+    )
 }
 
 /// The maximum size reserved for a body before it arrives.

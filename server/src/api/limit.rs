@@ -1,10 +1,10 @@
 //! `/v1`: the endpoints that check rate limits. All of them use [`decide`].
 
-use std::{collections::BTreeMap, num::NonZeroU32};
+use std::{collections::BTreeMap, num::NonZeroU32, sync::Arc};
 
 use poem::{
     IntoResponse, Request, Response, Result,
-    http::{HeaderMap, HeaderValue, StatusCode, header},
+    http::{HeaderValue, StatusCode, header},
 };
 use poem_openapi::{
     ApiResponse, Enum, OpenApi,
@@ -19,9 +19,11 @@ use quota_common::{
 
 use super::{
     Tag,
-    admitted::{AdmittedKey, GatewayCaller, ServiceCaller, consumer_key, decide},
+    admitted::{AdmittedKey, GatewayCaller, ServiceCaller, decide},
+    credentials::{consumer_key, forwarded_endpoint},
+    fields::Fields,
     json::Json,
-    limit_headers::{self, GatewayDecision},
+    limit_headers::{self, GatewayDecision, HeaderSink},
     problem::{ApiError, challenge, wire_name},
     request_context::RequestContext,
 };
@@ -74,26 +76,34 @@ impl<T: Type + serde::Serialize + Send> ApiResponse for WithLimitHeaders<T> {
 }
 
 /// A decision as a status and headers. The body is empty, so that nginx can reuse its connection.
-pub struct StatusOnly(Response);
+pub struct StatusOnly {
+    pub status: StatusCode,
+    decision: GatewayDecision,
+    /// The decision of the limiter, and the key.
+    decided: Option<(Arc<KeyRecord>, Decision)>,
+    challenge: Option<HeaderValue>,
+}
 
 impl StatusOnly {
     fn new(status: StatusCode, decision: GatewayDecision) -> Self {
-        let mut response = status.into_response();
-        let headers = response.headers_mut();
-        headers.reserve(limit_headers::FIELDS);
-        headers.insert(header::CONTENT_LENGTH, HeaderValue::from_static("0"));
-        headers.insert(limit_headers::DECISION, decision.value());
-        Self(response)
+        Self {
+            status,
+            decision,
+            decided: None,
+            challenge: None,
+        }
     }
 
-    fn decided(record: &KeyRecord, decision: &Decision, denied: StatusCode) -> Self {
-        let mut bare = if decision.is_allowed() {
+    fn decided(record: Arc<KeyRecord>, decision: Decision, denied: StatusCode) -> Self {
+        let bare = if decision.is_allowed() {
             Self::new(StatusCode::OK, GatewayDecision::Allowed)
         } else {
             Self::new(denied, GatewayDecision::Limited)
         };
-        limit_headers::write(bare.0.headers_mut(), record, decision);
-        bare
+        Self {
+            decided: Some((record, decision)),
+            ..bare
+        }
     }
 
     fn payment_required(denied: StatusCode) -> Self {
@@ -106,16 +116,30 @@ impl StatusOnly {
     }
 
     fn unauthorized(credential_sent: bool) -> Self {
-        let mut bare = Self::new(StatusCode::UNAUTHORIZED, GatewayDecision::Unauthorized);
-        let headers = bare.0.headers_mut();
-        headers.insert(header::WWW_AUTHENTICATE, challenge(credential_sent));
-        bare
+        Self {
+            challenge: Some(challenge(credential_sent)),
+            ..Self::new(StatusCode::UNAUTHORIZED, GatewayDecision::Unauthorized)
+        }
+    }
+
+    pub fn write_headers(&self, headers: &mut impl HeaderSink) {
+        headers.expect(limit_headers::FIELDS);
+        headers.set_number(header::CONTENT_LENGTH, 0);
+        headers.set(limit_headers::DECISION, &self.decision.value());
+        if let Some((record, decision)) = &self.decided {
+            limit_headers::write(headers, record, decision);
+        }
+        if let Some(challenge) = &self.challenge {
+            headers.set(header::WWW_AUTHENTICATE, challenge);
+        }
     }
 }
 
 impl IntoResponse for StatusOnly {
     fn into_response(self) -> Response {
-        self.0
+        let mut response = self.status.into_response();
+        self.write_headers(response.headers_mut());
+        response
     }
 }
 
@@ -169,17 +193,99 @@ fn limits(decision: &Decision) -> Vec<LimitState> {
     show.collect()
 }
 
-/// Returns the endpoint of the forwarded request, from `X-Forwarded-Method` and the path of `X-Forwarded-Uri`. Empty if
-/// neither header was sent. The query is omitted, because it can contain anything.
-fn forwarded_endpoint(headers: &HeaderMap) -> String {
-    let field = |name| headers.get(name).and_then(|it| it.to_str().ok());
-    let path =
-        field("x-forwarded-uri").map_or("", |uri| uri.split(['?', '#']).next().unwrap_or(""));
-    match (field("x-forwarded-method").unwrap_or(""), path) {
-        ("", path) => path.to_owned(),
-        (method, "") => method.to_owned(),
-        (method, path) => format!("{method} {path}"),
-    }
+/// Returns the body of the echo response.
+pub fn echo(caller: &AdmittedKey) -> Result<Echo, ApiError> {
+    let time = Timestamp::from_unix_secs(caller.decision.at.secs())
+        .ok_or_else(|| ApiError::internal("the clock is past the year 9999"))?;
+    Ok(Echo {
+        key_id: caller.record.id,
+        plan: caller.record.plan.clone(),
+        time,
+    })
+}
+
+/// Decides about a check.
+pub async fn check(
+    context: &RequestContext,
+    caller: &ServiceCaller,
+    body: &Check,
+) -> Result<CheckResult, ApiError> {
+    let cost = body
+        .cost
+        .and_then(|cost| NonZeroU32::new(cost.into()))
+        .unwrap_or(NonZeroU32::MIN);
+    let tenant = Some(caller.token.tenant);
+    let endpoint: &str = body.endpoint.as_ref().map_or("", |it| it);
+    let decided = decide(context, &body.key, cost, tenant, endpoint).await?;
+    Ok(match decided {
+        Ok((record, decision)) => CheckResult {
+            allowed: decision.is_allowed(),
+            code: if decision.is_allowed() {
+                CheckCode::Allowed
+            } else if decision.violated().is_empty() {
+                CheckCode::ReducedCapacity
+            } else {
+                CheckCode::QuotaExceeded
+            },
+            key_id: Some(record.id),
+            plan: Some(record.plan.clone()),
+            limits: limits(&decision),
+            retry_after: decision.retry_after_secs(),
+            headers: limit_headers::pairs(&record, &decision)
+                .into_iter()
+                .map(|(name, value)| (name.to_owned(), value))
+                .collect(),
+        },
+        Err(refused) => CheckResult {
+            allowed: false,
+            code: match refused.rejection {
+                Rejection::Unknown => CheckCode::UnknownKey,
+                Rejection::Inactive => CheckCode::InactiveKey,
+                Rejection::Expired => CheckCode::ExpiredKey,
+                Rejection::PaymentRequired => CheckCode::PaymentRequired,
+            },
+            key_id: refused.record.as_ref().map(|record| record.id),
+            plan: refused.record.as_ref().map(|record| record.plan.clone()),
+            limits: vec![],
+            retry_after: None,
+            headers: if refused.rejection == Rejection::PaymentRequired {
+                BTreeMap::new()
+            } else {
+                [(
+                    "WWW-Authenticate".to_owned(),
+                    r#"Bearer realm="quota", error="invalid_token""#.to_owned(),
+                )]
+                .into()
+            },
+        },
+    })
+}
+
+/// Decides about a request that a gateway has received.
+pub async fn forward_auth(
+    context: &RequestContext,
+    caller: &GatewayCaller,
+    fields: &impl Fields,
+    deny: Option<Deny>,
+) -> Result<StatusOnly, ApiError> {
+    let denied = match deny {
+        None | Some(Deny::TooManyRequests) => StatusCode::TOO_MANY_REQUESTS,
+        Some(Deny::Forbidden) => StatusCode::FORBIDDEN,
+    };
+    let Some(key) = consumer_key(fields) else {
+        return Ok(StatusOnly::unauthorized(false));
+    };
+    let tenant = Some(caller.token.tenant);
+    let endpoint = forwarded_endpoint(fields);
+    Ok(
+        match decide(context, key, NonZeroU32::MIN, tenant, &endpoint).await? {
+            Ok((record, decision)) => StatusOnly::decided(record, decision, denied),
+            Err(refused) if refused.rejection == Rejection::PaymentRequired => {
+                StatusOnly::payment_required(denied)
+            }
+            Err(_) => StatusOnly::unauthorized(true),
+        },
+    )
 }
 
 #[OpenApi(prefix_path = "/v1", tag = "Tag::RateLimiting")]
@@ -190,14 +296,7 @@ impl LimitApi {
     /// see.
     #[oai(path = "/echo", method = "get", operation_id = "echo")]
     pub async fn echo(&self, caller: AdmittedKey) -> Result<WithLimitHeaders<Echo>, ApiError> {
-        let now = caller.decision.at;
-        let time = Timestamp::from_unix_secs(now.secs())
-            .ok_or_else(|| ApiError::internal("the clock is past the year 9999"))?;
-        let body = Json(Echo {
-            key_id: caller.record.id,
-            plan: caller.record.plan.clone(),
-            time,
-        });
+        let body = Json(echo(&caller)?);
         Ok(WithLimitHeaders {
             admitted: caller,
             body,
@@ -216,57 +315,8 @@ impl LimitApi {
         request: &Request,
         body: Json<Check>,
     ) -> Result<Json<CheckResult>, ApiError> {
-        let cost = body
-            .0
-            .cost
-            .and_then(|cost| NonZeroU32::new(cost.into()))
-            .unwrap_or(NonZeroU32::MIN);
-        let tenant = Some(caller.token.tenant);
-        let endpoint: &str = body.0.endpoint.as_ref().map_or("", |it| it);
         let context = RequestContext::of(request)?;
-        let decided = decide(context, &body.0.key, cost, tenant, endpoint).await?;
-        Ok(Json(match decided {
-            Ok((record, decision)) => CheckResult {
-                allowed: decision.is_allowed(),
-                code: if decision.is_allowed() {
-                    CheckCode::Allowed
-                } else if decision.violated().is_empty() {
-                    CheckCode::ReducedCapacity
-                } else {
-                    CheckCode::QuotaExceeded
-                },
-                key_id: Some(record.id),
-                plan: Some(record.plan.clone()),
-                limits: limits(&decision),
-                retry_after: decision.retry_after_secs(),
-                headers: limit_headers::pairs(&record, &decision)
-                    .into_iter()
-                    .map(|(name, value)| (name.to_owned(), value))
-                    .collect(),
-            },
-            Err(refused) => CheckResult {
-                allowed: false,
-                code: match refused.rejection {
-                    Rejection::Unknown => CheckCode::UnknownKey,
-                    Rejection::Inactive => CheckCode::InactiveKey,
-                    Rejection::Expired => CheckCode::ExpiredKey,
-                    Rejection::PaymentRequired => CheckCode::PaymentRequired,
-                },
-                key_id: refused.record.as_ref().map(|record| record.id),
-                plan: refused.record.as_ref().map(|record| record.plan.clone()),
-                limits: vec![],
-                retry_after: None,
-                headers: if refused.rejection == Rejection::PaymentRequired {
-                    BTreeMap::new()
-                } else {
-                    [(
-                        "WWW-Authenticate".to_owned(),
-                        r#"Bearer realm="quota", error="invalid_token""#.to_owned(),
-                    )]
-                    .into()
-                },
-            },
-        }))
+        Ok(Json(check(context, &caller, &body.0).await?))
     }
 
     /// Check a request (status only, for gateways)
@@ -285,24 +335,7 @@ impl LimitApi {
         /// neither 429 nor 402.
         deny: Query<Option<Deny>>,
     ) -> Result<StatusOnly, ApiError> {
-        let denied = match deny.0 {
-            None | Some(Deny::TooManyRequests) => StatusCode::TOO_MANY_REQUESTS,
-            Some(Deny::Forbidden) => StatusCode::FORBIDDEN,
-        };
-        let Some(key) = consumer_key(request) else {
-            return Ok(StatusOnly::unauthorized(false));
-        };
-        let tenant = Some(caller.token.tenant);
-        let endpoint = forwarded_endpoint(request.headers());
         let context = RequestContext::of(request)?;
-        Ok(
-            match decide(context, key, NonZeroU32::MIN, tenant, &endpoint).await? {
-                Ok((record, decision)) => StatusOnly::decided(&record, &decision, denied),
-                Err(refused) if refused.rejection == Rejection::PaymentRequired => {
-                    StatusOnly::payment_required(denied)
-                }
-                Err(_) => StatusOnly::unauthorized(true),
-            },
-        )
+        forward_auth(context, &caller, request.headers(), deny.0).await
     }
 }

@@ -62,6 +62,50 @@ impl GatewayDecision {
     }
 }
 
+/// Where the headers of a response are written.
+pub trait HeaderSink {
+    /// Announces that there will be about this many headers.
+    fn expect(&mut self, _headers: usize) {}
+
+    fn contains(&self, name: &HeaderName) -> bool;
+
+    /// Sets a header. Each header is set only once.
+    fn set(&mut self, name: HeaderName, value: &HeaderValue);
+
+    fn set_static(&mut self, name: HeaderName, value: &'static str);
+
+    fn set_number(&mut self, name: HeaderName, value: u64);
+
+    /// Sets a header to visible ASCII characters and spaces.
+    fn set_text(&mut self, name: HeaderName, value: &[u8]);
+}
+
+impl HeaderSink for HeaderMap {
+    fn expect(&mut self, headers: usize) {
+        self.reserve(headers.saturating_sub(self.len()));
+    }
+
+    fn contains(&self, name: &HeaderName) -> bool {
+        self.contains_key(name)
+    }
+
+    fn set(&mut self, name: HeaderName, value: &HeaderValue) {
+        self.insert(name, value.clone());
+    }
+
+    fn set_static(&mut self, name: HeaderName, value: &'static str) {
+        self.insert(name, HeaderValue::from_static(value));
+    }
+
+    fn set_number(&mut self, name: HeaderName, value: u64) {
+        self.insert(name, HeaderValue::from(value));
+    }
+
+    fn set_text(&mut self, name: HeaderName, text: &[u8]) {
+        self.insert(name, value(text));
+    }
+}
+
 /// The values that are the same for all requests of a key.
 struct FixedValues {
     limit: HeaderValue,
@@ -71,36 +115,35 @@ struct FixedValues {
 }
 
 /// Writes every header of a decision, including `Retry-After`.
-pub fn write(headers: &mut HeaderMap, record: &KeyRecord, decision: &Decision) {
+pub fn write(headers: &mut impl HeaderSink, record: &KeyRecord, decision: &Decision) {
     let rate = decision.rate;
     let fixed = record.headers.get_or_init(|| FixedValues {
         limit: HeaderValue::from(rate.limit),
         policy: value(policy_field(&record.policies, None, None).as_bytes()),
         with_tenant: OnceLock::new(),
     });
-    headers.reserve(FIELDS - headers.len().min(FIELDS));
-    headers.insert(LIMIT, fixed.limit.clone());
-    headers.insert(REMAINING, HeaderValue::from(rate.remaining));
-    headers.insert(RESET, HeaderValue::from(rate.reset_at.secs_ceil()));
-    headers.insert(
-        POLICY,
-        match decision.tenant_monthly {
-            _ if !is_usual(decision) => all_policies(&record.policies, decision),
-            None => fixed.policy.clone(),
-            Some(_) => fixed
+    headers.expect(FIELDS);
+    headers.set(LIMIT, &fixed.limit);
+    headers.set_number(REMAINING, rate.remaining);
+    headers.set_number(RESET, rate.reset_at.secs_ceil());
+    match decision.tenant_monthly {
+        _ if !is_usual(decision) => headers.set(POLICY, &all_policies(&record.policies, decision)),
+        None => headers.set(POLICY, &fixed.policy),
+        Some(_) => {
+            let with_tenant = fixed
                 .with_tenant
-                .get_or_init(|| all_policies(&record.policies, decision))
-                .clone(),
-        },
-    );
-    headers.insert(STATE, value(StateField::of(decision).as_bytes()));
+                .get_or_init(|| all_policies(&record.policies, decision));
+            headers.set(POLICY, with_tenant);
+        }
+    }
+    headers.set_text(STATE, StateField::of(decision).as_bytes());
     if is_degraded(decision) {
-        headers.insert(DEGRADED, HeaderValue::from_static(REDIS_AWAY));
+        headers.set_static(DEGRADED, REDIS_AWAY);
     }
     if !decision.is_allowed() {
-        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        headers.set_static(header::CACHE_CONTROL, "no-store");
         if let Some(secs) = decision.retry_after_secs() {
-            headers.insert(header::RETRY_AFTER, HeaderValue::from(secs));
+            headers.set_number(header::RETRY_AFTER, secs);
         }
     }
 }

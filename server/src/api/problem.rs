@@ -19,7 +19,7 @@ use quota_common::{FieldError, ProblemCode, problem::MEDIA_TYPE};
 
 use self::body::{Body, Names};
 pub use self::{body::wire_name, example::example};
-use super::limit_headers;
+use super::limit_headers::{self, HeaderSink};
 use crate::{
     db::{self, DbError},
     keys::KeyRecord,
@@ -251,9 +251,21 @@ impl ApiError {
         }
     }
 
-    /// Returns the response. Logs the error, once, if the server failed. Being overloaded is not a failure: it has no
-    /// source, and metrics count it.
+    pub fn status_code(&self) -> StatusCode {
+        StatusCode::from_u16(self.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
+    }
+
+    /// Returns the response. Logs the error, once, if the server failed.
     pub fn into_response(self, request_id: &str, base: &str) -> Response {
+        let mut body = Vec::with_capacity(512);
+        self.write_body(request_id, base, &mut body);
+        let mut response = Response::builder().status(self.status_code()).body(body);
+        self.write_headers(response.headers_mut());
+        response
+    }
+
+    /// Logs the error if the server failed. Being overloaded is not a failure: it has no source, and metrics count it.
+    fn log(&self, request_id: &str) {
         let is_busy = self.code == ProblemCode::InsufficientStorage
             || self.code == ProblemCode::Unavailable && self.source.is_none();
         if self.http_status() >= 500 && !is_busy {
@@ -269,6 +281,11 @@ impl ApiError {
                 "request failed"
             );
         }
+    }
+
+    /// Writes the problem, and logs the error, once, if the server failed.
+    pub fn write_body(&self, request_id: &str, base: &str, out: &mut Vec<u8>) {
+        self.log(request_id);
         let detail = match self.code {
             ProblemCode::Internal if !request_id.is_empty() => &format!(
                 "{} Quote request ID {request_id} when reporting it.",
@@ -290,40 +307,38 @@ impl ApiError {
                     .unwrap_or_default(),
             ),
         };
-        let mut body = Vec::with_capacity(512);
-        if let Err(error) = serde_json::to_writer(&mut body, &problem) {
+        if let Err(error) = serde_json::to_writer(out, &problem) {
             tracing::error!(
                 error = &error as &dyn std::error::Error,
                 "problem serialization failed"
             );
         }
-        let status =
-            StatusCode::from_u16(problem.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        let mut response = Response::builder().status(status).body(body);
-        let headers = response.headers_mut();
-        headers.reserve(limit_headers::FIELDS);
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
-        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    }
+
+    pub fn write_headers(&self, headers: &mut impl HeaderSink) {
+        headers.expect(limit_headers::FIELDS);
+        headers.set_static(header::CONTENT_TYPE, MEDIA_TYPE);
         if let Some(denied) = &self.denied {
             limit_headers::write(headers, &denied.0, &denied.1);
+        } else {
+            headers.set_static(header::CACHE_CONTROL, "no-store");
         }
-        if let Some(after) = self.retry_after {
-            headers.insert(header::RETRY_AFTER, HeaderValue::from(whole_secs(after)));
+        if let Some(after) = self.retry_after
+            && !headers.contains(&header::RETRY_AFTER)
+        {
+            headers.set_number(header::RETRY_AFTER, whole_secs(after));
         }
         if self.is_without_counters() {
-            let away = HeaderValue::from_static(limit_headers::REDIS_AWAY);
-            headers.insert(limit_headers::DEGRADED, away);
+            headers.set_static(limit_headers::DEGRADED, limit_headers::REDIS_AWAY);
         }
-        if status == StatusCode::UNAUTHORIZED {
-            headers.insert(header::WWW_AUTHENTICATE, challenge(self.credential_sent));
+        if self.status_code() == StatusCode::UNAUTHORIZED {
+            headers.set(header::WWW_AUTHENTICATE, &challenge(self.credential_sent));
         }
-        if let Some(allow) = self
-            .allow
-            .and_then(|allow| HeaderValue::from_str(&allow).ok())
+        if let Some(allow) = &self.allow
+            && let Ok(allow) = HeaderValue::from_str(allow)
         {
-            headers.insert(header::ALLOW, allow);
+            headers.set(header::ALLOW, &allow);
         }
-        response
     }
 }
 
@@ -352,7 +367,7 @@ const fn policy_name(policy: Policy) -> &'static str {
 
 impl ResponseError for ApiError {
     fn status(&self) -> StatusCode {
-        StatusCode::from_u16(self.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
+        self.status_code()
     }
 }
 

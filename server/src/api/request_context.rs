@@ -5,7 +5,7 @@ use std::{net::IpAddr, sync::Arc};
 use parking_lot::Mutex;
 use poem::{
     Request,
-    http::{HeaderValue, Method, Uri, header},
+    http::{HeaderValue, header},
 };
 use quota_common::TenantId;
 
@@ -111,7 +111,7 @@ impl RequestContext {
     }
 
     /// Writes the access log line. `took` is the time since the request arrived.
-    pub fn log(&self, method: &Method, uri: &Uri, status: u16, took: Nanos) {
+    pub fn log(&self, method: &str, path: &str, status: u16, took: Nanos) {
         let identity = self.caller.lock().take();
         let (tenant, key) = match &identity {
             Some(Identity::Tenant(tenant)) => (Some(tenant.0), None),
@@ -121,8 +121,8 @@ impl RequestContext {
         self.state.log.access(&AccessLine {
             at: self.arrived.saturating_add(took),
             request_id: self.id(),
-            method: method.as_str(),
-            path: uri.path(),
+            method,
+            path,
             status,
             micros: took.0 / 1000,
             ip: self.ip,

@@ -18,7 +18,7 @@ use super::{
     client_ip::client_ip,
     fast_path::FORWARD_AUTH,
     large_response,
-    limit_headers::{DECISION, GatewayDecision},
+    limit_headers::{DECISION, GatewayDecision, HeaderSink},
     problem::ApiError,
     request_context::RequestContext,
 };
@@ -27,7 +27,7 @@ use crate::{
     telemetry::request_id::RequestIds, tenant_places::TenantPlaces,
 };
 
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// The headers added to every response. They forbid framing, content sniffing and sharing with other origins.
 const ALWAYS: [(HeaderName, &str); 5] = [
@@ -91,30 +91,13 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
         let uri = request.uri().clone();
         request.set_data(context.clone());
 
-        state.metrics.requests_in_flight.inc();
-        let flight = InFlight(state);
-        // A handler can exceed the time limit only while it waits for something. Most handlers do not wait at all, so
-        // they are polled once before a timer is set up.
-        let mut answer = pin!(AssertUnwindSafe(self.inner.call(request)).catch_unwind());
-        let at_once = poll_fn(|context| Poll::Ready(answer.as_mut().poll(context))).await;
-        let answer = match at_once {
-            Poll::Ready(answer) => Ok(answer),
-            Poll::Pending => timeout(state.config.request_timeout, answer).await,
-        };
-        let answer = match answer {
-            Ok(Ok(Ok(response))) => {
+        let answer = match run(state, self.inner.call(request)).await {
+            Ok(Ok(response)) => {
                 large_response::hold(&self.large, &context, response.into_response())
             }
-            Ok(Ok(Err(error))) => Err(ApiError::from_poem(error)),
-            Ok(Err(_)) => {
-                state.metrics.panics.inc();
-                Err(ApiError::internal("a handler panicked"))
-            }
-            Err(_) => Err(ApiError::unavailable(
-                "the request took longer than QUOTA_REQUEST_TIMEOUT",
-            )),
+            Ok(Err(error)) => Err(ApiError::from_poem(error)),
+            Err(error) => Err(error),
         };
-        drop(flight);
         let mut response = match answer {
             Ok(response) => response,
             Err(mut error) => {
@@ -137,7 +120,7 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
         if !is_routine_probe
             && tracing::enabled!(target: "quota_server::access", tracing::Level::INFO)
         {
-            context.log(&method, &uri, status, took);
+            context.log(method.as_str(), uri.path(), status, took);
         }
 
         let headers = response.headers_mut();
@@ -145,31 +128,57 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
         let id = Arc::try_unwrap(context)
             .map_or_else(|context| context.id.clone(), |context| context.id);
         headers.insert(REQUEST_ID, id);
-        for (name, value) in ALWAYS {
-            headers.insert(name, HeaderValue::from_static(value));
-        }
-        if state.config.public_url.starts_with("https:") {
-            headers.insert(
-                header::STRICT_TRANSPORT_SECURITY,
-                HeaderValue::from_static("max-age=63072000"),
-            );
-        }
-        if !headers.contains_key(header::CONTENT_SECURITY_POLICY) {
-            headers.insert(
-                header::CONTENT_SECURITY_POLICY,
-                HeaderValue::from_static("default-src 'none'; frame-ancestors 'none'"),
-            );
-        }
-        if !headers.contains_key(header::CACHE_CONTROL) {
-            headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
-        }
+        write_common(headers, state);
         Ok(response)
+    }
+}
+
+/// Runs a handler. Turns a panic into an error, and enforces the time limit.
+pub async fn run<T>(state: &AppState, handler: impl Future<Output = T>) -> Result<T, ApiError> {
+    state.metrics.requests_in_flight.inc();
+    let _flight = InFlight(state);
+    // A handler can exceed the time limit only while it waits for something. Most handlers do not wait at all, so they
+    // are polled once before a timer is set up.
+    let mut answer = pin!(AssertUnwindSafe(handler).catch_unwind());
+    let at_once = poll_fn(|context| Poll::Ready(answer.as_mut().poll(context))).await;
+    let answer = match at_once {
+        Poll::Ready(answer) => Ok(answer),
+        Poll::Pending => timeout(state.config.request_timeout, answer).await,
+    };
+    match answer {
+        Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(_)) => {
+            state.metrics.panics.inc();
+            Err(ApiError::internal("a handler panicked"))
+        }
+        Err(_) => Err(ApiError::unavailable(
+            "the request took longer than QUOTA_REQUEST_TIMEOUT",
+        )),
+    }
+}
+
+/// Writes the headers that every response has besides its ID, except those that are already set.
+pub fn write_common(headers: &mut impl HeaderSink, state: &AppState) {
+    for (name, value) in ALWAYS {
+        headers.set_static(name, value);
+    }
+    if state.config.public_url.starts_with("https:") {
+        headers.set_static(header::STRICT_TRANSPORT_SECURITY, "max-age=63072000");
+    }
+    if !headers.contains(&header::CONTENT_SECURITY_POLICY) {
+        headers.set_static(
+            header::CONTENT_SECURITY_POLICY,
+            "default-src 'none'; frame-ancestors 'none'",
+        );
+    }
+    if !headers.contains(&header::CACHE_CONTROL) {
+        headers.set_static(header::CACHE_CONTROL, "no-store");
     }
 }
 
 /// Adds the decision to an error response of forward-auth. A response that gateways act on has no body, so that nginx
 /// can reuse its connection. The response to a malformed request keeps its body, which explains the error.
-fn for_gateway(mut response: Response) -> Response {
+pub fn for_gateway(mut response: Response) -> Response {
     let status = response.status();
     let decision = GatewayDecision::of_error(status);
     if decision != GatewayDecision::Unavailable || status == StatusCode::SERVICE_UNAVAILABLE {
@@ -195,16 +204,18 @@ impl<E> RequestLogEndpoint<E> {
     fn request_id(&self, request: &Request, now: UnixNanos) -> HeaderValue {
         match request.headers().get(REQUEST_ID) {
             Some(id) if is_id(id.as_bytes()) => id.clone(),
-            _ => {
-                let id = self.ids.next(now);
-                HeaderValue::from_bytes(&id).unwrap_or_else(|_| HeaderValue::from_static("unknown"))
-            }
+            _ => new_id(&self.ids, now),
         }
     }
 }
 
+/// Returns a new request ID.
+pub fn new_id(ids: &RequestIds, now: UnixNanos) -> HeaderValue {
+    HeaderValue::from_bytes(&ids.next(now)).unwrap_or_else(|_| HeaderValue::from_static("unknown"))
+}
+
 /// Accepts 1 to 128 letters, digits and `-_.:`, none of which is special in a log or a terminal.
-fn is_id(bytes: &[u8]) -> bool {
+pub fn is_id(bytes: &[u8]) -> bool {
     (1..=128).contains(&bytes.len())
         && bytes
             .iter()

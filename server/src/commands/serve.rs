@@ -1,6 +1,7 @@
 //! `quota serve`: starting and stopping a server.
 
 use std::{
+    convert::Infallible,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -146,6 +147,7 @@ async fn serve_on(
     let public = tokio::spawn(serve(
         listener,
         router::public(&state),
+        router::direct(&state),
         public_settings,
         until(stopping.clone()),
     ));
@@ -153,6 +155,7 @@ async fn serve_on(
         tokio::spawn(serve(
             listener,
             router::metrics(&state),
+            None::<Infallible>,
             ServeSettings::metrics(&state),
             until(stopping),
         ))

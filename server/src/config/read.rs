@@ -213,6 +213,11 @@ impl Config {
             request_timeout: r.duration("QUOTA_REQUEST_TIMEOUT", &s.request_timeout, 1..=300),
             idle_timeout: r.duration("QUOTA_IDLE_TIMEOUT", &s.idle_timeout, 1..=3600),
             write_timeout: r.duration("QUOTA_WRITE_TIMEOUT", &s.write_timeout, 1..=600),
+            direct_responses: r.choice(
+                "QUOTA_DIRECT_RESPONSES",
+                &s.direct_responses,
+                &[("on", true), ("off", false)],
+            ),
             connections: r.count("QUOTA_CONNECTIONS", &s.connections, 16..=1_000_000),
             connections_per_address: r.count(
                 "QUOTA_CONNECTIONS_PER_ADDRESS",

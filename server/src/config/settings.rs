@@ -211,6 +211,10 @@ settings! {
     /// reading less than 1 KiB does not count.
     write_timeout: "QUOTA_WRITE_TIMEOUT", "30s", "DURATION";
 
+    /// Whether checks in plain form are answered directly from the bytes of their connection: on or off. The responses
+    /// are the same, and take less CPU time.
+    direct_responses: "QUOTA_DIRECT_RESPONSES", "off", "MODE";
+
     /// The maximum number of open client connections: 16 to 1000000. The open-file limit may allow fewer. When
     /// it is reached, connections that have not sent a request are closed first, then idle ones, then those whose
     /// client does not read its response.

@@ -60,6 +60,8 @@ pub(super) struct Connection {
     pub(super) marks: ConnectionMarks,
     /// HTTP/1: requests whose handler is running or whose response is being sent.
     in_flight: AtomicU32,
+    /// HTTP/1: requests so far. It wraps.
+    requests: AtomicU32,
     http2: Mutex<Requests>,
     /// `None` if the connection is not counted.
     memory: Option<Arc<Memory>>,
@@ -86,6 +88,7 @@ impl Connection {
             is_http2: AtomicBool::new(false),
             marks: ConnectionMarks::default(),
             in_flight: AtomicU32::new(0),
+            requests: AtomicU32::new(0),
             http2: Mutex::default(),
             memory,
             held: AtomicUsize::new(0),
@@ -218,6 +221,17 @@ impl Connection {
         }
     }
 
+    /// HTTP/1: returns the number of requests so far.
+    pub(super) fn requests(&self) -> u32 {
+        self.requests.load(Ordering::Relaxed)
+    }
+
+    /// HTTP/1: whether every response has been passed to the socket.
+    pub(super) fn has_responded(&self) -> bool {
+        self.in_flight.load(Ordering::Acquire) == 0
+            && self.write_blocked.load(Ordering::Relaxed) == 0
+    }
+
     /// Reports the memory used by the connection to `memory`. Returns whether this connection, or all connections
     /// together, use too much memory.
     pub(super) fn account(&self) -> bool {
@@ -335,6 +349,7 @@ impl Connection {
             length
         } else {
             self.in_flight.fetch_add(1, Ordering::Relaxed);
+            self.requests.fetch_add(1, Ordering::Relaxed);
             0
         };
         let is_first = !self.has_requested.load(Ordering::Relaxed);

@@ -3,10 +3,12 @@
 //! poem's server has no timeout for header fields, and hyper has none for the first bytes of a connection (which
 //! distinguish HTTP/1 from HTTP/2), for an idle HTTP/2 connection, or for a client that does not read its response.
 //! Here, each connection has one timer. [`connection`] computes its current deadline, for HTTP/2 from the frames on the
-//! wire ([`http2`]). [`table`] limits the number of connections. Does not depend on the endpoint.
+//! wire ([`http2`]). [`table`] limits the number of connections. [`direct`] answers plain requests in front of hyper.
+//! Does not depend on the endpoint.
 
 mod body;
 mod connection;
+mod direct;
 mod http2;
 mod memory;
 mod settings;
@@ -14,7 +16,13 @@ mod stream;
 mod table;
 
 use std::{
-    convert::Infallible, future::poll_fn, io, net::SocketAddr, pin::pin, sync::Arc, task::Poll,
+    convert::Infallible,
+    future::poll_fn,
+    io,
+    net::SocketAddr,
+    pin::{Pin, pin},
+    sync::Arc,
+    task::Poll,
     time::Duration,
 };
 
@@ -38,10 +46,14 @@ pub use self::settings::{Limits, ServeSettings, Timeouts};
 use self::{
     body::ResponseBody,
     connection::{Connection, Phase, Shutdown},
-    stream::WatchedStream,
+    direct::DirectService,
+    stream::{LentStream, WatchedStream},
     table::{Admitted, Slot, Table},
 };
-use crate::{telemetry::metrics::ConnectionMetrics, tenant_places::HeldUntilSent};
+use crate::{
+    plain_request::DirectEndpoint, telemetry::metrics::ConnectionMetrics,
+    tenant_places::HeldUntilSent,
+};
 
 /// The maximum size of a request line with its header fields.
 const HEADER_BYTES: usize = 32 * 1024;
@@ -97,17 +109,21 @@ pub fn bind(addr: SocketAddr) -> io::Result<BoundSocket> {
     Ok(BoundSocket(socket))
 }
 
-/// Serves until `stop` completes, then waits up to `timeouts.drain` for requests in flight.
-pub async fn serve<E>(
+/// Serves until `stop` completes, then waits up to `timeouts.drain` for requests in flight. `direct` answers the plain
+/// requests that it accepts, `endpoint` all others.
+pub async fn serve<E, D>(
     listener: TcpListener,
     endpoint: E,
+    direct: Option<D>,
     settings: ServeSettings,
     stop: impl Future<Output = ()>,
 ) where
     E: Endpoint<Output = Response> + 'static,
+    D: DirectEndpoint,
 {
     let server = Arc::new(Server {
         endpoint,
+        direct,
         local: listener.local_addr().ok(),
         builder: builder(),
         timeouts: settings.timeouts,
@@ -202,8 +218,9 @@ fn head_length<B>(connection: &Connection, request: &hyper::Request<B>) -> usize
 }
 
 /// State shared by all connections of a listener.
-struct Server<E> {
+struct Server<E, D> {
     endpoint: E,
+    direct: Option<D>,
     local: Option<SocketAddr>,
     builder: auto::Builder<TokioExecutor>,
     timeouts: Timeouts,
@@ -215,7 +232,7 @@ enum End {
     ShutDown,
 }
 
-impl<E: Endpoint<Output = Response> + 'static> Server<E> {
+impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
     async fn connection(
         self: Arc<Self>,
         stream: WatchedStream,
@@ -253,28 +270,63 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
                     }))
                 }
             });
-        let mut served = pin!(
+        let lent = LentStream::default();
+        let mut http = pin!(
             self.builder
-                .serve_connection_with_upgrades(TokioIo::new(stream), service)
+                .serve_connection_with_upgrades(TokioIo::new(lent.clone()), service)
         );
+        let stream = match &self.direct {
+            None => Some(stream),
+            Some(endpoint) => {
+                let direct = DirectService {
+                    endpoint,
+                    peer: peer.ip(),
+                    connection: &connection,
+                    slot: &slot,
+                };
+                let served = pin!(direct.serve(stream, &lent, http.as_mut()));
+                // It finishes by itself when the connection is shut down.
+                let end = self.supervise(&connection, served, |_| {}).await;
+                log_end(end, metrics).flatten()
+            }
+        };
+        if let Some(stream) = stream {
+            lent.lend(stream);
+            let end = self.supervise(
+                &connection,
+                http,
+                auto::UpgradeableConnection::graceful_shutdown,
+            );
+            log_end(end.await, metrics);
+        }
+    }
+
+    /// Polls `served` until it completes, a deadline passes or the connection is shut down. `finish` asks it to accept
+    /// no more requests.
+    async fn supervise<F: Future>(
+        &self,
+        connection: &Connection,
+        mut served: Pin<&mut F>,
+        finish: impl Fn(Pin<&mut F>),
+    ) -> Result<F::Output, End> {
         // One timer for the lifetime of the connection. It is reset when it fires, or if a deadline becomes earlier,
         // which is about once per deadline instead of twice per request.
         let mut alarm = pin!(time::sleep(self.timeouts.header));
         let mut is_finishing = false;
         let mut goodbye_until = None;
-        let end = poll_fn(|context| {
+        poll_fn(|context| {
             connection.marks.register(context.waker());
-            match connection.shutdown() {
-                Shutdown::Immediate => return Poll::Ready(Err(End::ShutDown)),
-                Shutdown::Graceful if !is_finishing => {
-                    is_finishing = true;
-                    served.as_mut().graceful_shutdown();
-                }
-                Shutdown::None | Shutdown::Graceful => {}
+            if connection.shutdown() == Shutdown::Immediate {
+                return Poll::Ready(Err(End::ShutDown));
             }
             loop {
                 if let Poll::Ready(result) = served.as_mut().poll(context) {
                     return Poll::Ready(Ok(result));
+                }
+                if connection.shutdown() == Shutdown::Graceful && !is_finishing {
+                    is_finishing = true;
+                    finish(served.as_mut());
+                    continue;
                 }
                 let (phase, deadline) = connection.phase(&self.timeouts);
                 if is_finishing && phase == Phase::Idle && goodbye_until.is_none() {
@@ -305,27 +357,37 @@ impl<E: Endpoint<Output = Response> + 'static> Server<E> {
                 }
                 if phase == Phase::Idle && connection.is_http2() && goodbye_until.is_none() {
                     // This lets a client that is about to send a request know that the request was not processed.
-                    served.as_mut().graceful_shutdown();
+                    finish(served.as_mut());
                     goodbye_until = Some(time::Instant::now() + GOODBYE);
                     continue;
                 }
                 return Poll::Ready(Err(End::TimedOut(phase)));
             }
-        });
-        match end.await {
-            Ok(Ok(())) | Err(End::ShutDown) => {}
-            // A client that disconnects or does not speak HTTP is not a server error.
-            Ok(Err(error)) => tracing::debug!(error = %error, "a connection failed"),
-            Err(End::TimedOut(phase)) => {
-                let count = match phase {
-                    Phase::FirstHead | Phase::Head => &metrics.timed_out_head,
-                    Phase::Write => &metrics.timed_out_write,
-                    Phase::Idle | Phase::Handler => &metrics.timed_out_idle,
-                };
-                count.inc();
-            }
+        })
+        .await
+    }
+}
+
+/// Logs or counts how serving a connection ended. Returns its result, if it was successful.
+fn log_end<T, E: std::fmt::Display>(
+    end: Result<Result<T, E>, End>,
+    metrics: &ConnectionMetrics,
+) -> Option<T> {
+    match end {
+        Ok(Ok(result)) => return Some(result),
+        Err(End::ShutDown) => {}
+        // A client that disconnects or does not speak HTTP is not a server error.
+        Ok(Err(error)) => tracing::debug!(error = %error, "a connection failed"),
+        Err(End::TimedOut(phase)) => {
+            let count = match phase {
+                Phase::FirstHead | Phase::Head => &metrics.timed_out_head,
+                Phase::Write => &metrics.timed_out_write,
+                Phase::Idle | Phase::Handler => &metrics.timed_out_idle,
+            };
+            count.inc();
         }
     }
+    None
 }
 
 #[cfg(test)]

@@ -8,6 +8,8 @@ use std::{
     task::{Context, Poll},
 };
 
+use bytes::Bytes;
+use parking_lot::Mutex;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
@@ -19,12 +21,19 @@ use super::{
     table::Table,
 };
 
+/// The size of a read while the number of bytes is limited.
+const PART: usize = 4 * 1024;
+
 #[derive(Debug)]
 pub(super) struct WatchedStream {
     stream: TcpStream,
     connection: Arc<Connection>,
     table: Arc<Table>,
     protocol: Protocol,
+    /// Bytes that were read and returned, before those of the socket.
+    unread: Bytes,
+    /// How many more bytes may be read.
+    allowed: usize,
 }
 
 #[derive(Debug)]
@@ -45,6 +54,40 @@ impl WatchedStream {
             connection,
             table,
             protocol: Protocol::Unknown(0),
+            unread: Bytes::new(),
+            allowed: usize::MAX,
+        }
+    }
+
+    /// Allows reading this many bytes. Then, only the end of the connection can be read, until more is allowed.
+    pub(super) fn allow(&mut self, length: usize) {
+        self.allowed = length;
+    }
+
+    /// Whether everything that was allowed has been read.
+    pub(super) fn is_exhausted(&self) -> bool {
+        self.allowed == 0
+    }
+
+    /// Returns bytes that were read, to be read again. They have already been reported to the connection.
+    pub(super) fn unread(&mut self, bytes: &[u8]) {
+        debug_assert!(self.unread.is_empty(), "earlier bytes would be lost");
+        self.unread = Bytes::copy_from_slice(bytes);
+    }
+
+    fn has_delivered(&mut self, length: usize) {
+        if self.allowed < usize::MAX {
+            self.allowed -= length;
+        }
+    }
+
+    /// Whether the client has closed the connection and sent nothing before. Otherwise, wakes the task when it does.
+    pub(super) fn is_closed(&self, context: &mut Context<'_>) -> bool {
+        let mut byte = [0];
+        match self.stream.poll_peek(context, &mut ReadBuf::new(&mut byte)) {
+            Poll::Ready(Ok(length)) => length == 0,
+            Poll::Ready(Err(_)) => true,
+            Poll::Pending => false,
         }
     }
 
@@ -89,16 +132,39 @@ impl AsyncRead for WatchedStream {
             // Ends the connection even if its task is busy reading from the socket.
             return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
         }
+        if self.allowed == 0 {
+            return if self.is_closed(context) {
+                Poll::Ready(Ok(()))
+            } else {
+                Poll::Pending
+            };
+        }
+        if !self.unread.is_empty() {
+            let length = self.unread.len().min(buffer.remaining()).min(self.allowed);
+            buffer.put_slice(&self.unread.split_to(length));
+            self.has_delivered(length);
+            return Poll::Ready(Ok(()));
+        }
         if self.connection.should_pause() {
             // Lets other tasks run first, including the handlers of connections that were just closed.
             context.waker().wake_by_ref();
             return Poll::Pending;
         }
         let before = buffer.filled().len();
-        let read = Pin::new(&mut self.stream).poll_read(context, buffer);
+        let read = if self.allowed == usize::MAX {
+            Pin::new(&mut self.stream).poll_read(context, buffer)
+        } else {
+            let mut part = [0; PART];
+            let length = PART.min(buffer.remaining()).min(self.allowed);
+            let mut part = ReadBuf::new(&mut part[..length]);
+            let read = Pin::new(&mut self.stream).poll_read(context, &mut part);
+            buffer.put_slice(part.filled());
+            read
+        };
         let bytes = &buffer.filled()[before..];
         if !bytes.is_empty() {
             self.has_read(bytes);
+            self.has_delivered(bytes.len());
         }
         read
     }
@@ -132,5 +198,59 @@ impl AsyncWrite for WatchedStream {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+/// The stream as hyper sees it. It is absent while requests are answered directly, and hyper waits for the next one.
+#[derive(Debug, Clone, Default)]
+pub(super) struct LentStream(Arc<Mutex<Option<WatchedStream>>>);
+
+impl LentStream {
+    pub(super) fn lend(&self, stream: WatchedStream) {
+        *self.0.lock() = Some(stream);
+    }
+
+    /// Returns the stream if all that may be read of it has been read.
+    pub(super) fn take_exhausted(&self) -> Option<WatchedStream> {
+        self.0.lock().take_if(|stream| stream.is_exhausted())
+    }
+
+    fn with<T>(
+        &self,
+        call: impl FnOnce(Pin<&mut WatchedStream>) -> Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        match &mut *self.0.lock() {
+            Some(stream) => call(Pin::new(stream)),
+            // It is lent before hyper is polled again.
+            None => Poll::Pending,
+        }
+    }
+}
+
+impl AsyncRead for LentStream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.with(|stream| stream.poll_read(context, buffer))
+    }
+}
+
+impl AsyncWrite for LentStream {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.with(|stream| stream.poll_write(context, bytes))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.with(|stream| stream.poll_flush(context))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.with(|stream| stream.poll_shutdown(context))
     }
 }

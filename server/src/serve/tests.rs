@@ -6,7 +6,10 @@ use tokio::{
 };
 
 use super::*;
-use crate::connection_marks::ConnectionMarks;
+use crate::{
+    connection_marks::ConnectionMarks,
+    plain_request::{DirectEndpoint, PlainRequest},
+};
 
 const HEADER: Duration = Duration::from_millis(300);
 const IDLE: Duration = Duration::from_millis(900);
@@ -21,6 +24,11 @@ async fn endpoint(request: poem::Request) -> poem::Body {
         "/large" => vec![b'x'; LARGE].into(),
         "/medium" => vec![b'x'; MEDIUM].into(),
         "/never" => std::future::pending().await,
+        "/foreign" => {
+            let body = request.into_body().into_string().await;
+            assert_eq!(body.expect("the body arrives"), "abc");
+            "here".into()
+        }
         "/events" => quiet_events(request.data().expect("an HTTP/2 connection")),
         _ => "here".into(),
     }
@@ -35,13 +43,95 @@ fn quiet_events(connection: &ConnectionMarks) -> poem::Body {
     }))
 }
 
+/// What answers plain requests over HTTP/1.
+#[derive(Debug, Clone, Copy)]
+enum Way {
+    Direct,
+    Hyper,
+}
+
+/// Answers the same as [`endpoint`].
+struct Plain;
+
+impl DirectEndpoint for Plain {
+    fn accepts(&self, request: &PlainRequest<'_>) -> bool {
+        !matches!(request.target, "/foreign" | "/unread")
+    }
+
+    async fn answer(
+        &self,
+        request: &PlainRequest<'_>,
+        _: std::net::IpAddr,
+        _: Option<&ConnectionMarks>,
+        out: &mut Vec<u8>,
+    ) {
+        let body = match request.target {
+            "/large" => vec![b'x'; LARGE],
+            "/medium" => vec![b'x'; MEDIUM],
+            "/never" => std::future::pending().await,
+            _ => b"here".to_vec(),
+        };
+        let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", body.len());
+        out.extend_from_slice(head.as_bytes());
+        out.extend_from_slice(&body);
+    }
+}
+
+/// Runs the tests both ways.
+macro_rules! both_ways {
+    ($($name:ident),+ $(,)?) => {
+        mod through_hyper {
+            use super::Way;
+
+            $(
+                #[tokio::test]
+                async fn $name() {
+                    super::$name(Way::Hyper).await;
+                }
+            )+
+        }
+
+        mod directly {
+            use super::Way;
+
+            $(
+                #[tokio::test]
+                async fn $name() {
+                    super::$name(Way::Direct).await;
+                }
+            )+
+        }
+    };
+}
+
+both_ways!(
+    connection_with_continuous_requests_stays_open,
+    slow_header_fields_close_the_connection,
+    every_request_gets_the_full_header_timeout,
+    connection_may_be_idle_longer_than_the_header_timeout,
+    connection_that_sends_nothing_is_closed,
+    slow_first_request_is_closed_for_any_protocol,
+    client_that_does_not_read_its_response_is_closed,
+    client_that_reads_slowly_gets_its_whole_response,
+    slow_request_after_a_pipelined_one_closes_the_connection,
+    half_closed_connection_gets_its_responses_and_is_closed,
+    idle_connection_does_not_delay_a_stop,
+    request_of_a_client_that_leaves_is_canceled,
+    request_in_flight_is_answered_when_the_server_stops,
+);
+
 async fn connect() -> TcpStream {
-    connect_until(std::future::pending(), Duration::ZERO)
+    connect_by(Way::Hyper).await
+}
+
+async fn connect_by(way: Way) -> TcpStream {
+    connect_until(way, std::future::pending(), Duration::ZERO)
         .await
         .0
 }
 
 async fn connect_until(
+    way: Way,
     stop: impl Future<Output = ()> + Send + 'static,
     drain: Duration,
 ) -> (TcpStream, task::JoinHandle<()>) {
@@ -65,7 +155,11 @@ async fn connect_until(
         metrics: Arc::default(),
     };
     let endpoint = make(endpoint).map_to_response();
-    let server = tokio::spawn(serve(listener, endpoint, settings, stop));
+    let direct = match way {
+        Way::Direct => Some(Plain),
+        Way::Hyper => None,
+    };
+    let server = tokio::spawn(serve(listener, endpoint, direct, settings, stop));
     (TcpStream::connect(addr).await.unwrap(), server)
 }
 
@@ -90,27 +184,24 @@ async fn ended_after(stream: &mut TcpStream) -> Duration {
     began.elapsed()
 }
 
-#[tokio::test]
-async fn connection_with_continuous_requests_stays_open() {
-    let mut stream = connect().await;
+async fn connection_with_continuous_requests_stays_open(way: Way) {
+    let mut stream = connect_by(way).await;
     for _ in 0..10 {
         ask(&mut stream).await;
         time::sleep(HEADER / 3).await;
     }
 }
 
-#[tokio::test]
-async fn slow_header_fields_close_the_connection() {
-    let mut stream = connect().await;
+async fn slow_header_fields_close_the_connection(way: Way) {
+    let mut stream = connect_by(way).await;
     stream.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
     let ended = ended_after(&mut stream).await;
     assert!(ended >= HEADER * 9 / 10, "{ended:?}");
 }
 
 /// This holds even if the timer was still set to the deadline of an earlier request.
-#[tokio::test]
-async fn every_request_gets_the_full_header_timeout() {
-    let mut stream = connect().await;
+async fn every_request_gets_the_full_header_timeout(way: Way) {
+    let mut stream = connect_by(way).await;
     time::sleep(HEADER / 2).await;
     ask(&mut stream).await;
     stream.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
@@ -118,9 +209,8 @@ async fn every_request_gets_the_full_header_timeout() {
     assert!(ended >= HEADER * 9 / 10, "{ended:?}");
 }
 
-#[tokio::test]
-async fn connection_may_be_idle_longer_than_the_header_timeout() {
-    let mut stream = connect().await;
+async fn connection_may_be_idle_longer_than_the_header_timeout(way: Way) {
+    let mut stream = connect_by(way).await;
     ask(&mut stream).await;
     time::sleep(HEADER * 2).await;
     ask(&mut stream).await;
@@ -128,22 +218,20 @@ async fn connection_may_be_idle_longer_than_the_header_timeout() {
     assert!(ended >= IDLE * 9 / 10, "{ended:?}");
 }
 
-#[tokio::test]
-async fn connection_that_sends_nothing_is_closed() {
-    let mut stream = connect().await;
+async fn connection_that_sends_nothing_is_closed(way: Way) {
+    let mut stream = connect_by(way).await;
     let ended = ended_after(&mut stream).await;
     assert!(ended >= HEADER * 9 / 10, "{ended:?}");
 }
 
 /// Sends one byte that HTTP/1 and HTTP/2 have in common, then a byte occasionally.
-#[tokio::test]
-async fn slow_first_request_is_closed_for_any_protocol() {
+async fn slow_first_request_is_closed_for_any_protocol(way: Way) {
     for (first, rest) in [
         ("P", "OST / HT"),
         ("GET / HTTP/1.1\r\n", "A: bcdefgh"),
         ("PRI * HTTP/2.0\r\n\r\nS", "M\r\n"),
     ] {
-        let stream = connect().await;
+        let stream = connect_by(way).await;
         let (mut reader, mut writer) = stream.into_split();
         let began = time::Instant::now();
         let drip = tokio::spawn(async move {
@@ -164,9 +252,8 @@ async fn slow_first_request_is_closed_for_any_protocol() {
     }
 }
 
-#[tokio::test]
-async fn client_that_does_not_read_its_response_is_closed() {
-    let mut stream = connect().await;
+async fn client_that_does_not_read_its_response_is_closed(way: Way) {
+    let mut stream = connect_by(way).await;
     stream
         .write_all(b"GET /large HTTP/1.1\r\nHost: q\r\n\r\n")
         .await
@@ -179,9 +266,8 @@ async fn client_that_does_not_read_its_response_is_closed() {
     assert!(answer.len() < LARGE, "it was sent completely");
 }
 
-#[tokio::test]
-async fn client_that_reads_slowly_gets_its_whole_response() {
-    let mut stream = connect().await;
+async fn client_that_reads_slowly_gets_its_whole_response(way: Way) {
+    let mut stream = connect_by(way).await;
     stream
         .write_all(b"GET /large HTTP/1.1\r\nHost: q\r\nConnection: close\r\n\r\n")
         .await
@@ -200,6 +286,193 @@ async fn client_that_reads_slowly_gets_its_whole_response() {
     }
     assert!(read > LARGE, "{read}");
     assert!(began.elapsed() > WRITE, "{:?}", began.elapsed());
+}
+
+/// Sending responses does not give the next request more time than its first byte does.
+async fn slow_request_after_a_pipelined_one_closes_the_connection(way: Way) {
+    let mut stream = connect_by(way).await;
+    ask(&mut stream).await;
+    stream
+        .write_all(b"GET / HTTP/1.1\r\nHost: q\r\n\r\n")
+        .await
+        .unwrap();
+    stream.write_all(b"GET / HTTP/1.1\r\nHo").await.unwrap();
+    let ended = ended_after(&mut stream).await;
+    // Behind hyper, a head that arrives with an earlier request has the time of an idle connection.
+    let limit = match way {
+        Way::Direct => IDLE,
+        Way::Hyper => IDLE * 2,
+    };
+    assert!((HEADER * 9 / 10..limit).contains(&ended), "{ended:?}");
+}
+
+async fn half_closed_connection_gets_its_responses_and_is_closed(way: Way) {
+    let mut stream = connect_by(way).await;
+    let request = b"GET / HTTP/1.1\r\nHost: q\r\n\r\n";
+    stream.write_all(&request.repeat(3)).await.unwrap();
+    stream.write_all(&request[..10]).await.unwrap();
+    let mut answers = Vec::new();
+    while answers.windows(4).filter(|it| it == b"here").count() < 3 {
+        assert_ne!(stream.read_buf(&mut answers).await.unwrap(), 0, "it ended");
+    }
+    stream.shutdown().await.unwrap();
+    let ended = ended_after(&mut stream).await;
+    assert!(ended < HEADER, "{ended:?}");
+}
+
+async fn request_of_a_client_that_leaves_is_canceled(way: Way) {
+    let mut stream = connect_by(way).await;
+    stream
+        .write_all(b"GET /never HTTP/1.1\r\nHost: q\r\n\r\n")
+        .await
+        .unwrap();
+    time::sleep(HEADER / 3).await;
+    stream.shutdown().await.unwrap();
+    let ended = ended_after(&mut stream).await;
+    assert!(ended < HEADER, "{ended:?}");
+}
+
+async fn idle_connection_does_not_delay_a_stop(way: Way) {
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let stopped = async move {
+        let _ = stopped.await;
+    };
+    let (mut stream, server) = connect_until(way, stopped, GOODBYE * 4).await;
+    ask(&mut stream).await;
+    let began = time::Instant::now();
+    drop(stop);
+    server.await.unwrap();
+    assert!(began.elapsed() < IDLE, "{:?}", began.elapsed());
+}
+
+async fn request_in_flight_is_answered_when_the_server_stops(way: Way) {
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let stopped = async move {
+        let _ = stopped.await;
+    };
+    let (mut stream, server) = connect_until(way, stopped, GOODBYE * 4).await;
+    ask(&mut stream).await;
+    stream
+        .write_all(b"GET / HTTP/1.1\r\nHost: q\r\n")
+        .await
+        .unwrap();
+    time::sleep(HEADER / 3).await;
+    drop(stop);
+    let mut answer = Vec::new();
+    if matches!(way, Way::Direct) {
+        // It is passed to hyper, which announces that no other response follows.
+        time::sleep(HEADER / 3).await;
+        stream.write_all(b"\r\n").await.unwrap();
+        stream.read_to_end(&mut answer).await.unwrap();
+        let text = String::from_utf8(answer).unwrap();
+        assert!(text.contains("connection: close\r\n"), "{text}");
+        assert!(text.ends_with("here"), "{text}");
+    }
+    server.await.unwrap();
+}
+
+/// A client that sends requests and never reads does not make the server answer all of them.
+#[tokio::test]
+async fn direct_responses_that_are_not_read_are_bounded() {
+    let mut stream = connect_by(Way::Direct).await;
+    let requests = b"GET /medium HTTP/1.1\r\nHost: q\r\n\r\n".repeat(1000);
+    let began = time::Instant::now();
+    let mut sent = 0;
+    // The server stops reading when its responses are not read, and closes the connection.
+    while began.elapsed() < HEADER * 30 {
+        let written = timeout(WRITE * 4, stream.write(&requests)).await;
+        match written.expect("it is not held open") {
+            Ok(length) => sent += length,
+            Err(_) => break,
+        }
+    }
+    assert!(sent > requests.len(), "{sent}");
+    assert!(began.elapsed() >= WRITE * 9 / 10, "{:?}", began.elapsed());
+    assert!(began.elapsed() < HEADER * 30, "{sent} bytes were accepted");
+}
+
+/// Sends the requests in two parts, for every place at which they can be divided. Returns the responses each time.
+async fn in_two_parts(requests: &[u8], mut check: impl FnMut(&str)) {
+    for middle in 0..requests.len() {
+        let mut stream = connect_by(Way::Direct).await;
+        stream.set_nodelay(true).unwrap();
+        let (first, second) = requests.split_at(middle);
+        stream.write_all(first).await.unwrap();
+        task::yield_now().await;
+        stream.write_all(second).await.unwrap();
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).await.unwrap();
+        check(&String::from_utf8(answer).unwrap());
+    }
+}
+
+#[tokio::test]
+async fn hyper_answers_a_foreign_request_and_returns_the_connection() {
+    let requests = b"GET / HTTP/1.1\r\nHost: q\r\n\r\n\
+        POST /foreign HTTP/1.1\r\nHost: q\r\nContent-Length: 3\r\n\r\nabc\
+        GET / HTTP/1.1\r\nHost: q\r\n\r\n\
+        GET / HTTP/1.1\r\nHost: q\r\nContent-Length: 0\r\n\r\n\
+        POST /foreign HTTP/1.1\r\nHost: q\r\nContent-Length: 3\r\n\r\nabc\
+        GET / HTTP/1.1\r\nHost: q\r\nConnection: close\r\n\r\n";
+    in_two_parts(requests, |text| {
+        assert_eq!(text.matches("here").count(), 6, "{text}");
+        // Only hyper writes a date.
+        let mut by_hyper = text.split("HTTP/1.1 200 OK").skip(1);
+        for expected in [false, true, false, false, true, true] {
+            let response = by_hyper.next().unwrap_or_default();
+            assert_eq!(response.contains("date: "), expected, "{text}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn request_that_is_not_plain_is_answered_by_hyper_with_what_follows() {
+    let requests = b"GET / HTTP/1.1\r\nHost: q\r\n\r\n\
+        POST /foreign HTTP/1.1\r\nHost: q\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n\
+        GET / HTTP/1.1\r\nHost: q\r\n\r\n\
+        GET / HTTP/1.1\r\nHost: q\r\nConnection: close\r\n\r\n";
+    in_two_parts(requests, |text| {
+        assert_eq!(text.matches("here").count(), 4, "{text}");
+        assert_eq!(text.matches("date: ").count(), 3, "{text}");
+    })
+    .await;
+}
+
+/// hyper closes a connection on which the rest of a body may still arrive, and nothing of it becomes a request.
+#[tokio::test]
+async fn body_that_nobody_reads_is_not_answered() {
+    let hidden = b"GET / HTTP/1.1\r\nHost: q\r\n\r\n";
+    let head = format!(
+        "POST /unread HTTP/1.1\r\nHost: q\r\nContent-Length: {}\r\n\r\n",
+        hidden.len()
+    );
+    for available in [0, hidden.len() / 2, hidden.len()] {
+        let mut stream = connect_by(Way::Direct).await;
+        let first = [head.as_bytes(), &hidden[..available]].concat();
+        stream.write_all(&first).await.unwrap();
+        time::sleep(HEADER / 3).await;
+        let _ = stream.write_all(&hidden[available..]).await;
+        let mut answer = Vec::new();
+        let _ = timeout(HEADER, stream.read_to_end(&mut answer)).await;
+        let text = String::from_utf8(answer).unwrap();
+        assert_eq!(text.matches("here").count(), 1, "{available}: {text}");
+    }
+}
+
+#[tokio::test]
+async fn deadlines_apply_after_a_foreign_request() {
+    let mut stream = connect_by(Way::Direct).await;
+    let request = b"POST /foreign HTTP/1.1\r\nHost: q\r\nContent-Length: 3\r\n\r\nabc";
+    stream.write_all(request).await.unwrap();
+    ask(&mut stream).await;
+    stream.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
+    let ended = ended_after(&mut stream).await;
+    assert!((HEADER * 9 / 10..IDLE).contains(&ended), "{ended:?}");
+    let mut stream = connect_by(Way::Direct).await;
+    stream.write_all(request).await.unwrap();
+    let ended = ended_after(&mut stream).await;
+    assert!(ended >= IDLE * 9 / 10, "{ended:?}");
 }
 
 /// A minimal hand-written HTTP/2 client, since a client that follows the protocol could not misbehave.
@@ -316,7 +589,7 @@ mod http2 {
         let stopped = async move {
             let _ = stopped.await;
         };
-        let (mut stream, server) = connect_until(stopped, GOODBYE * 4).await;
+        let (mut stream, server) = connect_until(Way::Hyper, stopped, GOODBYE * 4).await;
         stream
             .write_all(&[hello(&[]), get(1)].concat())
             .await

@@ -203,7 +203,8 @@ impl Log {
         Self::start_on(io::stdout(), format)
     }
 
-    fn start_on(out: impl Write + Send + 'static, format: LogFormat) -> Self {
+    /// Starts the log thread with another output.
+    pub fn start_on(out: impl Write + Send + 'static, format: LogFormat) -> Self {
         let log = Self {
             state: Arc::default(),
             format,

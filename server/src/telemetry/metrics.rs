@@ -136,6 +136,8 @@ metrics! {
     logins_failed: Counter, "logins_failed", "Sign-ins with an incorrect email or password";
     password_queue_full: Counter, "password_queue_full",
         "Requests that got 503 because too many passwords were being hashed";
+    direct_responses: Counter, "direct_responses",
+        "Responses that were written directly to the connection, because their requests had a plain form";
     requests_in_flight: Gauge, "requests_in_flight", "Requests in flight";
     panics: Counter, "panics", "Handlers that panicked";
     log_lines_dropped: Counter, "log_lines_dropped",

@@ -141,7 +141,7 @@ fn wrong(name: &str) -> &'static str {
         "QUOTA_REDIS_CONNECT_TIMEOUT" => "250",
         "QUOTA_LEASE_TTL" => "1001ms",
         "QUOTA_ON_REDIS_FAILURE" => "fail",
-        "QUOTA_METERING" | "QUOTA_MIGRATE" => "yes",
+        "QUOTA_METERING" | "QUOTA_MIGRATE" | "QUOTA_DIRECT_RESPONSES" => "yes",
         "QUOTA_SECRET"
         | "QUOTA_SECRET_PREVIOUS"
         | "STRIPE_SECRET_KEY"

@@ -24,7 +24,14 @@ const RANKS: &[&[&str]] = &[
         "tenant_places",
         "tenant_queue",
     ],
-    &["db", "mail", "redis", "stripe", "telemetry"],
+    &[
+        "db",
+        "mail",
+        "plain_request",
+        "redis",
+        "stripe",
+        "telemetry",
+    ],
     &[
         "cache",
         "client_guard",

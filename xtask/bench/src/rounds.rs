@@ -78,7 +78,10 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
     let poem = Server::bare("poem", cores)?;
     let logging = Server::quota(quota, "info", cores, &[])?;
     let silent = Server::quota(quota, "info,quota_server::access=off", cores, &[])?;
+    let on = [("QUOTA_DIRECT_RESPONSES", "on".to_owned())];
+    let direct = Server::quota(quota, "info", cores, &on)?;
     let (ample, scant) = keys(&logging)?;
+    let (direct_ample, direct_scant) = keys(&direct)?;
     let (silent_ample, silent_scant) = keys(&silent)?;
     let load = Load::new()?;
 
@@ -94,6 +97,18 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
         case("bare hyper", &hyper, &ample, Answers::Admitted),
         case("quota, admitted", &logging, &ample, Answers::Admitted),
         case("quota, denied", &logging, &scant, Answers::Denied),
+        case(
+            "quota with direct responses, admitted",
+            &direct,
+            &direct_ample,
+            Answers::Admitted,
+        ),
+        case(
+            "quota with direct responses, denied",
+            &direct,
+            &direct_scant,
+            Answers::Denied,
+        ),
         case(
             "quota without access log, admitted",
             &silent,

@@ -5,6 +5,7 @@
 
 use std::{
     collections::HashMap,
+    convert::Infallible,
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::{Arc, LazyLock},
@@ -66,6 +67,7 @@ pub(crate) struct Setup {
     url: Option<String>,
     data_dir: Option<PathBuf>,
     with_jobs: bool,
+    log: Option<Log>,
 }
 
 impl Setup {
@@ -101,6 +103,12 @@ impl Setup {
     /// Runs no background jobs: no polling for invalidations, no pruning, no updates of `last_used_at`.
     pub(crate) fn without_jobs(mut self) -> Self {
         self.with_jobs = false;
+        self
+    }
+
+    /// The log, instead of standard output.
+    pub(crate) fn log(mut self, log: Log) -> Self {
+        self.log = Some(log);
         self
     }
 
@@ -144,7 +152,7 @@ impl Setup {
         };
         let url = SecretString::from(self.url.unwrap_or_else(|| database.url().to_owned()));
         let db = Db::new(&url, &config.database);
-        let log = Log::start(config.log_format);
+        let log = self.log.unwrap_or_else(|| Log::start(config.log_format));
         // It would make the futures of tests very large.
         let state = Box::pin(AppState::new(config, db, self.clock, log))
             .await
@@ -177,12 +185,14 @@ impl Setup {
             tokio::spawn(serve(
                 listener,
                 router::public(&state),
+                router::direct(&state),
                 public,
                 until(stopping.clone()),
             )),
             tokio::spawn(serve(
                 metrics_listener,
                 router::metrics(&state),
+                None::<Infallible>,
                 ServeSettings::metrics(&state),
                 until(stopping),
             )),
@@ -210,6 +220,7 @@ impl TestApp {
             url: None,
             data_dir: None,
             with_jobs: true,
+            log: None,
         }
     }
 

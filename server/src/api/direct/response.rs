@@ -1,0 +1,153 @@
+//! Writing a response as bytes, in the same order as hyper.
+
+use std::{
+    cell::Cell,
+    time::{Duration, UNIX_EPOCH},
+};
+
+use poem::http::{HeaderName, HeaderValue, StatusCode, header};
+
+use crate::{api::limit_headers::HeaderSink, clock::UnixNanos};
+
+/// The length of a date, such as `Thu, 26 Nov 2026 16:00:00 GMT`.
+const DATE: usize = 29;
+/// Most responses are smaller.
+const USUAL: usize = 1024;
+
+thread_local! {
+    /// The last second that was formatted, and its text.
+    static LAST_DATE: Cell<(u64, [u8; DATE])> = const { Cell::new((u64::MAX, [b' '; DATE])) };
+}
+
+/// A response whose headers are being written.
+pub(super) struct ResponseWriter<'a> {
+    out: &'a mut Vec<u8>,
+    /// Which of the headers that [`flag`] knows are set.
+    flags: u8,
+}
+
+/// Returns the bit of a header whose presence matters.
+fn flag(name: &HeaderName) -> u8 {
+    if *name == header::CACHE_CONTROL {
+        1
+    } else if *name == header::RETRY_AFTER {
+        2
+    } else if *name == header::CONTENT_SECURITY_POLICY {
+        4
+    } else {
+        0
+    }
+}
+
+impl<'a> ResponseWriter<'a> {
+    /// Appends the status line to `out`.
+    pub(super) fn begin(out: &'a mut Vec<u8>, status: StatusCode) -> Self {
+        out.reserve(USUAL);
+        out.extend_from_slice(b"HTTP/1.1 ");
+        out.extend_from_slice(status.as_str().as_bytes());
+        out.push(b' ');
+        out.extend_from_slice(status.canonical_reason().unwrap_or("<none>").as_bytes());
+        out.extend_from_slice(b"\r\n");
+        Self { out, flags: 0 }
+    }
+
+    /// Writes the length, the date and the body.
+    pub(super) fn finish(mut self, body: &[u8], now: UnixNanos) {
+        self.out.extend_from_slice(b"content-length: ");
+        let mut length = itoa::Buffer::new();
+        self.out
+            .extend_from_slice(length.format(body.len()).as_bytes());
+        self.out.extend_from_slice(b"\r\n");
+        self.set_text(header::DATE, &date(now.secs()));
+        self.out.extend_from_slice(b"\r\n");
+        self.out.extend_from_slice(body);
+    }
+}
+
+impl HeaderSink for ResponseWriter<'_> {
+    fn contains(&self, name: &HeaderName) -> bool {
+        debug_assert!(flag(name) > 0, "{name} has no flag");
+        self.flags & flag(name) > 0
+    }
+
+    fn set(&mut self, name: HeaderName, value: &HeaderValue) {
+        self.set_text(name, value.as_bytes());
+    }
+
+    fn set_static(&mut self, name: HeaderName, value: &'static str) {
+        self.set_text(name, value.as_bytes());
+    }
+
+    fn set_number(&mut self, name: HeaderName, value: u64) {
+        self.set_text(name, itoa::Buffer::new().format(value).as_bytes());
+    }
+
+    fn set_text(&mut self, name: HeaderName, value: &[u8]) {
+        // Like hyper, writes the length after all others.
+        if name == header::CONTENT_LENGTH {
+            return;
+        }
+        self.flags |= flag(&name);
+        self.out.extend_from_slice(name.as_str().as_bytes());
+        self.out.extend_from_slice(b": ");
+        self.out.extend_from_slice(value);
+        self.out.extend_from_slice(b"\r\n");
+    }
+}
+
+fn date(secs: u64) -> [u8; DATE] {
+    let (last, text) = LAST_DATE.get();
+    if last == secs {
+        return text;
+    }
+    let time = UNIX_EPOCH + Duration::from_secs(secs);
+    let mut text = [b' '; DATE];
+    let formatted = httpdate::fmt_http_date(time);
+    if formatted.len() == DATE {
+        text.copy_from_slice(formatted.as_bytes());
+    }
+    LAST_DATE.set((secs, text));
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn response_has_its_length_and_date() {
+        let mut out = b"before".to_vec();
+        let mut response = ResponseWriter::begin(&mut out, StatusCode::TOO_MANY_REQUESTS);
+        response.set_number(header::RETRY_AFTER, 7);
+        assert!(response.contains(&header::RETRY_AFTER));
+        assert!(!response.contains(&header::CACHE_CONTROL));
+        response.finish(b"{}", UnixNanos::from_secs(1_785_738_337));
+        assert_eq!(
+            String::from_utf8(out).unwrap(),
+            "beforeHTTP/1.1 429 Too Many Requests\r\nretry-after: 7\r\ncontent-length: 2\r\n\
+             date: Mon, 03 Aug 2026 06:25:37 GMT\r\n\r\n{}"
+        );
+    }
+
+    #[test]
+    fn stated_length_is_not_repeated() {
+        let mut out = Vec::new();
+        let mut response = ResponseWriter::begin(&mut out, StatusCode::OK);
+        response.set_number(header::CONTENT_LENGTH, 0);
+        response.finish(b"", UnixNanos::from_secs(0));
+        let text = String::from_utf8(out).unwrap();
+        assert_eq!(text.matches("content-length: 0\r\n").count(), 1, "{text}");
+        assert!(
+            text.contains("date: Thu, 01 Jan 1970 00:00:00 GMT\r\n"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn each_second_has_its_own_date() {
+        let dates = [1, 2, 1].map(|secs| String::from_utf8(date(secs).to_vec()).unwrap());
+        assert_eq!(dates[0], dates[2]);
+        assert_ne!(dates[0], dates[1]);
+        assert_eq!(dates[1], "Thu, 01 Jan 1970 00:00:02 GMT");
+    }
+}

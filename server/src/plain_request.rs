@@ -1,0 +1,206 @@
+//! HTTP/1.1 requests in plain form, parsed from the bytes of a connection.
+//!
+//! A plain request leaves no room for interpretation: every implementation of HTTP reads the same request from its
+//! bytes, and finds its end at the same byte. [`parse`] recognizes such requests and nothing else. What it does not
+//! recognize may still be valid, and is left to hyper with everything that follows. So this module needs to be strict,
+//! but not complete.
+//!
+//! Does not know which requests are answered, or how: see [`DirectEndpoint`].
+
+use std::{convert::Infallible, mem::MaybeUninit, net::IpAddr};
+
+use crate::connection_marks::ConnectionMarks;
+
+/// The maximum size of a request line with its header fields.
+pub const HEAD_MAX: usize = 16 * 1024;
+const FIELDS_MAX: usize = 64;
+/// Nine digits fit in every `usize`.
+const LENGTH_DIGITS: usize = 9;
+
+/// Answers plain requests. Must answer each of them as the server behind hyper would.
+pub trait DirectEndpoint: Send + Sync + 'static {
+    /// Whether [`answer`](Self::answer) answers this request. Its body may not have arrived yet.
+    fn accepts(&self, request: &PlainRequest<'_>) -> bool;
+
+    /// Appends the response to `out`. `marks` are those of the connection, if it has not authenticated.
+    fn answer(
+        &self,
+        request: &PlainRequest<'_>,
+        peer: IpAddr,
+        marks: Option<&ConnectionMarks>,
+        out: &mut Vec<u8>,
+    ) -> impl Future<Output = ()> + Send;
+}
+
+/// Answers nothing.
+impl DirectEndpoint for Infallible {
+    fn accepts(&self, _: &PlainRequest<'_>) -> bool {
+        match *self {}
+    }
+
+    async fn answer(
+        &self,
+        _: &PlainRequest<'_>,
+        _: IpAddr,
+        _: Option<&ConnectionMarks>,
+        _: &mut Vec<u8>,
+    ) {
+        match *self {}
+    }
+}
+
+/// A request with a complete head.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PlainRequest<'a> {
+    pub method: &'a str,
+    /// The path and the query, as sent.
+    pub target: &'a str,
+    /// The value of `Content-Length`, 0 if there is none.
+    pub body_length: usize,
+    /// Shorter than `body_length` if the rest has not arrived.
+    pub body: &'a [u8],
+    known: [Option<&'a [u8]>; KNOWN.len()],
+}
+
+/// The fields whose values endpoints can read. Each is sent at most once.
+const KNOWN: [&str; 9] = [
+    "x-api-key",
+    "authorization",
+    "x-service-token",
+    "x-request-id",
+    "x-forwarded-for",
+    "x-forwarded-uri",
+    "x-forwarded-method",
+    "content-type",
+    "origin",
+];
+
+impl<'a> PlainRequest<'a> {
+    /// Returns the value of a field in [`KNOWN`]. `name` is lowercase.
+    pub fn field(&self, name: &str) -> Option<&'a [u8]> {
+        let place = KNOWN.iter().position(|known| *known == name);
+        debug_assert!(place.is_some(), "{name} is not kept");
+        place.and_then(|place| self.known[place])
+    }
+}
+
+/// What the bytes begin with.
+#[derive(Debug, PartialEq, Eq)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "it is taken apart right after parsing"
+)]
+pub enum Parsed<'a> {
+    /// A plain request whose head has this length. Its body follows.
+    Plain(PlainRequest<'a>, usize),
+    /// Possibly a plain request. Its head is incomplete.
+    Incomplete,
+    /// Something else.
+    Other,
+}
+
+/// Parses the beginning of a connection's unread bytes.
+pub fn parse(bytes: &[u8]) -> Parsed<'_> {
+    // Empty lines before a request are legal, but not plain. A head may be incomplete at a `\r`.
+    if bytes.first().is_some_and(|byte| !byte.is_ascii_uppercase()) {
+        return Parsed::Other;
+    }
+    let mut fields = [const { MaybeUninit::uninit() }; FIELDS_MAX];
+    let mut request = httparse::Request::new(&mut []);
+    let length = match request.parse_with_uninit_headers(bytes, &mut fields) {
+        Ok(httparse::Status::Complete(length)) => length,
+        Ok(httparse::Status::Partial) if bytes.len() < HEAD_MAX => return Parsed::Incomplete,
+        Ok(httparse::Status::Partial) | Err(_) => return Parsed::Other,
+    };
+    let (head, rest) = bytes.split_at(length);
+    match (request.method, request.path, request.version) {
+        // Of all methods, only this one changes what follows the request.
+        (Some("CONNECT"), ..) => Parsed::Other,
+        (Some(method), Some(target), Some(1)) if length <= HEAD_MAX && is_plain(head) => {
+            match Known::of(request.headers) {
+                Some(Known {
+                    values,
+                    length: body_length,
+                }) => Parsed::Plain(
+                    PlainRequest {
+                        method,
+                        target,
+                        body_length,
+                        body: &rest[..body_length.min(rest.len())],
+                        known: values,
+                    },
+                    length,
+                ),
+                None => Parsed::Other,
+            }
+        }
+        _ => Parsed::Other,
+    }
+}
+
+/// Whether a head consists of visible ASCII characters and spaces, in lines that end with CRLF. httparse accepts more.
+fn is_plain(head: &[u8]) -> bool {
+    let (mut odd, mut feeds) = (0_usize, 0_usize);
+    for byte in head {
+        odd += usize::from(!(b' '..0x7f).contains(byte));
+        feeds += usize::from(*byte == b'\n');
+    }
+    let pairs = head.windows(2).filter(|pair| pair == b"\r\n").count();
+    // Every other byte is part of a pair.
+    odd == 2 * pairs && feeds == pairs
+}
+
+struct Known<'a> {
+    values: [Option<&'a [u8]>; KNOWN.len()],
+    length: usize,
+}
+
+impl<'a> Known<'a> {
+    /// Returns `None` if a field determines where the request ends, or how it is answered, in a way that is not plain.
+    fn of(fields: &[httparse::Header<'a>]) -> Option<Self> {
+        let mut values = [None; KNOWN.len()];
+        let (mut length, mut host, mut connection) = (None, None, None);
+        for field in fields {
+            let is = |name: &str| field.name.eq_ignore_ascii_case(name);
+            let place = match field.name.len() {
+                2 if is("te") => return None,
+                4 if is("host") => &mut host,
+                6 if is("expect") => return None,
+                6 if is("origin") => &mut values[8],
+                7 if is("upgrade") || is("trailer") => return None,
+                9 if is("x-api-key") => &mut values[0],
+                10 if is("connection") => &mut connection,
+                12 if is("x-request-id") => &mut values[3],
+                12 if is("content-type") => &mut values[7],
+                13 if is("authorization") => &mut values[1],
+                14 if is("content-length") => &mut length,
+                14 if is("http2-settings") => return None,
+                15 if is("x-service-token") => &mut values[2],
+                15 if is("x-forwarded-for") => &mut values[4],
+                15 if is("x-forwarded-uri") => &mut values[5],
+                16 if is("content-encoding") || is("proxy-connection") => return None,
+                17 if is("transfer-encoding") => return None,
+                18 if is("x-forwarded-method") => &mut values[6],
+                _ => continue,
+            };
+            if place.replace(field.value).is_some() {
+                return None;
+            }
+        }
+        host?;
+        let is_plain = connection.is_none_or(|it| it.eq_ignore_ascii_case(b"keep-alive"));
+        let length = length.map_or(Some(0), content_length)?;
+        is_plain.then_some(Self { values, length })
+    }
+}
+
+/// Parses a length without leading zeros.
+fn content_length(value: &[u8]) -> Option<usize> {
+    let is_plain = value.len() <= LENGTH_DIGITS
+        && value.iter().all(u8::is_ascii_digit)
+        && (value.len() == 1 || !value.starts_with(b"0"));
+    is_plain.then(|| str::from_utf8(value).ok()?.parse().ok())?
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,244 @@
+//! Serving plain requests from the bytes of a connection, in front of hyper.
+//!
+//! Requests that the endpoint accepts are answered here, in order. A request that is plain but not accepted is lent to
+//! hyper: exactly the bytes of that request, since its end is known. When its response has been sent, hyper waits for
+//! the next request, and has read nothing in advance. At the first request that is not plain, hyper gets the
+//! connection for good, with all bytes from the beginning of that request.
+//!
+//! The stream, the connection's phase and its deadlines are the same as behind hyper; see [`super::connection`].
+
+use std::{
+    future::poll_fn,
+    io,
+    net::IpAddr,
+    pin::{Pin, pin},
+    sync::Arc,
+    task::Poll,
+};
+
+use tokio::io::{AsyncRead as _, AsyncWriteExt as _, ReadBuf};
+
+use super::{
+    connection::{Connection, Shutdown},
+    stream::{LentStream, WatchedStream},
+    table::Slot,
+};
+use crate::plain_request::{DirectEndpoint, Parsed, parse};
+
+/// The size of the first read. Most requests are smaller.
+const FIRST_READ: usize = 2 * 1024;
+/// Larger buffers are not kept between requests.
+const KEPT_MAX: usize = 8 * 1024;
+/// Responses to pipelined requests are sent when they exceed this size. Until then, no further request is answered.
+const OUTPUT_MAX: usize = 32 * 1024;
+/// In how many parts a request may arrive. Each is parsed from the beginning.
+const PARTS_MAX: u32 = 16;
+
+type Error = Box<dyn std::error::Error + Send + Sync>;
+
+/// The direct service of one connection.
+pub(super) struct DirectService<'a, D> {
+    pub(super) endpoint: &'a D,
+    pub(super) peer: IpAddr,
+    pub(super) connection: &'a Arc<Connection>,
+    pub(super) slot: &'a Slot,
+}
+
+/// What was read.
+enum Read {
+    Bytes(usize),
+    /// The server is stopping.
+    Stop,
+}
+
+/// The request that follows those that were answered.
+enum Next {
+    /// It has not arrived completely, or not at all.
+    Incomplete,
+    /// hyper has to answer it. It has this length.
+    Foreign(usize),
+    /// hyper has to answer it and everything after it.
+    Other,
+}
+
+impl<D: DirectEndpoint> DirectService<'_, D> {
+    /// Serves until the first request that is not plain. Returns the stream with that request, or `None` if the
+    /// connection has ended. Until then, `http` serves the requests that are not accepted, on `lent`.
+    pub(super) async fn serve<H>(
+        &self,
+        mut stream: WatchedStream,
+        lent: &LentStream,
+        mut http: Pin<&mut H>,
+    ) -> Result<Option<WatchedStream>, Error>
+    where
+        H: Future<Output = Result<(), Error>>,
+    {
+        let mut input = vec![0; FIRST_READ];
+        let mut output = Vec::new();
+        // The number of unread bytes, and in how many parts they have arrived.
+        let (mut end, mut parts) = (0, 0);
+        loop {
+            match self.read(&mut stream, &mut input[end..]).await? {
+                Read::Bytes(0) => return Ok(None),
+                Read::Stop if end == 0 => return Ok(None),
+                // hyper announces that the response is the last one.
+                Read::Stop => {
+                    stream.unread(&input[..end]);
+                    return Ok(Some(stream));
+                }
+                Read::Bytes(length) => end += length,
+            }
+            parts += 1;
+            let mut start = 0;
+            loop {
+                let (length, next) = self
+                    .answer(&input[start..end], &mut stream, &mut output)
+                    .await?;
+                start += length;
+                if start > 0 {
+                    parts = 1;
+                }
+                if length > 0 && start < end {
+                    // Sending the responses has ended the deadline of the next request.
+                    self.connection.has_read(end - start);
+                }
+                match next {
+                    Next::Foreign(length) if !self.is_stopping() => {
+                        let available = length.min(end - start);
+                        stream.unread(&input[start..start + available]);
+                        stream.allow(length);
+                        match self.lend(stream, lent, http.as_mut()).await? {
+                            None => return Ok(None),
+                            Some(returned) => stream = returned,
+                        }
+                        start += available;
+                    }
+                    Next::Incomplete if parts <= PARTS_MAX => break,
+                    Next::Incomplete | Next::Foreign(_) | Next::Other => {
+                        stream.unread(&input[start..end]);
+                        return Ok(Some(stream));
+                    }
+                }
+            }
+            input.copy_within(start..end, 0);
+            end -= start;
+            if end == input.len() {
+                input.resize(2 * end, 0);
+            } else if end == 0 && input.len() > KEPT_MAX {
+                input = vec![0; FIRST_READ];
+            }
+        }
+    }
+
+    /// Lets hyper serve one request, whose length is allowed. Returns the stream after the response has been sent, or
+    /// `None` if hyper has closed the connection.
+    async fn lend<H>(
+        &self,
+        stream: WatchedStream,
+        lent: &LentStream,
+        mut http: Pin<&mut H>,
+    ) -> Result<Option<WatchedStream>, Error>
+    where
+        H: Future<Output = Result<(), Error>>,
+    {
+        let before = self.connection.requests();
+        lent.lend(stream);
+        poll_fn(|context| {
+            if let Poll::Ready(result) = http.as_mut().poll(context) {
+                return Poll::Ready(result.map(|()| None));
+            }
+            let has_begun = self.connection.requests() != before;
+            if has_begun
+                && self.connection.has_responded()
+                && let Some(mut stream) = lent.take_exhausted()
+            {
+                stream.allow(usize::MAX);
+                return Poll::Ready(Ok(Some(stream)));
+            }
+            Poll::Pending
+        })
+        .await
+    }
+
+    async fn read(&self, stream: &mut WatchedStream, into: &mut [u8]) -> io::Result<Read> {
+        poll_fn(|context| {
+            let mut buffer = ReadBuf::new(into);
+            match Pin::new(&mut *stream).poll_read(context, &mut buffer) {
+                Poll::Ready(result) => {
+                    Poll::Ready(result.map(|()| Read::Bytes(buffer.filled().len())))
+                }
+                Poll::Pending if self.is_stopping() => Poll::Ready(Ok(Read::Stop)),
+                Poll::Pending => Poll::Pending,
+            }
+        })
+        .await
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.connection.shutdown() != Shutdown::None
+    }
+
+    /// Answers the complete requests in `bytes`, and sends the responses. Returns their length, and what follows.
+    async fn answer(
+        &self,
+        bytes: &[u8],
+        stream: &mut WatchedStream,
+        output: &mut Vec<u8>,
+    ) -> io::Result<(usize, Next)> {
+        let mut in_flight = None;
+        let mut answered = 0;
+        let next = loop {
+            let (request, head) = match parse(&bytes[answered..]) {
+                Parsed::Plain(request, head) => (request, head),
+                Parsed::Incomplete => break Next::Incomplete,
+                Parsed::Other => break Next::Other,
+            };
+            let length = head + request.body_length;
+            // hyper may respond before the whole body has arrived.
+            let is_complete = request.body.len() == request.body_length;
+            if !is_complete || !self.endpoint.accepts(&request) || self.is_stopping() {
+                break Next::Foreign(length);
+            }
+            if in_flight.is_none() {
+                let (is_first, request) = self.connection.begin_request(0);
+                if is_first {
+                    self.slot.has_requested();
+                }
+                in_flight = Some(request);
+            }
+            let marks = &self.connection.marks;
+            let marks = (!marks.is_authenticated()).then_some(marks);
+            let answering = self.endpoint.answer(&request, self.peer, marks, output);
+            while_open(stream, answering).await?;
+            answered += length;
+            if output.len() >= OUTPUT_MAX {
+                send(stream, output).await?;
+            }
+        };
+        if !output.is_empty() {
+            send(stream, output).await?;
+        }
+        drop(in_flight);
+        Ok((answered, next))
+    }
+}
+
+/// Waits for a response, unless the client closes the connection.
+async fn while_open(stream: &WatchedStream, answering: impl Future<Output = ()>) -> io::Result<()> {
+    let mut answering = pin!(answering);
+    poll_fn(|context| match answering.as_mut().poll(context) {
+        Poll::Ready(()) => Poll::Ready(Ok(())),
+        Poll::Pending if stream.is_closed(context) => {
+            Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()))
+        }
+        Poll::Pending => Poll::Pending,
+    })
+    .await
+}
+
+async fn send(stream: &mut WatchedStream, output: &mut Vec<u8>) -> io::Result<()> {
+    stream.write_all(output).await?;
+    output.clear();
+    output.shrink_to(KEPT_MAX);
+    Ok(())
+}

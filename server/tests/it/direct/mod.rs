@@ -1,0 +1,54 @@
+//! Proves that direct responses are those of hyper: what a client gets, what it is charged, and what is recorded and
+//! logged do not depend on `QUOTA_DIRECT_RESPONSES`.
+
+mod grammar;
+mod pair;
+mod smuggling;
+
+use std::time::Duration;
+
+use self::{grammar::case, pair::Pair};
+
+const CASES: u64 = 1000;
+/// Records are compared after this many cases.
+const ROUND: u64 = 20_000;
+
+/// `DIFFERENTIAL_CASES=1000000` runs more cases, and `DIFFERENTIAL_FIRST=7` starts with another.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a measurement is no setting of the server"
+)]
+fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name).map_or(default, |number| number.parse().expect("a number"))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn direct_responses_are_those_of_hyper() {
+    let (cases, first) = (
+        number("DIFFERENTIAL_CASES", CASES),
+        number("DIFFERENTIAL_FIRST", 0),
+    );
+    let pair = Pair::start().await;
+    let (mut responses, mut records) = (0, 0);
+    let before = pair.direct.direct_responses();
+    for seed in first..first + cases {
+        let received = pair
+            .compare(&format!("seed {seed}"), &case(seed, &pair.world))
+            .await;
+        responses += received.matches("HTTP/1.1 ").count();
+        pair.advance(Duration::from_millis(seed % 40));
+        if (seed - first + 1).is_multiple_of(ROUND) {
+            records += pair.compare_records().await;
+            println!("{} cases", seed - first + 1);
+        }
+    }
+    records += pair.compare_records().await;
+    let direct = pair.direct.direct_responses() - before;
+    println!(
+        "{cases} cases, {responses} responses, {direct} of them direct, {records} usage records"
+    );
+    assert_eq!(pair.hyper.direct_responses(), 0);
+    // The cases reach what they are meant to test.
+    assert!(direct >= cases / 2, "{direct}");
+    assert!(records as u64 >= cases / 2, "{records}");
+}
