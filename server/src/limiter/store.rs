@@ -14,6 +14,7 @@ use super::{
     error::LimiterError,
     key::{handle::KeyHandle, ledger_calls::Drained},
     limits::Policies,
+    rate::counters::CounterError,
 };
 use crate::clock::Nanos;
 
@@ -76,6 +77,11 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
     /// were not used for ten seconds. Fetches the first block of the next day or month for keys in use. Returns the
     /// number of remaining keys.
     fn prune(&self) -> usize;
+
+    /// Deletes the state of deleted keys, on this replica and in the shared counters. On this replica, a key that is
+    /// still referenced keeps its state until it is unreferenced and its bucket is full. Call only after every replica
+    /// has stopped accepting the keys: another request would get a full bucket.
+    async fn delete(&self, keys: &[(TenantId, ApiKeyId)]) -> Result<(), CounterError>;
 
     /// Returns all unused tokens and takes no more, before the process exits.
     async fn drain(&self) -> Drained;

@@ -9,6 +9,7 @@ mod billing_faults;
 mod billing_flood;
 mod billing_usage;
 mod console_calls;
+mod deleted_keys;
 mod direct;
 mod doctor;
 mod embedded;

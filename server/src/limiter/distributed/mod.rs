@@ -39,9 +39,9 @@
 //! **Edits.** An edit does not change the number of missing tokens. If a smaller burst cannot hold all of them, the
 //! rest is missing again when the burst is raised, less what would have refilled while the bucket was full. A bucket
 //! learns of an edit with the first request after it, but not when the edit was made. So it counts as having refilled
-//! at the lower of the two rates since the previous request. A bucket that was idle for a minute plus twice the time it
-//! takes to fill is deleted, and is full under any plan. After a loss of state, a larger burst contains no more than
-//! what has refilled since then.
+//! at the lower of the two rates since the previous request. A bucket that was idle for a minute plus twice the time
+//! after which it was full is deleted, and is full under any plan. After a loss of state, a larger burst contains no
+//! more than what has refilled since then.
 //!
 //! **Not guaranteed.** While only some replicas have an outage, `Share` allows their share `p` of the bucket in addition
 //! to what the counters grant: at most `(1 + p) * (burst + rate * (T + ttl))`. Here, `p` is the sum of their parts of the
@@ -83,7 +83,7 @@ use super::{
     limits::Policies,
     membership::Membership,
     quota::ledger::QuotaLedger,
-    rate::counters::SharedCounters,
+    rate::counters::{CounterError, SharedCounters},
     store::LimitStore,
 };
 use crate::{
@@ -207,6 +207,11 @@ impl LimitStore for DistributedStore {
     fn denial_memory(&self, policies: &Policies) -> Option<Nanos> {
         let leased = self.0.ttl > Nanos::ZERO && !policies.strict();
         leased.then(|| self.0.ttl.saturating_mul(calls::DENIED_FOR_LEASES))
+    }
+
+    async fn delete(&self, keys: &[(TenantId, ApiKeyId)]) -> Result<(), CounterError> {
+        self.0.keys.delete(keys);
+        self.0.delete_buckets(keys).await
     }
 
     async fn drain(&self) -> Drained {
