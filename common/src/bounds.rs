@@ -13,6 +13,8 @@ pub const NAME_MAX: usize = 200;
 pub const RPM_MAX: u32 = 60_000_000;
 /// Maximum burst, in requests.
 pub const BURST_MAX: u32 = RPM_MAX;
+/// Maximum time in which an empty bucket fills, in minutes: 31 days. So a burst is at most this many times the rate.
+pub const FILL_MINUTES_MAX: u32 = 31 * 24 * 60;
 /// Maximum daily or monthly quota: the largest integer that an RFC 9651 header field can carry.
 pub const QUOTA_MAX: u64 = 999_999_999_999_999;
 /// Maximum cost of a single request.
@@ -136,7 +138,7 @@ pub(crate) fn characters(max: usize) -> impl Fn(&str, &()) -> garde::Result {
 }
 
 /// Formats a number with a comma between groups of three digits.
-fn grouped(number: u64) -> String {
+pub fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let mut grouped = String::with_capacity(digits.len() + digits.len() / 3);
     for (place, digit) in digits.chars().enumerate() {
