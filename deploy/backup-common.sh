@@ -20,10 +20,44 @@ connect() {
   elif [[ $database =~ [pP][aA][sS][sS][wW][oO][rR][dD][[:space:]]*= || $database =~ ^[a-z]+://[^/?]*:[^/?]*@ ]]; then
     fail "write the password as in postgres://user:password@host/database, or set PGPASSFILE: it would be visible in the list of processes"
   fi
+  verify_certificate
   if [ -n "$database" ] && [ -n "${QUOTA_DATA_DIR:-}" ]; then
     [ -r "$QUOTA_DATA_DIR" ] && [ -x "$QUOTA_DATA_DIR" ] || fail "cannot read QUOTA_DATA_DIR, $QUOTA_DATA_DIR"
     [ ! -e "$QUOTA_DATA_DIR/usage" ] || [ -r "$QUOTA_DATA_DIR/usage" ] || fail "cannot read $QUOTA_DATA_DIR/usage"
   fi
+}
+
+# For the server, sslmode=require verifies the certificate against the machine's root certificates. For PostgreSQL's own
+# programs, it verifies nothing, and the mode to use is verify-full.
+verify_certificate() {
+  local require="(^|[?&[:space:]])sslmode[[:space:]]*=[[:space:]]*'?require'?(&|[[:space:]]|\$)"
+  local before after separator=' ' certificates
+  while [[ $database =~ $require ]]; do
+    before=${database%%"${BASH_REMATCH[0]}"*}${BASH_REMATCH[1]}
+    after=${BASH_REMATCH[2]}${database#*"${BASH_REMATCH[0]}"}
+    [[ $database != *://* ]] || separator='&'
+    certificates=
+    if [[ $database != *sslrootcert* ]]; then certificates="${separator}sslrootcert=$(root_certificates)"; fi
+    database="${before}sslmode=verify-full$certificates$after"
+  done
+}
+
+# The file with the root certificates that the server trusts.
+root_certificates() {
+  local file
+  # PostgreSQL's programs read only a file.
+  [ -z "${SSL_CERT_DIR:-}" ] || [ -n "${SSL_CERT_FILE:-}" ] ||
+    fail "set SSL_CERT_FILE to a file with the certificates in SSL_CERT_DIR"
+  for file in ${SSL_CERT_FILE:+"$SSL_CERT_FILE"} /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt \
+    /etc/ssl/ca-bundle.pem /etc/ssl/cert.pem; do
+    [[ $file =~ ^[A-Za-z0-9/._-]+$ ]] || fail "the name of the file with root certificates, $file, contains characters other than letters, digits, /, ., _ and -"
+    if [ -r "$file" ]; then
+      echo "$file"
+      return
+    fi
+    [ -z "${SSL_CERT_FILE:-}" ] || fail "cannot read SSL_CERT_FILE, $SSL_CERT_FILE"
+  done
+  fail "cannot find the machine's root certificates, which sslmode=require needs: set SSL_CERT_FILE"
 }
 
 connect_compose() {
