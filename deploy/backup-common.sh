@@ -99,7 +99,21 @@ archive_usage() {
   fi
 }
 
-# Reads such an archive. Keeps directories that exist: their servers have written to them since.
+# Runs a command as the owner of the data directory. The server's user can replace files and directories in it with links
+# at any time, so only its own rights may be used to write there.
+as_owner() {
+  local user group
+  read -r user group < <(stat --format '%u %g' "$QUOTA_DATA_DIR")
+  if [ "$EUID" = 0 ] && [ "$user" != 0 ]; then
+    setpriv --reuid "$user" --regid "$group" --clear-groups -- "$@"
+  else
+    "$@"
+  fi
+}
+
+# Reads such an archive. Adds its segments to those that exist, which are kept: their servers have written to them since.
+# A segment is named after its ID, and the database contains the position up to which it was written, so no record is
+# counted twice. Can be repeated after an interruption.
 restore_usage() {
   if [ -z "$database" ]; then
     "${compose[@]}" up --no-start quota
@@ -107,28 +121,41 @@ restore_usage() {
     replica=$("${compose[@]}" ps --all --quiet quota | head -1)
     archive=$(mktemp)
     cat > "$archive"
-    { docker cp "$replica:/var/lib/quota/usage" - 2> /dev/null || true; } | tar --list 2> /dev/null |
-      { grep -oE '^usage/[^/]+' || true; } | sort --unique |
-      while read -r directory; do tar --delete --file "$archive" "$directory" 2> /dev/null || true; done
+    # Files of the same name and size. A file that is smaller was copied only in part.
+    local existing archived
+    existing=$({ docker cp "$replica:/var/lib/quota/usage" - 2> /dev/null || true; } | list_files)
+    archived=$(list_files < "$archive")
+    comm -12 <(sort <<< "$existing") <(sort <<< "$archived") | cut --delimiter ' ' --fields 2- | { grep . || true; } |
+      xargs --no-run-if-empty --delimiter '\n' tar --delete --file "$archive"
     docker cp - "$replica:/var/lib/quota" < "$archive"
     rm "$archive"
   elif [ -n "${QUOTA_DATA_DIR:-}" ]; then
-    local unpacked
-    # The server's user could have made it one, to have files written elsewhere.
-    [ ! -L "$QUOTA_DATA_DIR/usage" ] || fail "$QUOTA_DATA_DIR/usage is a symbolic link"
-    unpacked=$(mktemp --directory "$QUOTA_DATA_DIR/restore.XXXXXX")
-    tar --extract --sparse --directory "$unpacked"
-    if [ -d "$unpacked/usage" ]; then
-      mkdir -p "$QUOTA_DATA_DIR/usage"
-      for directory in "$unpacked/usage"/*; do
-        [ -e "$directory" ] || continue
-        [ -e "$QUOTA_DATA_DIR/usage/${directory##*/}" ] || mv "$directory" "$QUOTA_DATA_DIR/usage/"
-      done
-      # The server's user must be able to delete them.
-      chown --recursive --reference "$QUOTA_DATA_DIR" "$QUOTA_DATA_DIR/usage"
-    fi
-    rm -rf "$unpacked"
+    as_owner bash -c "$(declare -f merge_usage); set -euo pipefail; umask 077; merge_usage" ||
+      fail "cannot write the usage to $QUOTA_DATA_DIR. The database was not changed: solve the problem, and run this again"
   else
     echo "warning: without QUOTA_DATA_DIR, the usage in usage.tar is not restored" >&2
   fi
+}
+
+# Lists the size and name of each file in an archive.
+list_files() {
+  tar --list --verbose 2> /dev/null | { grep '^-' || true; } | awk '{ print $3, $6 }'
+}
+
+# Extracts an archive next to the existing segments, and moves those that are missing. A segment appears under its name only
+# when it is complete.
+merge_usage() {
+  local segment target
+  # From an interrupted run.
+  rm -rf "$QUOTA_DATA_DIR"/restore.??????
+  unpacked=$(mktemp --directory "$QUOTA_DATA_DIR/restore.XXXXXX")
+  trap 'rm -rf "$unpacked"' EXIT
+  tar --extract --sparse --no-same-owner --directory "$unpacked"
+  for segment in "$unpacked"/usage/*/*; do
+    case $segment in *.segment | */refused/*) ;; *) continue ;; esac
+    target=$QUOTA_DATA_DIR/${segment#"$unpacked/"}
+    [ ! -e "$target" ] || continue
+    mkdir -p "${target%/*}"
+    mv --no-target-directory "$segment" "$target"
+  done
 }

@@ -41,6 +41,7 @@ mod races;
 mod redis;
 mod redis_away;
 mod restarts;
+mod restore;
 mod routes;
 mod shared_records;
 mod support;
