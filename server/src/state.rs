@@ -248,7 +248,7 @@ impl AppState {
             .map_err(|error| AuthError::Internal(error.to_string()))?;
         let private = &config.webhook_private_networks;
         let lookup: Arc<dyn Lookup> = Arc::new(SystemLookup);
-        let webhooks = Webhooks::new(db.clone(), stored, private, &lookup)
+        let webhooks = Webhooks::new(db.clone(), stored, private, &config.public_url, &lookup)
             .map_err(|error| AuthError::Internal(error.to_string()))?;
         let tenant_quota = config
             .free_tier

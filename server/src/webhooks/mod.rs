@@ -74,7 +74,8 @@ fn context(tenant: Uuid, webhook: Uuid) -> Vec<u8> {
 }
 
 impl Webhooks {
-    /// `private` are networks that are not public, to which webhooks may be sent nevertheless.
+    /// `private` are networks that are not public, to which webhooks may be sent nevertheless. Webhooks are not sent to
+    /// the host of `public_url`.
     ///
     /// # Errors
     ///
@@ -83,9 +84,10 @@ impl Webhooks {
         db: Db,
         encryption: Encryption,
         private: &[IpNet],
+        public_url: &str,
         lookup: &Arc<dyn Lookup>,
     ) -> Result<Self, reqwest::Error> {
-        let targets = Targets::new(private);
+        let targets = Targets::new(private).without_host_of(public_url);
         let sender = Sender::new(&targets, lookup)?;
         Ok(Self(Arc::new(Inner {
             db,
