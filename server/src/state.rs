@@ -89,6 +89,7 @@ pub struct Services {
     pub auth_guard: ClientRateLimiter,
     pub admin_guard: ClientRateLimiter,
     pub login_attempts: Arc<Attempts>,
+    pub registrations: Arc<Attempts>,
     /// `None` if billing is off.
     pub billing: Option<Billing>,
     /// Notified when a Stripe webhook has been stored.
@@ -235,6 +236,13 @@ impl AppState {
             clock.clone(),
             metrics.clone(),
         ));
+        let registrations = Arc::new(Attempts::new(
+            config.registrations_per_day,
+            &attempts,
+            redis.clone(),
+            clock.clone(),
+            metrics.clone(),
+        ));
         let metering = Metering::new(&config, &db, clock.clone(), metrics.clone())
             .map_err(|error| AuthError::Internal(error.to_string()))?;
         if metering.is_on() {
@@ -268,6 +276,7 @@ impl AppState {
             )?,
             sessions: sessions.clone(),
             attempts: login_attempts.clone(),
+            registrations: registrations.clone(),
             devices: Devices::new(secrets),
             clock: clock.clone(),
             metrics: metrics.clone(),
@@ -296,6 +305,7 @@ impl AppState {
             publisher,
             recent,
             login_attempts,
+            registrations,
             billing,
             billing_event: Notify::new(),
             webhooks,

@@ -1,4 +1,4 @@
-//! Limits failed password attempts, without letting other people lock a user out.
+//! Limits failed password attempts, without letting other people lock a user out, and registrations.
 //!
 //! Attempts are counted per account *and* network, never per account only: guessing from one network slows down that
 //! network. IPv4 attempts are counted per address and /24, IPv6 attempts per /64, /56 and /48, with higher limits for
@@ -13,10 +13,15 @@
 //! is counted before the password is verified, so parallel attempts gain nothing. It is taken back if the password is
 //! correct, or if it was never verified because too many were waiting or the client disconnected.
 //!
+//! Registrations are counted too, per network only: a network may create a number of accounts without a wait
+//! (`QUOTA_REGISTRATIONS_PER_DAY`), and after those as many per day. So accounts, each of which has its own allowance of
+//! everything that is limited per tenant, cannot be created in large numbers.
+//!
 //! With Redis, all replicas share the counters through a script. Every replica also counts locally. While Redis is
 //! unreachable, the local count decides, with half the attempts. Nothing here reveals whether an account exists.
 
 mod attempt;
+mod counter;
 
 use std::{collections::HashMap, net::IpAddr, sync::Arc, time::Duration};
 
@@ -26,6 +31,7 @@ use parking_lot::Mutex;
 use redis::Value;
 
 pub use self::attempt::{Attempt, Judgment};
+use self::counter::{Count, Counter, Name, OnSuccess, Waits, longest_wait};
 use super::device::DeviceId;
 use crate::{
     clock::{Clock, Monotonic},
@@ -33,8 +39,6 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// Maximum wait between two attempts.
-const LONGEST: Duration = Duration::from_mins(15);
 /// How long until one failed attempt on an account is forgiven.
 const FORGIVE: Duration = Duration::from_mins(5);
 /// The same for attempts from a network across all accounts.
@@ -48,9 +52,11 @@ const DEVICES: u32 = 5;
 const USES: u32 = 20;
 /// How long until one of these attempts is forgiven: ten are forgiven per minute.
 const FORGIVE_USE: Duration = Duration::from_secs(6);
+/// The time in which a network may create as many accounts as it may create without a wait.
+const DAY: Duration = Duration::from_hours(24);
 /// A network with this many unforgiven attempts is no longer [ordinary](super::password::CallerClass::Ordinary).
 const CROWD: u64 = 3;
-/// The maximum number of local counters. One takes about 60 bytes.
+/// The maximum number of local counters. One takes about 80 bytes.
 const REMEMBERED: usize = 200_000;
 
 const TAKE: &str = include_str!("attempts.lua");
@@ -68,50 +74,6 @@ for i, key in ipairs(KEYS) do
   end
 end
 return 0";
-
-type Name = [u8; 16];
-
-/// One counter.
-#[derive(Debug, Clone, Copy)]
-struct Counter {
-    name: Name,
-    /// Attempts without a wait.
-    free: u32,
-    forgive: Duration,
-    on_success: OnSuccess,
-}
-
-/// What a correct password does to a counter. The counters of an attempt are in this order.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum OnSuccess {
-    /// The counter is cleared.
-    Clear,
-    /// This attempt is taken back.
-    TakeBack,
-    /// The attempt remains counted.
-    Keep,
-}
-
-impl Counter {
-    /// Returns the first wait: the interval at `free` attempts per minute.
-    fn first_wait(&self) -> Duration {
-        Duration::from_mins(1) / self.free.max(1)
-    }
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Count {
-    tries: f64,
-    at: Monotonic,
-    until: Monotonic,
-}
-
-impl Count {
-    fn forgiven(&self, now: Monotonic, forgive: Duration) -> f64 {
-        let passed = Duration::from(now.saturating_since(self.at));
-        (self.tries - passed.as_secs_f64() / forgive.as_secs_f64()).max(0.0)
-    }
-}
 
 /// The result of counting an attempt.
 #[derive(Debug, Clone, Copy)]
@@ -176,12 +138,14 @@ impl Attempts {
                 name: self.name(&[b"account", network.as_bytes(), email.as_bytes()]),
                 free: self.free.saturating_mul(*room),
                 forgive: FORGIVE,
+                waits: Waits::Doubling,
                 on_success: OnSuccess::Clear,
             })
             .chain(networks.iter().map(|(network, room)| Counter {
                 name: self.name(&[b"network", network.as_bytes()]),
                 free: self.free.saturating_mul(ACCOUNTS).saturating_mul(*room),
                 forgive: FORGIVE_NETWORK,
+                waits: Waits::Doubling,
                 on_success: OnSuccess::TakeBack,
             }));
         self.take(counters.collect()).await
@@ -211,11 +175,27 @@ impl Attempts {
             .await
     }
 
+    /// Counts a registration from a network.
+    pub async fn of_registration(self: &Arc<Self>, ip: Option<IpAddr>) -> Result<Attempt, Wait> {
+        let counter = |(network, room): &(String, u32)| {
+            let free = self.free.saturating_mul(*room);
+            Counter {
+                name: self.name(&[b"registration", network.as_bytes()]),
+                free,
+                forgive: DAY / free.max(1),
+                waits: Waits::UntilForgiven,
+                on_success: OnSuccess::Keep,
+            }
+        };
+        self.take(networks(ip).iter().map(counter).collect()).await
+    }
+
     fn of_one(&self, name: &[&[u8]], on_success: OnSuccess) -> Counter {
         Counter {
             name: self.name(name),
             free: self.free,
             forgive: FORGIVE,
+            waits: Waits::Doubling,
             on_success,
         }
     }
@@ -309,11 +289,12 @@ impl Attempts {
             args.push(millis(counter.forgive));
             args.push(millis(counter.first_wait()));
         }
-        args.push(millis(LONGEST));
+        let longest = longest_wait(counters);
+        args.push(millis(longest));
         match redis.eval(&self.take, &keys, &args, None).await {
             Ok(Value::Array(answer)) => match &*answer {
                 [Value::Int(wait), Value::Int(crowd), Value::Int(at)] => Some(Taken {
-                    wait: Duration::from_millis(u64::try_from(*wait).ok()?).min(LONGEST),
+                    wait: Duration::from_millis(u64::try_from(*wait).ok()?).min(longest),
                     crowd: u64::try_from(*crowd).ok()?,
                     at: u64::try_from(*at).ok()?,
                 }),
@@ -344,7 +325,7 @@ impl Attempts {
         for counter in counters {
             if let Some(count) = local.get(&counter.name) {
                 until = until.max(count.until);
-                crowd = count.forgiven(now, counter.forgive);
+                crowd = count.left(now);
             } else {
                 crowd = 0.0;
             }
@@ -364,10 +345,7 @@ impl Attempts {
             return taken(until.saturating_since(now).into());
         }
         if local.len() + counters.len() > REMEMBERED {
-            let longest = FORGIVE.as_secs_f64();
-            local.retain(|_, count| {
-                count.until > now || count.tries * longest > seconds(count.at, now)
-            });
+            local.retain(|_, count| count.is_needed(now));
             if local.len() + counters.len() > REMEMBERED {
                 return taken(Duration::from_secs(1));
             }
@@ -375,14 +353,14 @@ impl Attempts {
         for counter in counters {
             let tries = local
                 .get(&counter.name)
-                .map_or(0.0, |count| count.forgiven(now, counter.forgive))
+                .map_or(0.0, |count| count.left(now))
                 + 1.0;
             // A fraction of an attempt may have been forgiven between two immediate attempts.
             let over = tries - free(counter);
             let wait = if over > -0.5 {
                 let over = over.max(0.0);
                 let wait = counter.first_wait().as_secs_f64() * over.min(30.0).exp2();
-                Duration::from_secs_f64(wait.min(LONGEST.as_secs_f64()))
+                Duration::from_secs_f64(wait.min(counter.longest_wait().as_secs_f64()))
             } else {
                 Duration::ZERO
             };
@@ -390,6 +368,7 @@ impl Attempts {
                 tries,
                 at: now,
                 until: now.saturating_add(wait.into()),
+                forgive: counter.forgive,
             };
             local.insert(counter.name, count);
         }
@@ -399,18 +378,12 @@ impl Attempts {
     /// Removes counters that have been forgiven entirely.
     pub fn prune(&self) {
         let now = self.clock.monotonic();
-        let longest = FORGIVE.as_secs_f64();
         let mut local = self.local.lock();
-        local
-            .retain(|_, count| count.until > now || count.tries * longest > seconds(count.at, now));
+        local.retain(|_, count| count.is_needed(now));
         if local.capacity() > 4 * local.len() {
             local.shrink_to_fit();
         }
     }
-}
-
-fn seconds(from: Monotonic, to: Monotonic) -> f64 {
-    Duration::from(to.saturating_since(from)).as_secs_f64()
 }
 
 /// Returns the networks in which an address is counted, narrowest first, each with its multiple of attempts.

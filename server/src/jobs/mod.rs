@@ -117,6 +117,7 @@ async fn prune(state: AppState, mut stopping: watch::Receiver<bool>) {
         state.auth_guard.prune();
         state.admin_guard.prune();
         state.login_attempts.prune();
+        state.registrations.prune();
         let keys = state.limiter.prune();
         state
             .metrics

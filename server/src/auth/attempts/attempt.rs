@@ -12,7 +12,8 @@ use crate::clock::Monotonic;
 pub enum Judgment {
     /// The password was not verified, so the attempt does not count.
     Missing,
-    /// The password is wrong or still being verified, so the caller may find out that it is wrong.
+    /// The password is wrong or still being verified, so the caller may find out that it is wrong. Also that of a
+    /// registration, which may reveal that an email is in use.
     Wrong,
     Correct,
 }
