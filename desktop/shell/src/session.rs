@@ -35,7 +35,7 @@ use crate::{
     keychain::{self, Keychain},
 };
 
-/// How long before it expires an access token is refreshed.
+/// How long before its expiry an access token is refreshed.
 const REFRESH_AHEAD: Duration = Duration::from_secs(30);
 /// How long to wait while another process refreshes. A refresh takes less time than this.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(30);

@@ -253,8 +253,8 @@ fn described(alerts: &[AlertRow], tenant: &str, public_url: &str) -> Text {
     }
 }
 
-/// Inserts invisible spaces around characters that could turn a name into an address. Email programs show anything that
-/// looks like an address as a link, and tenants choose the names of keys that appear in emails to others.
+/// Inserts invisible spaces around characters that could turn a name into an address. Email programs turn anything that
+/// looks like an address into a link, and a tenant can choose key names that appear in other people's emails.
 fn unlinked(name: &str) -> String {
     // Domain names may also contain the full stops of other scripts.
     const PARTS_OF_ADDRESSES: [char; 8] =

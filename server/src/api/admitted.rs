@@ -1,8 +1,8 @@
 //! Authenticated callers. A handler whose first argument is one of these types runs only for requests with the
 //! corresponding credential.
 //!
-//! The credential of a [`SignedInTenant`] is an access token; of an [`AdmittedKey`], an API key whose request the
-//! limiter has allowed; of a [`ServiceCaller`] or [`GatewayCaller`], a service token. Each type is a poem-openapi
+//! A [`SignedInTenant`] has sent an access token. An [`AdmittedKey`] has sent an API key, and the limiter has allowed
+//! the request. A [`ServiceCaller`] or [`GatewayCaller`] has sent a service token. Each type is a poem-openapi
 //! extractor that adds its security scheme to the OpenAPI document.
 
 use std::{num::NonZeroU32, sync::Arc};
@@ -195,8 +195,8 @@ pub async fn decide(
     let decision = decided.inspect_err(|_| {
         state.metrics.limiter_errors.inc();
     })?;
-    // Read the time after the reservation. The shipper relies on this: it reports that the segments it reads contain
-    // all earlier decisions.
+    // Read the time only after the reservation. The shipper relies on this when it reports that the segments it reads
+    // contain all earlier decisions.
     let decided_at = state.clock.monotonic();
     if decision.is_allowed() {
         &state.metrics.allowed
@@ -265,7 +265,7 @@ impl AdmittedKey {
                 rejection: Rejection::PaymentRequired,
                 ..
             }) => Err(ApiError::subscription_needed()),
-            // All other reasons have the same detail, so that it does not help attackers to guess keys.
+            // Use the same detail for all other reasons, so that it does not help attackers guess keys.
             Err(_) => Err(ApiError::unauthorized(
                 true,
                 "This API key is invalid, inactive or expired.",

@@ -67,8 +67,8 @@ impl Coding {
     }
 }
 
-/// Returns the coding that the client prefers (RFC 9110, section 12.5.3). If it has no preference, returns the one with
-/// the smaller result.
+/// Returns the coding that the client prefers (RFC 9110, section 12.5.3). If the client has no preference, returns the
+/// coding with the smaller result.
 fn choose_coding(headers: &HeaderMap) -> Coding {
     let accepted: Vec<(&str, f32)> = headers
         .get_all(header::ACCEPT_ENCODING)
@@ -137,8 +137,8 @@ fn answer(request: &Request) -> Result<Response, ApiError> {
     };
     match find(name) {
         Some(file) => Ok(serve(file, request.headers())),
-        // The console shows the page for this path. A path with a file extension refers to a file that no longer
-        // exists.
+        // The console's own router shows the page for this path. A path with a file extension refers to a file that no
+        // longer exists.
         None if name
             .rsplit('/')
             .next()

@@ -1,6 +1,6 @@
 //! Direct responses: decisions on plain requests, made without poem and hyper.
 //!
-//! [`fast_path`](super::fast_path) handles the same requests in any other form. Both share the code that reads
+//! [`fast_path`](super::fast_path) handles the same requests in any other form. Both modules share the code that reads
 //! credentials, makes and records decisions, and determines headers and bodies. This module only writes the result as
 //! bytes. `server/tests/it/direct` compares the two.
 

@@ -270,7 +270,7 @@ fn error_list() -> Response {
     )
 }
 
-/// Extracts the viewer's style and script from the page that poem-openapi generates. That page has both inline.
+/// Extracts the viewer's style and script from the page that poem-openapi generates. That page contains both inline.
 fn viewer(service_html: &str) -> Option<(String, String)> {
     let between = |start: &str, end: &str| {
         let from = service_html.find(start)? + start.len();

@@ -38,7 +38,7 @@ pub fn check_field(headers: &HeaderMap) -> Result<(), ApiError> {
 
 impl IdempotencyGuard {
     /// `key` is the value of the header, if it was sent. `body` must contain everything that the response depends on.
-    /// If the operation is on an existing resource, this includes the resource's ID.
+    /// For an operation on an existing resource, this includes the resource's ID.
     pub fn new<T: Serialize>(
         operation: &'static str,
         key: Option<String>,

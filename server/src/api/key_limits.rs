@@ -105,8 +105,8 @@ impl KeyLimitsApi {
         }))
     }
 
-    /// Returns the total cost of the key's allowed requests in each interval. An interval ends at the next of the
-    /// `starts`; the last one ends at `to`.
+    /// Returns the total cost of the key's allowed requests in each interval. Each interval ends at the next element of
+    /// `starts`, and the last one ends at `to`.
     async fn spent(
         tx: &mut TenantTx,
         key: ApiKeyId,

@@ -64,7 +64,7 @@ impl GatewayDecision {
 
 /// A destination for the headers of a response.
 pub trait HeaderSink {
-    /// Announces the approximate number of headers.
+    /// Announces approximately how many headers will be set.
     fn expect(&mut self, _headers: usize) {}
 
     fn contains(&self, name: &HeaderName) -> bool;
@@ -173,7 +173,8 @@ pub fn pairs(record: &KeyRecord, decision: &Decision) -> Vec<(&'static str, Stri
     pairs
 }
 
-/// Whether the decision was made without Redis. No other denial comes without a violated policy.
+/// Whether the decision was made without Redis. Only such a decision can deny a request without naming a violated
+/// policy.
 fn is_degraded(decision: &Decision) -> bool {
     decision.degraded || (!decision.is_allowed() && decision.violated().is_empty())
 }
@@ -187,8 +188,8 @@ fn all_policies(policies: &Policies, decision: &Decision) -> HeaderValue {
     value(policy_field(policies, Some(decision), decision.tenant_monthly).as_bytes())
 }
 
-/// Returns the key's policies: `q` requests per `w` seconds. A month has no `w`, because its length varies. If a change
-/// of time zone has shortened a window, its own length and quota are used.
+/// Returns the key's policies: `q` requests per `w` seconds. A month has no `w`, because its length varies. For a
+/// window that a change of time zone has shortened, uses the window's own length and quota.
 fn policy_field(
     policies: &Policies,
     decision: Option<&Decision>,

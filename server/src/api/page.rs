@@ -26,7 +26,7 @@ impl Type for PageSize {
     type RawValueType = Self;
     type RawElementValueType = Self;
 
-    // Differs from the name of `u32`, because the error messages differ.
+    // Not the name of `u32`, because this type has its own error messages.
     fn name() -> Cow<'static, str> {
         "PageSize".into()
     }

@@ -86,7 +86,7 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
             request.data::<ConnectionMarks>().cloned(),
         ));
         let method = request.method().clone();
-        // Clone the whole URI, which is cheaper than copying its path.
+        // Cloning the whole URI is cheaper than copying its path.
         let uri = request.uri().clone();
         request.set_data(context.clone());
 

@@ -202,7 +202,7 @@ impl WebhookApi {
         if let Some(url) = &body.url {
             self.check_url(url)?;
         }
-        // With a new URL, or when enabled again, the webhook starts without a history of failures.
+        // A webhook with a new URL, or one that is enabled again, starts without a history of failures.
         let starts_over = body.url.is_some() || body.is_active == Some(true);
         let change = WebhookChange {
             name: body.name.as_deref().map(str::trim),

@@ -1,8 +1,8 @@
 //! Accounts: registration, sign-in, and password changes.
 //!
 //! Passwords are verified outside of transactions, because hashing is slow and may have to wait. The transaction that
-//! creates a session or changes the password then locks the user's row, and checks that the user still has the verified
-//! password. Therefore, an old password cannot create a session after a password change.
+//! then creates a session or changes the password locks the user's row and checks that the verified password is still
+//! current. Therefore, an old password cannot create a session after a password change.
 
 use std::sync::Arc;
 

@@ -16,7 +16,8 @@
 //! client disconnected.
 //!
 //! With Redis, a script counts for all replicas. Each replica also counts locally. While Redis is unreachable, the
-//! local counters decide, with half as many attempts. No response reveals whether an account exists.
+//! local counters decide, with half as many attempts. No response reveals whether an account exists, because unknown
+//! accounts are counted too.
 
 mod attempt;
 
@@ -58,8 +59,8 @@ const REMEMBERED: usize = 200_000;
 
 const TAKE: &str = include_str!("attempts.lua");
 /// KEYS contains the counters. The first value in ARGV is the number of counters to delete, starting with the first
-/// one. The second value is the time at which the attempt was counted: the attempt is taken back from the other
-/// counters, and a wait that it started ends.
+/// one. The second value is the time at which the attempt was counted. The script takes the attempt back from the other
+/// counters, and ends any wait that the attempt started.
 const FORGET: &str = "
 for i, key in ipairs(KEYS) do
   if i <= tonumber(ARGV[1]) then
@@ -247,8 +248,8 @@ impl Attempts {
         name
     }
 
-    /// Returns the keys of the counters in Redis. All keys are in the hash slot of the last counter, which is the one
-    /// of the widest network.
+    /// Returns the keys of the counters in Redis. All keys are in the hash slot of the last counter, which counts the
+    /// widest network.
     fn keys(redis: &Redis, counters: &[Counter]) -> Vec<String> {
         let text = |counter: &Counter| URL_SAFE_NO_PAD.encode(counter.name);
         let slot = counters.last().map(text).unwrap_or_default();
@@ -415,8 +416,8 @@ fn seconds(from: Monotonic, to: Monotonic) -> f64 {
     Duration::from(to.saturating_since(from)).as_secs_f64()
 }
 
-/// Returns the networks for which an address is counted, narrowest first. Each has a multiple for its number of
-/// attempts. Callers without an address are on this machine.
+/// Returns the networks for which an address is counted, narrowest first. Each network comes with the multiple by which
+/// its number of free attempts is higher. Callers without an address are on this machine.
 fn networks(ip: Option<IpAddr>) -> Vec<(String, u32)> {
     let prefixes: &[(u8, u32)] = match ip.map(|ip| ip.to_canonical()) {
         None => return vec![("local".to_owned(), 1)],

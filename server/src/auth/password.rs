@@ -61,7 +61,7 @@ const READINGS: usize = 32;
 const EFFORT: usize = 16 * 1024;
 /// A repetition of at least this length does not make a password harder to guess.
 const REPEATED: usize = 4;
-/// The symbols that zxcvbn can read as a letter, for each such letter.
+/// For each letter that has some, the symbols that zxcvbn can read as that letter.
 const SYMBOLS: [&str; 12] = [
     "4@", "8", "({[<", "3", "69", "1!|", "1|7", "0", "$5", "+7", "%", "2",
 ];
@@ -87,8 +87,8 @@ pub struct Turn {
     pub party: u64,
 }
 
-/// A password in Unicode normalization form NFC. Typing the same characters on different keyboards thus results in the
-/// same bytes.
+/// A password in Unicode normalization form NFC, so that typing the same characters on different keyboards results in
+/// the same bytes.
 #[derive(Clone)]
 pub struct Password(String);
 
@@ -185,7 +185,7 @@ type Job = Box<dyn FnOnce(&Argon2<'static>) + Send>;
 
 struct Waiter<T> {
     party: u64,
-    /// The number of the party's other waiters at the time this one arrived.
+    /// How many other waiters the party had when this one arrived.
     round: u64,
     waiter: T,
 }

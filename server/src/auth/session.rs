@@ -81,7 +81,7 @@ impl Sessions {
         freshness: &Arc<Freshness>,
         metrics: &Arc<Metrics>,
     ) -> Self {
-        // This is enough because sessions are used by people, not for API traffic.
+        // This capacity is enough, because people use sessions, but API traffic does not.
         let live = Cached::new(10_000, grace, freshness.clone(), metrics.clone());
         Self {
             db,
@@ -251,7 +251,7 @@ impl Sessions {
         Ok(live)
     }
 
-    /// Revokes the session to which a refresh token belongs. If it does not exist, it has already ended.
+    /// Revokes the session to which a refresh token belongs. If there is no such session, it has already ended.
     pub async fn end_by_refresh_token(
         &self,
         token: &str,

@@ -6,8 +6,8 @@
 //! before Stripe is used. If the accounts differ, nothing is read from Stripe, reported to it, or sold. Tenants keep
 //! their access, and events and usage wait until the correct key is configured.
 //!
-//! Earlier versions did not store the account. In that case, the secret key's account is stored if at least one
-//! customer exists in it. While there are no customers, the account may change.
+//! Earlier versions did not store the account. If no account is stored, the secret key's account is stored once at
+//! least one customer is found in it. While there are no customers, the account may change.
 
 use std::sync::{
     Arc,

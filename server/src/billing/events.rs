@@ -129,7 +129,7 @@ impl Billing {
         let read_errors = match self.verify_account().await {
             Ok(_) => return Ok(None),
             Err(BillingError::Db(error)) => return Err(error),
-            // Counted by its own metric.
+            // This case has its own metric.
             Err(BillingError::OtherAccount(_)) => 0,
             Err(error) => {
                 tracing::debug!(error = %chain(&error), "cannot read the Stripe account");
@@ -163,7 +163,7 @@ impl Billing {
         Ok(round)
     }
 
-    /// Records the problems that an event reports for the tenants affected. Returns their number.
+    /// Records the problems that an event reports, for each tenant affected. Returns the number of problems.
     async fn record_meter_errors(&self, event: &DueEvent) -> Result<u64, BillingError> {
         let errors = self.stripe.meter_errors(&event.id).await?;
         let mut count = 0;

@@ -251,8 +251,8 @@ impl Billing {
         Ok(invalidation)
     }
 
-    /// Returns an error unless Stripe confirms that the customer was deleted. A customer that Stripe does not know must
-    /// not lose access: for example, the data of test mode may have been deleted.
+    /// Returns an error unless Stripe confirms that the customer was deleted. If Stripe does not know the customer, the
+    /// tenant must keep its access: for example, someone may have deleted the test data in Stripe.
     async fn expect_deleted(&self, customer: &str) -> Result<(), BillingError> {
         let unknown = || BillingError::UnknownCustomer(customer.to_owned());
         match self.stripe.is_deleted(customer).await {
@@ -276,7 +276,7 @@ impl Billing {
         tx.commit().await?;
         let id = tenant.to_string();
         let email = account.customer_email.as_str();
-        // An earlier request may have created the customer without a response reaching us, too long ago for Stripe to
+        // An earlier request may have created the customer even though no response arrived, too long ago for Stripe to
         // recognize the idempotency key.
         let found = if account.customer_requested {
             self.stripe.find_customer(&id, email).await?
@@ -307,7 +307,7 @@ impl Billing {
 
     /// Returns a Checkout Session for a tenant without a subscription. Returns the same session while it is open, so
     /// that a tenant cannot pay twice. If the tenant's customer was deleted, creates a new one. If the tenant's access
-    /// has turned out to be different, also returns the invalidation to publish.
+    /// turns out to have changed, also returns the invalidation to publish.
     pub async fn checkout(
         &self,
         buyer: &Buyer<'_>,

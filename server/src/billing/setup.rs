@@ -47,8 +47,8 @@ pub fn webhook_url(public_url: &str) -> String {
     format!("{public_url}/billing/stripe/webhook")
 }
 
-/// Creates the objects that do not exist. Returns all objects, and the secret of the webhook endpoint if it was created
-/// now.
+/// Creates the objects that do not exist. Returns all objects. Also returns the webhook endpoint's secret if this call
+/// created the endpoint.
 pub async fn set_up(
     stripe: &Stripe,
     offer: &Offer,

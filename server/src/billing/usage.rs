@@ -36,8 +36,8 @@ const HOURS: i64 = 200;
 const ROUNDS: u32 = 1000;
 /// The maximum number of times to scan an hour if usage arrives during the scan.
 const SCANS: u32 = 3;
-/// The number of customers whose reports are sent concurrently. Only as many are claimed at a time, because a claim
-/// that has to wait would expire.
+/// The number of customers whose reports are sent concurrently. Only this many are claimed at a time, because a claim
+/// that had to wait would expire.
 const CONCURRENT: usize = 8;
 /// How often customers are claimed per round.
 const CLAIMS: usize = 4;
@@ -390,7 +390,7 @@ impl Billing {
     }
 
     /// Whether Stripe has counted a report whose identifier it no longer recognizes. Returns `None` if the total in
-    /// Stripe does not answer this.
+    /// Stripe matches neither case.
     async fn has_arrived(
         &self,
         tenant: TenantId,

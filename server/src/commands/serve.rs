@@ -31,8 +31,8 @@ const RETURN_TOKENS_WITHIN: Duration = Duration::from_secs(25);
 /// The minimum time for returning tokens. Applies even if requests in flight have used up the time above.
 const RETURN_TOKENS_MIN: Duration = Duration::from_millis(1500);
 
-/// Completes on SIGTERM or SIGINT. The call itself installs the signal handlers, not the first poll: a signal between
-/// the two would kill the process.
+/// Completes on SIGTERM or SIGINT. Calling this function installs the signal handlers. If the first poll installed
+/// them, a signal before it would kill the process.
 fn stop_requested() -> impl Future<Output = ()> {
     let signals = (
         signal(SignalKind::terminate()),

@@ -8,12 +8,12 @@
 //! - **Polled** changes come from PostgreSQL, in order and without gaps. Only they raise the floor, and the number up
 //!   to which all changes are known.
 //! - **Announced** changes are messages from other replicas, and this replica's own commits. Their only benefit is that
-//!   they arrive earlier. Until the poll has caught up, an announcement makes older copies outdated. It never hides a
-//!   number from the poll, raises the floor, or displaces a polled change.
+//!   they arrive earlier. Until the poll has caught up, an announcement makes older copies outdated. An announcement
+//!   never hides a number from the poll, raises the floor, or displaces a polled change.
 //!
-//! No copy with a number below the floor is confirmed, because later changes may already have been deleted from
-//! PostgreSQL. A copy with a number higher than all polled and announced ones is not confirmed either, because no
-//! change has been assigned that number yet.
+//! A copy with a number below the floor is never confirmed, because PostgreSQL may have already deleted later changes.
+//! A copy with a number higher than all polled and announced ones is not confirmed either, because no change has been
+//! assigned that number yet.
 
 use std::{
     collections::{BTreeMap, HashMap},

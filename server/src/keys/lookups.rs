@@ -397,7 +397,7 @@ impl<V: Send + 'static> Worker<V> {
             }
         }
         if list.is_empty() {
-            // Done while holding the lock, so that the next lookup starts a new worker.
+            // This must happen while the lock is held, so that the next lookup starts a new worker.
             queue.workers -= 1;
             self.has_ended = true;
             return None;

@@ -1,8 +1,8 @@
 //! Key records that replicas share through Redis, as a layer between memory and PostgreSQL. They save PostgreSQL from
 //! looking up every key when a replica starts or a plan with many keys is edited.
 //!
-//! **Current entries.** Whether an entry is current does not depend on deleting outdated entries, or on when and by
-//! which replica an entry was written. PostgreSQL numbers invalidations in commit order. A statement that reads a
+//! **Current entries.** Whether an entry is current depends neither on the deletion of outdated entries, nor on when or
+//! by which replica an entry was written. PostgreSQL numbers invalidations in commit order. A statement that reads a
 //! record also reads the highest number, so both come from the same snapshot. Therefore, only invalidations with higher
 //! numbers can make an entry outdated. An entry is used only if the last poll for invalidations is recent, and only if
 //! this replica knows of no later invalidation for its key, plan, or tenant ([`Recent`]). It then counts as confirmed
@@ -172,7 +172,7 @@ impl SharedKeys {
     }
 
     /// Shares a result from PostgreSQL. `found` contains the facts and their number, or is `None` for an invalid
-    /// secret. Does not wait until the entry is written.
+    /// secret. Does not wait for the entry to be written.
     pub fn put(&self, hash: &Hash, found: Option<(&KeyFacts, i64)>) {
         let it = &*self.0;
         if self.is_paused() || (found.is_none() && !self.may_write_absent()) {

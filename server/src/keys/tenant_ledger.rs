@@ -1,7 +1,7 @@
 //! The ledger of monthly quotas that all keys of a tenant share, stored in PostgreSQL.
 //!
-//! The limiter takes tokens from them as from the quotas of keys. The windows are calendar months in UTC, so that a
-//! tenant cannot move them by changing its time zone.
+//! The limiter takes tokens from these quotas as it does from the quotas of keys. The windows are calendar months in
+//! UTC, so that a tenant cannot move them by changing its time zone.
 
 use std::sync::Arc;
 

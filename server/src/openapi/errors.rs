@@ -1,5 +1,5 @@
-//! The error responses of operations. Most follow from an operation's arguments; some operations have their own
-//! descriptions.
+//! The error responses of operations. Most of them follow from an operation's arguments. Some operations have
+//! additional ones.
 
 use quota_common::ProblemCode;
 use serde_json::{Value, json};

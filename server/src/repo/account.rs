@@ -124,8 +124,8 @@ pub async fn password_hash(tx: &mut SystemTx, user: Uuid) -> Result<Option<Strin
         .optional()?)
 }
 
-/// Whether `hash` is still the user's password hash. Locks the hash until the transaction ends: a transaction that
-/// changes it waits for this one and then sees its effects.
+/// Whether `hash` is still the user's password hash. Locks the hash until the transaction ends. A transaction that
+/// changes the hash waits for this one, and then sees its effects.
 pub async fn hold_password(tx: &mut SystemTx, user: Uuid, hash: &str) -> Result<bool, DbError> {
     let current = users::table
         .find(user)

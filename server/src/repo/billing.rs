@@ -163,7 +163,7 @@ pub async fn set_checkout(
         .filter(billing_accounts::checkout_attempt.eq(attempt))
         .set((
             billing_accounts::checkout_id.eq(session),
-            // A subscription may start soon. Read it even if Stripe's webhook gets lost.
+            // A subscription may start soon. Read it soon, even if Stripe's webhook gets lost.
             billing_accounts::read_due_at
                 .eq(sql("least(read_due_at, now() + interval '10 minutes')")),
         ))
@@ -193,7 +193,7 @@ pub async fn next_checkout_attempt(
     Ok(next.get_result(&mut **tx).await?)
 }
 
-/// A started read of a tenant's subscriptions.
+/// A read of a tenant's subscriptions that has started.
 #[derive(Debug, Clone, QueryableByName)]
 pub struct BegunRead {
     #[diesel(sql_type = sql_types::BigInt)]
@@ -339,8 +339,9 @@ struct Due {
 }
 
 /// Returns customers whose next read is due, and schedules the read after that in about `seconds`. This also keeps
-/// other replicas from reading the same customers. The time varies randomly by 10% in either direction, to spread reads
-/// out. For customers without a subscription that can change, it is twice the time since the last read, up to a day.
+/// other replicas from reading the same customers. The interval varies randomly by up to 10% in either direction, so
+/// that reads are spread out. If a customer has no subscription that can still change, the interval is twice the time
+/// since the last read, up to a day.
 pub async fn claim_due_reads(
     tx: &mut SystemTx,
     seconds: f64,

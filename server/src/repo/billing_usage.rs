@@ -19,7 +19,8 @@ pub struct OpenHour {
     pub tenant_id: Uuid,
     #[diesel(sql_type = Timestamptz)]
     pub start: DateTime<Utc>,
-    /// The end of the hour, or the earlier end of a billing period up to which usage can already be planned.
+    /// The end of the hour or, if usage can already be planned up to an earlier boundary of a billing period, that
+    /// boundary.
     #[diesel(sql_type = Timestamptz)]
     pub until: DateTime<Utc>,
     /// Whether the tenant's subscriptions were read after `until`. If so, all boundaries of billing periods before
@@ -125,7 +126,7 @@ pub async fn set_divided(
     Ok(())
 }
 
-/// Raises the statement timeout, because scanning a large tenant's log takes long.
+/// Raises the statement timeout, because scanning a large tenant's log takes a long time.
 pub async fn allow_scan(tx: &mut SystemTx) -> Result<(), DbError> {
     sql_query("SET LOCAL statement_timeout = '5min'")
         .execute(&mut **tx)
@@ -199,7 +200,7 @@ pub struct NewReport<'a> {
     pub until: DateTime<Utc>,
     pub subscription: Option<&'a str>,
     pub value: i64,
-    /// Why the report will not be charged, if so.
+    /// Why the report will not be charged. `None` if it will be.
     pub unbilled: Option<Unbilled>,
 }
 

@@ -78,8 +78,7 @@ impl Ask {
         (self.tenant, self.key, self.policy)
     }
 
-    /// Returns the second argument of the advisory lock. On a collision, two keys wait for each other, which is
-    /// harmless.
+    /// Returns the second argument of the advisory lock. If two keys collide, they only wait for each other.
     fn lock(&self) -> i32 {
         let (high, low) = self.key.as_u64_pair();
         let mixed = (high ^ low ^ self.policy.len() as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
@@ -90,11 +89,11 @@ impl Ask {
 
 /// Grants each request as many tokens as it wants, up to the number left in its window. Returns `None` for a request if
 /// no window with usage contains its `at`, or if another transaction is changing or deleting its key: that transaction
-/// may take long, and other keys must not wait for it. If `opened` is set, takes from the windows that start at those
-/// times, with or without usage.
+/// may take a long time, and other keys must not wait for it. If `opened` is set, takes from the windows that start at
+/// those times, with or without usage.
 ///
 /// Requests must be in ascending order, so that all transactions lock rows in the same order. Each grant is atomic:
-/// `used` is read and increased while the row is locked.
+/// `used` is read and increased while its row is locked.
 pub async fn take(
     tx: &mut SystemTx,
     asks: &[Ask],

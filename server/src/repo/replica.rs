@@ -31,8 +31,8 @@ pub struct Seen {
     pub oldest_other: Option<Duration>,
 }
 
-/// Updates this replica's heartbeat. Counts the replicas whose last heartbeat is at most `forgotten` ago. Replicas
-/// whose last heartbeat is at most `remembered` ago are included in `oldest_other`.
+/// Updates this replica's heartbeat. Counts the replicas whose last heartbeat is at most `forgotten` ago.
+/// `oldest_other` includes replicas whose last heartbeat is at most `remembered` ago.
 pub async fn seen(
     tx: &mut SystemTx,
     id: Uuid,

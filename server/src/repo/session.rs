@@ -95,8 +95,8 @@ async fn add_token(tx: &mut SystemTx, session: Uuid, token_hash: &[u8]) -> Resul
 
 /// Uses a refresh token in a single conditional update, so that only one of two concurrent callers can use it.
 ///
-/// `successors` starts with the hash of the next token. The other hashes are possible successors from earlier, in case
-/// the token was used moments ago.
+/// `successors` starts with the hash of the next token. The other hashes are alternatives: one of them may already be
+/// stored if the token was used moments ago.
 pub async fn rotate(
     tx: &mut SystemTx,
     token_hash: &[u8],
@@ -157,7 +157,7 @@ pub async fn rotate(
             refresh_tokens::used_at
                 .assume_not_null()
                 .gt(now.into_sql::<Timestamptz>() - GRACE_SECS.seconds())
-                // Null if the token is unused, as when its session is not accepted.
+                // Null if the token has not been used. That is the case if its session is not accepted.
                 .nullable(),
             is_accepted(),
         ))

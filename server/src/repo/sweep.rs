@@ -22,7 +22,7 @@ pub enum Expired {
     QuotaUsage,
     /// Tenant quotas of months that ended long ago.
     TenantQuotaUsage,
-    /// IDs of batches of returned tokens that will not be retried anymore.
+    /// IDs of batches of returned tokens that are too old to be retried.
     QuotaReturns,
     /// Previous secrets whose grace period has ended. Their keys are kept.
     PreviousKeys,

@@ -1,9 +1,9 @@
 //! Reads the usage rollups.
 //!
 //! A row of a rollup is for one key or all keys, one endpoint or all endpoints, and one plan or all plans; see the
-//! migration. A query selects only the rows of the combination that it needs, so it never sums more rows than
-//! necessary. To rank groups over a long range, it reads the daily rollup for whole UTC days and the 15-minute rollup
-//! for the rest of the range.
+//! migration. A query selects only the rows for the combination it needs, so it never sums more rows than necessary. To
+//! rank groups over a long range, it reads the daily rollup for whole UTC days and the 15-minute rollup for the rest of
+//! the range.
 //!
 //! All SQL text is constant. Values from callers are always bound as parameters.
 
@@ -328,7 +328,7 @@ pub async fn ranked(
             condition = filter.condition(Some(group)),
         )
     };
-    // `[$5, $6)` is the range, and `[$7, $8)` is the whole days in it.
+    // `[$5, $6)` is the range, and `[$7, $8)` contains the whole days in it.
     let sql = format!(
         "SELECT grouped, 0 AS bucket, {SUMS} FROM ({} UNION ALL {} UNION ALL {}) u \
          GROUP BY 1 ORDER BY sum(u.requests) DESC, 1 LIMIT $9",

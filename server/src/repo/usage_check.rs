@@ -79,7 +79,7 @@ SELECT coalesce(sum(difference), 0)::bigint AS difference FROM (
 
 /// Compares windows that ended on the day before, at least an hour ago. By then, replicas have returned unused tokens.
 ///
-/// If a key's plan gains or loses a quota during a window, the ledger correctly does not count all of the key's usage.
+/// If a key's plan gains or loses a quota during a window, the ledger rightly counts only part of the key's usage.
 /// Therefore, usage that exceeds the ledger is reported only if neither the key nor its plan has changed since an hour
 /// before the window started. In that case, every replica knew the quota during the whole window.
 const LEDGER_AND_ROLLUPS: &str = r"

@@ -60,7 +60,7 @@ const ADD: &str = "\
     ) \
     SELECT place FROM numbered WHERE number > $5";
 
-/// Has an effect at most once a day for each endpoint.
+/// Updates each endpoint at most once a day.
 const MARK_SEEN: &str = "\
     UPDATE usage_endpoints e SET seen_on = CURRENT_DATE \
     FROM unnest($1, $2, $3) AS b (tenant_id, key_id, endpoint) \

@@ -24,7 +24,7 @@ pub struct Filter {
 }
 
 impl Filter {
-    /// Whether finding matches requires a scan, because no index covers the filter.
+    /// Whether matching rows can only be found by scanning, because no index covers the filter.
     fn is_searched(&self) -> bool {
         self.endpoint.is_some() || self.was_rejected.is_some()
     }

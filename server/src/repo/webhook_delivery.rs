@@ -264,7 +264,7 @@ pub struct DueDelivery {
 #[derive(Debug, Clone, Copy)]
 pub struct Claim<'a> {
     pub limit: i64,
-    /// The maximum number of concurrent attempts per tenant. `per_webhook` is the same per webhook.
+    /// The maximum number of concurrent attempts per tenant. `per_webhook` is the maximum per webhook.
     pub per_tenant: i64,
     pub per_webhook: i64,
     /// The tenant of each attempt in progress. `running_webhooks` contains the webhooks.
@@ -283,8 +283,8 @@ const CONSIDERED: i64 = 256;
 /// Returns deliveries that are due, and counts an attempt for each. The next attempt is due after `lease_seconds`.
 /// Until then, no other replica sends the delivery; if this process exits, the delivery is retried.
 ///
-/// The cost depends on the number of tenants and webhooks with pending deliveries, each of which takes one index probe.
-/// It does not depend on the number of deliveries.
+/// The cost grows with the number of tenants and webhooks that have pending deliveries, each of which takes one index
+/// probe. It does not grow with the number of deliveries.
 pub async fn claim(tx: &mut SystemTx, claim: &Claim<'_>) -> Result<Vec<DueDelivery>, DbError> {
     let claimed = sql_query(
         "WITH RECURSIVE later AS ( \

@@ -3,7 +3,7 @@
 
 use serde_json::Value;
 
-/// The maximum length of an ID. Longer than any ID in Stripe.
+/// The maximum length of an ID. All IDs in Stripe are shorter.
 const ID_MAX: usize = 255;
 
 /// The parts of an event that identify the object it is about.

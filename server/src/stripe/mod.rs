@@ -378,8 +378,8 @@ impl Stripe {
         Ok(!page.data.is_empty())
     }
 
-    /// Reports a customer's usage at time `at`, in seconds since 1970. For a day, Stripe rejects further reports with
-    /// the same identifier.
+    /// Reports a customer's usage at time `at`, in seconds since 1970. Stripe rejects further reports with the same
+    /// identifier for a day.
     pub async fn use_meter(
         &self,
         event_name: &str,

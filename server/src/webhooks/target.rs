@@ -133,7 +133,8 @@ impl Resolve for CheckedResolver {
         Box::pin(async move {
             let found = found.await?;
             let own = own_addresses();
-            // One forbidden address is enough: a host has no legitimate reason to mix them with allowed ones.
+            // A single forbidden address is enough: no host has a legitimate reason to mix forbidden and allowed
+            // addresses.
             if found.iter().any(|ip| !targets.allows(scheme, *ip, &own)) {
                 return Err(ForbiddenAddress.into());
             }
@@ -156,8 +157,7 @@ fn own_addresses() -> Vec<IpAddr> {
     addresses.collect()
 }
 
-/// Whether the address is reachable from the whole internet, according to the IANA registries of special-purpose
-/// addresses.
+/// Whether the address is globally reachable, according to the IANA registries of special-purpose addresses.
 fn is_public(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(ip) => is_public_v4(ip),

@@ -130,7 +130,7 @@ impl Subscription<'_> {
 }
 
 /// Returns the limits and how much of each is used. If requests are limited, the tokens that replicas have taken from
-/// the quota count as used. If allowed requests are counted, their number is an upper bound.
+/// the quota count as used. With metering, the number of allowed requests is an upper bound.
 fn limits(config: &Config, counts: Counts, has_access: bool, is_counted: bool) -> BillingLimits {
     let free = config.free_tier;
     let monthly = free.requests_per_month.filter(|_| !has_access);

@@ -42,9 +42,9 @@ use crate::{
 };
 
 const MEDIA_TYPE: &str = "text/event-stream";
-/// How often the log is read. It takes up to a second until a decision is in the log.
+/// How often the log is read. A decision takes up to a second to appear in the log.
 const EVERY: Duration = Duration::from_millis(500);
-/// The interval at which comments are sent if there are no events, so that proxies do not close the connection as idle.
+/// How often to send a comment while there are no events, so that proxies do not close the connection as idle.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// How often to check whether a stream must end even though its client is not reading it.
 const GUARD_EVERY: Duration = Duration::from_secs(2);
@@ -106,7 +106,7 @@ fn event(name: &str, id: Option<i64>, data: &impl serde::Serialize) -> String {
     let id = id
         .map(|id| format!("id: {}\n", write_position(id)))
         .unwrap_or_default();
-    // Compact JSON contains no line breaks: it escapes those in strings.
+    // Compact JSON contains no line breaks, because line breaks in strings are escaped.
     let data = serde_json::to_string(data).unwrap_or_default();
     format!("event: {name}\n{id}data: {data}\n\n")
 }
