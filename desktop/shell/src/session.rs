@@ -5,8 +5,8 @@
 //! token is stored before the new access token is used, so that the session survives if the app exits between the two
 //! steps.
 //!
-//! Several processes of the same user share the keychain entry. A file lock makes them refresh one after the other, so
-//! that the second one finds the first one's new token.
+//! Several processes of the same user share the keychain entry. A file lock makes them take turns refreshing, so that
+//! each process finds the token that the previous process stored.
 //!
 //! While the server is unreachable, `GET` calls return their last response and the time it was received.
 

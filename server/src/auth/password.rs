@@ -61,7 +61,7 @@ const READINGS: usize = 32;
 const EFFORT: usize = 16 * 1024;
 /// A repetition of at least this length does not make a password harder to guess.
 const REPEATED: usize = 4;
-/// For each letter that has some, the symbols that zxcvbn can read as that letter.
+/// Each string contains the symbols that zxcvbn can read as one particular letter.
 const SYMBOLS: [&str; 12] = [
     "4@", "8", "({[<", "3", "69", "1!|", "1|7", "0", "$5", "+7", "%", "2",
 ];
@@ -176,7 +176,7 @@ fn windows(text: &str) -> Vec<String> {
 fn readings(text: &[char]) -> usize {
     let of_letter = |letter: &&str| letter.chars().filter(|c| text.contains(c)).count();
     let product: usize = SYMBOLS.iter().map(|it| of_letter(it).max(1)).product();
-    // The symbols for `l` can also stand for `i` and `t`, so they are read in both ways.
+    // The symbols for `l` can also stand for `i` and `t`, so they are read both ways.
     let is_shared = text.iter().any(|c| "1|7".contains(*c));
     if is_shared { 2 * product } else { product }
 }
@@ -207,8 +207,8 @@ impl<T> Default for Queue<T> {
 }
 
 impl<T> Queue<T> {
-    /// Adds a waiter to its class. If the class is full, the party with the most waiters loses its newest one. Returns
-    /// `false` if the new waiter would be the one to lose.
+    /// Adds a waiter to its class. If the class is full, removes the newest waiter of the party with the most waiters.
+    /// Returns `false` if that is the new waiter itself.
     fn push(&mut self, turn: Turn, waiter: T) -> bool {
         let class = &mut self.classes[turn.class as usize];
         if class.len() >= WAITING[turn.class as usize] {

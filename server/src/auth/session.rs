@@ -81,7 +81,7 @@ impl Sessions {
         freshness: &Arc<Freshness>,
         metrics: &Arc<Metrics>,
     ) -> Self {
-        // This capacity is enough, because people use sessions, but API traffic does not.
+        // This capacity is enough, because only people use sessions; API traffic does not.
         let live = Cached::new(10_000, grace, freshness.clone(), metrics.clone());
         Self {
             db,

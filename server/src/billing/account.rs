@@ -123,7 +123,7 @@ impl Billing {
         let stored = stripe_account::find(&mut tx).await?;
         tx.commit().await?;
         match stored {
-            // Another replica has stored its account first.
+            // Another replica stored its account first.
             Some(stored) if !stored.matches(&own) => Err(other_account(&own, &stored)),
             _ => Ok(named(&own)),
         }

@@ -44,7 +44,7 @@ pub struct LookupCaller {
 /// See the module documentation. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Lookups {
-    /// Lookups of keys. The result contains the facts, and the number of the newest invalidation when they were read.
+    /// Lookups of keys. The result contains the facts and the number of the newest invalidation when they were read.
     pub keys: Batches<(KeyFacts, i64)>,
     pub tokens: Batches<(TenantId, ServiceTokenId)>,
 }
@@ -235,7 +235,7 @@ impl<V> Queue<V> {
     }
 }
 
-/// A permitted lookup. It is counted until it is dropped.
+/// A permitted lookup, which counts toward the limits until it is dropped.
 pub struct Lookup<V> {
     batches: Batches<V>,
     /// `None` if the secret is known.

@@ -165,7 +165,7 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
     ]
 };
 
-/// Descriptions of errors for operations that do not have their own.
+/// Default descriptions of errors.
 const ERRORS: &[(ProblemCode, &str)] = {
     use ProblemCode as P;
     &[

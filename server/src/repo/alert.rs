@@ -395,8 +395,8 @@ pub struct NewAlert<'a> {
     pub used: i64,
 }
 
-/// Inserts the alerts that do not exist yet, and returns them. An alert exists if there is one for the same quota and
-/// threshold in the same or an overlapping window.
+/// Inserts the alerts that do not exist yet, and returns them. Alerts for the same quota and threshold count as the
+/// same alert if their windows overlap.
 pub async fn insert_new(
     tx: &mut SystemTx,
     tenant: TenantId,

@@ -61,7 +61,7 @@ impl Target {
 pub struct Invalidation {
     pub seq: i64,
     pub tenant: Uuid,
-    /// `None` if this version does not know the kind. It then invalidates all of the tenant's resources.
+    /// `None` if this version does not know the kind. The change then invalidates all of the tenant's resources.
     pub target: Option<Target>,
     /// When the row was written, shortly before the commit.
     pub at: DateTime<Utc>,

@@ -390,7 +390,7 @@ pub async fn last_seen(
         .collect())
 }
 
-/// Returns the IDs and current names of keys or plans. Omits deleted ones.
+/// Returns the IDs and current names of keys or plans. Omits deleted keys and plans.
 pub async fn names(
     tx: &mut TenantTx,
     group: GroupBy,

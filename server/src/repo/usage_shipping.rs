@@ -76,7 +76,7 @@ pub async fn move_cursor(
     Ok(moved == 1)
 }
 
-/// The records in a directory that have not been shipped.
+/// The unshipped records in a directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Pending {
     pub records: i64,

@@ -222,7 +222,7 @@ impl Stripe {
         self.raw.meter_errors(event).await
     }
 
-    /// Returns the account's ID. Returns `None` if the secret key does not have permission to read it.
+    /// Returns the account's ID, or `None` if the secret key does not have permission to read it.
     pub async fn account(&self) -> Result<Option<String>> {
         self.raw.account().await
     }

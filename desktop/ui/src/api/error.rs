@@ -7,7 +7,7 @@ pub enum CallError {
     Unreachable,
     /// The response could not be parsed.
     Unreadable,
-    /// A code or data file of the console could not be loaded.
+    /// One of the console's code or data files could not be loaded.
     NoCode,
     /// The user has signed in to another account in another window, so the call was not sent.
     AccountChanged,

@@ -15,7 +15,7 @@ use super::{
     text::{date_time, number, relative},
 };
 
-/// The type of events that are sent when usage reaches a threshold of a quota.
+/// The type of events that are sent when usage reaches one of a quota's thresholds.
 const THRESHOLD_REACHED: &str = "quota.threshold_reached";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
