@@ -40,7 +40,7 @@ const REFRESH_AHEAD: Duration = Duration::from_secs(30);
 /// How long to wait while another process refreshes. A refresh takes less time than this.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
 const LOCK_POLL: Duration = Duration::from_millis(50);
-/// The maximum number of responses to keep for when the server is unreachable.
+/// The maximum number of responses to keep for use while the server is unreachable.
 const MAX_CACHED: usize = 200;
 
 struct Access {

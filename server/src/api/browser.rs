@@ -186,7 +186,7 @@ pub fn may_change(state: &AppState, request: &Request, session: SessionId) -> Re
     ))
 }
 
-/// Returns the session to which the CSRF header belongs.
+/// Returns the CSRF header's session.
 fn csrf_of(state: &AppState, headers: &HeaderMap) -> Option<SessionId> {
     let sent = headers.get(CSRF_FIELD)?.to_str().ok()?;
     state.sessions.of_csrf_token(sent)

@@ -59,7 +59,7 @@ const REMEMBERED: usize = 200_000;
 
 const TAKE: &str = include_str!("attempts.lua");
 /// KEYS contains the counters. The first value in ARGV is the number of counters to delete, starting with the first
-/// one. The second value is the time at which the attempt was counted. The script takes the attempt back from the other
+/// one. The second value is the time when the attempt was counted. The script takes the attempt back from the other
 /// counters, and ends any wait that the attempt started.
 const FORGET: &str = "
 for i, key in ipairs(KEYS) do

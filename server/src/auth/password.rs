@@ -54,7 +54,7 @@ const TURNS: [CallerClass; 8] = [
 
 /// The number of characters of a password that are used for the estimate, not counting repetitions.
 const JUDGED: usize = 64;
-/// The maximum number of ways in which symbols may be read as letters.
+/// The maximum number of ways to read symbols as letters.
 const READINGS: usize = 32;
 /// The maximum cost of an estimate, which takes about 4 ms. The cost is the square of the number of characters, times
 /// the number of readings.
@@ -172,7 +172,7 @@ fn windows(text: &str) -> Vec<String> {
     windows
 }
 
-/// Returns an upper bound for the number of ways in which zxcvbn reads the symbols in this string as letters.
+/// Returns an upper bound for the number of ways that zxcvbn reads this string's symbols as letters.
 fn readings(text: &[char]) -> usize {
     let of_letter = |letter: &&str| letter.chars().filter(|c| text.contains(c)).count();
     let product: usize = SYMBOLS.iter().map(|it| of_letter(it).max(1)).product();

@@ -1,4 +1,4 @@
-//! The Stripe account through which this server bills.
+//! The Stripe account that this server bills through.
 //!
 //! Customers and subscriptions belong to one Stripe account, in either live or test mode. With a secret key of a
 //! different account or mode, all of them would seem to be missing, and Stripe would accept new customers,

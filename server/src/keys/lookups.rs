@@ -37,7 +37,7 @@ const BATCH: usize = 200;
 pub struct LookupCaller {
     /// The owner of the service token in the request.
     pub tenant: Option<TenantId>,
-    /// The network from which the request came.
+    /// The network that the request came from.
     pub address: Option<ClientNetwork>,
 }
 

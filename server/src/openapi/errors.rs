@@ -1,5 +1,5 @@
 //! The error responses of operations. Most of them follow from an operation's arguments. Some operations have
-//! additional ones.
+//! additional errors.
 
 use quota_common::ProblemCode;
 use serde_json::{Value, json};

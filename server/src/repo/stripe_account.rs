@@ -1,4 +1,4 @@
-//! The Stripe account to which the customers belong.
+//! The customers' Stripe account.
 
 use chrono::{DateTime, Utc};
 use diesel::{

@@ -175,7 +175,7 @@ impl Filter {
     }
 }
 
-/// Returns the value by which rows are grouped, as text.
+/// Returns the value that rows are grouped by, as text.
 const fn group_value(group: Option<GroupBy>) -> &'static str {
     match group {
         None => "NULL::text",

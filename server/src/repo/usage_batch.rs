@@ -156,7 +156,7 @@ fn charged(records: &[UsageRecord]) -> Vec<Charged> {
 /// Records that are ready to be appended.
 #[derive(Debug)]
 pub struct UsageBatch {
-    /// In the order in which they are appended to the log.
+    /// In log order.
     pub(super) records: Vec<UsageRecord>,
     /// The number of records per tenant, in order of tenant ID.
     pub(super) tenants: Vec<(Uuid, i64)>,

@@ -27,7 +27,7 @@ pub(super) struct Endpoint<'a> {
     pub first_at: DateTime<Utc>,
 }
 
-/// The indexes of endpoints for which the lists must be updated.
+/// The indexes of endpoints that require an update of the lists.
 #[derive(Debug, Default)]
 pub(super) struct Found {
     /// Not in the list.

@@ -147,7 +147,7 @@ impl Webhooks {
         self.0.sender.send(url, scheme, &attempt).await
     }
 
-    /// Returns the number of seconds for which the oldest due delivery has been waiting.
+    /// Returns how many seconds the oldest due delivery has been waiting.
     pub async fn overdue_seconds(&self) -> Result<i64, DbError> {
         let mut tx = self.0.db.system().await?;
         let seconds = webhook_delivery::overdue_seconds(&mut tx).await?;

@@ -43,8 +43,8 @@ impl CallError {
         .to_owned()
     }
 
-    /// Returns the ID under which the server logged the request. Returns `None` for errors that users can resolve on
-    /// their own, such as invalid fields or a wrong password.
+    /// Returns the request's ID in the server's log. Returns `None` for errors that users can resolve on their own,
+    /// such as invalid fields or a wrong password.
     pub fn request_id(&self) -> Option<&str> {
         match self {
             Self::Problem(problem)

@@ -228,7 +228,7 @@ pub fn group_name(group: &UsageGroup) -> String {
     }
 }
 
-/// The columns by which users can sort a table of groups.
+/// The sortable columns of a table of groups.
 const COLUMNS: [(&str, &str); 4] = [
     ("allowed", "Allowed"),
     ("rejected", "Rejected"),

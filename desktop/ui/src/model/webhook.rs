@@ -249,7 +249,7 @@ fn response(it: &WebhookDelivery) -> String {
         .map_or_else(|| "–".to_owned(), |status| status.to_string())
 }
 
-/// During an attempt, the server returns the time at which the attempt would be repeated after a crash.
+/// During an attempt, the server returns the time when it would repeat the attempt after a crash.
 fn next_attempt(it: &WebhookDelivery, now: i64) -> Markup {
     match it.next_attempt_at {
         Some(_) if it.attempts > 0 && it.error.is_none() => Markup::text("Sending…"),
