@@ -50,7 +50,7 @@ const PART_MAX: i64 = 20_000;
 const KEYS_MAX: i64 = 250;
 /// The maximum number of alerts per statement.
 const ALERTS_MAX: usize = 500;
-/// A round ends after this time and leaves the rest to the next one, so that other tenants get their turn.
+/// A round ends after this time and leaves the rest to the next round, so that other tenants get their turn.
 const ROUND_MAX: Duration = Duration::from_secs(20);
 
 /// See the module documentation. Cheap to clone.

@@ -102,7 +102,7 @@ fn reason(
     }
 }
 
-/// Warns that the user entered a different key than the page's key.
+/// Warns that the user entered a key other than the page's key.
 pub fn other_key(key: &ApiKey) -> String {
     format!(
         "This is a different key. The key on this page starts with {}.",
