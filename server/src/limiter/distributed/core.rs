@@ -25,7 +25,7 @@ pub struct DistributedSettings {
     pub lease_ttl: Duration,
     /// How long a request waits for one call to the counters.
     pub deadline: Duration,
-    /// The behavior without the counters, unless a plan specifies it.
+    /// The fallback setting of plans that do not have one.
     pub on_failure: OnRedisFailure,
     pub keys: KeyTableSettings,
 }
@@ -41,7 +41,7 @@ pub(super) struct StoreCore {
     pub(super) settings: DistributedSettings,
     pub(super) ttl: Nanos,
     pub(super) partitions: Box<[CircuitBreaker]>,
-    /// Whether to stop holding tokens for later.
+    /// Whether the store is draining and holds no tokens for later.
     pub(super) draining: AtomicBool,
     pub(super) me: Weak<StoreCore>,
 }
@@ -54,7 +54,7 @@ pub(super) struct Moment {
 }
 
 impl StoreCore {
-    /// Returns the instant at which the calendar time was just read.
+    /// Adds the monotonic time to a calendar time that was just read.
     #[inline]
     pub(super) fn moment(&self, now: UnixNanos) -> Moment {
         Moment {
