@@ -1,15 +1,15 @@
-//! Every setting, as text. The doc comments are what `--help` and `.env.example` show.
+//! Every setting, as text. `--help` and `.env.example` show the doc comments.
 
 use clap::Args;
 
-/// Defines [`Settings`]: for each field its description, its variable, its default and the name of its value.
+/// Defines [`Settings`]: each field with its description, its variable, its default and the name of its value.
 macro_rules! settings {
     ($(
         $(#[$description:meta])+
         $field:ident: $variable:literal, $default:literal, $value:literal
         $(, $option:ident = $on:literal)?;
     )+) => {
-        /// Every setting. Each field is one environment variable and one flag.
+        /// Every setting. Each field is an environment variable and a flag.
         #[derive(Args, Clone, Default)]
         #[command(next_help_heading = "Settings (each can also be an environment variable)")]
         pub struct Settings {
@@ -94,12 +94,12 @@ settings! {
     /// Redis, as with a strict plan.
     lease_ttl: "QUOTA_LEASE_TTL", "100ms", "DURATION";
 
-    /// Behavior while Redis is unreachable, for plans that do not specify it: share (each replica enforces its share of
-    /// the limit), open (each replica enforces the full limit) or closed (check requests get 503).
+    /// Behavior while Redis is unreachable, for plans that do not specify it: share (each replica enforces its share
+    /// of the limit), open (each replica enforces the full limit) or closed (check requests get 503).
     on_redis_failure: "QUOTA_ON_REDIS_FAILURE", "share", "MODE";
 
-    /// Whether to record the usage of API keys: on or off. Each decision is recorded on this machine, in the directory
-    /// `usage` in QUOTA_DATA_DIR, before the response is sent, and is written to PostgreSQL soon after.
+    /// Whether to record the usage of API keys: on or off. Each decision is recorded on this machine, in the `usage`
+    /// directory in QUOTA_DATA_DIR, before the response is sent, and is written to PostgreSQL soon after.
     metering: "QUOTA_METERING", "on", "MODE";
 
     /// Which failures recorded usage survives: process (`kill -9` and crashes of the server) or machine (also power
@@ -107,7 +107,7 @@ settings! {
     durability: "QUOTA_DURABILITY", "process", "MODE";
 
     /// The maximum disk space for recorded usage while PostgreSQL is unreachable, in bytes: 1048576 to 1000000000000.
-    /// The server logs a warning when half of it is used. When all of it is used, check requests get 503. 1 GiB is
+    /// When half of it is used, the server logs a warning. When all of it is used, check requests get 503. 1 GiB is
     /// enough for about 6,000,000 requests.
     usage_backlog_max: "QUOTA_USAGE_BACKLOG_MAX", "4294967296", "BYTES";
 
@@ -197,31 +197,31 @@ settings! {
     body_limit: "QUOTA_BODY_LIMIT", "65536", "BYTES";
 
     /// How long the headers of a request may take to arrive, and then its body, such as 5s. For the first request on a
-    /// connection, this is measured from the time at which the connection was accepted.
+    /// connection, the time starts when the connection is accepted.
     header_timeout: "QUOTA_HEADER_TIMEOUT", "5s", "DURATION";
 
     /// How long a request may take from the end of its headers to its response, such as 10s.
     request_timeout: "QUOTA_REQUEST_TIMEOUT", "10s", "DURATION";
 
-    /// How long a client connection may be idle between two requests, such as 75s. This must be longer than proxies
-    /// keep idle connections to Quota.
+    /// How long a client connection may be idle between two requests, such as 75s. Must be longer than the time for
+    /// which proxies keep idle connections to Quota.
     idle_timeout: "QUOTA_IDLE_TIMEOUT", "75s", "DURATION";
 
     /// How long a client may go without reading any part of a response that is being sent, such as 30s. On HTTP/2,
     /// reading less than 1 KiB does not count.
     write_timeout: "QUOTA_WRITE_TIMEOUT", "30s", "DURATION";
 
-    /// Whether checks in plain form are answered directly from the bytes of their connection: on or off. The responses
-    /// are the same, and take less CPU time.
+    /// Whether plain check requests are served directly from the bytes of their connection: on or off. The responses
+    /// are the same and take less CPU time.
     direct_responses: "QUOTA_DIRECT_RESPONSES", "off", "MODE";
 
-    /// The maximum number of open client connections: 16 to 1000000. The open-file limit may allow fewer. When
-    /// it is reached, connections that have not sent a request are closed first, then idle ones, then those whose
-    /// client does not read its response.
+    /// The maximum number of open client connections: 16 to 1000000. The open-file limit may allow fewer. When the
+    /// maximum is reached, connections that have not sent a request are closed first, then idle connections, and then
+    /// those whose clients do not read their responses.
     connections: "QUOTA_CONNECTIONS", "10000", "N";
 
-    /// The maximum number of open connections from one client address (IPv6: one /64); 0 for no limit. Connections on
-    /// which a valid API key or service token was sent don't count, nor do those from QUOTA_TRUSTED_PROXIES.
+    /// The maximum number of open connections from one client address (IPv6: one /64); 0 for no limit. Connections that
+    /// have sent a valid API key or service token do not count, and neither do connections from QUOTA_TRUSTED_PROXIES.
     connections_per_address: "QUOTA_CONNECTIONS_PER_ADDRESS", "1000", "N";
 
     /// The maximum number of open connections from one network (IPv4: one /24, IPv6: one /56; an IPv6 /48 may have
@@ -236,8 +236,8 @@ settings! {
     /// How long the server waits for requests in flight when it stops, such as 20s; at most 25s.
     drain_timeout: "QUOTA_DRAIN_TIMEOUT", "20s", "DURATION";
 
-    /// How long the server continues to accept requests after SIGTERM while it reports that it is not ready, so that
-    /// load balancers notice, such as 5s.
+    /// How long the server continues to accept requests after SIGTERM while it reports that it is not ready, such as
+    /// 5s. This gives load balancers time to notice.
     drain_delay: "QUOTA_DRAIN_DELAY", "0s", "DURATION";
 
     /// How long keys in memory are served while PostgreSQL is unreachable and cannot confirm them, such as 60s.
@@ -256,8 +256,8 @@ settings! {
     usage_rollup_retention: "QUOTA_USAGE_ROLLUP_RETENTION", "400", "DAYS";
 
     /// The secret key of your Stripe account, which starts with `sk_` or `rk_`. If set, plans marked `paid` require a
-    /// subscription. `quota billing setup` creates the required objects in Stripe. Unset: billing is off, and such
-    /// plans work like other plans.
+    /// subscription. `quota billing setup` creates the required objects in Stripe. Unset: billing is off, and plans
+    /// marked `paid` work like other plans.
     stripe_secret_key: "STRIPE_SECRET_KEY", "", "SECRET", hide_env_values = true;
 
     /// A file that contains STRIPE_SECRET_KEY. Use either this or STRIPE_SECRET_KEY.
@@ -279,8 +279,8 @@ settings! {
 
     /// The server that sends email: smtps://user:password@host (TLS, port 465) or smtp://user:password@host (STARTTLS,
     /// port 587), optionally with :port. Percent-encode special characters in the user name and the password. With
-    /// smtp:// and a loopback address, the connection is not encrypted. Unset: emails are written to files in `mail` in
-    /// QUOTA_DATA_DIR.
+    /// smtp:// and a loopback address, the connection is not encrypted. Unset: emails are written to files in the
+    /// `mail` directory in QUOTA_DATA_DIR.
     smtp_url: "SMTP_URL", "", "URL", hide_env_values = true;
 
     /// A file that contains SMTP_URL. Use either this or SMTP_URL.
