@@ -72,7 +72,7 @@ impl Freshness {
         }
     }
 
-    /// Marks PostgreSQL as suspected to be unreachable. Returns whether it was not suspected before.
+    /// Marks PostgreSQL as suspected to be unreachable. Returns `false` if it was already suspected.
     pub fn suspect(&self) -> bool {
         self.suspected
             .send_if_modified(|suspected| !std::mem::replace(suspected, true))
@@ -90,7 +90,7 @@ impl Freshness {
     /// Waits until PostgreSQL is suspected to be unreachable.
     async fn suspected(&self) {
         let mut suspected = self.suspected.subscribe();
-        // This fails only without a sender, but `self` owns one.
+        // This cannot fail, because `self` owns the sender.
         let _ = suspected.wait_for(|suspected| *suspected).await;
     }
 
@@ -461,7 +461,7 @@ where
     }
 
     /// Invalidates the entries of these keys, and all loads in progress. `keys` is called only after all loads in
-    /// progress have been marked for repetition, so that no outdated entry is cached afterward.
+    /// progress have been marked to be repeated, so that no outdated entry is cached afterward.
     pub fn forget_these<I: IntoIterator<Item = K>>(&self, keys: impl FnOnce() -> I) {
         self.inner
             .freshness
@@ -472,7 +472,7 @@ where
         }
     }
 
-    /// Drops the record that a key does not exist.
+    /// Forgets that a key does not exist.
     pub fn forget_absent(&self, key: &K) {
         self.inner
             .freshness

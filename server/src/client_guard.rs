@@ -118,7 +118,7 @@ impl ClientRateLimiter {
             }
         }
         self.check(governor, caller)?;
-        // There are never more wider networks than /64 networks.
+        // The wider networks never outnumber the /64 networks.
         for (governor, (length, _)) in self.wider.iter().zip(WIDER) {
             if let Some(network) = caller.network(length) {
                 self.check(governor, network)?;

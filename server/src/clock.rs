@@ -1,4 +1,4 @@
-//! Time as a dependency.
+//! Clocks, which are passed as dependencies so that tests can control them.
 //!
 //! [`Clock::now`] is calendar time, which jumps when an operator or NTP sets the clock. [`Clock::monotonic`] measures
 //! durations and never goes backward. Limits in memory use calendar time, in nanoseconds since the Unix epoch.
@@ -117,7 +117,7 @@ impl UnixNanos {
         self.0 / 1_000_000_000
     }
 
-    /// Returns the time between the two times, whichever is earlier.
+    /// Returns the absolute difference between the two times.
     pub const fn abs_diff(self, other: Self) -> Nanos {
         Nanos(self.0.abs_diff(other.0))
     }

@@ -255,7 +255,7 @@ impl Default for PasswordCost {
     }
 }
 
-/// Why the settings are invalid: one line per error, which starts with the variable's name.
+/// Why the settings are invalid. Each error is one line that starts with the variable's name.
 #[derive(Debug, thiserror::Error)]
 #[error("{}", .0.join("\n"))]
 pub struct ConfigErrors(pub Vec<String>);

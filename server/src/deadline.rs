@@ -1,7 +1,7 @@
 //! Deadlines that account for pauses of this process.
 //!
 //! After a process has not been scheduled for a while, its timers have expired and responses are waiting in its
-//! sockets. Which of these its tasks see first is random. So if the timer itself fires late, the response gets that
+//! sockets. Which of the two its tasks see first is random. So if the timer itself fires late, the response gets that
 //! much extra time, once and up to [`AT_MOST`]. If a call is still late after that, the other side caused the delay.
 
 use std::{pin::pin, time::Duration};

@@ -1,4 +1,4 @@
-//! Encrypts secrets that must be stored in a readable form, such as the signing secrets of webhooks.
+//! Encrypts stored secrets that Quota must be able to read again, such as the signing secrets of webhooks.
 //!
 //! Uses AES-256-GCM with a random nonce and a key derived from `QUOTA_SECRET` ([`crate::auth::secret::Seals`]), so a
 //! dump of the database does not reveal the secrets. A context, such as a row's ID, is authenticated too: a ciphertext

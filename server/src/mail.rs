@@ -58,7 +58,7 @@ pub enum MailError {
 }
 
 impl MailError {
-    /// Returns whether resending the email cannot help, because the message or its recipient was rejected.
+    /// Returns whether resending the email would be pointless, because the message or its recipient was rejected.
     pub fn is_permanent(&self) -> bool {
         match self {
             Self::Address(_) | Self::Message(_) => true,
@@ -105,7 +105,7 @@ fn smtp(settings: &SmtpSettings) -> Result<AsyncSmtpTransport<Tokio1Executor>, M
 impl Mailer {
     /// # Errors
     ///
-    /// If the certificates of the operating system cannot be read.
+    /// Fails if the certificates of the operating system cannot be read.
     pub fn new(config: &Config) -> Result<Self, MailError> {
         let MailSettings { smtp: server, from } = &config.mail;
         let transport = match server {

@@ -22,7 +22,7 @@ pub trait DirectEndpoint: Send + Sync + 'static {
     /// Returns whether to pass this request to [`answer`](Self::answer). Its body may not have arrived yet.
     fn accepts(&self, request: &PlainRequest<'_>) -> bool;
 
-    /// Appends the response to `out`. `marks` is the connection's, or `None` if the connection has authenticated.
+    /// Appends the response to `out`. `marks` is `None` if the connection has authenticated.
     fn answer(
         &self,
         request: &PlainRequest<'_>,
@@ -157,7 +157,8 @@ struct Known<'a> {
 }
 
 impl<'a> Known<'a> {
-    /// Returns `None` if a field affects the end of the request, or the response, in a way that is not plain.
+    /// Returns `None` if a field affects where the request ends, or the response, in a way that a plain request must
+    /// not.
     fn of(fields: &[httparse::Header<'a>]) -> Option<Self> {
         let mut values = [None; KNOWN.len()];
         let (mut length, mut host, mut connection) = (None, None, None);

@@ -311,7 +311,7 @@ impl AppState {
         })))
     }
 
-    /// Drops the entries that changes have invalidated from all caches of this replica.
+    /// Drops invalidated entries from all caches of this replica.
     pub fn forget(&self, invalidations: &[Invalidation]) {
         let gone = invalidations.iter().collect();
         self.keys.revoke(&gone);

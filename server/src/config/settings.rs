@@ -166,14 +166,14 @@ settings! {
     /// The maximum number of webhooks per tenant: 1 to 100.
     max_webhooks: "QUOTA_MAX_WEBHOOKS", "10", "N";
 
-    /// The maximum number of plans of a tenant without a subscription: 1 to 1000000. Unset: QUOTA_MAX_PLANS. If billing
-    /// is off, this limit and the other QUOTA_FREE_* limits apply to every tenant.
+    /// The maximum number of plans for a tenant without a subscription: 1 to 1000000. Unset: QUOTA_MAX_PLANS. If
+    /// billing is off, this limit and the other QUOTA_FREE_* limits apply to every tenant.
     free_plans: "QUOTA_FREE_PLANS", "", "N";
 
-    /// The maximum number of API keys of a tenant without a subscription: 1 to 10000000. Unset: QUOTA_MAX_API_KEYS.
+    /// The maximum number of API keys for a tenant without a subscription: 1 to 10000000. Unset: QUOTA_MAX_API_KEYS.
     free_keys: "QUOTA_FREE_KEYS", "", "N";
 
-    /// The maximum number of requests per calendar month (UTC) of a tenant without a subscription, across all its API
+    /// The maximum number of requests per calendar month (UTC) for a tenant without a subscription, across all its API
     /// keys: 1 to 1000000000000. Further requests get 429 with the policy tenant_monthly. Unset: no limit. Plans with a
     /// higher daily or monthly quota must be marked `paid`.
     free_requests_per_month: "QUOTA_FREE_REQUESTS_PER_MONTH", "", "N";
@@ -188,7 +188,7 @@ settings! {
     /// The maximum number of requests per minute from one client address to /admin; 0 for no limit.
     admin_rpm: "QUOTA_ADMIN_RPM", "300", "N";
 
-    /// The number of failed sign-ins to one account from one network after which each further attempt has to wait
+    /// How many failed sign-ins to one account are allowed from one network before each further attempt has to wait
     /// longer. Wider networks, and networks that try many accounts, have higher limits. Known devices are counted
     /// separately. 0 for no limit.
     login_free_failures: "QUOTA_LOGIN_FREE_FAILURES", "10", "N";

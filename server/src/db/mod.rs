@@ -1,7 +1,7 @@
 //! PostgreSQL: connection pools, transactions with their roles, and migrations.
 //!
-//! A replica's connections are divided into lanes ([`Lane`]), each with its own pool, so that no kind of work has to
-//! wait for connections because of a flood of another kind.
+//! A replica's connections are divided into lanes ([`Lane`]), each with its own pool, so that a flood of one kind of
+//! work does not take the connections that another kind needs.
 //!
 //! The server signs in with the role in `DATABASE_URL` and then uses one of two other roles: `quota_app`, which
 //! row-level security restricts to the transaction's tenant, or `quota_system`, for work that is not on behalf of a

@@ -185,7 +185,7 @@ impl Db {
         self.system().await?.commit().await
     }
 
-    /// Returns whether every migration in this binary is applied. Fails if PostgreSQL does not respond.
+    /// Returns whether every migration in this binary has been applied. Fails if PostgreSQL does not respond.
     pub async fn ready(&self) -> Result<bool, DbError> {
         #[derive(diesel::QueryableByName)]
         struct Applied {

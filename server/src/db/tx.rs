@@ -17,7 +17,7 @@ pub(super) const FIRST_ANSWER: Duration = Duration::from_secs(2);
 /// How long a rollback may take.
 const ROLLBACK: Duration = Duration::from_secs(2);
 
-/// Removes a connection that does not respond from its pool.
+/// Removes an unresponsive connection from its pool.
 pub(super) fn close_silent(conn: Object<AsyncPgConnection>) -> DbError {
     let _ = Object::take(conn);
     DbError::Unavailable("PostgreSQL does not respond".into())

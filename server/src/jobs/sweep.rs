@@ -89,7 +89,7 @@ impl Sweep {
                             "cannot delete expired rows, retrying later"
                         );
                     }
-                    // Other kinds continue first.
+                    // Other kinds get their turn first.
                     return;
                 }
             }

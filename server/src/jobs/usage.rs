@@ -95,7 +95,7 @@ async fn today(state: &AppState) -> Result<NaiveDate, DbError> {
     Ok(now.date_naive())
 }
 
-/// Creates partitions: first those of the coming days, which need no rows to be moved, and then those of today and
+/// Creates partitions: first those of the coming days, which do not require moving rows, and then those of today and
 /// yesterday, since records may be late. A table whose partition cannot be created does not delay the others.
 async fn create_all(state: &AppState, today: NaiveDate) -> Result<(), DbError> {
     let coming = (1..=AHEAD).filter_map(|days| today.checked_add_days(Days::new(days)));

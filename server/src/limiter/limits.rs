@@ -116,7 +116,7 @@ impl Policies {
         }
     }
 
-    /// Equal policies have equal fingerprints. Different policies almost never do.
+    /// Equal policies have equal fingerprints, and different policies almost always have different ones.
     pub(super) fn fingerprint(&self) -> u64 {
         self.fingerprint
     }

@@ -4,10 +4,10 @@
 //! keeps the last count and decides how long to trust it.
 //!
 //! **The shares of all replicas together never exceed the full limit**, although each replica uses its own count, which
-//! may be outdated. A replica uses a count only until [`BELIEVED`] after the count began, and only once the replica
-//! itself has been counted for [`SETTLED`], which is longer. So every count in use includes every replica that takes a
-//! share: the divisor is at least the number of these replicas, and a replica's rank is at least its position among
-//! them. A replica that stops is still counted until [`FORGOTTEN`], long after it has stopped taking a share.
+//! may be outdated. A replica uses a count for only [`BELIEVED`] after the count began, and only if the replica itself
+//! has been counted for [`SETTLED`], which is longer. So every count in use includes every replica that takes a share:
+//! the divisor is at least the number of these replicas, and a replica's rank is at least its position among them. A
+//! replica that stops is still counted for [`FORGOTTEN`], which is long after it has stopped taking a share.
 
 use std::{
     num::NonZeroU64,
@@ -140,7 +140,8 @@ impl Membership {
         }
     }
 
-    /// Returns this replica's slot and when it got that slot. `None` while the replica must not take a share.
+    /// Returns this replica's slot and the time at which it got that slot. `None` while the replica must not take a
+    /// share.
     pub(super) fn slot(&self, now: Monotonic) -> Option<(ReplicaSlot, Monotonic)> {
         let counted = (*self.counted.lock())?;
         let settled = now.saturating_since(counted.joined) >= SETTLED.into();

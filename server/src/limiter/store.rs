@@ -75,8 +75,8 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
 
     /// Drops unreferenced keys whose state equals a new key's. Returns the blocks of other unreferenced keys to the
     /// ledger, so that the next call can drop those keys. If other replicas share the quotas, also returns blocks that
-    /// were not used for ten seconds. For keys in use, fetches the first block of the next day or month in time.
-    /// Returns the number of remaining keys.
+    /// have not been used for ten seconds. For keys in use, fetches the first block of the next day or month shortly
+    /// before it begins. Returns the number of remaining keys.
     fn prune(&self) -> usize;
 
     /// Returns all unused tokens and stops taking more. Call before the process exits.

@@ -24,7 +24,7 @@ pub(super) struct Reusable(Mutex<Unused>);
 struct Unused {
     /// The current pass.
     pass: u64,
-    /// Space that is not used by any request, from the current pass.
+    /// Unused space from the current pass.
     records: Vec<ReservedRecord>,
 }
 

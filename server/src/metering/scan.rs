@@ -165,7 +165,7 @@ impl Scan<'_> {
     fn collect(&mut self, max: usize, batch: &mut Batch) -> Option<usize> {
         let is_running = self.writer == Writer::Running;
         let mut at = 0;
-        // Whether the previous place was unreadable. This counts each gap only once.
+        // Whether the previous place was unreadable. Used to count each gap only once.
         let mut is_lost = false;
         let goes_on = loop {
             if batch.rows.len() >= max {

@@ -95,7 +95,8 @@ impl Source {
         let position = self.position.unwrap_or(self.cursor);
         let read = move || {
             let batch = scan::read(&file, &head, position, writer, max)?;
-            // The batch is prepared on this thread, because that takes milliseconds and would delay requests elsewhere.
+            // The batch is also prepared on this thread, because that takes milliseconds and would delay requests on
+            // the others.
             Ok((UsageBatch::new(batch.rows), batch.span))
         };
         tokio::task::spawn_blocking(read)

@@ -41,7 +41,7 @@ pub struct Node {
     pub round_trip: Duration,
 }
 
-/// Inspects each server. If it is unknown which servers there are, returns a single error.
+/// Inspects each server. Returns a single error if the servers cannot be determined.
 pub async fn nodes(
     settings: &RedisSettings,
     channel: &str,

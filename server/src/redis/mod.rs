@@ -115,14 +115,13 @@ impl Redis {
         }
     }
 
-    /// Returns a number that changes whenever a connection is established, because Redis may have lost data before
-    /// that.
+    /// Returns a number that changes whenever a connection is established. When it changes, Redis may have lost data.
     pub fn generation(&self) -> u64 {
         self.shared.generation.load(Ordering::Acquire)
     }
 
-    /// Returns the connection for a key. As long as that connection lasts, it is always the same one, so that a key's
-    /// calls arrive in order.
+    /// Returns the connection for a key. It stays the same as long as the connection lasts, so that a key's calls
+    /// arrive in order.
     pub fn link(&self, key: &str) -> Result<Link, CallError> {
         let slots = &self.shared.slots;
         let first = if slots.len() == 1 {

@@ -50,7 +50,7 @@ pub(super) enum Shutdown {
 #[derive(Debug)]
 pub(super) struct Connection {
     accepted: Instant,
-    /// When the first byte of a request head arrived. For HTTP/2, only of the first request.
+    /// When the first byte of a request head arrived. For HTTP/2, set only for the first request.
     head_began: AtomicU64,
     write_blocked: AtomicU64,
     /// HTTP/1: when the last response ended or made progress.

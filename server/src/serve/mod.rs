@@ -74,7 +74,7 @@ const CONCURRENT_STREAMS: u32 = 32;
 const BACKLOG: u32 = 4096;
 /// How long to pause after failing to accept a connection, for example because there are no free file descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
-/// Accepting pauses while more sockets than this are being closed to make room.
+/// No connections are accepted while more sockets than this are being closed to make room.
 const CLOSING: usize = 16;
 /// How long an HTTP/2 connection may take to close after a graceful shutdown has started.
 const GOODBYE: Duration = Duration::from_secs(5);
@@ -103,7 +103,7 @@ pub fn bind(addr: SocketAddr) -> io::Result<BoundSocket> {
     } else {
         TcpSocket::new_v6()?
     };
-    // Like most servers, allow reusing a port that was closed recently.
+    // Like most servers, this allows reusing a port that was closed recently.
     socket.set_reuseaddr(true)?;
     socket.bind(addr)?;
     Ok(BoundSocket(socket))
@@ -356,7 +356,7 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
                     continue;
                 }
                 if phase == Phase::Idle && connection.is_http2() && goodbye_until.is_none() {
-                    // If the client is just sending a request, this tells it that the request was not processed.
+                    // If the client is about to send a request, this tells it that the request was not processed.
                     finish(served.as_mut());
                     goodbye_until = Some(time::Instant::now() + GOODBYE);
                     continue;

@@ -13,8 +13,8 @@
 //! No other connection with a request in flight is ever closed to make room. So clients that do not send or read
 //! anything cannot lock out other clients, no matter how many there are.
 //!
-//! A connection counts toward the limit of its address, and toward a higher limit of its network, until it has received
-//! a valid API key or service token. A gateway, or many clients behind one address, may therefore have as many
+//! A connection counts toward the limit of its address, and toward a higher limit of its network, until a valid API key
+//! or service token is received on it. A gateway, or many clients behind one address, may therefore have as many
 //! connections as the total allows. At the limit of an address or network, a new connection replaces the oldest silent
 //! connection, or the connection that has been idle longest. During its first second, a connection is not closed for
 //! this reason, because its request may be in transit. Instead, an address may have up to twice as many connections
@@ -50,7 +50,7 @@ use crate::telemetry::metrics::{ConnectionLimit, ConnectionMetrics};
 
 /// How long a connection must have been idle before it can be closed to make room.
 const IDLE_ENOUGH: Duration = Duration::from_secs(1);
-/// How long a client must not have read its response before its connection can be closed to make room.
+/// How long a client must have stopped reading its response before its connection can be closed to make room.
 const STALLED_ENOUGH: Duration = Duration::from_secs(1);
 /// A younger connection is not closed at the limit of its address, since its request may be in transit.
 const YOUNG: Duration = Duration::from_secs(1);
@@ -61,7 +61,7 @@ const WAITING_SEARCH: usize = 16;
 const LIGHT: usize = 4;
 /// The minimum time between two searches for idle and stalled connections, because a search checks all connections.
 const SEARCH_EVERY: Duration = Duration::from_millis(100);
-/// A search finds at most this fraction of all connections: one in four.
+/// A search finds at most one in this many connections.
 const SEARCH_PART: usize = 4;
 /// How many connections an IPv6 /48 may have, as a multiple of a /56's limit. A site may be assigned either.
 const SITE: usize = 2;

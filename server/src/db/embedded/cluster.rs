@@ -23,7 +23,7 @@ use super::{EmbeddedError, connect, place::Place, url};
 
 /// How long starting may take. Recovery after a crash replays about one `max_wal_size` of WAL at most.
 pub(super) const START_LIMIT: Duration = Duration::from_mins(2);
-/// How long a fast shutdown may take, which ends sessions and writes a checkpoint.
+/// How long a fast shutdown may take. It ends sessions and writes a checkpoint.
 const FAST_STOP_LIMIT: Duration = Duration::from_secs(20);
 const HARD_STOP_LIMIT: Duration = Duration::from_secs(5);
 

@@ -239,7 +239,7 @@ fn unprivileged_user() -> Result<User, EmbeddedError> {
         .ok_or(EmbeddedError::NoUser)
 }
 
-/// Returns a user that has no passwd entry, which is common for the owners of container volumes.
+/// Returns a user without a passwd entry. Container volumes often belong to such users.
 fn nameless(uid: Uid, gid: Gid) -> User {
     User {
         name: uid.to_string(),
@@ -280,7 +280,7 @@ pub(super) fn socket_dir(place: &Place) -> Result<PathBuf, EmbeddedError> {
             ));
         }
     }
-    // Any user can create files in /tmp, so an existing directory may not be ours.
+    // Any user can create files in /tmp, so an existing directory may not be Quota's.
     let metadata =
         fs::symlink_metadata(&dir).map_err(EmbeddedError::file("cannot inspect", &dir))?;
     let owner = place.user.as_ref().map_or(geteuid(), |user| user.uid);

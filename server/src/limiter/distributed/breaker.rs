@@ -1,6 +1,6 @@
 //! The circuit breaker of a partition of the shared counters.
 //!
-//! Decides when an outage begins, and records the counters' latest time. The store sends the probes.
+//! Decides when an outage begins, and records the latest time received from the counters. The store sends the probes.
 
 use std::{
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
@@ -15,8 +15,8 @@ use crate::{
 };
 
 /// The breaker opens after [`FAILURES`] consecutive failures without a success for [`SILENCE`]. The second condition is
-/// needed because many calls fail at the same time if the process is not scheduled for a moment, although the counters
-/// work.
+/// needed because if the process is not scheduled for a moment, many of its calls fail at the same time although the
+/// counters work.
 const FAILURES: u32 = 5;
 pub(super) const SILENCE: Duration = Duration::from_millis(200);
 
@@ -65,10 +65,10 @@ pub(super) struct Outage {
     /// The number of the outage; 0 means that there is none.
     pub(super) number: u64,
     pub(super) since: Monotonic,
-    /// When the outage began, by the clock of the counters.
+    /// When the outage began, on the counters' clock.
     counters_since: CounterMicros,
-    /// The period from the earliest start of the promised epoch until the response to the first call in that epoch is
-    /// late.
+    /// The period from the earliest start of the promised epoch until the response to the first call in that epoch
+    /// counts as late.
     paused: Option<Pause>,
 }
 

@@ -21,7 +21,7 @@ use crate::{
 /// Settings of the distributed store.
 #[derive(Debug, Clone)]
 pub struct DistributedSettings {
-    /// How long tokens taken in advance may be spent. If zero, the counters decide every request.
+    /// The lease TTL. If zero, the counters decide every request.
     pub lease_ttl: Duration,
     /// How long a request waits for one call to the counters.
     pub deadline: Duration,

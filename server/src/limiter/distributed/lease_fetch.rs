@@ -121,7 +121,8 @@ struct LeaseFetch {
     spare: u64,
     asked_at: Monotonic,
     requests: Vec<Waiter>,
-    /// Whether the call has neither ended nor become late. Until then, the next call has to wait for [`Terms::pause`].
+    /// Whether the call has neither ended nor become late. While the call is active, the next one has to wait for
+    /// [`Terms::pause`].
     active: bool,
 }
 

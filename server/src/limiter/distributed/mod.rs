@@ -1,7 +1,7 @@
 //! The distributed store: buckets that all replicas share, leases, and decisions during an outage.
 //!
 //! Decides when to call the shared counters. Calendar quotas use blocks from the ledger, as in the local store, but the
-//! blocks of all replicas together are only as large as one block there. Does not depend on Redis: the counters are a
+//! blocks of all replicas together are no larger than one block there. Does not depend on Redis: the counters are a
 //! trait ([`SharedCounters`]), implemented by a script in Redis and, in the simulation, by a model of that script.
 //!
 //! ```text
@@ -12,9 +12,9 @@
 //! ```
 //!
 //! **Guarantees.** In any window of `T` seconds, all replicas together allow at most `burst + rate · (T + ttl)`, or at
-//! most `burst + rate · T` if the counters decide every request ([`lease`](crate::limiter::rate::lease) has the
-//! argument). Calendar quotas are exact: the ledger counts a token before it is spent. The full burst of an idle key,
-//! sent to one replica all at once, is allowed within two round trips.
+//! most `burst + rate · T` if the counters decide every request ([`lease`](crate::limiter::rate::lease) explains why).
+//! Calendar quotas are exact: the ledger counts a token before it is spent. The full burst of an idle key, sent to one
+//! replica all at once, is allowed within two round trips.
 //!
 //! **Deadlines.** A call whose response is late counts as failed. A request waits for at most two deadlines: for the
 //! call in flight when it arrives and the next call, or for a late response. Then it is decided without the counters.

@@ -24,7 +24,7 @@ const HEARTBEAT_EVERY: Duration = Duration::from_millis(110);
 const SUSPECT_EVERY: Duration = Duration::from_millis(50);
 /// How often to check whether a heartbeat is due.
 const TICK: Duration = Duration::from_millis(20);
-/// The counters do not store a confirmation that is newer than the stored one by less than this.
+/// The counters store a confirmation only if it is newer than the stored one by more than this.
 const CONFIRMED_EVERY: Duration = Duration::from_millis(50);
 /// The minimum time to wait for the response to a probe. Only a response within the deadline of normal calls ends an
 /// outage. If slow counters could end it, every request would time out, and each recovery would empty all buckets.
@@ -37,7 +37,7 @@ const _: () = assert!(
         <= FIRST_PROBE.as_millis() + PROBE_DEADLINE.as_millis(),
     "an idle replica must detect an outage before the second probe of the first replica that did"
 );
-/// One call gets a response from after the start of the outage that is newer than the stored confirmation by at least
+/// One call gets a response from after the start of the outage that is newer than the stored confirmation by more than
 /// [`CONFIRMED_EVERY`]. The next call confirms that response. Calls are at most [`HEARTBEAT_EVERY`] and one [`TICK`]
 /// apart.
 const _: () = assert!(
@@ -47,8 +47,8 @@ const _: () = assert!(
 );
 
 impl StoreCore {
-    /// Returns how much time must pass after one replica has detected an outage until either all other replicas have
-    /// detected it, or it has ended for the first replica.
+    /// Returns the time within which an outage that one replica has detected is also detected by all other replicas, or
+    /// ends for the first replica.
     ///
     /// The first replica may detect the outage as soon as it begins, if its last response was long before. An idle
     /// replica makes its next call within [`HEARTBEAT_EVERY`] and one [`TICK`], and opens its breaker at the fifth

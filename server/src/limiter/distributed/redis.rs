@@ -25,13 +25,13 @@ use crate::{
     redis::{CallError, Redis, Script},
 };
 
-/// The number of partitions, which is enough to distribute the keys of a cluster evenly over tens of nodes.
+/// The number of partitions of a cluster: enough to distribute keys evenly over tens of nodes.
 const CLUSTER_PARTITIONS: u16 = 256;
 
 /// Minimum time from a loss of state to the new epoch, in microseconds. Longer than the interval between probes, so
 /// that all replicas know of the epoch before it starts.
 const EPOCH_DELAY: u64 = 600_000;
-/// By how much the time from a loss of state to the new epoch exceeds the timeout of a call, at least. In microseconds.
+/// The time from a loss of state to the new epoch exceeds the timeout of a call by at least this many microseconds.
 const UNPROBED: u64 = 350_000;
 
 const TAKE: &str = include_str!("take.lua");
@@ -70,7 +70,7 @@ impl RedisCounters {
         }
     }
 
-    /// Uses a different script. Only for tests, which control the time.
+    /// Uses a different script. For tests, which control the time.
     #[doc(hidden)]
     pub fn with_script(redis: Redis, take: &'static str) -> Self {
         Self {

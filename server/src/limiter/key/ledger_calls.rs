@@ -56,8 +56,9 @@ pub struct Drained {
 #[error("no response within {0:?}")]
 pub(in crate::limiter) struct TooSlow(pub(in crate::limiter) Duration);
 
-/// The connections to the ledger. All key tables whose settings contain a clone share them. Batches get connections in
-/// the order in which they ask for them, so one table's work does not keep the others waiting.
+/// The connections to the ledger. They are shared by all key tables whose settings contain a clone of this value.
+/// Batches get connections in the order in which they ask for them, so one table's work does not keep the others
+/// waiting.
 #[derive(Debug, Clone)]
 pub struct LedgerConnections {
     count: usize,
@@ -143,7 +144,7 @@ impl LedgerCalls {
         self.draining.load(Ordering::SeqCst)
     }
 
-    /// Stops starting takes, and cancels those that have not started.
+    /// Stops starting takes, and cancels the ones that are still queued.
     pub(in crate::limiter) fn begin_draining(self: &Arc<Self>) {
         self.draining.store(true, Ordering::SeqCst);
         let waiting: Vec<_> = {

@@ -40,8 +40,8 @@ impl LedgerCalls {
             queue.returners += usize::from(is_missing);
             is_missing
         };
-        // The lock must be released first: a runtime that is shutting down drops the worker immediately, which takes
-        // the lock.
+        // The lock must be released first: a runtime that is shutting down drops the worker immediately, and dropping
+        // it takes the lock.
         if is_missing {
             runtime.spawn(return_all(Worker::new(self, Role::Returner)));
         }

@@ -54,7 +54,7 @@ pub(in crate::limiter) type MissingBlocks = PolicySet;
 pub(in crate::limiter) enum OnUnknown {
     /// Fetch a block first.
     Wait,
-    /// Deny if another policy denies anyway, because blocks cannot be fetched.
+    /// Blocks cannot be fetched, so deny the request if another policy denies it anyway.
     PassOver,
 }
 
@@ -68,8 +68,8 @@ pub(in crate::limiter) struct Quotas {
 }
 
 impl Quotas {
-    /// Returns the policies whose blocks must be fetched before a decision. If the request is denied anyway (by the
-    /// rate if `denied`), a block is worth fetching only if its quota may prolong the wait.
+    /// Returns the policies whose blocks must be fetched before a decision. If the request is denied anyway, a block is
+    /// worth fetching only if its quota may prolong the wait. `denied` means that the rate denies the request.
     pub(in crate::limiter) fn missing(
         &self,
         denied: bool,

@@ -31,8 +31,8 @@ const PATIENCE_MAX: Nanos = PATIENCE.saturating_mul(8);
 /// The time after which an unused block is returned if other replicas may need it.
 const IDLE: Nanos = Nanos::from_secs(10);
 
-/// Returns the block size of each of `replicas` replicas. Together, their blocks are at most one hundredth of the quota
-/// and at most [`BLOCK_MAX`] tokens, but each block has at least one token.
+/// Returns the block size for each of `replicas` replicas. Together, their blocks are at most one hundredth of the
+/// quota and at most [`BLOCK_MAX`] tokens, but each block has at least one token.
 pub(in crate::limiter) const fn block_size(limit: u64, replicas: u64) -> u64 {
     let hundredth = limit / 100 / replicas;
     if hundredth < 1 {

@@ -48,7 +48,7 @@ pub struct TakeCall {
     /// The plan's version. If callers send different versions, the counters use the newest.
     pub version: u64,
     pub need: u64,
-    /// The number of tokens that requests are waiting for. They are granted as far as the bucket holds them.
+    /// The number of tokens that requests are waiting for. As many of them as the bucket holds are granted.
     pub waiting: u64,
     /// The total number of tokens to take, at least `waiting`. Tokens in excess of `waiting` are for later. A grant
     /// that includes any is at most half of what the bucket holds. If zero, the call only reads the state.
@@ -59,7 +59,7 @@ pub struct TakeCall {
     pub back_taken_at: CounterMicros,
     /// The bucket's generation when the returned tokens were taken. In a later generation, they are not credited.
     pub back_generation: u64,
-    /// The lease TTL in microseconds. Unspent tokens are returned soon after it.
+    /// The lease TTL in microseconds. Unspent tokens are returned soon after it has passed.
     pub lease: u64,
     /// The counters' time in the latest reply from this partition that the caller received in time.
     pub last_heard: CounterMicros,

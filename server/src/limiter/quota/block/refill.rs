@@ -15,8 +15,8 @@ use crate::{
 /// making one call each.
 const COOLING: Nanos = Nanos::from_millis(100);
 
-/// The first block of the next window is fetched [`AHEAD_MIN`] before the current window ends, plus up to
-/// [`AHEAD_JITTER`] that depends on the key.
+/// The first block of the next window is fetched [`AHEAD_MIN`] before the current window ends, or up to
+/// [`AHEAD_JITTER`] earlier, depending on the key.
 const AHEAD_MIN: Nanos = Nanos::from_secs(120);
 const AHEAD_JITTER: Nanos = Nanos::from_secs(480);
 
@@ -159,7 +159,7 @@ impl Block {
         self.asked_at = now;
     }
 
-    /// Begins to fetch the first block of the next window if the key was used in the current window and it is time.
+    /// Begins to fetch the first block of the next window if it is time and the key was used in the current window.
     /// `key_hash` spreads the fetches of different keys over time. Returns when the next window starts. Must be
     /// followed by [`finish_next`](Self::finish_next).
     pub(in crate::limiter) fn begin_next(
