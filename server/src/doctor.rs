@@ -16,7 +16,7 @@ use crate::{
     redis::inspect::{self, Node},
 };
 
-/// The longest time, in seconds, for which a partitioned master should accept writes.
+/// The maximum time, in seconds, that a partitioned master should accept writes.
 const LAG_MAX: u32 = 1;
 
 /// The findings so far.

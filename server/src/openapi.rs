@@ -64,7 +64,7 @@ page returns `{items, next_cursor, total}`. Errors are `application/problem+json
 page that explains the error. Every response includes `X-Request-Id`.\n\n\
 Unknown fields are rejected. Requests that create or rotate a resource accept an `Idempotency-Key`.";
 
-/// The order in which the document lists the groups of operations.
+/// The order of the groups of operations in the document.
 const TAGS: &[&str] = &[
     "Rate limiting",
     "API keys",

@@ -203,8 +203,8 @@ settings! {
     /// How long a request may take from the end of its headers to its response, such as 10s.
     request_timeout: "QUOTA_REQUEST_TIMEOUT", "10s", "DURATION";
 
-    /// How long a client connection may be idle between two requests, such as 75s. Must be longer than the time for
-    /// which proxies keep idle connections to Quota.
+    /// How long a client connection may be idle between two requests, such as 75s. Must exceed the idle timeout of
+    /// proxies in front of Quota.
     idle_timeout: "QUOTA_IDLE_TIMEOUT", "75s", "DURATION";
 
     /// How long a client may go without reading any part of a response that is being sent, such as 30s. On HTTP/2,
@@ -246,13 +246,13 @@ settings! {
     /// The number of API keys cached in memory: 1000 to 10000000. Each takes about 1 kB.
     key_cache: "QUOTA_KEY_CACHE", "100000", "N";
 
-    /// The number of days after which an unused session expires: 1 to 365.
+    /// How many days until an unused session expires: 1 to 365.
     session_days: "QUOTA_SESSION_DAYS", "14", "DAYS";
 
-    /// The number of days for which the usage log is kept: 2 to 3650. 10 million requests take about 4 GB.
+    /// How many days the usage log is kept: 2 to 3650. 10 million requests take about 4 GB.
     usage_retention: "QUOTA_USAGE_RETENTION", "90", "DAYS";
 
-    /// The number of days for which usage rollups (totals per 15 minutes and per day) are kept: 2 to 3650.
+    /// How many days usage rollups (totals per 15 minutes and per day) are kept: 2 to 3650.
     usage_rollup_retention: "QUOTA_USAGE_ROLLUP_RETENTION", "400", "DAYS";
 
     /// The secret key of your Stripe account, which starts with `sk_` or `rk_`. If set, plans marked `paid` require a
@@ -273,8 +273,7 @@ settings! {
     /// The address of the Stripe API, for tests. Default: https://api.stripe.com.
     stripe_api_base: "STRIPE_API_BASE", "", "URL";
 
-    /// The number of days for which plans marked `paid` keep working after a payment has failed, while Stripe retries
-    /// it: 0 to 90.
+    /// How many days plans marked `paid` keep working after a payment has failed, while Stripe retries it: 0 to 90.
     billing_grace: "QUOTA_BILLING_GRACE", "7", "DAYS";
 
     /// The server that sends email: smtps://user:password@host (TLS, port 465) or smtp://user:password@host (STARTTLS,

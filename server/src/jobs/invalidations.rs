@@ -1,5 +1,5 @@
-//! Learns of changes made on other replicas in two ways: by polling PostgreSQL, on which the guarantees rely, and from
-//! messages, which are only faster.
+//! Learns of changes made on other replicas in two ways. Polling PostgreSQL provides the guarantees; messages are only
+//! faster.
 
 use std::{pin::pin, time::Duration};
 

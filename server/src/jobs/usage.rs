@@ -22,7 +22,7 @@ use crate::{
 
 const EVERY: Duration = Duration::from_mins(10);
 const COMPARE_EVERY: Duration = Duration::from_hours(6);
-/// The number of days for which partitions are created in advance.
+/// How many days ahead partitions are created.
 const AHEAD: u64 = 7;
 /// The maximum number of endpoints removed per transaction.
 const ENDPOINTS: i64 = 1000;
@@ -95,8 +95,8 @@ async fn today(state: &AppState) -> Result<NaiveDate, DbError> {
     Ok(now.date_naive())
 }
 
-/// Creates partitions: first those of the coming days, which do not require moving rows, and then those of today and
-/// yesterday, since records may be late. A table whose partition cannot be created does not delay the others.
+/// Creates partitions: first for the coming days, which does not require moving rows, and then for today and yesterday,
+/// since records may be late. A table whose partition cannot be created does not delay the others.
 async fn create_all(state: &AppState, today: NaiveDate) -> Result<(), DbError> {
     let coming = (1..=AHEAD).filter_map(|days| today.checked_add_days(Days::new(days)));
     let days = coming.chain([today]).chain(today.pred_opt());

@@ -30,8 +30,7 @@ pub struct PolicyState {
     pub limit: u64,
     /// The number of requests with a cost of 1 that can be made now.
     pub remaining: u64,
-    /// The time at which all of `limit` is available again: when the bucket is full, or when the next day or month
-    /// begins.
+    /// When all of `limit` is available again: when the bucket is full, or when the next day or month begins.
     pub reset_at: UnixNanos,
     /// The window's length in seconds, if a change of time zone shortened it.
     pub shortened_to: Option<NonZeroU32>,

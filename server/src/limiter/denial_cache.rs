@@ -1,4 +1,4 @@
-//! A cache of denials in front of a remote store, so that repeating a denial needs no round trip.
+//! A cache of denials in front of a remote store, so that repeating a denial does not need a round trip.
 //!
 //! Two mechanisms deny requests here: a `governor` limiter with the plan's full rate, and the store's last denial,
 //! which is repeated until the plan, or the state on which it was based, may have changed. Both only repeat what the
@@ -115,7 +115,7 @@ struct LocalBucket {
     denied: Option<Denied>,
 }
 
-/// The maximum time for which a denial by a quota is cached, because other replicas may return tokens.
+/// The maximum time for which a denial by a quota is cached. After that, other replicas may have returned tokens.
 const QUOTA_DENIAL: Nanos = Nanos::from_secs(1);
 
 /// A denial by the store, to be repeated for requests with the same cost.

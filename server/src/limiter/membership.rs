@@ -64,7 +64,7 @@ struct Counted {
 pub struct Membership {
     counted: Mutex<Option<Counted>>,
     replica_count: AtomicU64,
-    /// The monotonic time before which no other replica has been counted long enough to take a share. 0 if unknown.
+    /// Before this monotonic time, no other replica has been counted long enough to take a share. 0 if unknown.
     others_settle_at: AtomicU64,
 }
 

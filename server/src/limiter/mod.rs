@@ -171,13 +171,13 @@ impl Limiter {
     }
 
     /// Returns the key's state as known to this replica, with [`Outcome::Allowed`]. Does not take tokens or make calls.
-    /// A quota for which the ledger has not responded in the current window is reported as full.
+    /// Quotas are reported as full until the ledger has responded in the current window.
     pub fn peek(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
         self.store.peek(handle, policies)
     }
 
     /// Returns the key's state without taking tokens. Calls the shared counters, if there are any, for the state of the
-    /// rate. A quota for which the ledger has not responded in the current window is reported as full.
+    /// rate. Quotas are reported as full until the ledger has responded in the current window.
     pub async fn inspect(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
         self.store.inspect(handle, policies).await
     }

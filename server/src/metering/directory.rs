@@ -22,7 +22,7 @@ const LOCK: &str = "lock";
 /// The folder, next to these directories, for files that are not shipped but kept for the operator.
 const REFUSED: &str = "refused";
 
-/// The minimum age at which an unfinished directory is deleted. Creating one takes milliseconds.
+/// The minimum age of an unfinished directory before it is deleted. Creating one takes milliseconds.
 const LEFT: Duration = Duration::from_hours(1);
 
 /// A directory whose lock this process holds.

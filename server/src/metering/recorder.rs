@@ -59,7 +59,7 @@ impl From<&io::Error> for Unrecordable {
 
 #[derive(Debug)]
 pub(super) struct Recorder {
-    /// The folder that contains all directories.
+    /// The folder that contains the directories of all replicas.
     root: PathBuf,
     segment_size: u64,
     /// The maximum number of segments, including the spare one.
@@ -242,7 +242,7 @@ impl Recorder {
         }
     }
 
-    /// Ends an outage. Call when a segment has been created.
+    /// Logs the end of an outage, if there is one. Call when a segment has been created.
     fn log_recovery(&self, files: &mut Files) {
         if files.failed.take().is_some() {
             self.metrics.usage_unrecordable.set(0);

@@ -261,7 +261,7 @@ pub struct ReservedRecord {
 }
 
 impl ReservedRecord {
-    /// Writes the record. Its strings must not be longer than those for which the space was reserved.
+    /// Writes the record. Its strings must not exceed the lengths that were reserved.
     pub fn fill(mut self, record: &DecisionRecord<'_>) -> Arc<Segment> {
         let body = Body::of(record);
         let bytes = body.padded(self.words);

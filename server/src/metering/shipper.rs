@@ -1,4 +1,4 @@
-//! Decides which segments to ship and in which order: those of this process, those of stopped replicas, and those in a
+//! Decides which segments to ship, and in which order. They may belong to this process, to stopped replicas, or to a
 //! directory specified by an operator. [`source`](super::source) ships a single segment.
 
 use std::{

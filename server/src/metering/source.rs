@@ -40,7 +40,7 @@ const LEAST: usize = 50;
 const SHORT: Duration = Duration::from_millis(300);
 const LONG: Duration = Duration::from_millis(900);
 
-/// The maximum duration of a transaction. Its statements may take longer than those of requests.
+/// The maximum duration of a transaction. Its statements may take longer than a request's.
 const COMMIT: Duration = Duration::from_secs(40);
 
 /// A segment that is being shipped.
@@ -257,7 +257,7 @@ pub(super) async fn ship(
         source.is_blocked = span.is_blocked;
         if source.position.is_none() {
             if batch.is_empty() && source.cursor == RECORDS_AT as u64 {
-                // A segment without records needs no cursor.
+                // A segment without records does not need a cursor.
                 if span.is_complete {
                     source.state = SourceState::Complete;
                 }

@@ -41,7 +41,7 @@ impl Memory {
         change(&self.held, before, now);
     }
 
-    /// Records that any connection used `before` bytes and now uses `now`.
+    /// Records that a connection, which may be closing, used `before` bytes and now uses `now`.
     pub(super) fn change_occupied(&self, before: usize, now: usize) {
         change(&self.occupied, before, now);
     }

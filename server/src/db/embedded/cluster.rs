@@ -41,7 +41,7 @@ const LOG_LIMIT: u64 = 10 * 1024 * 1024;
 pub(super) struct Guarded {
     pub(super) child: Child,
     pub(super) pipe: Option<ChildStdin>,
-    /// The offset in the log at which this server's output begins.
+    /// Where this server's output begins in the log.
     pub(super) log_begin: u64,
 }
 

@@ -192,8 +192,8 @@ impl CircuitBreaker {
         is_first
     }
 
-    /// Sets the time at which the response to the first call in the promised epoch counts as late. From then on, this
-    /// replica decides without the counters.
+    /// Sets when the response to the first call in the promised epoch counts as late. From then on, this replica
+    /// decides without the counters.
     pub(super) fn paused_until(&self, until: Monotonic) {
         if let Some(pause) = &mut self.inner.lock().outage.paused {
             pause.until = until;

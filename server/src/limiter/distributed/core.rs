@@ -54,7 +54,7 @@ pub(super) struct Moment {
 }
 
 impl StoreCore {
-    /// Adds the monotonic time to a calendar time that was just read.
+    /// Pairs a calendar time that was just read with the monotonic time.
     #[inline]
     pub(super) fn moment(&self, now: UnixNanos) -> Moment {
         Moment {

@@ -268,7 +268,7 @@ impl LeaseFetch {
     }
 }
 
-/// Makes the call, distributes its tokens, and finally returns the ones that were not spent.
+/// Makes the call, distributes its tokens, and finally returns the unspent ones.
 async fn fetch(mut fetch: LeaseFetch) {
     let (inner, handle) = (Arc::clone(&fetch.inner), Arc::clone(&fetch.handle));
     let asked_at = fetch.asked_at;

@@ -144,7 +144,7 @@ impl LedgerCalls {
         self.draining.load(Ordering::SeqCst)
     }
 
-    /// Stops starting takes, and cancels the ones that are still queued.
+    /// Stops starting takes, and cancels queued ones.
     pub(in crate::limiter) fn begin_draining(self: &Arc<Self>) {
         self.draining.store(true, Ordering::SeqCst);
         let waiting: Vec<_> = {

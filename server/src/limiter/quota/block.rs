@@ -1,8 +1,8 @@
 //! Blocks of quota tokens that the ledger grants.
 //!
-//! The ledger counts the tokens of a block as used when it grants them, so spending them needs no further call. A crash
-//! can strand a block, but its tokens are never spent twice. Tokens that requests are waiting for are fetched in one
-//! call, regardless of the block size, since they are spent immediately.
+//! The ledger counts the tokens of a block as used when it grants them, so spending them does not need another call. A
+//! crash can strand a block, but its tokens are never spent twice. Tokens that requests are waiting for are fetched in
+//! one call, regardless of the block size, since they are spent immediately.
 //!
 //! This module contains the rules for one key's block of one policy: its size, when to fetch more tokens, which window
 //! the block belongs to, and which tokens to return when the plan or the time zone changes. It does not depend on SQL
@@ -23,12 +23,12 @@ use crate::clock::{Nanos, UnixNanos};
 /// The maximum size of a block, which is also limited to one hundredth of the quota.
 const BLOCK_MAX: u64 = 10_000;
 
-/// How long to wait before querying the ledger again about an exhausted quota, because other replicas may have returned
-/// tokens. Doubles with each response without tokens, up to [`PATIENCE_MAX`].
+/// How long to wait before querying the ledger again about an exhausted quota. By then, other replicas may have
+/// returned tokens. Doubles with each response without tokens, up to [`PATIENCE_MAX`].
 const PATIENCE: Nanos = Nanos::from_secs(1);
 const PATIENCE_MAX: Nanos = PATIENCE.saturating_mul(8);
 
-/// The time after which an unused block is returned if other replicas may need it.
+/// How long a block may be unused before it is returned, if other replicas may need it.
 const IDLE: Nanos = Nanos::from_secs(10);
 
 /// Returns the block size for each of `replicas` replicas. Together, their blocks are at most one hundredth of the

@@ -41,9 +41,9 @@ pub struct TakeCall {
     /// All buckets of a partition are stored together and lose their state together.
     pub partition: u16,
     pub bucket: BucketName,
-    /// The time in which one token refills.
+    /// How long one token takes to refill.
     pub emission: Nanos,
-    /// The time in which an empty bucket refills completely.
+    /// How long an empty bucket takes to refill completely.
     pub tau: Nanos,
     /// The plan's version. If callers send different versions, the counters use the newest.
     pub version: u64,

@@ -27,7 +27,7 @@ const TAU_MAX: Nanos = Nanos(1 << 61);
 /// The parameters of a bucket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Gcra {
-    /// The time in which one token refills, rounded up. At least 1 ns.
+    /// How long one token takes to refill, rounded up. At least 1 ns.
     emission: Nanos,
     /// The time from empty to full.
     tau: Nanos,

@@ -28,7 +28,7 @@ const PAUSE_MIN: Nanos = Nanos::from_millis(1);
 /// The lease size is at most the burst divided by this number.
 const BURST_PER_LEASE: u64 = 10;
 
-/// Returns the number of remaining tokens at which a lease of this size is renewed.
+/// Returns how many tokens are left when a lease of this size is renewed.
 const fn reserve(size: u64) -> u64 {
     if size < 16 { 1 } else { size / 8 }
 }
@@ -457,7 +457,7 @@ impl Lease {
         self.held_for = n;
     }
 
-    /// If requests for `n` tokens are denied without a call, returns the time at which that ends.
+    /// If requests for `n` tokens are denied without a call, returns when that ends.
     pub(in crate::limiter) fn held(&self, n: u64, now: Monotonic) -> Option<Monotonic> {
         (now < self.held_until && n >= self.held_for).then_some(self.held_until)
     }
