@@ -77,7 +77,7 @@ settings! {
     redis_url_file: "REDIS_URL_FILE", "", "PATH";
 
     /// The prefix of every key and channel in Redis: 1 to 64 letters, digits, `_`, `-`, `.` or `:`. Use the same prefix
-    /// on every replica, and a different one for each installation that shares a Redis server.
+    /// on every replica. If several installations share a Redis server, each needs a different prefix.
     redis_prefix: "QUOTA_REDIS_PREFIX", "quota", "TEXT";
 
     /// The number of Redis connections per replica for decisions: 1 to 64. Each carries many concurrent calls.
@@ -94,8 +94,8 @@ settings! {
     /// Redis, as with a strict plan.
     lease_ttl: "QUOTA_LEASE_TTL", "100ms", "DURATION";
 
-    /// Behavior while Redis is unreachable, for plans that do not specify it: share (each replica enforces its share
-    /// of the limit), open (each replica enforces the full limit) or closed (check requests get 503).
+    /// Behavior while Redis is unreachable, for plans that do not specify it: share (each replica enforces its share of
+    /// the limit), open (each replica enforces the full limit) or closed (check requests get 503).
     on_redis_failure: "QUOTA_ON_REDIS_FAILURE", "share", "MODE";
 
     /// Whether to record the usage of API keys: on or off. Each decision is recorded on this machine, in the `usage`
@@ -121,9 +121,9 @@ settings! {
     migrate: "QUOTA_MIGRATE", "true", "BOOL";
 
     /// The secret that signs access tokens, browser sessions and known devices, seals data that replicas share in
-    /// Redis, and encrypts the signing secrets of webhooks: at least 32 random characters, the same on every replica.
-    /// Unset: generated once and kept in the database. To rotate it without signing anyone out, (1) set the new secret
-    /// as QUOTA_SECRET_PREVIOUS on every replica, (2) swap the two, and (3) remove QUOTA_SECRET_PREVIOUS after
+    /// Redis, and encrypts webhook signing secrets: at least 32 random characters, the same on every replica. Unset:
+    /// generated once and kept in the database. To rotate it without signing anyone out, (1) set the new secret as
+    /// QUOTA_SECRET_PREVIOUS on every replica, (2) swap the two, and (3) remove QUOTA_SECRET_PREVIOUS after
     /// QUOTA_SESSION_DAYS.
     secret: "QUOTA_SECRET", "", "SECRET", hide_env_values = true;
 
@@ -138,7 +138,7 @@ settings! {
     secret_previous_file: "QUOTA_SECRET_PREVIOUS_FILE", "", "PATH";
 
     /// Origins whose web pages may call the API (CORS), separated by commas, such as https://app.example.com, or `*`.
-    /// They may read the rate-limit headers. Cookies from them are not accepted.
+    /// These pages may read the rate-limit headers. Their requests cannot use cookies.
     allowed_origins: "ALLOWED_ORIGINS", "", "ORIGINS";
 
     /// Networks of proxies whose X-Forwarded-For is trusted, separated by commas, such as 10.0.0.0/8.
@@ -211,17 +211,17 @@ settings! {
     /// reading less than 1 KiB does not count.
     write_timeout: "QUOTA_WRITE_TIMEOUT", "30s", "DURATION";
 
-    /// Whether plain check requests are served directly from the bytes of their connection: on or off. The responses
-    /// are the same and take less CPU time.
+    /// Whether to respond to simple check requests directly, without the general HTTP server: on or off. Responses are
+    /// identical and take less CPU time.
     direct_responses: "QUOTA_DIRECT_RESPONSES", "off", "MODE";
 
     /// The maximum number of open client connections: 16 to 1000000. The open-file limit may allow fewer. When the
-    /// maximum is reached, connections that have not sent a request are closed first, then idle connections, and then
-    /// those whose clients do not read their responses.
+    /// maximum is reached, connections that have not sent a request are closed first, then idle connections, then
+    /// connections whose client does not read its response.
     connections: "QUOTA_CONNECTIONS", "10000", "N";
 
-    /// The maximum number of open connections from one client address (IPv6: one /64); 0 for no limit. Connections that
-    /// have sent a valid API key or service token do not count, and neither do connections from QUOTA_TRUSTED_PROXIES.
+    /// The maximum number of open connections from one client address (IPv6: one /64); 0 for no limit. Connections on
+    /// which a valid API key or service token was sent don't count, nor do connections from QUOTA_TRUSTED_PROXIES.
     connections_per_address: "QUOTA_CONNECTIONS_PER_ADDRESS", "1000", "N";
 
     /// The maximum number of open connections from one network (IPv4: one /24, IPv6: one /56; an IPv6 /48 may have
@@ -240,7 +240,7 @@ settings! {
     /// 5s. This gives load balancers time to notice.
     drain_delay: "QUOTA_DRAIN_DELAY", "0s", "DURATION";
 
-    /// How long keys in memory are served while PostgreSQL is unreachable and cannot confirm them, such as 60s.
+    /// How long keys in memory keep working while PostgreSQL is unreachable, such as 60s.
     stale_grace: "QUOTA_STALE_GRACE", "60s", "DURATION";
 
     /// The number of API keys cached in memory: 1000 to 10000000. Each takes about 1 kB.

@@ -119,7 +119,7 @@ impl Directory {
         Ok(true)
     }
 
-    /// Moves files that an earlier version set aside inside the directory to their current location.
+    /// Moves files that an earlier version set aside in the directory to the current location.
     pub fn move_refused(&self) -> io::Result<()> {
         for path in paths(&self.path, |path| {
             path.extension().is_some_and(|it| it == REFUSED)

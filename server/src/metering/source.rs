@@ -67,7 +67,7 @@ pub(super) enum SourceState {
     Open,
     /// Everything was shipped.
     Complete,
-    /// The segment is older than the log's retention and has no cursor.
+    /// The segment is older than the log and has no cursor.
     Refused,
 }
 

@@ -23,7 +23,7 @@ pub struct ConnectionMetrics {
     refused_address: Counter,
     refused_network: Counter,
     refused_full: Counter,
-    /// The number of connections closed to make room for others.
+    /// Connections closed to make room for another one.
     pub dropped: Counter,
     pub timed_out_head: Counter,
     pub timed_out_write: Counter,
