@@ -81,7 +81,7 @@ pub struct DecisionFilter {
 pub enum Call {
     Register(Register),
     Login(Login),
-    /// The host adds its refresh token.
+    /// The host adds the refresh token.
     Refresh,
     Logout,
     Me,

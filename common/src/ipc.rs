@@ -1,7 +1,7 @@
 //! Messages between the console and the desktop app that contains it. Not used in browsers.
 //!
-//! The console passes [`Call`](crate::call::Call)s and a few commands to the app. The app never gives it a token, and
-//! sends calls only to servers in the user's list.
+//! The console passes [`Call`](crate::call::Call)s and a few commands to the app. The console never receives a token,
+//! and the app sends calls only to servers in the user's list.
 
 use serde::{Deserialize, Serialize};
 
@@ -11,7 +11,8 @@ use crate::{call::Call, problem::Problem, time::Timestamp};
 pub struct CallResponse {
     /// JSON, or an empty string.
     pub body: String,
-    /// When the response was received, if it is an older one returned because the server is unreachable.
+    /// When this response was received, if it is an old one. The app returns old responses while the server is
+    /// unreachable.
     pub loaded_at: Option<Timestamp>,
 }
 
@@ -19,7 +20,9 @@ pub struct CallResponse {
 #[serde(tag = "code", rename_all = "snake_case")]
 pub enum CallError {
     /// The server returned an error.
-    Problem { problem: Box<Problem> },
+    Problem {
+        problem: Box<Problem>,
+    },
     Unreachable,
     /// The response could not be parsed.
     Unreadable,

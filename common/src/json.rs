@@ -261,7 +261,7 @@ impl Parser<'_> {
         Ok(())
     }
 
-    /// Consumes the next byte if it is `byte`. Returns whether it was.
+    /// Consumes the next byte if it is `byte`, and returns whether it was.
     fn skip(&mut self, byte: u8) -> bool {
         let found = self.peek() == Some(byte);
         self.at += usize::from(found);

@@ -8,7 +8,7 @@ use crate::{
 pub const DEFAULT_LIMIT: u32 = 20;
 pub const MAX_LIMIT: u32 = 100;
 
-/// The server counts the items of a list up to this number.
+/// The server stops counting the items of a list at this number.
 pub const TOTAL_MAX: u64 = 10_000;
 
 /// One page of a list.

@@ -4,10 +4,11 @@
 //! available. The first call that finds the access token expired refreshes it while other calls wait. The new refresh
 //! token is stored before the new access token is used, so that the session survives if the app exits between the two
 //! steps.
-//! before the new access token is used, so that the session survives if the app exits in between.
+//!
 //! Several processes of the same user share the keychain entry. A file lock makes them refresh one after the other, so
-//! that the second one finds the first one's new token. While the server is unreachable, `GET` calls return their last
-//! response and the time it was received.
+//! that the second one finds the first one's new token.
+//!
+//! While the server is unreachable, `GET` calls return their last response and the time it was received.
 
 #[cfg(test)]
 mod tests;
@@ -34,7 +35,7 @@ use crate::{
     keychain::{self, Keychain},
 };
 
-/// How long before it expires an access token is refreshed.
+/// How long before its expiry an access token is refreshed.
 const REFRESH_AHEAD: Duration = Duration::from_secs(30);
 /// How long to wait while another process refreshes. A refresh takes less time than this.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(30);

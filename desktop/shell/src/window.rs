@@ -103,7 +103,7 @@ const IS_LOCKED: &str = "!!document.querySelector('dialog[open][data-locked]')";
 const WARNS: &str = "document.querySelector('[data-unsaved]') ? (dispatchEvent(new Event('quota-quit')), true) : \
                      !!document.querySelector('dialog[open][data-locked]:not(:has(#secret))')";
 
-/// A page that takes longer than this to respond hangs.
+/// A page that takes longer than this to respond is considered hung.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Quits the app. If the page shows a new secret that has not been saved, lets the page ask the user first.

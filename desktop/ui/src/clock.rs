@@ -15,7 +15,7 @@ const TICK: Duration = Duration::from_secs(30);
 #[derive(Clone, Copy)]
 struct Ticks(RwSignal<u32>);
 
-/// Call once, in a parent of all components that show relative times.
+/// Call once, in an ancestor of all components that show relative times.
 pub fn provide_ticks() {
     let ticks = RwSignal::new(0_u32);
     set_interval(

@@ -34,8 +34,8 @@ struct Core {
     pending: RwSignal<bool>,
     /// Whether the next load runs in the background.
     quiet: StoredValue<bool>,
-    /// The time of the first failed background load in a row, in milliseconds since 1970, and the latest error. The
-    /// data on the page is older than that.
+    /// When background loads started to fail, in milliseconds since 1970, and the latest error. The data on the page is
+    /// older than this time.
     stale: RwSignal<Option<(i64, CallError)>>,
 }
 

@@ -35,7 +35,7 @@ pub fn Modal(
     /// Whether to show the dialog as a full-height panel at the side of the page. Used for forms that create or edit.
     #[prop(optional)]
     panel: bool,
-    /// Whether to omit the padding and hide the title from everyone except screen-reader users.
+    /// Whether to omit the padding, and to show the title only to screen readers.
     #[prop(optional)]
     bare: bool,
     children: ChildrenFn,

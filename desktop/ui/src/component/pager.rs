@@ -10,7 +10,7 @@ use crate::{
 };
 
 thread_local! {
-    /// Pairs of a list page's address and the previous page's address. Needed because a cursor leads only forward.
+    /// Maps the address of a list page to the address of the page before it. Needed because cursors lead only forward.
     static PREVIOUS: RefCell<Vec<(String, String)>> = const { RefCell::new(Vec::new()) };
 }
 

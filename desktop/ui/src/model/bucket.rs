@@ -9,7 +9,7 @@ use super::text::number;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bucket {
     pub limit: u64,
-    /// At the time `at`.
+    /// The number of tokens at the time `at`.
     pub remaining: u64,
     /// In milliseconds since 1970.
     pub at: i64,

@@ -138,7 +138,7 @@ pub fn decision_table(
 }
 
 /// Explains why a key has no decisions to show. `requests` is the number of requests with the key in the last day,
-/// according to its usage.
+/// according to the usage statistics.
 pub const fn no_decisions(requests: u64, was_used: bool) -> &'static str {
     match (requests, was_used) {
         (1.., _) => "The decision log has no entries for these requests.",

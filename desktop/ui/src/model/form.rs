@@ -103,8 +103,7 @@ pub fn copy_name(name: &str) -> String {
     format!("{start}{SUFFIX}")
 }
 
-/// Returns the page to open after sign-in. Always returns a page of the console, even if the address contains something
-/// else.
+/// Returns the page to open after sign-in. Ignores addresses outside the console.
 pub fn next_page(next: Option<&str>) -> String {
     match next {
         Some(next)

@@ -379,7 +379,7 @@ fn group_link(group: &UsageGroup, query: &Query) -> Markup {
         Some((parameter, value, next_group)) => {
             let mut query = query.clone().with(parameter, &value).with("sort", "");
             if !next_group.is_empty() {
-                // The page can group a single key's usage in fewer ways.
+                // Switch to a grouping that makes sense for a single key.
                 query = query.with("group", next_group);
             }
             let key = format!("group-{value}");

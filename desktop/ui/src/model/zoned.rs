@@ -55,7 +55,7 @@ impl LocalTime {
         format!("{:04}-{:02}-{:02}", self.year, self.month, self.day)
     }
 
-    /// Returns the minutes since midnight on the clock. Clock changes are not taken into account.
+    /// Returns the minutes since midnight as shown on the clock, ignoring clock changes.
     pub fn minutes(&self) -> i64 {
         i64::from(self.hour) * 60 + i64::from(self.minute)
     }

@@ -20,7 +20,7 @@ use crate::{
     session::session,
 };
 
-/// How often to check the result of a visit to Stripe, first and then after a minute of polling.
+/// How often to check for the result of a visit to Stripe. After a minute, `SLOW_POLL_MS` applies.
 const POLL_MS: u32 = 2000;
 const SLOW_POLL_MS: u32 = 10_000;
 const SLOW_AFTER: u32 = 30;

@@ -109,7 +109,7 @@ pub fn BulkActions(
             }
             let _ = confirmation.busy.try_set(false);
             let _ = confirmation.open.try_set(false);
-            // Keep the keys selected for which the action failed.
+            // Keys for which the action failed remain selected.
             if selected.try_set(failed).is_none() {
                 focus_soon("#content");
                 on_changed.run(());

@@ -36,7 +36,7 @@ struct Overview {
     day: Usage,
     /// The last 24 hours, grouped by key.
     keys: Usage,
-    /// Contains the most recently used key. If no key has been used, contains the newest key.
+    /// The most recently used key or, if no key has been used, the newest one.
     key: Option<ApiKey>,
     tokens: Page<ServiceToken>,
 }

@@ -218,7 +218,7 @@ pub fn TryIt(
             let mut never_rejected = until_limited;
             for _ in 0..requests {
                 let allowed = send().await;
-                // Stop when the user stops or leaves the page, or when a limit is reached.
+                // Stop if the user has stopped the test or left the page, or if a limit was reached.
                 if stopped.try_get_untracked().unwrap_or(true) || (!allowed && until_limited) {
                     never_rejected = false;
                     break;
