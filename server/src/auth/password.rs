@@ -52,7 +52,7 @@ const TURNS: [CallerClass; 8] = [
     CallerClass::Suspect,
 ];
 
-/// The number of characters of a password that are used for the estimate, not counting repetitions.
+/// How many of a password's characters are used for the estimate, not counting repetitions.
 const JUDGED: usize = 64;
 /// The maximum number of ways to read symbols as letters.
 const READINGS: usize = 32;

@@ -1,8 +1,8 @@
 //! How far each usage segment has been shipped, and the records that each replica has left to ship.
 //!
-//! A cursor moves in the transaction that inserts the shipped records, and only if it is still at the position from
-//! which the shipper read. So each record is inserted exactly once, even if several processes ship the same segment or
-//! the outcome of a COMMIT is unknown.
+//! A cursor moves in the transaction that inserts the shipped records, and only if it is still at the position that the
+//! shipper read from. So each record is inserted exactly once, even if several processes ship the same segment or the
+//! outcome of a COMMIT is unknown.
 
 use std::time::Duration;
 
