@@ -1,6 +1,4 @@
 //! The store of a single replica: buckets in memory, and calendar quotas in blocks from the ledger.
-//!
-//! The key table handles failures of the ledger.
 
 use std::{num::NonZeroU32, sync::Arc};
 
@@ -23,7 +21,6 @@ use super::{
 };
 use crate::clock::Clock;
 
-/// A store that keeps all limits in memory.
 #[derive(Debug)]
 pub struct LocalStore {
     keys: KeyTable,
@@ -40,7 +37,6 @@ impl LocalStore {
         })
     }
 
-    /// Returns the number of keys.
     pub fn len(&self) -> usize {
         self.keys.len()
     }
@@ -49,7 +45,7 @@ impl LocalStore {
         self.len() == 0
     }
 
-    /// Decides with local tokens, and starts the follow-up work.
+    /// Decides with the tokens available locally, and starts to fetch or return tokens if necessary.
     #[inline]
     fn attempt(
         &self,

@@ -4,16 +4,15 @@ use std::time::Duration;
 
 use crate::clock::Monotonic;
 
-/// Maximum wait between two attempts to sign in.
+/// The maximum wait between two attempts to sign in.
 pub(super) const LONGEST: Duration = Duration::from_mins(15);
 
 pub(super) type Name = [u8; 16];
 
-/// One counter.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Counter {
     pub(super) name: Name,
-    /// Attempts without a wait.
+    /// The number of attempts without a wait.
     pub(super) free: u32,
     pub(super) forgive: Duration,
     pub(super) waits: Waits,
@@ -29,19 +28,19 @@ pub(super) enum Waits {
     UntilForgiven,
 }
 
-/// What a correct password, or a created account, does to a counter. The counters of an attempt are in this order.
+/// The effect of a correct password on a counter. The counters of an attempt are sorted in this order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum OnSuccess {
-    /// The counter is cleared.
+    /// Clears the counter.
     Clear,
-    /// This attempt is taken back.
+    /// Takes this attempt back.
     TakeBack,
-    /// The attempt remains counted.
+    /// Keeps the attempt counted.
     Keep,
 }
 
 impl Counter {
-    /// Returns the first wait: the interval at `free` attempts per minute, if it doubles from there.
+    /// Returns the first wait. Waits that double begin with the interval between attempts at a rate of `free` per minute.
     pub(super) fn first_wait(&self) -> Duration {
         match self.waits {
             Waits::Doubling => Duration::from_mins(1) / self.free.max(1),
