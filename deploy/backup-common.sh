@@ -139,7 +139,7 @@ restore_usage() {
 
 # Lists the size and name of each file in an archive.
 list_files() {
-  tar --list --verbose 2> /dev/null | { grep '^-' || true; } | awk '{ print $3, $6 }'
+  { tar --list --verbose 2> /dev/null || true; } | { grep '^-' || true; } | awk '{ print $3, $6 }'
 }
 
 # Extracts an archive next to the existing segments, and moves those that are missing. A segment appears under its name only
