@@ -120,7 +120,7 @@ impl BillingApi {
     fn limit_pages(&self, caller: &BillingTenant) -> Result<(), ApiError> {
         let admitted = self.state.stripe_pages.admit(caller.tenant());
         admitted.map_err(|wait| {
-            self.state.metrics.guard_refusals.inc();
+            self.state.metrics.guard_rejections.inc();
             ApiError::too_many_pages(wait)
         })
     }
