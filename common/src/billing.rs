@@ -44,13 +44,13 @@ response! {
         pub cancels_at: Option<Timestamp>,
         /// Start of the current billing period.
         pub period_start: Option<Timestamp>,
-        /// End of the current billing period. The next payment is due then, unless the subscription is to be canceled.
+        /// End of the current billing period. The next payment is due then, unless the subscription is scheduled to be
+        /// canceled.
         pub period_end: Option<Timestamp>,
         /// Whether the customer portal is available. It becomes available when the tenant first starts a subscription.
         pub has_customer: bool,
         /// When this information was last retrieved from Stripe, which happens about every 10 minutes while there is a
-        /// subscription. If it has not happened for half an hour, Stripe is unreachable, and the status may be
-        /// outdated.
+        /// subscription. If this was more than half an hour ago, Stripe is unreachable, and the status may be outdated.
         pub refreshed_at: Option<Timestamp>,
         /// The price of the current subscription or, without one, of a new subscription. `null` if it is unknown.
         pub price: Option<BillingPrice>,

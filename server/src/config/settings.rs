@@ -77,7 +77,7 @@ settings! {
     redis_url_file: "REDIS_URL_FILE", "", "PATH";
 
     /// The prefix of every key and channel in Redis: 1 to 64 letters, digits, `_`, `-`, `.` or `:`. Use the same prefix
-    /// on every replica, and a different one for each installation that shares a Redis server.
+    /// on every replica. If several installations share a Redis server, each needs a different prefix.
     redis_prefix: "QUOTA_REDIS_PREFIX", "quota", "TEXT";
 
     /// The number of Redis connections per replica for decisions: 1 to 64. Each carries many concurrent calls.
@@ -138,7 +138,7 @@ settings! {
     secret_previous_file: "QUOTA_SECRET_PREVIOUS_FILE", "", "PATH";
 
     /// Origins whose web pages may call the API (CORS), separated by commas, such as https://app.example.com, or `*`.
-    /// They may read the rate-limit headers. Cookies from them are not accepted.
+    /// These pages may read the rate-limit headers. Their requests cannot use cookies.
     allowed_origins: "ALLOWED_ORIGINS", "", "ORIGINS";
 
     /// Networks of proxies whose X-Forwarded-For is trusted, separated by commas, such as 10.0.0.0/8.
@@ -197,7 +197,7 @@ settings! {
     body_limit: "QUOTA_BODY_LIMIT", "65536", "BYTES";
 
     /// How long the headers of a request may take to arrive, and then its body, such as 5s. For the first request on a
-    /// connection, this is measured from the time at which the connection was accepted.
+    /// connection, the time starts when the connection is accepted.
     header_timeout: "QUOTA_HEADER_TIMEOUT", "5s", "DURATION";
 
     /// How long a request may take from the end of its headers to its response, such as 10s.
@@ -211,17 +211,17 @@ settings! {
     /// reading less than 1 KiB does not count.
     write_timeout: "QUOTA_WRITE_TIMEOUT", "30s", "DURATION";
 
-    /// Whether checks in plain form are answered directly from the bytes of their connection: on or off. The responses
-    /// are the same, and take less CPU time.
+    /// Whether to respond to simple check requests directly, without the general HTTP server: on or off. Responses are
+    /// identical and take less CPU time.
     direct_responses: "QUOTA_DIRECT_RESPONSES", "off", "MODE";
 
-    /// The maximum number of open client connections: 16 to 1000000. The open-file limit may allow fewer. When
-    /// it is reached, connections that have not sent a request are closed first, then idle ones, then those whose
-    /// client does not read its response.
+    /// The maximum number of open client connections: 16 to 1000000. The open-file limit may allow fewer. When the
+    /// maximum is reached, connections that have not sent a request are closed first, then idle connections, then
+    /// connections whose client does not read its response.
     connections: "QUOTA_CONNECTIONS", "10000", "N";
 
     /// The maximum number of open connections from one client address (IPv6: one /64); 0 for no limit. Connections on
-    /// which a valid API key or service token was sent don't count, nor do those from QUOTA_TRUSTED_PROXIES.
+    /// which a valid API key or service token was sent don't count, nor do connections from QUOTA_TRUSTED_PROXIES.
     connections_per_address: "QUOTA_CONNECTIONS_PER_ADDRESS", "1000", "N";
 
     /// The maximum number of open connections from one network (IPv4: one /24, IPv6: one /56; an IPv6 /48 may have
@@ -240,7 +240,7 @@ settings! {
     /// load balancers notice, such as 5s.
     drain_delay: "QUOTA_DRAIN_DELAY", "0s", "DURATION";
 
-    /// How long keys in memory are served while PostgreSQL is unreachable and cannot confirm them, such as 60s.
+    /// How long keys in memory keep working while PostgreSQL is unreachable, such as 60s.
     stale_grace: "QUOTA_STALE_GRACE", "60s", "DURATION";
 
     /// The number of API keys cached in memory: 1000 to 10000000. Each takes about 1 kB.
