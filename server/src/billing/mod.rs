@@ -67,8 +67,8 @@ pub enum BillingError {
     /// The secret key belongs to another account or mode than the customers.
     #[error("{0}")]
     OtherAccount(String),
-    /// Stripe does not know the customer, and has not deleted it either. Its tenant's access is kept.
-    #[error("Stripe does not know the customer {0}, so its access does not change")]
+    /// Stripe has no record of the customer, not even as deleted. The tenant's access is kept.
+    #[error("Stripe has no record of the customer {0}, so the tenant's access does not change")]
     UnknownCustomer(String),
     #[error("Stripe returned a Checkout Session without a URL")]
     NoPage,

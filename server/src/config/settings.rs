@@ -121,9 +121,9 @@ settings! {
     migrate: "QUOTA_MIGRATE", "true", "BOOL";
 
     /// The secret that signs access tokens, browser sessions and known devices, seals data that replicas share in
-    /// Redis, and encrypts the signing secrets of webhooks: at least 32 random characters, the same on every replica.
-    /// Unset: generated once and kept in the database. To rotate it without signing anyone out, (1) set the new secret
-    /// as QUOTA_SECRET_PREVIOUS on every replica, (2) swap the two, and (3) remove QUOTA_SECRET_PREVIOUS after
+    /// Redis, and encrypts webhook signing secrets: at least 32 random characters, the same on every replica. Unset:
+    /// generated once and kept in the database. To rotate it without signing anyone out, (1) set the new secret as
+    /// QUOTA_SECRET_PREVIOUS on every replica, (2) swap the two, and (3) remove QUOTA_SECRET_PREVIOUS after
     /// QUOTA_SESSION_DAYS.
     secret: "QUOTA_SECRET", "", "SECRET", hide_env_values = true;
 
