@@ -30,7 +30,7 @@ response! {
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct BillingState {
-        /// Whether billing is set up on this server. If not, plans marked `paid` work like other plans.
+        /// Whether billing is set up on this server. If it is not, plans marked `paid` work like other plans.
         pub enabled: bool,
         pub access: BillingAccess,
         /// Whether API keys on plans marked `paid` currently work.
@@ -56,7 +56,7 @@ response! {
         pub price: Option<BillingPrice>,
         /// Charged usage in the current billing period. `null` without a subscription.
         pub usage: Option<BillingUsage>,
-        /// The limits that the operator has set for the tenant. They may be lower without a subscription.
+        /// The limits that the operator has set for the tenant. Limits may be lower without a subscription.
         pub limits: BillingLimits,
         /// Number of plans marked `paid`.
         pub paid_plans: u64,
