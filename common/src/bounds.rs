@@ -7,6 +7,8 @@
     reason = "the signature that garde's custom rules have"
 )]
 
+use crate::number::grouped;
+
 /// Maximum length of the name of a plan, key, service token, user or tenant, in characters.
 pub const NAME_MAX: usize = 200;
 /// Maximum rate, in requests per minute.
@@ -135,19 +137,6 @@ pub(crate) fn characters(max: usize) -> impl Fn(&str, &()) -> garde::Result {
     }
 }
 
-/// Formats a number with a comma between groups of three digits.
-fn grouped(number: u64) -> String {
-    let digits = number.to_string();
-    let mut grouped = String::with_capacity(digits.len() + digits.len() / 3);
-    for (place, digit) in digits.chars().enumerate() {
-        if place > 0 && (digits.len() - place).is_multiple_of(3) {
-            grouped.push(',');
-        }
-        grouped.push(digit);
-    }
-    grouped
-}
-
 /// Requires 1 to 254 characters without NUL, which PostgreSQL text cannot hold.
 pub(crate) fn login_email(value: &str, context: &()) -> garde::Result {
     characters(EMAIL_MAX)(value, context)?;
@@ -218,22 +207,4 @@ pub(crate) fn metadata(entries: &[(String, String)], _: &()) -> garde::Result {
         }
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::grouped;
-
-    #[test]
-    fn numbers_are_grouped_by_three() {
-        for (number, text) in [
-            (0, "0"),
-            (999, "999"),
-            (1_000, "1,000"),
-            (60_000_000, "60,000,000"),
-            (999_999_999_999_999, "999,999,999,999,999"),
-        ] {
-            assert_eq!(grouped(number), text);
-        }
-    }
 }
