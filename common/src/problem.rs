@@ -1,4 +1,4 @@
-//! Errors on the wire: `application/problem+json` (RFC 9457).
+//! Error responses in the format of RFC 9457, `application/problem+json`.
 
 use std::borrow::Cow;
 
@@ -10,7 +10,6 @@ use crate::{
     wire::response,
 };
 
-/// The media type of every error.
 pub const MEDIA_TYPE: &str = "application/problem+json";
 
 /// An error response.
@@ -76,7 +75,6 @@ response! {
 
 macro_rules! problems {
     ($($(#[doc = $doc:literal])+ $variant:ident = $slug:literal, $status:literal, $title:literal;)+) => {
-        /// All error types.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
         pub enum ProblemCode {
             $($(#[doc = $doc])+ $variant,)+
@@ -85,17 +83,15 @@ macro_rules! problems {
         impl ProblemCode {
             pub const ALL: &'static [Self] = &[$(Self::$variant),+];
 
-            /// Returns the last path segment of the error's page.
+            /// Returns the last path segment of the URL of the error's page.
             pub const fn slug(self) -> &'static str {
                 match self { $(Self::$variant => $slug),+ }
             }
 
-            /// Returns the HTTP status code.
             pub const fn status(self) -> u16 {
                 match self { $(Self::$variant => $status),+ }
             }
 
-            /// Returns a short summary.
             pub const fn title(self) -> &'static str {
                 match self { $(Self::$variant => $title),+ }
             }
@@ -190,13 +186,12 @@ problems! {
 }
 
 impl ProblemCode {
-    /// Looks up an error type by its slug.
     pub fn from_slug(slug: &str) -> Option<Self> {
         Self::ALL.iter().copied().find(|code| code.slug() == slug)
     }
 
-    /// Returns the `type` URI: the one registered with IANA, if any (draft-ietf-httpapi-ratelimit-headers), otherwise a
-    /// page on the server at `base`.
+    /// Returns the `type` URI. For error types registered with IANA (draft-ietf-httpapi-ratelimit-headers), this is the
+    /// registered URI. For all others, it is the URL of a page on the server at `base`.
     pub fn type_uri(self, base: &str) -> Cow<'static, str> {
         match self {
             Self::QuotaExceeded => {

@@ -1,4 +1,4 @@
-//! Usage: how many requests were allowed and denied, for which keys and endpoints, and when.
+//! Usage: the number of allowed and denied requests by key, endpoint, and time.
 
 use crate::{
     id::{ApiKeyId, PlanId},
@@ -7,9 +7,9 @@ use crate::{
     wire::{response, text_enum},
 };
 
-/// The maximum number of buckets in a response for each group.
+/// The maximum number of buckets for each group in a response.
 pub const MAX_BUCKETS: usize = 1000;
-/// The maximum number of groups in a response. All other groups are combined as `other`.
+/// The maximum number of groups in a response. All others are combined as `other`.
 pub const MAX_GROUPS: usize = 20;
 
 text_enum! {

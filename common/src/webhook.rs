@@ -1,4 +1,4 @@
-//! Webhooks: the endpoints to which Quota sends a tenant's events, and the deliveries to them.
+//! Webhooks: the endpoints to which Quota sends a tenant's events, and the deliveries to those endpoints.
 
 use crate::{
     field::{GraceSeconds, Name, WebhookUrl},
@@ -142,7 +142,7 @@ mod examples {
     use crate::id::example;
 
     const URL: &str = "https://hooks.example.com/quota";
-    /// 32 zero bytes, which no server generates.
+    /// 32 zero bytes. No server generates this secret.
     const SECRET: &str = "whsec_AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=";
 
     impl Example for Webhook {

@@ -28,8 +28,8 @@ use crate::{
     stripe::{Envelope, verify},
 };
 
-/// Maximum size of a webhook: half of the memory that a connection without a valid credential may use. Webhooks from
-/// Stripe are far smaller.
+/// Maximum size of a webhook. Half of the memory that a connection without valid credentials may use, and far larger
+/// than any webhook from Stripe.
 const WEBHOOK_MAX: usize = 64 * 1024;
 const SIGNATURE: &str = "stripe-signature";
 
@@ -37,7 +37,7 @@ pub struct BillingApi {
     pub state: AppState,
 }
 
-/// A webhook whose signature is valid.
+/// A webhook with a valid signature.
 pub struct SignedEvent {
     event: Envelope,
     body: String,
@@ -159,7 +159,7 @@ impl BillingApi {
         let billing = self.billing()?;
         let idempotency = IdempotencyGuard::new("start_checkout", idempotency_key.0, &())?;
         self.limit_pages(&caller)?;
-        // One at a time per tenant, so that a second click waits for the page that the first one opens.
+        // One at a time per tenant, so that a second click gets the page that the first click opens.
         let _turn = self.state.checkouts.turn(caller.tenant()).await?;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
         let replayed = idempotency.replay(&mut tx).await?;

@@ -35,7 +35,7 @@ pub struct DecisionApi {
     pub streams: Streams,
 }
 
-/// The first byte of a position in the log.
+/// The first byte of an encoded position in the log.
 const POSITION: u8 = 3;
 
 fn write_position(seq: i64) -> String {
@@ -127,7 +127,7 @@ impl DecisionApi {
         let before = before.transpose()?;
         let _turn = read_turn(&self.state, &caller).await?;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
-        // This is read before the rows, so that no decision is missing between the rows and a stream from this
+        // Read before the rows, so that no decision is missed between these rows and a stream that starts at this
         // position.
         let newest = usage_log::last_seq(&mut tx).await?;
         let page = usage_log::list(&mut tx, &filter, before, page::size(limit.0)).await?;
@@ -188,7 +188,7 @@ impl DecisionApi {
         let place = self.streams.begin(caller.tenant())?;
         let token = caller.token(request)?;
         let newest = read(&self.state, &caller, usage_log::last_seq).await?;
-        // A position beyond the end belongs to a log that was restored to an earlier state.
+        // A position beyond the end of the log dates from before PostgreSQL was restored to an earlier state.
         let after = after.map_or(newest, |it| it.min(newest));
         let tail = Tail {
             session: StreamSession {

@@ -1,4 +1,4 @@
-//! Limits `/auth` and `/admin` per client address.
+//! Limits requests to `/auth` and `/admin` per client address.
 
 use poem::{Endpoint, Middleware, Request, Result};
 
@@ -8,7 +8,6 @@ use crate::{
     state::{AppState, Services},
 };
 
-/// The middleware, with its limiter.
 pub struct IpGuard {
     pub state: AppState,
     pub guard: fn(&Services) -> &ClientRateLimiter,

@@ -88,7 +88,7 @@ fn in_use(key_count: u64) -> ApiError {
     ApiError::new(ProblemCode::PlanInUse, detail)
 }
 
-/// Returns the problem for deleting a plan to which a key was added after its keys were counted.
+/// The problem for deleting a plan that has received a key since its keys were counted.
 fn just_used() -> ApiError {
     ApiError::new(
         ProblemCode::PlanInUse,

@@ -110,7 +110,7 @@ impl ServiceTokenApi {
             })
         };
         let mut created = create(&self.state, &caller, idempotency, insert).await?;
-        // A replay has no secret.
+        // A replayed response does not contain the secret.
         if let Some(secret) = secret {
             self.state.keys.created(&secret);
             created.token = Some(secret.reveal());

@@ -65,7 +65,7 @@ impl From<DeliveryRow> for WebhookDelivery {
             webhook_id: WebhookId(row.webhook_id),
             event_id: row.event_id,
             event_type: row.event_type,
-            // The database allows only these.
+            // The database allows no other values.
             status: WebhookDeliveryStatus::of(&row.status).unwrap_or(WebhookDeliveryStatus::Failed),
             attempts: u32::try_from(row.attempts).unwrap_or(0),
             response_status: row.response_status.and_then(|it| u32::try_from(it).ok()),
@@ -86,7 +86,7 @@ impl WebhookApi {
             .map_err(|message| ApiError::invalid("url", message))
     }
 
-    /// Waits for the tenant's turn to request a delivery, if it has not requested too many.
+    /// Waits for the tenant's turn to request a delivery. Fails if the tenant has requested too many.
     async fn request_turn(&self, caller: &ManagingTenant) -> Result<Turn, ApiError> {
         let admitted = self.state.webhook_requests.admit(caller.tenant());
         admitted.map_err(|wait| {
@@ -154,7 +154,7 @@ impl WebhookApi {
             })
         };
         let mut created = create(&self.state, &caller, idempotency, insert).await?;
-        // A replay has none.
+        // A replayed response does not contain the secret.
         created.secret = secret;
         Ok(Created(created))
     }
@@ -202,7 +202,7 @@ impl WebhookApi {
         if let Some(url) = &body.url {
             self.check_url(url)?;
         }
-        // A new URL, or one that was repaired, starts without a history of failures.
+        // A webhook with a new URL, or one that is enabled again, starts without a history of failures.
         let starts_over = body.url.is_some() || body.is_active == Some(true);
         let change = WebhookChange {
             name: body.name.as_deref().map(str::trim),
@@ -285,7 +285,7 @@ impl WebhookApi {
             secret: None,
             webhook: Webhook::from(row.or_not_found()?),
         };
-        // The secret is removed, because it must not be stored.
+        // The stored response must not contain the secret.
         idempotency
             .keep(&mut edit, StatusCode::OK, &rotated)
             .await?;
@@ -316,7 +316,7 @@ impl WebhookApi {
         let event = Event::test(self.state.clock.now());
         let _turn = self.request_turn(&caller).await?;
         let insert = async |tx: &mut TenantTx| {
-            // Locked, so that it is not deleted before the insert.
+            // Locked, so that the webhook cannot be deleted before the insert.
             if webhook::lock(tx, webhook).await?.is_none() {
                 return Ok(None);
             }
@@ -397,7 +397,7 @@ impl WebhookApi {
             let Some(delivery) = webhook_delivery::find(tx, id).await? else {
                 return Ok(None);
             };
-            // Its deliveries outlive a deleted webhook for a while.
+            // Deliveries are deleted some time after their webhook.
             if webhook::lock(tx, delivery.webhook_id).await?.is_none() {
                 return Ok(None);
             }

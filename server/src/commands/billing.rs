@@ -17,8 +17,8 @@ use super::{apply_migrations, with_database};
 
 #[derive(Subcommand)]
 pub enum BillingCommand {
-    /// Create the objects that Quota needs in Stripe, unless they exist: a product, its prices, a meter and a webhook
-    /// endpoint. Existing objects are not changed
+    /// Create the objects that Quota needs in Stripe if they do not exist: a product, its prices, a meter, and a
+    /// webhook endpoint. Existing objects are not changed
     Setup {
         #[command(flatten)]
         settings: Box<Settings>,
@@ -118,7 +118,7 @@ pub async fn run(config: Config, _log: Log, command: BillingCommand) -> anyhow::
     Ok(())
 }
 
-/// Returns how the account is named to which both the secret key and the customers belong.
+/// Returns the description of the account to which both the secret key and the customers belong.
 async fn account(config: &Config, settings: &StripeSettings) -> anyhow::Result<String> {
     with_database(config, async |url| {
         let billing = Billing::new(settings, Db::new(url, &config.database))?;

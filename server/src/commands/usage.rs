@@ -38,7 +38,6 @@ pub enum UsageCommand {
     },
 }
 
-/// Prints the usage report.
 pub async fn report(config: Config, hours: u16, top: u16) -> anyhow::Result<()> {
     with_database(&config, async |url| {
         let db = Db::new(url, &config.database);
@@ -51,7 +50,7 @@ pub async fn report(config: Config, hours: u16, top: u16) -> anyhow::Result<()> 
     .await
 }
 
-/// Removes a directory's report.
+/// Deletes the report on a directory.
 pub async fn forget(config: Config, directory: Uuid) -> anyhow::Result<()> {
     with_database(&config, async |url| {
         let db = Db::new(url, &config.database);
@@ -104,7 +103,8 @@ pub async fn replay(config: Config, _log: Log, directory: PathBuf) -> anyhow::Re
     .await
 }
 
-/// Replays a directory. Retries, since its owner or another replay may hold the cursor longer than the lock timeout.
+/// Replays a directory. Retries on failure, because the directory's owner or another replay may hold the cursor for
+/// longer than the lock timeout.
 async fn replay_patiently(
     config: &Config,
     db: &Db,

@@ -1,6 +1,6 @@
 //! Metrics: names, descriptions and the OpenMetrics text.
 //!
-//! A counter or gauge without labels is one line in the list below. Its description is also the documentation of its
+//! A counter or gauge without labels is one line in the list below. Its help text is also the documentation of its
 //! field.
 
 mod connections;
@@ -36,19 +36,19 @@ macro_rules! metrics {
                 #[doc = $help]
                 pub $field: $kind,
             )+
-            /// Time from receiving a key to the decision.
+            /// The time from receiving a key to the decision.
             pub decision_seconds: Latency,
-            /// Time from a change, by PostgreSQL's clock, until this replica applied it.
+            /// The time from a change, on PostgreSQL's clock, until this replica applied it.
             pub invalidation_lag_seconds: Latency,
             pub public_connections: Arc<ConnectionMetrics>,
             pub metrics_connections: Arc<ConnectionMetrics>,
-            /// Swept rows, by kind.
+            /// The number of swept rows, by kind.
             swept: Mutex<BTreeMap<&'static str, u64>>,
             statuses: Statuses,
         }
 
         impl Metrics {
-            /// Registers all metrics without labels.
+            /// Registers all metrics that have no labels.
             fn register(&self, registry: &mut Registry) {
                 $(registry.register($name, $help, self.$field.clone());)+
             }
@@ -209,7 +209,7 @@ metrics! {
         "Unix time of the oldest usage record in the backlog; 0 if the backlog is empty";
 }
 
-/// Responses by status code.
+/// The number of responses, by status code.
 #[derive(Debug)]
 struct Statuses(Box<[AtomicU64; 600]>);
 

@@ -1,10 +1,10 @@
-//! Forms, and the buttons that submit them.
+//! Forms and their submit buttons.
 
 use leptos::prelude::*;
 
 use super::{alert::Alert, busy::busy_attr, form_state::FormState};
 
-/// A form on a page: its error, its fields and the button that submits it.
+/// A form on a page: an error, the fields, and a button to submit.
 #[component]
 pub fn PageForm(
     form: FormState,
@@ -25,17 +25,16 @@ pub fn PageForm(
     }
 }
 
-/// A form in a dialog: its error, its fields, and the buttons that close it and submit it.
+/// A form in a dialog: an error, the fields, and buttons to submit and to close.
 #[component]
 pub fn DialogForm(
     form: FormState,
     open: RwSignal<bool>,
-    /// The label of the submit button.
     action: &'static str,
-    /// Whether the dialog must stay open until the response arrives, because it contains a secret.
+    /// Whether the dialog must stay open until the response arrives, because the response contains a secret.
     #[prop(optional)]
     locked: bool,
-    /// Called on submission if every field is valid.
+    /// Called only if every field is valid.
     submit: impl Fn() + 'static,
     children: Children,
 ) -> impl IntoView {

@@ -1,5 +1,3 @@
-//! The components of pages.
-
 mod alert;
 mod async_view;
 mod busy;

@@ -1,15 +1,13 @@
-//! Dialogs opened by the query string of the URL.
-
 use leptos::prelude::*;
 
 use crate::{reactive::effect, route::route};
 
-/// Opens a dialog when the address has `new` in its query, and removes that from the address.
+/// Opens a dialog if the address contains the query parameter `new`, and removes the parameter.
 pub fn open_from_query(open: RwSignal<bool>) {
     let route = route();
     let own_path = route.path.get_untracked();
     effect(move || {
-        // While the user navigates to another page, this page already sees that page's query.
+        // During navigation to another page, this effect can already see that page's query.
         if route.path.with_untracked(|path| *path == own_path)
             && route.query.with(|query| query.get("new")).is_some()
         {

@@ -1,4 +1,4 @@
-//! Values and texts that do not depend on a browser, so that they can be tested on the host.
+//! Values and texts that do not need a browser, so that they can be tested natively.
 
 pub mod address;
 pub mod alert;

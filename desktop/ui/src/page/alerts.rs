@@ -1,4 +1,4 @@
-//! Quota alerts, and where they are sent.
+//! Quota alerts, and the settings that determine where they are sent.
 
 use leptos::prelude::*;
 use quota_common::{
@@ -34,7 +34,7 @@ pub fn Alerts() -> impl IntoView {
     let session = session();
     let query = route().query;
     let new_alerts = expect_context::<NewAlerts>();
-    // The marks stay until the user leaves the page.
+    // Alerts remain marked as new until the user leaves the page.
     let seen = new_alerts.seen();
     let loader = load_page(api::list_alerts);
     refresh_regularly(loader);
@@ -72,7 +72,6 @@ pub fn Alerts() -> impl IntoView {
     }
 }
 
-/// Where alerts are sent.
 #[derive(Clone)]
 struct Destinations {
     settings: AlertSettings,

@@ -1,5 +1,3 @@
-//! The burn-down of a key's quotas.
-
 use leptos::prelude::*;
 use quota_common::{ApiKeyId, limit::PolicyName, usage::BurnDown};
 
@@ -14,7 +12,7 @@ use crate::{
     },
 };
 
-/// Loads the burn-down of every quota of the key.
+/// Loads the burn-down of each quota of the key.
 async fn load_burn_downs(id: ApiKeyId) -> CallResult<Vec<BurnDown>> {
     let limits = api::key_limits(id).await?.limits;
     let mut all = Vec::new();

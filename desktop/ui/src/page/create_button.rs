@@ -1,10 +1,8 @@
-//! The button that opens the form for a new plan, key or token.
-
 use leptos::prelude::*;
 
 use crate::session::session;
 
-/// Shown only to users whose role may create it.
+/// Shown only to users whose role can create the resource.
 #[component]
 pub fn CreateButton(open: RwSignal<bool>, label: &'static str) -> impl IntoView {
     let session = session();

@@ -1,4 +1,4 @@
-//! Home: current activity, keys that need attention, and the first steps.
+//! Home: current activity, keys that need attention, and the first steps for new users.
 
 use std::fmt::Write as _;
 
@@ -34,9 +34,9 @@ struct Overview {
     stats: Stats,
     /// The last 24 hours.
     day: Usage,
-    /// The same data, grouped by key.
+    /// The last 24 hours, grouped by key.
     keys: Usage,
-    /// Contains the most recently used key, or otherwise the newest.
+    /// The most recently used key or, if no key has been used, the newest one.
     key: Option<ApiKey>,
     tokens: Page<ServiceToken>,
 }
@@ -87,7 +87,7 @@ pub fn Home() -> impl IntoView {
     let zone = text_memo(move || session.time_zone());
     let loader = load(move || Box::pin(load_overview(zone.get())) as PendingCall<_>);
     refresh_regularly(loader);
-    // Separate from the loaded data, so that it is kept after a reload.
+    // Kept outside the loaded data, so that it survives reloading.
     let state = ChartState::new();
     let is_open = RwSignal::new(None::<bool>);
     view! {
@@ -126,7 +126,7 @@ fn Dashboard(it: Overview, state: ChartState, is_open: RwSignal<Option<bool>>) -
     }
 }
 
-/// Compares `n` with the same time yesterday.
+/// Compares the requests since midnight with the same time of day yesterday.
 fn since_yesterday(now: u64, before: u64) -> String {
     if now == before {
         return "Same as this time yesterday".to_owned();
@@ -216,12 +216,12 @@ fn attention_text(it: &Attention) -> String {
         }
         AttentionKind::Expiring => format!("Expires {at}"),
         AttentionKind::GraceEnding => format!("Previous key stops working {at}"),
-        // The time is that of the key's last use, or of its creation.
+        // `at` is the key's last use or, if it was never used, its creation.
         AttentionKind::Idle => "No requests in the last 30 days".to_owned(),
     }
 }
 
-/// The *Needs attention* and *Top keys* lists.
+/// Returns the *Needs attention* and *Top keys* lists.
 fn lists(it: &Overview) -> Markup {
     let (stats, requests) = (&it.stats, pair(&it.day.total, false));
     let row = |href: &str, name: &str, note: &str, class: &str| {
@@ -297,7 +297,7 @@ fn lists(it: &Overview) -> Markup {
     .collect()
 }
 
-/// A step, which becomes a link once the previous steps are done.
+/// Returns one of the first steps. It becomes a link once the steps before it are done.
 fn step(
     done: bool,
     is_available: bool,
@@ -352,7 +352,7 @@ fn step(
     )
 }
 
-/// The first steps: expanded until a request has been sent, then collapsed.
+/// Expanded until the first request has been sent, then collapsed.
 #[component]
 fn GetStarted(it: Overview, is_open: RwSignal<Option<bool>>) -> impl IntoView {
     let key_page = it.key.as_ref().map_or_else(

@@ -1,4 +1,4 @@
-//! The list of service tokens, with gateway configurations to copy.
+//! The list of service tokens, and gateway configurations to copy.
 
 use leptos::prelude::*;
 use quota_common::{
@@ -147,11 +147,10 @@ fn DeleteDialog(deletion: Deletion, loader: Loader<Page<ServiceToken>>) -> impl 
     }
 }
 
-/// The configuration of one gateway at a time.
+/// Shows the configuration of one gateway at a time.
 #[component]
 fn Configuration(#[prop(into)] token: Signal<String>) -> impl IntoView {
     let selected = RwSignal::new(Gateway::Caddy);
-    // A file of the console.
     let files = load(api::gateway_files);
     let text = Signal::derive(move || {
         let files = files.ready().unwrap_or_default();
@@ -160,7 +159,7 @@ fn Configuration(#[prop(into)] token: Signal<String>) -> impl IntoView {
             .configuration(&files, &api::origin(), &token.get())
     });
     let configuration = move || match files.error() {
-        // The command is not part of the file.
+        // The curl command does not come from the file.
         Some(error) if selected.get() != Gateway::Curl => {
             let id = error.request_id().map(str::to_owned);
             view! {

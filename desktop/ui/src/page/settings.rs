@@ -1,4 +1,4 @@
-//! Settings: profile, theme, password and active sessions.
+//! Settings: profile, theme, password, and active sessions.
 
 use leptos::prelude::*;
 use quota_common::{
@@ -83,7 +83,7 @@ fn Profile() -> impl IntoView {
 
 /// Returns the time zones that the browser supports.
 fn time_zones() -> Vec<String> {
-    // Older browsers have no such list, so the field offers no suggestions.
+    // Older browsers cannot list time zones. The field then has no suggestions.
     let intl = js_sys::Reflect::get(&js_sys::global(), &"Intl".into()).unwrap_or_default();
     let list = js_sys::Reflect::get(&intl, &"supportedValuesOf".into())
         .ok()
@@ -160,7 +160,7 @@ fn Password() -> impl IntoView {
     }
 }
 
-/// Describes a client by its `User-Agent`, such as `Firefox on Linux`.
+/// Describes a client, such as `Firefox on Linux`, based on its `User-Agent`.
 fn client_name(user_agent: Option<&str>) -> String {
     let Some(agent) = user_agent else {
         return "Unknown client".to_owned();

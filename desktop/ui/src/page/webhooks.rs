@@ -1,5 +1,3 @@
-//! The list of webhooks.
-
 use std::time::Duration;
 
 use leptos::prelude::*;
@@ -28,12 +26,12 @@ use crate::{
     session::session,
 };
 
-/// The list, or the page of one webhook.
+/// The list of webhooks, or the page of one webhook.
 #[component]
 pub fn Webhooks() -> impl IntoView {
     let session = session();
     let path = route().path.get_untracked();
-    // Permissions do not change while a page is open, but the signed-in user's name can.
+    // A change of the user's name must not render the page again. The role does not change while the page is open.
     let role = untrack(move || session.me.with(|me| me.as_ref().map(|me| me.tenant.role)));
     match (role, ConsolePage::of(&path)) {
         (Some(role), _) if !role.may_read() => view! {
@@ -74,7 +72,7 @@ fn WebhookList() -> impl IntoView {
         .into_any()
     };
     let open_page = Callback::new(move |()| {
-        // The dialog prevents navigation until it is closed.
+        // An open secret dialog blocks navigation, so wait until it has closed.
         set_timeout(
             move || {
                 if let Some(id) = created.try_get_untracked().flatten() {

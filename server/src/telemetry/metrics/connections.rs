@@ -1,4 +1,4 @@
-//! Metrics of client connections, labeled with their listener.
+//! Metrics of client connections, labeled with the listener.
 
 use std::{fmt::Write as _, sync::Arc};
 
@@ -11,11 +11,11 @@ pub enum ConnectionLimit {
     Address,
     /// The limit per network.
     Network,
-    /// The total limit, if no connection could be closed to make room.
+    /// The total limit, when no other connection could be closed to make room.
     Full,
 }
 
-/// The connections of one listener.
+/// Metrics of one listener's connections.
 #[derive(Debug, Default)]
 pub struct ConnectionMetrics {
     pub open: Gauge,
@@ -47,7 +47,7 @@ struct Family {
     name: &'static str,
     kind: &'static str,
     help: &'static str,
-    /// Additional labels, and the value.
+    /// Additional labels, and the function that reads the value.
     series: &'static [(&'static str, Read)],
 }
 
