@@ -112,11 +112,11 @@ metrics! {
     key_shared_outdated: Counter, "key_shared_outdated",
         "Key lookups that found an outdated record in Redis";
     key_shared_unreadable: Counter, "key_shared_unreadable",
-        "Key lookups that found a record in Redis sealed with another secret";
+        "Key lookups that found a key record in Redis sealed with another secret";
     key_shared_errors: Counter, "key_shared_errors", "Failed reads and writes of key records in Redis";
     key_loads: Counter, "key_loads", "Key lookups in PostgreSQL";
     key_stale_served: Counter, "key_stale_served",
-        "Key lookups served with a record that could not be confirmed";
+        "Key lookups served with a key record that could not be confirmed";
     ledger_takes: Counter, "ledger_takes", "Calendar quota blocks taken from the ledger";
     ledger_errors: Counter, "ledger_errors", "Failed calls to the quota ledger";
     counter_calls: Counter, "counter_calls", "Calls to the shared counters";
