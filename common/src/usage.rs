@@ -263,8 +263,8 @@ response! {
         pub points: Vec<BurnDownPoint>,
         /// The current pace: cost per hour over the most recent quarter of the elapsed time (at least the last hour).
         pub pace_per_hour: f64,
-        /// When the quota will be used up at the current pace. `null` if it won't be used up before it resets. If it
-        /// is already used up, this time is not in the future.
+        /// When the quota will be used up at the current pace. `null` if it won't be used up before it resets. If the
+        /// quota is already used up, this equals `complete_until`.
         pub used_up_at: Option<Timestamp>,
         /// The quota that will be left when it resets, at the current pace.
         pub projected_remaining: u64,
