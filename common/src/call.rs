@@ -59,7 +59,7 @@ pub struct UsageFilter {
     /// Exclusive.
     pub to: Option<Timestamp>,
     pub bucket: Option<UsageBucketSize>,
-    /// The time zone in which hours and days start.
+    /// The time zone that determines when hours and days start.
     pub tz: Option<String>,
     pub key_id: Option<ApiKeyId>,
     pub endpoint: Option<String>,

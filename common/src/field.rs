@@ -20,7 +20,7 @@ use crate::{
     json::{FromJson, Invalid, Json},
 };
 
-/// Implements poem-openapi's traits for a newtype. The schema is that of the inner type, with bounds.
+/// Implements poem-openapi's traits for a newtype. The schema is the inner type's schema with bounds.
 macro_rules! schema {
     ($name:ident($inner:ty), $($bound:ident: $value:expr),+) => {
         #[cfg(feature = "openapi")]

@@ -11,7 +11,7 @@ use crate::{call::Call, problem::Problem, time::Timestamp};
 pub struct CallResponse {
     /// JSON, or an empty string.
     pub body: String,
-    /// When this response was received, if it is an old one. The app returns old responses while the server is
+    /// When this response was received, if it was stored. The app returns stored responses while the server is
     /// unreachable.
     pub loaded_at: Option<Timestamp>,
 }

@@ -261,7 +261,7 @@ impl Parser<'_> {
         Ok(())
     }
 
-    /// Consumes the next byte if it is `byte`, and returns whether it was.
+    /// If the next byte is `byte`, consumes it and returns `true`.
     fn skip(&mut self, byte: u8) -> bool {
         let found = self.peek() == Some(byte);
         self.at += usize::from(found);

@@ -1,5 +1,6 @@
 /// A field of a PATCH body that can be cleared. `None` means that the field was not sent; it remains unchanged.
-/// `Some(None)` means that the field was sent as `null`; it is cleared. `Some(Some(v))` sets it to `v`.
+/// `Some(None)` means that the field was sent as `null`; it is cleared. `Some(Some(v))` means that the field is set to
+/// `v`.
 ///
 /// A field of this type needs `#[serde(default, deserialize_with = "sent")]`: by default, serde treats `null` like a
 /// missing field.

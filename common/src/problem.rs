@@ -83,7 +83,7 @@ macro_rules! problems {
         impl ProblemCode {
             pub const ALL: &'static [Self] = &[$(Self::$variant),+];
 
-            /// Returns the last path segment of the URL of the error's page.
+            /// Returns the last path segment of the error page's URL.
             pub const fn slug(self) -> &'static str {
                 match self { $(Self::$variant => $slug),+ }
             }

@@ -1,4 +1,4 @@
-//! Webhooks: the endpoints to which Quota sends a tenant's events, and the deliveries to those endpoints.
+//! Webhooks: the endpoints that receive a tenant's events, and the deliveries to them.
 
 use crate::{
     field::{GraceSeconds, Name, WebhookUrl},

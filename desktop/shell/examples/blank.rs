@@ -2,7 +2,7 @@
 
 use tauri::{WebviewUrl, WebviewWindowBuilder, http::Response};
 
-/// Reports when the page has been painted, like the console's first page.
+/// Like the console's first page, reports when it has been painted.
 const PAGE: &str = "<!doctype html><title>blank</title><script>
 requestAnimationFrame(() => requestAnimationFrame(() => { document.title = 'painted'; }));
 </script>";

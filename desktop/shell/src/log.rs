@@ -1,4 +1,4 @@
-//! The log file. Contains one line per request, and errors, including panics.
+//! The log file. Contains one line per request and all errors, including panics.
 //!
 //! The app does not log secrets. As a second line of defense, text that looks like a secret is redacted before it is
 //! written.

@@ -5,8 +5,8 @@
 //! token is stored before the new access token is used, so that the session survives if the app exits between the two
 //! steps.
 //!
-//! Several processes of the same user share the keychain entry. A file lock makes them refresh one after the other, so
-//! that the second one finds the first one's new token.
+//! Several processes of the same user share the keychain entry. A file lock makes them take turns refreshing, so that
+//! each process finds the token that the previous process stored.
 //!
 //! While the server is unreachable, `GET` calls return their last response and the time it was received.
 
@@ -40,7 +40,7 @@ const REFRESH_AHEAD: Duration = Duration::from_secs(30);
 /// How long to wait while another process refreshes. A refresh takes less time than this.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
 const LOCK_POLL: Duration = Duration::from_millis(50);
-/// The maximum number of responses to keep for when the server is unreachable.
+/// The maximum number of responses to keep for use while the server is unreachable.
 const MAX_CACHED: usize = 200;
 
 struct Access {

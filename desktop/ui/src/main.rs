@@ -1,6 +1,6 @@
 //! Quota's console.
 //!
-//! The same UI runs in a browser and in the desktop app. It makes the calls of [`quota_common::call`] through [`api`]
+//! The same UI runs in a browser and in the desktop app. It makes the calls in [`quota_common::call`] through [`api`]
 //! and never handles tokens or server addresses. Every module except [`model`] requires a browser and is compiled only
 //! for WebAssembly.
 //!

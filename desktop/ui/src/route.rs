@@ -10,7 +10,7 @@ use crate::model::address::Query;
 pub struct Route {
     pub path: RwSignal<String>,
     pub query: RwSignal<Query>,
-    /// How often the user has gone to another page.
+    /// How many times the user has gone to another page.
     pub visits: RwSignal<u32>,
 }
 
@@ -61,7 +61,7 @@ impl Route {
     /// Shows the page at the current address, after the user has gone there.
     fn visit(self) {
         let (path, _) = here();
-        // Update `visits` first: the new page may add messages, which must not be removed with the old ones.
+        // Update `visits` first: the new page may add messages, which must not be removed with the old page's messages.
         if self.path.with_untracked(|it| *it != path) {
             self.visits
                 .update(|visits| *visits = visits.wrapping_add(1));

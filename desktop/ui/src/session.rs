@@ -102,7 +102,7 @@ impl Session {
             .with(|me| me.as_ref().is_some_and(|me| me.tenant.role.may_bill()))
     }
 
-    /// The time zone in which quotas reset.
+    /// The time zone that determines when quotas reset.
     pub fn time_zone(self) -> String {
         self.me
             .with(|me| me.as_ref().map(|me| me.tenant.time_zone.clone()))

@@ -71,7 +71,7 @@ impl Alerts {
         Ok(errors)
     }
 
-    /// Stores one email about a tenant's alerts per recipient.
+    /// For each recipient, stores one email about a tenant's alerts.
     async fn write_email(&self, tenant: TenantId, public_url: &str) -> Result<(), DbError> {
         let mut tx = self.db.system().await?;
         let alerts = mail::lock_alerts(&mut tx, tenant, ALERTS_MAX).await?;

@@ -50,7 +50,7 @@ const PART_MAX: i64 = 20_000;
 const KEYS_MAX: i64 = 250;
 /// The maximum number of alerts per statement.
 const ALERTS_MAX: usize = 500;
-/// A round ends after this time and leaves the rest to the next one, so that other tenants get their turn.
+/// A round ends after this time and leaves the rest to the next round, so that other tenants get their turn.
 const ROUND_MAX: Duration = Duration::from_secs(20);
 
 /// See the module documentation. Cheap to clone.
@@ -59,7 +59,7 @@ pub struct Alerts {
     db: Db,
     is_metered: bool,
     tenant_quota: Option<TenantQuota>,
-    /// The tenant that was last to have an email sent.
+    /// The tenant whose email was sent last.
     last_mailed: Arc<Mutex<Uuid>>,
 }
 
@@ -70,7 +70,7 @@ pub struct Round {
     pub deliveries: u64,
     /// Tenants that could not be checked. The next round tries again.
     pub errors: u64,
-    /// Whether more usage may be unchecked.
+    /// Whether there may be more unchecked usage.
     pub has_more: bool,
 }
 
@@ -217,7 +217,7 @@ impl Alerts {
         Ok(round)
     }
 
-    /// Stores alerts that are new, with their deliveries. Returns the number of alerts and of deliveries.
+    /// Stores new alerts with their deliveries. Returns the numbers of new alerts and deliveries.
     async fn store(
         &self,
         tx: &mut SystemTx,

@@ -74,7 +74,7 @@ fn order(sort: ApiKeyOrder) -> Order {
     Order { by, descending }
 }
 
-/// Converts metadata to the form in which it is stored.
+/// Converts metadata to its stored form.
 fn stored(metadata: &Metadata) -> Value {
     metadata
         .iter()

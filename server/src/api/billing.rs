@@ -159,7 +159,7 @@ impl BillingApi {
         let billing = self.billing()?;
         let idempotency = IdempotencyGuard::new("start_checkout", idempotency_key.0, &())?;
         self.limit_pages(&caller)?;
-        // One at a time per tenant, so that a second click gets the page that the first click opens.
+        // One at a time per tenant, so that a second click opens the same page as the first.
         let _turn = self.state.checkouts.turn(caller.tenant()).await?;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
         let replayed = idempotency.replay(&mut tx).await?;

@@ -142,7 +142,7 @@ pub fn cookie<'a>(
 }
 
 /// Requires that the request comes from one of this server's pages. Checks `Sec-Fetch-Site` or, if that is missing,
-/// `Origin`. Rejects requests with neither.
+/// `Origin`. Rejects requests that have neither header.
 pub fn same_origin(state: &AppState, headers: &HeaderMap) -> Result<(), ApiError> {
     let rejected = || {
         ApiError::new(
@@ -186,7 +186,7 @@ pub fn may_change(state: &AppState, request: &Request, session: SessionId) -> Re
     ))
 }
 
-/// Returns the session to which the CSRF header belongs.
+/// Returns the CSRF header's session.
 fn csrf_of(state: &AppState, headers: &HeaderMap) -> Option<SessionId> {
     let sent = headers.get(CSRF_FIELD)?.to_str().ok()?;
     state.sessions.of_csrf_token(sent)

@@ -69,7 +69,7 @@ impl Route {
 }
 
 enum Success {
-    /// The body, and the caller whose limits the headers report.
+    /// The body and the caller whose limits the headers report.
     Echo(Vec<u8>, AdmittedKey),
     Check(Response),
     ForwardAuth(StatusOnly),

@@ -1,8 +1,9 @@
 //! A fast path for decisions.
 //!
 //! Most requests are checks at one of three fixed paths. They are recognized by path before they reach the router and
-//! poem-openapi: nested routes, query parsing, and boxed errors would cost more than the rest of the request. The same
-//! code handles them, in the same order. Requests with any other query are routed normally.
+//! poem-openapi: nested routes, query parsing, and boxed errors would cost more than the rest of the request. The rest
+//! of the code is the same as for routed requests, and runs in the same order. Requests with any other query are routed
+//! normally.
 
 use poem::{Endpoint, IntoResponse, Request, Response, Result, http::Method};
 use poem_openapi::{ApiExtractor, ExtractParamOptions, param::Query};

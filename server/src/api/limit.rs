@@ -79,7 +79,7 @@ impl<T: Type + serde::Serialize + Send> ApiResponse for WithLimitHeaders<T> {
 pub struct StatusOnly {
     pub status: StatusCode,
     decision: GatewayDecision,
-    /// The key, and the limiter's decision.
+    /// The key and the limiter's decision.
     decided: Option<(Arc<KeyRecord>, Decision)>,
     challenge: Option<HeaderValue>,
 }

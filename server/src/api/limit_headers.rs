@@ -230,7 +230,7 @@ struct StateField {
 }
 
 impl StateField {
-    /// Enough space for the longest name and two numbers of 20 digits.
+    /// Enough space for the longest name and two 20-digit numbers.
     const LONGEST: usize = "\"tenant_monthly\";r=;t=".len() + 2 * 20;
 
     fn of(decision: &Decision) -> Self {

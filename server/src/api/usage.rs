@@ -428,7 +428,7 @@ fn bucket_of_all(start: DateTime<Utc>, counts: &Counts) -> UsageBucket {
     bucket(start, None, None, false, counts)
 }
 
-/// Checks an endpoint filter. An empty one selects requests without an endpoint.
+/// Checks an endpoint filter. An empty filter selects requests without an endpoint.
 pub(super) fn endpoint_filter(endpoint: Option<String>) -> Result<Option<String>, ApiError> {
     match endpoint {
         Some(it) if it.chars().count() > ENDPOINT_MAX => Err(ApiError::invalid(

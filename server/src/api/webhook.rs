@@ -86,7 +86,7 @@ impl WebhookApi {
             .map_err(|message| ApiError::invalid("url", message))
     }
 
-    /// Waits for the tenant's turn to request a delivery. Fails if the tenant has requested too many.
+    /// Waits for the tenant's turn to request a delivery. Fails if the tenant has requested too many deliveries.
     async fn request_turn(&self, caller: &ManagingTenant) -> Result<Turn, ApiError> {
         let admitted = self.state.webhook_requests.admit(caller.tenant());
         admitted.map_err(|wait| {

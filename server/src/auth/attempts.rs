@@ -38,9 +38,9 @@ use crate::{
 
 /// The maximum wait between two attempts.
 const LONGEST: Duration = Duration::from_mins(15);
-/// The time in which one failed attempt on an account is forgiven.
+/// How often one failed attempt on an account is forgiven.
 const FORGIVE: Duration = Duration::from_mins(5);
-/// The time in which one attempt from a network across all accounts is forgiven.
+/// How often one attempt from a network, counted across all accounts, is forgiven.
 const FORGIVE_NETWORK: Duration = Duration::from_mins(1);
 /// The number of free attempts from a network across all accounts, as a multiple of the number for one account.
 const ACCOUNTS: u32 = 5;
@@ -49,7 +49,7 @@ const DEVICES: u32 = 5;
 /// The number of attempts of all known devices of an account, including successful ones, as a multiple of the free
 /// failed attempts of one device.
 const USES: u32 = 20;
-/// The time in which one of these attempts is forgiven: ten are forgiven per minute.
+/// How often one of these attempts is forgiven: ten times per minute.
 const FORGIVE_USE: Duration = Duration::from_secs(6);
 /// A network with at least this many unforgiven attempts is no longer
 /// [ordinary](super::password::CallerClass::Ordinary).
@@ -59,7 +59,7 @@ const REMEMBERED: usize = 200_000;
 
 const TAKE: &str = include_str!("attempts.lua");
 /// KEYS contains the counters. The first value in ARGV is the number of counters to delete, starting with the first
-/// one. The second value is the time at which the attempt was counted. The script takes the attempt back from the other
+/// one. The second value is the time when the attempt was counted. The script takes the attempt back from the other
 /// counters, and ends any wait that the attempt started.
 const FORGET: &str = "
 for i, key in ipairs(KEYS) do
@@ -274,7 +274,7 @@ impl Attempts {
         if self.redis.is_none() {
             return count.await;
         }
-        // Runs in a separate task. Even if the caller is dropped, the task then learns whether Redis has counted the
+        // Runs in a separate task. Even if the caller is dropped, the task learns whether Redis has counted the
         // attempt, and takes it back only in that case.
         let counted = tokio::spawn(count).await;
         counted.unwrap_or(Err(Wait(Duration::from_secs(1))))
@@ -416,8 +416,8 @@ fn seconds(from: Monotonic, to: Monotonic) -> f64 {
     Duration::from(to.saturating_since(from)).as_secs_f64()
 }
 
-/// Returns the networks for which an address is counted, narrowest first. Each network comes with the multiple by which
-/// its number of free attempts is higher. Callers without an address are on this machine.
+/// Returns the networks for which an address is counted, narrowest first. Each network comes with a multiplier for its
+/// number of free attempts. Callers without an address are on this machine.
 fn networks(ip: Option<IpAddr>) -> Vec<(String, u32)> {
     let prefixes: &[(u8, u32)] = match ip.map(|ip| ip.to_canonical()) {
         None => return vec![("local".to_owned(), 1)],

@@ -55,7 +55,7 @@ impl Devices {
         self.parse(email, value, now).map(|(_, device)| device)
     }
 
-    /// Whether the account still has the password with which the device last signed in.
+    /// Whether the account still has the password that the device last signed in with.
     pub fn is_of_password(&self, device: &Device, hash: &str) -> bool {
         let is_same = |secrets: &Secrets| {
             let mark = secrets.password_mark(hash);

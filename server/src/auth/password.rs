@@ -52,16 +52,16 @@ const TURNS: [CallerClass; 8] = [
     CallerClass::Suspect,
 ];
 
-/// The number of characters of a password that are used for the estimate, not counting repetitions.
+/// How many of a password's characters are used for the estimate, not counting repetitions.
 const JUDGED: usize = 64;
-/// The maximum number of ways in which symbols may be read as letters.
+/// The maximum number of ways to read symbols as letters.
 const READINGS: usize = 32;
 /// The maximum cost of an estimate, which takes about 4 ms. The cost is the square of the number of characters, times
 /// the number of readings.
 const EFFORT: usize = 16 * 1024;
 /// A repetition of at least this length does not make a password harder to guess.
 const REPEATED: usize = 4;
-/// For each letter that has some, the symbols that zxcvbn can read as that letter.
+/// Each string contains the symbols that zxcvbn can read as one particular letter.
 const SYMBOLS: [&str; 12] = [
     "4@", "8", "({[<", "3", "69", "1!|", "1|7", "0", "$5", "+7", "%", "2",
 ];
@@ -172,11 +172,11 @@ fn windows(text: &str) -> Vec<String> {
     windows
 }
 
-/// Returns an upper bound for the number of ways in which zxcvbn reads the symbols in this string as letters.
+/// Returns an upper bound for the number of ways that zxcvbn reads this string's symbols as letters.
 fn readings(text: &[char]) -> usize {
     let of_letter = |letter: &&str| letter.chars().filter(|c| text.contains(c)).count();
     let product: usize = SYMBOLS.iter().map(|it| of_letter(it).max(1)).product();
-    // The symbols for `l` can also stand for `i` and `t`, so they are read in both ways.
+    // The symbols for `l` can also stand for `i` and `t`, so they are read both ways.
     let is_shared = text.iter().any(|c| "1|7".contains(*c));
     if is_shared { 2 * product } else { product }
 }
@@ -207,8 +207,8 @@ impl<T> Default for Queue<T> {
 }
 
 impl<T> Queue<T> {
-    /// Adds a waiter to its class. If the class is full, the party with the most waiters loses its newest one. Returns
-    /// `false` if the new waiter would be the one to lose.
+    /// Adds a waiter to its class. If the class is full, removes the newest waiter of the party with the most waiters.
+    /// Returns `false` if that is the new waiter itself.
     fn push(&mut self, turn: Turn, waiter: T) -> bool {
         let class = &mut self.classes[turn.class as usize];
         if class.len() >= WAITING[turn.class as usize] {

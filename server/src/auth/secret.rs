@@ -42,7 +42,7 @@ pub struct Secrets {
     password: hmac::Key,
 }
 
-/// Identifies the secret to which a session belongs.
+/// Identifies a session's secret.
 pub type SecretId = [u8; 16];
 
 impl std::fmt::Debug for Secrets {
@@ -75,7 +75,7 @@ impl Secrets {
         bytes
     }
 
-    /// Returns the CSRF value with which a page makes changes using this session's cookies.
+    /// Returns the CSRF value that a page must send to make changes using this session's cookies.
     pub fn csrf(&self, session: &[u8]) -> Vec<u8> {
         hmac::sign(&self.csrf, session).as_ref().to_vec()
     }

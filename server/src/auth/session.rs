@@ -81,7 +81,7 @@ impl Sessions {
         freshness: &Arc<Freshness>,
         metrics: &Arc<Metrics>,
     ) -> Self {
-        // This capacity is enough, because people use sessions, but API traffic does not.
+        // This capacity is enough, because only people use sessions; API traffic does not.
         let live = Cached::new(10_000, grace, freshness.clone(), metrics.clone());
         Self {
             db,
@@ -204,7 +204,7 @@ impl Sessions {
         URL_SAFE_NO_PAD.encode(bytes)
     }
 
-    /// Returns the session to which a [CSRF token](Self::csrf_token) belongs.
+    /// Returns the session of a [CSRF token](Self::csrf_token).
     pub fn of_csrf_token(&self, text: &str) -> Option<SessionId> {
         let bytes = URL_SAFE_NO_PAD.decode(text).ok()?;
         let (id, tag) = bytes.split_at_checked(16)?;
@@ -225,7 +225,7 @@ impl Sessions {
         Ok(row.is_some_and(|row| row.id == id.0))
     }
 
-    /// Returns the active session to which an access token belongs.
+    /// Returns an access token's session if the session is active.
     pub async fn of_access_token(&self, token: &str) -> Result<Arc<LiveSession>, AuthError> {
         let now = self.clock.now();
         let claims = self.signer.verify(token, now)?;
@@ -251,7 +251,7 @@ impl Sessions {
         Ok(live)
     }
 
-    /// Revokes the session to which a refresh token belongs. If there is no such session, it has already ended.
+    /// Revokes a refresh token's session. If there is no such session, it has already ended.
     pub async fn end_by_refresh_token(
         &self,
         token: &str,

@@ -1,4 +1,4 @@
-//! The Stripe account through which this server bills.
+//! The Stripe account that this server bills through.
 //!
 //! Customers and subscriptions belong to one Stripe account, in either live or test mode. With a secret key of a
 //! different account or mode, all of them would seem to be missing, and Stripe would accept new customers,
@@ -123,7 +123,7 @@ impl Billing {
         let stored = stripe_account::find(&mut tx).await?;
         tx.commit().await?;
         match stored {
-            // Another replica has stored its account first.
+            // Another replica stored its account first.
             Some(stored) if !stored.matches(&own) => Err(other_account(&own, &stored)),
             _ => Ok(named(&own)),
         }

@@ -114,7 +114,7 @@ impl Billing {
         while let Some((events, read)) = reads.next().await {
             match read {
                 Ok(invalidation) => {
-                    // Added first, because recording the outcome may fail.
+                    // Added before the outcome is recorded, because recording may fail.
                     round.invalidations.extend(invalidation);
                     self.finish(&events, Outcome::Applied, None).await?;
                 }

@@ -88,7 +88,7 @@ pub struct Billing {
     prices: Prices,
 }
 
-/// A tenant that wants to subscribe, and the pages to which it returns.
+/// A tenant that wants to subscribe, and the pages that it returns to.
 #[derive(Debug, Clone, Copy)]
 pub struct Buyer<'a> {
     pub tenant: TenantId,

@@ -42,7 +42,7 @@ impl Finding {
     }
 }
 
-/// Returns the URL to which Stripe must send webhooks.
+/// Returns the URL that Stripe must send webhooks to.
 pub fn webhook_url(public_url: &str) -> String {
     format!("{public_url}/billing/stripe/webhook")
 }

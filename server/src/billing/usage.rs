@@ -39,7 +39,7 @@ const SCANS: u32 = 3;
 /// The number of customers whose reports are sent concurrently. Only this many are claimed at a time, because a claim
 /// that had to wait would expire.
 const CONCURRENT: usize = 8;
-/// How often customers are claimed per round.
+/// How many times customers are claimed per round.
 const CLAIMS: usize = 4;
 /// How long one customer's reports are sent per round.
 const TURN: Duration = Duration::from_secs(20);

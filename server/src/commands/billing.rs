@@ -118,7 +118,7 @@ pub async fn run(config: Config, _log: Log, command: BillingCommand) -> anyhow::
     Ok(())
 }
 
-/// Returns the description of the account to which both the secret key and the customers belong.
+/// Returns the description of the secret key's account, which must also be the customers' account.
 async fn account(config: &Config, settings: &StripeSettings) -> anyhow::Result<String> {
     with_database(config, async |url| {
         let billing = Billing::new(settings, Db::new(url, &config.database))?;

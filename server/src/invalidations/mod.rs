@@ -53,7 +53,7 @@ pub struct Publisher {
     metrics: Arc<Metrics>,
 }
 
-/// Returns the channel to which every replica subscribes.
+/// Returns the channel that every replica subscribes to.
 pub fn channel(prefix: &str) -> String {
     format!("{prefix}:revoked")
 }
@@ -161,7 +161,7 @@ impl InvalidationSet {
         !(self.tenants.is_empty() && self.plans.is_empty() && self.keys.is_empty())
     }
 
-    /// Returns the IDs of tenants, plans, and keys to which cached keys may belong.
+    /// Returns the changed tenants, plans, and keys that can affect cached keys.
     pub fn owners_of_keys(&self) -> impl Iterator<Item = &Uuid> {
         self.tenants.iter().chain(&self.plans).chain(&self.keys)
     }

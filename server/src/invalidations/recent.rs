@@ -12,8 +12,8 @@
 //!   never hides a number from the poll, raises the floor, or displaces a polled change.
 //!
 //! A copy with a number below the floor is never confirmed, because PostgreSQL may have already deleted later changes.
-//! A copy with a number higher than all polled and announced ones is not confirmed either, because no change has been
-//! assigned that number yet.
+//! A copy with a number higher than all polled and announced changes is not confirmed either, because no change has
+//! been assigned that number yet.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -39,7 +39,7 @@ pub struct Recent(Mutex<State>);
 struct State {
     /// `None` before the first poll. Until then, no copy can be confirmed.
     range: Option<PolledRange>,
-    /// The database history to which the numbers belong.
+    /// The numbers' database history.
     history: Option<Arc<str>>,
     polled: BTreeMap<i64, Uuid>,
     /// Announced changes with numbers above `range.up_to`.

@@ -112,7 +112,7 @@ impl PostgresLedger {
     }
 }
 
-/// The windows from which to take tokens.
+/// The windows to take tokens from.
 #[derive(Debug, Clone, Copy)]
 enum Windows {
     /// Windows with usage.

@@ -37,14 +37,14 @@ const BATCH: usize = 200;
 pub struct LookupCaller {
     /// The owner of the service token in the request.
     pub tenant: Option<TenantId>,
-    /// The network from which the request came.
+    /// The network that the request came from.
     pub address: Option<ClientNetwork>,
 }
 
 /// See the module documentation. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Lookups {
-    /// Lookups of keys. The result contains the facts, and the number of the newest invalidation when they were read.
+    /// Lookups of keys. The result contains the facts and the number of the newest invalidation when they were read.
     pub keys: Batches<(KeyFacts, i64)>,
     pub tokens: Batches<(TenantId, ServiceTokenId)>,
 }
@@ -235,7 +235,7 @@ impl<V> Queue<V> {
     }
 }
 
-/// A permitted lookup. It is counted until it is dropped.
+/// A permitted lookup, which counts toward the limits until it is dropped.
 pub struct Lookup<V> {
     batches: Batches<V>,
     /// `None` if the secret is known.

@@ -82,7 +82,7 @@ pub enum Rejection {
 
 impl KeyRecord {
     /// Checks whether the key may be used. If `billing_on` is set, paid plans require a subscription. Calls `now` only
-    /// if the key or the access to paid plans expires.
+    /// if the key or access to paid plans expires.
     pub fn usable(&self, billing_on: bool, now: impl Fn() -> UnixNanos) -> Result<(), Rejection> {
         if !self.is_active {
             return Err(Rejection::Inactive);
@@ -106,7 +106,7 @@ impl KeyRecord {
     }
 
     /// Returns the quota that the key shares with its tenant's other keys. Returns `None` if the tenant may use paid
-    /// plans, which requires billing to be on. Calls `now` only if the access to paid plans expires.
+    /// plans, which requires billing to be on. Calls `now` only if access to paid plans expires.
     #[inline]
     pub fn tenant_quota(
         &self,

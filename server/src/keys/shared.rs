@@ -8,8 +8,8 @@
 //! this replica knows of no later invalidation for its key, plan, or tenant ([`Recent`]). It then counts as confirmed
 //! at the time of the poll, not at the time it was read. This has several consequences:
 //! - If a load starts before a change but writes its entry after it, the entry has a lower number than the change.
-//!   Replicas that know of the change reject the entry. Others will know of it after the next poll, as for records in
-//!   memory.
+//!   Replicas that know of the change reject the entry. Other replicas learn of it with their next poll, as they do for
+//!   records in memory.
 //! - Losing an invalidation or the connection to Redis is safe.
 //! - A change to a plan invalidates the entries of all its keys without listing them.
 //!
@@ -18,9 +18,9 @@
 //!
 //! **Trust.** Anyone with access to Redis could write entries. Each entry is stored under the hash of its secret, and
 //! sealed for that hash with a key of this installation ([`Seal`]). Therefore, writing to Redis can make entries
-//! unreadable, but cannot give a key more access. An entry also contains the time at which it was written. It is
-//! rejected after its lifetime, so that an old copy cannot be written back later. Unreadable entries, and entries that
-//! are too old or from the future, count as misses. Entries from a different database history are also ignored: after
+//! unreadable, but cannot give a key more access. An entry also contains the time when it was written. It is rejected
+//! after its lifetime, so that an old copy cannot be written back later. Unreadable entries, and entries that are too
+//! old or from the future, count as misses. Entries from a different database history are also ignored: after
 //! PostgreSQL has been restored from a backup, it assigns the same numbers a second time.
 //!
 //! While Redis is unreachable, every lookup is an immediate miss. If Redis is slow, one lookup waits for
@@ -81,11 +81,11 @@ struct SharedState {
     context: SharedKeysContext,
     /// The monotonic time until which Redis is skipped.
     paused_until: AtomicU64,
-    /// The second in which entries for invalid secrets were last written, and their number in that second.
+    /// The last second in which entries for invalid secrets were written, and the number of these entries.
     absent_written: AtomicU64,
 }
 
-/// The content of an entry, and the monotonic time at which it was known to be current.
+/// The content of an entry, and the monotonic time when it was known to be current.
 #[derive(Debug)]
 pub struct SharedRecord {
     pub facts: Option<KeyFacts>,

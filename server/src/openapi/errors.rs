@@ -1,5 +1,5 @@
 //! The error responses of operations. Most of them follow from an operation's arguments. Some operations have
-//! additional ones.
+//! additional errors.
 
 use quota_common::ProblemCode;
 use serde_json::{Value, json};
@@ -165,7 +165,7 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
     ]
 };
 
-/// Descriptions of errors for operations that do not have their own.
+/// Default descriptions of errors.
 const ERRORS: &[(ProblemCode, &str)] = {
     use ProblemCode as P;
     &[

@@ -134,7 +134,7 @@ pub async fn tenants_with_quotas(tx: &mut SystemTx) -> Result<Vec<Uuid>, DbError
 pub struct Progress {
     /// Usage of all keys has been checked up to this position in the log. -1 if no usage has been checked.
     pub seq: i64,
-    /// While a check is in progress: the position up to which it checks, and the last key that it has checked.
+    /// While a check is in progress: the check's target position, and the last key checked.
     pub part: Option<(i64, Uuid)>,
     /// The last position in the log.
     pub last_seq: i64,
@@ -395,8 +395,8 @@ pub struct NewAlert<'a> {
     pub used: i64,
 }
 
-/// Inserts the alerts that do not exist yet, and returns them. An alert exists if there is one for the same quota and
-/// threshold in the same or an overlapping window.
+/// Inserts the alerts that do not exist yet, and returns them. Alerts for the same quota and threshold count as the
+/// same alert if their windows overlap.
 pub async fn insert_new(
     tx: &mut SystemTx,
     tenant: TenantId,

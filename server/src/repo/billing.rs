@@ -307,7 +307,8 @@ pub async fn apply_read(
     Ok((applied, is_audited.then_some(shown)))
 }
 
-/// Removes a customer that no longer exists in Stripe, and its Checkout Session. The next Checkout creates new ones.
+/// Removes a customer that no longer exists in Stripe, and its Checkout Session. The next Checkout creates a new
+/// customer and session.
 pub async fn forget_customer(tx: &mut SystemTx, tenant: TenantId) -> Result<(), DbError> {
     diesel::update(billing_accounts::table.find(tenant.0))
         .set((

@@ -61,7 +61,7 @@ impl Target {
 pub struct Invalidation {
     pub seq: i64,
     pub tenant: Uuid,
-    /// `None` if this version does not know the kind. It then invalidates all of the tenant's resources.
+    /// `None` if this version does not know the kind. The change then invalidates all of the tenant's resources.
     pub target: Option<Target>,
     /// When the row was written, shortly before the commit.
     pub at: DateTime<Utc>,
@@ -93,7 +93,7 @@ async fn insert_on(
             revocations::tenant_id.eq(tenant),
             revocations::target_type.eq(target.name()),
             revocations::target_id.eq(target.id(tenant)),
-            // `now()` would return the time at which the transaction started.
+            // `now()` would return the transaction's start time.
             revocations::at.eq(sql::<Timestamptz>("clock_timestamp()")),
         ))
         .returning((revocations::seq, revocations::at))
@@ -146,7 +146,7 @@ pub async fn newest(tx: &mut SystemTx) -> Result<Vec<Invalidation>, DbError> {
     Ok(rows.into_iter().rev().map(invalidation).collect())
 }
 
-/// The number of the newest row, and the database history to which the number belongs.
+/// The number of the newest row, and the number's database history.
 #[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
 pub struct Position {
     #[diesel(sql_type = BigInt)]

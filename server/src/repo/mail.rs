@@ -140,9 +140,9 @@ pub struct DueMail {
     pub attempts: i32,
 }
 
-/// Returns an email that is due, and counts an attempt. Tenants take turns, starting with the one after `after_tenant`.
-/// The next attempt is due after `lease_seconds`. Until then, no other replica sends the email; if this process exits,
-/// the email is retried.
+/// Returns an email that is due, and counts an attempt. Tenants take turns, starting with the tenant after
+/// `after_tenant`. The next attempt is due after `lease_seconds`. Until then, no other replica sends the email; if this
+/// process exits, the email is retried.
 pub async fn claim(
     tx: &mut SystemTx,
     after_tenant: Uuid,

@@ -1,6 +1,6 @@
 //! All SQL, with one file per noun.
 //!
-//! Every function takes the transaction in which it runs. A [`TenantTx`](crate::db::TenantTx) carries the tenant, and
+//! Every function takes the transaction that it runs in. A [`TenantTx`](crate::db::TenantTx) belongs to one tenant, and
 //! row-level security restricts it to that tenant's rows. A [`SystemTx`] is for the server's own work. Rows have their
 //! own structs, separate from the API's types. Does not depend on HTTP.
 //!
@@ -128,7 +128,7 @@ pub struct Slice {
     pub limit: u32,
 }
 
-/// The value by which a list is sorted.
+/// The value that a list is sorted by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SortBy {
     CreatedAt,

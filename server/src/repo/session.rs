@@ -157,7 +157,7 @@ pub async fn rotate(
             refresh_tokens::used_at
                 .assume_not_null()
                 .gt(now.into_sql::<Timestamptz>() - GRACE_SECS.seconds())
-                // Null if the token has not been used. That is the case if its session is not accepted.
+                // Null if the token has not been used. An unused token gets here only if its session is not accepted.
                 .nullable(),
             is_accepted(),
         ))
@@ -243,7 +243,7 @@ pub async fn end(tx: &mut SystemTx, user: Uuid, session: Uuid) -> Result<bool, D
         == 1)
 }
 
-/// Revokes all of the user's sessions except `but`. Returns the revoked ones.
+/// Revokes all of the user's sessions except `but`. Returns the revoked sessions.
 pub async fn end_others(tx: &mut SystemTx, user: Uuid, but: Uuid) -> Result<Vec<Uuid>, DbError> {
     let others = sessions::table
         .filter(sessions::user_id.eq(user))

@@ -1,4 +1,4 @@
-//! The Stripe account to which the customers belong.
+//! The customers' Stripe account.
 
 use chrono::{DateTime, Utc};
 use diesel::{
@@ -25,7 +25,7 @@ pub struct StripeAccount {
 }
 
 impl StripeAccount {
-    /// Whether the two may be the same account.
+    /// Whether both may be the same account.
     pub fn matches(&self, other: &Self) -> bool {
         let mut ids = self.account_id.iter().zip(&other.account_id);
         self.livemode == other.livemode && ids.all(|(own, other)| own == other)

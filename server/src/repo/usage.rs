@@ -175,7 +175,7 @@ impl Filter {
     }
 }
 
-/// Returns the value by which rows are grouped, as text.
+/// Returns the value that rows are grouped by, as text.
 const fn group_value(group: Option<GroupBy>) -> &'static str {
     match group {
         None => "NULL::text",
@@ -390,7 +390,7 @@ pub async fn last_seen(
         .collect())
 }
 
-/// Returns the IDs and current names of keys or plans. Omits deleted ones.
+/// Returns the IDs and current names of keys or plans. Omits deleted keys and plans.
 pub async fn names(
     tx: &mut TenantTx,
     group: GroupBy,

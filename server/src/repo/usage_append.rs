@@ -35,8 +35,7 @@ pub struct Appended {
 /// timeouts would only make it start over.
 const TIMEOUTS: &str = "SET LOCAL statement_timeout = '30s'; SET LOCAL lock_timeout = '10s'";
 
-/// The number of rows per statement. Encoding more rows would block a thread that serves requests for several
-/// milliseconds.
+/// The number of rows per statement. Encoding more rows would block a request-serving thread for several milliseconds.
 const CHUNK: usize = 1_000;
 
 /// Locks the tenants and assigns numbers to the rows. Later statements see everything that was committed before the
@@ -53,7 +52,7 @@ const ADD_ROWS: &str = "\
         unnest($9), unnest($10), unnest($11), unnest($12), unnest($13)";
 
 /// Updates `last_used_at` at most once per second, so that busy keys do not cause more writes than others. Skips keys
-/// that another transaction has locked, because usage must not wait. Their next use updates them.
+/// that another transaction has locked, because recording usage must not wait. Their next use updates them.
 const TOUCH_KEYS: &str = "\
     UPDATE api_keys k SET last_used_at = u.at \
     FROM ( \
@@ -183,8 +182,8 @@ async fn add_endpoints(
         .into_iter()
         .filter_map(|it| Some(of_keys.get(it)?.0))
         .collect::<HashSet<_>>();
-    // Only endpoints that are in a key's list can be in the tenant's list. There, an endpoint's first request is the
-    // first request with such a key.
+    // Only endpoints that are in a key's list can be in the tenant's list. There, an endpoint's first request is its
+    // first request with a key that lists the endpoint.
     let mut listed = HashMap::<(Uuid, Rank), DateTime<Utc>>::new();
     for (of, first_at) in &batch.named {
         if !of.key.is_nil() && !folded.contains(of) {

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
-/// A decision on a known key. Its time is also a time of the key's use.
+/// A decision on a known key. Its time also counts as a use of the key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UsageRecord {
     pub event_id: Uuid,
@@ -109,7 +109,7 @@ impl Rollup {
     }
 }
 
-/// An endpoint of a key. If `key` is the nil UUID, an endpoint of the tenant.
+/// An endpoint of a key or, if `key` is the nil UUID, of the tenant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct EndpointOf {
     pub tenant: Uuid,
@@ -156,7 +156,7 @@ fn charged(records: &[UsageRecord]) -> Vec<Charged> {
 /// Records that are ready to be appended.
 #[derive(Debug)]
 pub struct UsageBatch {
-    /// In the order in which they are appended to the log.
+    /// In log order.
     pub(super) records: Vec<UsageRecord>,
     /// The number of records per tenant, in order of tenant ID.
     pub(super) tenants: Vec<(Uuid, i64)>,
@@ -164,9 +164,9 @@ pub struct UsageBatch {
     pub(super) endpoints: Vec<String>,
     /// Counts by quarter hour, key, plan, endpoint, and policy.
     pub(super) counts: Vec<(RowKey, Sums)>,
-    /// Endpoints of keys and tenants, and the time of their first request.
+    /// The endpoints of keys and tenants, each with the time of its first request.
     pub(super) named: Vec<(EndpointOf, DateTime<Utc>)>,
-    /// The rollup rows, assuming that every endpoint has its own.
+    /// The rollup rows, assuming that every endpoint has rows of its own.
     pub(super) rollups: Rollups,
     /// Sorted by tenant, then by hour.
     pub(super) charged: Vec<Charged>,
@@ -261,7 +261,7 @@ impl UsageBatch {
             .unwrap_or_default()
     }
 
-    /// Returns the rollup rows, assuming that the `folded` endpoints do not have their own.
+    /// Returns the rollup rows, assuming that the `folded` endpoints do not have rows of their own.
     pub(super) fn rollups_without(&self, folded: &HashSet<EndpointOf>) -> Rollups {
         let (all, further) = (self.rank(ALL_ENDPOINTS), self.rank(FURTHER_ENDPOINTS));
         let (mut quarters, mut requests) = (Rollup::default(), 0);

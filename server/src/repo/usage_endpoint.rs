@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use crate::db::{DbError, SystemTx};
 
-/// An endpoint in a key's list. If `key` is the nil UUID, an endpoint in the tenant's list.
+/// An endpoint in a key's list or, if `key` is the nil UUID, in the tenant's list.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Endpoint<'a> {
     pub tenant: Uuid,
@@ -27,7 +27,7 @@ pub(super) struct Endpoint<'a> {
     pub first_at: DateTime<Utc>,
 }
 
-/// The indexes of endpoints for which the lists must be updated.
+/// The indexes of endpoints that require an update of the lists.
 #[derive(Debug, Default)]
 pub(super) struct Found {
     /// Not in the list.
@@ -112,7 +112,7 @@ pub(super) async fn find(tx: &mut SystemTx, endpoints: &[Endpoint<'_>]) -> Resul
     Ok(found)
 }
 
-/// Adds up to `limit` endpoints to each list. Returns the indexes of those that did not fit.
+/// Adds up to `limit` endpoints to each list. Returns the indexes of the endpoints that did not fit.
 pub(super) async fn add(
     tx: &mut SystemTx,
     new: &[Endpoint<'_>],

@@ -1,8 +1,8 @@
-//! The position up to which each usage segment has been shipped, and the records that each replica has left to ship.
+//! How far each usage segment has been shipped, and the records that each replica has left to ship.
 //!
-//! A cursor moves in the transaction that inserts the shipped records, and only if it is still at the position from
-//! which the shipper read. So each record is inserted exactly once, even if several processes ship the same segment or
-//! the outcome of a COMMIT is unknown.
+//! A cursor moves in the transaction that inserts the shipped records, and only if it is still at the position that the
+//! shipper read from. So each record is inserted exactly once, even if several processes ship the same segment or the
+//! outcome of a COMMIT is unknown.
 
 use std::time::Duration;
 
@@ -76,7 +76,7 @@ pub async fn move_cursor(
     Ok(moved == 1)
 }
 
-/// The records in a directory that have not been shipped.
+/// The unshipped records in a directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Pending {
     pub records: i64,

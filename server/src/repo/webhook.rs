@@ -89,7 +89,7 @@ delete_by_id!(
     pub fn delete in webhooks -> WebhookRow
 );
 
-/// Replaces the secret. The old secret remains valid for `grace_seconds`. An even older one is deleted.
+/// Replaces the secret. The old secret remains valid for `grace_seconds`. An even older secret is deleted.
 pub async fn rotate_secret(
     tx: &mut TenantTx,
     id: Uuid,

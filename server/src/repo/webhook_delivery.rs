@@ -397,7 +397,7 @@ pub async fn finish(
     Ok(finished == 1)
 }
 
-/// Returns the number of seconds for which the oldest due delivery has been due, or 0 if none is due.
+/// Returns how many seconds ago the oldest due delivery became due, or 0 if none is due.
 pub async fn overdue_seconds(tx: &mut SystemTx) -> Result<i64, DbError> {
     #[derive(QueryableByName)]
     struct Backlog {

@@ -58,7 +58,7 @@ use crate::config::StripeSettings;
 /// The maximum duration of a request. A request that timed out may have taken effect.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The metadata key under which objects in Stripe store the ID of their tenant.
+/// The metadata key for the tenant's ID in Stripe objects.
 pub const TENANT: &str = "quota_tenant";
 
 /// The API version of requests, and of webhook endpoints that Quota creates.
@@ -217,12 +217,12 @@ impl Stripe {
         Ok(Self { client, raw })
     }
 
-    /// Returns the problems that an event of a type in [`METER_EVENTS`] reports.
+    /// Returns the problems reported by an event whose type is in [`METER_EVENTS`].
     pub async fn meter_errors(&self, event: &str) -> Result<Vec<MeterError>> {
         self.raw.meter_errors(event).await
     }
 
-    /// Returns the account's ID. Returns `None` if the secret key does not have permission to read it.
+    /// Returns the account's ID, or `None` if the secret key does not have permission to read it.
     pub async fn account(&self) -> Result<Option<String>> {
         self.raw.account().await
     }

@@ -69,7 +69,7 @@ impl RawClient {
         Ok(meter_errors(&event))
     }
 
-    /// Returns the account's ID. Returns `None` if the key does not have permission to read it.
+    /// Returns the account's ID, or `None` if the key does not have permission to read it.
     pub(super) async fn account(&self) -> Result<Option<String>> {
         match self.get("v1/account").await {
             Ok(account) => match account["id"].as_str() {

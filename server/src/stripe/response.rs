@@ -12,7 +12,7 @@ pub(super) struct List<T> {
     pub has_more: bool,
 }
 
-/// Any object of which only the ID is needed.
+/// An object of any type; only its ID is needed.
 #[derive(Debug, Deserialize)]
 pub struct Created {
     pub id: String,
@@ -90,7 +90,7 @@ pub struct CheckoutSession {
     pub id: String,
     /// `open`, `complete`, or `expired`.
     pub status: Option<String>,
-    /// The page on which the customer pays. `None` if the session is no longer open.
+    /// The page where the customer pays. `None` if the session is no longer open.
     pub url: Option<String>,
     pub expires_at: i64,
 }

@@ -31,7 +31,7 @@ const PAUSE_MAX: i64 = 12 * 3600;
 /// If an endpoint has been failing for at least this many seconds when a delivery is abandoned, the webhook is
 /// disabled.
 const FAILING_MAX: i64 = 3 * 24 * 3600;
-/// The maximum number of concurrent attempts per tenant on one replica. `PER_WEBHOOK` is the maximum per endpoint.
+/// The maximum number of concurrent attempts per tenant on one replica. `PER_WEBHOOK` is the maximum per webhook.
 const PER_TENANT: i64 = 8;
 const PER_WEBHOOK: i64 = 4;
 /// The maximum number of attempts per delivery.
@@ -66,7 +66,7 @@ fn pause(attempts: i32, retry_after: Option<u64>, random: f64) -> Option<i64> {
 
 impl Webhooks {
     /// Claims up to `limit` deliveries that are due. `running` contains the tenant and webhook of each attempt in
-    /// progress, which count toward the limits of both.
+    /// progress; these attempts count toward the limits of both.
     pub async fn claim(
         &self,
         limit: usize,
@@ -147,7 +147,7 @@ impl Webhooks {
         self.0.sender.send(url, scheme, &attempt).await
     }
 
-    /// Returns the number of seconds for which the oldest due delivery has been waiting.
+    /// Returns how many seconds the oldest due delivery has been waiting.
     pub async fn overdue_seconds(&self) -> Result<i64, DbError> {
         let mut tx = self.0.db.system().await?;
         let seconds = webhook_delivery::overdue_seconds(&mut tx).await?;

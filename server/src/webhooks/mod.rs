@@ -73,7 +73,7 @@ fn context(tenant: Uuid, webhook: Uuid) -> Vec<u8> {
 }
 
 impl Webhooks {
-    /// `private` contains the networks that are not public but to which webhooks may be sent.
+    /// `private` contains the non-public networks that webhooks may be sent to.
     ///
     /// # Errors
     ///

@@ -37,7 +37,7 @@ pub struct Sent {
     pub status: Option<u16>,
     /// `None` if the endpoint accepted the event.
     pub error: Option<String>,
-    /// The number of seconds after which the endpoint wants the event to be sent again.
+    /// The retry delay that the endpoint requested, in seconds.
     pub retry_after: Option<u64>,
 }
 

@@ -38,12 +38,12 @@ impl Lookup for SystemLookup {
     }
 }
 
-/// The host has an address to which webhooks may not be sent.
+/// The host has an address that webhooks may not be sent to.
 #[derive(Debug, thiserror::Error)]
 #[error("the host has an address to which webhooks may not be sent")]
 pub struct ForbiddenAddress;
 
-/// The addresses to which webhooks may be sent.
+/// The addresses that webhooks may be sent to.
 #[derive(Debug, Clone)]
 pub struct Targets {
     private: Arc<[IpNet]>,

@@ -57,8 +57,8 @@ thread_local! {
     static PAGE_OWNER: RefCell<Option<PageOwner>> = const { RefCell::new(None) };
 }
 
-/// Returns the page's account if another session, possibly of the same account, has replaced the one that this page was
-/// loaded with. Returns `None` if the browser has no session at all: then the server responds with 401.
+/// Returns the page's account if another session, even of the same account, has replaced the session with which the
+/// page was loaded. Returns `None` if the browser has no session at all, because the server then responds with 401.
 fn account_before_replacement() -> Option<(UserId, TenantId)> {
     let now = csrf_token()?;
     PAGE_OWNER.with_borrow(|owner| {

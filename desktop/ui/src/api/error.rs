@@ -7,7 +7,7 @@ pub enum CallError {
     Unreachable,
     /// The response could not be parsed.
     Unreadable,
-    /// A code or data file of the console could not be loaded.
+    /// One of the console's code or data files could not be loaded.
     NoCode,
     /// The user has signed in to another account in another window, so the call was not sent.
     AccountChanged,
@@ -43,8 +43,8 @@ impl CallError {
         .to_owned()
     }
 
-    /// Returns the ID under which the server logged the request. Returns `None` for errors that users can resolve on
-    /// their own, such as invalid fields or a wrong password.
+    /// Returns the request's ID in the server's log. Returns `None` for errors that users can resolve on their own,
+    /// such as invalid fields or a wrong password.
     pub fn request_id(&self) -> Option<&str> {
         match self {
             Self::Problem(problem)

@@ -40,7 +40,7 @@ pub use error::{CallError, CallResult, TestResponse};
 pub use transport::{add_server, forget_server, host_status, ready, use_server};
 pub use transport::{copy, is_secure, open_billing, origin, quit, save_file, try_key};
 
-/// A call in progress. Boxed, so that pages do not each contain the state machine of the whole call.
+/// A call in progress. Boxed, so that each page does not contain its own copy of the call's state machine.
 pub type PendingCall<T> = Pin<Box<dyn Future<Output = CallResult<T>>>>;
 
 type Listener = Box<dyn Fn(&CallError)>;

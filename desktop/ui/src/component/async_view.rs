@@ -109,7 +109,7 @@ impl<T: Clone + Send + Sync + 'static> Loader<T> {
         self.core.refresh();
     }
 
-    /// Reloads a few times, because it can take a few seconds until the server has recorded the requests just sent.
+    /// Reloads a few times, because the server can take a few seconds to record the requests just sent.
     pub fn reload_after_requests(self) {
         self.core.reload_after_requests();
     }

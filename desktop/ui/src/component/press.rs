@@ -15,7 +15,7 @@ thread_local! {
     static WAITING: RefCell<Vec<Box<dyn FnOnce()>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Call once, before any call of [`after_press`].
+/// Call once, before any call to [`after_press`].
 pub fn watch_presses() {
     window_event_listener(ev::mousedown, |_| PRESSED.set(true));
     window_event_listener(ev::mouseup, |_| release());
@@ -36,7 +36,7 @@ fn release() {
     );
 }
 
-/// Runs `then` immediately. If a mouse button is pressed, waits for its release and the click that follows.
+/// Runs `then` immediately or, if a mouse button is pressed, after its release and the click that follows.
 pub fn after_press(then: impl FnOnce() + 'static) {
     if PRESSED.get() {
         WAITING.with_borrow_mut(|waiting| waiting.push(Box::new(then)));

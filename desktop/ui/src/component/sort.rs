@@ -19,7 +19,7 @@ fn current() -> String {
         .unwrap_or_default()
 }
 
-/// The orders that all sortable lists share. The first one is the server's default.
+/// The sort orders shared by all sortable lists. The first is the server's default.
 const COMMON_ORDERS: &[(&str, &str)] = &[
     ("", "Newest first"),
     ("created_at", "Oldest first"),
@@ -29,7 +29,7 @@ const COMMON_ORDERS: &[(&str, &str)] = &[
 
 #[component]
 pub fn SortSelect(
-    /// Orders that only this list has.
+    /// Sort orders specific to this list.
     #[prop(optional)]
     more: &'static [(&'static str, &'static str)],
 ) -> impl IntoView {

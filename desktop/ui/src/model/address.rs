@@ -46,7 +46,7 @@ impl ConsolePage {
     }
 }
 
-/// A decoded query string. `Display` encodes it, including the leading `?`.
+/// A decoded query string. `Display` writes the encoded string with a leading `?`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Query(Vec<(String, String)>);
 

@@ -21,7 +21,7 @@ fn owner(alert: &QuotaAlert) -> &str {
     }
 }
 
-/// The quota without its owner, such as `Monthly quota`.
+/// The quota's name without its owner, such as `Monthly quota`.
 fn quota_name(alert: &QuotaAlert) -> &'static str {
     match alert.key_id {
         Some(_) => burn_down::name(alert.policy),
@@ -100,7 +100,7 @@ fn alert_row(alert: &QuotaAlert, is_new: bool, now: i64) -> Markup {
 
 /// Sums up new alerts in one message.
 pub fn announcement(new: &[QuotaAlert]) -> Option<String> {
-    // A burst of requests can cross several thresholds of the same quota. Only the highest one matters.
+    // A burst of requests can cross several thresholds of the same quota. Only the highest threshold matters.
     let highest = new.iter().max_by_key(|it| it.threshold)?;
     let is_one_quota = new
         .iter()

@@ -20,7 +20,7 @@ pub fn rejection_rate(requests: Pair) -> String {
     )
 }
 
-/// Returns the text for when nothing needs attention. It says what was checked.
+/// Returns the text to show if nothing needs attention. The text says what was checked.
 pub fn all_clear(requests: Pair) -> String {
     let rejected = match requests.rejected {
         0 => "no requests were rejected".to_owned(),

@@ -198,8 +198,8 @@ fn value_text(name: &str, value: &Value, plan_name: &dyn Fn(&str) -> Option<Stri
     }
 }
 
-/// Returns a value as JSON on one line. Does not use serde_json, whose tables for exact fractions would add to the
-/// download.
+/// Returns a value as JSON on one line. Does not use serde_json, whose tables for exact fractions would make the
+/// download larger.
 pub fn compact(value: &Value) -> String {
     match value {
         Value::Null => "null".to_owned(),
@@ -238,7 +238,7 @@ fn fraction(number: f64) -> String {
     format!("{sign}{whole}.{rest:03}")
 }
 
-/// Returns a table with one row per event. Below each row is a hidden one with the details.
+/// Returns a table with one row per event. Below each row is a hidden row with the details.
 pub fn event_table(
     events: &[AuditEvent],
     plan_name: &dyn Fn(&str) -> Option<String>,

@@ -112,7 +112,7 @@ pub struct Visible {
     pub selected: Option<usize>,
 }
 
-/// Returns the plot, and the labels of the gridlines for the column to its left.
+/// Returns the plot, and the gridline labels for the column to its left.
 pub fn bar_chart(bars: &[Bar], visible: Visible) -> (Markup, Markup) {
     let shown = |bar: &Bar| {
         let allowed = if visible.allowed { bar.allowed } else { 0 };

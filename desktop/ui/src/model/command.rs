@@ -64,8 +64,8 @@ pub const COMMANDS: &[Command] = &[
     command("Sign out", "", Action::SignOut),
 ];
 
-/// Returns the commands whose names contain all typed words. Ignores only the case of ASCII letters: Unicode case
-/// tables would add to the download.
+/// Returns the commands whose names contain all typed words. Ignores case only for ASCII letters: Unicode case tables
+/// would make the download larger.
 pub fn matching(typed: &str) -> impl Iterator<Item = &'static Command> + use<'_> {
     COMMANDS
         .iter()

@@ -1,5 +1,5 @@
-//! Amounts of money. Uses decimal arithmetic on strings: floating-point numbers would be inexact and would add to the
-//! download.
+//! Amounts of money. Uses decimal arithmetic on strings: floating-point numbers would be inexact and would make the
+//! download larger.
 
 use quota_common::number::group_thousands;
 

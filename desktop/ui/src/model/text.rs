@@ -98,7 +98,7 @@ pub fn curl(origin: &str, key: &str) -> String {
     format!("curl -i {origin}/v1/echo -H \"X-API-Key: {key}\"")
 }
 
-/// A gateway for which the console shows a configuration.
+/// A gateway whose configuration the console shows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Gateway {
     Caddy,

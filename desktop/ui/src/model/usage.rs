@@ -21,7 +21,7 @@ pub enum Range {
     Day,
     Week,
     Month,
-    /// The days between two given dates, both included.
+    /// The days between two given dates, inclusive.
     Custom,
 }
 
@@ -100,7 +100,7 @@ impl UsageRequest {
     }
 }
 
-/// Allowed and rejected, in requests or cost.
+/// The allowed and rejected amounts, in requests or cost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pair {
     pub allowed: u64,
@@ -228,7 +228,7 @@ pub fn group_name(group: &UsageGroup) -> String {
     }
 }
 
-/// The columns by which users can sort a table of groups.
+/// The sortable columns of a table of groups.
 const COLUMNS: [(&str, &str); 4] = [
     ("allowed", "Allowed"),
     ("rejected", "Rejected"),

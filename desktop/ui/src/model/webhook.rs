@@ -15,7 +15,7 @@ use super::{
     text::{date_time, number, relative},
 };
 
-/// The type of events that are sent when usage reaches a threshold of a quota.
+/// The type of events that are sent when usage reaches one of a quota's thresholds.
 const THRESHOLD_REACHED: &str = "quota.threshold_reached";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -249,7 +249,7 @@ fn response(it: &WebhookDelivery) -> String {
         .map_or_else(|| "–".to_owned(), |status| status.to_string())
 }
 
-/// During an attempt, the server returns the time at which the attempt would be repeated after a crash.
+/// During an attempt, the server returns the time when it would repeat the attempt after a crash.
 fn next_attempt(it: &WebhookDelivery, now: i64) -> Markup {
     match it.next_attempt_at {
         Some(_) if it.attempts > 0 && it.error.is_none() => Markup::text("Sending…"),

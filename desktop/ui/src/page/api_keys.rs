@@ -21,7 +21,7 @@ use crate::{
     session::session,
 };
 
-/// The sort orders that only this list has.
+/// Sort orders specific to this list.
 const ORDERS: &[(&str, &str)] = &[
     ("-last_used_at", "Recently used"),
     ("last_used_at", "Least recently used"),

@@ -35,8 +35,8 @@ pub fn LiveTail(
     }
 }
 
-/// Loads decisions, newest first, until it finds a known one. Returns the new decisions, and whether decisions between
-/// the new and the known ones are missing.
+/// Loads decisions, newest first, until it finds a known one. Returns the new decisions, and whether any are missing
+/// between these and the known decisions.
 async fn fetch_new(filter: DecisionFilter, live: &Live) -> CallResult<(Vec<Decision>, bool)> {
     let mut new = Vec::new();
     let mut cursor = None;

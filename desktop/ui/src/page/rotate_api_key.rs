@@ -60,7 +60,7 @@ fn RotateForm(
     let submit = move || {
         let body = RotateApiKey {
             grace_seconds: grace.get_untracked().parse::<u32>().ok().map(Into::into),
-            // Only confirm revoking the previous secret if the warning below is visible.
+            // Confirm that the previous secret may be revoked only if the user can see the warning below.
             replace_previous: untrack(previous_expiry).map(|_| true),
         };
         spawn_local(async move {

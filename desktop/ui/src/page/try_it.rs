@@ -102,7 +102,7 @@ fn reason(
     }
 }
 
-/// Warns that the user entered a different key than the one on the page.
+/// Warns that the user entered a key other than the page's key.
 pub fn other_key(key: &ApiKey) -> String {
     format!(
         "This is a different key. The key on this page starts with {}.",
@@ -113,7 +113,7 @@ pub fn other_key(key: &ApiKey) -> String {
 #[component]
 pub fn TryIt(
     secret: Signal<String>,
-    /// The key to which `secret` should belong.
+    /// The key that `secret` should belong to.
     #[prop(optional, into)]
     key: MaybeProp<ApiKey>,
     /// Called after requests were sent.

@@ -341,7 +341,7 @@ fn Tabs() -> impl IntoView {
     }
 }
 
-/// Shown if no requests match the filters or there were none at all.
+/// Shown if there are no requests or none that match the filters.
 #[component]
 fn NoRequests(keys: Signal<Vec<ApiKey>>) -> impl IntoView {
     let query = route().query;

@@ -20,7 +20,7 @@ use crate::{
 const HOUR_MS: i64 = 3_600_000;
 const DAY_MS: i64 = 24 * HOUR_MS;
 
-/// Usage, and the usage of the previous period for comparison.
+/// Usage in a period, and in the previous period for comparison.
 #[derive(Clone, PartialEq)]
 pub struct UsageData {
     pub usage: Usage,

@@ -31,7 +31,7 @@ use crate::{
 pub fn Webhooks() -> impl IntoView {
     let session = session();
     let path = route().path.get_untracked();
-    // A change of the user's name must not render the page again. The role does not change while the page is open.
+    // A change to the user's name must not render the page again. The role does not change while the page is open.
     let role = untrack(move || session.me.with(|me| me.as_ref().map(|me| me.tenant.role)));
     match (role, ConsolePage::of(&path)) {
         (Some(role), _) if !role.may_read() => view! {

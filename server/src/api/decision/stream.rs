@@ -1,7 +1,7 @@
 //! Streams decisions as server-sent events.
 //!
-//! A stream reads the log by position, the order in which rows become visible. It contains the decisions that all
-//! replicas have shipped, and any replica can resume it. It holds only one batch at a time, and reads the next one
+//! A stream reads the log by position, which is the order in which rows become visible. It contains the decisions that
+//! all replicas have shipped, and any replica can resume it. It holds only one batch at a time, and reads the next one
 //! after the client has read the current one. A client that falls too far behind receives the number of decisions it
 //! has missed. If a stream must end but its client does not read it to the end, the connection is closed.
 //!
@@ -164,8 +164,8 @@ impl Tail {
     }
 }
 
-/// Closes the connection of a stream that must end but is not being read. Dropping the guard stops it and frees the
-/// stream's place.
+/// Closes the connection of a stream that must end but is not being read. Dropping the guard stops this task and frees
+/// the stream's place.
 struct Guard(JoinHandle<()>);
 
 impl Guard {
@@ -214,7 +214,7 @@ fn events(tail: Tail, guard: Guard) -> impl Stream<Item = std::io::Result<Bytes>
         keep_alive,
         is_over: false,
     };
-    // Tells the client that it is connected, and after what delay it should reconnect.
+    // Tells the client that it is connected, and how long to wait before reconnecting.
     let hello = stream::iter([Ok(Bytes::from_static(b"retry: 1000\n: connected\n\n"))]);
     let rest = stream::unfold(running, |mut it| async move {
         if it.is_over {

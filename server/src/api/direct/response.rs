@@ -15,7 +15,7 @@ const DATE: usize = 29;
 const USUAL: usize = 1024;
 
 thread_local! {
-    /// The second that was last formatted, and its text.
+    /// The most recently formatted second, and its text.
     static LAST_DATE: Cell<(u64, [u8; DATE])> = const { Cell::new((u64::MAX, [b' '; DATE])) };
 }
 

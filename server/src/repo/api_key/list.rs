@@ -82,7 +82,7 @@ pub enum Matches {
     Many,
 }
 
-/// Finds the keys that match a filter with a search.
+/// Finds the keys that match a filter, which must have a search.
 ///
 /// `LIKE` cannot use an index under row-level security: the operator could leak data, so PostgreSQL must check the
 /// policy of each row before it evaluates `LIKE`. Therefore, this function bypasses row-level security but returns only
