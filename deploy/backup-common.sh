@@ -1,5 +1,5 @@
-# Functions of backup.sh and restore.sh: how to reach PostgreSQL and the data directory, either those of compose.prod.yml or
-# those in DATABASE_URL and QUOTA_DATA_DIR.
+# Functions that backup.sh and restore.sh share. They use the PostgreSQL server and the data directory of
+# compose.prod.yml, or those in DATABASE_URL and QUOTA_DATA_DIR.
 
 fail() {
   echo "${0##*/}: $*" >&2
@@ -13,7 +13,7 @@ connect() {
   if [ -z "$database" ]; then
     connect_compose
   elif [[ $database =~ ^(postgres(ql)?://[^:/@]+):([^@]*)@(.*)$ ]]; then
-    # Everyone on this machine can see the arguments of a command, so the password is not among them.
+    # Everyone on this machine can see the arguments of a command, so the password is passed in the environment.
     database="${BASH_REMATCH[1]}@${BASH_REMATCH[4]}"
     PGPASSWORD=$(printf '%b' "${BASH_REMATCH[3]//%/\\x}")
     export PGPASSWORD
@@ -90,7 +90,7 @@ archive_usage() {
     [ -n "$replica" ] || fail "no replica is running, so its volume cannot be read; start one"
     docker cp "$replica:/var/lib/quota/usage" -
   elif [ -d "${QUOTA_DATA_DIR:-}/usage" ]; then
-    # Servers delete files in the meantime: those whose records are in the database.
+    # While tar runs, servers may delete files whose usage records are in the database.
     tar --create --sparse --ignore-failed-read --warning=no-file-changed --warning=no-file-removed \
       --directory "$QUOTA_DATA_DIR" usage || [ $? = 1 ]
   else
@@ -111,7 +111,7 @@ as_owner() {
   fi
 }
 
-# Reads such an archive. Adds its segments to those that exist, which are kept: their servers have written to them since.
+# Unpacks an archive that archive_usage wrote. Adds its segments to those that exist, which are kept: their servers have written to them since.
 # A segment is named after its ID, and the database contains the position up to which it was written, so no record is
 # counted twice. Can be repeated after an interruption.
 restore_usage() {

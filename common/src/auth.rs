@@ -78,7 +78,7 @@ request! {
     pub struct Register {
         #[garde(dive)]
         pub email: Email,
-        /// 12 to 256 bytes. Any characters are allowed. A password that is too easy to guess is rejected.
+        /// 12 to 256 bytes. All characters are allowed. A password that is too easy to guess is rejected.
         #[garde(dive)]
         pub password: NewPassword,
         /// 1 to 200 characters. Default: the part of the email before the `@`.
@@ -177,7 +177,7 @@ request! {
     pub struct ChangePassword {
         #[garde(dive)]
         pub current_password: Credential,
-        /// 12 to 256 bytes. Any characters are allowed. A password that is too easy to guess is rejected.
+        /// 12 to 256 bytes. All characters are allowed. A password that is too easy to guess is rejected.
         #[garde(dive)]
         pub new_password: NewPassword,
     }

@@ -7,6 +7,8 @@
     reason = "the signature that garde's custom rules have"
 )]
 
+use crate::number::grouped;
+
 /// In characters. Applies to the names of plans, keys, service tokens, users, and tenants.
 pub const NAME_MAX: usize = 200;
 /// In requests per minute.
@@ -133,19 +135,6 @@ pub(crate) fn characters(max: usize) -> impl Fn(&str, &()) -> garde::Result {
     }
 }
 
-/// Formats a number with thousands separators.
-pub fn grouped(number: u64) -> String {
-    let digits = number.to_string();
-    let mut grouped = String::with_capacity(digits.len() + digits.len() / 3);
-    for (place, digit) in digits.chars().enumerate() {
-        if place > 0 && (digits.len() - place).is_multiple_of(3) {
-            grouped.push(',');
-        }
-        grouped.push(digit);
-    }
-    grouped
-}
-
 /// Requires 1 to 254 characters, none of them NUL, which PostgreSQL text cannot contain.
 pub(crate) fn login_email(value: &str, context: &()) -> garde::Result {
     characters(EMAIL_MAX)(value, context)?;
@@ -217,22 +206,4 @@ pub(crate) fn metadata(entries: &[(String, String)], _: &()) -> garde::Result {
         }
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::grouped;
-
-    #[test]
-    fn numbers_are_grouped_by_three() {
-        for (number, text) in [
-            (0, "0"),
-            (999, "999"),
-            (1_000, "1,000"),
-            (60_000_000, "60,000,000"),
-            (999_999_999_999_999, "999,999,999,999,999"),
-        ] {
-            assert_eq!(grouped(number), text);
-        }
-    }
 }

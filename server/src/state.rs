@@ -32,8 +32,12 @@ use crate::{
     db::{Db, DbError, Lane},
     invalidations::{Publisher, Recent},
     keys::{
-        KeyStore, last_used::LastUsed, ledger::PostgresLedger, lookups::Lookups,
-        shared::SharedKeys, tenant_ledger::TenantLedger,
+        KeyStore,
+        last_used::LastUsed,
+        ledger::PostgresLedger,
+        lookups::Lookups,
+        shared::{SharedKeys, SharedKeysContext},
+        tenant_ledger::TenantLedger,
     },
     limiter::{
         self, DistributedSettings, DistributedStore, KeyTableSettings, LedgerConnections,
@@ -202,14 +206,14 @@ impl AppState {
             ));
         }
         let shared = redis.clone().map(|redis| {
-            SharedKeys::new(
+            SharedKeys::new(SharedKeysContext {
                 redis,
-                records,
-                clock.clone(),
-                recent.clone(),
-                freshness.clone(),
-                metrics.clone(),
-            )
+                seal: records,
+                clock: clock.clone(),
+                recent: recent.clone(),
+                freshness: freshness.clone(),
+                metrics: metrics.clone(),
+            })
         });
         let lookups = Lookups::new(&db, &config, &freshness, &metrics);
         let keys = KeyStore::new(

@@ -7,7 +7,7 @@
 use std::fmt::Write as _;
 
 use chrono::{DateTime, Utc};
-use quota_common::TenantId;
+use quota_common::{TenantId, number::group_thousands};
 use uuid::Uuid;
 
 use super::Alerts;
@@ -184,19 +184,6 @@ fn time(at: DateTime<Utc>) -> String {
     at.format("%-d %b %Y, %H:%M UTC").to_string()
 }
 
-/// Formats a number with thousands separators.
-fn grouped(number: i64) -> String {
-    let digits = number.to_string();
-    let mut grouped = String::with_capacity(digits.len() + digits.len() / 3);
-    for (place, digit) in digits.chars().enumerate() {
-        if place > 0 && (digits.len() - place).is_multiple_of(3) {
-            grouped.push(',');
-        }
-        grouped.push(digit);
-    }
-    grouped
-}
-
 fn owner(alert: &AlertRow) -> String {
     match &alert.key_name {
         Some(name) => format!("API key \"{}\"", unlinked(name)),
@@ -223,8 +210,8 @@ fn line(alert: &AlertRow) -> String {
         "{} {state} {} ({} of {} requests). The quota resets on {}.",
         owner(alert),
         quota(alert),
-        grouped(alert.used),
-        grouped(alert.quota),
+        group_thousands(&alert.used.to_string()),
+        group_thousands(&alert.quota.to_string()),
         time(alert.window_end)
     )
 }

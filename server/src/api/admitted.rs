@@ -161,7 +161,7 @@ pub async fn decide(
         match rejection {
             Rejection::PaymentRequired => &state.metrics.payment_required,
             Rejection::Unknown | Rejection::Inactive | Rejection::Expired => {
-                &state.metrics.refused_keys
+                &state.metrics.keys_rejected
             }
         }
         .inc();

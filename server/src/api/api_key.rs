@@ -136,8 +136,8 @@ impl ApiKeyApi {
 impl ApiKeyApi {
     /// List API keys
     ///
-    /// Returns keys in the order given by `sort`, by default newest first. The key itself is never returned. A cursor
-    /// is valid only with the `sort` it was issued for. When sorting by last use, a key that is used while you page
+    /// Returns keys in the order given by `sort`, by default newest first, without the keys themselves. A cursor is
+    /// valid only with the `sort` for which it was issued. When sorting by last use, a key that is used while you page
     /// through the list may be skipped or repeated.
     #[oai(path = "/api-keys", method = "get", operation_id = "list_api_keys")]
     #[expect(
@@ -202,8 +202,8 @@ impl ApiKeyApi {
     async fn create(
         &self,
         caller: ManagingTenant,
-        /// Makes the request safe to retry: repeating it with the same key and body within 24 hours returns the first
-        /// response again, without the API key.
+        /// Makes the request safe to retry: repeating it with the same `Idempotency-Key` and body within 24 hours
+        /// returns the first response again, without the API key.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<CreateApiKey>,
@@ -244,7 +244,7 @@ impl ApiKeyApi {
 
     /// Get an API key
     ///
-    /// The key itself is never returned.
+    /// Returns the key's settings, without the key itself.
     #[oai(
         path = "/api-keys/:key_id",
         method = "get",
@@ -346,8 +346,8 @@ impl ApiKeyApi {
         &self,
         caller: ManagingTenant,
         key_id: Path<ApiKeyId>,
-        /// Makes the request safe to retry: repeating it with the same key and body within 24 hours returns the first
-        /// response again, without the API key.
+        /// Makes the request safe to retry: repeating it with the same `Idempotency-Key` and body within 24 hours
+        /// returns the first response again, without the API key.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<RotateApiKey>,

@@ -6,7 +6,8 @@
 
 use quota_common::{
     api_key::ApiKey,
-    bounds::{FILL_MINUTES_MAX, grouped},
+    bounds::FILL_MINUTES_MAX,
+    number::grouped,
     plan::Plan,
 };
 

@@ -40,7 +40,7 @@ pub fn hold(
         && let Some(tenant) = context.tenant()
     {
         let place = places.take(tenant).ok_or_else(|| {
-            context.state.metrics.guard_refusals.inc();
+            context.state.metrics.guard_rejections.inc();
             ApiError::too_many_reads()
         })?;
         let held = HeldUntilSent::from(place);

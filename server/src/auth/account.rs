@@ -140,20 +140,26 @@ impl Accounts {
         audit::insert_system(&mut tx, &event).await?;
         tx.commit().await?;
         tracing::info!(action = "user.register", tenant = %tenant_id, user = %user_id, "user registered");
-        let device = self.remember(&email, &hash, device)?;
-        Ok(SignedIn {
-            tokens,
-            device,
-            user,
-            tenant,
-            role: "owner".into(),
-        })
+        let role = "owner".into();
+        let member = MemberRow { user, tenant, role };
+        self.signed_in(tokens, member, (&email, &hash), device)
     }
 
-    /// Returns the device token to store on the device that has signed in.
-    fn remember(&self, email: &str, hash: &str, device: Option<&str>) -> Result<String, AuthError> {
-        self.devices
-            .remember((email, hash), device, self.clock.now())
+    /// Adds the device token to store on the device that signed in.
+    fn signed_in(
+        &self,
+        tokens: Tokens,
+        member: MemberRow,
+        account: (&str, &str),
+        device: Option<&str>,
+    ) -> Result<SignedIn, AuthError> {
+        Ok(SignedIn {
+            tokens,
+            device: self.devices.remember(account, device, self.clock.now())?,
+            user: member.user,
+            tenant: member.tenant,
+            role: member.role,
+        })
     }
 
     /// Creates a user with their own tenant on behalf of the operator, even if registration is closed.
@@ -278,25 +284,17 @@ impl Accounts {
             return Err(AuthError::WrongCredentials);
         }
         let member = account::member(&mut tx, user.id, tenant).await?;
-        let MemberRow { user, tenant, role } = member.ok_or(AuthError::WrongCredentials)?;
-        let tokens = self
-            .sessions
-            .begin(&mut tx, (UserId(user.id), TenantId(tenant.id)), origin)
-            .await?;
+        let member = member.ok_or(AuthError::WrongCredentials)?;
+        let (user, tenant) = (UserId(member.user.id), TenantId(member.tenant.id));
+        let begun = self.sessions.begin(&mut tx, (user, tenant), origin);
+        let tokens = begun.await?;
         let (action, target) = (AuditAction::SessionBegin, AuditTarget::Session);
-        let event = NewAuditEvent::new(tenant.id, action, target, &tokens.session)
-            .by(user.id, origin.network());
+        let event = NewAuditEvent::new(tenant.0, action, target, &tokens.session)
+            .by(user.0, origin.network());
         audit::insert_system(&mut tx, &event).await?;
         tx.commit().await?;
         attempt.succeeded().await;
-        let device = self.remember(&email, &hash, device)?;
-        Ok(SignedIn {
-            tokens,
-            device,
-            user,
-            tenant,
-            role,
-        })
+        self.signed_in(tokens, member, (&email, &hash), device)
     }
 
     /// Counts a sign-in attempt. If a known device has no attempts left, it is treated like an unknown device.

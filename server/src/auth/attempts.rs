@@ -274,7 +274,7 @@ impl Attempts {
             is_suspect: crowd >= CROWD,
         };
         if wait > Duration::ZERO {
-            self.metrics.guard_refusals.inc();
+            self.metrics.guard_rejections.inc();
             return Err(Wait(wait));
         }
         Ok(attempt)

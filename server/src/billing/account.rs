@@ -109,7 +109,7 @@ impl Billing {
             }
             if !knows.load(Ordering::Relaxed) && !self.knows_any(&customers).await? {
                 return Err(BillingError::OtherAccount(format!(
-                    "STRIPE_SECRET_KEY is a key of {}, which has none of the customers of this server",
+                    "STRIPE_SECRET_KEY belongs to {}, which does not have this server's customers",
                     named(&own)
                 )));
             }
@@ -177,7 +177,7 @@ impl Billing {
 
 fn other_account(own: &StripeAccount, stored: &StripeAccount) -> BillingError {
     BillingError::OtherAccount(format!(
-        "STRIPE_SECRET_KEY is a key of {}, but the customers of this server belong to {}",
+        "STRIPE_SECRET_KEY belongs to {}, but this server's customers belong to {}",
         named(own),
         named(stored)
     ))

@@ -65,8 +65,8 @@ pub enum BillingError {
     /// The secret key belongs to a different account or mode than the customers.
     #[error("{0}")]
     OtherAccount(String),
-    /// Stripe does not know the customer but has not deleted it either. The tenant keeps its access.
-    #[error("Stripe does not know the customer {0}, so its access does not change")]
+    /// Stripe has no record of the customer, not even as deleted. The tenant's access is kept.
+    #[error("Stripe has no record of the customer {0}, so the tenant's access does not change")]
     UnknownCustomer(String),
     #[error("Stripe returned a Checkout Session without a URL")]
     NoPage,

@@ -31,12 +31,12 @@ pub enum BillingCommand {
         /// The currency
         #[arg(long, default_value = "usd", value_parser = currency)]
         currency: stripe_types::Currency,
-        /// The name of the product, as seen by customers
+        /// The name of the product, as shown to customers
         #[arg(long, value_name = "NAME", default_value = "Quota")]
         product: String,
-        /// Also start billing through the account and mode of the secret key, for example to move from test mode to
-        /// live mode. Quota forgets the customers and subscriptions of the previous account: tenants lose access to
-        /// plans marked `paid`, and usage that has not been reported is not charged
+        /// Also switch billing to the secret key's account and mode, for example to move from test mode to live mode.
+        /// This forgets the previous account's customers and subscriptions: tenants lose access to plans marked `paid`,
+        /// and usage that has not been reported is not charged
         #[arg(long)]
         switch_account: bool,
     },

@@ -80,7 +80,7 @@ impl Worker {
                 if unreadable > 0 {
                     tracing::error!(
                         webhooks = unreadable,
-                        "signing secrets of webhooks were encrypted with a QUOTA_SECRET that is not configured; set it as QUOTA_SECRET_PREVIOUS and restart"
+                        "webhook signing secrets were encrypted with a QUOTA_SECRET that is not configured; set it as QUOTA_SECRET_PREVIOUS and restart"
                     );
                 }
             }

@@ -298,7 +298,7 @@ impl<V: Send + 'static> Batches<V> {
     }
 
     fn refused(&self) -> Unconfirmed {
-        self.0.settings.metrics.lookups_refused.inc();
+        self.0.settings.metrics.lookups_rejected.inc();
         Unconfirmed::TooMany
     }
 

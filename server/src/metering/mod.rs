@@ -187,7 +187,7 @@ impl Metering {
                     reserved.map(Space::Reserved)
                 };
                 reserved.inspect_err(|_| {
-                    self.0.context.metrics.usage_refused_decisions.inc();
+                    self.0.context.metrics.usage_decisions_rejected.inc();
                 })?
             }
         };

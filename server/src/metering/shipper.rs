@@ -43,7 +43,7 @@ impl Adopted {
             return Ok(None);
         };
         directory.delete_unfinished()?;
-        directory.move_refused()?;
+        directory.move_rejected()?;
         let (sources, unreadable) = sources(path, Writer::Ended)?;
         Ok(Some(Self {
             directory,
@@ -156,7 +156,7 @@ impl Shipper {
             let is_removed = match source.state {
                 SourceState::Open => Ok(false),
                 SourceState::Complete => recorder.remove(segment, directory::delete),
-                SourceState::Refused => recorder.remove(segment, directory::set_aside),
+                SourceState::Rejected => recorder.remove(segment, directory::set_aside),
             };
             match is_removed {
                 Ok(is_removed) => !is_removed,
@@ -386,7 +386,7 @@ async fn ship_segment(
     match source.state {
         SourceState::Open => {}
         SourceState::Complete => directory::delete(path)?,
-        SourceState::Refused => directory::set_aside(path)?,
+        SourceState::Rejected => directory::set_aside(path)?,
     }
     Ok(())
 }

@@ -68,7 +68,7 @@ pub(super) enum SourceState {
     /// Everything was shipped.
     Complete,
     /// The segment is older than the log and has no cursor.
-    Refused,
+    Rejected,
 }
 
 impl Source {
@@ -266,8 +266,8 @@ pub(super) async fn ship(
             match context.open_cursor(&source.head).await? {
                 Some(cursor) => (source.cursor, source.position) = (cursor, Some(cursor)),
                 None => {
-                    source.state = SourceState::Refused;
-                    context.metrics.usage_segments_refused.inc();
+                    source.state = SourceState::Rejected;
+                    context.metrics.usage_segments_rejected.inc();
                     tracing::error!(
                         segment = %source.head.id,
                         started_at = %DateTime::from(source.head.started_at),

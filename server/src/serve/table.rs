@@ -72,7 +72,7 @@ pub(super) struct Table {
     metrics: Arc<ConnectionMetrics>,
     memory: Arc<Memory>,
     open: Mutex<Open>,
-    /// The number of connections that are closing but whose socket is still open.
+    /// The number of connections that are closing but still have an open socket.
     closing: AtomicUsize,
     emptied: Notify,
 }
@@ -211,15 +211,15 @@ impl Table {
         let mut open = self.open.lock();
         for (width, network) in counted_at.into_iter().flat_map(networks) {
             if !self.make_room_in(&mut open, width, network) {
-                let refusal = match width {
+                let limit = match width {
                     Width::Address => ConnectionLimit::Address,
                     Width::Network | Width::Site => ConnectionLimit::Network,
                 };
-                return Err(self.refused(refusal));
+                return Err(self.rejected(limit));
             }
         }
         if open.all.len() >= self.limits.connections && !self.make_room(&mut open, counted_at) {
-            return Err(self.refused(ConnectionLimit::Full));
+            return Err(self.rejected(ConnectionLimit::Full));
         }
         let memory = counted_at.map(|_| self.memory.clone());
         let connection = Arc::new(Connection::accepted_now(memory));
@@ -250,9 +250,9 @@ impl Table {
         })
     }
 
-    fn refused(&self, refusal: ConnectionLimit) -> ConnectionLimit {
-        self.metrics.refused(refusal).inc();
-        refusal
+    fn rejected(&self, limit: ConnectionLimit) -> ConnectionLimit {
+        self.metrics.rejected(limit).inc();
+        limit
     }
 
     /// Closes a connection, if possible, because the process has no free file descriptors.

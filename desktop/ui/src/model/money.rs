@@ -1,7 +1,7 @@
 //! Amounts of money. Uses decimal arithmetic on strings: floating-point numbers would be inexact and would make the
 //! download larger.
 
-use super::text::group_thousands;
+use quota_common::number::group_thousands;
 
 /// Currencies whose smallest unit in Stripe is not a hundredth.
 const WHOLE: &str = "bif clp djf gnf jpy kmf krw mga pyg rwf vnd vuv xaf xof xpf";

@@ -15,7 +15,7 @@ use crate::{
     api::{self, CallResult, PendingCall},
     clock::now,
     component::{
-        Async, DialogForm, EmptyState, FormState, Loader, Modal, PageHeader, Pager, Shape,
+        Async, Card, DialogForm, EmptyState, FormState, Loader, Modal, PageHeader, Pager, Shape,
         StaleNote, Toasts, load, load_page, refresh_regularly,
     },
     model::{
@@ -117,10 +117,9 @@ fn Notifications() -> impl IntoView {
         }
     };
     view! {
-        <section class="card" aria-labelledby="notifications">
-            <h2 id="notifications">"Notifications"</h2>
+        <Card id="notifications" title="Notifications">
             <Async loader what="the settings" inside=true show/>
-        </section>
+        </Card>
         <Modal open=editing panel=true title="Email notifications">
             {untrack(move || loader.with(|it| it.settings.clone()))
                 .map(|settings| view! { <EmailForm settings open=editing loader/> })}

@@ -19,8 +19,8 @@ use crate::{
     api,
     clock::now,
     component::{
-        Async, Confirm, Confirmation, CopyButton, Field, FormState, Loader, NewSecret, PageHeader,
-        Toasts, busy_attr, load,
+        Async, Card, Confirm, Confirmation, CopyButton, Field, FormState, Loader, NewSecret,
+        PageHeader, Toasts, busy_attr, load,
     },
     model::{key::key_details, text},
     reactive::{effect, flag_memo, text_memo},
@@ -219,8 +219,7 @@ fn TrySection(id: ApiKeyId, loader: Loader<ApiKey>, on_sent: Callback<()>) -> im
         is_other.then(|| other_key(&key))
     };
     view! {
-        <section class="card" aria-labelledby="try-title">
-            <h2 id="try-title">"Try it"</h2>
+        <Card id="try-title" title="Try it">
             {move || {
                 if is_known() {
                     view! {
@@ -237,7 +236,7 @@ fn TrySection(id: ApiKeyId, loader: Loader<ApiKey>, on_sent: Callback<()>) -> im
                 }
             }}
             <TryIt secret key=Signal::derive(move || loader.ready()) on_sent/>
-        </section>
+        </Card>
     }
 }
 

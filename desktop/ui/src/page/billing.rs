@@ -10,7 +10,7 @@ use crate::{
     api::{self, CallError},
     clock::now,
     component::{
-        Alert, Async, EmptyState, Loader, PageHeader, Shape, StaleNote, Toasts, load,
+        Alert, Async, Card, EmptyState, Loader, PageHeader, Shape, StaleNote, Toasts, load,
         refresh_regularly,
     },
     host,
@@ -168,10 +168,9 @@ fn show(it: &BillingState, loader: Loader<BillingState>, visit: Visit) -> AnyVie
         {usage
             .map(|usage| {
                 view! {
-                    <section class="card" aria-labelledby="period">
-                        <h2 id="period">"This billing period"</h2>
+                    <Card id="period" title="This billing period">
                         <div inner_html=usage></div>
-                    </section>
+                    </Card>
                 }
             })}
         <Limits limits=billing::limits(&it.limits, now()).to_string()/>
@@ -183,10 +182,9 @@ fn show(it: &BillingState, loader: Loader<BillingState>, visit: Visit) -> AnyVie
 fn Limits(limits: String) -> impl IntoView {
     (!limits.is_empty()).then(|| {
         view! {
-            <section class="card" aria-labelledby="limits">
-                <h2 id="limits">"Limits"</h2>
+            <Card id="limits" title="Limits">
                 <div inner_html=limits></div>
-            </section>
+            </Card>
         }
     })
 }

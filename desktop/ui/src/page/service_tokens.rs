@@ -10,9 +10,9 @@ use super::{create_button::CreateButton, key_status::time_or};
 use crate::{
     api,
     component::{
-        Async, CodeBlock, Confirm, Confirmation, DialogForm, EmptyState, Field, FormState, Loader,
-        Modal, NewSecret, PageHeader, Pager, RelativeTime, SecretDialog, Shape, Toasts, load,
-        load_page, open_from_query, request_id,
+        Async, Card, CodeBlock, Confirm, Confirmation, DialogForm, EmptyState, Field, FormState,
+        Loader, Modal, NewSecret, PageHeader, Pager, RelativeTime, SecretDialog, Shape, Toasts,
+        load, load_page, open_from_query, request_id,
     },
     model::text::{Gateway, quoted},
     session::session,
@@ -45,10 +45,9 @@ pub fn ServiceTokens() -> impl IntoView {
                 view! { <TokenTable page deletion/> }.into_any()
             }
         />
-        <section class="card" aria-labelledby="gateways">
-            <h2 id="gateways">"Gateway configuration"</h2>
+        <Card id="gateways" title="Gateway configuration">
             <Configuration token="qs_…"/>
-        </section>
+        </Card>
         <Modal open=creating panel=true title="New service token" locked=form.busy>
             <CreateForm open=creating form new loader/>
         </Modal>

@@ -274,7 +274,7 @@ impl StoreCore {
         };
         if outcome == Outcome::Allowed {
             state.spend_quotas(tokens, now);
-            self.metrics.admitted_degraded.inc();
+            self.metrics.allowed_degraded.inc();
         }
         let mut decision = state.decision_with(policies, now, outcome, rate);
         decision.degraded = true;
