@@ -4,12 +4,7 @@
 //! the longest period of a quota. Plans and keys that exceed the maximum keep working until their rate or burst is
 //! changed.
 
-use quota_common::{
-    api_key::ApiKey,
-    bounds::FILL_MINUTES_MAX,
-    number::grouped,
-    plan::Plan,
-};
+use quota_common::{api_key::ApiKey, bounds::FILL_MINUTES_MAX, number::grouped, plan::Plan};
 
 use super::problem::ApiError;
 use crate::{

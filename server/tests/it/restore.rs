@@ -186,6 +186,9 @@ async fn interrupted_restore_can_be_repeated() {
     assert_complete(&empty, data.path(), &ids).await;
 }
 
+/// A user without rights.
+const NOBODY: u32 = 65_534;
+
 /// Restores as root into a data directory of another user, with a `tar` that this user's processes outrun: after it has
 /// extracted the archive, `usage` is a link to root's directory.
 fn restore_against_a_hostile_user(backup: &Path, url: &str, data: &Path, to: &Path) -> Output {
@@ -196,13 +199,15 @@ fn restore_against_a_hostile_user(backup: &Path, url: &str, data: &Path, to: &Pa
         case $* in *--extract*) rm -rf \"$QUOTA_DATA_DIR/usage\"; ln -s \"$TARGET\" \"$QUOTA_DATA_DIR/usage\" ;; esac\n";
     fs::write(&tar, hostile).expect("written");
     fs::set_permissions(&tar, fs::Permissions::from_mode(0o755)).expect("ours");
-    let path = std::env::var("PATH").expect("there is one");
-    script("restore.sh")
+    Command::new("bash")
+        .args(["-c", "PATH=$BIN:$PATH exec bash \"$@\"", "restore.sh"])
+        .args(script("restore.sh").get_args())
         .arg(backup)
         .env("DATABASE_URL", url)
         .env("QUOTA_DATA_DIR", data)
+        .env_remove("DATABASE_URL_FILE")
         .env("TARGET", to)
-        .env("PATH", format!("{}:{path}", bin.path().display()))
+        .env("BIN", bin.path())
         .output()
         .expect("bash runs")
 }
@@ -213,7 +218,6 @@ async fn restore_as_root_writes_only_what_the_server_user_may_write() {
         // There is no other user whose rights could be exceeded.
         return;
     }
-    const NOBODY: u32 = 65_534;
     let (first, backups) = (data_dir(), data_dir());
     let nothing = async |_: &dyn Fn()| {};
     let (backup, _) = backlog_in_a_backup(first.path(), backups.path(), nothing).await;
