@@ -8,7 +8,8 @@
 #
 # No server may be running. Restore the secrets first, and start the servers afterward: they apply newer migrations, and
 # write the usage in the backup to the database. Nothing is counted twice, even if the servers' own directories in
-# QUOTA_DATA_DIR/usage still exist. These directories are kept, because they are newer than the ones in the backup.
+# QUOTA_DATA_DIR/usage still exist: their files are kept, and missing ones are added from the backup. If the script is
+# interrupted, run it again.
 set -euo pipefail
 umask 077
 deploy=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -48,11 +49,13 @@ BEGIN
         END IF;
     END LOOP;
 END \$\$"
+# Usage first: until the database is restored, this can be repeated.
+restore_usage < "$backup/usage.tar"
+# All or nothing.
 postgres pg_restore --single-transaction --exit-on-error --no-owner < "$backup/quota.dump"
 # Without this setting, ANALYZE warns about system tables that only a superuser may analyze.
 query "SET client_min_messages = error; ANALYZE"
 
-restore_usage < "$backup/usage.tar"
 cat << END
 Restored. All usage until at least this time is in the database, or will be written to it when a server starts:
   $(query "SELECT least(timestamptz '$(< "$backup/started_at")', min(coalesce(oldest_pending_at, reported_at))) FROM usage_shippers")

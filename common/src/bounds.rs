@@ -15,6 +15,8 @@ pub const NAME_MAX: usize = 200;
 pub const RPM_MAX: u32 = 60_000_000;
 /// In requests.
 pub const BURST_MAX: u32 = RPM_MAX;
+/// Maximum time in which an empty bucket fills, in minutes: 31 days. So a burst is at most this many times the rate.
+pub const FILL_MINUTES_MAX: u32 = 31 * 24 * 60;
 /// Maximum daily or monthly quota: the largest integer in an HTTP structured field (RFC 9651).
 pub const QUOTA_MAX: u64 = 999_999_999_999_999;
 pub const COST_MAX: u32 = 1_000_000;

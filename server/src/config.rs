@@ -61,6 +61,8 @@ pub struct Config {
     pub auth_rpm: u32,
     pub admin_rpm: u32,
     pub login_free_failures: u32,
+    pub registrations_per_day: u32,
+    pub alert_emails_per_hour: u32,
     pub body_limit: usize,
     pub header_timeout: Duration,
     pub request_timeout: Duration,

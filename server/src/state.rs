@@ -93,6 +93,7 @@ pub struct Services {
     pub auth_guard: ClientRateLimiter,
     pub admin_guard: ClientRateLimiter,
     pub login_attempts: Arc<Attempts>,
+    pub registrations: Arc<Attempts>,
     /// `None` if billing is off.
     pub billing: Option<Billing>,
     /// Notified when a Stripe webhook has been stored.
@@ -240,6 +241,13 @@ impl AppState {
             clock.clone(),
             metrics.clone(),
         ));
+        let registrations = Arc::new(Attempts::new(
+            config.registrations_per_day,
+            &attempts,
+            redis.clone(),
+            clock.clone(),
+            metrics.clone(),
+        ));
         let metering = Metering::new(&config, &db, clock.clone(), metrics.clone())
             .map_err(|error| AuthError::Internal(error.to_string()))?;
         if metering.is_on() {
@@ -253,7 +261,7 @@ impl AppState {
             .map_err(|error| AuthError::Internal(error.to_string()))?;
         let private = &config.webhook_private_networks;
         let lookup: Arc<dyn Lookup> = Arc::new(SystemLookup);
-        let webhooks = Webhooks::new(db.clone(), stored, private, &lookup)
+        let webhooks = Webhooks::new(db.clone(), stored, private, &config.public_url, &lookup)
             .map_err(|error| AuthError::Internal(error.to_string()))?;
         let tenant_quota = config
             .free_tier
@@ -273,6 +281,7 @@ impl AppState {
             )?,
             sessions: sessions.clone(),
             attempts: login_attempts.clone(),
+            registrations: registrations.clone(),
             devices: Devices::new(secrets),
             clock: clock.clone(),
             metrics: metrics.clone(),
@@ -301,6 +310,7 @@ impl AppState {
             publisher,
             recent,
             login_attempts,
+            registrations,
             billing,
             billing_event: Notify::new(),
             webhooks,

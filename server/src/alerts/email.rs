@@ -54,29 +54,55 @@ struct Text {
     html: String,
 }
 
+/// What was written in a round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Written {
+    /// The number of tenants for which this failed.
+    pub errors: u64,
+    /// Whether the limit of all tenants was reached.
+    pub is_limited: bool,
+}
+
 impl Alerts {
-    /// Stores emails for alerts that have not been sent. Returns the number of tenants for which this failed.
-    pub async fn write_emails(&self, public_url: &str) -> Result<u64, DbError> {
+    /// Stores emails for alerts that have not been sent. After `per_hour` emails of all tenants in an hour, the others
+    /// wait; 0 means no limit.
+    pub async fn write_emails(&self, public_url: &str, per_hour: u32) -> Result<Written, DbError> {
         let mut tx = self.db.system().await?;
         let tenants = mail::tenants_with_alerts(&mut tx, PER_HOUR, TENANTS).await?;
         tx.commit().await?;
-        let mut errors = 0;
+        let mut written = Written::default();
         for tenant in tenants.into_iter().map(TenantId) {
-            if let Err(error) = self.write_email(tenant, public_url).await {
-                errors += 1;
-                tracing::warn!(%tenant, error = %db::chain(&error), "cannot write an email");
-                self.db.probe().await?;
+            match self.write_email(tenant, public_url, per_hour).await {
+                Ok(true) => {}
+                Ok(false) => {
+                    written.is_limited = true;
+                    break;
+                }
+                Err(error) => {
+                    written.errors += 1;
+                    tracing::warn!(%tenant, error = %db::chain(&error), "cannot write an email");
+                    self.db.probe().await?;
+                }
             }
         }
-        Ok(errors)
+        Ok(written)
     }
 
-    /// For each recipient, stores one email about a tenant's alerts.
-    async fn write_email(&self, tenant: TenantId, public_url: &str) -> Result<(), DbError> {
+    /// For each recipient, stores one email about a tenant's alerts. Returns `false` if the limit of all tenants is
+    /// reached.
+    async fn write_email(
+        &self,
+        tenant: TenantId,
+        public_url: &str,
+        per_hour: u32,
+    ) -> Result<bool, DbError> {
         let mut tx = self.db.system().await?;
+        if per_hour > 0 && mail::count_of_last_hour(&mut tx).await? >= i64::from(per_hour) {
+            return Ok(false);
+        }
         let alerts = mail::lock_alerts(&mut tx, tenant, ALERTS_MAX).await?;
         if alerts.is_empty() {
-            return Ok(());
+            return Ok(true);
         }
         let recipients = mail::recipients(&mut tx, tenant, RECIPIENTS_MAX).await?;
         if let Some(first) = recipients.first() {
@@ -100,7 +126,8 @@ impl Alerts {
         }
         let ids: Vec<Uuid> = alerts.iter().map(|it| it.id).collect();
         mail::alerts_are_sent(&mut tx, tenant, &ids).await?;
-        tx.commit().await
+        tx.commit().await?;
+        Ok(true)
     }
 
     /// Sends emails that are due. Claims one at a time, so that an email's lease does not run while other emails are

@@ -21,6 +21,7 @@ use super::{
     Tag, allowance,
     change::{Edit, read, read_turn},
     creation::create,
+    fill_time,
     idempotency::IdempotencyGuard,
     json::{Created, Json, NoContent},
     page::{self, PageSize},
@@ -228,6 +229,7 @@ impl ApiKeyApi {
             let row = api_key::insert(tx, &new).await.map_err(plan_not_found)?;
             let api_key = ApiKey::from(row);
             allowance::check_key(&self.state.config, tx, &api_key).await?;
+            fill_time::check_key(tx, &api_key).await?;
             secret = Some(generated);
             Ok(CreatedApiKey { key: None, api_key })
         };
@@ -299,6 +301,7 @@ impl ApiKeyApi {
         let after = ApiKey::from(row);
         if (before.plan_id, before.rpm_override) != (after.plan_id, after.rpm_override) {
             allowance::check_key(config, &mut edit, &after).await?;
+            fill_time::check_key(&mut edit, &after).await?;
         }
         let action = AuditAction::ApiKeyUpdate;
         edit.updated(action, &before, &after, Target::ApiKey(id))

@@ -17,6 +17,7 @@ use super::{
     Tag, allowance,
     change::{Edit, read},
     creation::create,
+    fill_time,
     idempotency::IdempotencyGuard,
     json::{Created, Json, NoContent},
     page::{self, PageSize},
@@ -152,6 +153,7 @@ impl PlanApi {
             let plan = plan::insert(tx, &new).await.map_err(name_taken)?;
             let plan = Plan::from(PlanWithKeys { plan, key_count: 0 });
             allowance::check_plan(&self.state.config, &plan)?;
+            fill_time::check_plan(&plan, "burst")?;
             Ok(plan)
         };
         create(&self.state, &caller, idempotency, insert)
@@ -228,6 +230,14 @@ impl PlanApi {
         // A plan that already exceeded the limits can still be renamed.
         if limits(&before) != limits(&after) {
             allowance::check_plan(config, &after)?;
+        }
+        if (before.default_rpm, before.burst) != (after.default_rpm, after.burst) {
+            let field = match change.burst {
+                Some(_) => "burst",
+                None => "default_rpm",
+            };
+            fill_time::check_plan(&after, field)?;
+            fill_time::check_keys_of_plan(&mut edit, &after).await?;
         }
         if before.billing != after.billing {
             allowance::check_rates_of_keys(config, &mut edit, &after).await?;

@@ -49,6 +49,8 @@ pub struct Accounts {
     pub(crate) passwords: PasswordPool,
     pub(crate) sessions: Sessions,
     pub(crate) attempts: Arc<Attempts>,
+    /// The registrations of networks.
+    pub(crate) registrations: Arc<Attempts>,
     pub(crate) devices: Devices,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) metrics: Arc<Metrics>,
@@ -74,7 +76,28 @@ fn known_turn(email: &str) -> Turn {
 }
 
 impl Accounts {
+    /// Registers a user with their own tenant. Counts toward the limit of the caller's network if an account was created
+    /// or the email is already in use.
     pub async fn register(
+        &self,
+        email: &str,
+        password: &str,
+        tenant_name: Option<&str>,
+        device: Option<&str>,
+        origin: &Origin,
+    ) -> Result<SignedIn, AuthError> {
+        let attempt = self.registrations.of_registration(origin.ip).await;
+        let mut attempt = attempt.map_err(|Wait(wait)| AuthError::TooManyRegistrations(wait))?;
+        let registered = self
+            .register_unlimited(email, password, tenant_name, device, origin)
+            .await;
+        if matches!(registered, Ok(_) | Err(AuthError::EmailTaken)) {
+            attempt.set_judgment(Judgment::Wrong);
+        }
+        registered
+    }
+
+    async fn register_unlimited(
         &self,
         email: &str,
         password: &str,
@@ -147,7 +170,7 @@ impl Accounts {
         tenant_name: Option<&str>,
     ) -> Result<(UserId, TenantId), AuthError> {
         let made = self
-            .register(email, password, tenant_name, None, &Origin::default())
+            .register_unlimited(email, password, tenant_name, None, &Origin::default())
             .await?;
         Ok((UserId(made.user.id), TenantId(made.tenant.id)))
     }

@@ -30,6 +30,8 @@ pub enum AuthError {
     WeakPassword(String),
     #[error("too many failed sign-ins")]
     TooManyTries(Duration),
+    #[error("too many registrations from this network")]
+    TooManyRegistrations(Duration),
     #[error("too many passwords are being hashed")]
     Busy,
     #[error(transparent)]

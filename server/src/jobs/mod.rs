@@ -5,6 +5,7 @@
 
 mod alerts;
 mod billing;
+mod deleted_keys;
 mod invalidations;
 mod mail;
 mod metering;
@@ -43,6 +44,7 @@ impl Jobs {
             running.spawn(replicas::count(state.clone(), stopping.clone()));
         }
         running.spawn(prune(state.clone(), stopping.clone()));
+        running.spawn(deleted_keys::delete_limits(state.clone(), stopping.clone()));
         running.spawn(write_last_used(state.clone(), stopping.clone()));
         running.spawn(usage::maintain(state.clone(), stopping.clone()));
         running.spawn(usage::compare(state.clone(), stopping.clone()));
@@ -114,6 +116,7 @@ async fn prune(state: AppState, mut stopping: watch::Receiver<bool>) {
         state.auth_guard.prune();
         state.admin_guard.prune();
         state.login_attempts.prune();
+        state.registrations.prune();
         let keys = state.limiter.prune();
         state
             .metrics

@@ -74,6 +74,7 @@ fn context(tenant: Uuid, webhook: Uuid) -> Vec<u8> {
 
 impl Webhooks {
     /// `private` contains the non-public networks that webhooks may be sent to.
+    /// Webhooks are not sent to the host of `public_url`.
     ///
     /// # Errors
     ///
@@ -82,9 +83,10 @@ impl Webhooks {
         db: Db,
         encryption: Encryption,
         private: &[IpNet],
+        public_url: &str,
         lookup: &Arc<dyn Lookup>,
     ) -> Result<Self, reqwest::Error> {
-        let targets = Targets::new(private);
+        let targets = Targets::new(private).without_host_of(public_url);
         let sender = Sender::new(&targets, lookup)?;
         Ok(Self(Arc::new(Inner {
             db,

@@ -9,6 +9,7 @@
 //! remaining tokens of a late response are held like any lease if the plan allows it, and returned otherwise.
 
 use std::{
+    collections::BTreeMap,
     sync::{
         Arc, Weak,
         atomic::{AtomicU32, Ordering},
@@ -17,7 +18,7 @@ use std::{
 };
 
 use futures_util::{StreamExt as _, stream};
-use quota_common::id::ApiKeyId;
+use quota_common::id::{ApiKeyId, TenantId};
 use tokio::{runtime::Handle, time};
 
 use super::{
@@ -31,7 +32,7 @@ use crate::{
     limiter::{
         key::handle::KeyHandle,
         rate::{
-            counters::{BucketName, BucketState, CounterMicros, TakeCall, TakeReply},
+            counters::{BucketName, BucketState, CounterError, CounterMicros, TakeCall, TakeReply},
             lease::Terms,
             waiter::Unspent,
         },
@@ -135,6 +136,22 @@ impl StoreCore {
             }) => Some(debt),
             _ => None,
         }
+    }
+
+    /// Deletes the buckets of deleted keys. This does not affect the breaker, since no request depends on it.
+    pub(super) async fn delete_buckets(
+        &self,
+        keys: &[(TenantId, ApiKeyId)],
+    ) -> Result<(), CounterError> {
+        let mut partitions = BTreeMap::<u16, Vec<BucketName>>::new();
+        for (tenant, key) in keys {
+            let buckets = partitions.entry(self.partition_of(*key)).or_default();
+            buckets.push(BucketName::Key(*tenant, *key));
+        }
+        for (partition, buckets) in partitions {
+            self.counters.delete(partition, &buckets).await?;
+        }
+        Ok(())
     }
 
     async fn answer(&self, call: TakeCall, on_late: impl FnOnce()) -> Answer {

@@ -47,7 +47,10 @@
 -- for `OUTDATED`: then version numbers have started over, for example because the database was restored from a backup.
 --
 -- Numbers are integers below 2^53, where doubles are exact. A bucket that takes longer than 104 days to fill is exact
--- to two nanoseconds. A bucket that has not been used for twice the time it takes to fill is full, and expires.
+-- to two nanoseconds.
+--
+-- **Expiry.** A bucket is kept for a minute plus twice the time until it is full. A full bucket is the same as a new one,
+-- except after an edit: the time that is left over allows for a rate that was lowered in the meantime.
 local OUTDATED = 10000000
 -- A caller that was promised an epoch must call within this many microseconds of its start to use it.
 local PROMISED = 500000
@@ -239,7 +242,7 @@ if changed then
   elseif b[14] then
     redis.call('HDEL', KEYS[1], 'y')
   end
-  redis.call('PEXPIRE', KEYS[1], whole(math.ceil(2 * (t + beyond) / 1000000) + 60000))
+  redis.call('PEXPIRE', KEYS[1], whole(math.ceil(2 * (debt + beyond) / 1000000) + 60000))
 elseif in_use then
   redis.call('HSET', KEYS[1], 'vt', whole(vt))
 end

@@ -353,6 +353,19 @@ impl KeyTable {
         left
     }
 
+    /// See [`LimitStore::delete`](crate::limiter::LimitStore::delete).
+    pub(in crate::limiter) fn delete(&self, keys: &[(TenantId, ApiKeyId)]) {
+        for id in keys {
+            let mut shard = self.shard(id).lock();
+            if let Entry::Occupied(entry) = shard.keys.entry(*id)
+                && Arc::strong_count(entry.get()) == 1
+            {
+                // The ledger's rows were deleted with the key, so there is nothing to return blocks to.
+                entry.remove();
+            }
+        }
+    }
+
     /// See [`LimitStore::drain`](crate::limiter::LimitStore::drain).
     pub(in crate::limiter) async fn drain(&self) -> Drained {
         // From now on, calls that end return their tokens, and requests do not start calls.

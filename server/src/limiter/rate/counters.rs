@@ -107,4 +107,7 @@ pub trait SharedCounters: std::fmt::Debug + Send + Sync + 'static {
     fn partitions(&self) -> u16;
 
     async fn take(&self, call: TakeCall) -> Result<TakeReply, CounterError>;
+
+    /// Deletes buckets of one partition, which count as full from then on. For keys that no longer exist.
+    async fn delete(&self, partition: u16, buckets: &[BucketName]) -> Result<(), CounterError>;
 }

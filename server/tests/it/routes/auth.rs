@@ -1222,6 +1222,59 @@ async fn replicas_share_counts_and_are_stricter_without_redis() {
     assert_eq!(fourth.status, 200, "{}", fourth.body);
 }
 
+/// Every account has its own allowance of everything that is limited per tenant.
+#[tokio::test(flavor = "multi_thread")]
+async fn registrations_from_a_network_are_limited_over_all_replicas() {
+    let redis = quota_testkit::redis::RedisServer::start().await;
+    let setup = || {
+        TestApp::setup()
+            .flag(format!("--redis-url={}", redis.url()))
+            .flag("--redis-timeout=2s")
+            .flag("--trusted-proxies=127.0.0.1")
+            .flag("--registrations-per-day=4")
+    };
+    let one = setup().start().await;
+    let other = setup().database(one.database.clone()).start().await;
+    for app in [&one, &other] {
+        let redis = app.state.redis.as_ref().expect("it has Redis");
+        assert!(redis.connected(std::time::Duration::from_secs(10)).await);
+    }
+    let register = async |app: &TestApp, ip: &str, email: &str, password: &str| {
+        let body = json!({"email": email, "password": password});
+        let call = app.post("/auth/register", body);
+        call.header("X-Forwarded-For", ip).send().await
+    };
+    // A weak password creates no account and does not count.
+    let weak = register(&one, "198.51.100.7", "weak@example.com", "passwordpassword").await;
+    assert_eq!(weak.status, 422, "{}", weak.text);
+    let mut statuses = Vec::new();
+    for n in 0..6 {
+        let app = if n % 2 == 0 { &one } else { &other };
+        let email = format!("user-{n}@example.com");
+        statuses.push(register(app, "198.51.100.7", &email, PASSWORD).await.status);
+    }
+    assert_eq!(statuses, [201, 201, 201, 201, 429, 429]);
+    let refused = register(&one, "198.51.100.7", "late@example.com", PASSWORD).await;
+    assert!((3600..=6 * 3600).contains(&refused.number("retry-after")));
+    assert!(refused.text.contains("network"), "{}", refused.text);
+    // Others still register, and the accounts of this network still sign in.
+    let elsewhere = register(&other, "203.0.113.9", "other@example.com", PASSWORD).await;
+    assert_eq!(elsewhere.status, 201, "{}", elsewhere.text);
+    let body = json!({"email": "user-0@example.com", "password": PASSWORD});
+    let call = one.post("/auth/login", body);
+    let signed_in = call.header("X-Forwarded-For", "198.51.100.7").send().await;
+    assert_eq!(signed_in.status, 200, "{}", signed_in.text);
+    // The operator is not limited.
+    for n in 0..6 {
+        let email = format!("created-{n}@example.com");
+        one.state
+            .accounts
+            .create(&email, PASSWORD, None)
+            .await
+            .expect("an account");
+    }
+}
+
 /// Two threads hash passwords. Sign-ins from many networks do not lock out a known device.
 #[tokio::test(flavor = "multi_thread")]
 async fn known_device_is_served_while_the_password_threads_are_flooded() {

@@ -355,4 +355,9 @@ impl SharedCounters for Linked {
         let served = tokio::spawn(async move { world.call(replica, call).await });
         served.await.unwrap_or_else(|_| Err(refused()))
     }
+
+    async fn delete(&self, _: u16, buckets: &[BucketName]) -> Result<(), CounterError> {
+        self.world.process.lock().state.delete(buckets);
+        Ok(())
+    }
 }
