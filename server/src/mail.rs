@@ -70,7 +70,7 @@ impl MailError {
     }
 }
 
-/// See the module documentation.
+/// Sends email, or writes it to files if no SMTP server is configured.
 #[derive(Debug, Clone)]
 pub struct Mailer {
     from: Mailbox,

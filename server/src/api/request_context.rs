@@ -76,7 +76,7 @@ impl RequestContext {
         *self.caller.lock() = Some(Identity::Tenant(tenant));
     }
 
-    /// Returns the tenant of the user who made the request.
+    /// Returns the tenant of the session or service token that authenticated the request. `None` for API keys.
     pub fn tenant(&self) -> Option<TenantId> {
         match &*self.caller.lock() {
             Some(Identity::Tenant(tenant)) => Some(*tenant),

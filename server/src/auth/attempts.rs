@@ -38,9 +38,9 @@ use crate::{
 
 /// The maximum wait between two attempts.
 const LONGEST: Duration = Duration::from_mins(15);
-/// How often one failed attempt on an account is forgiven.
+/// One failed attempt on an account is forgiven per interval of this length.
 const FORGIVE: Duration = Duration::from_mins(5);
-/// How often one attempt from a network, counted across all accounts, is forgiven.
+/// One attempt from a network, counted across all accounts, is forgiven per interval of this length.
 const FORGIVE_NETWORK: Duration = Duration::from_mins(1);
 /// The number of free attempts from a network across all accounts, as a multiple of the number for one account.
 const ACCOUNTS: u32 = 5;
@@ -79,7 +79,7 @@ type Name = [u8; 16];
 #[derive(Debug, Clone, Copy)]
 struct Counter {
     name: Name,
-    /// The number of attempts without a wait.
+    /// The number of attempts allowed before a wait is imposed.
     free: u32,
     forgive: Duration,
     on_success: OnSuccess,
@@ -135,7 +135,7 @@ pub struct Wait(pub Duration);
 
 #[derive(Debug)]
 pub struct Attempts {
-    /// The number of attempts without a wait. 0 means that attempts are not limited.
+    /// The number of attempts allowed before a wait is imposed. 0 means that attempts are not limited.
     free: u32,
     names: hmac::Key,
     redis: Option<Redis>,
@@ -432,12 +432,12 @@ fn networks(ip: Option<IpAddr>) -> Vec<(String, u32)> {
     prefixes.iter().filter_map(network).collect()
 }
 
-/// Returns a number that identifies the widest network of an address.
+/// Returns a per-process hash of the widest network that contains the IP address.
 pub fn network_number(ip: Option<IpAddr>) -> u64 {
     number(&networks(ip).last())
 }
 
-/// Returns a number that identifies an account.
+/// Returns a per-process hash of the email address.
 pub fn account_number(email: &str) -> u64 {
     number(&email)
 }

@@ -138,7 +138,7 @@ pub struct Seals {
 }
 
 impl Seals {
-    /// `installation_secret` is a secret that only this database contains.
+    /// Derives the seals. `installation_secret` is a secret that only this database contains.
     pub fn new(current: &[u8], previous: Option<&[u8]>, installation_secret: &[u8]) -> Self {
         // Derived, because the installation's secret itself may sign access tokens.
         let installation = derive(installation_secret, &[b"installation"]);

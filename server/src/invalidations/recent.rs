@@ -31,7 +31,7 @@ const REMEMBERED: usize = 20_000;
 /// because the poll will find these changes.
 const ANNOUNCED: usize = 4096;
 
-/// See the module documentation.
+/// The recent changes that this replica knows of. See the module documentation.
 #[derive(Debug, Default)]
 pub struct Recent(Mutex<State>);
 
@@ -50,8 +50,9 @@ struct State {
 
 #[derive(Debug, Clone, Copy)]
 struct PolledRange {
-    /// `polled` contains all changes above `floor`, up to and including `up_to`.
+    /// The number above which all changes up to `up_to` are known.
     floor: i64,
+    /// The highest number up to which all changes above `floor` are known.
     up_to: i64,
 }
 

@@ -13,8 +13,8 @@
 //! - Losing an invalidation or the connection to Redis is safe.
 //! - A change to a plan invalidates the entries of all its keys without listing them.
 //!
-//! The fact that a secret is invalid is also cached, for a few seconds. This needs no number: secrets are random, so
-//! nobody looks one up before it is created.
+//! Negative results are also cached: an invalid secret is remembered for a few seconds. These entries need no number:
+//! secrets are random, so nobody looks one up before it is created.
 //!
 //! **Trust.** Anyone with access to Redis could write entries. Each entry is stored under the hash of its secret, and
 //! sealed for that hash with a key of this installation ([`Seal`]). Therefore, writing to Redis can make entries

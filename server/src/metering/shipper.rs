@@ -245,7 +245,8 @@ impl Shipper {
         Ok(())
     }
 
-    /// Deletes the files of this process after everything has been shipped. Call after [`Recorder::close`].
+    /// Ships the remaining records, then deletes this process's files. Keeps them if anything is still unshipped. Call
+    /// after [`Recorder::close`].
     pub async fn finish(
         &mut self,
         context: &Context,

@@ -106,7 +106,7 @@ pub(super) async fn supervise(shared: Arc<Shared>, at: usize) {
     }
 }
 
-/// Probes the connection. Returns when it must be replaced.
+/// Probes the connection until it must be replaced.
 async fn until_broken(shared: &Shared, at: usize) {
     let slot = &shared.slots[at];
     loop {

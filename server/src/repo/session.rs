@@ -188,7 +188,7 @@ pub async fn rotate(
     Ok(Rotation::Reused(session))
 }
 
-/// Finds the active session of a refresh token. The token may have been used.
+/// Finds the active session of a refresh token. The token may already have been used.
 pub async fn of_token(tx: &mut SystemTx, token_hash: &[u8]) -> Result<Option<SessionRow>, DbError> {
     let query = refresh_tokens::table
         .inner_join(sessions::table)

@@ -264,11 +264,13 @@ pub struct DueDelivery {
 #[derive(Debug, Clone, Copy)]
 pub struct Claim<'a> {
     pub limit: i64,
-    /// The maximum number of concurrent attempts per tenant. `per_webhook` is the maximum per webhook.
+    /// The maximum number of concurrent attempts per tenant.
     pub per_tenant: i64,
+    /// The maximum number of concurrent attempts per webhook.
     pub per_webhook: i64,
-    /// The tenant of each attempt in progress. `running_webhooks` contains the webhooks.
+    /// The tenant of each attempt in progress.
     pub running_tenants: &'a [Uuid],
+    /// The webhook of each attempt in progress.
     pub running_webhooks: &'a [Uuid],
     /// Tenants take turns, starting with the one after this one.
     pub after_tenant: Uuid,

@@ -103,7 +103,7 @@ pub fn bind(addr: SocketAddr) -> io::Result<BoundSocket> {
     } else {
         TcpSocket::new_v6()?
     };
-    // Like most servers, this allows reusing a port that was closed recently.
+    // Allows binding while old connections are in TIME_WAIT, as most servers do.
     socket.set_reuseaddr(true)?;
     socket.bind(addr)?;
     Ok(BoundSocket(socket))

@@ -101,14 +101,14 @@ struct Entry {
 }
 
 impl Entry {
-    /// Returns when the connection became idle, if that is long enough ago to close it.
+    /// Returns the time at which the connection became idle, if that is long enough ago to close it.
     fn idle(&self, now: Instant) -> Option<Instant> {
         let since = self.connection.idle_since().filter(|_| !self.is_proxy)?;
         (now.saturating_duration_since(since) >= IDLE_ENOUGH).then_some(since)
     }
 
-    /// Returns when the client stopped reading a response, if that is long enough ago to close the connection. `None`
-    /// for connections that have authenticated.
+    /// Returns the time at which the client stopped reading a response, if that is long enough ago to close the
+    /// connection. `None` for connections that have authenticated.
     fn stalled(&self, now: Instant) -> Option<Instant> {
         let since = self.connection.stalled_since();
         let since = since.filter(|_| self.counted_at.is_some())?;

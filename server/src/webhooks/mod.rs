@@ -36,7 +36,7 @@ use crate::{
 /// The number of webhooks whose secrets are re-encrypted per transaction.
 const BATCH: i64 = 100;
 
-/// See the module documentation. Cheap to clone.
+/// Sends webhooks. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Webhooks(Arc<Inner>);
 
@@ -73,7 +73,7 @@ fn context(tenant: Uuid, webhook: Uuid) -> Vec<u8> {
 }
 
 impl Webhooks {
-    /// `private` contains the non-public networks that webhooks may be sent to.
+    /// Creates the sender. `private` contains the non-public networks that webhooks may be sent to.
     ///
     /// # Errors
     ///
@@ -171,7 +171,7 @@ impl Webhooks {
             decrypted.ok_or(SecretError::UnknownKey)
         };
         let secret = decrypt(&stored.secret)?;
-        // A previous secret that cannot be decrypted is not used. It is kept unchanged.
+        // A previous secret that cannot be decrypted is not used for signing, so keep it unchanged.
         let previous = stored.previous_secret.as_deref().map(decrypt);
         let previous = previous.and_then(Result::ok);
         if secret.is_current && previous.as_ref().is_none_or(|it| it.is_current) {

@@ -110,8 +110,8 @@ impl Toasts {
         self.all.set(Messages::new());
     }
 
-    /// Moves the messages into the topmost open dialog, or out of dialogs if none is open. Call whenever a dialog opens
-    /// or closes.
+    /// Moves the messages into the topmost open dialog, or into the page body if no dialog is open. Call whenever a
+    /// dialog opens or closes.
     pub fn place(self) {
         let Some(container) = self.container.get_untracked() else {
             return;

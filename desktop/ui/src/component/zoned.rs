@@ -36,7 +36,7 @@ fn formatter(zone: &str) -> Option<js_sys::Intl::DateTimeFormat> {
     Some(made.unchecked_into())
 }
 
-/// `at` is in milliseconds since 1970. Uses UTC if the browser does not know the time zone.
+/// Converts `at`, in milliseconds since 1970, to local time. Uses UTC if the browser does not know the time zone.
 pub fn local_time(at: i64, zone: &str) -> Option<LocalTime> {
     FORMATTERS.with_borrow_mut(|all| {
         let mut format = |zone: &str| -> Option<LocalTime> {

@@ -34,7 +34,7 @@ impl Live {
         page.iter().position(|it| it.id == newest.id)
     }
 
-    /// `new` is sorted newest first.
+    /// Adds new decisions. `new` must be sorted newest first.
     pub fn add(&mut self, new: Vec<Decision>, paused: bool) {
         let rows = if paused {
             &mut self.waiting

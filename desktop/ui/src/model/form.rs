@@ -103,7 +103,7 @@ pub fn copy_name(name: &str) -> String {
     format!("{start}{SUFFIX}")
 }
 
-/// Returns the page to open after sign-in. Ignores addresses outside the console.
+/// Returns the page to open after sign-in. Ignores URLs outside the console.
 pub fn next_page(next: Option<&str>) -> String {
     match next {
         Some(next)

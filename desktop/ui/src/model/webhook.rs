@@ -203,7 +203,8 @@ pub fn webhook_details(it: &Webhook, now: i64) -> Markup {
     .collect()
 }
 
-/// Returns when the server stops signing requests with the previous secret, or `None` if it has already stopped.
+/// Returns the time at which the server stops signing requests with the previous secret, or `None` if it has already
+/// stopped.
 pub fn previous_secret_expiry(it: &Webhook, now: i64) -> Option<quota_common::Timestamp> {
     it.previous_secret_expires_at
         .filter(|at| at.inner().timestamp_millis() > now)

@@ -104,7 +104,7 @@ impl Drop for Attempt {
         let kept = match self.judgment {
             Judgment::Missing => 0,
             Judgment::Wrong => return,
-            // Verifying the password took time, so the attempt remains counted.
+            // Verification took CPU time, so only the `Keep` counters still count the attempt.
             Judgment::Correct => self.count(OnSuccess::Keep),
         };
         // Nothing waits for this task.
