@@ -33,7 +33,7 @@ pub use self::{
 pub struct Config {
     pub listen: SocketAddr,
     pub metrics_listen: Option<SocketAddr>,
-    /// Without a trailing slash.
+    /// The URL at which clients reach the server, without a trailing slash.
     pub public_url: String,
     pub data_dir: PathBuf,
     /// `None` means that the server runs an embedded PostgreSQL.

@@ -13,6 +13,7 @@ use crate::connection_marks::ConnectionMarks;
 
 /// The maximum size of a request line with its header fields.
 pub const HEAD_MAX: usize = 16 * 1024;
+/// The maximum number of header fields.
 const FIELDS_MAX: usize = 64;
 /// Nine digits fit in a `usize` on every platform.
 const LENGTH_DIGITS: usize = 9;

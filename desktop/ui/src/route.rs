@@ -99,7 +99,7 @@ impl Route {
     }
 }
 
-/// Whether an open dialog prevents navigation.
+/// Returns whether an open dialog prevents navigation.
 fn is_locked() -> bool {
     let locked = document().query_selector("dialog[open][data-locked]");
     locked.is_ok_and(|it| it.is_some())

@@ -91,7 +91,7 @@ pub fn described(row: AlertRow) -> QuotaAlert {
     }
 }
 
-/// The database allows only valid names.
+/// Parses a policy's name. The database allows only valid names.
 fn policy_name(name: &str) -> PolicyName {
     PolicyName::of(name).unwrap_or(PolicyName::Monthly)
 }
@@ -116,7 +116,7 @@ fn reached(used: i64, quota: i64) -> impl Iterator<Item = i32> {
 }
 
 impl Alerts {
-    /// Alerts about the quotas of plans and about `tenant_quota`, an additional quota of every tenant.
+    /// Creates the service. `tenant_quota` is an additional quota of every tenant.
     pub fn new(db: Db, is_metered: bool, tenant_quota: Option<TenantQuota>) -> Self {
         Self {
             db,

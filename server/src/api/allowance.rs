@@ -61,7 +61,7 @@ pub async fn one_more(config: &Config, tx: &mut TenantTx, what: Resource) -> Res
     ))
 }
 
-/// Whether the limits for free plans apply to a plan.
+/// Returns whether the limits for free plans apply to a plan.
 fn is_limited(config: &Config, billing: Billing) -> bool {
     config.stripe.is_none() || billing == Billing::Free
 }

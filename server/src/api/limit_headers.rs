@@ -173,13 +173,13 @@ pub fn pairs(record: &KeyRecord, decision: &Decision) -> Vec<(&'static str, Stri
     pairs
 }
 
-/// Whether the decision was made without Redis. Only such a decision can deny a request without naming a violated
-/// policy.
+/// Returns whether the decision was made without Redis. Only such a decision can deny a request without naming a
+/// violated policy.
 fn is_degraded(decision: &Decision) -> bool {
     decision.degraded || (!decision.is_allowed() && decision.violated().is_empty())
 }
 
-/// Whether every quota applies to a full day or month.
+/// Returns whether every quota applies to a full day or month.
 fn is_usual(decision: &Decision) -> bool {
     decision.states().all(|state| state.shortened_to.is_none())
 }

@@ -110,7 +110,7 @@ impl ApiError {
         }
     }
 
-    /// Whether Redis is unreachable and the plan rejects all requests in that case.
+    /// Returns whether Redis is unreachable and the plan rejects all requests in that case.
     fn is_without_counters(&self) -> bool {
         let source = self.source.as_deref();
         source

@@ -49,7 +49,7 @@ const DEVICES: u32 = 5;
 /// The number of attempts of all known devices of an account, including successful ones, as a multiple of the free
 /// failed attempts of one device.
 const USES: u32 = 20;
-/// How often one of these attempts is forgiven: ten times per minute.
+/// One of these attempts is forgiven per interval of this length.
 const FORGIVE_USE: Duration = Duration::from_secs(6);
 /// A network with at least this many unforgiven attempts is no longer
 /// [ordinary](super::password::CallerClass::Ordinary).
@@ -300,7 +300,7 @@ impl Attempts {
         Ok(attempt)
     }
 
-    /// Returns `None` if Redis is not configured or does not respond.
+    /// Counts an attempt in Redis. Returns `None` if Redis is not configured or does not respond.
     async fn take_in_redis(&self, counters: &[Counter]) -> Option<Taken> {
         let redis = self.redis.as_ref()?;
         let keys = Self::keys(redis, counters);

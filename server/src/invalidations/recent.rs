@@ -39,7 +39,7 @@ pub struct Recent(Mutex<State>);
 struct State {
     /// `None` before the first poll. Until then, no copy can be confirmed.
     range: Option<PolledRange>,
-    /// The numbers' database history.
+    /// The database history that the numbers belong to.
     history: Option<Arc<str>>,
     polled: BTreeMap<i64, Uuid>,
     /// Announced changes with numbers above `range.up_to`.
@@ -52,7 +52,7 @@ struct State {
 struct PolledRange {
     /// The number above which all changes up to `up_to` are known.
     floor: i64,
-    /// The highest number up to which all changes above `floor` are known.
+    /// The number up to which all changes above `floor` are known.
     up_to: i64,
 }
 
@@ -165,7 +165,7 @@ impl Recent {
         true
     }
 
-    /// Whether none of these IDs has a known change with a number above `as_of`.
+    /// Returns whether none of these IDs has a known change with a number above `as_of`.
     pub fn unchanged(&self, ids: &[Uuid], as_of: i64) -> bool {
         let state = self.0.lock();
         let Some(range) = state.range else {

@@ -30,7 +30,7 @@ pub struct Node {
     pub persistence: String,
     /// `None` if an ACL forbids reading the setting.
     pub min_replicas_to_write: Option<u32>,
-    /// In seconds. `None` if an ACL forbids reading the setting.
+    /// The setting in seconds. `None` if an ACL forbids reading the setting.
     pub min_replicas_max_lag: Option<u32>,
     /// The maximum number of connections. `None` if the server hides it.
     pub max_clients: Option<usize>,

@@ -75,7 +75,7 @@ impl Counts {
         }
     }
 
-    /// Subtracts counts that are included in these.
+    /// Subtracts `other`, whose requests are included in these counts.
     #[must_use]
     pub fn without(&self, other: &Self) -> Self {
         Self {
@@ -104,7 +104,7 @@ pub struct Ranked {
     pub counts: Counts,
 }
 
-/// The end is exclusive.
+/// A time range with an exclusive end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Range {
     pub from: DateTime<Utc>,

@@ -106,14 +106,14 @@ pub(super) struct Requests {
     open: Vec<Request>,
     /// When the incomplete request head started to arrive.
     head_began: Option<u64>,
-    /// How many bytes of the incomplete head have arrived.
+    /// The estimated number of bytes that the incomplete head uses.
     head_length: usize,
     /// When a response last ended or made progress.
     progressed: u64,
     /// When a response that was later reset last made progress. Cleared when another response makes progress.
     /// Otherwise, a client that resets responses instead of reading them would get a new deadline with each request.
     unread: Option<u64>,
-    /// When a request arrived that was reset before its response began. Cleared when another request gets a response.
+    /// When a request arrived that was reset before its response began. Cleared when another response is complete.
     cancelled: Option<u64>,
 }
 

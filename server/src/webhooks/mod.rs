@@ -61,9 +61,9 @@ pub enum SecretError {
 }
 
 pub struct NewSecret {
-    /// In the form shown to the tenant.
+    /// The secret in the form shown to the tenant.
     pub shown: String,
-    /// In the form stored in the database.
+    /// The secret in the form stored in the database.
     pub encrypted: Vec<u8>,
 }
 

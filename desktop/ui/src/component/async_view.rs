@@ -91,7 +91,7 @@ impl<T> Clone for Loader<T> {
 impl<T> Copy for Loader<T> {}
 
 impl<T: Clone + Send + Sync + 'static> Loader<T> {
-    /// Does nothing if the user has left the page that owns this loader.
+    /// Loads the data again. Does nothing if the user has left the page that owns this loader.
     pub fn reload(self) {
         self.core.reload();
     }

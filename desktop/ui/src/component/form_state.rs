@@ -144,7 +144,7 @@ impl FormState {
         }
     }
 
-    /// The error that does not belong to any field of this form.
+    /// Returns the error that does not belong to any field of this form.
     pub fn failure(self) -> Signal<Option<CallError>> {
         self.failure.into()
     }

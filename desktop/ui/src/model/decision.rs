@@ -59,7 +59,7 @@ impl Live {
     }
 }
 
-/// `clock` formats a time. `with_key` adds a column with the key's name.
+/// Returns the decisions as a table. `clock` formats a time. `with_key` adds a column with the key's name.
 pub fn decision_table(
     decisions: &[&Decision],
     caption: &str,

@@ -44,7 +44,7 @@ pub fn check_email(text: &str) -> Result<(), &'static str> {
     }
 }
 
-/// Returns `None` if the field is empty.
+/// Trims a field's text. Returns `None` if the field is empty.
 pub fn optional_text(text: &str) -> Option<String> {
     let text = text.trim();
     (!text.is_empty()).then(|| text.to_owned())

@@ -16,7 +16,8 @@ pub enum Judgment {
     Correct,
 }
 
-/// A permitted attempt. Taken back when dropped, unless its password was verified.
+/// A permitted attempt. Dropping it takes it back if the password was not verified. After a correct password, only the
+/// `Keep` counters still count it; a wrong password remains counted.
 #[derive(Debug)]
 pub struct Attempt {
     pub(super) attempts: Arc<Attempts>,
@@ -43,7 +44,7 @@ impl Attempt {
             .count()
     }
 
-    /// Records that the password was correct, and clears the account's counters.
+    /// Records that the sign-in succeeded: treats each counter as its [`OnSuccess`] says.
     pub async fn succeeded(mut self) {
         let (cleared, kept) = (self.count(OnSuccess::Clear), self.count(OnSuccess::Keep));
         let task = self.take_back(cleared, kept);

@@ -25,6 +25,7 @@ use super::{EmbeddedError, connect, place::Place, url};
 pub(super) const START_LIMIT: Duration = Duration::from_mins(2);
 /// How long a fast shutdown may take. It ends sessions and writes a checkpoint.
 const FAST_STOP_LIMIT: Duration = Duration::from_secs(20);
+/// How long an immediate shutdown may take.
 const HARD_STOP_LIMIT: Duration = Duration::from_secs(5);
 
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
