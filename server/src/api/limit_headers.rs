@@ -22,7 +22,7 @@ pub const POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
 pub const STATE: HeaderName = HeaderName::from_static("ratelimit");
 /// The decision of forward-auth. A gateway must forward a request only if the status is 200 and the value is `allowed`.
 pub const DECISION: HeaderName = HeaderName::from_static("x-quota-decision");
-/// Present if Redis is unreachable and this replica decides without it.
+/// A header that is present if Redis is unreachable and this replica decides without it.
 pub const DEGRADED: HeaderName = HeaderName::from_static("x-quota-degraded");
 pub const REDIS_AWAY: &str = "redis-away";
 
@@ -264,7 +264,7 @@ impl StateField {
     }
 }
 
-/// `text` consists of policy names and numbers, which are visible ASCII.
+/// Returns a header value. `text` consists of policy names and numbers, which are visible ASCII.
 fn value(text: &[u8]) -> HeaderValue {
     HeaderValue::from_bytes(text).unwrap_or_else(|_| HeaderValue::from_static(""))
 }

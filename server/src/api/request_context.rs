@@ -104,7 +104,8 @@ impl RequestContext {
         }
     }
 
-    /// Marks the response as an endless stream.
+    /// Marks the response as endless until the returned value is dropped. Returns `None` if the listener does not read
+    /// the connection's marks.
     pub fn begin_endless_response(&self) -> Option<EndlessResponse> {
         let connection = self.marks.as_ref();
         connection.map(ConnectionMarks::begin_endless_response)
