@@ -97,7 +97,7 @@ enum OnSuccess {
 }
 
 impl Counter {
-    /// Returns the first wait. It is the interval between attempts at a rate of `free` per minute.
+    /// Returns the wait after the free attempts have been used: a minute divided by `free`.
     fn first_wait(&self) -> Duration {
         Duration::from_mins(1) / self.free.max(1)
     }

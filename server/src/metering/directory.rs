@@ -109,7 +109,7 @@ impl Directory {
         Ok(())
     }
 
-    /// Deletes the directory, unless it contains more than the lock file. Returns whether it did so.
+    /// Deletes the directory, unless it contains more than the lock file. Returns whether the directory was deleted.
     pub fn remove(self) -> io::Result<bool> {
         for entry in fs::read_dir(&self.path)? {
             if entry?.file_name() != LOCK {

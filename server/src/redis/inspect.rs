@@ -36,7 +36,7 @@ pub struct Node {
     pub max_clients: Option<usize>,
     /// The error if the server rejects the commands that the script of the counters uses.
     pub script_error: Option<String>,
-    /// The number of subscribers to the channel.
+    /// The number of subscribers to the invalidation channel.
     pub subscribers: usize,
     pub round_trip: Duration,
 }

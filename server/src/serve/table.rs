@@ -57,7 +57,7 @@ const YOUNG: Duration = Duration::from_secs(1);
 /// How many of the oldest connections without a request are considered for closing. The one whose address has the most
 /// connections is closed.
 const WAITING_SEARCH: usize = 16;
-/// An address is light compared with one that has at least this many times as many connections.
+/// An address is light compared with another address that has at least this many times its number of connections.
 const LIGHT: usize = 4;
 /// The minimum time between two searches for idle and stalled connections, because a search checks all connections.
 const SEARCH_EVERY: Duration = Duration::from_millis(100);

@@ -19,7 +19,7 @@ pub struct NewSecret {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Leaving {
     Close,
-    /// Quit the desktop app.
+    /// Quitting the desktop app.
     Quit,
 }
 

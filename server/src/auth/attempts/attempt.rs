@@ -16,8 +16,8 @@ pub enum Judgment {
     Correct,
 }
 
-/// A permitted attempt. Dropping it takes it back if the password was not verified. After a correct password, only the
-/// `Keep` counters still count it; a wrong password remains counted.
+/// A permitted attempt. When it is dropped, the effect on its counters depends on its [`Judgment`]: a wrong password
+/// remains counted, a correct one only by the `Keep` counters, and an attempt without verification not at all.
 #[derive(Debug)]
 pub struct Attempt {
     pub(super) attempts: Arc<Attempts>,
