@@ -148,7 +148,7 @@ fn is_plain(head: &[u8]) -> bool {
         feeds += usize::from(*byte == b'\n');
     }
     let pairs = head.windows(2).filter(|pair| pair == b"\r\n").count();
-    // Every non-printable byte belongs to such a pair.
+    // Every non-printable byte must belong to such a pair.
     odd == 2 * pairs && feeds == pairs
 }
 
@@ -158,8 +158,8 @@ struct Known<'a> {
 }
 
 impl<'a> Known<'a> {
-    /// Returns `None` if a field makes the request not plain, because it affects where the request ends or how to
-    /// respond.
+    /// Reads the header fields. Returns `None` if a field makes the request not plain, because it affects where the
+    /// request ends or how to respond.
     fn of(fields: &[httparse::Header<'a>]) -> Option<Self> {
         let mut values = [None; KNOWN.len()];
         let (mut length, mut host, mut connection) = (None, None, None);

@@ -134,7 +134,7 @@ async fn node(
     })
 }
 
-/// Returns `None` if an ACL or the hosting provider forbids the command.
+/// Sends a command. Returns `None` if an ACL or the hosting provider forbids the command.
 async fn query<T: FromRedisValue>(
     connection: &mut MultiplexedConnection,
     words: &[&str],
