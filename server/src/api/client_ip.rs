@@ -21,7 +21,7 @@ pub fn client_ip(request: &Request, trusted: &[IpNet]) -> Option<IpAddr> {
     Some(client_of(peer, request.headers(), trusted))
 }
 
-/// Returns the address of the client that `peer` belongs to or forwards requests for. `peer` must be in canonical form.
+/// Returns the client's address for a request from `peer`, which must be in canonical form.
 pub fn client_of(peer: IpAddr, fields: &impl Fields, trusted: &[IpNet]) -> IpAddr {
     let is_trusted = |ip: IpAddr| trusted.iter().any(|network| network.contains(&ip));
     let mut client = peer;

@@ -46,8 +46,8 @@ const FORGIVE_NETWORK: Duration = Duration::from_mins(1);
 const ACCOUNTS: u32 = 5;
 /// The number of free attempts of all known devices of an account together, as a multiple of the number for one device.
 const DEVICES: u32 = 5;
-/// The number of attempts of all known devices of an account, including successful ones, as a multiple of the free
-/// failed attempts of one device.
+/// The number of free attempts of all known devices of an account together, counting successful attempts too, as a
+/// multiple of the number for one device.
 const USES: u32 = 20;
 /// One of these attempts is forgiven per interval of this length.
 const FORGIVE_USE: Duration = Duration::from_secs(6);
