@@ -54,10 +54,10 @@ pub fn App() -> impl IntoView {
     }
 }
 
-/// Address, name, and icon.
+/// The path, name, and icon of a link.
 type NavigationLink = (&'static str, &'static str, Shape);
 
-/// Only some roles see these links.
+// Only some roles see these links.
 const BILLING: &str = "/console/billing";
 const WEBHOOKS: &str = "/console/webhooks";
 

@@ -76,19 +76,19 @@ impl Session {
         self.auth.set(AuthState::SignedOut);
     }
 
-    /// Whether the user's role can create, change, and delete plans, keys, tokens, and webhooks.
+    /// Returns whether the user's role can create, change, and delete plans, keys, tokens, and webhooks.
     pub fn can_manage(self) -> bool {
         self.me
             .with(|me| me.as_ref().is_some_and(|me| me.tenant.role.may_manage()))
     }
 
-    /// Whether the user's role can view plans, keys, tokens, and webhooks.
+    /// Returns whether the user's role can view plans, keys, tokens, and webhooks.
     pub fn can_read(self) -> bool {
         self.me
             .with(|me| me.as_ref().is_some_and(|me| me.tenant.role.may_read()))
     }
 
-    /// Whether the user's role can change the organization and its alert settings.
+    /// Returns whether the user's role can change the organization and its alert settings.
     pub fn can_administer(self) -> bool {
         self.me.with(|me| {
             me.as_ref()
@@ -96,13 +96,13 @@ impl Session {
         })
     }
 
-    /// Whether the user's role can view and change the subscription.
+    /// Returns whether the user's role can view and change the subscription.
     pub fn can_bill(self) -> bool {
         self.me
             .with(|me| me.as_ref().is_some_and(|me| me.tenant.role.may_bill()))
     }
 
-    /// The time zone that determines when quotas reset.
+    /// Returns the time zone that determines when quotas reset.
     pub fn time_zone(self) -> String {
         self.me
             .with(|me| me.as_ref().map(|me| me.tenant.time_zone.clone()))

@@ -173,7 +173,8 @@ impl Expired {
     }
 }
 
-/// Sweeps up to `limit` rows and returns their number. If it is less than `limit`, no rows are left.
+/// Sweeps up to `limit` rows and returns their number. If it is less than `limit`, no rows are left, except those that
+/// are locked.
 pub async fn batch(tx: &mut SystemTx, kind: Expired, limit: i64) -> Result<usize, DbError> {
     let swept = sql_query(kind.statement())
         .bind::<BigInt, _>(limit)

@@ -27,7 +27,8 @@ use web_sys::{
 use super::error::{CallError, CallResult, TestResponse};
 use crate::model::address::Query;
 
-/// Whether the browser sends session cookies to this server. Browsers do so only over TLS or to the local computer.
+/// Returns whether the browser sends session cookies to this server. Browsers do so only over TLS or to the local
+/// computer.
 pub fn is_secure() -> bool {
     window().is_some_and(|window| window.is_secure_context())
 }
@@ -67,7 +68,7 @@ fn account_before_replacement() -> Option<(UserId, TenantId)> {
     })
 }
 
-/// Uses `fetch` directly: an HTTP crate would make the download 2% larger.
+/// Sends a request. Uses `fetch` directly: an HTTP crate would make the download 2% larger.
 async fn request(
     call: &Call,
     credentials: RequestCredentials,
@@ -166,7 +167,7 @@ thread_local! {
     static WAITING: RefCell<Option<Vec<oneshot::Sender<CallResult<bool>>>>> = const { RefCell::new(None) };
 }
 
-/// Returns `false` if the session has ended.
+/// Refreshes the session, or waits for a refresh in progress. Returns `false` if the session has ended.
 async fn refresh() -> CallResult<bool> {
     let receiver = WAITING.with_borrow_mut(|waiting| match waiting {
         Some(others) => {
@@ -222,7 +223,7 @@ pub async fn copy(text: &str) -> bool {
         .is_ok()
 }
 
-/// The browser chooses the folder and tells the user.
+/// The browser chooses the folder and shows the download.
 pub async fn save_file(name: &str, text: &str) -> CallResult<Option<String>> {
     start_download(name, text).ok_or(CallError::Unreadable)?;
     Ok(None)

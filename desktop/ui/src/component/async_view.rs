@@ -91,7 +91,7 @@ impl<T> Clone for Loader<T> {
 impl<T> Copy for Loader<T> {}
 
 impl<T: Clone + Send + Sync + 'static> Loader<T> {
-    /// Does nothing if the user has left the page that owns this loader.
+    /// Loads the data again. Does nothing if the user has left the page that owns this loader.
     pub fn reload(self) {
         self.core.reload();
     }
@@ -214,8 +214,8 @@ fn load_data(fetch: Box<dyn Fn() -> LocalFuture<CallResult<Data>>>) -> Core {
     core
 }
 
-/// Loads the page of a list that the address specifies. If that page has become empty, for example because its last
-/// item was deleted, goes to the first page.
+/// Loads the page of a list selected by the URL query. If that page has become empty, for example because its last item
+/// was deleted, goes to the first page.
 pub fn load_page<T>(fetch: impl Fn(PageOf) -> PendingCall<Page<T>> + 'static) -> Loader<Page<T>>
 where
     T: Clone + Send + Sync + 'static,

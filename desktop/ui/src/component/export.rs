@@ -20,7 +20,7 @@ pub fn ExportButton(
             };
             match saved {
                 Ok(Some(path)) => toasts.succeed(format!("Saved to {path}")),
-                // The browser tells the user.
+                // No toast needed: the browser shows the download itself.
                 Ok(None) => {}
                 Err(error) => toasts.fail(&error),
             }

@@ -111,7 +111,7 @@ impl Commands {
     }
 }
 
-/// Whether the key was pressed in a text field.
+/// Returns whether the key was pressed in a text field.
 fn is_in_field(ev: &KeyboardEvent) -> bool {
     const FIELDS: &str =
         "input:not([type=checkbox]):not([type=radio]), textarea, select, [contenteditable]";

@@ -2,7 +2,7 @@ use leptos::prelude::*;
 
 use crate::{reactive::effect, route::route};
 
-/// Opens a dialog if the address contains the query parameter `new`, and removes the parameter.
+/// Opens a dialog if the URL contains the query parameter `new`, and removes the parameter.
 pub fn open_from_query(open: RwSignal<bool>) {
     let route = route();
     let own_path = route.path.get_untracked();

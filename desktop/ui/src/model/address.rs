@@ -1,4 +1,4 @@
-//! Addresses within the console: pages and query strings.
+//! URLs within the console: pages and query strings.
 
 use std::fmt::{self, Write as _};
 
@@ -64,7 +64,7 @@ impl Query {
         )
     }
 
-    /// Returns `None` if the value is empty.
+    /// Returns the value of a parameter. Returns `None` if the parameter is missing or empty.
     pub fn get(&self, name: &str) -> Option<String> {
         self.0
             .iter()

@@ -21,7 +21,7 @@ fn owner(alert: &QuotaAlert) -> &str {
     }
 }
 
-/// The quota's name without its owner, such as `Monthly quota`.
+/// Returns the quota's name without its owner, such as `Monthly quota`.
 fn quota_name(alert: &QuotaAlert) -> &'static str {
     match alert.key_id {
         Some(_) => burn_down::name(alert.policy),
@@ -38,7 +38,7 @@ fn threshold_badge(threshold: u32) -> Markup {
     with_text("span", &[("class", class)], &format!("{threshold}%"))
 }
 
-/// Marks alerts newer than `seen` as new.
+/// Returns the alerts as a table. Marks alerts newer than `seen` as new.
 pub fn alert_table(alerts: &[QuotaAlert], seen: Option<QuotaAlertId>, now: i64) -> Markup {
     let columns = ["Key", "Quota", "Reached", "Used", "Time", "Resets"];
     let head: Vec<Markup> = columns

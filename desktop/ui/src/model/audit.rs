@@ -41,7 +41,7 @@ pub struct FieldChange {
     pub after: Option<String>,
 }
 
-/// `plan_name` returns a plan's name by its ID.
+/// Returns the fields that an event changed. `plan_name` returns a plan's name by its ID.
 pub fn field_changes(
     event: &AuditEvent,
     plan_name: &dyn Fn(&str) -> Option<String>,
@@ -223,7 +223,7 @@ pub fn compact(value: &Value) -> String {
     }
 }
 
-/// Formats a number with three decimals.
+/// Formats a number with three decimal places.
 fn fraction(number: f64) -> String {
     #[expect(
         clippy::cast_possible_truncation,

@@ -64,7 +64,7 @@ pub fn buttons(it: &BillingState) -> Vec<StripeButton> {
     }
 }
 
-/// Whether the user should click the first button next.
+/// Returns whether the user should click the first button next.
 pub fn is_action_needed(it: &BillingState) -> bool {
     buttons(it).first() != Some(&MANAGE)
 }

@@ -2,7 +2,7 @@
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
-    /// Goes to this address in the console.
+    /// Goes to this path in the console.
     Go(&'static str),
     /// Focuses the search field for API keys.
     Search,

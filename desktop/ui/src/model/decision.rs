@@ -34,7 +34,7 @@ impl Live {
         page.iter().position(|it| it.id == newest.id)
     }
 
-    /// `new` is sorted newest first.
+    /// Adds new decisions. `new` must be sorted newest first.
     pub fn add(&mut self, new: Vec<Decision>, paused: bool) {
         let rows = if paused {
             &mut self.waiting
@@ -59,7 +59,7 @@ impl Live {
     }
 }
 
-/// `clock` formats a time. `with_key` adds a column with the key's name.
+/// Returns the decisions as a table. `clock` formats a time. `with_key` adds a column with the key's name.
 pub fn decision_table(
     decisions: &[&Decision],
     caption: &str,

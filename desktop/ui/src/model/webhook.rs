@@ -89,7 +89,7 @@ fn note(text: &str) -> Markup {
     with_text("span", &[("class", "exact")], text)
 }
 
-/// Each name links to the webhook's page.
+/// Returns the webhooks as a table. Each name links to the webhook's page.
 pub fn webhook_table(webhooks: &[Webhook], now: i64) -> Markup {
     let rows = webhooks
         .iter()
@@ -203,7 +203,8 @@ pub fn webhook_details(it: &Webhook, now: i64) -> Markup {
     .collect()
 }
 
-/// Returns when the server stops signing requests with the previous secret, or `None` if it has already stopped.
+/// Returns the time at which the server stops signing requests with the previous secret, or `None` if it has already
+/// stopped.
 pub fn previous_secret_expiry(it: &Webhook, now: i64) -> Option<quota_common::Timestamp> {
     it.previous_secret_expires_at
         .filter(|at| at.inner().timestamp_millis() > now)
@@ -249,7 +250,8 @@ fn response(it: &WebhookDelivery) -> String {
         .map_or_else(|| "–".to_owned(), |status| status.to_string())
 }
 
-/// During an attempt, the server returns the time when it would repeat the attempt after a crash.
+/// Describes the next attempt. While an attempt is in progress, `next_attempt_at` is the time at which the server would
+/// repeat it after a crash.
 fn next_attempt(it: &WebhookDelivery, now: i64) -> Markup {
     match it.next_attempt_at {
         Some(_) if it.attempts > 0 && it.error.is_none() => Markup::text("Sending…"),
@@ -259,7 +261,7 @@ fn next_attempt(it: &WebhookDelivery, now: i64) -> Markup {
     }
 }
 
-/// The button in each row has the delivery's ID in `data-delivery`.
+/// Returns the deliveries as a table. The button in each row has the delivery's ID in `data-delivery`.
 pub fn delivery_table(deliveries: &[WebhookDelivery], now: i64) -> Markup {
     let rows = deliveries.iter().map(|it| delivery_row(it, now)).collect();
     table(
@@ -347,12 +349,12 @@ pub fn delivery_details(it: &WebhookDelivery, now: i64) -> Markup {
     element("dl", &[("class", "details")], &rows)
 }
 
-/// Whether the first attempt has ended.
+/// Returns whether the first attempt has ended.
 pub const fn has_result(it: &WebhookDelivery) -> bool {
     it.error.is_some() || !matches!(it.status, WebhookDeliveryStatus::Pending)
 }
 
-/// Whether an attempt is in progress or imminent, so that the result should be loaded soon.
+/// Returns whether an attempt is in progress or imminent, so that the result should be loaded soon.
 pub fn is_changing(deliveries: &[WebhookDelivery], now: i64) -> bool {
     const SOON_MS: i64 = 10_000;
     /// Longer than any attempt.

@@ -32,7 +32,7 @@ const DECISIONS: u32 = 10;
 /// How often to update the meters as the burst refills.
 const SECOND: Duration = Duration::from_secs(1);
 
-/// The limits, and when they were loaded, in milliseconds since 1970.
+/// The limits and their load time in milliseconds since 1970.
 pub type LoadedLimits = (KeyLimits, i64);
 
 /// Loaded together, so that the chart and the list match.

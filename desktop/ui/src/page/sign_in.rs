@@ -60,7 +60,7 @@ fn InsecureWarning() -> impl IntoView {
     })
 }
 
-/// Returns the address of the other form. Keeps the page to open after sign-in.
+/// Returns `path` with the page to open after sign-in as a query parameter.
 fn with_next(path: &str) -> String {
     let next = route().query.with_untracked(|query| query.get("next"));
     let query = Query::default().with("next", &next.unwrap_or_default());

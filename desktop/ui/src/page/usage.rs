@@ -1,4 +1,4 @@
-//! The usage page: requests over time, by key, endpoint, and policy. The address contains all of the user's choices.
+//! The usage page: requests over time, by key, endpoint, and policy. The URL contains all of the user's choices.
 
 use leptos::prelude::*;
 use quota_common::{
@@ -53,8 +53,8 @@ pub fn UsagePage() -> impl IntoView {
     let route = route();
     let query = route.query;
     let session = session();
-    // Load data only when one of these parameters changes. Stored as a string, because each type of memo adds to the
-    // download.
+    // Load data only when one of these parameters changes. Stored as a string, because each memo type adds to the
+    // download size.
     let requested = text_memo(move || query.with(UsageRequest::parameters));
     let request = move || UsageRequest::read(&Query::read(&requested.get()));
     let zone = text_memo(move || zone_name(request().zone, &session.time_zone()));
@@ -203,7 +203,7 @@ fn Toolbar(keys: Signal<Vec<ApiKey>>, zone: Memo<String>) -> impl IntoView {
     }
 }
 
-/// Keeps the visible parts of the chart in the address.
+/// Keeps the visible parts of the chart in the URL.
 fn chart_state(route: Route) -> ChartState {
     let state = ChartState::new();
     let query = route.query.get_untracked();
@@ -380,7 +380,7 @@ fn NoRequests(keys: Signal<Vec<ApiKey>>) -> impl IntoView {
     }
 }
 
-/// Returns the address of a key's usage.
+/// Returns the path and query of a key's usage.
 pub fn usage_of_key(id: ApiKeyId) -> String {
     let query = Query::default()
         .with("key_id", &id.to_string())

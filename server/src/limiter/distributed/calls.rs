@@ -45,8 +45,9 @@ pub(super) const CALL_DEADLINE: Duration = Duration::from_secs(1);
 /// How long a denial by the counters is trusted if tokens are leased, as a multiple of the lease TTL.
 pub(super) const DENIED_FOR_LEASES: u64 = 2;
 
-/// The maximum number of concurrent calls that return leases on exit, and how many of them may fail.
+/// The maximum number of concurrent calls that return leases on exit.
 const RETURNS_AT_ONCE: usize = 256;
+/// The number of failed calls after which no more leases are returned.
 const RETURNS_FAILED: u32 = 8;
 /// How long returning leases may take.
 const RETURNED_WITHIN: Duration = Duration::from_secs(4);

@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// The delay before the first probe in an outage, and the interval between probes. A replica sends its first probe late
-/// enough that any replica still getting responses has confirmed one from after the outage began.
+/// enough that any replica still getting responses has confirmed one sent after the outage began.
 pub(super) const FIRST_PROBE: Duration = Duration::from_millis(350);
 const PROBE_EVERY: Duration = Duration::from_millis(250);
 /// How long after the last call a heartbeat is sent, and how long after a failed call. Short enough that all replicas
@@ -37,7 +37,7 @@ const _: () = assert!(
         <= FIRST_PROBE.as_millis() + PROBE_DEADLINE.as_millis(),
     "an idle replica must detect an outage before the second probe of the first replica that did"
 );
-/// One call gets a response from after the start of the outage that is newer than the stored confirmation by more than
+/// One call gets a response sent after the start of the outage and newer than the stored confirmation by more than
 /// [`CONFIRMED_EVERY`]. The next call confirms that response. Calls are at most [`HEARTBEAT_EVERY`] and one [`TICK`]
 /// apart.
 const _: () = assert!(

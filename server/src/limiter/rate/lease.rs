@@ -81,18 +81,20 @@ impl Terms {
     }
 }
 
-/// See the module documentation.
+/// The tokens that this replica has leased from a key's bucket. See the module documentation.
 #[derive(Debug, Default)]
 pub(in crate::limiter) struct Lease {
     /// The older grant, then the newer one.
     slots: [Slot; 2],
     /// The lease size: the number of tokens that requests spend within the lease TTL at the current pace.
     size: u64,
-    /// When tokens were last requested (0 if never), and how many tokens requests have needed since.
+    /// When tokens were last requested. 0 if never.
     asked_at: Monotonic,
+    /// The number of tokens that requests have needed since `asked_at`.
     wanted: u64,
-    /// The number of calls in flight that are not late yet, and when the latest of them started.
+    /// The number of calls in flight that are not late yet.
     fetching: u32,
+    /// When the latest of these calls started.
     began_at: Monotonic,
     /// The number of tokens that these calls request for later.
     coming: u64,
