@@ -216,6 +216,32 @@ async fn remote_store_is_not_asked_about_known_denials() {
     assert!(key.ask(&Plan::any_rate().daily(21), 1).await.is_allowed());
 }
 
+/// A replica whose clock is set back denies known excess for as long as the bucket takes to refill, not for the time by
+/// which the clock was set back.
+#[tokio::test]
+async fn known_denials_state_the_same_wait_after_the_clock_was_set_back() {
+    for burst in [1, 3] {
+        let world = world::far();
+        let key = Key::of(&world.start());
+        let plan = Plan::rate(1, burst);
+        let used = u64::from(burst);
+        assert_eq!(key.admitted(&plan, burst + 1).await, used);
+        let hour_ago = world.now().0 - 3_600_000_000_000;
+        world
+            .clock
+            .set_now(quota_server::clock::UnixNanos(hour_ago));
+        world.advance(Duration::from_secs(10));
+        let decision = key.ask(&plan, 1).await;
+        assert_eq!(decision.retry_after_secs(), Some(50), "{decision:?}");
+        assert_eq!(decision.seconds_to_reset(decision.rate), 60 * used - 10);
+        // It costs the bucket one refill at most.
+        world.advance(Duration::from_secs(50));
+        key.ask(&plan, 1).await;
+        world.advance(Duration::from_secs(60));
+        assert!(key.ask(&plan, 1).await.is_allowed());
+    }
+}
+
 #[tokio::test]
 async fn ledger_that_panics_or_hangs_counts_as_failed() {
     #[derive(Debug)]
