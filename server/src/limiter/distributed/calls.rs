@@ -24,7 +24,7 @@ use tokio::{runtime::Handle, time};
 use super::{
     breaker::CircuitBreaker,
     core::StoreCore,
-    probe::{FIRST_PROBE, probe_until_recovered},
+    probe::{first_probe, probe_until_recovered},
 };
 use crate::{
     clock::Nanos,
@@ -215,7 +215,8 @@ impl StoreCore {
         if self.partitions[usize::from(partition)].failed(self.clock.monotonic()) {
             tracing::warn!(partition, error = %error, "the shared counters are unavailable");
             self.metrics.counter_outages.inc();
-            self.probe_until_recovered(partition, FIRST_PROBE, CounterMicros::NONE);
+            let first = first_probe(self.settings.deadline);
+            self.probe_until_recovered(partition, first, CounterMicros::NONE);
         }
     }
 

@@ -57,7 +57,7 @@ local PROMISED = 500000
 -- An unconfirmed start is postponed only once this many microseconds of the delay have passed.
 local KNOWN = 50000
 -- If a caller received a response within the last `CONNECTED` microseconds, no caller has decided requests without the
--- counters yet: callers do so only after their second probe, at least 850 ms after they detect an outage.
+-- counters yet: callers do so only after their second probe, at least 830 ms after they detect an outage.
 local CONNECTED = 800000
 -- A confirmation is stored only if it is newer than the stored one by more than this many microseconds.
 local CONFIRMED = 50000

@@ -51,6 +51,7 @@ fn alone(
         membership,
         &Arc::default(),
         on_failure,
+        DEADLINE,
     );
     let policies = Policies::new(
         RatePolicy {
@@ -88,6 +89,16 @@ pub(super) fn replica(
     membership: &Arc<Membership>,
     on_failure: OnRedisFailure,
 ) -> Limiter {
+    replica_with(world, membership, on_failure, DEADLINE)
+}
+
+/// Starts another replica, whose calls to Redis have this deadline.
+pub(super) fn replica_with(
+    world: &Arc<World>,
+    membership: &Arc<Membership>,
+    on_failure: OnRedisFailure,
+    deadline: Duration,
+) -> Limiter {
     let replica = {
         let mut links = world.links.lock();
         links.push(Link::default());
@@ -108,6 +119,7 @@ pub(super) fn replica(
         membership,
         &Arc::default(),
         on_failure,
+        deadline,
     );
     Limiter::new(store, clock)
 }
