@@ -13,6 +13,7 @@
 
 use super::{
     counters::CounterMicros,
+    gathering::Gathering,
     gcra::Gcra,
     share::Share,
     waiter::{Unspent, Waiter},
@@ -115,6 +116,7 @@ pub(in crate::limiter) struct Lease {
     /// too few.
     held_until: Monotonic,
     held_for: u64,
+    pub(in crate::limiter) gathering: Gathering,
     pub(in crate::limiter) share: Share,
 }
 
@@ -159,6 +161,7 @@ impl Lease {
         self.view = None;
         self.held_until = Monotonic::default();
         self.short = false;
+        self.gathering = Gathering::default();
         self.size = 1;
     }
 
@@ -215,7 +218,7 @@ impl Lease {
         let first = n.min(older.tokens);
         older.tokens -= first;
         newer.tokens -= n - first;
-        self.wanted += n;
+        self.wanted = self.wanted.saturating_add(n);
         true
     }
 
@@ -287,8 +290,14 @@ impl Lease {
     /// Adds a request that waits for the counters because too few tokens are available. With zero tokens, it waits only
     /// for a response.
     pub(in crate::limiter) fn wait(&mut self, waiter: Waiter) {
-        self.wanted += waiter.tokens;
+        self.wanted = self.wanted.saturating_add(waiter.tokens);
         self.waiting.push(waiter);
+    }
+
+    /// Records a request that was denied without a call. Without it, the next lease would be too small for the tokens
+    /// that accumulate in the meantime.
+    pub(in crate::limiter) fn deny(&mut self, n: u64) {
+        self.wanted = self.wanted.saturating_add(n);
     }
 
     /// Uses these terms for all later calls.
