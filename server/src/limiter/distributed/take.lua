@@ -122,8 +122,9 @@ if start > now then
   return {1, now, start - now}
 end
 -- This ignores callers with an outage: they may not receive this response in time, and would then continue without the
--- counters.
-if away == 0 and heard > ok + CONFIRMED and heard <= now and heard >= start then
+-- counters. If the stored response is in the future, the clock has gone back since.
+local confirmed = ok <= now and ok or 0
+if away == 0 and heard > confirmed + CONFIRMED and heard <= now and heard >= start then
   redis.call('HSET', KEYS[2], 'ok', whole(heard))
 end
 
