@@ -259,7 +259,7 @@ impl LedgerCalls {
         any
     }
 
-    /// Starts to return an idle block, and tokens owed to ended windows.
+    /// Starts to return tokens that are not needed soon, and tokens owed to ended windows.
     pub(in crate::limiter) fn return_unneeded(
         self: &Arc<Self>,
         handle: &KeyHandle,
@@ -267,11 +267,12 @@ impl LedgerCalls {
         policy: Policy,
         now: UnixNanos,
     ) {
+        let waited_for = state.waited_for;
         if Handle::try_current().is_ok()
             && let Some(block) = state.block(policy)
         {
-            // An idle block is returned in one batch with others, not in a separate call.
-            let until = if block.give_up_idle(now) {
+            // Tokens that are not needed soon are returned in one batch with those of other keys, not in a separate call.
+            let until = if block.give_up_unneeded(now, waited_for) {
                 UnixNanos(u64::MAX)
             } else {
                 now

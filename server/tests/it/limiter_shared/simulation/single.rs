@@ -591,6 +591,51 @@ fn a_wait_is_told_for_the_tokens_that_were_asked_for() {
     });
 }
 
+/// A replica that uses a quota slowly keeps only what it needs soon while another one denies requests.
+#[test]
+fn a_slow_replica_leaves_the_quota_to_a_busy_one() {
+    paused(async {
+        let of = NonZeroU64::new(2).unwrap();
+        let ledger = TestLedger::new();
+        let [slow, busy] = [0, 1].map(|rank| {
+            let membership = Arc::new(Membership::default());
+            membership.confirm(ReplicaSlot { rank, of }, Monotonic::default());
+            let daily = NonZeroU64::new(10_000);
+            let rate = (600_000, 100_000);
+            alone(
+                Arc::clone(&ledger),
+                &membership,
+                OnRedisFailure::Share,
+                rate,
+                daily,
+            )
+        });
+        // Records of keys in use keep the handles.
+        let handles = [a_handle(&slow.0), a_handle(&busy.0)];
+        let is_admitted = async |which: usize| {
+            let (limiter, policies) = [&slow, &busy][which];
+            let decision = limiter.admit(&handles[which], policies, NonZeroU32::MIN);
+            decision.await.unwrap().is_allowed()
+        };
+        let mut served = 0;
+        for second in 0..60 {
+            if second % 5 == 0 {
+                assert!(is_admitted(0).await, "after {second} s");
+                served += 1;
+            }
+            while is_admitted(1).await {
+                served += 1;
+            }
+            if second % 10 == 9 {
+                slow.0.prune();
+                busy.0.prune();
+            }
+            sleep(Duration::from_secs(1)).await;
+        }
+        assert!((9_985..=10_000).contains(&served), "{served} served");
+    });
+}
+
 /// Each of many replicas takes only the tokens it spends from a small quota, and none for later.
 #[test]
 fn a_small_quota_is_had_whole_of_many_replicas() {
