@@ -6,6 +6,7 @@ use quota_common::{ApiKeyId, ProblemCode, auth::Me};
 use crate::{
     api::{self, CallError},
     component::Toasts,
+    model::role::Right,
     route::Route,
 };
 
@@ -23,6 +24,8 @@ pub enum AuthState {
 pub struct Session {
     pub auth: RwSignal<AuthState>,
     pub me: RwSignal<Option<Me>>,
+    /// Whether the session ended while the user was signed in, so that they have to sign in again.
+    pub has_expired: RwSignal<bool>,
     /// Keys created in this tab, in full. Discarded when the tab is closed or the session ends.
     pub known_keys: RwSignal<Vec<(ApiKeyId, String)>>,
     toasts: Toasts,
@@ -33,12 +36,17 @@ impl Session {
         let session = Self {
             auth: RwSignal::new(AuthState::Unknown),
             me: RwSignal::new(None),
+            has_expired: RwSignal::new(false),
             known_keys: RwSignal::new(Vec::new()),
             toasts,
         };
         provide_context(session);
         api::on_session_end(move |error| {
+            let was_signed_in = session.auth.get_untracked() == AuthState::SignedIn;
             session.end();
+            if was_signed_in {
+                session.has_expired.set(*error != CallError::AccountChanged);
+            }
             if *error == CallError::AccountChanged {
                 // Start over with the account that is now signed in.
                 session.auth.set(AuthState::Unknown);
@@ -67,6 +75,7 @@ impl Session {
     }
 
     pub fn begin(self, me: Me) {
+        self.has_expired.set(false);
         self.me.set(Some(me));
         self.auth.set(AuthState::SignedIn);
     }
@@ -78,16 +87,20 @@ impl Session {
         self.auth.set(AuthState::SignedOut);
     }
 
+    /// Whether the user's role has a right.
+    pub fn has(self, right: Right) -> bool {
+        self.me
+            .with(|me| me.as_ref().is_some_and(|me| right.is_of(me.tenant.role)))
+    }
+
     /// Whether the user's role may create, change and delete plans, keys, tokens and webhooks.
     pub fn can_manage(self) -> bool {
-        self.me
-            .with(|me| me.as_ref().is_some_and(|me| me.tenant.role.may_manage()))
+        self.has(Right::Manage)
     }
 
     /// Whether the user's role may see plans, keys, tokens and webhooks.
     pub fn can_read(self) -> bool {
-        self.me
-            .with(|me| me.as_ref().is_some_and(|me| me.tenant.role.may_read()))
+        self.has(Right::Read)
     }
 
     /// Whether the user's role may change the organization and its alert settings.
@@ -100,8 +113,7 @@ impl Session {
 
     /// Whether the user's role may see and change the subscription.
     pub fn can_bill(self) -> bool {
-        self.me
-            .with(|me| me.as_ref().is_some_and(|me| me.tenant.role.may_bill()))
+        self.has(Right::Bill)
     }
 
     /// Returns the organization's time zone, in which its quotas reset.

@@ -10,6 +10,9 @@ use crate::api::{self, PendingCall};
 pub fn ExportButton(
     /// Returns the file's name and content.
     export: Callback<(), PendingCall<(String, String)>>,
+    /// Whether there is nothing to save yet.
+    #[prop(optional, into)]
+    disabled: Signal<bool>,
 ) -> impl IntoView {
     let toasts = expect_context::<Toasts>();
     let busy = RwSignal::new(false);
@@ -31,7 +34,7 @@ pub fn ExportButton(
         });
     };
     view! {
-        <button type="button" class="button" aria-disabled=busy_attr(busy) data-busy=busy_attr(busy) on:click=run>
+        <button type="button" class="button" disabled=disabled aria-disabled=busy_attr(busy) data-busy=busy_attr(busy) on:click=run>
             "Export CSV"
         </button>
     }

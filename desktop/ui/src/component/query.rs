@@ -4,8 +4,9 @@ use leptos::prelude::*;
 
 use crate::{reactive::effect, route::route};
 
-/// Opens a dialog when the address has `new` in its query, and removes that from the address.
-pub fn open_from_query(open: RwSignal<bool>) {
+/// Opens a dialog when the address has `new` in its query, and removes that from the address. If the user may not use
+/// the dialog, it is not opened.
+pub fn open_from_query(open: RwSignal<bool>, is_allowed: bool) {
     let route = route();
     let own_path = route.path.get_untracked();
     effect(move || {
@@ -13,7 +14,7 @@ pub fn open_from_query(open: RwSignal<bool>) {
         if route.path.with_untracked(|path| *path == own_path)
             && route.query.with(|query| query.get("new")).is_some()
         {
-            open.set(true);
+            open.set(is_allowed);
             let query = route.query.get_untracked().with("new", "");
             route.replace(&format!("{}{query}", route.path.get_untracked()));
         }

@@ -2,7 +2,7 @@
 
 /// How long an error must have been shown to count as read, in milliseconds.
 const READ_MS: i64 = 3000;
-/// Maximum number of errors that wait behind the latest one; older ones are dropped.
+/// The maximum number of errors that wait behind the latest one; older ones are dropped.
 const MAX_WAITING: usize = 3;
 
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,8 +1,14 @@
-//! The button that opens the form for a new plan, key or token.
+//! The button that opens the form for a new plan, key, token or webhook.
 
 use leptos::prelude::*;
 
 use crate::session::session;
+
+/// Whether the user's role may create plans, keys, tokens and webhooks.
+pub fn can_create() -> bool {
+    let session = session();
+    untrack(move || session.can_manage())
+}
 
 /// Shown only to users whose role may create it.
 #[component]

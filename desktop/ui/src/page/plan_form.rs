@@ -5,7 +5,10 @@ use quota_common::plan::{Billing, CreatePlan, OnRedisFailure, Plan};
 
 use crate::{
     component::{Field, FormState, SelectField},
-    model::form::{check_number, check_rate, copy_name, optional_number, optional_rate},
+    model::{
+        form::{check_number, check_rate, copy_name, optional_number, optional_rate},
+        text::number,
+    },
 };
 
 #[derive(Clone, Copy)]
@@ -26,12 +29,12 @@ pub struct PlanForm {
 impl PlanForm {
     /// An edit form for a plan, or a form for a new one.
     pub fn new(plan: Option<&Plan>) -> Self {
-        let text = |n: Option<u64>| RwSignal::new(n.map(|n| n.to_string()).unwrap_or_default());
+        let text = |n: Option<u64>| RwSignal::new(n.map(number).unwrap_or_default());
         Self {
             state: FormState::new(),
             name: RwSignal::new(plan.map(|it| it.name.clone()).unwrap_or_default()),
             rate: RwSignal::new(
-                plan.map_or_else(|| "60".to_owned(), |it| it.default_rpm.to_string()),
+                plan.map_or_else(|| "60".to_owned(), |it| number(it.default_rpm.into())),
             ),
             // A burst that equals the rate follows rate changes, like a blank one.
             burst: text(

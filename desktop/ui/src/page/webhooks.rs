@@ -9,7 +9,7 @@ use quota_common::{
 };
 
 use super::{
-    create_button::CreateButton,
+    create_button::{CreateButton, can_create},
     webhook::WebhookPage,
     webhook_forms::{NewSecretDialog, URL_HINT},
 };
@@ -22,26 +22,16 @@ use crate::{
     },
     model::{
         address::ConsolePage,
-        webhook::{check_url, event_types, no_access, webhook_table},
+        webhook::{check_url, event_types, webhook_table},
     },
     route::route,
-    session::session,
 };
 
 /// The list, or the page of one webhook.
 #[component]
 pub fn Webhooks() -> impl IntoView {
-    let session = session();
-    let path = route().path.get_untracked();
-    // Permissions do not change while a page is open, but the signed-in user's name can.
-    let role = untrack(move || session.me.with(|me| me.as_ref().map(|me| me.tenant.role)));
-    match (role, ConsolePage::of(&path)) {
-        (Some(role), _) if !role.may_read() => view! {
-            <PageHeader title="Webhooks"/>
-            <EmptyState shape=Shape::Webhook title="You don't have access to webhooks" about=no_access(role)/>
-        }
-            .into_any(),
-        (_, ConsolePage::Webhook(id)) => view! { <WebhookPage id/> }.into_any(),
+    match ConsolePage::of(&route().path.get_untracked()) {
+        ConsolePage::Webhook(id) => view! { <WebhookPage id/> }.into_any(),
         _ => view! { <WebhookList/> }.into_any(),
     }
 }
@@ -52,7 +42,7 @@ fn WebhookList() -> impl IntoView {
     let loader = load_page(api::list_webhooks);
     refresh_regularly(loader);
     let creating = RwSignal::new(false);
-    open_from_query(creating);
+    open_from_query(creating, can_create());
     let form = FormState::new();
     let new = NewSecret::new();
     let created = RwSignal::new(None::<WebhookId>);
