@@ -1,5 +1,5 @@
-# Functions of backup.sh and restore.sh: how to reach PostgreSQL and the data directory, either those of compose.prod.yml or
-# those in DATABASE_URL and QUOTA_DATA_DIR.
+# Functions that backup.sh and restore.sh share. They use the PostgreSQL server and the data directory of
+# compose.prod.yml, or those in DATABASE_URL and QUOTA_DATA_DIR.
 
 fail() {
   echo "${0##*/}: $*" >&2
@@ -13,7 +13,7 @@ connect() {
   if [ -z "$database" ]; then
     connect_compose
   elif [[ $database =~ ^(postgres(ql)?://[^:/@]+):([^@]*)@(.*)$ ]]; then
-    # Everyone on this machine can see the arguments of a command, so the password is not among them.
+    # Everyone on this machine can see the arguments of a command, so the password is passed in the environment.
     database="${BASH_REMATCH[1]}@${BASH_REMATCH[4]}"
     PGPASSWORD=$(printf '%b' "${BASH_REMATCH[3]//%/\\x}")
     export PGPASSWORD
@@ -56,7 +56,7 @@ archive_usage() {
     [ -n "$replica" ] || fail "no replica is running, so its volume cannot be read; start one"
     docker cp "$replica:/var/lib/quota/usage" -
   elif [ -d "${QUOTA_DATA_DIR:-}/usage" ]; then
-    # Servers delete files in the meantime: those whose records are in the database.
+    # While tar runs, servers may delete files whose usage records are in the database.
     tar --create --sparse --ignore-failed-read --warning=no-file-changed --warning=no-file-removed \
       --directory "$QUOTA_DATA_DIR" usage || [ $? = 1 ]
   else
@@ -65,7 +65,8 @@ archive_usage() {
   fi
 }
 
-# Reads such an archive. Keeps directories that exist: their servers have written to them since.
+# Unpacks an archive that archive_usage wrote. Keeps existing directories, because their servers have written to them
+# since.
 restore_usage() {
   if [ -z "$database" ]; then
     "${compose[@]}" up --no-start quota
@@ -80,7 +81,7 @@ restore_usage() {
     rm "$archive"
   elif [ -n "${QUOTA_DATA_DIR:-}" ]; then
     local unpacked
-    # The server's user could have made it one, to have files written elsewhere.
+    # The server's user could have created a link to have files written elsewhere.
     [ ! -L "$QUOTA_DATA_DIR/usage" ] || fail "$QUOTA_DATA_DIR/usage is a symbolic link"
     unpacked=$(mktemp --directory "$QUOTA_DATA_DIR/restore.XXXXXX")
     tar --extract --sparse --directory "$unpacked"

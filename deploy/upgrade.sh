@@ -14,7 +14,7 @@ if docker compose version > /dev/null 2>&1; then compose=(docker compose); else 
 compose+=(--file compose.prod.yml --project-name "${PROJECT:-quota}")
 if [ -f "$environment" ]; then compose+=(--env-file "$environment"); fi
 
-# A new version may have new secrets. Existing ones are kept.
+# A new version may need additional secrets. Existing secrets are kept.
 ./secrets.sh > /dev/null
 old=$("${compose[@]}" ps --quiet quota)
 replicas=$(wc -w <<< "$old")

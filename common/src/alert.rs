@@ -8,7 +8,7 @@ use crate::{
     wire::{response, update},
 };
 
-/// The percentages of a quota at which an alert is created.
+/// The percentages of a quota that trigger an alert.
 pub const THRESHOLDS: [u32; 3] = [50, 80, 100];
 
 response! {

@@ -1,54 +1,54 @@
-//! The bounds of fields, and the rules that [`field`](crate::field) uses to check them.
+//! The bounds of request fields, and the [`garde`] rules that [`field`](crate::field) uses to check them.
 //!
-//! The server uses them to reject requests, and the console to explain errors before sending.
+//! The server rejects requests that violate a rule. The console shows the same errors before it sends a request.
 
 #![expect(
     clippy::trivially_copy_pass_by_ref,
     reason = "the signature that garde's custom rules have"
 )]
 
-/// Maximum length of the name of a plan, key, service token, user or tenant, in characters.
+use crate::number::grouped;
+
+/// In characters. Applies to the names of plans, keys, service tokens, users, and tenants.
 pub const NAME_MAX: usize = 200;
-/// Maximum rate, in requests per minute.
+/// In requests per minute.
 pub const RPM_MAX: u32 = 60_000_000;
-/// Maximum burst, in requests.
+/// In requests.
 pub const BURST_MAX: u32 = RPM_MAX;
-/// Maximum daily or monthly quota: the largest integer that an RFC 9651 header field can carry.
+/// Maximum daily or monthly quota: the largest integer in an HTTP structured field (RFC 9651).
 pub const QUOTA_MAX: u64 = 999_999_999_999_999;
-/// Maximum cost of a single request.
 pub const COST_MAX: u32 = 1_000_000;
-/// Maximum grace period of a rotation, in seconds: 30 days.
+/// 30 days, in seconds.
 pub const GRACE_MAX: u32 = 30 * 24 * 60 * 60;
-/// Default grace period of a rotation, in seconds: 24 hours.
+/// 24 hours, in seconds.
 pub const GRACE_DEFAULT: u32 = 24 * 60 * 60;
-/// Minimum and maximum length of a password, in bytes of its NFC form.
+/// The length of a password in bytes, after NFC normalization.
 pub const PASSWORD_BYTES: std::ops::RangeInclusive<usize> = 12..=256;
-/// Maximum length of a password, token or API key that is processed, in characters.
+/// Maximum length of a password, token, or API key in a request, in characters. Longer values are not processed.
 pub const CREDENTIAL_MAX: usize = 256;
-/// Maximum length of a device token, in characters.
+/// In characters.
 pub const DEVICE_TOKEN_MAX: usize = 512;
-/// Maximum length of an email address, in characters. RFC 5321 4.5.3.1.3 allows the same number of octets, without the
-/// angle brackets.
+/// In characters. RFC 5321 4.5.3.1.3 has the same limit in octets, not counting the angle brackets.
 pub const EMAIL_MAX: usize = 254;
-/// Maximum length of the name of a time zone, in characters.
+/// In characters.
 pub const TIME_ZONE_MAX: usize = 64;
-/// Maximum length of an endpoint name, in characters.
+/// In characters.
 pub const ENDPOINT_MAX: usize = 128;
-/// Maximum length of the external ID of an API key, in characters.
+/// In characters.
 pub const EXTERNAL_ID_MAX: usize = 200;
-/// Maximum number of entries in the metadata of an API key.
+/// Maximum number of metadata entries of an API key.
 pub const METADATA_ENTRIES_MAX: usize = 20;
-/// Maximum length of the name of a metadata entry, in characters.
+/// In characters.
 pub const METADATA_NAME_MAX: usize = 40;
-/// Maximum length of the value of a metadata entry, in characters.
+/// In characters.
 pub const METADATA_VALUE_MAX: usize = 100;
 
-/// Maximum length of a webhook's URL, in characters.
+/// In characters.
 pub const WEBHOOK_URL_MAX: usize = 2000;
 
-/// Requires 1 to 200 characters, not all of which may be white space and none of which may be control characters.
+/// Requires 1 to 200 characters, with no control characters and at least one that is not whitespace.
 ///
-/// PostgreSQL text cannot hold NUL, and other control characters would break a log line or a terminal.
+/// PostgreSQL text cannot contain NUL, and other control characters could garble log lines and terminals.
 pub(crate) fn name(value: &str, _: &()) -> garde::Result {
     let length = value.chars().count();
     if value.trim().is_empty() {
@@ -65,8 +65,8 @@ pub(crate) fn name(value: &str, _: &()) -> garde::Result {
     Ok(())
 }
 
-/// Requires exactly one `@` with text on both sides, no white space or control characters, and at most 254
-/// characters. Whether the address exists is not checked.
+/// Requires at most 254 characters, exactly one `@` with text on both sides, and no whitespace or control characters.
+/// Does not check whether the address exists.
 pub(crate) fn email(value: &str, _: &()) -> garde::Result {
     if value.chars().count() > EMAIL_MAX {
         return Err(garde::Error::new(format!(
@@ -89,7 +89,7 @@ pub(crate) fn email(value: &str, _: &()) -> garde::Result {
     }
 }
 
-/// Requires 12 to 256 bytes as sent. The server checks whether the password is too easy to guess.
+/// Requires 12 to 256 bytes before normalization. The server also checks whether the password is too easy to guess.
 pub(crate) fn password(value: &str, _: &()) -> garde::Result {
     if PASSWORD_BYTES.contains(&value.len()) {
         Ok(())
@@ -102,7 +102,6 @@ pub(crate) fn password(value: &str, _: &()) -> garde::Result {
     }
 }
 
-/// Requires a number within `min..=max`.
 pub(crate) fn between<N>(min: N, max: N) -> impl Fn(&N, &()) -> garde::Result
 where
     N: Copy + PartialOrd + Into<u64>,
@@ -120,7 +119,6 @@ where
     }
 }
 
-/// Requires 1 to `max` characters.
 pub(crate) fn characters(max: usize) -> impl Fn(&str, &()) -> garde::Result {
     move |value, ()| {
         if value.is_empty() {
@@ -135,20 +133,7 @@ pub(crate) fn characters(max: usize) -> impl Fn(&str, &()) -> garde::Result {
     }
 }
 
-/// Formats a number with a comma between groups of three digits.
-fn grouped(number: u64) -> String {
-    let digits = number.to_string();
-    let mut grouped = String::with_capacity(digits.len() + digits.len() / 3);
-    for (place, digit) in digits.chars().enumerate() {
-        if place > 0 && (digits.len() - place).is_multiple_of(3) {
-            grouped.push(',');
-        }
-        grouped.push(digit);
-    }
-    grouped
-}
-
-/// Requires 1 to 254 characters without NUL, which PostgreSQL text cannot hold.
+/// Requires 1 to 254 characters, none of them NUL, which PostgreSQL text cannot contain.
 pub(crate) fn login_email(value: &str, context: &()) -> garde::Result {
     characters(EMAIL_MAX)(value, context)?;
     if value.contains('\0') {
@@ -158,17 +143,17 @@ pub(crate) fn login_email(value: &str, context: &()) -> garde::Result {
     }
 }
 
-/// Requires 1 to 128 characters that are not control characters.
+/// Requires 1 to 128 characters, none of them control characters.
 pub(crate) fn endpoint(value: &str, _: &()) -> garde::Result {
     printable(value, ENDPOINT_MAX)
 }
 
-/// Requires 1 to 200 characters that are not control characters.
+/// Requires 1 to 200 characters, none of them control characters.
 pub(crate) fn external_id(value: &str, _: &()) -> garde::Result {
     printable(value, EXTERNAL_ID_MAX)
 }
 
-/// Requires an `http` or `https` URL of at most 2,000 ASCII characters. The server checks the rest.
+/// Requires an `http` or `https` URL of at most 2,000 ASCII characters. The server makes further checks.
 pub(crate) fn webhook_url(value: &str, _: &()) -> garde::Result {
     if value.len() > WEBHOOK_URL_MAX {
         return Err(garde::Error::new(format!(
@@ -186,7 +171,7 @@ pub(crate) fn webhook_url(value: &str, _: &()) -> garde::Result {
     }
 }
 
-/// Requires 1 to `max` characters that are not control characters.
+/// Requires 1 to `max` characters, none of them control characters.
 fn printable(value: &str, max: usize) -> garde::Result {
     if value.is_empty() || value.chars().count() > max {
         return Err(garde::Error::new(format!("must be 1–{max} characters")));
@@ -197,7 +182,8 @@ fn printable(value: &str, max: usize) -> garde::Result {
     Ok(())
 }
 
-/// Requires at most 20 entries with names of 1 to 40 letters, digits and `_-.`, and values of at most 100 characters.
+/// Requires at most 20 entries. A name must have 1 to 40 letters, digits, or `_-.`; a value must have at most 100
+/// characters.
 pub(crate) fn metadata(entries: &[(String, String)], _: &()) -> garde::Result {
     if entries.len() > METADATA_ENTRIES_MAX {
         return Err(garde::Error::new(format!(
@@ -218,22 +204,4 @@ pub(crate) fn metadata(entries: &[(String, String)], _: &()) -> garde::Result {
         }
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::grouped;
-
-    #[test]
-    fn numbers_are_grouped_by_three() {
-        for (number, text) in [
-            (0, "0"),
-            (999, "999"),
-            (1_000, "1,000"),
-            (60_000_000, "60,000,000"),
-            (999_999_999_999_999, "999,999,999,999,999"),
-        ] {
-            assert_eq!(grouped(number), text);
-        }
-    }
 }

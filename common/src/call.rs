@@ -1,5 +1,5 @@
-//! The console's calls to the server. They are a closed set: the browser and the desktop app send no others. Only this
-//! module converts a call to a method, a path, a query and a body.
+//! All calls that the console makes to the server. Only this module converts a call to a method, path, query, and body.
+//! The desktop app accepts no other calls from its page.
 
 use serde::{Deserialize, Serialize};
 
@@ -19,56 +19,53 @@ use crate::{
     webhook::{CreateWebhook, RotateWebhookSecret, UpdateWebhook, WebhookDeliveryStatus},
 };
 
-/// A page of a list.
+/// Selects a page of a list.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PageOf {
-    /// Page size. Default: the server's default.
+    /// If `None`, the server uses its default.
     pub limit: Option<u32>,
-    /// `next_cursor` from the previous page.
+    /// `next_cursor` of the previous page.
     pub cursor: Option<String>,
 }
 
-/// Filters and sorts a list of API keys.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeyFilter {
     pub plan_id: Option<PlanId>,
     pub is_active: Option<bool>,
     pub is_expired: Option<bool>,
-    /// Substring of the name, or prefix of the key.
+    /// Part of the name, or a prefix of the key.
     pub search: Option<String>,
     pub sort: Option<ApiKeyOrder>,
 }
 
-/// Filters a list of audit events.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AuditFilter {
     pub action: Option<AuditAction>,
     pub target_type: Option<AuditTarget>,
     pub target_id: Option<String>,
-    /// Substring of the actor's email.
+    /// Part of the actor's email address.
     pub actor: Option<String>,
-    /// Substring of the resource's name.
+    /// Part of the resource's name.
     pub search: Option<String>,
     pub from: Option<Timestamp>,
-    /// The end of the range, exclusive.
+    /// Exclusive.
     pub to: Option<Timestamp>,
 }
 
-/// Selects the usage to count, and how to group it.
+/// Selects the usage to count and how to group it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UsageFilter {
     pub from: Option<Timestamp>,
-    /// The end of the range, exclusive.
+    /// Exclusive.
     pub to: Option<Timestamp>,
     pub bucket: Option<UsageBucketSize>,
-    /// The time zone in which hours and days start.
+    /// The time zone that determines when hours and days start.
     pub tz: Option<String>,
     pub key_id: Option<ApiKeyId>,
     pub endpoint: Option<String>,
     pub group_by: Option<UsageGroupBy>,
 }
 
-/// Filters a list of decisions.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DecisionFilter {
     pub key_id: Option<ApiKeyId>,
@@ -77,13 +74,14 @@ pub struct DecisionFilter {
     pub request_id: Option<String>,
 }
 
-/// A call. In the desktop app, the page passes it to the host as JSON, and the host sends the request.
+/// A call to the server. In the desktop app, the page passes calls to the host as JSON, and the host sends the
+/// requests.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Call {
     Register(Register),
     Login(Login),
-    /// Sent with the tokens that the host holds.
+    /// The host adds the refresh token.
     Refresh,
     Logout,
     Me,
@@ -129,7 +127,7 @@ pub enum Call {
     Echo,
 }
 
-/// The response headers that describe limits, shown when a key is tested.
+/// Response headers that describe limits. The console shows them when the user tests a key.
 pub const LIMIT_FIELDS: [&str; 7] = [
     "X-RateLimit-Limit",
     "X-RateLimit-Remaining",
@@ -140,7 +138,6 @@ pub const LIMIT_FIELDS: [&str; 7] = [
     "WWW-Authenticate",
 ];
 
-/// The HTTP request for a call.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sent {
     pub method: &'static str,
@@ -178,7 +175,6 @@ impl Sent {
 }
 
 impl Call {
-    /// Returns the HTTP request for this call.
     pub fn sent(&self) -> Sent {
         let get = |path: &str| Sent::new("GET", path);
         let post = |path: &str| Sent::new("POST", path);
@@ -278,7 +274,7 @@ impl Call {
         }
     }
 
-    /// Whether a 401 means that the access token has expired and can be refreshed.
+    /// Whether a 401 response can mean that the access token has expired and must be refreshed.
     pub const fn is_of_session(&self) -> bool {
         !matches!(
             self,

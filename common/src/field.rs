@@ -1,7 +1,7 @@
-//! Bounded fields of request bodies. Each kind has one type, with its rule and its schema.
+//! Types for request fields with bounds. Each type has a validation rule and a schema.
 //!
-//! Reading such a field from JSON checks only its JSON type. [`garde::Validate`] checks the bounds, so that all invalid
-//! fields of a body are reported together, and so that the console can hold values that are still being typed.
+//! Deserialization checks only the JSON type. [`garde::Validate`] checks the bounds. Therefore, one response can report
+//! all invalid fields of a body, and the console can hold values that the user is still typing.
 
 #[cfg(feature = "openapi")]
 use std::collections::BTreeMap;
@@ -20,7 +20,7 @@ use crate::{
     json::{FromJson, Invalid, Json},
 };
 
-/// Describes a newtype to poem-openapi as its inner type with bounds.
+/// Implements poem-openapi's traits for a newtype. The schema is the inner type's schema with bounds.
 macro_rules! schema {
     ($name:ident($inner:ty), $($bound:ident: $value:expr),+) => {
         #[cfg(feature = "openapi")]
@@ -94,7 +94,7 @@ macro_rules! numbers {
             }
         }
 
-        /// The number as PostgreSQL stores it. Every valid number fits.
+        /// Converts the number to PostgreSQL's type. Every valid number fits.
         impl From<$name> for $stored {
             fn from(number: $name) -> Self {
                 Self::try_from(number.0).unwrap_or(Self::MAX)
@@ -163,7 +163,7 @@ macro_rules! redacted {
     )+};
 }
 
-/// Matches text without control characters that contains at least one character other than white space.
+/// Matches text that has no control characters and at least one character that is not whitespace.
 #[cfg(feature = "openapi")]
 const NAME_PATTERN: &str = r"^[^\u0000-\u001F\u007F-\u009F]*[^\u0000-\u0020\u007F-\u00A0\u1680\u2000-\u200A\u2028\u2029\u202F\u205F\u3000][^\u0000-\u001F\u007F-\u009F]*$";
 #[cfg(feature = "openapi")]
@@ -175,7 +175,7 @@ const PRINTABLE_PATTERN: &str = r"^[^\u0000-\u001F\u007F-\u009F]*$";
 #[cfg(feature = "openapi")]
 const WEBHOOK_URL_PATTERN: &str = r"^https?://[!-~]+$";
 
-/// Bounds in a schema are floating-point numbers.
+/// poem-openapi stores bounds as floating-point numbers.
 #[cfg(feature = "openapi")]
 fn bound(number: impl Into<u64>) -> f64 {
     #[expect(clippy::cast_precision_loss, reason = "every bound is below 2^53")]
@@ -184,39 +184,38 @@ fn bound(number: impl Into<u64>) -> f64 {
 }
 
 numbers! {
-    /// A rate, in requests per minute.
+    /// In requests per minute.
     Rpm(u32 as i32) = 1..=bounds::RPM_MAX;
-    /// The number of requests an idle key may send immediately.
+    /// Requests that an idle key may send immediately.
     Burst(u32 as i32) = 1..=bounds::BURST_MAX;
-    /// A daily or monthly quota, in requests.
+    /// In requests per day or month.
     Quota(u64 as i64) = 1..=bounds::QUOTA_MAX;
-    /// The number of requests that one request counts as.
+    /// The number of requests that a single request counts as.
     Cost(u32 as i32) = 1..=bounds::COST_MAX;
-    /// The grace period of a rotation.
+    /// The grace period of a rotation, in seconds.
     GraceSeconds(u32 as i32) = 0..=bounds::GRACE_MAX;
 }
 
 texts! {
-    /// The name of a plan, key, service token, user or tenant.
+    /// The name of a plan, key, service token, user, or tenant.
     Name: 1..=bounds::NAME_MAX, bounds::name, NAME_PATTERN;
-    /// An email address.
     Email: 3..=bounds::EMAIL_MAX, bounds::email, EMAIL_PATTERN;
-    /// The email of a user who signs in: any string that can be looked up. Whether it is well formed must not be
-    /// revealed before the password is verified.
+    /// The email address in a sign-in request. Any string is accepted, so that malformed and unknown addresses get the
+    /// same response.
     LoginEmail: 1..=bounds::EMAIL_MAX, bounds::login_email, NO_NUL_PATTERN;
-    /// A new password. The server also rejects one that is too easy to guess.
+    /// The server also rejects passwords that are too easy to guess.
     NewPassword: 1..=*bounds::PASSWORD_BYTES.end(), bounds::password;
-    /// A password, token or API key as it was sent. Whether it is correct is checked later.
+    /// A password, token, or API key exactly as sent. The server verifies it later.
     Credential: 1..=bounds::CREDENTIAL_MAX, bounds::characters(bounds::CREDENTIAL_MAX);
-    /// The token by which a device is recognized at its next sign-in. Whether it is valid is checked later.
+    /// Identifies a known device at sign-in. The server verifies it later.
     DeviceToken: 1..=bounds::DEVICE_TOKEN_MAX, bounds::characters(bounds::DEVICE_TOKEN_MAX);
     /// The name of a time zone. The server checks whether the IANA database contains it.
     TimeZoneName: 1..=bounds::TIME_ZONE_MAX, bounds::characters(bounds::TIME_ZONE_MAX);
-    /// The name of an endpoint of the tenant's API, such as `GET /orders`.
+    /// An endpoint of the tenant's API, such as `GET /orders`.
     Endpoint: 1..=bounds::ENDPOINT_MAX, bounds::endpoint, PRINTABLE_PATTERN;
     /// An API key's identifier in the tenant's own system, such as a customer ID.
     ExternalId: 1..=bounds::EXTERNAL_ID_MAX, bounds::external_id, PRINTABLE_PATTERN;
-    /// The URL of a webhook. The server checks the host and whether the scheme is allowed.
+    /// The server also checks the host and whether the scheme is allowed.
     WebhookUrl: 9..=bounds::WEBHOOK_URL_MAX, bounds::webhook_url, WEBHOOK_URL_PATTERN;
 }
 
@@ -231,9 +230,9 @@ shown!(
 );
 redacted!(NewPassword, Credential, DeviceToken);
 
-/// Name–value pairs that a tenant stores with an API key. Quota does not interpret them.
+/// Custom name–value pairs of an API key. Quota stores them but does not interpret them.
 ///
-/// A list, because a map would make the console's download larger.
+/// Stored as a list, because a map would make the console's download larger.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Validate)]
 #[garde(transparent)]
 pub struct Metadata(#[garde(custom(bounds::metadata))] Vec<(String, String)>);
@@ -285,7 +284,7 @@ impl<'de> Deserialize<'de> for Metadata {
 impl FromJson for Metadata {
     fn from_json(json: Json) -> Result<Self, Invalid> {
         match json {
-            // Responses stored by earlier versions do not have this field.
+            // Responses stored by earlier versions lack this field.
             Json::Null => Ok(Self::default()),
             json => json.entries().map(Self),
         }

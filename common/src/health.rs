@@ -1,5 +1,3 @@
-//! Liveness and readiness.
-
 use crate::wire::response;
 
 response! {

@@ -1,4 +1,4 @@
-//! IDs: UUIDv7, so that they sort by creation time. Knowing an ID grants no access.
+//! Resource IDs. All are UUIDv7, so they sort by creation time. Knowing an ID does not give access to the resource.
 
 use uuid::Uuid;
 
@@ -68,7 +68,7 @@ id!(
 );
 id!(QuotaAlertId);
 
-/// The resources in the OpenAPI document's examples.
+/// The IDs in the OpenAPI document's examples.
 #[cfg(feature = "openapi")]
 pub(crate) mod example {
     use uuid::{Uuid, uuid};
@@ -115,7 +115,7 @@ pub(crate) mod example {
     pub(crate) fn at() -> Timestamp {
         Timestamp::from_unix_secs(1_785_738_360).expect("a time in 2026")
     }
-    /// Well formed except for the checksum, which is wrong on purpose so that no server accepts it.
+    /// The checksum is wrong on purpose, so that no server accepts this key.
     pub(crate) const KEY_TEXT: &str = "qk_00000000000000000000000000000000EXAMPL";
     pub(crate) const SERVICE_TOKEN_TEXT: &str = "qs_00000000000000000000000000000000EXAMPL";
 }

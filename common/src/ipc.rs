@@ -1,65 +1,63 @@
-//! The messages that the console and the desktop app around it exchange. Not used in a browser.
+//! Messages between the console and the desktop app that contains it. Not used in browsers.
 //!
-//! The console passes [`Call`](crate::call::Call)s and a few commands to the app. It never sees a token, and its calls
-//! go only to servers in the app's list.
+//! The console passes [`Call`](crate::call::Call)s and a few commands to the app. The console never receives a token,
+//! and the app sends calls only to servers in the user's list.
 
 use serde::{Deserialize, Serialize};
 
 use crate::{call::Call, problem::Problem, time::Timestamp};
 
-/// The response to a call.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CallResponse {
-    /// JSON, or empty.
+    /// JSON, or an empty string.
     pub body: String,
-    /// If the server was unreachable and this is an earlier response, the time at which it was received.
+    /// When this response was received, if it was stored. The app returns stored responses while the server is
+    /// unreachable.
     pub loaded_at: Option<Timestamp>,
 }
 
-/// Why a call failed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "code", rename_all = "snake_case")]
 pub enum CallError {
-    /// The server rejected it.
-    Problem { problem: Box<Problem> },
-    /// The server could not be reached.
+    /// The server returned an error.
+    Problem {
+        problem: Box<Problem>,
+    },
     Unreachable,
-    /// The response was not what the call expects.
+    /// The response could not be parsed.
     Unreadable,
-    /// The system's browser could not be opened.
+    /// The default browser could not be opened.
     NoBrowser,
 }
 
-/// The response to a request sent with an API key.
+/// The response to a request that was sent with an API key.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TestResponse {
     pub status: u16,
-    /// The response's [`LIMIT_FIELDS`](crate::call::LIMIT_FIELDS).
+    /// The response headers in [`LIMIT_FIELDS`](crate::call::LIMIT_FIELDS).
     pub headers: Vec<(String, String)>,
-    /// The server's error response.
     pub problem: Option<Box<Problem>>,
 }
 
-/// A server in the app's list.
+/// A server in the user's list.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Profile {
-    /// Its origin, such as `https://quota.example.com`.
+    /// The server's origin, such as `https://quota.example.com`.
     pub address: String,
-    /// The user's name for it; may be empty.
+    /// The name that the user gave the server. May be empty.
     pub name: String,
 }
 
-/// The state of the desktop app.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostStatus {
-    /// The address of the server that calls are sent to.
+    /// The address of the server in use.
     pub current: String,
     pub servers: Vec<Profile>,
-    /// Whether sessions outlive the app. They do not if there is no keychain.
+    /// Whether sessions survive a restart of the app. False if no keychain is available.
     pub keeps_sessions: bool,
 }
 
-/// A Stripe page, which the app opens in the system's browser.
+/// A Stripe page that the app opens in the default browser.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BillingPage {
@@ -68,7 +66,7 @@ pub enum BillingPage {
 }
 
 impl BillingPage {
-    /// Returns the call that requests the page's address.
+    /// Returns the call whose response contains the page's URL.
     pub const fn call(self) -> Call {
         match self {
             Self::Checkout => Call::StartCheckout,

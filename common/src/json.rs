@@ -1,8 +1,8 @@
-//! Parsing the server's responses in the console.
+//! Parses the server's responses in the console.
 //!
-//! serde would generate a parser for each type; together, these would be a tenth of the console's download. Here, a
-//! string is parsed once into [`Json`], from which each type takes its fields. Errors have no message, because they are
-//! never shown. Unknown fields are ignored, and missing ones are `null`.
+//! With serde, the parsers for all types would be a tenth of the console's download. This module parses text into
+//! [`Json`], from which each type takes its fields. Errors contain no message, because the console does not show them.
+//! Unknown fields are ignored, and missing fields are `null`.
 
 use std::collections::BTreeMap;
 
@@ -17,28 +17,26 @@ use crate::{
     time::Timestamp,
 };
 
-/// The string is not JSON, or does not match the expected type.
+/// The text is not JSON or does not match the expected type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Invalid;
 
-/// A parsed JSON value.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Json {
     Null,
     Bool(bool),
-    /// The number as written.
+    /// The number as it was written.
     Number(String),
     String(String),
     Array(Vec<Json>),
     Object(Fields),
 }
 
-/// The fields of an object.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Fields(Vec<(String, Json)>);
 
 impl Fields {
-    /// Takes a field. A missing field is `null`.
+    /// Removes and returns a field. Returns `null` if it is missing.
     pub fn take(&mut self, name: &str) -> Json {
         let at = self.0.iter().position(|(it, _)| it == name);
         at.map_or(Json::Null, |at| self.0.swap_remove(at).1)
@@ -49,12 +47,10 @@ impl Fields {
     }
 }
 
-/// A type that can be read from JSON.
 pub trait FromJson: Sized {
     fn from_json(json: Json) -> Result<Self, Invalid>;
 }
 
-/// Reads a value from a JSON string.
 pub fn read<T: FromJson>(text: &str) -> Result<T, Invalid> {
     T::from_json(parse(text)?)
 }
@@ -67,7 +63,7 @@ impl Json {
         }
     }
 
-    /// Returns the fields of an object whose values are strings.
+    /// Returns the fields of an object that has only strings as values.
     pub fn entries(self) -> Result<Vec<(String, String)>, Invalid> {
         let fields = self.fields()?.0.into_iter();
         fields.map(|(name, it)| Ok((name, it.string()?))).collect()
@@ -179,7 +175,7 @@ parsed!(
     WebhookId
 );
 
-/// JSON of any shape, as in the audit log.
+/// Arbitrary JSON, for the audit log.
 impl FromJson for Value {
     fn from_json(json: Json) -> Result<Self, Invalid> {
         Ok(match json {
@@ -206,8 +202,8 @@ impl FromJson for Value {
     }
 }
 
-/// Reads a number that is not an integer. The standard library's exact tables would add ten kilobytes to the download;
-/// this can differ in the last bits.
+/// Parses a number with a fraction or exponent. The last bits can differ from the exact result: the standard library's
+/// exact algorithm needs tables that would add ten kilobytes to the download.
 fn float(text: &str) -> f64 {
     let (digits, exponent) = text.split_once(['e', 'E']).unwrap_or((text, "0"));
     let mut exponent: i32 = exponent.parse().unwrap_or_default();
@@ -230,7 +226,7 @@ fn float(text: &str) -> f64 {
     if text.starts_with('-') { -value } else { value }
 }
 
-/// Deeper JSON is rejected, so that parsing cannot exhaust the stack.
+/// Limits the depth of nested values, so that parsing cannot overflow the stack.
 const MAX_DEPTH: u32 = 100;
 
 fn parse(text: &str) -> Result<Json, Invalid> {
@@ -249,7 +245,7 @@ struct Parser<'a> {
 }
 
 impl Parser<'_> {
-    /// Skips white space and returns the next byte.
+    /// Skips whitespace, and returns the next byte without consuming it.
     fn peek(&mut self) -> Option<u8> {
         let rest = &self.text.as_bytes()[self.at..];
         let blank = |byte: &u8| matches!(byte, b' ' | b'\n' | b'\r' | b'\t');
@@ -265,7 +261,7 @@ impl Parser<'_> {
         Ok(())
     }
 
-    /// Skips the next byte if it is this one.
+    /// If the next byte is `byte`, consumes it and returns `true`.
     fn skip(&mut self, byte: u8) -> bool {
         let found = self.peek() == Some(byte);
         self.at += usize::from(found);
@@ -414,7 +410,7 @@ mod tests {
 
         #[test]
         fn arbitrary_text_is_read_as_serde_json_reads_it(text in r#"[\[\]{},:"\\ntrufalse0-9e. ]{0,12}"#) {
-            // Numbers with superfluous zeros or signs are accepted.
+            // Unlike serde_json, this parser accepts numbers with superfluous zeros or signs.
             if let Ok(value) = serde_json::from_str::<Value>(&text)
                 && !text.contains(['.', 'e', '-'])
             {

@@ -1,8 +1,8 @@
-//! The types of Quota's HTTP API, shared by the server and the console so that they cannot drift apart.
+//! The types of Quota's HTTP API. The server and the console share them, so that both always agree.
 //!
-//! Owns the names, shapes and bounds of fields. The bounds are [`garde::Validate`] rules: the server uses them to
-//! reject requests, and the console to explain errors before sending. Does not depend on any framework: with the
-//! `openapi` feature, the types describe themselves to poem-openapi; without it, they build for wasm32.
+//! Defines the names, types, and bounds of fields. Bounds are [`garde::Validate`] rules: the server rejects requests
+//! that violate them, and the console shows the same errors before sending. The `openapi` feature implements
+//! poem-openapi's traits; without it, this crate has no framework dependencies and builds for wasm32.
 
 pub mod alert;
 pub mod api_key;
@@ -18,6 +18,7 @@ pub mod id;
 pub mod ipc;
 pub mod json;
 pub mod limit;
+pub mod number;
 pub mod page;
 pub mod plan;
 pub mod problem;

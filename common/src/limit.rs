@@ -1,4 +1,4 @@
-//! Rate-limit checks: the check API and the echo endpoint.
+//! Rate-limit checks: the types of the check API and the echo endpoint.
 
 use std::collections::BTreeMap;
 

@@ -1,5 +1,3 @@
-//! Paginated lists.
-
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -7,12 +5,10 @@ use crate::{
     wire::text_enum,
 };
 
-/// The default page size.
 pub const DEFAULT_LIMIT: u32 = 20;
-/// The largest page size.
 pub const MAX_LIMIT: u32 = 100;
 
-/// Lists count their items up to this number.
+/// The server stops counting the items of a list at this number.
 pub const TOTAL_MAX: u64 = 10_000;
 
 /// One page of a list.

@@ -1,14 +1,13 @@
-//! Fields of PATCH bodies.
-
-/// A field that a PATCH can clear. With `None`, the field was not sent and is unchanged. With `Some(None)`, it was sent
-/// as `null` and is cleared. With `Some(Some(v))`, it becomes `v`.
+/// A field of a PATCH body that can be cleared. `None` means that the field was not sent; it remains unchanged.
+/// `Some(None)` means that the field was sent as `null`; it is cleared. `Some(Some(v))` means that the field is set to
+/// `v`.
 ///
-/// Fields of this type need `#[serde(default, deserialize_with = "sent")]`, since serde reads `null` as "not sent" by
-/// default.
+/// A field of this type needs `#[serde(default, deserialize_with = "sent")]`: by default, serde treats `null` like a
+/// missing field.
 pub type Patch<T> = Option<Option<T>>;
 
-/// Deserializes a field that was sent. Without this function, serde would read `null` as "not sent", and silently
-/// ignore a `null` for a field that cannot be cleared.
+/// Deserializes a field that is present. Without this function, serde would treat `null` like a missing field, and
+/// would silently ignore `null` for a field that cannot be cleared.
 pub(crate) fn sent<'de, T, D>(deserializer: D) -> Result<Option<T>, D::Error>
 where
     T: serde::Deserialize<'de>,
@@ -17,7 +16,7 @@ where
     T::deserialize(deserializer).map(Some)
 }
 
-/// Whether a field was not sent, so that it is left out of JSON.
+/// Whether to omit a field from JSON because it was not set.
 #[expect(
     clippy::ref_option,
     reason = "the signature that serde's `skip_serializing_if` has"

@@ -1,11 +1,10 @@
-//! Timestamps.
-
 use chrono::{DateTime, Datelike, SubsecRound, Timelike, Utc};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-/// A timestamp: RFC 3339 in UTC with milliseconds, such as `2026-11-24T09:18:42.000Z`.
+/// A timestamp in RFC 3339 format, in UTC with milliseconds, such as `2026-11-24T09:18:42.000Z`.
 ///
-/// Accepts any offset. Truncates to milliseconds, so that a round trip through JSON does not change a timestamp.
+/// Parsing accepts any offset. Timestamps are truncated to milliseconds, so that converting them to JSON and back does
+/// not change them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Timestamp(DateTime<Utc>);
 
@@ -14,13 +13,12 @@ impl Timestamp {
         Self(at.trunc_subsecs(3))
     }
 
-    /// Returns `None` outside the years that RFC 3339 can represent (0000 to 9999).
+    /// Returns `None` after the year 9999, the last one that RFC 3339 can represent.
     pub fn from_unix_secs(secs: u64) -> Option<Self> {
         let at = DateTime::from_timestamp(i64::try_from(secs).ok()?, 0)?;
         (at <= Self::latest()).then_some(Self(at))
     }
 
-    /// Returns the last second that RFC 3339 can represent.
     fn latest() -> DateTime<Utc> {
         DateTime::from_timestamp(253_402_300_799, 0).expect("9999-12-31T23:59:59Z is a time")
     }
@@ -43,7 +41,7 @@ impl From<Timestamp> for DateTime<Utc> {
 }
 
 impl Timestamp {
-    /// Does not allocate, because every check result contains timestamps.
+    /// Formats without allocating, because every check result contains timestamps.
     fn text(self) -> [u8; 24] {
         let mut text = *b"0000-00-00T00:00:00.000Z";
         let mut write = |end: usize, digits: usize, mut number: u32| {
@@ -77,7 +75,7 @@ impl std::str::FromStr for Timestamp {
         let at = DateTime::parse_from_rfc3339(text)
             .map_err(|_| InvalidTimestamp)?
             .to_utc();
-        // An offset can move a time out of the four-digit years that RFC 3339 allows.
+        // Applying the offset can move a time out of the four-digit years that RFC 3339 allows.
         if at < DateTime::UNIX_EPOCH || at > Timestamp::latest() {
             return Err(InvalidTimestamp);
         }

@@ -1,11 +1,11 @@
-//! Macros for the kinds of JSON on the wire. Each adds the attributes that its kind needs for serde, garde and
-//! poem-openapi, so that a type lists only its fields, their descriptions, and which of them have bounds
+//! Macros that define the types in requests and responses. Each macro adds the attributes for serde, garde, and
+//! poem-openapi. The definition of a type then lists only its fields, their descriptions, and which of them have bounds
 //! (`#[garde(dive)]`).
 
-/// An optional field of a response that is omitted from the JSON when it is `None`. A plain `Option` is `null`.
+/// A response field that is omitted from JSON if it is `None`. A plain `Option` becomes `null`.
 pub type Omittable<T> = Option<T>;
 
-/// Defines the body of a request, with the attributes for each type of field. Unknown fields are rejected.
+/// Defines a request body, with attributes for each type of field. Unknown fields are rejected.
 macro_rules! body {
     ([$($rule:tt)+] $($item:tt)+) => {
         #[serde_with::apply($($rule)+)]
@@ -21,7 +21,7 @@ macro_rules! body {
 }
 pub(crate) use body;
 
-/// Defines the body of a POST request. Fields of type `Option` can be omitted or `null`.
+/// Defines the body of a POST request. Fields of type `Option` may be omitted or `null`.
 macro_rules! request {
     ($($item:tt)+) => {
         $crate::wire::body! {
@@ -36,8 +36,8 @@ macro_rules! request {
 }
 pub(crate) use request;
 
-/// Defines the body of a PATCH request. Omitted fields are unchanged. Fields of type `Option` cannot be `null`; fields
-/// of type [`Patch`](crate::Patch) can.
+/// Defines the body of a PATCH request. Omitted fields remain unchanged. Fields of type [`Patch`](crate::Patch) may be
+/// `null`; fields of type `Option` may not.
 macro_rules! update {
     ($($item:tt)+) => {
         $crate::wire::body! {
@@ -58,8 +58,8 @@ macro_rules! update {
 }
 pub(crate) use update;
 
-/// Defines a response or a part of one. Fields of type `Option` are `null` when they are `None`; fields of type
-/// [`Omittable`] are omitted.
+/// Defines a response or a part of one. A field of type `Option` is `null` if it is `None`; a field of type
+/// [`Omittable`] is omitted.
 macro_rules! response {
     ($(#[$attribute:meta])* pub struct $name:ident {
         $($(#[$field_attribute:meta])* pub $field:ident: $type:ty,)+
@@ -89,7 +89,7 @@ macro_rules! response {
 }
 pub(crate) use response;
 
-/// Defines an enum that is a string in JSON, in query strings and in the database.
+/// Defines an enum that is represented as a string in JSON, query strings, and the database.
 macro_rules! text_enum {
     ($(#[$attribute:meta])* pub enum $name:ident {
         $($(#[$variant_attribute:meta])* $variant:ident = $text:literal,)+
@@ -113,7 +113,6 @@ macro_rules! text_enum {
                 match self { $(Self::$variant => $text),+ }
             }
 
-            /// Returns the variant with this name.
             pub fn of(text: &str) -> Option<Self> {
                 Self::ALL.iter().copied().find(|it| it.as_str() == text)
             }

@@ -1,5 +1,5 @@
-// A separate file, because the page's policy forbids inline scripts. Loads the console here, so that a failure can be
-// shown: during a rollout, one server's page can name files that another server does not have.
+// The page's content security policy forbids inline scripts, so this is a separate file. It shows an error if the
+// console fails to load. During a rollout, the page of one server can refer to files that another server does not have.
 try {
   const { default: init } = await import("/console/{{glue}}");
   await init({ module_or_path: "/console/{{wasm}}" });

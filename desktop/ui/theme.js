@@ -2,5 +2,5 @@
 try {
   document.documentElement.dataset.theme = localStorage.getItem("theme") ?? "system";
 } catch {
-  // Without storage, follow the system's theme.
+  // If storage is not available, use the system's theme.
 }

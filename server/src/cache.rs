@@ -1,21 +1,22 @@
-//! A cache of PostgreSQL rows that tracks how long its entries are valid.
+//! A cache of PostgreSQL rows that tracks how long each entry is valid.
 //!
-//! An entry is valid while the last poll for invalidations is recent, because the entries of all rows that had changed
-//! by then have been emptied. Without a recent poll, an entry is valid for a second after it was loaded. After that, it
-//! is reloaded. While PostgreSQL is unavailable, an entry is still served for a grace period after it was last
-//! confirmed. After that, lookups fail, because the entry cannot be confirmed.
+//! Polls for invalidations empty the entries of all rows that have changed. So an entry is valid while the last poll is
+//! recent. Without a recent poll, an entry is valid for a second after it was loaded, and is then reloaded. While
+//! PostgreSQL is unavailable, an entry is still served for a grace period after it was last confirmed. After that,
+//! lookups fail, because the entry cannot be confirmed.
 //!
-//! Once a load or a poll has failed, PostgreSQL is suspected to be unreachable, for all caches. Until it responds
-//! again, entries within their grace period are served without waiting, and only a few at a time are reloaded in the
-//! background. So an outage delays the first few requests, not the first request of each key.
+//! When a load or a poll fails, PostgreSQL is suspected to be unreachable, for all caches. Until it responds again,
+//! entries within their grace period are served without waiting, and only a few at a time are reloaded in the
+//! background. So an outage delays only the first few requests, instead of the first request for each key.
 //!
 //! A changed entry is emptied, not removed. It is never served again, but its key still counts as known, so that
-//! reloading it does not compete with lookups of unknown keys.
+//! reloading the entry does not compete with lookups of unknown keys.
 //!
-//! A load may also return a row that another replica has read, with the time at which it was known to be current.
+//! A load may also return a row that another replica has read, with the time at which the row was known to be current.
 //!
 //! Loads are single-flight: concurrent requests for the same key share one query. The absence of a row is cached as
-//! well, separately and bounded, so that a flood of guesses neither repeats queries nor evicts entries in use.
+//! well, in a separate cache of limited size, so that a flood of guesses neither repeats queries nor evicts entries in
+//! use.
 
 use std::{
     collections::HashMap,
@@ -42,7 +43,7 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// How long a loaded entry is valid without the poll.
+/// How long a loaded entry is valid without a recent poll.
 const TTL: Nanos = Nanos::from_secs(1);
 /// How long all entries are valid after the last poll. Polls are 150 ms apart.
 const POLL_FRESH: Nanos = Nanos::from_millis(750);
@@ -54,9 +55,9 @@ const BACKGROUND_LOADS: usize = 4;
 #[derive(Debug)]
 pub struct Freshness {
     clock: Arc<dyn Clock>,
-    /// Monotonic time at which the last successful poll *began*, plus one; 0 for never.
+    /// Monotonic time at which the last successful poll *began*, plus one; 0 if there was none.
     polled_at: AtomicU64,
-    /// Incremented by every invalidation, so that the result of a load that was in progress at the time is not kept.
+    /// Incremented by every invalidation, so that the results of loads that are in progress at that time are not kept.
     generation: AtomicU64,
     suspected: watch::Sender<bool>,
 }
@@ -71,7 +72,7 @@ impl Freshness {
         }
     }
 
-    /// Marks PostgreSQL as suspected to be unreachable. Returns whether it was not suspected before.
+    /// Marks PostgreSQL as suspected to be unreachable. Returns `false` if it was already suspected.
     pub fn suspect(&self) -> bool {
         self.suspected
             .send_if_modified(|suspected| !std::mem::replace(suspected, true))
@@ -86,10 +87,10 @@ impl Freshness {
         *self.suspected.borrow()
     }
 
-    /// Completes when PostgreSQL is suspected to be unreachable.
+    /// Waits until PostgreSQL is suspected to be unreachable.
     async fn suspected(&self) {
         let mut suspected = self.suspected.subscribe();
-        // Fails only without a sender, which `self` owns.
+        // This cannot fail, because `self` owns the sender.
         let _ = suspected.wait_for(|suspected| *suspected).await;
     }
 
@@ -140,7 +141,7 @@ pub enum Unconfirmed {
 #[derive(Debug)]
 pub struct Loaded<T> {
     pub value: Option<T>,
-    /// Monotonic time at which it was known to be current. `None` stands for the time at which the load began.
+    /// Monotonic time at which the value was known to be current. `None` means the time at which the load began.
     pub current_at: Option<Monotonic>,
 }
 
@@ -156,14 +157,14 @@ impl<T> From<Option<T>> for Loaded<T> {
 type Load<T> = BoxFuture<'static, Result<Option<Arc<T>>, Unconfirmed>>;
 type Loading<T> = Shared<Load<T>>;
 
-/// A load in progress, shared by callers that need the same key. It is kept running by these callers and by a separate
-/// task. Once none is left, for example when the runtime ends, it is canceled.
+/// A load in progress, shared by the callers that need the same key. The callers and a separate task keep it running.
+/// It is canceled when all of them are gone, for example when the runtime ends.
 struct InProgress<T> {
     id: u64,
     loading: WeakShared<Load<T>>,
 }
 
-/// Removes a load from the loads in progress when it ends for any reason.
+/// Removes a load from the loads in progress when it ends, for whatever reason.
 struct LoadGuard<K: Hash + Eq, T> {
     inner: Arc<CacheState<K, T>>,
     key: K,
@@ -249,12 +250,13 @@ where
         }
     }
 
-    /// Returns the valid entry of a key, if there is one; `Some(None)` if the row is known not to exist. Does not wait.
+    /// Returns a key's valid entry, if there is one. `Some(None)` means that the row is known not to exist. Does not
+    /// wait.
     pub fn peek(&self, key: &K) -> Option<Option<Arc<T>>> {
         self.peek_at(key, self.inner.freshness.now())
     }
 
-    /// The same, for a caller that has just read the monotonic clock.
+    /// Like [`peek`](Self::peek), for a caller that has just read the monotonic clock.
     pub fn peek_at(&self, key: &K, now: Monotonic) -> Option<Option<Arc<T>>> {
         let inner = &*self.inner;
         if let Some(entry) = inner.present.get(key)
@@ -273,7 +275,7 @@ where
         None
     }
 
-    /// Returns the valid entry of a key, or loads it with `load`.
+    /// Returns a key's valid entry, or loads it with `load`.
     pub async fn get<F, Fut, L>(&self, key: K, load: F) -> Result<Option<Arc<T>>, Unconfirmed>
     where
         F: Fn() -> Fut + Send + Sync + 'static,
@@ -305,7 +307,7 @@ where
             loaded = loading.clone() => return loaded,
             () = inner.freshness.suspected() => {}
         }
-        // The entry is read again, since it may have changed in the meantime.
+        // The entry is read again, since it may have changed during the wait.
         match self.within_grace(&key) {
             Some(value) => Ok(Some(value)),
             None => loading.await,
@@ -339,24 +341,24 @@ where
             all.insert(key, InProgress { id, loading });
         }
         drop(all);
-        // Runs in a separate task, so that it completes even if its callers are dropped.
+        // The load runs in a separate task, so that it completes even if its callers are dropped.
         tokio::spawn(loading.clone());
         loading
     }
 
-    /// Whether the key is cached, even if its entry is no longer valid or has been emptied.
+    /// Returns whether the key is cached, even if its entry is no longer valid or has been emptied.
     pub fn holds(&self, key: &K) -> bool {
         self.inner.present.contains_key(key)
     }
 
-    /// Whether the key is cached or being loaded.
+    /// Returns whether the key is cached or being loaded.
     pub fn holds_or_loads(&self, key: &K) -> bool {
         // The order matters: a load caches its result before it is removed from the loads in progress.
         let is_loading = self.inner.loading.lock().contains_key(key);
         is_loading || self.holds(key)
     }
 
-    /// Returns the entry of a key if it may still be served without confirmation.
+    /// Returns a key's entry if it may still be served without confirmation.
     fn within_grace(&self, key: &K) -> Option<Arc<T>> {
         let inner = &*self.inner;
         let entry = inner.present.get(key)?;
@@ -398,7 +400,7 @@ where
             }
             if let (Ok(value), true) = (&loaded, is_current) {
                 self.keep(key, value.clone(), current_at.unwrap_or(began));
-                // A later invalidation finds the entry. An earlier one may have missed it.
+                // A later invalidation will find the entry, but an earlier one may have missed it.
                 is_current = is_unchanged();
                 if !is_current {
                     self.empty(key);
@@ -406,7 +408,7 @@ where
                 }
             }
             outcome = Some(loaded);
-            // At least one key, possibly this one, was invalidated during the load, so load again.
+            // At least one key, possibly this one, was invalidated during the load, so the load is repeated.
             if is_current || matches!(outcome, Some(Err(_))) {
                 break;
             }
@@ -430,13 +432,13 @@ where
         }
     }
 
-    /// Empties the entry of a key, if there is one.
+    /// Empties a key's entry, if there is one.
     fn empty(&self, key: K) {
         let emptied = Entry {
             value: None,
             loaded_at: Monotonic::default(),
         };
-        // Does nothing if there is none.
+        // This does nothing if there is no entry.
         let _ = self.inner.present.replace(key, emptied, true);
     }
 
@@ -458,8 +460,8 @@ where
         }
     }
 
-    /// Invalidates the entries of these keys, and all loads in progress. `keys` is called after all loads in progress
-    /// have been marked to be repeated, so that no outdated entry is cached afterwards.
+    /// Invalidates the entries of these keys, and all loads in progress. `keys` is called only after all loads in
+    /// progress have been marked to be repeated, so that no outdated entry is cached afterward.
     pub fn forget_these<I: IntoIterator<Item = K>>(&self, keys: impl FnOnce() -> I) {
         self.inner
             .freshness
@@ -470,7 +472,7 @@ where
         }
     }
 
-    /// Drops the entry for a key that is recorded as nonexistent.
+    /// Forgets that a key does not exist.
     pub fn forget_absent(&self, key: &K) {
         self.inner
             .freshness

@@ -1,8 +1,8 @@
-//! Rate limits per client address, for accounts and management.
+//! Rate limits per client address, for sign-in and management endpoints.
 //!
-//! These are `governor` limiters in memory, one for each purpose. They protect this replica and do not enforce plan
-//! limits. IPv6 addresses are counted per /64 and, with higher limits, per /56 and /48, since a provider may assign any
-//! of these to a customer.
+//! Each purpose has a `governor` limiter in memory. The limiters protect this replica and do not enforce plan limits.
+//! IPv6 addresses are counted per /64 and, with higher limits, per /56 and /48, since a provider may assign any of
+//! these to a customer.
 
 use std::{
     net::{IpAddr, Ipv6Addr},
@@ -20,10 +20,10 @@ use governor::{
 
 use crate::clock::{Clock, GovernorClock, Monotonic, Nanos};
 
-/// The wider IPv6 networks, with their limits as multiples of that of a /64.
+/// The wider IPv6 networks, with their limits as multiples of a /64's limit.
 const WIDER: [(u32, u32); 2] = [(56, 4), (48, 16)];
 
-/// Addresses that share a limit: one IPv4 address, or an IPv6 network represented by its first address.
+/// Addresses that share a limit: one IPv4 address, or an IPv6 network, represented by its first address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ClientNetwork(IpAddr);
 
@@ -33,7 +33,7 @@ impl ClientNetwork {
         Self(ip).network(64).unwrap_or(Self(ip))
     }
 
-    /// Returns the network with this prefix length that contains the IPv6 address.
+    /// Returns the network with this prefix length that contains the IPv6 address. `None` for an IPv4 address.
     fn network(self, length: u32) -> Option<Self> {
         match self.0 {
             IpAddr::V4(_) => None,
@@ -52,7 +52,7 @@ type Governor = governor::RateLimiter<
     StateInformationMiddleware,
 >;
 
-/// A limit of requests per minute and client network, with a burst of one minute.
+/// A limit of requests per minute for each client network. The burst is one minute's worth of requests.
 #[derive(Debug)]
 pub struct ClientRateLimiter {
     governor: Option<Governor>,
@@ -66,15 +66,15 @@ pub struct ClientRateLimiter {
 /// The minimum time between two searches for idle networks.
 const PRUNE_EVERY: Nanos = Nanos::from_secs(1);
 
-/// The limit was reached. Retry after this time.
+/// The limit was reached. The client may retry after this time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TooManyRequests {
     pub retry_after: Duration,
 }
 
 impl ClientRateLimiter {
-    /// `per_minute`: 0 means no limit. `capacity`: the number of tracked networks. When it is exceeded, idle ones are
-    /// dropped first, and then new ones are rejected for a second.
+    /// If `per_minute` is 0, there is no limit. `capacity` is the number of tracked networks. When it is reached, idle
+    /// networks are dropped. If that is not enough, new networks are rejected for a second.
     pub fn new(per_minute: u32, capacity: usize, clock: Arc<dyn Clock>) -> Self {
         let clock = GovernorClock(clock);
         let governor = |per_minute| {
@@ -118,7 +118,7 @@ impl ClientRateLimiter {
             }
         }
         self.check(governor, caller)?;
-        // There are never more of these than /64 networks.
+        // The wider networks never outnumber the /64 networks.
         for (governor, (length, _)) in self.wider.iter().zip(WIDER) {
             if let Some(network) = caller.network(length) {
                 self.check(governor, network)?;
@@ -136,7 +136,7 @@ impl ClientRateLimiter {
         }
     }
 
-    /// Drops idle networks. governor's map never shrinks on its own.
+    /// Drops idle networks. governor's map does not shrink on its own.
     pub fn prune(&self) {
         for governor in self.wider.iter().chain(&self.governor) {
             governor.retain_recent();

@@ -1,8 +1,8 @@
-//! Time as a dependency.
+//! Clocks, which are passed as dependencies so that tests can control them.
 //!
 //! [`Clock::now`] is calendar time, which jumps when an operator or NTP sets the clock. [`Clock::monotonic`] measures
-//! durations and never goes backward. Limits in memory use the former, as nanoseconds since the Unix epoch; deadlines
-//! and the ages of cache entries use the latter.
+//! durations and never goes backward. Limits in memory use calendar time, in nanoseconds since the Unix epoch.
+//! Deadlines and the ages of cache entries use monotonic time.
 
 use std::{
     fmt::Debug,
@@ -15,7 +15,7 @@ use std::{
 
 use chrono::{DateTime, Utc};
 
-/// A length of time, in nanoseconds.
+/// A length of time in nanoseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 #[repr(transparent)]
 pub struct Nanos(pub u64);
@@ -45,7 +45,7 @@ impl Nanos {
     }
 }
 
-/// Longer times are limited to 584 years.
+/// Durations of more than 584 years are capped.
 impl From<Duration> for Nanos {
     fn from(duration: Duration) -> Self {
         Self(u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX))
@@ -97,7 +97,7 @@ macro_rules! instants {
 }
 instants!(UnixNanos, Monotonic);
 
-/// A time of [`Clock::monotonic`]: nanoseconds since an arbitrary start in this process.
+/// A time on the monotonic clock: nanoseconds since an arbitrary start in this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 #[repr(transparent)]
 pub struct Monotonic(pub u64);
@@ -112,17 +112,17 @@ impl UnixNanos {
         Self(secs * 1_000_000_000)
     }
 
-    /// Returns whole seconds, rounded down.
+    /// Returns the whole seconds, rounded down.
     pub const fn secs(self) -> u64 {
         self.0 / 1_000_000_000
     }
 
-    /// Returns the time between the two times, in either direction.
+    /// Returns the absolute difference between the two times.
     pub const fn abs_diff(self, other: Self) -> Nanos {
         Nanos(self.0.abs_diff(other.0))
     }
 
-    /// Returns whole seconds, rounded up: the first full second that is not before `self`.
+    /// Returns the whole seconds, rounded up.
     pub const fn secs_ceil(self) -> u64 {
         self.0.div_ceil(1_000_000_000)
     }
@@ -139,7 +139,7 @@ pub trait Clock: Debug + Send + Sync + 'static {
     /// Returns calendar time. It may stand still or go backward.
     fn now(&self) -> UnixNanos;
 
-    /// Returns the time since an arbitrary point in the life of this process. Never goes backward.
+    /// Returns the time since an arbitrary point in the life of this process. It never goes backward.
     fn monotonic(&self) -> Monotonic;
 }
 
@@ -181,7 +181,7 @@ impl Clock for SystemClock {
         reason = "the only place that reads the system clock"
     )]
     fn now(&self) -> UnixNanos {
-        // A time before 1970 is returned as 1970, and one after 2554 as the last representable time.
+        // A time before 1970 becomes 1970, and a time after 2554 becomes the last time that can be represented.
         let since = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
@@ -193,7 +193,7 @@ impl Clock for SystemClock {
     }
 }
 
-/// A clock that moves only on request, for tests. Clones share their time.
+/// A clock for tests, which moves only on request. Clones share their time.
 #[derive(Debug, Clone)]
 pub struct TestClock {
     time: Arc<TestTime>,
@@ -222,7 +222,7 @@ impl TestClock {
         self.time.monotonic.fetch_add(by, Ordering::SeqCst);
     }
 
-    /// Sets only calendar time, forward or backward, as NTP or an operator may.
+    /// Sets only calendar time, forward or backward, as NTP or an operator would.
     pub fn set_now(&self, now: UnixNanos) {
         self.time.now.store(now.0, Ordering::SeqCst);
     }

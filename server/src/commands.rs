@@ -16,7 +16,7 @@ use quota_server::{
 };
 use secrecy::SecretString;
 
-/// Returns the URL of the configured database, or starts the embedded one.
+/// Returns the URL of the configured database, or starts an embedded one.
 async fn database(config: &Config) -> anyhow::Result<(SecretString, Option<EmbeddedPostgres>)> {
     if let Some(url) = &config.database_url {
         Ok((url.clone(), None))
@@ -26,7 +26,7 @@ async fn database(config: &Config) -> anyhow::Result<(SecretString, Option<Embed
     }
 }
 
-/// Runs `work` with the URL of the configured database, or of the embedded one, which it starts and stops.
+/// Calls `work` with the URL of the configured database, or of an embedded one that runs during the call.
 async fn with_database<T>(
     config: &Config,
     work: impl AsyncFnOnce(&SecretString) -> anyhow::Result<T>,
@@ -39,7 +39,7 @@ async fn with_database<T>(
     result
 }
 
-/// Applies pending migrations. Waits up to 30 s for a database that is starting.
+/// Applies pending migrations. Waits for up to 30 s for a database that is starting.
 async fn apply_migrations(url: &SecretString) -> anyhow::Result<()> {
     let deadline = Instant::now() + Duration::from_secs(30);
     loop {

@@ -1,8 +1,8 @@
 //! Settings, from environment variables and command-line flags.
 //!
-//! [`Settings`] holds the text of each setting, [`Config`] the parsed values. All settings are parsed at startup. If
-//! any is invalid, the server does not start, and reports all errors, one per line, each with the name of the variable.
-//! Nothing else in the server reads the environment.
+//! [`Settings`] contains each setting as text, and [`Config`] contains the parsed values. All settings are parsed at
+//! startup. If any are invalid, the server does not start, and reports one error per line, with the name of the
+//! variable. The rest of the server does not read the environment.
 
 mod environment;
 mod example;
@@ -28,7 +28,7 @@ pub use self::{
     settings::Settings,
 };
 
-/// The parsed settings. [`Settings`] documents each of them.
+/// The parsed settings. [`Settings`] documents them.
 #[derive(Clone)]
 pub struct Config {
     pub listen: SocketAddr,
@@ -36,10 +36,10 @@ pub struct Config {
     /// Without a trailing slash.
     pub public_url: String,
     pub data_dir: PathBuf,
-    /// `None` to run an embedded PostgreSQL.
+    /// `None` means that the server runs an embedded PostgreSQL.
     pub database_url: Option<SecretString>,
     pub database: DatabaseSettings,
-    /// `None` for a single replica with its counters in memory.
+    /// `None` means a single replica, with its counters in memory.
     pub redis: Option<RedisSettings>,
     pub lease_ttl: Duration,
     pub on_redis_failure: OnRedisFailure,
@@ -66,10 +66,10 @@ pub struct Config {
     pub request_timeout: Duration,
     pub idle_timeout: Duration,
     pub write_timeout: Duration,
-    /// Whether plain requests are answered without hyper.
+    /// Whether plain requests are served without hyper.
     pub direct_responses: bool,
     pub connections: usize,
-    /// The maximum number per address; 0 for no limit.
+    /// The maximum number per address; 0 means no limit.
     pub connections_per_address: usize,
     /// The maximum number per IPv4 /24 or IPv6 /56. An IPv6 /48 may have twice as many. 0 means no limit.
     pub connections_per_network: usize,
@@ -90,13 +90,13 @@ pub struct Config {
     pub webhook_private_networks: Vec<IpNet>,
     pub log_format: LogFormat,
     pub log: String,
-    /// Not a setting; tests use a lower value.
+    /// Not configurable. Tests use a lower value.
     pub password_cost: PasswordCost,
 }
 
 impl std::fmt::Debug for Config {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        // Lists the fields to print explicitly, so that a new field with a secret is not printed by accident.
+        // This lists the fields to print explicitly, so that a new field with a secret is not printed by accident.
         f.debug_struct("Config")
             .field("listen", &self.listen)
             .field("metrics_listen", &self.metrics_listen)
@@ -114,30 +114,30 @@ impl std::fmt::Debug for Config {
 #[derive(Clone)]
 pub struct StripeSettings {
     pub secret_key: SecretString,
-    /// There are two while one replaces the other.
+    /// There are two secrets while one replaces the other.
     pub webhook_secrets: Vec<SecretString>,
-    /// `None` for Stripe itself. Without a trailing slash.
+    /// `None` means Stripe's own API. Without a trailing slash.
     pub api_base: Option<String>,
     /// How long a past-due subscription keeps its access.
     pub grace: Duration,
 }
 
 impl StripeSettings {
-    /// Whether real money is charged: test keys belong to a sandbox.
+    /// Returns whether real money is charged. Test keys belong to a sandbox.
     pub fn is_live(&self) -> bool {
         self.secret_key.expose_secret().contains("_live_")
     }
 }
 
-/// Outgoing email.
+/// Settings for outgoing email.
 #[derive(Clone)]
 pub struct MailSettings {
-    /// `None` to write emails to files.
+    /// `None` means that emails are written to files.
     pub smtp: Option<SmtpSettings>,
     pub from: Mailbox,
 }
 
-/// The server that sends email.
+/// The server to which emails are sent.
 #[derive(Clone)]
 pub struct SmtpSettings {
     pub host: String,
@@ -152,7 +152,7 @@ pub struct SmtpSettings {
 pub enum SmtpTls {
     /// From the start.
     Implicit,
-    /// After the `STARTTLS` command, without which nothing is sent.
+    /// After the `STARTTLS` command. If that fails, nothing is sent.
     StartTls,
     None,
 }
@@ -172,7 +172,7 @@ pub enum Durability {
     Machine,
 }
 
-/// Who may create an account.
+/// Who may create accounts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Registration {
     Open,
@@ -183,9 +183,9 @@ pub enum Registration {
 /// The page at `/`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Landing {
-    /// About Quota, for potential operators.
+    /// A page about Quota, for potential operators.
     Full,
-    /// For the operator's own customers: links to sign in and to the API docs, with the operator's name.
+    /// A page for the operator's customers: the operator's name, and links to sign in and to the API docs.
     Door { operator: String },
 }
 
@@ -204,7 +204,7 @@ pub struct Allowances {
     pub webhooks: u64,
 }
 
-/// Limits for tenants without a subscription. `None` if there is no separate limit.
+/// Limits for tenants without a subscription. `None` means that there is no separate limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct FreeTier {
     pub plans: Option<u64>,
@@ -215,7 +215,7 @@ pub struct FreeTier {
     pub rpm: Option<u32>,
 }
 
-/// PostgreSQL: connections per replica, and timeouts.
+/// The number of PostgreSQL connections per replica, and timeouts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DatabaseSettings {
     /// The maximum number of connections.
@@ -255,13 +255,13 @@ impl Default for PasswordCost {
     }
 }
 
-/// Why the settings are invalid: one line for each error, starting with the variable's name.
+/// Why the settings are invalid. Each error is one line that starts with the variable's name.
 #[derive(Debug, thiserror::Error)]
 #[error("{}", .0.join("\n"))]
 pub struct ConfigErrors(pub Vec<String>);
 
 impl Config {
-    /// Sets the addresses that the server actually listens on, which differ from the settings for port 0.
+    /// Sets the addresses that the server listens on. They differ from the settings if a port is 0.
     pub fn listens_on(&mut self, listen: SocketAddr, metrics_listen: Option<SocketAddr>) {
         if self.public_url == format!("http://{}", self.listen) {
             self.public_url = format!("http://{listen}");

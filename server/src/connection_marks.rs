@@ -1,9 +1,9 @@
-//! Information from handlers to the listener about the connection of a request.
+//! What handlers tell the listener about a request's connection.
 //!
 //! Handlers mark connections on which a valid API key or service token was sent. The listener then stops counting them
-//! toward the limit of their address. Handlers also announce responses that continue as long as the client wants. Such
-//! a response may send only a few bytes occasionally, which count as progress. If such a response has to end but its
-//! client does not read it, its handler closes the connection.
+//! toward the limit of their address. Handlers also announce endless responses, which continue as long as the client
+//! wants. An endless response may send a few bytes only occasionally; any byte counts as progress. If an endless
+//! response has to end but its client does not read it, the handler closes the connection.
 
 use std::{
     sync::{
@@ -15,7 +15,7 @@ use std::{
 
 use futures_util::task::AtomicWaker;
 
-/// See the module documentation. Clones share the marks.
+/// See the module documentation. Clones share their marks.
 #[derive(Debug, Clone, Default)]
 pub struct ConnectionMarks(Arc<Marks>);
 
@@ -24,7 +24,6 @@ struct Marks {
     is_authenticated: AtomicBool,
     endless_responses: AtomicUsize,
     is_to_close: AtomicBool,
-    /// Wakes the connection's task.
     waker: AtomicWaker,
 }
 
@@ -47,12 +46,12 @@ impl ConnectionMarks {
         self.0.endless_responses.load(Ordering::Relaxed) > 0
     }
 
-    /// Whether the handler of an endless response wants the connection closed.
+    /// Returns whether the handler of an endless response has asked to close the connection.
     pub fn is_to_close(&self) -> bool {
         self.0.is_to_close.load(Ordering::Acquire)
     }
 
-    /// Sets which task [`Self::wake`] wakes.
+    /// Sets the task that [`Self::wake`] wakes.
     pub fn register(&self, waker: &Waker) {
         self.0.waker.register(waker);
     }
@@ -68,7 +67,7 @@ impl ConnectionMarks {
 pub struct EndlessResponse(Arc<Marks>);
 
 impl EndlessResponse {
-    /// Closes the connection and all other responses on it.
+    /// Closes the connection, including all other responses on it.
     pub fn close_connection(&self) {
         self.0.is_to_close.store(true, Ordering::Release);
         self.0.waker.wake();

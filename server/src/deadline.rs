@@ -1,8 +1,8 @@
 //! Deadlines that account for pauses of this process.
 //!
-//! If a process was not scheduled for a while, its timers have expired and responses are waiting in its sockets, and it
-//! is random which of these its tasks see first. So if the timer itself fires late, the response gets that much extra
-//! time, once and up to [`AT_MOST`]. If a call is still late after that, the other side caused the delay.
+//! After a process has not been scheduled for a while, its timers have expired and responses are waiting in its
+//! sockets. Which of the two its tasks see first is random. So if the timer itself fires late, the response gets that
+//! much extra time, once and up to [`AT_MOST`]. If a call is still late after that, the other side caused the delay.
 
 use std::{pin::pin, time::Duration};
 
@@ -12,7 +12,6 @@ use tokio::time::{Instant, timeout_at};
 const PAUSE: Duration = Duration::from_millis(2);
 const AT_MOST: Duration = Duration::from_millis(20);
 
-/// The deadline has passed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Late;
 
@@ -32,7 +31,7 @@ pub async fn by<F: Future>(deadline: Instant, future: F) -> Result<F::Output, La
         .map_err(|_| Late)
 }
 
-/// Waits for `future` for `limit`.
+/// Waits for `future` for at most `limit`.
 pub async fn within<F: Future>(limit: Duration, future: F) -> Result<F::Output, Late> {
     by(Instant::now() + limit, future).await
 }
@@ -52,8 +51,8 @@ mod tests {
 
     const LIMIT: Duration = Duration::from_millis(10);
 
-    /// The response arrives in time but passes through two tasks, like a response from Redis, in a process that is
-    /// paused until the deadline.
+    /// The response arrives in time, but passes through two tasks, like a response from Redis. The process is paused
+    /// until the deadline.
     #[tokio::test]
     async fn response_during_a_pause_is_in_time() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -63,7 +62,7 @@ mod tests {
             let (mut stream, _) = listener.accept().unwrap();
             asked.recv().unwrap();
             stream.write_all(b"!").unwrap();
-            // Completes when the other side closes.
+            // This completes when the other side closes the connection.
             let _ = stream.read(&mut [0]);
         });
         let mut stream = tokio::net::TcpStream::connect(addr).await.unwrap();

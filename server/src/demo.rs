@@ -1,7 +1,7 @@
 //! `--demo`: a tenant with a plan, a key and a service token to try.
 //!
-//! It is created only once. The secrets are stored in the data directory, readable only by its owner, so that later
-//! startups can show them again. The database contains only their hashes.
+//! The demo is created only once. Its secrets are stored in the data directory, readable only by the owner, so that
+//! later startups can show them again. The database contains only their hashes.
 
 use std::{
     fs,
@@ -85,7 +85,7 @@ fn read(file: &Path) -> Option<Demo> {
     serde_json::from_slice(&fs::read(file).ok()?).ok()
 }
 
-/// Returns whether the stored demo belongs to this database.
+/// Returns whether the stored demo exists in this database.
 async fn is_known(state: &AppState, demo: &Demo) -> bool {
     match SecretText::parse(Kind::ApiKey, demo.key.as_bytes()) {
         Some(key) => matches!(
@@ -107,7 +107,7 @@ async fn create(state: &AppState, file: &Path) -> Result<Demo, DemoError> {
     let token = SecretText::generate(Kind::ServiceToken)?;
     let demo = Demo {
         email: format!("demo-{:08x}@example.com", number & 0xffff_ffff),
-        // Part of a secret, and therefore equally random.
+        // This is part of a secret, so it is equally random.
         password: SecretText::generate(Kind::Refresh)?.reveal()[3..23].to_owned(),
         key: key.reveal(),
         service_token: token.reveal(),

@@ -1,6 +1,7 @@
 //! `quota doctor`: checks the settings and dependencies of a server, and prints one line for each finding.
 //!
-//! Changes nothing. An unreachable dependency is a finding too. No check takes longer than the configured timeouts.
+//! Does not change anything. An unreachable dependency is a finding too. No check takes longer than the configured
+//! timeouts.
 
 use std::fmt::Write as _;
 
@@ -15,14 +16,14 @@ use crate::{
     redis::inspect::{self, Node},
 };
 
-/// The longest time, in seconds, for which a partitioned master should accept writes.
+/// The maximum time, in seconds, that a partitioned master should accept writes.
 const LAG_MAX: u32 = 1;
 
 /// The findings so far.
 #[derive(Debug, Default)]
 pub struct Report {
     pub text: String,
-    /// Number of checks that failed. Warnings do not count.
+    /// The number of checks that failed. Warnings do not count.
     pub failed: usize,
 }
 
@@ -40,7 +41,7 @@ impl Report {
         let _ = writeln!(self.text, "{about}: {line}");
     }
 
-    /// Checks that the addresses to listen on are available.
+    /// Checks that the server can listen on the configured addresses.
     pub async fn addresses(&mut self, config: &Config) {
         for (name, addr) in [
             ("QUOTA_LISTEN", Some(config.listen)),
@@ -105,7 +106,7 @@ impl Report {
         }
     }
 
-    /// Connects to the mail server and signs in. Sends nothing.
+    /// Connects to the mail server and signs in, but does not send an email.
     pub async fn mail(&mut self, config: &Config) {
         let mailer = match Mailer::new(config) {
             Ok(mailer) => mailer,
@@ -154,7 +155,7 @@ impl Report {
         );
     }
 
-    /// Returns the number of connected replicas.
+    /// Checks Redis. Returns the number of connected replicas.
     async fn redis(&mut self, config: &Config, settings: &RedisSettings) -> usize {
         let servers = &settings.servers;
         let tls = if servers.tls() { " over TLS" } else { "" };
@@ -186,7 +187,7 @@ impl Report {
                     self.node(config, settings, &node);
                     connected += node.subscribers;
                 }
-                // The cluster's other nodes may be enough.
+                // The cluster may still work without this node.
                 Err(error) if matches!(servers, RedisServers::Cluster(_)) => {
                     self.warning("redis", error);
                 }
@@ -249,7 +250,7 @@ impl Report {
                 ),
             );
         }
-        // Persistence is optional: lost buckets restart empty, and calendar quotas are in PostgreSQL.
+        // Persistence is optional: lost buckets start empty, and calendar quotas are in PostgreSQL.
         self.ok(
             "redis",
             format!("{addr}: persistence: {}", node.persistence),
@@ -293,7 +294,7 @@ fn connections(pool: usize, replicas: usize, server: &ServerInfo) -> String {
 }
 
 /// Logs a warning at startup if the replicas together may open more connections than PostgreSQL allows. Otherwise, the
-/// problem would appear only under load.
+/// problem would show only under load.
 pub async fn warn_of_too_many_connections(config: &Config, url: &SecretString) {
     if let Ok(server) = db::inspect(url).await
         && config.database.pool * config.replicas > server.available()

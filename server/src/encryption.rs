@@ -1,8 +1,8 @@
-//! Encrypts secrets that have to be stored because they must be read again, such as the signing secrets of webhooks.
+//! Encrypts stored secrets that Quota must be able to read again, such as the signing secrets of webhooks.
 //!
-//! AES-256-GCM with a random nonce, under a key derived from `QUOTA_SECRET` ([`crate::auth::secret::Seals`]), so a dump
-//! of the database reveals none of them. A context, such as a row's ID, is authenticated too: a ciphertext that is
-//! copied to another row cannot be read there.
+//! Uses AES-256-GCM with a random nonce and a key derived from `QUOTA_SECRET` ([`crate::auth::secret::Seals`]), so a
+//! dump of the database does not reveal the secrets. A context, such as a row's ID, is authenticated too: a ciphertext
+//! that is copied to another row cannot be decrypted there.
 
 use aws_lc_rs::{
     aead::{AES_256_GCM, Aad, NONCE_LEN, Nonce, RandomizedNonceKey},
@@ -24,7 +24,8 @@ impl std::fmt::Debug for Encryption {
 /// A decrypted secret.
 pub struct Decrypted {
     pub secret: Vec<u8>,
-    /// Whether it was encrypted with the key in use. If not, it must be encrypted again before its key is removed.
+    /// Whether the secret was encrypted with the key in use. If not, it must be encrypted again before its key is
+    /// removed.
     pub is_current: bool,
 }
 
@@ -53,7 +54,7 @@ impl Encryption {
         Ok([nonce.as_ref().as_slice(), &text].concat())
     }
 
-    /// Returns the secret, if one of the keys encrypted it in this context.
+    /// Returns the secret, if it was encrypted with one of the keys in this context.
     pub fn decrypt(&self, context: &[u8], stored: &[u8]) -> Option<Decrypted> {
         let (nonce, text) = stored.split_at_checked(NONCE_LEN)?;
         let open = |key: &RandomizedNonceKey| {

@@ -1,12 +1,12 @@
-//! The open-file limit (`RLIMIT_NOFILE`): raises it at startup, and computes how many connections it allows.
+//! Raises the open-file limit (`RLIMIT_NOFILE`) at startup, and computes how many connections it allows.
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-/// Files other than client connections: logs, the runtime, Redis, the metrics listener, and sockets that are being
-/// closed.
+/// How many files may be open in addition to client and database connections: logs, the runtime, Redis, the metrics
+/// listener, and sockets that are being closed.
 const OTHER_FILES: usize = 256;
-/// With fewer connections, the server would be useless, so this many are always allowed, even if `accept` sometimes
-/// fails.
+/// The minimum number of client connections, even if the limit is too low and `accept` sometimes fails. With fewer, the
+/// server would be useless.
 const LEAST: usize = 16;
 
 /// Raises the soft limit to the hard limit and returns the result. Returns `None` if the limit is unknown.
@@ -20,7 +20,7 @@ pub fn raise() -> Option<usize> {
     Some(usize::try_from(limit).unwrap_or(usize::MAX))
 }
 
-/// Returns the possible number of client connections: `wanted`, or the number that the limit allows in addition to
+/// Returns the number of client connections to allow: `wanted`, or fewer if the limit would not leave room for
 /// `database` connections and other files.
 pub fn connections(wanted: usize, limit: Option<usize>, database: usize) -> usize {
     let Some(limit) = limit else {

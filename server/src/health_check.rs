@@ -1,6 +1,6 @@
-//! `quota health`: queries the health of a running server, for container engines and service managers.
+//! `quota health`: checks the health of a running server, for container engines and service managers.
 //!
-//! It is part of the binary, because the image has no shell and no HTTP client.
+//! This is part of the binary because the image has neither a shell nor an HTTP client.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -19,14 +19,14 @@ const TIMEOUT: Duration = Duration::from_secs(2);
 /// The maximum size of a response.
 const MAX_BODY: usize = 16 << 10;
 
-/// Which check to run.
+/// What to check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Probe {
     /// Whether the process responds.
     Live,
-    /// Whether all features work, including the database.
+    /// Whether all features work, including those that need the database.
     Ready,
-    /// Whether it serves requests.
+    /// Whether the server serves requests.
     Serving,
 }
 
@@ -39,7 +39,7 @@ impl Probe {
         }
     }
 
-    /// Queries the server that listens on `listen`.
+    /// Checks the server that listens on `listen`.
     ///
     /// # Errors
     /// Returns an error if the server cannot be reached in time or its response is not 200. The error contains the
@@ -77,7 +77,7 @@ impl Probe {
     }
 }
 
-/// Returns the address by which this machine reaches a server that listens on `listen`.
+/// Returns the address at which this machine reaches a server that listens on `listen`.
 fn reachable(listen: SocketAddr) -> SocketAddr {
     let ip = match listen.ip() {
         IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv4Addr::LOCALHOST.into(),

@@ -1,4 +1,4 @@
-//! Sends email: to an SMTP server, or, without one, to files in the data directory, which shows what would be sent.
+//! Sends email to an SMTP server. Without one, writes emails to files in the data directory.
 
 use std::{
     fs, io,
@@ -24,17 +24,17 @@ use uuid::Uuid;
 
 use crate::config::{Config, MailSettings, SmtpSettings, SmtpTls};
 
-/// How long each command of the protocol may take.
+/// How long each SMTP command may take.
 const TIMEOUT: Duration = Duration::from_secs(15);
 /// How long sending an email may take.
 pub const SEND_MAX: Duration = Duration::from_secs(25);
-/// The maximum number of files. The oldest are deleted.
+/// The maximum number of files. When there are more, the oldest are deleted.
 const FILES_MAX: usize = 1000;
 
 /// An email to one recipient.
 #[derive(Debug, Clone)]
 pub struct Mail<'a> {
-    /// Identifies it, also when it is sent again.
+    /// Identifies the email. Stays the same when the email is resent.
     pub id: Uuid,
     pub recipient: &'a str,
     pub subject: &'a str,
@@ -58,7 +58,7 @@ pub enum MailError {
 }
 
 impl MailError {
-    /// Whether sending it again cannot help, because the message or its recipient was rejected.
+    /// Returns whether resending the email would be pointless, because the message or its recipient was rejected.
     pub fn is_permanent(&self) -> bool {
         match self {
             Self::Address(_) | Self::Message(_) => true,
@@ -70,7 +70,7 @@ impl MailError {
     }
 }
 
-/// See the module.
+/// See the module documentation.
 #[derive(Debug, Clone)]
 pub struct Mailer {
     from: Mailbox,
@@ -80,7 +80,7 @@ pub struct Mailer {
 #[derive(Debug, Clone)]
 enum Transport {
     Smtp(AsyncSmtpTransport<Tokio1Executor>),
-    /// The directory of the files.
+    /// The directory that contains the files.
     Files(PathBuf),
 }
 
@@ -105,7 +105,7 @@ fn smtp(settings: &SmtpSettings) -> Result<AsyncSmtpTransport<Tokio1Executor>, M
 impl Mailer {
     /// # Errors
     ///
-    /// If the certificates of the operating system cannot be read.
+    /// Fails if the certificates of the operating system cannot be read.
     pub fn new(config: &Config) -> Result<Self, MailError> {
         let MailSettings { smtp: server, from } = &config.mail;
         let transport = match server {
@@ -134,7 +134,7 @@ impl Mailer {
                 mail.id.simple(),
                 self.from.email.domain()
             )))
-            // So that no vacation notice is sent in response.
+            // This prevents automatic replies, such as vacation notices.
             .raw_header(HeaderValue::new(
                 auto_submitted,
                 "auto-generated".to_owned(),
@@ -144,7 +144,6 @@ impl Mailer {
         Ok(message.multipart(MultiPart::alternative_plain_html(text, html))?)
     }
 
-    /// Sends an email.
     pub async fn send(&self, mail: &Mail<'_>) -> Result<(), MailError> {
         let message = self.message(mail)?;
         match &self.transport {
@@ -154,7 +153,7 @@ impl Mailer {
             }
             Transport::Files(dir) => {
                 let path = dir.join(format!("{}.eml", mail.id));
-                // Short, and at most a few per minute.
+                // The write blocks, but it is short and happens at most a few times per minute.
                 write(dir, &path, &message.formatted())?;
                 tracing::info!(
                     path = %path.display(),
@@ -165,7 +164,7 @@ impl Mailer {
         Ok(())
     }
 
-    /// Connects to the SMTP server and signs in. `None`: there is none.
+    /// Connects to the SMTP server and signs in. Returns `None` if no server is configured.
     pub async fn test(&self) -> Option<Result<(), MailError>> {
         match &self.transport {
             Transport::Smtp(transport) => Some(match transport.test_connection().await {
@@ -177,7 +176,7 @@ impl Mailer {
     }
 }
 
-/// Returns text without control characters, which could start another header field.
+/// Returns the text without control characters, which could start another header field.
 fn one_line(text: &str) -> String {
     let visible = text
         .chars()
@@ -186,8 +185,8 @@ fn one_line(text: &str) -> String {
     visible.collect()
 }
 
-/// Writes a file completely or not at all, and deletes the oldest files if there are too many. IDs are UUIDv7, so names
-/// sort by time.
+/// Writes a file completely or not at all. Deletes the oldest files if there are too many: names are UUIDv7 and sort by
+/// time.
 fn write(dir: &Path, path: &Path, content: &[u8]) -> io::Result<()> {
     fs::create_dir_all(dir)?;
     let temporary = path.with_extension("part");

@@ -1,11 +1,11 @@
 //! HTTP/1.1 requests in plain form, parsed from the bytes of a connection.
 //!
-//! A plain request leaves no room for interpretation: every implementation of HTTP reads the same request from its
-//! bytes, and finds its end at the same byte. [`parse`] recognizes such requests and nothing else. What it does not
-//! recognize may still be valid, and is left to hyper with everything that follows. So this module needs to be strict,
-//! but not complete.
+//! A plain request leaves no room for interpretation: every HTTP implementation reads the same request from its bytes,
+//! and finds its end at the same byte. [`parse`] recognizes only such requests. Bytes that it does not recognize may
+//! still be a valid request, and are left to hyper, with everything that follows. So the parser needs to be strict, but
+//! not complete.
 //!
-//! Does not know which requests are answered, or how: see [`DirectEndpoint`].
+//! Does not depend on which requests are accepted, or on the responses: see [`DirectEndpoint`].
 
 use std::{convert::Infallible, mem::MaybeUninit, net::IpAddr};
 
@@ -14,15 +14,15 @@ use crate::connection_marks::ConnectionMarks;
 /// The maximum size of a request line with its header fields.
 pub const HEAD_MAX: usize = 16 * 1024;
 const FIELDS_MAX: usize = 64;
-/// Nine digits fit in every `usize`.
+/// Nine digits fit in a `usize` on every platform.
 const LENGTH_DIGITS: usize = 9;
 
-/// Answers plain requests. Must answer each of them as the server behind hyper would.
+/// Responds to plain requests, exactly as the server behind hyper would.
 pub trait DirectEndpoint: Send + Sync + 'static {
-    /// Whether [`answer`](Self::answer) answers this request. Its body may not have arrived yet.
+    /// Returns whether to pass this request to [`answer`](Self::answer). Its body may not have arrived yet.
     fn accepts(&self, request: &PlainRequest<'_>) -> bool;
 
-    /// Appends the response to `out`. `marks` are those of the connection, if it has not authenticated.
+    /// Appends the response to `out`. `marks` is `None` if the connection has authenticated.
     fn answer(
         &self,
         request: &PlainRequest<'_>,
@@ -32,7 +32,7 @@ pub trait DirectEndpoint: Send + Sync + 'static {
     ) -> impl Future<Output = ()> + Send;
 }
 
-/// Answers nothing.
+/// Never accepts a request.
 impl DirectEndpoint for Infallible {
     fn accepts(&self, _: &PlainRequest<'_>) -> bool {
         match *self {}
@@ -55,14 +55,14 @@ pub struct PlainRequest<'a> {
     pub method: &'a str,
     /// The path and the query, as sent.
     pub target: &'a str,
-    /// The value of `Content-Length`, 0 if there is none.
+    /// The value of `Content-Length`, or 0 if the field is missing.
     pub body_length: usize,
     /// Shorter than `body_length` if the rest has not arrived.
     pub body: &'a [u8],
     known: [Option<&'a [u8]>; KNOWN.len()],
 }
 
-/// The fields whose values endpoints can read. Each is sent at most once.
+/// The header fields that endpoints can read. A plain request contains each of them at most once.
 const KNOWN: [&str; 9] = [
     "x-api-key",
     "authorization",
@@ -76,7 +76,7 @@ const KNOWN: [&str; 9] = [
 ];
 
 impl<'a> PlainRequest<'a> {
-    /// Returns the value of a field in [`KNOWN`]. `name` is lowercase.
+    /// Returns the value of a field in [`KNOWN`]. `name` must be lowercase.
     pub fn field(&self, name: &str) -> Option<&'a [u8]> {
         let place = KNOWN.iter().position(|known| *known == name);
         debug_assert!(place.is_some(), "{name} is not kept");
@@ -84,24 +84,24 @@ impl<'a> PlainRequest<'a> {
     }
 }
 
-/// What the bytes begin with.
+/// What unread bytes begin with.
 #[derive(Debug, PartialEq, Eq)]
 #[expect(
     clippy::large_enum_variant,
     reason = "it is taken apart right after parsing"
 )]
 pub enum Parsed<'a> {
-    /// A plain request whose head has this length. Its body follows.
+    /// A plain request whose head has this length. The body follows the head.
     Plain(PlainRequest<'a>, usize),
-    /// Possibly a plain request. Its head is incomplete.
+    /// An incomplete head, possibly of a plain request.
     Incomplete,
-    /// Something else.
+    /// Anything else.
     Other,
 }
 
 /// Parses the beginning of a connection's unread bytes.
 pub fn parse(bytes: &[u8]) -> Parsed<'_> {
-    // Empty lines before a request are legal, but not plain. A head may be incomplete at a `\r`.
+    // Empty lines before a request are legal, but not plain. httparse would skip them.
     if bytes.first().is_some_and(|byte| !byte.is_ascii_uppercase()) {
         return Parsed::Other;
     }
@@ -114,7 +114,7 @@ pub fn parse(bytes: &[u8]) -> Parsed<'_> {
     };
     let (head, rest) = bytes.split_at(length);
     match (request.method, request.path, request.version) {
-        // Of all methods, only this one changes what follows the request.
+        // CONNECT is the only method that changes the meaning of the bytes after the request.
         (Some("CONNECT"), ..) => Parsed::Other,
         (Some(method), Some(target), Some(1)) if length <= HEAD_MAX && is_plain(head) => {
             match Known::of(request.headers) {
@@ -138,7 +138,8 @@ pub fn parse(bytes: &[u8]) -> Parsed<'_> {
     }
 }
 
-/// Whether a head consists of visible ASCII characters and spaces, in lines that end with CRLF. httparse accepts more.
+/// Returns whether a head consists of visible ASCII characters and spaces, in lines that end with CRLF. httparse
+/// accepts more.
 fn is_plain(head: &[u8]) -> bool {
     let (mut odd, mut feeds) = (0_usize, 0_usize);
     for byte in head {
@@ -146,7 +147,7 @@ fn is_plain(head: &[u8]) -> bool {
         feeds += usize::from(*byte == b'\n');
     }
     let pairs = head.windows(2).filter(|pair| pair == b"\r\n").count();
-    // Every other byte is part of a pair.
+    // Every non-printable byte belongs to such a pair.
     odd == 2 * pairs && feeds == pairs
 }
 
@@ -156,7 +157,8 @@ struct Known<'a> {
 }
 
 impl<'a> Known<'a> {
-    /// Returns `None` if a field determines where the request ends, or how it is answered, in a way that is not plain.
+    /// Returns `None` if a field makes the request not plain, because it affects where the request ends or how to
+    /// respond.
     fn of(fields: &[httparse::Header<'a>]) -> Option<Self> {
         let mut values = [None; KNOWN.len()];
         let (mut length, mut host, mut connection) = (None, None, None);

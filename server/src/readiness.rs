@@ -1,6 +1,6 @@
-//! Checks whether PostgreSQL is ready, and caches the result briefly.
+//! Checks whether PostgreSQL is ready, and caches the result for a short time.
 //!
-//! Anyone may check the server's readiness, as often as they like. Concurrent checks share one query, and its result is
+//! Anyone may check the server's readiness as often as they like. Concurrent checks share one query, and its result is
 //! reused for a short time.
 
 use std::{
@@ -22,7 +22,7 @@ const REMEMBERED: Duration = Duration::from_millis(250);
 pub enum Readiness {
     Ready,
     MigrationsPending,
-    /// Unreachable, with the reason.
+    /// PostgreSQL is unreachable, for this reason.
     Unreachable(Arc<str>),
 }
 
@@ -31,7 +31,7 @@ pub enum Readiness {
 pub struct ReadinessProbe {
     db: Db,
     metrics: Arc<Metrics>,
-    /// The cached result, which is locked during the query.
+    /// The cached result. Locked during the query.
     last: Mutex<Option<(Instant, Readiness)>>,
 }
 

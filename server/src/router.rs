@@ -51,7 +51,7 @@ pub fn public(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
             "/admin",
             service.clone().with(guard(|parts| &parts.admin_guard)),
         )
-        // Webhooks are not limited: Stripe sends many at the same time, from few addresses.
+        // Webhooks are not limited, because Stripe sends many at the same time from few addresses.
         .nest_no_strip("/billing/stripe", service.clone())
         .nest_no_strip(
             "/billing",
@@ -64,7 +64,7 @@ pub fn public(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
         state: state.clone(),
         methods: Arc::new(methods),
     };
-    // Boxed to keep the future of the fast path small.
+    // The routes are boxed to keep the future of the fast path small.
     let all = Arc::new(FastPath(routes.boxed()));
     let cors = cors(state);
     let is_open = cors.is_some();
@@ -75,7 +75,7 @@ pub fn public(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
     .with(edge)
 }
 
-/// Returns the endpoint of the public listener for plain requests, unless it is turned off.
+/// Returns the public listener's endpoint for plain requests, unless it is turned off.
 pub fn direct(state: &AppState) -> Option<DirectDecisions> {
     let is_on = state.config.direct_responses;
     is_on.then(|| DirectDecisions::new(state))
@@ -83,8 +83,8 @@ pub fn direct(state: &AppState) -> Option<DirectDecisions> {
 
 /// Applies the CORS rules to every path except forward-auth.
 ///
-/// There, `Origin` and a preflight's method come from the gateway's consumer: the gateway would treat a response to a
-/// preflight as allowed, and a rejected origin as denied.
+/// On forward-auth requests, `Origin` and the preflight method come from the client of the gateway. The gateway would
+/// treat a response to a preflight as allowed, and a rejected origin as denied.
 struct CrossOrigin<E, F> {
     others: E,
     forward_auth: F,
@@ -102,7 +102,7 @@ impl<E: Endpoint, F: Endpoint<Output = Response>> Endpoint for CrossOrigin<E, F>
     }
 }
 
-/// Pages of the configured origins may call the API and read the rate-limit headers. They cannot send cookies.
+/// Lets pages of the configured origins call the API and read the rate-limit headers. They cannot send cookies.
 fn cors(state: &AppState) -> Option<Cors> {
     let origins = &state.config.allowed_origins;
     if origins.is_empty() {
@@ -122,7 +122,7 @@ fn cors(state: &AppState) -> Option<Cors> {
     if origins.iter().any(|origin| origin == "*") {
         return Some(cors.allow_origins_fn(|_| true));
     }
-    // Pages on this server send their origin, too.
+    // Pages on this server also send their origin.
     let own =
         url::Url::parse(&state.config.public_url).map(|url| url.origin().ascii_serialization());
     Some(
@@ -148,7 +148,7 @@ fn exposed() -> Vec<HeaderName> {
     names
 }
 
-/// Copies the totals of the Redis connections to the metrics.
+/// Copies the state and the totals of the Redis connections to the metrics.
 fn show_redis(redis: &Redis, metrics: &Metrics) {
     let (status, counts) = (redis.status(), redis.counts());
     let open = i64::try_from(status.connected).unwrap_or(i64::MAX);

@@ -1,18 +1,19 @@
 //! Authenticates data that replicas exchange through Redis.
 //!
-//! Redis may be shared: other applications can write to it, and so can another Quota installation with the same prefix.
-//! A [`Seal`] prepends an HMAC-SHA-256 tag to a message, under a key derived from `QUOTA_SECRET` and the database
-//! ([`crate::auth::secret::Seals`]), so only messages from replicas of the same installation can be opened. The tag
-//! also covers a context, such as a purpose and a key's hash: a message can be opened only in the context it was sealed
-//! for. A seal does not hide the content and does not prevent replays, so messages contain a time or a number.
+//! Other applications may be able to write to the same Redis, and so may another Quota installation with the same
+//! prefix. A [`Seal`] prepends an HMAC-SHA-256 tag to a message, with a key derived from `QUOTA_SECRET` and the
+//! database ([`crate::auth::secret::Seals`]), so only messages from replicas of the same installation can be opened.
+//! The tag also covers a context, such as a purpose and a key's hash: a message can be opened only in the context for
+//! which it was sealed. A seal does not hide the content and does not prevent replays, so messages contain a time or a
+//! number.
 
 use aws_lc_rs::hmac;
 
 /// The length of a tag, in bytes.
 pub const TAG: usize = 32;
 
-/// The keys of one purpose. While `QUOTA_SECRET` is being rotated, messages sealed with the current or the previous key
-/// can be opened.
+/// The keys for one purpose. While `QUOTA_SECRET` is being rotated, messages that were sealed with the current or the
+/// previous key can be opened.
 #[derive(Clone)]
 pub struct Seal {
     current: hmac::Key,
@@ -42,7 +43,7 @@ impl Seal {
         bytes
     }
 
-    /// Returns the content if one of the keys sealed it for this context.
+    /// Returns the content, if one of the keys sealed it for this context.
     pub fn open<'a>(&self, context: &[&[u8]], bytes: &'a [u8]) -> Option<&'a [u8]> {
         let (tag, content) = bytes.split_at_checked(TAG)?;
         let sealed_by = |key: &hmac::Key| {
@@ -57,8 +58,7 @@ impl Seal {
     }
 }
 
-/// Returns the tag. Each part is preceded by its length, so that different lists of parts never have the same
-/// signature.
+/// Returns the tag. Each part is preceded by its length, so that different lists of parts never have the same tag.
 fn sign(key: &hmac::Key, context: &[&[u8]], content: &[u8]) -> hmac::Tag {
     let mut signing = hmac::Context::with_key(key);
     for part in context {

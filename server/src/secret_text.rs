@@ -9,16 +9,16 @@ const DIGITS: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnop
 const RANDOM: usize = 32;
 const CHECKSUM: usize = 6;
 const LENGTH: usize = 3 + RANDOM + CHECKSUM;
-/// The length of the part that is stored and shown to identify a secret. It contains 8 of the random characters, which
-/// leaves 142 random bits.
+/// The length of the part that is stored and shown to identify a secret. It contains 8 of the random characters, so 142
+/// random bits remain secret.
 const PREFIX: usize = 3 + 8;
 
 /// The purpose of a secret.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// A consumer's API key.
+    /// An API consumer's key.
     ApiKey,
-    /// A service token of a tenant's gateway.
+    /// A service token for a tenant's gateway.
     ServiceToken,
     /// A refresh token of a session.
     Refresh,
@@ -34,7 +34,7 @@ impl Kind {
     }
 }
 
-/// The SHA-256 hash of a secret, which is stored and looked up.
+/// A secret's SHA-256 hash, which is stored and used for lookups.
 pub type Hash = [u8; 32];
 
 /// A secret with a valid format and checksum.
@@ -42,7 +42,7 @@ pub type Hash = [u8; 32];
 pub struct SecretText([u8; LENGTH]);
 
 impl SecretText {
-    /// Generates a new secret from the operating system's random numbers.
+    /// Generates a secret with random numbers from the operating system.
     pub fn generate(kind: Kind) -> Result<Self, getrandom::Error> {
         let mut random = [0_u8; RANDOM];
         let mut filled = 0;
@@ -76,7 +76,7 @@ impl SecretText {
         Self(text)
     }
 
-    /// Parses a secret. Returns `None` for a wrong length, prefix, character or checksum.
+    /// Parses a secret. Returns `None` if its length, prefix, characters or checksum are wrong.
     pub fn parse(kind: Kind, text: &[u8]) -> Option<Self> {
         let text: &[u8; LENGTH] = text.try_into().ok()?;
         let (body, sum) = text.split_at(3 + RANDOM);
@@ -92,7 +92,7 @@ impl SecretText {
         hash
     }
 
-    /// Returns the secret as text. It is shown only once.
+    /// Returns the secret as text, which must be shown only once.
     pub fn reveal(&self) -> String {
         self.0.iter().map(|byte| char::from(*byte)).collect()
     }

@@ -1,4 +1,4 @@
-//! The state of a server: everything that requests and workers need, created at startup.
+//! The state of a server: everything that requests and jobs need, created at startup.
 
 use std::{
     num::{NonZeroU32, NonZeroU64},
@@ -32,8 +32,12 @@ use crate::{
     db::{Db, DbError, Lane},
     invalidations::{Publisher, Recent},
     keys::{
-        KeyStore, last_used::LastUsed, ledger::PostgresLedger, lookups::Lookups,
-        shared::SharedKeys, tenant_ledger::TenantLedger,
+        KeyStore,
+        last_used::LastUsed,
+        ledger::PostgresLedger,
+        lookups::Lookups,
+        shared::{SharedKeys, SharedKeysContext},
+        tenant_ledger::TenantLedger,
     },
     limiter::{
         self, DistributedSettings, DistributedStore, KeyTableSettings, LedgerConnections,
@@ -50,11 +54,11 @@ use crate::{
     webhooks::{Lookup, SystemLookup, Webhooks},
 };
 
-/// The number of client addresses that each rate limiter tracks. One takes about 100 bytes.
+/// The number of client addresses that each rate limiter tracks. Each address takes about 100 bytes.
 const GUARDED: usize = 200_000;
 
-/// How many Stripe pages a tenant may request per minute. Each takes several requests to Stripe, whose rate limit all
-/// tenants share.
+/// How many Stripe pages a tenant may request per minute. Each page requires several requests to Stripe, whose rate
+/// limit is shared by all tenants.
 const STRIPE_PAGES: NonZeroU32 = NonZeroU32::new(20).unwrap();
 
 /// How many test events and redeliveries a tenant may request per minute.
@@ -73,7 +77,7 @@ pub struct Services {
     pub metrics: Arc<Metrics>,
     pub log: Log,
     pub limiter: Limiter,
-    /// The number of replicas, and the ID of this one.
+    /// The number of replicas, and this replica's slot.
     pub membership: Arc<Membership>,
     pub replica_id: Uuid,
     pub keys: KeyStore,
@@ -82,7 +86,7 @@ pub struct Services {
     pub sessions: Sessions,
     pub accounts: Accounts,
     pub freshness: Arc<Freshness>,
-    /// `None` for a single replica.
+    /// `None` if there is only one replica.
     pub redis: Option<Redis>,
     pub publisher: Publisher,
     pub recent: Arc<Recent>,
@@ -96,16 +100,16 @@ pub struct Services {
     pub webhooks: Webhooks,
     pub alerts: Alerts,
     pub mailer: Mailer,
-    /// The queues in which changes of one tenant wait for each other.
+    /// The queues in which each tenant's changes wait.
     pub changes: TenantQueues,
-    /// The queues in which a tenant's requests for a Stripe page wait for each other. They are separate from those of
-    /// changes, because revoking a key must not wait for Stripe.
+    /// The queues in which each tenant's requests for Stripe pages wait. They are separate from `changes`, because
+    /// revoking a key must not wait for Stripe.
     pub checkouts: TenantQueues,
-    /// Limits how often a tenant may request such a page.
+    /// Limits how often a tenant may request a Stripe page.
     pub stripe_pages: TenantRate,
-    /// How often a tenant may request a test event or a redelivery.
+    /// Limits how often a tenant may request a test event or a redelivery.
     pub webhook_requests: TenantRate,
-    /// The queues in which large reads of one tenant wait for each other.
+    /// The queues in which each tenant's large reads wait.
     pub reads: TenantQueues,
     draining: AtomicBool,
 }
@@ -119,7 +123,7 @@ impl std::ops::Deref for AppState {
 }
 
 impl AppState {
-    /// Creates the state on a migrated database.
+    /// Creates the state. The database must be migrated.
     pub async fn new(
         config: Config,
         db: Db,
@@ -128,7 +132,7 @@ impl AppState {
     ) -> Result<Self, AuthError> {
         let mut metrics = Metrics::default();
         metrics.log_lines_dropped = log.dropped().clone();
-        // A counter that first appears with a value above 0 looks to Prometheus as if it had not risen.
+        // Prometheus would not see an increase if a counter first appeared with a value above 0.
         for kind in Expired::ALL {
             metrics.swept(kind.name(), 0);
         }
@@ -137,7 +141,7 @@ impl AppState {
         let redis = config.redis.clone().map(Redis::connect_lazy);
         let recent = Arc::new(Recent::default());
 
-        // This also distinguishes the installation from others with the same QUOTA_SECRET.
+        // This secret also distinguishes the installation from others with the same QUOTA_SECRET.
         let installation = stored_secret(&db).await?;
         let current = match &config.secret {
             Some(secret) => Config::secret_bytes(secret).to_vec(),
@@ -156,7 +160,8 @@ impl AppState {
         let publisher = Publisher::new(redis.clone(), invalidations, metrics.clone());
 
         let ledger = Arc::new(PostgresLedger::new(db.on(Lane::Ledger), metrics.clone()));
-        // Ten times the size of the cache, since an evicted key keeps its bucket until the bucket is full again.
+        // This is ten times the size of the cache, since an evicted key keeps its bucket until the bucket is full
+        // again.
         let settings = KeyTableSettings {
             max_keys: config.key_cache.saturating_mul(10),
             connections: LedgerConnections::new(db.lanes().ledger),
@@ -170,8 +175,8 @@ impl AppState {
             Some(redis) => {
                 let counters = RedisCounters::new(redis.clone());
                 initialize_counters(&db, redis, &counters).await?;
-                // The first call to Redis must already state whether other replicas may have decided requests without
-                // it.
+                // The first call to Redis must already say whether other replicas may have decided requests without
+                // Redis.
                 Box::pin(count_replicas(&db, replica_id, &*clock, &membership)).await?;
                 let settings = DistributedSettings {
                     lease_ttl: config.lease_ttl,
@@ -200,14 +205,14 @@ impl AppState {
             ));
         }
         let shared = redis.clone().map(|redis| {
-            SharedKeys::new(
+            SharedKeys::new(SharedKeysContext {
                 redis,
-                records,
-                clock.clone(),
-                recent.clone(),
-                freshness.clone(),
-                metrics.clone(),
-            )
+                seal: records,
+                clock: clock.clone(),
+                recent: recent.clone(),
+                freshness: freshness.clone(),
+                metrics: metrics.clone(),
+            })
         });
         let lookups = Lookups::new(&db, &config, &freshness, &metrics);
         let keys = KeyStore::new(
@@ -310,7 +315,7 @@ impl AppState {
         })))
     }
 
-    /// Drops all entries from the caches of this replica that changes have invalidated.
+    /// Drops invalidated entries from all caches of this replica.
     pub fn forget(&self, invalidations: &[Invalidation]) {
         let gone = invalidations.iter().collect();
         self.keys.revoke(&gone);
@@ -323,7 +328,7 @@ impl AppState {
         self.sessions.forget_all();
     }
 
-    /// Applies a committed change of this replica to its caches, and publishes it to the others.
+    /// Applies a change that this replica has committed to its caches, and publishes the change to other replicas.
     pub fn invalidate(&self, invalidation: &Invalidation) {
         self.recent.announced(invalidation);
         self.forget(std::slice::from_ref(invalidation));
@@ -370,11 +375,11 @@ async fn count_replicas(
     Ok(count)
 }
 
-/// How long startup waits for Redis when initializing the counters.
+/// How long startup waits for Redis before initializing the counters.
 const REDIS_WAIT: Duration = Duration::from_secs(3);
 
-/// Initializes full buckets for a deployment that has never had shared counters. If Redis is unreachable, the buckets
-/// start empty, as after a loss of its data, and the next startup tries again.
+/// Starts the shared counters of a new deployment with full buckets. If Redis is unreachable, the buckets start empty,
+/// as after a loss of data, and the next startup tries again.
 async fn initialize_counters(
     db: &Db,
     redis: &Redis,
@@ -386,7 +391,7 @@ async fn initialize_counters(
     if is_initialized {
         return Ok(());
     }
-    // This happens before the row is locked, because other replicas wait for the lock at startup.
+    // This happens before the row is locked, because other replicas that are starting wait for the lock.
     redis.connected(REDIS_WAIT).await;
     let mut tx = db.system().await?;
     if !repo::replica::begin_counters(&mut tx).await? {
@@ -401,8 +406,8 @@ async fn initialize_counters(
     }
 }
 
-/// Sessions of earlier versions do not record their secret. It is the secret that was in use when the first replica of
-/// this version started.
+/// Returns whether to accept sessions from earlier versions, which do not record their secret. They are signed with the
+/// secret that was in use when the first replica of this version started.
 async fn accepts_unmarked_sessions(db: &Db, secrets: &SecretPair) -> Result<bool, DbError> {
     let mut tx = db.system().await?;
     let first = repo::secret::first_of_sessions(&mut tx, &secrets.current.id).await?;

@@ -1,9 +1,9 @@
-//! Derives access from Stripe subscriptions. Pure: does not use a clock, the database or the network.
+//! Derives access from Stripe subscriptions. Does not use a clock, the database or the network.
 //!
-//! A tenant's [`Account`] contains the last observation of its subscriptions. An [`Observation`] is everything that
-//! Stripe returned for the customer in one read, with the number of that read. Events only cause reads, so their order,
-//! number and contents do not matter; a read that is older than the last applied one is discarded. [`Account::access`]
-//! defines what this means for plans marked `paid`:
+//! A tenant's [`Account`] contains the last observation of its subscriptions. An [`Observation`] contains everything
+//! that Stripe returned for the customer in one read, and the number of that read. Events only cause reads, so their
+//! order, number and contents do not matter. A read that is older than the last applied one is discarded.
+//! [`Account::access`] determines whether plans marked `paid` work:
 //!
 //! | Stripe's status | access | plans marked `paid` |
 //! |---|---|---|
@@ -20,12 +20,12 @@
 //! subscription `active`. See <https://docs.stripe.com/billing/subscriptions/overview>.
 //!
 //! If a customer has several subscriptions, the one whose access lasts the longest counts, so plans work as long as any
-//! of the subscriptions allows it. Among equals, the first of `active`, `trialing`, `past_due`, `unpaid`, `paused`,
-//! `canceled` and the others counts, and then the newest.
+//! of the subscriptions allows it. If several last equally long, the status decides, in the order `active`, `trialing`,
+//! `past_due`, `unpaid`, `paused`, `canceled`, any other. If that is also equal, the newest subscription counts.
 
 use std::cmp::Reverse;
 
-/// Seconds since 1970, as used by Stripe.
+/// Seconds since 1970, as in the Stripe API.
 pub type Seconds = i64;
 
 /// The status of a Stripe subscription.
@@ -53,7 +53,7 @@ impl Status {
         Self::Paused,
     ];
 
-    /// Returns the name in the Stripe API.
+    /// Returns the status's name in the Stripe API.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Incomplete => "incomplete",
@@ -73,13 +73,13 @@ impl Status {
         Self::ALL.into_iter().find(|status| status.name() == name)
     }
 
-    /// Whether the subscription has ended permanently. A new one can then be started.
+    /// Returns whether the subscription has ended permanently, so that the customer can start a new one.
     pub const fn is_final(self) -> bool {
         matches!(self, Self::IncompleteExpired | Self::Canceled)
     }
 }
 
-/// The data of a subscription that Quota reads.
+/// The data of a subscription that Quota uses.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Subscription {
     pub id: String,
@@ -88,7 +88,7 @@ pub struct Subscription {
     pub trial_end: Option<Seconds>,
     /// When the subscription will be, or was, canceled.
     pub cancel_at: Option<Seconds>,
-    /// When the oldest invoice that is due and unpaid was finalized. Read only while the status is `past_due`.
+    /// When the oldest unpaid invoice that is due was finalized. Read only while the status is `past_due`.
     pub unpaid_since: Option<Seconds>,
 }
 
@@ -105,7 +105,7 @@ pub struct Observation {
 /// The effect of a tenant's subscriptions on plans marked `paid`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
-    /// Never subscribed, or never paid.
+    /// The tenant has never subscribed, or has never paid.
     Free,
     Trialing {
         /// When the trial ends and the first payment is due.
@@ -142,7 +142,7 @@ impl Access {
         }
     }
 
-    /// Returns the time until which plans marked `paid` work.
+    /// Returns how long plans marked `paid` work.
     pub const fn paid(self) -> Paid {
         match self {
             Self::Trialing { ends, .. } | Self::Active { ends } => match ends {
@@ -154,7 +154,7 @@ impl Access {
         }
     }
 
-    /// Ranks subscriptions whose access is otherwise equal. See the module documentation.
+    /// Ranks subscriptions whose access lasts equally long. See the module documentation.
     const fn rank(self) -> u8 {
         match self {
             Self::Active { .. } => 6,
@@ -193,7 +193,7 @@ pub struct Account {
 }
 
 impl Account {
-    /// Applies an observation, unless a later read has been applied. Returns whether it was applied.
+    /// Applies an observation, unless a later one has been applied. Returns whether it was applied.
     pub fn apply(&mut self, observation: Observation) -> bool {
         if self
             .last
@@ -212,7 +212,7 @@ impl Account {
         deciding(&last.subscriptions, last.at, grace)
     }
 
-    /// Returns the access. `grace` is how long a past-due subscription keeps it.
+    /// Returns the tenant's access. `grace` is how long a past-due subscription keeps it.
     pub fn access(&self, grace: Seconds) -> Access {
         self.last.as_ref().map_or(Access::Free, |last| {
             deciding(&last.subscriptions, last.at, grace).map_or(Access::Free, |subscription| {
@@ -240,8 +240,8 @@ pub fn deciding(
 }
 
 impl Subscription {
-    /// Returns the access that this subscription provides on its own. `at` is when it was read: the grace period starts
-    /// then if Stripe lists no unpaid invoice, which can briefly be the case.
+    /// Returns the access that this subscription provides on its own. `at` is when it was read. If Stripe lists no
+    /// unpaid invoice, which can briefly be the case, the grace period starts at that time.
     pub fn access(&self, at: Seconds, grace: Seconds) -> Access {
         match self.status {
             Status::Incomplete | Status::IncompleteExpired => Access::Free,

@@ -1,5 +1,5 @@
-//! Limits how many streams or large responses may be open at a time, for each tenant and in total. Callers do not wait
-//! for a place.
+//! Limits how many streams or large responses may be open at the same time, for each tenant and in total. Callers do
+//! not wait for a place.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -14,7 +14,7 @@ pub struct TenantPlaces {
     taken: Arc<Mutex<HashMap<TenantId, usize>>>,
 }
 
-/// A place, which is released when this is dropped.
+/// A place, which is released on drop.
 #[derive(Debug)]
 pub struct Place {
     places: TenantPlaces,
@@ -41,7 +41,7 @@ impl TenantPlaces {
         }
     }
 
-    /// Takes a place. Returns `None` if the tenant, or all tenants together, already have the maximum.
+    /// Takes a place. Returns `None` if the tenant, or all tenants together, already hold the maximum.
     pub fn take(&self, tenant: TenantId) -> Option<Place> {
         let mut taken = self.taken.lock();
         let own = taken.get(&tenant).copied().unwrap_or(0);

@@ -1,9 +1,9 @@
-//! Limits how many changes or reads of each tenant are in progress.
+//! Limits how many of each tenant's changes or reads are in progress.
 //!
-//! A change holds a database connection while it waits for a lock, and changes of the same tenant mostly wait for each
-//! other, so a burst of them would take all connections of this replica. The same is true for a burst of large reads.
-//! So they wait here, without a connection, in a bounded queue per tenant that does not delay other tenants. Replicas
-//! have separate queues; between replicas, the database's locks determine the order.
+//! A change holds a database connection while it waits for a lock, and a tenant's changes mostly wait for each other.
+//! So a burst of them would take all of this replica's connections. A burst of large reads would do the same. That is
+//! why changes and reads wait here, without a connection, in a bounded queue per tenant, which does not delay other
+//! tenants. Each replica has its own queues; across replicas, database locks determine the order.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -14,7 +14,7 @@ use tokio::{
     time::timeout,
 };
 
-/// The maximum number of concurrent large reads of a tenant.
+/// The maximum number of a tenant's concurrent large reads.
 const READS: usize = 2;
 /// The maximum number of waiting changes or reads per tenant.
 const WAITING: usize = 32;
@@ -30,7 +30,7 @@ pub enum Busy {
     TimedOut,
 }
 
-/// The queues of tenants with changes or reads in progress. Cheap to clone.
+/// The queues of all tenants that have changes or reads in progress. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct TenantQueues {
     turns: usize,
@@ -40,7 +40,7 @@ pub struct TenantQueues {
 #[derive(Debug)]
 struct Queue {
     turns: Arc<Semaphore>,
-    /// The number of changes or reads in progress or waiting.
+    /// The number of changes or reads that are in progress or waiting.
     places: usize,
 }
 
@@ -63,7 +63,7 @@ impl Drop for Place {
     }
 }
 
-/// Permission for one change or read, until it is dropped.
+/// Permission for one change or read. It ends on drop.
 #[derive(Debug)]
 pub struct Turn {
     // The permit is dropped before the slot.
@@ -89,7 +89,7 @@ impl TenantQueues {
         }
     }
 
-    /// Waits until few enough other changes or reads of the tenant are in progress on this replica.
+    /// Waits until the tenant has few enough other changes or reads in progress on this replica.
     pub async fn turn(&self, tenant: TenantId) -> Result<Turn, Busy> {
         let (place, turns) = self.enter(tenant)?;
         match timeout(WAIT, turns.acquire_owned()).await {

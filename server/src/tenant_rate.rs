@@ -21,7 +21,7 @@ type Governor = governor::RateLimiter<
 /// When this many tenants are tracked, idle ones are dropped.
 const CROWDED: usize = 10_000;
 
-/// A limit of requests per minute and tenant, with a burst of one minute.
+/// A limit of requests per minute for each tenant. The burst is one minute's worth of requests.
 #[derive(Debug)]
 pub struct TenantRate {
     governor: Governor,
@@ -38,7 +38,7 @@ impl TenantRate {
         }
     }
 
-    /// Returns how long to wait if the tenant has reached its limit.
+    /// If the tenant has reached its limit, returns how long to wait.
     pub fn admit(&self, tenant: TenantId) -> Result<(), Duration> {
         if self.governor.len() >= CROWDED {
             self.governor.retain_recent();

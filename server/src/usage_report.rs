@@ -18,7 +18,7 @@ use crate::{
 /// A replica that has not reported for this long has stopped or cannot reach PostgreSQL.
 const SILENT_SECONDS: i64 = 30;
 
-/// The minimum age of a report that an operator may remove.
+/// The minimum age of a report before an operator may remove it.
 const FORGET_SECONDS: i64 = 60;
 
 /// The result of [`forget`].
@@ -30,7 +30,7 @@ pub enum Forgotten {
     Removed(ShipperReport),
 }
 
-/// Removes the report about a usage directory that is lost, so that usage counts as complete without it.
+/// Removes the report about a lost usage directory, so that usage counts as complete without it.
 pub async fn forget(db: &Db, directory: Uuid) -> Result<Forgotten, DbError> {
     let mut tx = db.system().await?;
     let Some(report) = usage_shipper::report_of(&mut tx, directory).await? else {
@@ -44,7 +44,7 @@ pub async fn forget(db: &Db, directory: Uuid) -> Result<Forgotten, DbError> {
     Ok(Forgotten::Removed(report))
 }
 
-/// Returns a report as text.
+/// Formats a report as text.
 pub fn table(report: &ShipperReport) -> String {
     let mut text = String::new();
     reports_table(&mut text, std::slice::from_ref(report));

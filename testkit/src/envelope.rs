@@ -1,15 +1,15 @@
-//! A sliding-window checker, which compares the requests that a client saw admitted with the promise, in every window.
+//! A sliding-window checker. In every window, it compares the requests that a client saw allowed with the promise.
 //!
 //! The promise is that of a token bucket: at most `burst + rate·(T + slack)` tokens in any window of `T`. A client only
-//! knows that a request was admitted between sending it and receiving the response. So a window counts only requests
-//! that lie entirely inside it, and any excess found is real. Works in whole nanoseconds, by any clock.
+//! knows that a request was allowed at some time between sending it and receiving the response. So a window counts only
+//! requests that lie entirely inside it, and any excess found is real. Works in whole nanoseconds, by any clock.
 
 /// The promise of one token bucket.
 #[derive(Debug, Clone, Copy)]
 pub struct Envelope {
     /// Nanoseconds in which one token refills, rounded up as the server does.
     emission: i64,
-    /// What a window of length zero may contain, in nanoseconds of refill: the burst and the slack.
+    /// The maximum content of a window of length zero, in nanoseconds of refill: the burst and the slack.
     at_once: i64,
 }
 
@@ -45,8 +45,8 @@ impl Envelope {
         }
     }
 
-    /// Creates a promise from the nanoseconds per token, and what a window of length zero may contain, in nanoseconds
-    /// of refill.
+    /// Creates a promise from the nanoseconds per token, and the maximum content of a window of length zero, in
+    /// nanoseconds of refill.
     pub fn from_nanos(emission: u64, at_once: u64) -> Self {
         Self {
             emission: signed(emission),
@@ -59,7 +59,7 @@ impl Envelope {
         u64::try_from((self.at_once + signed(nanos)) / self.emission).unwrap_or(0)
     }
 
-    /// Returns the number of tokens that a single exact bucket, initially full, would have admitted for requests at
+    /// Returns the number of tokens that a single exact bucket, initially full, would have allowed for requests at
     /// these times and costs.
     pub fn exact(self, mut requests: Vec<(u64, u32)>) -> u64 {
         requests.sort_unstable();
@@ -75,8 +75,8 @@ impl Envelope {
         admitted
     }
 
-    /// Returns the worst window, or `None` if nothing was admitted. Takes `O(n log n)`: every window ends at a
-    /// response, and a tree contains the current excess for all starts.
+    /// Returns the worst window, or `None` if nothing was allowed. Takes `O(n log n)`: every window ends at a response,
+    /// and a tree contains the current excess for all starts.
     pub fn worst(self, admitted: &[Span]) -> Option<Worst> {
         let mut begins: Vec<u64> = admitted.iter().map(|span| span.sent).collect();
         begins.sort_unstable();
@@ -131,8 +131,8 @@ fn signed(nanos: impl TryInto<i64>) -> i64 {
         .unwrap_or_else(|_| panic!("a measurement is shorter than 292 years"))
 }
 
-/// For each start of a window, its time plus the value of everything admitted since then. These are suffix sums, so
-/// that one admission changes one leaf.
+/// For each start of a window, its time plus the value of everything allowed since then. These are suffix sums, so that
+/// one allowed request changes one leaf.
 struct Tree {
     leaves: usize,
     nodes: Vec<Node>,
@@ -170,7 +170,7 @@ impl Tree {
         self.update(place);
     }
 
-    /// Adds an admission of this value that was sent at this index.
+    /// Adds an allowed request of this value that was sent at this index.
     fn add(&mut self, place: usize, worth: i64) {
         let leaf = &mut self.nodes[self.leaves + place];
         leaf.sum += worth;

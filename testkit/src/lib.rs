@@ -1,7 +1,7 @@
 //! Tools for tests: processes that end with their owner, a Redis that can be killed and frozen, a proxy that fails on
 //! demand, a mail server, and a checker for token bucket promises.
 //!
-//! Does not depend on Quota. Ends the processes that it starts by their PIDs. Panics with the reason if something
+//! Does not depend on Quota. The processes that it starts are ended by their PIDs. Panics with the reason if something
 //! cannot be started.
 
 pub mod envelope;

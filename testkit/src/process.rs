@@ -35,7 +35,7 @@ exit "$status"
 #[derive(Debug)]
 pub struct Process {
     guard: Child,
-    /// Closed at the end, which the guard waits for.
+    /// Closed at the end. The guard waits for this.
     pipe: Option<ChildStdin>,
     pid: Pid,
 }

@@ -21,7 +21,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-/// The address to which the proxy forwards.
+/// The address that the proxy forwards to.
 #[derive(Debug, Clone)]
 pub enum Upstream {
     Tcp(SocketAddr),
@@ -39,7 +39,7 @@ pub enum Fault {
     Late(Duration),
     /// Bytes are discarded in both directions. Connections remain open, and new ones are accepted.
     BlackHole,
-    /// New connections are reset immediately. Open ones are not affected.
+    /// New connections are reset immediately. Open connections are not affected.
     Refuse,
     /// A connection is reset after this many more bytes toward the client.
     CutAfter(u64),
@@ -62,7 +62,7 @@ enum Running {
 #[derive(Debug)]
 struct Control {
     fault: watch::Sender<Fault>,
-    /// Counts the calls of [`FaultProxy::cut`]; a connection ends when it changes.
+    /// Counts calls to [`FaultProxy::cut`]. Connections end when this number changes.
     cuts: watch::Sender<u64>,
     accepted: AtomicU64,
 }
@@ -131,7 +131,7 @@ impl FaultProxy {
         self.control.fault.send_replace(fault);
     }
 
-    /// Resets every open connection once. New ones follow [`set`](Self::set).
+    /// Resets every open connection once. New connections follow [`set`](Self::set).
     pub fn cut(&self) {
         self.control.cuts.send_modify(|cuts| *cuts += 1);
     }
@@ -155,7 +155,7 @@ async fn accept(listener: TcpListener, upstream: Upstream, control: Arc<Control>
     while let Ok((mut client, _)) = listener.accept().await {
         control.accepted.fetch_add(1, Ordering::SeqCst);
         let upstream = upstream.clone();
-        // This subscribes before the task runs, so that a reset right after accepting is not missed.
+        // Subscribe before the task runs, so that a reset right after accepting is not missed.
         let mut cuts = control.cuts.subscribe();
         let fault = control.fault.subscribe();
         tokio::spawn(async move {
@@ -171,7 +171,7 @@ async fn accept(listener: TcpListener, upstream: Upstream, control: Arc<Control>
     }
 }
 
-/// Relays data until both sides have closed. Returns an error if one failed or a fault ended the connection.
+/// Relays data until both sides have closed. Returns an error if one side failed or a fault ended the connection.
 async fn relay(
     client: &mut TcpStream,
     upstream: Upstream,
@@ -210,7 +210,7 @@ enum Direction {
     Down,
 }
 
-/// Data in transit, and the time at which it arrives. Empty data marks the end of the stream.
+/// Data in transit, and the time when it arrives. Empty data marks the end of the stream.
 struct Piece {
     due: Instant,
     data: Vec<u8>,

@@ -39,7 +39,7 @@ impl RedisServer {
     /// Starts a server with additional options of `redis-server`, such as `--replicaof`. `{free}` is replaced by
     /// another free port. `--sentinel` must come first, followed by the sentinel's file.
     pub async fn start_with(options: &[&str]) -> Self {
-        // Another process may have taken the port in the meantime.
+        // Another process may have taken the port.
         for _ in 0..10 {
             let mut redis = Self {
                 port: free_port(),
@@ -143,7 +143,7 @@ impl RedisServer {
             Process::start(&command, Path::new("/dev/null")).expect("there is a shell");
         let deadline = Instant::now() + PATIENCE;
         loop {
-            // The reply must come from this process, not from another one on the same port.
+            // The reply must come from this process, not from another process on the same port.
             if process_id(self.addr(), self.password()).await == Some(process.pid()) {
                 self.running = Some(process);
                 return true;

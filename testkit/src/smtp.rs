@@ -35,7 +35,7 @@ struct State {
     refusals: Mutex<VecDeque<String>>,
     /// The user and password in Base64, as AUTH PLAIN sends them.
     credentials: Mutex<Option<String>>,
-    /// How long each answer takes.
+    /// How long each response takes.
     delay: Mutex<Duration>,
 }
 
@@ -71,7 +71,7 @@ impl SmtpServer {
         lock(&self.state.refusals).push_back(line.to_owned());
     }
 
-    /// Delays each answer from now on.
+    /// Delays each response from now on.
     pub fn delay(&self, delay: Duration) {
         *lock(&self.state.delay) = delay;
     }
@@ -81,7 +81,7 @@ impl SmtpServer {
     }
 }
 
-/// Ignores poisoning, so that a panic in another thread remains the only reason that a test reports.
+/// Ignores poisoning, so that the test reports only the original panic.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,6 +1,6 @@
 //! Finds unused dependencies: those whose name does not appear in the crate that declares them.
 //!
-//! The compiler cannot detect this, since a crate has several targets and each uses some of the dependencies. A
+//! The compiler cannot detect this, because a crate has several targets and each uses some of the dependencies. A
 //! dependency that is declared only to enable one of its features is listed in the crate's
 //! `package.metadata.features-only`.
 
@@ -50,7 +50,7 @@ fn manifest(folder: &Path) -> Result<Table> {
     toml::from_str(&text).with_context(|| format!("cannot parse {}", path.display()))
 }
 
-/// Returns the dependencies of all kinds and targets, without those declared for their features.
+/// Returns the dependencies of all kinds and targets, except dependencies declared for their features.
 fn declared(manifest: &Table) -> Vec<String> {
     let features_only: Vec<&str> = manifest
         .get("package")
@@ -77,7 +77,7 @@ fn declared(manifest: &Table) -> Vec<String> {
     names
 }
 
-/// Appends all Rust files in a folder, without those of crates nested in it.
+/// Appends all Rust files in a folder, except files of nested crates.
 fn read_sources(folder: &Path, source: &mut String) -> Result<()> {
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();

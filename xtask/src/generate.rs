@@ -76,7 +76,7 @@ pub(crate) fn check() -> Result<()> {
     Ok(())
 }
 
-/// Describes the first line in which two files differ.
+/// Describes the first line where two files differ.
 fn first_difference(committed: &str, expected: &str) -> Option<String> {
     if committed == expected {
         return None;

@@ -22,7 +22,7 @@ use crate::{
 /// The first startup creates a database.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Returns the programs that the tests require in addition to those for the server.
+/// Returns the programs that the tests require in addition to the server's programs.
 pub(crate) fn needs() -> Vec<machine::Need> {
     let browser = [
         machine::CHROMIUM,

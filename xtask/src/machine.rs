@@ -144,7 +144,7 @@ pub(crate) const PROMTOOL: Need = Need {
     is_there: || on_path("promtool").is_some(),
 };
 
-/// The disk space required for a full build, with debug and release of everything, and for an incremental one.
+/// The disk space required for a full build (debug and release of everything), and for an incremental build.
 const BUILD: u64 = 7 << 30;
 const REBUILD: u64 = 2 << 30;
 

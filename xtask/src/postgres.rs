@@ -2,8 +2,8 @@
 //! directory under /tmp.
 //!
 //! It ends when this process does, even with `kill -9`: a small shell script runs it and reads from a pipe that only
-//! this process holds. When the read ends, it stops PostgreSQL and removes the directory. The server's `db::embedded`
-//! is similar but durable; this one is separate because tasks start before the server is built.
+//! this process holds. When the pipe is closed, the script stops PostgreSQL and removes the directory. The server's
+//! `db::embedded` is similar but durable; this module is separate because tasks start before the server is built.
 
 use std::{
     cmp::Reverse,
@@ -267,7 +267,7 @@ fn temporary_dir() -> Result<PathBuf> {
     let nanos = SystemTime::now().duration_since(UNIX_EPOCH)?.subsec_nanos();
     // Not `env::temp_dir()`: its path may be too long for a socket, or not accessible to the database's user.
     let dir = PathBuf::from(format!("/tmp/quota-test-{}-{nanos}", std::process::id()));
-    // Fails if the name exists, so that it cannot belong to another user.
+    // Fails if the directory exists, so that it cannot belong to another user.
     fs::DirBuilder::new()
         .mode(0o711)
         .create(&dir)

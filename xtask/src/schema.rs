@@ -1,5 +1,4 @@
-//! Generates `server/src/schema.rs`: the tables as Diesel sees them, read from a database to which the migrations have
-//! been applied.
+//! Generates `server/src/schema.rs`: the tables as Diesel sees them, read from a database with all migrations applied.
 //!
 //! Diesel's own tool writes the same file, but needs libpq and takes minutes to build. Types and shapes that no
 //! migration uses are rejected rather than guessed.
@@ -114,8 +113,8 @@ fn tables(postgres: &Throwaway) -> Result<BTreeMap<String, Table>> {
     Ok(tables)
 }
 
-/// Returns the joins that Diesel can make without an explicit condition: between two tables with a single foreign key
-/// between them, of one column, to the other's primary key.
+/// Returns the joins that Diesel can make without an explicit condition: those between two tables connected by a single
+/// one-column foreign key to a primary key.
 fn joinable(postgres: &Throwaway) -> Result<Vec<(String, String, String)>> {
     let rows = postgres.query(
         "SELECT c.conrelid::regclass::text, c.confrelid::regclass::text, min(a.attname) \

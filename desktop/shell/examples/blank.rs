@@ -1,8 +1,8 @@
-//! An empty window, to measure the cost of WebKit and Tauri without the app.
+//! Opens an empty window. Used to measure the cost of WebKit and Tauri without the app.
 
 use tauri::{WebviewUrl, WebviewWindowBuilder, http::Response};
 
-/// Reports when it has been painted, like the console's first page.
+/// Like the console's first page, reports when it has been painted.
 const PAGE: &str = "<!doctype html><title>blank</title><script>
 requestAnimationFrame(() => requestAnimationFrame(() => { document.title = 'painted'; }));
 </script>";

@@ -1,7 +1,7 @@
-//! HTTP: sends a [`Call`] to one server and returns the body of the response. Does not depend on the keychain or Tauri.
+//! Sends a [`Call`] to a server over HTTP and returns the response body. Does not depend on the keychain or Tauri.
 //!
-//! Sends only what [`Call::sent`] returns, and only to the server's own origin. Redirects are not followed, so
-//! that credentials cannot reach another host.
+//! Sends only what [`Call::sent`] returns, and only to the server's own origin. Does not follow redirects, so that
+//! credentials cannot reach another host.
 
 use std::time::{Duration, Instant};
 
@@ -20,11 +20,10 @@ const RESPONSE_TIMEOUT: Duration = Duration::from_secs(20);
 /// Far larger than any API response.
 const MAX_BODY: usize = 8 * 1024 * 1024;
 
-/// How a call is authenticated.
 pub enum Credential<'a> {
     None,
     Access(&'a SecretString),
-    /// The refresh token, which is sent in the body.
+    /// Sent in the body.
     Refresh(&'a SecretString),
 }
 
@@ -60,7 +59,6 @@ impl Client {
         &self.server
     }
 
-    /// Returns the body of a successful response.
     pub async fn send(&self, call: &Call, credential: Credential<'_>) -> Result<String, CallError> {
         let mut sent = call.sent();
         let mut bearer = None;
@@ -86,13 +84,13 @@ impl Client {
             Ok(problem) => Err(CallError::Problem {
                 problem: Box::new(problem),
             }),
-            // A proxy responded in place of the server, which is unreachable.
+            // A proxy responded on behalf of an unreachable server.
             Err(_) if status.is_server_error() => Err(CallError::Unreachable),
             Err(_) => Err(CallError::Unreadable),
         }
     }
 
-    /// Sends a request as an API client would: with the key and without the session.
+    /// Sends a request the way an API client would: with the key and without the session.
     pub async fn try_key(&self, key: &SecretString) -> Result<TestResponse, CallError> {
         let sent = Call::Echo.sent();
         let request = self
@@ -117,7 +115,6 @@ impl Client {
         })
     }
 
-    /// Returns whether there is a Quota server at this address.
     pub async fn is_quota_server(&self) -> bool {
         let request = self.http.get(self.server.at("/health/live"));
         let Ok(response) = request.send().await else {

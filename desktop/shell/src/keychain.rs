@@ -1,6 +1,5 @@
-//! Stores refresh tokens and device tokens in the system keychain, one entry of each per server. They are never stored
-//! elsewhere: without a keychain, a session ends when the app closes, and every sign-in counts as one from a new
-//! device.
+//! Stores a refresh token and a device token for each server in the system keychain, and never anywhere else. Without a
+//! keychain, sessions end when the app exits, and every sign-in counts as one from a new device.
 
 use std::time::Duration;
 
@@ -9,21 +8,21 @@ use secrecy::{ExposeSecret as _, SecretString};
 /// The app's name in the keychain.
 pub const SERVICE: &str = "rs.quota.desktop";
 
-/// The time limit for a call, which has to be long enough for the user to unlock the keychain.
+/// The time limit for a keychain operation. Leaves the user enough time to unlock the keychain.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("no keychain is available")]
 pub struct NoKeychain;
 
-/// Blocks while the system asks the user to unlock the keychain.
+/// All methods block while the system asks the user to unlock the keychain.
 pub trait Keychain: Send + Sync + 'static {
     fn get(&self, server: &str) -> Result<Option<SecretString>, NoKeychain>;
     fn set(&self, server: &str, token: &SecretString) -> Result<(), NoKeychain>;
     fn delete(&self, server: &str) -> Result<(), NoKeychain>;
 }
 
-/// Secret Service, Keychain Services or Credential Manager.
+/// Uses Secret Service, Keychain Services, or Credential Manager, depending on the system.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct SystemKeychain;
 
@@ -64,7 +63,7 @@ impl Keychain for SystemKeychain {
     }
 }
 
-/// Calls the keychain on another thread, with a timeout.
+/// Runs a keychain operation on another thread, with a timeout.
 #[expect(
     clippy::disallowed_methods,
     reason = "calls to a user's keychain are rare and sequential"

@@ -1,8 +1,8 @@
 //! Quota's console as a desktop app.
 //!
-//! The window shows the console, which is embedded in the app. It passes its calls to [`commands`]; [`client`] and
-//! [`session`], which do not depend on Tauri, make the requests. The page never sees a token, cannot navigate elsewhere
-//! or open windows, and can call only the commands listed in `capabilities/main.json`.
+//! The window shows the console, which is embedded in the app. The console passes its calls to [`commands`]. [`client`]
+//! and [`session`] make the requests; they do not depend on Tauri. The page never sees a token, cannot navigate
+//! elsewhere or open windows, and can call only the commands listed in `capabilities/main.json`.
 
 pub mod client;
 mod commands;
@@ -20,7 +20,7 @@ use std::{process::ExitCode, sync::OnceLock, time::Instant};
 use clap::Parser;
 use tauri::Manager as _;
 
-/// When the process started, approximately.
+/// Approximately when the process started.
 static STARTED: OnceLock<Instant> = OnceLock::new();
 
 #[derive(Debug, Parser)]
@@ -39,7 +39,7 @@ pub fn run() -> ExitCode {
     STARTED.get_or_init(Instant::now);
     let Arguments { server } = Arguments::parse();
     let app = tauri::Builder::default()
-        // Registered first, so that a second instance detects the first before it does anything else.
+        // Must come first, so that a second instance detects the running one before doing anything else.
         .plugin(tauri_plugin_single_instance::init(|app, arguments, _| {
             window::on_second_instance(app, &arguments);
         }))

@@ -1,6 +1,6 @@
-//! The log file: a line per request, and errors including panics.
+//! The log file. Contains one line per request and all errors, including panics.
 //!
-//! Nothing secret is logged. As a second line of defense, anything that looks like a secret is redacted before it is
+//! The app does not log secrets. As a second line of defense, text that looks like a secret is redacted before it is
 //! written.
 
 use std::{
@@ -19,7 +19,7 @@ use tracing_subscriber::{EnvFilter, fmt::MakeWriter};
 
 const MAX_FILES: usize = 7;
 
-/// API keys, tokens, JWTs, `Bearer` credentials and email addresses.
+/// Matches API keys, tokens, JWTs, `Bearer` credentials, and email addresses.
 static SECRET: LazyLock<Regex> = LazyLock::new(|| {
     Regex::new(
         r"(?x) \bq[ksr]_[0-9A-Za-z]+ | \beyJ[0-9A-Za-z_.=-]+ | (?i:\bbearer)\s+[^\s\x22',]+
@@ -32,9 +32,10 @@ pub fn redacted(text: &str) -> Cow<'_, str> {
     SECRET.replace_all(text, "[redacted]")
 }
 
-/// Starts logging into `folder`, one file per day. If that fails, reports the error on standard error and does not log.
+/// Writes one log file per day into `folder`. If that fails, prints the error to standard error and continues without a
+/// log.
 pub fn start(folder: &Path) {
-    // The appender reports a missing folder before it creates it.
+    // If the folder is missing, the appender would print an error before creating it.
     let _ = fs::create_dir_all(folder);
     let file = RollingFileAppender::builder()
         .rotation(Rotation::DAILY)
@@ -66,7 +67,7 @@ pub fn start(folder: &Path) {
 
 struct Redacting<W>(Mutex<W>);
 
-/// A writer for one line. The subscriber writes each line with a single call.
+/// Writes one line. The subscriber writes each line with a single call.
 struct Line<'a, W>(&'a Mutex<W>);
 
 impl<'a, W: Write + 'a> MakeWriter<'a> for Redacting<W> {

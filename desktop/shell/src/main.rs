@@ -1,5 +1,3 @@
-//! The Quota desktop app.
-
 #![cfg_attr(not(debug_assertions), windows_subsystem = "windows")]
 
 fn main() -> std::process::ExitCode {

@@ -1,5 +1,3 @@
-//! The menu. Every entry has a keyboard shortcut.
-
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use tauri::{
@@ -10,7 +8,7 @@ use tauri_plugin_opener::open_path;
 
 use crate::window;
 
-/// The pages of the console, each with its path, name and shortcut.
+/// Paths, names, and keyboard shortcuts of the console's pages.
 const PAGES: [(&str, &str, &str); 10] = [
     ("/console", "Home", "CmdOrCtrl+1"),
     ("/console/usage", "Usage", "CmdOrCtrl+2"),
@@ -24,7 +22,7 @@ const PAGES: [(&str, &str, &str); 10] = [
     ("/console/settings", "Settings", "CmdOrCtrl+,"),
 ];
 
-/// The other entries, each with its ID, name and shortcut.
+/// IDs, names, and keyboard shortcuts of the other entries.
 const RELOAD: (&str, &str, &str) = ("reload", "Reload", "CmdOrCtrl+R");
 const QUIT: (&str, &str, &str) = ("quit", "Quit", "CmdOrCtrl+Q");
 const BACK: (&str, &str, &str) = ("back", "Back", "Alt+Left");
@@ -36,7 +34,7 @@ const FULL_SCREEN: (&str, &str, &str) = ("full-screen", "Full screen", "F11");
 const DOCS: (&str, &str, &str) = ("docs", "API docs", "F1");
 const LOGS: (&str, &str, &str) = ("logs", "Show log files", "CmdOrCtrl+Shift+L");
 
-/// The zoom level in percent.
+/// In percent.
 static ZOOM: AtomicU32 = AtomicU32::new(100);
 
 pub fn set(app: &AppHandle) -> tauri::Result<()> {
@@ -86,7 +84,7 @@ fn build(app: &AppHandle) -> tauri::Result<Menu<tauri::Wry>> {
         .about(Some(about))
         .build()?;
     let mut menu = MenuBuilder::new(app).item(&quota);
-    // On macOS, the shortcuts for copy and paste come from the menu; elsewhere, the page provides them.
+    // On macOS, the shortcuts for copy and paste require menu entries. Elsewhere, the page handles them.
     let edit = SubmenuBuilder::new(app, "Edit")
         .undo()
         .redo()

@@ -1,7 +1,7 @@
-//! The list of servers and the one in use. Stored in a file with addresses and names, without secrets.
+//! The list of servers and the server in use. Stored in a file that contains addresses and names but no secrets.
 //!
-//! An unreadable file is renamed and the list starts over. If the file cannot be written, the error is logged, and
-//! changes are lost when the app closes.
+//! If the file cannot be read, it is renamed and the list starts over. If the file cannot be written, the app logs the
+//! error, and changes are lost when it exits.
 
 use std::{
     fs, io,
@@ -73,7 +73,7 @@ impl Profiles {
         self.content.servers.len() >= MAX_SERVERS
     }
 
-    /// Adds a server, or renames it if it is in the list.
+    /// Adds a server, or renames it if it is already in the list.
     pub fn add(&mut self, server: &Server, name: &str) {
         let address = server.to_string();
         let name: String = name.trim().chars().take(MAX_NAME).collect();
@@ -89,7 +89,7 @@ impl Profiles {
         self.write();
     }
 
-    /// Selects the server to use. Returns `false` if it is not in the list.
+    /// Returns `false` if the server is not in the list.
     pub fn select(&mut self, address: &str) -> bool {
         let known = self.has(address);
         if known && self.content.current != address {
@@ -99,7 +99,7 @@ impl Profiles {
         known
     }
 
-    /// Selects the server named on the command line, and adds it if needed.
+    /// Selects the server given on the command line. Adds it to the list if necessary.
     pub fn add_and_select(&mut self, server: &Server) {
         let address = server.to_string();
         if !self.has(&address) {
@@ -108,7 +108,7 @@ impl Profiles {
         self.select(&address);
     }
 
-    /// Removes a server. An empty list gets the default server.
+    /// Removes a server. If the list becomes empty, adds the default server.
     pub fn remove(&mut self, address: &str) {
         self.content.servers.retain(|it| it.address != address);
         if self.content.servers.is_empty() {
@@ -143,7 +143,7 @@ impl Profiles {
     }
 }
 
-/// Drops invalid addresses, no matter where they come from, and ensures that the server in use is in the list.
+/// Removes invalid addresses, and ensures that the list contains the server in use.
 fn sanitize(mut content: ProfileFile) -> Option<ProfileFile> {
     content.servers.retain(|it| {
         Server::parse(&it.address).is_ok_and(|server| server.to_string() == it.address)

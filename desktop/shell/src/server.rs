@@ -1,10 +1,8 @@
-//! Server addresses, and which ones are allowed.
-
 use std::fmt;
 
 use url::{Host, Url};
 
-/// A server's origin: HTTPS, or HTTP on this computer.
+/// A server's origin. Must use HTTPS, or HTTP on this computer.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Server(Url);
 
@@ -19,7 +17,7 @@ pub enum InvalidAddress {
 }
 
 impl Server {
-    /// Parses an address as typed. Without a scheme, HTTPS is assumed, or HTTP on this computer.
+    /// Parses an address typed by the user. If it has no scheme, assumes HTTP for this computer and HTTPS otherwise.
     pub fn parse(text: &str) -> Result<Self, InvalidAddress> {
         let text = text.trim();
         let url = if text.contains("://") {
@@ -54,7 +52,7 @@ impl Server {
         is_loopback(&self.0)
     }
 
-    /// Returns the URL of a path on this server. `path` begins with a slash.
+    /// `path` starts with a slash.
     pub fn at(&self, path: &str) -> Url {
         let mut url = self.0.clone();
         url.set_path(path);
@@ -68,7 +66,7 @@ impl fmt::Display for Server {
     }
 }
 
-/// Returns whether an address is on this computer.
+/// Whether a URL points to this computer.
 pub fn is_loopback(url: &Url) -> bool {
     match url.host() {
         Some(Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),

@@ -1,11 +1,14 @@
-//! A session with one server: its tokens, and the calls made with them. Does not depend on Tauri.
+//! A session with one server: its tokens, and calls that use them. Does not depend on Tauri.
 //!
-//! The access token is kept in memory, the refresh token in the keychain or, if there is none, also in memory. The
-//! first call that finds the access token expired refreshes it while the others wait. The new refresh token is stored
-//! before the new access token is used, so that the session survives if the app exits in between.
+//! The access token is kept in memory. The refresh token is kept in the keychain, or in memory if no keychain is
+//! available. The first call that finds the access token expired refreshes it while other calls wait. The new refresh
+//! token is stored before the new access token is used, so that the session survives if the app exits between the two
+//! steps.
 //!
-//! Two processes of one user share the keychain entry. A file lock makes them refresh one after the other, so that the
-//! second finds the new token. While the server is unreachable, `GET` calls return their last response, with its time.
+//! Several processes of the same user share the keychain entry. A file lock makes them take turns refreshing, so that
+//! each process finds the token that the previous process stored.
+//!
+//! While the server is unreachable, `GET` calls return their last response and the time it was received.
 
 #[cfg(test)]
 mod tests;
@@ -34,10 +37,10 @@ use crate::{
 
 /// How long before its expiry an access token is refreshed.
 const REFRESH_AHEAD: Duration = Duration::from_secs(30);
-/// How long to wait for another process's refresh, which takes less time than this.
+/// How long to wait while another process refreshes. A refresh takes less time than this.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
 const LOCK_POLL: Duration = Duration::from_millis(50);
-/// Maximum number of responses kept for when the server is unreachable.
+/// The maximum number of responses to keep for use while the server is unreachable.
 const MAX_CACHED: usize = 200;
 
 struct Access {
@@ -48,16 +51,16 @@ struct Access {
 #[derive(Default)]
 struct State {
     access: Option<Access>,
-    /// Set only if the keychain did not store it.
+    /// Set only if the token could not be stored in the keychain.
     refresh: Option<SecretString>,
 }
 
 pub struct Session {
     client: Client,
     keychain: Arc<dyn Keychain>,
-    /// An empty file, locked during a refresh.
+    /// An empty file that is locked during a refresh.
     lock: PathBuf,
-    /// Locked while the session begins, is refreshed or ends.
+    /// Locked while the session starts, is refreshed, or ends.
     state: tokio::sync::Mutex<State>,
     has_keychain: Mutex<bool>,
     responses: Mutex<HashMap<String, CallResponse>>,
@@ -75,12 +78,12 @@ impl Session {
         }
     }
 
-    /// Returns whether the last access to the keychain succeeded.
+    /// Whether the last keychain operation succeeded.
     pub fn has_keychain(&self) -> bool {
         *self.has_keychain.lock()
     }
 
-    /// Checks whether there is a keychain.
+    /// Updates [`has_keychain`](Self::has_keychain).
     pub async fn probe_keychain(&self) {
         let _ = self.stored_token().await;
     }
@@ -91,7 +94,7 @@ impl Session {
             Call::Refresh => {
                 let mut state = self.state.lock().await;
                 let expires_in = self.refresh(&mut state).await?;
-                // The page never sees a token.
+                // The page must never see a token.
                 let without_tokens = Tokens {
                     access_token: None,
                     refresh_token: None,
@@ -144,7 +147,7 @@ impl Session {
         Ok(fresh(json(&signed_in)?))
     }
 
-    /// Always drops the tokens, even if the server does not confirm. Returns an error if the server did not confirm.
+    /// Always drops the tokens. Returns an error if the server does not confirm the sign-out.
     async fn sign_out(&self) -> Result<CallResponse, CallError> {
         let mut state = self.state.lock().await;
         let result = match self.refresh_token(&state).await {
@@ -198,7 +201,7 @@ impl Session {
     async fn send(&self, call: &Call) -> Result<String, CallError> {
         let token = self.access(None).await?;
         match self.client.send(call, Credential::Access(&token)).await {
-            // The access token expired in transit, or the server revoked it.
+            // The access token expired before it reached the server, or the server revoked it.
             Err(error) if is_unauthorized(&error) => {
                 let token = self.access(Some(&token)).await?;
                 self.client.send(call, Credential::Access(&token)).await
@@ -207,7 +210,7 @@ impl Session {
         }
     }
 
-    /// Returns an access token other than `rejected`.
+    /// Returns an access token that differs from `rejected`.
     async fn access(&self, rejected: Option<&SecretString>) -> Result<SecretString, CallError> {
         let mut state = self.state.lock().await;
         let usable = state.access.as_ref().filter(|access| {
@@ -223,7 +226,7 @@ impl Session {
         Ok(access.token.clone())
     }
 
-    /// Gets the next pair of tokens. Returns the lifetime of the access token in seconds.
+    /// Gets new tokens. Returns the lifetime of the access token in seconds.
     async fn refresh(&self, state: &mut State) -> Result<u32, CallError> {
         let _lock = self.lock_refresh().await;
         let Some(token) = self.refresh_token(state).await else {
@@ -239,7 +242,7 @@ impl Session {
             Err(error) => {
                 if is_unauthorized(&error) {
                     tracing::info!(server = %self.client.server(), "session ended");
-                    // Another process may have started a new session in the meantime.
+                    // Another process may have started a new session since the token was read.
                     let stored = self.stored_token().await;
                     if stored.is_none_or(|it| it.expose_secret() == token.expose_secret()) {
                         self.end(state).await;
@@ -274,7 +277,7 @@ impl Session {
         stored.ok().flatten()
     }
 
-    /// Stores a refresh token in the keychain or, if that fails, in memory.
+    /// Stores a refresh token in the keychain, or in memory if that fails.
     async fn store(&self, state: &mut State, token: SecretString) {
         let (keychain, server, stored) = (
             Arc::clone(&self.keychain),
@@ -288,8 +291,8 @@ impl Session {
         state.refresh = (!is_stored).then_some(token);
     }
 
-    /// Returns the device token, by which the server recognizes this device. It outlives sessions. `None` without a
-    /// keychain.
+    /// Returns the token that identifies this device to the server at sign-in. It remains valid after a session ends.
+    /// `None` without a keychain.
     async fn device(&self) -> Option<SecretString> {
         let (keychain, entry) = (Arc::clone(&self.keychain), self.device_entry());
         let stored = keychain::call(move || keychain.get(&entry)).await;
@@ -298,7 +301,7 @@ impl Session {
 
     async fn store_device(&self, token: SecretString) {
         let (keychain, entry) = (Arc::clone(&self.keychain), self.device_entry());
-        // If a device token could not be stored, the device signs in as a new one.
+        // If the token cannot be stored, the next sign-in counts as one from a new device.
         let _ = keychain::call(move || keychain.set(&entry, &token)).await;
     }
 
@@ -322,8 +325,8 @@ impl Session {
         self.client.server().to_string()
     }
 
-    /// Waits until this process may refresh. If files cannot be locked, processes refresh concurrently, which the
-    /// server tolerates for a few seconds.
+    /// Waits until no other process is refreshing. If the file cannot be locked, processes may refresh at the same
+    /// time; the server tolerates this for a few seconds.
     async fn lock_refresh(&self) -> Option<File> {
         let file = File::create(&self.lock).ok()?;
         let deadline = Instant::now() + LOCK_TIMEOUT;
@@ -338,7 +341,7 @@ impl Session {
         }
     }
 
-    /// The error a server returns without a session.
+    /// Returns the error that the server returns for requests without a session.
     fn not_signed_in(&self) -> CallError {
         let code = ProblemCode::Unauthorized;
         CallError::Problem {

@@ -1,4 +1,4 @@
-//! The app's state: its servers, and a session for each one used.
+//! The app's servers, and a session for each server that has been used.
 
 use std::{
     collections::HashMap,
@@ -22,7 +22,7 @@ pub struct App {
     pub profiles: Mutex<Profiles>,
     sessions: Mutex<HashMap<String, Arc<Session>>>,
     keychain: Arc<dyn Keychain>,
-    /// The folder with the lock files.
+    /// Contains the lock files.
     folder: PathBuf,
 }
 
@@ -39,7 +39,7 @@ impl App {
 
     /// Returns the server in use.
     pub fn server(&self) -> Result<Server, CallError> {
-        // All addresses in the list are valid.
+        // The list contains only valid addresses.
         Server::parse(self.profiles.lock().current()).map_err(|_| CallError::Unreadable)
     }
 
@@ -66,7 +66,6 @@ impl App {
         Ok(session)
     }
 
-    /// Signs out of a server.
     pub async fn forget(&self, server: &Server) -> Result<(), CallError> {
         self.session_with(server)?.forget().await;
         self.sessions.lock().remove(&server.to_string());

@@ -1,4 +1,4 @@
-//! The window. Its page cannot navigate outside the console.
+//! The app's window. Its page cannot navigate outside the console.
 
 use std::{
     sync::{
@@ -47,8 +47,8 @@ pub fn open(app: &AppHandle) -> tauri::Result<WebviewWindow> {
     Ok(window)
 }
 
-/// Notifies the page that the system uses a dark theme, which WebKit does not always detect. If Tauri reports a light
-/// theme, the page relies on WebKit.
+/// Tells the page that the system uses a dark theme, because WebKit does not always detect one. If Tauri reports a
+/// light theme, the page relies on WebKit.
 fn report_theme(window: &WebviewWindow, theme: Theme) {
     let dark = theme == Theme::Dark;
     run_in(
@@ -57,11 +57,11 @@ fn report_theme(window: &WebviewWindow, theme: Theme) {
     );
 }
 
-/// Returns whether a URL is a page of the embedded console.
+/// Whether a URL is a page of the embedded console.
 fn is_console(url: &Url) -> bool {
     let is_embedded = match url.scheme() {
         "tauri" => url.host_str() == Some("localhost"),
-        // The origin on Windows and Android.
+        // The console's origin on Windows and Android.
         "http" | "https" => url.host_str() == Some("tauri.localhost"),
         _ => false,
     };
@@ -69,7 +69,7 @@ fn is_console(url: &Url) -> bool {
     is_embedded && (path == "/console" || path.starts_with("/console/"))
 }
 
-/// Opens a page of the console, like a link in the page.
+/// Opens a page of the console, as if the user had clicked a link.
 pub fn show(app: &AppHandle, path: &'static str) {
     run(
         app,
@@ -79,7 +79,7 @@ pub fn show(app: &AppHandle, path: &'static str) {
     );
 }
 
-/// Runs one of the app's scripts in the page.
+/// Runs a script in the page.
 pub fn run(app: &AppHandle, script: &str) {
     if let Some(window) = app.get_webview_window(LABEL) {
         run_in(&window, script);
@@ -95,23 +95,24 @@ fn run_in(window: &WebviewWindow, script: &str) {
     }
 }
 
-/// Whether a locked dialog is open, which must not be discarded.
+/// A script that checks for an open locked dialog. Closing or reloading the page would discard its content.
 const IS_LOCKED: &str = "!!document.querySelector('dialog[open][data-locked]')";
 
-/// Whether a new secret has not been saved, or is being created. The page warns about the former.
+/// A script that checks for a new secret that has not been saved or is still being created. If it has not been saved,
+/// the script also makes the page show a warning.
 const WARNS: &str = "document.querySelector('[data-unsaved]') ? (dispatchEvent(new Event('quota-quit')), true) : \
                      !!document.querySelector('dialog[open][data-locked]:not(:has(#secret))')";
 
-/// Longer than a page takes to respond, unless it hangs.
+/// A page that takes longer than this to respond is considered hung.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Quits, unless the page shows a new secret that has not been saved: then the page asks.
+/// Quits the app. If the page shows a new secret that has not been saved, lets the page ask the user first.
 pub fn quit(app: &AppHandle) {
     let is_waiting = Arc::new(AtomicBool::new(true));
     let ask = {
         let (app, is_waiting) = (app.clone(), Arc::clone(&is_waiting));
         move |warns: bool| {
-            // Not while quitting already, because the page hung.
+            // Do nothing if the app is already quitting because the page did not respond.
             if is_waiting.swap(false, Ordering::AcqRel) && !warns {
                 app.exit(0);
             }
@@ -130,7 +131,7 @@ pub fn quit(app: &AppHandle) {
     });
 }
 
-/// Does something with the window, unless that would discard a locked dialog.
+/// Calls `then` with the window, unless a locked dialog is open.
 pub fn if_unlocked(app: &AppHandle, then: impl Fn(&WebviewWindow) + Send + 'static) {
     let target = app.clone();
     evaluate(app, IS_LOCKED, move |is_locked| {
@@ -140,7 +141,7 @@ pub fn if_unlocked(app: &AppHandle, then: impl Fn(&WebviewWindow) + Send + 'stat
     });
 }
 
-/// Evaluates a condition in the page. Returns `false` if there is no page.
+/// Evaluates a condition in the page. Returns `false` if there is no window.
 fn evaluate(
     app: &AppHandle,
     condition: &'static str,
@@ -154,7 +155,7 @@ fn evaluate(
         .is_ok()
 }
 
-/// Handles a second launch of the app: focuses the window and selects the server named on the command line.
+/// Handles a second launch of the app: focuses the window, and selects the server given on the command line.
 pub fn on_second_instance(app: &AppHandle, arguments: &[String]) {
     let Some(window) = app.get_webview_window(LABEL) else {
         return;
@@ -175,7 +176,7 @@ pub fn on_second_instance(app: &AppHandle, arguments: &[String]) {
     });
 }
 
-/// Opens a page of the server in use in the system's browser. Never opens another address.
+/// Opens a page of the server in use in the default browser. Never opens any other address.
 pub fn open_on_server(app: &AppHandle, path: &'static str) {
     let Some(server) = app.try_state::<App>().and_then(|it| it.server().ok()) else {
         return;

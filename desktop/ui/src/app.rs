@@ -1,7 +1,7 @@
-//! The frame around all pages: navigation, account, and the current page.
+//! The frame around all pages: navigation, account menu, and the current page.
 //!
-//! Visitors who are not signed in are sent to the sign-in page, and back afterwards. While the server is unreachable,
-//! users stay signed in; the frame says so and offers to try again.
+//! Users who are not signed in are sent to the sign-in page and returned afterwards. While the server is unreachable,
+//! users stay signed in, and the frame shows a notice with a button to retry.
 
 use leptos::{prelude::*, task::spawn_local};
 
@@ -33,7 +33,7 @@ pub fn App() -> impl IntoView {
     watch_presses();
     session.load();
     let current = Memo::new(move |_| ConsolePage::of(&route.path.get()));
-    // This is empty inside the frame, so that moving between its pages does not render the frame again.
+    // Empty for all pages inside the frame, so that moving between them does not render the frame again.
     let outside_frame = text_memo(move || {
         match current.get() {
             ConsolePage::SignIn => "sign-in",
@@ -54,13 +54,12 @@ pub fn App() -> impl IntoView {
     }
 }
 
-/// A page in the navigation: its address, name and icon.
+/// Address, name, and icon.
 type NavigationLink = (&'static str, &'static str, Shape);
 
-/// Has the number of new alerts in the navigation.
+/// This link shows the number of new alerts.
 const ALERTS: &str = "/console/alerts";
 
-/// The groups of the navigation.
 const NAVIGATION: [(&str, &[NavigationLink]); 3] = [
     (
         "Observe",
@@ -89,7 +88,7 @@ const NAVIGATION: [(&str, &[NavigationLink]); 3] = [
     ),
 ];
 
-/// Shows the frame to users who are signed in.
+/// Shows the frame only to users who are signed in.
 #[component]
 fn AuthGate(current: Memo<ConsolePage>) -> impl IntoView {
     let session = session();
@@ -137,7 +136,7 @@ fn AuthGate(current: Memo<ConsolePage>) -> impl IntoView {
     }
 }
 
-/// The desktop app has dropped its tokens, but the session still exists on the server.
+/// Shown after the desktop app has dropped its tokens while the session still exists on the server.
 const SIGNED_OUT_LOCALLY: &str = "Signed out on this computer. The server couldn't be reached, so your session \
     remains active on the server until it expires. You can revoke it in Settings.";
 
@@ -183,7 +182,7 @@ fn Frame(current: Memo<ConsolePage>) -> impl IntoView {
     Effect::new(move |previous: Option<()>| {
         path.track();
         is_menu_open.set(false);
-        // Keyboard and screen-reader users continue at the start of the new page.
+        // Moves keyboard and screen-reader users to the start of the new page.
         if let (Some(()), Some(content)) = (previous, content.get_untracked()) {
             let _ = content.focus();
         }

@@ -1,4 +1,4 @@
-//! The current time, a signal that changes as time passes, and the relative times on the page.
+//! The current time, and the relative times on the page, which change as time passes.
 
 use std::time::Duration;
 
@@ -9,14 +9,13 @@ use web_sys::Element;
 
 use crate::model::text::relative;
 
-/// Half the smallest unit that relative times show, so that no time on the page is off by more than this.
+/// Relative times count in minutes. Updating them twice a minute keeps them accurate to half a minute.
 const TICK: Duration = Duration::from_secs(30);
 
-/// Ticks for every relative time on the page.
 #[derive(Clone, Copy)]
 struct Ticks(RwSignal<u32>);
 
-/// Starts the ticks. Call once, above all components that show a relative time.
+/// Call once, in an ancestor of all components that show relative times.
 pub fn provide_ticks() {
     let ticks = RwSignal::new(0_u32);
     set_interval(
@@ -29,7 +28,7 @@ pub fn provide_ticks() {
     provide_context(Ticks(ticks));
 }
 
-/// Updates every relative time on the page: each is a `time` element with its exact time as a title.
+/// Updates every relative time on the page. Each one is a `time` element whose title is the exact time.
 fn update_times() {
     let Ok(times) = document().query_selector_all("time[title][datetime]") else {
         return;
@@ -45,12 +44,12 @@ fn update_times() {
     }
 }
 
-/// Reruns the caller's effect or view on the next tick.
+/// Makes the calling effect or view run again on every tick.
 pub fn track_ticks() {
     expect_context::<Ticks>().0.track();
 }
 
-/// Returns the current time in milliseconds since 1970.
+/// In milliseconds since 1970.
 #[expect(
     clippy::cast_possible_truncation,
     reason = "whole milliseconds fit for thousands of years"

@@ -1,10 +1,10 @@
 //! Quota's console.
 //!
-//! One UI for two hosts, the browser and the desktop app. It makes the calls of [`quota_common::call`] through
-//! [`api`] and never handles tokens or server addresses. Every module except [`model`] needs a browser and is
-//! compiled only for WebAssembly.
+//! The same UI runs in a browser and in the desktop app. It makes the calls in [`quota_common::call`] through [`api`]
+//! and never handles tokens or server addresses. Every module except [`model`] requires a browser and is compiled only
+//! for WebAssembly.
 //!
-//! Modules import only from the lines above their own, which `tests/source.rs` checks:
+//! A module imports only from modules on the lines above its own; `tests/source.rs` checks this.
 //!
 //! ```text
 //! model                       values and texts, without a browser
@@ -18,7 +18,7 @@
 //! app                         the frame around all pages
 //! ```
 
-// Outside a browser, only the tests use the models.
+// On other targets, only tests use the models.
 #![cfg_attr(
     not(target_arch = "wasm32"),
     expect(dead_code, reason = "used only when compiled for WebAssembly")

@@ -1,12 +1,12 @@
-//! Preferences in this browser. They are stored locally and never sent to the server.
+//! Preferences that are stored in this browser and never sent to the server.
 
 use leptos::prelude::*;
 
 #[derive(Clone, Copy)]
 pub struct Preferences {
-    /// `system`, `light` or `dark`.
+    /// `system`, `light`, or `dark`.
     pub theme: RwSignal<String>,
-    /// Whether single-key shortcuts are on. People who use speech input need to turn them off (WCAG 2.1.4).
+    /// Whether single-key shortcuts are on. Users of speech input need to be able to turn them off (WCAG 2.1.4).
     pub shortcuts: RwSignal<bool>,
 }
 
@@ -24,7 +24,7 @@ fn store(name: &str, value: &str) {
     }
 }
 
-/// Returns the ID of the newest quota alert of a tenant that was seen in this browser.
+/// Returns the ID of the tenant's newest quota alert that the user has seen in this browser.
 pub fn seen_alert(tenant: &str) -> Option<String> {
     stored(&format!("seen-alert-{tenant}"))
 }

@@ -1,5 +1,5 @@
-//! Effects and memos that box their closures. Otherwise, each closure's type would add a copy of the reactive graph's
-//! code to the download.
+//! Effects and memos with boxed closures. Without boxing, the download would contain a copy of the reactive graph's
+//! code for each closure.
 
 use leptos::prelude::*;
 

@@ -1,4 +1,4 @@
-//! The address bar. Links within the console change the page without loading a document.
+//! The address bar. Links within the console change the page without loading a new document.
 
 use leptos::{ev, prelude::*};
 use wasm_bindgen::{JsCast, JsValue};
@@ -48,7 +48,7 @@ impl Route {
         route
     }
 
-    /// Goes to another page and adds it to the history. Does nothing while a locked dialog is open.
+    /// Goes to a page and adds it to the browser's history. Does nothing while a locked dialog is open.
     pub fn go(self, to: &str) {
         if is_locked() {
             return;
@@ -58,10 +58,10 @@ impl Route {
         self.visit();
     }
 
-    /// Follows the address that the user has chosen.
+    /// Shows the page at the current address, after the user has gone there.
     fn visit(self) {
         let (path, _) = here();
-        // Before the new page is shown, which may add messages.
+        // Update `visits` first: the new page may add messages, which must not be removed with the old page's messages.
         if self.path.with_untracked(|it| *it != path) {
             self.visits
                 .update(|visits| *visits = visits.wrapping_add(1));
@@ -69,7 +69,7 @@ impl Route {
         self.update();
     }
 
-    /// Replaces this page with another page.
+    /// Goes to a page that takes the current page's place in the browser's history.
     pub fn replace(self, to: &str) {
         if let Ok(history) = window().history() {
             let _ = history.replace_state_with_url(&JsValue::NULL, "", Some(to));
@@ -77,7 +77,7 @@ impl Route {
         self.update();
     }
 
-    /// Undoes a step in the history.
+    /// Reverts the address after the user has gone back or forward while a locked dialog is open.
     fn restore(self) {
         let at = (self.path.get_untracked(), self.query.get_untracked());
         if at != here() {
@@ -85,11 +85,11 @@ impl Route {
         }
     }
 
-    /// Reads the address into the signals.
+    /// Copies the address into the signals.
     fn update(self) {
         let (path, query) = here();
-        // Effects run only after both are set, so nothing is loaded for a mix of two pages. Unchanged values do not
-        // notify, so no page loads twice.
+        // Effects run only after both signals are set, so they never load data for a mix of two pages. Setting only
+        // changed signals avoids loading a page twice.
         if self.query.with_untracked(|it| *it != query) {
             self.query.set(query);
         }
@@ -119,7 +119,7 @@ fn here() -> (String, Query) {
     )
 }
 
-/// The target of a plain click on a link within the console.
+/// Returns the target of a plain click on a link within the console.
 fn internal_link(click: &MouseEvent) -> Option<String> {
     let plain = click.button() == 0
         && !(click.default_prevented()

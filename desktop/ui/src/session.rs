@@ -10,13 +10,11 @@ use crate::{
     route::Route,
 };
 
-/// Whether the user is signed in, if that is known.
 #[derive(Debug, Clone, PartialEq)]
 pub enum AuthState {
     Unknown,
     SignedIn,
     SignedOut,
-    /// The server could not be reached.
     Failed(CallError),
 }
 
@@ -24,9 +22,9 @@ pub enum AuthState {
 pub struct Session {
     pub auth: RwSignal<AuthState>,
     pub me: RwSignal<Option<Me>>,
-    /// Whether the session ended while the user was signed in, so that they have to sign in again.
+    /// Whether the session ended while the user was signed in. The sign-in page says so.
     pub has_expired: RwSignal<bool>,
-    /// Keys created in this tab, in full. Discarded when the tab is closed or the session ends.
+    /// The full keys created in this tab. Discarded when the tab is closed or the session ends.
     pub known_keys: RwSignal<Vec<(ApiKeyId, String)>>,
     toasts: Toasts,
 }
@@ -58,12 +56,12 @@ impl Session {
         session
     }
 
-    /// Requests the current user from the server.
+    /// Loads the current user.
     pub fn load(self) {
         spawn_local(async move {
             match api::me().await {
                 Ok(me) => self.begin(me),
-                // Every call reports an ended session through `on_session_end`.
+                // `on_session_end` handles ended sessions for every call.
                 Err(error) if error.is(ProblemCode::Unauthorized) => {}
                 Err(error) => {
                     if self.auth.get_untracked() != AuthState::SignedIn {
@@ -93,17 +91,17 @@ impl Session {
             .with(|me| me.as_ref().is_some_and(|me| right.is_of(me.tenant.role)))
     }
 
-    /// Whether the user's role may create, change and delete plans, keys, tokens and webhooks.
+    /// Whether the user's role can create, change, and delete plans, keys, tokens, and webhooks.
     pub fn can_manage(self) -> bool {
         self.has(Right::Manage)
     }
 
-    /// Whether the user's role may see plans, keys, tokens and webhooks.
+    /// Whether the user's role can view plans, keys, tokens, and webhooks.
     pub fn can_read(self) -> bool {
         self.has(Right::Read)
     }
 
-    /// Whether the user's role may change the organization and its alert settings.
+    /// Whether the user's role can change the organization and its alert settings.
     pub fn can_administer(self) -> bool {
         self.me.with(|me| {
             me.as_ref()
@@ -111,12 +109,12 @@ impl Session {
         })
     }
 
-    /// Whether the user's role may see and change the subscription.
+    /// Whether the user's role can view and change the subscription.
     pub fn can_bill(self) -> bool {
         self.has(Right::Bill)
     }
 
-    /// Returns the organization's time zone, in which its quotas reset.
+    /// The time zone that determines when quotas reset.
     pub fn time_zone(self) -> String {
         self.me
             .with(|me| me.as_ref().map(|me| me.tenant.time_zone.clone()))

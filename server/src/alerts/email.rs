@@ -1,13 +1,13 @@
-//! Emails about alerts. Alerts that are created together are in one email, and a tenant gets at most a few emails per
-//! hour, so that many keys that reach their quotas do not become as many emails.
+//! Emails about alerts. One email contains all alerts that were created together, and each tenant is sent at most a few
+//! emails per hour, even if many of its keys reach their quotas.
 //!
-//! An email is stored for each recipient in the transaction that takes the alerts from those to send, and sent
-//! afterwards. It is sent at least once. Tenants take turns, so that many emails of one do not delay those of others.
+//! One email per recipient is stored in the transaction that marks the alerts as sent. The emails are sent after that
+//! transaction, each at least once. Tenants take turns, so that one tenant's emails do not delay those of others.
 
 use std::fmt::Write as _;
 
 use chrono::{DateTime, Utc};
-use quota_common::TenantId;
+use quota_common::{TenantId, number::group_thousands};
 use uuid::Uuid;
 
 use super::Alerts;
@@ -21,34 +21,33 @@ use crate::{
     },
 };
 
-/// The maximum number of emails per hour and recipient.
+/// The maximum number of emails per recipient and hour.
 const PER_HOUR: i64 = 6;
-/// The maximum number of alerts in an email.
+/// The maximum number of alerts that one email covers.
 const ALERTS_MAX: i64 = 1000;
-/// The maximum number of alerts that an email lists.
+/// The maximum number of alerts that one email lists.
 const LISTED_MAX: usize = 25;
-/// The maximum number of recipients of a tenant.
+/// The maximum number of recipients per tenant.
 const RECIPIENTS_MAX: i64 = 100;
-/// The maximum number of tenants in one round.
+/// The maximum number of tenants per round.
 const TENANTS: i64 = 100;
-/// The maximum number of emails that are sent in one round.
+/// The maximum number of emails to send per round.
 const BATCH: usize = 20;
-/// The time after which another replica may repeat an attempt. Much longer than an [attempt](crate::mail::SEND_MAX) and
-/// the recording of its result take.
+/// Seconds until another replica may repeat an attempt. Much longer than an [attempt](crate::mail::SEND_MAX), including
+/// recording its result.
 const LEASE: i32 = 120;
-/// The pauses between attempts, in seconds. Together they are a day.
+/// The pauses between attempts, in seconds. They add up to a day.
 const PAUSES: [i64; 7] = [60, 300, 900, 3600, 10_800, 25_200, 46_800];
 
-/// What became of the emails of a round.
+/// The number of emails with each outcome in a round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Sent {
     pub sent: u64,
-    /// They are sent again later.
+    /// Emails that will be retried.
     pub postponed: u64,
     pub failed: u64,
 }
 
-/// The parts of an email.
 struct Text {
     subject: String,
     text: String,
@@ -56,7 +55,7 @@ struct Text {
 }
 
 impl Alerts {
-    /// Stores emails for alerts that have not been sent. Returns for how many tenants this failed.
+    /// Stores emails for alerts that have not been sent. Returns the number of tenants for which this failed.
     pub async fn write_emails(&self, public_url: &str) -> Result<u64, DbError> {
         let mut tx = self.db.system().await?;
         let tenants = mail::tenants_with_alerts(&mut tx, PER_HOUR, TENANTS).await?;
@@ -72,7 +71,7 @@ impl Alerts {
         Ok(errors)
     }
 
-    /// Stores one email about a tenant's alerts for each recipient.
+    /// For each recipient, stores one email about a tenant's alerts.
     async fn write_email(&self, tenant: TenantId, public_url: &str) -> Result<(), DbError> {
         let mut tx = self.db.system().await?;
         let alerts = mail::lock_alerts(&mut tx, tenant, ALERTS_MAX).await?;
@@ -104,7 +103,8 @@ impl Alerts {
         tx.commit().await
     }
 
-    /// Sends emails that are due. Claims one at a time, so that none waits for others while its lease runs.
+    /// Sends emails that are due. Claims one at a time, so that an email's lease does not run while other emails are
+    /// being sent.
     pub async fn send_emails(&self, mailer: &Mailer) -> Result<Sent, DbError> {
         let mut all = Sent::default();
         for _ in 0..BATCH {
@@ -127,7 +127,7 @@ impl Alerts {
             };
             *count += 1;
             if let Some(error) = &error {
-                // Without the recipient.
+                // Do not log the recipient.
                 tracing::warn!(mail = %due.id, attempts = due.attempts, error, "cannot send an email");
             }
             let mut tx = self.db.system().await?;
@@ -157,20 +157,6 @@ fn time(at: DateTime<Utc>) -> String {
     at.format("%-d %b %Y, %H:%M UTC").to_string()
 }
 
-/// Formats a number with a comma between groups of three digits.
-fn grouped(number: i64) -> String {
-    let digits = number.to_string();
-    let mut grouped = String::with_capacity(digits.len() + digits.len() / 3);
-    for (place, digit) in digits.chars().enumerate() {
-        if place > 0 && (digits.len() - place).is_multiple_of(3) {
-            grouped.push(',');
-        }
-        grouped.push(digit);
-    }
-    grouped
-}
-
-/// Whose quota it is.
 fn owner(alert: &AlertRow) -> String {
     match &alert.key_name {
         Some(name) => format!("API key \"{}\"", unlinked(name)),
@@ -197,13 +183,13 @@ fn line(alert: &AlertRow) -> String {
         "{} {state} {} ({} of {} requests). The quota resets on {}.",
         owner(alert),
         quota(alert),
-        grouped(alert.used),
-        grouped(alert.quota),
+        group_thousands(&alert.used.to_string()),
+        group_thousands(&alert.quota.to_string()),
         time(alert.window_end)
     )
 }
 
-/// Writes the email about these alerts, of which there is at least one.
+/// Writes an email about at least one alert.
 fn described(alerts: &[AlertRow], tenant: &str, public_url: &str) -> Text {
     let tenant = unlinked(tenant);
     let base = public_url.trim_end_matches('/');
@@ -254,10 +240,10 @@ fn described(alerts: &[AlertRow], tenant: &str, public_url: &str) -> Text {
     }
 }
 
-/// Returns a name with invisible spaces around each character that could make it an address. Email programs turn
-/// anything that looks like an address into a link, and a tenant chooses the names of its keys, but not who reads them.
+/// Inserts invisible spaces around characters that could turn a name into an address. Email programs turn anything that
+/// looks like an address into a link, and a tenant can choose key names that appear in other people's emails.
 fn unlinked(name: &str) -> String {
-    // Full stops of other scripts are allowed in domain names.
+    // Domain names may also contain the full stops of other scripts.
     const PARTS_OF_ADDRESSES: [char; 8] =
         ['.', ':', '/', '@', '\\', '\u{3002}', '\u{ff0e}', '\u{ff61}'];
     const ZERO_WIDTH_SPACE: char = '\u{200b}';
@@ -272,7 +258,7 @@ fn unlinked(name: &str) -> String {
     unlinked
 }
 
-/// Returns text as it is written in HTML.
+/// Escapes text for HTML.
 fn escaped(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {

@@ -1,15 +1,16 @@
-//! Quota alerts: finds quotas of which a certain share is used, and stores an alert with its deliveries.
+//! Quota alerts: detects when the usage of a quota reaches a threshold, and stores an alert with its deliveries.
 //!
-//! Runs after requests, on what they have recorded: the quota ledger and the usage rollups. A tenant is checked when its
-//! usage log has grown, by one replica at a time, in steps of a limited number of keys. An alert, its deliveries and how
-//! far the tenant was checked are committed together, so a crash loses none and repeats none. Alerts are unique in the
-//! database, by quota, window and threshold: neither a restart, another replica, an edit of the plan nor a change of
-//! time zone creates one again.
+//! Checks run after requests, based on the quota ledger and the usage rollups. A tenant is checked when its usage log
+//! has grown. Only one replica at a time checks a tenant, in steps of a limited number of keys. Each step commits its
+//! alerts, their deliveries, and the tenant's progress together, so a crash neither loses nor repeats an alert. In the
+//! database, alerts are unique by quota, window, and threshold. Therefore, an alert is not created again after a
+//! restart, by another replica, or after a change of the plan or time zone.
 //!
-//! **What counts as used.** The rollups have the exact cost of allowed requests. The ledger counts the tokens that
-//! replicas took, which is up to a hundredth of the quota more, or lost tokens after a crash. So the ledger selects the
-//! quotas to look at, and the rollups decide; 100 % is also reached if all tokens are taken and a request was denied.
-//! Without metering, there are no rollups, and the ledger decides.
+//! **Used amounts.** The rollups contain the exact cost of allowed requests. The ledger counts the tokens that replicas
+//! have taken, which can exceed the cost by 1% of the quota, and by more after a crash. Therefore, the ledger selects
+//! the quotas to check, and the rollups determine how much of them is used. A quota also counts as used up if all of
+//! its tokens are taken and it has denied a request. Without metering, there are no rollups, and only the ledger is
+//! used.
 
 pub mod email;
 
@@ -37,43 +38,43 @@ use crate::{
     webhooks::event::Event,
 };
 
-/// The maximum number of tenants that are checked in one round.
+/// The maximum number of tenants to check per round.
 const TENANTS: i64 = 200;
-/// The number of records of the usage log from which on all keys of a tenant are checked, instead of those in the
+/// If more records than this are unchecked, all of the tenant's keys are checked instead of only the keys in these
 /// records.
 const RECORDS_MAX: i64 = 200_000;
-/// The number of records of the usage log whose keys are checked before those of later records. Each step reads them
-/// again.
+/// The maximum number of log records whose keys are checked before proceeding to later records. Limited because each
+/// step reads these records again.
 const PART_MAX: i64 = 20_000;
-/// The maximum number of keys that are checked in one transaction.
+/// The maximum number of keys to check per transaction.
 const KEYS_MAX: i64 = 250;
-/// The maximum number of alerts in one statement.
+/// The maximum number of alerts per statement.
 const ALERTS_MAX: usize = 500;
-/// After this time, a round ends, and the rest is checked in the next one, so that other tenants get their turn.
+/// A round ends after this time and leaves the rest to the next round, so that other tenants get their turn.
 const ROUND_MAX: Duration = Duration::from_secs(20);
 
-/// See the module. Cheap to clone.
+/// See the module documentation. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Alerts {
     db: Db,
     is_metered: bool,
     tenant_quota: Option<TenantQuota>,
-    /// The tenant that had the last turn to send an email.
+    /// The tenant whose email was sent last.
     last_mailed: Arc<Mutex<Uuid>>,
 }
 
-/// What a round did.
+/// The result of a round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Round {
     pub alerts: u64,
     pub deliveries: u64,
-    /// Tenants that could not be checked. They are tried again in the next round.
+    /// Tenants that could not be checked. The next round tries again.
     pub errors: u64,
-    /// Whether there may be more to check.
+    /// Whether there may be more unchecked usage.
     pub has_more: bool,
 }
 
-/// Returns an alert as the API and webhooks describe it.
+/// Converts an alert to the form that the API and webhooks use.
 pub fn described(row: AlertRow) -> QuotaAlert {
     let count = |number: i64| u64::try_from(number).unwrap_or(0);
     QuotaAlert {
@@ -90,12 +91,12 @@ pub fn described(row: AlertRow) -> QuotaAlert {
     }
 }
 
-/// The database allows only names of quotas.
+/// The database allows only valid names.
 fn policy_name(name: &str) -> PolicyName {
     PolicyName::of(name).unwrap_or(PolicyName::Monthly)
 }
 
-/// Returns how much of a quota counts as used.
+/// Returns the amount of a quota that counts as used.
 fn used(standing: &QuotaStanding, is_metered: bool) -> i64 {
     if !is_metered {
         standing.taken.min(standing.quota)
@@ -106,7 +107,7 @@ fn used(standing: &QuotaStanding, is_metered: bool) -> i64 {
     }
 }
 
-/// Returns the thresholds that a usage has reached, in ascending order.
+/// Returns the thresholds that have been reached, in ascending order.
 fn reached(used: i64, quota: i64) -> impl Iterator<Item = i32> {
     let thresholds = THRESHOLDS.into_iter().map(i64::from);
     thresholds
@@ -115,7 +116,7 @@ fn reached(used: i64, quota: i64) -> impl Iterator<Item = i32> {
 }
 
 impl Alerts {
-    /// `tenant_quota` is a quota of each tenant, in addition to those of its keys.
+    /// `tenant_quota` is an additional quota of every tenant.
     pub fn new(db: Db, is_metered: bool, tenant_quota: Option<TenantQuota>) -> Self {
         Self {
             db,
@@ -125,8 +126,8 @@ impl Alerts {
         }
     }
 
-    /// Checks tenants whose usage has changed; without metering, all of them. Tenants take turns, so that one with many
-    /// keys, or one that cannot be checked, does not delay the others.
+    /// Checks tenants with unchecked usage. Without metering, checks all tenants with quotas. Tenants take turns, so
+    /// that a tenant with many keys or one that cannot be checked does not delay the others.
     pub async fn check(&self) -> Result<Round, DbError> {
         let began = Instant::now();
         let mut tx = self.db.system().await?;
@@ -164,7 +165,7 @@ impl Alerts {
         Ok(round)
     }
 
-    /// Checks quotas of some of a tenant's keys in one transaction: at most [`KEYS_MAX`].
+    /// Checks the quotas of up to [`KEYS_MAX`] keys of a tenant in one transaction.
     pub async fn check_tenant(&self, tenant: TenantId) -> Result<Round, DbError> {
         let mut round = Round::default();
         let mut tx = self.db.system().await?;
@@ -216,7 +217,7 @@ impl Alerts {
         Ok(round)
     }
 
-    /// Stores the new alerts with their deliveries. Returns how many there are of each.
+    /// Stores new alerts with their deliveries. Returns the numbers of new alerts and deliveries.
     async fn store(
         &self,
         tx: &mut SystemTx,
@@ -266,7 +267,7 @@ impl Alerts {
     }
 }
 
-/// Returns the alert with the highest threshold of each quota and window.
+/// Returns the alert with the highest threshold for each quota and window.
 fn highest(alerts: &[AlertRow]) -> Vec<Uuid> {
     let mut highest = HashMap::new();
     for alert in alerts {
@@ -325,7 +326,7 @@ mod tests {
     #[test]
     fn quota_with_lost_tokens_is_used_up_when_requests_are_denied() {
         assert_eq!(used(&standing(100, 100, 99, true), true), 100);
-        // A single request that costs more than is left.
+        // The denied request cost more than the remaining quota.
         assert_eq!(used(&standing(100, 98, 98, true), true), 98);
     }
 

@@ -1,9 +1,9 @@
-//! Authenticated callers. A handler whose first argument is one of these types cannot be reached without the
+//! Authenticated callers. A handler whose first argument is one of these types runs only for requests with the
 //! corresponding credential.
 //!
-//! [`SignedInTenant`] has an access token, [`AdmittedKey`] an API key that the limiter has admitted,
-//! [`ServiceCaller`] and [`GatewayCaller`] a service token. Each is a poem-openapi extractor that also adds its
-//! security scheme to the document.
+//! A [`SignedInTenant`] has sent an access token. An [`AdmittedKey`] has sent an API key, and the limiter has allowed
+//! the request. A [`ServiceCaller`] or [`GatewayCaller`] has sent a service token. Each type is a poem-openapi
+//! extractor that adds its security scheme to the OpenAPI document.
 
 use std::{num::NonZeroU32, sync::Arc};
 
@@ -43,7 +43,7 @@ const fn blank(ty: &'static str, description: &'static str) -> MetaSecuritySchem
     }
 }
 
-/// Implements an extractor for a caller type, which adds its security scheme to the document.
+/// Implements an extractor for a caller type. The extractor adds the caller's security scheme to the OpenAPI document.
 macro_rules! extract_by_credential {
     ($caller:ty, $name:literal, $scheme:expr) => {
         impl<'a> ApiExtractor<'a> for $caller {
@@ -70,7 +70,7 @@ macro_rules! extract_by_credential {
     };
 }
 
-/// A signed-in user, acting for one tenant.
+/// A signed-in user who is acting for a tenant.
 #[derive(Debug, Clone)]
 pub struct SignedInTenant {
     pub session: Arc<LiveSession>,
@@ -94,7 +94,7 @@ impl SignedInTenant {
         self.session.role
     }
 
-    /// Returns the request's access token, so that its validity can be checked again later.
+    /// Returns the request's access token, for callers that check it again later.
     pub fn token(&self, request: &Request) -> Result<SecretString, ApiError> {
         let context = RequestContext::of(request)?;
         let token = bearer(request.headers())?
@@ -146,8 +146,8 @@ extract_by_credential!(
     }
 );
 
-/// Looks up the key, calls the limiter, and records the decision for `endpoint`, which may be empty. An invalid key is
-/// rejected without being charged.
+/// Looks up the key, calls the limiter, and records the decision for `endpoint`, which may be empty. Rejects an invalid
+/// key without charging it.
 pub async fn decide(
     context: &RequestContext,
     text: &str,
@@ -161,7 +161,7 @@ pub async fn decide(
         match rejection {
             Rejection::PaymentRequired => &state.metrics.payment_required,
             Rejection::Unknown | Rejection::Inactive | Rejection::Expired => {
-                &state.metrics.refused_keys
+                &state.metrics.keys_rejected
             }
         }
         .inc();
@@ -182,7 +182,7 @@ pub async fn decide(
         return refused(rejection, Some(record));
     }
     context.has_authenticated();
-    // If no space can be reserved for the record, no decision is made and nothing is consumed.
+    // If no space can be reserved for the record, no decision is made and no tokens are consumed.
     let reservation = state
         .metering
         .reserve(record.tenant, endpoint, context.id())
@@ -195,8 +195,8 @@ pub async fn decide(
     let decision = decided.inspect_err(|_| {
         state.metrics.limiter_errors.inc();
     })?;
-    // This must come after the reservation: the shipper reports that all earlier decisions are in the segments it
-    // reads.
+    // Read the time only after the reservation. The shipper relies on this when it reports that the segments it reads
+    // contain all earlier decisions.
     let decided_at = state.clock.monotonic();
     if decision.is_allowed() {
         &state.metrics.allowed
@@ -209,7 +209,7 @@ pub async fn decide(
         .record(reservation, &record, &decision, cost.get(), decided_at)
         .await
         .map_err(ApiError::unavailable)?;
-    // If metering is on, the time of last use is stored together with the usage.
+    // With metering, the time of last use is stored together with the usage.
     if !state.metering.is_on() && record.is_worth_noting(decision.at) {
         state.last_used.key(record.id, decision.at);
     }
@@ -225,15 +225,14 @@ pub async fn decide(
     Ok(Ok((record, decision)))
 }
 
-/// An invalid key.
 #[derive(Debug, Clone)]
 pub struct RejectedKey {
     pub rejection: Rejection,
-    /// The record of the key, if it exists.
+    /// The record of the key, if the key exists.
     pub record: Option<Arc<KeyRecord>>,
 }
 
-/// A consumer whose key the limiter has admitted and charged.
+/// A consumer whose request the limiter has allowed and charged.
 #[derive(Debug)]
 pub struct AdmittedKey {
     pub record: Arc<KeyRecord>,
@@ -241,15 +240,15 @@ pub struct AdmittedKey {
 }
 
 impl AdmittedKey {
-    /// Consumes one request from the limits of the request's key.
+    /// Consumes one request from the limits of the request's API key.
     ///
-    /// The decision is recorded for the request's own endpoint.
+    /// Records the decision for the request's own endpoint.
     pub async fn admit(request: &Request) -> Result<Self, ApiError> {
         let query = request.uri().query();
         Self::of(RequestContext::of(request)?, request.headers(), query).await
     }
 
-    /// The same for a request with these fields and query.
+    /// Like [`admit`](Self::admit), for a request with these fields and this query.
     pub async fn of(
         context: &RequestContext,
         fields: &impl Fields,
@@ -257,7 +256,7 @@ impl AdmittedKey {
     ) -> Result<Self, ApiError> {
         let text = api_key(fields, query)?
             .ok_or_else(|| ApiError::unauthorized(false, "Send an API key as X-API-Key."))?;
-        // This is the only one of Quota's own endpoints that is limited.
+        // No other endpoint of Quota itself is rate limited.
         let endpoint = "GET /v1/echo";
         match decide(context, text, NonZeroU32::MIN, None, endpoint).await? {
             Ok((record, decision)) if decision.is_allowed() => Ok(Self { record, decision }),
@@ -266,7 +265,7 @@ impl AdmittedKey {
                 rejection: Rejection::PaymentRequired,
                 ..
             }) => Err(ApiError::subscription_needed()),
-            // The detail is the same for all other reasons, so that it does not help an attacker guess keys.
+            // Use the same detail for all other reasons, so that it does not help attackers guess keys.
             Err(_) => Err(ApiError::unauthorized(
                 true,
                 "This API key is invalid, inactive or expired.",
@@ -288,7 +287,6 @@ extract_by_credential!(
     }
 );
 
-/// Looks up a service token.
 async fn service_token(
     context: &RequestContext,
     token: &str,
@@ -311,7 +309,7 @@ fn several_service_tokens() -> ApiError {
     ApiError::unauthorized(true, "The X-Service-Token header was sent more than once.")
 }
 
-/// One of the tenant's services, which controls all headers of its requests.
+/// One of the tenant's services. It controls all headers of its requests.
 #[derive(Debug, Clone)]
 pub struct ServiceCaller {
     pub token: Arc<ServiceRecord>,
@@ -322,7 +320,7 @@ impl ServiceCaller {
         Self::of(RequestContext::of(request)?, request.headers()).await
     }
 
-    /// Reads the service token from `X-Service-Token`, or otherwise from `Authorization: Bearer`.
+    /// Reads the service token from `X-Service-Token`. If that is missing, reads it from `Authorization: Bearer`.
     pub async fn of(context: &RequestContext, fields: &impl Fields) -> Result<Self, ApiError> {
         let token = match Sent::of(fields, "x-service-token") {
             Sent::Once(token) => Some(token),
@@ -340,10 +338,10 @@ impl ServiceCaller {
     }
 }
 
-/// A gateway, which forwards headers that its consumer controls.
+/// A gateway. It forwards headers that its consumer controls.
 ///
-/// Its token is accepted in `X-Service-Token` only, which gateways overwrite: the consumer controls
-/// `Authorization`. If there are two tokens, one of them may be the consumer's, so neither is accepted.
+/// Accepts a token only in `X-Service-Token`, which gateways overwrite; consumers control `Authorization`. Rejects
+/// requests with two tokens, because one of them could come from the consumer.
 #[derive(Debug, Clone)]
 pub struct GatewayCaller {
     pub token: Arc<ServiceRecord>,

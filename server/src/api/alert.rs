@@ -41,7 +41,7 @@ impl AlertApi {
     }
 }
 
-/// The settings in the audit log, where they belong to the tenant.
+/// The alert settings in the audit log. They belong to the tenant.
 #[derive(Serialize)]
 struct AuditedSettings<'a> {
     #[serde(flatten)]
@@ -123,7 +123,7 @@ impl AlertApi {
         let roles = body.email_roles.unwrap_or(before.email_roles.clone());
         let after = AlertSettings {
             email: body.email.unwrap_or(before.email),
-            // Without repetitions, and in the order of the roles.
+            // Removes duplicates, and sorts in the order of `Role::ALL`.
             email_roles: Role::ALL
                 .iter()
                 .copied()

@@ -1,8 +1,8 @@
-//! The `Allow` header of 405 responses, which RFC 9110 (15.5.6) requires and poem does not add.
+//! The `Allow` header of 405 responses. RFC 9110 (15.5.6) requires it, but poem does not add it.
 
 use serde_json::Value;
 
-/// The methods that each path supports, from the OpenAPI document.
+/// The methods that each path supports, according to the OpenAPI document.
 #[derive(Debug, Default)]
 pub struct Methods(Vec<(Vec<String>, String)>);
 
@@ -28,7 +28,7 @@ impl Methods {
         Self(methods.collect())
     }
 
-    /// Returns the `Allow` header for a path. A path that is not in the document is a web page, which is read-only.
+    /// Returns the `Allow` header for a path. Paths that are not in the document are web pages, which are read-only.
     pub fn allow(&self, path: &str) -> &str {
         let parts = path.split('/').collect::<Vec<_>>();
         let fits = |names: &[String]| {

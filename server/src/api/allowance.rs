@@ -1,8 +1,8 @@
-//! The operator's limits on what a tenant may create.
+//! The operator's limits on what tenants can create.
 //!
-//! Every tenant has a maximum number of plans, API keys and service tokens. A tenant without a subscription has lower
-//! limits if the operator has set them. Plans that are not marked `paid` have a maximum rate and quota, whether the
-//! tenant has a subscription or not. If billing is off, no tenant can have a subscription, and all plans are limited.
+//! Every tenant has a maximum number of plans, API keys, and service tokens. The operator can set lower limits for
+//! tenants without a subscription. All plans that are not marked `paid` have a maximum rate and quota, with or without
+//! a subscription. If billing is off, there are no subscriptions, and the limits apply to all plans.
 
 use quota_common::{
     FieldError, ProblemCode,
@@ -20,7 +20,8 @@ use crate::{
     },
 };
 
-/// Rejects a creation that would exceed the tenant's limit. Call before the insert, in the same transaction.
+/// Rejects the creation of a resource if the tenant has reached its limit. Call in the transaction that inserts the
+/// resource, before the insert.
 pub async fn one_more(config: &Config, tx: &mut TenantTx, what: Resource) -> Result<(), ApiError> {
     let (all, free) = (config.allowances, config.free_tier);
     let (limit, free, name) = match what {
@@ -60,7 +61,7 @@ pub async fn one_more(config: &Config, tx: &mut TenantTx, what: Resource) -> Res
     ))
 }
 
-/// Whether the limits of free plans apply to a plan.
+/// Whether the limits for free plans apply to a plan.
 fn is_limited(config: &Config, billing: Billing) -> bool {
     config.stripe.is_none() || billing == Billing::Free
 }
@@ -73,8 +74,8 @@ fn at_most(config: &Config, maximum: u64) -> String {
     }
 }
 
-/// If free plans have a maximum rate, makes changes to the tenant's plans and keys wait for each other, so that a plan
-/// cannot become free while a key on it gets a higher rate. Call first in the transaction.
+/// If free plans have a maximum rate, makes changes to the tenant's plans and keys wait for each other. Otherwise, a
+/// plan could become free while one of its keys gets a higher rate. Must be the first call in the transaction.
 pub async fn lock_rates(config: &Config, tx: &mut TenantTx) -> Result<(), DbError> {
     match config.free_tier.rpm {
         Some(_) => allowance::lock(tx).await,
@@ -82,7 +83,7 @@ pub async fn lock_rates(config: &Config, tx: &mut TenantTx) -> Result<(), DbErro
     }
 }
 
-/// Rejects a plan that exceeds the limits of free plans and is not marked `paid`.
+/// Rejects a plan that is not marked `paid` and exceeds the limits for free plans.
 pub fn check_plan(config: &Config, plan: &Plan) -> Result<(), ApiError> {
     if !is_limited(config, plan.billing) {
         return Ok(());
@@ -116,7 +117,7 @@ pub fn check_plan(config: &Config, plan: &Plan) -> Result<(), ApiError> {
     }
 }
 
-/// Rejects a change that makes a plan free while one of its keys has a higher rate than free plans allow.
+/// Rejects a change that makes a plan free if one of its keys has a higher rate than free plans allow.
 pub async fn check_rates_of_keys(
     config: &Config,
     tx: &mut TenantTx,
@@ -140,7 +141,7 @@ pub async fn check_rates_of_keys(
     }
 }
 
-/// Rejects a key whose own rate exceeds the maximum for free plans, unless its plan is marked `paid`.
+/// Rejects a key if its rate override exceeds the maximum for free plans and its plan is not marked `paid`.
 pub async fn check_key(config: &Config, tx: &mut TenantTx, key: &ApiKey) -> Result<(), ApiError> {
     let (Some(maximum), Some(rate)) = (config.free_tier.rpm, key.rpm_override) else {
         return Ok(());

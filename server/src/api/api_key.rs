@@ -74,7 +74,7 @@ fn order(sort: ApiKeyOrder) -> Order {
     Order { by, descending }
 }
 
-/// Returns metadata as PostgreSQL stores it.
+/// Converts metadata to its stored form.
 fn stored(metadata: &Metadata) -> Value {
     metadata
         .iter()
@@ -82,7 +82,8 @@ fn stored(metadata: &Metadata) -> Value {
         .collect()
 }
 
-/// Returns when the previous key expires: at the end of its grace period, or with the key if that is earlier.
+/// Returns when the previous secret expires: at the end of its grace period or together with the key, whichever is
+/// earlier.
 fn previous_expiry(key: &ApiKey) -> Option<Timestamp> {
     let grace = key.previous_expires_at?;
     Some(key.expires_at.map_or(grace, |own| own.min(grace)))
@@ -101,7 +102,7 @@ fn previous_key_active(until: Timestamp) -> ApiError {
     }
 }
 
-/// Returns the problem for a plan that does not exist or belongs to another tenant.
+/// The problem for a plan that does not exist or belongs to another tenant.
 fn plan_not_found(error: DbError) -> ApiError {
     let not_found = || {
         let mut problem = ApiError::not_found();
@@ -119,7 +120,7 @@ impl ApiKeyApi {
         DateTime::from_timestamp_nanos(i64::try_from(self.state.clock.now().0).unwrap_or(i64::MAX))
     }
 
-    /// Rejects an expiry that has already passed, because it is most likely a mistake.
+    /// Rejects an expiry in the past, which is most likely a mistake.
     fn check_expiry(&self, at: Option<Timestamp>) -> Result<(), ApiError> {
         match at {
             Some(at) if at.inner() <= self.now() => {
@@ -134,8 +135,8 @@ impl ApiKeyApi {
 impl ApiKeyApi {
     /// List API keys
     ///
-    /// Returns keys in the order given by `sort`, by default newest first. The key itself is never returned. A cursor
-    /// is valid only with the `sort` it was issued for. When sorting by last use, a key that is used while you page
+    /// Returns keys in the order given by `sort`, by default newest first, without the keys themselves. A cursor is
+    /// valid only with the `sort` for which it was issued. When sorting by last use, a key that is used while you page
     /// through the list may be skipped or repeated.
     #[oai(path = "/api-keys", method = "get", operation_id = "list_api_keys")]
     #[expect(
@@ -200,8 +201,8 @@ impl ApiKeyApi {
     async fn create(
         &self,
         caller: ManagingTenant,
-        /// Makes the request safe to retry: repeating it with the same key and body within 24 hours returns the first
-        /// response again, without the API key.
+        /// Makes the request safe to retry: repeating it with the same `Idempotency-Key` and body within 24 hours
+        /// returns the first response again, without the API key.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<CreateApiKey>,
@@ -231,7 +232,7 @@ impl ApiKeyApi {
             Ok(CreatedApiKey { key: None, api_key })
         };
         let mut created = create(&self.state, &caller, idempotency, insert).await?;
-        // A replay has no secret.
+        // A replayed response does not contain the secret.
         if let Some(secret) = secret {
             self.state.keys.created(&secret);
             created.key = Some(secret.reveal());
@@ -241,7 +242,7 @@ impl ApiKeyApi {
 
     /// Get an API key
     ///
-    /// The key itself is never returned.
+    /// Returns the key's settings, without the key itself.
     #[oai(
         path = "/api-keys/:key_id",
         method = "get",
@@ -342,8 +343,8 @@ impl ApiKeyApi {
         &self,
         caller: ManagingTenant,
         key_id: Path<ApiKeyId>,
-        /// Makes the request safe to retry: repeating it with the same key and body within 24 hours returns the first
-        /// response again, without the API key.
+        /// Makes the request safe to retry: repeating it with the same `Idempotency-Key` and body within 24 hours
+        /// returns the first response again, without the API key.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<RotateApiKey>,
@@ -371,7 +372,7 @@ impl ApiKeyApi {
             key: None,
             api_key: ApiKey::from(row.or_not_found()?),
         };
-        // Without the secret, which must not be stored.
+        // The stored response must not contain the secret.
         idempotency
             .keep(&mut edit, StatusCode::OK, &rotated)
             .await?;

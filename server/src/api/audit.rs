@@ -27,7 +27,7 @@ pub struct AuditApi {
 
 impl From<AuditEntry> for AuditEvent {
     fn from(AuditEntry { event, user_email }: AuditEntry) -> Self {
-        // Older events have no separate name, but their fields may contain one.
+        // Older events do not store the name separately, but their fields may contain it.
         let target_name = event.target_name.or_else(|| {
             let fields = [&event.after, &event.before].into_iter().flatten();
             let mut names = fields.filter_map(|it| it.get("name")?.as_str());

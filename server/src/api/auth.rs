@@ -64,7 +64,7 @@ fn tenant(row: TenantRow, role: Role) -> Tenant {
     }
 }
 
-/// Returns whether the request asks for tokens in cookies, which only pages on this server may do.
+/// Whether the request asks for tokens in cookies. Only pages of this server may do so.
 fn cookies_wanted(state: &AppState, request: &Request) -> Result<bool, ApiError> {
     let wanted = browser::wants_cookies(request.headers());
     if wanted {
@@ -73,7 +73,7 @@ fn cookies_wanted(state: &AppState, request: &Request) -> Result<bool, ApiError>
     Ok(wanted)
 }
 
-/// Returns the tokens in the body or in cookies, as requested, never in both.
+/// Returns the tokens either in the body or in cookies.
 fn signed_in(
     state: &AppState,
     request: &Request,
@@ -105,7 +105,7 @@ fn refresh_token_missing() -> ApiError {
     )
 }
 
-/// Returns the token by which this device is recognized: from its cookie, or from the body.
+/// Returns the device token from the cookie or the body.
 fn device<'a>(
     state: &AppState,
     request: &'a Request,
@@ -119,7 +119,7 @@ fn device<'a>(
     }
 }
 
-/// Reports a rejected new password under the name of its field in the request.
+/// Reports a rejected new password as an error of this field.
 fn under(field: &'static str) -> impl Fn(AuthError) -> ApiError {
     move |error| match error {
         AuthError::WeakPassword(message) => ApiError::invalid(field, message),
@@ -243,9 +243,8 @@ impl AuthApi {
 
     /// Sign out
     ///
-    /// Revokes the session that the refresh token belongs to. Its access tokens stop working on all replicas within one
-    /// second. With `X-Quota-Session: cookie`, the token is read from its cookie, as when refreshing, and the cookies
-    /// are deleted.
+    /// Revokes the session of the refresh token. Its access tokens stop working on all replicas within one second. With
+    /// `X-Quota-Session: cookie`, the token is read from its cookie, as when refreshing, and the cookies are deleted.
     #[oai(path = "/logout", method = "post", operation_id = "logout")]
     async fn logout(
         &self,
@@ -334,7 +333,7 @@ impl AuthApi {
             };
             let after = rows::update_tenant(&mut edit, &change).await?;
             let (before, after) = (tenant(before, caller.role()), tenant(after, caller.role()));
-            // The quotas of the tenant's keys may now reset at different times.
+            // The change may affect when the quotas of the tenant's keys reset.
             let action = AuditAction::TenantUpdate;
             edit.updated(action, &before, &after, Target::Tenant)
                 .await?;
@@ -359,7 +358,8 @@ impl AuthApi {
             .change_password(who, passwords, &caller.origin)
             .await;
         changed.map_err(|error| match error {
-            // The caller is signed in, so a wrong password is an invalid field and not a reason to sign in again.
+            // The caller is signed in and does not need to sign in again, so report a wrong password as an invalid
+            // field.
             AuthError::WrongCredentials => ApiError::invalid("current_password", "is incorrect"),
             error => under("new_password")(error),
         })?;

@@ -28,8 +28,8 @@ use crate::{
     stripe::{Envelope, verify},
 };
 
-/// Maximum size of a webhook: half of the memory that a connection without a valid credential may use. Webhooks from
-/// Stripe are far smaller.
+/// Maximum size of a webhook. Half of the memory that a connection without valid credentials may use, and far larger
+/// than any webhook from Stripe.
 const WEBHOOK_MAX: usize = 64 * 1024;
 const SIGNATURE: &str = "stripe-signature";
 
@@ -37,7 +37,7 @@ pub struct BillingApi {
     pub state: AppState,
 }
 
-/// A webhook whose signature is valid.
+/// A webhook with a valid signature.
 pub struct SignedEvent {
     event: Envelope,
     body: String,
@@ -120,7 +120,7 @@ impl BillingApi {
     fn limit_pages(&self, caller: &BillingTenant) -> Result<(), ApiError> {
         let admitted = self.state.stripe_pages.admit(caller.tenant());
         admitted.map_err(|wait| {
-            self.state.metrics.guard_refusals.inc();
+            self.state.metrics.guard_rejections.inc();
             ApiError::too_many_pages(wait)
         })
     }
@@ -151,15 +151,15 @@ impl BillingApi {
     async fn checkout(
         &self,
         caller: BillingTenant,
-        /// Makes the request safe to retry: repeating it with the same key within 24 hours returns the first
-        /// response again.
+        /// Makes the request safe to retry: repeating it with the same `Idempotency-Key` within 24 hours returns the
+        /// first response again.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
     ) -> Result<Created<CheckoutPage>, ApiError> {
         let billing = self.billing()?;
         let idempotency = IdempotencyGuard::new("start_checkout", idempotency_key.0, &())?;
         self.limit_pages(&caller)?;
-        // One at a time per tenant, so that a second click waits for the page that the first one opens.
+        // One at a time per tenant, so that a second click opens the same page as the first.
         let _turn = self.state.checkouts.turn(caller.tenant()).await?;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
         let replayed = idempotency.replay(&mut tx).await?;

@@ -1,9 +1,9 @@
-//! Browser sessions: the usual tokens, in cookies that scripts cannot read.
+//! Browser sessions. They use the same tokens as other sessions, but in cookies that scripts cannot read.
 //!
-//! A client requests cookies with `X-Quota-Session: cookie`. Both tokens are then set as cookies that are `HttpOnly`,
-//! `SameSite=Lax` and bound to this host (`__Host-`, RFC 6265bis 4.1.3.2), and are not in the body. A request that uses
-//! them to change something must come from the server's own pages, according to the browser, and must carry a CSRF
-//! header derived from the session. Only a page of this origin can read the header's value from its cookie.
+//! A client requests cookies with `X-Quota-Session: cookie`. Both tokens are then set as cookies and omitted from the
+//! body. The cookies are `HttpOnly`, `SameSite=Lax`, and bound to this host (`__Host-`, RFC 6265bis 4.1.3.2). A request
+//! that uses them to make a change must come from this server's own pages, according to the browser, and must have a
+//! CSRF header derived from the session. Only pages of this origin can read the header's value from its cookie.
 
 use poem::{
     Addr, IntoResponse, Request, Response,
@@ -22,19 +22,18 @@ use crate::{
     state::AppState,
 };
 
-/// The header that requests cookies. Its value must be `cookie`.
+/// Requests cookies. The value must be `cookie`.
 pub const SESSION_FIELD: &str = "x-quota-session";
-/// The header that contains the value of the CSRF cookie.
+/// Contains the value of the CSRF cookie.
 pub const CSRF_FIELD: &str = "x-quota-csrf";
 
-/// The cookies of a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SessionCookie {
     Access,
     Refresh,
-    /// The only cookie that scripts can read. Useless without the others.
+    /// The only cookie that scripts can read. It is useless without the others.
     Csrf,
-    /// Identifies a browser that has signed in before. Outlives sessions, and is not a credential.
+    /// Identifies a browser that has signed in before. It outlives sessions and is not a credential.
     Device,
 }
 
@@ -56,7 +55,7 @@ impl SessionCookie {
     }
 }
 
-/// Headers that are added only by proxies. Only their presence matters.
+/// Headers that only proxies add. Only their presence matters.
 const OF_PROXIES: [&str; 5] = [
     "forwarded",
     "via",
@@ -65,11 +64,12 @@ const OF_PROXIES: [&str; 5] = [
     "x-forwarded-proto",
 ];
 
-/// Returns whether cookies require TLS. They do, unless the browser uses plain HTTP to a server on its own machine:
-/// browsers would reject such cookies there, and the connection cannot be intercepted.
+/// Whether cookies require TLS. They do, unless a browser uses plain HTTP to connect to a server on its own machine.
+/// There, browsers would reject such cookies, and the connection cannot be intercepted.
 ///
-/// `Host` does not prove that by itself, since a proxy may send the name of its upstream, such as `localhost`. So the
-/// peer must be on this machine, no header may come from a proxy, and `Origin`, if sent, must be local too.
+/// `Host` alone does not prove this: a proxy may send the name of its upstream, such as `localhost`. Therefore, the
+/// peer must be on this machine, the request must not have a proxy's headers, and `Origin`, if present, must also be
+/// local.
 fn is_secure(state: &AppState, request: &Request) -> bool {
     let page_is_local = match request.headers().get(header::ORIGIN) {
         None => true,
@@ -82,7 +82,7 @@ fn is_secure(state: &AppState, request: &Request) -> bool {
     !(page_is_local && is_sent_locally(state, request))
 }
 
-/// Returns whether the request was sent from this machine over plain HTTP, without a proxy.
+/// Whether the request was sent from this machine over plain HTTP and without a proxy.
 fn is_sent_locally(state: &AppState, request: &Request) -> bool {
     let headers = request.headers();
     let peer_is_local = match &request.remote_addr().0 {
@@ -98,7 +98,7 @@ fn is_sent_locally(state: &AppState, request: &Request) -> bool {
         && host.is_some_and(|host| is_local(&host))
 }
 
-/// Returns whether browsers consider the URL's host to be this machine.
+/// Whether browsers consider the URL's host to be the local machine.
 fn is_local(url: &Url) -> bool {
     match url.host() {
         Some(url::Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
@@ -108,15 +108,15 @@ fn is_local(url: &Url) -> bool {
     }
 }
 
-/// Returns whether the client wants its tokens in cookies.
 pub fn wants_cookies(headers: &HeaderMap) -> bool {
     headers
         .get(SESSION_FIELD)
         .is_some_and(|field| field.as_bytes() == b"cookie")
 }
 
-/// Returns the value of a cookie. Cookies whose names only a secure origin can set are always read; others are read
-/// only in requests from this machine. Whether the sending page may change anything is checked elsewhere.
+/// Returns the value of a cookie. Always reads cookies with names that only a secure origin can set. Reads other
+/// cookies only if the request comes from this machine. Does not check whether the page that sent the request may make
+/// changes.
 pub fn cookie<'a>(
     state: &AppState,
     request: &'a Request,
@@ -141,8 +141,8 @@ pub fn cookie<'a>(
     })
 }
 
-/// Requires that the request comes from a page of this server, according to `Sec-Fetch-Site` or otherwise `Origin`.
-/// Rejects requests with neither.
+/// Requires that the request comes from one of this server's pages. Checks `Sec-Fetch-Site` or, if that is missing,
+/// `Origin`. Rejects requests that have neither header.
 pub fn same_origin(state: &AppState, headers: &HeaderMap) -> Result<(), ApiError> {
     let rejected = || {
         ApiError::new(
@@ -170,8 +170,8 @@ pub fn same_origin(state: &AppState, headers: &HeaderMap) -> Result<(), ApiError
     }
 }
 
-/// Checks a request with a session cookie, once its session is known: if it may change something, it must come from
-/// this server's own pages and carry the CSRF header.
+/// Checks a request with a session cookie whose session is known. A request that could make a change must come from
+/// this server's own pages and must have the CSRF header.
 pub fn may_change(state: &AppState, request: &Request, session: SessionId) -> Result<(), ApiError> {
     if matches!(*request.method(), Method::GET | Method::HEAD) {
         return Ok(());
@@ -186,14 +186,14 @@ pub fn may_change(state: &AppState, request: &Request, session: SessionId) -> Re
     ))
 }
 
-/// Returns the session that the CSRF header belongs to.
+/// Returns the CSRF header's session.
 fn csrf_of(state: &AppState, headers: &HeaderMap) -> Option<SessionId> {
     let sent = headers.get(CSRF_FIELD)?.to_str().ok()?;
     state.sessions.of_csrf_token(sent)
 }
 
-/// Returns the refresh token from its cookie, after checking that the request may use it. `None` if there is no such
-/// cookie.
+/// Returns the refresh token from its cookie after checking that the request may use it. Returns `None` if the cookie
+/// is missing.
 pub fn refresh_token<'a>(
     state: &AppState,
     request: &'a Request,
@@ -228,7 +228,7 @@ pub fn keep(state: &AppState, request: &Request, tokens: &Tokens) -> Vec<HeaderV
         .collect()
 }
 
-/// Returns the `Set-Cookie` header that identifies the browser at its next sign-in.
+/// Returns the `Set-Cookie` header that identifies this browser at the next sign-in.
 pub fn keep_device(state: &AppState, request: &Request, device: &str) -> Option<HeaderValue> {
     let age = device::LIFETIME.as_secs();
     set_cookie(
@@ -269,7 +269,7 @@ fn set_cookie(
     Some(field)
 }
 
-/// A response with cookies, if the client requested them.
+/// A response that also sets cookies, if the client requested them.
 pub struct WithCookies<T> {
     pub answer: T,
     pub cookies: Vec<HeaderValue>,

@@ -1,4 +1,4 @@
-//! Transactions of a tenant's user: reads, and changes that also record an audit event.
+//! A tenant's transactions: reads, and changes that record an audit event.
 
 use std::ops::{Deref, DerefMut};
 
@@ -37,29 +37,29 @@ pub async fn read<T>(
     Ok(result)
 }
 
-/// Waits for the tenant's turn to read potentially many rows: see [`tenant_queue`](crate::tenant_queue). Call before
-/// taking a connection, and hold the turn until the connection is returned.
+/// Waits for the tenant's turn to read a potentially large number of rows; see [`tenant_queue`](crate::tenant_queue).
+/// Call before taking a database connection, and hold the turn until the connection has been returned.
 pub async fn read_turn(state: &AppState, caller: &SignedInTenant) -> Result<Turn, ApiError> {
     let turn = state.reads.turn(caller.tenant()).await;
     turn.map_err(|_| {
-        state.metrics.guard_refusals.inc();
+        state.metrics.guard_rejections.inc();
         ApiError::too_many_reads()
     })
 }
 
-/// Waits for the tenant's other changes on this replica: see [`tenant_queue`](crate::tenant_queue). Call before taking a
-/// connection, and hold the turn until the connection is returned.
+/// Waits for the tenant's other changes on this replica; see [`tenant_queue`](crate::tenant_queue). Call before taking
+/// a database connection, and hold the turn until the connection has been returned.
 pub async fn change_turn(state: &AppState, caller: &SignedInTenant) -> Result<Turn, ApiError> {
     let turn = state.changes.turn(caller.tenant()).await;
     let turn = turn.inspect_err(|busy| {
         if *busy == Busy::QueueFull {
-            state.metrics.guard_refusals.inc();
+            state.metrics.guard_rejections.inc();
         }
     })?;
     Ok(turn)
 }
 
-/// A resource whose changes are audited.
+/// A resource whose changes are recorded in the audit log.
 pub trait Audited: Serialize {
     const TARGET: AuditTarget;
 
@@ -90,20 +90,20 @@ audited!(
     Webhook => Webhook,
 );
 
-/// A change in progress: a transaction of the caller's tenant that ends in [`created`](Self::created),
-/// [`updated`](Self::updated) or [`deleted`](Self::deleted). These record the audit event, commit, and then publish
-/// which cached records replicas have to drop. Nothing else can commit the transaction, so no change goes unrecorded.
-/// An edit that is dropped is rolled back.
+/// A change in progress. This is a transaction of the caller's tenant that must end with [`created`](Self::created),
+/// [`updated`](Self::updated), or [`deleted`](Self::deleted). These methods record the audit event, commit the
+/// transaction, and then publish which cached records replicas must drop. The transaction cannot be committed in any
+/// other way, so every change is recorded. Dropping the edit rolls it back.
 pub struct Edit<'a> {
     tx: TenantTx,
     state: &'a AppState,
     caller: &'a SignedInTenant,
-    // The turn is released after the transaction, so that the next change starts only when this one has ended.
+    // Dropped after the transaction, so that the tenant's next change starts only when this one has ended.
     _turn: Turn,
 }
 
 impl<'a> Edit<'a> {
-    /// Waits for the tenant's other changes on this replica, and only then takes a connection: see
+    /// Waits for the tenant's other changes on this replica, and then takes a database connection; see
     /// [`tenant_queue`](crate::tenant_queue).
     pub async fn begin(state: &'a AppState, caller: &'a SignedInTenant) -> Result<Self, ApiError> {
         let turn = change_turn(state, caller).await?;
@@ -115,12 +115,12 @@ impl<'a> Edit<'a> {
         })
     }
 
-    /// Commits a creation.
+    /// Commits the creation of a resource.
     pub async fn created<T: Audited>(self, action: AuditAction, new: &T) -> Result<(), ApiError> {
         self.commit(action, new, (None, whole(new)), None).await
     }
 
-    /// Commits an update. Replicas drop `stale` from their caches.
+    /// Commits an update. Replicas then drop `stale` from their caches.
     pub async fn updated<T: Audited>(
         self,
         action: AuditAction,
@@ -132,7 +132,7 @@ impl<'a> Edit<'a> {
         self.commit(action, after, changes, stale.into()).await
     }
 
-    /// Commits a deletion. Replicas drop `stale` from their caches.
+    /// Commits a deletion. Replicas then drop `stale` from their caches.
     pub async fn deleted<T: Audited>(
         self,
         action: AuditAction,
@@ -159,7 +159,7 @@ impl<'a> Edit<'a> {
                 .by(user.0, self.caller.origin.network())
         };
         audit::insert(&mut self.tx, &event).await?;
-        // This comes last, because it waits for other transactions that insert invalidations.
+        // Inserted last, because this waits for other transactions that insert invalidations.
         let invalidation = match stale {
             Some(stale) => Some(invalidation::insert(&mut self.tx, stale).await?),
             None => None,
@@ -187,7 +187,7 @@ impl DerefMut for Edit<'_> {
     }
 }
 
-/// Returns the fields that differ, before and after.
+/// Returns the fields that differ, with their values before and after the change.
 fn difference<T: Serialize>(before: &T, after: &T) -> (Option<Value>, Option<Value>) {
     let (Some(Value::Object(before)), Some(Value::Object(after))) = (whole(before), whole(after))
     else {

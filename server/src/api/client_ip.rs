@@ -1,9 +1,9 @@
-//! The client's address.
+//! Determines the client's address.
 //!
-//! It is the peer's address, unless the peer is a trusted proxy. Then it is the rightmost address in `X-Forwarded-For`
-//! that is not a trusted proxy. `X-Real-IP` and `Forwarded` are ignored, since a proxy that does not set them forwards
-//! the client's values. The search ends at an address that cannot be parsed: the client may have written everything to
-//! its left.
+//! The client's address is the peer's address, unless the peer is a trusted proxy. In that case, it is the rightmost
+//! address in `X-Forwarded-For` that does not belong to a trusted proxy. `X-Real-IP` and `Forwarded` are ignored: a
+//! proxy that does not set them forwards the client's values. The search stops at an address that cannot be parsed,
+//! because the client could have written everything to its left.
 
 use std::net::IpAddr;
 
@@ -12,7 +12,7 @@ use poem::{Addr, Request};
 
 use super::fields::{Fields, text};
 
-/// Returns the client's address. `None` for a peer without one, such as a Unix socket.
+/// Returns `None` for a peer without an address, such as a Unix socket.
 pub fn client_ip(request: &Request, trusted: &[IpNet]) -> Option<IpAddr> {
     let peer = match &request.remote_addr().0 {
         Addr::SocketAddr(addr) => addr.ip().to_canonical(),
@@ -21,14 +21,14 @@ pub fn client_ip(request: &Request, trusted: &[IpNet]) -> Option<IpAddr> {
     Some(client_of(peer, request.headers(), trusted))
 }
 
-/// Returns the client's address. `peer` is in its canonical form.
+/// `peer` must be in canonical form.
 pub fn client_of(peer: IpAddr, fields: &impl Fields, trusted: &[IpNet]) -> IpAddr {
     let is_trusted = |ip: IpAddr| trusted.iter().any(|network| network.contains(&ip));
     let mut client = peer;
     if !is_trusted(peer) {
         return client;
     }
-    // Multiple headers form one list, in order.
+    // Multiple headers form a single list.
     for value in fields.values("x-forwarded-for").rev() {
         for hop in text(value).unwrap_or("?").rsplit(',') {
             let Some(hop) = address(hop.trim()) else {

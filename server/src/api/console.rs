@@ -1,7 +1,7 @@
-//! `/console`: serves the console, which is embedded in the binary.
+//! `/console`: the console, which is embedded in the server's binary.
 //!
-//! The build embeds the output of `cargo xtask console`. The server works without it; its console then explains how to
-//! build it.
+//! The build embeds the output of `cargo xtask console`. Without that output, the server still works, and `/console`
+//! explains how to build the console.
 
 use poem::{
     Endpoint, Request, Response,
@@ -15,7 +15,6 @@ use super::{
     problem::ApiError,
 };
 
-/// A file of the console.
 struct File {
     name: &'static str,
     plain: &'static [u8],
@@ -23,13 +22,14 @@ struct File {
     gzip: &'static [u8],
 }
 
-// `FILES`, sorted by name.
+// Defines `FILES`, sorted by name.
 include!(concat!(env!("OUT_DIR"), "/console.rs"));
 
 const INDEX: &str = "index.html";
-/// Names contain a hash of the content, so the file behind a name never changes.
+/// Names contain a hash of the content, so the content behind a name never changes.
 const YEAR: &str = "public, max-age=31536000, immutable";
-/// Allows only files from this server and nothing inline. WebAssembly may be compiled, but strings are never evaluated.
+/// Allows only files from this server, and nothing inline. WebAssembly may be compiled, but strings are never evaluated
+/// as code.
 const CSP: &str = "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self'; \
     img-src 'self' data:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'";
 
@@ -50,7 +50,6 @@ fn find(name: &str) -> Option<&'static File> {
     FILES.get(at)
 }
 
-/// A content coding for transfers.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Coding {
     Brotli,
@@ -68,7 +67,8 @@ impl Coding {
     }
 }
 
-/// Returns the coding that the client prefers, or the smaller one if it has no preference (RFC 9110, section 12.5.3).
+/// Returns the coding that the client prefers (RFC 9110, section 12.5.3). If the client has no preference, returns the
+/// coding with the smaller result.
 fn choose_coding(headers: &HeaderMap) -> Coding {
     let accepted: Vec<(&str, f32)> = headers
         .get_all(header::ACCEPT_ENCODING)
@@ -81,7 +81,7 @@ fn choose_coding(headers: &HeaderMap) -> Coding {
                 .split_once('=')
                 .filter(|(name, _)| name.trim().eq_ignore_ascii_case("q"))
                 .and_then(|(_, value)| value.trim().parse().ok());
-            // A coding with a malformed quality is not acceptable.
+            // A coding with a malformed quality value is not acceptable.
             (name.trim(), quality.unwrap_or(0.0))
         })
         .collect();
@@ -137,7 +137,8 @@ fn answer(request: &Request) -> Result<Response, ApiError> {
     };
     match find(name) {
         Some(file) => Ok(serve(file, request.headers())),
-        // The console shows the page for the path. A path with a file extension refers to a file that no longer exists.
+        // The console's own router shows the page for this path. A path with a file extension refers to a file that no
+        // longer exists.
         None if name
             .rsplit('/')
             .next()
@@ -149,7 +150,7 @@ fn answer(request: &Request) -> Result<Response, ApiError> {
     }
 }
 
-/// Serves the paths under `/console`, with that prefix removed.
+/// Serves the paths below `/console`. Expects paths without that prefix.
 pub fn endpoint() -> impl Endpoint + use<> {
     get(make_sync(|request| answer(&request)))
 }

@@ -1,4 +1,4 @@
-//! Creating a resource: once per `Idempotency-Key`, within the tenant's limits, with an audit event.
+//! Creates resources: once per `Idempotency-Key`, within the tenant's limits, and with an audit event.
 
 use poem::http::StatusCode;
 use quota_common::{
@@ -16,7 +16,6 @@ use super::{
 };
 use crate::{db::TenantTx, repo::allowance::Resource, state::AppState};
 
-/// The response to a creation.
 pub trait Creation: Serialize + DeserializeOwned {
     const RESOURCE: Resource;
     const ACTION: AuditAction;
@@ -60,8 +59,8 @@ impl Creation for CreatedWebhook {
     }
 }
 
-/// Creates a resource with `insert`, or returns the first response if the request is a replay. What `insert` returns is
-/// stored for replays, so it must not contain a secret.
+/// Creates a resource with `insert`. If the request is a replay, returns the first response instead. The value that
+/// `insert` returns is stored for replays, so it must not contain a secret.
 pub async fn create<T: Creation>(
     state: &AppState,
     caller: &SignedInTenant,

@@ -1,4 +1,4 @@
-//! The credentials in the header fields of a request.
+//! Reads credentials from the header fields of a request.
 
 use quota_common::ProblemCode;
 
@@ -34,7 +34,7 @@ pub fn bearer(fields: &impl Fields) -> Result<Option<&str>, ApiError> {
     Ok(Some(token.trim()))
 }
 
-/// Returns the API key of a request: `X-API-Key: K` or `Authorization: Bearer K`.
+/// Returns the API key from `X-API-Key: K` or `Authorization: Bearer K`.
 pub fn api_key<'a>(
     fields: &'a impl Fields,
     query: Option<&str>,
@@ -66,11 +66,11 @@ pub fn api_key<'a>(
     }
 }
 
-/// Returns the consumer's key in a request that a gateway passes on: `X-API-Key`, or `Authorization: Bearer qk_…`.
+/// Returns the consumer's key from a request that a gateway forwards. Reads `X-API-Key` and `Authorization: Bearer
+/// qk_…`.
 ///
-/// `Authorization` may instead contain a credential for the API behind the gateway, which is ignored. Also returns
-/// `None` if there are several keys, or several values of either header: the API may read a different one than the one
-/// that was checked.
+/// Ignores other credentials in `Authorization`, which are for the API behind the gateway. Returns `None` if there are
+/// several keys or several values of either header: the API could read a different key than the one that was checked.
 pub fn consumer_key(fields: &impl Fields) -> Option<&str> {
     let from_field = match Sent::of(fields, "x-api-key") {
         Sent::Never => None,
@@ -90,8 +90,8 @@ pub fn consumer_key(fields: &impl Fields) -> Option<&str> {
     }
 }
 
-/// Returns the endpoint of the forwarded request, from `X-Forwarded-Method` and the path of `X-Forwarded-Uri`. Empty if
-/// neither header was sent. The query is omitted, because it can contain anything.
+/// Returns the endpoint of the forwarded request, based on `X-Forwarded-Method` and the path in `X-Forwarded-Uri`.
+/// Empty if neither header was sent. Omits the query, which may contain arbitrary data.
 pub fn forwarded_endpoint(fields: &impl Fields) -> String {
     let field = |name| fields.values(name).next().and_then(text);
     let path =

@@ -35,7 +35,7 @@ pub struct DecisionApi {
     pub streams: Streams,
 }
 
-/// The first byte of a position in the log.
+/// The first byte of an encoded position in the log.
 const POSITION: u8 = 3;
 
 fn write_position(seq: i64) -> String {
@@ -127,7 +127,7 @@ impl DecisionApi {
         let before = before.transpose()?;
         let _turn = read_turn(&self.state, &caller).await?;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
-        // This is read before the rows, so that no decision is missing between the rows and a stream from this
+        // Read before the rows, so that no decision is missed between these rows and a stream that starts at this
         // position.
         let newest = usage_log::last_seq(&mut tx).await?;
         let page = usage_log::list(&mut tx, &filter, before, page::size(limit.0)).await?;
@@ -143,12 +143,12 @@ impl DecisionApi {
 
     /// Stream decisions
     ///
-    /// Streams the decisions of all replicas as server-sent events, usually within a second. The data of a `decision`
-    /// event is a decision. To resume the stream on any replica, send the ID of the last event in the `Last-Event-ID`
-    /// header, as browsers do automatically, or in the `last_event_id` parameter. A `dropped` event contains the number
-    /// of decisions that were skipped because they arrived faster than they could be sent, including those that do not
-    /// match the filters. The stream ends with an `end` event when the access token expires, the session is revoked or
-    /// the server stops.
+    /// Streams the decisions of all replicas as server-sent events, usually within a second. The `data` field of a
+    /// `decision` event contains the decision as JSON. To resume the stream on any replica, send the ID of the last
+    /// event in the `Last-Event-ID` header, as browsers do automatically, or in the `last_event_id` parameter. A
+    /// `dropped` event contains the number of decisions that were skipped because they arrived faster than they could
+    /// be sent, including those that do not match the filters. The stream ends with an `end` event when the access
+    /// token expires, the session is revoked or the server stops.
     #[oai(
         path = "/decisions/stream",
         method = "get",
@@ -188,7 +188,7 @@ impl DecisionApi {
         let place = self.streams.begin(caller.tenant())?;
         let token = caller.token(request)?;
         let newest = read(&self.state, &caller, usage_log::last_seq).await?;
-        // A position beyond the end belongs to a log that was restored to an earlier state.
+        // A position beyond the end of the log dates from before PostgreSQL was restored to an earlier state.
         let after = after.map_or(newest, |it| it.min(newest));
         let tail = Tail {
             session: StreamSession {

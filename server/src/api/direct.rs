@@ -1,8 +1,8 @@
-//! Direct responses: decisions about plain requests, without poem and hyper.
+//! Direct responses: decisions on plain requests, made without poem and hyper.
 //!
-//! [`fast_path`](super::fast_path) handles the same requests in every other form. Both call the same code for
-//! everything that decides: reading credentials, deciding, recording, and the values of headers and bodies. This module
-//! only writes the result as the bytes of a response. `server/tests/it/direct` compares the two.
+//! [`fast_path`](super::fast_path) handles the same requests in any other form. Both modules share the code that reads
+//! credentials, makes and records decisions, and determines headers and bodies. This module only writes the result as
+//! bytes. `server/tests/it/direct` compares the two.
 
 mod response;
 
@@ -35,7 +35,7 @@ use crate::{
     telemetry::request_id::RequestIds,
 };
 
-/// Answers plain requests for decisions.
+/// Responds to plain requests for decisions.
 pub struct DirectDecisions {
     state: AppState,
     ids: RequestIds,
@@ -53,7 +53,7 @@ impl Route {
         match (request.method, request.target) {
             ("GET", "/v1/echo") => Some(Self::Echo),
             ("POST", "/v1/check") => Some(Self::Check),
-            // A response to HEAD has no body, which only hyper knows.
+            // HEAD is missing because only hyper omits the body of a response to HEAD.
             ("GET" | "POST" | "PUT" | "PATCH" | "DELETE" | "OPTIONS", target) => {
                 let deny = match target.strip_prefix(FORWARD_AUTH)? {
                     "" => None,
@@ -68,9 +68,8 @@ impl Route {
     }
 }
 
-/// A response that is not an error.
 enum Success {
-    /// The body, and the caller whose limits the headers describe.
+    /// The body and the caller whose limits the headers report.
     Echo(Vec<u8>, AdmittedKey),
     Check(Response),
     ForwardAuth(StatusOnly),
@@ -133,7 +132,7 @@ impl DirectDecisions {
         })
     }
 
-    /// Writes a response. Returns its status.
+    /// Writes a response and returns its status.
     async fn write(
         &self,
         context: &RequestContext,
@@ -143,7 +142,7 @@ impl DirectDecisions {
     ) -> StatusCode {
         let (id, base) = (context.id(), &self.state.config.public_url);
         let response = match result {
-            // These are frequent.
+            // These responses are frequent, so they are written without an intermediate [`Response`].
             Ok(Success::Echo(body, caller)) => {
                 let mut response = ResponseWriter::begin(out, StatusCode::OK);
                 response.set_static(header::CONTENT_TYPE, json::MEDIA_TYPE);
@@ -206,7 +205,7 @@ impl DirectEndpoint for DirectDecisions {
             None => false,
             Some(Route::Check) => request.body_length <= config.body_limit && !is_cross_origin(),
             Some(Route::Echo) => request.body_length == 0 && !is_cross_origin(),
-            // Here, the origin is the consumer's, and no CORS rules apply.
+            // On forward-auth, `Origin` comes from the consumer, and CORS rules do not apply.
             Some(Route::ForwardAuth(_)) => request.body_length == 0,
         }
     }

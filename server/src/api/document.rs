@@ -1,4 +1,4 @@
-//! Web pages: the landing page, the OpenAPI document and its viewer, and a page for each error type.
+//! Web pages: the landing page, the OpenAPI document and its viewer, and one page per error type.
 
 use poem::{
     Endpoint, IntoResponse, Response, Route,
@@ -24,9 +24,9 @@ const META: &str = "<meta charset=\"utf-8\">\n\
 const LANDING: &str = include_str!("document/landing.html");
 const DOOR: &str = include_str!("document/door.html");
 const ICON: &str = include_str!("../../../desktop/ui/icon.svg");
-/// These URLs do not contain a version, so they are cached only briefly.
+/// The URLs contain no version, so cache these files only briefly.
 const HOUR: &str = "public, max-age=3600";
-/// Allows nothing from other origins and nothing inline.
+/// Allows nothing from other origins, and nothing inline.
 const CSP: &str = "default-src 'none'; style-src 'self'; img-src 'self' data:; script-src 'self'; connect-src 'self'; \
     form-action 'none'; base-uri 'none'; frame-ancestors 'none'";
 /// The viewer sets inline styles and shows `data:` images.
@@ -75,7 +75,6 @@ pub(super) fn page(title: &str, body: &str) -> Response {
     ))
 }
 
-/// Escapes text for HTML.
 fn escape(text: &str) -> String {
     text.replace('&', "&amp;")
         .replace('<', "&lt;")
@@ -83,7 +82,7 @@ fn escape(text: &str) -> String {
         .replace('"', "&quot;")
 }
 
-/// Escapes text for HTML and turns backticks into `<code>`.
+/// Escapes text for HTML and turns backticks into `<code>` elements.
 fn marked(text: &str) -> String {
     let parts = text.split('`').enumerate().map(|(index, part)| {
         let part = escape(part);
@@ -119,7 +118,7 @@ fn error_page(code: ProblemCode, base: &str) -> Response {
     )
 }
 
-/// Whether the error is temporary, so that its responses have a `Retry-After` header.
+/// Whether the error is temporary, so that responses have a `Retry-After` header.
 const fn waits(code: ProblemCode) -> bool {
     matches!(
         code,
@@ -132,7 +131,7 @@ const fn waits(code: ProblemCode) -> bool {
     )
 }
 
-/// Returns how to retry after an error, with an example.
+/// Explains how to retry after an error, with an example.
 const fn retry(code: ProblemCode) -> (&'static str, &'static str) {
     match code {
         ProblemCode::RequestInProgress
@@ -271,7 +270,7 @@ fn error_list() -> Response {
     )
 }
 
-/// Extracts the viewer's style and script from the page that poem-openapi generates, where both are inline.
+/// Extracts the viewer's style and script from the page that poem-openapi generates. That page contains both inline.
 fn viewer(service_html: &str) -> Option<(String, String)> {
     let between = |start: &str, end: &str| {
         let from = service_html.find(start)? + start.len();
@@ -279,12 +278,12 @@ fn viewer(service_html: &str) -> Option<(String, String)> {
         Some(service_html[from..to].to_owned())
     };
     let style = between("<style charset=\"UTF-8\">", "</style>")?;
-    // The bundle itself contains no "</script>": the first one is the end of the template's element.
+    // The bundle itself does not contain "</script>", so the first match is the end of the template's element.
     let script = between("<script charset=\"UTF-8\">", "</script>\n</head>")?;
     Some((style, script))
 }
 
-/// Returns a gateway configuration without its opening comment.
+/// Returns a gateway configuration without its leading comment.
 fn configuration(file: &str) -> String {
     let text = match file.split_once("\n\n") {
         Some((_, body)) if file.starts_with('#') => body,
@@ -293,7 +292,7 @@ fn configuration(file: &str) -> String {
     escape(text.trim_end())
 }
 
-/// The pictures of the landing page, taken by `cargo xtask pictures`.
+/// The landing page's pictures, taken by `cargo xtask pictures`.
 const PICTURES: [(&str, &[u8]); 4] = [
     (
         "usage-light",
@@ -313,7 +312,7 @@ const PICTURES: [(&str, &[u8]); 4] = [
     ),
 ];
 
-/// Returns the section with the pictures, which follow the page's theme.
+/// Returns the section with the pictures. They follow the page's theme.
 fn pictures() -> String {
     let figure = |name: &str, caption: &str| {
         format!(
@@ -335,14 +334,13 @@ fn pictures() -> String {
     )
 }
 
-/// Returns the picture with this file name.
 fn picture(file: &str) -> Option<Response> {
     let name = file.strip_suffix(".webp")?;
     let (_, bytes) = PICTURES.iter().find(|(it, _)| *it == name)?;
     Some(respond(*bytes, WEBP, HOUR, CSP))
 }
 
-/// Returns the page at `/`: about Quota, or a short page with links to the operator's console and API docs.
+/// Returns the page at `/`: the page about Quota, or a short page with links to the operator's console and API docs.
 fn front_page(landing: &Landing, base: &str) -> String {
     let version = env!("CARGO_PKG_VERSION");
     match landing {
@@ -383,7 +381,7 @@ fn front_page(landing: &Landing, base: &str) -> String {
     }
 }
 
-/// Serves `/`, `/page.css`, `/pictures`, `/problems`, `/docs` and `/openapi.json`.
+/// Serves `/`, `/page.css`, `/pictures`, `/problems`, `/docs`, and `/openapi.json`.
 pub fn routes(
     landing: &Landing,
     base: &str,

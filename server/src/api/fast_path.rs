@@ -1,8 +1,9 @@
-//! The fast path for decisions.
+//! A fast path for decisions.
 //!
-//! Most requests are checks, at one of three fixed paths. They are recognized by path before they reach the router and
-//! poem-openapi, whose nested routes, query parsing and boxed errors cost more than the rest of such a request. The
-//! same code handles them, in the same order. A request with any other query is routed normally.
+//! Most requests are checks at one of three fixed paths. They are recognized by path before they reach the router and
+//! poem-openapi: nested routes, query parsing, and boxed errors would cost more than the rest of the request. The rest
+//! of the code is the same as for routed requests, and runs in the same order. Requests with any other query are routed
+//! normally.
 
 use poem::{Endpoint, IntoResponse, Request, Response, Result, http::Method};
 use poem_openapi::{ApiExtractor, ExtractParamOptions, param::Query};
@@ -16,10 +17,10 @@ use super::{
     request_context::RequestContext,
 };
 
-/// The path of forward-auth, which accepts every method.
+/// The path of forward-auth. It accepts every method.
 pub const FORWARD_AUTH: &str = "/v1/forward-auth";
 
-/// Wraps the router, which serves all paths.
+/// Wraps the router, which serves all other requests.
 pub struct FastPath<E>(pub E);
 
 enum FastRoute {
@@ -54,7 +55,7 @@ impl<E: Endpoint<Output = Response>> Endpoint for FastPath<E> {
     async fn call(&self, mut request: Request) -> Result<Response> {
         let answer = match FastRoute::of(&request) {
             None => {
-                // Gateways may pass on the consumer's method, which is ignored.
+                // A gateway may use its consumer's method. Forward-auth ignores the method.
                 if request.uri().path() == FORWARD_AUTH {
                     request.set_method(Method::GET);
                 }
@@ -66,7 +67,7 @@ impl<E: Endpoint<Output = Response>> Endpoint for FastPath<E> {
         };
         match answer {
             Ok(response) => Ok(response),
-            // Errors are converted here, because denials are frequent and the outer layers would box them.
+            // Convert errors here: denials are frequent, and the outer layers would box them.
             Err(error) => {
                 let context = RequestContext::of(&request)?;
                 Ok(error.into_response(context.id(), &context.state.config.public_url))

@@ -1,12 +1,11 @@
-//! Reading header fields of a request, no matter how they are stored.
+//! Access to the header fields of a request, regardless of how they are stored.
 
 use poem::http::{HeaderMap, HeaderValue};
 
 use crate::plain_request::PlainRequest;
 
-/// The header fields of a request.
 pub trait Fields: Sync {
-    /// Returns the values of a field, in order. `name` is lowercase.
+    /// Returns the values of a field in order. `name` must be lowercase.
     fn values<'a>(&'a self, name: &str) -> impl DoubleEndedIterator<Item = &'a [u8]>;
 }
 
@@ -22,7 +21,7 @@ impl Fields for PlainRequest<'_> {
     }
 }
 
-/// Returns a value as text if it consists of visible ASCII characters, spaces and tabs.
+/// Returns a value as text if it contains only visible ASCII characters, spaces, and tabs.
 pub fn text(value: &[u8]) -> Option<&str> {
     let is_text = |byte: &u8| *byte == b'\t' || (b' '..0x7f).contains(byte);
     if value.iter().all(is_text) {
@@ -32,7 +31,7 @@ pub fn text(value: &[u8]) -> Option<&str> {
     }
 }
 
-/// The values of a field that may be sent at most once.
+/// The value of a field that may be sent at most once.
 pub enum Sent<'a> {
     Never,
     Once(&'a str),
@@ -44,7 +43,7 @@ impl<'a> Sent<'a> {
         let mut values = fields.values(name);
         match (values.next(), values.next()) {
             (None, _) => Self::Never,
-            // A value that is not valid text is rejected like any other invalid credential.
+            // A value that is not valid text becomes an invalid credential, which is rejected like any other.
             (Some(value), None) => Self::Once(text(value).unwrap_or("?").trim()),
             (Some(_), Some(_)) => Self::Several,
         }

@@ -20,7 +20,8 @@ fn ok() -> Json<Health> {
     })
 }
 
-/// Returns the problem for probes while the server is stopping. It is not a server error, so it has no source to log.
+/// The problem for probes while the server is stopping. It has no source, because it is not a server error and must not
+/// be logged.
 fn stopping() -> ApiError {
     ApiError {
         retry_after: Some(Duration::from_secs(1)),

@@ -1,4 +1,4 @@
-//! `Idempotency-Key`: a request that is sent twice is processed once, and both responses are the same.
+//! `Idempotency-Key`: a request that is sent twice is processed only once, and both responses are the same.
 
 use poem::http::{HeaderMap, StatusCode};
 use quota_common::ProblemCode;
@@ -12,14 +12,15 @@ use crate::{
 
 const LENGTH_MAX: usize = 255;
 
-/// A request that may have been processed before.
+/// A request that may already have been processed.
 pub struct IdempotencyGuard {
     operation: &'static str,
     key: Option<String>,
     request_hash: Vec<u8>,
 }
 
-/// Rejects a key that is not valid text, which poem treats as missing, and a header that was sent more than once.
+/// Rejects a key that is not valid text, because poem would treat it as missing. Also rejects a header that was sent
+/// several times.
 pub fn check_field(headers: &HeaderMap) -> Result<(), ApiError> {
     let mut fields = headers.get_all("idempotency-key").iter();
     match (fields.next(), fields.next()) {
@@ -36,8 +37,8 @@ pub fn check_field(headers: &HeaderMap) -> Result<(), ApiError> {
 }
 
 impl IdempotencyGuard {
-    /// `key` is the header, if it was sent. `body` is everything that the response depends on, including the resource's
-    /// ID if the operation is on one resource.
+    /// `key` is the value of the header, if it was sent. `body` must contain everything that the response depends on.
+    /// For an operation on an existing resource, this includes the resource's ID.
     pub fn new<T: Serialize>(
         operation: &'static str,
         key: Option<String>,
@@ -50,7 +51,7 @@ impl IdempotencyGuard {
                 return Err(ApiError::invalid("Idempotency-Key", message));
             }
         }
-        // Hashes the parsed body, so the order of its fields does not matter.
+        // Hash the parsed body, so that the order of fields does not matter.
         let body = serde_json::to_vec(body).map_err(ApiError::internal)?;
         let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &body);
         Ok(Self {
@@ -60,7 +61,8 @@ impl IdempotencyGuard {
         })
     }
 
-    /// Returns the first response, if there was one. Call first inside the transaction that does the work.
+    /// Returns the first response, if there is one. Must be the first call in the transaction that processes the
+    /// request.
     pub async fn replay<T: DeserializeOwned>(
         &self,
         tx: &mut TenantTx,
@@ -89,7 +91,7 @@ impl IdempotencyGuard {
         }
     }
 
-    /// Stores the response in the same transaction. It must not contain a secret.
+    /// Stores the response in the transaction that processes the request. The response must not contain a secret.
     pub async fn keep<T: Serialize>(
         &self,
         tx: &mut TenantTx,

@@ -1,4 +1,4 @@
-//! Limits `/auth` and `/admin` per client address.
+//! Limits requests to `/auth` and `/admin` per client address.
 
 use poem::{Endpoint, Middleware, Request, Result};
 
@@ -8,7 +8,6 @@ use crate::{
     state::{AppState, Services},
 };
 
-/// The middleware, with its limiter.
 pub struct IpGuard {
     pub state: AppState,
     pub guard: fn(&Services) -> &ClientRateLimiter,
@@ -40,7 +39,7 @@ impl<E: Endpoint> Endpoint for Guarded<E> {
         if let Some(ip) = RequestContext::of(&request)?.ip
             && let Err(refused) = (self.guard)(&self.state).admit(ClientNetwork::address(ip))
         {
-            self.state.metrics.guard_refusals.inc();
+            self.state.metrics.guard_rejections.inc();
             return Err(ApiError::too_many(refused.retry_after).into());
         }
         self.inner.call(request).await

@@ -1,8 +1,8 @@
 //! JSON bodies of requests and responses.
 //!
-//! Uses serde in both directions, like the console, which does not depend on poem. `common/tests/wire.rs` proves that
-//! the OpenAPI document describes the same JSON. A body that cannot be parsed gets 400; one that can be parsed but is
-//! invalid gets 422 with all invalid fields.
+//! Requests and responses are both converted with serde, as in the console, which does not depend on poem.
+//! `common/tests/wire.rs` checks that the OpenAPI document describes the same JSON. A body that cannot be parsed
+//! results in 400. A body with invalid fields results in 422, and the response lists all of them.
 
 use futures_util::StreamExt;
 use garde::Validate;
@@ -23,7 +23,6 @@ use super::{large_response, limit_headers, problem::ApiError, request_context::R
 
 pub const MEDIA_TYPE: &str = "application/json";
 
-/// A JSON body.
 #[derive(Debug, Clone)]
 pub struct Json<T>(pub T);
 
@@ -167,7 +166,7 @@ where
     }
 }
 
-/// Checks that the media type is JSON, if there is one.
+/// Checks that the media type, if present, is JSON.
 pub fn check_media_type(media_type: Option<&str>) -> Result<(), ApiError> {
     let Some(media_type) = media_type else {
         return Ok(());
@@ -185,13 +184,13 @@ pub fn check_media_type(media_type: Option<&str>) -> Result<(), ApiError> {
     }
 }
 
-/// Parses and validates a body whose media type is JSON, or unknown.
+/// Parses and validates a body whose media type is JSON or missing.
 pub fn parse_body<T: DeserializeOwned + Validate<Context = ()>>(
     media_type: Option<&str>,
     bytes: &[u8],
 ) -> Result<T, ApiError> {
     match (media_type, bytes) {
-        // A missing body means an empty object. A body must have a media type.
+        // A missing body counts as an empty object. Any other body must have a media type.
         (None, []) => parse(b"{}"),
         (None, _) => Err(wrong_media_type()),
         (Some(_), bytes) => parse(bytes),
@@ -205,7 +204,7 @@ fn wrong_media_type() -> ApiError {
     )
 }
 
-/// The maximum size reserved for a body before it arrives.
+/// The maximum memory to reserve for a body before it arrives.
 const RESERVED: usize = 4 * 1024;
 
 /// Reads a body of at most `limit` bytes.
@@ -233,7 +232,7 @@ pub(super) async fn read(
         .map_err(|error| ApiError::internal(error.to_string()))?;
     let mut stream = body.into_bytes_stream();
     let arriving = async {
-        // A client can announce a large body and send nothing.
+        // A client could announce a large body and then send nothing.
         let mut bytes = Vec::with_capacity(announced.unwrap_or(0).min(RESERVED));
         while let Some(chunk) = stream.next().await {
             let chunk = chunk.map_err(|_| {
@@ -261,7 +260,7 @@ pub(super) async fn read(
 
 /// Parses and validates a body.
 pub fn parse<T: DeserializeOwned + Validate<Context = ()>>(bytes: &[u8]) -> Result<T, ApiError> {
-    // Malformed JSON is 400; well-formed JSON of the wrong shape is 422.
+    // Malformed JSON results in 400, and valid JSON of the wrong shape in 422.
     let value: serde_json::Value = serde_json::from_slice(bytes).map_err(|error| {
         let detail = if bytes.is_empty() {
             "The request body is empty. Send a JSON object.".to_owned()
@@ -277,7 +276,7 @@ pub fn parse<T: DeserializeOwned + Validate<Context = ()>>(bytes: &[u8]) -> Resu
         ));
     }
     drop(value);
-    // Reads from the bytes, because the value keeps only the last of two fields with the same name.
+    // Parse the bytes again: in the value, only the last of several fields with the same name remains.
     let mut reader = serde_json::Deserializer::from_slice(bytes);
     let value: T = serde_path_to_error::deserialize(&mut reader)
         .map_err(|error| ApiError::invalid_fields(vec![rejected_field(&error)]))?;
@@ -294,8 +293,8 @@ pub fn parse<T: DeserializeOwned + Validate<Context = ()>>(bytes: &[u8]) -> Resu
     Ok(value)
 }
 
-/// Returns the field that could not be deserialized. serde includes the names of missing, duplicate and unknown fields
-/// only in its message.
+/// Returns the field that could not be deserialized. For missing, duplicate, and unknown fields, only serde's message
+/// contains the name.
 fn rejected_field(error: &serde_path_to_error::Error<serde_json::Error>) -> FieldError {
     let path = error.path().to_string();
     let message = error.inner().to_string();
@@ -321,7 +320,7 @@ fn rejected_field(error: &serde_path_to_error::Error<serde_json::Error>) -> Fiel
         };
     }
     if let Some(name) = quoted("unknown field `") {
-        // The path may already end with the unknown field.
+        // The path may already end with the name of the unknown field.
         let field = if path.ends_with(name) {
             path
         } else {
@@ -338,7 +337,7 @@ fn rejected_field(error: &serde_path_to_error::Error<serde_json::Error>) -> Fiel
     }
 }
 
-/// Rewrites serde's message about a value of the wrong type without the names of Rust types.
+/// Rewrites serde's message about a value of the wrong type. The result contains no names of Rust types.
 fn mismatch(message: &str) -> String {
     if message.starts_with("UUID parsing failed") {
         return "must be a UUID".to_owned();

@@ -1,8 +1,8 @@
 //! `/admin/api-keys/{key_id}/limits` and `/burn-down`: the state of a key's limits, now and over time.
 //!
-//! Combines several sources. For a rate, the shared counters contain the usage of all replicas. For a quota, this
-//! replica's limiter knows its own decisions up to this moment, and the rollups contain those of all replicas up to
-//! about a second ago.
+//! This module combines several sources. For rates, the shared counters contain the usage of all replicas. For quotas,
+//! this replica's limiter knows its own decisions up to now, and the rollups contain the decisions of all replicas up
+//! to about a second ago.
 
 use chrono::{DateTime, TimeDelta, Utc};
 use poem::Result;
@@ -66,13 +66,13 @@ struct Quota {
 }
 
 impl KeyLimitsApi {
-    /// Returns the key with its limits, as requests use it.
+    /// Returns the key and its limits as requests use them.
     async fn key(&self, tx: &mut TenantTx, id: ApiKeyId) -> Result<KeyRecord, ApiError> {
         let facts = api_key::facts_of(tx, id.0).await.or_not_found()?;
         self.state.keys.described(facts).map_err(ApiError::from)
     }
 
-    /// Returns the current window of a key's quota: from the ledger, or otherwise from the calendar.
+    /// Returns the current window of a key's quota. Uses the ledger, or the calendar if the ledger has no window.
     async fn quota(
         &self,
         tx: &mut TenantTx,
@@ -105,7 +105,8 @@ impl KeyLimitsApi {
         }))
     }
 
-    /// Returns the total cost of the key's allowed requests between consecutive `starts`; the last span ends at `to`.
+    /// Returns the total cost of the key's allowed requests in each interval. Each interval ends at the next element of
+    /// `starts`, and the last one ends at `to`.
     async fn spent(
         tx: &mut TenantTx,
         key: ApiKeyId,
@@ -139,8 +140,8 @@ fn limit_state(state: PolicyState) -> LimitState {
 impl KeyLimitsApi {
     /// Get an API key's limits
     ///
-    /// Returns how much of each of the key's limits is left, and when each limit resets. Consumes nothing. With several
-    /// replicas, quota usage from the last second on other replicas may be missing.
+    /// Returns how much of each of the key's limits is left, and when each limit resets, without consuming any of it.
+    /// With several replicas, quota usage from the last second on other replicas may be missing.
     #[oai(
         path = "/api-keys/:key_id/limits",
         method = "get",
@@ -155,7 +156,7 @@ impl KeyLimitsApi {
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
         let record = self.key(&mut tx, key_id.0).await?;
         tx.commit().await?;
-        // Waits for the shared counters, so it must not hold a connection to PostgreSQL.
+        // This may wait for the shared counters, so it must not hold a connection to PostgreSQL.
         let limiter = &self.state.limiter;
         let decision = limiter.inspect(&record.handle, &record.policies).await;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
@@ -164,7 +165,7 @@ impl KeyLimitsApi {
         for state in decision.states() {
             let mut limit = limit_state(state);
             if let Some(quota) = self.quota(&mut tx, &record, state.policy, now).await? {
-                // Other replicas may have counted usage in this window even if this one has not.
+                // Other replicas may have counted usage in this window, even if this one has not.
                 let spent = Self::spent(&mut tx, key_id.0, &[quota.start], quota.end).await?;
                 limit.limit = quota.limit;
                 limit.remaining = limit
@@ -233,8 +234,8 @@ impl KeyLimitsApi {
 /// The maximum number of points in a burn-down, not counting the last one.
 const POINTS: i32 = 192;
 
-/// Returns the starts of equal intervals from the start of the window, aligned to quarter hours. The last one is before
-/// `until`.
+/// Returns the starts of equal intervals from the start of the window up to `until`, aligned to quarter hours. The last
+/// one is before `until`.
 fn steps(quota: Quota, until: DateTime<Utc>) -> Vec<DateTime<Utc>> {
     let quarter = TimeDelta::minutes(15);
     let quarters = (quota.end - quota.start).num_minutes() / 15;
@@ -290,8 +291,8 @@ fn burn_down(
     }
     let remaining = quota.limit.saturating_sub(used);
 
-    // The pace is measured over the last quarter of the elapsed time, which is long enough to be stable and short
-    // enough to follow changes.
+    // Measure the pace over the last quarter of the elapsed time. This is long enough to be stable and short enough to
+    // follow changes.
     let so_far = until - quota.start;
     let recent = (so_far / 4).max(TimeDelta::hours(1)).min(so_far);
     let since = until - recent;

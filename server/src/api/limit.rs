@@ -35,7 +35,7 @@ use crate::{
 
 pub struct LimitApi;
 
-/// A response with the headers of the decision that allowed its request.
+/// A response with headers that report the decision on the request.
 pub struct WithLimitHeaders<T> {
     admitted: AdmittedKey,
     body: Json<T>,
@@ -79,7 +79,7 @@ impl<T: Type + serde::Serialize + Send> ApiResponse for WithLimitHeaders<T> {
 pub struct StatusOnly {
     pub status: StatusCode,
     decision: GatewayDecision,
-    /// The decision of the limiter, and the key.
+    /// The key and the limiter's decision.
     decided: Option<(Arc<KeyRecord>, Decision)>,
     challenge: Option<HeaderValue>,
 }
@@ -193,7 +193,6 @@ fn limits(decision: &Decision) -> Vec<LimitState> {
     show.collect()
 }
 
-/// Returns the body of the echo response.
 pub fn echo(caller: &AdmittedKey) -> Result<Echo, ApiError> {
     let time = Timestamp::from_unix_secs(caller.decision.at.secs())
         .ok_or_else(|| ApiError::internal("the clock is past the year 9999"))?;
@@ -204,7 +203,6 @@ pub fn echo(caller: &AdmittedKey) -> Result<Echo, ApiError> {
     })
 }
 
-/// Decides about a check.
 pub async fn check(
     context: &RequestContext,
     caller: &ServiceCaller,
@@ -261,7 +259,7 @@ pub async fn check(
     })
 }
 
-/// Decides about a request that a gateway has received.
+/// Decides on a request that a gateway has received.
 pub async fn forward_auth(
     context: &RequestContext,
     caller: &GatewayCaller,
@@ -331,8 +329,8 @@ impl LimitApi {
         &self,
         caller: GatewayCaller,
         request: &Request,
-        /// Status code for a denied request: `403` or `429`. Default: `429`. Use `403` for nginx, which passes on
-        /// neither 429 nor 402.
+        /// Status code for a denied request: `403` or `429`. Default: `429`. Use `403` for nginx, which does not pass
+        /// on 429 or 402.
         deny: Query<Option<Deny>>,
     ) -> Result<StatusOnly, ApiError> {
         let context = RequestContext::of(request)?;

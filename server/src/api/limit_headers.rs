@@ -1,10 +1,10 @@
 //! The headers that report a decision.
 //!
-//! This module writes all of them, except those of responses without a decision: `X-Quota-Decision` of errors on
-//! forward-auth, and `Retry-After` of errors.
+//! Only this module writes these headers, except in error responses without a decision. Those can have `Retry-After`
+//! and, on forward-auth, `X-Quota-Decision`.
 //!
-//! `RateLimit` and `RateLimit-Policy` follow draft-ietf-httpapi-ratelimit-headers-11, as structured fields of
-//! RFC 9651; `X-RateLimit-*` are the older convention. `X-Quota-Decision` is for gateways.
+//! `RateLimit` and `RateLimit-Policy` follow draft-ietf-httpapi-ratelimit-headers-11 and are structured fields (RFC
+//! 9651). `X-RateLimit-*` follow the older convention. `X-Quota-Decision` is for gateways.
 
 use std::{fmt::Write, sync::OnceLock};
 
@@ -20,13 +20,13 @@ pub const REMAINING: HeaderName = HeaderName::from_static("x-ratelimit-remaining
 pub const RESET: HeaderName = HeaderName::from_static("x-ratelimit-reset");
 pub const POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
 pub const STATE: HeaderName = HeaderName::from_static("ratelimit");
-/// The decision of forward-auth. Gateways admit a request only on status 200 and `allowed`.
+/// The decision of forward-auth. A gateway must forward a request only if the status is 200 and the value is `allowed`.
 pub const DECISION: HeaderName = HeaderName::from_static("x-quota-decision");
-/// Present while Redis is unreachable and this replica decides without it.
+/// Present if Redis is unreachable and this replica decides without it.
 pub const DEGRADED: HeaderName = HeaderName::from_static("x-quota-degraded");
 pub const REDIS_AWAY: &str = "redis-away";
 
-/// The maximum number of headers in a response, so that its map is allocated only once.
+/// The maximum number of headers in a response. Reserving this many allocates the map only once.
 pub const FIELDS: usize = 14;
 
 /// The values of [`DECISION`].
@@ -36,12 +36,12 @@ pub enum GatewayDecision {
     Limited,
     Unauthorized,
     PaymentRequired,
-    /// No decision was made: a dependency is unavailable, or the gateway's request is not valid.
+    /// No decision was made, because a dependency is unavailable or the gateway's request is invalid.
     Unavailable,
 }
 
 impl GatewayDecision {
-    /// Returns the decision that an error response states; never [`Allowed`](Self::Allowed).
+    /// Returns the decision for an error response. Never returns [`Allowed`](Self::Allowed).
     pub const fn of_error(status: StatusCode) -> Self {
         match status {
             StatusCode::UNAUTHORIZED => Self::Unauthorized,
@@ -62,21 +62,21 @@ impl GatewayDecision {
     }
 }
 
-/// Where the headers of a response are written.
+/// A destination for the headers of a response.
 pub trait HeaderSink {
-    /// Announces that there will be about this many headers.
+    /// Announces approximately how many headers will be set.
     fn expect(&mut self, _headers: usize) {}
 
     fn contains(&self, name: &HeaderName) -> bool;
 
-    /// Sets a header. Each header is set only once.
+    /// Sets a header. Callers set each header only once.
     fn set(&mut self, name: HeaderName, value: &HeaderValue);
 
     fn set_static(&mut self, name: HeaderName, value: &'static str);
 
     fn set_number(&mut self, name: HeaderName, value: u64);
 
-    /// Sets a header to visible ASCII characters and spaces.
+    /// Sets a header to a value of visible ASCII characters and spaces.
     fn set_text(&mut self, name: HeaderName, value: &[u8]);
 }
 
@@ -106,7 +106,7 @@ impl HeaderSink for HeaderMap {
     }
 }
 
-/// The values that are the same for all requests of a key.
+/// Values that are the same for all requests with a key.
 struct FixedValues {
     limit: HeaderValue,
     policy: HeaderValue,
@@ -114,7 +114,7 @@ struct FixedValues {
     with_tenant: OnceLock<HeaderValue>,
 }
 
-/// Writes every header of a decision, including `Retry-After`.
+/// Writes all headers of a decision, including `Retry-After`.
 pub fn write(headers: &mut impl HeaderSink, record: &KeyRecord, decision: &Decision) {
     let rate = decision.rate;
     let fixed = record.headers.get_or_init(|| FixedValues {
@@ -173,7 +173,8 @@ pub fn pairs(record: &KeyRecord, decision: &Decision) -> Vec<(&'static str, Stri
     pairs
 }
 
-/// Whether the decision was made without Redis, which is the only reason for a denial that names no policy.
+/// Whether the decision was made without Redis. Only such a decision can deny a request without naming a violated
+/// policy.
 fn is_degraded(decision: &Decision) -> bool {
     decision.degraded || (!decision.is_allowed() && decision.violated().is_empty())
 }
@@ -187,8 +188,8 @@ fn all_policies(policies: &Policies, decision: &Decision) -> HeaderValue {
     value(policy_field(policies, Some(decision), decision.tenant_monthly).as_bytes())
 }
 
-/// Returns the key's policies: `q` requests per `w` seconds. A month has no `w`, since its length varies. A window that
-/// a change of time zone shortened has its own length and quota.
+/// Returns the key's policies: `q` requests per `w` seconds. A month has no `w`, because its length varies. For a
+/// window that a change of time zone has shortened, uses the window's own length and quota.
 fn policy_field(
     policies: &Policies,
     decision: Option<&Decision>,
@@ -219,16 +220,17 @@ fn policy_field(
     field
 }
 
-/// The policy closest to exhaustion: `r` requests are left, and all of them are available again in `t` seconds.
+/// The state of the policy that is closest to exhaustion: `r` requests are left, and all are available again in `t`
+/// seconds.
 ///
-/// For example `"rpm";r=412;t=23`. Written without heap allocation, since it differs for every request.
+/// For example, `"rpm";r=412;t=23`. Written without heap allocation, because the value differs for every request.
 struct StateField {
     bytes: [u8; Self::LONGEST],
     length: usize,
 }
 
 impl StateField {
-    /// Large enough for the longest name and two numbers of 20 digits.
+    /// Enough space for the longest name and two 20-digit numbers.
     const LONGEST: usize = "\"tenant_monthly\";r=;t=".len() + 2 * 20;
 
     fn of(decision: &Decision) -> Self {
@@ -262,7 +264,7 @@ impl StateField {
     }
 }
 
-/// Names of policies and numbers are visible ASCII.
+/// `text` consists of policy names and numbers, which are visible ASCII.
 fn value(text: &[u8]) -> HeaderValue {
     HeaderValue::from_bytes(text).unwrap_or_else(|_| HeaderValue::from_static(""))
 }

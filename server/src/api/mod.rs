@@ -1,9 +1,9 @@
-//! The HTTP API: authentication, requests and responses. One file per noun.
+//! The HTTP API: authentication, requests, and responses. One file per noun.
 //!
-//! Does not contain SQL: handlers call `repo` and the modules in between. Every error becomes a
-//! [`Problem`](quota_common::Problem) in [`problem`] and nowhere else. The caller is the first argument of every
-//! handler and the body the last, which is the order in which poem extracts them: an anonymous caller never reaches a
-//! parser. The type of the caller is the permission that the handler requires; see [`tenant_rights`].
+//! Contains no SQL: handlers call `repo` and the modules between the two. Only [`problem`] converts errors to a
+//! [`Problem`](quota_common::Problem). In every handler, the caller is the first argument and the body is the last.
+//! poem extracts arguments in order, so the body of an anonymous request is never parsed. The type of the caller is the
+//! permission that the handler requires; see [`tenant_rights`].
 
 pub mod admitted;
 pub mod alert;

@@ -1,4 +1,4 @@
-//! Pagination: reads `limit` and `cursor`, and writes the cursor of the next page.
+//! Pagination: parses `limit` and `cursor`, and creates the cursor of the next page.
 
 use std::borrow::Cow;
 
@@ -17,7 +17,7 @@ use uuid::Uuid;
 use super::problem::ApiError;
 use crate::repo::{CursorKey, Order, Rows, Slice, SortBy, Sorted, SortedSlice};
 
-/// The `limit` parameter: between 1 and [`MAX_LIMIT`].
+/// The `limit` parameter, from 1 to [`MAX_LIMIT`].
 #[derive(Debug, Clone, Copy)]
 pub struct PageSize(u32);
 
@@ -26,7 +26,7 @@ impl Type for PageSize {
     type RawValueType = Self;
     type RawElementValueType = Self;
 
-    // Not `u32`'s type name, because the error messages differ.
+    // Not the name of `u32`, because this type has its own error messages.
     fn name() -> Cow<'static, str> {
         "PageSize".into()
     }
@@ -59,12 +59,12 @@ impl ParseFromParameter for PageSize {
     }
 }
 
-/// The first byte of a cursor with an ID, for lists that have only one order, newest first.
+/// The first byte of a cursor that contains only an ID. For lists that are always sorted newest first.
 const ID: u8 = 1;
-/// The first byte of a cursor with a sort order, an ID, and the sort value of the row with that ID.
+/// The first byte of a cursor that contains a sort order, an ID, and the sort value of the row with that ID.
 const SORTED: u8 = 2;
 
-/// Reads `limit` and `cursor` of a list that has only one order, newest first.
+/// Parses `limit` and `cursor` for a list that is always sorted newest first.
 pub fn slice(limit: Option<PageSize>, cursor: Option<&str>) -> Result<Slice, ApiError> {
     Ok(Slice {
         after: cursor.map(read).transpose()?,
@@ -72,7 +72,7 @@ pub fn slice(limit: Option<PageSize>, cursor: Option<&str>) -> Result<Slice, Api
     })
 }
 
-/// Reads `limit` and `cursor` of a list in this sort order.
+/// Parses `limit` and `cursor` for a list in this sort order.
 pub fn sorted(
     order: Order,
     limit: Option<PageSize>,
@@ -90,7 +90,8 @@ pub fn size(limit: Option<PageSize>) -> u32 {
     limit.map_or(DEFAULT_LIMIT, |limit| limit.0)
 }
 
-/// Reads a string by which a list is filtered. An empty string means no filter. PostgreSQL text cannot contain NUL.
+/// Checks a string that filters a list. An empty string means no filter. Rejects NUL, which PostgreSQL text cannot
+/// contain.
 pub fn filter(name: &'static str, text: Option<String>) -> Result<Option<String>, ApiError> {
     match text {
         Some(text) if text.contains('\0') => {
@@ -168,7 +169,7 @@ fn read_sorted(order: Order, cursor: &str) -> Result<(CursorKey, Uuid), ApiError
     Ok((cursor_key, id))
 }
 
-/// Whether PostgreSQL can store the time. PostgreSQL's times begin in 4713 BC; ours have a four-digit year.
+/// Whether the year has four digits, as in every time that Quota stores. PostgreSQL supports all of these years.
 fn is_storable(at: &DateTime<Utc>) -> bool {
     (0..=9999).contains(&at.year())
 }
@@ -189,7 +190,7 @@ fn write_sorted(order: Order, cursor_key: &CursorKey, id: Uuid) -> String {
     URL_SAFE_NO_PAD.encode(bytes)
 }
 
-/// Returns a page of a list that has only one order, newest first.
+/// Returns a page of a list that is always sorted newest first.
 pub fn page<R, T: ParseFromJSON + ToJSON>(
     rows: Rows<R>,
     id: impl Fn(&R) -> Uuid,

@@ -88,7 +88,7 @@ fn in_use(key_count: u64) -> ApiError {
     ApiError::new(ProblemCode::PlanInUse, detail)
 }
 
-/// Returns the problem for deleting a plan to which a key was added after its keys were counted.
+/// The problem for deleting a plan that has received a key since its keys were counted.
 fn just_used() -> ApiError {
     ApiError::new(
         ProblemCode::PlanInUse,
@@ -101,7 +101,7 @@ impl PlanApi {
     /// List plans
     ///
     /// Returns plans in the order given by `sort`, by default newest first, each with its number of keys. A cursor is
-    /// valid only with the `sort` it was issued for.
+    /// valid only with the `sort` for which it was issued.
     #[oai(path = "/plans", method = "get", operation_id = "list_plans")]
     async fn list(
         &self,
@@ -128,8 +128,8 @@ impl PlanApi {
     async fn create(
         &self,
         caller: ManagingTenant,
-        /// Makes the request safe to retry: repeating it with the same key and body within 24 hours returns the first
-        /// response again.
+        /// Makes the request safe to retry: repeating it with the same `Idempotency-Key` and body within 24 hours
+        /// returns the first response again.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<CreatePlan>,
@@ -175,8 +175,8 @@ impl PlanApi {
 
     /// Update a plan
     ///
-    /// Takes effect on all replicas within one second. Usage isn't reset: an update grants no new burst or quota. If
-    /// the burst equals the rate, changing the rate also changes the burst, unless you send `burst`.
+    /// Takes effect on all replicas within one second. Usage isn't reset: an update does not grant a new burst or
+    /// quota. If the burst equals the rate, changing the rate also changes the burst, unless you send `burst`.
     #[oai(
         path = "/plans/:plan_id",
         method = "patch",

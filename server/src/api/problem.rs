@@ -1,4 +1,4 @@
-//! Error responses. The only place where an error becomes a [`Problem`](quota_common::Problem).
+//! Error responses. Errors become a [`Problem`](quota_common::Problem) only in this module.
 
 mod body;
 mod convert;
@@ -26,7 +26,7 @@ use crate::{
     limiter::{Decision, LimiterError, Policy},
 };
 
-/// Converts a lookup without a row to 404.
+/// Converts a missing row to a 404 error.
 pub trait OrNotFound<T> {
     fn or_not_found(self) -> Result<T, ApiError>;
 }
@@ -37,7 +37,6 @@ impl<T> OrNotFound<T> for Result<Option<T>, DbError> {
     }
 }
 
-/// An error that becomes a response.
 #[derive(Debug, thiserror::Error)]
 #[error("{}: {detail}", .code.slug())]
 pub struct ApiError {
@@ -47,16 +46,16 @@ pub struct ApiError {
     pub retry_after: Option<Duration>,
     /// The methods that the path supports, for 405.
     pub allow: Option<String>,
-    /// Whether the request had credentials. Used for 401.
+    /// Whether the request had credentials, for 401.
     pub credential_sent: bool,
-    /// The denial by a key's limits, which is described by the response headers.
+    /// The denial by a key's limits. The response headers report it.
     pub denied: Option<Box<(Arc<KeyRecord>, Decision)>>,
     /// The cause, for the log. Never sent to the caller.
     #[source]
     pub source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
-/// A database constraint, and the problem for violating it.
+/// The name of a database constraint, and the problem for violating it.
 pub type Named = (&'static str, fn() -> ApiError);
 
 impl ApiError {
@@ -73,7 +72,7 @@ impl ApiError {
         }
     }
 
-    /// Returns the problem for a resource that does not exist or belongs to another tenant.
+    /// The problem for a resource that does not exist or belongs to another tenant.
     pub fn not_found() -> Self {
         Self::new(ProblemCode::NotFound, "Not found.")
     }
@@ -123,7 +122,7 @@ impl ApiError {
         Self::wait("Too many requests from this address.", retry_after)
     }
 
-    /// Returns the problem for too many concurrent reports and lists of a tenant.
+    /// The problem for a tenant with too many concurrent reads.
     pub fn too_many_reads() -> Self {
         Self::wait(
             "Your organization has too many concurrent reads.",
@@ -138,7 +137,7 @@ impl ApiError {
         )
     }
 
-    /// Returns the problem for a tenant that has requested too many deliveries.
+    /// The problem for a tenant that has requested too many deliveries.
     pub fn too_many_webhook_requests(retry_after: Duration) -> Self {
         Self::wait(
             "Your organization has requested too many test events and redeliveries.",
@@ -146,7 +145,7 @@ impl ApiError {
         )
     }
 
-    /// Returns the problem for a webhook that has as many pending deliveries as it may.
+    /// The problem for a webhook with the maximum number of pending deliveries.
     pub fn too_many_pending() -> Self {
         Self::wait(
             "The webhook has too many pending deliveries.",
@@ -154,13 +153,13 @@ impl ApiError {
         )
     }
 
-    /// Returns the problem for too many streams, which remain open while they are being viewed.
+    /// The problem for too many open streams.
     pub fn too_many_streams() -> Self {
         Self::wait("Too many open streams.", Duration::from_secs(10))
     }
 
-    /// Returns the problem for a request to be retried later. `detail` states the wait as well, for users who cannot
-    /// see the headers.
+    /// Returns a problem for a request that can be retried after `retry_after`. `detail` also states the delay, for
+    /// users who cannot see the headers.
     fn wait(why: &str, retry_after: Duration) -> Self {
         let secs = whole_secs(retry_after);
         let unit = if secs == 1 { "second" } else { "seconds" };
@@ -204,7 +203,7 @@ impl ApiError {
     pub fn denied(record: Arc<KeyRecord>, decision: Decision) -> Self {
         let secs = decision.retry_after_secs();
         if decision.violated().is_empty() {
-            // No limit is known to have been reached, because the shared counters could not be queried.
+            // The shared counters could not be queried, so it is unknown whether a limit has been reached.
             return Self {
                 retry_after: Some(Duration::from_secs(secs.unwrap_or(1))),
                 denied: Some(Box::new((record, decision))),
@@ -233,7 +232,7 @@ impl ApiError {
         }
     }
 
-    /// Converts a database error, with the given problems for violated constraints.
+    /// Converts a database error. If it is the violation of a named constraint, returns that constraint's problem.
     pub fn on_constraint(error: DbError, named: &[Named]) -> Self {
         if let DbError::Constraint(name) = &error
             && let Some((_, problem)) = named.iter().find(|(constraint, _)| constraint == name)
@@ -243,7 +242,7 @@ impl ApiError {
         error.into()
     }
 
-    /// Returns the status, which is 429 for every denial, regardless of its problem type.
+    /// Returns the status. Every denial is 429, regardless of its problem type.
     const fn http_status(&self) -> u16 {
         match self.denied {
             Some(_) => 429,
@@ -255,7 +254,7 @@ impl ApiError {
         StatusCode::from_u16(self.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
     }
 
-    /// Returns the response. Logs the error, once, if the server failed.
+    /// Returns the response. If the server failed, also logs the error.
     pub fn into_response(self, request_id: &str, base: &str) -> Response {
         let mut body = Vec::with_capacity(512);
         self.write_body(request_id, base, &mut body);
@@ -264,7 +263,8 @@ impl ApiError {
         response
     }
 
-    /// Logs the error if the server failed. Being overloaded is not a failure: it has no source, and metrics count it.
+    /// Logs the error if the server failed. Being overloaded is not a failure: such errors have no source, and metrics
+    /// count them.
     fn log(&self, request_id: &str) {
         let is_busy = self.code == ProblemCode::InsufficientStorage
             || self.code == ProblemCode::Unavailable && self.source.is_none();
@@ -283,7 +283,7 @@ impl ApiError {
         }
     }
 
-    /// Writes the problem, and logs the error, once, if the server failed.
+    /// Writes the body of the problem. If the server failed, also logs the error.
     pub fn write_body(&self, request_id: &str, base: &str, out: &mut Vec<u8>) {
         self.log(request_id);
         let detail = match self.code {
@@ -342,7 +342,7 @@ impl ApiError {
     }
 }
 
-/// Rounds up, so that a retry is never too early.
+/// Rounds up, so that clients never retry too early.
 fn whole_secs(wait: Duration) -> u64 {
     (wait.as_secs() + u64::from(wait.subsec_nanos() > 0)).max(1)
 }
@@ -372,7 +372,7 @@ impl ResponseError for ApiError {
 }
 
 impl IntoResponse for ApiError {
-    /// Used only for responses that bypass `request_log`, which would add the request ID.
+    /// Used only for responses that bypass `request_log`. Without it, the request ID is unknown.
     fn into_response(self) -> Response {
         self.into_response("", "")
     }

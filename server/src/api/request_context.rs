@@ -20,18 +20,18 @@ use crate::{
     telemetry::log::AccessLine,
 };
 
-/// Maximum length of the stored User-Agent. Longer values are truncated.
+/// Maximum length of the stored `User-Agent`, in characters. Longer values are truncated.
 const USER_AGENT_MAX: usize = 256;
 
-/// The details of a request, determined once when it arrives and stored with it.
+/// Details of a request, determined once when it arrives and stored with it.
 pub struct RequestContext {
     pub state: AppState,
-    /// The request's ID: visible ASCII.
+    /// The request's ID, in visible ASCII.
     pub id: HeaderValue,
-    /// The client's address. `None` for a peer without one, such as a Unix socket.
+    /// The client's address. `None` for a peer without an address, such as a Unix socket.
     pub ip: Option<IpAddr>,
     arrived: UnixNanos,
-    /// Marks on the request's connection, if the listener still needs them.
+    /// The marks of the request's connection, if the listener still reads them.
     marks: Option<ConnectionMarks>,
     /// The authenticated caller, for the access log. Set during authentication.
     caller: Mutex<Option<Identity>>,
@@ -60,7 +60,7 @@ impl RequestContext {
         }
     }
 
-    /// Returns the context that `request_log` stored with the request.
+    /// Returns the context that `request_log` has stored with the request.
     pub fn of(request: &Request) -> Result<&Self, ApiError> {
         match request.data::<Arc<Self>>() {
             Some(context) => Ok(context),
@@ -76,7 +76,7 @@ impl RequestContext {
         *self.caller.lock() = Some(Identity::Tenant(tenant));
     }
 
-    /// Returns the tenant of the user who makes the request.
+    /// Returns the tenant of the user who made the request.
     pub fn tenant(&self) -> Option<TenantId> {
         match &*self.caller.lock() {
             Some(Identity::Tenant(tenant)) => Some(*tenant),
@@ -88,8 +88,8 @@ impl RequestContext {
         *self.caller.lock() = Some(Identity::Key(key));
     }
 
-    /// Returns the caller for whom a secret in this request is looked up. `tenant` is the owner of the service token in
-    /// the request, if it has one.
+    /// Returns the caller to whom the lookup of a secret in this request is attributed. `tenant` is the owner of the
+    /// request's service token, if it has one.
     pub fn source(&self, tenant: Option<TenantId>) -> LookupCaller {
         LookupCaller {
             tenant,
@@ -97,7 +97,7 @@ impl RequestContext {
         }
     }
 
-    /// Records that the request had a valid API key or service token.
+    /// Marks the connection as one that has sent a valid API key or service token.
     pub fn has_authenticated(&self) {
         if let Some(marks) = &self.marks {
             marks.set_authenticated();
@@ -132,7 +132,7 @@ impl RequestContext {
     }
 }
 
-/// Returns the origin of a request, as it is stored with sessions and audit events.
+/// Returns the origin of a request, as stored with sessions and audit events.
 pub fn origin(request: &Request) -> Origin {
     let user_agent = request.headers().get(header::USER_AGENT).map(|agent| {
         String::from_utf8_lossy(agent.as_bytes())

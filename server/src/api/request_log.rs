@@ -1,7 +1,7 @@
 //! The outermost layer around every request.
 //!
-//! Assigns the request ID, turns errors and panics into problems, enforces the time limit, adds the headers that every
-//! response has, counts the request and writes the access log.
+//! Assigns the request ID, converts errors and panics to problems, enforces the time limit, adds common response
+//! headers, counts the request, and writes the access log.
 
 use std::{future::poll_fn, panic::AssertUnwindSafe, pin::pin, sync::Arc, task::Poll};
 
@@ -29,7 +29,7 @@ use crate::{
 
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// The headers added to every response. They forbid framing, content sniffing and sharing with other origins.
+/// Headers that are added to every response. They forbid framing, content sniffing, and sharing with other origins.
 const ALWAYS: [(HeaderName, &str); 5] = [
     (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
     (header::X_FRAME_OPTIONS, "DENY"),
@@ -44,7 +44,6 @@ const ALWAYS: [(HeaderName, &str); 5] = [
     ),
 ];
 
-/// The middleware; see the module documentation.
 pub struct RequestLog {
     pub state: AppState,
     pub methods: Arc<Methods>,
@@ -87,7 +86,7 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
             request.data::<ConnectionMarks>().cloned(),
         ));
         let method = request.method().clone();
-        // The whole URI: cloning it is cheaper than copying its path.
+        // Cloning the whole URI is cheaper than copying its path.
         let uri = request.uri().clone();
         request.set_data(context.clone());
 
@@ -114,7 +113,7 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
         let status = response.status().as_u16();
         let took = state.clock.monotonic().saturating_since(began);
         state.metrics.answered(status);
-        // Routine probes are not logged, because they arrive every few seconds.
+        // Routine probes arrive every few seconds, so they are not logged.
         let is_routine_probe =
             uri.path().starts_with("/health/") && (status < 500 || state.is_draining());
         if !is_routine_probe
@@ -124,7 +123,7 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
         }
 
         let headers = response.headers_mut();
-        // Avoids a copy, unless a spawned task still holds the request.
+        // Avoids a copy, unless a spawned task still holds the context.
         let id = Arc::try_unwrap(context)
             .map_or_else(|context| context.id.clone(), |context| context.id);
         headers.insert(REQUEST_ID, id);
@@ -133,12 +132,12 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
     }
 }
 
-/// Runs a handler. Turns a panic into an error, and enforces the time limit.
+/// Runs a handler. Converts a panic to an error, and enforces the time limit.
 pub async fn run<T>(state: &AppState, handler: impl Future<Output = T>) -> Result<T, ApiError> {
     state.metrics.requests_in_flight.inc();
     let _flight = InFlight(state);
-    // A handler can exceed the time limit only while it waits for something. Most handlers do not wait at all, so they
-    // are polled once before a timer is set up.
+    // Most handlers complete without waiting, so poll once before setting up a timer. A handler can exceed the time
+    // limit only if it waits.
     let mut answer = pin!(AssertUnwindSafe(handler).catch_unwind());
     let at_once = poll_fn(|context| Poll::Ready(answer.as_mut().poll(context))).await;
     let answer = match at_once {
@@ -157,7 +156,7 @@ pub async fn run<T>(state: &AppState, handler: impl Future<Output = T>) -> Resul
     }
 }
 
-/// Writes the headers that every response has besides its ID, except those that are already set.
+/// Writes the headers that every response has in addition to its ID. Does not overwrite headers that are already set.
 pub fn write_common(headers: &mut impl HeaderSink, state: &AppState) {
     for (name, value) in ALWAYS {
         headers.set_static(name, value);
@@ -176,8 +175,8 @@ pub fn write_common(headers: &mut impl HeaderSink, state: &AppState) {
     }
 }
 
-/// Adds the decision to an error response of forward-auth. A response that gateways act on has no body, so that nginx
-/// can reuse its connection. The response to a malformed request keeps its body, which explains the error.
+/// Adds the decision to an error response of forward-auth. Removes the body if the gateway acts on the response, so
+/// that nginx can reuse its connection. The response to a malformed request keeps its body, which explains the error.
 pub fn for_gateway(mut response: Response) -> Response {
     let status = response.status();
     let decision = GatewayDecision::of_error(status);
@@ -200,7 +199,7 @@ impl Drop for InFlight<'_> {
 }
 
 impl<E> RequestLogEndpoint<E> {
-    /// Returns the incoming request ID if it is valid, otherwise a new one.
+    /// Returns the ID in the request if it is valid, or a new one otherwise.
     fn request_id(&self, request: &Request, now: UnixNanos) -> HeaderValue {
         match request.headers().get(REQUEST_ID) {
             Some(id) if is_id(id.as_bytes()) => id.clone(),
@@ -209,12 +208,11 @@ impl<E> RequestLogEndpoint<E> {
     }
 }
 
-/// Returns a new request ID.
 pub fn new_id(ids: &RequestIds, now: UnixNanos) -> HeaderValue {
     HeaderValue::from_bytes(&ids.next(now)).unwrap_or_else(|_| HeaderValue::from_static("unknown"))
 }
 
-/// Accepts 1 to 128 letters, digits and `-_.:`, none of which is special in a log or a terminal.
+/// Accepts 1 to 128 letters, digits, and `-_.:`. None of these characters is special in logs or terminals.
 pub fn is_id(bytes: &[u8]) -> bool {
     (1..=128).contains(&bytes.len())
         && bytes

@@ -1,4 +1,4 @@
-//! `/admin/stats`: the numbers on the home page.
+//! `/admin/stats`: the statistics on the home page.
 
 use chrono::{DateTime, TimeDelta, Utc};
 use poem::Result;
@@ -30,12 +30,12 @@ pub struct StatsApi {
     pub state: AppState,
 }
 
-/// The same time yesterday, for comparison.
+/// The same time of day yesterday, for comparison.
 struct Yesterday {
     start: DateTime<Utc>,
     /// The start of the quarter hour that contains this time.
     quarter: DateTime<Utc>,
-    /// The fraction of that quarter hour that has passed.
+    /// The fraction of that quarter hour that had passed.
     part: f64,
 }
 
@@ -49,7 +49,7 @@ impl Yesterday {
             )
             .start,
         );
-        // The time is at most the end of the day, in case today is longer than yesterday.
+        // Today may be longer than yesterday, so limit the time to the end of yesterday.
         let at = zone.day_before(nanos(now)).map_or(today, time).min(today);
         let quarter = range::floor(at).max(start);
         let part = (at - quarter).as_seconds_f64() / range::QUARTER.as_seconds_f64();
@@ -61,9 +61,9 @@ impl Yesterday {
     }
 }
 
-/// Returns a fraction of a count, rounded.
+/// Returns a fraction of a count, rounded to an integer.
 fn part_of(count: u64, part: f64) -> u64 {
-    // A count for a quarter hour is far below 2^52.
+    // The count for a quarter hour is far below 2^52.
     #[expect(
         clippy::cast_precision_loss,
         clippy::cast_possible_truncation,
@@ -91,7 +91,7 @@ impl From<QuotaRow> for QuotaStatus {
     }
 }
 
-/// How much of a quota must be used before it needs attention, in percent.
+/// A quota needs attention if at least this percentage of it is used.
 const ATTENTION_PERCENT: i64 = 80;
 
 fn attention(quotas: Vec<QuotaRow>, standings: Vec<Standing>) -> Vec<Attention> {
@@ -136,8 +136,8 @@ fn attention(quotas: Vec<QuotaRow>, standings: Vec<Standing>) -> Vec<Attention> 
 impl StatsApi {
     /// Get statistics
     ///
-    /// Returns the number of keys and plans, today's requests, the quota that is closest to its limit, and the keys
-    /// that need attention.
+    /// Returns the number of keys and plans, today's requests, the quota closest to its limit, and the keys that need
+    /// attention.
     #[oai(path = "/stats", method = "get", operation_id = "get_stats")]
     async fn stats(&self, caller: UsageTenant) -> Result<Json<Stats>, ApiError> {
         let _turn = read_turn(&self.state, &caller).await?;

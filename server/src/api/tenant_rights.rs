@@ -1,8 +1,8 @@
 //! Callers with a permission in their tenant.
 //!
-//! A handler whose first argument is one of these types cannot be reached without the corresponding permission. A
-//! signed-in caller without it gets 403 before the body is read. [`SignedInTenant`] requires no permission: it is for a
-//! user's own account and sessions. [`Role`] defines the permissions of each role.
+//! A handler whose first argument is one of these types runs only for callers with the corresponding permission.
+//! Signed-in callers without it get 403 before the body is read. [`SignedInTenant`] requires no permission; it is for
+//! users' own accounts and sessions. [`Role`] defines the permissions of each role.
 
 use std::ops::Deref;
 
@@ -12,15 +12,15 @@ use quota_common::{ProblemCode, auth::Role};
 
 use super::{admitted::SignedInTenant, problem::ApiError};
 
-/// Returns the problem for a role without the permission.
+/// The problem for a role without the required permission.
 fn forbidden(role: Role) -> ApiError {
     let detail = format!("Your role ({}) does not allow this action.", role.as_str());
     ApiError::new(ProblemCode::Forbidden, detail)
 }
 
 impl SignedInTenant {
-    /// Requires permission to change the tenant itself. For `PATCH /auth/me`, where the permission is needed only for
-    /// some of the fields.
+    /// Requires permission to change the tenant itself. For `PATCH /auth/me`, where only some fields require the
+    /// permission.
     pub fn require_administration(&self) -> Result<(), ApiError> {
         if self.role().may_administer() {
             Ok(())
@@ -30,7 +30,7 @@ impl SignedInTenant {
     }
 }
 
-// The types are concrete because a generic extractor would lose its security scheme in the OpenAPI document.
+// The types are concrete, because a generic extractor would lose its security scheme in the OpenAPI document.
 macro_rules! callers_with_a_right {
     ($($(#[$doc:meta])* $name:ident requires $right:ident;)+) => {$(
         $(#[$doc])*
@@ -75,14 +75,14 @@ macro_rules! callers_with_a_right {
 }
 
 callers_with_a_right! {
-    /// A caller who may read plans, API keys, service tokens, webhooks and the audit log.
+    /// A caller who may read plans, API keys, service tokens, webhooks, and the audit log.
     ReadingTenant requires may_read;
     /// A caller who may read usage.
     UsageTenant requires may_read_usage;
-    /// A caller who may read the subscription, and subscribe, pay and cancel.
+    /// A caller who may read the subscription, and may subscribe, pay, and cancel.
     BillingTenant requires may_bill;
-    /// A caller who may create, update and delete plans, API keys, service tokens and webhooks.
+    /// A caller who may create, update, and delete plans, API keys, service tokens, and webhooks.
     ManagingTenant requires may_manage;
-    /// A caller who may change settings of the tenant itself.
+    /// A caller who may change the tenant's settings.
     AdministeringTenant requires may_administer;
 }

@@ -45,7 +45,6 @@ pub struct UsageApi {
     pub state: AppState,
 }
 
-/// Usage as JSON or CSV.
 pub enum UsageResponse {
     Json(Json<Usage>),
     Csv(String),
@@ -96,7 +95,7 @@ const fn group_by(by: UsageGroupBy) -> GroupBy {
     }
 }
 
-/// The fields that identify a group. Only the one for its kind is set.
+/// The fields that identify a group. At most one of them is set.
 #[derive(Default)]
 struct GroupFields {
     key_id: Option<ApiKeyId>,
@@ -154,7 +153,7 @@ fn bucket(
     }
 }
 
-/// Returns the counts of each bucket, including zeros.
+/// Returns the counts of every bucket, including buckets without requests.
 pub(super) fn dense(rows: &[Row], buckets: usize) -> Vec<Counts> {
     let mut all = vec![Counts::default(); buckets];
     for row in rows {
@@ -173,13 +172,13 @@ pub(super) fn sum<'a>(counts: impl IntoIterator<Item = &'a Counts>) -> Counts {
     total
 }
 
-/// The buckets of the largest groups and of all others together, with their totals.
+/// The buckets and totals of the largest groups and of `other`.
 struct Grouped {
     buckets: Vec<UsageBucket>,
     groups: Vec<UsageGroup>,
 }
 
-/// Returns the largest groups and all others combined. `all` contains the counts of each bucket across all groups.
+/// Returns the largest groups, and all others combined. `all` contains the counts of each bucket across all groups.
 async fn grouped(
     tx: &mut TenantTx,
     filter: &Filter,
@@ -264,7 +263,7 @@ fn usage_group(
     }
 }
 
-/// Returns nanoseconds since 1970, for the calendar.
+/// Converts a time to the calendar's unit, nanoseconds since 1970.
 pub(super) fn nanos(at: DateTime<Utc>) -> UnixNanos {
     UnixNanos(
         at.timestamp_nanos_opt()
@@ -277,7 +276,7 @@ pub(super) fn time(at: UnixNanos) -> DateTime<Utc> {
     DateTime::from_timestamp_nanos(i64::try_from(at.0).unwrap_or(i64::MAX))
 }
 
-/// Returns the tenant's time zone, or UTC if this version does not support it.
+/// Returns the tenant's time zone. If this version does not support it, returns UTC.
 pub(super) async fn tenant_zone(tx: &mut TenantTx) -> Result<Zone, ApiError> {
     let name = account::time_zone(tx).await.or_not_found()?;
     Ok(Zone::named(&name).unwrap_or_default())
@@ -293,7 +292,7 @@ pub(super) const fn policy_name(policy: Policy) -> PolicyName {
 }
 
 fn wants_csv(request: &Request) -> bool {
-    // The first supported media type is used.
+    // Uses the first supported media type.
     let accept = request.headers().get_all(poem::http::header::ACCEPT);
     let types = accept
         .iter()
@@ -309,7 +308,7 @@ fn wants_csv(request: &Request) -> bool {
         .unwrap_or(false)
 }
 
-/// Returns PostgreSQL's time, and the time up to which all requests are counted.
+/// Returns the time on PostgreSQL's clock, and the time up to which all requests are counted.
 pub(super) async fn times(state: &AppState) -> Result<usage_shipper::Times, ApiError> {
     let mut tx = state.db.system().await?;
     let times = usage_shipper::times(&mut tx).await?;
@@ -429,14 +428,14 @@ fn bucket_of_all(start: DateTime<Utc>, counts: &Counts) -> UsageBucket {
     bucket(start, None, None, false, counts)
 }
 
-/// Parses an endpoint filter. An empty filter selects requests without an endpoint.
+/// Checks an endpoint filter. An empty filter selects requests without an endpoint.
 pub(super) fn endpoint_filter(endpoint: Option<String>) -> Result<Option<String>, ApiError> {
     match endpoint {
         Some(it) if it.chars().count() > ENDPOINT_MAX => Err(ApiError::invalid(
             "endpoint",
             format!("must be at most {ENDPOINT_MAX} characters"),
         )),
-        // In the rollups, names with control characters represent all endpoints together, and those above the limit.
+        // In the rollups, names with control characters stand for all endpoints, or for all endpoints above the limit.
         Some(it) if it.chars().any(char::is_control) => Err(ApiError::invalid(
             "endpoint",
             "must not contain control characters",

@@ -65,7 +65,7 @@ impl From<DeliveryRow> for WebhookDelivery {
             webhook_id: WebhookId(row.webhook_id),
             event_id: row.event_id,
             event_type: row.event_type,
-            // The database allows only these.
+            // The database allows no other values.
             status: WebhookDeliveryStatus::of(&row.status).unwrap_or(WebhookDeliveryStatus::Failed),
             attempts: u32::try_from(row.attempts).unwrap_or(0),
             response_status: row.response_status.and_then(|it| u32::try_from(it).ok()),
@@ -86,11 +86,11 @@ impl WebhookApi {
             .map_err(|message| ApiError::invalid("url", message))
     }
 
-    /// Waits for the tenant's turn to request a delivery, if it has not requested too many.
+    /// Waits for the tenant's turn to request a delivery. Fails if the tenant has requested too many deliveries.
     async fn request_turn(&self, caller: &ManagingTenant) -> Result<Turn, ApiError> {
         let admitted = self.state.webhook_requests.admit(caller.tenant());
         admitted.map_err(|wait| {
-            self.state.metrics.guard_refusals.inc();
+            self.state.metrics.guard_rejections.inc();
             ApiError::too_many_webhook_requests(wait)
         })?;
         change_turn(&self.state, caller).await
@@ -101,7 +101,7 @@ impl WebhookApi {
 impl WebhookApi {
     /// List webhooks
     ///
-    /// Returns webhooks, newest first. The signing secret is never returned.
+    /// Returns webhooks, newest first, without their signing secrets.
     #[oai(path = "/webhooks", method = "get", operation_id = "list_webhooks")]
     async fn list(
         &self,
@@ -125,8 +125,8 @@ impl WebhookApi {
     async fn create(
         &self,
         caller: ManagingTenant,
-        /// Makes the request safe to retry: repeating it with the same key and body within 24 hours returns the first
-        /// response again, without the secret.
+        /// Makes the request safe to retry: repeating it with the same `Idempotency-Key` and body within 24 hours
+        /// returns the first response again, without the secret.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<CreateWebhook>,
@@ -154,14 +154,14 @@ impl WebhookApi {
             })
         };
         let mut created = create(&self.state, &caller, idempotency, insert).await?;
-        // A replay has none.
+        // A replayed response does not contain the secret.
         created.secret = secret;
         Ok(Created(created))
     }
 
     /// Get a webhook
     ///
-    /// The signing secret is never returned.
+    /// Returns the webhook without its signing secret.
     #[oai(
         path = "/webhooks/:webhook_id",
         method = "get",
@@ -202,7 +202,7 @@ impl WebhookApi {
         if let Some(url) = &body.url {
             self.check_url(url)?;
         }
-        // A new URL, or one that was repaired, starts without a history of failures.
+        // A webhook with a new URL, or one that is enabled again, starts without a history of failures.
         let starts_over = body.url.is_some() || body.is_active == Some(true);
         let change = WebhookChange {
             name: body.name.as_deref().map(str::trim),
@@ -249,7 +249,7 @@ impl WebhookApi {
     ///
     /// Returns a new secret. This is the only time it is available: a replay with the same `Idempotency-Key` returns
     /// everything except the secret. For `grace_seconds`, deliveries are also signed with the current secret. If you
-    /// rotate again during this time, they are no longer signed with the earliest secret.
+    /// rotate the secret again during this time, deliveries are no longer signed with the oldest secret.
     #[oai(
         path = "/webhooks/:webhook_id/rotate-secret",
         method = "post",
@@ -259,8 +259,8 @@ impl WebhookApi {
         &self,
         caller: ManagingTenant,
         webhook_id: Path<WebhookId>,
-        /// Makes the request safe to retry: repeating it with the same key and body within 24 hours returns the first
-        /// response again, without the secret.
+        /// Makes the request safe to retry: repeating it with the same `Idempotency-Key` and body within 24 hours
+        /// returns the first response again, without the secret.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<RotateWebhookSecret>,
@@ -285,7 +285,7 @@ impl WebhookApi {
             secret: None,
             webhook: Webhook::from(row.or_not_found()?),
         };
-        // The secret is removed, because it must not be stored.
+        // The stored response must not contain the secret.
         idempotency
             .keep(&mut edit, StatusCode::OK, &rotated)
             .await?;
@@ -298,8 +298,8 @@ impl WebhookApi {
 
     /// Send a test event
     ///
-    /// Sends an event of the type `webhook.test`, even if the webhook is disabled. Returns the delivery, which is sent
-    /// immediately afterward; list the deliveries to see the result.
+    /// Sends a `webhook.test` event, even if the webhook is disabled. Returns the delivery, which is sent immediately
+    /// afterward; list the deliveries to see the result.
     ///
     /// A tenant can request at most 30 tests and redeliveries per minute.
     #[oai(
@@ -316,7 +316,7 @@ impl WebhookApi {
         let event = Event::test(self.state.clock.now());
         let _turn = self.request_turn(&caller).await?;
         let insert = async |tx: &mut TenantTx| {
-            // Locked, so that it is not deleted before the insert.
+            // Locked, so that the webhook cannot be deleted before the insert.
             if webhook::lock(tx, webhook).await?.is_none() {
                 return Ok(None);
             }
@@ -377,8 +377,8 @@ impl WebhookApi {
 
     /// Redeliver an event
     ///
-    /// Sends the event again, regardless of its status, even if the webhook is disabled. The event keeps its ID, so a
-    /// receiver that has already processed it can ignore it.
+    /// Sends the event again, whatever the delivery's status, and even if the webhook is disabled. The event keeps its
+    /// ID, so a receiver that has already processed the event can ignore it.
     ///
     /// A tenant can request at most 30 tests and redeliveries per minute.
     #[oai(
@@ -397,7 +397,7 @@ impl WebhookApi {
             let Some(delivery) = webhook_delivery::find(tx, id).await? else {
                 return Ok(None);
             };
-            // Its deliveries outlive a deleted webhook for a while.
+            // Deliveries are deleted some time after their webhook.
             if webhook::lock(tx, delivery.webhook_id).await?.is_none() {
                 return Ok(None);
             }

@@ -1,8 +1,8 @@
-//! Accounts: registering, signing in, changing a password.
+//! Accounts: registration, sign-in, and password changes.
 //!
-//! A password is verified outside of any transaction, because hashing is slow and may have to wait. The transaction
-//! that then creates a session or changes the password locks the user's row and checks that the password is still the
-//! one that was verified. So a password that has since been changed cannot create a session.
+//! Passwords are verified outside of transactions, because hashing is slow and may have to wait. The transaction that
+//! then creates a session or changes the password locks the user's row and checks that the verified password is still
+//! current. Therefore, an old password cannot create a session after a password change.
 
 use std::sync::Arc;
 
@@ -35,14 +35,14 @@ use crate::{
 /// An account with a new session.
 pub struct SignedIn {
     pub tokens: Tokens,
-    /// The token that identifies the device at its next sign-in.
+    /// Identifies the device at its next sign-in.
     pub device: String,
     pub user: UserRow,
     pub tenant: TenantRow,
     pub role: String,
 }
 
-/// Registers and signs in. Cheap to clone.
+/// Handles registration, sign-in, and password changes. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Accounts {
     pub(crate) db: Db,
@@ -54,12 +54,11 @@ pub struct Accounts {
     pub(crate) metrics: Arc<Metrics>,
 }
 
-/// The credentials of a sign-in.
 #[derive(Clone, Copy)]
 pub struct Credentials<'a> {
     pub email: &'a str,
     pub password: &'a str,
-    /// The device token of earlier sign-ins.
+    /// The device token from earlier sign-ins.
     pub device: Option<&'a str>,
 }
 
@@ -118,23 +117,29 @@ impl Accounts {
         audit::insert_system(&mut tx, &event).await?;
         tx.commit().await?;
         tracing::info!(action = "user.register", tenant = %tenant_id, user = %user_id, "user registered");
-        let device = self.remember(&email, &hash, device)?;
+        let role = "owner".into();
+        let member = MemberRow { user, tenant, role };
+        self.signed_in(tokens, member, (&email, &hash), device)
+    }
+
+    /// Adds the device token to store on the device that signed in.
+    fn signed_in(
+        &self,
+        tokens: Tokens,
+        member: MemberRow,
+        account: (&str, &str),
+        device: Option<&str>,
+    ) -> Result<SignedIn, AuthError> {
         Ok(SignedIn {
             tokens,
-            device,
-            user,
-            tenant,
-            role: "owner".into(),
+            device: self.devices.remember(account, device, self.clock.now())?,
+            user: member.user,
+            tenant: member.tenant,
+            role: member.role,
         })
     }
 
-    /// Returns the device token to store on the device that signed in.
-    fn remember(&self, email: &str, hash: &str, device: Option<&str>) -> Result<String, AuthError> {
-        self.devices
-            .remember((email, hash), device, self.clock.now())
-    }
-
-    /// Creates a user with their own tenant, for the operator. Works while registration is closed.
+    /// Creates a user with their own tenant on behalf of the operator, even if registration is closed.
     pub async fn create(
         &self,
         email: &str,
@@ -147,7 +152,8 @@ impl Accounts {
         Ok((UserId(made.user.id), TenantId(made.tenant.id)))
     }
 
-    /// Sets a password without requiring the old one, and revokes the user's sessions. Used by operators.
+    /// Sets a password on behalf of the operator. Does not require the old password. Revokes all of the user's
+    /// sessions.
     pub async fn reset_password(&self, email: &str, password: &str) -> Result<(), AuthError> {
         let email = email.trim().to_lowercase();
         let mut tx = self.db.system().await?;
@@ -167,10 +173,10 @@ impl Accounts {
         let hash = self.passwords.hash(password, &email, &place).await?;
         drop(place);
         let mut tx = self.db.system().await?;
-        // This comes first: it waits for sign-ins that have verified the old password. Their sessions are revoked
+        // Must come first: this waits for sign-ins that have verified the old password. Their sessions are revoked
         // below.
         account::set_password(&mut tx, user.id, &hash).await?;
-        // No session has the nil ID, so all are revoked.
+        // No session has the nil ID, so this revokes all sessions.
         let ended = session::end_others(&mut tx, user.id, Uuid::nil()).await?;
         let action = AuditAction::UserResetPassword;
         let event = NewAuditEvent {
@@ -188,7 +194,7 @@ impl Accounts {
         Ok(())
     }
 
-    /// Returns every user's email, tenant and role, for the operator.
+    /// Returns the email address, tenant, and role of every user.
     pub async fn list(&self) -> Result<Vec<(String, String, String)>, AuthError> {
         let mut tx = self.db.system().await?;
         let all = account::list(&mut tx).await?;
@@ -196,7 +202,7 @@ impl Accounts {
         Ok(all)
     }
 
-    /// Signs in. Other people cannot use up the attempts of a known device; see [`super::attempts`].
+    /// Signs in. Other people cannot exhaust the attempts of a known device; see [`super::attempts`].
     pub async fn login(
         &self,
         credentials: Credentials<'_>,
@@ -234,7 +240,8 @@ impl Accounts {
             hash.is_some_and(|hash| self.devices.is_of_password(device, hash))
         };
         if known.as_ref().is_some_and(|device| !is_current(device)) {
-            // The password has changed in the meantime. This counts as a failed attempt, including for the device.
+            // The password was changed while this request was waiting, so this counts as a failed attempt of the
+            // device.
             attempt.set_judgment(Judgment::Wrong);
             let network = self.attempts.of_network(&email, origin.ip).await;
             attempt = network.map_err(refused)?;
@@ -254,29 +261,21 @@ impl Accounts {
             return Err(AuthError::WrongCredentials);
         }
         let member = account::member(&mut tx, user.id, tenant).await?;
-        let MemberRow { user, tenant, role } = member.ok_or(AuthError::WrongCredentials)?;
-        let tokens = self
-            .sessions
-            .begin(&mut tx, (UserId(user.id), TenantId(tenant.id)), origin)
-            .await?;
+        let member = member.ok_or(AuthError::WrongCredentials)?;
+        let (user, tenant) = (UserId(member.user.id), TenantId(member.tenant.id));
+        let begun = self.sessions.begin(&mut tx, (user, tenant), origin);
+        let tokens = begun.await?;
         let (action, target) = (AuditAction::SessionBegin, AuditTarget::Session);
-        let event = NewAuditEvent::new(tenant.id, action, target, &tokens.session)
-            .by(user.id, origin.network());
+        let event = NewAuditEvent::new(tenant.0, action, target, &tokens.session)
+            .by(user.0, origin.network());
         audit::insert_system(&mut tx, &event).await?;
         tx.commit().await?;
         attempt.succeeded().await;
-        let device = self.remember(&email, &hash, device)?;
-        Ok(SignedIn {
-            tokens,
-            device,
-            user,
-            tenant,
-            role,
-        })
+        self.signed_in(tokens, member, (&email, &hash), device)
     }
 
-    /// Counts an attempt to sign in. A known device whose attempts are used up is treated like any other device, so
-    /// collecting devices of an account does not lock its owner out.
+    /// Counts a sign-in attempt. If a known device has no attempts left, it is treated like an unknown device.
+    /// Therefore, nobody can lock the owner out by collecting devices of the account.
     async fn attempt(
         &self,
         email: &str,
@@ -292,8 +291,8 @@ impl Accounts {
         Ok((attempt.map_err(refused)?, None))
     }
 
-    /// Verifies a password. After that, the attempt remains counted even if the caller disconnects, unless the password
-    /// turns out to be correct or was never verified.
+    /// Verifies a password. While it is being verified, the attempt counts as failed, so disconnecting early has no
+    /// advantage. The attempt stops counting if the password is correct or was not verified after all.
     async fn verify(
         &self,
         attempt: &mut Attempt,
@@ -312,7 +311,7 @@ impl Accounts {
         verified
     }
 
-    /// Changes the password and revokes all other sessions of the user.
+    /// Changes the user's password, and revokes all of the user's other sessions.
     pub async fn change_password(
         &self,
         (user, tenant, session): (UserId, TenantId, SessionId),
@@ -343,12 +342,12 @@ impl Accounts {
         drop(place);
 
         let mut tx = self.db.system().await?;
-        // This comes first: it waits for sign-ins that have verified the old password. Their sessions are revoked
+        // Must come first: this waits for sign-ins that have verified the old password. Their sessions are revoked
         // below.
         if !account::replace_password(&mut tx, user.0, &old, &hash).await? {
             return Err(AuthError::WrongCredentials);
         }
-        // A session that was revoked in the meantime must not change the password.
+        // The session may have been revoked while this request was waiting. If so, it must not change the password.
         if session::find_live(&mut tx, session.0).await?.is_none() {
             return Err(AuthError::Unauthorized);
         }

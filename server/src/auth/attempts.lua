@@ -1,9 +1,9 @@
--- Takes one attempt from every counter, or from none if any of them requires a wait.
+-- Counts one attempt on every counter. If any of them requires a wait, counts it on none.
 --
 -- KEYS     the counters, narrowest first, in one hash slot
 -- ARGV     for each counter: attempts without a wait, milliseconds after which one is forgiven, milliseconds of the
 --          first wait; and finally the longest wait
--- Returns  {milliseconds to wait, attempts of the last counter before this one, the time}
+-- Returns  {milliseconds to wait, number of earlier attempts on the last counter, current time}
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local longest = tonumber(ARGV[#ARGV])
@@ -12,8 +12,8 @@ for i, key in ipairs(KEYS) do
   local state = redis.call('HMGET', key, 'n', 'at', 'until')
   local at = tonumber(state[2]) or now
   local forgiven = math.max(0, now - at) / tonumber(ARGV[3 * i - 1])
-  -- More attempts than this have no further effect. Both bounds are reached only if something else writes to these
-  -- keys.
+  -- Attempts above this number have no effect. This limit, and the one on the wait below, matter only if another
+  -- program writes to these keys.
   local n = math.min(tonumber(state[1]) or 0, tonumber(ARGV[3 * i - 2]) + 32)
   counts[i] = math.max(0, n - forgiven)
   local left = (tonumber(state[3]) or 0) - now
@@ -31,7 +31,7 @@ for i, key in ipairs(KEYS) do
   local free, forgive, first = tonumber(ARGV[3 * i - 2]), tonumber(ARGV[3 * i - 1]), tonumber(ARGV[3 * i])
   local n = counts[i] + 1
   local delay = 0
-  -- A fraction of an attempt may have been forgiven between two immediate attempts.
+  -- A fraction of an attempt may have been forgiven between two consecutive attempts.
   if n > free - 0.5 then
     delay = math.min(longest, math.floor(first * 2 ^ math.min(30, math.max(0, n - free))))
   end

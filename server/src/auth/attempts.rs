@@ -1,20 +1,23 @@
-//! Limits failed password attempts, without letting other people lock a user out.
+//! Limits failed password attempts without letting other people lock a user out.
 //!
-//! Attempts are counted per account *and* network, never per account only: guessing from one network slows down that
-//! network. IPv4 attempts are counted per address and /24, IPv6 attempts per /64, /56 and /48, with higher limits for
-//! wider networks. Each network is also counted across all accounts, to slow down attacks with lists of leaked
-//! passwords. A known device ([`super::device`]) has its own counter instead. The devices of one account are also
-//! counted together, with a higher limit, so that collecting devices does not allow more guesses. Their successful
-//! sign-ins are counted as well, with a much higher limit, since verifying correct passwords takes time too.
+//! Attempts are counted by account *and* network, never only by account, so guessing from one network slows down only
+//! that network. IPv4 attempts are counted by address and by /24 network; IPv6 attempts are counted by /64, /56, and
+//! /48 network. Wider networks have higher limits. Each network is also counted across all accounts, which slows down
+//! attacks with lists of leaked passwords. A known device ([`super::device`]) has its own counter instead. In addition,
+//! all devices of an account share a counter with a higher limit, so that collecting devices does not allow more
+//! guesses. Their successful sign-ins are counted too, with a much higher limit, because verifying correct passwords
+//! also takes time.
 //!
-//! Every counter allows a number of attempts without a wait (`QUOTA_LOGIN_FREE_FAILURES` or a multiple). After those,
-//! each attempt has to wait twice as long as the previous one, and one attempt is forgiven every few minutes. So a
-//! lockout does not last much longer than a few minutes, and an attacker gets about one guess in that time. An attempt
-//! is counted before the password is verified, so parallel attempts gain nothing. It is taken back if the password is
-//! correct, or if it was never verified because too many were waiting or the client disconnected.
+//! Every counter allows a number of attempts without waiting (`QUOTA_LOGIN_FREE_FAILURES` or a multiple of it). After
+//! that, the wait doubles with each attempt, and one attempt is forgiven every few minutes. Therefore, a lockout lasts
+//! only slightly longer than a few minutes, and an attacker gets about one guess in that time. An attempt is counted
+//! before its password is verified, so parallel attempts have no advantage. It is taken back if the password is
+//! correct. It is also taken back if the password was never verified, because too many requests were waiting or the
+//! client disconnected.
 //!
-//! With Redis, all replicas share the counters through a script. Every replica also counts locally. While Redis is
-//! unreachable, the local count decides, with half the attempts. Nothing here reveals whether an account exists.
+//! With Redis, a script counts for all replicas. Each replica also counts locally. While Redis is unreachable, the
+//! local counters decide, with half as many attempts. No response reveals whether an account exists, because unknown
+//! accounts are counted too.
 
 mod attempt;
 
@@ -33,29 +36,31 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// Maximum wait between two attempts.
+/// The maximum wait between two attempts.
 const LONGEST: Duration = Duration::from_mins(15);
-/// How long until one failed attempt on an account is forgiven.
+/// How often one failed attempt on an account is forgiven.
 const FORGIVE: Duration = Duration::from_mins(5);
-/// The same for attempts from a network across all accounts.
+/// How often one attempt from a network, counted across all accounts, is forgiven.
 const FORGIVE_NETWORK: Duration = Duration::from_mins(1);
-/// Attempts from a network across all accounts, as a multiple of those on one account.
+/// The number of free attempts from a network across all accounts, as a multiple of the number for one account.
 const ACCOUNTS: u32 = 5;
-/// Attempts of all known devices of an account together, as a multiple of those of a single device.
+/// The number of free attempts of all known devices of an account together, as a multiple of the number for one device.
 const DEVICES: u32 = 5;
-/// Attempts of all known devices of an account, including successful ones, as a multiple of the failed attempts of one
-/// device.
+/// The number of attempts of all known devices of an account, including successful ones, as a multiple of the free
+/// failed attempts of one device.
 const USES: u32 = 20;
-/// How long until one of these attempts is forgiven: ten are forgiven per minute.
+/// How often one of these attempts is forgiven: ten times per minute.
 const FORGIVE_USE: Duration = Duration::from_secs(6);
-/// A network with this many unforgiven attempts is no longer [ordinary](super::password::CallerClass::Ordinary).
+/// A network with at least this many unforgiven attempts is no longer
+/// [ordinary](super::password::CallerClass::Ordinary).
 const CROWD: u64 = 3;
-/// The maximum number of local counters. One takes about 60 bytes.
+/// The maximum number of local counters. Each takes about 60 bytes.
 const REMEMBERED: usize = 200_000;
 
 const TAKE: &str = include_str!("attempts.lua");
-/// KEYS: the counters. ARGV: the number of counters to delete, starting with the first; and the time at which the
-/// attempt was counted, to take it back from the other counters and end the wait that it started.
+/// KEYS contains the counters. The first value in ARGV is the number of counters to delete, starting with the first
+/// one. The second value is the time when the attempt was counted. The script takes the attempt back from the other
+/// counters, and ends any wait that the attempt started.
 const FORGET: &str = "
 for i, key in ipairs(KEYS) do
   if i <= tonumber(ARGV[1]) then
@@ -71,29 +76,28 @@ return 0";
 
 type Name = [u8; 16];
 
-/// One counter.
 #[derive(Debug, Clone, Copy)]
 struct Counter {
     name: Name,
-    /// Attempts without a wait.
+    /// The number of attempts without a wait.
     free: u32,
     forgive: Duration,
     on_success: OnSuccess,
 }
 
-/// What a correct password does to a counter. The counters of an attempt are in this order.
+/// The effect of a correct password on a counter. The counters of an attempt are sorted in this order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum OnSuccess {
-    /// The counter is cleared.
+    /// Clears the counter.
     Clear,
-    /// This attempt is taken back.
+    /// Takes this attempt back.
     TakeBack,
-    /// The attempt remains counted.
+    /// Keeps the attempt counted.
     Keep,
 }
 
 impl Counter {
-    /// Returns the first wait: the interval at `free` attempts per minute.
+    /// Returns the first wait. It is the interval between attempts at a rate of `free` per minute.
     fn first_wait(&self) -> Duration {
         Duration::from_mins(1) / self.free.max(1)
     }
@@ -116,23 +120,22 @@ impl Count {
 /// The result of counting an attempt.
 #[derive(Debug, Clone, Copy)]
 struct Taken {
-    /// How long the caller has to wait; zero if the attempt was counted.
+    /// How long the caller must wait. Zero if the attempt was counted.
     wait: Duration,
-    /// Number of earlier attempts from the widest network.
+    /// The number of earlier attempts from the widest network.
     crowd: u64,
-    /// The time at which the attempt was counted, by the clock of the counters: the local monotonic clock, or the clock
-    /// of Redis.
+    /// When the attempt was counted, according to the clock of the counters: the local monotonic clock, or Redis's
+    /// clock.
     at: u64,
 }
 
-/// How long the caller has to wait before the next attempt.
+/// How long the caller must wait before the next attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Wait(pub Duration);
 
-/// Counts attempts.
 #[derive(Debug)]
 pub struct Attempts {
-    /// The number of attempts without a wait; 0 for no limit.
+    /// The number of attempts without a wait. 0 means that attempts are not limited.
     free: u32,
     names: hmac::Key,
     redis: Option<Redis>,
@@ -163,7 +166,7 @@ impl Attempts {
         }
     }
 
-    /// Counts a sign-in from a network.
+    /// Counts a sign-in attempt from a network.
     pub async fn of_network(
         self: &Arc<Self>,
         email: &str,
@@ -187,7 +190,7 @@ impl Attempts {
         self.take(counters.collect()).await
     }
 
-    /// Counts a sign-in from a known device.
+    /// Counts a sign-in attempt from a known device.
     pub async fn of_device(
         self: &Arc<Self>,
         email: &str,
@@ -203,8 +206,8 @@ impl Attempts {
             .await
     }
 
-    /// Counts an attempt by a signed-in user, for example to change the password, so that a stolen session cannot be
-    /// used to guess the password.
+    /// Counts an attempt of a signed-in user, for example to change the password. Prevents the use of a stolen session
+    /// to guess the password.
     pub async fn of_user(self: &Arc<Self>, user: &[u8]) -> Result<Attempt, Wait> {
         let own = self.of_one(&[b"user", user], OnSuccess::Clear);
         self.take_known(vec![own, self.uses(&[b"user uses", user])])
@@ -245,8 +248,8 @@ impl Attempts {
         name
     }
 
-    /// Returns the counters' keys in Redis. All of them are in the hash slot of the last counter, that of the widest
-    /// network.
+    /// Returns the keys of the counters in Redis. All keys are in the hash slot of the last counter, which counts the
+    /// widest network.
     fn keys(redis: &Redis, counters: &[Counter]) -> Vec<String> {
         let text = |counter: &Counter| URL_SAFE_NO_PAD.encode(counter.name);
         let slot = counters.last().map(text).unwrap_or_default();
@@ -271,8 +274,8 @@ impl Attempts {
         if self.redis.is_none() {
             return count.await;
         }
-        // Runs in a separate task: even if the caller is dropped, it remains known whether Redis counted the attempt,
-        // which is taken back only if it did.
+        // Runs in a separate task. Even if the caller is dropped, the task learns whether Redis has counted the
+        // attempt, and takes it back only in that case.
         let counted = tokio::spawn(count).await;
         counted.unwrap_or(Err(Wait(Duration::from_secs(1))))
     }
@@ -291,13 +294,13 @@ impl Attempts {
             is_suspect: crowd >= CROWD,
         };
         if wait > Duration::ZERO {
-            self.metrics.guard_refusals.inc();
+            self.metrics.guard_rejections.inc();
             return Err(Wait(wait));
         }
         Ok(attempt)
     }
 
-    /// Returns `None` without Redis, or if it does not respond.
+    /// Returns `None` if Redis is not configured or does not respond.
     async fn take_in_redis(&self, counters: &[Counter]) -> Option<Taken> {
         let redis = self.redis.as_ref()?;
         let keys = Self::keys(redis, counters);
@@ -327,8 +330,8 @@ impl Attempts {
         }
     }
 
-    /// Counts locally. If Redis is configured, this result is used only while Redis is unreachable, with half the
-    /// attempts, because other replicas count locally as well.
+    /// Counts an attempt locally. If Redis is configured, this result is used only while Redis is unreachable. It then
+    /// allows half as many attempts, because other replicas also count locally.
     fn take_here(&self, counters: &[Counter]) -> Taken {
         let now = self.clock.monotonic();
         let free = |counter: &Counter| {
@@ -377,7 +380,7 @@ impl Attempts {
                 .get(&counter.name)
                 .map_or(0.0, |count| count.forgiven(now, counter.forgive))
                 + 1.0;
-            // A fraction of an attempt may have been forgiven between two immediate attempts.
+            // A fraction of an attempt may have been forgiven between two consecutive attempts.
             let over = tries - free(counter);
             let wait = if over > -0.5 {
                 let over = over.max(0.0);
@@ -396,7 +399,7 @@ impl Attempts {
         taken(Duration::ZERO)
     }
 
-    /// Removes counters that have been forgiven entirely.
+    /// Removes counters whose attempts have all been forgiven.
     pub fn prune(&self) {
         let now = self.clock.monotonic();
         let longest = FORGIVE.as_secs_f64();
@@ -413,8 +416,8 @@ fn seconds(from: Monotonic, to: Monotonic) -> f64 {
     Duration::from(to.saturating_since(from)).as_secs_f64()
 }
 
-/// Returns the networks in which an address is counted, narrowest first, each with its multiple of attempts.
-/// Callers without an address are on this machine.
+/// Returns the networks for which an address is counted, narrowest first. Each network comes with a multiplier for its
+/// number of free attempts. Callers without an address are on this machine.
 fn networks(ip: Option<IpAddr>) -> Vec<(String, u32)> {
     let prefixes: &[(u8, u32)] = match ip.map(|ip| ip.to_canonical()) {
         None => return vec![("local".to_owned(), 1)],
@@ -442,8 +445,8 @@ pub fn account_number(email: &str) -> u64 {
 fn number(of: &impl std::hash::Hash) -> u64 {
     use std::hash::BuildHasher as _;
 
-    // The hash keys are random per process, so an attacker cannot find an email that hashes to the number of another
-    // one.
+    // The hash keys are random for each process, so attackers cannot find email addresses with the same number as
+    // another account.
     static KEYS: std::sync::LazyLock<std::hash::RandomState> =
         std::sync::LazyLock::new(std::hash::RandomState::new);
     KEYS.hash_one(of)

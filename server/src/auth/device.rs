@@ -1,12 +1,12 @@
-//! Known devices: devices that were used to sign in to an account before.
+//! Known devices: devices from which a user has already signed in to an account.
 //!
-//! A successful sign-in returns a device token, which the browser keeps in a cookie and the desktop app in the
-//! keychain. A later sign-in to the same account that sends it is not subject to the limits that other people can
+//! A successful sign-in returns a device token. Browsers store it in a cookie, and the desktop app stores it in the
+//! keychain. A later sign-in to the same account with this token is not subject to the limits that other people can
 //! exhaust. The token is not a credential: without the password, it only allows a few separate attempts.
 //!
-//! A token contains a random ID, the time it was issued and a mark of the account's password, under a MAC that covers
-//! the account's email. After a password change, no device is known. Nothing is stored on the server. A value may
-//! contain the tokens of several accounts, newest first.
+//! A token contains a random ID, the time it was issued, and a mark of the account's password. A MAC protects it
+//! together with the account's email address. Changing the password makes all devices unknown. The server stores
+//! nothing. A value may contain tokens of several accounts, newest first.
 
 use std::{sync::Arc, time::Duration};
 
@@ -18,23 +18,22 @@ use super::{
 };
 use crate::clock::UnixNanos;
 
-/// How long a device is known after its last sign-in.
+/// How long a device remains known after its last sign-in.
 pub const LIFETIME: Duration = Duration::from_hours(180 * 24);
 /// The maximum number of accounts per value.
 const ACCOUNTS: usize = 4;
-/// The length of a token, in characters.
+/// In characters.
 const TOKEN: usize = 86;
-/// The maximum length of a value.
+/// In characters.
 pub const LENGTH_MAX: usize = ACCOUNTS * (TOKEN + 1) - 1;
 const ID: usize = 16;
 const MARK: usize = 8;
 const CONTENT: usize = ID + 8 + MARK;
 const SEPARATOR: char = '.';
 
-/// Identifies a device.
 pub type DeviceId = [u8; ID];
 
-/// A device that was used to sign in to an account.
+/// A device from which a user has signed in to an account.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Device {
     pub id: DeviceId,
@@ -50,13 +49,13 @@ impl Devices {
         Self(secrets)
     }
 
-    /// Returns the device in `value` for this account, if it was issued by this installation and has not expired. It is
-    /// a known device only if it also [signed in with the current password](Self::is_of_password).
+    /// Returns this account's device in `value`, if this installation issued its token and the token has not expired.
+    /// The device is known only if it [signed in with the current password](Self::is_of_password).
     pub fn find(&self, email: &str, value: &str, now: UnixNanos) -> Option<Device> {
         self.parse(email, value, now).map(|(_, device)| device)
     }
 
-    /// Whether the account still has the password that it had when the device last signed in.
+    /// Whether the account still has the password that the device last signed in with.
     pub fn is_of_password(&self, device: &Device, hash: &str) -> bool {
         let is_same = |secrets: &Secrets| {
             let mark = secrets.password_mark(hash);
@@ -86,8 +85,8 @@ impl Devices {
         })
     }
 
-    /// Returns the value to store after a sign-in with the password of this hash: `value`, starting with a new token
-    /// for this account. A known device keeps its ID.
+    /// Returns the value to store after a sign-in. It starts with a new token for this account, followed by the other
+    /// tokens in `value`. A known device keeps its ID. `hash` is the hash of the password used.
     pub fn remember(
         &self,
         (email, hash): (&str, &str),
@@ -152,7 +151,7 @@ mod tests {
         assert!(id.is_some());
         assert_eq!(devices.find("eve@example.com", &value, NOW), None);
         assert_eq!(devices.find("ada@example.co", &value, NOW), None);
-        // Another account signs in on the same device, and then the first account does so again.
+        // Another account signs in from the same device, and then the first account signs in again.
         let both = devices
             .remember(("eve@example.com", HASH), Some(&value), NOW)
             .unwrap();
@@ -188,7 +187,7 @@ mod tests {
             let changed = HASH.replace("aGFzaA", "bmV3");
             assert!(!devices.is_of_password(&device, &changed));
         }
-        // The mark is covered by the MAC.
+        // The MAC also covers the mark.
         let mut bytes = URL_SAFE_NO_PAD.decode(&value).unwrap();
         bytes[CONTENT - 1] ^= 1;
         let forged = URL_SAFE_NO_PAD.encode(bytes);

@@ -1,8 +1,9 @@
-//! Authentication: passwords, access tokens and session families.
+//! Authentication: passwords, access tokens, and session families.
 //!
-//! Does not depend on HTTP. Passwords are hashed on a small pool of dedicated threads, so that a flood of sign-ins does
-//! not starve other work of memory or CPU time. While PostgreSQL is unreachable, sign-in is unavailable, and cached
-//! sessions remain valid for `QUOTA_STALE_GRACE`. While Redis is unreachable, each replica limits sign-ins on its own.
+//! Does not depend on HTTP. A small pool of dedicated threads hashes passwords, so that a flood of sign-ins does not
+//! use up memory and CPU time that other work needs. While PostgreSQL is unreachable, sign-in is not possible, and
+//! cached sessions remain valid for `QUOTA_STALE_GRACE`. While Redis is unreachable, each replica limits sign-in
+//! attempts separately.
 
 pub mod account;
 pub mod attempts;
@@ -16,7 +17,6 @@ use std::time::Duration;
 
 use crate::db::DbError;
 
-/// Why authentication failed.
 #[derive(Debug, thiserror::Error)]
 pub enum AuthError {
     #[error("incorrect email or password")]
@@ -25,12 +25,11 @@ pub enum AuthError {
     Unauthorized,
     #[error("the email is already in use")]
     EmailTaken,
-    /// Why a password is rejected.
+    /// Contains the reason.
     #[error("{0}")]
     WeakPassword(String),
     #[error("too many failed sign-ins")]
     TooManyTries(Duration),
-    /// Too many passwords are being hashed.
     #[error("too many passwords are being hashed")]
     Busy,
     #[error(transparent)]

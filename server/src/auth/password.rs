@@ -1,12 +1,12 @@
-//! Passwords: their strength and their hashes (argon2id).
+//! Passwords: their strength, and their hashes (argon2id).
 //!
-//! Hashing uses at most two threads and 92 MiB, regardless of load. Callers wait for a thread in three classes, so that
-//! a flood of sign-ins does not lock out other users: known devices and signed-in users, networks without recent
-//! failures, and all others, including registrations. Each class is bounded and gets a share of the threads. Within a
-//! class, callers take turns by account or network. When a class is full, the account or network with the most waiters
-//! loses one.
+//! Hashing uses at most two threads and 92 MiB of memory, regardless of load. Callers wait for a thread in one of three
+//! classes, so that a flood of sign-ins does not lock out other users: known devices and signed-in users; networks
+//! without recent failures; and all other callers, including registrations. The number of waiters in each class is
+//! limited, and each class gets a share of the threads. Within a class, accounts or networks take turns. When a class
+//! is full, the account or network with the most waiters loses one of them.
 //!
-//! The strength of new passwords is estimated on the same threads, since it takes time as well.
+//! The same threads estimate the strength of new passwords, because that also takes time.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -32,14 +32,15 @@ use zxcvbn::Score;
 use super::AuthError;
 use crate::config::PasswordCost;
 
-/// The maximum number of concurrent hashes. Each takes about 50 ms and 46 MiB.
+/// The maximum number of concurrent hashes. Each takes about 50 ms and 46 MiB of memory.
 const THREADS: usize = 2;
-/// The maximum number of waiters per class. With all classes full, the last one waits a little over a second.
+/// The maximum number of waiters in each class. If all classes are full, the last waiter waits for slightly more than a
+/// second.
 const WAITING: [usize; CLASSES] = [16, 24, 8];
 const WAIT: Duration = Duration::from_secs(5);
 const CLASSES: usize = 3;
-/// The order in which classes are served, repeatedly. An empty class passes its turn to the first one that is not
-/// empty.
+/// The repeating order in which classes are served. If a class has no waiters, its turn goes to the first class that
+/// has some.
 const TURNS: [CallerClass; 8] = [
     CallerClass::Known,
     CallerClass::Ordinary,
@@ -51,26 +52,26 @@ const TURNS: [CallerClass; 8] = [
     CallerClass::Suspect,
 ];
 
-/// The maximum number of characters of a password that are used for the estimate, not counting repetitions.
+/// How many of a password's characters are used for the estimate, not counting repetitions.
 const JUDGED: usize = 64;
 /// The maximum number of ways to read symbols as letters.
 const READINGS: usize = 32;
-/// The maximum cost of an estimate: the number of characters squared, times the number of readings. This takes about
-/// 4 ms.
+/// The maximum cost of an estimate, which takes about 4 ms. The cost is the square of the number of characters, times
+/// the number of readings.
 const EFFORT: usize = 16 * 1024;
-/// A repetition of this length does not make a password harder to guess.
+/// A repetition of at least this length does not make a password harder to guess.
 const REPEATED: usize = 4;
-/// The symbols that zxcvbn reads as letters, by letter.
+/// Each string contains the symbols that zxcvbn can read as one particular letter.
 const SYMBOLS: [&str; 12] = [
     "4@", "8", "({[<", "3", "69", "1!|", "1|7", "0", "$5", "+7", "%", "2",
 ];
-/// The maximum number of parts of an account's email that are searched for in its password.
+/// The maximum number of parts of the account's email address to search for in its password.
 const EMAIL_PARTS: usize = 16;
 
-/// A class of callers whose passwords are hashed.
+/// The class of a caller whose password is hashed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CallerClass {
-    /// A known device, or a signed-in user.
+    /// A known device or a signed-in user.
     Known,
     /// A network without recent failures.
     Ordinary,
@@ -78,15 +79,16 @@ pub enum CallerClass {
     Suspect,
 }
 
-/// A caller's place in the queue.
+/// A caller's position in the queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Turn {
     pub class: CallerClass,
-    /// The number of the account (in the known class) or network that takes turns with others.
+    /// Identifies an account (for [`CallerClass::Known`]) or a network, which takes turns with others.
     pub party: u64,
 }
 
-/// A password in Unicode normal form (NFC), so that the same characters typed on another keyboard are the same bytes.
+/// A password in Unicode normalization form NFC, so that typing the same characters on different keyboards results in
+/// the same bytes.
 #[derive(Clone)]
 pub struct Password(String);
 
@@ -101,7 +103,6 @@ impl Password {
         Self(text.nfc().collect())
     }
 
-    /// Checks that the length is allowed.
     pub fn check_length(&self) -> Result<(), AuthError> {
         if PASSWORD_BYTES.contains(&self.0.len()) {
             return Ok(());
@@ -112,15 +113,15 @@ impl Password {
         )))
     }
 
-    /// Checks that the password is strong enough for the account with this email. Takes a few milliseconds for any
-    /// password; see [`windows`]. If one part is hard to guess, the whole password is hard to guess.
+    /// Checks that the password is strong enough for the account with this email address. Takes only a few milliseconds
+    /// for any password; see [`windows`]. A password is hard to guess if one of its parts is hard to guess.
     fn judge(&self, email: &str) -> Result<(), AuthError> {
         self.check_length()?;
         let mut known = vec![email, "quota"];
         let parts = email.split(['@', '.', '+', '-', '_']);
         known.extend(parts.filter(|part| part.len() > 2).take(EMAIL_PARTS));
         for part in windows(&self.0) {
-            // If zxcvbn panics, treat the password as easy to guess.
+            // If zxcvbn panics, treat the part as easy to guess.
             let score = catch_unwind(|| zxcvbn::zxcvbn(&part, &known).score());
             if score.is_ok_and(|score| score >= Score::Three) {
                 return Ok(());
@@ -132,7 +133,6 @@ impl Password {
     }
 }
 
-/// Removes repetitions.
 fn without_repeats(text: &str) -> String {
     let all = text.chars().collect::<Vec<_>>();
     let mut kept = String::new();
@@ -153,8 +153,9 @@ fn without_repeats(text: &str) -> String {
     kept
 }
 
-/// Splits a string, up to a maximum length, into parts that can be estimated in bounded time. zxcvbn tries every way of
-/// reading the symbols in a string as letters. The number of ways is the product over all letters.
+/// Splits a string into parts whose strength can be estimated in limited time. Ignores characters beyond a maximum
+/// length. zxcvbn tries every way of reading the string's symbols as letters, and the numbers of ways for individual
+/// letters multiply.
 fn windows(text: &str) -> Vec<String> {
     let mut windows = Vec::new();
     let mut window = Vec::new();
@@ -171,11 +172,11 @@ fn windows(text: &str) -> Vec<String> {
     windows
 }
 
-/// Returns the maximum number of ways in which zxcvbn reads the symbols in this string as letters.
+/// Returns an upper bound for the number of ways that zxcvbn reads this string's symbols as letters.
 fn readings(text: &[char]) -> usize {
     let of_letter = |letter: &&str| letter.chars().filter(|c| text.contains(c)).count();
     let product: usize = SYMBOLS.iter().map(|it| of_letter(it).max(1)).product();
-    // The symbols for `l` can also stand for `i` and `t`, and are read both ways.
+    // The symbols for `l` can also stand for `i` and `t`, so they are read both ways.
     let is_shared = text.iter().any(|c| "1|7".contains(*c));
     if is_shared { 2 * product } else { product }
 }
@@ -184,13 +185,13 @@ type Job = Box<dyn FnOnce(&Argon2<'static>) + Send>;
 
 struct Waiter<T> {
     party: u64,
-    /// The number of waiters of the same party that were ahead of this one when it arrived.
+    /// How many other waiters the party had when this one arrived.
     round: u64,
     waiter: T,
 }
 
-/// The waiters, by class. Within a class, the first waiter of every party comes before the second of any. Waiters in
-/// the same round are in order of arrival.
+/// Waiters by class. Within a class, the first waiter of every party comes before the second waiter of any party.
+/// Waiters in the same round are in order of arrival.
 struct Queue<T> {
     classes: [VecDeque<Waiter<T>>; CLASSES],
     turn: usize,
@@ -206,8 +207,8 @@ impl<T> Default for Queue<T> {
 }
 
 impl<T> Queue<T> {
-    /// Adds a waiter to its class. If the class is full, the party with the most waiters loses its newest one. Returns
-    /// `false` if the caller itself would be the one to be dropped.
+    /// Adds a waiter to its class. If the class is full, removes the newest waiter of the party with the most waiters.
+    /// Returns `false` if that is the new waiter itself.
     fn push(&mut self, turn: Turn, waiter: T) -> bool {
         let class = &mut self.classes[turn.class as usize];
         if class.len() >= WAITING[turn.class as usize] {
@@ -223,12 +224,12 @@ impl<T> Queue<T> {
                 return false;
             }
             let newest = class.iter().rposition(|it| it.party == party);
-            // Dropping it notifies its caller.
+            // Dropping the waiter notifies its caller.
             newest.and_then(|at| class.remove(at));
         }
         let last = class.iter().rfind(|it| it.party == turn.party);
         let round = last.map_or(0, |it| it.round + 1);
-        // Rounds are sorted within a class.
+        // A class is sorted by round.
         let at = class.partition_point(|it| it.round <= round);
         let waiter = Waiter {
             party: turn.party,
@@ -255,8 +256,8 @@ struct Places {
     waiting: Queue<oneshot::Sender<Place>>,
 }
 
-/// A permit to use a thread; there are as many permits as threads. Hold it only while needed. Callers also query the
-/// account while holding it, so that a flood does not take all database connections.
+/// A permit to use a thread. There are as many permits as threads. Hold it only as long as necessary. Callers also hold
+/// it while they look up the account, so that a flood does not use up the database connections.
 pub struct Place(Arc<Mutex<Places>>);
 
 impl Drop for Place {
@@ -268,7 +269,7 @@ impl Drop for Place {
         }
         drop(places);
         if let Some(next) = next {
-            // If the waiter has given up, the permit is dropped again, which passes it to the next one.
+            // If this waiter has given up, the permit is dropped again, which passes it on to the next one.
             let _ = next.send(Self(self.0.clone()));
         }
     }
@@ -279,9 +280,10 @@ impl Drop for Place {
 pub struct PasswordPool {
     jobs: SyncSender<Job>,
     places: Arc<Mutex<Places>>,
-    /// Counts the callers that were turned away.
+    /// Counts callers that were turned away.
     busy: Counter,
-    /// The hash of a random password, so that unknown emails take as long as wrong passwords.
+    /// The hash of a random password. Verified for unknown email addresses, so that they take as long as wrong
+    /// passwords.
     dummy_hash: Arc<str>,
 }
 
@@ -292,7 +294,7 @@ impl std::fmt::Debug for PasswordPool {
 }
 
 impl PasswordPool {
-    /// Starts the threads. `busy` counts the callers that get [`AuthError::Busy`].
+    /// Starts the threads. `busy` counts callers that get [`AuthError::Busy`].
     pub fn start(cost: PasswordCost, busy: Counter) -> Result<Self, AuthError> {
         let internal = |error: &dyn std::fmt::Display| AuthError::Internal(error.to_string());
         let params =
@@ -305,15 +307,15 @@ impl PasswordPool {
             .map_err(|e| internal(&e))?
             .to_string();
 
-        // Larger than the number of threads, since a caller that is dropped frees its slot while its hash is still
-        // being computed.
+        // More than the number of threads: a caller that is dropped frees its place while its hash is still being
+        // computed.
         let (jobs, queue) = sync_channel::<Job>(4 * THREADS);
         let queue = Arc::new(Mutex::new(queue));
         for _ in 0..THREADS {
             let (queue, argon) = (queue.clone(), argon.clone());
             let run = move || {
                 loop {
-                    // The lock is held only while waiting, not during the work.
+                    // Hold the lock only while waiting for a job, not while running it.
                     let next = queue.lock().recv();
                     match next {
                         Ok(job) => job(&argon),
@@ -339,7 +341,6 @@ impl PasswordPool {
         AuthError::Busy
     }
 
-    /// Waits for a thread.
     pub async fn enter(&self, turn: Turn) -> Result<Place, AuthError> {
         let granted = {
             let mut places = self.places.lock();
@@ -353,7 +354,7 @@ impl PasswordPool {
             }
             granted
         };
-        // A waiter that was displaced by another party was dropped.
+        // The sender was dropped because another party displaced this waiter.
         match tokio::time::timeout(WAIT, granted).await {
             Ok(Ok(place)) => Ok(place),
             Ok(Err(_)) | Err(_) => Err(self.turn_away()),
@@ -366,7 +367,7 @@ impl PasswordPool {
     ) -> Result<T, AuthError> {
         let (answer, answered) = oneshot::channel();
         let job: Job = Box::new(move |argon| {
-            // No work is done for callers that were dropped.
+            // Do nothing for a caller that was dropped.
             if !answer.is_closed() {
                 let _ = answer.send(work(argon));
             }
@@ -387,8 +388,8 @@ impl PasswordPool {
         }
     }
 
-    /// Checks the strength of a new password for the account with this email. Returns the hash to store, as a PHC
-    /// string that includes its salt.
+    /// Checks the strength of a new password for the account with this email address. Returns the hash to store, as a
+    /// PHC string that includes the salt.
     pub async fn hash(
         &self,
         password: Password,
@@ -406,7 +407,7 @@ impl PasswordPool {
         hash.await?
     }
 
-    /// Returns whether the password matches this hash. Without a hash, takes the same time and returns `false`.
+    /// Whether the password matches the hash. Without a hash, takes the same time and returns `false`.
     pub async fn verify(
         &self,
         password: Password,

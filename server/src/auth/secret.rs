@@ -1,14 +1,15 @@
-//! Derives all signing keys from one secret, which the operator sets or which is kept in the database. Each purpose has
-//! its own key (HKDF-SHA-256), so no key reveals another.
+//! Derives all signing keys from one secret. The operator sets this secret; otherwise, it is stored in the database.
+//! Each purpose has its own key (HKDF-SHA-256), so no key reveals another one.
 //!
-//! While the operator rotates `QUOTA_SECRET`, new signatures use the current secret, and those made with
-//! `QUOTA_SECRET_PREVIOUS` are still accepted: browser sessions, access tokens and known devices survive.
+//! While the operator rotates `QUOTA_SECRET`, new signatures use the current secret, and signatures made with
+//! `QUOTA_SECRET_PREVIOUS` are still accepted. Therefore, browser sessions, access tokens, and known devices remain
+//! valid.
 
 use aws_lc_rs::{hkdf, hmac};
 
 use crate::{encryption::Encryption, seal::Seal};
 
-/// Derives the key of one purpose.
+/// Derives the key for one purpose.
 fn derive(master: &[u8], purpose: &[&[u8]]) -> [u8; 32] {
     struct Length;
     impl hkdf::KeyType for Length {
@@ -29,7 +30,7 @@ fn hmac_key(master: &[u8], purpose: &str) -> hmac::Key {
     hmac::Key::new(hmac::HMAC_SHA256, &derive(master, &[purpose.as_bytes()]))
 }
 
-/// The keys of one secret for data that clients hold.
+/// The keys of one secret that protect data held by clients.
 pub struct Secrets {
     /// The seed of the Ed25519 key that signs access tokens.
     pub signing_seed: [u8; 32],
@@ -41,7 +42,7 @@ pub struct Secrets {
     password: hmac::Key,
 }
 
-/// The value by which sessions identify the secret that they belong to.
+/// Identifies a session's secret.
 pub type SecretId = [u8; 16];
 
 impl std::fmt::Debug for Secrets {
@@ -64,8 +65,9 @@ impl Secrets {
         }
     }
 
-    /// Returns the bytes of the token that follows a refresh token. They are derived from the token, so that two
-    /// requests with the same token get the same successor, and from the secret, so that no one else can compute them.
+    /// Returns the bytes of the refresh token that follows `token`. They are derived from `token`, so that two requests
+    /// with the same token get the same successor. They are also derived from the secret, so that nobody else can
+    /// compute them.
     pub fn successor(&self, token: &[u8]) -> [u8; 32] {
         let tag = hmac::sign(&self.refresh, token);
         let mut bytes = [0; 32];
@@ -73,7 +75,7 @@ impl Secrets {
         bytes
     }
 
-    /// Returns the CSRF value that a page sends to make changes with the cookies of this session.
+    /// Returns the CSRF value that a page must send to make changes using this session's cookies.
     pub fn csrf(&self, session: &[u8]) -> Vec<u8> {
         hmac::sign(&self.csrf, session).as_ref().to_vec()
     }
@@ -87,7 +89,7 @@ impl Secrets {
         hmac::sign(&self.device, content).as_ref().to_vec()
     }
 
-    /// Returns a value that changes with an account's password.
+    /// Returns a value that changes with the account's password.
     pub fn password_mark(&self, hash: &str) -> [u8; 8] {
         let tag = hmac::sign(&self.password, hash.as_bytes());
         let mut mark = [0; 8];
@@ -101,7 +103,7 @@ impl Secrets {
     }
 }
 
-/// The current secret, and the previous one while it is still accepted.
+/// The current secret, and the previous one if it is still accepted.
 #[derive(Debug)]
 pub struct SecretPair {
     pub current: Secrets,
@@ -123,13 +125,13 @@ impl SecretPair {
 }
 
 /// The keys for data that replicas exchange through Redis or store in the database. They are derived from the secret
-/// *and* the installation: two installations with the same secret and the same Redis prefix, but different databases,
-/// do not trust each other.
+/// *and* the installation. Therefore, installations with the same secret and Redis prefix but different databases do
+/// not trust each other.
 #[derive(Debug)]
 pub struct Seals {
     pub records: Seal,
     pub invalidations: Seal,
-    /// Hashes the names of the counters of failed sign-ins, so that Redis contains neither emails nor addresses.
+    /// Hashes the names of sign-in counters, so that Redis contains no email or IP addresses.
     pub attempts: [u8; 32],
     /// Encrypts secrets in the database.
     pub stored: Encryption,
@@ -138,13 +140,13 @@ pub struct Seals {
 impl Seals {
     /// `installation_secret` is a secret that only this database contains.
     pub fn new(current: &[u8], previous: Option<&[u8]>, installation_secret: &[u8]) -> Self {
-        // The derived secret is not the installation's secret itself, which may sign access tokens.
+        // Derived, because the installation's secret itself may sign access tokens.
         let installation = derive(installation_secret, &[b"installation"]);
         let key = |master: &[u8], purpose: &str| {
             derive(master, &[purpose.as_bytes(), b"\0", &installation])
         };
         let stored = |master: &[u8]| key(master, "stored secrets");
-        // What was stored before `QUOTA_SECRET` was set can still be read.
+        // Data stored before `QUOTA_SECRET` was set can still be decrypted.
         let others = previous.into_iter().chain([installation_secret]);
         let others: Vec<_> = others.map(stored).collect();
         let seal = |purpose: &str| {

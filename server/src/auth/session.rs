@@ -28,7 +28,7 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// The origin of a request, as recorded by sessions.
+/// The origin of a request, as stored with sessions.
 #[derive(Debug, Clone, Default)]
 pub struct Origin {
     pub ip: Option<std::net::IpAddr>,
@@ -41,7 +41,6 @@ impl Origin {
     }
 }
 
-/// The tokens of a session.
 pub struct Tokens {
     pub access: String,
     pub refresh: String,
@@ -58,7 +57,7 @@ pub struct LiveSession {
     pub expires_at: UnixNanos,
 }
 
-/// Creates, refreshes, finds and revokes sessions. Cheap to clone.
+/// Creates, refreshes, finds, and revokes sessions. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Sessions {
     db: Db,
@@ -82,7 +81,7 @@ impl Sessions {
         freshness: &Arc<Freshness>,
         metrics: &Arc<Metrics>,
     ) -> Self {
-        // Sessions are looked up for people's requests, not for API traffic.
+        // This capacity is enough, because only people use sessions; API traffic does not.
         let live = Cached::new(10_000, grace, freshness.clone(), metrics.clone());
         Self {
             db,
@@ -130,15 +129,15 @@ impl Sessions {
         })
     }
 
-    /// Exchanges a refresh token for the next pair of tokens. Reusing a token revokes its session. So does a token
-    /// whose session belongs to a secret that is no longer accepted, since anyone who knows that secret can compute
-    /// tokens.
+    /// Exchanges a refresh token for the next pair of tokens. Revokes the session if the token has already been used.
+    /// Also revokes the session if it belongs to a secret that is no longer accepted: anyone who knows that secret can
+    /// compute tokens.
     pub async fn refresh(&self, token: &str, origin: &Origin) -> Result<Tokens, AuthError> {
         let token =
             SecretText::parse(Kind::Refresh, token.as_bytes()).ok_or(AuthError::Unauthorized)?;
         let hash = token.hash();
-        // The first successor is derived from the current secret. A token that was used just before QUOTA_SECRET was
-        // rotated has a successor derived from the previous secret.
+        // The first successor is derived from the current secret. If the token was used just before `QUOTA_SECRET` was
+        // rotated, its successor was derived from the previous secret.
         let text = token.reveal();
         let successors = self.secrets.accepted().map(|secrets| {
             SecretText::from_bytes(Kind::Refresh, &secrets.successor(text.as_bytes()))
@@ -189,7 +188,7 @@ impl Sessions {
             id,
             self.clock.now(),
         )?;
-        // The cached expiry is now too early.
+        // The cached expiry is too early now.
         self.forget(id);
         Ok(Tokens {
             access,
@@ -198,7 +197,7 @@ impl Sessions {
         })
     }
 
-    /// Returns the CSRF token of a session: its ID with a proof that it came from the server.
+    /// Returns the session's CSRF token. It contains the session's ID, and proof that it came from the server.
     pub fn csrf_token(&self, session: SessionId) -> String {
         let tag = self.secrets.current.csrf(session.0.as_bytes());
         let bytes = [session.0.as_bytes(), &tag[..]].concat();
@@ -216,7 +215,7 @@ impl Sessions {
             .then_some(SessionId(id))
     }
 
-    /// Returns whether a refresh token belongs to this session.
+    /// Whether a refresh token belongs to this session.
     pub async fn is_of(&self, token: &str, id: SessionId) -> Result<bool, AuthError> {
         let token =
             SecretText::parse(Kind::Refresh, token.as_bytes()).ok_or(AuthError::Unauthorized)?;
@@ -226,7 +225,7 @@ impl Sessions {
         Ok(row.is_some_and(|row| row.id == id.0))
     }
 
-    /// Returns the active session that an access token belongs to.
+    /// Returns an access token's session if the session is active.
     pub async fn of_access_token(&self, token: &str) -> Result<Arc<LiveSession>, AuthError> {
         let now = self.clock.now();
         let claims = self.signer.verify(token, now)?;
@@ -237,7 +236,7 @@ impl Sessions {
             .get(id, move || {
                 let db = db.clone();
                 async move {
-                    // Without a limit, one lookup that never completes would block every request for this session.
+                    // Without a time limit, a lookup that never completes would block all requests for this session.
                     db.within_limit(load(&db, id))
                         .await
                         .map_err(|error| Unconfirmed::Failed(db::chain(&error).into()))
@@ -252,7 +251,7 @@ impl Sessions {
         Ok(live)
     }
 
-    /// Revokes the session that a refresh token belongs to. If there is none, it has already ended.
+    /// Revokes a refresh token's session. If there is no such session, it has already ended.
     pub async fn end_by_refresh_token(
         &self,
         token: &str,
@@ -268,7 +267,7 @@ impl Sessions {
         Ok(())
     }
 
-    /// Revokes a session of a user. Returns `false` if the user has no such active session.
+    /// Revokes one of the user's sessions. Returns `false` if the user has no such active session.
     pub async fn end(
         &self,
         user: UserId,
@@ -282,7 +281,7 @@ impl Sessions {
         }
     }
 
-    /// Returns `false` if another request has already revoked it.
+    /// Returns `false` if another request has already revoked the session.
     async fn end_in(
         &self,
         mut tx: SystemTx,
@@ -301,7 +300,6 @@ impl Sessions {
         Ok(!ended.is_empty())
     }
 
-    /// Returns the active sessions of a user.
     pub async fn of_user(&self, user: UserId, slice: Slice) -> Result<Rows<SessionRow>, AuthError> {
         let mut tx = self.db.system().await?;
         let sessions = session::of_user(&mut tx, user.0, slice).await?;
@@ -309,17 +307,17 @@ impl Sessions {
         Ok(sessions)
     }
 
-    /// Drops a session from the cache.
+    /// Removes a session from the cache.
     pub fn forget(&self, id: SessionId) {
         self.live.forget(|key, _| *key == id);
     }
 
-    /// Drops all sessions from the cache.
+    /// Removes all sessions from the cache.
     pub fn forget_all(&self) {
         self.live.forget(|_, _| true);
     }
 
-    /// Drops sessions from the cache if a change has invalidated them.
+    /// Removes sessions that have been invalidated from the cache.
     pub fn revoke(&self, gone: &InvalidationSet) {
         if gone.any_session() {
             self.live
@@ -327,7 +325,7 @@ impl Sessions {
         }
     }
 
-    /// Drops sessions from the cache that a committed transaction has revoked, and notifies the other replicas.
+    /// Removes sessions from the cache that a committed transaction has revoked, and notifies other replicas.
     pub fn ended(&self, invalidations: &[Invalidation]) {
         self.revoke(&invalidations.iter().collect());
         for invalidation in invalidations {
@@ -348,7 +346,7 @@ async fn load(db: &Db, id: SessionId) -> Result<Option<LiveSession>, db::DbError
             id,
             user: UserId(row.user_id),
             tenant: TenantId(row.tenant_id),
-            // A role that this version does not support has no permissions.
+            // A role that this version does not know has no permissions.
             role: Role::of(&member.role)?,
             expires_at: UnixNanos(
                 row.expires_at

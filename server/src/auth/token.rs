@@ -1,7 +1,7 @@
-//! Access tokens: JWTs signed with Ed25519, valid for fifteen minutes.
+//! Access tokens: JWTs signed with Ed25519, valid for 15 minutes.
 //!
-//! `kid` is looked up in a map of Ed25519 keys. The algorithm in the header must be Ed25519, but it is not used to
-//! select the algorithm. A valid token is not enough: its session is looked up as well.
+//! `kid` selects one of the Ed25519 keys. The `alg` header must name Ed25519, but it does not determine the algorithm
+//! used for verification. A valid token is not sufficient: its session must also be active.
 
 use std::collections::HashMap;
 
@@ -20,16 +20,15 @@ use super::{
 };
 use crate::clock::UnixNanos;
 
-/// The lifetime of an access token, in seconds.
+/// In seconds.
 pub const LIFETIME: u32 = 15 * 60;
 const ISSUER: &str = "quota";
 const AUDIENCE: &str = "quota-api";
 const TYPE: &str = "at+jwt";
 const LENGTH_MAX: usize = 4096;
-/// The maximum difference between the clocks of replicas.
+/// The maximum difference between the clocks of replicas, in seconds.
 const LEEWAY: u64 = 30;
 
-/// The claims of a token.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Claims {
@@ -44,7 +43,6 @@ pub struct Claims {
     exp: u64,
 }
 
-/// Signs and verifies tokens.
 pub struct Signer {
     kid: String,
     key: EncodingKey,
@@ -94,7 +92,7 @@ impl Signer {
         validation.set_audience(&[AUDIENCE]);
         validation.set_issuer(&[ISSUER]);
         validation.set_required_spec_claims(&["exp", "nbf", "aud", "iss", "sub"]);
-        // The times are checked below, with the server's clock.
+        // Times are checked below, based on the server's clock.
         validation.validate_exp = false;
         validation.validate_nbf = false;
         Ok(Self {
@@ -301,7 +299,7 @@ mod tests {
             );
         }
 
-        // HS256 with the public key as the secret, a classic algorithm confusion attack.
+        // HS256 with the public key as its secret: a classic algorithm confusion attack.
         let pair = Ed25519KeyPair::from_seed_unchecked(&secrets(1).signing_seed).unwrap();
         let header = Header {
             kid: Some(signer.kid.clone()),

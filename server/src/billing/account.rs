@@ -1,12 +1,13 @@
 //! The Stripe account that this server bills through.
 //!
-//! Customers and subscriptions exist in one Stripe account, in live or in test mode. With a secret key of another
-//! account or mode, Stripe reports all of them as missing, and would accept new ones and usage. So the account of the
-//! customers is stored, and compared with that of the secret key before Stripe is used. If they differ, nothing is read,
-//! reported or sold: tenants keep their access, and events and usage wait for the right key.
+//! Customers and subscriptions belong to one Stripe account, in either live or test mode. With a secret key of a
+//! different account or mode, all of them would seem to be missing, and Stripe would accept new customers,
+//! subscriptions, and usage. Therefore, the customers' account is stored, and compared with the secret key's account
+//! before Stripe is used. If the accounts differ, nothing is read from Stripe, reported to it, or sold. Tenants keep
+//! their access, and events and usage wait until the correct key is configured.
 //!
-//! A server of an earlier version has not stored the account. Then the account of the secret key is stored if it knows
-//! at least one customer. As long as there are no customers, the account may change.
+//! Earlier versions did not store the account. If no account is stored, the secret key's account is stored once at
+//! least one customer is found in it. While there are no customers, the account may change.
 
 use std::sync::{
     Arc,
@@ -27,22 +28,22 @@ use crate::{
     stripe::StripeError,
 };
 
-/// The number of customers among which one has to exist in the account of the secret key.
+/// The number of customers to look up. At least one of them must exist in the secret key's account.
 const SAMPLE: i64 = 10;
 
-/// What is known about the account of the secret key. Cheap to clone.
+/// What is known about the secret key's account. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub(super) struct OwnAccount(Arc<Inner>);
 
 #[derive(Debug, Default)]
 struct Inner {
-    /// Its ID; `None` if the key may not read it.
+    /// The account's ID. `None` if the key does not have permission to read it.
     id: OnceCell<Option<String>>,
     has_customers: AtomicBool,
     is_other: AtomicBool,
 }
 
-/// Returns how an account is named in messages.
+/// Returns the description of an account for messages.
 fn named(account: &StripeAccount) -> String {
     let id = account.account_id.as_deref().unwrap_or("an account");
     let mode = if account.livemode { "live" } else { "test" };
@@ -50,13 +51,13 @@ fn named(account: &StripeAccount) -> String {
 }
 
 impl Billing {
-    /// Whether the last comparison found that the secret key belongs to another account or mode than the customers.
+    /// Whether the secret key belonged to a different account or mode than the customers at the last comparison.
     pub fn is_other_account(&self) -> bool {
         self.account.0.is_other.load(Ordering::Relaxed)
     }
 
-    /// Returns [`BillingError::OtherAccount`] if the secret key belongs to another account or mode than the customers.
-    /// Otherwise returns how its account is named. Reads the account from Stripe only once.
+    /// Returns the description of the secret key's account. Returns [`BillingError::OtherAccount`] if the customers
+    /// belong to a different account or mode. Reads the account from Stripe only once.
     pub async fn verify_account(&self) -> Result<String, BillingError> {
         let result = self.compare_account().await;
         let is_other = match &result {
@@ -108,7 +109,7 @@ impl Billing {
             }
             if !knows.load(Ordering::Relaxed) && !self.knows_any(&customers).await? {
                 return Err(BillingError::OtherAccount(format!(
-                    "STRIPE_SECRET_KEY is a key of {}, which has none of the customers of this server",
+                    "STRIPE_SECRET_KEY belongs to {}, which does not have this server's customers",
                     named(&own)
                 )));
             }
@@ -122,7 +123,7 @@ impl Billing {
         let stored = stripe_account::find(&mut tx).await?;
         tx.commit().await?;
         match stored {
-            // Another replica was faster.
+            // Another replica stored its account first.
             Some(stored) if !stored.matches(&own) => Err(other_account(&own, &stored)),
             _ => Ok(named(&own)),
         }
@@ -139,9 +140,9 @@ impl Billing {
         Ok(false)
     }
 
-    /// Bills through the account and mode of the secret key from now on. Customers and subscriptions of the
-    /// previous account are forgotten, so tenants have no access until they subscribe again. Returns how the account is named, and
-    /// for how many tenants access has ended.
+    /// Starts billing through the secret key's account and mode. Deletes the customers and subscriptions of the
+    /// previous account, so tenants have no access until they subscribe again. Returns the description of the account,
+    /// and the number of tenants whose access has ended.
     pub async fn switch_account(&self) -> Result<(String, usize), BillingError> {
         let own = self.own_account().await?;
         let mut tx = self.db.system().await?;
@@ -164,7 +165,8 @@ impl Billing {
             };
             audit::insert_system(&mut tx, &event).await?;
         }
-        // This comes last, because it waits for other transactions that invalidate. Replicas find it themselves.
+        // Inserted last, because this waits for other transactions that write invalidations. Replicas find these rows
+        // themselves.
         for tenant in ended.iter().filter(|it| it.had_paid_access) {
             invalidation::insert_system(&mut tx, tenant.tenant_id, Target::Tenant).await?;
         }
@@ -175,7 +177,7 @@ impl Billing {
 
 fn other_account(own: &StripeAccount, stored: &StripeAccount) -> BillingError {
     BillingError::OtherAccount(format!(
-        "STRIPE_SECRET_KEY is a key of {}, but the customers of this server belong to {}",
+        "STRIPE_SECRET_KEY belongs to {}, but this server's customers belong to {}",
         named(own),
         named(stored)
     ))

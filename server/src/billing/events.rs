@@ -1,7 +1,7 @@
-//! Webhooks: stored as they arrive, and processed later.
+//! Webhooks from Stripe. They are stored on arrival and processed later.
 //!
-//! The contents of an event are never applied. It only causes a read of its customer's subscriptions, regardless of its
-//! type, version or age.
+//! Quota never applies the contents of an event. Regardless of its type, version, and age, an event only causes a read
+//! of its customer's subscriptions.
 
 use std::collections::BTreeSet;
 
@@ -21,34 +21,36 @@ use crate::{
     stripe::{Envelope, METER_EVENTS},
 };
 
-/// Maximum number of events processed together.
+/// The maximum number of events processed together.
 const BATCH: i64 = 100;
-/// After this many attempts, which take about a day, an event is abandoned. The customer is read regularly anyway.
+/// An event is abandoned after this many attempts, which take about a day. Its customer is also read regularly without
+/// events.
 const ATTEMPTS_MAX: i32 = 35;
-/// Maximum number of customers read concurrently.
+/// The maximum number of customers read concurrently.
 const CONCURRENT: usize = 8;
-/// How often a customer is read without an event, in seconds. A lost webhook delays its change by at most this long.
+/// How often a customer is read without an event, in seconds. If a webhook gets lost, its change takes effect with at
+/// most this delay.
 const READ_EVERY: f64 = 600.0;
-/// Maximum number of customers read in one round.
+/// The maximum number of customers read per round.
 const READS: i64 = 20;
 
-/// The result of a round of the worker.
+/// The result of one round of the worker.
 #[derive(Debug, Default)]
 pub struct Round {
-    /// Number of events processed.
+    /// The number of processed events.
     pub events: usize,
-    /// Number of events abandoned.
+    /// The number of abandoned events.
     pub failed: usize,
-    /// Number of failed reads of customers.
+    /// The number of customers that could not be read.
     pub read_errors: usize,
-    /// Number of usage reports in which Stripe found an error.
+    /// The number of usage reports in which Stripe found an error.
     pub meter_errors: u64,
     /// Invalidations to publish.
     pub invalidations: Vec<Invalidation>,
 }
 
 impl Billing {
-    /// Stores an event whose signature is valid. Returns `false` if it was stored before.
+    /// Stores an event whose signature is valid. Returns `false` if it was already stored.
     pub async fn receive(&self, event: &Envelope, body: &str) -> Result<bool, DbError> {
         let mut tx = self.db.system().await?;
         let new = NewEvent {
@@ -65,7 +67,7 @@ impl Billing {
         Ok(is_new)
     }
 
-    /// Processes events that are due. Events of one tenant are processed with a single read.
+    /// Processes events that are due. All events of a tenant are processed with a single read.
     pub async fn handle_due(&self) -> Result<Round, DbError> {
         if let Some(round) = self.postponed().await? {
             return Ok(round);
@@ -85,7 +87,7 @@ impl Billing {
                         round.meter_errors += count;
                         self.finish(&[event], Outcome::Applied, None).await?;
                     }
-                    // Stripe keeps events for 30 days.
+                    // Stripe deletes events after 30 days.
                     Err(BillingError::Stripe(error)) if error.is_not_found() => {
                         self.finish(&[event], Outcome::Ignored, None).await?;
                     }
@@ -112,7 +114,7 @@ impl Billing {
         while let Some((events, read)) = reads.next().await {
             match read {
                 Ok(invalidation) => {
-                    // This comes first, because recording the outcome may fail.
+                    // Added before the outcome is recorded, because recording may fail.
                     round.invalidations.extend(invalidation);
                     self.finish(&events, Outcome::Applied, None).await?;
                 }
@@ -122,12 +124,12 @@ impl Billing {
         Ok(round)
     }
 
-    /// Returns an empty round if nothing can be read at the moment. Then events and customers remain due.
+    /// Returns an empty round if Stripe cannot be read at the moment. Events and customers then remain due.
     async fn postponed(&self) -> Result<Option<Round>, DbError> {
         let read_errors = match self.verify_account().await {
             Ok(_) => return Ok(None),
             Err(BillingError::Db(error)) => return Err(error),
-            // This has its own metric.
+            // This case has its own metric.
             Err(BillingError::OtherAccount(_)) => 0,
             Err(error) => {
                 tracing::debug!(error = %chain(&error), "cannot read the Stripe account");
@@ -140,7 +142,7 @@ impl Billing {
         }))
     }
 
-    /// Reads customers that have not been read for a while.
+    /// Reads customers whose last read was too long ago.
     pub async fn read_due(&self) -> Result<Round, DbError> {
         if let Some(round) = self.postponed().await? {
             return Ok(round);
@@ -161,14 +163,14 @@ impl Billing {
         Ok(round)
     }
 
-    /// Records problems with usage for the tenants that they concern. Returns their number.
+    /// Records the problems that an event reports, for each tenant affected. Returns the number of problems.
     async fn record_meter_errors(&self, event: &DueEvent) -> Result<u64, BillingError> {
         let errors = self.stripe.meter_errors(&event.id).await?;
         let mut count = 0;
         let mut tx = self.db.system().await?;
         for error in errors {
             count += error.count;
-            // An identifier begins with its tenant.
+            // An identifier starts with the tenant's ID.
             let tenants: BTreeSet<Uuid> = error
                 .identifiers
                 .iter()
@@ -186,9 +188,9 @@ impl Billing {
         Ok(count)
     }
 
-    /// Returns the tenant that an event concerns.
+    /// Returns the tenant that an event affects.
     async fn tenant_of(&self, event: &DueEvent) -> Result<Option<TenantId>, BillingError> {
-        // Sandbox events do not concern live subscriptions, and vice versa.
+        // Sandbox events do not affect live subscriptions, and vice versa.
         if event.livemode != self.is_live {
             return Ok(None);
         }
@@ -219,7 +221,7 @@ impl Billing {
         tx.commit().await
     }
 
-    /// Defers events to a later attempt, or abandons them.
+    /// Postpones events to a later attempt, or abandons them.
     async fn postpone(
         &self,
         events: &[DueEvent],

@@ -1,13 +1,12 @@
-//! Subscriptions of tenants: their access, and how they pay.
+//! Tenants' subscriptions: what access they provide, and how tenants pay.
 //!
-//! Stripe is the source of truth. What is stored here is the result of the last read of a customer's subscriptions;
-//! webhooks and the passage of time only cause reads ([`events`], [`Billing::read`]). Reads are numbered before they
-//! start, and a read that started before the last applied one is discarded, so the result does not depend on the order
-//! in which events arrive or reads complete. [`subscription`] defines the meaning of
-//! subscriptions.
+//! Stripe is the source of truth. The database contains only the result of the last read of a customer's subscriptions.
+//! Webhooks and the passage of time only cause reads ([`events`], [`Billing::read`]). Reads are numbered before they
+//! start. A read that started before the last applied one is discarded, so the result does not depend on the order in
+//! which events arrive or reads complete. [`subscription`] defines what access a subscription provides.
 //!
-//! If Stripe is unreachable, or the secret key belongs to [another account](account), tenants keep their access. No
-//! tenant can subscribe during that time.
+//! If Stripe is unreachable, or the secret key belongs to [another account](account), tenants keep their access, but no
+//! tenant can subscribe.
 
 pub mod account;
 pub mod events;
@@ -40,39 +39,38 @@ use crate::{
 
 /// The lookup key of the monthly price.
 pub const FLAT_PRICE: &str = "quota_monthly";
-/// The lookup key of the price per unit of usage, which is optional.
+/// The lookup key of the price per unit of usage. This price is optional.
 pub const USAGE_PRICE: &str = "quota_usage";
 
-/// Why a billing operation failed.
 #[derive(Debug, thiserror::Error)]
 pub enum BillingError {
     #[error(transparent)]
     Stripe(#[from] StripeError),
     #[error(transparent)]
     Db(#[from] DbError),
-    /// The tenant already has a subscription, which it has to change or cancel first.
+    /// The tenant already has a subscription, which must be changed or canceled first.
     #[error("the tenant already has a subscription")]
     Subscribed,
     /// The tenant has no Stripe customer.
     #[error("the tenant has never subscribed")]
     NoCustomer,
-    /// Stripe has no active price with the lookup key of [`FLAT_PRICE`].
+    /// Stripe has no active price with the lookup key [`FLAT_PRICE`].
     #[error(
         "Stripe has no active price with the lookup key {FLAT_PRICE}; run `quota billing setup`"
     )]
     NoPrice,
-    /// Stripe returned a status that this version does not support. The last known access is kept.
+    /// Stripe returned a status that this version does not know. The last known access remains in effect.
     #[error("Stripe returned an unknown subscription status: {0:?}")]
     UnknownStatus(String),
-    /// The secret key belongs to another account or mode than the customers.
+    /// The secret key belongs to a different account or mode than the customers.
     #[error("{0}")]
     OtherAccount(String),
-    /// Stripe does not know the customer, and has not deleted it either. Its tenant's access is kept.
-    #[error("Stripe does not know the customer {0}, so its access does not change")]
+    /// Stripe has no record of the customer, not even as deleted. The tenant's access is kept.
+    #[error("Stripe has no record of the customer {0}, so the tenant's access does not change")]
     UnknownCustomer(String),
     #[error("Stripe returned a Checkout Session without a URL")]
     NoPage,
-    /// Stripe has no active price with the lookup key of [`USAGE_PRICE`] and a meter.
+    /// Stripe has no active price with the lookup key [`USAGE_PRICE`] and a meter.
     #[error(
         "Stripe has no metered price with the lookup key {USAGE_PRICE}; run `quota billing setup`"
     )]
@@ -90,11 +88,11 @@ pub struct Billing {
     prices: Prices,
 }
 
-/// A tenant that wants to subscribe, and the page to which it returns.
+/// A tenant that wants to subscribe, and the pages that it returns to.
 #[derive(Debug, Clone, Copy)]
 pub struct Buyer<'a> {
     pub tenant: TenantId,
-    /// Used only the first time.
+    /// Used only when the customer is created.
     pub email: &'a str,
     pub name: &'a str,
     pub success_url: &'a str,
@@ -127,8 +125,8 @@ impl Billing {
         })
     }
 
-    /// Reads the tenant's subscriptions from Stripe and stores the resulting access. Returns the invalidation to
-    /// publish if access has changed. Does nothing for a tenant without a customer.
+    /// Reads the tenant's subscriptions from Stripe, and stores the resulting access. If access has changed, returns
+    /// the invalidation to publish. Does nothing for a tenant without a customer.
     pub async fn read(&self, tenant: TenantId) -> Result<Option<Invalidation>, BillingError> {
         self.verify_account().await?;
         let mut tx = self.db.system().await?;
@@ -140,7 +138,7 @@ impl Billing {
         let mut observed = Vec::new();
         let mut rows = Vec::new();
         let subscriptions = match self.stripe.subscriptions(&begun.customer_id).await {
-            // Nothing can be charged to a deleted customer. The next Checkout creates another one.
+            // A deleted customer cannot be charged. The next Checkout creates a new customer.
             Err(error) if error.is_missing_customer() => {
                 self.expect_deleted(&begun.customer_id).await?;
                 tracing::warn!(
@@ -166,7 +164,7 @@ impl Billing {
             let starts = found.items.data.iter().map(|it| it.current_period_start);
             let ends = found.items.data.iter().map(|it| it.current_period_end);
             let (period_start, period_end) = (starts.min(), ends.min());
-            // Older versions of the API omit `cancel_at`.
+            // Older API versions omit `cancel_at`.
             let at_period_end = period_end.filter(|_| found.cancel_at_period_end);
             let cancel_at = found.cancel_at.or(at_period_end);
             let price = Offer::of_items(&found.items.data);
@@ -239,7 +237,7 @@ impl Billing {
             };
             audit::insert_system(&mut tx, &event).await?;
         }
-        // This comes last, because it waits for other transactions that invalidate.
+        // Inserted last, because this waits for other transactions that write invalidations.
         let invalidation = match changed {
             Applied::PaidAccess => {
                 Some(invalidation::insert_system(&mut tx, tenant.0, Target::Tenant).await?)
@@ -253,8 +251,8 @@ impl Billing {
         Ok(invalidation)
     }
 
-    /// Returns an error unless Stripe says that the customer was deleted. That Stripe does not know it is no reason to
-    /// end access: the data of test mode may have been deleted, for example.
+    /// Returns an error unless Stripe confirms that the customer was deleted. If Stripe does not know the customer, the
+    /// tenant must keep its access: for example, someone may have deleted the test data in Stripe.
     async fn expect_deleted(&self, customer: &str) -> Result<(), BillingError> {
         let unknown = || BillingError::UnknownCustomer(customer.to_owned());
         match self.stripe.is_deleted(customer).await {
@@ -265,8 +263,8 @@ impl Billing {
         }
     }
 
-    /// Returns the tenant's Stripe customer, creating it if there is none. Only one customer is ever created, no matter
-    /// how often and where this fails.
+    /// Returns the tenant's Stripe customer, and creates it if there is none. Even if this fails repeatedly, at any
+    /// point, only one customer is created.
     async fn customer(&self, buyer: &Buyer<'_>) -> Result<String, BillingError> {
         let (tenant, mut tx) = (buyer.tenant, self.db.system().await?);
         let account = billing::open(&mut tx, tenant, buyer.email, buyer.name).await?;
@@ -278,7 +276,8 @@ impl Billing {
         tx.commit().await?;
         let id = tenant.to_string();
         let email = account.customer_email.as_str();
-        // An earlier request may have succeeded without a response, but too long ago for Stripe to recognize its key.
+        // An earlier request may have created the customer even though no response arrived, too long ago for Stripe to
+        // recognize the idempotency key.
         let found = if account.customer_requested {
             self.stripe.find_customer(&id, email).await?
         } else {
@@ -292,7 +291,7 @@ impl Billing {
                 let name = account.customer_name.as_str();
                 let created = self.stripe.create_customer(&id, email, name, &key).await;
                 if let Err(StripeError::Failed { .. }) = &created {
-                    // The same idempotency key would fail for a day. The next attempt searches for a customer first.
+                    // The same idempotency key would fail for a day. The next attempt searches for the customer first.
                     let mut tx = self.db.system().await?;
                     billing::next_customer_attempt(&mut tx, tenant, attempt).await?;
                     tx.commit().await?;
@@ -306,9 +305,9 @@ impl Billing {
         Ok(recorded)
     }
 
-    /// Returns a Checkout Session for a tenant without a subscription, and the invalidation to publish if its access
-    /// turned out to have changed. While a session is open, it is returned again: a tenant cannot pay twice. If the
-    /// tenant's customer was deleted, creates another one.
+    /// Returns a Checkout Session for a tenant without a subscription. Returns the same session while it is open, so
+    /// that a tenant cannot pay twice. If the tenant's customer was deleted, creates a new one. If the tenant's access
+    /// turns out to have changed, also returns the invalidation to publish.
     pub async fn checkout(
         &self,
         buyer: &Buyer<'_>,
@@ -377,8 +376,8 @@ impl Billing {
             StripeError::Failed { .. } | StripeError::Rejected { .. } | StripeError::Missing { .. },
         ) = &created
         {
-            // The same idempotency key would return the same error. If a session was created after all, no user has
-            // seen its page.
+            // The same idempotency key would return the same error. If a session was created despite the error, no user
+            // has seen its page.
             self.end_checkout(tenant, attempt).await?;
         }
         let session = created?;
@@ -391,8 +390,8 @@ impl Billing {
         Ok((session, invalidation))
     }
 
-    /// A completed session has a subscription, which is `incomplete` until a delayed payment arrives. It may also have
-    /// been completed since the last read.
+    /// Returns an error if a completed session has created a subscription. The subscription is `incomplete` until a
+    /// delayed payment arrives. The session may also have been completed since the last read.
     async fn expect_no_pending_subscription(&self, tenant: TenantId) -> Result<(), BillingError> {
         self.read(tenant).await?;
         let statuses = self.stripe_statuses(tenant).await?;
@@ -417,7 +416,7 @@ impl Billing {
         Ok(next)
     }
 
-    /// Returns the statuses of the tenant's subscriptions, as of the last read.
+    /// Returns the statuses of the tenant's subscriptions as of the last read.
     async fn stripe_statuses(&self, tenant: TenantId) -> Result<Vec<Status>, DbError> {
         let mut tx = self.db.system().await?;
         let statuses = billing::statuses(&mut tx, tenant).await?;
@@ -425,8 +424,8 @@ impl Billing {
         Ok(statuses.iter().filter_map(|it| Status::named(it)).collect())
     }
 
-    /// Returns the URL of the customer portal, where the tenant can change its payment method, cancel, and find its
-    /// invoices.
+    /// Returns the URL of the customer portal, where the tenant can change its payment method, cancel its subscription,
+    /// and find its invoices.
     pub async fn portal(&self, tenant: TenantId, return_url: &str) -> Result<String, BillingError> {
         self.verify_account().await?;
         let mut tx = self.db.system().await?;

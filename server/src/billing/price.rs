@@ -1,5 +1,3 @@
-//! The prices of subscriptions.
-
 use std::{collections::HashMap, sync::Arc};
 
 use parking_lot::Mutex;
@@ -10,7 +8,7 @@ use crate::{
     stripe::{Item, Price, Recurring},
 };
 
-/// A decimal number that is not negative, such as an amount in the smallest unit of a currency.
+/// A non-negative decimal number, such as an amount in the smallest unit of a currency.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Decimal {
     digits: u128,
@@ -24,7 +22,7 @@ impl Decimal {
         scale: 0,
     };
 
-    /// Returns `None` for a negative number, and for one that is implausible as an amount.
+    /// Returns `None` if the number is negative or too long to be an amount.
     fn parse(text: &str) -> Option<Self> {
         let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
         let digits = format!("{whole}{fraction}");
@@ -53,7 +51,7 @@ impl Decimal {
         Some(Self { digits, scale })
     }
 
-    /// Rounds to a whole number, with halves rounded up.
+    /// Rounds to the nearest whole number; halves round up.
     fn rounded(self) -> Option<u64> {
         let unit = 10_u128.checked_pow(self.scale)?;
         u64::try_from((self.digits + unit / 2) / unit).ok()
@@ -77,13 +75,13 @@ impl std::fmt::Display for Decimal {
     }
 }
 
-/// Returns the charge for a number of units, rounded to the smallest unit of the currency. `None` if the price is not a
-/// decimal number.
+/// Returns the charge for a number of units, rounded to the smallest unit of the currency. Returns `None` if the price
+/// is not a decimal number.
 pub fn charge(unit_price: &str, units: u64) -> Option<u64> {
     Decimal::parse(unit_price)?.times(units)?.rounded()
 }
 
-/// Returns the charge for a month.
+/// Returns the total charge for a month.
 pub fn total(monthly: &str, unit_price: Option<&str>, units: u64) -> Option<u64> {
     let usage = match unit_price {
         Some(price) => Decimal::parse(price)?.times(units)?.rounded()?,
@@ -92,14 +90,14 @@ pub fn total(monthly: &str, unit_price: Option<&str>, units: u64) -> Option<u64>
     Decimal::parse(monthly)?.rounded()?.checked_add(usage)
 }
 
-/// The prices of a subscription, or of a new one.
+/// The prices of an existing or a new subscription.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Offer {
     pub name: Option<String>,
     pub currency: String,
-    /// The price per month, in the smallest unit of the currency. `None` if it is not a plain amount.
+    /// The price per month, in the smallest unit of the currency. `None` if it is not a fixed amount.
     pub monthly: Option<String>,
-    /// The price per unit of usage.
+    /// The price per unit of usage, in the smallest unit of the currency.
     pub per_unit: Option<String>,
 }
 
@@ -108,7 +106,7 @@ fn is_monthly(recurring: Option<&Recurring>) -> bool {
 }
 
 impl Offer {
-    /// Returns the prices of a subscription with these items, without the product's name.
+    /// Returns the prices of a subscription with these items. Does not include the product's name.
     pub(super) fn of_items(items: &[Item]) -> Self {
         let metered = |it: &&Item| {
             let recurring = it.price.recurring.as_ref();
@@ -173,8 +171,8 @@ impl Offer {
     }
 }
 
-/// The prices and names that this process has read. A product name that changes in Stripe is noticed after the next
-/// start.
+/// The prices and product names that this process has read from Stripe. If a product's name changes in Stripe, the
+/// change is noticed after the next restart.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Prices {
     names: Arc<Mutex<HashMap<String, String>>>,
@@ -182,12 +180,12 @@ pub(super) struct Prices {
 }
 
 impl Billing {
-    /// Returns the prices of a new subscription, as of the last time they were read.
+    /// Returns the last known prices of a new subscription.
     pub fn offer(&self) -> Option<Offer> {
         self.prices.offer.lock().clone()
     }
 
-    /// Reads the prices of a new subscription.
+    /// Reads the prices of a new subscription from Stripe.
     pub async fn read_offer(&self) -> Result<(), BillingError> {
         self.verify_account().await?;
         let prices = self.stripe.prices(&[FLAT_PRICE, USAGE_PRICE]).await?;
@@ -202,7 +200,7 @@ impl Billing {
         Ok(())
     }
 
-    /// Returns the name of a product. `None` if it cannot be read: access does not depend on it.
+    /// Returns the name of a product. Returns `None` if it cannot be read, because access does not depend on it.
     pub(super) async fn product_name(&self, product: &str) -> Option<String> {
         if let Some(name) = self.prices.names.lock().get(product) {
             return Some(name.clone());
@@ -280,7 +278,7 @@ mod tests {
         let offer = Offer::of_items(&[flat.clone(), seats]);
         assert_eq!(offer.monthly.as_deref(), Some("3201.5"));
         assert_eq!(offer.per_unit, None);
-        // These are not plain amounts per month.
+        // These are not fixed amounts per month.
         for other in [
             item(None, Some(1), false, "month"),
             item(Some("2900"), Some(1), false, "year"),

@@ -1,14 +1,14 @@
-//! The objects that Quota needs in Stripe: a product, its prices, a meter and a webhook endpoint.
+//! Sets up the objects that Quota needs in Stripe: a product, its prices, a meter, and a webhook endpoint.
 //!
-//! Each is found by its name, so it is created only once. Existing objects are not changed: a price cannot be changed,
-//! and an operator may have changed the others on purpose.
+//! Each object is identified by a name, so it is created only once. Existing objects are not changed: Stripe does not
+//! allow changing a price, and an operator may have changed the others on purpose.
 
 use super::{FLAT_PRICE, USAGE_PRICE};
 use crate::stripe::{API_VERSION, EVENTS, Price, Stripe, StripeError, WebhookEndpoint};
 
-/// The ID of the product.
+/// The product's ID.
 const PRODUCT: &str = "quota";
-/// The name under which usage is reported to the meter.
+/// The name of the meter events that report usage.
 pub const METER_EVENT: &str = "quota_requests";
 
 /// The prices of subscriptions. Amounts are in the smallest unit of the currency, such as cents, and may be fractional.
@@ -16,13 +16,13 @@ pub const METER_EVENT: &str = "quota_requests";
 pub struct Offer {
     pub product_name: String,
     pub currency: stripe_types::Currency,
-    /// The monthly price.
+    /// Per month.
     pub price: String,
-    /// The price per request, in addition to the monthly price.
+    /// Per request, in addition to the monthly price.
     pub usage_price: Option<String>,
 }
 
-/// An object that was set up or checked.
+/// The state of an object, after setup or a check.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
     pub name: &'static str,
@@ -42,13 +42,13 @@ impl Finding {
     }
 }
 
-/// Returns the URL to which Stripe sends webhooks.
+/// Returns the URL that Stripe must send webhooks to.
 pub fn webhook_url(public_url: &str) -> String {
     format!("{public_url}/billing/stripe/webhook")
 }
 
-/// Creates the objects that do not exist yet. Returns all objects, and the secret of the webhook endpoint if it was
-/// just created.
+/// Creates the objects that do not exist. Returns all objects. Also returns the webhook endpoint's secret if this call
+/// created the endpoint.
 pub async fn set_up(
     stripe: &Stripe,
     offer: &Offer,
@@ -122,7 +122,7 @@ fn find_price<'a>(prices: &'a [Price], lookup_key: &str) -> Option<&'a Price> {
     prices.iter().find(has_key)
 }
 
-/// Describes the result of comparing the account of the secret key with that of the customers.
+/// Describes the result of comparing the secret key's account with the customers' account.
 pub fn account_finding<E: std::fmt::Display>(account: Result<String, E>) -> Finding {
     match account {
         Ok(account) => Finding::ok("account", account),
@@ -241,7 +241,7 @@ fn endpoint_finding(endpoint: &WebhookEndpoint) -> Finding {
             format!("{} uses API version {version}", endpoint.id),
         )
     } else {
-        // Event contents are not read, so other versions work too.
+        // Other versions work too, because the contents of events are not read.
         let text = format!(
             "{} uses API version {version}; Quota uses {}",
             endpoint.id,

@@ -1,16 +1,16 @@
-//! Converts usage to Stripe meter events.
+//! Reports usage to Stripe as meter events.
 //!
-//! The shipper adds up charged usage in `billing_usage`, hour by hour. When an hour has ended, [`Billing::plan_usage`]
-//! converts its new usage to reports, each of which becomes one meter event. [`Billing::send_usage`] sends them until
-//! Stripe has received them:
+//! The shipper adds usage to `billing_usage`, which has one row per tenant and hour. When an hour has ended,
+//! [`Billing::plan_usage`] converts its new usage to reports. Each report becomes one meter event.
+//! [`Billing::send_usage`] sends the reports until Stripe has received them:
 //!
-//! - The identifier of a meter event is the report's tenant, start and revision. Stripe accepts an identifier once a
-//!   day, so for 20 hours, a report whose response was lost is simply sent again. After that, the total in Stripe for
-//!   the hour shows whether it arrived.
-//! - Usage that arrives late becomes another revision, with the difference.
-//! - An hour in which a billing period begins or ends is split at that point, based on the log. The part before it is
-//!   planned once it is complete, and the rest when the hour has ended.
-//! - Usage that Stripe would not charge is not sent, but recorded with the reason.
+//! - A meter event's identifier consists of the report's tenant, start, and revision. Stripe accepts each identifier
+//!   only once a day. So for 20 hours, a report whose response was lost is simply sent again. After that, the hour's
+//!   total in Stripe shows whether the report arrived.
+//! - Usage that arrives late becomes another revision, which contains only the difference.
+//! - If a billing period starts or ends within an hour, the hour is divided at that time, based on the log. The part
+//!   before it is planned as soon as it is complete, and the rest when the hour has ended.
+//! - Usage that Stripe would not charge is not sent. It is recorded with the reason.
 
 use std::{
     collections::HashMap,
@@ -30,36 +30,36 @@ use crate::{
     stripe::StripeError,
 };
 
-/// Maximum number of hours planned in one round.
+/// The maximum number of hours planned per round.
 const HOURS: i64 = 200;
-/// The maximum number of hours of a tenant that one run plans.
+/// The maximum number of hours of one tenant planned per run.
 const ROUNDS: u32 = 1000;
-/// The maximum number of times an hour is scanned again because usage has arrived in the meantime.
+/// The maximum number of times to scan an hour if usage arrives during the scan.
 const SCANS: u32 = 3;
-/// The number of customers whose reports are sent concurrently. No more are claimed at a time, since a claim that waits
-/// would expire.
+/// The number of customers whose reports are sent concurrently. Only this many are claimed at a time, because a claim
+/// that had to wait would expire.
 const CONCURRENT: usize = 8;
-/// How many times customers are claimed in one round.
+/// How many times customers are claimed per round.
 const CLAIMS: usize = 4;
-/// How long reports of one customer are sent in one round.
+/// How long one customer's reports are sent per round.
 const TURN: Duration = Duration::from_secs(20);
-/// How long an identifier is relied on, in seconds. Stripe guarantees a day.
+/// For how many seconds an identifier can be relied on. Stripe guarantees a day.
 const RECOGNIZED: i64 = 20 * 60 * 60;
-/// The oldest usage that is sent, in seconds: an hour less than Stripe accepts.
+/// The maximum age of usage that is sent, in seconds. One hour less than Stripe accepts.
 const OLDEST: i64 = (35 * 24 - 1) * 60 * 60;
 
 const fn hour() -> TimeDelta {
     TimeDelta::hours(1)
 }
 
-/// The part of an hour that is in one billing period.
+/// The part of an hour that belongs to one billing period.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Span {
     start: DateTime<Utc>,
     until: DateTime<Utc>,
 }
 
-/// Divides an hour at the given times in it.
+/// Divides an hour at the given times. Ignores times outside the hour.
 fn divide(start: DateTime<Utc>, edges: impl Iterator<Item = DateTime<Utc>>) -> Vec<Span> {
     let end = start + hour();
     let mut bounds: Vec<_> = edges.filter(|edge| start < *edge && *edge < end).collect();
@@ -75,41 +75,41 @@ fn divide(start: DateTime<Utc>, edges: impl Iterator<Item = DateTime<Utc>>) -> V
         .collect()
 }
 
-/// Returns the subscription that was active during a span in which no subscription begins or ends.
+/// Returns the subscription that was active during a span. No subscription may start or end within the span.
 fn in_force<'a>(subscriptions: &'a [ChargedBy], span: &Span) -> Option<&'a ChargedBy> {
     let covers = |it: &&ChargedBy| {
         it.started_at <= span.start && it.ended_at.is_none_or(|end| span.until <= end)
     };
-    // Prefers one with a price for usage, if there are several.
+    // If there are several, prefer one with a price for usage.
     let mut covering = subscriptions.iter().filter(covers);
     let first = covering.clone().next();
     covering.find(|it| it.is_metered).or(first)
 }
 
-/// The result of a comparison.
+/// The result of comparing reports with Stripe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reconciled {
-    /// The difference between reports and the totals in Stripe, as the sum of absolute values over customers.
+    /// The sum over all customers of the absolute difference between reports and the total in Stripe.
     pub difference: i64,
     /// Usage that should have been charged but will not be.
     pub lost: i64,
-    /// Age of the oldest report that Stripe has not received yet, in seconds.
+    /// The age in seconds of the oldest report that Stripe has not received.
     pub oldest_pending: i64,
-    /// The time of the comparison, in seconds since 1970.
+    /// When the comparison was made, in seconds since 1970.
     pub at: i64,
 }
 
-/// The result of a round of sending.
+/// The result of one round of sending.
 #[derive(Debug, Default)]
 pub struct Sent {
-    /// Number of reports that were sent or need not be sent.
+    /// The number of reports that were sent or did not have to be sent.
     pub finished: u64,
-    /// Number of reports that could not be sent yet.
+    /// The number of reports that could not be sent.
     pub errors: u64,
 }
 
 impl Billing {
-    /// Plans reports for hours that have ended. Returns the number of hours it planned.
+    /// Plans reports for hours that have ended. Returns the number of planned hours.
     pub async fn plan_usage(&self) -> Result<usize, BillingError> {
         let mut read = HashMap::new();
         let mut planned = 0;
@@ -148,15 +148,15 @@ impl Billing {
                 }
                 read.insert(tenant, result.is_ok());
             }
-            // Until it is known when billing periods begin and end, the hour has to wait.
+            // The hour must wait until the boundaries of billing periods are known.
             if read.get(&tenant).copied().unwrap_or(is_read) {
                 match self.plan_hour(tenant, start, until).await {
                     Ok(true) => planned += 1,
-                    // Usage keeps arriving. The next run tries again.
+                    // Usage keeps arriving, so leave the hour to the next run.
                     Ok(false) => {
                         read.insert(tenant, false);
                     }
-                    // The hours of other tenants do not wait for this one.
+                    // Continue with other tenants.
                     Err(error) => {
                         tracing::warn!(%tenant, %start, error = %chain(&error), "cannot plan usage reports");
                         read.insert(tenant, false);
@@ -167,8 +167,8 @@ impl Billing {
         Ok(planned)
     }
 
-    /// Plans the usage of an hour up to `until`: its end, or the edge of a billing period in it. Returns whether it
-    /// succeeded.
+    /// Plans the usage of an hour up to `until`, which is the end of the hour or a boundary of a billing period within
+    /// it. Returns whether this succeeded.
     async fn plan_hour(
         &self,
         tenant: TenantId,
@@ -183,7 +183,7 @@ impl Billing {
         Ok(false)
     }
 
-    /// Returns `false` if usage has arrived while the log was being scanned.
+    /// Returns `false` if usage arrived while the log was being scanned.
     async fn try_plan_hour(
         &self,
         tenant: TenantId,
@@ -204,12 +204,12 @@ impl Billing {
         let is_whole = until == start + hour();
         let mut spans = divide(start, edges);
         spans.retain(|it| it.until <= until);
-        // The last part of a whole hour gets the rest, including usage that is no longer in the log.
+        // The last part of a complete hour gets the rest of the usage, including usage that is no longer in the log.
         let scanned = spans.len() - usize::from(is_whole);
         let seen = billing_usage::hour(&mut tx, tenant, start, false).await?;
         let mut unreported = Vec::new();
         if scanned > 0 {
-            // This comes before locking the row, because the delivery of usage waits for that lock.
+            // Scan before locking the row, because the shipper waits for this lock.
             billing_usage::allow_scan(&mut tx).await?;
             for span in &spans[..scanned] {
                 let (from, until) = (span.start, span.until);
@@ -219,7 +219,8 @@ impl Billing {
             }
         }
         let locked = billing_usage::hour(&mut tx, tenant, start, true).await?;
-        // Usage after an edge may arrive at any time, and does not matter for the part before it.
+        // If the hour is not complete, usage after the boundary may arrive at any time without affecting the part
+        // before it.
         if scanned > 0 && (seen.planned != locked.planned || (is_whole && seen != locked)) {
             return Ok(false);
         }
@@ -253,8 +254,7 @@ impl Billing {
         Ok(true)
     }
 
-    /// Sends reports that are due: those of several customers concurrently, and those of each customer one after
-    /// another.
+    /// Sends reports that are due: for several customers concurrently, and for each customer one after the other.
     pub async fn send_usage(&self) -> Result<Sent, BillingError> {
         self.verify_account().await?;
         let mut sent = Sent::default();
@@ -288,7 +288,7 @@ impl Billing {
         Ok(sent)
     }
 
-    /// Sends a tenant's reports while `owner` has the claim. One report takes less time than a claim lasts.
+    /// Sends a tenant's reports while `owner` holds the claim. Sending one report takes less time than a claim lasts.
     async fn send_usage_of(&self, tenant: TenantId, owner: Uuid) -> Result<u64, BillingError> {
         let began = Instant::now();
         let mut finished = 0;
@@ -315,7 +315,7 @@ impl Billing {
         Ok(finished)
     }
 
-    /// Sends a report. Returns the reason if it will not be charged.
+    /// Sends a report. If it will not be charged, returns the reason.
     async fn send(
         &self,
         tenant: TenantId,
@@ -333,7 +333,7 @@ impl Billing {
                 None => return Ok(Some(Unbilled::Unclear)),
             }
         }
-        // An earlier attempt may have arrived in time.
+        // An earlier attempt may have arrived while the usage could still be charged.
         let may_have_arrived = is_recognized && report.sent_ago.is_some();
         if !may_have_arrived {
             if report.age > OLDEST {
@@ -360,7 +360,7 @@ impl Billing {
             .await;
         match sent {
             Ok(()) => Ok(None),
-            // It had already arrived.
+            // An earlier attempt has already arrived.
             Err(StripeError::Rejected { message, .. })
                 if message.contains("already exists with identifier") =>
             {
@@ -380,8 +380,8 @@ impl Billing {
         }
     }
 
-    /// Whether usage of an earlier period of the subscription is still charged. It is not if the subscription no longer
-    /// exists.
+    /// Whether usage of an earlier billing period of the subscription can still be charged. False if the subscription
+    /// no longer exists.
     async fn has_draft_invoice(&self, subscription: &str) -> Result<bool, StripeError> {
         match self.stripe.has_draft_invoice(subscription).await {
             Err(error) if error.is_not_found() => Ok(false),
@@ -389,8 +389,8 @@ impl Billing {
         }
     }
 
-    /// Returns whether Stripe has counted a report whose identifier it no longer recognizes. `None` if the total in
-    /// Stripe matches neither outcome.
+    /// Whether Stripe has counted a report whose identifier it no longer recognizes. Returns `None` if the total in
+    /// Stripe matches neither case.
     async fn has_arrived(
         &self,
         tenant: TenantId,
@@ -413,7 +413,7 @@ impl Billing {
         })
     }
 
-    /// Returns the total usage of a customer in Stripe.
+    /// Returns a customer's total usage in Stripe.
     async fn counted(
         &self,
         customer: &str,
@@ -429,7 +429,7 @@ impl Billing {
         Ok(self.stripe.counted(meter, customer, from, until).await?)
     }
 
-    /// Compares the reports for yesterday (UTC) with the totals in Stripe.
+    /// Compares yesterday's reports (UTC) with the totals in Stripe.
     pub async fn reconcile_usage(&self) -> Result<Reconciled, BillingError> {
         self.verify_account().await?;
         let mut tx = self.db.system().await?;

@@ -170,7 +170,7 @@ async fn unconfirmed_entries_are_served_for_the_grace_period_only() {
     assert_eq!(it.get(Ok(Some("b"))).await.unwrap().as_deref(), Some("b"));
 }
 
-/// Returns a load that never ends, as when PostgreSQL accepts every byte but never responds.
+/// Returns a load that never completes, as if PostgreSQL accepted every byte but never responded.
 fn hangs() -> impl Fn() -> std::future::Pending<Result<Option<String>, Unconfirmed>> {
     std::future::pending
 }
@@ -182,7 +182,7 @@ async fn once_postgres_is_suspected_entries_are_served_without_waiting() {
     it.clock.advance(Duration::from_secs(2));
     assert!(it.freshness.suspect());
     assert!(!it.freshness.suspect(), "that is no news");
-    // More than the number of concurrent background loads.
+    // More than the maximum number of concurrent background loads.
     for _ in 0..3 * BACKGROUND_LOADS {
         let value = it.cache.get(1, hangs()).await.unwrap();
         assert_eq!(value.unwrap().as_str(), "a");
@@ -249,7 +249,7 @@ async fn deleted_entries_are_unknown_after_the_next_look_up() {
     assert_eq!(it.get(Ok(None)).await.unwrap(), None);
     assert!(!it.cache.holds(&1));
     assert!(matches!(it.cache.peek(&1), Some(None)));
-    // A change does not turn an unknown key into a known one.
+    // A change does not make an unknown key known.
     it.cache.forget_these(|| [2]);
     assert!(!it.cache.holds(&2));
 }
@@ -304,7 +304,7 @@ fn canceled_load_is_started_again() {
         let waited = tokio::time::timeout(Duration::from_millis(10), load).await;
         assert!(waited.is_err());
     });
-    // Cancels all tasks on the runtime.
+    // This cancels all tasks on the runtime.
     drop(first);
     let second = runtime().enable_all().build().unwrap();
     let loaded = second.block_on(async {
@@ -340,7 +340,7 @@ async fn load_that_ends_while_changed_keys_are_determined_is_not_kept() {
     let forget = std::thread::spawn(move || {
         has_begun.recv().unwrap();
         cache.forget_these(|| {
-            // At this point, the change is not known to affect this key, which is just being cached.
+            // At this point, it is not yet known that the change affects this key, which is being cached.
             release.send(true).unwrap();
             while cache.inner.loading.lock().contains_key(&1) {
                 std::thread::yield_now();

@@ -17,8 +17,8 @@ use super::{apply_migrations, with_database};
 
 #[derive(Subcommand)]
 pub enum BillingCommand {
-    /// Create the objects that Quota needs in Stripe, unless they exist: a product, its prices, a meter and a webhook
-    /// endpoint. Existing objects are not changed
+    /// Create the objects that Quota needs in Stripe if they do not exist: a product, its prices, a meter, and a
+    /// webhook endpoint. Existing objects are not changed
     Setup {
         #[command(flatten)]
         settings: Box<Settings>,
@@ -31,12 +31,12 @@ pub enum BillingCommand {
         /// The currency
         #[arg(long, default_value = "usd", value_parser = currency)]
         currency: stripe_types::Currency,
-        /// The name of the product, as seen by customers
+        /// The name of the product, as shown to customers
         #[arg(long, value_name = "NAME", default_value = "Quota")]
         product: String,
-        /// Also bill through the account and mode of the secret key from now on, for example to move from test mode to
-        /// live mode. The customers and subscriptions of the account before are forgotten: tenants lose access to
-        /// plans marked `paid`, and usage that has not been reported is not charged
+        /// Also switch billing to the secret key's account and mode, for example to move from test mode to live mode.
+        /// This forgets the previous account's customers and subscriptions: tenants lose access to plans marked `paid`,
+        /// and usage that has not been reported is not charged
         #[arg(long)]
         switch_account: bool,
     },
@@ -118,7 +118,7 @@ pub async fn run(config: Config, _log: Log, command: BillingCommand) -> anyhow::
     Ok(())
 }
 
-/// Returns how the account is named to which both the secret key and the customers belong.
+/// Returns the description of the secret key's account, which must also be the customers' account.
 async fn account(config: &Config, settings: &StripeSettings) -> anyhow::Result<String> {
     with_database(config, async |url| {
         let billing = Billing::new(settings, Db::new(url, &config.database))?;

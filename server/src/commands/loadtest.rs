@@ -1,8 +1,8 @@
-//! `quota loadtest`: sends requests at a fixed rate to a running installation, and compares what was admitted with the
-//! limits.
+//! `quota loadtest`: sends requests to a running installation at a fixed rate, and compares the number of allowed
+//! requests with the limits.
 //!
-//! The load is open-loop: each request has a time at which it is due, whether or not earlier ones have been answered.
-//! Latency is measured from that time, so a server that stalls is not measured as fast.
+//! The load is open-loop: each request is due at a fixed time, whether or not earlier requests have completed. Latency
+//! is measured from that time, so a stalled server does not seem fast.
 
 use std::{
     collections::BTreeMap,
@@ -26,11 +26,11 @@ use tokio::{
 };
 use url::Url;
 
-/// A request that takes longer counts as failed.
+/// A request that takes longer than this counts as failed.
 const TIMEOUT: Duration = Duration::from_secs(30);
-/// The maximum number of requests in flight. Further requests are not sent, and counted.
+/// The maximum number of requests in flight. Requests that exceed it are counted but not sent.
 const IN_FLIGHT: usize = 10_000;
-/// How long tokens may be held by another replica: the default of `QUOTA_LEASE_TTL`.
+/// How long another replica may hold tokens: the default of `QUOTA_LEASE_TTL`.
 const LEASE_TTL: Duration = Duration::from_millis(100);
 const BAR: usize = 50;
 
@@ -38,7 +38,7 @@ const BAR: usize = 50;
 pub struct LoadTest {
     /// The address of a server or of the proxy in front of it, such as https://quota.example.com
     url: Url,
-    /// A file with API keys, one per line. Requests use them in turn
+    /// A file with API keys, one per line. Requests use the keys in turn
     #[arg(long, value_name = "FILE")]
     keys: PathBuf,
     /// A file with a service token. If set, the test calls `POST /v1/check` instead of `GET /v1/echo`
@@ -53,12 +53,12 @@ pub struct LoadTest {
     /// The cost of each check. Requires a service token
     #[arg(long, default_value_t = 1, requires = "service_token", value_parser = clap::value_parser!(u32).range(1..))]
     cost: u32,
-    /// A file with the PEM certificate of a certificate authority to trust, such as that of a local Caddy
+    /// A file with the PEM certificate of a certificate authority to trust, such as a local Caddy's
     #[arg(long, value_name = "FILE")]
     ca: Option<PathBuf>,
 }
 
-/// The lines of a file that are not empty.
+/// Returns the non-empty lines of a file.
 fn lines(path: &PathBuf) -> anyhow::Result<Vec<String>> {
     let text =
         fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -66,15 +66,15 @@ fn lines(path: &PathBuf) -> anyhow::Result<Vec<String>> {
     Ok(lines.map(str::to_owned).collect())
 }
 
-/// What the responses say about one key.
+/// The responses to requests with one key.
 #[derive(Debug, Default, Clone)]
 struct KeyCount {
     allowed: u64,
     denied: u64,
-    /// Tokens per minute, and the size of the bucket.
+    /// The rate, in tokens per minute. `burst` is the size of the bucket.
     rpm: Option<u64>,
     burst: Option<u64>,
-    /// When its first request was sent, and its last allowed one was answered.
+    /// When the first request was sent. `last` is the time of the last response to an allowed request.
     first: Option<Instant>,
     last: Option<Instant>,
 }
@@ -84,15 +84,15 @@ struct Counts {
     keys: Vec<KeyCount>,
     /// In microseconds.
     latencies: Vec<u64>,
-    /// Requests without a decision, by reason.
+    /// The number of requests without a decision, by reason.
     failures: BTreeMap<String, u64>,
-    /// Allowed or denied without Redis.
+    /// Requests that were decided without Redis.
     degraded: u64,
-    /// Requests that were due while too many were in flight.
+    /// Requests that were due while too many others were in flight.
     unsent: u64,
 }
 
-/// A response, as far as it concerns the test.
+/// The parts of a response that the test needs.
 struct Answer {
     allowed: bool,
     degraded: bool,
@@ -133,7 +133,7 @@ impl Target {
     }
 }
 
-/// Returns the innermost cause, which is the same for all requests that fail for the same reason.
+/// Returns the innermost cause. It is the same for all requests that fail for the same reason.
 fn reason(error: &reqwest::Error) -> String {
     if error.is_timeout() {
         return format!("no response within {} s", TIMEOUT.as_secs());
@@ -155,13 +155,12 @@ fn answer(allowed: bool, headers: &HeaderMap) -> Answer {
     }
 }
 
-/// Returns the rate in a field such as `"rpm";q=600;w=60, "daily";q=50000;w=86400`.
+/// Returns the rate from a header such as `"rpm";q=600;w=60, "daily";q=50000;w=86400`.
 fn rpm(policies: &str) -> Option<u64> {
     let (_, rest) = policies.split_once("\"rpm\";q=")?;
     rest.split([';', ',']).next()?.trim().parse().ok()
 }
 
-/// Reads the response of a check.
 fn checked(body: &[u8]) -> Result<Answer, String> {
     let body: serde_json::Value =
         serde_json::from_slice(body).map_err(|_| "the response is not JSON".to_owned())?;
@@ -178,11 +177,11 @@ fn checked(body: &[u8]) -> Result<Answer, String> {
     }
 }
 
-/// Runs the test, and prints the result.
+/// Runs the test and prints the result.
 ///
 /// # Errors
 ///
-/// If a file cannot be read, or if no request got a decision.
+/// Fails if a file cannot be read, or if no request resulted in a decision.
 pub async fn run(test: LoadTest) -> anyhow::Result<()> {
     let keys = lines(&test.keys)?;
     ensure!(!keys.is_empty(), "{} contains no keys", test.keys.display());
@@ -241,7 +240,7 @@ pub async fn run(test: LoadTest) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Sends every request when it is due. Returns how long it took until the last response.
+/// Sends each request when it is due. Returns the time until the last response.
 async fn send_all(
     test: &LoadTest,
     target: &Arc<Target>,
@@ -315,8 +314,8 @@ impl Counts {
 }
 
 impl KeyCount {
-    /// Returns how many tokens the key's rate limit sells at most while the test ran: its burst, and its rate for that
-    /// time and for how long a replica may hold tokens.
+    /// Returns the maximum number of tokens that the key's rate limit allows during the test: the burst, plus the rate
+    /// over the duration of the test and the time for which a replica may hold tokens.
     fn sold(&self) -> Option<f64> {
         let time = self.last?.duration_since(self.first?) + LEASE_TTL;
         let (rpm, burst) = (self.rpm?, self.burst?);
@@ -330,7 +329,7 @@ async fn report_progress(counts: Arc<Mutex<Counts>>, running: Arc<AtomicBool>, a
     ticks.tick().await;
     let is_terminal = stderr().is_terminal();
     while running.load(Ordering::Relaxed) {
-        // Stops soon after the last response.
+        // Checks frequently, so that this ends soon after the last response.
         for _ in 0..10 {
             tokio::time::sleep(Duration::from_millis(100)).await;
             if !running.load(Ordering::Relaxed) {
@@ -358,7 +357,7 @@ async fn report_progress(counts: Arc<Mutex<Counts>>, running: Arc<AtomicBool>, a
     }
 }
 
-/// Returns the latency that this share of the requests does not exceed, in milliseconds.
+/// Returns the latency in milliseconds that `share` of the requests do not exceed.
 #[expect(
     clippy::cast_precision_loss,
     clippy::cast_possible_truncation,
@@ -398,7 +397,7 @@ fn summary(counts: &Counts, cost: u64, elapsed: Duration) -> String {
     if !latencies.is_empty() {
         let _ = writeln!(
             text,
-            "\nLatency in milliseconds, from the time when a request was due:"
+            "\nLatency in milliseconds, from the time each request was due:"
         );
         for (name, share) in [
             ("p50", 0.5),
@@ -442,7 +441,7 @@ fn summary(counts: &Counts, cost: u64, elapsed: Duration) -> String {
     text
 }
 
-/// Draws a bar for each doubling of the latency.
+/// Draws one bar for each doubling of the latency.
 fn histogram(sorted: &[u64]) -> String {
     let mut buckets = BTreeMap::<u32, usize>::new();
     for micros in sorted {

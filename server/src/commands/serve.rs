@@ -1,4 +1,4 @@
-//! `quota serve`: starting and stopping a server.
+//! `quota serve`: starts and stops a server.
 
 use std::{
     convert::Infallible,
@@ -26,14 +26,13 @@ use tokio::{
 
 use super::{apply_migrations, database};
 
-/// Unused quota tokens must be returned within this time after SIGTERM, which leaves 5 s of the usual 30 s for
-/// everything else.
+/// How long after SIGTERM unused quota tokens must be returned. Leaves 5 of the usual 30 seconds for everything else.
 const RETURN_TOKENS_WITHIN: Duration = Duration::from_secs(25);
-/// The minimum time for returning tokens, even if requests in flight took longer than the time above.
+/// The minimum time for returning tokens. Applies even if requests in flight have used up the time above.
 const RETURN_TOKENS_MIN: Duration = Duration::from_millis(1500);
 
-/// Completes on SIGTERM or SIGINT. The handlers are installed by the call, not by the first poll, because a signal in
-/// between would kill the process.
+/// Completes on SIGTERM or SIGINT. Calling this function installs the signal handlers. If the first poll installed
+/// them, a signal before it would kill the process.
 fn stop_requested() -> impl Future<Output = ()> {
     let signals = (
         signal(SignalKind::terminate()),
@@ -59,9 +58,9 @@ pub async fn run(mut config: Config, log: Log, with_demo: bool) -> anyhow::Resul
         );
     }
     let file_limit = file_limit::raise();
-    // The handlers are installed first, so that the server stops cleanly even during a slow startup.
+    // Install the handlers first, so that the server stops cleanly even during a slow startup.
     let mut stop = std::pin::pin!(stop_requested());
-    // This comes before accessing the database, because an occupied port is the most common mistake.
+    // Bind before connecting to the database, because an occupied port is the most common mistake.
     let sockets = Sockets {
         public: serve::bind(config.listen)
             .with_context(|| format!("QUOTA_LISTEN: cannot listen on {}", config.listen))?,
@@ -95,7 +94,7 @@ pub async fn run(mut config: Config, log: Log, with_demo: bool) -> anyhow::Resul
     served
 }
 
-/// The addresses on which the server will listen.
+/// The addresses that are bound but not listening yet.
 struct Sockets {
     public: BoundSocket,
     metrics: Option<BoundSocket>,
@@ -130,7 +129,7 @@ async fn serve_on(
     }
 
     let public_settings = ServeSettings::public(&state, file_limit);
-    // The server starts to listen only now, because it must not accept connections before it can make decisions.
+    // Start listening only now, because the server must not accept connections before it can make decisions.
     let listener = sockets
         .public
         .listen()
@@ -173,7 +172,7 @@ async fn serve_on(
     if let Some(metrics) = metrics {
         metrics.await?;
     }
-    // Returns unused tokens, so that other replicas can use them.
+    // Return unused tokens, so that other replicas can use them.
     let left = RETURN_TOKENS_WITHIN
         .saturating_sub(stopping_at.elapsed())
         .max(RETURN_TOKENS_MIN);

@@ -26,7 +26,7 @@ pub enum UsageCommand {
     Replay {
         #[command(flatten)]
         settings: Box<Settings>,
-        /// A replica's directory in `usage`, or the `usage` directory itself for all of them
+        /// A replica's directory in `usage`, or `usage` itself to replay the directories of all replicas
         directory: PathBuf,
     },
     /// Stop waiting for the usage of a replica whose disk is lost. Usage is then considered complete without it
@@ -38,7 +38,6 @@ pub enum UsageCommand {
     },
 }
 
-/// Prints the usage report.
 pub async fn report(config: Config, hours: u16, top: u16) -> anyhow::Result<()> {
     with_database(&config, async |url| {
         let db = Db::new(url, &config.database);
@@ -51,7 +50,7 @@ pub async fn report(config: Config, hours: u16, top: u16) -> anyhow::Result<()> 
     .await
 }
 
-/// Removes a directory's report.
+/// Deletes the report on a directory.
 pub async fn forget(config: Config, directory: Uuid) -> anyhow::Result<()> {
     with_database(&config, async |url| {
         let db = Db::new(url, &config.database);
@@ -67,7 +66,7 @@ pub async fn forget(config: Config, directory: Uuid) -> anyhow::Result<()> {
                 report.seconds_since_report
             ),
             Ok(Forgotten::Unknown) => anyhow::bail!(
-                "there is no report about {directory}; `quota usage` shows the directories"
+                "there is no report for {directory}; `quota usage` shows the directories"
             ),
             Err(error) => anyhow::bail!("cannot remove the report: {}", db::chain(&error)),
         }
@@ -104,7 +103,8 @@ pub async fn replay(config: Config, _log: Log, directory: PathBuf) -> anyhow::Re
     .await
 }
 
-/// Replays a directory. Retries, since its owner or another replay may hold the cursor longer than the lock timeout.
+/// Replays a directory. Retries on failure, because the directory's owner or another replay may hold the cursor for
+/// longer than the lock timeout.
 async fn replay_patiently(
     config: &Config,
     db: &Db,

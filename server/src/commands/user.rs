@@ -84,7 +84,8 @@ pub async fn run(config: Config, log: Log, command: UserCommand) -> anyhow::Resu
     .await
 }
 
-/// Reads the first line of standard input. A command-line argument would be visible to every user of the machine.
+/// Reads the first line of standard input. Passwords are not read from the command line, which all users of the machine
+/// can see.
 fn read_password() -> anyhow::Result<SecretString> {
     let mut line = String::new();
     std::io::stdin()

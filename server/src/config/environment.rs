@@ -1,17 +1,17 @@
-//! Environment variables that look like settings but are not.
+//! Detects environment variables that look like settings but are not.
 //!
-//! If a misspelled setting were ignored, a server that was supposed to use an external database might start an embedded
-//! one. So the server does not start if a variable starts with `QUOTA_` and is not a setting, except those that
-//! Kubernetes sets for a service (`QUOTA_SERVICE_HOST`, `QUOTA_PORT_8080_TCP`, …). It also does not start if a variable
-//! is a setting's name followed by `_FILE` and that setting cannot be read from a file.
+//! If a misspelled setting were ignored, a server that is supposed to use an external database might start an embedded
+//! one. So the server does not start if a variable begins with `QUOTA_` but is not a setting, except for the variables
+//! that Kubernetes sets for a service (`QUOTA_SERVICE_HOST`, `QUOTA_PORT_8080_TCP`, …). It also does not start if a
+//! variable is a setting's name followed by `_FILE`, and that setting cannot be read from a file.
 
 use super::example::variables;
 
 const PREFIX: &str = "QUOTA_";
-/// The lowest similarity (Jaro-Winkler, 0 to 1) at which a name is suggested.
+/// The minimum similarity (Jaro-Winkler, 0 to 1) at which a name is suggested.
 const MIN_SIMILARITY: f64 = 0.85;
 
-/// Returns one line for each unknown variable. Lines contain names but not values.
+/// Returns one line for each unknown variable. The lines contain names but not values.
 pub fn unknown_variables(environment: impl IntoIterator<Item = (String, String)>) -> Vec<String> {
     let known = variables();
     let is_known = |name: &str| known.iter().any(|it| it == name);
@@ -37,7 +37,7 @@ pub fn unknown_variables(environment: impl IntoIterator<Item = (String, String)>
 }
 
 fn suggestion<'a>(name: &str, known: &'a [String]) -> Option<&'a str> {
-    // Names are compared without the prefix, which would make all of them similar.
+    // The prefix is ignored, since it would make all names similar.
     let plain = |name: &'a str| name.strip_prefix(PREFIX).unwrap_or(name);
     let own = name.strip_prefix(PREFIX).unwrap_or(name);
     known
@@ -48,7 +48,7 @@ fn suggestion<'a>(name: &str, known: &'a [String]) -> Option<&'a str> {
         .map(|(_, it)| it)
 }
 
-/// Whether Kubernetes sets this variable for a service named `quota`.
+/// Returns whether Kubernetes sets this variable for a service named `quota`.
 fn is_service_link(name: &str, value: &str) -> bool {
     let is_address = ["tcp://", "udp://", "sctp://"]
         .iter()

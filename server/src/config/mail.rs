@@ -1,4 +1,4 @@
-//! Parses the settings of outgoing email.
+//! Parses the settings for outgoing email.
 
 use lettre::message::Mailbox;
 use percent_encoding::percent_decode_str;
@@ -10,7 +10,7 @@ use super::{MailSettings, Settings, SmtpSettings, SmtpTls, reader::Reader};
 /// The sender of emails that are written to files.
 const FILE_SENDER: &str = "Quota <quota@localhost>";
 
-/// Reads the settings of outgoing email. All of them are parsed even without SMTP_URL, so that errors are reported.
+/// Reads the settings for outgoing email. All of them are parsed even without SMTP_URL, so that errors are reported.
 pub(super) fn read(r: &mut Reader, s: &Settings) -> MailSettings {
     let url = r.or_file("SMTP_URL", &s.smtp_url, &s.smtp_url_file);
     let smtp = url.value.as_ref().and_then(|text| {

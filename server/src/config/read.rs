@@ -15,7 +15,7 @@ use super::{
 };
 
 impl Config {
-    /// Parses all settings, or returns every error.
+    /// Parses all settings, or returns all errors.
     pub fn read(settings: &Settings) -> Result<Self, ConfigErrors> {
         let mut reader = Reader(Vec::new());
         let unspecified = SocketAddr::from(([127, 0, 0, 1], 0));
@@ -85,7 +85,7 @@ impl Config {
                 }
             },
             redis: {
-                // All of them are parsed even without REDIS_URL, so that errors are reported.
+                // All Redis settings are parsed even without REDIS_URL, so that errors are reported.
                 let prefix = r.read("QUOTA_REDIS_PREFIX", &s.redis_prefix, String::new(), prefix);
                 let connections = r.number("QUOTA_REDIS_CONNECTIONS", &s.redis_connections, 1..=64);
                 let timeout = r.duration_within(
@@ -283,7 +283,7 @@ impl Config {
     }
 }
 
-/// Reads the settings of Stripe. All of them are parsed even without STRIPE_SECRET_KEY, so that errors are reported.
+/// Reads the Stripe settings. All of them are parsed even without STRIPE_SECRET_KEY, so that errors are reported.
 fn stripe(r: &mut Reader, s: &Settings) -> Option<StripeSettings> {
     let key = r.or_file(
         "STRIPE_SECRET_KEY",
@@ -296,7 +296,7 @@ fn stripe(r: &mut Reader, s: &Settings) -> Option<StripeSettings> {
             && key.chars().all(|c| c.is_ascii_graphic())
     };
     if key.value.as_ref().is_some_and(|it| !is_key(it)) {
-        // The value is not shown, because it is a secret in any case.
+        // The value is not shown, because it is a secret even if it is invalid.
         let variable = &key.variable;
         r.0.push(format!(
             "{variable}: must be a Stripe secret key, which starts with sk_ or rk_"

@@ -1,4 +1,4 @@
-//! Parses one setting at a time and collects errors. Messages never repeat a secret.
+//! Parses one setting at a time and collects errors. Error messages never contain a secret.
 
 use std::{
     fs::File,
@@ -13,7 +13,7 @@ use ipnet::IpNet;
 use secrecy::{ExposeSecret as _, SecretString};
 use url::Url;
 
-/// Collects errors, so that all of them are reported together.
+/// Collects errors, so that they can all be reported together.
 pub(super) struct Reader(pub(super) Vec<String>);
 
 impl Reader {
@@ -33,7 +33,7 @@ impl Reader {
         }
     }
 
-    /// Reads one of the options. If the value is invalid, returns the first one.
+    /// Reads a setting with fixed choices. If the value is invalid, returns the first choice.
     pub(super) fn choice<T: Copy, const N: usize>(
         &mut self,
         variable: &str,
@@ -127,8 +127,8 @@ impl Reader {
         })
     }
 
-    /// Reads a value from its variable, or from the file that `…_FILE` names. Also returns which of the two variables
-    /// it came from, for error messages.
+    /// Reads a value from its variable, or from the file that the `…_FILE` variable names. Also returns the name of the
+    /// variable that was used, for error messages.
     pub(super) fn or_file(&mut self, variable: &str, text: &str, path: &str) -> Sourced {
         let value = |text: &str| (!text.is_empty()).then(|| SecretString::from(text));
         let path = path.trim();
@@ -167,7 +167,7 @@ impl Reader {
         let Sourced { variable, value } = self.or_file(variable, text, path);
         let length = value.as_ref()?.expose_secret().len();
         if length < 32 {
-            // The value is not shown: it may be a truncated secret.
+            // The value is not shown, because it may be a truncated secret.
             self.0.push(format!(
                 "{variable}: must be at least 32 characters long, but has {length}"
             ));
@@ -176,7 +176,7 @@ impl Reader {
     }
 }
 
-/// A value, and the variable with the value or its file name.
+/// A value, and the name of the variable that contains it or its file name.
 pub(super) struct Sourced {
     pub(super) variable: String,
     pub(super) value: Option<SecretString>,
@@ -185,7 +185,7 @@ pub(super) struct Sourced {
 /// A larger file is certainly not a secret.
 const SECRET_FILE_MAX: u64 = 64 * 1024;
 
-/// Returns the content of a file without surrounding white space, such as the line break that editors add.
+/// Returns a file's content without surrounding whitespace, such as the line break that editors add.
 fn read_secret(path: &Path) -> Result<String, String> {
     let read = || {
         let mut bytes = Vec::new();
@@ -219,12 +219,12 @@ pub(super) fn duration(text: &str) -> Option<Duration> {
     Some(Duration::from_millis(millis))
 }
 
-/// Accepts `postgres://…` and libpq keywords.
+/// Accepts `postgres://…` URLs and libpq's keyword format.
 pub(super) fn database_url(text: &str) -> Result<(), String> {
     text.parse::<tokio_postgres::Config>()
         .map(drop)
         .map_err(|error| {
-            // The parser's message may quote the password.
+            // The parser's message may contain the password.
             let _ = error;
             "must be a PostgreSQL address such as postgres://user:password@host/database".to_owned()
         })
@@ -268,7 +268,7 @@ pub(super) fn list<T>(
 }
 
 pub(super) fn prefix(text: &str) -> Result<String, String> {
-    // No braces: Redis Cluster hashes only the part of a key inside them.
+    // Braces are not allowed, because Redis Cluster would hash only the part of a key between them.
     let fits = |c: char| c.is_ascii_alphanumeric() || "_-.:".contains(c);
     if (1..=64).contains(&text.len()) && text.chars().all(fits) {
         Ok(text.to_owned())

@@ -6,10 +6,10 @@
 //! | Sentinel | `redis+sentinel://[user:password@]host[:port][,host[:port]…]/group[/db]` |
 //! | Redis Cluster | `redis://host[:port],host[:port][,…]`, or `redis+cluster://host[:port][,…]` |
 //!
-//! `rediss` instead of `redis` means TLS for every connection, with certificates verified against the system's trusted
-//! roots. `valkey` and `valkeys` are synonyms for `redis` and `rediss`. `group` is the name of the master in the
-//! sentinels' configuration. User, password and database are the master's; `?sentinel_user=` and `?sentinel_password=`
-//! are the sentinels'. Special characters are percent-encoded, including a comma in a password.
+//! With `rediss` instead of `redis`, all connections use TLS, and certificates are verified against the system's
+//! trusted roots. `valkey` and `valkeys` are synonyms for `redis` and `rediss`. `group` is the name of the master in
+//! the sentinels' configuration. The user, password and database are the master's; `?sentinel_user=` and
+//! `?sentinel_password=` are the sentinels'. Special characters must be percent-encoded, including commas in passwords.
 
 use std::time::Duration;
 
@@ -19,18 +19,18 @@ use redis::{
 };
 use url::Url;
 
-/// The kernel closes a connection on which sent bytes remain unacknowledged for this long.
+/// The kernel closes a connection if sent bytes remain unacknowledged for this long.
 const UNACKNOWLEDGED: Duration = Duration::from_secs(2);
 const PORT: u16 = 6379;
 const SENTINEL_PORT: u16 = 26379;
 
-/// How to connect to Redis. Passwords are only in [`RedisConnectionInfo`], whose `Debug` hides them.
+/// How to connect to Redis. Passwords are only in [`RedisConnectionInfo`], whose `Debug` output hides them.
 #[derive(Debug, Clone)]
 pub struct RedisSettings {
     pub servers: RedisServers,
     /// The prefix of every key and channel, so that several installations can share a Redis.
     pub prefix: String,
-    /// Number of connections for decisions. Each is multiplexed.
+    /// The number of connections for decisions. Each one is multiplexed.
     pub connections: usize,
     /// How long a decision waits for one call, including the wait for a connection.
     pub timeout: Duration,
@@ -50,7 +50,7 @@ pub enum RedisServers {
         master: RedisConnectionInfo,
         tls: bool,
     },
-    /// Some of the nodes. The other nodes are discovered from these.
+    /// Some of the cluster's nodes. The others are discovered through them.
     Cluster(Vec<ConnectionInfo>),
 }
 
@@ -73,7 +73,7 @@ impl RedisServers {
     }
 }
 
-/// Does not show passwords.
+/// Does not include passwords.
 impl std::fmt::Display for RedisServers {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let list = |infos: &[ConnectionInfo]| {
@@ -94,7 +94,7 @@ impl std::fmt::Display for RedisServers {
     }
 }
 
-/// Returns the TCP options of every connection.
+/// Returns the TCP options that every connection uses.
 pub fn tcp_settings() -> TcpSettings {
     TcpSettings::default()
         .set_nodelay(true)
@@ -108,7 +108,7 @@ enum Kind {
     Cluster,
 }
 
-/// Parses `REDIS_URL`. Errors do not repeat any part of it, since any part may be a password.
+/// Parses `REDIS_URL`. Errors do not contain any part of the URL, since any part may be a password.
 pub fn servers(text: &str) -> Result<RedisServers, String> {
     let (scheme, rest) = text.split_once("://").ok_or(
         "must begin with redis://, rediss://, redis+sentinel:// or redis+cluster://".to_owned(),
@@ -142,7 +142,7 @@ pub fn servers(text: &str) -> Result<RedisServers, String> {
     if rest.contains("://") {
         return Err("must not mix schemes in one list".into());
     }
-    // Credentials precede the first host; path and query follow the last one. Both apply to all hosts.
+    // Credentials precede the first host, and the path and query follow the last one. They apply to all hosts.
     let (before, after) = rest
         .split_once(['/', '?'])
         .map_or((&*rest, ""), |(hosts, _)| (hosts, &rest[hosts.len()..]));
@@ -162,7 +162,7 @@ pub fn servers(text: &str) -> Result<RedisServers, String> {
         .map(|host| address(host.trim(), default_port, tls))
         .collect::<Result<Vec<_>, _>>()?;
 
-    // Parse it as a URL with a placeholder host.
+    // This parses the common parts as a URL with a placeholder host.
     let common = Url::parse(&format!("redis://{login}@host{after}"))
         .map_err(|_| "must be redis://user:password@host:port,host:port".to_owned())?;
     if common.fragment().is_some() {
@@ -281,7 +281,7 @@ fn login_of(url: &Url) -> Result<RedisConnectionInfo, String> {
 }
 
 fn percent_decoded(text: &str) -> Result<String, String> {
-    // Form values are decoded the same way, except for the plus sign.
+    // This decodes the text as a form value, in which a plus sign would mean a space.
     let form = format!("v={}", text.replace('+', "%2B"));
     url::form_urlencoded::parse(form.as_bytes())
         .next()

@@ -1,15 +1,15 @@
-//! Every setting, as text. The doc comments are what `--help` and `.env.example` show.
+//! Every setting, as text. `--help` and `.env.example` show the doc comments.
 
 use clap::Args;
 
-/// Defines [`Settings`]: for each field its description, its variable, its default and the name of its value.
+/// Defines [`Settings`]: each field with its description, its variable, its default and the name of its value.
 macro_rules! settings {
     ($(
         $(#[$description:meta])+
         $field:ident: $variable:literal, $default:literal, $value:literal
         $(, $option:ident = $on:literal)?;
     )+) => {
-        /// Every setting. Each field is one environment variable and one flag.
+        /// Every setting. Each field is an environment variable and a flag.
         #[derive(Args, Clone, Default)]
         #[command(next_help_heading = "Settings (each can also be an environment variable)")]
         pub struct Settings {
@@ -77,7 +77,7 @@ settings! {
     redis_url_file: "REDIS_URL_FILE", "", "PATH";
 
     /// The prefix of every key and channel in Redis: 1 to 64 letters, digits, `_`, `-`, `.` or `:`. Use the same prefix
-    /// on every replica, and a different one for each installation that shares a Redis server.
+    /// on every replica. If several installations share a Redis server, each needs a different prefix.
     redis_prefix: "QUOTA_REDIS_PREFIX", "quota", "TEXT";
 
     /// The number of Redis connections per replica for decisions: 1 to 64. Each carries many concurrent calls.
@@ -98,8 +98,8 @@ settings! {
     /// the limit), open (each replica enforces the full limit) or closed (check requests get 503).
     on_redis_failure: "QUOTA_ON_REDIS_FAILURE", "share", "MODE";
 
-    /// Whether to record the usage of API keys: on or off. Each decision is recorded on this machine, in the directory
-    /// `usage` in QUOTA_DATA_DIR, before the response is sent, and is written to PostgreSQL soon after.
+    /// Whether to record the usage of API keys: on or off. Each decision is recorded on this machine, in the `usage`
+    /// directory in QUOTA_DATA_DIR, before the response is sent, and is written to PostgreSQL soon after.
     metering: "QUOTA_METERING", "on", "MODE";
 
     /// Which failures recorded usage survives: process (`kill -9` and crashes of the server) or machine (also power
@@ -107,7 +107,7 @@ settings! {
     durability: "QUOTA_DURABILITY", "process", "MODE";
 
     /// The maximum disk space for recorded usage while PostgreSQL is unreachable, in bytes: 1048576 to 1000000000000.
-    /// The server logs a warning when half of it is used. When all of it is used, check requests get 503. 1 GiB is
+    /// When half of it is used, the server logs a warning. When all of it is used, check requests get 503. 1 GiB is
     /// enough for about 6,000,000 requests.
     usage_backlog_max: "QUOTA_USAGE_BACKLOG_MAX", "4294967296", "BYTES";
 
@@ -121,9 +121,9 @@ settings! {
     migrate: "QUOTA_MIGRATE", "true", "BOOL";
 
     /// The secret that signs access tokens, browser sessions and known devices, seals data that replicas share in
-    /// Redis, and encrypts the signing secrets of webhooks: at least 32 random characters, the same on every replica.
-    /// Unset: generated once and kept in the database. To rotate it without signing anyone out, (1) set the new secret
-    /// as QUOTA_SECRET_PREVIOUS on every replica, (2) swap the two, and (3) remove QUOTA_SECRET_PREVIOUS after
+    /// Redis, and encrypts webhook signing secrets: at least 32 random characters, the same on every replica. Unset:
+    /// generated once and kept in the database. To rotate it without signing anyone out, (1) set the new secret as
+    /// QUOTA_SECRET_PREVIOUS on every replica, (2) swap the two, and (3) remove QUOTA_SECRET_PREVIOUS after
     /// QUOTA_SESSION_DAYS.
     secret: "QUOTA_SECRET", "", "SECRET", hide_env_values = true;
 
@@ -138,7 +138,7 @@ settings! {
     secret_previous_file: "QUOTA_SECRET_PREVIOUS_FILE", "", "PATH";
 
     /// Origins whose web pages may call the API (CORS), separated by commas, such as https://app.example.com, or `*`.
-    /// They may read the rate-limit headers. Cookies from them are not accepted.
+    /// These pages may read the rate-limit headers. Their requests cannot use cookies.
     allowed_origins: "ALLOWED_ORIGINS", "", "ORIGINS";
 
     /// Networks of proxies whose X-Forwarded-For is trusted, separated by commas, such as 10.0.0.0/8.
@@ -166,14 +166,14 @@ settings! {
     /// The maximum number of webhooks per tenant: 1 to 100.
     max_webhooks: "QUOTA_MAX_WEBHOOKS", "10", "N";
 
-    /// The maximum number of plans of a tenant without a subscription: 1 to 1000000. Unset: QUOTA_MAX_PLANS. If billing
-    /// is off, this limit and the other QUOTA_FREE_* limits apply to every tenant.
+    /// The maximum number of plans for a tenant without a subscription: 1 to 1000000. Unset: QUOTA_MAX_PLANS. If
+    /// billing is off, this limit and the other QUOTA_FREE_* limits apply to every tenant.
     free_plans: "QUOTA_FREE_PLANS", "", "N";
 
-    /// The maximum number of API keys of a tenant without a subscription: 1 to 10000000. Unset: QUOTA_MAX_API_KEYS.
+    /// The maximum number of API keys for a tenant without a subscription: 1 to 10000000. Unset: QUOTA_MAX_API_KEYS.
     free_keys: "QUOTA_FREE_KEYS", "", "N";
 
-    /// The maximum number of requests per calendar month (UTC) of a tenant without a subscription, across all its API
+    /// The maximum number of requests per calendar month (UTC) for a tenant without a subscription, across all its API
     /// keys: 1 to 1000000000000. Further requests get 429 with the policy tenant_monthly. Unset: no limit. Plans with a
     /// higher daily or monthly quota must be marked `paid`.
     free_requests_per_month: "QUOTA_FREE_REQUESTS_PER_MONTH", "", "N";
@@ -188,7 +188,7 @@ settings! {
     /// The maximum number of requests per minute from one client address to /admin; 0 for no limit.
     admin_rpm: "QUOTA_ADMIN_RPM", "300", "N";
 
-    /// The number of failed sign-ins to one account from one network after which each further attempt has to wait
+    /// How many failed sign-ins to one account are allowed from one network before each further attempt has to wait
     /// longer. Wider networks, and networks that try many accounts, have higher limits. Known devices are counted
     /// separately. 0 for no limit.
     login_free_failures: "QUOTA_LOGIN_FREE_FAILURES", "10", "N";
@@ -197,31 +197,31 @@ settings! {
     body_limit: "QUOTA_BODY_LIMIT", "65536", "BYTES";
 
     /// How long the headers of a request may take to arrive, and then its body, such as 5s. For the first request on a
-    /// connection, this is measured from the time at which the connection was accepted.
+    /// connection, the time starts when the connection is accepted.
     header_timeout: "QUOTA_HEADER_TIMEOUT", "5s", "DURATION";
 
     /// How long a request may take from the end of its headers to its response, such as 10s.
     request_timeout: "QUOTA_REQUEST_TIMEOUT", "10s", "DURATION";
 
-    /// How long a client connection may be idle between two requests, such as 75s. This must be longer than proxies
-    /// keep idle connections to Quota.
+    /// How long a client connection may be idle between two requests, such as 75s. Must exceed the idle timeout of
+    /// proxies in front of Quota.
     idle_timeout: "QUOTA_IDLE_TIMEOUT", "75s", "DURATION";
 
     /// How long a client may go without reading any part of a response that is being sent, such as 30s. On HTTP/2,
     /// reading less than 1 KiB does not count.
     write_timeout: "QUOTA_WRITE_TIMEOUT", "30s", "DURATION";
 
-    /// Whether checks in plain form are answered directly from the bytes of their connection: on or off. The responses
-    /// are the same, and take less CPU time.
+    /// Whether to respond to simple check requests directly, without the general HTTP server: on or off. Responses are
+    /// identical and take less CPU time.
     direct_responses: "QUOTA_DIRECT_RESPONSES", "off", "MODE";
 
-    /// The maximum number of open client connections: 16 to 1000000. The open-file limit may allow fewer. When
-    /// it is reached, connections that have not sent a request are closed first, then idle ones, then those whose
-    /// client does not read its response.
+    /// The maximum number of open client connections: 16 to 1000000. The open-file limit may allow fewer. When the
+    /// maximum is reached, connections that have not sent a request are closed first, then idle connections, then
+    /// connections whose client does not read its response.
     connections: "QUOTA_CONNECTIONS", "10000", "N";
 
     /// The maximum number of open connections from one client address (IPv6: one /64); 0 for no limit. Connections on
-    /// which a valid API key or service token was sent don't count, nor do those from QUOTA_TRUSTED_PROXIES.
+    /// which a valid API key or service token was sent don't count, nor do connections from QUOTA_TRUSTED_PROXIES.
     connections_per_address: "QUOTA_CONNECTIONS_PER_ADDRESS", "1000", "N";
 
     /// The maximum number of open connections from one network (IPv4: one /24, IPv6: one /56; an IPv6 /48 may have
@@ -236,28 +236,28 @@ settings! {
     /// How long the server waits for requests in flight when it stops, such as 20s; at most 25s.
     drain_timeout: "QUOTA_DRAIN_TIMEOUT", "20s", "DURATION";
 
-    /// How long the server continues to accept requests after SIGTERM while it reports that it is not ready, so that
-    /// load balancers notice, such as 5s.
+    /// How long the server continues to accept requests after SIGTERM while it reports that it is not ready, such as
+    /// 5s. This gives load balancers time to notice.
     drain_delay: "QUOTA_DRAIN_DELAY", "0s", "DURATION";
 
-    /// How long keys in memory are served while PostgreSQL is unreachable and cannot confirm them, such as 60s.
+    /// How long keys in memory keep working while PostgreSQL is unreachable, such as 60s.
     stale_grace: "QUOTA_STALE_GRACE", "60s", "DURATION";
 
     /// The number of API keys cached in memory: 1000 to 10000000. Each takes about 1 kB.
     key_cache: "QUOTA_KEY_CACHE", "100000", "N";
 
-    /// The number of days after which an unused session expires: 1 to 365.
+    /// How many days until an unused session expires: 1 to 365.
     session_days: "QUOTA_SESSION_DAYS", "14", "DAYS";
 
-    /// The number of days for which the usage log is kept: 2 to 3650. 10 million requests take about 4 GB.
+    /// How many days the usage log is kept: 2 to 3650. 10 million requests take about 4 GB.
     usage_retention: "QUOTA_USAGE_RETENTION", "90", "DAYS";
 
-    /// The number of days for which usage rollups (totals per 15 minutes and per day) are kept: 2 to 3650.
+    /// How many days usage rollups (totals per 15 minutes and per day) are kept: 2 to 3650.
     usage_rollup_retention: "QUOTA_USAGE_ROLLUP_RETENTION", "400", "DAYS";
 
     /// The secret key of your Stripe account, which starts with `sk_` or `rk_`. If set, plans marked `paid` require a
-    /// subscription. `quota billing setup` creates the required objects in Stripe. Unset: billing is off, and such
-    /// plans work like other plans.
+    /// subscription. `quota billing setup` creates the required objects in Stripe. Unset: billing is off, and plans
+    /// marked `paid` work like other plans.
     stripe_secret_key: "STRIPE_SECRET_KEY", "", "SECRET", hide_env_values = true;
 
     /// A file that contains STRIPE_SECRET_KEY. Use either this or STRIPE_SECRET_KEY.
@@ -273,14 +273,13 @@ settings! {
     /// The address of the Stripe API, for tests. Default: https://api.stripe.com.
     stripe_api_base: "STRIPE_API_BASE", "", "URL";
 
-    /// The number of days for which plans marked `paid` keep working after a payment has failed, while Stripe retries
-    /// it: 0 to 90.
+    /// How many days plans marked `paid` keep working after a payment has failed, while Stripe retries it: 0 to 90.
     billing_grace: "QUOTA_BILLING_GRACE", "7", "DAYS";
 
     /// The server that sends email: smtps://user:password@host (TLS, port 465) or smtp://user:password@host (STARTTLS,
     /// port 587), optionally with :port. Percent-encode special characters in the user name and the password. With
-    /// smtp:// and a loopback address, the connection is not encrypted. Unset: emails are written to files in `mail` in
-    /// QUOTA_DATA_DIR.
+    /// smtp:// and a loopback address, the connection is not encrypted. Unset: emails are written to files in the
+    /// `mail` directory in QUOTA_DATA_DIR.
     smtp_url: "SMTP_URL", "", "URL", hide_env_values = true;
 
     /// A file that contains SMTP_URL. Use either this or SMTP_URL.

@@ -13,16 +13,16 @@ pub(super) type ConnectionPool = Pool<AsyncPgConnection>;
 
 /// How long a transaction may be idle between two statements.
 const IDLE_IN_TRANSACTION: Duration = Duration::from_secs(5);
-/// TCP keepalive: idle time before the first probe, interval between probes, and unanswered probes until the
-/// connection is closed.
+/// TCP keepalive: how long a connection is idle before the first probe, the interval between probes, and how many
+/// unanswered probes close the connection.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 const KEEPALIVE_RETRIES: u32 = 3;
-/// The kernel closes a connection on which sent bytes remain unacknowledged for this long.
+/// The kernel closes a connection if sent bytes remain unacknowledged for this long.
 const UNACKNOWLEDGED: Duration = Duration::from_secs(5);
 
-/// Returns the session settings of pooled connections. PostgreSQL enforces the timeouts itself: dropping a future
-/// leaves its query running.
+/// Returns the session settings of pooled connections. PostgreSQL itself enforces the timeouts, because dropping a
+/// future does not stop its query.
 pub(super) fn session(settings: &DatabaseSettings) -> String {
     format!(
         "SET timezone = 'UTC'; SET jit = off; SET statement_timeout = {}; SET lock_timeout = {}; \
@@ -64,7 +64,8 @@ pub(super) fn connect(
     .boxed()
 }
 
-/// Verifies certificates against the system's trusted roots. This is what `sslmode=require` means here.
+/// Returns a TLS connector that verifies certificates against the system's trusted roots. It is used for
+/// `sslmode=require`.
 fn tls() -> tokio_postgres_rustls::MakeRustlsConnect {
     let mut roots = rustls::RootCertStore::empty();
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);

@@ -1,18 +1,18 @@
 //! The embedded PostgreSQL: a private server in the data directory, used if `DATABASE_URL` is not set.
 //!
-//! Owns the cluster's files, the server process and its restarts. Does not depend on tables, migrations or pools: it
-//! provides a URL.
+//! Owns the cluster's files, the server process and its restarts. Provides a URL, and does not depend on tables,
+//! migrations or pools.
 //!
 //! * `initdb` creates the cluster at the first startup, in a temporary directory that is renamed when it is complete.
-//! * PostgreSQL listens on a Unix socket in a directory that only its user can access, and not on any TCP port.
-//! * It stops when this process ends for any reason. A small shell script, the guard, runs PostgreSQL and reads from a
-//!   pipe whose other end only this process holds. When this process ends, even after `kill -9`, the read ends and the
-//!   guard requests a fast shutdown. (`PR_SET_PDEATHSIG` would require `unsafe`, is reset when the process changes its
-//!   user, and fires when the *thread* that forked ends.)
-//! * If PostgreSQL crashes, it is restarted, with backoff. Until it is running again, connections fail, as with any
-//!   database that is down.
-//! * If this process runs as root, which PostgreSQL does not allow, PostgreSQL runs as the user `postgres`, or `nobody`
-//!   if there is no such user.
+//! * PostgreSQL listens only on a Unix socket, in a directory that only its user can access.
+//! * PostgreSQL stops when this process ends for any reason. It runs under a small shell script, the guard, which reads
+//!   from a pipe whose other end only this process holds. When this process ends, even after `kill -9`, the read ends,
+//!   and the guard requests a fast shutdown. (`PR_SET_PDEATHSIG` would require `unsafe`, is reset when a process
+//!   changes its user, and fires when the *thread* that forked ends.)
+//! * If PostgreSQL crashes, it is restarted, with backoff. Until it runs again, connections fail as with any database
+//!   that is down.
+//! * If this process runs as root, PostgreSQL runs as the `postgres` user, or as `nobody` if there is no such user,
+//!   because PostgreSQL refuses to run as root.
 mod binaries;
 mod cluster;
 mod place;
@@ -35,11 +35,11 @@ use self::{
 /// The role and the database that the server uses.
 const NAME: &str = "quota";
 
-/// Used only in the name of the socket file (`.s.PGSQL.5432`). No TCP port is opened.
+/// Used only in the name of the socket file (`.s.PGSQL.5432`). PostgreSQL does not listen on a TCP port.
 const PORT: &str = "5432";
 
-/// The cluster's settings. They are passed on the command line, so that the settings of this version of Quota apply
-/// instead of those of the version that created the cluster.
+/// The cluster's settings. They are passed on the command line, so that they come from this version of Quota, not from
+/// the version that created the cluster.
 const SETTINGS: &[(&str, &str)] = &[
     ("listen_addresses", ""),
     ("unix_socket_permissions", "0700"),
@@ -82,7 +82,7 @@ pub enum EmbeddedError {
         source: Box<EmbeddedError>,
     },
     #[error(
-        "another server is using the data directory {}: stop it first, or set QUOTA_DATA_DIR",
+        "another server is using the data directory {}: stop that server first, or set QUOTA_DATA_DIR",
         .0.display()
     )]
     InUse(PathBuf),
@@ -149,7 +149,7 @@ impl EmbeddedError {
     }
 }
 
-/// A running private PostgreSQL. It ends when it is stopped or dropped, or when this process ends.
+/// A running private PostgreSQL. It stops when this value is dropped or when this process ends.
 #[derive(Debug)]
 pub struct EmbeddedPostgres {
     socket_dir: PathBuf,
@@ -158,13 +158,13 @@ pub struct EmbeddedPostgres {
 }
 
 impl EmbeddedPostgres {
-    /// Starts the cluster in `data_dir`, which is created if necessary, and waits until it accepts connections. It is
-    /// tied to the runtime on which it was started.
+    /// Starts the cluster in `data_dir`, creating it if necessary, and waits until it accepts connections. Supervision
+    /// runs on the current runtime.
     pub async fn start(data_dir: &Path) -> Result<Self, EmbeddedError> {
         Self::start_with(data_dir, &[]).await
     }
 
-    /// Like [`start`](Self::start), with other PostgreSQL settings.
+    /// Like [`start`](Self::start), with additional PostgreSQL settings.
     pub async fn start_with(
         data_dir: &Path,
         settings: &[(&str, &str)],
@@ -220,7 +220,7 @@ impl EmbeddedPostgres {
         })
     }
 
-    /// Returns the database's URL. The host is the socket's directory, percent-encoded, a form that libpq and
+    /// Returns the database's URL. Its host is the percent-encoded directory of the socket, a form that libpq and
     /// tokio-postgres accept.
     pub fn database_url(&self) -> String {
         url(&self.socket_dir, NAME)

@@ -1,14 +1,14 @@
-//! Why a query failed.
+//! Errors of queries and transactions.
 
 use std::error::Error;
 
 use diesel::result::{DatabaseErrorKind, Error as DieselError};
 
-/// A query failed.
+/// Why a query failed.
 #[derive(Debug, thiserror::Error)]
 pub enum DbError {
-    /// PostgreSQL is unreachable, shutting down or too slow, or the transaction lost a race (a lock timeout, a
-    /// deadlock, a serialization failure). The same request may succeed when it is retried.
+    /// PostgreSQL is unreachable, shutting down or too slow, or the transaction conflicted with another one (a lock
+    /// timeout, a deadlock, a serialization failure). The same request may succeed when it is retried.
     #[error("PostgreSQL is unavailable")]
     Unavailable(#[source] Box<dyn Error + Send + Sync>),
     /// The change violates a named constraint.
@@ -18,7 +18,7 @@ pub enum DbError {
     Query(#[source] DieselError),
 }
 
-/// Parts of the messages of temporary errors.
+/// Substrings of the messages of temporary errors.
 const TRANSIENT: [&str; 7] = [
     "statement timeout",
     "lock timeout",
@@ -26,7 +26,7 @@ const TRANSIENT: [&str; 7] = [
     "terminating connection",
     "the database system is",
     "connection closed",
-    // The row's partition was created after the statement looked for it.
+    // The row's partition was created after the statement had looked for it.
     "violates partition constraint",
 ];
 
@@ -42,7 +42,7 @@ impl From<DieselError> for DbError {
                     | DatabaseErrorKind::UnableToSendCommand
                     | DatabaseErrorKind::SerializationFailure
             );
-            // Diesel exposes only the message. With another `lc_messages`, these errors count as `Query`.
+            // Diesel exposes only the message. If `lc_messages` is not English, these errors become `Query`.
             if is_transient_kind || TRANSIENT.iter().any(|part| info.message().contains(part)) {
                 return Self::Unavailable(Box::new(error));
             }

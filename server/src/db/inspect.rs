@@ -9,24 +9,24 @@ use super::{
 };
 use crate::config::DatabaseSettings;
 
-/// Connections reserved for other programs: an operator's session, a backup, a migration.
+/// The number of connections left for other programs, such as an operator's session, a backup or a migration.
 const LEFT_TO_OTHERS: usize = 10;
 
-/// Properties of a PostgreSQL server and of the database in it.
+/// Properties of a PostgreSQL server and of Quota's database on it.
 #[derive(Debug)]
 pub struct ServerInfo {
     pub version: String,
     pub max_connections: usize,
-    /// Connections reserved for superusers and, as of PostgreSQL 16, for roles chosen by the operator.
+    /// The number of connections reserved for superusers and, as of PostgreSQL 16, for roles chosen by the operator.
     pub reserved_connections: usize,
-    /// Number of migrations in this binary that have been applied.
+    /// The number of this binary's migrations that have been applied.
     pub applied: usize,
-    /// Number of migrations in this binary.
+    /// The number of migrations in this binary.
     pub known: usize,
 }
 
 impl ServerInfo {
-    /// Returns the maximum number of connections that all replicas together may hold.
+    /// Returns the maximum number of connections that all replicas together may use.
     pub fn available(&self) -> usize {
         self.max_connections
             .saturating_sub(LEFT_TO_OTHERS.max(self.reserved_connections))

@@ -1,4 +1,4 @@
-//! Migrations, compiled into the binary.
+//! Migrations, which are compiled into the binary.
 
 use diesel_async::{AsyncMigrationHarness, AsyncPgConnection, SimpleAsyncConnection};
 use diesel_migrations::{EmbeddedMigrations, MigrationHarness, embed_migrations};
@@ -12,8 +12,8 @@ const MIGRATIONS: EmbeddedMigrations = embed_migrations!("../migrations");
 /// The advisory lock that allows only one replica to migrate at a time. The others wait for it.
 const LOCK: i64 = 7_226_420;
 
-/// A migration may take a long time, so there is no statement timeout. It must not wait long for a lock, since all
-/// later queries would then wait for it: see the `lock_timeout` below.
+/// A migration may take a long time, so there is no statement timeout. But it must not wait long for a lock, since all
+/// later queries would wait behind it. So a `lock_timeout` is set below.
 const SESSION: &str = "SET timezone = 'UTC'; SET client_min_messages = 'warning'; \
     SET application_name = 'quota migrate'";
 

@@ -24,15 +24,16 @@ use crate::config::DatabaseSettings;
 /// The purpose of a connection. Each lane has its own pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lane {
-    /// Management, sign-in and background work that may wait.
+    /// Management, sign-in, and background work that can wait.
     Requests,
     /// Lookups of API keys and service tokens, which unauthenticated clients can trigger.
     Lookups,
     /// The quota ledger.
     Ledger,
-    /// Writing usage.
+    /// Shipping usage.
     Shipping,
-    /// Work on which the health of the whole server depends: the poll for invalidations, counting replicas, readiness.
+    /// Work that the health of the whole server depends on: polls for invalidations, counting replicas, readiness
+    /// checks.
     Health,
 }
 
@@ -47,12 +48,12 @@ pub struct Lanes {
 }
 
 impl Lanes {
-    /// Divides `total` connections, at least six, among the lanes.
+    /// Divides `total` connections among the lanes. `total` must be at least six.
     pub fn divide(total: usize) -> Self {
         let health = if total < 8 { 1 } else { 2 };
-        // There are two if there are enough connections, so that returning tokens does not delay taking them.
+        // If there are enough connections, the ledger gets two, so that returning tokens does not delay taking them.
         let ledger = (total * 3 / 16).max(if total < 8 { 1 } else { 2 });
-        // One is enough, because batches are written one after another.
+        // One connection is enough, because batches are written one after another.
         let shipping = 1;
         let lookups = (total / 4).max(2);
         Self {
@@ -97,7 +98,7 @@ impl Pools {
     }
 }
 
-/// A handle to the pools that uses the pool of one lane. Cheap to clone.
+/// A handle to the pools that uses one lane's pool. Cheap to clone.
 #[derive(Clone)]
 pub struct Db {
     pools: Arc<Pools>,
@@ -133,7 +134,7 @@ impl Db {
         }
     }
 
-    /// Returns a handle that uses the pool of another lane.
+    /// Returns a handle that uses another lane's pool.
     pub fn on(&self, lane: Lane) -> Self {
         Self {
             lane,
@@ -145,9 +146,9 @@ impl Db {
         self.lanes
     }
 
-    /// Cancels work that takes longer than a statement is allowed to. Otherwise, it could take up to a minute to detect
-    /// that a connection went silent in the middle of a transaction. Requests have a separate limit, so this one is for
-    /// background work.
+    /// Cancels work that takes longer than a statement may take. Otherwise, it could take up to a minute to detect that
+    /// a connection stopped responding in the middle of a transaction. Meant for background work; requests have a
+    /// separate limit.
     pub async fn within_limit<T>(
         &self,
         work: impl Future<Output = Result<T, DbError>>,
@@ -173,18 +174,18 @@ impl Db {
         TenantTx::begin(self.pool(), tenant).await
     }
 
-    /// Begins a transaction of the server itself, across all tenants.
+    /// Begins a transaction on behalf of the server itself, across all tenants.
     pub async fn system(&self) -> Result<SystemTx, DbError> {
         SystemTx::begin(self.pool()).await
     }
 
-    /// Returns an error if PostgreSQL is unreachable. Tells an outage from the failure of one transaction, such as a
-    /// statement that took too long.
+    /// Returns an error if PostgreSQL is unreachable. Used to distinguish an outage from the failure of one
+    /// transaction, for example because a statement took too long.
     pub async fn probe(&self) -> Result<(), DbError> {
         self.system().await?.commit().await
     }
 
-    /// Returns whether every migration in this binary is applied. Fails if PostgreSQL does not respond.
+    /// Returns whether every migration in this binary has been applied. Fails if PostgreSQL does not respond.
     pub async fn ready(&self) -> Result<bool, DbError> {
         #[derive(diesel::QueryableByName)]
         struct Applied {
@@ -209,7 +210,7 @@ impl Db {
         }
     }
 
-    /// Returns the number of open connections, and how many of them are in use, across all lanes.
+    /// Returns the number of open connections across all lanes, and how many of them are in use.
     pub fn connections(&self) -> (usize, usize) {
         self.pools.all().iter().fold((0, 0), |(open, busy), pool| {
             let status = pool.status();

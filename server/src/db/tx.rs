@@ -1,4 +1,4 @@
-//! Transactions: of one tenant, or of the server itself.
+//! Transactions, on behalf of a tenant or of the server itself.
 
 use std::{
     ops::{Deref, DerefMut},
@@ -11,13 +11,13 @@ use tokio::{runtime::Handle, time::timeout};
 
 use super::{connect::ConnectionPool, error::DbError};
 
-/// How long the first response on a pooled connection may take. A PostgreSQL server that hangs still acknowledges every
-/// byte, so neither TCP timeouts nor PostgreSQL's own timeouts end the wait.
+/// How long the first response on a pooled connection may take. If PostgreSQL hangs, its machine still acknowledges
+/// every byte, so neither TCP timeouts nor PostgreSQL's own timeouts end the wait.
 pub(super) const FIRST_ANSWER: Duration = Duration::from_secs(2);
 /// How long a rollback may take.
 const ROLLBACK: Duration = Duration::from_secs(2);
 
-/// Removes a connection that does not respond from its pool.
+/// Removes an unresponsive connection from its pool.
 pub(super) fn close_silent(conn: Object<AsyncPgConnection>) -> DbError {
     let _ = Object::take(conn);
     DbError::Unavailable("PostgreSQL does not respond".into())
@@ -25,14 +25,14 @@ pub(super) fn close_silent(conn: Object<AsyncPgConnection>) -> DbError {
 
 /// An open transaction.
 struct Tx {
-    /// `None` once it has ended.
+    /// `None` after the transaction has ended.
     conn: Option<Object<AsyncPgConnection>>,
 }
 
 impl Tx {
     async fn begin(pool: &ConnectionPool, statements: &str) -> Result<Self, DbError> {
         let conn = pool.get().await?;
-        // If the caller is dropped after this point, dropping this rolls the transaction back.
+        // If the caller is dropped after this point, dropping `tx` rolls the transaction back.
         let mut tx = Self { conn: Some(conn) };
         let began = timeout(FIRST_ANSWER, tx.get().batch_execute(statements)).await;
         match (began, tx.conn.take()) {
@@ -75,7 +75,7 @@ impl Drop for Tx {
     }
 }
 
-/// A transaction of one tenant. Rolled back when dropped without [`commit`](Self::commit).
+/// A tenant's transaction. Rolled back when dropped without [`commit`](Self::commit).
 pub struct TenantTx {
     tx: Tx,
     tenant: TenantId,
@@ -83,7 +83,7 @@ pub struct TenantTx {
 
 impl TenantTx {
     pub(super) async fn begin(pool: &ConnectionPool, tenant: TenantId) -> Result<Self, DbError> {
-        // This cannot be an injection, because a UUID contains only hexadecimal digits and dashes.
+        // This is safe from injection, because a UUID contains only hexadecimal digits and dashes.
         let begin = format!("BEGIN; SET LOCAL ROLE quota_app; SET LOCAL quota.tenant = '{tenant}'");
         Ok(Self {
             tx: Tx::begin(pool, &begin).await?,

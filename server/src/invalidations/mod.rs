@@ -1,12 +1,12 @@
-//! Invalidations: publishes changes to other replicas, and remembers those received.
+//! Invalidations: publishes changes to other replicas, and keeps track of the changes received.
 //!
 //! A transaction that changes data that replicas cache also inserts a row into `revocations`. Each replica polls for
-//! new rows every 150 ms, and the guarantees rely only on this. After the commit, the change is also published in
-//! Redis, so that most replicas learn of it within milliseconds. Messages may be lost. Without Redis, or while it is
-//! unreachable, no messages are sent.
+//! new rows every 150 ms, and only this is needed for correctness. After the commit, the change is also published
+//! through Redis, so that most replicas know of it within milliseconds. Messages may be lost. If Redis is not
+//! configured or is unreachable, no messages are sent.
 //!
-//! Messages are sealed, since anyone with access to Redis can publish one. A message that cannot be opened, is more
-//! than a few minutes old, or contains nothing new is counted but otherwise ignored.
+//! Messages are sealed, because anyone with access to Redis could publish one. Messages that cannot be opened, are more
+//! than a few minutes old, or contain no new change are counted but otherwise ignored.
 //!
 //! Does not depend on the caches. [`Recent`] contains the recent changes that this replica knows of.
 
@@ -27,24 +27,24 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// The context of the seal. Change it when the meaning of a field changes.
+/// The context of the seal. Must be changed whenever the meaning of a field changes.
 const CONTEXT: &[&[u8]] = &[b"invalidation 1"];
-/// The maximum difference between a message's time and this replica's. The clocks of replicas and PostgreSQL may differ
-/// by two minutes, and messages arrive quickly. Older changes were polled long ago.
+/// The maximum difference between a message's time and this replica's time. The clocks of a replica and PostgreSQL may
+/// differ by up to two minutes, and messages arrive quickly. Older changes were found by polling long ago.
 const MAX_AGE: Duration = Duration::from_mins(5);
 
-/// Other versions of the server read this: fields may be added, but the meaning of existing ones must not change.
+/// Other versions of the server read messages: fields may be added, but the meaning of existing fields must not change.
 #[derive(Serialize, Deserialize)]
 struct Message<'a> {
     seq: i64,
     tenant: Uuid,
     target: &'a str,
     id: Uuid,
-    /// Microseconds since 1970, by PostgreSQL's clock.
+    /// Microseconds since 1970 on PostgreSQL's clock.
     at: i64,
 }
 
-/// Publishes changes and receives those of other replicas. Cheap to clone.
+/// Publishes changes, and receives changes from other replicas. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Publisher {
     redis: Option<Redis>,
@@ -90,7 +90,7 @@ impl Publisher {
         });
     }
 
-    /// Subscribes to published changes. Returns `None` without Redis.
+    /// Subscribes to published changes. Returns `None` if Redis is not configured.
     pub fn listen(&self) -> Option<Subscription> {
         let redis = self.redis.as_ref()?;
         Some(redis.subscribe(self.channel.to_string()))
@@ -130,7 +130,7 @@ fn read(seal: &Seal, message: &[u8], now: UnixNanos) -> Option<Invalidation> {
     })
 }
 
-/// The combined set of resources that several changes invalidate, so that a cache is searched only once.
+/// The combined set of resources that several changes invalidate, so that a cache has to be searched only once.
 #[derive(Debug, Default)]
 pub struct InvalidationSet {
     tenants: HashSet<Uuid>,
@@ -161,7 +161,7 @@ impl InvalidationSet {
         !(self.tenants.is_empty() && self.plans.is_empty() && self.keys.is_empty())
     }
 
-    /// Returns the IDs of tenants, plans and keys that a cached key may belong to.
+    /// Returns the changed tenants, plans, and keys that can affect cached keys.
     pub fn owners_of_keys(&self) -> impl Iterator<Item = &Uuid> {
         self.tenants.iter().chain(&self.plans).chain(&self.keys)
     }

@@ -1,18 +1,19 @@
-//! The recent changes that this replica knows of. Decides whether a copy that another replica read from PostgreSQL
-//! earlier is still current.
+//! The recent changes that this replica knows of. They determine whether a copy that another replica read from
+//! PostgreSQL earlier is still current.
 //!
-//! Changes are numbered in the order of their commits, and a copy carries the highest number at the time it was read.
-//! So a copy with number `n` is current except for changes above `n`.
+//! Changes are numbered in commit order. A copy contains the highest number at the time it was read. Therefore, only
+//! changes with higher numbers can make it outdated.
 //!
-//! There are two sources with different levels of trust:
-//! - **Polled** changes come from PostgreSQL, in order and without gaps. Only they raise the floor and the number up to
-//!   which all changes are known.
-//! - **Announced** changes are messages from other replicas and this replica's own commits. Their only benefit is that
-//!   they arrive earlier. Until the poll has caught up, an announcement makes older copies outdated. It never hides a
-//!   number from the poll, never raises the floor, and never displaces a polled change.
+//! There are two sources of changes, with different levels of trust:
+//! - **Polled** changes come from PostgreSQL, in order and without gaps. Only they raise the floor, and the number up
+//!   to which all changes are known.
+//! - **Announced** changes are messages from other replicas, and this replica's own commits. Their only benefit is that
+//!   they arrive earlier. Until the poll has caught up, an announcement makes older copies outdated. An announcement
+//!   never hides a number from the poll, raises the floor, or displaces a polled change.
 //!
-//! Nothing below the floor is confirmed, since changes there may have been deleted from PostgreSQL. A copy whose number
-//! is higher than any polled or announced one is not confirmed either: no such number has been assigned.
+//! A copy with a number below the floor is never confirmed, because PostgreSQL may have already deleted later changes.
+//! A copy with a number higher than all polled and announced changes is not confirmed either, because no change has
+//! been assigned that number yet.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -26,8 +27,8 @@ use crate::repo::invalidation::{Invalidation, Target};
 
 /// The maximum number of polled changes in memory. Each takes about 150 bytes.
 const REMEMBERED: usize = 20_000;
-/// The maximum number of announcements in memory that the poll has not reached yet. Others are dropped, since the poll
-/// reads them anyway.
+/// The maximum number of announced changes in memory that the poll has not reached. Further announcements are dropped,
+/// because the poll will find these changes.
 const ANNOUNCED: usize = 4096;
 
 /// See the module documentation.
@@ -36,25 +37,25 @@ pub struct Recent(Mutex<State>);
 
 #[derive(Debug, Default)]
 struct State {
-    /// `None` until the first poll. Until then nothing can be confirmed.
+    /// `None` before the first poll. Until then, no copy can be confirmed.
     range: Option<PolledRange>,
-    /// The history of the database that the numbers belong to.
+    /// The numbers' database history.
     history: Option<Arc<str>>,
     polled: BTreeMap<i64, Uuid>,
-    /// The announced changes with numbers above `range.up_to`.
+    /// Announced changes with numbers above `range.up_to`.
     announced: BTreeMap<i64, Uuid>,
-    /// The highest number of each ID in either map. IDs are unique across kinds.
+    /// The highest number of each ID in either map. IDs are unique across all kinds of resources.
     newest: HashMap<Uuid, i64>,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct PolledRange {
-    /// Every change above this, up to `up_to`, is in `polled`.
+    /// `polled` contains all changes above `floor`, up to and including `up_to`.
     floor: i64,
     up_to: i64,
 }
 
-/// Returns the ID of the changed resource. For a kind that this version does not support, this is the whole tenant.
+/// Returns the ID of the changed resource. For a kind that this version does not know, returns the tenant's ID.
 fn subject(invalidation: &Invalidation) -> Uuid {
     match invalidation.target {
         None | Some(Target::Tenant) => invalidation.tenant,
@@ -65,8 +66,8 @@ fn subject(invalidation: &Invalidation) -> Uuid {
 }
 
 impl Recent {
-    /// Records the first poll: the newest changes that PostgreSQL still has, in order. Older ones may have been
-    /// deleted, so nothing below the first of them is confirmed.
+    /// Records the first poll: the newest changes that PostgreSQL has, in ascending order. Older changes may have been
+    /// deleted, so the floor is just below the first one.
     pub fn begin(&self, newest: &[Invalidation], history: &str) {
         let mut state = self.0.lock();
         state.history = Some(history.into());
@@ -81,8 +82,9 @@ impl Recent {
         }
     }
 
-    /// Starts over after PostgreSQL was restored, or failed over, to a state whose newest changes are these, in order.
-    /// Numbers may be assigned again, so nothing is confirmed until the database has passed the highest known number.
+    /// Starts over after PostgreSQL was restored to an earlier state or failed over. `newest` contains the newest
+    /// changes in that state, in ascending order. Numbers may be assigned a second time, so no copy is confirmed until
+    /// the database has passed the highest known number.
     pub fn restart(&self, newest: &[Invalidation], history: &str) {
         let mut state = self.0.lock();
         let announced = state.announced.last_key_value().map(|(seq, _)| *seq);
@@ -103,12 +105,12 @@ impl Recent {
         }
     }
 
-    /// Returns the history of the database as of the last poll.
+    /// Returns the database history as of the last poll.
     pub fn history(&self) -> Option<Arc<str>> {
         self.0.lock().history.clone()
     }
 
-    /// Records a polled change. Must be called in order. Returns whether it is new.
+    /// Records a polled change. Must be called in ascending order. Returns whether the change is new.
     pub fn polled(&self, invalidation: &Invalidation) -> bool {
         let (seq, id) = (invalidation.seq, subject(invalidation));
         let mut state = self.0.lock();
@@ -136,7 +138,7 @@ impl Recent {
         let mut is_new = true;
         for (announced, id) in reached {
             is_new &= announced != seq;
-            // An announcement that PostgreSQL does not confirm, such as one from before a restore, is discarded here.
+            // Discards announcements that PostgreSQL does not confirm, such as those from before a restore.
             if !state.polled.contains_key(&announced) && state.newest.get(&id) == Some(&announced) {
                 state.recount(id);
             }
@@ -144,8 +146,8 @@ impl Recent {
         is_new
     }
 
-    /// Records a change that a replica announced. Returns whether it is new: one that was polled or announced before is
-    /// not, so a replayed message has no effect.
+    /// Records an announced change. Returns whether it is new. A change that was already polled or announced is not, so
+    /// a replayed message has no effect.
     pub fn announced(&self, invalidation: &Invalidation) -> bool {
         let (seq, id) = (invalidation.seq, subject(invalidation));
         let mut state = self.0.lock();
@@ -162,7 +164,7 @@ impl Recent {
         true
     }
 
-    /// Returns whether no change of one of these IDs after number `as_of` is known.
+    /// Whether none of these IDs has a known change with a number above `as_of`.
     pub fn unchanged(&self, ids: &[Uuid], as_of: i64) -> bool {
         let state = self.0.lock();
         let Some(range) = state.range else {
@@ -180,7 +182,7 @@ impl Recent {
 }
 
 impl State {
-    /// Recomputes the highest number of an ID. Slow but rare.
+    /// Recalculates the highest number of an ID. Slow but rare.
     fn recount(&mut self, id: Uuid) {
         let of = |all: &BTreeMap<i64, Uuid>| {
             let mut numbers = all.iter().rev();
@@ -261,7 +263,7 @@ mod tests {
         assert!(recent.unchanged(&[key(1)], 2));
     }
 
-    /// Otherwise, an attacker who can announce future numbers could hide the real changes with those numbers.
+    /// Otherwise, an attacker who can announce future numbers could hide the actual changes with these numbers.
     #[test]
     fn announcement_neither_hides_a_number_from_the_poll_nor_raises_the_floor() {
         let recent = Recent::default();

@@ -7,9 +7,9 @@ use tokio::sync::watch;
 use super::{every, stopped};
 use crate::{db, state::AppState};
 
-/// How often quotas are checked. Usage is recorded within a second after a request.
+/// How often quotas are checked. Usage is recorded within a second of the request.
 const EVERY: Duration = Duration::from_secs(5);
-/// The same without metering, when all quotas are checked.
+/// How often quotas are checked without metering. Each time, all quotas are checked.
 const EVERY_UNMETERED: Duration = Duration::from_secs(30);
 
 pub(super) async fn check(state: AppState, mut stopping: watch::Receiver<bool>) {
@@ -20,8 +20,8 @@ pub(super) async fn check(state: AppState, mut stopping: watch::Receiver<bool>) 
     });
     let mut is_reported = false;
     loop {
-        // This can be dropped at any point: a transaction that is not committed is rolled back, and its work is
-        // repeated later.
+        // The round can be dropped at any point: an uncommitted transaction is rolled back, and its work is repeated
+        // later.
         let has_more = tokio::select! {
             biased;
             () = stopped(&mut stopping) => return,
@@ -36,7 +36,7 @@ pub(super) async fn check(state: AppState, mut stopping: watch::Receiver<bool>) 
     }
 }
 
-/// Returns whether there may be more to check.
+/// Returns whether there may be more quotas to check.
 async fn round(state: &AppState, is_reported: &mut bool) -> bool {
     match state.alerts.check().await {
         Ok(round) => {

@@ -1,7 +1,8 @@
-//! Processes Stripe webhooks, and reads customers regularly in case a webhook was lost.
+//! Processes Stripe webhooks, and regularly reads customers in case a webhook was lost.
 //!
-//! A webhook that this replica has stored is processed immediately. If another replica stored it but does not process
-//! it, this replica does so within a second. Failures are retried later; see [`events`](crate::billing::events).
+//! This replica immediately processes the webhooks that it has stored itself. If another replica stored a webhook but
+//! does not process it, this replica does so within a second. Failures are retried later; see
+//! [`events`](crate::billing::events).
 
 use std::time::Duration;
 
@@ -14,12 +15,12 @@ use crate::{
 
 /// How often this replica looks for events without being notified.
 const EVERY: Duration = Duration::from_secs(1);
-/// How often this replica looks for customers that have not been read for a while.
+/// How often this replica looks for customers that have not been read recently.
 const READ_EVERY: Duration = Duration::from_secs(5);
-/// How often the prices of new subscriptions are read, and how soon this is retried after a failure.
+/// How often the prices of new subscriptions are read, and how soon a failed attempt is retried.
 const OFFER_EVERY: Duration = Duration::from_mins(10);
 const OFFER_AGAIN: Duration = Duration::from_secs(30);
-/// How often usage is planned and sent.
+/// How often usage reports are planned and sent.
 const REPORT_EVERY: Duration = Duration::from_secs(10);
 /// How often reports are compared with the totals in Stripe.
 const RECONCILE_EVERY: Duration = Duration::from_hours(1);
@@ -35,7 +36,7 @@ pub(super) async fn handle_events(state: AppState) {
             _ = ticks.tick() => {}
             () = state.billing_event.notified() => {}
         }
-        // Repeats until no events are left.
+        // This repeats until no events are left.
         while handle_round(&state, billing.handle_due().await, &mut is_reported) {}
     }
 }
@@ -99,7 +100,7 @@ pub(super) async fn report_usage(state: AppState) {
     }
 }
 
-/// Compares yesterday's reports with the totals in Stripe, and measures usage that has not been charged.
+/// Compares yesterday's reports with the totals in Stripe, and measures the usage that has not been charged.
 pub(super) async fn reconcile_usage(state: AppState) {
     let Some(billing) = state.billing.clone() else {
         return;

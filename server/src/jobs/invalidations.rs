@@ -1,5 +1,5 @@
-//! Learns of changes made on other replicas, in two ways: by polling PostgreSQL, on which the guarantees rely, and from
-//! messages, which are merely faster.
+//! Learns of changes made on other replicas in two ways. Polling PostgreSQL provides the guarantees; messages are only
+//! faster.
 
 use std::{pin::pin, time::Duration};
 
@@ -24,7 +24,7 @@ const POLL_EVERY: Duration = Duration::from_millis(150);
 const SUSPECT_AFTER: Duration = Duration::from_millis(750);
 
 /// Polls for changes, and drops the cache entries that they invalidate. Without a recent poll, entries are reloaded
-/// after a second, so a failed poll is only a warning.
+/// after a second, so a failed poll only causes a warning.
 pub(super) async fn poll(state: AppState, mut stopping: watch::Receiver<bool>) {
     let mut ticks = every(POLL_EVERY);
     let db = state.db.on(Lane::Health);
@@ -47,7 +47,7 @@ pub(super) async fn poll(state: AppState, mut stopping: watch::Receiver<bool>) {
             Ok(()) => {
                 state.freshness.polled(began);
                 if std::mem::take(&mut is_reported) {
-                    tracing::info!("polling for invalidations works again");
+                    tracing::info!("polling for invalidations succeeds again");
                 }
             }
             Err(error) => {
@@ -61,7 +61,7 @@ pub(super) async fn poll(state: AppState, mut stopping: watch::Receiver<bool>) {
     }
 }
 
-/// Allows caches to serve their entries without waiting for PostgreSQL.
+/// Lets caches serve their entries without waiting for PostgreSQL.
 fn suspect(state: &AppState) {
     if state.freshness.suspect() {
         state.metrics.database_suspected.inc();
@@ -70,11 +70,11 @@ fn suspect(state: &AppState) {
 
 async fn poll_once(state: &AppState, db: &Db, last: &mut Option<Position>) -> Result<(), DbError> {
     let mut tx = db.system().await?;
-    // This is read before the rows, so that the next poll notices a restore that happens in between.
+    // The position is read before the rows, so that the next poll notices a restore that happens in between.
     let position = invalidation::position(&mut tx).await?;
     let Some(polled) = last else {
-        // If earlier polls failed, cached entries may be older than the changes read by this one. Records cached by
-        // other replicas are compared with the changes recorded here.
+        // If earlier polls failed, cached entries may be older than the changes read by this one. Records that other
+        // replicas cached are compared with the changes recorded here.
         let newest = invalidation::newest(&mut tx).await?;
         tx.commit().await?;
         state.recent.begin(&newest, &position.history);
@@ -115,7 +115,7 @@ fn up_to(newest: &[Invalidation], position: Position) -> Position {
     }
 }
 
-/// Records the changes before dropping cache entries, so that a load in between takes them into account.
+/// Applies changes. Records them before dropping cache entries, so that a load in between takes them into account.
 fn apply(
     state: &AppState,
     invalidations: &[Invalidation],
@@ -136,7 +136,7 @@ fn apply(
     state.forget(invalidations);
 }
 
-/// Ignores a message that contains nothing new, since it may be a replay.
+/// Applies a message from another replica, unless it contains nothing new: it may be a replay.
 fn apply_announced(state: &AppState, invalidation: &Invalidation) {
     if state.recent.announced(invalidation) {
         apply(state, std::slice::from_ref(invalidation), |_, _| true);

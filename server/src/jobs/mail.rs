@@ -14,7 +14,7 @@ pub(super) async fn send(state: AppState) {
     loop {
         ticks.tick().await;
         let written = state.alerts.write_emails(&state.config.public_url).await;
-        // Also if none could be written.
+        // Emails are sent even if none could be written.
         let sent = state.alerts.send_emails(&state.mailer).await;
         if let Ok(sent) = &sent {
             state.metrics.mails_sent.inc_by(sent.sent);

@@ -1,4 +1,4 @@
-//! Ships usage, creates segments in advance, and follows PostgreSQL's clock.
+//! Ships usage, creates segments in advance, and measures PostgreSQL's clock.
 
 use std::time::Duration;
 
@@ -15,8 +15,8 @@ const PREPARE: Duration = Duration::from_millis(100);
 const MEASURE: Duration = Duration::from_secs(10);
 /// How long to wait after a failure.
 const PAUSE: Duration = Duration::from_secs(1);
-/// How long a stopping server continues to ship, including the batch in flight. The rest is shipped from its directory
-/// after the next start.
+/// How long a stopping server continues to ship, including the batch in flight. The remaining records are shipped after
+/// the next start.
 const FINISH: Duration = Duration::from_secs(3);
 
 pub(super) async fn ship(state: AppState, mut stopping: watch::Receiver<bool>) {
@@ -39,7 +39,8 @@ pub(super) async fn ship(state: AppState, mut stopping: watch::Receiver<bool>) {
         }
     }
     let finished = async {
-        // Dropping the batch in flight would keep its connection busy, but the remaining usage needs that connection.
+        // The remaining usage needs the connection of the batch in flight, which would stay busy if the batch were
+        // dropped.
         if let Some(shipping) = in_flight {
             shipping.await?;
         }
@@ -56,8 +57,8 @@ pub(super) async fn ship(state: AppState, mut stopping: watch::Receiver<bool>) {
     }
 }
 
-/// Ships the usage of stopped replicas. Separate from [`ship`], so that a long backlog of another replica does not
-/// delay this one's records.
+/// Ships the usage of stopped replicas. Separate from [`ship`], so that another replica's long backlog does not delay
+/// this replica's records.
 pub(super) async fn adopt(state: AppState, mut stopping: watch::Receiver<bool>) {
     let mut ticks = every(PAUSE);
     let mut outage = Outage::default();
@@ -106,7 +107,7 @@ struct Outage {
 }
 
 impl Outage {
-    /// Returns whether it failed.
+    /// Returns whether shipping failed.
     fn note(&mut self, state: &AppState, shipped: Result<u64, ShipError>) -> bool {
         match shipped {
             Ok(_) => {

@@ -1,6 +1,6 @@
 //! Background work.
 //!
-//! Each job is a loop that ends on request and continues after a failure: failed work is retried in the next iteration.
+//! Each job is a loop that ends on request and continues after a failure: failed work is retried in a later iteration.
 //! Does not depend on HTTP.
 
 mod alerts;
@@ -27,7 +27,6 @@ use crate::{db, limiter, state::AppState};
 /// How often the last use of keys and tokens is saved.
 const LAST_USED_EVERY: Duration = Duration::from_secs(2);
 
-/// The running jobs.
 #[derive(Debug)]
 pub struct Jobs {
     stop: watch::Sender<bool>,
@@ -88,7 +87,7 @@ async fn next(ticks: &mut tokio::time::Interval, stopping: &mut watch::Receiver<
     }
 }
 
-/// Runs a job that can be dropped at any point, since it continues later from its stored state. So stopping the server
+/// Runs a job that can be dropped at any point, since it later continues from its stored state. So stopping the server
 /// does not wait for Stripe or a mail server.
 async fn until_stopped(mut stopping: watch::Receiver<bool>, job: BoxFuture<'static, ()>) {
     tokio::select! {

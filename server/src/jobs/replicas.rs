@@ -1,4 +1,4 @@
-//! Counts the replicas in PostgreSQL, so that each knows its share of the limits while the shared counters are
+//! Counts the replicas in PostgreSQL, so that each replica knows its share of the limits while the shared counters are
 //! unavailable. The first count is made at startup, before the first call to the counters.
 //!
 //! While PostgreSQL is unreachable, the limiter trusts the last count for a few seconds. After that, this replica has
@@ -32,8 +32,8 @@ pub(super) async fn count(state: AppState, mut stopping: watch::Receiver<bool>) 
             }
         }
     }
-    // During an outage, this replica's row is kept: its share may have admitted requests that the shared counters do
-    // not know of, so replicas that start now must know that it existed.
+    // During an outage, this replica's row is kept: its share may have allowed requests that the shared counters do not
+    // know of, so replicas that start now must know that it existed.
     if state.metrics.counters_away.get() > 0 {
         return;
     }

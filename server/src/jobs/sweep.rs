@@ -1,7 +1,8 @@
 //! Deletes expired rows.
 //!
-//! Each batch is a short transaction, whose size, down to a single row, depends on how long the previous one took. The
-//! kinds of rows take turns, so that a slow, locked or broken kind does not block the others.
+//! Each batch is a short transaction. Its size depends on how long the previous batch took, and may be as small as a
+//! single row. The kinds of rows take turns, so that a kind whose rows are slow to delete or locked does not block the
+//! others.
 
 use std::time::{Duration, Instant};
 
@@ -15,11 +16,11 @@ use crate::{
 };
 
 const EVERY: Duration = Duration::from_mins(10);
-/// The maximum number of rows in the first batch and in any later one.
+/// The maximum number of rows in the first batch, and in any later batch.
 const FIRST: i64 = 500;
 const LARGEST: i64 = 5000;
-/// The target duration of a batch is between these two: well below the statement timeout, and short for transactions
-/// that wait for a row.
+/// The target duration of a batch is between these two: well below the statement timeout, and short enough for
+/// transactions that wait for a row.
 const SHORT: Duration = Duration::from_millis(100);
 const LONG: Duration = Duration::from_millis(400);
 /// How long one kind of row is swept before the next kind gets its turn.
@@ -88,7 +89,7 @@ impl Sweep {
                             "cannot delete expired rows, retrying later"
                         );
                     }
-                    // Continue with other kinds first.
+                    // Other kinds get their turn first.
                     return;
                 }
             }

@@ -1,8 +1,8 @@
 //! Maintains the usage tables: creates partitions in advance, drops old ones, and regularly compares all tables that
 //! count the same requests.
 //!
-//! If its partition is missing, a row is stored in the default partition. So a failure here only logs a warning and is
-//! retried.
+//! A row whose partition is missing is stored in the default partition. So a failure here only causes a warning and a
+//! retry.
 
 use std::time::Duration;
 
@@ -22,11 +22,11 @@ use crate::{
 
 const EVERY: Duration = Duration::from_mins(10);
 const COMPARE_EVERY: Duration = Duration::from_hours(6);
-/// The number of days for which partitions are created ahead.
+/// How many days ahead partitions are created.
 const AHEAD: u64 = 7;
-/// The maximum number of endpoints to remove per transaction.
+/// The maximum number of endpoints removed per transaction.
 const ENDPOINTS: i64 = 1000;
-/// The wait before a retry. Often, a table was only busy.
+/// The wait before a retry. In most cases, a table was only busy.
 const RETRY: Duration = Duration::from_secs(2);
 const TRIES: u32 = 5;
 
@@ -87,7 +87,7 @@ async fn maintain_once(state: &AppState) -> Result<(), DbError> {
     failed.or(forgotten.err()).map_or(Ok(()), Err)
 }
 
-/// Returns the current day, by PostgreSQL's clock.
+/// Returns the current day on PostgreSQL's clock.
 async fn today(state: &AppState) -> Result<NaiveDate, DbError> {
     let mut tx = state.db.system().await?;
     let now = usage_shipper::times(&mut tx).await?.now;
@@ -95,8 +95,8 @@ async fn today(state: &AppState) -> Result<NaiveDate, DbError> {
     Ok(now.date_naive())
 }
 
-/// Creates partitions: first those of the coming days, which have no rows to move yet, then those of today and
-/// yesterday, since records may be late. A table whose partition cannot be created does not delay the others.
+/// Creates partitions: first for the coming days, which does not require moving rows, and then for today and yesterday,
+/// since records may be late. A table whose partition cannot be created does not delay the others.
 async fn create_all(state: &AppState, today: NaiveDate) -> Result<(), DbError> {
     let coming = (1..=AHEAD).filter_map(|days| today.checked_add_days(Days::new(days)));
     let days = coming.chain([today]).chain(today.pred_opt());
@@ -183,7 +183,7 @@ async fn forget_segments(state: &AppState) -> Result<(), DbError> {
     tx.commit().await
 }
 
-/// Returns whether there may be more.
+/// Removes endpoints without recent requests. Returns whether there may be more of them.
 async fn forget_endpoints(state: &AppState) -> Result<bool, DbError> {
     let days = i64::try_from(days(state.config.usage_rollup_retention)).unwrap_or(i64::MAX);
     let mut tx = state.db.system().await?;

@@ -1,6 +1,6 @@
 //! Sends events to webhooks.
 //!
-//! Deliveries that this replica has stored are sent immediately, others within a second.
+//! Deliveries that this replica has stored are sent immediately, and others within a second.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -54,7 +54,7 @@ pub(super) async fn deliver(state: AppState, mut stopping: watch::Receiver<bool>
         worker.begin().await;
         worker.measure().await;
     }
-    // What does not finish is repeated by another replica, or after the next start.
+    // Attempts that do not finish are repeated by another replica, or after the next start.
     let rest = async { while worker.running.join_next().await.is_some() {} };
     let _ = timeout(FINISH, rest).await;
 }
@@ -80,7 +80,7 @@ impl Worker {
                 if unreadable > 0 {
                     tracing::error!(
                         webhooks = unreadable,
-                        "signing secrets of webhooks were encrypted with a QUOTA_SECRET that is not configured; set it as QUOTA_SECRET_PREVIOUS and restart"
+                        "webhook signing secrets were encrypted with a QUOTA_SECRET that is not configured; set it as QUOTA_SECRET_PREVIOUS and restart"
                     );
                 }
             }
@@ -113,7 +113,7 @@ impl Worker {
         }
     }
 
-    /// Handles the end of an attempt. `outcome` is `None` if it panicked; it is then repeated later.
+    /// Handles the end of an attempt. `outcome` is `None` if the attempt panicked; the attempt is then repeated later.
     fn ended(&mut self, attempt: task::Id, outcome: Option<&Result<Outcome, DbError>>) {
         self.attempts.remove(&attempt);
         let metrics = &self.state.metrics;

@@ -1,9 +1,9 @@
-//! An index of cached keys by the resources whose changes affect them, so that a plan edit does not scan the whole
-//! cache.
+//! An index of cached keys by the resources that affect them, so that editing a plan does not require a scan of the
+//! whole cache.
 //!
-//! Lists the hashes of cached keys by tenant, plan and key ID. An entry may be out of date because its key was evicted
-//! or moved to another plan; that costs one unnecessary reload. A hash is added before its record is cached and kept
-//! while the record is being loaded or cached, so no hash is missing.
+//! The index lists the hashes of cached keys by tenant, plan, and key ID. Entries of keys that were evicted or moved to
+//! another plan may be outdated, which costs one unnecessary load. A hash is added before its record is cached, and
+//! remains while the record is loaded or cached. Therefore, no hash is ever missing.
 
 use std::collections::{HashMap, HashSet};
 
@@ -16,13 +16,13 @@ use crate::{invalidations::InvalidationSet, secret_text::Hash};
 #[derive(Debug)]
 pub struct KeyIndex {
     owners: Mutex<Owners>,
-    /// The number of entries above which those of evicted keys are dropped.
+    /// The number of entries above which entries of evicted keys are removed.
     capacity: usize,
 }
 
 #[derive(Debug, Default)]
 struct Owners {
-    /// Hashes by the ID of the tenant, plan or key. IDs are unique across all three.
+    /// Hashes by the ID of the tenant, plan, or key. IDs are unique across all three.
     hashes: HashMap<Uuid, HashSet<Hash>>,
     entries: usize,
 }
@@ -32,13 +32,13 @@ impl KeyIndex {
     pub fn new(keys: usize) -> Self {
         Self {
             owners: Mutex::default(),
-            // Leaves room for three entries per key, and for as many outdated ones.
+            // Space for three entries per key, and the same number of outdated entries.
             capacity: keys.saturating_mul(6),
         }
     }
 
-    /// Adds a hash. If there are too many, keeps only those for which `is_needed` returns true, because their keys are
-    /// cached or being loaded.
+    /// Adds a hash. If there are too many entries, removes all hashes for which `is_needed` returns false. A hash is
+    /// needed while its key is cached or being loaded.
     pub fn add(&self, hash: Hash, owners: [Uuid; 3], is_needed: impl Fn(&Hash) -> bool) {
         let mut all = self.owners.lock();
         let all = &mut *all;
@@ -126,7 +126,7 @@ mod tests {
         let (hash, id) = key(2);
         index.add(hash, [TENANT, plan(0), id], |_| true);
         assert_eq!(take(&index, Target::Plan(plan(0))), [2]);
-        // The secret was rotated, so both secrets are valid for a while.
+        // The key was rotated, so both of its secrets are valid for a while.
         index.add([99; 32], [TENANT, plan(1), id], |_| true);
         assert_eq!(take(&index, Target::ApiKey(id)), [2, 99]);
     }

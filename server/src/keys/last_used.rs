@@ -1,5 +1,5 @@
-//! Records when service tokens were last used, in memory, and writes these times to PostgreSQL every few seconds. While
-//! metering is off, does the same for keys; otherwise, their last use is written with their usage.
+//! Remembers when service tokens were last used, and writes these times to PostgreSQL every few seconds. If metering is
+//! off, does the same for API keys. Otherwise, a key's last use is written together with its usage.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -14,7 +14,7 @@ use crate::{
     repo::{api_key, service_token},
 };
 
-/// The number of maps, so that requests of different keys do not wait for each other.
+/// The number of maps. Several maps keep requests with different keys from waiting for each other.
 const SHARDS: usize = 16;
 
 /// The maximum number of rows per transaction.
@@ -22,7 +22,7 @@ const BATCH: usize = 1_000;
 
 type Notes = [Mutex<HashMap<Uuid, UnixNanos>>; SHARDS];
 
-/// Times of last use that have not been saved yet. Cheap to clone.
+/// Times of last use that have not been saved. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub struct LastUsed {
     keys: Arc<Notes>,
@@ -38,7 +38,7 @@ impl LastUsed {
         note(&self.tokens, id.0, now);
     }
 
-    /// Saves all times in batches, each in a short transaction. Keeps those that could not be saved.
+    /// Saves all times in batches, each in a short transaction. Keeps times that could not be saved.
     pub async fn flush(&self, db: &Db) -> Result<(), DbError> {
         let keys = flush(db, &self.keys, async |tx, used| {
             api_key::touch(tx, used).await
@@ -52,7 +52,7 @@ impl LastUsed {
     }
 }
 
-/// Stops at the first batch that fails, since the next one would probably wait just as long.
+/// Stops at the first batch that fails, because the next one would probably wait just as long.
 async fn flush(
     db: &Db,
     notes: &Notes,
@@ -81,7 +81,7 @@ fn note(notes: &Notes, id: Uuid, now: UnixNanos) {
     *at = now.max(*at);
 }
 
-/// Removes and returns all times, ordered by ID, so that two replicas that write at the same time cannot deadlock.
+/// Removes and returns all times. They are sorted by ID, so that replicas that write at the same time cannot deadlock.
 fn take(notes: &Notes) -> Vec<(Uuid, UnixNanos)> {
     let mut all = notes
         .iter()

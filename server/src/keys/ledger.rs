@@ -1,9 +1,10 @@
-//! The ledger of calendar quotas in PostgreSQL.
+//! The ledger of calendar quotas, stored in PostgreSQL.
 
 use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use chrono::{DateTime, Datelike, Days, Months, NaiveTime, TimeDelta, Utc};
+use quota_common::{ApiKeyId, TenantId};
 
 use crate::{
     clock::{Nanos, UnixNanos},
@@ -12,12 +13,12 @@ use crate::{
         LedgerError, LedgerRow, Policy, QuotaLedger, QuotaWindow, ReturnBatch, TakeRequest, Taken,
         Window, window_at,
     },
-    repo::quota_usage::{self, Ask, Row, StatedWindow},
+    repo::quota_usage::{self, Ask, KeyQuota, Row, StatedWindow},
     telemetry::metrics::Metrics,
 };
 
-/// The maximum number of requests per transaction. A transaction locks the windows that it opens, and PostgreSQL
-/// reserves space for 64 such locks per connection.
+/// The maximum number of requests per transaction. A transaction locks the windows that it opens, and by default
+/// PostgreSQL reserves space for 64 such locks per connection.
 const TAKES: usize = 50;
 
 #[derive(Debug, Clone)]
@@ -26,7 +27,6 @@ pub struct PostgresLedger {
     metrics: Arc<Metrics>,
 }
 
-/// The key was deleted.
 #[derive(Debug, thiserror::Error)]
 #[error("the key does not exist")]
 struct NoSuchKey;
@@ -42,7 +42,7 @@ impl PostgresLedger {
         Arc::new(error)
     }
 
-    /// Takes all requests in one transaction. `requests` must be sorted.
+    /// Takes tokens for all requests in one transaction. `requests` must be sorted.
     async fn take_together(
         &self,
         from: Windows,
@@ -54,12 +54,13 @@ impl PostgresLedger {
             Windows::Used => quota_usage::take(&mut tx, &asks, None).await?,
             Windows::Opened => open_and_take(&mut tx, requests, &asks).await?,
         };
-        // Tokens are spent only after the commit.
+        // Tokens may be spent only after the commit.
         tx.commit().await?;
         Ok(taken.into_iter().map(|it| it.map(granted)).collect())
     }
 
-    /// Takes all requests in one transaction. If one request makes it fail, retries them one at a time.
+    /// Takes tokens for all requests in one transaction. If that fails because of one request, retries them one at a
+    /// time.
     async fn take_from(
         &self,
         from: Windows,
@@ -88,8 +89,9 @@ impl PostgresLedger {
         }
     }
 
-    /// Takes tokens from windows in use and then, in another transaction, opens missing windows. The second transaction
-    /// may have to wait for a key that is being deleted, and meanwhile must not hold locks that others need.
+    /// Takes tokens from windows in use. In a second transaction, opens missing windows and takes tokens from them. The
+    /// second transaction may have to wait for a key that is being deleted, and must not hold locks that others need
+    /// during that time.
     async fn take_sorted(&self, requests: &[TakeRequest]) -> Vec<Result<Taken, LedgerError>> {
         let mut results = self.take_from(Windows::Used, requests).await;
         let missing: Vec<usize> = (0..results.len())
@@ -110,12 +112,12 @@ impl PostgresLedger {
     }
 }
 
-/// Which windows to take tokens from.
+/// The windows to take tokens from.
 #[derive(Debug, Clone, Copy)]
 enum Windows {
     /// Windows with usage.
     Used,
-    /// Windows that contain the time of the request, opened if necessary.
+    /// The window that contains the time of the request, opened if necessary.
     Opened,
 }
 
@@ -125,8 +127,8 @@ async fn open_and_take(
     asks: &[Ask],
 ) -> Result<Vec<Option<quota_usage::Taken>>, DbError> {
     let since: Vec<_> = requests.iter().map(|it| time(it.calendar.start)).collect();
-    // After this point, no other replica opens a window of these keys. A used window can become unused, but not the
-    // other way around.
+    // From here on, no other replica can open a window of these keys. A window with usage can become unused, but not
+    // vice versa.
     quota_usage::lock(tx, asks).await?;
     let used = quota_usage::used_windows(tx, asks, &since).await?;
     let windows: Vec<_> = requests
@@ -144,11 +146,17 @@ async fn open_and_take(
     quota_usage::take(tx, asks, Some(&starts)).await
 }
 
+fn quota(tenant: TenantId, key: ApiKeyId, policy: Policy) -> KeyQuota {
+    KeyQuota {
+        tenant: tenant.0,
+        key: key.0,
+        policy: policy.name(),
+    }
+}
+
 fn ask(request: &TakeRequest) -> Ask {
     Ask {
-        tenant: request.tenant.0,
-        key: request.key.0,
-        policy: request.policy.name(),
+        quota: quota(request.tenant, request.key, request.policy),
         at: time(request.at),
         limit: amount(request.limit),
         want: amount(request.want),
@@ -173,8 +181,8 @@ fn granted(taken: quota_usage::Taken) -> Taken {
     }
 }
 
-/// Returns the window of a row. Rows of earlier versions have no end, so the end of the calendar's day or month is
-/// used.
+/// Returns the window of a row. Rows from earlier versions have no end; in that case, uses the end of the calendar day
+/// or month.
 fn stated(row: &StatedWindow, request: &TakeRequest) -> QuotaWindow {
     let start = nanos(row.start);
     match row.end {
@@ -193,12 +201,12 @@ fn stated(row: &StatedWindow, request: &TakeRequest) -> QuotaWindow {
     }
 }
 
-/// Returns the end of a day or month that began at `start` in an unknown time zone, ignoring daylight saving time.
+/// Returns the end of a day or month that started at `start` in an unknown time zone. Ignores daylight saving time.
 fn usual_end(start: DateTime<Utc>, policy: Policy) -> DateTime<Utc> {
     if policy != Policy::Monthly {
         return start + Days::new(1);
     }
-    // A month begins between 14 hours before and 12 hours after it does in UTC.
+    // Depending on the time zone, a month starts between 14 hours before and 12 hours after it does in UTC.
     let first = (start + TimeDelta::hours(14))
         .date_naive()
         .with_day(1)
@@ -209,9 +217,7 @@ fn usual_end(start: DateTime<Utc>, policy: Policy) -> DateTime<Utc> {
 
 fn row((row, n): &(LedgerRow, u64)) -> (Row, i64) {
     let row = Row {
-        tenant: row.tenant.0,
-        key: row.key.0,
-        policy: row.policy.name(),
+        quota: quota(row.tenant, row.key, row.policy),
         window_start: time(row.window_start),
     };
     (row, amount(*n))
@@ -234,7 +240,7 @@ pub(super) fn amount(n: u64) -> i64 {
 impl QuotaLedger for PostgresLedger {
     async fn take(&self, requests: &[TakeRequest]) -> Vec<Result<Taken, LedgerError>> {
         self.metrics.ledger_takes.inc_by(requests.len() as u64);
-        // All transactions lock rows in the same order.
+        // All transactions must lock rows in the same order.
         let mut order: Vec<usize> = (0..requests.len()).collect();
         order.sort_unstable_by_key(|i| {
             let request = &requests[*i];

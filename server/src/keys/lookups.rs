@@ -1,12 +1,12 @@
-//! Lookups in PostgreSQL by the hash of a secret: batched, limited and fair.
+//! Looks up secrets in PostgreSQL by their hash. Lookups are batched, limited, and fair.
 //!
-//! Anyone can invent keys with a valid checksum, each of which requires a lookup. So lookups have separate database
-//! connections, and one of these is reserved for reloading known secrets. Lookups that arrive while all connections are
-//! busy share the next statement, so a few connections suffice for thousands of lookups per second.
+//! Anyone can invent keys with a valid checksum, and each of them requires a lookup. Therefore, lookups have their own
+//! database connections, and one of them is reserved for reloading known secrets. Lookups that arrive while all
+//! connections are busy share the next statement, so a few connections are enough for thousands of lookups per second.
 //!
-//! The number of lookups of unknown secrets is limited. When the limit is reached, each caller still gets an equal
-//! share, and callers take turns in every batch, so that a flood mostly affects the caller that sends it. Keys and
-//! service tokens are counted and batched separately.
+//! The number of concurrent lookups of unknown secrets is limited. At the limit, each caller still gets an equal share,
+//! and callers take turns in every batch. Therefore, a flood mostly affects the caller that sends it. Keys and service
+//! tokens are counted and batched separately.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -32,19 +32,19 @@ use crate::{
 /// The maximum number of lookups per statement.
 const BATCH: usize = 200;
 
-/// The caller for whom a secret is looked up. Without a tenant and an address, the caller is the server itself.
+/// The caller to whom a lookup is attributed. Without a tenant and an address, the caller is the server itself.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct LookupCaller {
-    /// The tenant whose service token was sent.
+    /// The owner of the service token in the request.
     pub tenant: Option<TenantId>,
-    /// The network of the request.
+    /// The network that the request came from.
     pub address: Option<ClientNetwork>,
 }
 
 /// See the module documentation. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Lookups {
-    /// Lookups of keys, which return the facts and the number of the newest invalidation at the time of reading.
+    /// Lookups of keys. The result contains the facts and the number of the newest invalidation when they were read.
     pub keys: Batches<(KeyFacts, i64)>,
     pub tokens: Batches<(TenantId, ServiceTokenId)>,
 }
@@ -113,7 +113,8 @@ struct Settings {
     limit: usize,
     /// How long a lookup waits for its batch to start.
     wait: Duration,
-    /// The maximum number of concurrent batches. All but one of them may contain unknown secrets; if there is only one, it may too.
+    /// The maximum number of concurrent batches. All but one may contain unknown secrets. If there is only one, it may
+    /// contain them too.
     workers: usize,
     freshness: Arc<Freshness>,
     metrics: Arc<Metrics>,
@@ -152,9 +153,10 @@ struct Queue<V> {
     next_id: u64,
     known: VecDeque<Waiting<V>>,
     unknown: HashMap<LookupCaller, VecDeque<Waiting<V>>>,
-    /// The callers in `unknown`, in the order in which they take turns.
+    /// The callers in `unknown`, in the order of their turns.
     turns: VecDeque<LookupCaller>,
-    /// Lookups of unknown secrets in progress, by caller and in total, including those not queued yet.
+    /// The number of lookups of unknown secrets in progress by caller, including lookups that are not queued yet.
+    /// `started_total` is their sum.
     started: HashMap<LookupCaller, usize>,
     started_total: usize,
     workers: usize,
@@ -218,7 +220,7 @@ impl<V> Queue<V> {
         let Some(waiting) = waiting else {
             return false;
         };
-        // The lookup that has waited the longest, at the front, gives up first.
+        // Searches from the front: the lookup that has waited longest is the first to give up.
         let Some(at) = waiting.iter().position(|it| it.id == id) else {
             return false;
         };
@@ -233,7 +235,7 @@ impl<V> Queue<V> {
     }
 }
 
-/// A permitted lookup, which is counted until this is dropped.
+/// A permitted lookup, which counts toward the limits until it is dropped.
 pub struct Lookup<V> {
     batches: Batches<V>,
     /// `None` if the secret is known.
@@ -279,7 +281,7 @@ impl<V: Send + 'static> Batches<V> {
             let own = queue.started.get(&caller).copied().unwrap_or(0);
             let callers = queue.started.len() + usize::from(own == 0);
             let is_within_share = own < (limit / callers).max(1);
-            // The sum of all shares is at most twice the limit, for any number of callers.
+            // For any number of callers, the sum of all shares is at most twice the limit.
             let is_allowed = queue.started_total < limit
                 || (is_within_share && queue.started_total < limit.saturating_mul(2));
             if !is_allowed {
@@ -296,7 +298,7 @@ impl<V: Send + 'static> Batches<V> {
     }
 
     fn refused(&self) -> Unconfirmed {
-        self.0.settings.metrics.lookups_refused.inc();
+        self.0.settings.metrics.lookups_rejected.inc();
         Unconfirmed::TooMany
     }
 
@@ -342,7 +344,7 @@ impl<V: Send + 'static> Batches<V> {
 }
 
 impl<V: Send + 'static> Lookup<V> {
-    /// Waits up to `QUOTA_DATABASE_WAIT` for a batch, and then for its result.
+    /// Waits for a batch for up to `QUOTA_DATABASE_WAIT`, and then for the result.
     pub async fn find(&self, hash: Hash) -> Result<Option<V>, Unconfirmed> {
         let it = &self.batches;
         let (sender, mut answer) = oneshot::channel();
@@ -358,14 +360,13 @@ impl<V: Send + 'static> Lookup<V> {
                     ))
                 });
             }
-            // Its batch is in progress and has a separate deadline.
+            // The batch is in progress and has its own deadline.
             Err(_) => answer.await,
         };
         answered.unwrap_or_else(|_| Err(Unconfirmed::Failed("the lookup was canceled".into())))
     }
 }
 
-/// A running worker.
 struct Worker<V: Send + 'static> {
     batches: Batches<V>,
     has_ended: bool,
@@ -380,7 +381,7 @@ impl<V: Send + 'static> Drop for Worker<V> {
 }
 
 impl<V: Send + 'static> Worker<V> {
-    /// Returns the next batch, known secrets first. If there is none, ends the worker.
+    /// Returns the next batch, with known secrets first. If there is nothing to look up, ends the worker.
     fn next(&mut self) -> Option<Batch<V>> {
         let batches = self.batches.clone();
         let mut queue = batches.0.queue.lock();
@@ -396,7 +397,7 @@ impl<V: Send + 'static> Worker<V> {
             }
         }
         if list.is_empty() {
-            // This happens under the same lock, so that the next lookup starts a worker.
+            // This must happen while the lock is held, so that the next lookup starts a new worker.
             queue.workers -= 1;
             self.has_ended = true;
             return None;
@@ -411,7 +412,7 @@ impl<V: Send + 'static> Worker<V> {
     }
 }
 
-/// The lookups of one statement. If this is dropped by a panic or with the runtime, they fail.
+/// The lookups of one statement. If this is dropped by a panic or with the runtime, the lookups fail.
 struct Batch<V: Send + 'static> {
     batches: Batches<V>,
     list: Vec<Waiting<V>>,

@@ -1,4 +1,4 @@
-//! The records of keys and service tokens, found by secret.
+//! The records of API keys and service tokens, found by their secrets.
 
 use std::{
     any::Any,
@@ -35,7 +35,7 @@ use super::{
 /// The minimum time between two recorded uses of a key.
 const NOTE_EVERY: Nanos = Nanos::from_secs(1);
 
-/// An API key, with its limits and the handle of their state.
+/// An API key with its limits, and a handle to the state of the limits.
 #[derive(Debug)]
 pub struct KeyRecord {
     pub tenant: TenantId,
@@ -47,15 +47,16 @@ pub struct KeyRecord {
     pub is_active: bool,
     pub expires_at: Option<UnixNanos>,
     pub billing: Billing,
-    /// The time until which the tenant may use plans marked `paid`; 0 if it may not.
+    /// Until when the tenant may use paid plans. 0 if it may not.
     pub paid_access_until: UnixNanos,
     pub policies: Policies,
     pub handle: Arc<KeyHandle>,
-    /// The quota that all keys of the tenant share while it may not use plans marked `paid`. `None` if there is none.
+    /// The quota that all keys of the tenant share while the tenant may not use paid plans. `None` if there is no such
+    /// quota.
     tenant_quota: Option<TenantQuota>,
-    /// Response headers that are the same for all requests of the key, cached by the API layer.
+    /// Response headers that are the same for all requests with the key. Cached for the API layer.
     pub headers: Attachment,
-    /// When the use of the key was last recorded.
+    /// When a use of the key was last recorded.
     noted_at: AtomicU64,
 }
 
@@ -70,7 +71,6 @@ impl Attachment {
     }
 }
 
-/// Why a key is rejected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rejection {
     Unknown,
@@ -81,8 +81,8 @@ pub enum Rejection {
 }
 
 impl KeyRecord {
-    /// Checks that the key may be used. With `billing_on`, plans marked `paid` require a subscription. Calls `now` only
-    /// if the key or the subscription's access expires.
+    /// Checks whether the key may be used. If `billing_on` is set, paid plans require a subscription. Calls `now` only
+    /// if the key or access to paid plans expires.
     pub fn usable(&self, billing_on: bool, now: impl Fn() -> UnixNanos) -> Result<(), Rejection> {
         if !self.is_active {
             return Err(Rejection::Inactive);
@@ -105,8 +105,8 @@ impl KeyRecord {
         }
     }
 
-    /// Returns the quota that the key shares with all others of its tenant, unless the tenant may use plans marked
-    /// `paid`. With billing off, no tenant can. Calls `now` only if that access expires.
+    /// Returns the quota that the key shares with its tenant's other keys. Returns `None` if the tenant may use paid
+    /// plans, which requires billing to be on. Calls `now` only if access to paid plans expires.
     #[inline]
     pub fn tenant_quota(
         &self,
@@ -119,8 +119,8 @@ impl KeyRecord {
 }
 
 impl KeyRecord {
-    /// Whether a use at `now` should be recorded: at most once per second, so that a busy key is no more expensive than
-    /// others.
+    /// Whether a use at `now` should be recorded. This is the case at most once per second, so that busy keys cause no
+    /// more writes than others.
     pub fn is_worth_noting(&self, now: UnixNanos) -> bool {
         let noted_at = self.noted_at.load(Ordering::Relaxed);
         let worth = Nanos(now.0.abs_diff(noted_at)) >= NOTE_EVERY;
@@ -131,14 +131,13 @@ impl KeyRecord {
     }
 }
 
-/// A service token.
 #[derive(Debug, Clone, Copy)]
 pub struct ServiceRecord {
     pub tenant: TenantId,
     pub id: ServiceTokenId,
 }
 
-/// Finds keys and service tokens by their secrets. Cheap to clone.
+/// Finds API keys and service tokens by their secrets. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct KeyStore {
     keys: Cached<Hash, KeyRecord>,
@@ -150,7 +149,7 @@ pub struct KeyStore {
 }
 
 impl KeyStore {
-    /// Without `shared`, all keys that are not in memory are looked up in PostgreSQL.
+    /// Without `shared`, keys that are not in memory are looked up in PostgreSQL.
     pub fn new(
         lookups: Lookups,
         limiter: Limiter,
@@ -175,8 +174,8 @@ impl KeyStore {
         }
     }
 
-    /// Returns the record of the key with this secret, active or not. `now` is monotonic time. If the key is unknown,
-    /// the lookup counts toward the limit of `caller`.
+    /// Returns the record of the key with this secret, even if the key is inactive. If the key is unknown, the lookup
+    /// counts toward the limit of `caller`.
     pub async fn key(
         &self,
         text: &SecretText,
@@ -195,7 +194,7 @@ impl KeyStore {
         );
         let (index, cached) = (self.index.clone(), self.keys.clone());
         let record = move |facts: KeyFacts, as_of| {
-            // The hash is added before the record is cached.
+            // Add the hash to the index before the record is cached.
             let owners = [facts.tenant_id, facts.plan_id, facts.id];
             index.add(hash, owners, |hash| cached.holds_or_loads(hash));
             record(facts, as_of, &limiter)
@@ -248,10 +247,10 @@ impl KeyStore {
             .await
     }
 
-    /// Drops records that were invalidated by changes.
+    /// Removes records that changes have invalidated.
     pub fn revoke(&self, gone: &InvalidationSet) {
         if gone.any_key() {
-            // Loads in progress are repeated, including those that the index does not have yet.
+            // Loads in progress are repeated, even if their key is not in the index yet.
             self.keys.forget_these(|| self.index.take(gone));
         }
         if gone.any_token() {
@@ -260,18 +259,18 @@ impl KeyStore {
         }
     }
 
-    /// Returns the record of a key that was found by its ID, with the limiter state that requests use.
+    /// Converts a key that was found by its ID to a record. The record uses the same limiter state as requests.
     pub fn described(&self, found: FoundKey) -> Result<KeyRecord, Unconfirmed> {
         record(found.facts, found.as_of, &self.limiter)
     }
 
-    /// Drops all records.
+    /// Removes all records.
     pub fn forget_all(&self) {
         self.keys.forget(|_, _| true);
         self.tokens.forget(|_, _| true);
     }
 
-    /// Call after creating a key or token with this secret, since the secret may have been looked up before.
+    /// Call after creating a key or token with this secret, because its absence may be cached.
     pub fn created(&self, text: &SecretText) {
         let hash = text.hash();
         self.keys.forget_absent(&hash);
@@ -337,8 +336,8 @@ fn record(facts: KeyFacts, as_of: i64, limiter: &Limiter) -> Result<KeyRecord, U
     })
 }
 
-/// Returns the rate and burst of a key. An override replaces the rate, and also the burst if the plan's burst equals
-/// its rate, which is the default.
+/// Returns the rate and burst of a key. An override replaces the rate. If the plan's burst is equal to its rate, which
+/// is the default, the override also replaces the burst.
 fn rate(default_rpm: i32, burst: i32, rpm_override: Option<i32>) -> (NonZeroU32, NonZeroU32) {
     let positive = |n: i32| {
         u32::try_from(n)

@@ -1,30 +1,30 @@
-//! Key records that replicas share through Redis, between memory and PostgreSQL. When a replica starts, or a plan with
-//! many keys is edited, PostgreSQL therefore does not have to look up every key.
+//! Key records that replicas share through Redis, as a layer between memory and PostgreSQL. They save PostgreSQL from
+//! looking up every key when a replica starts or a plan with many keys is edited.
 //!
-//! **Whether an entry is current** does not depend on its deletion, or on when and by which replica it was written.
-//! PostgreSQL numbers invalidations in commit order, and a record is read together with the highest number in one
-//! statement, and therefore in one snapshot. An entry with number `n` is therefore current except for invalidations
-//! above `n`. It is used only while the last poll for invalidations is recent, and only if this replica knows of no
-//! invalidation above `n` for its key, plan or tenant ([`Recent`]). It then counts as confirmed at the time of that
-//! poll, not when it was read. So:
-//! - A load that began before a change and writes after it stores a number that is lower than the change's. Replicas
-//!   that know of the change reject the entry; others learn of the change with the next poll, as for any record in
-//!   memory.
-//! - It is safe to lose an invalidation or the connection to Redis.
-//! - A change invalidates the entries of all keys of a plan without listing them.
+//! **Current entries.** Whether an entry is current depends neither on the deletion of outdated entries, nor on when or
+//! by which replica an entry was written. PostgreSQL numbers invalidations in commit order. A statement that reads a
+//! record also reads the highest number, so both come from the same snapshot. Therefore, only invalidations with higher
+//! numbers can make an entry outdated. An entry is used only if the last poll for invalidations is recent, and only if
+//! this replica knows of no later invalidation for its key, plan, or tenant ([`Recent`]). It then counts as confirmed
+//! at the time of the poll, not at the time it was read. This has several consequences:
+//! - If a load starts before a change but writes its entry after it, the entry has a lower number than the change.
+//!   Replicas that know of the change reject the entry. Other replicas learn of it with their next poll, as they do for
+//!   records in memory.
+//! - Losing an invalidation or the connection to Redis is safe.
+//! - A change to a plan invalidates the entries of all its keys without listing them.
 //!
-//! The fact that a secret is invalid is cached too, for a few seconds. This needs no number: secrets are random, so
-//! none is looked up before it is created.
+//! The fact that a secret is invalid is also cached, for a few seconds. This needs no number: secrets are random, so
+//! nobody looks one up before it is created.
 //!
-//! **Trust.** Anyone with access to Redis can write entries. They are stored under the hash of the key's secret and
-//! sealed for that hash with a key of this installation ([`Seal`]): writing to Redis can make an entry unreadable, but
-//! cannot grant a key more access. An entry also contains the time at which it was written and is rejected after its
-//! lifetime in Redis, so that an old copy of an entry cannot be written back later. Unreadable entries, and those that
-//! are too old or from the future, count as misses. Entries from another history of the database are ignored too: after
-//! PostgreSQL was restored from a backup, it assigns the same numbers again.
+//! **Trust.** Anyone with access to Redis could write entries. Each entry is stored under the hash of its secret, and
+//! sealed for that hash with a key of this installation ([`Seal`]). Therefore, writing to Redis can make entries
+//! unreadable, but cannot give a key more access. An entry also contains the time when it was written. It is rejected
+//! after its lifetime, so that an old copy cannot be written back later. Unreadable entries, and entries that are too
+//! old or from the future, count as misses. Entries from a different database history are also ignored: after
+//! PostgreSQL has been restored from a backup, it assigns the same numbers a second time.
 //!
-//! While Redis is unreachable, every lookup is a miss, immediately. While it is slow, one lookup waits for
-//! QUOTA_REDIS_TIMEOUT, and lookups in the next second skip Redis.
+//! While Redis is unreachable, every lookup is an immediate miss. If Redis is slow, one lookup waits for
+//! `QUOTA_REDIS_TIMEOUT`, and lookups during the next second skip Redis.
 
 use std::{
     sync::{
@@ -49,11 +49,11 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// Increment this with every change to [`KeyFacts`] or to the meaning of a field.
+/// Increment this with every change to [`KeyFacts`] or to the meaning of one of its fields.
 const VERSION: u8 = 3;
-/// Maximum difference between the clocks of two replicas, in seconds.
+/// The maximum difference between the clocks of two replicas, in seconds.
 const SKEW: u64 = 120;
-/// How long an entry is kept.
+/// How long an entry with facts is kept. `ABSENT` is how long an entry without facts is kept.
 const PRESENT: Duration = Duration::from_mins(5);
 const ABSENT: Duration = Duration::from_secs(10);
 /// The maximum number of entries for invalid secrets that a replica writes per second.
@@ -65,21 +65,27 @@ const PAUSE: Nanos = Nanos::from_secs(1);
 #[derive(Debug, Clone)]
 pub struct SharedKeys(Arc<SharedState>);
 
+/// What [`SharedKeys`] uses.
+#[derive(Debug)]
+pub struct SharedKeysContext {
+    pub redis: Redis,
+    pub seal: Seal,
+    pub clock: Arc<dyn Clock>,
+    pub recent: Arc<Recent>,
+    pub freshness: Arc<Freshness>,
+    pub metrics: Arc<Metrics>,
+}
+
 #[derive(Debug)]
 struct SharedState {
-    redis: Redis,
-    seal: Seal,
-    clock: Arc<dyn Clock>,
-    recent: Arc<Recent>,
-    freshness: Arc<Freshness>,
-    metrics: Arc<Metrics>,
-    /// Monotonic time until which Redis is skipped.
+    context: SharedKeysContext,
+    /// The monotonic time until which Redis is skipped.
     paused_until: AtomicU64,
-    /// The second in which entries for invalid secrets were last written, and their number.
+    /// The last second in which entries for invalid secrets were written, and the number of these entries.
     absent_written: AtomicU64,
 }
 
-/// The content of an entry, and the monotonic time at which it was known to be current.
+/// The content of an entry, and the monotonic time when it was known to be current.
 #[derive(Debug)]
 pub struct SharedRecord {
     pub facts: Option<KeyFacts>,
@@ -92,27 +98,15 @@ pub struct SharedRecord {
 #[serde(deny_unknown_fields)]
 struct Entry<F> {
     as_of: i64,
-    /// Seconds since 1970, by the clock of the replica that wrote the entry.
+    /// When the entry was written, in seconds since 1970 on the clock of the replica that wrote it.
     at: u64,
     facts: Option<F>,
 }
 
 impl SharedKeys {
-    pub fn new(
-        redis: Redis,
-        seal: Seal,
-        clock: Arc<dyn Clock>,
-        recent: Arc<Recent>,
-        freshness: Arc<Freshness>,
-        metrics: Arc<Metrics>,
-    ) -> Self {
+    pub fn new(context: SharedKeysContext) -> Self {
         Self(Arc::new(SharedState {
-            redis,
-            seal,
-            clock,
-            recent,
-            freshness,
-            metrics,
+            context,
             paused_until: AtomicU64::new(0),
             absent_written: AtomicU64::new(0),
         }))
@@ -120,12 +114,12 @@ impl SharedKeys {
 
     fn name(&self, hash: &Hash) -> String {
         let hash = URL_SAFE_NO_PAD.encode(hash);
-        format!("{}:key{VERSION}:{hash}", self.0.redis.prefix())
+        format!("{}:key{VERSION}:{hash}", self.0.context.redis.prefix())
     }
 
-    /// Returns the entry of a secret, if it is known to be current.
+    /// Returns the entry of a secret if it is known to be current.
     pub async fn get(&self, hash: &Hash) -> Option<SharedRecord> {
-        let it = &*self.0;
+        let it = &self.0.context;
         let current_at = it.freshness.polled_lately()?;
         let history = it.recent.history()?;
         if self.is_paused() {
@@ -154,7 +148,7 @@ impl SharedKeys {
             return None;
         }
         if let Some(facts) = &entry.facts {
-            // This is checked after the response, so that no invalidation received in the meantime is missed.
+            // Checked after Redis has responded, so that invalidations received while waiting are not missed.
             let about = [facts.tenant_id, facts.plan_id, facts.id];
             if !it.recent.unchanged(&about, entry.as_of) {
                 it.metrics.key_shared_outdated.inc();
@@ -171,9 +165,10 @@ impl SharedKeys {
         })
     }
 
-    /// Shares a result from PostgreSQL in the background: the facts with their number, or `None` for an invalid secret.
+    /// Shares a result from PostgreSQL. `found` contains the facts and their number, or is `None` for an invalid
+    /// secret. Does not wait for the entry to be written.
     pub fn put(&self, hash: &Hash, found: Option<(&KeyFacts, i64)>) {
-        let it = &*self.0;
+        let it = &self.0.context;
         if self.is_paused() || (found.is_none() && !self.may_write_absent()) {
             return;
         }
@@ -194,28 +189,28 @@ impl SharedKeys {
         set.arg(&name).arg(bytes).arg("EX").arg(keep.as_secs());
         let this = self.clone();
         tokio::spawn(async move {
-            if let Err(failure) = this.0.redis.query(&name, &set).await {
+            if let Err(failure) = this.0.context.redis.query(&name, &set).await {
                 this.failed(&failure);
             }
         });
     }
 
     fn is_paused(&self) -> bool {
-        self.0.freshness.now().0 < self.0.paused_until.load(Ordering::Relaxed)
+        self.0.context.freshness.now().0 < self.0.paused_until.load(Ordering::Relaxed)
     }
 
     fn failed(&self, failure: &CallError) {
-        self.0.metrics.key_shared_errors.inc();
-        // Without a connection, this fails immediately.
+        self.0.context.metrics.key_shared_errors.inc();
+        // Without a connection, calls fail immediately, so there is no need to pause.
         if !matches!(failure, CallError::NotConnected) {
-            let until = self.0.freshness.now().saturating_add(PAUSE);
+            let until = self.0.context.freshness.now().saturating_add(PAUSE);
             self.0.paused_until.fetch_max(until.0, Ordering::Relaxed);
         }
     }
 
     fn may_write_absent(&self) -> bool {
-        // The second is in the upper bits, the count in the lower ones.
-        let second = self.0.freshness.now().0 / 1_000_000_000;
+        // The upper bits contain the second, and the lower bits the count.
+        let second = self.0.context.freshness.now().0 / 1_000_000_000;
         let counted = self
             .0
             .absent_written
@@ -230,13 +225,13 @@ impl SharedKeys {
     }
 }
 
-/// Returns how long an entry is kept, with or without facts.
+/// Returns how long an entry is kept.
 const fn lifetime(has_facts: bool) -> Duration {
     if has_facts { PRESENT } else { ABSENT }
 }
 
 impl<F> Entry<F> {
-    /// Whether the entry is within its lifetime, given the maximum difference between clocks.
+    /// Whether the entry is within its lifetime, allowing for differences between clocks.
     fn is_recent(&self, now: u64) -> bool {
         let oldest = now.saturating_sub(lifetime(self.facts.is_some()).as_secs() + SKEW);
         (oldest..=now + SKEW).contains(&self.at)
@@ -310,7 +305,7 @@ mod tests {
         }
     }
 
-    /// An entry outlives the server that wrote it, and a newer version must not misread it.
+    /// Entries can outlive the server that wrote them, and a newer version must not misread them.
     #[test]
     fn format_of_an_entry_changes_only_with_its_version() {
         assert_eq!(
@@ -339,7 +334,7 @@ mod tests {
         assert_eq!((opened.as_of, opened.facts), (9, Some(facts())));
         assert!(open::<KeyFacts>(&key(2), "a", &[7; 32], &bytes).is_none());
         assert!(open::<KeyFacts>(&key(1), "a", &[8; 32], &bytes).is_none());
-        // PostgreSQL was restored.
+        // PostgreSQL was restored, so the history is different.
         assert!(open::<KeyFacts>(&key(1), "b", &[7; 32], &bytes).is_none());
     }
 
@@ -360,7 +355,7 @@ mod tests {
         }
     }
 
-    /// An old copy of an entry may be written back after it has expired in Redis.
+    /// Someone could write back an old copy of an entry after it has expired in Redis.
     #[test]
     fn entries_from_the_past_or_future_are_rejected() {
         let recent = |now| entry().is_recent(now);

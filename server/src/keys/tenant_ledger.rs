@@ -1,7 +1,7 @@
-//! The ledger of monthly quotas that all keys of a tenant share, in PostgreSQL.
+//! The ledger of monthly quotas that all keys of a tenant share, stored in PostgreSQL.
 //!
-//! The limiter requests them like the quotas of a key. Windows are calendar months in UTC, so that a tenant cannot move
-//! them by changing its time zone.
+//! The limiter takes tokens from these quotas as it does from the quotas of keys. The windows are calendar months in
+//! UTC, so that a tenant cannot move them by changing its time zone.
 
 use std::sync::Arc;
 
@@ -24,7 +24,6 @@ pub struct TenantLedger {
     metrics: Arc<Metrics>,
 }
 
-/// The tenant was deleted.
 #[derive(Debug, thiserror::Error)]
 #[error("the tenant does not exist")]
 struct NoSuchTenant;
@@ -43,13 +42,13 @@ impl TenantLedger {
     async fn take_once(&self, asks: &[Ask]) -> Result<Vec<Option<tenant_quota::Taken>>, DbError> {
         let mut tx = self.db.system().await?;
         let taken = tenant_quota::take(&mut tx, asks).await?;
-        // Tokens are spent only after the commit.
+        // Tokens may be spent only after the commit.
         tx.commit().await?;
         Ok(taken)
     }
 
-    /// Takes from existing rows, and then from missing ones, which are added in a separate transaction. `asks` must be
-    /// sorted.
+    /// Takes tokens from existing rows. In a separate transaction, adds missing rows and takes tokens from them. `asks`
+    /// must be sorted.
     async fn take_sorted(&self, asks: &[Ask]) -> Vec<Result<tenant_quota::Taken, LedgerError>> {
         let gone = || Arc::new(NoSuchTenant) as LedgerError;
         let mut results: Vec<Result<_, LedgerError>> = match self.take_once(asks).await {
@@ -91,7 +90,7 @@ impl TenantLedger {
 impl QuotaLedger for TenantLedger {
     async fn take(&self, requests: &[TakeRequest]) -> Vec<Result<Taken, LedgerError>> {
         self.metrics.ledger_takes.inc_by(requests.len() as u64);
-        // All transactions lock rows in the same order.
+        // All transactions must lock rows in the same order.
         let mut order: Vec<usize> = (0..requests.len()).collect();
         order.sort_unstable_by_key(|i| (requests[*i].tenant, requests[*i].calendar.start));
         let mut results: Vec<Option<Result<Taken, LedgerError>>> = vec![None; requests.len()];

@@ -1,24 +1,23 @@
 //! A decision: whether a request is allowed or denied, by which policies, and for how long.
 //!
-//! A plain `Copy` value that contains everything that headers and bodies report. Does not depend on HTTP and does not
-//! round.
+//! Contains everything that response headers and bodies report, but does not depend on HTTP.
 
 use std::num::{NonZeroU32, NonZeroU64};
 
 use super::policy::{Policy, PolicySet};
 use crate::clock::UnixNanos;
 
-/// Allowed or denied. A denial consumes nothing.
+/// Whether the request was allowed. A denial consumes nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
     /// The cost was taken from every policy.
     Allowed,
     Denied {
-        /// The violated policies. Empty only if the decision is degraded: this replica has no tokens left, and whether
-        /// a limit is reached is unknown.
+        /// The violated policies. Empty only if the decision is degraded: this replica has no tokens left, but the
+        /// limit itself may not be reached.
         violated: PolicySet,
-        /// Nanoseconds after which the same request would be allowed if no other tokens are taken: the longest wait of
-        /// the violated policies. `None` if the cost exceeds a limit, so that it can never be allowed.
+        /// Nanoseconds until the same request would be allowed if no other request takes tokens: the longest wait among
+        /// the violated policies. `None` if the request can never be allowed because its cost exceeds a limit.
         retry_after: Option<NonZeroU64>,
     },
 }
@@ -31,16 +30,15 @@ pub struct PolicyState {
     pub limit: u64,
     /// The number of requests with a cost of 1 that can be made now.
     pub remaining: u64,
-    /// The time at which all of `limit` is available again: when the bucket is full, or when the next day or month
-    /// begins.
+    /// When all of `limit` is available again: when the bucket is full, or when the next day or month begins.
     pub reset_at: UnixNanos,
-    /// Length of the window in seconds, if a change of time zone made it shorter than its day or month.
+    /// The window's length in seconds, if a change of time zone shortened it.
     pub shortened_to: Option<NonZeroU32>,
 }
 
 impl PolicyState {
-    /// Returns whether `self` is closer to exhaustion than `other`: a smaller fraction of its limit is left or, if
-    /// equal, it resets later.
+    /// Returns whether `self` is closer to exhaustion than `other`: a smaller fraction of its limit is left or, if the
+    /// fractions are equal, it resets later.
     fn is_nearer_exhaustion(self, other: Self) -> bool {
         let mine = u128::from(self.remaining) * u128::from(other.limit);
         let theirs = u128::from(other.remaining) * u128::from(self.limit);
@@ -48,7 +46,7 @@ impl PolicyState {
     }
 }
 
-/// The decision about one request.
+/// A decision about one request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Decision {
     /// When the decision was made.
@@ -61,7 +59,7 @@ pub struct Decision {
     pub monthly: Option<PolicyState>,
     /// The quota that all keys of the tenant share.
     pub tenant_monthly: Option<PolicyState>,
-    /// This replica decided without the shared counters.
+    /// Whether this replica decided without the shared counters.
     pub degraded: bool,
 }
 
@@ -70,7 +68,7 @@ impl Decision {
         self.outcome == Outcome::Allowed
     }
 
-    /// Empty when allowed.
+    /// Empty if the request was allowed.
     pub fn violated(&self) -> PolicySet {
         match self.outcome {
             Outcome::Allowed => PolicySet::EMPTY,
@@ -78,8 +76,7 @@ impl Decision {
         }
     }
 
-    /// Returns nanoseconds until the same request would be allowed. Returns `None` if it was allowed, or will never be
-    /// allowed.
+    /// Returns the nanoseconds until the same request would be allowed, or `None` if it was allowed or never will be.
     pub fn retry_after(&self) -> Option<u64> {
         match self.outcome {
             Outcome::Allowed => None,
@@ -93,7 +90,7 @@ impl Decision {
             .map(|nanos| nanos.div_ceil(1_000_000_000).max(1))
     }
 
-    /// Returns the states of the key's policies, in the order of [`Policy::ALL`].
+    /// Returns the state of each policy that applies, in the order of [`Policy::ALL`].
     pub fn states(&self) -> impl Iterator<Item = PolicyState> {
         [
             Some(self.rate),
@@ -118,7 +115,7 @@ impl Decision {
         nearest.unwrap_or(self.rate)
     }
 
-    /// Returns seconds from the decision until `state` resets, rounded up.
+    /// Returns the number of seconds from the decision until `state` resets, rounded up.
     pub fn seconds_to_reset(&self, state: PolicyState) -> u64 {
         state
             .reset_at

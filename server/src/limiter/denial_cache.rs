@@ -1,17 +1,18 @@
-//! Denials that a replica remembers, in front of a remote store, so that repeated denials need no round trip.
+//! A cache of denials in front of a remote store, so that repeating a denial does not need a round trip.
 //!
-//! Requests are denied here by a `governor` limiter with the plan's full rate, and by the store's last denial, until the
-//! plan or the state on which it was based changes. Both only repeat what the store would decide. A denial here consumes
-//! nothing anywhere, and a denial by the store must consume nothing here. So `governor` gets a state store that reports
-//! what would happen without changing anything, and it is charged only for requests that the store has allowed. (Charging
-//! first and refunding later is not equivalent: the bucket may have been full in between, and a refund would then credit
-//! tokens that no one took.) Decisions without the store are not recorded: they say nothing about what the store would
-//! decide, and a request that the store would allow must not be denied because of them.
+//! Two mechanisms deny requests here: a `governor` limiter with the plan's full rate, and the store's last denial,
+//! which is repeated until the plan, or the state on which it was based, may have changed. Both only repeat what the
+//! store would decide. A denial by the cache does not consume tokens, and neither does a denial by the store. So
+//! `governor` gets a state store that reports what would happen without changing anything, and is charged only for
+//! requests that the store has allowed. (Charging first and refunding denied requests is not equivalent: the bucket may
+//! have been full in between, and the refund would credit tokens that were never taken.) Degraded decisions are not
+//! recorded, because they do not show what the store would decide: a request that the store would allow must not be
+//! denied.
 //!
 //! The local store keeps its state in the same handle, so a cache in front of it would only add cost. The limiter skips
 //! the cache if [`LimitStore::is_local`].
 //!
-//! Uses monotonic time: setting the clock back must not lock anyone out.
+//! Uses monotonic time, so that setting the system clock back does not lock out any key.
 //!
 //! [`LimitStore::is_local`]: super::store::LimitStore::is_local
 
@@ -96,7 +97,7 @@ impl StateStore for SharedTat {
     }
 }
 
-/// A key's denial cache. Empty until the first decision of a remote store.
+/// A key's denial cache. Empty until the first decision by a remote store.
 #[derive(Debug, Default)]
 pub(super) struct DenialCache(Mutex<Option<Box<LocalBucket>>>);
 
@@ -114,16 +115,16 @@ struct LocalBucket {
     denied: Option<Denied>,
 }
 
-/// How long a denial by a quota is trusted. Other replicas may return tokens.
+/// The maximum time for which a denial by a quota is cached. After that, other replicas may have returned tokens.
 const QUOTA_DENIAL: Nanos = Nanos::from_secs(1);
 
-/// A denial of a cost.
+/// A denial by the store, to be repeated for requests with the same cost.
 #[derive(Debug, Clone, Copy)]
 struct Denied {
     cost: NonZeroU32,
-    /// The time until which the same request is denied.
+    /// When to stop repeating the denial.
     believed_until: Elapsed,
-    /// The time after which it is allowed.
+    /// When the request would be allowed, according to the store.
     retry_at: Elapsed,
     decision: Decision,
 }
@@ -137,7 +138,7 @@ impl Denied {
         rate_memory: Option<Nanos>,
     ) -> Option<Self> {
         let retry_after = Nanos(decision.retry_after()?);
-        // The time at which its reason may change.
+        // The time until the reason for the denial may change.
         let mut believed = retry_after;
         if decision.violated().contains(Policy::Rpm) {
             // Another replica may return tokens.
@@ -146,7 +147,7 @@ impl Denied {
             let tat = Elapsed::ZERO.saturating_add(missing);
             match gcra.decide(tat, Elapsed::ZERO, cost) {
                 Verdict::Wait { wait } => believed = believed.min(Nanos(wait.get())),
-                // The bucket has been refilling while the response was in transit.
+                // The bucket refilled enough while the response was in transit.
                 Verdict::Fits { .. } => return None,
                 Verdict::NeverFits => {}
             }
@@ -182,9 +183,9 @@ impl LocalBucket {
         }
     }
 
-    /// Updates the state to edited policies, and discards cached decisions. If the rate was edited, the local bucket
-    /// starts full again. It is unknown when the store learned of the edit, so it may have refilled by any amount
-    /// since, and a request that the store would grant must not be denied here.
+    /// Applies edited policies and discards the cached decisions. If the rate was edited, the local bucket starts full.
+    /// Since it is unknown when the store learned of the edit, its bucket may have refilled by any amount, and a
+    /// request that the store would allow must not be denied here.
     fn follow(&mut self, policies: &Policies, clock: &Arc<dyn Clock>) {
         if self.gcra == policies.gcra() {
             self.fingerprint = policies.fingerprint();
@@ -198,8 +199,8 @@ impl LocalBucket {
         Elapsed(time.saturating_since(self.start).0)
     }
 
-    /// Returns the time until the bucket is full at `now`: as computed here or, if that is longer, as last reported by
-    /// the store, since other replicas use the bucket too.
+    /// Returns the time from `now` until the bucket is full: the longer of the local estimate and the store's last
+    /// report, which includes other replicas' usage.
     fn debt(&self, last: &Decision, elapsed: Elapsed, now: UnixNanos) -> Nanos {
         let here = self.tat.load().saturating_since(elapsed);
         here.max(last.rate.reset_at.saturating_since(now))
@@ -214,7 +215,7 @@ impl LocalBucket {
         let Outcome::Denied { violated, .. } = decision.outcome else {
             return None;
         };
-        // The bucket has been refilling in the meantime.
+        // The bucket has been refilling since the denial.
         let full_in = decision.rate.reset_at.saturating_since(now);
         let tat = Elapsed::ZERO.saturating_add(full_in);
         decision.rate.remaining = self.gcra.remaining(tat, Elapsed::ZERO);
@@ -234,7 +235,7 @@ impl LocalBucket {
         elapsed: Elapsed,
         now: UnixNanos,
     ) -> Option<Decision> {
-        // After an edit, the store decides first. The store also reports costs above the burst.
+        // If the store has not decided since the last edit, or the cost exceeds the burst, the store decides.
         let last = self.last?;
         self.limiter.check_n(cost).ok()?.err()?;
         let debt = self.debt(&last, elapsed, now);
@@ -254,7 +255,7 @@ impl LocalBucket {
                 Policy::Daily => last.daily?,
                 _ => last.monthly?,
             };
-            // Windows that have ended do not count, and the store reports costs above the quota.
+            // If the window has ended, or the cost exceeds the quota, the store decides.
             let left = NonZeroU64::new(known.reset_at.saturating_since(now).0)?;
             if u64::from(cost.get()) > limit.get() {
                 return None;
@@ -288,7 +289,7 @@ impl LocalBucket {
 }
 
 impl DenialCache {
-    /// Returns a denial if one is known without calling the store.
+    /// Returns a denial if the cache has one for this request.
     pub(super) fn find(
         &self,
         policies: &Policies,
@@ -304,9 +305,9 @@ impl DenialCache {
             .or_else(|| known.over_rate(policies, cost, elapsed, now))
     }
 
-    /// Records a decision of the store, unless it is degraded. A denial by the rate is cached for at most `rate_memory`.
-    /// The store decided after it was called, so usage has refilled at most since the call. Nothing that the store would
-    /// allow may be denied here.
+    /// Records a decision by the store, unless it is degraded. A denial by the rate is cached for at most
+    /// `rate_memory`. Usage counts as refilling since the call started at `asked_at`: the store may have decided at any
+    /// time after that, and a request that the store would allow must not be denied here.
     pub(super) fn record(
         &self,
         policies: &Policies,

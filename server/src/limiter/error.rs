@@ -1,8 +1,8 @@
-//! Why no decision could be made.
+//! Errors of the limiter.
 
 use std::{error::Error, sync::Arc};
 
-/// Why no decision could be made. The request is not admitted, and its caller may retry.
+/// Why no decision could be made. The request is not allowed, but the client may retry it.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum LimiterError {
     /// The quota ledger failed or was too slow, and no tokens were available locally.
@@ -11,10 +11,10 @@ pub enum LimiterError {
     /// Too many keys are in use at the same time.
     #[error("the limiter has reached its maximum number of keys")]
     TooManyKeys,
-    /// The shared counters are unavailable, and the plan rejects all requests in that case.
+    /// The shared counters are unavailable, and the plan's fallback setting is `closed`.
     #[error("the shared counters are not available")]
     CountersAway,
-    /// The store was drained and does not fetch any more blocks.
+    /// The store is draining and no longer fetches blocks.
     #[error("the limiter is shutting down")]
     Draining,
 }

@@ -1,4 +1,4 @@
-//! The limits of one key, with all values that decisions need computed in advance.
+//! The limits of one key, with the values that decisions need precomputed.
 
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
@@ -14,10 +14,9 @@ use super::{
 };
 use crate::clock::Nanos;
 
-/// All policies of a key, from its plan and its own overrides.
+/// A key's policies, from its plan and the key's overrides.
 ///
-/// Created when a key's record is loaded. Contains precomputed numbers, and a fingerprint with which a store detects an
-/// edit in one comparison.
+/// Created when the key's record is loaded. A store compares fingerprints to detect an edit.
 #[derive(Debug, Clone)]
 pub struct Policies {
     rate: RatePolicy,
@@ -32,8 +31,8 @@ pub struct Policies {
 }
 
 impl Policies {
-    /// `daily` and `monthly` are quotas per calendar day and month in `zone`. If `strict`, the store decides every
-    /// request without leases.
+    /// `daily` and `monthly` are quotas per calendar day and month in `zone`. If `strict`, the store does not use
+    /// leases.
     pub fn new(
         rate: RatePolicy,
         daily: Option<NonZeroU64>,
@@ -52,12 +51,12 @@ impl Policies {
             on_failure: None,
             version: 0,
             gcra: Gcra::new(rate),
-            // Zero is the fingerprint of a handle without policies.
+            // Zero means that no policies have been applied to a key's state yet.
             fingerprint: hasher.finish().max(1),
         }
     }
 
-    /// Sets what to do while the shared counters are unavailable. `None` stands for the server default.
+    /// Sets the fallback setting. `None` means the server's default.
     #[must_use]
     pub fn on_redis_failure(mut self, on_failure: Option<OnRedisFailure>) -> Self {
         let mut hasher = DefaultHasher::new();
@@ -91,15 +90,15 @@ impl Policies {
         self.strict
     }
 
-    /// Sets the version, which increases with each edit. If replicas know different versions, the shared counters
-    /// follow the newest.
+    /// Sets the plan's version, which increases with each edit. If replicas know different versions, the shared
+    /// counters use the newest.
     #[must_use]
     pub fn with_version(mut self, version: u64) -> Self {
         self.version = version;
         self
     }
 
-    /// Zero if unknown.
+    /// Returns the plan's version, or zero if it is unknown.
     pub fn version(&self) -> u64 {
         self.version
     }
@@ -108,7 +107,7 @@ impl Policies {
         self.gcra
     }
 
-    /// The terms of these limits for calls to the shared counters, if a lease lasts `ttl` nanoseconds.
+    /// Returns the parameters for calls to the shared counters, given the lease TTL.
     pub(super) fn terms(&self, ttl: Nanos) -> Terms {
         Terms {
             gcra: self.gcra,
@@ -117,7 +116,7 @@ impl Policies {
         }
     }
 
-    /// The fingerprint is equal for equal policies, and almost always different otherwise.
+    /// Equal policies have equal fingerprints, and different policies almost always have different ones.
     pub(super) fn fingerprint(&self) -> u64 {
         self.fingerprint
     }

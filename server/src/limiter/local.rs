@@ -1,6 +1,4 @@
 //! The store of a single replica: buckets in memory, and calendar quotas in blocks from the ledger.
-//!
-//! The key table handles failures of the ledger.
 
 use std::{num::NonZeroU32, sync::Arc};
 
@@ -22,7 +20,6 @@ use super::{
 };
 use crate::clock::Clock;
 
-/// A store that keeps all limits in memory.
 #[derive(Debug)]
 pub struct LocalStore {
     keys: KeyTable,
@@ -39,7 +36,6 @@ impl LocalStore {
         })
     }
 
-    /// Returns the number of keys.
     pub fn len(&self) -> usize {
         self.keys.len()
     }
@@ -48,7 +44,7 @@ impl LocalStore {
         self.len() == 0
     }
 
-    /// Decides with local tokens, and starts the follow-up work.
+    /// Decides with the tokens available locally, and starts to fetch or return tokens if necessary.
     #[inline]
     fn attempt(
         &self,

@@ -1,13 +1,13 @@
 //! The number of replicas, and this replica's slot among them.
 //!
-//! Owns the last count and decides how long to trust it. Counting itself is done by a job, in PostgreSQL, so that a
-//! count is available when the shared counters are not.
+//! A job counts the replicas in PostgreSQL, so that a count is available when the shared counters are not. This module
+//! keeps the last count and decides how long to trust it.
 //!
-//! **The shares of all replicas never exceed the full limit**, although each replica uses its own count, which may be
-//! old. A replica acts only on a count that began within [`BELIEVED`], and only after it has been counted itself for
-//! [`SETTLED`], which is longer. So every count that a replica acts on includes all replicas that act: its divisor is
-//! not smaller than their number, and its rank is not lower than its position among them. Others stop counting a
-//! replica only after [`FORGOTTEN`], long after it has stopped acting.
+//! **The shares of all replicas together never exceed the full limit**, although each replica uses its own count, which
+//! may be outdated. A replica uses a count for only [`BELIEVED`] after the count began, and only if the replica itself
+//! has been counted for [`SETTLED`], which is longer. So every count in use includes every replica that takes a share:
+//! the divisor is at least the number of these replicas, and a replica's rank is at least its position among them. A
+//! replica that stops is still counted for [`FORGOTTEN`], which is long after it has stopped taking a share.
 
 use std::{
     num::NonZeroU64,
@@ -21,13 +21,14 @@ use crate::clock::Monotonic;
 
 /// How long a count is trusted.
 pub const BELIEVED: Duration = Duration::from_secs(7);
-/// How long after its last heartbeat a replica is no longer counted. Must exceed [`BELIEVED`], so that a replica that
-/// has stopped sending heartbeats is still counted while it may trust a count that includes it.
+/// How long a replica is counted after its last heartbeat. Must exceed [`BELIEVED`], so that a replica that can no
+/// longer send heartbeats is counted as long as it may take a share.
 pub const FORGOTTEN: Duration = Duration::from_secs(10);
-/// How long after its last heartbeat a replica still matters to those that start: its share may have admitted requests
-/// during an outage of the shared counters.
+/// How long a replica is remembered after its last heartbeat. Replicas that start take it into account, because its
+/// share may have allowed requests during an outage of the shared counters.
 pub const REMEMBERED: Duration = Duration::from_secs(60);
-/// How long a replica must have been counted before it takes a share: until counts without it are no longer trusted.
+/// How long a replica must have been counted before it takes a share. By then, no replica trusts a count that predates
+/// it.
 pub const SETTLED: Duration = Duration::from_secs(8);
 /// How often replicas are counted.
 pub const COUNTED_EVERY: Duration = Duration::from_secs(1);
@@ -37,7 +38,7 @@ const _: () = assert!(
     "a replica that is not counted by all others must not take a share"
 );
 
-/// The maximum number of replicas for which blocks are sized.
+/// Blocks are sized for at most this many replicas.
 const REPLICAS_MAX: u64 = 1000;
 
 /// A replica's position among all replicas.
@@ -51,8 +52,8 @@ pub struct ReplicaSlot {
 #[derive(Debug, Clone, Copy)]
 struct Counted {
     slot: ReplicaSlot,
-    /// Monotonic times: when the first count that included this replica ended, when the first count with this slot
-    /// ended, and when the latest count began.
+    /// Monotonic times: `joined` is the end of the first count that included this replica, `since` is the end of the
+    /// first count with this slot, and `confirmed` is the start of the latest count.
     joined: Monotonic,
     since: Monotonic,
     confirmed: Monotonic,
@@ -63,7 +64,7 @@ struct Counted {
 pub struct Membership {
     counted: Mutex<Option<Counted>>,
     replica_count: AtomicU64,
-    /// Until then (monotonic), no other replica has been counted long enough to act on a slot. 0: unknown.
+    /// Before this monotonic time, no other replica has been counted long enough to take a share. 0 if unknown.
     others_settle_at: AtomicU64,
 }
 
@@ -78,15 +79,15 @@ impl Default for Membership {
 }
 
 impl Membership {
-    /// Records a count at `now` that found this replica in `slot`.
+    /// Records a count at `now` that placed this replica in `slot`.
     pub fn confirm(&self, slot: ReplicaSlot, now: Monotonic) {
         self.confirm_count(slot, now, now);
     }
 
-    /// Records a count that found this replica in `slot`, with its beginning and end.
+    /// Records a count that placed this replica in `slot`, and when the count began and ended.
     ///
-    /// Its age is measured from when it started. It takes effect when it ends: until then, this replica acted on the
-    /// previous count, and others may not have included this replica.
+    /// The count's age is measured from its start. It takes effect at its end: until then, this replica used the
+    /// previous count, and other replicas may not have counted this one.
     pub fn confirm_count(&self, slot: ReplicaSlot, began: Monotonic, ended: Monotonic) {
         let mut counted = self.counted.lock();
         *counted = Some(match *counted {
@@ -118,20 +119,20 @@ impl Membership {
         self.replica_count.load(Ordering::Relaxed)
     }
 
-    /// Records that, at some time after `asked`, the oldest of the other replicas had been counted for `age`. `None`:
-    /// there are no others.
+    /// Records that at some time after `asked`, the oldest other replica had been counted for `age`. `None` means that
+    /// there are no other replicas.
     pub fn note_oldest_other(&self, age: Option<Duration>, asked: Monotonic) {
         let settles_at = match age {
             Some(age) => asked.saturating_add(SETTLED.saturating_sub(age).into()),
             None => asked.saturating_add(SETTLED.into()),
         };
-        // 0 means that it is unknown.
+        // 0 means unknown.
         let settles_at = settles_at.0.max(1);
         self.others_settle_at.store(settles_at, Ordering::Relaxed);
     }
 
-    /// Returns whether another replica may act on a slot at `now`, or may have acted on one until recently, as far as this
-    /// one knows. Before the first count, it knows of none, but there may be others.
+    /// Returns whether another replica may be taking a share at `now`, or may have taken one recently. Before the first
+    /// count, returns `true`.
     pub(super) fn others_may_act(&self, now: Monotonic) -> bool {
         match self.others_settle_at.load(Ordering::Relaxed) {
             0 => self.counted.lock().is_none_or(|it| it.slot.of.get() > 1),
@@ -139,7 +140,8 @@ impl Membership {
         }
     }
 
-    /// Returns this replica's slot and the time at which it got the slot. `None` while it must not act on a slot.
+    /// Returns this replica's slot and the time at which it got that slot. `None` while the replica must not take a
+    /// share.
     pub(super) fn slot(&self, now: Monotonic) -> Option<(ReplicaSlot, Monotonic)> {
         let counted = (*self.counted.lock())?;
         let settled = now.saturating_since(counted.joined) >= SETTLED.into();
@@ -314,7 +316,7 @@ mod tests {
                         replicas[i].counting = Some((now, now + takes, slot));
                     }
                 }
-                // A count in progress ends with its replica, which deletes its row or is forgotten.
+                // A replica that stops abandons its count.
                 replicas.retain(|it| it.stops > now);
                 let acting: Vec<ReplicaSlot> = replicas
                     .iter()

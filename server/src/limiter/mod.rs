@@ -1,9 +1,9 @@
-//! The limiter: may this key make this request now?
+//! Decides whether a key may make a request now.
 //!
-//! Owns rates, calendar quotas and their usage. Does not depend on HTTP, SQL or secrets: a caller passes a key's handle
-//! and its policies, both from the key's cached record, and gets a [`Decision`]. If the ledger of calendar quotas
-//! fails, keys without such quotas are not affected. Others are served from tokens that are available locally, and then
-//! get an error. They are never admitted without a token.
+//! Owns rates, calendar quotas and their usage. Does not depend on HTTP, SQL or secrets: the caller passes a key's
+//! handle and policies, both from the key's cached record, and gets a [`Decision`]. If the quota ledger fails, only
+//! keys with calendar quotas are affected: they spend the tokens that are available locally, and then get an error. No
+//! request is ever allowed without a token.
 //!
 //! ```text
 //! local tokens -> denial cache (remote stores only) -> store (all policies, or none) -> decision
@@ -59,14 +59,14 @@ use crate::clock::{Clock, Monotonic};
 /// How often to call [`Limiter::prune`].
 pub const PRUNE_EVERY: std::time::Duration = std::time::Duration::from_secs(10);
 
-/// Decides requests with a store. Cheap to clone.
+/// Decides requests. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Limiter {
     store: Arc<dyn LimitStore>,
     clock: Arc<dyn Clock>,
-    /// A cached property of the store.
+    /// Cached value of [`LimitStore::is_local`].
     is_local: bool,
-    /// `None` if no tenant has a quota for all its keys.
+    /// `None` if tenants have no quotas of their own.
     tenants: Option<Arc<TenantQuotas>>,
 }
 
@@ -80,7 +80,7 @@ impl Limiter {
         }
     }
 
-    /// Adds quotas that all keys of a tenant share.
+    /// Adds a monthly quota that all keys of a tenant share.
     #[must_use]
     pub fn with_tenant_quotas(self, quotas: TenantQuotas) -> Self {
         Self {
@@ -89,20 +89,20 @@ impl Limiter {
         }
     }
 
-    /// Returns the quota that all keys of the tenant share, to be kept in their cached records. `None` if there is none.
+    /// Returns the quota that all keys of the tenant share, if there is one. Store it in their cached records.
     pub fn tenant_quota(&self, tenant: TenantId) -> Result<Option<TenantQuota>, LimiterError> {
         let quotas = self.tenants.as_ref();
         quotas.map(|quotas| quotas.of(tenant)).transpose()
     }
 
-    /// Returns the handle of a key, to be kept in its cached record. While it is in use anywhere, the same key gets the
-    /// same handle, so a record that is reloaded finds its usage.
+    /// Returns a key's handle. Store it in the key's cached record. While the handle is in use anywhere, the same key
+    /// always gets the same handle, so a reloaded record keeps its usage.
     pub fn handle(&self, tenant: TenantId, key: ApiKeyId) -> Result<Arc<KeyHandle>, LimiterError> {
         self.store.handle(tenant, key)
     }
 
-    /// Decides from memory, without blocking or allocating. Returns `None` if it would have to wait: then call
-    /// [`admit`](Self::admit).
+    /// Decides from memory, without blocking or allocating. If it returns `None`, call [`admit`](Self::admit), which
+    /// can wait.
     #[inline]
     pub fn try_admit(
         &self,
@@ -140,7 +140,7 @@ impl Limiter {
         Ok(decision)
     }
 
-    /// Decides like [`admit`](Self::admit), and also takes the cost from the quota of the key's tenant.
+    /// Decides like [`admit`](Self::admit), and also takes the cost from the tenant's quota.
     pub async fn admit_within(
         &self,
         quota: &TenantQuota,
@@ -170,19 +170,19 @@ impl Limiter {
             .record(policies, cost, &self.clock, asked_at, decision, remembered);
     }
 
-    /// Returns what this replica knows about the key's state, with [`Outcome::Allowed`]. Consumes nothing and makes no
-    /// call. A quota that has not been fetched in its window counts as full.
+    /// Returns the key's state as known to this replica, with [`Outcome::Allowed`]. Does not take tokens or make calls.
+    /// Quotas are reported as full until the ledger has responded in the current window.
     pub fn peek(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
         self.store.peek(handle, policies)
     }
 
-    /// Returns the state of the key, with the rate as used by all replicas. Takes nothing. Calls the shared counters,
-    /// if there are any. A quota that has not been fetched in its window counts as full.
+    /// Returns the key's state without taking tokens. Calls the shared counters, if there are any, for the state of the
+    /// rate. Quotas are reported as full until the ledger has responded in the current window.
     pub async fn inspect(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
         self.store.inspect(handle, policies).await
     }
 
-    /// Drops keys whose state equals that of a new one, and prefetches quotas for the next day or month. Call every
+    /// Drops unused keys whose state equals a new key's, and prefetches quotas for the next day or month. Call every
     /// [`PRUNE_EVERY`]. Returns the number of remaining keys.
     pub fn prune(&self) -> usize {
         if let Some(quotas) = &self.tenants {
@@ -191,7 +191,8 @@ impl Limiter {
         self.store.prune()
     }
 
-    /// Returns all unused tokens and takes no more. Call after the last request, before the process exits.
+    /// Returns all unused tokens to the ledger and the shared counters, and stops taking more. Call after the last
+    /// request, before the process exits.
     pub async fn drain(&self) -> Drained {
         let Some(quotas) = &self.tenants else {
             return self.store.drain().await;

@@ -1,26 +1,25 @@
-//! The policies that limit a key: a rate with a burst, quotas per day and month, and the monthly quota of its tenant.
-//! Only names and numbers.
+//! The policies that limit a key: a rate with a burst, quotas per day and month, and its tenant's monthly quota.
 
 use std::num::NonZeroU32;
 
-/// A policy by name.
+/// A policy that can limit a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]
 pub enum Policy {
     /// The sustained rate with its burst.
     Rpm = 0,
-    /// The quota of the calendar day.
+    /// The quota per calendar day.
     Daily = 1,
-    /// The quota of the calendar month.
+    /// The quota per calendar month.
     Monthly = 2,
-    /// The quota of the calendar month (UTC) that all keys of a tenant share.
+    /// The quota per calendar month (in UTC) that all keys of a tenant share.
     TenantMonthly = 3,
 }
 
 impl Policy {
     pub const ALL: [Self; 4] = [Self::Rpm, Self::Daily, Self::Monthly, Self::TenantMonthly];
 
-    /// Returns the name in the API.
+    /// Returns the policy's name in the API.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Rpm => "rpm",
@@ -35,7 +34,6 @@ impl Policy {
     }
 }
 
-/// A set of policies.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct PolicySet(u8);
 

@@ -1,8 +1,8 @@
-//! The contract of a store of limits.
+//! The contract that every limit store fulfills.
 //!
-//! If the quota ledger fails, a store returns a [`LimiterError`] once the blocks it holds are spent. If the shared
-//! counters are unavailable, the plan's fallback setting applies: `closed` is a [`LimiterError`], while `share` and
-//! `open` still decide and mark their decisions as degraded.
+//! While the quota ledger is unavailable, a store spends the blocks it holds, and then returns a [`LimiterError`].
+//! While the shared counters are unavailable, the plan's fallback setting applies: `closed` returns a [`LimiterError`];
+//! `share` and `open` decide, and mark the decision as degraded.
 
 use std::{num::NonZeroU32, sync::Arc};
 
@@ -17,24 +17,26 @@ use super::{
 };
 use crate::clock::Nanos;
 
-/// A store of limits.
+/// Keeps rates and quotas, and decides requests.
 ///
-/// Every store makes the same promises, for each key and all its policies together:
+/// Every store guarantees the following, for each key and all its policies together:
 ///
-/// - *Atomic.* The cost is taken from every policy, or from none. A denial consumes nothing.
-/// - *Rate.* In any window of `T` seconds of the store's clock, at most `burst + rpm/60 * T` is allowed (with leases,
-///   `T` plus the lease TTL), and no request is denied for which the bucket has enough tokens. A stopped clock refills
-///   nothing. A clock that is set back delays a request for no longer than its cost takes to refill.
-/// - *Quotas.* In any calendar window, at most `daily` and `monthly` are allowed, across restarts and crashes. A crash
-///   loses at most one block (a hundredth of the quota, and at most 10,000 tokens) and the tokens that requests were
-///   waiting for; draining loses nothing. No replica holds an unused block for long while others need it. A change of
-///   time zone takes effect when the window ends, or immediately if nothing was used in it. The next window ends with
-///   the first day or month of the new zone, with a proportional quota. Windows never overlap.
-/// - *Edits.* Usage survives a change of policies: an edit never grants a new bucket or quota.
-/// - *Failure.* If no decision can be made, the result is a [`LimiterError`], never an admission.
+/// - *Atomic.* The cost is taken from every policy or from none. A denial consumes nothing.
+/// - *Rate.* In any window of `T` seconds on the store's clock, at most `burst + rpm/60 * T` tokens are granted (with
+///   leases, `T` plus the lease TTL), and no request is denied if the bucket has enough tokens. While the clock stands
+///   still, buckets do not refill. If the clock is set back, a request waits at most as long as its cost takes to
+///   refill.
+/// - *Quotas.* In any calendar window, at most `daily` and `monthly` tokens are granted, across restarts and crashes. A
+///   crash loses at most one block (a hundredth of the quota, and at most 10,000 tokens) and the tokens that requests
+///   were waiting for; draining loses none. A replica does not keep an unused block for long while other replicas may
+///   need it. A change of time zone takes effect when the current window ends, or immediately if nothing was used in
+///   it. The next window lasts until the end of the day or month in the new zone, with a proportional quota. Windows
+///   never overlap.
+/// - *Edits.* Usage is kept when policies change: an edit never refills a bucket or a quota.
+/// - *Failure.* If no decision can be made, the result is a [`LimiterError`]; the request is never allowed.
 #[async_trait]
 pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
-    /// Returns the handle of a key, which stays the same while it is in use or its bucket is not full.
+    /// Returns a key's handle, which stays the same as long as it is in use or has state to keep.
     fn handle(&self, tenant: TenantId, key: ApiKeyId) -> Result<Arc<KeyHandle>, LimiterError>;
 
     /// Decides without blocking. Returns `None` if it would have to wait.
@@ -45,7 +47,7 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
         cost: NonZeroU32,
     ) -> Option<Decision>;
 
-    /// Decides, and waits if necessary. Dropping the future loses no tokens.
+    /// Decides, and waits if necessary. Dropping the future does not lose tokens.
     async fn take(
         &self,
         handle: &Arc<KeyHandle>,
@@ -53,30 +55,30 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
         cost: NonZeroU32,
     ) -> Result<Decision, LimiterError>;
 
-    /// Returns the key's state as known locally. Consumes nothing.
+    /// Returns the key's state as known locally, without taking tokens.
     fn peek(&self, handle: &KeyHandle, policies: &Policies) -> Decision;
 
-    /// Returns the state of the key, with the rate as used by all replicas. Takes nothing. The same as
-    /// [`peek`](Self::peek) if the store is local or the counters do not respond in time.
+    /// Returns the key's state without taking tokens. The state of the rate comes from the shared counters. If there
+    /// are none, or they do not respond in time, returns the same as [`peek`](Self::peek).
     async fn inspect(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
         self.peek(handle, policies)
     }
 
-    /// Returns whether a decision takes no I/O. If so, no denial cache is used in front of the store.
+    /// Returns whether the buckets are in this process. If so, the limiter does not use the denial cache.
     fn is_local(&self) -> bool;
 
-    /// Returns how long a denial by the rate may be cached. `None` stands for the wait that the denial states. The time
-    /// is shorter if other replicas may return tokens.
+    /// Returns the maximum time for which a denial by the rate may be cached. After that, other replicas may have
+    /// returned tokens. `None` means until the denial's `retry_after` has passed.
     fn denial_memory(&self, _policies: &Policies) -> Option<Nanos> {
         None
     }
 
-    /// Drops unreferenced keys whose state equals that of a new one. Returns the blocks of other unreferenced keys, so
-    /// that they can be dropped next time and, if other replicas share the quotas, the blocks of referenced keys that
-    /// were not used for ten seconds. Fetches the first block of the next day or month for keys in use. Returns the
-    /// number of remaining keys.
+    /// Drops unreferenced keys whose state equals a new key's. Returns the blocks of other unreferenced keys to the
+    /// ledger, so that the next call can drop those keys. If other replicas share the quotas, also returns blocks that
+    /// have not been used for ten seconds. For keys in use, fetches the first block of the next day or month shortly
+    /// before it begins. Returns the number of remaining keys.
     fn prune(&self) -> usize;
 
-    /// Returns all unused tokens and takes no more, before the process exits.
+    /// Returns all unused tokens and stops taking more. Call before the process exits.
     async fn drain(&self) -> Drained;
 }

@@ -1,14 +1,15 @@
-//! Quotas that all keys of a tenant share, for a calendar month in UTC.
+//! Monthly quotas (in UTC) that all keys of a tenant share.
 //!
-//! In front of the store, which decides about a key: a request first reserves its cost from the quota of its tenant, and
-//! spends or releases it when the store has decided. So both are taken, or neither. A quota is a block of the ledger on
-//! each replica, like a key's own quotas, in a [`KeyTable`] with one entry for each tenant. The same rules apply: never
-//! exceeded, and after a crash, at most one block is lost.
+//! They are checked before the store decides about the key. A request first reserves its cost from the tenant's quota,
+//! and spends or releases the reservation after the store's decision. So the cost is taken from both the tenant and the
+//! key, or from neither. Each replica holds a block of the quota, as for a key's own quotas, in a [`KeyTable`] with one
+//! entry per tenant. The same guarantees apply: a quota is never exceeded, and a crash loses at most one block.
 //!
-//! A request counts in the month in which its tokens were reserved, even if it is decided at the beginning of the next.
+//! A request counts in the month in which its tokens were reserved, even if it is decided at the beginning of the next
+//! month.
 //!
-//! While a request waits for the store, its reservation may be the last token. Other requests then wait for it instead
-//! of being denied, since it may be released.
+//! A request that waits for the store may have reserved the last token. Other requests then wait for its outcome
+//! instead of being denied, since the token may be released.
 
 use std::{
     num::{NonZeroU32, NonZeroU64},
@@ -34,11 +35,11 @@ use super::{
 };
 use crate::clock::Clock;
 
-/// The quota of one tenant. Stored in the cached records of its keys.
+/// A tenant's quota. Stored in the cached record of each of the tenant's keys.
 #[derive(Debug, Clone)]
 pub struct TenantQuota {
     handle: Arc<KeyHandle>,
-    /// The quota as if it were that of a key, with a rate that is never charged.
+    /// The quota in the form of a key's policies. Their rate is never used.
     policies: Policies,
     limit: NonZeroU64,
 }
@@ -57,7 +58,7 @@ pub struct TenantQuotas {
 }
 
 impl TenantQuotas {
-    /// `limit` is the quota for a month. In requests to the ledger, the key is the tenant itself, and the policy
+    /// `limit` is the quota per month. In ledger calls, the tenant's ID takes the place of the key's, and the policy is
     /// [`Policy::Monthly`].
     pub fn new(
         clock: Arc<dyn Clock>,
@@ -84,7 +85,8 @@ impl TenantQuotas {
         })
     }
 
-    /// Decides with `decide` if the tenant's quota has `cost` tokens. `peek` returns the state of the key.
+    /// Reserves `cost` from the tenant's quota and then decides with `decide`. If the quota has too few tokens, returns
+    /// a denial with the key's state from `peek`.
     pub(super) async fn admit(
         &self,
         quota: &TenantQuota,
@@ -105,7 +107,7 @@ impl TenantQuotas {
         Ok(decision)
     }
 
-    /// Reserves tokens, and waits for the ledger if there are none on this replica. The inner error is a denial.
+    /// Reserves tokens, and waits for the ledger if this replica has too few. The inner error is a denial.
     async fn reserve(
         &self,
         quota: &TenantQuota,
@@ -136,8 +138,8 @@ impl TenantQuotas {
             .await
     }
 
-    /// Spends the reserved tokens. If their month has ended in the meantime, the request still counts in it: the key's own
-    /// tokens are already spent, so it can no longer be denied.
+    /// Spends the reserved tokens, even if their month has ended: the key's own tokens are already spent, so the
+    /// request can no longer be denied.
     fn spend(&self, quota: &TenantQuota, demand: &mut DemandGuard<'_>) -> Option<PolicyState> {
         let (mut state, now) = self.keys.current(&quota.handle, &quota.policies);
         demand.spend_in_any_window(&mut state);
@@ -162,7 +164,7 @@ impl TenantQuotas {
     }
 }
 
-/// Returns the state of the tenant's quota, from a decision about it alone.
+/// Converts a decision about the tenant's quota to the state of that quota.
 fn shared_state(decision: &Decision) -> Option<PolicyState> {
     decision.monthly.map(|state| PolicyState {
         policy: Policy::TenantMonthly,
@@ -170,8 +172,8 @@ fn shared_state(decision: &Decision) -> Option<PolicyState> {
     })
 }
 
-/// Returns the denial of a request by its tenant's quota. `key` has the state of the key, whose own quotas may deny it as
-/// well.
+/// Returns the decision for a request that its tenant's quota denies. `key` is the key's state. If the key's own quotas
+/// are exhausted too, they are also reported as violated.
 fn denial(key: Decision, tenant: &Decision, cost: NonZeroU32) -> Decision {
     let cost = u64::from(cost.get());
     let exhausted = [key.daily, key.monthly].into_iter().flatten();

@@ -1,6 +1,6 @@
 //! Logs denials, and limits how many denials a tenant may record while the backlog is long.
 //!
-//! A client that is denied a thousand times per second must not produce a thousand log lines per second, so only a few
+//! A client that is denied a thousand times per second must not cause a thousand log lines per second, so only a few
 //! lines per second are written. Each line contains the number of lines omitted before it.
 
 use std::{
@@ -19,8 +19,8 @@ use crate::{
 
 /// The maximum number of lines per second.
 const LINES: u64 = 10;
-/// The maximum number of denials that a tenant records per second while the backlog is long. At about 150 bytes each, a
-/// gigabyte lasts for 18 hours.
+/// The maximum number of denials per second that are recorded for a tenant while the backlog is long. At about 150
+/// bytes each, a gigabyte lasts for 18 hours.
 const RECORDED: u32 = 100;
 const SECOND: Nanos = Nanos::from_secs(1);
 
@@ -56,7 +56,7 @@ impl DenialLog {
         );
     }
 
-    /// Returns whether a line may be written, and the number of lines omitted since the last one.
+    /// Returns the number of lines omitted since the last one, or `None` if this line must be omitted too.
     fn admit(&self, now: Monotonic) -> Option<u64> {
         let began = self.began.load(Ordering::Relaxed);
         if now.saturating_since(Monotonic(began)) >= SECOND
@@ -76,7 +76,7 @@ impl DenialLog {
     }
 }
 
-/// The number of denials of each tenant in the current second.
+/// The number of each tenant's denials in the current second.
 #[derive(Debug, Default)]
 pub(super) struct DenialBudget(Mutex<Spent>);
 
@@ -100,7 +100,7 @@ impl Spent {
 }
 
 impl DenialBudget {
-    /// Whether the tenant has recorded as many denials as allowed in the second of `now`.
+    /// Returns whether the tenant has used up its denials for the second that contains `now`.
     pub fn is_spent(&self, tenant: TenantId, now: Monotonic) -> bool {
         let mut spent = self.0.lock();
         spent.at(now).get(&tenant).is_some_and(|it| *it >= RECORDED)

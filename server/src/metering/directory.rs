@@ -1,7 +1,8 @@
 //! The directory of a replica's segments, and the lock that shows whether the replica is running.
 //!
-//! The directories of all replicas are in `usage` in `QUOTA_DATA_DIR`, which replicas may share. A directory belongs to
-//! the process that holds the lock on its lock file. The kernel releases the lock when the process ends for any reason.
+//! The directories of all replicas are in the `usage` folder of `QUOTA_DATA_DIR`, which replicas may share. A directory
+//! belongs to the process that holds the lock on its lock file. The kernel releases the lock when that process ends,
+//! for whatever reason.
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions, TryLockError},
@@ -19,9 +20,11 @@ use super::segment::{EXTENSION, UNFINISHED};
 pub const FOLDER: &str = "usage";
 const LOCK: &str = "lock";
 /// The folder, next to these directories, for files that are not shipped but kept for the operator.
-const REFUSED: &str = "refused";
+const REJECTED: &str = "rejected";
+/// The extension of such files in an earlier version, which left them in the directory of their replica.
+const EARLIER_EXTENSION: &str = "refused";
 
-/// The minimum age of an unfinished directory that is deleted. Creating one takes milliseconds.
+/// The minimum age of an unfinished directory before it is deleted. Creating one takes milliseconds.
 const LEFT: Duration = Duration::from_hours(1);
 
 /// A directory whose lock this process holds.
@@ -51,7 +54,7 @@ impl Directory {
         let locked = (|| {
             let lock = open_lock(&unfinished)?;
             lock.try_lock()?;
-            // From here on, other processes can see the directory. It is already locked.
+            // From here on, other processes can see the directory, which is already locked.
             fs::rename(&unfinished, &path)?;
             if durable {
                 File::open(root)?.sync_all()?;
@@ -72,7 +75,8 @@ impl Directory {
         }
     }
 
-    /// Takes over an existing directory. Returns `None` if a running process holds it or if it does not exist.
+    /// Takes over an existing directory. Returns `None` if a running process holds it, or if the path is not an
+    /// existing replica directory.
     pub fn adopt(path: &Path) -> io::Result<Option<Self>> {
         let Some(id) = id_of(path) else {
             return Ok(None);
@@ -94,7 +98,7 @@ impl Directory {
         }))
     }
 
-    /// Deletes unfinished files. Only the owner, this process, creates files here.
+    /// Deletes unfinished files. Only this process, the owner, creates files here.
     pub fn delete_unfinished(&self) -> io::Result<()> {
         for entry in fs::read_dir(&self.path)? {
             let path = entry?.path();
@@ -105,7 +109,7 @@ impl Directory {
         Ok(())
     }
 
-    /// Deletes the directory, unless it contains more than the lock file. Returns whether it did.
+    /// Deletes the directory, unless it contains more than the lock file. Returns whether it did so.
     pub fn remove(self) -> io::Result<bool> {
         for entry in fs::read_dir(&self.path)? {
             if entry?.file_name() != LOCK {
@@ -118,9 +122,9 @@ impl Directory {
     }
 
     /// Moves files that an earlier version set aside in the directory to the current location.
-    pub fn move_refused(&self) -> io::Result<()> {
+    pub fn move_rejected(&self) -> io::Result<()> {
         for path in paths(&self.path, |path| {
-            path.extension().is_some_and(|it| it == REFUSED)
+            path.extension().is_some_and(|it| it == EARLIER_EXTENSION)
         })? {
             set_aside(&path)?;
         }
@@ -136,7 +140,7 @@ fn open_lock(directory: &Path) -> io::Result<File> {
         .open(directory.join(LOCK))
 }
 
-/// Returns the ID of a replica's directory. `None` if the path is not one.
+/// Returns the ID of a replica's directory. `None` if the path is not a replica's directory.
 pub(super) fn id_of(path: &Path) -> Option<Uuid> {
     Uuid::try_parse(path.file_name()?.to_str()?).ok()
 }
@@ -146,7 +150,7 @@ pub(super) fn list(root: &Path) -> io::Result<Vec<PathBuf>> {
     paths(root, |path| id_of(path).is_some())
 }
 
-/// Deletes directories in `root` whose creation a crash interrupted. They contain no records.
+/// Deletes directories in `root` whose creation was interrupted by a crash. They do not contain records.
 pub(super) fn delete_unfinished(root: &Path) -> io::Result<()> {
     let is_unfinished = |path: &Path| {
         path.extension().is_some_and(|it| it == UNFINISHED)
@@ -155,7 +159,7 @@ pub(super) fn delete_unfinished(root: &Path) -> io::Result<()> {
     for path in paths(root, is_unfinished)? {
         let changed_at = match fs::metadata(&path) {
             Ok(found) => found.modified()?,
-            // Its owner has just completed and renamed it.
+            // The directory's owner has just completed and renamed it.
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             Err(error) => return Err(error),
         };
@@ -173,18 +177,18 @@ pub(super) fn segments(directory: &Path) -> io::Result<Vec<PathBuf>> {
     })
 }
 
-/// Moves a segment out of its directory, so that it is not read again, and keeps it for the operator.
+/// Moves a segment out of its directory, so that it is not read again but is kept for the operator.
 pub(super) fn set_aside(segment: &Path) -> io::Result<()> {
     let (Some(directory), Some(name)) = (segment.parent(), segment.file_name()) else {
         return Err(io::ErrorKind::InvalidInput.into());
     };
-    let refused = directory.parent().unwrap_or(directory).join(REFUSED);
-    folder(&refused, true)?;
+    let rejected = directory.parent().unwrap_or(directory).join(REJECTED);
+    folder(&rejected, true)?;
     // Two directories may contain files with the same name.
     let mut kept = directory.file_name().unwrap_or_default().to_owned();
     kept.push("-");
     kept.push(name);
-    is_gone(fs::rename(segment, refused.join(kept)))
+    is_gone(fs::rename(segment, rejected.join(kept)))
 }
 
 /// Deletes a file, if it exists.

@@ -1,9 +1,9 @@
 //! Metering: one record for each decision on a known key, which reaches PostgreSQL exactly once.
 //!
 //! A record is written to a *segment*, a file on this machine, before the response is sent, so recording does not wait
-//! for the network. Space is reserved before the decision; if there is no space, no decision is made. A *shipper* moves
-//! records to PostgreSQL. The *cursor* of each segment is the position up to which it has been shipped, and moves in
-//! the transaction that inserts the records. Records that have not been shipped yet are the *backlog*.
+//! for the network. Space is reserved before the decision; if there is none, no decision is made. A *shipper* moves
+//! records to PostgreSQL. Each segment has a *cursor*, the position up to which it has been shipped. The cursor moves
+//! in the transaction that inserts the records. Records that have not been shipped yet are the *backlog*.
 //!
 //! ```text
 //! reserve -> decision -> fill, or void        one word, then the record, in a mapped file
@@ -17,19 +17,19 @@
 //! | `segment.rs` | a segment that is being written: reserving, filling, sealing |
 //! | `scan.rs` | reading a segment, including one that a crash left behind |
 //! | `directory.rs` | a replica's directory and the lock on it |
-//! | `recorder.rs` | which segment is in use; what to do when there is no space |
-//! | `reusable.rs` | the space of denials that are not recorded, which goes to the next request |
+//! | `recorder.rs` | which segment is in use, and what to do when there is no space |
+//! | `reusable.rs` | space that the denials of a tenant share because they are not recorded |
 //! | `sync.rs` | `fdatasync` for groups of records |
-//! | `shipper.rs` | batches, cursors, directories of replicas that have ended |
+//! | `shipper.rs` | batches, cursors, and directories of replicas that have ended |
 //! | `time.rs` | the time of events |
-//! | `denials.rs` | the log line of a denial; how many denials a tenant records while the backlog is long |
+//! | `denials.rs` | the log line of a denial, and how many denials a tenant records while the backlog is long |
 //!
 //! Does not depend on HTTP. While PostgreSQL is unreachable, segments grow up to `QUOTA_USAGE_BACKLOG_MAX`. While the
-//! disk is full or read-only, nothing can be recorded, so no decisions are made.
+//! disk is full or read-only, decisions cannot be recorded, so none are made.
 //!
-//! Denials cost the consumer nothing. So that one tenant's denials cannot fill the backlog for all tenants, only some
-//! of each tenant's denials per second are recorded while the backlog is more than half full. The others are counted in
-//! a metric. Every admitted request is recorded.
+//! Denied requests are free for their sender. While the backlog is more than half full, only a limited number of each
+//! tenant's denials per second are recorded, so that one tenant's denials cannot fill the backlog for everyone. The
+//! other denials are counted in a metric. Every allowed request is recorded.
 
 mod denials;
 mod directory;
@@ -100,14 +100,14 @@ struct Inner {
     time: Arc<EventClock>,
     denials: DenialLog,
     denial_budget: DenialBudget,
-    /// Each is locked while it ships.
+    /// Each of these is locked while it ships.
     shipper: tokio::sync::Mutex<Shipper>,
     adopter: tokio::sync::Mutex<Adopter>,
-    /// Whether the backlog has reached half its maximum and has not been below a quarter since then.
+    /// Whether the backlog has reached half its maximum and has not fallen below a quarter since.
     is_half_full: AtomicBool,
 }
 
-/// Space for the record of a decision that is about to be made. Void if dropped.
+/// Space for the record of a decision that is about to be made. Dropping it discards the space.
 #[derive(Debug)]
 #[must_use = "a decision that is not recorded is lost"]
 pub struct Reservation<'a> {
@@ -121,7 +121,7 @@ enum Space {
     /// Metering is off.
     Unneeded,
     Reserved(ReservedRecord),
-    /// The tenant may not record more denials now, so a denial leaves the space for another request.
+    /// The tenant may not record more denials at the moment, so a denied request leaves the space to another request.
     Reusable(ReusableSpace),
 }
 
@@ -167,7 +167,7 @@ impl Metering {
         })))
     }
 
-    /// Reserves space for the record of a decision. Call before the decision; if this fails, do not make one.
+    /// Reserves space for the record of a decision. Call before the decision. If this fails, do not make the decision.
     #[inline]
     pub fn reserve<'a>(
         &self,
@@ -187,7 +187,7 @@ impl Metering {
                     reserved.map(Space::Reserved)
                 };
                 reserved.inspect_err(|_| {
-                    self.0.context.metrics.usage_refused_decisions.inc();
+                    self.0.context.metrics.usage_decisions_rejected.inc();
                 })?
             }
         };
@@ -206,8 +206,8 @@ impl Metering {
                 .is_spent(tenant, self.0.clock.monotonic())
     }
 
-    /// Records the decision made at the monotonic time `at`, which is after the reservation. Call before the response
-    /// is sent.
+    /// Records the decision made at the monotonic time `at`, which must be after the reservation. Call before the
+    /// response is sent.
     #[inline]
     pub async fn record(
         &self,
@@ -274,7 +274,6 @@ impl Metering {
         self.0.is_durable && self.is_on()
     }
 
-    /// Returns whether decisions are recorded.
     pub fn is_on(&self) -> bool {
         self.0.recorder.is_some()
     }
@@ -292,7 +291,7 @@ impl Metering {
         }
     }
 
-    /// Measures PostgreSQL's clock, for the time of events. Returns whether the measurement was exact enough.
+    /// Measures PostgreSQL's clock, for the times of events. Returns whether the measurement was accurate enough.
     pub async fn measure_time(&self, db: &Db) -> Result<bool, DbError> {
         let db = db.on(Lane::Health);
         let measured = async {
@@ -318,7 +317,7 @@ impl Metering {
         shipped
     }
 
-    /// Ends [`Self::ship_adopted`] after the current batch.
+    /// Makes [`Self::ship_adopted`] return after the current batch.
     pub fn stop_adopting(&self) {
         let is_stopping = &self.0.context.is_stopping;
         is_stopping.store(true, Ordering::Relaxed);
@@ -333,13 +332,13 @@ impl Metering {
         adopter.ship(&self.0.context, &self.0.root).await
     }
 
-    /// Ships the rest and deletes the segments. Call after the last request.
+    /// Ships the remaining records and deletes the segments. Call after the last request.
     pub async fn finish(&self) -> Result<(), ShipError> {
         let Some(recorder) = &self.0.recorder else {
             return Ok(());
         };
         recorder.close();
-        // Waits until no segment is being created, which takes milliseconds. Until then, the directory is not empty.
+        // A segment that is being created would keep the directory from being empty. Creating one takes milliseconds.
         for _ in 0..100 {
             if !recorder.is_creating() {
                 break;
@@ -369,7 +368,7 @@ impl Metering {
     }
 }
 
-/// Measures how long it takes to reserve and fill `count` records, including their segments.
+/// Measures how long it takes to reserve and fill `count` records, including the time to create their segments.
 pub fn measure_append(directory: &Path, count: u32) -> io::Result<Duration> {
     const SIZE: u64 = 8 << 20;
     let clock = crate::clock::SystemClock::new();
@@ -404,8 +403,8 @@ pub fn measure_append(directory: &Path, count: u32) -> io::Result<Duration> {
     Ok(clock.monotonic().saturating_since(began).into())
 }
 
-/// Returns the usage directories at a path, which is either one replica's directory or contains several. Empty if there
-/// are none.
+/// Returns the usage directories at a path, which is either one replica's directory or contains several. Returns an
+/// empty list if there are none.
 pub fn directories(path: &Path) -> io::Result<Vec<PathBuf>> {
     let path = path.canonicalize()?;
     if directory::id_of(&path).is_some() {
@@ -415,7 +414,7 @@ pub fn directories(path: &Path) -> io::Result<Vec<PathBuf>> {
 }
 
 /// Ships the directory of a replica that will not return, for `quota usage replay`. Harmless if the replica is still
-/// running or the directory is shipped elsewhere at the same time.
+/// running, or if another process ships the directory at the same time.
 pub async fn replay(config: &Config, db: &Db, directory: &Path) -> Result<Replayed, ShipError> {
     let context = Context::new(db, config.usage_retention, Arc::default());
     shipper::replay(&context, directory).await

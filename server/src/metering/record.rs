@@ -10,7 +10,7 @@
 //! ```
 //!
 //! A header word of zero means that nothing has been written there yet. The CRC covers the segment's random ID, so that
-//! no text from a client can look like a record.
+//! no text from a client can pass for a record.
 
 use quota_common::{ApiKeyId, PlanId, TenantId, plan::Billing};
 use uuid::{Builder, Uuid};
@@ -24,7 +24,7 @@ pub const REQUEST_ID_MAX: usize = 128;
 
 const VERSION: u8 = 1;
 pub(super) const WORD: usize = 8;
-/// The header word and the fields of fixed length.
+/// The number of words in the header and the fields of fixed length.
 const FIXED_WORDS: usize = 10;
 /// The byte offset of the strings in the body.
 const TEXTS_AT: usize = (FIXED_WORDS - 1) * WORD;
@@ -35,9 +35,9 @@ pub(super) const RECORD_WORDS_MAX: usize = FIXED_WORDS + (ENDPOINT_MAX + REQUEST
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum RecordState {
-    /// Reserved. The decision is in progress.
+    /// The space is reserved, and the decision is in progress.
     Open = 1,
-    /// Filled.
+    /// The record has been written.
     Done = 2,
     /// No decision was made.
     Void = 3,
@@ -49,13 +49,13 @@ pub(super) enum RecordState {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Header {
     pub state: RecordState,
-    /// Length of the record in words; 0 for a seal.
+    /// The length of the record in words; 0 for a seal.
     pub words: usize,
     pub crc: u32,
 }
 
 impl Header {
-    /// Returns `None` if no record begins with this word.
+    /// Returns `None` if this word is not the header of a record.
     pub fn parse(word: u64) -> Option<Self> {
         let [a, b, state, version, crc @ ..] = word.to_le_bytes();
         let state = match state {
@@ -78,8 +78,8 @@ impl Header {
     }
 }
 
-/// Returns the header word of a record of `words` words at `position`, a byte offset. `body` is empty unless the record
-/// is done.
+/// Returns the header word of a record of `words` words at `position`, a byte offset. `body` must be empty unless the
+/// record is done.
 pub(super) fn header_word(
     segment: Uuid,
     position: usize,
@@ -100,7 +100,7 @@ pub(super) fn header_word(
     u64::from_le_bytes(head)
 }
 
-/// One decision on a known key.
+/// A decision on a known key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DecisionRecord<'a> {
     pub tenant: TenantId,
@@ -110,7 +110,7 @@ pub struct DecisionRecord<'a> {
     pub at: UnixNanos,
     pub cost: u32,
     pub outcome: RecordedOutcome,
-    /// `Retry-After` of a denial; 0 if there was none.
+    /// `Retry-After` of a denial, or 0 if there was none.
     pub retry_after_secs: u32,
     /// At most [`ENDPOINT_MAX`] bytes.
     pub endpoint: &'a str,
@@ -121,8 +121,8 @@ pub struct DecisionRecord<'a> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RecordedOutcome {
     Allowed,
-    /// The policy that denied it. `None` if the shared counters were unavailable and no limit is known to have been
-    /// reached.
+    /// The policy that denied the request. `None` if the shared counters were unavailable and no limit is known to have
+    /// been reached.
     Denied(Option<Policy>),
 }
 
@@ -161,7 +161,7 @@ pub(super) fn cut(text: &str, max: usize) -> &str {
     &text[..end.unwrap_or(0)]
 }
 
-/// The body of a record: everything but its header word.
+/// The body of a record: everything except its header word.
 pub(super) struct Body {
     bytes: [u8; (RECORD_WORDS_MAX - 1) * WORD],
     len: usize,
@@ -193,15 +193,15 @@ impl Body {
         &self.bytes[..self.len]
     }
 
-    /// Returns the body, followed by zeros, of a record of `words` words. `None` if it does not fit.
+    /// Returns the body of a record of `words` words, padded with zeros. `None` if it does not fit.
     pub fn padded(&self, words: usize) -> Option<&[u8]> {
         let len = words.checked_sub(1)? * WORD;
         (len >= self.len).then(|| self.bytes.get(..len)).flatten()
     }
 }
 
-/// Parses the body of a record at `position`. Returns `None` if it has an unknown format. PostgreSQL accepts every row
-/// that is returned: a single one that it rejected would block all records after it.
+/// Parses the body of a record at `position`. Returns `None` if its format is unknown. PostgreSQL must accept every row
+/// that is returned: a single row that it rejected would block all records after it.
 pub(super) fn read(segment: Uuid, position: usize, body: &[u8]) -> Option<UsageRecord> {
     let uuid = |at: usize| Uuid::from_slice(body.get(at..at + 16)?).ok();
     let half = |at: usize| Some(u32::from_le_bytes(body.get(at..at + 4)?.try_into().ok()?));
@@ -210,7 +210,7 @@ pub(super) fn read(segment: Uuid, position: usize, body: &[u8]) -> Option<UsageR
         .get(TEXTS_AT..)?
         .split_at_checked(usize::from(endpoint))?;
     let request_id = texts.get(..usize::from(request_id))?;
-    // PostgreSQL's text cannot contain NUL.
+    // PostgreSQL's `text` cannot contain NUL.
     let text = |bytes: &[u8]| {
         let text = std::str::from_utf8(bytes).ok()?;
         Some(text.replace('\0', "\u{fffd}"))
@@ -238,11 +238,11 @@ pub(super) fn read(segment: Uuid, position: usize, body: &[u8]) -> Option<UsageR
     })
 }
 
-/// Returns the ID of a record: a UUIDv7 that contains its time. The other bits depend on where it was written, so that
-/// reading the record again gives the same ID.
+/// Returns the ID of a record: a UUIDv7 that contains the record's time. Its other bits depend on where the record was
+/// written, so that reading the record again yields the same ID.
 fn event_id(segment: Uuid, position: usize, at: UnixNanos) -> Uuid {
     let (high, low) = segment.as_u64_pair();
-    // No two positions in a segment share these bits, and segments differ in at least 60 random bits.
+    // No two positions in a segment have the same `rest`, and segments differ in at least 60 random bits.
     let rest = (high ^ low.rotate_left(17))
         .wrapping_add((position as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
     let mut bytes = [0; 10];

@@ -1,4 +1,4 @@
-//! The segments of this process: the current one, the next one, and those waiting to be shipped.
+//! The segments of this process: the current one, the next one, and those that wait to be shipped.
 
 use std::{
     io,
@@ -23,15 +23,15 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// The size of a segment, unless the maximum backlog is smaller than eight of them.
+/// The size of a segment, unless the maximum backlog is smaller than eight segments of this size.
 const SEGMENT_MAX: u64 = 8 << 20;
-/// The minimum size of a segment, which is enough for more than a hundred records of maximum length.
+/// The minimum size of a segment: enough for more than a hundred records of maximum length.
 const SEGMENT_MIN: u64 = 64 << 10;
 /// The maximum age of a segment in use, in nanoseconds. A segment that has no cursor in PostgreSQL and is older than
-/// the usage log (at least two days) is rejected. Without this limit, the segment of an idle replica could get that
-/// old.
+/// the retention of the usage log (at least two days) is rejected. An idle replica's segment could otherwise become
+/// that old.
 const MAX_AGE: u64 = 6 * 3_600_000_000_000;
-/// The time between two attempts to create a segment after one has failed.
+/// The minimum time between attempts to create a segment after a failure.
 const RETRY: Nanos = Nanos::from_millis(100);
 
 /// Why decisions cannot be recorded.
@@ -59,7 +59,7 @@ impl From<&io::Error> for Unrecordable {
 
 #[derive(Debug)]
 pub(super) struct Recorder {
-    /// The folder of all directories.
+    /// The folder that contains the directories of all replicas.
     root: PathBuf,
     segment_size: u64,
     /// The maximum number of segments, including the spare one.
@@ -68,7 +68,6 @@ pub(super) struct Recorder {
     clock: Arc<dyn Clock>,
     time: Arc<EventClock>,
     metrics: Arc<Metrics>,
-    /// The current segment.
     current: ArcSwapOption<Segment>,
     files: Mutex<Files>,
     reusable: Reusable,
@@ -83,7 +82,7 @@ struct Files {
     sealed: Vec<Arc<Segment>>,
     /// The number of segments, including a spare one that is being created.
     count: usize,
-    /// The last attempt to create a segment, if it failed: why, and when the next one is allowed.
+    /// The cause of the last failure to create a segment, and when the next attempt is allowed.
     failed: Option<(Unrecordable, Monotonic)>,
     is_creating_spare: bool,
     /// Whether to stop creating segments in advance.
@@ -123,7 +122,7 @@ impl Recorder {
                     // Further records go to another segment.
                     segment.seal();
                 };
-                // The kernel writes back pages that were changed through a memory map like any other pages.
+                // The kernel writes back pages that were changed through a memory map like all other pages.
                 Some(Syncer::start(
                     |segment| segment.file.sync_data(),
                     on_failure,
@@ -169,12 +168,12 @@ impl Recorder {
             .take(|| self.reserve(ENDPOINT_MAX, REQUEST_ID_MAX))
     }
 
-    /// Returns space that was not needed.
+    /// Takes back space that was not needed.
     pub fn give_back(&self, space: ReusableSpace) {
         self.reusable.give_back(space);
     }
 
-    /// Voids reserved space that no request is using. Call before a pass of the shipper.
+    /// Voids the reserved space that no request is using. Call before each of the shipper's passes.
     pub fn void_unused(&self) {
         self.reusable.begin_pass();
     }
@@ -186,7 +185,7 @@ impl Recorder {
         request_id: usize,
     ) -> Result<ReservedRecord, Unrecordable> {
         let mut files = self.files.lock();
-        // Another thread may have done this already.
+        // Another thread may have replaced the segment already.
         let current = self.current.load_full();
         if let Some(segment) = &current
             && let Some(reserved) = segment.reserve(endpoint, request_id)
@@ -243,7 +242,7 @@ impl Recorder {
         }
     }
 
-    /// Ends an outage. Call when a segment has been created.
+    /// Logs the end of an outage, if there is one. Call when a segment has been created.
     fn log_recovery(&self, files: &mut Files) {
         if files.failed.take().is_some() {
             self.metrics.usage_unrecordable.set(0);
@@ -251,14 +250,14 @@ impl Recorder {
         }
     }
 
-    /// Logs the cause once for each outage.
+    /// Logs the cause once per outage.
     fn log_failure(&self, files: &Files, error: &io::Error) {
         if files.failed.is_none() {
             tracing::error!(%error, path = %self.root.display(), "cannot create a usage segment");
         }
     }
 
-    /// Returns the directory of this process, which is created when first needed.
+    /// Returns the directory of this process, and creates it if necessary.
     fn directory(&self, files: &mut Files) -> io::Result<Arc<Directory>> {
         if let Some(directory) = &files.directory {
             return Ok(directory.clone());
@@ -283,7 +282,6 @@ impl Recorder {
         self.durability == Durability::Machine
     }
 
-    /// Returns the time of an event that happens now.
     pub fn now(&self) -> UnixNanos {
         self.time.at(self.clock.monotonic())
     }
@@ -292,7 +290,7 @@ impl Recorder {
         self.now().0.saturating_sub(segment.head.started_at.0) > MAX_AGE
     }
 
-    /// Whether a spare segment must be created or replaced.
+    /// Returns whether a spare segment must be created or replaced.
     fn needs_spare(&self, files: &Files) -> bool {
         match &files.spare {
             None => files.count < self.max_segments,
@@ -300,20 +298,20 @@ impl Recorder {
         }
     }
 
-    /// Whether the segment in use must be replaced by the spare one because of its age.
+    /// Returns whether the spare segment must replace the one in use because of its age.
     fn needs_rotation(&self, files: &Files) -> bool {
         let current = self.current.load();
         let is_old = |segment: &Arc<Segment>| self.is_old(segment);
         current.as_ref().is_some_and(is_old) && files.spare.as_ref().is_some_and(|it| !is_old(it))
     }
 
-    /// Returns whether [`Self::create_spare`] has something to do.
+    /// Returns whether [`Self::create_spare`] has work to do.
     pub fn wants_spare(&self) -> bool {
         let files = self.files.lock();
         !files.is_closed && (self.needs_spare(&files) || self.needs_rotation(&files))
     }
 
-    /// Creates the next segment in advance, and replaces old ones. Blocks, but decisions continue in the meantime.
+    /// Creates the next segment in advance, and replaces old segments. Blocks, but does not hold up decisions.
     pub fn create_spare(&self) {
         let directory = {
             let mut files = self.files.lock();
@@ -321,7 +319,7 @@ impl Recorder {
                 return;
             }
             if self.current.load().is_none() {
-                // Creates the first segment, so that no decision waits for it.
+                // This creates the first segment, so that no decision has to wait for it.
                 if let Ok(first) = self.create_now(&mut files) {
                     self.current.store(Some(first));
                 }
@@ -380,7 +378,7 @@ impl Recorder {
         self.files.lock().directory.clone()
     }
 
-    /// Removes the file of a segment with `remove`, unless the segment is still in use. Returns whether it did.
+    /// Removes the file of a segment with `remove`, unless the segment is still in use. Returns whether it did so.
     pub fn remove(
         &self,
         segment: &Segment,
@@ -397,7 +395,7 @@ impl Recorder {
         Ok(true)
     }
 
-    /// Ends recording. Call after the last request. Existing records can still be shipped.
+    /// Stops recording. Call after the last request. Existing records can still be shipped.
     pub fn close(&self) {
         let mut files = self.files.lock();
         files.is_closed = true;
@@ -410,7 +408,7 @@ impl Recorder {
         }
     }
 
-    /// Returns whether the next segment is being created.
+    /// Returns whether a spare segment is being created.
     pub fn is_creating(&self) -> bool {
         self.files.lock().is_creating_spare
     }

@@ -1,19 +1,19 @@
-//! Space for the records of tenants that may not record more denials now.
+//! Space that requests share while their tenant may not record more denials.
 //!
-//! Such a tenant's request needs space before its decision like any other, but it is probably denied, and then no
-//! record is written. If each of these requests left void space behind, that space would fill the backlog like the
-//! records that it replaces. So the space remains open, and the next such request uses it. The shipper cannot read past
-//! open space; at the beginning of each pass, it voids the space that no request is using.
+//! Such a tenant's request needs space before its decision, like any other. But the request is probably denied, and
+//! then no record is written. If each of these requests left void space behind, that space would fill the backlog just
+//! as the records would have. So the space stays open, and the next such request uses it. The shipper cannot read past
+//! open space, so at the start of each pass, it voids the space that no request is using.
 
 use parking_lot::Mutex;
 
 use super::segment::ReservedRecord;
 
-/// Space that is large enough for every record.
+/// Space for a record of maximum length.
 #[derive(Debug)]
 pub(super) struct ReusableSpace {
     pub record: ReservedRecord,
-    /// The pass of the shipper during which it was reserved.
+    /// The shipper's pass during which the space was taken.
     pass: u64,
 }
 
@@ -24,12 +24,12 @@ pub(super) struct Reusable(Mutex<Unused>);
 struct Unused {
     /// The current pass.
     pass: u64,
-    /// Reserved during the current pass.
+    /// Unused space from the current pass.
     records: Vec<ReservedRecord>,
 }
 
 impl Reusable {
-    /// Returns unused space, or otherwise reserves some.
+    /// Returns unused space, or reserves some if there is none.
     pub fn take<E>(
         &self,
         reserve: impl FnOnce() -> Result<ReservedRecord, E>,
@@ -47,7 +47,7 @@ impl Reusable {
         Ok(ReusableSpace { record, pass })
     }
 
-    /// Keeps the space for another request, unless it holds up the shipper.
+    /// Keeps the space for another request, unless that would hold up the shipper.
     pub fn give_back(&self, space: ReusableSpace) {
         let mut unused = self.0.lock();
         if space.pass == unused.pass {
@@ -55,7 +55,7 @@ impl Reusable {
         }
     }
 
-    /// Begins the shipper's next pass. Voids all unused space.
+    /// Begins the shipper's next pass, and voids all unused space.
     pub fn begin_pass(&self) {
         let mut unused = self.0.lock();
         unused.pass += 1;

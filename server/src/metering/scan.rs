@@ -1,6 +1,6 @@
 //! Reads the records of a segment's file.
 //!
-//! Works on bytes instead of the memory map, so that segments of other processes are read in the same way.
+//! Works on bytes instead of the memory map, so that segments of other processes can be read in the same way.
 
 use std::{fs::File, io, os::unix::fs::FileExt};
 
@@ -13,9 +13,9 @@ use crate::repo::usage_batch::UsageRecord;
 /// Whether the process that writes the segment may still be running.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Writer {
-    /// It may still fill reserved records, so reading stops at the first open one.
+    /// The process may still fill reserved records, so reading stops at the first open one.
     Running,
-    /// The process has ended. No response was sent for unfinished records, which are skipped.
+    /// The process has ended. No response was sent for unfinished records, so they are skipped.
     Ended,
 }
 
@@ -26,11 +26,11 @@ pub(super) struct Batch {
     pub span: Span,
 }
 
-/// The end of a batch.
+/// The end of a batch, and why it ends there.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Span {
-    /// The byte offset after the last record, including void ones. Never further, because what looks like unused space
-    /// in an ended process's segment may be a copy of a segment that is still being written.
+    /// The byte offset after the last record, including void records. The offset does not move past unused space: in an
+    /// ended process's segment, that space may be part of a copy of a segment that is still being written.
     pub end: u64,
     /// Whether this is the end of the segment.
     pub is_complete: bool,
@@ -40,7 +40,7 @@ pub(super) struct Span {
     pub damaged: u64,
 }
 
-/// Bytes per read: many records of maximum length.
+/// How many bytes to read at a time: enough for many records of maximum length.
 const CHUNK: usize = 1 << 20;
 const _: () = assert!(RECORD_WORDS_MAX * WORD * 100 < CHUNK);
 
@@ -90,22 +90,22 @@ fn read_at(file: &File, bytes: &mut [u8], position: u64) -> io::Result<usize> {
     Ok(read)
 }
 
-/// What is at a position in a segment.
+/// What a position in a segment contains.
 enum Found {
     Record {
         row: Box<UsageRecord>,
         len: usize,
     },
-    /// Open or void.
+    /// An open or void record.
     Nothing {
         state: RecordState,
         len: usize,
     },
     Sealed,
-    /// Nothing was written here.
+    /// Zeros.
     Empty,
     Damaged,
-    /// The record ends beyond the bytes that were read.
+    /// A record that ends beyond the bytes that were read.
     Cut,
 }
 
@@ -160,11 +160,12 @@ impl Scan<'_> {
         }
     }
 
-    /// Adds the records in `bytes` to the batch. Returns the number of bytes it has read, or `None` to stop reading.
+    /// Adds the records in `bytes` to the batch. Returns the number of bytes it has processed, or `None` to stop
+    /// reading.
     fn collect(&mut self, max: usize, batch: &mut Batch) -> Option<usize> {
         let is_running = self.writer == Writer::Running;
         let mut at = 0;
-        // Whether the previous place was unreadable, so that each gap is counted once.
+        // Whether the previous place was unreadable. Used to count each gap only once.
         let mut is_lost = false;
         let goes_on = loop {
             if batch.rows.len() >= max {
@@ -193,12 +194,12 @@ impl Scan<'_> {
                     break false;
                 }
                 Found::Cut if self.is_last => {
-                    // There was not enough space for another record.
+                    // The rest of the segment was too small for another record.
                     batch.span.is_complete = true;
                     break false;
                 }
                 Found::Cut => {
-                    // Reading continues from `at`, unless there is nothing new.
+                    // Reading continues at `at`, unless no progress was made.
                     break at > 0;
                 }
                 // A record that is being written can look damaged for a moment.
@@ -207,8 +208,8 @@ impl Scan<'_> {
                     break false;
                 }
                 found @ (Found::Empty | Found::Damaged) => {
-                    // The machine may have lost this page and kept later ones. Only a record with a matching CRC ends
-                    // the search.
+                    // The machine may have lost this page and kept later ones. The search ends only at a record with a
+                    // matching CRC.
                     if matches!(found, Found::Damaged) && !is_lost {
                         batch.span.damaged += 1;
                         is_lost = true;
@@ -220,8 +221,8 @@ impl Scan<'_> {
         goes_on.then_some(at)
     }
 
-    /// Returns the next position with a complete record. If there is none, returns the position at which the next chunk
-    /// has to start to contain a record that begins in this chunk, or the end.
+    /// Returns the next position with a complete record. If there is none, returns where the next chunk must start to
+    /// contain a record that begins in this chunk, or the end of this chunk.
     fn next_record(&self, from: usize) -> usize {
         let mut at = from;
         while at + WORD <= self.bytes.len() {

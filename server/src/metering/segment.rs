@@ -1,11 +1,11 @@
 //! A segment: a file of fixed size in which decisions are recorded.
 //!
-//! The file is allocated completely before use and mapped into memory. A record is a plain write to that memory: the
-//! kernel keeps it when the process is killed, and writing a record cannot fail for lack of space.
+//! The whole file is allocated before use and mapped into memory. A record is written with plain stores to that memory:
+//! the kernel keeps it if the process is killed, and the write cannot fail for lack of space.
 //!
-//! Writers share a segment without a lock. A writer reserves space with a compare-and-swap on the header word at the
-//! tail, from zero to an open header with the record's length. So the length exists from the moment the space is
-//! reserved, and every reserved record can be skipped, no matter when its writer is killed.
+//! Writers share a segment without a lock. To reserve space, a writer uses compare-and-swap on the header word at the
+//! tail, and changes it from zero to an open header with the record's length. So the length is known as soon as the
+//! space is reserved, and every reserved record can be skipped, no matter when its writer is killed.
 
 use std::{
     fs::{File, OpenOptions},
@@ -33,7 +33,7 @@ pub(super) const UNFINISHED: &str = "new";
 pub(super) const RECORDS_AT: usize = 64;
 const MAGIC: [u8; 8] = *b"quotause";
 
-/// The head of a segment's file.
+/// The first bytes of a segment's file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct SegmentHead {
     pub id: Uuid,
@@ -82,13 +82,13 @@ pub(super) struct Segment {
     pub path: PathBuf,
     pub file: Arc<File>,
     map: MmapRaw,
-    /// The index of the word where the next record begins. It may lag behind; a writer that finds a header there
+    /// The index of the word where the next record begins. It may lag behind. A writer that finds a header there
     /// advances it.
     tail: AtomicUsize,
-    /// Records filled so far.
+    /// The number of records filled so far.
     pub records: AtomicU64,
-    /// Whether the file could not be written to disk. The kernel reports this only once, and later calls succeed even
-    /// though records may be missing on the disk.
+    /// Whether writing the file to disk has failed. The kernel reports this only once: later calls succeed although
+    /// records may be missing on disk.
     is_broken: AtomicBool,
 }
 
@@ -113,7 +113,8 @@ impl Segment {
                 .write(true)
                 .create_new(true)
                 .open(&unfinished)?;
-            // Allocates every block now: writing to a hole in a mapped file on a full disk would kill the process.
+            // This allocates every block now. Writing to a hole in a mapped file would kill the process if the disk
+            // were full.
             let length = i64::try_from(size).map_err(io::Error::other)?;
             fallocate(&file, FallocateFlags::empty(), 0, length)?;
             file.write_all_at(&head.bytes(), 0)?;
@@ -124,7 +125,7 @@ impl Segment {
             if durable {
                 File::open(directory)?.sync_all()?;
             }
-            // Loads the pages, so that the first writes do not wait for page faults.
+            // This loads the pages, so that the first writes do not wait for page faults.
             let map = MmapOptions::new().populate().map_raw(&file)?;
             Ok((file, map))
         })();
@@ -139,7 +140,7 @@ impl Segment {
                 is_broken: AtomicBool::new(false),
             }),
             Err(error) => {
-                // Frees the space for other files.
+                // This frees the space for other files.
                 let _ = std::fs::remove_file(&unfinished);
                 let _ = std::fs::remove_file(&path);
                 Err(error)
@@ -169,7 +170,7 @@ impl Segment {
         header_word(self.head.id, index * WORD, state, words, body)
     }
 
-    /// Takes `len` words. Returns `None` if fewer are left.
+    /// Reserves `len` words. Returns `None` if fewer are left.
     fn take(&self, len: usize) -> Option<usize> {
         let words = self.words();
         loop {
@@ -183,7 +184,7 @@ impl Segment {
                 Ok(_) => index + len,
                 Err(taken) => self.after(index, taken),
             };
-            // Fails if another writer has already advanced it.
+            // This fails if another writer has already advanced the tail.
             let _ = self
                 .tail
                 .compare_exchange(index, next, Ordering::AcqRel, Ordering::Acquire);
@@ -197,7 +198,7 @@ impl Segment {
     fn after(&self, index: usize, word: u64) -> usize {
         match Header::parse(word) {
             Some(header) if header.state != RecordState::Sealed => index + header.words,
-            // A seal. Only valid headers are ever written here.
+            // This is a seal, since only valid headers are ever written here.
             _ => self.words().len(),
         }
     }
@@ -235,7 +236,7 @@ impl Segment {
         }
     }
 
-    /// Records that the file could not be written to disk.
+    /// Records that writing the file to disk has failed.
     pub fn has_broken(&self) {
         self.is_broken.store(true, Ordering::Relaxed);
     }
@@ -244,13 +245,13 @@ impl Segment {
         self.is_broken.load(Ordering::Relaxed)
     }
 
-    /// Returns the bytes up to the tail: an upper bound for the end of all records.
+    /// Returns the tail's position in bytes: an upper bound for the end of all records.
     pub fn tail(&self) -> u64 {
         (self.tail.load(Ordering::Acquire) * WORD) as u64
     }
 }
 
-/// Space for a record. Void if dropped without having been filled.
+/// Space for a record. If dropped without being filled, the space is discarded.
 #[derive(Debug)]
 pub struct ReservedRecord {
     pub(super) segment: Arc<Segment>,
@@ -260,7 +261,7 @@ pub struct ReservedRecord {
 }
 
 impl ReservedRecord {
-    /// Writes the record. Its strings must not be longer than those for which the space was reserved.
+    /// Writes the record. Its strings must not exceed the lengths that were reserved.
     pub fn fill(mut self, record: &DecisionRecord<'_>) -> Arc<Segment> {
         let body = Body::of(record);
         let bytes = body.padded(self.words);
@@ -271,7 +272,7 @@ impl ReservedRecord {
                 let chunk = chunk.try_into().map_or(0, u64::from_le_bytes);
                 word.store(chunk, Ordering::Relaxed);
             }
-            // The body is written before the header.
+            // The header is written after the body.
             self.close(RecordState::Done, bytes);
             self.segment.records.fetch_add(1, Ordering::Relaxed);
         }

@@ -1,5 +1,5 @@
-//! Decides which segments to ship and in which order: those of this process, those of stopped replicas, and those in a
-//! directory given by an operator. [`source`](super::source) ships a single segment.
+//! Decides which segments to ship, and in which order. They may belong to this process, to stopped replicas, or to a
+//! directory specified by an operator. [`source`](super::source) ships a single segment.
 
 use std::{
     collections::{BTreeSet, VecDeque},
@@ -37,13 +37,13 @@ struct Adopted {
 }
 
 impl Adopted {
-    /// Returns `None` if a running process holds the directory or if it does not exist.
+    /// Returns `None` if a running process holds the directory, or if the path is not an existing replica directory.
     fn take(path: &Path) -> io::Result<Option<Self>> {
         let Some(directory) = Directory::adopt(path)? else {
             return Ok(None);
         };
         directory.delete_unfinished()?;
-        directory.move_refused()?;
+        directory.move_rejected()?;
         let (sources, unreadable) = sources(path, Writer::Ended)?;
         Ok(Some(Self {
             directory,
@@ -52,7 +52,7 @@ impl Adopted {
         }))
     }
 
-    /// Returns the number of segments that were neither completely shipped nor rejected.
+    /// Returns the number of segments that are neither completely shipped nor rejected.
     fn left(&self) -> usize {
         let sources = self.sources.iter();
         sources
@@ -81,11 +81,11 @@ fn sources(directory: &Path, writer: Writer) -> io::Result<Sources> {
     Ok((sources, unreadable))
 }
 
-/// Returns `None` if the segment no longer exists, or is not one.
+/// Returns `None` if the file no longer exists or is not a segment.
 fn open(path: &Path, writer: Writer) -> io::Result<Option<Source>> {
     let file = match File::open(path) {
         Ok(file) => file,
-        // Its owner has shipped it.
+        // The segment's owner has shipped it.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error),
     };
@@ -105,7 +105,7 @@ pub(super) struct Shipper {
     own: Vec<(Source, Arc<Segment>)>,
     size: BatchSize,
     reported_at: Option<Instant>,
-    /// When the last pass that left nothing to ship started.
+    /// Start time of the last pass that shipped everything.
     complete_until: Option<DateTime<Utc>>,
 }
 
@@ -113,7 +113,7 @@ pub(super) struct Shipper {
 #[derive(Debug, Default)]
 pub(super) struct Adopter {
     adopted: VecDeque<Adopted>,
-    /// The number of segments in directories that could not be shipped. They are tried again when the adopter next
+    /// The number of segments in directories that could not be shipped. They are retried the next time the adopter
     /// looks for directories.
     failed_segments: usize,
     size: BatchSize,
@@ -150,13 +150,13 @@ impl Shipper {
         if failed.is_none() && self.own.iter().all(|(source, _)| !source.is_blocked) {
             self.complete_until = Some(began.into());
         }
-        // A completely full segment is kept until the next one is in use.
+        // A segment that is completely full is kept until the next one is in use.
         let mut removed = Ok(());
         self.own.retain(|(source, segment)| {
             let is_removed = match source.state {
                 SourceState::Open => Ok(false),
                 SourceState::Complete => recorder.remove(segment, directory::delete),
-                SourceState::Refused => recorder.remove(segment, directory::set_aside),
+                SourceState::Rejected => recorder.remove(segment, directory::set_aside),
             };
             match is_removed {
                 Ok(is_removed) => !is_removed,
@@ -170,7 +170,7 @@ impl Shipper {
         if let Some(error) = failed {
             return Err(error);
         }
-        // A file that cannot be removed does not make the usage incomplete.
+        // Usage is complete even if a file cannot be removed.
         self.report(context, recorder).await?;
         removed?;
         Ok(shipped)
@@ -205,7 +205,7 @@ impl Shipper {
             let known = [
                 oldest,
                 source.oldest,
-                // Every pass so far has left something to ship.
+                // No pass has shipped everything yet.
                 self.complete_until
                     .is_none()
                     .then(|| source.head.started_at.into()),
@@ -235,7 +235,7 @@ impl Shipper {
         if let Some(directory) = recorder.own_directory() {
             let pending = self.pending();
             let at = match (pending.oldest, self.complete_until) {
-                // Decisions made while this is being reported have not been shipped.
+                // Decisions made during this report have not been shipped.
                 (None, Some(complete_until)) => complete_until,
                 _ => recorder.now().into(),
             };
@@ -245,7 +245,7 @@ impl Shipper {
         Ok(())
     }
 
-    /// Deletes the files of a process that has shipped everything. Call after [`Recorder::close`].
+    /// Deletes the files of this process after everything has been shipped. Call after [`Recorder::close`].
     pub async fn finish(
         &mut self,
         context: &Context,
@@ -267,8 +267,8 @@ impl Shipper {
 }
 
 impl Adopter {
-    /// Ships the records of stopped replicas in `root`. Returns the number of records shipped, or the first error;
-    /// everything else that could be shipped was shipped.
+    /// Ships the records of stopped replicas in `root`. Returns the number of records. An error does not stop the
+    /// shipping of other segments, unless PostgreSQL is unreachable; the first error is returned.
     pub async fn ship(&mut self, context: &Context, root: &Path) -> Result<u64, ShipError> {
         let shipped = self.ship_all(context, root).await;
         let left = self.adopted.iter().map(Adopted::left).sum::<usize>() + self.failed_segments;
@@ -307,7 +307,7 @@ impl Adopter {
             shipped += records;
             match error {
                 Some(error) if error.is_outage() => {
-                    // Next time, start with the others.
+                    // The next pass starts with the other directories.
                     self.adopted.push_back(adopted);
                     return Err(error);
                 }
@@ -344,8 +344,8 @@ impl Adopter {
     }
 }
 
-/// Ships a directory's segments. Returns the number of records and the first error. All other segments were shipped,
-/// unless PostgreSQL is unreachable.
+/// Ships a directory's segments. Returns the number of records and the first error. An error does not stop the shipping
+/// of other segments, unless PostgreSQL is unreachable.
 async fn ship_directory(
     context: &Context,
     adopted: &mut Adopted,
@@ -375,7 +375,7 @@ async fn ship_directory(
     (shipped, failed)
 }
 
-/// Ships a segment of an ended process and removes it.
+/// Ships a segment of an ended process, and removes the segment when it is complete.
 async fn ship_segment(
     context: &Context,
     source: &mut Source,
@@ -386,7 +386,7 @@ async fn ship_segment(
     match source.state {
         SourceState::Open => {}
         SourceState::Complete => directory::delete(path)?,
-        SourceState::Refused => directory::set_aside(path)?,
+        SourceState::Rejected => directory::set_aside(path)?,
     }
     Ok(())
 }
@@ -395,12 +395,12 @@ async fn ship_segment(
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Replayed {
     pub records: u64,
-    /// Whether a running process holds the directory. That process ships the rest.
+    /// Whether a running process holds the directory. That process ships the remaining records.
     pub is_owned: bool,
 }
 
-/// Ships the directory of a replica that will not return. Harmless if it is still running: finished records are shipped
-/// and nothing is deleted.
+/// Ships the directory of a replica that will not return. If the replica is still running, ships only finished records
+/// and does not delete anything.
 pub(super) async fn replay(context: &Context, path: &Path) -> Result<Replayed, ShipError> {
     let mut size = BatchSize::default();
     if let Some(mut adopted) = Adopted::take(path)? {

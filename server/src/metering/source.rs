@@ -1,8 +1,8 @@
-//! Moves records from segments to PostgreSQL, each exactly once.
+//! Moves records from a segment to PostgreSQL, each record exactly once.
 //!
-//! A batch is one transaction: the segment's cursor moves from the start of the batch to its end, and the records are
-//! inserted. If the cursor was elsewhere, or it is unknown whether the COMMIT succeeded, the cursor is read again.
-//! While PostgreSQL is unreachable, the segments grow.
+//! A batch is one transaction, which moves the segment's cursor from the start of the batch to its end and inserts the
+//! records. If the cursor was at another position, or it is unknown whether the COMMIT succeeded, the cursor is read
+//! again. While PostgreSQL is unreachable, the segments grow.
 
 use std::{
     fs::File,
@@ -36,11 +36,11 @@ use crate::{
 const FIRST: usize = 2_000;
 const MOST: usize = 50_000;
 const LEAST: usize = 50;
-/// The target duration of a batch is between these two.
+/// A batch should take longer than `SHORT` and less than `LONG`.
 const SHORT: Duration = Duration::from_millis(300);
 const LONG: Duration = Duration::from_millis(900);
 
-/// The maximum duration of a transaction. Its statements may take longer than those of requests.
+/// The maximum duration of a transaction. Its statements may take longer than a request's.
 const COMMIT: Duration = Duration::from_secs(40);
 
 /// A segment that is being shipped.
@@ -51,12 +51,12 @@ pub(super) struct Source {
     pub(super) writer: Writer,
     /// Where the next batch begins. `None` means at the cursor.
     pub(super) position: Option<u64>,
-    /// The cursor as last read. There are no records between it and `position`.
+    /// The cursor when it was last read. There are no records between it and `position`.
     pub(super) cursor: u64,
     pub(super) shipped: u64,
-    /// The time of the oldest record that was read but not shipped yet.
+    /// The time of the oldest record that has been read but not shipped.
     pub(super) oldest: Option<DateTime<Utc>>,
-    /// Whether a record is still being written. That record and all later ones were not read.
+    /// Whether a record is still being written. That record and all later ones have not been read.
     pub(super) is_blocked: bool,
     pub(super) state: SourceState,
 }
@@ -68,7 +68,7 @@ pub(super) enum SourceState {
     /// Everything was shipped.
     Complete,
     /// The segment is older than the log and has no cursor.
-    Refused,
+    Rejected,
 }
 
 impl Source {
@@ -95,7 +95,8 @@ impl Source {
         let position = self.position.unwrap_or(self.cursor);
         let read = move || {
             let batch = scan::read(&file, &head, position, writer, max)?;
-            // The batch is prepared on this thread, because that takes milliseconds, which would delay requests.
+            // The batch is also prepared on this thread, because that takes milliseconds and would delay requests on
+            // the others.
             Ok((UsageBatch::new(batch.rows), batch.span))
         };
         tokio::task::spawn_blocking(read)
@@ -114,7 +115,7 @@ pub enum ShipError {
 }
 
 impl ShipError {
-    /// Whether other segments would fail too.
+    /// Returns whether other segments would fail too.
     pub(super) const fn is_outage(&self) -> bool {
         matches!(self, Self::Database(DbError::Unavailable(_)))
     }
@@ -124,7 +125,7 @@ impl ShipError {
 #[derive(Debug)]
 pub(super) struct Context {
     pub db: Db,
-    /// Older segments without a cursor are rejected.
+    /// Segments that are older than this and have no cursor are rejected.
     pub retention: Duration,
     pub metrics: Arc<Metrics>,
     pub host: String,
@@ -163,7 +164,7 @@ impl Context {
         Ok(position.map(|it| u64::try_from(it).unwrap_or(0)))
     }
 
-    /// Returns `false` if the cursor was not at `from`.
+    /// Commits a batch. Returns `false` if the cursor was not at `from`.
     async fn commit(
         &self,
         head: &SegmentHead,
@@ -237,7 +238,7 @@ impl BatchSize {
     }
 }
 
-/// Ships as much of one segment as possible. Returns the number of records.
+/// Ships as much of a segment as possible. Returns the number of records.
 pub(super) async fn ship(
     context: &Context,
     source: &mut Source,
@@ -248,15 +249,15 @@ pub(super) async fn ship(
         if source.writer == Writer::Ended && context.is_stopping.load(Ordering::Relaxed) {
             return Ok(shipped);
         }
-        // Read the segment before querying PostgreSQL, so that the age of the backlog is known even while PostgreSQL is
-        // unreachable.
+        // The segment is read before PostgreSQL is queried, so that the age of the backlog is known even while
+        // PostgreSQL is unreachable.
         let max = size.0;
         let (batch, span) = source.read(max).await?;
         source.oldest = batch.oldest();
         source.is_blocked = span.is_blocked;
         if source.position.is_none() {
             if batch.is_empty() && source.cursor == RECORDS_AT as u64 {
-                // A segment without records needs no cursor.
+                // A segment without records does not need a cursor.
                 if span.is_complete {
                     source.state = SourceState::Complete;
                 }
@@ -265,8 +266,8 @@ pub(super) async fn ship(
             match context.open_cursor(&source.head).await? {
                 Some(cursor) => (source.cursor, source.position) = (cursor, Some(cursor)),
                 None => {
-                    source.state = SourceState::Refused;
-                    context.metrics.usage_segments_refused.inc();
+                    source.state = SourceState::Rejected;
+                    context.metrics.usage_segments_rejected.inc();
                     tracing::error!(
                         segment = %source.head.id,
                         started_at = %DateTime::from(source.head.started_at),
@@ -306,7 +307,7 @@ pub(super) async fn ship(
             // Another process ships this segment too.
             Ok(false) => source.position = None,
             Err(error) => {
-                // It is unknown whether it was committed.
+                // It is unknown whether the batch was committed.
                 source.position = None;
                 size.failed();
                 return Err(error.into());

@@ -1,4 +1,4 @@
-//! Makes records survive a crash of the machine: one `fdatasync` for all waiting records.
+//! Makes records survive a machine crash, with one `fdatasync` for all waiting records.
 
 use std::{io, sync::Arc, thread};
 
@@ -7,11 +7,11 @@ use tokio::sync::watch;
 
 use super::segment::Segment;
 
-/// A group of records that one call makes durable.
+/// A group of records that are made durable together.
 #[derive(Debug)]
 struct Group {
     segments: Vec<Arc<Segment>>,
-    /// `None` until the call returns; then whether it succeeded.
+    /// `None` until the group has been written; then, whether that succeeded.
     done: watch::Sender<Option<bool>>,
 }
 
@@ -41,7 +41,8 @@ struct Next {
 pub(super) struct Syncer(Arc<Shared>);
 
 impl Syncer {
-    /// Writes segments to disk with `write`. Calls `on_failure` once for a segment that could not be written.
+    /// Starts the thread, which writes segments to disk with `write`. Calls `on_failure` once for each segment that
+    /// could not be written.
     pub fn start(
         write: impl Fn(&Segment) -> io::Result<()> + Send + 'static,
         on_failure: impl Fn(&Segment, &io::Error) + Send + 'static,
@@ -54,7 +55,7 @@ impl Syncer {
         Ok(syncer)
     }
 
-    /// Waits until everything written to the segment so far is on disk. Returns `false` if writing has ever
+    /// Waits until everything written to the segment so far is on disk. Returns `false` if writing the segment has ever
     /// failed.
     pub async fn sync(&self, segment: Arc<Segment>) -> bool {
         let mut done = {
@@ -101,7 +102,7 @@ fn run(
             if segment.is_broken() {
                 synced = false;
             } else if let Err(error) = write(segment) {
-                // All later groups are written by this thread, so they fail if they contain this segment.
+                // This thread also writes all later groups, so those that contain this segment fail too.
                 segment.has_broken();
                 on_failure(segment, &error);
                 synced = false;

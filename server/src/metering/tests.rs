@@ -225,7 +225,7 @@ fn a_damaged_record_is_left_out_and_later_ones_are_kept() {
         ends.push(usize::try_from(segment.tail()).unwrap());
     }
     let whole = bytes_of(&segment);
-    // Flips every bit of the second record, including its header.
+    // This flips every bit of the second record, including its header.
     for at in ends[0]..ends[1] {
         for bit in 0..8 {
             let mut torn = whole.clone();
@@ -246,8 +246,8 @@ fn a_clients_text_does_not_pass_for_a_record() {
     let forged = bytes_of(&forger)[RECORDS_AT..end].to_vec();
     write(&victim, "a");
     write(&victim, "b");
-    // The same disk contents as if the machine had lost the header in front of a string that is a complete record of
-    // another segment.
+    // The disk contains the same bytes as if the machine had lost the header in front of a string that is a complete
+    // record of another segment.
     let mut bytes = bytes_of(&victim);
     let second = RECORDS_AT + (usize::try_from(victim.tail()).unwrap() - RECORDS_AT) / 2;
     bytes[second..second + forged.len()].copy_from_slice(&forged);
@@ -255,7 +255,7 @@ fn a_clients_text_does_not_pass_for_a_record() {
     assert_eq!(request_ids(&batch), ["a"]);
 }
 
-/// Several threads write while copies of the file are taken, which are what a killed process would leave behind.
+/// Several threads write while the file is copied. Each copy contains what a killed process would leave behind.
 #[test]
 fn a_copy_of_the_file_at_any_moment_has_every_record_that_was_finished_before() {
     for seed in 0..20 {
@@ -283,7 +283,7 @@ fn a_copy_of_the_file_at_any_moment_has_every_record_that_was_finished_before() 
                             }
                         }
                     }
-                    // They remain open, like those of a killed process.
+                    // These records stay open, like a killed process's.
                     open.into_iter().for_each(std::mem::forget);
                 })
             });
@@ -315,8 +315,8 @@ fn a_copy_of_the_file_at_any_moment_has_every_record_that_was_finished_before() 
     }
 }
 
-/// The possible contents of a disk after the machine failed. A disk keeps the writes that it has confirmed. It may
-/// contain any part of later writes, down to single sectors, and a page that was never written back may read as zeros.
+/// What a disk may contain after the machine failed. The disk keeps the writes that it has confirmed. It may have kept
+/// any part of later writes, down to single sectors, and a page that was never written back may read as zeros.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fate {
     Kept,
@@ -507,7 +507,7 @@ fn a_quiet_server_replaces_its_segments_before_they_are_too_old_to_be_shipped() 
         );
         let first = read(&segments[0].file, Writer::Running);
         assert_eq!(request_ids(&first), ["a"]);
-        // Earlier ones are complete, so they are shipped and deleted.
+        // Earlier segments are complete, so they are shipped and deleted.
         assert!(segments.len() == 1 || first.span.is_complete);
         drop(recorder.reserve(ENDPOINT.len(), 1).unwrap());
     }
@@ -518,7 +518,7 @@ async fn a_segment_that_failed_to_reach_the_disk_once_is_never_reported_as_writt
     let directory = TempDir::new().unwrap();
     let (broken, intact) = (segment(directory.path()), segment(directory.path()));
     let (id, failures) = (broken.head.id, Arc::new(AtomicU64::new(0)));
-    // Like the kernel, reports the failure only to the first call.
+    // Like the kernel, this reports the failure only to the first call.
     let has_failed = AtomicBool::new(false);
     let write = move |segment: &Segment| {
         if segment.head.id == id && !has_failed.swap(true, Ordering::Relaxed) {
@@ -533,7 +533,7 @@ async fn a_segment_that_failed_to_reach_the_disk_once_is_never_reported_as_writt
     let syncer = Syncer::start(write, on_failure).unwrap();
     assert!(syncer.sync(intact.clone()).await);
     assert!(!syncer.sync(broken.clone()).await);
-    // A record whose space was reserved before the failure.
+    // This covers a record whose space was reserved before the failure.
     assert!(!syncer.sync(broken.clone()).await);
     assert!(syncer.sync(intact).await);
     assert!(!syncer.sync(broken).await);
@@ -587,7 +587,7 @@ fn a_tenant_that_may_not_record_more_denials_gets_space_before_the_decision() {
     let directory = TempDir::new().unwrap();
     let recorder = recorder(directory.path(), 2 * SIZE, Arc::default());
     recorder.create_spare();
-    // Many times what fits, with two requests at a time.
+    // This takes many times the available space, with two requests at a time.
     for _ in 0..5_000 {
         let spaces = [(); 2].map(|()| recorder.reserve_reusable().expect("there is space"));
         for space in spaces {
@@ -599,7 +599,7 @@ fn a_tenant_that_may_not_record_more_denials_gets_space_before_the_decision() {
         panic!("it needs more than one segment");
     };
     assert!(only.tail() < 1_000, "{}", only.tail());
-    // An admitted request is recorded, and shipped once no request before it is in progress.
+    // An allowed request is recorded, and is shipped once no earlier request is in progress.
     let in_progress = recorder.reserve_reusable().unwrap();
     let admitted = recorder.reserve_reusable().unwrap();
     admitted.record.fill(&record("admitted"));
@@ -611,7 +611,7 @@ fn a_tenant_that_may_not_record_more_denials_gets_space_before_the_decision() {
     };
     let before = shipped();
     assert!(before.1, "{before:?}");
-    // The space that held up the shipper is not used again.
+    // The space that held up the shipper is not reused.
     recorder.give_back(in_progress);
     assert_eq!(shipped(), (vec!["admitted".to_owned()], false));
 
@@ -653,7 +653,7 @@ fn a_directory_whose_creation_was_interrupted_is_deleted_later() {
         std::fs::create_dir(path).unwrap();
         File::create(path.join("lock")).unwrap();
     }
-    // A directory that the operator created.
+    // This directory was created by the operator.
     let other = root.path().join("other.new");
     std::fs::create_dir(&other).unwrap();
     let now = new.metadata().unwrap().modified().unwrap();

@@ -1,13 +1,13 @@
-//! The time of events: PostgreSQL's clock, extrapolated with the monotonic clock.
+//! The times of events: PostgreSQL's clock, extrapolated with the monotonic clock.
 //!
-//! This way, replicas with different clocks record consistent times. While PostgreSQL is unreachable, the last
+//! In this way, replicas with different clocks record consistent times. While PostgreSQL is unreachable, the last
 //! measurement is used.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::clock::{Monotonic, Nanos, UnixNanos};
 
-/// A measurement that takes longer is not exact enough.
+/// A measurement that takes longer is not accurate enough.
 const LONGEST: Nanos = Nanos::from_secs(1);
 
 /// See the module documentation.
@@ -36,7 +36,7 @@ impl EventClock {
     }
 
     /// Records that PostgreSQL's clock was `now` at some point between the monotonic times `asked` and `answered`.
-    /// Returns whether that is exact enough to be used.
+    /// Returns whether the measurement was accurate enough to be used.
     pub fn measured(&self, now: UnixNanos, asked: Monotonic, answered: Monotonic) -> bool {
         let took = answered.saturating_since(asked);
         let is_exact = took <= LONGEST;

@@ -1,4 +1,5 @@
-//! Error responses of operations: derived from the arguments of an operation, with specific descriptions where needed.
+//! The error responses of operations. Most of them follow from an operation's arguments. Some operations have
+//! additional errors.
 
 use quota_common::ProblemCode;
 use serde_json::{Value, json};
@@ -16,7 +17,7 @@ const STRIPE_UNAVAILABLE: &str =
 const NO_REFRESH_TOKEN: &str =
     "No refresh token was sent, or it is invalid, expired or already used.";
 
-/// Errors that are specific to an operation, in addition to those derived from its arguments.
+/// Errors of individual operations, in addition to those that follow from their arguments.
 const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
     use ProblemCode as P;
     &[
@@ -153,7 +154,7 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
                 ),
                 (
                     P::Malformed,
-                    "Malformed request, such as two different keys.",
+                    "Malformed request; for example, two different keys were sent.",
                 ),
                 (
                     P::QuotaExceeded,
@@ -164,7 +165,7 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
     ]
 };
 
-/// The meaning of an error status if the operation does not describe it.
+/// Default descriptions of errors.
 const ERRORS: &[(ProblemCode, &str)] = {
     use ProblemCode as P;
     &[
@@ -174,7 +175,7 @@ const ERRORS: &[(ProblemCode, &str)] = {
             "Missing or invalid credentials. Nothing was charged.",
         ),
         (P::Forbidden, BY_ROLE),
-        (P::NotFound, "Not found, or it belongs to another tenant."),
+        (P::NotFound, "Not found, or belongs to another tenant."),
         (
             P::RequestTimeout,
             "The request body was not received in time.",
@@ -272,7 +273,7 @@ fn error_response(code: ProblemCode, description: &str) -> Value {
     })
 }
 
-/// Gateways act on the status and headers of forward-auth. Its 401 and 503 have no body.
+/// Gateways act only on the status and headers of forward-auth, so its 401 and 503 responses have no body.
 pub(super) fn empty_forward_auth_errors(document: &mut Value) {
     for_each_operation(document, |mut operation| {
         if operation.id() != "forward_auth" {

@@ -1,5 +1,3 @@
-//! Response headers.
-
 use serde_json::{Map, Value, json};
 
 use super::operation::for_each_operation;

@@ -1,8 +1,6 @@
-//! The operations of the document.
-
 use serde_json::{Map, Value};
 
-/// One operation of the document.
+/// An operation in the OpenAPI document.
 pub(super) struct Operation<'a> {
     pub(super) path: &'a str,
     pub(super) value: &'a mut Value,
@@ -26,7 +24,7 @@ impl Operation<'_> {
     }
 }
 
-/// Calls `edit` with every operation of the document.
+/// Calls `edit` with every operation in the OpenAPI document.
 pub(super) fn for_each_operation(document: &mut Value, mut edit: impl FnMut(Operation<'_>)) {
     let paths = document["paths"].as_object_mut().into_iter().flatten();
     for (path, operations) in paths {

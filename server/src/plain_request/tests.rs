@@ -114,7 +114,7 @@ fn long_heads_are_left_to_hyper() {
     assert_eq!(parse(many.as_bytes()), Parsed::Other);
 }
 
-/// A strict reading of the grammar of RFC 9112, without httparse.
+/// A strict parser for the grammar of RFC 9112 that does not use httparse.
 fn is_strict(head: &str) -> bool {
     let Some(lines) = head.strip_suffix("\r\n\r\n") else {
         return false;

@@ -1,4 +1,4 @@
-//! A connection to one server or to a cluster, and the commands sent on it.
+//! A connection to one server or to a cluster.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use redis::{
     cluster_async::ClusterConnection,
 };
 
-/// The pause before a command is sent again because the key has moved to another node.
+/// The pause before a command is resent because the key has moved to another node.
 const MOVING: Duration = Duration::from_millis(3);
 
 #[derive(Clone)]
@@ -45,7 +45,7 @@ impl ConnectionLike for Connection {
     }
 }
 
-/// Sends a command. If a key has moved to another node of the cluster, sends it again.
+/// Sends a command, and resends it if a key has moved to another node of the cluster.
 pub(super) async fn send(connection: &mut Connection, cmd: &Cmd) -> Result<Value, RedisError> {
     loop {
         let answer = connection.req_packed_command(cmd).await;
@@ -67,7 +67,7 @@ fn is_elsewhere(error: &RedisError) -> bool {
     )
 }
 
-/// Returns whether another connection might succeed: this one is broken, or its server is not a master.
+/// Returns whether the command might succeed on another connection: this one is broken, or its server is not a master.
 pub(super) fn is_of_the_connection(error: &RedisError) -> bool {
     error.is_io_error()
         || error.is_unrecoverable_error()

@@ -1,5 +1,5 @@
-//! Reads the properties of Redis that `quota doctor` reports, from the single server, the master that Sentinel reports,
-//! or the configured nodes of a cluster.
+//! Reads the properties of Redis that `quota doctor` reports. Reads them from the single server, the master that
+//! Sentinel reports, or the configured nodes of a cluster.
 
 use std::time::{Duration, Instant};
 
@@ -12,10 +12,10 @@ use crate::{
     error_chain::chain,
 };
 
-/// The time limit for inspecting a node, as a multiple of the limit for connecting, since it takes several round trips.
+/// The time limit for inspecting a node, as a multiple of the connect timeout, since it takes several round trips.
 const STEPS: u32 = 9;
 
-/// What a server reports about itself. Hidden values are empty.
+/// What a server reports about itself. Values that it hides are empty.
 #[derive(Debug)]
 pub struct Node {
     pub addr: String,
@@ -28,15 +28,15 @@ pub struct Node {
     /// `maxmemory-policy`
     pub eviction: String,
     pub persistence: String,
-    /// `None` if an ACL forbids reading it.
+    /// `None` if an ACL forbids reading the setting.
     pub min_replicas_to_write: Option<u32>,
-    /// The setting in seconds. `None` if an ACL forbids reading it.
+    /// In seconds. `None` if an ACL forbids reading the setting.
     pub min_replicas_max_lag: Option<u32>,
-    /// The maximum number of connections; `None` if it is hidden.
+    /// The maximum number of connections. `None` if the server hides it.
     pub max_clients: Option<usize>,
-    /// The error if the server rejects the commands that the counters' script uses.
+    /// The error if the server rejects the commands that the script of the counters uses.
     pub script_error: Option<String>,
-    /// Number of subscribers to the channel.
+    /// The number of subscribers to the channel.
     pub subscribers: usize,
     pub round_trip: Duration,
 }

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::deadline::{self, Late};
 
-/// The connection that was current when this was created. It may break at any time.
+/// The connection that was current when the link was created. It may break at any time.
 #[derive(Clone)]
 pub struct Link {
     pub(super) live: Live,
@@ -37,14 +37,14 @@ impl Link {
         self.live.generation
     }
 
-    /// Returns the run ID of the server, which changes with every restart. `None` if the server hides it, and for a
-    /// cluster, where each node has its own.
+    /// Returns the server's run ID, which changes with every restart. `None` if the server hides it, or for a cluster,
+    /// where each node has its own.
     pub fn run_id(&self) -> Option<&str> {
         self.live.run_id.as_deref()
     }
 
-    /// Runs a script: by its hash or, if the server does not have it, by its source. Waits for `QUOTA_REDIS_TIMEOUT`,
-    /// or for `patience` if that is longer. All keys must have the same hash tag.
+    /// Runs a script by its hash or, if the server does not have the script, by its source. Waits for
+    /// `QUOTA_REDIS_TIMEOUT`, or for `patience` if that is longer. All keys must have the same hash tag.
     pub async fn eval(
         &self,
         script: &Script,
@@ -70,7 +70,7 @@ impl Link {
         .await
     }
 
-    /// Sends one command and waits for `QUOTA_REDIS_TIMEOUT`.
+    /// Sends one command and waits for its response for `QUOTA_REDIS_TIMEOUT`.
     pub async fn query(&self, cmd: &Cmd) -> Result<Value, CallError> {
         self.within(None, async |mut connection: Connection| {
             send(&mut connection, cmd).await
@@ -110,7 +110,7 @@ impl Link {
         }
     }
 
-    /// Stops further calls from using this connection. The supervisor replaces it.
+    /// Prevents further calls on this connection. The supervisor replaces it.
     fn discard(&self) {
         let slot = &self.shared.slots[self.at];
         let mut live = slot.live.write();

@@ -1,15 +1,15 @@
 //! Redis: supervised connections, calls with deadlines, and messages.
 //!
 //! Owns the connection to Redis: one server, the master that Sentinel reports, or a cluster. Valkey works the same way.
-//! Does not depend on what is stored in Redis.
+//! Does not depend on what Redis stores.
 //!
-//! There are `QUOTA_REDIS_CONNECTIONS` connections, each of which is multiplexed and has a [`supervisor`]. A call never
-//! waits for a connection: without one it fails immediately with [`CallError::NotConnected`]. A failed call is not
-//! retried, since it may have been executed. The only exception is a call that a cluster node did not execute because
-//! the key is on another node: it is sent again.
+//! There are `QUOTA_REDIS_CONNECTIONS` connections. Each one is multiplexed and has a [`supervisor`]. A call never
+//! waits for a connection: if there is none, the call fails immediately with [`CallError::NotConnected`]. A failed call
+//! is not retried, since it may have been executed. The only exception is a call that a cluster node did not execute
+//! because the key is on another node: that call is resent.
 //!
 //! While Redis is unreachable, every call fails within `QUOTA_REDIS_TIMEOUT`, or within the longer time that a caller
-//! allows for late responses. Nothing is queued. Callers can detect that Redis may have lost data in the meantime from
+//! allows for late responses. Calls are not queued. Callers can tell that Redis may have lost data from
 //! [`Link::generation`], which changes with every connection, and from [`Link::run_id`], which changes with every
 //! restart of the server.
 
@@ -61,7 +61,7 @@ impl std::fmt::Debug for Redis {
 pub struct Status {
     pub connected: usize,
     pub wanted: usize,
-    /// Number of connections established so far.
+    /// The number of connections established so far.
     pub made: u64,
 }
 
@@ -88,12 +88,12 @@ impl Redis {
         }
     }
 
-    /// Returns the prefix of every key and channel, which is followed by a colon.
+    /// Returns the prefix of every key and channel, without the colon that follows it.
     pub fn prefix(&self) -> &str {
         &self.shared.settings.prefix
     }
 
-    /// Returns whether keys are distributed over nodes, so that all keys of a call must have the same hash tag.
+    /// Returns whether keys are distributed over several nodes, so that all keys of a call must have the same hash tag.
     pub fn is_cluster(&self) -> bool {
         self.shared.is_cluster()
     }
@@ -115,12 +115,12 @@ impl Redis {
         }
     }
 
-    /// Returns a number that changes whenever a connection is established, after which Redis may have lost data.
+    /// Returns a number that changes whenever a connection is established. When it changes, Redis may have lost data.
     pub fn generation(&self) -> u64 {
         self.shared.generation.load(Ordering::Acquire)
     }
 
-    /// Returns the connection for a key. While it lasts, the connection is always the same, so that calls for a key
+    /// Returns the connection for a key. It stays the same as long as the connection lasts, so that a key's calls
     /// arrive in order.
     pub fn link(&self, key: &str) -> Result<Link, CallError> {
         let slots = &self.shared.slots;
@@ -182,7 +182,7 @@ impl Redis {
     }
 }
 
-/// Installs the default TLS provider of the process, which the redis crate uses.
+/// Installs the process-wide default TLS provider, which the redis crate uses.
 fn install_tls() {
     // This fails if a provider is already installed.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();

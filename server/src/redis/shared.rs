@@ -1,4 +1,4 @@
-//! State shared by the supervisors and the callers of connections.
+//! State shared by the connections' supervisors and callers.
 
 use std::{
     sync::{
@@ -15,7 +15,7 @@ use tokio::sync::Notify;
 use super::connection::Connection;
 use crate::config::{RedisServers, RedisSettings};
 
-/// Why a call failed. Except for `NotConnected`, the call may have been executed anyway.
+/// Why a call failed. Except for `NotConnected`, the call may still have been executed.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum CallError {
     /// There is no connection. Nothing was sent.
@@ -29,7 +29,7 @@ pub enum CallError {
     Failed(#[source] RedisError),
 }
 
-/// A Lua script. It is called by its hash, and its source is sent only to servers that do not have it.
+/// A Lua script. It is called by its hash. Its source is sent only to servers that do not have it yet.
 #[derive(Debug, Clone)]
 pub struct Script {
     pub(super) code: &'static str,
@@ -45,11 +45,10 @@ impl Script {
     }
 }
 
-/// State shared by supervisors and callers.
 pub(super) struct Shared {
     pub(super) settings: RedisSettings,
     pub(super) slots: Box<[Slot]>,
-    /// Number of connections established so far.
+    /// The number of connections established so far.
     pub(super) generation: AtomicU64,
     pub(super) counts: Counts,
 }
@@ -57,9 +56,9 @@ pub(super) struct Shared {
 #[derive(Default)]
 pub(super) struct Slot {
     pub(super) live: RwLock<Option<Live>>,
-    /// Wakes the supervisor because the connection was discarded or may be dead.
+    /// Wakes the supervisor, because the connection was discarded or may be dead.
     pub(super) check: Notify,
-    /// A call found the connection broken. Set only for clusters.
+    /// Whether a call found the connection broken. Set only for clusters.
     pub(super) is_broken: AtomicBool,
 }
 

@@ -1,4 +1,4 @@
-//! The server to connect to, and connections to it.
+//! Finds the server to connect to, and connects.
 
 use std::{sync::Arc, time::Duration};
 
@@ -13,12 +13,12 @@ use tokio::time::timeout;
 use super::connection::Connection;
 use crate::config::{RedisServers, RedisSettings, redis::tcp_settings};
 
-/// The maximum number of calls in flight per connection. Additional calls wait, within their own deadlines.
+/// The maximum number of calls in flight per connection. Further calls wait, within their own deadlines.
 const CONCURRENT: usize = 1024;
-/// How long a cluster node may take to respond, which is longer than any caller waits.
+/// How long a cluster node may take to respond. Longer than any caller waits.
 const UNANSWERED: Duration = Duration::from_secs(2);
-/// How long querying Sentinel may take, as a multiple of the limit for connecting. It takes several round trips,
-/// including the check of the master that Sentinel reports.
+/// The time limit for querying Sentinel, as a multiple of the connect timeout. A query takes several round trips,
+/// including a check of the master that Sentinel reports.
 const SENTINEL_STEPS: u32 = 4;
 
 /// Why connecting failed.
@@ -33,7 +33,6 @@ pub(super) enum ConnectError {
     NoMaster(String),
 }
 
-/// Finds the server to connect to.
 pub(super) enum ServerSource {
     One(Box<Client>),
     Sentinel(Box<SentinelClient>),
@@ -65,7 +64,7 @@ impl ServerSource {
             }
             RedisServers::Cluster(nodes) => Self::Cluster(Box::new(
                 ClusterClientBuilder::new(nodes.iter().cloned())
-                    // Otherwise, the crate would also retry calls that may have been executed.
+                    // By default, the crate would also retry calls that may have been executed.
                     .retries(0)
                     .connection_timeout(settings.connect_timeout)
                     .response_timeout(
@@ -81,7 +80,7 @@ impl ServerSource {
         })
     }
 
-    /// Returns a client for the current server, for other kinds of connections. `None` for a cluster.
+    /// Returns a client for the current server, which can open other kinds of connections. `None` for a cluster.
     pub(super) async fn client(&mut self, limit: Duration) -> Result<Option<Client>, ConnectError> {
         match self {
             Self::One(client) => Ok(Some((**client).clone())),
@@ -96,14 +95,14 @@ impl ServerSource {
         }
     }
 
-    /// Returns a connection that has responded, and the run ID of the server.
+    /// Returns a connection on which the server has responded, and the server's run ID.
     pub(super) async fn connect(
         &mut self,
         settings: &RedisSettings,
     ) -> Result<(Connection, Option<Arc<str>>), ConnectError> {
         let limit = settings.connect_timeout;
         if let Self::Cluster(cluster) = self {
-            // Connects to every known node.
+            // This connects to every known node.
             let limit = limit * SENTINEL_STEPS;
             let connection = timeout(limit, cluster.get_async_connection())
                 .await
@@ -140,7 +139,7 @@ async fn greet(connection: &mut MultiplexedConnection) -> Result<Option<Arc<str>
     Ok(info_value(&server, "run_id").map(Arc::from))
 }
 
-/// Returns a section of `INFO`, or nothing if an ACL forbids the command.
+/// Returns a section of `INFO`, or an empty string if an ACL forbids the command.
 async fn info(connection: &mut MultiplexedConnection, section: &str) -> Result<String, RedisError> {
     let mut info = redis::cmd("INFO");
     match info.arg(section).query_async(connection).await {

@@ -1,7 +1,7 @@
-//! Messages on a channel, through a separate connection.
+//! Subscribes to a channel on a separate connection.
 //!
-//! Redis does not store messages. Messages that are published while the connection is down, or faster than they are
-//! consumed, are lost. [`Event::Lost`] means that messages may have been lost, but not which ones.
+//! Redis does not store messages. Those published while the connection is down, or faster than they are consumed, are
+//! lost. [`Event::Lost`] means that messages may have been lost, but not which ones.
 
 use std::time::Duration;
 
@@ -21,22 +21,21 @@ use crate::{
     error_chain::chain,
 };
 
-/// The maximum number of messages waiting to be consumed.
+/// The maximum number of messages that wait to be consumed.
 const WAITING: usize = 4096;
 /// How often the connection is probed.
 const PROBE: Duration = Duration::from_millis(500);
 
-/// An event of a [`Subscription`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     /// From now on, all published messages arrive.
     Subscribed,
     Message(Vec<u8>),
-    /// Messages may have been lost, and more may be lost until the next `Subscribed`.
+    /// Messages may have been lost. More may be lost until the next `Subscribed`.
     Lost,
 }
 
-/// See [`super::Redis::subscribe`]. The subscription ends when this is dropped.
+/// A subscription from [`super::Redis::subscribe`]. It ends when it is dropped.
 #[derive(Debug)]
 pub struct Subscription {
     events: mpsc::Receiver<Event>,
@@ -85,7 +84,7 @@ async fn supervise(settings: RedisSettings, channel: String, events: mpsc::Sende
                     return;
                 }
                 forward(&mut sink, stream, &events, probe_limit(&settings)).await;
-                // This event is queued behind the messages that have already arrived.
+                // This event is queued after the messages that have already arrived.
                 if events.send(Event::Lost).await.is_err() {
                     return;
                 }
@@ -142,7 +141,7 @@ async fn forward(
                 }
             }
             _ = probes.tick() => {
-                // Messages that arrive in the meantime wait in the stream.
+                // Messages that arrive during the probe wait in the stream.
                 if !matches!(timeout(limit, sink.ping::<redis::Value>()).await, Ok(Ok(_))) {
                     return;
                 }

@@ -1,11 +1,11 @@
 //! Maintains one connection: connects, probes and reconnects.
 //!
 //! The redis crate's `ConnectionManager` keeps reconnecting to one address and makes calls wait for the new connection.
-//! Here, Sentinel is queried for the master before each attempt, calls never wait, and a probe detects connections that
-//! have gone silent, which a single late call does not prove.
+//! Here, Sentinel is asked for the master before each attempt, and calls never wait. Probes detect connections that no
+//! longer respond; a single late call does not prove that.
 //!
-//! The crate itself maintains the connections of a cluster, node by node. The cluster connection as a whole is replaced
-//! only if that does not help, and the old one is used until the new one is ready.
+//! The crate itself maintains a cluster's connections to each node. The cluster connection as a whole is replaced only
+//! if that does not help, and the old one is used until the new one is ready.
 
 use std::{
     sync::{Arc, atomic::Ordering},
@@ -22,13 +22,13 @@ use crate::{config::RedisSettings, error_chain::chain};
 
 /// How often a healthy connection is probed.
 const PROBE_EVERY: Duration = Duration::from_millis(500);
-/// Minimum time allowed for the response to a probe. A Redis server that briefly gets no CPU time is not dead, and
+/// The minimum time allowed for the response to a probe. A Redis server that briefly gets no CPU time is not dead, and
 /// reconnecting would only add to its load.
 const PROBE_ANSWER: Duration = Duration::from_millis(500);
-/// The pause after a failed attempt, which doubles up to the maximum.
+/// The pause after a failed attempt. It doubles each time, up to the maximum.
 const FIRST_PAUSE: Duration = Duration::from_millis(25);
 const LONGEST_PAUSE: Duration = Duration::from_millis(250);
-/// Minimum time between two replacements of a cluster's connection.
+/// The minimum time between two replacements of a cluster connection.
 const CLUSTER_RECONNECT: Duration = Duration::from_secs(1);
 
 /// Returns how long the response to a probe may take.
@@ -56,7 +56,7 @@ impl Backoff {
     }
 }
 
-/// Supervises connection `at`. Returns only if the settings are unusable.
+/// Supervises the connection in slot `at`. Returns only if the settings are unusable.
 pub(super) async fn supervise(shared: Arc<Shared>, at: usize) {
     let settings = &shared.settings;
     let mut source = match ServerSource::new(settings) {
@@ -106,7 +106,7 @@ pub(super) async fn supervise(shared: Arc<Shared>, at: usize) {
     }
 }
 
-/// Probes the connection. Returns when it needs to be replaced.
+/// Probes the connection. Returns when it must be replaced.
 async fn until_broken(shared: &Shared, at: usize) {
     let slot = &shared.slots[at];
     loop {
@@ -119,7 +119,7 @@ async fn until_broken(shared: &Shared, at: usize) {
         } else {
             let _ = timeout(PROBE_EVERY, slot.check.notified()).await;
         }
-        // `None` after a call has found the connection broken.
+        // `None` if a call has found the connection broken.
         let live = slot.live.read().clone();
         let Some(mut connection) = live.map(|it| it.connection) else {
             return;

@@ -1,5 +1,3 @@
-//! Users, tenants and memberships in PostgreSQL.
-
 use chrono::{DateTime, Utc};
 use diesel::prelude::*;
 use diesel_async::RunQueryDsl;
@@ -27,8 +25,8 @@ pub struct TenantRow {
     pub time_zone: String,
 }
 
-/// Inserts a user, a tenant, and the user's membership as its owner. An email that is already in use fails with
-/// `users_email_key`.
+/// Inserts a user, a tenant, and the user's membership as owner. Fails with `users_email_key` if the email address is
+/// already in use.
 pub async fn register(
     tx: &mut SystemTx,
     (user_id, tenant_id): (Uuid, Uuid),
@@ -61,7 +59,6 @@ pub async fn register(
     Ok((user, tenant))
 }
 
-/// A user who is signing in.
 #[derive(Debug, Clone, Queryable)]
 pub struct LoginRow {
     pub user: UserRow,
@@ -69,7 +66,7 @@ pub struct LoginRow {
     pub tenant_id: Uuid,
 }
 
-/// Finds a user by email, with the tenant that they joined first.
+/// Finds a user by email address, with the tenant that the user joined first.
 pub async fn for_login(tx: &mut SystemTx, email: &str) -> Result<Option<LoginRow>, DbError> {
     let query = users::table
         .inner_join(memberships::table)
@@ -83,7 +80,6 @@ pub async fn for_login(tx: &mut SystemTx, email: &str) -> Result<Option<LoginRow
     Ok(query.first::<LoginRow>(&mut **tx).await.optional()?)
 }
 
-/// A user's membership in a tenant.
 #[derive(Debug, Clone, Queryable)]
 pub struct MemberRow {
     pub user: UserRow,
@@ -91,7 +87,6 @@ pub struct MemberRow {
     pub role: String,
 }
 
-/// Finds a user's membership in a tenant.
 pub async fn member(
     tx: &mut SystemTx,
     user: Uuid,
@@ -110,7 +105,7 @@ pub async fn member(
     Ok(query.first::<MemberRow>(&mut **tx).await.optional()?)
 }
 
-/// Returns every membership: the user's email, the tenant's name and the role.
+/// Returns the user's email address, the tenant's name, and the role of every membership.
 pub async fn list(tx: &mut SystemTx) -> Result<Vec<(String, String, String)>, DbError> {
     let query = memberships::table
         .inner_join(users::table)
@@ -129,8 +124,8 @@ pub async fn password_hash(tx: &mut SystemTx, user: Uuid) -> Result<Option<Strin
         .optional()?)
 }
 
-/// Returns whether `hash` is still the user's password hash, and locks it until the transaction ends: a transaction
-/// that changes the hash waits for this one and then sees its effects.
+/// Whether `hash` is still the user's password hash. Locks the hash until the transaction ends. A transaction that
+/// changes the hash waits for this one, and then sees its effects.
 pub async fn hold_password(tx: &mut SystemTx, user: Uuid, hash: &str) -> Result<bool, DbError> {
     let current = users::table
         .find(user)
@@ -142,7 +137,7 @@ pub async fn hold_password(tx: &mut SystemTx, user: Uuid, hash: &str) -> Result<
     Ok(current.as_deref() == Some(hash))
 }
 
-/// Sets a password without checking the old one.
+/// Does not check the old password.
 pub async fn set_password(tx: &mut SystemTx, user: Uuid, hash: &str) -> Result<(), DbError> {
     diesel::update(users::table.find(user))
         .set((
@@ -154,7 +149,7 @@ pub async fn set_password(tx: &mut SystemTx, user: Uuid, hash: &str) -> Result<(
     Ok(())
 }
 
-/// Replaces a password hash. Returns `false` if the user's hash is no longer `old`.
+/// Returns `false` if the user's password hash is no longer `old`.
 pub async fn replace_password(
     tx: &mut SystemTx,
     user: Uuid,
@@ -208,7 +203,6 @@ pub async fn update_tenant(
     Ok(query.get_result(&mut **tx).await?)
 }
 
-/// Returns the tenant's time zone.
 pub async fn time_zone(tx: &mut TenantTx) -> Result<Option<String>, DbError> {
     let tenant = tx.tenant().0;
     Ok(tenants::table

@@ -1,4 +1,4 @@
-//! Quota alerts in PostgreSQL, and the usage that causes them.
+//! Quota alerts, and the usage that causes them.
 
 use chrono::{DateTime, Utc};
 use diesel::{
@@ -20,7 +20,7 @@ use crate::{
 #[diesel(table_name = quota_alerts, check_for_backend(diesel::pg::Pg))]
 pub struct AlertRow {
     pub id: Uuid,
-    /// Nil: the tenant's own quota.
+    /// The nil UUID if the quota is the whole tenant's.
     pub key_id: Uuid,
     pub key_name: Option<String>,
     pub policy: String,
@@ -53,7 +53,7 @@ pub async fn list(tx: &mut TenantTx, slice: Slice) -> Result<Rows<AlertRow>, DbE
     Ok(Rows::new(rows, slice.limit, counted.total))
 }
 
-/// Who gets email about alerts.
+/// Who receives alerts by email.
 #[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
 pub struct SettingsRow {
     #[diesel(sql_type = Bool)]
@@ -65,7 +65,7 @@ pub struct SettingsRow {
     pub name: String,
 }
 
-/// Returns the tenant's settings; with `for_update`, locks them until the transaction ends.
+/// If `for_update` is set, locks the settings until the transaction ends.
 pub async fn settings(tx: &mut TenantTx, for_update: bool) -> Result<SettingsRow, DbError> {
     let lock = if for_update { "FOR NO KEY UPDATE" } else { "" };
     let tenant = tx.tenant().0;
@@ -91,9 +91,9 @@ pub async fn update_settings(
     Ok(())
 }
 
-// Checking quotas ----------------------------------------------------------------------------------------
+// Quota checks -------------------------------------------------------------------------------------------
 
-/// Returns tenants with usage that has not been checked yet, in random order.
+/// Returns tenants whose newest usage has not been checked, in random order.
 pub async fn unchecked_tenants(tx: &mut SystemTx, limit: i64) -> Result<Vec<Uuid>, DbError> {
     #[derive(QueryableByName)]
     struct Unchecked {
@@ -111,7 +111,7 @@ pub async fn unchecked_tenants(tx: &mut SystemTx, limit: i64) -> Result<Vec<Uuid
     Ok(tenants.into_iter().map(|it| it.tenant_id).collect())
 }
 
-/// Returns tenants that have quotas, or whose keys do, in random order.
+/// Returns tenants that have a quota or whose keys have one, in random order.
 pub async fn tenants_with_quotas(tx: &mut SystemTx) -> Result<Vec<Uuid>, DbError> {
     #[derive(QueryableByName)]
     struct Tenant {
@@ -129,19 +129,19 @@ pub async fn tenants_with_quotas(tx: &mut SystemTx) -> Result<Vec<Uuid>, DbError
     Ok(tenants.into_iter().map(|it| it.tenant_id).collect())
 }
 
-/// How far a tenant has been checked.
+/// How far a tenant's usage has been checked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Progress {
-    /// The last position in the usage log that was checked for all keys. -1: none.
+    /// Usage of all keys has been checked up to this position in the log. -1 if no usage has been checked.
     pub seq: i64,
-    /// The position up to which keys are being checked, and the last key that was.
+    /// While a check is in progress: the check's target position, and the last key checked.
     pub part: Option<(i64, Uuid)>,
-    /// The last position in the usage log.
+    /// The last position in the log.
     pub last_seq: i64,
 }
 
-/// Locks the progress of a tenant until the transaction ends. Returns `None` if another replica has locked it, or if the
-/// tenant is gone.
+/// Locks a tenant's progress until the transaction ends. Returns `None` if another replica has locked it or the tenant
+/// no longer exists.
 pub async fn lock_progress(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -183,7 +183,7 @@ pub async fn lock_progress(
     else {
         return Ok(None);
     };
-    // Read after the lock, so that it is never less than what another replica has checked.
+    // Read after locking, so that it is at least the position that another replica has checked.
     let last: Option<Last> = sql_query("SELECT last_seq FROM usage_tenants WHERE tenant_id = $1")
         .bind::<SqlUuid, _>(tenant.0)
         .get_result(&mut **tx)
@@ -214,10 +214,9 @@ pub async fn set_progress(
     Ok(())
 }
 
-/// Which keys to check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Keys {
-    /// Those in this part of the usage log: after one position, up to another.
+    /// Keys with records in this part of the usage log.
     Used {
         after: i64,
         until: i64,
@@ -225,7 +224,7 @@ pub enum Keys {
     All,
 }
 
-/// Returns at most `limit` of a tenant's keys to check, in the order of their IDs, after this one.
+/// Returns up to `limit` of a tenant's keys to check. Starts after `after_key`, in order of ID.
 pub async fn keys(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -239,8 +238,8 @@ pub async fn keys(
         id: Uuid,
     }
     let found: Vec<Key> = match keys {
-        // The log has as many partitions as days are kept. Recording is late by at most the time for which usage can
-        // wait on a replica, so the range is found by its position alone.
+        // Not restricted by time, because replicas can ship records late. The index on positions finds the range in
+        // each of the log's daily partitions.
         Keys::Used { after, until } => {
             sql_query(
                 "SELECT DISTINCT key_id AS id FROM usage_log \
@@ -266,26 +265,26 @@ pub async fn keys(
     Ok(found.into_iter().map(|it| it.id).collect())
 }
 
-/// How much of a quota is used in one window.
+/// The usage of a quota in one window.
 #[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
 pub struct QuotaStanding {
-    /// Nil: the tenant's own quota.
+    /// The nil UUID if the quota is the whole tenant's.
     #[diesel(sql_type = SqlUuid)]
     pub key_id: Uuid,
     #[diesel(sql_type = Nullable<Text>)]
     pub key_name: Option<String>,
     #[diesel(sql_type = Text)]
     pub policy: String,
-    /// The quota for the window.
+    /// The quota of the window.
     #[diesel(sql_type = BigInt)]
     pub quota: i64,
-    /// The tokens that replicas have taken, which is never less than what was spent.
+    /// The tokens that replicas have taken. At least as many as have been spent.
     #[diesel(sql_type = BigInt)]
     pub taken: i64,
     /// The cost of allowed requests.
     #[diesel(sql_type = BigInt)]
     pub spent: i64,
-    /// Whether a request was denied because of this quota.
+    /// Whether this quota denied a request.
     #[diesel(sql_type = Bool)]
     pub has_denials: bool,
     #[diesel(sql_type = Timestamptz)]
@@ -294,16 +293,16 @@ pub struct QuotaStanding {
     pub window_end: DateTime<Utc>,
 }
 
-/// Returns the current windows of these keys' quotas, and those that ended in the last quarter of an hour, of which at
-/// least `percent` is taken, except those with an alert that they are used up. The quota of a shortened window is that
-/// of [`quota_usage::take`](super::quota_usage::take).
+/// Returns windows of the keys' quotas. Selects current windows, and those that ended within the last 15 minutes, if at
+/// least `percent` of the quota is taken. Skips windows that already have an alert at 100%. A shortened window has the
+/// same proportional quota as in [`quota_usage::take`](super::quota_usage::take).
 pub async fn standings(
     tx: &mut SystemTx,
     tenant: TenantId,
     keys: &[Uuid],
     percent: i32,
 ) -> Result<Vec<QuotaStanding>, DbError> {
-    // The rollups of a month are many rows, so they are read only for the windows that matter.
+    // Reading the rollups of a month means reading many rows, so read them only for the selected windows.
     tx.batch_execute("SET LOCAL statement_timeout = '10s'")
         .await?;
     let standings = sql_query(
@@ -343,16 +342,16 @@ pub async fn standings(
     Ok(standings.get_results(&mut **tx).await?)
 }
 
-/// A quota that all keys of a tenant share, for a calendar month in UTC.
+/// A quota for a calendar month (UTC) that all keys of a tenant share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TenantQuota {
     pub quota: i64,
-    /// Whether it does not apply to tenants with access to paid plans.
+    /// Whether tenants with access to paid plans are exempt.
     pub is_lifted_by_access: bool,
 }
 
-/// Returns the state of the tenant's own quota if at least `percent` of it is taken. Requests while it did not apply are
-/// in the rollups, but not in its ledger.
+/// Returns the tenant's quota if at least `percent` of it is taken. The rollups also contain requests from times at
+/// which the quota did not apply; the quota's ledger does not.
 pub async fn tenant_standing(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -387,7 +386,7 @@ pub async fn tenant_standing(
     Ok(standing.get_results(&mut **tx).await?)
 }
 
-/// A threshold that was reached.
+/// A threshold that has been reached.
 #[derive(Debug, Clone, Copy)]
 pub struct NewAlert<'a> {
     pub id: Uuid,
@@ -396,8 +395,8 @@ pub struct NewAlert<'a> {
     pub used: i64,
 }
 
-/// Inserts alerts, unless there is one for the same quota and threshold in the same window, or in one that overlaps it.
-/// Returns those that are new.
+/// Inserts the alerts that do not exist yet, and returns them. Alerts for the same quota and threshold count as the
+/// same alert if their windows overlap.
 pub async fn insert_new(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -459,7 +458,7 @@ pub async fn insert_new(
     Ok(rows)
 }
 
-/// Adds alerts to the next email to the tenant, if it gets any.
+/// Includes alerts in the tenant's next email, if alert emails are on.
 pub async fn mark_for_email(
     tx: &mut SystemTx,
     tenant: TenantId,

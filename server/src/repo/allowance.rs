@@ -1,4 +1,4 @@
-//! Counts the resources of a tenant, for the operator's limits.
+//! Counts a tenant's resources, to enforce the operator's limits.
 
 use diesel::{prelude::*, sql_query, sql_types};
 use diesel_async::RunQueryDsl;
@@ -8,7 +8,7 @@ use crate::{
     schema::{api_keys, plans, service_tokens, webhooks},
 };
 
-/// A kind of resource with a limit.
+/// A type of resource with a limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Resource {
     Plans,
@@ -17,9 +17,9 @@ pub enum Resource {
     Webhooks,
 }
 
-/// Makes other transactions of the tenant that call this wait until the transaction ends.
+/// Blocks other transactions of the tenant that call this, until this transaction ends.
 pub async fn lock(tx: &mut TenantTx) -> Result<(), DbError> {
-    // An advisory lock, because a lock on the tenant's row could deadlock with a change to the tenant.
+    // An advisory lock, because locking the tenant's row could cause a deadlock with a change to the tenant.
     sql_query("SELECT pg_advisory_xact_lock(hashtextextended($1::text, 7226422))")
         .bind::<sql_types::Uuid, _>(tx.tenant().0)
         .execute(&mut **tx)
@@ -27,8 +27,8 @@ pub async fn lock(tx: &mut TenantTx) -> Result<(), DbError> {
     Ok(())
 }
 
-/// Returns how many resources of this kind the tenant has. Call before the insert, in the same transaction: until it
-/// ends, other transactions that call this wait.
+/// Returns the number of the tenant's resources of a type. Call in the transaction that inserts a resource, before the
+/// insert. Blocks other transactions that call this until this one ends.
 pub async fn count(tx: &mut TenantTx, what: Resource) -> Result<u64, DbError> {
     lock(tx).await?;
     let tenant = tx.tenant().0;

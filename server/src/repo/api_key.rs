@@ -1,5 +1,3 @@
-//! API keys in PostgreSQL.
-
 mod list;
 
 use chrono::{DateTime, Utc};
@@ -80,7 +78,7 @@ pub struct ApiKeyChange<'a> {
     pub metadata: Option<Value>,
 }
 
-/// The data of a key that decisions need.
+/// The part of a key's data that decisions depend on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct KeyFacts {
@@ -89,7 +87,7 @@ pub struct KeyFacts {
     pub plan_id: Uuid,
     pub prefix: String,
     pub is_active: bool,
-    /// The key's expiry or, for a previous key, the end of its grace period if that is earlier.
+    /// When the key expires. For a previous secret, the end of its grace period if that is earlier.
     pub expires_at: Option<DateTime<Utc>>,
     pub rpm_override: Option<i32>,
     pub plan_name: String,
@@ -100,14 +98,14 @@ pub struct KeyFacts {
     pub strict: bool,
     pub on_redis_failure: Option<String>,
     pub billing: String,
-    /// Whether the tenant may use plans marked `paid`, until `paid_access_until`.
+    /// Whether the tenant may use paid plans, until `paid_access_until`.
     pub has_paid_access: bool,
-    /// `None` if no end is known.
+    /// `None` if the access has no known end.
     pub paid_access_until: Option<DateTime<Utc>>,
     pub time_zone: String,
 }
 
-/// Inserts a key. A plan that the tenant does not have fails with `api_keys_plan_fkey`.
+/// Fails with `api_keys_plan_fkey` if the tenant has no such plan.
 pub async fn insert(tx: &mut TenantTx, key: &NewApiKey<'_>) -> Result<ApiKeyRow, DbError> {
     let query = diesel::insert_into(api_keys::table)
         .values(key)
@@ -115,7 +113,7 @@ pub async fn insert(tx: &mut TenantTx, key: &NewApiKey<'_>) -> Result<ApiKeyRow,
     Ok(query.get_result(&mut **tx).await?)
 }
 
-/// Returns the highest rate override of a key on the plan.
+/// Returns the highest rate override among the plan's keys.
 pub async fn highest_rate(tx: &mut TenantTx, plan: Uuid) -> Result<Option<i64>, DbError> {
     let highest: Option<i32> = api_keys::table
         .filter(api_keys::tenant_id.eq(tx.tenant().0))
@@ -131,21 +129,22 @@ find_by_id!(
 );
 
 find_by_id!(
-    /// Finds a key and locks it against other changes until the transaction ends.
+    /// Finds a key, and locks it against changes until the transaction ends.
     pub fn lock in api_keys -> ApiKeyRow, for_update
 );
 
 update_by_id!(
-    /// Updates a key. A plan that the tenant does not have fails with `api_keys_plan_fkey`.
+    /// Fails with `api_keys_plan_fkey` if the tenant has no such plan.
     pub fn update in api_keys, ApiKeyChange -> ApiKeyRow
 );
 
 delete_by_id!(
-    /// Deletes a key and, by cascade, its quota usage. Returns the key's last state.
+    /// Deletes a key and its quota usage. Returns the key's last state.
     pub fn delete in api_keys -> ApiKeyRow
 );
 
-/// Replaces the key's secret. The previous one works until `previous_expires_at`, or not at all.
+/// Replaces the key's secret. The old secret works until `previous_expires_at`, or stops working immediately if that is
+/// `None`.
 pub async fn rotate(
     tx: &mut TenantTx,
     id: Uuid,
@@ -182,13 +181,12 @@ pub async fn rotate(
     Ok(row.optional()?)
 }
 
-/// The facts of a key, found by the hash of one of its secrets.
+/// A key found by the hash of one of its secrets.
 #[derive(Debug)]
 pub struct FoundKey {
     pub hash: Vec<u8>,
     pub facts: KeyFacts,
-    /// The number of the newest invalidation at the time of reading. The facts are up to date except for later
-    /// invalidations.
+    /// The number of the newest invalidation when the facts were read. Only later invalidations can make them outdated.
     pub as_of: i64,
 }
 
@@ -208,7 +206,6 @@ struct KeyColumns {
 }
 
 impl KeyColumns {
-    /// Returns when the previous secret stops working.
     fn previous_expiry(&self) -> Option<DateTime<Utc>> {
         match (self.expires_at, self.previous_expires_at) {
             (Some(own), Some(grace)) => Some(own.min(grace)),
@@ -248,7 +245,7 @@ struct FactsRow {
 }
 
 impl FactsRow {
-    /// Returns one result for each requested secret of the key: both secrets of a rotated key may have been requested.
+    /// Returns one result for each requested hash. If the key was rotated, both of its secrets may have been requested.
     fn found(self, hashes: &[&[u8]]) -> impl Iterator<Item = FoundKey> + use<> {
         let Self { key, plan, .. } = self;
         let is_requested = |hash: &Vec<u8>| hashes.contains(&&**hash);
@@ -291,7 +288,7 @@ impl FactsRow {
     }
 }
 
-/// Keys with everything that a decision depends on.
+/// A query for keys with all data that decisions depend on.
 #[auto_type]
 fn with_facts() -> _ {
     let plan = plans::tenant_id
@@ -304,9 +301,10 @@ fn with_facts() -> _ {
         .left_join(billing_accounts::table.on(access))
 }
 
-/// Finds the keys whose current or previous secret has one of these hashes, active or not, in any tenant, in any order.
+/// Finds the keys whose current or previous secret has one of these hashes. Searches all tenants, and includes inactive
+/// keys. The order of the results is unspecified.
 pub async fn facts(tx: &mut SystemTx, hashes: &[&[u8]]) -> Result<Vec<FoundKey>, DbError> {
-    // The number is read in the same statement, so that it belongs to the same snapshot.
+    // Selected in the same statement, so that it belongs to the same snapshot.
     let as_of = sql::<BigInt>("(SELECT coalesce(max(seq), 0) FROM revocations)");
     let in_grace = sql::<Bool>("coalesce(api_keys.previous_expires_at > now(), false)");
     let rows = with_facts()
@@ -331,7 +329,7 @@ pub async fn facts(tx: &mut SystemTx, hashes: &[&[u8]]) -> Result<Vec<FoundKey>,
     Ok(rows.into_iter().flat_map(|row| row.found(hashes)).collect())
 }
 
-/// Finds one key of the tenant with its plan, like [`facts`].
+/// Like [`facts`], for one key of the tenant.
 pub async fn facts_of(tx: &mut TenantTx, id: Uuid) -> Result<Option<FoundKey>, DbError> {
     let tenant = tx.tenant().0;
     let as_of = sql::<BigInt>("(SELECT coalesce(max(seq), 0) FROM revocations)");
@@ -355,7 +353,7 @@ pub async fn facts_of(tx: &mut TenantTx, id: Uuid) -> Result<Option<FoundKey>, D
     }))
 }
 
-/// Moves `last_used_at` of many keys forward in one statement. Never moves it backward.
+/// Updates `last_used_at` of many keys in one statement. Never moves it backward.
 pub async fn touch(tx: &mut SystemTx, used: &[(Uuid, DateTime<Utc>)]) -> Result<(), DbError> {
     super::touch(tx, "api_keys", used).await
 }

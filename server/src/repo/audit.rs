@@ -1,5 +1,3 @@
-//! The audit log in PostgreSQL.
-
 use chrono::{DateTime, Utc};
 use diesel::{pg::Pg, prelude::*};
 use diesel_async::{AsyncPgConnection, RunQueryDsl};
@@ -29,25 +27,24 @@ pub struct AuditRow {
     pub target_name: Option<String>,
 }
 
-/// An event and the current email of the user who caused it.
+/// An event, and the current email address of the user who caused it.
 #[derive(Debug, Clone, Queryable)]
 pub struct AuditEntry {
     pub event: AuditRow,
     pub user_email: Option<String>,
 }
 
-/// Filters a list of events.
 #[derive(Debug, Default)]
 pub struct Filter<'a> {
     pub action: Option<&'a str>,
     pub target_type: Option<&'a str>,
     pub target_id: Option<&'a str>,
-    /// Substring of the actor's email.
+    /// Part of the actor's email address.
     pub actor: Option<&'a str>,
-    /// Substring of the resource's name.
+    /// Part of the resource's name.
     pub search: Option<&'a str>,
     pub from: Option<DateTime<Utc>>,
-    /// The end of the range, exclusive.
+    /// Exclusive.
     pub to: Option<DateTime<Utc>>,
 }
 
@@ -60,7 +57,6 @@ pub struct NewAuditEvent<'a> {
     pub action: &'a str,
     pub target_type: &'a str,
     pub target_id: Option<String>,
-    /// The resource's name, if it has one.
     pub target_name: Option<&'a str>,
     pub ip: Option<IpNet>,
     pub before: Option<Value>,
@@ -68,7 +64,7 @@ pub struct NewAuditEvent<'a> {
 }
 
 impl NewAuditEvent<'_> {
-    /// Returns an event caused by the system, without changed fields, on a resource without a name.
+    /// Returns an event caused by the server. The event has no changed fields, and its resource has no name.
     pub fn new(
         tenant_id: Uuid,
         action: AuditAction,
@@ -89,7 +85,7 @@ impl NewAuditEvent<'_> {
         }
     }
 
-    /// Attributes the event to a user at this address.
+    /// Attributes the event to a user at an IP address.
     pub fn by(self, user: Uuid, ip: Option<IpNet>) -> Self {
         Self {
             user_id: Some(user),
@@ -103,7 +99,7 @@ pub async fn insert(tx: &mut TenantTx, event: &NewAuditEvent<'_>) -> Result<(), 
     insert_on(tx, event).await
 }
 
-/// Inserts an event outside a tenant's transaction, for registration and sign-in.
+/// Inserts an event outside a tenant's transaction. Used for registration and sign-in.
 pub async fn insert_system(tx: &mut SystemTx, event: &NewAuditEvent<'_>) -> Result<(), DbError> {
     insert_on(tx, event).await
 }

@@ -1,6 +1,6 @@
-//! Stripe customers and their subscriptions, in PostgreSQL.
+//! Stripe customers and their subscriptions.
 //!
-//! Only the server itself writes these tables; a tenant's transaction can read its own rows. See the migration.
+//! Only the server writes to these tables. A tenant's transaction can read the tenant's own rows; see the migration.
 
 use chrono::{DateTime, Utc};
 use diesel::{dsl::sql, pg::Pg, prelude::*, sql_query, sql_types};
@@ -13,7 +13,7 @@ use crate::{
     schema::{billing_accounts, billing_subscriptions, tenants, users},
 };
 
-/// A tenant that has started a subscription or tried to.
+/// A tenant that has started or tried to start a subscription.
 #[derive(Debug, Clone, Queryable, Selectable)]
 #[diesel(table_name = billing_accounts, check_for_backend(Pg))]
 pub struct AccountRow {
@@ -49,12 +49,12 @@ pub struct SubscriptionRow {
     pub is_metered: bool,
     pub product_name: Option<String>,
     pub currency: Option<String>,
-    /// The monthly price in the smallest unit of the currency, like `usage_price`.
+    /// In the smallest unit of the currency. The same applies to `usage_price`.
     pub monthly_price: Option<String>,
     pub usage_price: Option<String>,
 }
 
-/// Returns the email of a user and the name of the tenant.
+/// Returns the user's email address and the tenant's name.
 pub async fn names(tx: &mut TenantTx, user: Uuid) -> Result<(String, String), DbError> {
     let email = users::table.find(user).select(users::email);
     let email = email.get_result(&mut **tx).await?;
@@ -63,7 +63,7 @@ pub async fn names(tx: &mut TenantTx, user: Uuid) -> Result<(String, String), Db
     Ok((email, name))
 }
 
-/// Returns the tenant's account and the subscription that determines its access.
+/// Returns the tenant's account, and the subscription that determines its access.
 pub async fn find(
     tx: &mut TenantTx,
 ) -> Result<Option<(AccountRow, Option<SubscriptionRow>)>, DbError> {
@@ -89,7 +89,7 @@ pub async fn find(
     Ok(Some((account, subscription)))
 }
 
-/// Returns the tenant's account, creating it if there is none. The email and name of the first call are kept.
+/// Returns the tenant's account. Creates it if necessary; later calls do not change its email address and name.
 pub async fn open(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -121,7 +121,7 @@ pub async fn request_customer(tx: &mut SystemTx, tenant: TenantId) -> Result<(),
     Ok(())
 }
 
-/// Records the customer, unless one was recorded before. Returns the recorded one.
+/// Records the tenant's customer if none is recorded. Returns the recorded customer.
 pub async fn set_customer(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -138,8 +138,7 @@ pub async fn set_customer(
     Ok(recorded.get_result(&mut **tx).await?)
 }
 
-/// Counts an attempt to create a customer that failed permanently, so that the next attempt uses another idempotency
-/// key.
+/// Records that creating a customer has failed permanently, so that the next attempt uses a different idempotency key.
 pub async fn next_customer_attempt(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -153,7 +152,7 @@ pub async fn next_customer_attempt(
     Ok(())
 }
 
-/// Records the Checkout Session that an attempt created.
+/// Records the Checkout Session created by an attempt.
 pub async fn set_checkout(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -164,7 +163,7 @@ pub async fn set_checkout(
         .filter(billing_accounts::checkout_attempt.eq(attempt))
         .set((
             billing_accounts::checkout_id.eq(session),
-            // A subscription may begin soon, and its webhook may be lost.
+            // A subscription may start soon. Read it soon, even if Stripe's webhook gets lost.
             billing_accounts::read_due_at
                 .eq(sql("least(read_due_at, now() + interval '10 minutes')")),
         ))
@@ -173,8 +172,8 @@ pub async fn set_checkout(
     Ok(())
 }
 
-/// Ends a Checkout Session or a failed attempt to create one, so that the next attempt uses another key. Returns the
-/// number of the next attempt, which another request may already have started.
+/// Records that a Checkout Session or an attempt to create one has ended, so that the next attempt uses a different
+/// idempotency key. Returns the number of the next attempt. Another request may have already started that attempt.
 pub async fn next_checkout_attempt(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -205,7 +204,8 @@ pub struct BegunRead {
     pub at: DateTime<Utc>,
 }
 
-/// Assigns the number of a read. Must be committed before calling Stripe. `None` if the tenant has no customer.
+/// Assigns a number to a read. The transaction must be committed before calling Stripe. Returns `None` if the tenant
+/// has no customer.
 pub async fn begin_read(tx: &mut SystemTx, tenant: TenantId) -> Result<Option<BegunRead>, DbError> {
     let begun = sql_query(
         "UPDATE billing_accounts SET reads_begun = reads_begun + 1 \
@@ -231,29 +231,29 @@ pub struct AppliedRead<'a> {
     pub subscriptions: &'a [SubscriptionRow],
 }
 
-/// The access of a tenant, as the audit log shows it.
+/// A tenant's access, as shown in the audit log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Shown {
     pub access: String,
     pub ends_at: Option<DateTime<Utc>>,
 }
 
-/// The effect of applying a read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Applied {
-    /// A later read was already applied, so this one is outdated.
+    /// A later read has already been applied, so this one was ignored.
     Outdated,
-    /// Keys work as before.
+    /// The change does not affect keys.
     Same,
-    /// Keys on plans marked `paid` start or stop working, or will do so at another time.
+    /// Keys on paid plans start or stop working, or will do so at a different time than before.
     PaidAccess,
 }
 
-/// The columns of an account that a read may change.
+/// The columns of an account that a read can change.
 type Before = (i64, bool, Option<DateTime<Utc>>, String);
 
-/// Applies a read, unless a later one has already been applied. Also returns the previous access, if the change belongs
-/// in the audit log. A change of only the end of a grace period does not, because that can shift with every read.
+/// Applies a read, unless a later one has already been applied. Also returns the previous access if the change belongs
+/// in the audit log. A change that affects only the end of a grace period does not, because the end can shift with
+/// every read.
 pub async fn apply_read(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -307,13 +307,13 @@ pub async fn apply_read(
     Ok((applied, is_audited.then_some(shown)))
 }
 
-/// Removes a customer that does not exist in Stripe, and its Checkout Session, so that the next Checkout creates
-/// others.
+/// Removes a customer that no longer exists in Stripe, and its Checkout Session. The next Checkout creates a new
+/// customer and session.
 pub async fn forget_customer(tx: &mut SystemTx, tenant: TenantId) -> Result<(), DbError> {
     diesel::update(billing_accounts::table.find(tenant.0))
         .set((
             billing_accounts::customer_id.eq(None::<String>),
-            // Stripe would return the same customer for the same idempotency key.
+            // With the same idempotency key, Stripe would return the same customer.
             billing_accounts::customer_attempt.eq(billing_accounts::customer_attempt + 1),
             billing_accounts::checkout_id.eq(None::<String>),
             billing_accounts::checkout_attempt.eq(billing_accounts::checkout_attempt + 1),
@@ -323,7 +323,6 @@ pub async fn forget_customer(tx: &mut SystemTx, tenant: TenantId) -> Result<(), 
     Ok(())
 }
 
-/// Returns the tenant of a customer.
 pub async fn tenant_of(tx: &mut SystemTx, customer: &str) -> Result<Option<TenantId>, DbError> {
     let tenant = billing_accounts::table
         .filter(billing_accounts::customer_id.eq(customer))
@@ -340,9 +339,10 @@ struct Due {
     tenant_id: Uuid,
 }
 
-/// Returns customers that have not been read for a while, and makes their next read due after about `seconds`, so that
-/// no other replica reads them as well. The time varies by a fifth, so that reads are spread out. For a customer
-/// without a subscription that can change, it is twice the time since the last read, up to a day.
+/// Returns customers whose next read is due, and schedules the read after that in about `seconds`. This also keeps
+/// other replicas from reading the same customers. The interval varies randomly by up to 10% in either direction, so
+/// that reads are spread out. If a customer has no subscription that can still change, the interval is twice the time
+/// since the last read, up to a day.
 pub async fn claim_due_reads(
     tx: &mut SystemTx,
     seconds: f64,
@@ -367,7 +367,6 @@ pub async fn claim_due_reads(
     Ok(due.into_iter().map(|it| TenantId(it.tenant_id)).collect())
 }
 
-/// Returns a tenant's customer.
 pub async fn customer_of(tx: &mut SystemTx, tenant: TenantId) -> Result<Option<String>, DbError> {
     let customer: Option<Option<String>> = billing_accounts::table
         .find(tenant.0)

@@ -1,4 +1,4 @@
-//! Stripe webhooks in PostgreSQL. Each is stored once and processed until its outcome is known.
+//! Webhooks from Stripe. Each is stored once, and processed until its outcome is known.
 
 use diesel::{dsl::sql, prelude::*, sql_query, sql_types};
 use diesel_async::RunQueryDsl;
@@ -21,7 +21,7 @@ pub struct NewEvent<'a> {
     pub body: &'a str,
 }
 
-/// Stores an event for processing. Returns `false` if it was stored before.
+/// Stores an event for processing. Returns `false` if it was already stored.
 pub async fn insert(tx: &mut SystemTx, event: &NewEvent<'_>) -> Result<bool, DbError> {
     let inserted = diesel::insert_into(billing_events::table)
         .values(event)
@@ -31,7 +31,6 @@ pub async fn insert(tx: &mut SystemTx, event: &NewEvent<'_>) -> Result<bool, DbE
     Ok(inserted == 1)
 }
 
-/// An event to process.
 #[derive(Debug, Clone, QueryableByName)]
 pub struct DueEvent {
     #[diesel(sql_type = sql_types::Text)]
@@ -44,14 +43,14 @@ pub struct DueEvent {
     pub customer_id: Option<String>,
     #[diesel(sql_type = sql_types::Bool)]
     pub livemode: bool,
-    /// The number of attempts, including this one.
+    /// Includes the current attempt.
     #[diesel(sql_type = sql_types::Integer)]
     pub attempts: i32,
 }
 
-/// Returns events that are due, oldest first, and counts an attempt for each. An event becomes due again after a delay
-/// that doubles each time, from 4 seconds to an hour, minus a random part of up to half of it. So an event is retried
-/// if this process ends, and no other replica processes it in the meantime.
+/// Returns events that are due, oldest first, and counts an attempt for each. The next attempt is due after a delay
+/// that doubles each time, from 4 seconds to an hour, minus a random part of up to half. Until then, no other replica
+/// processes the event; if this process exits, the event is retried.
 pub async fn claim(tx: &mut SystemTx, limit: i64) -> Result<Vec<DueEvent>, DbError> {
     let claimed = sql_query(
         "UPDATE billing_events SET attempts = attempts + 1, \
@@ -68,12 +67,11 @@ pub async fn claim(tx: &mut SystemTx, limit: i64) -> Result<Vec<DueEvent>, DbErr
     Ok(claimed)
 }
 
-/// The outcome of processing an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
     /// The customer's subscriptions were read after the event was received.
     Applied,
-    /// The event does not concern a customer of this server.
+    /// The event does not belong to a customer of this server.
     Ignored,
     /// The event was abandoned after the maximum number of attempts.
     Failed,
@@ -89,7 +87,6 @@ impl Outcome {
     }
 }
 
-/// Records the outcome of processing events.
 pub async fn finish(
     tx: &mut SystemTx,
     ids: &[&str],
@@ -107,7 +104,7 @@ pub async fn finish(
     Ok(())
 }
 
-/// Records why events could not be processed. They are retried.
+/// Records why events could not be processed. They will be retried.
 pub async fn postpone(tx: &mut SystemTx, ids: &[&str], error: &str) -> Result<(), DbError> {
     diesel::update(billing_events::table.filter(billing_events::id.eq_any(ids)))
         .set(billing_events::error.eq(error))
@@ -116,7 +113,7 @@ pub async fn postpone(tx: &mut SystemTx, ids: &[&str], error: &str) -> Result<()
     Ok(())
 }
 
-/// Records a problem with a tenant's usage, once. Ignores tenants without an account.
+/// Records a problem that Stripe found in a tenant's usage. Ignores duplicates, and tenants without an account.
 pub async fn insert_meter_error(
     tx: &mut SystemTx,
     event: &str,

@@ -1,5 +1,5 @@
-//! The billing information that a tenant sees: its limits and how much of them is used, and usage in the current
-//! billing period.
+//! Billing information for tenants: their limits, how much of each is used, and the usage in the current billing
+//! period.
 
 use chrono::{DateTime, Utc};
 use diesel::{
@@ -11,7 +11,7 @@ use diesel_async::RunQueryDsl;
 
 use crate::db::{DbError, TenantTx};
 
-/// The current number of a tenant's resources and requests.
+/// A tenant's current resources and requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]
 pub struct Counts {
     #[diesel(sql_type = BigInt)]
@@ -20,17 +20,17 @@ pub struct Counts {
     pub api_keys: i64,
     #[diesel(sql_type = BigInt)]
     pub paid_plans: i64,
-    /// Active keys on plans marked `paid`.
+    /// Active keys on paid plans.
     #[diesel(sql_type = BigInt)]
     pub paid_keys: i64,
     /// The end of the current calendar month (UTC).
     #[diesel(sql_type = Timestamptz)]
     pub month_end: DateTime<Utc>,
-    /// The cost of admitted requests in the current month, up to about a second ago.
+    /// The cost of requests allowed in the current month. Requests are included after about a second.
     #[diesel(sql_type = BigInt)]
     pub counted: i64,
-    /// The tokens that replicas have taken from the tenant's quota for the month, whether spent or not. `None` if they
-    /// have taken none.
+    /// The tokens that replicas have taken from the tenant's monthly quota, spent or not. `None` if none have been
+    /// taken.
     #[diesel(sql_type = Nullable<BigInt>)]
     pub taken: Option<i64>,
 }
@@ -62,27 +62,28 @@ pub async fn counts(tx: &mut TenantTx) -> Result<Counts, DbError> {
     Ok(counts)
 }
 
-/// Usage on plans marked `paid`, and how much of it has been charged.
+/// Usage on paid plans, and how much of it has been charged.
 #[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
 pub struct PeriodUsage {
-    /// The cost of admitted requests.
+    /// The cost of allowed requests.
     #[diesel(sql_type = BigInt)]
     pub used: i64,
     /// The part of the usage that should have been charged but cannot be.
     #[diesel(sql_type = BigInt)]
     pub not_charged: i64,
-    /// The start of the oldest usage that Stripe has not received, in any period. `None` if there is none.
+    /// The start of the oldest usage, in any period, that Stripe has not received. `None` if Stripe has received
+    /// everything.
     #[diesel(sql_type = Nullable<Timestamptz>)]
     pub unreported_from: Option<DateTime<Utc>>,
-    /// The most recent problem that Stripe reported in this period.
+    /// The latest problem that Stripe has reported in this period.
     #[diesel(sql_type = Nullable<Text>)]
     pub error_code: Option<String>,
     #[diesel(sql_type = Nullable<Timestamptz>)]
     pub error_at: Option<DateTime<Utc>>,
 }
 
-/// Returns usage since a billing period began. Until the hour in which it began is planned, all usage of that hour
-/// counts.
+/// Returns the usage since the start of a billing period. All usage of the hour in which the period started is included
+/// until that hour has been divided into reports.
 pub async fn usage_since(
     tx: &mut TenantTx,
     period_start: DateTime<Utc>,
@@ -120,7 +121,7 @@ struct Access {
     has_access: bool,
 }
 
-/// Whether plans marked `paid` work for the tenant now, as of the last read from Stripe.
+/// Whether keys on the tenant's paid plans currently work, as of the last read from Stripe.
 pub async fn has_access(tx: &mut TenantTx) -> Result<bool, DbError> {
     let tenant = tx.tenant().0;
     let access: Access = sql_query(

@@ -1,4 +1,4 @@
-//! Charged usage and its reports to the Stripe meter, in PostgreSQL.
+//! Usage to charge, and its reports to Stripe's meter.
 
 use chrono::{DateTime, TimeDelta, Utc};
 use diesel::{
@@ -12,26 +12,28 @@ use uuid::Uuid;
 
 use crate::db::{DbError, SystemTx};
 
-/// An hour in which a tenant has usage that is not in a report yet.
+/// An hour with usage that is not part of a report yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]
 pub struct OpenHour {
     #[diesel(sql_type = SqlUuid)]
     pub tenant_id: Uuid,
     #[diesel(sql_type = Timestamptz)]
     pub start: DateTime<Utc>,
-    /// The end of the hour, or the edge of a billing period up to which it can be planned before it ends.
+    /// The end of the hour or, if usage can already be planned up to an earlier boundary of a billing period, that
+    /// boundary.
     #[diesel(sql_type = Timestamptz)]
     pub until: DateTime<Utc>,
-    /// Whether the tenant's subscriptions were read after `until`, so that the edges of billing periods before it are
-    /// known. Also true if there is nothing to read.
+    /// Whether the tenant's subscriptions were read after `until`. If so, all boundaries of billing periods before
+    /// `until` are known. Also true if the tenant has no subscriptions to read.
     #[diesel(sql_type = Bool)]
     pub is_read: bool,
 }
 
-/// Returns the oldest completed hour of each tenant, in random order, so that tenants whose hours cannot be planned do
-/// not delay others. An hour is included once every replica has shipped its records of the hour, or 15 minutes after
-/// its end. Usage that arrives later becomes another revision. The part of an hour before the edge of a billing period
-/// is included in the same way, once, so that it is reported before the invoice is final.
+/// Returns the oldest hour of each tenant that is ready to be planned. The order is random, so that tenants whose hours
+/// cannot be planned do not delay others. An hour is ready once every replica has shipped its records of that hour, and
+/// at the latest 15 minutes after its end. Usage that arrives later becomes another revision. If a billing period
+/// starts or ends within an hour, the part of the hour before that time is returned separately, once, so that its usage
+/// is reported before the invoice is final.
 pub async fn open_hours(tx: &mut SystemTx, limit: i64) -> Result<Vec<OpenHour>, DbError> {
     let hours = sql_query(
         "WITH complete AS ( \
@@ -60,7 +62,7 @@ pub async fn open_hours(tx: &mut SystemTx, limit: i64) -> Result<Vec<OpenHour>, 
     Ok(hours)
 }
 
-/// The parts of a subscription that matter for charging usage.
+/// The data of a subscription that is needed to charge usage.
 #[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
 pub struct ChargedBy {
     #[diesel(sql_type = Text)]
@@ -77,17 +79,17 @@ pub struct ChargedBy {
     pub period_end: Option<DateTime<Utc>>,
 }
 
-/// The usage of an hour.
+/// The usage of one hour.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]
 pub struct HourSums {
     #[diesel(sql_type = BigInt)]
     pub cost: i64,
-    /// The part of it that is in reports.
+    /// The part of `cost` that is in reports.
     #[diesel(sql_type = BigInt)]
     pub planned: i64,
 }
 
-/// Returns the usage of an hour. If `is_locked`, no usage is added to it until the transaction ends.
+/// Returns the usage of an hour. If `is_locked` is set, no usage can be added to the hour until the transaction ends.
 pub async fn hour(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -108,7 +110,7 @@ pub async fn hour(
     Ok(sums)
 }
 
-/// Records that usage of the hour up to the edge of a billing period has been planned.
+/// Records that the usage of an hour has been planned up to `edge`, the boundary of a billing period.
 pub async fn set_divided(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -124,7 +126,7 @@ pub async fn set_divided(
     Ok(())
 }
 
-/// Allows statements of the transaction enough time to scan the log of a large tenant.
+/// Raises the statement timeout, because scanning a large tenant's log takes a long time.
 pub async fn allow_scan(tx: &mut SystemTx) -> Result<(), DbError> {
     sql_query("SET LOCAL statement_timeout = '5min'")
         .execute(&mut **tx)
@@ -150,7 +152,7 @@ struct Sum {
     sum: i64,
 }
 
-/// Returns the cost of admitted requests on plans marked `paid`, from the log.
+/// Returns the cost of requests allowed on paid plans, according to the log.
 pub async fn logged(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -170,7 +172,8 @@ pub async fn logged(
     Ok(found.sum)
 }
 
-/// Returns the sum of the reports that start in the span: all of them, or only those that Stripe has received.
+/// Returns the total value of reports that start in a time range. If `only_sent` is set, includes only reports that
+/// Stripe has received.
 pub async fn reported(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -191,31 +194,30 @@ pub async fn reported(
     Ok(found.sum)
 }
 
-/// The data of a planned report.
 #[derive(Debug, Clone, Copy)]
 pub struct NewReport<'a> {
     pub start: DateTime<Utc>,
     pub until: DateTime<Utc>,
     pub subscription: Option<&'a str>,
     pub value: i64,
-    /// The reason if it will not be charged.
+    /// Why the report will not be charged. `None` if it will be.
     pub unbilled: Option<Unbilled>,
 }
 
-/// Why usage is not charged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unbilled {
     /// The tenant had no subscription at that time.
     NoSubscription,
     /// The subscription has no price for usage.
     NotMetered,
-    /// Stripe accepts usage of the last 35 days.
+    /// Stripe accepts only usage of the last 35 days.
     TooOld,
-    /// The invoice of its period is final.
+    /// The invoice for the billing period is final.
     Finalized,
-    /// Stripe rejected it.
+    /// Stripe rejected the report.
     Rejected,
-    /// It was sent a day ago without a response, and the total in Stripe matches neither outcome.
+    /// The report was sent a day ago, but no response arrived, and the total in Stripe does not show whether it was
+    /// received.
     Unclear,
 }
 
@@ -232,7 +234,7 @@ impl Unbilled {
     }
 }
 
-/// Adds a report as the next revision of its span, and counts its value as planned.
+/// Adds a report as the next revision for its start time, and counts its value as planned.
 pub async fn plan(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -270,8 +272,8 @@ struct OfTenant {
     tenant_id: Uuid,
 }
 
-/// Returns tenants with reports that are due, for `owner` to send. Other replicas do not get them for two minutes, and
-/// each attempt to send a report restarts that time.
+/// Assigns tenants with due reports to `owner`. For two minutes, other replicas do not send these tenants' reports.
+/// Each attempt to send a report extends this time.
 pub async fn claim_senders(
     tx: &mut SystemTx,
     owner: Uuid,
@@ -296,7 +298,7 @@ pub async fn claim_senders(
         .collect())
 }
 
-/// Allows other replicas to send the tenant's reports, unless one has already taken over.
+/// Allows other replicas to send the tenant's reports. Does nothing if another replica has already taken over.
 pub async fn release_sender(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -310,7 +312,6 @@ pub async fn release_sender(
     Ok(())
 }
 
-/// A report that is about to be sent.
 #[derive(Debug, Clone, QueryableByName)]
 pub struct DueReport {
     #[diesel(sql_type = Timestamptz)]
@@ -325,20 +326,20 @@ pub struct DueReport {
     pub customer_id: String,
     #[diesel(sql_type = Nullable<Text>)]
     pub subscription_id: Option<String>,
-    /// Whether it belongs to a period or a subscription that has ended.
+    /// Whether the billing period or the subscription has ended.
     #[diesel(sql_type = Bool)]
     pub is_of_earlier_period: bool,
-    /// Time since the usage, in seconds.
+    /// Seconds since the start of the usage.
     #[diesel(sql_type = BigInt)]
     pub age: i64,
-    /// Time since it was first sent, in seconds. `None` if it was never sent.
+    /// Seconds since the first attempt. `None` if this is the first one.
     #[diesel(sql_type = Nullable<BigInt>)]
     pub sent_ago: Option<i64>,
 }
 
-/// Returns the tenant's next report that is due, and counts an attempt. It becomes due again after a delay that doubles
-/// each time, from 4 seconds to an hour, minus a random part of up to half of it: it is then sent again if its response
-/// was lost or this process has ended. Returns `None` if another replica has taken over from `owner`.
+/// Returns the tenant's next due report, and counts an attempt. The next attempt is due after a delay that doubles each
+/// time, from 4 seconds to an hour, minus a random part of up to half. So the report is sent again if the response is
+/// lost or this process exits. Returns `None` if another replica has taken over from `owner`.
 pub async fn begin_attempt(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -371,7 +372,7 @@ pub async fn begin_attempt(
     Ok(due)
 }
 
-/// Restarts the time during which Stripe recognizes the report's identifier.
+/// Restarts the period in which Stripe recognizes the report's identifier.
 pub async fn restart_attempts(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -408,7 +409,7 @@ pub async fn finish(
     Ok(())
 }
 
-/// A customer's usage on a day, according to the reports that Stripe has received.
+/// A customer's usage on one day, according to the reports that Stripe has received.
 #[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
 pub struct SentOfDay {
     #[diesel(sql_type = SqlUuid)]
@@ -419,7 +420,7 @@ pub struct SentOfDay {
     pub sent: i64,
 }
 
-/// Returns the usage that was reported for a UTC day, for customers without a pending report for that day.
+/// Returns the usage that was reported for a UTC day. Includes only customers without a pending report for that day.
 pub async fn sent_of_day(tx: &mut SystemTx, day: DateTime<Utc>) -> Result<Vec<SentOfDay>, DbError> {
     let sent = sql_query(
         "SELECT r.tenant_id, a.customer_id, coalesce(sum(r.value) FILTER (WHERE r.state = 'sent'), 0)::bigint AS sent \
@@ -434,21 +435,20 @@ pub async fn sent_of_day(tx: &mut SystemTx, day: DateTime<Utc>) -> Result<Vec<Se
     Ok(sent)
 }
 
-/// Usage that has not been charged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]
 pub struct Uncharged {
-    /// Cost that should have been charged but will not be.
+    /// The cost that should have been charged but will not be.
     #[diesel(sql_type = BigInt)]
     pub lost: i64,
-    /// Age of the oldest report that Stripe has not received yet, or time since the end of the oldest hour without a
-    /// report, in seconds; 0 if Stripe has received everything.
+    /// The age in seconds of the oldest report that Stripe has not received, or the time since the end of the oldest
+    /// hour that is not in a report. 0 if Stripe has received everything.
     #[diesel(sql_type = BigInt)]
     pub oldest_pending: i64,
     #[diesel(sql_type = Timestamptz)]
     pub now: DateTime<Utc>,
 }
 
-/// Returns the usage of the last 40 days that has not been charged.
+/// Returns usage of the last 40 days that has not been charged.
 pub async fn uncharged(tx: &mut SystemTx) -> Result<Uncharged, DbError> {
     let uncharged = sql_query(
         "SELECT coalesce(sum(value) FILTER (WHERE reason IN ('too_old', 'finalized', 'rejected', 'unclear')), 0)::bigint \

@@ -1,4 +1,4 @@
-//! Responses to requests with an `Idempotency-Key`.
+//! Stored responses to requests with an `Idempotency-Key`.
 
 use std::time::Duration;
 
@@ -15,13 +15,12 @@ use crate::{
     schema::idempotency_keys,
 };
 
-/// The number of hours for which a response is kept.
 pub const KEPT_HOURS: i32 = 24;
 
-/// The state of an `Idempotency-Key`.
+/// What is known about an `Idempotency-Key`.
 #[derive(Debug)]
 pub enum PriorRequest {
-    /// The key is new. Process the request and [`store`] its response in the same transaction.
+    /// The key is new. Process the request, and [`store`] its response in the same transaction.
     Nothing,
     /// Another request with the same key is being processed.
     InProgress,
@@ -32,8 +31,9 @@ pub enum PriorRequest {
     },
 }
 
-/// How many times to try to acquire the lock, and the pause in between. A rejected request gets its response before its
-/// transaction is rolled back, so a client that repeats it immediately may find the lock still held.
+/// The number of attempts to acquire the lock, and the pause between them. A client can receive an error response
+/// shortly before the request's transaction has been rolled back. If the client retries immediately, the lock is still
+/// held.
 const ATTEMPTS: u32 = 6;
 const PAUSE: Duration = Duration::from_millis(40);
 
@@ -43,15 +43,16 @@ struct Lock {
     acquired: bool,
 }
 
-/// Looks up a key and, if it is unknown, locks it against other requests until the transaction ends.
+/// Looks up a key. If it is unknown, locks it against other requests until the transaction ends.
 pub async fn claim(tx: &mut TenantTx, operation: &str, key: &str) -> Result<PriorRequest, DbError> {
-    // This is checked before locking: a stored response does not change, so replays need not exclude each other. If a
-    // replay held the lock, the next one would report that the request is still in progress.
+    // Checked before locking, because replays of a stored response must not exclude each other: if one of them held the
+    // lock, the next one would report that the request was still being processed.
     let known = find(tx, operation, key).await?;
     if !matches!(known, PriorRequest::Nothing) {
         return Ok(known);
     }
-    // The lock is on a hash of the name. A collision, one in 2^64, only makes two requests wait for each other.
+    // The lock is on a 64-bit hash of the name. If two names collide, their requests only exclude each other for a
+    // short time.
     let name = format!("{} {operation} {key}", tx.tenant());
     let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, name.as_bytes());
     let number = digest
@@ -65,7 +66,7 @@ pub async fn claim(tx: &mut TenantTx, operation: &str, key: &str) -> Result<Prio
             .get_result::<Lock>(&mut **tx)
             .await?;
         if lock.acquired {
-            // This is checked again, because the previous holder of the lock may have stored its response.
+            // Checked again, because the previous holder of the lock may have stored its response.
             return find(tx, operation, key).await;
         }
         if attempt + 1 < ATTEMPTS {
@@ -105,7 +106,6 @@ async fn find(tx: &mut TenantTx, operation: &str, key: &str) -> Result<PriorRequ
     })
 }
 
-/// Stores the response.
 pub async fn store(
     tx: &mut TenantTx,
     operation: &str,
@@ -127,7 +127,7 @@ pub async fn store(
             idempotency_keys::key.eq(key),
             values,
         ))
-        // The row has an expired response, which `find` ignored.
+        // An existing row contains an expired response, which `find` has ignored.
         .on_conflict((
             idempotency_keys::tenant_id,
             idempotency_keys::operation,

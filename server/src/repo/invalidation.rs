@@ -1,4 +1,4 @@
-//! The changes that replicas must apply to their caches, in commit order. The table is called `revocations`.
+//! Changes that replicas must apply to their caches, in commit order. The table is called `revocations`.
 
 use chrono::{DateTime, Utc};
 use diesel::{
@@ -14,7 +14,6 @@ use crate::{
     schema::revocations,
 };
 
-/// The resource that was changed or revoked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Target {
     /// All resources of the tenant.
@@ -26,7 +25,7 @@ pub enum Target {
 }
 
 impl Target {
-    /// Returns the name in the database and in messages.
+    /// Returns the name used in the database and in messages.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Tenant => "tenant",
@@ -51,31 +50,31 @@ impl Target {
             "api_key" => Self::ApiKey(id),
             "service_token" => Self::ServiceToken(id),
             "session" => Self::Session(id),
-            // A kind from a newer version of the server.
+            // The kind was added in a later version of the server.
             _ => return None,
         })
     }
 }
 
-/// A change after which cached copies are outdated.
+/// A change that makes cached copies outdated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Invalidation {
     pub seq: i64,
     pub tenant: Uuid,
-    /// `None` for a kind that this version does not support. It invalidates all of the tenant's resources.
+    /// `None` if this version does not know the kind. The change then invalidates all of the tenant's resources.
     pub target: Option<Target>,
     /// When the row was written, shortly before the commit.
     pub at: DateTime<Utc>,
 }
 
-/// Inserts an invalidation. Call last in the transaction: it waits for other transactions that do the same. Publish the
-/// returned value after the commit.
+/// Inserts an invalidation. Call this last in a transaction, because it waits for all other transactions that have
+/// called it. Publish the returned value after the commit.
 pub async fn insert(tx: &mut TenantTx, target: Target) -> Result<Invalidation, DbError> {
     let tenant = tx.tenant().0;
     insert_on(tx, tenant, target).await
 }
 
-/// Like [`insert`], in a transaction of the server itself.
+/// Like [`insert`], in a transaction of the server.
 pub async fn insert_system(
     tx: &mut SystemTx,
     tenant: Uuid,
@@ -94,7 +93,7 @@ async fn insert_on(
             revocations::tenant_id.eq(tenant),
             revocations::target_type.eq(target.name()),
             revocations::target_id.eq(target.id(tenant)),
-            // `now()` would return the start of the transaction.
+            // `now()` would return the transaction's start time.
             revocations::at.eq(sql::<Timestamptz>("clock_timestamp()")),
         ))
         .returning((revocations::seq, revocations::at))
@@ -136,7 +135,7 @@ fn invalidation((seq, tenant, name, id, at): Row) -> Invalidation {
 /// The maximum number of rows per read.
 pub const BATCH: u16 = 10_000;
 
-/// Returns the newest rows, in order. Rows are deleted after a day.
+/// Returns the newest rows, in ascending order. Rows are deleted after a day.
 pub async fn newest(tx: &mut SystemTx) -> Result<Vec<Invalidation>, DbError> {
     let rows = revocations::table
         .order(revocations::seq.desc())
@@ -147,26 +146,26 @@ pub async fn newest(tx: &mut SystemTx) -> Result<Vec<Invalidation>, DbError> {
     Ok(rows.into_iter().rev().map(invalidation).collect())
 }
 
-/// The highest change number, and the database history it belongs to.
+/// The number of the newest row, and the number's database history.
 #[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
 pub struct Position {
     #[diesel(sql_type = BigInt)]
     pub highest: i64,
-    /// Changes when PostgreSQL is restored from a backup or fails over. Numbers of different histories cannot be
-    /// compared, because the same number may belong to different changes.
+    /// Changes when PostgreSQL is restored from a backup or fails over. Numbers from different histories cannot be
+    /// compared: the same number may stand for different changes.
     #[diesel(sql_type = Text)]
     pub history: String,
 }
 
-/// Returns the position. The newest row is never deleted, so the highest number decreases only if PostgreSQL is
-/// restored to an earlier state.
+/// Returns the current position. The newest row is never deleted, so the number decreases only if PostgreSQL returns to
+/// an earlier state.
 pub async fn position(tx: &mut SystemTx) -> Result<Position, DbError> {
     let sql =
         "SELECT coalesce(max(seq), 0) AS highest, database_history() AS history FROM revocations";
     Ok(diesel::sql_query(sql).get_result(&mut **tx).await?)
 }
 
-/// Returns the rows after number `seq`, in order: at most [`BATCH`].
+/// Returns up to [`BATCH`] rows after number `seq`, in ascending order.
 pub async fn since(tx: &mut SystemTx, seq: i64) -> Result<Vec<Invalidation>, DbError> {
     let rows = revocations::table
         .filter(revocations::seq.gt(seq))

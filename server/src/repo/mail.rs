@@ -1,4 +1,4 @@
-//! Outgoing email in PostgreSQL: an outbox, from which replicas claim what is due.
+//! An outbox of emails, from which replicas claim emails that are due.
 
 use diesel::{
     prelude::*,
@@ -40,7 +40,8 @@ struct Tenant {
     tenant_id: Uuid,
 }
 
-/// Returns tenants with alerts to send that got emails at fewer than `per_hour` different times in the last hour.
+/// Returns tenants with alerts to send. Skips tenants that were sent alert emails at `per_hour` or more different times
+/// in the last hour.
 pub async fn tenants_with_alerts(
     tx: &mut SystemTx,
     per_hour: i64,
@@ -59,8 +60,8 @@ pub async fn tenants_with_alerts(
     Ok(tenants.into_iter().map(|it| it.tenant_id).collect())
 }
 
-/// Returns a tenant's alerts to send, at most `limit`, oldest first, and locks them. Skips those that another replica has
-/// locked.
+/// Returns up to `limit` of a tenant's alerts to send, oldest first, and locks them. Skips alerts that another replica
+/// has locked.
 pub async fn lock_alerts(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -77,7 +78,7 @@ pub async fn lock_alerts(
     Ok(pending.load(&mut **tx).await?)
 }
 
-/// Removes alerts from those to send.
+/// Marks alerts as sent.
 pub async fn alerts_are_sent(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -93,7 +94,7 @@ pub async fn alerts_are_sent(
     Ok(())
 }
 
-/// A member who gets email about alerts.
+/// A member who receives alerts by email.
 #[derive(Debug, Clone, QueryableByName)]
 pub struct RecipientRow {
     #[diesel(sql_type = Text)]
@@ -103,7 +104,7 @@ pub struct RecipientRow {
     pub tenant: String,
 }
 
-/// Returns the members who get a tenant's alerts. None if they are off.
+/// Returns the members who receive a tenant's alerts. Returns an empty list if alert emails are off.
 pub async fn recipients(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -120,7 +121,6 @@ pub async fn recipients(
     Ok(recipients.get_results(&mut **tx).await?)
 }
 
-/// An email to send.
 #[derive(Debug, Clone, QueryableByName)]
 pub struct DueMail {
     #[diesel(sql_type = SqlUuid)]
@@ -135,14 +135,14 @@ pub struct DueMail {
     pub text_body: String,
     #[diesel(sql_type = Text)]
     pub html_body: String,
-    /// The number of attempts, including this one.
+    /// Includes the current attempt.
     #[diesel(sql_type = Integer)]
     pub attempts: i32,
 }
 
-/// Returns an email that is due, and counts an attempt. Tenants take turns: the one after `after_tenant` is first. The
-/// email becomes due again after `lease_seconds`: so it is retried if this process ends, and no other replica sends it in
-/// the meantime.
+/// Returns an email that is due, and counts an attempt. Tenants take turns, starting with the tenant after
+/// `after_tenant`. The next attempt is due after `lease_seconds`. Until then, no other replica sends the email; if this
+/// process exits, the email is retried.
 pub async fn claim(
     tx: &mut SystemTx,
     after_tenant: Uuid,
@@ -168,8 +168,8 @@ pub async fn claim(
     Ok(None)
 }
 
-/// Records the result of an attempt: that it was sent, or an error and after how many seconds it is sent again, if at
-/// all.
+/// Records the result of an attempt. `error` is `None` if the email was sent. `retry_after` is the number of seconds
+/// until the next attempt, if there is one.
 pub async fn finish(
     tx: &mut SystemTx,
     mail: &DueMail,

@@ -1,14 +1,14 @@
-//! All SQL, one file per noun.
+//! All SQL, with one file per noun.
 //!
-//! Every function takes the transaction in which it runs: a [`TenantTx`](crate::db::TenantTx), which carries the tenant
-//! and is also restricted to it by row-level security, or a [`SystemTx`] for the server's own work.
-//! Rows are separate structs, not the API's types. Does not depend on HTTP.
+//! Every function takes the transaction that it runs in. A [`TenantTx`](crate::db::TenantTx) belongs to one tenant, and
+//! row-level security restricts it to that tenant's rows. A [`SystemTx`] is for the server's own work. Rows have their
+//! own structs, separate from the API's types. Does not depend on HTTP.
 //!
-//! Lists use keyset pagination. By default they are sorted by ID, newest first: IDs are UUIDv7, which sort by time.
-//! Some lists have other sort orders, with the ID as tie-breaker.
+//! Lists use keyset pagination. By default, they are sorted by ID, newest first: IDs are UUIDv7, which sort by time.
+//! Lists with other sort orders use the ID as a tie-breaker.
 
-/// Defines a function that finds a row of the transaction's tenant by ID; with `for_update`, locks it until the
-/// transaction ends.
+/// Defines a function that finds one of the tenant's rows by ID. With `for_update`, the function also locks the row
+/// until the transaction ends.
 macro_rules! find_by_id {
     ($(#[$doc:meta])* $vis:vis fn $name:ident in $table:ident -> $row:ty $(, $for_update:ident)?) => {
         $(#[$doc])*
@@ -22,7 +22,7 @@ macro_rules! find_by_id {
     };
 }
 
-/// Defines a function that updates a row of the caller's tenant by its ID and returns it.
+/// Defines a function that updates one of the tenant's rows by ID and returns it.
 macro_rules! update_by_id {
     ($(#[$doc:meta])* $vis:vis fn $name:ident in $table:ident, $change:ident -> $row:ty) => {
         $(#[$doc])*
@@ -39,7 +39,7 @@ macro_rules! update_by_id {
     };
 }
 
-/// Defines a function that deletes a row of the caller's tenant by its ID and returns its last state.
+/// Defines a function that deletes one of the tenant's rows by ID and returns its last state.
 macro_rules! delete_by_id {
     ($(#[$doc:meta])* $vis:vis fn $name:ident in $table:ident -> $row:ty) => {
         $(#[$doc])*
@@ -101,7 +101,7 @@ use uuid::Uuid;
 
 use crate::db::{DbError, SystemTx};
 
-/// Moves `last_used_at` of many rows of a table forward in one statement. Never moves it backward.
+/// Updates `last_used_at` of many rows in one statement. Never moves it backward.
 async fn touch(
     tx: &mut SystemTx,
     table: &'static str,
@@ -120,19 +120,19 @@ async fn touch(
     Ok(())
 }
 
-/// A page of a list that is read newest first.
+/// A page of a list that is sorted newest first.
 #[derive(Debug, Clone, Copy)]
 pub struct Slice {
-    /// The last ID of the previous page.
+    /// The last ID on the previous page.
     pub after: Option<Uuid>,
     pub limit: u32,
 }
 
-/// The value by which a list is sorted.
+/// The value that a list is sorted by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SortBy {
     CreatedAt,
-    /// By name, ignoring case.
+    /// Case-insensitive.
     Name,
     LastUsed,
 }
@@ -144,7 +144,7 @@ pub struct Order {
     pub descending: bool,
 }
 
-/// The sort value of the last row of a page.
+/// The sort value of the last row on a page.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CursorKey {
     CreatedAt,
@@ -152,13 +152,13 @@ pub enum CursorKey {
     LastUsed(Option<DateTime<Utc>>),
 }
 
-/// A row of a list that has several sort orders.
+/// A row of a list with several sort orders.
 pub trait Sorted {
     fn id(&self) -> Uuid;
     fn cursor_key(&self, by: SortBy) -> CursorKey;
 }
 
-/// A page of a list that has several sort orders. The variant of the cursor key matches the order.
+/// A page of a list with several sort orders. The variant of the cursor key matches the order.
 #[derive(Debug, Clone)]
 pub struct SortedSlice {
     pub order: Order,
@@ -172,7 +172,7 @@ impl SortedSlice {
     }
 }
 
-/// Returns the `ORDER BY` expression for a table with a `name`. Does not depend on the database's locale.
+/// Returns the `ORDER BY` expression for a table's `name` column. Does not depend on the database's locale.
 fn by_name(descending: bool) -> SqlLiteral<Text> {
     sql(if descending {
         r#"lower(name) COLLATE "C" DESC"#
@@ -181,7 +181,7 @@ fn by_name(descending: bool) -> SqlLiteral<Text> {
     })
 }
 
-/// Selects the rows that follow this name and ID in that order.
+/// Selects the rows that follow this name and ID in the order of [`by_name`].
 fn beyond_name<T>(
     descending: bool,
     name: &str,
@@ -198,7 +198,7 @@ fn beyond_name<T>(
     .sql(")")
 }
 
-/// A long list counts at most this many rows, because counting reads all of them.
+/// The maximum number of rows to count, because counting requires reading them.
 pub const COUNTED_MAX: i64 = TOTAL_MAX.cast_signed();
 
 #[derive(diesel::QueryableByName)]
@@ -211,14 +211,13 @@ struct Counted {
 #[derive(Debug)]
 pub struct Rows<T> {
     pub rows: Vec<T>,
-    /// Whether there is another page.
     pub more: bool,
-    /// Number of rows on all pages, counted up to [`TOTAL_MAX`].
+    /// The number of rows on all pages, counted up to [`TOTAL_MAX`].
     pub total: u64,
 }
 
 impl<T> Rows<T> {
-    /// `rows` must contain one more row than fits on the page, if there is one.
+    /// `rows` must contain one extra row if there is another page.
     fn new(mut rows: Vec<T>, limit: u32, total: i64) -> Self {
         let limit = limit as usize;
         let more = rows.len() > limit;
@@ -231,7 +230,7 @@ impl<T> Rows<T> {
     }
 }
 
-/// Counts the rows of a query, but not more than [`TOTAL_MAX`], so that counting a long list does not read all of it.
+/// Counts the rows of a query up to [`TOTAL_MAX`], so that counting a long list does not read all of it.
 #[derive(Debug, QueryId)]
 struct UpToTotalMax<Q>(Q);
 
@@ -253,14 +252,14 @@ impl Slice {
         i64::from(self.limit) + 1
     }
 
-    /// Returns the upper bound for IDs on this page. The maximum UUID is greater than any UUIDv7.
+    /// Returns the exclusive upper bound of IDs on this page. The maximum UUID is greater than any UUIDv7.
     fn before(self) -> Uuid {
         self.after.unwrap_or(Uuid::max())
     }
 }
 
-/// Puts the results of a statement with `WITH ORDINALITY` into the order of its parameters. `None` for those without a
-/// result.
+/// Sorts the results of a statement with `WITH ORDINALITY` by the order of its parameters. A parameter without a result
+/// gets `None`.
 fn in_order<T: Clone>(len: usize, numbered: impl Iterator<Item = (i64, T)>) -> Vec<Option<T>> {
     let mut results = vec![None; len];
     for (number, result) in numbered {
@@ -272,7 +271,7 @@ fn in_order<T: Clone>(len: usize, numbered: impl Iterator<Item = (i64, T)>) -> V
     results
 }
 
-/// Returns an `ILIKE` pattern that matches `text` literally, anywhere.
+/// Returns an `ILIKE` pattern that matches text containing `text` literally.
 fn containing(text: &str) -> String {
     let mut pattern = String::with_capacity(text.len() + 2);
     pattern.push('%');

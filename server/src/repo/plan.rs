@@ -1,5 +1,3 @@
-//! Plans in PostgreSQL.
-
 use std::collections::HashMap;
 
 use chrono::{DateTime, Utc};
@@ -29,7 +27,6 @@ pub struct PlanRow {
     pub updated_at: DateTime<Utc>,
 }
 
-/// A plan and the number of keys on it.
 #[derive(Debug, Clone)]
 pub struct PlanWithKeys {
     pub plan: PlanRow,
@@ -77,7 +74,7 @@ pub struct PlanChange<'a> {
     pub billing: Option<&'a str>,
 }
 
-/// Inserts a plan. A name that is already in use fails with `plans_name_key`.
+/// Fails with `plans_name_key` if the name is already in use.
 pub async fn insert(tx: &mut TenantTx, plan: &NewPlan<'_>) -> Result<PlanRow, DbError> {
     let query = diesel::insert_into(plans::table)
         .values(plan)
@@ -85,7 +82,7 @@ pub async fn insert(tx: &mut TenantTx, plan: &NewPlan<'_>) -> Result<PlanRow, Db
     Ok(query.get_result(&mut **tx).await?)
 }
 
-/// Returns a page of plans. Plans have no last use, so sorting them by last use means sorting by creation.
+/// Plans have no time of last use, so sorting them by last use sorts them by creation time.
 pub async fn list(tx: &mut TenantTx, slice: &SortedSlice) -> Result<Rows<PlanWithKeys>, DbError> {
     let tenant = tx.tenant().0;
     let total = plans::table
@@ -133,7 +130,7 @@ pub async fn find(tx: &mut TenantTx, id: Uuid) -> Result<Option<PlanWithKeys>, D
     with_keys(tx, plan).await
 }
 
-/// Finds a plan and locks it against other changes until the transaction ends.
+/// Finds a plan, and locks it against changes until the transaction ends.
 pub async fn lock(tx: &mut TenantTx, id: Uuid) -> Result<Option<PlanWithKeys>, DbError> {
     let plan = lock_row(tx, id).await?;
     with_keys(tx, plan).await
@@ -152,11 +149,10 @@ async fn with_keys(
 }
 
 update_by_id!(
-    /// Updates a plan. A name that is already in use fails with `plans_name_key`.
+    /// Fails with `plans_name_key` if the name is already in use.
     pub fn update in plans, PlanChange -> PlanRow
 );
 
-/// Returns the billing mode of a plan.
 pub async fn billing_of(tx: &mut TenantTx, id: Uuid) -> Result<Option<String>, DbError> {
     let billing = plans::table
         .find((tx.tenant().0, id))
@@ -167,7 +163,7 @@ pub async fn billing_of(tx: &mut TenantTx, id: Uuid) -> Result<Option<String>, D
     Ok(billing)
 }
 
-/// Deletes a plan. A plan that still has keys fails with `api_keys_plan_fkey`.
+/// Fails with `api_keys_plan_fkey` if the plan still has keys.
 pub async fn delete(tx: &mut TenantTx, id: Uuid) -> Result<bool, DbError> {
     Ok(diesel::delete(plans::table.find((tx.tenant().0, id)))
         .execute(&mut **tx)
@@ -175,7 +171,7 @@ pub async fn delete(tx: &mut TenantTx, id: Uuid) -> Result<bool, DbError> {
         == 1)
 }
 
-/// Returns the number of keys on each plan that has any.
+/// Returns the number of keys on each plan. Omits plans without keys.
 async fn key_counts(tx: &mut TenantTx, ids: &[Uuid]) -> Result<HashMap<Uuid, u64>, DbError> {
     let counts = api_keys::table
         .filter(api_keys::tenant_id.eq(tx.tenant().0))

@@ -1,10 +1,11 @@
-//! The ledger of calendar quotas in PostgreSQL.
+//! The ledger of calendar quotas.
 //!
-//! A row is a window of one key and policy. Windows with usage never overlap: one is opened only under [`lock`], after
-//! checking [`used_windows`]. Windows without usage do not count.
+//! A row is a window of one key and policy. Windows with usage never overlap: before opening one, callers acquire
+//! [`lock`] and check [`used_windows`]. Windows without usage are ignored.
 //!
-//! **Order of locks**, everywhere: [`lock`], then keys (`api_keys`, `FOR KEY SHARE`), then rows. Deleting a key locks
-//! the key and then all of its rows in any order, so a row must not be locked without its key.
+//! **Lock order.** Everywhere, locks are acquired in this order: first [`lock`], then keys (`api_keys`, `FOR KEY
+//! SHARE`), then rows. Deleting a key locks the key and then its rows in any order, so a row must never be locked
+//! before its key.
 
 use chrono::{DateTime, Utc};
 use diesel::{
@@ -17,83 +18,88 @@ use uuid::Uuid;
 use super::in_order;
 use crate::db::{DbError, SystemTx};
 
-/// The first key of this module's advisory locks.
+/// The first argument of this module's advisory locks.
 const WINDOWS_LOCK: i32 = 7_226_422;
 
-/// A request for tokens for one key and policy.
+/// A quota of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Ask {
+pub struct KeyQuota {
     pub tenant: Uuid,
     pub key: Uuid,
     pub policy: &'static str,
-    /// The window to use is the one that contains this time.
+}
+
+/// A request for tokens from the quota of one key and policy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ask {
+    pub quota: KeyQuota,
+    /// Selects the window that contains this time.
     pub at: DateTime<Utc>,
     /// The quota for a full day or month.
     pub limit: i64,
     pub want: i64,
 }
 
-/// A window, as stored in its row.
+/// A window as stored in its row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StatedWindow {
     pub start: DateTime<Utc>,
-    /// The window's end, and the length of the full day or month in seconds. `None` in rows of earlier versions.
+    /// The end of the window, and the length of the full day or month in seconds. `None` in rows from earlier versions.
     pub end: Option<(DateTime<Utc>, i64)>,
 }
 
-/// Tokens that were granted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]
 pub struct Taken {
+    #[diesel(sql_type = Timestamptz, column_name = "window_start")]
     pub start: DateTime<Utc>,
+    #[diesel(sql_type = Timestamptz, column_name = "window_end")]
     pub end: DateTime<Utc>,
+    #[diesel(sql_type = BigInt)]
     pub period_seconds: i64,
+    #[diesel(sql_type = BigInt)]
     pub granted: i64,
-    /// Usage of the window, including `granted`.
+    /// The usage of the window, including `granted`.
+    #[diesel(sql_type = BigInt)]
     pub used: i64,
 }
 
-/// Identifies one row.
+/// The primary key of a row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Row {
-    pub tenant: Uuid,
-    pub key: Uuid,
-    pub policy: &'static str,
+    pub quota: KeyQuota,
     pub window_start: DateTime<Utc>,
 }
 
 type Columns = (Vec<Uuid>, Vec<Uuid>, Vec<&'static str>);
 
-fn columns<T>(items: &[T], id: impl Fn(&T) -> (Uuid, Uuid, &'static str)) -> Columns {
+fn columns<T>(items: &[T], quota: impl Fn(&T) -> KeyQuota) -> Columns {
     let mut columns = Columns::default();
-    for (tenant, key, policy) in items.iter().map(id) {
-        columns.0.push(tenant);
-        columns.1.push(key);
-        columns.2.push(policy);
+    for quota in items.iter().map(quota) {
+        columns.0.push(quota.tenant);
+        columns.1.push(quota.key);
+        columns.2.push(quota.policy);
     }
     columns
 }
 
 impl Ask {
-    fn id(&self) -> (Uuid, Uuid, &'static str) {
-        (self.tenant, self.key, self.policy)
-    }
-
-    /// Returns the second key of the advisory lock. A collision only makes two keys wait for each other.
+    /// Returns the second argument of the advisory lock. If two keys collide, they only wait for each other.
     fn lock(&self) -> i32 {
-        let (high, low) = self.key.as_u64_pair();
-        let mixed = (high ^ low ^ self.policy.len() as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        // The upper 31 bits, which fit.
+        let (high, low) = self.quota.key.as_u64_pair();
+        let mixed =
+            (high ^ low ^ self.quota.policy.len() as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        // The upper 31 bits always fit.
         i32::try_from(mixed >> 33).unwrap_or(0)
     }
 }
 
-/// Grants each request as much as it wants, up to what is left in its window. Returns `None` if no window with usage
-/// contains `at`, or if another transaction is changing or deleting the key: that may take a long time, and other keys
-/// should not wait for it. With `opened`, takes from the windows that start at these times instead, with or without
-/// usage.
+/// Grants each request as many tokens as it wants, up to the number left in its window. Returns `None` for a request if
+/// no window with usage contains its `at`, or if another transaction is changing or deleting its key: that transaction
+/// may take a long time, and other keys must not wait for it. If `opened` is set, takes from the windows that start at
+/// those times, with or without usage.
 ///
-/// Requests are in ascending order, so that transactions lock rows in the same order. Each grant is atomic: `used` is
-/// read and increased under the row's lock.
+/// Requests must be in ascending order, so that all transactions lock rows in the same order. Each grant is atomic:
+/// `used` is read and increased while its row is locked.
 pub async fn take(
     tx: &mut SystemTx,
     asks: &[Ask],
@@ -103,24 +109,16 @@ pub async fn take(
     struct Row {
         #[diesel(sql_type = BigInt)]
         n: i64,
-        #[diesel(sql_type = Timestamptz)]
-        window_start: DateTime<Utc>,
-        #[diesel(sql_type = Timestamptz)]
-        window_end: DateTime<Utc>,
-        #[diesel(sql_type = BigInt)]
-        period_seconds: i64,
-        #[diesel(sql_type = BigInt)]
-        granted: i64,
-        #[diesel(sql_type = BigInt)]
-        used: i64,
+        #[diesel(embed)]
+        taken: Taken,
     }
-    let (tenants, keys, policies) = columns(asks, Ask::id);
+    let (tenants, keys, policies) = columns(asks, |ask| ask.quota);
     let starts: Vec<_> = match opened {
         None => vec![None; asks.len()],
         Some(starts) => starts.iter().copied().map(Some).collect(),
     };
     // The quota of a window is proportional to its length, rounded up. The quotient has at least 16 decimal places,
-    // which is enough for the rounding to be exact.
+    // enough to round exactly.
     let rows = diesel::sql_query(
         "WITH keys AS MATERIALIZED ( \
              SELECT a.* FROM unnest($1, $2, $3, $4, $5, $6, $7) WITH ORDINALITY \
@@ -157,24 +155,16 @@ pub async fn take(
     .bind::<Array<BigInt>, _>(asks.iter().map(|ask| ask.want).collect::<Vec<_>>())
     .load::<Row>(&mut **tx)
     .await?;
-    let taken = rows.into_iter().map(|row| {
-        let taken = Taken {
-            start: row.window_start,
-            end: row.window_end,
-            period_seconds: row.period_seconds,
-            granted: row.granted,
-            used: row.used,
-        };
-        (row.n, taken)
-    });
-    Ok(in_order(asks.len(), taken))
+    let numbered = rows.into_iter().map(|row| (row.n, row.taken));
+    Ok(in_order(asks.len(), numbered))
 }
 
-/// Waits until no other transaction opens windows of these keys and policies, and blocks others until this transaction
-/// ends. The number of requests must not exceed PostgreSQL's limit for a transaction's locks (64 by default).
+/// Waits until no other transaction opens windows of these keys and policies, and blocks such transactions until this
+/// one ends. The number of requests must not exceed the number of locks that PostgreSQL allows per transaction (64 by
+/// default).
 pub async fn lock(tx: &mut SystemTx, asks: &[Ask]) -> Result<(), DbError> {
     let mut locks: Vec<i32> = asks.iter().map(Ask::lock).collect();
-    // Locks are taken in ascending order, like everywhere else.
+    // Locks are acquired in ascending order everywhere.
     locks.sort_unstable();
     locks.dedup();
     diesel::sql_query("SELECT count(pg_advisory_xact_lock($1, n)) FROM unnest($2) AS n")
@@ -202,7 +192,7 @@ pub async fn used_windows(
         #[diesel(sql_type = Nullable<BigInt>)]
         period_seconds: Option<i64>,
     }
-    let (tenants, keys, policies) = columns(asks, Ask::id);
+    let (tenants, keys, policies) = columns(asks, |ask| ask.quota);
     let rows = diesel::sql_query(
         "SELECT a.n, q.window_start, q.window_end, q.period_seconds \
          FROM unnest($1, $2, $3, $4) WITH ORDINALITY AS a (tenant_id, key_id, policy, since, n) \
@@ -228,14 +218,15 @@ pub async fn used_windows(
     Ok(windows)
 }
 
-/// Opens windows: inserts a row for each, or updates the end of an existing row with the same start, if it has no usage
-/// or no end yet. Skips keys that do not exist. Existing keys cannot be deleted before the transaction ends.
+/// Opens windows. Inserts a row for each window. If a row with the same start exists, updates its end, but only if the
+/// row has no usage or no end. Skips keys that do not exist. Existing keys cannot be deleted until the transaction
+/// ends.
 pub async fn open(
     tx: &mut SystemTx,
     asks: &[Ask],
     windows: &[(DateTime<Utc>, DateTime<Utc>, i64)],
 ) -> Result<(), DbError> {
-    let (tenants, keys, policies) = columns(asks, Ask::id);
+    let (tenants, keys, policies) = columns(asks, |ask| ask.quota);
     diesel::sql_query(
         "WITH opened AS MATERIALIZED ( \
              SELECT a.* FROM unnest($1, $2, $3, $4, $5, $6) WITH ORDINALITY \
@@ -260,15 +251,15 @@ pub async fn open(
     Ok(())
 }
 
-/// Credits unused tokens, unless the batch `id` was already applied. Returns whether it was applied now. `rows` are
-/// distinct and in ascending order.
+/// Credits unused tokens, unless the batch `id` has already been applied. Returns whether it was applied now. `rows`
+/// must be distinct and in ascending order.
 pub async fn give_back(tx: &mut SystemTx, id: Uuid, rows: &[(Row, i64)]) -> Result<bool, DbError> {
     #[derive(QueryableByName)]
     struct Applied {
         #[diesel(sql_type = Bool)]
         applied: bool,
     }
-    let (tenants, keys, policies) = columns(rows, |(row, _)| (row.tenant, row.key, row.policy));
+    let (tenants, keys, policies) = columns(rows, |(row, _)| row.quota);
     let applied = diesel::sql_query(
         "WITH applied AS ( \
              INSERT INTO quota_returns (id) VALUES ($1) \

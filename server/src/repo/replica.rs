@@ -21,18 +21,18 @@ struct Place {
     oldest_other: Option<f64>,
 }
 
-/// The replicas with recent heartbeats.
+/// Replicas with recent heartbeats.
 #[derive(Debug, Clone, Copy)]
 pub struct Seen {
-    /// This replica's rank among them, from zero. Ranks follow IDs, which follow start times.
+    /// This replica's rank among them, starting at 0. Ranks follow IDs, which follow start times.
     pub rank: u64,
     pub count: NonZeroU64,
-    /// The time since the first heartbeat of the oldest other replica, including those that stopped recently.
+    /// The time since the first heartbeat of the oldest other replica. Includes replicas that stopped recently.
     pub oldest_other: Option<Duration>,
 }
 
-/// Refreshes the replica's heartbeat. Returns the replicas whose last heartbeat is at most `forgotten` ago, and the age
-/// of the oldest one whose last heartbeat is at most `remembered` ago.
+/// Updates this replica's heartbeat. Counts the replicas whose last heartbeat is at most `forgotten` ago.
+/// `oldest_other` includes replicas whose last heartbeat is at most `remembered` ago.
 pub async fn seen(
     tx: &mut SystemTx,
     id: Uuid,
@@ -66,7 +66,7 @@ pub async fn seen(
     })
 }
 
-/// Removes a replica that is stopping.
+/// Removes a replica that is shutting down.
 pub async fn leave(tx: &mut SystemTx, id: Uuid) -> Result<(), DbError> {
     diesel::delete(replicas::table.find(id))
         .execute(&mut **tx)
@@ -74,7 +74,6 @@ pub async fn leave(tx: &mut SystemTx, id: Uuid) -> Result<(), DbError> {
     Ok(())
 }
 
-/// Returns whether shared counters have ever been used.
 pub async fn counters_have_begun(tx: &mut SystemTx) -> Result<bool, DbError> {
     let begun = diesel::select(diesel::dsl::exists(
         shared_counters::table.select(shared_counters::single),
@@ -84,7 +83,7 @@ pub async fn counters_have_begun(tx: &mut SystemTx) -> Result<bool, DbError> {
     Ok(begun)
 }
 
-/// Records that shared counters are in use. Returns `true` the first time.
+/// Records that shared counters are in use. Returns `true` only the first time.
 pub async fn begin_counters(tx: &mut SystemTx) -> Result<bool, DbError> {
     let inserted = diesel::insert_into(shared_counters::table)
         .values(shared_counters::single.eq(true))

@@ -1,4 +1,4 @@
-//! The server secret, which is stored in the database unless the operator sets one.
+//! The server secret, which is stored in the database unless the operator provides one.
 
 use diesel::prelude::*;
 use diesel_async::RunQueryDsl;
@@ -8,8 +8,8 @@ use crate::{
     schema::server_secrets,
 };
 
-/// Returns the secret, storing `candidate` if there is none yet. If several replicas start at the same time, they all
-/// get the same one.
+/// Returns the stored secret. If there is none, stores and returns `candidate`. Replicas that start at the same time
+/// all get the same secret.
 pub async fn get_or_insert(tx: &mut SystemTx, candidate: &[u8]) -> Result<Vec<u8>, DbError> {
     diesel::insert_into(server_secrets::table)
         .values(server_secrets::secret.eq(candidate))
@@ -22,8 +22,8 @@ pub async fn get_or_insert(tx: &mut SystemTx, candidate: &[u8]) -> Result<Vec<u8
         .await?)
 }
 
-/// Returns the secret that was in use when sessions started to record their secret. Stores `current` if there is none
-/// yet.
+/// Returns the ID of the secret that was in use when sessions started to record theirs. If there is none, stores and
+/// returns `current`.
 pub async fn first_of_sessions(tx: &mut SystemTx, current: &[u8]) -> Result<Vec<u8>, DbError> {
     let unset = server_secrets::table.filter(server_secrets::first_session_secret_id.is_null());
     diesel::update(unset)

@@ -1,5 +1,3 @@
-//! Service tokens in PostgreSQL.
-
 use chrono::{DateTime, Utc};
 use diesel::prelude::*;
 use diesel_async::RunQueryDsl;
@@ -64,11 +62,11 @@ find_by_id!(
 );
 
 delete_by_id!(
-    /// Deletes a token. Returns its last state.
+    /// Returns the token's last state.
     pub fn delete in service_tokens -> ServiceTokenRow
 );
 
-/// Returns the hash, tenant and ID of each token whose secret has one of these hashes, in any tenant.
+/// Returns the hash, tenant, and ID of each token with one of these hashes. Searches all tenants.
 pub async fn owners(
     tx: &mut SystemTx,
     hashes: &[&[u8]],
@@ -83,7 +81,7 @@ pub async fn owners(
     Ok(query.load(&mut **tx).await?)
 }
 
-/// Moves `last_used_at` of many tokens forward in one statement. Never moves it backward.
+/// Updates `last_used_at` of many tokens in one statement. Never moves it backward.
 pub async fn touch(tx: &mut SystemTx, used: &[(Uuid, DateTime<Utc>)]) -> Result<(), DbError> {
     super::touch(tx, "service_tokens", used).await
 }

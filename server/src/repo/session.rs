@@ -1,4 +1,4 @@
-//! Session families in PostgreSQL.
+//! Session families.
 
 use chrono::{DateTime, Utc};
 use diesel::{
@@ -16,8 +16,8 @@ use crate::{
     schema::{refresh_tokens, sessions},
 };
 
-/// The number of seconds for which the previous refresh token still returns its successor: for two tabs that refresh at
-/// the same time, and for clients that lost the response.
+/// For this many seconds, the previous refresh token still returns its successor. This helps two tabs that refresh at
+/// the same time, and clients that have lost a response.
 pub const GRACE_SECS: i32 = 10;
 
 #[derive(Debug, Clone, Queryable, Selectable)]
@@ -45,24 +45,24 @@ pub struct NewSession<'a> {
     pub expires_at: DateTime<Utc>,
 }
 
-/// The secrets whose sessions may be refreshed.
+/// Identifies the server secrets whose sessions may be refreshed.
 #[derive(Debug, Clone, Copy)]
 pub struct Accepted<'a> {
-    /// The current one comes first: a refreshed session belongs to it.
+    /// The current secret comes first. Refreshing a session assigns it to this secret.
     pub ids: &'a [[u8; 16]],
-    /// Whether sessions without a recorded secret are included.
+    /// Whether to include sessions that have no recorded secret.
     pub with_unmarked: bool,
 }
 
 /// The outcome of using a refresh token.
 #[derive(Debug)]
 pub enum Rotation {
-    /// The token was the current one. Its successor is stored.
+    /// This was the session's current token. Its successor has been stored.
     Rotated(SessionRow),
-    /// The token was the previous one, and was used moments ago. It gets the same successor again, the one with this
-    /// index.
+    /// This was the session's previous token, used moments ago. It has the same successor as before. Contains the
+    /// successor's index.
     Repeated(SessionRow, usize),
-    /// The token was used earlier, so it has been copied. The session must be revoked.
+    /// The token was used before, so someone has copied it. The session must be revoked.
     Reused(SessionRow),
     /// The session belongs to a secret that is not accepted. The session must be revoked.
     Foreign(SessionRow),
@@ -93,10 +93,10 @@ async fn add_token(tx: &mut SystemTx, session: Uuid, token_hash: &[u8]) -> Resul
     Ok(())
 }
 
-/// Uses a refresh token, in one conditional update: of two concurrent callers, one finds it already used.
+/// Uses a refresh token in a single conditional update, so that only one of two concurrent callers can use it.
 ///
-/// `successors` contains the hash of the next token, followed by those that may be stored instead if the token was used
-/// moments ago.
+/// `successors` starts with the hash of the next token. The other hashes are alternatives: one of them may already be
+/// stored if the token was used moments ago.
 pub async fn rotate(
     tx: &mut SystemTx,
     token_hash: &[u8],
@@ -129,8 +129,7 @@ pub async fn rotate(
     .optional()?;
     if let (Some(session), Some(next)) = (used, successors.first()) {
         add_token(tx, session, next).await?;
-        // The session is checked again under the row's lock: if the password was changed in the meantime, the session
-        // has ended.
+        // Checks the session again while its row is locked: a password change may have ended it.
         let live = sessions::table
             .filter(sessions::id.eq(session))
             .filter(sessions::revoked_at.is_null());
@@ -158,7 +157,7 @@ pub async fn rotate(
             refresh_tokens::used_at
                 .assume_not_null()
                 .gt(now.into_sql::<Timestamptz>() - GRACE_SECS.seconds())
-                // The token counts as unused if its session is not accepted.
+                // Null if the token has not been used. An unused token gets here only if its session is not accepted.
                 .nullable(),
             is_accepted(),
         ))
@@ -189,7 +188,7 @@ pub async fn rotate(
     Ok(Rotation::Reused(session))
 }
 
-/// Finds the active session that a refresh token, used or not, belongs to.
+/// Finds the active session of a refresh token. The token may have been used.
 pub async fn of_token(tx: &mut SystemTx, token_hash: &[u8]) -> Result<Option<SessionRow>, DbError> {
     let query = refresh_tokens::table
         .inner_join(sessions::table)
@@ -209,7 +208,6 @@ pub async fn find_live(tx: &mut SystemTx, session: Uuid) -> Result<Option<Sessio
     Ok(query.first(&mut **tx).await.optional()?)
 }
 
-/// Returns a page of a user's active sessions.
 pub async fn of_user(
     tx: &mut SystemTx,
     user: Uuid,
@@ -232,7 +230,7 @@ pub async fn of_user(
     Ok(Rows::new(rows, slice.limit, total))
 }
 
-/// Revokes one session of a user. Returns `false` if the user has no such active session.
+/// Revokes one of the user's sessions. Returns `false` if the user has no such active session.
 pub async fn end(tx: &mut SystemTx, user: Uuid, session: Uuid) -> Result<bool, DbError> {
     let active = sessions::table
         .filter(sessions::id.eq(session))
@@ -245,7 +243,7 @@ pub async fn end(tx: &mut SystemTx, user: Uuid, session: Uuid) -> Result<bool, D
         == 1)
 }
 
-/// Revokes all sessions of a user except one. Returns the revoked ones.
+/// Revokes all of the user's sessions except `but`. Returns the revoked sessions.
 pub async fn end_others(tx: &mut SystemTx, user: Uuid, but: Uuid) -> Result<Vec<Uuid>, DbError> {
     let others = sessions::table
         .filter(sessions::user_id.eq(user))

@@ -1,4 +1,4 @@
-//! The Stripe account to which customers belong, in PostgreSQL.
+//! The customers' Stripe account.
 
 use chrono::{DateTime, Utc};
 use diesel::{
@@ -15,10 +15,9 @@ use crate::{
     schema::billing_accounts,
 };
 
-/// A Stripe account, in live or in test mode.
 #[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
 pub struct StripeAccount {
-    /// `None`: the secret key may not read it.
+    /// `None` if the secret key does not have permission to read it.
     #[diesel(sql_type = Nullable<Text>)]
     pub account_id: Option<String>,
     #[diesel(sql_type = Bool)]
@@ -26,20 +25,20 @@ pub struct StripeAccount {
 }
 
 impl StripeAccount {
-    /// Whether the two can be the same.
+    /// Whether both may be the same account.
     pub fn matches(&self, other: &Self) -> bool {
         let mut ids = self.account_id.iter().zip(&other.account_id);
         self.livemode == other.livemode && ids.all(|(own, other)| own == other)
     }
 }
 
-/// Returns the account of the customers, if it is known.
+/// Returns the customers' account, if it is known.
 pub async fn find(tx: &mut SystemTx) -> Result<Option<StripeAccount>, DbError> {
     let stored = sql_query("SELECT account_id, livemode FROM billing_stripe_account");
     Ok(stored.get_result(&mut **tx).await.optional()?)
 }
 
-/// Stores the account, unless another one is stored.
+/// Stores the account. If another account is stored, does nothing.
 pub async fn record(tx: &mut SystemTx, account: &StripeAccount) -> Result<(), DbError> {
     sql_query(
         "INSERT INTO billing_stripe_account AS a (account_id, livemode) VALUES ($1, $2) \
@@ -53,7 +52,7 @@ pub async fn record(tx: &mut SystemTx, account: &StripeAccount) -> Result<(), Db
     Ok(())
 }
 
-/// Replaces the account, unless there are customers of the stored one.
+/// Replaces the stored account, unless it has customers.
 pub async fn replace_unused(tx: &mut SystemTx, account: &StripeAccount) -> Result<(), DbError> {
     sql_query(
         "UPDATE billing_stripe_account SET account_id = $1, livemode = $2, recorded_at = now() \
@@ -67,7 +66,7 @@ pub async fn replace_unused(tx: &mut SystemTx, account: &StripeAccount) -> Resul
     Ok(())
 }
 
-/// Returns some customers, those that were read last first.
+/// Returns up to `limit` customers, most recently read first.
 pub async fn customers(tx: &mut SystemTx, limit: i64) -> Result<Vec<String>, DbError> {
     let customers = billing_accounts::table
         .filter(billing_accounts::customer_id.is_not_null())
@@ -82,15 +81,15 @@ pub async fn customers(tx: &mut SystemTx, limit: i64) -> Result<Vec<String>, DbE
 pub struct EndedAccess {
     pub tenant_id: Uuid,
     pub before: Shown,
-    /// Whether its keys on plans marked `paid` worked.
+    /// Whether keys on the tenant's paid plans worked.
     pub had_paid_access: bool,
 }
 
-/// The access of a tenant before.
+/// A tenant's access before the switch.
 type Before = (Uuid, String, Option<DateTime<Utc>>, bool);
 
-/// Replaces the account, and forgets all customers and subscriptions. Usage that has not been reported is not charged.
-/// Returns the tenants whose access has ended by that.
+/// Replaces the account, and deletes all customers and subscriptions. Usage that has not been reported will not be
+/// charged. Returns the tenants whose access has ended as a result.
 pub async fn switch(
     tx: &mut SystemTx,
     account: &StripeAccount,

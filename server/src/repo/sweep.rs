@@ -1,7 +1,7 @@
 //! Deletes or clears expired rows in batches.
 //!
-//! Each statement affects at most `limit` rows, oldest first by an index, and skips rows that another transaction has
-//! locked. So replicas that sweep at the same time share the work without waiting for each other.
+//! Each statement affects up to `limit` rows, oldest first, and uses an index. It skips rows that another transaction
+//! has locked, so replicas that sweep at the same time share the work without waiting for each other.
 
 use diesel::{sql_query, sql_types::BigInt};
 use diesel_async::RunQueryDsl;
@@ -11,36 +11,36 @@ use crate::db::{DbError, SystemTx};
 /// A kind of row that expires.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Expired {
-    /// Expired sessions, a day after their expiry, with their refresh tokens.
+    /// Sessions that expired more than a day ago, with their refresh tokens.
     Sessions,
-    /// Revoked sessions, a day after they were revoked, with their refresh tokens.
+    /// Sessions that were revoked more than a day ago, with their refresh tokens.
     RevokedSessions,
     IdempotencyKeys,
-    /// Rows that every replica read long ago. The newest row is kept, because its number is used for comparison.
+    /// Rows that every replica has read long ago. The newest row is kept, because its number is needed for comparisons.
     Invalidations,
-    /// Quota windows that ended long ago. In any time zone, a month ends within 31 days of its start.
+    /// Windows of quotas that ended long ago. In any time zone, a month ends within 31 days of its start.
     QuotaUsage,
     /// Tenant quotas of months that ended long ago.
     TenantQuotaUsage,
-    /// IDs of batches of returned tokens that will no longer be retried.
+    /// IDs of batches of returned tokens that are too old to be retried.
     QuotaReturns,
-    /// Previous secrets of rotated keys after their grace period. The keys are kept.
+    /// Previous secrets whose grace period has ended. Their keys are kept.
     PreviousKeys,
     Replicas,
-    /// Processed Stripe webhooks, which are kept for as long as Stripe lists them.
+    /// Processed webhooks from Stripe. Kept for as long as Stripe lists them.
     BillingEvents,
-    /// Charged usage, which is kept for more than a year.
+    /// Usage to charge. Kept for more than a year.
     BillingUsage,
     BillingReports,
-    /// Problems with usage, which are kept for as long as charged usage.
+    /// Problems that Stripe found in usage. Kept for as long as the usage.
     BillingMeterErrors,
-    /// Deliveries that have ended, kept for 30 days.
+    /// Completed deliveries that are more than 30 days old.
     WebhookDeliveries,
     /// Deliveries of deleted webhooks.
     DeletedWebhooks,
-    /// Alerts, kept for 90 days after their window.
+    /// Alerts whose window ended more than 90 days ago.
     QuotaAlerts,
-    /// Emails that were sent or given up on, kept for 7 days.
+    /// Emails more than 7 days old that were sent or abandoned.
     Mails,
 }
 
@@ -88,7 +88,7 @@ impl Expired {
         }
     }
 
-    /// Returns the statement, whose parameter is the maximum number of rows.
+    /// Returns the SQL statement. Its parameter is the maximum number of rows.
     fn statement(self) -> String {
         let delete = |table: &str, id: &str, expired: &str, order: &str| {
             format!(
@@ -140,7 +140,7 @@ impl Expired {
                 let ended = format!("due_at IS NULL AND {}", older("created_at", "30 days"));
                 delete("webhook_deliveries", "ctid", &ended, "created_at")
             }
-            // Finds the webhooks with deliveries by one probe of an index each.
+            // Finds each webhook that has deliveries with one index probe.
             Self::DeletedWebhooks => "WITH RECURSIVE logs AS ( \
                      (SELECT tenant_id, webhook_id FROM webhook_deliveries \
                       ORDER BY tenant_id, webhook_id, id LIMIT 1) \
@@ -173,7 +173,7 @@ impl Expired {
     }
 }
 
-/// Sweeps at most `limit` rows and returns their number. Fewer than `limit` means that none are left.
+/// Sweeps up to `limit` rows and returns their number. If it is less than `limit`, no rows are left.
 pub async fn batch(tx: &mut SystemTx, kind: Expired, limit: i64) -> Result<usize, DbError> {
     let swept = sql_query(kind.statement())
         .bind::<BigInt, _>(limit)

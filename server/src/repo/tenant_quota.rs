@@ -1,6 +1,7 @@
-//! The ledger of monthly quotas that all keys of a tenant share, in PostgreSQL.
+//! The ledger of monthly quotas that all keys of a tenant share.
 //!
-//! A row is one calendar month (UTC) of a tenant. Each transaction locks rows in ascending order, in one statement.
+//! A row is a calendar month (UTC) of one tenant. Each transaction locks its rows in ascending order, in a single
+//! statement.
 
 use chrono::{DateTime, Utc};
 use diesel::{
@@ -13,7 +14,7 @@ use uuid::Uuid;
 use super::in_order;
 use crate::db::{DbError, SystemTx};
 
-/// A request for tokens of one tenant and month.
+/// A request for tokens from a tenant's quota for one month.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ask {
     pub tenant: Uuid,
@@ -22,11 +23,12 @@ pub struct Ask {
     pub want: i64,
 }
 
-/// Tokens that were taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]
 pub struct Taken {
+    #[diesel(sql_type = BigInt)]
     pub granted: i64,
-    /// Usage of the month, including `granted`.
+    /// The usage of the month, including `granted`.
+    #[diesel(sql_type = BigInt)]
     pub used: i64,
 }
 
@@ -38,17 +40,16 @@ pub struct Unused {
     pub amount: i64,
 }
 
-/// Grants each request as much as it wants, up to what is left of its month. Returns `None` for a month without a row.
-/// Requests are in ascending order. Each grant is atomic: `used` is read and increased under the row's lock.
+/// Grants each request as many tokens as it wants, up to the number left in its month. Returns `None` for a month
+/// without a row. Requests must be in ascending order. Each grant is atomic: `used` is read and increased while the row
+/// is locked.
 pub async fn take(tx: &mut SystemTx, asks: &[Ask]) -> Result<Vec<Option<Taken>>, DbError> {
     #[derive(QueryableByName)]
     struct Row {
         #[diesel(sql_type = BigInt)]
         n: i64,
-        #[diesel(sql_type = BigInt)]
-        granted: i64,
-        #[diesel(sql_type = BigInt)]
-        used: i64,
+        #[diesel(embed)]
+        taken: Taken,
     }
     let rows = diesel::sql_query(
         "WITH asked AS MATERIALIZED ( \
@@ -71,14 +72,8 @@ pub async fn take(tx: &mut SystemTx, asks: &[Ask]) -> Result<Vec<Option<Taken>>,
     .bind::<Array<BigInt>, _>(asks.iter().map(|ask| ask.want).collect::<Vec<_>>())
     .load::<Row>(&mut **tx)
     .await?;
-    let taken = rows.into_iter().map(|row| {
-        let taken = Taken {
-            granted: row.granted,
-            used: row.used,
-        };
-        (row.n, taken)
-    });
-    Ok(in_order(asks.len(), taken))
+    let numbered = rows.into_iter().map(|row| (row.n, row.taken));
+    Ok(in_order(asks.len(), numbered))
 }
 
 /// Adds missing rows. Skips tenants that do not exist.
@@ -96,7 +91,8 @@ pub async fn open(tx: &mut SystemTx, asks: &[Ask]) -> Result<(), DbError> {
     Ok(())
 }
 
-/// Credits unused tokens, unless the batch `id` was already applied. `rows` are distinct and in ascending order.
+/// Credits unused tokens, unless the batch `id` has already been applied. `rows` must be distinct and in ascending
+/// order.
 pub async fn give_back(tx: &mut SystemTx, id: Uuid, rows: &[Unused]) -> Result<(), DbError> {
     diesel::sql_query(
         "WITH applied AS ( \

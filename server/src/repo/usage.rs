@@ -1,10 +1,11 @@
 //! Reads the usage rollups.
 //!
-//! A row of a rollup covers one key or all keys, one endpoint or all, and one plan or all; see the migration. A query
-//! selects the rows of its combination, so it sums no more rows than necessary. To rank groups over a long range, it
-//! reads the whole UTC days in the range and the quarter hours at both ends.
+//! A row of a rollup is for one key or all keys, one endpoint or all endpoints, and one plan or all plans; see the
+//! migration. A query selects only the rows for the combination it needs, so it never sums more rows than necessary. To
+//! rank groups over a long range, it reads the daily rollup for whole UTC days and the 15-minute rollup for the rest of
+//! the range.
 //!
-//! Statements consist of constant text; all values from callers are bound.
+//! All SQL text is constant. Values from callers are always bound as parameters.
 
 use std::fmt::Write as _;
 
@@ -18,17 +19,17 @@ use uuid::Uuid;
 
 use crate::db::{DbError, TenantTx};
 
-/// The maximum number of endpoints of a key with their own rollups.
+/// The maximum number of endpoints of a key that have their own rollups.
 pub const ENDPOINTS_OF_KEY: i64 = 256;
-/// The maximum number of endpoints of a tenant with their own rollups, across all keys.
+/// The maximum number of endpoints of a tenant that have their own rollups, across all keys.
 pub const ENDPOINTS_OF_TENANT: i64 = 4096;
 
-/// The zero UUID, which stands for all keys or all plans.
+/// The nil UUID, which stands for all keys or all plans.
 const ALL: &str = "'00000000-0000-0000-0000-000000000000'";
 /// The endpoint of rows that cover all endpoints.
 const ALL_ENDPOINTS: &str = r"E'\x01'";
 
-/// Restricts which requests are counted.
+/// Selects the requests to count.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Filter {
     pub key: Option<Uuid>,
@@ -40,7 +41,7 @@ pub struct Filter {
 pub enum GroupBy {
     Key,
     Endpoint,
-    /// The policy that denied the requests. Admitted requests are not in any group.
+    /// The policy that denied the requests. Allowed requests are not in any group.
     Policy,
     Plan,
 }
@@ -74,7 +75,7 @@ impl Counts {
         }
     }
 
-    /// Returns these counts without those of `other`, which they include.
+    /// Subtracts counts that are included in these.
     #[must_use]
     pub fn without(&self, other: &Self) -> Self {
         Self {
@@ -89,7 +90,7 @@ impl Counts {
 /// The counts of one group in one bucket.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Row {
-    /// The key's or plan's ID, the endpoint or the policy; `None` without groups.
+    /// The key's or plan's ID, the endpoint, or the policy. `None` without groups.
     pub group: Option<String>,
     /// The index of the bucket.
     pub bucket: usize,
@@ -103,7 +104,7 @@ pub struct Ranked {
     pub counts: Counts,
 }
 
-/// The time from `from` to just before `to`.
+/// The end is exclusive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Range {
     pub from: DateTime<Utc>,
@@ -111,7 +112,7 @@ pub struct Range {
 }
 
 impl Range {
-    /// Returns the whole UTC days within the range, or an empty range at its end.
+    /// Returns the whole UTC days within the range. If there are none, returns an empty range at its end.
     fn whole_days(self) -> Self {
         let day = TimeDelta::days(1);
         let floor = |at: DateTime<Utc>| at.duration_trunc(day).unwrap_or(at);
@@ -130,8 +131,8 @@ impl Range {
 }
 
 impl Filter {
-    /// Returns the condition that selects rows for these keys, endpoints and plans. For the column by which rows are
-    /// grouped, it selects the rows of individual values. Parameters: `$2` key, `$3` plan, `$4` endpoint.
+    /// Returns a condition that selects the rows for this filter. If rows are grouped by a column, selects the rows for
+    /// the column's individual values. Parameters: `$2` key, `$3` plan, `$4` endpoint.
     fn condition(&self, group: Option<GroupBy>) -> String {
         let mut sql = String::from("u.tenant_id = $1");
         let has_key = self.key.is_some() || group == Some(GroupBy::Key);
@@ -142,7 +143,7 @@ impl Filter {
         };
         let _ = match (&self.endpoint, group) {
             (Some(_), _) => write!(sql, " AND u.endpoint = $4"),
-            // Joined with the list of endpoints.
+            // Handled by the join with the list of endpoints.
             (None, Some(GroupBy::Endpoint)) => Ok(()),
             (None, _) => write!(sql, " AND u.endpoint = {ALL_ENDPOINTS}"),
         };
@@ -159,8 +160,8 @@ impl Filter {
         sql
     }
 
-    /// Returns the rollup, named `u`. The rows of each endpoint are found through the list of endpoints, because the
-    /// endpoint comes first in the rollup's key.
+    /// Returns the rollup under the alias `u`. The endpoint comes first in the rollup's primary key, so a query that
+    /// groups by endpoint joins the list of endpoints to find the rows of each.
     fn source(&self, table: &str, group: Option<GroupBy>) -> String {
         if group == Some(GroupBy::Endpoint) && self.endpoint.is_none() {
             let key = if self.key.is_some() { "$2" } else { ALL };
@@ -174,7 +175,7 @@ impl Filter {
     }
 }
 
-/// Returns the value by which rows are grouped, as text.
+/// Returns the value that rows are grouped by, as text.
 const fn group_value(group: Option<GroupBy>) -> &'static str {
     match group {
         None => "NULL::text",
@@ -225,7 +226,7 @@ impl CountsRow {
 fn series_sql(filter: &Filter, group: Option<GroupBy>) -> String {
     let chosen = match group {
         None => "",
-        // Cast to the column's type, so that an index can be used.
+        // The cast to the column's type allows PostgreSQL to use an index.
         Some(GroupBy::Key) => " AND u.key_id = ANY($8::uuid[])",
         Some(GroupBy::Endpoint) => " AND u.endpoint = ANY($8)",
         Some(GroupBy::Policy) => " AND u.policy = ANY($8)",
@@ -241,7 +242,7 @@ fn series_sql(filter: &Filter, group: Option<GroupBy>) -> String {
     )
 }
 
-/// Binds `$1` to `$6`: the tenant, the [`Filter`] and a range.
+/// Binds the tenant, the [`Filter`], and a range to `$1` through `$6`.
 macro_rules! bind {
     ($sql:expr, $tx:expr, $filter:expr, $from:expr, $to:expr) => {
         diesel::sql_query($sql)
@@ -263,8 +264,8 @@ macro_rules! bind_series {
     }};
 }
 
-/// Counts requests by bucket and, with `groups`, also by group. `starts` are the starts of the buckets, in order; the
-/// last one ends at `to`. Buckets without requests are omitted.
+/// Counts requests by bucket and, if `groups` is set, also by group. `starts` contains the start of each bucket in
+/// ascending order; the last bucket ends at `to`. Omits buckets without requests.
 pub async fn series(
     tx: &mut TenantTx,
     filter: &Filter,
@@ -289,7 +290,7 @@ pub async fn series(
         .collect())
 }
 
-/// Runs the statement of [`series`] without groups and returns PostgreSQL's plan, for measurements.
+/// Executes the statement of [`series`] without groups, and returns PostgreSQL's query plan. Used for measurements.
 pub async fn explain_series(
     tx: &mut TenantTx,
     filter: &Filter,
@@ -327,7 +328,7 @@ pub async fn ranked(
             condition = filter.condition(Some(group)),
         )
     };
-    // The range is [$5, $6), its whole days are [$7, $8).
+    // `[$5, $6)` is the range, and `[$7, $8)` contains the whole days in it.
     let sql = format!(
         "SELECT grouped, 0 AS bucket, {SUMS} FROM ({} UNION ALL {} UNION ALL {}) u \
          GROUP BY 1 ORDER BY sum(u.requests) DESC, 1 LIMIT $9",
@@ -352,8 +353,8 @@ pub async fn ranked(
         .collect())
 }
 
-/// Returns the time of each group's latest request, based on the UTC days that overlap the range. It may be
-/// later than the range's end.
+/// Returns the time of each group's latest request on the UTC days that overlap the range. This time may be after the
+/// end of the range.
 pub async fn last_seen(
     tx: &mut TenantTx,
     filter: &Filter,
@@ -389,7 +390,7 @@ pub async fn last_seen(
         .collect())
 }
 
-/// Returns the current names of existing keys or plans by ID.
+/// Returns the IDs and current names of keys or plans. Omits deleted keys and plans.
 pub async fn names(
     tx: &mut TenantTx,
     group: GroupBy,

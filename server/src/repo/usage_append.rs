@@ -1,10 +1,10 @@
 //! Appends decisions to the log and to every rollup.
 //!
-//! A [batch](super::usage_batch) is sorted and counted before its transaction begins, so PostgreSQL only inserts: one
-//! row for each decision, and one for each row of a rollup that the batch changes.
+//! A [batch](super::usage_batch) is sorted and counted before its transaction starts, so PostgreSQL has to write only
+//! one row for each decision, and one for each changed row of a rollup.
 //!
-//! **Order of locks.** Tenants are locked in the order of their IDs. Everything else that [`append`] writes belongs to
-//! one of them.
+//! **Lock order.** Tenants are locked in order of ID. Every other row that [`append`] writes belongs to a locked
+//! tenant.
 
 use std::collections::{HashMap, HashSet};
 
@@ -23,22 +23,23 @@ use super::{
 };
 use crate::db::{DbError, SystemTx};
 
-/// The result of appending records.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Appended {
     pub rows: u64,
-    /// Rows whose key has too many endpoints. Rollups combine these endpoints; the log has their names.
+    /// The number of records whose key has too many endpoints. Rollups combine these endpoints; the log keeps their
+    /// names.
     pub folded: u64,
 }
 
-/// A large batch may take longer than a request, and waits for other batches of the same tenants. Giving up would only
-/// mean starting over.
+/// A large batch may take longer than a request, and has to wait for other batches of the same tenants. Shorter
+/// timeouts would only make it start over.
 const TIMEOUTS: &str = "SET LOCAL statement_timeout = '30s'; SET LOCAL lock_timeout = '10s'";
 
-/// Rows per statement: encoding more of them would block a thread that serves requests for milliseconds.
+/// The number of rows per statement. Encoding more rows would block a request-serving thread for several milliseconds.
 const CHUNK: usize = 1_000;
 
-/// Locks the tenants and assigns numbers to the rows. Later statements see what others committed before that.
+/// Locks the tenants and assigns numbers to the rows. Later statements see everything that was committed before the
+/// locks were acquired.
 const TAKE_NUMBERS: &str = "\
     INSERT INTO usage_tenants AS t (tenant_id, last_seq) SELECT unnest($1), unnest($2) \
     ON CONFLICT (tenant_id) DO UPDATE SET last_seq = t.last_seq + excluded.last_seq \
@@ -50,8 +51,8 @@ const ADD_ROWS: &str = "\
     SELECT unnest($1), unnest($2), unnest($3), unnest($4), unnest($5), unnest($6), unnest($7), unnest($8), \
         unnest($9), unnest($10), unnest($11), unnest($12), unnest($13)";
 
-/// Moves `last_used_at` forward, at most once per second, so that a busy key causes no more writes than others. Skips
-/// keys that are locked by others: their next use will update them, and usage does not wait.
+/// Updates `last_used_at` at most once per second, so that busy keys do not cause more writes than others. Skips keys
+/// that another transaction has locked, because recording usage must not wait. Their next use updates them.
 const TOUCH_KEYS: &str = "\
     UPDATE api_keys k SET last_used_at = u.at \
     FROM ( \
@@ -94,9 +95,9 @@ struct Seq {
     last_seq: i64,
 }
 
-/// Adds the records to the log and to every rollup. Call this once per transaction and commit soon, because the tenants
-/// remain locked until then. A larger batch takes less time for each record. Sets the transaction's timeouts to 30 s
-/// for a statement and 10 s for a lock.
+/// Appends a batch. Call this only once per transaction, and commit soon, because it locks the tenants. Large batches
+/// take less time per record. Sets the transaction's statement timeout to 30 seconds and its lock timeout to 10
+/// seconds.
 pub async fn append(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Appended, DbError> {
     if batch.is_empty() {
         return Ok(Appended::default());
@@ -130,7 +131,7 @@ pub async fn append(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Appended, D
     })
 }
 
-/// Returns each record's number in its tenant's log.
+/// Returns the number of each record in its tenant's log.
 async fn take_numbers(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Vec<i64>, DbError> {
     let taken = diesel::sql_query(TAKE_NUMBERS)
         .bind::<Array<SqlUuid>, _>(column!(batch.tenants, |it| it.0))
@@ -148,7 +149,7 @@ async fn take_numbers(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Vec<i64>,
     Ok(numbers.collect())
 }
 
-/// Updates the lists of endpoints. Returns the endpoints that do not get their own rollups because there are too many.
+/// Updates the lists of endpoints. Returns endpoints that do not get their own rollups because there are too many.
 async fn add_endpoints(
     tx: &mut SystemTx,
     batch: &UsageBatch,
@@ -171,7 +172,7 @@ async fn add_endpoints(
     if new.is_empty() {
         return Ok(HashSet::new());
     }
-    // All endpoints are added together, because they are numbered by the time of their first request.
+    // Added in a single step, because endpoints are numbered by the time of their first request.
     let (of_tenants, of_keys) = new
         .into_iter()
         .partition::<Vec<_>, _>(|it| it.0.key.is_nil());
@@ -181,7 +182,8 @@ async fn add_endpoints(
         .into_iter()
         .filter_map(|it| Some(of_keys.get(it)?.0))
         .collect::<HashSet<_>>();
-    // A tenant's list contains only endpoints that are in a key's list, from the first request of that key.
+    // Only endpoints that are in a key's list can be in the tenant's list. There, an endpoint's first request is its
+    // first request with a key that lists the endpoint.
     let mut listed = HashMap::<(Uuid, Rank), DateTime<Utc>>::new();
     for (of, first_at) in &batch.named {
         if !of.key.is_nil() && !folded.contains(of) {
@@ -209,7 +211,7 @@ async fn add_endpoints(
     Ok(folded)
 }
 
-/// Moves the last use of the batch's keys forward.
+/// Updates the last use of the batch's keys.
 async fn touch_keys(tx: &mut SystemTx, batch: &UsageBatch) -> Result<(), DbError> {
     let mut used = HashMap::<(Uuid, Uuid), DateTime<Utc>>::new();
     for (row, sums) in &batch.counts {
@@ -248,7 +250,7 @@ async fn add_rows(tx: &mut SystemTx, rows: &[UsageRecord], numbers: &[i64]) -> R
     Ok(())
 }
 
-/// Binds the columns that both rollups have.
+/// Binds the columns that both rollups have in common.
 macro_rules! bind_rollup {
     ($sql:expr, $batch:expr, $rows:expr) => {
         diesel::sql_query($sql)

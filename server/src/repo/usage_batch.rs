@@ -1,11 +1,11 @@
-//! Sums decisions for each rollup row that they change, before they are appended.
+//! Sorts and counts decisions before they are appended.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
-/// One decision on a known key. Its time is also the key's last use.
+/// A decision on a known key. Its time also counts as a use of the key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UsageRecord {
     pub event_id: Uuid,
@@ -15,12 +15,13 @@ pub struct UsageRecord {
     pub at: DateTime<Utc>,
     /// `free` or `paid`.
     pub billing: &'static str,
-    /// Empty if the caller did not send one.
+    /// Empty if the caller did not send an endpoint.
     pub endpoint: String,
     pub was_rejected: bool,
-    /// The policy that denied it. `None` if it was admitted, or denied while capacity was reduced.
+    /// The policy that denied the request. `None` if the request was allowed, or was denied because limits could not be
+    /// checked.
     pub policy: Option<&'static str>,
-    /// The wait in seconds. Set only for denials.
+    /// Seconds until a retry can succeed. Set only for denied requests.
     pub retry_after_seconds: Option<i32>,
     /// At least 1.
     pub cost: i64,
@@ -40,24 +41,24 @@ impl UsageRecord {
 
 /// The endpoint of rows that cover all endpoints.
 const ALL_ENDPOINTS: &str = "\u{1}";
-/// The endpoint of rows that cover the endpoints above the limit.
+/// The endpoint of rows that cover all endpoints above the limit.
 const FURTHER_ENDPOINTS: &str = "\u{2}";
-/// The length of a rollup's interval in seconds.
+/// The length of an interval in the 15-minute rollup, in seconds.
 const QUARTER: i64 = 15 * 60;
 const HOUR: i64 = 60 * 60;
 const DAY: i64 = 24 * 60 * 60;
 
-/// The rank of an endpoint among those of the batch, so that comparing ranks is the same as comparing names.
+/// The rank of an endpoint's name among the batch's endpoints. Comparing ranks is equivalent to comparing names.
 pub(super) type Rank = usize;
 
-/// The primary key of a rollup's row, in the order of its columns. The zero UUID stands for all keys or plans.
+/// The primary key of a rollup row, in column order. The nil UUID stands for all keys or all plans.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct RowKey {
     pub tenant: Uuid,
     pub endpoint: Rank,
     pub key: Uuid,
     pub plan: Uuid,
-    /// Seconds since 1970.
+    /// In seconds since 1970.
     pub start: i64,
     pub policy: &'static str,
 }
@@ -88,7 +89,7 @@ impl Sums {
     }
 }
 
-/// Counts for each row of a rollup.
+/// The counts of each row in a rollup.
 #[derive(Debug, Default)]
 struct Rollup(HashMap<RowKey, Sums>);
 
@@ -100,7 +101,7 @@ impl Rollup {
             .or_insert(*sums);
     }
 
-    /// Returns the rows in the order of the primary key.
+    /// Returns the rows in primary-key order.
     fn sorted(self) -> Vec<(RowKey, Sums)> {
         let mut rows = self.0.into_iter().collect::<Vec<_>>();
         rows.sort_unstable_by_key(|(key, _)| *key);
@@ -108,7 +109,7 @@ impl Rollup {
     }
 }
 
-/// An endpoint of a key or, with the zero UUID, of a tenant.
+/// An endpoint of a key or, if `key` is the nil UUID, of the tenant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct EndpointOf {
     pub tenant: Uuid,
@@ -116,20 +117,20 @@ pub(super) struct EndpointOf {
     pub endpoint: Rank,
 }
 
-/// The rows of both rollups, in the order of their primary keys.
+/// The rows of both rollups, in primary-key order.
 #[derive(Debug)]
 pub(super) struct Rollups {
     pub quarters: Vec<(RowKey, Sums)>,
     pub days: Vec<(RowKey, Sums)>,
-    /// Requests that are counted under [`FURTHER_ENDPOINTS`] of their key.
+    /// The number of requests counted under their key's [`FURTHER_ENDPOINTS`].
     pub folded: i64,
 }
 
-/// The cost of a tenant's admitted requests on paid plans in one hour.
+/// The cost of a tenant's requests that were allowed on paid plans in one hour.
 #[derive(Debug)]
 pub(super) struct Charged {
     pub tenant: Uuid,
-    /// Seconds since 1970.
+    /// In seconds since 1970.
     pub start: i64,
     pub cost: i64,
 }
@@ -155,24 +156,24 @@ fn charged(records: &[UsageRecord]) -> Vec<Charged> {
 /// Records that are ready to be appended.
 #[derive(Debug)]
 pub struct UsageBatch {
-    /// The records, in the order in which they are appended to the log.
+    /// In log order.
     pub(super) records: Vec<UsageRecord>,
-    /// The number of records of each tenant, in the order of the IDs.
+    /// The number of records per tenant, in order of tenant ID.
     pub(super) tenants: Vec<(Uuid, i64)>,
-    /// The endpoints, in the order of their names.
+    /// Sorted by name.
     pub(super) endpoints: Vec<String>,
-    /// The counts by quarter hour, key, plan, endpoint and policy.
+    /// Counts by quarter hour, key, plan, endpoint, and policy.
     pub(super) counts: Vec<(RowKey, Sums)>,
-    /// Endpoints of keys and tenants, with the time of their first request.
+    /// The endpoints of keys and tenants, each with the time of its first request.
     pub(super) named: Vec<(EndpointOf, DateTime<Utc>)>,
-    /// The rows of the rollups if every endpoint has its own.
+    /// The rollup rows, assuming that every endpoint has rows of its own.
     pub(super) rollups: Rollups,
-    /// Charged usage by tenant and hour, in that order.
+    /// Sorted by tenant, then by hour.
     pub(super) charged: Vec<Charged>,
 }
 
 impl UsageBatch {
-    /// Sorts and counts. Takes about a microsecond for each record.
+    /// Takes about a microsecond per record.
     pub fn new(mut records: Vec<UsageRecord>) -> Self {
         records.sort_by_key(|it| (it.tenant_id, it.at, it.event_id));
         let mut tenants = Vec::<(Uuid, i64)>::new();
@@ -242,7 +243,6 @@ impl UsageBatch {
         batch
     }
 
-    /// Returns the number of records.
     pub fn len(&self) -> usize {
         self.records.len()
     }
@@ -251,7 +251,6 @@ impl UsageBatch {
         self.records.is_empty()
     }
 
-    /// Returns the time of the oldest record.
     pub fn oldest(&self) -> Option<DateTime<Utc>> {
         self.records.iter().map(|it| it.at).min()
     }
@@ -262,7 +261,7 @@ impl UsageBatch {
             .unwrap_or_default()
     }
 
-    /// Returns the rows of the rollups if these endpoints do not have their own.
+    /// Returns the rollup rows, assuming that the `folded` endpoints do not have rows of their own.
     pub(super) fn rollups_without(&self, folded: &HashSet<EndpointOf>) -> Rollups {
         let (all, further) = (self.rank(ALL_ENDPOINTS), self.rank(FURTHER_ENDPOINTS));
         let (mut quarters, mut requests) = (Rollup::default(), 0);

@@ -1,8 +1,9 @@
-//! Compares tables that count the same requests in different ways: the log, its rollups, and the quota ledger.
+//! Compares tables that count the same requests in different ways: the log, the rollups, and the quota ledger.
 //!
-//! Log and rollups are written in one transaction, so any difference is an error. The ledger counts the tokens that
-//! replicas took. Its excess over recorded usage, after a window has ended, was lost in crashes, each of which loses at
-//! most one block. Recorded usage in excess of the ledger would mean that requests were allowed without it.
+//! The log and the rollups are written in one transaction, so any difference between them is an error. The ledger
+//! counts the tokens that replicas have taken. If the ledger exceeds recorded usage after a window has ended, tokens
+//! were lost in crashes, each of which loses at most one block. If recorded usage exceeds the ledger, requests were
+//! allowed without being counted.
 
 use chrono::NaiveDate;
 use diesel::{
@@ -16,14 +17,14 @@ use crate::db::{DbError, SystemTx};
 /// Ensures that only one replica compares at a time.
 const CHECK_LOCK: i64 = 7_226_424;
 
-/// The differences that were found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Differences {
-    /// Difference in requests between the log and the rollups, over all levels, summed over tenants.
+    /// The difference in requests between the log and the rollups, summed over all levels and tenants.
     pub log_and_rollups: i64,
-    /// Cost that the ledger counted but was not recorded.
+    /// The cost that is in the ledger but was not recorded.
     pub ledger_excess: i64,
-    /// Cost that was recorded but not counted by the ledger, in windows whose key and plan did not change.
+    /// The cost that was recorded but is not in the ledger. Includes only windows in which neither the key nor its plan
+    /// changed.
     pub rollup_excess: i64,
 }
 
@@ -47,8 +48,8 @@ struct Excess {
     rollups: i64,
 }
 
-/// Compares `log` with every level: the tenant's daily and 15-minute totals, its keys, endpoints, plans, and endpoints
-/// of keys.
+/// Compares the log with every level of the rollups: the tenant's daily and 15-minute totals, keys, endpoints, plans,
+/// and endpoints of keys.
 const LOG_AND_ROLLUPS: &str = r#"
 WITH day AS (SELECT $1::timestamp AT TIME ZONE 'UTC' AS start, ($1 + 1)::timestamp AT TIME ZONE 'UTC' AS until),
 levels AS (
@@ -76,12 +77,11 @@ SELECT coalesce(sum(difference), 0)::bigint AS difference FROM (
     FROM levels GROUP BY tenant_id
 ) t"#;
 
-/// Compares windows that ended on the previous day, at least an hour ago. By then, replicas have returned unused
-/// tokens.
+/// Compares windows that ended on the day before, at least an hour ago. By then, replicas have returned unused tokens.
 ///
-/// A key whose plan gets or loses the quota during the window has usage that the ledger rightly did not count. So usage
-/// in excess of the ledger is counted only if neither the key nor its plan has changed since an hour before the window
-/// began. In that case, every replica knew the quota for the whole window.
+/// If a key's plan gains or loses a quota during a window, the ledger rightly counts only part of the key's usage.
+/// Therefore, usage that exceeds the ledger is reported only if neither the key nor its plan has changed since an hour
+/// before the window started. In that case, every replica knew the quota during the whole window.
 const LEDGER_AND_ROLLUPS: &str = r"
 SELECT coalesce(sum(greatest(used - spent, 0)), 0)::bigint AS ledger,
     coalesce(sum(greatest(spent - used, 0)) FILTER (WHERE is_unchanged), 0)::bigint AS rollups
@@ -99,8 +99,8 @@ FROM (
     WHERE q.window_end <= now() - interval '1 hour' AND q.window_end > now() - interval '25 hours'
 ) w";
 
-/// Compares the log and the rollups of a day in UTC, and recorded usage with the ledger. `None` if another replica is
-/// comparing. May take minutes.
+/// Compares the log with the rollups for a UTC day, and recorded usage with the ledger. Returns `None` if another
+/// replica is comparing. May take minutes.
 pub async fn differences(
     tx: &mut SystemTx,
     day: NaiveDate,

@@ -1,11 +1,11 @@
-//! The endpoints that have their own rollups: a limited list for each key and for each tenant.
+//! The endpoints that have their own rollups. Each key and each tenant has a list of limited length.
 //!
-//! Endpoints that are not listed count under `other`. A consumer may choose the path of a request, so an endpoint
-//! enters the tenant's list only if it is in its key's list: one key cannot fill the tenant's list. An endpoint is
-//! removed from the lists when it no longer has rollups.
+//! Endpoints that are not in a list count as `other`. Clients can choose the path of a request, so an endpoint enters
+//! the tenant's list only if it is in its key's list. This prevents one key from filling up the tenant's list. An
+//! endpoint is removed from the lists when it no longer has rollups.
 //!
-//! [`find`], [`add`] and [`mark_seen`] are part of [`usage_append::append`](super::usage_append::append), which holds
-//! the locks of the tenants.
+//! [`find`], [`add`], and [`mark_seen`] are steps of [`usage_append::append`](super::usage_append::append), which locks
+//! the tenants.
 
 use chrono::{DateTime, Utc};
 use diesel::{
@@ -17,22 +17,22 @@ use uuid::Uuid;
 
 use crate::db::{DbError, SystemTx};
 
-/// An endpoint of a key's list. The zero UUID stands for the tenant's list.
+/// An endpoint in a key's list or, if `key` is the nil UUID, in the tenant's list.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Endpoint<'a> {
     pub tenant: Uuid,
     pub key: Uuid,
     pub name: &'a str,
-    /// The time of its first request in the batch.
+    /// The time of the first request in the batch.
     pub first_at: DateTime<Utc>,
 }
 
-/// The indexes of endpoints that require a change to the lists.
+/// The indexes of endpoints that require an update of the lists.
 #[derive(Debug, Default)]
 pub(super) struct Found {
-    /// Not listed.
+    /// Not in the list.
     pub new: Vec<usize>,
-    /// Listed, but not marked as seen today.
+    /// In the list, but not marked as seen today.
     pub stale: Vec<usize>,
 }
 
@@ -43,7 +43,7 @@ const FIND: &str = "\
         ON e.tenant_id = n.tenant_id AND e.key_id = n.key_id AND e.endpoint = n.endpoint \
     WHERE e.seen_on IS NULL OR e.seen_on < CURRENT_DATE";
 
-/// Adds endpoints up to the limit, oldest first. Returns the positions of those that do not fit.
+/// Adds endpoints up to the limit, oldest first. Returns the positions of the endpoints that did not fit.
 const ADD: &str = "\
     WITH new AS MATERIALIZED ( \
         SELECT * FROM unnest($1, $2, $3, $4) WITH ORDINALITY AS n (tenant_id, key_id, endpoint, first_at, place) \
@@ -60,7 +60,7 @@ const ADD: &str = "\
     ) \
     SELECT place FROM numbered WHERE number > $5";
 
-/// Runs at most once a day for each endpoint.
+/// Updates each endpoint at most once a day.
 const MARK_SEEN: &str = "\
     UPDATE usage_endpoints e SET seen_on = CURRENT_DATE \
     FROM unnest($1, $2, $3) AS b (tenant_id, key_id, endpoint) \
@@ -69,7 +69,7 @@ const MARK_SEEN: &str = "\
 
 #[derive(QueryableByName)]
 struct FoundRow {
-    /// The position of the endpoint, counted from 1.
+    /// The position of the endpoint in the parameters, starting at 1.
     #[diesel(sql_type = BigInt)]
     place: i64,
     #[diesel(sql_type = Bool)]
@@ -78,7 +78,7 @@ struct FoundRow {
 
 #[derive(QueryableByName)]
 struct Place {
-    /// The position of the endpoint, counted from 1.
+    /// The position of the endpoint in the parameters, starting at 1.
     #[diesel(sql_type = BigInt)]
     place: i64,
 }
@@ -96,7 +96,6 @@ macro_rules! bind_endpoints {
     };
 }
 
-/// Returns the endpoints that are not listed, and those that have not been marked as seen today.
 pub(super) async fn find(tx: &mut SystemTx, endpoints: &[Endpoint<'_>]) -> Result<Found, DbError> {
     let rows = bind_endpoints!(FIND, endpoints)
         .load::<FoundRow>(&mut **tx)
@@ -113,7 +112,7 @@ pub(super) async fn find(tx: &mut SystemTx, endpoints: &[Endpoint<'_>]) -> Resul
     Ok(found)
 }
 
-/// Adds endpoints to the lists, up to `limit` in each. Returns the indexes of those that do not fit.
+/// Adds up to `limit` endpoints to each list. Returns the indexes of the endpoints that did not fit.
 pub(super) async fn add(
     tx: &mut SystemTx,
     new: &[Endpoint<'_>],
@@ -131,7 +130,6 @@ pub(super) async fn add(
     Ok(others.iter().map(|it| index(it.place)).collect())
 }
 
-/// Records that the endpoints are in use.
 pub(super) async fn mark_seen(
     tx: &mut SystemTx,
     endpoints: &[Endpoint<'_>],
@@ -144,7 +142,7 @@ pub(super) async fn mark_seen(
     Ok(())
 }
 
-/// Removes up to `limit` endpoints that have had no request for `days`. Returns the number of endpoints removed.
+/// Removes up to `limit` endpoints that have had no requests for `days`. Returns the number of removed endpoints.
 pub async fn forget(tx: &mut SystemTx, days: i64, limit: i64) -> Result<usize, DbError> {
     let forgotten = diesel::sql_query(
         "DELETE FROM usage_endpoints WHERE ctid = ANY(ARRAY( \

@@ -1,9 +1,9 @@
 //! Reads the log of decisions.
 //!
-//! **Order.** The rows of a tenant are numbered without gaps in the order in which they become visible:
-//! [`append`](super::usage_append::append) takes the numbers under a lock on the tenant's row of `usage_tenants` that
-//! is held until the commit. So a reader who has seen all rows up to a number has missed none before it, on any
-//! replica. Nothing else may insert into the log.
+//! **Order.** A tenant's rows are numbered without gaps, in the order in which they become visible:
+//! [`append`](super::usage_append::append) assigns the numbers after locking the tenant's row in `usage_tenants`, and
+//! the lock lasts until the commit. So on every replica, a reader that has seen a row has seen all rows with lower
+//! numbers. No other code may insert into the log.
 
 use chrono::{DateTime, Utc};
 use diesel::{
@@ -15,7 +15,6 @@ use uuid::Uuid;
 
 use crate::db::{DbError, TenantTx};
 
-/// Filters a list of decisions.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Filter {
     pub key: Option<Uuid>,
@@ -25,13 +24,13 @@ pub struct Filter {
 }
 
 impl Filter {
-    /// Whether rows must be scanned because no index covers the filter.
+    /// Whether matching rows can only be found by scanning, because no index covers the filter.
     fn is_searched(&self) -> bool {
         self.endpoint.is_some() || self.was_rejected.is_some()
     }
 }
 
-/// The maximum number of rows that one page of a list searches for matches.
+/// The maximum number of rows that are searched for one page.
 pub const SEARCHED_ROWS: i64 = 50_000;
 
 #[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
@@ -97,11 +96,10 @@ macro_rules! bind_filter {
     };
 }
 
-/// A page of decisions.
 #[derive(Debug)]
 pub struct Page {
     pub rows: Vec<DecisionRow>,
-    /// The next page begins before this number. `None` if this is the last page.
+    /// The next page starts before this number. `None` on the last page.
     pub before: Option<i64>,
 }
 
@@ -111,8 +109,8 @@ struct Seq {
     seq: i64,
 }
 
-/// Lists decisions before the number `before`, newest first. Searches at most [`SEARCHED_ROWS`] rows, so a page may be
-/// short or empty even if it is not the last one.
+/// Lists decisions before the number `before`, newest first. Searches at most [`SEARCHED_ROWS`] rows, so any page can
+/// have fewer rows than `limit`, or none.
 pub async fn list(
     tx: &mut TenantTx,
     filter: &Filter,
@@ -124,7 +122,7 @@ pub async fn list(
         "SELECT l.* FROM usage_log l WHERE l.tenant_id = $1 AND l.seq < $2{} ORDER BY l.seq DESC",
         conditions(filter, true),
     );
-    // A materialized query still produces only the rows that are needed.
+    // PostgreSQL still evaluates a materialized query only for the rows that are needed.
     let sql = format!(
         "WITH searched AS MATERIALIZED ({rows} LIMIT $8) \
          SELECT {COLUMNS} FROM (SELECT * FROM searched l WHERE true{} ORDER BY l.seq DESC LIMIT $7) l \
@@ -164,11 +162,12 @@ pub async fn list(
     })
 }
 
-/// Returns the number of matching decisions in the log. `None` if the rollups do not count the endpoint separately, or
-/// if more than [`SEARCHED_ROWS`] rows have the request ID, which the API caller chooses.
+/// Returns the number of matching decisions in the log. Returns `None` if the rollups do not count the endpoint
+/// separately. Also returns `None` if more than [`SEARCHED_ROWS`] rows have the same request ID, which is possible
+/// because callers can choose it.
 ///
-/// Log and rollups are written together, and whole days of the log are dropped, so the rollups of the remaining days
-/// count exactly the rows in the log.
+/// The log and the rollups are written together, and the log is deleted by whole days. Therefore, the rollups of the
+/// remaining days count exactly the rows in the log.
 pub async fn total(tx: &mut TenantTx, filter: &Filter) -> Result<Option<u64>, DbError> {
     #[derive(QueryableByName)]
     struct Total {
@@ -221,7 +220,7 @@ pub async fn total(tx: &mut TenantTx, filter: &Filter) -> Result<Option<u64>, Db
     Ok(total.map(|it| u64::try_from(it).unwrap_or(0)))
 }
 
-/// Returns the last number of the tenant's log; 0 if it is empty.
+/// Returns the last number in the tenant's log, or 0 if the log is empty.
 pub async fn last_seq(tx: &mut TenantTx) -> Result<i64, DbError> {
     let tenant = tx.tenant().0;
     let last = diesel::sql_query("SELECT last_seq AS seq FROM usage_tenants WHERE tenant_id = $1")
@@ -232,7 +231,7 @@ pub async fn last_seq(tx: &mut TenantTx) -> Result<i64, DbError> {
     Ok(last.map_or(0, |it| it.seq))
 }
 
-/// Returns the decisions in a range of numbers, oldest first: after `after`, up to `last`.
+/// Returns the decisions with numbers greater than `after`, up to and including `last`, oldest first.
 pub async fn between(
     tx: &mut TenantTx,
     filter: &Filter,

@@ -1,7 +1,7 @@
 //! Creates partitions of the usage tables in advance, and drops them after the retention period.
 //!
-//! Functions of the database do both, with the rights of the tables' owner; see the migration. Rows of a day that has
-//! no partition are in the default partition until one is created.
+//! Database functions do both, with the rights of the tables' owner; see the migration. Rows for a day without a
+//! partition are in the default partition until a partition for that day is created.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use diesel_async::{RunQueryDsl, SimpleAsyncConnection};
 
 use crate::db::{DbError, SystemTx};
 
-/// A table with a partition for each day.
+/// A table with one partition per day.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Partitioned {
     Log,
@@ -34,10 +34,10 @@ impl Partitioned {
     }
 }
 
-/// The maximum duration of creating one partition, which includes moving rows that arrived before it.
+/// How long creating a partition may take. Includes moving rows that arrived earlier.
 pub const CREATE: Duration = Duration::from_mins(5);
 
-/// The maximum number of rows that one transaction deletes.
+/// The maximum number of rows to delete per transaction.
 const DELETED_ROWS: i32 = 10_000;
 
 #[derive(QueryableByName)]
@@ -52,7 +52,7 @@ struct Number {
     number: i32,
 }
 
-/// Creates a day's partition unless it exists. Returns whether it was created. May take as long as [`CREATE`].
+/// Creates a day's partition if it does not exist. Returns whether it was created. May take as long as [`CREATE`].
 pub async fn create(
     tx: &mut SystemTx,
     table: Partitioned,
@@ -68,8 +68,7 @@ pub async fn create(
     Ok(created.flag)
 }
 
-/// Drops the oldest partition if its day is before `before`. Returns whether there was one, in which case there may be
-/// more.
+/// Drops the oldest partition if its day is before `before`. Returns whether it dropped one; if so, there may be more.
 pub async fn drop_oldest(
     tx: &mut SystemTx,
     table: Partitioned,
@@ -83,8 +82,7 @@ pub async fn drop_oldest(
     Ok(dropped.number > 0)
 }
 
-/// Deletes a limited number of rows without a partition from days before `before`. Returns whether there may be
-/// more.
+/// Deletes some of the default partition's rows from days before `before`. Returns whether there may be more.
 pub async fn delete_unpartitioned(
     tx: &mut SystemTx,
     table: Partitioned,
@@ -99,9 +97,9 @@ pub async fn delete_unpartitioned(
     Ok(deleted.number >= DELETED_ROWS)
 }
 
-/// Deletes cursors of segments whose records would be rejected because of their age, and reports of replicas that have
-/// been silent for as long. `days` is how long the log is kept. The segments are still rejected if it is kept for
-/// longer later.
+/// Deletes cursors of segments whose records are too old to be accepted, and reports of replicas that have been silent
+/// for as long. `days` is the retention period of the log. The segments remain rejected even if the retention period is
+/// extended later.
 pub async fn forget_segments(tx: &mut SystemTx, days: i64) -> Result<(), DbError> {
     diesel::sql_query(
         "WITH deleted AS ( \

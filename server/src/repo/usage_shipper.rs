@@ -1,7 +1,7 @@
-//! Reports of replicas about usage that they have not shipped yet.
+//! Replicas' reports about usage that they have not shipped.
 //!
-//! A replica reports about once per second on each usage directory it owns. An older report means that its replica is
-//! slow, cut off from PostgreSQL, or has stopped without shipping everything.
+//! A replica reports on each of its usage directories about once per second. If a report is older, the replica is slow,
+//! has lost its connection to PostgreSQL, or has stopped without shipping all records.
 
 use chrono::{DateTime, Utc};
 use diesel::{
@@ -13,14 +13,14 @@ use uuid::Uuid;
 
 use crate::db::{DbError, SystemTx};
 
-/// The report about one usage directory.
+/// The report on one usage directory.
 #[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
 pub struct ShipperReport {
     #[diesel(sql_type = SqlUuid)]
     pub directory_id: Uuid,
     #[diesel(sql_type = Text)]
     pub host: String,
-    /// The age of the report, by PostgreSQL's clock.
+    /// The age of the report according to PostgreSQL's clock.
     #[diesel(sql_type = BigInt)]
     pub seconds_since_report: i64,
     #[diesel(sql_type = BigInt)]
@@ -42,7 +42,7 @@ pub async fn reports(tx: &mut SystemTx) -> Result<Vec<ShipperReport>, DbError> {
     .await?)
 }
 
-/// Returns the report about a directory, and locks it against a new one until the transaction ends.
+/// Returns the report on a directory, and prevents it from being updated until the transaction ends.
 pub async fn report_of(
     tx: &mut SystemTx,
     directory: Uuid,
@@ -58,12 +58,12 @@ pub async fn report_of(
     .optional()?)
 }
 
-/// PostgreSQL's time, which usage records follow.
+/// The times of usage records follow PostgreSQL's clock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]
 pub struct Times {
     #[diesel(sql_type = Timestamptz)]
     pub now: DateTime<Utc>,
-    /// All requests before this time are counted: no replica has an older record that it has not shipped.
+    /// All requests before this time are counted. No replica still has an older record to ship.
     #[diesel(sql_type = Timestamptz)]
     pub complete_until: DateTime<Utc>,
 }

@@ -1,8 +1,8 @@
-//! The position up to which each usage segment has been shipped, and what is left in each replica's directory.
+//! How far each usage segment has been shipped, and the records that each replica has left to ship.
 //!
-//! A cursor moves in the transaction that inserts the records before it, and only from the position at which the
-//! shipper started reading. So each record is inserted once, even if several processes ship the same segment or the
-//! result of a COMMIT is unknown.
+//! A cursor moves in the transaction that inserts the shipped records, and only if it is still at the position that the
+//! shipper read from. So each record is inserted exactly once, even if several processes ship the same segment or the
+//! outcome of a COMMIT is unknown.
 
 use std::time::Duration;
 
@@ -25,9 +25,9 @@ struct Position {
     position: i64,
 }
 
-/// Returns the position of a segment's cursor. If there is none, creates one at `first`, unless the segment is older
-/// than `retention` or no newer than another one whose cursor has been deleted: its records may have been shipped and
-/// deleted since then. Returns `None` in that case.
+/// Returns the position of a segment's cursor, and creates the cursor at `first` if there is none. Returns `None`
+/// instead of creating it if the segment is older than `retention`, or not newer than a segment whose cursor has been
+/// deleted: its records may already have been shipped and deleted.
 pub async fn open_cursor(
     tx: &mut SystemTx,
     segment: Uuid,
@@ -56,8 +56,8 @@ pub async fn open_cursor(
     Ok(found.map(|it| it.position))
 }
 
-/// Moves a segment's cursor. Returns `false` if it was not at `from`. Call first inside the transaction that inserts
-/// the records.
+/// Moves a segment's cursor. Returns `false` if the cursor was not at `from`. Call this before inserting the records in
+/// the same transaction.
 pub async fn move_cursor(
     tx: &mut SystemTx,
     segment: Uuid,
@@ -76,16 +76,16 @@ pub async fn move_cursor(
     Ok(moved == 1)
 }
 
-/// The records in a directory that have not been shipped.
+/// The unshipped records in a directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Pending {
     pub records: i64,
     pub bytes: i64,
-    /// No record before this time is left to ship. `None` if no record is left.
+    /// All records before this time have been shipped. `None` if no records are left.
     pub oldest: Option<DateTime<Utc>>,
 }
 
-/// Reports what was left in a directory at `at`.
+/// Reports the records that were left in a directory at `at`.
 pub async fn report(
     tx: &mut SystemTx,
     directory: Uuid,
@@ -112,7 +112,7 @@ pub async fn report(
     Ok(())
 }
 
-/// Reports that a directory was deleted.
+/// Deletes the report on a directory that no longer exists.
 pub async fn remove_report(tx: &mut SystemTx, directory: Uuid) -> Result<(), DbError> {
     diesel::sql_query("DELETE FROM usage_shippers WHERE directory_id = $1")
         .bind::<SqlUuid, _>(directory)
@@ -121,7 +121,7 @@ pub async fn remove_report(tx: &mut SystemTx, directory: Uuid) -> Result<(), DbE
     Ok(())
 }
 
-/// Returns PostgreSQL's time.
+/// Returns the time on PostgreSQL's clock.
 pub async fn now(tx: &mut SystemTx) -> Result<UnixNanos, DbError> {
     #[derive(QueryableByName)]
     struct Now {

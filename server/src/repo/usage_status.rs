@@ -1,4 +1,5 @@
-//! The state of a tenant's keys: their number, the usage of their quotas, and which need attention.
+//! The state of a tenant's keys: how many there are, how much of their quotas is used, and which of them need
+//! attention.
 
 use chrono::{DateTime, Utc};
 use diesel::{
@@ -10,7 +11,7 @@ use uuid::Uuid;
 
 use crate::db::{DbError, TenantTx};
 
-/// The maximum number of rows per kind that need attention.
+/// The maximum number of rows for each kind of attention.
 const ATTENTION: i64 = 20;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]
@@ -61,7 +62,8 @@ pub async fn numbers(tx: &mut TenantTx) -> Result<Numbers, DbError> {
     .await?)
 }
 
-/// Usage of a quota in its current window, according to the ledger: tokens held by replicas count as used.
+/// The usage of a quota in its current window, according to the ledger. Includes unspent tokens that replicas have
+/// taken.
 #[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
 pub struct QuotaRow {
     #[diesel(sql_type = SqlUuid)]
@@ -73,7 +75,7 @@ pub struct QuotaRow {
     pub policy: String,
     #[diesel(sql_type = BigInt)]
     pub used: i64,
-    /// The quota for this window.
+    /// The quota of the window.
     #[diesel(sql_type = BigInt)]
     pub quota: i64,
     #[diesel(sql_type = Timestamptz)]
@@ -82,7 +84,7 @@ pub struct QuotaRow {
     pub window_end: DateTime<Utc>,
 }
 
-/// The current windows of the active keys' quotas that have any usage. A shortened window has a proportional quota, as
+/// Selects the current windows of keys' quotas that have usage. A shortened window has the same proportional quota as
 /// in [`quota_usage::take`](super::quota_usage::take).
 const QUOTAS: &str = "\
     SELECT k.id AS key_id, k.name AS key_name, v.policy, least(w.used, w.quota) AS used, w.quota, w.window_start, \
@@ -100,7 +102,7 @@ const QUOTAS: &str = "\
     ) w \
     WHERE k.tenant_id = $1 AND v.quota IS NOT NULL";
 
-/// Returns the quotas that are closest to their limit, closest first.
+/// Returns the quotas of active keys that are closest to their limit, closest first.
 pub async fn quotas(tx: &mut TenantTx) -> Result<Vec<QuotaRow>, DbError> {
     let tenant = tx.tenant().0;
     Ok(diesel::sql_query(format!(
@@ -125,7 +127,7 @@ pub async fn quotas_of(tx: &mut TenantTx, key: Uuid) -> Result<Vec<QuotaRow>, Db
 /// A key that needs attention for a reason other than a quota.
 #[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
 pub struct Standing {
-    /// `expiring`, `grace_ending` or `idle`.
+    /// `expiring`, `grace_ending`, or `idle`.
     #[diesel(sql_type = Text)]
     pub kind: String,
     #[diesel(sql_type = SqlUuid)]
@@ -136,8 +138,8 @@ pub struct Standing {
     pub at: DateTime<Utc>,
 }
 
-/// Returns keys that expire within 7 days, rotated keys whose previous secret stops working within a day, and active
-/// keys that have not been used for 30 days.
+/// Returns keys that expire within 7 days, keys whose previous secret stops working within a day, and active keys that
+/// have not been used for 30 days.
 pub async fn standings(tx: &mut TenantTx) -> Result<Vec<Standing>, DbError> {
     let tenant = tx.tenant().0;
     Ok(diesel::sql_query(

@@ -1,4 +1,4 @@
-//! The tenants and keys with the most requests, across all tenants, for operators.
+//! The tenants and keys with the most requests on the whole server, for operators.
 
 use diesel::{
     prelude::*,
@@ -15,7 +15,7 @@ pub struct TopCounts {
     pub allowed: i64,
     #[diesel(sql_type = BigInt)]
     pub rejected: i64,
-    /// Cost of the allowed requests.
+    /// The cost of allowed requests.
     #[diesel(sql_type = BigInt)]
     pub cost: i64,
 }
@@ -24,7 +24,7 @@ pub struct TopCounts {
 pub struct TopTenant {
     #[diesel(sql_type = SqlUuid)]
     pub tenant_id: Uuid,
-    /// `None` if it was deleted.
+    /// `None` if the tenant was deleted.
     #[diesel(sql_type = Nullable<Text>)]
     pub name: Option<String>,
     #[diesel(embed)]
@@ -37,7 +37,7 @@ pub struct TopKey {
     pub tenant_id: Uuid,
     #[diesel(sql_type = SqlUuid)]
     pub key_id: Uuid,
-    /// `None` if it was deleted.
+    /// `None` if the key was deleted.
     #[diesel(sql_type = Nullable<Text>)]
     pub prefix: Option<String>,
     #[diesel(embed)]
@@ -48,7 +48,7 @@ const SUMS: &str = "coalesce(sum(u.requests) FILTER (WHERE u.policy = ''), 0)::b
      coalesce(sum(u.requests) FILTER (WHERE u.policy <> ''), 0)::bigint AS rejected, \
      coalesce(sum(u.cost) FILTER (WHERE u.policy = ''), 0)::bigint AS cost";
 
-/// All tenants are read, so this may take a while.
+/// Reading the rollups of all tenants may take a while.
 const PATIENCE: &str = "SET LOCAL statement_timeout = '1min'";
 
 pub async fn tenants(tx: &mut SystemTx, hours: u16, top: u16) -> Result<Vec<TopTenant>, DbError> {

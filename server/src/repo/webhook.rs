@@ -1,5 +1,3 @@
-//! Webhooks in PostgreSQL.
-
 use chrono::{DateTime, Utc};
 use diesel::{
     prelude::*,
@@ -79,20 +77,19 @@ find_by_id!(
     pub fn find in webhooks -> WebhookRow
 );
 find_by_id!(
-    /// Finds a webhook and locks it against other changes until the transaction ends.
+    /// Finds a webhook, and locks it against changes until the transaction ends.
     pub fn lock in webhooks -> WebhookRow, for_update
 );
 update_by_id!(
     pub fn update in webhooks, WebhookChange -> WebhookRow
 );
 delete_by_id!(
-    /// Deletes a webhook. Returns its last state. Its deliveries, of which there may be many, are deleted
+    /// Returns the webhook's last state. Its deliveries may be numerous, so they are deleted
     /// [later](super::sweep::Expired::DeletedWebhooks).
     pub fn delete in webhooks -> WebhookRow
 );
 
-/// Replaces the secret. The current one becomes the previous one for `grace_seconds`; an earlier previous one is
-/// dropped.
+/// Replaces the secret. The old secret remains valid for `grace_seconds`. An even older secret is deleted.
 pub async fn rotate_secret(
     tx: &mut TenantTx,
     id: Uuid,
@@ -125,7 +122,7 @@ pub async fn rotate_secret(
     }
 }
 
-/// Returns the tenant's active webhooks, and keeps them active until the transaction ends.
+/// Returns the tenant's active webhooks, and prevents them from being disabled until the transaction ends.
 pub async fn lock_active(tx: &mut SystemTx, tenant: TenantId) -> Result<Vec<Uuid>, DbError> {
     let active = webhooks::table
         .filter(webhooks::tenant_id.eq(tenant.0))
@@ -136,7 +133,7 @@ pub async fn lock_active(tx: &mut SystemTx, tenant: TenantId) -> Result<Vec<Uuid
     Ok(active.load(&mut **tx).await?)
 }
 
-/// Records that a delivery was accepted.
+/// Records that the endpoint accepted a delivery.
 pub async fn succeeded(tx: &mut SystemTx, tenant: Uuid, id: Uuid) -> Result<(), DbError> {
     let failing = webhooks::table
         .find((tenant, id))
@@ -148,8 +145,8 @@ pub async fn succeeded(tx: &mut SystemTx, tenant: Uuid, id: Uuid) -> Result<(), 
     Ok(())
 }
 
-/// Records that an attempt failed. Returns for how long attempts have been failing, in seconds, or `None` if the
-/// webhook is gone.
+/// Records that an attempt failed. Returns the number of seconds since attempts started to fail, or `None` if the
+/// webhook no longer exists.
 pub async fn failed(tx: &mut SystemTx, tenant: Uuid, id: Uuid) -> Result<Option<i64>, DbError> {
     #[derive(QueryableByName)]
     struct Failing {
@@ -169,7 +166,7 @@ pub async fn failed(tx: &mut SystemTx, tenant: Uuid, id: Uuid) -> Result<Option<
     Ok(failing.map(|it| it.seconds))
 }
 
-/// Disables an active webhook. Returns its name, or `None` if it was not active.
+/// Disables a webhook. Returns its name, or `None` if it was not active.
 pub async fn disable(
     tx: &mut SystemTx,
     tenant: Uuid,
@@ -190,7 +187,7 @@ pub async fn disable(
     Ok(name.optional()?)
 }
 
-/// Locks a webhook if it is disabled. Returns whether it is.
+/// Locks a webhook if it is disabled. Returns whether it is disabled.
 pub async fn lock_disabled(tx: &mut SystemTx, tenant: Uuid, id: Uuid) -> Result<bool, DbError> {
     let disabled = webhooks::table
         .find((tenant, id))
@@ -201,7 +198,7 @@ pub async fn lock_disabled(tx: &mut SystemTx, tenant: Uuid, id: Uuid) -> Result<
     Ok(locked.is_some())
 }
 
-/// The stored secrets of a webhook.
+/// The encrypted secrets of a webhook.
 #[derive(Debug, Clone, QueryableByName)]
 pub struct StoredSecrets {
     #[diesel(sql_type = SqlUuid)]
@@ -214,7 +211,7 @@ pub struct StoredSecrets {
     pub previous_secret: Option<Vec<u8>>,
 }
 
-/// Returns the secrets of webhooks after this one, in the order of their tenants and IDs.
+/// Returns the secrets of up to `limit` webhooks after this one, sorted by tenant and ID.
 pub async fn stored_secrets(
     tx: &mut SystemTx,
     after: (Uuid, Uuid),
@@ -230,7 +227,8 @@ pub async fn stored_secrets(
     Ok(rows.load(&mut **tx).await?)
 }
 
-/// Replaces stored secrets by the same ones, encrypted with another key, unless they have changed.
+/// Replaces stored secrets with the same secrets, re-encrypted under another key, unless they have changed since they
+/// were read.
 pub async fn replace_secrets(
     tx: &mut SystemTx,
     before: &StoredSecrets,

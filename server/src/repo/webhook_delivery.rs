@@ -1,4 +1,4 @@
-//! Deliveries to webhooks in PostgreSQL: an outbox, from which replicas claim what is due.
+//! An outbox of deliveries to webhooks, from which replicas claim deliveries that are due.
 
 use std::collections::HashMap;
 
@@ -45,7 +45,7 @@ pub struct NewDelivery<'a> {
     pub payload: &'a str,
 }
 
-/// Inserts a delivery that a tenant requested.
+/// Inserts a delivery that the tenant requested.
 pub async fn insert(tx: &mut TenantTx, delivery: &NewDelivery<'_>) -> Result<DeliveryRow, DbError> {
     let query = diesel::insert_into(webhook_deliveries::table)
         .values(delivery)
@@ -53,14 +53,13 @@ pub async fn insert(tx: &mut TenantTx, delivery: &NewDelivery<'_>) -> Result<Del
     Ok(query.get_result(&mut **tx).await?)
 }
 
-/// The maximum number of pending deliveries of a webhook, so that an endpoint that is down for long costs no more than
-/// that.
+/// The maximum number of pending deliveries per webhook. Limits the cost of an endpoint that is down for a long time.
 pub const PENDING_MAX: i64 = 1000;
-/// Why an event is not sent.
+/// Why a delivery was not sent.
 const NO_ROOM: &str = "Not sent, because the webhook had 1,000 pending deliveries.";
 
-/// Returns how many deliveries of each webhook are pending. Webhooks that are locked get no more until the transaction
-/// ends.
+/// Returns the number of pending deliveries of each webhook. If the caller has locked a webhook, this number cannot
+/// increase until the transaction ends.
 async fn pending(
     conn: &mut AsyncPgConnection,
     tenant: Uuid,
@@ -87,15 +86,15 @@ async fn pending(
         .collect())
 }
 
-/// Whether a webhook, which the caller has locked, may have one more pending delivery.
+/// Whether a webhook may have one more pending delivery. The caller must have locked the webhook.
 pub async fn has_room(tx: &mut TenantTx, webhook: Uuid) -> Result<bool, DbError> {
     let tenant = tx.tenant().0;
     let pending = pending(tx, tenant, &[webhook]).await?;
     Ok(pending.get(&webhook).is_none_or(|it| *it < PENDING_MAX))
 }
 
-/// Inserts the deliveries of a tenant's events to these webhooks, which the caller must have locked. Deliveries to a
-/// webhook that has [`PENDING_MAX`] fail.
+/// Inserts deliveries of a tenant's events to these webhooks. The caller must have locked the webhooks. If a webhook
+/// already has [`PENDING_MAX`] pending deliveries, further ones are inserted as failed.
 pub async fn insert_all(
     tx: &mut SystemTx,
     tenant: Uuid,
@@ -109,7 +108,7 @@ pub async fn insert_all(
         is_sent.push(*pending < PENDING_MAX);
         *pending += 1;
     }
-    // So that no message is large.
+    // Split up, to keep messages to PostgreSQL small.
     for (part, is_sent) in deliveries.chunks(1000).zip(is_sent.chunks(1000)) {
         sql_query(
             "INSERT INTO webhook_deliveries \
@@ -138,7 +137,6 @@ find_by_id!(
     pub fn find in webhook_deliveries -> DeliveryRow
 );
 
-/// Returns a page of a webhook's deliveries.
 pub async fn list(
     tx: &mut TenantTx,
     webhook: Uuid,
@@ -174,7 +172,7 @@ pub async fn list(
     Ok(Rows::new(rows, slice.limit, counted.total))
 }
 
-/// Makes a delivery due, as if it had never been sent.
+/// Resets a delivery, so that it is sent as if for the first time.
 pub async fn redeliver(tx: &mut TenantTx, id: Uuid) -> Result<Option<DeliveryRow>, DbError> {
     let query = diesel::update(webhook_deliveries::table.find((tx.tenant().0, id)))
         .set((
@@ -186,13 +184,13 @@ pub async fn redeliver(tx: &mut TenantTx, id: Uuid) -> Result<Option<DeliveryRow
     Ok(query.get_result(&mut **tx).await.optional()?)
 }
 
-/// Ends the pending deliveries of a webhook that the tenant disabled.
+/// Cancels the pending deliveries of a webhook that the tenant has disabled.
 pub async fn cancel(tx: &mut TenantTx, webhook: Uuid, error: &str) -> Result<usize, DbError> {
     let tenant = tx.tenant().0;
     cancel_on(tx, tenant, webhook, error).await
 }
 
-/// Ends the pending deliveries of a webhook that the server disabled.
+/// Cancels the pending deliveries of a webhook that the server has disabled.
 pub async fn cancel_system(
     tx: &mut SystemTx,
     tenant: Uuid,
@@ -202,8 +200,8 @@ pub async fn cancel_system(
     cancel_on(tx, tenant, webhook, error).await
 }
 
-/// The number of deliveries that one statement ends, so that it does not take long. An earlier version stored more than
-/// [`PENDING_MAX`].
+/// The maximum number of deliveries per statement, so that no statement takes long. There may be more than
+/// [`PENDING_MAX`] pending deliveries if an earlier version stored them.
 const CANCELED_AT_ONCE: i64 = 500;
 
 async fn cancel_on(
@@ -233,7 +231,7 @@ async fn cancel_on(
     }
 }
 
-/// A delivery to send, with its webhook.
+/// A due delivery and the data of its webhook.
 #[derive(Debug, Clone, QueryableByName)]
 pub struct DueDelivery {
     #[diesel(sql_type = SqlUuid)]
@@ -246,7 +244,7 @@ pub struct DueDelivery {
     pub event_id: String,
     #[diesel(sql_type = Text)]
     pub payload: String,
-    /// The number of attempts, including this one.
+    /// Includes the current attempt.
     #[diesel(sql_type = Integer)]
     pub attempts: i32,
     /// The time of the attempt, in seconds since 1970.
@@ -257,36 +255,36 @@ pub struct DueDelivery {
     /// Encrypted.
     #[diesel(sql_type = Bytea)]
     pub secret: Vec<u8>,
-    /// Encrypted. Only while it still signs.
+    /// Encrypted. Set only while it is still used for signing.
     #[diesel(sql_type = Nullable<Bytea>)]
     pub previous_secret: Option<Vec<u8>>,
 }
 
-/// How much is claimed.
+/// Limits on what can be claimed.
 #[derive(Debug, Clone, Copy)]
 pub struct Claim<'a> {
     pub limit: i64,
-    /// The maximum number of attempts in progress of a tenant, and of a webhook.
+    /// The maximum number of concurrent attempts per tenant. `per_webhook` is the maximum per webhook.
     pub per_tenant: i64,
     pub per_webhook: i64,
-    /// The tenant and the webhook of each attempt in progress.
+    /// The tenant of each attempt in progress. `running_webhooks` contains the webhooks.
     pub running_tenants: &'a [Uuid],
     pub running_webhooks: &'a [Uuid],
-    /// Tenants take turns: the one after this one is first.
+    /// Tenants take turns, starting with the one after this one.
     pub after_tenant: Uuid,
-    /// After this many attempts, a delivery fails.
+    /// A delivery fails after this many attempts.
     pub attempts_max: i32,
     pub lease_seconds: i32,
 }
 
-/// The maximum number of deliveries that are considered.
+/// The maximum number of deliveries considered per claim.
 const CONSIDERED: i64 = 256;
 
-/// Returns deliveries that are due, and counts an attempt. Each becomes due again after `lease_seconds`: so it is
-/// retried if this process ends, and no other replica sends it in the meantime.
+/// Returns deliveries that are due, and counts an attempt for each. The next attempt is due after `lease_seconds`.
+/// Until then, no other replica sends the delivery; if this process exits, the delivery is retried.
 ///
-/// Takes time in proportion to the number of tenants with pending deliveries, not to the number of deliveries: each
-/// tenant and each of its webhooks is one probe of an index.
+/// The cost grows with the number of tenants and webhooks that have pending deliveries, each of which takes one index
+/// probe. It does not grow with the number of deliveries.
 pub async fn claim(tx: &mut SystemTx, claim: &Claim<'_>) -> Result<Vec<DueDelivery>, DbError> {
     let claimed = sql_query(
         "WITH RECURSIVE later AS ( \
@@ -361,18 +359,17 @@ pub async fn claim(tx: &mut SystemTx, claim: &Claim<'_>) -> Result<Vec<DueDelive
     Ok(claimed)
 }
 
-/// The result of an attempt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AttemptResult<'a> {
     pub response_status: Option<i32>,
-    /// `None`: it was delivered.
+    /// `None` if the event was delivered.
     pub error: Option<&'a str>,
-    /// Seconds until the next attempt. `None`: it was delivered, or is not retried.
+    /// Seconds until the next attempt. `None` if the event was delivered or will not be retried.
     pub retry_after: Option<i64>,
 }
 
-/// Records the result of an attempt. Returns `false` if the delivery has been canceled, redelivered or claimed again in
-/// the meantime.
+/// Records the result of an attempt. Returns `false` if the delivery has been canceled, redelivered, or claimed again
+/// since the attempt started.
 pub async fn finish(
     tx: &mut SystemTx,
     delivery: &DueDelivery,
@@ -400,7 +397,7 @@ pub async fn finish(
     Ok(finished == 1)
 }
 
-/// Returns how long the delivery that is due the longest has been due, in seconds; 0 if none is due.
+/// Returns how many seconds ago the oldest due delivery became due, or 0 if none is due.
 pub async fn overdue_seconds(tx: &mut SystemTx) -> Result<i64, DbError> {
     #[derive(QueryableByName)]
     struct Backlog {

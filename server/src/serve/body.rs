@@ -1,4 +1,4 @@
-//! Response bodies, as passed to hyper.
+//! Response bodies that are passed to hyper.
 
 use std::{
     pin::Pin,
@@ -11,13 +11,14 @@ use hyper::body::{Body, Frame, SizeHint};
 use super::connection::RequestInFlight;
 use crate::tenant_places::HeldUntilSent;
 
-/// Maximum size of a single chunk.
+/// The maximum size of a chunk.
 const CHUNK: usize = 16 * 1024;
 
 /// A response body that keeps its request in flight and is passed on in small chunks.
 pub(super) struct ResponseBody<B> {
     pub(super) body: B,
-    /// The rest of a large frame. hyper would copy the whole frame and keep that memory until the connection closes.
+    /// The rest of a large frame. hyper would copy a large frame as a whole, and keep that memory until the connection
+    /// closes.
     pub(super) rest: Bytes,
     pub(super) _held: Option<HeldUntilSent>,
     pub(super) _request: RequestInFlight,

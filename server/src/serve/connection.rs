@@ -1,8 +1,8 @@
 //! The phase of a connection and its deadline.
 //!
-//! A connection is always in one of five phases, each with its own deadline, over HTTP/1 and HTTP/2. Only a complete
-//! request head, a finished response or progress in sending one extends a deadline. Single bytes and canceled requests
-//! do not.
+//! A connection, over HTTP/1 or HTTP/2, is always in one of five phases, each with its own deadline. Only a complete
+//! request head, a finished response, or progress in sending a response extends a deadline. Single bytes and canceled
+//! requests do not.
 
 use std::sync::{
     Arc,
@@ -19,12 +19,12 @@ use super::{
 };
 use crate::connection_marks::ConnectionMarks;
 
-/// The phases of a connection, named after what it is waiting for.
+/// The phases of a connection, named after what the connection is waiting for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Phase {
     /// The first complete request head.
     FirstHead,
-    /// The rest of a later request head whose first byte has arrived.
+    /// The rest of a later request head, of which at least one byte has arrived.
     Head,
     /// The client, which has not finished reading a response.
     Write,
@@ -39,18 +39,18 @@ pub(super) enum Phase {
 #[repr(u8)]
 pub(super) enum Shutdown {
     None,
-    /// Finish the requests in flight, accept no new ones, then close.
+    /// Finish the requests in flight, do not accept new ones, and then close.
     Graceful,
     /// Close now.
     Immediate,
 }
 
-/// State shared by a connection's task, its stream, its requests and the table. Times are nanoseconds since `accepted`
-/// plus one; 0 means not set.
+/// The state shared by a connection's task, its stream, its requests and the table. Times are nanoseconds since
+/// `accepted`, plus one; 0 means not set.
 #[derive(Debug)]
 pub(super) struct Connection {
     accepted: Instant,
-    /// When the first byte of a request head arrived. For HTTP/2, only the first request.
+    /// When the first byte of a request head arrived. For HTTP/2, set only for the first request.
     head_began: AtomicU64,
     write_blocked: AtomicU64,
     /// HTTP/1: when the last response ended or made progress.
@@ -58,14 +58,14 @@ pub(super) struct Connection {
     has_requested: AtomicBool,
     is_http2: AtomicBool,
     pub(super) marks: ConnectionMarks,
-    /// HTTP/1: requests whose handler is running or whose response is being sent.
+    /// HTTP/1: the number of requests whose handler is running or whose response is being sent.
     in_flight: AtomicU32,
-    /// HTTP/1: requests so far. It wraps.
+    /// HTTP/1: the number of requests so far. Wraps around on overflow.
     requests: AtomicU32,
     http2: Mutex<Requests>,
     /// `None` if the connection is not counted.
     memory: Option<Arc<Memory>>,
-    /// The amount last reported to `memory`.
+    /// The amount that was last reported to `memory`.
     held: AtomicUsize,
     occupied: AtomicUsize,
     /// HTTP/1: bytes of the request that is arriving or in flight, or of the response that waits for the socket.
@@ -77,7 +77,8 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// Reports the memory used by the connection to `memory` until it has authenticated.
+    /// Creates the state of a connection that was just accepted. Its memory use is reported to `memory` until it has
+    /// authenticated.
     pub(super) fn accepted_now(memory: Option<Arc<Memory>>) -> Self {
         Self {
             accepted: Instant::now(),
@@ -134,7 +135,7 @@ impl Connection {
         self.http2.lock().sent(event, self.now(), progress);
     }
 
-    /// Returns the current phase and its deadline. `None` if another timer limits the phase.
+    /// Returns the current phase and its deadline. The deadline is `None` if another timer limits the phase.
     pub(super) fn phase(&self, timeouts: &Timeouts) -> (Phase, Option<Instant>) {
         let blocked = match self.write_blocked.load(Ordering::Relaxed) {
             0 => None,
@@ -150,7 +151,8 @@ impl Connection {
         if let Some((phase, deadline)) = blocked {
             return (phase, Some(deadline));
         }
-        // Acquire pairs with the release at the end of a request, so that `progressed` is its end or later.
+        // The acquire ordering pairs with the release at the end of a request, so that `progressed` is not older than
+        // that end.
         if self.in_flight.load(Ordering::Acquire) > 0 {
             return (Phase::Handler, None);
         }
@@ -163,7 +165,7 @@ impl Connection {
         }
     }
 
-    /// Returns the earliest deadline of all requests. Each request has its own deadline, independent of the others.
+    /// Returns the phase with the earliest deadline of all requests. Each request has its own deadline.
     fn phase_of_http2(
         &self,
         timeouts: &Timeouts,
@@ -198,7 +200,7 @@ impl Connection {
         self.buffered.fetch_add(2 * length, Ordering::Relaxed);
     }
 
-    /// Records that the socket accepted bytes, which means that earlier requests have been answered.
+    /// Records that the socket accepted bytes, which means that earlier requests have received a response.
     pub(super) fn has_written(&self) {
         if !self.is_http2() {
             self.head_began.store(0, Ordering::Relaxed);
@@ -210,7 +212,7 @@ impl Connection {
         }
     }
 
-    /// Records that the socket does not currently accept these `length` bytes.
+    /// Records that the socket currently does not accept these `length` bytes.
     pub(super) fn is_write_blocked(&self, length: usize) {
         if !self.is_http2() {
             self.head_began.store(0, Ordering::Relaxed);
@@ -226,14 +228,14 @@ impl Connection {
         self.requests.load(Ordering::Relaxed)
     }
 
-    /// HTTP/1: whether every response has been passed to the socket.
+    /// HTTP/1: returns whether every response has been passed to the socket.
     pub(super) fn has_responded(&self) -> bool {
         self.in_flight.load(Ordering::Acquire) == 0
             && self.write_blocked.load(Ordering::Relaxed) == 0
     }
 
-    /// Reports the memory used by the connection to `memory`. Returns whether this connection, or all connections
-    /// together, use too much memory.
+    /// Reports the connection's memory use to `memory`. Returns whether this connection uses too much memory, or all
+    /// connections together do.
     pub(super) fn account(&self) -> bool {
         let Some(memory) = &self.memory else {
             return false;
@@ -270,7 +272,7 @@ impl Connection {
         held > 0 && (held > memory.per_connection() || memory.is_exceeded())
     }
 
-    /// Whether reading should wait until other connections free memory.
+    /// Returns whether to stop reading until other connections have freed memory.
     pub(super) fn should_pause(&self) -> bool {
         let memory = self.memory.as_ref();
         memory.is_some_and(|memory| memory.is_backlogged()) && !self.marks.is_authenticated()
@@ -280,18 +282,17 @@ impl Connection {
         self.held.load(Ordering::Relaxed)
     }
 
-    /// Stops counting the connection, which is about to be closed.
+    /// Stops counting the memory of the connection, which is about to be closed.
     pub(super) fn release_memory(&self) {
         self.is_released.store(true, Ordering::Relaxed);
         self.account();
     }
 
-    /// Returns how long the connection has been open.
     pub(super) fn age(&self, now: Instant) -> std::time::Duration {
         now.saturating_duration_since(self.accepted)
     }
 
-    /// Whether no byte of a request has arrived yet.
+    /// Returns whether no byte of a request has arrived yet.
     pub(super) fn is_silent(&self) -> bool {
         self.head_began.load(Ordering::Relaxed) == 0 && !self.has_requested.load(Ordering::Relaxed)
     }
@@ -373,12 +374,12 @@ impl Drop for Connection {
     }
 }
 
-/// A request, until its response has been passed on completely or abandoned. Over HTTP/2, the client may not have read
-/// it by then; see [`http2`](super::http2).
+/// A request whose response has been neither passed on completely nor abandoned. Over HTTP/2, the client may not have
+/// read the response when the request ends; see [`http2`](super::http2).
 #[derive(Debug)]
 pub(super) struct RequestInFlight {
     connection: Arc<Connection>,
-    /// HTTP/2: bytes of its head.
+    /// HTTP/2: the bytes of the request's head.
     head: usize,
 }
 

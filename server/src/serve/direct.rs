@@ -1,11 +1,11 @@
-//! Serving plain requests from the bytes of a connection, in front of hyper.
+//! Serves plain requests directly from the bytes of a connection, without hyper.
 //!
-//! Requests that the endpoint accepts are answered here, in order. A request that is plain but not accepted is lent to
-//! hyper: exactly the bytes of that request, since its end is known. When its response has been sent, hyper waits for
-//! the next request, and has read nothing in advance. At the first request that is not plain, hyper gets the
-//! connection for good, with all bytes from the beginning of that request.
+//! Requests that the endpoint accepts are served here, in order. A plain request that the endpoint does not accept is
+//! lent to hyper. hyper gets only the bytes of that request, since its end is known, so it has not read anything
+//! further when its response has been sent. The first request that is not plain ends the direct service: hyper takes
+//! over the connection, starting with that request.
 //!
-//! The stream, the connection's phase and its deadlines are the same as behind hyper; see [`super::connection`].
+//! The stream and the connection's deadlines work as they do with hyper; see [`super::connection`].
 
 use std::{
     future::poll_fn,
@@ -29,9 +29,10 @@ use crate::plain_request::{DirectEndpoint, Parsed, parse};
 const FIRST_READ: usize = 2 * 1024;
 /// Larger buffers are not kept between requests.
 const KEPT_MAX: usize = 8 * 1024;
-/// Responses to pipelined requests are sent when they exceed this size. Until then, no further request is answered.
+/// Responses to pipelined requests are sent once they exceed this size, before the next request is handled.
 const OUTPUT_MAX: usize = 32 * 1024;
-/// In how many parts a request may arrive. Each is parsed from the beginning.
+/// The maximum number of parts in which a request may arrive. The request is parsed from the beginning each time a part
+/// arrives.
 const PARTS_MAX: u32 = 16;
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
@@ -44,20 +45,20 @@ pub(super) struct DirectService<'a, D> {
     pub(super) slot: &'a Slot,
 }
 
-/// What was read.
+/// The result of a read.
 enum Read {
     Bytes(usize),
     /// The server is stopping.
     Stop,
 }
 
-/// The request that follows those that were answered.
+/// The request that follows those that have received a response.
 enum Next {
-    /// It has not arrived completely, or not at all.
+    /// The request has not arrived, or only in part.
     Incomplete,
-    /// hyper has to answer it. It has this length.
+    /// hyper must respond to the request, which has this length.
     Foreign(usize),
-    /// hyper has to answer it and everything after it.
+    /// hyper must respond to the request and to everything after it.
     Other,
 }
 
@@ -75,13 +76,13 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
     {
         let mut input = vec![0; FIRST_READ];
         let mut output = Vec::new();
-        // The number of unread bytes, and in how many parts they have arrived.
+        // The number of unread bytes, and the number of parts in which they have arrived.
         let (mut end, mut parts) = (0, 0);
         loop {
             match self.read(&mut stream, &mut input[end..]).await? {
                 Read::Bytes(0) => return Ok(None),
                 Read::Stop if end == 0 => return Ok(None),
-                // hyper announces that the response is the last one.
+                // hyper announces that its response is the last one.
                 Read::Stop => {
                     stream.unread(&input[..end]);
                     return Ok(Some(stream));
@@ -99,7 +100,7 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
                     parts = 1;
                 }
                 if length > 0 && start < end {
-                    // Sending the responses has ended the deadline of the next request.
+                    // Sending the responses has cleared the deadline of the next request.
                     self.connection.has_read(end - start);
                 }
                 match next {
@@ -130,8 +131,8 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
         }
     }
 
-    /// Lets hyper serve one request, whose length is allowed. Returns the stream after the response has been sent, or
-    /// `None` if hyper has closed the connection.
+    /// Lets hyper serve one request, whose length the stream is allowed to read. Returns the stream after the response
+    /// has been sent, or `None` if hyper has closed the connection.
     async fn lend<H>(
         &self,
         stream: WatchedStream,
@@ -178,7 +179,7 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
         self.connection.shutdown() != Shutdown::None
     }
 
-    /// Answers the complete requests in `bytes`, and sends the responses. Returns their length, and what follows.
+    /// Responds to the complete requests in `bytes`. Returns their total length, and what follows them.
     async fn answer(
         &self,
         bytes: &[u8],

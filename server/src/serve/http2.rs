@@ -1,19 +1,20 @@
-//! Tracks the requests of an HTTP/2 connection for its deadlines: which are open, and which responses make progress.
+//! Tracks which requests of an HTTP/2 connection are open, and which responses make progress, for the connection's
+//! deadlines.
 //!
-//! h2 copies a small body into its own buffer immediately and does not report when the client reads it or cancels the
-//! request. So the frames between h2 and the socket are observed. They are not validated, since h2 closes the
-//! connection on invalid ones.
+//! h2 immediately copies a small body into its own buffer, and does not report when the client reads it or cancels the
+//! request. So this module observes the frames between h2 and the socket. It does not validate them, since h2 closes
+//! the connection if a frame is invalid.
 
 use super::CONCURRENT_STREAMS;
 
 /// The first bytes that an HTTP/2 client sends.
 pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// The number of bytes of a response that count as progress. Fewer bytes count only if the response ends with them.
-/// This prevents a client from keeping many responses in memory by reading a byte occasionally.
+/// How many bytes of a response count as progress. Fewer bytes count only if the response ends with them. This prevents
+/// a client from keeping many responses in memory by occasionally reading a byte.
 pub(super) const PROGRESS: u32 = 1024;
 /// The maximum number of tracked requests. h2 rejects or ignores requests above its own limit.
 const REMEMBERED: usize = 2 * CONCURRENT_STREAMS as usize;
-/// Bytes that a request uses in addition to its head and body: for its tasks, and the head of its response.
+/// The bytes that a request uses in addition to its head and body, for its tasks and its response head.
 const REQUEST: usize = 4 * 1024;
 
 const DATA: u8 = 0;
@@ -98,41 +99,41 @@ impl Frames {
     }
 }
 
-/// The requests of one connection. Times are those of [`Connection`](super::connection::Connection).
+/// The requests of one connection. Times are measured as in [`Connection`](super::connection::Connection).
 #[derive(Debug, Default)]
 pub(super) struct Requests {
     last_stream: u32,
     open: Vec<Request>,
     /// When the incomplete request head started to arrive.
     head_began: Option<u64>,
-    /// Bytes of that head so far.
+    /// How many bytes of the incomplete head have arrived.
     head_length: usize,
     /// When a response last ended or made progress.
     progressed: u64,
-    /// When a response that was later reset last made progress. Cleared when another response makes progress. Without
-    /// it, a client that resets responses instead of reading them would get a new deadline with each request.
+    /// When a response that was later reset last made progress. Cleared when another response makes progress.
+    /// Otherwise, a client that resets responses instead of reading them would get a new deadline with each request.
     unread: Option<u64>,
-    /// When a request arrived that was reset before its response began. Cleared when another one gets a response.
+    /// When a request arrived that was reset before its response began. Cleared when another request gets a response.
     cancelled: Option<u64>,
 }
 
 #[derive(Debug)]
 struct Request {
     stream: u32,
-    /// When the request arrived; later, when its response last made progress.
+    /// When the request arrived or, once its response has started, when the response last made progress.
     since: u64,
-    /// Once the response has started: bytes sent since it last made progress.
+    /// The bytes sent since the response last made progress. `None` until the response starts.
     sent: Option<u32>,
-    /// Bytes of the request body received so far.
+    /// The bytes of the request body received so far.
     received: usize,
 }
 
-/// What the connection is waiting for the client to do, and when it started to wait.
+/// What the client has to do next, and since when the connection has been waiting for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Waiting {
     /// The rest of a request head.
     pub(super) head: Option<u64>,
-    /// The oldest response that the client has not read, or has reset.
+    /// The oldest response that the client has not read, or that was reset.
     pub(super) response: Option<u64>,
     /// Whether any request is open.
     pub(super) has_open: bool,
@@ -145,7 +146,7 @@ impl Requests {
         match event {
             Event::Began(frame) if frame.is_of_headers() => {
                 self.head_began.get_or_insert(now);
-                // h2 reserves space for the whole frame, and keeps the decoded part of the head in addition.
+                // h2 reserves space for the whole frame, and also keeps the decoded part of the head.
                 self.head_length += 2 * frame.length as usize;
             }
             Event::Ended(frame) if frame.is_of_headers() && frame.has(END_HEADERS) => {
@@ -175,7 +176,7 @@ impl Requests {
         }
     }
 
-    /// Returns the approximate number of bytes that the requests use, without their complete heads.
+    /// Returns the approximate number of bytes that the requests use, not including complete heads.
     pub(super) fn held(&self) -> usize {
         let bodies = self.open.iter().map(|it| it.received).sum::<usize>();
         self.head_length + self.open.len() * REQUEST + bodies
@@ -219,7 +220,7 @@ impl Requests {
         }
     }
 
-    /// Records that either side has reset a stream: a client can make the server reset a stream by violating the
+    /// Records that either side has reset a stream. A client can make the server reset a stream by violating the
     /// protocol on it.
     fn reset(&mut self, stream: u32) {
         let Some(index) = self.open.iter().position(|it| it.stream == stream) else {

@@ -1,8 +1,8 @@
-//! The memory that requests use on all connections that have not authenticated.
+//! The memory used by the requests on all connections that have not authenticated.
 //!
-//! This is an estimate: the bytes of request heads and bodies that were received and may still be in memory, and of
-//! responses that wait for the socket, plus a fixed amount per HTTP/2 request. Small amounts, such as most HTTP/1
-//! requests, are ignored.
+//! This is an estimate. It includes the bytes of request heads and bodies that may still be in memory, the bytes of
+//! responses that wait for the socket, and a fixed amount per HTTP/2 request. Small amounts are ignored, so most HTTP/1
+//! requests do not count.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -22,7 +22,7 @@ pub(super) struct Memory {
     limit: usize,
     limit_per_connection: usize,
     held: AtomicUsize,
-    /// Like `held`, but includes connections that are closing, whose handlers end a moment later.
+    /// Like `held`, but includes connections that are closing, whose handlers may still be running.
     occupied: AtomicUsize,
 }
 
@@ -36,17 +36,16 @@ impl Memory {
         }
     }
 
-    /// Records that a connection that remains open used `before` bytes and now uses `now`.
+    /// Records that a connection that stays open used `before` bytes and now uses `now`.
     pub(super) fn change_held(&self, before: usize, now: usize) {
         change(&self.held, before, now);
     }
 
-    /// Records that a connection used `before` bytes and now uses `now`.
+    /// Records that a connection, which may be closing, used `before` bytes and now uses `now`.
     pub(super) fn change_occupied(&self, before: usize, now: usize) {
         change(&self.occupied, before, now);
     }
 
-    /// Returns the maximum per connection.
     pub(super) const fn per_connection(&self) -> usize {
         self.limit_per_connection
     }
@@ -56,7 +55,7 @@ impl Memory {
         self.held.load(Ordering::Relaxed)
     }
 
-    /// Whether no more data should be read until more memory has been freed.
+    /// Returns whether to stop reading until memory has been freed.
     pub(super) fn is_backlogged(&self) -> bool {
         self.occupied.load(Ordering::Relaxed) > self.limit / 4 * 5
     }
@@ -65,7 +64,8 @@ impl Memory {
         self.held.load(Ordering::Relaxed) > self.limit
     }
 
-    /// Whether more memory has to be freed. Leaves a margin, so that the next request does not exceed the limit again.
+    /// Returns whether more memory has to be freed. Leaves a margin, so that the next request does not exceed the limit
+    /// again.
     pub(super) fn is_short(&self) -> bool {
         self.held.load(Ordering::Relaxed) > self.limit / 4 * 3
     }

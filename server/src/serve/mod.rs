@@ -1,10 +1,10 @@
 //! Accepts connections, enforces their deadlines and closes them.
 //!
-//! poem's server has no timeout for header fields, and hyper has none for the first bytes of a connection (which
+//! poem's server has no timeout for header fields. hyper has none for the first bytes of a connection (which
 //! distinguish HTTP/1 from HTTP/2), for an idle HTTP/2 connection, or for a client that does not read its response.
 //! Here, each connection has one timer. [`connection`] computes its current deadline, for HTTP/2 from the frames on the
-//! wire ([`http2`]). [`table`] limits the number of connections. [`direct`] answers plain requests in front of hyper.
-//! Does not depend on the endpoint.
+//! wire ([`http2`]). [`table`] limits the number of connections. [`direct`] responds to plain requests without hyper.
+//! This module does not depend on the endpoint.
 
 mod body;
 mod connection;
@@ -58,30 +58,32 @@ use crate::{
 /// The maximum size of a request line with its header fields.
 const HEADER_BYTES: usize = 32 * 1024;
 const HEADER_FIELDS: usize = 100;
-/// Overhead per header field, as counted by HTTP/2 (RFC 9113, section 6.5.2).
+/// The overhead per header field, as counted by HTTP/2 (RFC 9113, section 6.5.2).
 const FIELD: usize = 32;
-/// HTTP/2: bytes of request bodies that a client may send before they are read, per stream and per connection. A body
-/// of the default size limit fits; hyper's defaults would buffer 1 MiB per connection.
+/// HTTP/2: how many bytes of request bodies a client may send before they are read, per stream and per connection. A
+/// body of the default size limit fits. hyper's defaults would buffer 1 MiB per connection.
 const STREAM_WINDOW: u32 = 64 * 1024;
 const CONNECTION_WINDOW: u32 = 128 * 1024;
-/// HTTP/2: bytes of a response that wait for the socket, per stream.
+/// HTTP/2: how many bytes of a response may wait for the socket, per stream.
 const SEND_BUFFER: usize = 64 * 1024;
-/// HTTP/2: concurrent requests per connection. Each holds some memory until the client has received its response.
+/// HTTP/2: the maximum number of concurrent requests per connection. Each request uses some memory until the client has
+/// received its response.
 const CONCURRENT_STREAMS: u32 = 32;
-/// Connections that the kernel completes before they are accepted. The kernel may allow fewer (net.core.somaxconn).
+/// The maximum number of connections that the kernel completes before they are accepted. The kernel may allow fewer
+/// (net.core.somaxconn).
 const BACKLOG: u32 = 4096;
-/// How long to pause after failing to accept a connection, for example for lack of file descriptors.
+/// How long to pause after failing to accept a connection, for example because there are no free file descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
-/// Accepting pauses while more sockets than this are being closed to make room.
+/// No connections are accepted while more sockets than this are being closed to make room.
 const CLOSING: usize = 16;
 /// How long an HTTP/2 connection may take to close after a graceful shutdown has started.
 const GOODBYE: Duration = Duration::from_secs(5);
 
 /// An address that is reserved but does not accept connections yet.
 ///
-/// A server reserves its address early during startup, so that an occupied port is reported immediately, and listens
-/// only when it can respond. Until then, connections are refused, and load balancers try another server, even for a
-/// POST.
+/// A server reserves its address early during startup, so that an occupied port is reported immediately, but listens
+/// only when it can respond. Until then, connections are refused, and load balancers try another server, even for POST
+/// requests.
 #[derive(Debug)]
 pub struct BoundSocket(TcpSocket);
 
@@ -90,27 +92,25 @@ impl BoundSocket {
         self.0.local_addr()
     }
 
-    /// Listens with a backlog large enough for bursts of connections.
     pub fn listen(self) -> io::Result<TcpListener> {
         self.0.listen(BACKLOG)
     }
 }
 
-/// Reserves an address.
 pub fn bind(addr: SocketAddr) -> io::Result<BoundSocket> {
     let socket = if addr.is_ipv4() {
         TcpSocket::new_v4()?
     } else {
         TcpSocket::new_v6()?
     };
-    // Like most servers, allows reusing a port that was closed a moment ago.
+    // Like most servers, this allows reusing a port that was closed recently.
     socket.set_reuseaddr(true)?;
     socket.bind(addr)?;
     Ok(BoundSocket(socket))
 }
 
-/// Serves until `stop` completes, then waits up to `timeouts.drain` for requests in flight. `direct` answers the plain
-/// requests that it accepts, `endpoint` all others.
+/// Serves until `stop` completes, and then waits up to `timeouts.drain` for requests in flight. `direct` responds to
+/// the plain requests that it accepts, and `endpoint` to all others.
 pub async fn serve<E, D>(
     listener: TcpListener,
     endpoint: E,
@@ -161,7 +161,7 @@ pub async fn serve<E, D>(
         let Ok(Admitted { connection, slot }) = table.admit(peer.ip()) else {
             continue;
         };
-        // Responses are small and complete. Waiting to fill a packet would only delay them.
+        // Responses are small and complete, so waiting to fill a packet would only delay them.
         let _ = stream.set_nodelay(true);
         let stream = WatchedStream::new(stream, connection.clone(), table.clone());
         let (server, metrics) = (server.clone(), settings.metrics.clone());
@@ -213,11 +213,11 @@ fn head_length<B>(connection: &Connection, request: &hyper::Request<B>) -> usize
     let fields = request.headers().iter();
     let fields = fields.map(|(name, value)| name.as_str().len() + value.len() + FIELD);
     let target = request.uri().path_and_query();
-    // The parts share the memory of the frames they came in, which are larger.
+    // The parts of a request share the memory of the frames they arrived in, and the frames are larger.
     2 * (fields.sum::<usize>() + target.map_or(0, |target| target.as_str().len()))
 }
 
-/// State shared by all connections of a listener.
+/// The state shared by all connections of a listener.
 struct Server<E, D> {
     endpoint: E,
     direct: Option<D>,
@@ -285,7 +285,7 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
                     slot: &slot,
                 };
                 let served = pin!(direct.serve(stream, &lent, http.as_mut()));
-                // It finishes by itself when the connection is shut down.
+                // The future completes by itself when the connection is shut down.
                 let end = self.supervise(&connection, served, |_| {}).await;
                 log_end(end, metrics).flatten()
             }
@@ -301,16 +301,16 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
         }
     }
 
-    /// Polls `served` until it completes, a deadline passes or the connection is shut down. `finish` asks it to accept
-    /// no more requests.
+    /// Polls `served` until it completes, a deadline passes or the connection is shut down. `finish` makes it stop
+    /// accepting requests.
     async fn supervise<F: Future>(
         &self,
         connection: &Connection,
         mut served: Pin<&mut F>,
         finish: impl Fn(Pin<&mut F>),
     ) -> Result<F::Output, End> {
-        // One timer for the lifetime of the connection. It is reset when it fires, or if a deadline becomes earlier,
-        // which is about once per deadline instead of twice per request.
+        // There is one timer for the lifetime of the connection. It is reset when it fires, or when a deadline becomes
+        // earlier. That happens about once per deadline, instead of twice per request.
         let mut alarm = pin!(time::sleep(self.timeouts.header));
         let mut is_finishing = false;
         let mut goodbye_until = None;
@@ -356,7 +356,7 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
                     continue;
                 }
                 if phase == Phase::Idle && connection.is_http2() && goodbye_until.is_none() {
-                    // This lets a client that is about to send a request know that the request was not processed.
+                    // If the client is about to send a request, this tells it that the request was not processed.
                     finish(served.as_mut());
                     goodbye_until = Some(time::Instant::now() + GOODBYE);
                     continue;
@@ -368,7 +368,7 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
     }
 }
 
-/// Logs or counts how serving a connection ended. Returns its result, if it was successful.
+/// Logs or counts how a connection ended. Returns its result, if it was successful.
 fn log_end<T, E: std::fmt::Display>(
     end: Result<Result<T, E>, End>,
     metrics: &ConnectionMetrics,
@@ -376,7 +376,7 @@ fn log_end<T, E: std::fmt::Display>(
     match end {
         Ok(Ok(result)) => return Some(result),
         Err(End::ShutDown) => {}
-        // A client that disconnects or does not speak HTTP is not a server error.
+        // A client that disconnects or does not speak HTTP does not indicate a server error.
         Ok(Err(error)) => tracing::debug!(error = %error, "a connection failed"),
         Err(End::TimedOut(phase)) => {
             let count = match phase {

@@ -1,4 +1,4 @@
-//! Settings of a listener, derived from the configuration.
+//! The settings of a listener, derived from the configuration.
 
 use std::{sync::Arc, time::Duration};
 
@@ -8,17 +8,17 @@ use crate::{file_limit, state::AppState, telemetry::metrics::ConnectionMetrics};
 
 /// The maximum number of connections to the metrics listener: enough for a few scrapers and an operator.
 const METRICS_CONNECTIONS: usize = 64;
-/// Bytes that requests may use on all connections that have not authenticated: enough for hundreds of the largest
+/// How many bytes requests may use on all connections that have not authenticated: enough for hundreds of the largest
 /// request heads, or thousands of typical ones.
 const MEMORY: usize = 8 * 1024 * 1024;
-/// The same per connection: enough for 32 concurrent typical requests over HTTP/2.
+/// The same limit per connection: enough for 32 concurrent typical requests over HTTP/2.
 const MEMORY_PER_CONNECTION: usize = 256 * 1024;
 const METRICS_MEMORY: usize = 1024 * 1024;
 
 #[derive(Debug, Clone, Copy)]
 pub struct Timeouts {
-    /// How long the first request head may take, measured from accepting the connection. For later requests, the time
-    /// starts with the first byte of the head.
+    /// How long a request head may take to arrive. For the first request, the time starts when the connection is
+    /// accepted; for later requests, with the first byte of the head.
     pub header: Duration,
     /// How long a connection may be idle between two requests. Must be longer than the idle timeout of proxies, so that
     /// the proxy closes the connection: if the server closed it while a request was in transit, that request would
@@ -34,20 +34,19 @@ pub struct Timeouts {
 #[derive(Debug, Clone)]
 pub struct Limits {
     pub connections: usize,
-    /// Per address, or IPv6 /64, not counting those that have authenticated. During a connection's first second, twice
-    /// as many are allowed. 0 means no limit.
+    /// The maximum number of connections per IPv4 address or IPv6 /64, not counting those that have authenticated.
+    /// During a connection's first second, its address may have twice as many. 0 means no limit.
     pub per_address: usize,
-    /// The same per IPv4 /24 or IPv6 /56. An IPv6 /48 may have twice as many.
+    /// The same limit per IPv4 /24 or IPv6 /56. An IPv6 /48 may have twice as many.
     pub per_network: usize,
     /// Networks that are exempt from both limits, because many clients share each of their addresses.
     pub trusted_proxies: Vec<IpNet>,
-    /// Bytes that all counted connections together may use for requests.
+    /// How many bytes all counted connections together may use for requests.
     pub memory: usize,
-    /// The same per connection.
+    /// The same limit per connection.
     pub memory_per_connection: usize,
 }
 
-/// Settings of a listener.
 #[derive(Debug, Clone)]
 pub struct ServeSettings {
     pub timeouts: Timeouts,
@@ -100,7 +99,7 @@ impl ServeSettings {
             },
             limits: Limits {
                 connections: METRICS_CONNECTIONS,
-                // Scrapers have few addresses. An address with many connections still leaves some for the others.
+                // Scrapers use few addresses. These limits prevent one address from using all connections.
                 per_address: METRICS_CONNECTIONS / 2,
                 per_network: METRICS_CONNECTIONS / 4 * 3,
                 memory: METRICS_MEMORY,

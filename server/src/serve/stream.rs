@@ -1,4 +1,4 @@
-//! A socket that reports to its connection when a request starts to arrive, when the client stops reading, and which
+//! A socket that informs its connection when a request starts to arrive, when the client stops reading, and which
 //! HTTP/2 frames are transferred.
 
 use std::{
@@ -21,7 +21,7 @@ use super::{
     table::Table,
 };
 
-/// The size of a read while the number of bytes is limited.
+/// The size of a read while the number of bytes to read is limited.
 const PART: usize = 4 * 1024;
 
 #[derive(Debug)]
@@ -30,7 +30,7 @@ pub(super) struct WatchedStream {
     connection: Arc<Connection>,
     table: Arc<Table>,
     protocol: Protocol,
-    /// Bytes that were read and returned, before those of the socket.
+    /// Bytes that were read and then put back. They are read again before the socket's bytes.
     unread: Bytes,
     /// How many more bytes may be read.
     allowed: usize,
@@ -38,7 +38,7 @@ pub(super) struct WatchedStream {
 
 #[derive(Debug)]
 enum Protocol {
-    /// The number of bytes that have arrived, all of which match the HTTP/2 preface.
+    /// The number of bytes that have arrived. All of them match the HTTP/2 preface.
     Unknown(usize),
     Http1,
     Http2 {
@@ -59,17 +59,17 @@ impl WatchedStream {
         }
     }
 
-    /// Allows reading this many bytes. Then, only the end of the connection can be read, until more is allowed.
+    /// Allows reading this many bytes. After that, only the end of the connection can be read, until more is allowed.
     pub(super) fn allow(&mut self, length: usize) {
         self.allowed = length;
     }
 
-    /// Whether everything that was allowed has been read.
+    /// Returns whether all the bytes that were allowed have been read.
     pub(super) fn is_exhausted(&self) -> bool {
         self.allowed == 0
     }
 
-    /// Returns bytes that were read, to be read again. They have already been reported to the connection.
+    /// Puts bytes back, to be read again. They have already been reported to the connection.
     pub(super) fn unread(&mut self, bytes: &[u8]) {
         debug_assert!(self.unread.is_empty(), "earlier bytes would be lost");
         self.unread = Bytes::copy_from_slice(bytes);
@@ -81,7 +81,8 @@ impl WatchedStream {
         }
     }
 
-    /// Whether the client has closed the connection and sent nothing before. Otherwise, wakes the task when it does.
+    /// Returns whether the client has closed the connection without sending anything first. If not, wakes the task when
+    /// it does.
     pub(super) fn is_closed(&self, context: &mut Context<'_>) -> bool {
         let mut byte = [0];
         match self.stream.poll_peek(context, &mut ReadBuf::new(&mut byte)) {
@@ -129,7 +130,7 @@ impl AsyncRead for WatchedStream {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         if self.connection.shutdown() == Shutdown::Immediate {
-            // Ends the connection even if its task is busy reading from the socket.
+            // This ends the connection even if its task is busy reading from the socket.
             return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
         }
         if self.allowed == 0 {
@@ -146,7 +147,7 @@ impl AsyncRead for WatchedStream {
             return Poll::Ready(Ok(()));
         }
         if self.connection.should_pause() {
-            // Lets other tasks run first, including the handlers of connections that were just closed.
+            // This lets other tasks run first, including the handlers of connections that were just closed.
             context.waker().wake_by_ref();
             return Poll::Pending;
         }
@@ -201,7 +202,7 @@ impl AsyncWrite for WatchedStream {
     }
 }
 
-/// The stream as hyper sees it. It is absent while requests are answered directly, and hyper waits for the next one.
+/// The stream that hyper sees. It is absent while requests are served directly and hyper waits for the next one.
 #[derive(Debug, Clone, Default)]
 pub(super) struct LentStream(Arc<Mutex<Option<WatchedStream>>>);
 
@@ -210,7 +211,7 @@ impl LentStream {
         *self.0.lock() = Some(stream);
     }
 
-    /// Returns the stream if all that may be read of it has been read.
+    /// Returns the stream if all the bytes that were allowed have been read.
     pub(super) fn take_exhausted(&self) -> Option<WatchedStream> {
         self.0.lock().take_if(|stream| stream.is_exhausted())
     }
@@ -221,7 +222,7 @@ impl LentStream {
     ) -> Poll<io::Result<T>> {
         match &mut *self.0.lock() {
             Some(stream) => call(Pin::new(stream)),
-            // It is lent before hyper is polled again.
+            // A stream is lent before hyper is polled again.
             None => Poll::Pending,
         }
     }

@@ -1,24 +1,27 @@
-//! The open connections of one listener: how many are allowed, per address and in total, and which are closed to make
-//! room.
+//! The open connections of one listener: how many are allowed, in total and per address, and which ones are closed to
+//! make room.
 //!
-//! When the total is reached, a new connection replaces, in this order:
+//! When the total is reached, a new connection replaces another one, in this order:
 //!
-//! 1. one that has been open for at least a second without sending a request,
-//! 2. one that is idle between two requests,
-//! 3. one whose client has not read its response for a while, starting with the address that has the most connections,
-//! 4. one that may be about to send its first request, unless its address has fewer connections than the new one's.
+//! 1. a connection that has been open for at least a second without sending a request,
+//! 2. a connection that is idle between two requests,
+//! 3. a connection whose client has not read its response for a while, starting with the address that has the most
+//!    connections,
+//! 4. a connection that may be about to send its first request, unless its address has fewer connections than the
+//!    address of the new one.
 //!
-//! No other connection with a request in flight is ever closed to make room. So clients that send nothing or read
-//! nothing cannot lock out others, no matter how many there are.
+//! No other connection with a request in flight is ever closed to make room. So clients that do not send or read
+//! anything cannot lock out other clients, no matter how many there are.
 //!
-//! Connections are counted per address, and with a higher limit per network, until a valid API key or service token is
-//! received on them: a gateway, or many clients behind one address, may have as many connections as the total allows.
-//! At the limit of an address or network, a new connection replaces its oldest silent connection, or the one that has
-//! been idle longest. A connection is not closed for this reason during its first second, because its request may be in
-//! transit. Instead, the address may have up to twice as many connections during that second.
+//! A connection counts toward the limit of its address, and toward a higher limit of its network, until a valid API key
+//! or service token is received on it. A gateway, or many clients behind one address, may therefore have as many
+//! connections as the total allows. At the limit of an address or network, a new connection replaces the oldest silent
+//! connection, or the connection that has been idle longest. During its first second, a connection is not closed for
+//! this reason, because its request may be in transit. Instead, an address may have up to twice as many connections
+//! during that second.
 //!
-//! The memory used by counted connections is limited in total. Above that limit, the largest connections of the address
-//! that uses the most memory are closed.
+//! The total memory used by counted connections is limited. Above that limit, the table closes the largest connections
+//! of the address that uses the most memory.
 
 mod group;
 
@@ -51,15 +54,16 @@ const IDLE_ENOUGH: Duration = Duration::from_secs(1);
 const STALLED_ENOUGH: Duration = Duration::from_secs(1);
 /// A younger connection is not closed at the limit of its address, since its request may be in transit.
 const YOUNG: Duration = Duration::from_secs(1);
-/// The number of oldest connections without a request whose addresses are compared by number of connections.
+/// How many of the oldest connections without a request are considered for closing. The one whose address has the most
+/// connections is closed.
 const WAITING_SEARCH: usize = 16;
-/// An address counts as light compared with another that has this many times as many connections.
+/// An address is light compared with one that has at least this many times as many connections.
 const LIGHT: usize = 4;
 /// The minimum time between two searches for idle and stalled connections, because a search checks all connections.
 const SEARCH_EVERY: Duration = Duration::from_millis(100);
-/// One search finds at most one in this many connections.
+/// A search finds at most one in this many connections.
 const SEARCH_PART: usize = 4;
-/// The number of connections that an IPv6 /48 may have, as a multiple of those of a /56. A site may be assigned either.
+/// How many connections an IPv6 /48 may have, as a multiple of a /56's limit. A site may be assigned either.
 const SITE: usize = 2;
 
 #[derive(Debug)]
@@ -68,7 +72,7 @@ pub(super) struct Table {
     metrics: Arc<ConnectionMetrics>,
     memory: Arc<Memory>,
     open: Mutex<Open>,
-    /// Connections that are closing but whose socket is still open.
+    /// The number of connections that are closing but still have an open socket.
     closing: AtomicUsize,
     emptied: Notify,
 }
@@ -81,9 +85,9 @@ struct Open {
     groups: HashMap<IpNet, Group>,
     /// Connections without a request so far, in the order in which they were accepted.
     waiting: BTreeSet<u64>,
-    /// Connections that the last search found, to be closed from the end.
+    /// Connections that the last search found. They are closed from the end of the list.
     spare: Vec<u64>,
-    /// The same, for connections whose client stopped reading its response only a moment ago.
+    /// Like `spare`, but for connections whose client stopped reading its response only recently.
     just_stalled: Vec<u64>,
     searched_at: Option<Instant>,
 }
@@ -97,14 +101,14 @@ struct Entry {
 }
 
 impl Entry {
-    /// Returns when the connection became idle, if that is long enough ago to close it to make room.
+    /// Returns when the connection became idle, if that is long enough ago to close it.
     fn idle(&self, now: Instant) -> Option<Instant> {
         let since = self.connection.idle_since().filter(|_| !self.is_proxy)?;
         (now.saturating_duration_since(since) >= IDLE_ENOUGH).then_some(since)
     }
 
-    /// Returns when its client stopped reading a response, if that is long enough ago. `None` for connections that have
-    /// authenticated.
+    /// Returns when the client stopped reading a response, if that is long enough ago to close the connection. `None`
+    /// for connections that have authenticated.
     fn stalled(&self, now: Instant) -> Option<Instant> {
         let since = self.connection.stalled_since();
         let since = since.filter(|_| self.counted_at.is_some())?;
@@ -134,15 +138,15 @@ impl Open {
         }
     }
 
-    /// Returns the number of counted connections of an address.
+    /// Returns the number of counted connections from an address.
     fn weight(&self, peer: Option<IpAddr>) -> usize {
         peer.and_then(|peer| networks(peer).next())
             .and_then(|(_, address)| self.groups.get(&address))
             .map_or(0, |group| group.counted.len())
     }
 
-    /// Finds up to `most` connections that can be closed to make room: those that have been idle the longest, then the
-    /// stalled ones of the addresses that have the most.
+    /// Finds up to `most` connections that can be closed to make room: first those that have been idle the longest,
+    /// then stalled ones from the addresses with the most connections.
     fn search(&mut self, now: Instant, most: usize) {
         let mut found = Vec::new();
         let mut just_stalled = Vec::new();
@@ -166,7 +170,7 @@ impl Open {
         self.just_stalled = first(just_stalled);
     }
 
-    /// Stops counting connections of a group that have authenticated.
+    /// Stops counting a group's connections that have authenticated.
     fn stop_counting_authenticated(&mut self, network: IpNet) {
         let Some(group) = self.groups.get(&network) else {
             return;
@@ -207,15 +211,15 @@ impl Table {
         let mut open = self.open.lock();
         for (width, network) in counted_at.into_iter().flat_map(networks) {
             if !self.make_room_in(&mut open, width, network) {
-                let refusal = match width {
+                let limit = match width {
                     Width::Address => ConnectionLimit::Address,
                     Width::Network | Width::Site => ConnectionLimit::Network,
                 };
-                return Err(self.refused(refusal));
+                return Err(self.rejected(limit));
             }
         }
         if open.all.len() >= self.limits.connections && !self.make_room(&mut open, counted_at) {
-            return Err(self.refused(ConnectionLimit::Full));
+            return Err(self.rejected(ConnectionLimit::Full));
         }
         let memory = counted_at.map(|_| self.memory.clone());
         let connection = Arc::new(Connection::accepted_now(memory));
@@ -246,9 +250,9 @@ impl Table {
         })
     }
 
-    fn refused(&self, refusal: ConnectionLimit) -> ConnectionLimit {
-        self.metrics.refused(refusal).inc();
-        refusal
+    fn rejected(&self, limit: ConnectionLimit) -> ConnectionLimit {
+        self.metrics.rejected(limit).inc();
+        limit
     }
 
     /// Closes a connection, if possible, because the process has no free file descriptors.
@@ -264,7 +268,8 @@ impl Table {
         }
     }
 
-    /// Whether an address or network may have one more connection. Closes one of its other connections if necessary.
+    /// Returns whether an address or network may have one more connection. Closes one of its other connections if
+    /// necessary.
     fn make_room_in(&self, open: &mut Open, width: Width, network: IpNet) -> bool {
         let limit = self.limit(width);
         let has_room = |open: &Open| {
@@ -345,7 +350,7 @@ impl Table {
     }
 
     /// Finds a connection that is idle, or whose client has stopped reading its response. If the newcomer's address is
-    /// light, a connection of a heavy address can be closed sooner after its client stops reading. Otherwise, the heavy
+    /// light, a heavy address can lose a connection sooner after its client stops reading. Otherwise, the heavy
     /// address's clients, which reconnect immediately, would take every slot that becomes free.
     fn spare(&self, open: &mut Open, now: Instant, newcomer: Option<IpAddr>) -> Option<u64> {
         let is_searched = open
@@ -378,7 +383,8 @@ impl Table {
         None
     }
 
-    /// Closes connections above the limit per connection, and, above the total limit, those that use the most memory.
+    /// Closes connections that exceed the limit per connection. If the total limit is exceeded, also closes those that
+    /// use the most memory.
     pub(super) fn free_memory(&self) {
         let mut open = self.open.lock();
         let mut of_address = HashMap::<IpNet, usize>::new();
@@ -409,7 +415,7 @@ impl Table {
         }
     }
 
-    /// Whether a lot of memory of closed connections has not been freed yet.
+    /// Returns whether a lot of memory of closed connections has not been freed yet.
     pub(super) fn is_backlogged(&self) -> bool {
         self.memory.is_backlogged()
     }
@@ -434,7 +440,6 @@ impl Table {
     }
 }
 
-/// A connection that was added.
 #[derive(Debug)]
 pub(super) struct Admitted {
     pub(super) connection: Arc<Connection>,
@@ -449,7 +454,7 @@ pub(super) struct Slot {
 }
 
 impl Slot {
-    /// Records that the first request head is complete: the connection is no longer one of the first to close.
+    /// Records that the first request head is complete, so the connection is no longer among the first to be closed.
     pub(super) fn has_requested(&self) {
         let mut open = self.table.open.lock();
         open.waiting.remove(&self.id);

@@ -43,14 +43,14 @@ fn quiet_events(connection: &ConnectionMarks) -> poem::Body {
     }))
 }
 
-/// What answers plain requests over HTTP/1.
+/// The endpoint for plain requests over HTTP/1.
 #[derive(Debug, Clone, Copy)]
 enum Way {
     Direct,
     Hyper,
 }
 
-/// Answers the same as [`endpoint`].
+/// Responds like [`endpoint`].
 struct Plain;
 
 impl DirectEndpoint for Plain {
@@ -77,7 +77,7 @@ impl DirectEndpoint for Plain {
     }
 }
 
-/// Runs the tests both ways.
+/// Runs the tests with and without direct service.
 macro_rules! both_ways {
     ($($name:ident),+ $(,)?) => {
         mod through_hyper {
@@ -199,7 +199,7 @@ async fn slow_header_fields_close_the_connection(way: Way) {
     assert!(ended >= HEADER * 9 / 10, "{ended:?}");
 }
 
-/// This holds even if the timer was still set to the deadline of an earlier request.
+/// This holds even if the timer was still set to an earlier request's deadline.
 async fn every_request_gets_the_full_header_timeout(way: Way) {
     let mut stream = connect_by(way).await;
     time::sleep(HEADER / 2).await;
@@ -224,7 +224,7 @@ async fn connection_that_sends_nothing_is_closed(way: Way) {
     assert!(ended >= HEADER * 9 / 10, "{ended:?}");
 }
 
-/// Sends one byte that HTTP/1 and HTTP/2 have in common, then a byte occasionally.
+/// Sends one byte that HTTP/1 and HTTP/2 requests have in common, and then a byte occasionally.
 async fn slow_first_request_is_closed_for_any_protocol(way: Way) {
     for (first, rest) in [
         ("P", "OST / HT"),
@@ -288,7 +288,7 @@ async fn client_that_reads_slowly_gets_its_whole_response(way: Way) {
     assert!(began.elapsed() > WRITE, "{:?}", began.elapsed());
 }
 
-/// Sending responses does not give the next request more time than its first byte does.
+/// The deadline of the next request starts with its first byte, even if responses are still being sent.
 async fn slow_request_after_a_pipelined_one_closes_the_connection(way: Way) {
     let mut stream = connect_by(way).await;
     ask(&mut stream).await;
@@ -298,7 +298,7 @@ async fn slow_request_after_a_pipelined_one_closes_the_connection(way: Way) {
         .unwrap();
     stream.write_all(b"GET / HTTP/1.1\r\nHo").await.unwrap();
     let ended = ended_after(&mut stream).await;
-    // Behind hyper, a head that arrives with an earlier request has the time of an idle connection.
+    // With hyper, a head that arrives with an earlier request has the deadline of an idle connection.
     let limit = match way {
         Way::Direct => IDLE,
         Way::Hyper => IDLE * 2,
@@ -360,7 +360,7 @@ async fn request_in_flight_is_answered_when_the_server_stops(way: Way) {
     drop(stop);
     let mut answer = Vec::new();
     if matches!(way, Way::Direct) {
-        // It is passed to hyper, which announces that no other response follows.
+        // The request is passed to hyper, which announces that its response is the last one.
         time::sleep(HEADER / 3).await;
         stream.write_all(b"\r\n").await.unwrap();
         stream.read_to_end(&mut answer).await.unwrap();
@@ -371,7 +371,7 @@ async fn request_in_flight_is_answered_when_the_server_stops(way: Way) {
     server.await.unwrap();
 }
 
-/// A client that sends requests and never reads does not make the server answer all of them.
+/// The server does not respond to all requests of a client that sends requests and never reads.
 #[tokio::test]
 async fn direct_responses_that_are_not_read_are_bounded() {
     let mut stream = connect_by(Way::Direct).await;
@@ -391,7 +391,7 @@ async fn direct_responses_that_are_not_read_are_bounded() {
     assert!(began.elapsed() < HEADER * 30, "{sent} bytes were accepted");
 }
 
-/// Sends the requests in two parts, for every place at which they can be divided. Returns the responses each time.
+/// Sends the requests in two parts, split at every possible place. Returns the responses each time.
 async fn in_two_parts(requests: &[u8], mut check: impl FnMut(&str)) {
     for middle in 0..requests.len() {
         let mut stream = connect_by(Way::Direct).await;
@@ -439,7 +439,8 @@ async fn request_that_is_not_plain_is_answered_by_hyper_with_what_follows() {
     .await;
 }
 
-/// hyper closes a connection on which the rest of a body may still arrive, and nothing of it becomes a request.
+/// hyper closes a connection on which the rest of a body may still arrive, so that no part of the body becomes a
+/// request.
 #[tokio::test]
 async fn body_that_nobody_reads_is_not_answered() {
     let hidden = b"GET / HTTP/1.1\r\nHost: q\r\n\r\n";
@@ -502,7 +503,7 @@ mod http2 {
     }
 
     fn get_path(stream: u32, path: &str) -> Vec<u8> {
-        // Takes GET and http from the static table, and encodes the path and the authority as literals.
+        // This takes GET and http from the static table, and encodes the path and the authority as literals.
         let mut head = vec![0x82, 0x86, 0x44, u8::try_from(path.len()).unwrap()];
         head.extend(path.as_bytes());
         head.extend([0x41, 1, b'q']);
@@ -518,8 +519,8 @@ mod http2 {
         [PREFACE, &frame(SETTINGS, 0, 0, settings)].concat()
     }
 
-    /// Responds to pings until the server closes the connection; returns how long that took, and the types of the
-    /// frames it sent.
+    /// Responds to pings until the server closes the connection. Returns how long that took, and the types of the
+    /// frames that the server sent.
     async fn until_closed(stream: &mut TcpStream) -> (Duration, Vec<u8>) {
         let began = time::Instant::now();
         let mut kinds = Vec::new();
@@ -601,7 +602,7 @@ mod http2 {
         assert!(began.elapsed() < GOODBYE * 2, "{:?}", began.elapsed());
     }
 
-    /// The socket remains writable and pings get responses: only the response makes no progress.
+    /// The socket remains writable and pings get responses, but the response does not make progress.
     #[tokio::test]
     async fn client_that_opens_no_window_is_closed() {
         let mut stream = connect().await;
@@ -618,7 +619,7 @@ mod http2 {
         );
     }
 
-    /// Periodically sends a new request and cancels the previous one. Returns how long the server allows that.
+    /// Periodically sends a new request and cancels the previous one. Returns how long the server allows this.
     async fn cancel_unread_responses(size: u32, path: &str) -> Duration {
         let (mut reader, mut writer) = connect().await.into_split();
         let began = time::Instant::now();
@@ -659,7 +660,7 @@ mod http2 {
         }
     }
 
-    /// h2 takes such a body immediately, and hyper is done with it.
+    /// h2 takes such a body immediately, so hyper is done with it.
     #[tokio::test]
     async fn client_that_reads_one_byte_of_a_small_response_is_closed() {
         let mut stream = connect().await;
@@ -731,7 +732,7 @@ mod http2 {
             .unwrap();
         time::sleep(HEADER / 2).await;
         let began = time::Instant::now();
-        // The rest of its fields would follow in another frame.
+        // The remaining header fields would follow in another frame.
         let part = frame(HEADERS, 0x1, 3, &[0x82, 0x86, 0x84]);
         stream.write_all(&part).await.unwrap();
         until_closed(&mut stream).await;
@@ -760,7 +761,7 @@ mod http2 {
 
     #[tokio::test]
     async fn event_stream_that_is_not_read_is_closed() {
-        // The client reads nothing, or only the first two events.
+        // The client reads either nothing or only the first two events.
         for size in [0, 6] {
             let mut stream = connect().await;
             let request = [hello(&window(size)), get_path(1, "/events")].concat();

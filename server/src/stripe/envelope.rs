@@ -1,31 +1,31 @@
-//! The metadata of an event. Its contents are not read: they may be outdated, and their format depends on the API
-//! version of the webhook endpoint.
+//! The metadata of an event. The event's contents are not read: they may be outdated, and their format depends on the
+//! API version of the webhook endpoint.
 
 use serde_json::Value;
 
-/// The maximum length of an ID, which is longer than any Stripe ID.
+/// The maximum length of an ID. All IDs in Stripe are shorter.
 const ID_MAX: usize = 255;
 
-/// The parts of an event that identify what it concerns.
+/// The parts of an event that identify the object it is about.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Envelope {
     pub id: String,
     pub kind: String,
-    /// The ID of the object that the event concerns.
+    /// The ID of the object.
     pub object: Option<String>,
-    /// The customer that the object belongs to.
+    /// The customer to whom the object belongs.
     pub customer: Option<String>,
     pub api_version: Option<String>,
     pub livemode: bool,
 }
 
-/// A body that is not an event, although its signature is valid.
+/// The body is not an event, although its signature is valid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("The body is not a Stripe event: it has no ID or type.")]
 pub struct NotAnEvent;
 
 impl Envelope {
-    /// Parses an event of any type and version, including thin events, which only refer to their object.
+    /// Parses an event of any type and version. This includes thin events, which only refer to their object.
     pub fn read(body: &[u8]) -> Result<Self, NotAnEvent> {
         let event: Value = serde_json::from_slice(body).map_err(|_| NotAnEvent)?;
         let text = |value: &Value| {
@@ -34,7 +34,7 @@ impl Envelope {
             is_id.then(|| text.to_owned())
         };
         let object = &event["data"]["object"];
-        // An expanded customer is an object.
+        // If the customer is expanded, it is an object.
         let customer = text(&object["customer"]).or_else(|| text(&object["customer"]["id"]));
         let is_customer = object["object"] == "customer";
         Ok(Self {

@@ -1,8 +1,8 @@
-//! The requests that Quota sends to Stripe, and the webhooks that it receives.
+//! The requests that Quota sends to Stripe, and the webhooks that it receives from Stripe.
 //!
-//! Requests are built by the `async-stripe` crates, which pin one version of the Stripe API. Only the fields in
-//! [`response`] are read from responses, so that no other field of an object can make parsing fail. There are no
-//! automatic retries: callers know what a failed request means, and have the idempotency key for the next attempt.
+//! Requests are built by the `async-stripe` crates, which are pinned to one version of the Stripe API. Only the fields
+//! in [`response`] are parsed, so that no other field can make parsing fail. There are no automatic retries: callers
+//! know the consequences of a failed request, and choose the idempotency key of the next attempt.
 
 mod envelope;
 mod raw;
@@ -55,13 +55,13 @@ use self::{
 };
 use crate::config::StripeSettings;
 
-/// The maximum duration of a request. A request that times out may have taken effect.
+/// The maximum duration of a request. A request that timed out may have taken effect.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The metadata key under which Stripe objects store the ID of their tenant.
+/// The metadata key for the tenant's ID in Stripe objects.
 pub const TENANT: &str = "quota_tenant";
 
-/// The API version of requests and of the webhook endpoints that Quota creates.
+/// The API version of requests, and of webhook endpoints that Quota creates.
 pub const API_VERSION: stripe_shared::ApiVersion = stripe_shared::version::VERSION;
 
 /// The events that Quota acts on. All others are ignored.
@@ -82,36 +82,35 @@ pub const EVENTS: [&str; 14] = [
     "invoice.finalization_failed",
 ];
 
-/// Thin events about usage that Stripe cannot charge although it has accepted it. Stripe sends them to an event
-/// destination, not to a webhook endpoint.
+/// Thin events about usage that Stripe has accepted but cannot charge. Stripe sends them to an event destination, not
+/// to a webhook endpoint.
 pub const METER_EVENTS: [&str; 2] = [
     "v1.billing.meter.error_report_triggered",
     "v1.billing.meter.no_meter_found",
 ];
 
-/// Why a request failed.
 #[derive(Debug, thiserror::Error)]
 pub enum StripeError {
-    /// The request may or may not have taken effect. It can be sent again with the same idempotency key.
+    /// The request may have taken effect. It can be sent again with the same idempotency key.
     #[error("Stripe could not be reached, or its response was lost: {0}")]
     Unknown(String),
-    /// Stripe failed. The same idempotency key returns the same failure, and the request may have taken effect.
+    /// Stripe failed, and the request may have taken effect. The same idempotency key returns the same failure.
     #[error("Stripe returned status {status}: {message}")]
     Failed { status: u16, message: String },
-    /// Stripe rejected the request, which had no effect.
+    /// Stripe rejected the request. It had no effect.
     #[error("Stripe rejected the request with status {status}: {message}")]
     Rejected { status: u16, message: String },
-    /// The object does not exist in Stripe, or only in another mode. The request had no effect.
+    /// The object does not exist, or exists only in the other mode. The request had no effect.
     #[error("{message}")]
     Missing {
-        /// The parameter that names the object. `None` if it is in the path.
+        /// The parameter that contains the object's ID. `None` if the ID is in the path.
         param: Option<String>,
         message: String,
     },
 }
 
 impl StripeError {
-    /// Whether the object of the request does not exist.
+    /// Whether the object in the request's path or parameters does not exist.
     pub const fn is_not_found(&self) -> bool {
         matches!(
             self,
@@ -119,8 +118,8 @@ impl StripeError {
         )
     }
 
-    /// Whether the customer that a parameter names cannot be used: it was [deleted](Stripe::is_deleted), or belongs to
-    /// another mode or account.
+    /// Whether the customer in a parameter cannot be used, because it was [deleted](Stripe::is_deleted) or belongs to a
+    /// different mode or account.
     pub fn is_missing_customer(&self) -> bool {
         matches!(self, Self::Missing { param: Some(param), .. } if param == "customer")
     }
@@ -130,11 +129,11 @@ impl From<ClientError> for StripeError {
     fn from(error: ClientError) -> Self {
         let (error, status) = match error {
             ClientError::Stripe(error, status) => (error, status),
-            // Also applies to a response that is not JSON, such as the error page of a proxy, after which the effect is
-            // unknown.
+            // Includes responses that are not JSON, such as a proxy's error page. In that case, it is unknown whether
+            // the request had an effect.
             other => return Self::Unknown(other.to_string()),
         };
-        // Only the message, because the rest of the error can contain customer input.
+        // Keep only the message, because the rest of the error may contain customer input.
         let message = error.message.unwrap_or_default();
         let is_missing = error.code == Some(stripe_shared::ApiErrorsCode::ResourceMissing);
         match status {
@@ -158,7 +157,7 @@ pub struct Stripe {
     raw: RawClient,
 }
 
-/// What a Checkout Session sells, and to which tenant.
+/// The contents of a Checkout Session.
 #[derive(Debug, Clone, Copy)]
 pub struct Checkout<'a> {
     pub tenant: &'a str,
@@ -171,7 +170,7 @@ pub struct Checkout<'a> {
     pub cancel_url: &'a str,
 }
 
-/// Sends a request, and parses `T` from the response.
+/// Sends a request and parses the response.
 macro_rules! send {
     ($stripe:expr, $request:expr) => {
         $request.build().customize().send(&$stripe.client).await?
@@ -190,7 +189,7 @@ fn idempotent(key: &str) -> RequestStrategy {
     IdempotencyKey::new(key).map_or(RequestStrategy::Once, RequestStrategy::Idempotent)
 }
 
-/// Returns a count, which Stripe sends as a floating-point number.
+/// Converts a count, which Stripe sends as a floating-point number.
 #[expect(
     clippy::cast_possible_truncation,
     reason = "counts stay far below 2^53, up to which they are exact"
@@ -218,17 +217,17 @@ impl Stripe {
         Ok(Self { client, raw })
     }
 
-    /// Returns what an event in [`METER_EVENTS`] reports.
+    /// Returns the problems reported by an event whose type is in [`METER_EVENTS`].
     pub async fn meter_errors(&self, event: &str) -> Result<Vec<MeterError>> {
         self.raw.meter_errors(event).await
     }
 
-    /// Returns the ID of the account. `None` if the secret key may not read it.
+    /// Returns the account's ID, or `None` if the secret key does not have permission to read it.
     pub async fn account(&self) -> Result<Option<String>> {
         self.raw.account().await
     }
 
-    /// Whether a customer was deleted. An error if the account and mode of the secret key never had it.
+    /// Whether a customer was deleted. Fails if the customer never existed in the secret key's account and mode.
     pub async fn is_deleted(&self, customer: &str) -> Result<bool> {
         let found: response::Deleted = send!(self, RetrieveCustomer::new(customer));
         Ok(found.deleted == Some(true))
@@ -249,7 +248,7 @@ impl Stripe {
         Ok(created.id)
     }
 
-    /// Returns the tenant's customer among those with this email.
+    /// Searches the customers with this email address for the tenant's customer.
     pub async fn find_customer(&self, tenant: &str, email: &str) -> Result<Option<String>> {
         let mut after: Option<String> = None;
         loop {
@@ -272,7 +271,7 @@ impl Stripe {
         }
     }
 
-    /// Returns all subscriptions of a customer, including ended ones.
+    /// Returns all subscriptions of a customer, including those that have ended.
     pub async fn subscriptions(&self, customer: &str) -> Result<Vec<Subscription>> {
         let mut all: Vec<Subscription> = Vec::new();
         loop {
@@ -302,8 +301,8 @@ impl Stripe {
         Ok(page.data)
     }
 
-    /// Returns the customer of the object that an event concerns. `None` for kinds of objects without a customer, and
-    /// if the object does not exist.
+    /// Returns the customer of the object that an event is about. Returns `None` if the object does not exist or if
+    /// objects of its type have no customer.
     pub async fn customer_of(&self, object: &str) -> Result<Option<String>> {
         let found: Result<response::Owned> = async {
             Ok(match object.split('_').next() {
@@ -345,7 +344,7 @@ impl Stripe {
             .customer(checkout.customer)
             .client_reference_id(checkout.tenant)
             .metadata(tenant_metadata(checkout.tenant))
-            // A session's metadata is not copied to its subscription.
+            // Stripe does not copy a session's metadata to its subscription.
             .subscription_data(CreateCheckoutSessionSubscriptionData {
                 metadata: Some(tenant_metadata(checkout.tenant)),
                 ..CreateCheckoutSessionSubscriptionData::new()
@@ -359,7 +358,7 @@ impl Stripe {
         Ok(send!(self, RetrieveCheckoutSession::new(session)))
     }
 
-    /// Returns the URL of a session of the customer portal.
+    /// Returns the URL of a new session of the customer portal.
     pub async fn create_portal(&self, customer: &str, return_url: &str) -> Result<String> {
         let request = CreateBillingPortalSession::new()
             .customer(customer)
@@ -368,7 +367,8 @@ impl Stripe {
         Ok(session.url)
     }
 
-    /// Whether an invoice of the subscription is not final yet, so that usage of its period is still charged.
+    /// Whether one of the subscription's invoices is not final, so that usage in its billing period can still be
+    /// charged.
     pub async fn has_draft_invoice(&self, subscription: &str) -> Result<bool> {
         let request = ListInvoice::new()
             .subscription(subscription)
@@ -378,8 +378,8 @@ impl Stripe {
         Ok(!page.data.is_empty())
     }
 
-    /// Reports a customer's usage at a time, in seconds since 1970. For a day, Stripe rejects another report with the
-    /// same identifier.
+    /// Reports a customer's usage at time `at`, in seconds since 1970. Stripe rejects further reports with the same
+    /// identifier for a day.
     pub async fn use_meter(
         &self,
         event_name: &str,
@@ -399,7 +399,7 @@ impl Stripe {
         Ok(())
     }
 
-    /// Returns the total usage of a customer in Stripe. Times are full hours.
+    /// Returns a customer's total usage in Stripe. `from` and `until` must be full hours.
     pub async fn counted(&self, meter: &str, customer: &str, from: i64, until: i64) -> Result<i64> {
         let request = ListIdBillingMeterEventSummary::new(meter, customer, until, from).limit(100);
         let page: List<response::Summary> = send!(self, request);
@@ -407,7 +407,7 @@ impl Stripe {
         Ok(whole(total))
     }
 
-    // Setting up ----------------------------------------------------------------------------------------
+    // Setup ---------------------------------------------------------------------------------------------
 
     /// Returns the active prices with these lookup keys.
     pub async fn prices(&self, lookup_keys: &[&str]) -> Result<Vec<Price>> {
@@ -417,7 +417,6 @@ impl Stripe {
         Ok(page.data)
     }
 
-    /// Whether a product exists.
     pub async fn has_product(&self, id: &str) -> Result<bool> {
         let found: Result<Created> = async { Ok(send!(self, RetrieveProduct::new(id))) }.await;
         match found {
@@ -451,8 +450,8 @@ impl Stripe {
         Ok(created.id)
     }
 
-    /// Creates a monthly price. `amount` is in the smallest unit of the currency and may be a fraction of it. With
-    /// `meter`, it applies to each unit of usage.
+    /// Creates a monthly price. `amount` is in the smallest unit of the currency, and may be fractional. With `meter`,
+    /// the price applies to each unit of usage.
     pub async fn create_price(
         &self,
         product: &str,
@@ -480,7 +479,7 @@ impl Stripe {
         Ok(page.data)
     }
 
-    /// Creates a webhook endpoint for [`EVENTS`]. Returns it with its secret, which Stripe shows only once.
+    /// Creates a webhook endpoint for [`EVENTS`]. The result contains its secret, which Stripe shows only once.
     pub async fn create_webhook_endpoint(&self, url: &str) -> Result<WebhookEndpoint> {
         let events = EVENTS.map(|name| {
             name.parse::<CreateWebhookEndpointEnabledEvents>()

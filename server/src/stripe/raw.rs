@@ -1,5 +1,5 @@
-//! Requests that the `async-stripe` crates in use do not support: thin events, whose data has to be read from version 2
-//! of the Stripe API, and the account.
+//! Requests that the `async-stripe` crates in use do not support: the account, and thin events, whose data requires
+//! version 2 of the Stripe API.
 
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::Value;
@@ -11,7 +11,7 @@ const STRIPE: &str = "https://api.stripe.com";
 #[derive(Debug, Clone)]
 pub(super) struct RawClient {
     http: reqwest::Client,
-    /// Without a trailing slash.
+    /// Has no trailing slash.
     base: String,
     key: SecretString,
 }
@@ -27,7 +27,7 @@ pub struct MeterError {
     pub identifiers: Vec<String>,
 }
 
-/// Reads the report of an event.
+/// Parses the problems that an event reports.
 fn meter_errors(event: &Value) -> Vec<MeterError> {
     let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
     let error = |it: &Value| MeterError {
@@ -55,7 +55,7 @@ impl RawClient {
     }
 
     pub(super) async fn meter_errors(&self, event: &str) -> Result<Vec<MeterError>> {
-        // Only IDs in the form that Stripe assigns may be used in a URL.
+        // Use an ID in a URL only if it has the form that Stripe assigns.
         if !event
             .bytes()
             .all(|it| it.is_ascii_alphanumeric() || it == b'_')
@@ -69,7 +69,7 @@ impl RawClient {
         Ok(meter_errors(&event))
     }
 
-    /// Returns the ID of the account. `None` if the key may not read it.
+    /// Returns the account's ID, or `None` if the key does not have permission to read it.
     pub(super) async fn account(&self) -> Result<Option<String>> {
         match self.get("v1/account").await {
             Ok(account) => match account["id"].as_str() {

@@ -1,6 +1,6 @@
 //! The fields of Stripe objects that Quota reads.
 //!
-//! Uses miniserde, like the `async-stripe` crates. Fields that are not listed are skipped.
+//! Parsed with miniserde, like in the `async-stripe` crates. Fields that are not listed here are ignored.
 
 use std::collections::HashMap;
 
@@ -12,7 +12,7 @@ pub(super) struct List<T> {
     pub has_more: bool,
 }
 
-/// Any object of which only the ID matters.
+/// An object of any type; only its ID is needed.
 #[derive(Debug, Deserialize)]
 pub struct Created {
     pub id: String,
@@ -55,7 +55,7 @@ pub struct Items {
     pub data: Vec<Item>,
 }
 
-/// Since API version 2025-03-31, periods belong to items.
+/// Since API version 2025-03-31, billing periods belong to items.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Item {
     pub current_period_start: i64,
@@ -88,9 +88,9 @@ pub struct Transitions {
 #[derive(Debug, Deserialize)]
 pub struct CheckoutSession {
     pub id: String,
-    /// `open`, `complete` or `expired`.
+    /// `open`, `complete`, or `expired`.
     pub status: Option<String>,
-    /// The page on which the customer pays. `None` if the session is no longer open.
+    /// The page where the customer pays. `None` if the session is no longer open.
     pub url: Option<String>,
     pub expires_at: i64,
 }

@@ -1,17 +1,17 @@
-//! The signature of a webhook: <https://docs.stripe.com/webhooks/signature>.
+//! Verifies the signature of a webhook: <https://docs.stripe.com/webhooks/signature>.
 //!
-//! Works on bytes, so that what is verified is what was received, and accepts several secrets and several signatures,
-//! since there can be several of both while a secret is being rotated.
+//! Verifies the bytes exactly as received. Accepts several secrets and several signatures, because there can be several
+//! of both while a secret is being rotated.
 
 use std::time::Duration;
 
 use aws_lc_rs::hmac;
 use secrecy::{ExposeSecret, SecretString};
 
-/// Maximum difference between the time of a signature and now, in either direction.
+/// The maximum difference between the time of a signature and the current time, in either direction.
 pub const TOLERANCE: Duration = Duration::from_secs(300);
 
-/// The maximum number of signatures that are checked, which is more than Stripe ever sends.
+/// The maximum number of signatures to check. Stripe never sends this many.
 const SIGNATURES_MAX: usize = 8;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -26,7 +26,7 @@ pub enum BadSignature {
     Stale,
 }
 
-/// Checks that one of the secrets signed the body recently. `now` is in seconds since 1970.
+/// Checks that one of the secrets recently signed the body. `now` is in seconds since 1970.
 pub fn verify(
     body: &[u8],
     header: &str,

@@ -6,17 +6,17 @@ const DAY: Seconds = 86_400;
 const GRACE: Seconds = 7 * DAY;
 const START: Seconds = 1_800_000_000;
 
-/// How long plans marked `paid` work with a subscription, based only on its status.
+/// How long paid plans work, based only on the subscription's status.
 #[derive(Debug, Clone, Copy)]
 enum Works {
     Not,
     /// Until a scheduled cancellation.
     UntilCanceled,
-    /// For the grace period after the first unpaid invoice, but not past a scheduled cancellation.
+    /// For the grace period after the first unpaid invoice, but no longer than until a scheduled cancellation.
     DuringGrace,
 }
 
-/// The access for each status, according to the Stripe documentation.
+/// The access for each status, according to Stripe's documentation.
 const TABLE: [(&str, &str, Works); 8] = [
     ("incomplete", "free", Works::Not),
     ("incomplete_expired", "free", Works::Not),
@@ -28,7 +28,7 @@ const TABLE: [(&str, &str, Works); 8] = [
     ("paused", "paused", Works::Not),
 ];
 
-/// A Stripe subscription: the events that happen to it, and what Stripe reports about it.
+/// A subscription in Stripe, changed by random events.
 #[derive(Debug, Clone)]
 struct Life {
     status: &'static str,
@@ -55,7 +55,7 @@ impl Life {
         (access, *works)
     }
 
-    /// Whether plans marked `paid` work at `now`, if nothing else happens to the subscription.
+    /// Whether paid plans work at `now` if nothing else happens to the subscription.
     fn works(&self, now: Seconds) -> bool {
         let scheduled = self.cancel_at.is_none_or(|end| now < end);
         match self.row().1 {
@@ -68,7 +68,7 @@ impl Life {
         }
     }
 
-    /// Applies a random event that can happen to the subscription.
+    /// Applies a random event that is possible in the current status.
     fn step(&mut self, rng: &mut fastrand::Rng, now: Seconds) {
         match (self.status, rng.u8(..6)) {
             ("incomplete" | "paused", 0 | 1) | ("trialing", 0) => self.status = "active",
@@ -104,7 +104,6 @@ impl Life {
     }
 }
 
-/// A Stripe customer.
 #[derive(Debug, Default)]
 struct Customer {
     subscriptions: BTreeMap<String, Life>,
@@ -161,8 +160,8 @@ fn every_status_has_the_access_of_the_table() {
     assert_eq!(Status::named("frozen"), None);
 }
 
-/// Subscriptions change; changes cause reads; responses arrive late, out of order, twice or never; time passes. The
-/// known state is always that of the latest read that has arrived, and after such a read it is the current state.
+/// Subscriptions change, and changes cause reads. Responses arrive late, out of order, twice, or never. The known state
+/// must always be the state in the latest read that has arrived, and after a final read, the current state.
 #[test]
 fn random_schedules_agree_with_the_table() {
     let (mut worked, mut refused, mut dropped) = (0_u64, 0_u64, 0_u64);
@@ -171,7 +170,7 @@ fn random_schedules_agree_with_the_table() {
         let mut customer = Customer::default();
         let mut account = Account::default();
         let mut now = START;
-        // Reads in progress, each with the state of the customer at that time.
+        // Reads in progress, each with the customer's state at the time it started.
         let mut under_way: Vec<(Observation, BTreeMap<String, Life>)> = Vec::new();
         let mut known = BTreeMap::new();
         let mut last_read = 0;
@@ -222,11 +221,11 @@ fn random_schedules_agree_with_the_table() {
             "seed {seed}"
         );
     }
-    // Make sure that the schedules reach both outcomes.
+    // Ensure that the schedules reach every outcome.
     assert!(worked > 100_000 && refused > 100_000 && dropped > 100_000);
 }
 
-/// Calls `visit` with every order of the items.
+/// Calls `visit` with every permutation of the items.
 fn each_order<T: Copy>(items: &mut [T], fixed: usize, visit: &mut impl FnMut(&[T])) {
     if fixed == items.len() {
         visit(items);
@@ -239,8 +238,8 @@ fn each_order<T: Copy>(items: &mut [T], fixed: usize, visit: &mut impl FnMut(&[T
     }
 }
 
-/// Seven events arrive in every possible order, each several times, while the subscription keeps changing between
-/// arrivals. Every order ends with the access that the subscription has at the end.
+/// Seven events arrive in every possible order, each several times, while the subscription keeps changing. Every order
+/// must end with the access that the subscription provides at the end.
 #[test]
 fn every_order_of_a_life_ends_in_one_state() {
     const STATUSES: [&str; 7] = [
@@ -253,7 +252,7 @@ fn every_order_of_a_life_ends_in_one_state() {
         "canceled",
     ];
     let mut rng = fastrand::Rng::with_seed(7);
-    // Histories that end with each of the statuses.
+    // Test histories that end with each of the statuses.
     for last in 1..=STATUSES.len() {
         let mut orders = 0;
         let mut finals = Vec::new();
@@ -265,7 +264,7 @@ fn every_order_of_a_life_ends_in_one_state() {
             let mut account = Account::default();
             let mut under_way = Vec::new();
             for &event in order {
-                // An event cannot arrive before it has happened. Earlier events have happened as well.
+                // An event cannot arrive before it has happened, and all earlier events must have happened too.
                 while happened <= event.min(last - 1) {
                     life.status = STATUSES[happened];
                     life.first_unpaid = (life.status == "past_due").then_some(START + 3 * DAY);

@@ -1,8 +1,8 @@
 //! The log: lines on standard output, as JSON or text.
 //!
 //! Only the log thread writes to standard output. Everything else appends to a bounded buffer, so a blocked reader (a
-//! paused terminal, a stuck log collector) does not delay requests. Lines that do not fit are dropped and counted. Once
-//! output is possible again, a line reports how many were dropped.
+//! paused terminal or a stuck log collector) does not delay requests. Lines that do not fit are dropped. When output is
+//! possible again, a line reports how many were dropped.
 
 use std::{
     borrow::Cow,
@@ -21,16 +21,18 @@ use tracing_subscriber::{
 
 use crate::{clock::UnixNanos, config::LogFormat};
 
-/// Access log lines are written together, after this time or this many bytes.
+/// Access log lines are written together, after this time or once this many bytes have accumulated.
 const FLUSH_EVERY: Duration = Duration::from_millis(50);
 const FLUSH_AT: usize = 64 * 1024;
-/// The maximum number of bytes waiting for standard output. Additional access log lines are dropped.
+/// The maximum number of bytes that wait for standard output. Further access log lines are dropped.
 const MAX_WAITING: usize = 4 * 1024 * 1024;
-/// The maximum including other events, so that a flood of requests does not displace them.
+/// The maximum when other events are included. It is higher, so that a flood of access log lines does not displace
+/// them.
 const MAX_WAITING_EVENTS: usize = MAX_WAITING + 1024 * 1024;
 /// How long the process waits on exit for the last lines to be written.
 const STOP_WITHIN: Duration = Duration::from_secs(1);
-/// The maximum length of a path in a line, in bytes. Over HTTP/2, a client can send a long path in a single byte.
+/// The maximum length of a path in a line, in bytes. Over HTTP/2, header compression lets a client send a long path in
+/// a single byte.
 const MAX_PATH: usize = 256;
 /// The maximum length of a method in a line, in bytes. A method can be any token.
 const MAX_METHOD: usize = 32;
@@ -67,8 +69,8 @@ fn shorten(text: &str, max: usize) -> Cow<'_, str> {
 }
 
 impl AccessLine<'_> {
-    /// Appends the line as JSON. Formatted by hand, because this runs for every request. `second` is the time without
-    /// its fraction.
+    /// Appends the line as JSON. It is formatted by hand, because this runs for every request. `second` is the time
+    /// without its fraction.
     fn json(&self, second: &str, out: &mut Vec<u8>) -> io::Result<()> {
         let mut number = itoa::Buffer::new();
         let mut text = |parts: &[&str]| {
@@ -83,7 +85,7 @@ impl AccessLine<'_> {
             "Z\",\"level\":\"INFO\",\"target\":\"",
             ACCESS,
         ]);
-        // IDs and methods are tokens that need no escaping. A path may contain quotes.
+        // IDs and methods are tokens, which need no escaping. A path may contain quotes.
         text(&[
             "\",\"request_id\":\"",
             self.request_id,
@@ -148,7 +150,7 @@ impl AccessLine<'_> {
     }
 }
 
-/// Standard output with a buffer. Cheap to clone.
+/// Buffered standard output. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Log {
     state: Arc<LogState>,
@@ -162,23 +164,23 @@ struct LogState {
     write: Condvar,
     /// Notified when the log thread has written its last line.
     written: Condvar,
-    /// Lines that did not fit into the buffer, since startup.
+    /// The number of lines since startup that did not fit into the buffer.
     dropped: Counter,
 }
 
 #[derive(Debug, Default)]
 struct Buffer {
     bytes: Vec<u8>,
-    /// Whether `bytes` contains an event, which is written without delay.
+    /// Whether `bytes` contains an event, which must be written without delay.
     has_event: bool,
-    /// Dropped lines that have not been reported yet.
+    /// The number of dropped lines that have not been reported yet.
     unreported: u64,
     stopped: bool,
     all_written: bool,
     second: Second,
 }
 
-/// The formatted current time without its fraction, which thousands of lines share.
+/// The current time without its fraction, formatted once for the thousands of lines in the same second.
 #[derive(Debug, Default)]
 struct Second {
     secs: u64,
@@ -203,7 +205,7 @@ impl Log {
         Self::start_on(io::stdout(), format)
     }
 
-    /// Starts the log thread with another output.
+    /// Starts the log thread, which writes to `out`.
     pub fn start_on(out: impl Write + Send + 'static, format: LogFormat) -> Self {
         let log = Self {
             state: Arc::default(),
@@ -217,7 +219,7 @@ impl Log {
         log
     }
 
-    /// Sets this as the output of `tracing`. Call once per process.
+    /// Makes this the output of `tracing`. Call once per process.
     pub fn install(&self, directives: &str) -> Result<(), tracing_subscriber::util::TryInitError> {
         let filter = EnvFilter::try_new(directives).unwrap_or_else(|_| EnvFilter::new("info"));
         let registry = tracing_subscriber::registry().with(filter);
@@ -237,7 +239,7 @@ impl Log {
         &self.state.dropped
     }
 
-    /// Queues the line of a request. Does not block on output.
+    /// Queues a request's line. Does not wait for output.
     pub fn access(&self, line: &AccessLine<'_>) {
         let mut buffer = self.state.buffer.lock();
         if buffer.bytes.len() >= MAX_WAITING {
@@ -256,7 +258,7 @@ impl Log {
         }
     }
 
-    /// Queues an event after the waiting lines. Does not block on output.
+    /// Queues an event after the waiting lines. Does not wait for output.
     fn event(&self, line: &[u8]) {
         let mut buffer = self.state.buffer.lock();
         if buffer.bytes.len() + line.len() > MAX_WAITING_EVENTS {
@@ -268,7 +270,7 @@ impl Log {
         self.state.write.notify_one();
     }
 
-    /// Writes the remaining lines, for at most a second. Call last.
+    /// Writes the remaining lines, which may take at most a second. Call last.
     pub fn stop(&self) {
         let mut buffer = self.state.buffer.lock();
         buffer.stopped = true;

@@ -1,9 +1,9 @@
 //! Logs and metrics for the operator.
 //!
-//! Logs are lines on standard output. [`log::Log::access`] formats the line of a request directly into a buffer,
-//! because these are most of the lines that a busy server logs; everything else goes through `tracing`. Metrics are
-//! plain atomics in [`metrics::Metrics`], formatted when scraped. Neither may delay a request or contain a key, token,
-//! password or email.
+//! Logs are lines on standard output. [`log::Log::access`] formats access log lines directly into a buffer, because
+//! they are most of what a busy server logs. Everything else goes through `tracing`. Metrics are atomics in
+//! [`metrics::Metrics`], which are formatted when they are scraped. Logs and metrics must not delay requests, and must
+//! not contain keys, tokens, passwords or emails.
 
 pub mod log;
 pub mod metrics;

@@ -1,4 +1,4 @@
-//! IDs for requests without one: version 7 UUIDs.
+//! Generates UUIDv7 IDs for requests that do not have an ID.
 
 use std::{
     hash::{BuildHasher, RandomState},
@@ -9,11 +9,11 @@ use uuid::Builder;
 
 use crate::clock::UnixNanos;
 
-/// Generates IDs that are unique across processes. They are predictable, which does not matter for request IDs: reading
-/// random numbers from the system would cost more than the rest of generating an ID.
+/// Generates IDs that are unique across processes. They are predictable, which does not matter for request IDs. Reading
+/// random numbers from the system would cost more than everything else.
 #[derive(Debug)]
 pub struct RequestIds {
-    /// The starting point of this process's counter.
+    /// The start value of this process's counter.
     start: u64,
     count: AtomicU64,
 }
@@ -28,12 +28,12 @@ impl Default for RequestIds {
 }
 
 impl RequestIds {
-    /// Returns the next ID, as 36 characters.
+    /// Returns the next ID as 36 characters.
     pub fn next(&self, now: UnixNanos) -> [u8; 36] {
         let count = self.count.fetch_add(1, Ordering::Relaxed);
         let mut chance = [0; 10];
-        // Eight bytes that are unique within a process, because `mixed` is one-to-one, and two bytes that replace the
-        // six bits overwritten by the version and variant.
+        // `mixed` is one-to-one, so its eight bytes are unique within a process. The first two bytes make up for the
+        // six bits that the version and variant overwrite.
         chance[..2].copy_from_slice(&count.to_be_bytes()[6..]);
         chance[2..].copy_from_slice(&mixed(self.start.wrapping_add(count)).to_be_bytes());
         let millis = now.0 / 1_000_000;
@@ -44,8 +44,7 @@ impl RequestIds {
     }
 }
 
-/// Applies the output function of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators,
-/// 2014).
+/// The output function of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
 const fn mixed(n: u64) -> u64 {
     let n = n.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let n = (n ^ (n >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

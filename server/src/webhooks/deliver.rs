@@ -1,7 +1,7 @@
-//! Sends what is due, and decides when failed deliveries are sent again.
+//! Sends deliveries that are due, and decides when to retry failed deliveries.
 //!
-//! An attempt is counted before it is made, and becomes due again by itself after [`LEASE`], so a delivery is not lost
-//! if this process ends.
+//! An attempt is counted before it is made. Whatever happens, the delivery becomes due again after [`LEASE`], so it is
+//! not lost if this process exits.
 
 use std::time::Duration;
 
@@ -22,35 +22,35 @@ use crate::{
     },
 };
 
-/// The time after which another replica may repeat an attempt. Longer than an attempt and the recording of its result
-/// take.
+/// Seconds until another replica may repeat an attempt. Longer than any attempt, including recording its result.
 const LEASE: i32 = 60;
-/// The pauses between attempts, in seconds. Together they are a day.
+/// The pauses between attempts, in seconds. They add up to a day.
 const PAUSES: [i64; 9] = [5, 60, 300, 1800, 3600, 7200, 14_400, 21_600, 37_000];
 /// The longest pause that an endpoint can request, in seconds.
 const PAUSE_MAX: i64 = 12 * 3600;
-/// After an endpoint has been failing for this long, in seconds, it is disabled when a delivery is given up.
+/// If an endpoint has been failing for at least this many seconds when a delivery is abandoned, the webhook is
+/// disabled.
 const FAILING_MAX: i64 = 3 * 24 * 3600;
-/// The maximum number of attempts in progress on one replica for a tenant, and for an endpoint.
+/// The maximum number of concurrent attempts per tenant on one replica. `PER_WEBHOOK` is the maximum per webhook.
 const PER_TENANT: i64 = 8;
 const PER_WEBHOOK: i64 = 4;
-/// The maximum number of attempts of a delivery.
+/// The maximum number of attempts per delivery.
 const ATTEMPTS_MAX: i32 = 10;
 
 const GONE: u16 = 410;
 
-/// What became of an attempt.
+/// The outcome of an attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
     Delivered,
-    /// It is sent again later.
+    /// The delivery will be retried.
     Postponed,
-    /// It is not sent again.
+    /// The delivery will not be retried.
     Failed,
 }
 
-/// Returns how long to wait before the next attempt after this many, or `None` if that was the last one. `random` is in
-/// `0..1`.
+/// Returns the number of seconds until the next attempt. Returns `None` if the last attempt has been made. `attempts`
+/// is the number of attempts made, and `random` is in `0..1`.
 fn pause(attempts: i32, retry_after: Option<u64>, random: f64) -> Option<i64> {
     let index = usize::try_from(attempts - 1).unwrap_or(0);
     let pause = *PAUSES.get(index)?;
@@ -65,8 +65,8 @@ fn pause(attempts: i32, retry_after: Option<u64>, random: f64) -> Option<i64> {
 }
 
 impl Webhooks {
-    /// Claims deliveries that are due, at most `limit`. `running` are the tenant and the webhook of each attempt in
-    /// progress, which count toward the limits of both.
+    /// Claims up to `limit` deliveries that are due. `running` contains the tenant and webhook of each attempt in
+    /// progress; these attempts count toward the limits of both.
     pub async fn claim(
         &self,
         limit: usize,
@@ -87,7 +87,7 @@ impl Webhooks {
         let mut tx = self.0.db.system().await?;
         let due = webhook_delivery::claim(&mut tx, &claim).await?;
         tx.commit().await?;
-        // The next turn is that of the tenant after the last of these.
+        // The tenant after the last of these has the next turn.
         let tenants = due.iter().map(|it| it.tenant_id);
         if let Some(last) = tenants.max_by_key(|it| (*it <= after_tenant, *it)) {
             *self.0.last_tenant.lock() = last;
@@ -102,7 +102,8 @@ impl Webhooks {
         let (outcome, is_disabled) = record(&mut tx, due, &sent).await?;
         tx.commit().await?;
         if is_disabled {
-            // Separately, so that the result is recorded even if this fails. Then the next attempt repeats it.
+            // Canceled in a separate transaction, so that the result is recorded even if this fails. In that case, the
+            // next attempt cancels them.
             if let Err(error) = self.cancel(due).await {
                 let error = db::chain(&error);
                 tracing::warn!(webhook = %due.webhook_id, error, "cannot cancel deliveries");
@@ -111,11 +112,11 @@ impl Webhooks {
         Ok(outcome)
     }
 
-    /// Gives up the other deliveries of a disabled webhook.
+    /// Cancels the other deliveries of a disabled webhook.
     async fn cancel(&self, due: &DueDelivery) -> Result<(), DbError> {
         let (tenant, id) = (due.tenant_id, due.webhook_id);
         let mut tx = self.0.db.system().await?;
-        // It may have been enabled again.
+        // The webhook may have been enabled again.
         if webhook::lock_disabled(&mut tx, tenant, id).await? {
             webhook_delivery::cancel_system(&mut tx, tenant, id, "The webhook was disabled.")
                 .await?;
@@ -124,7 +125,7 @@ impl Webhooks {
     }
 
     async fn attempt(&self, due: &DueDelivery) -> Sent {
-        // Checked again, since the operator's networks may have changed.
+        // Check again, because the operator's networks may have changed.
         let (url, scheme) = match self.0.targets.parse(&due.url) {
             Ok(parsed) => parsed,
             Err(message) => return Sent::failed(format!("The URL {message}.")),
@@ -135,7 +136,7 @@ impl Webhooks {
             return Sent::failed("The signing secret cannot be read. Rotate it.");
         };
         let mut secrets = vec![secret];
-        // Receivers that have the current secret do not need the signature of the previous one.
+        // Receivers with the current secret ignore the signature made with the previous one.
         secrets.extend(due.previous_secret.as_ref().and_then(decrypt));
         let attempt = Attempt {
             event_id: &due.event_id,
@@ -146,7 +147,7 @@ impl Webhooks {
         self.0.sender.send(url, scheme, &attempt).await
     }
 
-    /// Returns how long the oldest delivery that is due has been waiting, in seconds.
+    /// Returns how many seconds the oldest due delivery has been waiting.
     pub async fn overdue_seconds(&self) -> Result<i64, DbError> {
         let mut tx = self.0.db.system().await?;
         let seconds = webhook_delivery::overdue_seconds(&mut tx).await?;
@@ -155,7 +156,7 @@ impl Webhooks {
     }
 }
 
-/// Records the result of an attempt. Also returns whether the webhook is disabled because of it.
+/// Records the result of an attempt. Also returns whether the webhook was disabled as a result.
 async fn record(
     tx: &mut SystemTx,
     due: &DueDelivery,
@@ -167,14 +168,14 @@ async fn record(
         error: sent.error.as_deref(),
         retry_after: None,
     };
-    // Webhooks are locked before their deliveries, everywhere.
+    // Everywhere, webhooks are locked before their deliveries.
     if sent.error.is_none() {
         webhook::succeeded(tx, tenant, id).await?;
         webhook_delivery::finish(tx, due, &result).await?;
         return Ok((Outcome::Delivered, false));
     }
     let Some(failing_for) = webhook::failed(tx, tenant, id).await? else {
-        // It was deleted.
+        // The webhook was deleted.
         return Ok((Outcome::Failed, false));
     };
     if sent.status == Some(GONE) {
@@ -194,7 +195,7 @@ async fn record(
     Ok((Outcome::Failed, is_disabled))
 }
 
-/// Disables a webhook unless it already is.
+/// Disables a webhook. Does nothing if it is already disabled.
 async fn disable(tx: &mut SystemTx, due: &DueDelivery, reason: &str) -> Result<(), DbError> {
     let (tenant, id) = (due.tenant_id, due.webhook_id);
     let Some(name) = webhook::disable(tx, tenant, id, reason).await? else {
@@ -215,12 +216,12 @@ async fn disable(tx: &mut SystemTx, due: &DueDelivery, reason: &str) -> Result<(
     Ok(())
 }
 
-/// Returns a random number in `0..1`. Without random bytes, there is no jitter.
+/// Returns a random number in `0..1`. If random bytes are not available, there is no jitter.
 fn random() -> f64 {
     getrandom::u32().map_or(0.0, |it| f64::from(it) / (f64::from(u32::MAX) + 1.0))
 }
 
-/// How long a stopping server waits for attempts in progress. They are repeated by another replica otherwise.
+/// How long a stopping server waits for attempts in progress. After that, another replica repeats them.
 pub const FINISH: Duration = Duration::from_secs(3);
 
 #[cfg(test)]

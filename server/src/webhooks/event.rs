@@ -7,12 +7,12 @@ use uuid::Uuid;
 
 use crate::clock::UnixNanos;
 
-/// The type of an event: a share of a quota was reached.
+/// The usage of a quota has reached a threshold.
 pub const THRESHOLD_REACHED: &str = "quota.threshold_reached";
-/// The type of an event: a tenant tests an endpoint.
+/// A tenant is testing an endpoint.
 pub const TEST: &str = "webhook.test";
 
-/// An event with its body, which is the same for every endpoint.
+/// An event and its body, which is the same for every endpoint.
 #[derive(Debug, Clone)]
 pub struct Event {
     pub id: String,
@@ -20,7 +20,7 @@ pub struct Event {
     pub payload: String,
 }
 
-/// The body of a request, as the Standard Webhooks specification recommends.
+/// The body of a request. Follows the recommendations of the Standard Webhooks specification.
 #[derive(Serialize)]
 struct Payload<'a, T> {
     r#type: &'a str,
@@ -29,7 +29,7 @@ struct Payload<'a, T> {
     data: &'a T,
 }
 
-/// What a test contains.
+/// The data of a test event.
 #[derive(Serialize)]
 struct Test {
     message: &'static str,
@@ -43,19 +43,17 @@ impl Event {
             data,
         };
         Self {
-            // It must not contain a period, which separates the parts of what is signed.
+            // The ID must not contain a period, which separates the parts of the signed content.
             id: format!("msg_{}", id.simple()),
             kind,
             payload: serde_json::to_string(&payload).unwrap_or_default(),
         }
     }
 
-    /// A threshold of a quota was reached.
     pub fn threshold_reached(alert: &QuotaAlert) -> Self {
         Self::new(alert.id.0, THRESHOLD_REACHED, alert.created_at, alert)
     }
 
-    /// A tenant tests an endpoint.
     pub fn test(now: UnixNanos) -> Self {
         let nanos = i64::try_from(now.0).unwrap_or(i64::MAX);
         let now = DateTime::from_timestamp_nanos(nanos);

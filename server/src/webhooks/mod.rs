@@ -1,10 +1,10 @@
-//! Webhooks: events that are sent to tenants' endpoints.
+//! Webhooks: sends events to tenants' endpoints.
 //!
-//! An event is stored with a delivery for each endpoint, in the transaction that caused it, and sent afterwards
-//! ([`deliver`]). A delivery is sent at least once: receivers recognize repetitions by their ID. Deliveries of an endpoint
-//! are not ordered.
+//! The transaction that causes an event stores it, with one delivery per endpoint. Deliveries are sent after that
+//! transaction ([`deliver`]). Each is sent at least once, and receivers recognize repetitions by the event's ID. The
+//! deliveries to an endpoint are not ordered.
 //!
-//! If PostgreSQL is unreachable, nothing is sent, and what was stored is sent later.
+//! While PostgreSQL is unreachable, nothing is sent. Stored deliveries are sent later.
 
 pub mod deliver;
 pub mod event;
@@ -33,10 +33,10 @@ use crate::{
     repo::webhook::{self, StoredSecrets},
 };
 
-/// The number of webhooks whose secrets are encrypted again in one transaction.
+/// The number of webhooks whose secrets are re-encrypted per transaction.
 const BATCH: i64 = 100;
 
-/// See the module. Cheap to clone.
+/// See the module documentation. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Webhooks(Arc<Inner>);
 
@@ -51,7 +51,7 @@ struct Inner {
     last_tenant: Mutex<Uuid>,
 }
 
-/// A secret cannot be encrypted or decrypted.
+/// Why a secret could not be encrypted or decrypted.
 #[derive(Debug, thiserror::Error)]
 pub enum SecretError {
     #[error("the operating system has no random bytes")]
@@ -60,25 +60,24 @@ pub enum SecretError {
     UnknownKey,
 }
 
-/// A secret that was just generated.
 pub struct NewSecret {
-    /// As it is shown to the tenant.
+    /// In the form shown to the tenant.
     pub shown: String,
-    /// As it is stored.
+    /// In the form stored in the database.
     pub encrypted: Vec<u8>,
 }
 
-/// The context in which a webhook's secrets are encrypted.
+/// Returns the encryption context for a webhook's secrets.
 fn context(tenant: Uuid, webhook: Uuid) -> Vec<u8> {
     [tenant.as_bytes().as_slice(), webhook.as_bytes()].concat()
 }
 
 impl Webhooks {
-    /// `private` are networks that are not public, to which webhooks may be sent nevertheless.
+    /// `private` contains the non-public networks that webhooks may be sent to.
     ///
     /// # Errors
     ///
-    /// If the certificates of the operating system cannot be read.
+    /// Fails if the certificates of the operating system cannot be read.
     pub fn new(
         db: Db,
         encryption: Encryption,
@@ -97,11 +96,11 @@ impl Webhooks {
         })))
     }
 
-    /// Checks everything about a URL that does not need a lookup.
+    /// Checks everything about a URL that does not require a DNS lookup.
     ///
     /// # Errors
     ///
-    /// What is wrong with it, as a message for the field.
+    /// Returns a message for the field that says what is wrong with the URL.
     pub fn check_url(&self, text: &str) -> Result<Url, &'static str> {
         self.0.targets.parse(text).map(|(url, _)| url)
     }
@@ -121,7 +120,7 @@ impl Webhooks {
         encrypted.map_err(|_| SecretError::NoRandomBytes)
     }
 
-    /// Sends deliveries that have just been stored without waiting for the next round.
+    /// Starts sending stored deliveries without waiting for the next round.
     pub fn wake(&self) {
         self.0.stored.notify_one();
     }
@@ -131,8 +130,8 @@ impl Webhooks {
         self.0.stored.notified().await;
     }
 
-    /// Encrypts all stored secrets with the key in use, so that the previous `QUOTA_SECRET` can be removed. Returns how
-    /// many webhooks have secrets that cannot be decrypted.
+    /// Re-encrypts all stored secrets with the current key, so that the previous `QUOTA_SECRET` can be removed. Returns
+    /// the number of webhooks with secrets that cannot be decrypted.
     pub async fn reencrypt(&self) -> Result<usize, DbError> {
         let mut after = (Uuid::nil(), Uuid::nil());
         let mut unreadable = 0;
@@ -160,7 +159,7 @@ impl Webhooks {
         }
     }
 
-    /// Returns secrets encrypted with the key in use, or `None` if they are already.
+    /// Returns the secrets encrypted with the current key. Returns `None` if they already are.
     #[expect(clippy::type_complexity, reason = "the two columns of a row")]
     fn reencrypted(
         &self,
@@ -172,7 +171,7 @@ impl Webhooks {
             decrypted.ok_or(SecretError::UnknownKey)
         };
         let secret = decrypt(&stored.secret)?;
-        // A previous secret that cannot be decrypted is not used, and is kept as it is.
+        // A previous secret that cannot be decrypted is not used. It is kept unchanged.
         let previous = stored.previous_secret.as_deref().map(decrypt);
         let previous = previous.and_then(Result::ok);
         if secret.is_current && previous.as_ref().is_none_or(|it| it.is_current) {

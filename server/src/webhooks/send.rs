@@ -1,5 +1,3 @@
-//! Sends one delivery.
-
 use std::{error::Error, sync::Arc, time::Duration};
 
 use chrono::DateTime;
@@ -14,20 +12,20 @@ use url::Url;
 use super::target::{ForbiddenAddress, Lookup, Scheme, Targets};
 use crate::error_chain::chain;
 
-/// How long an attempt may take, including the lookup and the connection.
+/// How long an attempt may take, including the DNS lookup and the connection.
 pub const TIMEOUT: Duration = Duration::from_secs(15);
-/// How long the rest of a response is read after its header, so that the receiver can finish sending it.
+/// How long to read the rest of a response after its headers, so that the receiver can finish sending it.
 const READ_BODY: Duration = Duration::from_secs(1);
-/// How much of a response is read. It is not used.
+/// How much of a response's body to read. The body is not used.
 const BODY_MAX: usize = 16 * 1024;
-/// The length of an error, in characters.
+/// The maximum length of an error message, in characters.
 const ERROR_MAX: usize = 200;
 
 /// A request to an endpoint.
 #[derive(Debug)]
 pub struct Attempt<'a> {
     pub event_id: &'a str,
-    /// Seconds since 1970.
+    /// In seconds since 1970.
     pub at: i64,
     pub signature: &'a str,
     pub payload: &'a str,
@@ -37,9 +35,9 @@ pub struct Attempt<'a> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sent {
     pub status: Option<u16>,
-    /// `None`: it was accepted.
+    /// `None` if the endpoint accepted the event.
     pub error: Option<String>,
-    /// When the endpoint wants it to be sent again, in seconds from now.
+    /// The retry delay that the endpoint requested, in seconds.
     pub retry_after: Option<u64>,
 }
 
@@ -53,7 +51,7 @@ impl Sent {
     }
 }
 
-/// The clients for both schemes, which differ in the addresses that they connect to.
+/// The clients for both schemes. They can connect to different addresses.
 #[derive(Debug)]
 pub struct Sender {
     https: Client,
@@ -66,19 +64,19 @@ impl Sender {
             Client::builder()
                 .user_agent(concat!("Quota-Webhooks/", env!("CARGO_PKG_VERSION")))
                 .dns_resolver(targets.resolver(scheme, lookup.clone()))
-                // A proxy would do the lookup.
+                // A proxy would resolve the host itself.
                 .no_proxy()
-                // Would not be checked, and an endpoint that has moved should be configured with its new URL.
+                // A redirect's target would not be checked. If an endpoint has moved, its new URL should be configured.
                 .redirect(redirect::Policy::none())
                 .retry(retry::never())
                 .https_only(scheme == Scheme::Https)
-                // Each attempt looks up the address again.
+                // Resolve the host again for each attempt.
                 .pool_max_idle_per_host(0)
                 .timeout(TIMEOUT)
         };
         let client = |scheme| {
             builder(scheme).build().or_else(|error| {
-                // Must not prevent startup, since not every server sends webhooks.
+                // This must not prevent startup, because not every server sends webhooks.
                 tracing::warn!(
                     error = %chain(&error),
                     "no CA certificates were found on this machine, so webhooks to https:// URLs fail"
@@ -92,7 +90,7 @@ impl Sender {
         })
     }
 
-    /// Sends one request. `url` has been checked by [`Targets::parse`].
+    /// Sends one request. [`Targets::parse`] must have checked `url`.
     pub async fn send(&self, url: Url, scheme: Scheme, attempt: &Attempt<'_>) -> Sent {
         let client = match scheme {
             Scheme::Https => &self.https,
@@ -147,7 +145,7 @@ async fn received(response: Response) -> Sent {
     }
 }
 
-/// Reads the body as far as it is small and arrives soon.
+/// Reads the body, as long as it is short and arrives quickly.
 async fn skip_body(mut response: Response) {
     let deadline = Instant::now() + READ_BODY;
     let mut read = 0;
@@ -159,7 +157,8 @@ async fn skip_body(mut response: Response) {
     }
 }
 
-/// Parses `Retry-After`: seconds, or a time, which is compared with the endpoint's own clock if it sent that.
+/// Parses `Retry-After`, which contains seconds or a time. A time is compared with the endpoint's own clock if the
+/// response has a `Date` header.
 fn seconds_until(retry_after: &str, headers: &reqwest::header::HeaderMap) -> Option<u64> {
     if let Ok(seconds) = retry_after.trim().parse() {
         return Some(seconds);
@@ -170,7 +169,7 @@ fn seconds_until(retry_after: &str, headers: &reqwest::header::HeaderMap) -> Opt
     u64::try_from((until - now).num_seconds()).ok()
 }
 
-/// Describes why there was no response, for the tenant.
+/// Explains to the tenant why there was no response.
 fn reason(error: &reqwest::Error) -> String {
     let mut cause: &dyn Error = error;
     loop {

@@ -1,4 +1,4 @@
-//! Signatures of deliveries, by the Standard Webhooks specification
+//! Signatures of deliveries according to the Standard Webhooks specification
 //! (<https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md>).
 
 use std::fmt::Write as _;
@@ -6,17 +6,17 @@ use std::fmt::Write as _;
 use aws_lc_rs::hmac;
 use base64::{Engine, engine::general_purpose::STANDARD};
 
-/// The length of a signing secret, in bytes. The specification allows 24 to 64.
+/// In bytes. The specification allows 24 to 64.
 pub const SECRET_LENGTH: usize = 32;
 
-/// Returns a secret as it is shown to the tenant.
+/// Returns a secret in the form shown to the tenant.
 pub fn shown(secret: &[u8]) -> String {
     format!("whsec_{}", STANDARD.encode(secret))
 }
 
-/// Returns the value of `webhook-signature`: one signature for each secret.
+/// Returns the value of `webhook-signature`, with one signature per secret.
 ///
-/// `at` is the time of the attempt in seconds since 1970, which is sent as `webhook-timestamp`.
+/// `at` is the time of the attempt in seconds since 1970. It is sent as `webhook-timestamp`.
 pub fn sign(secrets: &[Vec<u8>], event_id: &str, at: i64, payload: &str) -> String {
     let signed = format!("{event_id}.{at}.{payload}");
     let mut signatures = String::new();
@@ -33,7 +33,7 @@ pub fn sign(secrets: &[Vec<u8>], event_id: &str, at: i64, payload: &str) -> Stri
 mod tests {
     use super::*;
 
-    /// The example from the documentation of the specification's reference implementations.
+    /// The example in the documentation of the specification's reference implementations.
     #[test]
     fn signature_is_that_of_the_reference_implementations() {
         let secret = STANDARD.decode("MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw").unwrap();

@@ -1,11 +1,12 @@
-//! Where webhooks may be sent.
+//! Determines where webhooks may be sent.
 //!
-//! Tenants choose the URLs, so without a check they could reach services that only this machine or its network can. A
-//! host is resolved once for each connection, all of its addresses are checked, and the connection is made to one of
-//! those that were checked, so a name that changes its address in between gains nothing. Redirects are not followed.
+//! Tenants choose the URLs. Without checks, they could reach services that are accessible only from this machine or its
+//! network. For each connection, the host is resolved once, all of its addresses are checked, and one of the checked
+//! addresses is used. Therefore, changing a host's address between the check and the connection has no effect.
+//! Redirects are not followed.
 //!
-//! The operator can allow networks that are not public (`QUOTA_WEBHOOK_PRIVATE_NETWORKS`). Only there may a URL be
-//! `http://`.
+//! The operator can allow networks that are not public (`QUOTA_WEBHOOK_PRIVATE_NETWORKS`). Only hosts in these networks
+//! may have `http://` URLs.
 
 use std::{
     fmt, io,
@@ -19,12 +20,12 @@ use nix::ifaddrs::getifaddrs;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use url::{Host, Url};
 
-/// Resolves the name of a host. Tests use one of their own.
+/// Resolves host names. Tests use their own resolver.
 pub trait Lookup: fmt::Debug + Send + Sync + 'static {
     fn lookup(&self, host: String) -> BoxFuture<'static, io::Result<Vec<IpAddr>>>;
 }
 
-/// The resolver of the operating system.
+/// The operating system's resolver.
 #[derive(Debug)]
 pub struct SystemLookup;
 
@@ -37,22 +38,21 @@ impl Lookup for SystemLookup {
     }
 }
 
-/// A host has an address to which webhooks are not sent.
+/// The host has an address that webhooks may not be sent to.
 #[derive(Debug, thiserror::Error)]
 #[error("the host has an address to which webhooks may not be sent")]
 pub struct ForbiddenAddress;
 
-/// Which addresses webhooks may be sent to.
+/// The addresses that webhooks may be sent to.
 #[derive(Debug, Clone)]
 pub struct Targets {
     private: Arc<[IpNet]>,
 }
 
-/// The scheme of a URL.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scheme {
     Https,
-    /// Without encryption, so only within the networks of the operator.
+    /// Unencrypted, so it is allowed only in the operator's networks.
     Http,
 }
 
@@ -63,11 +63,11 @@ impl Targets {
         }
     }
 
-    /// Parses a URL and checks everything that does not need a lookup.
+    /// Parses a URL and checks everything that does not require a DNS lookup.
     ///
     /// # Errors
     ///
-    /// What is wrong with it, as a message for the field.
+    /// Returns a message for the field that says what is wrong with the URL.
     pub fn parse(&self, text: &str) -> Result<(Url, Scheme), &'static str> {
         let url = Url::parse(text).map_err(|_| "must be a URL that starts with https://")?;
         let scheme = match url.scheme() {
@@ -108,7 +108,7 @@ impl Targets {
         scheme == Scheme::Https && is_public(ip) && !own.contains(&ip)
     }
 
-    /// Returns a resolver that fails for a host with any address that is not allowed.
+    /// Returns a resolver that fails if any address of the host is not allowed.
     pub fn resolver(&self, scheme: Scheme, lookup: Arc<dyn Lookup>) -> CheckedResolver {
         CheckedResolver {
             targets: self.clone(),
@@ -133,18 +133,20 @@ impl Resolve for CheckedResolver {
         Box::pin(async move {
             let found = found.await?;
             let own = own_addresses();
-            // One that is not allowed is enough: the mixture has no honest reason.
+            // A single forbidden address is enough: no host has a legitimate reason to mix forbidden and allowed
+            // addresses.
             if found.iter().any(|ip| !targets.allows(scheme, *ip, &own)) {
                 return Err(ForbiddenAddress.into());
             }
-            // The port comes from the URL.
+            // The URL determines the port.
             let found = found.into_iter().map(|ip| SocketAddr::new(ip, 0));
             Ok(Box::new(found) as Addrs)
         })
     }
 }
 
-/// The addresses of this machine's interfaces, which include public ones: its other ports are not for tenants either.
+/// Returns the addresses of this machine's interfaces. They may be public, but tenants must not reach other ports of
+/// this machine.
 fn own_addresses() -> Vec<IpAddr> {
     let interfaces = getifaddrs().into_iter().flatten();
     let addresses = interfaces.filter_map(|it| {
@@ -155,7 +157,7 @@ fn own_addresses() -> Vec<IpAddr> {
     addresses.collect()
 }
 
-/// Whether the address is reachable from anywhere on the internet, by the IANA registries of special-purpose addresses.
+/// Whether the address is globally reachable, according to the IANA registries of special-purpose addresses.
 fn is_public(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(ip) => is_public_v4(ip),
@@ -164,26 +166,26 @@ fn is_public(ip: IpAddr) -> bool {
 }
 
 fn is_public_v4(ip: Ipv4Addr) -> bool {
-    /// Networks with the number of bits of their prefix.
+    /// Network addresses, each with the length of its prefix.
     const SPECIAL: &[([u8; 4], u32)] = &[
         ([0, 0, 0, 0], 8),
         ([10, 0, 0, 0], 8),
         // Carrier-grade NAT.
         ([100, 64, 0, 0], 10),
         ([127, 0, 0, 0], 8),
-        // Link-local, which includes the metadata services of clouds.
+        // Link-local, including the metadata services of cloud providers.
         ([169, 254, 0, 0], 16),
         ([172, 16, 0, 0], 12),
         ([192, 0, 0, 0], 24),
         ([192, 0, 2, 0], 24),
-        // Relays of 6to4.
+        // 6to4 relays.
         ([192, 88, 99, 0], 24),
         ([192, 168, 0, 0], 16),
         // Benchmarks.
         ([198, 18, 0, 0], 15),
         ([198, 51, 100, 0], 24),
         ([203, 0, 113, 0], 24),
-        // Multicast, reserved and broadcast.
+        // Multicast, reserved, and broadcast.
         ([224, 0, 0, 0], 3),
     ];
     let bits = ip.to_bits();
@@ -193,13 +195,13 @@ fn is_public_v4(ip: Ipv4Addr) -> bool {
 }
 
 fn is_public_v6(ip: Ipv6Addr) -> bool {
-    // Only 2000::/3 is for global unicast. Outside of it are, for example, loopback, addresses with an embedded IPv4
-    // address (::/96, ::ffff:0:0/96, NAT64 in 64:ff9b::/96 and 64:ff9b:1::/48), local ones (fc00::/7, fe80::/10) and
-    // multicast (ff00::/8).
+    // Only 2000::/3 is for global unicast. Addresses outside it include loopback, addresses with an embedded IPv4
+    // address (::/96, ::ffff:0:0/96, NAT64 in 64:ff9b::/96 and 64:ff9b:1::/48), local addresses (fc00::/7, fe80::/10),
+    // and multicast (ff00::/8).
     let [first, second, ..] = ip.segments();
     let is_global = first & 0xe000 == 0x2000;
     let is_special = match first {
-        // Protocol assignments, which include Teredo, and documentation.
+        // Protocol assignments, including Teredo, and documentation.
         0x2001 => second < 0x0200 || second == 0x0db8,
         // 6to4, which embeds an IPv4 address.
         0x2002 => true,
@@ -368,7 +370,7 @@ mod tests {
             ),
             ("https://hooks.example.com:0/", "must not have port 0"),
             ("https://127.0.0.1/", "must have a public address"),
-            // Other spellings of it.
+            // Other spellings of 127.0.0.1.
             ("https://2130706433/", "must have a public address"),
             ("https://0x7f.1/", "must have a public address"),
             ("https://127.1/", "must have a public address"),

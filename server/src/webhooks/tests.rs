@@ -1,4 +1,4 @@
-//! Sending to real sockets, with a resolver of the tests.
+//! Sends webhooks to real sockets. The tests use their own resolver.
 
 use std::{
     collections::VecDeque,
@@ -23,7 +23,7 @@ use super::{
     target::{Lookup, Targets},
 };
 
-/// Returns one answer after the other, and then the last one again.
+/// Returns one answer after the other. The last one is repeated.
 #[derive(Debug)]
 struct Answers {
     left: Mutex<VecDeque<Vec<IpAddr>>>,
@@ -53,7 +53,7 @@ impl Lookup for Answers {
     }
 }
 
-/// A server that answers each connection with `respond`.
+/// A server that handles each connection with `respond`.
 struct Receiver {
     addr: SocketAddr,
     connections: Arc<AtomicUsize>,
@@ -77,7 +77,7 @@ impl Receiver {
         Self { addr, connections }
     }
 
-    /// Responds with this text after the request.
+    /// Responds to every request with this text.
     async fn saying(text: impl Into<String>) -> Self {
         let text: String = text.into();
         Self::start(move |mut stream| {
@@ -139,7 +139,7 @@ async fn host_with_any_address_that_is_not_public_is_not_connected_to() {
     for answer in [
         &["127.0.0.1"][..],
         &["::ffff:127.0.0.1"],
-        // Would be tried second.
+        // The second address would be tried if the first one failed.
         &["8.8.8.8", "127.0.0.1"],
     ] {
         let url = format!("https://hooks.example.com:{}/", receiver.addr.port());
@@ -153,7 +153,7 @@ async fn host_with_any_address_that_is_not_public_is_not_connected_to() {
     assert_eq!(receiver.connections(), 0);
 }
 
-/// The name has an allowed address when it is checked, and another one afterwards.
+/// The host has an allowed address when it is checked, and a different one afterwards.
 #[tokio::test(flavor = "multi_thread")]
 async fn connection_is_made_to_the_address_that_was_checked() {
     let receiver = Receiver::saying("HTTP/1.1 200 OK\r\n\r\n").await;
@@ -162,7 +162,7 @@ async fn connection_is_made_to_the_address_that_was_checked() {
     let first = send(&[LOOPBACK], lookup.clone(), &url).await;
     assert_eq!(first.status, Some(200));
     assert_eq!(lookup.lookups.load(Ordering::Relaxed), 1, "only one lookup");
-    // The next attempt looks it up again, and sees the address that is not allowed.
+    // The next attempt resolves the host again, and finds the address that is not allowed.
     let second = send(&[LOOPBACK], lookup.clone(), &url).await;
     assert!(
         second
@@ -200,7 +200,7 @@ async fn redirect_is_not_followed() {
     assert_eq!((receiver.connections(), target.connections()), (1, 0));
 }
 
-/// Counts how much of the body the server can send.
+/// Measures how much of the body the server can send.
 #[tokio::test(flavor = "multi_thread")]
 async fn huge_body_is_not_read_to_its_end() {
     let written = Arc::new(AtomicUsize::new(0));
@@ -223,7 +223,7 @@ async fn huge_body_is_not_read_to_its_end() {
     assert_eq!((sent.status, sent.error), (Some(200), None));
     assert!(began.elapsed() < Duration::from_secs(10));
     tokio::time::sleep(Duration::from_millis(300)).await;
-    // The rest is what the sockets buffer.
+    // The socket buffers can take up the rest.
     let written = written.load(Ordering::Relaxed);
     assert!(written < 20_000_000, "{written}");
 }

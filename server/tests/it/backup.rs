@@ -303,7 +303,7 @@ async fn damaged_backup_or_one_of_another_database_is_rejected() {
         .expect("bash runs");
     assert!(!output.status.success());
     assert!(
-        text(&output).contains("not a database of Quota"),
+        text(&output).contains("not a Quota database"),
         "{}",
         text(&output)
     );

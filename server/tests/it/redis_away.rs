@@ -72,7 +72,7 @@ async fn each_plan_is_served_as_configured_and_every_response_says_so() {
         assert!(began.elapsed() < PATIENCE);
         sleep(Duration::from_millis(50)).await;
     }
-    assert!(app.metric("quota_admitted_degraded_total").await >= 2.0);
+    assert!(app.metric("quota_decisions_allowed_degraded_total").await >= 2.0);
     assert_eq!(
         app.metric("quota_counter_partitions_unavailable")
             .await

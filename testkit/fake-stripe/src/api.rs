@@ -78,7 +78,7 @@ impl State {
             ["billing", rest @ ..] => self.collection(call, rest),
             ["customers", id] if call.method == Method::DELETE => self.delete_customer(id),
             ["subscriptions"] if is_get => {
-                // This includes deleted customers.
+                // This also works for deleted customers.
                 if let Some(customer) = params["customer"].as_str()
                     && self.find("customer", customer).is_err()
                 {
@@ -121,7 +121,7 @@ impl State {
         }
     }
 
-    /// Checks that the customer that a parameter names exists and was not deleted.
+    /// Checks that the customer named by a parameter exists and was not deleted.
     fn active_customer(&self, params: &Value) -> Result<(), Failure> {
         let Some(customer) = params["customer"].as_str() else {
             return Ok(());
@@ -149,7 +149,7 @@ impl State {
         Ok(json!({"id": id, "object": "customer", "deleted": true}))
     }
 
-    /// Creates, updates, retrieves or lists objects. This works the same way for many kinds.
+    /// Creates, updates, retrieves, or lists objects. This works the same way for many kinds.
     fn collection(&mut self, call: &Call<'_>, path: &[&str]) -> Result<Value, Failure> {
         let (name, id) = match path {
             [name] => (*name, None),

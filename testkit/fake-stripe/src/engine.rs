@@ -21,7 +21,7 @@ impl State {
         self.cards.get(customer).copied().unwrap_or_default()
     }
 
-    /// Handles a timer. Does nothing if its subject has changed in the meantime.
+    /// Handles a timer. Does nothing if its subject has changed since then.
     pub fn fire(&mut self, timer: Timer) {
         let is = |object: Result<&Value, Failure>, statuses: &[&str]| {
             object.is_ok_and(|it| statuses.iter().any(|status| it["status"] == *status))
@@ -224,7 +224,7 @@ impl State {
         }
     }
 
-    /// Assigns the period's usage that has arrived to the invoice. Returns the total.
+    /// Assigns the period's usage that has arrived so far to the invoice. Returns the total.
     fn charge_usage(
         &mut self,
         subscription: &Value,
@@ -446,7 +446,7 @@ impl State {
             return Err(failure);
         }
         let customer = text(&session["customer"]);
-        // A delayed payment is like a card that does not work yet.
+        // Until it is settled, a delayed payment is like a card that does not work.
         let first = if delayed { Card::RequiresAction } else { card };
         self.cards.insert(customer.clone(), first);
         let items = session["_line_items"]
@@ -467,7 +467,7 @@ impl State {
         Ok(session)
     }
 
-    /// Settles the delayed payment of a Checkout Session, which succeeds or fails.
+    /// Settles a Checkout Session's delayed payment, so that it either succeeds or fails.
     pub fn settle_session(&mut self, id: &str, succeeds: bool) -> Result<Value, Failure> {
         let session = self.find("checkout.session", id)?.clone();
         let (customer, invoice) = (text(&session["customer"]), text(&session["invoice"]));

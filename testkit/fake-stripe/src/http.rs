@@ -32,8 +32,8 @@ pub enum When {
 /// How a request fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum How {
-    /// This status, as an error from Stripe itself. It is returned again for the same idempotency key, unless it is 409
-    /// or 429, with which Stripe rejects a request before processing it.
+    /// This status, as an error from Stripe itself. It is returned again for the same idempotency key, except 409 and
+    /// 429: Stripe returns these before it processes a request.
     Status(u16),
     /// 502 with an HTML page, from a proxy.
     Html,
@@ -80,9 +80,9 @@ pub struct Received {
     pub path: String,
     pub params: Value,
     pub idempotency_key: Option<String>,
-    /// The API version that was requested.
+    /// The requested API version.
     pub version: Option<String>,
-    /// The status that was sent, if one was.
+    /// The status of the response, if one was sent.
     pub status: Option<u16>,
 }
 

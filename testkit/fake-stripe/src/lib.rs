@@ -109,7 +109,7 @@ impl FakeStripe {
         self.with(|state| state.now())
     }
 
-    /// Moves the clock forward. Runs everything that becomes due in that time.
+    /// Moves the clock forward, and runs everything that becomes due.
     pub fn advance(&self, time: Duration) {
         let seconds = i64::try_from(time.as_secs()).unwrap_or(0);
         self.with(|state| state.advance(seconds));
@@ -121,7 +121,7 @@ impl FakeStripe {
         self.with(|state| state.set_back(seconds));
     }
 
-    /// Makes this another account than that of other fakes: with this ID, and from now on with other IDs of objects.
+    /// Makes this a different account than other fakes: the account gets this ID, and new objects get different IDs.
     pub fn set_account(&self, id: &str) {
         self.with(|state| state.change_account(id));
     }
@@ -164,7 +164,7 @@ impl FakeStripe {
             .expect("the object exists")
     }
 
-    /// Returns all usage, in the order in which it arrived.
+    /// Returns all usage, in order of arrival.
     pub fn usage(&self) -> Vec<Usage> {
         self.with(|state| state.usage.clone())
     }
@@ -216,7 +216,7 @@ impl FakeStripe {
         });
     }
 
-    /// Rotates the secret of an endpoint. Both secrets are used for signing for a day. Returns the new one.
+    /// Rotates the secret of an endpoint. Both secrets are used for signing for a day. Returns the new secret.
     pub fn rotate_secret(&self, endpoint: &str) -> String {
         self.with(|state| state.rotate_secret(endpoint))
     }

@@ -1,4 +1,4 @@
-//! Runs a program together with the fake, with settings that make it bill through the fake.
+//! Runs the fake together with a program, whose settings make it bill through the fake.
 //!
 //! `fake-stripe [--listen ADDRESS] COMMAND…` listens on 127.0.0.1:12111 by default. Webhooks are sent to
 //! `QUOTA_PUBLIC_URL`, or otherwise to the server's default address. The fake exits when the program does.

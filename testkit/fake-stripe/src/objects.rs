@@ -257,8 +257,8 @@ pub fn invoice(
     })
 }
 
-/// Returns the object as in an API version before 2025-03-31: periods on the subscription, and the subscription on the
-/// invoice.
+/// Returns the object in the format of API versions before 2025-03-31: periods on the subscription, and the
+/// subscription on the invoice.
 pub fn as_of_2024(object: &Value) -> Value {
     let mut object = object.clone();
     match object["object"].as_str() {

@@ -8,7 +8,7 @@ use std::{
 use chrono::{DateTime, Months};
 use serde_json::{Value, json};
 
-/// The version of the Stripe API to which objects conform.
+/// The Stripe API version of the objects.
 pub const API_VERSION: &str = "2026-09-30.endive";
 
 /// A customer's payment method.
@@ -116,19 +116,19 @@ pub struct State {
     /// The time of the timer that is being processed.
     frozen: Option<i64>,
     next_id: u64,
-    /// The ID of the account. `None`: the usual one.
+    /// The ID of the account. `None` for the default account.
     pub account: Option<String>,
     /// The objects of each kind, in order of creation.
     objects: BTreeMap<&'static str, Vec<Value>>,
     pub cards: HashMap<String, Card>,
     pub timers: Vec<(i64, u64, Timer)>,
     pub usage: Vec<Usage>,
-    /// Secrets of webhook endpoints, each with the time at which it is no longer used. The newest is last.
+    /// Secrets of webhook endpoints, each with the time when it expires. The newest secret is last.
     pub secrets: HashMap<String, Vec<(String, Option<i64>)>>,
-    /// Events, each with the endpoint to which it is to be delivered.
+    /// Events, each with the endpoint that it must be delivered to.
     pub outbox: VecDeque<(String, String)>,
     pub after_retries: AfterRetries,
-    /// The number of next invoices that cannot be finalized.
+    /// How many of the next invoices cannot be finalized.
     pub failing_finalizations: u32,
     /// The idempotency key of the request that is being processed, which its events contain.
     pub request_key: Option<String>,
@@ -154,13 +154,13 @@ impl State {
         format!("{prefix}_fake{:08}", self.next_id)
     }
 
-    /// IDs are unique in all of Stripe, and those of a fake are numbers.
+    /// IDs are unique across all of Stripe, so objects of the new account get different numbers.
     pub fn change_account(&mut self, id: &str) {
         self.account = Some(id.to_owned());
         self.next_id += 10_000_000;
     }
 
-    /// Moves the clock forward. Everything that becomes due in between happens at the time at which it is due.
+    /// Moves the clock forward. Everything that becomes due happens at its own time.
     pub fn advance(&mut self, seconds: i64) {
         let end = self.now() + seconds;
         self.run_timers(end);

@@ -28,7 +28,7 @@ pub enum Signature {
 #[derive(Debug, Clone, Default)]
 pub struct Delivery {
     pub signature: Signature,
-    /// Whether to use a new ID, which Stripe sometimes assigns to an event that it sends twice.
+    /// Whether to use a new ID, because Stripe sometimes sends an event twice with different IDs.
     pub under_new_id: bool,
     /// Whether to use the format for an endpoint with an API version from 2024.
     pub as_of_2024: bool,
@@ -37,8 +37,8 @@ pub struct Delivery {
 }
 
 impl State {
-    /// Gives an endpoint a new secret. For a day, deliveries are also signed with the previous one. Returns the new
-    /// one.
+    /// Gives an endpoint a new secret. For a day, deliveries are also signed with the previous secret. Returns the new
+    /// secret.
     pub fn rotate_secret(&mut self, endpoint: &str) -> String {
         let secret = format!("whsec_{}", self.id("secret"));
         let until = self.now() + 86_400;
@@ -115,7 +115,7 @@ pub fn sign(at: i64, body: &str, secrets: &[&str]) -> String {
     format!("t={at}{}", signatures.collect::<String>())
 }
 
-/// Sends a delivery. Returns the status, or 0 without a response.
+/// Sends a delivery. Returns the status, or 0 if there is no response.
 pub async fn send(
     client: &reqwest::Client,
     url: &str,

@@ -15,7 +15,7 @@ use poem::{EndpointExt as _, Route, endpoint::make_sync, get, listener::TcpAccep
 use serde::Serialize;
 use tokio::net::TcpListener;
 
-/// A response of the same length as that to `GET /v1/echo`.
+/// A response of the same length as the response of `GET /v1/echo`.
 #[derive(Serialize)]
 struct Echo {
     key_id: &'static str,

@@ -1,4 +1,4 @@
-//! The cost of recording usage: a server that records compared with one that does not, in the same run.
+//! The cost of recording usage: compares a server that records usage with one that does not, in the same run.
 
 use std::{path::Path, time::Duration};
 

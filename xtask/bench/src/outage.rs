@@ -38,9 +38,9 @@ const KEYS: u32 = 1_000;
 const ENDPOINTS: u32 = 200;
 /// The duration of the load before the outage.
 const BEFORE: Duration = Duration::from_secs(20);
-/// The time within which the backlog must be shipped.
+/// The maximum time for shipping the backlog.
 const AIM: Duration = Duration::from_secs(60);
-/// The time after which the benchmark gives up.
+/// How long the benchmark waits before it gives up.
 const PATIENCE: Duration = Duration::from_secs(240);
 const PHASES: [&str; 3] = ["before", "outage", "after"];
 

@@ -92,7 +92,7 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
         answers,
     };
     let cases = [
-        // This one runs first, because the others are compared with it.
+        // This case runs first, because the others are compared with it.
         case("bare poem", &poem, &ample, Answers::Admitted),
         case("bare hyper", &hyper, &ample, Answers::Admitted),
         case("quota, admitted", &logging, &ample, Answers::Admitted),
@@ -138,7 +138,7 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
     Ok(())
 }
 
-/// Creates a key whose limits are never reached, and one whose limits always are.
+/// Creates a key whose limits are never reached, and a key whose limits always are.
 pub(crate) fn keys(server: &Server) -> Result<(String, String)> {
     let account = http1::json(
         server.addr,

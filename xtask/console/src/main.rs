@@ -2,7 +2,7 @@
 //!
 //! Called by `cargo xtask console` with the compiled wasm, the folder of the console's sources and the output folder.
 //! Every file except `index.html` has a hash of its content in its name, so that browsers can cache it for a year.
-//! Every file has two compressed copies: brotli for browsers, and gzip for clients that do not accept it, such as
+//! Every file has two compressed copies: brotli for browsers, and gzip for clients that do not accept brotli, such as
 //! browsers over plain HTTP. The desktop app compresses files itself and looks them up by their full path. So for the
 //! desktop app, the files are in `console/`, next to `index.html`, which the app serves for any path.
 
@@ -24,7 +24,7 @@ use wasm_bindgen_cli_support::Bindgen;
 /// The limit for the total size of the files that a first visit transfers, compressed with brotli.
 const MAX_SIZE: usize = 300_000;
 
-/// The prefixes of the names of files that a first visit does not load.
+/// The name prefixes of files that a first visit does not load.
 const ON_DEMAND: [&str; 2] = [GATEWAYS, split::PREFIX];
 
 /// The name of the file with the gateway configurations.
@@ -233,7 +233,7 @@ fn without_comments(script: &str) -> Result<String> {
     Ok(out)
 }
 
-/// Removes comments and most white space. The style sheet has one rule per line, and comments on separate lines.
+/// Removes comments and most whitespace. The style sheet has one rule per line, and comments on separate lines.
 fn compact_css(css: &str) -> String {
     css.lines()
         .map(str::trim)

@@ -9,10 +9,10 @@ use wasm_split_cli_support::{Options, transform};
 /// The script that loads the other modules.
 pub const LOADER: &str = "__wasm_split.js";
 
-/// The main module's script, which imports the loader and is imported by it.
+/// The main module's script. This script and the loader import each other.
 pub const GLUE: &str = "quota-ui.js";
 
-/// The prefix of the names under which the other modules are published.
+/// The prefix of the other modules' published names.
 pub const PREFIX: &str = "pages-";
 
 /// Writes the main module to `main`, and the loader and the other modules, which it returns, to `folder`.
@@ -43,8 +43,8 @@ pub fn without_names(wasm: &[u8]) -> Result<Vec<u8>> {
     Ok(config.parse(wasm)?.emit_wasm())
 }
 
-/// Changes the path from which a script loads a file next to it. The name by which the compiled module refers to it,
-/// a key of an object, remains.
+/// Changes the path that a script loads an adjacent file from. The compiled module's name for the file, which is an
+/// object key, remains.
 pub fn renamed(script: &str, name: &str, to: &str) -> Result<String> {
     let mut out = script.to_owned();
     for before in ["from ", "new URL("] {

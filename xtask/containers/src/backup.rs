@@ -16,7 +16,7 @@ use crate::{
 };
 
 impl Production<'_> {
-    /// Sends requests with a key until one is denied, or until this many were. Returns how many were allowed.
+    /// Sends requests with a key until one is denied, but at most this many. Returns how many were allowed.
     async fn spend(&self, client: &Client, key: &str, most: u32) -> Result<u32> {
         for allowed in 0..most {
             let request = client.get(format!("{}/v1/echo", self.base()));
@@ -35,7 +35,7 @@ impl Production<'_> {
         Ok(most)
     }
 
-    /// Takes a backup, starts with an empty database as on a new machine, and restores the backup.
+    /// Takes a backup, starts over with an empty database as on a new machine, and restores the backup.
     pub async fn restored_from_backup(&self, client: &Client, account: &Account) -> Result<()> {
         let plan = json!({"name": "Daily", "default_rpm": 60_000, "daily_quota": 1000});
         let key = account.key(client, plan).await?;

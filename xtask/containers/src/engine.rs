@@ -1,4 +1,4 @@
-//! The container engine: one that is already running, or a private one that stops with this program.
+//! The container engine: either an engine that is already running, or a private engine that stops with this program.
 
 use std::{
     fs,
@@ -24,7 +24,7 @@ impl Engine {
     /// Returns the engine configured in the environment. If there is none, starts one with its data in `folder`, which
     /// keeps images for the next run.
     pub fn start(folder: &Path) -> Result<Self> {
-        // Debian's client supports BuildKit by default; newer ones on the PATH require a plugin for it.
+        // Debian's client supports BuildKit by default; newer clients on the PATH require a plugin for it.
         let client = ["/usr/bin/docker", "/usr/local/bin/docker"].map(PathBuf::from);
         let client = client.into_iter().find(|path| path.exists());
         let mut engine = Self {

@@ -18,7 +18,7 @@ use crate::engine::{Engine, read, succeed};
 /// How long a pull may take to start.
 const PULL: Duration = Duration::from_secs(60);
 
-/// Makes sure that all images exist; with `compiled`, also the one in which the server is compiled.
+/// Makes sure that all images exist; with `compiled`, also the image that compiles the server.
 pub fn provide(engine: &Engine, folder: &Path, compiled: bool) -> Result<()> {
     debian(engine, folder, "bookworm")?;
     if !present(engine, "postgres:17")? || !present(engine, "redis:8")? {

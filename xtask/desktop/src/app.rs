@@ -65,7 +65,8 @@ impl App {
         })
     }
 
-    /// Closes the window and waits until the app has exited: another instance would only notify the running one.
+    /// Closes the window and waits until the app has exited, because another instance would only notify the running
+    /// instance.
     pub async fn close(self) -> Result<()> {
         self.page.clone().close().await?;
         self.exits().await
@@ -207,7 +208,7 @@ impl App {
     }
 }
 
-/// Returns an XPath condition for an element's text, ignoring white space around words.
+/// Returns an XPath condition for an element's text, ignoring whitespace around words.
 fn has_text(text: &str) -> String {
     format!("normalize-space(.)=\"{text}\"")
 }

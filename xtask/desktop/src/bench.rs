@@ -1,7 +1,7 @@
 //! Measures the app's memory and time to first paint, compared with an empty window.
 //!
-//! Starts both alternately, so that other load affects both. Memory is the proportional set size (PSS) of all their
-//! processes after a pause, which counts shared libraries only once.
+//! Starts the app and the empty window alternately, so that other load affects both. Memory is the proportional set
+//! size (PSS) of all their processes after a pause, which counts shared libraries only once.
 
 use std::{
     fs,

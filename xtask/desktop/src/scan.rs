@@ -108,7 +108,7 @@ pub fn memory(pid: i32) -> Result<bool> {
                 let mut bytes = Vec::new();
                 memory.seek(SeekFrom::Start(run.start * PAGE))?;
                 let length = (run.end - run.start) * PAGE;
-                // A page may have been unmapped in the meantime.
+                // A page may have been unmapped.
                 let _ = (&mut memory).take(length).read_to_end(&mut bytes);
                 read += bytes.len();
                 if has_token(&bytes) {

@@ -71,7 +71,7 @@ impl Display {
         self.connection
             .set_input_focus(InputFocus::PARENT, window, CURRENT_TIME)?
             .check()?;
-        // The toolkit learns about the focus from an event.
+        // The toolkit learns about focus from an event.
         tokio::time::sleep(Duration::from_millis(300)).await;
         let codes = keysyms
             .iter()

@@ -1,4 +1,4 @@
-//! The commands that the page may call. `build.rs` declares them and `capabilities/main.json` grants them.
+//! The commands that the page may call. `build.rs` declares them, and `capabilities/main.json` grants them.
 
 pub mod profile;
 pub mod server;
@@ -10,7 +10,7 @@ mod tests {
 
     use serde_json::Value;
 
-    /// The permissions for the commands that `build.rs` declares.
+    /// Returns the permissions for the commands that `build.rs` declares.
     fn declared_permissions() -> BTreeSet<String> {
         let script = include_str!("../../build.rs");
         let (_, list) = script.split_once(".commands(&[").expect("the list");

@@ -1,4 +1,4 @@
-//! The list of servers.
+//! Commands for the list of servers.
 
 use quota_common::{
     FieldError, Problem, ProblemCode,
@@ -49,7 +49,7 @@ pub async fn forget_server(app: State<'_, App>, address: String) -> Result<HostS
     app.host_status().await
 }
 
-/// A validation error for the address field, like the server's.
+/// Returns a validation error for the address field, in the same form as the server's errors.
 fn invalid(message: impl Into<String>) -> CallError {
     let (code, message) = (ProblemCode::Invalid, message.into());
     CallError::Problem {

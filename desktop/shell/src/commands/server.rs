@@ -1,4 +1,4 @@
-//! Calls to the server in use.
+//! Commands that call the server in use.
 
 use quota_common::{
     call::Call,
@@ -24,14 +24,13 @@ pub async fn try_key(app: State<'_, App>, key: SecretString) -> Result<TestRespo
     app.session()?.try_key(&key).await
 }
 
-/// The response with the address of a Stripe page.
+/// A response with the URL of a Stripe page.
 #[derive(Deserialize)]
 struct Page {
     url: Url,
 }
 
-/// Opens a Stripe page in the system's browser. The address comes from the server, so the page of the app cannot choose
-/// it.
+/// Opens a Stripe page in the default browser. The URL comes from the server; the app's page cannot choose it.
 #[tauri::command]
 pub async fn open_billing(state: State<'_, App>, page: BillingPage) -> Result<(), CallError> {
     let response = state.session()?.call(&page.call()).await?;
@@ -49,8 +48,8 @@ pub async fn open_billing(state: State<'_, App>, page: BillingPage) -> Result<()
     })
 }
 
-/// Returns whether an address from a server may be opened: only web pages, and unencrypted ones only on this computer,
-/// for a server on this computer.
+/// Whether a URL from a server may be opened. It must be an HTTPS URL, or an HTTP URL on this computer that comes from
+/// a server on this computer.
 fn may_open(url: &Url, server: &Server) -> bool {
     match url.scheme() {
         "https" => true,

@@ -1,4 +1,4 @@
-//! System commands: the clipboard, saving a file, startup timing, and quitting.
+//! Commands for the clipboard, saving a file, reporting the startup time, and quitting.
 
 use std::{
     fs::{self, File},
@@ -12,10 +12,11 @@ use tauri::{AppHandle, Manager as _};
 
 use crate::STARTED;
 
-/// The clipboard is kept until the app closes: on X11 and Wayland, copied text is available only while its owner runs.
+/// Kept until the app exits: on X11 and Wayland, copied text is available only while the program that copied it is
+/// running.
 static CLIPBOARD: Mutex<Option<arboard::Clipboard>> = Mutex::new(None);
 
-/// Longer than anything the console copies.
+/// Longer than any text that the console copies.
 const MAX_COPY: usize = 64 * 1024;
 
 #[tauri::command]
@@ -37,7 +38,7 @@ pub async fn copy(text: String) -> Result<(), CallError> {
 /// Far larger than any export.
 const MAX_FILE: usize = 16 * 1024 * 1024;
 
-/// Saves an export in the user's downloads folder, under an unused name. Returns its path.
+/// Saves an export in the user's downloads folder, under a name that is not in use. Returns the file's path.
 #[tauri::command]
 pub async fn save_file(app: AppHandle, name: String, text: String) -> Result<String, CallError> {
     let folder = app.path().download_dir().or_else(|_| app.path().home_dir());
@@ -79,7 +80,7 @@ fn save_new(folder: &Path, name: &str, text: &str) -> std::io::Result<PathBuf> {
     Err(std::io::ErrorKind::AlreadyExists.into())
 }
 
-/// Called when the page is ready for use.
+/// The page calls this when it is ready for use.
 #[tauri::command]
 pub async fn ready() {
     let ms = STARTED
@@ -91,7 +92,7 @@ pub async fn ready() {
     );
 }
 
-/// Quits without asking.
+/// Quits without asking the user.
 #[tauri::command]
 pub async fn quit(app: AppHandle) {
     app.exit(0);

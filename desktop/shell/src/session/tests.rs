@@ -1,4 +1,4 @@
-//! Tests against a fake server that implements only sessions, and a keychain in memory.
+//! Tests with an in-memory keychain and a fake server that implements only sessions.
 
 use std::{
     collections::HashMap,
@@ -40,7 +40,7 @@ struct InMemory {
 }
 
 impl InMemory {
-    /// The refresh token.
+    /// Returns the refresh token.
     fn only(&self) -> Option<String> {
         let entries = self.entries.lock();
         let mut tokens = entries.values().filter(|it| it.starts_with("qr_"));
@@ -75,15 +75,15 @@ impl Keychain for InMemory {
     }
 }
 
-/// One session and its current pair of tokens.
+/// A server with one session and its current tokens.
 #[derive(Default)]
 struct FakeServer {
     generation: AtomicU32,
     ended: AtomicBool,
-    /// The device token of the last sign-in.
+    /// The device token sent with the last sign-in.
     device: Mutex<Value>,
     refreshes: AtomicU32,
-    /// Whether an access token was used before its refresh token was in the keychain.
+    /// Whether a client used an access token before storing the refresh token that came with it.
     used_too_early: AtomicBool,
     keychain: Arc<InMemory>,
 }
@@ -105,7 +105,7 @@ impl FakeServer {
                 self.generation.store(generation + 1, Ordering::SeqCst);
                 (200, Self::pair(generation + 1))
             }
-            // The previous token gets the same successor again.
+            // As on a real server, the previous refresh token gets the same new tokens again.
             Some(sent) if sent + 1 == generation => (200, Self::pair(generation)),
             _ => {
                 self.ended.store(true, Ordering::SeqCst);
@@ -189,7 +189,7 @@ impl Fixture {
         }
     }
 
-    /// A session in another process of the same user.
+    /// Returns a session as another process of the same user would have it.
     fn session(&self) -> Arc<Session> {
         let client = Client::new(self.server.clone()).expect("a client");
         let keychain: Arc<dyn Keychain> = Arc::clone(&self.keychain) as _;
@@ -213,7 +213,7 @@ async fn serve(listener: TcpListener, fake: Arc<FakeServer>) {
         let fake = Arc::clone(&fake);
         let answer = service_fn(move |request| respond(Arc::clone(&fake), request));
         tokio::spawn(async move {
-            // One request per connection, so that aborting the listener makes the server unreachable.
+            // Handles one request per connection, so that aborting the listener makes the server unreachable.
             let mut builder = http1::Builder::new();
             let _ = builder
                 .keep_alive(false)
@@ -273,10 +273,10 @@ async fn device_is_recognized_at_the_next_sign_in_and_hidden_from_the_page() {
     assert!(!body.contains("known-device"), "{body}");
     assert_eq!(*fixture.fake.device.lock(), Value::Null);
     session.call(&Call::Logout).await.expect("signed out");
-    // The lock also works across processes after the session has ended.
+    // A new process still finds the device token after the session has ended.
     fixture.session().call(&login()).await.expect("signed in");
     assert_eq!(*fixture.fake.device.lock(), json!("known-device"));
-    // Without a keychain, the device is new, but can still sign in.
+    // Without a keychain, the device counts as new, but the user can still sign in.
     fixture.keychain.unavailable.store(true, Ordering::SeqCst);
     fixture.session().call(&login()).await.expect("signed in");
     assert_eq!(*fixture.fake.device.lock(), Value::Null);
@@ -309,11 +309,11 @@ async fn list_concurrently(session: &Arc<Session>) {
 async fn concurrent_calls_share_one_refresh() {
     let fixture = Fixture::new().await;
     fixture.session().call(&login()).await.expect("signed in");
-    // The state after a restart, with nothing in memory.
+    // A session as it is after a restart, with nothing in memory.
     let session = fixture.session();
     list_concurrently(&session).await;
     assert_eq!(fixture.refreshes(), 1);
-    // This also applies when the server rejects the access token.
+    // Calls also share a refresh if the server rejects the access token.
     fixture.fake.refresh("qr_2");
     list_concurrently(&session).await;
     assert_eq!(fixture.refreshes(), 3);
@@ -350,7 +350,7 @@ async fn refresh_token_is_stored_before_its_access_token_is_used() {
     session.call(&login()).await.expect("signed in");
     for _ in 0..10 {
         let generation = fixture.fake.generation.load(Ordering::SeqCst);
-        // Invalidates the access token on the server.
+        // This invalidates the access token on the server.
         fixture.fake.refresh(&format!("qr_{generation}"));
         session.call(&list()).await.expect("refreshed");
     }
@@ -368,7 +368,7 @@ async fn session_is_in_memory_without_a_keychain() {
     session.call(&Call::Refresh).await.expect("refreshed");
     session.call(&list()).await.expect("a response");
     assert!(!session.has_keychain());
-    // The only file is the lock, which is empty.
+    // The only file is the empty lock file.
     let files: Vec<_> = fs::read_dir(fixture.folder.path())
         .expect("a folder")
         .collect();
@@ -383,7 +383,7 @@ async fn session_is_in_memory_without_a_keychain() {
         .await
         .expect_err("not signed in");
     assert!(is_unauthorized(&rejection));
-    // Once the keychain is available, the next token is stored there.
+    // The next token is stored in the keychain once the keychain is available.
     fixture.keychain.unavailable.store(false, Ordering::SeqCst);
     session.call(&Call::Refresh).await.expect("refreshed");
     assert!(session.has_keychain());
@@ -405,7 +405,7 @@ async fn loaded_data_is_readable_while_the_server_is_unreachable() {
     assert_eq!(session.call(&Call::Me).await, Err(CallError::Unreachable));
     let change = Call::UpdateMe(UpdateMe::default());
     assert_eq!(session.call(&change).await, Err(CallError::Unreachable));
-    // The user remains signed in until signing out. The server is not notified.
+    // The user remains signed in. Signing out drops the tokens, although the server does not learn of it.
     assert!(fixture.keychain.only().is_some());
     let result = session.call(&Call::Logout).await;
     assert_eq!(result, Err(CallError::Unreachable));

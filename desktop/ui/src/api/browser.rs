@@ -1,10 +1,10 @@
-//! Calls from a browser, to the server that served the page. The session is in cookies that scripts cannot read.
+//! Sends calls from a browser to the server that served the page. Scripts cannot read the session's cookies.
 //!
 //! When the access token has expired, it is refreshed and the call is sent again. Concurrent calls share one refresh.
 //! If the refresh is rejected, the session has ended and the call returns the server's 401.
 //!
-//! Windows of a browser share its cookies. When one of them signs in to another account, pages in the others still
-//! show the previous account. They detect this from the session's readable CSRF cookie and stop sending calls.
+//! All windows of a browser share its cookies. If the user signs in to another account in one window, the others still
+//! show the previous account. They notice that the session's readable CSRF cookie has changed, and stop sending calls.
 
 use std::cell::RefCell;
 
@@ -27,12 +27,11 @@ use web_sys::{
 use super::error::{CallError, CallResult, TestResponse};
 use crate::model::address::Query;
 
-/// Whether the browser sends the session's cookies to the server, which requires TLS or a server on this computer.
+/// Whether the browser sends session cookies to this server. Browsers do so only over TLS or to the local computer.
 pub fn is_secure() -> bool {
     window().is_some_and(|window| window.is_secure_context())
 }
 
-/// Returns the server's address.
 pub fn origin() -> String {
     window()
         .and_then(|window| window.location().origin().ok())
@@ -48,7 +47,7 @@ fn csrf_token() -> Option<String> {
     })
 }
 
-/// The account that this page shows.
+/// The account whose data this page shows.
 struct PageOwner {
     csrf_token: Option<String>,
     account: (UserId, TenantId),
@@ -58,8 +57,8 @@ thread_local! {
     static PAGE_OWNER: RefCell<Option<PageOwner>> = const { RefCell::new(None) };
 }
 
-/// Returns the page's account if the browser's session has since been replaced, possibly by another session of the same
-/// account. `None` if the browser has no session at all: the server then returns 401.
+/// Returns the page's account if another session, even of the same account, has replaced the session with which the
+/// page was loaded. Returns `None` if the browser has no session at all, because the server then responds with 401.
 fn account_before_replacement() -> Option<(UserId, TenantId)> {
     let now = csrf_token()?;
     PAGE_OWNER.with_borrow(|owner| {
@@ -83,7 +82,7 @@ fn fetch_error(error: &JsValue, call: &Call) -> CallError {
     }
 }
 
-/// Sends a call with these headers. Uses `fetch` directly: an HTTP crate would make the download 2% larger.
+/// Uses `fetch` directly: an HTTP crate would make the download 2% larger.
 async fn request(
     call: &Call,
     credentials: RequestCredentials,
@@ -136,13 +135,12 @@ async fn read_body(response: Response) -> CallResult<String> {
     }
     match json::read::<Problem>(&body) {
         Ok(problem) => Err(CallError::Problem(Box::new(problem))),
-        // A proxy responded in place of the server, which is unreachable.
+        // A proxy responded on behalf of an unreachable server.
         Err(_) if response.status() >= 500 => Err(CallError::Unreachable),
         Err(_) => Err(CallError::Unreadable),
     }
 }
 
-/// Returns the body of the response.
 pub async fn send(call: &Call) -> CallResult<String> {
     let needs_no_owner = matches!(
         call,
@@ -180,11 +178,11 @@ async fn send_once(call: &Call) -> CallResult<String> {
 }
 
 thread_local! {
-    /// Calls waiting for the refresh in progress.
+    /// Calls that are waiting for the current refresh.
     static WAITING: RefCell<Option<Vec<oneshot::Sender<CallResult<bool>>>>> = const { RefCell::new(None) };
 }
 
-/// Refreshes the session. Returns `false` if it has ended.
+/// Returns `false` if the session has ended.
 async fn refresh() -> CallResult<bool> {
     let receiver = WAITING.with_borrow_mut(|waiting| match waiting {
         Some(others) => {
@@ -202,7 +200,7 @@ async fn refresh() -> CallResult<bool> {
     }
     let refreshed = match request_with_session(&Call::Refresh).await {
         Ok(response) if response.ok() => Ok(true),
-        // Without its cookies, or with another session's, there is nothing to refresh.
+        // If the cookies are missing or belong to another session, this session cannot be refreshed.
         Ok(response) if matches!(response.status(), 401 | 403) => Ok(false),
         Ok(response) => read_body(response).await.map(|_| true),
         Err(error) => Err(error),
@@ -213,7 +211,7 @@ async fn refresh() -> CallResult<bool> {
     refreshed
 }
 
-/// Sends a request as an API client would: with the key and without the session.
+/// Sends a request the way an API client would: with the key and without the session.
 pub async fn try_key(key: &str) -> CallResult<TestResponse> {
     let fields = [("x-api-key", key)];
     let response = request(&Call::Echo, RequestCredentials::Omit, &fields).await?;
@@ -232,7 +230,7 @@ pub async fn try_key(key: &str) -> CallResult<TestResponse> {
     })
 }
 
-/// Copies text to the clipboard. Returns whether the browser allowed it.
+/// Returns whether the browser allowed copying.
 pub async fn copy(text: &str) -> bool {
     let Some(window) = window() else { return false };
     JsFuture::from(window.navigator().clipboard().write_text(text))
@@ -240,7 +238,7 @@ pub async fn copy(text: &str) -> bool {
         .is_ok()
 }
 
-/// Saves a text file. The browser decides where to save it and notifies the user.
+/// The browser chooses the folder and tells the user.
 pub async fn save_file(name: &str, text: &str) -> CallResult<Option<String>> {
     start_download(name, text).ok_or(CallError::Unreadable)?;
     Ok(None)
@@ -262,7 +260,6 @@ fn start_download(name: &str, text: &str) -> Option<()> {
 /// Does nothing: a browser asks the user before it closes the page.
 pub async fn quit() {}
 
-/// Goes to a Stripe page.
 pub async fn open_billing(page: BillingPage) -> CallResult<()> {
     let body = super::send(page.call()).await?;
     let url = json::read::<PortalPage>(&body)

@@ -1,4 +1,4 @@
-//! Calls through the desktop app, which makes the requests and holds the tokens.
+//! Sends calls through the desktop app, which stores the tokens and makes the requests.
 
 use quota_common::{
     call::{Call, LIMIT_FIELDS},
@@ -19,11 +19,11 @@ extern "C" {
 
 fn parse<T: DeserializeOwned>(value: &JsValue) -> Option<T> {
     let json = js_sys::JSON::stringify(value).ok()?.as_string();
-    // `undefined` stringifies to nothing, which represents a response without a body.
+    // `JSON.stringify(undefined)` returns `undefined`; here it means that the response has no body.
     serde_json::from_str(json.as_deref().unwrap_or("null")).ok()
 }
 
-/// Invokes a command of the app; `arguments` serializes to an object with the command's parameters.
+/// `arguments` must serialize to an object whose fields are the command's parameters.
 async fn invoke<T: DeserializeOwned>(command: &str, arguments: &impl Serialize) -> CallResult<T> {
     let arguments = serde_json::to_string(arguments)
         .ok()
@@ -40,17 +40,16 @@ async fn invoke<T: DeserializeOwned>(command: &str, arguments: &impl Serialize) 
     }
 }
 
-/// Returns the body of the response.
 pub async fn send(call: &Call) -> CallResult<String> {
     let result: CallResult<CallResponse> = invoke("call", &json!({ "call": call })).await;
     match &result {
         Ok(response) => host::set_loaded_at(response.loaded_at),
         Err(CallError::Unreachable) => {}
-        // Even a rejection proves that the server is reachable.
+        // Even an error response proves that the server is reachable.
         Err(_) => host::set_loaded_at(None),
     }
     if matches!(call, Call::Login(_) | Call::Register(_)) {
-        // Only now is it known whether the keychain has stored the session.
+        // Until sign-in, it is unknown whether the keychain can store a session.
         if let Ok(status) = host_status().await {
             host::set_status(status);
         }
@@ -58,17 +57,16 @@ pub async fn send(call: &Call) -> CallResult<String> {
     result.map(|response| response.body)
 }
 
-/// Whether sessions can be kept: the app connects only over TLS or to this computer.
+/// The app connects only over TLS or to the local computer, so sessions can always be stored.
 pub const fn is_secure() -> bool {
     true
 }
 
-/// Returns the server's address.
 pub fn origin() -> String {
     host::server_address()
 }
 
-/// Sends a request as an API client would: with the key and without the session.
+/// Sends a request the way an API client would: with the key and without the session.
 pub async fn try_key(key: &str) -> CallResult<TestResponse> {
     let response: ipc::TestResponse = invoke("try_key", &json!({ "key": key })).await?;
     let value = |name: &str| {
@@ -86,12 +84,12 @@ pub async fn try_key(key: &str) -> CallResult<TestResponse> {
     })
 }
 
-/// Copies text to the clipboard. Returns whether that succeeded.
+/// Returns whether copying succeeded.
 pub async fn copy(text: &str) -> bool {
     invoke::<()>("copy", &json!({ "text": text })).await.is_ok()
 }
 
-/// Saves a text file in the user's downloads folder. Returns its path.
+/// Saves a file in the user's downloads folder and returns its path.
 pub async fn save_file(name: &str, text: &str) -> CallResult<Option<String>> {
     invoke("save_file", &json!({ "name": name, "text": text }))
         .await
@@ -114,17 +112,17 @@ pub async fn forget_server(address: &str) -> CallResult<HostStatus> {
     invoke("forget_server", &json!({ "address": address })).await
 }
 
-/// Reports that the first page is ready for use.
+/// Tells the app that the first page is ready for use.
 pub async fn ready() {
     let _ = invoke::<()>("ready", &json!({})).await;
 }
 
-/// Quits the app without asking.
+/// Quits the app without asking the user.
 pub async fn quit() {
     let _ = invoke::<()>("quit", &json!({})).await;
 }
 
-/// Opens a Stripe page in the system's browser.
+/// Opens a Stripe page in the default browser.
 pub async fn open_billing(page: BillingPage) -> CallResult<()> {
     invoke("open_billing", &json!({ "page": page })).await
 }

@@ -1,26 +1,22 @@
-//! The errors of calls.
-
 use quota_common::{Problem, ProblemCode};
 
-/// Why a call failed.
 #[derive(Debug, Clone, PartialEq)]
 pub enum CallError {
-    /// The server rejected it.
+    /// The server returned an error.
     Problem(Box<Problem>),
-    /// The server could not be reached.
     Unreachable,
     /// The server took too long to respond to a call that may have taken effect.
     NoResponse,
-    /// The response was not what the call expects.
+    /// The response could not be parsed.
     Unreadable,
-    /// A part of the console could not be loaded.
+    /// One of the console's code or data files could not be loaded.
     NoCode,
-    /// Another window signed in to another account; the call was not sent on that account's behalf.
+    /// The user has signed in to another account in another window, so the call was not sent.
     AccountChanged,
-    /// The desktop app could not open the system's browser.
+    /// The desktop app could not open the default browser.
     #[cfg(feature = "desktop")]
     NoBrowser,
-    /// Signing in succeeded, but the browser did not store the session's cookies.
+    /// Sign-in succeeded, but the browser did not store the session's cookies.
     CookiesBlocked,
 }
 
@@ -62,8 +58,8 @@ impl CallError {
         .to_owned()
     }
 
-    /// Returns the ID under which the server logged the request. `None` for self-explanatory errors, such as invalid
-    /// fields or a wrong password.
+    /// Returns the request's ID in the server's log. Returns `None` for errors that users can resolve on their own,
+    /// such as invalid fields or a wrong password.
     pub fn request_id(&self) -> Option<&str> {
         match self {
             Self::Problem(problem)
@@ -77,12 +73,11 @@ impl CallError {
     }
 }
 
-/// The response to a request sent with an API key.
+/// The response to a request that was sent with an API key.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TestResponse {
     pub status: u16,
     pub headers: Vec<(&'static str, String)>,
-    /// The server's error response.
     pub problem: Option<Box<Problem>>,
 }
 

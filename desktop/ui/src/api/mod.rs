@@ -1,5 +1,5 @@
-//! Calls to the server, with one typed function for each. The transport, chosen at compile time, sends each call from a
-//! browser or through the desktop app. A build contains only one of them.
+//! One typed function per call to the server. The transport is chosen at compile time: a build sends its calls either
+//! from a browser or through the desktop app.
 
 #[cfg(not(feature = "desktop"))]
 #[path = "browser.rs"]
@@ -40,7 +40,7 @@ pub use error::{CallError, CallResult, TestResponse};
 pub use transport::{add_server, forget_server, host_status, ready, use_server};
 pub use transport::{copy, is_secure, open_billing, origin, quit, save_file, try_key};
 
-/// A call in progress. Boxed, so that pages do not each contain the state machine of the whole call.
+/// A call in progress. Boxed, so that each page does not contain its own copy of the call's state machine.
 pub type PendingCall<T> = Pin<Box<dyn Future<Output = CallResult<T>>>>;
 
 type Listener = Box<dyn Fn(&CallError)>;
@@ -49,8 +49,7 @@ thread_local! {
     static ON_SESSION_END: RefCell<Option<Listener>> = const { RefCell::new(None) };
 }
 
-/// Registers a callback for when a call finds that the session has ended: revoked, expired, or replaced by another
-/// account's session.
+/// Sets the callback for calls that find the session revoked, expired, or replaced by another account's session.
 pub fn on_session_end(listener: impl Fn(&CallError) + 'static) {
     ON_SESSION_END.set(Some(Box::new(listener)));
 }
@@ -244,7 +243,7 @@ pub fn billing() -> PendingCall<BillingState> {
     fetch(Call::Billing)
 }
 
-/// Loads the gateway configurations, which are a file of the console.
+/// Loads the gateway configurations, a static file of the console.
 pub fn gateway_files() -> PendingCall<String> {
     Box::pin(async {
         let text = load_text("meta[name=gateways]").await;
@@ -252,7 +251,7 @@ pub fn gateway_files() -> PendingCall<String> {
     })
 }
 
-/// Loads a file of the console whose address is the content of a `meta` element.
+/// Loads the file whose address is in the `content` of a `meta` element.
 async fn load_text(selector: &str) -> Option<String> {
     let window = web_sys::window()?;
     let meta = window.document()?.query_selector(selector).ok()??;

@@ -1,4 +1,4 @@
-//! Errors that do not belong to a field.
+//! Errors that do not belong to a form field.
 
 use leptos::prelude::*;
 
@@ -26,7 +26,7 @@ pub fn Alert(#[prop(into)] error: Signal<Option<CallError>>) -> impl IntoView {
     }
 }
 
-/// The ID to quote when reporting an error, with a button to copy it.
+/// Shows the request ID that users quote when they report an error, with a button to copy it.
 pub fn request_id(id: Option<String>) -> AnyView {
     id.map(|id| {
         let text = id.clone();

@@ -1,7 +1,6 @@
-//! Data from the server: loading it, showing it, and retrying after a failure.
+//! Loads data from the server, shows it, and offers to retry after a failure.
 //!
-//! The data's type is erased where possible. Compiling this code separately for each type would make the download a
-//! quarter larger.
+//! Most functions erase the type of the data: compiling them for each type would make the download a quarter larger.
 
 use std::{any::Any, marker::PhantomData, pin::Pin, sync::Arc, time::Duration};
 
@@ -18,7 +17,6 @@ use crate::{
     route::{Route, route},
 };
 
-/// Loaded data of any type.
 type Data = Arc<dyn Any + Send + Sync>;
 
 #[derive(Clone)]
@@ -32,12 +30,12 @@ enum LoadState {
 struct Core {
     state: RwSignal<LoadState>,
     version: RwSignal<u32>,
-    /// Whether the data on the page is about to be replaced by a load that is visible to the user.
+    /// Whether to dim the current data because a visible reload is in progress.
     pending: RwSignal<bool>,
-    /// Whether the next load happens in the background.
+    /// Whether the next load runs in the background.
     quiet: StoredValue<bool>,
-    /// When loading in the background started to fail, in milliseconds since 1970, and the latest error. The data on the
-    /// page is older than that.
+    /// When background loads started to fail, in milliseconds since 1970, and the latest error. The data on the page is
+    /// older than this time.
     stale: RwSignal<Option<(i64, CallError)>>,
 }
 
@@ -47,7 +45,7 @@ impl Core {
             .try_update(|version| *version = version.wrapping_add(1));
     }
 
-    /// Reloads in the background. If that fails, [`StaleNote`] is shown.
+    /// Reloads in the background. After a failure, [`StaleNote`] is visible.
     fn refresh(self) {
         let is_ready = self
             .state
@@ -62,7 +60,7 @@ impl Core {
         spawn_local(async move {
             for pause_ms in [500, 2000, 4000] {
                 gloo_timers::future::TimeoutFuture::new(pause_ms).await;
-                // Reloads in the background, so that the page is not dimmed.
+                // Run in the background, so that the page is not dimmed.
                 if self.quiet.try_update_value(|quiet| *quiet = true).is_some() {
                     self.reload();
                 }
@@ -78,7 +76,7 @@ impl Core {
     }
 }
 
-/// Data that can be loaded again. The previous data stays on the page while loading.
+/// Data that can be reloaded. The current data remains on the page until the new data arrives.
 pub struct Loader<T> {
     core: Core,
     of: PhantomData<fn() -> T>,
@@ -93,12 +91,12 @@ impl<T> Clone for Loader<T> {
 impl<T> Copy for Loader<T> {}
 
 impl<T: Clone + Send + Sync + 'static> Loader<T> {
-    /// Loads the data again. Does nothing if the user has left the page that owns this.
+    /// Does nothing if the user has left the page that owns this loader.
     pub fn reload(self) {
         self.core.reload();
     }
 
-    /// Loads the data again if that has failed.
+    /// Reloads after a failed load; does nothing otherwise.
     pub fn retry(self) {
         let has_failed = |state: &LoadState| matches!(state, LoadState::Failed(_));
         if self.core.state.try_with_untracked(has_failed) == Some(true) {
@@ -106,12 +104,12 @@ impl<T: Clone + Send + Sync + 'static> Loader<T> {
         }
     }
 
-    /// Reloads without showing it. If that fails, [`StaleNote`] says so.
+    /// Reloads in the background. After a failure, [`StaleNote`] is visible.
     pub fn refresh(self) {
         self.core.refresh();
     }
 
-    /// Reloads until the server has recorded requests that were just sent, which takes a few seconds at most.
+    /// Reloads a few times, because the server can take a few seconds to record the requests just sent.
     pub fn reload_after_requests(self) {
         self.core.reload_after_requests();
     }
@@ -120,12 +118,10 @@ impl<T: Clone + Send + Sync + 'static> Loader<T> {
         self.with(T::clone)
     }
 
-    /// Applies a function to the data once it is loaded.
     pub fn with<R>(self, of: impl FnOnce(&T) -> R) -> Option<R> {
         self.core.data()?.downcast_ref::<T>().map(of)
     }
 
-    /// Why loading failed.
     pub fn error(self) -> Option<CallError> {
         self.core.state.with(|state| match state {
             LoadState::Failed(error) => Some(error.clone()),
@@ -136,8 +132,8 @@ impl<T: Clone + Send + Sync + 'static> Loader<T> {
 
 type LocalFuture<T> = Pin<Box<dyn Future<Output = T>>>;
 
-/// Loads now, and again when a signal that `fetch` reads changes. Ignores responses that arrive out of order. If
-/// reloading the same data fails, the previous data remains and a toast reports the error.
+/// Loads now, and again whenever a signal that `fetch` reads changes. Ignores responses to outdated requests. If a
+/// reload with the same parameters fails, the current data remains and a toast shows the error.
 pub fn load<T, F>(fetch: impl Fn() -> F + 'static) -> Loader<T>
 where
     T: Clone + Send + Sync + 'static,
@@ -251,14 +247,14 @@ fn leave_empty_page(route: Route, core: Core, is_empty: fn(&Data) -> bool) {
     });
 }
 
-/// Shows loaded data, a skeleton while loading, or the error with a button to try again.
+/// Shows a skeleton while loading, then the data, or an error with a button to retry.
 #[component]
 pub fn Async<T, V>(
     loader: Loader<T>,
-    /// What is loaded, as in `Couldn't load plans`.
+    /// Completes the error message `Couldn't load …`.
     #[prop(default = "this page")]
     what: &'static str,
-    /// Whether this is a part of a card, so that its error has no frame.
+    /// Whether this is inside a card. The error then has no frame of its own.
     #[prop(optional)]
     inside: bool,
     show: impl Fn(T) -> V + Send + Sync + 'static,
@@ -362,7 +358,7 @@ pub fn refresh_regularly<T>(loader: Loader<T>) {
     });
 }
 
-/// Shows that the data on the page could not be refreshed.
+/// Shown if the data on the page could not be refreshed.
 #[component]
 pub fn StaleNote<T>(loader: Loader<T>) -> impl IntoView {
     stale_note(loader.core)

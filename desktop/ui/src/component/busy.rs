@@ -1,18 +1,18 @@
-//! Buttons that are waiting for a response. They ignore clicks but keep the focus, which a browser would take from a
-//! disabled button.
+//! Buttons that wait for a response ignore clicks but keep focus. A disabled button would lose it.
 
 use leptos::prelude::*;
 use wasm_bindgen::{JsCast, prelude::Closure};
 use web_sys::{Element, Event};
 
-/// The `aria-disabled` attribute of a button that waits while `busy`.
+/// The `aria-disabled` attribute of a button, set while `busy`.
 pub fn busy_attr(
     busy: RwSignal<bool>,
 ) -> impl Fn() -> Option<&'static str> + Clone + Send + 'static {
     move || busy.try_get().unwrap_or_default().then_some("true")
 }
 
-/// Stops clicks on buttons with `aria-disabled`, including the click that Enter in a form triggers. Call once.
+/// Ignores clicks on buttons with `aria-disabled`, including the click that a browser generates when the user presses
+/// Enter in a form. Call once.
 pub fn ignore_clicks_on_busy_buttons() {
     let stop = Closure::<dyn Fn(Event)>::new(|ev: Event| {
         let target = ev.target().and_then(|it| it.dyn_into::<Element>().ok());
@@ -22,7 +22,7 @@ pub fn ignore_clicks_on_busy_buttons() {
             ev.stop_propagation();
         }
     });
-    // This listens in the capture phase, before the button's own listener.
+    // The capture phase comes before the button's own listener.
     let _ = window().add_event_listener_with_callback_and_bool(
         "click",
         stop.as_ref().unchecked_ref(),

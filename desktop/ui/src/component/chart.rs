@@ -1,4 +1,4 @@
-//! A chart of requests over time, with the same data as a table.
+//! A chart of requests over time, and the same data as a table.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use crate::model::{
     text::number,
 };
 
-/// The visible part of a chart. A page can keep it in its address.
+/// The visible parts of a chart. A page can store them in its address.
 #[derive(Clone, Copy)]
 pub struct ChartState {
     pub table: RwSignal<bool>,
@@ -30,10 +30,10 @@ impl ChartState {
 #[component]
 pub fn Chart(
     bars: Vec<Bar>,
-    /// The title of the chart, such as `Requests per hour, CET`.
+    /// For example, `Requests per hour, CET`.
     title: String,
     state: ChartState,
-    /// Shows a bar in more detail.
+    /// Called when the user opens a bar for more detail.
     #[prop(optional)]
     on_zoom: Option<Callback<usize>>,
 ) -> impl IntoView {

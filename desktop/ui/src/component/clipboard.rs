@@ -1,11 +1,9 @@
-//! Copying without a button next to the text.
-
 use leptos::task::spawn_local;
 
 use super::toast::Toasts;
 use crate::api;
 
-/// Copies a text for a menu, which closes before it can show the result.
+/// Copies text and reports the result in a toast. Used by menus, which close before they could show the result.
 pub fn copy_and_report(text: String, what: &'static str, toasts: Toasts) {
     spawn_local(async move {
         if api::copy(&text).await {

@@ -8,13 +8,13 @@ use crate::{api, model::text::capitalized};
 #[component]
 pub fn CopyButton(
     #[prop(into)] text: Signal<String>,
-    /// The name of the copied text. Part of the button's accessible name.
+    /// What the button copies. Part of its accessible name.
     #[prop(into)]
     what: String,
     #[prop(optional)] on_copied: Option<Callback<()>>,
 ) -> impl IntoView {
     let copied = RwSignal::new(false);
-    // Shown next to the button: a toast would be behind an open dialog.
+    // Shown next to the button, because an open dialog would cover a toast.
     let failed = RwSignal::new(false);
     let copy = move |_| {
         let text = text.get_untracked();

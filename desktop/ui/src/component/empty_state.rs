@@ -1,4 +1,4 @@
-//! The placeholder that a page shows when it has no content.
+//! The placeholder for a page without content.
 
 use leptos::prelude::*;
 
@@ -9,7 +9,7 @@ pub fn EmptyState(
     shape: Shape,
     #[prop(into)] title: String,
     #[prop(into)] about: String,
-    /// Whether this is the only content of the page, so that its title is the page's heading.
+    /// Whether the page shows nothing else. The title is then the page's heading.
     #[prop(optional)]
     standalone: bool,
     #[prop(optional)] children: Option<Children>,

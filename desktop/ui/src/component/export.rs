@@ -1,14 +1,11 @@
-//! Saving data as a file.
-
 use leptos::{prelude::*, task::spawn_local};
 
 use super::{busy::busy_attr, toast::Toasts};
 use crate::api::{self, PendingCall};
 
-/// A button that saves a CSV file.
 #[component]
 pub fn ExportButton(
-    /// Returns the file's name and content.
+    /// Returns a file name and the file's content.
     export: Callback<(), PendingCall<(String, String)>>,
     /// Whether there is nothing to save yet.
     #[prop(optional, into)]
@@ -26,7 +23,7 @@ pub fn ExportButton(
             };
             match saved {
                 Ok(Some(path)) => toasts.succeed(format!("Saved to {path}")),
-                // The browser notifies the user.
+                // The browser tells the user.
                 Ok(None) => {}
                 Err(error) => toasts.fail(&error),
             }

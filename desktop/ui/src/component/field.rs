@@ -1,4 +1,4 @@
-//! Form fields: a label, an input, and a hint or an error below it.
+//! Form fields: a label, an input, and a hint or an error below the input.
 
 use leptos::prelude::*;
 
@@ -12,7 +12,7 @@ pub fn Field(
     form: FormState,
     /// The field's name in the API.
     name: &'static str,
-    /// The element's ID, if it differs from `name`.
+    /// The element's ID. Defaults to `name`.
     #[prop(optional)]
     id: Option<&'static str>,
     #[prop(into)] label: String,
@@ -23,11 +23,9 @@ pub fn Field(
     #[prop(default = "off")] autocomplete: &'static str,
     #[prop(optional)] required: bool,
     #[prop(optional)] numeric: bool,
-    /// Whether the value may have several lines.
-    #[prop(optional)]
-    multiline: bool,
+    #[prop(optional)] multiline: bool,
     #[prop(optional)] check: Option<Check>,
-    /// Values to choose from while typing.
+    /// Suggested values while typing.
     #[prop(optional)]
     suggestions: Vec<String>,
 ) -> impl IntoView {
@@ -83,7 +81,7 @@ fn note_id(id: &str) -> String {
     format!("{id}-note")
 }
 
-/// Adds a label above an input, and its error or hint below it.
+/// Adds a label above an input, and the field's error or hint below it.
 fn labeled(
     form: FormState,
     name: &'static str,
@@ -112,7 +110,7 @@ pub fn SelectField(
     id: &'static str,
     #[prop(into)] label: String,
     value: RwSignal<String>,
-    /// Values and their labels.
+    /// Each value with its label.
     #[prop(into)]
     options: Signal<Vec<(String, String)>>,
     #[prop(optional, into)] hint: String,

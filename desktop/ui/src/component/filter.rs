@@ -1,24 +1,24 @@
-//! Filters of a page, which are part of its address. They apply as soon as they change.
+//! Filters in the page's address. Changes apply immediately.
 
 use leptos::{prelude::*, task::spawn_local};
 
 use crate::route::{Route, route};
 
-/// How long typing must pause before a search applies.
+/// How long the user must stop typing before a search starts.
 const DEBOUNCE_MS: u32 = 250;
 
-/// Puts a filter into the address, and goes to the first page of the list.
+/// Sets a filter in the address and goes to the first page of the list.
 pub fn set_filter(route: Route, name: &str, value: &str) {
     let mut query = route.query.get_untracked().with("cursor", "");
     if name == "target_type" {
-        // The actions depend on the type of resource.
+        // Each resource type has its own actions.
         query = query.with("action", "");
     }
     let query = query.with(name, value);
     route.replace(&format!("{}{query}", route.path.get_untracked()));
 }
 
-/// Selects one of some values, by the parameter's name in the address.
+/// A selection filter for the query parameter `name`.
 pub fn select_filter(
     name: &'static str,
     id: &'static str,
@@ -44,7 +44,7 @@ pub fn select_filter(
     .into_any()
 }
 
-/// The options of a filter that are always the same.
+/// Options that do not depend on loaded data.
 pub fn fixed_options(
     options: impl IntoIterator<Item = &'static (&'static str, &'static str)>,
 ) -> Signal<Vec<(String, String)>> {
@@ -53,7 +53,7 @@ pub fn fixed_options(
     Signal::stored(options.collect())
 }
 
-/// A text or date filter. A text filter applies once typing pauses.
+/// A text or date filter. Text filters apply when the user stops typing.
 pub fn input_filter(
     name: &'static str,
     label: &'static str,

@@ -1,4 +1,4 @@
-//! Keyboard focus: it moves to a sensible element when the focused one disappears.
+//! Keeps keyboard focus in a sensible place when the focused element disappears.
 
 use std::time::Duration;
 
@@ -6,10 +6,10 @@ use leptos::prelude::*;
 use wasm_bindgen::JsCast;
 use web_sys::{Element, HtmlElement};
 
-/// An attribute whose value identifies an element before and after it is rendered again.
+/// The attribute that identifies an element across renderings.
 const KEY: &str = "data-focus-key";
 
-/// Returns the focused element, unless that is the document itself.
+/// Returns the focused element. Returns `None` if that is the document's body.
 fn focused() -> Option<Element> {
     document()
         .active_element()
@@ -24,12 +24,11 @@ fn focus(selector: &str) -> bool {
     element.focus().is_ok()
 }
 
-/// Runs after the current rendering.
 pub fn after_render(then: impl FnOnce() + 'static) {
     set_timeout(then, Duration::ZERO);
 }
 
-/// Focuses the first element that matches, after the current rendering.
+/// Focuses the first matching element after the current rendering.
 pub fn focus_soon(selector: impl Into<String>) {
     let selector = selector.into();
     after_render(move || {
@@ -37,8 +36,8 @@ pub fn focus_soon(selector: impl Into<String>) {
     });
 }
 
-/// Call before rendering again. Afterwards, the same element gets the focus, or the page's content if that element no
-/// longer exists.
+/// Call before rendering again. Focuses the same element afterwards, or the page's content if the element no longer
+/// exists.
 pub fn keep_focus() {
     let Some(before) = focused() else { return };
     let key = before.get_attribute(KEY);
@@ -53,7 +52,7 @@ pub fn keep_focus() {
     });
 }
 
-/// Focuses the page's content if nothing has the focus.
+/// Focuses the page's content if no element has focus.
 pub fn rescue_focus() {
     after_render(|| {
         if focused().is_none() {

@@ -1,20 +1,40 @@
-//! Forms, and the buttons that submit them.
+//! Forms and their submit buttons.
 
 use leptos::prelude::*;
 
 use super::{alert::Alert, busy::busy_attr, form_state::FormState};
 
-/// A form in a dialog: its error, its fields, and the buttons that close it and submit it.
+/// A form on a page: an error, the fields, and a button to submit.
+#[component]
+pub fn PageForm(
+    form: FormState,
+    /// The label of the submit button.
+    action: &'static str,
+    /// Called on submission if every field is valid.
+    submit: impl Fn() + 'static,
+    children: Children,
+) -> impl IntoView {
+    view! {
+        <form novalidate on:submit=form.on_submit(submit)>
+            <Alert error=form.failure()/>
+            {children()}
+            <div class="actions">
+                <SubmitButton form action/>
+            </div>
+        </form>
+    }
+}
+
+/// A form in a dialog: an error, the fields, and buttons to submit and to close.
 #[component]
 pub fn DialogForm(
     form: FormState,
     open: RwSignal<bool>,
-    /// The label of the submit button.
     action: &'static str,
-    /// Whether the dialog must stay open until the response arrives, because it contains a secret.
+    /// Whether the dialog must stay open until the response arrives, because the response contains a secret.
     #[prop(optional)]
     locked: bool,
-    /// Called on submission if every field is valid.
+    /// Called only if every field is valid.
     submit: impl Fn() + 'static,
     children: Children,
 ) -> impl IntoView {
@@ -51,7 +71,7 @@ fn dialog_form(
 }
 
 #[component]
-pub fn SubmitButton(form: FormState, action: &'static str) -> impl IntoView {
+fn SubmitButton(form: FormState, action: &'static str) -> impl IntoView {
     view! {
         <button class="button primary" aria-disabled=busy_attr(form.busy) data-busy=busy_attr(form.busy)>
             {action}

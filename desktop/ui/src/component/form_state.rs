@@ -1,8 +1,8 @@
-//! The state of a form: its submission, and the errors of its fields.
+//! The state of a form: whether it is being submitted, and the errors of its fields.
 //!
-//! Fields register themselves. An error appears when a field is left or the form is submitted, and disappears as soon
-//! as the field changes. If a field is left by pressing the mouse button, its error waits for the release, so that it
-//! does not move the button that is being clicked.
+//! Fields register themselves. A field shows an error when the user leaves it or submits the form; editing the field
+//! clears the error. If the user leaves a field by pressing a mouse button, the error appears only when the button is
+//! released: otherwise, it could move the element that the user is clicking.
 
 use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
 
@@ -12,7 +12,6 @@ use crate::{
     model::text::capitalized,
 };
 
-/// Validates the text of a field.
 pub type Check = fn(&str) -> Result<(), &'static str>;
 
 struct Registered {
@@ -24,10 +23,9 @@ struct Registered {
 
 #[derive(Clone, Copy)]
 pub struct FormState {
-    /// Whether a submission is in progress.
     pub busy: RwSignal<bool>,
     fields: StoredValue<Vec<Registered>>,
-    /// Messages by field name.
+    /// Field names with their messages.
     errors: RwSignal<Vec<(String, String)>>,
     failure: RwSignal<Option<CallError>>,
 }
@@ -42,7 +40,7 @@ impl FormState {
         }
     }
 
-    /// Adds a field by its name in the API.
+    /// `name` is the field's name in the API.
     pub fn register(
         self,
         name: &'static str,
@@ -61,13 +59,13 @@ impl FormState {
         });
     }
 
-    /// Clears all errors, for a form that is opened again.
+    /// Clears all errors before the form is shown again.
     pub fn reset(self) {
         self.errors.set(Vec::new());
         self.failure.set(None);
     }
 
-    /// Returns a handler for the form's submission. It calls `submit` if every field is valid.
+    /// Returns a submit handler that calls `submit` if every field is valid.
     pub fn on_submit(self, submit: impl Fn() + 'static) -> impl Fn(SubmitEvent) + 'static {
         move |ev| {
             ev.prevent_default();
@@ -77,7 +75,7 @@ impl FormState {
         }
     }
 
-    /// Makes the call for a submission and ends the submission: passes the response to `done`, or shows the error.
+    /// Waits for the response and ends the submission. Calls `done` with the response, or shows the error.
     pub fn send<T: 'static>(self, call: PendingCall<T>, done: impl FnOnce(T) + 'static) {
         spawn_local(async move {
             if let Some(response) = self.finish(call.await) {
@@ -86,7 +84,7 @@ impl FormState {
         });
     }
 
-    /// Starts a submission. Returns `false` if a field is invalid; that field then has an error and the focus.
+    /// Starts a submission. If a field is invalid, shows its error, focuses it, and returns `false`.
     fn begin(self) -> bool {
         let errors: Vec<_> = self.fields.with_value(|fields| {
             fields
@@ -111,7 +109,7 @@ impl FormState {
         is_valid
     }
 
-    /// Ends a submission: returns the value, or shows the error. Safe to call after the form has been closed.
+    /// Ends a submission. Returns the value, or shows the error. Can be called even after the form has been closed.
     pub fn finish<T>(self, result: CallResult<T>) -> Option<T> {
         let _ = self.busy.try_set(false);
         match result {
@@ -146,12 +144,11 @@ impl FormState {
         }
     }
 
-    /// The error that does not belong to a field of this form.
+    /// The error that does not belong to any field of this form.
     pub fn failure(self) -> Signal<Option<CallError>> {
         self.failure.into()
     }
 
-    /// Returns the error message for a field, if any.
     pub fn error(self, name: &'static str) -> Option<String> {
         self.errors.with(|errors| {
             let found = errors.iter().find(|(it, _)| it == name);
@@ -159,9 +156,9 @@ impl FormState {
         })
     }
 
-    /// Validates a field when it loses the focus. An empty field is validated only on submission.
+    /// Validates a field when it loses focus. Empty fields are validated only on submission.
     pub fn check(self, name: &str) {
-        // A field also loses the focus when its form is removed.
+        // A field also loses focus when its form is removed, so its signals may no longer exist.
         let error = self.fields.try_with_value(|fields| {
             let field = fields.iter().find(|it| it.name == name)?;
             let text = field.value.try_get_untracked()?;
@@ -175,7 +172,6 @@ impl FormState {
         }
     }
 
-    /// Removes the error of a field.
     pub fn clear(self, name: &str) {
         if self
             .errors

@@ -1,4 +1,4 @@
-//! Icons: line drawings in a 24 by 24 box.
+//! Line icons in a 24 by 24 box.
 
 use leptos::prelude::*;
 
@@ -56,7 +56,7 @@ pub fn Icon(shape: Shape) -> impl IntoView {
     }
 }
 
-/// Quota's logo: a bucket, three quarters full.
+/// A bucket, three quarters full.
 #[component]
 pub fn Logo() -> impl IntoView {
     view! {

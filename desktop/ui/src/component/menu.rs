@@ -1,4 +1,5 @@
-//! A menu of actions behind a button, as in the ARIA Authoring Practices: arrow keys move, Escape closes.
+//! A button with a menu of actions. Follows the ARIA Authoring Practices: arrow keys move between items, and Escape
+//! closes the menu.
 
 use leptos::{ev::KeyboardEvent, html, prelude::*};
 use wasm_bindgen::JsCast;
@@ -13,13 +14,13 @@ use super::{
 pub struct MenuItem {
     pub name: &'static str,
     pub action: MenuAction,
-    /// Whether the action is destructive.
+    /// Whether to show the item as destructive.
     pub danger: bool,
 }
 
 #[derive(Clone)]
 pub enum MenuAction {
-    /// Opens this address.
+    /// Goes to this address.
     Open(String),
     Run(Callback<()>),
 }
@@ -49,7 +50,7 @@ impl MenuItem {
     }
 }
 
-/// Returns the item to focus after a key press, if there are `count` items and `at` has the focus.
+/// Returns the index of the item to focus after a key press. `at` is the index of the focused item.
 fn target(key: &str, at: usize, count: usize) -> Option<usize> {
     Some(match key {
         "ArrowDown" => (at + 1) % count,
@@ -62,10 +63,8 @@ fn target(key: &str, at: usize, count: usize) -> Option<usize> {
 
 #[component]
 pub fn Menu(
-    /// The button's accessible name.
-    #[prop(into)]
-    label: String,
-    /// Identifies the button when the list containing it is rendered again.
+    #[prop(into)] label: String,
+    /// Identifies the button after the list around it has been rendered again.
     #[prop(into)]
     focus_key: String,
     items: Vec<MenuItem>,
@@ -117,12 +116,12 @@ pub fn Menu(
             }
         }
     };
-    // Leaving the menu closes it, whether with Tab or with a click elsewhere.
+    // Close when the user leaves the menu with Tab or with a click outside it.
     let on_focus_out = move |ev: FocusEvent| {
         let to = ev
             .related_target()
             .and_then(|it| it.dyn_into::<Node>().ok());
-        // Also fires when the menu is removed with its page.
+        // This event also fires when the menu is removed with its page, so the elements may no longer exist.
         let is_inside = [
             list.try_get_untracked().flatten().map(Node::from),
             button.try_get_untracked().flatten().map(Node::from),

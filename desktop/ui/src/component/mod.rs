@@ -1,8 +1,7 @@
-//! The components of pages.
-
 mod alert;
 mod async_view;
 mod busy;
+mod card;
 mod chart;
 mod clipboard;
 mod copy;
@@ -30,6 +29,7 @@ mod zoned;
 pub use alert::{Alert, request_id};
 pub use async_view::{Async, Loader, StaleNote, load, load_page, refresh_regularly};
 pub use busy::{busy_attr, ignore_clicks_on_busy_buttons};
+pub use card::Card;
 pub use chart::{Chart, ChartState};
 pub use clipboard::copy_and_report;
 pub use copy::{CodeBlock, CopyButton};
@@ -38,7 +38,7 @@ pub use export::ExportButton;
 pub use field::{Field, SelectField};
 pub use filter::{fixed_options, input_filter, select_filter, set_filter};
 pub use focus::focus_soon;
-pub use form::{DialogForm, SubmitButton};
+pub use form::{DialogForm, PageForm};
 pub use form_state::FormState;
 pub use icon::{Icon, Logo, Shape};
 pub use menu::{Menu, MenuItem};

@@ -1,4 +1,4 @@
-//! Dialogs, built on the browser's `<dialog>`, which traps the focus and restores it on closing.
+//! Dialogs. The browser's `<dialog>` element traps focus, and restores it when the dialog closes.
 
 use leptos::{
     ev::{KeyboardEvent, SubmitEvent},
@@ -25,17 +25,17 @@ use crate::{
 pub fn Modal(
     open: RwSignal<bool>,
     #[prop(into)] title: Signal<String>,
-    /// While set, neither Escape nor navigating closes the dialog, because its content could not be recovered.
+    /// While set, neither Escape nor navigation closes the dialog, because the user could not get its content back.
     #[prop(optional, into)]
     locked: Signal<bool>,
-    /// Called when Escape is pressed while the dialog is locked.
+    /// Called when the user presses Escape in a locked dialog.
     #[prop(optional)]
     on_escape: Option<Callback<()>>,
     #[prop(optional)] wide: bool,
-    /// Whether the dialog is at the side of the page and as tall as the window, for forms that create and edit.
+    /// Whether to show the dialog as a full-height panel at the side of the page. Used for forms that create or edit.
     #[prop(optional)]
     panel: bool,
-    /// Whether the dialog has no padding, and a title only for screen readers.
+    /// Whether to omit the padding, and to show the title only to screen readers.
     #[prop(optional)]
     bare: bool,
     children: ChildrenFn,
@@ -59,7 +59,7 @@ pub fn Modal(
             rescue_focus();
         }
     });
-    // When the user leaves its page, an open dialog is removed.
+    // The dialog is removed without an event when the user leaves the page.
     on_cleanup(move || after_render(place_toasts));
     view! {
         <dialog
@@ -70,7 +70,7 @@ pub fn Modal(
             class:panel=panel
             aria-label=move || title.get()
             data-locked=move || locked.get().then_some("")
-            // This event fires asynchronously, when the dialog may already be open again.
+            // This event is asynchronous: the dialog may already be open again.
             on:close=move |_| {
                 if dialog.get_untracked().is_none_or(|dialog| !dialog.open()) {
                     open.set(false);
@@ -82,7 +82,8 @@ pub fn Modal(
                     ev.prevent_default();
                 }
             }
-            // Browsers ignore a prevented `cancel` when Escape is pressed twice, so the key must not reach them.
+            // If the user presses Escape twice, browsers close the dialog even if `cancel` was prevented. Handling the
+            // key itself avoids that.
             on:keydown=move |ev: KeyboardEvent| {
                 if locked.get_untracked() && ev.key() == "Escape" {
                     ev.prevent_default();
@@ -100,7 +101,6 @@ pub fn Modal(
     }
 }
 
-/// The state of a dialog that asks for confirmation.
 #[derive(Clone, Copy)]
 pub struct Confirmation {
     pub open: RwSignal<bool>,
@@ -118,13 +118,12 @@ impl Confirmation {
         }
     }
 
-    /// Opens the dialog.
     pub fn ask(self) {
         self.failure.set(None);
         self.open.set(true);
     }
 
-    /// Makes the confirmed call. If it succeeds, closes the dialog and calls `done`; otherwise shows the error.
+    /// Makes the confirmed call. On success, closes the dialog and calls `done`; on failure, shows the error.
     pub fn send<T: 'static>(self, call: PendingCall<T>, done: impl FnOnce(T) + 'static) {
         self.busy.set(true);
         spawn_local(async move {
@@ -143,25 +142,25 @@ impl Confirmation {
     }
 }
 
-/// Asks for confirmation before an action, and states its consequences.
+/// Asks the user to confirm an action, and explains its consequences.
 #[component]
 pub fn Confirm(
     confirmation: Confirmation,
     #[prop(into)] title: Signal<String>,
     #[prop(into)] message: Signal<String>,
-    /// The label of the button.
+    /// The label of the confirm button.
     #[prop(into)]
     action: Signal<String>,
     /// Whether the action is destructive.
     #[prop(default = true.into())]
     danger: Signal<bool>,
-    /// Text to type before the button becomes available.
+    /// The text that the user must type to enable the button.
     #[prop(optional, into)]
     phrase: MaybeProp<String>,
-    /// A milder alternative to offer, with its label.
+    /// A less drastic action to offer, with its label.
     #[prop(optional)]
     alternative: Option<(&'static str, Callback<()>)>,
-    /// Whether the alternative applies.
+    /// Whether to offer the alternative.
     #[prop(optional, into)]
     has_alternative: Signal<bool>,
     run: Callback<()>,
@@ -191,7 +190,7 @@ pub fn Confirm(
                     phrase
                         .get()
                         .map(|phrase| {
-                            // Rendered whenever the dialog opens.
+                            // This closure runs each time the dialog opens.
                             typed.set(String::new());
                             view! { <Field form=FormState::new() name="phrase" label=format!("Type \"{phrase}\" to confirm") value=typed/> }
                         })

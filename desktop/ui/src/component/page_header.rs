@@ -1,10 +1,8 @@
-//! The header of a page.
-
 use leptos::prelude::*;
 
 use crate::reactive::effect;
 
-/// Shows the page's title and sets the window's title to it.
+/// Shows the page's title, and sets the window's title to the same text.
 #[component]
 pub fn PageHeader(
     #[prop(into)] title: Signal<String>,

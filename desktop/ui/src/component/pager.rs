@@ -1,4 +1,4 @@
-//! Links between the pages of a list.
+//! Links to the next and previous page of a list.
 
 use std::cell::RefCell;
 
@@ -10,11 +10,11 @@ use crate::{
 };
 
 thread_local! {
-    /// Addresses of list pages, each with the address of the previous page, because a cursor only leads forward.
+    /// Maps the address of a list page to the address of the page before it. Needed because cursors lead only forward.
     static PREVIOUS: RefCell<Vec<(String, String)>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Links to the next page, and back to pages that this tab has shown.
+/// Links back only to pages that were shown in this tab.
 #[component]
 pub fn Pager(total: u64, shown: usize, next: Option<String>) -> impl IntoView {
     let route = route();

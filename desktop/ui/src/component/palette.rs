@@ -1,4 +1,4 @@
-//! The command palette, the keyboard shortcuts, and the dialog that lists them.
+//! The command palette, the keyboard shortcuts, and the help dialog that lists them.
 
 use leptos::{
     ev::{self, KeyboardEvent},
@@ -32,12 +32,11 @@ use crate::{
     route::{Route, route},
 };
 
-/// The maximum number of API keys, and of plans, that the palette lists.
+/// Maximum number of API keys in the palette. The same limit applies to plans.
 const MAX_FOUND: u32 = 5;
-/// How long typing must pause before the palette searches.
+/// How long the user must stop typing before the palette searches.
 const DEBOUNCE_MS: u32 = 200;
 
-/// The palette and the help dialog.
 #[derive(Clone, Copy)]
 pub struct Commands {
     palette: RwSignal<bool>,
@@ -54,7 +53,6 @@ fn is_mac() -> bool {
     platform.is_ok_and(|platform| platform.starts_with("Mac") || platform.starts_with("iP"))
 }
 
-/// The shortcut that opens the palette.
 fn palette_shortcut() -> &'static str {
     if is_mac() { "⌘ K" } else { "Ctrl K" }
 }
@@ -76,7 +74,7 @@ impl Commands {
     }
 
     fn on_keydown(self, ev: &KeyboardEvent, keys: StoredValue<Keys>) {
-        // Open dialogs take precedence, and an input method may not have committed its text yet.
+        // An open dialog handles its own keys. An input method editor may still be composing text.
         let dialog = document().query_selector("dialog[open]").ok().flatten();
         if dialog.is_some() || ev.default_prevented() || ev.is_composing() {
             return;
@@ -121,7 +119,7 @@ impl Commands {
     }
 }
 
-/// Whether a key was pressed in a text field.
+/// Whether the key was pressed in a text field.
 fn is_in_field(ev: &KeyboardEvent) -> bool {
     const FIELDS: &str =
         "input:not([type=checkbox]):not([type=radio]), textarea, select, [contenteditable]";
@@ -129,7 +127,6 @@ fn is_in_field(ev: &KeyboardEvent) -> bool {
     target.is_some_and(|it| it.closest(FIELDS).ok().flatten().is_some())
 }
 
-/// The button that opens the palette.
 #[component]
 pub fn PaletteButton(commands: Commands) -> impl IntoView {
     view! {
@@ -141,7 +138,6 @@ pub fn PaletteButton(commands: Commands) -> impl IntoView {
     }
 }
 
-/// An entry of the palette.
 #[derive(Clone, PartialEq)]
 enum Choice {
     Command(&'static str, &'static str, Action),
@@ -189,7 +185,7 @@ fn Palette(commands: Commands) -> impl IntoView {
             limit: Some(MAX_LIMIT),
             cursor: None,
         };
-        // If plans could not be loaded, the commands and keys are still listed.
+        // If this fails, the palette still lists commands and keys.
         if let Ok(page) = api::list_plans(Some(PlanOrder::Name), page).await {
             let names = page.items.into_iter().map(|plan| (plan.id, plan.name));
             let _ = plans.try_set(names.collect());
@@ -238,7 +234,7 @@ fn Palette(commands: Commands) -> impl IntoView {
                 limit: Some(MAX_FOUND),
                 cursor: None,
             };
-            // If this fails, the commands are still listed.
+            // If this fails, the palette still lists commands.
             let found = api::list_api_keys(filter, page).await;
             if latest.try_get_value() == Some(own) {
                 let found = found.map(|page| page.items).unwrap_or_default();
@@ -250,7 +246,7 @@ fn Palette(commands: Commands) -> impl IntoView {
     let run = move |choice: Choice| {
         commands.palette.set(false);
         let route = commands.route;
-        // Closing restores the focus first; the destination then takes it.
+        // Closing the palette restores focus. The action must run later, so that it can move focus elsewhere.
         set_timeout(
             move || match choice {
                 Choice::Command(.., action) => commands.run(action),

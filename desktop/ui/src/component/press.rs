@@ -1,7 +1,7 @@
-//! Defers work until no mouse button is pressed.
+//! Delays work while a mouse button is pressed.
 //!
-//! A message that appears while a button is pressed can move the element under the pointer. The browser then sends no
-//! click, because the button is not released over the same element. Touches send the same events as a mouse.
+//! A message that appears while a mouse button is pressed can move the element under the pointer. The button is then
+//! released over a different element, and the browser sends no click. Touches generate the same events as a mouse.
 
 use std::{
     cell::{Cell, RefCell},
@@ -15,7 +15,7 @@ thread_local! {
     static WAITING: RefCell<Vec<Box<dyn FnOnce()>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Call once, before [`after_press`].
+/// Call once, before any call to [`after_press`].
 pub fn watch_presses() {
     window_event_listener(ev::mousedown, |_| PRESSED.set(true));
     window_event_listener(ev::mouseup, |_| release());
@@ -25,7 +25,7 @@ pub fn watch_presses() {
 
 fn release() {
     PRESSED.set(false);
-    // The click comes right after this event.
+    // Run after the click, which immediately follows this event.
     set_timeout(
         || {
             for then in WAITING.take() {
@@ -36,7 +36,7 @@ fn release() {
     );
 }
 
-/// Runs immediately or, while a mouse button is pressed, after the click that follows its release.
+/// Runs `then` immediately or, if a mouse button is pressed, after its release and the click that follows.
 pub fn after_press(then: impl FnOnce() + 'static) {
     if PRESSED.get() {
         WAITING.with_borrow_mut(|waiting| waiting.push(Box::new(then)));

@@ -1,25 +1,25 @@
-//! Shows a new secret, the only time it is available.
+//! Shows a new secret, which cannot be shown again later.
 
 use leptos::{prelude::*, task::spawn_local};
 
 use super::{copy::CodeBlock, modal::Modal};
 use crate::{api, host};
 
-/// A new secret and the name of the resource it belongs to.
+/// A new secret, and the name of the key or token.
 #[derive(Clone, Copy)]
 pub struct NewSecret {
     pub name: RwSignal<String>,
     pub secret: RwSignal<String>,
     open: RwSignal<bool>,
     saved: RwSignal<bool>,
-    /// How the user tried to leave before saving the secret.
+    /// What the user tried to do before saving the secret.
     leaving: RwSignal<Option<Leaving>>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Leaving {
     Close,
-    /// Quits the desktop app.
+    /// Quit the desktop app.
     Quit,
 }
 
@@ -34,7 +34,7 @@ impl NewSecret {
         }
     }
 
-    /// Opens the dialog. Does nothing if the user has left the page that owns it.
+    /// Does nothing if the user has left the page that owns the dialog.
     pub fn show(self, name: String, secret: Option<String>) {
         let _ = self.name.try_set(name);
         let _ = self.secret.try_set(secret.unwrap_or_default());
@@ -44,14 +44,14 @@ impl NewSecret {
     }
 }
 
-/// Stays open until the secret has been copied or confirmed as saved. Escape warns first.
+/// Cannot be closed until the user has copied the secret or confirmed saving it. Escape shows a warning first.
 #[component]
 pub fn SecretDialog(
     new: NewSecret,
     #[prop(into)] title: Signal<String>,
-    /// The kind of secret: `key` or `token`.
+    /// `key` or `token`.
     noun: &'static str,
-    /// What to do if the secret is lost.
+    /// Tells the user what to do if the secret is lost.
     recovery: &'static str,
     #[prop(optional)] on_close: Option<Callback<()>>,
     children: ChildrenFn,
@@ -104,7 +104,7 @@ pub fn SecretDialog(
                     )
                 }}
             </div>
-            // Read by the desktop app when it is about to quit.
+            // The desktop app looks for this attribute before it quits.
             <div class="actions end saved" data-unsaved=move || (!saved.get()).then_some("")>
                 <label class="check">
                     <input type="checkbox" name="saved" bind:checked=saved/>

@@ -1,11 +1,11 @@
-//! The sort order of a list, which is part of the address.
+//! The sort order of a list, stored in the page's address.
 
 use leptos::prelude::*;
 
 use super::filter::{fixed_options, select_filter};
 use crate::route::route;
 
-/// The address of the list in another order, from its first page.
+/// Returns the address of the list's first page in another order.
 fn sorted_address(sort: &str) -> String {
     let route = route();
     let query = route.query.get().with("cursor", "").with("sort", sort);
@@ -19,7 +19,7 @@ fn current() -> String {
         .unwrap_or_default()
 }
 
-/// The orders that every sortable list has. The first is the server's default.
+/// The sort orders shared by all sortable lists. The first is the server's default.
 const COMMON_ORDERS: &[(&str, &str)] = &[
     ("", "Newest first"),
     ("created_at", "Oldest first"),
@@ -27,10 +27,9 @@ const COMMON_ORDERS: &[(&str, &str)] = &[
     ("-name", "Name, Z to A"),
 ];
 
-/// Selects a sort order.
 #[component]
 pub fn SortSelect(
-    /// The orders that only this list has.
+    /// Sort orders specific to this list.
     #[prop(optional)]
     more: &'static [(&'static str, &'static str)],
 ) -> impl IntoView {
@@ -42,17 +41,15 @@ pub fn SortSelect(
     )
 }
 
-/// The header of a sortable column. Clicking it again reverses the order.
+/// A column header that sorts the list. Another click reverses the order.
 #[component]
 pub fn SortHead(
     name: &'static str,
-    /// The ascending order.
+    /// The `sort` value for ascending order.
     ascending: &'static str,
-    /// The descending order.
+    /// The `sort` value for descending order.
     descending: &'static str,
-    /// Whether the first click sorts ascending.
-    #[prop(optional)]
-    ascending_first: bool,
+    #[prop(optional)] ascending_first: bool,
 ) -> impl IntoView {
     let direction = move || match current() {
         it if it == ascending => Some("ascending"),

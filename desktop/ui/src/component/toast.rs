@@ -1,7 +1,7 @@
-//! Short messages, one at a time. Success messages disappear on their own; errors remain until they are dismissed or
-//! the user goes to another page.
+//! Short messages, shown one at a time. Success messages disappear on their own. Errors remain until the user dismisses
+//! them or goes to another page.
 //!
-//! While a dialog is open, everything outside it is inert, so the messages move into it.
+//! An open dialog makes everything outside it inert, so the messages move into the dialog.
 
 use std::{sync::Arc, time::Duration};
 
@@ -16,10 +16,10 @@ use crate::{
 };
 
 const SUCCESS: Duration = Duration::from_secs(6);
-/// How long a message with a button is shown: long enough to read it and decide.
+/// Long enough to read the message and decide.
 const WITH_ACTION: Duration = Duration::from_secs(12);
 
-/// What a message offers to do, with the label of its button.
+/// A button's label, and what the button does.
 type Action = (&'static str, Arc<dyn Fn() + Send + Sync>);
 
 #[derive(Clone, Copy)]
@@ -44,7 +44,7 @@ impl Toasts {
         self.add(text.into(), None, None, Some(SUCCESS));
     }
 
-    /// Reports a success that can be undone. `undo` works even after the user has left the page that reported it.
+    /// `undo` works even after the user has left the page.
     pub fn succeed_with_undo(
         self,
         text: impl Into<String>,
@@ -54,7 +54,7 @@ impl Toasts {
         self.add(text.into(), None, Some(undo), Some(WITH_ACTION));
     }
 
-    /// Reports something that happened elsewhere, with a button that leads to it.
+    /// Shows a message about an event, with a button that leads to the details.
     pub fn announce(
         self,
         text: impl Into<String>,
@@ -70,7 +70,7 @@ impl Toasts {
         self.add(error.message(), request_id, None, None);
     }
 
-    /// Shows an error with a custom message.
+    /// Shows an error that is not a [`CallError`].
     pub fn fail_with(self, text: impl Into<String>) {
         self.add(text.into(), None, None, None);
     }
@@ -84,7 +84,8 @@ impl Toasts {
     ) {
         let id = self.next_id.get_value();
         self.next_id.set_value(id.wrapping_add(1));
-        // A live region must exist before its text changes, or the change is not announced.
+        // Screen readers announce a change only if the live region already exists, so place it before adding the
+        // message.
         self.place();
         let message = Message {
             id,
@@ -104,7 +105,7 @@ impl Toasts {
         let _ = self.all.try_update(|all| all.remove(id));
     }
 
-    /// Removes all messages, when the session ends.
+    /// Call when the session ends.
     pub fn clear(self) {
         self.all.set(Messages::new());
     }

@@ -1,4 +1,4 @@
-//! Local times in a time zone, which only the browser can compute.
+//! Converts times to a time zone. Only the browser has the required time zone data.
 
 use std::{cell::RefCell, collections::BTreeMap};
 
@@ -7,11 +7,11 @@ use wasm_bindgen::{JsCast, JsValue};
 use crate::model::zoned::LocalTime;
 
 thread_local! {
-    /// Formatters by time zone: creating one is slow.
+    /// One per time zone, because creating a formatter is slow.
     static FORMATTERS: RefCell<BTreeMap<String, Option<js_sys::Intl::DateTimeFormat>>> = const { RefCell::new(BTreeMap::new()) };
 }
 
-/// Creates a formatter. `None` for a time zone that the browser does not know.
+/// Returns `None` if the browser does not know the time zone.
 fn formatter(zone: &str) -> Option<js_sys::Intl::DateTimeFormat> {
     let options = js_sys::Object::new();
     for (name, value) in [
@@ -31,12 +31,12 @@ fn formatter(zone: &str) -> Option<js_sys::Intl::DateTimeFormat> {
     let class = js_sys::Reflect::get(&intl, &"DateTimeFormat".into()).ok()?;
     let class: &js_sys::Function = class.dyn_ref()?;
     let arguments = js_sys::Array::of2(&"en-GB".into(), &options);
-    // Calls the constructor through `construct`, which reports the exception for an unknown time zone.
+    // Unlike `DateTimeFormat::new`, `construct` returns the exception for an unknown time zone.
     let made = js_sys::Reflect::construct(class, &arguments).ok()?;
     Some(made.unchecked_into())
 }
 
-/// Converts a time, in milliseconds since 1970. Uses UTC if the browser does not know the time zone.
+/// `at` is in milliseconds since 1970. Uses UTC if the browser does not know the time zone.
 pub fn local_time(at: i64, zone: &str) -> Option<LocalTime> {
     FORMATTERS.with_borrow_mut(|all| {
         let mut format = |zone: &str| -> Option<LocalTime> {
@@ -56,7 +56,6 @@ pub fn local_time(at: i64, zone: &str) -> Option<LocalTime> {
     })
 }
 
-/// The browser's own time zone.
 pub fn browser_time_zone() -> String {
     let options = js_sys::Intl::DateTimeFormat::default().resolved_options();
     js_sys::Reflect::get(&options, &"timeZone".into())

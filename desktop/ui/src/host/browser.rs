@@ -1,12 +1,11 @@
-//! In a browser, there is no host state.
+//! A browser has no host state.
 
-/// Whether signing out succeeds even when the server cannot be reached. A page cannot delete its session's
+/// Whether users can sign out while the server is unreachable. False here: scripts cannot delete the session's
 /// HTTP-only cookies.
 pub const SIGNS_OUT_LOCALLY: bool = false;
 
 pub const fn track_retries() {}
 
-/// Whether the server is known to be unreachable.
 pub const fn is_offline() -> bool {
     false
 }
@@ -14,5 +13,5 @@ pub const fn is_offline() -> bool {
 /// Does nothing: a browser asks the user before it closes a page that shows a new secret.
 pub fn on_quit(_warn: impl Fn() + 'static) {}
 
-/// Whether Stripe pages open in another window, so that this page waits for the user to return.
+/// Whether Stripe pages open in another window. If so, this page waits for the user to return.
 pub const OPENS_PAGES_OUTSIDE: bool = false;

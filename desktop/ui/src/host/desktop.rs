@@ -1,12 +1,12 @@
-//! State of the host in the desktop app.
+//! The state of the desktop app.
 
 use leptos::prelude::*;
 use quota_common::{Timestamp, ipc::HostStatus};
 
-/// These signals are reference-counted, because they exist before the first page is mounted and outlive the last one.
+/// The signals are reference-counted because they exist before the first page is mounted and outlive the last one.
 struct Host {
     status: ArcRwSignal<Option<HostStatus>>,
-    /// While the server is unreachable: when the data on the page was loaded.
+    /// When the data on the page was loaded. `None` while the server is reachable.
     loaded_at: ArcRwSignal<Option<Timestamp>>,
     retries: ArcRwSignal<u32>,
 }
@@ -19,7 +19,7 @@ thread_local! {
     };
 }
 
-/// Whether signing out succeeds even when the server cannot be reached: the app holds the tokens and drops them.
+/// Whether users can sign out while the server is unreachable. True here: the app drops its tokens.
 pub const SIGNS_OUT_LOCALLY: bool = true;
 
 pub fn status() -> ArcRwSignal<Option<HostStatus>> {
@@ -30,22 +30,20 @@ pub fn set_status(status: HostStatus) {
     HOST.with(|host| host.status.set(Some(status)));
 }
 
-/// Returns the address of the server in use.
 pub fn server_address() -> String {
     status().with_untracked(|it| it.as_ref().map(|it| it.current.clone()).unwrap_or_default())
 }
 
-/// Returns when the data on the page was loaded, if the server is unreachable.
+/// When the data on the page was loaded. `None` while the server is reachable.
 pub fn loaded_at() -> ArcRwSignal<Option<Timestamp>> {
     HOST.with(|host| host.loaded_at.clone())
 }
 
-/// Whether the server is known to be unreachable.
 pub fn is_offline() -> bool {
     loaded_at().with_untracked(Option::is_some)
 }
 
-/// Records whether a response came from the server or was loaded earlier.
+/// `None` if the response came from the server; otherwise, when it was stored.
 pub fn set_loaded_at(loaded_at: Option<Timestamp>) {
     HOST.with(|host| {
         if host.loaded_at.get_untracked() != loaded_at {
@@ -54,7 +52,7 @@ pub fn set_loaded_at(loaded_at: Option<Timestamp>) {
     });
 }
 
-/// Reloads everything that called [`track_retries`].
+/// Reruns everything that called [`track_retries`].
 pub fn retry() {
     HOST.with(|host| host.retries.update(|it| *it = it.wrapping_add(1)));
 }
@@ -63,11 +61,11 @@ pub fn track_retries() {
     HOST.with(|host| host.retries.track());
 }
 
-/// Calls `warn` when the app is about to quit while a new secret is shown, until the caller's component is removed.
+/// Calls `warn` if the user quits the app while a new secret is shown. Stops when the calling component is removed.
 pub fn on_quit(warn: impl Fn() + 'static) {
     let listener = window_event_listener_untyped("quota-quit", move |_| warn());
     on_cleanup(move || listener.remove());
 }
 
-/// Whether Stripe pages open in another window, so that this page waits for the user to return.
+/// Whether Stripe pages open in another window. If so, this page waits for the user to return.
 pub const OPENS_PAGES_OUTSIDE: bool = true;

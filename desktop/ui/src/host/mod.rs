@@ -1,14 +1,10 @@
-//! State of the host that runs the console: the desktop app, or a browser, which has none.
+//! The state of the host that runs the console. The host is the desktop app or a browser; a browser has no state.
 //!
-//! The desktop app keeps sessions in a keychain, knows several servers, and shows data it loaded earlier while a
-//! server is unreachable. This module holds the last reported state; `servers` displays it.
+//! The desktop app stores sessions in a keychain, can connect to several servers, and shows previously loaded data
+//! while a server is unreachable. This module holds the last reported state; `servers` displays it.
 
-#[cfg(not(feature = "desktop"))]
-mod browser;
-#[cfg(feature = "desktop")]
-mod desktop;
+#[cfg_attr(feature = "desktop", path = "desktop.rs")]
+#[cfg_attr(not(feature = "desktop"), path = "browser.rs")]
+mod current;
 
-#[cfg(not(feature = "desktop"))]
-pub use browser::*;
-#[cfg(feature = "desktop")]
-pub use desktop::*;
+pub use current::*;

@@ -1,4 +1,4 @@
-//! Addresses of the console: pages and query strings.
+//! Addresses within the console: pages and query strings.
 
 use std::fmt::{self, Write as _};
 
@@ -67,7 +67,7 @@ impl ConsolePage {
     }
 }
 
-/// A query string, decoded. `Display` encodes it, with the leading `?`.
+/// A decoded query string. `Display` writes the encoded string with a leading `?`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Query(Vec<(String, String)>);
 
@@ -85,7 +85,7 @@ impl Query {
         )
     }
 
-    /// Returns `None` for an empty value.
+    /// Returns `None` if the value is empty.
     pub fn get(&self, name: &str) -> Option<String> {
         self.0
             .iter()
@@ -94,7 +94,7 @@ impl Query {
             .filter(|value| !value.is_empty())
     }
 
-    /// Sets a value; an empty one removes the parameter.
+    /// Sets a parameter, or removes it if `value` is empty.
     pub fn with(mut self, name: &str, value: &str) -> Self {
         self.0.retain(|(it, _)| it != name);
         if !value.is_empty() {
@@ -114,7 +114,6 @@ impl fmt::Display for Query {
     }
 }
 
-/// Percent-encodes everything except unreserved characters (RFC 3986 2.1).
 pub fn encoded(text: &str) -> String {
     let mut out = String::new();
     for byte in text.bytes() {

@@ -1,4 +1,4 @@
-//! Quota alerts, in words.
+//! Descriptions of quota alerts.
 
 use quota_common::{
     QuotaAlertId,
@@ -13,7 +13,6 @@ use super::{
     text::{capitalized, count, date_time, number, quoted},
 };
 
-/// Whose quota it is.
 fn owner(alert: &QuotaAlert) -> &str {
     match (&alert.key_id, &alert.key_name) {
         (None, _) => "Your organization",
@@ -22,7 +21,7 @@ fn owner(alert: &QuotaAlert) -> &str {
     }
 }
 
-/// The quota, without its owner: `Monthly quota`.
+/// The quota's name without its owner, such as `Monthly quota`.
 fn quota_name(alert: &QuotaAlert) -> &'static str {
     match alert.key_id {
         Some(_) => burn_down::name(alert.policy),
@@ -39,7 +38,7 @@ fn threshold_badge(threshold: u32) -> Markup {
     with_text("span", &[("class", class)], &format!("{threshold}%"))
 }
 
-/// Alerts as a table. Those after `seen` are marked as new.
+/// Marks alerts newer than `seen` as new.
 pub fn alert_table(alerts: &[QuotaAlert], seen: Option<QuotaAlertId>, now: i64) -> Markup {
     let columns = ["Key", "Quota", "Reached", "Used", "Time", "Resets"];
     let head: Vec<Markup> = columns
@@ -99,9 +98,9 @@ fn alert_row(alert: &QuotaAlert, is_new: bool, now: i64) -> Markup {
     element("tr", &[], &cells)
 }
 
-/// Sums up alerts that were just created, for a message.
+/// Sums up new alerts in one message.
 pub fn announcement(new: &[QuotaAlert]) -> Option<String> {
-    // A burst of requests reaches several thresholds of one quota; the highest one is what matters.
+    // A burst of requests can cross several thresholds of the same quota. Only the highest threshold matters.
     let highest = new.iter().max_by_key(|it| it.threshold)?;
     let is_one_quota = new
         .iter()
@@ -124,7 +123,6 @@ pub fn announcement(new: &[QuotaAlert]) -> Option<String> {
     ))
 }
 
-/// The members with a role.
 pub const fn role_members(role: Role) -> &'static str {
     match role {
         Role::Owner => "owners",
@@ -135,7 +133,7 @@ pub const fn role_members(role: Role) -> &'static str {
     }
 }
 
-/// Shown if alerts should be sent by email, but cannot be.
+/// Warns that the server cannot send the emails that the settings ask for.
 pub fn email_warning(settings: &AlertSettings) -> Option<&'static str> {
     let is_on = settings.email && !settings.email_roles.is_empty();
     (is_on && !settings.can_email).then_some(
@@ -143,7 +141,7 @@ pub fn email_warning(settings: &AlertSettings) -> Option<&'static str> {
     )
 }
 
-/// Who gets alerts by email.
+/// Describes who receives alerts by email.
 pub fn recipients(settings: &AlertSettings) -> String {
     let roles = settings.email_roles.iter();
     let names: Vec<&str> = roles.map(|it| role_members(*it)).collect();

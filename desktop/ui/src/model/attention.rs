@@ -1,17 +1,16 @@
-//! What needs attention on Home, in words.
+//! The text of the *Needs attention* section on Home.
 
 use super::{chart::percent, text::number, usage::Pair};
 
-/// The rejection rate, in percent, from which it needs attention.
+/// A rejection rate of at least this many percent needs attention.
 const HIGH_PERCENT: u64 = 5;
 
-/// Returns the used part of a quota in percent, rounded down: 100% means that nothing is left.
+/// Rounds down, so that 100% means that nothing is left.
 pub fn used_percent(used: u64, limit: u64) -> u64 {
     let percent = u128::from(used) * 100 / u128::from(limit.max(1));
     u64::try_from(percent).unwrap_or(u64::MAX)
 }
 
-/// Whether many of the requests were rejected.
 pub fn is_rejection_rate_high(requests: Pair) -> bool {
     let rejected = u128::from(requests.rejected);
     rejected > 0 && rejected * 100 >= u128::from(requests.total()) * u128::from(HIGH_PERCENT)
@@ -27,7 +26,7 @@ pub fn rejection_rate(requests: Pair) -> String {
     )
 }
 
-/// Returns the text to show if nothing needs attention. It says what was checked.
+/// Returns the text to show if nothing needs attention. The text says what was checked.
 pub fn all_clear(requests: Pair) -> String {
     let rejected = match requests.rejected {
         0 => "no requests were rejected".to_owned(),

@@ -9,7 +9,7 @@ use super::{
     text::{capitalized, date_time, number, quoted},
 };
 
-/// Returns the label of an action such as `api_key.rotate`.
+/// Returns the label of an action, such as `api_key.rotate`.
 pub fn action_label(action: &str) -> String {
     match action {
         "session.begin" => "Signed in",
@@ -31,17 +31,17 @@ pub fn action_label(action: &str) -> String {
     .to_owned()
 }
 
-/// A field of the changed resource.
+/// A changed field of a resource.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FieldChange {
     pub label: String,
-    /// `None` on creation.
+    /// `None` if the resource was created.
     pub before: Option<String>,
-    /// `None` on deletion.
+    /// `None` if the resource was deleted.
     pub after: Option<String>,
 }
 
-/// Returns the changed fields of an event. `plan_name` finds the name of a plan by its ID.
+/// `plan_name` returns a plan's name by its ID.
 pub fn field_changes(
     event: &AuditEvent,
     plan_name: &dyn Fn(&str) -> Option<String>,
@@ -57,7 +57,7 @@ pub fn field_changes(
     };
     names
         .chain(added)
-        // The event itself contains the ID and the time.
+        // The event has its own ID and time.
         .filter(|name| !matches!(name.as_str(), "id" | "created_at" | "updated_at"))
         .map(|name| FieldChange {
             label: field_label(name),
@@ -67,7 +67,7 @@ pub fn field_changes(
         .collect()
 }
 
-/// Sums up an event in one line, such as `Rate 600 → 300/min`. Empty if the name of the action is enough.
+/// Sums up an event in one line, such as `Rate 600 → 300/min`. Returns an empty string if the action's name is enough.
 pub fn summary(event: &AuditEvent, plan_name: &dyn Fn(&str) -> Option<String>) -> String {
     let object = |value: &Option<Value>| value.as_ref().and_then(Value::as_object).cloned();
     let is_webhook = event.target_type == "webhook";
@@ -207,7 +207,8 @@ fn value_text(name: &str, value: &Value, plan_name: &dyn Fn(&str) -> Option<Stri
     }
 }
 
-/// Returns a value as JSON in one line. serde_json's exact tables for fractions would add to the download.
+/// Returns a value as JSON on one line. Does not use serde_json, whose tables for exact fractions would make the
+/// download larger.
 pub fn compact(value: &Value) -> String {
     match value {
         Value::Null => "null".to_owned(),
@@ -231,7 +232,7 @@ pub fn compact(value: &Value) -> String {
     }
 }
 
-/// Returns a number with three decimals.
+/// Formats a number with three decimals.
 fn fraction(number: f64) -> String {
     #[expect(
         clippy::cast_possible_truncation,
@@ -246,7 +247,7 @@ fn fraction(number: f64) -> String {
     format!("{sign}{whole}.{rest:03}")
 }
 
-/// Returns a table of events. Each is summed up in one line; a hidden row below has its details across the full width.
+/// Returns a table with one row per event. Below each row is a hidden row with the details.
 pub fn event_table(
     events: &[AuditEvent],
     plan_name: &dyn Fn(&str) -> Option<String>,
@@ -261,7 +262,7 @@ pub fn event_table(
         .iter()
         .flat_map(|event| {
             let id = event.target_id.as_deref().unwrap_or_default();
-            // A resource without a page links to its history.
+            // For a resource without a page, link to its history.
             let href = match &*event.target_type {
                 "api_key" if !is_deleted(id) => format!("/console/api-keys/{id}"),
                 "webhook" if !is_deleted(id) => format!("/console/webhooks/{id}"),

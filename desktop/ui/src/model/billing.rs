@@ -1,4 +1,4 @@
-//! The subscription of an organization, in words.
+//! Describes an organization's subscription.
 
 use quota_common::{
     Timestamp,
@@ -13,7 +13,7 @@ use super::{
     text::{count, date_time, number, relative},
 };
 
-/// The server reads every subscription from Stripe more often than this, unless Stripe is unreachable.
+/// The server reads subscriptions from Stripe more often than this, unless Stripe is unreachable.
 const STALE_MS: i64 = 30 * 60 * 1000;
 
 fn millis(at: Timestamp) -> i64 {
@@ -24,7 +24,7 @@ fn date(at: Timestamp) -> String {
     date_time(millis(at))
 }
 
-/// Returns the requests that need a subscription, as the subject of a sentence.
+/// Returns the requests that require a subscription, as the subject of a sentence.
 fn paid_requests(keys: u64) -> String {
     match keys {
         0 => "requests with keys on paid plans".to_owned(),
@@ -33,7 +33,6 @@ fn paid_requests(keys: u64) -> String {
     }
 }
 
-/// A button that opens a Stripe page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StripeButton {
     pub label: &'static str,
@@ -45,7 +44,7 @@ const MANAGE: StripeButton = StripeButton {
     page: BillingPage::Portal,
 };
 
-/// Returns the buttons of the subscription, the most important one first.
+/// Returns the buttons, most important first.
 pub fn buttons(it: &BillingState) -> Vec<StripeButton> {
     let checkout = |label| StripeButton {
         label,
@@ -64,7 +63,7 @@ pub fn buttons(it: &BillingState) -> Vec<StripeButton> {
     }
 }
 
-/// Whether the first button is what the user should do next.
+/// Whether the user should click the first button next.
 pub fn is_action_needed(it: &BillingState) -> bool {
     buttons(it).first() != Some(&MANAGE)
 }
@@ -73,7 +72,7 @@ const fn is_subscribed(it: &BillingState) -> bool {
     !matches!(it.access, BillingAccess::Free | BillingAccess::Canceled)
 }
 
-/// Returns the most important notices, each with a style.
+/// Returns the notices, most important first. Each one has a CSS class.
 fn notices(it: &BillingState, now: i64) -> Vec<(&'static str, String)> {
     let (danger, warn) = ("alert", "alert warn");
     let requests = paid_requests(it.paid_keys);
@@ -139,7 +138,7 @@ fn badge(it: &BillingState) -> Markup {
     with_text("span", &[("class", class)], text)
 }
 
-/// Returns a price as text, such as `$29.00 per month + $0.50 per 1,000 requests`.
+/// Returns a price such as `$29.00 per month + $0.50 per 1,000 requests`.
 fn price_text(price: &BillingPrice) -> Option<String> {
     let monthly = price.monthly.as_deref();
     let monthly = monthly.map(|it| format!("{} per month", money(it, 0, &price.currency)));
@@ -169,7 +168,7 @@ fn rows(rows: &[Markup]) -> Markup {
     element("dl", &[("class", "details")], rows)
 }
 
-/// Returns the subscription: notices, plan, status, price and renewal.
+/// Returns the notices, plan, status, price, and renewal date.
 pub fn subscription(it: &BillingState, now: i64) -> Markup {
     let mut all: Markup = notices(it, now)
         .into_iter()
@@ -202,8 +201,8 @@ pub fn subscription(it: &BillingState, now: i64) -> Markup {
     all
 }
 
-/// Returns the date on which the subscription changes next, with its label. `None` if that depends on a payment, or on
-/// someone who resumes the subscription.
+/// Returns the date of the subscription's next change, with a label. Returns `None` if the next change requires a
+/// payment or requires someone to resume the subscription.
 fn next_date(it: &BillingState, now: i64) -> Option<(&'static str, Timestamp)> {
     if let Some(at) = it.cancels_at {
         let label = if millis(at) > now { "Ends" } else { "Ended" };
@@ -220,7 +219,7 @@ fn next_date(it: &BillingState, now: i64) -> Option<(&'static str, Timestamp)> {
     }
 }
 
-/// Returns the charges in this period.
+/// Returns the charges for the current period.
 pub fn usage(it: &BillingUsage, state: &BillingState) -> Markup {
     let currency = state.price.as_ref().map_or("usd", |it| &it.currency);
     let amount = |n: u64| money(&n.to_string(), 0, currency);
@@ -234,7 +233,7 @@ pub fn usage(it: &BillingUsage, state: &BillingState) -> Markup {
             "requests on paid plans; not charged",
         )),
     }
-    // While requests are rejected, usage doesn't continue at its pace.
+    // A projection would be wrong while requests are rejected.
     if let Some(total) = it.projected_total.filter(|_| state.paid_plans_work) {
         let note = format!(
             "at this pace, {}; before taxes and discounts",
@@ -269,7 +268,7 @@ pub fn usage(it: &BillingUsage, state: &BillingState) -> Markup {
     all
 }
 
-/// Returns meters for the operator's limits. Empty if there are none.
+/// Returns meters for the operator's limits. Empty if there are no limits.
 pub fn limits(it: &BillingLimits, now: i64) -> Markup {
     let resets = format!("Resets {}", relative(millis(it.requests_reset_at), now));
     let meters = [
@@ -310,7 +309,8 @@ pub fn limits(it: &BillingLimits, now: i64) -> Markup {
     all
 }
 
-/// Returns the effect on the keys of a paid plan, which may not be saved yet. `None` if they work.
+/// Warns that keys on a paid plan do not work. If `is_saved` is false, the plan is about to become a paid plan. Returns
+/// `None` if the keys work.
 pub fn paid_warning(it: &BillingState, keys: u64, is_saved: bool) -> Option<String> {
     (!it.paid_plans_work && keys > 0).then(|| {
         let keys = count(keys, "key", "keys");
@@ -354,7 +354,6 @@ mod tests {
         serde_json::from_value(state).expect("a state")
     }
 
-    /// Removes tags.
     fn text(markup: &Markup) -> String {
         let markup = markup.to_string();
         let mut out = String::new();

@@ -1,25 +1,25 @@
-//! A key's token bucket between two responses: the last reported level plus what has refilled since.
+//! Estimates a key's token bucket between two responses: the last reported level plus the tokens refilled since then.
 
 use std::fmt::Write as _;
 
 use super::text::number;
 
-/// A bucket as described by response headers. Uses only integers: floating-point formatting would make the download 5%
-/// larger.
+/// A bucket as reported by response headers. All fields are integers: floating-point formatting would make the download
+/// 5% larger.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bucket {
     pub limit: u64,
-    /// Requests remaining at `at`.
+    /// The number of tokens at the time `at`.
     pub remaining: u64,
-    /// Milliseconds since 1970.
+    /// In milliseconds since 1970.
     pub at: i64,
-    /// `refill` requests are added every `window` seconds.
+    /// `refill` tokens are added every `window` seconds.
     pub refill: u64,
     pub window: u64,
 }
 
 impl Bucket {
-    /// Reads the values of `X-RateLimit-Limit`, `X-RateLimit-Remaining` and `RateLimit-Policy`.
+    /// Parses the values of `X-RateLimit-Limit`, `X-RateLimit-Remaining`, and `RateLimit-Policy`.
     pub fn read(limit: &str, remaining: &str, policy: &str, at: i64) -> Option<Self> {
         let rpm = policy
             .split(',')
@@ -39,7 +39,7 @@ impl Bucket {
         })
     }
 
-    /// Returns the level at `now`, in thousandths of a request.
+    /// In thousandths of a token.
     pub fn level(&self, now: i64) -> u64 {
         let elapsed = u64::try_from(now - self.at).unwrap_or(0);
         let refilled = elapsed.saturating_mul(self.refill) / self.window;
@@ -50,19 +50,19 @@ impl Bucket {
             .min(most)
     }
 
-    /// Returns how full the bucket is at `now`, in thousandths.
+    /// Returns the filled part of the bucket, in thousandths.
     pub fn share(&self, now: i64) -> u64 {
         self.level(now) / self.limit
     }
 
-    /// Returns the number of seconds from `now` until the bucket is full.
+    /// Returns the number of seconds until the bucket is full.
     pub fn full_in(&self, now: i64) -> u64 {
         let missing = self.limit.saturating_mul(1000) - self.level(now);
         let millis = missing.saturating_mul(self.window).div_ceil(self.refill);
         millis.div_ceil(1000)
     }
 
-    /// Returns the refill rate per second, to one decimal place.
+    /// Returns the refill rate per second, with at most one decimal.
     pub fn pace(&self) -> String {
         let tenths = (self.refill.saturating_mul(10) + self.window / 2) / self.window;
         match tenths % 10 {
@@ -79,13 +79,13 @@ pub struct History {
 }
 
 impl History {
-    /// The time span of the chart, in milliseconds.
+    /// The time range of the chart, in milliseconds.
     pub const SPAN: i64 = 30_000;
 
-    /// Adds the current level. `share` is in thousandths.
+    /// Adds a level. `share` is in thousandths.
     pub fn add(&mut self, now: i64, share: u64) {
         self.points.push((now, share.min(1000)));
-        // Keep one older point, so that the line begins at the edge.
+        // Keep one point from before the time range, so that the line starts at the edge.
         let old = self
             .points
             .iter()
@@ -94,7 +94,7 @@ impl History {
         self.points.drain(..old.saturating_sub(1));
     }
 
-    /// Returns the points of an SVG `polyline` in a box of this width and a height of 1000.
+    /// Returns the points of an SVG `polyline` in a box of the given width and a height of 1000.
     pub fn line(&self, now: i64, width: i64) -> String {
         let mut line = String::new();
         for (at, share) in &self.points {
@@ -132,7 +132,7 @@ mod tests {
 
     #[test]
     fn bucket_is_full_once_everything_has_refilled() {
-        // 6 requests are missing, and 1.5 are added each second.
+        // 6 tokens are missing, and 1.5 are added each second.
         assert_eq!(bucket().full_in(1000), 4);
         assert_eq!(bucket().full_in(3000), 2);
         assert_eq!(bucket().full_in(4999), 1);

@@ -1,4 +1,4 @@
-//! Descriptions of actions on several API keys at once.
+//! Descriptions of bulk actions on API keys.
 
 use super::text::{count, quoted};
 
@@ -28,7 +28,7 @@ impl BulkAction {
         }
     }
 
-    /// Returns the label of the button that confirms the action.
+    /// The label of the confirm button.
     pub fn button(self, keys: usize) -> String {
         format!("{} {}", self.label(), count_keys(keys))
     }
@@ -37,12 +37,13 @@ impl BulkAction {
         format!("{}?", self.button(keys))
     }
 
-    /// Returns the text to type as confirmation; `None` for an action that does not interrupt clients.
+    /// Returns the text that the user must type to confirm. Returns `None` for an action that does not interrupt
+    /// clients.
     pub fn phrase(self, keys: usize) -> Option<String> {
         (self != Self::Activate).then(|| self.button(keys).to_ascii_lowercase())
     }
 
-    /// Returns the effect on the clients that use these keys, `recently_used` of which had requests in the last day.
+    /// Describes the effect on clients. `recently_used` is the number of keys that were used in the last day.
     pub fn consequences(self, names: &[&str], recently_used: usize) -> String {
         let shown = names.len().min(4);
         let mut list: Vec<String> = names[..shown].iter().map(|name| quoted(name)).collect();
@@ -70,7 +71,7 @@ impl BulkAction {
         }
     }
 
-    /// Returns the result, with the last error if some keys failed.
+    /// Describes the result, with the last error if some keys failed.
     pub fn outcome(self, done: usize, failed: usize, error: &str) -> String {
         let done = format!("{} {}", count_keys(done), self.past_participle());
         match failed {
@@ -80,7 +81,6 @@ impl BulkAction {
     }
 }
 
-/// Returns the result of moving keys to another plan.
 pub fn moved(done: usize, plan: &str, failed: usize, error: &str) -> String {
     let done = format!("{} moved to {}", count_keys(done), quoted(plan));
     match failed {
@@ -93,7 +93,7 @@ fn count_keys(keys: usize) -> String {
     count(keys as u64, "key", "keys")
 }
 
-/// Compares typed text with the expected phrase, ignoring case, thousands separators and surrounding spaces.
+/// Compares text with a phrase, ignoring case, thousands separators, and extra spaces.
 pub fn is_phrase(typed: &str, phrase: &str) -> bool {
     let words = |text: &str| {
         text.replace(',', "")

@@ -1,4 +1,4 @@
-//! The remaining quota over the course of its day or month, as SVG.
+//! A chart of a quota's remaining requests over its day or month, as SVG.
 
 use quota_common::{limit::PolicyName, usage::BurnDown};
 
@@ -31,7 +31,7 @@ pub const fn name(policy: PolicyName) -> &'static str {
     }
 }
 
-/// Returns a chart of the remaining quota, compared with an even pace, and a projection until the reset.
+/// The chart compares the remaining quota with an even pace, and projects it until the reset.
 pub fn burn_down_chart(burn: &BurnDown) -> Markup {
     let line = |of: &dyn Fn(usize) -> u64| {
         let points = burn.points.iter().enumerate();
@@ -86,7 +86,7 @@ pub fn burn_down_chart(burn: &BurnDown) -> Markup {
     )
 }
 
-/// Describes when the quota will be used up. `clock` formats a time.
+/// Says when the quota will be used up. `clock` formats a time.
 pub fn projection(burn: &BurnDown, now: i64, clock: &dyn Fn(i64) -> String) -> String {
     let reset = millis(burn.resets_at);
     let resets = format!("Resets {}.", clock(reset));
@@ -112,7 +112,7 @@ mod tests {
 
     use super::*;
 
-    /// Returns a burn-down of a day of 24 hours, half of which has passed.
+    /// Returns a burn-down for a day of 24 hours that is half over.
     fn burn(used: u64, used_up_at: Option<&str>, projected: u64) -> BurnDown {
         serde_json::from_value(json!({
             "key_id": "019ab4e1-7c00-7000-8000-0000000000b1", "policy": "daily", "limit": 1000, "used": used,

@@ -1,13 +1,14 @@
 //! A bar chart of allowed and rejected requests, as SVG.
 //!
-//! Horizontal positions are percentages and vertical ones are pixels, so that the chart fills any width undistorted.
+//! Horizontal positions are percentages and vertical positions are pixels, so that the chart fills any width without
+//! distortion.
 
 use super::{
     markup::{Markup, element, with_text},
     text::number,
 };
 
-/// The height of the plot in pixels, with the labels below it.
+/// The height of the plot and the labels below it, in pixels.
 const HEIGHT: u64 = 240;
 const TOP: u64 = 10;
 /// The vertical position of the bars' lower edge.
@@ -18,16 +19,15 @@ const MAX_LABELS: usize = 8;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Completeness {
     Complete,
-    /// The bar may still grow.
+    /// The bar can still grow.
     SoFar,
-    /// There is no data yet, which is not the same as zero.
+    /// There is no data yet. This is different from zero requests.
     Missing,
 }
 
-/// An hour or a day.
+/// One hour or day.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bar {
-    /// The label below the bar.
     pub label: String,
     /// The full time range.
     pub time: String,
@@ -37,7 +37,7 @@ pub struct Bar {
 }
 
 impl Bar {
-    /// Returns the description of the bar, such as `14:00–15:00 CET · 1,204 allowed · 38 rejected (3.1%)`.
+    /// Describes the bar, such as `14:00–15:00 CET · 1,204 allowed · 38 rejected (3.1%)`.
     pub fn text(&self) -> String {
         let Self {
             time,
@@ -62,14 +62,14 @@ impl Bar {
     }
 }
 
-/// Formats a part of a whole as a percentage with one decimal place. Returns `None` if the whole is zero.
+/// Formats a percentage with one decimal. Returns `None` if `whole` is zero.
 pub fn percent(part: u64, whole: u64) -> Option<String> {
     let tenths = u128::from(part) * 1000 + u128::from(whole) / 2;
     let tenths = u64::try_from(tenths.checked_div(u128::from(whole))?).ok()?;
     Some(format!("{}.{}%", number(tenths / 10), tenths % 10))
 }
 
-/// Returns the distance between gridlines: 1, 2 or 5 times a power of ten.
+/// Returns the distance between gridlines: 1, 2, or 5 times a power of ten.
 fn grid_step(max: u64) -> u64 {
     let mut power = 1_u64;
     loop {
@@ -83,7 +83,7 @@ fn grid_step(max: u64) -> u64 {
     }
 }
 
-/// Formats a round number in short form: `1.5k`, `20M`.
+/// Abbreviates a round number: `1.5k`, `20M`.
 pub fn short(n: u64) -> String {
     for (unit, suffix) in [(1_000_000_000, "G"), (1_000_000, "M"), (1000, "k")] {
         if n >= unit {
@@ -98,22 +98,21 @@ pub fn short(n: u64) -> String {
     n.to_string()
 }
 
-/// Returns `part` of `whole` as a percentage for an attribute.
+/// Returns a position as a percentage of `whole`, for use in an attribute.
 fn position(part: u64, whole: u64) -> String {
     let thousandths = part * 100_000 / whole.max(1);
     format!("{}.{:03}%", thousandths / 1000, thousandths % 1000)
 }
 
-/// Which parts of a chart are visible.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Visible {
     pub allowed: bool,
     pub rejected: bool,
-    /// The bar under the pointer.
+    /// The index of the bar under the pointer.
     pub selected: Option<usize>,
 }
 
-/// Returns the plot, and the labels of the gridlines for the column to its left.
+/// Returns the plot, and the gridline labels for the column to its left.
 pub fn bar_chart(bars: &[Bar], visible: Visible) -> (Markup, Markup) {
     let shown = |bar: &Bar| {
         let allowed = if visible.allowed { bar.allowed } else { 0 };
@@ -126,7 +125,7 @@ pub fn bar_chart(bars: &[Bar], visible: Visible) -> (Markup, Markup) {
     });
     let step = grid_step(highest.max().unwrap_or(0));
     let top = step * GRIDLINES;
-    // Anything other than zero is at least one pixel high.
+    // Every value except zero is at least one pixel high.
     let height = |n: u64| {
         let pixels = u128::from(n) * u128::from(BASE - TOP) / u128::from(top);
         u64::try_from(pixels)
@@ -197,7 +196,7 @@ pub fn bar_chart(bars: &[Bar], visible: Visible) -> (Markup, Markup) {
             rect("allowed", BASE - allowed_height, allowed_height);
         }
         if rejected > 0 {
-            // One pixel of space between the series.
+            // Leave one pixel between the two series.
             let gap = u64::from(allowed > 0);
             let rejected_height = height(rejected).saturating_sub(gap).max(1);
             rect(
@@ -252,7 +251,7 @@ pub fn bar_chart(bars: &[Bar], visible: Visible) -> (Markup, Markup) {
     (plot, axis)
 }
 
-/// Returns the pattern for rejected requests, which distinguishes them without color.
+/// Returns the pattern that distinguishes rejected requests without color.
 fn hatch() -> Markup {
     let parts = [
         element(
@@ -276,13 +275,12 @@ fn hatch() -> Markup {
     element("defs", &[], &[pattern])
 }
 
-/// Returns which bars have a label. They are evenly spaced and include the first.
+/// Returns the indexes of the bars that have a label. They are evenly spaced and start at 0.
 fn label_positions(bars: usize) -> impl Iterator<Item = usize> {
     let step = bars.div_ceil(MAX_LABELS).max(1);
     (0..bars).step_by(step)
 }
 
-/// Returns the data of the chart as a table.
 pub fn bar_table(caption: &str, bars: &[Bar]) -> Markup {
     let head = ["Time", "Allowed", "Rejected", "Rejection rate"];
     let head = head.map(|name| {
@@ -328,7 +326,7 @@ pub fn bar_table(caption: &str, bars: &[Bar]) -> Markup {
     element("table", &[("class", "table data")], &parts)
 }
 
-/// Returns a row of small bars, without axes.
+/// Returns a row of small bars without axes.
 pub fn sparkline(values: &[u64]) -> Markup {
     let highest = values.iter().copied().max().unwrap_or(0).max(1);
     let units = values.len() as u64 * 10;

@@ -1,13 +1,12 @@
-//! Commands available on every page, through the palette or a keyboard shortcut.
+//! Commands that are available on every page, through the palette or a keyboard shortcut.
 
 use super::{address::ConsolePage, role::Right};
 
-/// The effect of a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
-    /// Opens this address of the console.
+    /// Goes to this address in the console.
     Go(&'static str),
-    /// Focuses the search for API keys.
+    /// Focuses the search field for API keys.
     Search,
     Theme(&'static str),
     /// Lists the keyboard shortcuts.
@@ -82,21 +81,20 @@ pub const COMMANDS: &[Command] = &[
     command("Sign out", "", Action::SignOut),
 ];
 
-/// Returns the commands whose names contain every typed word, ignoring ASCII case. Unicode case tables would add to the
-/// download.
+/// Returns the commands whose names contain all typed words. Ignores case only for ASCII letters: Unicode case tables
+/// would make the download larger.
 pub fn matching(typed: &str) -> impl Iterator<Item = &'static Command> + use<'_> {
     COMMANDS
         .iter()
         .filter(move |command| contains_words(command.name, typed))
 }
 
-/// Whether a name contains every typed word, ignoring ASCII case.
 pub fn contains_words(name: &str, typed: &str) -> bool {
     let (name, typed) = (name.to_ascii_lowercase(), typed.to_ascii_lowercase());
     typed.split_whitespace().all(|word| name.contains(word))
 }
 
-/// The part of a shortcut that has been pressed so far.
+/// The first key of a shortcut, while waiting for the second one.
 #[derive(Debug, Default)]
 pub struct Keys {
     first: Option<(char, i64)>,
@@ -106,10 +104,10 @@ impl Keys {
     /// The longest pause between two keys of a shortcut, in milliseconds.
     pub const MAX_PAUSE: i64 = 1500;
 
-    /// Handles a key by its name, such as `g` or `Shift`. Returns the command it completes.
+    /// Handles a key, such as `g` or `Shift`. Returns the command if the key completes a shortcut.
     pub fn press(&mut self, key: &str, now: i64) -> Option<&'static Command> {
         let mut chars = key.chars();
-        // Ignores keys without a character, such as the Shift that precedes `?`.
+        // Ignore keys that do not type a character, such as the Shift before a `?`.
         let (Some(typed), None) = (chars.next(), chars.next()) else {
             return None;
         };

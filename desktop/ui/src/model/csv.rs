@@ -1,6 +1,6 @@
 //! CSV files (RFC 4180) that are safe to open in a spreadsheet.
 
-/// Returns a file with these rows, the first of which is the header.
+/// Returns the file's content. The first row is the header.
 pub fn csv(rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut file = String::new();
     for row in rows {
@@ -11,8 +11,8 @@ pub fn csv(rows: impl IntoIterator<Item = Vec<String>>) -> String {
     file
 }
 
-/// Quotes a cell if needed. A string that a spreadsheet would evaluate as a formula is prefixed with an apostrophe
-/// (OWASP, "CSV Injection"); a plain number is not.
+/// Quotes a cell if needed. If a spreadsheet would evaluate the text as a formula, prefixes it with an apostrophe
+/// (OWASP, "CSV Injection"). Leaves plain numbers unchanged.
 fn cell(text: &str) -> String {
     let is_number = text.parse::<i64>().is_ok();
     let is_formula = !is_number && text.starts_with(['=', '+', '-', '@', '\t', '\r']);

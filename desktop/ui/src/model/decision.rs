@@ -1,4 +1,4 @@
-//! Decisions as a table, and the state of a live list of them.
+//! Decisions as a table, and the state of a live list of decisions.
 
 use std::collections::VecDeque;
 
@@ -13,29 +13,28 @@ use super::{
 /// The newest decisions, at most [`Live::MAX`].
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Live {
-    /// Newest first.
     pub rows: VecDeque<Decision>,
     /// Decisions that arrived while the list was paused, newest first.
     pub waiting: VecDeque<Decision>,
-    /// Whether decisions between two updates were skipped because they arrived too fast.
+    /// Whether some decisions are missing because too many arrived between two updates.
     pub has_gap: bool,
 }
 
 impl Live {
     pub const MAX: usize = 500;
 
-    /// Returns the newest known decision.
     fn newest(&self) -> Option<&Decision> {
         self.waiting.front().or_else(|| self.rows.front())
     }
 
-    /// Returns how many of these, newest first, are new. `None` if all of them are new.
+    /// Returns the number of new decisions in `page`, which is sorted newest first. Returns `None` if all of them are
+    /// new.
     pub fn count_new(&self, page: &[Decision]) -> Option<usize> {
         let newest = self.newest()?;
         page.iter().position(|it| it.id == newest.id)
     }
 
-    /// Adds new decisions, newest first.
+    /// `new` is sorted newest first.
     pub fn add(&mut self, new: Vec<Decision>, paused: bool) {
         let rows = if paused {
             &mut self.waiting
@@ -52,7 +51,6 @@ impl Live {
         }
     }
 
-    /// Shows the decisions that arrived while the list was paused.
     pub fn resume(&mut self) {
         while let Some(decision) = self.waiting.pop_back() {
             self.rows.push_front(decision);
@@ -61,7 +59,7 @@ impl Live {
     }
 }
 
-/// Returns a table of decisions. `clock` formats a time; with `with_key`, the key's name is a column.
+/// `clock` formats a time. `with_key` adds a column with the key's name.
 pub fn decision_table(
     decisions: &[&Decision],
     caption: &str,
@@ -139,7 +137,8 @@ pub fn decision_table(
     element("table", &[("class", "table data decisions")], &parts)
 }
 
-/// Returns why a key has no decisions to show. `requests` is the number of its requests in the last day, by its usage.
+/// Explains why a key has no decisions to show. `requests` is the number of requests with the key in the last day,
+/// according to the usage statistics.
 pub const fn no_decisions(requests: u64, was_used: bool) -> &'static str {
     match (requests, was_used) {
         (1.., _) => "The decision log has no entries for these requests.",

@@ -1,4 +1,4 @@
-//! The values of form fields.
+//! Conversions between form fields and values.
 
 use quota_common::{
     bounds::{NAME_MAX, RPM_MAX},
@@ -6,7 +6,7 @@ use quota_common::{
     plan::{CreatePlan, UpdatePlan},
 };
 
-/// Reads a whole number, which may have thousands separators. An empty field is `None`.
+/// Parses a whole number, with or without thousands separators. Returns `None` if the field is empty.
 pub fn optional_number(text: &str) -> Result<Option<u64>, &'static str> {
     let digits: String = text
         .chars()
@@ -18,7 +18,7 @@ pub fn optional_number(text: &str) -> Result<Option<u64>, &'static str> {
     digits.parse().map(Some).map_err(|_| "Enter a whole number")
 }
 
-/// Reads a rate or burst. An empty field is `None`.
+/// Parses a rate or burst. Returns `None` if the field is empty.
 pub fn optional_rate(text: &str) -> Result<Option<u32>, &'static str> {
     optional_number(text)?
         .map(|n| match u32::try_from(n) {
@@ -44,13 +44,13 @@ pub fn check_email(text: &str) -> Result<(), &'static str> {
     }
 }
 
-/// Reads text. An empty field is `None`.
+/// Returns `None` if the field is empty.
 pub fn optional_text(text: &str) -> Option<String> {
     let text = text.trim();
     (!text.is_empty()).then(|| text.to_owned())
 }
 
-/// Returns metadata in editable form: one `name=value` pair per line.
+/// Formats metadata for editing: one `name=value` pair per line.
 pub fn metadata_text(metadata: &Metadata) -> String {
     let lines: Vec<_> = metadata
         .iter()
@@ -59,7 +59,7 @@ pub fn metadata_text(metadata: &Metadata) -> String {
     lines.join("\n")
 }
 
-/// Parses the output of [`metadata_text`] after editing.
+/// Parses metadata in the format of [`metadata_text`].
 pub fn metadata(text: &str) -> Result<Metadata, &'static str> {
     let lines = text.lines().filter(|line| !line.trim().is_empty());
     lines
@@ -75,17 +75,16 @@ pub fn check_metadata(text: &str) -> Result<(), &'static str> {
     metadata(text).map(drop)
 }
 
-/// Returns the new value if it differs. Unchanged fields are not sent, so that concurrent changes by others are kept.
+/// Returns the new value if it differs. Unchanged fields are not sent, so that they do not undo changes made by others.
 pub fn changed<T: PartialEq>(was: &T, now: T) -> Option<T> {
     (*was != now).then_some(now)
 }
 
-/// Returns the changed fields of a plan.
 pub fn plan_changes(was: &CreatePlan, now: CreatePlan) -> UpdatePlan {
     UpdatePlan {
         name: changed(&was.name, now.name),
         default_rpm: changed(&was.default_rpm, now.default_rpm),
-        // A burst that equals the rate follows rate changes.
+        // A burst that is equal to the rate follows rate changes.
         burst: changed(&was.burst, now.burst)
             .map(|burst| burst.unwrap_or_else(|| u32::from(now.default_rpm).into())),
         daily_quota: changed(&was.daily_quota, now.daily_quota),
@@ -96,7 +95,7 @@ pub fn plan_changes(was: &CreatePlan, now: CreatePlan) -> UpdatePlan {
     }
 }
 
-/// Returns the name of a plan's copy, truncated to the maximum length of a name.
+/// Returns the name for a copy of a plan, truncated to the maximum length of a name.
 pub fn copy_name(name: &str) -> String {
     const SUFFIX: &str = " (copy)";
     let kept = NAME_MAX - SUFFIX.len();
@@ -104,7 +103,7 @@ pub fn copy_name(name: &str) -> String {
     format!("{start}{SUFFIX}")
 }
 
-/// Returns the page to open after signing in. Always a page of the console, no matter what the address contains.
+/// Returns the page to open after sign-in. Ignores addresses outside the console.
 pub fn next_page(next: Option<&str>) -> String {
     match next {
         Some(next)

@@ -1,5 +1,3 @@
-//! The details of an API key.
-
 use quota_common::{Timestamp, api_key::ApiKey, plan::Plan};
 
 use super::{
@@ -8,7 +6,7 @@ use super::{
     text::{date_time, number, relative},
 };
 
-/// Returns a relative time, with the exact time as a tooltip. The page keeps it current.
+/// Returns a relative time with the exact time as a tooltip. It is updated while the page is open.
 pub fn time_markup(at: Timestamp, now: i64) -> Markup {
     let millis = at.inner().timestamp_millis();
     with_text(
@@ -18,7 +16,6 @@ pub fn time_markup(at: Timestamp, now: i64) -> Markup {
     )
 }
 
-/// Formats a time that may be missing.
 pub fn time_or(at: Option<Timestamp>, missing: &str, now: i64) -> Markup {
     at.map_or_else(
         || with_text("span", &[("class", "muted")], missing),
@@ -31,7 +28,6 @@ fn row(label: &str, content: &[Markup]) -> Markup {
     element("div", &[], &parts)
 }
 
-/// Returns a badge that shows whether the key can be used.
 pub fn status_badge(key: &ApiKey, now: i64) -> Markup {
     let is_expired = key
         .expires_at
@@ -44,7 +40,7 @@ pub fn status_badge(key: &ApiKey, now: i64) -> Markup {
     with_text("span", &[("class", class)], status)
 }
 
-/// Returns the key's status, times and plan, and the limits that apply to it once its plan is known.
+/// Returns the key's status, times, and plan. Includes the key's limits if `plan` is known.
 pub fn key_details(key: &ApiKey, plan: Option<&Plan>, time_zone: &str, now: i64) -> Markup {
     let plan_name = plan.map_or("…", |plan| &plan.name);
     let mut rows = vec![
@@ -72,7 +68,7 @@ pub fn key_details(key: &ApiKey, plan: Option<&Plan>, time_zone: &str, now: i64)
     if let Some(plan) = plan {
         all.push(limit_details(key, plan, time_zone));
     }
-    // These rows are separate from Quota's own, because a tenant may choose any name.
+    // Shown separately from Quota's own fields, because tenants can choose any names.
     if !key.metadata.is_empty() {
         let rows: Vec<_> = key
             .metadata
@@ -85,7 +81,7 @@ pub fn key_details(key: &ApiKey, plan: Option<&Plan>, time_zone: &str, now: i64)
     all
 }
 
-/// Returns a row with user-defined text.
+/// Returns a row for text that a user entered.
 fn text_row(label: &str, text: &str) -> Markup {
     let class = [("class", "clamp"), ("dir", "auto")];
     row(label, &[with_text("span", &class, text)])

@@ -1,4 +1,4 @@
-//! The limits that apply to an API key, and how much of them is used.
+//! The limits that apply to an API key, and how much of each is used.
 
 use quota_common::{
     api_key::ApiKey,
@@ -15,10 +15,9 @@ use super::{
     text::{countdown, relative},
 };
 
-/// A key's limits: its plan's, with the key's own rate if it has one.
+/// The limits of the key's plan. A rate override replaces the plan's rate.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EffectiveLimits {
-    /// Requests per minute.
     pub rate: u32,
     pub burst: u32,
     pub daily_quota: Option<u64>,
@@ -30,7 +29,7 @@ impl EffectiveLimits {
         let rate = key.rpm_override.unwrap_or(plan.default_rpm);
         Self {
             rate,
-            // If the plan's burst equals its rate, the key's burst equals the key's own rate.
+            // If the plan's burst is equal to its rate, the burst follows the key's rate override.
             burst: if plan.burst == plan.default_rpm {
                 rate
             } else {
@@ -42,8 +41,8 @@ impl EffectiveLimits {
     }
 }
 
-/// Returns a meter for each limit of a key. Between two loads, the burst refills: `loaded_at` is when the limits were
-/// loaded. Both times are the browser's, in milliseconds since 1970.
+/// Returns a meter for each limit of a key. Includes the tokens refilled since `loaded_at`. Both times are from the
+/// browser's clock, in milliseconds since 1970.
 pub fn limit_meters(it: &KeyLimits, loaded_at: i64, now: i64) -> Markup {
     let meters = it.limits.iter();
     meters

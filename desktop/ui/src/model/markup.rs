@@ -1,11 +1,11 @@
-//! HTML and SVG as text, for parts of a page that are not interactive: charts and large tables. Generating them as text
-//! adds a tenth of what the same views would add to the download, and they can be tested without a browser.
+//! HTML and SVG as text, for charts, large tables, and other parts of a page that are not interactive. Such code adds
+//! only a tenth as much to the download as Leptos views would, and it can be tested without a browser.
 //!
-//! All text and attribute values are escaped here. Tags and attribute names are literals.
+//! This module escapes all text and attribute values. Tags and attribute names are literals.
 
 use std::fmt::{self, Write as _};
 
-/// A safe piece of HTML.
+/// HTML with everything escaped.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Markup(String);
 
@@ -53,7 +53,7 @@ fn escape(text: &str, out: &mut String) {
     }
 }
 
-/// Returns an element. Attributes with an empty value are left out.
+/// Omits attributes with an empty value.
 pub fn element(
     tag: &'static str,
     attributes: &[(&'static str, &str)],
@@ -75,7 +75,6 @@ pub fn element(
     Markup(out)
 }
 
-/// Returns an element that contains only text.
 pub fn with_text(tag: &'static str, attributes: &[(&'static str, &str)], text: &str) -> Markup {
     element(tag, attributes, &[Markup::text(text)])
 }

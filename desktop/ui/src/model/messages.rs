@@ -1,8 +1,8 @@
-//! Short messages, one at a time.
+//! Short messages, shown one at a time.
 
-/// How long an error must have been shown to count as read, in milliseconds.
+/// An error that was shown for at least this many milliseconds counts as read.
 const READ_MS: i64 = 3000;
-/// The maximum number of errors that wait behind the latest one; older ones are dropped.
+/// The maximum number of errors that wait behind the current message. Older errors are dropped.
 const MAX_WAITING: usize = 3;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -11,13 +11,13 @@ pub struct Message<A> {
     pub text: String,
     pub request_id: Option<String>,
     pub is_error: bool,
-    /// What the message offers to do.
+    /// An action that the message offers.
     pub action: Option<A>,
-    /// Milliseconds since 1970.
+    /// In milliseconds since 1970.
     pub added_at: i64,
 }
 
-/// The messages. The last one is shown.
+/// The last message is the one on the page.
 #[derive(Debug, Clone)]
 pub struct Messages<A>(Vec<Message<A>>);
 
@@ -26,7 +26,7 @@ impl<A: Clone> Messages<A> {
         Self(Vec::new())
     }
 
-    /// Shows a message. A success replaces everything except errors that are too recent to have been read.
+    /// Shows a message. A success message removes all others except errors that the user has not had time to read.
     pub fn add(&mut self, message: Message<A>) {
         self.0.retain(|it| {
             it.is_error && (message.is_error || message.added_at - it.added_at < READ_MS)
@@ -39,7 +39,8 @@ impl<A: Clone> Messages<A> {
         self.0.retain(|it| it.id != id);
     }
 
-    /// Removes the messages of a page that the user has left. Actions work on any page.
+    /// Removes the messages of the page that the user has left. Messages with an action remain, because actions work on
+    /// any page.
     pub fn leave_page(&mut self) {
         self.0.retain(|it| it.action.is_some());
     }
@@ -48,7 +49,7 @@ impl<A: Clone> Messages<A> {
         self.0.is_empty()
     }
 
-    /// Returns the message to show, and how many wait behind it.
+    /// Returns the message to show, and the number of messages behind it.
     pub fn shown(&self) -> Option<(Message<A>, usize)> {
         let (last, waiting) = self.0.split_last()?;
         Some((last.clone(), waiting.len()))
@@ -96,7 +97,7 @@ mod tests {
         messages.add(message(2, false, READ_MS));
         messages.remove(2);
         assert!(messages.is_empty());
-        // An error that was covered immediately is shown afterward.
+        // An error that was covered before it could be read is shown afterwards.
         messages.add(message(3, true, 10_000));
         messages.add(message(4, false, 10_500));
         assert_eq!(shown(&messages), Some((4, 1)));

@@ -5,7 +5,6 @@ use super::{
     text::number,
 };
 
-/// How much of a limit is used.
 #[derive(Debug, Clone, Default)]
 pub struct Meter<'a> {
     pub label: &'a str,
@@ -13,17 +12,15 @@ pub struct Meter<'a> {
     pub limit: u64,
     /// When the limit resets.
     pub note: &'a str,
-    /// Whether this limit denied a request.
     pub denied: bool,
 }
 
 impl Meter<'_> {
-    /// Returns the value of the bar in words: what is used, like the bar.
     pub fn text(&self) -> String {
         format!("{} of {} used", number(self.used), number(self.limit))
     }
 
-    /// Returns the used part in percent. A sliver is visible as soon as anything is used.
+    /// Returns the used part in percent. At least 1 if anything is used, so that the bar is visible.
     fn percent(&self) -> u64 {
         let percent = u128::from(self.used) * 100 / u128::from(self.limit.max(1));
         u64::try_from(percent)

@@ -1,4 +1,4 @@
-//! Values and texts that do not depend on a browser, so that they can be tested on the host.
+//! Values and texts that can be tested natively, because they do not need a browser.
 
 pub mod address;
 pub mod alert;

@@ -1,7 +1,7 @@
-//! Amounts of money, with decimal arithmetic on strings: floating-point numbers would be inexact, and would add to the
-//! download.
+//! Amounts of money. Uses decimal arithmetic on strings: floating-point numbers would be inexact and would make the
+//! download larger.
 
-use super::text::group_thousands;
+use quota_common::number::group_thousands;
 
 /// Currencies whose smallest unit in Stripe is not a hundredth.
 const WHOLE: &str = "bif clp djf gnf jpy kmf krw mga pyg rwf vnd vuv xaf xof xpf";
@@ -17,12 +17,12 @@ fn digits_of(currency: &str) -> usize {
     }
 }
 
-/// Formats an amount, a decimal number in the currency's smallest unit, multiplied by 10 to the power of `exponent`:
-/// `2900` of `usd` is `$29.00`.
+/// Formats an amount in the currency's smallest unit, multiplied by 10 to the power of `exponent`. For example, `2900`
+/// of `usd` with exponent 0 is `$29.00`.
 pub fn money(amount: &str, exponent: usize, currency: &str) -> String {
     let digits = digits_of(currency);
     let (whole, fraction) = amount.split_once('.').unwrap_or((amount, ""));
-    // All digits, with at least one before the decimal point.
+    // All digits, at least one of them before the decimal point.
     let text = format!("{:0>width$}{fraction}", whole, width = digits + 1);
     let text = format!(
         "{text:0<width$}",

@@ -1,13 +1,13 @@
-//! JSON for people to read.
+//! Formats JSON for people to read.
 
 use serde_json::Value;
 
 use super::audit::compact;
 
-/// The fields of an event in the order of the request's body. The server returns fields in alphabetical order.
+/// The first fields of an event, as in the request body. The server returns fields in alphabetical order.
 const FIRST: [&str; 2] = ["type", "timestamp"];
 
-/// Returns the body of an event as JSON, one field per line.
+/// Formats the body of an event, one field per line.
 pub fn pretty(payload: &Value) -> String {
     let mut out = String::new();
     write(payload, 0, &mut out);

@@ -1,20 +1,18 @@
-//! The policies of a key, as reported by the headers of a response.
+//! The state of a key's policies, as reported by response headers.
 
 use quota_common::limit::{LimitState, PolicyName};
 
-/// The state of a policy after a response.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PolicyState {
-    /// `rpm`, `daily`, `monthly` or `tenant_monthly`.
+    /// `rpm`, `daily`, `monthly`, or `tenant_monthly`.
     pub policy: String,
     pub limit: u64,
-    /// `None` if the response does not report it: only the rate and the policy closest to exhaustion are reported.
+    /// `None` if the response does not contain it. Responses report only the rate limit and the policy that is closest
+    /// to exhaustion.
     pub remaining: Option<u64>,
-    /// Whether this policy denied the request.
     pub denied: bool,
 }
 
-/// Returns the label of a policy.
 pub fn policy_label(policy: &str) -> &str {
     match policy {
         "rpm" => "Rate limit",
@@ -26,7 +24,7 @@ pub fn policy_label(policy: &str) -> &str {
     }
 }
 
-/// Returns what a response with status 429 means, by the policies that denied the request.
+/// Explains a 429 response by the policies that denied the request.
 pub fn denial(policies: &[PolicyState]) -> &'static str {
     let denying = policies.iter().find(|it| it.denied);
     match denying.map(|it| &*it.policy) {
@@ -38,7 +36,7 @@ pub fn denial(policies: &[PolicyState]) -> &'static str {
     }
 }
 
-/// Adds what the headers do not report: the quotas of a key as loaded before its last `spent` allowed requests.
+/// Fills in quotas that the headers do not report. `limits` was loaded before the last `spent` allowed requests.
 pub fn complete(states: &mut [PolicyState], limits: &[LimitState], spent: u64) {
     for state in states.iter_mut().filter(|it| it.remaining.is_none()) {
         let found = limits.iter().find(|it| it.policy.as_str() == state.policy);
@@ -46,7 +44,6 @@ pub fn complete(states: &mut [PolicyState], limits: &[LimitState], spent: u64) {
     }
 }
 
-/// The header fields that report limits.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct LimitHeaders<'a> {
     /// `X-RateLimit-Limit`.
@@ -59,7 +56,7 @@ pub struct LimitHeaders<'a> {
     pub nearest: &'a str,
 }
 
-/// Returns the value of a parameter of a structured field's item, such as `q` in `"rpm";q=60;w=60`.
+/// Returns a parameter of an item in a structured field, such as `q` in `"rpm";q=60;w=60`.
 fn parameter(item: &str, name: &str) -> Option<u64> {
     let mut parameters = item.split(';').skip(1);
     let value = parameters.find_map(|it| it.trim().strip_prefix(name)?.strip_prefix('='));
@@ -70,7 +67,7 @@ fn item_name(item: &str) -> Option<&str> {
     item.split('"').nth(1)
 }
 
-/// Returns the state of every policy. `violated` names those that denied the request.
+/// Returns the state of every policy. `violated` lists the policies that denied the request.
 pub fn policy_states(headers: LimitHeaders<'_>, violated: &[PolicyName]) -> Vec<PolicyState> {
     let items = |field: &'static str, text: &str| -> Vec<(String, Option<u64>)> {
         text.split(',')
@@ -90,7 +87,7 @@ pub fn policy_states(headers: LimitHeaders<'_>, violated: &[PolicyName]) -> Vec<
             };
             Some(PolicyState {
                 limit: limit?,
-                // A quota that denies a request with a cost of 1 is used up.
+                // A quota that denied a request with a cost of 1 must be used up.
                 remaining: if denied { Some(0) } else { remaining },
                 policy,
                 denied,

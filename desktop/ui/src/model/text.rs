@@ -1,36 +1,19 @@
-//! Numbers, times and names as the console shows them.
+//! Formats numbers, times, and names for display.
 
+pub use quota_common::number::grouped as number;
 use quota_common::page::TOTAL_MAX;
-
-/// Formats a number with thousands separators.
-pub fn number(n: u64) -> String {
-    group_thousands(&n.to_string())
-}
-
-/// Adds thousands separators to digits.
-pub fn group_thousands(digits: &str) -> String {
-    let mut text = String::new();
-    for (at, digit) in digits.chars().enumerate() {
-        if at > 0 && (digits.len() - at).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
-}
 
 /// Formats a count with its noun.
 pub fn count(n: u64, one: &str, many: &str) -> String {
     format!("{} {}", number(n), if n == 1 { one } else { many })
 }
 
-/// Formats the number of items in a list, which is counted up to [`TOTAL_MAX`].
+/// Formats the number of items in a list. The server counts only up to [`TOTAL_MAX`].
 pub fn list_total(n: u64) -> String {
     let more = if n < TOTAL_MAX { "" } else { "+" };
     format!("{}{more}", number(n))
 }
 
-/// Capitalizes the first letter of a message.
 pub fn capitalized(text: &str) -> String {
     let mut chars = text.chars();
     chars.next().map_or_else(String::new, |first| {
@@ -38,14 +21,14 @@ pub fn capitalized(text: &str) -> String {
     })
 }
 
-/// Quotes a name within a sentence: shortened, and isolated from the text direction around it.
+/// Quotes a name for use in a sentence: truncates it, and isolates it from the surrounding text direction.
 pub fn quoted(name: &str) -> String {
     const MAX_CHARS: usize = 60;
     let mut short: String = name.chars().take(MAX_CHARS).collect();
     if name.chars().nth(MAX_CHARS).is_some() {
         short.push('…');
     }
-    // Bidirectional controls could close the isolate and affect the rest of the sentence.
+    // Bidirectional control characters could end the isolation and affect the rest of the sentence.
     short.retain(|c| !matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}'));
     format!("\"\u{2068}{short}\u{2069}\"")
 }
@@ -60,7 +43,7 @@ fn duration(secs: u64) -> String {
     }
 }
 
-/// Formats a time relative to now; both in milliseconds since 1970.
+/// Formats a time relative to `now`. Both are in milliseconds since 1970.
 pub fn relative(at: i64, now: i64) -> String {
     let secs = (at - now).unsigned_abs() / 1000;
     match (at > now, secs) {
@@ -71,14 +54,15 @@ pub fn relative(at: i64, now: i64) -> String {
     }
 }
 
-/// Formats a time in UTC, such as `25 Nov 2026, 23:12 UTC`; in milliseconds since 1970.
+/// Formats a time in UTC, such as `25 Nov 2026, 23:12 UTC`. `millis` is in milliseconds since 1970.
 pub fn date_time(millis: i64) -> String {
     const MONTHS: [&str; 12] = [
         "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec",
     ];
     let minutes = millis.div_euclid(60_000);
     let (days, minute) = (minutes.div_euclid(1440), minutes.rem_euclid(1440));
-    // Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms": years begin in March, so that leap days come last.
+    // Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms". Years start in March, so that a leap day is a
+    // year's last day.
     let shifted = days + 719_468;
     let (era, day_of_era) = (shifted.div_euclid(146_097), shifted.rem_euclid(146_097));
     let year_of_era =
@@ -99,7 +83,7 @@ pub fn date_time(millis: i64) -> String {
     )
 }
 
-/// Formats the time to wait, for a countdown.
+/// Formats the remaining time of a countdown.
 pub fn countdown(secs: u64) -> String {
     match secs {
         0..120 => format!("{secs} s"),
@@ -109,12 +93,12 @@ pub fn countdown(secs: u64) -> String {
     }
 }
 
-/// Returns a command that tries a key.
+/// Returns a command that tests a key.
 pub fn curl(origin: &str, key: &str) -> String {
     format!("curl -i {origin}/v1/echo -H \"X-API-Key: {key}\"")
 }
 
-/// A gateway with a configuration to copy.
+/// A gateway whose configuration the console shows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Gateway {
     Caddy,
@@ -143,10 +127,10 @@ impl Gateway {
         }
     }
 
-    /// Returns the configuration for the server at `origin`, such as `https://quota.example.com`. `files` contains the
-    /// configurations of all gateways, each after a line with its name.
+    /// Returns the configuration for a server at `origin`, such as `https://quota.example.com`. `files` contains the
+    /// configurations of all gateways, each below a line with the gateway's name.
     pub fn configuration(self, files: &str, origin: &str, token: &str) -> String {
-        // The server's tests run these files with real gateways. Their opening comments are left out.
+        // The server's tests run these files in real gateways. Their leading comments are removed here.
         let file = |name: &str| {
             let start = format!("=== {name}\n");
             let text = files.split_once(&*start).map_or("", |(_, text)| text);
@@ -175,7 +159,7 @@ impl Gateway {
             }
             _ => (authority, format!("{authority}:{default}")),
         };
-        // nginx and HAProxy have separate settings for scheme, address and certificate.
+        // nginx and HAProxy configure scheme, address, and certificate separately.
         let text = if scheme == "http" {
             text.replace("https://quota/", "http://quota/")
                 .lines()
@@ -193,7 +177,7 @@ impl Gateway {
     }
 }
 
-/// Returns a file without its opening comment.
+/// Removes the leading comment.
 fn body(text: &str) -> &str {
     match text.split_once("\n\n") {
         Some((_, body)) if text.starts_with('#') => body.trim_end(),

@@ -1,4 +1,4 @@
-//! Usage: the parameters in the page's address, and the numbers as text and tables.
+//! The query parameters of the usage page, and usage as text and tables.
 
 use std::cmp::Reverse;
 
@@ -21,7 +21,7 @@ pub enum Range {
     Day,
     Week,
     Month,
-    /// The days between two given dates.
+    /// The days between two given dates, inclusive.
     Custom,
 }
 
@@ -43,7 +43,6 @@ impl Range {
     }
 }
 
-/// The time zone in which hours and days begin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ZoneChoice {
     Organization,
@@ -51,13 +50,12 @@ pub enum ZoneChoice {
     Browser,
 }
 
-/// The data that the address requests.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UsageRequest {
     pub range: Range,
-    /// With [`Range::Custom`]: the first and the last day.
+    /// The first and the last day. Used with [`Range::Custom`].
     pub dates: (String, String),
-    /// With `None`, hours are used for up to three days, and days for longer ranges.
+    /// `None` selects hours for ranges of up to three days, and days for longer ranges.
     pub bucket: Option<UsageBucketSize>,
     pub key_id: Option<ApiKeyId>,
     pub endpoint: Option<String>,
@@ -66,7 +64,7 @@ pub struct UsageRequest {
 }
 
 impl UsageRequest {
-    /// Returns the parameters of an address that determine which data to load.
+    /// Returns only the parameters that determine which data to load.
     pub fn parameters(query: &Query) -> String {
         let names = [
             "range", "from", "to", "bucket", "key_id", "endpoint", "tz", "group",
@@ -102,7 +100,7 @@ impl UsageRequest {
     }
 }
 
-/// Allowed and rejected, in requests or in cost.
+/// The allowed and rejected amounts, in requests or cost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pair {
     pub allowed: u64,
@@ -139,8 +137,8 @@ const fn group_pair(group: &UsageGroup, by_cost: bool) -> Pair {
     pair(&counts, by_cost)
 }
 
-/// Returns the requests since today began. The usage of the last day may have been loaded after the statistics, or may
-/// not reach back to midnight, if the clocks have changed since then.
+/// Returns the requests since midnight: the larger of two counts. `day` may have been loaded later than `stats`, and
+/// may not reach back to midnight after a clock change.
 pub fn today(stats: &Stats, day: &Usage) -> Pair {
     let buckets = day.buckets.iter().filter(|it| it.start >= stats.today);
     let (allowed, rejected) = buckets.fold((0, 0), |(allowed, rejected), it| {
@@ -170,7 +168,7 @@ pub fn change(now: u64, before: u64) -> String {
     }
 }
 
-/// Returns a number with its label and a note below.
+/// Returns a number with a label above it and a note below it.
 pub fn stat(label: &str, value: &str, note: &str, href: &str) -> Markup {
     let tag = if href.is_empty() { "div" } else { "a" };
     let parts = [
@@ -181,7 +179,8 @@ pub fn stat(label: &str, value: &str, note: &str, href: &str) -> Markup {
     element(tag, &[("class", "stat card"), ("href", href)], &parts)
 }
 
-/// Returns the numbers above the chart: allowed and rejected requests, the rejection rate, and the busiest hour or day.
+/// Returns the numbers above the chart: allowed requests, rejected requests, rejection rate, and the busiest hour or
+/// day.
 pub fn strip(now: Pair, before: Pair, peak: Option<(String, u64)>, peak_name: &str) -> Markup {
     let rate = |pair: Pair| percent(pair.rejected, pair.total());
     let rate_before = rate(before).map_or_else(
@@ -216,7 +215,6 @@ pub fn strip(now: Pair, before: Pair, peak: Option<(String, u64)>, peak_name: &s
     element("div", &[("class", "stats")], &stats)
 }
 
-/// Returns the name of a group, as displayed.
 pub fn group_name(group: &UsageGroup) -> String {
     if group.other {
         return "Other".to_owned();
@@ -230,7 +228,7 @@ pub fn group_name(group: &UsageGroup) -> String {
     }
 }
 
-/// The columns that a table of groups can be sorted by.
+/// The sortable columns of a table of groups.
 const COLUMNS: [(&str, &str); 4] = [
     ("allowed", "Allowed"),
     ("rejected", "Rejected"),
@@ -238,7 +236,7 @@ const COLUMNS: [(&str, &str); 4] = [
     ("last", "Last seen"),
 ];
 
-/// Sorts groups by a column; `Other` comes last. Without a column, sorts by requests.
+/// Sorts groups by a column, or by requests if `sort` is empty. `Other` always comes last.
 fn sort_groups(groups: &mut [UsageGroup], sort: &str, by_cost: bool) {
     let (column, ascending) = match sort.strip_prefix('-') {
         Some(column) => (column, false),
@@ -266,7 +264,7 @@ fn sort_groups(groups: &mut [UsageGroup], sort: &str, by_cost: bool) {
     }
 }
 
-/// Returns the groups of a response as a table. The name in each row is a link that filters the page by that group.
+/// Returns the groups as a table. Each name links to the page filtered by that group.
 pub fn group_table(usage: &Usage, query: &Query, by_cost: bool, now: i64) -> Markup {
     let group_by = usage.group_by.unwrap_or(UsageGroupBy::Key);
     let sort = query.get("sort").unwrap_or_default();
@@ -279,7 +277,7 @@ pub fn group_table(usage: &Usage, query: &Query, by_cost: bool, now: i64) -> Mar
         UsageGroupBy::Policy => "Denied by",
         UsageGroupBy::Plan => "Plan",
     };
-    // Policies have only rejected requests.
+    // Policy groups contain only rejected requests.
     let columns = COLUMNS
         .into_iter()
         .filter(|(id, _)| !is_policy || matches!(*id, "rejected" | "last"));
@@ -367,7 +365,7 @@ fn sort_head(id: &str, label: &str, sort: &str, query: &Query) -> Markup {
     )
 }
 
-/// Returns the name of a group, linked if the page can be filtered by it.
+/// Returns the name of a group, as a link if the page can be filtered by the group.
 fn group_link(group: &UsageGroup, query: &Query) -> Markup {
     let name = group_name(group);
     let filter = match (group.key_id, &group.endpoint) {
@@ -381,7 +379,7 @@ fn group_link(group: &UsageGroup, query: &Query) -> Markup {
         Some((parameter, value, next_group)) => {
             let mut query = query.clone().with(parameter, &value).with("sort", "");
             if !next_group.is_empty() {
-                // The ways in which a single key's usage can be grouped.
+                // Switch to a grouping that makes sense for a single key.
                 query = query.with("group", next_group);
             }
             let key = format!("group-{value}");
@@ -422,7 +420,6 @@ fn share_bar(pair: Pair, highest: u64) -> Markup {
     )
 }
 
-/// Returns the buckets of a response as a CSV file.
 pub fn usage_csv(usage: &Usage) -> String {
     let header = [
         "start",
@@ -511,7 +508,7 @@ mod tests {
             }))
             .expect("statistics")
         };
-        // 5 allowed and 1 rejected, at 05:00 on the 25th.
+        // 5 requests are allowed and 1 is rejected at 05:00 on November 25.
         let day = usage(&[]);
         let of = |stats: &Stats| {
             let pair = today(stats, &day);

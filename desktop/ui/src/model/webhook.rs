@@ -1,4 +1,4 @@
-//! Webhooks and their deliveries, in words.
+//! Describes webhooks and their deliveries.
 
 use std::fmt::Write as _;
 
@@ -14,10 +14,9 @@ use super::{
     text::{date_time, number, relative},
 };
 
-/// The type of the events that are sent when a threshold of a quota is reached.
+/// The type of events that are sent when usage reaches one of a quota's thresholds.
 const THRESHOLD_REACHED: &str = "quota.threshold_reached";
 
-/// Whether events are sent to a webhook, and whether they arrive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WebhookStatus {
     Enabled,
@@ -89,7 +88,7 @@ fn note(text: &str) -> Markup {
     with_text("span", &[("class", "exact")], text)
 }
 
-/// Webhooks as a table. Each name leads to the webhook's page.
+/// Each name links to the webhook's page.
 pub fn webhook_table(webhooks: &[Webhook], now: i64) -> Markup {
     let rows = webhooks
         .iter()
@@ -115,7 +114,7 @@ pub fn webhook_table(webhooks: &[Webhook], now: i64) -> Markup {
     )
 }
 
-/// The status badge, with the reason below it.
+/// Returns a status badge with the reason below it.
 fn status(it: &Webhook, now: i64) -> Markup {
     let status = WebhookStatus::of(it);
     let reason = match (status, &it.disabled_reason, it.failing_since) {
@@ -135,7 +134,7 @@ fn status(it: &Webhook, now: i64) -> Markup {
     element("div", &[], &parts)
 }
 
-/// How many webhooks there are, by status.
+/// Returns the number of webhooks with each status.
 pub fn webhook_counts(webhooks: &[Webhook]) -> String {
     let counts: Vec<String> = [
         (WebhookStatus::Enabled, "enabled"),
@@ -159,13 +158,13 @@ pub fn webhook_counts(webhooks: &[Webhook]) -> String {
     }
 }
 
-/// A row of a list of definitions.
+/// Returns a row of a definition list.
 fn detail(label: &str, content: &[Markup]) -> Markup {
     let parts = [with_text("dt", &[], label), element("dd", &[], content)];
     element("div", &[], &parts)
 }
 
-/// What the user has to know or do. Empty if the webhook works.
+/// Describes a problem and what to do about it. Empty if the webhook works.
 fn notice(it: &Webhook, now: i64) -> Markup {
     let text = match (WebhookStatus::of(it), &it.disabled_reason, it.failing_since) {
         (WebhookStatus::DisabledByQuota, Some(reason), _) => format!(
@@ -181,7 +180,6 @@ fn notice(it: &Webhook, now: i64) -> Markup {
     with_text("p", &[("class", class)], &text)
 }
 
-/// The webhook's status, URL and times.
 pub fn webhook_details(it: &Webhook, now: i64) -> Markup {
     let url = with_text("code", &[("class", "url")], &it.url);
     let mut rows = vec![
@@ -204,13 +202,13 @@ pub fn webhook_details(it: &Webhook, now: i64) -> Markup {
     .collect()
 }
 
-/// When requests are no longer signed with the previous secret, if they are now.
+/// Returns when the server stops signing requests with the previous secret, or `None` if it has already stopped.
 pub fn previous_secret_expiry(it: &Webhook, now: i64) -> Option<quota_common::Timestamp> {
     it.previous_secret_expires_at
         .filter(|at| at.inner().timestamp_millis() > now)
 }
 
-/// Checks a URL before it is sent. The server also checks the host.
+/// Checks the format of a URL. The server also checks the host.
 pub fn check_url(text: &str) -> Result<(), &'static str> {
     let text = text.trim();
     let rest = text
@@ -224,7 +222,6 @@ pub fn check_url(text: &str) -> Result<(), &'static str> {
     }
 }
 
-/// A short description of a type of event.
 pub fn event_label(kind: &str) -> &str {
     match kind {
         THRESHOLD_REACHED => "Quota threshold reached",
@@ -251,7 +248,7 @@ fn response(it: &WebhookDelivery) -> String {
         .map_or_else(|| "–".to_owned(), |status| status.to_string())
 }
 
-/// When a delivery is attempted again. During an attempt, the server returns when it would be repeated after a crash.
+/// During an attempt, the server returns the time when it would repeat the attempt after a crash.
 fn next_attempt(it: &WebhookDelivery, now: i64) -> Markup {
     match it.next_attempt_at {
         Some(_) if it.attempts > 0 && it.error.is_none() => Markup::text("Sending…"),
@@ -261,7 +258,7 @@ fn next_attempt(it: &WebhookDelivery, now: i64) -> Markup {
     }
 }
 
-/// Deliveries as a table. The button of each row has the delivery's ID in `data-delivery`.
+/// The button in each row has the delivery's ID in `data-delivery`.
 pub fn delivery_table(deliveries: &[WebhookDelivery], now: i64) -> Markup {
     let rows = deliveries.iter().map(|it| delivery_row(it, now)).collect();
     table(
@@ -322,7 +319,7 @@ fn delivery_row(it: &WebhookDelivery, now: i64) -> Markup {
     element("tr", &[], &cells)
 }
 
-/// Everything about a delivery except its payload.
+/// Returns everything about a delivery except its payload.
 pub fn delivery_details(it: &WebhookDelivery, now: i64) -> Markup {
     let created = it.created_at.inner().timestamp_millis();
     let error = match (&it.error, it.response_status) {
@@ -349,15 +346,15 @@ pub fn delivery_details(it: &WebhookDelivery, now: i64) -> Markup {
     element("dl", &[("class", "details")], &rows)
 }
 
-/// Whether an attempt of a new delivery has ended.
+/// Whether the first attempt has ended.
 pub const fn has_result(it: &WebhookDelivery) -> bool {
     it.error.is_some() || !matches!(it.status, WebhookDeliveryStatus::Pending)
 }
 
-/// Whether an attempt of a delivery is in progress or imminent, so that its result should be loaded soon.
+/// Whether an attempt is in progress or imminent, so that the result should be loaded soon.
 pub fn is_changing(deliveries: &[WebhookDelivery], now: i64) -> bool {
     const SOON_MS: i64 = 10_000;
-    /// Longer than an attempt takes.
+    /// Longer than any attempt.
     const ATTEMPT_MS: i64 = 20_000;
     let millis = |at: quota_common::Timestamp| at.inner().timestamp_millis();
     deliveries.iter().any(|it| {
@@ -368,7 +365,7 @@ pub fn is_changing(deliveries: &[WebhookDelivery], now: i64) -> bool {
     })
 }
 
-/// The results of deliveries, in a form that differs when one of them changes.
+/// Returns a string that changes whenever the result of a delivery changes.
 pub fn results(deliveries: &[WebhookDelivery]) -> String {
     let mut all = String::new();
     for it in deliveries {
@@ -378,12 +375,11 @@ pub fn results(deliveries: &[WebhookDelivery]) -> String {
     all
 }
 
-/// The delivery with an ID.
 pub fn find(deliveries: &[WebhookDelivery], id: WebhookDeliveryId) -> Option<&WebhookDelivery> {
     deliveries.iter().find(|it| it.id == id)
 }
 
-/// The result of a test event.
+/// Describes the result of a test event.
 pub fn test_result(it: &WebhookDelivery, now: i64) -> Markup {
     let mut text = match (it.status, it.response_status, &it.error) {
         (WebhookDeliveryStatus::Delivered, Some(status), _) => {
@@ -413,7 +409,7 @@ pub fn test_result(it: &WebhookDelivery, now: i64) -> Markup {
     .collect()
 }
 
-/// The types of events, as a list of definitions.
+/// Returns the event types as a definition list.
 pub fn event_types() -> Markup {
     let rows = [
         (
@@ -432,7 +428,7 @@ pub fn event_types() -> Markup {
     element("dl", &[("class", "details event-types")], &rows)
 }
 
-/// A language with an example of how to verify a signature.
+/// A programming language with an example of signature verification.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Language {
     Python,
@@ -449,7 +445,7 @@ impl Language {
         }
     }
 
-    /// Verifies a request with the Standard Webhooks library.
+    /// Returns code that verifies a request with the Standard Webhooks library.
     pub const fn example(self) -> &'static str {
         match self {
             Self::Python => {

@@ -1,6 +1,5 @@
-//! Local times, as the browser formats them for a time zone.
+//! Local times, as formatted by the browser for a time zone.
 
-/// A local time in a time zone.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LocalTime {
     pub year: i64,
@@ -8,9 +7,9 @@ pub struct LocalTime {
     pub day: u32,
     pub hour: u32,
     pub minute: u32,
-    /// For example `Thu`.
+    /// For example, `Thu`.
     pub weekday: String,
-    /// The zone's name at that time, such as `CET` or `GMT+9`.
+    /// The name of the time zone at that time, such as `CET` or `GMT+9`.
     pub zone: String,
 }
 
@@ -19,7 +18,7 @@ const MONTHS: [&str; 12] = [
 ];
 
 impl LocalTime {
-    /// Parses the output of `Intl.DateTimeFormat("en-GB", …)`: `Thu, 26/11/2026, 14:05 CET`.
+    /// Parses the output of `Intl.DateTimeFormat("en-GB", …)`, such as `Thu, 26/11/2026, 14:05 CET`.
     pub fn read(text: &str) -> Option<Self> {
         let weekday = text.get(..3)?.to_owned();
         let mut numbers = text
@@ -40,18 +39,18 @@ impl LocalTime {
         })
     }
 
-    /// Returns the date, such as `26 Nov`.
+    /// For example, `26 Nov`.
     pub fn date(&self) -> String {
         let month = MONTHS.get(self.month as usize - 1).copied();
         format!("{} {}", self.day, month.unwrap_or_default())
     }
 
-    /// Returns the time of day, such as `14:05`.
+    /// For example, `14:05`.
     pub fn clock(&self) -> String {
         format!("{:02}:{:02}", self.hour, self.minute)
     }
 
-    /// Returns the time to the second, such as `26 Nov, 14:05:09 CET`. Seconds are the same in every time zone.
+    /// For example, `26 Nov, 14:05:09 CET`. Seconds are the same in every time zone.
     pub fn to_the_second(&self, seconds: i64) -> String {
         format!(
             "{}, {}:{seconds:02} {}",
@@ -61,17 +60,17 @@ impl LocalTime {
         )
     }
 
-    /// Returns the value of a date field, such as `2026-11-26`.
+    /// The value of a date input, such as `2026-11-26`.
     pub fn iso_date(&self) -> String {
         format!("{:04}-{:02}-{:02}", self.year, self.month, self.day)
     }
 
-    /// Returns the minutes since the start of the day, by the clock.
+    /// Returns the minutes since midnight as shown on the clock, ignoring clock changes.
     pub fn minutes(&self) -> i64 {
         i64::from(self.hour) * 60 + i64::from(self.minute)
     }
 
-    /// Returns a time range, such as `Thu 26 Nov, 14:00–15:00 CET`.
+    /// Formats a time range, such as `Thu 26 Nov, 14:00–15:00 CET`.
     pub fn hours_to(&self, end: &Self) -> String {
         let Self { weekday, zone, .. } = self;
         format!(
@@ -82,12 +81,12 @@ impl LocalTime {
         )
     }
 
-    /// Returns the day, such as `Thu 26 Nov`.
+    /// For example, `Thu 26 Nov`.
     pub fn whole_day(&self) -> String {
         format!("{} {}", self.weekday, self.date())
     }
 
-    /// Returns the full time, such as `Thu 26 Nov, 14:20 CET`.
+    /// For example, `Thu 26 Nov, 14:20 CET`.
     pub fn in_full(&self) -> String {
         format!(
             "{} {}, {} {}",
@@ -102,13 +101,14 @@ impl LocalTime {
 const MINUTE_MS: i64 = 60_000;
 const DAY_MINUTES: i64 = 1440;
 
-/// Returns when the local day of a time began. `local` converts to local time; clocks may change during the day.
+/// Returns the start of the local day that contains `at`. `local` converts a time to local time. Handles clock changes
+/// during the day.
 pub fn start_of_day(at: i64, local: &dyn Fn(i64) -> Option<LocalTime>) -> Option<i64> {
     let minute = at.div_euclid(MINUTE_MS) * MINUTE_MS;
     let today = local(minute)?;
     let guess = minute - today.minutes() * MINUTE_MS;
     let there = local(guess)?;
-    // The clocks changed in between, so the guess is off by that change.
+    // If the clocks changed since midnight, the guess is off by the size of the change.
     let off = if there.day == today.day {
         there.minutes()
     } else {
@@ -117,18 +117,18 @@ pub fn start_of_day(at: i64, local: &dyn Fn(i64) -> Option<LocalTime>) -> Option
     Some(guess - off * MINUTE_MS)
 }
 
-/// Returns the start of the local day `days` days before the given time.
+/// Returns the start of the local day `days` days before the one that contains `at`.
 pub fn start_of_day_before(
     at: i64,
     days: i64,
     local: &dyn Fn(i64) -> Option<LocalTime>,
 ) -> Option<i64> {
-    // Counts from noon, so that days of 23 or 25 hours do not matter.
+    // Count from noon, so that days with 23 or 25 hours make no difference.
     let noon = start_of_day(at, local)? + DAY_MINUTES / 2 * MINUTE_MS;
     start_of_day(noon - days * DAY_MINUTES * MINUTE_MS, local)
 }
 
-/// Returns when a day, such as `2026-11-26`, began in a time zone.
+/// Returns the start of a day, such as `2026-11-26`, in a time zone.
 pub fn start_of_date(date: &str, local: &dyn Fn(i64) -> Option<LocalTime>) -> Option<i64> {
     let mut parts = date.split('-').map(str::parse::<i64>);
     let mut next = || parts.next()?.ok();
@@ -136,7 +136,7 @@ pub fn start_of_date(date: &str, local: &dyn Fn(i64) -> Option<LocalTime>) -> Op
     if !(1970..=9999).contains(&year) || !(1..=12).contains(&month) || !(1..=31).contains(&day) {
         return None;
     }
-    // Noon in UTC is on the same day in most zones, and at most a day off in the others.
+    // Noon in UTC is on the same day in most time zones, and at most one day off in the others.
     let noon = (days_since_1970(year, month, day) * DAY_MINUTES + DAY_MINUTES / 2) * MINUTE_MS;
     let found = [0, -1, 1].into_iter().find_map(|off| {
         let at = noon + off * DAY_MINUTES * MINUTE_MS;
@@ -145,7 +145,7 @@ pub fn start_of_date(date: &str, local: &dyn Fn(i64) -> Option<LocalTime>) -> Op
     start_of_day(found, local)
 }
 
-/// Returns the number of days since 1970. See Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms".
+/// Uses an algorithm from Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms".
 fn days_since_1970(year: i64, month: i64, day: i64) -> i64 {
     let year = if month <= 2 { year - 1 } else { year };
     let era = year.div_euclid(400);
@@ -182,7 +182,7 @@ mod tests {
         }
     }
 
-    /// Clocks at UTC+1 until 29 March 2026, 01:00 UTC, and at UTC+2 from then to 25 October, 01:00 UTC.
+    /// UTC+1 until March 29, 2026, 01:00 UTC, then UTC+2 until October 25, 01:00 UTC, then UTC+1 again.
     fn berlin(at: i64) -> Option<LocalTime> {
         let (spring, autumn) = (1_774_746_000_000, 1_792_890_000_000);
         let hours = if (spring..autumn).contains(&at) { 2 } else { 1 };
@@ -203,7 +203,7 @@ mod tests {
 
     #[test]
     fn days_start_at_midnight_also_when_clocks_change() {
-        // 29 March 2026 has 23 hours, and 25 October has 25.
+        // March 29, 2026 has 23 hours, and October 25 has 25.
         for (date, start, hours) in [
             ("2026-03-28", 1_774_652_400_000, 24),
             ("2026-03-29", 1_774_738_800_000, 23),

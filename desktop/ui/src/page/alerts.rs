@@ -1,4 +1,4 @@
-//! Quota alerts, and where they are sent.
+//! Quota alerts, and the settings that determine where they are sent.
 
 use leptos::prelude::*;
 use quota_common::{
@@ -15,7 +15,7 @@ use crate::{
     api::{self, CallResult, PendingCall},
     clock::now,
     component::{
-        Async, DialogForm, EmptyState, FormState, Loader, Modal, PageHeader, Pager, Shape,
+        Async, Card, DialogForm, EmptyState, FormState, Loader, Modal, PageHeader, Pager, Shape,
         StaleNote, Toasts, load, load_page, refresh_regularly,
     },
     model::{
@@ -34,7 +34,7 @@ pub fn Alerts() -> impl IntoView {
     let session = session();
     let query = route().query;
     let new_alerts = expect_context::<NewAlerts>();
-    // The marks stay until the user leaves the page.
+    // Alerts remain marked as new until the user leaves the page.
     let seen = new_alerts.seen();
     let loader = load_page(api::list_alerts);
     refresh_regularly(loader);
@@ -72,7 +72,6 @@ pub fn Alerts() -> impl IntoView {
     }
 }
 
-/// Where alerts are sent.
 #[derive(Clone)]
 struct Destinations {
     settings: AlertSettings,
@@ -119,10 +118,9 @@ fn Notifications() -> impl IntoView {
         }
     };
     view! {
-        <section class="card" aria-labelledby="notifications">
-            <h2 id="notifications">"Notifications"</h2>
+        <Card id="notifications" title="Notifications">
             <Async loader what="the settings" inside=true show/>
-        </section>
+        </Card>
         <Modal open=editing panel=true title="Email notifications">
             {untrack(move || loader.with(|it| it.settings.clone()))
                 .map(|settings| view! { <EmailForm settings open=editing loader/> })}

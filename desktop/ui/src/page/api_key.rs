@@ -1,4 +1,4 @@
-//! The page of one API key: its limits and use, actions, and a place to try it.
+//! The page of one API key: its limits, usage, and actions, and a form to test it.
 
 use leptos::{prelude::*, task::spawn_local};
 use quota_common::{
@@ -20,8 +20,8 @@ use crate::{
     api,
     clock::now,
     component::{
-        Async, Confirm, Confirmation, CopyButton, Field, FormState, Loader, NewSecret, PageHeader,
-        Toasts, busy_attr, load,
+        Async, Card, Confirm, Confirmation, CopyButton, Field, FormState, Loader, NewSecret,
+        PageHeader, Toasts, busy_attr, load,
     },
     model::{key::key_details, text},
     reactive::{effect, flag_memo, text_memo},
@@ -29,15 +29,15 @@ use crate::{
     session::session,
 };
 
-/// The dialogs are not part of the details, which are rendered again after each load, so that typed text or a new key
-/// in a dialog is kept.
+/// Kept outside the key details, which are rendered again after each load. Otherwise, reloading would discard typed
+/// text or a new key in a dialog.
 #[derive(Clone, Copy)]
 struct Dialogs {
     editing: RwSignal<bool>,
     rotating: RwSignal<bool>,
     deactivating: Confirmation,
     deleting: Confirmation,
-    /// Whether a change of the key's status is in progress.
+    /// Whether a status change is in progress.
     busy: RwSignal<bool>,
 }
 
@@ -58,7 +58,7 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
             .unwrap_or_else(|| "API key".to_owned())
     });
     let is_loaded = flag_memo(move || loader.with(|_| ()).is_some());
-    // Once the key is loaded after an error, the rest is loaded again too.
+    // If the key was loaded after an error, retry the rest too.
     effect(move || {
         if is_loaded.get() {
             plans.retry();
@@ -71,7 +71,7 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
         editing: RwSignal::new(false),
         rotating: RwSignal::new(false),
         deactivating,
-        // Deleting offers to deactivate instead.
+        // This dialog also offers to deactivate the key instead.
         deleting: Confirmation {
             busy,
             ..Confirmation::new()
@@ -80,7 +80,7 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
     };
     let set_active = Callback::new(move |active: bool| {
         dialogs.busy.set(true);
-        // The messages may be read on another page.
+        // The toast may appear on another page, so it needs the key's name.
         let key = text::quoted(&name.get_untracked());
         spawn_local(async move {
             if change_status(id, &key, active, loader, toasts).await && !active {
@@ -111,7 +111,7 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
                 }
             }
         />
-        // If the key itself can't be loaded, one error is enough.
+        // If the key itself cannot be loaded, showing one error is enough.
         {move || {
             is_loaded
                 .get()
@@ -126,12 +126,12 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
             loader
             plans
             open=dialogs.editing
-            // The new limits apply within a second.
+            // Servers apply the new limits within a second.
             on_saved=Callback::new(move |()| usage.reload_after_requests())
         />
         <RotateDialog id loader open=dialogs.rotating rotated/>
         <Confirm
-            // Errors appear as toasts.
+            // Errors are shown as toasts.
             confirmation=dialogs.deactivating
             title=Signal::derive(move || format!("Deactivate key {}?", text::quoted(&name.get())))
             message="Requests with this key will be rejected with 401 within a second. You can activate it again later."
@@ -143,7 +143,7 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
     }
 }
 
-/// Opens the dialog that the address names, once the key is loaded, and removes it from the address.
+/// Opens the dialog that the query parameter `open` names, as soon as the key is loaded, and removes the parameter.
 fn open_dialog_from_query(dialogs: Dialogs, loader: Loader<ApiKey>) {
     let route = route();
     let own_path = route.path.get_untracked();
@@ -170,7 +170,7 @@ fn open_dialog_from_query(dialogs: Dialogs, loader: Loader<ApiKey>) {
     });
 }
 
-/// Activates or deactivates the key. Reports activation and errors; returns whether it succeeded.
+/// Reports errors and successful activation in a toast. Returns whether the call succeeded.
 async fn change_status(
     id: ApiKeyId,
     name: &str,
@@ -196,7 +196,7 @@ async fn change_status(
 fn TrySection(id: ApiKeyId, loader: Loader<ApiKey>, on_sent: Callback<()>) -> impl IntoView {
     let known_keys = session().known_keys;
     let pasted = RwSignal::new(String::new());
-    // Empty if the full key is not available.
+    // Empty if this tab does not have the full key.
     let known = text_memo(move || {
         known_keys.with(|keys| {
             let own = keys.iter().find(|(it, _)| *it == id);
@@ -211,7 +211,7 @@ fn TrySection(id: ApiKeyId, loader: Loader<ApiKey>, on_sent: Callback<()>) -> im
             pasted.get()
         }
     });
-    // A key pasted by mistake would be charged instead of this one.
+    // A different key, pasted by mistake, would be charged.
     let mistake = move || {
         let key = loader.ready()?;
         let pasted = pasted.get();
@@ -222,8 +222,7 @@ fn TrySection(id: ApiKeyId, loader: Loader<ApiKey>, on_sent: Callback<()>) -> im
         is_other.then(|| other_key(&key))
     };
     view! {
-        <section class="card" aria-labelledby="try-title">
-            <h2 id="try-title">"Try it"</h2>
+        <Card id="try-title" title="Try it">
             {move || {
                 if is_known() {
                     view! {
@@ -240,7 +239,7 @@ fn TrySection(id: ApiKeyId, loader: Loader<ApiKey>, on_sent: Callback<()>) -> im
                 }
             }}
             <TryIt secret key=Signal::derive(move || loader.ready()) on_sent/>
-        </section>
+        </Card>
     }
 }
 
@@ -306,7 +305,7 @@ fn DeleteDialog(
                 Ok(()) => {
                     let name = name.unwrap_or_default();
                     toasts.succeed(format!("Key {} deleted", text::quoted(&name)));
-                    // Leave the deleted key's page, unless the user has already left it.
+                    // Leave the page of the deleted key, unless the user has already left it.
                     if busy.try_set(false).is_none() {
                         route.replace("/console/api-keys");
                     }

@@ -1,5 +1,3 @@
-//! The list of API keys.
-
 use leptos::prelude::*;
 use quota_common::{Page, api_key::ApiKey, call::KeyFilter, page::ApiKeyOrder, plan::Plan};
 
@@ -23,7 +21,7 @@ use crate::{
     session::session,
 };
 
-/// The sort orders that only this list has, with their labels.
+/// Sort orders specific to this list.
 const ORDERS: &[(&str, &str)] = &[
     ("-last_used_at", "Recently used"),
     ("last_used_at", "Least recently used"),
@@ -36,7 +34,7 @@ const STATUSES: [(&str, &str); 4] = [
     ("inactive", "Inactive"),
 ];
 
-/// The `is_active` and `is_expired` filters for a status, which match what its badge shows.
+/// Returns the `is_active` and `is_expired` filters for a status. They match the badges in the list.
 fn status_filter(status: Option<&str>) -> (Option<bool>, Option<bool>) {
     match status {
         Some("active") => (Some(true), Some(false)),
@@ -145,7 +143,7 @@ pub fn ApiKeys() -> impl IntoView {
     }
 }
 
-/// Opens the dialog for a new key. Unavailable, with the reason, until there is a plan.
+/// The button is disabled, with an explanation, until a plan exists.
 #[component]
 fn NewKeyButton(plans: Loader<Vec<Plan>>, creating: RwSignal<bool>) -> impl IntoView {
     let has_no_plan = move || plans.ready().is_some_and(|plans| plans.is_empty());
@@ -187,7 +185,6 @@ fn NoKeys(is_filtered: bool, plans: Loader<Vec<Plan>>, creating: RwSignal<bool>)
     .into_any()
 }
 
-/// The filters of the list.
 #[component]
 fn Filters(plans: Loader<Vec<Plan>>) -> impl IntoView {
     let query = route().query;
@@ -199,7 +196,7 @@ fn Filters(plans: Loader<Vec<Plan>>) -> impl IntoView {
                     .into_iter()
                     .map(|plan| (plan.id.to_string(), plan.name)),
             );
-            // A filter by a deleted plan remains in effect.
+            // Keep the filter even if its plan was deleted.
             let current = query.with(|query| query.get("plan_id"));
             if let Some(id) = current.filter(|id| !options.iter().any(|(it, _)| it == id)) {
                 options.push((id, "Deleted plan".to_owned()));
@@ -217,7 +214,7 @@ fn Filters(plans: Loader<Vec<Plan>>) -> impl IntoView {
     }
 }
 
-/// The actions on a key. Its page has the dialogs for them.
+/// The dialogs for these actions are on the key's page.
 #[component]
 fn KeyMenu(key: ApiKey, loader: Loader<Page<ApiKey>>) -> impl IntoView {
     let toasts = expect_context::<Toasts>();
@@ -248,7 +245,7 @@ fn KeyMenu(key: ApiKey, loader: Loader<Page<ApiKey>>) -> impl IntoView {
     view! { <Menu label=format!("More actions for {}", key.name) focus_key=format!("more-{id}") items/> }
 }
 
-/// Selects a key for a bulk action.
+/// A checkbox that selects a key for bulk actions.
 #[component]
 fn SelectKey(key: ApiKey, selected: RwSignal<Vec<ApiKey>>) -> impl IntoView {
     let id = key.id;

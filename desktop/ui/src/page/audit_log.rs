@@ -1,5 +1,3 @@
-//! The audit log.
-
 use leptos::prelude::*;
 use quota_common::{
     Page, Timestamp,
@@ -27,7 +25,6 @@ use crate::{
     route::route,
 };
 
-/// The maximum number of events in an export.
 const MAX_EXPORTED: usize = 10_000;
 
 const fn resource_label(target: AuditTarget) -> &'static str {
@@ -53,7 +50,7 @@ fn resources() -> Signal<Vec<(String, String)>> {
     })
 }
 
-/// The possible actions on the selected resource type.
+/// Returns the actions for the selected resource type.
 fn actions(query: RwSignal<Query>) -> Signal<Vec<(String, String)>> {
     Signal::derive(move || {
         let noun = query
@@ -67,7 +64,6 @@ fn actions(query: RwSignal<Query>) -> Signal<Vec<(String, String)>> {
     })
 }
 
-/// The query parameters that filter the list.
 const FILTERS: [&str; 7] = [
     "target_type",
     "action",
@@ -78,7 +74,7 @@ const FILTERS: [&str; 7] = [
     "target_id",
 ];
 
-/// Reads the filter from the address. Its dates are days in UTC, both inclusive.
+/// Reads the filter from the address. Its dates are UTC days, and the range includes both.
 fn filter(query: &Query) -> AuditFilter {
     const DAY_MS: f64 = 86_400_000.0;
     let midnight = |name: &str, days_later: f64| -> Option<Timestamp> {
@@ -171,7 +167,6 @@ fn NoEvents(is_filtered: bool) -> impl IntoView {
     }
 }
 
-/// The names of the plans that have been loaded.
 #[derive(Clone, Copy)]
 struct PlanNames(Loader<Vec<Plan>>);
 
@@ -181,7 +176,7 @@ impl PlanNames {
             let plan = plans.iter().find(|plan| plan.id.to_string() == id);
             plan.map(|plan| plan.name.clone())
         });
-        // Until plans are loaded, no plan counts as deleted.
+        // Until plans are loaded, it is unknown whether a plan was deleted.
         found.unwrap_or_else(|| Some("…".to_owned()))
     }
 
@@ -190,7 +185,7 @@ impl PlanNames {
     }
 }
 
-/// Fetches the events that match, page by page, as CSV. Also returns whether these are all.
+/// Loads the newest matching events page by page and returns them as CSV. Also returns whether no event is missing.
 async fn exported(filter: AuditFilter, names: PlanNames) -> api::CallResult<(String, bool)> {
     let header = [
         "time",
@@ -238,7 +233,7 @@ fn Events(page: Page<AuditEvent>, plans: Loader<Vec<Plan>>) -> impl IntoView {
     let events = page.items;
     let names = PlanNames(plans);
     let table = move || event_table(&events, &|id| names.find(id), now()).to_string();
-    // Each button shows or hides the row below its own.
+    // Each button shows or hides the row below its own row.
     let on_click = move |ev: web_sys::MouseEvent| {
         let target = ev.target().and_then(|it| it.dyn_into::<Element>().ok());
         let button = target.and_then(|it| it.closest("button[aria-controls]").ok()?);

@@ -1,7 +1,7 @@
-//! Billing: the subscription, its charges, and the operator's limits.
+//! The billing page: the subscription, its charges, and the operator's limits.
 //!
-//! Checkout and the customer portal are Stripe pages. A browser leaves this page for them and comes back to it. The
-//! desktop app opens them in the system's browser, and this page waits.
+//! Checkout and the customer portal are Stripe pages. A browser leaves this page to open them and returns to it
+//! afterwards. The desktop app opens them in the default browser while this page waits.
 
 use leptos::{prelude::*, task::spawn_local};
 use quota_common::{ProblemCode, billing::BillingState, ipc::BillingPage};
@@ -10,7 +10,7 @@ use crate::{
     api::{self, CallError},
     clock::now,
     component::{
-        Alert, Async, EmptyState, Loader, PageHeader, Shape, StaleNote, Toasts, load,
+        Alert, Async, Card, EmptyState, Loader, PageHeader, Shape, StaleNote, Toasts, load,
         refresh_regularly,
     },
     host,
@@ -19,7 +19,7 @@ use crate::{
     route::route,
 };
 
-/// How often to look for the result of a visit to Stripe: at first, and after a minute.
+/// How often to check for the result of a visit to Stripe. After a minute, `SLOW_POLL_MS` applies.
 const POLL_MS: u32 = 2000;
 const SLOW_POLL_MS: u32 = 10_000;
 const SLOW_AFTER: u32 = 30;
@@ -28,19 +28,17 @@ const SLOW_AFTER: u32 = 30;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Waiting {
     Nothing,
-    /// The result of Checkout. The subscription is not shown until it is known.
+    /// The result of Checkout. The subscription is hidden until the result is known.
     Payment,
-    /// Changes in the customer portal, which is open in the system's browser.
+    /// Changes in the customer portal, which is open in the default browser.
     Portal,
 }
 
-/// The state of a visit to Stripe.
 #[derive(Clone, Copy)]
 struct Visit {
     waiting: RwSignal<Waiting>,
-    /// How often this page has polled.
     polls: RwSignal<u32>,
-    /// The Stripe page that is being opened.
+    /// The Stripe page that is about to open.
     opening: RwSignal<Option<BillingPage>>,
     failure: RwSignal<Option<CallError>>,
 }
@@ -95,7 +93,7 @@ fn stop_waiting(visit: Visit) {
     route().replace("/console/billing");
 }
 
-/// Refreshes until this page no longer waits for anything, or the user leaves it.
+/// Polls until the page no longer waits for anything or the user leaves it.
 fn poll(visit: Visit, loader: Loader<BillingState>) {
     visit.polls.set(0);
     spawn_local(async move {
@@ -109,7 +107,7 @@ fn poll(visit: Visit, loader: Loader<BillingState>) {
                 SLOW_POLL_MS
             };
             gloo_timers::future::TimeoutFuture::new(pause).await;
-            // A later visit has its own loop.
+            // A later visit runs its own loop.
             let is_current = visit.polls.try_get_untracked() == Some(polls);
             let waiting = visit
                 .waiting
@@ -161,10 +159,9 @@ fn show(it: &BillingState, loader: Loader<BillingState>, visit: Visit) -> AnyVie
         {usage
             .map(|usage| {
                 view! {
-                    <section class="card" aria-labelledby="period">
-                        <h2 id="period">"This billing period"</h2>
+                    <Card id="period" title="This billing period">
                         <div inner_html=usage></div>
-                    </section>
+                    </Card>
                 }
             })}
         <Limits limits=billing::limits(&it.limits, now()).to_string()/>
@@ -176,15 +173,14 @@ fn show(it: &BillingState, loader: Loader<BillingState>, visit: Visit) -> AnyVie
 fn Limits(limits: String) -> impl IntoView {
     (!limits.is_empty()).then(|| {
         view! {
-            <section class="card" aria-labelledby="limits">
-                <h2 id="limits">"Limits"</h2>
+            <Card id="limits" title="Limits">
                 <div inner_html=limits></div>
-            </section>
+            </Card>
         }
     })
 }
 
-/// Shown from the end of Checkout until Stripe has reported the payment, which usually takes seconds.
+/// Shown after Checkout until Stripe reports the payment, which usually takes a few seconds.
 #[component]
 fn Confirming(visit: Visit) -> impl IntoView {
     let is_slow = move || visit.polls.get() >= SLOW_AFTER;
@@ -229,7 +225,8 @@ fn stripe_button(
                     });
                     poll(visit, loader);
                 }
-                // Busy until the browser has left this page, which it may show again unchanged.
+                // Keep the button busy while the browser leaves this page. The browser may restore the page later in
+                // the same state.
                 Ok(()) => gloo_timers::future::TimeoutFuture::new(4000).await,
                 Err(error) => {
                     let _ = visit.failure.try_set(Some(explained(error)));
@@ -255,7 +252,7 @@ fn stripe_button(
     .into_any()
 }
 
-/// The server depends on Stripe for these pages only.
+/// Explains that Stripe is unreachable. For these calls, an unavailable dependency is always Stripe.
 fn explained(mut error: CallError) -> CallError {
     if error.is(ProblemCode::Unavailable)
         && let CallError::Problem(problem) = &mut error

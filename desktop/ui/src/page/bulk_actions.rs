@@ -1,5 +1,3 @@
-//! Actions on several API keys at once.
-
 use leptos::{prelude::*, task::spawn_local};
 use quota_common::{
     ApiKeyId, PlanId,
@@ -39,7 +37,6 @@ async fn set_active(id: ApiKeyId, active: bool) -> CallResult<()> {
     api::update_api_key(id, body).await.map(drop)
 }
 
-/// Activates keys and reports the result.
 pub fn activate(keys: Vec<(ApiKeyId, String)>, toasts: Toasts, on_changed: Callback<()>) {
     spawn_local(async move {
         let mut last_error = None;
@@ -66,7 +63,7 @@ fn consequences(action: BulkAction, keys: &[ApiKey]) -> String {
 
 #[component]
 pub fn BulkActions(
-    /// The keys on this page.
+    /// The keys on the current page.
     shown: Vec<ApiKeyId>,
     /// The number of keys on all pages.
     total: u64,
@@ -114,7 +111,7 @@ pub fn BulkActions(
             }
             let _ = confirmation.busy.try_set(false);
             let _ = confirmation.open.try_set(false);
-            // Keys that failed stay selected.
+            // Keys for which the action failed remain selected.
             if selected.try_set(failed).is_none() {
                 focus_soon("#content");
                 on_changed.run(());
@@ -167,7 +164,6 @@ pub fn BulkActions(
     }
 }
 
-/// Moves the selected keys to another plan.
 #[component]
 fn MoveDialog(
     open: RwSignal<bool>,
@@ -244,7 +240,7 @@ fn MoveForm(
     }
 }
 
-/// Selects all keys on the page, or none.
+/// Selects or deselects all keys on the page.
 #[component]
 pub fn SelectAll(keys: Vec<ApiKey>, selected: RwSignal<Vec<ApiKey>>) -> impl IntoView {
     let all = keys.len();

@@ -1,12 +1,10 @@
-//! The burn-down of a key's quotas.
-
 use leptos::prelude::*;
 use quota_common::{ApiKeyId, limit::PolicyName, usage::BurnDown};
 
 use crate::{
     api::{self, CallResult, PendingCall},
     clock::now,
-    component::{Async, load, local_time, refresh_regularly},
+    component::{Async, Card, load, local_time, refresh_regularly},
     model::{
         burn_down::{burn_down_chart, name, projection},
         markup::{Markup, element, with_text},
@@ -14,7 +12,7 @@ use crate::{
     },
 };
 
-/// Loads the burn-down of every quota of the key.
+/// Loads the burn-down of each quota of the key.
 async fn load_burn_downs(id: ApiKeyId) -> CallResult<Vec<BurnDown>> {
     let limits = api::key_limits(id).await?.limits;
     let mut all = Vec::new();
@@ -35,10 +33,9 @@ pub fn BurnDowns(id: ApiKeyId, #[prop(into)] zone: Signal<String>) -> impl IntoV
         (!all.is_empty()).then(|| {
             let rows: Markup = all.iter().map(|burn| one(burn, &zone.get())).collect();
             view! {
-                <section class="card" aria-labelledby="burn-down">
-                    <h2 id="burn-down">"Quota burn-down"</h2>
+                <Card id="burn-down" title="Quota burn-down">
                     <div class="burn-downs" inner_html=rows.to_string()></div>
-                </section>
+                </Card>
             }
         })
     };

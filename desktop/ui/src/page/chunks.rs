@@ -1,7 +1,7 @@
-//! Pages that are not part of the first download: each group is a WebAssembly module that is loaded when one of its
-//! pages is opened, or shortly after signing in.
+//! Pages that are not part of the first download. Each group of pages is a WebAssembly module. A module is loaded when
+//! the user opens one of its pages, or in the background shortly after sign-in.
 //!
-//! `cargo xtask console` moves the code that only these functions reach into the modules.
+//! `cargo xtask console` moves the code that only these functions call into the modules.
 
 #![cfg_attr(
     target_arch = "wasm32",
@@ -30,7 +30,7 @@ use crate::{
 
 type View = fn() -> AnyView;
 
-/// The pages of a module.
+/// The pages of one module.
 #[derive(Clone, Copy)]
 pub struct Pages {
     first: View,
@@ -61,7 +61,7 @@ fn events() -> Result<Pages, SplitLoaderError> {
     })
 }
 
-/// A page in one of the modules.
+/// A page that is in a separate module.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Chunk {
     Usage,
@@ -96,7 +96,7 @@ impl Chunk {
     }
 }
 
-/// Shows a page once its module is loaded.
+/// Shows a page as soon as its module is loaded.
 #[component]
 pub fn LazyPage(page: Chunk) -> impl IntoView {
     let loader = load(move || page.load());
@@ -104,7 +104,7 @@ pub fn LazyPage(page: Chunk) -> impl IntoView {
         Chunk::Usage | Chunk::Billing | Chunk::Alerts => (pages.first)(),
         Chunk::Audit | Chunk::Settings | Chunk::Webhooks => (pages.second)(),
     };
-    // The header is shown until the page shows its own.
+    // Show a header until the page shows its own.
     let is_missing = move || loader.with(|_| ()).is_none();
     view! {
         {move || is_missing().then(|| view! { <PageHeader title=page.title()/> })}

@@ -1,4 +1,4 @@
-//! Creating an API key, and showing it once.
+//! Creates an API key and shows its secret.
 
 use leptos::prelude::*;
 use quota_common::{
@@ -25,12 +25,12 @@ use crate::{
 pub fn CreateDialog(
     open: RwSignal<bool>,
     plans: Loader<Vec<Plan>>,
-    /// Called when a key was created, and when its dialog is closed.
+    /// Called after a key is created, and again when the dialog with its secret is closed.
     on_changed: Callback<()>,
 ) -> impl IntoView {
     let new = NewSecret::new();
-    // This is outside the form, which is rendered again when plans are loaded, because the response in progress is the
-    // only one that contains the key.
+    // Kept outside the part that is rendered again when plans are loaded. The response to a pending call is the only
+    // one that contains the new secret, so it must not be lost.
     let form = FormState::new();
     view! {
         <Modal open panel=true title="New API key" locked=form.busy>
@@ -66,14 +66,14 @@ fn CreateForm(
     new: NewSecret,
     on_changed: Callback<()>,
 ) -> impl IntoView {
-    // The form may appear after the dialog has opened, once the plans are loaded.
+    // If plans were still loading when the dialog opened, the form appears later.
     form.reset();
     focus_soon("#key_name");
     let name = RwSignal::new(String::new());
     let session = session();
-    // The list may be filtered by a plan.
+    // The list of keys may be filtered by plan.
     let filtered_plan = route().query.with_untracked(|query| query.get("plan_id"));
-    // With several plans, the user has to choose, so that pressing Enter does not grant the wrong limits.
+    // With several plans, the user must choose one, so that pressing Enter does not assign the wrong limits.
     let preselected = match &plans[..] {
         [only] => Some(only.id.to_string()),
         plans => filtered_plan.filter(|id| plans.iter().any(|plan| plan.id.to_string() == *id)),
@@ -127,8 +127,8 @@ fn CreateForm(
     }
 }
 
-/// Shows a created or rotated key, and remembers it until the tab is closed. Works even after the user has left the
-/// page, so that the key in a late response is not lost.
+/// Shows a new secret, and remembers it until the tab is closed. Works even after the user has left the page, so that
+/// the secret in a late response is not lost.
 pub fn show_key(new: NewSecret, created: CreatedApiKey, session: Session) {
     if let Some(secret) = &created.key {
         session.known_keys.update(|known| {

@@ -1,4 +1,4 @@
-//! The log of a webhook's deliveries.
+//! The delivery log of a webhook.
 
 use std::time::Duration;
 
@@ -34,7 +34,7 @@ const STATUSES: [(&str, &str); 4] = [
     ("failed", "Failed"),
 ];
 
-/// How often to load the log while results are expected.
+/// How often to reload while results are expected.
 const POLL: Duration = Duration::from_secs(3);
 
 pub type Log = Loader<Page<WebhookDelivery>>;
@@ -136,7 +136,7 @@ fn NoDeliveries(is_filtered: bool) -> impl IntoView {
     }
 }
 
-/// A delivery with its payload, which remains current while the log is loaded again.
+/// A delivery and its payload. Updated whenever the log is loaded again.
 #[component]
 fn DeliveryDetails(delivery: WebhookDelivery, log: Log, open: RwSignal<bool>) -> impl IntoView {
     let toasts = expect_context::<Toasts>();

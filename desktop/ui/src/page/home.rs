@@ -1,4 +1,4 @@
-//! Home: current activity, keys that need attention, and the first steps.
+//! Home: current activity, keys that need attention, and the first steps for new users.
 
 use std::fmt::Write as _;
 
@@ -37,16 +37,16 @@ struct Overview {
     stats: Stats,
     /// The last 24 hours.
     day: Usage,
-    /// The same data, grouped by key.
+    /// The last 24 hours, grouped by key.
     keys: Usage,
-    /// `None` if the user's role may not read keys and tokens.
+    /// `None` if the user's role cannot view keys and tokens.
     setup: Option<Setup>,
 }
 
-/// How far the organization has come with the first steps.
+/// Shows which of the first steps are done.
 #[derive(Clone)]
 struct Setup {
-    /// Contains the most recently used key, or otherwise the newest.
+    /// The most recently used key or, if no key has been used, the newest one.
     key: Option<ApiKey>,
     tokens: Page<ServiceToken>,
 }
@@ -106,7 +106,7 @@ pub fn Home() -> impl IntoView {
     let can_read = untrack(move || session.can_read());
     let loader = load(move || Box::pin(load_overview(zone.get(), can_read)) as PendingCall<_>);
     refresh_regularly(loader);
-    // Separate from the loaded data, so that it is kept after a reload.
+    // Kept outside the loaded data, so that it survives reloading.
     let state = ChartState::new();
     let is_open = RwSignal::new(None::<bool>);
     view! {
@@ -152,7 +152,7 @@ fn Dashboard(it: Overview, state: ChartState, is_open: RwSignal<Option<bool>>) -
     }
 }
 
-/// Compares `n` with the same time yesterday.
+/// Compares the requests since midnight with the same time of day yesterday.
 fn since_yesterday(now: u64, before: u64) -> String {
     if now == before && now > 0 {
         return "Same as this time yesterday".to_owned();
@@ -249,12 +249,12 @@ fn attention_text(it: &Attention) -> String {
         }
         AttentionKind::Expiring => format!("Expires {at}"),
         AttentionKind::GraceEnding => format!("Previous key stops working {at}"),
-        // The time is that of the key's last use, or of its creation.
+        // `at` is the key's last use or, if it was never used, its creation.
         AttentionKind::Idle => "No requests in the last 30 days".to_owned(),
     }
 }
 
-/// The *Needs attention* and *Top keys* lists.
+/// Returns the *Needs attention* and *Top keys* lists.
 fn lists(it: &Overview) -> Markup {
     let (stats, requests) = (&it.stats, pair(&it.day.total, false));
     let row = |href: &str, name: &str, note: &str, class: &str| {
@@ -330,7 +330,7 @@ fn lists(it: &Overview) -> Markup {
     .collect()
 }
 
-/// A step, which becomes a link once the previous steps are done.
+/// Returns one of the first steps. It becomes a link once the steps before it are done.
 fn step(
     done: bool,
     is_available: bool,

@@ -1,5 +1,3 @@
-//! The status and the times of an API key or token.
-
 use leptos::prelude::*;
 use quota_common::{Timestamp, api_key::ApiKey};
 
@@ -12,7 +10,6 @@ pub fn key_status(key: &ApiKey) -> AnyView {
     view! { <span inner_html=status_badge(key, now()).to_string()></span> }.into_any()
 }
 
-/// Shows a time that may be missing.
 pub fn time_or(at: Option<Timestamp>, missing: &'static str) -> AnyView {
     view! { <span inner_html=key::time_or(at, missing, now()).to_string()></span> }.into_any()
 }

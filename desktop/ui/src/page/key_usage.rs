@@ -1,4 +1,4 @@
-//! A key's usage: the state of its limits, its requests in the last day, and its latest decisions.
+//! A key's usage: its limits, the requests of the last day, and the latest decisions.
 
 use std::time::Duration;
 
@@ -28,15 +28,14 @@ use crate::{
     session::session,
 };
 
-/// The number of decisions that the page shows.
 const DECISIONS: u32 = 10;
-/// How often the meters follow the refilling of the burst.
+/// How often to update the meters as the burst refills.
 const SECOND: Duration = Duration::from_secs(1);
 
-/// Limits, and when they were loaded, in milliseconds since 1970.
+/// The limits, and when they were loaded, in milliseconds since 1970.
 pub type LoadedLimits = (KeyLimits, i64);
 
-/// A key's requests, loaded together so that they match.
+/// Loaded together, so that the chart and the list match.
 #[derive(Clone)]
 pub struct Activity {
     /// The last 24 hours.
@@ -44,7 +43,6 @@ pub struct Activity {
     decisions: DecisionPage,
 }
 
-/// The usage section of a key's page.
 #[derive(Clone, Copy)]
 pub struct KeyUsage {
     pub limits: Loader<LoadedLimits>,
@@ -85,16 +83,16 @@ impl KeyUsage {
         self.activity.retry();
     }
 
-    /// Reloads until the requests that were just sent are counted.
+    /// Reloads until the requests just sent are included.
     pub fn reload_after_requests(self) {
-        // The limits are known immediately.
+        // Limits reflect requests immediately.
         self.limits.refresh();
         self.limits.reload_after_requests();
         self.activity.reload_after_requests();
     }
 }
 
-/// A bar for each limit of the key.
+/// A meter for each limit of the key.
 #[component]
 pub fn LimitMeters(limits: Loader<LoadedLimits>) -> impl IntoView {
     let clock = RwSignal::new(now());

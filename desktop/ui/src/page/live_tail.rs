@@ -17,9 +17,9 @@ use crate::{
     reactive::{effect, flag_memo, text_memo},
 };
 
-/// How often to poll for new decisions.
+/// How often to load new decisions.
 const POLL: Duration = Duration::from_millis(1500);
-/// The maximum number of pages to fetch before accepting a gap.
+/// The maximum number of pages to load per update. Beyond that, the list has a gap.
 const MAX_PAGES: usize = 5;
 
 #[component]
@@ -35,8 +35,8 @@ pub fn LiveTail(
     }
 }
 
-/// Fetches decisions, newest first, until a known one is found. Returns the new ones, and whether some in between are
-/// missing.
+/// Loads decisions, newest first, until it finds a known one. Returns the new decisions, and whether any are missing
+/// between these and the known decisions.
 async fn fetch_new(filter: DecisionFilter, live: &Live) -> CallResult<(Vec<Decision>, bool)> {
     let mut new = Vec::new();
     let mut cursor = None;
@@ -86,7 +86,7 @@ fn Tail(key_id: Signal<Option<ApiKeyId>>, zone: Signal<String>) -> impl IntoView
             .iter()
             .any(|field| field.with(|text| !text.trim().is_empty()))
     });
-    // Counts changes to the filter.
+    // Incremented when the filter changes.
     let version = StoredValue::new(0_u32);
     let busy = StoredValue::new(false);
     let poll = move || {
@@ -100,7 +100,7 @@ fn Tail(key_id: Signal<Option<ApiKeyId>>, zone: Signal<String>) -> impl IntoView
                 return;
             };
             let result = fetch_new(asked, &known).await;
-            // The user may have closed the drawer, or changed the filter.
+            // The user may have closed the panel or changed the filter.
             if version.try_get_value() != Some(asked_version) {
                 return;
             }

@@ -1,4 +1,4 @@
-//! The values of `datetime-local` inputs, which are in the browser's time zone.
+//! Values of `datetime-local` inputs, which use the browser's time zone.
 
 use quota_common::Timestamp;
 
@@ -12,7 +12,7 @@ pub fn expiry_hint() -> String {
     )
 }
 
-/// Reads the value of an input. An empty or invalid one is `None`.
+/// Returns `None` for an empty or invalid value.
 pub fn parse(text: &str) -> Option<Timestamp> {
     if text.is_empty() {
         return None;
@@ -23,7 +23,7 @@ pub fn parse(text: &str) -> Option<Timestamp> {
     iso.parse().ok()
 }
 
-/// Formats a time for an input, to the minute.
+/// Formats a time to the minute.
 pub fn format(at: Timestamp) -> String {
     let date = js_sys::Date::new_0();
     #[expect(

@@ -1,5 +1,3 @@
-//! The pages, and their dialogs and components.
-
 mod alerts;
 mod api_key;
 mod api_keys;

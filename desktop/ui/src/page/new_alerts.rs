@@ -1,4 +1,4 @@
-//! Notices new quota alerts while the console is open: the navigation counts them, and a message announces each.
+//! Detects new quota alerts while the console is open. The navigation shows their number, and a toast announces them.
 
 use leptos::{prelude::*, task::spawn_local};
 use quota_common::{QuotaAlertId, call::PageOf};
@@ -15,16 +15,16 @@ use crate::{
     session::{Session, session},
 };
 
-/// How often to look for alerts, in ticks of the clock: every minute.
+/// How often to check for alerts, in clock ticks. Two ticks are one minute.
 const EVERY: u32 = 2;
-/// More new alerts than this are not counted.
+/// The count stops at this number.
 const MAX_COUNT: u32 = 20;
 
 /// Alerts that the user has not seen in this browser.
 #[derive(Clone, Copy)]
 pub struct NewAlerts {
     count: RwSignal<usize>,
-    /// The newest alert that was announced in this tab. `None` before the first look.
+    /// The newest alert at the last check. `None` before the first check.
     announced: StoredValue<Option<QuotaAlertId>>,
     session: Session,
     toasts: Toasts,
@@ -32,7 +32,7 @@ pub struct NewAlerts {
 }
 
 impl NewAlerts {
-    /// Looks for alerts until the caller's component is removed.
+    /// Checks for alerts until the calling component is removed.
     pub fn watch(toasts: Toasts) -> Self {
         let alerts = Self {
             count: RwSignal::new(0),
@@ -59,13 +59,13 @@ impl NewAlerts {
             limit: Some(MAX_COUNT),
             cursor: None,
         };
-        // Errors are reported by the pages that need the response.
+        // Pages that need the response report errors themselves.
         let Ok(page) = api::list_alerts(page).await else {
             return;
         };
         let newest = page.items.first().map_or(QuotaAlertId::NIL, |it| it.id);
         let seen = self.seen().unwrap_or_else(|| {
-            // Alerts from before this browser was used are not new.
+            // Alerts created before the console was first opened in this browser do not count as new.
             self.store(newest);
             newest
         });
@@ -84,12 +84,12 @@ impl NewAlerts {
         }
     }
 
-    /// The newest alert that the user has seen, if that is known.
+    /// The newest alert that the user has seen. `None` before the first check in this browser.
     pub fn seen(self) -> Option<QuotaAlertId> {
         preferences::seen_alert(&self.tenant()?)?.parse().ok()
     }
 
-    /// Records that the user has seen all alerts up to this one.
+    /// Marks this alert and all older ones as seen.
     pub fn mark_seen(self, newest: QuotaAlertId) {
         if self.seen().is_none_or(|seen| seen < newest) {
             self.store(newest);
@@ -108,7 +108,7 @@ impl NewAlerts {
         Some(me.tenant.id.to_string())
     }
 
-    /// The number of new alerts, if there are any, such as `3 new`.
+    /// For example, `3 new`. `None` if there are no new alerts.
     pub fn label(self) -> Option<String> {
         match self.count.get() {
             0 => None,

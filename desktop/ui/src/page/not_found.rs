@@ -1,5 +1,3 @@
-//! The page for unknown addresses.
-
 use leptos::prelude::*;
 
 use crate::component::PageHeader;

@@ -1,5 +1,3 @@
-//! The plan form.
-
 use leptos::prelude::*;
 use quota_common::plan::{Billing, CreatePlan, OnRedisFailure, Plan};
 
@@ -20,14 +18,14 @@ pub struct PlanForm {
     daily_quota: RwSignal<String>,
     monthly_quota: RwSignal<String>,
     strict: RwSignal<bool>,
-    /// The wire name; empty for the server's default.
+    /// A value of [`OnRedisFailure`] in the API, or an empty string for the server's default.
     on_redis_failure: RwSignal<String>,
-    /// Whether the plan's keys need a subscription.
+    /// Whether the plan's keys require a subscription.
     pub paid: RwSignal<bool>,
 }
 
 impl PlanForm {
-    /// An edit form for a plan, or a form for a new one.
+    /// Returns a form that edits `plan`, or a form for a new plan.
     pub fn new(plan: Option<&Plan>) -> Self {
         let text = |n: Option<u64>| RwSignal::new(n.map(number).unwrap_or_default());
         Self {
@@ -36,7 +34,7 @@ impl PlanForm {
             rate: RwSignal::new(
                 plan.map_or_else(|| "60".to_owned(), |it| number(it.default_rpm.into())),
             ),
-            // A burst that equals the rate follows rate changes, like a blank one.
+            // Leave the burst blank if it is equal to the rate: in both cases, it follows rate changes.
             burst: text(
                 plan.filter(|it| it.burst != it.default_rpm)
                     .map(|it| it.burst.into()),
@@ -53,14 +51,14 @@ impl PlanForm {
         }
     }
 
-    /// A form for a new plan with the settings of another.
+    /// Returns a form for a new plan with the settings of another plan.
     pub fn copy_of(plan: &Plan) -> Self {
         let form = Self::new(Some(plan));
         form.name.set(copy_name(&plan.name));
         form
     }
 
-    /// Returns the values of the form. Invalid numbers count as blank; [`FormState::begin`] reports them.
+    /// Returns the values in the form. Treats invalid numbers as blank; [`FormState::begin`] reports them.
     pub fn values(self) -> CreatePlan {
         let rate = |field: RwSignal<String>| {
             field.with_untracked(|text| optional_rate(text).unwrap_or_default())

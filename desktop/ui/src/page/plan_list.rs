@@ -1,4 +1,4 @@
-//! The plans that keys refer to.
+//! The plans that API keys refer to.
 
 use leptos::prelude::*;
 use quota_common::{
@@ -13,7 +13,7 @@ use crate::{
     component::{Loader, load, request_id},
 };
 
-/// Loads all pages of plans.
+/// Loads all pages of the list of plans.
 pub fn load_plans() -> Loader<Vec<Plan>> {
     load(|| async {
         let mut plans = Vec::new();
@@ -40,12 +40,12 @@ pub fn find_plan(plans: Loader<Vec<Plan>>, id: PlanId) -> Option<Plan> {
         .flatten()
 }
 
-/// The name of a plan, or an ellipsis until it has been loaded.
+/// Returns the name of a plan, or an ellipsis until the plan has been loaded.
 pub fn plan_name(plans: Loader<Vec<Plan>>, id: PlanId) -> String {
     find_plan(plans, id).map_or_else(|| "…".to_owned(), |plan| plan.name)
 }
 
-/// Shows that plans could not be loaded, so their names are missing.
+/// Shown when plan names are missing because plans could not be loaded.
 #[component]
 pub fn PlansError(plans: Loader<Vec<Plan>>) -> impl IntoView {
     move || {

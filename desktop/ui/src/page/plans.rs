@@ -1,4 +1,4 @@
-//! The list of plans, with the forms to create, edit and delete them.
+//! The list of plans, and the dialogs to create, edit, and delete a plan.
 
 use leptos::prelude::*;
 use quota_common::{
@@ -40,7 +40,7 @@ pub fn Plans() -> impl IntoView {
     });
     let creating = RwSignal::new(false);
     open_from_query(creating, can_create());
-    // The plan whose settings a new plan starts with.
+    // A new plan starts with the settings of this plan.
     let template = RwSignal::new(None::<Plan>);
     effect(move || {
         if !creating.get() {
@@ -121,7 +121,8 @@ pub fn Plans() -> impl IntoView {
     }
 }
 
-/// What happens to keys on paid plans, if they do not work: all of them, or those of one plan.
+/// Warns about paid plans that do not work. `keys` is the number of keys on one plan; `None` means all keys on paid
+/// plans.
 fn warning(billing: Option<Loader<BillingState>>, keys: Option<u64>) -> Option<String> {
     billing?
         .with(|it| paid_warning(it, keys.unwrap_or(it.paid_keys), keys.is_none()))

@@ -1,5 +1,3 @@
-//! The dialog that rotates an API key.
-
 use leptos::{prelude::*, task::spawn_local};
 use quota_common::{
     ApiKeyId, ProblemCode,
@@ -15,7 +13,7 @@ use crate::{
     session::session,
 };
 
-/// How long the old key stays valid, in seconds.
+/// How long the old secret stays valid, in seconds.
 pub const GRACE_PERIODS: [(&str, &str); 5] = [
     ("0", "Revoke now"),
     ("3600", "Keep for 1 hour"),
@@ -62,14 +60,13 @@ fn RotateForm(
     let submit = move || {
         let body = RotateApiKey {
             grace_seconds: grace.get_untracked().parse::<u32>().ok().map(Into::into),
-            // Revoke only the previous key that the warning below mentions.
+            // Confirm that the previous secret may be revoked only if the user can see the warning below.
             replace_previous: untrack(previous_expiry).map(|_| true),
         };
         spawn_local(async move {
             let result = api::rotate_api_key(id, body).await;
             if matches!(&result, Err(error) if error.is(ProblemCode::PreviousKeyActive)) {
-                // The key was rotated elsewhere. Show the warning, so that the user has seen it before the next
-                // attempt.
+                // The key was rotated elsewhere. Reload to show the warning before the user tries again.
                 let _ = form.busy.try_set(false);
                 loader.reload();
                 return;

@@ -1,4 +1,4 @@
-//! The list of service tokens, with gateway configurations to copy.
+//! The list of service tokens, and gateway configurations to copy.
 
 use leptos::prelude::*;
 use quota_common::{
@@ -13,9 +13,9 @@ use super::{
 use crate::{
     api,
     component::{
-        Async, CodeBlock, Confirm, Confirmation, DialogForm, EmptyState, Field, FormState, Loader,
-        Modal, NewSecret, PageHeader, Pager, RelativeTime, SecretDialog, Shape, Toasts, load,
-        load_page, open_from_query, request_id,
+        Async, Card, CodeBlock, Confirm, Confirmation, DialogForm, EmptyState, Field, FormState,
+        Loader, Modal, NewSecret, PageHeader, Pager, RelativeTime, SecretDialog, Shape, Toasts,
+        load, load_page, open_from_query, request_id,
     },
     model::text::{Gateway, quoted},
     session::session,
@@ -48,10 +48,9 @@ pub fn ServiceTokens() -> impl IntoView {
                 view! { <TokenTable page deletion/> }.into_any()
             }
         />
-        <section class="card" aria-labelledby="gateways">
-            <h2 id="gateways">"Gateway configuration"</h2>
+        <Card id="gateways" title="Gateway configuration">
             <Configuration token="qs_…"/>
-        </section>
+        </Card>
         <Modal open=creating panel=true title="New service token" locked=form.busy>
             <CreateForm open=creating form new loader/>
         </Modal>
@@ -151,11 +150,10 @@ fn DeleteDialog(deletion: Deletion, loader: Loader<Page<ServiceToken>>) -> impl 
     }
 }
 
-/// The configuration of one gateway at a time.
+/// Shows the configuration of one gateway at a time.
 #[component]
 fn Configuration(#[prop(into)] token: Signal<String>) -> impl IntoView {
     let selected = RwSignal::new(Gateway::Caddy);
-    // A file of the console.
     let files = load(api::gateway_files);
     let text = Signal::derive(move || {
         let files = files.ready().unwrap_or_default();
@@ -164,7 +162,7 @@ fn Configuration(#[prop(into)] token: Signal<String>) -> impl IntoView {
             .configuration(&files, &api::origin(), &token.get())
     });
     let configuration = move || match files.error() {
-        // The command is not part of the file.
+        // The curl command does not come from the file.
         Some(error) if selected.get() != Gateway::Curl => {
             let id = error.request_id().map(str::to_owned);
             view! {

@@ -1,4 +1,4 @@
-//! Settings: profile, theme, password and active sessions.
+//! Settings: profile, theme, password, and active sessions.
 
 use leptos::prelude::*;
 use quota_common::{
@@ -11,8 +11,8 @@ use wasm_bindgen::JsCast;
 use crate::{
     api,
     component::{
-        Alert, Async, Confirm, Confirmation, Field, FormState, Loader, PageHeader, RelativeTime,
-        SubmitButton, Toasts, browser_time_zone, load,
+        Async, Card, Confirm, Confirmation, Field, FormState, Loader, PageForm, PageHeader,
+        RelativeTime, Toasts, browser_time_zone, load,
     },
     preferences::preferences,
     servers,
@@ -58,10 +58,8 @@ fn Profile() -> impl IntoView {
         });
     };
     view! {
-        <section class="card" aria-labelledby="profile">
-            <h2 id="profile">"Profile"</h2>
-            <form novalidate on:submit=form.on_submit(submit)>
-                <Alert error=form.failure()/>
+        <Card id="profile" title="Profile">
+            <PageForm form action="Save changes" submit>
                 <div class="pair">
                     <Field form name="name" id="own_name" label="Your name" value=name autocomplete="name" required=has_name/>
                     {can_administer.then(|| view! { <Field form name="tenant_name" label="Organization" value=tenant autocomplete="organization" required=true/> })}
@@ -80,15 +78,14 @@ fn Profile() -> impl IntoView {
                             />
                         }
                     })}
-                <div class="actions"><SubmitButton form action="Save changes"/></div>
-            </form>
-        </section>
+            </PageForm>
+        </Card>
     }
 }
 
 /// Returns the time zones that the browser supports.
 fn time_zones() -> Vec<String> {
-    // Older browsers have no such list, so the field offers no suggestions.
+    // Older browsers cannot list time zones. The field then has no suggestions.
     let intl = js_sys::Reflect::get(&js_sys::global(), &"Intl".into()).unwrap_or_default();
     let list = js_sys::Reflect::get(&intl, &"supportedValuesOf".into())
         .ok()
@@ -145,10 +142,8 @@ fn Password() -> impl IntoView {
         });
     };
     view! {
-        <section class="card" aria-labelledby="password-title">
-            <h2 id="password-title">"Password"</h2>
-            <form novalidate on:submit=form.on_submit(submit)>
-                <Alert error=form.failure()/>
+        <Card id="password-title" title="Password">
+            <PageForm form action="Change password" submit>
                 <div class="pair">
                     <Field form name="current_password" label="Current password" kind="password" autocomplete="current-password" value=current required=true/>
                     <Field
@@ -162,13 +157,12 @@ fn Password() -> impl IntoView {
                         hint="At least 12 characters. Try a few unrelated words."
                     />
                 </div>
-                <div class="actions"><SubmitButton form action="Change password"/></div>
-            </form>
-        </section>
+            </PageForm>
+        </Card>
     }
 }
 
-/// Describes a client by its `User-Agent`, such as `Firefox on Linux`.
+/// Describes a client, such as `Firefox on Linux`, based on its `User-Agent`.
 fn client_name(user_agent: Option<&str>) -> String {
     let Some(agent) = user_agent else {
         return "Unknown client".to_owned();
@@ -218,10 +212,9 @@ fn Sessions() -> impl IntoView {
         }
     };
     view! {
-        <section class="card" aria-labelledby="sessions">
-            <h2 id="sessions">"Active sessions"</h2>
+        <Card id="sessions" title="Active sessions">
             <Async loader what="sessions" inside=true show/>
-        </section>
+        </Card>
     }
 }
 

@@ -1,5 +1,3 @@
-//! Signing in and registering.
-
 use leptos::{prelude::*, task::spawn_local};
 use quota_common::{
     ProblemCode,
@@ -19,7 +17,7 @@ use crate::{
     session::{AuthState, session},
 };
 
-/// Opens the requested page once the visitor is signed in, or immediately if they already are.
+/// Goes to the requested page once the visitor is signed in.
 fn redirect_when_signed_in() {
     let session = session();
     let route = route();
@@ -31,12 +29,11 @@ fn redirect_when_signed_in() {
     });
 }
 
-/// Makes the call and starts the session.
 fn sign_in(form: FormState, call: impl Future<Output = CallResult<auth::SignedIn>> + 'static) {
     let session = session();
     spawn_local(async move {
         let result = match call.await {
-            // Only a second call shows whether the browser has stored the cookies.
+            // Only another call can tell whether the browser has stored the cookies.
             Ok(_) => api::me().await.map_err(|error| {
                 if error.is(ProblemCode::Unauthorized) {
                     CallError::CookiesBlocked
@@ -63,7 +60,7 @@ fn InsecureWarning() -> impl IntoView {
     })
 }
 
-/// The address of the other form, with the same page to open afterwards.
+/// Returns the address of the other form. Keeps the page to open after sign-in.
 fn with_next(path: &str) -> String {
     let next = route().query.with_untracked(|query| query.get("next"));
     let query = Query::default().with("next", &next.unwrap_or_default());

@@ -1,4 +1,4 @@
-//! Sends requests with a key and shows how its bucket drains and refills.
+//! Sends requests with a key, and shows how its token bucket drains and refills.
 
 use std::time::Duration;
 
@@ -21,11 +21,11 @@ use crate::{
     session::session,
 };
 
-/// How often the chart moves.
+/// How often the chart is updated.
 const FRAME: Duration = Duration::from_millis(200);
-/// The maximum number of requests that "Send until 429" sends.
+/// The maximum number of requests that *Send until 429* sends.
 const MAX_REQUESTS: u32 = 300;
-/// The width of the chart in SVG units. Its height is 1000.
+/// The width of the chart in SVG units. The height is 1000.
 const WIDTH: i64 = 6000;
 
 #[derive(Clone, Default)]
@@ -34,14 +34,15 @@ struct Results {
     rejected: u64,
     last: Option<TestResponse>,
     failure: Option<CallError>,
-    /// Whether "Send until 429" ended without a 429.
+    /// Whether *Send until 429* ended without a 429 response.
     never_rejected: bool,
-    /// The key's limits when `allowed` had the second value. Responses report only the limit closest to exhaustion.
+    /// The key's limits, and the value of `allowed` when they were loaded. Needed because responses report only the
+    /// limit that is closest to exhaustion.
     limits: Option<(Vec<LimitState>, u64)>,
 }
 
 impl Results {
-    /// The state of each policy after the last response.
+    /// Returns the state of each policy after the last response.
     fn policies(&self) -> Vec<PolicyState> {
         let Some(last) = &self.last else {
             return Vec::new();
@@ -62,7 +63,7 @@ impl Results {
     }
 }
 
-/// The reason why the last request was not allowed.
+/// Explains why the last request was not allowed.
 fn reason(
     last: &TestResponse,
     policies: &[PolicyState],
@@ -80,7 +81,7 @@ fn reason(
                 .collect();
             match &denying[..] {
                 [] => detail().unwrap_or_default(),
-                // The outcome names it.
+                // The outcome already names the policy.
                 [_] => String::new(),
                 names => format!("Denied by: {}.", names.join(", ").to_ascii_lowercase()),
             }
@@ -101,7 +102,7 @@ fn reason(
     }
 }
 
-/// Warns that the key in the field is not the one on the page.
+/// Warns that the user entered a key other than the page's key.
 pub fn other_key(key: &ApiKey) -> String {
     format!(
         "This is a different key. The key on this page starts with {}.",
@@ -111,7 +112,6 @@ pub fn other_key(key: &ApiKey) -> String {
 
 #[component]
 pub fn TryIt(
-    /// The full key.
     secret: Signal<String>,
     /// The key that `secret` should belong to.
     #[prop(optional, into)]
@@ -126,12 +126,12 @@ pub fn TryIt(
     let clock = RwSignal::new(now());
     let busy = RwSignal::new(false);
     let stopped = RwSignal::new(false);
-    // When the next request is allowed, in milliseconds since 1970.
+    // When the next request will be allowed, in milliseconds since 1970.
     let retry_at = RwSignal::new(None::<i64>);
-    // The results of another key would be misleading.
+    // Clear the results when the user enters a different key.
     let sent_with = text_memo(move || secret.get().trim().to_owned());
     effect(move || {
-        // Tracking it is not enough, because it is computed when it is read for the first time.
+        // `track()` is not enough: the memo is only computed on first read.
         sent_with.with(|_| ());
         results.set(Results::default());
         bucket.set(None);
@@ -192,7 +192,7 @@ pub fn TryIt(
                 );
                 match read {
                     Some(read) => history.update(|history| history.add(now, read.share(now))),
-                    // Without limits in the response, nothing is known about the bucket.
+                    // Without limits in the response, the bucket's state is unknown.
                     None => history.set(History::default()),
                 }
                 bucket.set(read);
@@ -228,7 +228,7 @@ pub fn TryIt(
                     let _ = busy.try_set(false);
                     return;
                 };
-                // The user stopped, or the limit was reached.
+                // Stop if the user has stopped the test, or if a limit was reached.
                 if stopped.get_untracked() || (!allowed && until_limited) {
                     never_rejected = false;
                     break;
@@ -305,7 +305,7 @@ fn ResponseSummary(
     }
 }
 
-/// Loads the limits that responses do not report. Without them, only the reported ones are shown.
+/// Loads the limits that responses do not report. If that fails, only the reported limits are shown.
 async fn load_limits(key: Option<ApiKeyId>, results: RwSignal<Results>) {
     let Some(key) = key else { return };
     let allowed = results.try_with_untracked(|results| results.allowed);
@@ -314,8 +314,8 @@ async fn load_limits(key: Option<ApiKeyId>, results: RwSignal<Results>) {
     }
 }
 
-/// A bar for each quota after the last response. The rate has a separate chart, so it is included only if it denied the
-/// request.
+/// A meter for each quota after the last response. The rate has its own chart, so its meter is shown only if the rate
+/// limit denied the request.
 #[component]
 fn Policies(
     results: RwSignal<Results>,
@@ -328,7 +328,7 @@ fn Policies(
         let meters: Markup = shown
             .filter_map(|it| {
                 let remaining = match bucket.get() {
-                    // It refills, as in the chart.
+                    // The burst refills between responses, as in the chart.
                     Some(bucket) if it.policy == "rpm" => bucket.level(clock.get()) / 1000,
                     _ => it.remaining?,
                 };
@@ -354,7 +354,7 @@ fn BucketChart(bucket: Bucket, history: RwSignal<History>, clock: RwSignal<i64>)
         <figure class="plot">
             <span class="plot-max">{number(bucket.limit)}</span>
             <span class="plot-zero">"0"</span>
-            // Slightly taller than the line's range, so that a full or empty bucket's line is not cut off.
+            // Slightly taller than the line's range, so that the line of a full or empty bucket is not cut off.
             <svg
                 viewBox="0 -60 6000 1120"
                 preserveAspectRatio="none"

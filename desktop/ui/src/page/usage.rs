@@ -1,4 +1,4 @@
-//! Usage: requests over time, by key, endpoint and policy. All choices are part of the address.
+//! The usage page: requests over time, by key, endpoint, and policy. The address contains all of the user's choices.
 
 use leptos::prelude::*;
 use quota_common::{
@@ -40,7 +40,6 @@ const TABS: [(&str, &str); 3] = [
 const BUCKETS: [(&str, &str); 3] = [("", "Automatic"), ("hour", "Hours"), ("day", "Days")];
 const UNITS: [(&str, &str); 2] = [("", "Requests"), ("cost", "Cost")];
 
-/// The chosen time zone, by name.
 fn zone_name(choice: ZoneChoice, organization: &str) -> String {
     match choice {
         ZoneChoice::Organization => organization.to_owned(),
@@ -54,7 +53,8 @@ pub fn UsagePage() -> impl IntoView {
     let route = route();
     let query = route.query;
     let session = session();
-    // The data to load depends only on these parameters. A string, because every type in a memo adds to the download.
+    // Load data only when one of these parameters changes. Stored as a string, because each type of memo adds to the
+    // download.
     let requested = text_memo(move || query.with(UsageRequest::parameters));
     let request = move || UsageRequest::read(&Query::read(&requested.get()));
     let zone = text_memo(move || zone_name(request().zone, &session.time_zone()));
@@ -112,7 +112,7 @@ pub fn UsagePage() -> impl IntoView {
                 Some(data) => view! { <Report data was_used/> }.into_any(),
             }
         />
-        // If usage can't be loaded, one error is enough.
+        // If usage cannot be loaded, showing one error is enough.
         {move || {
             let id = request().key_id.filter(|_| is_loaded.get());
             id.map(|id| view! { <BurnDowns id zone/> })
@@ -134,7 +134,7 @@ fn Toolbar(keys: Signal<Vec<ApiKey>>, zone: Memo<String>) -> impl IntoView {
                 .into_iter()
                 .map(|key| (key.id.to_string(), key.name)),
         );
-        // The key may have been deleted, or may not be among those listed.
+        // The key may have been deleted, or may not be in the list.
         let current = get("key_id");
         if !options.iter().any(|(id, _)| *id == current) {
             options.push((current, "Other key".to_owned()));
@@ -154,7 +154,7 @@ fn Toolbar(keys: Signal<Vec<ApiKey>>, zone: Memo<String>) -> impl IntoView {
     let set_range = move |value: &str| {
         let mut query = query.get_untracked().with("range", value);
         if value == "custom" {
-            // Start with the dates that were shown.
+            // Start with today.
             let today = local_time(now(), &zone.get_untracked()).map(|it| it.iso_date());
             let today = today.unwrap_or_default();
             for name in ["from", "to"] {
@@ -213,7 +213,7 @@ fn Toolbar(keys: Signal<Vec<ApiKey>>, zone: Memo<String>) -> impl IntoView {
     }
 }
 
-/// Keeps the visible part of the chart in the address.
+/// Keeps the visible parts of the chart in the address.
 fn chart_state(route: Route) -> ChartState {
     let state = ChartState::new();
     let query = route.query.get_untracked();
@@ -277,7 +277,7 @@ fn Report(data: UsageData, was_used: Signal<bool>) -> impl IntoView {
         groups,
     } = data;
     let total = usage.total;
-    // Rendered again when switching between requests and cost.
+    // A closure, because it runs again when the user switches between requests and cost.
     let chart = move || {
         let by_cost = by_cost.get();
         let bars = bars(&usage, by_cost);
@@ -320,7 +320,7 @@ fn Report(data: UsageData, was_used: Signal<bool>) -> impl IntoView {
     .into_any()
 }
 
-/// Shows the time through which data is complete, if that is some time ago.
+/// If recent data is missing, says until when the data is complete.
 fn partial_note(data: &UsageData) -> Option<String> {
     const LATE_MS: i64 = 60_000;
     let complete = data.usage.complete_until.inner().timestamp_millis();
@@ -351,7 +351,7 @@ fn Tabs() -> impl IntoView {
     }
 }
 
-/// Nothing matches the filters, or there were no requests at all.
+/// Shown if there are no requests or none that match the filters.
 #[component]
 fn NoRequests(was_used: Signal<bool>) -> impl IntoView {
     let query = route().query;
@@ -387,7 +387,7 @@ fn NoRequests(was_used: Signal<bool>) -> impl IntoView {
     }
 }
 
-/// The address of a key's usage.
+/// Returns the address of a key's usage.
 pub fn usage_of_key(id: ApiKeyId) -> String {
     let query = Query::default()
         .with("key_id", &id.to_string())

@@ -1,4 +1,4 @@
-//! Loading usage: the time range of an address, and the calls for it.
+//! Loads usage for the time range in the address.
 
 use quota_common::{
     ApiKeyId, Timestamp,
@@ -20,23 +20,24 @@ use crate::{
 const HOUR_MS: i64 = 3_600_000;
 const DAY_MS: i64 = 24 * HOUR_MS;
 
-/// Usage, and the usage of the previous period to compare it with.
+/// Usage in a period, and in the previous period for comparison.
 #[derive(Clone, PartialEq)]
 pub struct UsageData {
     pub usage: Usage,
-    /// The totals of the previous period, which is as long as this one was when it was loaded.
+    /// The totals of the previous period. It is as long as the part of this period that had passed when the data was
+    /// loaded.
     pub before: UsageCounts,
-    /// Grouped by key, endpoint or policy.
+    /// Grouped by key, endpoint, or policy.
     pub groups: Usage,
 }
 
-/// Converts a time for use in a call.
+/// `millis` is in milliseconds since 1970.
 pub fn timestamp(millis: i64) -> Option<Timestamp> {
     let millis = u64::try_from(millis).ok()?;
     Timestamp::from_unix_secs(millis / 1000)
 }
 
-/// Returns the start, the end, and whether to use hours or days. `None` for invalid dates.
+/// Returns the start, the end, and the bucket size. Returns `None` if the dates are invalid.
 pub fn period(request: &UsageRequest, zone: &str, now: i64) -> Option<(i64, i64, UsageBucketSize)> {
     let local = |at| local_time(at, zone);
     let (from, to) = match request.range {
@@ -56,7 +57,7 @@ pub fn period(request: &UsageRequest, zone: &str, now: i64) -> Option<(i64, i64,
         Range::Custom => {
             let (first, last) = &request.dates;
             let from = start_of_date(first, &local)?;
-            // The last day is part of the period.
+            // The period includes the last day.
             let to = start_of_day(start_of_date(last, &local)? + DAY_MS + DAY_MS / 2, &local)?;
             (from, to)
         }
@@ -71,7 +72,6 @@ pub fn period(request: &UsageRequest, zone: &str, now: i64) -> Option<(i64, i64,
     (from < to).then_some((from, to, bucket))
 }
 
-/// Loads the data of a request.
 pub async fn load_usage(request: UsageRequest, zone: String) -> CallResult<Option<UsageData>> {
     let now = now();
     let Some((from, to, bucket)) = period(&request, &zone, now) else {
@@ -92,7 +92,7 @@ pub async fn load_usage(request: UsageRequest, zone: String) -> CallResult<Optio
         ..filter.clone()
     });
     let groups = groups.await?;
-    // The same part of the previous period as has elapsed of this one.
+    // Compare only with the same length of time.
     let length = to.min(now) - from;
     let before = api::usage(UsageFilter {
         from: timestamp(from - length),
@@ -108,7 +108,7 @@ pub async fn load_usage(request: UsageRequest, zone: String) -> CallResult<Optio
     }))
 }
 
-/// The last 24 hours, for one key or all keys.
+/// Loads the last 24 hours, for one key or all keys.
 pub async fn load_day(key_id: Option<ApiKeyId>, zone: String) -> CallResult<Usage> {
     let request = UsageRequest {
         key_id,
@@ -135,7 +135,7 @@ fn counts(bucket: &UsageBucket) -> UsageCounts {
     }
 }
 
-/// The bars of a chart. Hours and days that have not started are omitted.
+/// Returns the bars of a chart. Omits hours and days that have not started.
 pub fn bars(usage: &Usage, by_cost: bool) -> Vec<Bar> {
     let millis = |at: Timestamp| at.inner().timestamp_millis();
     let (complete, now) = (millis(usage.complete_until), now());
@@ -176,7 +176,7 @@ pub fn bars(usage: &Usage, by_cost: bool) -> Vec<Bar> {
     bars
 }
 
-/// The hour or day with the most requests, and their number.
+/// Returns the hour or day with the most requests, and their number.
 pub fn peak(bars: &[Bar]) -> Option<(String, u64)> {
     let highest = bars.iter().max_by_key(|bar| bar.allowed + bar.rejected)?;
     let total = highest.allowed + highest.rejected;

@@ -27,15 +27,15 @@ use crate::{
     session::session,
 };
 
-/// The dialogs are not part of the details, which are rendered again after each load, so that typed text or a new
-/// secret in a dialog is kept.
+/// Kept outside the webhook details, which are rendered again after each load. Otherwise, reloading would discard typed
+/// text or a new secret in a dialog.
 #[derive(Clone, Copy)]
 struct Dialogs {
     editing: RwSignal<bool>,
     rotating: RwSignal<bool>,
     disabling: Confirmation,
     deleting: Confirmation,
-    /// Whether a change of the webhook's status is in progress.
+    /// Whether a status change is in progress.
     busy: RwSignal<bool>,
 }
 
@@ -45,7 +45,7 @@ pub fn WebhookPage(id: WebhookId) -> impl IntoView {
     let loader = load(move || api::get_webhook(id));
     refresh_regularly(loader);
     let log = load_log(id);
-    // A result in the log can change the webhook's status.
+    // The result of a delivery can change the webhook's status.
     let results = text_memo(move || log.with(|page| results(&page.items)).unwrap_or_default());
     Effect::new(move |was_loaded: Option<bool>| {
         let is_loaded = results.with(|it| !it.is_empty());
@@ -66,7 +66,7 @@ pub fn WebhookPage(id: WebhookId) -> impl IntoView {
         editing: RwSignal::new(false),
         rotating: RwSignal::new(false),
         disabling,
-        // Deleting offers to disable instead.
+        // This dialog also offers to disable the webhook instead.
         deleting: Confirmation {
             busy,
             ..Confirmation::new()
@@ -79,7 +79,7 @@ pub fn WebhookPage(id: WebhookId) -> impl IntoView {
         spawn_local(async move {
             change_status(id, &webhook, enabled, toasts).await;
             loader.reload();
-            // Pending deliveries were canceled.
+            // Disabling cancels pending deliveries.
             log.refresh();
             let _ = dialogs.busy.try_set(false);
             let _ = dialogs.disabling.open.try_set(false);
@@ -101,7 +101,7 @@ pub fn WebhookPage(id: WebhookId) -> impl IntoView {
         <RotateDialog id loader open=dialogs.rotating rotated/>
         <NewSecretDialog new=rotated on_close=Callback::new(|()| {})/>
         <Confirm
-            // Errors appear as toasts.
+            // Errors are shown as toasts.
             confirmation=dialogs.disabling
             title=Signal::derive(move || format!("Disable webhook {}?", quoted(&name.get())))
             message="Events aren't sent until you enable the webhook again. Pending deliveries are canceled, but you can redeliver them later."
@@ -112,7 +112,7 @@ pub fn WebhookPage(id: WebhookId) -> impl IntoView {
     }
 }
 
-/// Enables or disables the webhook, and reports the result.
+/// Reports the result in a toast.
 async fn change_status(id: WebhookId, name: &str, enabled: bool, toasts: Toasts) {
     let body = UpdateWebhook {
         is_active: Some(enabled),
@@ -166,9 +166,9 @@ fn WebhookDetails(
     }
 }
 
-/// How often to look for the result of a test event.
+/// How often to check for the result of a test event.
 const POLL_MS: u32 = 400;
-/// Longer than an attempt takes.
+/// Together, these polls take longer than any attempt.
 const MAX_POLLS: u32 = 50;
 
 #[derive(Clone)]
@@ -176,11 +176,9 @@ enum TestState {
     Idle,
     Sending,
     Sent(Box<WebhookDelivery>),
-    /// There is no result yet.
     Slow,
 }
 
-/// A test event and its result.
 #[derive(Clone, Copy)]
 struct Test {
     id: WebhookId,
@@ -216,7 +214,7 @@ impl Test {
             let _ = self.state.try_set(state);
             let _ = self.failure.try_set(failure);
             let _ = self.busy.try_set(false);
-            // The status may have changed.
+            // The result can change the webhook's status.
             self.loader.refresh();
             self.log.refresh();
         });
@@ -280,7 +278,7 @@ fn DeleteDialog(
             match api::delete_webhook(id).await {
                 Ok(()) => {
                     toasts.succeed(format!("Webhook {} deleted", quoted(&name)));
-                    // Leave the deleted webhook's page, unless the user has already left it.
+                    // Leave the page of the deleted webhook, unless the user has already left it.
                     if busy.try_set(false).is_none() {
                         route.replace("/console/webhooks");
                     }

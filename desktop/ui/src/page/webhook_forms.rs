@@ -139,7 +139,7 @@ pub fn NewSecretDialog(new: NewSecret, on_close: Callback<()>) -> impl IntoView 
     }
 }
 
-/// How to verify a signature, in one language at a time.
+/// Shows how to verify a signature in one programming language at a time.
 #[component]
 fn Examples() -> impl IntoView {
     let selected = RwSignal::new(Language::Python);

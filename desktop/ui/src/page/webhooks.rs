@@ -1,5 +1,3 @@
-//! The list of webhooks.
-
 use std::time::Duration;
 
 use leptos::prelude::*;
@@ -27,7 +25,7 @@ use crate::{
     route::route,
 };
 
-/// The list, or the page of one webhook.
+/// The list of webhooks, or the page of one webhook.
 #[component]
 pub fn Webhooks() -> impl IntoView {
     match ConsolePage::of(&route().path.get_untracked()) {
@@ -64,7 +62,7 @@ fn WebhookList() -> impl IntoView {
         .into_any()
     };
     let open_page = Callback::new(move |()| {
-        // The dialog prevents navigation until it is closed.
+        // An open secret dialog blocks navigation, so wait until it has closed.
         set_timeout(
             move || {
                 if let Some(id) = created.try_get_untracked().flatten() {

@@ -1,4 +1,4 @@
-//! A browser needs no additions.
+//! In a browser, nothing is added to the console.
 
 use leptos::prelude::*;
 

@@ -1,7 +1,7 @@
-//! Additions in the desktop app.
+//! Additions to the console in the desktop app.
 //!
-//! While the server is unreachable, the app shows data it loaded earlier, and a banner shows the time of that data and
-//! a retry button. Another banner appears if there is no keychain to store sessions in.
+//! While the server is unreachable, the app shows previously loaded data. A banner shows when the data was loaded, with
+//! a button to retry. Another banner appears if no keychain is available to store sessions.
 
 use std::cell::RefCell;
 
@@ -10,14 +10,14 @@ use quota_common::ipc::Profile;
 
 use crate::{
     api::{self, CallError},
-    component::{Alert, Confirm, Confirmation, Field, FormState, RelativeTime, busy_attr},
+    component::{Alert, Card, Confirm, Confirmation, Field, FormState, RelativeTime, busy_attr},
     host,
     session::{AuthState, Session},
 };
 
-/// Mounts the console once the host has reported its status.
+/// Mounts the console after the host has reported its status.
 pub fn start(mount: impl FnOnce() + 'static) {
-    // Leptos cannot spawn tasks before something is mounted.
+    // Leptos cannot spawn tasks before the first mount.
     wasm_bindgen_futures::spawn_local(async move {
         if let Ok(status) = api::host_status().await {
             host::set_status(status);
@@ -63,7 +63,7 @@ pub fn Banners() -> impl IntoView {
     }
 }
 
-/// Shown while signed out: the server in use, and a way to choose a different one.
+/// Shown while signed out. Names the server in use and lets users choose another one.
 #[component]
 pub fn ServerPicker() -> impl IntoView {
     view! {
@@ -74,19 +74,18 @@ pub fn ServerPicker() -> impl IntoView {
     }
 }
 
-/// The server section of the settings page.
+/// The servers section of the settings page.
 #[component]
 pub fn ServerSettings() -> impl IntoView {
     view! {
-        <section class="card" aria-labelledby="servers">
-            <h2 id="servers">"Servers"</h2>
+        <Card id="servers" title="Servers">
             <p class="muted">"You sign in to each server separately."</p>
             <ServerList/>
-        </section>
+        </Card>
     }
 }
 
-/// Reloads the console from its first page, because all of its data belongs to one server.
+/// Reloads the console from its first page, because all loaded data belongs to the previous server.
 fn restart() {
     let _ = window().location().replace("/console");
 }

@@ -1,7 +1,5 @@
-//! The response of `GET /billing`.
-//!
 //! Combines the last read of the tenant's subscriptions with its usage and the operator's limits. Does not call Stripe,
-//! so it works while Stripe is unreachable.
+//! so it works even if Stripe is unreachable.
 
 use chrono::{DateTime, TimeDelta, Utc};
 use quota_common::billing::{
@@ -30,7 +28,7 @@ use crate::{
     state::AppState,
 };
 
-/// Projections assume that a period has lasted at least this long, so that its first requests do not dominate.
+/// For projections, a period counts as at least this long, so that its first requests do not dominate.
 const PROJECTED_FROM: TimeDelta = TimeDelta::hours(1);
 
 fn count(n: i64) -> u64 {
@@ -63,7 +61,7 @@ pub(super) async fn billing_state(
         it.has_paid_access && it.paid_access_until.is_none_or(|end| times.now < end)
     });
     let offer = match subscription {
-        // The price of a subscription that has ended does not matter.
+        // The price of an ended subscription is no longer relevant.
         Some(it) if it.ended_at.is_none() && it.currency.is_some() => Some(Offer {
             name: it.product_name.clone(),
             currency: it.currency.clone().unwrap_or_default(),
@@ -131,8 +129,8 @@ impl Subscription<'_> {
     }
 }
 
-/// Returns the limits and how much of each is used. If the number of requests is limited, the tokens that replicas have
-/// taken from the quota count as used, but never more than the requests that were admitted, if those are counted.
+/// Returns the limits and how much of each is used. If requests are limited, the tokens that replicas have taken from
+/// the quota count as used. With metering, the number of allowed requests is an upper bound.
 fn limits(config: &Config, counts: Counts, has_access: bool, is_counted: bool) -> BillingLimits {
     let free = config.free_tier;
     let monthly = free.requests_per_month.filter(|_| !has_access);
@@ -171,7 +169,7 @@ fn limits(config: &Config, counts: Counts, has_access: bool, is_counted: bool) -
     }
 }
 
-/// Returns the usage of a whole period at the average pace so far.
+/// Projects the usage of a whole period from the average pace so far.
 fn projected(used: u64, start: DateTime<Utc>, end: DateTime<Utc>, now: DateTime<Utc>) -> u64 {
     let whole = (end - start).num_seconds().max(1);
     let passed = (now - start)
@@ -192,7 +190,7 @@ fn billing_usage(row: &SubscriptionRow, usage: PeriodUsage, times: Times) -> Bil
     let reported_until = usage
         .unreported_from
         .map_or(times.complete_until, |from| from.min(times.complete_until));
-    // A subscription with usage whose price is not plain has no total.
+    // If usage is charged at a price that is not a fixed amount per request, the total is unknown.
     let total = match &row.monthly_price {
         Some(monthly) if per_unit.is_some() || !row.is_metered => {
             price::total(monthly, per_unit, projected)

@@ -1,11 +1,11 @@
-//! Decisions as server-sent events.
+//! Streams decisions as server-sent events.
 //!
-//! A stream reads the log by position, which is the order in which rows become visible. So it contains what all
-//! replicas have shipped, and any replica can resume it. It holds one batch at a time and reads the next one after the
-//! client has read it. A client that falls too far behind receives the number of decisions it missed. If a client does
-//! not read the end of its stream, its connection is closed.
+//! A stream reads the log by position, which is the order in which rows become visible. It contains the decisions that
+//! all replicas have shipped, and any replica can resume it. It holds only one batch at a time, and reads the next one
+//! after the client has read the current one. A client that falls too far behind receives the number of decisions it
+//! has missed. If a stream must end but its client does not read it to the end, the connection is closed.
 //!
-//! An unreachable PostgreSQL only delays events.
+//! While PostgreSQL is unreachable, events are only delayed.
 
 use std::time::Duration;
 
@@ -42,15 +42,15 @@ use crate::{
 };
 
 const MEDIA_TYPE: &str = "text/event-stream";
-/// How often the log is read. A decision takes up to a second to appear in it.
+/// How often the log is read. A decision takes up to a second to appear in the log.
 const EVERY: Duration = Duration::from_millis(500);
-/// After this long without events, a comment is sent so that proxies don't close the connection as idle.
+/// How often to send a comment while there are no events, so that proxies do not close the connection as idle.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
-/// How often to check whether a stream should have ended even though its client does not read it.
+/// How often to check whether a stream must end even though its client is not reading it.
 const GUARD_EVERY: Duration = Duration::from_secs(2);
 /// The maximum number of rows per read.
 const BATCH: i64 = 500;
-/// The maximum numbers of open streams.
+/// The maximum number of open streams on this replica. `STREAMS_OF_TENANT` is the maximum per tenant.
 const STREAMS: usize = 200;
 const STREAMS_OF_TENANT: usize = 20;
 
@@ -70,16 +70,16 @@ impl Streams {
     }
 }
 
-/// The session that a stream belongs to.
+/// The session that opened a stream.
 #[derive(Clone)]
 pub(super) struct StreamSession {
     pub(super) state: AppState,
     pub(super) token: SecretString,
 }
 
-/// The position of a stream in a tenant's log.
+/// A stream's position in its tenant's log.
 pub(super) struct Tail {
-    /// The session is checked before each read, so that a revoked session receives nothing more.
+    /// Checked before each read, so that a revoked session receives no further events.
     pub(super) session: StreamSession,
     pub(super) tenant: TenantId,
     pub(super) filter: Filter,
@@ -87,7 +87,6 @@ pub(super) struct Tail {
     pub(super) after: i64,
 }
 
-/// Why a stream ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum End {
     SessionEnded,
@@ -107,13 +106,13 @@ fn event(name: &str, id: Option<i64>, data: &impl serde::Serialize) -> String {
     let id = id
         .map(|id| format!("id: {}\n", write_position(id)))
         .unwrap_or_default();
-    // JSON has no line breaks outside strings, and escapes them inside.
+    // Compact JSON contains no line breaks, because line breaks in strings are escaped.
     let data = serde_json::to_string(data).unwrap_or_default();
     format!("event: {name}\n{id}data: {data}\n\n")
 }
 
 impl StreamSession {
-    /// Returns why the stream has to end, if it does.
+    /// Returns the reason why the stream must end, if there is one.
     async fn end(&self) -> Option<End> {
         if self.state.is_draining() {
             return Some(End::ServerStopping);
@@ -126,14 +125,14 @@ impl StreamSession {
         match session {
             Ok(session) if session.role.may_read_usage() => None,
             Ok(_) | Err(AuthError::Unauthorized) => Some(End::SessionEnded),
-            // If the session cannot be checked, the log cannot be read either.
+            // If the session cannot be checked, the log cannot be read either, so do not end the stream.
             Err(_) => None,
         }
     }
 }
 
 impl Tail {
-    /// Returns the events that were appended to the log since the last read.
+    /// Returns events for the decisions that were added to the log since the last read.
     async fn look(&mut self) -> Result<String, DbError> {
         let state = self.session.state.clone();
         let Ok(_turn) = state.reads.turn(self.tenant).await else {
@@ -165,8 +164,8 @@ impl Tail {
     }
 }
 
-/// Closes the connection of a stream that has to end but is not being read. Stops when dropped, and frees the stream's
-/// slot.
+/// Closes the connection of a stream that must end but is not being read. Dropping the guard stops this task and frees
+/// the stream's place.
 struct Guard(JoinHandle<()>);
 
 impl Guard {
@@ -176,13 +175,13 @@ impl Guard {
             while session.end().await.is_none() {
                 sleep(GUARD_EVERY).await;
             }
-            // Gives the client time to read the rest, including the last event.
+            // Give the client time to read the remaining events.
             sleep(grace).await;
             if let Some(endless) = &endless {
                 endless.close_connection();
             }
             drop(place);
-            // This also ends all other responses on the connection.
+            // Closing the connection also ends all other responses on it. It drops the stream, which aborts this task.
             std::future::pending::<()>().await;
         }))
     }
@@ -194,7 +193,7 @@ impl Drop for Guard {
     }
 }
 
-/// Runs the steps one after another, each after the client has read the output of the previous one.
+/// Reads the log step by step. Each step starts after the client has read the output of the previous one.
 fn events(tail: Tail, guard: Guard) -> impl Stream<Item = std::io::Result<Bytes>> + Send + 'static {
     struct Running {
         tail: Tail,
@@ -204,7 +203,7 @@ fn events(tail: Tail, guard: Guard) -> impl Stream<Item = std::io::Result<Bytes>
         keep_alive: Duration,
         is_over: bool,
     }
-    // A comment is sent well before the deadline for HTTP/2 responses that make no progress.
+    // Send comments well before the deadline for HTTP/2 responses that make no progress.
     let keep_alive = KEEP_ALIVE.min(tail.session.state.config.write_timeout / 3);
     let now = Instant::now();
     let running = Running {
@@ -215,7 +214,7 @@ fn events(tail: Tail, guard: Guard) -> impl Stream<Item = std::io::Result<Bytes>
         keep_alive,
         is_over: false,
     };
-    // Tells the client that it is connected, and when to reconnect.
+    // Tells the client that it is connected, and how long to wait before reconnecting.
     let hello = stream::iter([Ok(Bytes::from_static(b"retry: 1000\n: connected\n\n"))]);
     let rest = stream::unfold(running, |mut it| async move {
         if it.is_over {
@@ -230,7 +229,7 @@ fn events(tail: Tail, guard: Guard) -> impl Stream<Item = std::io::Result<Bytes>
                 return Some((Ok(Bytes::from(text)), it));
             }
             let db = it.tail.session.state.db.clone();
-            // A slow PostgreSQL delays the next comment only briefly.
+            // If PostgreSQL is slow, the next comment is sent only slightly late.
             let look = timeout(it.keep_alive, db.within_limit(it.tail.look()));
             let text = match look.await {
                 Ok(Ok(text)) => text,
@@ -254,7 +253,7 @@ fn events(tail: Tail, guard: Guard) -> impl Stream<Item = std::io::Result<Bytes>
     futures_util::StreamExt::chain(hello, rest)
 }
 
-/// Returns the schema of a stream, with an example of an event.
+/// Returns the schema of a stream, with an example event.
 fn schema() -> MetaSchemaRef {
     MetaSchemaRef::Inline(Box::new(MetaSchema {
         example: Some(event("decision", Some(1), &Decision::example()).into()),
@@ -262,7 +261,6 @@ fn schema() -> MetaSchemaRef {
     }))
 }
 
-/// A stream as a response.
 pub struct DecisionStream(Body);
 
 impl DecisionStream {

@@ -1,4 +1,4 @@
-//! Writing a response as bytes, in the same order as hyper.
+//! Writes a response as bytes, with headers in the same order as hyper.
 
 use std::{
     cell::Cell,
@@ -9,20 +9,20 @@ use poem::http::{HeaderName, HeaderValue, StatusCode, header};
 
 use crate::{api::limit_headers::HeaderSink, clock::UnixNanos};
 
-/// The length of a date, such as `Thu, 26 Nov 2026 16:00:00 GMT`.
+/// The length of a date such as `Thu, 26 Nov 2026 16:00:00 GMT`.
 const DATE: usize = 29;
-/// Most responses are smaller.
+/// Most responses are smaller than this.
 const USUAL: usize = 1024;
 
 thread_local! {
-    /// The last second that was formatted, and its text.
+    /// The most recently formatted second, and its text.
     static LAST_DATE: Cell<(u64, [u8; DATE])> = const { Cell::new((u64::MAX, [b' '; DATE])) };
 }
 
 /// A response whose headers are being written.
 pub(super) struct ResponseWriter<'a> {
     out: &'a mut Vec<u8>,
-    /// Which of the headers that [`flag`] knows are set.
+    /// The bits of the headers that have been set; see [`flag`].
     flags: u8,
 }
 
@@ -51,7 +51,7 @@ impl<'a> ResponseWriter<'a> {
         Self { out, flags: 0 }
     }
 
-    /// Writes the length, the date and the body.
+    /// Writes the length, the date, and the body.
     pub(super) fn finish(mut self, body: &[u8], now: UnixNanos) {
         self.out.extend_from_slice(b"content-length: ");
         let mut length = itoa::Buffer::new();
@@ -83,7 +83,7 @@ impl HeaderSink for ResponseWriter<'_> {
     }
 
     fn set_text(&mut self, name: HeaderName, value: &[u8]) {
-        // Like hyper, writes the length after all others.
+        // `finish` writes the length after all other headers, as hyper does.
         if name == header::CONTENT_LENGTH {
             return;
         }

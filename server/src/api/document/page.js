@@ -1,4 +1,4 @@
-// Adds a copy button to each command and configuration. Without this script, the text can be selected.
+// Adds a copy button to each command and configuration. Without this script, users can still select the text.
 for (const box of document.querySelectorAll(".copy")) {
   const button = document.createElement("button");
   button.type = "button";

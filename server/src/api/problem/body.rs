@@ -1,5 +1,3 @@
-//! The body of an error response.
-
 use quota_common::{FieldError, limit::PolicyName};
 use serde::{Serialize, Serializer};
 
@@ -14,7 +12,7 @@ pub fn wire_name(policy: Policy) -> PolicyName {
     }
 }
 
-/// A [`Problem`](quota_common::Problem) that borrows its fields, since denials must be as cheap as admissions.
+/// A [`Problem`](quota_common::Problem) with borrowed fields, so that denying a request is as cheap as allowing it.
 #[derive(Serialize)]
 pub(super) struct Body<'a> {
     #[serde(rename = "type")]

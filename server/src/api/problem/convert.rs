@@ -22,7 +22,7 @@ use crate::{
 };
 
 impl ApiError {
-    /// Converts any error that a handler, an extractor or the router returns.
+    /// Converts any error that a handler, an extractor, or the router returns.
     pub fn from_poem(error: poem::Error) -> Self {
         if error.is::<Self>() {
             return error
@@ -94,7 +94,7 @@ fn parameter_message(reason: &str) -> String {
     }
 }
 
-/// Returns the values of a parameter that is an enum.
+/// Returns the possible values of an enum parameter.
 fn choices(kind: &str) -> Option<Vec<&'static str>> {
     Some(match kind {
         "ApiKeyOrder" => ApiKeyOrder::ALL.iter().map(|it| it.as_str()).collect(),
@@ -129,7 +129,7 @@ impl From<Busy> for ApiError {
                 "Your organization is making too many changes at the same time.",
                 Duration::from_secs(1),
             ),
-            // Not logged: if the changes ahead of this one fail, their errors are logged.
+            // Not logged: if the changes ahead of this one fail, their own errors are logged.
             Busy::TimedOut => Self {
                 source: None,
                 ..Self::unavailable(String::new())
@@ -143,7 +143,7 @@ impl From<Unconfirmed> for ApiError {
         let all = Self::unavailable(error.clone());
         match error {
             Unconfirmed::Failed(_) => all,
-            // Counted but not logged, because unauthenticated clients could fill the disk with log lines.
+            // Counted but not logged. Otherwise, unauthenticated clients could fill the disk with log lines.
             Unconfirmed::TooMany => Self {
                 source: None,
                 ..all

@@ -1,4 +1,4 @@
-//! Examples of every kind of problem, for the OpenAPI document and the error pages.
+//! Examples of all problem types, for the OpenAPI document and the error pages.
 
 use quota_common::{FieldError, Problem, ProblemCode, limit::PolicyName};
 
@@ -8,7 +8,7 @@ pub(super) const USAGE_UNRECORDABLE: &str =
 pub(super) const SUBSCRIPTION_NEEDED: &str =
     "This key's plan requires an active subscription. Nothing was charged.";
 
-/// Returns a typical problem of this kind.
+/// Returns a typical problem of this type.
 pub fn example(code: ProblemCode, base: &str) -> Problem {
     let detail = match code {
         ProblemCode::Malformed => {

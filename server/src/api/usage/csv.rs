@@ -1,7 +1,7 @@
 //! Usage as CSV (RFC 4180), for spreadsheets.
 //!
-//! Spreadsheets evaluate cells that look like a formula, and API callers choose the names of endpoints. Such cells are
-//! prefixed with an apostrophe, which makes them text.
+//! Callers of the API choose the names of endpoints, and spreadsheets evaluate cells that look like formulas. Such
+//! cells are prefixed with an apostrophe, which turns them into text.
 
 use std::borrow::Cow;
 
@@ -56,7 +56,7 @@ fn cell(text: &str) -> Cow<'_, str> {
     }
 }
 
-/// Returns one line for each bucket.
+/// Returns one line per bucket.
 pub(super) fn write(usage: &Usage, zone: &Zone) -> Result<String, ApiError> {
     let failed = |error: ::csv::Error| ApiError::internal(error);
     let mut writer = ::csv::WriterBuilder::new()

@@ -1,4 +1,4 @@
-//! The range and buckets of a usage request.
+//! The range of a usage request, and its division into buckets.
 
 use chrono::{DateTime, DurationRound, TimeDelta, Utc};
 use quota_common::usage::{MAX_BUCKETS, UsageBucketSize};
@@ -10,9 +10,9 @@ use crate::{
     repo::usage::Range,
 };
 
-/// The resolution of rollups.
+/// The resolution of the 15-minute rollup.
 pub(in crate::api) const QUARTER: TimeDelta = TimeDelta::minutes(15);
-/// Longer ranges use days by default.
+/// For longer ranges, the default bucket is a day.
 const HOURS_UP_TO: TimeDelta = TimeDelta::days(7);
 
 /// The parameters as sent by the caller.
@@ -23,13 +23,13 @@ pub(super) struct RangeQuery {
     pub(super) bucket: Option<UsageBucketSize>,
 }
 
-/// A range, divided into hours or days in a time zone.
+/// A range that is divided into hours or days in a time zone.
 #[derive(Debug)]
 pub(super) struct Buckets {
     pub(super) from: DateTime<Utc>,
     pub(super) to: DateTime<Utc>,
     pub(super) bucket: UsageBucketSize,
-    /// The starts of the buckets, in order. The first bucket starts at `from`.
+    /// The starts of the buckets, in ascending order. The first bucket starts at `from`.
     pub(super) starts: Vec<DateTime<Utc>>,
 }
 

@@ -1,4 +1,4 @@
-//! One attempt, and how its count ends.
+//! One attempt, and whether it remains counted.
 
 use std::sync::Arc;
 
@@ -7,27 +7,27 @@ use tokio::task::JoinHandle;
 use super::{Attempts, Counter, OnSuccess};
 use crate::clock::Monotonic;
 
-/// The state of an attempt's password.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Judgment {
     /// The password was not verified, so the attempt does not count.
     Missing,
-    /// The password is wrong or still being verified, so the caller may find out that it is wrong.
+    /// The password is wrong, or its verification is in progress and may show that it is wrong.
     Wrong,
     Correct,
 }
 
-/// A permitted attempt. Taken back on drop, unless its password was verified.
+/// A permitted attempt. Taken back when dropped, unless its password was verified.
 #[derive(Debug)]
 pub struct Attempt {
     pub(super) attempts: Arc<Attempts>,
     pub(super) counters: Vec<Counter>,
-    /// Monotonic time at which it was counted locally. `None` if it was not counted.
+    /// When the attempt was counted locally. `None` if it was not.
     pub(super) counted_here: Option<Monotonic>,
-    /// When Redis counted it, in milliseconds of its clock. `None` if it was not counted or this is not known.
+    /// When Redis counted the attempt, in milliseconds on Redis's clock. `None` if Redis did not count it or its
+    /// response is unknown.
     pub(super) counted_in_redis: Option<u64>,
     pub(super) judgment: Judgment,
-    /// Whether the caller's network had failures recently.
+    /// Whether the caller's network has had recent failures.
     pub is_suspect: bool,
 }
 
@@ -43,19 +43,19 @@ impl Attempt {
             .count()
     }
 
-    /// Records that the password was correct, and clears the counters of this account.
+    /// Records that the password was correct, and clears the account's counters.
     pub async fn succeeded(mut self) {
         let (cleared, kept) = (self.count(OnSuccess::Clear), self.count(OnSuccess::Keep));
         let task = self.take_back(cleared, kept);
-        // Nothing is left to take back.
+        // Nothing is left to take back on drop.
         self.counters.clear();
         if let Some(task) = task {
             let _ = task.await;
         }
     }
 
-    /// Clears the first counters, keeps the last ones, and takes the attempt back from those in between: locally before
-    /// returning, and in Redis in the returned task.
+    /// Clears the first `cleared` counters, keeps the last `kept` ones, and takes the attempt back from all others.
+    /// Does this locally before returning, and in Redis in the returned task.
     fn take_back(&self, cleared: usize, kept: usize) -> Option<JoinHandle<()>> {
         let changed = self.counters.len().checked_sub(kept).filter(|n| *n > 0)?;
         {
@@ -68,7 +68,7 @@ impl Attempt {
                 {
                     count.tries = (count.tries - 1.0).max(0.0);
                     if count.at == at {
-                        // There was no earlier wait, since the attempt was allowed.
+                        // The attempt was allowed, so there was no earlier wait to restore.
                         count.until = Monotonic::default();
                     }
                 }
@@ -107,7 +107,7 @@ impl Drop for Attempt {
             // Verifying the password took time, so the attempt remains counted.
             Judgment::Correct => self.count(OnSuccess::Keep),
         };
-        // Detached, because nothing waits for it.
+        // Nothing waits for this task.
         drop(self.take_back(0, kept));
     }
 }

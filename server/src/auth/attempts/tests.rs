@@ -50,7 +50,7 @@ async fn guessing_network_waits_longer_and_longer_and_no_other_does() {
         waits.windows(2).all(|pair| pair[1] > 1.5 * pair[0]),
         "{waits:?}"
     );
-    // Other networks and other accounts are not affected.
+    // Other networks and accounts are not affected.
     for _ in 0..10 {
         fail(&attempts, "a@example.com", "198.51.100.1")
             .await
@@ -74,7 +74,7 @@ async fn waits_are_never_long() {
             }
         }
     }
-    // Ten attempts at first, and then about one every five minutes.
+    // Ten attempts at first, then about one every five minutes.
     assert!((200..400).contains(&tries), "{tries} tries in a day");
 }
 
@@ -156,7 +156,7 @@ async fn correct_passwords_of_known_devices_have_a_generous_limit() {
         made += u32::from(sign_in(n).await);
     }
     assert_eq!(made, 200);
-    // Then about ten per minute.
+    // After that, about ten per minute.
     let mut later = 0;
     for n in 0..600 {
         clock.advance(Duration::from_secs(1));
@@ -188,13 +188,13 @@ async fn attempt_whose_password_was_never_verified_is_not_counted() {
         let attempt = attempts.of_network("a@example.com", ip).await;
         drop(attempt.expect("no wait"));
     }
-    // The same applies to an attempt with a correct password for which no session could be created.
+    // The same applies if the password was correct but no session could be created.
     for _ in 0..500 {
         let ip = Some("192.0.2.1".parse().unwrap());
         let attempt = attempts.of_network("a@example.com", ip).await;
         attempt.expect("no wait").set_judgment(Judgment::Correct);
     }
-    // The upper bound is the same.
+    // The upper bound has not changed.
     fail(&attempts, "a@example.com", "192.0.2.1").await.unwrap();
     assert!(fail(&attempts, "a@example.com", "192.0.2.1").await.is_err());
 }
@@ -207,7 +207,7 @@ async fn network_is_suspect_after_a_few_failures_and_not_for_long() {
         let attempt = fail(&attempts, &email, "192.0.2.1").await.unwrap();
         assert_eq!(attempt.is_suspect, n >= CROWD, "{n}");
     }
-    // Another address in the same /24 shares the count; another network does not.
+    // Another address in the same /24 network shares the counter; an address in a different network does not.
     let neighbor = fail(&attempts, "x@example.com", "192.0.2.2").await.unwrap();
     assert!(neighbor.is_suspect);
     let other = fail(&attempts, "x@example.com", "192.0.3.2").await.unwrap();

@@ -28,7 +28,7 @@ fn weak_passwords_are_rejected_and_strong_ones_accepted() {
     assert!(!refused("correct horse battery staple"));
 }
 
-/// The time that zxcvbn takes grows with the number of ways to read symbols as letters, and it overflows on long
+/// zxcvbn's running time grows with the number of ways to read symbols as letters, and zxcvbn overflows on long
 /// keyboard patterns.
 #[test]
 fn costly_passwords_are_estimated_in_parts() {
@@ -49,7 +49,7 @@ fn costly_passwords_are_estimated_in_parts() {
     let password = Password::new(&costly[..100]);
     let began = std::time::Instant::now();
     let _ = password.judge("ada@example.com");
-    // Without the bound, this one would take most of a second; with it, a few milliseconds.
+    // Takes a few milliseconds. Without the limit, it would take most of a second.
     assert!(began.elapsed() < Duration::from_millis(500));
 }
 
@@ -68,7 +68,7 @@ fn weak_passwords_with_symbols_are_rejected() {
         assert!(refused(password), "{password}");
     }
     for password in [
-        // Random strings of all printable characters, and of digits and symbols only.
+        // Random strings: the first of all printable characters, the others of only digits and symbols.
         "k7(Q|2z$X9@v%e!R",
         "4[7!9$%0<2@8{5+|6",
         "83920174650938271640",
@@ -130,7 +130,7 @@ async fn flood_is_rejected_at_once_and_earlier_waiters_are_served() {
     assert_eq!(counted.get(), busy as u64);
 }
 
-/// Checks which arrivals are admitted, and in which order they are served.
+/// Returns whether each arrival gets a place, and the order in which waiters are served.
 fn order(turns: &[Turn]) -> (Vec<bool>, Vec<usize>) {
     let mut queue = Queue::default();
     let taken = turns.iter().enumerate();
@@ -160,7 +160,8 @@ async fn dropped_waiter_passes_its_place_to_the_next() {
 fn full_class_makes_room_for_a_new_network() {
     let room = WAITING[CallerClass::Ordinary as usize];
     let mut turns = vec![turn(CallerClass::Ordinary, 1); room];
-    // One more from the same network is rejected. Another network is admitted, and the flood loses its newest waiter.
+    // Another waiter from the same network is turned away. A waiter from a different network gets a place, and the
+    // flood loses its newest waiter.
     turns.extend([
         turn(CallerClass::Ordinary, 1),
         turn(CallerClass::Ordinary, 2),
@@ -177,7 +178,7 @@ fn account_with_many_waiters_goes_last() {
     let room = WAITING[CallerClass::Known as usize];
     let mut turns = vec![turn(CallerClass::Known, 1); room - 2];
     turns.extend([turn(CallerClass::Known, 2), turn(CallerClass::Known, 3)]);
-    // The class is full: the next ones displace waiters of the first account.
+    // The class is full, so new arrivals displace waiters of the first account.
     turns.extend([
         turn(CallerClass::Known, 4),
         turn(CallerClass::Known, 1),
@@ -187,7 +188,7 @@ fn account_with_many_waiters_goes_last() {
     let of_others = room - 2..room + 1;
     assert!(of_others.clone().all(|n| taken[n]) && !taken[room + 1] && taken[room + 2]);
     assert_eq!(done.len(), room);
-    // The first waiter of each party is served, then the second of each.
+    // The first waiter of each party is served, then the second one.
     assert_eq!(done[..6], [0, room - 2, room - 1, room, 1, room + 2]);
 }
 

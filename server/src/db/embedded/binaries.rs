@@ -1,4 +1,4 @@
-//! The PostgreSQL programs on this machine, and creating a cluster with them.
+//! Finds the PostgreSQL programs on this machine, and creates a cluster with them.
 
 use std::{
     cmp::Reverse,
@@ -15,7 +15,7 @@ use super::{
     place::{Place, make_dir},
 };
 
-/// Programs of one PostgreSQL version.
+/// The programs of one PostgreSQL version.
 #[derive(Debug, Clone)]
 pub(super) struct Binaries {
     pub(super) dir: PathBuf,
@@ -26,7 +26,7 @@ pub(super) struct Binaries {
 /// Returns every PostgreSQL server installed on this machine, the preferred one first.
 pub(super) async fn installed_binaries() -> Vec<Binaries> {
     let mut places = Vec::new();
-    // Servers found through `pg_config` and in `PATH` are preferred. `pg_config` is also part of the client library, so
+    // Servers found through `pg_config` and `PATH` are preferred. `pg_config` is also part of the client library, so
     // its directory may not contain a server.
     for question in [
         "pg_config --bindir",
@@ -57,7 +57,7 @@ pub(super) async fn installed_binaries() -> Vec<Binaries> {
         if known || !dir.is_absolute() || !dir.join("initdb").is_file() {
             continue;
         }
-        // postgres (PostgreSQL) 15.14 (Debian 15.14-0+deb12u1)
+        // Example: postgres (PostgreSQL) 15.14 (Debian 15.14-0+deb12u1)
         let Some(text) = output(Command::new(dir.join("postgres")).arg("--version")).await else {
             continue;
         };
@@ -104,8 +104,8 @@ pub(super) fn matching(
         })
 }
 
-/// Creates the cluster in a temporary directory and renames it when it is complete, so that a crash does not leave a
-/// broken cluster.
+/// Creates the cluster in a temporary directory and renames that directory when it is complete, so that a crash does
+/// not leave a broken cluster.
 pub(super) async fn initdb(bin: &Path, place: &Place) -> Result<(), EmbeddedError> {
     const LEFTOVER: &str = "postgres.new-";
     let home = place.cluster.parent().unwrap_or(Path::new("/"));
@@ -164,7 +164,8 @@ pub(super) async fn initdb(bin: &Path, place: &Place) -> Result<(), EmbeddedErro
         .map_err(EmbeddedError::file("cannot write", home))
 }
 
-/// Unlike [`Child::wait_with_output`], does not close standard input first, which would make the guard stop its child.
+/// Waits like [`Child::wait_with_output`], but keeps standard input open: closing it would make the guard stop its
+/// child.
 async fn wait_with_output(mut child: Child) -> io::Result<std::process::Output> {
     let pipe = child.stdin.take();
     let output = child.wait_with_output().await;

@@ -21,7 +21,7 @@ use tokio::{
 
 use super::{EmbeddedError, connect, place::Place, url};
 
-/// How long starting may take. Recovery after a crash replays at most about one `max_wal_size` of WAL.
+/// How long starting may take. Recovery after a crash replays about one `max_wal_size` of WAL at most.
 pub(super) const START_LIMIT: Duration = Duration::from_mins(2);
 /// How long a fast shutdown may take. It ends sessions and writes a checkpoint.
 const FAST_STOP_LIMIT: Duration = Duration::from_secs(20);
@@ -36,12 +36,12 @@ const SETTLED: Duration = Duration::from_mins(1);
 const LOG_LIMIT: u64 = 10 * 1024 * 1024;
 
 /// The guard and the other end of its pipe. They are separate because waiting for a [`Child`] closes its standard
-/// input, which would end it.
+/// input, which would make the guard stop PostgreSQL.
 #[derive(Debug)]
 pub(super) struct Guarded {
     pub(super) child: Child,
     pub(super) pipe: Option<ChildStdin>,
-    /// The offset in the log at which this server's output begins.
+    /// Where this server's output begins in the log.
     pub(super) log_begin: u64,
 }
 
@@ -52,12 +52,12 @@ pub(super) struct Cluster {
     pub(super) place: Place,
     pub(super) socket_dir: PathBuf,
     pub(super) log: PathBuf,
-    /// The lock is held until PostgreSQL has exited, so that the next server does not find it shutting down.
+    /// Holds the lock until PostgreSQL has exited, so that the next server does not find it shutting down.
     pub(super) _lock: File,
 }
 
 impl Cluster {
-    /// Starts PostgreSQL, which takes a while to become [`ready`](Self::ready).
+    /// Starts PostgreSQL, which then takes a while to become [`ready`](Self::ready).
     pub(super) async fn launch(&self) -> Result<Guarded, EmbeddedError> {
         self.stop_orphan().await?;
         let log = OpenOptions::new()
@@ -119,9 +119,10 @@ impl Cluster {
 
     /// Stops a PostgreSQL that an earlier server left running on this cluster, and waits until it has exited.
     ///
-    /// This process holds the lock of the data directory, so any PostgreSQL here is an orphan. It is recognized by its
-    /// working directory, which PostgreSQL sets to its cluster. A PID from a file may belong to another process by now.
-    /// Without `/proc`, Quota relies on PostgreSQL's own check of its PID file.
+    /// This process holds the lock of the data directory, so any PostgreSQL that runs there is an orphan. It is
+    /// recognized by its working directory, which PostgreSQL sets to its cluster. (The process with the PID from a file
+    /// may be a different one by now.) If `/proc` does not exist, only PostgreSQL's own check of its PID file protects
+    /// the cluster.
     pub(super) async fn stop_orphan(&self) -> Result<(), EmbeddedError> {
         let cluster = fs::canonicalize(&self.place.cluster)
             .map_err(EmbeddedError::file("cannot inspect", &self.place.cluster))?;
@@ -135,8 +136,8 @@ impl Cluster {
         if let Some(&pid) = running_in(&cluster).first() {
             return Err(EmbeddedError::Orphan { pid, cluster });
         }
-        // PostgreSQL does not start if the PID in its file is a running process of the same user. No process of this
-        // cluster is running, so the file is stale.
+        // PostgreSQL does not start if the PID in its file belongs to a running process of the same user. No process of
+        // this cluster is running, so the file is stale.
         if Path::new("/proc/self/cwd").exists() && pid_file.exists() {
             fs::remove_file(&pid_file).map_err(EmbeddedError::file("cannot remove", &pid_file))?;
         }
@@ -225,7 +226,7 @@ impl Cluster {
     }
 }
 
-/// Rotates a long log, replacing the previously rotated one.
+/// Rotates a long log, overwriting the previously rotated one.
 pub(super) fn rotate(log: &Path) -> Result<(), EmbeddedError> {
     if fs::metadata(log).is_ok_and(|metadata| metadata.len() > LOG_LIMIT) {
         fs::rename(log, log.with_extension("log.1"))
@@ -234,7 +235,7 @@ pub(super) fn rotate(log: &Path) -> Result<(), EmbeddedError> {
     Ok(())
 }
 
-/// Returns the last lines of the log after `begin`.
+/// Returns the last lines of the part of the log after `begin`.
 fn tail(log: &Path, begin: u64) -> String {
     const LINES: usize = 10;
     let mut text = Vec::new();
@@ -250,7 +251,8 @@ fn tail(log: &Path, begin: u64) -> String {
     lines[lines.len().saturating_sub(LINES)..].join("\n")
 }
 
-/// Returns the processes whose working directory is `dir`, except zombies. Returns none without `/proc`.
+/// Returns the PostgreSQL processes whose working directory is `dir`, except zombies. Returns an empty list if `/proc`
+/// does not exist.
 fn running_in(dir: &Path) -> Vec<i32> {
     let own = std::process::id().cast_signed();
     fs::read_dir("/proc")
@@ -265,8 +267,8 @@ fn running_in(dir: &Path) -> Vec<i32> {
         .collect()
 }
 
-/// Signals the cluster's postmaster and waits until all its processes have exited. Returns `false` if some have not.
-/// Sessions notice on their own that their postmaster has died.
+/// Signals the cluster's postmaster, and waits until all of the cluster's processes have exited. Returns `false` if
+/// some have not. Sessions notice on their own that their postmaster has exited.
 async fn end_running(cluster: &Path, signal: Signal, limit: Duration) -> bool {
     let deadline = Instant::now() + limit;
     let mut signalled = None;
@@ -291,7 +293,7 @@ async fn end_running(cluster: &Path, signal: Signal, limit: Duration) -> bool {
     }
 }
 
-/// Whether a process is PostgreSQL, and not, for example, an operator's shell in the same working directory.
+/// Returns whether a process is PostgreSQL and not, for example, an operator's shell in the same working directory.
 fn is_postgres(process: &Path) -> bool {
     fs::read_link(process.join("exe"))
         .is_ok_and(|exe| exe.file_name() == Some(OsStr::new("postgres")))

@@ -1,4 +1,4 @@
-//! The location of a cluster's files, and the user that PostgreSQL runs as.
+//! Where a cluster's files are, and which user PostgreSQL runs as.
 
 use std::{
     fmt::Write as _,
@@ -17,15 +17,15 @@ use tokio::process::Command;
 
 use super::{EmbeddedError, PORT};
 
-/// The maximum length of a socket's path that all supported systems allow (Linux: 107 bytes, macOS and BSD: 103).
+/// The maximum length of a socket's path on all supported systems (Linux: 107 bytes, macOS and BSD: 103).
 const SOCKET_PATH_LIMIT: usize = 103;
 
 /// The directory for clusters that cannot be in root's data directory.
 const FALLBACK_HOME: &str = "/var/lib/quota";
 
-/// Runs "$@", requests a fast shutdown when standard input ends, and exits with the same status. A shell's background
-/// jobs have no standard input, so the script uses descriptor 3. They ignore SIGINT until they install a handler, so
-/// the script sends it repeatedly.
+/// Runs "$@", requests a fast shutdown when standard input ends, and exits with the status of "$@". A shell's
+/// background jobs have no standard input, so the script uses descriptor 3. Background jobs ignore SIGINT until they
+/// install a handler, so the script sends the signal repeatedly.
 const GUARD: &str = r#"
 exec 3<&0 </dev/null
 "$@" 3<&- &
@@ -39,7 +39,7 @@ code=$?
 exit "$code"
 "#;
 
-/// The files of a cluster, and the user who owns them.
+/// A cluster's files, and the user who owns them.
 #[derive(Debug)]
 pub(super) struct Place {
     /// PostgreSQL's data directory.
@@ -47,7 +47,7 @@ pub(super) struct Place {
     pub(super) user: RunAs,
 }
 
-/// `None` for the current user, if it is not root.
+/// The user that PostgreSQL runs as. `None` means the current user, which is not root.
 pub(super) type RunAs = Option<User>;
 
 impl Place {
@@ -77,7 +77,7 @@ impl Place {
         if place.check_reach(data_dir).await.is_ok() {
             return Ok(place);
         }
-        // `/root` is 0700 on most machines, and a checkout in it has to work too.
+        // `/root` has mode 0700 on most machines, and Quota must also run from a checkout inside it.
         make_dir(Path::new(FALLBACK_HOME), 0o755)?;
         make_dir(&fallback_home, 0o711)?;
         tracing::warn!(
@@ -94,7 +94,7 @@ impl Place {
         Ok(place)
     }
 
-    /// Returns the cluster at `path` with its owner, or `None` if there is none.
+    /// Returns the cluster at `path` with its owner, or `None` if there is no cluster.
     pub(super) fn existing(path: &Path) -> Result<Option<Self>, EmbeddedError> {
         let metadata = match fs::metadata(path) {
             Ok(metadata) => metadata,
@@ -135,7 +135,7 @@ impl Place {
         self.user.as_ref().map_or("", |user| user.name.as_str())
     }
 
-    /// Tests whether the database's user can enter `dir`. The mode bits alone do not determine this.
+    /// Checks that the database's user can enter `dir`. The mode bits alone do not determine this.
     pub(super) async fn check_reach(&self, dir: &Path) -> Result<(), EmbeddedError> {
         let Some(user) = &self.user else {
             return Ok(());
@@ -180,7 +180,7 @@ impl Place {
         command
             .args(["-c", GUARD, "quota-postgres-guard"])
             .arg(program)
-            // PostgreSQL must not see secrets in the environment, and PG* variables are not intended for it.
+            // Secrets in the environment must not be passed to PostgreSQL, and its PG* variables are meant for clients.
             .env_clear()
             .env("PATH", "/usr/bin:/bin")
             .env("LC_ALL", "C")
@@ -197,7 +197,7 @@ impl Place {
 
 /// Creates the data directory and returns its canonical path.
 pub(super) fn make_data_dir(data_dir: &Path) -> Result<PathBuf, EmbeddedError> {
-    // PostgreSQL runs as another user, who must be able to reach its directory inside.
+    // PostgreSQL runs as another user, who must be able to reach its directory inside this one.
     let mode = if geteuid().is_root() { 0o711 } else { 0o700 };
     make_dir(data_dir, mode).map_err(|error| EmbeddedError::NoDataDir {
         path: data_dir.to_owned(),
@@ -239,7 +239,7 @@ fn unprivileged_user() -> Result<User, EmbeddedError> {
         .ok_or(EmbeddedError::NoUser)
 }
 
-/// Returns a user who owns files but has no passwd entry, as happens with container volumes.
+/// Returns a user without a passwd entry. Container volumes often belong to such users.
 fn nameless(uid: Uid, gid: Gid) -> User {
     User {
         name: uid.to_string(),
@@ -252,7 +252,7 @@ fn nameless(uid: Uid, gid: Gid) -> User {
     }
 }
 
-/// Returns a short name that is unique for a path.
+/// Returns a short name that is derived from a path and unique to it.
 fn short_name(path: &Path) -> String {
     let hash = digest::digest(&digest::SHA256, path.as_os_str().as_encoded_bytes());
     hash.as_ref()[..8]
@@ -263,7 +263,8 @@ fn short_name(path: &Path) -> String {
         })
 }
 
-/// Returns the directory of the socket: the cluster's own, or a short one if that path is too long for a socket.
+/// Returns the directory of the socket: the cluster's own, or a short one if the cluster's path is too long for a
+/// socket.
 pub(super) fn socket_dir(place: &Place) -> Result<PathBuf, EmbeddedError> {
     let length = place.cluster.as_os_str().len() + "/.s.PGSQL.".len() + PORT.len();
     if length <= SOCKET_PATH_LIMIT {
@@ -279,7 +280,7 @@ pub(super) fn socket_dir(place: &Place) -> Result<PathBuf, EmbeddedError> {
             ));
         }
     }
-    // Any user can create files in /tmp.
+    // Any user can create files in /tmp, so an existing directory may not be Quota's.
     let metadata =
         fs::symlink_metadata(&dir).map_err(EmbeddedError::file("cannot inspect", &dir))?;
     let owner = place.user.as_ref().map_or(geteuid(), |user| user.uid);

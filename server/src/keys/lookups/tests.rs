@@ -6,8 +6,7 @@ use tokio::sync::Semaphore;
 use super::*;
 use crate::clock::SystemClock;
 
-/// A database that processes one batch for each permit, and records the hashes it was queried for and the number of
-/// statements.
+/// A database that processes one batch per permit. It records the number of hashes in each statement.
 struct Fixture {
     batches: Batches<u8>,
     permits: Arc<Semaphore>,
@@ -128,7 +127,7 @@ async fn sources_take_turns() {
     let it = fixture(1000, 1);
     let _first = it.find(0, Some(from(1)));
     tokio::task::yield_now().await;
-    // More than a full batch from one caller, and then one lookup from another.
+    // More than a full batch from one caller, followed by one lookup from another caller.
     let counted = Arc::new(AtomicUsize::new(0));
     for _ in 0..2 * BATCH {
         let (found, counted) = (it.find(2, Some(from(1))), counted.clone());
@@ -157,7 +156,7 @@ async fn look_up_that_waits_too_long_for_a_batch_fails() {
     assert!(matches!(refused, Err(Unconfirmed::TooMany)), "{refused:?}");
     assert!(matches!(known.await.unwrap(), Err(Unconfirmed::Failed(_))));
     assert!(it.batches.0.settings.freshness.is_suspect());
-    // A lookup whose batch is in progress gets its result.
+    // A lookup whose batch is in progress still gets its result.
     it.permits.add_permits(1);
     assert_eq!(begun.await.unwrap().unwrap(), Some(0));
     let queue = it.batches.0.queue.lock();

@@ -21,7 +21,8 @@ use crate::{
 
 const TENANT: Uuid = Uuid::from_u128(1);
 
-/// A store that pauses while it creates the handle of one key: its record is built but not cached yet.
+/// A store that pauses while it creates the handle of one key. At that point, the key's record has been built but is
+/// not cached.
 #[derive(Debug)]
 struct PausingStore {
     inner: Arc<LocalStore>,
@@ -78,7 +79,7 @@ impl LimitStore for PausingStore {
 
 fn secret(n: u16) -> SecretText {
     let mut bytes = [7; 32];
-    // The digits of base 62.
+    // The digits of a number in base 62.
     bytes[0] = u8::try_from(n / 62).unwrap();
     bytes[1] = u8::try_from(n % 62).unwrap();
     SecretText::from_bytes(Kind::ApiKey, &bytes)
@@ -114,7 +115,7 @@ async fn plan_edit_reaches_a_key_cached_while_the_index_is_pruned() {
     let clock: Arc<dyn Clock> = Arc::new(TestClock::at(UnixNanos::from_secs(1_785_738_360)));
     let metrics = Arc::<Metrics>::default();
     let freshness = Arc::new(Freshness::new(clock.clone()));
-    // Needs no connection, because the keys have no quotas.
+    // Does not need a connection, because the keys have no quotas.
     let db = Db::new(
         &"postgres://localhost/none".into(),
         &DatabaseSettings::default(),
@@ -160,9 +161,9 @@ async fn plan_edit_reaches_a_key_cached_while_the_index_is_pruned() {
                 .await
         })
     };
-    // Blocks the test's thread, on which no load runs.
+    // Blocks only the test's own thread, which runs no loads.
     has_reached.recv().unwrap();
-    // Many more than the maximum, so that entries of the index are dropped.
+    // Many more than the maximum, so that entries are removed from the index.
     for n in 1..=300 {
         let (secret, now) = (secret(n), clock.monotonic());
         let found = keys.key(&secret, now, LookupCaller::default()).await;

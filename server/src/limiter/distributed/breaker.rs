@@ -1,6 +1,6 @@
 //! The circuit breaker of a partition of the shared counters.
 //!
-//! Decides when an outage begins, and records the last time received from the counters. Does not probe: the store does.
+//! Decides when an outage begins, and records the latest time received from the counters. The store sends the probes.
 
 use std::{
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
@@ -14,17 +14,19 @@ use crate::{
     limiter::rate::counters::{CounterMicros, NEVER_HEARD},
 };
 
-/// This many consecutive failures, without a success for this long, open the breaker. If a process was not scheduled
-/// for a moment, many of its calls fail at the same time although the counters work.
+/// The breaker opens after [`FAILURES`] consecutive failures without a success for [`SILENCE`]. The second condition is
+/// needed because if the process is not scheduled for a moment, many of its calls fail at the same time although the
+/// counters work.
 const FAILURES: u32 = 5;
 pub(super) const SILENCE: Duration = Duration::from_millis(200);
 
-/// The breaker also opens after this many calls of which half fail, within this time span and over at least the time
-/// above.
+/// The breaker also opens if at least half of [`CALLS`] or more calls fail within [`SPAN`], provided that the span
+/// began at least [`SILENCE`] ago.
 const CALLS: u32 = 20;
 const SPAN: Nanos = Nanos::from_secs(1);
 
-/// In microseconds. If a timely response is this much older than the last one, the clock of the counters was set back.
+/// In microseconds. If a timely response is older than the last one by more than this, the counters' clock was set
+/// back.
 const TURNED_BACK: u64 = 1_000_000;
 
 /// See the module documentation.
@@ -50,7 +52,7 @@ struct BreakerState {
     outage: Outage,
 }
 
-/// A period in which no decision may be made without the counters.
+/// A period in which this replica must not allow requests without the counters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Pause {
     from: Monotonic,
@@ -63,15 +65,16 @@ pub(super) struct Outage {
     /// The number of the outage; 0 means that there is none.
     pub(super) number: u64,
     pub(super) since: Monotonic,
-    /// When the outage began, by the clock of the counters.
+    /// When the outage began, on the counters' clock.
     counters_since: CounterMicros,
-    /// The time from when the promised epoch may have started until the response to the first call in it is late.
+    /// The period from the earliest start of the promised epoch until the response to the first call in that epoch
+    /// counts as late.
     paused: Option<Pause>,
 }
 
 impl Outage {
-    /// Returns whether the counters may have started to grant tokens and this replica may be about to use them again.
-    /// Any request it allowed now could be allowed twice.
+    /// Returns whether the promised epoch may have started, and this replica may be about to use the counters again.
+    /// Requests that it allowed now would come on top of those that the counters allow.
     pub(super) fn is_paused(self, now: Monotonic) -> bool {
         self.paused
             .is_some_and(|pause| pause.from <= now && now < pause.until)
@@ -111,13 +114,13 @@ impl CircuitBreaker {
         CounterMicros(self.last_heard.load(Ordering::Relaxed))
     }
 
-    /// Records the start of a call, which confirms the last response to the counters.
+    /// Records the start of a call. Each call confirms the last response to the counters.
     pub(super) fn called(&self, now: Monotonic) {
         self.inner.lock().called_at = now;
     }
 
-    /// Returns whether a heartbeat is due, because no call has started for the duration `every`, or `if_suspect` if the
-    /// last one failed.
+    /// Returns whether a heartbeat is due: no call has started for `every` or, if the last call failed, for
+    /// `if_suspect`.
     pub(super) fn is_heartbeat_due(
         &self,
         now: Monotonic,
@@ -141,7 +144,7 @@ impl CircuitBreaker {
         Monotonic(self.used_at.load(Ordering::Relaxed))
     }
 
-    /// Records a timely response, with the counters' time `at`.
+    /// Records a timely response, which the counters sent at their time `at`.
     pub(super) fn succeeded(&self, at: CounterMicros, now: Monotonic) {
         let mut inner = self.inner.lock();
         inner.count(now, false);
@@ -154,8 +157,8 @@ impl CircuitBreaker {
         }
     }
 
-    /// Ignores a response that arrives after a newer one: an outage must not seem to have begun before other replicas
-    /// got their last response.
+    /// Records the counters' time `at`, unless a newer response has already arrived. Otherwise, an outage could seem to
+    /// have begun before other replicas got their last response.
     fn hear(&self, inner: &mut BreakerState, at: CounterMicros, now: Monotonic) {
         if at >= self.last_heard() {
             inner.heard_at = now;
@@ -163,7 +166,8 @@ impl CircuitBreaker {
         }
     }
 
-    /// Records a call that failed or is late. Returns `true` if this opens the breaker; the caller must start probing.
+    /// Records a call that failed or is late. Returns `true` if this opens the breaker; the caller must then start
+    /// probing.
     pub(super) fn failed(&self, now: Monotonic) -> bool {
         let mut inner = self.inner.lock();
         inner.count(now, true);
@@ -176,8 +180,8 @@ impl CircuitBreaker {
         (silent || poor) && self.go(&mut inner, now)
     }
 
-    /// Records that the counters start a new epoch at `start` or slightly later, and grant nothing until then. Returns
-    /// the same as [`failed`](Self::failed).
+    /// Records that the counters start a new epoch at `start` or slightly later, and grant no tokens until then. Like
+    /// [`failed`](Self::failed), returns `true` if this opens the breaker.
     pub(super) fn is_initializing(&self, start: Monotonic, now: Monotonic) -> bool {
         let mut inner = self.inner.lock();
         let is_first = self.go(&mut inner, now);
@@ -188,8 +192,8 @@ impl CircuitBreaker {
         is_first
     }
 
-    /// Sets when the response to the first call in the promised epoch is late. From then on, this replica decides
-    /// without the counters.
+    /// Sets when the response to the first call in the promised epoch counts as late. From then on, this replica
+    /// decides without the counters.
     pub(super) fn paused_until(&self, until: Monotonic) {
         if let Some(pause) = &mut self.inner.lock().outage.paused {
             pause.until = until;
@@ -213,7 +217,7 @@ impl CircuitBreaker {
         true
     }
 
-    /// Closes the breaker after a timely response, with the counters' time `at`.
+    /// Closes the breaker after a timely response, which the counters sent at their time `at`.
     pub(super) fn returned(&self, at: CounterMicros, now: Monotonic) {
         let mut inner = self.inner.lock();
         self.hear(&mut inner, at, now);
@@ -225,8 +229,8 @@ impl CircuitBreaker {
         self.away.store(false, Ordering::Release);
     }
 
-    /// Returns [`NEVER_HEARD`] until the first response if `others_may_be_away`: they may have an outage that this
-    /// replica does not know of. Otherwise 0.
+    /// Returns [`NEVER_HEARD`] if this replica has never received a response and `others_may_be_away`, which means that
+    /// other replicas may have an outage that it does not know of. Otherwise, returns zero.
     pub(super) fn never_heard(&self, others_may_be_away: bool) -> CounterMicros {
         if others_may_be_away && self.last_heard() == CounterMicros::NONE {
             NEVER_HEARD
@@ -235,7 +239,7 @@ impl CircuitBreaker {
         }
     }
 
-    /// Returns when the outage began, by the clock of the counters. Without an outage, the same as
+    /// Returns when the outage began, on the counters' clock. Without an outage, returns the same as
     /// [`never_heard`](Self::never_heard).
     pub(super) fn away_since(&self, others_may_be_away: bool) -> CounterMicros {
         let inner = self.inner.lock();

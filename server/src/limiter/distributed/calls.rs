@@ -1,13 +1,12 @@
 //! Calls to the counters, and their outcomes.
 //!
 //! Calls run in separate tasks, so that a request can be canceled while it waits, a late response is still used, and no
-//! token is lost. All waiting requests of a key share one call, which requests all the tokens they need. Requests that
-//! arrive during a call are decided by the next one, which starts when that call ends, or shortly after it started if
-//! the bucket would otherwise become full in the meantime. A call has a deadline, so a decision waits for at most two
-//! calls.
+//! tokens are lost. All waiting requests of a key share one call, which requests all the tokens they need. Requests
+//! that arrive during a call are decided by the next one. It starts when the first call ends, or sooner if the bucket
+//! could fill up in the meantime. Each call has a deadline, and a request waits for at most two calls.
 //!
-//! If a call fails, its requests are notified. If it is late, they wait for the response for up to two deadlines in
-//! total. Other tokens of a late response are held like any lease if the plan allows it, and returned otherwise.
+//! If a call fails, its requests are notified. If it is late, they keep waiting for up to two deadlines in total. The
+//! remaining tokens of a late response are held like any lease if the plan allows it, and returned otherwise.
 
 use std::{
     sync::{
@@ -71,7 +70,7 @@ impl StoreCore {
         &self.partitions[usize::from(self.partition_of(handle.key))]
     }
 
-    /// Returns a call for a key that takes nothing and returns `back`.
+    /// Builds a call for a key that takes no tokens and returns `back`.
     pub(super) fn call(&self, handle: &KeyHandle, terms: Terms, back: Option<Unspent>) -> TakeCall {
         let partition = self.partition_of(handle.key);
         let back = back.unwrap_or_default();
@@ -95,8 +94,8 @@ impl StoreCore {
         }
     }
 
-    /// Makes a call and records its outcome. Runs `on_late` when the deadline passes and then continues to wait: tokens
-    /// of a late response can be spent by other requests or returned.
+    /// Makes a call and records its outcome. If the deadline passes, runs `on_late` and keeps waiting, because tokens
+    /// of a late response can still be spent or returned.
     pub(super) async fn ask_until(&self, call: TakeCall, on_late: impl FnOnce()) -> Answer {
         let answer = self.answer(call, on_late).await;
         match answer {
@@ -162,8 +161,8 @@ impl StoreCore {
                 if !late {
                     partition.succeeded(reply.at, now);
                 }
-                // A late response promises nothing: the epoch may have started, and other calls may have been granted
-                // tokens in it.
+                // A late response is not a promise: the epoch may already have started, and other calls may have been
+                // granted tokens in it.
                 if let BucketState::Initializing { wait: wait_us } = reply.state
                     && !late
                     && let wait = Duration::from_micros(wait_us)
@@ -211,9 +210,9 @@ impl StoreCore {
         }
     }
 
-    /// Returns whether other replicas may have an outage of counters that this replica has not used yet, if none has
-    /// confirmed a recent response. In a cluster, partitions may be idle, so a lack of responses proves nothing.
-    /// Replicas that have only just started have not used any shares.
+    /// Returns whether other replicas may have an outage that this replica, which has just started, does not know of.
+    /// Always `false` in a cluster: partitions may be idle, so a lack of confirmed responses does not indicate an
+    /// outage. Other replicas that have just started do not matter, since they have not used their shares yet.
     pub(super) fn others_may_be_away(&self) -> bool {
         self.partitions.len() == 1 && self.membership.others_may_act(self.clock.monotonic())
     }
@@ -222,8 +221,8 @@ impl StoreCore {
         self.draining.load(Ordering::Acquire)
     }
 
-    /// Returns all tokens held for later, before the process exits. Gives up on counters that do not respond; tokens
-    /// that are not returned are lost until their buckets refill.
+    /// Returns all tokens held for later, before the process exits. Gives up if the counters do not respond; tokens
+    /// that are not returned are unavailable until their buckets refill.
     pub(super) async fn return_leases(&self) {
         self.draining.store(true, Ordering::Release);
         let deadline = time::Instant::now() + RETURNED_WITHIN;

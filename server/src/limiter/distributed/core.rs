@@ -21,11 +21,11 @@ use crate::{
 /// Settings of the distributed store.
 #[derive(Debug, Clone)]
 pub struct DistributedSettings {
-    /// How long tokens taken in advance may be spent. If zero, the counters decide every request.
+    /// The lease TTL. If zero, the counters decide every request.
     pub lease_ttl: Duration,
     /// How long a request waits for one call to the counters.
     pub deadline: Duration,
-    /// The behavior without the counters, unless a plan specifies it.
+    /// The fallback setting for plans without their own.
     pub on_failure: OnRedisFailure,
     pub keys: KeyTableSettings,
 }
@@ -41,7 +41,7 @@ pub(super) struct StoreCore {
     pub(super) settings: DistributedSettings,
     pub(super) ttl: Nanos,
     pub(super) partitions: Box<[CircuitBreaker]>,
-    /// Whether to stop holding tokens for later.
+    /// Whether the store is draining and holds no tokens for later.
     pub(super) draining: AtomicBool,
     pub(super) me: Weak<StoreCore>,
 }
@@ -54,7 +54,7 @@ pub(super) struct Moment {
 }
 
 impl StoreCore {
-    /// Returns the instant at which the calendar time was just read.
+    /// Pairs a calendar time that was just read with the monotonic time.
     #[inline]
     pub(super) fn moment(&self, now: UnixNanos) -> Moment {
         Moment {

@@ -1,11 +1,12 @@
 //! One decision: from local tokens, by a call to the counters, or without them.
 //!
-//! Ensures that quotas and rate are taken together or not at all. Does not depend on how the counters are called. While
-//! they are unavailable, applies the plan's fallback setting.
+//! Takes the cost from the quotas and the rate together, or from neither. While the counters are unavailable, applies
+//! the plan's fallback setting.
 //!
-//! A denial names the rate as violated only if the counters reported that just before. Without a response, it is
-//! unknown whether the rate is exceeded: [`OnRedisFailure::Share`] then denies without naming a policy,
-//! [`OnRedisFailure::Closed`] fails, and [`OnRedisFailure::Open`] denies only what exceeds the limit on this replica.
+//! A denial names the rate as violated only if the counters have just reported that. Without a response, it is unknown
+//! whether the rate is exceeded: [`OnRedisFailure::Share`] then denies without naming a policy,
+//! [`OnRedisFailure::Closed`] returns an error, and [`OnRedisFailure::Open`] denies only what exceeds the limit on this
+//! replica.
 
 use std::{
     num::{NonZeroU32, NonZeroU64},
@@ -32,7 +33,7 @@ use crate::{
     },
 };
 
-/// The wait to report if none is known.
+/// The wait to report if the actual wait is unknown.
 const A_SECOND: NonZeroU64 = NonZeroU64::new(1_000_000_000).unwrap();
 
 /// The wait to report if the actual wait is known to be short.
@@ -41,16 +42,16 @@ const A_MOMENT: NonZeroU64 = NonZeroU64::new(1_000_000).unwrap();
 /// The outcome of deciding with the state on this replica.
 pub(super) enum LocalOutcome {
     Done(Decision),
-    /// The quotas allow it. The rate must be taken from the counters.
+    /// The quotas allow the request. Its rate tokens must be taken from the counters.
     Fetch,
-    /// The quotas deny it, or it costs more than the bucket holds. The counters are called only so that the denial can
+    /// The quotas deny the request, or its cost exceeds the burst. The counters are called only so that the denial can
     /// report the state of the rate.
     Peek,
 }
 
 impl StoreCore {
-    /// Decides from the state on this replica, if that is enough. If the counters must be called, first reserves the
-    /// quota tokens of `demand`.
+    /// Decides with the state on this replica, if possible. If the counters must be called, first reserves the quota
+    /// tokens of `demand`.
     #[inline]
     pub(super) fn decide_locally(
         &self,
@@ -84,7 +85,8 @@ impl StoreCore {
             && !self.partition(handle).is_away()
         {
             let mut denial = Denial::default();
-            // The times until the counters may be called again, and until there are enough tokens for this request.
+            // The longer of two waits applies: until the counters may be called again, and until the bucket has enough
+            // tokens.
             denial.add(Policy::Rpm, left(until, monotonic));
             let gcra = policies.gcra();
             let debt = lease.debt(gcra, monotonic);
@@ -137,15 +139,15 @@ impl StoreCore {
             lease.wait(waiter);
             self.begin_fetch(handle, &mut state, false);
         }
-        // A late response still counts.
+        // A response that is late by up to one deadline still counts.
         match deadline::within(2 * self.settings.deadline, outcome).await {
             Ok(Ok(outcome)) => outcome,
             _ => FetchOutcome::Unanswered,
         }
     }
 
-    /// Spends the granted tokens and the reserved quota tokens of this request. Returns `None` if the window has ended
-    /// in the meantime and the current one has none.
+    /// Spends the granted tokens and the request's reserved quota tokens. Returns `None` if their window has ended and
+    /// too few tokens of the current one are available.
     fn spend(
         &self,
         handle: &Arc<KeyHandle>,
@@ -156,7 +158,7 @@ impl StoreCore {
     ) -> Option<Decision> {
         let (mut state, now) = self.keys.current(handle, policies);
         if !demand.spend(&mut state, now) {
-            // The guard takes the lock to return its tokens.
+            // Dropping `grant` takes the lock to return its tokens.
             drop(state);
             return None;
         }
@@ -170,8 +172,8 @@ impl StoreCore {
         Some(decision)
     }
 
-    /// Denies a request based on the state on this replica, for at least `wait` by the rate. Returns `None` if
-    /// nothing denies it.
+    /// Denies a request based on the state on this replica. With `wait`, the rate denies it for at least that long.
+    /// Returns `None` if neither the rate nor a quota denies the request.
     fn denial(
         &self,
         handle: &Arc<KeyHandle>,
@@ -203,8 +205,8 @@ impl StoreCore {
         Some(decision)
     }
 
-    /// Decides without the counters, according to the plan's fallback setting. Returns `None` if the quotas must be
-    /// checked again.
+    /// Decides without the counters, according to the plan's fallback setting. Returns `None` if too few quota tokens
+    /// are available locally.
     pub(super) fn without_counters(
         &self,
         handle: &Arc<KeyHandle>,
@@ -255,13 +257,13 @@ impl StoreCore {
                         let debt = share.tat.saturating_since(monotonic);
                         (verdict, rate(policies, now, debt.min(gcra.tau())))
                     }
-                    // A single call failed, or the number of replicas is unknown. This is treated like an empty share
-                    // that has just started.
+                    // There is no outage (only this call failed), or this replica has no slot. Its share counts as
+                    // empty.
                     _ => (Err(A_SECOND), rate(policies, now, gcra.tau())),
                 };
                 let outcome = match verdict {
                     Ok(()) => Outcome::Allowed,
-                    // This replica's share is exhausted. Only the counters know whether the limit itself is exhausted.
+                    // This replica's share is exhausted. Only the counters know whether the limit itself is.
                     Err(wait) => Outcome::Denied {
                         violated: PolicySet::EMPTY,
                         retry_after: Some(wait),
@@ -272,7 +274,7 @@ impl StoreCore {
         };
         if outcome == Outcome::Allowed {
             state.spend_quotas(tokens, now);
-            self.metrics.admitted_degraded.inc();
+            self.metrics.allowed_degraded.inc();
         }
         let mut decision = state.decision_with(policies, now, outcome, rate);
         decision.degraded = true;
@@ -324,8 +326,8 @@ impl StoreCore {
                         }
                         FetchOutcome::TooFew => {
                             let denial = self.denial(handle, policies, cost, &mut demand, None);
-                            // The bucket may have refilled since then, or the counters may use another version of the
-                            // plan.
+                            // The bucket may have refilled since the response, or the counters may use another version
+                            // of the plan.
                             let soon =
                                 || self.denial(handle, policies, cost, &mut demand, Some(A_MOMENT));
                             if let Some(decision) = denial.or_else(soon) {

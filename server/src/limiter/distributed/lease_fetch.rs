@@ -21,11 +21,11 @@ use crate::{
 };
 
 impl StoreCore {
-    /// Starts a call for the waiting requests, unless one is in flight. With `ahead`, also starts one if no request
-    /// waits.
+    /// Starts a call for the waiting requests, if one is needed. With `ahead`, starts one even if no requests are
+    /// waiting.
     pub(super) fn begin_fetch(&self, handle: &Arc<KeyHandle>, state: &mut KeyState, ahead: bool) {
         let (Ok(runtime), Some(inner)) = (Handle::try_current(), self.me.upgrade()) else {
-            // The waiting requests get no response.
+            // Dropping the waiters tells the requests that there will be no response.
             state.lease().waiting().clear();
             return;
         };
@@ -69,7 +69,7 @@ impl StoreCore {
         }));
     }
 
-    /// Returns the outcome with the tokens in `unspent`, or without tokens if the request only waited for the response.
+    /// Returns the outcome for a request that got `unspent`. Without tokens, the request waited only for the response.
     fn guard(&self, handle: &Arc<KeyHandle>, unspent: Unspent) -> FetchOutcome {
         match self.me.upgrade() {
             Some(core) if unspent.tokens > 0 => {
@@ -111,17 +111,18 @@ async fn return_unspent(inner: Arc<StoreCore>, handle: Arc<KeyHandle>) {
     }
 }
 
-/// A call for tokens. However it ends, its requests are notified and the next call may begin.
+/// A call that takes tokens. However it ends, its requests are notified and the next call may begin.
 struct LeaseFetch {
     inner: Arc<StoreCore>,
     handle: Arc<KeyHandle>,
     call: TakeCall,
     terms: Terms,
-    /// Tokens that the call requests in addition to those that `requests` need.
+    /// Tokens that the call requests for later.
     spare: u64,
     asked_at: Monotonic,
     requests: Vec<Waiter>,
-    /// The call is not late yet, so the next call for this key has to wait for a pause.
+    /// Whether the call has neither ended nor become late. While the call is active, the next one has to wait for
+    /// [`Terms::pause`].
     active: bool,
 }
 
@@ -134,7 +135,8 @@ impl Drop for LeaseFetch {
 }
 
 impl LeaseFetch {
-    /// The call has failed or is late: the next call may begin. Requests wait for a late response until they give up.
+    /// Lets the next call begin, because this one has failed or is late. Its requests keep waiting for a late response
+    /// until they time out.
     fn give_up(&mut self) {
         if std::mem::take(&mut self.active) {
             let mut state = self.handle.state.lock();
@@ -143,8 +145,8 @@ impl LeaseFetch {
         }
     }
 
-    /// Distributes granted tokens: to the requests that the call was made for, to those that have arrived since, and
-    /// the rest to later ones if that is allowed. Returns whether any are left.
+    /// Distributes granted tokens: first to the requests that the call was made for, then to requests that have arrived
+    /// since. The rest is held for later if the plan allows it. Returns whether any tokens are held.
     fn distribute(&mut self, at: CounterMicros, bucket: BucketState) -> bool {
         let BucketState::Active {
             granted,
@@ -164,7 +166,7 @@ impl LeaseFetch {
         let now = self.inner.clock.monotonic();
         let lease = state.lease();
         lease.expire(now);
-        // Newer calls may already have completed.
+        // Newer calls may have ended already.
         if lease.seen_at() <= self.asked_at {
             lease.saw(debt, self.asked_at);
         }
@@ -189,7 +191,7 @@ impl LeaseFetch {
             };
             outcomes.push((waiter, outcome));
         }
-        // Tokens of an older plan are only for the requests for which they were taken.
+        // Tokens taken under an older plan are used only for the requests of this call.
         let same = lease.terms().is_some_and(|now| now.is_like(self.terms));
         lease.expire(now);
         if !same || !self.terms.leased || self.inner.is_draining() {
@@ -218,7 +220,7 @@ impl LeaseFetch {
             lease.end_fetch(self.spare);
             self.inner.begin_fetch(&self.handle, &mut state, false);
         }
-        // Tokens of a canceled request are returned, which needs the lock.
+        // Sending to a canceled request returns its tokens, which takes the lock.
         drop(state);
         for (waiter, outcome) in outcomes {
             let _ = waiter.outcome.send(outcome);
@@ -226,15 +228,15 @@ impl LeaseFetch {
         left
     }
 
-    /// If the bucket has too few tokens, denies requests locally until there are enough, but only for a short time,
-    /// since other replicas may return some. An empty bucket may collect tokens for part of the lease TTL, during which
-    /// it does not fill up, so that tokens are not fetched one by one.
+    /// If the bucket has too few tokens, denies requests locally until it has enough, but only for a short time, since
+    /// other replicas may return tokens. An empty bucket is left alone for part of the lease TTL, so that tokens
+    /// accumulate and are not fetched one by one. That time is too short for the bucket to fill up.
     ///
-    /// The time is measured from the start of the call. The counters decide later than that, but the next call takes
+    /// The time is measured from the start of the call. The counters decide a little later, but the next call takes
     /// just as long to reach them, so measuring from the response would count the time in transit twice.
     fn hold(&self, lease: &mut Lease, granted: u64, debt: Nanos, refused: Option<u64>) {
         let call = &self.call;
-        // The counters may follow another version of the plan, whose debts are not comparable.
+        // A debt above `tau` comes from another version of the plan and is not comparable.
         let Some(left) = call.tau.0.checked_sub(debt.0).map(Nanos) else {
             return;
         };
@@ -252,7 +254,7 @@ impl LeaseFetch {
             None => return,
         };
         let missing = call.emission.saturating_mul(n).saturating_sub(left);
-        // Under this version of the plan, there are enough tokens. The counters denied them under another version.
+        // There are enough tokens under this version of the plan. The counters used another version.
         if missing == Nanos::ZERO {
             return;
         }
@@ -266,7 +268,7 @@ impl LeaseFetch {
     }
 }
 
-/// Requests tokens, and finally returns those that were not spent.
+/// Makes the call, distributes its tokens, and finally returns the unspent ones.
 async fn fetch(mut fetch: LeaseFetch) {
     let (inner, handle) = (Arc::clone(&fetch.inner), Arc::clone(&fetch.handle));
     let asked_at = fetch.asked_at;

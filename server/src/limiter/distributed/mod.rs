@@ -1,54 +1,55 @@
-//! The distributed store: buckets that all replicas share, tokens taken from them in advance, and decisions without
-//! them.
+//! The distributed store: buckets that all replicas share, leases, and decisions during an outage.
 //!
-//! Decides when to call the shared counters. Calendar quotas are blocks from the ledger, as in the local store, sized
-//! so that all replicas together hold one block. Does not depend on Redis: the counters are a trait
-//! ([`SharedCounters`]), implemented by a script in Redis and, in the simulation, by a model of it.
+//! Decides when to call the shared counters. Calendar quotas use blocks from the ledger, as in the local store, but the
+//! blocks of all replicas together are no larger than one block there. Does not depend on Redis: the counters are a
+//! trait ([`SharedCounters`]), implemented by a script in Redis and, in the simulation, by a model of that script.
 //!
 //! ```text
-//! tokens held here      ─ spend, no I/O
-//! none                  ─ one call for all requests of the key that wait: what they need, in full, and for a busy
-//!                         key a lease for later, which is renewed ahead of need
+//! local tokens          ─ spend them, no I/O
+//! too few local tokens  ─ one call for all waiting requests of the key. It takes all the tokens they need and, for a
+//!                         busy key, a lease, which is renewed before it runs out
 //! counters unavailable  ─ share | open | closed
 //! ```
 //!
-//! **Guarantees.** In any window of `T` seconds, all replicas together admit at most `burst + rate · (T + ttl)`, or at
-//! most `burst + rate · T` if the counters decide every request ([`lease`](crate::limiter::rate::lease) has the
-//! argument). Calendar quotas are exact: the ledger counts a token before it is spent. The full burst of an idle
-//! bucket, sent to one replica at the same time, is admitted in at most two round trips.
+//! **Guarantees.** In any window of `T` seconds, all replicas together allow at most `burst + rate · (T + ttl)`, or at
+//! most `burst + rate · T` if the counters decide every request ([`lease`](crate::limiter::rate::lease) explains why).
+//! Calendar quotas are exact: the ledger counts a token before it is spent. The full burst of an idle key, sent to one
+//! replica all at once, is allowed within two round trips.
 //!
-//! **Deadlines.** A call without a timely response counts as failed. A decision waits for at most two deadlines: for the
-//! call in flight when it arrives and the next one, or for a late response. Then it is made without the counters. A
-//! decision also waits for at most two calls to the ledger. A request's quota tokens are reserved before its rate is
-//! taken, so that no rate tokens are taken for a request that the quota then denies.
+//! **Deadlines.** A call whose response is late counts as failed. A request waits for at most two deadlines: for the
+//! call in flight when it arrives and the next call, or for a late response. Then it is decided without the counters.
+//! It also waits for at most two calls to the ledger. Its quota tokens are reserved before its rate tokens are taken,
+//! so that no rate tokens are taken for a request that the quota then denies.
 //!
 //! **While the counters are unavailable** ([`breaker`] decides when), a replica follows the plan's fallback setting.
 //! With `Share`, it uses a separate bucket of `burst / replicas` and `rate / replicas`, which starts *empty* shortly
-//! after the start of the outage. All shares together are one bucket that starts empty, so that they stay within the
-//! envelope together with the tokens taken before. With `Open`, each replica enforces the whole limit in a separate
-//! bucket that starts full. With `Closed`, nothing is admitted. A denial then names no violated policy, since it is
-//! unknown whether the limit was reached.
+//! after the start of the outage. Together, all shares amount to one bucket that starts empty, so the shares and the
+//! tokens granted before the outage stay within the envelope. With `Open`, each replica enforces the whole limit in a
+//! separate bucket that starts full. With `Closed`, requests fail. A denial by a share does not name a violated policy,
+//! since it is unknown whether the limit itself was reached.
 //!
-//! **When they are available again**, they do not know which requests were allowed without them, and may have lost
-//! their state. So after a loss of state, or an outage in which no replica got a response, they start a *new epoch* at
-//! a single moment on their own clock, slightly in the future, with every bucket empty. Until then, all replicas decide
-//! as during an outage. If only one replica had the outage, it simply resumes. A replica that is starting cannot know
-//! whether others have an outage. If no replica got a response for 0.8 s, it starts a new epoch as well, unless all
-//! others have only just started too. (This does not apply to a cluster, whose partitions may be idle for a long time.)
+//! **When the counters are available again**, they do not know which requests were allowed without them, and may have
+//! lost their state. So after a loss of state, or an outage in which no replica got a response, they start a *new
+//! epoch* with every bucket empty. It starts at one moment on their own clock, slightly in the future. Until then, all
+//! replicas decide as during the outage. If only one replica had an outage, it simply resumes. A replica that has just
+//! started cannot know whether other replicas have an outage. If no replica has had a response for 0.8 s, it causes a
+//! new epoch as well, unless all other replicas have just started too. (In a cluster, it does not, because partitions
+//! may be idle for a long time.)
 //!
-//! **Edits.** An edit does not change the number of missing tokens. If a smaller burst cannot hold all of them, the
-//! rest is missing again when the burst is raised, less what would have refilled while the bucket was full. A bucket
-//! learns of an edit with the first request after it, but not when the edit was made. So it counts as having refilled
-//! at the lower of the two rates since the previous request. A bucket that was idle for a minute plus twice the time it
-//! takes to fill is deleted, and is full under any plan. After a loss of state, a larger burst contains no more than
-//! what has refilled since then.
+//! **Edits.** An edit does not change the number of missing tokens. If more tokens are missing than a smaller burst can
+//! hold, the rest is missing again when the burst is raised, less what would have refilled while the bucket was full. A
+//! bucket learns of an edit from the first request after it, without the time of the edit. So it counts as having
+//! refilled at the lower of the two rates since the previous request. A bucket that has been idle for a minute plus
+//! twice the time it takes to fill is deleted, and counts as full under any plan. After a loss of state, raising the
+//! burst adds no more tokens than have refilled since then.
 //!
-//! **Not guaranteed.** While only some replicas have an outage, `Share` allows their share `p` of the bucket in addition
-//! to what the counters grant: at most `(1 + p) * (burst + rate * (T + ttl))`. Here, `p` is the sum of their parts of the
-//! burst, each of which is a whole number of tokens: with a burst of 1, one replica has all of it. This includes the
-//! start of a new epoch, if the first call of a replica fails while those of others succeed. `Closed` allows no
-//! additional requests. This does not apply to an outage of all replicas that is too short for some of them to detect:
-//! shares begin to fill only when it would be over or detected by all. In a cluster, it does apply to replicas that did not use the partition: they do not detect its outage.
+//! **Not guaranteed.** While only some replicas have an outage, `Share` lets them allow their part `p` of the bucket in
+//! addition to what the counters grant: in total, at most `(1 + p) * (burst + rate * (T + ttl))`. `p` is the sum of
+//! their parts of the burst. Each part is a whole number of tokens, so with a burst of 1, one replica has all of it.
+//! The same can happen at the start of a new epoch, if one replica's first call fails while other replicas' calls
+//! succeed. It cannot happen in an outage of all replicas, even if the outage is too short for some of them to detect:
+//! shares begin to fill only when the outage has either ended or been detected by all. In a cluster, however, a replica
+//! that was not using a partition does not detect the partition's outage. `Closed` never allows additional requests.
 
 mod breaker;
 mod calls;
@@ -131,7 +132,7 @@ impl DistributedStore {
         Arc::new(Self(inner))
     }
 
-    /// Returns whether there is an outage in any partition.
+    /// Returns whether any partition has an outage.
     pub fn is_degraded(&self) -> bool {
         self.0.partitions.iter().any(CircuitBreaker::is_away)
     }
@@ -154,7 +155,7 @@ impl LimitStore for DistributedStore {
             Ok(LocalOutcome::Done(decision)) => Some(decision),
             Ok(LocalOutcome::Fetch) if self.0.partition(handle).is_away() => {
                 let on_failure = policies.on_failure().unwrap_or(self.0.settings.on_failure);
-                // A denial that is still known says more than the failure without the counters.
+                // A cached denial is more informative than the error, so the caller looks for one first.
                 if on_failure == OnRedisFailure::Closed {
                     return None;
                 }

@@ -13,21 +13,21 @@ use crate::{
     limiter::rate::counters::{BucketName, BucketState, CounterMicros, TakeCall},
 };
 
-/// The delay before the first probe in an outage, and the interval between probes. The first probe of a replica is sent
-/// after other replicas, if they still get responses, have confirmed one that is newer than the outage.
+/// The delay before the first probe in an outage, and the interval between probes. A replica sends its first probe late
+/// enough that any replica still getting responses has confirmed one from after the outage began.
 pub(super) const FIRST_PROBE: Duration = Duration::from_millis(350);
 const PROBE_EVERY: Duration = Duration::from_millis(250);
-/// The delay of a heartbeat after the last call, and after one that failed, so that all replicas detect an outage within
-/// the same half second. A call for tokens confirms the last response just as a heartbeat does. So a replica that renews
-/// leases, which takes a call every 90 ms with the default settings, sends no heartbeats.
+/// How long after the last call a heartbeat is sent, and how long after a failed call. Short enough that all replicas
+/// detect an outage within half a second. A call for tokens confirms the last response just like a heartbeat. So a
+/// replica that renews leases, which takes a call every 90 ms with the default settings, does not send heartbeats.
 const HEARTBEAT_EVERY: Duration = Duration::from_millis(110);
 const SUSPECT_EVERY: Duration = Duration::from_millis(50);
 /// How often to check whether a heartbeat is due.
 const TICK: Duration = Duration::from_millis(20);
-/// The counters do not store a confirmation that is newer than the stored one by less than this.
+/// The counters store a confirmation only if it is newer than the stored one by more than this.
 const CONFIRMED_EVERY: Duration = Duration::from_millis(50);
-/// Minimum time to wait for the response to a probe. Only a response within the deadline of requests ends an outage:
-/// otherwise, if the counters were slow, every request would time out, and each recovery would empty all buckets.
+/// The minimum time to wait for the response to a probe. Only a response within the deadline of normal calls ends an
+/// outage. If slow counters could end it, every request would time out, and each recovery would empty all buckets.
 const PROBE_DEADLINE: Duration = Duration::from_millis(250);
 /// How long an unused partition continues to get heartbeats.
 const IN_USE: Nanos = Nanos::from_secs(10);
@@ -37,8 +37,9 @@ const _: () = assert!(
         <= FIRST_PROBE.as_millis() + PROBE_DEADLINE.as_millis(),
     "an idle replica must detect an outage before the second probe of the first replica that did"
 );
-/// One call gets a response that is newer than the outage, and newer than the stored confirmation by long enough. The next
-/// call confirms it. Between any two calls is at most a heartbeat's delay.
+/// One call gets a response from after the start of the outage that is newer than the stored confirmation by more than
+/// [`CONFIRMED_EVERY`]. The next call confirms that response. Calls are at most [`HEARTBEAT_EVERY`] and one [`TICK`]
+/// apart.
 const _: () = assert!(
     CONFIRMED_EVERY.as_millis() + 2 * (HEARTBEAT_EVERY.as_millis() + TICK.as_millis())
         < FIRST_PROBE.as_millis(),
@@ -46,14 +47,14 @@ const _: () = assert!(
 );
 
 impl StoreCore {
-    /// Returns the time after which an outage that one replica has detected either has been detected by all others or
-    /// has ended for the first one.
+    /// Returns the time within which an outage that one replica has detected is also detected by all other replicas, or
+    /// ends for the first replica.
     ///
-    /// The first replica may detect it as soon as it begins, if it got its last response long before. An idle replica
-    /// makes its next call within [`HEARTBEAT_EVERY`] and one [`TICK`], and opens its breaker at the fifth failure, four
-    /// times [`SUSPECT_EVERY`] and a deadline later. This is before the second probe of the first replica. So if the
-    /// idle replica does not detect the outage, the first one recovers with its second probe at the latest: its first
-    /// probe was sent a moment too early, and the second one follows when the first has failed.
+    /// The first replica may detect the outage as soon as it begins, if its last response was long before. An idle
+    /// replica makes its next call within [`HEARTBEAT_EVERY`] and one [`TICK`], and opens its breaker at the fifth
+    /// failure, four times [`SUSPECT_EVERY`] and one deadline later. That is before the first replica's second probe.
+    /// So if the idle replica does not detect the outage, the outage ends before that probe, and the first replica
+    /// recovers with its second probe at the latest.
     pub(super) fn noticed_by_all(&self) -> Nanos {
         let deadline = self.settings.deadline;
         let second_probe = FIRST_PROBE + PROBE_DEADLINE.max(deadline) + PROBE_EVERY;
@@ -61,8 +62,9 @@ impl StoreCore {
     }
 }
 
-/// Returns a call that takes nothing and affects no key. It does not report that this replica has an outage, even if
-/// one begins before it is sent: only probes do, and they are sent after other replicas may have confirmed a response.
+/// Returns a call that takes no tokens and does not affect any key. It does not report an outage of this replica, even
+/// if one begins before it is sent. Only probes report outages: they are sent late enough that other replicas could
+/// have confirmed a response.
 fn heartbeat_call(partition: u16, inner: &StoreCore) -> TakeCall {
     let of = &inner.partitions[usize::from(partition)];
     TakeCall {
@@ -92,8 +94,8 @@ async fn send_heartbeat(inner: Arc<StoreCore>, number: u16) {
     partition.used(used_at);
 }
 
-/// Sends heartbeats to counters in use that have had no recent call. They also let other replicas that are recovering
-/// know that this one got responses.
+/// Sends heartbeats to partitions that are in use but have had no recent call. Heartbeats also show recovering replicas
+/// that this one gets responses.
 pub(super) async fn send_heartbeats(inner: Weak<StoreCore>) {
     let mut ticks = time::interval(TICK);
     ticks.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
@@ -113,8 +115,8 @@ pub(super) async fn send_heartbeats(inner: Weak<StoreCore>) {
     }
 }
 
-/// Confirms that this replica knows when the promised epoch starts. Without that, its start may be put off. Arriving late,
-/// this call must not begin another epoch, so it does not report the outage.
+/// Confirms that this replica knows when the promised epoch starts. Without a confirmation, the start may be postponed.
+/// The call does not report the outage: if it arrived late, that would start another epoch.
 fn confirm_promise(inner: Arc<StoreCore>, number: u16, promised: CounterMicros) {
     tokio::spawn(async move {
         let call = TakeCall {
@@ -147,8 +149,8 @@ pub(super) async fn probe_until_recovered(
         };
         let partition = &inner.partitions[usize::from(number)];
         inner.metrics.counter_calls.inc();
-        // A promise is valid for a single moment. If the response is late or missing, this replica continues to decide
-        // without the counters.
+        // A promise is used only once. If the response to this call is late or missing, this replica continues to
+        // decide without the counters.
         let promised = std::mem::take(&mut promise);
         let call = TakeCall {
             promised,
@@ -167,8 +169,9 @@ pub(super) async fn probe_until_recovered(
         wait = PROBE_EVERY.saturating_sub(Duration::from_nanos(now.0 % 50_000_000));
         if let Ok(Ok(reply)) = answer {
             match reply.state {
-                // A late response is not a promise: the response to the first call in the epoch would probably be late
-                // too, and this replica would have stopped deciding for nothing. The start of the epoch is put off.
+                // A late response is not treated as a promise: the response to the first call in the epoch would
+                // probably be late too, and this replica would have paused for nothing. The counters postpone the
+                // epoch.
                 BucketState::Initializing { wait: left } if in_time => {
                     wait = Duration::from_micros(left);
                     promise = reply.at.saturating_add(left);
@@ -182,7 +185,7 @@ pub(super) async fn probe_until_recovered(
                         partition = number,
                         "the shared counters are available again"
                     );
-                    // This lets other recovering replicas see that this one got a response.
+                    // Shows other recovering replicas that this one got a response.
                     send_heartbeat(inner, number).await;
                     return;
                 }

@@ -1,16 +1,16 @@
 //! The shared counters in Redis.
 //!
-//! Owns the script (`take.lua`, which documents its arguments), the names of its keys, and the initial state of a new
-//! deployment. If Redis is not connected, every call fails immediately; if it does not respond, calls fail after
+//! Contains the script (`take.lua`, which documents its arguments), the names of its keys, and the initial state of a
+//! new deployment. If Redis is not connected, every call fails immediately; if it does not respond, calls fail after
 //! [`CALL_DEADLINE`].
 //!
 //! | key | value |
 //! |---|---|
 //! | `{prefix}:{q7}:k:<tenant id>:<key id>` | a bucket of partition 7 |
-//! | `{prefix}:{q7}:epoch` | the epoch from which the partition's buckets are valid |
+//! | `{prefix}:{q7}:epoch` | the epoch of partition 7 |
 //!
-//! A partition is one hash slot with its own epoch: in a cluster, each may lose its state separately. A single Redis,
-//! with or without Sentinel, is one partition.
+//! A partition is one hash slot with its own epoch. In a cluster, each partition may lose its state separately. A
+//! single Redis, with or without Sentinel, is one partition.
 
 use std::sync::Arc;
 
@@ -25,13 +25,13 @@ use crate::{
     redis::{CallError, Redis, Script},
 };
 
-/// The number of partitions, which is enough to distribute the keys of a cluster evenly over tens of nodes.
+/// The number of partitions of a cluster: enough to distribute keys evenly over tens of nodes.
 const CLUSTER_PARTITIONS: u16 = 256;
 
-/// Minimum time from a loss of state to the new epoch, in microseconds: longer than the interval between probes, so
-/// that all replicas know of it before it starts.
+/// Minimum time from a loss of state to the new epoch, in microseconds. Longer than the interval between probes, so
+/// that all replicas know of the epoch before it starts.
 const EPOCH_DELAY: u64 = 600_000;
-/// The part of that time that is not reserved for the response to a probe.
+/// The time from a loss of state to the new epoch exceeds the timeout of a call by at least this many microseconds.
 const UNPROBED: u64 = 350_000;
 
 const TAKE: &str = include_str!("take.lua");
@@ -70,7 +70,7 @@ impl RedisCounters {
         }
     }
 
-    /// Uses a different script. Only for tests, which control the time.
+    /// Uses a different script. For tests, which control the time.
     #[doc(hidden)]
     pub fn with_script(redis: Redis, take: &'static str) -> Self {
         Self {
@@ -85,13 +85,12 @@ impl RedisCounters {
         }
     }
 
-    /// Returns the script's source.
     #[doc(hidden)]
     pub fn script() -> &'static str {
         TAKE
     }
 
-    /// Initializes full buckets if there is no state in this Redis. Call only once per deployment: after that, an empty
+    /// Starts an epoch with full buckets if this Redis has no state. Call only once per deployment: later, an empty
     /// Redis means that it has lost its state.
     pub async fn begin(&self) -> Result<(), CounterError> {
         let first = Script::new(FIRST);

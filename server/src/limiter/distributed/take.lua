@@ -1,61 +1,64 @@
--- Takes tokens from one bucket, at least `need` or none, after crediting tokens that are returned unspent.
--- One call is one atomic step, timed by Redis's own clock.
+-- Credits unspent tokens to one bucket, and then takes tokens from it: at least `need`, or none.
+-- A call is atomic and uses the clock of Redis.
 --
 -- KEYS[1]  the bucket, a hash:
 --            at      when `debt` was computed, in microseconds of TIME
 --            debt    nanoseconds of refill until the bucket is full
---            x       nanoseconds missing beyond an empty bucket, from before the burst was made smaller
---            e, t    nanoseconds per token; nanoseconds from empty to full
---            v, vt   version of the plan that `e` and `t` come from; when a caller of that version last called
+--            x       debt in excess of an empty bucket's, left over from a larger burst
+--            e, t    nanoseconds per token, and from empty to full
+--            v, vt   version of the plan that `e` and `t` come from, and when a caller last used that version
 --            s       start of the epoch in which the bucket was last used
---            y       nanoseconds of refill since then, less those taken, even if the bucket was full in the meantime.
---                    No bucket contains more, whatever its burst becomes. Absent if more than `LARGEST`
---            g       generation: a new number whenever grants made before lose their value
+--            y       nanoseconds of refill since `s`, including refill lost while the bucket was full, less the
+--                    tokens taken. The bucket never contains more, even if its burst is raised. Absent if more than
+--                    `LARGEST`
+--            g       generation: changes when tokens granted earlier can no longer be credited
 --            m, mt   the least `debt` since `mt`
---            n, nt   the least `debt` since `nt`, which is before `mt`
+--            n, nt   the least `debt` since `nt`, which is earlier than `mt`
 -- KEYS[2]  the partition's epoch, a hash in the same slot:
 --            run     run id of the Redis process that the epoch began on
 --            s       its start, in microseconds of TIME
---            c       1 if a caller has confirmed that it knows of the start, before it
---            ok      the latest response that a caller who uses the counters has confirmed receiving in time
--- ARGV     1 e   2 t   3 v   4 need   5 want   6 back   7 when the oldest of `back` was taken
---          8 latest response that the caller received in time   9 start of the time in which it has received none, or 0;
---            1 if it has never received one and is not the only caller
---         10 start of the epoch that the previous response promised, or 0. Before that start: confirms the promise   11 microseconds until a new epoch starts
---         12 microseconds for which granted tokens may be spent   13 generation in which `back` was taken
---         14 tokens that requests are waiting for; the rest of `want` is held for later
+--            c       1 if, before the start, a caller has confirmed that it knows of it
+--            ok      time of the latest response that a caller without an outage has confirmed receiving in time
+-- ARGV     1 e   2 t   3 v   4 need   5 want   6 back   7 when the oldest of the returned tokens was taken
+--          8 time of the latest response that the caller received in time
+--          9 start of the caller's outage, or 0; 1 if it has never received a response and other callers may have an
+--            outage
+--         10 start of the epoch that the previous response promised, or 0; before that start, confirms the promise
+--         11 microseconds from a loss of state to the new epoch   12 lease TTL in microseconds
+--         13 generation in which the returned tokens were taken
+--         14 tokens that requests are waiting for; the rest of `want` is for later
 -- Returns  {0, now, granted, debt, g}, or {1, now, microseconds until the epoch starts}
 --
--- **Granting.** For waiting requests, as many tokens are granted as the bucket contains. Including tokens that are
--- only held for later, at most half of them are granted, so that callers near the limit leave some for each other.
+-- **Granting.** Waiting requests are granted as many tokens as the bucket contains. A grant that includes tokens for
+-- later is at most half of what the bucket contains, so that callers near the limit leave some tokens for each other.
 --
 -- **Crediting.** Returned tokens must never make the bucket fuller than if they had not been taken. If they had not
--- been taken, the debt would have been lower by `back * e` until it reached zero. From then on, refill would have been
--- lost that in fact was not. So the difference decreases by at most the time since they were taken, and never below
--- the least debt since then:
+-- been taken, the debt would have been lower by `back * e` until it reached zero. After that, the bucket would have
+-- been full and lost refill that it has in fact received. So the credit is lower than `back * e` by at most the time
+-- since the tokens were taken, but not lower than the least debt since then:
 --
 --   credit = min(debt, back * e, max(back * e - (now - taken), least debt since a mark no later than `taken`))
 --
 -- Then every stored minimum is lowered by the credit, so that the next return is credited as if these tokens had never
--- been taken. Nothing is credited after a change of `e` or `t`, in a new epoch, or after the clock went back; each of
--- these starts a new generation.
+-- been taken. A change of `e` or `t`, a new epoch, or a clock that was set back starts a new generation, in which
+-- earlier tokens are not credited.
 --
--- **Plans.** Callers may know different versions of a plan. The newest is used, unless no caller has used it for
--- `OUTDATED`: in that case, versions have started over, as they do after a database was restored from a backup.
+-- **Plans.** Callers may know different versions of a plan. The newest version is used, unless no caller has used it
+-- for `OUTDATED`: then version numbers have started over, for example because the database was restored from a backup.
 --
 -- Numbers are integers below 2^53, where doubles are exact. A bucket that takes longer than 104 days to fill is exact
 -- to two nanoseconds. A bucket that has not been used for twice the time it takes to fill is full, and expires.
 local OUTDATED = 10000000
--- Callers that were promised an epoch return within this many microseconds after its start.
+-- A caller that was promised an epoch must call within this many microseconds of its start to use it.
 local PROMISED = 500000
--- The start of an epoch is put off until a caller has confirmed it, unless it is further than the delay minus this.
+-- An unconfirmed start is postponed only once this many microseconds of the delay have passed.
 local KNOWN = 50000
--- A response this long ago shows that there is no outage in which callers have already decided requests without the
--- counters: they do so only after their second probe, which is at least 850 ms after they detected it.
+-- If a caller received a response within the last `CONNECTED` microseconds, no caller has decided requests without the
+-- counters yet: callers do so only after their second probe, at least 850 ms after they detect an outage.
 local CONNECTED = 800000
--- A confirmation that is newer than the stored one by less than this is not stored.
+-- A confirmation is stored only if it is newer than the stored one by more than this many microseconds.
 local CONFIRMED = 50000
--- 52 days, in nanoseconds. Longer sums are not exact.
+-- 52 days in nanoseconds. Larger sums are not exact.
 local LARGEST = 2 ^ 52
 
 local time = redis.call('TIME')
@@ -72,7 +75,7 @@ local function whole(number)
 end
 
 -- Converts nanoseconds of refill from `e0` per token to `e` per token: number * e / e0, computed exactly in steps of 12
--- bits. Also returns the remainder of the last nanosecond.
+-- bits. Also returns the remainder, less than one nanosecond.
 local function exchanged(number, e0, e)
   local whole_tokens = math.floor(number / e0)
   local rest = number - whole_tokens * e0
@@ -87,11 +90,11 @@ local function exchanged(number, e0, e)
   return whole_tokens * e + q, r
 end
 
--- A new epoch begins if this is not the Redis process on which the current one began, or if its state contains none.
--- It also begins if the caller has decided requests without the counters, unless it was promised this epoch and returns
--- at its start, having decided none since, or other callers received responses in the meantime. A caller that has just
--- joined others cannot know whether they have decided requests without the counters. They have if no caller received a
--- response for a while.
+-- A new epoch begins if Redis has no epoch, or if the current one began on another Redis process. It also begins if the
+-- caller has decided requests without the counters, with two exceptions: the caller was promised this epoch and calls
+-- soon after its start, or other callers have received responses since. A caller that has just started cannot know
+-- whether other callers have decided requests without the counters. It assumes so if no caller has received a response
+-- for a while.
 local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
 local epoch = redis.call('HMGET', KEYS[2], 'run', 's', 'ok', 'c')
 local start, ok = tonumber(epoch[2]), tonumber(epoch[3]) or 0
@@ -106,7 +109,8 @@ elseif start > now then
   if promised == start then
     redis.call('HSET', KEYS[2], 'c', '1')
   elseif away > 0 and epoch[4] ~= '1' and start - now < delay - KNOWN then
-    -- Perhaps no caller received a response. Those that try again only after the start would not know of it.
+    -- Perhaps no caller has received a response with this start. A caller that calls again only after the start would
+    -- not know of it.
     start = now + delay
     redis.call('HSET', KEYS[2], 's', whole(start))
   end
@@ -114,7 +118,8 @@ end
 if start > now then
   return {1, now, start - now}
 end
--- A caller with an outage may not receive this response in time either, and would then continue without the counters.
+-- This ignores callers with an outage: they may not receive this response in time, and would then continue without the
+-- counters.
 if away == 0 and heard > ok + CONFIRMED and heard <= now and heard >= start then
   redis.call('HSET', KEYS[2], 'ok', whole(heard))
 end
@@ -128,7 +133,7 @@ if at then
   local e0, t0, v0 = tonumber(b[3]), tonumber(b[4]), tonumber(b[5])
   local vt0 = tonumber(b[12]) or at
   if now < at then
-    -- The clock went back. Refill continues from here.
+    -- The clock was set back. Refill continues from the new time.
     at = now
     vt0 = math.min(vt0, now)
     changed, new_generation = true, true
@@ -139,8 +144,8 @@ if at then
   else
     in_use = now - vt0 >= OUTDATED / 2
     if e0 ~= e or t0 ~= t then
-      -- As many tokens are missing as before. The time of the edit is unknown, so since its last use the bucket has
-      -- refilled at the lower of the two rates.
+      -- As many tokens are missing as before the edit. Since the time of the edit is unknown, the bucket counts as
+      -- having refilled at the lower of the two rates since its last use.
       local missing, more = exchanged(debt + beyond, e0, e)
       if more > 0 then
         missing = missing + 1
@@ -169,7 +174,7 @@ else
   debt = 0
 end
 if tonumber(b[6]) ~= start then
-  -- The first use in this epoch, in which every bucket started empty.
+  -- This is the first use in this epoch, at whose start every bucket was empty.
   local missing = debt + beyond
   debt = math.max(debt, t - (now - start) * 1000)
   beyond = math.max(0, missing - debt)
@@ -215,7 +220,7 @@ if want > 0 then
     debt = debt + granted * e
     gathered = gathered and gathered - granted * e
     changed = true
-    -- Set a new mark from time to time, and when the current one could not credit this grant in full.
+    -- Sets a new mark from time to time, and when the current one could not credit this grant in full.
     if now - mt > 2 * lease or m < granted * e then
       n, nt = m, mt
       m, mt = debt, now

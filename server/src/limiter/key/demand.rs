@@ -11,8 +11,8 @@ use crate::{
     },
 };
 
-/// A waiting request. Tokens fetched for it are held until it has [reserved](Self::reserve) them, and remain reserved
-/// until they are spent or released. Dropping the guard loses nothing.
+/// A waiting request. Tokens fetched for it are kept until it has [reserved](Self::reserve) them, and stay reserved
+/// until they are spent or released. Dropping the guard releases them.
 pub(in crate::limiter) struct DemandGuard<'a> {
     calls: &'a Arc<LedgerCalls>,
     handle: &'a Arc<KeyHandle>,
@@ -48,8 +48,8 @@ impl<'a> DemandGuard<'a> {
         self.reserved.is_some()
     }
 
-    /// Spends the reserved tokens. If their window has ended in the meantime, releases them and tries the current
-    /// window.
+    /// Spends the reserved tokens. If their window has ended, releases them and tries to spend tokens of the current
+    /// window. Returns whether tokens were spent.
     pub(in crate::limiter) fn spend(&mut self, state: &mut KeyState, now: UnixNanos) -> bool {
         let Some(reserved) = self.reserved.take() else {
             return state.spend_quotas(self.cost, now);
@@ -64,7 +64,7 @@ impl<'a> DemandGuard<'a> {
         is_spent
     }
 
-    /// Spends the reserved tokens, which were taken from the quota of their window, even if it has ended in the meantime.
+    /// Spends the reserved tokens, even if their window has ended.
     pub(in crate::limiter) fn spend_in_any_window(&mut self, state: &mut KeyState) {
         if let Some(reserved) = self.reserved.take() {
             state.begin_wait(self.cost);
@@ -73,7 +73,7 @@ impl<'a> DemandGuard<'a> {
         }
     }
 
-    /// Notifies requests that wait for reserved tokens to be released, if there are too few for some of them.
+    /// Notifies the requests that wait for a reservation to be released, if some of them may now have to be denied.
     fn notify_denied(&self, state: &KeyState) {
         if state.waited_for > self.cost && state.may_deny_waiting() {
             self.handle.call_ended.notify_waiters();

@@ -7,14 +7,13 @@ use tokio::sync::Notify;
 use super::state::KeyState;
 use crate::limiter::denial_cache::DenialCache;
 
-/// The limiter's state of one key. Stored in the key's cached record, so that a decision needs no lookup.
+/// The limiter's state of one key. Stored in the key's cached record, so that a decision does not need a lookup.
 #[derive(Debug)]
 pub struct KeyHandle {
     pub(in crate::limiter) tenant: TenantId,
     pub(in crate::limiter) key: ApiKeyId,
-    /// Cached denials, used in front of a remote store.
+    /// Used only with a remote store.
     pub(in crate::limiter) denials: DenialCache,
-    /// The key's state on this replica.
     pub(in crate::limiter) state: Mutex<KeyState>,
     /// Notified when a ledger call for this key has ended.
     pub(in crate::limiter) call_ended: Notify,

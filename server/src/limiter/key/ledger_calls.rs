@@ -1,12 +1,12 @@
 //! Calls to the quota ledger: batched, limited in number, and retried where that is safe.
 //!
 //! Calls that arrive while all workers are busy share the next batch, so a thousand keys whose day begins at the same
-//! time need only a few transactions on a few connections. No matter how a call ends, even by a panic or with the
-//! runtime, its block is notified.
+//! time need only a few transactions on a few connections. No matter how a call ends, even in a panic or because the
+//! runtime shuts down, its block is notified.
 //!
-//! Tokens to return are kept until the ledger has confirmed them. A batch is retried with the same ID and applied once,
-//! so an outage or an ambiguous failure neither loses tokens nor credits them twice. They can be lost only when the
-//! process ends: by `kill -9`, or if draining runs out of time.
+//! Tokens to be returned are kept until the ledger has confirmed the return. A batch is retried with the same ID and
+//! applied at most once, so an outage or an ambiguous failure neither loses tokens nor credits them twice. Tokens can
+//! be lost only when the process ends: if it is killed, or if draining runs out of time.
 
 use std::{
     pin::pin,
@@ -47,7 +47,7 @@ use crate::{
 pub struct Drained {
     /// Quota tokens that were returned to the ledger.
     pub given_back: u64,
-    /// Quota tokens whose return was not confirmed. They are not available until their window ends.
+    /// Quota tokens whose return was not confirmed. They may be unavailable until their window ends.
     pub lost: u64,
 }
 
@@ -56,18 +56,19 @@ pub struct Drained {
 #[error("no response within {0:?}")]
 pub(in crate::limiter) struct TooSlow(pub(in crate::limiter) Duration);
 
-/// The connections to the ledger, shared by all key tables whose settings contain a clone. Batches get them in the order
-/// in which they were ready, so no table waits until another one has no more work.
+/// The connections to the ledger. They are shared by all key tables whose settings contain a clone of this value.
+/// Batches get connections in the order in which they ask for them, so one table's work does not keep the others
+/// waiting.
 #[derive(Debug, Clone)]
 pub struct LedgerConnections {
     count: usize,
     all: Arc<Semaphore>,
-    /// For batches of returns, which leave one connection for takes, if there are several.
+    /// Permits for batches of returns. If there are several connections, one is left for takes.
     returns: Arc<Semaphore>,
 }
 
 impl LedgerConnections {
-    /// `count` is at least 1.
+    /// A `count` of zero is treated as 1.
     pub fn new(count: usize) -> Self {
         let count = count.max(1);
         Self {
@@ -77,7 +78,7 @@ impl LedgerConnections {
         }
     }
 
-    /// Waits for a connection for a batch of takes, which is free again when the result is dropped.
+    /// Waits for a connection for a batch of takes. Dropping the result frees the connection.
     pub(super) async fn for_takes(&self) -> Option<SemaphorePermit<'_>> {
         // The semaphores are never closed, so there is always a permit.
         self.all.acquire().await.ok()
@@ -143,7 +144,7 @@ impl LedgerCalls {
         self.draining.load(Ordering::SeqCst)
     }
 
-    /// Stops starting takes, and cancels those that have not started.
+    /// Stops starting takes, and cancels queued ones.
     pub(in crate::limiter) fn begin_draining(self: &Arc<Self>) {
         self.draining.store(true, Ordering::SeqCst);
         let waiting: Vec<_> = {
@@ -160,8 +161,7 @@ impl LedgerCalls {
         }
     }
 
-    /// Waits for all calls in flight, for at most `within`. Returns the result for the tokens returned since draining
-    /// began.
+    /// Waits for all calls in flight, for at most `within`. Returns the totals since draining began.
     pub(in crate::limiter) async fn drained(self: &Arc<Self>, within: Duration) -> Drained {
         self.start_returner();
         let all = async {
@@ -181,7 +181,8 @@ impl LedgerCalls {
         }
     }
 
-    /// Starts to fetch tokens, unless a call is in flight. Does nothing outside a runtime; the next request will.
+    /// Starts to fetch tokens, unless a call is in flight. Outside a runtime, does nothing; the next request tries
+    /// again.
     #[cold]
     pub(in crate::limiter) fn start(
         self: &Arc<Self>,
@@ -239,7 +240,7 @@ impl LedgerCalls {
         }
     }
 
-    /// Starts to return all tokens in the block of a policy. Returns whether there were any.
+    /// Starts to return all tokens of a policy's block. Returns whether there were any.
     pub(in crate::limiter) fn release(
         self: &Arc<Self>,
         handle: &KeyHandle,
@@ -258,7 +259,7 @@ impl LedgerCalls {
         any
     }
 
-    /// Starts to return an unused block, and the rest of ended windows.
+    /// Starts to return an idle block, and tokens owed to ended windows.
     pub(in crate::limiter) fn return_unneeded(
         self: &Arc<Self>,
         handle: &KeyHandle,
@@ -269,7 +270,7 @@ impl LedgerCalls {
         if Handle::try_current().is_ok()
             && let Some(block) = state.block(policy)
         {
-            // An idle block is returned with others in one batch, not in a separate call.
+            // An idle block is returned in one batch with others, not in a separate call.
             let until = if block.give_up_idle(now) {
                 UnixNanos(u64::MAX)
             } else {
@@ -298,7 +299,7 @@ impl LedgerCalls {
         self.start_taker();
     }
 
-    /// Ends a call. `None` if it only returned tokens.
+    /// Ends a call. `taken` is `None` if the call only returned tokens.
     pub(super) fn finish(self: &Arc<Self>, call: &Call, taken: Option<Result<Taken, LedgerError>>) {
         let now = self.clock.now();
         let mut state = call.handle.state.lock();
@@ -317,8 +318,8 @@ impl LedgerCalls {
         if self.is_draining() {
             self.release(&call.handle, &mut state, call.policy);
         } else {
-            // The waiting request may have been canceled, and tokens released in the meantime had to wait for this
-            // call.
+            // Requests that waited for these tokens may have been canceled. Tokens that became owed during the call can
+            // be returned now.
             state.tidy();
             if state
                 .block(call.policy)

@@ -18,7 +18,7 @@ use crate::{
     },
 };
 
-/// The block of a policy that a call is for.
+/// Which of a policy's blocks a call is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Target {
     Current,
@@ -63,11 +63,11 @@ pub(super) fn row(handle: &KeyHandle, policy: Policy, window_start: UnixNanos) -
     }
 }
 
-/// Waiting calls, and the number of workers. Locked after a key's state, never before it.
+/// Waiting calls, and the number of workers. Lock it after a key's state, never before.
 #[derive(Debug, Default)]
 pub(super) struct Queue {
     pub(super) urgent: VecDeque<Call>,
-    /// First blocks of next windows. These are processed one batch at a time, while no other call is waiting.
+    /// Calls for the first blocks of next windows. Processed one batch at a time, while no urgent call is waiting.
     pub(super) ahead: VecDeque<Call>,
     pub(super) is_ahead_running: bool,
     pub(super) takers: usize,

@@ -19,7 +19,7 @@ use crate::limiter::quota::ledger::{LedgerError, LedgerRow, ReturnBatch};
 const TAKES: usize = 50;
 /// The maximum number of rows per batch of returns.
 const RETURNS: usize = 1000;
-/// A second worker for returns starts above this number.
+/// A second worker for returns starts if more rows than this are waiting.
 const RETURNS_FOR_ONE: usize = 2 * RETURNS;
 
 /// The initial and the maximum pause after a failed return.
@@ -27,7 +27,7 @@ const PAUSE: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 
 impl LedgerCalls {
-    /// Starts a worker for returns if one is missing.
+    /// Starts a worker for returns if another one is needed.
     pub(super) fn start_returner(self: &Arc<Self>) {
         let Ok(runtime) = Handle::try_current() else {
             return;
@@ -35,19 +35,19 @@ impl LedgerCalls {
         let is_missing = {
             let mut queue = self.queue.lock();
             let has_work = !queue.retries.is_empty() || !queue.returns.is_empty();
-            // The second worker is started only if the first has more than one batch to process.
             let is_missing = (has_work && queue.returners == 0)
                 || (queue.returners < self.returners && queue.returns.len() > RETURNS_FOR_ONE);
             queue.returners += usize::from(is_missing);
             is_missing
         };
-        // This must not hold the lock, because a runtime that is shutting down drops the worker immediately.
+        // The lock must be released first: a runtime that is shutting down drops the worker immediately, and dropping
+        // it takes the lock.
         if is_missing {
             runtime.spawn(return_all(Worker::new(self, Role::Returner)));
         }
     }
 
-    /// Starts a worker for takes if one is missing.
+    /// Starts a worker for takes if another one is needed.
     pub(super) fn start_taker(self: &Arc<Self>) {
         let Ok(runtime) = Handle::try_current() else {
             return;
@@ -90,7 +90,8 @@ enum Role {
     Returner,
 }
 
-/// A running worker. If it is dropped by a panic or with the runtime, it is replaced as long as there is work.
+/// A running worker. If it ends early, because of a panic or because the runtime drops it, another one replaces it
+/// while there is work.
 struct Worker {
     calls: Arc<LedgerCalls>,
     role: Role,
@@ -252,7 +253,7 @@ impl Drop for Takes {
     }
 }
 
-/// A batch of returns in flight. If it is not confirmed, it is retried.
+/// A batch of returns in flight. It is retried until the ledger confirms it.
 struct Returns {
     calls: Arc<LedgerCalls>,
     batch: Option<ReturnBatch>,

@@ -1,8 +1,7 @@
 //! The state of one key on this replica: its bucket or lease, and its blocks of calendar quotas.
 //!
-//! Contains everything that a decision reads and changes under the key's lock, for every store. Its functions depend
-//! only on the given time. It starts no tasks and makes no calls, but reports missing blocks to the store, which
-//! fetches them.
+//! Contains everything that a decision reads and changes under the key's lock, for every store. Does not read clocks,
+//! start tasks or make calls: it reports missing blocks to the store, which fetches them.
 
 use std::num::{NonZeroU32, NonZeroU64};
 
@@ -26,52 +25,51 @@ use crate::{
 /// The state of one key.
 #[derive(Debug)]
 pub(in crate::limiter) struct KeyState {
-    /// The fingerprint of the policies that the state follows; zero if it follows none yet.
+    /// Fingerprint of the policies that were last applied to this state; zero if none were.
     fingerprint: u64,
     /// The time zone of days and months.
     zone: Zone,
     gcra: Gcra,
-    /// The TAT of the bucket, for the local store and for requests that this replica allows without shared counters
-    /// under `open`.
+    /// The TAT of the local bucket. Used by the local store, and during an outage with the fallback setting `open`.
     pub(in crate::limiter) tat: UnixNanos,
-    /// Debt in excess of an empty bucket, from before the burst was lowered.
+    /// Debt in excess of an empty bucket's, left over from a larger burst.
     beyond: Nanos,
     /// When tokens were last taken from the bucket, or the plan was edited.
     used_at: UnixNanos,
-    /// Tokens taken in advance, for the distributed store.
+    /// Used by the distributed store.
     pub(in crate::limiter) lease: Option<Box<Lease>>,
     daily: Block,
     monthly: Block,
-    /// The total cost of requests that wait for quota tokens, except those that have reserved theirs.
+    /// The total cost of requests that wait for quota tokens, except requests that have reserved them.
     pub(in crate::limiter) waited_for: u64,
-    /// At least the largest of these costs.
+    /// At least the largest cost among these requests.
     largest_wait: u64,
 }
 
-/// The policies whose blocks must be fetched first.
+/// The policies whose blocks must be fetched before a decision.
 pub(in crate::limiter) type MissingBlocks = PolicySet;
 
-/// What to do about policies for which the ledger has not been called yet.
+/// What to do about policies for which the ledger has not responded yet.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(in crate::limiter) enum OnUnknown {
     /// Fetch a block first.
     Wait,
-    /// Fetching is impossible, so deny if another policy denies anyway.
+    /// Blocks cannot be fetched, so deny the request if another policy denies it anyway.
     PassOver,
 }
 
 /// Whether the calendar quotas allow a cost.
 pub(in crate::limiter) struct Quotas {
     pub(in crate::limiter) denial: Denial,
-    /// The ledger has not responded in this window.
+    /// Policies for which the ledger has not responded in this window.
     pub(in crate::limiter) unknown: PolicySet,
-    /// The block has too few tokens, but the ledger should have them.
+    /// Policies whose block has too few tokens, although the ledger should have enough.
     pub(in crate::limiter) short: PolicySet,
 }
 
 impl Quotas {
-    /// Returns what to fetch before a decision, if anything. If the rate already denies, a quota is worth fetching only
-    /// if it may prolong the wait.
+    /// Returns the policies whose blocks must be fetched before a decision. If the request is denied anyway, a block is
+    /// worth fetching only if its quota may prolong the wait. `denied` means that the rate denies the request.
     pub(in crate::limiter) fn missing(
         &self,
         denied: bool,
@@ -118,7 +116,7 @@ impl KeyState {
         }
     }
 
-    /// Updates the state to these policies and this time. `replicas` share each quota.
+    /// Applies `policies` and moves to `now`. `replicas` is the number of replicas that share each quota.
     pub(in crate::limiter) fn follow(
         &mut self,
         policies: &Policies,
@@ -152,7 +150,7 @@ impl KeyState {
         self.used_at = self.used_at.min(now);
     }
 
-    /// Updates the blocks to the windows of `now`. `replicas` share each quota.
+    /// Moves the blocks to the windows that contain `now`. `replicas` is the number of replicas that share each quota.
     pub(in crate::limiter) fn enter_windows(&mut self, now: UnixNanos, replicas: u64) {
         self.daily.share_among(replicas);
         self.monthly.share_among(replicas);
@@ -174,8 +172,8 @@ impl KeyState {
         &self.zone
     }
 
-    /// Takes `cost` from every policy or from none, with the local bucket. The state must already
-    /// [follow](Self::follow) `now`.
+    /// Takes `cost` from the local bucket and every quota, or from none of them. Call [`follow`](Self::follow) with
+    /// `now` first.
     pub(in crate::limiter) fn step(
         &mut self,
         policies: &Policies,
@@ -233,7 +231,7 @@ impl KeyState {
         fits(&self.daily) && fits(&self.monthly)
     }
 
-    /// Spends `tokens` of every calendar quota, or of none if one has too few.
+    /// Spends `tokens` from every calendar quota, or from none if one has too few.
     pub(in crate::limiter) fn spend_quotas(&mut self, tokens: u64, now: UnixNanos) -> bool {
         let fits = self.quotas_fit(tokens);
         if fits {
@@ -243,7 +241,7 @@ impl KeyState {
         fits
     }
 
-    /// Reserves `tokens` of every calendar quota, or of none if one has too few.
+    /// Reserves `tokens` from every calendar quota, or from none if one has too few.
     pub(in crate::limiter) fn reserve_quotas(
         &mut self,
         tokens: u64,
@@ -268,7 +266,7 @@ impl KeyState {
         is_current
     }
 
-    /// Spends reserved tokens, which were taken from their window, even if it has ended.
+    /// Spends reserved tokens, even if their window has ended.
     pub(in crate::limiter) fn spend_reserved_in_any_window(
         &mut self,
         [daily, monthly]: [ReservedTokens; 2],
@@ -277,7 +275,6 @@ impl KeyState {
         self.monthly.settle(monthly, true);
     }
 
-    /// Releases reserved tokens.
     pub(in crate::limiter) fn release_reserved(&mut self, [daily, monthly]: [ReservedTokens; 2]) {
         self.daily.settle(daily, false);
         self.monthly.settle(monthly, false);
@@ -302,7 +299,8 @@ impl KeyState {
     pub(in crate::limiter) fn may_deny_waiting(&self) -> bool {
         [&self.daily, &self.monthly].iter().any(|block| {
             let status = block.status(self.largest_wait);
-            // The largest one may have been too large for the whole quota, and have left since.
+            // `NeverFits` counts too: the largest cost may exceed the whole quota, and its request may no longer be
+            // waiting.
             matches!(status, BlockStatus::Exhausted | BlockStatus::NeverFits)
         })
     }
@@ -376,7 +374,7 @@ impl KeyState {
         }
     }
 
-    /// Returns what to fetch although no request is waiting.
+    /// Returns what to fetch in advance for each quota.
     pub(in crate::limiter) fn pending_refills(
         &self,
         decision: &Decision,
@@ -417,7 +415,7 @@ impl KeyState {
         self.monthly.tidy(self.waited_for);
     }
 
-    /// Returns whether this state equals that of a new key.
+    /// Returns whether this state equals a new key's.
     pub(in crate::limiter) fn is_forgettable(&self, now: UnixNanos, monotonic: Monotonic) -> bool {
         self.tat.saturating_add(self.beyond) <= now
             && self

@@ -1,14 +1,14 @@
-//! The table of all keys on this replica, which also waits for blocks of their calendar quotas.
+//! The table of all keys on this replica.
 //!
-//! Used by every store. Owns the handles and prunes them. Does not depend on SQL: the ledger is a trait. If the ledger
-//! is slow or fails, keys without calendar quotas are not affected. Keys with quotas spend their blocks, and then get
-//! [`LimiterError::LedgerUnavailable`].
+//! Used by every store. Owns the handles, prunes them, and fetches missing blocks. The ledger is a trait, so this
+//! module does not depend on SQL. If the ledger is slow or fails, keys without calendar quotas are not affected; keys
+//! with quotas spend their blocks and then get [`LimiterError::LedgerUnavailable`].
 //!
-//! A handle has one lock, held briefly, instead of an atomic per number. All policies are decided together, and with
+//! A handle has one lock, which is held briefly, instead of several atomics. All policies are decided together: with
 //! several atomics, a request could be denied because of tokens that another denied request is about to return.
 //!
-//! Workers call the ledger, one call at a time per key and policy. A request waits only if no tokens are available
-//! locally, and may be canceled while it waits without losing tokens.
+//! Workers call the ledger, one call at a time per key and policy. A request waits only if too few tokens are available
+//! locally. If it is canceled while it waits, no tokens are lost.
 
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -41,21 +41,21 @@ use crate::{
     },
 };
 
-/// There are enough shards that cores rarely contend for one, and few enough to iterate over.
+/// Enough that cores rarely contend for a shard, and few enough to iterate over.
 const SHARDS: usize = 64;
 
 /// The minimum time between two searches of a full shard for keys that can be dropped.
 const CROWDED_PRUNE: Nanos = Nanos::from_secs(1);
 
-/// Limits of the table, and timeouts of the ledger.
+/// Limits of the table, and timeouts for the ledger.
 #[derive(Debug, Clone)]
 pub struct KeyTableSettings {
-    /// The maximum number of keys, of about 600 bytes each. Requests with additional keys get
-    /// [`LimiterError::TooManyKeys`], since dropping another key's bucket would fill it.
+    /// The maximum number of keys, at about 600 bytes each. Requests with further keys get
+    /// [`LimiterError::TooManyKeys`]: making room by dropping another key would refill its bucket.
     pub max_keys: usize,
     /// How long a request waits for one ledger call. A decision waits for at most two.
     pub ledger_deadline: Duration,
-    /// How long until a ledger call is abandoned. Later than requests stop waiting, since tokens of a late response can
+    /// How long until a ledger call is abandoned. Longer than requests wait, because the tokens of a late response can
     /// still be spent, while those of an abandoned call are lost.
     pub call_deadline: Duration,
     /// The connections to the ledger, which limit the number of concurrent calls.
@@ -79,11 +79,11 @@ impl Default for KeyTableSettings {
 #[derive(Debug, Default)]
 struct Shard {
     keys: HashMap<(TenantId, ApiKeyId), Arc<KeyHandle>>,
-    /// When the shard was last searched because it was full.
+    /// When the shard was last pruned because it was full.
     crowded_at: UnixNanos,
 }
 
-/// How long a decision waits for the ledger: at most one call deadline at a time, and two in total.
+/// How long a decision waits for the ledger: at most one deadline for each call, and two in total.
 #[derive(Debug)]
 pub(in crate::limiter) struct Patience {
     one: Duration,
@@ -132,7 +132,6 @@ impl KeyTable {
         }
     }
 
-    /// Returns the number of keys.
     pub(in crate::limiter) fn len(&self) -> usize {
         self.shards
             .iter()
@@ -185,18 +184,18 @@ impl KeyTable {
     fn prune_shard(&self, shard: &mut Shard, now: UnixNanos) {
         shard.keys.retain(|_, handle| {
             let mut state = handle.state.lock();
-            // If the map has the only reference, no other can appear while the shard is locked.
+            // If the map has the only reference, no other can be created while the shard is locked.
             let is_shared = Arc::strong_count(handle) > 1;
             if is_shared || state.tat > now {
-                // This returns a prefetched block even if no request arrives.
+                // Entering the new windows returns a prefetched block even if no request arrives.
                 state.enter_windows(now, self.membership.replica_count());
                 for policy in [Policy::Daily, Policy::Monthly] {
                     self.calls.return_unneeded(handle, &mut state, policy, now);
                     self.calls.start_next(handle, &mut state, policy, now);
                 }
             } else {
-                // The key is dropped next time, after the ledger has credited the tokens. If it were dropped now, its
-                // next request would find too few.
+                // The key is dropped the next time, after the ledger has credited its tokens. If it were dropped now,
+                // its next request could find too few tokens in the ledger.
                 let released = [Policy::Daily, Policy::Monthly]
                     .map(|policy| self.calls.release(handle, &mut state, policy));
                 if released.contains(&true) {
@@ -207,7 +206,7 @@ impl KeyTable {
         });
     }
 
-    /// Locks a key's state and updates it to these policies and the current time, which is also returned.
+    /// Locks a key's state and applies the policies and the current time to it. Also returns the time.
     #[inline]
     pub(in crate::limiter) fn current<'a>(
         &self,
@@ -215,15 +214,15 @@ impl KeyTable {
         policies: &Policies,
     ) -> (MutexGuard<'a, KeyState>, UnixNanos) {
         let mut state = handle.state.lock();
-        // The time is read while holding the lock, so that times are in the order of decisions. Otherwise, a thread
-        // that read the time and then waited would look like a clock that was set back.
+        // The time is read under the lock, so that it does not decrease from one decision to the next. If a thread read
+        // the time and then waited for the lock, the clock would seem to have been set back.
         let now = self.clock.now();
         state.follow(policies, now, self.membership.replica_count());
         (state, now)
     }
 
-    /// Follow-up work after a decision or an attempt without one: returns surplus tokens and starts to fetch missing
-    /// ones.
+    /// Follow-up work after a decision, or after an attempt that could not decide: returns surplus tokens and starts to
+    /// fetch missing ones.
     #[inline]
     pub(in crate::limiter) fn after(
         &self,
@@ -236,7 +235,7 @@ impl KeyTable {
             && let Some(needs) = state.pending_refills(decision, decision.at)
         {
             for (policy, need) in [Policy::Daily, Policy::Monthly].into_iter().zip(needs) {
-                // Waiting requests fetch all that they need. A smaller call in the meantime would delay them.
+                // Waiting requests fetch everything they need. A smaller call before that would delay them.
                 if let Some(need) = need
                     && (need != Need::Ahead || state.waited_for == 0)
                 {
@@ -250,8 +249,8 @@ impl KeyTable {
         self.calls.is_draining()
     }
 
-    /// Repeats `attempt` until no block is missing, and fetches missing blocks. If that fails, calls it once more
-    /// without them.
+    /// Repeats `attempt`, fetching missing blocks in between, until it succeeds. If a fetch fails, calls `attempt` once
+    /// more with [`OnUnknown::PassOver`].
     pub(in crate::limiter) async fn with_blocks<T>(
         &self,
         handle: &Arc<KeyHandle>,
@@ -272,7 +271,7 @@ impl KeyTable {
         }
     }
 
-    /// Registers a waiting request of this cost. Tokens fetched for it are held until the guard is dropped.
+    /// Registers a waiting request. Tokens fetched for it are kept until the guard is dropped.
     pub(in crate::limiter) fn claim<'a>(
         &'a self,
         handle: &'a Arc<KeyHandle>,
@@ -356,7 +355,7 @@ impl KeyTable {
 
     /// See [`LimitStore::drain`](crate::limiter::LimitStore::drain).
     pub(in crate::limiter) async fn drain(&self) -> Drained {
-        // All calls that end later see this, and so do all requests that would start one.
+        // From now on, calls that end return their tokens, and requests do not start calls.
         self.calls.begin_draining();
         for shard in &self.shards {
             let keys: Vec<_> = shard.lock().keys.values().map(Arc::clone).collect();

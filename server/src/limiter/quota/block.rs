@@ -1,10 +1,12 @@
-//! Blocks of a calendar quota, which the ledger grants.
+//! Blocks of quota tokens that the ledger grants.
 //!
-//! A block is a number of tokens that the ledger already counts as used, so spending them needs no further call. A
-//! crash can strand a block but never spend it twice. Tokens for waiting requests are fetched in one call, regardless
-//! of the block size, since they are spent immediately. This module contains the rules for one key's block of one
-//! policy: its size, when to fetch more, which window it belongs to, and what to return when the plan or the time zone
-//! changes. It does not depend on SQL and starts no tasks. If the ledger fails, the block can still be spent.
+//! The ledger counts the tokens of a block as used when it grants them, so spending them does not need another call. A
+//! crash can strand a block, but its tokens are never spent twice. Tokens that requests are waiting for are fetched in
+//! one call, regardless of the block size, since they are spent immediately.
+//!
+//! This module contains the rules for one key's block of one policy: its size, when to fetch more tokens, which window
+//! the block belongs to, and which tokens to return when the plan or the time zone changes. It does not depend on SQL
+//! and does not start tasks. While the ledger is unavailable, the block can still be spent.
 //!
 //! The ledger determines the window. Windows computed from the calendar are provisional until the ledger has responded.
 
@@ -18,19 +20,19 @@ use super::{
 };
 use crate::clock::{Nanos, UnixNanos};
 
-/// The maximum size of a block. It is also at most one hundredth of its quota.
+/// The maximum size of a block, which is also limited to one hundredth of the quota.
 const BLOCK_MAX: u64 = 10_000;
 
-/// The time until an exhausted ledger is queried again, since other replicas may have returned tokens. Doubles with
-/// each empty response, up to [`PATIENCE_MAX`].
+/// How long to wait before querying the ledger again about an exhausted quota. By then, other replicas may have
+/// returned tokens. Doubles with each response without tokens, up to [`PATIENCE_MAX`].
 const PATIENCE: Nanos = Nanos::from_secs(1);
 const PATIENCE_MAX: Nanos = PATIENCE.saturating_mul(8);
 
-/// The time after which an unused block is returned if other replicas may need it.
+/// How long a block may be unused before it is returned, if other replicas may need it.
 const IDLE: Nanos = Nanos::from_secs(10);
 
-/// Returns the largest block of a quota for one of `replicas` replicas. All their blocks together are at most one
-/// hundredth of the quota and at most 10,000 tokens, but at least one token each.
+/// Returns the block size for each of `replicas` replicas. Together, their blocks are at most one hundredth of the
+/// quota and at most [`BLOCK_MAX`] tokens, but each block has at least one token.
 pub(in crate::limiter) const fn block_size(limit: u64, replicas: u64) -> u64 {
     let hundredth = limit / 100 / replicas;
     if hundredth < 1 {
@@ -49,28 +51,28 @@ pub(in crate::limiter) enum BlockStatus {
     Unlimited,
     /// The block has enough tokens.
     Fits,
-    /// The block has too few tokens, but the ledger should have them, or another request may release reserved ones.
+    /// The block has too few tokens, but the ledger should have enough, or another request may release reserved tokens.
     Short,
-    /// The ledger has not responded in this window.
+    /// The ledger has not responded yet in this window.
     Unknown,
     /// The quota is exhausted for the rest of the window.
     Exhausted,
-    /// The cost is above the quota.
+    /// The cost exceeds the quota.
     NeverFits,
 }
 
-/// Tokens of a window, reserved for a request.
+/// Tokens reserved for a request.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::limiter) struct ReservedTokens {
     window: QuotaWindow,
     tokens: u64,
 }
 
-/// A ledger call for a block: return tokens first, then take.
+/// A ledger call for a block: first returns tokens, then takes some.
 #[derive(Debug)]
 pub(in crate::limiter) struct LedgerOrder {
     pub(in crate::limiter) give_back: Vec<(UnixNanos, u64)>,
-    /// The quota of a full day or month.
+    /// The quota for a full day or month.
     pub(in crate::limiter) limit: u64,
     /// The number of tokens to take. If zero, tokens are only returned.
     pub(in crate::limiter) want: u64,
@@ -83,7 +85,7 @@ pub(in crate::limiter) enum Need {
     Cost(u64),
     /// No request is waiting yet.
     Ahead,
-    /// The ledger was exhausted; other replicas may have returned tokens.
+    /// The quota was exhausted, but other replicas may have returned tokens.
     Again,
 }
 
@@ -100,27 +102,27 @@ struct NextBlock {
 enum Next {
     None,
     Fetching,
-    /// A block is being fetched, but for a calendar that has changed since.
+    /// A block is being fetched, but is no longer wanted.
     Outdated,
     Held(Box<NextBlock>),
 }
 
-/// The tokens held for a policy, and what is known about the rest.
+/// The tokens held for a policy, and what is known about the rest of the quota.
 #[derive(Debug)]
 pub(in crate::limiter) struct Block {
     /// The limit for a full day or month. Zero means that there is no quota.
     limit: u64,
     /// The quota for the current window.
     quota: u64,
-    /// The number of replicas that take blocks of it. At least 1.
+    /// The number of replicas that take blocks of the quota. At least 1.
     replicas: u64,
     window: QuotaWindow,
     /// Whether the ledger has responded in this window.
     known: bool,
     held: u64,
-    /// Tokens reserved for requests that wait for their rate. Not part of `held`, and counted as consumed.
+    /// Tokens reserved for requests whose rate is still being decided. Not part of `held`; counted as consumed.
     reserved: u64,
-    /// The ledger's count, which includes `held` but not the tokens that are owed.
+    /// The ledger's count of used tokens. Includes `held`, but not the tokens that are owed.
     used: u64,
     /// When the block was last used or filled.
     spent_at: UnixNanos,
@@ -170,7 +172,8 @@ impl Block {
         self.window
     }
 
-    /// Returns whether [`enter`](Self::enter) must be called: the policy has a limit, and `now` is in another window.
+    /// Returns whether [`enter`](Self::enter) must be called: the policy has a limit, and `now` is outside the current
+    /// window.
     pub(in crate::limiter) fn is_outdated(&self, now: UnixNanos) -> bool {
         self.limit != 0 && !self.window.span.contains(now)
     }
@@ -183,7 +186,7 @@ impl Block {
         self.quota = window.quota(self.limit);
     }
 
-    /// Sets the policy's limit. Usage is kept. Tokens beyond the new limit or block size are owed to the ledger.
+    /// Sets the policy's limit. Usage is kept. Tokens in excess of the new limit or block size are owed to the ledger.
     pub(in crate::limiter) fn adopt(&mut self, limit: Option<NonZeroU64>) {
         let limit = limit.map_or(0, NonZeroU64::get);
         if limit != self.limit {
@@ -195,8 +198,8 @@ impl Block {
         }
     }
 
-    /// Applies a change of time zone. A window with usage keeps its end. A window without known usage is discarded, and
-    /// the ledger decides.
+    /// Applies a change of time zone. A window with usage keeps its end. A window without known usage is discarded, so
+    /// that the ledger determines a new one.
     pub(in crate::limiter) fn rezone(&mut self) {
         self.drop_next();
         if !self.known || self.used <= self.held {
@@ -207,9 +210,9 @@ impl Block {
         }
     }
 
-    /// Moves to the window of `now`, which is not the current one. `calendar` is the day or month of `now`. Tokens of
-    /// the old window are owed: it may not have ended (if the clock was set back), and if it has, its row shows the
-    /// actual usage.
+    /// Moves to the window that contains `now`. `calendar` is the day or month that contains `now`. Tokens of the old
+    /// window are owed to it: the window may not have ended (if the clock was set back), and if it has, returning them
+    /// makes its row show the actual usage.
     pub(in crate::limiter) fn enter(&mut self, calendar: Window, now: UnixNanos) {
         let before = (self.known && self.used > self.held).then_some(self.window);
         self.surrender();
@@ -247,7 +250,7 @@ impl Block {
         }
     }
 
-    /// Spends `cost`, which [fits](BlockStatus::Fits).
+    /// Spends `cost`, which must [fit](BlockStatus::Fits).
     pub(in crate::limiter) fn spend(&mut self, cost: u64, now: UnixNanos) {
         if self.limit != 0 {
             self.held -= cost;
@@ -255,7 +258,8 @@ impl Block {
         }
     }
 
-    /// Reserves `cost`, which [fits](BlockStatus::Fits), for a request. Must be followed by [`settle`](Self::settle).
+    /// Reserves `cost`, which must [fit](BlockStatus::Fits), for a request. Must be followed by
+    /// [`settle`](Self::settle).
     pub(in crate::limiter) fn reserve(&mut self, cost: u64, now: UnixNanos) -> ReservedTokens {
         let tokens = if self.limit == 0 { 0 } else { cost };
         self.held -= tokens;
@@ -272,8 +276,8 @@ impl Block {
         reservation.window == self.window && (self.limit != 0) == (reservation.tokens != 0)
     }
 
-    /// Ends a reservation: its tokens are consumed or held again. Those of another window are owed to it, since it may
-    /// not have ended.
+    /// Ends a reservation: its tokens are consumed or held again. Unspent tokens of another window are owed to that
+    /// window, since it may not have ended.
     pub(in crate::limiter) fn settle(&mut self, reservation: ReservedTokens, is_spent: bool) {
         let ReservedTokens { window, tokens } = reservation;
         if window == self.window {
@@ -290,8 +294,8 @@ impl Block {
         }
     }
 
-    /// Releases the held tokens if none were used for a while and other replicas share the quota. Returns whether it
-    /// did.
+    /// Marks the held tokens as owed if none were used for a while and other replicas share the quota. Returns whether
+    /// it did so.
     pub(in crate::limiter) fn give_up_idle(&mut self, now: UnixNanos) -> bool {
         let is_idle = now.abs_diff(self.spent_at) >= IDLE
             && self.replicas > 1
@@ -303,7 +307,7 @@ impl Block {
         is_idle
     }
 
-    /// Returns the quota of the current window, if the policy limits this key.
+    /// Returns the current window's quota, if the policy limits this key.
     pub(in crate::limiter) fn quota(&self) -> Option<u64> {
         (self.limit != 0).then_some(self.quota)
     }
@@ -322,8 +326,8 @@ impl Block {
         }
     }
 
-    /// Marks held tokens as owed if they exceed both a block and the needs of waiting requests: they were fetched for a
-    /// costly request that was then denied or canceled.
+    /// Marks held tokens as owed if they exceed both the block size and what waiting requests need. Such tokens were
+    /// fetched for a request that was then denied or canceled.
     pub(in crate::limiter) fn tidy(&mut self, waited_for: u64) {
         let size = self.size().max(waited_for);
         if self.held > size {
@@ -338,14 +342,14 @@ impl Block {
         self.owe(self.window.span, n);
     }
 
-    /// Releases all held tokens, and returns everything that is owed.
+    /// Marks all held tokens as owed, and takes everything that is owed.
     pub(in crate::limiter) fn release(&mut self) -> impl Iterator<Item = (UnixNanos, u64)> {
         self.surrender();
         self.drop_next();
         self.take_owed(UnixNanos(u64::MAX))
     }
 
-    /// Returns the tokens owed to windows that end by `now`.
+    /// Takes the tokens owed to windows that end by `now`.
     pub(in crate::limiter) fn take_owed(
         &mut self,
         now: UnixNanos,

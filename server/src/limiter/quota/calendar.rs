@@ -1,9 +1,9 @@
 //! Calendar days and months in a time zone, and the quota windows derived from them.
 //!
-//! Decides where days and months begin, and what happens to a quota's window when the time zone changes. A day has 23
-//! or 25 hours when clocks change, begins at 00:30 or 01:00 if midnight is skipped, and does not exist where a country
-//! crossed the date line. A call takes about a microsecond, so callers keep the window until it ends. The time zone
-//! database is compiled in, so that all servers use the same rules.
+//! Decides when days and months begin, and what happens to a quota's window when the time zone changes. A day has 23 or
+//! 25 hours when clocks change, begins at 00:30 or 01:00 if midnight is skipped, and is missing where a country moved
+//! across the date line. Computing a window takes about a microsecond, so callers keep it until it ends. The time zone
+//! database is compiled in, so that all replicas use the same rules.
 
 use std::{
     hash::{Hash, Hasher},
@@ -48,7 +48,7 @@ impl Zone {
         self.0.iana_name().unwrap_or("UTC")
     }
 
-    /// Returns the same time of day on the previous day, or a later one if that time was skipped.
+    /// Returns the same time of day on the previous day, or a later time if that one was skipped.
     pub fn day_before(&self, at: UnixNanos) -> Option<UnixNanos> {
         let at = Timestamp::from_nanosecond(i128::from(at.0)).ok()?;
         let local = self.0.to_datetime(at);
@@ -84,7 +84,7 @@ impl Hash for Zone {
     }
 }
 
-/// The time from `start` to just before `end`.
+/// The time from `start` up to, but not including, `end`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Window {
     pub start: UnixNanos,
@@ -111,12 +111,12 @@ impl Window {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct QuotaWindow {
     pub span: Window,
-    /// Length of the full day or month. A window that a change of time zone shortened is shorter.
+    /// Length of the full day or month, even if a change of time zone shortened the window.
     pub period: Nanos,
 }
 
 impl QuotaWindow {
-    /// A window that contains no time.
+    /// An empty window.
     pub const NONE: Self = Self {
         span: Window::NONE,
         period: Nanos::ZERO,
@@ -143,8 +143,8 @@ impl QuotaWindow {
         NonZeroU32::new(u32::try_from(seconds).unwrap_or(u32::MAX))
     }
 
-    /// Returns the quota of this window, given the `limit` of a full day or month: proportional to its length, rounded
-    /// up.
+    /// Returns the window's quota, given the `limit` for a full day or month. The quota is proportional to the window's
+    /// length, rounded up.
     pub fn quota(self, limit: u64) -> u64 {
         if !self.is_shortened() {
             return limit;
@@ -156,12 +156,12 @@ impl QuotaWindow {
 
 /// Returns the quota window that contains `at`.
 ///
-/// `calendar` is the day or month of `at` in the current time zone, and `used` are the windows with usage. A change of
-/// time zone takes effect when the current window ends, so the result is the window with usage that contains `at`, if
-/// there is one. Otherwise it is the calendar's window, starting where the last window with usage ended: windows never
-/// overlap.
+/// `calendar` is the day or month that contains `at` in the current time zone, and `used` contains the windows with
+/// usage. A change of time zone takes effect when the current window ends, so the result is the window with usage that
+/// contains `at`, if there is one. Otherwise, it is the calendar's window, shortened so that it does not overlap any
+/// window with usage.
 pub fn window_at(at: UnixNanos, calendar: Window, used: &[QuotaWindow]) -> QuotaWindow {
-    // Two windows can contain it if a version that did not store the end of windows has counted in both.
+    // Two windows can contain `at` if an older version, which did not store the end of windows, counted usage in both.
     let current = used.iter().filter(|window| window.span.contains(at));
     if let Some(current) = current.max_by_key(|window| window.span.start) {
         return *current;
@@ -182,8 +182,9 @@ pub fn window_at(at: UnixNanos, calendar: Window, used: &[QuotaWindow]) -> Quota
 
 /// Returns the window of a calendar policy that contains `now`, or [`Window::NONE`] for [`Policy::Rpm`].
 ///
-/// Windows cover time without gaps: each begins at the first instant with its date, even if that date then disappears
-/// again for an hour (a fold at midnight), and lasts until the next one begins.
+/// Windows have no gaps between them. Each one begins at the first instant with its date and lasts until the next one
+/// begins. If clocks are set back across midnight, the old date applies again for a while, but the new window has
+/// already begun.
 pub fn window(policy: Policy, zone: &Zone, now: UnixNanos) -> Window {
     match policy {
         Policy::Rpm => Window::NONE,
@@ -197,7 +198,7 @@ pub fn window(policy: Policy, zone: &Zone, now: UnixNanos) -> Window {
 }
 
 /// Returns the end of the clock hour that contains `now`: the next full hour of local time, or an earlier change of the
-/// UTC offset. So an hour that occurs twice counts as two, and a skipped one does not count.
+/// UTC offset. So a repeated hour counts twice, and a skipped hour does not count.
 pub fn hour_end(zone: &Zone, now: UnixNanos) -> UnixNanos {
     const HOUR: i128 = 3_600_000_000_000;
     let nanos = i128::from(now.0);
@@ -227,8 +228,8 @@ fn around(
     loop {
         let following = next(date);
         let end = first_instant(&zone.0, following);
-        // After a fold at midnight, the old date applies again for a while, although the new window has begun. The
-        // window of a skipped date is empty.
+        // After clocks are set back across midnight, the old date applies again for a while, although the new window
+        // has begun. The window of a skipped date is empty.
         if now < end || following == date {
             return Window { start, end };
         }
@@ -240,22 +241,22 @@ fn tomorrow(date: Date) -> Date {
     date.tomorrow().unwrap_or(Date::MAX)
 }
 
-/// Returns the first instant whose local date is `date`, or a later one if that date was skipped.
+/// Returns the first instant whose local date is `date`, or the first instant after `date` if that date was skipped.
 fn first_instant(zone: &TimeZone, date: Date) -> UnixNanos {
     let midnight: DateTime = date.at(0, 0, 0, 0);
     let instant = match zone.to_ambiguous_timestamp(midnight).offset() {
         AmbiguousOffset::Unambiguous { offset } | AmbiguousOffset::Fold { before: offset, .. } => {
             offset.to_timestamp(midnight)
         }
-        // Midnight was skipped. With the offset after the gap, midnight is before the transition, and the next
-        // transition ends the old date and begins the new one.
+        // Midnight was skipped. Interpreted with the offset after the gap, midnight is before the transition, so the
+        // next transition is where the new date begins.
         AmbiguousOffset::Gap { after, .. } => after.to_timestamp(midnight).map(|before| {
             zone.following(before)
                 .next()
                 .map_or(before, |transition| transition.timestamp())
         }),
     };
-    // Outside the years that jiff supports, or before 1970, these are the bounds of our time.
+    // Outside the years that jiff supports, and before 1970, the result is limited to the range of `UnixNanos`.
     let nanos = instant.map_or(i128::MAX, Timestamp::as_nanosecond);
     UnixNanos(u64::try_from(nanos.max(0)).unwrap_or(u64::MAX))
 }
@@ -360,17 +361,18 @@ mod tests {
 
     #[test]
     fn day_without_midnight_begins_at_its_first_instant() {
-        // Beirut: 2026-03-29 00:00 was skipped, the day began at 01:00.
+        // Beirut: 2026-03-29 00:00 was skipped; the day began at 01:00.
         let window = day("Asia/Beirut", "2026-03-29T12:00Z");
         assert_eq!(window.start, at("2026-03-28T22:00Z"));
-        // In Scoresbysund 2024-03-31 00:00 to 01:00 was skipped, by a change of zone and of season at the same time.
+        // In Scoresbysund, 00:00 to 01:00 on 2024-03-31 was skipped, because the zone and the season changed at the
+        // same time.
         let window = day("America/Scoresbysund", "2024-03-31T12:00Z");
         assert_eq!(window.start, at("2024-03-31T01:00Z"));
     }
 
     #[test]
     fn day_begins_once_if_midnight_occurs_twice() {
-        // St. John's 2010: at 00:01 clocks went back to 23:01 of the day before.
+        // St. John's, 2010: At 00:01, clocks went back to 23:01 of the previous day.
         let begins = at("2010-11-07T02:30Z");
         for now in [
             "2010-11-07T02:30Z",
@@ -384,7 +386,7 @@ mod tests {
 
     #[test]
     fn skipped_date_has_no_window() {
-        // Samoa had no 30 December 2011.
+        // Samoa skipped December 30, 2011.
         let before = day("Pacific/Apia", "2011-12-30T09:59:59Z");
         let after = day("Pacific/Apia", "2011-12-30T10:00:00Z");
         assert_eq!(before.end, at("2011-12-30T10:00Z"));
@@ -415,7 +417,7 @@ mod tests {
         &ZONES
     }
 
-    /// Returns whether an instant's local date belongs to the window's day or month.
+    /// Returns the local date and time of an instant.
     fn local(zone: &Zone, at: UnixNanos) -> DateTime {
         let at = Timestamp::from_nanosecond(i128::from(at.0)).unwrap();
         zone.0.to_datetime(at)
@@ -438,8 +440,8 @@ mod tests {
                     let window = window(policy, &zone, now);
                     assert_eq!(window.start, now, "{name}: a gap or an overlap");
                     assert!(window.end > window.start && window.end.0 - window.start.0 <= longest);
-                    // The window begins with its date, and the nanosecond before it has an earlier date. Nothing more
-                    // is checked: if midnight occurs twice, the old date applies again later.
+                    // The window begins with its date, and the nanosecond before it has an earlier date. Nothing else
+                    // can be checked: if midnight occurs twice, the old date applies again later.
                     let unit = |at: DateTime| match policy {
                         Policy::Monthly => at.date().first_of_month(),
                         _ => at.date(),

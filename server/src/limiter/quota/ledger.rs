@@ -1,4 +1,4 @@
-//! The contract of the quota ledger.
+//! The interface of the quota ledger.
 
 use std::{error::Error, sync::Arc};
 
@@ -19,7 +19,7 @@ pub struct LedgerRow {
     pub window_start: UnixNanos,
 }
 
-/// A request for tokens of the window that contains `at`.
+/// A request for tokens from the quota window that contains `at`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TakeRequest {
     pub tenant: TenantId,
@@ -35,10 +35,10 @@ pub struct TakeRequest {
     pub want: u64,
 }
 
-/// The number of tokens that the ledger granted.
+/// The ledger's response to a [`TakeRequest`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Taken {
-    /// The window to which the tokens belong. It contains the `at` of the request.
+    /// The window to which the tokens belong. It contains the request's `at`.
     pub window: QuotaWindow,
     pub granted: u64,
     /// Total usage of the window, including this grant.
@@ -50,7 +50,7 @@ pub struct Taken {
 pub struct ReturnBatch {
     /// Identifies the batch when it is retried.
     pub id: Uuid,
-    /// The rows, in ascending order. Each occurs at most once.
+    /// The rows and the number of tokens to return to each, in ascending order without duplicates.
     pub rows: Vec<(LedgerRow, u64)>,
 }
 
@@ -60,16 +60,17 @@ pub type LedgerError = Arc<dyn Error + Send + Sync>;
 /// The durable record of calendar quotas.
 #[async_trait]
 pub trait QuotaLedger: std::fmt::Debug + Send + Sync + 'static {
-    /// Grants up to `want` tokens for each request and counts them as used, atomically for each request: `min(want,
-    /// quota - used)`, where `quota` is the window's share of `limit`. Returns one result per request, in order. A
-    /// batch has at most one request per key and policy.
+    /// For each request, atomically grants `min(want, quota - used)` tokens and counts them as used. `quota` is the
+    /// window's share of `limit`. Returns one result per request, in order. `requests` must not contain the same key
+    /// and policy twice.
     ///
-    /// The tokens come from the window with usage that contains `at`. If there is none, they come from the calendar
-    /// window of the request, shortened so that it overlaps no window with usage, with a proportional quota. After an
-    /// error, tokens may have been counted. They are lost for the window, but are never spent twice.
+    /// The tokens come from the window that contains `at` and already has usage. If there is none, they come from the
+    /// request's calendar window. That window is shortened if it overlaps one with usage, and its quota is reduced in
+    /// proportion. After an error, tokens may have been counted as used. They are lost until the window ends, but are
+    /// never spent twice.
     async fn take(&self, requests: &[TakeRequest]) -> Vec<Result<Taken, LedgerError>>;
 
-    /// Credits the tokens in a batch. After an error, either all or none of them were credited. A batch is applied only once, so a
-    /// caller may retry until it succeeds.
+    /// Credits the tokens in a batch, either all or none. After an error, they may have been credited. A batch is
+    /// applied at most once, so the caller may retry until it succeeds.
     async fn give_back(&self, batch: &ReturnBatch) -> Result<(), LedgerError>;
 }

@@ -1,4 +1,4 @@
-//! The arithmetic of calendar quotas: windows of days and months, and blocks of tokens from the ledger.
+//! Calendar quotas: windows of days and months, and blocks of tokens from the ledger.
 
 pub(super) mod block;
 pub(super) mod calendar;

@@ -1,6 +1,7 @@
 //! The protocol of the shared counters: one call and its reply.
 //!
-//! Both the Redis script and the model in the tests implement it. Does not depend on connections or the state of keys.
+//! Implemented by the Redis script and, in tests, by a model of it. Does not depend on connections or the state of
+//! keys.
 
 use std::{error::Error, sync::Arc};
 
@@ -9,7 +10,7 @@ use quota_common::id::{ApiKeyId, TenantId};
 
 use crate::clock::Nanos;
 
-/// Microseconds since the Unix epoch, by the clock of the counters. Zero means that there is no time.
+/// A time on the counters' clock, in microseconds since the Unix epoch. Zero means none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 #[repr(transparent)]
 pub struct CounterMicros(pub u64);
@@ -25,11 +26,11 @@ impl CounterMicros {
 /// See [`TakeCall::away_since`].
 pub const NEVER_HEARD: CounterMicros = CounterMicros(1);
 
-/// The owner of a bucket.
+/// What a bucket belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum BucketName {
     Key(TenantId, ApiKeyId),
-    /// The owner to use for heartbeats, which do not refer to a key's bucket.
+    /// Used for heartbeats, which do not affect any key's bucket.
     Heartbeat,
 }
 
@@ -37,42 +38,42 @@ pub enum BucketName {
 /// fewer than `need`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TakeCall {
-    /// Buckets of one partition are kept together and lose their state together.
+    /// All buckets of a partition are stored together and lose their state together.
     pub partition: u16,
     pub bucket: BucketName,
-    /// The time in which one token refills.
+    /// How long one token takes to refill.
     pub emission: Nanos,
-    /// The time from empty to full.
+    /// How long an empty bucket takes to refill completely.
     pub tau: Nanos,
-    /// Version of the plan. The counters use the newest version.
+    /// The plan's version. If callers send different versions, the counters use the newest.
     pub version: u64,
     pub need: u64,
-    /// Tokens that requests are waiting for now. Granted up to what the bucket holds.
+    /// The number of tokens that requests are waiting for. If the bucket holds fewer, it grants what it holds.
     pub waiting: u64,
-    /// The number of tokens to take, at least `waiting`. The rest is for later use, and is granted up to half of what
-    /// the bucket holds. If zero, the call only reads the state.
+    /// The total number of tokens to take, at least `waiting`. Tokens in excess of `waiting` are for later. A grant
+    /// that includes any is at most half of what the bucket holds. If zero, the call only reads the state.
     pub want: u64,
-    /// Tokens taken before and not spent.
+    /// The number of unspent tokens to return.
     pub back: u64,
-    /// When the oldest of them was taken.
+    /// When the oldest of the returned tokens was taken.
     pub back_taken_at: CounterMicros,
-    /// The bucket's generation when they were taken. They are worthless in a later generation.
+    /// The bucket's generation when the returned tokens were taken. In a later generation, they are not credited.
     pub back_generation: u64,
-    /// How long granted tokens remain valid, in microseconds. Unspent ones are returned soon after.
+    /// The lease TTL in microseconds. Unspent tokens are returned soon after it has passed.
     pub lease: u64,
     /// The counters' time in the latest reply from this partition that the caller received in time.
     pub last_heard: CounterMicros,
-    /// When the caller started to serve without the counters; zero if it has not. Since then, it may have admitted
-    /// requests that the counters do not know of. [`NEVER_HEARD`] if it has never had a reply and others may have
-    /// admitted some.
+    /// When the caller began to decide without the counters, or zero if it has not. Since then, it may have allowed
+    /// requests that the counters do not know of. [`NEVER_HEARD`] if the caller has never received a reply and other
+    /// replicas may have allowed such requests.
     pub away_since: CounterMicros,
-    /// Start of the new epoch that was promised to the caller's previous call, if it has served nothing since the epoch
-    /// started; zero otherwise. It is valid for calls that arrive soon after that start. A call that arrives before it
-    /// confirms that the caller knows the start, which is put off until somebody does.
+    /// Start of the epoch that the previous reply promised, if the caller has not allowed any request since that start;
+    /// zero otherwise. A call that arrives before the start confirms that the caller knows of it. The counters postpone
+    /// the start until a caller has confirmed it. A call that arrives soon after the start uses the promised epoch
+    /// instead of starting another one.
     pub promised: CounterMicros,
 }
 
-/// The reply to a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TakeReply {
     pub at: CounterMicros,
@@ -82,27 +83,27 @@ pub struct TakeReply {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BucketState {
     /// The counters have lost their state. A new epoch starts in `wait` microseconds with every bucket empty. Until
-    /// then, nothing is granted.
+    /// then, no tokens are granted.
     Initializing { wait: u64 },
     Active {
         granted: u64,
-        /// The time until the bucket is full, after the call.
+        /// The time until the bucket is full, as of the end of the call.
         debt: Nanos,
-        /// Changes when tokens granted before can no longer be credited.
+        /// Changes when tokens granted earlier can no longer be credited.
         generation: u64,
     },
 }
 
-/// Why there was no reply. Tokens may have been taken anyway; they are lost until the bucket refills.
+/// Why a call failed. Tokens may have been taken anyway; they are unavailable until the bucket refills.
 pub type CounterError = Arc<dyn Error + Send + Sync>;
 
 /// The buckets that all replicas share.
 ///
-/// A call is atomic and uses the counters' own clock: tokens granted by a reply were in the bucket at
-/// [`TakeReply::at`]. Returned tokens make the bucket no fuller than if they had never been taken.
+/// A call is atomic and uses the counters' own clock: the granted tokens were in the bucket at [`TakeReply::at`].
+/// Returning tokens never makes the bucket fuller than if they had not been taken.
 #[async_trait]
 pub trait SharedCounters: std::fmt::Debug + Send + Sync + 'static {
-    /// The number of partitions of the buckets. Each can lose its state separately.
+    /// Returns the number of partitions. Each can lose its state separately.
     fn partitions(&self) -> u16;
 
     async fn take(&self, call: TakeCall) -> Result<TakeReply, CounterError>;

@@ -2,13 +2,12 @@
 //!
 //! A token bucket is represented by one number, the *theoretical arrival time* (TAT), at which the bucket will be full
 //! again. One token is worth one emission interval, and an empty bucket is `burst` intervals from full. All functions
-//! depend only on the stored number, so that all stores (a handle in memory, a script in Redis) make the same
-//! decisions.
+//! depend only on this number and their arguments, so a store in memory and a script in Redis make the same decisions.
 //!
-//! It makes two promises. *Never above the limit*: the interval is rounded up, so the rate is `rpm` or slightly less
-//! (at most 1 in 1,000, and only near 60,000,000 per minute). *No lockout by a clock*: a TAT later than that of an
-//! empty bucket can only come from a clock that was ahead, and counts as an empty bucket. So setting a clock back by
-//! hours costs a key one refill, not hours.
+//! Two properties hold. *Never above the limit*: the emission interval is rounded up, so the rate is `rpm` or slightly
+//! less (by at most 1 in 1,000, and only near 60,000,000 per minute). *No lockout when the clock is set back*: a TAT
+//! later than an empty bucket's can only come from a clock that was ahead, and counts as an empty bucket. So setting
+//! the clock back by hours makes a key wait for one refill, not for hours.
 //!
 //! Reference: ITU-T I.371, annex A (virtual scheduling algorithm).
 
@@ -21,40 +20,40 @@ use crate::{
 
 const MINUTE: Nanos = Nanos::from_secs(60);
 
-/// The maximum distance from full: 73 years. Only extreme bursts reach it. They are capped at it, so that no sum below
-/// overflows before the year 2480.
+/// The maximum tau: 73 years. Only extreme bursts exceed it. They are capped, so that no sum in this module overflows
+/// before the year 2480.
 const TAU_MAX: Nanos = Nanos(1 << 61);
 
 /// The parameters of a bucket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Gcra {
-    /// The time in which one token refills, rounded up. At least 1 ns.
+    /// How long one token takes to refill, rounded up. At least 1 ns.
     emission: Nanos,
     /// The time from empty to full.
     tau: Nanos,
 }
 
-/// The number of tokens missing from a bucket, expressed as a time on its clock, `T`.
+/// How many tokens are missing from a bucket. `T` is the clock on which the TAT is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Level<T> {
     pub tat: T,
-    /// Debt in excess of an empty bucket, from before the burst was lowered.
+    /// Debt in excess of an empty bucket's, left over from a larger burst.
     pub beyond: Nanos,
 }
 
 /// Whether a bucket contains enough tokens for a cost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict<T> {
-    /// It does. Taking the tokens results in this TAT.
+    /// The bucket has enough tokens. Taking them results in this TAT.
     Fits { tat: T },
-    /// It does not, but will after exactly `wait` nanoseconds if no other tokens are taken.
+    /// The bucket will have enough tokens after exactly `wait` nanoseconds if no other tokens are taken.
     Wait { wait: NonZeroU64 },
-    /// The cost is larger than the bucket.
+    /// The cost exceeds the burst.
     NeverFits,
 }
 
 impl Gcra {
-    /// An empty bucket.
+    /// A bucket that cannot hold any tokens.
     pub(in crate::limiter) const NONE: Self = Self {
         emission: Nanos(1),
         tau: Nanos::ZERO,
@@ -78,8 +77,8 @@ impl Gcra {
         self.tau
     }
 
-    /// Limits `tat` to that of an empty bucket at `now`. Store the result after every decision, including denials;
-    /// otherwise a bucket would not refill while the clock is behind.
+    /// Limits `tat` to an empty bucket's TAT at `now`. Store the result after every decision, including denials;
+    /// otherwise, a bucket would not refill while the clock is behind.
     pub fn settled<T: Instant>(self, tat: T, now: T) -> T {
         tat.min(now.saturating_add(self.tau))
     }
@@ -98,25 +97,25 @@ impl Gcra {
         }
     }
 
-    /// Returns the whole tokens in the bucket at `now`. `tat` must be [settled](Self::settled).
+    /// Returns the number of whole tokens in the bucket at `now`. `tat` must be [settled](Self::settled).
     pub fn remaining<T: Instant>(self, tat: T, now: T) -> u64 {
         self.tokens(self.tau.saturating_sub(tat.saturating_since(now)))
     }
 
-    /// Returns the number of whole tokens that refill in this time.
+    /// Returns the number of whole tokens that refill in `time`.
     pub fn tokens(self, time: Nanos) -> u64 {
         time.0 / self.emission.0
     }
 
-    /// Carries usage under `old` over to `self`: as many tokens are missing from the new bucket as from the old one. If
-    /// the new bucket holds fewer tokens, it is empty, and the remaining tokens are missing once the bucket is made
-    /// larger again. `level` is as of `used_at`, when tokens were last taken. Since the time of the edit is unknown,
-    /// the bucket has refilled at the lower of the two rates since then.
+    /// Carries usage over from `old` to `self`: as many tokens are missing from the new bucket as from the old one. If
+    /// more are missing than the new bucket can hold, it is empty, and the rest is missing again once the bucket is
+    /// enlarged. `level` is as of `used_at`, when tokens were last taken. Since the time of the edit is unknown, the
+    /// bucket counts as having refilled at the lower of the two rates since then.
     ///
-    /// So when the burst is raised, the difference is available immediately, minus the usage. A smaller bucket has the
-    /// same number of missing tokens, and no request waits for more than one full bucket of the new size. A temporarily
-    /// smaller burst gains nothing, and neither does a key that is idle during an edit to a lower rate. Fractions of a
-    /// token are rounded in favor of the limit.
+    /// So when the burst is raised, the difference is available immediately, less the usage. When it is lowered, no
+    /// request waits longer than the new bucket takes to fill. Lowering the burst temporarily does not add tokens, and
+    /// neither does an edit to a lower rate while the key is idle. Fractions of a token are rounded in favor of the
+    /// limit.
     pub fn carry_over<T: Instant>(
         self,
         old: Self,
@@ -148,8 +147,7 @@ impl Gcra {
 }
 
 impl<T: Instant> Level<T> {
-    /// Returns the debt beyond an empty bucket that is left at `now`. Refill reduces it once the bucket is
-    /// full.
+    /// Returns how much of `beyond` is left at `now`. It decreases only after the bucket is full.
     pub fn beyond_at(self, now: T) -> Nanos {
         self.beyond.saturating_sub(now.saturating_since(self.tat))
     }

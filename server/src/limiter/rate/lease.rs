@@ -2,15 +2,14 @@
 //!
 //! Decides how many tokens to take, how long they may be spent, what to return, and which requests wait. Does no I/O.
 //!
-//! **The guarantee.** A token is spent only after the counters granted it, and at most `ttl` after it was *requested*,
-//! which is before it was granted. So tokens spent in a window of `T` seconds were granted in the `T + ttl` seconds
-//! that end with the window, in which the counters grant at most `burst + rate * (T + ttl)` to all replicas together.
-//! Returning tokens leaves the bucket no fuller than if they had never been taken, so the bound also applies to spent
-//! tokens.
+//! **Guarantee.** A token is spent only after the counters have granted it, and at most `ttl` after it was *requested*.
+//! So the tokens spent in a window of `T` seconds were granted within the window or at most `ttl` before it. In these
+//! `T + ttl` seconds, the counters grant at most `burst + rate * (T + ttl)` to all replicas together. Returning tokens
+//! does not break this bound, because it never makes the bucket fuller than if they had not been taken.
 //!
-//! **How much.** The tokens that waiting requests need are requested in full. The number of tokens held for later
-//! follows the key's pace on this replica, up to a tenth of the burst. It includes a reserve for the time of the next
-//! call, so that a steady key is renewed just before its lease expires.
+//! **Lease size.** Tokens that requests are waiting for are requested in full. How many tokens are held for later
+//! depends on the key's pace on this replica, and is at most a tenth of the burst. A reserve covers the duration of the
+//! next call, so that the lease of a key with a steady pace is renewed just before it expires.
 
 use super::{
     counters::CounterMicros,
@@ -20,17 +19,16 @@ use super::{
 };
 use crate::clock::{Monotonic, Nanos};
 
-/// In nanoseconds. Tokens that expire sooner do not count as available, so the next lease is requested while they are
-/// being spent.
+/// Tokens that expire sooner than this do not count when deciding whether to request the next lease.
 const LAST_MOMENT: Nanos = Nanos::from_millis(10);
 
-/// The minimum time, in nanoseconds, between the starts of concurrent calls for a key.
+/// The minimum time between the starts of concurrent calls for a key.
 const PAUSE_MIN: Nanos = Nanos::from_millis(1);
 
-/// A replica holds at most the burst divided by this number for later.
+/// The lease size is at most the burst divided by this number.
 const BURST_PER_LEASE: u64 = 10;
 
-/// When no more than this many tokens are left of a lease of `size`, the next one is requested.
+/// Returns how many tokens are left when a lease of this size is renewed.
 const fn reserve(size: u64) -> u64 {
     if size < 16 { 1 } else { size / 8 }
 }
@@ -39,18 +37,18 @@ const fn reserve(size: u64) -> u64 {
 #[derive(Debug, Clone, Copy, Default)]
 struct Slot {
     tokens: u64,
-    /// When they expire.
+    /// When the tokens expire.
     expires: Monotonic,
     taken_at: CounterMicros,
     generation: u64,
 }
 
-/// The state of the bucket in the last response of the counters.
+/// The bucket's state in the counters' last response.
 #[derive(Debug, Clone, Copy, Default)]
 struct View {
-    /// Nanoseconds until the bucket was full, at `seen`.
+    /// The time from `seen` until the bucket is full.
     debt: Nanos,
-    /// When the call began, which is before the counters read the state.
+    /// When the call began, shortly before the counters read the state.
     seen: Monotonic,
 }
 
@@ -64,20 +62,21 @@ pub(in crate::limiter) struct Terms {
 }
 
 impl Terms {
-    /// Returns whether tokens taken under the other terms may be spent under these.
+    /// Returns whether tokens taken under `other` may be spent under `self`.
     pub(in crate::limiter) fn is_like(self, other: Self) -> bool {
         (self.gcra, self.leased) == (other.gcra, other.leased)
     }
 
-    /// Returns the time after which another call may start before the previous one has ended. Requests that wait
-    /// for a call are decided together, and a bucket that becomes full meanwhile stops refilling, so this is a small
-    /// part of the time in which it fills. Calls to a bucket that fills slowly never overlap.
+    /// Returns how long after the start of a call another one may start while the first is still in flight. Requests
+    /// that wait for a call are decided together, and a bucket that fills up in the meantime stops refilling, so the
+    /// pause is a small fraction of tau. For a bucket that fills slowly, the pause exceeds the deadline, so its calls
+    /// do not overlap.
     pub(in crate::limiter) fn pause(self) -> Nanos {
         Nanos(self.gcra.tau().0 / 64).max(PAUSE_MIN)
     }
 
-    /// Returns the maximum number of tokens to hold for later: a tenth of the burst.
-    fn largest_lease(self) -> u64 {
+    /// Returns the largest lease size under these terms, whatever the key's pace: a tenth of the burst, but at least 1.
+    fn max_lease_size(self) -> u64 {
         (self.gcra.tokens(self.gcra.tau()) / BURST_PER_LEASE).max(1)
     }
 }
@@ -87,15 +86,15 @@ impl Terms {
 pub(in crate::limiter) struct Lease {
     /// The older grant, then the newer one.
     slots: [Slot; 2],
-    /// The target number of tokens for the next grant.
+    /// The lease size: the number of tokens that requests spend within the lease TTL at the current pace.
     size: u64,
-    /// When tokens were last requested (0 for never), and how many have been wanted since.
+    /// When tokens were last requested (0 if never), and how many tokens requests have needed since.
     asked_at: Monotonic,
     wanted: u64,
     /// The number of calls in flight that are not late yet, and when the latest of them started.
     fetching: u32,
     began_at: Monotonic,
-    /// Tokens that these calls request in addition to those that their requests need.
+    /// The number of tokens that these calls request for later.
     coming: u64,
     /// The number of calls in flight, including late ones.
     calls: u32,
@@ -105,12 +104,13 @@ pub(in crate::limiter) struct Lease {
     terms: Option<Terms>,
     /// Unspent tokens to return.
     back: Unspent,
-    /// Whether a task is returning those tokens.
+    /// Whether a task is returning unspent tokens.
     returning: bool,
     view: Option<View>,
-    /// Whether the last call got fewer tokens than it wanted.
+    /// Whether the last call got fewer tokens than it requested.
     short: bool,
-    /// The counters had fewer than `held_for` tokens. That many are not requested again until `held_until`.
+    /// Until `held_until`, requests for `held_for` or more tokens are denied without a call, because the counters had
+    /// too few.
     held_until: Monotonic,
     held_for: u64,
     pub(in crate::limiter) share: Share,
@@ -127,11 +127,11 @@ impl Slot {
     }
 }
 
-/// The times of a fetch.
+/// The times that a fetch depends on.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::limiter) struct FetchTimes {
     pub(in crate::limiter) now: Monotonic,
-    /// How long the tokens may be spent.
+    /// The lease TTL.
     pub(in crate::limiter) ttl: Nanos,
     /// How long requests wait for the response.
     pub(in crate::limiter) patience: Nanos,
@@ -143,14 +143,14 @@ pub(in crate::limiter) struct Demand {
     pub(in crate::limiter) need: u64,
     pub(in crate::limiter) waiting: u64,
     pub(in crate::limiter) want: u64,
-    /// The part of `want` that no request in `requests` needs.
+    /// The part of `want` that is for later.
     pub(in crate::limiter) spare: u64,
     pub(in crate::limiter) requests: Vec<Waiter>,
 }
 
 impl Lease {
-    /// Applies an edit of the plan: tokens taken under the old one are returned, and the state of the bucket is
-    /// unknown.
+    /// Applies an edit of the plan: marks tokens taken under the old plan to be returned, and forgets the bucket's
+    /// state.
     pub(in crate::limiter) fn edited(&mut self) {
         self.surrender_all();
         self.share.is_edited = true;
@@ -167,7 +167,7 @@ impl Lease {
         }
     }
 
-    /// Returns whether a new lease would behave the same way.
+    /// Returns whether the lease can be dropped because a new one would behave the same way.
     pub(in crate::limiter) fn is_forgettable(&self, now: Monotonic) -> bool {
         self.share.tat <= now
             && self.fetching == 0
@@ -184,7 +184,7 @@ impl Lease {
     /// Marks tokens to be returned.
     pub(in crate::limiter) fn owe(&mut self, unspent: Unspent) {
         self.back = self.back.and(unspent);
-        // Without leases, returned tokens are a reason to call the counters again.
+        // Without leases, the counters decide every request, and may allow one after these tokens are returned.
         if self.terms.is_some_and(|terms| !terms.leased) && unspent.tokens > 0 {
             self.held_until = Monotonic::default();
         }
@@ -204,7 +204,7 @@ impl Lease {
         }
     }
 
-    /// Spends `n` tokens, or none. Call [`expire`](Self::expire) first.
+    /// Spends `n` tokens if that many are available. Call [`expire`](Self::expire) first.
     pub(in crate::limiter) fn spend(&mut self, n: u64) -> bool {
         let [older, newer] = &mut self.slots;
         if older.tokens + newer.tokens < n {
@@ -227,7 +227,8 @@ impl Lease {
         Some(older.take(first).and(newer.take(n - first)))
     }
 
-    /// Marks tokens beyond the size of a lease to be returned: those granted to canceled requests.
+    /// Marks tokens in excess of [`to_hold`](Self::to_hold) to be returned. They were granted for requests that have
+    /// since been canceled.
     pub(in crate::limiter) fn trim(&mut self) {
         let most = match self.terms {
             Some(terms) if self.size >= 2 => self.to_hold(terms),
@@ -245,22 +246,23 @@ impl Lease {
         self.slots.iter().map(|slot| slot.tokens).sum()
     }
 
-    /// Returns the number of tokens still available after `time`.
+    /// Returns the number of tokens that expire after `time`.
     fn lasting(&self, time: Monotonic) -> u64 {
         let lasting = self.slots.iter().filter(|slot| slot.expires > time);
         lasting.map(|slot| slot.tokens).sum()
     }
 
-    /// Returns the maximum number of tokens to hold for later.
+    /// Returns how many tokens to hold at the key's current pace: the lease size plus the [`reserve`], but at most
+    /// [`max_lease_size`](Terms::max_lease_size).
     fn to_hold(&self, terms: Terms) -> u64 {
-        (self.size + reserve(self.size)).min(terms.largest_lease())
+        (self.size + reserve(self.size)).min(terms.max_lease_size())
     }
 
-    /// Returns the size of the next lease: the number of tokens spent within the lease TTL at the current pace, but at
-    /// most twice the previous size. If the pace is lower than before, the mean of both: if fewer requests than usual
-    /// have arrived by chance, the next lease must not be used up early. A result of one means that the counters decide
-    /// each request.
-    fn pace(&mut self, now: Monotonic, ttl: Nanos, largest: u64) -> u64 {
+    /// Updates the lease size and returns it: the number of tokens that requests spend within the lease TTL at the
+    /// current pace, but at most twice the previous size. If the pace has dropped, the size is the mean of the previous
+    /// and the new value, so that a lease after a random lull does not run out early. A size of one means that the
+    /// counters decide each request.
+    fn pace(&mut self, now: Monotonic, ttl: Nanos, max_size: u64) -> u64 {
         let elapsed = now.saturating_since(self.asked_at).0.max(1);
         if self.asked_at == Monotonic::default() || elapsed >= 4 * ttl.0 {
             self.size = 1;
@@ -274,20 +276,20 @@ impl Lease {
                 pace.min(size * 2)
             };
         }
-        self.size = self.size.clamp(1, largest);
+        self.size = self.size.clamp(1, max_size);
         self.asked_at = now.max(Monotonic(1));
         self.wanted = 0;
         self.size
     }
 
-    /// Adds a request that found too few tokens and waits for the counters. A cost of zero waits only for their
-    /// response.
+    /// Adds a request that waits for the counters because too few tokens are available. With zero tokens, it waits only
+    /// for a response.
     pub(in crate::limiter) fn wait(&mut self, waiter: Waiter) {
         self.wanted += waiter.tokens;
         self.waiting.push(waiter);
     }
 
-    /// Uses these terms for calls from now on.
+    /// Uses these terms for all later calls.
     pub(in crate::limiter) fn adopt(&mut self, terms: Terms) {
         self.terms = Some(terms);
     }
@@ -296,12 +298,12 @@ impl Lease {
         self.terms
     }
 
-    /// Returns the requests that wait for a call that has not begun.
+    /// Returns the requests that wait for the next call.
     pub(in crate::limiter) fn waiting(&mut self) -> &mut Vec<Waiter> {
         &mut self.waiting
     }
 
-    /// Returns whether to request the next lease before the current one is spent.
+    /// Returns whether it is time to request the next lease.
     pub(in crate::limiter) fn is_low(&self, now: Monotonic) -> bool {
         if self.size < 2 || self.fetching > 0 || now < self.held_until {
             return false;
@@ -309,10 +311,10 @@ impl Lease {
         self.lasting(now.saturating_add(LAST_MOMENT)) <= reserve(self.size)
     }
 
-    /// Begins a call for all waiting requests and, if `ahead`, for tokens for later. Returns `None` if there is nothing
-    /// to request, or if the calls in flight suffice: the latest started less than a [pause](Terms::pause) ago, or they
-    /// request enough tokens. Local tokens count toward a request only if they do not expire before its `patience`
-    /// ends.
+    /// Begins a call for all waiting requests. With `ahead`, begins one even if no requests are waiting. Returns `None`
+    /// if there is nothing to request, if the latest call started less than a [pause](Terms::pause) ago, or if the
+    /// calls in flight request enough tokens. A local token counts toward a request's need only if it does not expire
+    /// within `patience`.
     pub(in crate::limiter) fn begin_fetch(
         &mut self,
         FetchTimes { now, ttl, patience }: FetchTimes,
@@ -331,7 +333,7 @@ impl Lease {
             return None;
         }
         let size = if terms.leased {
-            self.pace(now, ttl, terms.largest_lease())
+            self.pace(now, ttl, terms.max_lease_size())
         } else {
             1
         };
@@ -378,14 +380,13 @@ impl Lease {
         ))
     }
 
-    /// Records that the call that requested this many `spare` tokens got a response, failed or is late. Another one may
-    /// begin.
+    /// Records that a call with this many `spare` tokens has succeeded, failed or become late. Another call may begin.
     pub(in crate::limiter) fn end_fetch(&mut self, spare: u64) {
         self.fetching = self.fetching.saturating_sub(1);
         self.coming = self.coming.saturating_sub(spare);
     }
 
-    /// Records that the call has ended.
+    /// Records that a call is no longer in flight.
     pub(in crate::limiter) fn end_call(&mut self) {
         self.calls = self.calls.saturating_sub(1);
     }
@@ -395,13 +396,14 @@ impl Lease {
         self.calls > 0 || self.returning
     }
 
-    /// Takes the tokens that are to be returned.
+    /// Takes the tokens to be returned, if there are any.
     pub(in crate::limiter) fn unspent(&mut self) -> Option<Unspent> {
         let back = std::mem::take(&mut self.back);
         (back.tokens > 0).then_some(back)
     }
 
-    /// Returns whether to start a task that returns tokens: there are some, and no call in flight will return them.
+    /// Returns whether to start a task that returns unspent tokens, because no call that is in flight or still to come
+    /// will return them. If so, counts the task as started.
     pub(in crate::limiter) fn begin_return(&mut self) -> bool {
         let begins = self.back.tokens > 0
             && !self.returning
@@ -415,7 +417,7 @@ impl Lease {
         self.returning = false;
     }
 
-    /// Adds `granted`, to be spent before `expires`.
+    /// Adds granted tokens, which expire at `expires`.
     pub(in crate::limiter) fn stock(&mut self, granted: Unspent, expires: Monotonic) {
         if self.slots[1].tokens > 0 {
             self.surrender(0);
@@ -429,39 +431,39 @@ impl Lease {
         };
     }
 
-    /// Records that the bucket was `debt` nanoseconds from full, in the response to a call that began at `seen`.
+    /// Records the bucket's debt from the response to a call that began at `seen`.
     pub(in crate::limiter) fn saw(&mut self, debt: Nanos, seen: Monotonic) {
         self.view = Some(View { debt, seen });
         self.share.is_edited = false;
     }
 
-    /// Returns when the call began whose response last described the bucket; 0 for never.
+    /// Returns the start of the call whose response was recorded last, or 0 if there was none.
     pub(in crate::limiter) fn seen_at(&self) -> Monotonic {
         self.view.unwrap_or_default().seen
     }
 
-    /// Records that a call got `granted` of the tokens it wanted. If it got fewer, the bucket is nearly empty, and the
-    /// next call requests all remaining tokens as if requests were waiting for them: the last tokens must not be left
-    /// unused while requests are denied, or be fetched one by one.
+    /// Records that a call was granted `granted` of the `wanted` tokens. If it got fewer than it wanted, the bucket is
+    /// nearly empty. The next call then requests tokens for later as if requests were waiting for them, so that the
+    /// last tokens are neither left unused while requests are denied nor fetched one by one.
     pub(in crate::limiter) fn served(&mut self, granted: u64, wanted: u64) {
         if wanted > 0 {
             self.short = granted < wanted;
         }
     }
 
-    /// Records that there are too few tokens for a request of `n` until the given time.
+    /// Denies requests for `n` or more tokens without a call until the given time.
     pub(in crate::limiter) fn hold(&mut self, n: u64, until: Monotonic) {
         self.held_until = until;
         self.held_for = n;
     }
 
-    /// Returns the time until which requests of `n` are denied without a call.
+    /// If requests for `n` tokens are denied without a call, returns when that ends.
     pub(in crate::limiter) fn held(&self, n: u64, now: Monotonic) -> Option<Monotonic> {
         (now < self.held_until && n >= self.held_for).then_some(self.held_until)
     }
 
-    /// Returns the nanoseconds until the bucket is full, according to the last response. Local tokens count as if they
-    /// were in the bucket.
+    /// Returns the time until the bucket is full, according to the last response. Local tokens count as if they were in
+    /// the bucket.
     pub(in crate::limiter) fn debt(&self, gcra: Gcra, now: Monotonic) -> Nanos {
         let view = self.view.unwrap_or_default();
         let debt = view.debt.saturating_sub(now.saturating_since(view.seen));

@@ -1,4 +1,4 @@
-//! The arithmetic of rates: token buckets, tokens taken in advance, and the protocol of the shared counters.
+//! Rate limits: token buckets, leases, and the protocol of the shared counters.
 
 pub(super) mod counters;
 pub(super) mod gcra;

@@ -8,26 +8,26 @@ use crate::{
     limiter::membership::ReplicaSlot,
 };
 
-/// The wait to report if none is known.
+/// The wait to report if the actual wait is unknown.
 const A_SECOND: NonZeroU64 = NonZeroU64::new(1_000_000_000).unwrap();
 
-/// This replica's share of a bucket while the counters are unavailable.
+/// A replica's share of one bucket.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::limiter) struct Share {
     since: Monotonic,
     /// The share's TAT.
     pub(in crate::limiter) tat: Monotonic,
-    /// The time per token of the share, and the time from empty to full.
+    /// The share's time per token, and its time from empty to full.
     price: Nanos,
     tau: Nanos,
     /// When the share was last used.
     used_at: Monotonic,
-    /// Whether the plan may have been edited since the share was last used, or since the last response of the counters.
+    /// Whether the plan may have been edited since the share was last used or the counters last responded.
     pub(super) is_edited: bool,
 }
 
 impl Default for Share {
-    /// The plan of a key that this replica has not used may just have been edited.
+    /// `is_edited` starts as true, because the plan may have just been edited.
     fn default() -> Self {
         Self {
             since: Monotonic::default(),
@@ -41,8 +41,9 @@ impl Default for Share {
 }
 
 impl Share {
-    /// Takes `cost` from this replica's share of the bucket, which was empty at `since`. All shares together are one
-    /// bucket: each replica has its share of the `burst` tokens and of the rate, according to its slot.
+    /// Takes `cost` from the share, which was empty at `since`. The shares of all replicas add up to one bucket: each
+    /// replica gets a part of the burst and of the rate according to its slot. If the share has too few tokens, returns
+    /// the wait.
     pub(in crate::limiter) fn take(
         &mut self,
         gcra: Gcra,
@@ -70,9 +71,10 @@ impl Share {
         }
     }
 
-    /// Updates the share to this plan and slot. An edit keeps the tokens in it, up to its new size, and adds none: a
-    /// larger burst has to refill, so that no sequence of edits fills a share. Since the time of the edit is unknown,
-    /// the share has refilled at the lower of the two rates since its last use. Nothing refills before `since`.
+    /// Applies the current plan and slot. An edit keeps the tokens in the share, up to its new size, and never adds
+    /// any: a larger burst has to refill, so that no sequence of edits can fill a share. Since the time of the edit is
+    /// unknown, the share counts as having refilled at the lower of the two rates since its last use. It does not
+    /// refill before `since`.
     fn follow(&mut self, price: Nanos, tau: Nanos, since: Monotonic, now: Monotonic) {
         if self.since != since {
             // It is unknown how much would have refilled under the previous plan.
@@ -131,7 +133,7 @@ mod tests {
         }
     }
 
-    /// Returns the number of tokens in a share at this moment.
+    /// Takes all tokens from the share and returns their number.
     fn drain(share: &mut Share, gcra: Gcra, now: u64) -> u64 {
         let (since, now) = (Monotonic(SECOND), Monotonic(now));
         let mut taken = 0;

@@ -4,18 +4,20 @@ use tokio::sync::oneshot;
 
 use super::counters::CounterMicros;
 
-/// Tokens that were not spent.
+/// Unspent tokens of one bucket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(in crate::limiter) struct Unspent {
     pub(in crate::limiter) tokens: u64,
-    /// When the oldest of them was taken.
+    /// When the oldest token was taken.
     pub(in crate::limiter) taken_at: CounterMicros,
-    /// The bucket's generation when they were taken; 0, which does not exist, for several generations.
+    /// The bucket's generation when the tokens were taken; 0 (never a valid generation) if they come from more than
+    /// one.
     pub(in crate::limiter) generation: u64,
 }
 
 impl Unspent {
-    /// Adds up both. Tokens of several generations are not credited, which is always safe.
+    /// Returns the total of both. If their generations differ, the counters will not credit the tokens, which is always
+    /// safe.
     pub(super) fn and(self, more: Self) -> Self {
         match (self.tokens, more.tokens) {
             (0, _) => more,
@@ -63,8 +65,7 @@ impl Waiter {
     }
 }
 
-/// Tokens granted to one request. Unless they are [spent](Self::spend), dropping them passes them to a callback that
-/// returns them.
+/// Tokens granted to one request. If they are dropped without being [spent](Self::spend), a callback returns them.
 pub(in crate::limiter) struct Grant {
     unspent: Unspent,
     give_back: Option<Box<dyn FnOnce(Unspent) + Send + Sync>>,

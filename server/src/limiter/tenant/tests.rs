@@ -22,13 +22,13 @@ use crate::{
     },
 };
 
-/// A ledger of one tenant, by the start of the window.
+/// An in-memory ledger for one tenant, by window start.
 #[derive(Debug, Default)]
 struct Memory {
     used: Mutex<BTreeMap<UnixNanos, u64>>,
     /// How long each call takes.
     delay: Duration,
-    /// The number of calls in progress, and the maximum of that.
+    /// The number of calls in progress, and its maximum.
     calls: AtomicUsize,
     most_calls: AtomicUsize,
 }
@@ -136,7 +136,7 @@ impl World {
         self.quotas.admit(&self.quota, cost, peek, decide).await
     }
 
-    /// A decision of the store, which begins with tokens reserved and then waits for the test.
+    /// A decision by the store, made when the test allows it. The tokens are reserved first.
     async fn decided(
         &self,
         begun: oneshot::Sender<()>,
@@ -191,7 +191,7 @@ async fn last_token_is_available_again_if_the_key_is_denied() {
     let first = world.admit_with(NonZeroU32::MIN, world.decided(begun, decision));
     let second = async {
         reserved.await.unwrap();
-        // It waits for the first request's reservation instead of being denied until the next month.
+        // This request waits for the first one's reservation instead of being denied until the next month.
         let second = world.admit(1);
         tokio::pin!(second);
         for _ in 0..10 {
@@ -258,8 +258,8 @@ async fn draining_returns_the_rest() {
     assert_eq!(world.ledger.used(), [5]);
 }
 
-/// Two requests have reserved the last tokens, and a third one waits for both. When one of them is spent, the third one
-/// is denied, however long the other takes.
+/// Two requests have reserved the last tokens, and a third one waits for both. When one of them spends its tokens, the
+/// third request is denied without waiting for the other.
 #[tokio::test]
 async fn request_that_can_no_longer_get_enough_tokens_stops_waiting() {
     let world = World::new(2);
@@ -282,7 +282,7 @@ async fn request_that_can_no_longer_get_enough_tokens_stops_waiting() {
             assert!(futures_util::poll!(&mut third).is_pending());
             tokio::task::yield_now().await;
         }
-        // One that is larger than the whole quota does not wait, and changes nothing for those that do.
+        // A request larger than the whole quota does not wait, and does not affect the requests that do.
         let too_large = NonZeroU32::new(1000).unwrap();
         let decide = world.store.take(&world.key, &world.policies, too_large);
         let denied = world.admit_with(too_large, decide).await.unwrap();
@@ -300,8 +300,8 @@ async fn request_that_can_no_longer_get_enough_tokens_stops_waiting() {
     );
 }
 
-/// A request that arrives in one month and is decided in the next one, whose quota is exhausted already. Its token was
-/// taken from the first month.
+/// A request arrives in one month and is decided in the next one, whose quota is already exhausted. Its token was taken
+/// from the first month.
 #[tokio::test]
 async fn request_at_the_end_of_a_month_is_charged_if_and_only_if_it_is_allowed() {
     for is_next_exhausted in [false, true] {
@@ -327,8 +327,8 @@ async fn request_at_the_end_of_a_month_is_charged_if_and_only_if_it_is_allowed()
     }
 }
 
-/// The tables of keys and of tenants use the same connections. Neither calls the ledger more often at once than there
-/// are connections, and a call of one table does not wait until the other one has no more work.
+/// The tables of keys and of tenants share connections. Together, they never make more ledger calls at once than there
+/// are connections, and a call of one table does not wait until the other table is idle.
 #[tokio::test(start_paused = true)]
 async fn key_tables_share_the_connections_to_the_ledger() {
     const KEYS: u32 = 3000;

@@ -1,4 +1,4 @@
-//! Pages of keys, and searches for keys.
+//! Lists and searches keys.
 
 use chrono::{DateTime, Utc};
 use diesel::{pg::Pg, prelude::*};
@@ -17,19 +17,18 @@ use crate::{
     schema::api_keys,
 };
 
-/// Filters a list of keys.
 #[derive(Debug, Default)]
 pub struct Filter<'a> {
     pub plan_id: Option<Uuid>,
     pub is_active: Option<bool>,
-    /// Whether the keys have expired by this time.
+    /// Whether the keys must have expired by this time.
     pub is_expired: Option<(bool, DateTime<Utc>)>,
     pub external_id: Option<&'a str>,
-    /// Substring of the name, or prefix of the key or external ID.
+    /// Part of the name, or a prefix of the key or external ID.
     pub search: Option<&'a str>,
 }
 
-/// Returns the tenant's keys that match the filter, without its search.
+/// Applies all conditions except the search.
 fn filtered<'a>(tenant: Uuid, filter: &Filter<'a>) -> api_keys::BoxedQuery<'a, Pg> {
     let mut query = api_keys::table
         .filter(api_keys::tenant_id.eq(tenant))
@@ -57,7 +56,7 @@ fn filtered<'a>(tenant: Uuid, filter: &Filter<'a>) -> api_keys::BoxedQuery<'a, P
     query
 }
 
-/// Returns the tenant's keys that match the filter and its search. Each condition has an index.
+/// Applies all conditions, including the search. Each condition of a search has an index.
 fn searched<'a>(tenant: Uuid, filter: &Filter<'a>) -> api_keys::BoxedQuery<'a, Pg> {
     let query = filtered(tenant, filter);
     let Some(search) = filter.search else {
@@ -74,25 +73,26 @@ fn searched<'a>(tenant: Uuid, filter: &Filter<'a>) -> api_keys::BoxedQuery<'a, P
     )
 }
 
-/// The keys that match a search.
+/// The result of a search.
 #[derive(Debug)]
 pub enum Matches {
-    /// The IDs of all of them.
+    /// The IDs of all matching keys.
     Ids(Vec<Uuid>),
-    /// There are more than [`TOTAL_MAX`].
+    /// More than [`TOTAL_MAX`] keys match.
     Many,
 }
 
-/// Finds the keys that match a filter with a search.
+/// Finds the keys that match a filter, which must have a search.
 ///
-/// Under row-level security, `LIKE` cannot use an index: PostgreSQL checks the policy of each row first, because the
-/// operator might reveal the rows that it reads. So this returns only IDs, and [`list`] reads the rows as the tenant.
+/// `LIKE` cannot use an index under row-level security: the operator could leak data, so PostgreSQL must check the
+/// policy of each row before it evaluates `LIKE`. Therefore, this function bypasses row-level security but returns only
+/// IDs. [`list`] reads the rows as the tenant.
 pub async fn search(
     tx: &mut SystemTx,
     tenant: TenantId,
     filter: &Filter<'_>,
 ) -> Result<Matches, DbError> {
-    // A plan that must work for any pattern does not use the indexes either.
+    // A generic plan would not use the indexes, because it has to work for any pattern.
     tx.batch_execute("SET LOCAL plan_cache_mode = force_custom_plan")
         .await?;
     let ids = searched(tenant.0, filter)
@@ -107,7 +107,7 @@ pub async fn search(
     })
 }
 
-/// Returns a page of the tenant's keys. For a filter with a search, pass what [`search`] has found.
+/// Returns a page of the tenant's keys. If the filter has a search, `matches` must be the result of [`search`].
 pub async fn list(
     tx: &mut TenantTx,
     filter: &Filter<'_>,
@@ -118,7 +118,7 @@ pub async fn list(
     let query = match matches {
         None => filtered(tenant, filter),
         Some(Matches::Ids(ids)) => filtered(tenant, filter).filter(api_keys::id.eq_any(ids)),
-        // So many that the first page is found soon.
+        // With this many matches, scanning finds a full page quickly.
         Some(Matches::Many) => searched(tenant, filter),
     };
     let total = match matches {

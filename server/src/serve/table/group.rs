@@ -12,10 +12,10 @@ use tokio::time::Instant;
 use super::{IDLE_ENOUGH, YOUNG};
 use crate::serve::connection::Connection;
 
-/// The number of oldest connections without a request that are checked for a silent one.
+/// How many of the oldest connections without a request are checked for a silent one.
 const SILENT_SEARCH: usize = 16;
 
-/// The address or network by which connections are counted.
+/// Whether connections are counted by address or by network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Width {
     Address,
@@ -42,7 +42,7 @@ pub(super) struct Group {
     /// The connections, in the order in which they were accepted.
     pub(super) counted: BTreeMap<u64, Arc<Connection>>,
     pub(super) waiting: BTreeSet<u64>,
-    /// When the last search found no connection that could be closed.
+    /// When a search last failed to find a connection that could be closed.
     pub(super) searched_at: Option<Instant>,
 }
 
@@ -77,7 +77,8 @@ impl Group {
             .map(|(_, id)| id)
     }
 
-    /// Whether fewer than `limit` connections are older than a second, and there are fewer than twice `limit` in total.
+    /// Returns whether fewer than `limit` connections are older than a second, and fewer than twice `limit` are open in
+    /// total.
     pub(super) fn has_short_term_room(&self, limit: usize, now: Instant) -> bool {
         self.counted.len() < limit.saturating_mul(2)
             && self

@@ -22,7 +22,7 @@ fn admit(table: &Arc<Table>, peer: &str) -> Result<Admitted, ConnectionLimit> {
     table.admit(peer.parse().unwrap())
 }
 
-/// Checks whether the connection has to close, as its task does when it is woken.
+/// Returns whether the connection has to close, which its task checks when it is woken.
 fn is_told_to_close(it: &Admitted) -> bool {
     it.connection.shutdown() == Shutdown::Immediate
 }
@@ -273,7 +273,7 @@ async fn limit_of_one_network_does_not_affect_others() {
         }
         let _elsewhere = admit(&table, elsewhere).unwrap();
         assert!(!all.iter().any(is_told_to_close));
-        // Idle connections make room.
+        // Idle connections are closed to make room.
         drop(requests);
         tokio::time::advance(IDLE_ENOUGH).await;
         let _newcomer = admit(&table, other).unwrap();
@@ -324,7 +324,7 @@ async fn largest_connections_are_closed_when_memory_is_short() {
     assert!(table.memory.held() <= MEMORY);
     assert!(![&usual, &proxy, &known].into_iter().any(is_told_to_close));
 
-    // A connection that ends frees all of its memory, including one that was asked to close before.
+    // When a connection ends, all of its memory is freed, even if it was asked to close before.
     drop((hostile, known, proxy));
     assert_eq!(table.memory.held(), 20_000);
     usual.connection.has_written();

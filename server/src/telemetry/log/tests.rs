@@ -47,7 +47,7 @@ fn access_line_shortens_long_paths_and_methods() {
     for (path, written) in [
         ("/".repeat(256), "/".repeat(256)),
         ("/".repeat(3900), format!("{}…", "/".repeat(253))),
-        // Paths are cut between characters: the 253rd byte is the first half of one, which is left out.
+        // Paths are cut between characters: the 253rd byte is the first half of a character, which is left out.
         (
             format!("//{}", "ä".repeat(2000)),
             format!("//{}…", "ä".repeat(125)),
@@ -67,7 +67,7 @@ fn access_line_shortens_long_paths_and_methods() {
     assert_eq!(written["method"], format!("{}…", "M".repeat(29)).as_str());
 }
 
-/// An output that accepts nothing until it is opened.
+/// An output that does not accept anything until it is opened.
 #[derive(Debug, Clone, Default)]
 struct Valve(Arc<ValveState>);
 
@@ -110,7 +110,7 @@ fn blocked_output_blocks_no_caller_and_every_line_is_written_or_counted() {
     for _ in 0..LINES {
         log.access(&line("/v1/echo"));
     }
-    // There is still room for an event, within bounds.
+    // There is still room for a limited number of events.
     log.event(b"{\"event\":1}\n");
     let lines_dropped = log.dropped().get();
     assert!(lines_dropped > 0);
@@ -121,7 +121,7 @@ fn blocked_output_blocks_no_caller_and_every_line_is_written_or_counted() {
     let dropped = log.dropped().get();
     assert!(dropped > lines_dropped);
     assert!(log.state.buffer.lock().bytes.len() <= MAX_WAITING_EVENTS);
-    // The process also exits quickly.
+    // The process exits quickly, too.
     let began = std::time::Instant::now();
     log.clone().stop();
     assert!(began.elapsed() < 10 * STOP_WITHIN);

@@ -182,7 +182,7 @@ impl Side {
             "quota_panics",
             "quota_payment",
             "quota_guard",
-            "quota_usage_refused",
+            "quota_usage_decisions_rejected",
         ];
         let lines = text.lines();
         let lines = lines.filter(|line| names.iter().any(|name| line.starts_with(name)));

@@ -1,4 +1,4 @@
-//! The load, and the client's record of which requests were sent and the response to each.
+//! The load, and the client's record of each request and its response.
 
 use std::{
     collections::BTreeMap,

@@ -1,8 +1,8 @@
-//! `kill -9` of servers, Redis and PostgreSQL in turn under load, and a recount: no request that got a response is
-//! missing from the usage log or recorded twice, compared by request ID.
+//! Kills servers, Redis, and PostgreSQL in turn under load with `kill -9`. Then checks, by request ID, that no request
+//! that got a response is missing from the usage log or recorded twice.
 //!
-//! Three replicas share one data directory, so that each may adopt the directories that another has left behind. Which
-//! process is killed, and when, is derived from a seed.
+//! Three replicas share one data directory, so that each can adopt directories that another replica has left behind.
+//! Which process is killed, and when, is derived from a seed.
 
 mod load;
 pub(crate) mod postgres;
@@ -60,7 +60,7 @@ pub(crate) struct Options {
     /// Time between two requests of a connection, in milliseconds
     #[arg(long, default_value_t = 20)]
     pause: u64,
-    /// Wait with each kill until this many requests are in flight
+    /// Before each kill, wait until this many requests are in flight
     #[arg(long, default_value_t = 20)]
     in_flight: u64,
 }
@@ -183,7 +183,7 @@ async fn storm(options: &Options) -> Result<ExitCode> {
     let began = Instant::now();
     for number in 0..options.kills {
         tokio::time::sleep(Duration::from_millis(random.u64(200..900))).await;
-        // Servers are killed more often than the others, because it is their records that may be lost.
+        // Servers are killed more often than Redis and PostgreSQL, because only servers have records that may be lost.
         let victim = match random.u8(..10) {
             0 | 1 => Victim::Redis,
             2 | 3 => Victim::Postgres,

@@ -1,4 +1,4 @@
-//! Measures how long a change takes from the response that confirms it until every replica applies it.
+//! Measures the time from the response that confirms a change until every replica applies the change.
 
 use std::time::Duration;
 
@@ -207,7 +207,7 @@ async fn under(channel: Channel, mut stage: Stage, rounds: usize) -> Result<Vec<
     Ok(all)
 }
 
-/// Sends requests to one replica repeatedly.
+/// Repeatedly sends requests to one replica.
 struct Watcher {
     addr: std::net::SocketAddr,
     sender: Option<Sender>,

@@ -105,7 +105,7 @@ async fn steady(
     Ok(())
 }
 
-/// Measures as many requests as possible on one key whose bucket is empty.
+/// Sends as many requests as possible with a key whose bucket is empty, and measures them.
 async fn saturated(
     options: &Options,
     stage: &Stage,
@@ -157,7 +157,7 @@ fn hammer(stage: &Stage, keys: &[Key], time: Duration) -> Result<Statuses> {
             scope.spawn(move || Load::new()?.put(addr, time, request))
         });
         let mut all = Statuses::new();
-        // All of them are started before waiting for the first.
+        // Start all loops before waiting for the first.
         for load in loads.collect::<Vec<_>>() {
             let statuses = load.join().ok().context("a load ended early")??;
             for (status, count) in statuses {
@@ -205,8 +205,8 @@ struct Round {
     per_second: f64,
 }
 
-/// Measures one busy key, with all requests admitted and with all denied, alternately on a server with Redis and one
-/// without.
+/// Measures one busy key, with all requests allowed and with all requests denied, alternately on a server with Redis
+/// and on a server without.
 async fn next_to_memory(options: &Options, table: &mut Table) -> Result<()> {
     let redis = RedisServer::start().await;
     let (rounds, time) = if options.quick { (3, 100) } else { (25, 300) };

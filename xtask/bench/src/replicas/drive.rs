@@ -1,9 +1,8 @@
-//! An open loop, which sends requests on schedule, whether or not earlier ones have completed, and logs the outcome of
-//! each.
+//! An open loop: sends requests on schedule, whether or not earlier requests have completed, and logs each outcome.
 //!
 //! Requests are scheduled in advance, so a slow server does not slow down the load. A request takes an idle connection
-//! to its replica or opens one. Above [`CONNECTIONS`], it waits for one, which its log entry shows as a late start.
-//! Connections are reopened as replicas stop and start.
+//! to its replica or opens one. Above [`CONNECTIONS`], the request waits for a connection, and its log entry shows a
+//! late start. Connections are reopened as replicas stop and start.
 
 use std::{
     cell::{Cell, RefCell},
@@ -44,7 +43,7 @@ pub(crate) struct Arrival {
     pub(crate) cost: u32,
 }
 
-/// The outcome of a request. Times are nanoseconds since the start of the load, by one monotonic clock.
+/// The outcome of a request. Times are in nanoseconds since the start of the load, on a monotonic clock.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Attempt {
     pub(crate) key: usize,
@@ -84,13 +83,14 @@ impl Attempt {
 pub(crate) struct Targets {
     pub(crate) replicas: Vec<SocketAddr>,
     pub(crate) keys: Vec<HeaderValue>,
-    /// With a service token, requests go to the check API, which accepts a cost, otherwise to the echo endpoint.
+    /// With a service token, requests go to the check API, which accepts a cost; otherwise, they go to the echo
+    /// endpoint.
     pub(crate) service: Option<HeaderValue>,
-    /// Number of connections to each replica that are opened at the start, before they are needed.
+    /// How many connections to each replica are opened at the start, before they are needed.
     pub(crate) ready: usize,
 }
 
-/// Sends all requests of `schedule`, which is in order of time, starting at `origin`.
+/// Sends all requests of `schedule`, which is sorted by time, starting at `origin`.
 pub(crate) async fn drive(
     targets: &Targets,
     schedule: &[Arrival],

@@ -1,4 +1,4 @@
-//! Redis crashes, freezes, fails over and goes silent under load.
+//! Redis crashes, freezes, fails over, and goes silent under load.
 //!
 //! There is a key for each failure mode, and all of them are used in the same processes at the same time. Some are
 //! above their limit and test the promise; some are below it and strict, so they need Redis for every decision and show
@@ -42,7 +42,7 @@ const COLUMNS: &[&str] = &[
 const REPLICAS: usize = 3;
 /// When the fault occurs.
 const FAULT_AT: Duration = Duration::from_secs(4);
-/// How long before the fault the replica that will be promoted stops receiving writes.
+/// How long before the fault the future master stops receiving writes.
 const MISSED: Duration = Duration::from_millis(1500);
 /// How long all replicas may take to detect the loss.
 const DISCOVERY: Duration = Duration::from_secs(1);
@@ -290,7 +290,8 @@ async fn happen(kind: Kind, world: &mut World, origin: Instant) -> Result<Durati
     Ok(origin.elapsed())
 }
 
-/// Returns the promise that holds for a plan during a fault. If all replicas lose Redis, it is the plan's own.
+/// Returns the promise that holds for a plan during a fault. If all replicas lose Redis, this is the plan's own
+/// promise.
 fn promised(kind: Kind, plan: &Plan) -> Plan {
     match kind {
         Kind::Partial => with_share_of_one(plan, REPLICAS),
@@ -298,8 +299,8 @@ fn promised(kind: Kind, plan: &Plan) -> Plan {
     }
 }
 
-/// Returns the promise while one of several replicas has lost Redis and the others have not: it admits its share in
-/// addition to what the others admit together.
+/// Returns the promise while one of several replicas has lost Redis and the others have not: it allows its share in
+/// addition to what the others allow together.
 pub(crate) fn with_share_of_one(plan: &Plan, replicas: usize) -> Plan {
     let mut plan = plan.clone();
     if plan.on_redis_failure != Some("closed") {

@@ -17,7 +17,7 @@ use tokio_postgres::NoTls;
 use crate::process::{ready_line, serve};
 
 const STARTED_WITHIN: Duration = Duration::from_secs(60);
-/// How long a stop after SIGTERM may take.
+/// How long a server may take to stop after SIGTERM.
 const STOPPED_WITHIN: Duration = Duration::from_secs(30);
 
 /// A new database on the given cluster.

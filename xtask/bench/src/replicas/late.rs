@@ -1,8 +1,8 @@
 //! Redis responds late to one replica only.
 //!
 //! The script has run and taken tokens, but its response arrives after the request has given up, so the tokens are
-//! returned. In the meantime, the bucket has refilled, and the other replicas have taken all of its tokens. Returned
-//! tokens must not be available twice.
+//! returned. By then, the bucket has refilled, and the other replicas have taken all of its tokens. Returned tokens
+//! must not be available twice.
 
 use std::time::Duration;
 
@@ -120,7 +120,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
                     &format!("late-{}-{round}-{key}", delay.as_millis()),
                     &log,
                 )?;
-                // If only one replica has lost Redis, it admits its share in addition to the others.
+                // If only one replica has lost Redis, it allows its share in addition to the others.
                 let promised = with_share_of_one(plan, REPLICAS);
                 let slack = slack(plan, options.lease_ttl());
                 let recount = Recount::of(key, &promised, slack, &log);

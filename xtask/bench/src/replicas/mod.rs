@@ -1,5 +1,5 @@
 //! The behavior of several replicas, measured from outside: replicas in separate processes, real PostgreSQL and Redis,
-//! an open-loop load, and a recount of admitted requests from the client's log.
+//! an open-loop load, and a recount of allowed requests from the client's log.
 //!
 //! Uses only what is available to an operator: settings, HTTP and signals. A broken promise is listed as a fault in its
 //! table and fails the run. Everything is bounded in number and time, uses only loopback, and ends with this process.
@@ -37,7 +37,7 @@ pub(crate) struct Options {
     /// Another binary to measure instead, such as an earlier version
     #[arg(long)]
     server: Option<PathBuf>,
-    /// A PostgreSQL on which to create databases, with a role that may do so: postgres://user@host/postgres
+    /// A PostgreSQL server to create databases on, with a role that may do so: postgres://user@host/postgres
     #[arg(long)]
     postgres: String,
     /// The tables to produce, separated by commas
@@ -74,7 +74,7 @@ pub(crate) struct Options {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Only {
-    /// Replicas, loads and plans: requests admitted in excess of the promise
+    /// Replicas, loads and plans: requests allowed in excess of the promise
     Limits,
     /// A daily quota, across a restart
     Daily,

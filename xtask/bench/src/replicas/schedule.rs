@@ -97,7 +97,7 @@ pub(crate) fn together(parts: impl IntoIterator<Item = Vec<Arrival>>) -> Vec<Arr
 }
 
 /// Returns a burst of more than a full bucket, followed by a steady rate that meets an empty bucket. For a small
-/// bucket, the burst is larger than all replicas together would admit without sharing.
+/// bucket, the burst is larger than what all replicas together would allow without sharing.
 pub(crate) fn drained_then(
     steady: Steady,
     replicas: usize,

@@ -18,7 +18,7 @@ use super::{
     tenant::{Key, Plan, Tenant, counted},
 };
 
-/// Redis's time has microsecond resolution, which may shift either end of a window.
+/// Redis's clock has microsecond resolution, which may shift either end of a window.
 const GRAIN: Duration = Duration::from_micros(2);
 
 /// A new epoch starts a little in the future, and new replicas must have been counted for some seconds before they get
@@ -29,7 +29,7 @@ const ACQUAINTANCE: Duration = Duration::from_secs(5);
 const RETURN: Duration = Duration::from_millis(400);
 
 pub(crate) struct Stage {
-    // The fields are in the order in which they are dropped.
+    // Fields are dropped in this order.
     pub(crate) fleet: Fleet,
     pub(crate) tenant: Tenant,
     pub(crate) redis: Option<RedisServer>,
@@ -111,8 +111,8 @@ impl Stage {
         })
     }
 
-    /// Returns the number of tokens that the replicas report as granted so far, minus those returned, plus requests
-    /// admitted without Redis. `None` without Redis.
+    /// Returns the number of tokens that the replicas report as granted so far, minus returned tokens, plus requests
+    /// allowed without Redis. `None` without Redis.
     pub(crate) async fn granted(&self) -> Result<Option<u64>> {
         if self.redis.is_none() {
             return Ok(None);
@@ -123,7 +123,7 @@ impl Stage {
         for metrics in self.fleet.metrics() {
             let returned = counted(metrics, "quota_lease_tokens_returned_total").await?;
             granted += counted(metrics, "quota_lease_tokens_taken_total").await?;
-            granted += counted(metrics, "quota_admitted_degraded_total").await?;
+            granted += counted(metrics, "quota_decisions_allowed_degraded_total").await?;
             granted -= returned;
         }
         Ok(Some(granted))
@@ -210,7 +210,7 @@ pub(crate) struct Recount {
     /// Requests without a response.
     pub(crate) silent: usize,
     pub(crate) worst: Option<Worst>,
-    /// Tokens that one exact bucket would have admitted for the same requests.
+    /// Tokens that one exact bucket would have granted for the same requests.
     pub(crate) ideal: u64,
     /// The highest cost.
     dearest: u64,
@@ -244,12 +244,12 @@ impl Recount {
         self.worst.map_or(f64::NEG_INFINITY, |worst| worst.excess)
     }
 
-    /// Returns the admitted tokens as a fraction of those that one exact bucket would have admitted.
+    /// Returns the granted tokens as a fraction of the tokens that one exact bucket would have granted.
     pub(crate) fn served(&self) -> f64 {
         share(self.tokens, self.ideal)
     }
 
-    /// Returns whether less than 99% of the possible requests were admitted. One request is within the measurement
+    /// Returns whether less than 99% of the possible requests were allowed. One request is within the measurement
     /// error: a client cannot tell whether its tokens were already available.
     pub(crate) fn is_short(&self) -> bool {
         self.served() < 0.99 && self.tokens + self.dearest < self.ideal
@@ -279,7 +279,7 @@ pub(crate) fn share(part: u64, whole: u64) -> f64 {
     part as f64 / whole as f64
 }
 
-/// Compares the tokens that the replicas report as granted with the requests that the client saw admitted.
+/// Compares the tokens that the replicas report as granted with the requests that the client saw allowed.
 pub(crate) fn check_book(
     table: &mut Table,
     what: &str,

@@ -3,7 +3,7 @@ use serde_json::{Value, json};
 
 use super::*;
 
-/// A minute after [`AT`].
+/// One minute after [`AT`].
 const NOW: i64 = 1_785_738_420_000;
 const AT: &str = "2026-08-03T06:26:00.000Z";
 const ID: &str = "019ab4e1-7c00-7000-8000-000000000111";
@@ -117,7 +117,7 @@ fn url_is_checked_before_it_is_sent() {
     for url in [
         "https://hooks.example.com",
         " https://hooks.example.com/a?b=c ",
-        // The server decides whether it is allowed.
+        // Only the server checks the host.
         "http://10.0.0.1/",
     ] {
         assert_eq!(check_url(url), Ok(()), "{url}");
@@ -158,7 +158,7 @@ fn delivery_shows_the_response_and_the_next_attempt() {
             &format!("data-delivery=\"{ID}\""),
         ],
     );
-    // The response status is not repeated.
+    // The response status does not appear a second time.
     let row = delivery_table(&[failed()], NOW).to_string();
     assert!(!row.contains("The endpoint responded"), "{row}");
     contains(
@@ -204,13 +204,13 @@ fn log_is_reloaded_while_an_attempt_is_expected() {
     let later = "2026-08-03T07:00:00.000Z";
     let at = |seconds: i64| NOW + seconds * 1000;
     assert!(!is_changing(&[], NOW));
-    // Due, and due in 8 seconds.
+    // The first delivery is due; the second one is due in 8 seconds.
     assert!(is_changing(&[delivery(json!({}))], NOW));
     let soon = delivery(json!({"next_attempt_at": "2026-08-03T06:27:08.000Z"}));
     assert!(is_changing(&[failed(), soon], NOW));
     // The next attempt is in half an hour, and the last one has ended.
     assert!(!is_changing(&[failed()], NOW));
-    // It may be in progress.
+    // The attempt may still be in progress.
     let sent = delivery(
         json!({"attempts": 1, "last_attempt_at": "2026-08-03T06:26:55.000Z", "next_attempt_at": later}),
     );

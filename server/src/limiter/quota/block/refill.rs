@@ -11,18 +11,19 @@ use crate::{
     },
 };
 
-/// The time until a failed ledger is queried again. Until then requests fail immediately, so that it does not get
-/// one call per request.
+/// How long to wait before calling the ledger again after a failure. Until then, requests fail immediately instead of
+/// making one call each.
 const COOLING: Nanos = Nanos::from_millis(100);
 
-/// The first block of the next window is fetched this long before the current one ends: at least
-/// [`AHEAD_MIN`], and up to [`AHEAD_JITTER`] more, which differs by key.
+/// The first block of the next window is fetched [`AHEAD_MIN`] before the current window ends, or up to
+/// [`AHEAD_JITTER`] earlier, depending on the key.
 const AHEAD_MIN: Nanos = Nanos::from_secs(120);
 const AHEAD_JITTER: Nanos = Nanos::from_secs(480);
 
 impl Block {
-    /// Returns whether to fetch more before a request has to wait. With blocks of one token, does so only if no other
-    /// replica shares the quota. Otherwise, each replica would hold a token that it may not need.
+    /// Returns whether to fetch more tokens before a request has to wait for them. Blocks of one token are fetched in
+    /// advance only if no other replica shares the quota; otherwise, each replica would hold a token that it may not
+    /// need.
     pub(in crate::limiter) fn is_low(&self, now: UnixNanos) -> bool {
         self.known
             && self.used < self.quota
@@ -32,18 +33,18 @@ impl Block {
             && ((self.failure.is_none() && self.patience == PATIENCE) || self.is_due(now))
     }
 
-    /// Returns whether tokens of a current window are owed and no call is in flight. Those of an ended window can wait
-    /// for [`take_owed`](Self::take_owed).
+    /// Returns whether tokens are owed to a window that has not ended, and no call is in flight. Tokens owed to an
+    /// ended window can wait for [`take_owed`](Self::take_owed).
     pub(in crate::limiter) fn has_debts(&self, now: UnixNanos) -> bool {
         !self.fetching && self.owed.iter().any(|(window, _)| now < window.end)
     }
 
-    /// Returns whether to query an exhausted ledger again.
+    /// Returns whether to query the ledger again about an exhausted quota.
     pub(in crate::limiter) fn is_worth_asking_again(&self, now: UnixNanos) -> bool {
         !self.fetching && self.is_due(now)
     }
 
-    /// Returns the last error of the ledger while it is too early to retry.
+    /// Returns the ledger's last error while it is too early to retry.
     pub(in crate::limiter) fn cooling(&self, now: UnixNanos) -> Option<LedgerError> {
         self.failure
             .as_ref()
@@ -51,7 +52,7 @@ impl Block {
             .map(Arc::clone)
     }
 
-    /// Returns the number of times the ledger has failed.
+    /// Returns how often the ledger has failed for this block.
     pub(in crate::limiter) fn failures(&self) -> u64 {
         self.failures
     }
@@ -66,7 +67,7 @@ impl Block {
         } else {
             self.patience
         };
-        // This checks both directions, because a clock that was set back must not block a key for hours.
+        // The difference is absolute, because a clock that was set back must not block a key for hours.
         now.abs_diff(self.asked_at) >= patience
     }
 
@@ -84,14 +85,14 @@ impl Block {
         let left = self.quota.saturating_sub(self.used);
         let want = match need {
             _ if self.limit == 0 => 0,
-            // Tokens for waiting requests are fetched in full, since they are spent immediately, but only if they are
-            // known to exist.
+            // Tokens for waiting requests are fetched in full, since they are spent immediately, but not before the
+            // ledger has reported how many are left.
             Need::Cost(cost) if self.known => size.max(cost).saturating_sub(self.held).min(left),
             Need::Cost(_) | Need::Ahead => size.saturating_sub(self.held).min(left),
             Need::Again => size.saturating_sub(self.held).max(1),
         };
-        // Tokens are returned before taking more, so that `used` does not include them, and so that a window without
-        // usage can be replaced by one in another time zone.
+        // Owed tokens are returned first, so that `used` does not include them, and so that a window without usage can
+        // be replaced with one in another time zone.
         let give_back: Vec<_> = self
             .owed
             .extract_if(.., |(window, _)| now < window.end)
@@ -158,9 +159,9 @@ impl Block {
         self.asked_at = now;
     }
 
-    /// Begins to fetch the first block of the next window, if it is time to do so for `key_hash` and the key was used
-    /// in the current window. Returns when the next window starts. Must be followed by
-    /// [`finish_next`](Self::finish_next).
+    /// Begins to fetch the first block of the next window if it is time and the key was used in the current window.
+    /// `key_hash` spreads the fetches of different keys over time. Returns when the next window starts. Must be
+    /// followed by [`finish_next`](Self::finish_next).
     pub(in crate::limiter) fn begin_next(
         &mut self,
         now: UnixNanos,
@@ -181,7 +182,7 @@ impl Block {
         Some(end)
     }
 
-    /// Returns the order for a window of the day or month `calendar`.
+    /// Returns the order for the next window, whose day or month is `calendar`.
     pub(in crate::limiter) fn next_order(&self, calendar: Window) -> LedgerOrder {
         let window = window_at(self.window.span.end, calendar, &[self.window]);
         LedgerOrder {
@@ -191,7 +192,7 @@ impl Block {
         }
     }
 
-    /// Ends the fetch of the next block. `None` if the fetch failed.
+    /// Ends the fetch of the next block. `taken` is `None` if the fetch failed.
     pub(in crate::limiter) fn finish_next(&mut self, taken: Option<Taken>, now: UnixNanos) {
         let is_outdated = matches!(self.next, Next::Outdated);
         self.next = Next::None;
@@ -207,7 +208,7 @@ impl Block {
                 used: taken.used,
             }));
         } else {
-            // The window has started in the meantime.
+            // The window has started since the fetch began.
             self.receive(taken, now);
         }
     }
