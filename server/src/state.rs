@@ -64,7 +64,7 @@ const STRIPE_PAGES: NonZeroU32 = NonZeroU32::new(20).unwrap();
 /// How many test events and redeliveries a tenant may request per minute.
 const WEBHOOK_REQUESTS: NonZeroU32 = NonZeroU32::new(30).unwrap();
 
-/// See the module documentation. Cheap to clone.
+/// The state of a server. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct AppState(Arc<Services>);
 
@@ -389,7 +389,8 @@ async fn count_replicas(
 const REDIS_WAIT: Duration = Duration::from_secs(3);
 
 /// Starts the shared counters of a new deployment with full buckets. If Redis is unreachable, the buckets start empty,
-/// as after a loss of data, and the next startup tries again.
+/// as after a loss of data. The next startup does not try again: by then, requests may have been allowed, and Redis may
+/// have lost its data.
 async fn initialize_counters(
     db: &Db,
     redis: &Redis,
@@ -407,13 +408,10 @@ async fn initialize_counters(
     if !repo::replica::begin_counters(&mut tx).await? {
         return tx.commit().await;
     }
-    match counters.begin().await {
-        Ok(()) => tx.commit().await,
-        Err(error) => {
-            tracing::warn!(error = %error, "cannot reach Redis at startup; the counters will start empty");
-            Ok(())
-        }
+    if let Err(error) = counters.begin().await {
+        tracing::warn!(error = %error, "cannot reach Redis at startup; the counters will start empty");
     }
+    tx.commit().await
 }
 
 /// Returns whether to accept sessions from earlier versions, which do not record their secret. They are signed with the

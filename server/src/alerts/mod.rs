@@ -53,7 +53,7 @@ const ALERTS_MAX: usize = 500;
 /// A round ends after this time and leaves the rest to the next round, so that other tenants get their turn.
 const ROUND_MAX: Duration = Duration::from_secs(20);
 
-/// See the module documentation. Cheap to clone.
+/// Checks tenants' quota usage and stores alerts. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Alerts {
     db: Db,
@@ -91,7 +91,7 @@ pub fn described(row: AlertRow) -> QuotaAlert {
     }
 }
 
-/// The database allows only valid names.
+/// Parses a policy's name. The database allows only valid names.
 fn policy_name(name: &str) -> PolicyName {
     PolicyName::of(name).unwrap_or(PolicyName::Monthly)
 }
@@ -116,7 +116,7 @@ fn reached(used: i64, quota: i64) -> impl Iterator<Item = i32> {
 }
 
 impl Alerts {
-    /// `tenant_quota` is an additional quota of every tenant.
+    /// Creates the service. `tenant_quota` is an additional quota of every tenant.
     pub fn new(db: Db, is_metered: bool, tenant_quota: Option<TenantQuota>) -> Self {
         Self {
             db,

@@ -83,8 +83,8 @@ fn stored(metadata: &Metadata) -> Value {
         .collect()
 }
 
-/// Returns when the previous secret expires: at the end of its grace period or together with the key, whichever is
-/// earlier.
+/// Returns the time at which the previous secret expires: at the end of its grace period or together with the key,
+/// whichever is earlier.
 fn previous_expiry(key: &ApiKey) -> Option<Timestamp> {
     let grace = key.previous_expires_at?;
     Some(key.expires_at.map_or(grace, |own| own.min(grace)))
@@ -203,7 +203,7 @@ impl ApiKeyApi {
         &self,
         caller: ManagingTenant,
         /// Makes the request safe to retry: repeating it with the same `Idempotency-Key` and body within 24 hours
-        /// returns the first response again, without the API key.
+        /// returns the original response, without the API key.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<CreateApiKey>,
@@ -347,7 +347,7 @@ impl ApiKeyApi {
         caller: ManagingTenant,
         key_id: Path<ApiKeyId>,
         /// Makes the request safe to retry: repeating it with the same `Idempotency-Key` and body within 24 hours
-        /// returns the first response again, without the API key.
+        /// returns the original response, without the API key.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<RotateApiKey>,

@@ -64,7 +64,7 @@ fn tenant(row: TenantRow, role: Role) -> Tenant {
     }
 }
 
-/// Whether the request asks for tokens in cookies. Only pages of this server may do so.
+/// Returns whether the request asks for tokens in cookies. Only pages of this server may do so.
 fn cookies_wanted(state: &AppState, request: &Request) -> Result<bool, ApiError> {
     let wanted = browser::wants_cookies(request.headers());
     if wanted {

@@ -152,7 +152,7 @@ impl BillingApi {
         &self,
         caller: BillingTenant,
         /// Makes the request safe to retry: repeating it with the same `Idempotency-Key` within 24 hours returns the
-        /// first response again.
+        /// original response.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
     ) -> Result<Created<CheckoutPage>, ApiError> {

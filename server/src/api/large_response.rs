@@ -11,7 +11,9 @@ use crate::tenant_places::{HeldUntilSent, TenantPlaces};
 /// Responses of more than this many bytes are large. Smaller ones fit in the socket's buffer, or are limited by the
 /// request rate.
 const LARGE: usize = 64 * 1024;
+/// The maximum number of concurrent large responses per tenant.
 const OF_TENANT: usize = 8;
+/// The maximum number of concurrent large responses.
 const TOTAL: usize = 64;
 
 /// Marks a large response.

@@ -130,7 +130,7 @@ impl PlanApi {
         &self,
         caller: ManagingTenant,
         /// Makes the request safe to retry: repeating it with the same `Idempotency-Key` and body within 24 hours
-        /// returns the first response again.
+        /// returns the original response.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<CreatePlan>,

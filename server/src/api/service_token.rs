@@ -85,7 +85,7 @@ impl ServiceTokenApi {
         &self,
         caller: ManagingTenant,
         /// Makes the request safe to retry: repeating it with the same `Idempotency-Key` and body within 24 hours
-        /// returns the first response again, without the token.
+        /// returns the original response, without the token.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<CreateServiceToken>,

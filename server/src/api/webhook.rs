@@ -126,7 +126,7 @@ impl WebhookApi {
         &self,
         caller: ManagingTenant,
         /// Makes the request safe to retry: repeating it with the same `Idempotency-Key` and body within 24 hours
-        /// returns the first response again, without the secret.
+        /// returns the original response, without the secret.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<CreateWebhook>,
@@ -249,7 +249,7 @@ impl WebhookApi {
     ///
     /// Returns a new secret. This is the only time it is available: a replay with the same `Idempotency-Key` returns
     /// everything except the secret. For `grace_seconds`, deliveries are also signed with the current secret. If you
-    /// rotate the secret again during this time, deliveries are no longer signed with the oldest secret.
+    /// rotate again within this period, the oldest secret is no longer used.
     #[oai(
         path = "/webhooks/:webhook_id/rotate-secret",
         method = "post",
@@ -260,7 +260,7 @@ impl WebhookApi {
         caller: ManagingTenant,
         webhook_id: Path<WebhookId>,
         /// Makes the request safe to retry: repeating it with the same `Idempotency-Key` and body within 24 hours
-        /// returns the first response again, without the secret.
+        /// returns the original response, without the secret.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<RotateWebhookSecret>,

@@ -315,7 +315,7 @@ impl Accounts {
     }
 
     /// Verifies a password. While it is being verified, the attempt counts as failed, so disconnecting early has no
-    /// advantage. The attempt stops counting if the password is correct or was not verified after all.
+    /// advantage. The attempt stops counting as failed if the password is correct or was not verified after all.
     async fn verify(
         &self,
         attempt: &mut Attempt,

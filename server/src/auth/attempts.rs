@@ -41,18 +41,18 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// How often one failed attempt on an account is forgiven.
+/// One failed attempt on an account is forgiven per interval of this length.
 const FORGIVE: Duration = Duration::from_mins(5);
-/// How often one attempt from a network, counted across all accounts, is forgiven.
+/// One attempt from a network, counted across all accounts, is forgiven per interval of this length.
 const FORGIVE_NETWORK: Duration = Duration::from_mins(1);
 /// The number of free attempts from a network across all accounts, as a multiple of the number for one account.
 const ACCOUNTS: u32 = 5;
 /// The number of free attempts of all known devices of an account together, as a multiple of the number for one device.
 const DEVICES: u32 = 5;
-/// The number of attempts of all known devices of an account, including successful ones, as a multiple of the free
-/// failed attempts of one device.
+/// The number of free attempts of all known devices of an account together, counting successful attempts too, as a
+/// multiple of the number for one device.
 const USES: u32 = 20;
-/// How often one of these attempts is forgiven: ten times per minute.
+/// One of these attempts is forgiven per interval of this length.
 const FORGIVE_USE: Duration = Duration::from_secs(6);
 /// The time in which a network's free registrations are all forgiven.
 const DAY: Duration = Duration::from_hours(24);
@@ -97,7 +97,7 @@ pub struct Wait(pub Duration);
 
 #[derive(Debug)]
 pub struct Attempts {
-    /// The number of attempts without a wait. 0 means that attempts are not limited.
+    /// The number of attempts allowed before a wait is imposed. 0 means that attempts are not limited.
     free: u32,
     names: hmac::Key,
     redis: Option<Redis>,
@@ -280,7 +280,7 @@ impl Attempts {
         Ok(attempt)
     }
 
-    /// Returns `None` if Redis is not configured or does not respond.
+    /// Counts an attempt in Redis. Returns `None` if Redis is not configured or does not respond.
     async fn take_in_redis(&self, counters: &[Counter]) -> Option<Taken> {
         let redis = self.redis.as_ref()?;
         let keys = Self::keys(redis, counters);
@@ -405,12 +405,12 @@ fn networks(ip: Option<IpAddr>) -> Vec<(String, u32)> {
     prefixes.iter().filter_map(network).collect()
 }
 
-/// Returns a number that identifies the widest network of an address.
+/// Returns a per-process hash of the widest network that contains the IP address.
 pub fn network_number(ip: Option<IpAddr>) -> u64 {
     number(&networks(ip).last())
 }
 
-/// Returns a number that identifies an account.
+/// Returns a per-process hash of the email address.
 pub fn account_number(email: &str) -> u64 {
     number(&email)
 }

@@ -25,7 +25,7 @@ pub enum AuthError {
     Unauthorized,
     #[error("the email is already in use")]
     EmailTaken,
-    /// Contains the reason.
+    /// The password is too weak. Contains the reason.
     #[error("{0}")]
     WeakPassword(String),
     #[error("too many failed sign-ins")]

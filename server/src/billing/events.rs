@@ -37,7 +37,7 @@ const READS: i64 = 20;
 /// The result of one round of the worker.
 #[derive(Debug, Default)]
 pub struct Round {
-    /// The number of processed events.
+    /// The number of events that were due.
     pub events: usize,
     /// The number of abandoned events.
     pub failed: usize,

@@ -71,18 +71,20 @@ fn lines(path: &PathBuf) -> anyhow::Result<Vec<String>> {
 struct KeyCount {
     allowed: u64,
     denied: u64,
-    /// The rate, in tokens per minute. `burst` is the size of the bucket.
+    /// The rate, in tokens per minute.
     rpm: Option<u64>,
+    /// The size of the bucket.
     burst: Option<u64>,
-    /// When the first request was sent. `last` is the time of the last response to an allowed request.
+    /// When the first request was sent.
     first: Option<Instant>,
+    /// The time of the last response to an allowed request.
     last: Option<Instant>,
 }
 
 #[derive(Debug, Default)]
 struct Counts {
     keys: Vec<KeyCount>,
-    /// In microseconds.
+    /// The latencies of the requests, in microseconds.
     latencies: Vec<u64>,
     /// The number of requests without a decision, by reason.
     failures: BTreeMap<String, u64>,

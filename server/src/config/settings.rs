@@ -114,7 +114,8 @@ settings! {
     /// How often recorded usage is written to PostgreSQL: 10ms to 60s.
     usage_ship_every: "QUOTA_USAGE_SHIP_EVERY", "250ms", "DURATION";
 
-    /// The number of replicas: 1 to 1000. `quota doctor` checks that PostgreSQL allows their connections.
+    /// The number of replicas: 1 to 1000. `quota doctor` checks that PostgreSQL allows enough connections for all of
+    /// them.
     replicas: "QUOTA_REPLICAS", "1", "N";
 
     /// Whether to apply pending migrations at startup: true or false. One replica applies them while the others wait.

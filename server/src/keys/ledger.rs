@@ -115,7 +115,7 @@ impl PostgresLedger {
 /// The windows to take tokens from.
 #[derive(Debug, Clone, Copy)]
 enum Windows {
-    /// Windows with usage.
+    /// The windows with usage.
     Used,
     /// The window that contains the time of the request, opened if necessary.
     Opened,

@@ -13,8 +13,8 @@
 //! - Losing an invalidation or the connection to Redis is safe.
 //! - A change to a plan invalidates the entries of all its keys without listing them.
 //!
-//! The fact that a secret is invalid is also cached, for a few seconds. This needs no number: secrets are random, so
-//! nobody looks one up before it is created.
+//! Negative results are also cached: an invalid secret is remembered for a few seconds. These entries need no number:
+//! secrets are random, so nobody looks one up before it is created.
 //!
 //! **Trust.** Anyone with access to Redis could write entries. Each entry is stored under the hash of its secret, and
 //! sealed for that hash with a key of this installation ([`Seal`]). Therefore, writing to Redis can make entries
@@ -53,8 +53,9 @@ use crate::{
 const VERSION: u8 = 3;
 /// The maximum difference between the clocks of two replicas, in seconds.
 const SKEW: u64 = 120;
-/// How long an entry with facts is kept. `ABSENT` is how long an entry without facts is kept.
+/// How long an entry with facts is kept.
 const PRESENT: Duration = Duration::from_mins(5);
+/// How long an entry for an invalid secret is kept.
 const ABSENT: Duration = Duration::from_secs(10);
 /// The maximum number of entries for invalid secrets that a replica writes per second.
 const ABSENT_PER_SECOND: u64 = 200;
@@ -231,7 +232,7 @@ const fn lifetime(has_facts: bool) -> Duration {
 }
 
 impl<F> Entry<F> {
-    /// Whether the entry is within its lifetime, allowing for differences between clocks.
+    /// Returns whether the entry is within its lifetime, allowing for differences between clocks.
     fn is_recent(&self, now: u64) -> bool {
         let oldest = now.saturating_sub(lifetime(self.facts.is_some()).as_secs() + SKEW);
         (oldest..=now + SKEW).contains(&self.at)

@@ -21,7 +21,7 @@ pub const FOLDER: &str = "usage";
 const LOCK: &str = "lock";
 /// The folder, next to these directories, for files that are not shipped but kept for the operator.
 const REJECTED: &str = "rejected";
-/// The extension of such files in an earlier version, which left them in the directory of their replica.
+/// The extension of rejected files that an earlier version left in the directory of their replica.
 const EARLIER_EXTENSION: &str = "refused";
 
 /// The minimum age of an unfinished directory before it is deleted. Creating one takes milliseconds.
@@ -109,7 +109,7 @@ impl Directory {
         Ok(())
     }
 
-    /// Deletes the directory, unless it contains more than the lock file. Returns whether it did so.
+    /// Deletes the directory, unless it contains more than the lock file. Returns whether the directory was deleted.
     pub fn remove(self) -> io::Result<bool> {
         for entry in fs::read_dir(&self.path)? {
             if entry?.file_name() != LOCK {

@@ -32,12 +32,15 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// The initial, the maximum and the minimum number of records per transaction.
+/// The initial number of records per transaction.
 const FIRST: usize = 2_000;
+/// The maximum number of records per transaction.
 const MOST: usize = 50_000;
+/// The minimum number of records per transaction.
 const LEAST: usize = 50;
-/// A batch should take longer than `SHORT` and less than `LONG`.
+/// If a transaction takes less time, the next batch is larger.
 const SHORT: Duration = Duration::from_millis(300);
+/// If a transaction takes more time, the next batch is smaller.
 const LONG: Duration = Duration::from_millis(900);
 
 /// The maximum duration of a transaction. Its statements may take longer than a request's.

@@ -65,7 +65,7 @@ pub struct SettingsRow {
     pub name: String,
 }
 
-/// If `for_update` is set, locks the settings until the transaction ends.
+/// Returns the tenant's alert settings. If `for_update` is set, locks them until the transaction ends.
 pub async fn settings(tx: &mut TenantTx, for_update: bool) -> Result<SettingsRow, DbError> {
     let lock = if for_update { "FOR NO KEY UPDATE" } else { "" };
     let tenant = tx.tenant().0;
@@ -111,7 +111,7 @@ pub async fn unchecked_tenants(tx: &mut SystemTx, limit: i64) -> Result<Vec<Uuid
     Ok(tenants.into_iter().map(|it| it.tenant_id).collect())
 }
 
-/// Returns tenants that have a quota or whose keys have one, in random order.
+/// Returns tenants with a plan that has a quota, and tenants with usage of a tenant quota, in random order.
 pub async fn tenants_with_quotas(tx: &mut SystemTx) -> Result<Vec<Uuid>, DbError> {
     #[derive(QueryableByName)]
     struct Tenant {

@@ -49,8 +49,9 @@ pub struct SubscriptionRow {
     pub is_metered: bool,
     pub product_name: Option<String>,
     pub currency: Option<String>,
-    /// In the smallest unit of the currency. The same applies to `usage_price`.
+    /// The price per month, in the smallest unit of the currency.
     pub monthly_price: Option<String>,
+    /// The price per unit of usage, in the smallest unit of the currency.
     pub usage_price: Option<String>,
 }
 
@@ -242,7 +243,7 @@ pub struct Shown {
 pub enum Applied {
     /// A later read has already been applied, so this one was ignored.
     Outdated,
-    /// The change does not affect keys.
+    /// Access to paid plans has not changed.
     Same,
     /// Keys on paid plans start or stop working, or will do so at a different time than before.
     PaidAccess,

@@ -76,7 +76,7 @@ pub async fn insert(tx: &mut TenantTx, target: Target) -> Result<Invalidation, D
     insert_on(tx, tenant, target).await
 }
 
-/// Like [`insert`], in a transaction of the server.
+/// Like [`insert`], in a system transaction.
 pub async fn insert_system(
     tx: &mut SystemTx,
     tenant: Uuid,
@@ -148,7 +148,7 @@ pub async fn newest(tx: &mut SystemTx) -> Result<Vec<Invalidation>, DbError> {
     Ok(rows.into_iter().rev().map(invalidation).collect())
 }
 
-/// The number of the newest row, and the number's database history.
+/// The number of the newest row, and the database history that it belongs to.
 #[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
 pub struct Position {
     #[diesel(sql_type = BigInt)]

@@ -148,7 +148,7 @@ pub struct DueMail {
     pub text_body: String,
     #[diesel(sql_type = Text)]
     pub html_body: String,
-    /// Includes the current attempt.
+    /// The number of attempts, including the current one.
     #[diesel(sql_type = Integer)]
     pub attempts: i32,
 }

@@ -82,7 +82,7 @@ pub async fn insert(tx: &mut TenantTx, plan: &NewPlan<'_>) -> Result<PlanRow, Db
     Ok(query.get_result(&mut **tx).await?)
 }
 
-/// Plans have no time of last use, so sorting them by last use sorts them by creation time.
+/// Lists the tenant's plans. Plans have no time of last use, so sorting them by last use sorts them by creation time.
 pub async fn list(tx: &mut TenantTx, slice: &SortedSlice) -> Result<Rows<PlanWithKeys>, DbError> {
     let tenant = tx.tenant().0;
     let total = plans::table
@@ -175,7 +175,7 @@ pub async fn rate_of(tx: &mut TenantTx, id: Uuid) -> Result<Option<(u32, u32)>, 
     Ok(rate.map(|(rpm, burst)| (positive(rpm), positive(burst))))
 }
 
-/// Fails with `api_keys_plan_fkey` if the plan still has keys.
+/// Deletes a plan. Fails with `api_keys_plan_fkey` if the plan still has keys.
 pub async fn delete(tx: &mut TenantTx, id: Uuid) -> Result<bool, DbError> {
     Ok(diesel::delete(plans::table.find((tx.tenant().0, id)))
         .execute(&mut **tx)

@@ -99,7 +99,7 @@ impl Ask {
 /// those times, with or without usage.
 ///
 /// Requests must be in ascending order, so that all transactions lock rows in the same order. Each grant is atomic:
-/// `used` is read and increased while its row is locked.
+/// `used` is read and increased while the quota's row is locked.
 pub async fn take(
     tx: &mut SystemTx,
     asks: &[Ask],

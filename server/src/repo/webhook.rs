@@ -34,7 +34,7 @@ pub struct NewWebhook<'a> {
     pub id: Uuid,
     pub name: &'a str,
     pub url: &'a str,
-    /// Encrypted.
+    /// The encrypted secret.
     pub secret: &'a [u8],
 }
 
@@ -84,7 +84,7 @@ update_by_id!(
     pub fn update in webhooks, WebhookChange -> WebhookRow
 );
 delete_by_id!(
-    /// Returns the webhook's last state. Its deliveries may be numerous, so they are deleted
+    /// Deletes a webhook. Returns its last state. Its deliveries may be numerous, so they are deleted
     /// [later](super::sweep::Expired::DeletedWebhooks).
     pub fn delete in webhooks -> WebhookRow
 );
@@ -211,7 +211,7 @@ pub struct StoredSecrets {
     pub previous_secret: Option<Vec<u8>>,
 }
 
-/// Returns the secrets of up to `limit` webhooks after this one, sorted by tenant and ID.
+/// Returns the secrets of up to `limit` webhooks that follow `after`, sorted by tenant and ID.
 pub async fn stored_secrets(
     tx: &mut SystemTx,
     after: (Uuid, Uuid),

@@ -54,7 +54,7 @@ enum Read {
 
 /// The request that follows those that have received a response.
 enum Next {
-    /// The request has not arrived, or only in part.
+    /// The request has not arrived, or has arrived only in part.
     Incomplete,
     /// hyper must respond to the request, which has this length.
     Foreign(usize),

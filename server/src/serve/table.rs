@@ -57,7 +57,7 @@ const YOUNG: Duration = Duration::from_secs(1);
 /// How many of the oldest connections without a request are considered for closing. The one whose address has the most
 /// connections is closed.
 const WAITING_SEARCH: usize = 16;
-/// An address is light compared with one that has at least this many times as many connections.
+/// An address is light compared with another address that has at least this many times its number of connections.
 const LIGHT: usize = 4;
 /// The minimum time between two searches for idle and stalled connections, because a search checks all connections.
 const SEARCH_EVERY: Duration = Duration::from_millis(100);
@@ -101,14 +101,14 @@ struct Entry {
 }
 
 impl Entry {
-    /// Returns when the connection became idle, if that is long enough ago to close it.
+    /// Returns the time at which the connection became idle, if that is long enough ago to close it.
     fn idle(&self, now: Instant) -> Option<Instant> {
         let since = self.connection.idle_since().filter(|_| !self.is_proxy)?;
         (now.saturating_duration_since(since) >= IDLE_ENOUGH).then_some(since)
     }
 
-    /// Returns when the client stopped reading a response, if that is long enough ago to close the connection. `None`
-    /// for connections that have authenticated.
+    /// Returns the time at which the client stopped reading a response, if that is long enough ago to close the
+    /// connection. `None` for connections that have authenticated.
     fn stalled(&self, now: Instant) -> Option<Instant> {
         let since = self.connection.stalled_since();
         let since = since.filter(|_| self.counted_at.is_some())?;

@@ -64,7 +64,7 @@ pub const TENANT: &str = "quota_tenant";
 /// The API version of requests, and of webhook endpoints that Quota creates.
 pub const API_VERSION: stripe_shared::ApiVersion = stripe_shared::version::VERSION;
 
-/// The events that Quota acts on. All others are ignored.
+/// The events that Quota's webhook endpoint in Stripe must be subscribed to.
 pub const EVENTS: [&str; 14] = [
     "checkout.session.completed",
     "checkout.session.async_payment_succeeded",
@@ -110,7 +110,7 @@ pub enum StripeError {
 }
 
 impl StripeError {
-    /// Whether the object in the request's path or parameters does not exist.
+    /// Returns whether the object in the request's path or parameters does not exist.
     pub const fn is_not_found(&self) -> bool {
         matches!(
             self,
@@ -118,8 +118,8 @@ impl StripeError {
         )
     }
 
-    /// Whether the customer in a parameter cannot be used, because it was [deleted](Stripe::is_deleted) or belongs to a
-    /// different mode or account.
+    /// Returns whether the customer in a parameter cannot be used, because it was [deleted](Stripe::is_deleted) or
+    /// belongs to a different mode or account.
     pub fn is_missing_customer(&self) -> bool {
         matches!(self, Self::Missing { param: Some(param), .. } if param == "customer")
     }
@@ -205,7 +205,7 @@ fn tenant_metadata(tenant: &str) -> HashMap<String, String> {
 impl Stripe {
     /// # Errors
     ///
-    /// Fails if the secret key or the address cannot be used in a request.
+    /// Fails if the secret key or the base URL cannot be used in a request.
     pub fn new(settings: &StripeSettings) -> Result<Self> {
         let key: &SecretString = &settings.secret_key;
         let mut client = stripe::ClientBuilder::new(key.expose_secret()).timeout(TIMEOUT);
@@ -227,7 +227,8 @@ impl Stripe {
         self.raw.account().await
     }
 
-    /// Whether a customer was deleted. Fails if the customer never existed in the secret key's account and mode.
+    /// Returns whether a customer was deleted. Fails if the customer never existed in the secret key's account and
+    /// mode.
     pub async fn is_deleted(&self, customer: &str) -> Result<bool> {
         let found: response::Deleted = send!(self, RetrieveCustomer::new(customer));
         Ok(found.deleted == Some(true))
@@ -291,7 +292,7 @@ impl Stripe {
         }
     }
 
-    /// Returns the unpaid invoices of a subscription.
+    /// Returns up to 100 unpaid invoices of a subscription.
     pub async fn open_invoices(&self, subscription: &str) -> Result<Vec<Invoice>> {
         let request = ListInvoice::new()
             .subscription(subscription)
@@ -367,8 +368,8 @@ impl Stripe {
         Ok(session.url)
     }
 
-    /// Whether one of the subscription's invoices is not final, so that usage in its billing period can still be
-    /// charged.
+    /// Returns whether one of the subscription's invoices is not final, so that usage in its billing period can still
+    /// be charged.
     pub async fn has_draft_invoice(&self, subscription: &str) -> Result<bool> {
         let request = ListInvoice::new()
             .subscription(subscription)

@@ -31,8 +31,9 @@ const PAUSE_MAX: i64 = 12 * 3600;
 /// If an endpoint has been failing for at least this many seconds when a delivery is abandoned, the webhook is
 /// disabled.
 const FAILING_MAX: i64 = 3 * 24 * 3600;
-/// The maximum number of concurrent attempts per tenant on one replica. `PER_WEBHOOK` is the maximum per webhook.
+/// The maximum number of concurrent attempts per tenant on one replica.
 const PER_TENANT: i64 = 8;
+/// The maximum number of concurrent attempts per webhook on one replica.
 const PER_WEBHOOK: i64 = 4;
 /// The maximum number of attempts per delivery.
 const ATTEMPTS_MAX: i32 = 10;
@@ -125,7 +126,7 @@ impl Webhooks {
     }
 
     async fn attempt(&self, due: &DueDelivery) -> Sent {
-        // Check again, because the operator's networks may have changed.
+        // Check the URL again: `QUOTA_WEBHOOK_PRIVATE_NETWORKS` may have changed since the webhook was saved.
         let (url, scheme) = match self.0.targets.parse(&due.url) {
             Ok(parsed) => parsed,
             Err(message) => return Sent::failed(format!("The URL {message}.")),

@@ -36,7 +36,7 @@ use crate::{
 /// The number of webhooks whose secrets are re-encrypted per transaction.
 const BATCH: i64 = 100;
 
-/// See the module documentation. Cheap to clone.
+/// Sends webhooks. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Webhooks(Arc<Inner>);
 
@@ -61,9 +61,9 @@ pub enum SecretError {
 }
 
 pub struct NewSecret {
-    /// In the form shown to the tenant.
+    /// The secret in the form shown to the tenant.
     pub shown: String,
-    /// In the form stored in the database.
+    /// The secret in the form stored in the database.
     pub encrypted: Vec<u8>,
 }
 
@@ -73,8 +73,8 @@ fn context(tenant: Uuid, webhook: Uuid) -> Vec<u8> {
 }
 
 impl Webhooks {
-    /// `private` contains the non-public networks that webhooks may be sent to.
-    /// Webhooks are not sent to the host of `public_url`.
+    /// Creates the sender. `private` contains the non-public networks that webhooks may be sent to. The host of
+    /// `public_url` never receives webhooks.
     ///
     /// # Errors
     ///
@@ -173,7 +173,7 @@ impl Webhooks {
             decrypted.ok_or(SecretError::UnknownKey)
         };
         let secret = decrypt(&stored.secret)?;
-        // A previous secret that cannot be decrypted is not used. It is kept unchanged.
+        // A previous secret that cannot be decrypted is not used for signing, so keep it unchanged.
         let previous = stored.previous_secret.as_deref().map(decrypt);
         let previous = previous.and_then(Result::ok);
         if secret.is_current && previous.as_ref().is_none_or(|it| it.is_current) {

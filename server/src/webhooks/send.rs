@@ -25,7 +25,7 @@ const ERROR_MAX: usize = 200;
 #[derive(Debug)]
 pub struct Attempt<'a> {
     pub event_id: &'a str,
-    /// In seconds since 1970.
+    /// The time of the attempt, in seconds since 1970.
     pub at: i64,
     pub signature: &'a str,
     pub payload: &'a str,
@@ -159,7 +159,7 @@ async fn received(response: Response) -> Sent {
     }
 }
 
-/// Reads the body, as long as it is short and arrives quickly.
+/// Reads and discards the body: at most [`BODY_MAX`] bytes, for at most [`READ_BODY`].
 async fn skip_body(mut response: Response) {
     let deadline = Instant::now() + READ_BODY;
     let mut read = 0;
@@ -171,8 +171,8 @@ async fn skip_body(mut response: Response) {
     }
 }
 
-/// Parses `Retry-After`, which contains seconds or a time. A time is compared with the endpoint's own clock if the
-/// response has a `Date` header.
+/// Parses `Retry-After`, which contains seconds or a time. A time is compared with the endpoint's clock, according to
+/// the `Date` header. Returns `None` if that header is missing.
 fn seconds_until(retry_after: &str, headers: &reqwest::header::HeaderMap) -> Option<u64> {
     if let Ok(seconds) = retry_after.trim().parse() {
         return Some(seconds);

@@ -117,7 +117,7 @@ impl Targets {
         }
     }
 
-    /// Whether webhooks may be sent to this address.
+    /// Returns whether webhooks may be sent to this address.
     fn allows(&self, scheme: Scheme, ip: IpAddr, own: &[IpAddr]) -> bool {
         let ip = ip.to_canonical();
         if self.private.iter().any(|network| network.contains(&ip)) {
@@ -171,7 +171,7 @@ impl Targets {
     }
 }
 
-/// See [`Targets::resolver`].
+/// A resolver that fails if any address of a host is not allowed.
 #[derive(Debug)]
 pub struct CheckedResolver {
     targets: Targets,
@@ -212,7 +212,7 @@ fn own_addresses() -> Vec<IpAddr> {
     addresses.collect()
 }
 
-/// Whether the address is globally reachable, according to the IANA registries of special-purpose addresses.
+/// Returns whether the address is globally reachable, according to the IANA registries of special-purpose addresses.
 fn is_public(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(ip) => is_public_v4(ip),

@@ -3,8 +3,9 @@
 
 use quota_common::number::group_thousands;
 
-/// Currencies whose smallest unit in Stripe is not a hundredth.
+/// Currencies whose smallest unit in Stripe is a whole unit.
 const WHOLE: &str = "bif clp djf gnf jpy kmf krw mga pyg rwf vnd vuv xaf xof xpf";
+/// Currencies whose smallest unit in Stripe is a thousandth.
 const THOUSANDTHS: &str = "bhd jod kwd omr tnd";
 
 /// Returns the number of digits after the decimal point.

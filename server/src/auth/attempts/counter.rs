@@ -12,7 +12,7 @@ pub(super) type Name = [u8; 16];
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Counter {
     pub(super) name: Name,
-    /// The number of attempts without a wait.
+    /// The number of attempts allowed before a wait is imposed.
     pub(super) free: u32,
     pub(super) forgive: Duration,
     pub(super) waits: Waits,

@@ -24,7 +24,7 @@ use tokio::{runtime::Handle, time};
 use super::{
     breaker::CircuitBreaker,
     core::StoreCore,
-    probe::{FIRST_PROBE, probe_until_recovered},
+    probe::{first_probe, probe_until_recovered},
 };
 use crate::{
     clock::Nanos,
@@ -45,8 +45,9 @@ pub(super) const CALL_DEADLINE: Duration = Duration::from_secs(1);
 /// How long a denial by the counters is trusted if tokens are leased, as a multiple of the lease TTL.
 pub(super) const DENIED_FOR_LEASES: u64 = 2;
 
-/// The maximum number of concurrent calls that return leases on exit, and how many of them may fail.
+/// The maximum number of concurrent calls that return leases on exit.
 const RETURNS_AT_ONCE: usize = 256;
+/// The number of failed calls after which no more leases are returned.
 const RETURNS_FAILED: u32 = 8;
 /// How long returning leases may take.
 const RETURNED_WITHIN: Duration = Duration::from_secs(4);
@@ -214,7 +215,8 @@ impl StoreCore {
         if self.partitions[usize::from(partition)].failed(self.clock.monotonic()) {
             tracing::warn!(partition, error = %error, "the shared counters are unavailable");
             self.metrics.counter_outages.inc();
-            self.probe_until_recovered(partition, FIRST_PROBE, CounterMicros::NONE);
+            let first = first_probe(self.settings.deadline);
+            self.probe_until_recovered(partition, first, CounterMicros::NONE);
         }
     }
 

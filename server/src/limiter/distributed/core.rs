@@ -30,7 +30,7 @@ pub struct DistributedSettings {
     pub keys: KeyTableSettings,
 }
 
-/// See the module documentation.
+/// The state of the distributed store.
 #[derive(Debug)]
 pub(super) struct StoreCore {
     pub(super) keys: KeyTable,

@@ -84,6 +84,7 @@ impl StoreCore {
         } else if let Some(until) = lease.held(tokens, monotonic)
             && !self.partition(handle).is_away()
         {
+            lease.deny(tokens);
             let mut denial = Denial::default();
             // The longer of two waits applies: until the counters may be called again, and until the bucket has enough
             // tokens.

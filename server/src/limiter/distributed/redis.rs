@@ -48,7 +48,7 @@ if redis.call('EXISTS', KEYS[1]) == 0 then
 end
 return 0";
 
-/// See the module documentation.
+/// The shared counters in Redis. See the module documentation.
 #[derive(Debug)]
 pub struct RedisCounters {
     redis: Redis,

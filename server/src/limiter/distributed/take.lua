@@ -57,7 +57,7 @@ local PROMISED = 500000
 -- An unconfirmed start is postponed only once this many microseconds of the delay have passed.
 local KNOWN = 50000
 -- If a caller received a response within the last `CONNECTED` microseconds, no caller has decided requests without the
--- counters yet: callers do so only after their second probe, at least 850 ms after they detect an outage.
+-- counters yet: callers do so only after their second probe, at least 830 ms after they detect an outage.
 local CONNECTED = 800000
 -- A confirmation is stored only if it is newer than the stored one by more than this many microseconds.
 local CONFIRMED = 50000
@@ -122,8 +122,9 @@ if start > now then
   return {1, now, start - now}
 end
 -- This ignores callers with an outage: they may not receive this response in time, and would then continue without the
--- counters.
-if away == 0 and heard > ok + CONFIRMED and heard <= now and heard >= start then
+-- counters. If the stored response is in the future, the clock has gone back since.
+local confirmed = ok <= now and ok or 0
+if away == 0 and heard > confirmed + CONFIRMED and heard <= now and heard >= start then
   redis.call('HSET', KEYS[2], 'ok', whole(heard))
 end
 

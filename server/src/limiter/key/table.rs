@@ -98,7 +98,7 @@ impl Patience {
     }
 }
 
-/// See the module documentation.
+/// The table of all keys on this replica. See the module documentation.
 #[derive(Debug)]
 pub(in crate::limiter) struct KeyTable {
     pub(in crate::limiter) clock: Arc<dyn Clock>,

@@ -139,7 +139,8 @@ impl State {
             };
         }
         let heard = call.last_heard.0;
-        if call.away_since.0 == 0 && heard > epoch.ok + CONFIRMED && heard <= now && heard >= start
+        let confirmed = if epoch.ok <= now { epoch.ok } else { 0 };
+        if call.away_since.0 == 0 && heard > confirmed + CONFIRMED && heard <= now && heard >= start
         {
             epoch.ok = heard;
         }

@@ -532,3 +532,49 @@ async fn deleted_buckets_are_gone_and_others_remain() {
     // Ten buckets and the epoch.
     assert_eq!(server.command("DBSIZE").await.trim(), ":11");
 }
+
+/// After the clock of Redis was set back, callers confirm their responses as before. So a caller that starts, or returns
+/// after a brief outage, need not assume that all others have an outage too.
+#[tokio::test]
+async fn a_clock_that_was_set_back_hides_no_connected_caller() {
+    let (_server, redis) = started().await;
+    let clock = TestClock::at(START);
+    let counters = ClockedCounters::new(&redis, &clock);
+    counters.begin().await;
+    let now = || clock.now().0 / 1000;
+    let take = async |away_since: u64, last_heard: u64| {
+        let call = TakeCall {
+            away_since: CounterMicros(away_since),
+            last_heard: CounterMicros(last_heard),
+            promised: CounterMicros::NONE,
+            need: 0,
+            waiting: 0,
+            want: 0,
+            back: 0,
+            ..call(&mut Rng::with_seed(1), 10_000_000, 0, 0)
+        };
+        let reply = counters.take(call).await.expect("Redis answers");
+        matches!(reply.state, BucketState::Active { .. }).then_some(reply.at.0)
+    };
+    // A connected caller, which learns from the first response that the clock was set back.
+    let connected = async || {
+        let mut heard = 0;
+        for _ in 0..10 {
+            clock.advance(Duration::from_millis(100));
+            heard = take(0, heard).await.expect("no epoch begins");
+        }
+    };
+    for set_back in [0, 60, 3600] {
+        connected().await;
+        clock.set_now(quota_server::clock::UnixNanos(
+            clock.now().0 - set_back * 1_000_000_000,
+        ));
+        connected().await;
+        assert!(take(1, 0).await.is_some(), "one that starts, {set_back} s");
+        let since = now() - 400_000;
+        assert!(take(since, since).await.is_some(), "{set_back} s");
+    }
+    // If nobody is connected, it has to.
+    clock.advance(Duration::from_secs(1));
+    assert!(take(1, 0).await.is_none());
+}
