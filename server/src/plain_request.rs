@@ -157,8 +157,8 @@ struct Known<'a> {
 }
 
 impl<'a> Known<'a> {
-    /// Returns `None` if a field affects where the request ends, or the response, in a way that a plain request must
-    /// not.
+    /// Returns `None` if a field makes the request not plain, because it affects where the request ends or how to
+    /// respond.
     fn of(fields: &[httparse::Header<'a>]) -> Option<Self> {
         let mut values = [None; KNOWN.len()];
         let (mut length, mut host, mut connection) = (None, None, None);

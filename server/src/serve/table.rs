@@ -72,7 +72,7 @@ pub(super) struct Table {
     metrics: Arc<ConnectionMetrics>,
     memory: Arc<Memory>,
     open: Mutex<Open>,
-    /// The number of connections that are closing but whose socket is still open.
+    /// The number of connections that are closing but still have an open socket.
     closing: AtomicUsize,
     emptied: Notify,
 }

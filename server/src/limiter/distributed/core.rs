@@ -25,7 +25,7 @@ pub struct DistributedSettings {
     pub lease_ttl: Duration,
     /// How long a request waits for one call to the counters.
     pub deadline: Duration,
-    /// The fallback setting of plans that do not have one.
+    /// The fallback setting for plans without their own.
     pub on_failure: OnRedisFailure,
     pub keys: KeyTableSettings,
 }
