@@ -171,7 +171,7 @@ export async function billing(world) {
     me.tenant.role = "viewer";
     await route.fulfill({ json: me });
   });
-  await open();
+  await page.goto(`${base}/console/billing`);
   await my.heading("You don't have access to billing").waitFor();
   assert.ok(!requested);
   assert.equal(await my.navigate("Billing").count(), 0, "no link to it");
