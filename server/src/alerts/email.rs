@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::Alerts;
 use crate::{
-    db::{self, DbError},
+    db::{self, DbError, SystemTx},
     error_chain::chain,
     mail::{Mail, Mailer},
     repo::{
@@ -58,9 +58,10 @@ struct Text {
 impl Alerts {
     /// Stores emails for alerts that have not been sent. Returns for how many tenants this failed.
     pub async fn write_emails(&self, public_url: &str) -> Result<u64, DbError> {
-        let mut tx = self.db.system().await?;
-        let tenants = mail::tenants_with_alerts(&mut tx, PER_HOUR, TENANTS).await?;
-        tx.commit().await?;
+        let tenants = self
+            .db
+            .in_system(async |tx| mail::tenants_with_alerts(tx, PER_HOUR, TENANTS).await)
+            .await?;
         let mut errors = 0;
         for tenant in tenants.into_iter().map(TenantId) {
             if let Err(error) = self.write_email(tenant, public_url).await {
@@ -74,44 +75,20 @@ impl Alerts {
 
     /// Stores one email about a tenant's alerts for each recipient.
     async fn write_email(&self, tenant: TenantId, public_url: &str) -> Result<(), DbError> {
-        let mut tx = self.db.system().await?;
-        let alerts = mail::lock_alerts(&mut tx, tenant, ALERTS_MAX).await?;
-        if alerts.is_empty() {
-            return Ok(());
-        }
-        let recipients = mail::recipients(&mut tx, tenant, RECIPIENTS_MAX).await?;
-        if let Some(first) = recipients.first() {
-            let Text {
-                subject,
-                text,
-                html,
-            } = described(&alerts, &first.tenant, public_url);
-            let mails: Vec<_> = recipients
-                .iter()
-                .map(|recipient| NewMail {
-                    tenant_id: tenant.0,
-                    id: Uuid::now_v7(),
-                    recipient: &recipient.email,
-                    subject: &subject,
-                    text_body: &text,
-                    html_body: &html,
-                })
-                .collect();
-            mail::insert_all(&mut tx, &mails).await?;
-        }
-        let ids: Vec<Uuid> = alerts.iter().map(|it| it.id).collect();
-        mail::alerts_are_sent(&mut tx, tenant, &ids).await?;
-        tx.commit().await
+        self.db
+            .in_system(async |tx| write_email(tx, tenant, public_url).await)
+            .await
     }
 
     /// Sends emails that are due. Claims one at a time, so that none waits for others while its lease runs.
     pub async fn send_emails(&self, mailer: &Mailer) -> Result<Sent, DbError> {
         let mut all = Sent::default();
         for _ in 0..BATCH {
-            let mut tx = self.db.system().await?;
             let after_tenant = *self.last_mailed.lock();
-            let due = mail::claim(&mut tx, after_tenant, LEASE).await?;
-            tx.commit().await?;
+            let due = self
+                .db
+                .in_system(async |tx| mail::claim(tx, after_tenant, LEASE).await)
+                .await?;
             let Some(due) = due else { break };
             *self.last_mailed.lock() = due.tenant_id;
             let sent = mailer.send(&mail_of(&due)).await;
@@ -130,12 +107,43 @@ impl Alerts {
                 // Without the recipient.
                 tracing::warn!(mail = %due.id, attempts = due.attempts, error, "cannot send an email");
             }
-            let mut tx = self.db.system().await?;
-            mail::finish(&mut tx, &due, error.as_deref(), retry_after).await?;
-            tx.commit().await?;
+            self.db
+                .in_system(async |tx| mail::finish(tx, &due, error.as_deref(), retry_after).await)
+                .await?;
         }
         Ok(all)
     }
+}
+
+/// Stores one email about a tenant's alerts for each recipient.
+async fn write_email(tx: &mut SystemTx, tenant: TenantId, public_url: &str) -> Result<(), DbError> {
+    let alerts = mail::lock_alerts(tx, tenant, ALERTS_MAX).await?;
+    if alerts.is_empty() {
+        return Ok(());
+    }
+    let recipients = mail::recipients(tx, tenant, RECIPIENTS_MAX).await?;
+    if let Some(first) = recipients.first() {
+        let Text {
+            subject,
+            text,
+            html,
+        } = described(&alerts, &first.tenant, public_url);
+        let mails: Vec<_> = recipients
+            .iter()
+            .map(|recipient| NewMail {
+                tenant_id: tenant.0,
+                id: Uuid::now_v7(),
+                recipient: &recipient.email,
+                subject: &subject,
+                text_body: &text,
+                html_body: &html,
+            })
+            .collect();
+        mail::insert_all(tx, &mails).await?;
+    }
+    let ids: Vec<Uuid> = alerts.iter().map(|it| it.id).collect();
+    mail::alerts_are_sent(tx, tenant, &ids).await?;
+    Ok(())
 }
 
 fn pause(attempts: i32) -> Option<i64> {
