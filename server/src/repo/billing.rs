@@ -308,9 +308,16 @@ pub async fn apply_read(
 }
 
 /// Removes a customer that does not exist in Stripe, and its Checkout Session, so that the next Checkout creates
-/// others.
-pub async fn forget_customer(tx: &mut SystemTx, tenant: TenantId) -> Result<(), DbError> {
-    diesel::update(billing_accounts::table.find(tenant.0))
+/// others. Returns `false` if the tenant no longer has this customer.
+pub async fn forget_customer(
+    tx: &mut SystemTx,
+    tenant: TenantId,
+    customer: &str,
+) -> Result<bool, DbError> {
+    let own = billing_accounts::table
+        .find(tenant.0)
+        .filter(billing_accounts::customer_id.eq(customer));
+    let forgotten = diesel::update(own)
         .set((
             billing_accounts::customer_id.eq(None::<String>),
             // Stripe would return the same customer for the same idempotency key.
@@ -320,7 +327,7 @@ pub async fn forget_customer(tx: &mut SystemTx, tenant: TenantId) -> Result<(), 
         ))
         .execute(&mut **tx)
         .await?;
-    Ok(())
+    Ok(forgotten == 1)
 }
 
 /// Returns the tenant of a customer.
