@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::Alerts;
 use crate::{
-    db::{self, DbError},
+    db::{self, DbError, SystemTx},
     error_chain::chain,
     mail::{Mail, Mailer},
     repo::{
@@ -67,9 +67,10 @@ impl Alerts {
     /// Stores emails for alerts that have not been sent. After `per_hour` emails of all tenants in an hour, the others
     /// wait; 0 means no limit.
     pub async fn write_emails(&self, public_url: &str, per_hour: u32) -> Result<Written, DbError> {
-        let mut tx = self.db.system().await?;
-        let tenants = mail::tenants_with_alerts(&mut tx, PER_HOUR, TENANTS).await?;
-        tx.commit().await?;
+        let tenants = self
+            .db
+            .in_system(async |tx| mail::tenants_with_alerts(tx, PER_HOUR, TENANTS).await)
+            .await?;
         let mut written = Written::default();
         for tenant in tenants.into_iter().map(TenantId) {
             match self.write_email(tenant, public_url, per_hour).await {
@@ -96,38 +97,14 @@ impl Alerts {
         public_url: &str,
         per_hour: u32,
     ) -> Result<bool, DbError> {
-        let mut tx = self.db.system().await?;
-        if per_hour > 0 && mail::count_of_last_hour(&mut tx).await? >= i64::from(per_hour) {
-            return Ok(false);
-        }
-        let alerts = mail::lock_alerts(&mut tx, tenant, ALERTS_MAX).await?;
-        if alerts.is_empty() {
-            return Ok(true);
-        }
-        let recipients = mail::recipients(&mut tx, tenant, RECIPIENTS_MAX).await?;
-        if let Some(first) = recipients.first() {
-            let Text {
-                subject,
-                text,
-                html,
-            } = described(&alerts, &first.tenant, public_url);
-            let mails: Vec<_> = recipients
-                .iter()
-                .map(|recipient| NewMail {
-                    tenant_id: tenant.0,
-                    id: Uuid::now_v7(),
-                    recipient: &recipient.email,
-                    subject: &subject,
-                    text_body: &text,
-                    html_body: &html,
-                })
-                .collect();
-            mail::insert_all(&mut tx, &mails).await?;
-        }
-        let ids: Vec<Uuid> = alerts.iter().map(|it| it.id).collect();
-        mail::alerts_are_sent(&mut tx, tenant, &ids).await?;
-        tx.commit().await?;
-        Ok(true)
+        let write = async |tx: &mut SystemTx| {
+            if per_hour > 0 && mail::count_of_last_hour(tx).await? >= i64::from(per_hour) {
+                return Ok(false);
+            }
+            write_email(tx, tenant, public_url).await?;
+            Ok(true)
+        };
+        self.db.in_system(write).await
     }
 
     /// Sends emails that are due. Claims one at a time, so that an email's lease does not run while other emails are
@@ -135,10 +112,11 @@ impl Alerts {
     pub async fn send_emails(&self, mailer: &Mailer) -> Result<Sent, DbError> {
         let mut all = Sent::default();
         for _ in 0..BATCH {
-            let mut tx = self.db.system().await?;
             let after_tenant = *self.last_mailed.lock();
-            let due = mail::claim(&mut tx, after_tenant, LEASE).await?;
-            tx.commit().await?;
+            let due = self
+                .db
+                .in_system(async |tx| mail::claim(tx, after_tenant, LEASE).await)
+                .await?;
             let Some(due) = due else { break };
             *self.last_mailed.lock() = due.tenant_id;
             let sent = mailer.send(&mail_of(&due)).await;
@@ -157,12 +135,43 @@ impl Alerts {
                 // Do not log the recipient.
                 tracing::warn!(mail = %due.id, attempts = due.attempts, error, "cannot send an email");
             }
-            let mut tx = self.db.system().await?;
-            mail::finish(&mut tx, &due, error.as_deref(), retry_after).await?;
-            tx.commit().await?;
+            self.db
+                .in_system(async |tx| mail::finish(tx, &due, error.as_deref(), retry_after).await)
+                .await?;
         }
         Ok(all)
     }
+}
+
+/// For each recipient, stores one email about a tenant's alerts.
+async fn write_email(tx: &mut SystemTx, tenant: TenantId, public_url: &str) -> Result<(), DbError> {
+    let alerts = mail::lock_alerts(tx, tenant, ALERTS_MAX).await?;
+    if alerts.is_empty() {
+        return Ok(());
+    }
+    let recipients = mail::recipients(tx, tenant, RECIPIENTS_MAX).await?;
+    if let Some(first) = recipients.first() {
+        let Text {
+            subject,
+            text,
+            html,
+        } = described(&alerts, &first.tenant, public_url);
+        let mails: Vec<_> = recipients
+            .iter()
+            .map(|recipient| NewMail {
+                tenant_id: tenant.0,
+                id: Uuid::now_v7(),
+                recipient: &recipient.email,
+                subject: &subject,
+                text_body: &text,
+                html_body: &html,
+            })
+            .collect();
+        mail::insert_all(tx, &mails).await?;
+    }
+    let ids: Vec<Uuid> = alerts.iter().map(|it| it.id).collect();
+    mail::alerts_are_sent(tx, tenant, &ids).await?;
+    Ok(())
 }
 
 fn pause(attempts: i32) -> Option<i64> {

@@ -5,6 +5,7 @@ use clap::Subcommand;
 use quota_server::{
     billing::{
         Billing,
+        account::Switch,
         setup::{self, Finding, Offer},
     },
     config::{Config, Settings, StripeSettings},
@@ -131,16 +132,17 @@ async fn switch(config: &Config, settings: &StripeSettings) -> anyhow::Result<()
     with_database(config, async |url| {
         apply_migrations(url).await?;
         let billing = Billing::new(settings, Db::new(url, &config.database))?;
-        let (account, ended) = billing.switch_account().await?;
-        println!(
-            "\nThis server now bills through {account}. {} lost access; {} can subscribe again.",
-            if ended == 1 {
-                "1 tenant".to_owned()
-            } else {
-                format!("{ended} tenants")
-            },
-            if ended == 1 { "it" } else { "they" },
-        );
+        match billing.switch_account().await? {
+            Switch::AlreadyDone { account } => {
+                println!("\nThis server already bills through {account}. No tenant lost access.");
+            }
+            Switch::Done { account, ended: 1 } => println!(
+                "\nThis server now bills through {account}. 1 tenant lost access; it can subscribe again."
+            ),
+            Switch::Done { account, ended } => println!(
+                "\nThis server now bills through {account}. {ended} tenants lost access; they can subscribe again."
+            ),
+        }
         Ok(())
     })
     .await

@@ -51,6 +51,7 @@ impl Jobs {
         running.spawn(alerts::check(state.clone(), stopping.clone()));
         running.spawn(webhooks::deliver(state.clone(), stopping.clone()));
         let until_stopped = |job| until_stopped(stopping.clone(), job);
+        running.spawn(until_stopped(webhooks::measure(state.clone()).boxed()));
         running.spawn(until_stopped(mail::send(state.clone()).boxed()));
         if state.billing.is_some() {
             running.spawn(until_stopped(billing::handle_events(state.clone()).boxed()));

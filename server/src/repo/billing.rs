@@ -308,10 +308,17 @@ pub async fn apply_read(
     Ok((applied, is_audited.then_some(shown)))
 }
 
-/// Removes a customer that no longer exists in Stripe, and its Checkout Session. The next Checkout creates a new
-/// customer and session.
-pub async fn forget_customer(tx: &mut SystemTx, tenant: TenantId) -> Result<(), DbError> {
-    diesel::update(billing_accounts::table.find(tenant.0))
+/// Removes a customer that does not exist in Stripe, and its Checkout Session, so that the next Checkout creates
+/// others. Returns `false` if the tenant no longer has this customer.
+pub async fn forget_customer(
+    tx: &mut SystemTx,
+    tenant: TenantId,
+    customer: &str,
+) -> Result<bool, DbError> {
+    let own = billing_accounts::table
+        .find(tenant.0)
+        .filter(billing_accounts::customer_id.eq(customer));
+    let forgotten = diesel::update(own)
         .set((
             billing_accounts::customer_id.eq(None::<String>),
             // With the same idempotency key, Stripe would return the same customer.
@@ -321,7 +328,7 @@ pub async fn forget_customer(tx: &mut SystemTx, tenant: TenantId) -> Result<(), 
         ))
         .execute(&mut **tx)
         .await?;
-    Ok(())
+    Ok(forgotten == 1)
 }
 
 pub async fn tenant_of(tx: &mut SystemTx, customer: &str) -> Result<Option<TenantId>, DbError> {

@@ -138,26 +138,30 @@ impl Webhooks {
         let mut after = (Uuid::nil(), Uuid::nil());
         let mut unreadable = 0;
         loop {
-            let mut tx = self.0.db.system().await?;
-            let batch = webhook::stored_secrets(&mut tx, after, BATCH).await?;
-            let Some(last) = batch.last() else {
-                return tx.commit().await.map(|()| unreadable);
-            };
-            after = (last.tenant_id, last.id);
-            for stored in &batch {
-                match self.reencrypted(stored) {
-                    Ok(None) => {}
-                    Ok(Some((secret, previous))) => {
-                        webhook::replace_secrets(&mut tx, stored, &secret, previous.as_deref())
-                            .await?;
-                    }
-                    Err(error) => {
-                        unreadable += 1;
-                        tracing::debug!(webhook = %stored.id, %error, "cannot encrypt a secret again");
+            let batch = self.0.db.in_system(async |tx| {
+                let batch = webhook::stored_secrets(tx, after, BATCH).await?;
+                let mut unreadable = 0;
+                for stored in &batch {
+                    match self.reencrypted(stored) {
+                        Ok(None) => {}
+                        Ok(Some((secret, previous))) => {
+                            webhook::replace_secrets(tx, stored, &secret, previous.as_deref())
+                                .await?;
+                        }
+                        Err(error) => {
+                            unreadable += 1;
+                            tracing::debug!(webhook = %stored.id, %error, "cannot encrypt a secret again");
+                        }
                     }
                 }
+                Ok((batch.last().map(|it| (it.tenant_id, it.id)), unreadable))
+            });
+            let (last, more) = batch.await?;
+            unreadable += more;
+            match last {
+                Some(last) => after = last,
+                None => return Ok(unreadable),
             }
-            tx.commit().await?;
         }
     }
 

@@ -14,7 +14,7 @@ struct World {
     account: Account,
 }
 
-fn with_smtp(setup: Setup, smtp: &SmtpServer, credentials: &str) -> Setup {
+pub(crate) fn with_smtp(setup: Setup, smtp: &SmtpServer, credentials: &str) -> Setup {
     setup
         .flag(format!("--smtp-url=smtp://{credentials}{}", smtp.addr))
         .flag("--mail-from=Quota <quota@example.com>")

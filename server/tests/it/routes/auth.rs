@@ -352,6 +352,26 @@ async fn current_user_can_be_updated() {
     );
 }
 
+/// Other changes of the tenant take too long, so this one is rejected as a whole.
+#[tokio::test(flavor = "multi_thread")]
+async fn rejected_update_of_user_and_tenant_changes_neither() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let tenant = account.tenant_id.parse().expect("a UUID");
+    let before = app.act(&account, "GET", "/auth/me", Value::Null).await;
+    let update = json!({"name": "Ada", "tenant_name": "Analytical Engines"});
+    let turn = app.state.changes.turn(tenant).await.expect("a turn");
+    let rejected = app.act(&account, "PATCH", "/auth/me", update.clone()).await;
+    assert_eq!(rejected.status, 503, "{}", rejected.text);
+    let after = app.act(&account, "GET", "/auth/me", Value::Null).await;
+    assert_eq!(after.body, before.body);
+    drop(turn);
+    let updated = app.act(&account, "PATCH", "/auth/me", update).await;
+    assert_eq!(updated.status, 200, "{}", updated.text);
+    assert_eq!(updated.body["user"]["name"], "Ada", "{}", updated.text);
+    assert_eq!(updated.body["tenant"]["name"], "Analytical Engines");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn role_may_do_exactly_what_it_allows() {
     let app = TestApp::start().await;
