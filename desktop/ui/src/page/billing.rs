@@ -152,7 +152,7 @@ fn show(it: &BillingState, loader: Loader<BillingState>, visit: Visit) -> AnyVie
             <p class="muted small-text" role="status">
                 {move || {
                     (visit.waiting.get() == Waiting::Portal)
-                        .then_some("Stripe opened in your browser. Changes you make there appear here within seconds.")
+                        .then_some("Stripe opened in your browser. Your changes in Stripe appear here within seconds.")
                 }}
             </p>
         </section>
