@@ -118,6 +118,11 @@ impl Mailer {
         })
     }
 
+    /// Whether emails are sent, instead of being written to files.
+    pub const fn has_server(&self) -> bool {
+        matches!(self.transport, Transport::Smtp(_))
+    }
+
     fn message(&self, mail: &Mail<'_>) -> Result<Message, MailError> {
         let auto_submitted = HeaderName::new_from_ascii_str("Auto-Submitted");
         let message = Message::builder()

@@ -140,7 +140,7 @@ impl Expired {
                 let ended = format!("due_at IS NULL AND {}", older("created_at", "30 days"));
                 delete("webhook_deliveries", "ctid", &ended, "created_at")
             }
-            // Finds each webhook that has deliveries with one index probe.
+            // Finds the webhooks that have deliveries, with one index probe for each.
             Self::DeletedWebhooks => "WITH RECURSIVE logs AS ( \
                      (SELECT tenant_id, webhook_id FROM webhook_deliveries \
                       ORDER BY tenant_id, webhook_id, id LIMIT 1) \

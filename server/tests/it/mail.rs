@@ -85,6 +85,7 @@ impl World {
         let path = "/admin/alert-settings";
         let answer = self.app.act(&self.account, "PATCH", path, change).await;
         assert_eq!(answer.status, 200, "{}", answer.text);
+        assert_eq!(answer.body["can_email"], true);
     }
 
     async fn sql(&self, statement: &str) {

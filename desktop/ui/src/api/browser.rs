@@ -17,11 +17,11 @@ use quota_common::{
     ipc::BillingPage,
     json,
 };
-use wasm_bindgen::JsCast;
+use wasm_bindgen::{JsCast, JsValue};
 use wasm_bindgen_futures::JsFuture;
 use web_sys::{
-    Blob, BlobPropertyBag, HtmlAnchorElement, HtmlDocument, RequestCredentials, RequestInit,
-    Response, Url, window,
+    AbortSignal, Blob, BlobPropertyBag, HtmlAnchorElement, HtmlDocument, RequestCredentials,
+    RequestInit, Response, Url, window,
 };
 
 use super::error::{CallError, CallResult, TestResponse};
@@ -68,6 +68,21 @@ fn account_before_replacement() -> Option<(UserId, TenantId)> {
     })
 }
 
+/// How long a response may take, in milliseconds: longer than the server's own limit, unless that is configured.
+const RESPONSE_MS: u32 = 30_000;
+
+/// Why `fetch` failed. After the time limit, a change may still take effect.
+fn fetch_error(error: &JsValue, call: &Call) -> CallError {
+    let name = js_sys::Reflect::get(error, &"name".into()).ok();
+    let is_late = name.and_then(|it| it.as_string()).as_deref() == Some("TimeoutError");
+    let is_change = call.is_of_session() && call.sent().method != "GET";
+    if is_late && is_change {
+        CallError::NoResponse
+    } else {
+        CallError::Unreachable
+    }
+}
+
 /// Sends a request. Uses `fetch` directly: an HTTP crate would make the download 2% larger.
 async fn request(
     call: &Call,
@@ -94,12 +109,13 @@ async fn request(
         init.set_body(&body.into());
     }
     init.set_headers(&headers);
+    init.set_signal(Some(&AbortSignal::timeout_with_u32(RESPONSE_MS)));
     let window = window().ok_or(CallError::Unreachable)?;
     let path = format!("{}{query}", sent.path);
     JsFuture::from(window.fetch_with_str_and_init(&path, &init))
         .await
         .and_then(JsCast::dyn_into)
-        .map_err(|_| CallError::Unreachable)
+        .map_err(|error| fetch_error(&error, call))
 }
 
 async fn request_with_session(call: &Call) -> CallResult<Response> {

@@ -4,6 +4,8 @@ use std::fmt::{self, Write as _};
 
 use quota_common::{ApiKeyId, WebhookId};
 
+use super::role::Right;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ConsolePage {
     SignIn,
@@ -42,6 +44,25 @@ impl ConsolePage {
             ["console", "billing"] => Self::Billing,
             ["console", "settings"] => Self::Settings,
             _ => Self::NotFound,
+        }
+    }
+
+    /// The right that a page requires, and what it shows, as in `You don't have access to plans`.
+    pub const fn right(self) -> (Right, &'static str) {
+        match self {
+            Self::Plans => (Right::Read, "plans"),
+            Self::ApiKeys | Self::ApiKey(_) => (Right::Read, "API keys"),
+            Self::ServiceTokens => (Right::Read, "service tokens"),
+            Self::Webhooks | Self::Webhook(_) => (Right::Read, "webhooks"),
+            Self::Audit => (Right::Read, "the audit log"),
+            Self::Billing => (Right::Bill, "billing"),
+            Self::SignIn
+            | Self::Register
+            | Self::Home
+            | Self::Usage
+            | Self::Alerts
+            | Self::Settings
+            | Self::NotFound => (Right::Any, ""),
         }
     }
 }

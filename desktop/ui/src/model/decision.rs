@@ -142,7 +142,7 @@ pub fn decision_table(
 pub const fn no_decisions(requests: u64, was_used: bool) -> &'static str {
     match (requests, was_used) {
         (1.., _) => "The decision log has no entries for these requests.",
-        (0, true) => "No requests lately.",
+        (0, true) => "No recent requests.",
         (0, false) => "No requests yet.",
     }
 }
@@ -156,7 +156,7 @@ mod tests {
     #[test]
     fn no_text_denies_the_traffic_in_the_chart() {
         assert_eq!(no_decisions(0, false), "No requests yet.");
-        assert_eq!(no_decisions(0, true), "No requests lately.");
+        assert_eq!(no_decisions(0, true), "No recent requests.");
         for was_used in [false, true] {
             assert!(!no_decisions(7, was_used).contains("No requests"));
         }

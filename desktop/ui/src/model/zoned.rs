@@ -50,6 +50,16 @@ impl LocalTime {
         format!("{:02}:{:02}", self.hour, self.minute)
     }
 
+    /// For example, `26 Nov, 14:05:09 CET`. Seconds are the same in every time zone.
+    pub fn to_the_second(&self, seconds: i64) -> String {
+        format!(
+            "{}, {}:{seconds:02} {}",
+            self.date(),
+            self.clock(),
+            self.zone
+        )
+    }
+
     /// Returns the value of a date input, such as `2026-11-26`.
     pub fn iso_date(&self) -> String {
         format!("{:04}-{:02}-{:02}", self.year, self.month, self.day)
@@ -158,6 +168,7 @@ mod tests {
         let at = LocalTime::read("Thu, 26/11/2026, 14:05 CET").expect("a time");
         assert_eq!(at.whole_day(), "Thu 26 Nov");
         assert_eq!(at.in_full(), "Thu 26 Nov, 14:05 CET");
+        assert_eq!(at.to_the_second(9), "26 Nov, 14:05:09 CET");
         assert_eq!(at.iso_date(), "2026-11-26");
         let end = LocalTime::read("Thu, 26/11/2026, 15:05 GMT+5:30").expect("a time");
         assert_eq!(end.zone, "GMT+5:30");

@@ -131,7 +131,7 @@ fn NoDeliveries(is_filtered: bool) -> impl IntoView {
         }
         .into_any()
     } else {
-        view! { <EmptyState shape=Shape::Webhook title="No deliveries yet" about="Events sent to this webhook appear here for 30 days. To try it, send a test event."/> }
+        view! { <EmptyState shape=Shape::Webhook title="No deliveries yet" about="Events sent to this webhook appear here for 30 days. To try the webhook, send a test event."/> }
         .into_any()
     }
 }

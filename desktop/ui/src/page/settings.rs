@@ -38,6 +38,8 @@ fn Profile() -> impl IntoView {
     let me = session.me.get_untracked();
     let text = |text: Option<String>| RwSignal::new(text.unwrap_or_default());
     let name = text(me.as_ref().map(|me| me.user.name.clone()));
+    // A name can be changed but not removed.
+    let has_name = name.with_untracked(|name| !name.is_empty());
     let tenant = text(me.as_ref().map(|me| me.tenant.name.clone()));
     let zone = text(me.as_ref().map(|me| me.tenant.time_zone.clone()));
     let can_administer = me.is_some_and(|me| me.tenant.role.may_administer());
@@ -59,7 +61,7 @@ fn Profile() -> impl IntoView {
         <Card id="profile" title="Profile">
             <PageForm form action="Save changes" submit>
                 <div class="pair">
-                    <Field form name="name" id="own_name" label="Your name" value=name autocomplete="name"/>
+                    <Field form name="name" id="own_name" label="Your name" value=name autocomplete="name" required=has_name/>
                     {can_administer.then(|| view! { <Field form name="tenant_name" label="Organization" value=tenant autocomplete="organization" required=true/> })}
                 </div>
                 {can_administer
@@ -72,7 +74,7 @@ fn Profile() -> impl IntoView {
                                 value=zone
                                 required=true
                                 suggestions=time_zones()
-                                hint=format!("Determines when days and months start. This browser's time zone is {browser_zone}.")
+                                hint=format!("Determines when days and months start. Your browser's time zone is {browser_zone}.")
                             />
                         }
                     })}
