@@ -103,7 +103,7 @@ mod tests {
         assert_eq!(after(50, grant(1000, 50, 1), 1000), 50);
         assert_eq!(after(50, grant(1000, 49, 1), 1000), 50);
         assert_eq!(after(50, grant(1000, 35, 1), 1000), 70);
-        assert!((88..=98).contains(&after(50, grant(1000, 25, 1), 1000)));
+        assert!((87..=98).contains(&after(50, grant(1000, 25, 1), 1000)));
         for at in 1000..1100 {
             assert!((87..=100).contains(&after(50, grant(at, 17, 1), 1000)));
             assert!((87..=100).contains(&after(50, grant(at, 0, 1), 1000)));
