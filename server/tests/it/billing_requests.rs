@@ -120,12 +120,8 @@ async fn every_kind_of_request_is_valid_according_to_stripe() {
 
     // Usage of yesterday, and usage that Stripe accepts but cannot assign.
     stripe.fake.advance(4 * DAY);
-    billing
-        .read(quota_common::TenantId(
-            account.tenant_id.parse().expect("a UUID"),
-        ))
-        .await
-        .expect("read");
+    let tenant = quota_common::TenantId(account.tenant_id.parse().expect("a UUID"));
+    billing.read(tenant).await.expect("read");
     let plan = app.plan(&account, json!({"billing": "paid"})).await;
     let record = |hours| UsageRecord {
         billing: "paid",
@@ -150,6 +146,12 @@ async fn every_kind_of_request_is_valid_according_to_stripe() {
         .await
         .expect("it is SQL");
     usage::append(&app, &[record(3)]).await;
+    // Thin events have a destination of their own, which has the same URL.
+    let path = format!("webhook_endpoints/{}", stripe.endpoint);
+    let all = stripe
+        .fake
+        .request(&Method::POST, &path, "enabled_events[0]=*");
+    all.expect("changed");
     let mut meter_errors = 0;
     while meter_errors == 0 {
         billing.plan_usage().await.expect("planned");
@@ -158,6 +160,15 @@ async fn every_kind_of_request_is_valid_according_to_stripe() {
         meter_errors = billing.handle_due().await.expect("handled").meter_errors;
         assert!(began.elapsed() < AT_MOST, "no error is reported");
     }
+
+    // Unpaid invoices decide how long access lasts.
+    let customer = stripe.customer_of(&account);
+    let restore = format!("UPDATE billing_accounts SET customer_id = '{customer}'");
+    client.execute(&restore, &[]).await.expect("it is SQL");
+    stripe.fake.set_card(&customer, Card::Declines);
+    stripe.fake.advance(31 * DAY);
+    billing.read(tenant).await.expect("read");
+    wait_for_access(&app, &account, "past_due").await;
 
     let sent = stripe.fake.received();
     let operations: BTreeSet<_> = sent.iter().filter_map(|it| it.operation).collect();

@@ -987,13 +987,13 @@ async fn requests_that_stripe_does_not_document_are_detected() {
         assert!(invalid[0].contains(part), "{part}: {invalid:?}");
     }
     for (method, path, form) in [
+        ("POST", "/v1/products", "name=p&id=p".into()),
         (
             "POST",
             "/v1/prices",
             format!("{price}&metadata[a]=b&lookup_key={}", &long[1..]),
         ),
         ("POST", "/v1/customers", "name=".into()),
-        ("POST", "/v1/products", "name=p&id=p".into()),
         ("POST", "/v1/prices", format!("{price}&active=true")),
         ("GET", "/v1/customers", "limit=10&created[gte]=5".into()),
         ("GET", "/v1/account", String::new()),
