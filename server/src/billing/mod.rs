@@ -357,14 +357,12 @@ impl Billing {
             success_url: buyer.success_url,
             cancel_url: buyer.cancel_url,
         };
-        let key = format!("quota-checkout-{tenant}-{attempt}");
+        // With another customer, it is another request.
+        let key = format!("quota-checkout-{tenant}-{attempt}-{customer}");
         let created = self.stripe.create_checkout(&checkout, &key).await;
-        if let Err(
-            StripeError::Failed { .. } | StripeError::Rejected { .. } | StripeError::Missing { .. },
-        ) = &created
-        {
-            // The same idempotency key would return the same error. If a session was created despite the error, no user
-            // has seen its page.
+        if let Err(StripeError::Failed { .. } | StripeError::Rejected { .. }) = &created {
+            // The same idempotency key would return the same error. If a session was created after all, no user has
+            // seen its page.
             self.end_checkout(tenant, attempt).await?;
         }
         let session = created?;

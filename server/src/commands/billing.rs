@@ -70,8 +70,12 @@ fn amount(text: &str) -> Result<String, String> {
 }
 
 fn currency(text: &str) -> Result<stripe_types::Currency, String> {
-    text.parse()
-        .map_err(|_| "must be a currency code such as usd".to_owned())
+    match text.parse() {
+        Ok(stripe_types::Currency::Unknown(_)) | Err(_) => {
+            Err("must be a currency code such as usd".to_owned())
+        }
+        Ok(currency) => Ok(currency),
+    }
 }
 
 pub async fn run(config: Config, _log: Log, command: BillingCommand) -> anyhow::Result<()> {

@@ -172,13 +172,14 @@ impl Db {
         &self,
         work: impl AsyncFnOnce(&mut SystemTx) -> Result<T, DbError>,
     ) -> Result<T, DbError> {
-        self.within_limit(async {
+        // Boxed, since many callers would contain it several times.
+        let transaction = Box::pin(async {
             let mut tx = self.system().await?;
             let result = work(&mut tx).await?;
             tx.commit().await?;
             Ok(result)
-        })
-        .await
+        });
+        self.within_limit(transaction).await
     }
 
     fn pool(&self) -> &ConnectionPool {

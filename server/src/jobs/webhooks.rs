@@ -93,8 +93,7 @@ impl Worker {
                 return;
             }
             let running: Vec<_> = self.attempts.values().copied().collect();
-            let claim = self.state.webhooks.claim(room, &running);
-            let due = match self.state.db.within_limit(claim).await {
+            let due = match self.state.webhooks.claim(room, &running).await {
                 Ok(due) => due,
                 Err(error) => return self.report(&error),
             };

@@ -58,9 +58,6 @@ use crate::config::StripeSettings;
 /// The maximum duration of a request. A request that timed out may have taken effect.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The maximum length of a customer's name, in characters.
-const NAME_MAX: usize = 150;
-
 /// The metadata key under which Stripe objects store the ID of their tenant.
 pub const TENANT: &str = "quota_tenant";
 
@@ -244,7 +241,6 @@ impl Stripe {
         name: &str,
         key: &str,
     ) -> Result<String> {
-        let name: String = name.chars().take(NAME_MAX).collect();
         let request = CreateCustomer::new()
             .email(email)
             .name(name)

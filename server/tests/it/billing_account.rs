@@ -307,8 +307,11 @@ async fn command_switches_to_another_account_only_when_asked() {
         let secret = [("STRIPE_WEBHOOK_SECRET", world.other.secret.as_str())];
         billing_command(&world.database, &world.other.fake, arguments, &secret).await
     };
-    let setup = ["setup", "--price=2900", "--usage-price=1"];
-    let (status, output) = run(&setup).await;
+    let arguments = ["setup", "--price=2900", "--usage-price=1"];
+    // The webhook endpoint exists.
+    let url = setup::webhook_url("https://quota.example.com");
+    world.other.fake.move_endpoint(&world.other.endpoint, &url);
+    let (status, output) = run(&arguments).await;
     assert_eq!(status, Some(0), "{output}");
     let (status, output) = run(&["check"]).await;
     assert_eq!(status, Some(1), "{output}");
@@ -322,7 +325,7 @@ async fn command_switches_to_another_account_only_when_asked() {
     wait_for_mismatch(&app, 1.0).await;
     assert_eq!(app.echo(&world.key).await.status, 200);
 
-    let switch = [&setup[..], &["--switch-account"]].concat();
+    let switch = [&arguments[..], &["--switch-account"]].concat();
     let (status, output) = run(&switch).await;
     assert_eq!(status, Some(0), "{output}");
     let said =

@@ -262,7 +262,8 @@ async fn tenants_are_charged_once_with_faults_in_every_request_and_a_worker_that
             assert!(attempt < 70, "run {seed}: no Checkout");
             let mut started = None;
             let work = async { started = billing.checkout(&buyer).await.ok() };
-            if is_last {
+            // A slow machine may end all of them.
+            if is_last || attempt >= 60 {
                 work.await;
             } else {
                 ended += u32::from(end_early(&mut rng, 120_000, Box::pin(work)).await);

@@ -865,7 +865,7 @@ async fn requests_that_stripe_does_not_document_are_detected() {
         )
     };
     let price = "currency=usd&product=p&unit_amount=5&recurring[interval]=month";
-    let long = "n".repeat(151);
+    let long = "n".repeat(201);
     for (method, path, form, headers, part) in [
         (
             "POST",
@@ -918,10 +918,10 @@ async fn requests_that_stripe_does_not_document_are_detected() {
         ),
         (
             "POST",
-            "/v1/customers",
-            format!("name={long}"),
+            "/v1/prices",
+            format!("{price}&lookup_key={long}"),
             &[],
-            "/name",
+            "/lookup_key",
         ),
         (
             "POST",
@@ -987,13 +987,13 @@ async fn requests_that_stripe_does_not_document_are_detected() {
         assert!(invalid[0].contains(part), "{part}: {invalid:?}");
     }
     for (method, path, form) in [
+        ("POST", "/v1/products", "name=p&id=p".into()),
         (
             "POST",
-            "/v1/customers",
-            format!("name={}&metadata[a]=b", &long[1..]),
+            "/v1/prices",
+            format!("{price}&metadata[a]=b&lookup_key={}", &long[1..]),
         ),
         ("POST", "/v1/customers", "name=".into()),
-        ("POST", "/v1/products", "name=p&id=p".into()),
         ("POST", "/v1/prices", format!("{price}&active=true")),
         ("GET", "/v1/customers", "limit=10&created[gte]=5".into()),
         ("GET", "/v1/account", String::new()),

@@ -179,7 +179,7 @@ pub(crate) async fn billing_command(
         .env("STRIPE_API_BASE", stripe.url())
         .env("QUOTA_PUBLIC_URL", "https://quota.example.com")
         .envs(settings.iter().copied());
-    let output = tokio::task::spawn_blocking(move || command.output());
+    let output = tokio::task::spawn(async move { command.output() });
     let output = output.await.expect("no panic").expect("the binary runs");
     let text = [output.stdout, output.stderr].concat();
     let text = String::from_utf8_lossy(&text).into_owned();
