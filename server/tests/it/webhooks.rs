@@ -823,7 +823,7 @@ async fn webhook_with_a_large_backlog_can_be_disabled() {
         .hooks
         .create(&world.app, &world.account, "/hook")
         .await;
-    world.store(&webhook, 4000).await;
+    world.store(&webhook, 2500).await;
     // Altogether, this takes longer than a statement may.
     let client = world.app.database.connect().await;
     client
@@ -840,7 +840,7 @@ async fn webhook_with_a_large_backlog_can_be_disabled() {
     let failed = world
         .act("GET", &format!("{list}failed"), Value::Null)
         .await;
-    assert_eq!(failed["total"], 4000);
+    assert_eq!(failed["total"], 2500);
     let pending = world
         .act("GET", &format!("{list}pending"), Value::Null)
         .await;
