@@ -411,14 +411,6 @@ async fn unknown_thin_and_foreign_events_are_stored_and_end() {
         .as_str()
         .expect("an ID")
         .to_owned();
-    let send = async |event: Value| {
-        let body = event.to_string();
-        let header = sign(usage::now().timestamp(), &body, &[&stripe.secret]);
-        let call = app.request(Method::POST, "/billing/stripe/webhook");
-        let call = call.body("application/json; charset=utf-8", body);
-        let answer = call.header("Stripe-Signature", &header).send().await;
-        assert_eq!(answer.status, 204, "{}", answer.text);
-    };
     let foreign = [
         json!({"id": "evt_a", "type": "charge.succeeded", "data": {"object": {"id": "ch_1", "customer": "cus_x"}}}),
         json!({"id": "evt_b", "type": "v1.billing.meter.no_meter_found", "object": "v2.core.event"}),
@@ -427,7 +419,7 @@ async fn unknown_thin_and_foreign_events_are_stored_and_end() {
             "data": {"object": {"id": subscription, "customer": stripe.customer_of(&account)}}}),
     ];
     for event in foreign {
-        send(event).await;
+        stripe.send_event(&app, &event).await;
     }
     handled(&app).await;
     let ignored = "SELECT count(*) FROM billing_events WHERE outcome = 'ignored'";
@@ -439,11 +431,9 @@ async fn unknown_thin_and_foreign_events_are_stored_and_end() {
     );
 
     // A thin event about the subscription, whose customer has to be requested.
-    send(
-        json!({"id": "evt_e", "type": "v1.customer.subscription.updated", "object": "v2.core.event",
-        "livemode": false, "related_object": {"id": subscription, "type": "subscription"}}),
-    )
-    .await;
+    let event = json!({"id": "evt_e", "type": "v1.customer.subscription.updated", "object": "v2.core.event",
+        "livemode": false, "related_object": {"id": subscription, "type": "subscription"}});
+    stripe.send_event(&app, &event).await;
     wait_for_access(&app, &account, "active").await;
     handled(&app).await;
     assert_eq!(

@@ -34,7 +34,8 @@ struct World {
 }
 
 impl World {
-    async fn subscribed(ago: Duration) -> Self {
+    /// A tenant with a plan marked `paid`, and no subscription. Stripe's clock is set back.
+    async fn unsubscribed(ago: Duration) -> Self {
         let stripe = TestStripe::start().await;
         stripe.fake.set_back(ago);
         let app = stripe
@@ -45,18 +46,24 @@ impl World {
         stripe.send_to(&app);
         let account = app.register().await;
         let plan = app.plan(&account, json!({"billing": "paid"})).await;
-        let world = Self {
+        Self {
             stripe,
             app,
             account,
             plan,
-        };
-        let session = world
-            .stripe
-            .start_checkout(&world.app, &world.account)
-            .await;
-        let paid = world.stripe.fake.pay_checkout(&session, Card::Good, false);
+        }
+    }
+
+    /// Pays at Checkout. Stripe's clock does not advance.
+    async fn pay(&self) {
+        let session = self.stripe.start_checkout(&self.app, &self.account).await;
+        let paid = self.stripe.fake.pay_checkout(&session, Card::Good, false);
         paid.expect("the session is open");
+    }
+
+    async fn subscribed(ago: Duration) -> Self {
+        let world = Self::unsubscribed(ago).await;
+        world.pay().await;
         world.stripe.fake.advance(ago);
         world.read().await;
         world
@@ -65,30 +72,15 @@ impl World {
     /// The tenant subscribed 40 days ago, and the invoice of its last period could not be finalized. Also returns that
     /// invoice.
     async fn with_a_draft_invoice() -> (Self, String) {
-        let stripe = TestStripe::start().await;
-        stripe.fake.set_back(40 * DAY);
-        let app = stripe
-            .configure(TestApp::setup())
-            .without_jobs()
-            .start()
-            .await;
-        let account = app.register().await;
-        let plan = app.plan(&account, json!({"billing": "paid"})).await;
-        let session = stripe.start_checkout(&app, &account).await;
-        let paid = stripe.fake.pay_checkout(&session, Card::Good, false);
-        paid.expect("the session is open");
-        stripe.fake.fail_finalizations(1);
-        stripe.fake.advance(40 * DAY);
-        let invoices = stripe.fake.all("invoice");
+        let world = Self::unsubscribed(40 * DAY).await;
+        world.pay().await;
+        let fake = &world.stripe.fake;
+        fake.fail_finalizations(1);
+        fake.advance(40 * DAY);
+        let invoices = fake.all("invoice");
         let draft = invoices.iter().find(|it| it["status"] == "draft");
         let draft = draft.expect("it could not be finalized")["id"].as_str();
         let draft = draft.expect("an ID").to_owned();
-        let world = Self {
-            stripe,
-            app,
-            account,
-            plan,
-        };
         world.read().await;
         (world, draft)
     }
@@ -572,21 +564,7 @@ async fn usage_that_cannot_be_charged_is_recorded_with_the_reason() {
 /// A tenant that never subscribed, or whose subscription has no price for usage, is not charged for it.
 #[tokio::test(flavor = "multi_thread")]
 async fn usage_without_a_metered_price_is_not_sent() {
-    let stripe = TestStripe::start().await;
-    stripe.fake.set_back(3 * DAY);
-    let app = stripe
-        .configure(TestApp::setup())
-        .without_jobs()
-        .start()
-        .await;
-    let account = app.register().await;
-    let plan = app.plan(&account, json!({"billing": "paid"})).await;
-    let world = World {
-        stripe,
-        app,
-        account,
-        plan,
-    };
+    let world = World::unsubscribed(3 * DAY).await;
     world.append(&[world.paid(hour(5), 1)]).await;
     world.report().await;
     let metered = world

@@ -12,9 +12,9 @@ use tempfile::TempDir;
 
 use self::{
     programs::{Filled, Gateway, Program, folder},
-    upstreams::{Api, Authority, Behind, Head, TlsHop},
+    upstreams::{Api, Behind, Head, TlsHop},
 };
-use crate::support::app::TestApp;
+use crate::support::{app::TestApp, authority::Authority};
 
 /// Quota's headers that a gateway forwards.
 const LIMITS: [&str; 5] = [

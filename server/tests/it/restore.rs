@@ -11,26 +11,19 @@ use std::{
 };
 
 use quota_testkit::proxy::Fault;
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use reqwest::Client;
 use serde_json::json;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional},
     net::{TcpListener, TcpStream},
 };
-use tokio_rustls::{
-    TlsAcceptor,
-    rustls::{
-        ServerConfig,
-        crypto::aws_lc_rs::default_provider,
-        pki_types::{PrivateKeyDer, pem::PemObject as _},
-    },
-};
+use tokio_rustls::TlsAcceptor;
 
 use crate::{
     backup::{back_up, count, migrated, restore, script, text},
     outage::through_proxy,
     support::{
+        authority::Authority,
         postgres::TestDatabase,
         quota::{Quota, data_dir},
     },
@@ -247,34 +240,10 @@ async fn restore_as_root_writes_only_what_the_server_user_may_write() {
     }
 }
 
-/// PostgreSQL with TLS: answers the client's request for encryption, and forwards what it decrypts. Returns its port, and
-/// writes the certificate of its authority, which certifies `localhost`, to a file.
-async fn encrypted(database: &TestDatabase, root: &Path) -> u16 {
-    let mut authority = CertificateParams::new(Vec::new()).expect("no names");
-    authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    authority
-        .distinguished_name
-        .push(DnType::CommonName, root.display().to_string());
-    let authority_key = KeyPair::generate().expect("a key");
-    let certificate = authority.self_signed(&authority_key).expect("it signs");
-    fs::write(root, certificate.pem()).expect("written");
-    let issuer = Issuer::new(authority, authority_key);
-    let key = KeyPair::generate().expect("a key");
-    let mut leaf = CertificateParams::new(vec!["localhost".to_owned()]).expect("a name");
-    // OpenSSL takes a certificate whose subject is that of its issuer for a self-signed one.
-    leaf.distinguished_name
-        .push(DnType::CommonName, "localhost");
-    let leaf = leaf.signed_by(&key, &issuer).expect("it signs");
-    let config = ServerConfig::builder_with_provider(Arc::new(default_provider()))
-        .with_safe_default_protocol_versions()
-        .expect("versions of TLS")
-        .with_no_client_auth()
-        .with_single_cert(
-            vec![leaf.der().clone()],
-            PrivateKeyDer::from_pem_slice(key.serialize_pem().as_bytes()).expect("a key"),
-        )
-        .expect("the key is the certificate's");
-    let acceptor = TlsAcceptor::from(Arc::new(config));
+/// Puts TLS in front of PostgreSQL: accepts the client's request for encryption, and forwards what it decrypts. Returns
+/// the port.
+async fn encrypted(database: &TestDatabase, authority: &Authority) -> u16 {
+    let acceptor = TlsAcceptor::from(Arc::clone(&authority.config));
 
     let (proxy, _) = through_proxy(database).await;
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
@@ -306,13 +275,15 @@ async fn encrypted(database: &TestDatabase, root: &Path) -> u16 {
     port
 }
 
-/// For the server, `sslmode=require` verifies the certificate. PostgreSQL's own programs do not, unless they are told to.
+/// With `sslmode=require`, the server verifies the certificate. PostgreSQL's own programs do not verify it by default.
 #[tokio::test(flavor = "multi_thread")]
 async fn backup_verifies_the_certificate_if_the_server_does() {
     let (source, certificates, backups) = (migrated().await, data_dir(), data_dir());
     let file = |name: &str| certificates.path().join(name);
-    let port = encrypted(&source, &file("trusted.pem")).await;
-    encrypted(&source, &file("other.pem")).await;
+    let trusted = Authority::new(certificates.path(), "trusted");
+    let port = encrypted(&source, &trusted).await;
+    // Has not issued the certificate.
+    Authority::new(certificates.path(), "other");
     let config: tokio_postgres::Config = source.url().parse().expect("a URL");
     let (user, name) = (
         config.get_user().unwrap_or("postgres"),

@@ -1,9 +1,7 @@
 //! The upstreams of a gateway: the API that it protects, and Quota or a substitute behind TLS.
 
 use std::{
-    fs,
     net::SocketAddr,
-    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -11,7 +9,6 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use tokio::{
     io::{
         AsyncBufRead, AsyncBufReadExt as _, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _,
@@ -19,13 +16,9 @@ use tokio::{
     },
     net::{TcpListener, TcpStream},
 };
-use tokio_rustls::{
-    TlsAcceptor,
-    rustls::{
-        ServerConfig,
-        pki_types::{PrivateKeyDer, pem::PemObject as _},
-    },
-};
+use tokio_rustls::TlsAcceptor;
+
+use crate::support::authority::Authority;
 
 /// The API behind a gateway. It returns the body it received. The path can select another status, such as
 /// `/status/403`.
@@ -124,45 +117,6 @@ async fn read_request(
     let mut body = vec![0; length];
     stream.read_exact(&mut body).await.ok()?;
     Some((head, body))
-}
-
-/// A certificate authority, and its certificate for `localhost`.
-pub(super) struct Authority {
-    /// The file with the authority's certificate.
-    pub(super) root: PathBuf,
-    config: Arc<ServerConfig>,
-}
-
-impl Authority {
-    pub(super) fn new(dir: &Path, name: &str) -> Self {
-        let mut authority = CertificateParams::new(Vec::new()).expect("no names");
-        authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        authority.distinguished_name.push(DnType::CommonName, name);
-        let authority_key = KeyPair::generate().expect("a key");
-        let certificate = authority.self_signed(&authority_key).expect("it signs");
-        let issuer = Issuer::new(authority, authority_key);
-        let key = KeyPair::generate().expect("a key");
-        let mut leaf = CertificateParams::new(vec!["localhost".to_owned()]).expect("a name");
-        leaf.distinguished_name
-            .push(DnType::CommonName, "localhost");
-        let leaf = leaf.signed_by(&key, &issuer).expect("it signs");
-        let root = dir.join(format!("{name}.pem"));
-        fs::write(&root, certificate.pem()).expect("it is written");
-        let provider = Arc::new(tokio_rustls::rustls::crypto::aws_lc_rs::default_provider());
-        let config = ServerConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .expect("versions of TLS")
-            .with_no_client_auth()
-            .with_single_cert(
-                vec![leaf.der().clone()],
-                PrivateKeyDer::from_pem_slice(key.serialize_pem().as_bytes()).expect("a key"),
-            )
-            .expect("the key is the certificate's");
-        Self {
-            root,
-            config: Arc::new(config),
-        }
-    }
 }
 
 /// The server at Quota's address.

@@ -1,6 +1,7 @@
 //! Test support.
 
 pub(crate) mod app;
+pub(crate) mod authority;
 pub(crate) mod hooks;
 pub(crate) mod http2;
 pub(crate) mod postgres;

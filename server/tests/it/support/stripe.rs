@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use quota_fake_stripe::{Card, Delivery, FakeStripe, SECRET_KEY};
+use quota_fake_stripe::{Card, Delivery, FakeStripe, SECRET_KEY, sign};
 use reqwest::Method;
 use serde_json::{Value, json};
 
@@ -13,6 +13,7 @@ use super::{
     app::{Account, Setup, TestApp},
     postgres::TestDatabase,
 };
+use crate::usage;
 
 /// A time limit that holds on a busy machine.
 const AT_MOST: Duration = Duration::from_secs(15);
@@ -74,6 +75,16 @@ impl TestStripe {
     pub(crate) fn send_to(&self, app: &TestApp) {
         let url = app.url("/billing/stripe/webhook");
         self.fake.move_endpoint(&self.endpoint, &url);
+    }
+
+    /// Sends an event that the fake does not have, with a valid signature.
+    pub(crate) async fn send_event(&self, app: &TestApp, event: &Value) {
+        let body = event.to_string();
+        let header = sign(usage::now().timestamp(), &body, &[&self.secret]);
+        let call = app.request(Method::POST, "/billing/stripe/webhook");
+        let call = call.body("application/json; charset=utf-8", body);
+        let answer = call.header("Stripe-Signature", &header).send().await;
+        assert_eq!(answer.status, 204, "{}", answer.text);
     }
 
     /// Delivers one event. Returns the status of the response.

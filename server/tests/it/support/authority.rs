@@ -1,0 +1,54 @@
+//! Certificates for servers of the tests.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+use tokio_rustls::rustls::{
+    ServerConfig,
+    crypto::aws_lc_rs::default_provider,
+    pki_types::{PrivateKeyDer, pem::PemObject as _},
+};
+
+/// A certificate authority, and its certificate for `localhost`.
+pub(crate) struct Authority {
+    /// The file with the authority's certificate.
+    pub(crate) root: PathBuf,
+    pub(crate) config: Arc<ServerConfig>,
+}
+
+impl Authority {
+    pub(crate) fn new(dir: &Path, name: &str) -> Self {
+        let mut authority = CertificateParams::new(Vec::new()).expect("no names");
+        authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        authority.distinguished_name.push(DnType::CommonName, name);
+        let authority_key = KeyPair::generate().expect("a key");
+        let certificate = authority.self_signed(&authority_key).expect("it signs");
+        let issuer = Issuer::new(authority, authority_key);
+        let key = KeyPair::generate().expect("a key");
+        let mut leaf = CertificateParams::new(vec!["localhost".to_owned()]).expect("a name");
+        // OpenSSL takes a certificate with the subject of its issuer for a self-signed one.
+        leaf.distinguished_name
+            .push(DnType::CommonName, "localhost");
+        let leaf = leaf.signed_by(&key, &issuer).expect("it signs");
+        let root = dir.join(format!("{name}.pem"));
+        fs::write(&root, certificate.pem()).expect("it is written");
+        let provider = Arc::new(default_provider());
+        let config = ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .expect("versions of TLS")
+            .with_no_client_auth()
+            .with_single_cert(
+                vec![leaf.der().clone()],
+                PrivateKeyDer::from_pem_slice(key.serialize_pem().as_bytes()).expect("a key"),
+            )
+            .expect("the key is the certificate's");
+        Self {
+            root,
+            config: Arc::new(config),
+        }
+    }
+}
