@@ -171,8 +171,7 @@ response! {
         pub key_id: ApiKeyId,
         pub key_name: String,
         pub policy: PolicyName,
-        /// How much of the quota is used, including tokens that replicas hold for future requests: at most 1% of the
-        /// quota in total, or one token per replica if the quota is small.
+        /// Total cost of the requests allowed so far.
         pub used: u64,
         pub limit: u64,
         /// When the day or month ends.

@@ -153,7 +153,7 @@ impl StatsApi {
         let (starts, to) = (&starts[..], (yesterday.quarter + range::QUARTER).min(today));
         let of_yesterday = usage::series(&mut tx, &filter, None, starts, to).await?;
         let numbers = usage_status::numbers(&mut tx).await?;
-        let mut quotas = usage_status::quotas(&mut tx).await?;
+        let mut quotas = usage_status::quotas(&mut tx, self.state.metering.is_on()).await?;
         let standings = usage_status::standings(&mut tx).await?;
         tx.commit().await?;
 

@@ -62,8 +62,7 @@ pub async fn numbers(tx: &mut TenantTx) -> Result<Numbers, DbError> {
     .await?)
 }
 
-/// The usage of a quota in its current window, according to the ledger. Includes unspent tokens that replicas have
-/// taken.
+/// The usage of a quota in its current window.
 #[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
 pub struct QuotaRow {
     #[diesel(sql_type = SqlUuid)]
@@ -102,16 +101,39 @@ const QUOTAS: &str = "\
     ) w \
     WHERE k.tenant_id = $1 AND v.quota IS NOT NULL";
 
-/// Returns the quotas of active keys that are closest to their limit, closest first.
-pub async fn quotas(tx: &mut TenantTx) -> Result<Vec<QuotaRow>, DbError> {
+/// Returns the quotas of active keys that are closest to their limit, closest first. Without metering, `used` includes
+/// tokens that replicas hold.
+///
+/// With metering, the quotas are selected by the ledger, because the rollups of a month are many rows, and `used` is
+/// then read from the rollups. Rollups may include requests from before the quota was set, so the ledger is a maximum.
+pub async fn quotas(tx: &mut TenantTx, is_metered: bool) -> Result<Vec<QuotaRow>, DbError> {
+    const CLOSEST: &str = "used::double precision / quota DESC, window_end DESC, key_id";
     let tenant = tx.tenant().0;
-    Ok(diesel::sql_query(format!(
-        "{QUOTAS} AND k.is_active ORDER BY w.used::double precision / w.quota DESC, w.window_end DESC, k.id LIMIT $2"
-    ))
-    .bind::<SqlUuid, _>(tenant)
-    .bind::<BigInt, _>(ATTENTION)
-    .load(&mut **tx)
-    .await?)
+    let taken =
+        format!("SELECT * FROM ({QUOTAS} AND k.is_active) taken ORDER BY {CLOSEST} LIMIT $2");
+    let query = if is_metered {
+        format!(
+            "WITH taken AS MATERIALIZED ({taken}), \
+             used AS ( \
+                 SELECT t.key_id, t.key_name, t.policy, least(t.used, u.spent) AS used, t.quota, t.window_start, \
+                     t.window_end \
+                 FROM taken t \
+                 CROSS JOIN LATERAL ( \
+                     SELECT coalesce(sum(u.cost), 0)::bigint AS spent FROM usage_quarters u \
+                     WHERE u.tenant_id = $1 AND u.endpoint = E'\\x01' AND u.key_id = t.key_id AND u.policy = '' \
+                         AND u.start >= t.window_start AND u.start < t.window_end \
+                 ) u \
+             ) \
+             SELECT * FROM used WHERE used > 0 ORDER BY {CLOSEST}"
+        )
+    } else {
+        taken
+    };
+    Ok(diesel::sql_query(query)
+        .bind::<SqlUuid, _>(tenant)
+        .bind::<BigInt, _>(ATTENTION)
+        .load(&mut **tx)
+        .await?)
 }
 
 /// Returns the current windows of a key's quotas.
