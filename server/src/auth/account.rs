@@ -298,7 +298,7 @@ impl Accounts {
     }
 
     /// Counts a sign-in attempt. If a known device has no attempts left, it is treated like an unknown device.
-    /// Therefore, nobody can lock the owner out by collecting devices of the account.
+    /// Otherwise, anyone who has obtained device tokens of the account could lock its owner out.
     async fn attempt(
         &self,
         email: &str,

@@ -14,7 +14,7 @@
 //! - A change to a plan invalidates the entries of all its keys without listing them.
 //!
 //! Negative results are also cached: an invalid secret is remembered for a few seconds. These entries need no number:
-//! secrets are random, so nobody looks one up before it is created.
+//! secrets are random, so a secret is never looked up before it is created.
 //!
 //! **Trust.** Anyone with access to Redis could write entries. Each entry is stored under the hash of its secret, and
 //! sealed for that hash with a key of this installation ([`Seal`]). Therefore, writing to Redis can make entries

@@ -686,7 +686,7 @@ async fn tenant_with_a_large_backlog_does_not_take_all_attempts() {
     assert_eq!(webhooks.len(), 9);
 }
 
-/// Those of a tenant whose earlier attempts are still in progress come last, wherever the turn is.
+/// Deliveries of a tenant whose earlier attempts are still in progress are claimed last, no matter whose turn it is.
 #[tokio::test(flavor = "multi_thread")]
 async fn tenant_without_attempts_in_progress_is_first() {
     let world = World::without_jobs().await;

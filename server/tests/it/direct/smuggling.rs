@@ -3,7 +3,7 @@
 
 use super::{grammar::Case, pair::Pair};
 
-/// The request that an attacker hides, whose response nobody may get.
+/// The request that an attacker hides in another one. It must never get a response.
 const HIDDEN: &str =
     "GET /v1/echo HTTP/1.1\r\nHost: q\r\nX-Request-ID: c-hidden\r\nX-API-Key: KEY\r\n\r\n";
 

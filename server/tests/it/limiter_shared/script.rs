@@ -574,7 +574,7 @@ async fn a_clock_that_was_set_back_hides_no_connected_caller() {
         let since = now() - 400_000;
         assert!(take(since, since).await.is_some(), "{set_back} s");
     }
-    // If nobody is connected, it has to.
+    // If no other replica is connected, a new epoch must begin.
     clock.advance(Duration::from_secs(1));
     assert!(take(1, 0).await.is_none());
 }
