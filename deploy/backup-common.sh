@@ -111,9 +111,9 @@ as_owner() {
   fi
 }
 
-# Unpacks an archive that archive_usage wrote. Adds its segments to those that exist, which are kept: their servers have written to them since.
-# A segment is named after its ID, and the database contains the position up to which it was written, so no record is
-# counted twice. Can be repeated after an interruption.
+# Unpacks an archive that archive_usage wrote. Adds its segments to the existing ones, to which their servers have written
+# since. The database contains the ID of each segment and the position up to which it was read, so no record is counted
+# twice. Can be repeated after an interruption.
 restore_usage() {
   if [ -z "$database" ]; then
     "${compose[@]}" up --no-start quota
@@ -152,7 +152,7 @@ merge_usage() {
   trap 'rm -rf "$unpacked"' EXIT
   tar --extract --sparse --no-same-owner --directory "$unpacked"
   for segment in "$unpacked"/usage/*/*; do
-    case $segment in *.segment | */refused/*) ;; *) continue ;; esac
+    case $segment in *.segment | */rejected/*) ;; *) continue ;; esac
     target=$QUOTA_DATA_DIR/${segment#"$unpacked/"}
     [ ! -e "$target" ] || continue
     mkdir -p "${target%/*}"
