@@ -89,21 +89,25 @@ impl Accounts {
         let attempt = self.registrations.of_registration(origin.ip).await;
         let mut attempt = attempt.map_err(|Wait(wait)| AuthError::TooManyRegistrations(wait))?;
         let registered = self
-            .register_unlimited(email, password, tenant_name, device, origin)
+            .register_unlimited((email, password), tenant_name, device, origin, || {
+                attempt.set_judgment(Judgment::Wrong);
+            })
             .await;
-        if matches!(registered, Ok(_) | Err(AuthError::EmailTaken)) {
+        if matches!(registered, Err(AuthError::EmailTaken)) {
             attempt.set_judgment(Judgment::Wrong);
         }
         registered
     }
 
+    /// Calls `before_commit` when the account may begin to exist: after a lost response or when the client disconnects, it
+    /// is unknown whether PostgreSQL has committed.
     async fn register_unlimited(
         &self,
-        email: &str,
-        password: &str,
+        (email, password): (&str, &str),
         tenant_name: Option<&str>,
         device: Option<&str>,
         origin: &Origin,
+        before_commit: impl FnOnce(),
     ) -> Result<SignedIn, AuthError> {
         let email = email.trim().to_lowercase();
         let password = Password::new(password);
@@ -138,6 +142,7 @@ impl Accounts {
                 .by(user_id, origin.network())
         };
         audit::insert_system(&mut tx, &event).await?;
+        before_commit();
         tx.commit().await?;
         tracing::info!(action = "user.register", tenant = %tenant_id, user = %user_id, "user registered");
         let role = "owner".into();
@@ -170,7 +175,13 @@ impl Accounts {
         tenant_name: Option<&str>,
     ) -> Result<(UserId, TenantId), AuthError> {
         let made = self
-            .register_unlimited(email, password, tenant_name, None, &Origin::default())
+            .register_unlimited(
+                (email, password),
+                tenant_name,
+                None,
+                &Origin::default(),
+                || (),
+            )
             .await?;
         Ok((UserId(made.user.id), TenantId(made.tenant.id)))
     }

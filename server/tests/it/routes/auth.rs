@@ -1295,6 +1295,53 @@ async fn registrations_from_a_network_are_limited_over_all_replicas() {
     }
 }
 
+/// The client disconnects while PostgreSQL commits. The account exists, so it counts.
+#[tokio::test(flavor = "multi_thread")]
+async fn registration_whose_client_leaves_during_the_commit_counts() {
+    let app = TestApp::setup()
+        .flag("--registrations-per-day=1")
+        .start()
+        .await;
+    let client = app.database.connect().await;
+    client
+        .batch_execute(
+            "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS \
+                 $$ BEGIN PERFORM pg_sleep(1); RETURN new; END $$; \
+             CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON users DEFERRABLE INITIALLY DEFERRED \
+                 FOR EACH ROW EXECUTE FUNCTION slow()",
+        )
+        .await
+        .expect("a trigger");
+    let count = async |query: &str| {
+        let row = client.query_one(query, &[]).await.expect("a count");
+        row.get::<_, i64>(0)
+    };
+    let register = |email: &str| {
+        let body = json!({"email": email, "password": PASSWORD});
+        app.post("/auth/register", body).send()
+    };
+    let began = std::time::Instant::now();
+    let patience = std::time::Duration::from_secs(10);
+    let is_committing = async {
+        let committing = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() \
+             AND state = 'active' AND query ILIKE 'commit%'";
+        while count(committing).await == 0 {
+            assert!(began.elapsed() < patience, "no commit");
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+    };
+    tokio::select! {
+        answer = register("left@example.com") => panic!("{}", answer.text),
+        () = is_committing => {}
+    }
+    while count("SELECT count(*) FROM users").await == 0 {
+        assert!(began.elapsed() < patience, "no account");
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    let next = register("next@example.com").await;
+    assert_eq!(next.status, 429, "{}", next.text);
+}
+
 /// Two threads hash passwords. Sign-ins from many networks do not lock out a known device.
 #[tokio::test(flavor = "multi_thread")]
 async fn known_device_is_served_while_the_password_threads_are_flooded() {
