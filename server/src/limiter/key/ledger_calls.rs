@@ -154,9 +154,7 @@ impl LedgerCalls {
             urgent.into_iter().chain(ahead).collect()
         };
         for call in waiting {
-            for (window_start, n) in &call.order.give_back {
-                self.give_back(call.row(*window_start), *n);
-            }
+            self.give_back_of(&call);
             self.finish(&call, Some(Err(Arc::new(Canceled))));
         }
     }
@@ -280,6 +278,13 @@ impl LedgerCalls {
             for (window_start, n) in block.take_owed(until) {
                 self.give_back(row(handle, policy, window_start), n);
             }
+        }
+    }
+
+    /// Returns the tokens of a call whose return has not begun.
+    pub(super) fn give_back_of(self: &Arc<Self>, call: &Call) {
+        for (window_start, n) in &call.order.give_back {
+            self.give_back(call.row(*window_start), *n);
         }
     }
 

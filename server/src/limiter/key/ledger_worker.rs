@@ -218,9 +218,9 @@ impl Takes {
     /// Returns what the calls owe. If that fails, they end.
     async fn give_back(&mut self) {
         let mut owed = BTreeMap::new();
-        for call in &self.list {
-            for (window_start, n) in &call.order.give_back {
-                *owed.entry(call.row(*window_start)).or_default() += n;
+        for call in &mut self.list {
+            for (window_start, n) in std::mem::take(&mut call.order.give_back) {
+                *owed.entry(call.row(window_start)).or_default() += n;
             }
         }
         if owed.is_empty() {
@@ -274,6 +274,9 @@ impl Takes {
 
 impl Drop for Takes {
     fn drop(&mut self) {
+        for call in &self.list {
+            self.calls.give_back_of(call);
+        }
         self.cancel();
         if self.is_ahead {
             self.calls.queue.lock().is_ahead_running = false;

@@ -38,6 +38,8 @@ pub(crate) struct TestLedger {
     return_delay_ms: AtomicU64,
     /// The responses to this many returns are lost after the returns have been applied.
     lose_answers: AtomicU64,
+    /// The next take panics.
+    panic: AtomicBool,
     takes: AtomicU64,
     calls: AtomicU64,
     under_way: AtomicU64,
@@ -70,6 +72,10 @@ impl TestLedger {
 
     pub(super) fn lose_answers(&self, n: u64) {
         self.lose_answers.store(n, Ordering::SeqCst);
+    }
+
+    pub(super) fn panic_next(&self) {
+        self.panic.store(true, Ordering::SeqCst);
     }
 
     /// Returns how many times tokens were requested.
@@ -190,6 +196,7 @@ impl QuotaLedger for TestLedger {
             .map(|it| (it.tenant, it.key, it.policy))
             .collect();
         assert_eq!(owners.len(), requests.len(), "two requests for one block");
+        assert!(!self.panic.swap(false, Ordering::SeqCst), "as told");
         if let Err(error) = self.answer().await {
             return vec![Err(error); requests.len()];
         }

@@ -160,6 +160,30 @@ async fn requests_do_not_wait_for_the_returns_of_another_key() {
     world.ledger.set_return_delay(Duration::ZERO);
 }
 
+#[tokio::test(start_paused = true)]
+async fn tokens_are_returned_if_the_take_of_another_key_panics() {
+    let world = world::memory();
+    let limiter = world.start();
+    let owing = Key::number(&limiter, 1);
+    let decision = owing.ask(&Plan::any_rate().daily(1000), 1).await;
+    assert!(decision.is_allowed());
+    settle().await;
+    assert!(world.ledger.used() > 5);
+    world.ledger.panic_next();
+    let mut requests = JoinSet::new();
+    // The block of a smaller quota is smaller, so the first key returns the rest.
+    for (n, daily) in [(1, 200), (2, 1000)] {
+        let key = Key::number(&limiter, n);
+        let plan = Plan::any_rate().daily(daily);
+        requests.spawn(async move { key.try_ask(&plan, 1).await.is_ok_and(|it| it.is_allowed()) });
+    }
+    let allowed = requests.join_all().await;
+    let allowed = allowed.into_iter().filter(|it| *it).count() as u64;
+    assert!(allowed < 2, "no take panicked");
+    assert_eq!(limiter.drain().await.lost, 0);
+    assert_eq!(world.ledger.used(), 1 + allowed);
+}
+
 #[tokio::test]
 async fn nothing_is_held_after_a_drain_with_calls_in_flight() {
     let world = world::memory();
