@@ -216,11 +216,17 @@ fn line(alert: &AlertRow) -> String {
         format!("has used {}% of its", alert.threshold)
     };
     format!(
-        "{} {state} {} ({} of {} requests). The quota resets on {}.",
+        "{} {state} {} ({} of {} requests). The quota {} on {}.",
         owner(alert),
         quota(alert),
         group_thousands(&alert.used.to_string()),
         group_thousands(&alert.quota.to_string()),
+        // Usage can be recorded after its day or month has ended.
+        if alert.window_end > alert.created_at {
+            "resets"
+        } else {
+            "was reset"
+        },
         time(alert.window_end)
     )
 }

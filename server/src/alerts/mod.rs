@@ -31,7 +31,7 @@ use uuid::Uuid;
 use crate::{
     db::{Db, DbError, SystemTx},
     repo::{
-        alert::{self, AlertRow, Keys, NewAlert, Progress, QuotaStanding, TenantQuota},
+        alert::{self, AlertRow, Keys, Lateness, NewAlert, Progress, QuotaStanding, TenantQuota},
         webhook,
         webhook_delivery::{self, NewDelivery},
     },
@@ -195,16 +195,22 @@ impl Alerts {
         } else {
             Keys::All
         };
-        // Usage may be recorded long after its window has ended, if a replica could not reach PostgreSQL.
-        let since = alert::oldest_usage(&mut tx, tenant, keys, seq).await?;
+        let lateness = match keys {
+            Keys::Used { after, until } => {
+                Lateness::of_records(&mut tx, tenant, (after, until)).await?
+            }
+            Keys::All if self.is_metered && seq >= 0 => Lateness::unknown(),
+            Keys::All => Lateness::default(),
+        };
         let keys = alert::keys(&mut tx, tenant, keys, after_key, KEYS_MAX).await?;
         let lowest = THRESHOLDS.into_iter().min().unwrap_or(0);
         let lowest = i32::try_from(lowest).unwrap_or(0);
-        let mut standings = alert::standings(&mut tx, tenant, &keys, lowest, since).await?;
+        let mut standings = alert::standings(&mut tx, tenant, &keys, lowest, &lateness).await?;
         if let Some(quota) = self.tenant_quota
             && after_key.is_nil()
         {
-            standings.extend(alert::tenant_standing(&mut tx, tenant, quota, lowest, since).await?);
+            standings
+                .extend(alert::tenant_standing(&mut tx, tenant, quota, lowest, &lateness).await?);
         }
         (round.alerts, round.deliveries) = self.store(&mut tx, tenant, &standings).await?;
         let is_last = i64::try_from(keys.len()).unwrap_or(0) < KEYS_MAX;

@@ -1,6 +1,6 @@
 //! Quota alerts, and the usage that causes them.
 
-use std::time::Duration;
+use std::{collections::HashMap, time::Duration};
 
 use chrono::{DateTime, Utc};
 use diesel::{
@@ -298,49 +298,61 @@ pub struct QuotaStanding {
     pub window_end: DateTime<Utc>,
 }
 
-/// Returns the time of the oldest usage among that of the keys to check, if usage up to `after` has been checked before.
-pub async fn oldest_usage(
-    tx: &mut SystemTx,
-    tenant: TenantId,
-    keys: Keys,
-    after: i64,
-) -> Result<Option<DateTime<Utc>>, DbError> {
-    #[derive(QueryableByName)]
-    struct Oldest {
-        #[diesel(sql_type = Nullable<Timestamptz>)]
-        at: Option<DateTime<Utc>>,
-    }
-    let oldest: Oldest = match keys {
-        Keys::Used { after, until } => {
-            sql_query(
-                "SELECT min(\"timestamp\") AS at FROM usage_log WHERE tenant_id = $1 AND seq > $2 AND seq <= $3",
-            )
-            .bind::<SqlUuid, _>(tenant.0)
-            .bind::<BigInt, _>(after)
-            .bind::<BigInt, _>(until)
-            .get_result(&mut **tx)
-            .await?
-        }
-        // Reading the time of every record would take too long.
-        Keys::All => {
-            sql_query("SELECT CASE WHEN $1 >= 0 THEN now() - interval '1 day' END AS at")
-                .bind::<BigInt, _>(after)
-                .get_result(&mut **tx)
-                .await?
-        }
-    };
-    Ok(oldest.at)
+/// How long before its check usage happened. It is recorded late if a replica cannot reach PostgreSQL.
+#[derive(Debug, Clone, Default)]
+pub struct Lateness {
+    /// The time of each key's oldest usage.
+    oldest: HashMap<Uuid, DateTime<Utc>>,
+    /// The usage of all keys may be up to a day old, because reading the time of every record would take too long.
+    is_unknown: bool,
 }
 
-/// Returns the current windows of these keys' quotas, and those that ended in the last quarter of an hour or after
-/// `since`, of which at least `percent` is taken, except those with an alert that they are used up. The quota of a
-/// shortened window is that of [`quota_usage::take`](super::quota_usage::take).
+impl Lateness {
+    pub fn unknown() -> Self {
+        Self {
+            is_unknown: true,
+            ..Self::default()
+        }
+    }
+
+    /// Reads how late the records in these positions of the log are.
+    pub async fn of_records(
+        tx: &mut SystemTx,
+        tenant: TenantId,
+        (after, until): (i64, i64),
+    ) -> Result<Self, DbError> {
+        #[derive(QueryableByName)]
+        struct Oldest {
+            #[diesel(sql_type = SqlUuid)]
+            key_id: Uuid,
+            #[diesel(sql_type = Timestamptz)]
+            at: DateTime<Utc>,
+        }
+        let oldest = sql_query(
+            "SELECT key_id, min(\"timestamp\") AS at FROM usage_log \
+             WHERE tenant_id = $1 AND seq > $2 AND seq <= $3 GROUP BY key_id",
+        )
+        .bind::<SqlUuid, _>(tenant.0)
+        .bind::<BigInt, _>(after)
+        .bind::<BigInt, _>(until);
+        let oldest: Vec<Oldest> = oldest.get_results(&mut **tx).await?;
+        Ok(Self {
+            oldest: oldest.into_iter().map(|it| (it.key_id, it.at)).collect(),
+            is_unknown: false,
+        })
+    }
+}
+
+/// Returns the windows of these keys' quotas of which at least `percent` is taken, except those with an alert that they
+/// are used up: current windows, windows that ended in the last quarter of an hour, and windows in which the usage to
+/// check happened. The last are omitted if the key or its plan was edited since, because their quota is unknown. The
+/// quota of a shortened window is that of [`quota_usage::take`](super::quota_usage::take).
 pub async fn standings(
     tx: &mut SystemTx,
     tenant: TenantId,
     keys: &[Uuid],
     percent: i32,
-    since: Option<DateTime<Utc>>,
+    lateness: &Lateness,
 ) -> Result<Vec<QuotaStanding>, DbError> {
     // The rollups of a month are many rows, so they are read only for the windows that matter.
     let limit = format!(
@@ -348,10 +360,12 @@ pub async fn standings(
         USAGE_TIMEOUT.as_millis()
     );
     tx.batch_execute(&limit).await?;
+    let since: Vec<_> = keys.iter().map(|key| lateness.oldest.get(key)).collect();
     let standings = sql_query(
         r"WITH windows AS MATERIALIZED (
               SELECT k.id AS key_id, k.name AS key_name, v.policy, w.quota, w.used AS taken, w.window_start, w.window_end
-              FROM api_keys k
+              FROM unnest($2, $4) AS checked (key_id, since)
+              JOIN api_keys k ON k.tenant_id = $1 AND k.id = checked.key_id
               JOIN plans p ON p.tenant_id = k.tenant_id AND p.id = k.plan_id
               CROSS JOIN LATERAL (VALUES ('daily', p.daily_quota), ('monthly', p.monthly_quota)) v (policy, quota)
               CROSS JOIN LATERAL (
@@ -359,10 +373,14 @@ pub async fn standings(
                       * extract(epoch FROM q.window_end - q.window_start) / q.period_seconds)::bigint) AS quota
                   FROM quota_usage q
                   WHERE q.tenant_id = k.tenant_id AND q.key_id = k.id AND q.policy = v.policy AND q.used > 0
-                      AND q.window_start <= now() AND q.window_end > least(now() - interval '15 minutes', $4)
+                      AND q.window_start <= now() AND q.window_end > least(now() - interval '15 minutes', checked.since,
+                          CASE WHEN $5 THEN now() - interval '1 day' END)
               ) w
-              WHERE k.tenant_id = $1 AND k.id = ANY($2) AND v.quota IS NOT NULL
+              WHERE v.quota IS NOT NULL
                   AND w.used::numeric * 100 >= w.quota::numeric * $3
+                  AND (w.window_end > now() - interval '15 minutes'
+                      OR (k.updated_at = k.created_at OR k.updated_at < w.window_end)
+                      AND (p.updated_at = p.created_at OR p.updated_at < w.window_end))
                   AND NOT EXISTS (
                       SELECT FROM quota_alerts a
                       WHERE a.tenant_id = $1 AND a.key_id = k.id AND a.policy = v.policy AND a.threshold = 100
@@ -382,7 +400,8 @@ pub async fn standings(
     .bind::<SqlUuid, _>(tenant.0)
     .bind::<Array<SqlUuid>, _>(keys)
     .bind::<Integer, _>(percent)
-    .bind::<Nullable<Timestamptz>, _>(since);
+    .bind::<Array<Nullable<Timestamptz>>, _>(since)
+    .bind::<Bool, _>(lateness.is_unknown);
     Ok(standings.get_results(&mut **tx).await?)
 }
 
@@ -401,7 +420,7 @@ pub async fn tenant_standing(
     tenant: TenantId,
     of: TenantQuota,
     percent: i32,
-    since: Option<DateTime<Utc>>,
+    lateness: &Lateness,
 ) -> Result<Vec<QuotaStanding>, DbError> {
     let standing = sql_query(
         r"SELECT '00000000-0000-0000-0000-000000000000'::uuid AS key_id, NULL::text AS key_name,
@@ -419,7 +438,8 @@ pub async fn tenant_standing(
                   AND u.plan_id = '00000000-0000-0000-0000-000000000000'
                   AND u.start >= w.window_start AND u.start < w.window_end
           ) u
-          WHERE w.window_start <= now() AND w.window_end > least(now() - interval '15 minutes', $5)
+          WHERE w.window_start <= now() AND w.window_end > least(now() - interval '15 minutes', $5,
+                  CASE WHEN $6 THEN now() - interval '1 day' END)
               AND w.used::numeric * 100 >= $2::numeric * $3
               AND NOT ($4 AND EXISTS (SELECT FROM billing_accounts WHERE tenant_id = $1 AND has_paid_access
                   AND (paid_access_until IS NULL OR paid_access_until > now())))",
@@ -428,7 +448,8 @@ pub async fn tenant_standing(
     .bind::<BigInt, _>(of.quota)
     .bind::<Integer, _>(percent)
     .bind::<Bool, _>(of.is_lifted_by_access)
-    .bind::<Nullable<Timestamptz>, _>(since);
+    .bind::<Nullable<Timestamptz>, _>(lateness.oldest.values().min())
+    .bind::<Bool, _>(lateness.is_unknown);
     Ok(standing.get_results(&mut **tx).await?)
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use quota_server::repo::alert;
+use quota_server::repo::alert::{self, Lateness};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -387,6 +387,55 @@ async fn alert_is_created_if_usage_is_recorded_after_its_window_has_ended() {
     }
 }
 
+/// The quota of a window that has ended is unknown after an edit, and usage of one key does not concern another.
+#[tokio::test(flavor = "multi_thread")]
+async fn late_usage_causes_no_alert_of_another_key_or_a_later_quota() {
+    let world = World::new(json!({"daily_quota": 10})).await;
+    let (tenant, key) = (&world.account.tenant_id, &world.key.id);
+    let other = world.app.key(&world.account, &world.plan).await.id;
+    for key in [key, &other] {
+        world
+            .sql(&format!(
+                "INSERT INTO quota_usage (tenant_id, key_id, policy, window_start, used, window_end, period_seconds) \
+                 VALUES ('{tenant}', '{key}', 'daily', now() - interval '1 day 20 minutes', 10, \
+                     now() - interval '20 minutes', 86400)"
+            ))
+            .await;
+    }
+    let hour_ago = usage::now() - Duration::from_secs(3600);
+    let late = |key: &str| usage::record(&world.account, key, &world.plan, hour_ago);
+    let usage_of = |key: &str| (0..10).map(|_| late(key)).collect::<Vec<_>>();
+    // The other key's usage was recorded and checked in time.
+    usage::append(&world.app, &usage_of(&other)).await;
+    world
+        .sql(
+            "INSERT INTO quota_alert_progress (tenant_id, seq) SELECT tenant_id, last_seq FROM usage_tenants \
+             ON CONFLICT (tenant_id) DO UPDATE SET seq = excluded.seq",
+        )
+        .await;
+    world.sql("UPDATE plans SET daily_quota = 9").await;
+    usage::append(&world.app, &usage_of(key)).await;
+    world.check().await;
+    assert_eq!(world.thresholds().await, Vec::<u64>::new(), "after an edit");
+
+    // As if the plan had never been edited.
+    world
+        .sql("ALTER TABLE plans DISABLE TRIGGER plans_touch")
+        .await;
+    world
+        .sql("UPDATE plans SET updated_at = created_at, daily_quota = 10")
+        .await;
+    let timely = usage::record(&world.account, &other, &world.plan, usage::now());
+    usage::append(&world.app, &[late(key), timely]).await;
+    world.check().await;
+    assert_eq!(world.thresholds().await, [50, 80, 100]);
+    let alerts = world.alerts().await;
+    assert!(
+        alerts.iter().all(|it| it["key_id"] == json!(key)),
+        "{alerts:?}"
+    );
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn without_metering_the_ledger_is_checked() {
     let setup = with_hooks(TestApp::setup()).flag("--metering=off");
@@ -582,7 +631,7 @@ async fn keys_with_an_alert_at_100_percent_are_skipped() {
     let read = async || {
         world.app.ship_usage().await;
         let mut tx = world.app.state.db.system().await.expect("a connection");
-        let read = alert::standings(&mut tx, tenant, &[key], 50, None).await;
+        let read = alert::standings(&mut tx, tenant, &[key], 50, &Lateness::default()).await;
         let mut read: Vec<_> = read
             .expect("the usage")
             .into_iter()
