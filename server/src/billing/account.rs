@@ -146,6 +146,13 @@ impl Billing {
         }
     }
 
+    /// Whether the account of the secret key has any of the customers, or there are none.
+    async fn has_own_customers(&self) -> Result<bool, BillingError> {
+        let customers = async |tx: &mut SystemTx| stripe_account::customers(tx, SAMPLE).await;
+        let customers = self.db.in_system(customers).await?;
+        Ok(customers.is_empty() || self.knows_any(&customers).await?)
+    }
+
     async fn knows_any(&self, customers: &[String]) -> Result<bool, StripeError> {
         for customer in customers {
             match self.stripe.is_deleted(customer).await {
@@ -158,12 +165,15 @@ impl Billing {
     }
 
     /// Bills through the account and mode of the secret key from now on. Customers and subscriptions of the previous
-    /// account are forgotten, so tenants have no access until they subscribe again. Does nothing if they belong to the
-    /// account of the secret key.
+    /// account are forgotten, so tenants have no access until they subscribe again. Does nothing if the account of the
+    /// secret key has the customers.
     pub async fn switch_account(&self) -> Result<Switch, BillingError> {
         match self.verify_account().await {
-            Ok(account) => return Ok(Switch::AlreadyDone { account }),
-            Err(BillingError::OtherAccount(_)) => {}
+            // The data of a sandbox can be deleted. The account is the same afterward, but has none of the customers.
+            Ok(account) if self.has_own_customers().await? => {
+                return Ok(Switch::AlreadyDone { account });
+            }
+            Ok(_) | Err(BillingError::OtherAccount(_)) => {}
             Err(error) => return Err(error),
         }
         let own = self.own_account().await?;

@@ -277,6 +277,36 @@ async fn key_that_may_not_read_its_account_is_compared_by_its_customers() {
     }
 }
 
+/// The data of a sandbox was deleted, so the account is the same but does not have the customers.
+#[tokio::test(flavor = "multi_thread")]
+async fn operator_can_start_again_in_the_same_account() {
+    let world = World::new().await;
+    let billing = |app: &TestApp| app.state.billing.clone().expect("billing is on");
+    let account = || "acct_fake (test mode)".to_owned();
+    let app = world.start(&world.own).await;
+    let unchanged = billing(&app).switch_account().await.expect("compared");
+    assert_eq!(unchanged, Switch::AlreadyDone { account: account() });
+    wait_for_access(&app, &world.account, "active").await;
+    app.stop().await;
+
+    world.other.fake.set_account("acct_fake");
+    let app = world.start(&world.other).await;
+    let switched = billing(&app).switch_account().await.expect("switched");
+    assert_eq!(
+        switched,
+        Switch::Done {
+            account: account(),
+            ended: 1
+        }
+    );
+    wait_for_access(&app, &world.account, "free").await;
+    world.other.send_to(&app);
+    world.other.subscribe(&app, &world.account).await;
+    wait_for_access(&app, &world.account, "active").await;
+    let again = billing(&app).switch_account().await.expect("compared");
+    assert_eq!(again, Switch::AlreadyDone { account: account() });
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn operator_can_switch_to_another_account() {
     let world = World::new().await;
