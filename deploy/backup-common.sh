@@ -152,7 +152,8 @@ merge_usage() {
   trap 'rm -rf "$unpacked"' EXIT
   tar --extract --sparse --no-same-owner --directory "$unpacked"
   for segment in "$unpacked"/usage/*/*; do
-    case $segment in *.segment | */rejected/*) ;; *) continue ;; esac
+    # The last two are of earlier versions.
+    case $segment in *.segment | */rejected/* | *.refused | */refused/*) ;; *) continue ;; esac
     target=$QUOTA_DATA_DIR/${segment#"$unpacked/"}
     [ ! -e "$target" ] || continue
     mkdir -p "${target%/*}"

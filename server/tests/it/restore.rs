@@ -31,8 +31,12 @@ use crate::{
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// The file that was set aside before the backup, relative to the data directory.
-const REJECTED: &str = "usage/rejected/01a21968-4ea1-7052-b7e7-a828c3c9daa2-2.refused";
+/// Files that this version and earlier ones have set aside for the operator, relative to the data directory.
+const REJECTED: [&str; 3] = [
+    "usage/rejected/01a21968-4ea1-7052-b7e7-a828c3c9daa2-2.segment",
+    "usage/refused/01a21968-4ea1-7052-b7e7-a828c3c9daa2-1.segment",
+    "usage/01a21968-4ea1-7052-b7e7-a828c3c9daa2/2.refused",
+];
 
 /// Requests during the outage. They fill more than one segment of 128 KiB.
 const REQUESTS: usize = 2500;
@@ -86,10 +90,10 @@ async fn backlog_in_a_backup(
     for _ in 0..REQUESTS {
         ids.push(send().await);
     }
-    // A file that an earlier version set aside for the operator.
-    let rejected = data.join(REJECTED);
-    fs::create_dir_all(rejected.parent().expect("a folder")).expect("created");
-    fs::write(rejected, "rejected").expect("written");
+    for rejected in REJECTED.map(|it| data.join(it)) {
+        fs::create_dir_all(rejected.parent().expect("a folder")).expect("created");
+        fs::write(rejected, "rejected").expect("written");
+    }
     let backup = tokio::task::block_in_place(|| back_up(source.url(), data, backups));
     let recover = || proxy.set(Fault::Pass);
     after(&recover).await;
@@ -183,8 +187,10 @@ async fn interrupted_restore_can_be_repeated() {
     assert!(repeated.status.success(), "{}", text(&repeated));
     let left = fs::read_dir(data.path()).expect("a directory").count();
     assert_eq!(left, 1, "only `usage`");
-    let rejected = fs::read_to_string(data.path().join(REJECTED));
-    assert_eq!(rejected.expect("it is restored"), "rejected");
+    for rejected in REJECTED {
+        let restored = fs::read_to_string(data.path().join(rejected));
+        assert_eq!(restored.expect("it is restored"), "rejected");
+    }
     assert_complete(&empty, data.path(), &ids).await;
 }
 
