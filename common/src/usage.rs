@@ -171,7 +171,8 @@ response! {
         pub key_id: ApiKeyId,
         pub key_name: String,
         pub policy: PolicyName,
-        /// Total cost of the requests allowed so far.
+        /// Total cost of the requests allowed so far. If the server does not record usage, this includes tokens that
+        /// replicas hold for later requests.
         pub used: u64,
         pub limit: u64,
         /// When the day or month ends.

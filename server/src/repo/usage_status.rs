@@ -13,6 +13,9 @@ use crate::db::{DbError, TenantTx};
 
 /// The maximum number of rows for each reason a key needs attention (`AttentionKind`).
 const ATTENTION: i64 = 20;
+/// The maximum number of quotas whose usage is read to find those closest to their limit. Larger than [`ATTENTION`],
+/// because the tokens that replicas hold are a large part of a small quota.
+const CANDIDATES: i64 = 100;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]
 pub struct Numbers {
@@ -124,13 +127,14 @@ pub async fn quotas(tx: &mut TenantTx, is_metered: bool) -> Result<Vec<QuotaRow>
                          AND u.start >= t.window_start AND u.start < t.window_end \
                  ) u \
              ) \
-             SELECT * FROM used WHERE used > 0 ORDER BY {CLOSEST}"
+             SELECT * FROM used WHERE used > 0 ORDER BY {CLOSEST} LIMIT $3"
         )
     } else {
-        taken
+        format!("SELECT * FROM ({taken}) taken LIMIT $3")
     };
     Ok(diesel::sql_query(query)
         .bind::<SqlUuid, _>(tenant)
+        .bind::<BigInt, _>(CANDIDATES)
         .bind::<BigInt, _>(ATTENTION)
         .load(&mut **tx)
         .await?)

@@ -365,6 +365,37 @@ async fn stats_do_not_count_tokens_that_replicas_hold() {
     assert_eq!(used, [&json!(9)]);
 }
 
+/// A replica holds the last token of each small quota, so the ledger has these as used up.
+#[tokio::test(flavor = "multi_thread")]
+async fn stats_find_the_quota_closest_to_its_limit_among_many_small_ones() {
+    let it = world(json!({"daily_quota": 1000, "default_rpm": 60_000_000})).await;
+    let small = json!({"daily_quota": 4, "default_rpm": 6000});
+    let small = it.app.plan(&it.account, small).await;
+    let token = it.app.service_token(&it.account).await;
+    let spend = async |key: &str, cost: u64| {
+        let check = json!({"key": key, "cost": cost});
+        let answer = it.app.post("/v1/check", check).bearer(&token).send().await;
+        assert_eq!(answer.body["allowed"], true, "{}", answer.text);
+    };
+    for _ in 0..20 {
+        let key = it.app.key(&it.account, &small).await.text;
+        for _ in 0..3 {
+            spend(&key, 1).await;
+        }
+    }
+    spend(&it.key.text, 850).await;
+    let client = it.app.database.connect().await;
+    let full = "SELECT count(*) FROM quota_usage WHERE used = 4";
+    let full: i64 = client.query_one(full, &[]).await.expect("a count").get(0);
+    assert_eq!(full, 20);
+    it.app.ship_usage().await;
+    let stats = it.get("/admin/stats").await.body;
+    assert_eq!(stats["closest_to_limit"]["used"], 850);
+    let attention = stats["attention"].as_array().expect("a list");
+    let used: Vec<_> = attention.iter().map(|it| &it["used"]).collect();
+    assert_eq!(used, [&json!(850)]);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn limits_show_where_a_key_stands_and_consume_nothing() {
     let it =
