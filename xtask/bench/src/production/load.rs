@@ -183,10 +183,11 @@ async fn send(target: &Target, number: u64) -> Result<(bool, bool), String> {
     let status = response.status().as_u16();
     let is_degraded = response.headers().contains_key("x-quota-degraded");
     let body = response.text().await.map_err(|error| chain(&error))?;
+    let content: Value = serde_json::from_str(&body).unwrap_or_default();
+    // The check API returns the headers for the consumer in the body.
+    let is_degraded = is_degraded || !content["headers"]["X-Quota-Degraded"].is_null();
     let allowed = match (status, is_post(number)) {
-        (200, true) => serde_json::from_str::<Value>(&body)
-            .ok()
-            .and_then(|it| it["allowed"].as_bool()),
+        (200, true) => content["allowed"].as_bool(),
         (200, false) => Some(true),
         (429, false) => Some(false),
         _ => None,
