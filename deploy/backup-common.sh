@@ -1,5 +1,5 @@
-# Functions of backup.sh and restore.sh: how to reach PostgreSQL and the data directory, either those of compose.prod.yml or
-# those in DATABASE_URL and QUOTA_DATA_DIR.
+# Functions that backup.sh and restore.sh share. They use the PostgreSQL server and the data directory of
+# compose.prod.yml, or those in DATABASE_URL and QUOTA_DATA_DIR.
 
 fail() {
   echo "${0##*/}: $*" >&2
@@ -13,17 +13,51 @@ connect() {
   if [ -z "$database" ]; then
     connect_compose
   elif [[ $database =~ ^(postgres(ql)?://[^:/@]+):([^@]*)@(.*)$ ]]; then
-    # Everyone on this machine can see the arguments of a command, so the password is not among them.
+    # Everyone on this machine can see the arguments of a command, so the password is passed in the environment.
     database="${BASH_REMATCH[1]}@${BASH_REMATCH[4]}"
     PGPASSWORD=$(printf '%b' "${BASH_REMATCH[3]//%/\\x}")
     export PGPASSWORD
   elif [[ $database =~ [pP][aA][sS][sS][wW][oO][rR][dD][[:space:]]*= || $database =~ ^[a-z]+://[^/?]*:[^/?]*@ ]]; then
     fail "write the password as in postgres://user:password@host/database, or set PGPASSFILE: it would be visible in the list of processes"
   fi
+  verify_certificate
   if [ -n "$database" ] && [ -n "${QUOTA_DATA_DIR:-}" ]; then
     [ -r "$QUOTA_DATA_DIR" ] && [ -x "$QUOTA_DATA_DIR" ] || fail "cannot read QUOTA_DATA_DIR, $QUOTA_DATA_DIR"
     [ ! -e "$QUOTA_DATA_DIR/usage" ] || [ -r "$QUOTA_DATA_DIR/usage" ] || fail "cannot read $QUOTA_DATA_DIR/usage"
   fi
+}
+
+# For the server, sslmode=require verifies the certificate against the machine's root certificates. For PostgreSQL's own
+# programs, it verifies nothing, and the mode to use is verify-full.
+verify_certificate() {
+  local require="(^|[?&[:space:]])sslmode[[:space:]]*=[[:space:]]*'?require'?(&|[[:space:]]|\$)"
+  local before after separator=' ' certificates
+  while [[ $database =~ $require ]]; do
+    before=${database%%"${BASH_REMATCH[0]}"*}${BASH_REMATCH[1]}
+    after=${BASH_REMATCH[2]}${database#*"${BASH_REMATCH[0]}"}
+    [[ $database != *://* ]] || separator='&'
+    certificates=
+    if [[ $database != *sslrootcert* ]]; then certificates="${separator}sslrootcert=$(root_certificates)"; fi
+    database="${before}sslmode=verify-full$certificates$after"
+  done
+}
+
+# The file with the root certificates that the server trusts.
+root_certificates() {
+  local file
+  # PostgreSQL's programs read only a file.
+  [ -z "${SSL_CERT_DIR:-}" ] || [ -n "${SSL_CERT_FILE:-}" ] ||
+    fail "set SSL_CERT_FILE to a file with the certificates in SSL_CERT_DIR"
+  for file in ${SSL_CERT_FILE:+"$SSL_CERT_FILE"} /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt \
+    /etc/ssl/ca-bundle.pem /etc/ssl/cert.pem; do
+    [[ $file =~ ^[A-Za-z0-9/._-]+$ ]] || fail "the name of the file with root certificates, $file, contains characters other than letters, digits, /, ., _ and -"
+    if [ -r "$file" ]; then
+      echo "$file"
+      return
+    fi
+    [ -z "${SSL_CERT_FILE:-}" ] || fail "cannot read SSL_CERT_FILE, $SSL_CERT_FILE"
+  done
+  fail "cannot find the machine's root certificates, which sslmode=require needs: set SSL_CERT_FILE"
 }
 
 connect_compose() {
@@ -56,7 +90,7 @@ archive_usage() {
     [ -n "$replica" ] || fail "no replica is running, so its volume cannot be read; start one"
     docker cp "$replica:/var/lib/quota/usage" -
   elif [ -d "${QUOTA_DATA_DIR:-}/usage" ]; then
-    # Servers delete files in the meantime: those whose records are in the database.
+    # While tar runs, servers may delete files whose usage records are in the database.
     tar --create --sparse --ignore-failed-read --warning=no-file-changed --warning=no-file-removed \
       --directory "$QUOTA_DATA_DIR" usage || [ $? = 1 ]
   else
@@ -65,7 +99,21 @@ archive_usage() {
   fi
 }
 
-# Reads such an archive. Keeps directories that exist: their servers have written to them since.
+# Runs a command as the owner of the data directory. The server's user can replace files and directories in it with links
+# at any time, so only its own rights may be used to write there.
+as_owner() {
+  local user group
+  read -r user group < <(stat --format '%u %g' "$QUOTA_DATA_DIR")
+  if [ "$EUID" = 0 ] && [ "$user" != 0 ]; then
+    setpriv --reuid "$user" --regid "$group" --clear-groups -- "$@"
+  else
+    "$@"
+  fi
+}
+
+# Unpacks an archive that archive_usage wrote. Adds its segments to those that exist, which are kept: their servers have written to them since.
+# A segment is named after its ID, and the database contains the position up to which it was written, so no record is
+# counted twice. Can be repeated after an interruption.
 restore_usage() {
   if [ -z "$database" ]; then
     "${compose[@]}" up --no-start quota
@@ -73,28 +121,41 @@ restore_usage() {
     replica=$("${compose[@]}" ps --all --quiet quota | head -1)
     archive=$(mktemp)
     cat > "$archive"
-    { docker cp "$replica:/var/lib/quota/usage" - 2> /dev/null || true; } | tar --list 2> /dev/null |
-      { grep -oE '^usage/[^/]+' || true; } | sort --unique |
-      while read -r directory; do tar --delete --file "$archive" "$directory" 2> /dev/null || true; done
+    # Files of the same name and size. A file that is smaller was copied only in part.
+    local existing archived
+    existing=$({ docker cp "$replica:/var/lib/quota/usage" - 2> /dev/null || true; } | list_files)
+    archived=$(list_files < "$archive")
+    comm -12 <(sort <<< "$existing") <(sort <<< "$archived") | cut --delimiter ' ' --fields 2- | { grep . || true; } |
+      xargs --no-run-if-empty --delimiter '\n' tar --delete --file "$archive"
     docker cp - "$replica:/var/lib/quota" < "$archive"
     rm "$archive"
   elif [ -n "${QUOTA_DATA_DIR:-}" ]; then
-    local unpacked
-    # The server's user could have made it one, to have files written elsewhere.
-    [ ! -L "$QUOTA_DATA_DIR/usage" ] || fail "$QUOTA_DATA_DIR/usage is a symbolic link"
-    unpacked=$(mktemp --directory "$QUOTA_DATA_DIR/restore.XXXXXX")
-    tar --extract --sparse --directory "$unpacked"
-    if [ -d "$unpacked/usage" ]; then
-      mkdir -p "$QUOTA_DATA_DIR/usage"
-      for directory in "$unpacked/usage"/*; do
-        [ -e "$directory" ] || continue
-        [ -e "$QUOTA_DATA_DIR/usage/${directory##*/}" ] || mv "$directory" "$QUOTA_DATA_DIR/usage/"
-      done
-      # The server's user must be able to delete them.
-      chown --recursive --reference "$QUOTA_DATA_DIR" "$QUOTA_DATA_DIR/usage"
-    fi
-    rm -rf "$unpacked"
+    as_owner bash -c "$(declare -f merge_usage); set -euo pipefail; umask 077; merge_usage" ||
+      fail "cannot write the usage to $QUOTA_DATA_DIR. The database was not changed: solve the problem, and run this again"
   else
     echo "warning: without QUOTA_DATA_DIR, the usage in usage.tar is not restored" >&2
   fi
+}
+
+# Lists the size and name of each file in an archive.
+list_files() {
+  { tar --list --verbose 2> /dev/null || true; } | { grep '^-' || true; } | awk '{ print $3, $6 }'
+}
+
+# Extracts an archive next to the existing segments, and moves those that are missing. A segment appears under its name only
+# when it is complete.
+merge_usage() {
+  local segment target
+  # From an interrupted run.
+  rm -rf "$QUOTA_DATA_DIR"/restore.??????
+  unpacked=$(mktemp --directory "$QUOTA_DATA_DIR/restore.XXXXXX")
+  trap 'rm -rf "$unpacked"' EXIT
+  tar --extract --sparse --no-same-owner --directory "$unpacked"
+  for segment in "$unpacked"/usage/*/*; do
+    case $segment in *.segment | */refused/*) ;; *) continue ;; esac
+    target=$QUOTA_DATA_DIR/${segment#"$unpacked/"}
+    [ ! -e "$target" ] || continue
+    mkdir -p "${target%/*}"
+    mv --no-target-directory "$segment" "$target"
+  done
 }

@@ -7,11 +7,12 @@
 #   DATABASE_URL_FILE=/etc/quota/secrets/database_url QUOTA_DATA_DIR=/var/lib/quota deploy/backup.sh /var/backups
 #                                                   any other (DATABASE_URL works too); requires pg_dump, psql and tar
 #
-# The backup contains the database, and the usage in this data directory that was not in the database yet: all usage until
-# the backup started is in one of them, unless replicas have data directories of their own that contain a backlog. It does not contain the secrets, so keep a copy of them elsewhere. Redis needs no backup.
+# The backup contains the database, and the usage in this data directory that was not in the database yet. Together,
+# they contain all usage up to the start of the backup, unless replicas have separate data directories with a backlog.
+# The backup does not contain the secrets, so keep a copy of them elsewhere. Redis does not need a backup.
 #
-# With FORCE ROW LEVEL SECURITY, not even the owner of the tables can read all rows. So connect as a superuser, or as a role
-# with BYPASSRLS and pg_read_all_data.
+# Because of row-level security, not even the owner of the tables can read all rows. Connect as a superuser, or as a
+# role with BYPASSRLS and pg_read_all_data.
 set -euo pipefail
 umask 077
 deploy=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -30,10 +31,11 @@ sees_all=$(query "SELECT rolsuper OR rolbypassrls FROM pg_roles WHERE rolname = 
 if [ "$sees_all" != t ]; then
   fail "the role $(query "SELECT current_user") cannot read the rows of all tenants; connect as a superuser or a role with BYPASSRLS"
 fi
-[ "$(query "SELECT to_regclass('public.api_keys') IS NOT NULL")" = t ] || fail "this is not a database of Quota"
+[ "$(query "SELECT to_regclass('public.api_keys') IS NOT NULL")" = t ] || fail "this is not a Quota database"
 
 query "SELECT now()" > "$partial/started_at"
-# Usage first: what is written to the database after this is in the dump, and restoring it twice does not count it twice.
+# Copy the usage first. Usage that is written to the database afterward is also in the dump, and a restore does not
+# count it twice.
 archive_usage > "$partial/usage.tar"
 postgres pg_dump --format custom --no-owner > "$partial/quota.dump"
 postgres pg_restore --list < "$partial/quota.dump" > /dev/null

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Restores a backup of backup.sh into an empty database.
+# Restores a backup that backup.sh wrote into an empty database.
 #
 #   deploy/restore.sh /var/backups/quota-2026-11-26T03-00-00          the installation of compose.prod.yml
 #
 #   DATABASE_URL_FILE=… QUOTA_DATA_DIR=/var/lib/quota deploy/restore.sh /var/backups/quota-2026-11-26T03-00-00
 #                                                                     any other; requires pg_restore, psql and tar
 #
-# No server may be running. Restore the secrets first, and start the servers afterward: they apply newer migrations, and write
-# the usage in the backup to the database. Nothing is counted twice, not even if the servers' own directories in
-# QUOTA_DATA_DIR/usage still exist: these are kept, because they are newer than those in the backup.
+# No server may be running. Restore the secrets first, and start the servers afterward: they apply newer migrations, and
+# write the usage in the backup to the database. Nothing is counted twice, even if the servers' own directories in
+# QUOTA_DATA_DIR/usage still exist: their files are kept, and missing ones are added from the backup. If the script is
+# interrupted, run it again.
 set -euo pipefail
 umask 077
 deploy=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -26,7 +27,7 @@ if [ "$(query "SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regn
   ALTER DATABASE $name RENAME TO ${name}_before_restore;
   CREATE DATABASE $name;"
 fi
-# A server that has just stopped may still have sessions for a moment.
+# The sessions of a server that has just stopped may take a moment to end.
 for _ in 1 2 3 4 5 6 7 8 9 10; do
   others=$(query "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'")
   [ "$others" != 0 ] || break
@@ -48,12 +49,13 @@ BEGIN
         END IF;
     END LOOP;
 END \$\$"
+# Usage first: until the database is restored, this can be repeated.
+restore_usage < "$backup/usage.tar"
 # All or nothing.
 postgres pg_restore --single-transaction --exit-on-error --no-owner < "$backup/quota.dump"
-# Warns about system tables that only a superuser may analyze.
+# Without this setting, ANALYZE warns about system tables that only a superuser may analyze.
 query "SET client_min_messages = error; ANALYZE"
 
-restore_usage < "$backup/usage.tar"
 cat << END
 Restored. All usage until at least this time is in the database, or will be written to it when a server starts:
   $(query "SELECT least(timestamptz '$(< "$backup/started_at")', min(coalesce(oldest_pending_at, reported_at))) FROM usage_shippers")

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Rotates QUOTA_SECRET. The first three steps sign no one out: run each, and then restart all replicas, one after the other,
-# before you run the next one. With compose.prod.yml, `deploy/upgrade.sh` restarts them.
+# Rotates QUOTA_SECRET. The first three steps do not sign anyone out. After each step, restart all replicas, one after
+# the other, before you run the next step. With compose.prod.yml, `deploy/upgrade.sh` restarts them.
 #
 #   deploy/rotate-secret.sh prepare     creates a new secret, which replicas accept but do not use yet
 #   deploy/rotate-secret.sh switch      uses the new secret; the old one is still accepted
-#   deploy/rotate-secret.sh finish      stops accepting the old one; not before QUOTA_SESSION_DAYS have passed
+#   deploy/rotate-secret.sh finish      stops accepting the old secret. Wait until QUOTA_SESSION_DAYS have passed
 #
-#   deploy/rotate-secret.sh leaked      replaces the secret. Restart all replicas at once: until then, each still accepts the
-#                                       leaked one. All users have to sign in again, and webhooks need new secrets
-#   deploy/rotate-secret.sh status
+#   deploy/rotate-secret.sh leaked      replaces the secret. Restart all replicas at once: until then, they still accept the
+#                                       leaked secret. All users have to sign in again, and webhooks need new signing
+#                                       secrets
+#   deploy/rotate-secret.sh status      prints the step that was run last
 #
 # The files quota_secret and quota_secret_previous are in deploy/secrets, or in the directory in SECRETS, such as
 # /etc/quota/secrets. When no rotation is in progress, both contain the same secret.
@@ -16,7 +17,7 @@ set -euo pipefail
 folder=${SECRETS:-$(dirname "${BASH_SOURCE[0]}")/secrets}
 current=$folder/quota_secret
 previous=$folder/quota_secret_previous
-# The secret before the switch, while it is in progress.
+# The secret before the switch, while the switch is in progress.
 old_copy=$folder/.quota_secret.old
 
 fail() {
@@ -58,7 +59,7 @@ case "${1:-}" in
     [ "$new" != "$old" ] || new=$(< "$previous")
     write "$current" "$new"
     write "$previous" "$old"
-    # Only then is the copy removed, or another run would switch back.
+    # Remove the copy last. If it were removed first, another run would switch back.
     write "$folder/.rotation" switch
     rm -f "$old_copy"
     ;;

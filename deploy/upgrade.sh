@@ -5,7 +5,8 @@
 #
 #   QUOTA_IMAGE=quota:0.2.0 deploy/upgrade.sh
 #
-# If a new replica does not become healthy, the old replicas keep running and the new ones are removed.
+# If a new replica does not become healthy, the old replicas keep running and the new ones are removed. If the script is
+# interrupted, run it again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -14,7 +15,7 @@ if docker compose version > /dev/null 2>&1; then compose=(docker compose); else 
 compose+=(--file compose.prod.yml --project-name "${PROJECT:-quota}")
 if [ -f "$environment" ]; then compose+=(--env-file "$environment"); fi
 
-# A new version may have new secrets. Existing ones are kept.
+# A new version may need additional secrets. Existing secrets are kept.
 ./secrets.sh > /dev/null
 old=$("${compose[@]}" ps --quiet quota)
 replicas=$(wc -w <<< "$old")
@@ -23,10 +24,26 @@ if [ "$replicas" = 0 ]; then
   exit 1
 fi
 
+# The number of replicas, and the old ones, in case of an interruption: the next run would otherwise take the new replicas
+# of this one for old ones.
+progress=.upgrade.${PROJECT:-quota}
+if [ -f "$progress" ] && grep -qFf <(tail -n +2 "$progress") <<< "$old"; then
+  replicas=$(head -1 "$progress")
+  image=${QUOTA_IMAGE:-}
+  if [ -z "$image" ] && [ -f "$environment" ]; then image=$(sed -n 's/^QUOTA_IMAGE=//p' "$environment" | tail -1); fi
+  image=$(docker image inspect --format '{{.Id}}' "${image:-quota:local}" 2> /dev/null || true)
+  # Replicas that the interrupted run started from another image are old too.
+  old=$(for id in $old; do
+    if grep -qF "$id" "$progress" || [ "$(docker inspect --format '{{.Image}}' "$id")" != "$image" ]; then echo "$id"; fi
+  done)
+else
+  printf '%s\n' "$replicas" "$old" > "$progress"
+fi
+
 health() { docker inspect --format '{{.State.Health.Status}}' "$1"; }
 is_old() { grep -q "$1" <<< "$old"; }
 
-"${compose[@]}" up --detach --no-deps --no-recreate --scale quota=$((replicas * 2)) quota
+"${compose[@]}" up --detach --no-deps --no-recreate --scale quota=$(($(wc -w <<< "$old") + replicas)) quota
 for id in $("${compose[@]}" ps --quiet quota); do
   is_old "$id" && continue
   for _ in $(seq 90); do
@@ -39,6 +56,7 @@ for id in $("${compose[@]}" ps --quiet quota); do
     for new in $("${compose[@]}" ps --quiet quota); do
       is_old "$new" || { docker stop --time 30 "$new"; docker rm "$new"; } > /dev/null
     done
+    rm -f "$progress"
     exit 1
   fi
 done
@@ -46,4 +64,5 @@ for id in $old; do
   docker stop --time 30 "$id" > /dev/null
   docker rm "$id" > /dev/null
 done
+rm -f "$progress"
 echo "upgraded $replicas replicas"

@@ -47,6 +47,9 @@ response! {
         pub email: bool,
         /// The roles whose members receive the emails.
         pub email_roles: Vec<Role>,
+        /// Whether the server has a mail server (`SMTP_URL`). Without one, emails are written to files instead of being
+        /// sent.
+        pub can_email: bool,
     }
 }
 
@@ -91,6 +94,7 @@ mod examples {
             Self {
                 email: true,
                 email_roles: vec![Role::Owner, Role::Admin],
+                can_email: true,
             }
         }
     }

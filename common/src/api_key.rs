@@ -16,7 +16,7 @@ response! {
         pub id: ApiKeyId,
         pub name: String,
         pub plan_id: PlanId,
-        /// The first characters of the key, by which you can recognize it.
+        /// The first characters of the key, which identify it without revealing it.
         pub prefix: String,
         /// Whether the key is active. Requests with an inactive key are rejected with 401 and never charged.
         pub is_active: bool,
@@ -112,8 +112,8 @@ response! {
     #[derive(Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct CreatedApiKey {
-        /// The full key: `qk_`, 32 random characters and a 6-character checksum. This is the only time it is available:
-        /// it is not stored, so a replay with the same `Idempotency-Key` omits it.
+        /// The full key: `qk_`, 32 random characters and a 6-character checksum. It is returned only once and never
+        /// stored: a replay with the same `Idempotency-Key` omits it.
         pub key: Omittable<String>,
         pub api_key: ApiKey,
     }

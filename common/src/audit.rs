@@ -57,7 +57,7 @@ response! {
     pub struct AuditEvent {
         pub id: AuditEventId,
         pub at: Timestamp,
-        /// The user who made the change. `null` if Quota or its operator made it.
+        /// The user who made the change. `null` if Quota or its operator made the change.
         pub user_id: Option<UserId>,
         /// The user's current email.
         pub user_email: Option<String>,

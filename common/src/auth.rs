@@ -19,12 +19,12 @@ text_enum! {
 }
 
 impl Role {
-    /// Whether the role may read plans, API keys, service tokens, webhooks, and the audit log.
+    /// Returns whether the role may read plans, API keys, service tokens, webhooks, and the audit log.
     pub const fn may_read(self) -> bool {
         !matches!(self, Self::Billing)
     }
 
-    /// Whether the role may read usage: requests, denials, and decisions.
+    /// Returns whether the role may read usage: requests, denials, and decisions.
     pub const fn may_read_usage(self) -> bool {
         matches!(
             self,
@@ -32,17 +32,17 @@ impl Role {
         )
     }
 
-    /// Whether the role may create, update, and delete plans, API keys, service tokens, and webhooks.
+    /// Returns whether the role may create, update, and delete plans, API keys, service tokens, and webhooks.
     pub const fn may_manage(self) -> bool {
         matches!(self, Self::Owner | Self::Admin | Self::Developer)
     }
 
-    /// Whether the role may read the subscription, and subscribe, pay, and cancel.
+    /// Returns whether the role may read the subscription, and subscribe, pay, and cancel.
     pub const fn may_bill(self) -> bool {
         matches!(self, Self::Owner | Self::Admin | Self::Billing)
     }
 
-    /// Whether the role may update the tenant itself (name, time zone and alert settings).
+    /// Returns whether the role may update the tenant itself (name, time zone and alert settings).
     pub const fn may_administer(self) -> bool {
         matches!(self, Self::Owner | Self::Admin)
     }
@@ -78,7 +78,7 @@ request! {
     pub struct Register {
         #[garde(dive)]
         pub email: Email,
-        /// 12 to 256 bytes. Any characters are allowed. A password that is too easy to guess is rejected.
+        /// 12 to 256 bytes. All characters are allowed. A password that is too easy to guess is rejected.
         #[garde(dive)]
         pub password: NewPassword,
         /// 1 to 200 characters. Default: the part of the email before the `@`.
@@ -177,7 +177,7 @@ request! {
     pub struct ChangePassword {
         #[garde(dive)]
         pub current_password: Credential,
-        /// 12 to 256 bytes. Any characters are allowed. A password that is too easy to guess is rejected.
+        /// 12 to 256 bytes. All characters are allowed. A password that is too easy to guess is rejected.
         #[garde(dive)]
         pub new_password: NewPassword,
     }

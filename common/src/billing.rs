@@ -30,7 +30,7 @@ response! {
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct BillingState {
-        /// Whether billing is set up on this server. If not, plans marked `paid` work like other plans.
+        /// Whether billing is set up on this server. If it is not, plans marked `paid` work like other plans.
         pub enabled: bool,
         pub access: BillingAccess,
         /// Whether API keys on plans marked `paid` currently work.
@@ -44,19 +44,19 @@ response! {
         pub cancels_at: Option<Timestamp>,
         /// Start of the current billing period.
         pub period_start: Option<Timestamp>,
-        /// End of the current billing period. The next payment is due then, unless the subscription is to be canceled.
+        /// End of the current billing period. The next payment is due then, unless the subscription is scheduled to be
+        /// canceled.
         pub period_end: Option<Timestamp>,
         /// Whether the customer portal is available. It becomes available when the tenant first starts a subscription.
         pub has_customer: bool,
         /// When this information was last retrieved from Stripe, which happens about every 10 minutes while there is a
-        /// subscription. If it has not happened for half an hour, Stripe is unreachable, and the status may be
-        /// outdated.
+        /// subscription. If this was more than half an hour ago, Stripe is unreachable, and the status may be outdated.
         pub refreshed_at: Option<Timestamp>,
         /// The price of the current subscription or, without one, of a new subscription. `null` if it is unknown.
         pub price: Option<BillingPrice>,
         /// Charged usage in the current billing period. `null` without a subscription.
         pub usage: Option<BillingUsage>,
-        /// The limits that the operator has set for the tenant. They may be lower without a subscription.
+        /// The limits that the operator has set for the tenant. Limits may be lower without a subscription.
         pub limits: BillingLimits,
         /// Number of plans marked `paid`.
         pub paid_plans: u64,

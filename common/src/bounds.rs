@@ -7,41 +7,46 @@
     reason = "the signature that garde's custom rules have"
 )]
 
-/// In characters. Applies to the names of plans, keys, service tokens, users, and tenants.
+use crate::number::grouped;
+
+/// Maximum length of the names of plans, keys, service tokens, users, and tenants, in characters.
 pub const NAME_MAX: usize = 200;
-/// In requests per minute.
+/// Maximum rate in requests per minute.
 pub const RPM_MAX: u32 = 60_000_000;
-/// In requests.
+/// Maximum burst in requests.
 pub const BURST_MAX: u32 = RPM_MAX;
+/// Maximum time in which an empty bucket fills, in minutes: 31 days. So a burst is at most this many times the rate.
+pub const FILL_MINUTES_MAX: u32 = 31 * 24 * 60;
 /// Maximum daily or monthly quota: the largest integer in an HTTP structured field (RFC 9651).
 pub const QUOTA_MAX: u64 = 999_999_999_999_999;
 pub const COST_MAX: u32 = 1_000_000;
-/// 30 days, in seconds.
+/// Maximum grace period of a rotated secret in seconds: 30 days.
 pub const GRACE_MAX: u32 = 30 * 24 * 60 * 60;
-/// 24 hours, in seconds.
+/// Default grace period of a rotated secret in seconds: 24 hours.
 pub const GRACE_DEFAULT: u32 = 24 * 60 * 60;
 /// The length of a password in bytes, after NFC normalization.
 pub const PASSWORD_BYTES: std::ops::RangeInclusive<usize> = 12..=256;
 /// Maximum length of a password, token, or API key in a request, in characters. Longer values are not processed.
 pub const CREDENTIAL_MAX: usize = 256;
-/// In characters.
+/// Maximum length of a device token in characters.
 pub const DEVICE_TOKEN_MAX: usize = 512;
-/// In characters. RFC 5321 4.5.3.1.3 has the same limit in octets, not counting the angle brackets.
+/// Maximum length of an email address in characters. RFC 5321 4.5.3.1.3 has the same limit in octets, not counting the
+/// angle brackets.
 pub const EMAIL_MAX: usize = 254;
-/// In characters.
+/// Maximum length of a time zone's name in characters.
 pub const TIME_ZONE_MAX: usize = 64;
-/// In characters.
+/// Maximum length of an endpoint in characters.
 pub const ENDPOINT_MAX: usize = 128;
-/// In characters.
+/// Maximum length of an external ID in characters.
 pub const EXTERNAL_ID_MAX: usize = 200;
 /// Maximum number of metadata entries of an API key.
 pub const METADATA_ENTRIES_MAX: usize = 20;
-/// In characters.
+/// Maximum length of the name of a metadata entry in characters.
 pub const METADATA_NAME_MAX: usize = 40;
-/// In characters.
+/// Maximum length of the value of a metadata entry in characters.
 pub const METADATA_VALUE_MAX: usize = 100;
 
-/// In characters.
+/// Maximum length of a webhook's URL in characters.
 pub const WEBHOOK_URL_MAX: usize = 2000;
 
 /// Requires 1 to 200 characters, with no control characters and at least one that is not whitespace.
@@ -131,19 +136,6 @@ pub(crate) fn characters(max: usize) -> impl Fn(&str, &()) -> garde::Result {
     }
 }
 
-/// Formats a number with thousands separators.
-fn grouped(number: u64) -> String {
-    let digits = number.to_string();
-    let mut grouped = String::with_capacity(digits.len() + digits.len() / 3);
-    for (place, digit) in digits.chars().enumerate() {
-        if place > 0 && (digits.len() - place).is_multiple_of(3) {
-            grouped.push(',');
-        }
-        grouped.push(digit);
-    }
-    grouped
-}
-
 /// Requires 1 to 254 characters, none of them NUL, which PostgreSQL text cannot contain.
 pub(crate) fn login_email(value: &str, context: &()) -> garde::Result {
     characters(EMAIL_MAX)(value, context)?;
@@ -215,22 +207,4 @@ pub(crate) fn metadata(entries: &[(String, String)], _: &()) -> garde::Result {
         }
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::grouped;
-
-    #[test]
-    fn numbers_are_grouped_by_three() {
-        for (number, text) in [
-            (0, "0"),
-            (999, "999"),
-            (1_000, "1,000"),
-            (60_000_000, "60,000,000"),
-            (999_999_999_999_999, "999,999,999,999,999"),
-        ] {
-            assert_eq!(grouped(number), text);
-        }
-    }
 }

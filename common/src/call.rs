@@ -274,7 +274,7 @@ impl Call {
         }
     }
 
-    /// Whether a 401 response can mean that the access token has expired and must be refreshed.
+    /// Returns whether a 401 response can mean that the access token has expired and must be refreshed.
     pub const fn is_of_session(&self) -> bool {
         !matches!(
             self,

@@ -28,7 +28,7 @@ response! {
         pub key_name: Option<String>,
         /// The plan that the key was on at the time.
         pub plan_id: PlanId,
-        /// The endpoint that was called. Empty if none was sent.
+        /// The endpoint that was called. Empty if the caller did not send one.
         pub endpoint: String,
         pub outcome: DecisionOutcome,
         /// The policy that denied the request: `rpm`, `daily`, `monthly` or `tenant_monthly`; `reduced_capacity` if

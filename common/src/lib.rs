@@ -18,6 +18,7 @@ pub mod id;
 pub mod ipc;
 pub mod json;
 pub mod limit;
+pub mod number;
 pub mod page;
 pub mod plan;
 pub mod problem;

@@ -71,7 +71,8 @@ request! {
         /// Requests per minute for each key, 1 to 60,000,000.
         #[garde(dive)]
         pub default_rpm: Rpm,
-        /// Maximum burst: requests an idle key may send immediately, 1 to 60,000,000. Default: `default_rpm`.
+        /// Maximum burst: requests an idle key may send immediately, 1 to 60,000,000, and at most what refills within
+        /// 31 days, which is 44,640 times the rate. Default: `default_rpm`.
         #[garde(dive)]
         pub burst: Option<Burst>,
         /// Requests per key per calendar day, in the tenant's time zone. Default: unlimited.

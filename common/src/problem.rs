@@ -108,26 +108,27 @@ problems! {
     /// The request's JSON, query, headers or path could not be parsed. No changes were made. Fix what `detail`
     /// describes and retry.
     Malformed = "malformed", 400, "Malformed request";
-    /// No API key, access token or service token was sent, or it is unknown, malformed, expired or inactive.
-    /// Nothing was charged. Sign in again, or use an active key.
+    /// No API key, access token or service token was sent, or the credential is unknown, malformed, expired or
+    /// inactive. Nothing was charged. Sign in again, or use an active key.
     Unauthorized = "unauthorized", 401, "Missing or invalid credentials";
     /// The email or password is incorrect. For security reasons, the response does not say which.
     WrongCredentials = "wrong-credentials", 401, "Incorrect email or password";
-    /// The key is on a paid plan, and its tenant has no active subscription. Nothing was charged. A member of the
-    /// tenant who may manage billing has to subscribe or pay the outstanding invoice. After that, keys on paid plans
-    /// work again within seconds.
+    /// The key is on a paid plan, and its tenant has no active subscription. Nothing was charged. A user who may manage
+    /// the tenant's billing has to subscribe or pay the outstanding invoice. After that, keys on paid plans work again
+    /// within seconds.
     SubscriptionNeeded = "subscription-needed", 402, "Subscription required";
     /// Your role in the tenant does not allow this action, or a request with session cookies did not come from
     /// this server's own pages. `detail` contains the reason.
     Forbidden = "forbidden", 403, "Not allowed";
-    /// Only the operator of this server can create accounts. Ask the operator for one.
+    /// Only the operator of this server can create accounts. Ask the operator for an account.
     RegistrationClosed = "registration-closed", 403, "Registration is closed";
     /// The tenant has reached a limit set by the operator of this server; `detail` says which one. Delete resources you
     /// no longer need, or ask the operator for a higher limit.
     LimitReached = "limit-reached", 403, "Limit reached";
-    /// The resource does not exist, or it belongs to another tenant. Both look the same on purpose.
+    /// The resource does not exist, or it belongs to another tenant. For security reasons, the response does not say
+    /// which.
     NotFound = "not-found", 404, "Not found";
-    /// The path exists but does not support this method. The `Allow` header lists the methods it supports.
+    /// The path exists but does not support this method. The `Allow` header lists the supported methods.
     MethodNotAllowed = "method-not-allowed", 405, "Method not allowed";
     /// The request body was not received in time. Send it again.
     RequestTimeout = "request-timeout", 408, "Request timeout";

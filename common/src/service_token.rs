@@ -14,7 +14,7 @@ response! {
     pub struct ServiceToken {
         pub id: ServiceTokenId,
         pub name: String,
-        /// The first characters of the token, by which you can recognize it.
+        /// The first characters of the token, which identify it without revealing it.
         pub prefix: String,
         /// When the token was last used. Updated within seconds.
         pub last_used_at: Option<Timestamp>,
@@ -37,8 +37,8 @@ response! {
     #[derive(Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct CreatedServiceToken {
-        /// The full token: `qs_`, 32 random characters and a 6-character checksum. This is the only time it is
-        /// available: it is not stored, so a replay with the same `Idempotency-Key` omits it.
+        /// The full token: `qs_`, 32 random characters and a 6-character checksum. It is returned only once and never
+        /// stored: a replay with the same `Idempotency-Key` omits it.
         pub token: Omittable<String>,
         pub service_token: ServiceToken,
     }

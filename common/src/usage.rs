@@ -41,7 +41,7 @@ response! {
         pub rejected: u64,
         /// Total cost of the allowed requests, as charged to quotas.
         pub allowed_cost: u64,
-        /// Total cost of the denied requests. None of it was charged.
+        /// Total cost of the denied requests, which was not charged.
         pub rejected_cost: u64,
     }
 }
@@ -68,7 +68,7 @@ response! {
         pub rejected: u64,
         /// Total cost of the allowed requests, as charged to quotas.
         pub allowed_cost: u64,
-        /// Total cost of the denied requests. None of it was charged.
+        /// Total cost of the denied requests, which was not charged.
         pub rejected_cost: u64,
     }
 }
@@ -97,7 +97,7 @@ response! {
         pub rejected: u64,
         /// Total cost of the allowed requests, as charged to quotas.
         pub allowed_cost: u64,
-        /// Total cost of the denied requests. None of it was charged.
+        /// Total cost of the denied requests, which was not charged.
         pub rejected_cost: u64,
         /// Time of the latest request in the range. `null` for `other`, and if the group also has requests after `to`.
         pub last_seen_at: Option<Timestamp>,
@@ -118,8 +118,8 @@ response! {
         /// The time zone in which hours and days start.
         pub time_zone: String,
         pub group_by: Option<UsageGroupBy>,
-        /// All requests before this time are counted; later ones may be missing. This is earlier than `to` if the range
-        /// includes the present, or if a replica has not delivered its records yet.
+        /// All requests before this time are counted; later requests may be missing. This is earlier than `to` if the
+        /// range includes the present, or if a replica has not delivered its records yet.
         pub complete_until: Timestamp,
         /// All requests in the range that match the filters.
         pub total: UsageCounts,
@@ -263,8 +263,8 @@ response! {
         pub points: Vec<BurnDownPoint>,
         /// The current pace: cost per hour over the most recent quarter of the elapsed time (at least the last hour).
         pub pace_per_hour: f64,
-        /// When the quota will be used up at the current pace. `null` if it won't be used up before it resets. If it
-        /// is already used up, this time is not in the future.
+        /// When the quota will be used up at the current pace. `null` if it won't be used up before it resets. If the
+        /// quota is already used up, this equals `complete_until`.
         pub used_up_at: Option<Timestamp>,
         /// The quota that will be left when it resets, at the current pace.
         pub projected_remaining: u64,

@@ -18,12 +18,13 @@ response! {
         pub url: String,
         /// Whether events are sent. `false` if you disabled the webhook, or if Quota did: see `disabled_reason`.
         pub is_active: bool,
-        /// Why Quota disabled the webhook. `null` if it did not.
+        /// Why Quota disabled the webhook. `null` if Quota did not disable it.
         pub disabled_reason: Option<String>,
         /// When deliveries started to fail. `null` if the last attempt succeeded, if there were no attempts, or if the
         /// URL was changed or the webhook was enabled after the last attempt.
         pub failing_since: Option<Timestamp>,
-        /// Until when deliveries are also signed with the previous secret. `null` if there is no previous secret.
+        /// When the previous secret expires. Until then, deliveries are also signed with it. `null` if there is no
+        /// previous secret.
         pub previous_secret_expires_at: Option<Timestamp>,
         pub created_at: Timestamp,
         pub updated_at: Timestamp,
@@ -52,7 +53,7 @@ update! {
         /// An `https://` URL with a public address. At most 2,000 characters.
         #[garde(dive)]
         pub url: Option<WebhookUrl>,
-        /// `false` stops deliveries; pending ones fail and can be redelivered later. `true` also clears
+        /// `false` stops deliveries; pending deliveries fail and can be redelivered later. `true` also clears
         /// `disabled_reason`.
         #[garde(skip)]
         pub is_active: Option<bool>,
@@ -75,8 +76,8 @@ response! {
     #[derive(Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct CreatedWebhook {
-        /// The signing secret: `whsec_` and 32 random bytes in Base64. This is the only time it is available: a replay
-        /// with the same `Idempotency-Key` omits it.
+        /// The signing secret: `whsec_` and 32 random bytes in Base64. It is returned only once: a replay with the same
+        /// `Idempotency-Key` omits it.
         pub secret: Omittable<String>,
         pub webhook: Webhook,
     }
@@ -116,7 +117,7 @@ response! {
         pub status: WebhookDeliveryStatus,
         /// The number of attempts since the delivery was created or last redelivered.
         pub attempts: u32,
-        /// The status code of the last response. `null` if there was none.
+        /// The status code of the last response. `null` if no response was received.
         pub response_status: Option<u32>,
         /// Why the last attempt failed, or why the delivery was canceled. Otherwise `null`.
         pub error: Option<String>,

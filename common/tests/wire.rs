@@ -297,8 +297,9 @@ fn alerts_match_their_golden_json() {
         alert::AlertSettings {
             email: true,
             email_roles: vec![auth::Role::Owner, auth::Role::Admin],
+            can_email: true,
         },
-        json!({"email": true, "email_roles": ["owner", "admin"]})
+        json!({"email": true, "email_roles": ["owner", "admin"], "can_email": true})
     );
     golden!(
         alert::UpdateAlertSettings {

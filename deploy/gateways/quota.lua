@@ -1,5 +1,5 @@
--- Checks a request with Quota: `http-request lua.quota` in haproxy.cfg, whose backend `quota` adds the service token,
--- verifies Quota's certificate and keeps connections open.
+-- Checks a request with Quota. haproxy.cfg calls this script with `http-request lua.quota`, and its `quota` backend
+-- adds the service token, verifies Quota's certificate and keeps connections open.
 local URL = "http://127.0.0.1:8404/v1/forward-auth"
 local LIMITS = {
   "x-ratelimit-limit", "x-ratelimit-remaining", "x-ratelimit-reset", "ratelimit-policy", "ratelimit", "x-quota-degraded",
@@ -27,8 +27,8 @@ core.register_action("quota", { "http-req" }, function(txn)
   end
   local decision = field("x-quota-decision")
   if answer and answer.status == 200 and decision == "allowed" then
-    -- haproxy.cfg denies requests that were not allowed here, since HAProxy continues after an error in this script.
-    txn:set_var("txn.quota_admitted", true)
+    -- HAProxy continues after an error in this script, so haproxy.cfg denies requests that were not allowed here.
+    txn:set_var("txn.quota_allowed", true)
     for _, name in ipairs(LIMITS) do
       if field(name) then txn:set_var("txn." .. name:gsub("-", "_"), field(name)) end
     end

@@ -96,9 +96,9 @@ export async function actions(world) {
   await page.goto(`${base}/console/api-keys`);
   for (const [action, title] of [
     ["Edit", "Edit key"],
-    ["Rotate", `Rotate ${quoted("Two")}`],
-    ["Deactivate", `Deactivate ${quoted("Two")}?`],
-    ["Delete", `Delete ${quoted("Two")}?`],
+    ["Rotate", `Rotate key ${quoted("Two")}`],
+    ["Deactivate", `Deactivate key ${quoted("Two")}?`],
+    ["Delete", `Delete key ${quoted("Two")}?`],
   ]) {
     await my.choose("Two", action);
     await my.heading(title).waitFor();
@@ -112,7 +112,7 @@ export async function actions(world) {
   await my.api("PATCH", `/admin/api-keys/${created[1].api_key.id}`, { is_active: false });
   await my.navigate("API keys").click();
   await my.choose("Two", "Activate");
-  await toast.getByText("1 key activated").waitFor();
+  await toast.getByText(`Key ${quoted("Two")} activated`).waitFor();
   assert.equal((await key(1)).is_active, true);
   await my.inspect("keys-menu");
 

@@ -59,14 +59,14 @@ export const states = {
   ],
   trial: [{ ...active(), access: "trialing", trial_ends_at: hours(200) }, "First payment"],
   "past-due": [{ ...active(), access: "past_due", access_ends_at: hours(100) }, "Your last payment failed. Update your card by"],
-  unpaid: [{ ...active(), access: "unpaid", paid_plans_work: false }, "Until it is paid, requests with 4 keys on paid plans are rejected (402)."],
+  unpaid: [{ ...active(), access: "unpaid", paid_plans_work: false }, "Until the invoice is paid, requests with 4 keys on paid plans are rejected (402)."],
   canceling: [{ ...active(), cancels_at: hours(480), access_ends_at: hours(480) }, "Your subscription ends on"],
   canceled: [{ ...active(), ...none, access: "canceled", cancels_at: hours(-24) }, "Your subscription has ended"],
   paused: [{ ...active(), access: "paused", paid_plans_work: false }, "Your subscription is paused"],
-  stale: [{ ...active(), refreshed_at: hours(-3) }, "Stripe can't be reached. This was last updated 3 hours ago"],
+  stale: [{ ...active(), refreshed_at: hours(-3) }, "Can't reach Stripe. Last updated 3 hours ago"],
   off: [
     { ...active(), ...none, enabled: false, access: "free", paid_plans_work: true, has_customer: false, price: null, refreshed_at: null },
-    "Billing is disabled on this server",
+    "Billing is off on this server",
   ],
 };
 
@@ -116,7 +116,7 @@ export async function billing(world) {
       body: JSON.stringify({ type: `${base}/problems/unavailable`, title: "Unavailable", status: 503, detail: "Temporarily unavailable.", request_id: id }),
     }));
   await my.button("Upgrade").click();
-  await page.getByRole("alert").getByText("Stripe can't be reached. Nothing was charged.").waitFor();
+  await page.getByRole("alert").getByText("Can't reach Stripe. Nothing was charged.").waitFor();
   await page.getByRole("alert").getByText(id).waitFor();
   await my.inspect("billing-unreachable");
   await page.unroute("**/billing/checkout");
@@ -171,7 +171,7 @@ export async function billing(world) {
     me.tenant.role = "viewer";
     await route.fulfill({ json: me });
   });
-  await open();
+  await page.goto(`${base}/console/billing`);
   await my.heading("You don't have access to billing").waitFor();
   assert.ok(!requested);
   assert.equal(await my.navigate("Billing").count(), 0, "no link to it");
@@ -188,7 +188,7 @@ async function chunks(my) {
   await page.route(/pages-.*\.wasm/, (route) => route.abort());
   await page.goto(`${base}/console/audit`);
   await my.heading("Couldn't load this page").waitFor();
-  await page.getByText("A part of the console is missing.").waitFor();
+  await page.getByText("Part of the console couldn't be loaded.").waitFor();
   await my.inspect("page-missing");
   await page.unroute(/pages-.*\.wasm/);
   await my.button("Retry").click();

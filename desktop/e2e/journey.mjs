@@ -17,8 +17,10 @@ import { names } from "./names.mjs";
 import { once } from "./once.mjs";
 import { pages } from "./pages.mjs";
 import { pictures } from "./pictures.mjs";
+import { roles } from "./roles.mjs";
 import { site } from "./site.mjs";
 import { tour } from "./tour.mjs";
+import { trouble } from "./trouble.mjs";
 import { recount, usage } from "./usage.mjs";
 import { walk } from "./walk.mjs";
 import { webhooks } from "./webhooks.mjs";
@@ -26,7 +28,7 @@ import { widths } from "./widths.mjs";
 import { World } from "./world.mjs";
 
 const [executablePath, base, shots, ...selected] = process.argv.slice(2);
-const parts = { site, tour, keyboard, once, many, actions, usage, lists, names, guard, pages, errors, billing, subscription, webhooks, widths, recount, pictures, walk };
+const parts = { site, tour, keyboard, once, many, actions, usage, lists, names, guard, pages, errors, trouble, roles, billing, subscription, webhooks, widths, recount, pictures, walk };
 // They require a server that is set up for them, change files of the repository, or are for people to look at.
 const onRequest = ["recount", "pictures", "walk"];
 

@@ -131,7 +131,7 @@ export async function many(world) {
   await my.field("Expires (optional)").fill(`${year}-02-03T04:05`);
   await my.inspect("key-edit");
   await my.button("Save changes").click();
-  await page.getByText("Key updated").waitFor();
+  await page.getByText(/^Key .* updated$/).waitFor();
   const path = `/admin/api-keys/${created[1].api_key.id}`;
   const key = await my.api("GET", path);
   assert.equal(new Date(key.expires_at).getTime(), new Date(`${year}-02-03T04:05`).getTime());

@@ -97,7 +97,7 @@ export async function once(world) {
   assert.equal(await copied(), key);
   await my.inspect("key-known");
   await my.button("Rotate").click();
-  await my.heading(`Rotate ${quoted("App")}`).waitFor();
+  await my.heading(`Rotate key ${quoted("App")}`).waitFor();
   assert.equal(await page.getByText("This key was rotated recently").count(), 0);
   await submitSlowly("**/rotate", "Rotate key");
   await my.heading(`Save your key for ${quoted("App")}`).waitFor();
@@ -133,7 +133,7 @@ export async function once(world) {
   await save();
   await page.reload();
   assert.equal(path().split("/").length, 4, "without a locked dialog the page reloads");
-  await page.getByText("Keys aren't stored.").waitFor();
+  await page.getByText("Quota doesn't store the full key.").waitFor();
 
   await my.navigate("Service tokens").click();
   await my.button("New token").click();

@@ -35,7 +35,7 @@ async function windows(world) {
   await ada.heading("Home").waitFor();
   world.latest = second;
   await second.locator("form", { has: second.getByLabel("Your name") }).getByRole("button", { name: "Save changes" }).click();
-  await second.getByText("A different account is now signed in in this browser.").waitFor();
+  await second.getByText("This browser is now signed in to a different account.").waitFor();
   await second.getByRole("heading", { name: "Home", exact: true }).waitFor();
   assert.equal(new URL(second.url()).pathname, "/console");
   await second.locator(".account").getByText(grace.email).waitFor();

@@ -42,7 +42,7 @@ export async function pictures(world) {
     const { data } = await session.send("Page.captureScreenshot", { format: "webp", quality: 82 });
     writeFileSync(join(world.shots, `${name}.webp`), Buffer.from(data, "base64"));
   };
-  await page.setViewportSize({ width: 1180, height: 660 });
+  await page.setViewportSize({ width: 1180, height: 730 });
   await my.navigate("API keys").click();
   await page.getByRole("row").nth(7).waitFor();
   await take("keys", "light");
@@ -74,6 +74,8 @@ export async function pictures(world) {
       usage.buckets = Array.from({ length: 24 }, (_, hour) => ({ ...other, start: start(hour), ...total(by((it) => it.start === start(hour))) }));
     }
     usage.total = total(buckets);
+    // The previous period had less traffic.
+    if (usage.bucket === "day") usage.total = counts(Math.round(usage.total.allowed * 0.93), Math.round(usage.total.rejected * 0.62));
     return route.fulfill({ json: usage });
   });
   await page.setViewportSize({ width: 1180, height: 730 });

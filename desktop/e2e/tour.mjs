@@ -115,7 +115,7 @@ export async function tour(world) {
   await my.heading("Mobile app").waitFor();
 
   await my.button("Deactivate").click();
-  await my.heading(`Deactivate ${quoted("Mobile app")}?`).waitFor();
+  await my.heading(`Deactivate key ${quoted("Mobile app")}?`).waitFor();
   await my.button("Deactivate key").click();
   await my.button("Activate").waitFor();
   await page.waitForTimeout(1000);

@@ -55,6 +55,7 @@ export async function walk(world) {
     { name: "Free", default_rpm: 60, burst: 10, daily_quota: 20 },
     { name: "Starter", default_rpm: 600, burst: 50, monthly_quota: 1_000_000 },
     { name: "Business with a long name that wraps", default_rpm: 60_000, burst: 4000, monthly_quota: 20_000_000, strict: true, billing: "paid" },
+    { name: "Trial", default_rpm: 600, daily_quota: 10 },
   ]) {
     plans.push((await my.api("POST", "/admin/plans", plan)).id);
   }
@@ -64,16 +65,23 @@ export async function walk(world) {
     ["Internal dashboard", 2, {}],
     ["Partner: Contoso International Holdings", 1, { rpm_override: 12_000 }],
     ["Mobile app", 0, { external_id: "crm-4711", metadata: { region: "eu", tier: "trial" } }],
+    ["Nightly import", 3, {}],
   ]) {
     keys.push(await my.api("POST", "/admin/api-keys", { name, plan_id: plans[plan], ...more }));
   }
   await my.api("PATCH", `/admin/api-keys/${keys[0].api_key.id}`, { is_active: false });
   await my.api("POST", "/admin/service-tokens", { name: "Edge gateway" });
   for (let at = 0; at < 30; at += 1) await fetch(`${base}/v1/echo`, { headers: { "x-api-key": keys[3].key } });
+  for (let at = 0; at < 10; at += 1) await fetch(`${base}/v1/echo`, { headers: { "x-api-key": keys[4].key } });
   for (let at = 0; at < 12; at += 1) await fetch(`${base}/v1/echo`, { headers: { "x-api-key": keys[2].key } });
   while (!(await my.api("GET", "/admin/usage")).total.allowed) await page.waitForTimeout(200);
+  const hook = (await my.api("POST", "/admin/webhooks", { name: "Pager", url: "http://127.0.0.1:9/quota" })).webhook.id;
+  await my.api("POST", `/admin/webhooks/${hook}/test`);
+  while ((await my.api("GET", "/admin/alerts")).total < 3) await page.waitForTimeout(200);
+  while (!(await my.api("GET", `/admin/webhooks/${hook}/deliveries`)).items.every((it) => it.error)) await page.waitForTimeout(200);
   const key = `/api-keys/${keys[3].api_key.id}`;
-  for (const [name, path] of Object.entries({ ...pages, key, "usage-table": "/usage?range=7d&view=table", "usage-key": `/usage?key_id=${keys[3].api_key.id}`, "not-found": "/nowhere" })) {
+  const webhook = `/webhooks/${hook}`;
+  for (const [name, path] of Object.entries({ ...pages, key, webhook, "usage-table": "/usage?range=7d&view=table", "usage-key": `/usage?key_id=${keys[3].api_key.id}`, "not-found": "/nowhere" })) {
     await visit(path);
     await take(name);
   }
@@ -110,6 +118,13 @@ export async function walk(world) {
   });
   await form("token-new", "/service-tokens", () => my.button("New token").click());
   await form("token-delete", "/service-tokens", () => my.button("Delete Edge gateway").click());
+  await form("webhook-new", "/webhooks", () => my.button("New webhook").click());
+  await form("webhook-edit", webhook, () => my.button("Edit").click());
+  await form("webhook-rotate", webhook, () => my.button("Rotate secret").click());
+  await form("webhook-disable", webhook, () => my.button("Disable").click());
+  await form("webhook-delete", webhook, () => my.button("Delete").click());
+  await form("delivery", webhook, () => page.locator("table.deliveries button").first().click());
+  await form("alerts-email", "/alerts", () => my.button("Edit email notifications").click());
   await form("live-tail", "/usage?live=1", async () => {});
   await form("palette", "", () => page.getByRole("button", { name: "Search or jump to…" }).click());
   await form("shortcuts", "", async () => page.keyboard.press("?"));
@@ -142,7 +157,7 @@ export async function walk(world) {
   // A slow network: what is on the page in the meantime.
   const calls = (url) => /^\/(admin|billing|auth\/(me|sessions))/.test(url.pathname);
   const [two, one] = [[390, 1280], ["light"]];
-  for (const [name, path] of Object.entries({ ...pages, key })) {
+  for (const [name, path] of Object.entries({ ...pages, key, webhook })) {
     await visit("/nowhere");
     await page.route(calls, () => {});
     await page.evaluate((path) => {
@@ -163,7 +178,7 @@ export async function walk(world) {
       body: JSON.stringify({ type: `${base}/problems/internal`, title: "Internal error", status: 500, detail: "Something went wrong. Quote the request ID when reporting it.", request_id: "019ab4e1-7c00-7000-8000-00000000abcd" }),
     });
   for (const [how, handle] of [["failing", fail], ["offline", (route) => route.abort()]]) {
-    for (const [name, path] of Object.entries({ ...pages, key })) {
+    for (const [name, path] of Object.entries({ ...pages, key, webhook })) {
       await visit("/nowhere");
       await page.route(calls, handle);
       await page.evaluate((path) => {

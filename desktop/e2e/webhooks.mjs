@@ -173,9 +173,9 @@ async function fails(my, receiver) {
   const { page } = my;
   receiver.status = 500;
   const request = await sendTest(my, receiver);
-  await result(my, "The endpoint responded with status 500. Quota tries again");
+  await result(my, "The endpoint responded with status 500. Next attempt");
   await status(my, "Failing");
-  await page.getByText("Deliveries began to fail").waitFor();
+  await page.getByText("Deliveries started failing").waitFor();
   await counts(my, 2);
   await my.inspect("webhook-failing");
   await my.navigate("Webhooks").click();
@@ -215,14 +215,14 @@ async function fails(my, receiver) {
   await my.button("Show all").click();
   await counts(my, 2);
   assert.equal(await rows(my).getByText("Delivered").count(), 2);
-  await status(my, "Active");
+  await status(my, "Enabled");
 }
 
 async function rotates(my, receiver, first) {
   const { page } = my;
   const rotate = async (choice) => {
     await press(my, "Rotate secret");
-    await my.heading(`Rotate the secret of ${quoted("Alerts")}`).waitFor();
+    await my.heading(`Rotate secret of webhook ${quoted("Alerts")}`).waitFor();
     if (choice) await page.locator("#grace").selectOption({ label: choice });
     await press(my, "Rotate secret");
     await my.heading(`Save the signing secret of ${quoted("Alerts")}`).waitFor();
@@ -234,7 +234,7 @@ async function rotates(my, receiver, first) {
     return secret;
   };
   await press(my, "Rotate secret");
-  await my.heading(`Rotate the secret of ${quoted("Alerts")}`).waitFor();
+  await my.heading(`Rotate secret of webhook ${quoted("Alerts")}`).waitFor();
   await my.inspect("webhook-rotate");
   await page.keyboard.press("Escape");
   await hasFocus(my, "Rotate secret");
@@ -296,7 +296,7 @@ async function reportsErrors(my) {
   await counts(my, 4);
 }
 
-/** Editing, deactivating, and being disabled by the server. */
+/** Editing, disabling, and being disabled by the server. */
 async function stops(my, receiver) {
   const { page } = my;
   await press(my, "Edit");
@@ -306,32 +306,32 @@ async function stops(my, receiver) {
   await my.inspect("webhook-edit");
   await page.keyboard.press("Enter");
   await my.heading("Pager").waitFor();
-  await page.locator(".toast").getByText("Webhook updated").waitFor();
+  await page.locator(".toast").getByText(`Webhook ${quoted("Pager")} updated`).waitFor();
   await hasFocus(my, "Edit");
 
-  await press(my, "Deactivate", "Shift+Tab");
-  await my.heading(`Deactivate ${quoted("Pager")}?`).waitFor();
+  await press(my, "Disable", "Shift+Tab");
+  await my.heading(`Disable webhook ${quoted("Pager")}?`).waitFor();
   await hasFocus(my, "Cancel");
-  await my.inspect("webhook-deactivate");
-  await press(my, "Deactivate webhook");
-  await hasFocus(my, "Activate");
-  await status(my, "Inactive");
+  await my.inspect("webhook-disable");
+  await press(my, "Disable webhook");
+  await hasFocus(my, "Enable");
+  await status(my, "Disabled");
   // Events are not sent, but tests are.
   const request = await sendTest(my, receiver);
   assert.equal(JSON.parse(request.body).type, "webhook.test");
   await result(my, "The endpoint responded with status 200.");
-  await press(my, "Activate");
-  await status(my, "Active");
+  await press(my, "Enable");
+  await status(my, "Enabled");
 
   // An endpoint can ask not to be sent anything.
   receiver.status = 410;
   await sendTest(my, receiver);
-  await status(my, "Disabled");
+  await status(my, "Disabled by Quota");
   await page.getByText("Quota disabled this webhook. The endpoint responded with status 410 (Gone).").waitFor();
-  await my.inspect("webhook-disabled");
+  await my.inspect("webhook-disabled-by-quota");
   receiver.status = 200;
-  await press(my, "Activate");
-  await status(my, "Active");
+  await press(my, "Enable");
+  await status(my, "Enabled");
 
   // The audit log leads to the webhook.
   await my.navigate("Audit log").click();
@@ -361,7 +361,7 @@ async function isReadOnly(my) {
   assert.equal(await my.button("Redeliver").count(), 0);
   await my.inspect("delivery-viewer");
   await page.keyboard.press("Escape");
-  for (const name of ["Send test event", "Edit", "Deactivate", "Rotate secret", "Delete"]) {
+  for (const name of ["Send test event", "Edit", "Disable", "Rotate secret", "Delete"]) {
     assert.equal(await my.button(name).count(), 0, name);
   }
   await my.inspect("webhook-viewer");
@@ -395,7 +395,7 @@ async function ends(my) {
   const { page } = my;
   await rows(my).first().waitFor();
   await press(my, "Delete");
-  await my.heading(`Delete ${quoted("Pager")}?`).waitFor();
+  await my.heading(`Delete webhook ${quoted("Pager")}?`).waitFor();
   await hasFocus(my, "Cancel");
   await my.inspect("webhook-delete");
   await press(my, "Delete webhook");
@@ -414,6 +414,7 @@ async function alerts(world, receiver) {
   await my.navigate("Alerts").click();
   await my.heading("No alerts yet").waitFor();
   await page.getByText("Owners and admins").waitFor();
+  await page.getByText("Emails aren't sent: this server has no mail server.").waitFor();
   await my.inspect("alerts-none");
 
   // Who gets email.
@@ -431,7 +432,7 @@ async function alerts(world, receiver) {
   await press(my, "Save changes");
   await my.heading("Email notifications").waitFor({ state: "hidden" });
   await page.locator("main").getByText("Billing members").waitFor();
-  assert.deepEqual(await my.api("GET", "/admin/alert-settings"), { email: true, email_roles: ["billing"] });
+  assert.deepEqual(await my.api("GET", "/admin/alert-settings"), { email: true, email_roles: ["billing"], can_email: false });
   await hasFocus(my, "Edit email notifications");
   await page.keyboard.press("Enter");
   await to(my, "Send alerts by email");
@@ -462,7 +463,7 @@ async function alerts(world, receiver) {
   const table = page.locator("main table");
   await table.getByText("New").nth(2).waitFor();
   assert.match(await table.innerText(), /Mobile app[\s\S]*Daily quota[\s\S]*100%[\s\S]*10 of 10/);
-  await page.getByText("1 active").waitFor();
+  await page.getByText("1 enabled").waitFor();
   await link.getByText("3 new").waitFor({ state: "detached" });
   await my.inspect("alerts");
   while (receiver.received.filter((it) => it.body.includes("quota.threshold_reached")).length < 3) {

@@ -8,9 +8,9 @@ const steps = Array.from({ length: 321 }, (_, at) => 320 + 5 * at);
 const breakpoints = [30, 56, 73, 80].flatMap((rem) => [16 * rem - 1, 16 * rem, 16 * rem + 1]);
 const all = [...new Set([...steps, ...breakpoints])].sort((a, b) => a - b);
 
-/** Cards with less than 16 pixels between them and the next one below. Runs in the page. */
+/** Cards and tables with less than 16 pixels between them and the next one below. Runs in the page. */
 function tooClose() {
-  const boxes = [...document.querySelectorAll("main :is(.card, .empty)")].map((it) => [it, it.getBoundingClientRect()]);
+  const boxes = [...document.querySelectorAll("main :is(.card, .empty, table.groups)")].map((it) => [it, it.getBoundingClientRect()]);
   const found = [];
   for (const [one, a] of boxes) {
     for (const [other, b] of boxes) {
@@ -50,11 +50,15 @@ export async function widths(world) {
     await my.api("POST", "/admin/service-tokens", { name });
   }
   const hook = await my.api("POST", "/admin/webhooks", { name: names[1], url: `https://hooks.example.com/${"quota-alerts-".repeat(12)}` });
+  // With an error to show for each delivery. The server must allow webhooks to this machine.
+  const failing = (await my.api("POST", "/admin/webhooks", { name: names[0], url: "http://127.0.0.1:9/quota" })).webhook.id;
+  await my.api("POST", `/admin/webhooks/${failing}/test`);
+  while (!(await my.api("GET", `/admin/webhooks/${failing}/deliveries`)).items[0].error) await page.waitForTimeout(200);
   for (const { key } of created) await fetch(`${base}/v1/echo`, { headers: { "x-api-key": key } });
   while (!(await my.api("GET", "/admin/usage")).total.allowed) await page.waitForTimeout(200);
   await my.api("PATCH", `/admin/api-keys/${keys[0].id}`, { is_active: false });
   await page.route(isBilling, (route) => route.fulfill({ json: { ...active(), access: "past_due", access_ends_at: "2199-01-01T00:00:00Z" } }));
-  for (const path of ["", "/usage", "/usage?range=30d&view=table", "/plans", "/api-keys", `/api-keys/${keys[0].id}`, "/service-tokens", "/webhooks", `/webhooks/${hook.webhook.id}`, "/alerts", "/audit", "/billing", "/settings"]) {
+  for (const path of ["", "/usage", "/usage?range=30d&view=table", `/usage?key_id=${keys[0].id}`, "/plans", "/api-keys", `/api-keys/${keys[0].id}`, "/service-tokens", "/webhooks", `/webhooks/${hook.webhook.id}`, `/webhooks/${failing}`, "/alerts", "/audit", "/billing", "/settings"]) {
     await page.goto(`${base}/console${path}`);
     await page.locator("main h1").waitFor();
     await page.waitForFunction(() => !document.querySelector(".skeleton"));

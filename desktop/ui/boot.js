@@ -3,8 +3,10 @@
 try {
   const { default: init } = await import("/console/{{glue}}");
   await init({ module_or_path: "/console/{{wasm}}" });
+  document.getElementById("loading")?.remove();
 } catch (error) {
   console.error(error);
+  document.getElementById("loading")?.remove();
   const main = document.createElement("main");
   main.className = "standalone";
   const box = document.createElement("div");

@@ -51,7 +51,7 @@ const POLL_FRESH: Nanos = Nanos::from_millis(750);
 /// The maximum number of concurrent background loads per cache while PostgreSQL is suspected to be unreachable.
 const BACKGROUND_LOADS: usize = 4;
 
-/// The time of the last poll for invalidations, and whether PostgreSQL responds. Shared by all caches.
+/// Tracks polls for invalidations and whether PostgreSQL responds. Shared by all caches.
 #[derive(Debug)]
 pub struct Freshness {
     clock: Arc<dyn Clock>,
@@ -104,18 +104,18 @@ impl Freshness {
         self.reached();
     }
 
-    /// Returns when an entry was last confirmed.
+    /// Returns the time at which an entry loaded at `loaded_at` was last confirmed.
     fn confirmed_at(&self, loaded_at: Monotonic) -> Monotonic {
         self.polled_at().map_or(loaded_at, |at| loaded_at.max(at))
     }
 
-    /// Returns when the last successful poll began.
+    /// Returns the time at which the last successful poll began.
     fn polled_at(&self) -> Option<Monotonic> {
         let at = self.polled_at.load(Ordering::Acquire).checked_sub(1)?;
         Some(Monotonic(at))
     }
 
-    /// Returns when the last poll began, if that is recent enough for entries to be valid.
+    /// Returns the time at which the last successful poll began, if that is recent enough for entries to be valid.
     pub fn polled_lately(&self) -> Option<Monotonic> {
         let polled = self.polled_at()?;
         (self.now().saturating_since(polled) <= POLL_FRESH).then_some(polled)
@@ -195,7 +195,7 @@ impl<T> Clone for Entry<T> {
     }
 }
 
-/// See the module documentation.
+/// A cache of PostgreSQL rows. See the module documentation.
 pub struct Cached<K, T> {
     inner: Arc<CacheState<K, T>>,
 }

@@ -73,8 +73,9 @@ pub struct TooManyRequests {
 }
 
 impl ClientRateLimiter {
-    /// If `per_minute` is 0, there is no limit. `capacity` is the number of tracked networks. When it is reached, idle
-    /// networks are dropped. If that is not enough, new networks are rejected for a second.
+    /// Creates a limit of `per_minute` requests per network; 0 means no limit. `capacity` is the maximum number of
+    /// tracked networks. When it is reached, idle networks are dropped. If that is not enough, new networks are rejected
+    /// for a second.
     pub fn new(per_minute: u32, capacity: usize, clock: Arc<dyn Clock>) -> Self {
         let clock = GovernorClock(clock);
         let governor = |per_minute| {

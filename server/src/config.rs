@@ -33,7 +33,7 @@ pub use self::{
 pub struct Config {
     pub listen: SocketAddr,
     pub metrics_listen: Option<SocketAddr>,
-    /// Without a trailing slash.
+    /// The URL at which clients reach the server, without a trailing slash.
     pub public_url: String,
     pub data_dir: PathBuf,
     /// `None` means that the server runs an embedded PostgreSQL.
@@ -61,6 +61,8 @@ pub struct Config {
     pub auth_rpm: u32,
     pub admin_rpm: u32,
     pub login_free_failures: u32,
+    pub registrations_per_day: u32,
+    pub alert_emails_per_hour: u32,
     pub body_limit: usize,
     pub header_timeout: Duration,
     pub request_timeout: Duration,
@@ -69,9 +71,10 @@ pub struct Config {
     /// Whether plain requests are served without hyper.
     pub direct_responses: bool,
     pub connections: usize,
-    /// The maximum number per address; 0 means no limit.
+    /// The maximum number of connections per address. 0 means no limit.
     pub connections_per_address: usize,
-    /// The maximum number per IPv4 /24 or IPv6 /56. An IPv6 /48 may have twice as many. 0 means no limit.
+    /// The maximum number of connections per IPv4 /24 or IPv6 /56. An IPv6 /48 may have twice as many. 0 means no
+    /// limit.
     pub connections_per_network: usize,
     pub key_lookups: usize,
     pub drain_timeout: Duration,
@@ -79,9 +82,9 @@ pub struct Config {
     pub stale_grace: Duration,
     pub key_cache: usize,
     pub session_days: u32,
-    /// A number of whole days.
+    /// How long the usage log is kept, in whole days.
     pub usage_retention: Duration,
-    /// A number of whole days.
+    /// How long the usage rollups are kept, in whole days.
     pub usage_rollup_retention: Duration,
     /// `None` if billing is off.
     pub stripe: Option<StripeSettings>,
@@ -114,9 +117,9 @@ impl std::fmt::Debug for Config {
 #[derive(Clone)]
 pub struct StripeSettings {
     pub secret_key: SecretString,
-    /// There are two secrets while one replaces the other.
+    /// The accepted webhook secrets. There are two while one replaces the other.
     pub webhook_secrets: Vec<SecretString>,
-    /// `None` means Stripe's own API. Without a trailing slash.
+    /// The base URL of the Stripe API, without a trailing slash. `None` means Stripe's own API.
     pub api_base: Option<String>,
     /// How long a past-due subscription keeps its access.
     pub grace: Duration,
@@ -150,9 +153,9 @@ pub struct SmtpSettings {
 /// How the connection to the mail server is encrypted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SmtpTls {
-    /// From the start.
+    /// The connection is encrypted from the start.
     Implicit,
-    /// After the `STARTTLS` command. If that fails, nothing is sent.
+    /// The connection is encrypted after the `STARTTLS` command. If that fails, nothing is sent.
     StartTls,
     None,
 }

@@ -1,4 +1,4 @@
-//! What handlers tell the listener about a request's connection.
+//! What handlers report to the listener about a request's connection.
 //!
 //! Handlers mark connections on which a valid API key or service token was sent. The listener then stops counting them
 //! toward the limit of their address. Handlers also announce endless responses, which continue as long as the client
@@ -15,7 +15,7 @@ use std::{
 
 use futures_util::task::AtomicWaker;
 
-/// See the module documentation. Clones share their marks.
+/// The marks of one connection. Clones share them.
 #[derive(Debug, Clone, Default)]
 pub struct ConnectionMarks(Arc<Marks>);
 

@@ -100,6 +100,9 @@ impl Report {
                 "not configured: limits are kept in memory, for a single replica",
             );
         }
+        if let Some(host) = db::plaintext_host(url).await {
+            self.warning("database", plaintext(&host));
+        }
         match db::inspect(url).await {
             Ok(server) => self.database(config, replicas, &server),
             Err(error) => self.failure("database", db::chain(&error)),
@@ -291,6 +294,20 @@ fn connections(pool: usize, replicas: usize, server: &ServerInfo) -> String {
         server.max_connections,
         server.reserved_connections,
     )
+}
+
+fn plaintext(host: &str) -> String {
+    format!(
+        "the connection to {host} is not encrypted, so others on the network can read the password and all data; \
+         add sslmode=require to DATABASE_URL"
+    )
+}
+
+/// Logs a warning at startup if the database is reached over a public network without encryption.
+pub async fn warn_of_plaintext(url: &SecretString) {
+    if let Some(host) = db::plaintext_host(url).await {
+        tracing::warn!("{}", plaintext(&host));
+    }
 }
 
 /// Logs a warning at startup if the replicas together may open more connections than PostgreSQL allows. Otherwise, the

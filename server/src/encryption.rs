@@ -41,7 +41,7 @@ impl Encryption {
         }
     }
 
-    /// Returns the nonce, followed by the ciphertext and its tag.
+    /// Encrypts a secret. Returns the nonce, followed by the ciphertext and its tag.
     ///
     /// # Errors
     ///
@@ -54,7 +54,7 @@ impl Encryption {
         Ok([nonce.as_ref().as_slice(), &text].concat())
     }
 
-    /// Returns the secret, if it was encrypted with one of the keys in this context.
+    /// Decrypts a secret. Returns `None` unless it was encrypted in this context with one of the keys.
     pub fn decrypt(&self, context: &[u8], stored: &[u8]) -> Option<Decrypted> {
         let (nonce, text) = stored.split_at_checked(NONCE_LEN)?;
         let open = |key: &RandomizedNonceKey| {

@@ -20,8 +20,8 @@ pub fn raise() -> Option<usize> {
     Some(usize::try_from(limit).unwrap_or(usize::MAX))
 }
 
-/// Returns the number of client connections to allow: `wanted`, or fewer if the limit does not allow them in addition
-/// to `database` connections and other files.
+/// Returns the number of client connections to allow: `wanted`, or fewer if the limit would not leave room for
+/// `database` connections and other files.
 pub fn connections(wanted: usize, limit: Option<usize>, database: usize) -> usize {
     let Some(limit) = limit else {
         return wanted;

@@ -34,7 +34,7 @@ const FILES_MAX: usize = 1000;
 /// An email to one recipient.
 #[derive(Debug, Clone)]
 pub struct Mail<'a> {
-    /// Identifies the email. Stays the same when the email is resent.
+    /// Identifies the email. Remains the same when the email is resent.
     pub id: Uuid,
     pub recipient: &'a str,
     pub subject: &'a str,
@@ -70,7 +70,7 @@ impl MailError {
     }
 }
 
-/// See the module documentation.
+/// Sends email, or writes it to files if no SMTP server is configured.
 #[derive(Debug, Clone)]
 pub struct Mailer {
     from: Mailbox,
@@ -116,6 +116,11 @@ impl Mailer {
             from: from.clone(),
             transport,
         })
+    }
+
+    /// Whether emails are sent, instead of being written to files.
+    pub const fn has_server(&self) -> bool {
+        matches!(self.transport, Transport::Smtp(_))
     }
 
     fn message(&self, mail: &Mail<'_>) -> Result<Message, MailError> {

@@ -80,7 +80,7 @@ enum Command {
         #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=1000))]
         top: u16,
     },
-    /// Send requests to a running installation at a fixed rate, and compare what is allowed with the limits
+    /// Send requests to a running installation at a fixed rate, and compare the allowed requests with the rate limits
     Loadtest(LoadTest),
     /// Print the OpenAPI document
     Openapi,

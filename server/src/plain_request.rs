@@ -13,6 +13,7 @@ use crate::connection_marks::ConnectionMarks;
 
 /// The maximum size of a request line with its header fields.
 pub const HEAD_MAX: usize = 16 * 1024;
+/// The maximum number of header fields.
 const FIELDS_MAX: usize = 64;
 /// Nine digits fit in a `usize` on every platform.
 const LENGTH_DIGITS: usize = 9;
@@ -147,7 +148,7 @@ fn is_plain(head: &[u8]) -> bool {
         feeds += usize::from(*byte == b'\n');
     }
     let pairs = head.windows(2).filter(|pair| pair == b"\r\n").count();
-    // Every non-printable byte belongs to such a pair.
+    // Every non-printable byte must belong to such a pair.
     odd == 2 * pairs && feeds == pairs
 }
 
@@ -157,8 +158,8 @@ struct Known<'a> {
 }
 
 impl<'a> Known<'a> {
-    /// Returns `None` if a field affects where the request ends, or the response, in a way that a plain request must
-    /// not.
+    /// Reads the header fields. Returns `None` if a field makes the request not plain, because it affects where the
+    /// request ends or how to respond.
     fn of(fields: &[httparse::Header<'a>]) -> Option<Self> {
         let mut values = [None; KNOWN.len()];
         let (mut length, mut host, mut connection) = (None, None, None);

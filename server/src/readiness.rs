@@ -26,7 +26,7 @@ pub enum Readiness {
     Unreachable(Arc<str>),
 }
 
-/// See the module documentation.
+/// Checks whether PostgreSQL is ready. Caches the result for a short time.
 #[derive(Debug)]
 pub struct ReadinessProbe {
     db: Db,

@@ -32,8 +32,12 @@ use crate::{
     db::{Db, DbError, Lane},
     invalidations::{Publisher, Recent},
     keys::{
-        KeyStore, last_used::LastUsed, ledger::PostgresLedger, lookups::Lookups,
-        shared::SharedKeys, tenant_ledger::TenantLedger,
+        KeyStore,
+        last_used::LastUsed,
+        ledger::PostgresLedger,
+        lookups::Lookups,
+        shared::{SharedKeys, SharedKeysContext},
+        tenant_ledger::TenantLedger,
     },
     limiter::{
         self, DistributedSettings, DistributedStore, KeyTableSettings, LedgerConnections,
@@ -60,7 +64,7 @@ const STRIPE_PAGES: NonZeroU32 = NonZeroU32::new(20).unwrap();
 /// How many test events and redeliveries a tenant may request per minute.
 const WEBHOOK_REQUESTS: NonZeroU32 = NonZeroU32::new(30).unwrap();
 
-/// See the module documentation. Cheap to clone.
+/// The state of a server. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct AppState(Arc<Services>);
 
@@ -89,6 +93,7 @@ pub struct Services {
     pub auth_guard: ClientRateLimiter,
     pub admin_guard: ClientRateLimiter,
     pub login_attempts: Arc<Attempts>,
+    pub registrations: Arc<Attempts>,
     /// `None` if billing is off.
     pub billing: Option<Billing>,
     /// Notified when a Stripe webhook has been stored.
@@ -201,14 +206,14 @@ impl AppState {
             ));
         }
         let shared = redis.clone().map(|redis| {
-            SharedKeys::new(
+            SharedKeys::new(SharedKeysContext {
                 redis,
-                records,
-                clock.clone(),
-                recent.clone(),
-                freshness.clone(),
-                metrics.clone(),
-            )
+                seal: records,
+                clock: clock.clone(),
+                recent: recent.clone(),
+                freshness: freshness.clone(),
+                metrics: metrics.clone(),
+            })
         });
         let lookups = Lookups::new(&db, &config, &freshness, &metrics);
         let keys = KeyStore::new(
@@ -236,6 +241,13 @@ impl AppState {
             clock.clone(),
             metrics.clone(),
         ));
+        let registrations = Arc::new(Attempts::new(
+            config.registrations_per_day,
+            &attempts,
+            redis.clone(),
+            clock.clone(),
+            metrics.clone(),
+        ));
         let metering = Metering::new(&config, &db, clock.clone(), metrics.clone())
             .map_err(|error| AuthError::Internal(error.to_string()))?;
         if metering.is_on() {
@@ -249,7 +261,7 @@ impl AppState {
             .map_err(|error| AuthError::Internal(error.to_string()))?;
         let private = &config.webhook_private_networks;
         let lookup: Arc<dyn Lookup> = Arc::new(SystemLookup);
-        let webhooks = Webhooks::new(db.clone(), stored, private, &lookup)
+        let webhooks = Webhooks::new(db.clone(), stored, private, &config.public_url, &lookup)
             .map_err(|error| AuthError::Internal(error.to_string()))?;
         let tenant_quota = config
             .free_tier
@@ -269,6 +281,7 @@ impl AppState {
             )?,
             sessions: sessions.clone(),
             attempts: login_attempts.clone(),
+            registrations: registrations.clone(),
             devices: Devices::new(secrets),
             clock: clock.clone(),
             metrics: metrics.clone(),
@@ -297,6 +310,7 @@ impl AppState {
             publisher,
             recent,
             login_attempts,
+            registrations,
             billing,
             billing_event: Notify::new(),
             webhooks,
@@ -375,7 +389,8 @@ async fn count_replicas(
 const REDIS_WAIT: Duration = Duration::from_secs(3);
 
 /// Starts the shared counters of a new deployment with full buckets. If Redis is unreachable, the buckets start empty,
-/// as after a loss of data, and the next startup tries again.
+/// as after a loss of data. The next startup does not try again: by then, requests may have been allowed, and Redis may
+/// have lost its data.
 async fn initialize_counters(
     db: &Db,
     redis: &Redis,
@@ -393,13 +408,10 @@ async fn initialize_counters(
     if !repo::replica::begin_counters(&mut tx).await? {
         return tx.commit().await;
     }
-    match counters.begin().await {
-        Ok(()) => tx.commit().await,
-        Err(error) => {
-            tracing::warn!(error = %error, "cannot reach Redis at startup; the counters will start empty");
-            Ok(())
-        }
+    if let Err(error) = counters.begin().await {
+        tracing::warn!(error = %error, "cannot reach Redis at startup; the counters will start empty");
     }
+    tx.commit().await
 }
 
 /// Returns whether to accept sessions from earlier versions, which do not record their secret. They are signed with the

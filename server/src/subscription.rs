@@ -67,8 +67,8 @@ impl Status {
         }
     }
 
-    /// Returns `None` for a status that this version does not support. The caller then keeps the last known access,
-    /// because neither granting nor revoking access would be safe.
+    /// Returns the status with this name. Returns `None` if this version does not support it. The caller then keeps the
+    /// last known access, because neither granting nor revoking access would be safe.
     pub fn named(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|status| status.name() == name)
     }

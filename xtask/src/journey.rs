@@ -256,7 +256,7 @@ impl Server {
             .envs(settings.iter().map(|(name, value)| (name, value)))
             .args(["serve", "--metrics-listen=off", "--log-format=text"])
             // All requests come from the same address, so turn off the limits.
-            .args(["--auth-rpm=0", "--admin-rpm=0"])
+            .args(["--auth-rpm=0", "--admin-rpm=0", "--registrations-per-day=0"])
             // Webhooks are sent to a receiver on this machine.
             .arg("--webhook-private-networks=127.0.0.0/8")
             .arg(format!("--listen={listen}"))

@@ -23,7 +23,7 @@ const MAX_BODY: usize = 8 * 1024 * 1024;
 pub enum Credential<'a> {
     None,
     Access(&'a SecretString),
-    /// Sent in the body.
+    /// A refresh token, which is sent in the body.
     Refresh(&'a SecretString),
 }
 

@@ -22,7 +22,7 @@ const PAGES: [(&str, &str, &str); 10] = [
     ("/console/settings", "Settings", "CmdOrCtrl+,"),
 ];
 
-/// IDs, names, and keyboard shortcuts of the other entries.
+// The ID, name, and keyboard shortcut of each of the other entries.
 const RELOAD: (&str, &str, &str) = ("reload", "Reload", "CmdOrCtrl+R");
 const QUIT: (&str, &str, &str) = ("quit", "Quit", "CmdOrCtrl+Q");
 const BACK: (&str, &str, &str) = ("back", "Back", "Alt+Left");
@@ -34,7 +34,7 @@ const FULL_SCREEN: (&str, &str, &str) = ("full-screen", "Full screen", "F11");
 const DOCS: (&str, &str, &str) = ("docs", "API docs", "F1");
 const LOGS: (&str, &str, &str) = ("logs", "Show log files", "CmdOrCtrl+Shift+L");
 
-/// In percent.
+/// The zoom level in percent.
 static ZOOM: AtomicU32 = AtomicU32::new(100);
 
 pub fn set(app: &AppHandle) -> tauri::Result<()> {

@@ -89,7 +89,7 @@ impl Profiles {
         self.write();
     }
 
-    /// Returns `false` if the server is not in the list.
+    /// Selects a server. Returns `false` if the server is not in the list.
     pub fn select(&mut self, address: &str) -> bool {
         let known = self.has(address);
         if known && self.content.current != address {

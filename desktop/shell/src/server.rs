@@ -52,7 +52,7 @@ impl Server {
         is_loopback(&self.0)
     }
 
-    /// `path` starts with a slash.
+    /// Returns the URL of a path on this server. `path` must start with a slash.
     pub fn at(&self, path: &str) -> Url {
         let mut url = self.0.clone();
         url.set_path(path);
@@ -66,7 +66,7 @@ impl fmt::Display for Server {
     }
 }
 
-/// Whether a URL points to this computer.
+/// Returns whether a URL points to this computer.
 pub fn is_loopback(url: &Url) -> bool {
     match url.host() {
         Some(Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),

@@ -39,6 +39,7 @@ use crate::{
 const REFRESH_AHEAD: Duration = Duration::from_secs(30);
 /// How long to wait while another process refreshes. A refresh takes less time than this.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
+/// How often to try to acquire the lock.
 const LOCK_POLL: Duration = Duration::from_millis(50);
 /// The maximum number of responses to keep for use while the server is unreachable.
 const MAX_CACHED: usize = 200;
@@ -78,12 +79,12 @@ impl Session {
         }
     }
 
-    /// Whether the last keychain operation succeeded.
+    /// Returns whether the last keychain operation succeeded.
     pub fn has_keychain(&self) -> bool {
         *self.has_keychain.lock()
     }
 
-    /// Updates [`has_keychain`](Self::has_keychain).
+    /// Checks whether the keychain is available, and updates [`has_keychain`](Self::has_keychain).
     pub async fn probe_keychain(&self) {
         let _ = self.stored_token().await;
     }
@@ -147,7 +148,8 @@ impl Session {
         Ok(fresh(json(&signed_in)?))
     }
 
-    /// Always drops the tokens. Returns an error if the server does not confirm the sign-out.
+    /// Signs out and drops the tokens. Returns an error if the server does not confirm the sign-out; the tokens are
+    /// dropped even then.
     async fn sign_out(&self) -> Result<CallResponse, CallError> {
         let mut state = self.state.lock().await;
         let result = match self.refresh_token(&state).await {

@@ -22,7 +22,7 @@ pub struct App {
     pub profiles: Mutex<Profiles>,
     sessions: Mutex<HashMap<String, Arc<Session>>>,
     keychain: Arc<dyn Keychain>,
-    /// Contains the lock files.
+    /// The folder that contains the lock files.
     folder: PathBuf,
 }
 

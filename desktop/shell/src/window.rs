@@ -57,7 +57,7 @@ fn report_theme(window: &WebviewWindow, theme: Theme) {
     );
 }
 
-/// Whether a URL is a page of the embedded console.
+/// Returns whether a URL is a page of the embedded console.
 fn is_console(url: &Url) -> bool {
     let is_embedded = match url.scheme() {
         "tauri" => url.host_str() == Some("localhost"),

@@ -10,7 +10,7 @@ use crate::{
     clock,
     component::{
         Commands, CommandsView, EmptyState, Icon, Logo, PaletteButton, Shape, Toasts, ToastsView,
-        ignore_clicks_on_busy_buttons, watch_presses,
+        ignore_clicks_on_busy_buttons, request_id, watch_presses,
     },
     host,
     model::address::{ConsolePage, Query},
@@ -54,12 +54,8 @@ pub fn App() -> impl IntoView {
     }
 }
 
-/// Address, name, and icon.
+/// The path, name, and icon of a link.
 type NavigationLink = (&'static str, &'static str, Shape);
-
-/// Only some roles see these links.
-const BILLING: &str = "/console/billing";
-const WEBHOOKS: &str = "/console/webhooks";
 
 /// This link shows the number of new alerts.
 const ALERTS: &str = "/console/alerts";
@@ -80,13 +76,13 @@ const NAVIGATION: [(&str, &[NavigationLink]); 3] = [
             ("/console/plans", "Plans", Shape::Plans),
             ("/console/api-keys", "API keys", Shape::Key),
             ("/console/service-tokens", "Service tokens", Shape::Token),
-            (WEBHOOKS, "Webhooks", Shape::Webhook),
+            ("/console/webhooks", "Webhooks", Shape::Webhook),
         ],
     ),
     (
         "Account",
         &[
-            (BILLING, "Billing", Shape::Billing),
+            ("/console/billing", "Billing", Shape::Billing),
             ("/console/settings", "Settings", Shape::Settings),
         ],
     ),
@@ -112,6 +108,7 @@ fn AuthGate(current: Memo<ConsolePage>) -> impl IntoView {
     move || match auth.get() {
         AuthState::SignedIn => view! { <Frame current/> }.into_any(),
         AuthState::Failed(error) => {
+            let id = error.request_id().map(str::to_owned);
             let (title, about) = match error {
                 CallError::Unreachable => (
                     "Can't reach the server",
@@ -122,6 +119,7 @@ fn AuthGate(current: Memo<ConsolePage>) -> impl IntoView {
             view! {
                 <main class="standalone">
                     <EmptyState standalone=true shape=Shape::Close title about>
+                        {request_id(id)}
                         <button class="button primary" on:click=move |_| session.load()>"Retry"</button>
                         <servers::ServerPicker/>
                     </EmptyState>
@@ -130,8 +128,8 @@ fn AuthGate(current: Memo<ConsolePage>) -> impl IntoView {
                 .into_any()
         }
         AuthState::Unknown | AuthState::SignedOut => view! {
-            <main class="standalone" aria-busy="true">
-                <p class="visually-hidden" role="status">"Loading"</p>
+            <main class="standalone loading" aria-busy="true">
+                <p class="muted" role="status">"Loading…"</p>
             </main>
         }
         .into_any(),
@@ -139,8 +137,8 @@ fn AuthGate(current: Memo<ConsolePage>) -> impl IntoView {
 }
 
 /// Shown after the desktop app has dropped its tokens while the session still exists on the server.
-const SIGNED_OUT_LOCALLY: &str = "Signed out on this computer. The server couldn't be reached, so the session there \
-    remains active until it expires. You can revoke it in Settings.";
+const SIGNED_OUT_LOCALLY: &str = "Signed out on this computer. The server couldn't be reached, so your session \
+    remains active on the server until it expires. You can revoke it in Settings.";
 
 #[component]
 fn Frame(current: Memo<ConsolePage>) -> impl IntoView {
@@ -163,17 +161,23 @@ fn Frame(current: Memo<ConsolePage>) -> impl IntoView {
     });
     page::preload_chunks();
     let new_alerts = page::NewAlerts::watch(toasts);
-    let is_hidden = move |href: &str| match href {
-        BILLING => !session.can_bill(),
-        WEBHOOKS => !session.can_read(),
-        _ => false,
-    };
+    // The navigation contains only pages that the user's role may use.
+    let is_hidden = move |href: &str| !session.has(ConsolePage::of(href).right().0);
     let new_count = move |href: &str| {
         let text = (href == ALERTS).then(|| new_alerts.label()).flatten()?;
         Some(view! { " " <span class="badge limited">{text}</span> })
     };
     let lazy = |page| view! { <LazyPage page/> }.into_any();
-    let commands = Commands::new(sign_out);
+    let commands = Commands::new(sign_out, Callback::new(move |right| session.has(right)));
+    // The current page, and what it shows if the user's role does not include that.
+    let shown = Memo::new(move |_| {
+        let page = current.get();
+        let (right, what) = page.right();
+        let is_missing = session
+            .me
+            .with(|me| me.as_ref().is_some_and(|me| !right.is_of(me.tenant.role)));
+        (page, is_missing.then_some(what))
+    });
     let content = NodeRef::<leptos::html::Main>::new();
     Effect::new(move |previous: Option<()>| {
         path.track();
@@ -223,8 +227,9 @@ fn Frame(current: Memo<ConsolePage>) -> impl IntoView {
                                     }
                                 })
                                 .collect_view();
+                            let is_empty = move || pages.iter().all(|(href, ..)| is_hidden(href));
                             view! {
-                                <p class="nav-group" aria-hidden="true">{group}</p>
+                                <p class="nav-group" aria-hidden="true" hidden=is_empty>{group}</p>
                                 <ul aria-label=group>{links}</ul>
                             }
                         })
@@ -241,20 +246,26 @@ fn Frame(current: Memo<ConsolePage>) -> impl IntoView {
                 </nav>
             </header>
             <main id="content" tabindex="-1" node_ref=content>
-                {move || match current.get() {
-                    ConsolePage::Home => view! { <page::Home/> }.into_any(),
-                    ConsolePage::Usage => lazy(Chunk::Usage),
-                    ConsolePage::Plans => view! { <page::Plans/> }.into_any(),
-                    ConsolePage::ApiKeys => view! { <page::ApiKeys/> }.into_any(),
-                    ConsolePage::ApiKey(id) => view! { <page::ApiKeyPage id/> }.into_any(),
-                    ConsolePage::ServiceTokens => view! { <page::ServiceTokens/> }.into_any(),
-                    ConsolePage::Webhooks | ConsolePage::Webhook(_) => lazy(Chunk::Webhooks),
-                    ConsolePage::Alerts => lazy(Chunk::Alerts),
-                    ConsolePage::Audit => lazy(Chunk::Audit),
-                    ConsolePage::Billing => lazy(Chunk::Billing),
-                    ConsolePage::Settings => lazy(Chunk::Settings),
-                    ConsolePage::SignIn | ConsolePage::Register | ConsolePage::NotFound => {
-                        view! { <page::NotFound/> }.into_any()
+                {move || {
+                    let (current, missing) = shown.get();
+                    if let Some(what) = missing {
+                        return view! { <page::NoAccess what/> }.into_any();
+                    }
+                    match current {
+                        ConsolePage::Home => view! { <page::Home/> }.into_any(),
+                        ConsolePage::Usage => lazy(Chunk::Usage),
+                        ConsolePage::Plans => view! { <page::Plans/> }.into_any(),
+                        ConsolePage::ApiKeys => view! { <page::ApiKeys/> }.into_any(),
+                        ConsolePage::ApiKey(id) => view! { <page::ApiKeyPage id/> }.into_any(),
+                        ConsolePage::ServiceTokens => view! { <page::ServiceTokens/> }.into_any(),
+                        ConsolePage::Webhooks | ConsolePage::Webhook(_) => lazy(Chunk::Webhooks),
+                        ConsolePage::Alerts => lazy(Chunk::Alerts),
+                        ConsolePage::Audit => lazy(Chunk::Audit),
+                        ConsolePage::Billing => lazy(Chunk::Billing),
+                        ConsolePage::Settings => lazy(Chunk::Settings),
+                        ConsolePage::SignIn | ConsolePage::Register | ConsolePage::NotFound => {
+                            view! { <page::NotFound/> }.into_any()
+                        }
                     }
                 }}
             </main>

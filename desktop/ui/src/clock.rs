@@ -15,7 +15,7 @@ const TICK: Duration = Duration::from_secs(30);
 #[derive(Clone, Copy)]
 struct Ticks(RwSignal<u32>);
 
-/// Call once, in an ancestor of all components that show relative times.
+/// Starts updating relative times. Call once, in an ancestor of all components that show them.
 pub fn provide_ticks() {
     let ticks = RwSignal::new(0_u32);
     set_interval(
@@ -49,7 +49,7 @@ pub fn track_ticks() {
     expect_context::<Ticks>().0.track();
 }
 
-/// In milliseconds since 1970.
+/// Returns the current time in milliseconds since 1970.
 #[expect(
     clippy::cast_possible_truncation,
     reason = "whole milliseconds fit for thousands of years"

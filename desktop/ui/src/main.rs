@@ -10,7 +10,7 @@
 //! model                       values and texts, without a browser
 //! clock host preferences      state that belongs to no page
 //! reactive                    effects and memos
-//! api route                   calls to the server; the address bar
+//! api route                   calls to the server; the page's URL
 //! component                   building blocks of pages
 //! session                     the signed-in account
 //! servers                     the desktop app's list of servers and its banners

@@ -1,4 +1,4 @@
-//! The address bar. Links within the console change the page without loading a new document.
+//! The current page's URL. Links within the console change the page without loading a new document.
 
 use leptos::{ev, prelude::*};
 use wasm_bindgen::{JsCast, JsValue};
@@ -58,7 +58,7 @@ impl Route {
         self.visit();
     }
 
-    /// Shows the page at the current address, after the user has gone there.
+    /// Shows the page at the current URL after a navigation.
     fn visit(self) {
         let (path, _) = here();
         // Update `visits` first: the new page may add messages, which must not be removed with the old page's messages.
@@ -77,7 +77,7 @@ impl Route {
         self.update();
     }
 
-    /// Reverts the address after the user has gone back or forward while a locked dialog is open.
+    /// Reverts the URL after the user has gone back or forward while a locked dialog is open.
     fn restore(self) {
         let at = (self.path.get_untracked(), self.query.get_untracked());
         if at != here() {
@@ -85,7 +85,7 @@ impl Route {
         }
     }
 
-    /// Copies the address into the signals.
+    /// Copies the current URL into the signals.
     fn update(self) {
         let (path, query) = here();
         // Effects run only after both signals are set, so they never load data for a mix of two pages. Setting only
@@ -99,7 +99,7 @@ impl Route {
     }
 }
 
-/// Whether an open dialog prevents navigation.
+/// Returns whether an open dialog prevents navigation.
 fn is_locked() -> bool {
     let locked = document().query_selector("dialog[open][data-locked]");
     locked.is_ok_and(|it| it.is_some())

@@ -6,6 +6,7 @@ use quota_common::{ApiKeyId, ProblemCode, auth::Me};
 use crate::{
     api::{self, CallError},
     component::Toasts,
+    model::role::Right,
     route::Route,
 };
 
@@ -21,6 +22,8 @@ pub enum AuthState {
 pub struct Session {
     pub auth: RwSignal<AuthState>,
     pub me: RwSignal<Option<Me>>,
+    /// Whether the session ended while the user was signed in. The sign-in page says so.
+    pub has_expired: RwSignal<bool>,
     /// The full keys created in this tab. Discarded when the tab is closed or the session ends.
     pub known_keys: RwSignal<Vec<(ApiKeyId, String)>>,
     toasts: Toasts,
@@ -31,12 +34,17 @@ impl Session {
         let session = Self {
             auth: RwSignal::new(AuthState::Unknown),
             me: RwSignal::new(None),
+            has_expired: RwSignal::new(false),
             known_keys: RwSignal::new(Vec::new()),
             toasts,
         };
         provide_context(session);
         api::on_session_end(move |error| {
+            let was_signed_in = session.auth.get_untracked() == AuthState::SignedIn;
             session.end();
+            if was_signed_in {
+                session.has_expired.set(*error != CallError::AccountChanged);
+            }
             if *error == CallError::AccountChanged {
                 // Start over with the account that is now signed in.
                 session.auth.set(AuthState::Unknown);
@@ -65,6 +73,7 @@ impl Session {
     }
 
     pub fn begin(self, me: Me) {
+        self.has_expired.set(false);
         self.me.set(Some(me));
         self.auth.set(AuthState::SignedIn);
     }
@@ -76,19 +85,23 @@ impl Session {
         self.auth.set(AuthState::SignedOut);
     }
 
-    /// Whether the user's role can create, change, and delete plans, keys, tokens, and webhooks.
+    /// Returns whether the user's role has a right.
+    pub fn has(self, right: Right) -> bool {
+        self.me
+            .with(|me| me.as_ref().is_some_and(|me| right.is_of(me.tenant.role)))
+    }
+
+    /// Returns whether the user's role can create, change, and delete plans, keys, tokens, and webhooks.
     pub fn can_manage(self) -> bool {
-        self.me
-            .with(|me| me.as_ref().is_some_and(|me| me.tenant.role.may_manage()))
+        self.has(Right::Manage)
     }
 
-    /// Whether the user's role can view plans, keys, tokens, and webhooks.
+    /// Returns whether the user's role can view plans, keys, tokens, and webhooks.
     pub fn can_read(self) -> bool {
-        self.me
-            .with(|me| me.as_ref().is_some_and(|me| me.tenant.role.may_read()))
+        self.has(Right::Read)
     }
 
-    /// Whether the user's role can change the organization and its alert settings.
+    /// Returns whether the user's role can change the organization and its alert settings.
     pub fn can_administer(self) -> bool {
         self.me.with(|me| {
             me.as_ref()
@@ -96,13 +109,12 @@ impl Session {
         })
     }
 
-    /// Whether the user's role can view and change the subscription.
+    /// Returns whether the user's role can view and change the subscription.
     pub fn can_bill(self) -> bool {
-        self.me
-            .with(|me| me.as_ref().is_some_and(|me| me.tenant.role.may_bill()))
+        self.has(Right::Bill)
     }
 
-    /// The time zone that determines when quotas reset.
+    /// Returns the time zone that determines when quotas reset.
     pub fn time_zone(self) -> String {
         self.me
             .with(|me| me.as_ref().map(|me| me.tenant.time_zone.clone()))

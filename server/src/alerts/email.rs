@@ -1,5 +1,5 @@
-//! Emails about alerts. One email contains all alerts that were created together, and each tenant is sent at most a few
-//! emails per hour, even if many of its keys reach their quotas.
+//! Emails about alerts. One email covers all of a tenant's alerts that have not been sent yet. Each tenant is sent at
+//! most a few emails per hour, even if many of its keys reach their quotas.
 //!
 //! One email per recipient is stored in the transaction that marks the alerts as sent. The emails are sent after that
 //! transaction, each at least once. Tenants take turns, so that one tenant's emails do not delay those of others.
@@ -7,12 +7,12 @@
 use std::fmt::Write as _;
 
 use chrono::{DateTime, Utc};
-use quota_common::TenantId;
+use quota_common::{TenantId, number::group_thousands};
 use uuid::Uuid;
 
 use super::Alerts;
 use crate::{
-    db::{self, DbError},
+    db::{self, DbError, SystemTx},
     error_chain::chain,
     mail::{Mail, Mailer},
     repo::{
@@ -54,53 +54,57 @@ struct Text {
     html: String,
 }
 
+/// What was written in a round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Written {
+    /// The number of tenants for which this failed.
+    pub errors: u64,
+    /// Whether the limit of all tenants was reached.
+    pub is_limited: bool,
+}
+
 impl Alerts {
-    /// Stores emails for alerts that have not been sent. Returns the number of tenants for which this failed.
-    pub async fn write_emails(&self, public_url: &str) -> Result<u64, DbError> {
-        let mut tx = self.db.system().await?;
-        let tenants = mail::tenants_with_alerts(&mut tx, PER_HOUR, TENANTS).await?;
-        tx.commit().await?;
-        let mut errors = 0;
+    /// Stores emails for alerts that have not been sent. After `per_hour` emails of all tenants in an hour, the others
+    /// wait; 0 means no limit.
+    pub async fn write_emails(&self, public_url: &str, per_hour: u32) -> Result<Written, DbError> {
+        let tenants = self
+            .db
+            .in_system(async |tx| mail::tenants_with_alerts(tx, PER_HOUR, TENANTS).await)
+            .await?;
+        let mut written = Written::default();
         for tenant in tenants.into_iter().map(TenantId) {
-            if let Err(error) = self.write_email(tenant, public_url).await {
-                errors += 1;
-                tracing::warn!(%tenant, error = %db::chain(&error), "cannot write an email");
-                self.db.probe().await?;
+            match self.write_email(tenant, public_url, per_hour).await {
+                Ok(true) => {}
+                Ok(false) => {
+                    written.is_limited = true;
+                    break;
+                }
+                Err(error) => {
+                    written.errors += 1;
+                    tracing::warn!(%tenant, error = %db::chain(&error), "cannot write an email");
+                    self.db.probe().await?;
+                }
             }
         }
-        Ok(errors)
+        Ok(written)
     }
 
-    /// For each recipient, stores one email about a tenant's alerts.
-    async fn write_email(&self, tenant: TenantId, public_url: &str) -> Result<(), DbError> {
-        let mut tx = self.db.system().await?;
-        let alerts = mail::lock_alerts(&mut tx, tenant, ALERTS_MAX).await?;
-        if alerts.is_empty() {
-            return Ok(());
-        }
-        let recipients = mail::recipients(&mut tx, tenant, RECIPIENTS_MAX).await?;
-        if let Some(first) = recipients.first() {
-            let Text {
-                subject,
-                text,
-                html,
-            } = described(&alerts, &first.tenant, public_url);
-            let mails: Vec<_> = recipients
-                .iter()
-                .map(|recipient| NewMail {
-                    tenant_id: tenant.0,
-                    id: Uuid::now_v7(),
-                    recipient: &recipient.email,
-                    subject: &subject,
-                    text_body: &text,
-                    html_body: &html,
-                })
-                .collect();
-            mail::insert_all(&mut tx, &mails).await?;
-        }
-        let ids: Vec<Uuid> = alerts.iter().map(|it| it.id).collect();
-        mail::alerts_are_sent(&mut tx, tenant, &ids).await?;
-        tx.commit().await
+    /// For each recipient, stores one email about a tenant's alerts. Returns `false` if the limit of all tenants is
+    /// reached.
+    async fn write_email(
+        &self,
+        tenant: TenantId,
+        public_url: &str,
+        per_hour: u32,
+    ) -> Result<bool, DbError> {
+        let write = async |tx: &mut SystemTx| {
+            if per_hour > 0 && mail::count_of_last_hour(tx).await? >= i64::from(per_hour) {
+                return Ok(false);
+            }
+            write_email(tx, tenant, public_url).await?;
+            Ok(true)
+        };
+        self.db.in_system(write).await
     }
 
     /// Sends emails that are due. Claims one at a time, so that an email's lease does not run while other emails are
@@ -108,10 +112,11 @@ impl Alerts {
     pub async fn send_emails(&self, mailer: &Mailer) -> Result<Sent, DbError> {
         let mut all = Sent::default();
         for _ in 0..BATCH {
-            let mut tx = self.db.system().await?;
             let after_tenant = *self.last_mailed.lock();
-            let due = mail::claim(&mut tx, after_tenant, LEASE).await?;
-            tx.commit().await?;
+            let due = self
+                .db
+                .in_system(async |tx| mail::claim(tx, after_tenant, LEASE).await)
+                .await?;
             let Some(due) = due else { break };
             *self.last_mailed.lock() = due.tenant_id;
             let sent = mailer.send(&mail_of(&due)).await;
@@ -130,12 +135,43 @@ impl Alerts {
                 // Do not log the recipient.
                 tracing::warn!(mail = %due.id, attempts = due.attempts, error, "cannot send an email");
             }
-            let mut tx = self.db.system().await?;
-            mail::finish(&mut tx, &due, error.as_deref(), retry_after).await?;
-            tx.commit().await?;
+            self.db
+                .in_system(async |tx| mail::finish(tx, &due, error.as_deref(), retry_after).await)
+                .await?;
         }
         Ok(all)
     }
+}
+
+/// For each recipient, stores one email about a tenant's alerts.
+async fn write_email(tx: &mut SystemTx, tenant: TenantId, public_url: &str) -> Result<(), DbError> {
+    let alerts = mail::lock_alerts(tx, tenant, ALERTS_MAX).await?;
+    if alerts.is_empty() {
+        return Ok(());
+    }
+    let recipients = mail::recipients(tx, tenant, RECIPIENTS_MAX).await?;
+    if let Some(first) = recipients.first() {
+        let Text {
+            subject,
+            text,
+            html,
+        } = described(&alerts, &first.tenant, public_url);
+        let mails: Vec<_> = recipients
+            .iter()
+            .map(|recipient| NewMail {
+                tenant_id: tenant.0,
+                id: Uuid::now_v7(),
+                recipient: &recipient.email,
+                subject: &subject,
+                text_body: &text,
+                html_body: &html,
+            })
+            .collect();
+        mail::insert_all(tx, &mails).await?;
+    }
+    let ids: Vec<Uuid> = alerts.iter().map(|it| it.id).collect();
+    mail::alerts_are_sent(tx, tenant, &ids).await?;
+    Ok(())
 }
 
 fn pause(attempts: i32) -> Option<i64> {
@@ -155,19 +191,6 @@ fn mail_of(due: &DueMail) -> Mail<'_> {
 
 fn time(at: DateTime<Utc>) -> String {
     at.format("%-d %b %Y, %H:%M UTC").to_string()
-}
-
-/// Formats a number with thousands separators.
-fn grouped(number: i64) -> String {
-    let digits = number.to_string();
-    let mut grouped = String::with_capacity(digits.len() + digits.len() / 3);
-    for (place, digit) in digits.chars().enumerate() {
-        if place > 0 && (digits.len() - place).is_multiple_of(3) {
-            grouped.push(',');
-        }
-        grouped.push(digit);
-    }
-    grouped
 }
 
 fn owner(alert: &AlertRow) -> String {
@@ -196,8 +219,8 @@ fn line(alert: &AlertRow) -> String {
         "{} {state} {} ({} of {} requests). The quota resets on {}.",
         owner(alert),
         quota(alert),
-        grouped(alert.used),
-        grouped(alert.quota),
+        group_thousands(&alert.used.to_string()),
+        group_thousands(&alert.quota.to_string()),
         time(alert.window_end)
     )
 }

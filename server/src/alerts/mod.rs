@@ -50,10 +50,13 @@ const PART_MAX: i64 = 20_000;
 const KEYS_MAX: i64 = 250;
 /// The maximum number of alerts per statement.
 const ALERTS_MAX: usize = 500;
-/// A round ends after this time and leaves the rest to the next round, so that other tenants get their turn.
+/// A step takes no longer than this: it reads usage twice at most, each within the [limit](alert::USAGE_TIMEOUT) of its
+/// statement.
+const STEP_MAX: Duration = Duration::from_secs(30);
+/// After this time, a round ends, and the rest is checked in the next one, so that other tenants get their turn.
 const ROUND_MAX: Duration = Duration::from_secs(20);
 
-/// See the module documentation. Cheap to clone.
+/// Checks tenants' quota usage and stores alerts. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Alerts {
     db: Db,
@@ -91,7 +94,7 @@ pub fn described(row: AlertRow) -> QuotaAlert {
     }
 }
 
-/// The database allows only valid names.
+/// Parses a policy's name. The database allows only valid names.
 fn policy_name(name: &str) -> PolicyName {
     PolicyName::of(name).unwrap_or(PolicyName::Monthly)
 }
@@ -116,7 +119,7 @@ fn reached(used: i64, quota: i64) -> impl Iterator<Item = i32> {
 }
 
 impl Alerts {
-    /// `tenant_quota` is an additional quota of every tenant.
+    /// Creates the service. `tenant_quota` is an additional quota of every tenant.
     pub fn new(db: Db, is_metered: bool, tenant_quota: Option<TenantQuota>) -> Self {
         Self {
             db,
@@ -130,20 +133,21 @@ impl Alerts {
     /// that a tenant with many keys or one that cannot be checked does not delay the others.
     pub async fn check(&self) -> Result<Round, DbError> {
         let began = Instant::now();
-        let mut tx = self.db.system().await?;
-        let tenants = if self.is_metered {
-            alert::unchecked_tenants(&mut tx, TENANTS).await?
-        } else {
-            alert::tenants_with_quotas(&mut tx).await?
+        let tenants = async |tx: &mut SystemTx| {
+            if self.is_metered {
+                alert::unchecked_tenants(tx, TENANTS).await
+            } else {
+                alert::tenants_with_quotas(tx).await
+            }
         };
-        tx.commit().await?;
+        let tenants = self.db.in_system(tenants).await?;
         let mut round = Round {
             has_more: self.is_metered && i64::try_from(tenants.len()).unwrap_or(0) == TENANTS,
             ..Round::default()
         };
         let mut tenants: VecDeque<_> = tenants.into_iter().map(TenantId).collect();
         while let Some(tenant) = tenants.pop_front() {
-            match self.check_tenant(tenant).await {
+            match self.db.within(STEP_MAX, self.check_tenant(tenant)).await {
                 Ok(step) => {
                     round.alerts += step.alerts;
                     round.deliveries += step.deliveries;
@@ -191,14 +195,16 @@ impl Alerts {
         } else {
             Keys::All
         };
+        // Usage may be recorded long after its window has ended, if a replica could not reach PostgreSQL.
+        let since = alert::oldest_usage(&mut tx, tenant, keys, seq).await?;
         let keys = alert::keys(&mut tx, tenant, keys, after_key, KEYS_MAX).await?;
         let lowest = THRESHOLDS.into_iter().min().unwrap_or(0);
         let lowest = i32::try_from(lowest).unwrap_or(0);
-        let mut standings = alert::standings(&mut tx, tenant, &keys, lowest).await?;
+        let mut standings = alert::standings(&mut tx, tenant, &keys, lowest, since).await?;
         if let Some(quota) = self.tenant_quota
             && after_key.is_nil()
         {
-            standings.extend(alert::tenant_standing(&mut tx, tenant, quota, lowest).await?);
+            standings.extend(alert::tenant_standing(&mut tx, tenant, quota, lowest, since).await?);
         }
         (round.alerts, round.deliveries) = self.store(&mut tx, tenant, &standings).await?;
         let is_last = i64::try_from(keys.len()).unwrap_or(0) < KEYS_MAX;

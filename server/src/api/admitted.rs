@@ -161,7 +161,7 @@ pub async fn decide(
         match rejection {
             Rejection::PaymentRequired => &state.metrics.payment_required,
             Rejection::Unknown | Rejection::Inactive | Rejection::Expired => {
-                &state.metrics.refused_keys
+                &state.metrics.keys_rejected
             }
         }
         .inc();
@@ -256,7 +256,7 @@ impl AdmittedKey {
     ) -> Result<Self, ApiError> {
         let text = api_key(fields, query)?
             .ok_or_else(|| ApiError::unauthorized(false, "Send an API key as X-API-Key."))?;
-        // No other endpoint of Quota itself is rate limited.
+        // The only endpoint of Quota itself that consumes a key's limits.
         let endpoint = "GET /v1/echo";
         match decide(context, text, NonZeroU32::MIN, None, endpoint).await? {
             Ok((record, decision)) if decision.is_allowed() => Ok(Self { record, decision }),

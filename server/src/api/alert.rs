@@ -30,12 +30,13 @@ pub struct AlertApi {
     pub state: AppState,
 }
 
-impl From<SettingsRow> for AlertSettings {
-    fn from(row: SettingsRow) -> Self {
+impl AlertApi {
+    fn described(&self, row: &SettingsRow) -> AlertSettings {
         let roles = row.alert_email_roles.iter();
-        Self {
+        AlertSettings {
             email: row.alert_email,
             email_roles: roles.filter_map(|it| Role::of(it)).collect(),
+            can_email: self.state.mailer.has_server(),
         }
     }
 }
@@ -96,7 +97,7 @@ impl AlertApi {
     async fn settings(&self, caller: ReadingTenant) -> Result<Json<AlertSettings>, ApiError> {
         let find = async |tx: &mut TenantTx| alert::settings(tx, false).await;
         let row = read(&self.state, &caller, find).await?;
-        Ok(Json(row.into()))
+        Ok(Json(self.described(&row)))
     }
 
     /// Update the alert settings
@@ -115,8 +116,7 @@ impl AlertApi {
         let body = body.0;
         let mut edit = Edit::begin(&self.state, &caller).await?;
         let row = alert::settings(&mut edit, true).await?;
-        let name = row.name.clone();
-        let before = AlertSettings::from(row);
+        let before = self.described(&row);
         if body == UpdateAlertSettings::default() {
             return Ok(Json(before));
         }
@@ -129,13 +129,14 @@ impl AlertApi {
                 .copied()
                 .filter(|it| roles.contains(it))
                 .collect(),
+            can_email: before.can_email,
         };
         let names: Vec<&str> = after.email_roles.iter().map(|it| it.as_str()).collect();
         alert::update_settings(&mut edit, after.email, &names).await?;
         let audited = |settings| AuditedSettings {
             settings,
             tenant: caller.tenant().0,
-            name: &name,
+            name: &row.name,
         };
         let action = AuditAction::TenantUpdateAlerts;
         edit.updated(action, &audited(&before), &audited(&after), None)

@@ -1,8 +1,9 @@
 //! The operator's limits on what tenants can create.
 //!
-//! Every tenant has a maximum number of plans, API keys, and service tokens. The operator can set lower limits for
-//! tenants without a subscription. All plans that are not marked `paid` have a maximum rate and quota, with or without
-//! a subscription. If billing is off, there are no subscriptions, and the limits apply to all plans.
+//! Every tenant has a maximum number of plans, API keys, service tokens, and webhooks. For plans and API keys, the
+//! operator can set lower limits for tenants without a subscription. All plans that are not marked `paid` have a
+//! maximum rate and quota, with or without a subscription. If billing is off, there are no subscriptions, and the
+//! limits apply to all plans.
 
 use quota_common::{
     FieldError, ProblemCode,
@@ -61,7 +62,7 @@ pub async fn one_more(config: &Config, tx: &mut TenantTx, what: Resource) -> Res
     ))
 }
 
-/// Whether the limits for free plans apply to a plan.
+/// Returns whether the limits for free plans apply to a plan.
 fn is_limited(config: &Config, billing: Billing) -> bool {
     config.stripe.is_none() || billing == Billing::Free
 }

@@ -21,6 +21,7 @@ use super::{
     Tag, allowance,
     change::{Edit, read, read_turn},
     creation::create,
+    fill_time,
     idempotency::IdempotencyGuard,
     json::{Created, Json, NoContent},
     page::{self, PageSize},
@@ -82,8 +83,8 @@ fn stored(metadata: &Metadata) -> Value {
         .collect()
 }
 
-/// Returns when the previous secret expires: at the end of its grace period or together with the key, whichever is
-/// earlier.
+/// Returns the time at which the previous secret expires: at the end of its grace period or together with the key,
+/// whichever is earlier.
 fn previous_expiry(key: &ApiKey) -> Option<Timestamp> {
     let grace = key.previous_expires_at?;
     Some(key.expires_at.map_or(grace, |own| own.min(grace)))
@@ -135,8 +136,8 @@ impl ApiKeyApi {
 impl ApiKeyApi {
     /// List API keys
     ///
-    /// Returns keys in the order given by `sort`, by default newest first. The key itself is never returned. A cursor
-    /// is valid only with the `sort` it was issued for. When sorting by last use, a key that is used while you page
+    /// Returns keys in the order given by `sort`, by default newest first, without the keys themselves. A cursor is
+    /// valid only with the `sort` for which it was issued. When sorting by last use, a key that is used while you page
     /// through the list may be skipped or repeated.
     #[oai(path = "/api-keys", method = "get", operation_id = "list_api_keys")]
     #[expect(
@@ -201,8 +202,8 @@ impl ApiKeyApi {
     async fn create(
         &self,
         caller: ManagingTenant,
-        /// Makes the request safe to retry: repeating it with the same key and body within 24 hours returns the first
-        /// response again, without the API key.
+        /// Makes the request safe to retry: repeating it with the same `Idempotency-Key` and body within 24 hours
+        /// returns the original response, without the API key.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<CreateApiKey>,
@@ -228,6 +229,7 @@ impl ApiKeyApi {
             let row = api_key::insert(tx, &new).await.map_err(plan_not_found)?;
             let api_key = ApiKey::from(row);
             allowance::check_key(&self.state.config, tx, &api_key).await?;
+            fill_time::check_key(tx, &api_key).await?;
             secret = Some(generated);
             Ok(CreatedApiKey { key: None, api_key })
         };
@@ -242,7 +244,7 @@ impl ApiKeyApi {
 
     /// Get an API key
     ///
-    /// The key itself is never returned.
+    /// Returns the key's settings, without the key itself.
     #[oai(
         path = "/api-keys/:key_id",
         method = "get",
@@ -299,6 +301,7 @@ impl ApiKeyApi {
         let after = ApiKey::from(row);
         if (before.plan_id, before.rpm_override) != (after.plan_id, after.rpm_override) {
             allowance::check_key(config, &mut edit, &after).await?;
+            fill_time::check_key(&mut edit, &after).await?;
         }
         let action = AuditAction::ApiKeyUpdate;
         edit.updated(action, &before, &after, Target::ApiKey(id))
@@ -343,8 +346,8 @@ impl ApiKeyApi {
         &self,
         caller: ManagingTenant,
         key_id: Path<ApiKeyId>,
-        /// Makes the request safe to retry: repeating it with the same key and body within 24 hours returns the first
-        /// response again, without the API key.
+        /// Makes the request safe to retry: repeating it with the same `Idempotency-Key` and body within 24 hours
+        /// returns the original response, without the API key.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<RotateApiKey>,

@@ -64,7 +64,7 @@ fn tenant(row: TenantRow, role: Role) -> Tenant {
     }
 }
 
-/// Whether the request asks for tokens in cookies. Only pages of this server may do so.
+/// Returns whether the request asks for tokens in cookies. Only pages of this server may do so.
 fn cookies_wanted(state: &AppState, request: &Request) -> Result<bool, ApiError> {
     let wanted = browser::wants_cookies(request.headers());
     if wanted {
@@ -243,9 +243,8 @@ impl AuthApi {
 
     /// Sign out
     ///
-    /// Revokes the session that the refresh token belongs to. Its access tokens stop working on all replicas within one
-    /// second. With `X-Quota-Session: cookie`, the token is read from its cookie, as when refreshing, and the cookies
-    /// are deleted.
+    /// Revokes the session of the refresh token. Its access tokens stop working on all replicas within one second. With
+    /// `X-Quota-Session: cookie`, the token is read from its cookie, as when refreshing, and the cookies are deleted.
     #[oai(path = "/logout", method = "post", operation_id = "logout")]
     async fn logout(
         &self,
@@ -303,6 +302,23 @@ impl AuthApi {
                 "must be an IANA time zone, such as Europe/Berlin",
             ));
         }
+        if body.tenant_name.is_some() || body.time_zone.is_some() {
+            // This comes first, because it has to wait for the tenant's other changes and may be rejected.
+            let mut edit = Edit::begin(&self.state, &caller).await?;
+            let before = rows::lock_tenant(&mut edit).await.or_not_found()?;
+            let now = i64::try_from(self.state.clock.now().0).unwrap_or(i64::MAX);
+            let change = TenantChange {
+                name: body.tenant_name.as_deref().map(str::trim),
+                time_zone: body.time_zone.as_deref(),
+                updated_at: chrono::DateTime::from_timestamp_nanos(now),
+            };
+            let after = rows::update_tenant(&mut edit, &change).await?;
+            let (before, after) = (tenant(before, caller.role()), tenant(after, caller.role()));
+            // The quotas of the tenant's keys may now reset at different times.
+            let action = AuditAction::TenantUpdate;
+            edit.updated(action, &before, &after, Target::Tenant)
+                .await?;
+        }
         if let Some(name) = &body.name {
             let name = name.trim();
             let mut tx = self.state.db.system().await?;
@@ -322,22 +338,6 @@ impl AuthApi {
             audit::insert_system(&mut tx, &event).await?;
             tx.commit().await?;
             tracing::info!(action = "user.update", tenant = %caller.tenant(), user = %caller.user(), "user updated");
-        }
-        if body.tenant_name.is_some() || body.time_zone.is_some() {
-            let mut edit = Edit::begin(&self.state, &caller).await?;
-            let before = rows::lock_tenant(&mut edit).await.or_not_found()?;
-            let now = i64::try_from(self.state.clock.now().0).unwrap_or(i64::MAX);
-            let change = TenantChange {
-                name: body.tenant_name.as_deref().map(str::trim),
-                time_zone: body.time_zone.as_deref(),
-                updated_at: chrono::DateTime::from_timestamp_nanos(now),
-            };
-            let after = rows::update_tenant(&mut edit, &change).await?;
-            let (before, after) = (tenant(before, caller.role()), tenant(after, caller.role()));
-            // The change may affect when the quotas of the tenant's keys reset.
-            let action = AuditAction::TenantUpdate;
-            edit.updated(action, &before, &after, Target::Tenant)
-                .await?;
         }
         Ok(Json(self.load_me(&caller).await?))
     }

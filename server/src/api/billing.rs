@@ -120,7 +120,7 @@ impl BillingApi {
     fn limit_pages(&self, caller: &BillingTenant) -> Result<(), ApiError> {
         let admitted = self.state.stripe_pages.admit(caller.tenant());
         admitted.map_err(|wait| {
-            self.state.metrics.guard_refusals.inc();
+            self.state.metrics.guard_rejections.inc();
             ApiError::too_many_pages(wait)
         })
     }
@@ -151,8 +151,8 @@ impl BillingApi {
     async fn checkout(
         &self,
         caller: BillingTenant,
-        /// Makes the request safe to retry: repeating it with the same key within 24 hours returns the first
-        /// response again.
+        /// Makes the request safe to retry: repeating it with the same `Idempotency-Key` within 24 hours returns the
+        /// original response.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
     ) -> Result<Created<CheckoutPage>, ApiError> {

@@ -64,8 +64,8 @@ const OF_PROXIES: [&str; 5] = [
     "x-forwarded-proto",
 ];
 
-/// Whether cookies require TLS. They do, unless a browser uses plain HTTP to connect to a server on its own machine.
-/// There, browsers would reject such cookies, and the connection cannot be intercepted.
+/// Returns whether cookies require TLS. They do, unless a browser uses plain HTTP to connect to a server on its own
+/// machine. There, browsers would reject such cookies, and the connection cannot be intercepted.
 ///
 /// `Host` alone does not prove this: a proxy may send the name of its upstream, such as `localhost`. Therefore, the
 /// peer must be on this machine, the request must not have a proxy's headers, and `Origin`, if present, must also be
@@ -82,7 +82,7 @@ fn is_secure(state: &AppState, request: &Request) -> bool {
     !(page_is_local && is_sent_locally(state, request))
 }
 
-/// Whether the request was sent from this machine over plain HTTP and without a proxy.
+/// Returns whether the request was sent from this machine over plain HTTP and without a proxy.
 fn is_sent_locally(state: &AppState, request: &Request) -> bool {
     let headers = request.headers();
     let peer_is_local = match &request.remote_addr().0 {
@@ -98,7 +98,7 @@ fn is_sent_locally(state: &AppState, request: &Request) -> bool {
         && host.is_some_and(|host| is_local(&host))
 }
 
-/// Whether browsers consider the URL's host to be the local machine.
+/// Returns whether browsers consider the URL's host to be the local machine.
 fn is_local(url: &Url) -> bool {
     match url.host() {
         Some(url::Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),

@@ -42,7 +42,7 @@ pub async fn read<T>(
 pub async fn read_turn(state: &AppState, caller: &SignedInTenant) -> Result<Turn, ApiError> {
     let turn = state.reads.turn(caller.tenant()).await;
     turn.map_err(|_| {
-        state.metrics.guard_refusals.inc();
+        state.metrics.guard_rejections.inc();
         ApiError::too_many_reads()
     })
 }
@@ -53,7 +53,7 @@ pub async fn change_turn(state: &AppState, caller: &SignedInTenant) -> Result<Tu
     let turn = state.changes.turn(caller.tenant()).await;
     let turn = turn.inspect_err(|busy| {
         if *busy == Busy::QueueFull {
-            state.metrics.guard_refusals.inc();
+            state.metrics.guard_rejections.inc();
         }
     })?;
     Ok(turn)

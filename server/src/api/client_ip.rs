@@ -12,7 +12,7 @@ use poem::{Addr, Request};
 
 use super::fields::{Fields, text};
 
-/// Returns `None` for a peer without an address, such as a Unix socket.
+/// Returns the client's address. Returns `None` for a peer without an address, such as a Unix socket.
 pub fn client_ip(request: &Request, trusted: &[IpNet]) -> Option<IpAddr> {
     let peer = match &request.remote_addr().0 {
         Addr::SocketAddr(addr) => addr.ip().to_canonical(),
@@ -21,7 +21,7 @@ pub fn client_ip(request: &Request, trusted: &[IpNet]) -> Option<IpAddr> {
     Some(client_of(peer, request.headers(), trusted))
 }
 
-/// `peer` must be in canonical form.
+/// Returns the client's address for a request from `peer`, which must be in canonical form.
 pub fn client_of(peer: IpAddr, fields: &impl Fields, trusted: &[IpNet]) -> IpAddr {
     let is_trusted = |ip: IpAddr| trusted.iter().any(|network| network.contains(&ip));
     let mut client = peer;

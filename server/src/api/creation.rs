@@ -59,7 +59,7 @@ impl Creation for CreatedWebhook {
     }
 }
 
-/// Creates a resource with `insert`. If the request is a replay, returns the first response instead. The value that
+/// Creates a resource with `insert`. If the request is a replay, returns the original response instead. The value that
 /// `insert` returns is stored for replays, so it must not contain a secret.
 pub async fn create<T: Creation>(
     state: &AppState,

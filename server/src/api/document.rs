@@ -118,7 +118,7 @@ fn error_page(code: ProblemCode, base: &str) -> Response {
     )
 }
 
-/// Whether the error is temporary, so that responses have a `Retry-After` header.
+/// Returns whether the error is temporary, so that responses have a `Retry-After` header.
 const fn waits(code: ProblemCode) -> bool {
     matches!(
         code,

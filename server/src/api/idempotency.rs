@@ -37,8 +37,9 @@ pub fn check_field(headers: &HeaderMap) -> Result<(), ApiError> {
 }
 
 impl IdempotencyGuard {
-    /// `key` is the value of the header, if it was sent. `body` must contain everything that the response depends on.
-    /// For an operation on an existing resource, this includes the resource's ID.
+    /// Checks the key and hashes the body. `key` is the value of the `Idempotency-Key` header, if it was sent. `body`
+    /// must contain everything that the response depends on. For an operation on an existing resource, this includes
+    /// the resource's ID.
     pub fn new<T: Serialize>(
         operation: &'static str,
         key: Option<String>,
@@ -61,7 +62,7 @@ impl IdempotencyGuard {
         })
     }
 
-    /// Returns the first response, if there is one. Must be the first call in the transaction that processes the
+    /// Returns the original response, if there is one. Must be the first call in the transaction that processes the
     /// request.
     pub async fn replay<T: DeserializeOwned>(
         &self,

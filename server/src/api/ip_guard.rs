@@ -39,7 +39,7 @@ impl<E: Endpoint> Endpoint for Guarded<E> {
         if let Some(ip) = RequestContext::of(&request)?.ip
             && let Err(refused) = (self.guard)(&self.state).admit(ClientNetwork::address(ip))
         {
-            self.state.metrics.guard_refusals.inc();
+            self.state.metrics.guard_rejections.inc();
             return Err(ApiError::too_many(refused.retry_after).into());
         }
         self.inner.call(request).await

@@ -11,7 +11,9 @@ use crate::tenant_places::{HeldUntilSent, TenantPlaces};
 /// Responses of more than this many bytes are large. Smaller ones fit in the socket's buffer, or are limited by the
 /// request rate.
 const LARGE: usize = 64 * 1024;
+/// The maximum number of concurrent large responses per tenant.
 const OF_TENANT: usize = 8;
+/// The maximum number of concurrent large responses.
 const TOTAL: usize = 64;
 
 /// Marks a large response.
@@ -40,7 +42,7 @@ pub fn hold(
         && let Some(tenant) = context.tenant()
     {
         let place = places.take(tenant).ok_or_else(|| {
-            context.state.metrics.guard_refusals.inc();
+            context.state.metrics.guard_rejections.inc();
             ApiError::too_many_reads()
         })?;
         let held = HeldUntilSent::from(place);

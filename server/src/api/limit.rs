@@ -329,8 +329,8 @@ impl LimitApi {
         &self,
         caller: GatewayCaller,
         request: &Request,
-        /// Status code for a denied request: `403` or `429`. Default: `429`. Use `403` for nginx, which passes on
-        /// neither 429 nor 402.
+        /// Status code for a denied request: `403` or `429`. Default: `429`. Use `403` for nginx, which does not pass
+        /// on 429 or 402.
         deny: Query<Option<Deny>>,
     ) -> Result<StatusOnly, ApiError> {
         let context = RequestContext::of(request)?;

@@ -22,7 +22,7 @@ pub const POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
 pub const STATE: HeaderName = HeaderName::from_static("ratelimit");
 /// The decision of forward-auth. A gateway must forward a request only if the status is 200 and the value is `allowed`.
 pub const DECISION: HeaderName = HeaderName::from_static("x-quota-decision");
-/// Present if Redis is unreachable and this replica decides without it.
+/// A header that is present if Redis is unreachable and this replica decides without it.
 pub const DEGRADED: HeaderName = HeaderName::from_static("x-quota-degraded");
 pub const REDIS_AWAY: &str = "redis-away";
 
@@ -173,13 +173,13 @@ pub fn pairs(record: &KeyRecord, decision: &Decision) -> Vec<(&'static str, Stri
     pairs
 }
 
-/// Whether the decision was made without Redis. Only such a decision can deny a request without naming a violated
-/// policy.
+/// Returns whether the decision was made without Redis. Only such a decision can deny a request without naming a
+/// violated policy.
 fn is_degraded(decision: &Decision) -> bool {
     decision.degraded || (!decision.is_allowed() && decision.violated().is_empty())
 }
 
-/// Whether every quota applies to a full day or month.
+/// Returns whether every quota applies to a full day or month.
 fn is_usual(decision: &Decision) -> bool {
     decision.states().all(|state| state.shortened_to.is_none())
 }
@@ -264,7 +264,7 @@ impl StateField {
     }
 }
 
-/// `text` consists of policy names and numbers, which are visible ASCII.
+/// Returns a header value. `text` consists of policy names and numbers, which are visible ASCII.
 fn value(text: &[u8]) -> HeaderValue {
     HeaderValue::from_bytes(text).unwrap_or_else(|_| HeaderValue::from_static(""))
 }

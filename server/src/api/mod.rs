@@ -24,6 +24,7 @@ pub mod direct;
 pub mod document;
 pub mod fast_path;
 pub mod fields;
+mod fill_time;
 pub mod health;
 pub mod idempotency;
 pub mod ip_guard;

@@ -169,7 +169,8 @@ fn read_sorted(order: Order, cursor: &str) -> Result<(CursorKey, Uuid), ApiError
     Ok((cursor_key, id))
 }
 
-/// Whether the year has four digits, as in every time that Quota stores. PostgreSQL supports all of these years.
+/// Returns whether the year has four digits, as in every time that Quota stores. PostgreSQL supports all of these
+/// years.
 fn is_storable(at: &DateTime<Utc>) -> bool {
     (0..=9999).contains(&at.year())
 }

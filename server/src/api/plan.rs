@@ -17,6 +17,7 @@ use super::{
     Tag, allowance,
     change::{Edit, read},
     creation::create,
+    fill_time,
     idempotency::IdempotencyGuard,
     json::{Created, Json, NoContent},
     page::{self, PageSize},
@@ -101,7 +102,7 @@ impl PlanApi {
     /// List plans
     ///
     /// Returns plans in the order given by `sort`, by default newest first, each with its number of keys. A cursor is
-    /// valid only with the `sort` it was issued for.
+    /// valid only with the `sort` for which it was issued.
     #[oai(path = "/plans", method = "get", operation_id = "list_plans")]
     async fn list(
         &self,
@@ -128,8 +129,8 @@ impl PlanApi {
     async fn create(
         &self,
         caller: ManagingTenant,
-        /// Makes the request safe to retry: repeating it with the same key and body within 24 hours returns the first
-        /// response again.
+        /// Makes the request safe to retry: repeating it with the same `Idempotency-Key` and body within 24 hours
+        /// returns the original response.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<CreatePlan>,
@@ -152,6 +153,7 @@ impl PlanApi {
             let plan = plan::insert(tx, &new).await.map_err(name_taken)?;
             let plan = Plan::from(PlanWithKeys { plan, key_count: 0 });
             allowance::check_plan(&self.state.config, &plan)?;
+            fill_time::check_plan(&plan, "burst")?;
             Ok(plan)
         };
         create(&self.state, &caller, idempotency, insert)
@@ -175,8 +177,8 @@ impl PlanApi {
 
     /// Update a plan
     ///
-    /// Takes effect on all replicas within one second. Usage isn't reset: an update grants no new burst or quota. If
-    /// the burst equals the rate, changing the rate also changes the burst, unless you send `burst`.
+    /// Takes effect on all replicas within one second. Usage isn't reset: an update does not grant a new burst or
+    /// quota. If the burst equals the rate, changing the rate also changes the burst, unless you send `burst`.
     #[oai(
         path = "/plans/:plan_id",
         method = "patch",
@@ -228,6 +230,14 @@ impl PlanApi {
         // A plan that already exceeded the limits can still be renamed.
         if limits(&before) != limits(&after) {
             allowance::check_plan(config, &after)?;
+        }
+        if (before.default_rpm, before.burst) != (after.default_rpm, after.burst) {
+            let field = match change.burst {
+                Some(_) => "burst",
+                None => "default_rpm",
+            };
+            fill_time::check_plan(&after, field)?;
+            fill_time::check_keys_of_plan(&mut edit, &after).await?;
         }
         if before.billing != after.billing {
             allowance::check_rates_of_keys(config, &mut edit, &after).await?;

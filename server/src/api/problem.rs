@@ -110,7 +110,7 @@ impl ApiError {
         }
     }
 
-    /// Whether Redis is unreachable and the plan rejects all requests in that case.
+    /// Returns whether Redis is unreachable and the plan rejects all requests in that case.
     fn is_without_counters(&self) -> bool {
         let source = self.source.as_deref();
         source
@@ -342,7 +342,7 @@ impl ApiError {
     }
 }
 
-/// Rounds up, so that clients never retry too early.
+/// Returns a wait in seconds, at least 1. Rounds up, so that clients never retry too early.
 fn whole_secs(wait: Duration) -> u64 {
     (wait.as_secs() + u64::from(wait.subsec_nanos() > 0)).max(1)
 }

@@ -76,7 +76,7 @@ impl RequestContext {
         *self.caller.lock() = Some(Identity::Tenant(tenant));
     }
 
-    /// Returns the tenant of the user who made the request.
+    /// Returns the tenant of the session or service token that authenticated the request. `None` for API keys.
     pub fn tenant(&self) -> Option<TenantId> {
         match &*self.caller.lock() {
             Some(Identity::Tenant(tenant)) => Some(*tenant),
@@ -104,7 +104,8 @@ impl RequestContext {
         }
     }
 
-    /// Marks the response as an endless stream.
+    /// Marks the response as endless until the returned value is dropped. Returns `None` if the listener does not read
+    /// the connection's marks.
     pub fn begin_endless_response(&self) -> Option<EndlessResponse> {
         let connection = self.marks.as_ref();
         connection.map(ConnectionMarks::begin_endless_response)

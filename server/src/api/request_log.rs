@@ -218,7 +218,8 @@ pub fn new_id(ids: &RequestIds, now: UnixNanos) -> HeaderValue {
     HeaderValue::from_bytes(&ids.next(now)).unwrap_or_else(|_| HeaderValue::from_static("unknown"))
 }
 
-/// Accepts 1 to 128 letters, digits, and `-_.:`. None of these characters is special in logs or terminals.
+/// Returns whether this is a valid request ID: 1 to 128 letters, digits, and `-_.:`. None of these characters is
+/// special in logs or terminals.
 pub fn is_id(bytes: &[u8]) -> bool {
     (1..=128).contains(&bytes.len())
         && bytes

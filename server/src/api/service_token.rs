@@ -52,7 +52,7 @@ impl From<ServiceTokenRow> for ServiceToken {
 impl ServiceTokenApi {
     /// List service tokens
     ///
-    /// Returns tokens, newest first. The token itself is never returned.
+    /// Returns service tokens, newest first, without the tokens themselves.
     #[oai(
         path = "/service-tokens",
         method = "get",
@@ -84,8 +84,8 @@ impl ServiceTokenApi {
     async fn create(
         &self,
         caller: ManagingTenant,
-        /// Makes the request safe to retry: repeating it with the same key and body within 24 hours returns the first
-        /// response again, without the token.
+        /// Makes the request safe to retry: repeating it with the same `Idempotency-Key` and body within 24 hours
+        /// returns the original response, without the token.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<CreateServiceToken>,
@@ -120,7 +120,7 @@ impl ServiceTokenApi {
 
     /// Get a service token
     ///
-    /// The token itself is never returned.
+    /// Returns the service token's name and dates, without the token itself.
     #[oai(
         path = "/service-tokens/:token_id",
         method = "get",

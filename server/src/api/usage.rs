@@ -105,7 +105,7 @@ struct GroupFields {
 }
 
 impl GroupFields {
-    /// `group` is `None` for `other`, and if there are no groups.
+    /// Returns the fields that identify a group. `group` is `None` for `other`, and if there are no groups.
     fn new(by: Option<UsageGroupBy>, group: Option<&str>) -> Self {
         let (Some(by), Some(group)) = (by, group) else {
             return Self::default();

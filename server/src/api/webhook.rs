@@ -90,7 +90,7 @@ impl WebhookApi {
     async fn request_turn(&self, caller: &ManagingTenant) -> Result<Turn, ApiError> {
         let admitted = self.state.webhook_requests.admit(caller.tenant());
         admitted.map_err(|wait| {
-            self.state.metrics.guard_refusals.inc();
+            self.state.metrics.guard_rejections.inc();
             ApiError::too_many_webhook_requests(wait)
         })?;
         change_turn(&self.state, caller).await
@@ -101,7 +101,7 @@ impl WebhookApi {
 impl WebhookApi {
     /// List webhooks
     ///
-    /// Returns webhooks, newest first. The signing secret is never returned.
+    /// Returns webhooks, newest first, without their signing secrets.
     #[oai(path = "/webhooks", method = "get", operation_id = "list_webhooks")]
     async fn list(
         &self,
@@ -125,8 +125,8 @@ impl WebhookApi {
     async fn create(
         &self,
         caller: ManagingTenant,
-        /// Makes the request safe to retry: repeating it with the same key and body within 24 hours returns the first
-        /// response again, without the secret.
+        /// Makes the request safe to retry: repeating it with the same `Idempotency-Key` and body within 24 hours
+        /// returns the original response, without the secret.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<CreateWebhook>,
@@ -161,7 +161,7 @@ impl WebhookApi {
 
     /// Get a webhook
     ///
-    /// The signing secret is never returned.
+    /// Returns the webhook without its signing secret.
     #[oai(
         path = "/webhooks/:webhook_id",
         method = "get",
@@ -249,7 +249,7 @@ impl WebhookApi {
     ///
     /// Returns a new secret. This is the only time it is available: a replay with the same `Idempotency-Key` returns
     /// everything except the secret. For `grace_seconds`, deliveries are also signed with the current secret. If you
-    /// rotate again during this time, they are no longer signed with the earliest secret.
+    /// rotate again within this period, the oldest secret is no longer used.
     #[oai(
         path = "/webhooks/:webhook_id/rotate-secret",
         method = "post",
@@ -259,8 +259,8 @@ impl WebhookApi {
         &self,
         caller: ManagingTenant,
         webhook_id: Path<WebhookId>,
-        /// Makes the request safe to retry: repeating it with the same key and body within 24 hours returns the first
-        /// response again, without the secret.
+        /// Makes the request safe to retry: repeating it with the same `Idempotency-Key` and body within 24 hours
+        /// returns the original response, without the secret.
         #[oai(name = "Idempotency-Key")]
         idempotency_key: Header<Option<String>>,
         body: Json<RotateWebhookSecret>,
@@ -298,8 +298,8 @@ impl WebhookApi {
 
     /// Send a test event
     ///
-    /// Sends an event of the type `webhook.test`, even if the webhook is disabled. Returns the delivery, which is sent
-    /// immediately afterward; list the deliveries to see the result.
+    /// Sends a `webhook.test` event, even if the webhook is disabled. Returns the delivery, which is sent immediately
+    /// afterward; list the deliveries to see the result.
     ///
     /// A tenant can request at most 30 tests and redeliveries per minute.
     #[oai(
@@ -377,8 +377,8 @@ impl WebhookApi {
 
     /// Redeliver an event
     ///
-    /// Sends the event again, regardless of its status, even if the webhook is disabled. The event keeps its ID, so a
-    /// receiver that has already processed it can ignore it.
+    /// Sends the event again, whatever the delivery's status, and even if the webhook is disabled. The event keeps its
+    /// ID, so a receiver that has already processed the event can ignore it.
     ///
     /// A tenant can request at most 30 tests and redeliveries per minute.
     #[oai(

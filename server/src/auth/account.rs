@@ -49,6 +49,8 @@ pub struct Accounts {
     pub(crate) passwords: PasswordPool,
     pub(crate) sessions: Sessions,
     pub(crate) attempts: Arc<Attempts>,
+    /// The registrations of networks.
+    pub(crate) registrations: Arc<Attempts>,
     pub(crate) devices: Devices,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) metrics: Arc<Metrics>,
@@ -74,7 +76,28 @@ fn known_turn(email: &str) -> Turn {
 }
 
 impl Accounts {
+    /// Registers a user with their own tenant. Counts toward the limit of the caller's network if an account was created
+    /// or the email is already in use.
     pub async fn register(
+        &self,
+        email: &str,
+        password: &str,
+        tenant_name: Option<&str>,
+        device: Option<&str>,
+        origin: &Origin,
+    ) -> Result<SignedIn, AuthError> {
+        let attempt = self.registrations.of_registration(origin.ip).await;
+        let mut attempt = attempt.map_err(|Wait(wait)| AuthError::TooManyRegistrations(wait))?;
+        let registered = self
+            .register_unlimited(email, password, tenant_name, device, origin)
+            .await;
+        if matches!(registered, Ok(_) | Err(AuthError::EmailTaken)) {
+            attempt.set_judgment(Judgment::Wrong);
+        }
+        registered
+    }
+
+    async fn register_unlimited(
         &self,
         email: &str,
         password: &str,
@@ -117,20 +140,26 @@ impl Accounts {
         audit::insert_system(&mut tx, &event).await?;
         tx.commit().await?;
         tracing::info!(action = "user.register", tenant = %tenant_id, user = %user_id, "user registered");
-        let device = self.remember(&email, &hash, device)?;
-        Ok(SignedIn {
-            tokens,
-            device,
-            user,
-            tenant,
-            role: "owner".into(),
-        })
+        let role = "owner".into();
+        let member = MemberRow { user, tenant, role };
+        self.signed_in(tokens, member, (&email, &hash), device)
     }
 
-    /// Returns the device token to store on the device that has signed in.
-    fn remember(&self, email: &str, hash: &str, device: Option<&str>) -> Result<String, AuthError> {
-        self.devices
-            .remember((email, hash), device, self.clock.now())
+    /// Adds the device token to store on the device that signed in.
+    fn signed_in(
+        &self,
+        tokens: Tokens,
+        member: MemberRow,
+        account: (&str, &str),
+        device: Option<&str>,
+    ) -> Result<SignedIn, AuthError> {
+        Ok(SignedIn {
+            tokens,
+            device: self.devices.remember(account, device, self.clock.now())?,
+            user: member.user,
+            tenant: member.tenant,
+            role: member.role,
+        })
     }
 
     /// Creates a user with their own tenant on behalf of the operator, even if registration is closed.
@@ -141,7 +170,7 @@ impl Accounts {
         tenant_name: Option<&str>,
     ) -> Result<(UserId, TenantId), AuthError> {
         let made = self
-            .register(email, password, tenant_name, None, &Origin::default())
+            .register_unlimited(email, password, tenant_name, None, &Origin::default())
             .await?;
         Ok((UserId(made.user.id), TenantId(made.tenant.id)))
     }
@@ -255,25 +284,17 @@ impl Accounts {
             return Err(AuthError::WrongCredentials);
         }
         let member = account::member(&mut tx, user.id, tenant).await?;
-        let MemberRow { user, tenant, role } = member.ok_or(AuthError::WrongCredentials)?;
-        let tokens = self
-            .sessions
-            .begin(&mut tx, (UserId(user.id), TenantId(tenant.id)), origin)
-            .await?;
+        let member = member.ok_or(AuthError::WrongCredentials)?;
+        let (user, tenant) = (UserId(member.user.id), TenantId(member.tenant.id));
+        let begun = self.sessions.begin(&mut tx, (user, tenant), origin);
+        let tokens = begun.await?;
         let (action, target) = (AuditAction::SessionBegin, AuditTarget::Session);
-        let event = NewAuditEvent::new(tenant.id, action, target, &tokens.session)
-            .by(user.id, origin.network());
+        let event = NewAuditEvent::new(tenant.0, action, target, &tokens.session)
+            .by(user.0, origin.network());
         audit::insert_system(&mut tx, &event).await?;
         tx.commit().await?;
         attempt.succeeded().await;
-        let device = self.remember(&email, &hash, device)?;
-        Ok(SignedIn {
-            tokens,
-            device,
-            user,
-            tenant,
-            role,
-        })
+        self.signed_in(tokens, member, (&email, &hash), device)
     }
 
     /// Counts a sign-in attempt. If a known device has no attempts left, it is treated like an unknown device.
@@ -294,7 +315,7 @@ impl Accounts {
     }
 
     /// Verifies a password. While it is being verified, the attempt counts as failed, so disconnecting early has no
-    /// advantage. The attempt stops counting if the password is correct or was not verified after all.
+    /// advantage. The attempt stops counting as failed if the password is correct or was not verified after all.
     async fn verify(
         &self,
         attempt: &mut Attempt,

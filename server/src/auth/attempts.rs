@@ -1,4 +1,4 @@
-//! Limits failed password attempts without letting other people lock a user out.
+//! Limits failed password attempts without letting other people lock a user out. Also limits registrations.
 //!
 //! Attempts are counted by account *and* network, never only by account, so guessing from one network slows down only
 //! that network. IPv4 attempts are counted by address and by /24 network; IPv6 attempts are counted by /64, /56, and
@@ -15,11 +15,15 @@
 //! correct. It is also taken back if the password was never verified, because too many requests were waiting or the
 //! client disconnected.
 //!
+//! Registrations are also counted, by network only. A network can create `QUOTA_REGISTRATIONS_PER_DAY` accounts without
+//! waiting, and then the same number per day. Every account has its own limits, so many accounts would raise all limits.
+//!
 //! With Redis, a script counts for all replicas. Each replica also counts locally. While Redis is unreachable, the
 //! local counters decide, with half as many attempts. No response reveals whether an account exists, because unknown
 //! accounts are counted too.
 
 mod attempt;
+mod counter;
 
 use std::{collections::HashMap, net::IpAddr, sync::Arc, time::Duration};
 
@@ -29,6 +33,7 @@ use parking_lot::Mutex;
 use redis::Value;
 
 pub use self::attempt::{Attempt, Judgment};
+use self::counter::{Count, Counter, Name, OnSuccess, Waits, longest_wait};
 use super::device::DeviceId;
 use crate::{
     clock::{Clock, Monotonic},
@@ -36,25 +41,25 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// The maximum wait between two attempts.
-const LONGEST: Duration = Duration::from_mins(15);
-/// How often one failed attempt on an account is forgiven.
+/// One failed attempt on an account is forgiven per interval of this length.
 const FORGIVE: Duration = Duration::from_mins(5);
-/// How often one attempt from a network, counted across all accounts, is forgiven.
+/// One attempt from a network, counted across all accounts, is forgiven per interval of this length.
 const FORGIVE_NETWORK: Duration = Duration::from_mins(1);
 /// The number of free attempts from a network across all accounts, as a multiple of the number for one account.
 const ACCOUNTS: u32 = 5;
 /// The number of free attempts of all known devices of an account together, as a multiple of the number for one device.
 const DEVICES: u32 = 5;
-/// The number of attempts of all known devices of an account, including successful ones, as a multiple of the free
-/// failed attempts of one device.
+/// The number of free attempts of all known devices of an account together, counting successful attempts too, as a
+/// multiple of the number for one device.
 const USES: u32 = 20;
-/// How often one of these attempts is forgiven: ten times per minute.
+/// One of these attempts is forgiven per interval of this length.
 const FORGIVE_USE: Duration = Duration::from_secs(6);
+/// The time in which a network's free registrations are all forgiven.
+const DAY: Duration = Duration::from_hours(24);
 /// A network with at least this many unforgiven attempts is no longer
 /// [ordinary](super::password::CallerClass::Ordinary).
 const CROWD: u64 = 3;
-/// The maximum number of local counters. Each takes about 60 bytes.
+/// The maximum number of local counters. Each takes about 80 bytes.
 const REMEMBERED: usize = 200_000;
 
 const TAKE: &str = include_str!("attempts.lua");
@@ -74,49 +79,6 @@ for i, key in ipairs(KEYS) do
 end
 return 0";
 
-type Name = [u8; 16];
-
-#[derive(Debug, Clone, Copy)]
-struct Counter {
-    name: Name,
-    /// The number of attempts without a wait.
-    free: u32,
-    forgive: Duration,
-    on_success: OnSuccess,
-}
-
-/// The effect of a correct password on a counter. The counters of an attempt are sorted in this order.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum OnSuccess {
-    /// Clears the counter.
-    Clear,
-    /// Takes this attempt back.
-    TakeBack,
-    /// Keeps the attempt counted.
-    Keep,
-}
-
-impl Counter {
-    /// Returns the first wait. It is the interval between attempts at a rate of `free` per minute.
-    fn first_wait(&self) -> Duration {
-        Duration::from_mins(1) / self.free.max(1)
-    }
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Count {
-    tries: f64,
-    at: Monotonic,
-    until: Monotonic,
-}
-
-impl Count {
-    fn forgiven(&self, now: Monotonic, forgive: Duration) -> f64 {
-        let passed = Duration::from(now.saturating_since(self.at));
-        (self.tries - passed.as_secs_f64() / forgive.as_secs_f64()).max(0.0)
-    }
-}
-
 /// The result of counting an attempt.
 #[derive(Debug, Clone, Copy)]
 struct Taken {
@@ -135,7 +97,7 @@ pub struct Wait(pub Duration);
 
 #[derive(Debug)]
 pub struct Attempts {
-    /// The number of attempts without a wait. 0 means that attempts are not limited.
+    /// The number of attempts allowed before a wait is imposed. 0 means that attempts are not limited.
     free: u32,
     names: hmac::Key,
     redis: Option<Redis>,
@@ -179,12 +141,14 @@ impl Attempts {
                 name: self.name(&[b"account", network.as_bytes(), email.as_bytes()]),
                 free: self.free.saturating_mul(*room),
                 forgive: FORGIVE,
+                waits: Waits::Doubling,
                 on_success: OnSuccess::Clear,
             })
             .chain(networks.iter().map(|(network, room)| Counter {
                 name: self.name(&[b"network", network.as_bytes()]),
                 free: self.free.saturating_mul(ACCOUNTS).saturating_mul(*room),
                 forgive: FORGIVE_NETWORK,
+                waits: Waits::Doubling,
                 on_success: OnSuccess::TakeBack,
             }));
         self.take(counters.collect()).await
@@ -214,11 +178,27 @@ impl Attempts {
             .await
     }
 
+    /// Counts a registration from a network.
+    pub async fn of_registration(self: &Arc<Self>, ip: Option<IpAddr>) -> Result<Attempt, Wait> {
+        let counter = |(network, room): &(String, u32)| {
+            let free = self.free.saturating_mul(*room);
+            Counter {
+                name: self.name(&[b"registration", network.as_bytes()]),
+                free,
+                forgive: DAY / free.max(1),
+                waits: Waits::UntilForgiven,
+                on_success: OnSuccess::Keep,
+            }
+        };
+        self.take(networks(ip).iter().map(counter).collect()).await
+    }
+
     fn of_one(&self, name: &[&[u8]], on_success: OnSuccess) -> Counter {
         Counter {
             name: self.name(name),
             free: self.free,
             forgive: FORGIVE,
+            waits: Waits::Doubling,
             on_success,
         }
     }
@@ -294,13 +274,13 @@ impl Attempts {
             is_suspect: crowd >= CROWD,
         };
         if wait > Duration::ZERO {
-            self.metrics.guard_refusals.inc();
+            self.metrics.guard_rejections.inc();
             return Err(Wait(wait));
         }
         Ok(attempt)
     }
 
-    /// Returns `None` if Redis is not configured or does not respond.
+    /// Counts an attempt in Redis. Returns `None` if Redis is not configured or does not respond.
     async fn take_in_redis(&self, counters: &[Counter]) -> Option<Taken> {
         let redis = self.redis.as_ref()?;
         let keys = Self::keys(redis, counters);
@@ -312,11 +292,12 @@ impl Attempts {
             args.push(millis(counter.forgive));
             args.push(millis(counter.first_wait()));
         }
-        args.push(millis(LONGEST));
+        let longest = longest_wait(counters);
+        args.push(millis(longest));
         match redis.eval(&self.take, &keys, &args, None).await {
             Ok(Value::Array(answer)) => match &*answer {
                 [Value::Int(wait), Value::Int(crowd), Value::Int(at)] => Some(Taken {
-                    wait: Duration::from_millis(u64::try_from(*wait).ok()?).min(LONGEST),
+                    wait: Duration::from_millis(u64::try_from(*wait).ok()?).min(longest),
                     crowd: u64::try_from(*crowd).ok()?,
                     at: u64::try_from(*at).ok()?,
                 }),
@@ -347,7 +328,7 @@ impl Attempts {
         for counter in counters {
             if let Some(count) = local.get(&counter.name) {
                 until = until.max(count.until);
-                crowd = count.forgiven(now, counter.forgive);
+                crowd = count.left(now);
             } else {
                 crowd = 0.0;
             }
@@ -367,10 +348,7 @@ impl Attempts {
             return taken(until.saturating_since(now).into());
         }
         if local.len() + counters.len() > REMEMBERED {
-            let longest = FORGIVE.as_secs_f64();
-            local.retain(|_, count| {
-                count.until > now || count.tries * longest > seconds(count.at, now)
-            });
+            local.retain(|_, count| count.is_needed(now));
             if local.len() + counters.len() > REMEMBERED {
                 return taken(Duration::from_secs(1));
             }
@@ -378,14 +356,14 @@ impl Attempts {
         for counter in counters {
             let tries = local
                 .get(&counter.name)
-                .map_or(0.0, |count| count.forgiven(now, counter.forgive))
+                .map_or(0.0, |count| count.left(now))
                 + 1.0;
             // A fraction of an attempt may have been forgiven between two consecutive attempts.
             let over = tries - free(counter);
             let wait = if over > -0.5 {
                 let over = over.max(0.0);
                 let wait = counter.first_wait().as_secs_f64() * over.min(30.0).exp2();
-                Duration::from_secs_f64(wait.min(LONGEST.as_secs_f64()))
+                Duration::from_secs_f64(wait.min(counter.longest_wait().as_secs_f64()))
             } else {
                 Duration::ZERO
             };
@@ -393,6 +371,7 @@ impl Attempts {
                 tries,
                 at: now,
                 until: now.saturating_add(wait.into()),
+                forgive: counter.forgive,
             };
             local.insert(counter.name, count);
         }
@@ -402,18 +381,12 @@ impl Attempts {
     /// Removes counters whose attempts have all been forgiven.
     pub fn prune(&self) {
         let now = self.clock.monotonic();
-        let longest = FORGIVE.as_secs_f64();
         let mut local = self.local.lock();
-        local
-            .retain(|_, count| count.until > now || count.tries * longest > seconds(count.at, now));
+        local.retain(|_, count| count.is_needed(now));
         if local.capacity() > 4 * local.len() {
             local.shrink_to_fit();
         }
     }
-}
-
-fn seconds(from: Monotonic, to: Monotonic) -> f64 {
-    Duration::from(to.saturating_since(from)).as_secs_f64()
 }
 
 /// Returns the networks for which an address is counted, narrowest first. Each network comes with a multiplier for its
@@ -432,12 +405,12 @@ fn networks(ip: Option<IpAddr>) -> Vec<(String, u32)> {
     prefixes.iter().filter_map(network).collect()
 }
 
-/// Returns a number that identifies the widest network of an address.
+/// Returns a per-process hash of the widest network that contains the IP address.
 pub fn network_number(ip: Option<IpAddr>) -> u64 {
     number(&networks(ip).last())
 }
 
-/// Returns a number that identifies an account.
+/// Returns a per-process hash of the email address.
 pub fn account_number(email: &str) -> u64 {
     number(&email)
 }

@@ -22,9 +22,9 @@ use crate::clock::UnixNanos;
 pub const LIFETIME: Duration = Duration::from_hours(180 * 24);
 /// The maximum number of accounts per value.
 const ACCOUNTS: usize = 4;
-/// In characters.
+/// The length of a device token, in characters.
 const TOKEN: usize = 86;
-/// In characters.
+/// The maximum length of a value, in characters.
 pub const LENGTH_MAX: usize = ACCOUNTS * (TOKEN + 1) - 1;
 const ID: usize = 16;
 const MARK: usize = 8;
@@ -55,7 +55,7 @@ impl Devices {
         self.parse(email, value, now).map(|(_, device)| device)
     }
 
-    /// Whether the account still has the password that the device last signed in with.
+    /// Returns whether the account still has the password that the device last signed in with.
     pub fn is_of_password(&self, device: &Device, hash: &str) -> bool {
         let is_same = |secrets: &Secrets| {
             let mark = secrets.password_mark(hash);

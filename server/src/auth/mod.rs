@@ -25,11 +25,13 @@ pub enum AuthError {
     Unauthorized,
     #[error("the email is already in use")]
     EmailTaken,
-    /// Contains the reason.
+    /// The password is too weak. Contains the reason.
     #[error("{0}")]
     WeakPassword(String),
     #[error("too many failed sign-ins")]
     TooManyTries(Duration),
+    #[error("too many registrations from this network")]
+    TooManyRegistrations(Duration),
     #[error("too many passwords are being hashed")]
     Busy,
     #[error(transparent)]

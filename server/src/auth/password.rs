@@ -1,10 +1,10 @@
 //! Passwords: their strength, and their hashes (argon2id).
 //!
-//! Hashing uses at most two threads and 92 MiB of memory, regardless of load. Callers wait for a thread in one of three
-//! classes, so that a flood of sign-ins does not lock out other users: known devices and signed-in users; networks
-//! without recent failures; and all other callers, including registrations. The number of waiters in each class is
-//! limited, and each class gets a share of the threads. Within a class, accounts or networks take turns. When a class
-//! is full, the account or network with the most waiters loses one of them.
+//! Hashing uses at most two threads and 92 MiB of memory, regardless of load. Callers that wait for a thread belong to
+//! one of three classes: known devices and signed-in users; networks without recent failures; and all other callers,
+//! including registrations. So a flood of sign-ins does not lock out other users. The number of waiters in each class
+//! is limited, and each class gets a share of the threads. Within a class, accounts or networks take turns. When a
+//! class is full, the account or network with the most waiters loses one of them.
 //!
 //! The same threads estimate the strength of new passwords, because that also takes time.
 
@@ -34,7 +34,7 @@ use crate::config::PasswordCost;
 
 /// The maximum number of concurrent hashes. Each takes about 50 ms and 46 MiB of memory.
 const THREADS: usize = 2;
-/// The maximum number of waiters in each class. If all classes are full, the last waiter waits for slightly more than a
+/// The maximum number of waiters in each class. If all classes are full, a new waiter waits for slightly more than a
 /// second.
 const WAITING: [usize; CLASSES] = [16, 24, 8];
 const WAIT: Duration = Duration::from_secs(5);
@@ -407,7 +407,7 @@ impl PasswordPool {
         hash.await?
     }
 
-    /// Whether the password matches the hash. Without a hash, takes the same time and returns `false`.
+    /// Returns whether the password matches the hash. Without a hash, takes the same time and returns `false`.
     pub async fn verify(
         &self,
         password: Password,

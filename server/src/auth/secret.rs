@@ -42,7 +42,7 @@ pub struct Secrets {
     password: hmac::Key,
 }
 
-/// Identifies a session's secret.
+/// Identifies the secret that a session's refresh tokens are derived from.
 pub type SecretId = [u8; 16];
 
 impl std::fmt::Debug for Secrets {
@@ -80,7 +80,7 @@ impl Secrets {
         hmac::sign(&self.csrf, session).as_ref().to_vec()
     }
 
-    /// Compares in constant time.
+    /// Returns whether `tag` is the CSRF value of the session. Compares in constant time.
     pub fn is_csrf(&self, session: &[u8], tag: &[u8]) -> bool {
         hmac::verify(&self.csrf, session, tag).is_ok()
     }
@@ -97,7 +97,7 @@ impl Secrets {
         mark
     }
 
-    /// Compares in constant time.
+    /// Returns whether `tag` is the MAC of a device token's content. Compares in constant time.
     pub fn is_device(&self, content: &[u8], tag: &[u8]) -> bool {
         hmac::verify(&self.device, content, tag).is_ok()
     }
@@ -138,7 +138,7 @@ pub struct Seals {
 }
 
 impl Seals {
-    /// `installation_secret` is a secret that only this database contains.
+    /// Derives the seals. `installation_secret` is a secret that only this database contains.
     pub fn new(current: &[u8], previous: Option<&[u8]>, installation_secret: &[u8]) -> Self {
         // Derived, because the installation's secret itself may sign access tokens.
         let installation = derive(installation_secret, &[b"installation"]);

@@ -215,7 +215,7 @@ impl Sessions {
             .then_some(SessionId(id))
     }
 
-    /// Whether a refresh token belongs to this session.
+    /// Returns whether a refresh token belongs to this session.
     pub async fn is_of(&self, token: &str, id: SessionId) -> Result<bool, AuthError> {
         let token =
             SecretText::parse(Kind::Refresh, token.as_bytes()).ok_or(AuthError::Unauthorized)?;
@@ -281,7 +281,8 @@ impl Sessions {
         }
     }
 
-    /// Returns `false` if another request has already revoked the session.
+    /// Revokes a session and commits the transaction. Returns `false` if another request has already revoked the
+    /// session.
     async fn end_in(
         &self,
         mut tx: SystemTx,

@@ -20,7 +20,7 @@ use super::{
 };
 use crate::clock::UnixNanos;
 
-/// In seconds.
+/// The lifetime of an access token, in seconds.
 pub const LIFETIME: u32 = 15 * 60;
 const ISSUER: &str = "quota";
 const AUDIENCE: &str = "quota-api";

@@ -19,6 +19,7 @@ use tokio::sync::OnceCell;
 
 use super::{Billing, BillingError};
 use crate::{
+    db::SystemTx,
     repo::{
         audit::{self, NewAuditEvent},
         billing::Shown,
@@ -43,7 +44,16 @@ struct Inner {
     is_other: AtomicBool,
 }
 
-/// Returns the description of an account for messages.
+/// The result of a switch to the account of the secret key. `account` is how it is named.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Switch {
+    /// The access of `ended` tenants has ended.
+    Done { account: String, ended: usize },
+    /// The customers belong to this account, or there are none.
+    AlreadyDone { account: String },
+}
+
+/// Returns how an account is named in messages.
 fn named(account: &StripeAccount) -> String {
     let id = account.account_id.as_deref().unwrap_or("an account");
     let mode = if account.livemode { "live" } else { "test" };
@@ -51,7 +61,8 @@ fn named(account: &StripeAccount) -> String {
 }
 
 impl Billing {
-    /// Whether the secret key belonged to a different account or mode than the customers at the last comparison.
+    /// Returns whether the secret key belonged to a different account or mode than the customers at the last
+    /// comparison.
     pub fn is_other_account(&self) -> bool {
         self.account.0.is_other.load(Ordering::Relaxed)
     }
@@ -92,15 +103,21 @@ impl Billing {
     async fn compare_account(&self) -> Result<String, BillingError> {
         let own = self.own_account().await?;
         let knows = &self.account.0.has_customers;
-        let mut tx = self.db.system().await?;
-        let stored = stripe_account::find(&mut tx).await?;
         let is_certain = own.account_id.is_some() || knows.load(Ordering::Relaxed);
-        if stored.as_ref() == Some(&own) && is_certain {
-            tx.commit().await?;
+        let is_own = |stored: &Option<StripeAccount>| stored.as_ref() == Some(&own) && is_certain;
+        let compare = async |tx: &mut SystemTx| {
+            let stored = stripe_account::find(tx).await?;
+            let customers = if is_own(&stored) {
+                Vec::new()
+            } else {
+                stripe_account::customers(tx, SAMPLE).await?
+            };
+            Ok((stored, customers))
+        };
+        let (stored, customers) = self.db.in_system(compare).await?;
+        if is_own(&stored) {
             return Ok(named(&own));
         }
-        let customers = stripe_account::customers(&mut tx, SAMPLE).await?;
-        tx.commit().await?;
         if !customers.is_empty() {
             if let Some(stored) = &stored
                 && !stored.matches(&own)
@@ -109,21 +126,21 @@ impl Billing {
             }
             if !knows.load(Ordering::Relaxed) && !self.knows_any(&customers).await? {
                 return Err(BillingError::OtherAccount(format!(
-                    "STRIPE_SECRET_KEY is a key of {}, which has none of the customers of this server",
+                    "STRIPE_SECRET_KEY belongs to {}, which does not have this server's customers",
                     named(&own)
                 )));
             }
             knows.store(true, Ordering::Relaxed);
         }
-        let mut tx = self.db.system().await?;
-        stripe_account::record(&mut tx, &own).await?;
-        if customers.is_empty() {
-            stripe_account::replace_unused(&mut tx, &own).await?;
-        }
-        let stored = stripe_account::find(&mut tx).await?;
-        tx.commit().await?;
-        match stored {
-            // Another replica stored its account first.
+        let record = async |tx: &mut SystemTx| {
+            stripe_account::record(tx, &own).await?;
+            if customers.is_empty() {
+                stripe_account::replace_unused(tx, &own).await?;
+            }
+            stripe_account::find(tx).await
+        };
+        match self.db.in_system(record).await? {
+            // Another replica was faster.
             Some(stored) if !stored.matches(&own) => Err(other_account(&own, &stored)),
             _ => Ok(named(&own)),
         }
@@ -140,10 +157,15 @@ impl Billing {
         Ok(false)
     }
 
-    /// Starts billing through the secret key's account and mode. Deletes the customers and subscriptions of the
-    /// previous account, so tenants have no access until they subscribe again. Returns the description of the account,
-    /// and the number of tenants whose access has ended.
-    pub async fn switch_account(&self) -> Result<(String, usize), BillingError> {
+    /// Bills through the account and mode of the secret key from now on. Customers and subscriptions of the previous
+    /// account are forgotten, so tenants have no access until they subscribe again. Does nothing if they belong to the
+    /// account of the secret key.
+    pub async fn switch_account(&self) -> Result<Switch, BillingError> {
+        match self.verify_account().await {
+            Ok(account) => return Ok(Switch::AlreadyDone { account }),
+            Err(BillingError::OtherAccount(_)) => {}
+            Err(error) => return Err(error),
+        }
         let own = self.own_account().await?;
         let mut tx = self.db.system().await?;
         let ended = stripe_account::switch(&mut tx, &own).await?;
@@ -171,13 +193,16 @@ impl Billing {
             invalidation::insert_system(&mut tx, tenant.tenant_id, Target::Tenant).await?;
         }
         tx.commit().await?;
-        Ok((named(&own), ended.len()))
+        Ok(Switch::Done {
+            account: named(&own),
+            ended: ended.len(),
+        })
     }
 }
 
 fn other_account(own: &StripeAccount, stored: &StripeAccount) -> BillingError {
     BillingError::OtherAccount(format!(
-        "STRIPE_SECRET_KEY is a key of {}, but the customers of this server belong to {}",
+        "STRIPE_SECRET_KEY belongs to {}, but this server's customers belong to {}",
         named(own),
         named(stored)
     ))

@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::{Billing, BillingError};
 use crate::{
-    db::DbError,
+    db::{DbError, SystemTx},
     error_chain::chain,
     repo::{
         billing,
@@ -37,7 +37,7 @@ const READS: i64 = 20;
 /// The result of one round of the worker.
 #[derive(Debug, Default)]
 pub struct Round {
-    /// The number of processed events.
+    /// The number of events that were due.
     pub events: usize,
     /// The number of abandoned events.
     pub failed: usize,
@@ -52,7 +52,6 @@ pub struct Round {
 impl Billing {
     /// Stores an event whose signature is valid. Returns `false` if it was already stored.
     pub async fn receive(&self, event: &Envelope, body: &str) -> Result<bool, DbError> {
-        let mut tx = self.db.system().await?;
         let new = NewEvent {
             id: &event.id,
             kind: &event.kind,
@@ -62,9 +61,9 @@ impl Billing {
             livemode: event.livemode,
             body,
         };
-        let is_new = billing_event::insert(&mut tx, &new).await?;
-        tx.commit().await?;
-        Ok(is_new)
+        self.db
+            .in_system(async |tx| billing_event::insert(tx, &new).await)
+            .await
     }
 
     /// Processes events that are due. All events of a tenant are processed with a single read.
@@ -72,9 +71,10 @@ impl Billing {
         if let Some(round) = self.postponed().await? {
             return Ok(round);
         }
-        let mut tx = self.db.system().await?;
-        let due = billing_event::claim(&mut tx, BATCH).await?;
-        tx.commit().await?;
+        let due = self
+            .db
+            .in_system(async |tx| billing_event::claim(tx, BATCH).await)
+            .await?;
         let mut round = Round {
             events: due.len(),
             ..Round::default()
@@ -147,9 +147,10 @@ impl Billing {
         if let Some(round) = self.postponed().await? {
             return Ok(round);
         }
-        let mut tx = self.db.system().await?;
-        let due = billing::claim_due_reads(&mut tx, READ_EVERY, READS).await?;
-        tx.commit().await?;
+        let due = self
+            .db
+            .in_system(async |tx| billing::claim_due_reads(tx, READ_EVERY, READS).await)
+            .await?;
         let mut round = Round::default();
         for tenant in due {
             match self.read(tenant).await {
@@ -166,8 +167,8 @@ impl Billing {
     /// Records the problems that an event reports, for each tenant affected. Returns the number of problems.
     async fn record_meter_errors(&self, event: &DueEvent) -> Result<u64, BillingError> {
         let errors = self.stripe.meter_errors(&event.id).await?;
+        let mut found = Vec::new();
         let mut count = 0;
-        let mut tx = self.db.system().await?;
         for error in errors {
             count += error.count;
             // An identifier starts with the tenant's ID.
@@ -180,11 +181,19 @@ impl Billing {
                 event = event.id, code = error.code, count = error.count, identifiers = ?error.identifiers,
                 "Stripe found errors in reported usage"
             );
-            for tenant in tenants {
-                billing_event::insert_meter_error(&mut tx, &event.id, tenant, &error.code).await?;
-            }
+            found.extend(
+                tenants
+                    .into_iter()
+                    .map(|tenant| (tenant, error.code.clone())),
+            );
         }
-        tx.commit().await?;
+        let record = async |tx: &mut SystemTx| {
+            for (tenant, code) in &found {
+                billing_event::insert_meter_error(tx, &event.id, *tenant, code).await?;
+            }
+            Ok(())
+        };
+        self.db.in_system(record).await?;
         Ok(count)
     }
 
@@ -203,9 +212,10 @@ impl Billing {
         let Some(customer) = customer else {
             return Ok(None);
         };
-        let mut tx = self.db.system().await?;
-        let tenant = billing::tenant_of(&mut tx, &customer).await?;
-        tx.commit().await?;
+        let tenant = self
+            .db
+            .in_system(async |tx| billing::tenant_of(tx, &customer).await)
+            .await?;
         Ok(tenant)
     }
 
@@ -216,9 +226,9 @@ impl Billing {
         error: Option<&str>,
     ) -> Result<(), DbError> {
         let ids: Vec<&str> = events.iter().map(|event| event.id.as_str()).collect();
-        let mut tx = self.db.system().await?;
-        billing_event::finish(&mut tx, &ids, outcome, error).await?;
-        tx.commit().await
+        self.db
+            .in_system(async |tx| billing_event::finish(tx, &ids, outcome, error).await)
+            .await
     }
 
     /// Postpones events to a later attempt, or abandons them.
@@ -253,9 +263,9 @@ impl Billing {
                 error,
                 "cannot process Stripe events, retrying later"
             );
-            let mut tx = self.db.system().await?;
-            billing_event::postpone(&mut tx, &ids, &error).await?;
-            tx.commit().await?;
+            self.db
+                .in_system(async |tx| billing_event::postpone(tx, &ids, &error).await)
+                .await?;
         }
         Ok(())
     }

@@ -27,7 +27,7 @@ use self::{
 };
 use crate::{
     config::StripeSettings,
-    db::{Db, DbError},
+    db::{Db, DbError, SystemTx},
     repo::{
         audit::{self, NewAuditEvent},
         billing::{self, AccountRow, Applied, AppliedRead, Shown, SubscriptionRow},
@@ -65,8 +65,8 @@ pub enum BillingError {
     /// The secret key belongs to a different account or mode than the customers.
     #[error("{0}")]
     OtherAccount(String),
-    /// Stripe does not know the customer but has not deleted it either. The tenant keeps its access.
-    #[error("Stripe does not know the customer {0}, so its access does not change")]
+    /// Stripe has no record of the customer, not even as deleted. The tenant's access is kept.
+    #[error("Stripe has no record of the customer {0}, so the tenant's access does not change")]
     UnknownCustomer(String),
     #[error("Stripe returned a Checkout Session without a URL")]
     NoPage,
@@ -129,9 +129,10 @@ impl Billing {
     /// the invalidation to publish. Does nothing for a tenant without a customer.
     pub async fn read(&self, tenant: TenantId) -> Result<Option<Invalidation>, BillingError> {
         self.verify_account().await?;
-        let mut tx = self.db.system().await?;
-        let begun = billing::begin_read(&mut tx, tenant).await?;
-        tx.commit().await?;
+        let begun = self
+            .db
+            .in_system(async |tx| billing::begin_read(tx, tenant).await)
+            .await?;
         let Some(begun) = begun else {
             return Ok(None);
         };
@@ -217,34 +218,8 @@ impl Billing {
             subscription_id: deciding.map(|it| it.id.as_str()),
             subscriptions: &rows,
         };
-        let mut tx = self.db.system().await?;
-        let (changed, audited) = billing::apply_read(&mut tx, tenant, &applied).await?;
-        if let Some(before) = audited {
-            let after = Shown {
-                access: applied.access.to_owned(),
-                ends_at: applied.paid_access_until,
-            };
-            let event = NewAuditEvent {
-                target_id: applied.subscription_id.map(str::to_owned),
-                before: Some(before.to_json()),
-                after: Some(after.to_json()),
-                ..NewAuditEvent::new(
-                    tenant.0,
-                    AuditAction::SubscriptionUpdate,
-                    AuditTarget::Subscription,
-                    &"",
-                )
-            };
-            audit::insert_system(&mut tx, &event).await?;
-        }
-        // Inserted last, because this waits for other transactions that write invalidations.
-        let invalidation = match changed {
-            Applied::PaidAccess => {
-                Some(invalidation::insert_system(&mut tx, tenant.0, Target::Tenant).await?)
-            }
-            Applied::Same | Applied::Outdated => None,
-        };
-        tx.commit().await?;
+        let apply = async |tx: &mut SystemTx| apply_read(tx, tenant, &applied).await;
+        let invalidation = self.db.in_system(apply).await?;
         if invalidation.is_some() {
             tracing::info!(%tenant, access = access.name(), "paid access changed");
         }
@@ -266,14 +241,18 @@ impl Billing {
     /// Returns the tenant's Stripe customer, and creates it if there is none. Even if this fails repeatedly, at any
     /// point, only one customer is created.
     async fn customer(&self, buyer: &Buyer<'_>) -> Result<String, BillingError> {
-        let (tenant, mut tx) = (buyer.tenant, self.db.system().await?);
-        let account = billing::open(&mut tx, tenant, buyer.email, buyer.name).await?;
+        let tenant = buyer.tenant;
+        let request = async |tx: &mut SystemTx| {
+            let account = billing::open(tx, tenant, buyer.email, buyer.name).await?;
+            if account.customer_id.is_none() {
+                billing::request_customer(tx, tenant).await?;
+            }
+            Ok(account)
+        };
+        let account = self.db.in_system(request).await?;
         if let Some(customer) = account.customer_id {
-            tx.commit().await?;
             return Ok(customer);
         }
-        billing::request_customer(&mut tx, tenant).await?;
-        tx.commit().await?;
         let id = tenant.to_string();
         let email = account.customer_email.as_str();
         // An earlier request may have created the customer even though no response arrived, too long ago for Stripe to
@@ -291,17 +270,20 @@ impl Billing {
                 let name = account.customer_name.as_str();
                 let created = self.stripe.create_customer(&id, email, name, &key).await;
                 if let Err(StripeError::Failed { .. }) = &created {
-                    // The same idempotency key would fail for a day. The next attempt searches for the customer first.
-                    let mut tx = self.db.system().await?;
-                    billing::next_customer_attempt(&mut tx, tenant, attempt).await?;
-                    tx.commit().await?;
+                    // The same idempotency key would fail for a day. The next attempt searches for a customer first.
+                    self.db
+                        .in_system(async |tx| {
+                            billing::next_customer_attempt(tx, tenant, attempt).await
+                        })
+                        .await?;
                 }
                 created?
             }
         };
-        let mut tx = self.db.system().await?;
-        let recorded = billing::set_customer(&mut tx, tenant, &customer).await?;
-        tx.commit().await?;
+        let recorded = self
+            .db
+            .in_system(async |tx| billing::set_customer(tx, tenant, &customer).await)
+            .await?;
         Ok(recorded)
     }
 
@@ -313,16 +295,21 @@ impl Billing {
         buyer: &Buyer<'_>,
     ) -> Result<(CheckoutSession, Option<Invalidation>), BillingError> {
         self.verify_account().await?;
-        match self.start_checkout(buyer).await {
+        let tenant = buyer.tenant;
+        let customer = self.customer(buyer).await?;
+        match self.start_checkout(buyer, &customer).await {
             Err(BillingError::Stripe(error)) if error.is_missing_customer() => {
-                let mut tx = self.db.system().await?;
-                if let Some(customer) = billing::customer_of(&mut tx, buyer.tenant).await? {
-                    self.expect_deleted(&customer).await?;
+                self.expect_deleted(&customer).await?;
+                // Unless another replica has replaced it in the meantime.
+                let is_forgotten = self
+                    .db
+                    .in_system(async |tx| billing::forget_customer(tx, tenant, &customer).await)
+                    .await?;
+                if is_forgotten {
+                    tracing::warn!(%tenant, "creating another Stripe customer");
                 }
-                billing::forget_customer(&mut tx, buyer.tenant).await?;
-                tx.commit().await?;
-                tracing::warn!(tenant = %buyer.tenant, "creating another Stripe customer");
-                self.start_checkout(buyer).await
+                let customer = self.customer(buyer).await?;
+                self.start_checkout(buyer, &customer).await
             }
             started => started,
         }
@@ -331,9 +318,9 @@ impl Billing {
     async fn start_checkout(
         &self,
         buyer: &Buyer<'_>,
+        customer: &str,
     ) -> Result<(CheckoutSession, Option<Invalidation>), BillingError> {
         let tenant = buyer.tenant;
-        let customer = self.customer(buyer).await?;
         let invalidation = self.read(tenant).await?;
         let account = self.account(buyer).await?;
         let is_subscribed = self
@@ -364,7 +351,7 @@ impl Billing {
         };
         let checkout = Checkout {
             tenant: &tenant.to_string(),
-            customer: &customer,
+            customer,
             flat: price(FLAT_PRICE).ok_or(BillingError::NoPrice)?,
             usage: price(USAGE_PRICE),
             success_url: buyer.success_url,
@@ -384,9 +371,9 @@ impl Billing {
         if session.url.is_none() {
             return Err(BillingError::NoPage);
         }
-        let mut tx = self.db.system().await?;
-        billing::set_checkout(&mut tx, tenant, attempt, &session.id).await?;
-        tx.commit().await?;
+        self.db
+            .in_system(async |tx| billing::set_checkout(tx, tenant, attempt, &session.id).await)
+            .await?;
         Ok((session, invalidation))
     }
 
@@ -403,24 +390,27 @@ impl Billing {
     }
 
     async fn account(&self, buyer: &Buyer<'_>) -> Result<AccountRow, DbError> {
-        let mut tx = self.db.system().await?;
-        let account = billing::open(&mut tx, buyer.tenant, buyer.email, buyer.name).await?;
-        tx.commit().await?;
+        let account = self
+            .db
+            .in_system(async |tx| billing::open(tx, buyer.tenant, buyer.email, buyer.name).await)
+            .await?;
         Ok(account)
     }
 
     async fn end_checkout(&self, tenant: TenantId, attempt: i32) -> Result<i32, DbError> {
-        let mut tx = self.db.system().await?;
-        let next = billing::next_checkout_attempt(&mut tx, tenant, attempt).await?;
-        tx.commit().await?;
+        let next = self
+            .db
+            .in_system(async |tx| billing::next_checkout_attempt(tx, tenant, attempt).await)
+            .await?;
         Ok(next)
     }
 
     /// Returns the statuses of the tenant's subscriptions as of the last read.
     async fn stripe_statuses(&self, tenant: TenantId) -> Result<Vec<Status>, DbError> {
-        let mut tx = self.db.system().await?;
-        let statuses = billing::statuses(&mut tx, tenant).await?;
-        tx.commit().await?;
+        let statuses = self
+            .db
+            .in_system(async |tx| billing::statuses(tx, tenant).await)
+            .await?;
         Ok(statuses.iter().filter_map(|it| Status::named(it)).collect())
     }
 
@@ -428,9 +418,10 @@ impl Billing {
     /// and find its invoices.
     pub async fn portal(&self, tenant: TenantId, return_url: &str) -> Result<String, BillingError> {
         self.verify_account().await?;
-        let mut tx = self.db.system().await?;
-        let customer = billing::customer_of(&mut tx, tenant).await?;
-        tx.commit().await?;
+        let customer = self
+            .db
+            .in_system(async |tx| billing::customer_of(tx, tenant).await)
+            .await?;
         let customer = customer.ok_or(BillingError::NoCustomer)?;
         match self.stripe.create_portal(&customer, return_url).await {
             Err(error) if error.is_missing_customer() => {
@@ -440,4 +431,38 @@ impl Billing {
             url => Ok(url?),
         }
     }
+}
+
+/// Stores the access that a read resulted in. Returns the invalidation to publish if access has changed.
+async fn apply_read(
+    tx: &mut SystemTx,
+    tenant: TenantId,
+    applied: &AppliedRead<'_>,
+) -> Result<Option<Invalidation>, DbError> {
+    let (changed, audited) = billing::apply_read(tx, tenant, applied).await?;
+    if let Some(before) = audited {
+        let after = Shown {
+            access: applied.access.to_owned(),
+            ends_at: applied.paid_access_until,
+        };
+        let event = NewAuditEvent {
+            target_id: applied.subscription_id.map(str::to_owned),
+            before: Some(before.to_json()),
+            after: Some(after.to_json()),
+            ..NewAuditEvent::new(
+                tenant.0,
+                AuditAction::SubscriptionUpdate,
+                AuditTarget::Subscription,
+                &"",
+            )
+        };
+        audit::insert_system(tx, &event).await?;
+    }
+    // This comes last, because it waits for other transactions that invalidate.
+    Ok(match changed {
+        Applied::PaidAccess => {
+            Some(invalidation::insert_system(tx, tenant.0, Target::Tenant).await?)
+        }
+        Applied::Same | Applied::Outdated => None,
+    })
 }

@@ -22,7 +22,7 @@ impl Decimal {
         scale: 0,
     };
 
-    /// Returns `None` if the number is negative or too long to be an amount.
+    /// Returns `None` if the text is not a non-negative decimal number, or is too long to be an amount.
     fn parse(text: &str) -> Option<Self> {
         let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
         let digits = format!("{whole}{fraction}");
@@ -76,7 +76,7 @@ impl std::fmt::Display for Decimal {
 }
 
 /// Returns the charge for a number of units, rounded to the smallest unit of the currency. Returns `None` if the price
-/// is not a decimal number.
+/// is invalid or the charge is too large.
 pub fn charge(unit_price: &str, units: u64) -> Option<u64> {
     Decimal::parse(unit_price)?.times(units)?.rounded()
 }
@@ -140,7 +140,7 @@ impl Offer {
         }
     }
 
-    /// Returns the product of the first flat price among the items.
+    /// Returns the product of the first flat price among the items, or of the first item if there is no flat price.
     pub(super) fn product(items: &[Item]) -> Option<&str> {
         let flat = items.iter().find(|it| {
             let recurring = it.price.recurring.as_ref();

@@ -16,9 +16,9 @@ pub const METER_EVENT: &str = "quota_requests";
 pub struct Offer {
     pub product_name: String,
     pub currency: stripe_types::Currency,
-    /// Per month.
+    /// The price per month.
     pub price: String,
-    /// Per request, in addition to the monthly price.
+    /// The price per request, in addition to the monthly price.
     pub usage_price: Option<String>,
 }
 
@@ -47,8 +47,8 @@ pub fn webhook_url(public_url: &str) -> String {
     format!("{public_url}/billing/stripe/webhook")
 }
 
-/// Creates the objects that do not exist. Returns all objects. Also returns the webhook endpoint's secret if this call
-/// created the endpoint.
+/// Creates the objects that do not exist. Returns a finding for each object. Also returns the webhook endpoint's secret
+/// if this call created the endpoint.
 pub async fn set_up(
     stripe: &Stripe,
     offer: &Offer,

@@ -24,7 +24,7 @@ use uuid::Uuid;
 
 use super::{Billing, BillingError, USAGE_PRICE, setup::METER_EVENT};
 use crate::{
-    db::DbError,
+    db::{DbError, SystemTx},
     error_chain::chain,
     repo::billing_usage::{self, ChargedBy, DueReport, NewReport, OpenHour, Unbilled},
     stripe::StripeError,
@@ -36,8 +36,10 @@ const HOURS: i64 = 200;
 const ROUNDS: u32 = 1000;
 /// The maximum number of times to scan an hour if usage arrives during the scan.
 const SCANS: u32 = 3;
-/// The number of customers whose reports are sent concurrently. Only this many are claimed at a time, because a claim
-/// that had to wait would expire.
+/// The maximum duration of planning an hour: several scans of a part of the log, each of which may take minutes.
+const PLAN_MAX: Duration = Duration::from_mins(20);
+/// The number of customers whose reports are sent concurrently. No more are claimed at a time, since a claim that waits
+/// would expire.
 const CONCURRENT: usize = 8;
 /// How many times customers are claimed per round.
 const CLAIMS: usize = 4;
@@ -129,9 +131,10 @@ impl Billing {
         &self,
         read: &mut HashMap<TenantId, bool>,
     ) -> Result<usize, BillingError> {
-        let mut tx = self.db.system().await?;
-        let hours = billing_usage::open_hours(&mut tx, HOURS).await?;
-        tx.commit().await?;
+        let hours = self
+            .db
+            .in_system(async |tx| billing_usage::open_hours(tx, HOURS).await)
+            .await?;
         let mut planned = 0;
         for OpenHour {
             tenant_id,
@@ -176,7 +179,8 @@ impl Billing {
         until: DateTime<Utc>,
     ) -> Result<bool, DbError> {
         for _ in 0..SCANS {
-            if self.try_plan_hour(tenant, start, until).await? {
+            let plan = self.try_plan_hour(tenant, start, until);
+            if self.db.within(PLAN_MAX, plan).await? {
                 return Ok(true);
             }
         }
@@ -260,10 +264,11 @@ impl Billing {
         let mut sent = Sent::default();
         for _ in 0..CLAIMS {
             let owner = Uuid::now_v7();
-            let mut tx = self.db.system().await?;
             let limit = i64::try_from(CONCURRENT).unwrap_or(1);
-            let tenants = billing_usage::claim_senders(&mut tx, owner, limit).await?;
-            tx.commit().await?;
+            let tenants = self
+                .db
+                .in_system(async |tx| billing_usage::claim_senders(tx, owner, limit).await)
+                .await?;
             if tenants.is_empty() {
                 break;
             }
@@ -280,9 +285,9 @@ impl Billing {
                         tracing::warn!(%tenant, error = %chain(&error), "cannot report usage to Stripe, retrying later");
                     }
                 }
-                let mut tx = self.db.system().await?;
-                billing_usage::release_sender(&mut tx, tenant, owner).await?;
-                tx.commit().await?;
+                self.db
+                    .in_system(async |tx| billing_usage::release_sender(tx, tenant, owner).await)
+                    .await?;
             }
         }
         Ok(sent)
@@ -294,9 +299,10 @@ impl Billing {
         let mut finished = 0;
         while began.elapsed() < TURN {
             // Commit before calling Stripe, to record that the report may have been sent.
-            let mut tx = self.db.system().await?;
-            let report = billing_usage::begin_attempt(&mut tx, tenant, owner).await?;
-            tx.commit().await?;
+            let report = self
+                .db
+                .in_system(async |tx| billing_usage::begin_attempt(tx, tenant, owner).await)
+                .await?;
             let Some(report) = report else {
                 break;
             };
@@ -307,9 +313,9 @@ impl Billing {
                     "usage will not be charged"
                 );
             }
-            let mut tx = self.db.system().await?;
-            billing_usage::finish(&mut tx, tenant, &report, unbilled).await?;
-            tx.commit().await?;
+            self.db
+                .in_system(async |tx| billing_usage::finish(tx, tenant, &report, unbilled).await)
+                .await?;
             finished += 1;
         }
         Ok(finished)
@@ -326,25 +332,28 @@ impl Billing {
             match self.has_arrived(tenant, report).await? {
                 Some(true) => return Ok(None),
                 Some(false) => {
-                    let mut tx = self.db.system().await?;
-                    billing_usage::restart_attempts(&mut tx, tenant, report).await?;
-                    tx.commit().await?;
+                    self.db
+                        .in_system(async |tx| {
+                            billing_usage::restart_attempts(tx, tenant, report).await
+                        })
+                        .await?;
                 }
                 None => return Ok(Some(Unbilled::Unclear)),
             }
         }
-        // An earlier attempt may have arrived while the usage could still be charged.
-        let may_have_arrived = is_recognized && report.sent_ago.is_some();
-        if !may_have_arrived {
-            if report.age > OLDEST {
-                return Ok(Some(Unbilled::TooOld));
-            }
-            if report.is_of_earlier_period
-                && let Some(subscription) = &report.subscription_id
-                && !self.has_draft_invoice(subscription).await?
-            {
-                return Ok(Some(Unbilled::Finalized));
-            }
+        if let Some(too_late) = self.too_late(report).await? {
+            // Stripe would count another attempt, but not charge it. An earlier attempt may have arrived in time.
+            let may_have_arrived = is_recognized && report.sent_ago.is_some();
+            let arrived = if may_have_arrived {
+                self.has_arrived(tenant, report).await?
+            } else {
+                Some(false)
+            };
+            return Ok(match arrived {
+                Some(true) => None,
+                Some(false) => Some(too_late),
+                None => Some(Unbilled::Unclear),
+            });
         }
         let start = report.start.timestamp();
         let identifier = format!("{tenant}-{start}-{}", report.revision);
@@ -380,8 +389,22 @@ impl Billing {
         }
     }
 
-    /// Whether usage of an earlier billing period of the subscription can still be charged. False if the subscription
-    /// no longer exists.
+    /// Returns why Stripe would not charge a report that it received now.
+    async fn too_late(&self, report: &DueReport) -> Result<Option<Unbilled>, BillingError> {
+        if report.age > OLDEST {
+            return Ok(Some(Unbilled::TooOld));
+        }
+        if report.is_of_earlier_period
+            && let Some(subscription) = &report.subscription_id
+            && !self.has_draft_invoice(subscription).await?
+        {
+            return Ok(Some(Unbilled::Finalized));
+        }
+        Ok(None)
+    }
+
+    /// Whether usage of an earlier period of the subscription is still charged. It is not if the subscription no longer
+    /// exists.
     async fn has_draft_invoice(&self, subscription: &str) -> Result<bool, StripeError> {
         match self.stripe.has_draft_invoice(subscription).await {
             Err(error) if error.is_not_found() => Ok(false),
@@ -401,9 +424,10 @@ impl Billing {
         let from = from.unwrap_or(report.start);
         let until = from + hour();
         let counted = self.counted(&report.customer_id, from, until).await?;
-        let mut tx = self.db.system().await?;
-        let sent = billing_usage::reported(&mut tx, tenant, from, until, true).await?;
-        tx.commit().await?;
+        let sent = self
+            .db
+            .in_system(async |tx| billing_usage::reported(tx, tenant, from, until, true).await)
+            .await?;
         Ok(if counted >= sent + report.value {
             Some(true)
         } else if counted == sent {
@@ -432,12 +456,14 @@ impl Billing {
     /// Compares yesterday's reports (UTC) with the totals in Stripe.
     pub async fn reconcile_usage(&self) -> Result<Reconciled, BillingError> {
         self.verify_account().await?;
-        let mut tx = self.db.system().await?;
-        let uncharged = billing_usage::uncharged(&mut tx).await?;
-        let yesterday = uncharged.now.date_naive() - Days::new(1);
-        let day = yesterday.and_time(NaiveTime::MIN).and_utc();
-        let sent = billing_usage::sent_of_day(&mut tx, day).await?;
-        tx.commit().await?;
+        let read = async |tx: &mut SystemTx| {
+            let uncharged = billing_usage::uncharged(tx).await?;
+            let yesterday = uncharged.now.date_naive() - Days::new(1);
+            let day = yesterday.and_time(NaiveTime::MIN).and_utc();
+            let sent = billing_usage::sent_of_day(tx, day).await?;
+            Ok((uncharged, yesterday, day, sent))
+        };
+        let (uncharged, yesterday, day, sent) = self.db.in_system(read).await?;
         let mut difference = 0;
         for it in sent {
             let counted = self

@@ -5,6 +5,7 @@ use clap::Subcommand;
 use quota_server::{
     billing::{
         Billing,
+        account::Switch,
         setup::{self, Finding, Offer},
     },
     config::{Config, Settings, StripeSettings},
@@ -31,12 +32,12 @@ pub enum BillingCommand {
         /// The currency
         #[arg(long, default_value = "usd", value_parser = currency)]
         currency: stripe_types::Currency,
-        /// The name of the product, as seen by customers
+        /// The name of the product, as shown to customers
         #[arg(long, value_name = "NAME", default_value = "Quota")]
         product: String,
-        /// Also start billing through the account and mode of the secret key, for example to move from test mode to
-        /// live mode. Quota forgets the customers and subscriptions of the previous account: tenants lose access to
-        /// plans marked `paid`, and usage that has not been reported is not charged
+        /// Also switch billing to the secret key's account and mode, for example to move from test mode to live mode.
+        /// This forgets the previous account's customers and subscriptions: tenants lose access to plans marked `paid`,
+        /// and usage that has not been reported is not charged
         #[arg(long)]
         switch_account: bool,
     },
@@ -131,16 +132,17 @@ async fn switch(config: &Config, settings: &StripeSettings) -> anyhow::Result<()
     with_database(config, async |url| {
         apply_migrations(url).await?;
         let billing = Billing::new(settings, Db::new(url, &config.database))?;
-        let (account, ended) = billing.switch_account().await?;
-        println!(
-            "\nThis server now bills through {account}. {} lost access; {} can subscribe again.",
-            if ended == 1 {
-                "1 tenant".to_owned()
-            } else {
-                format!("{ended} tenants")
-            },
-            if ended == 1 { "it" } else { "they" },
-        );
+        match billing.switch_account().await? {
+            Switch::AlreadyDone { account } => {
+                println!("\nThis server already bills through {account}. No tenant lost access.");
+            }
+            Switch::Done { account, ended: 1 } => println!(
+                "\nThis server now bills through {account}. 1 tenant lost access; it can subscribe again."
+            ),
+            Switch::Done { account, ended } => println!(
+                "\nThis server now bills through {account}. {ended} tenants lost access; they can subscribe again."
+            ),
+        }
         Ok(())
     })
     .await

@@ -38,7 +38,7 @@ const BAR: usize = 50;
 pub struct LoadTest {
     /// The address of a server or of the proxy in front of it, such as https://quota.example.com
     url: Url,
-    /// A file with API keys, one per line. Requests use them in turn
+    /// A file with API keys, one per line. Requests use the keys in turn
     #[arg(long, value_name = "FILE")]
     keys: PathBuf,
     /// A file with a service token. If set, the test calls `POST /v1/check` instead of `GET /v1/echo`
@@ -53,7 +53,7 @@ pub struct LoadTest {
     /// The cost of each check. Requires a service token
     #[arg(long, default_value_t = 1, requires = "service_token", value_parser = clap::value_parser!(u32).range(1..))]
     cost: u32,
-    /// A file with the PEM certificate of a certificate authority to trust, such as that of a local Caddy
+    /// A file with the PEM certificate of a certificate authority to trust, such as a local Caddy's
     #[arg(long, value_name = "FILE")]
     ca: Option<PathBuf>,
 }
@@ -71,18 +71,20 @@ fn lines(path: &PathBuf) -> anyhow::Result<Vec<String>> {
 struct KeyCount {
     allowed: u64,
     denied: u64,
-    /// The rate, in tokens per minute. `burst` is the size of the bucket.
+    /// The rate, in tokens per minute.
     rpm: Option<u64>,
+    /// The size of the bucket.
     burst: Option<u64>,
-    /// When the first request was sent. `last` is the time of the last response to an allowed request.
+    /// When the first request was sent.
     first: Option<Instant>,
+    /// The time of the last response to an allowed request.
     last: Option<Instant>,
 }
 
 #[derive(Debug, Default)]
 struct Counts {
     keys: Vec<KeyCount>,
-    /// In microseconds.
+    /// The latencies of the requests, in microseconds.
     latencies: Vec<u64>,
     /// The number of requests without a decision, by reason.
     failures: BTreeMap<String, u64>,
@@ -397,7 +399,7 @@ fn summary(counts: &Counts, cost: u64, elapsed: Duration) -> String {
     if !latencies.is_empty() {
         let _ = writeln!(
             text,
-            "\nLatency in milliseconds, from the time when a request was due:"
+            "\nLatency in milliseconds, from the time each request was due:"
         );
         for (name, share) in [
             ("p50", 0.5),

@@ -119,6 +119,7 @@ async fn serve_on(
     let db = Db::new(url, &config.database);
     let state = AppState::new(config.clone(), db, clock, log.clone()).await?;
     let jobs = Jobs::start(&state);
+    doctor::warn_of_plaintext(url).await;
     doctor::warn_of_too_many_connections(config, url).await;
     if with_demo {
         let shown = demo::create_once(&state).await?;

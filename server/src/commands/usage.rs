@@ -26,7 +26,7 @@ pub enum UsageCommand {
     Replay {
         #[command(flatten)]
         settings: Box<Settings>,
-        /// A replica's directory in `usage`, or the `usage` directory itself for all of them
+        /// A replica's directory in `usage`, or `usage` itself to replay the directories of all replicas
         directory: PathBuf,
     },
     /// Stop waiting for the usage of a replica whose disk is lost. Usage is then considered complete without it
@@ -66,7 +66,7 @@ pub async fn forget(config: Config, directory: Uuid) -> anyhow::Result<()> {
                 report.seconds_since_report
             ),
             Ok(Forgotten::Unknown) => anyhow::bail!(
-                "there is no report about {directory}; `quota usage` shows the directories"
+                "there is no report for {directory}; `quota usage` shows the directories"
             ),
             Err(error) => anyhow::bail!("cannot remove the report: {}", db::chain(&error)),
         }

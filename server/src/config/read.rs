@@ -207,6 +207,10 @@ impl Config {
             ),
             auth_rpm: r.per_minute("QUOTA_AUTH_RPM", &s.auth_rpm),
             admin_rpm: r.per_minute("QUOTA_ADMIN_RPM", &s.admin_rpm),
+            alert_emails_per_hour: r
+                .per_minute("QUOTA_ALERT_EMAILS_PER_HOUR", &s.alert_emails_per_hour),
+            registrations_per_day: r
+                .per_minute("QUOTA_REGISTRATIONS_PER_DAY", &s.registrations_per_day),
             login_free_failures: r.per_minute("QUOTA_LOGIN_FREE_FAILURES", &s.login_free_failures),
             body_limit: r.count("QUOTA_BODY_LIMIT", &s.body_limit, 1024..=16_777_216),
             header_timeout: r.duration("QUOTA_HEADER_TIMEOUT", &s.header_timeout, 1..=60),

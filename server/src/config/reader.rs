@@ -97,7 +97,7 @@ impl Reader {
         Duration::from_secs(self.number(variable, text, range) * 24 * 60 * 60)
     }
 
-    /// Reads a duration. The range is in seconds.
+    /// Reads a duration. `range` is in seconds.
     pub(super) fn duration(
         &mut self,
         variable: &str,

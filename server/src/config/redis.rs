@@ -50,7 +50,7 @@ pub enum RedisServers {
         master: RedisConnectionInfo,
         tls: bool,
     },
-    /// Some of the cluster's nodes. The others are discovered through them.
+    /// Seed nodes of the cluster.
     Cluster(Vec<ConnectionInfo>),
 }
 

@@ -114,7 +114,8 @@ settings! {
     /// How often recorded usage is written to PostgreSQL: 10ms to 60s.
     usage_ship_every: "QUOTA_USAGE_SHIP_EVERY", "250ms", "DURATION";
 
-    /// The number of replicas: 1 to 1000. `quota doctor` checks that PostgreSQL allows their connections.
+    /// The number of replicas: 1 to 1000. `quota doctor` checks that PostgreSQL allows enough connections for all of
+    /// them.
     replicas: "QUOTA_REPLICAS", "1", "N";
 
     /// Whether to apply pending migrations at startup: true or false. One replica applies them while the others wait.
@@ -192,6 +193,10 @@ settings! {
     /// longer. Wider networks, and networks that try many accounts, have higher limits. Known devices are counted
     /// separately. 0 for no limit.
     login_free_failures: "QUOTA_LOGIN_FREE_FAILURES", "10", "N";
+
+    /// The number of accounts that can be created from one network without a wait, and the number per day after those.
+    /// A network is an IPv4 address or an IPv6 /64; wider networks have higher limits. 0 for no limit.
+    registrations_per_day: "QUOTA_REGISTRATIONS_PER_DAY", "20", "N";
 
     /// The maximum size of a request body, in bytes: 1024 to 16777216.
     body_limit: "QUOTA_BODY_LIMIT", "65536", "BYTES";
@@ -287,6 +292,10 @@ settings! {
 
     /// The sender of emails, such as Quota <quota@example.com>. Required with SMTP_URL.
     mail_from: "QUOTA_MAIL_FROM", "", "ADDRESS";
+
+    /// The number of emails about alerts per hour, to all tenants together. When it is reached, further alerts wait, and
+    /// are combined in later emails. 0 for no limit.
+    alert_emails_per_hour: "QUOTA_ALERT_EMAILS_PER_HOUR", "1000", "N";
 
     /// Private networks to which tenants may send webhooks, separated by commas, such as 10.1.0.0/16. URLs that start
     /// with http:// are allowed only in these networks. Tenants choose the URLs, so list only networks whose

@@ -13,10 +13,11 @@ pub(super) type ConnectionPool = Pool<AsyncPgConnection>;
 
 /// How long a transaction may be idle between two statements.
 const IDLE_IN_TRANSACTION: Duration = Duration::from_secs(5);
-/// TCP keepalive: how long a connection is idle before the first probe, the interval between probes, and how many
-/// unanswered probes close the connection.
+/// How long a connection is idle before the first TCP keepalive probe.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
+/// The interval between keepalive probes.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
+/// The number of unanswered keepalive probes that close a connection.
 const KEEPALIVE_RETRIES: u32 = 3;
 /// The kernel closes a connection if sent bytes remain unacknowledged for this long.
 const UNACKNOWLEDGED: Duration = Duration::from_secs(5);

@@ -82,7 +82,7 @@ pub enum EmbeddedError {
         source: Box<EmbeddedError>,
     },
     #[error(
-        "another server is using the data directory {}: stop it first, or set QUOTA_DATA_DIR",
+        "another server is using the data directory {}: stop that server first, or set QUOTA_DATA_DIR",
         .0.display()
     )]
     InUse(PathBuf),

@@ -15,6 +15,7 @@ pub mod embedded;
 mod error;
 mod inspect;
 mod migrate;
+mod plaintext;
 mod pool;
 mod tx;
 
@@ -22,6 +23,7 @@ pub use self::{
     error::DbError,
     inspect::{ServerInfo, inspect},
     migrate::{MigrateError, migrate, revert_all, versions},
+    plaintext::plaintext_host,
     pool::{Db, Lane, Lanes},
     tx::{SystemTx, TenantTx},
 };

@@ -153,10 +153,32 @@ impl Db {
         &self,
         work: impl Future<Output = Result<T, DbError>>,
     ) -> Result<T, DbError> {
-        let limit = self.statement_timeout + FIRST_ANSWER;
-        timeout(limit, work)
+        self.within(self.statement_timeout, work).await
+    }
+
+    /// The same for work that takes longer: up to `limit`.
+    pub async fn within<T>(
+        &self,
+        limit: Duration,
+        work: impl Future<Output = Result<T, DbError>>,
+    ) -> Result<T, DbError> {
+        timeout(limit + FIRST_ANSWER, work)
             .await
             .unwrap_or_else(|_| Err(DbError::Unavailable("PostgreSQL does not respond".into())))
+    }
+
+    /// Runs a transaction of the server itself, [as background work](Self::within_limit).
+    pub async fn in_system<T>(
+        &self,
+        work: impl AsyncFnOnce(&mut SystemTx) -> Result<T, DbError>,
+    ) -> Result<T, DbError> {
+        self.within_limit(async {
+            let mut tx = self.system().await?;
+            let result = work(&mut tx).await?;
+            tx.commit().await?;
+            Ok(result)
+        })
+        .await
     }
 
     fn pool(&self) -> &ConnectionPool {

@@ -31,7 +31,7 @@ const REMEMBERED: usize = 20_000;
 /// because the poll will find these changes.
 const ANNOUNCED: usize = 4096;
 
-/// See the module documentation.
+/// The recent changes that this replica knows of. See the module documentation.
 #[derive(Debug, Default)]
 pub struct Recent(Mutex<State>);
 
@@ -39,7 +39,7 @@ pub struct Recent(Mutex<State>);
 struct State {
     /// `None` before the first poll. Until then, no copy can be confirmed.
     range: Option<PolledRange>,
-    /// The numbers' database history.
+    /// The database history that the numbers belong to.
     history: Option<Arc<str>>,
     polled: BTreeMap<i64, Uuid>,
     /// Announced changes with numbers above `range.up_to`.
@@ -50,8 +50,9 @@ struct State {
 
 #[derive(Debug, Clone, Copy)]
 struct PolledRange {
-    /// `polled` contains all changes above `floor`, up to and including `up_to`.
+    /// The number above which all changes up to `up_to` are known.
     floor: i64,
+    /// The number up to which all changes above `floor` are known.
     up_to: i64,
 }
 
@@ -164,7 +165,7 @@ impl Recent {
         true
     }
 
-    /// Whether none of these IDs has a known change with a number above `as_of`.
+    /// Returns whether none of these IDs has a known change with a number above `as_of`.
     pub fn unchanged(&self, ids: &[Uuid], as_of: i64) -> bool {
         let state = self.0.lock();
         let Some(range) = state.range else {

@@ -17,8 +17,9 @@ use crate::{
 const EVERY: Duration = Duration::from_secs(1);
 /// How often this replica looks for customers that have not been read recently.
 const READ_EVERY: Duration = Duration::from_secs(5);
-/// How often the prices of new subscriptions are read, and how soon a failed attempt is retried.
+/// How often the prices of new subscriptions are read.
 const OFFER_EVERY: Duration = Duration::from_mins(10);
+/// How soon a failed attempt to read the prices is retried.
 const OFFER_AGAIN: Duration = Duration::from_secs(30);
 /// How often usage reports are planned and sent.
 const REPORT_EVERY: Duration = Duration::from_secs(10);

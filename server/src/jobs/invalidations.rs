@@ -47,7 +47,7 @@ pub(super) async fn poll(state: AppState, mut stopping: watch::Receiver<bool>) {
             Ok(()) => {
                 state.freshness.polled(began);
                 if std::mem::take(&mut is_reported) {
-                    tracing::info!("polling for invalidations works again");
+                    tracing::info!("polling for invalidations succeeds again");
                 }
             }
             Err(error) => {

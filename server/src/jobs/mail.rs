@@ -10,10 +10,23 @@ const EVERY: Duration = Duration::from_secs(5);
 
 pub(super) async fn send(state: AppState) {
     let mut ticks = every(EVERY);
-    let mut is_reported = false;
+    let (mut is_reported, mut was_limited) = (false, false);
+    let config = &state.config;
     loop {
         ticks.tick().await;
-        let written = state.alerts.write_emails(&state.config.public_url).await;
+        let written = state
+            .alerts
+            .write_emails(&config.public_url, config.alert_emails_per_hour);
+        let written = written.await;
+        if let Ok(written) = &written {
+            if written.is_limited && !was_limited {
+                tracing::warn!(
+                    limit = config.alert_emails_per_hour,
+                    "QUOTA_ALERT_EMAILS_PER_HOUR is reached, so emails about alerts are delayed"
+                );
+            }
+            was_limited = written.is_limited;
+        }
         // Emails are sent even if none could be written.
         let sent = state.alerts.send_emails(&state.mailer).await;
         if let Ok(sent) = &sent {
@@ -21,7 +34,7 @@ pub(super) async fn send(state: AppState) {
             state.metrics.mail_attempts_failed.inc_by(sent.postponed);
             state.metrics.mails_failed.inc_by(sent.failed);
         }
-        match written.and_then(|errors| sent.map(|_| errors)) {
+        match written.and_then(|written| sent.map(|_| written.errors)) {
             Ok(errors) => {
                 is_reported = false;
                 state.metrics.mail_errors.inc_by(errors);

@@ -5,6 +5,7 @@
 
 mod alerts;
 mod billing;
+mod deleted_keys;
 mod invalidations;
 mod mail;
 mod metering;
@@ -43,12 +44,14 @@ impl Jobs {
             running.spawn(replicas::count(state.clone(), stopping.clone()));
         }
         running.spawn(prune(state.clone(), stopping.clone()));
+        running.spawn(deleted_keys::delete_limits(state.clone(), stopping.clone()));
         running.spawn(write_last_used(state.clone(), stopping.clone()));
         running.spawn(usage::maintain(state.clone(), stopping.clone()));
         running.spawn(usage::compare(state.clone(), stopping.clone()));
         running.spawn(alerts::check(state.clone(), stopping.clone()));
         running.spawn(webhooks::deliver(state.clone(), stopping.clone()));
         let until_stopped = |job| until_stopped(stopping.clone(), job);
+        running.spawn(until_stopped(webhooks::measure(state.clone()).boxed()));
         running.spawn(until_stopped(mail::send(state.clone()).boxed()));
         if state.billing.is_some() {
             running.spawn(until_stopped(billing::handle_events(state.clone()).boxed()));
@@ -114,6 +117,7 @@ async fn prune(state: AppState, mut stopping: watch::Receiver<bool>) {
         state.auth_guard.prune();
         state.admin_guard.prune();
         state.login_attempts.prune();
+        state.registrations.prune();
         let keys = state.limiter.prune();
         state
             .metrics

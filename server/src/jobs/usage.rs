@@ -67,7 +67,7 @@ async fn maintain_with_retries(state: &AppState) {
     }
 }
 
-/// Continues after errors, and returns the first one.
+/// Creates and drops partitions, and removes outdated rows. Continues after errors, and returns the first one.
 async fn maintain_once(state: &AppState) -> Result<(), DbError> {
     let today = state.db.within_limit(today(state)).await?;
     let created = create_all(state, today).await;

@@ -7,7 +7,7 @@ use std::{collections::HashMap, time::Duration};
 use tokio::{
     sync::watch,
     task::{self, JoinSet},
-    time::{Instant, timeout},
+    time::timeout,
 };
 use uuid::Uuid;
 
@@ -33,7 +33,6 @@ pub(super) async fn deliver(state: AppState, mut stopping: watch::Receiver<bool>
         attempts: HashMap::new(),
         is_reported: false,
         is_reencrypted: false,
-        measured_at: None,
     };
     let mut ticks = every(EVERY);
     loop {
@@ -52,7 +51,6 @@ pub(super) async fn deliver(state: AppState, mut stopping: watch::Receiver<bool>
             worker.reencrypt().await;
         }
         worker.begin().await;
-        worker.measure().await;
     }
     // Attempts that do not finish are repeated by another replica, or after the next start.
     let rest = async { while worker.running.join_next().await.is_some() {} };
@@ -67,7 +65,6 @@ struct Worker {
     is_reported: bool,
     /// Whether secrets that were encrypted with the previous `QUOTA_SECRET` have been encrypted with the current one.
     is_reencrypted: bool,
-    measured_at: Option<Instant>,
 }
 
 impl Worker {
@@ -80,7 +77,7 @@ impl Worker {
                 if unreadable > 0 {
                     tracing::error!(
                         webhooks = unreadable,
-                        "signing secrets of webhooks were encrypted with a QUOTA_SECRET that is not configured; set it as QUOTA_SECRET_PREVIOUS and restart"
+                        "webhook signing secrets were encrypted with a QUOTA_SECRET that is not configured; set it as QUOTA_SECRET_PREVIOUS and restart"
                     );
                 }
             }
@@ -133,17 +130,15 @@ impl Worker {
             tracing::warn!(error = %db::chain(error), "cannot claim webhook deliveries or record their results");
         }
     }
+}
 
-    async fn measure(&mut self) {
-        if self
-            .measured_at
-            .is_some_and(|at| at.elapsed() < MEASURE_EVERY)
-        {
-            return;
-        }
-        self.measured_at = Some(Instant::now());
-        if let Ok(seconds) = self.state.webhooks.overdue_seconds().await {
-            self.state.metrics.webhooks_overdue.set(seconds);
+/// Measures how late deliveries are. Does not depend on the task that sends them.
+pub(super) async fn measure(state: AppState) {
+    let mut ticks = every(MEASURE_EVERY);
+    loop {
+        ticks.tick().await;
+        if let Ok(seconds) = state.webhooks.overdue_seconds().await {
+            state.metrics.webhooks_overdue.set(seconds);
         }
     }
 }

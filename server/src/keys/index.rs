@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use crate::{invalidations::InvalidationSet, secret_text::Hash};
 
-/// See the module documentation.
+/// The hashes of cached keys by tenant, plan, and key. See the module documentation.
 #[derive(Debug)]
 pub struct KeyIndex {
     owners: Mutex<Owners>,
@@ -28,7 +28,7 @@ struct Owners {
 }
 
 impl KeyIndex {
-    /// `keys` is the maximum number of cached keys.
+    /// Creates an index for a cache of at most `keys` keys.
     pub fn new(keys: usize) -> Self {
         Self {
             owners: Mutex::default(),

@@ -4,6 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use chrono::{DateTime, Datelike, Days, Months, NaiveTime, TimeDelta, Utc};
+use quota_common::{ApiKeyId, TenantId};
 
 use crate::{
     clock::{Nanos, UnixNanos},
@@ -12,7 +13,7 @@ use crate::{
         LedgerError, LedgerRow, Policy, QuotaLedger, QuotaWindow, ReturnBatch, TakeRequest, Taken,
         Window, window_at,
     },
-    repo::quota_usage::{self, Ask, Row, StatedWindow},
+    repo::quota_usage::{self, Ask, KeyQuota, Row, StatedWindow},
     telemetry::metrics::Metrics,
 };
 
@@ -114,7 +115,7 @@ impl PostgresLedger {
 /// The windows to take tokens from.
 #[derive(Debug, Clone, Copy)]
 enum Windows {
-    /// Windows with usage.
+    /// The windows with usage.
     Used,
     /// The window that contains the time of the request, opened if necessary.
     Opened,
@@ -145,11 +146,17 @@ async fn open_and_take(
     quota_usage::take(tx, asks, Some(&starts)).await
 }
 
+fn quota(tenant: TenantId, key: ApiKeyId, policy: Policy) -> KeyQuota {
+    KeyQuota {
+        tenant: tenant.0,
+        key: key.0,
+        policy: policy.name(),
+    }
+}
+
 fn ask(request: &TakeRequest) -> Ask {
     Ask {
-        tenant: request.tenant.0,
-        key: request.key.0,
-        policy: request.policy.name(),
+        quota: quota(request.tenant, request.key, request.policy),
         at: time(request.at),
         limit: amount(request.limit),
         want: amount(request.want),
@@ -210,9 +217,7 @@ fn usual_end(start: DateTime<Utc>, policy: Policy) -> DateTime<Utc> {
 
 fn row((row, n): &(LedgerRow, u64)) -> (Row, i64) {
     let row = Row {
-        tenant: row.tenant.0,
-        key: row.key.0,
-        policy: row.policy.name(),
+        quota: quota(row.tenant, row.key, row.policy),
         window_start: time(row.window_start),
     };
     (row, amount(*n))

@@ -41,7 +41,7 @@ pub struct LookupCaller {
     pub address: Option<ClientNetwork>,
 }
 
-/// See the module documentation. Cheap to clone.
+/// Batched lookups of API keys and service tokens. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Lookups {
     /// Lookups of keys. The result contains the facts and the number of the newest invalidation when they were read.
@@ -156,8 +156,8 @@ struct Queue<V> {
     /// The callers in `unknown`, in the order of their turns.
     turns: VecDeque<LookupCaller>,
     /// The number of lookups of unknown secrets in progress by caller, including lookups that are not queued yet.
-    /// `started_total` is their sum.
     started: HashMap<LookupCaller, usize>,
+    /// The sum of `started`.
     started_total: usize,
     workers: usize,
     /// The number of workers whose batch contains unknown secrets.
@@ -298,7 +298,7 @@ impl<V: Send + 'static> Batches<V> {
     }
 
     fn refused(&self) -> Unconfirmed {
-        self.0.settings.metrics.lookups_refused.inc();
+        self.0.settings.metrics.lookups_rejected.inc();
         Unconfirmed::TooMany
     }
 

@@ -119,7 +119,7 @@ impl KeyRecord {
 }
 
 impl KeyRecord {
-    /// Whether a use at `now` should be recorded. This is the case at most once per second, so that busy keys cause no
+    /// Returns whether to record a use at `now`. Returns `true` at most once per second, so that busy keys cause no
     /// more writes than others.
     pub fn is_worth_noting(&self, now: UnixNanos) -> bool {
         let noted_at = self.noted_at.load(Ordering::Relaxed);
@@ -270,7 +270,7 @@ impl KeyStore {
         self.tokens.forget(|_, _| true);
     }
 
-    /// Call after creating a key or token with this secret, because its absence may be cached.
+    /// Removes the cached absence of a secret. Call after creating a key or token with it.
     pub fn created(&self, text: &SecretText) {
         let hash = text.hash();
         self.keys.forget_absent(&hash);

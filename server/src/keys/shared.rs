@@ -13,8 +13,8 @@
 //! - Losing an invalidation or the connection to Redis is safe.
 //! - A change to a plan invalidates the entries of all its keys without listing them.
 //!
-//! The fact that a secret is invalid is also cached, for a few seconds. This needs no number: secrets are random, so
-//! nobody looks one up before it is created.
+//! Negative results are also cached: an invalid secret is remembered for a few seconds. These entries need no number:
+//! secrets are random, so nobody looks one up before it is created.
 //!
 //! **Trust.** Anyone with access to Redis could write entries. Each entry is stored under the hash of its secret, and
 //! sealed for that hash with a key of this installation ([`Seal`]). Therefore, writing to Redis can make entries
@@ -53,8 +53,9 @@ use crate::{
 const VERSION: u8 = 3;
 /// The maximum difference between the clocks of two replicas, in seconds.
 const SKEW: u64 = 120;
-/// How long an entry with facts is kept. `ABSENT` is how long an entry without facts is kept.
+/// How long an entry with facts is kept.
 const PRESENT: Duration = Duration::from_mins(5);
+/// How long an entry for an invalid secret is kept.
 const ABSENT: Duration = Duration::from_secs(10);
 /// The maximum number of entries for invalid secrets that a replica writes per second.
 const ABSENT_PER_SECOND: u64 = 200;
@@ -65,14 +66,20 @@ const PAUSE: Nanos = Nanos::from_secs(1);
 #[derive(Debug, Clone)]
 pub struct SharedKeys(Arc<SharedState>);
 
+/// What [`SharedKeys`] uses.
+#[derive(Debug)]
+pub struct SharedKeysContext {
+    pub redis: Redis,
+    pub seal: Seal,
+    pub clock: Arc<dyn Clock>,
+    pub recent: Arc<Recent>,
+    pub freshness: Arc<Freshness>,
+    pub metrics: Arc<Metrics>,
+}
+
 #[derive(Debug)]
 struct SharedState {
-    redis: Redis,
-    seal: Seal,
-    clock: Arc<dyn Clock>,
-    recent: Arc<Recent>,
-    freshness: Arc<Freshness>,
-    metrics: Arc<Metrics>,
+    context: SharedKeysContext,
     /// The monotonic time until which Redis is skipped.
     paused_until: AtomicU64,
     /// The last second in which entries for invalid secrets were written, and the number of these entries.
@@ -98,21 +105,9 @@ struct Entry<F> {
 }
 
 impl SharedKeys {
-    pub fn new(
-        redis: Redis,
-        seal: Seal,
-        clock: Arc<dyn Clock>,
-        recent: Arc<Recent>,
-        freshness: Arc<Freshness>,
-        metrics: Arc<Metrics>,
-    ) -> Self {
+    pub fn new(context: SharedKeysContext) -> Self {
         Self(Arc::new(SharedState {
-            redis,
-            seal,
-            clock,
-            recent,
-            freshness,
-            metrics,
+            context,
             paused_until: AtomicU64::new(0),
             absent_written: AtomicU64::new(0),
         }))
@@ -120,12 +115,12 @@ impl SharedKeys {
 
     fn name(&self, hash: &Hash) -> String {
         let hash = URL_SAFE_NO_PAD.encode(hash);
-        format!("{}:key{VERSION}:{hash}", self.0.redis.prefix())
+        format!("{}:key{VERSION}:{hash}", self.0.context.redis.prefix())
     }
 
     /// Returns the entry of a secret if it is known to be current.
     pub async fn get(&self, hash: &Hash) -> Option<SharedRecord> {
-        let it = &*self.0;
+        let it = &self.0.context;
         let current_at = it.freshness.polled_lately()?;
         let history = it.recent.history()?;
         if self.is_paused() {
@@ -174,7 +169,7 @@ impl SharedKeys {
     /// Shares a result from PostgreSQL. `found` contains the facts and their number, or is `None` for an invalid
     /// secret. Does not wait for the entry to be written.
     pub fn put(&self, hash: &Hash, found: Option<(&KeyFacts, i64)>) {
-        let it = &*self.0;
+        let it = &self.0.context;
         if self.is_paused() || (found.is_none() && !self.may_write_absent()) {
             return;
         }
@@ -195,28 +190,28 @@ impl SharedKeys {
         set.arg(&name).arg(bytes).arg("EX").arg(keep.as_secs());
         let this = self.clone();
         tokio::spawn(async move {
-            if let Err(failure) = this.0.redis.query(&name, &set).await {
+            if let Err(failure) = this.0.context.redis.query(&name, &set).await {
                 this.failed(&failure);
             }
         });
     }
 
     fn is_paused(&self) -> bool {
-        self.0.freshness.now().0 < self.0.paused_until.load(Ordering::Relaxed)
+        self.0.context.freshness.now().0 < self.0.paused_until.load(Ordering::Relaxed)
     }
 
     fn failed(&self, failure: &CallError) {
-        self.0.metrics.key_shared_errors.inc();
+        self.0.context.metrics.key_shared_errors.inc();
         // Without a connection, calls fail immediately, so there is no need to pause.
         if !matches!(failure, CallError::NotConnected) {
-            let until = self.0.freshness.now().saturating_add(PAUSE);
+            let until = self.0.context.freshness.now().saturating_add(PAUSE);
             self.0.paused_until.fetch_max(until.0, Ordering::Relaxed);
         }
     }
 
     fn may_write_absent(&self) -> bool {
         // The upper bits contain the second, and the lower bits the count.
-        let second = self.0.freshness.now().0 / 1_000_000_000;
+        let second = self.0.context.freshness.now().0 / 1_000_000_000;
         let counted = self
             .0
             .absent_written
@@ -237,7 +232,7 @@ const fn lifetime(has_facts: bool) -> Duration {
 }
 
 impl<F> Entry<F> {
-    /// Whether the entry is within its lifetime, allowing for differences between clocks.
+    /// Returns whether the entry is within its lifetime, allowing for differences between clocks.
     fn is_recent(&self, now: u64) -> bool {
         let oldest = now.saturating_sub(lifetime(self.facts.is_some()).as_secs() + SKEW);
         (oldest..=now + SKEW).contains(&self.at)

@@ -110,8 +110,8 @@ struct LocalBucket {
     tat: SharedTat,
     /// When the limiter was created.
     start: Monotonic,
-    /// The store's last decision.
-    last: Option<Decision>,
+    /// The store's last decision, and when it was recorded.
+    last: Option<(Decision, Elapsed)>,
     denied: Option<Denied>,
 }
 
@@ -122,6 +122,8 @@ const QUOTA_DENIAL: Nanos = Nanos::from_secs(1);
 #[derive(Debug, Clone, Copy)]
 struct Denied {
     cost: NonZeroU32,
+    /// When the denial was recorded.
+    at: Elapsed,
     /// When to stop repeating the denial.
     believed_until: Elapsed,
     /// When the request would be allowed, according to the store.
@@ -160,11 +162,19 @@ impl Denied {
         }
         Some(Self {
             cost,
+            at: elapsed,
             believed_until: elapsed.saturating_add(believed),
             retry_at: elapsed.saturating_add(retry_after),
             decision: *decision,
         })
     }
+}
+
+/// Returns the time until the bucket is full, according to a decision that was recorded earlier. Both times are
+/// monotonic, because the clock by which the decision states when the bucket is full may have been set since.
+fn debt_left(decision: &Decision, recorded: Elapsed, elapsed: Elapsed) -> Nanos {
+    let debt = decision.rate.reset_at.saturating_since(decision.at);
+    debt.saturating_sub(elapsed.saturating_since(recorded))
 }
 
 impl LocalBucket {
@@ -199,11 +209,11 @@ impl LocalBucket {
         Elapsed(time.saturating_since(self.start).0)
     }
 
-    /// Returns the time from `now` until the bucket is full: the longer of the local estimate and the store's last
-    /// report, which includes other replicas' usage.
-    fn debt(&self, last: &Decision, elapsed: Elapsed, now: UnixNanos) -> Nanos {
+    /// Returns the time until the bucket is full: the longer of the local estimate and the store's last report, which
+    /// includes other replicas' usage.
+    fn debt(&self, last: &Decision, recorded: Elapsed, elapsed: Elapsed) -> Nanos {
         let here = self.tat.load().saturating_since(elapsed);
-        here.max(last.rate.reset_at.saturating_since(now))
+        here.max(debt_left(last, recorded, elapsed))
     }
 
     fn remembered(&self, cost: NonZeroU32, elapsed: Elapsed, now: UnixNanos) -> Option<Decision> {
@@ -216,7 +226,7 @@ impl LocalBucket {
             return None;
         };
         // The bucket has been refilling since the denial.
-        let full_in = decision.rate.reset_at.saturating_since(now);
+        let full_in = debt_left(&decision, denied.at, elapsed);
         let tat = Elapsed::ZERO.saturating_add(full_in);
         decision.rate.remaining = self.gcra.remaining(tat, Elapsed::ZERO);
         decision.rate.reset_at = now.saturating_add(full_in);
@@ -236,9 +246,9 @@ impl LocalBucket {
         now: UnixNanos,
     ) -> Option<Decision> {
         // If the store has not decided since the last edit, or the cost exceeds the burst, the store decides.
-        let last = self.last?;
+        let (last, recorded) = self.last?;
         self.limiter.check_n(cost).ok()?.err()?;
-        let debt = self.debt(&last, elapsed, now);
+        let debt = self.debt(&last, recorded, elapsed);
         let tat = Elapsed::ZERO.saturating_add(debt);
         let Verdict::Wait { wait } = self.gcra.decide(tat, Elapsed::ZERO, cost) else {
             return None;
@@ -323,7 +333,7 @@ impl DenialCache {
         let mut known = self.0.lock();
         let known = current(&mut known, policies, clock);
         let elapsed = known.at(clock.monotonic());
-        known.last = Some(*decision);
+        known.last = Some((*decision, elapsed));
         match decision.outcome {
             Outcome::Allowed => {
                 known.denied = None;

@@ -16,6 +16,7 @@ use super::{
     },
     limits::Policies,
     quota::ledger::QuotaLedger,
+    rate::counters::CounterError,
     store::LimitStore,
 };
 use crate::clock::Clock;
@@ -97,6 +98,11 @@ impl LimitStore for LocalStore {
 
     fn prune(&self) -> usize {
         self.keys.prune()
+    }
+
+    async fn delete(&self, keys: &[(TenantId, ApiKeyId)]) -> Result<(), CounterError> {
+        self.keys.delete(keys);
+        Ok(())
     }
 
     async fn drain(&self) -> Drained {

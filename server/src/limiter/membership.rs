@@ -59,7 +59,7 @@ struct Counted {
     confirmed: Monotonic,
 }
 
-/// See the module documentation.
+/// The last count of replicas. See the module documentation.
 #[derive(Debug)]
 pub struct Membership {
     counted: Mutex<Option<Counted>>,

@@ -191,6 +191,12 @@ impl Limiter {
         self.store.prune()
     }
 
+    /// Deletes the state of deleted keys. Call only after every replica has stopped accepting them: another request
+    /// would get a full bucket.
+    pub async fn delete(&self, keys: &[(TenantId, ApiKeyId)]) -> Result<(), CounterError> {
+        self.store.delete(keys).await
+    }
+
     /// Returns all unused tokens to the ledger and the shared counters, and stops taking more. Call after the last
     /// request, before the process exits.
     pub async fn drain(&self) -> Drained {

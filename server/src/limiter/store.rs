@@ -14,6 +14,7 @@ use super::{
     error::LimiterError,
     key::{handle::KeyHandle, ledger_calls::Drained},
     limits::Policies,
+    rate::counters::CounterError,
 };
 use crate::clock::Nanos;
 
@@ -78,6 +79,11 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
     /// have not been used for ten seconds. For keys in use, fetches the first block of the next day or month shortly
     /// before it begins. Returns the number of remaining keys.
     fn prune(&self) -> usize;
+
+    /// Deletes the state of deleted keys, on this replica and in the shared counters. On this replica, a key that is
+    /// still referenced keeps its state until it is unreferenced and its bucket is full. Call only after every replica
+    /// has stopped accepting the keys: another request would get a full bucket.
+    async fn delete(&self, keys: &[(TenantId, ApiKeyId)]) -> Result<(), CounterError>;
 
     /// Returns all unused tokens and stops taking more. Call before the process exits.
     async fn drain(&self) -> Drained;

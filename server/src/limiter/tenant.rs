@@ -50,7 +50,7 @@ impl TenantQuota {
     }
 }
 
-/// See the module documentation.
+/// The monthly quotas of all tenants. See the module documentation.
 #[derive(Debug)]
 pub struct TenantQuotas {
     keys: KeyTable,

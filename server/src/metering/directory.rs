@@ -20,7 +20,9 @@ use super::segment::{EXTENSION, UNFINISHED};
 pub const FOLDER: &str = "usage";
 const LOCK: &str = "lock";
 /// The folder, next to these directories, for files that are not shipped but kept for the operator.
-const REFUSED: &str = "refused";
+const REJECTED: &str = "rejected";
+/// The extension of rejected files that an earlier version left in the directory of their replica.
+const EARLIER_EXTENSION: &str = "refused";
 
 /// The minimum age of an unfinished directory before it is deleted. Creating one takes milliseconds.
 const LEFT: Duration = Duration::from_hours(1);
@@ -107,7 +109,7 @@ impl Directory {
         Ok(())
     }
 
-    /// Deletes the directory, unless it contains more than the lock file. Returns whether it did so.
+    /// Deletes the directory, unless it contains more than the lock file. Returns whether the directory was deleted.
     pub fn remove(self) -> io::Result<bool> {
         for entry in fs::read_dir(&self.path)? {
             if entry?.file_name() != LOCK {
@@ -120,9 +122,9 @@ impl Directory {
     }
 
     /// Moves files that an earlier version set aside in the directory to the current location.
-    pub fn move_refused(&self) -> io::Result<()> {
+    pub fn move_rejected(&self) -> io::Result<()> {
         for path in paths(&self.path, |path| {
-            path.extension().is_some_and(|it| it == REFUSED)
+            path.extension().is_some_and(|it| it == EARLIER_EXTENSION)
         })? {
             set_aside(&path)?;
         }
@@ -180,13 +182,13 @@ pub(super) fn set_aside(segment: &Path) -> io::Result<()> {
     let (Some(directory), Some(name)) = (segment.parent(), segment.file_name()) else {
         return Err(io::ErrorKind::InvalidInput.into());
     };
-    let refused = directory.parent().unwrap_or(directory).join(REFUSED);
-    folder(&refused, true)?;
+    let rejected = directory.parent().unwrap_or(directory).join(REJECTED);
+    folder(&rejected, true)?;
     // Two directories may contain files with the same name.
     let mut kept = directory.file_name().unwrap_or_default().to_owned();
     kept.push("-");
     kept.push(name);
-    is_gone(fs::rename(segment, refused.join(kept)))
+    is_gone(fs::rename(segment, rejected.join(kept)))
 }
 
 /// Deletes a file, if it exists.

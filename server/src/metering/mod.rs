@@ -100,8 +100,9 @@ struct Inner {
     time: Arc<EventClock>,
     denials: DenialLog,
     denial_budget: DenialBudget,
-    /// Each of these is locked while it ships.
+    /// Locked while this process's records are being shipped.
     shipper: tokio::sync::Mutex<Shipper>,
+    /// Locked while the records of stopped replicas are being shipped.
     adopter: tokio::sync::Mutex<Adopter>,
     /// Whether the backlog has reached half its maximum and has not fallen below a quarter since.
     is_half_full: AtomicBool,
@@ -125,7 +126,7 @@ enum Space {
     Reusable(ReusableSpace),
 }
 
-/// The record would be lost if the machine failed now.
+/// The record may be lost if the machine fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("a decision could not be recorded on disk")]
 pub struct NotDurable;
@@ -187,7 +188,7 @@ impl Metering {
                     reserved.map(Space::Reserved)
                 };
                 reserved.inspect_err(|_| {
-                    self.0.context.metrics.usage_refused_decisions.inc();
+                    self.0.context.metrics.usage_decisions_rejected.inc();
                 })?
             }
         };

@@ -378,7 +378,8 @@ impl Recorder {
         self.files.lock().directory.clone()
     }
 
-    /// Removes the file of a segment with `remove`, unless the segment is still in use. Returns whether it did so.
+    /// Removes the file of a segment with `remove`, unless the segment is still in use. Returns whether the file was
+    /// removed.
     pub fn remove(
         &self,
         segment: &Segment,

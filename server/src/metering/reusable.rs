@@ -22,7 +22,7 @@ pub(super) struct Reusable(Mutex<Unused>);
 
 #[derive(Debug, Default)]
 struct Unused {
-    /// The current pass.
+    /// The number of the shipper's current pass.
     pass: u64,
     /// Unused space from the current pass.
     records: Vec<ReservedRecord>,

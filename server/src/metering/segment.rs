@@ -151,7 +151,7 @@ impl Segment {
     #[expect(
         unsafe_code,
         clippy::cast_ptr_alignment,
-        reason = "memory that a file is mapped to can only be reached by a pointer, which is aligned to a page"
+        reason = "mapped memory can only be accessed through a pointer, and mappings are page-aligned"
     )]
     fn words(&self) -> &[AtomicU64] {
         let count = self.map.len() / WORD;
@@ -159,7 +159,7 @@ impl Segment {
         // - Valid: `map` owns `map.len()` bytes of mapped memory, mapped read-write, until it is dropped; the returned
         //   slice borrows `self`. The file was allocated to at least that length and no process truncates it, so no
         //   access is beyond its end.
-        // - Aligned: a map begins at a page, and an `AtomicU64` needs 8 bytes.
+        // - Aligned: mappings are page-aligned, and `AtomicU64` requires 8-byte alignment.
         // - Initialized: every bit pattern is a `u64`.
         // - No data races: all accesses in this process go through these atomics, which may be shared. There are no
         //   non-atomic references to the memory. Other processes only read the file with system calls.

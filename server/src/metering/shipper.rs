@@ -37,13 +37,14 @@ struct Adopted {
 }
 
 impl Adopted {
-    /// Returns `None` if a running process holds the directory, or if the path is not an existing replica directory.
+    /// Takes over a directory and opens its segments. Returns `None` if a running process holds the directory, or if
+    /// the path is not an existing replica directory.
     fn take(path: &Path) -> io::Result<Option<Self>> {
         let Some(directory) = Directory::adopt(path)? else {
             return Ok(None);
         };
         directory.delete_unfinished()?;
-        directory.move_refused()?;
+        directory.move_rejected()?;
         let (sources, unreadable) = sources(path, Writer::Ended)?;
         Ok(Some(Self {
             directory,
@@ -81,7 +82,7 @@ fn sources(directory: &Path, writer: Writer) -> io::Result<Sources> {
     Ok((sources, unreadable))
 }
 
-/// Returns `None` if the file no longer exists or is not a segment.
+/// Opens a segment's file. Returns `None` if the file no longer exists or is not a segment.
 fn open(path: &Path, writer: Writer) -> io::Result<Option<Source>> {
     let file = match File::open(path) {
         Ok(file) => file,
@@ -156,7 +157,7 @@ impl Shipper {
             let is_removed = match source.state {
                 SourceState::Open => Ok(false),
                 SourceState::Complete => recorder.remove(segment, directory::delete),
-                SourceState::Refused => recorder.remove(segment, directory::set_aside),
+                SourceState::Rejected => recorder.remove(segment, directory::set_aside),
             };
             match is_removed {
                 Ok(is_removed) => !is_removed,
@@ -245,7 +246,8 @@ impl Shipper {
         Ok(())
     }
 
-    /// Deletes the files of this process after everything has been shipped. Call after [`Recorder::close`].
+    /// Ships the remaining records, then deletes this process's files. Keeps them if anything is still unshipped. Call
+    /// after [`Recorder::close`].
     pub async fn finish(
         &mut self,
         context: &Context,
@@ -386,7 +388,7 @@ async fn ship_segment(
     match source.state {
         SourceState::Open => {}
         SourceState::Complete => directory::delete(path)?,
-        SourceState::Refused => directory::set_aside(path)?,
+        SourceState::Rejected => directory::set_aside(path)?,
     }
     Ok(())
 }

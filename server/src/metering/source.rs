@@ -32,12 +32,15 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// The initial, the maximum and the minimum number of records per transaction.
+/// The initial number of records per transaction.
 const FIRST: usize = 2_000;
+/// The maximum number of records per transaction.
 const MOST: usize = 50_000;
+/// The minimum number of records per transaction.
 const LEAST: usize = 50;
-/// A batch should take longer than `SHORT` and less than `LONG`.
+/// If a transaction takes less time, the next batch is larger.
 const SHORT: Duration = Duration::from_millis(300);
+/// If a transaction takes more time, the next batch is smaller.
 const LONG: Duration = Duration::from_millis(900);
 
 /// The maximum duration of a transaction. Its statements may take longer than a request's.
@@ -68,7 +71,7 @@ pub(super) enum SourceState {
     /// Everything was shipped.
     Complete,
     /// The segment is older than the log and has no cursor.
-    Refused,
+    Rejected,
 }
 
 impl Source {
@@ -266,8 +269,8 @@ pub(super) async fn ship(
             match context.open_cursor(&source.head).await? {
                 Some(cursor) => (source.cursor, source.position) = (cursor, Some(cursor)),
                 None => {
-                    source.state = SourceState::Refused;
-                    context.metrics.usage_segments_refused.inc();
+                    source.state = SourceState::Rejected;
+                    context.metrics.usage_segments_rejected.inc();
                     tracing::error!(
                         segment = %source.head.id,
                         started_at = %DateTime::from(source.head.started_at),

@@ -10,7 +10,7 @@ use crate::clock::{Monotonic, Nanos, UnixNanos};
 /// A measurement that takes longer is not accurate enough.
 const LONGEST: Nanos = Nanos::from_secs(1);
 
-/// See the module documentation.
+/// A clock that follows PostgreSQL's clock. See the module documentation.
 #[derive(Debug)]
 pub struct EventClock {
     /// Unix time minus monotonic time, modulo 2^64.

@@ -154,7 +154,7 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
                 ),
                 (
                     P::Malformed,
-                    "Malformed request, such as two different keys.",
+                    "Malformed request; for example, two different keys were sent.",
                 ),
                 (
                     P::QuotaExceeded,
@@ -175,7 +175,7 @@ const ERRORS: &[(ProblemCode, &str)] = {
             "Missing or invalid credentials. Nothing was charged.",
         ),
         (P::Forbidden, BY_ROLE),
-        (P::NotFound, "Not found, or it belongs to another tenant."),
+        (P::NotFound, "Not found, or belongs to another tenant."),
         (
             P::RequestTimeout,
             "The request body was not received in time.",

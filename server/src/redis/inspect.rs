@@ -30,13 +30,13 @@ pub struct Node {
     pub persistence: String,
     /// `None` if an ACL forbids reading the setting.
     pub min_replicas_to_write: Option<u32>,
-    /// In seconds. `None` if an ACL forbids reading the setting.
+    /// The setting in seconds. `None` if an ACL forbids reading the setting.
     pub min_replicas_max_lag: Option<u32>,
     /// The maximum number of connections. `None` if the server hides it.
     pub max_clients: Option<usize>,
     /// The error if the server rejects the commands that the script of the counters uses.
     pub script_error: Option<String>,
-    /// The number of subscribers to the channel.
+    /// The number of subscribers to the invalidation channel.
     pub subscribers: usize,
     pub round_trip: Duration,
 }
@@ -134,7 +134,7 @@ async fn node(
     })
 }
 
-/// Returns `None` if an ACL or the hosting provider forbids the command.
+/// Sends a command. Returns `None` if an ACL or the hosting provider forbids the command.
 async fn query<T: FromRedisValue>(
     connection: &mut MultiplexedConnection,
     words: &[&str],

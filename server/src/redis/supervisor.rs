@@ -25,8 +25,9 @@ const PROBE_EVERY: Duration = Duration::from_millis(500);
 /// The minimum time allowed for the response to a probe. A Redis server that briefly gets no CPU time is not dead, and
 /// reconnecting would only add to its load.
 const PROBE_ANSWER: Duration = Duration::from_millis(500);
-/// The pause after a failed attempt. It doubles each time, up to the maximum.
+/// The pause after the first failed attempt. It doubles with each further failure.
 const FIRST_PAUSE: Duration = Duration::from_millis(25);
+/// The maximum pause after a failed attempt.
 const LONGEST_PAUSE: Duration = Duration::from_millis(250);
 /// The minimum time between two replacements of a cluster connection.
 const CLUSTER_RECONNECT: Duration = Duration::from_secs(1);
@@ -106,7 +107,7 @@ pub(super) async fn supervise(shared: Arc<Shared>, at: usize) {
     }
 }
 
-/// Probes the connection. Returns when it must be replaced.
+/// Probes the connection until it must be replaced.
 async fn until_broken(shared: &Shared, at: usize) {
     let slot = &shared.slots[at];
     loop {

@@ -124,8 +124,8 @@ pub async fn password_hash(tx: &mut SystemTx, user: Uuid) -> Result<Option<Strin
         .optional()?)
 }
 
-/// Whether `hash` is still the user's password hash. Locks the hash until the transaction ends. A transaction that
-/// changes the hash waits for this one, and then sees its effects.
+/// Returns whether `hash` is still the user's password hash. Locks the hash until the transaction ends. A transaction
+/// that changes the hash waits for this one, and then sees its effects.
 pub async fn hold_password(tx: &mut SystemTx, user: Uuid, hash: &str) -> Result<bool, DbError> {
     let current = users::table
         .find(user)
@@ -137,7 +137,7 @@ pub async fn hold_password(tx: &mut SystemTx, user: Uuid, hash: &str) -> Result<
     Ok(current.as_deref() == Some(hash))
 }
 
-/// Does not check the old password.
+/// Sets the user's password hash without checking the old one.
 pub async fn set_password(tx: &mut SystemTx, user: Uuid, hash: &str) -> Result<(), DbError> {
     diesel::update(users::table.find(user))
         .set((
@@ -149,7 +149,7 @@ pub async fn set_password(tx: &mut SystemTx, user: Uuid, hash: &str) -> Result<(
     Ok(())
 }
 
-/// Returns `false` if the user's password hash is no longer `old`.
+/// Replaces the user's password hash. Returns `false` if it is no longer `old`.
 pub async fn replace_password(
     tx: &mut SystemTx,
     user: Uuid,

@@ -1,5 +1,7 @@
 //! Quota alerts, and the usage that causes them.
 
+use std::time::Duration;
+
 use chrono::{DateTime, Utc};
 use diesel::{
     prelude::*,
@@ -65,7 +67,7 @@ pub struct SettingsRow {
     pub name: String,
 }
 
-/// If `for_update` is set, locks the settings until the transaction ends.
+/// Returns the tenant's alert settings. If `for_update` is set, locks them until the transaction ends.
 pub async fn settings(tx: &mut TenantTx, for_update: bool) -> Result<SettingsRow, DbError> {
     let lock = if for_update { "FOR NO KEY UPDATE" } else { "" };
     let tenant = tx.tenant().0;
@@ -93,7 +95,10 @@ pub async fn update_settings(
 
 // Quota checks -------------------------------------------------------------------------------------------
 
-/// Returns tenants whose newest usage has not been checked, in random order.
+/// How long reading the usage of windows may take.
+pub const USAGE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Returns tenants with usage that has not been checked yet, in random order.
 pub async fn unchecked_tenants(tx: &mut SystemTx, limit: i64) -> Result<Vec<Uuid>, DbError> {
     #[derive(QueryableByName)]
     struct Unchecked {
@@ -111,7 +116,7 @@ pub async fn unchecked_tenants(tx: &mut SystemTx, limit: i64) -> Result<Vec<Uuid
     Ok(tenants.into_iter().map(|it| it.tenant_id).collect())
 }
 
-/// Returns tenants that have a quota or whose keys have one, in random order.
+/// Returns tenants with a plan that has a quota, and tenants with usage of a tenant quota, in random order.
 pub async fn tenants_with_quotas(tx: &mut SystemTx) -> Result<Vec<Uuid>, DbError> {
     #[derive(QueryableByName)]
     struct Tenant {
@@ -293,18 +298,56 @@ pub struct QuotaStanding {
     pub window_end: DateTime<Utc>,
 }
 
-/// Returns windows of the keys' quotas. Selects current windows, and those that ended within the last 15 minutes, if at
-/// least `percent` of the quota is taken. Skips windows that already have an alert at 100%. A shortened window has the
-/// same proportional quota as in [`quota_usage::take`](super::quota_usage::take).
+/// Returns the time of the oldest usage among that of the keys to check, if usage up to `after` has been checked before.
+pub async fn oldest_usage(
+    tx: &mut SystemTx,
+    tenant: TenantId,
+    keys: Keys,
+    after: i64,
+) -> Result<Option<DateTime<Utc>>, DbError> {
+    #[derive(QueryableByName)]
+    struct Oldest {
+        #[diesel(sql_type = Nullable<Timestamptz>)]
+        at: Option<DateTime<Utc>>,
+    }
+    let oldest: Oldest = match keys {
+        Keys::Used { after, until } => {
+            sql_query(
+                "SELECT min(\"timestamp\") AS at FROM usage_log WHERE tenant_id = $1 AND seq > $2 AND seq <= $3",
+            )
+            .bind::<SqlUuid, _>(tenant.0)
+            .bind::<BigInt, _>(after)
+            .bind::<BigInt, _>(until)
+            .get_result(&mut **tx)
+            .await?
+        }
+        // Reading the time of every record would take too long.
+        Keys::All => {
+            sql_query("SELECT CASE WHEN $1 >= 0 THEN now() - interval '1 day' END AS at")
+                .bind::<BigInt, _>(after)
+                .get_result(&mut **tx)
+                .await?
+        }
+    };
+    Ok(oldest.at)
+}
+
+/// Returns the current windows of these keys' quotas, and those that ended in the last quarter of an hour or after
+/// `since`, of which at least `percent` is taken, except those with an alert that they are used up. The quota of a
+/// shortened window is that of [`quota_usage::take`](super::quota_usage::take).
 pub async fn standings(
     tx: &mut SystemTx,
     tenant: TenantId,
     keys: &[Uuid],
     percent: i32,
+    since: Option<DateTime<Utc>>,
 ) -> Result<Vec<QuotaStanding>, DbError> {
-    // Reading the rollups of a month means reading many rows, so read them only for the selected windows.
-    tx.batch_execute("SET LOCAL statement_timeout = '10s'")
-        .await?;
+    // The rollups of a month are many rows, so they are read only for the windows that matter.
+    let limit = format!(
+        "SET LOCAL statement_timeout = {}",
+        USAGE_TIMEOUT.as_millis()
+    );
+    tx.batch_execute(&limit).await?;
     let standings = sql_query(
         r"WITH windows AS MATERIALIZED (
               SELECT k.id AS key_id, k.name AS key_name, v.policy, w.quota, w.used AS taken, w.window_start, w.window_end
@@ -316,7 +359,7 @@ pub async fn standings(
                       * extract(epoch FROM q.window_end - q.window_start) / q.period_seconds)::bigint) AS quota
                   FROM quota_usage q
                   WHERE q.tenant_id = k.tenant_id AND q.key_id = k.id AND q.policy = v.policy AND q.used > 0
-                      AND q.window_start <= now() AND q.window_end > now() - interval '15 minutes'
+                      AND q.window_start <= now() AND q.window_end > least(now() - interval '15 minutes', $4)
               ) w
               WHERE k.tenant_id = $1 AND k.id = ANY($2) AND v.quota IS NOT NULL
                   AND w.used::numeric * 100 >= w.quota::numeric * $3
@@ -338,7 +381,8 @@ pub async fn standings(
     )
     .bind::<SqlUuid, _>(tenant.0)
     .bind::<Array<SqlUuid>, _>(keys)
-    .bind::<Integer, _>(percent);
+    .bind::<Integer, _>(percent)
+    .bind::<Nullable<Timestamptz>, _>(since);
     Ok(standings.get_results(&mut **tx).await?)
 }
 
@@ -357,6 +401,7 @@ pub async fn tenant_standing(
     tenant: TenantId,
     of: TenantQuota,
     percent: i32,
+    since: Option<DateTime<Utc>>,
 ) -> Result<Vec<QuotaStanding>, DbError> {
     let standing = sql_query(
         r"SELECT '00000000-0000-0000-0000-000000000000'::uuid AS key_id, NULL::text AS key_name,
@@ -374,7 +419,7 @@ pub async fn tenant_standing(
                   AND u.plan_id = '00000000-0000-0000-0000-000000000000'
                   AND u.start >= w.window_start AND u.start < w.window_end
           ) u
-          WHERE w.window_start <= now() AND w.window_end > now() - interval '15 minutes'
+          WHERE w.window_start <= now() AND w.window_end > least(now() - interval '15 minutes', $5)
               AND w.used::numeric * 100 >= $2::numeric * $3
               AND NOT ($4 AND EXISTS (SELECT FROM billing_accounts WHERE tenant_id = $1 AND has_paid_access
                   AND (paid_access_until IS NULL OR paid_access_until > now())))",
@@ -382,7 +427,8 @@ pub async fn tenant_standing(
     .bind::<SqlUuid, _>(tenant.0)
     .bind::<BigInt, _>(of.quota)
     .bind::<Integer, _>(percent)
-    .bind::<Bool, _>(of.is_lifted_by_access);
+    .bind::<Bool, _>(of.is_lifted_by_access)
+    .bind::<Nullable<Timestamptz>, _>(since);
     Ok(standing.get_results(&mut **tx).await?)
 }
 

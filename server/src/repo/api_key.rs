@@ -105,7 +105,7 @@ pub struct KeyFacts {
     pub time_zone: String,
 }
 
-/// Fails with `api_keys_plan_fkey` if the tenant has no such plan.
+/// Fails with `api_keys_plan_fkey` if the tenant does not have the plan.
 pub async fn insert(tx: &mut TenantTx, key: &NewApiKey<'_>) -> Result<ApiKeyRow, DbError> {
     let query = diesel::insert_into(api_keys::table)
         .values(key)
@@ -124,6 +124,17 @@ pub async fn highest_rate(tx: &mut TenantTx, plan: Uuid) -> Result<Option<i64>, 
     Ok(highest.map(Into::into))
 }
 
+/// Returns the lowest rate override of a key on the plan.
+pub async fn lowest_rate(tx: &mut TenantTx, plan: Uuid) -> Result<Option<u32>, DbError> {
+    let lowest: Option<i32> = api_keys::table
+        .filter(api_keys::tenant_id.eq(tx.tenant().0))
+        .filter(api_keys::plan_id.eq(plan))
+        .select(diesel::dsl::min(api_keys::rpm_override))
+        .get_result(&mut **tx)
+        .await?;
+    Ok(lowest.and_then(|rate| u32::try_from(rate).ok()))
+}
+
 find_by_id!(
     pub fn find in api_keys -> ApiKeyRow
 );
@@ -134,7 +145,7 @@ find_by_id!(
 );
 
 update_by_id!(
-    /// Fails with `api_keys_plan_fkey` if the tenant has no such plan.
+    /// Fails with `api_keys_plan_fkey` if the tenant does not have the plan.
     pub fn update in api_keys, ApiKeyChange -> ApiKeyRow
 );
 

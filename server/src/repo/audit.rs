@@ -44,7 +44,7 @@ pub struct Filter<'a> {
     /// Part of the resource's name.
     pub search: Option<&'a str>,
     pub from: Option<DateTime<Utc>>,
-    /// Exclusive.
+    /// The end of the time range (exclusive).
     pub to: Option<DateTime<Utc>>,
 }
 
@@ -99,7 +99,7 @@ pub async fn insert(tx: &mut TenantTx, event: &NewAuditEvent<'_>) -> Result<(), 
     insert_on(tx, event).await
 }
 
-/// Inserts an event outside a tenant's transaction. Used for registration and sign-in.
+/// Inserts an event in a system transaction.
 pub async fn insert_system(tx: &mut SystemTx, event: &NewAuditEvent<'_>) -> Result<(), DbError> {
     insert_on(tx, event).await
 }

@@ -49,8 +49,9 @@ pub struct SubscriptionRow {
     pub is_metered: bool,
     pub product_name: Option<String>,
     pub currency: Option<String>,
-    /// In the smallest unit of the currency. The same applies to `usage_price`.
+    /// The price per month, in the smallest unit of the currency.
     pub monthly_price: Option<String>,
+    /// The price per unit of usage, in the smallest unit of the currency.
     pub usage_price: Option<String>,
 }
 
@@ -242,7 +243,7 @@ pub struct Shown {
 pub enum Applied {
     /// A later read has already been applied, so this one was ignored.
     Outdated,
-    /// The change does not affect keys.
+    /// Access to paid plans has not changed.
     Same,
     /// Keys on paid plans start or stop working, or will do so at a different time than before.
     PaidAccess,
@@ -307,10 +308,17 @@ pub async fn apply_read(
     Ok((applied, is_audited.then_some(shown)))
 }
 
-/// Removes a customer that no longer exists in Stripe, and its Checkout Session. The next Checkout creates a new
-/// customer and session.
-pub async fn forget_customer(tx: &mut SystemTx, tenant: TenantId) -> Result<(), DbError> {
-    diesel::update(billing_accounts::table.find(tenant.0))
+/// Removes a customer that does not exist in Stripe, and its Checkout Session, so that the next Checkout creates
+/// others. Returns `false` if the tenant no longer has this customer.
+pub async fn forget_customer(
+    tx: &mut SystemTx,
+    tenant: TenantId,
+    customer: &str,
+) -> Result<bool, DbError> {
+    let own = billing_accounts::table
+        .find(tenant.0)
+        .filter(billing_accounts::customer_id.eq(customer));
+    let forgotten = diesel::update(own)
         .set((
             billing_accounts::customer_id.eq(None::<String>),
             // With the same idempotency key, Stripe would return the same customer.
@@ -320,7 +328,7 @@ pub async fn forget_customer(tx: &mut SystemTx, tenant: TenantId) -> Result<(), 
         ))
         .execute(&mut **tx)
         .await?;
-    Ok(())
+    Ok(forgotten == 1)
 }
 
 pub async fn tenant_of(tx: &mut SystemTx, customer: &str) -> Result<Option<TenantId>, DbError> {

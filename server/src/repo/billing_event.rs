@@ -43,7 +43,7 @@ pub struct DueEvent {
     pub customer_id: Option<String>,
     #[diesel(sql_type = sql_types::Bool)]
     pub livemode: bool,
-    /// Includes the current attempt.
+    /// The number of attempts, including the current one.
     #[diesel(sql_type = sql_types::Integer)]
     pub attempts: i32,
 }
@@ -69,7 +69,8 @@ pub async fn claim(tx: &mut SystemTx, limit: i64) -> Result<Vec<DueEvent>, DbErr
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// The customer's subscriptions were read after the event was received.
+    /// The customer's subscriptions were read after the event was received, or the problems that it reports were
+    /// recorded.
     Applied,
     /// The event does not belong to a customer of this server.
     Ignored,

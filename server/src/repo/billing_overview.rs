@@ -121,7 +121,7 @@ struct Access {
     has_access: bool,
 }
 
-/// Whether keys on the tenant's paid plans currently work, as of the last read from Stripe.
+/// Returns whether keys on the tenant's paid plans currently work, as of the last read from Stripe.
 pub async fn has_access(tx: &mut TenantTx) -> Result<bool, DbError> {
     let tenant = tx.tenant().0;
     let access: Access = sql_query(

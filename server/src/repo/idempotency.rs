@@ -31,10 +31,10 @@ pub enum PriorRequest {
     },
 }
 
-/// The number of attempts to acquire the lock, and the pause between them. A client can receive an error response
-/// shortly before the request's transaction has been rolled back. If the client retries immediately, the lock is still
-/// held.
+/// The number of attempts to acquire the lock. A client can receive an error response shortly before the request's
+/// transaction has been rolled back. If the client retries immediately, the lock is still held.
 const ATTEMPTS: u32 = 6;
+/// The pause between attempts to acquire the lock.
 const PAUSE: Duration = Duration::from_millis(40);
 
 #[derive(QueryableByName)]

@@ -1,10 +1,12 @@
 //! Changes that replicas must apply to their caches, in commit order. The table is called `revocations`.
 
+use std::time::Duration;
+
 use chrono::{DateTime, Utc};
 use diesel::{
     dsl::sql,
     prelude::*,
-    sql_types::{BigInt, Text, Timestamptz},
+    sql_types::{BigInt, Bool, Double, Text, Timestamptz, Uuid as SqlUuid},
 };
 use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use uuid::Uuid;
@@ -74,7 +76,7 @@ pub async fn insert(tx: &mut TenantTx, target: Target) -> Result<Invalidation, D
     insert_on(tx, tenant, target).await
 }
 
-/// Like [`insert`], in a transaction of the server.
+/// Like [`insert`], in a system transaction.
 pub async fn insert_system(
     tx: &mut SystemTx,
     tenant: Uuid,
@@ -146,7 +148,7 @@ pub async fn newest(tx: &mut SystemTx) -> Result<Vec<Invalidation>, DbError> {
     Ok(rows.into_iter().rev().map(invalidation).collect())
 }
 
-/// The number of the newest row, and the number's database history.
+/// The number of the newest row, and the database history that it belongs to.
 #[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
 pub struct Position {
     #[diesel(sql_type = BigInt)]
@@ -175,4 +177,58 @@ pub async fn since(tx: &mut SystemTx, seq: i64) -> Result<Vec<Invalidation>, DbE
         .load::<Row>(&mut **tx)
         .await?;
     Ok(rows.into_iter().map(invalidation).collect())
+}
+
+/// The maximum number of rows per search for deleted keys.
+const SEARCHED: i64 = 1000;
+
+/// The result of a search for deleted keys.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeletedKeys {
+    /// The tenant and the ID of each.
+    pub keys: Vec<(Uuid, Uuid)>,
+    /// The number of the last row that was searched.
+    pub last: i64,
+    /// Whether there may be more.
+    pub has_more: bool,
+}
+
+#[derive(QueryableByName)]
+struct SearchedRow {
+    #[diesel(sql_type = BigInt)]
+    seq: i64,
+    #[diesel(sql_type = SqlUuid)]
+    tenant_id: Uuid,
+    #[diesel(sql_type = SqlUuid)]
+    target_id: Uuid,
+    #[diesel(sql_type = Bool)]
+    is_deleted_key: bool,
+    #[diesel(sql_type = Bool)]
+    is_old: bool,
+}
+
+/// Returns the API keys that were deleted at least `age` ago, from the rows after number `seq`.
+pub async fn deleted_keys(
+    tx: &mut SystemTx,
+    seq: i64,
+    age: Duration,
+) -> Result<DeletedKeys, DbError> {
+    let sql = "SELECT r.seq, r.tenant_id, r.target_id, \
+             r.at < clock_timestamp() - make_interval(secs => $2) AS is_old, \
+             r.target_type = 'api_key' AND NOT EXISTS ( \
+                 SELECT FROM api_keys k WHERE k.tenant_id = r.tenant_id AND k.id = r.target_id) AS is_deleted_key \
+         FROM revocations r WHERE r.seq > $1 ORDER BY r.seq LIMIT $3";
+    let rows: Vec<SearchedRow> = diesel::sql_query(sql)
+        .bind::<BigInt, _>(seq)
+        .bind::<Double, _>(age.as_secs_f64())
+        .bind::<BigInt, _>(SEARCHED)
+        .load(&mut **tx)
+        .await?;
+    let old = rows.iter().take_while(|row| row.is_old).count();
+    let keys = rows[..old].iter().filter(|row| row.is_deleted_key);
+    Ok(DeletedKeys {
+        keys: keys.map(|row| (row.tenant_id, row.target_id)).collect(),
+        last: rows[..old].last().map_or(seq, |row| row.seq),
+        has_more: i64::try_from(old).is_ok_and(|old| old == SEARCHED),
+    })
 }

@@ -35,6 +35,19 @@ pub async fn insert_all(tx: &mut SystemTx, new: &[NewMail<'_>]) -> Result<(), Db
 }
 
 #[derive(QueryableByName)]
+struct Count {
+    #[diesel(sql_type = BigInt)]
+    count: i64,
+}
+
+/// Returns the number of emails to all tenants that were created in the last hour.
+pub async fn count_of_last_hour(tx: &mut SystemTx) -> Result<i64, DbError> {
+    let sql = "SELECT count(*) AS count FROM mails WHERE created_at > now() - interval '1 hour'";
+    let count: Count = sql_query(sql).get_result(&mut **tx).await?;
+    Ok(count.count)
+}
+
+#[derive(QueryableByName)]
 struct Tenant {
     #[diesel(sql_type = SqlUuid)]
     tenant_id: Uuid,
@@ -135,7 +148,7 @@ pub struct DueMail {
     pub text_body: String,
     #[diesel(sql_type = Text)]
     pub html_body: String,
-    /// Includes the current attempt.
+    /// The number of attempts, including the current one.
     #[diesel(sql_type = Integer)]
     pub attempts: i32,
 }

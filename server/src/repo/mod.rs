@@ -217,7 +217,7 @@ pub struct Rows<T> {
 }
 
 impl<T> Rows<T> {
-    /// `rows` must contain one extra row if there is another page.
+    /// Creates a page. `rows` must contain one extra row if there is another page.
     fn new(mut rows: Vec<T>, limit: u32, total: i64) -> Self {
         let limit = limit as usize;
         let more = rows.len() > limit;

@@ -82,7 +82,7 @@ pub async fn insert(tx: &mut TenantTx, plan: &NewPlan<'_>) -> Result<PlanRow, Db
     Ok(query.get_result(&mut **tx).await?)
 }
 
-/// Plans have no time of last use, so sorting them by last use sorts them by creation time.
+/// Lists the tenant's plans. Plans have no time of last use, so sorting them by last use sorts them by creation time.
 pub async fn list(tx: &mut TenantTx, slice: &SortedSlice) -> Result<Rows<PlanWithKeys>, DbError> {
     let tenant = tx.tenant().0;
     let total = plans::table
@@ -163,7 +163,19 @@ pub async fn billing_of(tx: &mut TenantTx, id: Uuid) -> Result<Option<String>, D
     Ok(billing)
 }
 
-/// Fails with `api_keys_plan_fkey` if the plan still has keys.
+/// Returns the rate and the burst of a plan.
+pub async fn rate_of(tx: &mut TenantTx, id: Uuid) -> Result<Option<(u32, u32)>, DbError> {
+    let rate: Option<(i32, i32)> = plans::table
+        .find((tx.tenant().0, id))
+        .select((plans::default_rpm, plans::burst))
+        .get_result(&mut **tx)
+        .await
+        .optional()?;
+    let positive = |number| u32::try_from(number).unwrap_or(0);
+    Ok(rate.map(|(rpm, burst)| (positive(rpm), positive(burst))))
+}
+
+/// Deletes a plan. Fails with `api_keys_plan_fkey` if the plan still has keys.
 pub async fn delete(tx: &mut TenantTx, id: Uuid) -> Result<bool, DbError> {
     Ok(diesel::delete(plans::table.find((tx.tenant().0, id)))
         .execute(&mut **tx)

@@ -21,12 +21,18 @@ use crate::db::{DbError, SystemTx};
 /// The first argument of this module's advisory locks.
 const WINDOWS_LOCK: i32 = 7_226_422;
 
-/// A request for tokens from the quota of one key and policy.
+/// A quota of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Ask {
+pub struct KeyQuota {
     pub tenant: Uuid,
     pub key: Uuid,
     pub policy: &'static str,
+}
+
+/// A request for tokens from the quota of one key and policy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ask {
+    pub quota: KeyQuota,
     /// Selects the window that contains this time.
     pub at: DateTime<Utc>,
     /// The quota for a full day or month.
@@ -42,46 +48,46 @@ pub struct StatedWindow {
     pub end: Option<(DateTime<Utc>, i64)>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]
 pub struct Taken {
+    #[diesel(sql_type = Timestamptz, column_name = "window_start")]
     pub start: DateTime<Utc>,
+    #[diesel(sql_type = Timestamptz, column_name = "window_end")]
     pub end: DateTime<Utc>,
+    #[diesel(sql_type = BigInt)]
     pub period_seconds: i64,
+    #[diesel(sql_type = BigInt)]
     pub granted: i64,
     /// The usage of the window, including `granted`.
+    #[diesel(sql_type = BigInt)]
     pub used: i64,
 }
 
 /// The primary key of a row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Row {
-    pub tenant: Uuid,
-    pub key: Uuid,
-    pub policy: &'static str,
+    pub quota: KeyQuota,
     pub window_start: DateTime<Utc>,
 }
 
 type Columns = (Vec<Uuid>, Vec<Uuid>, Vec<&'static str>);
 
-fn columns<T>(items: &[T], id: impl Fn(&T) -> (Uuid, Uuid, &'static str)) -> Columns {
+fn columns<T>(items: &[T], quota: impl Fn(&T) -> KeyQuota) -> Columns {
     let mut columns = Columns::default();
-    for (tenant, key, policy) in items.iter().map(id) {
-        columns.0.push(tenant);
-        columns.1.push(key);
-        columns.2.push(policy);
+    for quota in items.iter().map(quota) {
+        columns.0.push(quota.tenant);
+        columns.1.push(quota.key);
+        columns.2.push(quota.policy);
     }
     columns
 }
 
 impl Ask {
-    fn id(&self) -> (Uuid, Uuid, &'static str) {
-        (self.tenant, self.key, self.policy)
-    }
-
     /// Returns the second argument of the advisory lock. If two keys collide, they only wait for each other.
     fn lock(&self) -> i32 {
-        let (high, low) = self.key.as_u64_pair();
-        let mixed = (high ^ low ^ self.policy.len() as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        let (high, low) = self.quota.key.as_u64_pair();
+        let mixed =
+            (high ^ low ^ self.quota.policy.len() as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
         // The upper 31 bits always fit.
         i32::try_from(mixed >> 33).unwrap_or(0)
     }
@@ -93,7 +99,7 @@ impl Ask {
 /// those times, with or without usage.
 ///
 /// Requests must be in ascending order, so that all transactions lock rows in the same order. Each grant is atomic:
-/// `used` is read and increased while its row is locked.
+/// `used` is read and increased while the quota's row is locked.
 pub async fn take(
     tx: &mut SystemTx,
     asks: &[Ask],
@@ -103,18 +109,10 @@ pub async fn take(
     struct Row {
         #[diesel(sql_type = BigInt)]
         n: i64,
-        #[diesel(sql_type = Timestamptz)]
-        window_start: DateTime<Utc>,
-        #[diesel(sql_type = Timestamptz)]
-        window_end: DateTime<Utc>,
-        #[diesel(sql_type = BigInt)]
-        period_seconds: i64,
-        #[diesel(sql_type = BigInt)]
-        granted: i64,
-        #[diesel(sql_type = BigInt)]
-        used: i64,
+        #[diesel(embed)]
+        taken: Taken,
     }
-    let (tenants, keys, policies) = columns(asks, Ask::id);
+    let (tenants, keys, policies) = columns(asks, |ask| ask.quota);
     let starts: Vec<_> = match opened {
         None => vec![None; asks.len()],
         Some(starts) => starts.iter().copied().map(Some).collect(),
@@ -157,17 +155,8 @@ pub async fn take(
     .bind::<Array<BigInt>, _>(asks.iter().map(|ask| ask.want).collect::<Vec<_>>())
     .load::<Row>(&mut **tx)
     .await?;
-    let taken = rows.into_iter().map(|row| {
-        let taken = Taken {
-            start: row.window_start,
-            end: row.window_end,
-            period_seconds: row.period_seconds,
-            granted: row.granted,
-            used: row.used,
-        };
-        (row.n, taken)
-    });
-    Ok(in_order(asks.len(), taken))
+    let numbered = rows.into_iter().map(|row| (row.n, row.taken));
+    Ok(in_order(asks.len(), numbered))
 }
 
 /// Waits until no other transaction opens windows of these keys and policies, and blocks such transactions until this
@@ -203,7 +192,7 @@ pub async fn used_windows(
         #[diesel(sql_type = Nullable<BigInt>)]
         period_seconds: Option<i64>,
     }
-    let (tenants, keys, policies) = columns(asks, Ask::id);
+    let (tenants, keys, policies) = columns(asks, |ask| ask.quota);
     let rows = diesel::sql_query(
         "SELECT a.n, q.window_start, q.window_end, q.period_seconds \
          FROM unnest($1, $2, $3, $4) WITH ORDINALITY AS a (tenant_id, key_id, policy, since, n) \
@@ -237,7 +226,7 @@ pub async fn open(
     asks: &[Ask],
     windows: &[(DateTime<Utc>, DateTime<Utc>, i64)],
 ) -> Result<(), DbError> {
-    let (tenants, keys, policies) = columns(asks, Ask::id);
+    let (tenants, keys, policies) = columns(asks, |ask| ask.quota);
     diesel::sql_query(
         "WITH opened AS MATERIALIZED ( \
              SELECT a.* FROM unnest($1, $2, $3, $4, $5, $6) WITH ORDINALITY \
@@ -270,7 +259,7 @@ pub async fn give_back(tx: &mut SystemTx, id: Uuid, rows: &[(Row, i64)]) -> Resu
         #[diesel(sql_type = Bool)]
         applied: bool,
     }
-    let (tenants, keys, policies) = columns(rows, |(row, _)| (row.tenant, row.key, row.policy));
+    let (tenants, keys, policies) = columns(rows, |(row, _)| row.quota);
     let applied = diesel::sql_query(
         "WITH applied AS ( \
              INSERT INTO quota_returns (id) VALUES ($1) \

@@ -24,7 +24,7 @@ struct Place {
 /// Replicas with recent heartbeats.
 #[derive(Debug, Clone, Copy)]
 pub struct Seen {
-    /// This replica's rank among them, starting at 0. Ranks follow IDs, which follow start times.
+    /// This replica's rank among these replicas, starting at 0. Ranks follow IDs, which follow start times.
     pub rank: u64,
     pub count: NonZeroU64,
     /// The time since the first heartbeat of the oldest other replica. Includes replicas that stopped recently.
@@ -83,7 +83,7 @@ pub async fn counters_have_begun(tx: &mut SystemTx) -> Result<bool, DbError> {
     Ok(begun)
 }
 
-/// Records that shared counters are in use. Returns `true` only the first time.
+/// Records that shared counters are in use, or will be. Returns `true` only the first time.
 pub async fn begin_counters(tx: &mut SystemTx) -> Result<bool, DbError> {
     let inserted = diesel::insert_into(shared_counters::table)
         .values(shared_counters::single.eq(true))

@@ -62,7 +62,7 @@ find_by_id!(
 );
 
 delete_by_id!(
-    /// Returns the token's last state.
+    /// Deletes a token. Returns its last state.
     pub fn delete in service_tokens -> ServiceTokenRow
 );
 

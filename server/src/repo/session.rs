@@ -48,7 +48,8 @@ pub struct NewSession<'a> {
 /// Identifies the server secrets whose sessions may be refreshed.
 #[derive(Debug, Clone, Copy)]
 pub struct Accepted<'a> {
-    /// The current secret comes first. Refreshing a session assigns it to this secret.
+    /// The IDs of the accepted secrets, starting with the current one. Refreshing a session assigns it to the current
+    /// secret.
     pub ids: &'a [[u8; 16]],
     /// Whether to include sessions that have no recorded secret.
     pub with_unmarked: bool,
@@ -188,7 +189,7 @@ pub async fn rotate(
     Ok(Rotation::Reused(session))
 }
 
-/// Finds the active session of a refresh token. The token may have been used.
+/// Finds the active session of a refresh token. The token may already have been used.
 pub async fn of_token(tx: &mut SystemTx, token_hash: &[u8]) -> Result<Option<SessionRow>, DbError> {
     let query = refresh_tokens::table
         .inner_join(sessions::table)
@@ -243,7 +244,7 @@ pub async fn end(tx: &mut SystemTx, user: Uuid, session: Uuid) -> Result<bool, D
         == 1)
 }
 
-/// Revokes all of the user's sessions except `but`. Returns the revoked sessions.
+/// Revokes all of the user's sessions except `but`. Returns the IDs of the revoked sessions.
 pub async fn end_others(tx: &mut SystemTx, user: Uuid, but: Uuid) -> Result<Vec<Uuid>, DbError> {
     let others = sessions::table
         .filter(sessions::user_id.eq(user))

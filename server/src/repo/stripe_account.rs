@@ -25,7 +25,7 @@ pub struct StripeAccount {
 }
 
 impl StripeAccount {
-    /// Whether both may be the same account.
+    /// Returns whether both may be the same account.
     pub fn matches(&self, other: &Self) -> bool {
         let mut ids = self.account_id.iter().zip(&other.account_id);
         self.livemode == other.livemode && ids.all(|(own, other)| own == other)
@@ -38,7 +38,7 @@ pub async fn find(tx: &mut SystemTx) -> Result<Option<StripeAccount>, DbError> {
     Ok(stored.get_result(&mut **tx).await.optional()?)
 }
 
-/// Stores the account. If another account is stored, does nothing.
+/// Stores the account, or the ID of the stored account if it was unknown. If another account is stored, does nothing.
 pub async fn record(tx: &mut SystemTx, account: &StripeAccount) -> Result<(), DbError> {
     sql_query(
         "INSERT INTO billing_stripe_account AS a (account_id, livemode) VALUES ($1, $2) \

@@ -140,7 +140,7 @@ impl Expired {
                 let ended = format!("due_at IS NULL AND {}", older("created_at", "30 days"));
                 delete("webhook_deliveries", "ctid", &ended, "created_at")
             }
-            // Finds each webhook that has deliveries with one index probe.
+            // Finds the webhooks that have deliveries, with one index probe for each.
             Self::DeletedWebhooks => "WITH RECURSIVE logs AS ( \
                      (SELECT tenant_id, webhook_id FROM webhook_deliveries \
                       ORDER BY tenant_id, webhook_id, id LIMIT 1) \
@@ -173,7 +173,8 @@ impl Expired {
     }
 }
 
-/// Sweeps up to `limit` rows and returns their number. If it is less than `limit`, no rows are left.
+/// Sweeps up to `limit` rows and returns their number. If it is less than `limit`, no rows are left, except those that
+/// are locked.
 pub async fn batch(tx: &mut SystemTx, kind: Expired, limit: i64) -> Result<usize, DbError> {
     let swept = sql_query(kind.statement())
         .bind::<BigInt, _>(limit)

@@ -23,10 +23,12 @@ pub struct Ask {
     pub want: i64,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]
 pub struct Taken {
+    #[diesel(sql_type = BigInt)]
     pub granted: i64,
     /// The usage of the month, including `granted`.
+    #[diesel(sql_type = BigInt)]
     pub used: i64,
 }
 
@@ -46,10 +48,8 @@ pub async fn take(tx: &mut SystemTx, asks: &[Ask]) -> Result<Vec<Option<Taken>>,
     struct Row {
         #[diesel(sql_type = BigInt)]
         n: i64,
-        #[diesel(sql_type = BigInt)]
-        granted: i64,
-        #[diesel(sql_type = BigInt)]
-        used: i64,
+        #[diesel(embed)]
+        taken: Taken,
     }
     let rows = diesel::sql_query(
         "WITH asked AS MATERIALIZED ( \
@@ -72,14 +72,8 @@ pub async fn take(tx: &mut SystemTx, asks: &[Ask]) -> Result<Vec<Option<Taken>>,
     .bind::<Array<BigInt>, _>(asks.iter().map(|ask| ask.want).collect::<Vec<_>>())
     .load::<Row>(&mut **tx)
     .await?;
-    let taken = rows.into_iter().map(|row| {
-        let taken = Taken {
-            granted: row.granted,
-            used: row.used,
-        };
-        (row.n, taken)
-    });
-    Ok(in_order(asks.len(), taken))
+    let numbered = rows.into_iter().map(|row| (row.n, row.taken));
+    Ok(in_order(asks.len(), numbered))
 }
 
 /// Adds missing rows. Skips tenants that do not exist.

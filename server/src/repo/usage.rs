@@ -75,7 +75,7 @@ impl Counts {
         }
     }
 
-    /// Subtracts counts that are included in these.
+    /// Subtracts `other`, whose requests are included in these counts.
     #[must_use]
     pub fn without(&self, other: &Self) -> Self {
         Self {
@@ -104,7 +104,7 @@ pub struct Ranked {
     pub counts: Counts,
 }
 
-/// The end is exclusive.
+/// A time range with an exclusive end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Range {
     pub from: DateTime<Utc>,
@@ -160,8 +160,8 @@ impl Filter {
         sql
     }
 
-    /// Returns the rollup under the alias `u`. The endpoint comes first in the rollup's primary key, so a query that
-    /// groups by endpoint joins the list of endpoints to find the rows of each.
+    /// Returns the `FROM` clause for the rollup `table`, aliased as `u`. The endpoint comes first in the rollup's
+    /// primary key, so a query that groups by endpoint joins the list of endpoints to find the rows of each.
     fn source(&self, table: &str, group: Option<GroupBy>) -> String {
         if group == Some(GroupBy::Endpoint) && self.endpoint.is_none() {
             let key = if self.key.is_some() { "$2" } else { ALL };

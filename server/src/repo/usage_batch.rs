@@ -58,7 +58,7 @@ pub(super) struct RowKey {
     pub endpoint: Rank,
     pub key: Uuid,
     pub plan: Uuid,
-    /// In seconds since 1970.
+    /// The start of the interval, in seconds since 1970.
     pub start: i64,
     pub policy: &'static str,
 }
@@ -130,7 +130,7 @@ pub(super) struct Rollups {
 #[derive(Debug)]
 pub(super) struct Charged {
     pub tenant: Uuid,
-    /// In seconds since 1970.
+    /// The start of the interval, in seconds since 1970.
     pub start: i64,
     pub cost: i64,
 }
@@ -156,11 +156,11 @@ fn charged(records: &[UsageRecord]) -> Vec<Charged> {
 /// Records that are ready to be appended.
 #[derive(Debug)]
 pub struct UsageBatch {
-    /// In log order.
+    /// The records, in log order.
     pub(super) records: Vec<UsageRecord>,
     /// The number of records per tenant, in order of tenant ID.
     pub(super) tenants: Vec<(Uuid, i64)>,
-    /// Sorted by name.
+    /// The names of endpoints, sorted.
     pub(super) endpoints: Vec<String>,
     /// Counts by quarter hour, key, plan, endpoint, and policy.
     pub(super) counts: Vec<(RowKey, Sums)>,
@@ -168,12 +168,12 @@ pub struct UsageBatch {
     pub(super) named: Vec<(EndpointOf, DateTime<Utc>)>,
     /// The rollup rows, assuming that every endpoint has rows of its own.
     pub(super) rollups: Rollups,
-    /// Sorted by tenant, then by hour.
+    /// The usage to charge, sorted by tenant, then by hour.
     pub(super) charged: Vec<Charged>,
 }
 
 impl UsageBatch {
-    /// Takes about a microsecond per record.
+    /// Sorts and counts records. Takes about a microsecond per record.
     pub fn new(mut records: Vec<UsageRecord>) -> Self {
         records.sort_by_key(|it| (it.tenant_id, it.at, it.event_id));
         let mut tenants = Vec::<(Uuid, i64)>::new();

@@ -24,7 +24,7 @@ pub struct Filter {
 }
 
 impl Filter {
-    /// Whether matching rows can only be found by scanning, because no index covers the filter.
+    /// Returns whether matching rows can only be found by scanning, because no index covers the filter.
     fn is_searched(&self) -> bool {
         self.endpoint.is_some() || self.was_rejected.is_some()
     }
@@ -220,7 +220,7 @@ pub async fn total(tx: &mut TenantTx, filter: &Filter) -> Result<Option<u64>, Db
     Ok(total.map(|it| u64::try_from(it).unwrap_or(0)))
 }
 
-/// Returns the last number in the tenant's log, or 0 if the log is empty.
+/// Returns the last number assigned in the tenant's log, or 0 if there is none.
 pub async fn last_seq(tx: &mut TenantTx) -> Result<i64, DbError> {
     let tenant = tx.tenant().0;
     let last = diesel::sql_query("SELECT last_seq AS seq FROM usage_tenants WHERE tenant_id = $1")

@@ -58,7 +58,7 @@ pub async fn report_of(
     .optional()?)
 }
 
-/// The times of usage records follow PostgreSQL's clock.
+/// Times on PostgreSQL's clock, which the times of usage records follow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]
 pub struct Times {
     #[diesel(sql_type = Timestamptz)]

@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use crate::db::{DbError, TenantTx};
 
-/// The maximum number of rows for each kind of attention.
+/// The maximum number of rows for each reason a key needs attention (`AttentionKind`).
 const ATTENTION: i64 = 20;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]

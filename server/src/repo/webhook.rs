@@ -1,7 +1,7 @@
 use chrono::{DateTime, Utc};
 use diesel::{
     prelude::*,
-    sql_types::{BigInt, Bool, Bytea, Integer, Nullable, Uuid as SqlUuid},
+    sql_types::{BigInt, Bool, Bytea, Integer, Nullable, Text, Uuid as SqlUuid},
 };
 use diesel_async::RunQueryDsl;
 use quota_common::TenantId;
@@ -34,7 +34,7 @@ pub struct NewWebhook<'a> {
     pub id: Uuid,
     pub name: &'a str,
     pub url: &'a str,
-    /// Encrypted.
+    /// The encrypted secret.
     pub secret: &'a [u8],
 }
 
@@ -84,7 +84,7 @@ update_by_id!(
     pub fn update in webhooks, WebhookChange -> WebhookRow
 );
 delete_by_id!(
-    /// Returns the webhook's last state. Its deliveries may be numerous, so they are deleted
+    /// Deletes a webhook. Returns its last state. Its deliveries may be numerous, so they are deleted
     /// [later](super::sweep::Expired::DeletedWebhooks).
     pub fn delete in webhooks -> WebhookRow
 );
@@ -133,10 +133,16 @@ pub async fn lock_active(tx: &mut SystemTx, tenant: TenantId) -> Result<Vec<Uuid
     Ok(active.load(&mut **tx).await?)
 }
 
-/// Records that the endpoint accepted a delivery.
-pub async fn succeeded(tx: &mut SystemTx, tenant: Uuid, id: Uuid) -> Result<(), DbError> {
+/// Records that a delivery to a URL was accepted, if it is still the webhook's.
+pub async fn succeeded(
+    tx: &mut SystemTx,
+    tenant: Uuid,
+    id: Uuid,
+    url: &str,
+) -> Result<(), DbError> {
     let failing = webhooks::table
         .find((tenant, id))
+        .filter(webhooks::url.eq(url))
         .filter(webhooks::failing_since.is_not_null());
     diesel::update(failing)
         .set(webhooks::failing_since.eq(None::<DateTime<Utc>>))
@@ -145,25 +151,39 @@ pub async fn succeeded(tx: &mut SystemTx, tenant: Uuid, id: Uuid) -> Result<(), 
     Ok(())
 }
 
-/// Records that an attempt failed. Returns the number of seconds since attempts started to fail, or `None` if the
-/// webhook no longer exists.
-pub async fn failed(tx: &mut SystemTx, tenant: Uuid, id: Uuid) -> Result<Option<i64>, DbError> {
-    #[derive(QueryableByName)]
-    struct Failing {
-        #[diesel(sql_type = BigInt)]
-        seconds: i64,
-    }
-    let failing: Option<Failing> = diesel::sql_query(
-        "UPDATE webhooks SET failing_since = coalesce(failing_since, now()) \
+/// A webhook to which an attempt failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]
+pub struct Failing {
+    /// Whether the attempt was sent to its current URL.
+    #[diesel(sql_type = Bool)]
+    pub is_current: bool,
+    /// For how long attempts have been failing.
+    #[diesel(sql_type = BigInt)]
+    pub seconds: i64,
+}
+
+/// Records that an attempt to a URL failed, if it is still the webhook's. Locks the webhook. Returns `None` if it is
+/// gone.
+pub async fn failed(
+    tx: &mut SystemTx,
+    tenant: Uuid,
+    id: Uuid,
+    url: &str,
+) -> Result<Option<Failing>, DbError> {
+    let failing = diesel::sql_query(
+        "UPDATE webhooks SET failing_since = CASE WHEN url = $3 THEN coalesce(failing_since, now()) \
+             ELSE failing_since END \
          WHERE tenant_id = $1 AND id = $2 \
-         RETURNING extract(epoch FROM now() - failing_since)::bigint AS seconds",
+         RETURNING url = $3 AS is_current, \
+             coalesce(extract(epoch FROM now() - failing_since), 0)::bigint AS seconds",
     )
     .bind::<SqlUuid, _>(tenant)
     .bind::<SqlUuid, _>(id)
+    .bind::<Text, _>(url)
     .get_result(&mut **tx)
     .await
     .optional()?;
-    Ok(failing.map(|it| it.seconds))
+    Ok(failing)
 }
 
 /// Disables a webhook. Returns its name, or `None` if it was not active.
@@ -211,7 +231,7 @@ pub struct StoredSecrets {
     pub previous_secret: Option<Vec<u8>>,
 }
 
-/// Returns the secrets of up to `limit` webhooks after this one, sorted by tenant and ID.
+/// Returns the secrets of up to `limit` webhooks that follow `after`, sorted by tenant and ID.
 pub async fn stored_secrets(
     tx: &mut SystemTx,
     after: (Uuid, Uuid),

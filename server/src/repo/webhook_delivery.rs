@@ -86,7 +86,7 @@ async fn pending(
         .collect())
 }
 
-/// Whether a webhook may have one more pending delivery. The caller must have locked the webhook.
+/// Returns whether a webhook may have one more pending delivery. The caller must have locked the webhook.
 pub async fn has_room(tx: &mut TenantTx, webhook: Uuid) -> Result<bool, DbError> {
     let tenant = tx.tenant().0;
     let pending = pending(tx, tenant, &[webhook]).await?;
@@ -244,7 +244,7 @@ pub struct DueDelivery {
     pub event_id: String,
     #[diesel(sql_type = Text)]
     pub payload: String,
-    /// Includes the current attempt.
+    /// The number of attempts, including the current one.
     #[diesel(sql_type = Integer)]
     pub attempts: i32,
     /// The time of the attempt, in seconds since 1970.
@@ -252,10 +252,10 @@ pub struct DueDelivery {
     pub at: i64,
     #[diesel(sql_type = Text)]
     pub url: String,
-    /// Encrypted.
+    /// The encrypted secret.
     #[diesel(sql_type = Bytea)]
     pub secret: Vec<u8>,
-    /// Encrypted. Set only while it is still used for signing.
+    /// The encrypted previous secret. Set only while it is still used for signing.
     #[diesel(sql_type = Nullable<Bytea>)]
     pub previous_secret: Option<Vec<u8>>,
 }
@@ -264,11 +264,13 @@ pub struct DueDelivery {
 #[derive(Debug, Clone, Copy)]
 pub struct Claim<'a> {
     pub limit: i64,
-    /// The maximum number of concurrent attempts per tenant. `per_webhook` is the maximum per webhook.
+    /// The maximum number of concurrent attempts per tenant.
     pub per_tenant: i64,
+    /// The maximum number of concurrent attempts per webhook.
     pub per_webhook: i64,
-    /// The tenant of each attempt in progress. `running_webhooks` contains the webhooks.
+    /// The tenant of each attempt in progress.
     pub running_tenants: &'a [Uuid],
+    /// The webhook of each attempt in progress.
     pub running_webhooks: &'a [Uuid],
     /// Tenants take turns, starting with the one after this one.
     pub after_tenant: Uuid,

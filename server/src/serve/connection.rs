@@ -297,7 +297,7 @@ impl Connection {
         self.head_began.load(Ordering::Relaxed) == 0 && !self.has_requested.load(Ordering::Relaxed)
     }
 
-    /// Returns when the connection became idle between two requests. `None` if it is not idle.
+    /// Returns the time at which the connection became idle between two requests. `None` if it is not idle.
     pub(super) fn idle_since(&self) -> Option<Instant> {
         if !self.has_requested.load(Ordering::Relaxed)
             || self.write_blocked.load(Ordering::Relaxed) > 0
@@ -315,7 +315,8 @@ impl Connection {
         since.map(|since| self.at(since))
     }
 
-    /// Returns when the client stopped reading a response. `None` if no response is waiting for the client.
+    /// Returns the time at which the client stopped reading a response. `None` if no response is waiting for the
+    /// client.
     pub(super) fn stalled_since(&self) -> Option<Instant> {
         let blocked = self.write_blocked.load(Ordering::Relaxed);
         let blocked = (blocked > 0).then_some(blocked);

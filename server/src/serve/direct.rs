@@ -31,7 +31,8 @@ const FIRST_READ: usize = 2 * 1024;
 const KEPT_MAX: usize = 8 * 1024;
 /// Responses to pipelined requests are sent once they exceed this size, before the next request is handled.
 const OUTPUT_MAX: usize = 32 * 1024;
-/// The maximum number of parts in which a request may arrive. Each part causes it to be parsed from the beginning.
+/// The maximum number of parts in which a request may arrive. The request is parsed from the beginning each time a part
+/// arrives.
 const PARTS_MAX: u32 = 16;
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
@@ -53,7 +54,7 @@ enum Read {
 
 /// The request that follows those that have received a response.
 enum Next {
-    /// The request has not arrived, or only in part.
+    /// The request has not arrived, or has arrived only in part.
     Incomplete,
     /// hyper must respond to the request, which has this length.
     Foreign(usize),

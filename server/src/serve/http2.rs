@@ -23,9 +23,9 @@ const RST_STREAM: u8 = 3;
 const CONTINUATION: u8 = 9;
 const END_STREAM: u8 = 1;
 const END_HEADERS: u8 = 4;
-const HEAD: usize = 9;
+const HEADER: usize = 9;
 
-/// The head of a frame (RFC 9113, section 4.1).
+/// A frame header (RFC 9113, section 4.1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Frame {
     length: u32,
@@ -35,8 +35,8 @@ pub(super) struct Frame {
 }
 
 impl Frame {
-    fn parse(head: [u8; HEAD]) -> Self {
-        let [a, b, c, kind, flags, s0, s1, s2, s3] = head;
+    fn parse(header: [u8; HEADER]) -> Self {
+        let [a, b, c, kind, flags, s0, s1, s2, s3] = header;
         Self {
             length: u32::from_be_bytes([0, a, b, c]),
             kind,
@@ -57,7 +57,7 @@ impl Frame {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Event {
-    /// The head of a frame has arrived completely.
+    /// The complete frame header has arrived.
     Began(Frame),
     /// The whole frame has arrived.
     Ended(Frame),
@@ -66,25 +66,25 @@ pub(super) enum Event {
 /// Finds the frames in a stream of bytes.
 #[derive(Debug, Default)]
 pub(super) struct Frames {
-    head: [u8; HEAD],
-    /// How many bytes of the head have arrived.
+    header: [u8; HEADER],
+    /// How many bytes of the header have arrived.
     known: usize,
-    /// How many bytes of the payload are missing, once the head is complete.
+    /// How many bytes of the payload are missing, once the header is complete.
     missing: usize,
 }
 
 impl Frames {
     pub(super) fn scan(&mut self, mut bytes: &[u8], mut on: impl FnMut(Event)) {
         while !bytes.is_empty() {
-            if self.known < HEAD {
-                let taken = bytes.len().min(HEAD - self.known);
-                self.head[self.known..self.known + taken].copy_from_slice(&bytes[..taken]);
+            if self.known < HEADER {
+                let taken = bytes.len().min(HEADER - self.known);
+                self.header[self.known..self.known + taken].copy_from_slice(&bytes[..taken]);
                 self.known += taken;
                 bytes = &bytes[taken..];
-                if self.known < HEAD {
+                if self.known < HEADER {
                     return;
                 }
-                let frame = Frame::parse(self.head);
+                let frame = Frame::parse(self.header);
                 self.missing = frame.length as usize;
                 on(Event::Began(frame));
             }
@@ -93,7 +93,7 @@ impl Frames {
             bytes = &bytes[taken..];
             if self.missing == 0 {
                 self.known = 0;
-                on(Event::Ended(Frame::parse(self.head)));
+                on(Event::Ended(Frame::parse(self.header)));
             }
         }
     }
@@ -106,14 +106,14 @@ pub(super) struct Requests {
     open: Vec<Request>,
     /// When the incomplete request head started to arrive.
     head_began: Option<u64>,
-    /// How many bytes of the incomplete head have arrived.
+    /// The estimated number of bytes that the incomplete head uses.
     head_length: usize,
     /// When a response last ended or made progress.
     progressed: u64,
     /// When a response that was later reset last made progress. Cleared when another response makes progress.
     /// Otherwise, a client that resets responses instead of reading them would get a new deadline with each request.
     unread: Option<u64>,
-    /// When a request arrived that was reset before its response began. Cleared when another request gets a response.
+    /// When a request arrived that was reset before its response began. Cleared when another response is complete.
     cancelled: Option<u64>,
 }
 
@@ -182,8 +182,8 @@ impl Requests {
         self.head_length + self.open.len() * REQUEST + bodies
     }
 
-    /// Tracks a frame to the client. `progress` is the number of bytes that count as progress for a response that has
-    /// not ended.
+    /// Records a frame sent to the client. `progress` is the number of bytes that count as progress for a response that
+    /// has not ended.
     pub(super) fn sent(&mut self, event: Event, now: u64, progress: u32) {
         let Event::Ended(frame) = event else { return };
         match frame.kind {

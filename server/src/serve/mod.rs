@@ -57,12 +57,15 @@ use crate::{
 
 /// The maximum size of a request line with its header fields.
 const HEADER_BYTES: usize = 32 * 1024;
+/// The maximum number of header fields of an HTTP/1 request.
 const HEADER_FIELDS: usize = 100;
 /// The overhead per header field, as counted by HTTP/2 (RFC 9113, section 6.5.2).
 const FIELD: usize = 32;
-/// HTTP/2: how many bytes of request bodies a client may send before they are read, per stream and per connection. A
-/// body of the default size limit fits. hyper's defaults would buffer 1 MiB per connection.
+/// HTTP/2: how many bytes of a request body a client may send before they are read. A body of the default size limit
+/// fits.
 const STREAM_WINDOW: u32 = 64 * 1024;
+/// HTTP/2: how many bytes of request bodies a client may send on a connection before they are read. hyper's default
+/// would buffer 1 MiB.
 const CONNECTION_WINDOW: u32 = 128 * 1024;
 /// HTTP/2: how many bytes of a response may wait for the socket, per stream.
 const SEND_BUFFER: usize = 64 * 1024;
@@ -103,7 +106,7 @@ pub fn bind(addr: SocketAddr) -> io::Result<BoundSocket> {
     } else {
         TcpSocket::new_v6()?
     };
-    // Like most servers, this allows reusing a port that was closed recently.
+    // Allows binding while old connections are in TIME_WAIT, as most servers do.
     socket.set_reuseaddr(true)?;
     socket.bind(addr)?;
     Ok(BoundSocket(socket))

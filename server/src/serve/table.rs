@@ -57,7 +57,7 @@ const YOUNG: Duration = Duration::from_secs(1);
 /// How many of the oldest connections without a request are considered for closing. The one whose address has the most
 /// connections is closed.
 const WAITING_SEARCH: usize = 16;
-/// An address is light compared with one that has at least this many times as many connections.
+/// An address is light compared with another address that has at least this many times its number of connections.
 const LIGHT: usize = 4;
 /// The minimum time between two searches for idle and stalled connections, because a search checks all connections.
 const SEARCH_EVERY: Duration = Duration::from_millis(100);
@@ -72,7 +72,7 @@ pub(super) struct Table {
     metrics: Arc<ConnectionMetrics>,
     memory: Arc<Memory>,
     open: Mutex<Open>,
-    /// The number of connections that are closing but whose socket is still open.
+    /// The number of connections that are closing but still have an open socket.
     closing: AtomicUsize,
     emptied: Notify,
 }
@@ -101,14 +101,14 @@ struct Entry {
 }
 
 impl Entry {
-    /// Returns when the connection became idle, if that is long enough ago to close it.
+    /// Returns the time at which the connection became idle, if that is long enough ago to close it.
     fn idle(&self, now: Instant) -> Option<Instant> {
         let since = self.connection.idle_since().filter(|_| !self.is_proxy)?;
         (now.saturating_duration_since(since) >= IDLE_ENOUGH).then_some(since)
     }
 
-    /// Returns when the client stopped reading a response, if that is long enough ago to close the connection. `None`
-    /// for connections that have authenticated.
+    /// Returns the time at which the client stopped reading a response, if that is long enough ago to close the
+    /// connection. `None` for connections that have authenticated.
     fn stalled(&self, now: Instant) -> Option<Instant> {
         let since = self.connection.stalled_since();
         let since = since.filter(|_| self.counted_at.is_some())?;
@@ -211,15 +211,15 @@ impl Table {
         let mut open = self.open.lock();
         for (width, network) in counted_at.into_iter().flat_map(networks) {
             if !self.make_room_in(&mut open, width, network) {
-                let refusal = match width {
+                let limit = match width {
                     Width::Address => ConnectionLimit::Address,
                     Width::Network | Width::Site => ConnectionLimit::Network,
                 };
-                return Err(self.refused(refusal));
+                return Err(self.rejected(limit));
             }
         }
         if open.all.len() >= self.limits.connections && !self.make_room(&mut open, counted_at) {
-            return Err(self.refused(ConnectionLimit::Full));
+            return Err(self.rejected(ConnectionLimit::Full));
         }
         let memory = counted_at.map(|_| self.memory.clone());
         let connection = Arc::new(Connection::accepted_now(memory));
@@ -250,9 +250,9 @@ impl Table {
         })
     }
 
-    fn refused(&self, refusal: ConnectionLimit) -> ConnectionLimit {
-        self.metrics.refused(refusal).inc();
-        refusal
+    fn rejected(&self, limit: ConnectionLimit) -> ConnectionLimit {
+        self.metrics.rejected(limit).inc();
+        limit
     }
 
     /// Closes a connection, if possible, because the process has no free file descriptors.

@@ -58,13 +58,16 @@ use crate::config::StripeSettings;
 /// The maximum duration of a request. A request that timed out may have taken effect.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The metadata key for the tenant's ID in Stripe objects.
+/// The maximum length of a customer's name, in characters.
+const NAME_MAX: usize = 150;
+
+/// The metadata key under which Stripe objects store the ID of their tenant.
 pub const TENANT: &str = "quota_tenant";
 
 /// The API version of requests, and of webhook endpoints that Quota creates.
 pub const API_VERSION: stripe_shared::ApiVersion = stripe_shared::version::VERSION;
 
-/// The events that Quota acts on. All others are ignored.
+/// The events that Quota's webhook endpoint in Stripe must be subscribed to.
 pub const EVENTS: [&str; 14] = [
     "checkout.session.completed",
     "checkout.session.async_payment_succeeded",
@@ -110,7 +113,7 @@ pub enum StripeError {
 }
 
 impl StripeError {
-    /// Whether the object in the request's path or parameters does not exist.
+    /// Returns whether the object in the request's path or parameters does not exist.
     pub const fn is_not_found(&self) -> bool {
         matches!(
             self,
@@ -118,8 +121,8 @@ impl StripeError {
         )
     }
 
-    /// Whether the customer in a parameter cannot be used, because it was [deleted](Stripe::is_deleted) or belongs to a
-    /// different mode or account.
+    /// Returns whether the customer in a parameter cannot be used, because it was [deleted](Stripe::is_deleted) or
+    /// belongs to a different mode or account.
     pub fn is_missing_customer(&self) -> bool {
         matches!(self, Self::Missing { param: Some(param), .. } if param == "customer")
     }
@@ -205,7 +208,7 @@ fn tenant_metadata(tenant: &str) -> HashMap<String, String> {
 impl Stripe {
     /// # Errors
     ///
-    /// Fails if the secret key or the address cannot be used in a request.
+    /// Fails if the secret key or the base URL cannot be used in a request.
     pub fn new(settings: &StripeSettings) -> Result<Self> {
         let key: &SecretString = &settings.secret_key;
         let mut client = stripe::ClientBuilder::new(key.expose_secret()).timeout(TIMEOUT);
@@ -227,7 +230,8 @@ impl Stripe {
         self.raw.account().await
     }
 
-    /// Whether a customer was deleted. Fails if the customer never existed in the secret key's account and mode.
+    /// Returns whether a customer was deleted. Fails if the customer never existed in the secret key's account and
+    /// mode.
     pub async fn is_deleted(&self, customer: &str) -> Result<bool> {
         let found: response::Deleted = send!(self, RetrieveCustomer::new(customer));
         Ok(found.deleted == Some(true))
@@ -240,6 +244,7 @@ impl Stripe {
         name: &str,
         key: &str,
     ) -> Result<String> {
+        let name: String = name.chars().take(NAME_MAX).collect();
         let request = CreateCustomer::new()
             .email(email)
             .name(name)
@@ -291,7 +296,7 @@ impl Stripe {
         }
     }
 
-    /// Returns the unpaid invoices of a subscription.
+    /// Returns up to 100 unpaid invoices of a subscription.
     pub async fn open_invoices(&self, subscription: &str) -> Result<Vec<Invoice>> {
         let request = ListInvoice::new()
             .subscription(subscription)
@@ -367,8 +372,8 @@ impl Stripe {
         Ok(session.url)
     }
 
-    /// Whether one of the subscription's invoices is not final, so that usage in its billing period can still be
-    /// charged.
+    /// Returns whether one of the subscription's invoices is not final, so that usage in its billing period can still
+    /// be charged.
     pub async fn has_draft_invoice(&self, subscription: &str) -> Result<bool> {
         let request = ListInvoice::new()
             .subscription(subscription)

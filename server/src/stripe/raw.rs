@@ -11,7 +11,7 @@ const STRIPE: &str = "https://api.stripe.com";
 #[derive(Debug, Clone)]
 pub(super) struct RawClient {
     http: reqwest::Client,
-    /// Has no trailing slash.
+    /// The base URL, without a trailing slash.
     base: String,
     key: SecretString,
 }

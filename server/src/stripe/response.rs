@@ -55,7 +55,7 @@ pub struct Items {
     pub data: Vec<Item>,
 }
 
-/// Since API version 2025-03-31, billing periods belong to items.
+/// A subscription item. Since API version 2025-03-31, billing periods belong to items.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Item {
     pub current_period_start: i64,
@@ -69,7 +69,7 @@ pub struct Item {
 pub struct ItemPrice {
     pub currency: String,
     pub product: String,
-    /// `None` for tiered prices.
+    /// The price of a unit, as a decimal number in the smallest unit of the currency. `None` for tiered prices.
     pub unit_amount_decimal: Option<String>,
     pub recurring: Option<Recurring>,
 }

@@ -26,7 +26,8 @@ pub enum BadSignature {
     Stale,
 }
 
-/// Checks that one of the secrets recently signed the body. `now` is in seconds since 1970.
+/// Verifies that the body was signed with one of the secrets, within [`TOLERANCE`] of `now`. `now` is in seconds since
+/// 1970.
 pub fn verify(
     body: &[u8],
     header: &str,

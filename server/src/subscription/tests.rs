@@ -55,7 +55,7 @@ impl Life {
         (access, *works)
     }
 
-    /// Whether paid plans work at `now` if nothing else happens to the subscription.
+    /// Returns whether paid plans work at `now` if nothing else happens to the subscription.
     fn works(&self, now: Seconds) -> bool {
         let scheduled = self.cancel_at.is_none_or(|end| now < end);
         match self.row().1 {

@@ -21,8 +21,9 @@ use tracing_subscriber::{
 
 use crate::{clock::UnixNanos, config::LogFormat};
 
-/// Access log lines are written together, after this time or once this many bytes have accumulated.
+/// How long access log lines are collected before they are written together.
 const FLUSH_EVERY: Duration = Duration::from_millis(50);
+/// The number of collected bytes at which access log lines are written early.
 const FLUSH_AT: usize = 64 * 1024;
 /// The maximum number of bytes that wait for standard output. Further access log lines are dropped.
 const MAX_WAITING: usize = 4 * 1024 * 1024;

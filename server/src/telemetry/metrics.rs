@@ -60,7 +60,7 @@ metrics! {
     allowed: Counter, "decisions_allowed", "Requests allowed by the limiter";
     denied: Counter, "decisions_denied", "Requests denied by the limiter";
     limiter_errors: Counter, "decision_errors", "Requests that got 503 because no decision could be made";
-    refused_keys: Counter, "keys_refused", "Requests with an invalid, inactive or expired key";
+    keys_rejected: Counter, "keys_rejected", "Requests with an invalid, inactive or expired key";
     payment_required: Counter, "payment_required",
         "Requests with a key on a paid plan whose tenant has no active subscription";
     billing_events: Counter, "billing_events", "Stripe webhooks stored";
@@ -77,26 +77,26 @@ metrics! {
     billing_usage_lost: Gauge, "billing_usage_lost",
         "Usage of the last 40 days that should have been charged but will not be";
     billing_usage_oldest: Gauge, "billing_usage_oldest_pending_seconds",
-        "Age of the oldest usage report that Stripe has not received yet; 0 if there is none";
+        "Age of the oldest usage report that Stripe has not received; 0 if it has received all reports";
     billing_meter_errors: Counter, "billing_meter_errors",
-        "Usage reports in which Stripe found an error after accepting them";
+        "Usage reports with errors that Stripe found after accepting them";
     billing_reconciled_at: Gauge, "billing_reconciled_at_seconds",
         "Unix time of the last comparison of usage reports with the totals in Stripe";
     quota_alerts: Counter, "alerts", "Quota alerts created";
     alert_errors: Counter, "alert_errors", "Failed attempts to check quotas for alerts; they are retried";
     webhooks_delivered: Counter, "webhooks_delivered", "Deliveries that an endpoint accepted";
     webhook_attempts_failed: Counter, "webhook_attempts_failed",
-        "Failed attempts to deliver an event that are retried";
+        "Failed delivery attempts that will be retried";
     webhooks_failed: Counter, "webhooks_failed", "Deliveries that were abandoned";
     webhook_errors: Counter, "webhook_errors",
         "Failed attempts to claim deliveries or to record their results; they are retried";
     webhooks_overdue: Gauge, "webhooks_overdue_seconds",
-        "How long the oldest delivery that is due has been waiting; 0 if there is none";
+        "Time since the oldest overdue delivery was due; 0 if none is overdue";
     webhook_secrets_unreadable: Gauge, "webhook_secrets_unreadable",
-        "Webhooks whose secrets were encrypted with a QUOTA_SECRET that is not configured, as found at startup";
+        "Webhooks whose signing secrets were encrypted with a QUOTA_SECRET that is not configured, as of startup";
     mails_sent: Counter, "emails_sent", "Emails sent";
     mail_attempts_failed: Counter, "email_attempts_failed",
-        "Failed attempts to send an email that are retried";
+        "Failed attempts to send emails that will be retried";
     mails_failed: Counter, "emails_failed", "Emails that were rejected or abandoned";
     mail_errors: Counter, "email_errors",
         "Failed attempts to write or claim emails in PostgreSQL or to record their results; they are retried";
@@ -104,19 +104,19 @@ metrics! {
         "Requests with a key that has an invalid format or checksum, rejected without a lookup";
     key_cache_hits: Counter, "key_cache_hits", "Key lookups served from memory";
     key_cache_negative_hits: Counter, "key_cache_negative_hits",
-        "Lookups of keys that are known not to exist, served from memory";
+        "Lookups of nonexistent keys served from memory";
     key_shared_hits: Counter, "key_shared_hits", "Key lookups served from Redis";
     key_shared_negative_hits: Counter, "key_shared_negative_hits",
-        "Lookups of keys that are known not to exist, served from Redis";
+        "Lookups of nonexistent keys served from Redis";
     key_shared_misses: Counter, "key_shared_misses", "Key lookups that found nothing in Redis";
     key_shared_outdated: Counter, "key_shared_outdated",
         "Key lookups that found an outdated record in Redis";
     key_shared_unreadable: Counter, "key_shared_unreadable",
-        "Key lookups that found a record in Redis that was not sealed with this installation's secret";
+        "Key lookups that found a key record in Redis sealed with another secret";
     key_shared_errors: Counter, "key_shared_errors", "Failed reads and writes of key records in Redis";
     key_loads: Counter, "key_loads", "Key lookups in PostgreSQL";
     key_stale_served: Counter, "key_stale_served",
-        "Key lookups served with a record that could not be confirmed";
+        "Key lookups served with a key record that could not be confirmed";
     ledger_takes: Counter, "ledger_takes", "Calendar quota blocks taken from the ledger";
     ledger_errors: Counter, "ledger_errors", "Failed calls to the quota ledger";
     counter_calls: Counter, "counter_calls", "Calls to the shared counters";
@@ -128,16 +128,16 @@ metrics! {
         "Leased tokens that were returned unspent; late returns may not be credited";
     lease_tokens_lost: Counter, "lease_tokens_lost",
         "Leased tokens that could not be returned to the shared counters";
-    admitted_degraded: Counter, "admitted_degraded", "Requests allowed without the shared counters";
+    allowed_degraded: Counter, "decisions_allowed_degraded", "Requests allowed without the shared counters";
     counters_away: Gauge, "counter_partitions_unavailable",
-        "Number of unavailable partitions of the shared counters; a single Redis is one partition";
-    replicas: Gauge, "replicas", "Number of replicas, as counted by this one; 0 without Redis";
-    guard_refusals: Counter, "guard_refusals", "Requests rejected by a per-address or per-account limit";
+        "Unavailable partitions of the shared counters; a single Redis server is one partition";
+    replicas: Gauge, "replicas", "Replicas, as counted by this replica; 0 without Redis";
+    guard_rejections: Counter, "guard_rejections", "Requests rejected by a per-address or per-account limit";
     logins_failed: Counter, "logins_failed", "Sign-ins with an incorrect email or password";
     password_queue_full: Counter, "password_queue_full",
         "Requests that got 503 because too many passwords were being hashed";
     direct_responses: Counter, "direct_responses",
-        "Responses that were written directly to the connection, because their requests had a plain form";
+        "Responses written without the general HTTP server (`QUOTA_DIRECT_RESPONSES=on`)";
     requests_in_flight: Gauge, "requests_in_flight", "Requests in flight";
     panics: Counter, "panics", "Handlers that panicked";
     log_lines_dropped: Counter, "log_lines_dropped",
@@ -164,19 +164,19 @@ metrics! {
     redis_calls_late: Counter, "redis_calls_late", "Calls to Redis that timed out";
     redis_calls_failed: Counter, "redis_calls_failed",
         "Calls to Redis that failed for reasons other than a timeout or a missing connection";
-    lookups_refused: Counter, "lookups_refused",
+    lookups_rejected: Counter, "lookups_rejected",
         "Lookups of keys and tokens that got 503 because too many lookups were in progress";
     database_suspected: Counter, "database_suspected", "Number of times PostgreSQL was suspected to be unreachable";
     readiness_checks: Counter, "readiness_checks", "Readiness checks that queried PostgreSQL";
     sweep_errors: Counter, "sweep_errors", "Batches of expired rows that could not be deleted";
     decisions_not_streamed: Counter, "decisions_not_streamed",
-        "Decisions that streams skipped because they arrived faster than they could be sent";
+        "Decisions that streams skipped because they could not be sent fast enough";
     usage_log_rollup_difference: Gauge, "usage_log_rollup_difference",
-        "Difference between the usage log and the rollups in the number of yesterday's requests (UTC), summed over tenants";
+        "Difference between yesterday's requests (UTC) in the usage log and in the rollups, summed over tenants";
     usage_ledger_excess: Gauge, "usage_ledger_excess",
-        "Cost in the quota ledger in excess of recorded usage, for windows that ended the previous day";
+        "Cost in the quota ledger that exceeds recorded usage, for windows that ended yesterday";
     usage_rollup_excess: Gauge, "usage_rollup_excess",
-        "Recorded cost in excess of the quota ledger, for windows that ended the previous day";
+        "Recorded cost that exceeds the quota ledger, for windows that ended yesterday";
     usage_reconciled_at: Gauge, "usage_reconciled_at_seconds",
         "Unix time of this replica's last comparison of the usage log, the rollups and the quota ledger";
     usage_partition_errors: Counter, "usage_partition_errors",
@@ -185,13 +185,13 @@ metrics! {
     usage_records_replayed: Counter, "usage_records_replayed",
         "Usage records left behind by stopped replicas and written to PostgreSQL";
     usage_records_damaged: Counter, "usage_records_damaged",
-        "Places in segments where a record was expected but none could be read";
-    usage_segments_refused: Counter, "usage_segments_refused",
+        "Places in segments where a usage record was expected but could not be read";
+    usage_segments_rejected: Counter, "usage_segments_rejected",
         "Segments that are older than the usage log and were not shipped";
-    usage_refused_decisions: Counter, "usage_refused_decisions",
+    usage_decisions_rejected: Counter, "usage_decisions_rejected",
         "Requests that got 503 because usage could not be recorded";
     usage_denials_unrecorded: Counter, "usage_denials_unrecorded",
-        "Denials that were not recorded because the usage backlog was more than half full and the tenant had many denials";
+        "Denials not recorded because the usage backlog was more than half full and the tenant had too many denials";
     usage_ship_errors: Counter, "usage_ship_errors", "Batches of usage records that could not be written to PostgreSQL";
     usage_sync_errors: Counter, "usage_sync_errors",
         "Usage records that could not be written to disk before their responses were sent";
@@ -206,7 +206,7 @@ metrics! {
     usage_unrecordable: Gauge, "usage_unrecordable",
         "1 while usage cannot be recorded and check requests get 503, otherwise 0";
     usage_oldest_seconds: Gauge, "usage_oldest_record_timestamp_seconds",
-        "Time of the oldest record in the backlog; 0 if there is none";
+        "Unix time of the oldest usage record in the backlog; 0 if the backlog is empty";
 }
 
 /// The number of responses, by status code.
@@ -251,7 +251,7 @@ impl Metrics {
         self.invalidation_lag_seconds.write(
             &mut text,
             "quota_invalidation_lag_seconds",
-            "Seconds between a change (by PostgreSQL's clock) and the moment this replica applied it.",
+            "Seconds from a change, by PostgreSQL's clock, until this replica applied it.",
         );
         connections::write(
             &mut text,

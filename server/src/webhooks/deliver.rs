@@ -31,8 +31,9 @@ const PAUSE_MAX: i64 = 12 * 3600;
 /// If an endpoint has been failing for at least this many seconds when a delivery is abandoned, the webhook is
 /// disabled.
 const FAILING_MAX: i64 = 3 * 24 * 3600;
-/// The maximum number of concurrent attempts per tenant on one replica. `PER_WEBHOOK` is the maximum per webhook.
+/// The maximum number of concurrent attempts per tenant on one replica.
 const PER_TENANT: i64 = 8;
+/// The maximum number of concurrent attempts per webhook on one replica.
 const PER_WEBHOOK: i64 = 4;
 /// The maximum number of attempts per delivery.
 const ATTEMPTS_MAX: i32 = 10;
@@ -84,10 +85,12 @@ impl Webhooks {
             attempts_max: ATTEMPTS_MAX,
             lease_seconds: LEASE,
         };
-        let mut tx = self.0.db.system().await?;
-        let due = webhook_delivery::claim(&mut tx, &claim).await?;
-        tx.commit().await?;
-        // The tenant after the last of these has the next turn.
+        let due = self
+            .0
+            .db
+            .in_system(async |tx| webhook_delivery::claim(tx, &claim).await)
+            .await?;
+        // The next turn is that of the tenant after the last of these.
         let tenants = due.iter().map(|it| it.tenant_id);
         if let Some(last) = tenants.max_by_key(|it| (*it <= after_tenant, *it)) {
             *self.0.last_tenant.lock() = last;
@@ -98,9 +101,11 @@ impl Webhooks {
     /// Sends a delivery and records the result.
     pub async fn deliver(&self, due: &DueDelivery) -> Result<Outcome, DbError> {
         let sent = self.attempt(due).await;
-        let mut tx = self.0.db.system().await?;
-        let (outcome, is_disabled) = record(&mut tx, due, &sent).await?;
-        tx.commit().await?;
+        let (outcome, is_disabled) = self
+            .0
+            .db
+            .in_system(async |tx| record(tx, due, &sent).await)
+            .await?;
         if is_disabled {
             // Canceled in a separate transaction, so that the result is recorded even if this fails. In that case, the
             // next attempt cancels them.
@@ -115,17 +120,19 @@ impl Webhooks {
     /// Cancels the other deliveries of a disabled webhook.
     async fn cancel(&self, due: &DueDelivery) -> Result<(), DbError> {
         let (tenant, id) = (due.tenant_id, due.webhook_id);
-        let mut tx = self.0.db.system().await?;
-        // The webhook may have been enabled again.
-        if webhook::lock_disabled(&mut tx, tenant, id).await? {
-            webhook_delivery::cancel_system(&mut tx, tenant, id, "The webhook was disabled.")
-                .await?;
-        }
-        tx.commit().await
+        let cancel = async |tx: &mut SystemTx| {
+            // It may have been enabled again.
+            if webhook::lock_disabled(tx, tenant, id).await? {
+                webhook_delivery::cancel_system(tx, tenant, id, "The webhook was disabled.")
+                    .await?;
+            }
+            Ok(())
+        };
+        self.0.db.in_system(cancel).await
     }
 
     async fn attempt(&self, due: &DueDelivery) -> Sent {
-        // Check again, because the operator's networks may have changed.
+        // Check the URL again: `QUOTA_WEBHOOK_PRIVATE_NETWORKS` may have changed since the webhook was saved.
         let (url, scheme) = match self.0.targets.parse(&due.url) {
             Ok(parsed) => parsed,
             Err(message) => return Sent::failed(format!("The URL {message}.")),
@@ -149,9 +156,11 @@ impl Webhooks {
 
     /// Returns how many seconds the oldest due delivery has been waiting.
     pub async fn overdue_seconds(&self) -> Result<i64, DbError> {
-        let mut tx = self.0.db.system().await?;
-        let seconds = webhook_delivery::overdue_seconds(&mut tx).await?;
-        tx.commit().await?;
+        let seconds = self
+            .0
+            .db
+            .in_system(async |tx| webhook_delivery::overdue_seconds(tx).await)
+            .await?;
         Ok(seconds)
     }
 }
@@ -170,15 +179,16 @@ async fn record(
     };
     // Everywhere, webhooks are locked before their deliveries.
     if sent.error.is_none() {
-        webhook::succeeded(tx, tenant, id).await?;
+        webhook::succeeded(tx, tenant, id, &due.url).await?;
         webhook_delivery::finish(tx, due, &result).await?;
         return Ok((Outcome::Delivered, false));
     }
-    let Some(failing_for) = webhook::failed(tx, tenant, id).await? else {
-        // The webhook was deleted.
+    let Some(failing) = webhook::failed(tx, tenant, id, &due.url).await? else {
+        // It was deleted.
         return Ok((Outcome::Failed, false));
     };
-    if sent.status == Some(GONE) {
+    // What another URL responded says nothing about the current one.
+    if sent.status == Some(GONE) && failing.is_current {
         webhook_delivery::finish(tx, due, &result).await?;
         disable(tx, due, "The endpoint responded with status 410 (Gone).").await?;
         return Ok((Outcome::Failed, true));
@@ -188,7 +198,7 @@ async fn record(
     if result.retry_after.is_some() {
         return Ok((Outcome::Postponed, false));
     }
-    let is_disabled = failing_for >= FAILING_MAX;
+    let is_disabled = failing.is_current && failing.seconds >= FAILING_MAX;
     if is_disabled {
         disable(tx, due, "All deliveries failed for more than 3 days.").await?;
     }

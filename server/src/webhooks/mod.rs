@@ -36,7 +36,7 @@ use crate::{
 /// The number of webhooks whose secrets are re-encrypted per transaction.
 const BATCH: i64 = 100;
 
-/// See the module documentation. Cheap to clone.
+/// Sends webhooks. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Webhooks(Arc<Inner>);
 
@@ -61,9 +61,9 @@ pub enum SecretError {
 }
 
 pub struct NewSecret {
-    /// In the form shown to the tenant.
+    /// The secret in the form shown to the tenant.
     pub shown: String,
-    /// In the form stored in the database.
+    /// The secret in the form stored in the database.
     pub encrypted: Vec<u8>,
 }
 
@@ -73,7 +73,8 @@ fn context(tenant: Uuid, webhook: Uuid) -> Vec<u8> {
 }
 
 impl Webhooks {
-    /// `private` contains the non-public networks that webhooks may be sent to.
+    /// Creates the sender. `private` contains the non-public networks that webhooks may be sent to. The host of
+    /// `public_url` never receives webhooks.
     ///
     /// # Errors
     ///
@@ -82,9 +83,10 @@ impl Webhooks {
         db: Db,
         encryption: Encryption,
         private: &[IpNet],
+        public_url: &str,
         lookup: &Arc<dyn Lookup>,
     ) -> Result<Self, reqwest::Error> {
-        let targets = Targets::new(private);
+        let targets = Targets::new(private).without_host_of(public_url);
         let sender = Sender::new(&targets, lookup)?;
         Ok(Self(Arc::new(Inner {
             db,
@@ -136,26 +138,30 @@ impl Webhooks {
         let mut after = (Uuid::nil(), Uuid::nil());
         let mut unreadable = 0;
         loop {
-            let mut tx = self.0.db.system().await?;
-            let batch = webhook::stored_secrets(&mut tx, after, BATCH).await?;
-            let Some(last) = batch.last() else {
-                return tx.commit().await.map(|()| unreadable);
-            };
-            after = (last.tenant_id, last.id);
-            for stored in &batch {
-                match self.reencrypted(stored) {
-                    Ok(None) => {}
-                    Ok(Some((secret, previous))) => {
-                        webhook::replace_secrets(&mut tx, stored, &secret, previous.as_deref())
-                            .await?;
-                    }
-                    Err(error) => {
-                        unreadable += 1;
-                        tracing::debug!(webhook = %stored.id, %error, "cannot encrypt a secret again");
+            let batch = self.0.db.in_system(async |tx| {
+                let batch = webhook::stored_secrets(tx, after, BATCH).await?;
+                let mut unreadable = 0;
+                for stored in &batch {
+                    match self.reencrypted(stored) {
+                        Ok(None) => {}
+                        Ok(Some((secret, previous))) => {
+                            webhook::replace_secrets(tx, stored, &secret, previous.as_deref())
+                                .await?;
+                        }
+                        Err(error) => {
+                            unreadable += 1;
+                            tracing::debug!(webhook = %stored.id, %error, "cannot encrypt a secret again");
+                        }
                     }
                 }
+                Ok((batch.last().map(|it| (it.tenant_id, it.id)), unreadable))
+            });
+            let (last, more) = batch.await?;
+            unreadable += more;
+            match last {
+                Some(last) => after = last,
+                None => return Ok(unreadable),
             }
-            tx.commit().await?;
         }
     }
 
@@ -171,7 +177,7 @@ impl Webhooks {
             decrypted.ok_or(SecretError::UnknownKey)
         };
         let secret = decrypt(&stored.secret)?;
-        // A previous secret that cannot be decrypted is not used. It is kept unchanged.
+        // A previous secret that cannot be decrypted is not used for signing, so keep it unchanged.
         let previous = stored.previous_secret.as_deref().map(decrypt);
         let previous = previous.and_then(Result::ok);
         if secret.is_current && previous.as_ref().is_none_or(|it| it.is_current) {

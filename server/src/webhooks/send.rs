@@ -9,7 +9,7 @@ use reqwest::{
 use tokio::time::{Instant, timeout, timeout_at};
 use url::Url;
 
-use super::target::{ForbiddenAddress, Lookup, Scheme, Targets};
+use super::target::{Lookup, Scheme, Targets, UnusableHost};
 use crate::error_chain::chain;
 
 /// How long an attempt may take, including the DNS lookup and the connection.
@@ -25,7 +25,7 @@ const ERROR_MAX: usize = 200;
 #[derive(Debug)]
 pub struct Attempt<'a> {
     pub event_id: &'a str,
-    /// In seconds since 1970.
+    /// The time of the attempt, in seconds since 1970.
     pub at: i64,
     pub signature: &'a str,
     pub payload: &'a str,
@@ -56,6 +56,8 @@ impl Sent {
 pub struct Sender {
     https: Client,
     http: Client,
+    targets: Targets,
+    lookup: Arc<dyn Lookup>,
 }
 
 impl Sender {
@@ -87,6 +89,8 @@ impl Sender {
         Ok(Self {
             https: client(Scheme::Https)?,
             http: client(Scheme::Http)?,
+            targets: targets.clone(),
+            lookup: lookup.clone(),
         })
     }
 
@@ -97,19 +101,29 @@ impl Sender {
             Scheme::Http => &self.http,
         };
         let request = client
-            .post(url)
+            .post(url.clone())
             .header(CONTENT_TYPE, "application/json")
             .header("webhook-id", attempt.event_id)
             .header("webhook-timestamp", attempt.at)
             .header("webhook-signature", attempt.signature)
             .body(attempt.payload.to_owned());
-        match timeout(TIMEOUT, request.send()).await {
+        let response = async {
+            let literal = self.targets.check_literal(&url, scheme, &*self.lookup);
+            literal
+                .await
+                .map_err(|UnusableHost| UNUSABLE_HOST.to_owned())?;
+            request.send().await.map_err(|error| reason(&error))
+        };
+        match timeout(TIMEOUT, response).await {
             Ok(Ok(response)) => received(response).await,
-            Ok(Err(error)) => Sent::failed(reason(&error)),
+            Ok(Err(reason)) => Sent::failed(reason),
             Err(_) => Sent::failed(too_slow()),
         }
     }
 }
+
+const UNUSABLE_HOST: &str =
+    "The URL's host is unknown, or has an address to which webhooks may not be sent.";
 
 fn too_slow() -> String {
     format!(
@@ -145,7 +159,7 @@ async fn received(response: Response) -> Sent {
     }
 }
 
-/// Reads the body, as long as it is short and arrives quickly.
+/// Reads and discards the body: at most [`BODY_MAX`] bytes, for at most [`READ_BODY`].
 async fn skip_body(mut response: Response) {
     let deadline = Instant::now() + READ_BODY;
     let mut read = 0;
@@ -157,8 +171,8 @@ async fn skip_body(mut response: Response) {
     }
 }
 
-/// Parses `Retry-After`, which contains seconds or a time. A time is compared with the endpoint's own clock if the
-/// response has a `Date` header.
+/// Parses `Retry-After`, which contains seconds or a time. A time is compared with the endpoint's clock, according to
+/// the `Date` header. Returns `None` if that header is missing.
 fn seconds_until(retry_after: &str, headers: &reqwest::header::HeaderMap) -> Option<u64> {
     if let Ok(seconds) = retry_after.trim().parse() {
         return Some(seconds);
@@ -173,8 +187,8 @@ fn seconds_until(retry_after: &str, headers: &reqwest::header::HeaderMap) -> Opt
 fn reason(error: &reqwest::Error) -> String {
     let mut cause: &dyn Error = error;
     loop {
-        if cause.is::<ForbiddenAddress>() {
-            return "The URL's host has an address to which webhooks may not be sent.".to_owned();
+        if cause.is::<UnusableHost>() {
+            return UNUSABLE_HOST.to_owned();
         }
         match cause.source() {
             Some(source) => cause = source,

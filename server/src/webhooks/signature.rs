@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use aws_lc_rs::hmac;
 use base64::{Engine, engine::general_purpose::STANDARD};
 
-/// In bytes. The specification allows 24 to 64.
+/// The length of a secret in bytes. The specification allows 24 to 64.
 pub const SECRET_LENGTH: usize = 32;
 
 /// Returns a secret in the form shown to the tenant.

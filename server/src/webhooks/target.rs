@@ -5,6 +5,11 @@
 //! addresses is used. Therefore, changing a host's address between the check and the connection has no effect.
 //! Redirects are not followed.
 //!
+//! The addresses of this machine are not allowed either, nor those of the host in `QUOTA_PUBLIC_URL`: in a container, the
+//! machine's public address is not that of an interface. If that host cannot be looked up, its addresses are unknown.
+//! Tenants do not learn whether a host is unknown or has an address that is not allowed, since that would reveal the
+//! names in a private network.
+//!
 //! The operator can allow networks that are not public (`QUOTA_WEBHOOK_PRIVATE_NETWORKS`). Only hosts in these networks
 //! may have `http://` URLs.
 
@@ -38,15 +43,17 @@ impl Lookup for SystemLookup {
     }
 }
 
-/// The host has an address that webhooks may not be sent to.
+/// The host cannot be looked up, or has an address that webhooks may not be sent to.
 #[derive(Debug, thiserror::Error)]
-#[error("the host has an address to which webhooks may not be sent")]
-pub struct ForbiddenAddress;
+#[error("the host has no address to which webhooks may be sent")]
+pub struct UnusableHost;
 
 /// The addresses that webhooks may be sent to.
 #[derive(Debug, Clone)]
 pub struct Targets {
     private: Arc<[IpNet]>,
+    /// The host of the server's public URL.
+    public_host: Option<Host>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,6 +67,17 @@ impl Targets {
     pub fn new(private: &[IpNet]) -> Self {
         Self {
             private: private.into(),
+            public_host: None,
+        }
+    }
+
+    /// Also refuses the addresses of this URL's host.
+    #[must_use]
+    pub fn without_host_of(self, public_url: &str) -> Self {
+        let url = Url::parse(public_url).ok();
+        Self {
+            public_host: url.and_then(|url| url.host().map(|host| host.to_owned())),
+            ..self
         }
     }
 
@@ -99,13 +117,48 @@ impl Targets {
         }
     }
 
-    /// Whether webhooks may be sent to this address.
+    /// Returns whether webhooks may be sent to this address.
     fn allows(&self, scheme: Scheme, ip: IpAddr, own: &[IpAddr]) -> bool {
         let ip = ip.to_canonical();
         if self.private.iter().any(|network| network.contains(&ip)) {
             return true;
         }
         scheme == Scheme::Https && is_public(ip) && !own.contains(&ip)
+    }
+
+    /// Returns the addresses of this server.
+    async fn own_addresses(&self, lookup: &dyn Lookup) -> Vec<IpAddr> {
+        let mut own = own_addresses();
+        match &self.public_host {
+            None => {}
+            Some(Host::Ipv4(ip)) => own.push(IpAddr::V4(*ip)),
+            Some(Host::Ipv6(ip)) => own.push(IpAddr::V6(*ip)),
+            Some(Host::Domain(name)) => {
+                let found = lookup.lookup(name.clone()).await.unwrap_or_default();
+                own.extend(found.into_iter().map(|ip| ip.to_canonical()));
+            }
+        }
+        own
+    }
+
+    /// Checks a URL whose host is an address, for which there is no lookup.
+    pub async fn check_literal(
+        &self,
+        url: &Url,
+        scheme: Scheme,
+        lookup: &dyn Lookup,
+    ) -> Result<(), UnusableHost> {
+        let ip = match url.host() {
+            Some(Host::Ipv4(ip)) => IpAddr::V4(ip),
+            Some(Host::Ipv6(ip)) => IpAddr::V6(ip),
+            _ => return Ok(()),
+        };
+        let own = self.own_addresses(lookup).await;
+        if self.allows(scheme, ip, &own) {
+            Ok(())
+        } else {
+            Err(UnusableHost)
+        }
     }
 
     /// Returns a resolver that fails if any address of the host is not allowed.
@@ -118,7 +171,7 @@ impl Targets {
     }
 }
 
-/// See [`Targets::resolver`].
+/// A resolver that fails if any address of a host is not allowed.
 #[derive(Debug)]
 pub struct CheckedResolver {
     targets: Targets,
@@ -129,14 +182,16 @@ pub struct CheckedResolver {
 impl Resolve for CheckedResolver {
     fn resolve(&self, name: Name) -> Resolving {
         let (targets, scheme) = (self.targets.clone(), self.scheme);
-        let found = self.lookup.lookup(name.as_str().to_owned());
+        let lookup = self.lookup.clone();
+        let found = lookup.lookup(name.as_str().to_owned());
         Box::pin(async move {
-            let found = found.await?;
-            let own = own_addresses();
+            let found = found.await.map_err(|_| UnusableHost)?;
+            let own = targets.own_addresses(&*lookup).await;
             // A single forbidden address is enough: no host has a legitimate reason to mix forbidden and allowed
             // addresses.
-            if found.iter().any(|ip| !targets.allows(scheme, *ip, &own)) {
-                return Err(ForbiddenAddress.into());
+            let is_allowed = |ip: &IpAddr| targets.allows(scheme, *ip, &own);
+            if found.is_empty() || !found.iter().all(is_allowed) {
+                return Err(UnusableHost.into());
             }
             // The URL determines the port.
             let found = found.into_iter().map(|ip| SocketAddr::new(ip, 0));
@@ -157,7 +212,7 @@ fn own_addresses() -> Vec<IpAddr> {
     addresses.collect()
 }
 
-/// Whether the address is globally reachable, according to the IANA registries of special-purpose addresses.
+/// Returns whether the address is globally reachable, according to the IANA registries of special-purpose addresses.
 fn is_public(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(ip) => is_public_v4(ip),

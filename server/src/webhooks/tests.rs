@@ -13,6 +13,7 @@ use std::{
 
 use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
+use reqwest::dns::Resolve as _;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -108,8 +109,11 @@ async fn read_request(stream: &mut TcpStream) {
 
 async fn send(private: &[&str], lookup: Arc<dyn Lookup>, url: &str) -> Sent {
     let private: Vec<_> = private.iter().map(|it| it.parse().unwrap()).collect();
-    let targets = Targets::new(&private);
-    let sender = Sender::new(&targets, &lookup).unwrap();
+    send_to(&Targets::new(&private), lookup, url).await
+}
+
+async fn send_to(targets: &Targets, lookup: Arc<dyn Lookup>, url: &str) -> Sent {
+    let sender = Sender::new(targets, &lookup).unwrap();
     let (url, scheme) = targets.parse(url).unwrap();
     let attempt = Attempt {
         event_id: "msg_1",
@@ -151,6 +155,80 @@ async fn host_with_any_address_that_is_not_public_is_not_connected_to() {
         );
     }
     assert_eq!(receiver.connections(), 0);
+}
+
+/// The answers of a private network's resolver.
+#[derive(Debug)]
+struct Names(&'static [(&'static str, &'static str)]);
+
+impl Lookup for Names {
+    fn lookup(&self, host: String) -> BoxFuture<'static, io::Result<Vec<IpAddr>>> {
+        let found = self.0.iter().find(|(name, _)| *name == host);
+        let found = found.map(|(_, ip)| vec![ip.parse().unwrap()]);
+        Box::pin(async move { found.ok_or_else(|| io::Error::other("no such host")) })
+    }
+}
+
+/// Otherwise, tenants could find out which names exist in the network of the server.
+#[tokio::test(flavor = "multi_thread")]
+async fn unknown_host_and_forbidden_address_give_the_same_error() {
+    let lookup = Arc::new(Names(&[("internal.example.com", "10.0.0.1")]));
+    let mut errors = Vec::new();
+    for host in ["internal.example.com", "missing.example.com"] {
+        let sent = send(&[], lookup.clone(), &format!("https://{host}/")).await;
+        errors.push(sent.error.unwrap());
+    }
+    assert_eq!(errors[0], errors[1]);
+    assert!(!errors[0].contains("no such host"), "{}", errors[0]);
+}
+
+/// In a container, the public address of the machine is not that of an interface.
+#[tokio::test(flavor = "multi_thread")]
+async fn host_of_the_public_url_is_refused_by_name_and_by_address() {
+    let lookup = Arc::new(Names(&[
+        ("quota.example.com", "8.8.8.1"),
+        ("alias.example.com", "8.8.8.1"),
+        ("other.example.com", "8.8.8.2"),
+    ]));
+    // Nothing is sent, so that the test does not depend on these addresses.
+    let is_refused = async |public_url: &str, host: &str| {
+        let targets = Targets::new(&[]).without_host_of(public_url);
+        let (url, scheme) = targets.parse(&format!("https://{host}/")).unwrap();
+        let resolver = targets.resolver(scheme, lookup.clone());
+        let literal = targets.check_literal(&url, scheme, &*lookup).await;
+        let is_name = url.domain().is_some();
+        literal.is_err() || is_name && resolver.resolve(host.parse().unwrap()).await.is_err()
+    };
+    for host in ["quota.example.com", "alias.example.com", "8.8.8.1"] {
+        assert!(
+            is_refused("https://quota.example.com", host).await,
+            "{host}"
+        );
+        assert!(
+            !is_refused("https://missing.example.com", host).await,
+            "{host}"
+        );
+    }
+    for host in ["quota.example.com", "alias.example.com"] {
+        assert!(is_refused("https://8.8.8.1:8443", host).await, "{host}");
+    }
+    for host in ["other.example.com", "8.8.8.2"] {
+        assert!(
+            !is_refused("https://quota.example.com", host).await,
+            "{host}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn delivery_to_the_address_of_the_public_url_fails() {
+    let targets = Targets::new(&[]).without_host_of("https://quota.example.com");
+    let lookup = Arc::new(Names(&[("quota.example.com", "8.8.8.1")]));
+    for url in ["https://quota.example.com/", "https://8.8.8.1/"] {
+        let sent = send_to(&targets, lookup.clone(), url).await;
+        let error = sent.error.unwrap();
+        assert!(error.contains("webhooks may not be sent"), "{url}: {error}");
+    }
 }
 
 /// The host has an allowed address when it is checked, and a different one afterwards.

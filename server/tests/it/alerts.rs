@@ -2,7 +2,9 @@
 
 use std::time::{Duration, Instant};
 
+use quota_server::repo::alert;
 use serde_json::{Value, json};
+use uuid::Uuid;
 
 use crate::{
     support::{
@@ -362,9 +364,10 @@ async fn quota_with_tokens_that_a_crash_lost_is_used_up_when_requests_are_denied
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn alert_is_created_shortly_after_its_window_has_ended() {
+async fn alert_is_created_if_usage_is_recorded_after_its_window_has_ended() {
     let world = World::new(json!({"daily_quota": 10})).await;
-    for (window_end, expected) in [("16 minutes", &[][..]), ("5 minutes", &[50, 80, 100])] {
+    // The usage is an hour old.
+    for (window_end, expected) in [("61 minutes", &[][..]), ("20 minutes", &[50, 80, 100])] {
         let (tenant, key) = (&world.account.tenant_id, &world.key.id);
         world
             .sql(&format!(
@@ -568,6 +571,49 @@ async fn many_keys_are_checked_in_several_transactions() {
             .alerts,
         0
     );
+}
+
+/// Reading the usage of a window is costly, so it ends with the last alert.
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_with_an_alert_at_100_percent_are_skipped() {
+    let world = World::new(json!({"daily_quota": 10, "monthly_quota": 15})).await;
+    let tenant = world.account.tenant_id.parse().expect("an ID");
+    let key: Uuid = world.key.id.parse().expect("an ID");
+    let read = async || {
+        world.app.ship_usage().await;
+        let mut tx = world.app.state.db.system().await.expect("a connection");
+        let read = alert::standings(&mut tx, tenant, &[key], 50, None).await;
+        let mut read: Vec<_> = read
+            .expect("the usage")
+            .into_iter()
+            .map(|it| (it.policy, it.spent))
+            .collect();
+        read.sort();
+        read
+    };
+    let of = |policy: &str, spent| (policy.to_owned(), spent);
+    assert!(world.spend(&world.app, 8).await);
+    world.check().await;
+    assert_eq!(read().await, [of("daily", 8), of("monthly", 8)]);
+    assert!(world.spend(&world.app, 2).await);
+    assert_eq!(read().await, [of("daily", 10), of("monthly", 10)]);
+    world.check().await;
+    let of_daily = world
+        .reached()
+        .await
+        .into_iter()
+        .filter(|it| it.0 == "daily");
+    assert_eq!(of_daily.map(|it| it.1).collect::<Vec<_>>(), [50, 80, 100]);
+    // The other quota of the key is still read.
+    assert_eq!(read().await, [of("monthly", 10)]);
+    // The alert of an earlier window does not count.
+    world
+        .sql(
+            "UPDATE quota_alerts SET window_start = window_start - interval '2 days', \
+                 window_end = window_end - interval '2 days' WHERE policy = 'daily'",
+        )
+        .await;
+    assert_eq!(read().await, [of("daily", 10), of("monthly", 10)]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -30,7 +30,7 @@ use crate::support::{
 
 const QUOTA: u64 = 5000;
 
-fn script(name: &str) -> Command {
+pub(crate) fn script(name: &str) -> Command {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../deploy")
         .join(name);
@@ -42,13 +42,13 @@ fn script(name: &str) -> Command {
     command
 }
 
-fn text(output: &Output) -> String {
+pub(crate) fn text(output: &Output) -> String {
     let all = [&output.stdout[..], &output.stderr].concat();
     String::from_utf8_lossy(&all).into_owned()
 }
 
 /// Writes a backup, and returns its folder.
-fn back_up(url: &str, data: &Path, into: &Path) -> PathBuf {
+pub(crate) fn back_up(url: &str, data: &Path, into: &Path) -> PathBuf {
     let output = script("backup.sh")
         .arg(into)
         .env("DATABASE_URL", url)
@@ -60,7 +60,7 @@ fn back_up(url: &str, data: &Path, into: &Path) -> PathBuf {
     PathBuf::from(folder.trim())
 }
 
-fn restore(backup: &Path, url: &str, data: &Path) -> Output {
+pub(crate) fn restore(backup: &Path, url: &str, data: &Path) -> Output {
     let mut command = script("restore.sh");
     command
         .arg(backup)
@@ -69,7 +69,7 @@ fn restore(backup: &Path, url: &str, data: &Path) -> Output {
     command.output().expect("bash runs")
 }
 
-async fn migrated() -> TestDatabase {
+pub(crate) async fn migrated() -> TestDatabase {
     TestDatabase::create(|url| async move { db::migrate(&SecretString::from(url)).await.map(drop) })
         .await
 }
@@ -126,7 +126,7 @@ async fn spend(http: &Client, url: &str, key: &str) -> u64 {
     panic!("more than twice the quota");
 }
 
-async fn count(database: &tokio_postgres::Client, query: &str) -> i64 {
+pub(crate) async fn count(database: &tokio_postgres::Client, query: &str) -> i64 {
     let row = database.query_one(query, &[]).await;
     row.expect("a row").get(0)
 }
@@ -303,7 +303,7 @@ async fn damaged_backup_or_one_of_another_database_is_rejected() {
         .expect("bash runs");
     assert!(!output.status.success());
     assert!(
-        text(&output).contains("not a database of Quota"),
+        text(&output).contains("not a Quota database"),
         "{}",
         text(&output)
     );

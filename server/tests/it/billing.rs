@@ -794,6 +794,51 @@ async fn setting_up_twice_creates_nothing_twice() {
     assert_eq!(wrong, ["webhook endpoint"]);
 }
 
+/// Two replicas find at the same time that the tenant's customer was deleted. One of them is slow.
+#[tokio::test(flavor = "multi_thread")]
+async fn customer_that_was_deleted_is_replaced_by_one_customer() {
+    for slow in [
+        None,
+        Some("/v1/customers/"),
+        Some("/v1/checkout"),
+        Some("/v1/subscriptions"),
+    ] {
+        let stripe = TestStripe::start().await;
+        let first = stripe.app().await;
+        let second = stripe.configure(TestApp::setup());
+        let second = second.database(first.database.clone()).start().await;
+        let account = first.register().await;
+        stripe.subscribe(&first, &account).await;
+        let deleted = stripe.customer_of(&account);
+        let path = format!("customers/{deleted}");
+        let request = stripe.fake.request(&Method::DELETE, &path, "");
+        request.expect("deleted");
+        // No event and no regular read comes first.
+        stripe.fake.take_queued();
+        if let Some(path) = slow {
+            let delay = How::Slow(Duration::from_secs(3));
+            stripe.fake.fail_next(path, Fault::after(delay));
+        }
+        let checkout = async |app: &TestApp| {
+            app.act(&account, "POST", "/billing/checkout", Value::Null)
+                .await
+        };
+        let (one, other) = tokio::join!(checkout(&first), checkout(&second));
+        for page in [&one, &other] {
+            assert_eq!(page.status, 201, "{slow:?}: {}", page.text);
+        }
+        assert_eq!(one.text("url"), other.text("url"), "{slow:?}");
+        let customers = stripe.fake.all("customer");
+        let usable = customers.iter().filter(|it| it["deleted"] != true);
+        assert_eq!(usable.count(), 1, "{slow:?}: {customers:?}");
+        let sessions = stripe.fake.all("checkout.session");
+        let open = sessions
+            .iter()
+            .filter(|it| it["status"] == "open" && it["customer"] != deleted.as_str());
+        assert_eq!(open.count(), 1, "{slow:?}: {sessions:?}");
+    }
+}
+
 /// A tenant's customer no longer exists in Stripe, and neither do its subscriptions. The tenant can subscribe again.
 #[tokio::test(flavor = "multi_thread")]
 async fn tenant_whose_customer_was_deleted_can_subscribe_again() {

@@ -6,14 +6,14 @@ use std::{
 };
 
 use quota_fake_stripe::{Fault, How};
-use quota_server::billing::{BillingError, setup};
+use quota_server::billing::{BillingError, account::Switch, setup};
 use reqwest::Method;
 use serde_json::Value;
 
 use crate::support::{
     app::{Account, TestApp},
     postgres::TestDatabase,
-    stripe::{TestStripe, paid_key, wait_for_access, wait_for_status},
+    stripe::{TestStripe, billing_command, paid_key, wait_for_access, wait_for_status},
 };
 
 const AT_MOST: Duration = Duration::from_secs(30);
@@ -284,8 +284,9 @@ async fn operator_can_switch_to_another_account() {
     wait_for_mismatch(&app, 1.0).await;
     assert_eq!(app.echo(&world.key).await.status, 200);
     let billing = app.state.billing.as_ref().expect("billing is on");
-    let (account, ended) = billing.switch_account().await.expect("switched");
-    assert_eq!((account.as_str(), ended), ("acct_other (test mode)", 1));
+    let switched = billing.switch_account().await.expect("switched");
+    let account = "acct_other (test mode)".to_owned();
+    assert_eq!(switched, Switch::Done { account, ended: 1 });
     assert_eq!(world.stored().await, stored("acct_other", false));
     wait_for_access(&app, &world.account, "free").await;
     wait_for_status(&app, &world.key, 402).await;
@@ -296,4 +297,54 @@ async fn operator_can_switch_to_another_account() {
     wait_for_status(&app, &world.key, 200).await;
     assert_eq!(world.own.fake.all("customer").len(), 1);
     assert_eq!(world.other.fake.all("customer").len(), 1);
+}
+
+/// Without `--switch-account`, setting up another account changes nothing here.
+#[tokio::test(flavor = "multi_thread")]
+async fn command_switches_to_another_account_only_when_asked() {
+    let world = World::new().await;
+    let run = async |arguments: &[&str]| {
+        let secret = [("STRIPE_WEBHOOK_SECRET", world.other.secret.as_str())];
+        billing_command(&world.database, &world.other.fake, arguments, &secret).await
+    };
+    let setup = ["setup", "--price=2900", "--usage-price=1"];
+    let (status, output) = run(&setup).await;
+    assert_eq!(status, Some(0), "{output}");
+    let (status, output) = run(&["check"]).await;
+    assert_eq!(status, Some(1), "{output}");
+    let account = output.lines().find(|it| it.starts_with("failed account: "));
+    let account = account.expect("the account is compared");
+    for id in ["acct_fake (test mode)", "acct_other (test mode)"] {
+        assert!(account.contains(id), "{account}");
+    }
+    assert_eq!(world.stored().await, stored("acct_fake", false));
+    let app = world.start(&world.other).await;
+    wait_for_mismatch(&app, 1.0).await;
+    assert_eq!(app.echo(&world.key).await.status, 200);
+
+    let switch = [&setup[..], &["--switch-account"]].concat();
+    let (status, output) = run(&switch).await;
+    assert_eq!(status, Some(0), "{output}");
+    let said =
+        "now bills through acct_other (test mode). 1 tenant lost access; it can subscribe again.";
+    assert!(output.contains(said), "{output}");
+    assert_eq!(world.stored().await, stored("acct_other", false));
+    wait_for_status(&app, &world.key, 402).await;
+    wait_for_mismatch(&app, 0.0).await;
+    let (_, output) = run(&["check"]).await;
+    let account = "ok     account: acct_other (test mode)";
+    assert!(output.contains(account), "{output}");
+
+    // The tenant subscribes again, and repeating the command ends nothing.
+    world.other.send_to(&app);
+    world.other.subscribe(&app, &world.account).await;
+    wait_for_status(&app, &world.key, 200).await;
+    let (status, output) = run(&switch).await;
+    assert_eq!(status, Some(0), "{output}");
+    assert!(output.contains("No tenant lost access"), "{output}");
+    assert_eq!(app.echo(&world.key).await.status, 200);
+    let state = app
+        .act(&world.account, "GET", "/billing", Value::Null)
+        .await;
+    assert_eq!(state.body["access"], "active", "{}", state.text);
 }

@@ -225,13 +225,22 @@ async fn end_early(rng: &mut fastrand::Rng, longest: u64, work: impl Future<Outp
     tokio::time::timeout(moment, work).await.is_err()
 }
 
-/// `BILLING_SEEDS` sets the number of runs.
+/// Returns the seed of the first run, which `BILLING_FIRST` sets.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the length of a test is not a setting of the server"
+)]
+fn first() -> u64 {
+    std::env::var("BILLING_FIRST").map_or(0, |first| first.parse().expect("a number"))
+}
+
+/// `BILLING_SEEDS` sets the number of runs, and `BILLING_FIRST` the seed of the first one.
 #[tokio::test(flavor = "multi_thread")]
 async fn tenants_are_charged_once_with_faults_in_every_request_and_a_worker_that_ends() {
     let world = World::new().await;
     let mut ended = 0;
-    for seed in 0..seeds() {
-        let is_last = seed + 1 == seeds();
+    for seed in first()..first() + seeds() {
+        let is_last = seed + 1 == first() + seeds();
         let mut rng = fastrand::Rng::with_seed(seed);
         let mut customer = world.customer().await;
         let tenant = TenantId(customer.account.tenant_id.parse().expect("a UUID"));
@@ -370,7 +379,7 @@ async fn tenants_are_charged_once_by_a_server_that_is_killed() {
         server
     };
     let mut killed = 0;
-    let mut run = 0;
+    let mut run = first();
     while killed < kills() {
         run += 1;
         let mut rng = fastrand::Rng::with_seed(run);

@@ -57,12 +57,31 @@ impl Kind {
 /// example because the server closed the connection instead of reading a large body.
 type Times = BTreeMap<(Kind, u16), Vec<Duration>>;
 
+/// What a flood caused.
+#[derive(Debug, Default)]
+struct Flood {
+    times: Times,
+    /// Why there was no response, and how often.
+    lost: BTreeMap<(Kind, String), usize>,
+    /// From the first webhook to the last response.
+    took: Duration,
+}
+
+/// Returns why a request has no response.
+fn cause(error: &reqwest::Error) -> String {
+    let mut cause: &dyn std::error::Error = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    cause.to_string()
+}
+
 fn percentile(times: &[Duration], percent: usize) -> Duration {
     times[(times.len() * percent / 100).min(times.len() - 1)]
 }
 
 /// Sends webhooks at a constant rate. Asserts that exactly those with a valid signature are stored.
-async fn flood(rate: u64, seconds: u64) -> Times {
+async fn flood(rate: u64, seconds: u64) -> Flood {
     let stripe = TestStripe::start().await;
     let new = stripe.fake.rotate_secret(&stripe.endpoint);
     let secrets = format!("--stripe-webhook-secret={},{new}", stripe.secret);
@@ -74,7 +93,8 @@ async fn flood(rate: u64, seconds: u64) -> Times {
     let before = stored(&app).await;
 
     let url = app.url("/billing/stripe/webhook");
-    let times: Arc<Mutex<Times>> = Arc::default();
+    let flood: Arc<Mutex<Flood>> = Arc::default();
+    let began = Instant::now();
     let slots = Arc::new(Semaphore::new(CONCURRENT));
     let mut requests = JoinSet::new();
     let mut ticks =
@@ -84,8 +104,8 @@ async fn flood(rate: u64, seconds: u64) -> Times {
     let large = reqwest::Client::builder().pool_max_idle_per_host(0).build();
     let large = large.expect("a client");
     for _ in 0..seconds * PARTS {
-        ticks.tick().await;
-        let scheduled = Instant::now();
+        // Earlier than now if sending has fallen behind.
+        let scheduled = ticks.tick().await.into_std();
         for _ in 0..rate / PARTS {
             let kind = Kind::nth(n);
             let now = usage::now().timestamp();
@@ -115,20 +135,20 @@ async fn flood(rate: u64, seconds: u64) -> Times {
             if let Some(header) = header {
                 call = call.header("Stripe-Signature", header);
             }
-            let (times, slots) = (times.clone(), slots.clone());
+            let (flood, slots) = (flood.clone(), slots.clone());
             requests.spawn(async move {
                 let _slot = slots.acquire_owned().await;
                 let status = match call.send().await {
                     Ok(response) => response.status().as_u16(),
                     Err(error) => {
-                        if kind != Kind::Large {
-                            println!("no response to {kind:?}: {error:?}");
-                        }
+                        let lost = (kind, cause(&error));
+                        *flood.lock().lost.entry(lost).or_default() += 1;
                         0
                     }
                 };
                 let took = scheduled.elapsed();
-                times.lock().entry((kind, status)).or_default().push(took);
+                let mut flood = flood.lock();
+                flood.times.entry((kind, status)).or_default().push(took);
             });
             n += 1;
         }
@@ -136,10 +156,12 @@ async fn flood(rate: u64, seconds: u64) -> Times {
     while let Some(ended) = requests.join_next().await {
         ended.expect("it does not panic");
     }
-    let mut times = std::mem::take(&mut *times.lock());
-    for times in times.values_mut() {
+    let mut flood = std::mem::take(&mut *flood.lock());
+    flood.took = began.elapsed();
+    for times in flood.times.values_mut() {
         times.sort_unstable();
     }
+    let times = &flood.times;
     for (kind, status) in times.keys() {
         let is_success = (200..300).contains(status);
         assert!(!is_success || kind.is_accepted(), "{kind:?}: {status}");
@@ -170,7 +192,7 @@ async fn flood(rate: u64, seconds: u64) -> Times {
     let access = "SELECT count(*) FROM billing_accounts WHERE access <> 'free'";
     let access: i64 = client.query_one(access, &[]).await.expect("a count").get(0);
     assert_eq!(access, 0);
-    times
+    flood
 }
 
 async fn stored(app: &TestApp) -> i64 {
@@ -182,7 +204,7 @@ async fn stored(app: &TestApp) -> i64 {
 /// A short one, for correctness.
 #[tokio::test(flavor = "multi_thread")]
 async fn flood_of_webhooks_changes_nothing_without_a_valid_signature() {
-    let times = flood(200, 2).await;
+    let Flood { times, lost, .. } = flood(200, 2).await;
     let responses = |kind: Kind| {
         let own = times.iter().filter(|((of, _), _)| *of == kind);
         own.map(|(_, times)| times.len()).sum::<usize>()
@@ -197,8 +219,8 @@ async fn flood_of_webhooks_changes_nothing_without_a_valid_signature() {
     ] {
         assert!(responses(kind) > 0, "{kind:?}");
     }
-    assert!(times.contains_key(&(Kind::Valid, 204)));
-    assert!(times.contains_key(&(Kind::Rotated, 204)));
+    assert!(times.contains_key(&(Kind::Valid, 204)), "{lost:?}");
+    assert!(times.contains_key(&(Kind::Rotated, 204)), "{lost:?}");
 }
 
 /// `QUOTA_WEBHOOKS` sets the rate, and `QUOTA_SECONDS` the time.
@@ -213,11 +235,15 @@ async fn webhooks_per_second() {
         std::env::var(name).map_or(default, |it| it.parse().expect("a number"))
     };
     let (rate, seconds) = (number("QUOTA_WEBHOOKS", 2000), number("QUOTA_SECONDS", 10));
-    let began = Instant::now();
-    let times = flood(rate, seconds).await;
+    let Flood { times, lost, took } = flood(rate, seconds).await;
+    let accepted: usize = times
+        .iter()
+        .filter(|((_, status), _)| *status == 204)
+        .map(|(_, times)| times.len())
+        .sum();
     println!(
-        "{rate} webhooks per second for {seconds} s, ended after {:.1?}",
-        began.elapsed()
+        "{rate} webhooks per second for {seconds} s, ended after {took:.1?}: {:.0} per second accepted",
+        f64::from(u32::try_from(accepted).expect("a few")) / took.as_secs_f64()
     );
     println!(
         "{:<10} {:>6} {:>8} {:>10} {:>10} {:>10}",
@@ -241,10 +267,14 @@ async fn webhooks_per_second() {
         all.sort_unstable();
         if !all.is_empty() {
             println!(
-                "{name}: {} responses, p99 {:.1?}",
+                "{name}: {} responses, p50 {:.1?}, p99 {:.1?}",
                 all.len(),
+                percentile(&all, 50),
                 percentile(&all, 99)
             );
         }
+    }
+    for ((kind, cause), count) in &lost {
+        println!("{kind:?}: {count} without a response: {cause}");
     }
 }

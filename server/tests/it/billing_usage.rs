@@ -62,6 +62,37 @@ impl World {
         world
     }
 
+    /// The tenant subscribed 40 days ago, and the invoice of its last period could not be finalized. Also returns that
+    /// invoice.
+    async fn with_a_draft_invoice() -> (Self, String) {
+        let stripe = TestStripe::start().await;
+        stripe.fake.set_back(40 * DAY);
+        let app = stripe
+            .configure(TestApp::setup())
+            .without_jobs()
+            .start()
+            .await;
+        let account = app.register().await;
+        let plan = app.plan(&account, json!({"billing": "paid"})).await;
+        let session = stripe.start_checkout(&app, &account).await;
+        let paid = stripe.fake.pay_checkout(&session, Card::Good, false);
+        paid.expect("the session is open");
+        stripe.fake.fail_finalizations(1);
+        stripe.fake.advance(40 * DAY);
+        let invoices = stripe.fake.all("invoice");
+        let draft = invoices.iter().find(|it| it["status"] == "draft");
+        let draft = draft.expect("it could not be finalized")["id"].as_str();
+        let draft = draft.expect("an ID").to_owned();
+        let world = Self {
+            stripe,
+            app,
+            account,
+            plan,
+        };
+        world.read().await;
+        (world, draft)
+    }
+
     fn billing(&self) -> &Billing {
         self.app.state.billing.as_ref().expect("billing is on")
     }
@@ -453,53 +484,56 @@ async fn hour_with_the_edge_of_a_period_is_divided() {
 /// While the invoice of the last period is a draft, its usage is still charged.
 #[tokio::test(flavor = "multi_thread")]
 async fn usage_of_the_last_period_is_sent_while_its_invoice_is_a_draft() {
-    let stripe = TestStripe::start().await;
-    stripe.fake.set_back(40 * DAY);
-    stripe.fake.fail_finalizations(0);
-    let app = stripe
-        .configure(TestApp::setup())
-        .without_jobs()
-        .start()
-        .await;
-    let account = app.register().await;
-    let plan = app.plan(&account, json!({"billing": "paid"})).await;
-    let world = World {
-        stripe,
-        app,
-        account,
-        plan,
-    };
-    let session = world
-        .stripe
-        .start_checkout(&world.app, &world.account)
-        .await;
-    world
-        .stripe
-        .fake
-        .pay_checkout(&session, Card::Good, false)
-        .expect("open");
-    world.stripe.fake.fail_finalizations(1);
-    world.stripe.fake.advance(40 * DAY);
-    world.read().await;
-    let draft = world
-        .stripe
-        .fake
-        .all("invoice")
-        .into_iter()
-        .find(|it| it["status"] == "draft");
-    let draft = draft.expect("it could not be finalized");
+    let (world, draft) = World::with_a_draft_invoice().await;
     world
         .append(&[world.paid(usage::now() - TimeDelta::days(20), 7)])
         .await;
     world.report().await;
     assert_eq!(world.total(), 7);
-    let path = format!("invoices/{}/finalize", draft["id"].as_str().expect("an ID"));
+    let path = format!("invoices/{draft}/finalize");
     let invoice = world
         .stripe
         .fake
         .request(&Method::POST, &path, "")
         .expect("final");
     assert_eq!(invoice["total"], 2900 + 7);
+}
+
+/// The only attempt before the invoice was finalized may have arrived or not. Stripe would accept another one, and not
+/// charge it.
+#[tokio::test(flavor = "multi_thread")]
+async fn usage_is_not_sent_again_after_its_invoice_is_final() {
+    for (fault, reported, lost) in [
+        (
+            Fault::before(How::Drop),
+            ("unbilled", Some("finalized"), 7),
+            7,
+        ),
+        (Fault::after(How::Drop), ("sent", None, 7), 0),
+    ] {
+        let (world, draft) = World::with_a_draft_invoice().await;
+        world
+            .append(&[world.paid(usage::now() - TimeDelta::days(20), 7)])
+            .await;
+        world.billing().plan_usage().await.expect("planned");
+        world
+            .stripe
+            .fake
+            .fail_next("/v1/billing/meter_events", fault);
+        let first = world.billing().send_usage().await.expect("tried");
+        assert_eq!((first.finished, first.errors), (0, 1), "{fault:?}");
+        let path = format!("invoices/{draft}/finalize");
+        let finalized = world.stripe.fake.request(&Method::POST, &path, "");
+        finalized.expect("final");
+        world.send().await;
+        let (state, reason, value) = reported;
+        let expected = (state.to_owned(), reason.map(str::to_owned), value);
+        assert_eq!(world.reports().await, [expected], "{fault:?}");
+        let counted = if lost == 0 { 7 } else { 0 };
+        assert_eq!(world.total(), counted, "{fault:?}");
+        let compared = world.billing().reconcile_usage().await.expect("compared");
+        assert_eq!(compared.lost, lost, "{fault:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

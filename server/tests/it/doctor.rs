@@ -258,3 +258,18 @@ async fn tls_accepts_only_certificates_that_the_system_trusts() {
         .await
         .fails();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn unencrypted_connection_over_a_public_network_is_a_warning() {
+    let database = database().await;
+    // Nothing listens at this address, which is reserved for documentation.
+    let public = "postgres://quota@203.0.113.7:5432/quota?connect_timeout=1";
+    doctor(&database, &[("DATABASE_URL", public)])
+        .await
+        .says("database: warning: the connection to 203.0.113.7 is not encrypted");
+    let encrypted = format!("{public}&sslmode=require");
+    let output = doctor(&database, &[("DATABASE_URL", &encrypted)]).await;
+    assert!(!output.text.contains("is not encrypted"), "{}", output.text);
+    let local = doctor(&database, &[]).await;
+    assert!(!local.text.contains("is not encrypted"), "{}", local.text);
+}

@@ -161,6 +161,8 @@ fn wrong(name: &str) -> &'static str {
         "QUOTA_AUTH_RPM"
         | "QUOTA_ADMIN_RPM"
         | "QUOTA_LOGIN_FREE_FAILURES"
+        | "QUOTA_REGISTRATIONS_PER_DAY"
+        | "QUOTA_ALERT_EMAILS_PER_HOUR"
         | "QUOTA_CONNECTIONS_PER_ADDRESS"
         | "QUOTA_CONNECTIONS_PER_NETWORK" => "-1",
         "QUOTA_BODY_LIMIT" => "64k",

@@ -93,7 +93,7 @@ async fn burst_of_creations_by_one_tenant_does_not_delay_another() {
     }
     let list = app.act(&a, "GET", "/admin/plans", Value::Null).await;
     assert_eq!(list.body["total"], json!(ADMITTED));
-    assert!(app.metric("quota_guard_refusals_total").await >= 31.0);
+    assert!(app.metric("quota_guard_rejections_total").await >= 31.0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

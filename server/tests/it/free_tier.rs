@@ -18,7 +18,8 @@ const AT_MOST: Duration = Duration::from_secs(45);
 
 /// Returns a plan whose bucket does not refill noticeably during a test.
 fn plan(burst: u32) -> Value {
-    json!({"default_rpm": 1, "burst": burst})
+    // The lowest rate at which the burst refills within 31 days.
+    json!({"default_rpm": burst.div_ceil(44_640), "burst": burst})
 }
 
 async fn create_plan(app: &TestApp, account: &Account, name: &str, fields: Value) -> Answer {

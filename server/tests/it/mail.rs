@@ -14,7 +14,7 @@ struct World {
     account: Account,
 }
 
-fn with_smtp(setup: Setup, smtp: &SmtpServer, credentials: &str) -> Setup {
+pub(crate) fn with_smtp(setup: Setup, smtp: &SmtpServer, credentials: &str) -> Setup {
     setup
         .flag(format!("--smtp-url=smtp://{credentials}{}", smtp.addr))
         .flag("--mail-from=Quota <quota@example.com>")
@@ -68,7 +68,7 @@ impl World {
     async fn send(&self) -> (u64, u64, u64) {
         let state = &self.app.state;
         let url = &state.config.public_url;
-        state.alerts.write_emails(url).await.expect("emails");
+        state.alerts.write_emails(url, 0).await.expect("emails");
         let sent = state.alerts.send_emails(&state.mailer).await;
         let sent = sent.expect("a round");
         (sent.sent, sent.postponed, sent.failed)
@@ -85,6 +85,7 @@ impl World {
         let path = "/admin/alert-settings";
         let answer = self.app.act(&self.account, "PATCH", path, change).await;
         assert_eq!(answer.status, 200, "{}", answer.text);
+        assert_eq!(answer.body["can_email"], true);
     }
 
     async fn sql(&self, statement: &str) {
@@ -238,7 +239,7 @@ async fn replicas_write_and_send_each_email_once() {
         let state = if i % 2 == 0 { &world.app } else { &second }.state.clone();
         rounds.spawn(async move {
             let url = &state.config.public_url;
-            state.alerts.write_emails(url).await.expect("emails");
+            state.alerts.write_emails(url, 0).await.expect("emails");
             let sent = state.alerts.send_emails(&state.mailer).await;
             sent.expect("a round").sent
         });
@@ -246,6 +247,41 @@ async fn replicas_write_and_send_each_email_once() {
     let sent: u64 = rounds.join_all().await.into_iter().sum();
     assert_eq!(sent, 1);
     assert_eq!(world.smtp.received().len(), 1);
+}
+
+/// Otherwise, someone who creates many accounts could make the server send any number of emails.
+#[tokio::test(flavor = "multi_thread")]
+async fn emails_to_all_tenants_are_limited_and_the_others_wait() {
+    let world = World::new().await;
+    let state = &world.app.state;
+    let others = [world.app.register().await, world.app.register().await];
+    world.alert("A").await;
+    for other in &others {
+        let copy = format!(
+            "INSERT INTO quota_alerts (tenant_id, id, key_id, key_name, policy, threshold, quota, used, window_start, \
+                 window_end, email_pending) \
+             SELECT '{}', gen_random_uuid(), key_id, key_name, policy, threshold, quota, used, window_start, window_end, \
+                 true FROM quota_alerts WHERE tenant_id = '{}'",
+            other.tenant_id, world.account.tenant_id
+        );
+        world.sql(&copy).await;
+    }
+    let url = &state.config.public_url;
+    for round in 0..2 {
+        let written = state.alerts.write_emails(url, 2).await.expect("emails");
+        assert!(written.is_limited, "round {round}");
+    }
+    let sent = state.alerts.send_emails(&state.mailer).await;
+    assert_eq!(sent.expect("a round").sent, 2);
+    // An hour later, the third one is sent.
+    world
+        .sql("UPDATE mails SET created_at = created_at - interval '61 minutes'")
+        .await;
+    let written = state.alerts.write_emails(url, 2).await.expect("emails");
+    assert!(!written.is_limited);
+    let sent = state.alerts.send_emails(&state.mailer).await;
+    assert_eq!(sent.expect("a round").sent, 1);
+    assert_eq!(world.smtp.received().len(), 3);
 }
 
 /// Covers everything from a request to the email. The test itself triggers nothing in between.

@@ -12,8 +12,9 @@ use crate::{
 };
 
 /// Fields for which a value within the bounds may still be invalid: a short password is easy to guess, the current
-/// password must be correct, and there is no time zone with such a short or long name.
+/// password must be correct, there is no time zone with such a short or long name, and a burst must refill within 31 days.
 const MORE_THAN_BOUNDS: &[&str] = &[
+    "burst.max",
     "current_password",
     "new_password.min",
     "password.min",

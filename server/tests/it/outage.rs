@@ -472,7 +472,7 @@ async fn flood_of_unknown_keys_does_not_affect_the_poll_the_ledger_or_known_keys
         counts.0 >= 5 && counts.1 >= 5,
         "{counts:?} looked up and refused"
     );
-    assert!(app.metric("quota_lookups_refused_total").await >= 5.0);
+    assert!(app.metric("quota_lookups_rejected_total").await >= 5.0);
     // Without the flood, a key that is not in memory is looked up in the same slow PostgreSQL.
     assert_eq!(app.echo(&unknown_key()).await.status, 401);
 }

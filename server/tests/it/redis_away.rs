@@ -1,6 +1,9 @@
 //! Tests responses while Redis is unreachable, for each fallback setting of a plan.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use quota_server::repo::replica;
 use quota_testkit::redis::RedisServer;
@@ -8,7 +11,7 @@ use serde_json::json;
 use tokio::time::sleep;
 use uuid::Uuid;
 
-use crate::support::app::TestApp;
+use crate::support::app::{Setup, TestApp};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -72,7 +75,7 @@ async fn each_plan_is_served_as_configured_and_every_response_says_so() {
         assert!(began.elapsed() < PATIENCE);
         sleep(Duration::from_millis(50)).await;
     }
-    assert!(app.metric("quota_admitted_degraded_total").await >= 2.0);
+    assert!(app.metric("quota_decisions_allowed_degraded_total").await >= 2.0);
     assert_eq!(
         app.metric("quota_counter_partitions_unavailable")
             .await
@@ -134,4 +137,57 @@ async fn replica_is_counted_before_it_uses_redis() {
     let seen = replica::seen(&mut tx, Uuid::now_v7(), minute, minute).await;
     tx.commit().await.expect("a commit");
     assert_eq!(seen.expect("a count").count.get(), 2);
+}
+
+/// Only a deployment that has never used Redis starts with full buckets, whether or not its first start reached Redis.
+/// After that, buckets that Redis has lost are empty.
+#[tokio::test(flavor = "multi_thread")]
+async fn lost_buckets_are_empty_even_if_the_first_start_did_not_reach_redis() {
+    for is_reached in [true, false] {
+        let mut redis = RedisServer::start().await;
+        let url = format!("--redis-url={}", redis.url());
+        if !is_reached {
+            redis.kill().await;
+        }
+        let start = |setup: Setup| setup.flag(url.clone()).start();
+        let app = start(TestApp::setup()).await;
+        if !is_reached {
+            redis.restart().await;
+        }
+        let account = app.register().await;
+        let plan = json!({
+            "default_rpm": 60, "burst": 100, "strict": true, "on_redis_failure": "closed",
+        });
+        let plan = app.plan(&account, plan).await;
+        let key = app.key(&account, &plan).await.text;
+        // Returns how many of 100 requests are admitted, once Redis admits the first.
+        let admitted = async |app: &TestApp| {
+            let began = Instant::now();
+            while app.echo(&key).await.status != 200 {
+                assert!(began.elapsed() < PATIENCE);
+                sleep(Duration::from_millis(50)).await;
+            }
+            let mut admitted = 1;
+            for _ in 1..100 {
+                admitted += u32::from(app.echo(&key).await.status == 200);
+            }
+            admitted
+        };
+        let first = admitted(&app).await;
+        if is_reached {
+            assert!(first >= 100, "{first} of a full bucket");
+        }
+        let database = Arc::clone(&app.database);
+        app.stop().await;
+        redis.kill().await;
+        redis.restart().await;
+        let app = start(TestApp::setup().database(database)).await;
+        let second = admitted(&app).await;
+        // One token per second refills.
+        assert!(
+            second < 50,
+            "{second} admitted, first start reached Redis: {is_reached}"
+        );
+        app.stop().await;
+    }
 }

@@ -283,6 +283,45 @@ async fn gone_endpoint_is_disabled_with_a_note() {
     );
 }
 
+/// The user corrects the URL while an attempt to the previous one is in progress.
+#[tokio::test(flavor = "multi_thread")]
+async fn response_of_the_previous_url_does_not_disable_a_webhook() {
+    let world = World::new().await;
+    for (status, old) in [(410, "/gone"), (500, "/broken")] {
+        let (webhook, _) = world.hooks.create(&world.app, &world.account, old).await;
+        let response = Response {
+            delay: Duration::from_secs(3),
+            ..Response::status(status)
+        };
+        world.hooks.respond(old, response);
+        let first = world.test(&webhook).await;
+        world.hooks.wait_for(old, 1).await;
+        world.hooks.respond(
+            "/slow",
+            Response {
+                delay: Duration::from_secs(6),
+                ..Response::status(204)
+            },
+        );
+        let url = format!("http://{}/slow", world.hooks.addr);
+        let path = format!("/admin/webhooks/{webhook}");
+        world.act("PATCH", &path, json!({"url": url})).await;
+        // It is in progress when the previous URL responds.
+        let other = world.test(&webhook).await;
+        let failed = world.wait_until(&webhook, &first, has_failed(1)).await;
+        assert_eq!(failed["status"], "pending", "{failed}");
+        let shown = world.webhook(&webhook).await;
+        assert_eq!(
+            (&shown["is_active"], &shown["failing_since"]),
+            (&json!(true), &Value::Null),
+            "{shown}"
+        );
+        world.wait_until(&webhook, &other, is("delivered")).await;
+        world.pause_passes().await;
+        world.wait_until(&webhook, &first, is("delivered")).await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn endpoint_that_fails_for_days_is_disabled_but_not_one_that_fails_for_a_day() {
     let world = World::new().await;

@@ -18,7 +18,7 @@ use tokio::net::TcpListener;
 
 use crate::{
     api::{Call, visible},
-    form, page,
+    document, form, page,
     state::{Failure, State},
 };
 
@@ -78,6 +78,8 @@ pub struct Received {
     pub method: String,
     /// The path, including `/v1`.
     pub path: String,
+    /// The operation as Stripe names it, such as `GET /v1/customers/{customer}`.
+    pub operation: Option<&'static str>,
     pub params: Value,
     pub idempotency_key: Option<String>,
     /// The requested API version.
@@ -100,6 +102,8 @@ type Choose = Box<dyn FnMut(&str, &str) -> Option<Fault> + Send>;
 pub struct Shared {
     pub state: Mutex<State>,
     pub received: Mutex<Vec<Received>>,
+    /// What was wrong with requests, according to Stripe's description of its API.
+    pub invalid: Mutex<Vec<String>>,
     /// Faults of the next requests to a path.
     pub faults: Mutex<Vec<(String, Fault)>>,
     /// Called with the method and path of every request without such a fault.
@@ -169,11 +173,15 @@ async fn answer(shared: &Shared, request: Request<Incoming>) -> io::Result<Respo
         _ => form::parse(head.uri.query().unwrap_or_default()),
     };
     let key = header("idempotency-key").filter(|_| head.method == Method::POST);
+    let full_path = format!("/{path}");
+    let (operation, wrong) = document::check(&head.method, &full_path, &head.headers, &params);
+    shared.invalid.lock().extend_from_slice(&wrong);
     let number = {
         let mut received = shared.received.lock();
         received.push(Received {
             method: head.method.to_string(),
-            path: format!("/{path}"),
+            path: full_path,
+            operation,
             params: params.clone(),
             idempotency_key: key.clone(),
             version: header("stripe-version"),
@@ -184,6 +192,9 @@ async fn answer(shared: &Shared, request: Request<Incoming>) -> io::Result<Respo
     let expected = format!("Bearer {SECRET_KEY}");
     let response = if header(AUTHORIZATION.as_str()) != Some(expected) {
         let failure = Failure::new(401, "invalid_request_error", "Invalid API Key provided.");
+        Ok((failure.status, failure.body, vec![]))
+    } else if let Some(first) = wrong.first() {
+        let failure = Failure::invalid(first);
         Ok((failure.status, failure.body, vec![]))
     } else if *version == "v2" {
         Ok(thin_event(shared, below))

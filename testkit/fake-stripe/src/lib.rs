@@ -5,10 +5,13 @@
 //! be moved forward, renewals, failed payments and their retries, and usage that arrives late. Requests can fail before
 //! or after their effect. It also serves its own Checkout page and customer portal.
 //!
+//! Every request is compared with Stripe's own description of its parameters.
+//!
 //! It shares no code with Quota, so that the two cannot agree by accident.
 #![recursion_limit = "512"]
 
 mod api;
+mod document;
 mod engine;
 mod form;
 mod http;
@@ -31,7 +34,7 @@ pub use crate::{
     webhook::{Delivery, Signature, sign},
 };
 
-/// A running fake. It stops when it is dropped.
+/// A running fake. It stops when it is dropped, and then panics if it has received a request that Stripe would not accept.
 pub struct FakeStripe {
     shared: Arc<Shared>,
     client: reqwest::Client,
@@ -42,6 +45,13 @@ impl Drop for FakeStripe {
     fn drop(&mut self) {
         for task in &self.tasks {
             task.abort();
+        }
+        let invalid = self.take_invalid();
+        if !std::thread::panicking() {
+            assert!(
+                invalid.is_empty(),
+                "Stripe does not accept these requests: {invalid:#?}"
+            );
         }
     }
 }
@@ -172,6 +182,11 @@ impl FakeStripe {
     /// Returns all requests that have arrived.
     pub fn received(&self) -> Vec<Received> {
         self.shared.received.lock().clone()
+    }
+
+    /// Removes and returns what was wrong with requests, according to Stripe's description of its API.
+    pub fn take_invalid(&self) -> Vec<String> {
+        std::mem::take(&mut self.shared.invalid.lock())
     }
 
     // Faults --------------------------------------------------------------------------------------------

@@ -835,3 +835,185 @@ async fn bad_requests_are_rejected() {
     assert_eq!(prices.data.len(), 1);
     assert_eq!(prices.data[0].id.as_str(), shop.usage);
 }
+
+/// Stripe rejects parameters that it does not document. The fake also remembers them, so that its test fails.
+#[tokio::test]
+async fn requests_that_stripe_does_not_document_are_detected() {
+    let fake = FakeStripe::start().await.expect("a free port");
+    let http = reqwest::Client::new();
+    let send = async |method: &str, path: &str, form: &str, headers: &[(&'static str, &str)]| {
+        let (url, body) = match method {
+            "GET" => (format!("{}{path}?{form}", fake.url()), ""),
+            _ => (format!("{}{path}", fake.url()), form),
+        };
+        let method = method.parse::<reqwest::Method>().expect("a method");
+        let mut call = http.request(method, url).bearer_auth(SECRET_KEY);
+        let defaults = [
+            ("Stripe-Version", quota_fake_stripe::API_VERSION),
+            ("Content-Type", "application/x-www-form-urlencoded"),
+        ];
+        for (name, value) in defaults.iter().chain(headers) {
+            let mut only = reqwest::header::HeaderMap::new();
+            only.insert(*name, value.parse().expect("a value"));
+            // Replaces the default.
+            call = call.headers(only);
+        }
+        let status = call.body(body.to_owned()).send().await;
+        (
+            status.expect("a response").status().as_u16(),
+            fake.take_invalid(),
+        )
+    };
+    let price = "currency=usd&product=p&unit_amount=5&recurring[interval]=month";
+    let long = "n".repeat(151);
+    for (method, path, form, headers, part) in [
+        (
+            "POST",
+            "/v1/prices",
+            format!("{price}&color=red"),
+            &[][..],
+            "color",
+        ),
+        (
+            "POST",
+            "/v1/prices",
+            format!("{price}&recurring[until]=5"),
+            &[],
+            "until",
+        ),
+        (
+            "POST",
+            "/v1/prices",
+            price.replace("=5", "=five"),
+            &[],
+            "/unit_amount",
+        ),
+        (
+            "POST",
+            "/v1/prices",
+            price.replace("month", "moon"),
+            &[],
+            "/recurring/interval",
+        ),
+        (
+            "POST",
+            "/v1/prices",
+            price.replace("currency=usd&", ""),
+            &[],
+            "currency",
+        ),
+        (
+            "POST",
+            "/v1/prices",
+            format!("{price}&active=maybe"),
+            &[],
+            "/active",
+        ),
+        (
+            "POST",
+            "/v1/prices",
+            format!("{price}&metadata=none"),
+            &[],
+            "/metadata",
+        ),
+        (
+            "POST",
+            "/v1/customers",
+            format!("name={long}"),
+            &[],
+            "/name",
+        ),
+        (
+            "POST",
+            "/v1/webhook_endpoints",
+            "url=u&enabled_events[0]=no.event".into(),
+            &[],
+            "no.event",
+        ),
+        (
+            "POST",
+            "/v1/billing/meter_events",
+            "event_name=e&payload[value]=1&timestamp=now".into(),
+            &[],
+            "/timestamp",
+        ),
+        (
+            "GET",
+            "/v1/subscriptions",
+            "status=alive".into(),
+            &[],
+            "/status",
+        ),
+        (
+            "GET",
+            "/v1/subscriptions",
+            "limit=ten".into(),
+            &[],
+            "/limit",
+        ),
+        (
+            "GET",
+            "/v1/subscriptions/a/b",
+            String::new(),
+            &[],
+            "no such operation",
+        ),
+        ("PUT", "/v1/prices", String::new(), &[], "no such operation"),
+        (
+            "GET",
+            "/v1/account",
+            String::new(),
+            &[("Stripe-Version", "2020-08-27")],
+            "Stripe-Version",
+        ),
+        (
+            "POST",
+            "/v1/customers",
+            "name=a".into(),
+            &[("Content-Type", "application/json")],
+            "Content-Type",
+        ),
+        (
+            "POST",
+            "/v1/customers",
+            "name=a".into(),
+            &[("Idempotency-Key", &"k".repeat(256))],
+            "Idempotency-Key",
+        ),
+    ] {
+        let (status, invalid) = send(method, path, &form, headers).await;
+        assert_eq!(status, 400, "{method} {path} {form}: {invalid:?}");
+        assert_eq!(invalid.len(), 1, "{method} {path} {form}: {invalid:?}");
+        assert!(invalid[0].contains(part), "{part}: {invalid:?}");
+    }
+    for (method, path, form) in [
+        (
+            "POST",
+            "/v1/customers",
+            format!("name={}&metadata[a]=b", &long[1..]),
+        ),
+        ("POST", "/v1/customers", "name=".into()),
+        ("POST", "/v1/products", "name=p&id=p".into()),
+        ("POST", "/v1/prices", format!("{price}&active=true")),
+        ("GET", "/v1/customers", "limit=10&created[gte]=5".into()),
+        ("GET", "/v1/account", String::new()),
+    ] {
+        let (status, invalid) = send(method, path, &form, &[]).await;
+        assert_eq!(
+            (status, &invalid[..]),
+            (200, &[][..]),
+            "{method} {path} {form}"
+        );
+    }
+    let operations: Vec<_> = fake.received().iter().map(|it| it.operation).collect();
+    assert_eq!(operations[0], Some("POST /v1/prices"));
+    assert_eq!(operations[12], None);
+}
+
+#[tokio::test]
+#[should_panic(expected = "there is no such operation")]
+async fn test_with_an_invalid_request_fails() {
+    let fake = FakeStripe::start().await.expect("a free port");
+    let url = format!("{}/v1/nothing", fake.url());
+    reqwest::get(url).await.expect("a response");
+}

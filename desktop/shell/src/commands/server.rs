@@ -48,8 +48,8 @@ pub async fn open_billing(state: State<'_, App>, page: BillingPage) -> Result<()
     })
 }
 
-/// Whether a URL from a server may be opened. It must be an HTTPS URL, or an HTTP URL on this computer that comes from
-/// a server on this computer.
+/// Returns whether a URL from a server may be opened. It must be an HTTPS URL, or an HTTP URL on this computer that
+/// comes from a server on this computer.
 fn may_open(url: &Url, server: &Server) -> bool {
     match url.scheme() {
         "https" => true,

@@ -57,7 +57,7 @@ pub async fn save_file(app: AppHandle, name: String, text: String) -> Result<Str
     }
 }
 
-/// Never overwrites a file, and never writes outside the folder.
+/// Saves a file in the folder and returns its path. Never overwrites a file, and never writes outside the folder.
 fn save_new(folder: &Path, name: &str, text: &str) -> std::io::Result<PathBuf> {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
     let stem = name.strip_suffix(".csv").unwrap_or_default();

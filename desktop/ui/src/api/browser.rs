@@ -17,17 +17,18 @@ use quota_common::{
     ipc::BillingPage,
     json,
 };
-use wasm_bindgen::JsCast;
+use wasm_bindgen::{JsCast, JsValue};
 use wasm_bindgen_futures::JsFuture;
 use web_sys::{
-    Blob, BlobPropertyBag, HtmlAnchorElement, HtmlDocument, RequestCredentials, RequestInit,
-    Response, Url, window,
+    AbortSignal, Blob, BlobPropertyBag, HtmlAnchorElement, HtmlDocument, RequestCredentials,
+    RequestInit, Response, Url, window,
 };
 
 use super::error::{CallError, CallResult, TestResponse};
 use crate::model::address::Query;
 
-/// Whether the browser sends session cookies to this server. Browsers do so only over TLS or to the local computer.
+/// Returns whether the browser sends session cookies to this server. Browsers do so only over TLS or to the local
+/// computer.
 pub fn is_secure() -> bool {
     window().is_some_and(|window| window.is_secure_context())
 }
@@ -67,7 +68,22 @@ fn account_before_replacement() -> Option<(UserId, TenantId)> {
     })
 }
 
-/// Uses `fetch` directly: an HTTP crate would make the download 2% larger.
+/// How long a response may take, in milliseconds: longer than the server's own limit, unless that is configured.
+const RESPONSE_MS: u32 = 30_000;
+
+/// Why `fetch` failed. After the time limit, a change may still take effect.
+fn fetch_error(error: &JsValue, call: &Call) -> CallError {
+    let name = js_sys::Reflect::get(error, &"name".into()).ok();
+    let is_late = name.and_then(|it| it.as_string()).as_deref() == Some("TimeoutError");
+    let is_change = call.is_of_session() && call.sent().method != "GET";
+    if is_late && is_change {
+        CallError::NoResponse
+    } else {
+        CallError::Unreachable
+    }
+}
+
+/// Sends a request. Uses `fetch` directly: an HTTP crate would make the download 2% larger.
 async fn request(
     call: &Call,
     credentials: RequestCredentials,
@@ -93,12 +109,13 @@ async fn request(
         init.set_body(&body.into());
     }
     init.set_headers(&headers);
+    init.set_signal(Some(&AbortSignal::timeout_with_u32(RESPONSE_MS)));
     let window = window().ok_or(CallError::Unreachable)?;
     let path = format!("{}{query}", sent.path);
     JsFuture::from(window.fetch_with_str_and_init(&path, &init))
         .await
         .and_then(JsCast::dyn_into)
-        .map_err(|_| CallError::Unreachable)
+        .map_err(|error| fetch_error(&error, call))
 }
 
 async fn request_with_session(call: &Call) -> CallResult<Response> {
@@ -166,7 +183,7 @@ thread_local! {
     static WAITING: RefCell<Option<Vec<oneshot::Sender<CallResult<bool>>>>> = const { RefCell::new(None) };
 }
 
-/// Returns `false` if the session has ended.
+/// Refreshes the session, or waits for a refresh in progress. Returns `false` if the session has ended.
 async fn refresh() -> CallResult<bool> {
     let receiver = WAITING.with_borrow_mut(|waiting| match waiting {
         Some(others) => {
@@ -222,7 +239,7 @@ pub async fn copy(text: &str) -> bool {
         .is_ok()
 }
 
-/// The browser chooses the folder and tells the user.
+/// The browser chooses the folder and shows the download.
 pub async fn save_file(name: &str, text: &str) -> CallResult<Option<String>> {
     start_download(name, text).ok_or(CallError::Unreadable)?;
     Ok(None)

@@ -23,7 +23,7 @@ fn parse<T: DeserializeOwned>(value: &JsValue) -> Option<T> {
     serde_json::from_str(json.as_deref().unwrap_or("null")).ok()
 }
 
-/// `arguments` must serialize to an object whose fields are the command's parameters.
+/// Calls a command of the app. `arguments` must serialize to an object whose fields are the command's parameters.
 async fn invoke<T: DeserializeOwned>(command: &str, arguments: &impl Serialize) -> CallResult<T> {
     let arguments = serde_json::to_string(arguments)
         .ok()

@@ -5,6 +5,8 @@ pub enum CallError {
     /// The server returned an error.
     Problem(Box<Problem>),
     Unreachable,
+    /// The server took too long to respond to a call that may have taken effect.
+    NoResponse,
     /// The response could not be parsed.
     Unreadable,
     /// One of the console's code or data files could not be loaded.
@@ -25,16 +27,29 @@ impl CallError {
         matches!(self, Self::Problem(problem) if problem.kind.ends_with(&format!("/{}", code.slug())))
     }
 
+    /// Returns the message, without the request ID if that is shown separately.
     pub fn message(&self) -> String {
+        let message = self.full_message();
+        self.request_id().map_or_else(
+            || message.clone(),
+            |id| message.replace(&format!(" Quote request ID {id} when reporting it."), ""),
+        )
+    }
+
+    /// Returns the message, which for an internal error contains the request ID.
+    pub fn full_message(&self) -> String {
         match self {
             Self::Problem(problem) => return problem.detail.clone(),
             Self::Unreachable => "Can't reach the server. Check your connection and try again.",
+            Self::NoResponse => {
+                "The server didn't respond in time. The change may still take effect, so reload the page before you try again."
+            }
             Self::Unreadable => "Unexpected response from the server. Reload the page.",
             Self::NoCode => {
-                "A part of the console is missing. Check your connection, or reload the page: there may be a new version."
+                "Part of the console couldn't be loaded. Check your connection, or reload the page to get the latest version."
             }
             Self::AccountChanged => {
-                "A different account is now signed in in this browser. No changes were made."
+                "This browser is now signed in to a different account. No changes were made."
             }
             #[cfg(feature = "desktop")]
             Self::NoBrowser => "Couldn't open your browser.",

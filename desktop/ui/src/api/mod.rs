@@ -251,7 +251,7 @@ pub fn gateway_files() -> PendingCall<String> {
     })
 }
 
-/// Loads the file whose address is in the `content` of a `meta` element.
+/// Loads the file whose URL is in the `content` of a `meta` element.
 async fn load_text(selector: &str) -> Option<String> {
     let window = web_sys::window()?;
     let meta = window.document()?.query_selector(selector).ok()??;

@@ -2,7 +2,7 @@
 //!
 //! Most functions erase the type of the data: compiling them for each type would make the download a quarter larger.
 
-use std::{any::Any, marker::PhantomData, pin::Pin, sync::Arc};
+use std::{any::Any, marker::PhantomData, pin::Pin, sync::Arc, time::Duration};
 
 use leptos::{prelude::*, task::spawn_local};
 use quota_common::{Page, ProblemCode, call::PageOf};
@@ -12,7 +12,7 @@ use crate::{
     api::{CallError, CallResult, PendingCall},
     clock::{now, track_ticks},
     host,
-    model::text::relative,
+    model::text::{capitalized, relative},
     reactive::effect,
     route::{Route, route},
 };
@@ -91,7 +91,7 @@ impl<T> Clone for Loader<T> {
 impl<T> Copy for Loader<T> {}
 
 impl<T: Clone + Send + Sync + 'static> Loader<T> {
-    /// Does nothing if the user has left the page that owns this loader.
+    /// Loads the data again. Does nothing if the user has left the page that owns this loader.
     pub fn reload(self) {
         self.core.reload();
     }
@@ -214,8 +214,8 @@ fn load_data(fetch: Box<dyn Fn() -> LocalFuture<CallResult<Data>>>) -> Core {
     core
 }
 
-/// Loads the page of a list that the address specifies. If that page has become empty, for example because its last
-/// item was deleted, goes to the first page.
+/// Loads the page of a list selected by the URL query. If that page has become empty, for example because its last item
+/// was deleted, goes to the first page.
 pub fn load_page<T>(fetch: impl Fn(PageOf) -> PendingCall<Page<T>> + 'static) -> Loader<Page<T>>
 where
     T: Clone + Send + Sync + 'static,
@@ -291,17 +291,38 @@ fn view_data(
     .into_any()
 }
 
+/// How long loading may take before the skeleton says so.
+const SLOW: Duration = Duration::from_secs(5);
+
 fn skeleton() -> AnyView {
+    let is_slow = RwSignal::new(false);
+    set_timeout(
+        move || {
+            let _ = is_slow.try_set(true);
+        },
+        SLOW,
+    );
     view! {
         <div class="skeleton" role="status">
             <span class="visually-hidden">"Loading"</span>
             <i></i><i></i><i></i><i></i>
+            {move || is_slow.get().then(|| view! { <p class="muted small-text">"Still loading…"</p> })}
         </div>
     }
     .into_any()
 }
 
 fn failure(error: &CallError, what: &str, inside: bool, core: Core) -> AnyView {
+    if error.is(ProblemCode::NotFound) {
+        let about = format!("{} doesn't exist or was deleted.", capitalized(what));
+        return view! {
+            <div class="empty" role="alert">
+                <h2>"Not found"</h2>
+                <p class="muted">{about}</p>
+            </div>
+        }
+        .into_any();
+    }
     let id = error.request_id().map(str::to_owned);
     let title = format!("Couldn't load {what}");
     let retry = move |_| core.reload();

@@ -4,7 +4,7 @@ use leptos::prelude::*;
 use wasm_bindgen::{JsCast, prelude::Closure};
 use web_sys::{Element, Event};
 
-/// The `aria-disabled` attribute of a button, set while `busy`.
+/// Returns the `aria-disabled` attribute of a button, which is set while `busy` is true.
 pub fn busy_attr(
     busy: RwSignal<bool>,
 ) -> impl Fn() -> Option<&'static str> + Clone + Send + 'static {

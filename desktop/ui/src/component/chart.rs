@@ -9,7 +9,7 @@ use crate::model::{
     text::number,
 };
 
-/// The visible parts of a chart. A page can store them in its address.
+/// The visible parts of a chart. A page can store them in its URL.
 #[derive(Clone, Copy)]
 pub struct ChartState {
     pub table: RwSignal<bool>,

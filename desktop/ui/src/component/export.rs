@@ -7,6 +7,9 @@ use crate::api::{self, PendingCall};
 pub fn ExportButton(
     /// Returns a file name and the file's content.
     export: Callback<(), PendingCall<(String, String)>>,
+    /// Whether there is nothing to save yet.
+    #[prop(optional, into)]
+    disabled: Signal<bool>,
 ) -> impl IntoView {
     let toasts = expect_context::<Toasts>();
     let busy = RwSignal::new(false);
@@ -20,7 +23,7 @@ pub fn ExportButton(
             };
             match saved {
                 Ok(Some(path)) => toasts.succeed(format!("Saved to {path}")),
-                // The browser tells the user.
+                // No toast needed: the browser shows the download itself.
                 Ok(None) => {}
                 Err(error) => toasts.fail(&error),
             }
@@ -28,7 +31,7 @@ pub fn ExportButton(
         });
     };
     view! {
-        <button type="button" class="button" aria-disabled=busy_attr(busy) data-busy=busy_attr(busy) on:click=run>
+        <button type="button" class="button" disabled=disabled aria-disabled=busy_attr(busy) data-busy=busy_attr(busy) on:click=run>
             "Export CSV"
         </button>
     }

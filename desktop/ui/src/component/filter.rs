@@ -1,4 +1,4 @@
-//! Filters in the page's address. Changes apply immediately.
+//! Filters in the page's URL. Changes apply immediately.
 
 use leptos::{prelude::*, task::spawn_local};
 
@@ -7,7 +7,7 @@ use crate::route::{Route, route};
 /// How long the user must stop typing before a search starts.
 const DEBOUNCE_MS: u32 = 250;
 
-/// Sets a filter in the address and goes to the first page of the list.
+/// Sets a filter in the URL and goes to the first page of the list.
 pub fn set_filter(route: Route, name: &str, value: &str) {
     let mut query = route.query.get_untracked().with("cursor", "");
     if name == "target_type" {
@@ -18,7 +18,7 @@ pub fn set_filter(route: Route, name: &str, value: &str) {
     route.replace(&format!("{}{query}", route.path.get_untracked()));
 }
 
-/// A selection filter for the query parameter `name`.
+/// A drop-down filter for the query parameter `name`.
 pub fn select_filter(
     name: &'static str,
     id: &'static str,

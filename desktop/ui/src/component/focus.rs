@@ -36,8 +36,8 @@ pub fn focus_soon(selector: impl Into<String>) {
     });
 }
 
-/// Call before rendering again. Focuses the same element afterwards, or the page's content if the element no longer
-/// exists.
+/// Restores focus after the current rendering: to the same element or, if it no longer exists, to the page's content.
+/// Call before rendering again.
 pub fn keep_focus() {
     let Some(before) = focused() else { return };
     let key = before.get_attribute(KEY);

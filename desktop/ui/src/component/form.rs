@@ -4,6 +4,27 @@ use leptos::prelude::*;
 
 use super::{alert::Alert, busy::busy_attr, form_state::FormState};
 
+/// A form on a page: an error, the fields, and a button to submit.
+#[component]
+pub fn PageForm(
+    form: FormState,
+    /// The label of the submit button.
+    action: &'static str,
+    /// Called on submission if every field is valid.
+    submit: impl Fn() + 'static,
+    children: Children,
+) -> impl IntoView {
+    view! {
+        <form novalidate on:submit=form.on_submit(submit)>
+            <Alert error=form.failure()/>
+            {children()}
+            <div class="actions">
+                <SubmitButton form action/>
+            </div>
+        </form>
+    }
+}
+
 /// A form in a dialog: an error, the fields, and buttons to submit and to close.
 #[component]
 pub fn DialogForm(
@@ -50,7 +71,7 @@ fn dialog_form(
 }
 
 #[component]
-pub fn SubmitButton(form: FormState, action: &'static str) -> impl IntoView {
+fn SubmitButton(form: FormState, action: &'static str) -> impl IntoView {
     view! {
         <button class="button primary" aria-disabled=busy_attr(form.busy) data-busy=busy_attr(form.busy)>
             {action}

@@ -40,7 +40,7 @@ impl FormState {
         }
     }
 
-    /// `name` is the field's name in the API.
+    /// Registers a field. `name` is its name in the API.
     pub fn register(
         self,
         name: &'static str,
@@ -144,7 +144,7 @@ impl FormState {
         }
     }
 
-    /// The error that does not belong to any field of this form.
+    /// Returns the error that does not belong to any field of this form.
     pub fn failure(self) -> Signal<Option<CallError>> {
         self.failure.into()
     }

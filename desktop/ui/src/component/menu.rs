@@ -20,7 +20,7 @@ pub struct MenuItem {
 
 #[derive(Clone)]
 pub enum MenuAction {
-    /// Goes to this address.
+    /// Goes to this URL.
     Open(String),
     Run(Callback<()>),
 }

@@ -10,11 +10,11 @@ use crate::{
 };
 
 thread_local! {
-    /// Maps the address of a list page to the address of the page before it. Needed because cursors lead only forward.
+    /// Maps the URL of a list page to the URL of the page before it. Needed because cursors lead only forward.
     static PREVIOUS: RefCell<Vec<(String, String)>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Links back only to pages that were shown in this tab.
+/// Links to the next page, and to the previous page if it was shown in this tab.
 #[component]
 pub fn Pager(total: u64, shown: usize, next: Option<String>) -> impl IntoView {
     let route = route();

@@ -23,7 +23,8 @@ use crate::{
     clock::now,
     model::{
         address::Query,
-        command::{Action, COMMANDS, Keys, contains_words, matching},
+        command::{Action, COMMANDS, Command, Keys, contains_words, matching},
+        role::Right,
         text::quoted,
     },
     preferences::{Preferences, preferences},
@@ -41,6 +42,8 @@ pub struct Commands {
     palette: RwSignal<bool>,
     help: RwSignal<bool>,
     sign_out: Callback<()>,
+    /// Whether the user has a right. Commands that require another one are hidden.
+    has: Callback<Right, bool>,
     route: Route,
     preferences: Preferences,
 }
@@ -55,11 +58,12 @@ fn palette_shortcut() -> &'static str {
 }
 
 impl Commands {
-    pub fn new(sign_out: Callback<()>) -> Self {
+    pub fn new(sign_out: Callback<()>, has: Callback<Right, bool>) -> Self {
         let commands = Self {
             palette: RwSignal::new(false),
             help: RwSignal::new(false),
             sign_out,
+            has,
             route: route(),
             preferences: preferences(),
         };
@@ -87,11 +91,15 @@ impl Commands {
         {
             return;
         }
-        let action = keys.try_update_value(|keys| keys.press(&ev.key(), now()));
-        if let Some(action) = action.flatten() {
+        let command = keys.try_update_value(|keys| keys.press(&ev.key(), now()));
+        if let Some(command) = command.flatten().filter(|it| self.allows(it)) {
             ev.prevent_default();
-            self.run(action);
+            self.run(command.action);
         }
+    }
+
+    fn allows(self, command: &Command) -> bool {
+        untrack(|| self.has.run(command.right()))
     }
 
     fn run(self, action: Action) {
@@ -111,7 +119,7 @@ impl Commands {
     }
 }
 
-/// Whether the key was pressed in a text field.
+/// Returns whether the key was pressed in a text field.
 fn is_in_field(ev: &KeyboardEvent) -> bool {
     const FIELDS: &str =
         "input:not([type=checkbox]):not([type=radio]), textarea, select, [contenteditable]";
@@ -155,7 +163,7 @@ pub fn CommandsView(commands: Commands) -> impl IntoView {
             <Palette commands/>
         </Modal>
         <Modal open=commands.help title="Keyboard shortcuts">
-            <Help preferences=commands.preferences/>
+            <Help commands/>
             <div class="actions end">
                 <button class="button" autofocus on:click=move |_| commands.help.set(false)>"Close"</button>
             </div>
@@ -168,7 +176,11 @@ fn Palette(commands: Commands) -> impl IntoView {
     let typed = RwSignal::new(String::new());
     let keys = RwSignal::new(Vec::<Choice>::new());
     let plans = RwSignal::new(Vec::<(PlanId, String)>::new());
+    let can_read = untrack(|| commands.has.run(Right::Read));
     spawn_local(async move {
+        if !can_read {
+            return;
+        }
         let page = PageOf {
             limit: Some(MAX_LIMIT),
             cursor: None,
@@ -184,10 +196,11 @@ fn Palette(commands: Commands) -> impl IntoView {
         let text = typed.get();
         let text = text.trim();
         let mut choices: Vec<Choice> = matching(text)
+            .filter(|command| commands.allows(command))
             .map(|it| Choice::Command(it.name, it.keys, it.action))
             .collect();
         choices.extend(keys.get());
-        if !text.is_empty() {
+        if !text.is_empty() && can_read {
             choices.extend(plans.with(|plans| {
                 let found = plans.iter().filter(|(_, name)| contains_words(name, text));
                 let found = found.take(MAX_FOUND as usize);
@@ -205,7 +218,7 @@ fn Palette(commands: Commands) -> impl IntoView {
         selected.set(0);
         latest.update_value(|latest| *latest = latest.wrapping_add(1));
         let own = latest.get_value();
-        if text.trim().is_empty() {
+        if text.trim().is_empty() || !can_read {
             return keys.set(Vec::new());
         }
         spawn_local(async move {
@@ -330,7 +343,8 @@ fn Keycaps(keys: &'static str) -> impl IntoView {
 }
 
 #[component]
-fn Help(preferences: Preferences) -> impl IntoView {
+fn Help(commands: Commands) -> impl IntoView {
+    let preferences = commands.preferences;
     view! {
         <table class="shortcuts">
             <caption class="visually-hidden">"Keyboard shortcuts"</caption>
@@ -338,7 +352,7 @@ fn Help(preferences: Preferences) -> impl IntoView {
                 <tr><th scope="row">"Search or jump to…"</th><td><kbd>{palette_shortcut()}</kbd></td></tr>
                 {COMMANDS
                     .iter()
-                    .filter(|command| !command.keys.is_empty())
+                    .filter(|command| !command.keys.is_empty() && commands.allows(command))
                     .map(|command| view! { <tr><th scope="row">{command.name}</th><td><Keycaps keys=command.keys/></td></tr> })
                     .collect_view()}
                 <tr><th scope="row">"Close a dialog"</th><td><kbd>"Esc"</kbd></td></tr>

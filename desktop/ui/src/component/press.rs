@@ -15,7 +15,7 @@ thread_local! {
     static WAITING: RefCell<Vec<Box<dyn FnOnce()>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Call once, before any call to [`after_press`].
+/// Tracks whether a mouse button is pressed. Call once, before any call to [`after_press`].
 pub fn watch_presses() {
     window_event_listener(ev::mousedown, |_| PRESSED.set(true));
     window_event_listener(ev::mouseup, |_| release());

@@ -2,8 +2,9 @@ use leptos::prelude::*;
 
 use crate::{reactive::effect, route::route};
 
-/// Opens a dialog if the address contains the query parameter `new`, and removes the parameter.
-pub fn open_from_query(open: RwSignal<bool>) {
+/// Opens a dialog if the URL contains the query parameter `new`, and removes the parameter. If `is_allowed` is false,
+/// only removes the parameter.
+pub fn open_from_query(open: RwSignal<bool>, is_allowed: bool) {
     let route = route();
     let own_path = route.path.get_untracked();
     effect(move || {
@@ -11,7 +12,7 @@ pub fn open_from_query(open: RwSignal<bool>) {
         if route.path.with_untracked(|path| *path == own_path)
             && route.query.with(|query| query.get("new")).is_some()
         {
-            open.set(true);
+            open.set(is_allowed);
             let query = route.query.get_untracked().with("new", "");
             route.replace(&format!("{}{query}", route.path.get_untracked()));
         }

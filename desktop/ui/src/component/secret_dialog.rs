@@ -19,7 +19,7 @@ pub struct NewSecret {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Leaving {
     Close,
-    /// Quit the desktop app.
+    /// Quitting the desktop app.
     Quit,
 }
 
@@ -34,7 +34,7 @@ impl NewSecret {
         }
     }
 
-    /// Does nothing if the user has left the page that owns the dialog.
+    /// Opens the dialog. Does nothing if the user has left the page that owns it.
     pub fn show(self, name: String, secret: Option<String>) {
         let _ = self.name.try_set(name);
         let _ = self.secret.try_set(secret.unwrap_or_default());
@@ -44,7 +44,8 @@ impl NewSecret {
     }
 }
 
-/// Cannot be closed until the user has copied the secret or confirmed saving it. Escape shows a warning first.
+/// A dialog that cannot be closed until the user has copied the secret or confirmed saving it. Escape shows a warning
+/// first.
 #[component]
 pub fn SecretDialog(
     new: NewSecret,

@@ -1,11 +1,11 @@
-//! The sort order of a list, stored in the page's address.
+//! The sort order of a list, stored in the page's URL.
 
 use leptos::prelude::*;
 
 use super::filter::{fixed_options, select_filter};
 use crate::route::route;
 
-/// Returns the address of the list's first page in another order.
+/// Returns the URL of the list's first page in another order.
 fn sorted_address(sort: &str) -> String {
     let route = route();
     let query = route.query.get().with("cursor", "").with("sort", sort);

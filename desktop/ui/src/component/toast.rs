@@ -16,7 +16,7 @@ use crate::{
 };
 
 const SUCCESS: Duration = Duration::from_secs(6);
-/// Long enough to read the message and decide.
+/// How long to show a message with an action: long enough to read it and decide.
 const WITH_ACTION: Duration = Duration::from_secs(12);
 
 /// A button's label, and what the button does.
@@ -44,7 +44,7 @@ impl Toasts {
         self.add(text.into(), None, None, Some(SUCCESS));
     }
 
-    /// `undo` works even after the user has left the page.
+    /// Shows a success message with an *Undo* button, which works even after the user has left the page.
     pub fn succeed_with_undo(
         self,
         text: impl Into<String>,
@@ -105,13 +105,13 @@ impl Toasts {
         let _ = self.all.try_update(|all| all.remove(id));
     }
 
-    /// Call when the session ends.
+    /// Removes all messages. Call when the session ends.
     pub fn clear(self) {
         self.all.set(Messages::new());
     }
 
-    /// Moves the messages into the topmost open dialog, or out of dialogs if none is open. Call whenever a dialog opens
-    /// or closes.
+    /// Moves the messages into the topmost open dialog, or into the page body if no dialog is open. Call whenever a
+    /// dialog opens or closes.
     pub fn place(self) {
         let Some(container) = self.container.get_untracked() else {
             return;

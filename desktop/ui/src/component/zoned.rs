@@ -7,11 +7,11 @@ use wasm_bindgen::{JsCast, JsValue};
 use crate::model::zoned::LocalTime;
 
 thread_local! {
-    /// One per time zone, because creating a formatter is slow.
+    /// One formatter per time zone, because creating one is slow.
     static FORMATTERS: RefCell<BTreeMap<String, Option<js_sys::Intl::DateTimeFormat>>> = const { RefCell::new(BTreeMap::new()) };
 }
 
-/// Returns `None` if the browser does not know the time zone.
+/// Creates a formatter. Returns `None` if the browser does not know the time zone.
 fn formatter(zone: &str) -> Option<js_sys::Intl::DateTimeFormat> {
     let options = js_sys::Object::new();
     for (name, value) in [
@@ -36,7 +36,7 @@ fn formatter(zone: &str) -> Option<js_sys::Intl::DateTimeFormat> {
     Some(made.unchecked_into())
 }
 
-/// `at` is in milliseconds since 1970. Uses UTC if the browser does not know the time zone.
+/// Converts `at`, in milliseconds since 1970, to local time. Uses UTC if the browser does not know the time zone.
 pub fn local_time(at: i64, zone: &str) -> Option<LocalTime> {
     FORMATTERS.with_borrow_mut(|all| {
         let mut format = |zone: &str| -> Option<LocalTime> {

@@ -43,7 +43,8 @@ pub fn is_offline() -> bool {
     loaded_at().with_untracked(Option::is_some)
 }
 
-/// `None` if the response came from the server; otherwise, when it was stored.
+/// Records where the last response came from: `None` means the server. Otherwise, it is a stored response that was
+/// received at this time.
 pub fn set_loaded_at(loaded_at: Option<Timestamp>) {
     HOST.with(|host| {
         if host.loaded_at.get_untracked() != loaded_at {

@@ -3,12 +3,8 @@
 //! The desktop app stores sessions in a keychain, can connect to several servers, and shows previously loaded data
 //! while a server is unreachable. This module holds the last reported state; `servers` displays it.
 
-#[cfg(not(feature = "desktop"))]
-mod browser;
-#[cfg(feature = "desktop")]
-mod desktop;
+#[cfg_attr(feature = "desktop", path = "desktop.rs")]
+#[cfg_attr(not(feature = "desktop"), path = "browser.rs")]
+mod current;
 
-#[cfg(not(feature = "desktop"))]
-pub use browser::*;
-#[cfg(feature = "desktop")]
-pub use desktop::*;
+pub use current::*;

@@ -1,8 +1,10 @@
-//! Addresses within the console: pages and query strings.
+//! URLs within the console: pages and query strings.
 
 use std::fmt::{self, Write as _};
 
 use quota_common::{ApiKeyId, WebhookId};
+
+use super::role::Right;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ConsolePage {
@@ -44,6 +46,25 @@ impl ConsolePage {
             _ => Self::NotFound,
         }
     }
+
+    /// The right that a page requires, and what it shows, as in `You don't have access to plans`.
+    pub const fn right(self) -> (Right, &'static str) {
+        match self {
+            Self::Plans => (Right::Read, "plans"),
+            Self::ApiKeys | Self::ApiKey(_) => (Right::Read, "API keys"),
+            Self::ServiceTokens => (Right::Read, "service tokens"),
+            Self::Webhooks | Self::Webhook(_) => (Right::Read, "webhooks"),
+            Self::Audit => (Right::Read, "the audit log"),
+            Self::Billing => (Right::Bill, "billing"),
+            Self::SignIn
+            | Self::Register
+            | Self::Home
+            | Self::Usage
+            | Self::Alerts
+            | Self::Settings
+            | Self::NotFound => (Right::Any, ""),
+        }
+    }
 }
 
 /// A decoded query string. `Display` writes the encoded string with a leading `?`.
@@ -64,7 +85,7 @@ impl Query {
         )
     }
 
-    /// Returns `None` if the value is empty.
+    /// Returns the value of a parameter. Returns `None` if the parameter is missing or empty.
     pub fn get(&self, name: &str) -> Option<String> {
         self.0
             .iter()

@@ -21,7 +21,7 @@ fn owner(alert: &QuotaAlert) -> &str {
     }
 }
 
-/// The quota's name without its owner, such as `Monthly quota`.
+/// Returns the quota's name without its owner, such as `Monthly quota`.
 fn quota_name(alert: &QuotaAlert) -> &'static str {
     match alert.key_id {
         Some(_) => burn_down::name(alert.policy),
@@ -38,7 +38,7 @@ fn threshold_badge(threshold: u32) -> Markup {
     with_text("span", &[("class", class)], &format!("{threshold}%"))
 }
 
-/// Marks alerts newer than `seen` as new.
+/// Returns the alerts as a table. Marks alerts newer than `seen` as new.
 pub fn alert_table(alerts: &[QuotaAlert], seen: Option<QuotaAlertId>, now: i64) -> Markup {
     let columns = ["Key", "Quota", "Reached", "Used", "Time", "Resets"];
     let head: Vec<Markup> = columns
@@ -133,6 +133,14 @@ pub const fn role_members(role: Role) -> &'static str {
     }
 }
 
+/// Warns that the server cannot send the emails that the settings ask for.
+pub fn email_warning(settings: &AlertSettings) -> Option<&'static str> {
+    let is_on = settings.email && !settings.email_roles.is_empty();
+    (is_on && !settings.can_email).then_some(
+        "Emails aren't sent: this server has no mail server. Ask the operator to set SMTP_URL.",
+    )
+}
+
 /// Describes who receives alerts by email.
 pub fn recipients(settings: &AlertSettings) -> String {
     let roles = settings.email_roles.iter();
@@ -219,6 +227,7 @@ mod tests {
             recipients(&AlertSettings {
                 email,
                 email_roles: email_roles.to_vec(),
+                can_email: true,
             })
         };
         assert_eq!(settings(true, &[Role::Owner]), "Owners");
@@ -232,5 +241,20 @@ mod tests {
         );
         assert_eq!(settings(true, &[]), "Off");
         assert_eq!(settings(false, &[Role::Owner]), "Off");
+    }
+    #[test]
+    fn warning_appears_only_if_emails_should_be_sent() {
+        let warns = |email, email_roles: &[Role], can_email| {
+            let settings = AlertSettings {
+                email,
+                email_roles: email_roles.to_vec(),
+                can_email,
+            };
+            email_warning(&settings).is_some()
+        };
+        assert!(warns(true, &[Role::Owner], false));
+        assert!(!warns(true, &[Role::Owner], true));
+        assert!(!warns(true, &[], false));
+        assert!(!warns(false, &[Role::Owner], false));
     }
 }

@@ -5,6 +5,12 @@ use super::{chart::percent, text::number, usage::Pair};
 /// A rejection rate of at least this many percent needs attention.
 const HIGH_PERCENT: u64 = 5;
 
+/// Rounds down, so that 100% means that nothing is left.
+pub fn used_percent(used: u64, limit: u64) -> u64 {
+    let percent = u128::from(used) * 100 / u128::from(limit.max(1));
+    u64::try_from(percent).unwrap_or(u64::MAX)
+}
+
 pub fn is_rejection_rate_high(requests: Pair) -> bool {
     let rejected = u128::from(requests.rejected);
     rejected > 0 && rejected * 100 >= u128::from(requests.total()) * u128::from(HIGH_PERCENT)
@@ -40,6 +46,14 @@ mod tests {
 
     const fn pair(allowed: u64, rejected: u64) -> Pair {
         Pair { allowed, rejected }
+    }
+
+    #[test]
+    fn quota_is_used_up_only_if_nothing_is_left() {
+        assert_eq!(used_percent(19_999, 20_000), 99);
+        assert_eq!(used_percent(20_000, 20_000), 100);
+        assert_eq!(used_percent(0, 0), 0);
+        assert_eq!(used_percent(u64::MAX, u64::MAX), 100);
     }
 
     #[test]

@@ -41,7 +41,7 @@ pub struct FieldChange {
     pub after: Option<String>,
 }
 
-/// `plan_name` returns a plan's name by its ID.
+/// Returns the fields that an event changed. `plan_name` returns a plan's name by its ID.
 pub fn field_changes(
     event: &AuditEvent,
     plan_name: &dyn Fn(&str) -> Option<String>,
@@ -70,11 +70,14 @@ pub fn field_changes(
 /// Sums up an event in one line, such as `Rate 600 → 300/min`. Returns an empty string if the action's name is enough.
 pub fn summary(event: &AuditEvent, plan_name: &dyn Fn(&str) -> Option<String>) -> String {
     let object = |value: &Option<Value>| value.as_ref().and_then(Value::as_object).cloned();
+    let is_webhook = event.target_type == "webhook";
     match (object(&event.before), object(&event.after)) {
         (Some(before), Some(after)) => {
             let parts: Vec<String> = after
                 .iter()
-                .filter_map(|(name, value)| change(name, before.get(name), value, plan_name))
+                .filter_map(|(name, value)| {
+                    change(name, before.get(name), value, is_webhook, plan_name)
+                })
                 .collect();
             capitalized(&parts.join(", "))
         }
@@ -110,6 +113,7 @@ fn change(
     name: &str,
     before: Option<&Value>,
     after: &Value,
+    is_webhook: bool,
     plan_name: &dyn Fn(&str) -> Option<String>,
 ) -> Option<String> {
     let text = |value: &Value| value_text(name, value, plan_name);
@@ -121,8 +125,13 @@ fn change(
             format!("previous secret works until {}", text(at))
         }
         ("prefix", _) => format!("now {}…", text(after)),
-        ("is_active", Value::Bool(true)) => "Activated".to_owned(),
-        ("is_active", Value::Bool(false)) => "Deactivated".to_owned(),
+        ("is_active", Value::Bool(active)) => match (is_webhook, active) {
+            (false, true) => "activated",
+            (false, false) => "deactivated",
+            (true, true) => "enabled",
+            (true, false) => "disabled",
+        }
+        .to_owned(),
         ("key_count" | "last_used_at", _) => return None,
         ("metadata", _) => "metadata changed".to_owned(),
         ("name", _) => format!(
@@ -223,7 +232,7 @@ pub fn compact(value: &Value) -> String {
     }
 }
 
-/// Formats a number with three decimals.
+/// Formats a number with three decimal places.
 fn fraction(number: f64) -> String {
     #[expect(
         clippy::cast_possible_truncation,
@@ -543,6 +552,15 @@ mod tests {
 
     #[test]
     fn changes_of_webhooks_and_alert_settings_are_in_words() {
+        for (is_active, summed_up) in [(true, "Enabled"), (false, "Disabled")] {
+            let mut update = event(
+                "webhook.update",
+                json!({"is_active": !is_active}),
+                json!({"is_active": is_active}),
+            );
+            update.target_type = "webhook".to_owned();
+            assert_eq!(summary(&update, &plan_name), summed_up);
+        }
         assert_eq!(
             line(
                 "webhook.rotate_secret",

@@ -2,7 +2,6 @@
 
 use quota_common::{
     Timestamp,
-    auth::Role,
     billing::{BillingAccess, BillingLimits, BillingPrice, BillingState, BillingUsage},
     ipc::BillingPage,
 };
@@ -64,7 +63,7 @@ pub fn buttons(it: &BillingState) -> Vec<StripeButton> {
     }
 }
 
-/// Whether the user should click the first button next.
+/// Returns whether the user should click the first button next.
 pub fn is_action_needed(it: &BillingState) -> bool {
     buttons(it).first() != Some(&MANAGE)
 }
@@ -90,7 +89,7 @@ fn notices(it: &BillingState, now: i64) -> Vec<(&'static str, String)> {
         )),
         (BillingAccess::PastDue | BillingAccess::Unpaid, _) => all.push((
             danger,
-            format!("Your last payment failed. Until it is paid, {requests} are rejected (402). Update your card."),
+            format!("Your last payment failed. Until the invoice is paid, {requests} are rejected (402). Update your card."),
         )),
         (BillingAccess::Canceled, _) => all.push((
             warn,
@@ -115,7 +114,7 @@ fn notices(it: &BillingState, now: i64) -> Vec<(&'static str, String)> {
         all.push((
             warn,
             format!(
-                "Stripe can't be reached. This was last updated {}; recent changes may be missing.",
+                "Can't reach Stripe. Last updated {}; recent changes may be missing.",
                 relative(at, now)
             ),
         ));
@@ -185,7 +184,12 @@ pub fn subscription(it: &BillingState, now: i64) -> Markup {
     all.push(element("div", &[("class", "card-head")], &title));
     let mut facts = Vec::new();
     if let Some(name) = name {
-        facts.push(row("Plan", name, ""));
+        let label = if is_subscribed(it) {
+            "Plan"
+        } else {
+            "Available plan"
+        };
+        facts.push(row(label, name, ""));
     }
     if let Some(price) = it.price.as_ref().and_then(price_text) {
         facts.push(row("Price", &price, ""));
@@ -250,7 +254,7 @@ pub fn usage(it: &BillingUsage, state: &BillingState) -> Markup {
     let mut note = |text: &str| all.push(with_text("p", &[("class", "muted small-text")], text));
     if it.not_charged > 0 {
         note(&format!(
-            "{} of this period won't be charged, because Stripe did not accept them in time.",
+            "{} in this period won't be charged because Stripe didn't accept them in time.",
             count(it.not_charged, "request", "requests")
         ));
     }
@@ -299,20 +303,10 @@ pub fn limits(it: &BillingLimits, now: i64) -> Markup {
         .map(|n| format!("a daily and monthly quota of {}", number(n)));
     let bounds: Vec<String> = rate.into_iter().chain(quota).collect();
     if !bounds.is_empty() {
-        let text = format!(
-            "Plans that are not marked Paid: at most {}.",
-            bounds.join(", and ")
-        );
+        let text = format!("Plans not marked Paid: at most {}.", bounds.join(", and "));
         all.push(with_text("p", &[("class", "muted small-text")], &text));
     }
     all
-}
-
-pub fn no_access(role: Role) -> String {
-    format!(
-        "Your role ({}) doesn't include billing. Ask an owner or an admin of your organization.",
-        role.as_str()
-    )
 }
 
 /// Warns that keys on a paid plan do not work. If `is_saved` is false, the plan is about to become a paid plan. Returns
@@ -398,7 +392,7 @@ mod tests {
             );
             assert!(
                 over.contains(
-                    "Until it is paid, requests with 4 keys on paid plans are rejected (402)."
+                    "Until the invoice is paid, requests with 4 keys on paid plans are rejected (402)."
                 ),
                 "{over}"
             );
@@ -459,7 +453,7 @@ mod tests {
         });
         assert_eq!(
             shown(free.clone()),
-            "Until you subscribe, requests with 1 key on a paid plan are rejected (402). No subscription Free Plan Pro Price $29.00 per month + $0.50 per 1,000 requests"
+            "Until you subscribe, requests with 1 key on a paid plan are rejected (402). No subscription Free Available plan Pro Price $29.00 per month + $0.50 per 1,000 requests"
         );
         assert!(is_action_needed(&state(free.clone())));
         assert_eq!(buttons(&state(free)).len(), 1);
@@ -471,7 +465,7 @@ mod tests {
         assert!(!fresh.contains("reached"), "{fresh}");
         let old = shown(json!({"refreshed_at": "2026-11-26T13:00:00Z"}));
         assert!(
-            old.starts_with("Stripe can't be reached. This was last updated 2 hours ago"),
+            old.starts_with("Can't reach Stripe. Last updated 2 hours ago"),
             "{old}"
         );
     }
@@ -493,7 +487,9 @@ mod tests {
         };
         assert!(!text(&usage(&of_period, &rejected)).contains("Projected"));
         of_period.not_charged = 7;
-        assert!(text(&usage(&of_period, &state)).ends_with("7 requests of this period won't be charged, because Stripe did not accept them in time."));
+        assert!(text(&usage(&of_period, &state)).ends_with(
+            "7 requests in this period won't be charged because Stripe didn't accept them in time."
+        ));
         of_period.charge = None;
         of_period.projected_total = None;
         let flat = text(&usage(&of_period, &state));
@@ -513,7 +509,7 @@ mod tests {
         assert_eq!(
             text(&limits(&state.limits, NOW)),
             "Requests this month 61,500 of 100,000 used Resets in 4 days \
-             Plans that are not marked Paid: at most 60 requests per minute, and a daily and monthly quota of 10,000."
+             Plans not marked Paid: at most 60 requests per minute, and a daily and monthly quota of 10,000."
         );
     }
 

@@ -11,7 +11,7 @@ pub struct Bucket {
     pub limit: u64,
     /// The number of tokens at the time `at`.
     pub remaining: u64,
-    /// In milliseconds since 1970.
+    /// The time of the report, in milliseconds since 1970.
     pub at: i64,
     /// `refill` tokens are added every `window` seconds.
     pub refill: u64,
@@ -39,7 +39,7 @@ impl Bucket {
         })
     }
 
-    /// In thousandths of a token.
+    /// Returns the number of tokens at `now`, in thousandths.
     pub fn level(&self, now: i64) -> u64 {
         let elapsed = u64::try_from(now - self.at).unwrap_or(0);
         let refilled = elapsed.saturating_mul(self.refill) / self.window;

@@ -28,7 +28,7 @@ impl BulkAction {
         }
     }
 
-    /// The label of the confirm button.
+    /// Returns the label of the confirm button.
     pub fn button(self, keys: usize) -> String {
         format!("{} {}", self.label(), count_keys(keys))
     }

@@ -31,7 +31,7 @@ pub const fn name(policy: PolicyName) -> &'static str {
     }
 }
 
-/// The chart compares the remaining quota with an even pace, and projects it until the reset.
+/// Returns a chart that compares the remaining quota with an even pace, and projects it until the reset.
 pub fn burn_down_chart(burn: &BurnDown) -> Markup {
     let line = |of: &dyn Fn(usize) -> u64| {
         let points = burn.points.iter().enumerate();
@@ -95,12 +95,12 @@ pub fn projection(burn: &BurnDown, now: i64, clock: &dyn Fn(i64) -> String) -> S
         Some(at) if at > now && at < reset => {
             let early = countdown((reset - at).unsigned_abs() / 1000);
             format!(
-                "At this pace, it will be used up {}, {early} before it resets. {resets}",
+                "At this pace, the quota will be used up {}, {early} before it resets. {resets}",
                 clock(at)
             )
         }
         _ => format!(
-            "At this pace, {} will be left when it resets. {resets}",
+            "At this pace, {} will be left when the quota resets. {resets}",
             number(burn.projected_remaining)
         ),
     }
@@ -147,11 +147,11 @@ mod tests {
         let text = |burn: &BurnDown| projection(burn, NOON, &clock);
         assert_eq!(
             text(&burn(800, Some("2026-11-26T15:00:00Z"), 0)),
-            "At this pace, it will be used up 3 h, 9 h 0 min before it resets. Resets 12 h."
+            "At this pace, the quota will be used up 3 h, 9 h 0 min before it resets. Resets 12 h."
         );
         assert_eq!(
             text(&burn(200, None, 600)),
-            "At this pace, 600 will be left when it resets. Resets 12 h."
+            "At this pace, 600 will be left when the quota resets. Resets 12 h."
         );
         assert_eq!(
             text(&burn(1000, Some("2026-11-26T11:00:00Z"), 0)),

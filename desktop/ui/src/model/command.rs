@@ -1,8 +1,10 @@
 //! Commands that are available on every page, through the palette or a keyboard shortcut.
 
+use super::{address::ConsolePage, role::Right};
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
-    /// Goes to this address in the console.
+    /// Goes to this path in the console.
     Go(&'static str),
     /// Focuses the search field for API keys.
     Search,
@@ -18,6 +20,21 @@ pub struct Command {
     /// Keys to press one after the other. Empty if the command has no shortcut.
     pub keys: &'static str,
     pub action: Action,
+}
+
+impl Command {
+    /// The right that the command requires.
+    pub fn right(&self) -> Right {
+        match self.action {
+            Action::Go(address) if address.ends_with("?new=1") => Right::Manage,
+            Action::Go(address) => {
+                let path = address.split('?').next().unwrap_or_default();
+                ConsolePage::of(path).right().0
+            }
+            Action::Search => Right::Read,
+            Action::Theme(_) | Action::Help | Action::SignOut => Right::Any,
+        }
+    }
 }
 
 const fn command(name: &'static str, keys: &'static str, action: Action) -> Command {
@@ -87,8 +104,8 @@ impl Keys {
     /// The longest pause between two keys of a shortcut, in milliseconds.
     pub const MAX_PAUSE: i64 = 1500;
 
-    /// Handles a key, such as `g` or `Shift`. Returns the action if the key completes a shortcut.
-    pub fn press(&mut self, key: &str, now: i64) -> Option<Action> {
+    /// Handles a key, such as `g` or `Shift`. Returns the command if the key completes a shortcut.
+    pub fn press(&mut self, key: &str, now: i64) -> Option<&'static Command> {
         let mut chars = key.chars();
         // Ignore keys that do not type a character, such as the Shift before a `?`.
         let (Some(typed), None) = (chars.next(), chars.next()) else {
@@ -108,7 +125,7 @@ impl Keys {
         if found.is_none() {
             self.first = Some((typed, now));
         }
-        found.map(|command| command.action)
+        found
     }
 }
 
@@ -131,31 +148,55 @@ mod tests {
     #[test]
     fn two_keys_in_quick_succession_are_a_shortcut() {
         let mut keys = Keys::default();
-        assert_eq!(keys.press("g", 0), None);
-        assert_eq!(
-            keys.press("p", 900),
-            Some(Action::Go("/console/plans")),
-            "in time"
-        );
-        assert_eq!(
-            keys.press("p", 1000),
-            None,
-            "the first key was already used"
-        );
-        assert_eq!(keys.press("g", 2000), None);
-        assert_eq!(keys.press("p", 4000), None, "too late");
-        assert_eq!(keys.press("?", 4100), Some(Action::Help));
+        let mut press = |key, at| keys.press(key, at).map(|command| command.action);
+        assert_eq!(press("g", 0), None);
+        let plans = Some(Action::Go("/console/plans"));
+        assert_eq!(press("p", 900), plans, "in time");
+        assert_eq!(press("p", 1000), None, "the first key was already used");
+        assert_eq!(press("g", 2000), None);
+        assert_eq!(press("p", 4000), None, "too late");
+        assert_eq!(press("?", 4100), Some(Action::Help));
     }
 
     #[test]
     fn keys_without_a_character_are_ignored() {
         let mut keys = Keys::default();
-        assert_eq!(keys.press("n", 0), None);
-        assert_eq!(keys.press("Shift", 10), None);
-        assert_eq!(keys.press("", 20), None);
+        let mut press = |key, at| keys.press(key, at).map(|command| command.action);
+        assert_eq!(press("n", 0), None);
+        assert_eq!(press("Shift", 10), None);
+        assert_eq!(press("", 20), None);
         let plan = Some(Action::Go("/console/plans?new=1"));
-        assert_eq!(keys.press("p", 30), plan);
-        assert_eq!(keys.press("ü", 40), None);
+        assert_eq!(press("p", 30), plan);
+        assert_eq!(press("ü", 40), None);
+    }
+
+    #[test]
+    fn command_requires_the_right_of_its_page() {
+        let named = |right| {
+            let all = COMMANDS.iter().filter(|command| command.right() == right);
+            all.map(|command| command.name).collect::<Vec<_>>()
+        };
+        assert_eq!(named(Right::Bill), ["Go to Billing"]);
+        assert_eq!(
+            named(Right::Manage),
+            [
+                "Create plan",
+                "Create API key",
+                "Create service token",
+                "Create webhook",
+            ]
+        );
+        assert_eq!(
+            named(Right::Read),
+            [
+                "Go to Plans",
+                "Go to API keys",
+                "Go to Service tokens",
+                "Go to Webhooks",
+                "Go to Audit log",
+                "Search API keys",
+            ]
+        );
     }
 
     #[test]

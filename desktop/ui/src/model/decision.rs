@@ -34,7 +34,7 @@ impl Live {
         page.iter().position(|it| it.id == newest.id)
     }
 
-    /// `new` is sorted newest first.
+    /// Adds new decisions. `new` must be sorted newest first.
     pub fn add(&mut self, new: Vec<Decision>, paused: bool) {
         let rows = if paused {
             &mut self.waiting
@@ -59,7 +59,7 @@ impl Live {
     }
 }
 
-/// `clock` formats a time. `with_key` adds a column with the key's name.
+/// Returns the decisions as a table. `clock` formats a time. `with_key` adds a column with the key's name.
 pub fn decision_table(
     decisions: &[&Decision],
     caption: &str,
@@ -142,7 +142,7 @@ pub fn decision_table(
 pub const fn no_decisions(requests: u64, was_used: bool) -> &'static str {
     match (requests, was_used) {
         (1.., _) => "The decision log has no entries for these requests.",
-        (0, true) => "No requests lately.",
+        (0, true) => "No recent requests.",
         (0, false) => "No requests yet.",
     }
 }
@@ -156,7 +156,7 @@ mod tests {
     #[test]
     fn no_text_denies_the_traffic_in_the_chart() {
         assert_eq!(no_decisions(0, false), "No requests yet.");
-        assert_eq!(no_decisions(0, true), "No requests lately.");
+        assert_eq!(no_decisions(0, true), "No recent requests.");
         for was_used in [false, true] {
             assert!(!no_decisions(7, was_used).contains("No requests"));
         }

@@ -44,7 +44,7 @@ pub fn check_email(text: &str) -> Result<(), &'static str> {
     }
 }
 
-/// Returns `None` if the field is empty.
+/// Trims a field's text. Returns `None` if the field is empty.
 pub fn optional_text(text: &str) -> Option<String> {
     let text = text.trim();
     (!text.is_empty()).then(|| text.to_owned())
@@ -103,7 +103,7 @@ pub fn copy_name(name: &str) -> String {
     format!("{start}{SUFFIX}")
 }
 
-/// Returns the page to open after sign-in. Ignores addresses outside the console.
+/// Returns the page to open after sign-in. Ignores URLs outside the console.
 pub fn next_page(next: Option<&str>) -> String {
     match next {
         Some(next)

@@ -15,7 +15,7 @@ use super::{
     text::{countdown, relative},
 };
 
-/// The limits of the key's plan. A rate override replaces the plan's rate.
+/// The limits of a key's plan. The key's rate override, if any, replaces the plan's rate.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EffectiveLimits {
     pub rate: u32,

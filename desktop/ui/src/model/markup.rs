@@ -53,7 +53,7 @@ fn escape(text: &str, out: &mut String) {
     }
 }
 
-/// Omits attributes with an empty value.
+/// Returns an element. Omits attributes with an empty value.
 pub fn element(
     tag: &'static str,
     attributes: &[(&'static str, &str)],

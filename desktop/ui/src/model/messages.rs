@@ -13,11 +13,11 @@ pub struct Message<A> {
     pub is_error: bool,
     /// An action that the message offers.
     pub action: Option<A>,
-    /// In milliseconds since 1970.
+    /// The time when the message was added, in milliseconds since 1970.
     pub added_at: i64,
 }
 
-/// The last message is the one on the page.
+/// Messages, oldest first. The last message is the one on the page.
 #[derive(Debug, Clone)]
 pub struct Messages<A>(Vec<Message<A>>);
 

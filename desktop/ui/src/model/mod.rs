@@ -21,6 +21,7 @@ pub mod meter;
 pub mod money;
 pub mod payload;
 pub mod policy;
+pub mod role;
 pub mod text;
 pub mod usage;
 pub mod webhook;

@@ -1,10 +1,11 @@
 //! Amounts of money. Uses decimal arithmetic on strings: floating-point numbers would be inexact and would make the
 //! download larger.
 
-use super::text::group_thousands;
+use quota_common::number::group_thousands;
 
-/// Currencies whose smallest unit in Stripe is not a hundredth.
+/// Currencies whose smallest unit in Stripe is a whole unit.
 const WHOLE: &str = "bif clp djf gnf jpy kmf krw mga pyg rwf vnd vuv xaf xof xpf";
+/// Currencies whose smallest unit in Stripe is a thousandth.
 const THOUSANDTHS: &str = "bhd jod kwd omr tnd";
 
 /// Returns the number of digits after the decimal point.

@@ -1,22 +1,7 @@
 //! Formats numbers, times, and names for display.
 
+pub use quota_common::number::grouped as number;
 use quota_common::page::TOTAL_MAX;
-
-/// Formats a number with thousands separators.
-pub fn number(n: u64) -> String {
-    group_thousands(&n.to_string())
-}
-
-pub fn group_thousands(digits: &str) -> String {
-    let mut text = String::new();
-    for (at, digit) in digits.chars().enumerate() {
-        if at > 0 && (digits.len() - at).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
-}
 
 /// Formats a count with its noun.
 pub fn count(n: u64, one: &str, many: &str) -> String {

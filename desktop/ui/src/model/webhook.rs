@@ -4,7 +4,6 @@ use std::fmt::Write as _;
 
 use quota_common::{
     WebhookDeliveryId,
-    auth::Role,
     bounds::WEBHOOK_URL_MAX,
     webhook::{Webhook, WebhookDelivery, WebhookDeliveryStatus},
 };
@@ -20,12 +19,12 @@ const THRESHOLD_REACHED: &str = "quota.threshold_reached";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WebhookStatus {
-    Active,
+    Enabled,
     Failing,
-    /// Deactivated by a user.
-    Inactive,
-    /// Disabled by the server.
+    /// Disabled by a user.
     Disabled,
+    /// Disabled by the server.
+    DisabledByQuota,
 }
 
 impl WebhookStatus {
@@ -35,19 +34,19 @@ impl WebhookStatus {
             &webhook.disabled_reason,
             &webhook.failing_since,
         ) {
-            (false, Some(_), _) => Self::Disabled,
-            (false, None, _) => Self::Inactive,
+            (false, Some(_), _) => Self::DisabledByQuota,
+            (false, None, _) => Self::Disabled,
             (true, _, Some(_)) => Self::Failing,
-            (true, _, None) => Self::Active,
+            (true, _, None) => Self::Enabled,
         }
     }
 
     fn badge(self) -> Markup {
         let (class, text) = match self {
-            Self::Active => ("badge on", "Active"),
+            Self::Enabled => ("badge on", "Enabled"),
             Self::Failing => ("badge limited", "Failing"),
-            Self::Inactive => ("badge", "Inactive"),
-            Self::Disabled => ("badge off", "Disabled"),
+            Self::Disabled => ("badge", "Disabled"),
+            Self::DisabledByQuota => ("badge off", "Disabled by Quota"),
         };
         with_text("span", &[("class", class)], text)
     }
@@ -89,7 +88,7 @@ fn note(text: &str) -> Markup {
     with_text("span", &[("class", "exact")], text)
 }
 
-/// Each name links to the webhook's page.
+/// Returns the webhooks as a table. Each name links to the webhook's page.
 pub fn webhook_table(webhooks: &[Webhook], now: i64) -> Markup {
     let rows = webhooks
         .iter()
@@ -119,7 +118,7 @@ pub fn webhook_table(webhooks: &[Webhook], now: i64) -> Markup {
 fn status(it: &Webhook, now: i64) -> Markup {
     let status = WebhookStatus::of(it);
     let reason = match (status, &it.disabled_reason, it.failing_since) {
-        (WebhookStatus::Disabled, Some(reason), _) => reason.clone(),
+        (WebhookStatus::DisabledByQuota, Some(reason), _) => reason.clone(),
         (WebhookStatus::Failing, _, Some(since)) => {
             format!(
                 "First failed {}",
@@ -138,10 +137,10 @@ fn status(it: &Webhook, now: i64) -> Markup {
 /// Returns the number of webhooks with each status.
 pub fn webhook_counts(webhooks: &[Webhook]) -> String {
     let counts: Vec<String> = [
-        (WebhookStatus::Active, "active"),
+        (WebhookStatus::Enabled, "enabled"),
         (WebhookStatus::Failing, "failing"),
+        (WebhookStatus::DisabledByQuota, "disabled by Quota"),
         (WebhookStatus::Disabled, "disabled"),
-        (WebhookStatus::Inactive, "inactive"),
     ]
     .into_iter()
     .filter_map(|(status, text)| {
@@ -168,11 +167,11 @@ fn detail(label: &str, content: &[Markup]) -> Markup {
 /// Describes a problem and what to do about it. Empty if the webhook works.
 fn notice(it: &Webhook, now: i64) -> Markup {
     let text = match (WebhookStatus::of(it), &it.disabled_reason, it.failing_since) {
-        (WebhookStatus::Disabled, Some(reason), _) => format!(
-            "Quota disabled this webhook. {reason} Events are not sent. Fix the endpoint, then activate the webhook."
+        (WebhookStatus::DisabledByQuota, Some(reason), _) => format!(
+            "Quota disabled this webhook. {reason} Events aren't sent. Fix the endpoint, then enable the webhook."
         ),
         (WebhookStatus::Failing, _, Some(since)) => format!(
-            "Deliveries began to fail {}. If none succeeds for 3 days, Quota disables this webhook.",
+            "Deliveries started failing {}. If none succeed within 3 days, Quota will disable this webhook.",
             relative(since.inner().timestamp_millis(), now)
         ),
         _ => return Markup::default(),
@@ -203,7 +202,8 @@ pub fn webhook_details(it: &Webhook, now: i64) -> Markup {
     .collect()
 }
 
-/// Returns when the server stops signing requests with the previous secret, or `None` if it has already stopped.
+/// Returns the time at which the server stops signing requests with the previous secret, or `None` if it has already
+/// stopped.
 pub fn previous_secret_expiry(it: &Webhook, now: i64) -> Option<quota_common::Timestamp> {
     it.previous_secret_expires_at
         .filter(|at| at.inner().timestamp_millis() > now)
@@ -249,7 +249,8 @@ fn response(it: &WebhookDelivery) -> String {
         .map_or_else(|| "–".to_owned(), |status| status.to_string())
 }
 
-/// During an attempt, the server returns the time when it would repeat the attempt after a crash.
+/// Describes the next attempt. While an attempt is in progress, `next_attempt_at` is the time at which the server would
+/// repeat it after a crash.
 fn next_attempt(it: &WebhookDelivery, now: i64) -> Markup {
     match it.next_attempt_at {
         Some(_) if it.attempts > 0 && it.error.is_none() => Markup::text("Sending…"),
@@ -259,7 +260,7 @@ fn next_attempt(it: &WebhookDelivery, now: i64) -> Markup {
     }
 }
 
-/// The button in each row has the delivery's ID in `data-delivery`.
+/// Returns the deliveries as a table. The button in each row has the delivery's ID in `data-delivery`.
 pub fn delivery_table(deliveries: &[WebhookDelivery], now: i64) -> Markup {
     let rows = deliveries.iter().map(|it| delivery_row(it, now)).collect();
     table(
@@ -347,12 +348,12 @@ pub fn delivery_details(it: &WebhookDelivery, now: i64) -> Markup {
     element("dl", &[("class", "details")], &rows)
 }
 
-/// Whether the first attempt has ended.
+/// Returns whether the first attempt has ended.
 pub const fn has_result(it: &WebhookDelivery) -> bool {
     it.error.is_some() || !matches!(it.status, WebhookDeliveryStatus::Pending)
 }
 
-/// Whether an attempt is in progress or imminent, so that the result should be loaded soon.
+/// Returns whether an attempt is in progress or imminent, so that the result should be loaded soon.
 pub fn is_changing(deliveries: &[WebhookDelivery], now: i64) -> bool {
     const SOON_MS: i64 = 10_000;
     /// Longer than any attempt.
@@ -396,7 +397,7 @@ pub fn test_result(it: &WebhookDelivery, now: i64) -> Markup {
         && let Some(at) = it.next_attempt_at
     {
         let next = relative(at.inner().timestamp_millis(), now);
-        let _ = write!(text, " Quota tries again {next}.");
+        let _ = write!(text, " Next attempt {next}.");
     }
     let (class, badge) = match it.status {
         WebhookDeliveryStatus::Delivered => ("badge on", "Delivered"),
@@ -415,7 +416,7 @@ pub fn event_types() -> Markup {
     let rows = [
         (
             THRESHOLD_REACHED,
-            "50, 80 or 100% of a daily or monthly quota is used, once for each day or month.",
+            "Sent once per day or month when 50, 80 or 100% of a quota is used.",
         ),
         ("webhook.test", "You sent a test event."),
     ]
@@ -427,13 +428,6 @@ pub fn event_types() -> Markup {
         element("div", &[], &parts)
     });
     element("dl", &[("class", "details event-types")], &rows)
-}
-
-pub fn no_access(role: Role) -> String {
-    format!(
-        "Your role ({}) doesn't include webhooks. Ask an owner or an admin of your organization.",
-        role.as_str()
-    )
 }
 
 /// A programming language with an example of signature verification.

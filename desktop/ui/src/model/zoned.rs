@@ -7,7 +7,7 @@ pub struct LocalTime {
     pub day: u32,
     pub hour: u32,
     pub minute: u32,
-    /// For example, `Thu`.
+    /// The abbreviated day of the week, such as `Thu`.
     pub weekday: String,
     /// The name of the time zone at that time, such as `CET` or `GMT+9`.
     pub zone: String,
@@ -39,18 +39,28 @@ impl LocalTime {
         })
     }
 
-    /// For example, `26 Nov`.
+    /// Returns the date, such as `26 Nov`.
     pub fn date(&self) -> String {
         let month = MONTHS.get(self.month as usize - 1).copied();
         format!("{} {}", self.day, month.unwrap_or_default())
     }
 
-    /// For example, `14:05`.
+    /// Returns the time of day, such as `14:05`.
     pub fn clock(&self) -> String {
         format!("{:02}:{:02}", self.hour, self.minute)
     }
 
-    /// The value of a date input, such as `2026-11-26`.
+    /// For example, `26 Nov, 14:05:09 CET`. Seconds are the same in every time zone.
+    pub fn to_the_second(&self, seconds: i64) -> String {
+        format!(
+            "{}, {}:{seconds:02} {}",
+            self.date(),
+            self.clock(),
+            self.zone
+        )
+    }
+
+    /// Returns the value of a date input, such as `2026-11-26`.
     pub fn iso_date(&self) -> String {
         format!("{:04}-{:02}-{:02}", self.year, self.month, self.day)
     }
@@ -71,12 +81,12 @@ impl LocalTime {
         )
     }
 
-    /// For example, `Thu 26 Nov`.
+    /// Returns the weekday and date, such as `Thu 26 Nov`.
     pub fn whole_day(&self) -> String {
         format!("{} {}", self.weekday, self.date())
     }
 
-    /// For example, `Thu 26 Nov, 14:20 CET`.
+    /// Returns the date and time with the time zone, such as `Thu 26 Nov, 14:20 CET`.
     pub fn in_full(&self) -> String {
         format!(
             "{} {}, {} {}",
@@ -135,7 +145,8 @@ pub fn start_of_date(date: &str, local: &dyn Fn(i64) -> Option<LocalTime>) -> Op
     start_of_day(found, local)
 }
 
-/// Uses an algorithm from Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms".
+/// Returns the number of days from 1970-01-01 to a date. The algorithm is from Howard Hinnant, "chrono-Compatible
+/// Low-Level Date Algorithms".
 fn days_since_1970(year: i64, month: i64, day: i64) -> i64 {
     let year = if month <= 2 { year - 1 } else { year };
     let era = year.div_euclid(400);
@@ -157,6 +168,7 @@ mod tests {
         let at = LocalTime::read("Thu, 26/11/2026, 14:05 CET").expect("a time");
         assert_eq!(at.whole_day(), "Thu 26 Nov");
         assert_eq!(at.in_full(), "Thu 26 Nov, 14:05 CET");
+        assert_eq!(at.to_the_second(9), "26 Nov, 14:05:09 CET");
         assert_eq!(at.iso_date(), "2026-11-26");
         let end = LocalTime::read("Thu, 26/11/2026, 15:05 GMT+5:30").expect("a time");
         assert_eq!(end.zone, "GMT+5:30");

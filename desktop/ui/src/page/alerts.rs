@@ -15,11 +15,11 @@ use crate::{
     api::{self, CallResult, PendingCall},
     clock::now,
     component::{
-        Async, DialogForm, EmptyState, FormState, Loader, Modal, PageHeader, Pager, Shape,
+        Async, Card, DialogForm, EmptyState, FormState, Loader, Modal, PageHeader, Pager, Shape,
         StaleNote, Toasts, load, load_page, refresh_regularly,
     },
     model::{
-        alert::{alert_table, recipients, role_members},
+        alert::{alert_table, email_warning, recipients, role_members},
         form::changed,
         text::capitalized,
         webhook::webhook_counts,
@@ -50,8 +50,8 @@ pub fn Alerts() -> impl IntoView {
     let show = move |page: Page<QuotaAlert>| {
         if page.items.is_empty() {
             return view! {
-                <EmptyState shape=Shape::Alerts title="No alerts yet" about="An alert appears here when 50, 80 or 100% of a daily or monthly quota is used. Set quotas in your plans.">
-                    <a class="button" href="/console/plans">"Open plans"</a>
+                <EmptyState shape=Shape::Alerts title="No alerts yet" about="Quota creates an alert when 50, 80 or 100% of a daily or monthly quota is used. Set quotas in your plans.">
+                    {untrack(move || session.can_read()).then(|| view! { <a class="button" href="/console/plans">"Open plans"</a> })}
                 </EmptyState>
             }
                 .into_any();
@@ -97,6 +97,7 @@ fn Notifications() -> impl IntoView {
     let show = move |it: Destinations| {
         let webhooks = webhook_counts(&it.webhooks);
         view! {
+            {email_warning(&it.settings).map(|text| view! { <p class="alert warn">{text}</p> })}
             <ul class="sessions">
                 <li>
                     <div>
@@ -117,10 +118,9 @@ fn Notifications() -> impl IntoView {
         }
     };
     view! {
-        <section class="card" aria-labelledby="notifications">
-            <h2 id="notifications">"Notifications"</h2>
+        <Card id="notifications" title="Notifications">
             <Async loader what="the settings" inside=true show/>
-        </section>
+        </Card>
         <Modal open=editing panel=true title="Email notifications">
             {untrack(move || loader.with(|it| it.settings.clone()))
                 .map(|settings| view! { <EmailForm settings open=editing loader/> })}

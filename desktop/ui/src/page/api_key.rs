@@ -9,6 +9,7 @@ use quota_common::{
 
 use super::{
     create_api_key::NewKeyDialog,
+    create_button::can_create,
     edit_api_key::EditDialog,
     key_usage::{KeyActivity, KeyUsage, LimitMeters},
     plan_list::{PlansError, find_plan, load_plans},
@@ -19,8 +20,8 @@ use crate::{
     api,
     clock::now,
     component::{
-        Async, Confirm, Confirmation, CopyButton, Field, FormState, Loader, NewSecret, PageHeader,
-        Toasts, busy_attr, load,
+        Async, Card, Confirm, Confirmation, CopyButton, Field, FormState, Loader, NewSecret,
+        PageHeader, Toasts, busy_attr, load,
     },
     model::{key::key_details, text},
     reactive::{effect, flag_memo, text_memo},
@@ -132,7 +133,7 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
         <Confirm
             // Errors are shown as toasts.
             confirmation=dialogs.deactivating
-            title=Signal::derive(move || format!("Deactivate {}?", text::quoted(&name.get())))
+            title=Signal::derive(move || format!("Deactivate key {}?", text::quoted(&name.get())))
             message="Requests with this key will be rejected with 401 within a second. You can activate it again later."
             action="Deactivate key"
             run=Callback::new(move |()| set_active.run(false))
@@ -146,6 +147,7 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
 fn open_dialog_from_query(dialogs: Dialogs, loader: Loader<ApiKey>) {
     let route = route();
     let own_path = route.path.get_untracked();
+    let is_allowed = can_create();
     effect(move || {
         let name = route.query.with(|query| query.get("open"));
         let is_ready = loader.with(|_| ()).is_some();
@@ -156,6 +158,7 @@ fn open_dialog_from_query(dialogs: Dialogs, loader: Loader<ApiKey>) {
             return;
         }
         match &*name {
+            _ if !is_allowed => {}
             "edit" => dialogs.editing.set(true),
             "rotate" => dialogs.rotating.set(true),
             "deactivate" => dialogs.deactivating.ask(),
@@ -219,8 +222,7 @@ fn TrySection(id: ApiKeyId, loader: Loader<ApiKey>, on_sent: Callback<()>) -> im
         is_other.then(|| other_key(&key))
     };
     view! {
-        <section class="card" aria-labelledby="try-title">
-            <h2 id="try-title">"Try it"</h2>
+        <Card id="try-title" title="Try it">
             {move || {
                 if is_known() {
                     view! {
@@ -230,14 +232,14 @@ fn TrySection(id: ApiKeyId, loader: Loader<ApiKey>, on_sent: Callback<()>) -> im
                         .into_any()
                 } else {
                     view! {
-                        <Field form=FormState::new() name="pasted_key" label="Key" kind="password" value=pasted placeholder="qk_…" hint="Keys aren't stored. Paste yours to test."/>
+                        <Field form=FormState::new() name="pasted_key" label="Key" kind="password" value=pasted placeholder="qk_…" hint="Quota doesn't store the full key. Paste it to send requests."/>
                         <div role="status">{move || mistake().map(|text| view! { <p class="alert warn">{text}</p> })}</div>
                     }
                         .into_any()
                 }
             }}
             <TryIt secret key=Signal::derive(move || loader.ready()) on_sent/>
-        </section>
+        </Card>
     }
 }
 
@@ -338,7 +340,7 @@ fn DeleteDialog(
             confirmation=dialogs.deleting
             title=Signal::derive(move || {
                 let name = loader.ready().map(|key| key.name).unwrap_or_default();
-                format!("Delete {}?", text::quoted(&name))
+                format!("Delete key {}?", text::quoted(&name))
             })
             message=Signal::derive(message)
             action="Delete key"

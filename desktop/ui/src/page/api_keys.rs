@@ -4,7 +4,7 @@ use quota_common::{Page, api_key::ApiKey, call::KeyFilter, page::ApiKeyOrder, pl
 use super::{
     bulk_actions::{BulkActions, SelectAll, activate},
     create_api_key::CreateDialog,
-    create_button::CreateButton,
+    create_button::{CreateButton, can_create},
     key_status::{key_status, time_or},
     plan_list::{PlansError, load_plans, plan_name},
     usage::usage_of_key,
@@ -66,7 +66,7 @@ pub fn ApiKeys() -> impl IntoView {
             .any(|name| parameter(name).is_some())
     };
     let creating = RwSignal::new(false);
-    open_from_query(creating);
+    open_from_query(creating, can_create());
     let selected = RwSignal::new(Vec::<ApiKey>::new());
     effect(move || {
         query.track();
@@ -173,7 +173,7 @@ fn NoKeys(is_filtered: bool, plans: Loader<Vec<Plan>>, creating: RwSignal<bool>)
         .into_any();
     }
     view! {
-        <EmptyState shape=Shape::Key title="No keys yet" about="Create one key per client so that you can limit, rotate or deactivate each one separately.">
+        <EmptyState shape=Shape::Key title="No keys yet" about="Create one key per client, so you can limit, rotate or deactivate clients separately.">
             {move || match plans.ready() {
                 Some(plans) if plans.is_empty() => {
                     view! { <a class="button primary" href="/console/plans?new=1">"Create a plan first"</a> }.into_any()
@@ -224,7 +224,10 @@ fn KeyMenu(key: ApiKey, loader: Loader<Page<ApiKey>>) -> impl IntoView {
         MenuItem::open("Deactivate", open("deactivate"))
     } else {
         let on_changed = Callback::new(move |()| loader.reload());
-        MenuItem::run("Activate", move || activate(vec![id], toasts, on_changed))
+        let name = key.name.clone();
+        MenuItem::run("Activate", move || {
+            activate(vec![(id, name.clone())], toasts, on_changed);
+        })
     };
     let items = vec![
         MenuItem::open("View usage", usage_of_key(id)),

@@ -14,8 +14,8 @@ use crate::{
     api,
     clock::now,
     component::{
-        Async, EmptyState, ExportButton, Loader, PageHeader, Pager, Shape, input_filter, load_page,
-        select_filter, set_filter,
+        Async, EmptyState, ExportButton, Loader, PageHeader, Pager, Shape, Toasts, input_filter,
+        load_page, select_filter, set_filter,
     },
     model::{
         address::Query,
@@ -74,7 +74,7 @@ const FILTERS: [&str; 7] = [
     "target_id",
 ];
 
-/// Reads the filter from the address. Its dates are UTC days, and the range includes both.
+/// Reads the filter from the URL query. Its dates are UTC days, and the range includes both.
 fn filter(query: &Query) -> AuditFilter {
     const DAY_MS: f64 = 86_400_000.0;
     let midnight = |name: &str, days_later: f64| -> Option<Timestamp> {
@@ -100,11 +100,17 @@ pub fn AuditLog() -> impl IntoView {
     let query = route.query;
     let loader = load_page(move |page| api::list_audit(query.with(filter), page));
     let plans = load_plans();
+    let toasts = expect_context::<Toasts>();
     let export = Callback::new(move |()| {
         let filter = query.with_untracked(filter);
         let names = PlanNames(plans);
-        Box::pin(async move { Ok(("audit-log.csv".to_owned(), exported(filter, names).await?)) })
-            as api::PendingCall<(String, String)>
+        Box::pin(async move {
+            let (file, is_complete) = exported(filter, names).await?;
+            if !is_complete {
+                toasts.fail_with("Only the newest 10,000 events were exported. To export older ones, filter by date.");
+            }
+            Ok(("audit-log.csv".to_owned(), file))
+        }) as api::PendingCall<(String, String)>
     });
     view! {
         <PageHeader title="Audit log" about="All changes: what changed, who changed it, when, and from where.">
@@ -179,8 +185,8 @@ impl PlanNames {
     }
 }
 
-/// Loads all matching events page by page and returns them as CSV.
-async fn exported(filter: AuditFilter, names: PlanNames) -> api::CallResult<String> {
+/// Loads the newest matching events page by page and returns them as CSV. Also returns whether no event is missing.
+async fn exported(filter: AuditFilter, names: PlanNames) -> api::CallResult<(String, bool)> {
     let header = [
         "time",
         "action",
@@ -217,7 +223,7 @@ async fn exported(filter: AuditFilter, names: PlanNames) -> api::CallResult<Stri
             break;
         }
     }
-    Ok(csv(rows))
+    Ok((csv(rows), cursor.is_none()))
 }
 
 #[component]

@@ -10,14 +10,13 @@ use crate::{
     api::{self, CallError},
     clock::now,
     component::{
-        Alert, Async, EmptyState, Loader, PageHeader, Shape, StaleNote, Toasts, load,
+        Alert, Async, Card, EmptyState, Loader, PageHeader, Shape, StaleNote, Toasts, load,
         refresh_regularly,
     },
     host,
     model::billing::{self, StripeButton},
     reactive::effect,
     route::route,
-    session::session,
 };
 
 /// How often to check for the result of a visit to Stripe. After a minute, `SLOW_POLL_MS` applies.
@@ -46,17 +45,9 @@ struct Visit {
 
 #[component]
 pub fn Billing() -> impl IntoView {
-    let session = session();
-    let role = move || session.me.with(|me| me.as_ref().map(|me| me.tenant.role));
     view! {
         <PageHeader title="Billing"/>
-        {move || match role() {
-            Some(role) if role.may_bill() => view! { <Subscription/> }.into_any(),
-            role => {
-                let about = role.map(billing::no_access).unwrap_or_default();
-                view! { <EmptyState shape=Shape::Billing title="You don't have access to billing" about/> }.into_any()
-            }
-        }}
+        <Subscription/>
     }
 }
 
@@ -134,7 +125,7 @@ fn poll(visit: Visit, loader: Loader<BillingState>) {
 fn show(it: &BillingState, loader: Loader<BillingState>, visit: Visit) -> AnyView {
     if !it.enabled {
         return view! {
-            <EmptyState shape=Shape::Billing title="Billing is disabled on this server" about="Plans marked Paid work like other plans. The server's operator can enable billing."/>
+            <EmptyState shape=Shape::Billing title="Billing is off on this server" about="Plans marked Paid work like other plans. The server's operator can turn on billing."/>
             <Limits limits=billing::limits(&it.limits, now()).to_string()/>
         }
             .into_any();
@@ -161,17 +152,16 @@ fn show(it: &BillingState, loader: Loader<BillingState>, visit: Visit) -> AnyVie
             <p class="muted small-text" role="status">
                 {move || {
                     (visit.waiting.get() == Waiting::Portal)
-                        .then_some("Stripe opened in your browser. Changes there appear here within seconds.")
+                        .then_some("Stripe opened in your browser. Your changes in Stripe appear here within seconds.")
                 }}
             </p>
         </section>
         {usage
             .map(|usage| {
                 view! {
-                    <section class="card" aria-labelledby="period">
-                        <h2 id="period">"This billing period"</h2>
+                    <Card id="period" title="This billing period">
                         <div inner_html=usage></div>
-                    </section>
+                    </Card>
                 }
             })}
         <Limits limits=billing::limits(&it.limits, now()).to_string()/>
@@ -183,10 +173,9 @@ fn show(it: &BillingState, loader: Loader<BillingState>, visit: Visit) -> AnyVie
 fn Limits(limits: String) -> impl IntoView {
     (!limits.is_empty()).then(|| {
         view! {
-            <section class="card" aria-labelledby="limits">
-                <h2 id="limits">"Limits"</h2>
+            <Card id="limits" title="Limits">
                 <div inner_html=limits></div>
-            </section>
+            </Card>
         }
     })
 }
@@ -199,7 +188,7 @@ fn Confirming(visit: Visit) -> impl IntoView {
     let (title, about) = if is_paying {
         (
             "Waiting for your payment…",
-            "Complete the payment in your browser. This page continues on its own.",
+            "Complete the payment in your browser. This page updates automatically.",
         )
     } else {
         ("Confirming payment…", "This usually takes a few seconds.")
@@ -268,7 +257,7 @@ fn explained(mut error: CallError) -> CallError {
     if error.is(ProblemCode::Unavailable)
         && let CallError::Problem(problem) = &mut error
     {
-        "Stripe can't be reached. Nothing was charged. Try again in a few minutes."
+        "Can't reach Stripe. Nothing was charged. Try again in a few minutes."
             .clone_into(&mut problem.detail);
     }
     error

@@ -37,15 +37,16 @@ async fn set_active(id: ApiKeyId, active: bool) -> CallResult<()> {
     api::update_api_key(id, body).await.map(drop)
 }
 
-pub fn activate(keys: Vec<ApiKeyId>, toasts: Toasts, on_changed: Callback<()>) {
+pub fn activate(keys: Vec<(ApiKeyId, String)>, toasts: Toasts, on_changed: Callback<()>) {
     spawn_local(async move {
         let mut last_error = None;
-        for id in &keys {
+        for (id, _) in &keys {
             last_error = set_active(*id, true).await.err().or(last_error);
         }
-        match last_error {
-            Some(error) => toasts.fail(&error),
-            None => toasts.succeed(BulkAction::Activate.outcome(keys.len(), 0, "")),
+        match (last_error, &keys[..]) {
+            (Some(error), _) => toasts.fail(&error),
+            (None, [(_, name)]) => toasts.succeed(format!("Key {} activated", text::quoted(name))),
+            (None, keys) => toasts.succeed(BulkAction::Activate.outcome(keys.len(), 0, "")),
         }
         let _ = on_changed.try_run(());
     });
@@ -90,14 +91,15 @@ pub fn BulkActions(
             let mut last_error = String::new();
             for key in &keys {
                 if let Err(error) = apply(action, key).await {
-                    last_error = error.message();
+                    last_error = error.full_message();
                     failed.push(key.clone());
                 }
             }
             let outcome = action.outcome(keys.len() - failed.len(), failed.len(), &last_error);
             let was_active =
                 |key: &&ApiKey| key.is_active && failed.iter().all(|it| it.id != key.id);
-            let changed: Vec<_> = keys.iter().filter(was_active).map(|key| key.id).collect();
+            let changed = keys.iter().filter(was_active);
+            let changed: Vec<_> = changed.map(|key| (key.id, key.name.clone())).collect();
             if failed.is_empty() && action == BulkAction::Deactivate && !changed.is_empty() {
                 toasts.succeed_with_undo(outcome, move || {
                     activate(changed.clone(), toasts, on_changed);
@@ -214,7 +216,7 @@ fn MoveForm(
                     ..UpdateApiKey::default()
                 };
                 if let Err(error) = api::update_api_key(key.id, body).await {
-                    last_error = error.message();
+                    last_error = error.full_message();
                     failed.push(key.clone());
                 }
             }

@@ -4,7 +4,7 @@ use quota_common::{ApiKeyId, limit::PolicyName, usage::BurnDown};
 use crate::{
     api::{self, CallResult, PendingCall},
     clock::now,
-    component::{Async, load, local_time, refresh_regularly},
+    component::{Async, Card, load, local_time, refresh_regularly},
     model::{
         burn_down::{burn_down_chart, name, projection},
         markup::{Markup, element, with_text},
@@ -33,10 +33,9 @@ pub fn BurnDowns(id: ApiKeyId, #[prop(into)] zone: Signal<String>) -> impl IntoV
         (!all.is_empty()).then(|| {
             let rows: Markup = all.iter().map(|burn| one(burn, &zone.get())).collect();
             view! {
-                <section class="card" aria-labelledby="burn-down">
-                    <h2 id="burn-down">"Quota burn-down"</h2>
+                <Card id="burn-down" title="Quota burn-down">
                     <div class="burn-downs" inner_html=rows.to_string()></div>
-                </section>
+                </Card>
             }
         })
     };

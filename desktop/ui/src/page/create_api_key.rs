@@ -44,7 +44,7 @@ pub fn CreateDialog(
                             <p>"Each key belongs to a plan. Create a plan first."</p>
                             <div class="actions end">
                                 <button class="button" on:click=move |_| open.set(false)>"Cancel"</button>
-                                <a class="button primary" href="/console/plans?new=1">"Create plan"</a>
+                                <a class="button primary" href="/console/plans?new=1">"New plan"</a>
                             </div>
                         }
                             .into_any()
@@ -119,7 +119,7 @@ fn CreateForm(
             <SelectField form name="plan_id" id="key_plan" label="Plan" value=plan options required=true/>
             <div class="pair">
                 <Field form name="rpm_override" id="key_rate" label="Rate override (optional)" value=rate numeric=true check=check_rate hint="Requests per minute. Defaults to the plan's rate."/>
-                <Field form name="expires_at" id="key_expires" label="Expires (optional)" kind="datetime-local" value=expires hint="The key stops working at this time. Leave blank for never."/>
+                <Field form name="expires_at" id="key_expires" label="Expires (optional)" kind="datetime-local" value=expires hint=local_time::expiry_hint()/>
             </div>
             <Field form name="external_id" id="key_external_id" label="External ID (optional)" value=external_id hint="The key's ID in your own system, such as a customer ID."/>
             <Field form name="metadata" id="key_metadata" label="Metadata (optional)" value=entries multiline=true check=check_metadata placeholder="region=eu" hint="One name=value per line."/>

@@ -2,6 +2,12 @@ use leptos::prelude::*;
 
 use crate::session::session;
 
+/// Whether the user's role can create plans, keys, tokens, and webhooks.
+pub fn can_create() -> bool {
+    let session = session();
+    untrack(move || session.can_manage())
+}
+
 /// Shown only to users whose role can create the resource.
 #[component]
 pub fn CreateButton(open: RwSignal<bool>, label: &'static str) -> impl IntoView {

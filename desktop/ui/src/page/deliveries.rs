@@ -34,12 +34,12 @@ const STATUSES: [(&str, &str); 4] = [
     ("failed", "Failed"),
 ];
 
-/// How often to reload while results are expected.
+/// How often to reload while an attempt is in progress or imminent.
 const POLL: Duration = Duration::from_secs(3);
 
 pub type Log = Loader<Page<WebhookDelivery>>;
 
-/// Loads the page of the log that the address specifies.
+/// Loads the page of deliveries selected by the URL query, and keeps it up to date.
 pub fn load_log(id: WebhookId) -> Log {
     let query = route().query;
     let log = load_page(move |page| {
@@ -131,7 +131,7 @@ fn NoDeliveries(is_filtered: bool) -> impl IntoView {
         }
         .into_any()
     } else {
-        view! { <EmptyState shape=Shape::Webhook title="No deliveries yet" about="Events sent to this webhook appear here for 30 days. To try it, send a test event."/> }
+        view! { <EmptyState shape=Shape::Webhook title="No deliveries yet" about="Events sent to this webhook appear here for 30 days. To try the webhook, send a test event."/> }
         .into_any()
     }
 }

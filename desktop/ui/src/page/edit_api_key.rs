@@ -8,7 +8,10 @@ use super::local_time;
 use crate::{
     api,
     component::{DialogForm, Field, FormState, Loader, Modal, SelectField, Toasts},
-    model::form::{self, changed, check_metadata, check_rate, optional_rate, optional_text},
+    model::{
+        form::{self, changed, check_metadata, check_rate, optional_rate, optional_text},
+        text::{number, quoted},
+    },
 };
 
 #[component]
@@ -40,7 +43,7 @@ fn EditForm(
     let plan = RwSignal::new(key.plan_id.to_string());
     let rate = RwSignal::new(
         key.rpm_override
-            .map(|it| it.to_string())
+            .map(|it| number(it.into()))
             .unwrap_or_default(),
     );
     let previous_expiry =
@@ -88,9 +91,9 @@ fn EditForm(
         if body == UpdateApiKey::default() {
             return open.set(false);
         }
-        state.send(api::update_api_key(key.id, body), move |_| {
+        state.send(api::update_api_key(key.id, body), move |key| {
             let _ = open.try_set(false);
-            toasts.succeed("Key updated");
+            toasts.succeed(format!("Key {} updated", quoted(&key.name)));
             loader.reload();
             let _ = on_saved.try_run(());
         });
@@ -101,7 +104,7 @@ fn EditForm(
             <SelectField form=state name="plan_id" id="edit_plan" label="Plan" value=plan options/>
             <div class="pair">
                 <Field form=state name="rpm_override" id="edit_rate" label="Rate override (optional)" value=rate numeric=true check=check_rate hint="Requests per minute. Defaults to the plan's rate."/>
-                <Field form=state name="expires_at" id="edit_expires" label="Expires (optional)" kind="datetime-local" value=expires hint="The key stops working at this time. Leave blank for never."/>
+                <Field form=state name="expires_at" id="edit_expires" label="Expires (optional)" kind="datetime-local" value=expires hint=local_time::expiry_hint()/>
             </div>
             <Field form=state name="external_id" id="edit_external_id" label="External ID (optional)" value=external_id hint="The key's ID in your own system, such as a customer ID."/>
             <Field form=state name="metadata" id="edit_metadata" label="Metadata (optional)" value=metadata multiline=true check=check_metadata placeholder="region=eu" hint="One name=value per line."/>

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use leptos::prelude::*;
 use quota_common::{
-    Page,
+    ApiKeyId, Page,
     api_key::ApiKey,
     call::{KeyFilter, PageOf, UsageFilter},
     page::{ApiKeyOrder, MAX_LIMIT},
@@ -12,13 +12,16 @@ use quota_common::{
     usage::{Attention, AttentionKind, Stats, Usage, UsageGroupBy},
 };
 
-use super::usage_data::{bars, load_day};
+use super::{
+    create_button::can_create,
+    usage_data::{bars, load_day},
+};
 use crate::{
     api::{self, CallResult, PendingCall},
     clock::now,
     component::{Async, Chart, ChartState, PageHeader, StaleNote, load, refresh_regularly},
     model::{
-        attention::{all_clear, is_rejection_rate_high, rejection_rate},
+        attention::{all_clear, is_rejection_rate_high, rejection_rate, used_percent},
         burn_down,
         chart::{percent, sparkline},
         markup::{Markup, element, with_text},
@@ -36,20 +39,30 @@ struct Overview {
     day: Usage,
     /// The last 24 hours, grouped by key.
     keys: Usage,
+    /// `None` if the user's role cannot view keys and tokens.
+    setup: Option<Setup>,
+}
+
+/// Shows which of the first steps are done.
+#[derive(Clone)]
+struct Setup {
     /// The most recently used key or, if no key has been used, the newest one.
     key: Option<ApiKey>,
     tokens: Page<ServiceToken>,
 }
 
 impl Overview {
+    /// Whether there was a request: recently, even with a key that was deleted since, or ever, with one that exists.
     fn has_requests(&self) -> bool {
-        self.key
-            .as_ref()
-            .is_some_and(|key| key.last_used_at.is_some())
+        let Some(setup) = &self.setup else {
+            return true;
+        };
+        let was_used = |key: &ApiKey| key.last_used_at.is_some();
+        pair(&self.day.total, false).total() > 0 || setup.key.as_ref().is_some_and(was_used)
     }
 }
 
-async fn load_overview(zone: String) -> CallResult<Overview> {
+async fn load_overview(zone: String, can_read: bool) -> CallResult<Overview> {
     let filter = KeyFilter {
         sort: Some(ApiKeyOrder::LastUsed),
         ..KeyFilter::default()
@@ -68,16 +81,21 @@ async fn load_overview(zone: String) -> CallResult<Overview> {
         group_by: Some(UsageGroupBy::Key),
         ..UsageFilter::default()
     });
+    let keys = keys.await?;
+    let setup = if can_read {
+        let newest = api::list_api_keys(filter, page(1)).await?;
+        Some(Setup {
+            key: newest.items.into_iter().next(),
+            tokens: api::list_service_tokens(page(MAX_LIMIT)).await?,
+        })
+    } else {
+        None
+    };
     Ok(Overview {
         stats,
         day,
-        keys: keys.await?,
-        key: api::list_api_keys(filter, page(1))
-            .await?
-            .items
-            .into_iter()
-            .next(),
-        tokens: api::list_service_tokens(page(MAX_LIMIT)).await?,
+        keys,
+        setup,
     })
 }
 
@@ -85,7 +103,8 @@ async fn load_overview(zone: String) -> CallResult<Overview> {
 pub fn Home() -> impl IntoView {
     let session = session();
     let zone = text_memo(move || session.time_zone());
-    let loader = load(move || Box::pin(load_overview(zone.get())) as PendingCall<_>);
+    let can_read = untrack(move || session.can_read());
+    let loader = load(move || Box::pin(load_overview(zone.get(), can_read)) as PendingCall<_>);
     refresh_regularly(loader);
     // Kept outside the loaded data, so that it survives reloading.
     let state = ChartState::new();
@@ -100,14 +119,21 @@ pub fn Home() -> impl IntoView {
 #[component]
 fn Dashboard(it: Overview, state: ChartState, is_open: RwSignal<Option<bool>>) -> impl IntoView {
     let has_requests = it.has_requests();
+    let steps = can_create().then(|| first_steps(&it)).flatten();
+    let steps = steps.map(|steps| view! { <GetStarted steps is_open/> });
+    let (steps_above, steps_below) = if has_requests {
+        (None, steps)
+    } else {
+        (steps, None)
+    };
     let chart = bars(&it.day, false);
     let title = format!("Requests per hour, {}", it.day.time_zone);
     let hours: Vec<u64> = chart.iter().map(|bar| bar.allowed + bar.rejected).collect();
     let today = today(&it.stats, &it.day);
-    let cards = cards(&it.stats, today, &hours).to_string();
+    let cards = cards(&it, today, &hours).to_string();
     let lists = lists(&it).to_string();
     view! {
-        {(!has_requests).then(|| view! { <GetStarted it=it.clone() is_open/> })}
+        {steps_above}
         <div inner_html=cards></div>
         {has_requests
             .then(|| {
@@ -120,7 +146,7 @@ fn Dashboard(it: Overview, state: ChartState, is_open: RwSignal<Option<bool>>) -
                         <Chart bars=chart title state/>
                     </section>
                     <div class="columns" inner_html=lists></div>
-                    <GetStarted it=it.clone() is_open/>
+                    {steps_below}
                 }
             })}
     }
@@ -128,7 +154,7 @@ fn Dashboard(it: Overview, state: ChartState, is_open: RwSignal<Option<bool>>) -
 
 /// Compares the requests since midnight with the same time of day yesterday.
 fn since_yesterday(now: u64, before: u64) -> String {
-    if now == before {
+    if now == before && now > 0 {
         return "Same as this time yesterday".to_owned();
     }
     let sign = if now > before { '+' } else { '−' };
@@ -138,7 +164,17 @@ fn since_yesterday(now: u64, before: u64) -> String {
     }
 }
 
-fn cards(stats: &Stats, today: Pair, hours: &[u64]) -> Markup {
+/// The address of a key's page, or none if the user's role may not read keys.
+fn key_address(it: &Overview, id: ApiKeyId) -> String {
+    if it.setup.is_some() {
+        format!("/console/api-keys/{id}")
+    } else {
+        String::new()
+    }
+}
+
+fn cards(it: &Overview, today: Pair, hours: &[u64]) -> Markup {
+    let stats = &it.stats;
     let rejected = percent(today.rejected, today.total()).map_or_else(
         || "No requests today".to_owned(),
         |rate| format!("{rate} of requests"),
@@ -149,8 +185,7 @@ fn cards(stats: &Stats, today: Pair, hours: &[u64]) -> Markup {
     };
     let closest = match &stats.closest_to_limit {
         Some(quota) => {
-            let share = percent(quota.used, quota.limit).unwrap_or_default();
-            let share = share.split('.').next().unwrap_or_default().to_owned();
+            let share = used_percent(quota.used, quota.limit);
             let reset = relative(quota.reset_at.inner().timestamp_millis(), now());
             let note = format!(
                 "{}, {} of {} used {}, resets {reset}",
@@ -163,7 +198,7 @@ fn cards(stats: &Stats, today: Pair, hours: &[u64]) -> Markup {
                     "this month"
                 },
             );
-            let href = format!("/console/api-keys/{}", quota.key_id);
+            let href = key_address(it, quota.key_id);
             stat("Closest to limit", &format!("{share}%"), &note, &href)
         }
         None => stat("Closest to limit", "–", "No quotas in use", ""),
@@ -194,7 +229,7 @@ fn cards(stats: &Stats, today: Pair, hours: &[u64]) -> Markup {
             "Active keys",
             &number(stats.active_keys),
             &format!("of {}{idle}", number(stats.total_keys)),
-            "/console/api-keys",
+            it.setup.as_ref().map_or("", |_| "/console/api-keys"),
         ),
         closest,
     ];
@@ -205,9 +240,7 @@ fn attention_text(it: &Attention) -> String {
     let at = relative(it.at.inner().timestamp_millis(), now());
     match it.kind {
         AttentionKind::Quota => {
-            let share = percent(it.used.unwrap_or_default(), it.limit.unwrap_or_default());
-            let share = share.unwrap_or_default();
-            let share = share.split('.').next().unwrap_or_default();
+            let share = used_percent(it.used.unwrap_or_default(), it.limit.unwrap_or_default());
             let policy = it
                 .policy
                 .map_or("quota", burn_down::name)
@@ -240,16 +273,16 @@ fn lists(it: &Overview) -> Markup {
         row(href, "Rejected requests", &note, "note near")
     });
     let attention = stats.attention.iter();
-    let attention = attention.map(|it| {
-        let class = match it.kind {
-            AttentionKind::Quota if it.used >= it.limit => "note full",
+    let attention = attention.map(|about| {
+        let class = match about.kind {
+            AttentionKind::Quota if about.used >= about.limit => "note full",
             AttentionKind::Quota | AttentionKind::Expiring | AttentionKind::GraceEnding => {
                 "note near"
             }
             AttentionKind::Idle => "note",
         };
-        let href = format!("/console/api-keys/{}", it.key_id);
-        row(&href, &it.key_name, &attention_text(it), class)
+        let href = key_address(it, about.key_id);
+        row(&href, &about.key_name, &attention_text(about), class)
     });
     let attention: Vec<Markup> = rejections.into_iter().chain(attention).collect();
     let top: Vec<Markup> = it
@@ -352,17 +385,23 @@ fn step(
     )
 }
 
-/// Expanded until the first request has been sent, then collapsed.
-#[component]
-fn GetStarted(it: Overview, is_open: RwSignal<Option<bool>>) -> impl IntoView {
-    let key_page = it.key.as_ref().map_or_else(
+/// The first steps, and how many of them are done.
+struct Steps {
+    list: Markup,
+    done: usize,
+    has_request: bool,
+}
+
+fn first_steps(it: &Overview) -> Option<Steps> {
+    let setup = it.setup.as_ref()?;
+    let key_page = setup.key.as_ref().map_or_else(
         || "/console/api-keys".to_owned(),
         |key| format!("/console/api-keys/{}", key.id),
     );
     let has_plan = it.stats.total_plans > 0;
     let has_key = it.stats.total_keys > 0;
     let has_request = it.has_requests();
-    let has_gateway = it
+    let has_gateway = setup
         .tokens
         .items
         .iter()
@@ -384,7 +423,7 @@ fn GetStarted(it: Overview, is_open: RwSignal<Option<bool>>) -> impl IntoView {
             has_key,
             has_plan,
             "Create an API key",
-            "Shown once. Clients send it in X-API-Key.",
+            "The key is shown once. Clients send it in X-API-Key.",
             "/console/api-keys?new=1",
             "New key",
         ),
@@ -405,7 +444,21 @@ fn GetStarted(it: Overview, is_open: RwSignal<Option<bool>>) -> impl IntoView {
             "New token",
         ),
     ];
-    let steps: Markup = steps.into_iter().collect();
+    Some(Steps {
+        list: steps.into_iter().collect(),
+        done,
+        has_request,
+    })
+}
+
+/// Expanded until a request has been sent, then collapsed.
+#[component]
+fn GetStarted(steps: Steps, is_open: RwSignal<Option<bool>>) -> impl IntoView {
+    let Steps {
+        list,
+        done,
+        has_request,
+    } = steps;
     let open = move || is_open.get().unwrap_or(!has_request);
     view! {
         <section class="card get-started" aria-labelledby="get-started">
@@ -421,7 +474,7 @@ fn GetStarted(it: Overview, is_open: RwSignal<Option<bool>>) -> impl IntoView {
                     {format!("{done} of 4 done")}
                 </button>
             </div>
-            <ol class="steps" hidden=move || !open() inner_html=steps.to_string()></ol>
+            <ol class="steps" hidden=move || !open() inner_html=list.to_string()></ol>
         </section>
     }
 }

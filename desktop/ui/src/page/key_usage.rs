@@ -32,7 +32,7 @@ const DECISIONS: u32 = 10;
 /// How often to update the meters as the burst refills.
 const SECOND: Duration = Duration::from_secs(1);
 
-/// The limits, and when they were loaded, in milliseconds since 1970.
+/// The limits and their load time in milliseconds since 1970.
 pub type LoadedLimits = (KeyLimits, i64);
 
 /// Loaded together, so that the chart and the list match.
@@ -128,7 +128,10 @@ pub fn KeyActivity(key: Loader<ApiKey>, id: ApiKeyId, usage: KeyUsage) -> impl I
             view! { <p class="muted">{text}</p> }.into_any()
         } else {
             let zone = zone.get();
-            let clock = |at: i64| local_time(at, &zone).map_or_else(String::new, |it| it.in_full());
+            let clock = |at: i64| {
+                let seconds = at.div_euclid(1000).rem_euclid(60);
+                local_time(at, &zone).map_or_else(String::new, |it| it.to_the_second(seconds))
+            };
             let rows: Vec<&Decision> = it.decisions.items.iter().collect();
             let table = decision_table(&rows, "Latest decisions, newest first", false, &clock);
             view! { <div inner_html=table.to_string()></div> }.into_any()

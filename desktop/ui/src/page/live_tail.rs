@@ -12,7 +12,7 @@ use quota_common::{
 
 use crate::{
     api::{self, CallError, CallResult},
-    component::{EmptyState, Modal, Shape, local_time},
+    component::{Alert, EmptyState, Modal, Shape, local_time},
     model::decision::{Live, decision_table},
     reactive::{effect, flag_memo, text_memo},
 };
@@ -81,6 +81,11 @@ fn Tail(key_id: Signal<Option<ApiKeyId>>, zone: Signal<String>) -> impl IntoView
             request_id: text(request_id),
         }
     };
+    let is_filtered = flag_memo(move || {
+        [outcome, endpoint, request_id]
+            .iter()
+            .any(|field| field.with(|text| !text.trim().is_empty()))
+    });
     // Incremented when the filter changes.
     let version = StoredValue::new(0_u32);
     let busy = StoredValue::new(false);
@@ -112,9 +117,11 @@ fn Tail(key_id: Signal<Option<ApiKeyId>>, zone: Signal<String>) -> impl IntoView
                         });
                     }
                 }
-                Err(failure) => {
+                // Not announced again while it continues.
+                Err(failure) if error.try_with_untracked(Option::is_none) == Some(true) => {
                     let _ = error.try_set(Some(failure));
                 }
+                Err(_) => {}
             }
         });
     };
@@ -122,6 +129,7 @@ fn Tail(key_id: Signal<Option<ApiKeyId>>, zone: Signal<String>) -> impl IntoView
         filter();
         version.update_value(|version| *version += 1);
         live.set(Live::default());
+        error.set(None);
         loaded.set(false);
         busy.set_value(false);
         poll();
@@ -197,11 +205,16 @@ fn Tail(key_id: Signal<Option<ApiKeyId>>, zone: Signal<String>) -> impl IntoView
                 let waiting = live.with(|live| live.waiting.len());
                 (waiting > 0).then(|| view! { <button type="button" class="button small" on:click=resume>{format!("{waiting} new")}</button> })
             }}
-            {move || live.with(|live| live.has_gap).then(|| view! { <span class="muted small-text">"Some decisions were skipped because they arrived too fast."</span> })}
+            {move || live.with(|live| live.has_gap).then(|| view! { <span class="muted small-text">"Requests are arriving too fast to show all of them."</span> })}
         </p>
+        <Alert error/>
         {move || {
             if is_empty.get() {
-                return if loaded.get() {
+                return if error.with(Option::is_some) {
+                    ().into_any()
+                } else if loaded.get() && is_filtered.get() {
+                    view! { <EmptyState shape=Shape::Search title="No matching decisions" about="New decisions that match the filters appear here within seconds."/> }.into_any()
+                } else if loaded.get() {
                     view! { <EmptyState shape=Shape::Usage title="No decisions yet" about="New decisions appear here within seconds."/> }.into_any()
                 } else {
                     view! { <p class="muted" role="status">"Loading"</p> }.into_any()

@@ -2,6 +2,16 @@
 
 use quota_common::Timestamp;
 
+use crate::component::browser_time_zone;
+
+/// The hint below the field for a key's expiry.
+pub fn expiry_hint() -> String {
+    format!(
+        "The key stops working at this time ({}). Leave blank for never.",
+        browser_time_zone()
+    )
+}
+
 /// Returns `None` for an empty or invalid value.
 pub fn parse(text: &str) -> Option<Timestamp> {
     if text.is_empty() {

@@ -3,7 +3,10 @@ use quota_common::plan::{Billing, CreatePlan, OnRedisFailure, Plan};
 
 use crate::{
     component::{Field, FormState, SelectField},
-    model::form::{check_number, check_rate, copy_name, optional_number, optional_rate},
+    model::{
+        form::{check_number, check_rate, copy_name, optional_number, optional_rate},
+        text::number,
+    },
 };
 
 #[derive(Clone, Copy)]
@@ -24,12 +27,12 @@ pub struct PlanForm {
 impl PlanForm {
     /// Returns a form that edits `plan`, or a form for a new plan.
     pub fn new(plan: Option<&Plan>) -> Self {
-        let text = |n: Option<u64>| RwSignal::new(n.map(|n| n.to_string()).unwrap_or_default());
+        let text = |n: Option<u64>| RwSignal::new(n.map(number).unwrap_or_default());
         Self {
             state: FormState::new(),
             name: RwSignal::new(plan.map(|it| it.name.clone()).unwrap_or_default()),
             rate: RwSignal::new(
-                plan.map_or_else(|| "60".to_owned(), |it| it.default_rpm.to_string()),
+                plan.map_or_else(|| "60".to_owned(), |it| number(it.default_rpm.into())),
             ),
             // Leave the burst blank if it is equal to the rate: in both cases, it follows rate changes.
             burst: text(

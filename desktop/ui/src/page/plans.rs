@@ -9,7 +9,7 @@ use quota_common::{
 };
 
 use super::{
-    create_button::CreateButton,
+    create_button::{CreateButton, can_create},
     plan_form::{PlanFields, PlanForm},
 };
 use crate::{
@@ -39,7 +39,7 @@ pub fn Plans() -> impl IntoView {
         api::list_plans(sort.and_then(|sort| PlanOrder::of(&sort)), page)
     });
     let creating = RwSignal::new(false);
-    open_from_query(creating);
+    open_from_query(creating, can_create());
     // A new plan starts with the settings of this plan.
     let template = RwSignal::new(None::<Plan>);
     effect(move || {
@@ -77,7 +77,7 @@ pub fn Plans() -> impl IntoView {
             show=move |page| {
                 if page.items.is_empty() {
                     return view! {
-                        <EmptyState shape=Shape::Plans title="No plans yet" about="Each key belongs to a plan. Start with one, e.g. 60 requests per minute.">
+                        <EmptyState shape=Shape::Plans title="No plans yet" about="Each API key needs a plan. Start with a simple one: 60 requests per minute.">
                             <CreateButton open=creating label="Create your first plan"/>
                         </EmptyState>
                     }

@@ -32,7 +32,7 @@ pub fn RotateDialog(
     let form = FormState::new();
     let name = move || loader.ready().map(|key| key.name).unwrap_or_default();
     view! {
-        <Modal open locked=form.busy title=Signal::derive(move || format!("Rotate {}", text::quoted(&name())))>
+        <Modal open locked=form.busy title=Signal::derive(move || format!("Rotate key {}", text::quoted(&name())))>
             <RotateForm id loader open form rotated/>
         </Modal>
     }

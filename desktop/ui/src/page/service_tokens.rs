@@ -6,13 +6,16 @@ use quota_common::{
     service_token::{CreateServiceToken, ServiceToken},
 };
 
-use super::{create_button::CreateButton, key_status::time_or};
+use super::{
+    create_button::{CreateButton, can_create},
+    key_status::time_or,
+};
 use crate::{
     api,
     component::{
-        Async, CodeBlock, Confirm, Confirmation, DialogForm, EmptyState, Field, FormState, Loader,
-        Modal, NewSecret, PageHeader, Pager, RelativeTime, SecretDialog, Shape, Toasts, load,
-        load_page, open_from_query, request_id,
+        Async, Card, CodeBlock, Confirm, Confirmation, DialogForm, EmptyState, Field, FormState,
+        Loader, Modal, NewSecret, PageHeader, Pager, RelativeTime, SecretDialog, Shape, Toasts,
+        load, load_page, open_from_query, request_id,
     },
     model::text::{Gateway, quoted},
     session::session,
@@ -22,7 +25,7 @@ use crate::{
 pub fn ServiceTokens() -> impl IntoView {
     let loader = load_page(api::list_service_tokens);
     let creating = RwSignal::new(false);
-    open_from_query(creating);
+    open_from_query(creating, can_create());
     let new = NewSecret::new();
     let form = FormState::new();
     let deletion = Deletion::new();
@@ -36,7 +39,7 @@ pub fn ServiceTokens() -> impl IntoView {
             show=move |page| {
                 if page.items.is_empty() {
                     return view! {
-                        <EmptyState shape=Shape::Token title="No service tokens yet" about="Create one for each gateway. Configurations for Caddy, nginx, HAProxy and Traefik are included.">
+                        <EmptyState shape=Shape::Token title="No service tokens yet" about="Create a token for each gateway. Configurations for Caddy, nginx, HAProxy and Traefik are included.">
                             <CreateButton open=creating label="Create your first token"/>
                         </EmptyState>
                     }
@@ -45,10 +48,9 @@ pub fn ServiceTokens() -> impl IntoView {
                 view! { <TokenTable page deletion/> }.into_any()
             }
         />
-        <section class="card" aria-labelledby="gateways">
-            <h2 id="gateways">"Gateway configuration"</h2>
+        <Card id="gateways" title="Gateway configuration">
             <Configuration token="qs_…"/>
-        </section>
+        </Card>
         <Modal open=creating panel=true title="New service token" locked=form.busy>
             <CreateForm open=creating form new loader/>
         </Modal>
@@ -141,7 +143,7 @@ fn DeleteDialog(deletion: Deletion, loader: Loader<Page<ServiceToken>>) -> impl 
         <Confirm
             confirmation
             title=Signal::derive(move || format!("Delete token {}?", quoted(&name())))
-            message="Within a second, gateways that use this token won't be able to check requests and will reject all of them. This can't be undone."
+            message="Gateways using this token will reject all requests within a second. This can't be undone."
             action="Delete token"
             run
         />
@@ -218,7 +220,7 @@ fn CreateForm(
     };
     view! {
         <DialogForm form open action="Create token" locked=true submit>
-            <Field form name="name" id="token_name" label="Name" value=name required=true hint="Which gateway uses it?"/>
+            <Field form name="name" id="token_name" label="Name" value=name required=true hint="Which gateway uses this token?"/>
         </DialogForm>
     }
 }

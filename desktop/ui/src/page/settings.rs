@@ -11,8 +11,8 @@ use wasm_bindgen::JsCast;
 use crate::{
     api,
     component::{
-        Alert, Async, Confirm, Confirmation, Field, FormState, Loader, PageHeader, RelativeTime,
-        SubmitButton, Toasts, browser_time_zone, load,
+        Async, Card, Confirm, Confirmation, Field, FormState, Loader, PageForm, PageHeader,
+        RelativeTime, Toasts, browser_time_zone, load,
     },
     preferences::preferences,
     servers,
@@ -38,6 +38,8 @@ fn Profile() -> impl IntoView {
     let me = session.me.get_untracked();
     let text = |text: Option<String>| RwSignal::new(text.unwrap_or_default());
     let name = text(me.as_ref().map(|me| me.user.name.clone()));
+    // A name can be changed but not removed.
+    let has_name = name.with_untracked(|name| !name.is_empty());
     let tenant = text(me.as_ref().map(|me| me.tenant.name.clone()));
     let zone = text(me.as_ref().map(|me| me.tenant.time_zone.clone()));
     let can_administer = me.is_some_and(|me| me.tenant.role.may_administer());
@@ -56,12 +58,10 @@ fn Profile() -> impl IntoView {
         });
     };
     view! {
-        <section class="card" aria-labelledby="profile">
-            <h2 id="profile">"Profile"</h2>
-            <form novalidate on:submit=form.on_submit(submit)>
-                <Alert error=form.failure()/>
+        <Card id="profile" title="Profile">
+            <PageForm form action="Save changes" submit>
                 <div class="pair">
-                    <Field form name="name" id="own_name" label="Your name" value=name autocomplete="name"/>
+                    <Field form name="name" id="own_name" label="Your name" value=name autocomplete="name" required=has_name/>
                     {can_administer.then(|| view! { <Field form name="tenant_name" label="Organization" value=tenant autocomplete="organization" required=true/> })}
                 </div>
                 {can_administer
@@ -74,13 +74,12 @@ fn Profile() -> impl IntoView {
                                 value=zone
                                 required=true
                                 suggestions=time_zones()
-                                hint=format!("Determines when days and months start. This browser's time zone is {browser_zone}.")
+                                hint=format!("Determines when days and months start. Your browser's time zone is {browser_zone}.")
                             />
                         }
                     })}
-                <div class="actions"><SubmitButton form action="Save changes"/></div>
-            </form>
-        </section>
+            </PageForm>
+        </Card>
     }
 }
 
@@ -143,10 +142,8 @@ fn Password() -> impl IntoView {
         });
     };
     view! {
-        <section class="card" aria-labelledby="password-title">
-            <h2 id="password-title">"Password"</h2>
-            <form novalidate on:submit=form.on_submit(submit)>
-                <Alert error=form.failure()/>
+        <Card id="password-title" title="Password">
+            <PageForm form action="Change password" submit>
                 <div class="pair">
                     <Field form name="current_password" label="Current password" kind="password" autocomplete="current-password" value=current required=true/>
                     <Field
@@ -160,9 +157,8 @@ fn Password() -> impl IntoView {
                         hint="At least 12 characters. Try a few unrelated words."
                     />
                 </div>
-                <div class="actions"><SubmitButton form action="Change password"/></div>
-            </form>
-        </section>
+            </PageForm>
+        </Card>
     }
 }
 
@@ -216,10 +212,9 @@ fn Sessions() -> impl IntoView {
         }
     };
     view! {
-        <section class="card" aria-labelledby="sessions">
-            <h2 id="sessions">"Active sessions"</h2>
+        <Card id="sessions" title="Active sessions">
             <Async loader what="sessions" inside=true show/>
-        </section>
+        </Card>
     }
 }
 

@@ -60,7 +60,7 @@ fn InsecureWarning() -> impl IntoView {
     })
 }
 
-/// Returns the address of the other form. Keeps the page to open after sign-in.
+/// Returns `path` with the page to open after sign-in as a query parameter.
 fn with_next(path: &str) -> String {
     let next = route().query.with_untracked(|query| query.get("next"));
     let query = Query::default().with("next", &next.unwrap_or_default());
@@ -70,6 +70,7 @@ fn with_next(path: &str) -> String {
 #[component]
 pub fn SignIn() -> impl IntoView {
     redirect_when_signed_in();
+    let has_expired = session().has_expired;
     let form = FormState::new();
     let (email, password) = (RwSignal::new(String::new()), RwSignal::new(String::new()));
     let submit = form.on_submit(move || {
@@ -86,10 +87,13 @@ pub fn SignIn() -> impl IntoView {
                 <Logo/>
                 <PageHeader title="Sign in"/>
                 <InsecureWarning/>
+                <div role="status">
+                    {move || has_expired.get().then(|| view! { <p class="alert warn">"Your session has expired. Sign in again to continue."</p> })}
+                </div>
                 <Alert error=form.failure()/>
                 <Field form name="email" label="Email" kind="email" autocomplete="username" value=email required=true check=check_email/>
                 <Field form name="password" label="Password" kind="password" autocomplete="current-password" value=password required=true/>
-                <button class="button primary full" aria-disabled=busy_attr(form.busy)>"Sign in"</button>
+                <button class="button primary full" aria-disabled=busy_attr(form.busy) data-busy=busy_attr(form.busy)>"Sign in"</button>
                 <p class="muted center">"New to Quota? " <a href=with_next("/console/register")>"Create an account"</a></p>
             </form>
             <servers::ServerPicker/>
@@ -134,7 +138,7 @@ pub fn Register() -> impl IntoView {
                     hint="At least 12 characters. Try a few unrelated words."
                 />
                 <Field form name="tenant_name" label="Organization (optional)" value=organization autocomplete="organization"/>
-                <button class="button primary full" aria-disabled=busy_attr(form.busy)>"Create account"</button>
+                <button class="button primary full" aria-disabled=busy_attr(form.busy) data-busy=busy_attr(form.busy)>"Create account"</button>
                 <p class="muted center">"Already have an account? " <a href=with_next("/console/sign-in")>"Sign in"</a></p>
             </form>
             <servers::ServerPicker/>

@@ -172,9 +172,15 @@ pub fn TryIt(
         }
     });
 
-    // Sends one request and returns whether it was allowed.
+    // Sends one request. Returns whether it was allowed, or `None` if that no longer matters.
     let send = move || async move {
-        match api::try_key(secret.get_untracked().trim()).await {
+        let key = sent_with.get_untracked();
+        let response = api::try_key(&key).await;
+        // The user may have left the page or the dialog, or entered another key.
+        if sent_with.try_with_untracked(|it| *it == key) != Some(true) {
+            return None;
+        }
+        let allowed = match response {
             Ok(response) => {
                 let now = now();
                 let header = |name| response.header(name).unwrap_or_default();
@@ -208,7 +214,8 @@ pub fn TryIt(
                 results.update(|results| results.failure = Some(error));
                 false
             }
-        }
+        };
+        Some(allowed)
     };
     let run = move |requests: u32, until_limited: bool| {
         busy.set(true);
@@ -217,14 +224,17 @@ pub fn TryIt(
         spawn_local(async move {
             let mut never_rejected = until_limited;
             for _ in 0..requests {
-                let allowed = send().await;
-                // Stop if the user has stopped the test or left the page, or if a limit was reached.
-                if stopped.try_get_untracked().unwrap_or(true) || (!allowed && until_limited) {
+                let Some(allowed) = send().await else {
+                    let _ = busy.try_set(false);
+                    return;
+                };
+                // Stop if the user has stopped the test, or if a limit was reached.
+                if stopped.get_untracked() || (!allowed && until_limited) {
                     never_rejected = false;
                     break;
                 }
             }
-            let _ = results.try_update(|results| results.never_rejected = never_rejected);
+            results.update(|results| results.never_rejected = never_rejected);
             load_limits(key_id(), results).await;
             let _ = busy.try_set(false);
             if let Some(on_sent) = on_sent {
@@ -244,7 +254,7 @@ pub fn TryIt(
                         .then(|| view! { <button type="button" class="button small" on:click=move |_| stopped.set(true)>"Stop"</button> })
                 }}
             </div>
-            <p class="muted small-text">"Sends real requests to GET /v1/echo. They count against this key's limits and quotas."</p>
+            <p class="muted small-text">"Sends real requests to GET /v1/echo, which count against this key's limits and quotas."</p>
             <Alert error=Signal::derive(move || results.get().failure)/>
             <ResponseSummary results secret key/>
             <Policies results bucket clock/>
@@ -275,6 +285,8 @@ fn ResponseSummary(
         let (class, outcome) = match last.status {
             200 => ("badge on", "Allowed"),
             429 => ("badge limited", denial(&policies)),
+            503 => ("badge off", "Unavailable"),
+            500.. => ("badge off", "Server error"),
             _ => ("badge off", "Rejected"),
         };
         let sent = secret.get_untracked();

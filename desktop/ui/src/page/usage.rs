@@ -1,4 +1,4 @@
-//! The usage page: requests over time, by key, endpoint, and policy. The address contains all of the user's choices.
+//! The usage page: requests over time, by key, endpoint, and policy. The URL contains all of the user's choices.
 
 use leptos::prelude::*;
 use quota_common::{
@@ -53,14 +53,15 @@ pub fn UsagePage() -> impl IntoView {
     let route = route();
     let query = route.query;
     let session = session();
-    // Load data only when one of these parameters changes. Stored as a string, because each type of memo adds to the
-    // download.
+    // Load data only when one of these parameters changes. Stored as a string, because each memo type adds to the
+    // download size.
     let requested = text_memo(move || query.with(UsageRequest::parameters));
     let request = move || UsageRequest::read(&Query::read(&requested.get()));
     let zone = text_memo(move || zone_name(request().zone, &session.time_zone()));
     let loader = load(move || Box::pin(load_usage(request(), zone.get())) as PendingCall<_>);
     refresh_regularly(loader);
     let is_loaded = flag_memo(move || loader.with(|_| ()).is_some());
+    let has_data = flag_memo(move || loader.with(Option::is_some) == Some(true));
     let keys = load(|| {
         let filter = KeyFilter {
             sort: Some(ApiKeyOrder::LastUsed),
@@ -71,6 +72,15 @@ pub fn UsagePage() -> impl IntoView {
             cursor: None,
         };
         api::list_api_keys(filter, page)
+    });
+    // Keys are sorted by last use. Until they are loaded, it is unknown whether one was used.
+    let was_used = Signal::derive(move || {
+        keys.with(|page| {
+            page.items
+                .first()
+                .is_some_and(|key| key.last_used_at.is_some())
+        })
+        .unwrap_or(true)
     });
     let keys = Signal::derive(move || keys.ready().map(|page| page.items).unwrap_or_default());
     let live = RwSignal::new(query.with_untracked(|query| query.get("live")).is_some());
@@ -87,7 +97,7 @@ pub fn UsagePage() -> impl IntoView {
     view! {
         <PageHeader title="Usage" about="Allowed and rejected requests over time, and why requests were rejected.">
             <button type="button" class="button" on:click=move |_| live.set(true)>"Live tail"</button>
-            <ExportButton export/>
+            <ExportButton export disabled=Signal::derive(move || !has_data.get())/>
         </PageHeader>
         <Toolbar keys zone/>
         <StaleNote loader/>
@@ -96,10 +106,10 @@ pub fn UsagePage() -> impl IntoView {
             what="usage"
             show=move |data| match data {
                 None => view! {
-                    <EmptyState shape=Shape::Search title="Choose a start and an end date" about="Both dates are included."/>
+                    <EmptyState shape=Shape::Search title="Choose a first and a last day" about="The last day can't be before the first day. Both days are included."/>
                 }
                     .into_any(),
-                Some(data) => view! { <Report data keys/> }.into_any(),
+                Some(data) => view! { <Report data was_used/> }.into_any(),
             }
         />
         // If usage cannot be loaded, showing one error is enough.
@@ -203,7 +213,7 @@ fn Toolbar(keys: Signal<Vec<ApiKey>>, zone: Memo<String>) -> impl IntoView {
     }
 }
 
-/// Keeps the visible parts of the chart in the address.
+/// Keeps the visible parts of the chart in the URL.
 fn chart_state(route: Route) -> ChartState {
     let state = ChartState::new();
     let query = route.query.get_untracked();
@@ -231,14 +241,14 @@ fn chart_state(route: Route) -> ChartState {
 }
 
 #[component]
-fn Report(data: UsageData, keys: Signal<Vec<ApiKey>>) -> impl IntoView {
+fn Report(data: UsageData, was_used: Signal<bool>) -> impl IntoView {
     let route = route();
     let query = route.query;
     let state = chart_state(route);
     let by_cost =
         flag_memo(move || query.with(|query| query.get("count")).as_deref() == Some("cost"));
     if data.usage.total.allowed + data.usage.total.rejected == 0 {
-        return view! { <NoRequests keys/> }.into_any();
+        return view! { <NoRequests was_used/> }.into_any();
     }
     let is_daily = data.usage.bucket == UsageBucketSize::Day;
     let starts: Vec<i64> = data
@@ -343,16 +353,13 @@ fn Tabs() -> impl IntoView {
 
 /// Shown if there are no requests or none that match the filters.
 #[component]
-fn NoRequests(keys: Signal<Vec<ApiKey>>) -> impl IntoView {
+fn NoRequests(was_used: Signal<bool>) -> impl IntoView {
     let query = route().query;
     let is_filtered = query.with_untracked(|query| {
         ["key_id", "endpoint", "range", "from"]
             .iter()
             .any(|name| query.get(name).is_some())
     });
-    // Keys are sorted by last use.
-    let was_used =
-        move || keys.with(|keys| keys.first().is_some_and(|key| key.last_used_at.is_some()));
     let command = Signal::derive(|| curl(&api::origin(), "qk_…"));
     move || {
         if is_filtered {
@@ -362,7 +369,7 @@ fn NoRequests(keys: Signal<Vec<ApiKey>>) -> impl IntoView {
                 </EmptyState>
             }
             .into_any()
-        } else if was_used() {
+        } else if was_used.get() {
             view! {
                 <EmptyState shape=Shape::Usage title="No requests in the last 24 hours" about="Choose a longer range to see earlier ones.">
                     <a class="button" href="/console/usage?range=30d">"Show the last 30 days"</a>
@@ -371,7 +378,7 @@ fn NoRequests(keys: Signal<Vec<ApiKey>>) -> impl IntoView {
             .into_any()
         } else {
             view! {
-                <EmptyState shape=Shape::Usage title="No requests yet" about="Send a request with an API key, and it appears here within seconds.">
+                <EmptyState shape=Shape::Usage title="No requests yet" about="Send a request with an API key. Requests appear here within seconds.">
                     <CodeBlock text=command what="curl command"/>
                 </EmptyState>
             }
@@ -380,7 +387,7 @@ fn NoRequests(keys: Signal<Vec<ApiKey>>) -> impl IntoView {
     }
 }
 
-/// Returns the address of a key's usage.
+/// Returns the path and query of a key's usage.
 pub fn usage_of_key(id: ApiKeyId) -> String {
     let query = Query::default()
         .with("key_id", &id.to_string())

@@ -1,4 +1,4 @@
-//! Loads usage for the time range in the address.
+//! Loads usage for the time range in the URL.
 
 use quota_common::{
     ApiKeyId, Timestamp,
@@ -31,7 +31,7 @@ pub struct UsageData {
     pub groups: Usage,
 }
 
-/// `millis` is in milliseconds since 1970.
+/// Converts milliseconds since 1970, rounding down to seconds.
 pub fn timestamp(millis: i64) -> Option<Timestamp> {
     let millis = u64::try_from(millis).ok()?;
     Timestamp::from_unix_secs(millis / 1000)

@@ -33,7 +33,7 @@ use crate::{
 struct Dialogs {
     editing: RwSignal<bool>,
     rotating: RwSignal<bool>,
-    deactivating: Confirmation,
+    disabling: Confirmation,
     deleting: Confirmation,
     /// Whether a status change is in progress.
     busy: RwSignal<bool>,
@@ -60,28 +60,29 @@ pub fn WebhookPage(id: WebhookId) -> impl IntoView {
             .filter(|name| !name.is_empty())
             .unwrap_or_else(|| "Webhook".to_owned())
     });
-    let deactivating = Confirmation::new();
-    let busy = deactivating.busy;
+    let disabling = Confirmation::new();
+    let busy = disabling.busy;
     let dialogs = Dialogs {
         editing: RwSignal::new(false),
         rotating: RwSignal::new(false),
-        deactivating,
-        // This dialog also offers to deactivate the webhook instead.
+        disabling,
+        // This dialog also offers to disable the webhook instead.
         deleting: Confirmation {
             busy,
             ..Confirmation::new()
         },
         busy,
     };
-    let set_active = Callback::new(move |active: bool| {
+    let set_enabled = Callback::new(move |enabled: bool| {
         dialogs.busy.set(true);
+        let webhook = quoted(&name.get_untracked());
         spawn_local(async move {
-            change_status(id, active, toasts).await;
+            change_status(id, &webhook, enabled, toasts).await;
             loader.reload();
-            // Deactivating cancels pending deliveries.
+            // Disabling cancels pending deliveries.
             log.refresh();
             let _ = dialogs.busy.try_set(false);
-            let _ = dialogs.deactivating.open.try_set(false);
+            let _ = dialogs.disabling.open.try_set(false);
             let _ = dialogs.deleting.open.try_set(false);
         });
     });
@@ -92,7 +93,7 @@ pub fn WebhookPage(id: WebhookId) -> impl IntoView {
         <p class="breadcrumb"><a href="/console/webhooks">"Webhooks"</a></p>
         <PageHeader title/>
         <StaleNote loader/>
-        <Async loader what="this webhook" show=move |webhook| view! { <WebhookDetails webhook dialogs test set_active/> }/>
+        <Async loader what="this webhook" show=move |webhook| view! { <WebhookDetails webhook dialogs test set_enabled/> }/>
         <Show when=exists>
             <Deliveries log/>
         </Show>
@@ -101,25 +102,25 @@ pub fn WebhookPage(id: WebhookId) -> impl IntoView {
         <NewSecretDialog new=rotated on_close=Callback::new(|()| {})/>
         <Confirm
             // Errors are shown as toasts.
-            confirmation=dialogs.deactivating
-            title=Signal::derive(move || format!("Deactivate {}?", quoted(&name.get())))
-            message="Events aren't sent until you activate the webhook again. Pending deliveries are canceled, but you can redeliver them later."
-            action="Deactivate webhook"
-            run=Callback::new(move |()| set_active.run(false))
+            confirmation=dialogs.disabling
+            title=Signal::derive(move || format!("Disable webhook {}?", quoted(&name.get())))
+            message="Events aren't sent until you enable the webhook again. Pending deliveries are canceled, but you can redeliver them later."
+            action="Disable webhook"
+            run=Callback::new(move |()| set_enabled.run(false))
         />
-        <DeleteDialog id loader dialogs set_active/>
+        <DeleteDialog id loader dialogs set_enabled/>
     }
 }
 
 /// Reports the result in a toast.
-async fn change_status(id: WebhookId, active: bool, toasts: Toasts) {
+async fn change_status(id: WebhookId, name: &str, enabled: bool, toasts: Toasts) {
     let body = UpdateWebhook {
-        is_active: Some(active),
+        is_active: Some(enabled),
         ..UpdateWebhook::default()
     };
     match api::update_webhook(id, body).await {
-        Ok(_) if active => toasts.succeed("Webhook activated"),
-        Ok(_) => toasts.succeed("Webhook deactivated"),
+        Ok(_) if enabled => toasts.succeed(format!("Webhook {name} enabled")),
+        Ok(_) => toasts.succeed(format!("Webhook {name} disabled")),
         Err(error) => toasts.fail(&error),
     }
 }
@@ -129,11 +130,11 @@ fn WebhookDetails(
     webhook: Webhook,
     dialogs: Dialogs,
     test: Test,
-    set_active: Callback<bool>,
+    set_enabled: Callback<bool>,
 ) -> impl IntoView {
     let can_manage = session().can_manage();
     let id = webhook.id.to_string();
-    let (is_active, busy) = (webhook.is_active, dialogs.busy);
+    let (is_enabled, busy) = (webhook.is_active, dialogs.busy);
     let details = webhook_details(&webhook, now()).to_string();
     view! {
         <section class="card">
@@ -145,10 +146,10 @@ fn WebhookDetails(
             </p>
             {can_manage
                 .then(|| {
-                    let status = if is_active {
-                        view! { <button class="button" data-focus-key="status" aria-disabled=busy_attr(busy) on:click=move |_| dialogs.deactivating.ask()>"Deactivate"</button> }.into_any()
+                    let status = if is_enabled {
+                        view! { <button class="button" data-focus-key="status" aria-disabled=busy_attr(busy) on:click=move |_| dialogs.disabling.ask()>"Disable"</button> }.into_any()
                     } else {
-                        view! { <button class="button primary" data-focus-key="status" aria-disabled=busy_attr(busy) on:click=move |_| set_active.run(true)>"Activate"</button> }.into_any()
+                        view! { <button class="button primary" data-focus-key="status" aria-disabled=busy_attr(busy) on:click=move |_| set_enabled.run(true)>"Enable"</button> }.into_any()
                     };
                     view! {
                         <div class="actions">
@@ -252,7 +253,7 @@ fn TestResult(test: Test) -> impl IntoView {
                 TestState::Idle => ().into_any(),
                 TestState::Sending => view! { <p class="muted">"Sending a test event…"</p> }.into_any(),
                 TestState::Sent(it) => view! { <p inner_html=test_result(&it, now()).to_string()></p> }.into_any(),
-                TestState::Slow => view! { <p class="muted">"The test event hasn't been sent yet. Its result appears below."</p> }.into_any(),
+                TestState::Slow => view! { <p class="muted">"The test event hasn't been sent yet. The result will appear below."</p> }.into_any(),
             }}
         </div>
         <Alert error=test.failure/>
@@ -264,7 +265,7 @@ fn DeleteDialog(
     id: WebhookId,
     loader: Loader<Webhook>,
     dialogs: Dialogs,
-    set_active: Callback<bool>,
+    set_enabled: Callback<bool>,
 ) -> impl IntoView {
     let toasts = expect_context::<Toasts>();
     let route = route();
@@ -290,18 +291,18 @@ fn DeleteDialog(
         });
     });
     let alternative = (
-        "Deactivate instead",
-        Callback::new(move |()| set_active.run(false)),
+        "Disable instead",
+        Callback::new(move |()| set_enabled.run(false)),
     );
-    let is_active = Signal::derive(move || loader.ready().is_some_and(|it| it.is_active));
+    let is_enabled = Signal::derive(move || loader.ready().is_some_and(|it| it.is_active));
     view! {
         <Confirm
             confirmation=dialogs.deleting
-            title=Signal::derive(move || format!("Delete {}?", quoted(&name())))
+            title=Signal::derive(move || format!("Delete webhook {}?", quoted(&name())))
             message="Events are no longer sent, pending deliveries are canceled, and the delivery log is deleted. This can't be undone."
             action="Delete webhook"
             alternative
-            has_alternative=is_active
+            has_alternative=is_enabled
             run
         />
     }

@@ -49,9 +49,9 @@ fn EditForm(webhook: Webhook, open: RwSignal<bool>, loader: Loader<Webhook>) -> 
             form.busy.set(false);
             return open.set(false);
         }
-        form.send(api::update_webhook(webhook.id, body), move |_| {
+        form.send(api::update_webhook(webhook.id, body), move |it| {
             let _ = open.try_set(false);
-            toasts.succeed("Webhook updated");
+            toasts.succeed(format!("Webhook {} updated", quoted(&it.name)));
             loader.reload();
         });
     };
@@ -74,7 +74,7 @@ pub fn RotateDialog(
     let form = FormState::new();
     let name = move || loader.ready().map(|it| it.name).unwrap_or_default();
     view! {
-        <Modal open locked=form.busy title=Signal::derive(move || format!("Rotate the secret of {}", quoted(&name())))>
+        <Modal open locked=form.busy title=Signal::derive(move || format!("Rotate secret of webhook {}", quoted(&name())))>
             <RotateForm id loader open form rotated/>
         </Modal>
     }
@@ -106,7 +106,7 @@ fn RotateForm(
     };
     view! {
         <DialogForm form open action="Rotate secret" locked=true submit>
-            <p>"Creates a new signing secret. Until the current one expires, requests are signed with both, so you can replace it without missing an event."</p>
+            <p>"Creates a new signing secret. Until the current secret expires, requests are signed with both secrets, so you can switch without missing an event."</p>
             {move || {
                 previous_expiry()
                     .map(|at| {
@@ -117,7 +117,7 @@ fn RotateForm(
                         }
                     })
             }}
-            <SelectField form name="grace_seconds" id="grace" label="Current secret" value=grace options hint="If it was leaked, revoke it now."/>
+            <SelectField form name="grace_seconds" id="grace" label="Current secret" value=grace options hint="If the secret has leaked, revoke it now."/>
         </DialogForm>
     }
 }

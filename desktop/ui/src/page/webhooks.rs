@@ -7,7 +7,7 @@ use quota_common::{
 };
 
 use super::{
-    create_button::CreateButton,
+    create_button::{CreateButton, can_create},
     webhook::WebhookPage,
     webhook_forms::{NewSecretDialog, URL_HINT},
 };
@@ -20,26 +20,16 @@ use crate::{
     },
     model::{
         address::ConsolePage,
-        webhook::{check_url, event_types, no_access, webhook_table},
+        webhook::{check_url, event_types, webhook_table},
     },
     route::route,
-    session::session,
 };
 
 /// The list of webhooks, or the page of one webhook.
 #[component]
 pub fn Webhooks() -> impl IntoView {
-    let session = session();
-    let path = route().path.get_untracked();
-    // A change to the user's name must not render the page again. The role does not change while the page is open.
-    let role = untrack(move || session.me.with(|me| me.as_ref().map(|me| me.tenant.role)));
-    match (role, ConsolePage::of(&path)) {
-        (Some(role), _) if !role.may_read() => view! {
-            <PageHeader title="Webhooks"/>
-            <EmptyState shape=Shape::Webhook title="You don't have access to webhooks" about=no_access(role)/>
-        }
-            .into_any(),
-        (_, ConsolePage::Webhook(id)) => view! { <WebhookPage id/> }.into_any(),
+    match ConsolePage::of(&route().path.get_untracked()) {
+        ConsolePage::Webhook(id) => view! { <WebhookPage id/> }.into_any(),
         _ => view! { <WebhookList/> }.into_any(),
     }
 }
@@ -50,7 +40,7 @@ fn WebhookList() -> impl IntoView {
     let loader = load_page(api::list_webhooks);
     refresh_regularly(loader);
     let creating = RwSignal::new(false);
-    open_from_query(creating);
+    open_from_query(creating, can_create());
     let form = FormState::new();
     let new = NewSecret::new();
     let created = RwSignal::new(None::<WebhookId>);

@@ -10,7 +10,7 @@ use quota_common::ipc::Profile;
 
 use crate::{
     api::{self, CallError},
-    component::{Alert, Confirm, Confirmation, Field, FormState, RelativeTime, busy_attr},
+    component::{Alert, Card, Confirm, Confirmation, Field, FormState, RelativeTime, busy_attr},
     host,
     session::{AuthState, Session},
 };
@@ -78,11 +78,10 @@ pub fn ServerPicker() -> impl IntoView {
 #[component]
 pub fn ServerSettings() -> impl IntoView {
     view! {
-        <section class="card" aria-labelledby="servers">
-            <h2 id="servers">"Servers"</h2>
+        <Card id="servers" title="Servers">
             <p class="muted">"You sign in to each server separately."</p>
             <ServerList/>
-        </section>
+        </Card>
     }
 }
 

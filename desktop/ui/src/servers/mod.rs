@@ -1,11 +1,7 @@
 //! The desktop app's additions to the console: banners and a list of servers. Empty in a browser.
 
-#[cfg(not(feature = "desktop"))]
-mod browser;
-#[cfg(feature = "desktop")]
-mod desktop;
+#[cfg_attr(feature = "desktop", path = "desktop.rs")]
+#[cfg_attr(not(feature = "desktop"), path = "browser.rs")]
+mod current;
 
-#[cfg(not(feature = "desktop"))]
-pub use browser::*;
-#[cfg(feature = "desktop")]
-pub use desktop::*;
+pub use current::*;

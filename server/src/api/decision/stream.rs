@@ -50,8 +50,9 @@ const KEEP_ALIVE: Duration = Duration::from_secs(10);
 const GUARD_EVERY: Duration = Duration::from_secs(2);
 /// The maximum number of rows per read.
 const BATCH: i64 = 500;
-/// The maximum number of open streams on this replica. `STREAMS_OF_TENANT` is the maximum per tenant.
+/// The maximum number of open streams on this replica.
 const STREAMS: usize = 200;
+/// The maximum number of open streams per tenant on this replica.
 const STREAMS_OF_TENANT: usize = 20;
 
 /// The open streams of this replica. Cheap to clone.

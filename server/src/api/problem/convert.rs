@@ -198,6 +198,10 @@ impl From<AuthError> for ApiError {
             AuthError::TooManyTries(after) => {
                 Self::wait("Too many attempts for this account.", after)
             }
+            AuthError::TooManyRegistrations(after) => Self::wait(
+                "Too many accounts were created from your network. Try again later.",
+                after,
+            ),
             AuthError::Busy => Self::unavailable("too many passwords are being hashed"),
             AuthError::Db(error) => error.into(),
             AuthError::Random(error) => error.into(),

@@ -56,7 +56,7 @@ fn cell(text: &str) -> Cow<'_, str> {
     }
 }
 
-/// Returns one line per bucket.
+/// Returns the file, with one line per bucket.
 pub(super) fn write(usage: &Usage, zone: &Zone) -> Result<String, ApiError> {
     let failed = |error: ::csv::Error| ApiError::internal(error);
     let mut writer = ::csv::WriterBuilder::new()

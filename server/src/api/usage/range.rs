@@ -12,7 +12,7 @@ use crate::{
 
 /// The resolution of the 15-minute rollup.
 pub(in crate::api) const QUARTER: TimeDelta = TimeDelta::minutes(15);
-/// For longer ranges, the default bucket is a day.
+/// The longest range for which the default bucket is an hour. For longer ranges, it is a day.
 const HOURS_UP_TO: TimeDelta = TimeDelta::days(7);
 
 /// The parameters as sent by the caller.

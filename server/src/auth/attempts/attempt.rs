@@ -11,12 +11,14 @@ use crate::clock::Monotonic;
 pub enum Judgment {
     /// The password was not verified, so the attempt does not count.
     Missing,
-    /// The password is wrong, or its verification is in progress and may show that it is wrong.
+    /// The password is wrong, or its verification is in progress and may show that it is wrong. A registration counts as wrong, too,
+    /// because its response may reveal that an email is in use.
     Wrong,
     Correct,
 }
 
-/// A permitted attempt. Taken back when dropped, unless its password was verified.
+/// A permitted attempt. When it is dropped, the effect on its counters depends on its [`Judgment`]: a wrong password
+/// remains counted, a correct one only by the `Keep` counters, and an attempt without verification not at all.
 #[derive(Debug)]
 pub struct Attempt {
     pub(super) attempts: Arc<Attempts>,
@@ -43,7 +45,7 @@ impl Attempt {
             .count()
     }
 
-    /// Records that the password was correct, and clears the account's counters.
+    /// Records that the sign-in succeeded: treats each counter as its [`OnSuccess`] says.
     pub async fn succeeded(mut self) {
         let (cleared, kept) = (self.count(OnSuccess::Clear), self.count(OnSuccess::Keep));
         let task = self.take_back(cleared, kept);
@@ -104,7 +106,7 @@ impl Drop for Attempt {
         let kept = match self.judgment {
             Judgment::Missing => 0,
             Judgment::Wrong => return,
-            // Verifying the password took time, so the attempt remains counted.
+            // Verification took CPU time, so only the `Keep` counters still count the attempt.
             Judgment::Correct => self.count(OnSuccess::Keep),
         };
         // Nothing waits for this task.

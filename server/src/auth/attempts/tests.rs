@@ -1,4 +1,4 @@
-use super::*;
+use super::{counter::LONGEST, *};
 use crate::clock::{TestClock, UnixNanos};
 
 fn attempts(free: u32) -> (Arc<Attempts>, TestClock) {
@@ -236,4 +236,53 @@ async fn forgiven_counters_are_removed() {
     clock.advance(Duration::from_mins(10));
     attempts.prune();
     assert_eq!(attempts.local.lock().len(), 0);
+}
+
+async fn register(attempts: &Arc<Attempts>, ip: &str) -> Result<(), Duration> {
+    let counted = attempts.of_registration(Some(ip.parse().unwrap())).await;
+    counted
+        .map_err(|wait| wait.0)?
+        .set_judgment(Judgment::Wrong);
+    Ok(())
+}
+
+/// Four per day: one every six hours after the first four.
+#[tokio::test]
+async fn network_registers_its_number_of_accounts_and_then_as_many_per_day() {
+    let (attempts, clock) = attempts(4);
+    for _ in 0..4 {
+        register(&attempts, "192.0.2.1").await.unwrap();
+    }
+    let mut later = 0;
+    for _ in 0..48 {
+        clock.advance(Duration::from_hours(1));
+        // Unused counters are removed, but not these.
+        attempts.prune();
+        if let Err(wait) = register(&attempts, "192.0.2.1").await {
+            assert!(wait <= Duration::from_hours(6), "{wait:?}");
+        } else {
+            later += 1;
+        }
+    }
+    assert!((7..=8).contains(&later), "{later} in two days");
+    // Another network is not affected, and a wider one may create more.
+    register(&attempts, "198.51.100.1").await.unwrap();
+    let mut neighbors = 0;
+    for n in 2..100 {
+        let neighbor = register(&attempts, &format!("198.51.100.{n}")).await;
+        neighbors += u32::from(neighbor.is_ok());
+    }
+    assert_eq!(neighbors, 7);
+}
+
+#[tokio::test]
+async fn registration_that_creates_no_account_does_not_count() {
+    let (attempts, _) = attempts(2);
+    let ip = Some("192.0.2.1".parse().unwrap());
+    for _ in 0..10 {
+        drop(attempts.of_registration(ip).await.unwrap());
+    }
+    register(&attempts, "192.0.2.1").await.unwrap();
+    register(&attempts, "192.0.2.1").await.unwrap();
+    register(&attempts, "192.0.2.1").await.unwrap_err();
 }

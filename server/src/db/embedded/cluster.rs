@@ -21,10 +21,11 @@ use tokio::{
 
 use super::{EmbeddedError, connect, place::Place, url};
 
-/// How long starting may take. Recovery after a crash replays about one `max_wal_size` of WAL at most.
+/// How long starting may take. Recovery after a crash replays at most about one `max_wal_size` of WAL.
 pub(super) const START_LIMIT: Duration = Duration::from_mins(2);
 /// How long a fast shutdown may take. It ends sessions and writes a checkpoint.
 const FAST_STOP_LIMIT: Duration = Duration::from_secs(20);
+/// How long an immediate shutdown may take.
 const HARD_STOP_LIMIT: Duration = Duration::from_secs(5);
 
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -52,7 +53,7 @@ pub(super) struct Cluster {
     pub(super) place: Place,
     pub(super) socket_dir: PathBuf,
     pub(super) log: PathBuf,
-    /// Holds the lock until PostgreSQL has exited, so that the next server does not find it shutting down.
+    /// Locked until PostgreSQL has exited, so that the next server does not find PostgreSQL still shutting down.
     pub(super) _lock: File,
 }
 

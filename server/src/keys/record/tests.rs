@@ -14,7 +14,9 @@ use crate::{
     config::DatabaseSettings,
     db::Db,
     keys::{ledger::PostgresLedger, lookups::Batches},
-    limiter::{Decision, Drained, KeyTableSettings, LimitStore, LimiterError, LocalStore},
+    limiter::{
+        CounterError, Decision, Drained, KeyTableSettings, LimitStore, LimiterError, LocalStore,
+    },
     repo::invalidation::{Invalidation, Target},
     secret_text::Kind,
 };
@@ -70,6 +72,10 @@ impl LimitStore for PausingStore {
 
     fn prune(&self) -> usize {
         self.inner.prune()
+    }
+
+    async fn delete(&self, keys: &[(TenantId, ApiKeyId)]) -> Result<(), CounterError> {
+        self.inner.delete(keys).await
     }
 
     async fn drain(&self) -> Drained {

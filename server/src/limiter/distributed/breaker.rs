@@ -29,7 +29,7 @@ const SPAN: Nanos = Nanos::from_secs(1);
 /// back.
 const TURNED_BACK: u64 = 1_000_000;
 
-/// See the module documentation.
+/// The circuit breaker of one partition.
 #[derive(Debug)]
 pub(super) struct CircuitBreaker {
     away: AtomicBool,

@@ -9,6 +9,7 @@
 //! remaining tokens of a late response are held like any lease if the plan allows it, and returned otherwise.
 
 use std::{
+    collections::BTreeMap,
     sync::{
         Arc, Weak,
         atomic::{AtomicU32, Ordering},
@@ -17,13 +18,13 @@ use std::{
 };
 
 use futures_util::{StreamExt as _, stream};
-use quota_common::id::ApiKeyId;
+use quota_common::id::{ApiKeyId, TenantId};
 use tokio::{runtime::Handle, time};
 
 use super::{
     breaker::CircuitBreaker,
     core::StoreCore,
-    probe::{FIRST_PROBE, probe_until_recovered},
+    probe::{first_probe, probe_until_recovered},
 };
 use crate::{
     clock::Nanos,
@@ -31,7 +32,7 @@ use crate::{
     limiter::{
         key::handle::KeyHandle,
         rate::{
-            counters::{BucketName, BucketState, CounterMicros, TakeCall, TakeReply},
+            counters::{BucketName, BucketState, CounterError, CounterMicros, TakeCall, TakeReply},
             lease::Terms,
             waiter::Unspent,
         },
@@ -44,8 +45,9 @@ pub(super) const CALL_DEADLINE: Duration = Duration::from_secs(1);
 /// How long a denial by the counters is trusted if tokens are leased, as a multiple of the lease TTL.
 pub(super) const DENIED_FOR_LEASES: u64 = 2;
 
-/// The maximum number of concurrent calls that return leases on exit, and how many of them may fail.
+/// The maximum number of concurrent calls that return leases on exit.
 const RETURNS_AT_ONCE: usize = 256;
+/// The number of failed calls after which no more leases are returned.
 const RETURNS_FAILED: u32 = 8;
 /// How long returning leases may take.
 const RETURNED_WITHIN: Duration = Duration::from_secs(4);
@@ -137,6 +139,22 @@ impl StoreCore {
         }
     }
 
+    /// Deletes the buckets of deleted keys. This does not affect the breaker, since no request depends on it.
+    pub(super) async fn delete_buckets(
+        &self,
+        keys: &[(TenantId, ApiKeyId)],
+    ) -> Result<(), CounterError> {
+        let mut partitions = BTreeMap::<u16, Vec<BucketName>>::new();
+        for (tenant, key) in keys {
+            let buckets = partitions.entry(self.partition_of(*key)).or_default();
+            buckets.push(BucketName::Key(*tenant, *key));
+        }
+        for (partition, buckets) in partitions {
+            self.counters.delete(partition, &buckets).await?;
+        }
+        Ok(())
+    }
+
     async fn answer(&self, call: TakeCall, on_late: impl FnOnce()) -> Answer {
         let partition = &self.partitions[usize::from(call.partition)];
         partition.used(self.clock.monotonic());
@@ -197,7 +215,8 @@ impl StoreCore {
         if self.partitions[usize::from(partition)].failed(self.clock.monotonic()) {
             tracing::warn!(partition, error = %error, "the shared counters are unavailable");
             self.metrics.counter_outages.inc();
-            self.probe_until_recovered(partition, FIRST_PROBE, CounterMicros::NONE);
+            let first = first_probe(self.settings.deadline);
+            self.probe_until_recovered(partition, first, CounterMicros::NONE);
         }
     }
 

@@ -25,12 +25,12 @@ pub struct DistributedSettings {
     pub lease_ttl: Duration,
     /// How long a request waits for one call to the counters.
     pub deadline: Duration,
-    /// The fallback setting of plans that do not have one.
+    /// The fallback setting for plans without their own.
     pub on_failure: OnRedisFailure,
     pub keys: KeyTableSettings,
 }
 
-/// See the module documentation.
+/// The state of the distributed store.
 #[derive(Debug)]
 pub(super) struct StoreCore {
     pub(super) keys: KeyTable,

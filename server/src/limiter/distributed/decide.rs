@@ -84,6 +84,7 @@ impl StoreCore {
         } else if let Some(until) = lease.held(tokens, monotonic)
             && !self.partition(handle).is_away()
         {
+            lease.deny(tokens);
             let mut denial = Denial::default();
             // The longer of two waits applies: until the counters may be called again, and until the bucket has enough
             // tokens.
@@ -274,7 +275,7 @@ impl StoreCore {
         };
         if outcome == Outcome::Allowed {
             state.spend_quotas(tokens, now);
-            self.metrics.admitted_degraded.inc();
+            self.metrics.allowed_degraded.inc();
         }
         let mut decision = state.decision_with(policies, now, outcome, rate);
         decision.degraded = true;

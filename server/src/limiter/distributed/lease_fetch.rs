@@ -200,7 +200,7 @@ impl LeaseFetch {
         if same && !self.inner.is_draining() {
             if self.active {
                 lease.served(granted, self.call.want);
-                self.hold(lease, granted, debt, refused);
+                self.hold(lease, grant, debt, refused);
             }
             for waiter in std::mem::take(lease.waiting()) {
                 if waiter.tokens == 0 {
@@ -234,14 +234,15 @@ impl LeaseFetch {
     ///
     /// The time is measured from the start of the call. The counters decide a little later, but the next call takes
     /// just as long to reach them, so measuring from the response would count the time in transit twice.
-    fn hold(&self, lease: &mut Lease, granted: u64, debt: Nanos, refused: Option<u64>) {
-        let call = &self.call;
+    fn hold(&self, lease: &mut Lease, grant: Unspent, debt: Nanos, refused: Option<u64>) {
+        let (call, ttl) = (&self.call, self.inner.ttl);
         // A debt above `tau` comes from another version of the plan and is not comparable.
         let Some(left) = call.tau.0.checked_sub(debt.0).map(Nanos) else {
             return;
         };
+        let granted = grant.tokens;
         let gather = if self.terms.leased {
-            Nanos((self.inner.ttl.0 / 2).min(call.tau.0 / 10))
+            lease.gathering.pause(self.terms.gcra, ttl, grant, left)
         } else {
             Nanos::ZERO
         };
@@ -259,7 +260,7 @@ impl LeaseFetch {
             return;
         }
         let longest = if self.terms.leased {
-            self.inner.ttl.saturating_mul(DENIED_FOR_LEASES)
+            ttl.saturating_mul(DENIED_FOR_LEASES)
         } else {
             Nanos::MAX
         };

@@ -40,7 +40,7 @@
 //! hold, the rest is missing again when the burst is raised, less what would have refilled while the bucket was full. A
 //! bucket learns of an edit from the first request after it, without the time of the edit. So it counts as having
 //! refilled at the lower of the two rates since the previous request. A bucket that has been idle for a minute plus
-//! twice the time it takes to fill is deleted, and counts as full under any plan. After a loss of state, raising the
+//! twice the time until it was full is deleted, and counts as full under any plan. After a loss of state, raising the
 //! burst adds no more tokens than have refilled since then.
 //!
 //! **Not guaranteed.** While only some replicas have an outage, `Share` lets them allow their part `p` of the bucket in
@@ -84,7 +84,7 @@ use super::{
     limits::Policies,
     membership::Membership,
     quota::ledger::QuotaLedger,
-    rate::counters::SharedCounters,
+    rate::counters::{CounterError, SharedCounters},
     store::LimitStore,
 };
 use crate::{
@@ -208,6 +208,11 @@ impl LimitStore for DistributedStore {
     fn denial_memory(&self, policies: &Policies) -> Option<Nanos> {
         let leased = self.0.ttl > Nanos::ZERO && !policies.strict();
         leased.then(|| self.0.ttl.saturating_mul(calls::DENIED_FOR_LEASES))
+    }
+
+    async fn delete(&self, keys: &[(TenantId, ApiKeyId)]) -> Result<(), CounterError> {
+        self.0.keys.delete(keys);
+        self.0.delete_buckets(keys).await
     }
 
     async fn drain(&self) -> Drained {

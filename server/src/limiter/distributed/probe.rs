@@ -13,10 +13,9 @@ use crate::{
     limiter::rate::counters::{BucketName, BucketState, CounterMicros, TakeCall},
 };
 
-/// The delay before the first probe in an outage, and the interval between probes. A replica sends its first probe late
-/// enough that any replica still getting responses has confirmed one from after the outage began.
-pub(super) const FIRST_PROBE: Duration = Duration::from_millis(350);
+/// The maximum interval between probes, and by how much it varies.
 const PROBE_EVERY: Duration = Duration::from_millis(250);
+const PROBE_JITTER: Duration = Duration::from_millis(50);
 /// How long after the last call a heartbeat is sent, and how long after a failed call. Short enough that all replicas
 /// detect an outage within half a second. A call for tokens confirms the last response just like a heartbeat. So a
 /// replica that renews leases, which takes a call every 90 ms with the default settings, does not send heartbeats.
@@ -32,32 +31,42 @@ const PROBE_DEADLINE: Duration = Duration::from_millis(250);
 /// How long an unused partition continues to get heartbeats.
 const IN_USE: Nanos = Nanos::from_secs(10);
 
+/// The maximum time between the starts of two calls of a replica that gets responses.
+const CALL_EVERY: Duration = HEARTBEAT_EVERY.saturating_add(TICK);
+
+/// The delay before the first probe in an outage, if responses take no time.
+const FIRST_PROBE: Duration = CONFIRMED_EVERY
+    .saturating_add(CALL_EVERY.saturating_mul(2))
+    .saturating_add(TICK);
+
+/// See [`StoreCore::noticed_by_all`]. The time for responses, which is omitted here, makes the second probe later by at
+/// least as much.
 const _: () = assert!(
-    HEARTBEAT_EVERY.as_millis() + 4 * SUSPECT_EVERY.as_millis() + 5 * TICK.as_millis()
-        <= FIRST_PROBE.as_millis() + PROBE_DEADLINE.as_millis(),
+    5 * CALL_EVERY.as_millis()
+        <= FIRST_PROBE.as_millis() + PROBE_DEADLINE.as_millis() + PROBE_EVERY.as_millis()
+            - PROBE_JITTER.as_millis(),
     "an idle replica must detect an outage before the second probe of the first replica that did"
 );
-/// One call gets a response from after the start of the outage that is newer than the stored confirmation by more than
-/// [`CONFIRMED_EVERY`]. The next call confirms that response. Calls are at most [`HEARTBEAT_EVERY`] and one [`TICK`]
-/// apart.
-const _: () = assert!(
-    CONFIRMED_EVERY.as_millis() + 2 * (HEARTBEAT_EVERY.as_millis() + TICK.as_millis())
-        < FIRST_PROBE.as_millis(),
-    "a replica that gets responses must have confirmed one before the first probe of another replica"
-);
+
+/// Returns the delay before the first probe in an outage. By then, every replica that still gets responses has confirmed
+/// a response sent after the outage began and newer than the stored confirmation by more than [`CONFIRMED_EVERY`].
+/// One call gets such a response, and the next call confirms it. Each starts within [`CALL_EVERY`]. The first response
+/// may take up to `deadline`, and so may the second call.
+pub(super) fn first_probe(deadline: Duration) -> Duration {
+    FIRST_PROBE + 2 * deadline
+}
 
 impl StoreCore {
     /// Returns the time within which an outage that one replica has detected is also detected by all other replicas, or
     /// ends for the first replica.
     ///
     /// The first replica may detect the outage as soon as it begins, if its last response was long before. An idle
-    /// replica makes its next call within [`HEARTBEAT_EVERY`] and one [`TICK`], and opens its breaker at the fifth
-    /// failure, four times [`SUSPECT_EVERY`] and one deadline later. That is before the first replica's second probe.
-    /// So if the idle replica does not detect the outage, the outage ends before that probe, and the first replica
-    /// recovers with its second probe at the latest.
+    /// replica starts five calls, each within [`CALL_EVERY`], and opens its breaker when the fifth one fails, one deadline
+    /// later. That is before the first replica's second probe. So if the idle replica does not detect the outage, the
+    /// outage ends before that probe, and the first replica recovers with its second probe at the latest.
     pub(super) fn noticed_by_all(&self) -> Nanos {
         let deadline = self.settings.deadline;
-        let second_probe = FIRST_PROBE + PROBE_DEADLINE.max(deadline) + PROBE_EVERY;
+        let second_probe = first_probe(deadline) + PROBE_DEADLINE.max(deadline) + PROBE_EVERY;
         Nanos::from(second_probe + deadline)
     }
 }
@@ -166,7 +175,9 @@ pub(super) async fn probe_until_recovered(
         let now = inner.clock.monotonic();
         let in_time = now.saturating_since(asked_at) <= inner.settings.deadline.into();
         // The jitter prevents all replicas from probing at the same time.
-        wait = PROBE_EVERY.saturating_sub(Duration::from_nanos(now.0 % 50_000_000));
+        wait = PROBE_EVERY.saturating_sub(Duration::from_nanos(
+            now.0 % u64::from(PROBE_JITTER.subsec_nanos()),
+        ));
         if let Ok(Ok(reply)) = answer {
             match reply.state {
                 // A late response is not treated as a promise: the response to the first call in the epoch would

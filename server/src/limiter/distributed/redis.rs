@@ -34,6 +34,9 @@ const EPOCH_DELAY: u64 = 600_000;
 /// The time from a loss of state to the new epoch exceeds the timeout of a call by at least this many microseconds.
 const UNPROBED: u64 = 350_000;
 
+/// The number of buckets per command, so that no other call waits long for it.
+const DELETED_AT_ONCE: usize = 100;
+
 const TAKE: &str = include_str!("take.lua");
 
 /// Starts the first epoch of a new deployment in the past, so that its buckets are full. Does nothing if there is an
@@ -45,7 +48,7 @@ if redis.call('EXISTS', KEYS[1]) == 0 then
 end
 return 0";
 
-/// See the module documentation.
+/// The shared counters in Redis. See the module documentation.
 #[derive(Debug)]
 pub struct RedisCounters {
     redis: Redis,
@@ -104,6 +107,18 @@ impl RedisCounters {
         Ok(())
     }
 
+    fn bucket(&self, partition: u16, bucket: BucketName) -> String {
+        let prefix = self.redis.prefix();
+        match bucket {
+            BucketName::Key(tenant, key) => format!(
+                "{prefix}:{{q{partition}}}:k:{}:{}",
+                tenant.0.simple(),
+                key.0.simple()
+            ),
+            BucketName::Heartbeat => format!("{prefix}:{{q{partition}}}:beat"),
+        }
+    }
+
     fn epoch(&self, partition: u16) -> String {
         format!("{}:{{q{partition}}}:epoch", self.redis.prefix())
     }
@@ -121,15 +136,7 @@ impl SharedCounters for RedisCounters {
 
     async fn take(&self, call: TakeCall) -> Result<TakeReply, CounterError> {
         let partition = call.partition;
-        let prefix = self.redis.prefix();
-        let bucket = match call.bucket {
-            BucketName::Key(tenant, key) => format!(
-                "{prefix}:{{q{partition}}}:k:{}:{}",
-                tenant.0.simple(),
-                key.0.simple()
-            ),
-            BucketName::Heartbeat => format!("{prefix}:{{q{partition}}}:beat"),
-        };
+        let bucket = self.bucket(partition, call.bucket);
         let answer = self
             .redis
             .eval(
@@ -175,5 +182,18 @@ impl SharedCounters for RedisCounters {
             at: CounterMicros(at),
             state,
         })
+    }
+
+    async fn delete(&self, partition: u16, buckets: &[BucketName]) -> Result<(), CounterError> {
+        for buckets in buckets.chunks(DELETED_AT_ONCE) {
+            let mut unlink = redis::cmd("UNLINK");
+            for bucket in buckets {
+                unlink.arg(self.bucket(partition, *bucket));
+            }
+            // The connection of the partition's epoch is that of its node.
+            let epoch = self.epoch(partition);
+            self.redis.query(&epoch, &unlink).await.map_err(error)?;
+        }
+        Ok(())
     }
 }

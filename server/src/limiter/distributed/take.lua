@@ -47,14 +47,17 @@
 -- for `OUTDATED`: then version numbers have started over, for example because the database was restored from a backup.
 --
 -- Numbers are integers below 2^53, where doubles are exact. A bucket that takes longer than 104 days to fill is exact
--- to two nanoseconds. A bucket that has not been used for twice the time it takes to fill is full, and expires.
+-- to two nanoseconds.
+--
+-- **Expiry.** A bucket is kept for a minute plus twice the time until it is full. A full bucket is the same as a new one,
+-- except after an edit: the time that is left over allows for a rate that was lowered in the meantime.
 local OUTDATED = 10000000
 -- A caller that was promised an epoch must call within this many microseconds of its start to use it.
 local PROMISED = 500000
 -- An unconfirmed start is postponed only once this many microseconds of the delay have passed.
 local KNOWN = 50000
 -- If a caller received a response within the last `CONNECTED` microseconds, no caller has decided requests without the
--- counters yet: callers do so only after their second probe, at least 850 ms after they detect an outage.
+-- counters yet: callers do so only after their second probe, at least 830 ms after they detect an outage.
 local CONNECTED = 800000
 -- A confirmation is stored only if it is newer than the stored one by more than this many microseconds.
 local CONFIRMED = 50000
@@ -119,8 +122,9 @@ if start > now then
   return {1, now, start - now}
 end
 -- This ignores callers with an outage: they may not receive this response in time, and would then continue without the
--- counters.
-if away == 0 and heard > ok + CONFIRMED and heard <= now and heard >= start then
+-- counters. If the stored response is in the future, the clock has gone back since.
+local confirmed = ok <= now and ok or 0
+if away == 0 and heard > confirmed + CONFIRMED and heard <= now and heard >= start then
   redis.call('HSET', KEYS[2], 'ok', whole(heard))
 end
 
@@ -239,7 +243,7 @@ if changed then
   elseif b[14] then
     redis.call('HDEL', KEYS[1], 'y')
   end
-  redis.call('PEXPIRE', KEYS[1], whole(math.ceil(2 * (t + beyond) / 1000000) + 60000))
+  redis.call('PEXPIRE', KEYS[1], whole(math.ceil(2 * (debt + beyond) / 1000000) + 60000))
 elseif in_use then
   redis.call('HSET', KEYS[1], 'vt', whole(vt))
 end

@@ -1,8 +1,8 @@
 //! Calls to the quota ledger: batched, limited in number, and retried where that is safe.
 //!
 //! Calls that arrive while all workers are busy share the next batch, so a thousand keys whose day begins at the same
-//! time need only a few transactions on a few connections. No matter how a call ends, even in a panic or because the
-//! runtime shuts down, its block is notified.
+//! time need only a few transactions on a few connections. However a call ends, even by a panic or a runtime shutdown,
+//! its block is notified.
 //!
 //! Tokens to be returned are kept until the ledger has confirmed the return. A batch is retried with the same ID and
 //! applied at most once, so an outage or an ambiguous failure neither loses tokens nor credits them twice. Tokens can
@@ -96,7 +96,7 @@ impl LedgerConnections {
 #[error("the call was canceled")]
 pub(super) struct Canceled;
 
-/// See the module documentation.
+/// The queue of ledger calls and the workers that make them. See the module documentation.
 #[derive(Debug)]
 pub(in crate::limiter) struct LedgerCalls {
     pub(super) clock: Arc<dyn Clock>,
@@ -259,7 +259,7 @@ impl LedgerCalls {
         any
     }
 
-    /// Starts to return an idle block, and tokens owed to ended windows.
+    /// Starts to return tokens that are not needed soon, and tokens owed to ended windows.
     pub(in crate::limiter) fn return_unneeded(
         self: &Arc<Self>,
         handle: &KeyHandle,
@@ -267,11 +267,12 @@ impl LedgerCalls {
         policy: Policy,
         now: UnixNanos,
     ) {
+        let waited_for = state.waited_for;
         if Handle::try_current().is_ok()
             && let Some(block) = state.block(policy)
         {
-            // An idle block is returned in one batch with others, not in a separate call.
-            let until = if block.give_up_idle(now) {
+            // Tokens that are not needed soon are returned in one batch with those of other keys, not in a separate call.
+            let until = if block.give_up_unneeded(now, waited_for) {
                 UnixNanos(u64::MAX)
             } else {
                 now

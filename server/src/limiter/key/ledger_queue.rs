@@ -81,4 +81,14 @@ impl Queue {
     pub(super) fn is_idle(&self) -> bool {
         self.takers == 0 && self.returners == 0
     }
+
+    /// Returns whether there are takes to put into a batch.
+    pub(super) fn has_takes(&self) -> bool {
+        !self.urgent.is_empty() || (!self.ahead.is_empty() && !self.is_ahead_running)
+    }
+
+    /// Returns whether there are returns to put into a batch.
+    pub(super) fn has_returns(&self) -> bool {
+        !self.retries.is_empty() || !self.returns.is_empty()
+    }
 }

@@ -34,8 +34,7 @@ impl LedgerCalls {
         };
         let is_missing = {
             let mut queue = self.queue.lock();
-            let has_work = !queue.retries.is_empty() || !queue.returns.is_empty();
-            let is_missing = (has_work && queue.returners == 0)
+            let is_missing = (queue.has_returns() && queue.returners == 0)
                 || (queue.returners < self.returners && queue.returns.len() > RETURNS_FOR_ONE);
             queue.returners += usize::from(is_missing);
             is_missing
@@ -54,9 +53,7 @@ impl LedgerCalls {
         };
         let is_missing = {
             let mut queue = self.queue.lock();
-            let has_work =
-                !queue.urgent.is_empty() || (!queue.ahead.is_empty() && !queue.is_ahead_running);
-            let is_missing = has_work && queue.takers < self.takers;
+            let is_missing = queue.has_takes() && queue.takers < self.takers;
             queue.takers += usize::from(is_missing);
             is_missing
         };
@@ -120,11 +117,24 @@ impl Worker {
         }
     }
 
-    /// Returns the next batch of takes, or ends the worker.
-    fn next_takes(&mut self) -> Option<Takes> {
+    /// Returns whether there is work, or else ends the worker.
+    fn has_work(&mut self) -> bool {
         self.has_begun = true;
         let calls = Arc::clone(&self.calls);
         let mut queue = calls.queue.lock();
+        let has_work = match self.role {
+            Role::Taker => queue.has_takes(),
+            Role::Returner => queue.has_returns(),
+        };
+        if !has_work {
+            self.end(&mut queue);
+        }
+        has_work
+    }
+
+    /// Returns the next batch of takes. `None`: other workers have taken all of them.
+    fn next_takes(&self) -> Option<Takes> {
+        let mut queue = self.calls.queue.lock();
         let is_ahead =
             queue.urgent.is_empty() && !queue.ahead.is_empty() && !queue.is_ahead_running;
         let from = if is_ahead {
@@ -134,22 +144,19 @@ impl Worker {
         };
         let list: Vec<_> = from.drain(..from.len().min(TAKES)).collect();
         if list.is_empty() {
-            self.end(&mut queue);
             return None;
         }
         queue.is_ahead_running |= is_ahead;
         Some(Takes {
-            calls: Arc::clone(&calls),
+            calls: Arc::clone(&self.calls),
             list,
             is_ahead,
         })
     }
 
-    /// Returns the next batch of returns, or ends the worker.
-    fn next_returns(&mut self) -> Option<Returns> {
-        self.has_begun = true;
-        let calls = Arc::clone(&self.calls);
-        let mut queue = calls.queue.lock();
+    /// Returns the next batch of returns. `None`: other workers have taken all of them.
+    fn next_returns(&self) -> Option<Returns> {
+        let mut queue = self.calls.queue.lock();
         let batch = queue.retries.pop_front().or_else(|| {
             let mut rows = BTreeMap::new();
             while rows.len() < RETURNS
@@ -159,11 +166,8 @@ impl Worker {
             }
             (!rows.is_empty()).then(|| new_batch(rows))
         });
-        if batch.is_none() {
-            self.end(&mut queue);
-        }
         Some(Returns {
-            calls: Arc::clone(&calls),
+            calls: Arc::clone(&self.calls),
             batch: Some(batch?),
         })
     }
@@ -195,29 +199,47 @@ struct Takes {
 }
 
 impl Takes {
+    /// Returns may have to wait for a key that is being deleted, so calls without returns come first.
     async fn run(mut self) {
-        let calls = Arc::clone(&self.calls);
-        let _connection = calls.connections.for_takes().await;
+        let (owing, list) = std::mem::take(&mut self.list)
+            .into_iter()
+            .partition(|call| !call.order.give_back.is_empty());
+        self.list = list;
+        let mut owing = Self {
+            calls: Arc::clone(&self.calls),
+            list: owing,
+            is_ahead: false,
+        };
+        self.take().await;
+        owing.give_back().await;
+        owing.take().await;
+    }
+
+    /// Returns what the calls owe. If that fails, they end.
+    async fn give_back(&mut self) {
         let mut owed = BTreeMap::new();
         for call in &self.list {
             for (window_start, n) in &call.order.give_back {
                 *owed.entry(call.row(*window_start)).or_default() += n;
             }
         }
-        if !owed.is_empty() {
-            let n: u64 = owed.values().sum();
-            self.calls.unconfirmed.fetch_add(n, Ordering::SeqCst);
-            let mut returns = Returns {
-                calls: Arc::clone(&self.calls),
-                batch: Some(new_batch(owed)),
-            };
-            if let Err(error) = returns.run().await {
-                for call in std::mem::take(&mut self.list) {
-                    self.calls.finish(&call, Some(Err(Arc::clone(&error))));
-                }
-                return;
+        if owed.is_empty() {
+            return;
+        }
+        let n: u64 = owed.values().sum();
+        self.calls.unconfirmed.fetch_add(n, Ordering::SeqCst);
+        let mut returns = Returns {
+            calls: Arc::clone(&self.calls),
+            batch: Some(new_batch(owed)),
+        };
+        if let Err(error) = returns.run().await {
+            for call in std::mem::take(&mut self.list) {
+                self.calls.finish(&call, Some(Err(Arc::clone(&error))));
             }
         }
+    }
+
+    async fn take(&mut self) {
         let (takes, rest) = std::mem::take(&mut self.list)
             .into_iter()
             .partition(|call| call.order.want > 0);
@@ -239,14 +261,20 @@ impl Takes {
         for (call, taken) in self.list.drain(..answered).zip(results) {
             self.calls.finish(&call, Some(taken));
         }
+        // Calls without a result have failed.
+        self.cancel();
+    }
+
+    fn cancel(&mut self) {
+        for call in std::mem::take(&mut self.list) {
+            self.calls.finish(&call, Some(Err(Arc::new(Canceled))));
+        }
     }
 }
 
 impl Drop for Takes {
     fn drop(&mut self) {
-        for call in std::mem::take(&mut self.list) {
-            self.calls.finish(&call, Some(Err(Arc::new(Canceled))));
-        }
+        self.cancel();
         if self.is_ahead {
             self.calls.queue.lock().is_ahead_running = false;
         }
@@ -278,17 +306,26 @@ impl Drop for Returns {
     }
 }
 
+// Batches are formed once there is a connection, so that calls that arrive in the meantime join them.
+
 async fn take_all(mut worker: Worker) {
-    while let Some(takes) = worker.next_takes() {
-        takes.run().await;
+    let calls = Arc::clone(&worker.calls);
+    while worker.has_work() {
+        let _connection = calls.connections.for_takes().await;
+        if let Some(takes) = worker.next_takes() {
+            takes.run().await;
+        }
     }
 }
 
 async fn return_all(mut worker: Worker) {
+    let calls = Arc::clone(&worker.calls);
     let mut pause = Duration::ZERO;
-    while let Some(mut returns) = worker.next_returns() {
-        let calls = Arc::clone(&returns.calls);
+    while worker.has_work() {
         let connection = calls.connections.for_returns().await;
+        let Some(mut returns) = worker.next_returns() else {
+            continue;
+        };
         let returned = returns.run().await;
         drop(connection);
         match returned {

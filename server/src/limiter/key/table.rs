@@ -98,7 +98,7 @@ impl Patience {
     }
 }
 
-/// See the module documentation.
+/// The table of all keys on this replica. See the module documentation.
 #[derive(Debug)]
 pub(in crate::limiter) struct KeyTable {
     pub(in crate::limiter) clock: Arc<dyn Clock>,
@@ -351,6 +351,19 @@ impl KeyTable {
             left += shard.keys.len();
         }
         left
+    }
+
+    /// See [`LimitStore::delete`](crate::limiter::LimitStore::delete).
+    pub(in crate::limiter) fn delete(&self, keys: &[(TenantId, ApiKeyId)]) {
+        for id in keys {
+            let mut shard = self.shard(id).lock();
+            if let Entry::Occupied(entry) = shard.keys.entry(*id)
+                && Arc::strong_count(entry.get()) == 1
+            {
+                // The ledger's rows were deleted with the key, so there is nothing to return blocks to.
+                entry.remove();
+            }
+        }
     }
 
     /// See [`LimitStore::drain`](crate::limiter::LimitStore::drain).

@@ -31,6 +31,10 @@ const PATIENCE_MAX: Nanos = PATIENCE.saturating_mul(8);
 /// How long a block may be unused before it is returned, if other replicas may need it.
 const IDLE: Nanos = Nanos::from_secs(10);
 
+/// If other replicas may need the rest, a block lasts for `PACED_FOR` times `PACED` at the pace of the last `PACED`.
+const PACED: Nanos = Nanos::from_secs(10);
+const PACED_FOR: u64 = 6;
+
 /// Returns the block size for each of `replicas` replicas. Together, their blocks are at most one hundredth of the
 /// quota and at most [`BLOCK_MAX`] tokens, but each block has at least one token.
 pub(in crate::limiter) const fn block_size(limit: u64, replicas: u64) -> u64 {
@@ -107,6 +111,41 @@ enum Next {
     Held(Box<NextBlock>),
 }
 
+/// How fast a block is spent.
+#[derive(Debug)]
+struct Pace {
+    /// Tokens spent since `since`.
+    spent: u64,
+    /// Tokens spent in the [`PACED`] before `since`, or `u64::MAX` if that is unknown.
+    before: u64,
+    since: UnixNanos,
+}
+
+impl Pace {
+    const UNKNOWN: Self = Self {
+        spent: 0,
+        before: u64::MAX,
+        since: UnixNanos(0),
+    };
+
+    /// Returns the largest block to hold at this pace.
+    fn largest_block(&self) -> u64 {
+        let pace = self.spent.max(self.before);
+        pace.saturating_mul(PACED_FOR).max(1)
+    }
+
+    fn measure(&mut self, now: UnixNanos) {
+        if now.abs_diff(self.since) < PACED {
+            return;
+        }
+        if self.since != UnixNanos(0) {
+            self.before = self.spent;
+        }
+        self.spent = 0;
+        self.since = now;
+    }
+}
+
 /// The tokens held for a policy, and what is known about the rest of the quota.
 #[derive(Debug)]
 pub(in crate::limiter) struct Block {
@@ -126,6 +165,7 @@ pub(in crate::limiter) struct Block {
     used: u64,
     /// When the block was last used or filled.
     spent_at: UnixNanos,
+    pace: Pace,
     asked_at: UnixNanos,
     patience: Nanos,
     fetching: bool,
@@ -148,6 +188,7 @@ impl Block {
             reserved: 0,
             used: 0,
             spent_at: UnixNanos(0),
+            pace: Pace::UNKNOWN,
             asked_at: UnixNanos(0),
             patience: PATIENCE,
             fetching: false,
@@ -165,7 +206,12 @@ impl Block {
     }
 
     fn size(&self) -> u64 {
-        block_size(self.quota, self.replicas)
+        let size = block_size(self.quota, self.replicas);
+        if self.replicas == 1 {
+            size
+        } else {
+            size.min(self.pace.largest_block())
+        }
     }
 
     pub(in crate::limiter) fn window(&self) -> QuotaWindow {
@@ -255,6 +301,7 @@ impl Block {
         if self.limit != 0 {
             self.held -= cost;
             self.spent_at = now;
+            self.pace.spent = self.pace.spent.saturating_add(cost);
         }
     }
 
@@ -284,6 +331,7 @@ impl Block {
             self.reserved = self.reserved.saturating_sub(tokens);
         }
         if is_spent {
+            self.pace.spent = self.pace.spent.saturating_add(tokens);
             return;
         }
         if window == self.window && self.limit != 0 {
@@ -294,17 +342,21 @@ impl Block {
         }
     }
 
-    /// Marks the held tokens as owed if none were used for a while and other replicas share the quota. Returns whether
-    /// it did so.
-    pub(in crate::limiter) fn give_up_idle(&mut self, now: UnixNanos) -> bool {
-        let is_idle = now.abs_diff(self.spent_at) >= IDLE
-            && self.replicas > 1
-            && self.held > 0
-            && !self.fetching;
-        if is_idle {
-            self.surrender();
+    /// If other replicas share the quota, marks held tokens as owed that are probably not needed soon, in addition to
+    /// `waited_for`: all of them if none were used for a while. Returns whether there were any.
+    pub(in crate::limiter) fn give_up_unneeded(&mut self, now: UnixNanos, waited_for: u64) -> bool {
+        self.pace.measure(now);
+        if self.replicas == 1 || self.held == 0 || self.fetching {
+            return false;
         }
-        is_idle
+        let before = self.held;
+        if now.abs_diff(self.spent_at) >= IDLE {
+            self.surrender();
+            self.pace = Pace::UNKNOWN;
+        } else {
+            self.tidy(waited_for);
+        }
+        self.held < before
     }
 
     /// Returns the current window's quota, if the policy limits this key.

@@ -48,7 +48,7 @@ pub struct TakeCall {
     /// The plan's version. If callers send different versions, the counters use the newest.
     pub version: u64,
     pub need: u64,
-    /// The number of tokens that requests are waiting for. As many of them as the bucket holds are granted.
+    /// The number of tokens that requests are waiting for. If the bucket holds fewer, it grants what it holds.
     pub waiting: u64,
     /// The total number of tokens to take, at least `waiting`. Tokens in excess of `waiting` are for later. A grant
     /// that includes any is at most half of what the bucket holds. If zero, the call only reads the state.
@@ -107,4 +107,7 @@ pub trait SharedCounters: std::fmt::Debug + Send + Sync + 'static {
     fn partitions(&self) -> u16;
 
     async fn take(&self, call: TakeCall) -> Result<TakeReply, CounterError>;
+
+    /// Deletes buckets of one partition, which count as full from then on. For keys that no longer exist.
+    async fn delete(&self, partition: u16, buckets: &[BucketName]) -> Result<(), CounterError>;
 }

@@ -13,6 +13,7 @@
 
 use super::{
     counters::CounterMicros,
+    gathering::Gathering,
     gcra::Gcra,
     share::Share,
     waiter::{Unspent, Waiter},
@@ -81,18 +82,20 @@ impl Terms {
     }
 }
 
-/// See the module documentation.
+/// The tokens that this replica has leased from a key's bucket. See the module documentation.
 #[derive(Debug, Default)]
 pub(in crate::limiter) struct Lease {
     /// The older grant, then the newer one.
     slots: [Slot; 2],
     /// The lease size: the number of tokens that requests spend within the lease TTL at the current pace.
     size: u64,
-    /// When tokens were last requested (0 if never), and how many tokens requests have needed since.
+    /// When tokens were last requested. 0 if never.
     asked_at: Monotonic,
+    /// The number of tokens that requests have needed since `asked_at`.
     wanted: u64,
-    /// The number of calls in flight that are not late yet, and when the latest of them started.
+    /// The number of calls in flight that are not late yet.
     fetching: u32,
+    /// When the latest of these calls started.
     began_at: Monotonic,
     /// The number of tokens that these calls request for later.
     coming: u64,
@@ -113,6 +116,7 @@ pub(in crate::limiter) struct Lease {
     /// too few.
     held_until: Monotonic,
     held_for: u64,
+    pub(in crate::limiter) gathering: Gathering,
     pub(in crate::limiter) share: Share,
 }
 
@@ -157,6 +161,7 @@ impl Lease {
         self.view = None;
         self.held_until = Monotonic::default();
         self.short = false;
+        self.gathering = Gathering::default();
         self.size = 1;
     }
 
@@ -213,7 +218,7 @@ impl Lease {
         let first = n.min(older.tokens);
         older.tokens -= first;
         newer.tokens -= n - first;
-        self.wanted += n;
+        self.wanted = self.wanted.saturating_add(n);
         true
     }
 
@@ -285,8 +290,14 @@ impl Lease {
     /// Adds a request that waits for the counters because too few tokens are available. With zero tokens, it waits only
     /// for a response.
     pub(in crate::limiter) fn wait(&mut self, waiter: Waiter) {
-        self.wanted += waiter.tokens;
+        self.wanted = self.wanted.saturating_add(waiter.tokens);
         self.waiting.push(waiter);
+    }
+
+    /// Records a request that was denied without a call. Without it, the next lease would be too small for the tokens
+    /// that accumulate in the meantime.
+    pub(in crate::limiter) fn deny(&mut self, n: u64) {
+        self.wanted = self.wanted.saturating_add(n);
     }
 
     /// Uses these terms for all later calls.

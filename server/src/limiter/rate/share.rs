@@ -22,7 +22,7 @@ pub(in crate::limiter) struct Share {
     tau: Nanos,
     /// When the share was last used.
     used_at: Monotonic,
-    /// Whether the plan may have been edited since the share was last used or the counters last responded.
+    /// Whether the plan may have been edited since the later of the share's last use and the counters' last response.
     pub(super) is_edited: bool,
 }
 

@@ -15,7 +15,7 @@ use crate::serve::connection::Connection;
 /// How many of the oldest connections without a request are checked for a silent one.
 const SILENT_SEARCH: usize = 16;
 
-/// Whether connections are counted by address or by network.
+/// The kind of network by which connections are counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Width {
     Address,

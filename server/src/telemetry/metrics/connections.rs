@@ -20,9 +20,9 @@ pub enum ConnectionLimit {
 pub struct ConnectionMetrics {
     pub open: Gauge,
     pub accepted: Counter,
-    refused_address: Counter,
-    refused_network: Counter,
-    refused_full: Counter,
+    rejected_address: Counter,
+    rejected_network: Counter,
+    rejected_full: Counter,
     /// Connections closed to make room for another one.
     pub dropped: Counter,
     pub timed_out_head: Counter,
@@ -32,11 +32,11 @@ pub struct ConnectionMetrics {
 }
 
 impl ConnectionMetrics {
-    pub const fn refused(&self, refusal: ConnectionLimit) -> &Counter {
-        match refusal {
-            ConnectionLimit::Address => &self.refused_address,
-            ConnectionLimit::Network => &self.refused_network,
-            ConnectionLimit::Full => &self.refused_full,
+    pub const fn rejected(&self, limit: ConnectionLimit) -> &Counter {
+        match limit {
+            ConnectionLimit::Address => &self.rejected_address,
+            ConnectionLimit::Network => &self.rejected_network,
+            ConnectionLimit::Full => &self.rejected_full,
         }
     }
 }
@@ -65,17 +65,17 @@ const FAMILIES: [Family; 6] = [
         series: &[("", |it| it.accepted.get().to_string())],
     },
     Family {
-        name: "quota_connections_refused",
+        name: "quota_connections_rejected",
         kind: "counter",
-        help: "Client connections closed immediately because a limit was reached, by limit",
+        help: "Client connections closed immediately because a limit was reached",
         series: &[
             (",limit=\"address\"", |it| {
-                it.refused_address.get().to_string()
+                it.rejected_address.get().to_string()
             }),
             (",limit=\"network\"", |it| {
-                it.refused_network.get().to_string()
+                it.rejected_network.get().to_string()
             }),
-            (",limit=\"total\"", |it| it.refused_full.get().to_string()),
+            (",limit=\"total\"", |it| it.rejected_full.get().to_string()),
         ],
     },
     Family {
@@ -87,7 +87,7 @@ const FAMILIES: [Family; 6] = [
     Family {
         name: "quota_connections_timed_out",
         kind: "counter",
-        help: "Client connections closed because the client took too long, by what the server was waiting for",
+        help: "Client connections closed because the client took too long",
         series: &[
             (",waiting_for=\"request\"", |it| {
                 it.timed_out_head.get().to_string()

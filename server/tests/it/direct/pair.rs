@@ -146,7 +146,9 @@ impl Side {
         let lines = text(&bytes);
         let lines = lines.lines().filter_map(|line| {
             let mut line = serde_json::from_str::<Value>(line).expect("a line is JSON");
-            let is_own = line["request_id"].as_str().is_some_and(is_own_id);
+            let is_own = line["request_id"]
+                .as_str()
+                .is_some_and(|id| !is_generated(id));
             if !is_own {
                 line["request_id"] = json!("");
             }
@@ -164,7 +166,7 @@ impl Side {
         let query = "WITH gone AS (DELETE FROM usage_log RETURNING *) \
                      SELECT row_to_json(g)::text FROM (SELECT tenant_id, key_id, plan_id, cost, \
                      retry_after_seconds, was_rejected, billing, policy, endpoint, \
-                     CASE WHEN request_id LIKE 'c-%' THEN request_id END AS id FROM gone) g";
+                     CASE WHEN length(request_id) < 36 THEN request_id END AS id FROM gone) g";
         let rows = client.query(query, &[]).await.expect("the log is read");
         let mut rows = rows.iter().map(|row| row.get(0)).collect::<Vec<_>>();
         rows.sort_unstable();
@@ -182,7 +184,7 @@ impl Side {
             "quota_panics",
             "quota_payment",
             "quota_guard",
-            "quota_usage_refused",
+            "quota_usage_decisions_rejected",
         ];
         let lines = text.lines();
         let lines = lines.filter(|line| names.iter().any(|name| line.starts_with(name)));
@@ -198,9 +200,9 @@ impl Side {
     }
 }
 
-/// Whether an ID was chosen by the client.
-fn is_own_id(id: &str) -> bool {
-    id.starts_with("c-")
+/// Whether the server generated an ID. The clients' IDs are shorter, and both servers must return them unchanged.
+fn is_generated(id: &str) -> bool {
+    id.len() == 36
 }
 
 fn text(bytes: &[u8]) -> String {
@@ -219,8 +221,8 @@ fn normalized(bytes: &[u8]) -> String {
     let mut text = text(bytes);
     let ids = text.split(ID).skip(1);
     let ids = ids.filter_map(|rest| rest.split("\r\n").next());
-    let others = ids.filter(|id| !is_own_id(id)).map(str::to_owned);
-    for id in others.collect::<Vec<_>>() {
+    let generated = ids.filter(|id| is_generated(id)).map(str::to_owned);
+    for id in generated.collect::<Vec<_>>() {
         text = text.replace(&id, &"I".repeat(id.len()));
     }
     // poem writes this list in another order in each server.

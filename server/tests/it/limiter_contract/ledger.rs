@@ -34,6 +34,8 @@ pub(crate) struct TestLedger {
     applied: Mutex<HashSet<Uuid>>,
     down: AtomicBool,
     delay_ms: AtomicU64,
+    /// The additional delay of returns.
+    return_delay_ms: AtomicU64,
     /// The responses to this many returns are lost after the returns have been applied.
     lose_answers: AtomicU64,
     takes: AtomicU64,
@@ -59,6 +61,11 @@ impl TestLedger {
     pub(crate) fn set_delay(&self, delay: Duration) {
         let ms = u64::try_from(delay.as_millis()).unwrap();
         self.delay_ms.store(ms, Ordering::SeqCst);
+    }
+
+    pub(super) fn set_return_delay(&self, delay: Duration) {
+        let ms = u64::try_from(delay.as_millis()).unwrap();
+        self.return_delay_ms.store(ms, Ordering::SeqCst);
     }
 
     pub(super) fn lose_answers(&self, n: u64) {
@@ -192,6 +199,10 @@ impl QuotaLedger for TestLedger {
     async fn give_back(&self, batch: &ReturnBatch) -> Result<(), LedgerError> {
         assert!(!batch.rows.is_empty(), "gave nothing back");
         assert!(batch.rows.is_sorted_by(|a, b| a.0 < b.0), "not in order");
+        let delay = self.return_delay_ms.load(Ordering::SeqCst);
+        if delay > 0 {
+            tokio::time::sleep(Duration::from_millis(delay)).await;
+        }
         self.answer().await?;
         if self.applied.lock().unwrap().insert(batch.id) {
             let mut rows = self.rows.lock().unwrap();

@@ -3,9 +3,10 @@
 use std::{sync::Arc, time::Duration};
 
 use quota_server::limiter::{
-    KeyTableSettings, LedgerError, LimitStore, Limiter, LimiterError, LocalStore, QuotaWindow,
-    ReturnBatch, TakeRequest, Taken,
+    Decision, KeyTableSettings, LedgerConnections, LedgerError, LimitStore, Limiter, LimiterError,
+    LocalStore, QuotaWindow, ReturnBatch, TakeRequest, Taken,
 };
+use tokio::{task::JoinSet, time::sleep};
 
 use super::{
     ledger::TestLedger,
@@ -92,6 +93,73 @@ async fn steady_stream_never_waits_for_the_ledger() {
     assert!(asked < 50_000 / 700, "{asked} blocks of 1000");
 }
 
+/// Two tables share the only connection to a slow ledger. Requests that arrive while one of them waits for it are
+/// served together.
+#[tokio::test(start_paused = true)]
+async fn requests_that_arrive_during_the_wait_for_a_connection_share_a_call() {
+    let world = world::memory();
+    let settings = KeyTableSettings {
+        connections: LedgerConnections::new(1),
+        ..KeyTableSettings::default()
+    };
+    let table = || {
+        let clock = Arc::new(world.clock.clone());
+        let store = LocalStore::new(
+            clock.clone(),
+            Arc::clone(&world.ledger) as _,
+            settings.clone(),
+        );
+        Limiter::new(store, clock)
+    };
+    let (busy, waiting) = (table(), table());
+    world.ledger.set_delay(Duration::from_millis(100));
+    let mut requests = JoinSet::new();
+    let mut send = |limiter: &Limiter, n| {
+        let key = Key::number(limiter, n);
+        requests.spawn(async move { key.ask(&Plan::any_rate().daily(1000), 1).await });
+    };
+    send(&busy, 0);
+    for n in 1..=20 {
+        sleep(Duration::from_millis(2)).await;
+        send(&waiting, n);
+    }
+    let decisions = requests.join_all().await;
+    assert!(decisions.iter().all(Decision::is_allowed));
+    assert_eq!(world.ledger.calls(), (2, 1));
+    tokio::join!(busy.drain(), waiting.drain());
+    assert_eq!(world.ledger.used(), 21);
+}
+
+/// Tokens of a key that is being deleted cannot be returned until that has ended. Other keys do not wait for it.
+#[tokio::test(start_paused = true)]
+async fn requests_do_not_wait_for_the_returns_of_another_key() {
+    let world = world::memory();
+    let limiter = world.start();
+    let owing = Key::number(&limiter, 1);
+    assert!(
+        owing
+            .ask(&Plan::any_rate().daily(1000), 1)
+            .await
+            .is_allowed()
+    );
+    settle().await;
+    world.ledger.set_return_delay(Duration::from_secs(5));
+    world.ledger.set_delay(Duration::from_millis(10));
+    let mut requests = JoinSet::new();
+    // The block of a smaller quota is smaller, so this key returns the rest.
+    for n in 1..=20 {
+        let key = Key::number(&limiter, n);
+        let daily = if n == 1 { 200 } else { 1000 };
+        requests.spawn(async move { key.ask(&Plan::any_rate().daily(daily), 1).await });
+    }
+    let began = tokio::time::Instant::now();
+    let decisions = requests.join_all().await;
+    assert!(decisions.iter().all(Decision::is_allowed));
+    assert!(began.elapsed() < DEADLINE, "{:?}", began.elapsed());
+    limiter.drain().await;
+    world.ledger.set_return_delay(Duration::ZERO);
+}
+
 #[tokio::test]
 async fn nothing_is_held_after_a_drain_with_calls_in_flight() {
     let world = world::memory();
@@ -146,6 +214,32 @@ async fn remote_store_is_not_asked_about_known_denials() {
     assert!(store.asked() <= 12 + 11, "{}", store.asked());
     // The denial does not apply to another plan.
     assert!(key.ask(&Plan::any_rate().daily(21), 1).await.is_allowed());
+}
+
+/// A replica whose clock is set back denies known excess for as long as the bucket takes to refill, not for the time by
+/// which the clock was set back.
+#[tokio::test]
+async fn known_denials_state_the_same_wait_after_the_clock_was_set_back() {
+    for burst in [1, 3] {
+        let world = world::far();
+        let key = Key::of(&world.start());
+        let plan = Plan::rate(1, burst);
+        let used = u64::from(burst);
+        assert_eq!(key.admitted(&plan, burst + 1).await, used);
+        let hour_ago = world.now().0 - 3_600_000_000_000;
+        world
+            .clock
+            .set_now(quota_server::clock::UnixNanos(hour_ago));
+        world.advance(Duration::from_secs(10));
+        let decision = key.ask(&plan, 1).await;
+        assert_eq!(decision.retry_after_secs(), Some(50), "{decision:?}");
+        assert_eq!(decision.seconds_to_reset(decision.rate), 60 * used - 10);
+        // It costs the bucket one refill at most.
+        world.advance(Duration::from_secs(50));
+        key.ask(&plan, 1).await;
+        world.advance(Duration::from_secs(60));
+        assert!(key.ask(&plan, 1).await.is_allowed());
+    }
 }
 
 #[tokio::test]

@@ -17,9 +17,9 @@ use quota_common::{
 use quota_server::{
     clock::{Clock, TestClock, UnixNanos},
     limiter::{
-        Decision, DistributedSettings, DistributedStore, Drained, KeyHandle, KeyTableSettings,
-        LimitStore, Limiter, LimiterError, LocalStore, Membership, Policies, RatePolicy,
-        ReplicaSlot, Zone,
+        CounterError, Decision, DistributedSettings, DistributedStore, Drained, KeyHandle,
+        KeyTableSettings, LimitStore, Limiter, LimiterError, LocalStore, Membership, Policies,
+        RatePolicy, ReplicaSlot, Zone,
     },
 };
 
@@ -175,6 +175,10 @@ impl LimitStore for Far {
 
     fn prune(&self) -> usize {
         self.store.prune()
+    }
+
+    async fn delete(&self, keys: &[(TenantId, ApiKeyId)]) -> Result<(), CounterError> {
+        self.store.delete(keys).await
     }
 
     async fn drain(&self) -> Drained {

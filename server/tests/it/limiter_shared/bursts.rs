@@ -149,6 +149,11 @@ impl SharedCounters for Far {
         });
         served.await.unwrap()
     }
+
+    async fn delete(&self, _: u16, buckets: &[BucketName]) -> Result<(), CounterError> {
+        self.state.lock().delete(buckets);
+        Ok(())
+    }
 }
 
 fn settings(deadline: Duration, on_failure: OnRedisFailure) -> DistributedSettings {

@@ -43,6 +43,7 @@ struct Bucket {
     generation: u64,
     /// The lowest debt since the time next to it, for two times, newer first.
     least: [(u128, u64); 2],
+    expires_at: u64,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -57,11 +58,16 @@ struct Epoch {
 /// Microseconds after which an unused version of a plan is forgotten.
 const OUTDATED: u64 = 10_000_000;
 
+/// How long a bucket is kept in addition to twice the time until it is full, in microseconds.
+const KEPT: u64 = 60_000_000;
+
 /// The state of a server.
 #[derive(Debug, Clone, Default)]
 pub(super) struct State {
     buckets: HashMap<BucketName, Bucket>,
     epochs: HashMap<u16, Epoch>,
+    /// For comparison: buckets never expire.
+    keeps_all: bool,
 }
 
 impl State {
@@ -76,6 +82,21 @@ impl State {
         Self {
             buckets: HashMap::new(),
             epochs: (0..partitions).map(|n| (n, epoch.clone())).collect(),
+            keeps_all: false,
+        }
+    }
+
+    /// The same state, in which buckets never expire.
+    pub(super) fn without_expiry(self) -> Self {
+        Self {
+            keeps_all: true,
+            ..self
+        }
+    }
+
+    pub(super) fn delete(&mut self, buckets: &[BucketName]) {
+        for bucket in buckets {
+            self.buckets.remove(bucket);
         }
     }
 
@@ -118,11 +139,13 @@ impl State {
             };
         }
         let heard = call.last_heard.0;
-        if call.away_since.0 == 0 && heard > epoch.ok + CONFIRMED && heard <= now && heard >= start
+        let confirmed = if epoch.ok <= now { epoch.ok } else { 0 };
+        if call.away_since.0 == 0 && heard > confirmed + CONFIRMED && heard <= now && heard >= start
         {
             epoch.ok = heard;
         }
-        let known = self.buckets.get(&call.bucket).cloned();
+        let is_kept = |bucket: &&Bucket| self.keeps_all || now < bucket.expires_at;
+        let known = self.buckets.get(&call.bucket).filter(is_kept).cloned();
         let was_there = known.is_some();
         let (mut emission, mut tau) = (u128::from(call.emission.0), u128::from(call.tau.0));
         let (mut version, mut version_at) = (call.version, now);
@@ -216,6 +239,7 @@ impl State {
             }
         }
         if changed {
+            let doubled = 2 * (debt + beyond);
             let bucket = Bucket {
                 at: now,
                 debt,
@@ -228,6 +252,7 @@ impl State {
                 epoch: start,
                 generation,
                 least,
+                expires_at: now + KEPT + 1000 * u64::try_from(doubled.div_ceil(1_000_000)).unwrap(),
             };
             self.buckets.insert(call.bucket, bucket);
         } else if in_use && let Some(bucket) = self.buckets.get_mut(&call.bucket) {

@@ -61,6 +61,16 @@ const TIME: &str = "redis.call('TIME')";
 /// Seconds and microseconds, as set by the test.
 const TEST_TIME: &str = "redis.call('LRANGE', 'time', 0, 1)";
 
+const READ: &str = "local b = redis.call('HMGET', KEYS[1],";
+const EXPIRE: &str = "redis.call('PEXPIRE', KEYS[1],";
+/// The same at the test's time: the bucket's field `expires` is the time in microseconds at which it is deleted.
+const TEST_READ: &str = "
+if now >= tonumber(redis.call('HGET', KEYS[1], 'expires') or 'inf') then
+  redis.call('DEL', KEYS[1])
+end
+local b = redis.call('HMGET', KEYS[1],";
+const TEST_EXPIRE: &str = "redis.call('HSET', KEYS[1], 'expires', now + 1000 *";
+
 impl ClockedCounters {
     pub(crate) fn new(redis: &Redis, clock: &TestClock) -> Arc<Self> {
         Self::with_script(redis, clock, RedisCounters::script())
@@ -68,8 +78,11 @@ impl ClockedCounters {
 
     /// The same with a different script.
     pub(super) fn with_script(redis: &Redis, clock: &TestClock, script: &str) -> Arc<Self> {
-        let timed = script.replace(TIME, TEST_TIME);
-        assert_ne!(timed, script);
+        let mut timed = script.to_owned();
+        for (real, test) in [(TIME, TEST_TIME), (READ, TEST_READ), (EXPIRE, TEST_EXPIRE)] {
+            assert!(timed.contains(real), "{real}");
+            timed = timed.replace(real, test);
+        }
         Arc::new(Self {
             counters: RedisCounters::with_script(redis.clone(), timed.leak()),
             redis: redis.clone(),
@@ -100,6 +113,10 @@ impl SharedCounters for ClockedCounters {
             .await
             .map_err(|failure| Arc::new(failure) as CounterError)?;
         self.counters.take(call).await
+    }
+
+    async fn delete(&self, partition: u16, buckets: &[BucketName]) -> Result<(), CounterError> {
+        self.counters.delete(partition, buckets).await
     }
 }
 
@@ -359,9 +376,205 @@ async fn a_lost_bucket_is_empty_for_every_burst() {
         panic!("it has lost its state");
     };
     clock.advance(Duration::from_micros(wait));
-    for hour in 1..=3 {
-        clock.advance(Duration::from_secs(3600));
-        assert_eq!(granted(slow(7, 1)).await, 1, "hour {hour}");
+    for use_number in 1..=90 {
+        clock.advance(Duration::from_secs(120));
+        assert_eq!(granted(slow(7, 1)).await, 1, "use {use_number}");
     }
-    assert_eq!(granted(slow(8, 600)).await, 180 - 3);
+    assert_eq!(granted(slow(8, 600)).await, 180 - 90);
+}
+
+/// Without edits, a bucket that expires is the same as one that is kept: it expires only after it is full. The model of
+/// the bucket that is kept has no rule for expiry.
+#[tokio::test]
+async fn a_bucket_that_expires_equals_one_that_is_kept() {
+    let (_server, redis) = started().await;
+    let clock = TestClock::at(START);
+    let counters = ClockedCounters::new(&redis, &clock);
+    counters.begin().await;
+    let mut kept = State::fresh(1, 1).without_expiry();
+    let seed = fastrand::u64(..);
+    let mut rng = Rng::with_seed(seed);
+    let (mut granted, mut denied, mut expired) = (0, 0, 0);
+    for step in 0..4000 {
+        match rng.u8(..100) {
+            0 => {
+                let flush = redis::cmd("FLUSHALL");
+                redis.query("", &flush).await.expect("Redis answers");
+                kept = State::default().without_expiry();
+            }
+            1 => clock.set_now(quota_server::clock::UnixNanos(
+                clock.now().0 - rng.u64(..20_000_000_000),
+            )),
+            2..20 => clock.advance(Duration::from_secs(rng.u64(..400))),
+            _ => clock.advance(Duration::from_millis(rng.u64(..3000))),
+        }
+        let now = clock.now().0 / 1000;
+        let (key, emission, tokens) = [
+            (0, 1_000_000_000, 50),
+            (1, 40_000_000_000, 1),
+            (2, 3_000_000_000, 10),
+        ][rng.usize(..3)];
+        let key = uuid::Uuid::from_u128(key);
+        let need = rng.u64(..=tokens);
+        let call = TakeCall {
+            bucket: BucketName::Key(TenantId(uuid::Uuid::nil()), ApiKeyId(key)),
+            emission: Nanos(emission),
+            tau: Nanos(emission * tokens),
+            version: 1,
+            need,
+            waiting: need,
+            want: need,
+            back: 0,
+            away_since: CounterMicros::NONE,
+            promised: CounterMicros::NONE,
+            ..call(&mut rng, now, 0, 0)
+        };
+        let name = format!(
+            "quota:{{q0}}:k:{}:{}",
+            uuid::Uuid::nil().simple(),
+            key.simple()
+        );
+        let mut get = redis::cmd("HGET");
+        get.arg(&name).arg("expires");
+        if let redis::Value::BulkString(at) = redis.query("", &get).await.expect("Redis answers") {
+            let at = String::from_utf8(at).expect("text");
+            let at: u64 = at.parse().expect("a number");
+            expired += u32::from(now >= at);
+        }
+        let reply = counters.take(call).await.expect("Redis answers");
+        let kept = kept.take(1, now, call);
+        let without_generation = |reply: TakeReply| match reply.state {
+            BucketState::Active { granted, debt, .. } => Some((granted, debt)),
+            BucketState::Initializing { .. } => None,
+        };
+        assert_eq!(
+            without_generation(reply),
+            without_generation(kept),
+            "seed {seed}, step {step}: {call:?}"
+        );
+        match without_generation(reply) {
+            Some((0, _)) if need > 0 => denied += 1,
+            Some((n, _)) => granted += n,
+            None => {}
+        }
+    }
+    assert!(
+        granted > 1000 && denied > 100 && expired > 50,
+        "{granted} granted, {denied} denied, {expired} expired"
+    );
+}
+
+/// One request to a bucket that would take months to fill. Before, its bucket was kept for twice that time.
+#[tokio::test]
+async fn a_bucket_is_kept_until_it_is_full_and_not_much_longer() {
+    let (server, redis) = started().await;
+    let counters = RedisCounters::new(redis.clone());
+    counters.begin().await.expect("Redis answers");
+    let take = |tokens| TakeCall {
+        bucket: BucketName::Key(TenantId(uuid::Uuid::nil()), ApiKeyId(uuid::Uuid::nil())),
+        emission: Nanos::from_secs(60),
+        tau: Nanos::from_secs(60 * 44_640),
+        version: 1,
+        need: tokens,
+        waiting: tokens,
+        want: tokens,
+        back: 0,
+        away_since: CounterMicros::NONE,
+        ..call(&mut Rng::with_seed(1), 10_000_000, 0, 0)
+    };
+    let seconds_left = async || {
+        let keys = server.command("KEYS *:k:*").await;
+        let bucket = keys.lines().nth(2).expect("one bucket").to_owned();
+        let left = server.command(&format!("PTTL {bucket}")).await;
+        let left: i64 = left
+            .trim()
+            .trim_start_matches(':')
+            .parse()
+            .expect("a number");
+        left / 1000
+    };
+    counters.take(take(1)).await.expect("Redis answers");
+    let left = seconds_left().await;
+    assert!((60..=180).contains(&left), "{left} s for a minute of debt");
+    counters.take(take(1000)).await.expect("Redis answers");
+    let left = seconds_left().await;
+    assert!(
+        (1001 * 60 - 10..=2 * 1001 * 60 + 60).contains(&left),
+        "{left} s for 1,001 minutes of debt"
+    );
+}
+
+#[tokio::test]
+async fn deleted_buckets_are_gone_and_others_remain() {
+    let (server, redis) = started().await;
+    let counters = RedisCounters::new(redis.clone());
+    counters.begin().await.expect("Redis answers");
+    let bucket = |key| {
+        BucketName::Key(
+            TenantId(uuid::Uuid::nil()),
+            ApiKeyId(uuid::Uuid::from_u128(key)),
+        )
+    };
+    for key in 0..250 {
+        let take = TakeCall {
+            bucket: bucket(key),
+            need: 1,
+            waiting: 1,
+            want: 1,
+            back: 0,
+            away_since: CounterMicros::NONE,
+            ..call(&mut Rng::with_seed(1), 10_000_000, 0, 0)
+        };
+        counters.take(take).await.expect("Redis answers");
+    }
+    let deleted = (0..240).map(bucket).collect::<Vec<_>>();
+    counters.delete(0, &deleted).await.expect("Redis answers");
+    // Ten buckets and the epoch.
+    assert_eq!(server.command("DBSIZE").await.trim(), ":11");
+}
+
+/// After the clock of Redis was set back, callers confirm their responses as before. So a caller that starts, or returns
+/// after a brief outage, need not assume that all others have an outage too.
+#[tokio::test]
+async fn a_clock_that_was_set_back_hides_no_connected_caller() {
+    let (_server, redis) = started().await;
+    let clock = TestClock::at(START);
+    let counters = ClockedCounters::new(&redis, &clock);
+    counters.begin().await;
+    let now = || clock.now().0 / 1000;
+    let take = async |away_since: u64, last_heard: u64| {
+        let call = TakeCall {
+            away_since: CounterMicros(away_since),
+            last_heard: CounterMicros(last_heard),
+            promised: CounterMicros::NONE,
+            need: 0,
+            waiting: 0,
+            want: 0,
+            back: 0,
+            ..call(&mut Rng::with_seed(1), 10_000_000, 0, 0)
+        };
+        let reply = counters.take(call).await.expect("Redis answers");
+        matches!(reply.state, BucketState::Active { .. }).then_some(reply.at.0)
+    };
+    // A connected caller, which learns from the first response that the clock was set back.
+    let connected = async || {
+        let mut heard = 0;
+        for _ in 0..10 {
+            clock.advance(Duration::from_millis(100));
+            heard = take(0, heard).await.expect("no epoch begins");
+        }
+    };
+    for set_back in [0, 60, 3600] {
+        connected().await;
+        clock.set_now(quota_server::clock::UnixNanos(
+            clock.now().0 - set_back * 1_000_000_000,
+        ));
+        connected().await;
+        assert!(take(1, 0).await.is_some(), "one that starts, {set_back} s");
+        let since = now() - 400_000;
+        assert!(take(since, since).await.is_some(), "{set_back} s");
+    }
+    // If nobody is connected, it has to.
+    clock.advance(Duration::from_secs(1));
+    assert!(take(1, 0).await.is_none());
 }

@@ -352,6 +352,26 @@ async fn current_user_can_be_updated() {
     );
 }
 
+/// Other changes of the tenant take too long, so this one is rejected as a whole.
+#[tokio::test(flavor = "multi_thread")]
+async fn rejected_update_of_user_and_tenant_changes_neither() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let tenant = account.tenant_id.parse().expect("a UUID");
+    let before = app.act(&account, "GET", "/auth/me", Value::Null).await;
+    let update = json!({"name": "Ada", "tenant_name": "Analytical Engines"});
+    let turn = app.state.changes.turn(tenant).await.expect("a turn");
+    let rejected = app.act(&account, "PATCH", "/auth/me", update.clone()).await;
+    assert_eq!(rejected.status, 503, "{}", rejected.text);
+    let after = app.act(&account, "GET", "/auth/me", Value::Null).await;
+    assert_eq!(after.body, before.body);
+    drop(turn);
+    let updated = app.act(&account, "PATCH", "/auth/me", update).await;
+    assert_eq!(updated.status, 200, "{}", updated.text);
+    assert_eq!(updated.body["user"]["name"], "Ada", "{}", updated.text);
+    assert_eq!(updated.body["tenant"]["name"], "Analytical Engines");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn role_may_do_exactly_what_it_allows() {
     let app = TestApp::start().await;
@@ -1220,6 +1240,59 @@ async fn replicas_share_counts_and_are_stricter_without_redis() {
     assert_eq!(statuses, [401, 401, 401, 429, 429]);
     let fourth = login(&other, &third.email, PASSWORD).await;
     assert_eq!(fourth.status, 200, "{}", fourth.body);
+}
+
+/// Every account has its own allowance of everything that is limited per tenant.
+#[tokio::test(flavor = "multi_thread")]
+async fn registrations_from_a_network_are_limited_over_all_replicas() {
+    let redis = quota_testkit::redis::RedisServer::start().await;
+    let setup = || {
+        TestApp::setup()
+            .flag(format!("--redis-url={}", redis.url()))
+            .flag("--redis-timeout=2s")
+            .flag("--trusted-proxies=127.0.0.1")
+            .flag("--registrations-per-day=4")
+    };
+    let one = setup().start().await;
+    let other = setup().database(one.database.clone()).start().await;
+    for app in [&one, &other] {
+        let redis = app.state.redis.as_ref().expect("it has Redis");
+        assert!(redis.connected(std::time::Duration::from_secs(10)).await);
+    }
+    let register = async |app: &TestApp, ip: &str, email: &str, password: &str| {
+        let body = json!({"email": email, "password": password});
+        let call = app.post("/auth/register", body);
+        call.header("X-Forwarded-For", ip).send().await
+    };
+    // A weak password creates no account and does not count.
+    let weak = register(&one, "198.51.100.7", "weak@example.com", "passwordpassword").await;
+    assert_eq!(weak.status, 422, "{}", weak.text);
+    let mut statuses = Vec::new();
+    for n in 0..6 {
+        let app = if n % 2 == 0 { &one } else { &other };
+        let email = format!("user-{n}@example.com");
+        statuses.push(register(app, "198.51.100.7", &email, PASSWORD).await.status);
+    }
+    assert_eq!(statuses, [201, 201, 201, 201, 429, 429]);
+    let refused = register(&one, "198.51.100.7", "late@example.com", PASSWORD).await;
+    assert!((3600..=6 * 3600).contains(&refused.number("retry-after")));
+    assert!(refused.text.contains("network"), "{}", refused.text);
+    // Others still register, and the accounts of this network still sign in.
+    let elsewhere = register(&other, "203.0.113.9", "other@example.com", PASSWORD).await;
+    assert_eq!(elsewhere.status, 201, "{}", elsewhere.text);
+    let body = json!({"email": "user-0@example.com", "password": PASSWORD});
+    let call = one.post("/auth/login", body);
+    let signed_in = call.header("X-Forwarded-For", "198.51.100.7").send().await;
+    assert_eq!(signed_in.status, 200, "{}", signed_in.text);
+    // The operator is not limited.
+    for n in 0..6 {
+        let email = format!("created-{n}@example.com");
+        one.state
+            .accounts
+            .create(&email, PASSWORD, None)
+            .await
+            .expect("an account");
+    }
 }
 
 /// Two threads hash passwords. Sign-ins from many networks do not lock out a known device.

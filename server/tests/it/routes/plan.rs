@@ -152,6 +152,58 @@ async fn plan_names_are_unique_within_a_tenant() {
     );
 }
 
+/// 31 days at one request per minute.
+const MONTH: u32 = 31 * 24 * 60;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn burst_that_takes_more_than_a_month_to_refill_is_rejected() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let plan = |rpm: u32, burst: u32| json!({"name": "P", "default_rpm": rpm, "burst": burst});
+    let assert_rejected = |answer: &Answer, field: &str, number: &str| {
+        assert_eq!(answer.status, 422, "{}", answer.text);
+        assert_eq!(answer.body["errors"][0]["field"], field, "{}", answer.text);
+        assert!(answer.text.contains(number), "{}", answer.text);
+    };
+    let refused = send(&app, &account, "POST", "/admin/plans", plan(1, MONTH + 1)).await;
+    assert_rejected(&refused, "burst", "44,640");
+    let refused = send(&app, &account, "POST", "/admin/plans", plan(2, 60_000_000)).await;
+    assert_rejected(&refused, "burst", "89,280");
+    let made = send(&app, &account, "POST", "/admin/plans", plan(1, MONTH)).await;
+    assert_eq!(made.status, 201, "{}", made.text);
+
+    let path = format!("/admin/plans/{}", made.text("id"));
+    let edit = async |body| send(&app, &account, "PATCH", &path, body).await;
+    assert_rejected(&edit(json!({"burst": MONTH + 1})).await, "burst", "44,640");
+    let raised = edit(json!({"default_rpm": 60, "burst": 60 * MONTH})).await;
+    assert_eq!(raised.status, 200, "{}", raised.text);
+    let slower = edit(json!({"default_rpm": 59})).await;
+    assert_rejected(&slower, "default_rpm", "at least 60");
+    // A key with its own rate has the plan's burst.
+    let key = |rpm: u32| json!({"name": "K", "plan_id": made.text("id"), "rpm_override": rpm});
+    let refused = send(&app, &account, "POST", "/admin/api-keys", key(59)).await;
+    assert_rejected(&refused, "rpm_override", "at least 60");
+    let created = send(&app, &account, "POST", "/admin/api-keys", key(60)).await;
+    assert_eq!(created.status, 201, "{}", created.text);
+    let id = created.body["api_key"]["id"].as_str().expect("an ID");
+    let key_path = format!("/admin/api-keys/{id}");
+    let slower = json!({"rpm_override": 59});
+    let slower = send(&app, &account, "PATCH", &key_path, slower).await;
+    assert_rejected(&slower, "rpm_override", "at least 60");
+    let faster = edit(json!({"default_rpm": 120, "burst": 120 * MONTH})).await;
+    assert_rejected(&faster, "burst", "a key on this plan");
+
+    // A plan from before this limit keeps working, and can be changed in other ways.
+    let client = app.database.connect().await;
+    let old = "UPDATE plans SET default_rpm = 1, burst = 60000000";
+    client.execute(old, &[]).await.expect("it fits");
+    let renamed = edit(json!({"name": "Renamed", "daily_quota": 7})).await;
+    assert_eq!(renamed.status, 200, "{}", renamed.text);
+    assert_eq!(renamed.body["burst"], 60_000_000);
+    let lowered = edit(json!({"burst": MONTH})).await;
+    assert_eq!(lowered.status, 200, "{}", lowered.text);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn invalid_fields_are_named_and_no_plan_is_created() {
     let app = TestApp::start().await;

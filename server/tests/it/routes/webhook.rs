@@ -174,16 +174,16 @@ async fn alert_settings_are_kept_and_audited() {
     let app = TestApp::setup().without_jobs().start().await;
     let account = app.register().await;
     let shown = app.act(&account, "GET", SETTINGS, Value::Null).await;
-    let default = json!({"email": true, "email_roles": ["owner", "admin"]});
+    let default = json!({"email": true, "email_roles": ["owner", "admin"], "can_email": false});
     assert_eq!(shown.body, default);
     let change = json!({"email_roles": ["viewer", "owner", "viewer"]});
     let changed = app.act(&account, "PATCH", SETTINGS, change).await;
-    let expected = json!({"email": true, "email_roles": ["owner", "viewer"]});
+    let expected = json!({"email": true, "email_roles": ["owner", "viewer"], "can_email": false});
     assert_eq!((changed.status, &changed.body), (200, &expected));
     let off = app
         .act(&account, "PATCH", SETTINGS, json!({"email": false}))
         .await;
-    let expected = json!({"email": false, "email_roles": ["owner", "viewer"]});
+    let expected = json!({"email": false, "email_roles": ["owner", "viewer"], "can_email": false});
     assert_eq!(off.body, expected);
     assert_eq!(
         app.act(&account, "GET", SETTINGS, Value::Null).await.body,

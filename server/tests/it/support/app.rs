@@ -128,6 +128,7 @@ impl Setup {
             "--auth-rpm=0".into(),
             "--admin-rpm=0".into(),
             "--login-free-failures=0".into(),
+            "--registrations-per-day=0".into(),
         ];
         flags.push("--database-pool=12".into());
         flags.push("--usage-backlog-max=67108864".into());

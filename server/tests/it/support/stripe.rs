@@ -1,12 +1,18 @@
 //! The fake Stripe, with the objects that Quota needs, and servers that bill through it.
 
-use std::time::{Duration, Instant};
+use std::{
+    process::Command,
+    time::{Duration, Instant},
+};
 
 use quota_fake_stripe::{Card, Delivery, FakeStripe, SECRET_KEY};
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use super::app::{Account, Setup, TestApp};
+use super::{
+    app::{Account, Setup, TestApp},
+    postgres::TestDatabase,
+};
 
 /// A time limit that holds on a busy machine.
 const AT_MOST: Duration = Duration::from_secs(15);
@@ -154,4 +160,28 @@ pub(crate) async fn paid_key(app: &TestApp, account: &Account) -> String {
         )
         .await;
     app.key(account, &plan).await.text
+}
+
+/// Runs `quota billing` with a fake. Returns its exit status and its output.
+pub(crate) async fn billing_command(
+    database: &TestDatabase,
+    stripe: &FakeStripe,
+    arguments: &[&str],
+    settings: &[(&str, &str)],
+) -> (Option<i32>, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_quota"));
+    command
+        .arg("billing")
+        .args(arguments)
+        .env_clear()
+        .env("DATABASE_URL", database.url())
+        .env("STRIPE_SECRET_KEY", SECRET_KEY)
+        .env("STRIPE_API_BASE", stripe.url())
+        .env("QUOTA_PUBLIC_URL", "https://quota.example.com")
+        .envs(settings.iter().copied());
+    let output = tokio::task::spawn_blocking(move || command.output());
+    let output = output.await.expect("no panic").expect("the binary runs");
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8_lossy(&text).into_owned();
+    (output.status.code(), text)
 }

@@ -38,7 +38,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
         let fills = if options.quick { 0 } else { 60 };
         stage.settle(Duration::from_secs(fills)).await?;
     }
-    for (rpm, aim) in [(60_000, 60.0), (600_000, 10.0)] {
+    for (rpm, aim) in [(60_000, 46.0), (600_000, 4.0)] {
         steady(options, &stage, rpm, seconds, aim, &mut table).await?;
     }
     saturated(options, &stage, seconds, &mut table).await?;
@@ -143,7 +143,7 @@ async fn saturated(
         decisions,
         of(200),
         calls.zip(after),
-        12.0,
+        0.5,
     );
     Ok(())
 }

@@ -123,7 +123,7 @@ impl Stage {
         for metrics in self.fleet.metrics() {
             let returned = counted(metrics, "quota_lease_tokens_returned_total").await?;
             granted += counted(metrics, "quota_lease_tokens_taken_total").await?;
-            granted += counted(metrics, "quota_admitted_degraded_total").await?;
+            granted += counted(metrics, "quota_decisions_allowed_degraded_total").await?;
             granted -= returned;
         }
         Ok(Some(granted))

@@ -57,13 +57,13 @@ fn status_says_who_stopped_deliveries_and_why() {
     let reason = "The endpoint responded with status 410 (Gone).";
     let disabled = json!({"is_active": false, "disabled_reason": reason, "failing_since": AT});
     let all = [
-        (json!({}), WebhookStatus::Active),
+        (json!({}), WebhookStatus::Enabled),
         (json!({"failing_since": AT}), WebhookStatus::Failing),
         (
             json!({"is_active": false, "failing_since": AT}),
-            WebhookStatus::Inactive,
+            WebhookStatus::Disabled,
         ),
-        (disabled.clone(), WebhookStatus::Disabled),
+        (disabled.clone(), WebhookStatus::DisabledByQuota),
     ];
     let webhooks: Vec<Webhook> = all.iter().map(|(it, _)| webhook(it.clone())).collect();
     for (it, (_, status)) in webhooks.iter().zip(&all) {
@@ -75,17 +75,17 @@ fn status_says_who_stopped_deliveries_and_why() {
             "&lt;Alerts&gt;",
             "a=1&amp;b=2",
             &format!("href=\"/console/webhooks/{ID}\""),
-            ">Active<",
+            ">Enabled<",
             ">First failed 1 minute ago<",
-            ">Inactive<",
+            ">Disabled<",
             reason,
         ],
     );
     assert_eq!(
         webhook_counts(&webhooks),
-        "1 active, 1 failing, 1 disabled, 1 inactive"
+        "1 enabled, 1 failing, 1 disabled by Quota, 1 disabled"
     );
-    assert_eq!(webhook_counts(&webhooks[..1]), "1 active");
+    assert_eq!(webhook_counts(&webhooks[..1]), "1 enabled");
     assert_eq!(webhook_counts(&[]), "None");
     contains(
         &webhook_details(&webhook(disabled), NOW),
@@ -93,10 +93,10 @@ fn status_says_who_stopped_deliveries_and_why() {
     );
     contains(
         &webhook_details(&webhooks[1], NOW),
-        &["class=\"alert warn\"", "began to fail 1 minute ago"],
+        &["class=\"alert warn\"", "started failing 1 minute ago"],
     );
-    let active = webhook_details(&webhooks[0], NOW).to_string();
-    assert!(!active.contains("alert") && !active.contains("Previous secret"));
+    let enabled = webhook_details(&webhooks[0], NOW).to_string();
+    assert!(!enabled.contains("alert") && !enabled.contains("Previous secret"));
 }
 
 #[test]
@@ -186,7 +186,7 @@ fn result_of_a_test_is_known_after_its_first_attempt() {
         &test_result(&failed(), NOW),
         &[
             ">Failed<",
-            ">The endpoint responded with status 503. Quota tries again in 33 minutes.<",
+            ">The endpoint responded with status 503. Next attempt in 33 minutes.<",
         ],
     );
     let delivered = delivery(json!({

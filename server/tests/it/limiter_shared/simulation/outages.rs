@@ -14,7 +14,7 @@ use super::{
     plants::Plant,
     registry::Registry,
     run::{DEADLINE, key_id},
-    single::{a_handle, count, crowd, crowd_of, replica, version, without_redis},
+    single::{a_handle, count, crowd, crowd_of, replica, replica_with, version, without_redis},
     world::{Reach, World},
 };
 use crate::limiter_shared::model::State;
@@ -25,7 +25,7 @@ const RPM: u32 = 60_000;
 const BURST: u32 = 100;
 
 /// Two replicas that lose Redis 2 ms after [`START`]. The first one made its last call before that a while ago, so it
-/// detects the outage 121 ms later, and sends probes 350 ms and about 820 ms after that. The other one has just made a
+/// detects the outage 121 ms later, and sends probes 390 ms and about 860 ms after that. The other one has just made a
 /// call, so it detects only an outage that lasts 360 ms or longer.
 struct Outage {
     world: Arc<World>,
@@ -250,38 +250,50 @@ fn a_late_response_that_reports_a_loss_of_state_begins_no_outage() {
 }
 
 /// One of two replicas loses Redis for a while. The other one still gets responses, so buckets keep their tokens, also if
-/// both use a partition only rarely.
+/// both use a partition only rarely, or if its responses take nearly as long as the deadline allows.
 #[test]
 fn an_outage_of_one_replica_empties_no_bucket() {
+    let ms = Duration::from_millis;
     let mut lost = String::new();
-    for partitions in [1, 2] {
-        for (cut_at, lasts) in (0..200)
-            .step_by(10)
-            .flat_map(|at| [300, 400, 500, 600, 1000].map(|lasts| (at, lasts)))
-        {
+    for (partitions, late, deadline) in [
+        (1, 0, DEADLINE),
+        (2, 0, DEADLINE),
+        (1, 26, DEADLINE),
+        (1, 190, ms(200)),
+    ] {
+        // The heartbeats of the second replica follow those of the first one by this time.
+        for (apart, cut_at, lasts) in [0, 35, 75].into_iter().flat_map(|apart| {
+            (0..120)
+                .step_by(20)
+                .flat_map(move |at| [300, 400, 500, 600, 750, 1000].map(|lasts| (apart, at, lasts)))
+        }) {
             paused(async {
                 let world = World::with_partitions(partitions, 1, 2, Plant::Nothing);
                 let memberships: Vec<Arc<Membership>> = (0..2).map(|_| Arc::default()).collect();
-                let limiters: Vec<Limiter> = memberships
-                    .iter()
-                    .map(|membership| replica(&world, membership, OnRedisFailure::Share))
-                    .collect();
+                let mut limiters = Vec::new();
+                for membership in &memberships {
+                    let share = OnRedisFailure::Share;
+                    limiters.push(replica_with(&world, membership, share, deadline));
+                    sleep(ms(apart)).await;
+                }
                 count(&world, memberships);
+                world.links.lock()[1].late = (100, late);
                 let policies = version(1, (6, 100), true);
                 until(&world, START).await;
-                for limiter in &limiters {
-                    assert_eq!(crowd(limiter, &policies, 1).await, 1);
-                }
+                assert_eq!(crowd(&limiters[0], &policies, 1).await, 1);
+                until(&world, START + apart).await;
+                assert_eq!(crowd(&limiters[1], &policies, 1).await, 1);
                 until(&world, START + 1000 + cut_at).await;
                 world.links.lock()[0].reach = Reach::Cut;
-                sleep(Duration::from_millis(lasts)).await;
+                sleep(ms(lasts)).await;
                 world.links.lock()[0].reach = Reach::Up;
-                sleep(Duration::from_secs(2)).await;
+                sleep(ms(2000)).await;
                 let admitted = crowd(&limiters[1], &policies, 110).await;
                 if admitted < 98 {
                     let _ = writeln!(
                         lost,
-                        "{admitted} of 98 tokens left, {partitions} partitions, {lasts} ms from {cut_at} ms"
+                        "{admitted} of 98 tokens left, {partitions} partitions, responses {late} ms late, {apart} ms \
+                         apart, {lasts} ms from {cut_at} ms"
                     );
                 }
             });

@@ -16,8 +16,8 @@ use quota_common::{
     plan::OnRedisFailure,
 };
 use quota_server::limiter::{
-    BucketName, CounterMicros, Decision, DistributedStore, Drained, KeyHandle, LimitStore,
-    LimiterError, Outcome, Policies, Policy, PolicySet, TakeCall,
+    BucketName, CounterError, CounterMicros, Decision, DistributedStore, Drained, KeyHandle,
+    LimitStore, LimiterError, Outcome, Policies, Policy, PolicySet, TakeCall,
 };
 use tokio::time::Instant;
 
@@ -382,6 +382,10 @@ impl LimitStore for Planted {
 
     fn prune(&self) -> usize {
         self.store.prune()
+    }
+
+    async fn delete(&self, keys: &[(TenantId, ApiKeyId)]) -> Result<(), CounterError> {
+        self.store.delete(keys).await
     }
 
     async fn drain(&self) -> Drained {

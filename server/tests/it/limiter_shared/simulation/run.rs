@@ -196,6 +196,7 @@ impl Stage {
             &membership,
             &metrics,
             OnRedisFailure::Share,
+            DEADLINE,
         );
         let limiter = match &self.one_bucket {
             Some(bucket) => Limiter::new(Arc::clone(bucket) as _, clock),
@@ -337,6 +338,7 @@ pub(super) fn store(
     membership: &Arc<Membership>,
     metrics: &Arc<Metrics>,
     on_failure: OnRedisFailure,
+    deadline: Duration,
 ) -> Arc<DistributedStore> {
     DistributedStore::new(
         Arc::clone(clock),
@@ -346,7 +348,7 @@ pub(super) fn store(
         Arc::clone(metrics),
         DistributedSettings {
             lease_ttl: TTL,
-            deadline: DEADLINE,
+            deadline,
             on_failure,
             keys: KeyTableSettings::default(),
         },

@@ -3,7 +3,7 @@
 use std::{
     fmt::Write as _,
     num::{NonZeroU32, NonZeroU64},
-    sync::{Arc, atomic::Ordering},
+    sync::Arc,
     time::Duration,
 };
 
@@ -51,6 +51,7 @@ fn alone(
         membership,
         &Arc::default(),
         on_failure,
+        DEADLINE,
     );
     let policies = Policies::new(
         RatePolicy {
@@ -88,6 +89,16 @@ pub(super) fn replica(
     membership: &Arc<Membership>,
     on_failure: OnRedisFailure,
 ) -> Limiter {
+    replica_with(world, membership, on_failure, DEADLINE)
+}
+
+/// Starts another replica, whose calls to Redis have this deadline.
+pub(super) fn replica_with(
+    world: &Arc<World>,
+    membership: &Arc<Membership>,
+    on_failure: OnRedisFailure,
+    deadline: Duration,
+) -> Limiter {
     let replica = {
         let mut links = world.links.lock();
         links.push(Link::default());
@@ -108,6 +119,7 @@ pub(super) fn replica(
         membership,
         &Arc::default(),
         on_failure,
+        deadline,
     );
     Limiter::new(store, clock)
 }
@@ -273,7 +285,7 @@ fn a_busy_key_takes_few_calls_to_redis() {
             for ms in 0..6000 {
                 // Leases must first reach their full size.
                 if ms == 2000 {
-                    (calls, asked) = (world.calls.load(Ordering::Relaxed), 0);
+                    (calls, asked) = (world.calls.lock().all(), 0);
                 }
                 let per_second = u64::from(rpm) * 9 / 600;
                 let count = (per_second + rng.u64(..1000)) / 1000;
@@ -288,7 +300,7 @@ fn a_busy_key_takes_few_calls_to_redis() {
                 }
                 sleep(Duration::from_millis(1)).await;
             }
-            calls = world.calls.load(Ordering::Relaxed) - calls;
+            calls = world.calls.lock().all() - calls;
             let decisions = requests.join_all().await;
             (calls, asked, decisions.into_iter().all(|it| it))
         });
@@ -297,6 +309,70 @@ fn a_busy_key_takes_few_calls_to_redis() {
             calls * 1000 <= asked * most_per_thousand,
             "{calls} calls for {asked} decisions"
         );
+    }
+}
+
+/// Replicas that get many more requests of a key than its limit allows. A single one calls Redis twice per lifetime of a
+/// lease, several call it about once each, and all calls take tokens. When others stop, the remaining one takes over
+/// their part at once.
+#[test]
+fn a_saturated_key_takes_few_calls_to_redis() {
+    // One token per millisecond.
+    let (rpm, burst) = (60_000, 1000);
+    for round_trip in [0, 1, 5] {
+        paused(async {
+            let memberships: Vec<Arc<Membership>> = (0..3).map(|_| Arc::default()).collect();
+            let (world, limiters, policies) = without_redis(
+                OnRedisFailure::Share,
+                &memberships,
+                round_trip,
+                (rpm, burst),
+                false,
+            );
+            count(&world, memberships);
+            // Sends requests for so many milliseconds, and returns how many are admitted, and the calls to Redis.
+            let saturate = async |limiters: &[Limiter], ms: u64| {
+                let before = *world.calls.lock();
+                let (mut admitted, mut requests) = (0, JoinSet::new());
+                for _ in 0..ms {
+                    for limiter in limiters {
+                        let handle = a_handle(limiter);
+                        for _ in 0..8 {
+                            match limiter.try_admit(&handle, &policies, NonZeroU32::MIN) {
+                                Some(decision) => admitted += u64::from(decision.is_allowed()),
+                                None => {
+                                    let (limiter, handle) = (limiter.clone(), Arc::clone(&handle));
+                                    let policies = policies.clone();
+                                    requests.spawn(async move {
+                                        limiter.admit(&handle, &policies, NonZeroU32::MIN).await
+                                    });
+                                }
+                            }
+                        }
+                    }
+                    sleep(Duration::from_millis(1)).await;
+                }
+                let decisions = requests.join_all().await.into_iter();
+                let waited = decisions.filter(|it| it.as_ref().is_ok_and(Decision::is_allowed));
+                (
+                    admitted + waited.count() as u64,
+                    world.calls.lock().since(before),
+                )
+            };
+            let (first, _) = saturate(&limiters, 1000).await;
+            assert!(first >= u64::from(burst), "{first}");
+            for (replicas, most_per_second) in [(3, 36), (1, 20), (2, 28), (3, 36)] {
+                let (admitted, calls) = saturate(&limiters[..replicas], 3000).await;
+                let text = format!("{replicas} replicas, {round_trip} ms: {admitted}, {calls:?}");
+                // The replica that takes over has waited for up to the lifetime of a lease.
+                assert!((2890..=3100).contains(&admitted), "{text}");
+                assert!(calls.takes <= 3 * most_per_second + 6, "{text}");
+                // Those that get no requests send heartbeats.
+                let idle = 3 - replicas as u64;
+                assert!(calls.heartbeats <= idle * 3 * 10, "{text}");
+                assert!(calls.returns + calls.reads <= 3, "{text}");
+            }
+        });
     }
 }
 
@@ -512,6 +588,51 @@ fn a_wait_is_told_for_the_tokens_that_were_asked_for() {
         let decision = limiter.admit(&handle, &policies, never).await.unwrap();
         assert!(!decision.is_allowed());
         assert_eq!(decision.retry_after(), None);
+    });
+}
+
+/// A replica that uses a quota slowly keeps only what it needs soon while another one denies requests.
+#[test]
+fn a_slow_replica_leaves_the_quota_to_a_busy_one() {
+    paused(async {
+        let of = NonZeroU64::new(2).unwrap();
+        let ledger = TestLedger::new();
+        let [slow, busy] = [0, 1].map(|rank| {
+            let membership = Arc::new(Membership::default());
+            membership.confirm(ReplicaSlot { rank, of }, Monotonic::default());
+            let daily = NonZeroU64::new(10_000);
+            let rate = (600_000, 100_000);
+            alone(
+                Arc::clone(&ledger),
+                &membership,
+                OnRedisFailure::Share,
+                rate,
+                daily,
+            )
+        });
+        // Records of keys in use keep the handles.
+        let handles = [a_handle(&slow.0), a_handle(&busy.0)];
+        let is_admitted = async |which: usize| {
+            let (limiter, policies) = [&slow, &busy][which];
+            let decision = limiter.admit(&handles[which], policies, NonZeroU32::MIN);
+            decision.await.unwrap().is_allowed()
+        };
+        let mut served = 0;
+        for second in 0..60 {
+            if second % 5 == 0 {
+                assert!(is_admitted(0).await, "after {second} s");
+                served += 1;
+            }
+            while is_admitted(1).await {
+                served += 1;
+            }
+            if second % 10 == 9 {
+                slow.0.prune();
+                busy.0.prune();
+            }
+            sleep(Duration::from_secs(1)).await;
+        }
+        assert!((9_985..=10_000).contains(&served), "{served} served");
     });
 }
 

@@ -87,6 +87,47 @@ pub(super) struct Link {
     pub(super) dead: bool,
 }
 
+/// The number of calls to Redis so far, by purpose.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Calls {
+    pub(super) heartbeats: u64,
+    /// Those that take tokens, including those that get none.
+    pub(super) takes: u64,
+    /// Those that only return tokens.
+    pub(super) returns: u64,
+    /// Those that only read the state of a bucket.
+    pub(super) reads: u64,
+}
+
+impl Calls {
+    pub(super) fn all(self) -> u64 {
+        self.heartbeats + self.takes + self.returns + self.reads
+    }
+
+    /// Returns the number of calls since `before`.
+    pub(super) fn since(self, before: Self) -> Self {
+        Self {
+            heartbeats: self.heartbeats - before.heartbeats,
+            takes: self.takes - before.takes,
+            returns: self.returns - before.returns,
+            reads: self.reads - before.reads,
+        }
+    }
+
+    fn count(&mut self, call: TakeCall) {
+        let count = match call {
+            TakeCall {
+                bucket: BucketName::Heartbeat,
+                ..
+            } => &mut self.heartbeats,
+            TakeCall { want: 1.., .. } => &mut self.takes,
+            TakeCall { back: 1.., .. } => &mut self.returns,
+            _ => &mut self.reads,
+        };
+        *count += 1;
+    }
+}
+
 /// Tokens of a key that are lost at a time.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Missed {
@@ -103,8 +144,7 @@ pub(super) struct World {
     /// Applies to all links.
     pub(super) reach: Mutex<Reach>,
     pub(super) stalled: watch::Sender<bool>,
-    /// The number of calls to Redis so far.
-    pub(super) calls: AtomicU64,
+    pub(super) calls: Mutex<Calls>,
     pub(super) slow: AtomicU64,
     /// Whether a response reported that the state was lost.
     pub(super) initialized_again: AtomicBool,
@@ -158,7 +198,7 @@ impl World {
             links: Mutex::default(),
             reach: Mutex::default(),
             stalled: watch::Sender::new(false),
-            calls: AtomicU64::new(0),
+            calls: Mutex::default(),
             slow: AtomicU64::new(0),
             initialized_again: AtomicBool::new(false),
             epochs: Mutex::default(),
@@ -280,7 +320,7 @@ impl World {
 
     async fn call(&self, replica: usize, call: TakeCall) -> Result<TakeReply, CounterError> {
         let sent = self.now();
-        self.calls.fetch_add(1, Ordering::Relaxed);
+        self.calls.lock().count(call);
         match self.link(replica).1 {
             Reach::Refused => {
                 self.miss(call, sent, call.back);
@@ -354,5 +394,10 @@ impl SharedCounters for Linked {
         let (world, replica) = (Arc::clone(&self.world), self.replica);
         let served = tokio::spawn(async move { world.call(replica, call).await });
         served.await.unwrap_or_else(|_| Err(refused()))
+    }
+
+    async fn delete(&self, _: u16, buckets: &[BucketName]) -> Result<(), CounterError> {
+        self.world.process.lock().state.delete(buckets);
+        Ok(())
     }
 }

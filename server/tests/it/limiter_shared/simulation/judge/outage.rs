@@ -113,6 +113,9 @@ pub(super) fn under_in_outage(scene: &Scene, key: &Key, entries: &[Entry]) -> Op
 }
 
 /// The tokens that a replica served in an outage, and those that it should have served.
+///
+/// A request that waited for Redis in vain takes its tokens when it is answered, not when it was asked: until then, its
+/// bucket may be full and refill no further. So all that follows is in the order of the answers.
 fn served_in_outage(
     scene: &Scene,
     key: &Key,
@@ -121,8 +124,10 @@ fn served_in_outage(
 ) -> Option<(f64, f64)> {
     let (begins, ends) = (fault.at * MS, fault.end() * MS);
     let (number, plan) = unedited(key, begins.saturating_sub(SECOND), ends)?;
+    let mut entries = entries.to_vec();
+    entries.sort_by_key(|it| it.answered);
     let during = |from: u64| {
-        let during = move |it: &&&Entry| from <= it.asked && it.answered < ends;
+        let during = move |it: &&&Entry| from <= it.answered && it.answered < ends;
         entries.iter().filter(during)
     };
     let (from, burst, mut level);
@@ -136,11 +141,13 @@ fn served_in_outage(
             burst = f64::from(plan.burst);
             level = burst;
             let mut at = 0;
-            let before = entries.iter().filter(|it| it.asked < from && it.degraded);
+            let before = entries
+                .iter()
+                .filter(|it| it.answered < from && it.degraded);
             for it in before.filter(|it| it.answer == Answer::Admitted) {
-                level = (level + plan.rate() * (it.asked - at) as f64).min(burst);
+                level = (level + plan.rate() * (it.answered - at) as f64).min(burst);
                 level -= f64::from(it.cost);
-                at = it.asked;
+                at = it.answered;
             }
             level = (level + plan.rate() * (from - at) as f64).min(burst);
         }
@@ -153,7 +160,7 @@ fn served_in_outage(
             let starts_at = if entries.iter().any(is_known) {
                 begins
             } else {
-                during(begins + NOTICED).next()?.asked
+                during(begins + NOTICED).next()?.answered
             };
             from = starts_at.max(begins + SHARED);
             burst = f64::from(plan.burst / scene.replicas as u32);
@@ -164,8 +171,8 @@ fn served_in_outage(
     let (mut at, mut served, mut due) = (from, 0.0, 0.0);
     for it in during(from) {
         let cost = f64::from(it.cost);
-        level = (level + rate * (it.asked - at) as f64).min(burst);
-        at = it.asked;
+        level = (level + rate * (it.answered - at) as f64).min(burst);
+        at = it.answered;
         if it.answer == Answer::None {
             return None;
         }

@@ -4,7 +4,7 @@ use quota_common::plan::OnRedisFailure;
 
 use super::{
     super::scene::{Change, Fault, FaultKind, Key, Load, Plan, Replicas, Scene},
-    Answer, Entry, Facts, MS, over, under,
+    Answer, Entry, Facts, MS, over, under, under_in_outage,
 };
 
 /// Each of the faults below begins a new epoch.
@@ -199,4 +199,31 @@ fn a_lost_bucket_refills_at_the_rate_of_its_next_request() {
     scene.faults.push(restart);
     // The epoch starts at 5.5 s, with 100 tokens per second.
     assert!(!is_over(&scene, 54, &[4900 * MS]) && is_over(&scene, 55, &[4900 * MS]));
+}
+
+/// A request that waits for Redis when an outage begins is decided later than it was sent. Its full bucket refills no
+/// further until then.
+#[test]
+fn requests_that_waited_take_their_tokens_when_they_are_answered() {
+    let mut scene = scene(vec![plan(0, 6000, 100, true)]);
+    scene.keys[0].on_failure = OnRedisFailure::Open;
+    scene.faults.push(outage(1000, 3000));
+    // Requests that waited from 60 ms before this time, and some that did not, of which so many are admitted. The rest of
+    // the outage counts from 1500 ms on.
+    let is_under = |answered: u64, waited: usize, later: usize| {
+        let waited = requests(answered - 60, waited, 110).map(|it| Entry {
+            answered: answered * MS,
+            ..it
+        });
+        let log = waited.chain(requests(1525, later, 20)).map(|it| Entry {
+            degraded: true,
+            ..it
+        });
+        let log: Vec<_> = log.collect();
+        under_in_outage(&scene, &scene.keys[0], &log).is_some()
+    };
+    // One token refills in 10 ms: 6 of them between 1460 and 1525 ms.
+    assert!(!is_under(1460, 100, 6) && is_under(1460, 100, 3));
+    assert!(!is_under(1400, 100, 12) && is_under(1400, 100, 9));
+    assert!(!is_under(1510, 100, 1) && is_under(1510, 90, 1));
 }

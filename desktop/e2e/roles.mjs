@@ -1,0 +1,86 @@
+// What members see by their role: only pages and commands that they may use.
+
+import assert from "node:assert/strict";
+
+export async function roles(world) {
+  const my = await world.visitor();
+  const { page, base } = my;
+  await my.registered("Roles");
+  const plan = await my.api("POST", "/admin/plans", { name: "Starter", default_rpm: 60, daily_quota: 10 });
+  const { api_key: key, key: secret } = await my.api("POST", "/admin/api-keys", { name: "Mobile app", plan_id: plan.id });
+  for (let n = 0; n < 9; n += 1) await fetch(`${base}/v1/echo`, { headers: { "x-api-key": secret } });
+  while (!(await my.api("GET", "/admin/stats")).closest_to_limit) await page.waitForTimeout(200);
+
+  let role;
+  const denied = [];
+  await page.route("**/auth/me", async (route) => {
+    const me = await (await route.fetch()).json();
+    me.tenant.role = role;
+    await route.fulfill({ json: me });
+  });
+  // The session is an owner's, so this stands for the server, which rejects what the role does not include.
+  await page.route(/\/admin\/(plans|api-keys|service-tokens|webhooks|audit|alert-settings)/, (route) => {
+    if (role === "billing") denied.push(route.request().url());
+    return route.continue();
+  });
+  const links = () => page.getByRole("navigation", { name: "Console" }).getByRole("link").allInnerTexts();
+  const commands = async (typed) => {
+    await page.getByRole("button", { name: "Search or jump to…" }).click();
+    await my.field("Type a command or the name of an API key or plan").fill(typed);
+    const all = await page.getByRole("option").allInnerTexts();
+    await page.keyboard.press("Escape");
+    return all.map((it) => it.split("\n")[0].trim());
+  };
+
+  role = "billing";
+  await page.goto(`${base}/console`);
+  await page.getByText("Requests today", { exact: true }).waitFor();
+  await my.heading("Last 24 hours").waitFor();
+  assert.deepEqual(await links(), ["Home", "Usage", "Alerts", "Billing", "Settings"]);
+  assert.equal(await page.locator("main a[href^='/console/api-keys']").count(), 0, "no link leads to a page without access");
+  assert.equal(await my.heading("Get started").count(), 0);
+  assert.deepEqual(await commands("go to"), ["Go to Home", "Go to Usage", "Go to Alerts", "Go to Billing", "Go to Settings"]);
+  assert.ok(!(await commands("create")).some((it) => it.startsWith("Create")));
+  await my.inspect("home-billing-member");
+  for (const [path, what] of [
+    ["plans", "plans"],
+    ["api-keys", "API keys"],
+    [`api-keys/${key.id}`, "API keys"],
+    ["service-tokens?new=1", "service tokens"],
+    ["webhooks", "webhooks"],
+    ["audit", "the audit log"],
+  ]) {
+    await page.goto(`${base}/console/${path}`);
+    await my.heading(`You don't have access to ${what}`).waitFor();
+    assert.equal(await page.locator("dialog[open]").count(), 0);
+  }
+  await my.inspect("no-access");
+  assert.deepEqual(denied, []);
+
+  role = "viewer";
+  await page.goto(`${base}/console/plans?new=1`);
+  await page.getByRole("row", { name: /Starter/ }).waitFor();
+  assert.equal(new URL(page.url()).search, "");
+  assert.equal(await page.locator("dialog[open]").count(), 0, "a viewer can't create plans");
+  await page.goto(`${base}/console/api-keys/${key.id}?open=delete`);
+  await my.heading("Mobile app").waitFor();
+  await page.waitForFunction(() => location.search === "");
+  assert.equal(await page.locator("dialog[open]").count(), 0, "or delete keys");
+  assert.ok(!(await links()).includes("Billing"));
+  assert.ok((await links()).includes("Audit log"));
+  assert.ok(!(await commands("create")).some((it) => it.startsWith("Create")));
+  // Neither do shortcuts open forms.
+  await page.keyboard.press("n");
+  await page.keyboard.press("k");
+  await page.keyboard.press("?");
+  await my.heading("Keyboard shortcuts").waitFor();
+  assert.equal(await page.getByRole("row", { name: /^Create/ }).count(), 0);
+  await page.keyboard.press("Escape");
+
+  role = "developer";
+  await page.goto(`${base}/console/plans?new=1`);
+  await my.heading("New plan").waitFor();
+  await page.keyboard.press("Escape");
+  assert.ok((await commands("create")).includes("Create plan"));
+  await my.context.close();
+}

@@ -1,0 +1,14 @@
+//! A section of a page.
+
+use leptos::prelude::*;
+
+/// A section with a title. `id` is the ID of the title, and unique on the page.
+#[component]
+pub fn Card(id: &'static str, title: &'static str, children: Children) -> impl IntoView {
+    view! {
+        <section class="card" aria-labelledby=id>
+            <h2 id=id>{title}</h2>
+            {children()}
+        </section>
+    }
+}

@@ -1,0 +1,64 @@
+//! What the members of an organization may use, by role.
+
+use quota_common::auth::Role;
+
+/// A right that a page or command requires.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Right {
+    /// Every member has it.
+    Any,
+    /// To see plans, keys, tokens, webhooks and the audit log.
+    Read,
+    /// To create, change and delete them.
+    Manage,
+    /// To see and change the subscription.
+    Bill,
+}
+
+impl Right {
+    pub const fn is_of(self, role: Role) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Read => role.may_read(),
+            Self::Manage => role.may_manage(),
+            Self::Bill => role.may_bill(),
+        }
+    }
+}
+
+/// Why a role cannot use a page.
+pub fn no_access(role: Role, what: &str) -> String {
+    format!(
+        "Your role ({}) doesn't include {what}. Ask an owner or an admin of your organization.",
+        role.as_str()
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rights_follow_from_the_role() {
+        let roles = |right: Right| {
+            let all = Role::ALL.iter().filter(|role| right.is_of(**role));
+            all.map(|role| role.as_str()).collect::<Vec<_>>()
+        };
+        let all = ["owner", "admin", "developer", "billing", "viewer"];
+        assert_eq!(roles(Right::Any), all);
+        assert_eq!(
+            roles(Right::Read),
+            ["owner", "admin", "developer", "viewer"]
+        );
+        assert_eq!(roles(Right::Manage), ["owner", "admin", "developer"]);
+        assert_eq!(roles(Right::Bill), ["owner", "admin", "billing"]);
+    }
+
+    #[test]
+    fn reason_names_the_role_and_the_page() {
+        assert_eq!(
+            no_access(Role::Billing, "the audit log"),
+            "Your role (billing) doesn't include the audit log. Ask an owner or an admin of your organization."
+        );
+    }
+}

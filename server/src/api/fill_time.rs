@@ -1,0 +1,74 @@
+//! The maximum time in which the bucket of a key fills.
+//!
+//! The shared counters keep a bucket for as long as it is not full. A longer time would have no use, since a month is
+//! the longest period of a quota. Plans and keys that exceed the maximum keep working until their rate or burst is
+//! changed.
+
+use quota_common::{api_key::ApiKey, bounds::FILL_MINUTES_MAX, number::grouped, plan::Plan};
+
+use super::problem::ApiError;
+use crate::{
+    db::TenantTx,
+    repo::{api_key, plan},
+};
+
+fn is_too_long(rpm: u32, burst: u32) -> bool {
+    burst > rpm.saturating_mul(FILL_MINUTES_MAX)
+}
+
+/// Rejects a plan whose burst takes too long to refill. `field` is the field that was sent, if it was only one.
+pub fn check_plan(plan: &Plan, field: &'static str) -> Result<(), ApiError> {
+    let (rpm, burst) = (plan.default_rpm, plan.burst);
+    if !is_too_long(rpm, burst) {
+        return Ok(());
+    }
+    Err(if field == "default_rpm" {
+        ApiError::invalid(field, lowest_rate_text(burst))
+    } else {
+        let most = grouped(u64::from(rpm) * u64::from(FILL_MINUTES_MAX));
+        let message = format!("must be at most {most} at this rate, to refill within 31 days");
+        ApiError::invalid(field, message)
+    })
+}
+
+/// Rejects a change of a plan after which the burst of a key with its own rate takes too long to refill.
+pub async fn check_keys_of_plan(tx: &mut TenantTx, plan: &Plan) -> Result<(), ApiError> {
+    // The burst of such keys is their own rate.
+    if plan.burst == plan.default_rpm {
+        return Ok(());
+    }
+    match api_key::lowest_rate(tx, plan.id.0).await? {
+        Some(rate) if is_too_long(rate, plan.burst) => {
+            let most = grouped(u64::from(rate) * u64::from(FILL_MINUTES_MAX));
+            let message = format!(
+                "must be at most {most} to refill within 31 days, because a key on this plan has a rate of {} requests \
+                 per minute",
+                grouped(rate.into())
+            );
+            Err(ApiError::invalid("burst", message))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Rejects a key at whose own rate the burst of its plan takes too long to refill.
+pub async fn check_key(tx: &mut TenantTx, key: &ApiKey) -> Result<(), ApiError> {
+    let Some(rate) = key.rpm_override else {
+        return Ok(());
+    };
+    let Some((default_rpm, burst)) = plan::rate_of(tx, key.plan_id.0).await? else {
+        return Ok(());
+    };
+    if burst == default_rpm || !is_too_long(rate, burst) {
+        return Ok(());
+    }
+    Err(ApiError::invalid("rpm_override", lowest_rate_text(burst)))
+}
+
+fn lowest_rate_text(burst: u32) -> String {
+    format!(
+        "must be at least {}, to refill the burst of {} within 31 days",
+        grouped(burst.div_ceil(FILL_MINUTES_MAX).into()),
+        grouped(burst.into())
+    )
+}

@@ -1,0 +1,87 @@
+//! Deletes the limiter state of deleted keys. Otherwise, a bucket would remain until it is full, which may take weeks,
+//! so that a tenant could fill the memory of Redis by creating, using and deleting keys.
+//!
+//! Every replica does this, since each has its own state of the keys.
+
+use std::time::Duration;
+
+use quota_common::{ApiKeyId, TenantId};
+use tokio::sync::watch;
+
+use super::{every, next};
+use crate::{
+    db::{self, DbError},
+    limiter::CounterError,
+    repo::invalidation::{self, DeletedKeys},
+    state::AppState,
+};
+
+const EVERY: Duration = Duration::from_secs(5);
+/// The pause between batches, which leaves room for other work.
+const PAUSE: Duration = Duration::from_millis(50);
+
+#[derive(Debug, thiserror::Error)]
+enum DeleteError {
+    #[error("{}", db::chain(.0))]
+    Database(#[from] DbError),
+    #[error("{0}")]
+    Counters(CounterError),
+}
+
+pub(super) async fn delete_limits(state: AppState, mut stopping: watch::Receiver<bool>) {
+    // Until then, a replica that cannot reach PostgreSQL, or a request in progress, may still use a key, which would
+    // give it a new bucket.
+    let age = state.config.stale_grace + state.config.request_timeout;
+    let mut ticks = every(EVERY);
+    // Rows are kept for a day, so a replica that starts repeats at most the deletions of a day.
+    let mut last = 0;
+    let mut is_failing = false;
+    while next(&mut ticks, &mut stopping).await {
+        loop {
+            match delete_batch(&state, &mut last, age).await {
+                Ok(has_more) => {
+                    is_failing = false;
+                    if !has_more || *stopping.borrow() {
+                        break;
+                    }
+                }
+                Err(error) => {
+                    if !std::mem::replace(&mut is_failing, true) {
+                        tracing::warn!(error = %error, "cannot delete the limits of deleted keys, retrying");
+                    }
+                    break;
+                }
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+}
+
+/// Returns whether there may be more to delete. After an error, the same rows are searched again.
+async fn delete_batch(
+    state: &AppState,
+    last: &mut i64,
+    age: Duration,
+) -> Result<bool, DeleteError> {
+    let search = async {
+        let mut tx = state.db.system().await?;
+        // It decreases if PostgreSQL was restored from a backup.
+        let highest = invalidation::position(&mut tx).await?.highest;
+        let found = invalidation::deleted_keys(&mut tx, (*last).min(highest), age).await?;
+        tx.commit().await?;
+        Ok::<_, DbError>(found)
+    };
+    let DeletedKeys {
+        keys,
+        last: searched,
+        has_more,
+    } = state.db.within_limit(search).await?;
+    let keys: Vec<_> = keys
+        .into_iter()
+        .map(|(tenant, key)| (TenantId(tenant), ApiKeyId(key)))
+        .collect();
+    let deleted = state.limiter.delete(&keys).await;
+    deleted.map_err(DeleteError::Counters)?;
+    *last = searched;
+    Ok(has_more)
+}
