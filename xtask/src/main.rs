@@ -24,6 +24,7 @@ mod run;
 mod schema;
 mod system;
 mod test;
+mod up;
 
 use std::{
     env,
@@ -50,6 +51,13 @@ enum Chore {
         #[arg(last = true)]
         arguments: Vec<OsString>,
     },
+    /// Build the server and run the shape of a production deployment on this machine: two replicas behind Caddy with
+    /// TLS, a private PostgreSQL, Redis, and demo data in ./.quota/up
+    Up {
+        /// Options, such as `--replicas N` and `--port N`; `--help` lists them
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
     /// Run all tests, or those that the arguments select
     Test {
         /// Filters and options for the test runner (nextest if it is installed, otherwise `cargo test`)
@@ -62,7 +70,8 @@ enum Chore {
     /// differential 10000`), `bench desktop` measures memory and startup time of the desktop app, compared with an
     /// empty window, `bench usage` measures writing and reading usage with 10 million rows (or `bench usage 1000000`),
     /// `bench keys` measures listing and searching 300,000 keys, `bench crash 300` kills servers, Redis and PostgreSQL
-    /// this many times under load and recounts the usage, `bench metering`
+    /// this many times under load and recounts the usage, `bench restarts 20`
+    /// restarts replicas behind Caddy this many times under load and recounts requests and usage, `bench metering`
     /// measures the cost of recording usage, and `bench outage` stops PostgreSQL for a minute under load
     Bench {
         /// Options of the benchmark, such as `--rounds N` and `--millis N`, or `--only faults` after `replicas`;
@@ -121,6 +130,7 @@ enum Chore {
 fn main() -> ExitCode {
     let done = match Cli::parse().chore {
         Chore::Run { arguments } => run::run(&arguments),
+        Chore::Up { arguments } => up::up(&arguments),
         Chore::Test { arguments } => test::test(&arguments),
         Chore::Bench { arguments } => bench::bench(&arguments),
         Chore::Console => console::build().map(|()| ExitCode::SUCCESS),

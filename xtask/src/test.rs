@@ -18,6 +18,7 @@ pub(crate) fn test(arguments: &[OsString]) -> Result<ExitCode> {
         machine::POSTGRES,
         machine::REDIS,
         machine::CADDY,
+        machine::RECENT_CADDY,
         machine::NGINX,
         machine::HAPROXY,
     ];

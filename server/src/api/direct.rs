@@ -197,6 +197,10 @@ impl DirectDecisions {
 
 impl DirectEndpoint for DirectDecisions {
     fn accepts(&self, request: &PlainRequest<'_>) -> bool {
+        // A stopping server closes connections after their next response, which hyper announces.
+        if self.state.is_draining() {
+            return false;
+        }
         let config = &self.state.config;
         let is_cross_origin = || {
             !config.allowed_origins.is_empty() && request.field(header::ORIGIN.as_str()).is_some()

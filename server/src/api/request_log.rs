@@ -8,7 +8,7 @@ use std::{future::poll_fn, panic::AssertUnwindSafe, pin::pin, sync::Arc, task::P
 use futures_util::FutureExt;
 use poem::{
     Endpoint, IntoResponse, Middleware, Request, Response, Result,
-    http::{HeaderName, HeaderValue, StatusCode, header},
+    http::{HeaderName, HeaderValue, StatusCode, Version, header},
 };
 use quota_common::ProblemCode;
 use tokio::time::timeout;
@@ -86,6 +86,7 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
             request.data::<ConnectionMarks>().cloned(),
         ));
         let method = request.method().clone();
+        let is_http1 = request.version() < Version::HTTP_2;
         // Cloning the whole URI is cheaper than copying its path.
         let uri = request.uri().clone();
         request.set_data(context.clone());
@@ -128,6 +129,11 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
             .map_or_else(|context| context.id.clone(), |context| context.id);
         headers.insert(REQUEST_ID, id);
         write_common(headers, state);
+        // Proxies must not keep connections that the server is about to close: a request that they send at that moment
+        // fails, unless it can be repeated safely.
+        if is_http1 && state.is_draining() {
+            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
         Ok(response)
     }
 }

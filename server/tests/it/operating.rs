@@ -2,7 +2,7 @@
 //! what its health checks return, and which of them it logs.
 
 use std::{
-    io::{BufRead as _, BufReader},
+    io::{BufRead as _, BufReader, Read as _, Write as _},
     net::{SocketAddr, TcpListener, TcpStream},
     os::unix::fs::PermissionsExt as _,
     process::{Child, Command, ExitStatus, Output, Stdio},
@@ -153,6 +153,55 @@ async fn health_checks_distinguish_ready_serving_and_live() {
     assert_eq!(errors(), before);
     assert!(!process.logged("the server is stopping"));
     assert_eq!(process.stop().await.code(), Some(0));
+}
+
+/// Sends a request and returns the response, and whether the server then closes the connection.
+fn exchange(connection: &mut TcpStream) -> (String, bool) {
+    connection
+        .write_all(b"GET /v1/echo HTTP/1.1\r\nHost: quota\r\n\r\n")
+        .expect("it is open");
+    let limit = Some(Duration::from_secs(1));
+    connection.set_read_timeout(limit).expect("it is open");
+    let mut response = Vec::new();
+    let mut part = [0; 4096];
+    loop {
+        match connection.read(&mut part) {
+            Ok(0) => break (String::from_utf8(response).expect("text"), true),
+            Ok(length) => response.extend(&part[..length]),
+            Err(_) => break (String::from_utf8(response).expect("text"), false),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_close_after_a_response_while_the_server_is_stopping() {
+    let database = TestDatabase::create_empty().await;
+    for direct in ["--direct-responses=on", "--direct-responses=off"] {
+        let mut process = Process::start(database.url(), &["--drain-delay=5s", direct]);
+        process.until_logged("\"ready\"").await;
+        let mut kept = TcpStream::connect(process.addr).expect("it listens");
+        for _ in 0..2 {
+            let (response, is_closed) = exchange(&mut kept);
+            assert!(response.starts_with("HTTP/1.1 401 "), "{response}");
+            assert!(!response.contains("connection: close"), "{response}");
+            assert!(!is_closed, "{direct}");
+        }
+
+        let pid = i32::try_from(process.child.id()).expect("a process ID");
+        kill(Pid::from_raw(pid), Signal::SIGTERM).expect("it runs");
+        process.until_logged("stopping").await;
+        let mut new = TcpStream::connect(process.addr).expect("it listens");
+        for connection in [&mut kept, &mut new] {
+            let (response, is_closed) = exchange(connection);
+            assert!(response.starts_with("HTTP/1.1 401 "), "{response}");
+            assert!(
+                response.contains("connection: close\r\n"),
+                "{direct}: {response}"
+            );
+            assert!(is_closed, "{direct}");
+        }
+        assert_eq!(process.stop().await.code(), Some(0));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

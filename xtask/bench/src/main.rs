@@ -13,7 +13,10 @@ mod http1;
 mod load;
 mod metering;
 mod outage;
+mod postgres;
 mod process;
+mod production;
+mod replica;
 mod replicas;
 mod rounds;
 
@@ -57,6 +60,10 @@ enum Command {
     Crash(crash::Options),
     /// Stop PostgreSQL under load, and compare latency and usage
     Outage(outage::Options),
+    /// Restart, kill and upgrade replicas behind Caddy under load, and recount requests and usage
+    Restarts(production::restarts::Options),
+    /// Run replicas behind Caddy until Ctrl-C
+    Up(production::up::Options),
     /// Measure the behavior of several replicas, and print tables
     Replicas(replicas::Options),
     /// Run a plain poem handler on a free port
@@ -79,6 +86,8 @@ fn main() -> Result<ExitCode> {
         } => metering::run(&quota, rounds, std::time::Duration::from_millis(millis))?,
         Command::Crash(options) => return crash::run(&options),
         Command::Outage(options) => return outage::run(&options),
+        Command::Restarts(options) => return production::restarts::run(&options),
+        Command::Up(options) => return production::up::run(&options),
         Command::Replicas(options) => return replicas::run(&options),
         Command::Poem => floor::serve(floor::poem)?,
         Command::Hyper => floor::serve(floor::hyper)?,

@@ -27,8 +27,8 @@ use tokio::{
 };
 
 use crate::{
-    crash::postgres::Postgres,
     http1,
+    postgres::Postgres,
     process::Server,
     replicas::tenant::{Plan, Tenant, counted},
 };

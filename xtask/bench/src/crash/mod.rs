@@ -5,41 +5,34 @@
 //! Which process is killed, and when, is derived from a seed.
 
 mod load;
-pub(crate) mod postgres;
 
 use std::{
     collections::BTreeMap,
     fs,
     net::SocketAddr,
     path::{Path, PathBuf},
-    process::{Command, ExitCode},
+    process::ExitCode,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Result, ensure};
 use clap::Args;
 use fastrand::Rng;
 use futures_util::{TryStreamExt as _, pin_mut};
 use nix::sys::signal::Signal;
-use quota_testkit::{
-    Process,
-    redis::{RedisServer, free_port},
-};
+use quota_testkit::redis::{RedisServer, free_port};
 use tempfile::TempDir;
 use tokio_postgres::Client;
 
-use self::{
-    load::{Fate, Load},
-    postgres::Postgres,
-};
+use self::load::{Fate, Load};
 use crate::{
-    process::{ready_line, without_settings},
+    postgres::Postgres,
+    replica::Replica,
     replicas::tenant::{Plan, Tenant},
 };
 
 const REPLICAS: usize = 3;
-const STARTED_WITHIN: Duration = Duration::from_secs(60);
 const SHIPPED_WITHIN: Duration = Duration::from_secs(120);
 
 #[derive(Args)]
@@ -72,69 +65,22 @@ enum Victim {
     Postgres,
 }
 
-/// A replica, always on the same port.
-struct Replica {
-    command: Command,
-    log: PathBuf,
-    addr: SocketAddr,
-    process: Option<Process>,
-}
-
-impl Replica {
-    fn new(quota: &Path, data: &Path, database: &str, redis: &str) -> Self {
-        let addr = SocketAddr::from(([127, 0, 0, 1], free_port()));
-        let mut command = Command::new(quota);
-        without_settings(&mut command);
-        command
-            .arg("serve")
-            .env("QUOTA_LISTEN", addr.to_string())
-            .env("QUOTA_METRICS_LISTEN", "off")
-            .env("QUOTA_DATA_DIR", data)
-            .env("DATABASE_URL", database)
-            .env("REDIS_URL", redis)
-            .env("QUOTA_AUTH_RPM", "0")
-            .env("QUOTA_ADMIN_RPM", "0")
-            // The interval is short, so that kills interrupt batches.
-            .env("QUOTA_USAGE_SHIP_EVERY", "20ms")
-            .env("RUST_LOG", "info,quota_server::access=off");
-        Self {
-            command,
-            log: data.join(format!("log-{}", addr.port())),
-            addr,
-            process: None,
-        }
-    }
-
-    async fn start(&mut self) -> Result<()> {
-        let _ = fs::remove_file(&self.log);
-        let mut process = Process::start(&self.command, &self.log)?;
-        let deadline = Instant::now() + STARTED_WITHIN;
-        loop {
-            let text = fs::read_to_string(&self.log).unwrap_or_default();
-            if ready_line(&text).is_some() {
-                self.process = Some(process);
-                return Ok(());
-            }
-            if let Some(status) = process.ended()? {
-                bail!("quota ended with {status} instead of starting:\n{text}");
-            }
-            ensure!(Instant::now() < deadline, "quota is not ready:\n{text}");
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    }
-
-    async fn end(&mut self, signal: Signal) -> Result<()> {
-        if let Some(mut process) = self.process.take() {
-            process.signal(signal)?;
-            let ended = process.ends_within(Duration::from_secs(30)).await?;
-            let status = ended.context("a replica did not stop in time")?;
-            ensure!(
-                signal == Signal::SIGKILL || status.success(),
-                "a replica ended with {status}"
-            );
-        }
-        Ok(())
-    }
+/// Creates a replica on a free port.
+fn replica(quota: &Path, data: &Path, database: &str, redis: &str) -> Replica {
+    let addr = SocketAddr::from(([127, 0, 0, 1], free_port()));
+    let settings = vec![
+        ("QUOTA_METRICS_LISTEN", "off".into()),
+        ("QUOTA_DATA_DIR", data.display().to_string()),
+        ("DATABASE_URL", database.into()),
+        ("REDIS_URL", redis.into()),
+        ("QUOTA_AUTH_RPM", "0".into()),
+        ("QUOTA_ADMIN_RPM", "0".into()),
+        // The interval is short, so that kills interrupt batches.
+        ("QUOTA_USAGE_SHIP_EVERY", "20ms".into()),
+        ("RUST_LOG", "info,quota_server::access=off".into()),
+    ];
+    let log = data.join(format!("log-{}", addr.port()));
+    Replica::new(quota, addr, log, settings)
 }
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
@@ -159,7 +105,7 @@ async fn storm(options: &Options) -> Result<ExitCode> {
     let mut replicas = Vec::new();
     for _ in 0..REPLICAS {
         let (database, redis) = (postgres.url(), redis.url());
-        let mut replica = Replica::new(&options.quota, data.path(), &database, &redis);
+        let mut replica = replica(&options.quota, data.path(), &database, &redis);
         replica.start().await?;
         replicas.push(replica);
     }

@@ -4,7 +4,7 @@
 use std::{
     fs,
     net::SocketAddr,
-    path::{Path, PathBuf},
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
@@ -14,7 +14,10 @@ use quota_testkit::Process;
 use tempfile::TempDir;
 use tokio_postgres::NoTls;
 
-use crate::process::{ready_line, serve};
+use crate::{
+    process::{ready_line, serve},
+    replica::tail,
+};
 
 const STARTED_WITHIN: Duration = Duration::from_secs(60);
 /// How long a server may take to stop after SIGTERM.
@@ -146,7 +149,7 @@ impl Fleet {
             ensure!(
                 status.success(),
                 "a replica ended with {status}:\n{}",
-                tail(&replica.log)
+                tail(&fs::read_to_string(&replica.log).unwrap_or_default())
             );
         }
         Ok(())
@@ -219,10 +222,4 @@ impl Replica {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
-}
-
-fn tail(log: &Path) -> String {
-    let text = fs::read_to_string(log).unwrap_or_default();
-    let lines: Vec<&str> = text.lines().collect();
-    lines[lines.len().saturating_sub(20)..].join("\n")
 }

@@ -1,3 +1,4 @@
-//! Runs the benchmarks at a small scale, with the real `quota`, PostgreSQL and Redis.
+//! Runs the benchmarks at a small scale, with the real `quota`, PostgreSQL, Redis and Caddy.
 
 mod replicas;
+mod restarts;
