@@ -2,15 +2,15 @@
 //!
 //! Polls for invalidations empty the entries of all rows that have changed. So an entry is valid while the last poll is
 //! recent. Without a recent poll, an entry is valid for a second after it was loaded, and is then reloaded. While
-//! PostgreSQL is unavailable, an entry is still served for a grace period after it was last confirmed. After that,
+//! PostgreSQL is unavailable, an entry is still used for a grace period after it was last confirmed. After that,
 //! lookups fail, because the entry cannot be confirmed.
 //!
 //! When a load or a poll fails, PostgreSQL is suspected to be unreachable, for all caches. Until it responds again,
-//! entries within their grace period are served without waiting, and only a few at a time are reloaded in the
-//! background. So an outage delays only the first few requests, instead of the first request for each key.
+//! entries within their grace period are used without waiting, and only a few at a time are reloaded in the background.
+//! So an outage delays only the first few requests, instead of the first request for each key.
 //!
-//! A changed entry is emptied, not removed. It is never served again, but its key still counts as known, so that
-//! reloading the entry does not compete with lookups of unknown keys.
+//! A changed entry is emptied, not removed. The emptied entry is never used again. It shows that its key exists, so
+//! that reloading the entry does not compete with lookups of unknown keys.
 //!
 //! A load may also return a row that another replica has read, with the time at which the row was known to be current.
 //!
@@ -358,7 +358,7 @@ where
         is_loading || self.holds(key)
     }
 
-    /// Returns a key's entry if it may still be served without confirmation.
+    /// Returns a key's entry if it may still be used without confirmation.
     fn within_grace(&self, key: &K) -> Option<Arc<T>> {
         let inner = &*self.inner;
         let entry = inner.present.get(key)?;

@@ -1,8 +1,8 @@
 //! Rate limits per client address, for sign-in and management endpoints.
 //!
 //! Each purpose has a `governor` limiter in memory. The limiters protect this replica and do not enforce plan limits.
-//! IPv6 addresses are counted per /64 and, with higher limits, per /56 and /48, since a provider may assign any of
-//! these to a customer.
+//! Requests from IPv6 addresses are counted per /64 network and, with higher limits, per /56 and /48 network, since a
+//! provider may assign any of these to a customer.
 
 use std::{
     net::{IpAddr, Ipv6Addr},

@@ -193,7 +193,7 @@ impl Clock for SystemClock {
     }
 }
 
-/// A clock for tests, which moves only on request. Clones share their time.
+/// A clock for tests, whose time changes only on request. Clones share their time.
 #[derive(Debug, Clone)]
 pub struct TestClock {
     time: Arc<TestTime>,

@@ -93,7 +93,7 @@ pub struct Config {
     pub webhook_private_networks: Vec<IpNet>,
     pub log_format: LogFormat,
     pub log: String,
-    /// Not configurable. Tests use a lower value.
+    /// Cannot be configured. Tests use a lower cost.
     pub password_cost: PasswordCost,
 }
 

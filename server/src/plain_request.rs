@@ -15,7 +15,7 @@ use crate::connection_marks::ConnectionMarks;
 pub const HEAD_MAX: usize = 16 * 1024;
 /// The maximum number of header fields.
 const FIELDS_MAX: usize = 64;
-/// Nine digits fit in a `usize` on every platform.
+/// The maximum number of digits in a length. Nine digits fit in a `usize` on every platform.
 const LENGTH_DIGITS: usize = 9;
 
 /// Responds to plain requests, exactly as the server behind hyper would.
@@ -58,7 +58,7 @@ pub struct PlainRequest<'a> {
     pub target: &'a str,
     /// The value of `Content-Length`, or 0 if the field is missing.
     pub body_length: usize,
-    /// Shorter than `body_length` if the rest has not arrived.
+    /// The part of the body that has arrived.
     pub body: &'a [u8],
     known: [Option<&'a [u8]>; KNOWN.len()],
 }
@@ -85,7 +85,7 @@ impl<'a> PlainRequest<'a> {
     }
 }
 
-/// What unread bytes begin with.
+/// The result of parsing a connection's unread bytes.
 #[derive(Debug, PartialEq, Eq)]
 #[expect(
     clippy::large_enum_variant,

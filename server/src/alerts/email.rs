@@ -33,10 +33,10 @@ const RECIPIENTS_MAX: i64 = 100;
 const TENANTS: i64 = 100;
 /// The maximum number of emails to send per round.
 const BATCH: usize = 20;
-/// Seconds until another replica may repeat an attempt. Much longer than an [attempt](crate::mail::SEND_MAX), including
-/// recording its result.
+/// Seconds until another replica may repeat an attempt. Much longer than an [attempt](crate::mail::SEND_MAX) takes,
+/// including the recording of its result.
 const LEASE: i32 = 120;
-/// The pauses between attempts, in seconds. They add up to a day.
+/// The pauses between attempts, in seconds. Their sum is about a day.
 const PAUSES: [i64; 7] = [60, 300, 900, 3600, 10_800, 25_200, 46_800];
 
 /// The number of emails with each outcome in a round.
@@ -54,18 +54,18 @@ struct Text {
     html: String,
 }
 
-/// What was written in a round.
+/// The results of writing emails in a round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Written {
-    /// The number of tenants for which this failed.
+    /// The number of tenants whose emails could not be stored.
     pub errors: u64,
-    /// Whether the limit of all tenants was reached.
+    /// Whether the combined limit for all tenants was reached.
     pub is_limited: bool,
 }
 
 impl Alerts {
-    /// Stores emails for alerts that have not been sent. After `per_hour` emails of all tenants in an hour, the others
-    /// wait; 0 means no limit.
+    /// Stores emails about alerts that have not been sent, at most `per_hour` emails per hour for all tenants combined.
+    /// Other alerts wait. 0 means no limit.
     pub async fn write_emails(&self, public_url: &str, per_hour: u32) -> Result<Written, DbError> {
         let tenants = self
             .db
@@ -89,8 +89,8 @@ impl Alerts {
         Ok(written)
     }
 
-    /// For each recipient, stores one email about a tenant's alerts. Returns `false` if the limit of all tenants is
-    /// reached.
+    /// For each recipient, stores one email about a tenant's alerts. Returns `false` if the combined limit for all
+    /// tenants has been reached.
     async fn write_email(
         &self,
         tenant: TenantId,
@@ -107,8 +107,8 @@ impl Alerts {
         self.db.in_system(write).await
     }
 
-    /// Sends emails that are due. Claims one at a time, so that an email's lease does not run while other emails are
-    /// being sent.
+    /// Sends emails that are due. Claims only one email at a time, so that its lease does not run while other emails
+    /// are being sent.
     pub async fn send_emails(&self, mailer: &Mailer) -> Result<Sent, DbError> {
         let mut all = Sent::default();
         for _ in 0..BATCH {
@@ -285,7 +285,7 @@ fn described(alerts: &[AlertRow], tenant: &str, public_url: &str) -> Text {
 /// Inserts invisible spaces around characters that could turn a name into an address. Email programs turn anything that
 /// looks like an address into a link, and a tenant can choose key names that appear in other people's emails.
 fn unlinked(name: &str) -> String {
-    // Domain names may also contain the full stops of other scripts.
+    // Domain names may also contain the periods of other scripts.
     const PARTS_OF_ADDRESSES: [char; 8] =
         ['.', ':', '/', '@', '\\', '\u{3002}', '\u{ff0e}', '\u{ff61}'];
     const ZERO_WIDTH_SPACE: char = '\u{200b}';

@@ -50,10 +50,9 @@ const PART_MAX: i64 = 20_000;
 const KEYS_MAX: i64 = 250;
 /// The maximum number of alerts per statement.
 const ALERTS_MAX: usize = 500;
-/// A step takes no longer than this: it reads usage twice at most, each within the [limit](alert::USAGE_TIMEOUT) of its
-/// statement.
+/// The maximum duration of a step, which reads usage at most twice. Each read has a [time limit](alert::USAGE_TIMEOUT).
 const STEP_MAX: Duration = Duration::from_secs(30);
-/// After this time, a round ends, and the rest is checked in the next one, so that other tenants get their turn.
+/// After this time, a round ends, so that other tenants get their turn. The next round checks the rest.
 const ROUND_MAX: Duration = Duration::from_secs(20);
 
 /// Checks tenants' quota usage and stores alerts. Cheap to clone.
@@ -119,7 +118,7 @@ fn reached(used: i64, quota: i64) -> impl Iterator<Item = i32> {
 }
 
 impl Alerts {
-    /// Creates the service. `tenant_quota` is an additional quota of every tenant.
+    /// Creates the service. `tenant_quota` is an additional quota that applies to each tenant as a whole.
     pub fn new(db: Db, is_metered: bool, tenant_quota: Option<TenantQuota>) -> Self {
         Self {
             db,

@@ -248,7 +248,7 @@ impl AdmittedKey {
         Self::of(RequestContext::of(request)?, request.headers(), query).await
     }
 
-    /// Like [`admit`](Self::admit), for a request with these fields and this query.
+    /// Like [`admit`](Self::admit), for a request with these header fields and this query.
     pub async fn of(
         context: &RequestContext,
         fields: &impl Fields,
@@ -256,7 +256,7 @@ impl AdmittedKey {
     ) -> Result<Self, ApiError> {
         let text = api_key(fields, query)?
             .ok_or_else(|| ApiError::unauthorized(false, "Send an API key as X-API-Key."))?;
-        // The only endpoint of Quota itself that consumes a key's limits.
+        // This is the only endpoint of Quota itself that consumes a key's limits.
         let endpoint = "GET /v1/echo";
         match decide(context, text, NonZeroU32::MIN, None, endpoint).await? {
             Ok((record, decision)) if decision.is_allowed() => Ok(Self { record, decision }),
@@ -338,7 +338,7 @@ impl ServiceCaller {
     }
 }
 
-/// A gateway. It forwards headers that its consumer controls.
+/// A gateway. It forwards headers that API consumers control.
 ///
 /// Accepts a token only in `X-Service-Token`, which gateways overwrite; consumers control `Authorization`. Rejects
 /// requests with two tokens, because one of them could come from the consumer.

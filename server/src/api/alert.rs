@@ -123,7 +123,7 @@ impl AlertApi {
         let roles = body.email_roles.unwrap_or(before.email_roles.clone());
         let after = AlertSettings {
             email: body.email.unwrap_or(before.email),
-            // Removes duplicates, and sorts in the order of `Role::ALL`.
+            // Remove duplicates, and sort the roles in the order of `Role::ALL`.
             email_roles: Role::ALL
                 .iter()
                 .copied()

@@ -21,8 +21,8 @@ use crate::{
     },
 };
 
-/// Rejects the creation of a resource if the tenant has reached its limit. Call in the transaction that inserts the
-/// resource, before the insert.
+/// Rejects the creation of a resource if the tenant has reached its limit. Must be called in the transaction that
+/// inserts the resource, before the insert.
 pub async fn one_more(config: &Config, tx: &mut TenantTx, what: Resource) -> Result<(), ApiError> {
     let (all, free) = (config.allowances, config.free_tier);
     let (limit, free, name) = match what {
@@ -118,7 +118,7 @@ pub fn check_plan(config: &Config, plan: &Plan) -> Result<(), ApiError> {
     }
 }
 
-/// Rejects a change that makes a plan free if one of its keys has a higher rate than free plans allow.
+/// Rejects a change that makes a plan free if the rate of one of its keys is higher than free plans allow.
 pub async fn check_rates_of_keys(
     config: &Config,
     tx: &mut TenantTx,

@@ -103,7 +103,7 @@ fn previous_key_active(until: Timestamp) -> ApiError {
     }
 }
 
-/// The problem for a plan that does not exist or belongs to another tenant.
+/// Returns the problem for a plan that does not exist or belongs to another tenant.
 fn plan_not_found(error: DbError) -> ApiError {
     let not_found = || {
         let mut problem = ApiError::not_found();

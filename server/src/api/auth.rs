@@ -119,7 +119,7 @@ fn device<'a>(
     }
 }
 
-/// Reports a rejected new password as an error of this field.
+/// Returns a function that reports a rejected new password as an error in `field`.
 fn under(field: &'static str) -> impl Fn(AuthError) -> ApiError {
     move |error| match error {
         AuthError::WeakPassword(message) => ApiError::invalid(field, message),
@@ -303,7 +303,7 @@ impl AuthApi {
             ));
         }
         if body.tenant_name.is_some() || body.time_zone.is_some() {
-            // This comes first, because it has to wait for the tenant's other changes and may be rejected.
+            // Begin this edit first, because it waits for the tenant's other changes and may be rejected.
             let mut edit = Edit::begin(&self.state, &caller).await?;
             let before = rows::lock_tenant(&mut edit).await.or_not_found()?;
             let now = i64::try_from(self.state.clock.now().0).unwrap_or(i64::MAX);

@@ -28,8 +28,8 @@ use crate::{
     stripe::{Envelope, verify},
 };
 
-/// Maximum size of a webhook. Half of the memory that a connection without valid credentials may use, and far larger
-/// than any webhook from Stripe.
+/// The maximum size of a webhook: half of the memory that a connection without valid credentials may use, and far
+/// larger than any webhook from Stripe.
 const WEBHOOK_MAX: usize = 64 * 1024;
 const SIGNATURE: &str = "stripe-signature";
 
@@ -159,7 +159,7 @@ impl BillingApi {
         let billing = self.billing()?;
         let idempotency = IdempotencyGuard::new("start_checkout", idempotency_key.0, &())?;
         self.limit_pages(&caller)?;
-        // One at a time per tenant, so that a second click opens the same page as the first.
+        // Handle one request at a time per tenant, so that a second click opens the same page as the first.
         let _turn = self.state.checkouts.turn(caller.tenant()).await?;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
         let replayed = idempotency.replay(&mut tx).await?;

@@ -170,7 +170,7 @@ pub fn same_origin(state: &AppState, headers: &HeaderMap) -> Result<(), ApiError
     }
 }
 
-/// Checks a request with a session cookie whose session is known. A request that could make a change must come from
+/// Checks a request that was authenticated with a session cookie. A request that could make a change must come from
 /// this server's own pages and must have the CSRF header.
 pub fn may_change(state: &AppState, request: &Request, session: SessionId) -> Result<(), ApiError> {
     if matches!(*request.method(), Method::GET | Method::HEAD) {
@@ -186,7 +186,7 @@ pub fn may_change(state: &AppState, request: &Request, session: SessionId) -> Re
     ))
 }
 
-/// Returns the CSRF header's session.
+/// Returns the session to which the token in the CSRF header belongs.
 fn csrf_of(state: &AppState, headers: &HeaderMap) -> Option<SessionId> {
     let sent = headers.get(CSRF_FIELD)?.to_str().ok()?;
     state.sessions.of_csrf_token(sent)
@@ -212,7 +212,7 @@ pub fn refresh_token<'a>(
     Ok(Some((token, session)))
 }
 
-/// Returns the `Set-Cookie` headers of a session.
+/// Returns the `Set-Cookie` headers that store a session's tokens in cookies.
 pub fn keep(state: &AppState, request: &Request, tokens: &Tokens) -> Vec<HeaderValue> {
     let days = u64::from(state.config.session_days) * 86_400;
     let csrf = state.sessions.csrf_token(tokens.session);

@@ -127,8 +127,8 @@ impl DecisionApi {
         let before = before.transpose()?;
         let _turn = read_turn(&self.state, &caller).await?;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
-        // Read before the rows, so that no decision is missed between these rows and a stream that starts at this
-        // position.
+        // Read the position before the rows, so that no decision is missed between these rows and a stream that starts
+        // at this position.
         let newest = usage_log::last_seq(&mut tx).await?;
         let page = usage_log::list(&mut tx, &filter, before, page::size(limit.0)).await?;
         let total = usage_log::total(&mut tx, &filter).await?;

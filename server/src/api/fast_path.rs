@@ -55,7 +55,7 @@ impl<E: Endpoint<Output = Response>> Endpoint for FastPath<E> {
     async fn call(&self, mut request: Request) -> Result<Response> {
         let answer = match FastRoute::of(&request) {
             None => {
-                // A gateway may use its consumer's method. Forward-auth ignores the method.
+                // A gateway may send its consumer's method, which forward-auth ignores.
                 if request.uri().path() == FORWARD_AUTH {
                     request.set_method(Method::GET);
                 }

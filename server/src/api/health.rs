@@ -20,7 +20,7 @@ fn ok() -> Json<Health> {
     })
 }
 
-/// The problem for probes while the server is stopping. It has no source, because it is not a server error and must not
+/// Returns the problem for probes while the server is stopping. It has no source, because it is not a server error and must not
 /// be logged.
 fn stopping() -> ApiError {
     ApiError {

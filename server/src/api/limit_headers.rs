@@ -26,7 +26,7 @@ pub const DECISION: HeaderName = HeaderName::from_static("x-quota-decision");
 pub const DEGRADED: HeaderName = HeaderName::from_static("x-quota-degraded");
 pub const REDIS_AWAY: &str = "redis-away";
 
-/// The maximum number of headers in a response. Reserving this many allocates the map only once.
+/// The maximum number of headers in a response. Reserving space for this many allocates the map only once.
 pub const FIELDS: usize = 14;
 
 /// The values of [`DECISION`].
@@ -179,7 +179,7 @@ fn is_degraded(decision: &Decision) -> bool {
     decision.degraded || (!decision.is_allowed() && decision.violated().is_empty())
 }
 
-/// Returns whether every quota applies to a full day or month.
+/// Returns whether every quota applies to an entire day or month.
 fn is_usual(decision: &Decision) -> bool {
     decision.states().all(|state| state.shortened_to.is_none())
 }

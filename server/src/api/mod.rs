@@ -1,4 +1,4 @@
-//! The HTTP API: authentication, requests, and responses. One file per noun.
+//! The HTTP API: authentication, requests, and responses. Each kind of resource has its own file.
 //!
 //! Contains no SQL: handlers call `repo` and the modules between the two. Only [`problem`] converts errors to a
 //! [`Problem`](quota_common::Problem). In every handler, the caller is the first argument and the body is the last.

@@ -72,7 +72,7 @@ impl ApiError {
         }
     }
 
-    /// The problem for a resource that does not exist or belongs to another tenant.
+    /// Returns the problem for a resource that does not exist or belongs to another tenant.
     pub fn not_found() -> Self {
         Self::new(ProblemCode::NotFound, "Not found.")
     }
@@ -122,7 +122,7 @@ impl ApiError {
         Self::wait("Too many requests from this address.", retry_after)
     }
 
-    /// The problem for a tenant with too many concurrent reads.
+    /// Returns the problem for a tenant with too many concurrent reads.
     pub fn too_many_reads() -> Self {
         Self::wait(
             "Your organization has too many concurrent reads.",
@@ -137,7 +137,7 @@ impl ApiError {
         )
     }
 
-    /// The problem for a tenant that has requested too many deliveries.
+    /// Returns the problem for a tenant that has requested too many deliveries.
     pub fn too_many_webhook_requests(retry_after: Duration) -> Self {
         Self::wait(
             "Your organization has requested too many test events and redeliveries.",
@@ -145,7 +145,7 @@ impl ApiError {
         )
     }
 
-    /// The problem for a webhook with the maximum number of pending deliveries.
+    /// Returns the problem for a webhook with the maximum number of pending deliveries.
     pub fn too_many_pending() -> Self {
         Self::wait(
             "The webhook has too many pending deliveries.",
@@ -153,7 +153,7 @@ impl ApiError {
         )
     }
 
-    /// The problem for too many open streams.
+    /// Returns the problem for too many open streams.
     pub fn too_many_streams() -> Self {
         Self::wait("Too many open streams.", Duration::from_secs(10))
     }
@@ -232,7 +232,7 @@ impl ApiError {
         }
     }
 
-    /// Converts a database error. If it is the violation of a named constraint, returns that constraint's problem.
+    /// Converts a database error. If a named constraint was violated, returns that constraint's problem.
     pub fn on_constraint(error: DbError, named: &[Named]) -> Self {
         if let DbError::Constraint(name) = &error
             && let Some((_, problem)) = named.iter().find(|(constraint, _)| constraint == name)
@@ -263,8 +263,8 @@ impl ApiError {
         response
     }
 
-    /// Logs the error if the server failed. Being overloaded is not a failure: such errors have no source, and metrics
-    /// count them.
+    /// Logs the error if the server failed. Overload is not a failure: its errors have no source and are counted in
+    /// metrics.
     fn log(&self, request_id: &str) {
         let is_busy = self.code == ProblemCode::InsufficientStorage
             || self.code == ProblemCode::Unavailable && self.source.is_none();
@@ -372,7 +372,7 @@ impl ResponseError for ApiError {
 }
 
 impl IntoResponse for ApiError {
-    /// Used only for responses that bypass `request_log`. Without it, the request ID is unknown.
+    /// Used only for responses that bypass `request_log`. Without that layer, the request ID is unknown.
     fn into_response(self) -> Response {
         self.into_response("", "")
     }

@@ -31,7 +31,7 @@ pub struct RequestContext {
     /// The client's address. `None` for a peer without an address, such as a Unix socket.
     pub ip: Option<IpAddr>,
     arrived: UnixNanos,
-    /// The marks of the request's connection, if the listener still reads them.
+    /// Reports to the listener about the request's connection. `None` if the listener no longer reads the reports.
     marks: Option<ConnectionMarks>,
     /// The authenticated caller, for the access log. Set during authentication.
     caller: Mutex<Option<Identity>>,
@@ -97,15 +97,15 @@ impl RequestContext {
         }
     }
 
-    /// Marks the connection as one that has sent a valid API key or service token.
+    /// Records that a valid API key or service token was sent on the connection.
     pub fn has_authenticated(&self) {
         if let Some(marks) = &self.marks {
             marks.set_authenticated();
         }
     }
 
-    /// Marks the response as endless until the returned value is dropped. Returns `None` if the listener does not read
-    /// the connection's marks.
+    /// Reports the response as endless until the returned value is dropped. Returns `None` if the listener does not
+    /// read such reports.
     pub fn begin_endless_response(&self) -> Option<EndlessResponse> {
         let connection = self.marks.as_ref();
         connection.map(ConnectionMarks::begin_endless_response)

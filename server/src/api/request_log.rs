@@ -68,7 +68,7 @@ pub struct RequestLogEndpoint<E> {
     state: AppState,
     ids: RequestIds,
     methods: Arc<Methods>,
-    /// Places for large responses.
+    /// The slots for large responses.
     large: TenantPlaces,
 }
 

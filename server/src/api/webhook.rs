@@ -316,7 +316,7 @@ impl WebhookApi {
         let event = Event::test(self.state.clock.now());
         let _turn = self.request_turn(&caller).await?;
         let insert = async |tx: &mut TenantTx| {
-            // Locked, so that the webhook cannot be deleted before the insert.
+            // Lock the webhook, so that it cannot be deleted before the insert.
             if webhook::lock(tx, webhook).await?.is_none() {
                 return Ok(None);
             }

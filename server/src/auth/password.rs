@@ -282,8 +282,8 @@ pub struct PasswordPool {
     places: Arc<Mutex<Places>>,
     /// Counts callers that were turned away.
     busy: Counter,
-    /// The hash of a random password. Verified for unknown email addresses, so that they take as long as wrong
-    /// passwords.
+    /// The hash of a random password. Verified for unknown email addresses, so that rejecting them takes as long as
+    /// rejecting a wrong password.
     dummy_hash: Arc<str>,
 }
 
@@ -307,8 +307,8 @@ impl PasswordPool {
             .map_err(|e| internal(&e))?
             .to_string();
 
-        // More than the number of threads: a caller that is dropped frees its place while its hash is still being
-        // computed.
+        // The capacity exceeds the number of threads, because a dropped caller releases its permit while its hash is
+        // still being computed.
         let (jobs, queue) = sync_channel::<Job>(4 * THREADS);
         let queue = Arc::new(Mutex::new(queue));
         for _ in 0..THREADS {
@@ -367,7 +367,7 @@ impl PasswordPool {
     ) -> Result<T, AuthError> {
         let (answer, answered) = oneshot::channel();
         let job: Job = Box::new(move |argon| {
-            // Do nothing for a caller that was dropped.
+            // Skip the job if its caller was dropped.
             if !answer.is_closed() {
                 let _ = answer.send(work(argon));
             }

@@ -28,8 +28,8 @@ const BATCH: i64 = 100;
 const ATTEMPTS_MAX: i32 = 35;
 /// The maximum number of customers read concurrently.
 const CONCURRENT: usize = 8;
-/// How often a customer is read without an event, in seconds. If a webhook gets lost, its change takes effect with at
-/// most this delay.
+/// How often a customer is read without an event, in seconds. If a webhook is lost, the change takes effect after at
+/// most this time.
 const READ_EVERY: f64 = 600.0;
 /// The maximum number of customers read per round.
 const READS: i64 = 20;
@@ -114,7 +114,7 @@ impl Billing {
         while let Some((events, read)) = reads.next().await {
             match read {
                 Ok(invalidation) => {
-                    // Added before the outcome is recorded, because recording may fail.
+                    // Add the invalidation before recording the outcome, because recording may fail.
                     round.invalidations.extend(invalidation);
                     self.finish(&events, Outcome::Applied, None).await?;
                 }

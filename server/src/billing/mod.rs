@@ -300,7 +300,7 @@ impl Billing {
         match self.start_checkout(buyer, &customer).await {
             Err(BillingError::Stripe(error)) if error.is_missing_customer() => {
                 self.expect_deleted(&customer).await?;
-                // Unless another replica has replaced it in the meantime.
+                // Does nothing if another replica has already replaced the customer.
                 let is_forgotten = self
                     .db
                     .in_system(async |tx| billing::forget_customer(tx, tenant, &customer).await)
@@ -357,7 +357,7 @@ impl Billing {
             success_url: buyer.success_url,
             cancel_url: buyer.cancel_url,
         };
-        // With another customer, it is another request.
+        // The key contains the customer, because a Checkout Session for another customer is a different request.
         let key = format!("quota-checkout-{tenant}-{attempt}-{customer}");
         let created = self.stripe.create_checkout(&checkout, &key).await;
         if let Err(StripeError::Failed { .. } | StripeError::Rejected { .. }) = &created {
@@ -431,7 +431,7 @@ impl Billing {
     }
 }
 
-/// Stores the access that a read resulted in. Returns the invalidation to publish if access has changed.
+/// Stores the access that results from a read. Returns the invalidation to publish if access has changed.
 async fn apply_read(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -456,7 +456,7 @@ async fn apply_read(
         };
         audit::insert_system(tx, &event).await?;
     }
-    // This comes last, because it waits for other transactions that invalidate.
+    // This comes last, because it waits for other transactions that insert invalidations.
     Ok(match changed {
         Applied::PaidAccess => {
             Some(invalidation::insert_system(tx, tenant.0, Target::Tenant).await?)

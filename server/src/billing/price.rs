@@ -171,8 +171,8 @@ impl Offer {
     }
 }
 
-/// The prices and product names that this process has read from Stripe. If a product's name changes in Stripe, the
-/// change is noticed after the next restart.
+/// The prices and product names that this process has read from Stripe. If a product's name changes in Stripe, the new
+/// name is read after the next restart.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Prices {
     names: Arc<Mutex<HashMap<String, String>>>,

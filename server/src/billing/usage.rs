@@ -5,9 +5,9 @@
 //! [`Billing::send_usage`] sends the reports until Stripe has received them:
 //!
 //! - A meter event's identifier consists of the report's tenant, start, and revision. Stripe accepts each identifier
-//!   only once a day. So for 20 hours, a report whose response was lost is simply sent again. After that, the hour's
-//!   total in Stripe shows whether the report arrived.
-//! - Usage that arrives late becomes another revision, which contains only the difference.
+//!   only once a day. So for 20 hours, a report whose response was lost is sent again. After that, the hour's total in
+//!   Stripe shows whether the report arrived.
+//! - Usage that arrives after its hour was planned becomes another revision, which contains only the difference.
 //! - If a billing period starts or ends within an hour, the hour is divided at that time, based on the log. The part
 //!   before it is planned as soon as it is complete, and the rest when the hour has ended.
 //! - Usage that Stripe would not charge is not sent. It is recorded with the reason.
@@ -32,7 +32,7 @@ use crate::{
 
 /// The maximum number of hours planned per round.
 const HOURS: i64 = 200;
-/// The maximum number of hours of one tenant planned per run.
+/// The maximum number of hours planned for one tenant per run.
 const ROUNDS: u32 = 1000;
 /// The maximum number of times to scan an hour if usage arrives during the scan.
 const SCANS: u32 = 3;
@@ -45,7 +45,7 @@ const CONCURRENT: usize = 8;
 const CLAIMS: usize = 4;
 /// How long one customer's reports are sent per round.
 const TURN: Duration = Duration::from_secs(20);
-/// For how many seconds an identifier can be relied on. Stripe guarantees a day.
+/// How long, in seconds, to rely on Stripe recognizing an identifier. Stripe guarantees a day.
 const RECOGNIZED: i64 = 20 * 60 * 60;
 /// The maximum age of usage that is sent, in seconds. One hour less than Stripe accepts.
 const OLDEST: i64 = (35 * 24 - 1) * 60 * 60;
@@ -125,8 +125,8 @@ impl Billing {
         Ok(planned)
     }
 
-    /// Plans one hour of each tenant. `read` contains the tenants that this run has read from Stripe, and whether their
-    /// hours can be planned.
+    /// Plans one hour for each tenant. `read` contains the tenants that this run has read from Stripe, and whether
+    /// their hours can be planned.
     async fn plan_oldest_hours(
         &self,
         read: &mut HashMap<TenantId, bool>,
@@ -389,7 +389,8 @@ impl Billing {
         }
     }
 
-    /// Returns why Stripe would not charge a report that it received now.
+    /// Returns the reason why Stripe would not charge the report if it arrived now, or `None` if Stripe would charge
+    /// it.
     async fn too_late(&self, report: &DueReport) -> Result<Option<Unbilled>, BillingError> {
         if report.age > OLDEST {
             return Ok(Some(Unbilled::TooOld));
@@ -403,8 +404,8 @@ impl Billing {
         Ok(None)
     }
 
-    /// Whether usage of an earlier period of the subscription is still charged. It is not if the subscription no longer
-    /// exists.
+    /// Returns whether usage from an earlier period of the subscription will still be charged. Returns `false` if the
+    /// subscription no longer exists.
     async fn has_draft_invoice(&self, subscription: &str) -> Result<bool, StripeError> {
         match self.stripe.has_draft_invoice(subscription).await {
             Err(error) if error.is_not_found() => Ok(false),
@@ -412,8 +413,8 @@ impl Billing {
         }
     }
 
-    /// Whether Stripe has counted a report whose identifier it no longer recognizes. Returns `None` if the total in
-    /// Stripe matches neither case.
+    /// Returns whether Stripe has counted a report whose identifier it no longer recognizes. Returns `None` if the
+    /// total in Stripe matches neither case.
     async fn has_arrived(
         &self,
         tenant: TenantId,

@@ -26,13 +26,14 @@ use tokio::{
 
 use super::{apply_migrations, database};
 
-/// How long after SIGTERM unused quota tokens must be returned. Leaves 5 of the usual 30 seconds for everything else.
+/// The maximum time from SIGTERM until unused quota tokens have been returned. Leaves 5 of the usual 30 seconds for
+/// everything else.
 const RETURN_TOKENS_WITHIN: Duration = Duration::from_secs(25);
-/// The minimum time for returning tokens. Applies even if requests in flight have used up the time above.
+/// The minimum time for returning tokens. Applies even if requests in flight have used up [`RETURN_TOKENS_WITHIN`].
 const RETURN_TOKENS_MIN: Duration = Duration::from_millis(1500);
 
-/// Completes on SIGTERM or SIGINT. Calling this function installs the signal handlers. If the first poll installed
-/// them, a signal before it would kill the process.
+/// Returns a future that completes on SIGTERM or SIGINT. The call itself installs the signal handlers. If the first
+/// poll installed them, an earlier signal would kill the process.
 fn stop_requested() -> impl Future<Output = ()> {
     let signals = (
         signal(SignalKind::terminate()),

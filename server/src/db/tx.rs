@@ -100,7 +100,7 @@ impl TenantTx {
     }
 }
 
-/// A transaction of the server itself. Rolled back when dropped without [`commit`](Self::commit).
+/// A transaction on behalf of the server itself. Rolled back when dropped without [`commit`](Self::commit).
 pub struct SystemTx {
     tx: Tx,
 }

@@ -1,8 +1,8 @@
 //! Invalidations: publishes changes to other replicas, and keeps track of the changes received.
 //!
 //! A transaction that changes data that replicas cache also inserts a row into `revocations`. Each replica polls for
-//! new rows every 150 ms, and only this is needed for correctness. After the commit, the change is also published
-//! through Redis, so that most replicas know of it within milliseconds. Messages may be lost. If Redis is not
+//! new rows every 150 ms, and only polling is needed for correctness. After the commit, the change is also published
+//! through Redis, so that most replicas learn of it within milliseconds. Messages may be lost. If Redis is not
 //! configured or is unreachable, no messages are sent.
 //!
 //! Messages are sealed, because anyone with access to Redis could publish one. Messages that cannot be opened, are more

@@ -25,7 +25,7 @@ use tokio::{
 
 use crate::{db, limiter, state::AppState};
 
-/// How often the last use of keys and tokens is saved.
+/// How often the times at which keys and tokens were last used are saved.
 const LAST_USED_EVERY: Duration = Duration::from_secs(2);
 
 #[derive(Debug)]

@@ -29,7 +29,7 @@ const LONG: Duration = Duration::from_millis(400);
 const TURN: Duration = Duration::from_secs(1);
 /// The pause between batches, which leaves room for other work.
 const PAUSE: Duration = Duration::from_millis(5);
-/// After this many consecutive failures, a kind is skipped until the next sweep.
+/// After this many consecutive failures, a kind of row is skipped until the next sweep.
 const GIVE_UP: u32 = 8;
 
 struct Sweep {
@@ -91,7 +91,7 @@ impl Sweep {
                             "cannot delete expired rows, retrying later"
                         );
                     }
-                    // Other kinds get their turn first.
+                    // Let the other kinds of rows take their turns first.
                     return;
                 }
             }

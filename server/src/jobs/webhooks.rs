@@ -131,7 +131,7 @@ impl Worker {
     }
 }
 
-/// Measures how late deliveries are. Does not depend on the task that sends them.
+/// Measures for how long deliveries have been overdue. Does not depend on the task that sends them.
 pub(super) async fn measure(state: AppState) {
     let mut ticks = every(MEASURE_EVERY);
     loop {

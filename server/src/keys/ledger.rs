@@ -127,7 +127,7 @@ async fn open_and_take(
     asks: &[Ask],
 ) -> Result<Vec<Option<quota_usage::Taken>>, DbError> {
     let since: Vec<_> = requests.iter().map(|it| time(it.calendar.start)).collect();
-    // From here on, no other replica can open a window of these keys. A window with usage can become unused, but not
+    // From here on, no other replica can open a window for these keys. A window with usage can become unused, but not
     // vice versa.
     quota_usage::lock(tx, asks).await?;
     let used = quota_usage::used_windows(tx, asks, &since).await?;

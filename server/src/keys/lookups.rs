@@ -5,8 +5,8 @@
 //! connections are busy share the next statement, so a few connections are enough for thousands of lookups per second.
 //!
 //! The number of concurrent lookups of unknown secrets is limited. At the limit, each caller still gets an equal share,
-//! and callers take turns in every batch. Therefore, a flood mostly affects the caller that sends it. Keys and service
-//! tokens are counted and batched separately.
+//! and callers take turns in every batch. Therefore, a flood mostly affects the caller that sends it. Lookups of keys
+//! and lookups of service tokens are counted and batched separately.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -220,7 +220,7 @@ impl<V> Queue<V> {
         let Some(waiting) = waiting else {
             return false;
         };
-        // Searches from the front: the lookup that has waited longest is the first to give up.
+        // Search from the front: the lookup that has waited longest is the first to give up.
         let Some(at) = waiting.iter().position(|it| it.id == id) else {
             return false;
         };

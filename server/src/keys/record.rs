@@ -47,7 +47,7 @@ pub struct KeyRecord {
     pub is_active: bool,
     pub expires_at: Option<UnixNanos>,
     pub billing: Billing,
-    /// Until when the tenant may use paid plans. 0 if it may not.
+    /// When the tenant's access to paid plans ends. 0 if the tenant has no access.
     pub paid_access_until: UnixNanos,
     pub policies: Policies,
     pub handle: Arc<KeyHandle>,
@@ -149,7 +149,7 @@ pub struct KeyStore {
 }
 
 impl KeyStore {
-    /// Without `shared`, keys that are not in memory are looked up in PostgreSQL.
+    /// Creates the store. Without `shared`, keys that are not in memory are looked up in PostgreSQL.
     pub fn new(
         lookups: Lookups,
         limiter: Limiter,
@@ -327,7 +327,7 @@ fn record(facts: KeyFacts, as_of: i64, limiter: &Limiter) -> Result<KeyRecord, U
                 .as_deref()
                 .and_then(OnRedisFailure::of),
         )
-        // Increases with every change.
+        // The version increases with every change.
         .with_version(u64::try_from(as_of).unwrap_or(0)),
         handle,
         tenant_quota,

@@ -66,7 +66,7 @@ const PAUSE: Nanos = Nanos::from_secs(1);
 #[derive(Debug, Clone)]
 pub struct SharedKeys(Arc<SharedState>);
 
-/// What [`SharedKeys`] uses.
+/// The dependencies of [`SharedKeys`].
 #[derive(Debug)]
 pub struct SharedKeysContext {
     pub redis: Redis,
@@ -80,7 +80,7 @@ pub struct SharedKeysContext {
 #[derive(Debug)]
 struct SharedState {
     context: SharedKeysContext,
-    /// The monotonic time until which Redis is skipped.
+    /// The monotonic time when Redis is used again.
     paused_until: AtomicU64,
     /// The last second in which entries for invalid secrets were written, and the number of these entries.
     absent_written: AtomicU64,
@@ -118,7 +118,7 @@ impl SharedKeys {
         format!("{}:key{VERSION}:{hash}", self.0.context.redis.prefix())
     }
 
-    /// Returns the entry of a secret if it is known to be current.
+    /// Returns a secret's entry if the entry is known to be current.
     pub async fn get(&self, hash: &Hash) -> Option<SharedRecord> {
         let it = &self.0.context;
         let current_at = it.freshness.polled_lately()?;

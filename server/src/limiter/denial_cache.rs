@@ -1,13 +1,12 @@
 //! A cache of denials in front of a remote store, so that repeating a denial does not need a round trip.
 //!
-//! Two mechanisms deny requests here: a `governor` limiter with the plan's full rate, and the store's last denial,
-//! which is repeated until the plan, or the state on which it was based, may have changed. Both only repeat what the
-//! store would decide. A denial by the cache does not consume tokens, and neither does a denial by the store. So
-//! `governor` gets a state store that reports what would happen without changing anything, and is charged only for
-//! requests that the store has allowed. (Charging first and refunding denied requests is not equivalent: the bucket may
-//! have been full in between, and the refund would credit tokens that were never taken.) Degraded decisions are not
-//! recorded, because they do not show what the store would decide: a request that the store would allow must not be
-//! denied.
+//! Two mechanisms deny requests here: a `governor` limiter with the plan's rate, and the store's last denial, which is
+//! repeated until the plan, or the state on which it was based, may have changed. Both only repeat what the store would
+//! decide. A denial by the cache does not consume tokens, and neither does a denial by the store. So `governor` gets a
+//! state store that reports what would happen without changing anything, and is charged only for requests that the
+//! store has allowed. (Charging first and refunding denied requests is not equivalent: the bucket may have been full in
+//! between, and the refund would credit tokens that were never taken.) Degraded decisions are not recorded, because
+//! they do not show what the store would decide: a request that the store would allow must not be denied.
 //!
 //! The local store keeps its state in the same handle, so a cache in front of it would only add cost. The limiter skips
 //! the cache if [`LimitStore::is_local`].
@@ -42,7 +41,7 @@ use crate::clock::{Clock, GovernorClock, Instant, Monotonic, Nanos, UnixNanos};
 /// Converts a rate for `governor`, with the interval rounded up as in [`Gcra`].
 fn governor_quota(rate: RatePolicy) -> Quota {
     let gcra = Gcra::new(rate);
-    // Capped as in `Gcra`, because governor does not check for overflow.
+    // Cap the burst as `Gcra` does, because governor does not check for overflow.
     let burst = gcra.tokens(gcra.tau()).max(1);
     let burst = u32::try_from(burst)
         .ok()
@@ -170,8 +169,8 @@ impl Denied {
     }
 }
 
-/// Returns the time until the bucket is full, according to a decision that was recorded earlier. Both times are
-/// monotonic, because the clock by which the decision states when the bucket is full may have been set since.
+/// Returns the time until the bucket is full, according to a decision that was recorded earlier. Uses the monotonic
+/// times `recorded` and `elapsed`, because the calendar clock that the decision uses may have been set since.
 fn debt_left(decision: &Decision, recorded: Elapsed, elapsed: Elapsed) -> Nanos {
     let debt = decision.rate.reset_at.saturating_since(decision.at);
     debt.saturating_sub(elapsed.saturating_since(recorded))
@@ -316,8 +315,8 @@ impl DenialCache {
     }
 
     /// Records a decision by the store, unless it is degraded. A denial by the rate is cached for at most
-    /// `rate_memory`. Usage counts as refilling since the call started at `asked_at`: the store may have decided at any
-    /// time after that, and a request that the store would allow must not be denied here.
+    /// `rate_memory`. The bucket is assumed to have been refilling since the call started at `asked_at`: the store may
+    /// have decided at any time after that, and a request that the store would allow must not be denied here.
     pub(super) fn record(
         &self,
         policies: &Policies,

@@ -3,10 +3,10 @@
 //! A job counts the replicas in PostgreSQL, so that a count is available when the shared counters are not. This module
 //! keeps the last count and decides how long to trust it.
 //!
-//! **The shares of all replicas together never exceed the full limit**, although each replica uses its own count, which
-//! may be outdated. A replica uses a count for only [`BELIEVED`] after the count began, and only if the replica itself
-//! has been counted for [`SETTLED`], which is longer. So every count in use includes every replica that takes a share:
-//! the divisor is at least the number of these replicas, and a replica's rank is at least its position among them. A
+//! **The shares of all replicas together never exceed the limit**, although each replica uses its own count, which may
+//! be outdated. A replica uses a count for only [`BELIEVED`] after the count began, and only if the replica itself has
+//! been counted for [`SETTLED`], which is longer. So every count in use includes every replica that takes a share: the
+//! divisor is at least the number of these replicas, and a replica's rank is at least its position among them. A
 //! replica that stops is still counted for [`FORGOTTEN`], which is long after it has stopped taking a share.
 
 use std::{

@@ -59,7 +59,7 @@ use crate::clock::{Clock, Monotonic};
 /// How often to call [`Limiter::prune`].
 pub const PRUNE_EVERY: std::time::Duration = std::time::Duration::from_secs(10);
 
-/// Decides requests. Cheap to clone.
+/// Decides whether requests are allowed. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Limiter {
     store: Arc<dyn LimitStore>,
@@ -101,8 +101,8 @@ impl Limiter {
         self.store.handle(tenant, key)
     }
 
-    /// Decides from memory, without blocking or allocating. If it returns `None`, call [`admit`](Self::admit), which
-    /// can wait.
+    /// Decides on a request from memory, without blocking or allocating. If it returns `None`, call
+    /// [`admit`](Self::admit), which can wait.
     #[inline]
     pub fn try_admit(
         &self,
@@ -120,8 +120,8 @@ impl Limiter {
         Some(decision)
     }
 
-    /// Decides, and waits for the store if necessary. Cancel safe: tokens taken by a canceled call are available to the
-    /// key's next request.
+    /// Decides on a request, and waits for the store if necessary. Cancel safe: tokens taken by a canceled call are
+    /// available to the key's next request.
     pub async fn admit(
         &self,
         handle: &Arc<KeyHandle>,
@@ -140,7 +140,7 @@ impl Limiter {
         Ok(decision)
     }
 
-    /// Decides like [`admit`](Self::admit), and also takes the cost from the tenant's quota.
+    /// Decides on a request like [`admit`](Self::admit), and also takes the cost from the tenant's quota.
     pub async fn admit_within(
         &self,
         quota: &TenantQuota,
@@ -171,13 +171,13 @@ impl Limiter {
     }
 
     /// Returns the key's state as known to this replica, with [`Outcome::Allowed`]. Does not take tokens or make calls.
-    /// Quotas are reported as full until the ledger has responded in the current window.
+    /// Until the ledger has responded in the current window, quotas are reported as unused.
     pub fn peek(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
         self.store.peek(handle, policies)
     }
 
     /// Returns the key's state without taking tokens. Calls the shared counters, if there are any, for the state of the
-    /// rate. Quotas are reported as full until the ledger has responded in the current window.
+    /// rate. Until the ledger has responded in the current window, quotas are reported as unused.
     pub async fn inspect(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
         self.store.inspect(handle, policies).await
     }

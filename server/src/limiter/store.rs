@@ -18,7 +18,7 @@ use super::{
 };
 use crate::clock::Nanos;
 
-/// Keeps rates and quotas, and decides requests.
+/// Tracks usage of rates and quotas, and decides on requests.
 ///
 /// Every store guarantees the following, for each key and all its policies together:
 ///
@@ -40,7 +40,7 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
     /// Returns a key's handle, which stays the same as long as it is in use or has state to keep.
     fn handle(&self, tenant: TenantId, key: ApiKeyId) -> Result<Arc<KeyHandle>, LimiterError>;
 
-    /// Decides without blocking. Returns `None` if it would have to wait.
+    /// Decides on a request without blocking. Returns `None` if a decision would require waiting.
     fn try_take(
         &self,
         handle: &Arc<KeyHandle>,
@@ -48,7 +48,7 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
         cost: NonZeroU32,
     ) -> Option<Decision>;
 
-    /// Decides, and waits if necessary. Dropping the future does not lose tokens.
+    /// Decides on a request, and waits if necessary. Dropping the future does not lose tokens.
     async fn take(
         &self,
         handle: &Arc<KeyHandle>,
@@ -56,7 +56,7 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
         cost: NonZeroU32,
     ) -> Result<Decision, LimiterError>;
 
-    /// Returns the key's state as known locally, without taking tokens.
+    /// Returns the key's state as known to this replica, without taking tokens.
     fn peek(&self, handle: &KeyHandle, policies: &Policies) -> Decision;
 
     /// Returns the key's state without taking tokens. The state of the rate comes from the shared counters. If there
@@ -69,7 +69,7 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
     fn is_local(&self) -> bool;
 
     /// Returns the maximum time for which a denial by the rate may be cached. After that, other replicas may have
-    /// returned tokens. `None` means until the denial's `retry_after` has passed.
+    /// returned tokens. `None` means that the denial may be cached until its `retry_after` has passed.
     fn denial_memory(&self, _policies: &Policies) -> Option<Nanos> {
         None
     }

@@ -121,7 +121,7 @@ impl Directory {
         Ok(true)
     }
 
-    /// Moves files that an earlier version set aside in the directory to the current location.
+    /// Moves files that an earlier version set aside in this directory to the folder for rejected files.
     pub fn move_rejected(&self) -> io::Result<()> {
         for path in paths(&self.path, |path| {
             path.extension().is_some_and(|it| it == EARLIER_EXTENSION)

@@ -108,7 +108,7 @@ struct Inner {
     is_half_full: AtomicBool,
 }
 
-/// Space for the record of a decision that is about to be made. Dropping it discards the space.
+/// Space for the record of a decision that is about to be made. Dropping the reservation discards the space.
 #[derive(Debug)]
 #[must_use = "a decision that is not recorded is lost"]
 pub struct Reservation<'a> {

@@ -90,7 +90,7 @@ fn read_at(file: &File, bytes: &mut [u8], position: u64) -> io::Result<usize> {
     Ok(read)
 }
 
-/// What a position in a segment contains.
+/// The content at a position in a segment.
 enum Found {
     Record {
         row: Box<UsageRecord>,

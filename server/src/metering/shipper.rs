@@ -66,7 +66,7 @@ impl Adopted {
     }
 }
 
-/// The segments of a directory, and why one of them could not be opened.
+/// The segments of a directory, and the first error if any of them could not be opened.
 type Sources = (Vec<(Source, PathBuf)>, Option<io::Error>);
 
 fn sources(directory: &Path, writer: Writer) -> io::Result<Sources> {
@@ -190,7 +190,7 @@ impl Shipper {
         }
     }
 
-    /// Returns what this process has recorded but not shipped yet.
+    /// Measures the backlog of this process.
     fn pending(&self) -> Pending {
         let (mut records, mut bytes, mut is_blocked) = (0, 0, false);
         let mut oldest = self.complete_until;

@@ -120,8 +120,8 @@ impl Redis {
         self.shared.generation.load(Ordering::Acquire)
     }
 
-    /// Returns the connection for a key. It stays the same as long as the connection lasts, so that a key's calls
-    /// arrive in order.
+    /// Returns the connection for a key. A key uses the same connection for as long as that connection lasts, so that
+    /// the key's calls arrive in order.
     pub fn link(&self, key: &str) -> Result<Link, CallError> {
         let slots = &self.shared.slots;
         let first = if slots.len() == 1 {

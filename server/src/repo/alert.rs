@@ -134,7 +134,7 @@ pub async fn tenants_with_quotas(tx: &mut SystemTx) -> Result<Vec<Uuid>, DbError
     Ok(tenants.into_iter().map(|it| it.tenant_id).collect())
 }
 
-/// How far a tenant's usage has been checked.
+/// The progress of checking a tenant's usage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Progress {
     /// Usage of all keys has been checked up to this position in the log. -1 if no usage has been checked.
@@ -243,8 +243,8 @@ pub async fn keys(
         id: Uuid,
     }
     let found: Vec<Key> = match keys {
-        // Not restricted by time, because replicas can ship records late. The index on positions finds the range in
-        // each of the log's daily partitions.
+        // Not restricted by time, because replicas can ship records long after the requests. The index on positions
+        // finds the range in each of the log's daily partitions.
         Keys::Used { after, until } => {
             sql_query(
                 "SELECT DISTINCT key_id AS id FROM usage_log \
@@ -298,12 +298,13 @@ pub struct QuotaStanding {
     pub window_end: DateTime<Utc>,
 }
 
-/// How long before its check usage happened. It is recorded late if a replica cannot reach PostgreSQL.
+/// How long ago the usage being checked occurred. Usage is recorded late if a replica cannot reach PostgreSQL.
 #[derive(Debug, Clone, Default)]
 pub struct Lateness {
     /// The time of each key's oldest usage.
     oldest: HashMap<Uuid, DateTime<Utc>>,
-    /// The usage of all keys may be up to a day old, because reading the time of every record would take too long.
+    /// Whether the age of the usage is unknown, because reading the time of every record would take too long. If so, it
+    /// may be up to a day.
     is_unknown: bool,
 }
 
@@ -315,7 +316,7 @@ impl Lateness {
         }
     }
 
-    /// Reads how late the records in these positions of the log are.
+    /// Determines how long ago the usage in this part of the log occurred.
     pub async fn of_records(
         tx: &mut SystemTx,
         tenant: TenantId,
@@ -343,10 +344,10 @@ impl Lateness {
     }
 }
 
-/// Returns the windows of these keys' quotas of which at least `percent` is taken, except those with an alert that they
-/// are used up: current windows, windows that ended in the last quarter of an hour, and windows in which the usage to
-/// check happened. The last are omitted if the key or its plan was edited since, because their quota is unknown. The
-/// quota of a shortened window is that of [`quota_usage::take`](super::quota_usage::take).
+/// Returns these keys' quota windows in which at least `percent` is used, unless an alert already says that the quota
+/// is used up. Considers current windows, windows that ended in the last 15 minutes, and windows in which the usage
+/// being checked occurred. Omits windows of the last kind if the key or its plan has been edited since, because their
+/// quota is unknown. Calculates the quota of a shortened window like [`quota_usage::take`](super::quota_usage::take).
 pub async fn standings(
     tx: &mut SystemTx,
     tenant: TenantId,

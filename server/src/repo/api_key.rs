@@ -105,7 +105,7 @@ pub struct KeyFacts {
     pub time_zone: String,
 }
 
-/// Fails with `api_keys_plan_fkey` if the tenant does not have the plan.
+/// Inserts a key. Fails with `api_keys_plan_fkey` if the tenant does not have the plan.
 pub async fn insert(tx: &mut TenantTx, key: &NewApiKey<'_>) -> Result<ApiKeyRow, DbError> {
     let query = diesel::insert_into(api_keys::table)
         .values(key)
@@ -145,7 +145,7 @@ find_by_id!(
 );
 
 update_by_id!(
-    /// Fails with `api_keys_plan_fkey` if the tenant does not have the plan.
+    /// Updates a key. Fails with `api_keys_plan_fkey` if the tenant does not have the plan.
     pub fn update in api_keys, ApiKeyChange -> ApiKeyRow
 );
 
@@ -299,7 +299,7 @@ impl FactsRow {
     }
 }
 
-/// A query for keys with all data that decisions depend on.
+/// Returns a query for keys with all the data that decisions depend on.
 #[auto_type]
 fn with_facts() -> _ {
     let plan = plans::tenant_id

@@ -82,7 +82,7 @@ pub struct PeriodUsage {
     pub error_at: Option<DateTime<Utc>>,
 }
 
-/// Returns the usage since the start of a billing period. All usage of the hour in which the period started is included
+/// Returns the usage since the start of a billing period. All usage in the hour in which the period started is included
 /// until that hour has been divided into reports.
 pub async fn usage_since(
     tx: &mut TenantTx,

@@ -1,4 +1,4 @@
-//! All SQL, with one file per noun.
+//! All SQL. Each kind of resource has its own file.
 //!
 //! Every function takes the transaction that it runs in. A [`TenantTx`](crate::db::TenantTx) belongs to one tenant, and
 //! row-level security restricts it to that tenant's rows. A [`SystemTx`] is for the server's own work. Rows have their
@@ -132,7 +132,7 @@ pub struct Slice {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SortBy {
     CreatedAt,
-    /// Case-insensitive.
+    /// The name, ignoring case.
     Name,
     LastUsed,
 }

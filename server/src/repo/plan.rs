@@ -74,7 +74,7 @@ pub struct PlanChange<'a> {
     pub billing: Option<&'a str>,
 }
 
-/// Fails with `plans_name_key` if the name is already in use.
+/// Inserts a plan. Fails with `plans_name_key` if the name is already in use.
 pub async fn insert(tx: &mut TenantTx, plan: &NewPlan<'_>) -> Result<PlanRow, DbError> {
     let query = diesel::insert_into(plans::table)
         .values(plan)
@@ -149,7 +149,7 @@ async fn with_keys(
 }
 
 update_by_id!(
-    /// Fails with `plans_name_key` if the name is already in use.
+    /// Updates a plan. Fails with `plans_name_key` if the name is already in use.
     pub fn update in plans, PlanChange -> PlanRow
 );
 

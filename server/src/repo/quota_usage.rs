@@ -159,9 +159,9 @@ pub async fn take(
     Ok(in_order(asks.len(), numbered))
 }
 
-/// Waits until no other transaction opens windows of these keys and policies, and blocks such transactions until this
-/// one ends. The number of requests must not exceed the number of locks that PostgreSQL allows per transaction (64 by
-/// default).
+/// Waits until no other transaction is opening windows for these keys and policies, and blocks such transactions until
+/// this one ends. The number of requests must not exceed the number of locks that PostgreSQL allows per transaction (64
+/// by default).
 pub async fn lock(tx: &mut SystemTx, asks: &[Ask]) -> Result<(), DbError> {
     let mut locks: Vec<i32> = asks.iter().map(Ask::lock).collect();
     // Locks are acquired in ascending order everywhere.

@@ -35,7 +35,8 @@ pub struct Appended {
 /// timeouts would only make it start over.
 const TIMEOUTS: &str = "SET LOCAL statement_timeout = '30s'; SET LOCAL lock_timeout = '10s'";
 
-/// The number of rows per statement. Encoding more rows would block a request-serving thread for several milliseconds.
+/// The maximum number of rows per statement. Encoding more rows would block a request-serving thread for several
+/// milliseconds.
 const CHUNK: usize = 1_000;
 
 /// Locks the tenants and assigns numbers to the rows. Later statements see everything that was committed before the

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
-/// A decision on a known key. Its time also counts as a use of the key.
+/// A decision on a known key. The decision also counts as a use of the key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UsageRecord {
     pub event_id: Uuid,

@@ -1,4 +1,4 @@
-//! How far each usage segment has been shipped, and the records that each replica has left to ship.
+//! The progress of shipping each usage segment, and the records that each replica has left to ship.
 //!
 //! A cursor moves in the transaction that inserts the shipped records, and only if it is still at the position that the
 //! shipper read from. So each record is inserted exactly once, even if several processes ship the same segment or the

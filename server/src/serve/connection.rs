@@ -63,7 +63,7 @@ pub(super) struct Connection {
     /// HTTP/1: the number of requests so far. Wraps around on overflow.
     requests: AtomicU32,
     http2: Mutex<Requests>,
-    /// `None` if the connection is not counted.
+    /// `None` if the connection's memory use is not counted.
     memory: Option<Arc<Memory>>,
     /// The amount that was last reported to `memory`.
     held: AtomicUsize,
@@ -212,7 +212,7 @@ impl Connection {
         }
     }
 
-    /// Records that the socket currently does not accept these `length` bytes.
+    /// Records that the socket is not accepting these `length` bytes at the moment.
     pub(super) fn is_write_blocked(&self, length: usize) {
         if !self.is_http2() {
             self.head_began.store(0, Ordering::Relaxed);
@@ -223,12 +223,12 @@ impl Connection {
         }
     }
 
-    /// HTTP/1: returns the number of requests so far.
+    /// Returns the number of HTTP/1 requests so far.
     pub(super) fn requests(&self) -> u32 {
         self.requests.load(Ordering::Relaxed)
     }
 
-    /// HTTP/1: returns whether every response has been passed to the socket.
+    /// Returns whether every HTTP/1 response has been passed to the socket.
     pub(super) fn has_responded(&self) -> bool {
         self.in_flight.load(Ordering::Acquire) == 0
             && self.write_blocked.load(Ordering::Relaxed) == 0

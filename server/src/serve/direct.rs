@@ -1,9 +1,9 @@
 //! Serves plain requests directly from the bytes of a connection, without hyper.
 //!
 //! Requests that the endpoint accepts are served here, in order. A plain request that the endpoint does not accept is
-//! lent to hyper. hyper gets only the bytes of that request, since its end is known, so it has not read anything
-//! further when its response has been sent. The first request that is not plain ends the direct service: hyper takes
-//! over the connection, starting with that request.
+//! lent to hyper. hyper gets only the bytes of that request, since the request's end is known. So hyper has not read
+//! any later bytes when its response has been sent. The first request that is not plain ends the direct service: hyper
+//! takes over the connection, starting with that request.
 //!
 //! The stream and the connection's deadlines work as they do with hyper; see [`super::connection`].
 
@@ -63,7 +63,7 @@ enum Next {
 }
 
 impl<D: DirectEndpoint> DirectService<'_, D> {
-    /// Serves until the first request that is not plain. Returns the stream with that request, or `None` if the
+    /// Serves requests until the first one that is not plain. Returns the stream with that request, or `None` if the
     /// connection has ended. Until then, `http` serves the requests that are not accepted, on `lent`.
     pub(super) async fn serve<H>(
         &self,

@@ -128,12 +128,12 @@ struct Request {
     received: usize,
 }
 
-/// What the client has to do next, and since when the connection has been waiting for it.
+/// When the connection started to wait for the client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Waiting {
-    /// The rest of a request head.
+    /// The start of the wait for the rest of a request head.
     pub(super) head: Option<u64>,
-    /// The oldest response that the client has not read, or that was reset.
+    /// The start of the wait for the oldest response that the client has not read, or that was reset.
     pub(super) response: Option<u64>,
     /// Whether any request is open.
     pub(super) has_open: bool,

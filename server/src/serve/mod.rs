@@ -112,8 +112,8 @@ pub fn bind(addr: SocketAddr) -> io::Result<BoundSocket> {
     Ok(BoundSocket(socket))
 }
 
-/// Serves until `stop` completes, and then waits up to `timeouts.drain` for requests in flight. `direct` responds to
-/// the plain requests that it accepts, and `endpoint` to all others.
+/// Serves connections until `stop` completes, and then waits up to `timeouts.drain` for requests in flight. `direct`
+/// responds to the plain requests that it accepts, and `endpoint` to all others.
 pub async fn serve<E, D>(
     listener: TcpListener,
     endpoint: E,

@@ -35,8 +35,8 @@ pub struct Timeouts {
 #[derive(Debug, Clone)]
 pub struct Limits {
     pub connections: usize,
-    /// The maximum number of connections per IPv4 address or IPv6 /64, not counting those that have authenticated.
-    /// During a connection's first second, its address may have twice as many. 0 means no limit.
+    /// The maximum number of connections per IPv4 address or IPv6 /64, not counting connections that have
+    /// authenticated. During a connection's first second, its address may have twice as many. 0 means no limit.
     pub per_address: usize,
     /// The same limit per IPv4 /24 or IPv6 /56. An IPv6 /48 may have twice as many.
     pub per_network: usize,

@@ -24,7 +24,7 @@ use crate::{
 
 /// Seconds until another replica may repeat an attempt. Longer than any attempt, including recording its result.
 const LEASE: i32 = 60;
-/// The pauses between attempts, in seconds. They add up to a day.
+/// The pauses between attempts, in seconds. Their sum is about a day.
 const PAUSES: [i64; 9] = [5, 60, 300, 1800, 3600, 7200, 14_400, 21_600, 37_000];
 /// The longest pause that an endpoint can request, in seconds.
 const PAUSE_MAX: i64 = 12 * 3600;

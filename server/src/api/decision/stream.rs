@@ -165,8 +165,8 @@ impl Tail {
     }
 }
 
-/// Closes the connection of a stream that must end but is not being read. Dropping the guard stops this task and frees
-/// the stream's place.
+/// Closes the connection of a stream that must end but is not being read. Dropping the guard stops the task and frees
+/// the stream's slot.
 struct Guard(JoinHandle<()>);
 
 impl Guard {

@@ -17,8 +17,8 @@ pub enum Judgment {
     Correct,
 }
 
-/// A permitted attempt. When it is dropped, the effect on its counters depends on its [`Judgment`]: a wrong password
-/// remains counted, a correct one only by the `Keep` counters, and an attempt without verification not at all.
+/// A permitted attempt. When it is dropped, its [`Judgment`] determines which counters still count it: all of them
+/// after a wrong password, only the `Keep` counters after a correct one, and none if no password was verified.
 #[derive(Debug)]
 pub struct Attempt {
     pub(super) attempts: Arc<Attempts>,
@@ -45,7 +45,7 @@ impl Attempt {
             .count()
     }
 
-    /// Records that the sign-in succeeded: treats each counter as its [`OnSuccess`] says.
+    /// Records that the sign-in succeeded. Updates each counter according to its [`OnSuccess`].
     pub async fn succeeded(mut self) {
         let (cleared, kept) = (self.count(OnSuccess::Clear), self.count(OnSuccess::Keep));
         let task = self.take_back(cleared, kept);

@@ -1,4 +1,4 @@
-//! The circuit breaker of a partition of the shared counters.
+//! The circuit breaker for a partition of the shared counters.
 //!
 //! Decides when an outage begins, and records the latest time received from the counters. The store sends the probes.
 
@@ -15,13 +15,13 @@ use crate::{
 };
 
 /// The breaker opens after [`FAILURES`] consecutive failures without a success for [`SILENCE`]. The second condition is
-/// needed because if the process is not scheduled for a moment, many of its calls fail at the same time although the
+/// needed because if the process is not scheduled for a moment, many of its calls fail at the same time even though the
 /// counters work.
 const FAILURES: u32 = 5;
 pub(super) const SILENCE: Duration = Duration::from_millis(200);
 
-/// The breaker also opens if at least half of [`CALLS`] or more calls fail within [`SPAN`], provided that the span
-/// began at least [`SILENCE`] ago.
+/// The breaker also opens if at least [`CALLS`] calls are made within [`SPAN`] and at least half of them fail, provided
+/// that the span began at least [`SILENCE`] ago.
 const CALLS: u32 = 20;
 const SPAN: Nanos = Nanos::from_secs(1);
 
@@ -29,7 +29,7 @@ const SPAN: Nanos = Nanos::from_secs(1);
 /// back.
 const TURNED_BACK: u64 = 1_000_000;
 
-/// The circuit breaker of one partition.
+/// The circuit breaker for one partition.
 #[derive(Debug)]
 pub(super) struct CircuitBreaker {
     away: AtomicBool,
@@ -74,7 +74,7 @@ pub(super) struct Outage {
 
 impl Outage {
     /// Returns whether the promised epoch may have started, and this replica may be about to use the counters again.
-    /// Requests that it allowed now would come on top of those that the counters allow.
+    /// Requests that this replica allowed now would be in addition to those that the counters allow.
     pub(super) fn is_paused(self, now: Monotonic) -> bool {
         self.paused
             .is_some_and(|pause| pause.from <= now && now < pause.until)

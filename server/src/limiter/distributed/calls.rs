@@ -1,12 +1,13 @@
 //! Calls to the counters, and their outcomes.
 //!
 //! Calls run in separate tasks, so that a request can be canceled while it waits, a late response is still used, and no
-//! tokens are lost. All waiting requests of a key share one call, which requests all the tokens they need. Requests
+//! tokens are lost. All waiting requests for a key share one call, which requests all the tokens they need. Requests
 //! that arrive during a call are decided by the next one. It starts when the first call ends, or sooner if the bucket
 //! could fill up in the meantime. Each call has a deadline, and a request waits for at most two calls.
 //!
-//! If a call fails, its requests are notified. If it is late, they keep waiting for up to two deadlines in total. The
-//! remaining tokens of a late response are held like any lease if the plan allows it, and returned otherwise.
+//! If a call fails, its requests are notified. If a call is late, its requests keep waiting for up to two deadlines in
+//! total. Tokens from a late response that no request needs are kept as a lease if the plan allows leases, and are
+//! returned otherwise.
 
 use std::{
     collections::BTreeMap,
@@ -72,7 +73,7 @@ impl StoreCore {
         &self.partitions[usize::from(self.partition_of(handle.key))]
     }
 
-    /// Builds a call for a key that takes no tokens and returns `back`.
+    /// Builds a call for a key. The call returns `back` and takes no tokens.
     pub(super) fn call(&self, handle: &KeyHandle, terms: Terms, back: Option<Unspent>) -> TakeCall {
         let partition = self.partition_of(handle.key);
         let back = back.unwrap_or_default();
@@ -124,8 +125,8 @@ impl StoreCore {
         self.ask_until(call, || ()).await;
     }
 
-    /// Returns the time until the bucket is full, according to the counters. `None` if they do not respond
-    /// in time.
+    /// Returns the time until the bucket is full, according to the counters. Returns `None` if the counters do not
+    /// respond in time.
     pub(super) async fn look_up_debt(&self, handle: &KeyHandle, terms: Terms) -> Option<Nanos> {
         if self.partition(handle).is_away() {
             return None;

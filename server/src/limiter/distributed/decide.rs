@@ -1,4 +1,4 @@
-//! One decision: from local tokens, by a call to the counters, or without them.
+//! Makes a decision: with local tokens, with a call to the counters, or without the counters.
 //!
 //! Takes the cost from the quotas and the rate together, or from neither. While the counters are unavailable, applies
 //! the plan's fallback setting.
@@ -229,7 +229,7 @@ impl StoreCore {
         let gcra = policies.gcra();
         let (outcome, rate) = match on_failure {
             OnRedisFailure::Closed => return Err(LimiterError::CountersAway),
-            // Decides as if this were the only replica.
+            // Decide as if this were the only replica.
             OnRedisFailure::Open => {
                 let mut denial = Denial::default();
                 denial.add_rate(state.take_rate(cost, now));
@@ -258,7 +258,7 @@ impl StoreCore {
                         let debt = share.tat.saturating_since(monotonic);
                         (verdict, rate(policies, now, debt.min(gcra.tau())))
                     }
-                    // There is no outage (only this call failed), or this replica has no slot. Its share counts as
+                    // There is no outage (only this call failed), or this replica has no slot. Treat its share as
                     // empty.
                     _ => (Err(A_SECOND), rate(policies, now, gcra.tau())),
                 };
@@ -349,7 +349,7 @@ impl StoreCore {
     }
 }
 
-/// Returns a decision with the rate as known locally.
+/// Returns a decision that reports the state of the rate as known to this replica.
 pub(super) fn decision(
     state: &mut KeyState,
     policies: &Policies,

@@ -229,14 +229,14 @@ impl LeaseFetch {
     }
 
     /// If the bucket has too few tokens, denies requests locally until it has enough, but only for a short time, since
-    /// other replicas may return tokens. An empty bucket is left alone for part of the lease TTL, so that tokens
-    /// accumulate and are not fetched one by one. That time is too short for the bucket to fill up.
+    /// other replicas may return tokens. If the bucket is empty, the counters are not called for part of the lease TTL,
+    /// so that tokens accumulate and are not fetched one by one. That time is too short for the bucket to fill up.
     ///
     /// The time is measured from the start of the call. The counters decide a little later, but the next call takes
     /// just as long to reach them, so measuring from the response would count the time in transit twice.
     fn hold(&self, lease: &mut Lease, grant: Unspent, debt: Nanos, refused: Option<u64>) {
         let (call, ttl) = (&self.call, self.inner.ttl);
-        // A debt above `tau` comes from another version of the plan and is not comparable.
+        // A debt above `tau` comes from another version of the plan and cannot be compared.
         let Some(left) = call.tau.0.checked_sub(debt.0).map(Nanos) else {
             return;
         };

@@ -1,8 +1,9 @@
 //! The distributed store: buckets that all replicas share, leases, and decisions during an outage.
 //!
 //! Decides when to call the shared counters. Calendar quotas use blocks from the ledger, as in the local store, but the
-//! blocks of all replicas together are no larger than one block there. Does not depend on Redis: the counters are a
-//! trait ([`SharedCounters`]), implemented by a script in Redis and, in the simulation, by a model of that script.
+//! blocks of all replicas together are no larger than one block in the local store. Does not depend on Redis: the
+//! counters are a trait ([`SharedCounters`]), implemented by a script in Redis and, in the simulation, by a model of
+//! that script.
 //!
 //! ```text
 //! local tokens          ─ spend them, no I/O
@@ -13,13 +14,13 @@
 //!
 //! **Guarantees.** In any window of `T` seconds, all replicas together allow at most `burst + rate · (T + ttl)`, or at
 //! most `burst + rate · T` if the counters decide every request ([`lease`](crate::limiter::rate::lease) explains why).
-//! Calendar quotas are exact: the ledger counts a token before it is spent. The full burst of an idle key, sent to one
-//! replica all at once, is allowed within two round trips.
+//! Calendar quotas are exact: the ledger counts a token before it is spent. If an idle key sends its entire burst to
+//! one replica all at once, the requests are allowed after at most two round trips to the counters.
 //!
 //! **Deadlines.** A call whose response is late counts as failed. A request waits for at most two deadlines: for the
-//! call in flight when it arrives and the next call, or for a late response. Then it is decided without the counters.
-//! It also waits for at most two calls to the ledger. Its quota tokens are reserved before its rate tokens are taken,
-//! so that no rate tokens are taken for a request that the quota then denies.
+//! call in flight when it arrives and the next call, or for a late response. After that, the request is decided without
+//! the counters. It also waits for at most two calls to the ledger. Its quota tokens are reserved before its rate
+//! tokens are taken, so that no rate tokens are taken for a request that the quota then denies.
 //!
 //! **While the counters are unavailable** ([`breaker`] decides when), a replica follows the plan's fallback setting.
 //! With `Share`, it uses a separate bucket of `burst / replicas` and `rate / replicas`, which starts *empty* shortly
@@ -31,10 +32,10 @@
 //! **When the counters are available again**, they do not know which requests were allowed without them, and may have
 //! lost their state. So after a loss of state, or an outage in which no replica got a response, they start a *new
 //! epoch* with every bucket empty. It starts at one moment on their own clock, slightly in the future. Until then, all
-//! replicas decide as during the outage. If only one replica had an outage, it simply resumes. A replica that has just
-//! started cannot know whether other replicas have an outage. If no replica has had a response for 0.8 s, it causes a
-//! new epoch as well, unless all other replicas have just started too. (In a cluster, it does not, because partitions
-//! may be idle for a long time.)
+//! replicas decide as during the outage. If only one replica had an outage, that replica resumes its calls. A replica
+//! that has just started cannot know whether other replicas have an outage. If no replica has received a response for
+//! 0.8 s, the new replica also causes a new epoch, unless all other replicas have just started too. (In a cluster, a
+//! new replica never causes an epoch, because partitions may be idle for a long time.)
 //!
 //! **Edits.** An edit does not change the number of missing tokens. If more tokens are missing than a smaller burst can
 //! hold, the rest is missing again when the burst is raised, less what would have refilled while the bucket was full. A
@@ -97,7 +98,7 @@ use crate::{
 pub struct DistributedStore(Arc<StoreCore>);
 
 impl DistributedStore {
-    /// Also starts the task that sends heartbeats. The task ends with the store.
+    /// Creates the store, and starts the task that sends heartbeats. The task ends when the store is dropped.
     pub fn new(
         clock: Arc<dyn Clock>,
         ledger: Arc<dyn QuotaLedger>,

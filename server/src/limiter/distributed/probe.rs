@@ -16,9 +16,9 @@ use crate::{
 /// The maximum interval between probes, and by how much it varies.
 const PROBE_EVERY: Duration = Duration::from_millis(250);
 const PROBE_JITTER: Duration = Duration::from_millis(50);
-/// How long after the last call a heartbeat is sent, and how long after a failed call. Short enough that all replicas
-/// detect an outage within half a second. A call for tokens confirms the last response just like a heartbeat. So a
-/// replica that renews leases, which takes a call every 90 ms with the default settings, does not send heartbeats.
+/// How long after the last call a heartbeat is sent, if that call succeeded or if it failed. Short enough that all
+/// replicas detect an outage within half a second. A call for tokens confirms the last response just like a heartbeat.
+/// So a replica that renews leases, which takes a call every 90 ms with the default settings, does not send heartbeats.
 const HEARTBEAT_EVERY: Duration = Duration::from_millis(110);
 const SUSPECT_EVERY: Duration = Duration::from_millis(50);
 /// How often to check whether a heartbeat is due.
@@ -31,7 +31,7 @@ const PROBE_DEADLINE: Duration = Duration::from_millis(250);
 /// How long an unused partition continues to get heartbeats.
 const IN_USE: Nanos = Nanos::from_secs(10);
 
-/// The maximum time between the starts of two calls of a replica that gets responses.
+/// The maximum time between the starts of two consecutive calls by a replica that gets responses.
 const CALL_EVERY: Duration = HEARTBEAT_EVERY.saturating_add(TICK);
 
 /// The delay before the first probe in an outage, if responses take no time.

@@ -34,7 +34,7 @@ const EPOCH_DELAY: u64 = 600_000;
 /// The time from a loss of state to the new epoch exceeds the timeout of a call by at least this many microseconds.
 const UNPROBED: u64 = 350_000;
 
-/// The number of buckets per command, so that no other call waits long for it.
+/// The maximum number of buckets to delete per command, so that other calls do not wait long.
 const DELETED_AT_ONCE: usize = 100;
 
 const TAKE: &str = include_str!("take.lua");
@@ -93,8 +93,8 @@ impl RedisCounters {
         TAKE
     }
 
-    /// Starts an epoch with full buckets if this Redis has no state. Call only once per deployment: later, an empty
-    /// Redis means that it has lost its state.
+    /// Starts an epoch with full buckets if this Redis has no state. Call only once per deployment: after that, an
+    /// empty Redis has lost its state.
     pub async fn begin(&self) -> Result<(), CounterError> {
         let first = Script::new(FIRST);
         for partition in 0..self.partitions {
@@ -190,7 +190,7 @@ impl SharedCounters for RedisCounters {
             for bucket in buckets {
                 unlink.arg(self.bucket(partition, *bucket));
             }
-            // The connection of the partition's epoch is that of its node.
+            // The key of the partition's epoch selects a connection to the partition's node.
             let epoch = self.epoch(partition);
             self.redis.query(&epoch, &unlink).await.map_err(error)?;
         }

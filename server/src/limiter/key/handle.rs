@@ -7,7 +7,7 @@ use tokio::sync::Notify;
 use super::state::KeyState;
 use crate::limiter::denial_cache::DenialCache;
 
-/// The limiter's state of one key. Stored in the key's cached record, so that a decision does not need a lookup.
+/// The limiter's state for one key. Stored in the key's cached record, so that a decision does not need a lookup.
 #[derive(Debug)]
 pub struct KeyHandle {
     pub(in crate::limiter) tenant: TenantId,

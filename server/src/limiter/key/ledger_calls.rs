@@ -68,7 +68,7 @@ pub struct LedgerConnections {
 }
 
 impl LedgerConnections {
-    /// A `count` of zero is treated as 1.
+    /// Creates `count` connections. A count of zero is treated as 1.
     pub fn new(count: usize) -> Self {
         let count = count.max(1);
         Self {
@@ -117,7 +117,7 @@ pub(in crate::limiter) struct LedgerCalls {
 }
 
 impl LedgerCalls {
-    /// Calls are abandoned after `deadline`.
+    /// Creates the queue. Calls are abandoned after `deadline`.
     pub(in crate::limiter) fn new(
         clock: Arc<dyn Clock>,
         ledger: Arc<dyn QuotaLedger>,
@@ -281,7 +281,7 @@ impl LedgerCalls {
         }
     }
 
-    /// Returns the tokens of a call whose return has not begun.
+    /// Starts to return the tokens of a call whose return has not begun.
     pub(super) fn give_back_of(self: &Arc<Self>, call: &Call) {
         for (window_start, n) in &call.order.give_back {
             self.give_back(call.row(*window_start), *n);

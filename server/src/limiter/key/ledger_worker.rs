@@ -117,7 +117,7 @@ impl Worker {
         }
     }
 
-    /// Returns whether there is work, or else ends the worker.
+    /// Returns whether there is work. If there is none, ends the worker.
     fn has_work(&mut self) -> bool {
         self.has_begun = true;
         let calls = Arc::clone(&self.calls);
@@ -132,7 +132,7 @@ impl Worker {
         has_work
     }
 
-    /// Returns the next batch of takes. `None`: other workers have taken all of them.
+    /// Returns the next batch of takes. Returns `None` if other workers have taken all of them.
     fn next_takes(&self) -> Option<Takes> {
         let mut queue = self.calls.queue.lock();
         let is_ahead =
@@ -154,7 +154,7 @@ impl Worker {
         })
     }
 
-    /// Returns the next batch of returns. `None`: other workers have taken all of them.
+    /// Returns the next batch of returns. Returns `None` if other workers have taken all of them.
     fn next_returns(&self) -> Option<Returns> {
         let mut queue = self.calls.queue.lock();
         let batch = queue.retries.pop_front().or_else(|| {
@@ -215,7 +215,7 @@ impl Takes {
         owing.take().await;
     }
 
-    /// Returns what the calls owe. If that fails, they end.
+    /// Gives back the tokens that the calls owe to the ledger. If that fails, ends the calls.
     async fn give_back(&mut self) {
         let mut owed = BTreeMap::new();
         for call in &mut self.list {

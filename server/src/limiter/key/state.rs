@@ -116,7 +116,7 @@ impl KeyState {
         }
     }
 
-    /// Applies `policies` and moves to `now`. `replicas` is the number of replicas that share each quota.
+    /// Applies `policies` and brings the state up to `now`. `replicas` is the number of replicas that share each quota.
     pub(in crate::limiter) fn follow(
         &mut self,
         policies: &Policies,
@@ -150,7 +150,8 @@ impl KeyState {
         self.used_at = self.used_at.min(now);
     }
 
-    /// Moves the blocks to the windows that contain `now`. `replicas` is the number of replicas that share each quota.
+    /// Switches the blocks to the windows that contain `now`. `replicas` is the number of replicas that share each
+    /// quota.
     pub(in crate::limiter) fn enter_windows(&mut self, now: UnixNanos, replicas: u64) {
         self.daily.share_among(replicas);
         self.monthly.share_among(replicas);
@@ -401,7 +402,7 @@ impl KeyState {
         (needs != [None, None]).then_some(needs)
     }
 
-    /// Returns how often the ledger has failed for the block of a policy.
+    /// Returns how often the ledger has failed for a policy's block.
     pub(in crate::limiter) fn failures(&self, policy: Policy) -> u64 {
         match policy {
             Policy::Rpm | Policy::TenantMonthly => 0,
@@ -415,7 +416,7 @@ impl KeyState {
         self.monthly.tidy(self.waited_for);
     }
 
-    /// Returns whether this state equals a new key's.
+    /// Returns whether this state is the same as a new key's.
     pub(in crate::limiter) fn is_forgettable(&self, now: UnixNanos, monotonic: Monotonic) -> bool {
         self.tat.saturating_add(self.beyond) <= now
             && self

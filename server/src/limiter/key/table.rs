@@ -41,7 +41,7 @@ use crate::{
     },
 };
 
-/// Enough that cores rarely contend for a shard, and few enough to iterate over.
+/// The number of shards: enough that cores rarely contend for a shard, and few enough to iterate over.
 const SHARDS: usize = 64;
 
 /// The minimum time between two searches of a full shard for keys that can be dropped.
@@ -221,8 +221,8 @@ impl KeyTable {
         (state, now)
     }
 
-    /// Follow-up work after a decision, or after an attempt that could not decide: returns surplus tokens and starts to
-    /// fetch missing ones.
+    /// Does the follow-up work after a decision, or after an attempt that could not decide: returns surplus tokens and
+    /// starts to fetch missing ones.
     #[inline]
     pub(in crate::limiter) fn after(
         &self,
@@ -303,7 +303,7 @@ impl KeyTable {
                 return Err(LimiterError::Draining);
             }
             let mut call_ended = pin!(handle.call_ended.notified());
-            // From here on, no notification is missed, even one that arrives before the wait below.
+            // From here on, no notification is missed, even one that arrives before the wait begins.
             call_ended.as_mut().enable();
             let missing = match attempt() {
                 Ok(done) => return Ok(done),

@@ -31,7 +31,8 @@ const PATIENCE_MAX: Nanos = PATIENCE.saturating_mul(8);
 /// How long a block may be unused before it is returned, if other replicas may need it.
 const IDLE: Nanos = Nanos::from_secs(10);
 
-/// If other replicas may need the rest, a block lasts for `PACED_FOR` times `PACED` at the pace of the last `PACED`.
+/// If other replicas may need the rest of the quota, a block is sized to last for `PACED_FOR` times `PACED` at the pace
+/// of the last `PACED`.
 const PACED: Nanos = Nanos::from_secs(10);
 const PACED_FOR: u64 = 6;
 
@@ -256,9 +257,9 @@ impl Block {
         }
     }
 
-    /// Moves to the window that contains `now`. `calendar` is the day or month that contains `now`. Tokens of the old
-    /// window are owed to it: the window may not have ended (if the clock was set back), and if it has, returning them
-    /// makes its row show the actual usage.
+    /// Switches to the window that contains `now`. `calendar` is the day or month that contains `now`. Tokens of the
+    /// old window are owed to it: the window may not have ended (if the clock was set back), and if it has, returning
+    /// them makes its row show the actual usage.
     pub(in crate::limiter) fn enter(&mut self, calendar: Window, now: UnixNanos) {
         let before = (self.known && self.used > self.held).then_some(self.window);
         self.surrender();
@@ -342,8 +343,9 @@ impl Block {
         }
     }
 
-    /// If other replicas share the quota, marks held tokens as owed that are probably not needed soon, in addition to
-    /// `waited_for`: all of them if none were used for a while. Returns whether there were any.
+    /// If other replicas share the quota, marks held tokens as owed that are probably not needed soon: all of them if
+    /// none were used recently, and otherwise those that [`tidy`](Self::tidy) marks. Returns whether any tokens were
+    /// marked.
     pub(in crate::limiter) fn give_up_unneeded(&mut self, now: UnixNanos, waited_for: u64) -> bool {
         self.pace.measure(now);
         if self.replicas == 1 || self.held == 0 || self.fetching {
@@ -364,7 +366,7 @@ impl Block {
         (self.limit != 0).then_some(self.quota)
     }
 
-    /// Returns the remaining quota. Until the ledger has responded, this is the full quota.
+    /// Returns the remaining quota. Until the ledger has responded, this is the entire quota.
     pub(in crate::limiter) fn remaining(&self) -> u64 {
         self.quota
             .saturating_sub(self.used.saturating_sub(self.held))
@@ -413,7 +415,7 @@ impl Block {
         owed.into_iter().map(|(window, n)| (window.start, n))
     }
 
-    /// Returns whether the block can be dropped: no tokens held or owed, and no call in flight.
+    /// Returns whether the block can be dropped: it neither holds nor owes tokens, and no call is in flight.
     pub(in crate::limiter) fn is_forgettable(&self) -> bool {
         self.held == 0 && self.owed.is_empty() && !self.fetching && matches!(self.next, Next::None)
     }

@@ -26,7 +26,7 @@ impl CounterMicros {
 /// See [`TakeCall::away_since`].
 pub const NEVER_HEARD: CounterMicros = CounterMicros(1);
 
-/// What a bucket belongs to.
+/// Identifies a bucket in a partition.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum BucketName {
     Key(TenantId, ApiKeyId),

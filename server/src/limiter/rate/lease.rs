@@ -7,9 +7,9 @@
 //! `T + ttl` seconds, the counters grant at most `burst + rate * (T + ttl)` to all replicas together. Returning tokens
 //! does not break this bound, because it never makes the bucket fuller than if they had not been taken.
 //!
-//! **Lease size.** Tokens that requests are waiting for are requested in full. How many tokens are held for later
-//! depends on the key's pace on this replica, and is at most a tenth of the burst. A reserve covers the duration of the
-//! next call, so that the lease of a key with a steady pace is renewed just before it expires.
+//! **Lease size.** Tokens that requests are waiting for are requested in full. The number of tokens held for later
+//! depends on the key's pace on this replica, up to a tenth of the burst. A reserve covers the duration of the next
+//! call, so that the lease of a key with a steady pace is renewed just before it expires.
 
 use super::{
     counters::CounterMicros,
@@ -294,8 +294,8 @@ impl Lease {
         self.waiting.push(waiter);
     }
 
-    /// Records a request that was denied without a call. Without it, the next lease would be too small for the tokens
-    /// that accumulate in the meantime.
+    /// Records a request that was denied without a call. If the request were not recorded, the next lease would be too
+    /// small for the tokens that have accumulated.
     pub(in crate::limiter) fn deny(&mut self, n: u64) {
         self.wanted = self.wanted.saturating_add(n);
     }

@@ -16,8 +16,8 @@ pub(in crate::limiter) struct Unspent {
 }
 
 impl Unspent {
-    /// Returns the total of both. If their generations differ, the counters will not credit the tokens, which is always
-    /// safe.
+    /// Combines both sets of tokens. If their generations differ, the counters will not credit the tokens, which is
+    /// always safe.
     pub(super) fn and(self, more: Self) -> Self {
         match (self.tokens, more.tokens) {
             (0, _) => more,

@@ -1,4 +1,4 @@
-//! Fetching tokens from the ledger: when, how many, and how its responses change the block.
+//! Decides when to fetch tokens from the ledger, and how many, and applies its responses to the block.
 
 use std::sync::Arc;
 
