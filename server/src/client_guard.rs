@@ -52,7 +52,7 @@ type Governor = governor::RateLimiter<
     StateInformationMiddleware,
 >;
 
-/// A limit of requests per minute for each client network. The burst is one minute's worth of requests.
+/// A limit on requests per minute for each client network. The burst is one minute's worth of requests.
 #[derive(Debug)]
 pub struct ClientRateLimiter {
     governor: Option<Governor>,

@@ -414,7 +414,7 @@ async fn initialize_counters(
     tx.commit().await
 }
 
-/// Returns whether to accept sessions from earlier versions, which do not record their secret. They are signed with the
+/// Returns whether to accept sessions from earlier versions, which do not record their secret. Such sessions use the
 /// secret that was in use when the first replica of this version started.
 async fn accepts_unmarked_sessions(db: &Db, secrets: &SecretPair) -> Result<bool, DbError> {
     let mut tx = db.system().await?;

@@ -21,7 +21,7 @@ type Governor = governor::RateLimiter<
 /// When this many tenants are tracked, idle ones are dropped.
 const CROWDED: usize = 10_000;
 
-/// A limit of requests per minute for each tenant. The burst is one minute's worth of requests.
+/// A limit on requests per minute for each tenant. The burst is one minute's worth of requests.
 #[derive(Debug)]
 pub struct TenantRate {
     governor: Governor,

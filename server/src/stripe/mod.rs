@@ -400,7 +400,7 @@ impl Stripe {
         Ok(())
     }
 
-    /// Returns a customer's total usage in Stripe. `from` and `until` must be full hours.
+    /// Returns a customer's total usage in Stripe. `from` and `until` must be whole hours.
     pub async fn counted(&self, meter: &str, customer: &str, from: i64, until: i64) -> Result<i64> {
         let request = ListIdBillingMeterEventSummary::new(meter, customer, until, from).limit(100);
         let page: List<response::Summary> = send!(self, request);
@@ -480,7 +480,8 @@ impl Stripe {
         Ok(page.data)
     }
 
-    /// Creates a webhook endpoint for [`EVENTS`]. The result contains its secret, which Stripe shows only once.
+    /// Creates a webhook endpoint for [`EVENTS`]. The result contains the endpoint's secret, which Stripe shows only
+    /// once.
     pub async fn create_webhook_endpoint(&self, url: &str) -> Result<WebhookEndpoint> {
         let events = EVENTS.map(|name| {
             name.parse::<CreateWebhookEndpointEnabledEvents>()

@@ -27,8 +27,8 @@ const FLUSH_EVERY: Duration = Duration::from_millis(50);
 const FLUSH_AT: usize = 64 * 1024;
 /// The maximum number of bytes that wait for standard output. Further access log lines are dropped.
 const MAX_WAITING: usize = 4 * 1024 * 1024;
-/// The maximum when other events are included. It is higher, so that a flood of access log lines does not displace
-/// them.
+/// The maximum number of waiting bytes, including other events. It is higher, so that a flood of access log lines does
+/// not displace them.
 const MAX_WAITING_EVENTS: usize = MAX_WAITING + 1024 * 1024;
 /// How long the process waits on exit for the last lines to be written.
 const STOP_WITHIN: Duration = Duration::from_secs(1);
@@ -86,7 +86,7 @@ impl AccessLine<'_> {
             "Z\",\"level\":\"INFO\",\"target\":\"",
             ACCESS,
         ]);
-        // IDs and methods are tokens, which need no escaping. A path may contain quotes.
+        // IDs and methods are tokens, which do not need escaping. A path may contain quotes.
         text(&[
             "\",\"request_id\":\"",
             self.request_id,
@@ -271,7 +271,7 @@ impl Log {
         self.state.write.notify_one();
     }
 
-    /// Writes the remaining lines, which may take at most a second. Call last.
+    /// Writes the remaining lines, which may take at most a second. Must be called last.
     pub fn stop(&self) {
         let mut buffer = self.state.buffer.lock();
         buffer.stopped = true;

@@ -1,7 +1,7 @@
 //! Metrics: names, descriptions and the OpenMetrics text.
 //!
-//! A counter or gauge without labels is one line in the list below. Its help text is also the documentation of its
-//! field.
+//! Each counter or gauge without labels is one line in the `metrics!` list. Its help text is also the documentation of
+//! its field.
 
 mod connections;
 mod latency;
@@ -239,7 +239,7 @@ impl Metrics {
         registry.register("build", "Version of the running server", version);
         self.register(&mut registry);
         let mut text = String::with_capacity(8192);
-        // The end marker is added last, below.
+        // Remove the end marker, which must follow all metrics.
         if encode(&mut text, &registry).is_ok() {
             text.truncate(text.trim_end().trim_end_matches("# EOF").len());
         }

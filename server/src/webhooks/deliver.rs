@@ -22,7 +22,8 @@ use crate::{
     },
 };
 
-/// Seconds until another replica may repeat an attempt. Longer than any attempt, including recording its result.
+/// Seconds until another replica may repeat an attempt. Longer than any attempt takes, including the recording of its
+/// result.
 const LEASE: i32 = 60;
 /// The pauses between attempts, in seconds. Their sum is about a day.
 const PAUSES: [i64; 9] = [5, 60, 300, 1800, 3600, 7200, 14_400, 21_600, 37_000];
@@ -90,7 +91,7 @@ impl Webhooks {
             .db
             .in_system(async |tx| webhook_delivery::claim(tx, &claim).await)
             .await?;
-        // The next turn is that of the tenant after the last of these.
+        // The next turn goes to the tenant that follows the last of these.
         let tenants = due.iter().map(|it| it.tenant_id);
         if let Some(last) = tenants.max_by_key(|it| (*it <= after_tenant, *it)) {
             *self.0.last_tenant.lock() = last;
@@ -107,8 +108,8 @@ impl Webhooks {
             .in_system(async |tx| record(tx, due, &sent).await)
             .await?;
         if is_disabled {
-            // Canceled in a separate transaction, so that the result is recorded even if this fails. In that case, the
-            // next attempt cancels them.
+            // Cancel the other deliveries in a separate transaction, so that the result is recorded even if canceling
+            // fails. In that case, the next attempt cancels them.
             if let Err(error) = self.cancel(due).await {
                 let error = db::chain(&error);
                 tracing::warn!(webhook = %due.webhook_id, error, "cannot cancel deliveries");
@@ -121,7 +122,7 @@ impl Webhooks {
     async fn cancel(&self, due: &DueDelivery) -> Result<(), DbError> {
         let (tenant, id) = (due.tenant_id, due.webhook_id);
         let cancel = async |tx: &mut SystemTx| {
-            // It may have been enabled again.
+            // The webhook may have been enabled again.
             if webhook::lock_disabled(tx, tenant, id).await? {
                 webhook_delivery::cancel_system(tx, tenant, id, "The webhook was disabled.")
                     .await?;
@@ -184,10 +185,10 @@ async fn record(
         return Ok((Outcome::Delivered, false));
     }
     let Some(failing) = webhook::failed(tx, tenant, id, &due.url).await? else {
-        // It was deleted.
+        // The webhook was deleted.
         return Ok((Outcome::Failed, false));
     };
-    // What another URL responded says nothing about the current one.
+    // A response from a different URL says nothing about the current URL.
     if sent.status == Some(GONE) && failing.is_current {
         webhook_delivery::finish(tx, due, &result).await?;
         disable(tx, due, "The endpoint responded with status 410 (Gone).").await?;

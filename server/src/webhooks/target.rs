@@ -5,10 +5,10 @@
 //! addresses is used. Therefore, changing a host's address between the check and the connection has no effect.
 //! Redirects are not followed.
 //!
-//! The addresses of this machine are not allowed either, nor those of the host in `QUOTA_PUBLIC_URL`: in a container, the
-//! machine's public address is not that of an interface. If that host cannot be looked up, its addresses are unknown.
-//! Tenants do not learn whether a host is unknown or has an address that is not allowed, since that would reveal the
-//! names in a private network.
+//! Addresses of this machine are not allowed either, nor are those of the host in `QUOTA_PUBLIC_URL`: in a container,
+//! no interface has the machine's public address. If that host cannot be looked up, its addresses are unknown. Tenants
+//! do not learn whether a host is unknown or has an address that is not allowed, since that would reveal the names in a
+//! private network.
 //!
 //! The operator can allow networks that are not public (`QUOTA_WEBHOOK_PRIVATE_NETWORKS`). Only hosts in these networks
 //! may have `http://` URLs.
@@ -71,7 +71,7 @@ impl Targets {
         }
     }
 
-    /// Also refuses the addresses of this URL's host.
+    /// Also excludes the addresses of this URL's host.
     #[must_use]
     pub fn without_host_of(self, public_url: &str) -> Self {
         let url = Url::parse(public_url).ok();

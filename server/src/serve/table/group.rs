@@ -23,7 +23,7 @@ pub(super) enum Width {
     Site,
 }
 
-/// Returns the networks in which an address is counted, narrowest first.
+/// Returns the networks whose limits apply to an address, narrowest first.
 pub(super) fn networks(peer: IpAddr) -> impl Iterator<Item = (Width, IpNet)> {
     const V4: &[(Width, u8)] = &[(Width::Address, 32), (Width::Network, 24)];
     const V6: &[(Width, u8)] = &[
