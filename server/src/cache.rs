@@ -256,7 +256,7 @@ where
         self.peek_at(key, self.inner.freshness.now())
     }
 
-    /// Like [`peek`](Self::peek), for a caller that has just read the monotonic clock.
+    /// Works like [`peek`](Self::peek), for a caller that has just read the monotonic clock.
     pub fn peek_at(&self, key: &K, now: Monotonic) -> Option<Option<Arc<T>>> {
         let inner = &*self.inner;
         if let Some(entry) = inner.present.get(key)

@@ -103,6 +103,8 @@ fn smtp(settings: &SmtpSettings) -> Result<AsyncSmtpTransport<Tokio1Executor>, M
 }
 
 impl Mailer {
+    /// Creates a mailer from the settings.
+    ///
     /// # Errors
     ///
     /// Fails if the operating system's certificates cannot be read.

@@ -38,7 +38,7 @@ impl TenantRate {
         }
     }
 
-    /// If the tenant has reached its limit, returns how long to wait.
+    /// Counts a request toward the tenant's limit. If the limit has been reached, returns how long to wait.
     pub fn admit(&self, tenant: TenantId) -> Result<(), Duration> {
         if self.governor.len() >= CROWDED {
             self.governor.retain_recent();

@@ -89,7 +89,7 @@ impl Alerts {
         Ok(written)
     }
 
-    /// For each recipient, stores one email about a tenant's alerts. Returns `false` if the combined limit for all
+    /// Stores one email about a tenant's alerts for each recipient. Returns `false` if the combined limit for all
     /// tenants has been reached.
     async fn write_email(
         &self,
@@ -143,7 +143,7 @@ impl Alerts {
     }
 }
 
-/// For each recipient, stores one email about a tenant's alerts.
+/// Stores one email about a tenant's alerts for each recipient.
 async fn write_email(tx: &mut SystemTx, tenant: TenantId, public_url: &str) -> Result<(), DbError> {
     let alerts = mail::lock_alerts(tx, tenant, ALERTS_MAX).await?;
     if alerts.is_empty() {

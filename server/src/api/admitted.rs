@@ -248,7 +248,7 @@ impl AdmittedKey {
         Self::of(RequestContext::of(request)?, request.headers(), query).await
     }
 
-    /// Like [`admit`](Self::admit), for a request with these header fields and this query.
+    /// Consumes one request like [`admit`](Self::admit), given the request's header fields and query.
     pub async fn of(
         context: &RequestContext,
         fields: &impl Fields,

@@ -372,7 +372,8 @@ impl ResponseError for ApiError {
 }
 
 impl IntoResponse for ApiError {
-    /// Used only for responses that bypass `request_log`. Without that layer, the request ID is unknown.
+    /// Returns the response without a request ID, which only `request_log` knows. Used only for responses that bypass
+    /// `request_log`.
     fn into_response(self) -> Response {
         self.into_response("", "")
     }

@@ -111,6 +111,8 @@ impl Shown {
 }
 
 impl Billing {
+    /// Creates the service.
+    ///
     /// # Errors
     ///
     /// Returns an error if a request cannot be built from the settings.

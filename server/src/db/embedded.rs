@@ -165,7 +165,7 @@ impl EmbeddedPostgres {
         Self::start_with(data_dir, &[]).await
     }
 
-    /// Like [`start`](Self::start), with additional PostgreSQL settings.
+    /// Starts the cluster like [`start`](Self::start), with additional PostgreSQL settings.
     pub async fn start_with(
         data_dir: &Path,
         settings: &[(&str, &str)],

@@ -156,7 +156,7 @@ impl Db {
         self.within(self.statement_timeout, work).await
     }
 
-    /// Like [`within_limit`](Self::within_limit), but with a different time limit.
+    /// Works like [`within_limit`](Self::within_limit), but with a different time limit.
     pub async fn within<T>(
         &self,
         limit: Duration,

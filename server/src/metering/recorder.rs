@@ -311,7 +311,7 @@ impl Recorder {
         !files.is_closed && (self.needs_spare(&files) || self.needs_rotation(&files))
     }
 
-    /// Creates the next segment in advance, and replaces old segments. Blocks, but does not hold up decisions.
+    /// Creates the next segment in advance, and replaces old segments. Blocks, but does not delay decisions.
     pub fn create_spare(&self) {
         let directory = {
             let mut files = self.files.lock();

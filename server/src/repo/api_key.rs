@@ -340,7 +340,7 @@ pub async fn facts(tx: &mut SystemTx, hashes: &[&[u8]]) -> Result<Vec<FoundKey>,
     Ok(rows.into_iter().flat_map(|row| row.found(hashes)).collect())
 }
 
-/// Like [`facts`], for one key of the tenant.
+/// Finds one of the tenant's keys by ID, with the same data as [`facts`].
 pub async fn facts_of(tx: &mut TenantTx, id: Uuid) -> Result<Option<FoundKey>, DbError> {
     let tenant = tx.tenant().0;
     let as_of = sql::<BigInt>("(SELECT coalesce(max(seq), 0) FROM revocations)");

@@ -76,7 +76,7 @@ pub async fn insert(tx: &mut TenantTx, target: Target) -> Result<Invalidation, D
     insert_on(tx, tenant, target).await
 }
 
-/// Like [`insert`], in a system transaction.
+/// Inserts an invalidation like [`insert`], in a system transaction.
 pub async fn insert_system(
     tx: &mut SystemTx,
     tenant: Uuid,

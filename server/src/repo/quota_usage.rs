@@ -175,7 +175,7 @@ pub async fn lock(tx: &mut SystemTx, asks: &[Ask]) -> Result<(), DbError> {
     Ok(())
 }
 
-/// Returns, for each request, the windows with usage that end after `since`.
+/// Returns the windows with usage that end after `since`, for each request.
 pub async fn used_windows(
     tx: &mut SystemTx,
     asks: &[Ask],

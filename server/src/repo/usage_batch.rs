@@ -41,7 +41,7 @@ impl UsageRecord {
 
 /// The endpoint of rows that cover all endpoints.
 const ALL_ENDPOINTS: &str = "\u{1}";
-/// The endpoint of rows that cover all endpoints above the limit.
+/// The endpoint of rows that cover all endpoints beyond the limit.
 const FURTHER_ENDPOINTS: &str = "\u{2}";
 /// The length of an interval in the 15-minute rollup, in seconds.
 const QUARTER: i64 = 15 * 60;

@@ -203,6 +203,8 @@ fn tenant_metadata(tenant: &str) -> HashMap<String, String> {
 }
 
 impl Stripe {
+    /// Creates a client.
+    ///
     /// # Errors
     ///
     /// Fails if the secret key or the base URL cannot be used in a request.

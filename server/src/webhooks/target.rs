@@ -71,7 +71,7 @@ impl Targets {
         }
     }
 
-    /// Also excludes the addresses of this URL's host.
+    /// Excludes the addresses of this URL's host, too.
     #[must_use]
     pub fn without_host_of(self, public_url: &str) -> Self {
         let url = Url::parse(public_url).ok();

@@ -228,9 +228,9 @@ impl LeaseFetch {
         left
     }
 
-    /// If the bucket has too few tokens, denies requests locally until it has enough, but only for a short time, since
-    /// other replicas may return tokens. If the bucket is empty, the counters are not called for part of the lease TTL,
-    /// so that tokens accumulate and are not fetched one by one. That time is too short for the bucket to fill up.
+    /// Denies requests locally while the bucket has too few tokens, but only for a short time, since other replicas may
+    /// return tokens. If the bucket is empty, the counters are not called for part of the lease TTL, so that tokens
+    /// accumulate and are not fetched one by one. That time is too short for the bucket to fill up.
     ///
     /// The time is measured from the start of the call. The counters decide a little later, but the next call takes
     /// just as long to reach them, so measuring from the response would count the time in transit twice.

@@ -269,7 +269,7 @@ impl LedgerCalls {
         if Handle::try_current().is_ok()
             && let Some(block) = state.block(policy)
         {
-            // Tokens that are not needed soon are returned in one batch with those of other keys, not in a separate call.
+            // Tokens that are not needed soon are returned in a batch with other keys' tokens, not in a separate call.
             let until = if block.give_up_unneeded(now, waited_for) {
                 UnixNanos(u64::MAX)
             } else {

@@ -309,7 +309,7 @@ impl Drop for Returns {
     }
 }
 
-// Batches are formed once there is a connection, so that calls that arrive in the meantime join them.
+// Form a batch only when there is a connection, so that calls that arrive during the wait join it.
 
 async fn take_all(mut worker: Worker) {
     let calls = Arc::clone(&worker.calls);

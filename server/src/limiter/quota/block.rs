@@ -343,9 +343,9 @@ impl Block {
         }
     }
 
-    /// If other replicas share the quota, marks held tokens as owed that are probably not needed soon: all of them if
-    /// none were used recently, and otherwise those that [`tidy`](Self::tidy) marks. Returns whether any tokens were
-    /// marked.
+    /// Marks held tokens as owed if other replicas share the quota and the tokens are probably not needed soon: all of
+    /// them if none were used recently, and otherwise those that [`tidy`](Self::tidy) marks. Returns whether any tokens
+    /// were marked.
     pub(in crate::limiter) fn give_up_unneeded(&mut self, now: UnixNanos, waited_for: u64) -> bool {
         self.pace.measure(now);
         if self.replicas == 1 || self.held == 0 || self.fetching {

@@ -60,7 +60,7 @@ pub type LedgerError = Arc<dyn Error + Send + Sync>;
 /// The durable record of calendar quotas.
 #[async_trait]
 pub trait QuotaLedger: std::fmt::Debug + Send + Sync + 'static {
-    /// For each request, atomically grants `min(want, quota - used)` tokens and counts them as used. `quota` is the
+    /// Grants each request `min(want, quota - used)` tokens, and counts them as used in the same step. `quota` is the
     /// window's share of `limit`. Returns one result per request, in order. `requests` must not contain the same key
     /// and policy twice.
     ///

@@ -468,7 +468,8 @@ impl Lease {
         self.held_for = n;
     }
 
-    /// If requests for `n` tokens are denied without a call, returns when that ends.
+    /// Returns the time at which requests for `n` tokens stop being denied without a call. Returns `None` if they are
+    /// not denied now.
     pub(in crate::limiter) fn held(&self, n: u64, now: Monotonic) -> Option<Monotonic> {
         (now < self.held_until && n >= self.held_for).then_some(self.held_until)
     }

@@ -27,7 +27,7 @@ pub(in crate::limiter) struct Share {
 }
 
 impl Default for Share {
-    /// `is_edited` starts as true, because the plan may have just been edited.
+    /// Sets `is_edited`, because the plan may have just been edited.
     fn default() -> Self {
         Self {
             since: Monotonic::default(),
