@@ -58,7 +58,7 @@ impl From<Nanos> for Duration {
     }
 }
 
-/// A point in time. Each clock has its own type, so that their times cannot be mixed up.
+/// A point in time. Each clock has its own type of time, so that times from different clocks cannot be mixed up.
 pub trait Instant: Copy + Ord {
     #[must_use]
     fn saturating_add(self, time: Nanos) -> Self;

@@ -1,8 +1,8 @@
 //! Reports from handlers to the listener about a request's connection.
 //!
-//! Handlers mark connections on which a valid API key or service token was sent. The listener then stops counting them
-//! toward the limit for their address. Handlers also announce endless responses, which continue as long as the client
-//! wants. An endless response may send a few bytes only occasionally; any byte counts as progress. If an endless
+//! Handlers report that a valid API key or service token was sent on a connection. The listener then stops counting the
+//! connection toward the limit for its address. Handlers also announce endless responses, which continue as long as the
+//! client wants. An endless response may send a few bytes only occasionally; any byte counts as progress. If an endless
 //! response has to end but its client does not read it, the handler closes the connection.
 
 use std::{

@@ -2,8 +2,8 @@
 //!
 //! Most requests are checks at one of three fixed paths. They are recognized by path before they reach the router and
 //! poem-openapi: nested routes, query parsing, and boxed errors would cost more than the rest of the request. The rest
-//! of the code is the same as for routed requests, and runs in the same order. Requests with any other query are routed
-//! normally.
+//! of the code is the same as for routed requests, and runs in the same order. A request with a query that is not
+//! recognized here is routed normally.
 
 use poem::{Endpoint, IntoResponse, Request, Response, Result, http::Method};
 use poem_openapi::{ApiExtractor, ExtractParamOptions, param::Query};
@@ -20,7 +20,7 @@ use super::{
 /// The path of forward-auth. It accepts every method.
 pub const FORWARD_AUTH: &str = "/v1/forward-auth";
 
-/// Wraps the router, which serves all other requests.
+/// Wraps the router, which handles all other requests.
 pub struct FastPath<E>(pub E);
 
 enum FastRoute {

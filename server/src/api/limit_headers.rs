@@ -1,7 +1,7 @@
 //! The headers that report a decision.
 //!
-//! Only this module writes these headers, except in error responses without a decision. Those can have `Retry-After`
-//! and, on forward-auth, `X-Quota-Decision`.
+//! Only this module writes these headers, except in error responses without a decision. Such responses can have
+//! `Retry-After` and, on forward-auth, `X-Quota-Decision`.
 //!
 //! `RateLimit` and `RateLimit-Policy` follow draft-ietf-httpapi-ratelimit-headers-11 and are structured fields (RFC
 //! 9651). `X-RateLimit-*` follow the older convention. `X-Quota-Decision` is for gateways.

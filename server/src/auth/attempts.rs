@@ -17,7 +17,7 @@
 //!
 //! Registrations are also counted, by network only. A network can create `QUOTA_REGISTRATIONS_PER_DAY` accounts without
 //! waiting, and then the same number per day. Without this limit, a person could raise all other limits by creating
-//! many accounts, because each account has its own.
+//! many accounts, because each account has its own limits.
 //!
 //! With Redis, a script counts the attempts on all replicas. Each replica also counts attempts locally. While Redis is
 //! unreachable, the local counters decide, with half as many attempts. No response reveals whether an account exists,
@@ -312,8 +312,8 @@ impl Attempts {
         }
     }
 
-    /// Counts an attempt locally. If Redis is configured, this result is used only while Redis is unreachable. It then
-    /// allows half as many attempts, because other replicas also count locally.
+    /// Counts an attempt locally. If Redis is configured, this result is used only while Redis is unreachable. The
+    /// local counters then allow half as many attempts, because other replicas also count locally.
     fn take_here(&self, counters: &[Counter]) -> Taken {
         let now = self.clock.monotonic();
         let free = |counter: &Counter| {

@@ -39,7 +39,7 @@ const THREADS: usize = 2;
 const WAITING: [usize; CLASSES] = [16, 24, 8];
 const WAIT: Duration = Duration::from_secs(5);
 const CLASSES: usize = 3;
-/// The repeating order in which classes are served. If a class has no waiters, its turn goes to the first class that
+/// The repeating order in which classes get threads. If a class has no waiters, its turn goes to the first class that
 /// has some.
 const TURNS: [CallerClass; 8] = [
     CallerClass::Known,

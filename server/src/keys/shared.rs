@@ -5,8 +5,8 @@
 //! by which replica an entry was written. PostgreSQL numbers invalidations in commit order. A statement that reads a
 //! record also reads the highest number, so both come from the same snapshot. Therefore, only invalidations with higher
 //! numbers can make an entry outdated. An entry is used only if the last poll for invalidations is recent, and only if
-//! this replica knows of no later invalidation for its key, plan, or tenant ([`Recent`]). It then counts as confirmed
-//! at the time of the poll, not at the time it was read. This has several consequences:
+//! this replica knows of no later invalidation for its key, plan, or tenant ([`Recent`]). The entry then counts as
+//! confirmed at the time of the poll, not at the time it was read. This has several consequences:
 //! - If a load starts before a change but writes its entry after it, the entry has a lower number than the change.
 //!   Replicas that know of the change reject the entry. Other replicas learn of it with their next poll, as they do for
 //!   records in memory.
@@ -18,9 +18,9 @@
 //!
 //! **Trust.** Anyone with access to Redis could write entries. Each entry is stored under the hash of its secret, and
 //! sealed for that hash with a key of this installation ([`Seal`]). Therefore, writing to Redis can make entries
-//! unreadable, but cannot give a key more access. An entry also contains the time when it was written. It is rejected
-//! after its lifetime, so that an old copy cannot be written back later. Unreadable entries, and entries that are too
-//! old or from the future, count as misses. Entries from a different database history are also ignored: after
+//! unreadable, but cannot give a key more access. An entry also contains the time when it was written. An entry is
+//! rejected after its lifetime, so that an old copy cannot be written back later. Unreadable entries, and entries that
+//! are too old or from the future, count as misses. Entries from a different database history are also ignored: after
 //! PostgreSQL has been restored from a backup, it assigns the same numbers a second time.
 //!
 //! While Redis is unreachable, every lookup is an immediate miss. If Redis is slow, one lookup waits for

@@ -64,7 +64,7 @@ struct Counted {
 pub struct Membership {
     counted: Mutex<Option<Counted>>,
     replica_count: AtomicU64,
-    /// Before this monotonic time, no other replica has been counted long enough to take a share. 0 if unknown.
+    /// Before this monotonic time, no other replica has been counted for long enough to take a share. 0 if unknown.
     others_settle_at: AtomicU64,
 }
 
@@ -86,7 +86,7 @@ impl Membership {
 
     /// Records a count that placed this replica in `slot`, and when the count began and ended.
     ///
-    /// The count's age is measured from its start. It takes effect at its end: until then, this replica used the
+    /// The count's age is measured from its start. The count takes effect at its end: until then, this replica used the
     /// previous count, and other replicas may not have counted this one.
     pub fn confirm_count(&self, slot: ReplicaSlot, began: Monotonic, ended: Monotonic) {
         let mut counted = self.counted.lock();

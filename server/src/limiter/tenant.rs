@@ -58,8 +58,8 @@ pub struct TenantQuotas {
 }
 
 impl TenantQuotas {
-    /// Creates the quotas. `limit` is the quota per month. In ledger calls, the tenant's ID takes the place of the
-    /// key's, and the policy is [`Policy::Monthly`].
+    /// Creates the quotas. `limit` is the quota per month. In ledger calls, the tenant's ID replaces the key's, and the
+    /// policy is [`Policy::Monthly`].
     pub fn new(
         clock: Arc<dyn Clock>,
         ledger: Arc<dyn QuotaLedger>,

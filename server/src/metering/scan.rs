@@ -36,7 +36,7 @@ pub(super) struct Span {
     pub is_complete: bool,
     /// Whether reading stopped at a record that is still being written. Finished records may follow it.
     pub is_blocked: bool,
-    /// The number of places with an unreadable record.
+    /// The number of gaps in which no record could be read.
     pub damaged: u64,
 }
 
@@ -165,7 +165,7 @@ impl Scan<'_> {
     fn collect(&mut self, max: usize, batch: &mut Batch) -> Option<usize> {
         let is_running = self.writer == Writer::Running;
         let mut at = 0;
-        // Whether the previous place was unreadable. Used to count each gap only once.
+        // Whether the previous position was unreadable. Used to count each gap only once.
         let mut is_lost = false;
         let goes_on = loop {
             if batch.rows.len() >= max {

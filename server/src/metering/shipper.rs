@@ -1,5 +1,5 @@
-//! Decides which segments to ship, and in which order. They may belong to this process, to stopped replicas, or to a
-//! directory specified by an operator. [`source`](super::source) ships a single segment.
+//! Decides which segments to ship, and in which order. The segments may belong to this process, to stopped replicas, or
+//! to a directory specified by an operator. [`source`](super::source) ships a single segment.
 
 use std::{
     collections::{BTreeSet, VecDeque},
@@ -114,8 +114,8 @@ pub(super) struct Shipper {
 #[derive(Debug, Default)]
 pub(super) struct Adopter {
     adopted: VecDeque<Adopted>,
-    /// The number of segments in directories that could not be shipped. They are retried the next time the adopter
-    /// looks for directories.
+    /// The number of segments that could not be shipped. These segments are retried the next time the adopter looks for
+    /// directories.
     failed_segments: usize,
     size: BatchSize,
     looked_at: Option<Instant>,

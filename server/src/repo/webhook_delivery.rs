@@ -286,7 +286,7 @@ const CONSIDERED: i64 = 256;
 /// Until then, no other replica sends the delivery; if this process exits, the delivery is retried.
 ///
 /// The cost grows with the number of tenants and webhooks that have pending deliveries, each of which takes one index
-/// probe. It does not grow with the number of deliveries.
+/// probe. The cost does not grow with the number of deliveries.
 pub async fn claim(tx: &mut SystemTx, claim: &Claim<'_>) -> Result<Vec<DueDelivery>, DbError> {
     let claimed = sql_query(
         "WITH RECURSIVE later AS ( \

@@ -152,7 +152,7 @@ impl Requests {
             Event::Ended(frame) if frame.is_of_headers() && frame.has(END_HEADERS) => {
                 self.head_began = None;
                 self.head_length = 0;
-                // A lower number means trailers of a known request.
+                // A lower number belongs to the trailers of an earlier request.
                 if frame.stream > self.last_stream {
                     self.last_stream = frame.stream;
                     if self.open.len() < REMEMBERED {

@@ -42,7 +42,7 @@ pub struct Limits {
     pub per_network: usize,
     /// Networks that are exempt from both limits, because many clients share each of their addresses.
     pub trusted_proxies: Vec<IpNet>,
-    /// How many bytes all counted connections together may use for requests.
+    /// How many bytes requests may use on all connections that have not authenticated.
     pub memory: usize,
     /// The same limit per connection.
     pub memory_per_connection: usize,

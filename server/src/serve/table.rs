@@ -20,8 +20,8 @@
 //! this reason, because its request may be in transit. Instead, an address may have up to twice as many connections
 //! during that second.
 //!
-//! The total memory used by counted connections is limited. Above that limit, the table closes the largest connections
-//! of the address that uses the most memory.
+//! The total memory used by requests on connections that have not authenticated is limited. Above that limit, the table
+//! closes the largest connections of the address that uses the most memory.
 
 mod group;
 

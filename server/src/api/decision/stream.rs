@@ -182,7 +182,7 @@ impl Guard {
                 endless.close_connection();
             }
             drop(place);
-            // Closing the connection also ends all other responses on it. It drops the stream, which aborts this task.
+            // Closing the connection also ends all other responses on it, and drops the stream, which aborts this task.
             std::future::pending::<()>().await;
         }))
     }

@@ -1,4 +1,4 @@
-//! One attempt, and whether it remains counted.
+//! One attempt, and which counters continue to count it.
 
 use std::sync::Arc;
 

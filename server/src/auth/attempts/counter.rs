@@ -35,7 +35,7 @@ pub(super) enum OnSuccess {
     Clear,
     /// Takes this attempt back.
     TakeBack,
-    /// Keeps the attempt counted.
+    /// Continues to count the attempt.
     Keep,
 }
 

@@ -67,8 +67,8 @@ pub(super) struct Outage {
     pub(super) since: Monotonic,
     /// When the outage began, on the counters' clock.
     counters_since: CounterMicros,
-    /// The period from the earliest start of the promised epoch until the response to the first call in that epoch
-    /// counts as late.
+    /// The period from the earliest start of the promised epoch until the deadline for the response to the first call
+    /// in that epoch.
     paused: Option<Pause>,
 }
 
@@ -192,7 +192,7 @@ impl CircuitBreaker {
         is_first
     }
 
-    /// Sets when the response to the first call in the promised epoch counts as late. From then on, this replica
+    /// Sets the deadline for the response to the first call in the promised epoch. After the deadline, this replica
     /// decides without the counters.
     pub(super) fn paused_until(&self, until: Monotonic) {
         if let Some(pause) = &mut self.inner.lock().outage.paused {

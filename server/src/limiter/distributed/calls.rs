@@ -2,8 +2,8 @@
 //!
 //! Calls run in separate tasks, so that a request can be canceled while it waits, a late response is still used, and no
 //! tokens are lost. All waiting requests for a key share one call, which requests all the tokens they need. Requests
-//! that arrive during a call are decided by the next one. It starts when the first call ends, or sooner if the bucket
-//! could fill up before that. Each call has a deadline, and a request waits for at most two calls.
+//! that arrive during a call are decided by the next one. The next call starts when the current one ends, or sooner if
+//! the bucket could fill up before that. Each call has a deadline, and a request waits for at most two calls.
 //!
 //! If a call fails, its requests are notified. If a call is late, its requests keep waiting for up to two deadlines in
 //! total. Tokens from a late response that no request needs are kept as a lease if the plan allows leases, and are

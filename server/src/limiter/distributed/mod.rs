@@ -19,8 +19,8 @@
 //!
 //! **Deadlines.** A call whose response is late counts as failed. A request waits for at most two deadlines: for the
 //! call in flight when it arrives and the next call, or for a late response. After that, the request is decided without
-//! the counters. It also waits for at most two calls to the ledger. Its quota tokens are reserved before its rate
-//! tokens are taken, so that no rate tokens are taken for a request that the quota then denies.
+//! the counters. A request also waits for at most two calls to the ledger. Its quota tokens are reserved before its
+//! rate tokens are taken, so that no rate tokens are taken for a request that the quota then denies.
 //!
 //! **While the counters are unavailable** ([`breaker`] decides when), a replica follows the plan's fallback setting.
 //! With `Share`, it uses a separate bucket of `burst / replicas` and `rate / replicas`, which starts *empty* shortly
@@ -31,11 +31,11 @@
 //!
 //! **When the counters are available again**, they do not know which requests were allowed without them, and may have
 //! lost their state. So after a loss of state, or an outage in which no replica got a response, they start a *new
-//! epoch* with every bucket empty. It starts at one moment on their own clock, slightly in the future. Until then, all
-//! replicas decide as during the outage. If only one replica had an outage, that replica resumes its calls. A replica
-//! that has just started cannot know whether other replicas have an outage. If no replica has received a response for
-//! 0.8 s, the new replica also causes a new epoch, unless all other replicas have just started too. (In a cluster, a
-//! new replica never causes an epoch, because partitions may be idle for a long time.)
+//! epoch* with every bucket empty. The epoch starts at one moment on the counters' clock, slightly in the future. Until
+//! then, all replicas decide as during the outage. If only one replica had an outage, that replica resumes its calls. A
+//! replica that has just started cannot know whether other replicas have an outage. If no replica has received a
+//! response for 0.8 s, the new replica also causes a new epoch, unless all other replicas have just started too. (In a
+//! cluster, a new replica never causes an epoch, because partitions may be idle for a long time.)
 //!
 //! **Edits.** An edit does not change the number of missing tokens. If more tokens are missing than a smaller burst can
 //! hold, the rest is missing again when the burst is raised, less what would have refilled while the bucket was full. A
@@ -46,11 +46,12 @@
 //!
 //! **Not guaranteed.** While only some replicas have an outage, `Share` lets them allow their part `p` of the bucket in
 //! addition to what the counters grant: in total, at most `(1 + p) * (burst + rate * (T + ttl))`. `p` is the sum of
-//! their parts of the burst. Each part is a whole number of tokens, so with a burst of 1, one replica has all of it.
-//! The same can happen at the start of a new epoch, if one replica's first call fails while other replicas' calls
-//! succeed. It cannot happen in an outage of all replicas, even if the outage is too short for some of them to detect:
-//! shares begin to fill only when the outage has either ended or been detected by all. In a cluster, however, a replica
-//! that was not using a partition does not detect the partition's outage. `Closed` never allows additional requests.
+//! their parts of the burst. Each part is a whole number of tokens, so with a burst of 1, one replica's part is the
+//! entire burst. The same can happen at the start of a new epoch, if one replica's first call fails while other
+//! replicas' calls succeed. It cannot happen in an outage of all replicas, even if the outage is too short for some of
+//! them to detect: shares begin to fill only when the outage has either ended or been detected by all. In a cluster,
+//! however, a replica that was not using a partition does not detect the partition's outage. `Closed` never allows
+//! additional requests.
 
 mod breaker;
 mod calls;

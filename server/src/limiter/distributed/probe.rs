@@ -48,10 +48,10 @@ const _: () = assert!(
     "an idle replica must detect an outage before the second probe of the first replica that did"
 );
 
-/// Returns the delay before the first probe in an outage. By then, every replica that still gets responses has confirmed
-/// a response sent after the outage began and newer than the stored confirmation by more than [`CONFIRMED_EVERY`].
-/// One call gets such a response, and the next call confirms it. Each starts within [`CALL_EVERY`]. The first response
-/// may take up to `deadline`, and so may the second call.
+/// Returns the delay before the first probe in an outage. By then, every replica that still gets responses has
+/// confirmed a response sent after the outage began and newer than the stored confirmation by more than
+/// [`CONFIRMED_EVERY`]. One call gets such a response, and the next call confirms it. Each of these calls starts within
+/// [`CALL_EVERY`]. The first response may take up to `deadline`, and so may the second call.
 pub(super) fn first_probe(deadline: Duration) -> Duration {
     FIRST_PROBE + 2 * deadline
 }

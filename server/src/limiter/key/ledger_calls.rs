@@ -1,8 +1,8 @@
 //! Calls to the quota ledger: batched, limited in number, and retried where that is safe.
 //!
 //! Calls that arrive while all workers are busy share the next batch, so a thousand keys whose day begins at the same
-//! time need only a few transactions on a few connections. However a call ends, even by a panic or a runtime shutdown,
-//! its block is notified.
+//! time need only a few transactions on a few connections. However a call ends, even if it panics or the runtime shuts
+//! down, its block is notified.
 //!
 //! Tokens to be returned are kept until the ledger has confirmed the return. A batch is retried with the same ID and
 //! applied at most once, so an outage or an ambiguous failure neither loses tokens nor credits them twice. Tokens can

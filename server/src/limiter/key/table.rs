@@ -50,7 +50,7 @@ const CROWDED_PRUNE: Nanos = Nanos::from_secs(1);
 /// Limits of the table, and timeouts for the ledger.
 #[derive(Debug, Clone)]
 pub struct KeyTableSettings {
-    /// The maximum number of keys, at about 600 bytes each. Requests with further keys get
+    /// The maximum number of keys, at about 600 bytes each. Requests with additional keys get
     /// [`LimiterError::TooManyKeys`]: making room by dropping another key would refill its bucket.
     pub max_keys: usize,
     /// How long a request waits for one ledger call. A decision waits for at most two.

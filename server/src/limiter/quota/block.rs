@@ -5,8 +5,8 @@
 //! one call, regardless of the block size, since they are spent immediately.
 //!
 //! This module contains the rules for one key's block of one policy: its size, when to fetch more tokens, which window
-//! the block belongs to, and which tokens to return when the plan or the time zone changes. It does not depend on SQL
-//! and does not start tasks. While the ledger is unavailable, the block can still be spent.
+//! the block belongs to, and which tokens to return when the plan or the time zone changes. This module does not depend
+//! on SQL and does not start tasks. While the ledger is unavailable, the block can still be spent.
 //!
 //! The ledger determines the window. Windows computed from the calendar are provisional until the ledger has responded.
 
@@ -160,7 +160,8 @@ pub(in crate::limiter) struct Block {
     /// Whether the ledger has responded in this window.
     known: bool,
     held: u64,
-    /// Tokens reserved for requests whose rate is still being decided. Not part of `held`; counted as consumed.
+    /// Tokens reserved for requests whose rate is still being decided. They are not part of `held`, and count as
+    /// consumed.
     reserved: u64,
     /// The ledger's count of used tokens. Includes `held`, but not the tokens that are owed.
     used: u64,

@@ -20,8 +20,8 @@ use crate::{
 
 const MINUTE: Nanos = Nanos::from_secs(60);
 
-/// The maximum tau: 73 years. Only extreme bursts exceed it. They are capped, so that no sum in this module overflows
-/// before the year 2480.
+/// The maximum tau: 73 years. Only extreme bursts exceed it. Such bursts are capped, so that no sum in this module
+/// overflows before the year 2480.
 const TAU_MAX: Nanos = Nanos(1 << 61);
 
 /// The parameters of a bucket.

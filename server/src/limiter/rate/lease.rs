@@ -232,8 +232,8 @@ impl Lease {
         Some(older.take(first).and(newer.take(n - first)))
     }
 
-    /// Marks tokens in excess of [`to_hold`](Self::to_hold) to be returned. They were granted for requests that have
-    /// since been canceled.
+    /// Marks tokens in excess of [`to_hold`](Self::to_hold) to be returned. Such tokens were granted for requests that
+    /// have since been canceled.
     pub(in crate::limiter) fn trim(&mut self) {
         let most = match self.terms {
             Some(terms) if self.size >= 2 => self.to_hold(terms),

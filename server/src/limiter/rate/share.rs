@@ -73,8 +73,8 @@ impl Share {
 
     /// Applies the current plan and slot. An edit keeps the tokens in the share, up to its new size, and never adds
     /// any: a larger burst has to refill, so that no sequence of edits can fill a share. Since the time of the edit is
-    /// unknown, the share counts as having refilled at the lower of the two rates since its last use. It does not
-    /// refill before `since`.
+    /// unknown, the share counts as having refilled at the lower of the two rates since its last use. The share does
+    /// not refill before `since`.
     fn follow(&mut self, price: Nanos, tau: Nanos, since: Monotonic, now: Monotonic) {
         if self.since != since {
             // It is unknown how much would have refilled under the previous plan.
