@@ -310,8 +310,8 @@ pub async fn warn_of_plaintext(url: &SecretString) {
     }
 }
 
-/// Logs a warning at startup if the replicas together may open more connections than PostgreSQL allows. Otherwise, the
-/// problem would show only under load.
+/// Logs a warning at startup if the replicas together may open more connections than PostgreSQL allows. Without the
+/// warning, the problem would show only under load.
 pub async fn warn_of_too_many_connections(config: &Config, url: &SecretString) {
     if let Ok(server) = db::inspect(url).await
         && config.database.pool * config.replicas > server.available()

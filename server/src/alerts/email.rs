@@ -2,7 +2,7 @@
 //! most a few emails per hour, even if many of its keys reach their quotas.
 //!
 //! One email per recipient is stored in the transaction that marks the alerts as sent. The emails are sent after that
-//! transaction, each at least once. Tenants take turns, so that one tenant's emails do not delay those of others.
+//! transaction, each at least once. Tenants take turns, so that one tenant's emails do not delay other tenants' emails.
 
 use std::fmt::Write as _;
 

@@ -1,4 +1,4 @@
-//! The maximum time in which the bucket of a key fills.
+//! The maximum time that a key's bucket takes to fill.
 //!
 //! The shared counters keep a bucket until it is full. A longer fill time would not be useful, because a month is the
 //! longest period of a quota. Plans and keys that exceed the maximum keep working until their rate or burst is changed.

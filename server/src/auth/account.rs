@@ -308,8 +308,8 @@ impl Accounts {
         self.signed_in(tokens, member, (&email, &hash), device)
     }
 
-    /// Counts a sign-in attempt. If a known device has no attempts left, it is treated like an unknown device.
-    /// Otherwise, anyone who has obtained device tokens of the account could lock its owner out.
+    /// Counts a sign-in attempt. If a known device has no attempts left, it is treated like an unknown device. If such
+    /// a device were rejected instead, anyone who has obtained the account's device tokens could lock its owner out.
     async fn attempt(
         &self,
         email: &str,

@@ -9,7 +9,7 @@
 //!   Stripe shows whether the report arrived.
 //! - Usage that arrives after its hour was planned becomes another revision, which contains only the difference.
 //! - If a billing period starts or ends within an hour, the hour is divided at that time, based on the log. The part
-//!   before it is planned as soon as it is complete, and the rest when the hour has ended.
+//!   before that time is planned as soon as it is complete, and the rest when the hour has ended.
 //! - Usage that Stripe would not charge is not sent. It is recorded with the reason.
 
 use std::{
@@ -224,7 +224,7 @@ impl Billing {
         }
         let locked = billing_usage::hour(&mut tx, tenant, start, true).await?;
         // If the hour is not complete, usage after the boundary may arrive at any time without affecting the part
-        // before it.
+        // before the boundary.
         if scanned > 0 && (seen.planned != locked.planned || (is_whole && seen != locked)) {
             return Ok(false);
         }

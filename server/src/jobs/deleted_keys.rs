@@ -1,5 +1,5 @@
-//! Deletes the limiter state of deleted keys. Otherwise, a bucket would remain until it is full, which may take weeks,
-//! so that a tenant could fill the memory of Redis by creating, using and deleting keys.
+//! Deletes the limiter state of deleted keys. Without this job, a bucket would remain until it is full, which may take
+//! weeks. A tenant could then fill Redis's memory by creating, using and deleting keys.
 //!
 //! Every replica does this, because each has its own limiter state.
 

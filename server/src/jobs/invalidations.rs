@@ -20,7 +20,7 @@ use crate::{
 const POLL_EVERY: Duration = Duration::from_millis(150);
 
 /// If a poll takes this long, PostgreSQL is suspected to be unreachable. A poll normally takes milliseconds, and cache
-/// entries are trusted for 750 ms after it.
+/// entries are trusted for 750 ms after each poll.
 const SUSPECT_AFTER: Duration = Duration::from_millis(750);
 
 /// Polls for changes, and drops the cache entries that they invalidate. Without a recent poll, entries are reloaded

@@ -25,7 +25,7 @@ use tokio::{
 
 use crate::{db, limiter, state::AppState};
 
-/// How often the times at which keys and tokens were last used are saved.
+/// How often the last-used times of keys and tokens are saved.
 const LAST_USED_EVERY: Duration = Duration::from_secs(2);
 
 #[derive(Debug)]

@@ -206,7 +206,7 @@ fn usual_end(start: DateTime<Utc>, policy: Policy) -> DateTime<Utc> {
     if policy != Policy::Monthly {
         return start + Days::new(1);
     }
-    // Depending on the time zone, a month starts between 14 hours before and 12 hours after it does in UTC.
+    // Depending on the time zone, a month starts between 14 hours before and 12 hours after it starts in UTC.
     let first = (start + TimeDelta::hours(14))
         .date_naive()
         .with_day(1)

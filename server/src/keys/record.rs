@@ -270,7 +270,7 @@ impl KeyStore {
         self.tokens.forget(|_, _| true);
     }
 
-    /// Removes the cached absence of a secret. Call after creating a key or token with it.
+    /// Removes the cached absence of a secret. Call this after creating a key or token with that secret.
     pub fn created(&self, text: &SecretText) {
         let hash = text.hash();
         self.keys.forget_absent(&hash);

@@ -7,9 +7,9 @@
 //! numbers can make an entry outdated. An entry is used only if the last poll for invalidations is recent, and only if
 //! this replica knows of no later invalidation for its key, plan, or tenant ([`Recent`]). The entry then counts as
 //! confirmed at the time of the poll, not at the time it was read. This has several consequences:
-//! - If a load starts before a change but writes its entry after it, the entry has a lower number than the change.
-//!   Replicas that know of the change reject the entry. Other replicas learn of it with their next poll, as they do for
-//!   records in memory.
+//! - If a load starts before a change but writes its entry after the change, the entry has a lower number than the
+//!   change. Replicas that know of the change reject the entry. Other replicas learn of it with their next poll, as
+//!   they do for records in memory.
 //! - Losing an invalidation or the connection to Redis is safe.
 //! - A change to a plan invalidates the entries of all its keys without listing them.
 //!

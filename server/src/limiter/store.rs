@@ -31,8 +31,8 @@ use crate::clock::Nanos;
 ///   crash loses at most one block (a hundredth of the quota, and at most 10,000 tokens) and the tokens that requests
 ///   were waiting for; draining loses none. A replica does not keep an unused block for long while other replicas may
 ///   need it. A change of time zone takes effect when the current window ends, or immediately if nothing was used in
-///   it. The next window lasts until the end of the day or month in the new zone, with a proportional quota. Windows
-///   never overlap.
+///   that window. The next window lasts until the end of the day or month in the new zone, with a proportional quota.
+///   Windows never overlap.
 /// - *Edits.* Usage is kept when policies change: an edit never refills a bucket or a quota.
 /// - *Failure.* If no decision can be made, the result is a [`LimiterError`]; the request is never allowed.
 #[async_trait]

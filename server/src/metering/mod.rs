@@ -1,4 +1,4 @@
-//! Metering: one record for each decision on a known key, which reaches PostgreSQL exactly once.
+//! Metering: writes one record for each decision on a known key, and ships each record to PostgreSQL exactly once.
 //!
 //! A record is written to a *segment*, a file on this machine, before the response is sent, so recording does not wait
 //! for the network. Space is reserved before the decision; if there is none, no decision is made. A *shipper* moves

@@ -166,7 +166,7 @@ impl Redis {
         self.link(key)?.query(cmd).await
     }
 
-    /// Waits for a connection for at most `patience`. Returns whether there is one.
+    /// Waits for a connection for at most `patience`. Returns whether there is a connection.
     pub async fn connected(&self, patience: Duration) -> bool {
         let connected = async {
             while self.status().connected == 0 {

@@ -414,8 +414,8 @@ pub struct TenantQuota {
     pub is_lifted_by_access: bool,
 }
 
-/// Returns the tenant's quota if at least `percent` of it is taken. The rollups also contain requests from times at
-/// which the quota did not apply; the quota's ledger does not.
+/// Returns the tenant's quota if at least `percent` of it is taken. Unlike the quota's ledger, the rollups also contain
+/// requests from when the quota did not apply.
 pub async fn tenant_standing(
     tx: &mut SystemTx,
     tenant: TenantId,

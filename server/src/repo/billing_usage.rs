@@ -200,7 +200,7 @@ pub struct NewReport<'a> {
     pub until: DateTime<Utc>,
     pub subscription: Option<&'a str>,
     pub value: i64,
-    /// Why the report will not be charged. `None` if it will be.
+    /// Why the report will not be charged. `None` if it will be charged.
     pub unbilled: Option<Unbilled>,
 }
 

@@ -68,7 +68,8 @@ pub async fn create(
     Ok(created.flag)
 }
 
-/// Drops the oldest partition if its day is before `before`. Returns whether it dropped one; if so, there may be more.
+/// Drops the oldest partition if its day is before `before`. Returns whether a partition was dropped. If so, there may
+/// be more to drop.
 pub async fn drop_oldest(
     tx: &mut SystemTx,
     table: Partitioned,

@@ -82,7 +82,7 @@ impl WatchedStream {
     }
 
     /// Returns whether the client has closed the connection without sending anything first. If not, wakes the task when
-    /// it does.
+    /// the client closes the connection.
     pub(super) fn is_closed(&self, context: &mut Context<'_>) -> bool {
         let mut byte = [0];
         match self.stream.poll_peek(context, &mut ReadBuf::new(&mut byte)) {

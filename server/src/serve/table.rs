@@ -63,7 +63,8 @@ const LIGHT: usize = 4;
 const SEARCH_EVERY: Duration = Duration::from_millis(100);
 /// A search selects at most `connections / SEARCH_PART` connections.
 const SEARCH_PART: usize = 4;
-/// How many connections an IPv6 /48 may have, as a multiple of a /56's limit. A site may be assigned either.
+/// How many connections an IPv6 /48 may have, as a multiple of a /56's limit. A site may be assigned a network of
+/// either size.
 const SITE: usize = 2;
 
 #[derive(Debug)]
@@ -350,8 +351,8 @@ impl Table {
     }
 
     /// Finds a connection that is idle, or whose client has stopped reading its response. If the newcomer's address is
-    /// light, a heavy address can lose a connection sooner after its client stops reading. Otherwise, the heavy
-    /// address's clients, which reconnect immediately, would take every slot that becomes free.
+    /// light, a heavy address can lose a connection sooner after its client stops reading. If it could not, its
+    /// clients, which reconnect immediately, would take every slot that becomes free.
     fn spare(&self, open: &mut Open, now: Instant, newcomer: Option<IpAddr>) -> Option<u64> {
         let is_searched = open
             .searched_at

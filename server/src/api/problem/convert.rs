@@ -143,8 +143,8 @@ impl From<Unconfirmed> for ApiError {
         let all = Self::unavailable(error.clone());
         match error {
             Unconfirmed::Failed(_) => all,
-            // This error is counted but not logged. Otherwise, unauthenticated clients could fill the disk with log
-            // lines.
+            // This error is counted but not logged, because unauthenticated clients could otherwise fill the disk with
+            // log lines.
             Unconfirmed::TooMany => Self {
                 source: None,
                 ..all

@@ -23,7 +23,7 @@ pub enum Judgment {
 pub struct Attempt {
     pub(super) attempts: Arc<Attempts>,
     pub(super) counters: Vec<Counter>,
-    /// When the attempt was counted locally. `None` if it was not.
+    /// When the attempt was counted locally. `None` if it was not counted locally.
     pub(super) counted_here: Option<Monotonic>,
     /// When Redis counted the attempt, in milliseconds on Redis's clock. `None` if Redis did not count it or its
     /// response is unknown.

@@ -157,8 +157,8 @@ impl CircuitBreaker {
         }
     }
 
-    /// Records the counters' time `at`, unless a newer response has already arrived. Otherwise, an outage could seem to
-    /// have begun before other replicas got their last response.
+    /// Records the counters' time `at`, unless a newer response has already arrived. If an older time were recorded, an
+    /// outage could seem to have begun before other replicas got their last response.
     fn hear(&self, inner: &mut BreakerState, at: CounterMicros, now: Monotonic) {
         if at >= self.last_heard() {
             inner.heard_at = now;

@@ -16,9 +16,10 @@ use crate::{
 /// The maximum interval between probes, and by how much it varies.
 const PROBE_EVERY: Duration = Duration::from_millis(250);
 const PROBE_JITTER: Duration = Duration::from_millis(50);
-/// How long after the last call a heartbeat is sent, if that call succeeded or if it failed. Short enough that all
-/// replicas detect an outage within half a second. A call for tokens confirms the last response just like a heartbeat.
-/// So a replica that renews leases, which takes a call every 90 ms with the default settings, does not send heartbeats.
+/// How long after the last call a heartbeat is sent: after a successful call, and after a failed one. Short enough that
+/// all replicas detect an outage within half a second. A call for tokens confirms the last response just like a
+/// heartbeat. So a replica that renews leases, which takes a call every 90 ms with the default settings, does not send
+/// heartbeats.
 const HEARTBEAT_EVERY: Duration = Duration::from_millis(110);
 const SUSPECT_EVERY: Duration = Duration::from_millis(50);
 /// How often to check whether a heartbeat is due.
@@ -71,9 +72,9 @@ impl StoreCore {
     }
 }
 
-/// Returns a call that takes no tokens and does not affect any key. It does not report an outage of this replica, even
-/// if one begins before it is sent. Only probes report outages: they are sent late enough that other replicas could
-/// have confirmed a response.
+/// Returns a call that takes no tokens and does not affect any key. The call does not report an outage of this replica,
+/// even if an outage begins before the call is sent. Only probes report outages: they are sent late enough that other
+/// replicas could have confirmed a response.
 fn heartbeat_call(partition: u16, inner: &StoreCore) -> TakeCall {
     let of = &inner.partitions[usize::from(partition)];
     TakeCall {
