@@ -41,7 +41,7 @@ impl AlertApi {
     }
 }
 
-/// The alert settings in the audit log. They belong to the tenant.
+/// The alert settings, as recorded in the audit log. They belong to the tenant.
 #[derive(Serialize)]
 struct AuditedSettings<'a> {
     #[serde(flatten)]

@@ -93,7 +93,7 @@ audited!(
 /// A change in progress. This is a transaction of the caller's tenant that must end with [`created`](Self::created),
 /// [`updated`](Self::updated), or [`deleted`](Self::deleted). These methods record the audit event, commit the
 /// transaction, and then publish which cached records replicas must drop. The transaction cannot be committed in any
-/// other way, so every change is recorded. Dropping the edit rolls it back.
+/// other way, so every change is recorded. Dropping the edit rolls back the transaction.
 pub struct Edit<'a> {
     tx: TenantTx,
     state: &'a AppState,

@@ -2,8 +2,8 @@
 //!
 //! Contains no SQL: handlers call `repo` and the modules between the two. Only [`problem`] converts errors to a
 //! [`Problem`](quota_common::Problem). In every handler, the caller is the first argument and the body is the last.
-//! poem extracts arguments in order, so the body of an anonymous request is never parsed. The type of the caller is the
-//! permission that the handler requires; see [`tenant_rights`].
+//! poem extracts arguments in order, so the body of an anonymous request is never parsed. The type of the caller
+//! determines which permission the handler requires; see [`tenant_rights`].
 
 pub mod admitted;
 pub mod alert;

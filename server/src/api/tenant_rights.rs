@@ -19,7 +19,7 @@ fn forbidden(role: Role) -> ApiError {
 }
 
 impl SignedInTenant {
-    /// Requires permission to change the tenant itself. For `PATCH /auth/me`, where only some fields require the
+    /// Requires permission to change the tenant itself. Used for `PATCH /auth/me`, where only some fields require the
     /// permission.
     pub fn require_administration(&self) -> Result<(), ApiError> {
         if self.role().may_administer() {

@@ -20,8 +20,8 @@
 //! many accounts, because each account has its own limits.
 //!
 //! With Redis, a script counts the attempts on all replicas. Each replica also counts attempts locally. While Redis is
-//! unreachable, the local counters decide, with half as many attempts. No response reveals whether an account exists,
-//! because unknown accounts are counted too.
+//! unreachable, the local counters decide, and allow half as many attempts. No response reveals whether an account
+//! exists, because unknown accounts are counted too.
 
 mod attempt;
 mod counter;

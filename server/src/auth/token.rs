@@ -80,7 +80,7 @@ fn pair(secrets: &Secrets) -> Result<Pair, AuthError> {
 }
 
 impl Signer {
-    /// Creates a value that signs tokens with the current key, and also accepts tokens signed with the previous key.
+    /// Creates a signer for the current key. The signer also accepts tokens signed with the previous key.
     pub fn new(secrets: &SecretPair) -> Result<Self, AuthError> {
         let current = pair(&secrets.current)?;
         let mut known = HashMap::from([(current.kid.clone(), current.public)]);

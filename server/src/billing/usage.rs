@@ -38,8 +38,8 @@ const ROUNDS: u32 = 1000;
 const SCANS: u32 = 3;
 /// The maximum duration of planning an hour: several scans of a part of the log, each of which may take minutes.
 const PLAN_MAX: Duration = Duration::from_mins(20);
-/// The number of customers whose reports are sent concurrently. No more are claimed at a time, since a claim that waits
-/// would expire.
+/// The number of customers whose reports are sent concurrently. No more customers are claimed at a time, because the
+/// claims of waiting customers would expire.
 const CONCURRENT: usize = 8;
 /// How many times customers are claimed per round.
 const CLAIMS: usize = 4;

@@ -412,7 +412,7 @@ impl<V: Send + 'static> Worker<V> {
     }
 }
 
-/// The lookups of one statement. If this is dropped by a panic or with the runtime, the lookups fail.
+/// The lookups of one statement. If the batch is dropped because of a panic or with the runtime, its lookups fail.
 struct Batch<V: Send + 'static> {
     batches: Batches<V>,
     list: Vec<Waiting<V>>,

@@ -1,4 +1,4 @@
-//! API keys and service tokens: finds their records by secret, and records when they were last used.
+//! API keys and service tokens: finds their records by secret, and tracks when they were last used.
 //!
 //! A secret is looked up by its hash: first in memory, then in the records that replicas share through Redis, and
 //! finally in PostgreSQL. Does not depend on HTTP. While PostgreSQL is unavailable, keys in memory keep working for

@@ -44,7 +44,7 @@ const REPLICAS_MAX: u64 = 1000;
 /// A replica's position among all replicas.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ReplicaSlot {
-    /// Starts at zero.
+    /// The rank, starting at zero.
     pub rank: u64,
     pub of: NonZeroU64,
 }

@@ -27,9 +27,9 @@
 //! Does not depend on HTTP. While PostgreSQL is unreachable, segments grow up to `QUOTA_USAGE_BACKLOG_MAX`. While the
 //! disk is full or read-only, decisions cannot be recorded, so none are made.
 //!
-//! Denied requests are free for their sender. While the backlog is more than half full, only a limited number of each
-//! tenant's denials per second are recorded, so that one tenant's denials cannot fill the backlog for everyone. The
-//! other denials are counted in a metric. Every allowed request is recorded.
+//! Denied requests do not cost their sender anything. While the backlog is more than half full, only a limited number
+//! of each tenant's denials per second are recorded, so that one tenant's denials cannot fill the backlog for everyone.
+//! The other denials are counted in a metric. Every allowed request is recorded.
 
 mod denials;
 mod directory;

@@ -122,7 +122,7 @@ impl Recorder {
                     // Further records go to another segment.
                     segment.seal();
                 };
-                // The kernel writes back pages that were changed through a memory map like all other pages.
+                // The kernel writes back pages that were changed through a memory map, as it does with all other pages.
                 Some(Syncer::start(
                     |segment| segment.file.sync_data(),
                     on_failure,

@@ -246,8 +246,8 @@ impl Shipper {
         Ok(())
     }
 
-    /// Ships the remaining records, then deletes this process's files. Keeps them if anything is still unshipped. Call
-    /// after [`Recorder::close`].
+    /// Ships the remaining records, then deletes this process's files. Keeps the files if any records have not been
+    /// shipped. Call after [`Recorder::close`].
     pub async fn finish(
         &mut self,
         context: &Context,

@@ -183,8 +183,8 @@ async fn add_endpoints(
         .into_iter()
         .filter_map(|it| Some(of_keys.get(it)?.0))
         .collect::<HashSet<_>>();
-    // Only endpoints that are in a key's list can be in the tenant's list. There, an endpoint's first request is its
-    // first request with a key that lists the endpoint.
+    // Only endpoints that are in a key's list can be in the tenant's list. In the tenant's list, an endpoint's first
+    // request is its first request with a key that lists the endpoint.
     let mut listed = HashMap::<(Uuid, Rank), DateTime<Utc>>::new();
     for (of, first_at) in &batch.named {
         if !of.key.is_nil() && !folded.contains(of) {

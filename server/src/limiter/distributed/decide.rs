@@ -50,8 +50,8 @@ pub(super) enum LocalOutcome {
 }
 
 impl StoreCore {
-    /// Decides with the state on this replica, if possible. If the counters must be called, first reserves the quota
-    /// tokens of `demand`.
+    /// Decides on a request with the state on this replica, if possible. If the counters must be called, first reserves
+    /// the quota tokens of `demand`.
     #[inline]
     pub(super) fn decide_locally(
         &self,
@@ -206,8 +206,8 @@ impl StoreCore {
         Some(decision)
     }
 
-    /// Decides without the counters, according to the plan's fallback setting. Returns `None` if too few quota tokens
-    /// are available locally.
+    /// Decides on a request without the counters, according to the plan's fallback setting. Returns `None` if too few
+    /// quota tokens are available locally.
     pub(super) fn without_counters(
         &self,
         handle: &Arc<KeyHandle>,

@@ -50,7 +50,7 @@
 -- to two nanoseconds.
 --
 -- **Expiry.** A bucket is kept for a minute plus twice the time until it is full. A full bucket is the same as a new one,
--- except after an edit: the time that is left over allows for a rate that was lowered in the meantime.
+-- except after an edit: the additional time allows for a rate that has been lowered since the last use.
 local OUTDATED = 10000000
 -- A caller that was promised an epoch must call within this many microseconds of its start to use it.
 local PROMISED = 500000
@@ -112,8 +112,8 @@ elseif start > now then
   if promised == start then
     redis.call('HSET', KEYS[2], 'c', '1')
   elseif away > 0 and epoch[4] ~= '1' and start - now < delay - KNOWN then
-    -- Perhaps no caller has received a response with this start. A caller that calls again only after the start would
-    -- not know of it.
+    -- It is possible that no caller has received a response that contains this start. A caller that calls again only
+    -- after the start would not know of it.
     start = now + delay
     redis.call('HSET', KEYS[2], 's', whole(start))
   end

@@ -281,7 +281,7 @@ impl LedgerCalls {
         }
     }
 
-    /// Starts to return the tokens of a call whose return has not begun.
+    /// Starts to return the tokens that `call` has not given back.
     pub(super) fn give_back_of(self: &Arc<Self>, call: &Call) {
         for (window_start, n) in &call.order.give_back {
             self.give_back(call.row(*window_start), *n);

@@ -53,7 +53,7 @@ pub struct KeyTableSettings {
     /// The maximum number of keys, at about 600 bytes each. Requests with additional keys get
     /// [`LimiterError::TooManyKeys`]: making room by dropping another key would refill its bucket.
     pub max_keys: usize,
-    /// How long a request waits for one ledger call. A decision waits for at most two.
+    /// How long a request waits for one ledger call. A decision waits for at most two calls.
     pub ledger_deadline: Duration,
     /// How long until a ledger call is abandoned. Longer than requests wait, because the tokens of a late response can
     /// still be spent, while those of an abandoned call are lost.
@@ -194,8 +194,8 @@ impl KeyTable {
                     self.calls.start_next(handle, &mut state, policy, now);
                 }
             } else {
-                // The key is dropped the next time, after the ledger has credited its tokens. If it were dropped now,
-                // its next request could find too few tokens in the ledger.
+                // The next search drops the key, after the ledger has credited its tokens. If it were dropped now, its
+                // next request could find too few tokens in the ledger.
                 let released = [Policy::Daily, Policy::Monthly]
                     .map(|policy| self.calls.release(handle, &mut state, policy));
                 if released.contains(&true) {

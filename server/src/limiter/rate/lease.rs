@@ -153,7 +153,7 @@ pub(in crate::limiter) struct Demand {
 }
 
 impl Lease {
-    /// Applies an edit of the plan: marks tokens taken under the old plan to be returned, and forgets the bucket's
+    /// Applies an edit to the plan: marks tokens taken under the old plan to be returned, and forgets the bucket's
     /// state.
     pub(in crate::limiter) fn edited(&mut self) {
         self.surrender_all();
