@@ -21,7 +21,7 @@
 //! during that second.
 //!
 //! The total memory used by requests on connections that have not authenticated is limited. Above that limit, the table
-//! closes the largest connections of the address that uses the most memory.
+//! closes the connections that use the most memory, starting with the address that uses the most in total.
 
 mod group;
 
