@@ -1,7 +1,7 @@
 //! Settings, from environment variables and command-line flags.
 //!
 //! [`Settings`] contains each setting as text, and [`Config`] contains the parsed values. All settings are parsed at
-//! startup. If any are invalid, the server does not start, and reports one error per line, with the name of the
+//! startup. If any setting is invalid, the server does not start, and reports one error per line, with the name of the
 //! variable. The rest of the server does not read the environment.
 
 mod environment;

@@ -142,7 +142,7 @@ impl AppState {
         let redis = config.redis.clone().map(Redis::connect_lazy);
         let recent = Arc::new(Recent::default());
 
-        // This secret also distinguishes the installation from others with the same QUOTA_SECRET.
+        // This secret also distinguishes the installation from other installations with the same QUOTA_SECRET.
         let installation = stored_secret(&db).await?;
         let current = match &config.secret {
             Some(secret) => Config::secret_bytes(secret).to_vec(),

@@ -20,8 +20,9 @@
 //! subscription `active`. See <https://docs.stripe.com/billing/subscriptions/overview>.
 //!
 //! If a customer has several subscriptions, the one whose access lasts the longest counts, so plans work as long as any
-//! of the subscriptions allows it. If several last equally long, the status decides, in the order `active`, `trialing`,
-//! `past_due`, `unpaid`, `paused`, `canceled`, any other. If the status is also equal, the newest subscription counts.
+//! of the subscriptions allows it. If the access of several subscriptions lasts equally long, the status decides, in
+//! the order `active`, `trialing`, `past_due`, `unpaid`, `paused`, `canceled`, any other. If the status is also equal,
+//! the newest subscription counts.
 
 use std::cmp::Reverse;
 

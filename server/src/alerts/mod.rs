@@ -43,8 +43,8 @@ const TENANTS: i64 = 200;
 /// If more records than this are unchecked, all of the tenant's keys are checked instead of only the keys in these
 /// records.
 const RECORDS_MAX: i64 = 200_000;
-/// The maximum number of log records whose keys are checked before proceeding to later records. Limited because each
-/// step reads these records again.
+/// The maximum number of log records whose keys are checked before proceeding to later records. The number is limited,
+/// because each step reads these records again.
 const PART_MAX: i64 = 20_000;
 /// The maximum number of keys to check per transaction.
 const KEYS_MAX: i64 = 250;
@@ -129,7 +129,7 @@ impl Alerts {
     }
 
     /// Checks tenants with unchecked usage. Without metering, checks all tenants with quotas. Tenants take turns, so
-    /// that a tenant with many keys or one that cannot be checked does not delay the others.
+    /// that a tenant with many keys, or one whose check fails, does not delay other tenants.
     pub async fn check(&self) -> Result<Round, DbError> {
         let began = Instant::now();
         let tenants = async |tx: &mut SystemTx| {

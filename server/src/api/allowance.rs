@@ -21,8 +21,8 @@ use crate::{
     },
 };
 
-/// Rejects the creation of a resource if the tenant already has the maximum number of them. Must be called in the
-/// transaction that inserts the resource, before the insert.
+/// Rejects the creation of a resource if the tenant already has the maximum number of resources of its type. Must be
+/// called in the transaction that inserts the resource, before the insert.
 pub async fn one_more(config: &Config, tx: &mut TenantTx, what: Resource) -> Result<(), ApiError> {
     let (all, free) = (config.allowances, config.free_tier);
     let (limit, free, name) = match what {

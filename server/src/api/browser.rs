@@ -31,7 +31,7 @@ pub const CSRF_FIELD: &str = "x-quota-csrf";
 pub enum SessionCookie {
     Access,
     Refresh,
-    /// The only cookie that scripts can read. It is useless without the others.
+    /// The only cookie that scripts can read. It is useless without the other cookies.
     Csrf,
     /// Identifies a browser that has signed in before. It outlives sessions and is not a credential.
     Device,

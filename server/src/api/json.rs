@@ -337,7 +337,7 @@ fn rejected_field(error: &serde_path_to_error::Error<serde_json::Error>) -> Fiel
     }
 }
 
-/// Rewrites serde's message about a value of the wrong type. The result contains no names of Rust types.
+/// Rewrites serde's message about a value of the wrong type. The result does not contain names of Rust types.
 fn mismatch(message: &str) -> String {
     if message.starts_with("UUID parsing failed") {
         return "must be a UUID".to_owned();

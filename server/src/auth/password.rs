@@ -83,7 +83,7 @@ pub enum CallerClass {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Turn {
     pub class: CallerClass,
-    /// Identifies an account (for [`CallerClass::Known`]) or a network, which takes turns with others.
+    /// Identifies the account (for [`CallerClass::Known`]) or the network that takes turns with others of its kind.
     pub party: u64,
 }
 

@@ -61,8 +61,8 @@ fn named(account: &StripeAccount) -> String {
 }
 
 impl Billing {
-    /// Returns whether the secret key belonged to a different account or mode than the customers at the last
-    /// comparison.
+    /// Returns whether, at the last comparison, the secret key belonged to a different account or mode than the
+    /// customers.
     pub fn is_other_account(&self) -> bool {
         self.account.0.is_other.load(Ordering::Relaxed)
     }

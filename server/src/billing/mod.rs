@@ -257,8 +257,8 @@ impl Billing {
         }
         let id = tenant.to_string();
         let email = account.customer_email.as_str();
-        // An earlier request may have created the customer even though no response arrived, too long ago for Stripe to
-        // recognize the idempotency key.
+        // An earlier request whose response was lost may have created the customer, so long ago that Stripe no longer
+        // recognizes the idempotency key.
         let found = if account.customer_requested {
             self.stripe.find_customer(&id, email).await?
         } else {

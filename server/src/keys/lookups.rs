@@ -113,8 +113,8 @@ struct Settings {
     limit: usize,
     /// How long a lookup waits for its batch to start.
     wait: Duration,
-    /// The maximum number of concurrent batches. All but one may contain unknown secrets. If there is only one, it may
-    /// contain them too.
+    /// The maximum number of concurrent batches. All batches but one may contain unknown secrets. If there is only one
+    /// batch, it may also contain unknown secrets.
     workers: usize,
     freshness: Arc<Freshness>,
     metrics: Arc<Metrics>,

@@ -13,8 +13,8 @@
 //! - Losing an invalidation or the connection to Redis is safe.
 //! - A change to a plan invalidates the entries of all its keys without listing them.
 //!
-//! Negative results are also cached: an invalid secret is remembered for a few seconds. These entries need no number:
-//! secrets are random, so a secret is never looked up before it is created.
+//! Negative results are also cached: an invalid secret is remembered for a few seconds. These entries do not need a
+//! number: secrets are random, so a secret is never looked up before it is created.
 //!
 //! **Trust.** Anyone with access to Redis could write entries. Each entry is stored under the hash of its secret, and
 //! sealed for that hash with a key of this installation ([`Seal`]). Therefore, writing to Redis can make entries
@@ -149,7 +149,7 @@ impl SharedKeys {
             return None;
         }
         if let Some(facts) = &entry.facts {
-            // Checked after Redis has responded, so that invalidations received while waiting are not missed.
+            // Check after Redis has responded, so that invalidations received while waiting are not missed.
             let about = [facts.tenant_id, facts.plan_id, facts.id];
             if !it.recent.unchanged(&about, entry.as_of) {
                 it.metrics.key_shared_outdated.inc();

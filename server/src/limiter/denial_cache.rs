@@ -1,12 +1,13 @@
 //! A cache of denials in front of a remote store, so that repeating a denial does not need a round trip.
 //!
 //! Two mechanisms deny requests here: a `governor` limiter with the plan's rate, and the store's last denial, which is
-//! repeated until the plan, or the state on which it was based, may have changed. Both only repeat what the store would
-//! decide. A denial by the cache does not consume tokens, and neither does a denial by the store. So `governor` gets a
-//! state store that reports what would happen without changing anything, and is charged only for requests that the
-//! store has allowed. (Charging first and refunding denied requests is not equivalent: the bucket may have been full in
-//! between, and the refund would credit tokens that were never taken.) Degraded decisions are not recorded, because
-//! they do not show what the store would decide: a request that the store would allow must not be denied.
+//! repeated until the plan, or the state on which it was based, may have changed. Both mechanisms only repeat what the
+//! store would decide. A denial by the cache does not consume tokens, and neither does a denial by the store. So
+//! `governor` gets a state store that reports what would happen without changing anything, and is charged only for
+//! requests that the store has allowed. (Charging first and refunding denied requests is not equivalent: the bucket may
+//! have been full in between, and the refund would credit tokens that were never taken.) Degraded decisions are not
+//! recorded, because they do not show what the store would decide: a request that the store would allow must not be
+//! denied.
 //!
 //! The local store keeps its state in the same handle, so a cache in front of it would only add cost. The limiter skips
 //! the cache if [`LimitStore::is_local`].

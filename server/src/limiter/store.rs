@@ -29,10 +29,10 @@ use crate::clock::Nanos;
 ///   refill.
 /// - *Quotas.* In any calendar window, at most `daily` and `monthly` tokens are granted, across restarts and crashes. A
 ///   crash loses at most one block (a hundredth of the quota, and at most 10,000 tokens) and the tokens that requests
-///   were waiting for; draining loses none. A replica does not keep an unused block for long while other replicas may
-///   need it. A change of time zone takes effect when the current window ends, or immediately if nothing was used in
-///   that window. The next window lasts until the end of the day or month in the new zone, with a proportional quota.
-///   Windows never overlap.
+///   were waiting for; draining does not lose any tokens. A replica does not keep an unused block for long while other
+///   replicas may need it. A change of time zone takes effect when the current window ends, or immediately if nothing
+///   was used in that window. The next window lasts until the end of the day or month in the new zone, with a
+///   proportional quota. Windows never overlap.
 /// - *Edits.* Usage is kept when policies change: an edit never refills a bucket or a quota.
 /// - *Failure.* If no decision can be made, the result is a [`LimiterError`]; the request is never allowed.
 #[async_trait]
@@ -85,6 +85,7 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
     /// has stopped accepting the keys: another request would get a full bucket.
     async fn delete(&self, keys: &[(TenantId, ApiKeyId)]) -> Result<(), CounterError>;
 
-    /// Returns all unused tokens and stops taking more. Call before the process exits.
+    /// Returns all unused tokens to the ledger and the shared counters, and stops taking more. Call before the process
+    /// exits.
     async fn drain(&self) -> Drained;
 }

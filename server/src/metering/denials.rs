@@ -56,7 +56,7 @@ impl DenialLog {
         );
     }
 
-    /// Returns the number of lines omitted since the last one, or `None` if this line must be omitted too.
+    /// Returns the number of lines omitted since the last line was written, or `None` if this line must be omitted too.
     fn admit(&self, now: Monotonic) -> Option<u64> {
         let began = self.began.load(Ordering::Relaxed);
         if now.saturating_since(Monotonic(began)) >= SECOND

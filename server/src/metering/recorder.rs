@@ -352,7 +352,7 @@ impl Recorder {
                 }
             }
             Ok(unused) => files.remove_unused(&unused),
-            // Decisions can still use the rest of the current segment, and an old spare one.
+            // Decisions can still use the rest of the current segment, and an old spare segment.
             Err(_) => files.count -= 1,
         }
     }

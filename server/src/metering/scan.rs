@@ -13,7 +13,7 @@ use crate::repo::usage_batch::UsageRecord;
 /// Whether the process that writes the segment may still be running.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Writer {
-    /// The process may still fill reserved records, so reading stops at the first open one.
+    /// The process may still fill reserved records, so reading stops at the first open record.
     Running,
     /// The process has ended. No response was sent for unfinished records, so they are skipped.
     Ended,

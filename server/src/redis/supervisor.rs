@@ -2,10 +2,10 @@
 //!
 //! The redis crate's `ConnectionManager` keeps reconnecting to one address and makes calls wait for the new connection.
 //! Here, Sentinel is asked for the master before each attempt, and calls never wait. Probes detect connections that no
-//! longer respond; a single late call does not prove that.
+//! longer respond; a single late call does not prove that a connection is dead.
 //!
 //! The crate itself maintains a cluster's connections to each node. The cluster connection as a whole is replaced only
-//! if that does not help, and the old one is used until the new one is ready.
+//! if that is not enough, and the old one is used until the new one is ready.
 
 use std::{
     sync::{Arc, atomic::Ordering},

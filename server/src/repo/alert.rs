@@ -188,7 +188,7 @@ pub async fn lock_progress(
     else {
         return Ok(None);
     };
-    // Read after locking, so that it is at least the position that another replica has checked.
+    // Read the position after locking, so that it is at least the position that another replica has checked.
     let last: Option<Last> = sql_query("SELECT last_seq FROM usage_tenants WHERE tenant_id = $1")
         .bind::<SqlUuid, _>(tenant.0)
         .get_result(&mut **tx)
@@ -243,8 +243,8 @@ pub async fn keys(
         id: Uuid,
     }
     let found: Vec<Key> = match keys {
-        // Not restricted by time, because replicas can ship records long after the requests. The index on positions
-        // finds the range in each of the log's daily partitions.
+        // Do not restrict the query by time, because replicas can ship records long after the requests. The index on
+        // positions finds the range in each of the log's daily partitions.
         Keys::Used { after, until } => {
             sql_query(
                 "SELECT DISTINCT key_id AS id FROM usage_log \
@@ -303,8 +303,8 @@ pub struct QuotaStanding {
 pub struct Lateness {
     /// The time of each key's oldest usage.
     oldest: HashMap<Uuid, DateTime<Utc>>,
-    /// Whether the age of the usage is unknown, because reading the time of every record would take too long. If so, it
-    /// may be up to a day.
+    /// Whether the age of the usage is unknown, because reading the time of every record would take too long. If so,
+    /// the usage may be up to a day old.
     is_unknown: bool,
 }
 

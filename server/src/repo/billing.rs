@@ -241,7 +241,7 @@ pub struct Shown {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Applied {
-    /// A later read has already been applied, so this one was ignored.
+    /// A later read has already been applied, so this read was ignored.
     Outdated,
     /// Access to paid plans has not changed.
     Same,

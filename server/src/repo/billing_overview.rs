@@ -29,7 +29,7 @@ pub struct Counts {
     /// The cost of requests allowed in the current month. Requests are included after about a second.
     #[diesel(sql_type = BigInt)]
     pub counted: i64,
-    /// The tokens that replicas have taken from the tenant's monthly quota, spent or not. `None` if none have been
+    /// The tokens that replicas have taken from the tenant's monthly quota, spent or not. `None` if no tokens have been
     /// taken.
     #[diesel(sql_type = Nullable<BigInt>)]
     pub taken: Option<i64>,

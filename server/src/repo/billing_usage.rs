@@ -332,7 +332,7 @@ pub struct DueReport {
     /// Seconds since the start of the usage.
     #[diesel(sql_type = BigInt)]
     pub age: i64,
-    /// Seconds since the first attempt. `None` if this is the first one.
+    /// Seconds since the first attempt. `None` if this is the first attempt.
     #[diesel(sql_type = Nullable<BigInt>)]
     pub sent_ago: Option<i64>,
 }

@@ -45,7 +45,7 @@ struct Lock {
 
 /// Looks up a key. If it is unknown, locks it against other requests until the transaction ends.
 pub async fn claim(tx: &mut TenantTx, operation: &str, key: &str) -> Result<PriorRequest, DbError> {
-    // Checked before locking, because replays of a stored response must not exclude each other: if one of them held the
+    // Check before locking, because replays of a stored response must not exclude each other: if one of them held the
     // lock, the next one would report that the request was still being processed.
     let known = find(tx, operation, key).await?;
     if !matches!(known, PriorRequest::Nothing) {
@@ -66,7 +66,7 @@ pub async fn claim(tx: &mut TenantTx, operation: &str, key: &str) -> Result<Prio
             .get_result::<Lock>(&mut **tx)
             .await?;
         if lock.acquired {
-            // Checked again, because the previous holder of the lock may have stored its response.
+            // Check again, because the previous holder of the lock may have stored its response.
             return find(tx, operation, key).await;
         }
         if attempt + 1 < ATTEMPTS {

@@ -251,8 +251,8 @@ pub async fn open(
     Ok(())
 }
 
-/// Credits unused tokens, unless the batch `id` has already been applied. Returns whether it was applied now. `rows`
-/// must be distinct and in ascending order.
+/// Credits unused tokens, unless the batch `id` has already been applied. Returns whether this call applied the batch.
+/// `rows` must be distinct and in ascending order.
 pub async fn give_back(tx: &mut SystemTx, id: Uuid, rows: &[(Row, i64)]) -> Result<bool, DbError> {
     #[derive(QueryableByName)]
     struct Applied {

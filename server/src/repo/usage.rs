@@ -143,7 +143,7 @@ impl Filter {
         };
         let _ = match (&self.endpoint, group) {
             (Some(_), _) => write!(sql, " AND u.endpoint = $4"),
-            // Handled by the join with the list of endpoints.
+            // The join with the list of endpoints handles this case.
             (None, Some(GroupBy::Endpoint)) => Ok(()),
             (None, _) => write!(sql, " AND u.endpoint = {ALL_ENDPOINTS}"),
         };

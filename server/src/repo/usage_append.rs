@@ -173,7 +173,7 @@ async fn add_endpoints(
     if new.is_empty() {
         return Ok(HashSet::new());
     }
-    // Added in a single step, because endpoints are numbered by the time of their first request.
+    // Add the endpoints in a single step, because endpoints are numbered by the time of their first request.
     let (of_tenants, of_keys) = new
         .into_iter()
         .partition::<Vec<_>, _>(|it| it.0.key.is_nil());

@@ -83,7 +83,7 @@ pub async fn drop_oldest(
     Ok(dropped.number > 0)
 }
 
-/// Deletes some of the default partition's rows from days before `before`. Returns whether there may be more.
+/// Deletes some of the default partition's rows from days before `before`. Returns whether there may be more such rows.
 pub async fn delete_unpartitioned(
     tx: &mut SystemTx,
     table: Partitioned,

@@ -94,7 +94,7 @@ pub async fn has_room(tx: &mut TenantTx, webhook: Uuid) -> Result<bool, DbError>
 }
 
 /// Inserts deliveries of a tenant's events to these webhooks. The caller must have locked the webhooks. If a webhook
-/// already has [`PENDING_MAX`] pending deliveries, further ones are inserted as failed.
+/// already has [`PENDING_MAX`] pending deliveries, further deliveries are inserted as failed.
 pub async fn insert_all(
     tx: &mut SystemTx,
     tenant: Uuid,

@@ -110,10 +110,12 @@ pub(super) struct Requests {
     head_length: usize,
     /// When a response last ended or made progress.
     progressed: u64,
-    /// When a response that was later reset last made progress. Cleared when another response makes progress. Without
-    /// this time, a client that resets responses instead of reading them would get a new deadline with each request.
+    /// The time of the last progress of a response that was later reset. Cleared when another response makes progress.
+    /// Without this time, a client that resets responses instead of reading them would get a new deadline with each
+    /// request.
     unread: Option<u64>,
-    /// When a request arrived that was reset before its response began. Cleared when another response is complete.
+    /// The arrival time of a request that was reset before its response began. Cleared when another response is
+    /// complete.
     cancelled: Option<u64>,
 }
 

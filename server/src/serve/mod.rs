@@ -1,6 +1,6 @@
 //! Accepts connections, enforces their deadlines and closes them.
 //!
-//! poem's server has no timeout for header fields. hyper has none for the first bytes of a connection (which
+//! poem's server has no timeout for header fields. hyper has no timeout for the first bytes of a connection (which
 //! distinguish HTTP/1 from HTTP/2), for an idle HTTP/2 connection, or for a client that does not read its response.
 //! Here, each connection has one timer. [`connection`] computes its current deadline, for HTTP/2 from the frames on the
 //! wire ([`http2`]). [`table`] limits the number of connections. [`direct`] responds to plain requests without hyper.

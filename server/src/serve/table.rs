@@ -7,8 +7,8 @@
 //! 2. a connection that is idle between two requests,
 //! 3. a connection whose client has not read its response for a while, starting with the address that has the most
 //!    connections,
-//! 4. a connection that may be about to send its first request, unless its address has fewer connections than the
-//!    address of the new one.
+//! 4. a connection that may be about to send its first request, unless its address has fewer connections than the new
+//!    connection's address.
 //!
 //! No other connection with a request in flight is ever closed to make room. So clients that do not send or read
 //! anything cannot lock out other clients, no matter how many there are.

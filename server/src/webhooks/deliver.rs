@@ -91,7 +91,7 @@ impl Webhooks {
             .db
             .in_system(async |tx| webhook_delivery::claim(tx, &claim).await)
             .await?;
-        // The next turn goes to the tenant that follows the last of these.
+        // The next turn goes to the tenant that follows the last of these tenants.
         let tenants = due.iter().map(|it| it.tenant_id);
         if let Some(last) = tenants.max_by_key(|it| (*it <= after_tenant, *it)) {
             *self.0.last_tenant.lock() = last;
@@ -144,7 +144,7 @@ impl Webhooks {
             return Sent::failed("The signing secret cannot be read. Rotate it.");
         };
         let mut secrets = vec![secret];
-        // Receivers with the current secret ignore the signature made with the previous one.
+        // Receivers with the current secret ignore the signature made with the previous secret.
         secrets.extend(due.previous_secret.as_ref().and_then(decrypt));
         let attempt = Attempt {
             event_id: &due.event_id,
@@ -232,7 +232,7 @@ fn random() -> f64 {
     getrandom::u32().map_or(0.0, |it| f64::from(it) / (f64::from(u32::MAX) + 1.0))
 }
 
-/// How long a stopping server waits for attempts in progress. After that, another replica repeats them.
+/// How long a stopping server waits for attempts in progress. After that, another replica repeats these attempts.
 pub const FINISH: Duration = Duration::from_secs(3);
 
 #[cfg(test)]

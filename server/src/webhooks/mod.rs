@@ -102,7 +102,7 @@ impl Webhooks {
     ///
     /// # Errors
     ///
-    /// Returns a message for the field that says what is wrong with the URL.
+    /// Returns a message that says what is wrong with the URL, for use as a field's error.
     pub fn check_url(&self, text: &str) -> Result<Url, &'static str> {
         self.0.targets.parse(text).map(|(url, _)| url)
     }

@@ -85,7 +85,7 @@ impl Targets {
     ///
     /// # Errors
     ///
-    /// Returns a message for the field that says what is wrong with the URL.
+    /// Returns a message that says what is wrong with the URL, for use as a field's error.
     pub fn parse(&self, text: &str) -> Result<(Url, Scheme), &'static str> {
         let url = Url::parse(text).map_err(|_| "must be a URL that starts with https://")?;
         let scheme = match url.scheme() {

@@ -129,7 +129,7 @@ impl From<Busy> for ApiError {
                 "Your organization is making too many changes at the same time.",
                 Duration::from_secs(1),
             ),
-            // Not logged: if the changes ahead of this one fail, their own errors are logged.
+            // Do not log this error: if the changes ahead of this one fail, their own errors are logged.
             Busy::TimedOut => Self {
                 source: None,
                 ..Self::unavailable(String::new())

@@ -11,8 +11,8 @@ use crate::clock::Monotonic;
 pub enum Judgment {
     /// The password was not verified, so the attempt does not count.
     Missing,
-    /// The password is wrong, or its verification is in progress and may show that it is wrong. A registration counts as wrong, too,
-    /// because its response may reveal that an email is in use.
+    /// The password is wrong, or its verification is in progress and may show that it is wrong. Also used for
+    /// registrations, because the response may reveal that an email is in use.
     Wrong,
     Correct,
 }

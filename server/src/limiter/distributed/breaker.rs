@@ -45,7 +45,7 @@ struct BreakerState {
     span_start: Monotonic,
     calls: u32,
     failed: u32,
-    /// When the response with the time `last_heard` arrived.
+    /// The arrival time of the response with the time `last_heard`.
     heard_at: Monotonic,
     /// When the latest call started.
     called_at: Monotonic,

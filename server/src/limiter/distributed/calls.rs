@@ -140,7 +140,7 @@ impl StoreCore {
         }
     }
 
-    /// Deletes the buckets of deleted keys. This does not affect the breaker, since no request depends on it.
+    /// Deletes the buckets of deleted keys. The call does not affect the breaker, because no request depends on it.
     pub(super) async fn delete_buckets(
         &self,
         keys: &[(TenantId, ApiKeyId)],
@@ -241,8 +241,8 @@ impl StoreCore {
         self.draining.load(Ordering::Acquire)
     }
 
-    /// Returns all tokens held for later, before the process exits. Gives up if the counters do not respond; tokens
-    /// that are not returned are unavailable until their buckets refill.
+    /// Returns all tokens held for later to the counters, before the process exits. Gives up if the counters do not
+    /// respond; tokens that are not returned are unavailable until their buckets refill.
     pub(super) async fn return_leases(&self) {
         self.draining.store(true, Ordering::Release);
         let deadline = time::Instant::now() + RETURNED_WITHIN;

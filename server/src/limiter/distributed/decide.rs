@@ -147,8 +147,8 @@ impl StoreCore {
         }
     }
 
-    /// Spends the granted tokens and the request's reserved quota tokens. Returns `None` if their window has ended and
-    /// too few tokens of the current one are available.
+    /// Spends the granted tokens and the request's reserved quota tokens. Returns `None` if the window of the reserved
+    /// tokens has ended and too few tokens of the current window are available.
     fn spend(
         &self,
         handle: &Arc<KeyHandle>,
@@ -264,7 +264,7 @@ impl StoreCore {
                 };
                 let outcome = match verdict {
                     Ok(()) => Outcome::Allowed,
-                    // This replica's share is exhausted. Only the counters know whether the limit itself is.
+                    // This replica's share is exhausted. Only the counters know whether the limit itself is exhausted.
                     Err(wait) => Outcome::Denied {
                         violated: PolicySet::EMPTY,
                         retry_after: Some(wait),

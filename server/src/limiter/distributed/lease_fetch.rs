@@ -69,7 +69,8 @@ impl StoreCore {
         }));
     }
 
-    /// Returns the outcome for a request that got `unspent`. Without tokens, the request waited only for the response.
+    /// Returns the outcome for a request that got `unspent`. If `unspent` is empty, the request waited only for the
+    /// response.
     fn guard(&self, handle: &Arc<KeyHandle>, unspent: Unspent) -> FetchOutcome {
         match self.me.upgrade() {
             Some(core) if unspent.tokens > 0 => {

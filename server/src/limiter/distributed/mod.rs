@@ -42,16 +42,16 @@
 //! bucket learns of an edit from the first request after it, without the time of the edit. So it counts as having
 //! refilled at the lower of the two rates since the previous request. A bucket that has been idle for a minute plus
 //! twice the time until it was full is deleted, and counts as full under any plan. After a loss of state, raising the
-//! burst adds no more tokens than have refilled since then.
+//! burst does not add more tokens than have refilled since then.
 //!
 //! **Not guaranteed.** While only some replicas have an outage, `Share` lets them allow their part `p` of the bucket in
 //! addition to what the counters grant: in total, at most `(1 + p) * (burst + rate * (T + ttl))`. `p` is the sum of
 //! their parts of the burst. Each part is a whole number of tokens, so with a burst of 1, one replica's part is the
 //! entire burst. The same can happen at the start of a new epoch, if one replica's first call fails while other
 //! replicas' calls succeed. It cannot happen in an outage of all replicas, even if the outage is too short for some of
-//! them to detect: shares begin to fill only when the outage has either ended or been detected by all. In a cluster,
-//! however, a replica that was not using a partition does not detect the partition's outage. `Closed` never allows
-//! additional requests.
+//! them to detect: shares begin to fill only when the outage has either ended or been detected by all replicas. In a
+//! cluster, however, a replica that was not using a partition does not detect the partition's outage. `Closed` never
+//! allows additional requests.
 
 mod breaker;
 mod calls;

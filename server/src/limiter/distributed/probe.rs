@@ -35,7 +35,7 @@ const IN_USE: Nanos = Nanos::from_secs(10);
 /// The maximum time between the starts of two consecutive calls by a replica that gets responses.
 const CALL_EVERY: Duration = HEARTBEAT_EVERY.saturating_add(TICK);
 
-/// The delay before the first probe in an outage, if responses take no time.
+/// The delay before the first probe in an outage, if responses are instantaneous.
 const FIRST_PROBE: Duration = CONFIRMED_EVERY
     .saturating_add(CALL_EVERY.saturating_mul(2))
     .saturating_add(TICK);
@@ -62,9 +62,9 @@ impl StoreCore {
     /// ends for the first replica.
     ///
     /// The first replica may detect the outage as soon as it begins, if its last response was long before. An idle
-    /// replica starts five calls, each within [`CALL_EVERY`], and opens its breaker when the fifth one fails, one deadline
-    /// later. That is before the first replica's second probe. So if the idle replica does not detect the outage, the
-    /// outage ends before that probe, and the first replica recovers with its second probe at the latest.
+    /// replica starts five calls, each within [`CALL_EVERY`], and opens its breaker when the fifth one fails, one
+    /// deadline later. This happens before the first replica's second probe. So if the idle replica does not detect the
+    /// outage, the outage ends before that probe, and the first replica recovers with its second probe at the latest.
     pub(super) fn noticed_by_all(&self) -> Nanos {
         let deadline = self.settings.deadline;
         let second_probe = first_probe(deadline) + PROBE_DEADLINE.max(deadline) + PROBE_EVERY;
@@ -104,8 +104,8 @@ async fn send_heartbeat(inner: Arc<StoreCore>, number: u16) {
     partition.used(used_at);
 }
 
-/// Sends heartbeats to partitions that are in use but have had no recent call. Heartbeats also show recovering replicas
-/// that this one gets responses.
+/// Sends heartbeats to partitions that are in use but have not had a recent call. Heartbeats also show recovering
+/// replicas that this one gets responses.
 pub(super) async fn send_heartbeats(inner: Weak<StoreCore>) {
     let mut ticks = time::interval(TICK);
     ticks.set_missed_tick_behavior(time::MissedTickBehavior::Delay);

@@ -238,7 +238,7 @@ impl LedgerCalls {
         }
     }
 
-    /// Starts to return all tokens of a policy's block. Returns whether there were any.
+    /// Starts to return all tokens of a policy's block. Returns whether there were any tokens.
     pub(in crate::limiter) fn release(
         self: &Arc<Self>,
         handle: &KeyHandle,

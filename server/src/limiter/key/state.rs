@@ -25,7 +25,7 @@ use crate::{
 /// The state of one key.
 #[derive(Debug)]
 pub(in crate::limiter) struct KeyState {
-    /// Fingerprint of the policies that were last applied to this state; zero if none were.
+    /// Fingerprint of the policies that were last applied to this state; zero if none were applied.
     fingerprint: u64,
     /// The time zone of days and months.
     zone: Zone,
@@ -296,7 +296,7 @@ impl KeyState {
     }
 
     /// Returns whether a waiting request may have to be denied: the quotas have too few tokens for it, even if all
-    /// reserved ones are released.
+    /// reserved tokens are released.
     pub(in crate::limiter) fn may_deny_waiting(&self) -> bool {
         [&self.daily, &self.monthly].iter().any(|block| {
             let status = block.status(self.largest_wait);

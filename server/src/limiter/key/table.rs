@@ -235,7 +235,7 @@ impl KeyTable {
             && let Some(needs) = state.pending_refills(decision, decision.at)
         {
             for (policy, need) in [Policy::Daily, Policy::Monthly].into_iter().zip(needs) {
-                // Waiting requests fetch everything they need. A smaller call before that would delay them.
+                // Waiting requests fetch everything they need. A separate, smaller call would delay them.
                 if let Some(need) = need
                     && (need != Need::Ahead || state.waited_for == 0)
                 {

@@ -51,7 +51,7 @@ pub struct TakeCall {
     /// The number of tokens that requests are waiting for. If the bucket holds fewer, it grants what it holds.
     pub waiting: u64,
     /// The total number of tokens to take, at least `waiting`. Tokens in excess of `waiting` are for later. A grant
-    /// that includes any is at most half of what the bucket holds. If zero, the call only reads the state.
+    /// that includes such tokens is at most half of what the bucket holds. If zero, the call only reads the state.
     pub want: u64,
     /// The number of unspent tokens to return.
     pub back: u64,

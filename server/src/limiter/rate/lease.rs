@@ -68,10 +68,10 @@ impl Terms {
         (self.gcra, self.leased) == (other.gcra, other.leased)
     }
 
-    /// Returns how long after the start of a call another one may start while the first is still in flight. Requests
-    /// that wait for a call are decided together, and a bucket that fills up in the meantime stops refilling, so the
-    /// pause is a small fraction of tau. For a bucket that fills slowly, the pause exceeds the deadline, so its calls
-    /// do not overlap.
+    /// Returns the minimum time between the starts of two calls if the first one is still in flight. Requests that wait
+    /// for a call are decided together, and a bucket that fills up in the meantime stops refilling, so the pause is a
+    /// small fraction of tau. For a bucket that fills slowly, the pause exceeds the deadline, so its calls do not
+    /// overlap.
     pub(in crate::limiter) fn pause(self) -> Nanos {
         Nanos(self.gcra.tau().0 / 64).max(PAUSE_MIN)
     }

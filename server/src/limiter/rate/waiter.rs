@@ -10,8 +10,8 @@ pub(in crate::limiter) struct Unspent {
     pub(in crate::limiter) tokens: u64,
     /// When the oldest token was taken.
     pub(in crate::limiter) taken_at: CounterMicros,
-    /// The bucket's generation when the tokens were taken; 0 (never a valid generation) if they come from more than
-    /// one.
+    /// The bucket's generation when the tokens were taken; 0 (never a valid generation) if they come from more than one
+    /// generation.
     pub(in crate::limiter) generation: u64,
 }
 

@@ -71,7 +71,7 @@ impl Block {
         now.abs_diff(self.asked_at) >= patience
     }
 
-    /// Begins a fetch at `now`, unless one is in flight or there is nothing to do. Each order must be followed by
+    /// Begins a fetch at `now`, unless a fetch is in flight or there is nothing to do. Each order must be followed by
     /// [`finish_fetch`](Self::finish_fetch), [`finish_return`](Self::finish_return) or [`fail`](Self::fail).
     pub(in crate::limiter) fn begin_fetch(
         &mut self,
