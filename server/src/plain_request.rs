@@ -158,8 +158,8 @@ struct Known<'a> {
 }
 
 impl<'a> Known<'a> {
-    /// Reads the header fields. Returns `None` if the request is not plain because a field affects where it ends or how
-    /// to respond.
+    /// Reads the header fields. Returns `None` if the request is not plain because a field affects where the request
+    /// ends or how to respond.
     fn of(fields: &[httparse::Header<'a>]) -> Option<Self> {
         let mut values = [None; KNOWN.len()];
         let (mut length, mut host, mut connection) = (None, None, None);

@@ -141,7 +141,7 @@ pub fn cookie<'a>(
     })
 }
 
-/// Requires that the request comes from one of this server's pages. Checks `Sec-Fetch-Site` or, if that is missing,
+/// Requires the request to come from one of this server's pages. Checks `Sec-Fetch-Site` or, if that is missing,
 /// `Origin`. Rejects requests that have neither header.
 pub fn same_origin(state: &AppState, headers: &HeaderMap) -> Result<(), ApiError> {
     let rejected = || {

@@ -27,7 +27,7 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// The context of the seal. Must be changed whenever the meaning of a field changes.
+/// The context in which messages are sealed. Must be changed whenever the meaning of a field changes.
 const CONTEXT: &[&[u8]] = &[b"invalidation 1"];
 /// The maximum difference between a message's time and this replica's time. The clocks of a replica and PostgreSQL may
 /// differ by up to two minutes, and messages arrive quickly. Older changes were found by polling long ago.

@@ -149,7 +149,7 @@ impl Denied {
             let tat = Elapsed::ZERO.saturating_add(missing);
             match gcra.decide(tat, Elapsed::ZERO, cost) {
                 Verdict::Wait { wait } => believed = believed.min(Nanos(wait.get())),
-                // The bucket refilled enough while the response was in transit.
+                // The bucket refilled while the response was in transit, so the request now fits.
                 Verdict::Fits { .. } => return None,
                 Verdict::NeverFits => {}
             }

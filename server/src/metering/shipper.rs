@@ -86,7 +86,7 @@ fn sources(directory: &Path, writer: Writer) -> io::Result<Sources> {
 fn open(path: &Path, writer: Writer) -> io::Result<Option<Source>> {
     let file = match File::open(path) {
         Ok(file) => file,
-        // The segment's owner has shipped it.
+        // The segment's owner has already shipped and deleted it.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error),
     };

@@ -22,7 +22,7 @@ use crate::{
 #[diesel(table_name = quota_alerts, check_for_backend(diesel::pg::Pg))]
 pub struct AlertRow {
     pub id: Uuid,
-    /// The nil UUID if the quota is the whole tenant's.
+    /// The nil UUID if the quota applies to the whole tenant.
     pub key_id: Uuid,
     pub key_name: Option<String>,
     pub policy: String,
@@ -273,7 +273,7 @@ pub async fn keys(
 /// The usage of a quota in one window.
 #[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
 pub struct QuotaStanding {
-    /// The nil UUID if the quota is the whole tenant's.
+    /// The nil UUID if the quota applies to the whole tenant.
     #[diesel(sql_type = SqlUuid)]
     pub key_id: Uuid,
     #[diesel(sql_type = Nullable<Text>)]

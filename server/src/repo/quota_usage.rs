@@ -3,9 +3,9 @@
 //! A row is a window of one key and policy. Windows with usage never overlap: before opening one, callers acquire
 //! [`lock`] and check [`used_windows`]. Windows without usage are ignored.
 //!
-//! **Lock order.** Everywhere, locks are acquired in this order: first [`lock`], then keys (`api_keys`, `FOR KEY
-//! SHARE`), then rows. Deleting a key locks the key and then its rows in any order, so a row must never be locked
-//! before its key.
+//! **Lock order.** Locks are always acquired in this order: first [`lock`], then keys (`api_keys`, `FOR KEY SHARE`),
+//! then rows. Deleting a key locks the key and then its rows in any order, so a row must never be locked before its
+//! key.
 
 use chrono::{DateTime, Utc};
 use diesel::{

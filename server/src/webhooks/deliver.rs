@@ -178,7 +178,7 @@ async fn record(
         error: sent.error.as_deref(),
         retry_after: None,
     };
-    // Everywhere, webhooks are locked before their deliveries.
+    // Webhooks are always locked before their deliveries.
     if sent.error.is_none() {
         webhook::succeeded(tx, tenant, id, &due.url).await?;
         webhook_delivery::finish(tx, due, &result).await?;

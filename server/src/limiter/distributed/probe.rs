@@ -27,7 +27,8 @@ const TICK: Duration = Duration::from_millis(20);
 /// The counters store a confirmation only if it is newer than the stored one by more than this.
 const CONFIRMED_EVERY: Duration = Duration::from_millis(50);
 /// The minimum time to wait for the response to a probe. Only a response within the deadline of normal calls ends an
-/// outage. If slow counters could end it, every request would time out, and each recovery would empty all buckets.
+/// outage. If slow counters could end an outage, every request would time out, and each recovery would empty all
+/// buckets.
 const PROBE_DEADLINE: Duration = Duration::from_millis(250);
 /// How long an unused partition continues to get heartbeats.
 const IN_USE: Nanos = Nanos::from_secs(10);

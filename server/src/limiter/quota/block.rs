@@ -79,7 +79,7 @@ pub(in crate::limiter) struct LedgerOrder {
     pub(in crate::limiter) give_back: Vec<(UnixNanos, u64)>,
     /// The quota for a full day or month.
     pub(in crate::limiter) limit: u64,
-    /// The number of tokens to take. If zero, tokens are only returned.
+    /// The number of tokens to take. If zero, the call only returns tokens.
     pub(in crate::limiter) want: u64,
 }
 
