@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// The time between polls. A change must be noticed within 250 ms, including the duration of the poll on a busy
-/// machine. Cache entries are trusted for five times as long.
+/// machine. Cache entries are trusted for five times this interval.
 const POLL_EVERY: Duration = Duration::from_millis(150);
 
 /// If a poll takes this long, PostgreSQL is suspected to be unreachable. A poll normally takes milliseconds, and cache

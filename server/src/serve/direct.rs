@@ -52,7 +52,7 @@ enum Read {
     Stop,
 }
 
-/// The request that follows those that have received a response.
+/// The next request that has not received a response.
 enum Next {
     /// The request has not arrived, or has arrived only in part.
     Incomplete,

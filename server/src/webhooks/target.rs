@@ -6,9 +6,9 @@
 //! Redirects are not followed.
 //!
 //! Addresses of this machine are not allowed either, nor are those of the host in `QUOTA_PUBLIC_URL`: in a container,
-//! no interface has the machine's public address. If that host cannot be looked up, its addresses are unknown. Tenants
-//! do not learn whether a host is unknown or has an address that is not allowed, since that would reveal the names in a
-//! private network.
+//! no interface has the machine's public address. If that host cannot be looked up, its addresses cannot be excluded.
+//! Tenants do not learn whether a host is unknown or has an address that is not allowed, since that would reveal the
+//! names in a private network.
 //!
 //! The operator can allow networks that are not public (`QUOTA_WEBHOOK_PRIVATE_NETWORKS`). Only hosts in these networks
 //! may have `http://` URLs.

@@ -106,7 +106,7 @@ async fn send_heartbeat(inner: Arc<StoreCore>, number: u16) {
 }
 
 /// Sends heartbeats to partitions that are in use but have not had a recent call. Heartbeats also show recovering
-/// replicas that this one gets responses.
+/// replicas that this replica gets responses.
 pub(super) async fn send_heartbeats(inner: Weak<StoreCore>) {
     let mut ticks = time::interval(TICK);
     ticks.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
@@ -198,7 +198,7 @@ pub(super) async fn probe_until_recovered(
                         partition = number,
                         "the shared counters are available again"
                     );
-                    // Shows other recovering replicas that this one got a response.
+                    // This heartbeat shows other recovering replicas that this replica got a response.
                     send_heartbeat(inner, number).await;
                     return;
                 }

@@ -189,7 +189,7 @@ impl Lease {
     /// Marks tokens to be returned.
     pub(in crate::limiter) fn owe(&mut self, unspent: Unspent) {
         self.back = self.back.and(unspent);
-        // Without leases, the counters decide every request, and may allow one after these tokens are returned.
+        // Without leases, the counters decide every request, and may allow requests after these tokens are returned.
         if self.terms.is_some_and(|terms| !terms.leased) && unspent.tokens > 0 {
             self.held_until = Monotonic::default();
         }
