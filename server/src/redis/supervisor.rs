@@ -25,7 +25,7 @@ const PROBE_EVERY: Duration = Duration::from_millis(500);
 /// The minimum time allowed for the response to a probe. A Redis server that briefly gets no CPU time is not dead, and
 /// reconnecting would only add to its load.
 const PROBE_ANSWER: Duration = Duration::from_millis(500);
-/// The pause after the first failed attempt. It doubles with each further failure.
+/// The pause after the first failed attempt. The pause doubles with each further failure.
 const FIRST_PAUSE: Duration = Duration::from_millis(25);
 /// The maximum pause after a failed attempt.
 const LONGEST_PAUSE: Duration = Duration::from_millis(250);

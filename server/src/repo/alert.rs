@@ -355,7 +355,7 @@ pub async fn standings(
     percent: i32,
     lateness: &Lateness,
 ) -> Result<Vec<QuotaStanding>, DbError> {
-    // The rollups of a month are many rows, so they are read only for the windows that matter.
+    // A month's rollups have many rows, so they are read only for the windows that matter.
     let limit = format!(
         "SET LOCAL statement_timeout = {}",
         USAGE_TIMEOUT.as_millis()

@@ -231,8 +231,8 @@ impl StoreCore {
     }
 
     /// Returns whether other replicas may have an outage that this replica, which has just started, does not know of.
-    /// Always `false` in a cluster: partitions may be idle, so a lack of confirmed responses does not indicate an
-    /// outage. Other replicas that have just started do not matter, since they have not used their shares yet.
+    /// Always returns `false` in a cluster: partitions may be idle, so a lack of confirmed responses does not indicate
+    /// an outage. Other replicas that have just started do not matter, since they have not used their shares yet.
     pub(super) fn others_may_be_away(&self) -> bool {
         self.partitions.len() == 1 && self.membership.others_may_act(self.clock.monotonic())
     }

@@ -21,7 +21,7 @@ use crate::{
 };
 
 impl StoreCore {
-    /// Starts a call for the waiting requests, if one is needed. With `ahead`, starts one even if no requests are
+    /// Starts a call for the waiting requests, if one is needed. With `ahead`, starts a call even if no requests are
     /// waiting.
     pub(super) fn begin_fetch(&self, handle: &Arc<KeyHandle>, state: &mut KeyState, ahead: bool) {
         let (Ok(runtime), Some(inner)) = (Handle::try_current(), self.me.upgrade()) else {

@@ -57,7 +57,7 @@ pub struct Drained {
 pub(in crate::limiter) struct TooSlow(pub(in crate::limiter) Duration);
 
 /// The connections to the ledger. They are shared by all key tables whose settings contain a clone of this value.
-/// Batches get connections in the order in which they ask for them, so one table's work does not keep the others
+/// Batches get connections in the order in which they ask for them, so one table's work does not keep other tables
 /// waiting.
 #[derive(Debug, Clone)]
 pub struct LedgerConnections {

@@ -56,7 +56,7 @@ pub struct KeyTableSettings {
     /// How long a request waits for one ledger call. A decision waits for at most two calls.
     pub ledger_deadline: Duration,
     /// How long until a ledger call is abandoned. Longer than requests wait, because the tokens of a late response can
-    /// still be spent, while those of an abandoned call are lost.
+    /// still be spent, while the tokens of an abandoned call are lost.
     pub call_deadline: Duration,
     /// The connections to the ledger, which limit the number of concurrent calls.
     pub connections: LedgerConnections,

@@ -322,10 +322,10 @@ impl Lease {
         self.lasting(now.saturating_add(LAST_MOMENT)) <= reserve(self.size)
     }
 
-    /// Begins a call for all waiting requests. With `ahead`, begins one even if no requests are waiting. Returns `None`
-    /// if there is nothing to request, if the latest call started less than a [pause](Terms::pause) ago, or if the
-    /// calls in flight request enough tokens. A local token counts toward a request's need only if it does not expire
-    /// within `patience`.
+    /// Begins a call for all waiting requests. With `ahead`, begins a call even if no requests are waiting. Returns
+    /// `None` if there is nothing to request, if the latest call started less than a [pause](Terms::pause) ago, or if
+    /// the calls in flight request enough tokens. A local token counts toward a request's need only if it does not
+    /// expire within `patience`.
     pub(in crate::limiter) fn begin_fetch(
         &mut self,
         FetchTimes { now, ttl, patience }: FetchTimes,
@@ -453,9 +453,9 @@ impl Lease {
         self.view.unwrap_or_default().seen
     }
 
-    /// Records that a call was granted `granted` of the `wanted` tokens. If it got fewer than it wanted, the bucket is
-    /// nearly empty. The next call then requests tokens for later as if requests were waiting for them, so that the
-    /// last tokens are neither left unused while requests are denied nor fetched one by one.
+    /// Records that a call was granted `granted` of the `wanted` tokens. If the call got fewer tokens than it wanted,
+    /// the bucket is nearly empty. The next call then requests tokens for later as if requests were waiting for them,
+    /// so that the last tokens are neither left unused while requests are denied nor fetched one by one.
     pub(in crate::limiter) fn served(&mut self, granted: u64, wanted: u64) {
         if wanted > 0 {
             self.short = granted < wanted;
