@@ -321,7 +321,7 @@ impl Billing {
         Ok(finished)
     }
 
-    /// Sends a report. If it will not be charged, returns the reason.
+    /// Sends a report. If the report will not be charged, returns the reason.
     async fn send(
         &self,
         tenant: TenantId,

@@ -137,7 +137,7 @@ fn apply(
     state.forget(invalidations);
 }
 
-/// Applies a message from another replica. Ignores the message if it contains no new change, because it may be a
+/// Applies a message from another replica. Ignores the message if it does not contain a new change, because it may be a
 /// replay.
 fn apply_announced(state: &AppState, invalidation: &Invalidation) {
     if state.recent.announced(invalidation) {

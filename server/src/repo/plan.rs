@@ -82,7 +82,8 @@ pub async fn insert(tx: &mut TenantTx, plan: &NewPlan<'_>) -> Result<PlanRow, Db
     Ok(query.get_result(&mut **tx).await?)
 }
 
-/// Lists the tenant's plans. Plans have no time of last use, so sorting them by last use sorts them by creation time.
+/// Lists the tenant's plans. Plans do not have a time of last use, so sorting them by last use sorts them by creation
+/// time.
 pub async fn list(tx: &mut TenantTx, slice: &SortedSlice) -> Result<Rows<PlanWithKeys>, DbError> {
     let tenant = tx.tenant().0;
     let total = plans::table

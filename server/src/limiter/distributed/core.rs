@@ -41,7 +41,7 @@ pub(super) struct StoreCore {
     pub(super) settings: DistributedSettings,
     pub(super) ttl: Nanos,
     pub(super) partitions: Box<[CircuitBreaker]>,
-    /// Whether the store is draining and holds no tokens for later.
+    /// Whether the store is draining and no longer keeps tokens for later.
     pub(super) draining: AtomicBool,
     pub(super) me: Weak<StoreCore>,
 }

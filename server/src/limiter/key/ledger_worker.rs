@@ -87,8 +87,8 @@ enum Role {
     Returner,
 }
 
-/// A running worker. If it ends early, because of a panic or because the runtime drops it, another one replaces it
-/// while there is work.
+/// A running worker. If it ends early, because of a panic or because the runtime drops it, another worker replaces it
+/// if there is still work.
 struct Worker {
     calls: Arc<LedgerCalls>,
     role: Role,
