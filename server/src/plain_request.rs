@@ -5,7 +5,7 @@
 //! still be a valid request, and are left to hyper, with everything that follows. So the parser needs to be strict, but
 //! not complete.
 //!
-//! Does not depend on which requests are accepted, or on the responses: see [`DirectEndpoint`].
+//! This module does not depend on which requests are accepted, or on the responses: see [`DirectEndpoint`].
 
 use std::{convert::Infallible, mem::MaybeUninit, net::IpAddr};
 

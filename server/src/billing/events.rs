@@ -23,8 +23,8 @@ use crate::{
 
 /// The maximum number of events processed together.
 const BATCH: i64 = 100;
-/// An event is abandoned after this many attempts, which take about 20 hours. The event's customer is also read
-/// regularly without events.
+/// An event is abandoned after this many attempts, which take about 20 hours. Customers are also read regularly,
+/// without an event.
 const ATTEMPTS_MAX: i32 = 35;
 /// The maximum number of customers read concurrently.
 const CONCURRENT: usize = 8;

@@ -232,7 +232,7 @@ pub fn servers(text: &str) -> Result<RedisServers, String> {
 /// Parses the address of one server.
 fn one(text: &str) -> Result<RedisServers, String> {
     let bad = || "must be a Redis address such as redis://user:password@host:6379/0".to_owned();
-    // The redis crate accepts `#insecure`, which skips certificate verification. Quota does not accept it.
+    // The redis crate accepts `#insecure`, which skips certificate verification. Quota rejects `#insecure`.
     if text.contains('#') {
         return Err("must not have a fragment".into());
     }

@@ -8,7 +8,7 @@
 //! Messages are sealed, because anyone with access to Redis could publish messages. Messages that cannot be opened, are
 //! more than a few minutes old, or do not contain a new change are counted but otherwise ignored.
 //!
-//! Does not depend on the caches. [`Recent`] contains the recent changes that this replica knows of.
+//! This module does not depend on the caches. [`Recent`] contains the recent changes that this replica knows of.
 
 mod recent;
 

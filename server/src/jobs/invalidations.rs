@@ -115,8 +115,8 @@ fn up_to(newest: &[Invalidation], position: Position) -> Position {
     }
 }
 
-/// Applies changes. Records them before dropping cache entries, so that a load that starts in between takes them into
-/// account.
+/// Applies changes. Records the changes before dropping cache entries, so that a load that starts in between takes the
+/// changes into account.
 fn apply(
     state: &AppState,
     invalidations: &[Invalidation],

@@ -1,7 +1,7 @@
 //! Background work.
 //!
 //! Each job is a loop that ends on request and continues after a failure: failed work is retried in a later iteration.
-//! Does not depend on HTTP.
+//! Jobs do not depend on HTTP.
 
 mod alerts;
 mod billing;

@@ -5,8 +5,8 @@
 //! by which replica an entry was written. PostgreSQL numbers invalidations in commit order. A statement that reads a
 //! record also reads the highest number, so both come from the same snapshot. Therefore, only invalidations with higher
 //! numbers can make an entry outdated. An entry is used only if the last poll for invalidations is recent, and only if
-//! this replica knows of no later invalidation for its key, plan, or tenant ([`Recent`]). The entry then counts as
-//! confirmed at the time of the poll, not at the time it was read. This has several consequences:
+//! this replica does not know of a later invalidation for its key, plan, or tenant ([`Recent`]). The entry then counts
+//! as confirmed at the time of the poll, not at the time it was read. This has several consequences:
 //! - If a load starts before a change but writes its entry after the change, the entry has a lower number than the
 //!   change. Replicas that know of the change reject the entry. Other replicas learn of it with their next poll, as
 //!   they do for records in memory.
@@ -210,7 +210,7 @@ impl SharedKeys {
     }
 
     fn may_write_absent(&self) -> bool {
-        // The upper bits contain the second, and the lower bits the count.
+        // The upper bits contain the second, and the lower bits contain the count.
         let second = self.0.context.freshness.now().0 / 1_000_000_000;
         let counted = self
             .0

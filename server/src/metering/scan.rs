@@ -221,8 +221,8 @@ impl Scan<'_> {
         goes_on.then_some(at)
     }
 
-    /// Returns the next position with a complete record. If there is none, returns where the next chunk must start to
-    /// contain a record that begins in this chunk, or the end of this chunk.
+    /// Returns the next position with a complete record. If there is none, returns where the next chunk must start: at
+    /// a record that continues beyond this chunk, or at the end of this chunk.
     fn next_record(&self, from: usize) -> usize {
         let mut at = from;
         while at + WORD <= self.bytes.len() {

@@ -2,7 +2,7 @@
 //!
 //! Every function takes the transaction that it runs in. A [`TenantTx`](crate::db::TenantTx) belongs to one tenant, and
 //! row-level security restricts it to that tenant's rows. A [`SystemTx`] is for the server's own work. Rows have their
-//! own structs, separate from the API's types. Does not depend on HTTP.
+//! own structs, separate from the API's types. This module does not depend on HTTP.
 //!
 //! Lists use keyset pagination. By default, they are sorted by ID, newest first: IDs are UUIDv7, which sort by time.
 //! Lists with other sort orders use the ID as a tie-breaker.

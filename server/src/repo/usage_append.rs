@@ -150,7 +150,8 @@ async fn take_numbers(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Vec<i64>,
     Ok(numbers.collect())
 }
 
-/// Updates the lists of endpoints. Returns endpoints that do not get their own rollups because there are too many.
+/// Updates the lists of endpoints. Returns the endpoints that do not get their own rollups because the key or the
+/// tenant has too many.
 async fn add_endpoints(
     tx: &mut SystemTx,
     batch: &UsageBatch,

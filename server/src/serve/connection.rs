@@ -344,7 +344,8 @@ impl Connection {
         }
     }
 
-    /// Records that a request head of about `length` bytes is complete. Returns whether it is the connection's first.
+    /// Records that a request head of about `length` bytes is complete. Returns whether the request is the connection's
+    /// first.
     pub(super) fn begin_request(self: &Arc<Self>, length: usize) -> (bool, RequestInFlight) {
         let head = if self.is_http2() {
             self.heads.fetch_add(length, Ordering::Relaxed);

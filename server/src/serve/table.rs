@@ -351,8 +351,8 @@ impl Table {
     }
 
     /// Finds a connection that is idle, or whose client has stopped reading its response. If the newcomer's address is
-    /// light, a heavy address can lose a connection sooner after its client stops reading. If it could not, its
-    /// clients, which reconnect immediately, would take every slot that becomes free.
+    /// light, a heavy address can lose a connection sooner after its client stops reading. Otherwise, the heavy address
+    /// would take every slot that becomes free, because its clients reconnect immediately.
     fn spare(&self, open: &mut Open, now: Instant, newcomer: Option<IpAddr>) -> Option<u64> {
         let is_searched = open
             .searched_at

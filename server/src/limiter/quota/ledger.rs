@@ -70,7 +70,7 @@ pub trait QuotaLedger: std::fmt::Debug + Send + Sync + 'static {
     /// ends, but are never spent twice.
     async fn take(&self, requests: &[TakeRequest]) -> Vec<Result<Taken, LedgerError>>;
 
-    /// Credits either all of the tokens in a batch or none of them. After an error, they may have been credited. A
-    /// batch is applied at most once, so the caller may retry until it succeeds.
+    /// Credits either all of the tokens in a batch or none of them. After an error, the tokens may have been credited.
+    /// A batch is applied at most once, so the caller may retry until it succeeds.
     async fn give_back(&self, batch: &ReturnBatch) -> Result<(), LedgerError>;
 }

@@ -1,7 +1,7 @@
 //! The protocol of the shared counters: one call and its reply.
 //!
-//! Implemented by the Redis script and, in tests, by a model of it. Does not depend on connections or the state of
-//! keys.
+//! The Redis script and, in tests, a model of it implement this protocol. It does not depend on connections or the
+//! state of keys.
 
 use std::{error::Error, sync::Arc};
 
