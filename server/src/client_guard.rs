@@ -74,8 +74,8 @@ pub struct TooManyRequests {
 
 impl ClientRateLimiter {
     /// Creates a limit of `per_minute` requests per network; 0 means no limit. `capacity` is the maximum number of
-    /// tracked networks. When it is reached, idle networks are dropped. If that is not enough, new networks are rejected
-    /// for a second.
+    /// tracked networks. When it is reached, idle networks are dropped. If no network is idle, every request is
+    /// rejected, with a `retry_after` of one second.
     pub fn new(per_minute: u32, capacity: usize, clock: Arc<dyn Clock>) -> Self {
         let clock = GovernorClock(clock);
         let governor = |per_minute| {

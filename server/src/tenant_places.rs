@@ -6,7 +6,7 @@ use std::{collections::HashMap, sync::Arc};
 use parking_lot::Mutex;
 use quota_common::TenantId;
 
-/// Slots of one kind. Cheap to clone.
+/// Slots of one kind. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct TenantPlaces {
     of_tenant: usize,

@@ -30,7 +30,7 @@ pub enum Busy {
     TimedOut,
 }
 
-/// The queues of all tenants that have changes or reads in progress. Cheap to clone.
+/// The queues of all tenants that have changes or reads in progress. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct TenantQueues {
     turns: usize,

@@ -55,7 +55,7 @@ const STEP_MAX: Duration = Duration::from_secs(30);
 /// After this time, a round ends, so that other tenants get their turn. The next round checks the rest.
 const ROUND_MAX: Duration = Duration::from_secs(20);
 
-/// Checks tenants' quota usage and stores alerts. Cheap to clone.
+/// Checks tenants' quota usage and stores alerts. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Alerts {
     db: Db,

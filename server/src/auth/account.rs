@@ -42,7 +42,7 @@ pub struct SignedIn {
     pub role: String,
 }
 
-/// Handles registration, sign-in, and password changes. Cheap to clone.
+/// Handles registration, sign-in, and password changes. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Accounts {
     pub(crate) db: Db,

@@ -40,7 +40,7 @@ pub struct Device {
     mark: [u8; MARK],
 }
 
-/// Issues and recognizes device tokens. Cheap to clone.
+/// Issues and recognizes device tokens. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Devices(Arc<SecretPair>);
 

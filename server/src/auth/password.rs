@@ -275,7 +275,7 @@ impl Drop for Place {
     }
 }
 
-/// The threads that hash passwords. Cheap to clone.
+/// The threads that hash passwords. Cloning is cheap.
 #[derive(Clone)]
 pub struct PasswordPool {
     jobs: SyncSender<Job>,

@@ -57,7 +57,7 @@ pub struct LiveSession {
     pub expires_at: UnixNanos,
 }
 
-/// Creates, refreshes, finds, and revokes sessions. Cheap to clone.
+/// Creates, refreshes, finds, and revokes sessions. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Sessions {
     db: Db,

@@ -32,7 +32,7 @@ use crate::{
 /// The number of customers to look up. At least one of them must exist in the secret key's account.
 const SAMPLE: i64 = 10;
 
-/// Information about the secret key's account. Cheap to clone.
+/// Information about the secret key's account. Cloning is cheap.
 #[derive(Debug, Clone, Default)]
 pub(super) struct OwnAccount(Arc<Inner>);
 

@@ -77,7 +77,7 @@ pub enum BillingError {
     NoMeter,
 }
 
-/// Billing for one installation. Cheap to clone.
+/// Billing for one installation. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Billing {
     stripe: Stripe,
@@ -240,8 +240,8 @@ impl Billing {
         }
     }
 
-    /// Returns the tenant's Stripe customer, and creates it if there is none. Even if this fails repeatedly, at any
-    /// point, only one customer is created.
+    /// Returns the tenant's Stripe customer, and creates it if there is none. Only one customer is created, even if
+    /// this function fails repeatedly and at any point.
     async fn customer(&self, buyer: &Buyer<'_>) -> Result<String, BillingError> {
         let tenant = buyer.tenant;
         let request = async |tx: &mut SystemTx| {

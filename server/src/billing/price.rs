@@ -200,7 +200,7 @@ impl Billing {
         Ok(())
     }
 
-    /// Returns the name of a product. Returns `None` if it cannot be read, because access does not depend on it.
+    /// Returns the name of a product. Returns `None` if the name cannot be read, because access does not depend on it.
     pub(super) async fn product_name(&self, product: &str) -> Option<String> {
         if let Some(name) = self.prices.names.lock().get(product) {
             return Some(name.clone());

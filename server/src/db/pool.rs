@@ -98,7 +98,7 @@ impl Pools {
     }
 }
 
-/// A handle to the pools that uses one lane's pool. Cheap to clone.
+/// A handle to the pools that uses one lane's pool. Cloning is cheap.
 #[derive(Clone)]
 pub struct Db {
     pools: Arc<Pools>,

@@ -44,7 +44,7 @@ struct Message<'a> {
     at: i64,
 }
 
-/// Publishes changes, and receives changes from other replicas. Cheap to clone.
+/// Publishes changes, and receives changes from other replicas. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Publisher {
     redis: Option<Redis>,

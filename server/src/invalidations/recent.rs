@@ -50,9 +50,9 @@ struct State {
 
 #[derive(Debug, Clone, Copy)]
 struct PolledRange {
-    /// The number above which all changes up to `up_to` are known.
+    /// All changes with numbers above this one, up to `up_to`, are known.
     floor: i64,
-    /// The number up to which all changes above `floor` are known.
+    /// All changes with numbers above `floor`, up to this one, are known.
     up_to: i64,
 }
 

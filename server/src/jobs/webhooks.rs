@@ -1,6 +1,6 @@
 //! Sends events to webhooks.
 //!
-//! Deliveries that this replica has stored are sent immediately, and others within a second.
+//! Deliveries that this replica has stored are sent immediately, and other deliveries are sent within a second.
 
 use std::{collections::HashMap, time::Duration};
 

@@ -1,8 +1,9 @@
 //! Looks up secrets in PostgreSQL by their hash. Lookups are batched, limited, and fair.
 //!
 //! Anyone can invent keys with a valid checksum, and each of them requires a lookup. Therefore, lookups have their own
-//! database connections, and one of them is reserved for reloading known secrets. Lookups that arrive while all
-//! connections are busy share the next statement, so a few connections are enough for thousands of lookups per second.
+//! database connections, and one of them is reserved for reloading known secrets: those in this replica's cache.
+//! Lookups that arrive while all connections are busy share the next statement, so a few connections are enough for
+//! thousands of lookups per second.
 //!
 //! The number of concurrent lookups of unknown secrets is limited. At the limit, each caller still gets an equal share,
 //! and callers take turns in every batch. Therefore, a flood mostly affects the caller that sends it. Lookups of keys
@@ -41,7 +42,7 @@ pub struct LookupCaller {
     pub address: Option<ClientNetwork>,
 }
 
-/// Batched lookups of API keys and service tokens. Cheap to clone.
+/// Batched lookups of API keys and service tokens. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Lookups {
     /// Lookups of keys. The result contains the facts and the number of the newest invalidation when they were read.
@@ -273,7 +274,8 @@ impl<V: Send + 'static> Batches<V> {
         }))
     }
 
-    /// Starts a lookup, or rejects it because too many are in progress. `caller` is `None` if the secret is known.
+    /// Starts a lookup, or rejects it because too many are in progress. `caller` is `None` if the secret is cached on
+    /// this replica.
     pub fn begin(&self, caller: Option<LookupCaller>) -> Result<Lookup<V>, Unconfirmed> {
         if let Some(caller) = caller {
             let limit = self.0.settings.limit;

@@ -137,7 +137,7 @@ pub struct ServiceRecord {
     pub id: ServiceTokenId,
 }
 
-/// Finds API keys and service tokens by their secrets. Cheap to clone.
+/// Finds API keys and service tokens by their secrets. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct KeyStore {
     keys: Cached<Hash, KeyRecord>,

@@ -62,7 +62,7 @@ const ABSENT_PER_SECOND: u64 = 200;
 /// How long Redis is skipped after a failure.
 const PAUSE: Nanos = Nanos::from_secs(1);
 
-/// The shared records. Cheap to clone.
+/// The shared records. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct SharedKeys(Arc<SharedState>);
 

@@ -59,7 +59,7 @@ use crate::clock::{Clock, Monotonic};
 /// How often to call [`Limiter::prune`].
 pub const PRUNE_EVERY: std::time::Duration = std::time::Duration::from_secs(10);
 
-/// Decides whether requests are allowed. Cheap to clone.
+/// Decides whether requests are allowed. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Limiter {
     store: Arc<dyn LimitStore>,

@@ -83,7 +83,7 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// Records decisions. Cheap to clone.
+/// Records decisions. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Metering(Arc<Inner>);
 

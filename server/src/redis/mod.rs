@@ -41,7 +41,7 @@ pub use self::{
 };
 use crate::config::RedisSettings;
 
-/// The connections, which close when the last clone is dropped. Cheap to clone.
+/// The connections, which close when the last clone is dropped. Cloning is cheap.
 #[derive(Clone)]
 pub struct Redis {
     shared: Arc<Shared>,

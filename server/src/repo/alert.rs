@@ -145,8 +145,8 @@ pub struct Progress {
     pub last_seq: i64,
 }
 
-/// Locks a tenant's progress until the transaction ends. Returns `None` if another replica has locked it or the tenant
-/// no longer exists.
+/// Locks a tenant's progress until the transaction ends. Returns `None` if another replica has locked the progress or
+/// the tenant no longer exists.
 pub async fn lock_progress(
     tx: &mut SystemTx,
     tenant: TenantId,

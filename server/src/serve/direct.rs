@@ -100,7 +100,7 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
                     parts = 1;
                 }
                 if length > 0 && start < end {
-                    // Sending the responses has cleared the deadline of the next request.
+                    // Sending the responses has cleared the deadline for the next request.
                     self.connection.has_read(end - start);
                 }
                 match next {

@@ -150,7 +150,7 @@ impl From<ClientError> for StripeError {
 
 type Result<T> = std::result::Result<T, StripeError>;
 
-/// A client for one Stripe account. Cheap to clone.
+/// A client for one Stripe account. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Stripe {
     client: stripe::Client,

@@ -151,7 +151,7 @@ impl AccessLine<'_> {
     }
 }
 
-/// Buffered standard output. Cheap to clone.
+/// Buffered standard output. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Log {
     state: Arc<LogState>,

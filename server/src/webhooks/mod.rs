@@ -36,7 +36,7 @@ use crate::{
 /// The number of webhooks whose secrets are re-encrypted per transaction.
 const BATCH: i64 = 100;
 
-/// Sends webhooks. Cheap to clone.
+/// Sends webhooks. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Webhooks(Arc<Inner>);
 

@@ -55,7 +55,7 @@ const STREAMS: usize = 200;
 /// The maximum number of open streams per tenant on this replica.
 const STREAMS_OF_TENANT: usize = 20;
 
-/// The open streams of this replica. Cheap to clone.
+/// The open streams of this replica. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Streams(TenantPlaces);
 

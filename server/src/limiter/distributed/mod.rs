@@ -39,10 +39,10 @@
 //!
 //! **Edits.** An edit does not change the number of missing tokens. If more tokens are missing than a smaller burst can
 //! hold, the rest is missing again when the burst is raised, less what would have refilled while the bucket was full. A
-//! bucket learns of an edit from the first request after it, without the time of the edit. So it counts as having
-//! refilled at the lower of the two rates since the previous request. A bucket that has been idle for a minute plus
-//! twice the time until it was full is deleted, and counts as full under any plan. After a loss of state, raising the
-//! burst does not add more tokens than have refilled since then.
+//! bucket learns of an edit from the first request after it, without the time of the edit. So the bucket counts as
+//! having refilled at the lower of the two rates since the previous request. A bucket that has been idle for a minute
+//! plus twice the time until it was full is deleted, and counts as full under any plan. After a loss of state, raising
+//! the burst does not add more tokens than have refilled since then.
 //!
 //! **Not guaranteed.** While only some replicas have an outage, `Share` lets them allow their part `p` of the bucket in
 //! addition to what the counters grant: in total, at most `(1 + p) * (burst + rate * (T + ttl))`. `p` is the sum of

@@ -62,8 +62,8 @@ impl StoreCore {
     /// Returns the time within which an outage that one replica has detected is also detected by all other replicas, or
     /// ends for the first replica.
     ///
-    /// The first replica may detect the outage as soon as it begins, if its last response was long before. An idle
-    /// replica starts five calls, each within [`CALL_EVERY`], and opens its breaker when the fifth one fails, one
+    /// The first replica may detect the outage as soon as it begins, if it received its last response long before. An
+    /// idle replica starts five calls, each within [`CALL_EVERY`], and opens its breaker when the fifth one fails, one
     /// deadline later. This happens before the first replica's second probe. So if the idle replica does not detect the
     /// outage, the outage ends before that probe, and the first replica recovers with its second probe at the latest.
     pub(super) fn noticed_by_all(&self) -> Nanos {

@@ -256,7 +256,7 @@ impl KeyState {
         })
     }
 
-    /// Spends reserved tokens if they belong to the current windows. Otherwise releases them.
+    /// Spends reserved tokens if they belong to the current windows; otherwise, releases them.
     pub(in crate::limiter) fn spend_reserved(
         &mut self,
         [daily, monthly]: [ReservedTokens; 2],

@@ -184,7 +184,7 @@ impl KeyTable {
     fn prune_shard(&self, shard: &mut Shard, now: UnixNanos) {
         shard.keys.retain(|_, handle| {
             let mut state = handle.state.lock();
-            // If the map has the only reference, no other can be created while the shard is locked.
+            // If the map has the only reference, no other reference can be created while the shard is locked.
             let is_shared = Arc::strong_count(handle) > 1;
             if is_shared || state.tat > now {
                 // Entering the new windows returns a prefetched block even if no request arrives.

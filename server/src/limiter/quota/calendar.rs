@@ -21,7 +21,7 @@ use crate::{
     limiter::policy::Policy,
 };
 
-/// An IANA time zone. Cheap to clone.
+/// An IANA time zone. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Zone(TimeZone);
 
