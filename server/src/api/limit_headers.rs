@@ -26,7 +26,7 @@ pub const DECISION: HeaderName = HeaderName::from_static("x-quota-decision");
 pub const DEGRADED: HeaderName = HeaderName::from_static("x-quota-degraded");
 pub const REDIS_AWAY: &str = "redis-away";
 
-/// The maximum number of headers in a response. Reserving space for this many allocates the map only once.
+/// The maximum number of headers in a response. If space for this many is reserved, the map is allocated only once.
 pub const FIELDS: usize = 14;
 
 /// The values of [`DECISION`].

@@ -2,17 +2,17 @@
 //!
 //! Attempts are counted by account *and* network, never only by account, so guessing from one network slows down only
 //! that network. IPv4 attempts are counted by address and by /24 network; IPv6 attempts are counted by /64, /56, and
-//! /48 network. Wider networks have higher limits. Each network is also counted across all accounts, which slows down
-//! attacks with lists of leaked passwords. A known device ([`super::device`]) has its own counter instead. In addition,
-//! all devices of an account share a counter with a higher limit, so that collecting devices does not allow more
-//! guesses. Successful sign-ins from known devices are counted too, with a much higher limit, because verifying correct
-//! passwords also takes time.
+//! /48 network. Wider networks have higher limits. The attempts from each network are also counted across all accounts,
+//! which slows down attacks with lists of leaked passwords. A known device ([`super::device`]) has its own counter
+//! instead. In addition, all devices of an account share a counter with a higher limit, so that collecting devices does
+//! not allow more guesses. Successful sign-ins from known devices are counted too, with a much higher limit, because
+//! verifying correct passwords also takes time.
 //!
 //! Every counter allows a number of attempts without waiting (`QUOTA_LOGIN_FREE_FAILURES` or a multiple of it). After
 //! that, the wait doubles with each attempt, and one attempt is forgiven every few minutes. Therefore, a lockout lasts
 //! only slightly longer than a few minutes, and an attacker gets about one guess in that time. An attempt is counted
-//! before its password is verified, so parallel attempts have no advantage. It is taken back if the password is
-//! correct. It is also taken back if the password was never verified, because too many requests were waiting or the
+//! before its password is verified, so parallel attempts have no advantage. The attempt is taken back if the password
+//! is correct. It is also taken back if the password was never verified, because too many requests were waiting or the
 //! client disconnected.
 //!
 //! Registrations are also counted, by network only. A network can create `QUOTA_REGISTRATIONS_PER_DAY` accounts without

@@ -172,7 +172,7 @@ impl Db {
         &self,
         work: impl AsyncFnOnce(&mut SystemTx) -> Result<T, DbError>,
     ) -> Result<T, DbError> {
-        // Boxed, because many callers would otherwise contain this future several times.
+        // This future is boxed, because the futures of many callers would otherwise contain it several times.
         let transaction = Box::pin(async {
             let mut tx = self.system().await?;
             let result = work(&mut tx).await?;

@@ -22,7 +22,7 @@ const FIRST: i64 = 500;
 const LARGEST: i64 = 5000;
 /// If a batch takes less time, the next one is larger.
 const SHORT: Duration = Duration::from_millis(100);
-/// If a batch takes more time, the next one is smaller. Well below the statement timeout, and short enough for
+/// If a batch takes more time, the next one is smaller. This is well below the statement timeout, and short enough for
 /// transactions that wait for a row.
 const LONG: Duration = Duration::from_millis(400);
 /// How long one kind of row is swept before the next kind gets its turn.

@@ -79,7 +79,7 @@ impl Default for Membership {
 }
 
 impl Membership {
-    /// Records a count at `now` that placed this replica in `slot`.
+    /// Records that a count at `now` placed this replica in `slot`.
     pub fn confirm(&self, slot: ReplicaSlot, now: Monotonic) {
         self.confirm_count(slot, now, now);
     }

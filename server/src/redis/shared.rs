@@ -15,7 +15,7 @@ use tokio::sync::Notify;
 use super::connection::Connection;
 use crate::config::{RedisServers, RedisSettings};
 
-/// Why a call failed. Except for `NotConnected`, the call may still have been executed.
+/// Why a call failed. Unless the error is `NotConnected`, the call may still have been executed.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum CallError {
     /// There is no connection. Nothing was sent.

@@ -283,7 +283,7 @@ pub struct QuotaStanding {
     /// The quota of the window.
     #[diesel(sql_type = BigInt)]
     pub quota: i64,
-    /// The tokens that replicas have taken. At least as many as have been spent.
+    /// The number of tokens that replicas have taken, which is at least the number of spent tokens.
     #[diesel(sql_type = BigInt)]
     pub taken: i64,
     /// The cost of allowed requests.

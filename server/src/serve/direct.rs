@@ -37,7 +37,7 @@ const PARTS_MAX: u32 = 16;
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 
-/// The direct service of one connection.
+/// What is needed to serve one connection directly.
 pub(super) struct DirectService<'a, D> {
     pub(super) endpoint: &'a D,
     pub(super) peer: IpAddr,

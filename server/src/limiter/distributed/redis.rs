@@ -73,7 +73,7 @@ impl RedisCounters {
         }
     }
 
-    /// Creates counters that use a different script. For tests, which control the time.
+    /// Creates counters that use a different script. Tests use this to control the time.
     #[doc(hidden)]
     pub fn with_script(redis: Redis, take: &'static str) -> Self {
         Self {

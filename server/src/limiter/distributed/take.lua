@@ -224,7 +224,8 @@ if want > 0 then
     debt = debt + granted * e
     gathered = gathered and gathered - granted * e
     changed = true
-    -- Sets a new mark from time to time, and when the current one could not credit this grant in full.
+    -- Sets a new mark from time to time, and when a return of this whole grant could not be credited in full
+    -- with the current mark.
     if now - mt > 2 * lease or m < granted * e then
       n, nt = m, mt
       m, mt = debt, now

@@ -108,6 +108,6 @@ pub trait SharedCounters: std::fmt::Debug + Send + Sync + 'static {
 
     async fn take(&self, call: TakeCall) -> Result<TakeReply, CounterError>;
 
-    /// Deletes buckets of one partition, which count as full from then on. For keys that no longer exist.
+    /// Deletes buckets of one partition because their keys no longer exist. A deleted bucket counts as full.
     async fn delete(&self, partition: u16, buckets: &[BucketName]) -> Result<(), CounterError>;
 }

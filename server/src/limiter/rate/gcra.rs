@@ -37,7 +37,7 @@ pub struct Gcra {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Level<T> {
     pub tat: T,
-    /// Debt in excess of an empty bucket's, left over from a larger burst.
+    /// Debt beyond the debt of an empty bucket, left over from a larger burst.
     pub beyond: Nanos,
 }
 
