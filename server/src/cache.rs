@@ -72,7 +72,7 @@ impl Freshness {
         }
     }
 
-    /// Marks PostgreSQL as suspected to be unreachable. Returns `false` if it was already suspected.
+    /// Records that PostgreSQL is suspected to be unreachable. Returns `false` if this was already suspected.
     pub fn suspect(&self) -> bool {
         self.suspected
             .send_if_modified(|suspected| !std::mem::replace(suspected, true))

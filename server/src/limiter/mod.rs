@@ -89,7 +89,8 @@ impl Limiter {
         }
     }
 
-    /// Returns the quota that all keys of the tenant share, if there is one. Store it in their cached records.
+    /// Returns the quota that all keys of the tenant share, if there is one. Store it in the cached records of these
+    /// keys.
     pub fn tenant_quota(&self, tenant: TenantId) -> Result<Option<TenantQuota>, LimiterError> {
         let quotas = self.tenants.as_ref();
         quotas.map(|quotas| quotas.of(tenant)).transpose()

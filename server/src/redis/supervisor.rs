@@ -1,4 +1,4 @@
-//! Maintains one connection: connects, probes and reconnects.
+//! Establishes, probes, and replaces one connection.
 //!
 //! The redis crate's `ConnectionManager` keeps reconnecting to one address and makes calls wait for the new connection.
 //! Here, Sentinel is asked for the master before each attempt, and calls never wait. Probes detect connections that no

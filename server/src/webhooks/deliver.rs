@@ -206,7 +206,7 @@ async fn record(
     Ok((Outcome::Failed, is_disabled))
 }
 
-/// Disables a webhook. Does nothing if it is already disabled.
+/// Disables a webhook. Does nothing if the webhook is already disabled.
 async fn disable(tx: &mut SystemTx, due: &DueDelivery, reason: &str) -> Result<(), DbError> {
     let (tenant, id) = (due.tenant_id, due.webhook_id);
     let Some(name) = webhook::disable(tx, tenant, id, reason).await? else {

@@ -29,7 +29,7 @@ const TAU_MAX: Nanos = Nanos(1 << 61);
 pub struct Gcra {
     /// How long one token takes to refill, rounded up. At least 1 ns.
     emission: Nanos,
-    /// The time from empty to full.
+    /// How long an empty bucket takes to fill.
     tau: Nanos,
 }
 
