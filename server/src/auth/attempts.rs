@@ -51,7 +51,7 @@ const ACCOUNTS: u32 = 5;
 /// The number of free attempts for all known devices of an account together, as a multiple of the number for one
 /// device.
 const DEVICES: u32 = 5;
-/// Like [`DEVICES`], for the counter that also counts successful attempts.
+/// Like [`DEVICES`], but for the counter that also counts successful attempts.
 const USES: u32 = 20;
 /// The interval at which one attempt on that counter is forgiven.
 const FORGIVE_USE: Duration = Duration::from_secs(6);

@@ -2,8 +2,8 @@
 //!
 //! A record is written to a *segment*, a file on this machine, before the response is sent, so recording does not wait
 //! for the network. Space is reserved before the decision; if there is none, no decision is made. A *shipper* moves
-//! records to PostgreSQL. Each segment has a *cursor*, the position up to which it has been shipped. The cursor moves
-//! in the transaction that inserts the records. Records that have not been shipped yet are the *backlog*.
+//! records to PostgreSQL. Each segment has a *cursor*, the position up to which it has been shipped. The transaction
+//! that inserts the records also advances the cursor. Records that have not been shipped yet are the *backlog*.
 //!
 //! ```text
 //! reserve -> decision -> fill, or void        one word, then the record, in a mapped file

@@ -114,7 +114,7 @@ struct Scan<'a> {
     /// The position of `bytes` in the segment.
     base: u64,
     bytes: &'a [u8],
-    /// Whether the segment ends with `bytes`.
+    /// Whether `bytes` reaches the end of the segment.
     is_last: bool,
     writer: Writer,
 }

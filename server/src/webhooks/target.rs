@@ -5,10 +5,10 @@
 //! addresses is used. Therefore, changing a host's address between the check and the connection has no effect.
 //! Redirects are not followed.
 //!
-//! Addresses of this machine and of the host in `QUOTA_PUBLIC_URL` are not allowed either: in a container, no interface
-//! has the machine's public address. If that host cannot be looked up, its addresses cannot be excluded. Tenants do not
-//! learn whether a host is unknown or has an address that is not allowed, since that would reveal the names in a
-//! private network.
+//! This machine's addresses are not allowed either. The same applies to the addresses of the host in
+//! `QUOTA_PUBLIC_URL`, because in a container, no interface has the machine's public address. If that host cannot be
+//! looked up, its addresses cannot be excluded. Tenants do not learn whether a host is unknown or has an address that
+//! is not allowed, since that would reveal the names in a private network.
 //!
 //! The operator can allow networks that are not public (`QUOTA_WEBHOOK_PRIVATE_NETWORKS`). Only hosts in these networks
 //! may have `http://` URLs.
