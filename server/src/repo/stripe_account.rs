@@ -38,7 +38,8 @@ pub async fn find(tx: &mut SystemTx) -> Result<Option<StripeAccount>, DbError> {
     Ok(stored.get_result(&mut **tx).await.optional()?)
 }
 
-/// Stores the account, or the ID of the stored account if it was unknown. If another account is stored, does nothing.
+/// Stores the account. If the account is already stored without its ID, adds the ID. If another account is stored, does
+/// nothing.
 pub async fn record(tx: &mut SystemTx, account: &StripeAccount) -> Result<(), DbError> {
     sql_query(
         "INSERT INTO billing_stripe_account AS a (account_id, livemode) VALUES ($1, $2) \

@@ -34,7 +34,7 @@ const EPOCH_DELAY: u64 = 600_000;
 /// The time from a loss of state to the new epoch exceeds the timeout of a call by at least this many microseconds.
 const UNPROBED: u64 = 350_000;
 
-/// The maximum number of buckets to delete per command, so that other calls do not wait long.
+/// The number of buckets per command, so that no other call waits long for it.
 const DELETED_AT_ONCE: usize = 100;
 
 const TAKE: &str = include_str!("take.lua");

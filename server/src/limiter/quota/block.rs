@@ -381,7 +381,7 @@ impl Block {
         }
     }
 
-    /// Marks held tokens as owed if they exceed both the block size and what waiting requests need. Such tokens were
+    /// Treats tokens as owed if they exceed both the block size and what waiting requests need. Such tokens were
     /// fetched for a request that was then denied or canceled.
     pub(in crate::limiter) fn tidy(&mut self, waited_for: u64) {
         let size = self.size().max(waited_for);
