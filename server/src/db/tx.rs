@@ -75,7 +75,7 @@ impl Drop for Tx {
     }
 }
 
-/// A tenant's transaction. Rolled back when dropped without [`commit`](Self::commit).
+/// A tenant's transaction. Dropping it without calling [`commit`](Self::commit) rolls it back.
 pub struct TenantTx {
     tx: Tx,
     tenant: TenantId,
@@ -100,7 +100,7 @@ impl TenantTx {
     }
 }
 
-/// A transaction on behalf of the server itself. Rolled back when dropped without [`commit`](Self::commit).
+/// A transaction on behalf of the server itself. Dropping it without calling [`commit`](Self::commit) rolls it back.
 pub struct SystemTx {
     tx: Tx,
 }

@@ -56,8 +56,8 @@ pub async fn open_cursor(
     Ok(found.map(|it| it.position))
 }
 
-/// Moves a segment's cursor. Returns `false` if the cursor was not at `from`. Call this before inserting the records in
-/// the same transaction.
+/// Advances a segment's cursor. Returns `false` if the cursor was not at `from`. Call this before inserting the records
+/// in the same transaction.
 pub async fn move_cursor(
     tx: &mut SystemTx,
     segment: Uuid,
