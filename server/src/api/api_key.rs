@@ -156,7 +156,7 @@ impl ApiKeyApi {
         /// Include only keys with this external ID.
         #[oai(validator(min_length = 1, max_length = 200))]
         external_id: Query<Option<String>>,
-        /// Include only keys whose name contains this string, or whose key or external ID starts with it.
+        /// Include only keys that start with this string, whose name contains it, or whose external ID starts with it.
         #[oai(validator(max_length = 200))]
         search: Query<Option<String>>,
         /// Sort field; prefix with `-` for descending. Names are compared case-insensitively; keys that have never been

@@ -134,7 +134,7 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
             // Errors are shown as toasts.
             confirmation=dialogs.deactivating
             title=Signal::derive(move || format!("Deactivate key {}?", text::quoted(&name.get())))
-            message="Requests with this key will be rejected with 401 within a second. You can activate it again later."
+            message="Within a second, requests with this key will be rejected (401). You can activate it again later."
             action="Deactivate key"
             run=Callback::new(move |()| set_active.run(false))
         />
@@ -327,7 +327,7 @@ fn DeleteDialog(
             },
         );
         format!(
-            "{usage} Requests with this key will be rejected with 401 within a second. This can't be undone."
+            "{usage} Within a second, requests with this key will be rejected (401). This can't be undone."
         )
     };
     let alternative = (

@@ -131,7 +131,7 @@ pub fn AuditLog() -> impl IntoView {
                     view! {
                         <p class="filter-note">
                             "Changes to " <code>{id}</code> " only. "
-                            <button type="button" class="link" on:click=move |_| set_filter(route, "target_id", "")>"Show all"</button>
+                            <button type="button" class="link" on:click=move |_| set_filter(route, "target_id", "")>"Show all events"</button>
                         </p>
                     }
                 })
@@ -154,7 +154,7 @@ pub fn AuditLog() -> impl IntoView {
 fn NoEvents(is_filtered: bool) -> impl IntoView {
     if is_filtered {
         view! {
-            <EmptyState shape=Shape::Search title="No matching events" about="Try other filters.">
+            <EmptyState shape=Shape::Search title="No matching events" about="Try different filters.">
                 <a class="button" href="/console/audit">"Clear filters"</a>
             </EmptyState>
         }

@@ -96,7 +96,7 @@ pub fn UsagePage() -> impl IntoView {
     });
     view! {
         <PageHeader title="Usage" about="Allowed and rejected requests over time, and why requests were rejected.">
-            <button type="button" class="button" on:click=move |_| live.set(true)>"Live tail"</button>
+            <button type="button" class="button" on:click=move |_| live.set(true)>"Open live tail"</button>
             <ExportButton export disabled=Signal::derive(move || !has_data.get())/>
         </PageHeader>
         <Toolbar keys zone/>
@@ -320,7 +320,7 @@ fn Report(data: UsageData, was_used: Signal<bool>) -> impl IntoView {
     .into_any()
 }
 
-/// If recent data is missing, says until when the data is complete.
+/// Returns a note that states up to when the data is complete, if recent data is missing.
 fn partial_note(data: &UsageData) -> Option<String> {
     const LATE_MS: i64 = 60_000;
     let complete = data.usage.complete_until.inner().timestamp_millis();

@@ -166,7 +166,7 @@ fn ServerRow(
             <Confirm
                 confirmation
                 title=format!("Remove {label}?")
-                message="You'll be signed out of this server. No data on the server is deleted."
+                message="You'll be signed out of this server. Data on the server isn't deleted."
                 action="Remove server"
                 run=remove
             />
