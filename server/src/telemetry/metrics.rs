@@ -120,7 +120,7 @@ metrics! {
     ledger_takes: Counter, "ledger_takes", "Calendar quota blocks taken from the ledger";
     ledger_errors: Counter, "ledger_errors", "Failed calls to the quota ledger";
     counter_calls: Counter, "counter_calls", "Calls to the shared counters";
-    counter_errors: Counter, "counter_errors", "Calls to the shared counters that failed or were late";
+    counter_errors: Counter, "counter_errors", "Calls to the shared counters that failed or timed out";
     counter_outages: Counter, "counter_outages", "Outages of the shared counters";
     lease_tokens_taken: Counter, "lease_tokens_taken", "Tokens taken from the shared counters";
     lease_tokens_spent: Counter, "lease_tokens_spent", "Leased tokens spent by requests";
