@@ -37,7 +37,7 @@ use crate::{
 
 /// How long before its expiry an access token is refreshed.
 const REFRESH_AHEAD: Duration = Duration::from_secs(30);
-/// How long to wait while another process refreshes. A refresh takes less time than this.
+/// How long to wait for another process to finish a refresh. A refresh takes less time than this.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
 /// How often to try to acquire the lock.
 const LOCK_POLL: Duration = Duration::from_millis(50);

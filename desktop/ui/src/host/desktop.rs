@@ -34,7 +34,7 @@ pub fn server_address() -> String {
     status().with_untracked(|it| it.as_ref().map(|it| it.current.clone()).unwrap_or_default())
 }
 
-/// When the data on the page was loaded. `None` while the server is reachable.
+/// Returns when the data on the page was loaded. `None` while the server is reachable.
 pub fn loaded_at() -> ArcRwSignal<Option<Timestamp>> {
     HOST.with(|host| host.loaded_at.clone())
 }

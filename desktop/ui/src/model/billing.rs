@@ -72,7 +72,7 @@ const fn is_subscribed(it: &BillingState) -> bool {
     !matches!(it.access, BillingAccess::Free | BillingAccess::Canceled)
 }
 
-/// Returns the notices, most important first. Each one has a CSS class.
+/// Returns the notices, most important first, each with its CSS class.
 fn notices(it: &BillingState, now: i64) -> Vec<(&'static str, String)> {
     let (danger, warn) = ("alert", "alert warn");
     let requests = paid_requests(it.paid_keys);

@@ -1,17 +1,17 @@
-//! What the members of an organization may use, by role.
+//! The rights of an organization's members, by role.
 
 use quota_common::auth::Role;
 
 /// A right that a page or command requires.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Right {
-    /// Every member has it.
+    /// Every member has this right.
     Any,
-    /// To see plans, keys, tokens, webhooks and the audit log.
+    /// The right to view plans, keys, tokens, webhooks and the audit log.
     Read,
-    /// To create, change and delete them.
+    /// The right to create, change and delete plans, keys, tokens and webhooks.
     Manage,
-    /// To see and change the subscription.
+    /// The right to view and change the subscription.
     Bill,
 }
 

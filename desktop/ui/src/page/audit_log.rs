@@ -185,7 +185,8 @@ impl PlanNames {
     }
 }
 
-/// Loads the newest matching events page by page and returns them as CSV. Also returns whether no event is missing.
+/// Loads the newest matching events page by page and returns them as CSV. Also returns whether the CSV contains all
+/// matching events.
 async fn exported(filter: AuditFilter, names: PlanNames) -> api::CallResult<(String, bool)> {
     let header = [
         "time",

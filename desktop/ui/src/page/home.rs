@@ -43,7 +43,7 @@ struct Overview {
     setup: Option<Setup>,
 }
 
-/// Shows which of the first steps are done.
+/// Data that shows which of the first steps are done.
 #[derive(Clone)]
 struct Setup {
     /// The most recently used key or, if no key has been used, the newest one.
@@ -164,7 +164,7 @@ fn since_yesterday(now: u64, before: u64) -> String {
     }
 }
 
-/// The address of a key's page, or none if the user's role may not read keys.
+/// Returns the address of a key's page, or an empty string if the user's role cannot view keys.
 fn key_address(it: &Overview, id: ApiKeyId) -> String {
     if it.setup.is_some() {
         format!("/console/api-keys/{id}")

@@ -19,7 +19,7 @@ use crate::{
 
 /// How often to load new decisions.
 const POLL: Duration = Duration::from_millis(1500);
-/// The maximum number of pages to load per update. Beyond that, the list has a gap.
+/// The maximum number of pages to load per update. If there are more, the list has a gap.
 const MAX_PAGES: usize = 5;
 
 #[component]
@@ -117,7 +117,7 @@ fn Tail(key_id: Signal<Option<ApiKeyId>>, zone: Signal<String>) -> impl IntoView
                         });
                     }
                 }
-                // Not announced again while it continues.
+                // Don't announce the error again while calls keep failing.
                 Err(failure) if error.try_with_untracked(Option::is_none) == Some(true) => {
                     let _ = error.try_set(Some(failure));
                 }

@@ -73,7 +73,7 @@ pub fn UsagePage() -> impl IntoView {
         };
         api::list_api_keys(filter, page)
     });
-    // Keys are sorted by last use. Until they are loaded, it is unknown whether one was used.
+    // Keys are sorted by last use. Until the keys are loaded, it is unknown whether any key was used.
     let was_used = Signal::derive(move || {
         keys.with(|page| {
             page.items
