@@ -124,7 +124,7 @@ response! {
         pub plans: BillingLimit,
         pub api_keys: BillingLimit,
         /// Requests in the current calendar month (UTC), across all API keys. Once the limit is reached, requests get
-        /// 429 with the policy `tenant_monthly`.
+        /// 429 with the `tenant_monthly` policy.
         pub requests: BillingLimit,
         /// When `requests` is reset to zero.
         pub requests_reset_at: Timestamp,

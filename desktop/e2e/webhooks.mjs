@@ -414,7 +414,7 @@ async function alerts(world, receiver) {
   await my.navigate("Alerts").click();
   await my.heading("No alerts yet").waitFor();
   await page.getByText("Owners and admins").waitFor();
-  await page.getByText("Emails aren't sent: this server has no mail server.").waitFor();
+  await page.getByText("Emails aren't sent because no mail server is configured.").waitFor();
   await my.inspect("alerts-none");
 
   // Who gets email.

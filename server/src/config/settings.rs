@@ -175,7 +175,7 @@ settings! {
     free_keys: "QUOTA_FREE_KEYS", "", "N";
 
     /// The maximum number of requests per calendar month (UTC) for a tenant without a subscription, across all its API
-    /// keys: 1 to 1000000000000. Further requests get 429 with the policy tenant_monthly. Unset: no limit. Plans with a
+    /// keys: 1 to 1000000000000. Further requests get 429 with the tenant_monthly policy. Unset: no limit. Plans with a
     /// higher daily or monthly quota must be marked `paid`.
     free_requests_per_month: "QUOTA_FREE_REQUESTS_PER_MONTH", "", "N";
 

@@ -194,7 +194,7 @@ metrics! {
         "Denials not recorded because the usage backlog was more than half full and the tenant had too many denials";
     usage_ship_errors: Counter, "usage_ship_errors", "Batches of usage records that could not be written to PostgreSQL";
     usage_sync_errors: Counter, "usage_sync_errors",
-        "Usage records that could not be written to disk before their responses were sent";
+        "Usage records that could not be written to disk before the response was sent";
     usage_endpoints_folded: Counter, "usage_endpoints_folded",
         "Usage records counted under `other` because the endpoint limit was reached";
     usage_backlog_records: Gauge, "usage_backlog_records",

@@ -17,7 +17,7 @@ pub struct Message<A> {
     pub added_at: i64,
 }
 
-/// Messages, oldest first. The last message is the one on the page.
+/// Messages, oldest first. The page shows the last message.
 #[derive(Debug, Clone)]
 pub struct Messages<A>(Vec<Message<A>>);
 

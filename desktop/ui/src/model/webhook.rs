@@ -416,7 +416,7 @@ pub fn event_types() -> Markup {
     let rows = [
         (
             THRESHOLD_REACHED,
-            "Sent when 50, 80 or 100% of a quota has been used, once for each percentage in each day or month.",
+            "Sent when 50, 80 or 100% of a quota has been used, once per threshold in each day or month.",
         ),
         ("webhook.test", "Sent when you test the webhook."),
     ]

@@ -143,7 +143,7 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
     }
 }
 
-/// Opens the dialog that the query parameter `open` names, as soon as the key is loaded, and removes the parameter.
+/// Opens the dialog named by the `open` query parameter, as soon as the key is loaded, and removes this parameter.
 fn open_dialog_from_query(dialogs: Dialogs, loader: Loader<ApiKey>) {
     let route = route();
     let own_path = route.path.get_untracked();
