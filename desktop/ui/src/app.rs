@@ -169,7 +169,7 @@ fn Frame(current: Memo<ConsolePage>) -> impl IntoView {
     };
     let lazy = |page| view! { <LazyPage page/> }.into_any();
     let commands = Commands::new(sign_out, Callback::new(move |right| session.has(right)));
-    // The current page, and the name of what it shows if the user's role has no access to it.
+    // The current page. If the user's role has no access to it, also the name of what it shows.
     let shown = Memo::new(move |_| {
         let page = current.get();
         let (right, what) = page.right();

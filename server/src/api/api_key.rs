@@ -136,8 +136,8 @@ impl ApiKeyApi {
 impl ApiKeyApi {
     /// List API keys
     ///
-    /// Returns keys in the order given by `sort`, by default newest first, without the keys themselves. A cursor is
-    /// valid only with the `sort` for which it was issued. When sorting by last use, a key that is used while you page
+    /// Returns keys in the order given by `sort`, by default newest first, without their secrets. A cursor is valid
+    /// only with the `sort` for which it was issued. When sorting by last use, a key that is used while you page
     /// through the list may be skipped or repeated.
     #[oai(path = "/api-keys", method = "get", operation_id = "list_api_keys")]
     #[expect(
@@ -244,7 +244,7 @@ impl ApiKeyApi {
 
     /// Get an API key
     ///
-    /// Returns the key's settings, without the key itself.
+    /// Returns the key's settings, without its secret.
     #[oai(
         path = "/api-keys/:key_id",
         method = "get",

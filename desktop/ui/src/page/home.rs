@@ -43,7 +43,7 @@ struct Overview {
     setup: Option<Setup>,
 }
 
-/// What determines which of the first steps are done.
+/// Used to determine which of the first steps are done.
 #[derive(Clone)]
 struct Setup {
     /// The most recently used key or, if no key has been used, the newest one.

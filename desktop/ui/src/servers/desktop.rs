@@ -1,4 +1,4 @@
-//! Additions to the console in the desktop app.
+//! The desktop app's additions to the console.
 //!
 //! While the server is unreachable, the app shows previously loaded data. A banner shows when the data was loaded, with
 //! a button to retry. Another banner appears if no keychain is available to store sessions.
