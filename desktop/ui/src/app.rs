@@ -137,8 +137,8 @@ fn AuthGate(current: Memo<ConsolePage>) -> impl IntoView {
 }
 
 /// Shown after the desktop app has dropped its tokens while the session still exists on the server.
-const SIGNED_OUT_LOCALLY: &str = "Signed out on this computer. The server couldn't be reached, so your session stays \
-    active on the server until it expires. To end it sooner, sign in again and revoke it in Settings.";
+const SIGNED_OUT_LOCALLY: &str = "Signed out on this computer. The server couldn't be reached, so your session \
+    remains active on the server until it expires. To end it sooner, sign in again and revoke it in Settings.";
 
 #[component]
 fn Frame(current: Memo<ConsolePage>) -> impl IntoView {
