@@ -70,7 +70,7 @@ metrics! {
     billing_events_failed: Counter, "billing_events_failed",
         "Stripe webhooks that could not be processed and were abandoned";
     billing_account_mismatch: Gauge, "billing_account_mismatch",
-        "1 while billing is stopped because STRIPE_SECRET_KEY belongs to another account or mode than the customers";
+        "1 while billing is stopped because STRIPE_SECRET_KEY belongs to a different account or mode than the customers";
     billing_reports: Counter, "billing_reports", "Usage reports that Stripe has accepted or that did not need to be sent";
     billing_usage_difference: Gauge, "billing_usage_difference",
         "Difference between usage reports and the totals in Stripe for yesterday (UTC), summed over customers";
