@@ -1,4 +1,4 @@
-//! Quota alerts: a key or tenant has used a certain percentage of a quota.
+//! Quota alerts: notices that a key or tenant has used a certain percentage of a quota.
 
 use crate::{
     auth::Role,

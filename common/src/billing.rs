@@ -1,4 +1,4 @@
-//! The subscription of a tenant.
+//! A tenant's subscription.
 
 use crate::{
     time::Timestamp,

@@ -26,7 +26,7 @@ pub struct Problem {
     pub status: u16,
     /// What went wrong with this request, and how to fix it.
     pub detail: String,
-    /// ID of the request, also in the `X-Request-Id` header. Include it when you ask for help.
+    /// The request's ID, also in the `X-Request-Id` header. Include it when you ask for help.
     pub request_id: String,
     /// The invalid fields.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

@@ -213,7 +213,7 @@ response! {
 }
 
 response! {
-    /// The current limits of a key.
+    /// A key's current limits.
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct KeyLimits {

@@ -86,7 +86,7 @@ metrics! {
     alert_errors: Counter, "alert_errors", "Failed attempts to check quotas for alerts; they are retried";
     webhooks_delivered: Counter, "webhooks_delivered", "Deliveries that an endpoint accepted";
     webhook_attempts_failed: Counter, "webhook_attempts_failed",
-        "Failed delivery attempts that will be retried";
+        "Failed delivery attempts; they are retried";
     webhooks_failed: Counter, "webhooks_failed", "Deliveries that were abandoned";
     webhook_errors: Counter, "webhook_errors",
         "Failed attempts to claim deliveries or to record their results; they are retried";
@@ -96,7 +96,7 @@ metrics! {
         "Webhooks whose signing secrets were encrypted with a QUOTA_SECRET that is not configured, as of startup";
     mails_sent: Counter, "emails_sent", "Emails sent";
     mail_attempts_failed: Counter, "email_attempts_failed",
-        "Failed attempts to send emails that will be retried";
+        "Failed attempts to send emails; they are retried";
     mails_failed: Counter, "emails_failed", "Emails that were rejected or abandoned";
     mail_errors: Counter, "email_errors",
         "Failed attempts to write or claim emails in PostgreSQL or to record their results; they are retried";

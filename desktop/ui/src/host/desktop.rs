@@ -43,8 +43,8 @@ pub fn is_offline() -> bool {
     loaded_at().with_untracked(Option::is_some)
 }
 
-/// Records where the last response came from: `None` if the server sent it, or the time at which the app had received
-/// it if it was a stored response.
+/// Records the origin of the last response: `None` if it came from the server, or the time at which the app received it
+/// if it is a stored response.
 pub fn set_loaded_at(loaded_at: Option<Timestamp>) {
     HOST.with(|host| {
         if host.loaded_at.get_untracked() != loaded_at {

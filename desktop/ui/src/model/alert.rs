@@ -133,7 +133,7 @@ pub const fn role_members(role: Role) -> &'static str {
     }
 }
 
-/// Warns that the server cannot send the emails that the settings ask for.
+/// Warns that emails are turned on but the server cannot send them.
 pub fn email_warning(settings: &AlertSettings) -> Option<&'static str> {
     let is_on = settings.email && !settings.email_roles.is_empty();
     (is_on && !settings.can_email).then_some(

@@ -74,7 +74,7 @@ const FILTERS: [&str; 7] = [
     "target_id",
 ];
 
-/// Reads the filter from the URL query. Its dates are UTC days, and the range includes both.
+/// Reads the filter from the URL query. The filter's dates are UTC days, and both days are included.
 fn filter(query: &Query) -> AuditFilter {
     const DAY_MS: f64 = 86_400_000.0;
     let midnight = |name: &str, days_later: f64| -> Option<Timestamp> {
