@@ -66,7 +66,7 @@ response! {
     /// An invalid field.
     #[derive(Debug, Eq)]
     pub struct FieldError {
-        /// Path of the field in the body, such as `default_rpm`, or name of the parameter.
+        /// The field's path in the body, such as `default_rpm`, or the parameter's name.
         pub field: String,
         /// What is wrong with the field, such as `must be at least 1`.
         pub message: String,

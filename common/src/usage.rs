@@ -99,7 +99,7 @@ response! {
         pub allowed_cost: u64,
         /// Total cost of the denied requests, which was not charged.
         pub rejected_cost: u64,
-        /// Time of the latest request in the range. `null` for `other`, and if the group also has requests after `to`.
+        /// Time of the latest request in the range. `null` for `other`, or if the group also has requests after `to`.
         pub last_seen_at: Option<Timestamp>,
     }
 }

@@ -104,7 +104,7 @@ text_enum! {
 }
 
 response! {
-    /// An event that is or was sent to a webhook.
+    /// The delivery of an event to a webhook.
     #[derive(Debug)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct WebhookDelivery {
