@@ -184,11 +184,11 @@ response! {
 text_enum! {
     /// Why a key needs attention.
     pub enum AttentionKind {
-        /// At least 80% of a quota is used. `at` is the time at which it resets.
+        /// At least 80% of a quota is used. `at` is when the quota resets.
         Quota = "quota",
-        /// The key expires within 7 days. `at` is the time at which it expires.
+        /// The key expires within 7 days. `at` is when it expires.
         Expiring = "expiring",
-        /// The previous secret of a rotated key stops working within 24 hours. `at` is the time at which it expires.
+        /// A rotated key's previous secret expires within 24 hours. `at` is when it expires.
         GraceEnding = "grace_ending",
         /// The key is active and has not been used for 30 days. `at` is the time of its last use, or of its creation.
         Idle = "idle",
