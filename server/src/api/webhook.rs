@@ -352,7 +352,7 @@ impl WebhookApi {
         &self,
         caller: ReadingTenant,
         webhook_id: Path<WebhookId>,
-        /// Include only deliveries in this state.
+        /// Include only deliveries with this status.
         status: Query<Option<WebhookDeliveryStatus>>,
         /// Page size, 1–100. Default: 20.
         limit: Query<Option<PageSize>>,

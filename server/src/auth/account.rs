@@ -150,7 +150,7 @@ impl Accounts {
         self.signed_in(tokens, member, (&email, &hash), device)
     }
 
-    /// Adds the token that the device stores and sends at its next sign-in.
+    /// Returns the result of a sign-in, with the device token to send at the next one.
     fn signed_in(
         &self,
         tokens: Tokens,

@@ -372,7 +372,7 @@ pub async fn begin_attempt(
     Ok(due)
 }
 
-/// Restarts the period in which Stripe recognizes the report's identifier.
+/// Makes the next attempt count as the first one, because Stripe no longer recognizes the report's identifier.
 pub async fn restart_attempts(
     tx: &mut SystemTx,
     tenant: TenantId,

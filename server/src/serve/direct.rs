@@ -195,7 +195,7 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
                 Parsed::Other => break Next::Other,
             };
             let length = head + request.body_length;
-            // hyper may respond before the whole body has arrived.
+            // Requests with incomplete bodies are left to hyper, which may respond before the rest arrives.
             let is_complete = request.body.len() == request.body_length;
             if !is_complete || !self.endpoint.accepts(&request) || self.is_stopping() {
                 break Next::Foreign(length);

@@ -240,7 +240,7 @@ impl Log {
         &self.state.dropped
     }
 
-    /// Queues a request's line. Does not wait for output.
+    /// Queues the access log line of a request. Does not wait for output.
     pub fn access(&self, line: &AccessLine<'_>) {
         let mut buffer = self.state.buffer.lock();
         if buffer.bytes.len() >= MAX_WAITING {

@@ -131,7 +131,6 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
         />
         <RotateDialog id loader open=dialogs.rotating rotated/>
         <Confirm
-            // Errors are shown as toasts.
             confirmation=dialogs.deactivating
             title=Signal::derive(move || format!("Deactivate key {}?", text::quoted(&name.get())))
             message="Within a second, requests with this key will be rejected (401). You can activate it again later."

@@ -101,7 +101,6 @@ pub fn WebhookPage(id: WebhookId) -> impl IntoView {
         <RotateDialog id loader open=dialogs.rotating rotated/>
         <NewSecretDialog new=rotated on_close=Callback::new(|()| {})/>
         <Confirm
-            // Errors are shown as toasts.
             confirmation=dialogs.disabling
             title=Signal::derive(move || format!("Disable webhook {}?", quoted(&name.get())))
             message="Events aren't sent until you enable the webhook again. Pending deliveries are canceled, but you can redeliver them later."

@@ -1,4 +1,4 @@
-//! The server process: starts it under the guard, and supervises, restarts and stops it.
+//! The PostgreSQL process: starts it under the guard, and supervises, restarts and stops it.
 
 use std::{
     ffi::OsStr,
