@@ -301,7 +301,7 @@ impl WebhookApi {
     /// Sends a `webhook.test` event, even if the webhook is disabled. Returns the delivery before it is sent; list the
     /// deliveries to see the result.
     ///
-    /// A tenant can request at most 30 tests and redeliveries per minute.
+    /// Each replica accepts at most 30 tests and redeliveries per minute from a tenant.
     #[oai(
         path = "/webhooks/:webhook_id/test",
         method = "post",
@@ -380,7 +380,7 @@ impl WebhookApi {
     /// Sends the event again, regardless of the delivery's status, and even if the webhook is disabled. The event keeps
     /// its ID, so a receiver that has already processed the event can ignore it.
     ///
-    /// A tenant can request at most 30 tests and redeliveries per minute.
+    /// Each replica accepts at most 30 tests and redeliveries per minute from a tenant.
     #[oai(
         path = "/webhooks/deliveries/:delivery_id/redeliver",
         method = "post",
