@@ -92,7 +92,7 @@ impl std::fmt::Debug for CreatedWebhook {
 }
 
 text_enum! {
-    /// The state of a delivery.
+    /// The status of a delivery.
     pub enum WebhookDeliveryStatus {
         /// The event has not been sent yet, or an attempt failed and will be retried.
         Pending = "pending",

@@ -1,7 +1,7 @@
 //! Passwords: their strength, and their hashes (argon2id).
 //!
 //! Hashing uses at most two threads and 92 MiB of memory, regardless of load. Callers that wait for a thread belong to
-//! one of three classes: known devices and signed-in users; networks without recent failures; and all other callers,
+//! one of three classes: known devices and signed-in users; networks with few recent attempts; and all other callers,
 //! including registrations. So a flood of sign-ins does not lock out other users. The number of waiters in each class
 //! is limited, and each class gets a share of the threads. Within a class, accounts or networks take turns. When a
 //! class is full, the account or network with the most waiters loses one of them.

@@ -188,7 +188,7 @@ impl Sessions {
             id,
             self.clock.now(),
         )?;
-        // The cached expiry is too early now.
+        // The session now expires later than its cached copy says.
         self.forget(id);
         Ok(Tokens {
             access,

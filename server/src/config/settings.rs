@@ -194,8 +194,8 @@ settings! {
     /// counted separately. 0 for no limit.
     login_free_failures: "QUOTA_LOGIN_FREE_FAILURES", "10", "N";
 
-    /// The number of accounts that can be created from one network without a wait, and the number per day after those.
-    /// A network is an IPv4 address or an IPv6 /64; wider networks have higher limits. 0 for no limit.
+    /// The number of accounts that one network can create immediately; after that, this many per day. A network is an
+    /// IPv4 address or an IPv6 /64; wider networks have higher limits. 0 for no limit.
     registrations_per_day: "QUOTA_REGISTRATIONS_PER_DAY", "20", "N";
 
     /// The maximum size of a request body, in bytes: 1024 to 16777216.

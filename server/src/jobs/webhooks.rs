@@ -1,6 +1,6 @@
 //! Sends events to webhooks.
 //!
-//! Deliveries that this replica has stored are sent immediately, and other deliveries are sent within a second.
+//! Sends deliveries that this replica has stored immediately, and looks for other due deliveries every second.
 
 use std::{collections::HashMap, time::Duration};
 

@@ -132,7 +132,7 @@ pub async fn append(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Appended, D
     })
 }
 
-/// Returns the number of each record in its tenant's log.
+/// Assigns each record the next position in its tenant's log, and returns the positions.
 async fn take_numbers(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Vec<i64>, DbError> {
     let taken = diesel::sql_query(TAKE_NUMBERS)
         .bind::<Array<SqlUuid>, _>(column!(batch.tenants, |it| it.0))

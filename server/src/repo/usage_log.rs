@@ -99,7 +99,7 @@ macro_rules! bind_filter {
 #[derive(Debug)]
 pub struct Page {
     pub rows: Vec<DecisionRow>,
-    /// The next page starts before this number. `None` on the last page.
+    /// The next page starts before this position. `None` on the last page.
     pub before: Option<i64>,
 }
 

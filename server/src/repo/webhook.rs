@@ -151,7 +151,7 @@ pub async fn succeeded(
     Ok(())
 }
 
-/// A webhook to which an attempt to deliver an event failed.
+/// A webhook with a failed delivery attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]
 pub struct Failing {
     /// Whether the attempt used the webhook's current URL.

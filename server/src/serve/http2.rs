@@ -111,7 +111,7 @@ pub(super) struct Requests {
     /// When a response last ended or made progress.
     progressed: u64,
     /// The time of the last progress of a response that was later reset. Cleared when another response makes progress.
-    /// Without this time, a client that resets responses instead of reading them would get a new deadline with each
+    /// Without this value, a client that resets responses instead of reading them would get a new deadline with each
     /// request.
     unread: Option<u64>,
     /// The arrival time of a request that was reset before its response began. Cleared when another response is
@@ -190,7 +190,7 @@ impl Requests {
         let Event::Ended(frame) = event else { return };
         match frame.kind {
             HEADERS | DATA if frame.has(END_STREAM) => {
-                // An empty frame is sent regardless of the client's window.
+                // An empty frame is sent regardless of the client's window, so it does not show that the client reads.
                 if frame.kind == DATA && frame.length > 0 {
                     self.unread = None;
                 }

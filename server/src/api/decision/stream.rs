@@ -5,7 +5,7 @@
 //! after the client has read the current one. A client that falls too far behind receives the number of decisions it
 //! has missed. If a stream must end but its client does not read it to the end, the connection is closed.
 //!
-//! While PostgreSQL is unreachable, events are delayed but not lost.
+//! While PostgreSQL is unreachable, events are delayed.
 
 use std::time::Duration;
 

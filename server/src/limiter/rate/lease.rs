@@ -287,8 +287,8 @@ impl Lease {
         self.size
     }
 
-    /// Adds a request that waits for the counters because too few tokens are available. A request for
-    /// zero tokens waits only for a response.
+    /// Adds a request that waits for the counters because too few tokens are available. A request for zero tokens waits
+    /// only for a response.
     pub(in crate::limiter) fn wait(&mut self, waiter: Waiter) {
         self.wanted = self.wanted.saturating_add(waiter.tokens);
         self.waiting.push(waiter);
