@@ -1,7 +1,7 @@
 //! Webhooks from Stripe. They are stored on arrival and processed later.
 //!
 //! Quota never applies the contents of an event. Regardless of its type, version, and age, an event only causes a read
-//! of its customer's subscriptions.
+//! from Stripe: of its customer's subscriptions or, if it reports problems with usage, of these problems.
 
 use std::collections::BTreeSet;
 
@@ -28,8 +28,8 @@ const BATCH: i64 = 100;
 const ATTEMPTS_MAX: i32 = 35;
 /// The maximum number of customers read concurrently.
 const CONCURRENT: usize = 8;
-/// How often a customer is read without an event, in seconds. If a webhook is lost, the change takes effect after at
-/// most this time.
+/// How often a customer with a subscription is read without an event, in seconds. If a webhook is lost, the change takes
+/// effect after about this time.
 const READ_EVERY: f64 = 600.0;
 /// The maximum number of customers read per round.
 const READS: i64 = 20;

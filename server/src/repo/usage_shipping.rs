@@ -85,7 +85,7 @@ pub struct Pending {
     pub oldest: Option<DateTime<Utc>>,
 }
 
-/// Reports the records that were left in a directory at `at`.
+/// Stores a replica's report of the records in a directory that were not shipped at `at`.
 pub async fn report(
     tx: &mut SystemTx,
     directory: Uuid,

@@ -239,7 +239,7 @@ pub async fn copy(text: &str) -> bool {
         .is_ok()
 }
 
-/// The browser chooses the folder and shows the download.
+/// Downloads the file. The browser chooses the folder and shows the download.
 pub async fn save_file(name: &str, text: &str) -> CallResult<Option<String>> {
     start_download(name, text).ok_or(CallError::Unreadable)?;
     Ok(None)
