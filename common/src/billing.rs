@@ -49,8 +49,8 @@ response! {
         pub period_end: Option<Timestamp>,
         /// Whether the customer portal is available. It becomes available when the tenant first starts a subscription.
         pub has_customer: bool,
-        /// When this information was last retrieved from Stripe. With a subscription, this happens about every 10 minutes;
-        /// if it was more than half an hour ago, Stripe could not be reached, and the status may be outdated.
+        /// When this information was last retrieved from Stripe. With a subscription, this happens about every 10
+        /// minutes; if it was more than half an hour ago, Stripe could not be reached, and the status may be outdated.
         pub refreshed_at: Option<Timestamp>,
         /// The price of the current subscription or, without one, of a new subscription. `null` if it is unknown.
         pub price: Option<BillingPrice>,

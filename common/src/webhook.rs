@@ -38,7 +38,8 @@ request! {
         /// 1 to 200 characters.
         #[garde(dive)]
         pub name: Name,
-        /// An `https://` URL with a public address, unless the operator allows private networks. At most 2,000 characters.
+        /// An `https://` URL with a public address, unless the operator allows private networks. At most 2,000
+        /// characters.
         #[garde(dive)]
         pub url: WebhookUrl,
     }
@@ -50,7 +51,8 @@ update! {
         /// 1 to 200 characters.
         #[garde(dive)]
         pub name: Option<Name>,
-        /// An `https://` URL with a public address, unless the operator allows private networks. At most 2,000 characters.
+        /// An `https://` URL with a public address, unless the operator allows private networks. At most 2,000
+        /// characters.
         #[garde(dive)]
         pub url: Option<WebhookUrl>,
         /// `false` stops deliveries: pending deliveries are canceled (status `failed`) and can be redelivered later.

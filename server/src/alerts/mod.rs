@@ -1,16 +1,16 @@
 //! Quota alerts: detects when the usage of a quota reaches a threshold, and stores an alert with its deliveries.
 //!
-//! Checks run in the background, based on the quota ledger and the usage rollups. A tenant is checked when its usage log
-//! has grown. Only one replica at a time checks a tenant, in steps of a limited number of keys. Each step commits its
-//! alerts, their deliveries, and the tenant's progress together, so a crash neither loses nor repeats an alert. In the
-//! database, alerts are unique by quota, window, and threshold. Therefore, an alert is not created again after a
+//! Checks run in the background, based on the quota ledger and the usage rollups. A tenant is checked when its usage
+//! log has grown. Only one replica at a time checks a tenant, in steps of a limited number of keys. Each step commits
+//! its alerts, their deliveries, and the tenant's progress together, so a crash neither loses nor repeats an alert. In
+//! the database, alerts are unique by quota, window, and threshold. Therefore, an alert is not created again after a
 //! restart, by another replica, or after a change of the plan or time zone.
 //!
 //! **Used amounts.** The rollups contain the exact cost of allowed requests. The ledger counts the tokens that replicas
 //! have taken, which can exceed the cost by up to 1% of the quota, and by more after a crash. Therefore, the ledger
-//! selects the quotas to check, and the rollups determine how much of them is used. A quota also counts as used up if all
-//! of its tokens are taken and it has denied a request. Without metering, there are no rollups, and only the ledger is
-//! used.
+//! selects the quotas to check, and the rollups determine how much of them is used. A quota also counts as used up if
+//! all of its tokens are taken and it has denied a request. Without metering, there are no rollups, and only the ledger
+//! is used.
 
 pub mod email;
 

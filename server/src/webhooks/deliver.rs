@@ -1,7 +1,7 @@
 //! Sends deliveries that are due, and decides when to retry failed deliveries.
 //!
-//! An attempt is counted before it is made. Until its result is recorded, the delivery remains due after [`LEASE`], so it
-//! is not lost if this process exits.
+//! An attempt is counted before it is made. Unless its result is recorded, the delivery becomes due again after
+//! [`LEASE`], so it is not lost if this process exits.
 
 use std::time::Duration;
 
