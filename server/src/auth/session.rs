@@ -251,7 +251,7 @@ impl Sessions {
         Ok(live)
     }
 
-    /// Revokes a refresh token's session. Does nothing if there is no such session, because it has already ended.
+    /// Revokes a refresh token's session. Does nothing if the session has already ended.
     pub async fn end_by_refresh_token(
         &self,
         token: &str,

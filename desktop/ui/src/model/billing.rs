@@ -13,7 +13,7 @@ use super::{
     text::{count, date_time, number, relative},
 };
 
-/// The server reads subscriptions from Stripe more often than this, unless Stripe is unreachable.
+/// While a tenant is subscribed, the server reads its subscription more often than this, unless Stripe is unreachable.
 const STALE_MS: i64 = 30 * 60 * 1000;
 
 fn millis(at: Timestamp) -> i64 {

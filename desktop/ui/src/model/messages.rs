@@ -2,7 +2,7 @@
 
 /// An error that was shown for at least this many milliseconds counts as read.
 const READ_MS: i64 = 3000;
-/// The maximum number of errors that wait behind the current message. Older errors are dropped.
+/// The maximum number of messages, including the one on the page. Older messages are dropped.
 const MAX_WAITING: usize = 3;
 
 #[derive(Debug, Clone, PartialEq, Eq)]

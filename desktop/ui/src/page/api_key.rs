@@ -71,7 +71,7 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
         editing: RwSignal::new(false),
         rotating: RwSignal::new(false),
         deactivating,
-        // This dialog also offers to deactivate the key instead.
+        // Shares `busy`, because this dialog also offers to deactivate the key.
         deleting: Confirmation {
             busy,
             ..Confirmation::new()
