@@ -1,7 +1,7 @@
 //! The recent changes that this replica knows of. They determine whether a copy that another replica read from
 //! PostgreSQL earlier is still current.
 //!
-//! Changes are numbered in commit order. A copy contains the highest number at the time it was read. Therefore, only
+//! Changes are numbered in commit order. A copy records the highest number at the time it was read. Therefore, only
 //! changes with higher numbers can make it outdated.
 //!
 //! There are two sources of changes, with different levels of trust:

@@ -53,7 +53,7 @@ use crate::{
 const VERSION: u8 = 3;
 /// The maximum difference between the clocks of two replicas, in seconds.
 const SKEW: u64 = 120;
-/// How long an entry with facts is kept.
+/// How long an entry for a valid secret is kept.
 const PRESENT: Duration = Duration::from_mins(5);
 /// How long an entry for an invalid secret is kept.
 const ABSENT: Duration = Duration::from_secs(10);
