@@ -175,8 +175,8 @@ problems! {
     /// seconds in `Retry-After`.
     Unavailable = "unavailable", 503, "Temporarily unavailable";
     /// Rate limits can't be checked right now, because the shared counters or the database can't be reached. Nothing
-    /// was charged. Retry after the number of seconds in `Retry-After`. The status is 429 if this replica still
-    /// enforces its share of the limit and that share is used up, and 503 if nothing can be checked.
+    /// was charged. Retry after the number of seconds in `Retry-After`. The status is 429 if the plan keeps limiting
+    /// without the shared counters and the server cannot allow this request, and 503 if nothing can be checked.
     ReducedCapacity = "temporary-reduced-capacity", 503, "Temporarily reduced capacity";
     /// Usage can't be recorded right now, because the server's disk is full or read-only, or too much usage is waiting
     /// to be written to the database. Requests that can't be recorded are not allowed. Nothing was charged. Retry after

@@ -309,7 +309,7 @@ fn several_service_tokens() -> ApiError {
     ApiError::unauthorized(true, "The X-Service-Token header was sent more than once.")
 }
 
-/// One of the tenant's services. It controls all headers of its requests.
+/// A service that sends check requests. It sets all headers of these requests itself.
 #[derive(Debug, Clone)]
 pub struct ServiceCaller {
     pub token: Arc<ServiceRecord>,

@@ -65,7 +65,8 @@ const OF_PROXIES: [&str; 5] = [
 ];
 
 /// Returns whether cookies require TLS. They do, unless a browser uses plain HTTP to connect to a server on its own
-/// machine. There, browsers would reject such cookies, and the connection cannot be intercepted.
+/// machine. There, some browsers, such as Safari, would reject such cookies, and the connection cannot be
+/// intercepted.
 ///
 /// `Host` alone does not prove this: a proxy may send the name of its upstream, such as `localhost`. Therefore, the
 /// peer must be on this machine, the request must not have a proxy's headers, and `Origin`, if present, must also be

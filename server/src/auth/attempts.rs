@@ -171,7 +171,7 @@ impl Attempts {
             .await
     }
 
-    /// Counts an attempt of a signed-in user, for example to change the password. Prevents the use of a stolen session
+    /// Counts an attempt by a signed-in user, for example to change the password. Prevents the use of a stolen session
     /// to guess the password.
     pub async fn of_user(self: &Arc<Self>, user: &[u8]) -> Result<Attempt, Wait> {
         let own = self.of_one(&[b"user", user], OnSuccess::Clear);

@@ -176,7 +176,7 @@ pub async fn lock(tx: &mut SystemTx, asks: &[Ask]) -> Result<(), DbError> {
     Ok(())
 }
 
-/// Returns the windows with usage that end after `since`, for each request.
+/// For each request, returns the windows that have usage and end after the request's time in `since`.
 pub async fn used_windows(
     tx: &mut SystemTx,
     asks: &[Ask],

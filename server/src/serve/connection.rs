@@ -376,8 +376,8 @@ impl Drop for Connection {
     }
 }
 
-/// A request whose response has been neither passed on completely nor abandoned. Over HTTP/2, the client may not have
-/// read the response when the request ends; see [`http2`](super::http2).
+/// A request whose response has been neither passed to hyper completely nor abandoned. Over HTTP/2, the client may not
+/// have read the response when the request ends; see [`http2`](super::http2).
 #[derive(Debug)]
 pub(super) struct RequestInFlight {
     connection: Arc<Connection>,

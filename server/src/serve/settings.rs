@@ -18,8 +18,8 @@ const METRICS_MEMORY: usize = 1024 * 1024;
 
 #[derive(Debug, Clone, Copy)]
 pub struct Timeouts {
-    /// How long a request head may take to arrive. For the first request, the time starts when the connection is
-    /// accepted; for later requests, with the first byte of the head.
+    /// How long a request head may take to arrive. For the first request, the timer starts when the connection is
+    /// accepted; for later requests, when the first byte of the head arrives.
     pub header: Duration,
     /// How long a connection may be idle between two requests. Must be longer than the idle timeout of proxies, so that
     /// the proxy closes the connection: if the server closed it while a request was in transit, that request would

@@ -25,7 +25,7 @@ impl StoreCore {
     /// waiting.
     pub(super) fn begin_fetch(&self, handle: &Arc<KeyHandle>, state: &mut KeyState, ahead: bool) {
         let (Ok(runtime), Some(inner)) = (Handle::try_current(), self.me.upgrade()) else {
-            // Dropping the waiters tells the requests that there will be no response.
+            // Dropping the waiters ends the waiting requests, since there will be no response.
             state.lease().waiting().clear();
             return;
         };

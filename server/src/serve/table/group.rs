@@ -15,7 +15,7 @@ use crate::serve::connection::Connection;
 /// How many of the oldest connections without a request are checked for a silent one.
 const SILENT_SEARCH: usize = 16;
 
-/// The kind of network by which connections are counted.
+/// The level at which connections are counted; [`networks`] has the prefix lengths.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Width {
     Address,
