@@ -40,7 +40,7 @@ fn threshold_badge(threshold: u32) -> Markup {
 
 /// Returns the alerts as a table. Marks alerts newer than `seen` as new.
 pub fn alert_table(alerts: &[QuotaAlert], seen: Option<QuotaAlertId>, now: i64) -> Markup {
-    let columns = ["Key", "Quota", "Reached", "Used", "Time", "Resets"];
+    let columns = ["Key", "Quota", "Reached", "Used", "Time", "Reset"];
     let head: Vec<Markup> = columns
         .iter()
         .map(|name| with_text("th", &[("scope", "col")], name))
@@ -93,7 +93,7 @@ fn alert_row(alert: &QuotaAlert, is_new: bool, now: i64) -> Markup {
         cell("Reached", threshold_badge(alert.threshold)),
         cell("Used", Markup::text(&used)),
         cell("Time", time),
-        cell("Resets", time_markup(alert.resets_at, now)),
+        cell("Reset", time_markup(alert.resets_at, now)),
     ];
     element("tr", &[], &cells)
 }
