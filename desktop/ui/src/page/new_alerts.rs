@@ -8,7 +8,7 @@ use crate::{
     clock::track_ticks,
     component::Toasts,
     host,
-    model::alert::announcement,
+    model::alert::{announcement, newer, unannounced},
     preferences,
     reactive::effect,
     route::{Route, route},
@@ -69,14 +69,13 @@ impl NewAlerts {
             self.store(newest);
             newest
         });
-        let after = |id| page.items.iter().filter(move |it| it.id > id);
-        let _ = self.count.try_set(after(seen).count());
+        let _ = self.count.try_set(newer(&page.items, seen).count());
         // The user may have signed out.
         let Some(announced) = self.announced.try_get_value() else {
             return;
         };
-        let new: Vec<_> = after(announced.unwrap_or(newest)).cloned().collect();
-        self.announced.set_value(Some(newest));
+        let new = unannounced(&page.items, announced, seen);
+        self.announced.set_value(announced.max(Some(newest)));
         if let Some(text) = announcement(&new) {
             let route = self.route;
             let open = move || route.go("/console/alerts");
