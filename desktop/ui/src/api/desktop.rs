@@ -97,6 +97,12 @@ pub async fn save_file(name: &str, text: &str) -> CallResult<Option<String>> {
         .map(Some)
 }
 
+/// Shows a notification of the operating system, unless the window has focus.
+pub async fn notify(text: &str) {
+    // A failure does not matter, because a toast shows the same text.
+    let _ = invoke::<()>("notify", &json!({ "text": text })).await;
+}
+
 pub async fn host_status() -> CallResult<HostStatus> {
     invoke("host_status", &json!({})).await
 }

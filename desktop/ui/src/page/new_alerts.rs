@@ -1,4 +1,5 @@
-//! Detects new quota alerts while the console is open. The navigation shows their number, and a toast announces them.
+//! Detects new quota alerts while the console is open. The navigation shows their number, and a toast announces them. In
+//! the desktop app, the operating system shows the toast's text as well.
 
 use leptos::{prelude::*, task::spawn_local};
 use quota_common::{QuotaAlertId, call::PageOf};
@@ -47,7 +48,9 @@ impl NewAlerts {
             track_ticks();
             let tick = ticks.get_value();
             ticks.set_value(tick.wrapping_add(1));
-            if tick.is_multiple_of(EVERY) && !document().hidden() && !host::is_offline() {
+            // Notifications of the operating system are also useful while the window is minimized.
+            let is_useful = host::NOTIFIES || !document().hidden();
+            if tick.is_multiple_of(EVERY) && is_useful && !host::is_offline() {
                 spawn_local(alerts.look());
             }
         });
@@ -79,6 +82,7 @@ impl NewAlerts {
         if let Some(text) = announcement(&new) {
             let route = self.route;
             let open = move || route.go("/console/alerts");
+            host::notify(text.clone());
             self.toasts.announce(text, "View alerts", open);
         }
     }
