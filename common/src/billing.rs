@@ -1,4 +1,4 @@
-//! The subscription of a tenant.
+//! A tenant's subscription.
 
 use crate::{
     time::Timestamp,
@@ -60,8 +60,8 @@ response! {
         pub limits: BillingLimits,
         /// Number of plans marked `paid`.
         pub paid_plans: u64,
-        /// Number of active API keys on plans marked `paid`. While these plans don't work, requests with these keys get
-        /// 402.
+        /// Number of active API keys on plans marked `paid`. While `paid_plans_work` is `false`, requests with these
+        /// keys get 402.
         pub paid_keys: u64,
     }
 }
@@ -92,7 +92,7 @@ response! {
         pub used: u64,
         /// The projected value of `used` at the end of the period, at the average pace since the period began.
         pub projected: u64,
-        /// The charge for `used`, in the smallest unit of the currency. `null` if usage is not charged.
+        /// The charge for `used`, in the currency's smallest unit. `null` if usage is not charged.
         pub charge: Option<u64>,
         /// The sum of the monthly price and the charge for `projected`, before taxes and discounts. `null` if the
         /// monthly price is not a fixed amount.
@@ -124,7 +124,7 @@ response! {
         pub plans: BillingLimit,
         pub api_keys: BillingLimit,
         /// Requests in the current calendar month (UTC), across all API keys. Once the limit is reached, requests get
-        /// 429 with the policy `tenant_monthly`.
+        /// 429 with the `tenant_monthly` policy.
         pub requests: BillingLimit,
         /// When `requests` is reset to zero.
         pub requests_reset_at: Timestamp,

@@ -63,7 +63,7 @@ id!(
 id!(AuditEventId);
 id!(WebhookId);
 id!(
-    /// An event that is sent to one webhook.
+    /// The delivery of an event to a webhook.
     WebhookDeliveryId
 );
 id!(QuotaAlertId);

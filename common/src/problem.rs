@@ -26,7 +26,7 @@ pub struct Problem {
     pub status: u16,
     /// What went wrong with this request, and how to fix it.
     pub detail: String,
-    /// ID of the request, also in the `X-Request-Id` header. Include it when you ask for help.
+    /// The request's ID, also in the `X-Request-Id` header. Include it when you ask for help.
     pub request_id: String,
     /// The invalid fields.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -66,7 +66,7 @@ response! {
     /// An invalid field.
     #[derive(Debug, Eq)]
     pub struct FieldError {
-        /// Path of the field in the body, such as `default_rpm`, or name of the parameter.
+        /// The field's path in the body, such as `default_rpm`, or the parameter's name.
         pub field: String,
         /// What is wrong with the field, such as `must be at least 1`.
         pub message: String,

@@ -69,7 +69,7 @@ export async function widths(world) {
     }
   }
   await page.goto(`${base}/console/api-keys`);
-  await my.button("New key").click();
+  await my.button("Create key").click();
   await my.field("Expires (optional)").waitFor();
   for (const width of all) {
     await page.setViewportSize({ width, height: 800 });

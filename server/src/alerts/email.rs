@@ -264,7 +264,7 @@ fn described(alerts: &[AlertRow], tenant: &str, public_url: &str) -> Text {
         let _ = writeln!(text, "{more}");
     }
     let note = format!(
-        "You receive this email because of your role in {tenant} on {base}. Owners and admins can change who receives alerts."
+        "You're receiving this email because of your role in {tenant} on {base}. Owners and admins can change who receives alerts."
     );
     let _ = write!(text, "\nDetails: {link}\n\n{note}\n");
     let html = format!(

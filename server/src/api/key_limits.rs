@@ -140,8 +140,8 @@ fn limit_state(state: PolicyState) -> LimitState {
 impl KeyLimitsApi {
     /// Get an API key's limits
     ///
-    /// Returns how much of each of the key's limits is left, and when each limit resets, without consuming any of it.
-    /// With several replicas, quota usage from the last second on other replicas may be missing.
+    /// Returns what is left of each of the key's limits and when each resets. Consumes nothing. With several replicas,
+    /// quota usage from the last second on other replicas may be missing.
     #[oai(
         path = "/api-keys/:key_id/limits",
         method = "get",

@@ -248,8 +248,8 @@ impl WebhookApi {
     /// Rotate a webhook's signing secret
     ///
     /// Returns a new secret. This is the only time it is available: a replay with the same `Idempotency-Key` returns
-    /// everything except the secret. For `grace_seconds`, deliveries are also signed with the current secret. If you
-    /// rotate again within this period, the oldest secret is no longer used.
+    /// everything except the secret. For `grace_seconds`, deliveries are signed with both the current and the new
+    /// secret. If you rotate the secret again during this time, the oldest secret is no longer used.
     #[oai(
         path = "/webhooks/:webhook_id/rotate-secret",
         method = "post",
@@ -298,8 +298,8 @@ impl WebhookApi {
 
     /// Send a test event
     ///
-    /// Sends a `webhook.test` event, even if the webhook is disabled. Returns the delivery, which is sent immediately
-    /// afterward; list the deliveries to see the result.
+    /// Sends a `webhook.test` event, even if the webhook is disabled. Returns the delivery before it is sent; list the
+    /// deliveries to see the result.
     ///
     /// A tenant can request at most 30 tests and redeliveries per minute.
     #[oai(
@@ -377,8 +377,8 @@ impl WebhookApi {
 
     /// Redeliver an event
     ///
-    /// Sends the event again, whatever the delivery's status, and even if the webhook is disabled. The event keeps its
-    /// ID, so a receiver that has already processed the event can ignore it.
+    /// Sends the event again, regardless of the delivery's status, and even if the webhook is disabled. The event keeps
+    /// its ID, so a receiver that has already processed the event can ignore it.
     ///
     /// A tenant can request at most 30 tests and redeliveries per minute.
     #[oai(

@@ -175,7 +175,7 @@ settings! {
     free_keys: "QUOTA_FREE_KEYS", "", "N";
 
     /// The maximum number of requests per calendar month (UTC) for a tenant without a subscription, across all its API
-    /// keys: 1 to 1000000000000. Further requests get 429 with the policy tenant_monthly. Unset: no limit. Plans with a
+    /// keys: 1 to 1000000000000. Further requests get 429 with the tenant_monthly policy. Unset: no limit. Plans with a
     /// higher daily or monthly quota must be marked `paid`.
     free_requests_per_month: "QUOTA_FREE_REQUESTS_PER_MONTH", "", "N";
 
@@ -190,8 +190,8 @@ settings! {
     admin_rpm: "QUOTA_ADMIN_RPM", "300", "N";
 
     /// How many failed sign-ins to one account are allowed from one network before each further attempt has to wait
-    /// longer. Wider networks, and networks that try many accounts, have higher limits. Known devices are counted
-    /// separately. 0 for no limit.
+    /// longer. Wider networks, and networks that try many accounts, have higher limits. Attempts from known devices are
+    /// counted separately. 0 for no limit.
     login_free_failures: "QUOTA_LOGIN_FREE_FAILURES", "10", "N";
 
     /// The number of accounts that can be created from one network without a wait, and the number per day after those.
@@ -235,7 +235,7 @@ settings! {
 
     /// The maximum number of concurrent lookups of API keys that are not in memory: 1 to 100000. Service tokens have a
     /// separate limit of the same size. When a limit is reached, each client still gets an equal share, and other
-    /// lookups get 503. Keys in memory are not affected.
+    /// lookups get 503. Requests with cached keys are not affected.
     key_lookups: "QUOTA_KEY_LOOKUPS", "1000", "N";
 
     /// How long the server waits for requests in flight when it stops, such as 20s; at most 25s.
@@ -245,7 +245,7 @@ settings! {
     /// 5s. This gives load balancers time to notice.
     drain_delay: "QUOTA_DRAIN_DELAY", "0s", "DURATION";
 
-    /// How long keys in memory keep working while PostgreSQL is unreachable, such as 60s.
+    /// How long cached keys keep working while PostgreSQL is unreachable, such as 60s.
     stale_grace: "QUOTA_STALE_GRACE", "60s", "DURATION";
 
     /// The number of API keys cached in memory: 1000 to 10000000. Each takes about 1 kB.

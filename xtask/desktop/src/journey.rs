@@ -76,8 +76,8 @@ async fn main_journey(
 
     page.follow("Plans").await?;
     page.heading("No plans yet").await?;
-    page.press("New plan").await?;
-    page.heading("New plan").await?;
+    page.press("Create plan").await?;
+    page.heading("Create plan").await?;
     page.fill("Name", "Starter").await?;
     page.fill("Requests per minute", "30").await?;
     page.fill("Burst", "5").await?;
@@ -86,7 +86,7 @@ async fn main_journey(
 
     page.follow("API keys").await?;
     page.heading("No keys yet").await?;
-    page.press("New key").await?;
+    page.press("Create key").await?;
     page.fill("Name", "Mobile app").await?;
     page.choose("#key_plan", "Starter (30/min)").await?;
     page.press("Create key").await?;
@@ -347,7 +347,7 @@ async fn asks_before_quitting(page: &App, world: &World) -> Result<()> {
 /// Quits even though a new key has not been saved.
 async fn quits_without_saving(page: App, world: &World) -> Result<()> {
     page.follow("Service tokens").await?;
-    page.press("New token").await?;
+    page.press("Create token").await?;
     page.fill("Name", "Edge gateway").await?;
     page.press("Create token").await?;
     page.element("#secret").await?;

@@ -46,7 +46,7 @@ impl CallError {
             }
             Self::Unreadable => "Unexpected response from the server. Reload the page.",
             Self::NoCode => {
-                "Part of the console couldn't be loaded. Check your connection, or reload the page to get the latest version."
+                "Couldn't load part of the console. Check your connection, or reload the page to get the latest version."
             }
             Self::AccountChanged => {
                 "This browser is now signed in to a different account. No changes were made."

@@ -36,7 +36,7 @@ pub fn server_address() -> String {
     status().with_untracked(|it| it.as_ref().map(|it| it.current.clone()).unwrap_or_default())
 }
 
-/// When the data on the page was loaded. `None` while the server is reachable.
+/// Returns when the data on the page was loaded. `None` while the server is reachable.
 pub fn loaded_at() -> ArcRwSignal<Option<Timestamp>> {
     HOST.with(|host| host.loaded_at.clone())
 }
@@ -45,8 +45,8 @@ pub fn is_offline() -> bool {
     loaded_at().with_untracked(Option::is_some)
 }
 
-/// Records where the last response came from: `None` means the server. Otherwise, it is a stored response that was
-/// received at this time.
+/// Records the origin of the last response: `None` if it came from the server, or the time at which the app received it
+/// if it is a stored response.
 pub fn set_loaded_at(loaded_at: Option<Timestamp>) {
     HOST.with(|host| {
         if host.loaded_at.get_untracked() != loaded_at {

@@ -150,11 +150,11 @@ pub const fn role_members(role: Role) -> &'static str {
     }
 }
 
-/// Warns that the server cannot send the emails that the settings ask for.
+/// Warns that emails are turned on but the server cannot send them.
 pub fn email_warning(settings: &AlertSettings) -> Option<&'static str> {
     let is_on = settings.email && !settings.email_roles.is_empty();
     (is_on && !settings.can_email).then_some(
-        "Emails aren't sent: this server has no mail server. Ask the operator to set SMTP_URL.",
+        "Emails aren't sent because no mail server is configured. Ask the operator to set SMTP_URL.",
     )
 }
 

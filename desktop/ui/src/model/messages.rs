@@ -17,7 +17,7 @@ pub struct Message<A> {
     pub added_at: i64,
 }
 
-/// Messages, oldest first. The last message is the one on the page.
+/// Messages, oldest first. The page shows the last message.
 #[derive(Debug, Clone)]
 pub struct Messages<A>(Vec<Message<A>>);
 
@@ -97,7 +97,7 @@ mod tests {
         messages.add(message(2, false, READ_MS));
         messages.remove(2);
         assert!(messages.is_empty());
-        // An error that was covered before it could be read is shown afterwards.
+        // An error that was covered before it could be read is shown afterward.
         messages.add(message(3, true, 10_000));
         messages.add(message(4, false, 10_500));
         assert_eq!(shown(&messages), Some((4, 1)));

@@ -43,7 +43,7 @@ fn duration(secs: u64) -> String {
     }
 }
 
-/// Formats a time relative to `now`. Both are in milliseconds since 1970.
+/// Formats a time relative to `now`. Both times are in milliseconds since 1970.
 pub fn relative(at: i64, now: i64) -> String {
     let secs = (at - now).unsigned_abs() / 1000;
     match (at > now, secs) {

@@ -57,7 +57,7 @@ pub fn Alerts() -> impl IntoView {
         if page.items.is_empty() {
             return view! {
                 <EmptyState shape=Shape::Alerts title="No alerts yet" about="Quota creates an alert when 50, 80 or 100% of a daily or monthly quota is used. Set quotas in your plans.">
-                    {untrack(move || session.can_read()).then(|| view! { <a class="button" href="/console/plans">"Open plans"</a> })}
+                    {untrack(move || session.can_read()).then(|| view! { <a class="button" href="/console/plans">"View plans"</a> })}
                 </EmptyState>
             }
                 .into_any();
@@ -71,7 +71,7 @@ pub fn Alerts() -> impl IntoView {
         .into_any()
     };
     view! {
-        <PageHeader title="Alerts" about="Daily and monthly quotas that reached 50, 80 or 100%."/>
+        <PageHeader title="Alerts" about="Notices that 50, 80 or 100% of a daily or monthly quota has been used."/>
         {move || session.can_read().then(|| view! { <Notifications/> })}
         <StaleNote loader/>
         <Async loader what="alerts" show/>
@@ -118,7 +118,7 @@ fn Notifications() -> impl IntoView {
                         <strong>"Webhooks"</strong>
                         <p class="muted">{webhooks}</p>
                     </div>
-                    <a class="button small" href="/console/webhooks">"Open webhooks"</a>
+                    <a class="button small" href="/console/webhooks">"View webhooks"</a>
                 </li>
             </ul>
         }

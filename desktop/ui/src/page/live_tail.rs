@@ -20,7 +20,7 @@ use crate::{
 
 /// How often to load new decisions.
 const POLL: Duration = Duration::from_millis(1500);
-/// The maximum number of pages to load per update. Beyond that, the list has a gap.
+/// The maximum number of pages to load per update. If there are more, the list has a gap.
 const MAX_PAGES: usize = 5;
 
 #[component]
@@ -125,7 +125,7 @@ fn Tail(
                         });
                     }
                 }
-                // Not announced again while it continues.
+                // Don't announce the error again while calls keep failing.
                 Err(failure) if error.try_with_untracked(Option::is_none) == Some(true) => {
                     let _ = error.try_set(Some(failure));
                 }
@@ -170,7 +170,7 @@ fn Tail(
         if is_reconnecting() {
             "Reconnecting…"
         } else if paused.get() {
-            "Paused while scrolled"
+            "Paused while scrolled down"
         } else {
             "Live"
         }
@@ -212,7 +212,7 @@ fn Tail(
             <span class="muted small-text">{move || format!("Times in {}", zone.get())}</span>
             {move || {
                 let waiting = live.with(|live| live.waiting.len());
-                (waiting > 0).then(|| view! { <button type="button" class="button small" on:click=resume>{format!("{waiting} new")}</button> })
+                (waiting > 0).then(|| view! { <button type="button" class="button small" on:click=resume>{format!("Show {waiting} new")}</button> })
             }}
             {move || live.with(|live| live.has_gap).then(|| view! { <span class="muted small-text">"Requests are arriving too fast to show all of them."</span> })}
         </p>
@@ -226,7 +226,7 @@ fn Tail(
                 } else if loaded.get() {
                     view! { <EmptyState shape=Shape::Usage title="No decisions yet" about="New decisions appear here within seconds."/> }.into_any()
                 } else {
-                    view! { <p class="muted" role="status">"Loading"</p> }.into_any()
+                    view! { <p class="muted" role="status">"Loading…"</p> }.into_any()
                 };
             }
             view! { <div class="tail-list" node_ref=list tabindex="0" role="region" aria-label="Decisions" on:scroll=on_scroll inner_html=move || table.get()></div> }

@@ -87,7 +87,7 @@ impl NewAlerts {
         }
     }
 
-    /// The newest alert that the user has seen. `None` before the first check in this browser.
+    /// Returns the newest alert that the user has seen. `None` before the first check in this browser.
     pub fn seen(self) -> Option<QuotaAlertId> {
         preferences::seen_alert(&self.tenant()?)?.parse().ok()
     }
@@ -111,7 +111,7 @@ impl NewAlerts {
         Some(me.tenant.id.to_string())
     }
 
-    /// For example, `3 new`. `None` if there are no new alerts.
+    /// Returns the number of new alerts, such as `3 new`. `None` if there are none.
     pub fn label(self) -> Option<String> {
         match self.count.get() {
             0 => None,

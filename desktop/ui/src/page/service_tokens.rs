@@ -31,7 +31,7 @@ pub fn ServiceTokens() -> impl IntoView {
     let deletion = Deletion::new();
     view! {
         <PageHeader title="Service tokens" about="Let your gateways check requests.">
-            <CreateButton open=creating label="New token"/>
+            <CreateButton open=creating label="Create token"/>
         </PageHeader>
         <Async
             loader
@@ -51,7 +51,7 @@ pub fn ServiceTokens() -> impl IntoView {
         <Card id="gateways" title="Gateway configuration">
             <Configuration token="qs_…"/>
         </Card>
-        <Modal open=creating panel=true title="New service token" locked=form.busy>
+        <Modal open=creating panel=true title="Create service token" locked=form.busy>
             <CreateForm open=creating form new loader/>
         </Modal>
         <NewTokenDialog new/>
@@ -143,7 +143,7 @@ fn DeleteDialog(deletion: Deletion, loader: Loader<Page<ServiceToken>>) -> impl 
         <Confirm
             confirmation
             title=Signal::derive(move || format!("Delete token {}?", quoted(&name())))
-            message="Gateways using this token will reject all requests within a second. This can't be undone."
+            message="Within a second, gateways using this token will reject all requests. This can't be undone."
             action="Delete token"
             run
         />

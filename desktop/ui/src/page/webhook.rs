@@ -299,7 +299,7 @@ fn DeleteDialog(
         <Confirm
             confirmation=dialogs.deleting
             title=Signal::derive(move || format!("Delete webhook {}?", quoted(&name())))
-            message="Events are no longer sent, pending deliveries are canceled, and the delivery log is deleted. This can't be undone."
+            message="Events will no longer be sent, pending deliveries will be canceled, and the delivery log will be deleted. This can't be undone."
             action="Delete webhook"
             alternative
             has_alternative=is_enabled
