@@ -123,15 +123,15 @@ pub async fn delete_key(page: &App, other: &str) -> Result<()> {
 
 async fn create_key(page: &App) -> Result<String> {
     page.follow("Plans").await?;
-    page.press("New plan").await?;
-    page.heading("New plan").await?;
+    page.press("Create plan").await?;
+    page.heading("Create plan").await?;
     page.fill("Name", PLAN).await?;
     page.fill("Requests per minute", "600").await?;
     page.fill("Daily quota", "10").await?;
     page.press("Create plan").await?;
     page.text(PLAN).await?;
     page.follow("API keys").await?;
-    page.press("New key").await?;
+    page.press("Create key").await?;
     page.fill("Name", KEY).await?;
     page.choose("#key_plan", &format!("{PLAN} (600/min)"))
         .await?;

@@ -264,7 +264,7 @@ async fn with_server_unreachable(page: &App, proxy: &FaultProxy) -> Result<()> {
 /// Checks that the live tail says when the server is unreachable, although the app then returns stored decisions.
 async fn live_tail(page: &App, proxy: &FaultProxy) -> Result<()> {
     page.follow("Usage").await?;
-    page.press("Live tail").await?;
+    page.press("Open live tail").await?;
     let status = async |expected: &str| {
         until(expected, TIMEOUT, async || {
             let is_expected = page.content(".tail-status .badge").await? == expected;
