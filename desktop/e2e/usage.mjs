@@ -370,7 +370,7 @@ async function liveTail(my, log, app, slow) {
   await my.inspect("live-tail-reconnecting");
   await page.unroute(calls);
   await drawer.getByText("Live", { exact: true }).waitFor();
-  await page.keyboard.press("Escape");
+  await drawer.getByRole("button", { name: "Close" }).click();
   await drawer.waitFor({ state: "detached" });
 }
 

@@ -473,6 +473,22 @@ async function alerts(world, receiver) {
   await page.reload();
   await table.getByText("80%").waitFor();
   assert.equal(await table.getByText("New", { exact: true }).count(), 0, "they are no longer new");
+
+  // An alert that appears on the page while the user is looking at it is not announced.
+  const partner = await my.api("POST", "/admin/api-keys", { name: "Partner", plan_id: plan.id });
+  for (let n = 0; n < 10; n += 1) await fetch(`${base}/v1/echo`, { headers: { "x-api-key": partner.key } });
+  while ((await my.api("GET", "/admin/alerts")).total < 6) {
+    assert.ok(Date.now() < end, "alerts are created");
+    await new Promise((resolve) => setTimeout(resolve, 200));
+  }
+  await page.clock.fastForward("00:31");
+  await table.getByText("Partner").first().waitFor();
+  const checked = page.waitForResponse((it) => new URL(it.url()).search === "?limit=20");
+  await page.clock.fastForward("00:31");
+  await checked;
+  await new Promise((resolve) => setTimeout(resolve, 500));
+  assert.equal(await page.locator(".toast").count(), 0, "it is not announced");
+  assert.equal(await link.innerText(), "Alerts");
   await table.getByRole("link", { name: "Mobile app" }).first().click();
   await my.heading("Mobile app").waitFor();
   await my.context.close();

@@ -75,8 +75,7 @@ const RESPONSE_MS: u32 = 30_000;
 fn fetch_error(error: &JsValue, call: &Call) -> CallError {
     let name = js_sys::Reflect::get(error, &"name".into()).ok();
     let is_late = name.and_then(|it| it.as_string()).as_deref() == Some("TimeoutError");
-    let is_change = call.is_of_session() && call.sent().method != "GET";
-    if is_late && is_change {
+    if is_late && call.is_change() {
         CallError::NoResponse
     } else {
         CallError::Unreachable

@@ -6,10 +6,6 @@ pub enum CallError {
     Problem(Box<Problem>),
     Unreachable,
     /// The server took too long to respond to a call that may have taken effect.
-    #[cfg_attr(
-        feature = "desktop",
-        expect(dead_code, reason = "the desktop app reports these as unreachable")
-    )]
     NoResponse,
     /// The response could not be parsed.
     Unreadable,

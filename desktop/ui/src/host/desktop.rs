@@ -1,7 +1,9 @@
 //! The state of the desktop app.
 
-use leptos::prelude::*;
+use leptos::{prelude::*, task::spawn_local};
 use quota_common::{Timestamp, ipc::HostStatus};
+
+use crate::api;
 
 /// The signals are reference-counted because they exist before the first page is mounted and outlive the last one.
 struct Host {
@@ -66,6 +68,14 @@ pub fn track_retries() {
 pub fn on_quit(warn: impl Fn() + 'static) {
     let listener = window_event_listener_untyped("quota-quit", move |_| warn());
     on_cleanup(move || listener.remove());
+}
+
+/// Whether new alerts are also shown as notifications of the operating system.
+pub const NOTIFIES: bool = true;
+
+/// Shows a notification of the operating system, unless the window has focus.
+pub fn notify(text: String) {
+    spawn_local(async move { api::notify(&text).await });
 }
 
 /// Whether Stripe pages open in another window. If so, this page waits for the user to return.

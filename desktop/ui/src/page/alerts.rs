@@ -38,15 +38,21 @@ pub fn Alerts() -> impl IntoView {
     let seen = new_alerts.seen();
     let loader = load_page(api::list_alerts);
     refresh_regularly(loader);
-    effect(move || {
+    let mark_seen = move || {
         let newest = loader.with(|page| page.items.first().map(|it| it.id));
         let is_first_page = query.with(|query| query.get("cursor").is_none());
+        // Alerts that appear while the user is looking at another window remain new until the user returns.
+        let has_focus = document().has_focus().unwrap_or(true);
         if let Some(newest) = newest.flatten()
             && is_first_page
+            && has_focus
         {
             new_alerts.mark_seen(newest);
         }
-    });
+    };
+    effect(mark_seen);
+    let listener = window_event_listener_untyped("focus", move |_| mark_seen());
+    on_cleanup(move || listener.remove());
     let show = move |page: Page<QuotaAlert>| {
         if page.items.is_empty() {
             return view! {
