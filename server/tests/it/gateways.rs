@@ -1,7 +1,7 @@
 //! Tests the unchanged configurations in `deploy/gateways` in the real gateways, with Quota behind verified TLS.
 
 mod programs;
-mod upstreams;
+pub(crate) mod upstreams;
 
 use std::fs;
 

@@ -35,6 +35,7 @@ mod log_output;
 mod mail;
 mod malformed;
 mod metering;
+mod middleware;
 mod migrations;
 mod monitoring;
 mod openapi;
