@@ -167,7 +167,7 @@ async fn serve_on(
     stop.await;
     tracing::info!("stopping");
     let stopping_at = Instant::now();
-    state.drain();
+    state.begin_draining();
     tokio::time::sleep(config.drain_delay).await;
     let _ = stop_serving.send(true);
     public.await?;
@@ -186,7 +186,7 @@ async fn serve_on(
             tokens = drained.lost,
             "some unused quota tokens could not be returned"
         ),
-        Err(_) => tracing::warn!("unused quota tokens could not be returned in time"),
+        Err(_) => tracing::warn!("unused tokens could not be returned in time"),
     }
     jobs.stop().await;
     state.db.close();

@@ -196,7 +196,7 @@ impl LocalBucket {
     /// Applies edited policies and discards the cached decisions. If the rate was edited, the local bucket starts full.
     /// Since it is unknown when the store learned of the edit, its bucket may have refilled by any amount, and a
     /// request that the store would allow must not be denied here.
-    fn follow(&mut self, policies: &Policies, clock: &Arc<dyn Clock>) {
+    fn apply_edit(&mut self, policies: &Policies, clock: &Arc<dyn Clock>) {
         if self.gcra == policies.gcra() {
             self.fingerprint = policies.fingerprint();
             (self.last, self.denied) = (None, None);
@@ -357,7 +357,7 @@ fn current<'a>(
 ) -> &'a mut LocalBucket {
     match known {
         Some(old) if old.fingerprint != policies.fingerprint() => {
-            old.follow(policies, clock);
+            old.apply_edit(policies, clock);
         }
         _ => {}
     }

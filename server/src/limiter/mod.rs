@@ -33,7 +33,7 @@ pub use self::{
     error::LimiterError,
     key::{
         handle::KeyHandle,
-        ledger_calls::{Drained, LedgerConnections},
+        ledger_calls::{LedgerConnections, ReturnedQuota},
         table::KeyTableSettings,
     },
     limits::Policies,
@@ -200,12 +200,12 @@ impl Limiter {
 
     /// Returns all unused tokens to the ledger and the shared counters, and stops taking more. Call after the last
     /// request, before the process exits.
-    pub async fn drain(&self) -> Drained {
+    pub async fn drain(&self) -> ReturnedQuota {
         let Some(quotas) = &self.tenants else {
             return self.store.drain().await;
         };
         let (keys, tenants) = tokio::join!(self.store.drain(), quotas.drain());
-        Drained {
+        ReturnedQuota {
             given_back: keys.given_back + tenants.given_back,
             lost: keys.lost + tenants.lost,
         }

@@ -12,7 +12,7 @@ use quota_common::id::{ApiKeyId, TenantId};
 use super::{
     decision::Decision,
     error::LimiterError,
-    key::{handle::KeyHandle, ledger_calls::Drained},
+    key::{handle::KeyHandle, ledger_calls::ReturnedQuota},
     limits::Policies,
     rate::counters::CounterError,
 };
@@ -87,5 +87,5 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
 
     /// Returns all unused tokens to the ledger and the shared counters, and stops taking more. Call before the process
     /// exits.
-    async fn drain(&self) -> Drained;
+    async fn drain(&self) -> ReturnedQuota;
 }

@@ -24,7 +24,7 @@ use super::{
     key::{
         demand::DemandGuard,
         handle::KeyHandle,
-        ledger_calls::Drained,
+        ledger_calls::ReturnedQuota,
         state::OnUnknown,
         table::{KeyTable, KeyTableSettings},
     },
@@ -94,7 +94,7 @@ impl TenantQuotas {
         peek: impl Fn() -> Decision,
         decide: impl Future<Output = Result<Decision, LimiterError>>,
     ) -> Result<Decision, LimiterError> {
-        let mut demand = self.keys.claim(&quota.handle, cost);
+        let mut demand = self.keys.register_demand(&quota.handle, cost);
         if let Err(denied) = self.reserve(quota, cost, &mut demand).await? {
             return Ok(denial(peek(), &denied, cost));
         }
@@ -159,7 +159,7 @@ impl TenantQuotas {
         self.keys.prune()
     }
 
-    pub(super) async fn drain(&self) -> Drained {
+    pub(super) async fn drain(&self) -> ReturnedQuota {
         self.keys.drain().await
     }
 }

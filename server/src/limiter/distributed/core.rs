@@ -40,7 +40,7 @@ pub(super) struct StoreCore {
     pub(super) metrics: Arc<Metrics>,
     pub(super) settings: DistributedSettings,
     pub(super) ttl: Nanos,
-    pub(super) partitions: Box<[CircuitBreaker]>,
+    pub(super) breakers: Box<[CircuitBreaker]>,
     /// Whether the store is draining and no longer keeps tokens for later.
     pub(super) draining: AtomicBool,
     pub(super) me: Weak<StoreCore>,

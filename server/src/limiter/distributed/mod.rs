@@ -82,7 +82,7 @@ use self::{
 use super::{
     decision::{Decision, Outcome},
     error::LimiterError,
-    key::{handle::KeyHandle, ledger_calls::Drained, table::KeyTable},
+    key::{handle::KeyHandle, ledger_calls::ReturnedQuota, table::KeyTable},
     limits::Policies,
     membership::Membership,
     quota::ledger::QuotaLedger,
@@ -116,7 +116,7 @@ impl DistributedStore {
                 settings.keys.clone(),
                 Arc::clone(&membership),
             ),
-            partitions: (0..counters.partitions().max(1))
+            breakers: (0..counters.partitions().max(1))
                 .map(|_| CircuitBreaker::new(now))
                 .collect(),
             draining: AtomicBool::new(false),
@@ -136,7 +136,7 @@ impl DistributedStore {
 
     /// Returns whether any partition has an outage.
     pub fn is_degraded(&self) -> bool {
-        self.0.partitions.iter().any(CircuitBreaker::is_away)
+        self.0.breakers.iter().any(CircuitBreaker::is_open)
     }
 }
 
@@ -155,7 +155,7 @@ impl LimitStore for DistributedStore {
     ) -> Option<Decision> {
         match self.0.decide_locally(handle, policies, cost, None) {
             Ok(LocalOutcome::Done(decision)) => Some(decision),
-            Ok(LocalOutcome::Fetch) if self.0.partition(handle).is_away() => {
+            Ok(LocalOutcome::Fetch) if self.0.breaker(handle).is_open() => {
                 let on_failure = policies.on_failure().unwrap_or(self.0.settings.on_failure);
                 // A cached denial is more informative than the error, so the caller looks for one first.
                 if on_failure == OnRedisFailure::Closed {
@@ -217,7 +217,7 @@ impl LimitStore for DistributedStore {
         self.0.delete_buckets(keys).await
     }
 
-    async fn drain(&self) -> Drained {
+    async fn drain(&self) -> ReturnedQuota {
         let (drained, ()) = tokio::join!(self.0.keys.drain(), self.0.return_leases());
         drained
     }

@@ -151,7 +151,7 @@ impl SharedCounters for RedisCounters {
                     call.back,
                     call.back_taken_at.0,
                     call.last_heard.0,
-                    call.away_since.0,
+                    call.outage_since.0,
                     call.promised.0,
                     self.delay,
                     call.lease,

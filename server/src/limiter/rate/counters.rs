@@ -23,7 +23,7 @@ impl CounterMicros {
     }
 }
 
-/// See [`TakeCall::away_since`].
+/// See [`TakeCall::outage_since`].
 pub const NEVER_HEARD: CounterMicros = CounterMicros(1);
 
 /// Identifies a bucket in a partition.
@@ -66,7 +66,7 @@ pub struct TakeCall {
     /// When the caller began to decide without the counters, or zero if it has not. Since then, it may have allowed
     /// requests that the counters do not know of. [`NEVER_HEARD`] if the caller has never received a reply and other
     /// replicas may have allowed such requests.
-    pub away_since: CounterMicros,
+    pub outage_since: CounterMicros,
     /// Start of the epoch that the previous reply promised, if the caller has not allowed any request since that start;
     /// zero otherwise. A call that arrives before the start confirms that the caller knows of it. The counters postpone
     /// the start until a caller has confirmed it. A call that arrives soon after the start uses the promised epoch
