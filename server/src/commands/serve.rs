@@ -26,7 +26,7 @@ use tokio::{
 
 use super::{apply_migrations, database};
 
-/// The maximum time from SIGTERM until unused quota tokens have been returned. Leaves 5 of the usual 30 seconds for
+/// The maximum time from SIGTERM until unused tokens have been returned. Leaves 5 of the usual 30 seconds for
 /// everything else.
 const RETURN_TOKENS_WITHIN: Duration = Duration::from_secs(25);
 /// The minimum time for returning tokens. Applies even if requests in flight have used up [`RETURN_TOKENS_WITHIN`].

@@ -194,7 +194,8 @@ impl LocalBucket {
     }
 
     /// Applies edited policies and discards the cached decisions. If the rate was edited, the local bucket starts full.
-    /// Since it is unknown when the store learned of the edit, its bucket may have refilled by any amount, and a
+    /// It allows nothing by itself, since the store decides every request that is not denied here. The store keeps the
+    /// usage, but its bucket may have refilled by any amount, because it is unknown when it learned of the edit. A
     /// request that the store would allow must not be denied here.
     fn apply_edit(&mut self, policies: &Policies, clock: &Arc<dyn Clock>) {
         if self.gcra == policies.gcra() {

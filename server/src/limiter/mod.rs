@@ -2,8 +2,8 @@
 //!
 //! Owns rates, calendar quotas and their usage. Does not depend on HTTP, SQL or secrets: the caller passes a key's
 //! handle and policies, both from the key's cached record, and gets a [`Decision`]. If the quota ledger fails, only
-//! keys with calendar quotas are affected: they spend the tokens that are available locally, and then get an error. No
-//! request is ever allowed without a token.
+//! keys with calendar quotas (their own or their tenant's) are affected: they spend the tokens that are available
+//! locally, and then get an error. No request is ever allowed without a token from each policy.
 //!
 //! ```text
 //! local tokens -> denial cache (remote stores only) -> store (all policies, or none) -> decision
@@ -121,8 +121,8 @@ impl Limiter {
         Some(decision)
     }
 
-    /// Decides on a request, and waits for the store if necessary. Cancel safe: tokens taken by a canceled call are
-    /// available to the key's next request.
+    /// Decides on a request, and waits for the store if necessary. Cancel safe: tokens taken for a canceled request are
+    /// used for other requests or returned.
     pub async fn admit(
         &self,
         handle: &Arc<KeyHandle>,
@@ -198,8 +198,8 @@ impl Limiter {
         self.store.delete(keys).await
     }
 
-    /// Returns all unused tokens to the ledger and the shared counters, and stops taking more. Call after the last
-    /// request, before the process exits.
+    /// Returns all unused tokens to the ledger and the shared counters, as far as they respond in time, and stops
+    /// taking more. Call after the last request, before the process exits.
     pub async fn drain(&self) -> ReturnedQuota {
         let Some(quotas) = &self.tenants else {
             return self.store.drain().await;

@@ -1,6 +1,7 @@
 //! The circuit breaker for a partition of the shared counters.
 //!
-//! Decides when an outage begins, and records the latest time received from the counters. The store sends the probes.
+//! Decides when an outage begins, and records the latest time received from the counters. The store sends the probes,
+//! and closes the breaker when one succeeds.
 
 use std::{
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
@@ -33,7 +34,9 @@ const TURNED_BACK: u64 = 1_000_000;
 #[derive(Debug)]
 pub(super) struct CircuitBreaker {
     is_open: AtomicBool,
+    /// The counters' time in the latest timely response.
     last_heard: AtomicU64,
+    /// When the latest call other than a heartbeat started.
     used_at: AtomicU64,
     inner: Mutex<BreakerState>,
 }
@@ -136,6 +139,7 @@ impl CircuitBreaker {
         now.saturating_since(inner.called_at) >= every.into()
     }
 
+    /// Records that the partition is in use at `now`.
     pub(super) fn record_use(&self, now: Monotonic) {
         self.used_at.store(now.0, Ordering::Relaxed);
     }
@@ -180,8 +184,9 @@ impl CircuitBreaker {
         (silent || poor) && self.open(&mut inner, now)
     }
 
-    /// Records that the counters start a new epoch at `start` or slightly later, and grant no tokens until then. Like
-    /// [`record_failure`](Self::record_failure), returns `true` if this opens the breaker.
+    /// Opens the breaker if it is closed, because the counters start a new epoch at `start` or slightly later, and
+    /// grant no tokens until then. From `start` on, this replica pauses: it allows no requests without the counters.
+    /// Like [`record_failure`](Self::record_failure), returns `true` if this opens the breaker.
     pub(super) fn open_for_new_epoch(&self, start: Monotonic, now: Monotonic) -> bool {
         let mut inner = self.inner.lock();
         let is_first = self.open(&mut inner, now);
@@ -192,14 +197,15 @@ impl CircuitBreaker {
         is_first
     }
 
-    /// Sets the deadline for the response to the first call in the promised epoch. After the deadline, this replica
-    /// decides without the counters.
+    /// Ends the pause at `until`, the deadline for the response to the first call in the promised epoch. After that,
+    /// this replica decides without the counters again.
     pub(super) fn end_pause_at(&self, until: Monotonic) {
         if let Some(pause) = &mut self.inner.lock().outage.pause {
             pause.until = until;
         }
     }
 
+    /// Begins an outage. Returns `false` if the breaker is already open.
     fn open(&self, inner: &mut BreakerState, now: Monotonic) -> bool {
         if self.is_open.swap(true, Ordering::AcqRel) {
             return false;
@@ -229,8 +235,8 @@ impl CircuitBreaker {
         self.is_open.store(false, Ordering::Release);
     }
 
-    /// Returns [`NEVER_HEARD`] if this replica has never received a response and `others_may_have_outage`, which means that
-    /// other replicas may have an outage that it does not know of. Otherwise, returns zero.
+    /// Returns [`NEVER_HEARD`] if this replica has never received a response and `others_may_have_outage`, which means
+    /// that other replicas may have an outage that it does not know of. Otherwise, returns zero.
     pub(super) fn never_heard(&self, others_may_have_outage: bool) -> CounterMicros {
         if others_may_have_outage && self.last_heard() == CounterMicros::NONE {
             NEVER_HEARD

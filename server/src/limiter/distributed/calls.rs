@@ -2,12 +2,15 @@
 //!
 //! Calls run in separate tasks, so that a request can be canceled while it waits, a late response is still used, and no
 //! tokens are lost. All waiting requests for a key share one call, which requests all the tokens they need. Requests
-//! that arrive during a call are decided by the next one. The next call starts when the current one ends, or sooner if
-//! the bucket could fill up before that. Each call has a deadline, and a request waits for at most two calls.
+//! that arrive during a call get tokens that it does not need, or wait for the next call. The next call starts when the
+//! current one ends, is late, or has taken a small fraction of the time in which the bucket fills ([`Terms::pause`]).
 //!
-//! If a call fails, its requests are notified. If a call is late, its requests keep waiting for up to two deadlines in
-//! total. Tokens from a late response that no request needs are kept as a lease if the plan allows leases, and are
-//! returned otherwise.
+//! If a call fails, its requests are notified. If a call is late, its requests keep waiting. A request waits for at
+//! most two deadlines.
+//!
+//! Tokens from a late response are used like those from a timely one: for requests, and as a lease if the plan allows
+//! leases. However, if none of the call's requests is waiting any longer and other tokens are available locally, the
+//! tokens are returned.
 
 use std::{
     collections::BTreeMap,
@@ -40,7 +43,9 @@ use crate::{
     },
 };
 
-/// How long until a call is abandoned. Until then, a late response is still used.
+/// How much longer than its deadline to wait for a call, so that tokens from a late response are used or returned.
+/// Calls to Redis fail sooner: after this time in total, or after the deadline if that is longer. On exit, each call
+/// that returns leases may take this long.
 pub(super) const CALL_DEADLINE: Duration = Duration::from_secs(1);
 
 /// How long a denial by the counters is trusted if tokens are leased, as a multiple of the lease TTL.
@@ -50,10 +55,10 @@ pub(super) const DENIED_FOR_LEASES: u64 = 2;
 const RETURNS_AT_ONCE: usize = 256;
 /// The number of failed calls after which no more leases are returned.
 const RETURNS_FAILED: u32 = 8;
-/// How long returning leases may take.
+/// How long to keep starting calls that return leases.
 const RETURNED_WITHIN: Duration = Duration::from_secs(4);
 
-/// The response to a call.
+/// How a call ended.
 pub(super) enum CallOutcome {
     InTime(TakeReply),
     Late(TakeReply),
@@ -102,8 +107,8 @@ impl StoreCore {
         }
     }
 
-    /// Makes a call and records its outcome. If the deadline passes, runs `on_late` and keeps waiting, because tokens
-    /// of a late response can still be spent or returned.
+    /// Makes a call, and counts the tokens that it takes and returns. If the deadline passes, runs `on_late` and keeps
+    /// waiting, because tokens of a late response can still be spent or returned.
     pub(super) async fn make_call(&self, call: TakeCall, on_late: impl FnOnce()) -> CallOutcome {
         let outcome = self.call_counters(call, on_late).await;
         match outcome {
@@ -125,8 +130,8 @@ impl StoreCore {
         outcome
     }
 
-    /// Returns the time until the bucket is full, according to the counters. Returns `None` if the counters do not
-    /// respond in time.
+    /// Returns the time until the bucket is full, according to the counters. Returns `None` during an outage, and if
+    /// the counters do not respond in time.
     pub(super) async fn look_up_debt(&self, handle: &KeyHandle, terms: Terms) -> Option<Nanos> {
         if self.breaker(handle).is_open() {
             return None;
@@ -159,6 +164,7 @@ impl StoreCore {
         Ok(())
     }
 
+    /// Makes a call, and records its outcome in the breaker. If the call reveals an outage, starts probing.
     async fn call_counters(&self, call: TakeCall, on_late: impl FnOnce()) -> CallOutcome {
         let breaker = &self.breakers[usize::from(call.partition)];
         breaker.record_use(self.clock.monotonic());
@@ -289,7 +295,7 @@ impl StoreCore {
                 failures.store(RETURNS_FAILED, Ordering::Relaxed);
             }
         }
-        // Calls in flight return their granted tokens themselves.
+        // Calls in flight return the tokens that they are granted.
         let patience = time::Instant::now() + CALL_DEADLINE + self.settings.deadline;
         let is_busy = |handle: &Arc<KeyHandle>| {
             let mut state = handle.state.lock();

@@ -136,8 +136,8 @@ impl Drop for LeaseFetch {
 }
 
 impl LeaseFetch {
-    /// Lets the next call begin, because this one has failed or is late. Its requests keep waiting for a late response
-    /// until they time out.
+    /// Stops holding up the next call, because this one has failed or is late, and starts the next one if requests are
+    /// waiting. If this call is late, its requests keep waiting for the response until they time out.
     fn allow_next_call(&mut self) {
         if std::mem::take(&mut self.active) {
             let mut state = self.handle.state.lock();
@@ -147,7 +147,9 @@ impl LeaseFetch {
     }
 
     /// Distributes granted tokens: first to the requests that the call was made for, then to requests that have arrived
-    /// since. The rest is held for later if the plan allows it. Returns whether any tokens are held.
+    /// since. The rest is held for later if the plan allows it. If the response is late and none of the call's requests
+    /// is waiting any longer, the tokens are not distributed but returned, unless no others are available locally.
+    /// Returns whether any tokens are held.
     fn distribute(&mut self, at: CounterMicros, bucket: BucketState) -> bool {
         let BucketState::Active {
             granted,

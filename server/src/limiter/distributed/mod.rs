@@ -20,7 +20,8 @@
 //! **Deadlines.** A call whose response is late counts as failed. A request waits for at most two deadlines: for the
 //! call in flight when it arrives and the next call, or for a late response. After that, the request is decided without
 //! the counters. A request also waits for at most two calls to the ledger. Its quota tokens are reserved before its
-//! rate tokens are taken, so that no rate tokens are taken for a request that the quota then denies.
+//! rate tokens are taken, so that no rate tokens are taken for a request that the quota then denies. If their window
+//! ends before the rate tokens arrive, the request starts over, unless the new window's tokens are available locally.
 //!
 //! **While the counters are unavailable** ([`breaker`] decides when), a replica follows the plan's fallback setting.
 //! With `Share`, it uses a separate bucket of `burst / replicas` and `rate / replicas`, which starts *empty* shortly

@@ -4,9 +4,10 @@
 //! time need only a few transactions on a few connections. However a call ends, even if it panics or the runtime shuts
 //! down, its block is notified.
 //!
-//! Tokens to be returned are kept until the ledger has confirmed the return. A batch is retried with the same ID and
-//! applied at most once, so an outage or an ambiguous failure neither loses tokens nor credits them twice. Tokens can
-//! be lost only when the process ends: if it is killed, or if draining runs out of time.
+//! Takes are not retried: if one fails or is abandoned after the ledger has granted tokens, these are lost until their
+//! window ends. Tokens to be returned are kept until the ledger has confirmed the return. A batch is retried with the
+//! same ID and applied at most once, so an outage or an ambiguous failure neither loses these tokens nor credits them
+//! twice. They can be lost only when the process ends: if it is killed, or if draining runs out of time.
 
 use std::{
     pin::pin,
@@ -42,12 +43,13 @@ use crate::{
     },
 };
 
-/// The result of a drain.
+/// Quota tokens that a drain has returned to the ledger, or failed to return. Does not include tokens of the rate,
+/// which are returned to the shared counters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ReturnedQuota {
-    /// Quota tokens that were returned to the ledger.
+    /// Tokens whose return was confirmed.
     pub given_back: u64,
-    /// Quota tokens whose return was not confirmed. They may be unavailable until their window ends.
+    /// Tokens whose return was not confirmed. They may be unavailable until their window ends.
     pub lost: u64,
 }
 
@@ -117,7 +119,7 @@ pub(in crate::limiter) struct LedgerCalls {
 }
 
 impl LedgerCalls {
-    /// Creates the queue. Calls are abandoned after `deadline`.
+    /// Creates the queue. A call that the ledger does not respond to within `deadline` fails.
     pub(in crate::limiter) fn new(
         clock: Arc<dyn Clock>,
         ledger: Arc<dyn QuotaLedger>,

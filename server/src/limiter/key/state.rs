@@ -173,8 +173,8 @@ impl KeyState {
         &self.zone
     }
 
-    /// Takes `cost` from the local bucket and every quota, or from none of them. Call [`apply_policies`](Self::apply_policies) with
-    /// `now` first.
+    /// Takes `cost` from the local bucket and every quota, or from none of them. Call
+    /// [`apply_policies`](Self::apply_policies) with `now` first.
     pub(in crate::limiter) fn step(
         &mut self,
         policies: &Policies,

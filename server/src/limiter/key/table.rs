@@ -55,8 +55,8 @@ pub struct KeyTableSettings {
     pub max_keys: usize,
     /// How long a request waits for one ledger call. A decision waits for at most two calls.
     pub ledger_deadline: Duration,
-    /// How long until a ledger call is abandoned. Longer than requests wait, because the tokens of a late response can
-    /// still be spent, while the tokens of an abandoned call are lost.
+    /// How long until a ledger call is abandoned. Longer than requests wait, because tokens granted by a late response
+    /// can still be spent, while tokens granted by an abandoned call are lost until their window ends.
     pub call_deadline: Duration,
     /// The connections to the ledger, which limit the number of concurrent calls.
     pub connections: LedgerConnections,

@@ -168,7 +168,9 @@ pub(in crate::limiter) struct Block {
     /// When the block was last used or filled.
     spent_at: UnixNanos,
     pace: Pace,
+    /// When the ledger last responded or failed.
     answered_at: UnixNanos,
+    /// How long to wait before querying the ledger again about an exhausted quota.
     patience: Nanos,
     fetching: bool,
     failure: Option<LedgerError>,

@@ -48,10 +48,11 @@ pub struct TakeCall {
     /// The plan's version. If callers send different versions, the counters use the newest.
     pub version: u64,
     pub need: u64,
-    /// The number of tokens that requests are waiting for. If the bucket holds fewer, it grants what it holds.
+    /// The number of tokens that requests are waiting for, or that should be granted as if they were. If the bucket
+    /// holds fewer, it grants what it holds.
     pub waiting: u64,
     /// The total number of tokens to take, at least `waiting`. Tokens in excess of `waiting` are for later. A grant
-    /// that includes such tokens is at most half of what the bucket holds. If zero, the call only reads the state.
+    /// that includes such tokens is at most half of what the bucket holds. If zero, no tokens are taken.
     pub want: u64,
     /// The number of unspent tokens to return.
     pub back: u64,

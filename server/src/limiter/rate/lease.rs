@@ -2,10 +2,11 @@
 //!
 //! Decides how many tokens to take, how long they may be spent, what to return, and which requests wait. Does no I/O.
 //!
-//! **Guarantee.** A token is spent only after the counters have granted it, and at most `ttl` after it was *requested*.
-//! So the tokens spent in a window of `T` seconds were granted within the window or at most `ttl` before it. In these
-//! `T + ttl` seconds, the counters grant at most `burst + rate * (T + ttl)` to all replicas together. Returning tokens
-//! does not break this bound, because it never makes the bucket fuller than if they had not been taken.
+//! **Guarantee.** A token is spent only after the counters have granted it. It goes to a request that was waiting when
+//! the call began, or is spent at most `ttl` after that. So the tokens of all requests that arrive and are allowed in a
+//! window of `T` seconds were granted within the window or at most `ttl` before it. In these `T + ttl` seconds, the
+//! counters grant at most `burst + rate * (T + ttl)` to all replicas together. Returning tokens does not break this
+//! bound, because it never makes the bucket fuller than if they had not been taken.
 //!
 //! **Lease size.** Tokens that requests are waiting for are requested in full. The number of tokens held for later
 //! depends on the key's pace on this replica, up to a tenth of the burst. A reserve covers the duration of the next
@@ -26,7 +27,7 @@ const LAST_MOMENT: Nanos = Nanos::from_millis(10);
 /// The minimum time between the starts of concurrent calls for a key.
 const PAUSE_MIN: Nanos = Nanos::from_millis(1);
 
-/// The lease size is at most the burst divided by this number.
+/// The lease size is at most the burst divided by this.
 const BURST_DIVISOR: u64 = 10;
 
 /// Returns how many tokens are left when a lease of this size is renewed.
@@ -89,15 +90,15 @@ pub(in crate::limiter) struct Lease {
     slots: [Slot; 2],
     /// The lease size: the number of tokens that requests spend within the lease TTL at the current pace.
     size: u64,
-    /// When tokens were last requested. 0 if never.
+    /// When `size` was last updated. 0 if never.
     sized_at: Monotonic,
-    /// The number of tokens that requests have needed since `asked_at`.
+    /// The number of tokens that requests have needed since then.
     needed: u64,
     /// The number of calls in flight that are not late yet.
     fetching: u32,
     /// When the latest of these calls started.
     began_at: Monotonic,
-    /// The number of tokens that these calls request for later.
+    /// The number of tokens that these calls request in addition to what requests are waiting for.
     requested_for_later: u64,
     /// The number of calls in flight, including late ones.
     calls: u32,
@@ -110,10 +111,10 @@ pub(in crate::limiter) struct Lease {
     /// Whether a task is returning unspent tokens.
     returning: bool,
     view: Option<View>,
-    /// Whether the last call got fewer tokens than it requested.
+    /// Whether the last call got fewer tokens than it requested, which means that the bucket is nearly empty.
     fell_short: bool,
-    /// Until `denied_until`, requests for `denied_tokens` or more tokens are denied without a call, because the counters had
-    /// too few.
+    /// Until `denied_until`, requests for `denied_tokens` or more tokens are denied without a call, because the
+    /// counters had too few.
     denied_until: Monotonic,
     denied_tokens: u64,
     pub(in crate::limiter) gathering: Gathering,
@@ -144,17 +145,20 @@ pub(in crate::limiter) struct FetchTimes {
 /// What to request from the counters.
 #[derive(Debug)]
 pub(in crate::limiter) struct Demand {
+    /// See [`TakeCall::need`](super::counters::TakeCall::need).
     pub(in crate::limiter) need: u64,
+    /// See [`TakeCall::waiting`](super::counters::TakeCall::waiting).
     pub(in crate::limiter) waiting: u64,
+    /// See [`TakeCall::want`](super::counters::TakeCall::want).
     pub(in crate::limiter) want: u64,
-    /// The part of `want` that is for later.
+    /// The part of `want` that no request is waiting for.
     pub(in crate::limiter) for_later: u64,
     pub(in crate::limiter) requests: Vec<Waiter>,
 }
 
 impl Lease {
-    /// Applies an edit to the plan: marks tokens taken under the old plan to be returned, and forgets the bucket's
-    /// state.
+    /// Starts over after an edit to the plan: marks tokens taken under the old plan to be returned, and forgets the
+    /// bucket's state.
     pub(in crate::limiter) fn reset_after_edit(&mut self) {
         self.surrender_all();
         self.share.is_edited = true;
@@ -232,8 +236,8 @@ impl Lease {
         Some(older.take(first).and(newer.take(n - first)))
     }
 
-    /// Marks tokens in excess of [`to_hold`](Self::to_hold) to be returned. Such tokens were granted for requests that
-    /// have since been canceled.
+    /// Marks tokens in excess of [`to_hold`](Self::to_hold) to be returned, such as those granted for requests that
+    /// have since been canceled. With a lease size of 1, marks all tokens.
     pub(in crate::limiter) fn trim(&mut self) {
         let most = match self.terms {
             Some(terms) if self.size >= 2 => self.to_hold(terms),
@@ -265,8 +269,8 @@ impl Lease {
 
     /// Updates the lease size and returns it: the number of tokens that requests spend within the lease TTL at the
     /// current pace, but at most twice the previous size. If the pace has dropped, the size is the mean of the previous
-    /// and the new value, so that a lease after a random lull does not run out early. A size of one means that the
-    /// counters decide each request.
+    /// and the new value, so that a lease after a random lull does not run out early. If the size has not been updated
+    /// for four lease TTLs, it starts over at one. A size of one means that the counters decide each request.
     fn update_size(&mut self, now: Monotonic, ttl: Nanos, max_size: u64) -> u64 {
         let elapsed = now.saturating_since(self.sized_at).0.max(1);
         if self.sized_at == Monotonic::default() || elapsed >= 4 * ttl.0 {
@@ -287,8 +291,8 @@ impl Lease {
         self.size
     }
 
-    /// Adds a request that waits for the counters because too few tokens are available. With zero tokens, it waits only
-    /// for a response.
+    /// Adds a request that waits for the counters because too few tokens are available. A request for zero tokens waits
+    /// only for a response.
     pub(in crate::limiter) fn wait(&mut self, waiter: Waiter) {
         self.needed = self.needed.saturating_add(waiter.tokens);
         self.waiting.push(waiter);
@@ -323,9 +327,9 @@ impl Lease {
     }
 
     /// Begins a call for all waiting requests. With `ahead`, begins a call even if no requests are waiting. Returns
-    /// `None` if there is nothing to request, if the latest call started less than a [pause](Terms::pause) ago, or if
-    /// the calls in flight request enough tokens. A local token counts toward a request's need only if it does not
-    /// expire within `patience`.
+    /// `None` if there is nothing to request, if the latest call in flight started less than a [pause](Terms::pause)
+    /// ago, or if the calls in flight request enough tokens. A local token counts toward a request's need only if it
+    /// does not expire within `patience`.
     pub(in crate::limiter) fn begin_fetch(
         &mut self,
         FetchTimes { now, ttl, patience }: FetchTimes,
@@ -391,7 +395,8 @@ impl Lease {
         ))
     }
 
-    /// Records that a call with this many `for_later` tokens has succeeded, failed or become late. Another call may begin.
+    /// Records that a call has succeeded, failed or become late, so that the next one may begin. `for_later` is the
+    /// number from its [`Demand`].
     pub(in crate::limiter) fn end_fetch(&mut self, for_later: u64) {
         self.fetching = self.fetching.saturating_sub(1);
         self.requested_for_later = self.requested_for_later.saturating_sub(for_later);
@@ -428,7 +433,8 @@ impl Lease {
         self.returning = false;
     }
 
-    /// Adds granted tokens, which expire at `expires`.
+    /// Adds granted tokens, which expire at `expires`. If two earlier grants have tokens left, those of the older one
+    /// are marked to be returned.
     pub(in crate::limiter) fn add(&mut self, granted: Unspent, expires: Monotonic) {
         if self.slots[1].tokens > 0 {
             self.surrender(0);
@@ -453,9 +459,9 @@ impl Lease {
         self.view.unwrap_or_default().seen
     }
 
-    /// Records that a call was granted `granted` of the `wanted` tokens. If the call got fewer tokens than it wanted,
-    /// the bucket is nearly empty. The next call then requests tokens for later as if requests were waiting for them,
-    /// so that the last tokens are neither left unused while requests are denied nor fetched one by one.
+    /// Records that a call was granted `granted` of the tokens that it wanted. If it got fewer, the bucket is nearly
+    /// empty. The next call then requests tokens for later as if requests were waiting for them, so that the last
+    /// tokens are neither left unused while requests are denied nor fetched one by one.
     pub(in crate::limiter) fn record_grant(&mut self, granted: u64, want: u64) {
         if want > 0 {
             self.fell_short = granted < want;
