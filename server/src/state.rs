@@ -351,7 +351,7 @@ impl AppState {
     }
 
     /// Makes readiness checks fail from now on.
-    pub fn drain(&self) {
+    pub fn begin_draining(&self) {
         self.draining.store(true, Ordering::Release);
     }
 

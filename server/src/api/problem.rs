@@ -115,7 +115,7 @@ impl ApiError {
         let source = self.source.as_deref();
         source
             .and_then(|source| source.downcast_ref::<LimiterError>())
-            .is_some_and(|error| matches!(error, LimiterError::CountersAway))
+            .is_some_and(|error| matches!(error, LimiterError::CountersUnavailable))
     }
 
     pub fn too_many(retry_after: Duration) -> Self {

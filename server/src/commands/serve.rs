@@ -26,7 +26,7 @@ use tokio::{
 
 use super::{apply_migrations, database};
 
-/// The maximum time from SIGTERM until unused quota tokens have been returned. Leaves 5 of the usual 30 seconds for
+/// The maximum time from SIGTERM until unused tokens have been returned. Leaves 5 of the usual 30 seconds for
 /// everything else.
 const RETURN_TOKENS_WITHIN: Duration = Duration::from_secs(25);
 /// The minimum time for returning tokens. Applies even if requests in flight have used up [`RETURN_TOKENS_WITHIN`].
@@ -167,7 +167,7 @@ async fn serve_on(
     stop.await;
     tracing::info!("stopping");
     let stopping_at = Instant::now();
-    state.drain();
+    state.begin_draining();
     tokio::time::sleep(config.drain_delay).await;
     let _ = stop_serving.send(true);
     public.await?;
@@ -186,7 +186,7 @@ async fn serve_on(
             tokens = drained.lost,
             "some unused quota tokens could not be returned"
         ),
-        Err(_) => tracing::warn!("unused quota tokens could not be returned in time"),
+        Err(_) => tracing::warn!("unused tokens could not be returned in time"),
     }
     jobs.stop().await;
     state.db.close();

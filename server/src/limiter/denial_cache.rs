@@ -194,9 +194,10 @@ impl LocalBucket {
     }
 
     /// Applies edited policies and discards the cached decisions. If the rate was edited, the local bucket starts full.
-    /// Since it is unknown when the store learned of the edit, its bucket may have refilled by any amount, and a
+    /// It allows nothing by itself, since the store decides every request that is not denied here. The store keeps the
+    /// usage, but its bucket may have refilled by any amount, because it is unknown when it learned of the edit. A
     /// request that the store would allow must not be denied here.
-    fn follow(&mut self, policies: &Policies, clock: &Arc<dyn Clock>) {
+    fn apply_edit(&mut self, policies: &Policies, clock: &Arc<dyn Clock>) {
         if self.gcra == policies.gcra() {
             self.fingerprint = policies.fingerprint();
             (self.last, self.denied) = (None, None);
@@ -357,7 +358,7 @@ fn current<'a>(
 ) -> &'a mut LocalBucket {
     match known {
         Some(old) if old.fingerprint != policies.fingerprint() => {
-            old.follow(policies, clock);
+            old.apply_edit(policies, clock);
         }
         _ => {}
     }

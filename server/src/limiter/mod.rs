@@ -2,8 +2,8 @@
 //!
 //! Owns rates, calendar quotas and their usage. Does not depend on HTTP, SQL or secrets: the caller passes a key's
 //! handle and policies, both from the key's cached record, and gets a [`Decision`]. If the quota ledger fails, only
-//! keys with calendar quotas are affected: they spend the tokens that are available locally, and then get an error. No
-//! request is ever allowed without a token.
+//! keys with calendar quotas (their own or their tenant's) are affected: they spend the tokens that are available
+//! locally, and then get an error. No request is ever allowed without a token from each policy.
 //!
 //! ```text
 //! local tokens -> denial cache (remote stores only) -> store (all policies, or none) -> decision
@@ -33,7 +33,7 @@ pub use self::{
     error::LimiterError,
     key::{
         handle::KeyHandle,
-        ledger_calls::{Drained, LedgerConnections},
+        ledger_calls::{LedgerConnections, ReturnedQuota},
         table::KeyTableSettings,
     },
     limits::Policies,
@@ -121,8 +121,8 @@ impl Limiter {
         Some(decision)
     }
 
-    /// Decides on a request, and waits for the store if necessary. Cancel safe: tokens taken by a canceled call are
-    /// available to the key's next request.
+    /// Decides on a request, and waits for the store if necessary. Cancel safe: tokens taken for a canceled request are
+    /// used for other requests or returned.
     pub async fn admit(
         &self,
         handle: &Arc<KeyHandle>,
@@ -198,14 +198,14 @@ impl Limiter {
         self.store.delete(keys).await
     }
 
-    /// Returns all unused tokens to the ledger and the shared counters, and stops taking more. Call after the last
-    /// request, before the process exits.
-    pub async fn drain(&self) -> Drained {
+    /// Returns all unused tokens to the ledger and the shared counters, as far as they respond in time, and stops
+    /// taking more. Call after the last request, before the process exits.
+    pub async fn drain(&self) -> ReturnedQuota {
         let Some(quotas) = &self.tenants else {
             return self.store.drain().await;
         };
         let (keys, tenants) = tokio::join!(self.store.drain(), quotas.drain());
-        Drained {
+        ReturnedQuota {
             given_back: keys.given_back + tenants.given_back,
             lost: keys.lost + tenants.lost,
         }

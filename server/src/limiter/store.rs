@@ -12,7 +12,7 @@ use quota_common::id::{ApiKeyId, TenantId};
 use super::{
     decision::Decision,
     error::LimiterError,
-    key::{handle::KeyHandle, ledger_calls::Drained},
+    key::{handle::KeyHandle, ledger_calls::ReturnedQuota},
     limits::Policies,
     rate::counters::CounterError,
 };
@@ -26,14 +26,16 @@ use crate::clock::Nanos;
 /// - *Rate.* In any window of `T` seconds on the store's clock, at most `burst + rpm/60 * T` tokens are granted (with
 ///   leases, `T` plus the lease TTL), and no request is denied if the bucket has enough tokens. While the clock stands
 ///   still, buckets do not refill. If the clock is set back, a request waits at most as long as its cost takes to
-///   refill.
+///   refill. While the shared counters are unavailable, the fallback setting determines what is allowed instead.
 /// - *Quotas.* In any calendar window, at most `daily` and `monthly` tokens are granted, across restarts and crashes. A
-///   crash loses at most one block (a hundredth of the quota, and at most 10,000 tokens) and the tokens that requests
-///   were waiting for; draining does not lose any tokens. A replica does not keep an unused block for long while other
-///   replicas may need it. A change of time zone takes effect when the current window ends, or immediately if nothing
-///   was used in that window. The next window lasts until the end of the day or month in the new zone, with a
-///   proportional quota. Windows never overlap.
-/// - *Edits.* Usage is kept when policies change: an edit never refills a bucket or a quota.
+///   crash loses at most one block (a hundredth of the quota, and at most 10,000 tokens), the tokens that requests were
+///   waiting for, and tokens that were being returned. Draining returns all unused tokens, unless the ledger does not
+///   confirm this in time. A failed ledger call may lose the tokens that it was to take. A replica does not keep an
+///   unused block for long while other replicas may need it. A change of time zone takes effect when the current window
+///   ends, or immediately if nothing was used in that window. The next window lasts until the end of the day or month
+///   in the new zone, with a proportional quota. Windows never overlap.
+/// - *Edits.* Usage is kept when policies change: an edit does not refill a bucket or a quota. But a bucket that has
+///   been idle until it was full under its last plan may be forgotten, and is then full under any plan.
 /// - *Failure.* If no decision can be made, the result is a [`LimiterError`]; the request is never allowed.
 #[async_trait]
 pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
@@ -74,10 +76,10 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
         None
     }
 
-    /// Drops unreferenced keys whose state equals a new key's. Returns the blocks of other unreferenced keys to the
-    /// ledger, so that the next call can drop those keys. If other replicas share the quotas, also returns blocks that
-    /// have not been used for ten seconds. For keys in use, fetches the first block of the next day or month shortly
-    /// before it begins. Returns the number of remaining keys.
+    /// Drops unreferenced keys whose state equals a new key's. If only their blocks prevent that, returns these to the
+    /// ledger, so that the next call can drop the keys. If other replicas share the quotas, also returns blocks of
+    /// other keys that have not been used for ten seconds. For keys in use, fetches the first block of the next day or
+    /// month shortly before it begins. Returns the number of remaining keys.
     fn prune(&self) -> usize;
 
     /// Deletes the state of deleted keys, on this replica and in the shared counters. On this replica, a key that is
@@ -85,7 +87,7 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
     /// has stopped accepting the keys: another request would get a full bucket.
     async fn delete(&self, keys: &[(TenantId, ApiKeyId)]) -> Result<(), CounterError>;
 
-    /// Returns all unused tokens to the ledger and the shared counters, and stops taking more. Call before the process
-    /// exits.
-    async fn drain(&self) -> Drained;
+    /// Returns all unused tokens to the ledger and the shared counters, as far as they respond in time, and stops
+    /// taking more. Call before the process exits.
+    async fn drain(&self) -> ReturnedQuota;
 }

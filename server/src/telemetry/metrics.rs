@@ -129,7 +129,7 @@ metrics! {
     lease_tokens_lost: Counter, "lease_tokens_lost",
         "Leased tokens that could not be returned to the shared counters";
     allowed_degraded: Counter, "decisions_allowed_degraded", "Requests allowed without the shared counters";
-    counters_away: Gauge, "counter_partitions_unavailable",
+    counter_partitions_unavailable: Gauge, "counter_partitions_unavailable",
         "Unavailable partitions of the shared counters; a single Redis server is one partition";
     replicas: Gauge, "replicas", "Replicas, as counted by this replica; 0 without Redis";
     guard_rejections: Counter, "guard_rejections", "Requests rejected by a per-address or per-account limit";

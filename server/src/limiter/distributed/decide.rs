@@ -3,10 +3,10 @@
 //! Takes the cost from the quotas and the rate together, or from neither. While the counters are unavailable, applies
 //! the plan's fallback setting.
 //!
-//! A denial names the rate as violated only if the counters have just reported that. Without a response, it is unknown
-//! whether the rate is exceeded: [`OnRedisFailure::Share`] then denies without naming a policy,
-//! [`OnRedisFailure::Closed`] returns an error, and [`OnRedisFailure::Open`] denies only what exceeds the limit on this
-//! replica.
+//! With the counters, a denial names the rate as violated only if their last response shows that, or if the cost
+//! exceeds the burst. Without them, it is unknown whether the rate is exceeded: [`OnRedisFailure::Share`] denies
+//! without naming a policy, [`OnRedisFailure::Closed`] returns an error, and [`OnRedisFailure::Open`] names the rate if
+//! the request exceeds this replica's separate limit.
 
 use std::{
     num::{NonZeroU32, NonZeroU64},
@@ -81,10 +81,10 @@ impl StoreCore {
                 self.fetch_ahead(handle, &mut state, policies);
             }
             decision(&mut state, policies, moment, Outcome::Allowed)
-        } else if let Some(until) = lease.held(tokens, monotonic)
-            && !self.partition(handle).is_away()
+        } else if let Some(until) = lease.denied_until(tokens, monotonic)
+            && !self.breaker(handle).is_open()
         {
-            lease.deny(tokens);
+            lease.record_denied(tokens);
             let mut denial = Denial::default();
             // The longer of two waits applies: until the counters may be called again, and until the bucket has enough
             // tokens.
@@ -115,8 +115,8 @@ impl StoreCore {
     /// Requests the next lease while the current one is being spent.
     #[cold]
     fn fetch_ahead(&self, handle: &Arc<KeyHandle>, state: &mut KeyState, policies: &Policies) {
-        if !self.partition(handle).is_away() {
-            state.lease().adopt(policies.terms(self.ttl));
+        if !self.breaker(handle).is_open() {
+            state.lease().set_terms(policies.terms(self.ttl));
             self.begin_fetch(handle, state, true);
         }
     }
@@ -129,14 +129,14 @@ impl StoreCore {
         policies: &Policies,
         tokens: u64,
     ) -> FetchOutcome {
-        if self.partition(handle).is_away() {
+        if self.breaker(handle).is_open() {
             return FetchOutcome::Unanswered;
         }
         let (waiter, outcome) = Waiter::new(tokens);
         {
             let mut state = handle.state.lock();
             let lease = state.lease();
-            lease.adopt(policies.terms(self.ttl));
+            lease.set_terms(policies.terms(self.ttl));
             lease.wait(waiter);
             self.begin_fetch(handle, &mut state, false);
         }
@@ -192,10 +192,10 @@ impl StoreCore {
         let lease = state.lease();
         let debt = lease.debt(gcra, monotonic);
         denial.add_rate(gcra.decide(now.saturating_add(debt), now, cost));
-        let held = lease.held(u64::from(cost.get()), monotonic);
-        let held = held.and_then(|until| left(until, monotonic));
-        if wait.is_some() || held.is_some() {
-            denial.add(Policy::Rpm, wait.max(held));
+        let denied_until = lease.denied_until(u64::from(cost.get()), monotonic);
+        let denied_for = denied_until.and_then(|until| left(until, monotonic));
+        if wait.is_some() || denied_for.is_some() {
+            denial.add(Policy::Rpm, wait.max(denied_for));
         }
         if denial.violated.is_empty() {
             return None;
@@ -216,7 +216,7 @@ impl StoreCore {
         demand: Option<&mut DemandGuard<'_>>,
     ) -> Result<Option<Decision>, LimiterError> {
         let on_failure = policies.on_failure().unwrap_or(self.settings.on_failure);
-        let outage = self.partition(handle).outage();
+        let outage = self.breaker(handle).outage();
         let (mut state, now) = self.keys.current(handle, policies);
         let monotonic = self.clock.monotonic();
         let tokens = u64::from(cost.get());
@@ -228,7 +228,7 @@ impl StoreCore {
         }
         let gcra = policies.gcra();
         let (outcome, rate) = match on_failure {
-            OnRedisFailure::Closed => return Err(LimiterError::CountersAway),
+            OnRedisFailure::Closed => return Err(LimiterError::CountersUnavailable),
             // Decide as if this were the only replica.
             OnRedisFailure::Open => {
                 let mut denial = Denial::default();
@@ -289,7 +289,7 @@ impl StoreCore {
         policies: &Policies,
         cost: NonZeroU32,
     ) -> Result<Decision, LimiterError> {
-        let mut demand = self.keys.claim(handle, cost);
+        let mut demand = self.keys.register_demand(handle, cost);
         let mut patience = self.keys.patience();
         loop {
             let outcome = match self.decide_locally(handle, policies, cost, Some(&mut demand)) {

@@ -20,7 +20,8 @@
 //! **Deadlines.** A call whose response is late counts as failed. A request waits for at most two deadlines: for the
 //! call in flight when it arrives and the next call, or for a late response. After that, the request is decided without
 //! the counters. A request also waits for at most two calls to the ledger. Its quota tokens are reserved before its
-//! rate tokens are taken, so that no rate tokens are taken for a request that the quota then denies.
+//! rate tokens are taken, so that no rate tokens are taken for a request that the quota then denies. If their window
+//! ends before the rate tokens arrive, the request starts over, unless the new window's tokens are available locally.
 //!
 //! **While the counters are unavailable** ([`breaker`] decides when), a replica follows the plan's fallback setting.
 //! With `Share`, it uses a separate bucket of `burst / replicas` and `rate / replicas`, which starts *empty* shortly
@@ -82,7 +83,7 @@ use self::{
 use super::{
     decision::{Decision, Outcome},
     error::LimiterError,
-    key::{handle::KeyHandle, ledger_calls::Drained, table::KeyTable},
+    key::{handle::KeyHandle, ledger_calls::ReturnedQuota, table::KeyTable},
     limits::Policies,
     membership::Membership,
     quota::ledger::QuotaLedger,
@@ -116,7 +117,7 @@ impl DistributedStore {
                 settings.keys.clone(),
                 Arc::clone(&membership),
             ),
-            partitions: (0..counters.partitions().max(1))
+            breakers: (0..counters.partitions().max(1))
                 .map(|_| CircuitBreaker::new(now))
                 .collect(),
             draining: AtomicBool::new(false),
@@ -136,7 +137,7 @@ impl DistributedStore {
 
     /// Returns whether any partition has an outage.
     pub fn is_degraded(&self) -> bool {
-        self.0.partitions.iter().any(CircuitBreaker::is_away)
+        self.0.breakers.iter().any(CircuitBreaker::is_open)
     }
 }
 
@@ -155,7 +156,7 @@ impl LimitStore for DistributedStore {
     ) -> Option<Decision> {
         match self.0.decide_locally(handle, policies, cost, None) {
             Ok(LocalOutcome::Done(decision)) => Some(decision),
-            Ok(LocalOutcome::Fetch) if self.0.partition(handle).is_away() => {
+            Ok(LocalOutcome::Fetch) if self.0.breaker(handle).is_open() => {
                 let on_failure = policies.on_failure().unwrap_or(self.0.settings.on_failure);
                 // A cached denial is more informative than the error, so the caller looks for one first.
                 if on_failure == OnRedisFailure::Closed {
@@ -217,7 +218,7 @@ impl LimitStore for DistributedStore {
         self.0.delete_buckets(keys).await
     }
 
-    async fn drain(&self) -> Drained {
+    async fn drain(&self) -> ReturnedQuota {
         let (drained, ()) = tokio::join!(self.0.keys.drain(), self.0.return_leases());
         drained
     }

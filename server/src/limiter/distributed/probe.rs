@@ -77,7 +77,7 @@ impl StoreCore {
 /// even if an outage begins before the call is sent. Only probes report outages: they are sent late enough that other
 /// replicas could have confirmed a response.
 fn heartbeat_call(partition: u16, inner: &StoreCore) -> TakeCall {
-    let of = &inner.partitions[usize::from(partition)];
+    let breaker = &inner.breakers[usize::from(partition)];
     TakeCall {
         partition,
         bucket: BucketName::Heartbeat,
@@ -91,18 +91,18 @@ fn heartbeat_call(partition: u16, inner: &StoreCore) -> TakeCall {
         back_taken_at: CounterMicros::NONE,
         back_generation: 0,
         lease: 0,
-        last_heard: of.last_heard(),
-        away_since: of.never_heard(inner.others_may_be_away()),
+        last_heard: breaker.last_heard(),
+        outage_since: breaker.never_heard(inner.others_may_have_outage()),
         promised: CounterMicros::NONE,
     }
 }
 
 async fn send_heartbeat(inner: Arc<StoreCore>, number: u16) {
-    let partition = &inner.partitions[usize::from(number)];
-    let used_at = partition.used_at();
-    inner.ask(heartbeat_call(number, &inner)).await;
+    let breaker = &inner.breakers[usize::from(number)];
+    let used_at = breaker.used_at();
+    inner.make_call(heartbeat_call(number, &inner), || ()).await;
     // A heartbeat does not count as use.
-    partition.used(used_at);
+    breaker.record_use(used_at);
 }
 
 /// Sends heartbeats to partitions that are in use but have not had a recent call. Heartbeats also show recovering
@@ -116,10 +116,10 @@ pub(super) async fn send_heartbeats(inner: Weak<StoreCore>) {
             return;
         };
         let now = inner.clock.monotonic();
-        for (number, partition) in (0..).zip(&inner.partitions) {
-            let in_use = now.saturating_since(partition.used_at()) < IN_USE;
-            let due = partition.is_heartbeat_due(now, HEARTBEAT_EVERY, SUSPECT_EVERY);
-            if (in_use || inner.partitions.len() == 1) && due && !partition.is_away() {
+        for (number, breaker) in (0..).zip(&inner.breakers) {
+            let in_use = now.saturating_since(breaker.used_at()) < IN_USE;
+            let due = breaker.is_heartbeat_due(now, HEARTBEAT_EVERY, SUSPECT_EVERY);
+            if (in_use || inner.breakers.len() == 1) && due && !breaker.is_open() {
                 tokio::spawn(send_heartbeat(Arc::clone(&inner), number));
             }
         }
@@ -132,7 +132,7 @@ fn confirm_promise(inner: Arc<StoreCore>, number: u16, promised: CounterMicros) 
     tokio::spawn(async move {
         let call = TakeCall {
             promised,
-            away_since: CounterMicros::NONE,
+            outage_since: CounterMicros::NONE,
             ..heartbeat_call(number, &inner)
         };
         inner.metrics.counter_calls.inc();
@@ -158,19 +158,19 @@ pub(super) async fn probe_until_recovered(
         let Some(inner) = inner.upgrade() else {
             return;
         };
-        let partition = &inner.partitions[usize::from(number)];
+        let breaker = &inner.breakers[usize::from(number)];
         inner.metrics.counter_calls.inc();
         // A promise is used only once. If the response to this call is late or missing, this replica continues to
         // decide without the counters.
         let promised = std::mem::take(&mut promise);
         let call = TakeCall {
             promised,
-            away_since: partition.away_since(inner.others_may_be_away()),
+            outage_since: breaker.outage_since(inner.others_may_have_outage()),
             ..heartbeat_call(number, &inner)
         };
         let asked_at = inner.clock.monotonic();
         if promised > CounterMicros::NONE {
-            partition.paused_until(asked_at.saturating_add(inner.settings.deadline.into()));
+            breaker.end_pause_at(asked_at.saturating_add(inner.settings.deadline.into()));
         }
         let patience = PROBE_DEADLINE.max(inner.settings.deadline);
         let answer = time::timeout(patience, inner.counters.take(call)).await;
@@ -188,12 +188,12 @@ pub(super) async fn probe_until_recovered(
                 BucketState::Initializing { wait: left } if in_time => {
                     wait = Duration::from_micros(left);
                     promise = reply.at.saturating_add(left);
-                    partition.is_initializing(asked_at.saturating_add(wait.into()), now);
+                    breaker.open_for_new_epoch(asked_at.saturating_add(wait.into()), now);
                     confirm_promise(Arc::clone(&inner), number, promise);
                 }
                 BucketState::Active { .. } if in_time => {
-                    partition.returned(reply.at, now);
-                    inner.metrics.counters_away.dec();
+                    breaker.close(reply.at, now);
+                    inner.metrics.counter_partitions_unavailable.dec();
                     tracing::info!(
                         partition = number,
                         "the shared counters are available again"

@@ -2,7 +2,7 @@
 //!
 //! Contains the script (`take.lua`, which documents its arguments), the names of its keys, and the initial state of a
 //! new deployment. If Redis is not connected, every call fails immediately; if it does not respond, calls fail after
-//! [`CALL_DEADLINE`].
+//! [`CALL_DEADLINE`], or after `QUOTA_REDIS_TIMEOUT` if that is longer.
 //!
 //! | key | value |
 //! |---|---|
@@ -151,7 +151,7 @@ impl SharedCounters for RedisCounters {
                     call.back,
                     call.back_taken_at.0,
                     call.last_heard.0,
-                    call.away_since.0,
+                    call.outage_since.0,
                     call.promised.0,
                     self.delay,
                     call.lease,

@@ -69,7 +69,7 @@ local now = time[1] * 1000000 + time[2]
 local e, t, v = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local need, want = tonumber(ARGV[4]), tonumber(ARGV[5])
 local back, taken_at = tonumber(ARGV[6]), tonumber(ARGV[7])
-local heard, away = tonumber(ARGV[8]), tonumber(ARGV[9])
+local heard, outage = tonumber(ARGV[8]), tonumber(ARGV[9])
 local promised, delay, lease = tonumber(ARGV[10]), tonumber(ARGV[11]), tonumber(ARGV[12])
 local back_generation, waiting = tonumber(ARGV[13]), tonumber(ARGV[14])
 
@@ -102,16 +102,16 @@ local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
 local epoch = redis.call('HMGET', KEYS[2], 'run', 's', 'ok', 'c')
 local start, ok = tonumber(epoch[2]), tonumber(epoch[3]) or 0
 local returns_in_time = promised > 0 and start == promised and now - start < PROMISED
-local others_connected = (ok > away and ok <= now and now - ok < CONNECTED) or (away == 1 and ok == 0)
+local others_connected = (ok > outage and ok <= now and now - ok < CONNECTED) or (outage == 1 and ok == 0)
 if epoch[1] ~= run or not start or start > now + delay
-  or (away > 0 and start <= now and not returns_in_time and not others_connected) then
+  or (outage > 0 and start <= now and not returns_in_time and not others_connected) then
   start = now + delay
   ok = 0
   redis.call('HSET', KEYS[2], 'run', run, 's', whole(start), 'ok', '0', 'c', '0')
 elseif start > now then
   if promised == start then
     redis.call('HSET', KEYS[2], 'c', '1')
-  elseif away > 0 and epoch[4] ~= '1' and start - now < delay - KNOWN then
+  elseif outage > 0 and epoch[4] ~= '1' and start - now < delay - KNOWN then
     -- It is possible that no caller has received a response that contains this start. A caller that calls again only
     -- after the start would not know of it.
     start = now + delay
@@ -124,7 +124,7 @@ end
 -- This ignores callers with an outage: they may not receive this response in time, and would then continue without the
 -- counters. If the stored response is in the future, the clock has gone back since.
 local confirmed = ok <= now and ok or 0
-if away == 0 and heard > confirmed + CONFIRMED and heard <= now and heard >= start then
+if outage == 0 and heard > confirmed + CONFIRMED and heard <= now and heard >= start then
   redis.call('HSET', KEYS[2], 'ok', whole(heard))
 end
 

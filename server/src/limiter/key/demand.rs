@@ -100,7 +100,7 @@ impl Drop for DemandGuard<'_> {
         state.tidy();
         if self.calls.is_draining() {
             for policy in [Policy::Daily, Policy::Monthly] {
-                self.calls.release(self.handle, &mut state, policy);
+                self.calls.return_block(self.handle, &mut state, policy);
             }
             return;
         }

@@ -4,9 +4,10 @@
 //! time need only a few transactions on a few connections. However a call ends, even if it panics or the runtime shuts
 //! down, its block is notified.
 //!
-//! Tokens to be returned are kept until the ledger has confirmed the return. A batch is retried with the same ID and
-//! applied at most once, so an outage or an ambiguous failure neither loses tokens nor credits them twice. Tokens can
-//! be lost only when the process ends: if it is killed, or if draining runs out of time.
+//! Takes are not retried: if one fails or is abandoned after the ledger has granted tokens, these are lost until their
+//! window ends. Tokens to be returned are kept until the ledger has confirmed the return. A batch is retried with the
+//! same ID and applied at most once, so an outage or an ambiguous failure neither loses these tokens nor credits them
+//! twice. They can be lost only when the process ends: if it is killed, or if draining runs out of time.
 
 use std::{
     pin::pin,
@@ -42,12 +43,13 @@ use crate::{
     },
 };
 
-/// The result of a drain.
+/// Quota tokens that a drain has returned to the ledger, or failed to return. Does not include tokens of the rate,
+/// which are returned to the shared counters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Drained {
-    /// Quota tokens that were returned to the ledger.
+pub struct ReturnedQuota {
+    /// Tokens whose return was confirmed.
     pub given_back: u64,
-    /// Quota tokens whose return was not confirmed. They may be unavailable until their window ends.
+    /// Tokens whose return was not confirmed. They may be unavailable until their window ends.
     pub lost: u64,
 }
 
@@ -104,9 +106,9 @@ pub(in crate::limiter) struct LedgerCalls {
     pub(super) deadline: Duration,
     pub(super) connections: LedgerConnections,
     /// The maximum number of concurrent batches of takes.
-    pub(super) takers: usize,
+    pub(super) max_takers: usize,
     /// The maximum number of concurrent batches of returns.
-    pub(super) returners: usize,
+    pub(super) max_returners: usize,
     pub(super) queue: Mutex<Queue>,
     pub(super) idle: Notify,
     draining: AtomicBool,
@@ -117,21 +119,21 @@ pub(in crate::limiter) struct LedgerCalls {
 }
 
 impl LedgerCalls {
-    /// Creates the queue. Calls are abandoned after `deadline`.
+    /// Creates the queue. A call that the ledger does not respond to within `deadline` fails.
     pub(in crate::limiter) fn new(
         clock: Arc<dyn Clock>,
         ledger: Arc<dyn QuotaLedger>,
         deadline: Duration,
         connections: LedgerConnections,
     ) -> Arc<Self> {
-        let returners = (connections.count / 2).clamp(1, 2);
+        let max_returners = (connections.count / 2).clamp(1, 2);
         Arc::new(Self {
             clock,
             ledger,
             deadline,
-            takers: connections.count.saturating_sub(returners).clamp(1, 3),
+            max_takers: connections.count.saturating_sub(max_returners).clamp(1, 3),
             connections,
-            returners,
+            max_returners,
             queue: Mutex::default(),
             idle: Notify::new(),
             draining: AtomicBool::new(false),
@@ -159,8 +161,12 @@ impl LedgerCalls {
         }
     }
 
-    /// Waits for all calls in flight, for at most `within`. Returns the totals since draining began.
-    pub(in crate::limiter) async fn drained(self: &Arc<Self>, within: Duration) -> Drained {
+    /// Waits until no call is queued or in flight, for at most `within`. Call [`begin_draining`](Self::begin_draining)
+    /// first.
+    pub(in crate::limiter) async fn finish_draining(
+        self: &Arc<Self>,
+        within: Duration,
+    ) -> ReturnedQuota {
         self.start_returner();
         let all = async {
             loop {
@@ -173,7 +179,7 @@ impl LedgerCalls {
             }
         };
         let _ = time::timeout(within, all).await;
-        Drained {
+        ReturnedQuota {
             given_back: self.given_back.load(Ordering::SeqCst),
             lost: self.unconfirmed.load(Ordering::SeqCst),
         }
@@ -239,7 +245,7 @@ impl LedgerCalls {
     }
 
     /// Starts to return all tokens of a policy's block. Returns whether there were any tokens.
-    pub(in crate::limiter) fn release(
+    pub(in crate::limiter) fn return_block(
         self: &Arc<Self>,
         handle: &KeyHandle,
         state: &mut KeyState,
@@ -270,7 +276,7 @@ impl LedgerCalls {
             && let Some(block) = state.block(policy)
         {
             // Tokens that are not needed soon are returned in a batch with other keys' tokens, not in a separate call.
-            let until = if block.give_up_unneeded(now, waited_for) {
+            let until = if block.owe_unneeded(now, waited_for) {
                 UnixNanos(u64::MAX)
             } else {
                 now
@@ -322,7 +328,7 @@ impl LedgerCalls {
             (Target::Next, taken) => block.finish_next(taken.and_then(Result::ok), now),
         }
         if self.is_draining() {
-            self.release(&call.handle, &mut state, call.policy);
+            self.return_block(&call.handle, &mut state, call.policy);
         } else {
             // Requests that waited for these tokens may have been canceled. Tokens that became owed during the call can
             // be returned now.

@@ -35,7 +35,7 @@ impl LedgerCalls {
         let is_missing = {
             let mut queue = self.queue.lock();
             let is_missing = (queue.has_returns() && queue.returners == 0)
-                || (queue.returners < self.returners && queue.returns.len() > RETURNS_FOR_ONE);
+                || (queue.returners < self.max_returners && queue.returns.len() > RETURNS_FOR_ONE);
             queue.returners += usize::from(is_missing);
             is_missing
         };
@@ -53,7 +53,7 @@ impl LedgerCalls {
         };
         let is_missing = {
             let mut queue = self.queue.lock();
-            let is_missing = queue.has_takes() && queue.takers < self.takers;
+            let is_missing = queue.has_takes() && queue.takers < self.max_takers;
             queue.takers += usize::from(is_missing);
             is_missing
         };

@@ -117,7 +117,7 @@ impl KeyState {
     }
 
     /// Applies `policies` and brings the state up to `now`. `replicas` is the number of replicas that share each quota.
-    pub(in crate::limiter) fn follow(
+    pub(in crate::limiter) fn apply_policies(
         &mut self,
         policies: &Policies,
         now: UnixNanos,
@@ -132,7 +132,7 @@ impl KeyState {
                     self.used_at = now;
                 }
                 if let Some(lease) = &mut self.lease {
-                    lease.edited();
+                    lease.reset_after_edit();
                 }
             }
             self.gcra = gcra;
@@ -142,8 +142,8 @@ impl KeyState {
                 self.daily.rezone();
                 self.monthly.rezone();
             }
-            self.daily.adopt(policies.daily());
-            self.monthly.adopt(policies.monthly());
+            self.daily.set_limit(policies.daily());
+            self.monthly.set_limit(policies.monthly());
         }
         self.enter_windows(now, replicas);
         self.tat = self.gcra.settled(self.tat, now);
@@ -173,8 +173,8 @@ impl KeyState {
         &self.zone
     }
 
-    /// Takes `cost` from the local bucket and every quota, or from none of them. Call [`follow`](Self::follow) with
-    /// `now` first.
+    /// Takes `cost` from the local bucket and every quota, or from none of them. Call
+    /// [`apply_policies`](Self::apply_policies) with `now` first.
     pub(in crate::limiter) fn step(
         &mut self,
         policies: &Policies,

@@ -26,7 +26,7 @@ use tokio::time;
 use super::{
     demand::DemandGuard,
     handle::KeyHandle,
-    ledger_calls::{Drained, LedgerCalls, LedgerConnections, TooSlow},
+    ledger_calls::{LedgerCalls, LedgerConnections, ReturnedQuota, TooSlow},
     state::{KeyState, MissingBlocks, OnUnknown},
 };
 use crate::{
@@ -55,8 +55,8 @@ pub struct KeyTableSettings {
     pub max_keys: usize,
     /// How long a request waits for one ledger call. A decision waits for at most two calls.
     pub ledger_deadline: Duration,
-    /// How long until a ledger call is abandoned. Longer than requests wait, because the tokens of a late response can
-    /// still be spent, while the tokens of an abandoned call are lost.
+    /// How long until a ledger call is abandoned. Longer than requests wait, because tokens granted by a late response
+    /// can still be spent, while tokens granted by an abandoned call are lost until their window ends.
     pub call_deadline: Duration,
     /// The connections to the ledger, which limit the number of concurrent calls.
     pub connections: LedgerConnections,
@@ -197,7 +197,7 @@ impl KeyTable {
                 // The next search drops the key, after the ledger has credited its tokens. If it were dropped now, its
                 // next request could find too few tokens in the ledger.
                 let released = [Policy::Daily, Policy::Monthly]
-                    .map(|policy| self.calls.release(handle, &mut state, policy));
+                    .map(|policy| self.calls.return_block(handle, &mut state, policy));
                 if released.contains(&true) {
                     return true;
                 }
@@ -217,7 +217,7 @@ impl KeyTable {
         // The time is read under the lock, so that it does not decrease from one decision to the next. If a thread read
         // the time and then waited for the lock, the clock would seem to have been set back.
         let now = self.clock.now();
-        state.follow(policies, now, self.membership.replica_count());
+        state.apply_policies(policies, now, self.membership.replica_count());
         (state, now)
     }
 
@@ -260,7 +260,7 @@ impl KeyTable {
         if let Ok(done) = attempt(OnUnknown::Wait) {
             return Ok(done);
         }
-        let _claim = self.claim(handle, cost);
+        let _demand = self.register_demand(handle, cost);
         let mut patience = self.patience();
         match self
             .fetch(handle, cost, &mut patience, || attempt(OnUnknown::Wait))
@@ -272,7 +272,7 @@ impl KeyTable {
     }
 
     /// Registers a waiting request. Tokens fetched for it are kept until the guard is dropped.
-    pub(in crate::limiter) fn claim<'a>(
+    pub(in crate::limiter) fn register_demand<'a>(
         &'a self,
         handle: &'a Arc<KeyHandle>,
         cost: NonZeroU32,
@@ -367,7 +367,7 @@ impl KeyTable {
     }
 
     /// See [`LimitStore::drain`](crate::limiter::LimitStore::drain).
-    pub(in crate::limiter) async fn drain(&self) -> Drained {
+    pub(in crate::limiter) async fn drain(&self) -> ReturnedQuota {
         // From now on, calls that end return their tokens, and requests do not start calls.
         self.calls.begin_draining();
         for shard in &self.shards {
@@ -375,10 +375,11 @@ impl KeyTable {
             for handle in keys {
                 let mut state = handle.state.lock();
                 for policy in [Policy::Daily, Policy::Monthly] {
-                    self.calls.release(&handle, &mut state, policy);
+                    self.calls.return_block(&handle, &mut state, policy);
                 }
             }
         }
-        self.calls.drained(self.settings.drain_deadline).await
+        let within = self.settings.drain_deadline;
+        self.calls.finish_draining(within).await
     }
 }

@@ -168,7 +168,9 @@ pub(in crate::limiter) struct Block {
     /// When the block was last used or filled.
     spent_at: UnixNanos,
     pace: Pace,
-    asked_at: UnixNanos,
+    /// When the ledger last responded or failed.
+    answered_at: UnixNanos,
+    /// How long to wait before querying the ledger again about an exhausted quota.
     patience: Nanos,
     fetching: bool,
     failure: Option<LedgerError>,
@@ -191,7 +193,7 @@ impl Block {
             used: 0,
             spent_at: UnixNanos(0),
             pace: Pace::UNKNOWN,
-            asked_at: UnixNanos(0),
+            answered_at: UnixNanos(0),
             patience: PATIENCE,
             fetching: false,
             failure: None,
@@ -235,7 +237,7 @@ impl Block {
     }
 
     /// Sets the policy's limit. Usage is kept. Tokens in excess of the new limit or block size are owed to the ledger.
-    pub(in crate::limiter) fn adopt(&mut self, limit: Option<NonZeroU64>) {
+    pub(in crate::limiter) fn set_limit(&mut self, limit: Option<NonZeroU64>) {
         let limit = limit.map_or(0, NonZeroU64::get);
         if limit != self.limit {
             self.limit = limit;
@@ -347,7 +349,7 @@ impl Block {
     /// Marks held tokens as owed if other replicas share the quota and the tokens are probably not needed soon: all of
     /// them if none were used recently, and otherwise those that [`tidy`](Self::tidy) marks. Returns whether any tokens
     /// were marked.
-    pub(in crate::limiter) fn give_up_unneeded(&mut self, now: UnixNanos, waited_for: u64) -> bool {
+    pub(in crate::limiter) fn owe_unneeded(&mut self, now: UnixNanos, waited_for: u64) -> bool {
         self.pace.measure(now);
         if self.replicas == 1 || self.held == 0 || self.fetching {
             return false;

@@ -23,7 +23,7 @@ impl CounterMicros {
     }
 }
 
-/// See [`TakeCall::away_since`].
+/// See [`TakeCall::outage_since`].
 pub const NEVER_HEARD: CounterMicros = CounterMicros(1);
 
 /// Identifies a bucket in a partition.
@@ -48,10 +48,11 @@ pub struct TakeCall {
     /// The plan's version. If callers send different versions, the counters use the newest.
     pub version: u64,
     pub need: u64,
-    /// The number of tokens that requests are waiting for. If the bucket holds fewer, it grants what it holds.
+    /// The number of tokens that requests are waiting for, or that should be granted as if they were. If the bucket
+    /// holds fewer, it grants what it holds.
     pub waiting: u64,
     /// The total number of tokens to take, at least `waiting`. Tokens in excess of `waiting` are for later. A grant
-    /// that includes such tokens is at most half of what the bucket holds. If zero, the call only reads the state.
+    /// that includes such tokens is at most half of what the bucket holds. If zero, no tokens are taken.
     pub want: u64,
     /// The number of unspent tokens to return.
     pub back: u64,
@@ -66,7 +67,7 @@ pub struct TakeCall {
     /// When the caller began to decide without the counters, or zero if it has not. Since then, it may have allowed
     /// requests that the counters do not know of. [`NEVER_HEARD`] if the caller has never received a reply and other
     /// replicas may have allowed such requests.
-    pub away_since: CounterMicros,
+    pub outage_since: CounterMicros,
     /// Start of the epoch that the previous reply promised, if the caller has not allowed any request since that start;
     /// zero otherwise. A call that arrives before the start confirms that the caller knows of it. The counters postpone
     /// the start until a caller has confirmed it. A call that arrives soon after the start uses the promised epoch

@@ -3,7 +3,7 @@
 use super::{counters::CounterMicros, gcra::Gcra, waiter::Unspent};
 use crate::clock::Nanos;
 
-/// The longest pause varies by the lease TTL divided by this number.
+/// The longest pause is up to this fraction of the lease TTL shorter than the TTL.
 const VARIES: u64 = 8;
 
 /// When this replica's last call was made, if that call took all of the bucket's tokens.

@@ -55,7 +55,7 @@ impl Share {
         let burst = gcra.tokens(gcra.tau());
         let mine = burst / slot.of.get() + u64::from(slot.rank < burst % slot.of.get());
         let price = Nanos(gcra.tau().0.div_ceil(mine.max(1)));
-        self.follow(price, gcra.tau(), since, now);
+        self.apply_plan(price, gcra.tau(), since, now);
         if mine < u64::from(cost.get()) {
             return Err(A_SECOND);
         }
@@ -75,7 +75,7 @@ impl Share {
     /// any: a larger burst has to refill, so that no sequence of edits can fill a share. Since the time of the edit is
     /// unknown, the share counts as having refilled at the lower of the two rates since its last use. The share does
     /// not refill before `since`.
-    fn follow(&mut self, price: Nanos, tau: Nanos, since: Monotonic, now: Monotonic) {
+    fn apply_plan(&mut self, price: Nanos, tau: Nanos, since: Monotonic, now: Monotonic) {
         if self.since != since {
             // It is unknown how much would have refilled under the previous plan.
             let empty_at = if self.is_edited {

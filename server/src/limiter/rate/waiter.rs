@@ -42,7 +42,7 @@ pub(in crate::limiter) enum FetchOutcome {
     Granted(Grant),
     /// The counters had too few tokens.
     TooFew,
-    /// There was no response in time.
+    /// The call failed, or there was no response in time.
     Unanswered,
 }
 

@@ -231,7 +231,7 @@ impl TestApp {
 
     /// Stops as after SIGTERM: requests finish and unused tokens are returned.
     pub(crate) async fn stop(mut self) {
-        self.state.drain();
+        self.state.begin_draining();
         let _ = self.stop.send(true);
         for server in self.servers.drain(..) {
             server.await.expect("the server ends well");

@@ -68,7 +68,7 @@ impl Block {
             self.patience
         };
         // The difference is absolute, because a clock that was set back must not block a key for hours.
-        now.abs_diff(self.asked_at) >= patience
+        now.abs_diff(self.answered_at) >= patience
     }
 
     /// Begins a fetch at `now`, unless a fetch is in flight or there is nothing to do. Each order must be followed by
@@ -137,7 +137,7 @@ impl Block {
             self.spent_at = now;
         }
         self.used = taken.used.saturating_sub(owed);
-        self.asked_at = now;
+        self.answered_at = now;
         self.patience = if taken.granted > 0 {
             PATIENCE
         } else {
@@ -156,7 +156,7 @@ impl Block {
         self.fetching = false;
         self.failure = Some(error);
         self.failures += 1;
-        self.asked_at = now;
+        self.answered_at = now;
     }
 
     /// Begins to fetch the first block of the next window if it is time and the key was used in the current window.
