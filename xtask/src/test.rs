@@ -21,6 +21,7 @@ pub(crate) fn test(arguments: &[OsString]) -> Result<ExitCode> {
         machine::RECENT_CADDY,
         machine::NGINX,
         machine::HAPROXY,
+        machine::ENVOY,
     ];
     if with_journey {
         needs.extend(journey::needs());

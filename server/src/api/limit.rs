@@ -319,11 +319,11 @@ impl LimitApi {
 
     /// Check a request (status only, for gateways)
     ///
-    /// For gateways such as Caddy, nginx, HAProxy and Traefik that check each request before forwarding it. Accepts any
-    /// method. Send the gateway's service token in exactly one `X-Service-Token` header, and pass on the consumer's
-    /// `X-API-Key` or `Authorization: Bearer`. Every response has an `X-Quota-Decision` header: `allowed`, `limited`,
-    /// `unauthorized`, `payment_required` or `unavailable`. Forward a request only if the status is 200 and the
-    /// decision is `allowed`.
+    /// For gateways such as Caddy, nginx, HAProxy, Traefik and Envoy that check each request before forwarding it.
+    /// Accepts any method. Send the gateway's service token in exactly one `X-Service-Token` header, and pass on the
+    /// consumer's `X-API-Key` or `Authorization: Bearer`. Every response has an `X-Quota-Decision` header: `allowed`,
+    /// `limited`, `unauthorized`, `payment_required` or `unavailable`. Forward a request only if the status is 200 and
+    /// the decision is `allowed`.
     #[oai(path = "/forward-auth", method = "get", operation_id = "forward_auth")]
     pub async fn forward_auth(
         &self,
