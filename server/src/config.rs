@@ -33,6 +33,7 @@ pub use self::{
 pub struct Config {
     pub listen: SocketAddr,
     pub metrics_listen: Option<SocketAddr>,
+    pub grpc_listen: Option<SocketAddr>,
     /// The URL at which clients reach the server, without a trailing slash.
     pub public_url: String,
     pub data_dir: PathBuf,
@@ -103,6 +104,7 @@ impl std::fmt::Debug for Config {
         f.debug_struct("Config")
             .field("listen", &self.listen)
             .field("metrics_listen", &self.metrics_listen)
+            .field("grpc_listen", &self.grpc_listen)
             .field("public_url", &self.public_url)
             .field("data_dir", &self.data_dir)
             .field("embedded", &self.database_url.is_none())
@@ -265,12 +267,18 @@ pub struct ConfigErrors(pub Vec<String>);
 
 impl Config {
     /// Sets the addresses that the server listens on. They differ from the settings if a port is 0.
-    pub fn listens_on(&mut self, listen: SocketAddr, metrics_listen: Option<SocketAddr>) {
+    pub fn listens_on(
+        &mut self,
+        listen: SocketAddr,
+        metrics_listen: Option<SocketAddr>,
+        grpc_listen: Option<SocketAddr>,
+    ) {
         if self.public_url == format!("http://{}", self.listen) {
             self.public_url = format!("http://{listen}");
         }
         self.listen = listen;
         self.metrics_listen = metrics_listen;
+        self.grpc_listen = grpc_listen;
     }
 
     pub fn secret_bytes(secret: &SecretString) -> &[u8] {

@@ -46,6 +46,7 @@ impl Report {
         for (name, addr) in [
             ("QUOTA_LISTEN", Some(config.listen)),
             ("QUOTA_METRICS_LISTEN", config.metrics_listen),
+            ("QUOTA_GRPC_LISTEN", config.grpc_listen),
         ] {
             let Some(addr) = addr else { continue };
             match TcpListener::bind(addr).await {

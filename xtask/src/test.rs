@@ -24,6 +24,7 @@ pub(crate) fn test(arguments: &[OsString]) -> Result<ExitCode> {
         machine::PIP,
         machine::NODE,
         machine::NPM,
+        machine::ENVOY,
     ];
     if with_journey {
         needs.extend(journey::needs());

@@ -254,11 +254,21 @@ impl AdmittedKey {
         fields: &impl Fields,
         query: Option<&str>,
     ) -> Result<Self, ApiError> {
-        let text = api_key(fields, query)?
-            .ok_or_else(|| ApiError::unauthorized(false, "Send an API key as X-API-Key."))?;
+        let text = api_key(fields, query)?.ok_or_else(ApiError::key_missing)?;
         // This is the only endpoint of Quota itself that consumes a key's limits.
         let endpoint = "GET /v1/echo";
-        match decide(context, text, NonZeroU32::MIN, None, endpoint).await? {
+        Self::decide(context, text, NonZeroU32::MIN, None, endpoint).await
+    }
+
+    /// Calls [`decide`]. Returns a 401, 402 or 429 error if the request is not allowed.
+    pub async fn decide(
+        context: &RequestContext,
+        text: &str,
+        cost: NonZeroU32,
+        tenant: Option<TenantId>,
+        endpoint: &str,
+    ) -> Result<Self, ApiError> {
+        match decide(context, text, cost, tenant, endpoint).await? {
             Ok((record, decision)) if decision.is_allowed() => Ok(Self { record, decision }),
             Ok((record, decision)) => Err(ApiError::denied(record, decision)),
             Err(RejectedKey {

@@ -51,14 +51,18 @@ impl GatewayDecision {
         }
     }
 
-    pub const fn value(self) -> HeaderValue {
-        HeaderValue::from_static(match self {
+    pub const fn name(self) -> &'static str {
+        match self {
             Self::Allowed => "allowed",
             Self::Limited => "limited",
             Self::Unauthorized => "unauthorized",
             Self::PaymentRequired => "payment_required",
             Self::Unavailable => "unavailable",
-        })
+        }
+    }
+
+    pub const fn value(self) -> HeaderValue {
+        HeaderValue::from_static(self.name())
     }
 }
 

@@ -25,6 +25,7 @@ pub mod document;
 pub mod fast_path;
 pub mod fields;
 mod fill_time;
+pub mod grpc;
 pub mod health;
 pub mod idempotency;
 pub mod ip_guard;

@@ -84,6 +84,11 @@ impl ApiError {
         }
     }
 
+    /// The problem for a request without an API key.
+    pub fn key_missing() -> Self {
+        Self::unauthorized(false, "Send an API key as X-API-Key.")
+    }
+
     pub fn subscription_needed() -> Self {
         Self::new(
             ProblemCode::SubscriptionNeeded,
@@ -265,7 +270,7 @@ impl ApiError {
 
     /// Logs the error if the server failed. Overload is not a failure: its errors have no source and are counted in
     /// metrics.
-    fn log(&self, request_id: &str) {
+    pub fn log(&self, request_id: &str) {
         let is_busy = self.code == ProblemCode::InsufficientStorage
             || self.code == ProblemCode::Unavailable && self.source.is_none();
         if self.http_status() >= 500 && !is_busy {

@@ -286,6 +286,14 @@ pub(super) fn address(text: &str) -> Result<SocketAddr, String> {
         .map_err(|_| "must be an address and a port such as 127.0.0.1:8080".to_owned())
 }
 
+/// Parses an address. Returns `None` for `off` or an empty string.
+pub(super) fn optional_address(text: &str) -> Result<Option<SocketAddr>, String> {
+    match text {
+        "off" | "" => Ok(None),
+        text => address(text).map(Some),
+    }
+}
+
 pub(super) fn network(text: &str) -> Result<IpNet, String> {
     text.parse::<IpNet>()
         .or_else(|_| text.parse::<IpAddr>().map(IpNet::from))

@@ -35,6 +35,10 @@ settings! {
     /// The address that /metrics (OpenMetrics text, for Prometheus) listens on, or `off`. Do not expose it publicly.
     metrics_listen: "QUOTA_METRICS_LISTEN", "127.0.0.1:9090", "ADDR";
 
+    /// The address that Envoy's rate limit service (gRPC) listens on, or `off`. It does not use TLS: listen only in a
+    /// private network.
+    grpc_listen: "QUOTA_GRPC_LISTEN", "off", "ADDR";
+
     /// The URL at which clients reach the server. Error responses link to pages under it. Default: http:// followed
     /// by QUOTA_LISTEN.
     public_url: "QUOTA_PUBLIC_URL", "", "URL";

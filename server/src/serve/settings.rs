@@ -8,6 +8,8 @@ use crate::{file_limit, state::AppState, telemetry::metrics::ConnectionMetrics};
 
 /// The maximum number of connections to the metrics listener: enough for a few scrapers and an operator.
 const METRICS_CONNECTIONS: usize = 64;
+/// The maximum number of connections to the gRPC listener: enough for a hundred gateways with a few threads each.
+const GRPC_CONNECTIONS: usize = 512;
 /// How many bytes requests may use on all connections that have not authenticated: enough for hundreds of the largest
 /// request heads, or thousands of typical ones.
 const MEMORY: usize = 8 * 1024 * 1024;
@@ -59,11 +61,11 @@ impl ServeSettings {
     /// Returns the settings of the API listener. `file_limit` is the result of [`file_limit::raise`].
     pub fn public(state: &AppState, file_limit: Option<usize>) -> Self {
         let config = &state.config;
-        let database = config.database.pool;
+        let grpc = config.grpc_listen.map_or(0, |_| GRPC_CONNECTIONS);
         let connections = file_limit::connections(
             config.connections,
             file_limit,
-            database + METRICS_CONNECTIONS,
+            config.database.pool + METRICS_CONNECTIONS + grpc,
         );
         if connections < config.connections {
             tracing::warn!(
@@ -87,6 +89,22 @@ impl ServeSettings {
                 trusted_proxies: config.trusted_proxies.clone(),
             },
             metrics: state.metrics.public_connections.clone(),
+        }
+    }
+
+    /// Returns the settings of the gRPC listener.
+    pub fn grpc(state: &AppState) -> Self {
+        let public = Self::public(state, None);
+        Self {
+            limits: Limits {
+                connections: GRPC_CONNECTIONS,
+                // Connections of gateways do not count once they have sent a valid service token.
+                per_address: GRPC_CONNECTIONS / 2,
+                per_network: GRPC_CONNECTIONS / 4 * 3,
+                ..public.limits
+            },
+            metrics: state.metrics.grpc_connections.clone(),
+            ..public
         }
     }
 

@@ -42,6 +42,7 @@ macro_rules! metrics {
             pub invalidation_lag_seconds: Latency,
             pub public_connections: Arc<ConnectionMetrics>,
             pub metrics_connections: Arc<ConnectionMetrics>,
+            pub grpc_connections: Arc<ConnectionMetrics>,
             /// The number of swept rows, by kind.
             swept: Mutex<BTreeMap<&'static str, u64>>,
             statuses: Statuses,
@@ -258,6 +259,7 @@ impl Metrics {
             [
                 ("public", &self.public_connections),
                 ("metrics", &self.metrics_connections),
+                ("grpc", &self.grpc_connections),
             ],
         );
         self.write_swept(&mut text);

@@ -107,7 +107,7 @@ fn example_is_a_valid_environment() {
 /// Returns an invalid value for each variable.
 fn wrong(name: &str) -> &'static str {
     match name {
-        "QUOTA_LISTEN" | "QUOTA_METRICS_LISTEN" => "8080",
+        "QUOTA_LISTEN" | "QUOTA_METRICS_LISTEN" | "QUOTA_GRPC_LISTEN" => "8080",
         "QUOTA_PUBLIC_URL" | "STRIPE_API_BASE" => "ftp://example.com",
         "QUOTA_DATA_DIR" => " ",
         "DATABASE_URL" => "mysql://root:hunter2@host/db",

@@ -23,6 +23,7 @@ mod flood;
 mod free_tier;
 mod frozen_database;
 mod gateways;
+mod grpc;
 mod http;
 mod invalidation;
 mod key_lists;
