@@ -40,6 +40,7 @@ use crate::{
             ledger::{LedgerError, LedgerRow, QuotaLedger, Taken},
         },
     },
+    spans,
 };
 
 /// The result of a drain.
@@ -203,6 +204,7 @@ impl LedgerCalls {
                 at: now,
                 calendar: calendar::window(policy, state.zone(), now),
                 order,
+                span: spans::current(),
             });
         }
     }
@@ -234,6 +236,7 @@ impl LedgerCalls {
                 at,
                 calendar,
                 order: block.next_order(calendar),
+                span: None,
             });
         }
     }
