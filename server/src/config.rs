@@ -13,6 +13,7 @@ pub mod redis;
 mod settings;
 #[cfg(test)]
 mod tests;
+mod traces;
 
 use std::{net::SocketAddr, num::NonZeroU64, path::PathBuf, time::Duration};
 
@@ -94,6 +95,8 @@ pub struct Config {
     pub webhook_private_networks: Vec<IpNet>,
     pub log_format: LogFormat,
     pub log: String,
+    /// `None` if requests are not traced.
+    pub traces: Option<TraceSettings>,
     /// Cannot be configured. Tests use a lower cost.
     pub password_cost: PasswordCost,
 }
@@ -140,6 +143,18 @@ pub struct MailSettings {
     /// `None` means that emails are written to files.
     pub smtp: Option<SmtpSettings>,
     pub from: Mailbox,
+}
+
+/// Settings for OpenTelemetry traces.
+#[derive(Clone)]
+pub struct TraceSettings {
+    /// The collector's URL, without a trailing slash. Spans are sent to `/v1/traces` under it.
+    pub endpoint: String,
+    /// Additional request headers, which may contain credentials.
+    pub headers: Vec<(String, SecretString)>,
+    pub service_name: String,
+    /// The ratio of requests that are traced, from 0 to 1.
+    pub ratio: f64,
 }
 
 /// The server to which emails are sent.

@@ -64,7 +64,7 @@ pub struct PlainRequest<'a> {
 }
 
 /// The header fields that endpoints can read. A plain request contains each of them at most once.
-const KNOWN: [&str; 9] = [
+const KNOWN: [&str; 10] = [
     "x-api-key",
     "authorization",
     "x-service-token",
@@ -74,6 +74,7 @@ const KNOWN: [&str; 9] = [
     "x-forwarded-method",
     "content-type",
     "origin",
+    "traceparent",
 ];
 
 impl<'a> PlainRequest<'a> {
@@ -173,6 +174,7 @@ impl<'a> Known<'a> {
                 7 if is("upgrade") || is("trailer") => return None,
                 9 if is("x-api-key") => &mut values[0],
                 10 if is("connection") => &mut connection,
+                11 if is("traceparent") => &mut values[9],
                 12 if is("x-request-id") => &mut values[3],
                 12 if is("content-type") => &mut values[7],
                 13 if is("authorization") => &mut values[1],

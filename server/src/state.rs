@@ -30,6 +30,7 @@ use crate::{
     clock::Clock,
     config::Config,
     db::{Db, DbError, Lane},
+    error_chain,
     invalidations::{Publisher, Recent},
     keys::{
         KeyStore,
@@ -48,7 +49,7 @@ use crate::{
     readiness::ReadinessProbe,
     redis::Redis,
     repo::{self, alert::TenantQuota, invalidation::Invalidation, replica::Seen, sweep::Expired},
-    telemetry::{log::Log, metrics::Metrics},
+    telemetry::{log::Log, metrics::Metrics, traces::Traces},
     tenant_queue::TenantQueues,
     tenant_rate::TenantRate,
     webhooks::{Lookup, SystemLookup, Webhooks},
@@ -76,6 +77,8 @@ pub struct Services {
     pub readiness: ReadinessProbe,
     pub metrics: Arc<Metrics>,
     pub log: Log,
+    /// `None` if requests are not traced.
+    pub traces: Option<Traces>,
     pub limiter: Limiter,
     /// The number of replicas, and this replica's slot.
     pub membership: Arc<Membership>,
@@ -286,6 +289,12 @@ impl AppState {
             clock: clock.clone(),
             metrics: metrics.clone(),
         };
+        let traces = config
+            .traces
+            .as_ref()
+            .map(|settings| Traces::start(settings, replica_id, &metrics))
+            .transpose()
+            .map_err(|error| AuthError::Internal(error_chain::chain(&error)))?;
         let stripe_pages = TenantRate::new(STRIPE_PAGES, clock.clone());
         let webhook_requests = TenantRate::new(WEBHOOK_REQUESTS, clock.clone());
         Ok(Self(Arc::new(Services {
@@ -297,6 +306,7 @@ impl AppState {
             db,
             metrics,
             log,
+            traces,
             limiter,
             membership,
             replica_id,

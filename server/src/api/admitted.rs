@@ -5,7 +5,7 @@
 //! the request. A [`ServiceCaller`] or [`GatewayCaller`] has sent a service token. Each type is a poem-openapi
 //! extractor that adds its security scheme to the OpenAPI document.
 
-use std::{num::NonZeroU32, sync::Arc};
+use std::{num::NonZeroU32, pin::pin, sync::Arc};
 
 use poem::{Request, RequestBody, Result, http::Method};
 use poem_openapi::{
@@ -26,8 +26,9 @@ use super::{
 use crate::{
     auth::session::{LiveSession, Origin},
     keys::{KeyRecord, Rejection, ServiceRecord},
-    limiter::Decision,
+    limiter::{Decision, Policy},
     secret_text::{Kind, SecretText},
+    spans::{self, Span, SpanKind},
 };
 
 const fn blank(ty: &'static str, description: &'static str) -> MetaSecurityScheme {
@@ -155,6 +156,24 @@ pub async fn decide(
     tenant: Option<TenantId>,
     endpoint: &str,
 ) -> Result<Result<(Arc<KeyRecord>, Decision), RejectedKey>, ApiError> {
+    let mut span = spans::child("decide", SpanKind::Internal);
+    let result = {
+        let decision = pin!(decide_in_span(context, text, cost, tenant, endpoint));
+        spans::inside(span.as_ref().map(Span::as_parent), decision).await
+    };
+    if let Some(span) = &mut span {
+        describe(span, cost, &result);
+    }
+    result
+}
+
+async fn decide_in_span(
+    context: &RequestContext,
+    text: &str,
+    cost: NonZeroU32,
+    tenant: Option<TenantId>,
+    endpoint: &str,
+) -> Result<Result<(Arc<KeyRecord>, Decision), RejectedKey>, ApiError> {
     let state = &context.state;
     let began = state.clock.monotonic();
     let refused = |rejection, record| {
@@ -223,6 +242,37 @@ pub async fn decide(
         .decision_seconds
         .observe(recorded_at.saturating_since(began));
     Ok(Ok((record, decision)))
+}
+
+/// Describes a decision in its span. The outcomes are those of `X-Quota-Decision`.
+fn describe(
+    span: &mut Span,
+    cost: NonZeroU32,
+    result: &Result<Result<(Arc<KeyRecord>, Decision), RejectedKey>, ApiError>,
+) {
+    span.set("quota.cost", i64::from(cost.get()));
+    let outcome = match result {
+        Ok(Ok((record, decision))) => {
+            span.set("quota.plan_id", record.plan_id.to_string());
+            span.set("quota.degraded", decision.degraded);
+            if decision.is_allowed() {
+                "allowed"
+            } else {
+                let violated: Vec<_> = decision.violated().iter().map(Policy::name).collect();
+                span.set("quota.violated", violated.join(","));
+                "limited"
+            }
+        }
+        Ok(Err(RejectedKey { rejection, .. })) => match rejection {
+            Rejection::PaymentRequired => "payment_required",
+            Rejection::Unknown | Rejection::Inactive | Rejection::Expired => "unauthorized",
+        },
+        Err(error) => {
+            span.fail(error.code.slug());
+            "unavailable"
+        }
+    };
+    span.set("quota.decision", outcome);
 }
 
 #[derive(Debug, Clone)]

@@ -42,6 +42,7 @@ pub mod request_log;
 pub mod service_token;
 pub mod stats;
 pub mod tenant_rights;
+pub mod trace;
 pub mod usage;
 pub mod webhook;
 

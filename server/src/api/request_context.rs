@@ -16,6 +16,7 @@ use crate::{
     clock::{Nanos, UnixNanos},
     connection_marks::{ConnectionMarks, EndlessResponse},
     keys::{KeyRecord, LookupCaller},
+    spans::Span,
     state::AppState,
     telemetry::log::AccessLine,
 };
@@ -109,6 +110,21 @@ impl RequestContext {
     pub fn begin_endless_response(&self) -> Option<EndlessResponse> {
         let connection = self.marks.as_ref();
         connection.map(ConnectionMarks::begin_endless_response)
+    }
+
+    /// Adds the request's ID and its authenticated caller to the request's span. Call before [`log`](Self::log).
+    pub fn identify(&self, span: &mut Span) {
+        span.set("quota.request_id", self.id().to_owned());
+        let caller = self.caller.lock();
+        let (tenant, key) = match &*caller {
+            Some(Identity::Tenant(tenant)) => (tenant, None),
+            Some(Identity::Key(key)) => (&key.tenant, Some(key)),
+            None => return,
+        };
+        span.set("quota.tenant_id", tenant.to_string());
+        if let Some(key) = key {
+            span.set("quota.key_id", key.id.to_string());
+        }
     }
 
     /// Writes the access log line. `took` is the time since the request arrived.

@@ -208,7 +208,14 @@ async fn serve_on(
     let left = RETURN_TOKENS_WITHIN
         .saturating_sub(stopping_at.elapsed())
         .max(RETURN_TOKENS_MIN);
-    match tokio::time::timeout(left, state.limiter.drain()).await {
+    let stop_traces = async {
+        if let Some(traces) = &state.traces {
+            traces.stop().await;
+        }
+    };
+    let drain = tokio::time::timeout(left, state.limiter.drain());
+    let (drained, ()) = tokio::join!(drain, stop_traces);
+    match drained {
         Ok(drained) if drained.lost == 0 => {
             tracing::info!(tokens = drained.given_back, "unused quota tokens returned");
         }

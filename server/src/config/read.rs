@@ -12,7 +12,7 @@ use super::{
         Reader, Sourced, address, boolean, database_url, list, network, optional_address, origin,
         prefix, public_url,
     },
-    redis,
+    redis, traces,
 };
 
 impl Config {
@@ -266,6 +266,7 @@ impl Config {
                     .map(|_| text.to_owned())
                     .map_err(|_| "must be tracing directives such as info".into())
             }),
+            traces: traces::read(r, s),
             password_cost: PasswordCost::default(),
         };
         if config.drain_delay + config.drain_timeout > Duration::from_secs(28) {

@@ -146,7 +146,7 @@ settings! {
     /// These pages may read the rate-limit headers. Their requests cannot use cookies.
     allowed_origins: "ALLOWED_ORIGINS", "", "ORIGINS";
 
-    /// Networks of proxies whose X-Forwarded-For is trusted, separated by commas, such as 10.0.0.0/8.
+    /// Networks of proxies whose X-Forwarded-For and traceparent are trusted, separated by commas, such as 10.0.0.0/8.
     trusted_proxies: "QUOTA_TRUSTED_PROXIES", "", "CIDRS";
 
     /// Who may create an account: open (anyone) or closed (only the operator, with `quota user create`).
@@ -311,4 +311,22 @@ settings! {
 
     /// The log filter, as tracing directives such as info,quota_server=debug.
     log: "RUST_LOG", "info", "DIRECTIVES";
+
+    /// The OpenTelemetry collector to which traces are sent (OTLP over HTTP, as protobuf), such as
+    /// http://collector:4318. Spans are sent to /v1/traces under this URL. Unset: requests are not traced.
+    otel_exporter_otlp_endpoint: "OTEL_EXPORTER_OTLP_ENDPOINT", "", "URL";
+
+    /// Headers of requests to the collector, separated by commas, such as api-key=secret. Percent-encode special
+    /// characters in values.
+    otel_exporter_otlp_headers: "OTEL_EXPORTER_OTLP_HEADERS", "", "HEADERS", hide_env_values = true;
+
+    /// A file that contains OTEL_EXPORTER_OTLP_HEADERS. Use either this or OTEL_EXPORTER_OTLP_HEADERS.
+    otel_exporter_otlp_headers_file: "OTEL_EXPORTER_OTLP_HEADERS_FILE", "", "PATH";
+
+    /// The name of the service in traces, at most 100 characters.
+    otel_service_name: "OTEL_SERVICE_NAME", "quota", "NAME";
+
+    /// The ratio of requests that are traced: 0 to 1. Does not apply to requests for which a proxy in
+    /// QUOTA_TRUSTED_PROXIES has already decided (with the traceparent header).
+    otel_traces_sampler_arg: "OTEL_TRACES_SAMPLER_ARG", "0.01", "RATIO";
 }

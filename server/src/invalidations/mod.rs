@@ -24,6 +24,7 @@ use crate::{
     redis::{Redis, Subscription},
     repo::invalidation::{Invalidation, Target},
     seal::Seal,
+    spans,
     telemetry::metrics::Metrics,
 };
 
@@ -75,7 +76,7 @@ impl Publisher {
             return;
         };
         let publisher = self.clone();
-        tokio::spawn(async move {
+        let publishing = async move {
             let mut publish = redis::cmd("PUBLISH");
             publish.arg(&*publisher.channel).arg(message);
             match redis.query(&publisher.channel, &publish).await {
@@ -87,7 +88,8 @@ impl Publisher {
                     tracing::debug!(error = %error, "cannot publish an invalidation");
                 }
             }
-        });
+        };
+        tokio::spawn(spans::within(spans::current(), publishing));
     }
 
     /// Subscribes to published changes. Returns `None` if Redis is not configured.

@@ -27,6 +27,7 @@ use crate::{
     db::{self, Db, DbError, Lane},
     repo::{api_key, api_key::KeyFacts, service_token},
     secret_text::Hash,
+    spans::{self, Parent},
     telemetry::metrics::Metrics,
 };
 
@@ -148,6 +149,8 @@ struct Waiting<V> {
     id: u64,
     hash: Hash,
     answer: oneshot::Sender<Result<Option<V>, Unconfirmed>>,
+    /// The span that the lookup belongs to, if its request is traced.
+    span: Option<Parent>,
 }
 
 struct Queue<V> {
@@ -326,7 +329,13 @@ impl<V: Send + 'static> Batches<V> {
         let mut queue = self.0.queue.lock();
         let id = queue.next_id;
         queue.next_id += 1;
-        queue.push(caller, Waiting { id, hash, answer });
+        let waiting = Waiting {
+            id,
+            hash,
+            answer,
+            span: spans::current(),
+        };
+        queue.push(caller, waiting);
         let is_missing = queue.workers < self.0.settings.workers
             && (caller.is_none() || queue.on_unknown < self.for_unknown());
         queue.workers += usize::from(is_missing);
@@ -424,7 +433,9 @@ struct Batch<V: Send + 'static> {
 impl<V: Send + 'static> Batch<V> {
     async fn run(mut self) {
         let hashes = self.list.iter().map(|it| it.hash).collect();
-        let answers = (self.batches.0.query)(hashes).await;
+        // The statement can belong to only one trace.
+        let span = self.list.iter().find_map(|it| it.span.clone());
+        let answers = spans::within(span, (self.batches.0.query)(hashes)).await;
         let mut answers = answers.map_err(|error| self.batches.failed(&error));
         for waiting in self.list.drain(..) {
             let answer = match &mut answers {

@@ -23,6 +23,7 @@ use crate::{
     limiter::{KeyHandle, Limiter, Policies, RatePolicy, TenantQuota, Zone},
     repo::api_key::{FoundKey, KeyFacts},
     secret_text::{Hash, SecretText},
+    spans,
     telemetry::metrics::Metrics,
 };
 
@@ -193,6 +194,7 @@ impl KeyStore {
             self.shared.clone(),
         );
         let (index, cached) = (self.index.clone(), self.keys.clone());
+        let span = spans::current();
         let record = move |facts: KeyFacts, as_of| {
             // Add the hash to the index before the record is cached.
             let owners = [facts.tenant_id, facts.plan_id, facts.id];
@@ -202,7 +204,7 @@ impl KeyStore {
         self.keys
             .get(hash, move || {
                 let (lookups, record, shared) = (lookups.clone(), record.clone(), shared.clone());
-                async move {
+                spans::within(span.clone(), async move {
                     let lookup = lookups.begin(caller)?;
                     if let Some(shared) = &shared
                         && let Some(found) = shared.get(&hash).await
@@ -220,7 +222,7 @@ impl KeyStore {
                     }
                     let record = facts.map(|(facts, as_of)| record(facts, as_of));
                     Ok(record.transpose()?.into())
-                }
+                })
             })
             .await
     }
@@ -236,13 +238,14 @@ impl KeyStore {
         }
         let caller = (!self.tokens.holds(&hash)).then_some(caller);
         let lookups = self.lookups.tokens.clone();
+        let span = spans::current();
         self.tokens
             .get(hash, move || {
                 let lookups = lookups.clone();
-                async move {
+                spans::within(span.clone(), async move {
                     let owner = lookups.begin(caller)?.find(hash).await?;
                     Ok(owner.map(|(tenant, id)| ServiceRecord { tenant, id }))
-                }
+                })
             })
             .await
     }

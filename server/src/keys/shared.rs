@@ -46,6 +46,7 @@ use crate::{
     repo::api_key::KeyFacts,
     seal::Seal,
     secret_text::Hash,
+    spans,
     telemetry::metrics::Metrics,
 };
 
@@ -189,11 +190,11 @@ impl SharedKeys {
         let mut set = redis::cmd("SET");
         set.arg(&name).arg(bytes).arg("EX").arg(keep.as_secs());
         let this = self.clone();
-        tokio::spawn(async move {
+        tokio::spawn(spans::within(spans::current(), async move {
             if let Err(failure) = this.0.context.redis.query(&name, &set).await {
                 this.failed(&failure);
             }
-        });
+        }));
     }
 
     fn is_paused(&self) -> bool {

@@ -18,6 +18,7 @@ pub mod inspect;
 mod link;
 mod shared;
 mod source;
+mod span;
 mod subscription;
 mod supervisor;
 

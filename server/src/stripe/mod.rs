@@ -53,7 +53,10 @@ use self::{
     raw::RawClient,
     response::{Customer, List},
 };
-use crate::config::StripeSettings;
+use crate::{
+    config::StripeSettings,
+    spans::{self, SpanKind},
+};
 
 /// The maximum duration of a request. A request that timed out may have taken effect.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -173,16 +176,31 @@ pub struct Checkout<'a> {
 /// Sends a request and parses the response.
 macro_rules! send {
     ($stripe:expr, $request:expr) => {
-        $request.build().customize().send(&$stripe.client).await?
+        traced($request.build().customize().send(&$stripe.client)).await?
     };
     ($stripe:expr, $request:expr, $key:expr) => {
-        $request
-            .build()
-            .customize()
-            .request_strategy(idempotent($key))
-            .send(&$stripe.client)
-            .await?
+        traced(
+            $request
+                .build()
+                .customize()
+                .request_strategy(idempotent($key))
+                .send(&$stripe.client),
+        )
+        .await?
     };
+}
+
+/// Sends a request in a span, if a traced request is being served.
+async fn traced<T>(
+    request: impl Future<Output = std::result::Result<T, ClientError>>,
+) -> std::result::Result<T, ClientError> {
+    let span = spans::child("Stripe request", SpanKind::Client);
+    let sent = request.await;
+    if let (Some(mut span), Err(_)) = (span, &sent) {
+        // The error may contain the customer's data.
+        span.fail("");
+    }
+    sent
 }
 
 fn idempotent(key: &str) -> RequestStrategy {

@@ -143,6 +143,9 @@ metrics! {
     panics: Counter, "panics", "Handlers that panicked";
     log_lines_dropped: Counter, "log_lines_dropped",
         "Log lines dropped because standard output was blocked";
+    spans_sent: Counter, "spans_sent", "Spans sent to the OpenTelemetry collector";
+    spans_dropped: Counter, "spans_dropped",
+        "Spans dropped because too many were waiting or the OpenTelemetry collector did not accept them";
     invalidation_polls: Counter, "invalidation_polls", "Polls for changes to keys, plans, tokens and sessions";
     invalidation_poll_errors: Counter, "invalidation_poll_errors", "Failed polls for changes";
     invalidations_published: Counter, "invalidations_published", "Changes published to other replicas";

@@ -18,6 +18,7 @@ use crate::{
             waiter::{FetchOutcome, Grant, Unspent, Waiter},
         },
     },
+    spans::{self, Parent},
 };
 
 impl StoreCore {
@@ -65,6 +66,7 @@ impl StoreCore {
             for_later,
             asked_at,
             requests,
+            span: spans::current(),
             active: true,
         }));
     }
@@ -122,6 +124,8 @@ struct LeaseFetch {
     for_later: u64,
     asked_at: Monotonic,
     requests: Vec<Waiter>,
+    /// The span of the request that started the call, if the request is traced.
+    span: Option<Parent>,
     /// Whether the call has neither ended nor become late. While the call is active, the next one has to wait for
     /// [`Terms::pause`].
     active: bool,
@@ -277,8 +281,10 @@ async fn fetch(mut fetch: LeaseFetch) {
     let (inner, handle) = (Arc::clone(&fetch.inner), Arc::clone(&fetch.handle));
     let asked_at = fetch.asked_at;
     let pause = Duration::from(fetch.terms.pause());
+    let span = fetch.span.take();
     let answer = {
-        let mut answer = pin!(inner.make_call(fetch.call, || fetch.allow_next_call()));
+        let answer = pin!(inner.make_call(fetch.call, || fetch.allow_next_call()));
+        let mut answer = spans::inside(span.as_ref(), answer);
         if pause < inner.settings.deadline {
             match time::timeout(pause, &mut answer).await {
                 Ok(answer) => answer,

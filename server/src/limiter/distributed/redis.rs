@@ -82,7 +82,7 @@ impl RedisCounters {
             } else {
                 1
             },
-            take: Script::new(take),
+            take: Script::new("take", take),
             delay: EPOCH_DELAY,
             redis,
         }
@@ -96,7 +96,7 @@ impl RedisCounters {
     /// Starts an epoch with full buckets if this Redis has no state. Call only once per deployment: after that, an
     /// empty Redis has lost its state.
     pub async fn begin(&self) -> Result<(), CounterError> {
-        let first = Script::new(FIRST);
+        let first = Script::new("first_epoch", FIRST);
         for partition in 0..self.partitions {
             let key = self.epoch(partition);
             self.redis

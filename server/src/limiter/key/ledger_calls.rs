@@ -41,6 +41,7 @@ use crate::{
             ledger::{LedgerError, LedgerRow, QuotaLedger, Taken},
         },
     },
+    spans,
 };
 
 /// Quota tokens that a drain has returned to the ledger, or failed to return. Does not include tokens of the rate,
@@ -209,6 +210,7 @@ impl LedgerCalls {
                 at: now,
                 calendar: calendar::window(policy, state.zone(), now),
                 order,
+                span: spans::current(),
             });
         }
     }
@@ -240,6 +242,7 @@ impl LedgerCalls {
                 at,
                 calendar,
                 order: block.next_order(calendar),
+                span: None,
             });
         }
     }

@@ -16,6 +16,7 @@ use crate::{
             ledger::{LedgerRow, ReturnBatch, TakeRequest},
         },
     },
+    spans::Parent,
 };
 
 /// Which of a policy's blocks a call is for.
@@ -34,6 +35,8 @@ pub(super) struct Call {
     pub(super) at: UnixNanos,
     pub(super) calendar: Window,
     pub(super) order: LedgerOrder,
+    /// The span of the request that started the call, if the request is traced.
+    pub(super) span: Option<Parent>,
 }
 
 impl Call {

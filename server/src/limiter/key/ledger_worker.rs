@@ -13,7 +13,10 @@ use super::{
     ledger_calls::{Canceled, LedgerCalls, TooSlow},
     ledger_queue::{Call, Queue},
 };
-use crate::limiter::quota::ledger::{LedgerError, LedgerRow, ReturnBatch};
+use crate::{
+    limiter::quota::ledger::{LedgerError, LedgerRow, ReturnBatch},
+    spans,
+};
 
 /// The maximum number of calls per batch of takes.
 const TAKES: usize = 50;
@@ -252,7 +255,10 @@ impl Takes {
         }
         let requests: Vec<_> = self.list.iter().map(Call::request).collect();
         let deadline = self.calls.deadline;
-        let answer = time::timeout(deadline, self.calls.ledger.take(&requests)).await;
+        // The batch can belong to only one trace.
+        let span = self.list.iter().find_map(|call| call.span.clone());
+        let take = spans::within(span, self.calls.ledger.take(&requests));
+        let answer = time::timeout(deadline, take).await;
         let results = answer.unwrap_or_else(|_| {
             let error: LedgerError = Arc::new(TooSlow(deadline));
             vec![Err(error); requests.len()]

@@ -105,6 +105,7 @@ impl SharedCounters for ClockedCounters {
     async fn take(&self, call: TakeCall) -> Result<TakeReply, CounterError> {
         let micros = self.clock.now().0 / 1000;
         let script = quota_server::redis::Script::new(
+            "time",
             "redis.call('DEL', KEYS[1]) return redis.call('RPUSH', KEYS[1], ARGV[1], ARGV[2])",
         );
         let time = [micros / 1_000_000, micros % 1_000_000];

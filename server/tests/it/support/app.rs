@@ -254,6 +254,9 @@ impl TestApp {
             server.await.expect("the server ends well");
         }
         self.state.limiter.drain().await;
+        if let Some(traces) = &self.state.traces {
+            traces.stop().await;
+        }
         if let Some(jobs) = self.jobs.take() {
             jobs.stop().await;
         }
