@@ -22,14 +22,16 @@ use quota_common::ProblemCode;
 use self::message::{RateLimitRequest, RateLimitResponse};
 use super::{
     admitted::GatewayCaller,
-    client_ip::client_ip,
+    client_ip::{client_of, peer_ip},
     json,
     problem::ApiError,
     request_context::RequestContext,
     request_log::{self, REQUEST_ID},
+    trace,
 };
 use crate::{
-    connection_marks::ConnectionMarks, state::AppState, telemetry::request_id::RequestIds,
+    connection_marks::ConnectionMarks, spans::Span, state::AppState,
+    telemetry::request_id::RequestIds,
 };
 
 const SHOULD_RATE_LIMIT: &str = "/envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit";
@@ -90,16 +92,19 @@ impl Endpoint for GrpcService {
         let (arrived, began) = (state.clock.now(), state.clock.monotonic());
         let id = request.headers().get(REQUEST_ID);
         let id = id.filter(|id| request_log::is_id(id.as_bytes())).cloned();
+        let peer = peer_ip(&request);
+        let span = trace::begin(state, peer, request.headers(), request.uri().path());
         let context = RequestContext::new(
             state,
             id.unwrap_or_else(|| request_log::new_id(&self.ids, arrived)),
-            client_ip(&request, &state.config.trusted_proxies),
+            peer.map(|peer| client_of(peer, request.headers(), &state.config.trusted_proxies)),
             arrived,
             request.data::<ConnectionMarks>().cloned(),
         );
         let body = request.take_body();
+        let parent = span.as_ref().map(Span::as_parent);
         let (status, mut response) = if is_grpc(&request) {
-            match request_log::run(state, call(&context, &request, body))
+            match request_log::run(state, parent, call(&context, &request, body))
                 .await
                 .flatten()
             {
@@ -119,6 +124,16 @@ impl Endpoint for GrpcService {
             .insert(REQUEST_ID, context.id.clone());
         let took = state.clock.monotonic().saturating_since(began);
         state.metrics.answered(status.as_u16());
+        if let Some(span) = span {
+            let route = (request.uri().path() == SHOULD_RATE_LIMIT).then_some(SHOULD_RATE_LIMIT);
+            trace::end(
+                span,
+                &context,
+                request.method().as_str(),
+                route,
+                status.as_u16(),
+            );
+        }
         if tracing::enabled!(target: "quota_server::access", tracing::Level::INFO) {
             let (method, path) = (request.method().as_str(), request.uri().path());
             context.log(method, path, status.as_u16(), took);
