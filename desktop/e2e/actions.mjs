@@ -179,6 +179,13 @@ export async function actions(world) {
   await page.waitForFunction((id) => location.search === `?plan_id=${id}`, pro.id);
   await page.getByRole("row").nth(2).waitFor();
 
+  // The ID of a token can be copied as well.
+  const { service_token: token } = await my.api("POST", "/admin/service-tokens", { name: "Edge gateway" });
+  await page.goto(`${base}/console/service-tokens`);
+  await my.choose("Edge gateway", "Copy ID");
+  await toast.getByText("Token ID copied").waitFor();
+  assert.equal(await page.evaluate(() => navigator.clipboard.readText()), token.id);
+
   // A message covers no button of a row, although the rows fill the window.
   for (let at = 1; at <= 16; at += 1) await my.api("POST", "/admin/plans", { name: `Plan ${at}`, default_rpm: 60 });
   await page.goto(`${base}/console/plans`);
