@@ -27,8 +27,8 @@ connect() {
   fi
 }
 
-# For the server, sslmode=require verifies the certificate against the machine's root certificates. For PostgreSQL's own
-# programs, it verifies nothing, and the mode to use is verify-full.
+# With sslmode=require, the server verifies the certificate against the machine's root certificates. PostgreSQL's own
+# programs do so only with verify-full.
 verify_certificate() {
   local require="(^|[?&[:space:]])sslmode[[:space:]]*=[[:space:]]*'?require'?(&|[[:space:]]|\$)"
   local before after separator=' ' certificates
@@ -146,13 +146,13 @@ list_files() {
 # when it is complete.
 merge_usage() {
   local segment target
-  # From an interrupted run.
+  # Left behind by interrupted runs.
   rm -rf "$QUOTA_DATA_DIR"/restore.??????
   unpacked=$(mktemp --directory "$QUOTA_DATA_DIR/restore.XXXXXX")
   trap 'rm -rf "$unpacked"' EXIT
   tar --extract --sparse --no-same-owner --directory "$unpacked"
   for segment in "$unpacked"/usage/*/*; do
-    # The last two are of earlier versions.
+    # Earlier versions wrote the last two.
     case $segment in *.segment | */rejected/* | *.refused | */refused/*) ;; *) continue ;; esac
     target=$QUOTA_DATA_DIR/${segment#"$unpacked/"}
     [ ! -e "$target" ] || continue

@@ -1,4 +1,4 @@
-//! Quota alerts: a key or tenant has used a certain percentage of a quota.
+//! Quota alerts: notices that a key or tenant has used a certain percentage of a quota.
 
 use crate::{
     auth::Role,
@@ -45,9 +45,9 @@ response! {
     pub struct AlertSettings {
         /// Whether alerts are sent by email.
         pub email: bool,
-        /// The roles whose members receive the emails.
+        /// Users with these roles receive the emails.
         pub email_roles: Vec<Role>,
-        /// Whether the server has a mail server (`SMTP_URL`). Without one, emails are written to files instead of being
+        /// Whether a mail server is configured (`SMTP_URL`). Without one, emails are written to files instead of being
         /// sent.
         pub can_email: bool,
     }
@@ -59,7 +59,7 @@ update! {
         /// Whether alerts are sent by email.
         #[garde(skip)]
         pub email: Option<bool>,
-        /// The roles whose members receive the emails.
+        /// Users with these roles receive the emails.
         #[garde(skip)]
         pub email_roles: Option<Vec<Role>>,
     }

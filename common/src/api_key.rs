@@ -32,7 +32,7 @@ response! {
         /// Custom name–value pairs. Quota stores them but does not interpret them.
         #[serde(default)]
         pub metadata: Metadata,
-        /// When the key was last used, whether the request was allowed or denied. Updated within seconds.
+        /// When a request with the key was last allowed or denied. Updated within seconds of the request.
         pub last_used_at: Option<Timestamp>,
         /// When the previous key stops working after a rotation. `null` if there is no previous key.
         pub previous_expires_at: Option<Timestamp>,

@@ -54,14 +54,14 @@ response! {
     pub struct User {
         pub id: UserId,
         pub email: String,
-        /// Display name; empty until set.
+        /// Display name. Empty until the user sets it.
         pub name: String,
         pub created_at: Timestamp,
     }
 }
 
 response! {
-    /// The tenant that a session acts for.
+    /// The tenant whose resources a session can access.
     #[derive(Debug, Eq)]
     pub struct Tenant {
         pub id: TenantId,
@@ -136,7 +136,7 @@ response! {
         /// if cookies were requested.
         pub refresh_token: Omittable<String>,
         /// Identifies this device. Send it with the next sign-in, so that failed sign-ins from other devices do not
-        /// slow it down. This is not a credential. Absent if cookies were requested.
+        /// delay yours. This is not a credential. Absent if cookies were requested.
         pub device_token: Omittable<String>,
         /// Seconds until the access token expires.
         pub expires_in: u32,

@@ -1,4 +1,4 @@
-//! The subscription of a tenant.
+//! A tenant's subscription.
 
 use crate::{
     time::Timestamp,
@@ -49,8 +49,8 @@ response! {
         pub period_end: Option<Timestamp>,
         /// Whether the customer portal is available. It becomes available when the tenant first starts a subscription.
         pub has_customer: bool,
-        /// When this information was last retrieved from Stripe, which happens about every 10 minutes while there is a
-        /// subscription. If this was more than half an hour ago, Stripe is unreachable, and the status may be outdated.
+        /// When this information was last retrieved from Stripe. With a subscription, this happens about every 10
+        /// minutes; if it was more than half an hour ago, Stripe could not be reached, and the status may be outdated.
         pub refreshed_at: Option<Timestamp>,
         /// The price of the current subscription or, without one, of a new subscription. `null` if it is unknown.
         pub price: Option<BillingPrice>,
@@ -60,8 +60,8 @@ response! {
         pub limits: BillingLimits,
         /// Number of plans marked `paid`.
         pub paid_plans: u64,
-        /// Number of active API keys on plans marked `paid`. While these plans don't work, requests with these keys get
-        /// 402.
+        /// Number of active API keys on plans marked `paid`. While `paid_plans_work` is `false`, requests with these
+        /// keys get 402.
         pub paid_keys: u64,
     }
 }
@@ -92,7 +92,7 @@ response! {
         pub used: u64,
         /// The projected value of `used` at the end of the period, at the average pace since the period began.
         pub projected: u64,
-        /// The charge for `used`, in the smallest unit of the currency. `null` if usage is not charged.
+        /// The charge for `used`, in the currency's smallest unit. `null` if usage is not charged.
         pub charge: Option<u64>,
         /// The sum of the monthly price and the charge for `projected`, before taxes and discounts. `null` if the
         /// monthly price is not a fixed amount.
@@ -124,7 +124,7 @@ response! {
         pub plans: BillingLimit,
         pub api_keys: BillingLimit,
         /// Requests in the current calendar month (UTC), across all API keys. Once the limit is reached, requests get
-        /// 429 with the policy `tenant_monthly`.
+        /// 429 with the `tenant_monthly` policy.
         pub requests: BillingLimit,
         /// When `requests` is reset to zero.
         pub requests_reset_at: Timestamp,

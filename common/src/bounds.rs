@@ -15,7 +15,8 @@ pub const NAME_MAX: usize = 200;
 pub const RPM_MAX: u32 = 60_000_000;
 /// Maximum burst in requests.
 pub const BURST_MAX: u32 = RPM_MAX;
-/// Maximum time in which an empty bucket fills, in minutes: 31 days. So a burst is at most this many times the rate.
+/// Maximum time in which an empty bucket refills, in minutes (31 days). A burst is therefore at most this many times
+/// the rate.
 pub const FILL_MINUTES_MAX: u32 = 31 * 24 * 60;
 /// Maximum daily or monthly quota: the largest integer in an HTTP structured field (RFC 9651).
 pub const QUOTA_MAX: u64 = 999_999_999_999_999;
@@ -49,7 +50,7 @@ pub const METADATA_VALUE_MAX: usize = 100;
 /// Maximum length of a webhook's URL in characters.
 pub const WEBHOOK_URL_MAX: usize = 2000;
 
-/// Requires 1 to 200 characters, with no control characters and at least one that is not whitespace.
+/// Requires 1 to 200 characters, including at least one that is not whitespace. Rejects control characters.
 ///
 /// PostgreSQL text cannot contain NUL, and other control characters could garble log lines and terminals.
 pub(crate) fn name(value: &str, _: &()) -> garde::Result {
@@ -156,7 +157,8 @@ pub(crate) fn external_id(value: &str, _: &()) -> garde::Result {
     printable(value, EXTERNAL_ID_MAX)
 }
 
-/// Requires an `http` or `https` URL of at most 2,000 ASCII characters. The server makes further checks.
+/// Requires an `http` or `https` URL of at most 2,000 ASCII characters. The server also checks the host and whether the
+/// scheme is allowed.
 pub(crate) fn webhook_url(value: &str, _: &()) -> garde::Result {
     if value.len() > WEBHOOK_URL_MAX {
         return Err(garde::Error::new(format!(

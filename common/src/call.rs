@@ -281,4 +281,9 @@ impl Call {
             Self::Register(_) | Self::Login(_) | Self::Refresh | Self::Logout | Self::Echo
         )
     }
+
+    /// Returns whether the call changes data. A change may take effect even if its response does not arrive.
+    pub fn is_change(&self) -> bool {
+        self.is_of_session() && self.sent().method != "GET"
+    }
 }

@@ -1,4 +1,4 @@
-//! Decisions: the log of requests that were allowed and denied.
+//! Decisions: the log of allowed and denied requests.
 
 use uuid::Uuid;
 

@@ -184,11 +184,11 @@ fn bound(number: impl Into<u64>) -> f64 {
 }
 
 numbers! {
-    /// In requests per minute.
+    /// A rate in requests per minute.
     Rpm(u32 as i32) = 1..=bounds::RPM_MAX;
-    /// Requests that an idle key may send immediately.
+    /// The number of requests that an idle key may send immediately.
     Burst(u32 as i32) = 1..=bounds::BURST_MAX;
-    /// In requests per day or month.
+    /// The number of requests allowed per day or month.
     Quota(u64 as i64) = 1..=bounds::QUOTA_MAX;
     /// The number of requests that a single request counts as.
     Cost(u32 as i32) = 1..=bounds::COST_MAX;
@@ -203,11 +203,11 @@ texts! {
     /// The email address in a sign-in request. Any string is accepted, so that malformed and unknown addresses get the
     /// same response.
     LoginEmail: 1..=bounds::EMAIL_MAX, bounds::login_email, NO_NUL_PATTERN;
-    /// The server also rejects passwords that are too easy to guess.
+    /// A new password. The server also rejects passwords that are too easy to guess.
     NewPassword: 1..=*bounds::PASSWORD_BYTES.end(), bounds::password;
     /// A password, token, or API key exactly as sent. The server verifies it later.
     Credential: 1..=bounds::CREDENTIAL_MAX, bounds::characters(bounds::CREDENTIAL_MAX);
-    /// Identifies a known device at sign-in. The server verifies it later.
+    /// A token that identifies a known device at sign-in. The server verifies it later.
     DeviceToken: 1..=bounds::DEVICE_TOKEN_MAX, bounds::characters(bounds::DEVICE_TOKEN_MAX);
     /// The name of a time zone. The server checks whether the IANA database contains it.
     TimeZoneName: 1..=bounds::TIME_ZONE_MAX, bounds::characters(bounds::TIME_ZONE_MAX);
@@ -215,7 +215,7 @@ texts! {
     Endpoint: 1..=bounds::ENDPOINT_MAX, bounds::endpoint, PRINTABLE_PATTERN;
     /// An API key's identifier in the tenant's own system, such as a customer ID.
     ExternalId: 1..=bounds::EXTERNAL_ID_MAX, bounds::external_id, PRINTABLE_PATTERN;
-    /// The server also checks the host and whether the scheme is allowed.
+    /// A webhook's URL. The server also checks the host and whether the scheme is allowed.
     WebhookUrl: 9..=bounds::WEBHOOK_URL_MAX, bounds::webhook_url, WEBHOOK_URL_PATTERN;
 }
 

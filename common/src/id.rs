@@ -46,24 +46,24 @@ macro_rules! id {
 }
 
 id!(
-    /// An account that owns plans, keys, service tokens and usage.
+    /// The ID of a tenant, which owns plans, keys, service tokens and usage.
     TenantId
 );
 id!(
-    /// A user who can sign in.
+    /// The ID of a user.
     UserId
 );
 id!(PlanId);
 id!(ApiKeyId);
 id!(ServiceTokenId);
 id!(
-    /// A sign-in and all tokens refreshed from it (a session family).
+    /// The ID of a session: a sign-in and all tokens refreshed from it.
     SessionId
 );
 id!(AuditEventId);
 id!(WebhookId);
 id!(
-    /// An event that is sent to one webhook.
+    /// The ID of the delivery of an event to a webhook.
     WebhookDeliveryId
 );
 id!(QuotaAlertId);

@@ -24,6 +24,8 @@ pub enum CallError {
         problem: Box<Problem>,
     },
     Unreachable,
+    /// The server took too long to respond to a call that may have taken effect.
+    NoResponse,
     /// The response could not be parsed.
     Unreadable,
     /// The default browser could not be opened.

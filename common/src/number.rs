@@ -1,4 +1,4 @@
-//! Formatting of numbers.
+//! Formats numbers.
 
 /// Formats a number with thousands separators.
 pub fn grouped(number: u64) -> String {

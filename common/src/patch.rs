@@ -16,7 +16,7 @@ where
     T::deserialize(deserializer).map(Some)
 }
 
-/// Whether to omit a field from JSON because it was not set.
+/// Returns whether to omit a field from JSON because it was not set.
 #[expect(
     clippy::ref_option,
     reason = "the signature that serde's `skip_serializing_if` has"

@@ -34,7 +34,7 @@ text_enum! {
 }
 
 response! {
-    /// A plan. Its limits apply to each key on it separately.
+    /// A plan. Its limits apply separately to each of its keys.
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct Plan {
@@ -71,8 +71,8 @@ request! {
         /// Requests per minute for each key, 1 to 60,000,000.
         #[garde(dive)]
         pub default_rpm: Rpm,
-        /// Maximum burst: requests an idle key may send immediately, 1 to 60,000,000, and at most what refills within
-        /// 31 days, which is 44,640 times the rate. Default: `default_rpm`.
+        /// Maximum burst: requests an idle key may send immediately, 1 to 60,000,000. An empty bucket must refill
+        /// within 31 days, so the burst can be at most 44,640 times the rate. Default: `default_rpm`.
         #[garde(dive)]
         pub burst: Option<Burst>,
         /// Requests per key per calendar day, in the tenant's time zone. Default: unlimited.

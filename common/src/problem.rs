@@ -26,7 +26,7 @@ pub struct Problem {
     pub status: u16,
     /// What went wrong with this request, and how to fix it.
     pub detail: String,
-    /// ID of the request, also in the `X-Request-Id` header. Include it when you ask for help.
+    /// The request's ID, also in the `X-Request-Id` header. Include it when you ask for help.
     pub request_id: String,
     /// The invalid fields.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -66,7 +66,7 @@ response! {
     /// An invalid field.
     #[derive(Debug, Eq)]
     pub struct FieldError {
-        /// Path of the field in the body, such as `default_rpm`, or name of the parameter.
+        /// The field's path in the body, such as `default_rpm`, or the parameter's name.
         pub field: String,
         /// What is wrong with the field, such as `must be at least 1`.
         pub message: String,
@@ -175,8 +175,8 @@ problems! {
     /// seconds in `Retry-After`.
     Unavailable = "unavailable", 503, "Temporarily unavailable";
     /// Rate limits can't be checked right now, because the shared counters or the database can't be reached. Nothing
-    /// was charged. Retry after the number of seconds in `Retry-After`. The status is 429 if this replica still
-    /// enforces its share of the limit and that share is used up, and 503 if nothing can be checked.
+    /// was charged. Retry after the number of seconds in `Retry-After`. The status is 429 if the plan keeps limiting
+    /// without the shared counters and the server cannot allow this request, and 503 if nothing can be checked.
     ReducedCapacity = "temporary-reduced-capacity", 503, "Temporarily reduced capacity";
     /// Usage can't be recorded right now, because the server's disk is full or read-only, or too much usage is waiting
     /// to be written to the database. Requests that can't be recorded are not allowed. Nothing was charged. Retry after

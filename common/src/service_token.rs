@@ -16,7 +16,7 @@ response! {
         pub name: String,
         /// The first characters of the token, which identify it without revealing it.
         pub prefix: String,
-        /// When the token was last used. Updated within seconds.
+        /// When the token was last used. Updated within seconds of each use.
         pub last_used_at: Option<Timestamp>,
         pub created_at: Timestamp,
     }

@@ -13,7 +13,7 @@ impl Timestamp {
         Self(at.trunc_subsecs(3))
     }
 
-    /// Returns `None` after the year 9999, the last one that RFC 3339 can represent.
+    /// Returns `None` after the year 9999, the last year that RFC 3339 can represent.
     pub fn from_unix_secs(secs: u64) -> Option<Self> {
         let at = DateTime::from_timestamp(i64::try_from(secs).ok()?, 0)?;
         (at <= Self::latest()).then_some(Self(at))

@@ -99,7 +99,7 @@ response! {
         pub allowed_cost: u64,
         /// Total cost of the denied requests, which was not charged.
         pub rejected_cost: u64,
-        /// Time of the latest request in the range. `null` for `other`, and if the group also has requests after `to`.
+        /// Time of the latest request in the range. `null` for `other`, or if the group also has requests after `to`.
         pub last_seen_at: Option<Timestamp>,
     }
 }
@@ -123,8 +123,8 @@ response! {
         pub complete_until: Timestamp,
         /// All requests in the range that match the filters.
         pub total: UsageCounts,
-        /// Without `group_by`, every bucket in the range. With `group_by`, only the buckets in which a group had
-        /// requests.
+        /// Without `group_by`, contains every bucket in the range. With `group_by`, contains only the buckets in which
+        /// a group had requests.
         pub buckets: Vec<UsageBucket>,
         /// With `group_by`, the 20 groups with the most requests, and `other` if there are more groups. Otherwise
         /// empty.
@@ -147,7 +147,8 @@ response! {
         pub requests_today: u64,
         /// Requests denied today.
         pub rejected_today: u64,
-        /// Requests yesterday up to the same time of day. The current 15-minute interval is prorated.
+        /// Requests yesterday up to the same time of day. Usage is counted in 15-minute intervals, so the last interval
+        /// is prorated.
         pub requests_yesterday: u64,
         /// Requests denied yesterday up to the same time of day.
         pub rejected_yesterday: u64,
@@ -183,11 +184,11 @@ response! {
 text_enum! {
     /// Why a key needs attention.
     pub enum AttentionKind {
-        /// At least 80% of a quota is used. `at` is the time at which it resets.
+        /// At least 80% of a quota is used. `at` is when the quota resets.
         Quota = "quota",
-        /// The key expires within 7 days. `at` is the time at which it expires.
+        /// The key expires within 7 days. `at` is when it expires.
         Expiring = "expiring",
-        /// The previous secret of a rotated key stops working within 24 hours. `at` is the time at which it expires.
+        /// A rotated key's previous secret expires within 24 hours. `at` is when it expires.
         GraceEnding = "grace_ending",
         /// The key is active and has not been used for 30 days. `at` is the time of its last use, or of its creation.
         Idle = "idle",
@@ -212,7 +213,7 @@ response! {
 }
 
 response! {
-    /// The current limits of a key.
+    /// A key's current limits.
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct KeyLimits {
@@ -236,9 +237,9 @@ response! {
     #[derive(Debug, Eq)]
     pub struct BurnDownPoint {
         pub at: Timestamp,
-        /// The remaining quota at that time.
+        /// What remained of the quota at that time.
         pub remaining: u64,
-        /// The quota that would be left if it were used at an even pace over the whole window.
+        /// What would remain of the quota if it were used at an even pace over the whole window.
         pub ideal_remaining: u64,
     }
 }
@@ -259,14 +260,14 @@ response! {
         pub starts_at: Timestamp,
         /// When the day or month ends and the full quota is available again.
         pub resets_at: Timestamp,
-        /// Evenly spaced points from the start until now. The last one is at `complete_until`.
+        /// Evenly spaced points that start at `starts_at`, and a last point at `complete_until`.
         pub points: Vec<BurnDownPoint>,
         /// The current pace: cost per hour over the most recent quarter of the elapsed time (at least the last hour).
         pub pace_per_hour: f64,
         /// When the quota will be used up at the current pace. `null` if it won't be used up before it resets. If the
         /// quota is already used up, this equals `complete_until`.
         pub used_up_at: Option<Timestamp>,
-        /// The quota that will be left when it resets, at the current pace.
+        /// What will remain of the quota at the reset, at the current pace.
         pub projected_remaining: u64,
         /// All requests before this time are counted.
         pub complete_until: Timestamp,

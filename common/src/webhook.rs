@@ -38,7 +38,8 @@ request! {
         /// 1 to 200 characters.
         #[garde(dive)]
         pub name: Name,
-        /// An `https://` URL with a public address. At most 2,000 characters.
+        /// An `https://` URL with a public address, unless the operator allows private networks. At most 2,000
+        /// characters.
         #[garde(dive)]
         pub url: WebhookUrl,
     }
@@ -50,11 +51,12 @@ update! {
         /// 1 to 200 characters.
         #[garde(dive)]
         pub name: Option<Name>,
-        /// An `https://` URL with a public address. At most 2,000 characters.
+        /// An `https://` URL with a public address, unless the operator allows private networks. At most 2,000
+        /// characters.
         #[garde(dive)]
         pub url: Option<WebhookUrl>,
-        /// `false` stops deliveries; pending deliveries fail and can be redelivered later. `true` also clears
-        /// `disabled_reason`.
+        /// `false` stops deliveries: pending deliveries are canceled (status `failed`) and can be redelivered later.
+        /// `true` also clears `disabled_reason`.
         #[garde(skip)]
         pub is_active: Option<bool>,
     }
@@ -64,7 +66,7 @@ request! {
     /// Request body for rotating a webhook's signing secret.
     #[derive(Debug, Default)]
     pub struct RotateWebhookSecret {
-        /// Seconds for which deliveries are also signed with the current secret, 0 to 2,592,000 (30 days). Default:
+        /// How long deliveries are also signed with the current secret, in seconds: 0 to 2,592,000 (30 days). Default:
         /// 86,400 (24 hours).
         #[garde(dive)]
         pub grace_seconds: Option<GraceSeconds>,
@@ -92,7 +94,7 @@ impl std::fmt::Debug for CreatedWebhook {
 }
 
 text_enum! {
-    /// The state of a delivery.
+    /// The status of a delivery.
     pub enum WebhookDeliveryStatus {
         /// The event has not been sent yet, or an attempt failed and will be retried.
         Pending = "pending",
@@ -104,7 +106,7 @@ text_enum! {
 }
 
 response! {
-    /// An event that is or was sent to a webhook.
+    /// The delivery of an event to a webhook.
     #[derive(Debug)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct WebhookDelivery {
@@ -122,10 +124,10 @@ response! {
         /// Why the last attempt failed, or why the delivery was canceled. Otherwise `null`.
         pub error: Option<String>,
         pub last_attempt_at: Option<Timestamp>,
-        /// When the next attempt is due. During an attempt, the time at which the attempt is repeated if the server
-        /// stops. `null` if the event will not be sent again.
+        /// When the next attempt is due. During an attempt, the time at which it will be repeated if the server stops.
+        /// `null` if the event will not be sent again.
         pub next_attempt_at: Option<Timestamp>,
-        /// The body of the request.
+        /// The request body that is sent to the webhook's URL.
         pub payload: serde_json::Value,
         pub created_at: Timestamp,
     }

@@ -60,7 +60,7 @@ export async function actions(world) {
 
   // A duplicate starts with the settings of the original.
   await my.choose("Starter", "Duplicate");
-  await my.heading("New plan").waitFor();
+  await my.heading("Create plan").waitFor();
   const value = (id) => dialog.locator(`#${id}`).inputValue();
   assert.deepEqual(
     [await value("name"), await value("default_rpm"), await value("burst"), await value("daily_quota")],
@@ -73,8 +73,8 @@ export async function actions(world) {
   });
   await my.button("Create plan").click();
   await toast.getByText(`Plan ${quoted("Starter (copy)")} created`).waitFor();
-  await my.button("New plan").click();
-  await my.heading("New plan").waitFor();
+  await my.button("Create plan").click();
+  await my.heading("Create plan").waitFor();
   assert.equal(await dialog.locator("#name").inputValue(), "", "a new plan does not start with the last duplicate");
   assert.equal(await dialog.locator(".toast").count(), 1, "the message is in the dialog, not behind it");
   // It covers no button of the dialog, at any size of the window.

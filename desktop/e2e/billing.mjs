@@ -188,7 +188,7 @@ async function chunks(my) {
   await page.route(/pages-.*\.wasm/, (route) => route.abort());
   await page.goto(`${base}/console/audit`);
   await my.heading("Couldn't load this page").waitFor();
-  await page.getByText("Part of the console couldn't be loaded.").waitFor();
+  await page.getByText("Couldn't load part of the console.").waitFor();
   await my.inspect("page-missing");
   await page.unroute(/pages-.*\.wasm/);
   await my.button("Retry").click();

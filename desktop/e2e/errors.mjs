@@ -13,14 +13,14 @@ export async function errors(world) {
   // Without a plan, a new key is unavailable, and the page says why.
   await my.navigate("API keys").click();
   await page.getByText("Create a plan first.").waitFor();
-  assert.ok(await my.button("New key").isDisabled());
-  await my.button("New key").click({ force: true });
+  assert.ok(await my.button("Create key").isDisabled());
+  await my.button("Create key").click({ force: true });
   assert.equal(await dialog.count(), 0);
   await my.inspect("keys-without-plan");
 
   // Errors appear when a field is left or submitted, in the page's own words, and disappear on input.
   await page.getByRole("link", { name: "Create a plan first" }).click();
-  await my.heading("New plan").waitFor();
+  await my.heading("Create plan").waitFor();
   await my.button("Create plan").click();
   await page.locator(".field.invalid").getByText("Required").waitFor();
   await page.waitForFunction(() => document.activeElement.id === "name");
@@ -46,7 +46,7 @@ export async function errors(world) {
   // Leaving the field without focusing another one shows the message as well.
   await my.field("Burst").fill("80,000,000");
   await page.locator(".field.invalid").waitFor({ state: "detached" });
-  await my.heading("New plan").click();
+  await my.heading("Create plan").click();
   await page.locator(".field.invalid").getByText("Must be at most 60,000,000").waitFor();
   await my.field("Burst").fill("10");
   await my.button("Create plan").click();

@@ -58,10 +58,10 @@ export async function keyboard(world) {
 
   // The first tab stop skips the navigation.
   await page.reload();
-  await page.getByRole("link", { name: "New plan" }).waitFor();
+  await page.getByRole("link", { name: "Create plan" }).waitFor();
   await to("Skip to content");
   await press("Enter");
-  await to("New plan");
+  await to("Create plan");
   assert.equal(await page.evaluate(() => document.activeElement.closest("main")?.id), "content");
 
   // Shortcuts are listed, and can be turned off.
@@ -72,7 +72,7 @@ export async function keyboard(world) {
   await to("Single-key shortcuts", "Shift+Tab");
   await press("Space");
   await press("Escape");
-  await hasFocus("New plan");
+  await hasFocus("Create plan");
   await keys("gp?");
   await page.waitForTimeout(300);
   assert.equal(path(), "/console");
@@ -89,7 +89,7 @@ export async function keyboard(world) {
   await my.heading("No plans yet").waitFor();
   await isNotLost();
   await keys("np");
-  await my.heading("New plan").waitFor();
+  await my.heading("Create plan").waitFor();
   await hasFocus("Name");
   // Shortcuts are off while typing in a field.
   await type("gk n? Keyboard");
@@ -114,7 +114,7 @@ export async function keyboard(world) {
   await hasFocus("Type a command or the name of an API key or plan");
   await type("api key create");
   await press("Enter");
-  await my.heading("New API key").waitFor();
+  await my.heading("Create API key").waitFor();
   await hasFocus("Name");
   await type("Keyboard key");
   await to("Create key");

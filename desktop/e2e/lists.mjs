@@ -156,7 +156,7 @@ export async function lists(world) {
     await press();
     await sent;
   };
-  await my.button("New plan").click();
+  await my.button("Create plan").click();
   await my.field("Name").fill("Plan 102");
   await leaveBeforeResponse("POST", "**/admin/plans", () => send("POST", () => my.button("Create plan").click()), my.navigate("Audit log"));
   await my.navigate("Plans").click();

@@ -66,7 +66,7 @@ export async function once(world) {
   };
 
   await my.navigate("API keys").click();
-  await my.button("New key").click();
+  await my.button("Create key").click();
   await my.field("Name").fill("App");
   await submitSlowly("**/admin/api-keys", "Create key");
   await my.heading(`Save your key for ${quoted("App")}`).waitFor();
@@ -136,7 +136,7 @@ export async function once(world) {
   await page.getByText("Quota doesn't store the full key.").waitFor();
 
   await my.navigate("Service tokens").click();
-  await my.button("New token").click();
+  await my.button("Create token").click();
   await my.field("Name").fill("Gateway");
   await submitSlowly("**/admin/service-tokens", "Create token");
   await my.heading(`Save your token for ${quoted("Gateway")}`).waitFor();

@@ -133,7 +133,7 @@ async function changes(world) {
   await row("API key deleted", "Partner").getByRole("link", { name: "Partner" }).click();
   await events(3);
   await page.getByText("Changes to").waitFor();
-  await my.button("Show all").click();
+  await my.button("Show all events").click();
   await row("Plan created", "Starter").getByText("60/min").waitFor();
   // The export contains all matching events, with names instead of IDs.
   await page.locator("#target_type").selectOption({ label: "API keys" });

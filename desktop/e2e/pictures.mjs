@@ -87,7 +87,7 @@ export async function pictures(world) {
   await page.getByRole("row").nth(7).waitFor();
 
   await page.setViewportSize({ width: 1180, height: 730 });
-  await my.button("New key").click();
+  await my.button("Create key").click();
   await my.field("Name").fill("Route planner");
   await page.locator("#key_plan").selectOption({ label: "Free (60/min)" });
   await my.button("Create key").click();

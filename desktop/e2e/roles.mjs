@@ -79,7 +79,7 @@ export async function roles(world) {
 
   role = "developer";
   await page.goto(`${base}/console/plans?new=1`);
-  await my.heading("New plan").waitFor();
+  await my.heading("Create plan").waitFor();
   await page.keyboard.press("Escape");
   assert.ok((await commands("create")).includes("Create plan"));
   await my.context.close();

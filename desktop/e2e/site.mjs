@@ -10,7 +10,7 @@ export async function site(world) {
   // No button covers any part of a command.
   for (const width of [320, 390, 768, 1024, 1280, 1920]) {
     await page.setViewportSize({ width, height: 800 });
-    for (const tab of ["Caddy", "nginx", "HAProxy", "Traefik", "curl"]) {
+    for (const tab of ["Caddy", "nginx", "HAProxy", "Traefik", "Envoy", "curl"]) {
       await page.locator(".tabs label", { hasText: tab }).first().click();
       const covered = await page.evaluate(() =>
         [...document.querySelectorAll(".copy")]

@@ -49,15 +49,15 @@ export async function tour(world) {
   await my.heading("Get started").waitFor();
   await my.inspect("home-first");
 
-  await page.getByRole("link", { name: "New plan" }).click();
-  await my.heading("New plan").waitFor();
+  await page.getByRole("link", { name: "Create plan" }).click();
+  await my.heading("Create plan").waitFor();
   await page.getByLabel("Name").fill("Starter");
   await page.getByLabel("Requests per minute").fill("30");
   await page.getByLabel("Burst").fill("5");
   await my.inspect("plan-new");
   await my.button("Create plan").click();
   await page.getByRole("row", { name: /Starter/ }).waitFor();
-  await my.button("New plan").click();
+  await my.button("Create plan").click();
   await page.getByLabel("Name").fill(awkward);
   await my.button("Create plan").click();
   await page.getByRole("row", { name: /Mobile/ }).waitFor();
@@ -78,7 +78,7 @@ export async function tour(world) {
 
   await my.navigate("API keys").click();
   await my.heading("No keys yet").waitFor();
-  await my.button("New key").click();
+  await my.button("Create key").click();
   await page.getByLabel("Name").fill("Mobile app");
   await page.locator("#key_plan").selectOption({ label: "Starter (30/min)" });
   await my.inspect("key-new");
@@ -156,7 +156,7 @@ export async function tour(world) {
 
   await my.navigate("Service tokens").click();
   await my.heading("No service tokens yet").waitFor();
-  await my.button("New token").click();
+  await my.button("Create token").click();
   await page.getByLabel("Name").fill("Edge gateway");
   await my.button("Create token").click();
   await my.heading(`Save your token for ${quoted("Edge gateway")}`).waitFor();

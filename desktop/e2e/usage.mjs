@@ -322,7 +322,7 @@ async function keyPage(my, log, counted) {
   await my.inspect("key-usage");
 
   // The burn-down of the quotas.
-  await page.getByRole("link", { name: "Open usage" }).click();
+  await page.getByRole("link", { name: "View usage" }).click();
   const burn = page.locator(".burn-down").filter({ hasText: "Daily quota" });
   await burn.getByText(`${used} of 40 used`).waitFor();
   await page.locator(".burn-down").filter({ hasText: "Monthly quota" }).getByText(`${number(used)} of 5,000 used`).waitFor();
@@ -332,7 +332,7 @@ async function keyPage(my, log, counted) {
 async function liveTail(my, log, app, slow) {
   const { page } = my;
   await page.goto(`${my.base}/console/usage`);
-  await my.button("Live tail").click();
+  await my.button("Open live tail").click();
   const drawer = page.locator("dialog[open]");
   const rows = drawer.locator("tbody tr");
   await rows.first().waitFor();
@@ -347,11 +347,11 @@ async function liveTail(my, log, app, slow) {
   await my.inspect("live-tail");
   // Scrolling pauses the list.
   await drawer.locator(".tail-list").evaluate((it) => it.scrollTo(0, 400));
-  await drawer.getByText("Paused while scrolled").waitFor();
+  await drawer.getByText("Paused while scrolled down").waitFor();
   await log.echo(app, 2);
-  await drawer.getByRole("button", { name: "2 new" }).waitFor();
+  await drawer.getByRole("button", { name: "Show 2 new" }).waitFor();
   assert.equal(await drawer.getByText(log.requests.at(-1).id).count(), 0);
-  await drawer.getByRole("button", { name: "2 new" }).click();
+  await drawer.getByRole("button", { name: "Show 2 new" }).click();
   await drawer.getByText(log.requests.at(-1).id).waitFor();
   // Finds out why a request was denied.
   const denied = log.requests.findLast((it) => it.key === "Slow lane" && !it.allowed);
@@ -370,7 +370,7 @@ async function liveTail(my, log, app, slow) {
   await my.inspect("live-tail-reconnecting");
   await page.unroute(calls);
   await drawer.getByText("Live", { exact: true }).waitFor();
-  await page.keyboard.press("Escape");
+  await drawer.getByRole("button", { name: "Close" }).click();
   await drawer.waitFor({ state: "detached" });
 }
 

@@ -94,16 +94,17 @@ export async function walk(world) {
     await dialog.waitFor();
     await take(name);
   };
-  await form("plan-new", "/plans", () => my.button("New plan").click());
+  await form("plan-new", "/plans", () => my.button("Create plan").click());
   await form("plan-invalid", "/plans", async () => {
-    await my.button("New plan").click();
+    await my.button("Create plan").click();
+    await dialog.waitFor();
     await my.button("Create plan").click();
   });
   await form("plan-edit", "/plans", async () => {
     await my.button("Edit Business with a long name that wraps").click();
   });
   await form("plan-in-use", "/plans", () => my.choose("Free", "Delete"));
-  await form("key-new", "/api-keys", () => my.button("New key").click());
+  await form("key-new", "/api-keys", () => my.button("Create key").click());
   await form("key-edit", key, () => my.button("Edit").click());
   await form("key-rotate", key, () => my.button("Rotate").click());
   await form("key-deactivate", key, () => my.button("Deactivate").click());
@@ -116,9 +117,9 @@ export async function walk(world) {
     await my.field("Select all on this page").check();
     await my.button("Move").click();
   });
-  await form("token-new", "/service-tokens", () => my.button("New token").click());
+  await form("token-new", "/service-tokens", () => my.button("Create token").click());
   await form("token-delete", "/service-tokens", () => my.choose("Edge gateway", "Delete"));
-  await form("webhook-new", "/webhooks", () => my.button("New webhook").click());
+  await form("webhook-new", "/webhooks", () => my.button("Create webhook").click());
   await form("webhook-edit", webhook, () => my.button("Edit").click());
   await form("webhook-rotate", webhook, () => my.button("Rotate secret").click());
   await form("webhook-disable", webhook, () => my.button("Disable").click());
@@ -191,7 +192,7 @@ export async function walk(world) {
     }
     await visit("/plans");
     await page.route(calls, handle);
-    await my.button("New plan").click();
+    await my.button("Create plan").click();
     await dialog.locator("#name").fill("Gold");
     await my.button("Create plan").click();
     await page.waitForTimeout(500);

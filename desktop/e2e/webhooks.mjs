@@ -101,7 +101,7 @@ async function creates(my, receiver) {
   await my.inspect("webhooks-none");
   await page.keyboard.press("n");
   await page.keyboard.press("w");
-  await my.heading("New webhook").waitFor();
+  await my.heading("Create webhook").waitFor();
   await hasFocus(my, "Name");
   await page.keyboard.type("Alerts");
   await page.keyboard.press("Tab");
@@ -118,7 +118,7 @@ async function creates(my, receiver) {
   await page.keyboard.type(receiver.url);
   await page.keyboard.press("Enter");
 
-  await my.heading(`Save the signing secret of ${quoted("Alerts")}`).waitFor();
+  await my.heading(`Save the signing secret for ${quoted("Alerts")}`).waitFor();
   const secret = await page.locator("#secret").textContent();
   assert.match(secret, /^whsec_[0-9A-Za-z+/]{43}=$/);
   await page.keyboard.press("Escape");
@@ -188,7 +188,7 @@ async function fails(my, receiver) {
   const filter = page.locator("#status");
   await filter.selectOption({ label: "Failed" });
   await my.heading("No matching deliveries").waitFor();
-  await my.button("Show all").click();
+  await my.button("Show all deliveries").click();
   await counts(my, 2);
   await filter.selectOption({ label: "Delivered" });
   await counts(my, 1);
@@ -212,7 +212,7 @@ async function fails(my, receiver) {
   assert.equal(receiver.last().body, request.body);
   await page.keyboard.press("Escape");
   await my.heading("No matching deliveries").waitFor();
-  await my.button("Show all").click();
+  await my.button("Show all deliveries").click();
   await counts(my, 2);
   assert.equal(await rows(my).getByText("Delivered").count(), 2);
   await status(my, "Enabled");
@@ -222,10 +222,10 @@ async function rotates(my, receiver, first) {
   const { page } = my;
   const rotate = async (choice) => {
     await press(my, "Rotate secret");
-    await my.heading(`Rotate secret of webhook ${quoted("Alerts")}`).waitFor();
+    await my.heading(`Rotate the signing secret for ${quoted("Alerts")}`).waitFor();
     if (choice) await page.locator("#grace").selectOption({ label: choice });
     await press(my, "Rotate secret");
-    await my.heading(`Save the signing secret of ${quoted("Alerts")}`).waitFor();
+    await my.heading(`Save the signing secret for ${quoted("Alerts")}`).waitFor();
     const secret = await page.locator("#secret").textContent();
     await to(my, "I've saved this secret");
     await page.keyboard.press("Space");
@@ -234,7 +234,7 @@ async function rotates(my, receiver, first) {
     return secret;
   };
   await press(my, "Rotate secret");
-  await my.heading(`Rotate secret of webhook ${quoted("Alerts")}`).waitFor();
+  await my.heading(`Rotate the signing secret for ${quoted("Alerts")}`).waitFor();
   await my.inspect("webhook-rotate");
   await page.keyboard.press("Escape");
   await hasFocus(my, "Rotate secret");
@@ -367,7 +367,7 @@ async function isReadOnly(my) {
   await my.inspect("webhook-viewer");
   await my.navigate("Webhooks").click();
   await page.getByRole("row", { name: /Pager/ }).waitFor();
-  assert.equal(await my.button("New webhook").count(), 0);
+  assert.equal(await my.button("Create webhook").count(), 0);
   await my.navigate("Alerts").click();
   await page.getByText("Owners and admins").waitFor();
   assert.equal(await my.button("Edit email notifications").count(), 0);
@@ -414,7 +414,7 @@ async function alerts(world, receiver) {
   await my.navigate("Alerts").click();
   await my.heading("No alerts yet").waitFor();
   await page.getByText("Owners and admins").waitFor();
-  await page.getByText("Emails aren't sent: this server has no mail server.").waitFor();
+  await page.getByText("Emails aren't sent because no mail server is configured.").waitFor();
   await my.inspect("alerts-none");
 
   // Who gets email.
@@ -473,6 +473,22 @@ async function alerts(world, receiver) {
   await page.reload();
   await table.getByText("80%").waitFor();
   assert.equal(await table.getByText("New", { exact: true }).count(), 0, "they are no longer new");
+
+  // An alert that appears on the page while the user is looking at it is not announced.
+  const partner = await my.api("POST", "/admin/api-keys", { name: "Partner", plan_id: plan.id });
+  for (let n = 0; n < 10; n += 1) await fetch(`${base}/v1/echo`, { headers: { "x-api-key": partner.key } });
+  while ((await my.api("GET", "/admin/alerts")).total < 6) {
+    assert.ok(Date.now() < end, "alerts are created");
+    await new Promise((resolve) => setTimeout(resolve, 200));
+  }
+  await page.clock.fastForward("00:31");
+  await table.getByText("Partner").first().waitFor();
+  const checked = page.waitForResponse((it) => new URL(it.url()).search === "?limit=20");
+  await page.clock.fastForward("00:31");
+  await checked;
+  await new Promise((resolve) => setTimeout(resolve, 500));
+  assert.equal(await page.locator(".toast").count(), 0, "it is not announced");
+  assert.equal(await link.innerText(), "Alerts");
   await table.getByRole("link", { name: "Mobile app" }).first().click();
   await my.heading("Mobile app").waitFor();
   await my.context.close();

@@ -73,7 +73,7 @@ export async function widths(world) {
   await page.setViewportSize({ width: 390, height: 844 });
   const filters = await page.locator(".filters").boundingBox();
   assert.ok(filters.height < 844 / 5 && filters.y + filters.height < 844 / 2, JSON.stringify(filters));
-  await my.button("New key").click();
+  await my.button("Create key").click();
   await my.field("Expires (optional)").waitFor();
   for (const width of all) {
     await page.setViewportSize({ width, height: 800 });

@@ -71,7 +71,9 @@ export class Visitor {
     this.email = `e2e-${Date.now()}-${Math.random().toString(36).slice(2, 8)}@example.com`;
   }
 
-  button = (name) => this.page.getByRole("button", { name, exact: true });
+  // An open dialog makes the rest of the page inert. A button that opens a form has the same name as its submit button.
+  button = (name) =>
+    this.page.locator("dialog[open], body:not(:has(dialog[open]))").getByRole("button", { name, exact: true });
   heading = (name) => this.page.getByRole("heading", { name, exact: true }).first();
   navigate = (name) =>
     this.page.getByRole("navigation", { name: "Console" }).getByRole("link", { name, exact: true });

@@ -9,6 +9,7 @@ fn main() {
         "open_billing",
         "copy",
         "save_file",
+        "notify",
         "host_status",
         "add_server",
         "use_server",

@@ -2,15 +2,15 @@
 //!
 //! Polls for invalidations empty the entries of all rows that have changed. So an entry is valid while the last poll is
 //! recent. Without a recent poll, an entry is valid for a second after it was loaded, and is then reloaded. While
-//! PostgreSQL is unavailable, an entry is still served for a grace period after it was last confirmed. After that,
+//! PostgreSQL is unavailable, an entry is still used for a grace period after it was last confirmed. After that,
 //! lookups fail, because the entry cannot be confirmed.
 //!
 //! When a load or a poll fails, PostgreSQL is suspected to be unreachable, for all caches. Until it responds again,
-//! entries within their grace period are served without waiting, and only a few at a time are reloaded in the
-//! background. So an outage delays only the first few requests, instead of the first request for each key.
+//! entries within their grace period are used without waiting, and only a few at a time are reloaded in the background.
+//! So an outage delays only the first few requests, instead of the first request for each key.
 //!
-//! A changed entry is emptied, not removed. It is never served again, but its key still counts as known, so that
-//! reloading the entry does not compete with lookups of unknown keys.
+//! A changed entry is emptied, not removed. The emptied entry is never used again. It shows that its key exists, so
+//! that reloading the entry does not compete with lookups of unknown keys.
 //!
 //! A load may also return a row that another replica has read, with the time at which the row was known to be current.
 //!
@@ -72,7 +72,7 @@ impl Freshness {
         }
     }
 
-    /// Marks PostgreSQL as suspected to be unreachable. Returns `false` if it was already suspected.
+    /// Records that PostgreSQL is suspected to be unreachable. Returns `false` if this was already suspected.
     pub fn suspect(&self) -> bool {
         self.suspected
             .send_if_modified(|suspected| !std::mem::replace(suspected, true))
@@ -127,7 +127,7 @@ impl Freshness {
     }
 }
 
-/// Why a load failed. Shared by all callers that waited for the load.
+/// Why a load failed. All callers that waited for the load receive it.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Unconfirmed {
     #[error("cannot be confirmed: {0}")]
@@ -256,7 +256,7 @@ where
         self.peek_at(key, self.inner.freshness.now())
     }
 
-    /// Like [`peek`](Self::peek), for a caller that has just read the monotonic clock.
+    /// Works like [`peek`](Self::peek), for a caller that has just read the monotonic clock.
     pub fn peek_at(&self, key: &K, now: Monotonic) -> Option<Option<Arc<T>>> {
         let inner = &*self.inner;
         if let Some(entry) = inner.present.get(key)
@@ -358,7 +358,7 @@ where
         is_loading || self.holds(key)
     }
 
-    /// Returns a key's entry if it may still be served without confirmation.
+    /// Returns a key's entry if it may still be used without confirmation.
     fn within_grace(&self, key: &K) -> Option<Arc<T>> {
         let inner = &*self.inner;
         let entry = inner.present.get(key)?;

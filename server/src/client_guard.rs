@@ -1,8 +1,8 @@
 //! Rate limits per client address, for sign-in and management endpoints.
 //!
 //! Each purpose has a `governor` limiter in memory. The limiters protect this replica and do not enforce plan limits.
-//! IPv6 addresses are counted per /64 and, with higher limits, per /56 and /48, since a provider may assign any of
-//! these to a customer.
+//! Requests from IPv6 addresses are counted per /64 network and, with higher limits, per /56 and /48 network, since a
+//! provider may assign any of these to a customer.
 
 use std::{
     net::{IpAddr, Ipv6Addr},
@@ -52,7 +52,7 @@ type Governor = governor::RateLimiter<
     StateInformationMiddleware,
 >;
 
-/// A limit of requests per minute for each client network. The burst is one minute's worth of requests.
+/// A limit on requests per minute for each client network. The burst is one minute's worth of requests.
 #[derive(Debug)]
 pub struct ClientRateLimiter {
     governor: Option<Governor>,
@@ -74,8 +74,8 @@ pub struct TooManyRequests {
 
 impl ClientRateLimiter {
     /// Creates a limit of `per_minute` requests per network; 0 means no limit. `capacity` is the maximum number of
-    /// tracked networks. When it is reached, idle networks are dropped. If that is not enough, new networks are rejected
-    /// for a second.
+    /// tracked networks. When it is reached, idle networks are dropped. If no network is idle, every request is
+    /// rejected, with a `retry_after` of one second.
     pub fn new(per_minute: u32, capacity: usize, clock: Arc<dyn Clock>) -> Self {
         let clock = GovernorClock(clock);
         let governor = |per_minute| {

@@ -58,7 +58,7 @@ impl From<Nanos> for Duration {
     }
 }
 
-/// A point in time. Each clock has its own type, so that their times cannot be mixed up.
+/// A point in time. Each clock has its own type of time, so that times from different clocks cannot be mixed up.
 pub trait Instant: Copy + Ord {
     #[must_use]
     fn saturating_add(self, time: Nanos) -> Self;
@@ -193,7 +193,7 @@ impl Clock for SystemClock {
     }
 }
 
-/// A clock for tests, which moves only on request. Clones share their time.
+/// A clock for tests, whose time changes only on request. Clones share their time.
 #[derive(Debug, Clone)]
 pub struct TestClock {
     time: Arc<TestTime>,

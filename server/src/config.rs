@@ -1,7 +1,7 @@
 //! Settings, from environment variables and command-line flags.
 //!
 //! [`Settings`] contains each setting as text, and [`Config`] contains the parsed values. All settings are parsed at
-//! startup. If any are invalid, the server does not start, and reports one error per line, with the name of the
+//! startup. If any setting is invalid, the server does not start, and reports one error per line, with the name of the
 //! variable. The rest of the server does not read the environment.
 
 mod environment;
@@ -13,6 +13,7 @@ pub mod redis;
 mod settings;
 #[cfg(test)]
 mod tests;
+mod traces;
 
 use std::{net::SocketAddr, num::NonZeroU64, path::PathBuf, time::Duration};
 
@@ -33,6 +34,7 @@ pub use self::{
 pub struct Config {
     pub listen: SocketAddr,
     pub metrics_listen: Option<SocketAddr>,
+    pub grpc_listen: Option<SocketAddr>,
     /// The URL at which clients reach the server, without a trailing slash.
     pub public_url: String,
     pub data_dir: PathBuf,
@@ -93,7 +95,9 @@ pub struct Config {
     pub webhook_private_networks: Vec<IpNet>,
     pub log_format: LogFormat,
     pub log: String,
-    /// Not configurable. Tests use a lower value.
+    /// `None` if requests are not traced.
+    pub traces: Option<TraceSettings>,
+    /// Cannot be configured. Tests use a lower cost.
     pub password_cost: PasswordCost,
 }
 
@@ -103,6 +107,7 @@ impl std::fmt::Debug for Config {
         f.debug_struct("Config")
             .field("listen", &self.listen)
             .field("metrics_listen", &self.metrics_listen)
+            .field("grpc_listen", &self.grpc_listen)
             .field("public_url", &self.public_url)
             .field("data_dir", &self.data_dir)
             .field("embedded", &self.database_url.is_none())
@@ -138,6 +143,18 @@ pub struct MailSettings {
     /// `None` means that emails are written to files.
     pub smtp: Option<SmtpSettings>,
     pub from: Mailbox,
+}
+
+/// Settings for OpenTelemetry traces.
+#[derive(Clone)]
+pub struct TraceSettings {
+    /// The collector's URL, without a trailing slash. Spans are sent to `/v1/traces` under it.
+    pub endpoint: String,
+    /// Additional request headers, which may contain credentials.
+    pub headers: Vec<(String, SecretString)>,
+    pub service_name: String,
+    /// The ratio of requests that are traced, from 0 to 1.
+    pub ratio: f64,
 }
 
 /// The server to which emails are sent.
@@ -265,12 +282,18 @@ pub struct ConfigErrors(pub Vec<String>);
 
 impl Config {
     /// Sets the addresses that the server listens on. They differ from the settings if a port is 0.
-    pub fn listens_on(&mut self, listen: SocketAddr, metrics_listen: Option<SocketAddr>) {
+    pub fn listens_on(
+        &mut self,
+        listen: SocketAddr,
+        metrics_listen: Option<SocketAddr>,
+        grpc_listen: Option<SocketAddr>,
+    ) {
         if self.public_url == format!("http://{}", self.listen) {
             self.public_url = format!("http://{listen}");
         }
         self.listen = listen;
         self.metrics_listen = metrics_listen;
+        self.grpc_listen = grpc_listen;
     }
 
     pub fn secret_bytes(secret: &SecretString) -> &[u8] {

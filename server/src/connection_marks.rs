@@ -1,8 +1,8 @@
-//! What handlers report to the listener about a request's connection.
+//! Reports from handlers to the listener about a request's connection.
 //!
-//! Handlers mark connections on which a valid API key or service token was sent. The listener then stops counting them
-//! toward the limit of their address. Handlers also announce endless responses, which continue as long as the client
-//! wants. An endless response may send a few bytes only occasionally; any byte counts as progress. If an endless
+//! Handlers report that a valid API key or service token was sent on a connection. The listener then stops counting the
+//! connection toward the limit for its address. Handlers also announce endless responses, which continue as long as the
+//! client wants. An endless response may send a few bytes only occasionally; any byte counts as progress. If an endless
 //! response has to end but its client does not read it, the handler closes the connection.
 
 use std::{
@@ -15,7 +15,7 @@ use std::{
 
 use futures_util::task::AtomicWaker;
 
-/// The marks of one connection. Clones share them.
+/// The reports about one connection. Clones share the same reports.
 #[derive(Debug, Clone, Default)]
 pub struct ConnectionMarks(Arc<Marks>);
 
@@ -36,7 +36,7 @@ impl ConnectionMarks {
         self.0.is_authenticated.load(Ordering::Relaxed)
     }
 
-    /// Marks a response as endless. The mark lasts until the returned value is dropped.
+    /// Reports that an endless response has begun. The response ends when the returned value is dropped.
     pub fn begin_endless_response(&self) -> EndlessResponse {
         self.0.endless_responses.fetch_add(1, Ordering::Relaxed);
         EndlessResponse(Arc::clone(&self.0))

@@ -1,8 +1,9 @@
 //! Deadlines that account for pauses of this process.
 //!
 //! After a process has not been scheduled for a while, its timers have expired and responses are waiting in its
-//! sockets. Which of the two its tasks see first is random. So if the timer itself fires late, the response gets that
-//! much extra time, once and up to [`AT_MOST`]. If a call is still late after that, the other side caused the delay.
+//! sockets. Which of the two its tasks see first is random. So if the timer itself fires late, the deadline is extended
+//! by the same amount, once and by at most [`AT_MOST`]. If the response has still not arrived after that, the other
+//! side caused the delay.
 
 use std::{pin::pin, time::Duration};
 

@@ -107,7 +107,7 @@ async fn create(state: &AppState, file: &Path) -> Result<Demo, DemoError> {
     let token = SecretText::generate(Kind::ServiceToken)?;
     let demo = Demo {
         email: format!("demo-{:08x}@example.com", number & 0xffff_ffff),
-        // This is part of a secret, so it is equally random.
+        // Part of a generated secret is random, too.
         password: SecretText::generate(Kind::Refresh)?.reveal()[3..23].to_owned(),
         key: key.reveal(),
         service_token: token.reveal(),

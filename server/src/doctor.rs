@@ -46,6 +46,7 @@ impl Report {
         for (name, addr) in [
             ("QUOTA_LISTEN", Some(config.listen)),
             ("QUOTA_METRICS_LISTEN", config.metrics_listen),
+            ("QUOTA_GRPC_LISTEN", config.grpc_listen),
         ] {
             let Some(addr) = addr else { continue };
             match TcpListener::bind(addr).await {
@@ -310,8 +311,8 @@ pub async fn warn_of_plaintext(url: &SecretString) {
     }
 }
 
-/// Logs a warning at startup if the replicas together may open more connections than PostgreSQL allows. Otherwise, the
-/// problem would show only under load.
+/// Logs a warning at startup if the replicas together may open more connections than PostgreSQL allows. Without the
+/// warning, the problem would show only under load.
 pub async fn warn_of_too_many_connections(config: &Config, url: &SecretString) {
     if let Ok(server) = db::inspect(url).await
         && config.database.pool * config.replicas > server.available()

@@ -33,6 +33,7 @@ pub mod schema;
 pub mod seal;
 pub mod secret_text;
 pub mod serve;
+pub mod spans;
 pub mod state;
 pub mod stripe;
 pub mod subscription;

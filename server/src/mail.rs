@@ -1,4 +1,4 @@
-//! Sends email to an SMTP server. Without one, writes emails to files in the data directory.
+//! Sends email to an SMTP server. If no server is configured, writes emails to files in the data directory.
 
 use std::{
     fs, io,
@@ -103,9 +103,11 @@ fn smtp(settings: &SmtpSettings) -> Result<AsyncSmtpTransport<Tokio1Executor>, M
 }
 
 impl Mailer {
+    /// Creates a mailer from the settings.
+    ///
     /// # Errors
     ///
-    /// Fails if the certificates of the operating system cannot be read.
+    /// Fails if the operating system's certificates cannot be read.
     pub fn new(config: &Config) -> Result<Self, MailError> {
         let MailSettings { smtp: server, from } = &config.mail;
         let transport = match server {
@@ -118,7 +120,7 @@ impl Mailer {
         })
     }
 
-    /// Whether emails are sent, instead of being written to files.
+    /// Returns whether emails are sent instead of being written to files.
     pub const fn has_server(&self) -> bool {
         matches!(self.transport, Transport::Smtp(_))
     }

@@ -5,7 +5,7 @@
 //! still be a valid request, and are left to hyper, with everything that follows. So the parser needs to be strict, but
 //! not complete.
 //!
-//! Does not depend on which requests are accepted, or on the responses: see [`DirectEndpoint`].
+//! This module does not depend on which requests are accepted, or on the responses: see [`DirectEndpoint`].
 
 use std::{convert::Infallible, mem::MaybeUninit, net::IpAddr};
 
@@ -15,7 +15,7 @@ use crate::connection_marks::ConnectionMarks;
 pub const HEAD_MAX: usize = 16 * 1024;
 /// The maximum number of header fields.
 const FIELDS_MAX: usize = 64;
-/// Nine digits fit in a `usize` on every platform.
+/// The maximum number of digits in a length. Nine digits fit in a `usize` on every platform.
 const LENGTH_DIGITS: usize = 9;
 
 /// Responds to plain requests, exactly as the server behind hyper would.
@@ -58,13 +58,13 @@ pub struct PlainRequest<'a> {
     pub target: &'a str,
     /// The value of `Content-Length`, or 0 if the field is missing.
     pub body_length: usize,
-    /// Shorter than `body_length` if the rest has not arrived.
+    /// The part of the body that has arrived.
     pub body: &'a [u8],
     known: [Option<&'a [u8]>; KNOWN.len()],
 }
 
 /// The header fields that endpoints can read. A plain request contains each of them at most once.
-const KNOWN: [&str; 9] = [
+const KNOWN: [&str; 10] = [
     "x-api-key",
     "authorization",
     "x-service-token",
@@ -74,6 +74,7 @@ const KNOWN: [&str; 9] = [
     "x-forwarded-method",
     "content-type",
     "origin",
+    "traceparent",
 ];
 
 impl<'a> PlainRequest<'a> {
@@ -85,7 +86,7 @@ impl<'a> PlainRequest<'a> {
     }
 }
 
-/// What unread bytes begin with.
+/// The result of parsing a connection's unread bytes.
 #[derive(Debug, PartialEq, Eq)]
 #[expect(
     clippy::large_enum_variant,
@@ -158,8 +159,8 @@ struct Known<'a> {
 }
 
 impl<'a> Known<'a> {
-    /// Reads the header fields. Returns `None` if a field makes the request not plain, because it affects where the
-    /// request ends or how to respond.
+    /// Reads the header fields. Returns `None` if the request is not plain because a field affects where the request
+    /// ends or how to respond.
     fn of(fields: &[httparse::Header<'a>]) -> Option<Self> {
         let mut values = [None; KNOWN.len()];
         let (mut length, mut host, mut connection) = (None, None, None);
@@ -173,6 +174,7 @@ impl<'a> Known<'a> {
                 7 if is("upgrade") || is("trailer") => return None,
                 9 if is("x-api-key") => &mut values[0],
                 10 if is("connection") => &mut connection,
+                11 if is("traceparent") => &mut values[9],
                 12 if is("x-request-id") => &mut values[3],
                 12 if is("content-type") => &mut values[7],
                 13 if is("authorization") => &mut values[1],

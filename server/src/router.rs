@@ -16,6 +16,7 @@ use crate::{
         direct::DirectDecisions,
         document,
         fast_path::{FORWARD_AUTH, FastPath},
+        grpc::GrpcService,
         ip_guard::IpGuard,
         limit_headers,
         problem::ApiError,
@@ -81,6 +82,11 @@ pub fn direct(state: &AppState) -> Option<DirectDecisions> {
     is_on.then(|| DirectDecisions::new(state))
 }
 
+/// Returns the endpoint of the gRPC listener.
+pub fn grpc(state: &AppState) -> GrpcService {
+    GrpcService::new(state)
+}
+
 /// Applies the CORS rules to every path except forward-auth.
 ///
 /// On forward-auth requests, `Origin` and the preflight method come from the client of the gateway. The gateway would
@@ -102,7 +108,7 @@ impl<E: Endpoint, F: Endpoint<Output = Response>> Endpoint for CrossOrigin<E, F>
     }
 }
 
-/// Lets pages of the configured origins call the API and read the rate-limit headers. They cannot send cookies.
+/// Lets pages of the configured origins call the API and read the rate-limit headers. These pages cannot send cookies.
 fn cors(state: &AppState) -> Option<Cors> {
     let origins = &state.config.allowed_origins;
     if origins.is_empty() {

@@ -30,6 +30,7 @@ use crate::{
     clock::Clock,
     config::Config,
     db::{Db, DbError, Lane},
+    error_chain,
     invalidations::{Publisher, Recent},
     keys::{
         KeyStore,
@@ -48,7 +49,7 @@ use crate::{
     readiness::ReadinessProbe,
     redis::Redis,
     repo::{self, alert::TenantQuota, invalidation::Invalidation, replica::Seen, sweep::Expired},
-    telemetry::{log::Log, metrics::Metrics},
+    telemetry::{log::Log, metrics::Metrics, traces::Traces},
     tenant_queue::TenantQueues,
     tenant_rate::TenantRate,
     webhooks::{Lookup, SystemLookup, Webhooks},
@@ -64,7 +65,7 @@ const STRIPE_PAGES: NonZeroU32 = NonZeroU32::new(20).unwrap();
 /// How many test events and redeliveries a tenant may request per minute.
 const WEBHOOK_REQUESTS: NonZeroU32 = NonZeroU32::new(30).unwrap();
 
-/// The state of a server. Cheap to clone.
+/// The state of a server. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct AppState(Arc<Services>);
 
@@ -76,6 +77,8 @@ pub struct Services {
     pub readiness: ReadinessProbe,
     pub metrics: Arc<Metrics>,
     pub log: Log,
+    /// `None` if requests are not traced.
+    pub traces: Option<Traces>,
     pub limiter: Limiter,
     /// The number of replicas, and this replica's slot.
     pub membership: Arc<Membership>,
@@ -142,7 +145,7 @@ impl AppState {
         let redis = config.redis.clone().map(Redis::connect_lazy);
         let recent = Arc::new(Recent::default());
 
-        // This secret also distinguishes the installation from others with the same QUOTA_SECRET.
+        // This secret also distinguishes the installation from other installations with the same QUOTA_SECRET.
         let installation = stored_secret(&db).await?;
         let current = match &config.secret {
             Some(secret) => Config::secret_bytes(secret).to_vec(),
@@ -286,6 +289,12 @@ impl AppState {
             clock: clock.clone(),
             metrics: metrics.clone(),
         };
+        let traces = config
+            .traces
+            .as_ref()
+            .map(|settings| Traces::start(settings, replica_id, &metrics))
+            .transpose()
+            .map_err(|error| AuthError::Internal(error_chain::chain(&error)))?;
         let stripe_pages = TenantRate::new(STRIPE_PAGES, clock.clone());
         let webhook_requests = TenantRate::new(WEBHOOK_REQUESTS, clock.clone());
         Ok(Self(Arc::new(Services {
@@ -297,6 +306,7 @@ impl AppState {
             db,
             metrics,
             log,
+            traces,
             limiter,
             membership,
             replica_id,
@@ -351,7 +361,7 @@ impl AppState {
     }
 
     /// Makes readiness checks fail from now on.
-    pub fn drain(&self) {
+    pub fn begin_draining(&self) {
         self.draining.store(true, Ordering::Release);
     }
 
@@ -414,7 +424,7 @@ async fn initialize_counters(
     tx.commit().await
 }
 
-/// Returns whether to accept sessions from earlier versions, which do not record their secret. They are signed with the
+/// Returns whether to accept sessions from earlier versions, which do not record their secret. Such sessions use the
 /// secret that was in use when the first replica of this version started.
 async fn accepts_unmarked_sessions(db: &Db, secrets: &SecretPair) -> Result<bool, DbError> {
     let mut tx = db.system().await?;

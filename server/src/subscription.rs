@@ -20,8 +20,9 @@
 //! subscription `active`. See <https://docs.stripe.com/billing/subscriptions/overview>.
 //!
 //! If a customer has several subscriptions, the one whose access lasts the longest counts, so plans work as long as any
-//! of the subscriptions allows it. If several last equally long, the status decides, in the order `active`, `trialing`,
-//! `past_due`, `unpaid`, `paused`, `canceled`, any other. If that is also equal, the newest subscription counts.
+//! of the subscriptions allows it. If the access of several subscriptions lasts equally long, the status decides, in
+//! the order `active`, `trialing`, `past_due`, `unpaid`, `paused`, `canceled`, any other. If the status is also equal,
+//! the newest subscription counts.
 
 use std::cmp::Reverse;
 
@@ -212,7 +213,7 @@ impl Account {
         deciding(&last.subscriptions, last.at, grace)
     }
 
-    /// Returns the tenant's access. `grace` is how long a past-due subscription keeps it.
+    /// Returns the tenant's access. `grace` is how long a past-due subscription keeps its access.
     pub fn access(&self, grace: Seconds) -> Access {
         self.last.as_ref().map_or(Access::Free, |last| {
             deciding(&last.subscriptions, last.at, grace).map_or(Access::Free, |subscription| {
@@ -240,8 +241,8 @@ pub fn deciding(
 }
 
 impl Subscription {
-    /// Returns the access that this subscription provides on its own. `at` is when it was read. If Stripe lists no
-    /// unpaid invoice, which can briefly be the case, the grace period starts at that time.
+    /// Returns the access that this subscription provides on its own. `at` is when the subscription was read. If Stripe
+    /// does not list an unpaid invoice, which can briefly be the case, the grace period starts at `at`.
     pub fn access(&self, at: Seconds, grace: Seconds) -> Access {
         match self.status {
             Status::Incomplete | Status::IncompleteExpired => Access::Free,

@@ -1,12 +1,12 @@
 //! Limits how many streams or large responses may be open at the same time, for each tenant and in total. Callers do
-//! not wait for a place.
+//! not wait for a slot.
 
 use std::{collections::HashMap, sync::Arc};
 
 use parking_lot::Mutex;
 use quota_common::TenantId;
 
-/// Places of one kind. Cheap to clone.
+/// Slots of one kind. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct TenantPlaces {
     of_tenant: usize,
@@ -14,15 +14,15 @@ pub struct TenantPlaces {
     taken: Arc<Mutex<HashMap<TenantId, usize>>>,
 }
 
-/// A place, which is released on drop.
+/// A slot, which is released on drop.
 #[derive(Debug)]
 pub struct Place {
     places: TenantPlaces,
     tenant: TenantId,
 }
 
-/// A place that a response holds until its body has been sent completely or abandoned. The listener takes it from the
-/// response's extensions.
+/// A slot that a response holds until its body has been sent completely or abandoned. The listener takes this value
+/// from the response's extensions.
 #[derive(Debug, Clone)]
 pub struct HeldUntilSent(#[expect(dead_code, reason = "held only to be dropped")] Arc<Place>);
 
@@ -41,7 +41,7 @@ impl TenantPlaces {
         }
     }
 
-    /// Takes a place. Returns `None` if the tenant, or all tenants together, already hold the maximum.
+    /// Takes a slot. Returns `None` if the tenant, or all tenants together, already hold the maximum.
     pub fn take(&self, tenant: TenantId) -> Option<Place> {
         let mut taken = self.taken.lock();
         let own = taken.get(&tenant).copied().unwrap_or(0);

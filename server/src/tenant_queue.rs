@@ -1,9 +1,9 @@
 //! Limits how many of each tenant's changes or reads are in progress.
 //!
 //! A change holds a database connection while it waits for a lock, and a tenant's changes mostly wait for each other.
-//! So a burst of them would take all of this replica's connections. A burst of large reads would do the same. That is
-//! why changes and reads wait here, without a connection, in a bounded queue per tenant, which does not delay other
-//! tenants. Each replica has its own queues; across replicas, database locks determine the order.
+//! So a burst of changes would take all of this replica's connections. A burst of large reads would do the same.
+//! Therefore, changes and reads wait here, without a connection. Each tenant has its own bounded queue, so that tenants
+//! do not delay each other. Each replica has its own queues; across replicas, database locks determine the order.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -30,7 +30,7 @@ pub enum Busy {
     TimedOut,
 }
 
-/// The queues of all tenants that have changes or reads in progress. Cheap to clone.
+/// The queues of all tenants that have changes or reads in progress. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct TenantQueues {
     turns: usize,

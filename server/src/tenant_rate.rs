@@ -21,7 +21,7 @@ type Governor = governor::RateLimiter<
 /// When this many tenants are tracked, idle ones are dropped.
 const CROWDED: usize = 10_000;
 
-/// A limit of requests per minute for each tenant. The burst is one minute's worth of requests.
+/// A limit on requests per minute for each tenant. The burst is one minute's worth of requests.
 #[derive(Debug)]
 pub struct TenantRate {
     governor: Governor,
@@ -38,7 +38,7 @@ impl TenantRate {
         }
     }
 
-    /// If the tenant has reached its limit, returns how long to wait.
+    /// Counts a request toward the tenant's limit. If the limit has been reached, returns how long to wait.
     pub fn admit(&self, tenant: TenantId) -> Result<(), Duration> {
         if self.governor.len() >= CROWDED {
             self.governor.retain_recent();

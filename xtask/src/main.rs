@@ -72,7 +72,8 @@ enum Chore {
     /// `bench keys` measures listing and searching 300,000 keys, `bench crash 300` kills servers, Redis and PostgreSQL
     /// this many times under load and recounts the usage, `bench restarts 20`
     /// restarts replicas behind Caddy this many times under load and recounts requests and usage, `bench metering`
-    /// measures the cost of recording usage, and `bench outage` stops PostgreSQL for a minute under load
+    /// measures the cost of recording usage, `bench tracing` measures the cost of traces, and `bench outage` stops
+    /// PostgreSQL for a minute under load
     Bench {
         /// Options of the benchmark, such as `--rounds N` and `--millis N`, or `--only faults` after `replicas`;
         /// `--help` lists them

@@ -21,6 +21,10 @@ pub(crate) fn test(arguments: &[OsString]) -> Result<ExitCode> {
         machine::RECENT_CADDY,
         machine::NGINX,
         machine::HAPROXY,
+        machine::PIP,
+        machine::NODE,
+        machine::NPM,
+        machine::ENVOY,
     ];
     if with_journey {
         needs.extend(journey::needs());

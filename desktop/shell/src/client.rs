@@ -35,6 +35,10 @@ pub struct Client {
 
 impl Client {
     pub fn new(server: Server) -> Result<Self, reqwest::Error> {
+        Self::with_timeout(server, RESPONSE_TIMEOUT)
+    }
+
+    fn with_timeout(server: Server, timeout: Duration) -> Result<Self, reqwest::Error> {
         let mut builder = reqwest::Client::builder()
             .user_agent(concat!(
                 "Quota-Desktop/",
@@ -43,7 +47,7 @@ impl Client {
             ))
             .redirect(redirect::Policy::none())
             .connect_timeout(CONNECT_TIMEOUT)
-            .timeout(RESPONSE_TIMEOUT);
+            .timeout(timeout);
         builder = if server.is_loopback() {
             builder.no_proxy()
         } else {
@@ -74,9 +78,13 @@ impl Client {
         if let Some(token) = bearer {
             request = request.bearer_auth(token.expose_secret());
         }
-        let response = self.execute(&sent, request).await?;
+        let failed = |error: &reqwest::Error| failure(error, call);
+        let response = self
+            .execute(&sent, request)
+            .await
+            .map_err(|error| failed(&error))?;
         let status = response.status();
-        let body = read_body(response).await?;
+        let body = read_body(response, failed).await?;
         if status.is_success() {
             return Ok(body);
         }
@@ -96,7 +104,10 @@ impl Client {
         let request = self
             .request(&sent)?
             .header("x-api-key", key.expose_secret());
-        let response = self.execute(&sent, request).await?;
+        let response = self
+            .execute(&sent, request)
+            .await
+            .map_err(|_| CallError::Unreachable)?;
         let field = |name: &str| {
             let value = response.headers().get(name)?.to_str().ok()?;
             Some((name.to_owned(), value.to_owned()))
@@ -106,7 +117,8 @@ impl Client {
         let problem = if status.is_success() {
             None
         } else {
-            serde_json::from_str(&read_body(response).await?).ok()
+            let body = read_body(response, |_| CallError::Unreachable).await?;
+            serde_json::from_str(&body).ok()
         };
         Ok(TestResponse {
             status: status.as_u16(),
@@ -121,7 +133,8 @@ impl Client {
             return false;
         };
         let is_success = response.status().is_success();
-        let body = read_body(response).await.unwrap_or_default();
+        let body = read_body(response, |_| CallError::Unreachable).await;
+        let body = body.unwrap_or_default();
         is_success && serde_json::from_str::<quota_common::health::Health>(&body).is_ok()
     }
 
@@ -141,7 +154,11 @@ impl Client {
         })
     }
 
-    async fn execute(&self, sent: &Sent, request: RequestBuilder) -> Result<Response, CallError> {
+    async fn execute(
+        &self,
+        sent: &Sent,
+        request: RequestBuilder,
+    ) -> Result<Response, reqwest::Error> {
         let started = Instant::now();
         let result = request.send().await;
         let ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -166,19 +183,62 @@ impl Client {
                     error = &error as &dyn std::error::Error,
                     "server unreachable"
                 );
-                Err(CallError::Unreachable)
+                Err(error)
             }
         }
     }
 }
 
-async fn read_body(mut response: Response) -> Result<String, CallError> {
+/// Returns why a call has no response. A change that the server may have received may still take effect.
+fn failure(error: &reqwest::Error, call: &Call) -> CallError {
+    if error.is_timeout() && !error.is_connect() && call.is_change() {
+        CallError::NoResponse
+    } else {
+        CallError::Unreachable
+    }
+}
+
+async fn read_body(
+    mut response: Response,
+    failed: impl Fn(&reqwest::Error) -> CallError,
+) -> Result<String, CallError> {
     let mut body = Vec::new();
-    while let Some(chunk) = response.chunk().await.map_err(|_| CallError::Unreachable)? {
+    while let Some(chunk) = response.chunk().await.map_err(|error| failed(&error))? {
         if body.len() + chunk.len() > MAX_BODY {
             return Err(CallError::Unreadable);
         }
         body.extend_from_slice(&chunk);
     }
     String::from_utf8(body).map_err(|_| CallError::Unreadable)
+}
+
+#[cfg(test)]
+mod tests {
+    use quota_common::{auth::UpdateMe, call::PageOf};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    async fn outcomes(server: &str) -> [Option<CallError>; 2] {
+        let server = Server::parse(server).expect("a server");
+        let client = Client::with_timeout(server, Duration::from_millis(300)).expect("a client");
+        let change = Call::UpdateMe(UpdateMe::default());
+        let list = Call::ListServiceTokens(PageOf::default());
+        [
+            client.send(&change, Credential::None).await.err(),
+            client.send(&list, Credential::None).await.err(),
+        ]
+    }
+
+    #[tokio::test]
+    async fn only_a_change_that_was_sent_may_still_take_effect() {
+        // Connections are established, but no request is read.
+        let silent = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = format!("http://{}", silent.local_addr().expect("an address"));
+        let expected = [CallError::NoResponse, CallError::Unreachable];
+        assert_eq!(outcomes(&address).await, expected.map(Some));
+        drop(silent);
+        let expected = [CallError::Unreachable, CallError::Unreachable];
+        assert_eq!(outcomes(&address).await, expected.map(Some));
+    }
 }

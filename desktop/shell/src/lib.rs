@@ -54,6 +54,7 @@ pub fn run() -> ExitCode {
             commands::profile::forget_server,
             commands::system::copy,
             commands::system::save_file,
+            commands::notification::notify,
             commands::system::ready,
             commands::system::quit,
         ])

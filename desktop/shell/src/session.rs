@@ -1,9 +1,9 @@
 //! A session with one server: its tokens, and calls that use them. Does not depend on Tauri.
 //!
 //! The access token is kept in memory. The refresh token is kept in the keychain, or in memory if no keychain is
-//! available. The first call that finds the access token expired refreshes it while other calls wait. The new refresh
-//! token is stored before the new access token is used, so that the session survives if the app exits between the two
-//! steps.
+//! available. The first call that finds that the access token has expired refreshes it while other calls wait. The new
+//! refresh token is stored before the new access token is used, so that the session survives if the app exits between
+//! the two steps.
 //!
 //! Several processes of the same user share the keychain entry. A file lock makes them take turns refreshing, so that
 //! each process finds the token that the previous process stored.
@@ -37,7 +37,7 @@ use crate::{
 
 /// How long before its expiry an access token is refreshed.
 const REFRESH_AHEAD: Duration = Duration::from_secs(30);
-/// How long to wait while another process refreshes. A refresh takes less time than this.
+/// How long to wait for another process to finish a refresh. A refresh takes less time than this.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
 /// How often to try to acquire the lock.
 const LOCK_POLL: Duration = Duration::from_millis(50);

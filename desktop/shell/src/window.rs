@@ -79,6 +79,16 @@ pub fn show(app: &AppHandle, path: &'static str) {
     );
 }
 
+/// Brings the window to the front and opens a page of the console, unless that would discard a locked dialog.
+pub fn reveal(app: &AppHandle, path: &'static str) {
+    let Some(window) = app.get_webview_window(LABEL) else {
+        return;
+    };
+    let _ = window.unminimize();
+    let _ = window.set_focus();
+    if_unlocked(app, move |window| show(window.app_handle(), path));
+}
+
 /// Runs a script in the page.
 pub fn run(app: &AppHandle, script: &str) {
     if let Some(window) = app.get_webview_window(LABEL) {

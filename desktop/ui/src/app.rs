@@ -1,6 +1,6 @@
 //! The frame around all pages: navigation, account menu, and the current page.
 //!
-//! Users who are not signed in are sent to the sign-in page and returned afterwards. While the server is unreachable,
+//! Users who are not signed in are sent to the sign-in page and returned afterward. While the server is unreachable,
 //! users stay signed in, and the frame shows a notice with a button to retry.
 
 use leptos::{prelude::*, task::spawn_local};
@@ -138,7 +138,7 @@ fn AuthGate(current: Memo<ConsolePage>) -> impl IntoView {
 
 /// Shown after the desktop app has dropped its tokens while the session still exists on the server.
 const SIGNED_OUT_LOCALLY: &str = "Signed out on this computer. The server couldn't be reached, so your session \
-    remains active on the server until it expires. You can revoke it in Settings.";
+    remains active on the server until it expires. To end it sooner, sign in again and revoke it in Settings.";
 
 #[component]
 fn Frame(current: Memo<ConsolePage>) -> impl IntoView {
@@ -169,7 +169,7 @@ fn Frame(current: Memo<ConsolePage>) -> impl IntoView {
     };
     let lazy = |page| view! { <LazyPage page/> }.into_any();
     let commands = Commands::new(sign_out, Callback::new(move |right| session.has(right)));
-    // The current page, and what it shows if the user's role does not include that.
+    // The current page. If the user's role has no access to it, also the name of what it shows.
     let shown = Memo::new(move |_| {
         let page = current.get();
         let (right, what) = page.right();

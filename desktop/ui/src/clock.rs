@@ -9,7 +9,7 @@ use web_sys::Element;
 
 use crate::model::text::relative;
 
-/// Relative times count in minutes. Updating them twice a minute keeps them accurate to half a minute.
+/// Relative times are shown in whole minutes. Updating them twice a minute keeps them accurate to half a minute.
 const TICK: Duration = Duration::from_secs(30);
 
 #[derive(Clone, Copy)]

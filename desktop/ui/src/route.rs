@@ -69,7 +69,7 @@ impl Route {
         self.update();
     }
 
-    /// Goes to a page that takes the current page's place in the browser's history.
+    /// Goes to a page, which replaces the current page in the browser's history.
     pub fn replace(self, to: &str) {
         if let Ok(history) = window().history() {
             let _ = history.replace_state_with_url(&JsValue::NULL, "", Some(to));

@@ -22,7 +22,7 @@ pub enum AuthState {
 pub struct Session {
     pub auth: RwSignal<AuthState>,
     pub me: RwSignal<Option<Me>>,
-    /// Whether the session ended while the user was signed in. The sign-in page says so.
+    /// Whether the session ended while the user was signed in. If so, the sign-in page tells the user.
     pub has_expired: RwSignal<bool>,
     /// The full keys created in this tab. Discarded when the tab is closed or the session ends.
     pub known_keys: RwSignal<Vec<(ApiKeyId, String)>>,

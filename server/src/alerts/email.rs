@@ -2,7 +2,7 @@
 //! most a few emails per hour, even if many of its keys reach their quotas.
 //!
 //! One email per recipient is stored in the transaction that marks the alerts as sent. The emails are sent after that
-//! transaction, each at least once. Tenants take turns, so that one tenant's emails do not delay those of others.
+//! transaction, each at least once. Tenants take turns, so that one tenant's emails do not delay other tenants' emails.
 
 use std::fmt::Write as _;
 
@@ -33,10 +33,10 @@ const RECIPIENTS_MAX: i64 = 100;
 const TENANTS: i64 = 100;
 /// The maximum number of emails to send per round.
 const BATCH: usize = 20;
-/// Seconds until another replica may repeat an attempt. Much longer than an [attempt](crate::mail::SEND_MAX), including
-/// recording its result.
+/// Seconds until another replica may repeat an attempt. Much longer than an [attempt](crate::mail::SEND_MAX) takes,
+/// including the recording of its result.
 const LEASE: i32 = 120;
-/// The pauses between attempts, in seconds. They add up to a day.
+/// The pauses between attempts, in seconds. Their sum is about a day.
 const PAUSES: [i64; 7] = [60, 300, 900, 3600, 10_800, 25_200, 46_800];
 
 /// The number of emails with each outcome in a round.
@@ -54,18 +54,18 @@ struct Text {
     html: String,
 }
 
-/// What was written in a round.
+/// The results of writing emails in a round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Written {
-    /// The number of tenants for which this failed.
+    /// The number of tenants whose emails could not be stored.
     pub errors: u64,
-    /// Whether the limit of all tenants was reached.
+    /// Whether the combined limit for all tenants was reached.
     pub is_limited: bool,
 }
 
 impl Alerts {
-    /// Stores emails for alerts that have not been sent. After `per_hour` emails of all tenants in an hour, the others
-    /// wait; 0 means no limit.
+    /// Stores emails about alerts that have not been sent, at most `per_hour` emails per hour for all tenants combined.
+    /// Other alerts wait. 0 means no limit.
     pub async fn write_emails(&self, public_url: &str, per_hour: u32) -> Result<Written, DbError> {
         let tenants = self
             .db
@@ -89,8 +89,8 @@ impl Alerts {
         Ok(written)
     }
 
-    /// For each recipient, stores one email about a tenant's alerts. Returns `false` if the limit of all tenants is
-    /// reached.
+    /// Stores one email about a tenant's alerts for each recipient. Returns `false` if the combined limit for all
+    /// tenants has been reached.
     async fn write_email(
         &self,
         tenant: TenantId,
@@ -107,8 +107,8 @@ impl Alerts {
         self.db.in_system(write).await
     }
 
-    /// Sends emails that are due. Claims one at a time, so that an email's lease does not run while other emails are
-    /// being sent.
+    /// Sends emails that are due. Claims only one email at a time, so that its lease does not run while other emails
+    /// are being sent.
     pub async fn send_emails(&self, mailer: &Mailer) -> Result<Sent, DbError> {
         let mut all = Sent::default();
         for _ in 0..BATCH {
@@ -143,7 +143,7 @@ impl Alerts {
     }
 }
 
-/// For each recipient, stores one email about a tenant's alerts.
+/// Stores one email about a tenant's alerts for each recipient.
 async fn write_email(tx: &mut SystemTx, tenant: TenantId, public_url: &str) -> Result<(), DbError> {
     let alerts = mail::lock_alerts(tx, tenant, ALERTS_MAX).await?;
     if alerts.is_empty() {
@@ -264,7 +264,7 @@ fn described(alerts: &[AlertRow], tenant: &str, public_url: &str) -> Text {
         let _ = writeln!(text, "{more}");
     }
     let note = format!(
-        "You receive this email because of your role in {tenant} on {base}. Owners and admins can change who receives alerts."
+        "You're receiving this email because of your role in {tenant} on {base}. Owners and admins can change who receives alerts."
     );
     let _ = write!(text, "\nDetails: {link}\n\n{note}\n");
     let html = format!(
@@ -285,7 +285,7 @@ fn described(alerts: &[AlertRow], tenant: &str, public_url: &str) -> Text {
 /// Inserts invisible spaces around characters that could turn a name into an address. Email programs turn anything that
 /// looks like an address into a link, and a tenant can choose key names that appear in other people's emails.
 fn unlinked(name: &str) -> String {
-    // Domain names may also contain the full stops of other scripts.
+    // Domain names may also contain the periods of other scripts.
     const PARTS_OF_ADDRESSES: [char; 8] =
         ['.', ':', '/', '@', '\\', '\u{3002}', '\u{ff0e}', '\u{ff61}'];
     const ZERO_WIDTH_SPACE: char = '\u{200b}';

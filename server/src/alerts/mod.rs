@@ -1,16 +1,16 @@
 //! Quota alerts: detects when the usage of a quota reaches a threshold, and stores an alert with its deliveries.
 //!
-//! Checks run after requests, based on the quota ledger and the usage rollups. A tenant is checked when its usage log
-//! has grown. Only one replica at a time checks a tenant, in steps of a limited number of keys. Each step commits its
-//! alerts, their deliveries, and the tenant's progress together, so a crash neither loses nor repeats an alert. In the
-//! database, alerts are unique by quota, window, and threshold. Therefore, an alert is not created again after a
+//! Checks run in the background, based on the quota ledger and the usage rollups. A tenant is checked when its usage
+//! log has grown. Only one replica at a time checks a tenant, in steps of a limited number of keys. Each step commits
+//! its alerts, their deliveries, and the tenant's progress together, so a crash neither loses nor repeats an alert. In
+//! the database, alerts are unique by quota, window, and threshold. Therefore, an alert is not created again after a
 //! restart, by another replica, or after a change of the plan or time zone.
 //!
 //! **Used amounts.** The rollups contain the exact cost of allowed requests. The ledger counts the tokens that replicas
-//! have taken, which can exceed the cost by 1% of the quota, and by more after a crash. Therefore, the ledger selects
-//! the quotas to check, and the rollups determine how much of them is used. A quota also counts as used up if all of
-//! its tokens are taken and it has denied a request. Without metering, there are no rollups, and only the ledger is
-//! used.
+//! have taken, which can exceed the cost by up to 1% of the quota, and by more after a crash. Therefore, the ledger
+//! selects the quotas to check, and the rollups determine how much of them is used. A quota also counts as used up if
+//! all of its tokens are taken and it has denied a request. Without metering, there are no rollups, and only the ledger
+//! is used.
 
 pub mod email;
 
@@ -43,20 +43,19 @@ const TENANTS: i64 = 200;
 /// If more records than this are unchecked, all of the tenant's keys are checked instead of only the keys in these
 /// records.
 const RECORDS_MAX: i64 = 200_000;
-/// The maximum number of log records whose keys are checked before proceeding to later records. Limited because each
-/// step reads these records again.
+/// The maximum number of log records whose keys are checked before proceeding to later records. The number is limited,
+/// because each step reads these records again.
 const PART_MAX: i64 = 20_000;
 /// The maximum number of keys to check per transaction.
 const KEYS_MAX: i64 = 250;
 /// The maximum number of alerts per statement.
 const ALERTS_MAX: usize = 500;
-/// A step takes no longer than this: it reads usage twice at most, each within the [limit](alert::USAGE_TIMEOUT) of its
-/// statement.
+/// The maximum duration of a step, which reads usage at most twice. Each read has a [time limit](alert::USAGE_TIMEOUT).
 const STEP_MAX: Duration = Duration::from_secs(30);
-/// After this time, a round ends, and the rest is checked in the next one, so that other tenants get their turn.
+/// After this time, a round ends, so that other tenants get their turn. The next round checks the rest.
 const ROUND_MAX: Duration = Duration::from_secs(20);
 
-/// Checks tenants' quota usage and stores alerts. Cheap to clone.
+/// Checks tenants' quota usage and stores alerts. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Alerts {
     db: Db,
@@ -119,7 +118,7 @@ fn reached(used: i64, quota: i64) -> impl Iterator<Item = i32> {
 }
 
 impl Alerts {
-    /// Creates the service. `tenant_quota` is an additional quota of every tenant.
+    /// Creates the service. `tenant_quota` is an additional quota that applies to each tenant as a whole.
     pub fn new(db: Db, is_metered: bool, tenant_quota: Option<TenantQuota>) -> Self {
         Self {
             db,
@@ -130,7 +129,7 @@ impl Alerts {
     }
 
     /// Checks tenants with unchecked usage. Without metering, checks all tenants with quotas. Tenants take turns, so
-    /// that a tenant with many keys or one that cannot be checked does not delay the others.
+    /// that a tenant with many keys, or one whose check fails, does not delay other tenants.
     pub async fn check(&self) -> Result<Round, DbError> {
         let began = Instant::now();
         let tenants = async |tx: &mut SystemTx| {

@@ -5,7 +5,7 @@
 //! the request. A [`ServiceCaller`] or [`GatewayCaller`] has sent a service token. Each type is a poem-openapi
 //! extractor that adds its security scheme to the OpenAPI document.
 
-use std::{num::NonZeroU32, sync::Arc};
+use std::{num::NonZeroU32, pin::pin, sync::Arc};
 
 use poem::{Request, RequestBody, Result, http::Method};
 use poem_openapi::{
@@ -26,8 +26,9 @@ use super::{
 use crate::{
     auth::session::{LiveSession, Origin},
     keys::{KeyRecord, Rejection, ServiceRecord},
-    limiter::Decision,
+    limiter::{Decision, Policy},
     secret_text::{Kind, SecretText},
+    spans::{self, Span, SpanKind},
 };
 
 const fn blank(ty: &'static str, description: &'static str) -> MetaSecurityScheme {
@@ -155,6 +156,24 @@ pub async fn decide(
     tenant: Option<TenantId>,
     endpoint: &str,
 ) -> Result<Result<(Arc<KeyRecord>, Decision), RejectedKey>, ApiError> {
+    let mut span = spans::child("decide", SpanKind::Internal);
+    let result = {
+        let decision = pin!(decide_in_span(context, text, cost, tenant, endpoint));
+        spans::inside(span.as_ref().map(Span::as_parent), decision).await
+    };
+    if let Some(span) = &mut span {
+        describe(span, cost, &result);
+    }
+    result
+}
+
+async fn decide_in_span(
+    context: &RequestContext,
+    text: &str,
+    cost: NonZeroU32,
+    tenant: Option<TenantId>,
+    endpoint: &str,
+) -> Result<Result<(Arc<KeyRecord>, Decision), RejectedKey>, ApiError> {
     let state = &context.state;
     let began = state.clock.monotonic();
     let refused = |rejection, record| {
@@ -225,6 +244,37 @@ pub async fn decide(
     Ok(Ok((record, decision)))
 }
 
+/// Describes a decision in its span. The outcomes are those of `X-Quota-Decision`.
+fn describe(
+    span: &mut Span,
+    cost: NonZeroU32,
+    result: &Result<Result<(Arc<KeyRecord>, Decision), RejectedKey>, ApiError>,
+) {
+    span.set("quota.cost", i64::from(cost.get()));
+    let outcome = match result {
+        Ok(Ok((record, decision))) => {
+            span.set("quota.plan_id", record.plan_id.to_string());
+            span.set("quota.degraded", decision.degraded);
+            if decision.is_allowed() {
+                "allowed"
+            } else {
+                let violated: Vec<_> = decision.violated().iter().map(Policy::name).collect();
+                span.set("quota.violated", violated.join(","));
+                "limited"
+            }
+        }
+        Ok(Err(RejectedKey { rejection, .. })) => match rejection {
+            Rejection::PaymentRequired => "payment_required",
+            Rejection::Unknown | Rejection::Inactive | Rejection::Expired => "unauthorized",
+        },
+        Err(error) => {
+            span.fail(error.code.slug());
+            "unavailable"
+        }
+    };
+    span.set("quota.decision", outcome);
+}
+
 #[derive(Debug, Clone)]
 pub struct RejectedKey {
     pub rejection: Rejection,
@@ -248,17 +298,27 @@ impl AdmittedKey {
         Self::of(RequestContext::of(request)?, request.headers(), query).await
     }
 
-    /// Like [`admit`](Self::admit), for a request with these fields and this query.
+    /// Consumes one request like [`admit`](Self::admit), given the request's header fields and query.
     pub async fn of(
         context: &RequestContext,
         fields: &impl Fields,
         query: Option<&str>,
     ) -> Result<Self, ApiError> {
-        let text = api_key(fields, query)?
-            .ok_or_else(|| ApiError::unauthorized(false, "Send an API key as X-API-Key."))?;
-        // The only endpoint of Quota itself that consumes a key's limits.
+        let text = api_key(fields, query)?.ok_or_else(ApiError::key_missing)?;
+        // This is the only endpoint of Quota itself that consumes a key's limits.
         let endpoint = "GET /v1/echo";
-        match decide(context, text, NonZeroU32::MIN, None, endpoint).await? {
+        Self::decide(context, text, NonZeroU32::MIN, None, endpoint).await
+    }
+
+    /// Calls [`decide`]. Returns a 401, 402 or 429 error if the request is not allowed.
+    pub async fn decide(
+        context: &RequestContext,
+        text: &str,
+        cost: NonZeroU32,
+        tenant: Option<TenantId>,
+        endpoint: &str,
+    ) -> Result<Self, ApiError> {
+        match decide(context, text, cost, tenant, endpoint).await? {
             Ok((record, decision)) if decision.is_allowed() => Ok(Self { record, decision }),
             Ok((record, decision)) => Err(ApiError::denied(record, decision)),
             Err(RejectedKey {
@@ -309,7 +369,7 @@ fn several_service_tokens() -> ApiError {
     ApiError::unauthorized(true, "The X-Service-Token header was sent more than once.")
 }
 
-/// One of the tenant's services. It controls all headers of its requests.
+/// A service that sends check requests. It sets all headers of these requests itself.
 #[derive(Debug, Clone)]
 pub struct ServiceCaller {
     pub token: Arc<ServiceRecord>,
@@ -338,7 +398,7 @@ impl ServiceCaller {
     }
 }
 
-/// A gateway. It forwards headers that its consumer controls.
+/// A gateway. It forwards headers that API consumers control.
 ///
 /// Accepts a token only in `X-Service-Token`, which gateways overwrite; consumers control `Authorization`. Rejects
 /// requests with two tokens, because one of them could come from the consumer.

@@ -41,7 +41,7 @@ impl AlertApi {
     }
 }
 
-/// The alert settings in the audit log. They belong to the tenant.
+/// The alert settings, as recorded in the audit log. They belong to the tenant.
 #[derive(Serialize)]
 struct AuditedSettings<'a> {
     #[serde(flatten)]
@@ -123,7 +123,7 @@ impl AlertApi {
         let roles = body.email_roles.unwrap_or(before.email_roles.clone());
         let after = AlertSettings {
             email: body.email.unwrap_or(before.email),
-            // Removes duplicates, and sorts in the order of `Role::ALL`.
+            // Remove duplicates, and sort the roles in the order of `Role::ALL`.
             email_roles: Role::ALL
                 .iter()
                 .copied()

@@ -21,8 +21,8 @@ use crate::{
     },
 };
 
-/// Rejects the creation of a resource if the tenant has reached its limit. Call in the transaction that inserts the
-/// resource, before the insert.
+/// Rejects the creation of a resource if the tenant already has the maximum number of resources of its type. Must be
+/// called in the transaction that inserts the resource, before the insert.
 pub async fn one_more(config: &Config, tx: &mut TenantTx, what: Resource) -> Result<(), ApiError> {
     let (all, free) = (config.allowances, config.free_tier);
     let (limit, free, name) = match what {
@@ -75,8 +75,8 @@ fn at_most(config: &Config, maximum: u64) -> String {
     }
 }
 
-/// If free plans have a maximum rate, makes changes to the tenant's plans and keys wait for each other. Otherwise, a
-/// plan could become free while one of its keys gets a higher rate. Must be the first call in the transaction.
+/// Makes changes to the tenant's plans and keys wait for each other if free plans have a maximum rate. Without this
+/// lock, a plan could become free while one of its keys gets a higher rate. Must be the first call in the transaction.
 pub async fn lock_rates(config: &Config, tx: &mut TenantTx) -> Result<(), DbError> {
     match config.free_tier.rpm {
         Some(_) => allowance::lock(tx).await,
@@ -118,7 +118,7 @@ pub fn check_plan(config: &Config, plan: &Plan) -> Result<(), ApiError> {
     }
 }
 
-/// Rejects a change that makes a plan free if one of its keys has a higher rate than free plans allow.
+/// Rejects a change that makes a plan free if the rate of one of its keys is higher than free plans allow.
 pub async fn check_rates_of_keys(
     config: &Config,
     tx: &mut TenantTx,

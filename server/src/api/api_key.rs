@@ -103,7 +103,7 @@ fn previous_key_active(until: Timestamp) -> ApiError {
     }
 }
 
-/// The problem for a plan that does not exist or belongs to another tenant.
+/// Returns the problem for a plan that does not exist or belongs to another tenant.
 fn plan_not_found(error: DbError) -> ApiError {
     let not_found = || {
         let mut problem = ApiError::not_found();
@@ -136,8 +136,8 @@ impl ApiKeyApi {
 impl ApiKeyApi {
     /// List API keys
     ///
-    /// Returns keys in the order given by `sort`, by default newest first, without the keys themselves. A cursor is
-    /// valid only with the `sort` for which it was issued. When sorting by last use, a key that is used while you page
+    /// Returns keys in the order given by `sort`, by default newest first, without their secrets. A cursor is valid
+    /// only with the `sort` for which it was issued. When sorting by last use, a key that is used while you page
     /// through the list may be skipped or repeated.
     #[oai(path = "/api-keys", method = "get", operation_id = "list_api_keys")]
     #[expect(
@@ -156,7 +156,7 @@ impl ApiKeyApi {
         /// Include only keys with this external ID.
         #[oai(validator(min_length = 1, max_length = 200))]
         external_id: Query<Option<String>>,
-        /// Include only keys whose name contains this string, or whose key or external ID starts with it.
+        /// Include only keys that start with this string, whose name contains it, or whose external ID starts with it.
         #[oai(validator(max_length = 200))]
         search: Query<Option<String>>,
         /// Sort field; prefix with `-` for descending. Names are compared case-insensitively; keys that have never been
@@ -244,7 +244,7 @@ impl ApiKeyApi {
 
     /// Get an API key
     ///
-    /// Returns the key's settings, without the key itself.
+    /// Returns the key's settings, without its secret.
     #[oai(
         path = "/api-keys/:key_id",
         method = "get",

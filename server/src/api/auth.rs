@@ -119,7 +119,7 @@ fn device<'a>(
     }
 }
 
-/// Reports a rejected new password as an error of this field.
+/// Returns a function that reports a rejected new password as an error in `field`.
 fn under(field: &'static str) -> impl Fn(AuthError) -> ApiError {
     move |error| match error {
         AuthError::WeakPassword(message) => ApiError::invalid(field, message),
@@ -199,10 +199,10 @@ impl AuthApi {
 
     /// Refresh an access token
     ///
-    /// Exchanges a refresh token for a new pair of tokens. Each refresh token works once. For ten seconds, the previous
-    /// token can be used again and returns the same new refresh token, in case the client has lost the response. Any
-    /// other reuse revokes the session. With `X-Quota-Session: cookie`, the token is read from its cookie,
-    /// `X-Quota-CSRF` must contain the value of the `quota_csrf` cookie, and the body is `{}`.
+    /// Exchanges a refresh token for a new pair of tokens. Each refresh token works once. If the client loses the
+    /// response, it can send the same token again within ten seconds to get the same new refresh token. Any other reuse
+    /// revokes the session. With `X-Quota-Session: cookie`, the token is read from its cookie, `X-Quota-CSRF` must
+    /// contain the value of the `quota_csrf` cookie (`__Host-quota_csrf` over HTTPS), and the body is `{}`.
     #[oai(path = "/refresh", method = "post", operation_id = "refresh")]
     async fn refresh(
         &self,
@@ -273,7 +273,7 @@ impl AuthApi {
 
     /// Get the current user
     ///
-    /// Returns the user, the tenant the session acts for, and the session's ID.
+    /// Returns the user, the session's tenant, and the session's ID.
     #[oai(path = "/me", method = "get", operation_id = "get_me")]
     async fn me(&self, caller: SignedInTenant) -> Result<Json<Me>, ApiError> {
         Ok(Json(self.load_me(&caller).await?))
@@ -303,7 +303,7 @@ impl AuthApi {
             ));
         }
         if body.tenant_name.is_some() || body.time_zone.is_some() {
-            // This comes first, because it has to wait for the tenant's other changes and may be rejected.
+            // Begin this edit first, because it waits for the tenant's other changes and may be rejected.
             let mut edit = Edit::begin(&self.state, &caller).await?;
             let before = rows::lock_tenant(&mut edit).await.or_not_found()?;
             let now = i64::try_from(self.state.clock.now().0).unwrap_or(i64::MAX);

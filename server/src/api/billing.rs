@@ -28,8 +28,8 @@ use crate::{
     stripe::{Envelope, verify},
 };
 
-/// Maximum size of a webhook. Half of the memory that a connection without valid credentials may use, and far larger
-/// than any webhook from Stripe.
+/// The maximum size of a webhook: half of the memory that a connection without valid credentials may use, and far
+/// larger than any webhook from Stripe.
 const WEBHOOK_MAX: usize = 64 * 1024;
 const SIGNATURE: &str = "stripe-signature";
 
@@ -135,7 +135,7 @@ impl BillingApi {
     /// Get the subscription
     ///
     /// Returns the access that the tenant's subscription provides, its price, the charged usage, and how much of the
-    /// operator's limits is used. Changes in Stripe are visible within seconds.
+    /// operator's limits is used. Changes made in Stripe appear within seconds.
     #[oai(path = "/", method = "get", operation_id = "get_billing")]
     async fn get(&self, caller: BillingTenant) -> Result<Json<BillingState>, ApiError> {
         overview::billing_state(&self.state, &caller)
@@ -145,8 +145,8 @@ impl BillingApi {
 
     /// Start a subscription
     ///
-    /// Returns a Stripe Checkout page where the tenant can subscribe. While a page is still open, it is returned again,
-    /// so a tenant can't subscribe twice. Fails with 409 if the tenant already has a subscription.
+    /// Returns a Stripe Checkout page where the tenant can subscribe. If an earlier page is still open, returns that
+    /// page, so a tenant can't subscribe twice. Fails with 409 if the tenant already has a subscription.
     #[oai(path = "/checkout", method = "post", operation_id = "start_checkout")]
     async fn checkout(
         &self,
@@ -159,7 +159,7 @@ impl BillingApi {
         let billing = self.billing()?;
         let idempotency = IdempotencyGuard::new("start_checkout", idempotency_key.0, &())?;
         self.limit_pages(&caller)?;
-        // One at a time per tenant, so that a second click opens the same page as the first.
+        // Handle one request at a time per tenant, so that a second click opens the same page as the first.
         let _turn = self.state.checkouts.turn(caller.tenant()).await?;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
         let replayed = idempotency.replay(&mut tx).await?;

@@ -31,7 +31,7 @@ pub const CSRF_FIELD: &str = "x-quota-csrf";
 pub enum SessionCookie {
     Access,
     Refresh,
-    /// The only cookie that scripts can read. It is useless without the others.
+    /// The only cookie that scripts can read. It is useless without the other cookies.
     Csrf,
     /// Identifies a browser that has signed in before. It outlives sessions and is not a credential.
     Device,
@@ -65,7 +65,8 @@ const OF_PROXIES: [&str; 5] = [
 ];
 
 /// Returns whether cookies require TLS. They do, unless a browser uses plain HTTP to connect to a server on its own
-/// machine. There, browsers would reject such cookies, and the connection cannot be intercepted.
+/// machine. There, some browsers, such as Safari, would reject such cookies, and the connection cannot be
+/// intercepted.
 ///
 /// `Host` alone does not prove this: a proxy may send the name of its upstream, such as `localhost`. Therefore, the
 /// peer must be on this machine, the request must not have a proxy's headers, and `Origin`, if present, must also be
@@ -141,7 +142,7 @@ pub fn cookie<'a>(
     })
 }
 
-/// Requires that the request comes from one of this server's pages. Checks `Sec-Fetch-Site` or, if that is missing,
+/// Requires the request to come from one of this server's pages. Checks `Sec-Fetch-Site` or, if that is missing,
 /// `Origin`. Rejects requests that have neither header.
 pub fn same_origin(state: &AppState, headers: &HeaderMap) -> Result<(), ApiError> {
     let rejected = || {
@@ -170,7 +171,7 @@ pub fn same_origin(state: &AppState, headers: &HeaderMap) -> Result<(), ApiError
     }
 }
 
-/// Checks a request with a session cookie whose session is known. A request that could make a change must come from
+/// Checks a request that was authenticated with a session cookie. A request that could make a change must come from
 /// this server's own pages and must have the CSRF header.
 pub fn may_change(state: &AppState, request: &Request, session: SessionId) -> Result<(), ApiError> {
     if matches!(*request.method(), Method::GET | Method::HEAD) {
@@ -186,7 +187,7 @@ pub fn may_change(state: &AppState, request: &Request, session: SessionId) -> Re
     ))
 }
 
-/// Returns the CSRF header's session.
+/// Returns the session to which the token in the CSRF header belongs.
 fn csrf_of(state: &AppState, headers: &HeaderMap) -> Option<SessionId> {
     let sent = headers.get(CSRF_FIELD)?.to_str().ok()?;
     state.sessions.of_csrf_token(sent)
@@ -212,7 +213,7 @@ pub fn refresh_token<'a>(
     Ok(Some((token, session)))
 }
 
-/// Returns the `Set-Cookie` headers of a session.
+/// Returns the `Set-Cookie` headers that store a session's tokens in cookies.
 pub fn keep(state: &AppState, request: &Request, tokens: &Tokens) -> Vec<HeaderValue> {
     let days = u64::from(state.config.session_days) * 86_400;
     let csrf = state.sessions.csrf_token(tokens.session);

@@ -93,7 +93,7 @@ audited!(
 /// A change in progress. This is a transaction of the caller's tenant that must end with [`created`](Self::created),
 /// [`updated`](Self::updated), or [`deleted`](Self::deleted). These methods record the audit event, commit the
 /// transaction, and then publish which cached records replicas must drop. The transaction cannot be committed in any
-/// other way, so every change is recorded. Dropping the edit rolls it back.
+/// other way, so every change is recorded. Dropping the edit rolls back the transaction.
 pub struct Edit<'a> {
     tx: TenantTx,
     state: &'a AppState,
@@ -159,7 +159,7 @@ impl<'a> Edit<'a> {
                 .by(user.0, self.caller.origin.network())
         };
         audit::insert(&mut self.tx, &event).await?;
-        // Inserted last, because this waits for other transactions that insert invalidations.
+        // Insert the invalidation last, because the insert waits for other transactions that insert invalidations.
         let invalidation = match stale {
             Some(stale) => Some(invalidation::insert(&mut self.tx, stale).await?),
             None => None,

@@ -12,20 +12,23 @@ use poem::{Addr, Request};
 
 use super::fields::{Fields, text};
 
-/// Returns the client's address. Returns `None` for a peer without an address, such as a Unix socket.
-pub fn client_ip(request: &Request, trusted: &[IpNet]) -> Option<IpAddr> {
-    let peer = match &request.remote_addr().0 {
-        Addr::SocketAddr(addr) => addr.ip().to_canonical(),
-        _ => return None,
-    };
-    Some(client_of(peer, request.headers(), trusted))
+/// Returns the peer's address in canonical form. Returns `None` for a peer without an address, such as a Unix socket.
+pub fn peer_ip(request: &Request) -> Option<IpAddr> {
+    match &request.remote_addr().0 {
+        Addr::SocketAddr(addr) => Some(addr.ip().to_canonical()),
+        _ => None,
+    }
+}
+
+/// Returns whether a peer is a trusted proxy. The address must be in canonical form.
+pub fn is_trusted(peer: IpAddr, trusted: &[IpNet]) -> bool {
+    trusted.iter().any(|network| network.contains(&peer))
 }
 
 /// Returns the client's address for a request from `peer`, which must be in canonical form.
 pub fn client_of(peer: IpAddr, fields: &impl Fields, trusted: &[IpNet]) -> IpAddr {
-    let is_trusted = |ip: IpAddr| trusted.iter().any(|network| network.contains(&ip));
     let mut client = peer;
-    if !is_trusted(peer) {
+    if !is_trusted(peer, trusted) {
         return client;
     }
     // Multiple headers form a single list.
@@ -35,7 +38,7 @@ pub fn client_of(peer: IpAddr, fields: &impl Fields, trusted: &[IpNet]) -> IpAdd
                 return client;
             };
             client = hop;
-            if !is_trusted(hop) {
+            if !is_trusted(hop, trusted) {
                 return client;
             }
         }

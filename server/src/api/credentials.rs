@@ -91,7 +91,7 @@ pub fn consumer_key(fields: &impl Fields) -> Option<&str> {
 }
 
 /// Returns the endpoint of the forwarded request, based on `X-Forwarded-Method` and the path in `X-Forwarded-Uri`.
-/// Empty if neither header was sent. Omits the query, which may contain arbitrary data.
+/// Returns an empty string if neither header was sent. Omits the query, which may contain arbitrary data.
 pub fn forwarded_endpoint(fields: &impl Fields) -> String {
     let field = |name| fields.values(name).next().and_then(text);
     let path =

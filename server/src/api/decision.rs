@@ -127,8 +127,8 @@ impl DecisionApi {
         let before = before.transpose()?;
         let _turn = read_turn(&self.state, &caller).await?;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
-        // Read before the rows, so that no decision is missed between these rows and a stream that starts at this
-        // position.
+        // Read the position before the rows, so that no decision is missed between these rows and a stream that starts
+        // at this position.
         let newest = usage_log::last_seq(&mut tx).await?;
         let page = usage_log::list(&mut tx, &filter, before, page::size(limit.0)).await?;
         let total = usage_log::total(&mut tx, &filter).await?;
@@ -143,12 +143,12 @@ impl DecisionApi {
 
     /// Stream decisions
     ///
-    /// Streams the decisions of all replicas as server-sent events, usually within a second. The `data` field of a
-    /// `decision` event contains the decision as JSON. To resume the stream on any replica, send the ID of the last
-    /// event in the `Last-Event-ID` header, as browsers do automatically, or in the `last_event_id` parameter. A
-    /// `dropped` event contains the number of decisions that were skipped because they arrived faster than they could
-    /// be sent, including those that do not match the filters. The stream ends with an `end` event when the access
-    /// token expires, the session is revoked or the server stops.
+    /// Streams the decisions of all replicas as server-sent events. Decisions usually arrive less than a second after
+    /// they are made. The `data` field of a `decision` event contains the decision as JSON. To resume the stream on any
+    /// replica, send the ID of the last event in the `Last-Event-ID` header, as browsers do automatically, or in the
+    /// `last_event_id` parameter. A `dropped` event contains the number of decisions that were skipped because they
+    /// could not be sent fast enough, including those that do not match the filters. The stream ends with an `end`
+    /// event when the access token expires, the session is revoked or the server stops.
     #[oai(
         path = "/decisions/stream",
         method = "get",

@@ -26,11 +26,13 @@ use super::{
     problem::ApiError,
     request_context::RequestContext,
     request_log::{self, REQUEST_ID},
+    trace,
 };
 use crate::{
     clock::UnixNanos,
     connection_marks::ConnectionMarks,
     plain_request::{DirectEndpoint, PlainRequest},
+    spans::Span,
     state::AppState,
     telemetry::request_id::RequestIds,
 };
@@ -226,14 +228,19 @@ impl DirectEndpoint for DirectDecisions {
         };
         let state = &self.state;
         let (arrived, began) = (state.clock.now(), state.clock.monotonic());
+        let path = request.target.split('?').next().unwrap_or_default();
+        let span = trace::begin(state, Some(peer.to_canonical()), request, path);
         let context = self.context(request, peer, arrived, marks);
-        let result = request_log::run(state, self.decide(&context, route, request)).await;
+        let parent = span.as_ref().map(Span::as_parent);
+        let result = request_log::run(state, parent, self.decide(&context, route, request)).await;
         let status = self.write(&context, route, result.flatten(), out).await;
         let took = state.clock.monotonic().saturating_since(began);
         state.metrics.answered(status.as_u16());
         state.metrics.direct_responses.inc();
+        if let Some(span) = span {
+            trace::end(span, &context, request.method, Some(path), status.as_u16());
+        }
         if tracing::enabled!(target: "quota_server::access", tracing::Level::INFO) {
-            let path = request.target.split('?').next().unwrap_or_default();
             context.log(request.method, path, status.as_u16(), took);
         }
     }

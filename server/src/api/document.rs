@@ -371,6 +371,10 @@ fn front_page(landing: &Landing, base: &str) -> String {
                     "{{traefik}}",
                     configuration(include_str!("../../../deploy/gateways/traefik.yml")),
                 ),
+                (
+                    "{{envoy}}",
+                    configuration(include_str!("../../../deploy/gateways/envoy.yaml")),
+                ),
             ];
             values
                 .iter()

@@ -2,8 +2,8 @@
 //!
 //! Most requests are checks at one of three fixed paths. They are recognized by path before they reach the router and
 //! poem-openapi: nested routes, query parsing, and boxed errors would cost more than the rest of the request. The rest
-//! of the code is the same as for routed requests, and runs in the same order. Requests with any other query are routed
-//! normally.
+//! of the code is the same as for routed requests, and runs in the same order. A request with a query that is not
+//! recognized here is routed normally.
 
 use poem::{Endpoint, IntoResponse, Request, Response, Result, http::Method};
 use poem_openapi::{ApiExtractor, ExtractParamOptions, param::Query};
@@ -20,7 +20,7 @@ use super::{
 /// The path of forward-auth. It accepts every method.
 pub const FORWARD_AUTH: &str = "/v1/forward-auth";
 
-/// Wraps the router, which serves all other requests.
+/// Wraps the router, which handles all other requests.
 pub struct FastPath<E>(pub E);
 
 enum FastRoute {
@@ -55,7 +55,7 @@ impl<E: Endpoint<Output = Response>> Endpoint for FastPath<E> {
     async fn call(&self, mut request: Request) -> Result<Response> {
         let answer = match FastRoute::of(&request) {
             None => {
-                // A gateway may use its consumer's method. Forward-auth ignores the method.
+                // A gateway may send its consumer's method, which forward-auth ignores.
                 if request.uri().path() == FORWARD_AUTH {
                     request.set_method(Method::GET);
                 }

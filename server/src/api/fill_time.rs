@@ -1,8 +1,7 @@
-//! The maximum time in which the bucket of a key fills.
+//! The maximum time that a key's bucket takes to fill.
 //!
-//! The shared counters keep a bucket for as long as it is not full. A longer time would have no use, since a month is
-//! the longest period of a quota. Plans and keys that exceed the maximum keep working until their rate or burst is
-//! changed.
+//! The shared counters keep a bucket until it is full. A longer fill time would not be useful, because a month is the
+//! longest period of a quota. Plans and keys that exceed the maximum keep working until their rate or burst is changed.
 
 use quota_common::{api_key::ApiKey, bounds::FILL_MINUTES_MAX, number::grouped, plan::Plan};
 
@@ -16,7 +15,7 @@ fn is_too_long(rpm: u32, burst: u32) -> bool {
     burst > rpm.saturating_mul(FILL_MINUTES_MAX)
 }
 
-/// Rejects a plan whose burst takes too long to refill. `field` is the field that was sent, if it was only one.
+/// Rejects a plan whose burst takes too long to refill. `field` is the field to name in the error.
 pub fn check_plan(plan: &Plan, field: &'static str) -> Result<(), ApiError> {
     let (rpm, burst) = (plan.default_rpm, plan.burst);
     if !is_too_long(rpm, burst) {
@@ -31,9 +30,9 @@ pub fn check_plan(plan: &Plan, field: &'static str) -> Result<(), ApiError> {
     })
 }
 
-/// Rejects a change of a plan after which the burst of a key with its own rate takes too long to refill.
+/// Rejects a change to a plan if the burst of a key with a rate override would then take too long to refill.
 pub async fn check_keys_of_plan(tx: &mut TenantTx, plan: &Plan) -> Result<(), ApiError> {
-    // The burst of such keys is their own rate.
+    // In this case, the burst of each such key is equal to the key's own rate.
     if plan.burst == plan.default_rpm {
         return Ok(());
     }
@@ -51,7 +50,7 @@ pub async fn check_keys_of_plan(tx: &mut TenantTx, plan: &Plan) -> Result<(), Ap
     }
 }
 
-/// Rejects a key at whose own rate the burst of its plan takes too long to refill.
+/// Rejects a key if the plan's burst would take too long to refill at the key's own rate.
 pub async fn check_key(tx: &mut TenantTx, key: &ApiKey) -> Result<(), ApiError> {
     let Some(rate) = key.rpm_override else {
         return Ok(());

@@ -20,8 +20,8 @@ fn ok() -> Json<Health> {
     })
 }
 
-/// The problem for probes while the server is stopping. It has no source, because it is not a server error and must not
-/// be logged.
+/// Returns the problem for probes while the server is stopping. The problem has no source, because it is not a server
+/// error and must not be logged.
 fn stopping() -> ApiError {
     ApiError {
         retry_after: Some(Duration::from_secs(1)),
@@ -42,8 +42,8 @@ impl HealthApi {
 
     /// Serving
     ///
-    /// Returns 503 only while the server is stopping. Keys in memory are served without PostgreSQL, so use this check
-    /// for load balancers and Kubernetes readiness.
+    /// Returns 503 only while the server is stopping. Requests with cached keys don't need PostgreSQL, so use this
+    /// check for load balancers and Kubernetes readiness probes.
     #[oai(path = "/serving", method = "get", operation_id = "serving")]
     async fn serving(&self) -> Result<Json<Health>, ApiError> {
         if self.state.is_draining() {

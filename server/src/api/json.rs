@@ -4,11 +4,13 @@
 //! `common/tests/wire.rs` checks that the OpenAPI document describes the same JSON. A body that cannot be parsed
 //! results in 400. A body with invalid fields results in 422, and the response lists all of them.
 
+use std::time::Duration;
+
 use futures_util::StreamExt;
 use garde::Validate;
 use poem::{
-    IntoResponse, Request, RequestBody, Response, Result,
-    http::{HeaderValue, StatusCode, header},
+    Body, IntoResponse, Request, RequestBody, Response, Result,
+    http::{HeaderMap, HeaderValue, StatusCode, header},
 };
 use poem_openapi::{
     ApiExtractor, ApiExtractorType, ApiResponse, ExtractParamOptions,
@@ -214,22 +216,31 @@ pub(super) async fn read(
     limit: usize,
 ) -> Result<Vec<u8>, ApiError> {
     let patience = RequestContext::of(request)?.state.config.header_timeout;
+    let body = body
+        .take()
+        .map_err(|error| ApiError::internal(error.to_string()))?;
+    receive(request.headers(), body, limit, patience).await
+}
+
+/// Receives a body of at most `limit` bytes within `patience`.
+pub(super) async fn receive(
+    headers: &HeaderMap,
+    body: Body,
+    limit: usize,
+    patience: Duration,
+) -> Result<Vec<u8>, ApiError> {
     let too_large = || {
         ApiError::new(
             ProblemCode::ContentTooLarge,
             format!("The request body is larger than {limit} bytes."),
         )
     };
-    let announced = request
-        .headers()
+    let announced = headers
         .get(header::CONTENT_LENGTH)
         .and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
     if announced.is_some_and(|length| length > limit) {
         return Err(too_large());
     }
-    let body = body
-        .take()
-        .map_err(|error| ApiError::internal(error.to_string()))?;
     let mut stream = body.into_bytes_stream();
     let arriving = async {
         // A client could announce a large body and then send nothing.
@@ -337,7 +348,7 @@ fn rejected_field(error: &serde_path_to_error::Error<serde_json::Error>) -> Fiel
     }
 }
 
-/// Rewrites serde's message about a value of the wrong type. The result contains no names of Rust types.
+/// Rewrites serde's message about a value of the wrong type. The result does not contain names of Rust types.
 fn mismatch(message: &str) -> String {
     if message.starts_with("UUID parsing failed") {
         return "must be a UUID".to_owned();

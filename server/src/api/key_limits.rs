@@ -1,8 +1,8 @@
 //! `/admin/api-keys/{key_id}/limits` and `/burn-down`: the state of a key's limits, now and over time.
 //!
 //! This module combines several sources. For rates, the shared counters contain the usage of all replicas. For quotas,
-//! this replica's limiter knows its own decisions up to now, and the rollups contain the decisions of all replicas up
-//! to about a second ago.
+//! this replica's limiter has counted its own decisions up to now, and the rollups contain the decisions of all
+//! replicas up to about a second ago.
 
 use chrono::{DateTime, TimeDelta, Utc};
 use poem::Result;
@@ -140,8 +140,8 @@ fn limit_state(state: PolicyState) -> LimitState {
 impl KeyLimitsApi {
     /// Get an API key's limits
     ///
-    /// Returns how much of each of the key's limits is left, and when each limit resets, without consuming any of it.
-    /// With several replicas, quota usage from the last second on other replicas may be missing.
+    /// Returns what is left of each of the key's limits and when each resets. Consumes nothing. With several replicas,
+    /// quota usage from the last second on other replicas may be missing.
     #[oai(
         path = "/api-keys/:key_id/limits",
         method = "get",

@@ -16,23 +16,23 @@ const OF_TENANT: usize = 8;
 /// The maximum number of concurrent large responses.
 const TOTAL: usize = 64;
 
-/// Marks a large response.
+/// Marks a response as large.
 #[derive(Debug, Clone, Copy)]
 struct IsLarge;
 
-/// Returns the places for large responses on one replica.
+/// Returns the slots for large responses on one replica.
 pub fn places() -> TenantPlaces {
     TenantPlaces::new(OF_TENANT, TOTAL)
 }
 
-/// Marks a response as large if its body is large. `length` is the length of the body.
+/// Marks a response as large if `length`, the length of its body, exceeds [`LARGE`].
 pub fn mark(response: &mut Response, length: usize) {
     if length > LARGE {
         response.extensions_mut().insert(IsLarge);
     }
 }
 
-/// Reserves a place for a large response until the response has been sent. Fails if no place is available.
+/// Reserves a slot for a large response until the response has been sent. Fails if no slot is free.
 pub fn hold(
     places: &TenantPlaces,
     context: &RequestContext,

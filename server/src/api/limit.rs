@@ -319,7 +319,7 @@ impl LimitApi {
 
     /// Check a request (status only, for gateways)
     ///
-    /// For gateways such as Caddy, nginx, HAProxy and Traefik that check each request before forwarding it. Accepts any
+    /// Gateways such as Caddy, nginx, HAProxy, Envoy and Traefik call this before they forward a request. Accepts any
     /// method. Send the gateway's service token in exactly one `X-Service-Token` header, and pass on the consumer's
     /// `X-API-Key` or `Authorization: Bearer`. Every response has an `X-Quota-Decision` header: `allowed`, `limited`,
     /// `unauthorized`, `payment_required` or `unavailable`. Forward a request only if the status is 200 and the

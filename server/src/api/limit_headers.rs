@@ -1,7 +1,7 @@
 //! The headers that report a decision.
 //!
-//! Only this module writes these headers, except in error responses without a decision. Those can have `Retry-After`
-//! and, on forward-auth, `X-Quota-Decision`.
+//! Only this module writes these headers, except in error responses without a decision. Such responses can have
+//! `Retry-After` and, on forward-auth, `X-Quota-Decision`.
 //!
 //! `RateLimit` and `RateLimit-Policy` follow draft-ietf-httpapi-ratelimit-headers-11 and are structured fields (RFC
 //! 9651). `X-RateLimit-*` follow the older convention. `X-Quota-Decision` is for gateways.
@@ -26,7 +26,7 @@ pub const DECISION: HeaderName = HeaderName::from_static("x-quota-decision");
 pub const DEGRADED: HeaderName = HeaderName::from_static("x-quota-degraded");
 pub const REDIS_AWAY: &str = "redis-away";
 
-/// The maximum number of headers in a response. Reserving this many allocates the map only once.
+/// The maximum number of headers in a response. If space for this many is reserved, the map is allocated only once.
 pub const FIELDS: usize = 14;
 
 /// The values of [`DECISION`].
@@ -51,14 +51,18 @@ impl GatewayDecision {
         }
     }
 
-    pub const fn value(self) -> HeaderValue {
-        HeaderValue::from_static(match self {
+    pub const fn name(self) -> &'static str {
+        match self {
             Self::Allowed => "allowed",
             Self::Limited => "limited",
             Self::Unauthorized => "unauthorized",
             Self::PaymentRequired => "payment_required",
             Self::Unavailable => "unavailable",
-        })
+        }
+    }
+
+    pub const fn value(self) -> HeaderValue {
+        HeaderValue::from_static(self.name())
     }
 }
 
@@ -179,7 +183,7 @@ fn is_degraded(decision: &Decision) -> bool {
     decision.degraded || (!decision.is_allowed() && decision.violated().is_empty())
 }
 
-/// Returns whether every quota applies to a full day or month.
+/// Returns whether every quota applies to an entire day or month.
 fn is_usual(decision: &Decision) -> bool {
     decision.states().all(|state| state.shortened_to.is_none())
 }

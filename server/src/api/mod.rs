@@ -1,9 +1,9 @@
-//! The HTTP API: authentication, requests, and responses. One file per noun.
+//! The HTTP API: authentication, requests, and responses. Each kind of resource has its own file.
 //!
 //! Contains no SQL: handlers call `repo` and the modules between the two. Only [`problem`] converts errors to a
 //! [`Problem`](quota_common::Problem). In every handler, the caller is the first argument and the body is the last.
-//! poem extracts arguments in order, so the body of an anonymous request is never parsed. The type of the caller is the
-//! permission that the handler requires; see [`tenant_rights`].
+//! poem extracts arguments in order, so the body of an anonymous request is never parsed. The type of the caller
+//! determines which permission the handler requires; see [`tenant_rights`].
 
 pub mod admitted;
 pub mod alert;
@@ -25,6 +25,7 @@ pub mod document;
 pub mod fast_path;
 pub mod fields;
 mod fill_time;
+pub mod grpc;
 pub mod health;
 pub mod idempotency;
 pub mod ip_guard;
@@ -41,6 +42,7 @@ pub mod request_log;
 pub mod service_token;
 pub mod stats;
 pub mod tenant_rights;
+pub mod trace;
 pub mod usage;
 pub mod webhook;
 

@@ -26,7 +26,7 @@ impl Type for PageSize {
     type RawValueType = Self;
     type RawElementValueType = Self;
 
-    // Not the name of `u32`, because this type has its own error messages.
+    // Do not use the name of `u32`, because this type has its own error messages.
     fn name() -> Cow<'static, str> {
         "PageSize".into()
     }
@@ -59,7 +59,7 @@ impl ParseFromParameter for PageSize {
     }
 }
 
-/// The first byte of a cursor that contains only an ID. For lists that are always sorted newest first.
+/// The first byte of a cursor that contains only an ID. Used for lists that are always sorted newest first.
 const ID: u8 = 1;
 /// The first byte of a cursor that contains a sort order, an ID, and the sort value of the row with that ID.
 const SORTED: u8 = 2;

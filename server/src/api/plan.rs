@@ -89,7 +89,7 @@ fn in_use(key_count: u64) -> ApiError {
     ApiError::new(ProblemCode::PlanInUse, detail)
 }
 
-/// The problem for deleting a plan that has received a key since its keys were counted.
+/// Returns the problem for deleting a plan that has received a key since its keys were counted.
 fn just_used() -> ApiError {
     ApiError::new(
         ProblemCode::PlanInUse,

@@ -72,7 +72,7 @@ impl ApiError {
         }
     }
 
-    /// The problem for a resource that does not exist or belongs to another tenant.
+    /// Returns the problem for a resource that does not exist or belongs to another tenant.
     pub fn not_found() -> Self {
         Self::new(ProblemCode::NotFound, "Not found.")
     }
@@ -82,6 +82,11 @@ impl ApiError {
             credential_sent,
             ..Self::new(ProblemCode::Unauthorized, detail)
         }
+    }
+
+    /// The problem for a request without an API key.
+    pub fn key_missing() -> Self {
+        Self::unauthorized(false, "Send an API key as X-API-Key.")
     }
 
     pub fn subscription_needed() -> Self {
@@ -115,14 +120,14 @@ impl ApiError {
         let source = self.source.as_deref();
         source
             .and_then(|source| source.downcast_ref::<LimiterError>())
-            .is_some_and(|error| matches!(error, LimiterError::CountersAway))
+            .is_some_and(|error| matches!(error, LimiterError::CountersUnavailable))
     }
 
     pub fn too_many(retry_after: Duration) -> Self {
         Self::wait("Too many requests from this address.", retry_after)
     }
 
-    /// The problem for a tenant with too many concurrent reads.
+    /// Returns the problem for a tenant with too many concurrent reads.
     pub fn too_many_reads() -> Self {
         Self::wait(
             "Your organization has too many concurrent reads.",
@@ -137,7 +142,7 @@ impl ApiError {
         )
     }
 
-    /// The problem for a tenant that has requested too many deliveries.
+    /// Returns the problem for a tenant that has requested too many deliveries.
     pub fn too_many_webhook_requests(retry_after: Duration) -> Self {
         Self::wait(
             "Your organization has requested too many test events and redeliveries.",
@@ -145,7 +150,7 @@ impl ApiError {
         )
     }
 
-    /// The problem for a webhook with the maximum number of pending deliveries.
+    /// Returns the problem for a webhook with the maximum number of pending deliveries.
     pub fn too_many_pending() -> Self {
         Self::wait(
             "The webhook has too many pending deliveries.",
@@ -153,7 +158,7 @@ impl ApiError {
         )
     }
 
-    /// The problem for too many open streams.
+    /// Returns the problem for too many open streams.
     pub fn too_many_streams() -> Self {
         Self::wait("Too many open streams.", Duration::from_secs(10))
     }
@@ -232,7 +237,7 @@ impl ApiError {
         }
     }
 
-    /// Converts a database error. If it is the violation of a named constraint, returns that constraint's problem.
+    /// Converts a database error. If a named constraint was violated, returns that constraint's problem.
     pub fn on_constraint(error: DbError, named: &[Named]) -> Self {
         if let DbError::Constraint(name) = &error
             && let Some((_, problem)) = named.iter().find(|(constraint, _)| constraint == name)
@@ -263,9 +268,9 @@ impl ApiError {
         response
     }
 
-    /// Logs the error if the server failed. Being overloaded is not a failure: such errors have no source, and metrics
-    /// count them.
-    fn log(&self, request_id: &str) {
+    /// Logs the error if the server failed. Overload is not a failure: its errors have no source and are counted in
+    /// metrics.
+    pub fn log(&self, request_id: &str) {
         let is_busy = self.code == ProblemCode::InsufficientStorage
             || self.code == ProblemCode::Unavailable && self.source.is_none();
         if self.http_status() >= 500 && !is_busy {
@@ -372,7 +377,8 @@ impl ResponseError for ApiError {
 }
 
 impl IntoResponse for ApiError {
-    /// Used only for responses that bypass `request_log`. Without it, the request ID is unknown.
+    /// Returns the response without a request ID, which only `request_log` knows. Used only for responses that bypass
+    /// `request_log`.
     fn into_response(self) -> Response {
         self.into_response("", "")
     }

@@ -16,6 +16,7 @@ use crate::{
     clock::{Nanos, UnixNanos},
     connection_marks::{ConnectionMarks, EndlessResponse},
     keys::{KeyRecord, LookupCaller},
+    spans::Span,
     state::AppState,
     telemetry::log::AccessLine,
 };
@@ -31,7 +32,7 @@ pub struct RequestContext {
     /// The client's address. `None` for a peer without an address, such as a Unix socket.
     pub ip: Option<IpAddr>,
     arrived: UnixNanos,
-    /// The marks of the request's connection, if the listener still reads them.
+    /// Reports to the listener about the request's connection. `None` if the listener no longer reads the reports.
     marks: Option<ConnectionMarks>,
     /// The authenticated caller, for the access log. Set during authentication.
     caller: Mutex<Option<Identity>>,
@@ -97,18 +98,33 @@ impl RequestContext {
         }
     }
 
-    /// Marks the connection as one that has sent a valid API key or service token.
+    /// Records that a valid API key or service token was sent on the connection.
     pub fn has_authenticated(&self) {
         if let Some(marks) = &self.marks {
             marks.set_authenticated();
         }
     }
 
-    /// Marks the response as endless until the returned value is dropped. Returns `None` if the listener does not read
-    /// the connection's marks.
+    /// Reports the response as endless until the returned value is dropped. Returns `None` if the listener does not
+    /// read such reports.
     pub fn begin_endless_response(&self) -> Option<EndlessResponse> {
         let connection = self.marks.as_ref();
         connection.map(ConnectionMarks::begin_endless_response)
+    }
+
+    /// Adds the request's ID and its authenticated caller to the request's span. Call before [`log`](Self::log).
+    pub fn identify(&self, span: &mut Span) {
+        span.set("quota.request_id", self.id().to_owned());
+        let caller = self.caller.lock();
+        let (tenant, key) = match &*caller {
+            Some(Identity::Tenant(tenant)) => (tenant, None),
+            Some(Identity::Key(key)) => (&key.tenant, Some(key)),
+            None => return,
+        };
+        span.set("quota.tenant_id", tenant.to_string());
+        if let Some(key) = key {
+            span.set("quota.key_id", key.id.to_string());
+        }
     }
 
     /// Writes the access log line. `took` is the time since the request arrived.

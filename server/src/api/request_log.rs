@@ -3,7 +3,13 @@
 //! Assigns the request ID, converts errors and panics to problems, enforces the time limit, adds common response
 //! headers, counts the request, and writes the access log.
 
-use std::{future::poll_fn, panic::AssertUnwindSafe, pin::pin, sync::Arc, task::Poll};
+use std::{
+    future::poll_fn,
+    panic::AssertUnwindSafe,
+    pin::{Pin, pin},
+    sync::Arc,
+    task::Poll,
+};
 
 use futures_util::FutureExt;
 use poem::{
@@ -15,16 +21,21 @@ use tokio::time::timeout;
 
 use super::{
     allow::Methods,
-    client_ip::client_ip,
+    client_ip::{client_of, peer_ip},
     fast_path::FORWARD_AUTH,
     large_response,
     limit_headers::{DECISION, GatewayDecision, HeaderSink},
     problem::ApiError,
     request_context::RequestContext,
+    trace,
 };
 use crate::{
-    clock::UnixNanos, connection_marks::ConnectionMarks, state::AppState,
-    telemetry::request_id::RequestIds, tenant_places::TenantPlaces,
+    clock::UnixNanos,
+    connection_marks::ConnectionMarks,
+    spans::{self, Parent, Span},
+    state::AppState,
+    telemetry::request_id::RequestIds,
+    tenant_places::TenantPlaces,
 };
 
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -68,7 +79,7 @@ pub struct RequestLogEndpoint<E> {
     state: AppState,
     ids: RequestIds,
     methods: Arc<Methods>,
-    /// Places for large responses.
+    /// The slots for large responses.
     large: TenantPlaces,
 }
 
@@ -78,10 +89,12 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
     async fn call(&self, mut request: Request) -> Result<Response> {
         let state = &self.state;
         let (arrived, began) = (state.clock.now(), state.clock.monotonic());
+        let peer = peer_ip(&request);
+        let span = trace::begin(state, peer, request.headers(), request.uri().path());
         let context = Arc::new(RequestContext::new(
             state,
             self.request_id(&request, arrived),
-            client_ip(&request, &state.config.trusted_proxies),
+            peer.map(|peer| client_of(peer, request.headers(), &state.config.trusted_proxies)),
             arrived,
             request.data::<ConnectionMarks>().cloned(),
         ));
@@ -91,7 +104,8 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
         let uri = request.uri().clone();
         request.set_data(context.clone());
 
-        let answer = match run(state, self.inner.call(request)).await {
+        let parent = span.as_ref().map(Span::as_parent);
+        let answer = match run(state, parent, self.inner.call(request)).await {
             Ok(Ok(response)) => {
                 large_response::hold(&self.large, &context, response.into_response())
             }
@@ -114,6 +128,10 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
         let status = response.status().as_u16();
         let took = state.clock.monotonic().saturating_since(began);
         state.metrics.answered(status);
+        if let Some(span) = span {
+            let route = self.methods.template(uri.path());
+            trace::end(span, &context, method.as_str(), route, status);
+        }
         // Routine probes arrive every few seconds, so they are not logged.
         let is_routine_probe =
             uri.path().starts_with("/health/") && (status < 500 || state.is_draining());
@@ -138,14 +156,19 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
     }
 }
 
-/// Runs a handler. Converts a panic to an error, and enforces the time limit.
-pub async fn run<T>(state: &AppState, handler: impl Future<Output = T>) -> Result<T, ApiError> {
+/// Runs a handler, inside the request's span if it has one. Converts a panic to an error, and enforces the time limit.
+pub async fn run<T>(
+    state: &AppState,
+    span: Option<&Parent>,
+    handler: impl Future<Output = T>,
+) -> Result<T, ApiError> {
     state.metrics.requests_in_flight.inc();
     let _flight = InFlight(state);
     // Most handlers complete without waiting, so poll once before setting up a timer. A handler can exceed the time
     // limit only if it waits.
-    let mut answer = pin!(AssertUnwindSafe(handler).catch_unwind());
-    let at_once = poll_fn(|context| Poll::Ready(answer.as_mut().poll(context))).await;
+    let answer = pin!(AssertUnwindSafe(handler).catch_unwind());
+    let mut answer = spans::inside(span, answer);
+    let at_once = poll_fn(|context| Poll::Ready(Pin::new(&mut answer).poll(context))).await;
     let answer = match at_once {
         Poll::Ready(answer) => Ok(answer),
         Poll::Pending => timeout(state.config.request_timeout, answer).await,

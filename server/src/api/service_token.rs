@@ -52,7 +52,7 @@ impl From<ServiceTokenRow> for ServiceToken {
 impl ServiceTokenApi {
     /// List service tokens
     ///
-    /// Returns service tokens, newest first, without the tokens themselves.
+    /// Returns service tokens, newest first, without their secrets.
     #[oai(
         path = "/service-tokens",
         method = "get",
@@ -120,7 +120,7 @@ impl ServiceTokenApi {
 
     /// Get a service token
     ///
-    /// Returns the service token's name and dates, without the token itself.
+    /// Returns the service token's name and dates, without its secret.
     #[oai(
         path = "/service-tokens/:token_id",
         method = "get",

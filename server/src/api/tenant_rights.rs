@@ -12,14 +12,14 @@ use quota_common::{ProblemCode, auth::Role};
 
 use super::{admitted::SignedInTenant, problem::ApiError};
 
-/// The problem for a role without the required permission.
+/// Returns the problem for a role without the required permission.
 fn forbidden(role: Role) -> ApiError {
     let detail = format!("Your role ({}) does not allow this action.", role.as_str());
     ApiError::new(ProblemCode::Forbidden, detail)
 }
 
 impl SignedInTenant {
-    /// Requires permission to change the tenant itself. For `PATCH /auth/me`, where only some fields require the
+    /// Requires permission to change the tenant itself. Used for `PATCH /auth/me`, where only some fields require the
     /// permission.
     pub fn require_administration(&self) -> Result<(), ApiError> {
         if self.role().may_administer() {

@@ -435,7 +435,7 @@ pub(super) fn endpoint_filter(endpoint: Option<String>) -> Result<Option<String>
             "endpoint",
             format!("must be at most {ENDPOINT_MAX} characters"),
         )),
-        // In the rollups, names with control characters stand for all endpoints, or for all endpoints above the limit.
+        // In the rollups, names with control characters stand for all endpoints, or for all endpoints beyond the limit.
         Some(it) if it.chars().any(char::is_control) => Err(ApiError::invalid(
             "endpoint",
             "must not contain control characters",

@@ -248,8 +248,8 @@ impl WebhookApi {
     /// Rotate a webhook's signing secret
     ///
     /// Returns a new secret. This is the only time it is available: a replay with the same `Idempotency-Key` returns
-    /// everything except the secret. For `grace_seconds`, deliveries are also signed with the current secret. If you
-    /// rotate again within this period, the oldest secret is no longer used.
+    /// everything except the secret. For `grace_seconds`, deliveries are signed with both the current and the new
+    /// secret. If you rotate the secret again during this time, the oldest secret is no longer used.
     #[oai(
         path = "/webhooks/:webhook_id/rotate-secret",
         method = "post",
@@ -298,10 +298,10 @@ impl WebhookApi {
 
     /// Send a test event
     ///
-    /// Sends a `webhook.test` event, even if the webhook is disabled. Returns the delivery, which is sent immediately
-    /// afterward; list the deliveries to see the result.
+    /// Sends a `webhook.test` event, even if the webhook is disabled. Returns the delivery before it is sent; list the
+    /// deliveries to see the result.
     ///
-    /// A tenant can request at most 30 tests and redeliveries per minute.
+    /// Each replica accepts at most 30 tests and redeliveries per minute from a tenant.
     #[oai(
         path = "/webhooks/:webhook_id/test",
         method = "post",
@@ -316,7 +316,7 @@ impl WebhookApi {
         let event = Event::test(self.state.clock.now());
         let _turn = self.request_turn(&caller).await?;
         let insert = async |tx: &mut TenantTx| {
-            // Locked, so that the webhook cannot be deleted before the insert.
+            // Lock the webhook, so that it cannot be deleted before the insert.
             if webhook::lock(tx, webhook).await?.is_none() {
                 return Ok(None);
             }
@@ -352,7 +352,7 @@ impl WebhookApi {
         &self,
         caller: ReadingTenant,
         webhook_id: Path<WebhookId>,
-        /// Include only deliveries in this state.
+        /// Include only deliveries with this status.
         status: Query<Option<WebhookDeliveryStatus>>,
         /// Page size, 1–100. Default: 20.
         limit: Query<Option<PageSize>>,
@@ -377,10 +377,10 @@ impl WebhookApi {
 
     /// Redeliver an event
     ///
-    /// Sends the event again, whatever the delivery's status, and even if the webhook is disabled. The event keeps its
-    /// ID, so a receiver that has already processed the event can ignore it.
+    /// Sends the event again, regardless of the delivery's status, and even if the webhook is disabled. The event keeps
+    /// its ID, so a receiver that has already processed the event can ignore it.
     ///
-    /// A tenant can request at most 30 tests and redeliveries per minute.
+    /// Each replica accepts at most 30 tests and redeliveries per minute from a tenant.
     #[oai(
         path = "/webhooks/deliveries/:delivery_id/redeliver",
         method = "post",

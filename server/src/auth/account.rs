@@ -42,14 +42,14 @@ pub struct SignedIn {
     pub role: String,
 }
 
-/// Handles registration, sign-in, and password changes. Cheap to clone.
+/// Handles registration, sign-in, and password changes. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Accounts {
     pub(crate) db: Db,
     pub(crate) passwords: PasswordPool,
     pub(crate) sessions: Sessions,
     pub(crate) attempts: Arc<Attempts>,
-    /// The registrations of networks.
+    /// Counts registrations per network.
     pub(crate) registrations: Arc<Attempts>,
     pub(crate) devices: Devices,
     pub(crate) clock: Arc<dyn Clock>,
@@ -76,8 +76,8 @@ fn known_turn(email: &str) -> Turn {
 }
 
 impl Accounts {
-    /// Registers a user with their own tenant. Counts toward the limit of the caller's network if an account was created
-    /// or the email is already in use.
+    /// Registers a user with their own tenant. The registration counts toward the limit for the caller's network if an
+    /// account was created or the email is already in use.
     pub async fn register(
         &self,
         email: &str,
@@ -99,8 +99,8 @@ impl Accounts {
         registered
     }
 
-    /// Calls `before_commit` when the account may begin to exist: after a lost response or when the client disconnects, it
-    /// is unknown whether PostgreSQL has committed.
+    /// Calls `before_commit` before the account can exist. If the response from PostgreSQL is lost or the client
+    /// disconnects after that, it is unknown whether the transaction was committed.
     async fn register_unlimited(
         &self,
         (email, password): (&str, &str),
@@ -150,7 +150,7 @@ impl Accounts {
         self.signed_in(tokens, member, (&email, &hash), device)
     }
 
-    /// Adds the device token to store on the device that signed in.
+    /// Returns the result of a sign-in, with the device token to send at the next one.
     fn signed_in(
         &self,
         tokens: Tokens,
@@ -207,8 +207,8 @@ impl Accounts {
         let hash = self.passwords.hash(password, &email, &place).await?;
         drop(place);
         let mut tx = self.db.system().await?;
-        // Must come first: this waits for sign-ins that have verified the old password. Their sessions are revoked
-        // below.
+        // Must come first: this statement waits for sign-ins that have verified the old password, so that their
+        // sessions are also revoked.
         account::set_password(&mut tx, user.id, &hash).await?;
         // No session has the nil ID, so this revokes all sessions.
         let ended = session::end_others(&mut tx, user.id, Uuid::nil()).await?;
@@ -274,8 +274,8 @@ impl Accounts {
             hash.is_some_and(|hash| self.devices.is_of_password(device, hash))
         };
         if known.as_ref().is_some_and(|device| !is_current(device)) {
-            // The password was changed while this request was waiting, so this counts as a failed attempt of the
-            // device.
+            // The password was changed while this request was waiting, so the attempt counts as a failed attempt from
+            // the device.
             attempt.set_judgment(Judgment::Wrong);
             let network = self.attempts.of_network(&email, origin.ip).await;
             attempt = network.map_err(refused)?;
@@ -308,8 +308,8 @@ impl Accounts {
         self.signed_in(tokens, member, (&email, &hash), device)
     }
 
-    /// Counts a sign-in attempt. If a known device has no attempts left, it is treated like an unknown device.
-    /// Otherwise, anyone who has obtained device tokens of the account could lock its owner out.
+    /// Counts a sign-in attempt. If a known device has no attempts left, it is treated like an unknown device. If such
+    /// a device were rejected instead, anyone who has obtained the account's device tokens could lock its owner out.
     async fn attempt(
         &self,
         email: &str,
@@ -376,8 +376,8 @@ impl Accounts {
         drop(place);
 
         let mut tx = self.db.system().await?;
-        // Must come first: this waits for sign-ins that have verified the old password. Their sessions are revoked
-        // below.
+        // Must come first: this statement waits for sign-ins that have verified the old password, so that their
+        // sessions are also revoked.
         if !account::replace_password(&mut tx, user.0, &old, &hash).await? {
             return Err(AuthError::WrongCredentials);
         }

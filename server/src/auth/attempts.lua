@@ -1,4 +1,4 @@
--- Counts one attempt on every counter. If any of them requires a wait, counts it on none.
+-- Counts one attempt on every counter. If any counter requires a wait, does not count the attempt.
 --
 -- KEYS     the counters, narrowest first, in one hash slot
 -- ARGV     for each counter: attempts allowed before a wait, milliseconds after which one is forgiven, milliseconds of
@@ -12,8 +12,8 @@ for i, key in ipairs(KEYS) do
   local state = redis.call('HMGET', key, 'n', 'at', 'until')
   local at = tonumber(state[2]) or now
   local forgiven = math.max(0, now - at) / tonumber(ARGV[3 * i - 1])
-  -- Attempts above this number have no effect. This limit, and the one on the wait below, matter only if another
-  -- program writes to these keys.
+  -- Attempts beyond this number have no effect. This maximum, and the maximum wait, matter only if another program
+  -- writes to these keys.
   local n = math.min(tonumber(state[1]) or 0, tonumber(ARGV[3 * i - 2]) + 32)
   counts[i] = math.max(0, n - forgiven)
   local left = (tonumber(state[3]) or 0) - now

@@ -2,25 +2,26 @@
 //!
 //! Attempts are counted by account *and* network, never only by account, so guessing from one network slows down only
 //! that network. IPv4 attempts are counted by address and by /24 network; IPv6 attempts are counted by /64, /56, and
-//! /48 network. Wider networks have higher limits. Each network is also counted across all accounts, which slows down
-//! attacks with lists of leaked passwords. A known device ([`super::device`]) has its own counter instead. In addition,
-//! all devices of an account share a counter with a higher limit, so that collecting devices does not allow more
-//! guesses. Their successful sign-ins are counted too, with a much higher limit, because verifying correct passwords
-//! also takes time.
+//! /48 network. Wider networks have higher limits. The attempts from each network are also counted across all accounts,
+//! which slows down attacks with lists of leaked passwords. A known device ([`super::device`]) has its own counter
+//! instead. In addition, all devices of an account share a counter with a higher limit, so that collecting devices does
+//! not allow more guesses. Successful sign-ins from known devices are counted too, with a much higher limit, because
+//! verifying correct passwords also takes time.
 //!
 //! Every counter allows a number of attempts without waiting (`QUOTA_LOGIN_FREE_FAILURES` or a multiple of it). After
 //! that, the wait doubles with each attempt, and one attempt is forgiven every few minutes. Therefore, a lockout lasts
 //! only slightly longer than a few minutes, and an attacker gets about one guess in that time. An attempt is counted
-//! before its password is verified, so parallel attempts have no advantage. It is taken back if the password is
-//! correct. It is also taken back if the password was never verified, because too many requests were waiting or the
+//! before its password is verified, so parallel attempts have no advantage. The attempt is taken back if the password
+//! is correct. It is also taken back if the password was never verified, because too many requests were waiting or the
 //! client disconnected.
 //!
 //! Registrations are also counted, by network only. A network can create `QUOTA_REGISTRATIONS_PER_DAY` accounts without
-//! waiting, and then the same number per day. Every account has its own limits, so many accounts would raise all limits.
+//! waiting, and then the same number per day. Without this limit, a person could raise all other limits by creating
+//! many accounts, because each account has its own limits.
 //!
-//! With Redis, a script counts for all replicas. Each replica also counts locally. While Redis is unreachable, the
-//! local counters decide, with half as many attempts. No response reveals whether an account exists, because unknown
-//! accounts are counted too.
+//! With Redis, a script counts the attempts on all replicas. Each replica also counts attempts locally. While Redis is
+//! unreachable, the local counters decide, and allow half as many attempts. No response reveals whether an account
+//! exists, because unknown accounts are counted too.
 
 mod attempt;
 mod counter;
@@ -41,20 +42,20 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// One failed attempt on an account is forgiven per interval of this length.
+/// The interval at which one failed attempt on an account is forgiven.
 const FORGIVE: Duration = Duration::from_mins(5);
-/// One attempt from a network, counted across all accounts, is forgiven per interval of this length.
+/// The interval at which one attempt from a network, counted across all accounts, is forgiven.
 const FORGIVE_NETWORK: Duration = Duration::from_mins(1);
 /// The number of free attempts from a network across all accounts, as a multiple of the number for one account.
 const ACCOUNTS: u32 = 5;
-/// The number of free attempts of all known devices of an account together, as a multiple of the number for one device.
+/// The number of free attempts for all known devices of an account together, as a multiple of the number for one
+/// device.
 const DEVICES: u32 = 5;
-/// The number of free attempts of all known devices of an account together, counting successful attempts too, as a
-/// multiple of the number for one device.
+/// Like [`DEVICES`], but for the counter that also counts successful attempts.
 const USES: u32 = 20;
-/// One of these attempts is forgiven per interval of this length.
+/// The interval at which one attempt on that counter is forgiven.
 const FORGIVE_USE: Duration = Duration::from_secs(6);
-/// The time in which a network's free registrations are all forgiven.
+/// The time after which all of a network's free registrations are forgiven.
 const DAY: Duration = Duration::from_hours(24);
 /// A network with at least this many unforgiven attempts is no longer
 /// [ordinary](super::password::CallerClass::Ordinary).
@@ -120,8 +121,8 @@ impl Attempts {
             free,
             names: hmac::Key::new(hmac::HMAC_SHA256, names),
             redis,
-            take: Script::new(TAKE),
-            forget: Script::new(FORGET),
+            take: Script::new("attempts", TAKE),
+            forget: Script::new("forget_attempts", FORGET),
             local: Mutex::default(),
             clock,
             metrics,
@@ -170,7 +171,7 @@ impl Attempts {
             .await
     }
 
-    /// Counts an attempt of a signed-in user, for example to change the password. Prevents the use of a stolen session
+    /// Counts an attempt by a signed-in user, for example to change the password. Prevents the use of a stolen session
     /// to guess the password.
     pub async fn of_user(self: &Arc<Self>, user: &[u8]) -> Result<Attempt, Wait> {
         let own = self.of_one(&[b"user", user], OnSuccess::Clear);
@@ -254,7 +255,7 @@ impl Attempts {
         if self.redis.is_none() {
             return count.await;
         }
-        // Runs in a separate task. Even if the caller is dropped, the task learns whether Redis has counted the
+        // Count in a separate task. Even if the caller is dropped, the task finds out whether Redis has counted the
         // attempt, and takes it back only in that case.
         let counted = tokio::spawn(count).await;
         counted.unwrap_or(Err(Wait(Duration::from_secs(1))))
@@ -311,8 +312,8 @@ impl Attempts {
         }
     }
 
-    /// Counts an attempt locally. If Redis is configured, this result is used only while Redis is unreachable. It then
-    /// allows half as many attempts, because other replicas also count locally.
+    /// Counts an attempt locally. If Redis is configured, this result is used only while Redis is unreachable. The
+    /// local counters then allow half as many attempts, because other replicas also count locally.
     fn take_here(&self, counters: &[Counter]) -> Taken {
         let now = self.clock.monotonic();
         let free = |counter: &Counter| {
@@ -389,8 +390,8 @@ impl Attempts {
     }
 }
 
-/// Returns the networks for which an address is counted, narrowest first. Each network comes with a multiplier for its
-/// number of free attempts. Callers without an address are on this machine.
+/// Returns the networks for which attempts from an address are counted, narrowest first. Each network comes with a
+/// multiplier for its number of free attempts. Callers without an address are on this machine.
 fn networks(ip: Option<IpAddr>) -> Vec<(String, u32)> {
     let prefixes: &[(u8, u32)] = match ip.map(|ip| ip.to_canonical()) {
         None => return vec![("local".to_owned(), 1)],

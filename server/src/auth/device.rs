@@ -4,9 +4,9 @@
 //! keychain. A later sign-in to the same account with this token is not subject to the limits that other people can
 //! exhaust. The token is not a credential: without the password, it only allows a few separate attempts.
 //!
-//! A token contains a random ID, the time it was issued, and a mark of the account's password. A MAC protects it
-//! together with the account's email address. Changing the password makes all devices unknown. The server stores
-//! nothing. A value may contain tokens of several accounts, newest first.
+//! A token contains a random ID, the time it was issued, and a tag derived from the account's password. A MAC protects
+//! it together with the account's email address. Changing the password makes all devices unknown. The server stores
+//! nothing. A stored value may contain tokens for several accounts, newest first.
 
 use std::{sync::Arc, time::Duration};
 
@@ -40,7 +40,7 @@ pub struct Device {
     mark: [u8; MARK],
 }
 
-/// Issues and recognizes device tokens. Cheap to clone.
+/// Issues and recognizes device tokens. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Devices(Arc<SecretPair>);
 

@@ -1,7 +1,7 @@
 //! Passwords: their strength, and their hashes (argon2id).
 //!
 //! Hashing uses at most two threads and 92 MiB of memory, regardless of load. Callers that wait for a thread belong to
-//! one of three classes: known devices and signed-in users; networks without recent failures; and all other callers,
+//! one of three classes: known devices and signed-in users; networks with few recent attempts; and all other callers,
 //! including registrations. So a flood of sign-ins does not lock out other users. The number of waiters in each class
 //! is limited, and each class gets a share of the threads. Within a class, accounts or networks take turns. When a
 //! class is full, the account or network with the most waiters loses one of them.
@@ -39,7 +39,7 @@ const THREADS: usize = 2;
 const WAITING: [usize; CLASSES] = [16, 24, 8];
 const WAIT: Duration = Duration::from_secs(5);
 const CLASSES: usize = 3;
-/// The repeating order in which classes are served. If a class has no waiters, its turn goes to the first class that
+/// The repeating order in which classes get threads. If a class has no waiters, its turn goes to the first class that
 /// has some.
 const TURNS: [CallerClass; 8] = [
     CallerClass::Known,
@@ -83,7 +83,7 @@ pub enum CallerClass {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Turn {
     pub class: CallerClass,
-    /// Identifies an account (for [`CallerClass::Known`]) or a network, which takes turns with others.
+    /// Identifies the account (for [`CallerClass::Known`]) or the network that takes turns with others of its kind.
     pub party: u64,
 }
 
@@ -275,15 +275,15 @@ impl Drop for Place {
     }
 }
 
-/// The threads that hash passwords. Cheap to clone.
+/// The threads that hash passwords. Cloning is cheap.
 #[derive(Clone)]
 pub struct PasswordPool {
     jobs: SyncSender<Job>,
     places: Arc<Mutex<Places>>,
     /// Counts callers that were turned away.
     busy: Counter,
-    /// The hash of a random password. Verified for unknown email addresses, so that they take as long as wrong
-    /// passwords.
+    /// The hash of a random password. Verified for unknown email addresses, so that rejecting them takes as long as
+    /// rejecting a wrong password.
     dummy_hash: Arc<str>,
 }
 
@@ -307,8 +307,8 @@ impl PasswordPool {
             .map_err(|e| internal(&e))?
             .to_string();
 
-        // More than the number of threads: a caller that is dropped frees its place while its hash is still being
-        // computed.
+        // The capacity exceeds the number of threads, because a dropped caller releases its permit while its hash is
+        // still being computed.
         let (jobs, queue) = sync_channel::<Job>(4 * THREADS);
         let queue = Arc::new(Mutex::new(queue));
         for _ in 0..THREADS {
@@ -367,7 +367,7 @@ impl PasswordPool {
     ) -> Result<T, AuthError> {
         let (answer, answered) = oneshot::channel();
         let job: Job = Box::new(move |argon| {
-            // Do nothing for a caller that was dropped.
+            // Skip the job if its caller was dropped.
             if !answer.is_closed() {
                 let _ = answer.send(work(argon));
             }

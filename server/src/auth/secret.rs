@@ -30,7 +30,7 @@ fn hmac_key(master: &[u8], purpose: &str) -> hmac::Key {
     hmac::Key::new(hmac::HMAC_SHA256, &derive(master, &[purpose.as_bytes()]))
 }
 
-/// The keys of one secret that protect data held by clients.
+/// The keys derived from one secret. They protect data held by clients.
 pub struct Secrets {
     /// The seed of the Ed25519 key that signs access tokens.
     pub signing_seed: [u8; 32],
@@ -66,7 +66,7 @@ impl Secrets {
     }
 
     /// Returns the bytes of the refresh token that follows `token`. They are derived from `token`, so that two requests
-    /// with the same token get the same successor. They are also derived from the secret, so that nobody else can
+    /// with the same token get the same successor. They are also derived from the secret, so that no one else can
     /// compute them.
     pub fn successor(&self, token: &[u8]) -> [u8; 32] {
         let tag = hmac::sign(&self.refresh, token);
@@ -140,7 +140,7 @@ pub struct Seals {
 impl Seals {
     /// Derives the seals. `installation_secret` is a secret that only this database contains.
     pub fn new(current: &[u8], previous: Option<&[u8]>, installation_secret: &[u8]) -> Self {
-        // Derived, because the installation's secret itself may sign access tokens.
+        // Use a derived key, because the installation's secret itself may sign access tokens.
         let installation = derive(installation_secret, &[b"installation"]);
         let key = |master: &[u8], purpose: &str| {
             derive(master, &[purpose.as_bytes(), b"\0", &installation])

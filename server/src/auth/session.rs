@@ -57,7 +57,7 @@ pub struct LiveSession {
     pub expires_at: UnixNanos,
 }
 
-/// Creates, refreshes, finds, and revokes sessions. Cheap to clone.
+/// Creates, refreshes, finds, and revokes sessions. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Sessions {
     db: Db,
@@ -67,7 +67,7 @@ pub struct Sessions {
     live: Cached<SessionId, LiveSession>,
     publisher: Publisher,
     days: u32,
-    /// Whether to refresh sessions created by earlier versions, which did not record their secret.
+    /// Whether sessions created by earlier versions, which did not record the secret, can be refreshed.
     accepts_unmarked: bool,
 }
 
@@ -188,7 +188,7 @@ impl Sessions {
             id,
             self.clock.now(),
         )?;
-        // The cached expiry is too early now.
+        // The session now expires later than its cached copy says.
         self.forget(id);
         Ok(Tokens {
             access,
@@ -251,7 +251,7 @@ impl Sessions {
         Ok(live)
     }
 
-    /// Revokes a refresh token's session. If there is no such session, it has already ended.
+    /// Revokes a refresh token's session. Does nothing if the session has already ended.
     pub async fn end_by_refresh_token(
         &self,
         token: &str,
@@ -347,7 +347,7 @@ async fn load(db: &Db, id: SessionId) -> Result<Option<LiveSession>, db::DbError
             id,
             user: UserId(row.user_id),
             tenant: TenantId(row.tenant_id),
-            // A role that this version does not know has no permissions.
+            // A role that this version does not recognize has no permissions.
             role: Role::of(&member.role)?,
             expires_at: UnixNanos(
                 row.expires_at

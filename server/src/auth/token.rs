@@ -80,7 +80,7 @@ fn pair(secrets: &Secrets) -> Result<Pair, AuthError> {
 }
 
 impl Signer {
-    /// Signs with the current key. Also accepts tokens signed with the previous key.
+    /// Creates a signer for the current key. The signer also accepts tokens signed with the previous key.
     pub fn new(secrets: &SecretPair) -> Result<Self, AuthError> {
         let current = pair(&secrets.current)?;
         let mut known = HashMap::from([(current.kid.clone(), current.public)]);
@@ -92,7 +92,7 @@ impl Signer {
         validation.set_audience(&[AUDIENCE]);
         validation.set_issuer(&[ISSUER]);
         validation.set_required_spec_claims(&["exp", "nbf", "aud", "iss", "sub"]);
-        // Times are checked below, based on the server's clock.
+        // Quota checks times itself, based on the server's clock.
         validation.validate_exp = false;
         validation.validate_nbf = false;
         Ok(Self {

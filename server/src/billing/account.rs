@@ -1,13 +1,13 @@
 //! The Stripe account that this server bills through.
 //!
 //! Customers and subscriptions belong to one Stripe account, in either live or test mode. With a secret key of a
-//! different account or mode, all of them would seem to be missing, and Stripe would accept new customers,
-//! subscriptions, and usage. Therefore, the customers' account is stored, and compared with the secret key's account
-//! before Stripe is used. If the accounts differ, nothing is read from Stripe, reported to it, or sold. Tenants keep
-//! their access, and events and usage wait until the correct key is configured.
+//! different account or mode, all customers and subscriptions would seem to be missing, and Stripe would accept new
+//! customers, subscriptions, and usage. Therefore, the customers' account is stored, and compared with the secret key's
+//! account before Stripe is used. If the accounts differ, nothing is read from Stripe, reported to it, or sold. Tenants
+//! keep their access, and events and usage wait until the correct key is configured.
 //!
 //! Earlier versions did not store the account. If no account is stored, the secret key's account is stored once at
-//! least one customer is found in it. While there are no customers, the account may change.
+//! least one customer is found in that account. While there are no customers, the account may change.
 
 use std::sync::{
     Arc,
@@ -32,7 +32,7 @@ use crate::{
 /// The number of customers to look up. At least one of them must exist in the secret key's account.
 const SAMPLE: i64 = 10;
 
-/// What is known about the secret key's account. Cheap to clone.
+/// Information about the secret key's account. Cloning is cheap.
 #[derive(Debug, Clone, Default)]
 pub(super) struct OwnAccount(Arc<Inner>);
 
@@ -44,16 +44,16 @@ struct Inner {
     is_other: AtomicBool,
 }
 
-/// The result of a switch to the account of the secret key. `account` is how it is named.
+/// The result of switching to the secret key's account. `account` is the account's name in messages.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Switch {
     /// The access of `ended` tenants has ended.
     Done { account: String, ended: usize },
-    /// The customers belong to this account, or there are none.
+    /// The customers already belong to this account, or there are no customers.
     AlreadyDone { account: String },
 }
 
-/// Returns how an account is named in messages.
+/// Returns the name of an account for use in messages.
 fn named(account: &StripeAccount) -> String {
     let id = account.account_id.as_deref().unwrap_or("an account");
     let mode = if account.livemode { "live" } else { "test" };
@@ -61,8 +61,8 @@ fn named(account: &StripeAccount) -> String {
 }
 
 impl Billing {
-    /// Returns whether the secret key belonged to a different account or mode than the customers at the last
-    /// comparison.
+    /// Returns whether, at the last comparison, the secret key belonged to a different account or mode than the
+    /// customers.
     pub fn is_other_account(&self) -> bool {
         self.account.0.is_other.load(Ordering::Relaxed)
     }
@@ -140,13 +140,14 @@ impl Billing {
             stripe_account::find(tx).await
         };
         match self.db.in_system(record).await? {
-            // Another replica was faster.
+            // Another replica has stored its account first.
             Some(stored) if !stored.matches(&own) => Err(other_account(&own, &stored)),
             _ => Ok(named(&own)),
         }
     }
 
-    /// Whether the account of the secret key has any of the customers, or there are none.
+    /// Returns whether any of the stored customers exists in the secret key's account. Also returns `true` if no
+    /// customers are stored.
     async fn has_own_customers(&self) -> Result<bool, BillingError> {
         let customers = async |tx: &mut SystemTx| stripe_account::customers(tx, SAMPLE).await;
         let customers = self.db.in_system(customers).await?;
@@ -164,12 +165,12 @@ impl Billing {
         Ok(false)
     }
 
-    /// Bills through the account and mode of the secret key from now on. Customers and subscriptions of the previous
-    /// account are forgotten, so tenants have no access until they subscribe again. Does nothing if the account of the
-    /// secret key has the customers.
+    /// Switches billing to the secret key's account and mode. Customers and subscriptions of the previous account are
+    /// forgotten, so tenants have no access until they subscribe again. Does nothing if the secret key's account
+    /// already has the customers.
     pub async fn switch_account(&self) -> Result<Switch, BillingError> {
         match self.verify_account().await {
-            // The data of a sandbox can be deleted. The account is the same afterward, but has none of the customers.
+            // If a sandbox's data was deleted, the account is still the same, but has none of the customers.
             Ok(account) if self.has_own_customers().await? => {
                 return Ok(Switch::AlreadyDone { account });
             }
@@ -197,8 +198,8 @@ impl Billing {
             };
             audit::insert_system(&mut tx, &event).await?;
         }
-        // Inserted last, because this waits for other transactions that write invalidations. Replicas find these rows
-        // themselves.
+        // Insert these rows last, because the inserts wait for other transactions that insert invalidations. Replicas
+        // find the rows by polling.
         for tenant in ended.iter().filter(|it| it.had_paid_access) {
             invalidation::insert_system(&mut tx, tenant.tenant_id, Target::Tenant).await?;
         }

@@ -1,7 +1,7 @@
 //! Webhooks from Stripe. They are stored on arrival and processed later.
 //!
 //! Quota never applies the contents of an event. Regardless of its type, version, and age, an event only causes a read
-//! of its customer's subscriptions.
+//! from Stripe: of its customer's subscriptions or, if it reports problems with usage, of these problems.
 
 use std::collections::BTreeSet;
 
@@ -23,13 +23,13 @@ use crate::{
 
 /// The maximum number of events processed together.
 const BATCH: i64 = 100;
-/// An event is abandoned after this many attempts, which take about a day. Its customer is also read regularly without
-/// events.
+/// An event is abandoned after this many attempts, which take about 20 hours. Customers are also read regularly,
+/// without an event.
 const ATTEMPTS_MAX: i32 = 35;
 /// The maximum number of customers read concurrently.
 const CONCURRENT: usize = 8;
-/// How often a customer is read without an event, in seconds. If a webhook gets lost, its change takes effect with at
-/// most this delay.
+/// How often a customer with a subscription is read without an event, in seconds. If a webhook is lost, the change
+/// takes effect after about this time.
 const READ_EVERY: f64 = 600.0;
 /// The maximum number of customers read per round.
 const READS: i64 = 20;
@@ -114,7 +114,7 @@ impl Billing {
         while let Some((events, read)) = reads.next().await {
             match read {
                 Ok(invalidation) => {
-                    // Added before the outcome is recorded, because recording may fail.
+                    // Add the invalidation before recording the outcome, because recording may fail.
                     round.invalidations.extend(invalidation);
                     self.finish(&events, Outcome::Applied, None).await?;
                 }

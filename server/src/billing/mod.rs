@@ -77,7 +77,7 @@ pub enum BillingError {
     NoMeter,
 }
 
-/// Billing for one installation. Cheap to clone.
+/// Billing for one installation. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Billing {
     stripe: Stripe,
@@ -111,6 +111,8 @@ impl Shown {
 }
 
 impl Billing {
+    /// Creates the service.
+    ///
     /// # Errors
     ///
     /// Returns an error if a request cannot be built from the settings.
@@ -238,8 +240,8 @@ impl Billing {
         }
     }
 
-    /// Returns the tenant's Stripe customer, and creates it if there is none. Even if this fails repeatedly, at any
-    /// point, only one customer is created.
+    /// Returns the tenant's Stripe customer, and creates it if there is none. Only one customer is created, even if
+    /// this function fails repeatedly and at any point.
     async fn customer(&self, buyer: &Buyer<'_>) -> Result<String, BillingError> {
         let tenant = buyer.tenant;
         let request = async |tx: &mut SystemTx| {
@@ -255,8 +257,8 @@ impl Billing {
         }
         let id = tenant.to_string();
         let email = account.customer_email.as_str();
-        // An earlier request may have created the customer even though no response arrived, too long ago for Stripe to
-        // recognize the idempotency key.
+        // An earlier request whose response was lost may have created the customer, so long ago that Stripe no longer
+        // recognizes the idempotency key.
         let found = if account.customer_requested {
             self.stripe.find_customer(&id, email).await?
         } else {
@@ -300,7 +302,7 @@ impl Billing {
         match self.start_checkout(buyer, &customer).await {
             Err(BillingError::Stripe(error)) if error.is_missing_customer() => {
                 self.expect_deleted(&customer).await?;
-                // Unless another replica has replaced it in the meantime.
+                // Does nothing if another replica has already replaced the customer.
                 let is_forgotten = self
                     .db
                     .in_system(async |tx| billing::forget_customer(tx, tenant, &customer).await)
@@ -357,7 +359,7 @@ impl Billing {
             success_url: buyer.success_url,
             cancel_url: buyer.cancel_url,
         };
-        // With another customer, it is another request.
+        // The key contains the customer, because a Checkout Session for another customer is a different request.
         let key = format!("quota-checkout-{tenant}-{attempt}-{customer}");
         let created = self.stripe.create_checkout(&checkout, &key).await;
         if let Err(StripeError::Failed { .. } | StripeError::Rejected { .. }) = &created {
@@ -431,7 +433,7 @@ impl Billing {
     }
 }
 
-/// Stores the access that a read resulted in. Returns the invalidation to publish if access has changed.
+/// Stores the access that results from a read. Returns the invalidation to publish if access has changed.
 async fn apply_read(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -456,7 +458,7 @@ async fn apply_read(
         };
         audit::insert_system(tx, &event).await?;
     }
-    // This comes last, because it waits for other transactions that invalidate.
+    // This comes last, because it waits for other transactions that insert invalidations.
     Ok(match changed {
         Applied::PaidAccess => {
             Some(invalidation::insert_system(tx, tenant.0, Target::Tenant).await?)

@@ -171,8 +171,8 @@ impl Offer {
     }
 }
 
-/// The prices and product names that this process has read from Stripe. If a product's name changes in Stripe, the
-/// change is noticed after the next restart.
+/// The prices and product names that this process has read from Stripe. If a product's name changes in Stripe, the new
+/// name is read after the next restart.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Prices {
     names: Arc<Mutex<HashMap<String, String>>>,
@@ -200,7 +200,7 @@ impl Billing {
         Ok(())
     }
 
-    /// Returns the name of a product. Returns `None` if it cannot be read, because access does not depend on it.
+    /// Returns the name of a product. Returns `None` if the name cannot be read, because access does not depend on it.
     pub(super) async fn product_name(&self, product: &str) -> Option<String> {
         if let Some(name) = self.prices.names.lock().get(product) {
             return Some(name.clone());

@@ -5,11 +5,11 @@
 //! [`Billing::send_usage`] sends the reports until Stripe has received them:
 //!
 //! - A meter event's identifier consists of the report's tenant, start, and revision. Stripe accepts each identifier
-//!   only once a day. So for 20 hours, a report whose response was lost is simply sent again. After that, the hour's
-//!   total in Stripe shows whether the report arrived.
-//! - Usage that arrives late becomes another revision, which contains only the difference.
+//!   only once a day. So for 20 hours, a report whose response was lost is sent again. After that, the hour's total in
+//!   Stripe shows whether the report arrived.
+//! - Usage that arrives after its hour was planned becomes another revision, which contains only the difference.
 //! - If a billing period starts or ends within an hour, the hour is divided at that time, based on the log. The part
-//!   before it is planned as soon as it is complete, and the rest when the hour has ended.
+//!   before that time is planned as soon as it is complete, and the rest when the hour has ended.
 //! - Usage that Stripe would not charge is not sent. It is recorded with the reason.
 
 use std::{
@@ -32,20 +32,20 @@ use crate::{
 
 /// The maximum number of hours planned per round.
 const HOURS: i64 = 200;
-/// The maximum number of hours of one tenant planned per run.
+/// The maximum number of hours planned for one tenant per run.
 const ROUNDS: u32 = 1000;
 /// The maximum number of times to scan an hour if usage arrives during the scan.
 const SCANS: u32 = 3;
-/// The maximum duration of planning an hour: several scans of a part of the log, each of which may take minutes.
+/// How long planning an hour may take: several scans of a part of the log, each of which may take minutes.
 const PLAN_MAX: Duration = Duration::from_mins(20);
-/// The number of customers whose reports are sent concurrently. No more are claimed at a time, since a claim that waits
-/// would expire.
+/// The number of customers whose reports are sent concurrently. No more customers are claimed at a time, because the
+/// claims of waiting customers would expire.
 const CONCURRENT: usize = 8;
 /// How many times customers are claimed per round.
 const CLAIMS: usize = 4;
 /// How long one customer's reports are sent per round.
 const TURN: Duration = Duration::from_secs(20);
-/// For how many seconds an identifier can be relied on. Stripe guarantees a day.
+/// How long, in seconds, to rely on Stripe recognizing an identifier. Stripe guarantees a day.
 const RECOGNIZED: i64 = 20 * 60 * 60;
 /// The maximum age of usage that is sent, in seconds. One hour less than Stripe accepts.
 const OLDEST: i64 = (35 * 24 - 1) * 60 * 60;
@@ -125,8 +125,8 @@ impl Billing {
         Ok(planned)
     }
 
-    /// Plans one hour of each tenant. `read` contains the tenants that this run has read from Stripe, and whether their
-    /// hours can be planned.
+    /// Plans one hour for each tenant. `read` contains the tenants that this run has read from Stripe, and whether
+    /// their hours can be planned.
     async fn plan_oldest_hours(
         &self,
         read: &mut HashMap<TenantId, bool>,
@@ -224,7 +224,7 @@ impl Billing {
         }
         let locked = billing_usage::hour(&mut tx, tenant, start, true).await?;
         // If the hour is not complete, usage after the boundary may arrive at any time without affecting the part
-        // before it.
+        // before the boundary.
         if scanned > 0 && (seen.planned != locked.planned || (is_whole && seen != locked)) {
             return Ok(false);
         }
@@ -321,7 +321,7 @@ impl Billing {
         Ok(finished)
     }
 
-    /// Sends a report. If it will not be charged, returns the reason.
+    /// Sends a report. If the report will not be charged, returns the reason.
     async fn send(
         &self,
         tenant: TenantId,
@@ -389,7 +389,8 @@ impl Billing {
         }
     }
 
-    /// Returns why Stripe would not charge a report that it received now.
+    /// Returns the reason why Stripe would not charge the report if it arrived now, or `None` if Stripe would charge
+    /// it.
     async fn too_late(&self, report: &DueReport) -> Result<Option<Unbilled>, BillingError> {
         if report.age > OLDEST {
             return Ok(Some(Unbilled::TooOld));
@@ -403,8 +404,8 @@ impl Billing {
         Ok(None)
     }
 
-    /// Whether usage of an earlier period of the subscription is still charged. It is not if the subscription no longer
-    /// exists.
+    /// Returns whether usage from an earlier period of the subscription will still be charged. Returns `false` if the
+    /// subscription no longer exists.
     async fn has_draft_invoice(&self, subscription: &str) -> Result<bool, StripeError> {
         match self.stripe.has_draft_invoice(subscription).await {
             Err(error) if error.is_not_found() => Ok(false),
@@ -412,8 +413,8 @@ impl Billing {
         }
     }
 
-    /// Whether Stripe has counted a report whose identifier it no longer recognizes. Returns `None` if the total in
-    /// Stripe matches neither case.
+    /// Returns whether Stripe has counted a report whose identifier it no longer recognizes. Returns `None` if the
+    /// total in Stripe matches neither case.
     async fn has_arrived(
         &self,
         tenant: TenantId,

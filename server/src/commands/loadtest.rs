@@ -331,7 +331,7 @@ async fn report_progress(counts: Arc<Mutex<Counts>>, running: Arc<AtomicBool>, a
     ticks.tick().await;
     let is_terminal = stderr().is_terminal();
     while running.load(Ordering::Relaxed) {
-        // Checks frequently, so that this ends soon after the last response.
+        // Check frequently, so that the wait ends soon after the last response.
         for _ in 0..10 {
             tokio::time::sleep(Duration::from_millis(100)).await;
             if !running.load(Ordering::Relaxed) {

@@ -2,6 +2,7 @@
 
 use std::{
     convert::Infallible,
+    net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -26,13 +27,14 @@ use tokio::{
 
 use super::{apply_migrations, database};
 
-/// How long after SIGTERM unused quota tokens must be returned. Leaves 5 of the usual 30 seconds for everything else.
+/// The maximum time from SIGTERM until unused tokens have been returned. Leaves 5 of the usual 30 seconds for
+/// everything else.
 const RETURN_TOKENS_WITHIN: Duration = Duration::from_secs(25);
-/// The minimum time for returning tokens. Applies even if requests in flight have used up the time above.
+/// The minimum time for returning tokens. Applies even if requests in flight have used up [`RETURN_TOKENS_WITHIN`].
 const RETURN_TOKENS_MIN: Duration = Duration::from_millis(1500);
 
-/// Completes on SIGTERM or SIGINT. Calling this function installs the signal handlers. If the first poll installed
-/// them, a signal before it would kill the process.
+/// Returns a future that completes on SIGTERM or SIGINT. The call itself installs the signal handlers. If the first
+/// poll installed them, an earlier signal would kill the process.
 fn stop_requested() -> impl Future<Output = ()> {
     let signals = (
         signal(SignalKind::terminate()),
@@ -62,18 +64,23 @@ pub async fn run(mut config: Config, log: Log, with_demo: bool) -> anyhow::Resul
     let mut stop = std::pin::pin!(stop_requested());
     // Bind before connecting to the database, because an occupied port is the most common mistake.
     let sockets = Sockets {
-        public: serve::bind(config.listen)
-            .with_context(|| format!("QUOTA_LISTEN: cannot listen on {}", config.listen))?,
+        public: bind("QUOTA_LISTEN", config.listen)?,
         metrics: config
             .metrics_listen
-            .map(|addr| {
-                serve::bind(addr)
-                    .with_context(|| format!("QUOTA_METRICS_LISTEN: cannot listen on {addr}"))
-            })
+            .map(|addr| bind("QUOTA_METRICS_LISTEN", addr))
+            .transpose()?,
+        grpc: config
+            .grpc_listen
+            .map(|addr| bind("QUOTA_GRPC_LISTEN", addr))
             .transpose()?,
     };
     let metrics_listen = sockets.metrics.as_ref().map(BoundSocket::local_addr);
-    config.listens_on(sockets.public.local_addr()?, metrics_listen.transpose()?);
+    let grpc_listen = sockets.grpc.as_ref().map(BoundSocket::local_addr);
+    config.listens_on(
+        sockets.public.local_addr()?,
+        metrics_listen.transpose()?,
+        grpc_listen.transpose()?,
+    );
     let (url, embedded) = tokio::select! {
         database = database(&config) => database?,
         () = &mut stop => return Ok(()),
@@ -98,6 +105,11 @@ pub async fn run(mut config: Config, log: Log, with_demo: bool) -> anyhow::Resul
 struct Sockets {
     public: BoundSocket,
     metrics: Option<BoundSocket>,
+    grpc: Option<BoundSocket>,
+}
+
+fn bind(variable: &str, addr: SocketAddr) -> anyhow::Result<BoundSocket> {
+    serve::bind(addr).with_context(|| format!("{variable}: cannot listen on {addr}"))
 }
 
 async fn serve_on(
@@ -140,6 +152,11 @@ async fn serve_on(
         .map(BoundSocket::listen)
         .transpose()
         .context("QUOTA_METRICS_LISTEN: cannot listen")?;
+    let grpc_listener = sockets
+        .grpc
+        .map(BoundSocket::listen)
+        .transpose()
+        .context("QUOTA_GRPC_LISTEN: cannot listen")?;
     let (stop_serving, stopping) = watch::channel(false);
     let until = |mut stopping: watch::Receiver<bool>| async move {
         let _ = stopping.wait_for(|stop| *stop).await;
@@ -157,27 +174,48 @@ async fn serve_on(
             router::metrics(&state),
             None::<Infallible>,
             ServeSettings::metrics(&state),
+            until(stopping.clone()),
+        ))
+    });
+    let grpc = grpc_listener.map(|listener| {
+        tokio::spawn(serve(
+            listener,
+            router::grpc(&state),
+            None::<Infallible>,
+            ServeSettings::grpc(&state),
             until(stopping),
         ))
     });
-    let metrics_listen = config.metrics_listen.map(tracing::field::display);
-    tracing::info!(listen = %config.listen, metrics_listen, public_url = config.public_url, "ready");
+    tracing::info!(
+        listen = %config.listen,
+        metrics_listen = config.metrics_listen.map(tracing::field::display),
+        grpc_listen = config.grpc_listen.map(tracing::field::display),
+        public_url = config.public_url,
+        "ready"
+    );
 
     stop.await;
     tracing::info!("stopping");
     let stopping_at = Instant::now();
-    state.drain();
+    state.begin_draining();
     tokio::time::sleep(config.drain_delay).await;
     let _ = stop_serving.send(true);
     public.await?;
-    if let Some(metrics) = metrics {
-        metrics.await?;
+    for other in [metrics, grpc].into_iter().flatten() {
+        other.await?;
     }
     // Return unused tokens, so that other replicas can use them.
     let left = RETURN_TOKENS_WITHIN
         .saturating_sub(stopping_at.elapsed())
         .max(RETURN_TOKENS_MIN);
-    match tokio::time::timeout(left, state.limiter.drain()).await {
+    let stop_traces = async {
+        if let Some(traces) = &state.traces {
+            traces.stop().await;
+        }
+    };
+    let drain = tokio::time::timeout(left, state.limiter.drain());
+    let (drained, ()) = tokio::join!(drain, stop_traces);
+    match drained {
         Ok(drained) if drained.lost == 0 => {
             tracing::info!(tokens = drained.given_back, "unused quota tokens returned");
         }
@@ -185,7 +223,7 @@ async fn serve_on(
             tokens = drained.lost,
             "some unused quota tokens could not be returned"
         ),
-        Err(_) => tracing::warn!("unused quota tokens could not be returned in time"),
+        Err(_) => tracing::warn!("unused tokens could not be returned in time"),
     }
     jobs.stop().await;
     state.db.close();

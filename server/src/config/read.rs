@@ -9,9 +9,10 @@ use super::{
     Allowances, Config, ConfigErrors, DatabaseSettings, Durability, FreeTier, Landing, LogFormat,
     PasswordCost, RedisSettings, Registration, Settings, StripeSettings, mail,
     reader::{
-        Reader, Sourced, address, boolean, database_url, list, network, origin, prefix, public_url,
+        Reader, Sourced, address, boolean, database_url, list, network, optional_address, origin,
+        prefix, public_url,
     },
-    redis,
+    redis, traces,
 };
 
 impl Config {
@@ -24,12 +25,13 @@ impl Config {
         let listen = r.read("QUOTA_LISTEN", &s.listen, unspecified, address);
         let config = Self {
             listen,
-            metrics_listen: r.read("QUOTA_METRICS_LISTEN", &s.metrics_listen, None, |text| {
-                match text {
-                    "off" | "" => Ok(None),
-                    text => address(text).map(Some),
-                }
-            }),
+            metrics_listen: r.read(
+                "QUOTA_METRICS_LISTEN",
+                &s.metrics_listen,
+                None,
+                optional_address,
+            ),
+            grpc_listen: r.read("QUOTA_GRPC_LISTEN", &s.grpc_listen, None, optional_address),
             public_url: if s.public_url.is_empty() {
                 format!("http://{listen}")
             } else {
@@ -264,6 +266,7 @@ impl Config {
                     .map(|_| text.to_owned())
                     .map_err(|_| "must be tracing directives such as info".into())
             }),
+            traces: traces::read(r, s),
             password_cost: PasswordCost::default(),
         };
         if config.drain_delay + config.drain_timeout > Duration::from_secs(28) {

@@ -176,13 +176,13 @@ impl Reader {
     }
 }
 
-/// A value, and the name of the variable that contains it or its file name.
+/// A value, and the name of the variable that contains the value or the name of its file.
 pub(super) struct Sourced {
     pub(super) variable: String,
     pub(super) value: Option<SecretString>,
 }
 
-/// A larger file is certainly not a secret.
+/// The maximum size of a file with a secret, in bytes. A larger file is certainly not a secret.
 const SECRET_FILE_MAX: u64 = 64 * 1024;
 
 /// Returns a file's content without surrounding whitespace, such as the line break that editors add.
@@ -284,6 +284,14 @@ pub(super) fn boolean(text: &str) -> Result<bool, String> {
 pub(super) fn address(text: &str) -> Result<SocketAddr, String> {
     text.parse()
         .map_err(|_| "must be an address and a port such as 127.0.0.1:8080".to_owned())
+}
+
+/// Parses an address. Returns `None` for `off` or an empty string.
+pub(super) fn optional_address(text: &str) -> Result<Option<SocketAddr>, String> {
+    match text {
+        "off" | "" => Ok(None),
+        text => address(text).map(Some),
+    }
 }
 
 pub(super) fn network(text: &str) -> Result<IpNet, String> {

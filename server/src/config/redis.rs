@@ -162,7 +162,7 @@ pub fn servers(text: &str) -> Result<RedisServers, String> {
         .map(|host| address(host.trim(), default_port, tls))
         .collect::<Result<Vec<_>, _>>()?;
 
-    // This parses the common parts as a URL with a placeholder host.
+    // Parse the common parts as a URL with a placeholder host.
     let common = Url::parse(&format!("redis://{login}@host{after}"))
         .map_err(|_| "must be redis://user:password@host:port,host:port".to_owned())?;
     if common.fragment().is_some() {
@@ -232,7 +232,7 @@ pub fn servers(text: &str) -> Result<RedisServers, String> {
 /// Parses the address of one server.
 fn one(text: &str) -> Result<RedisServers, String> {
     let bad = || "must be a Redis address such as redis://user:password@host:6379/0".to_owned();
-    // The redis crate accepts `#insecure`, which skips certificate verification. Quota does not.
+    // The redis crate accepts `#insecure`, which skips certificate verification. Quota rejects `#insecure`.
     if text.contains('#') {
         return Err("must not have a fragment".into());
     }
@@ -281,7 +281,7 @@ fn login_of(url: &Url) -> Result<RedisConnectionInfo, String> {
 }
 
 fn percent_decoded(text: &str) -> Result<String, String> {
-    // This decodes the text as a form value, in which a plus sign would mean a space.
+    // Decode the text as a form value. In a form value, an unescaped plus sign would mean a space.
     let form = format!("v={}", text.replace('+', "%2B"));
     url::form_urlencoded::parse(form.as_bytes())
         .next()

@@ -35,6 +35,10 @@ settings! {
     /// The address that /metrics (OpenMetrics text, for Prometheus) listens on, or `off`. Do not expose it publicly.
     metrics_listen: "QUOTA_METRICS_LISTEN", "127.0.0.1:9090", "ADDR";
 
+    /// The address that Envoy's rate limit service (gRPC) listens on, or `off`. It does not use TLS: listen only in a
+    /// private network.
+    grpc_listen: "QUOTA_GRPC_LISTEN", "off", "ADDR";
+
     /// The URL at which clients reach the server. Error responses link to pages under it. Default: http:// followed
     /// by QUOTA_LISTEN.
     public_url: "QUOTA_PUBLIC_URL", "", "URL";
@@ -142,7 +146,7 @@ settings! {
     /// These pages may read the rate-limit headers. Their requests cannot use cookies.
     allowed_origins: "ALLOWED_ORIGINS", "", "ORIGINS";
 
-    /// Networks of proxies whose X-Forwarded-For is trusted, separated by commas, such as 10.0.0.0/8.
+    /// Networks of proxies whose X-Forwarded-For and traceparent are trusted, separated by commas, such as 10.0.0.0/8.
     trusted_proxies: "QUOTA_TRUSTED_PROXIES", "", "CIDRS";
 
     /// Who may create an account: open (anyone) or closed (only the operator, with `quota user create`).
@@ -175,7 +179,7 @@ settings! {
     free_keys: "QUOTA_FREE_KEYS", "", "N";
 
     /// The maximum number of requests per calendar month (UTC) for a tenant without a subscription, across all its API
-    /// keys: 1 to 1000000000000. Further requests get 429 with the policy tenant_monthly. Unset: no limit. Plans with a
+    /// keys: 1 to 1000000000000. Further requests get 429 with the tenant_monthly policy. Unset: no limit. Plans with a
     /// higher daily or monthly quota must be marked `paid`.
     free_requests_per_month: "QUOTA_FREE_REQUESTS_PER_MONTH", "", "N";
 
@@ -190,12 +194,12 @@ settings! {
     admin_rpm: "QUOTA_ADMIN_RPM", "300", "N";
 
     /// How many failed sign-ins to one account are allowed from one network before each further attempt has to wait
-    /// longer. Wider networks, and networks that try many accounts, have higher limits. Known devices are counted
-    /// separately. 0 for no limit.
+    /// longer. Wider networks, and networks that try many accounts, have higher limits. Attempts from known devices are
+    /// counted separately. 0 for no limit.
     login_free_failures: "QUOTA_LOGIN_FREE_FAILURES", "10", "N";
 
-    /// The number of accounts that can be created from one network without a wait, and the number per day after those.
-    /// A network is an IPv4 address or an IPv6 /64; wider networks have higher limits. 0 for no limit.
+    /// The number of accounts that one network can create immediately; after that, this many per day. A network is an
+    /// IPv4 address or an IPv6 /64; wider networks have higher limits. 0 for no limit.
     registrations_per_day: "QUOTA_REGISTRATIONS_PER_DAY", "20", "N";
 
     /// The maximum size of a request body, in bytes: 1024 to 16777216.
@@ -235,7 +239,7 @@ settings! {
 
     /// The maximum number of concurrent lookups of API keys that are not in memory: 1 to 100000. Service tokens have a
     /// separate limit of the same size. When a limit is reached, each client still gets an equal share, and other
-    /// lookups get 503. Keys in memory are not affected.
+    /// lookups get 503. Requests with cached keys are not affected.
     key_lookups: "QUOTA_KEY_LOOKUPS", "1000", "N";
 
     /// How long the server waits for requests in flight when it stops, such as 20s; at most 25s.
@@ -245,7 +249,7 @@ settings! {
     /// 5s. This gives load balancers time to notice.
     drain_delay: "QUOTA_DRAIN_DELAY", "0s", "DURATION";
 
-    /// How long keys in memory keep working while PostgreSQL is unreachable, such as 60s.
+    /// How long cached keys keep working while PostgreSQL is unreachable, such as 60s.
     stale_grace: "QUOTA_STALE_GRACE", "60s", "DURATION";
 
     /// The number of API keys cached in memory: 1000 to 10000000. Each takes about 1 kB.
@@ -293,8 +297,8 @@ settings! {
     /// The sender of emails, such as Quota <quota@example.com>. Required with SMTP_URL.
     mail_from: "QUOTA_MAIL_FROM", "", "ADDRESS";
 
-    /// The number of emails about alerts per hour, to all tenants together. When it is reached, further alerts wait, and
-    /// are combined in later emails. 0 for no limit.
+    /// The maximum number of alert emails per hour, to all tenants together. When it is reached, further alerts wait,
+    /// and are combined in later emails. 0 for no limit.
     alert_emails_per_hour: "QUOTA_ALERT_EMAILS_PER_HOUR", "1000", "N";
 
     /// Private networks to which tenants may send webhooks, separated by commas, such as 10.1.0.0/16. URLs that start
@@ -307,4 +311,22 @@ settings! {
 
     /// The log filter, as tracing directives such as info,quota_server=debug.
     log: "RUST_LOG", "info", "DIRECTIVES";
+
+    /// The OpenTelemetry collector to which traces are sent (OTLP over HTTP, as protobuf), such as
+    /// http://collector:4318. Spans are sent to /v1/traces under this URL. Unset: requests are not traced.
+    otel_exporter_otlp_endpoint: "OTEL_EXPORTER_OTLP_ENDPOINT", "", "URL";
+
+    /// Headers of requests to the collector, separated by commas, such as api-key=secret. Percent-encode special
+    /// characters in values.
+    otel_exporter_otlp_headers: "OTEL_EXPORTER_OTLP_HEADERS", "", "HEADERS", hide_env_values = true;
+
+    /// A file that contains OTEL_EXPORTER_OTLP_HEADERS. Use either this or OTEL_EXPORTER_OTLP_HEADERS.
+    otel_exporter_otlp_headers_file: "OTEL_EXPORTER_OTLP_HEADERS_FILE", "", "PATH";
+
+    /// The name of the service in traces, at most 100 characters.
+    otel_service_name: "OTEL_SERVICE_NAME", "quota", "NAME";
+
+    /// The ratio of requests that are traced: 0 to 1. Does not apply to requests for which a proxy in
+    /// QUOTA_TRUSTED_PROXIES has already decided (with the traceparent header).
+    otel_traces_sampler_arg: "OTEL_TRACES_SAMPLER_ARG", "0.01", "RATIO";
 }

@@ -25,6 +25,7 @@ fn defaults_are_as_documented() {
         config.metrics_listen,
         Some("127.0.0.1:9090".parse().unwrap())
     );
+    assert_eq!(config.grpc_listen, None);
     assert_eq!(config.public_url, "http://127.0.0.1:8080");
     assert_eq!(config.body_limit, 64 * 1024);
     assert!(config.database_url.is_none());
@@ -59,13 +60,13 @@ fn redis_settings_are_parsed() {
 fn assigned_port_is_part_of_the_public_url_unless_that_is_set() {
     let chosen = "127.0.0.1:4711".parse().unwrap();
     let mut config = Config::read(&settings(&["--listen=127.0.0.1:0"])).unwrap();
-    config.listens_on(chosen, None);
+    config.listens_on(chosen, None, None);
     assert_eq!((config.listen, config.metrics_listen), (chosen, None));
     assert_eq!(config.public_url, "http://127.0.0.1:4711");
 
     let set = ["--listen=127.0.0.1:0", "--public-url=https://quota.example"];
     let mut config = Config::read(&settings(&set)).unwrap();
-    config.listens_on(chosen, None);
+    config.listens_on(chosen, None, None);
     assert_eq!(config.public_url, "https://quota.example");
 }
 

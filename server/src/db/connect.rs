@@ -34,7 +34,7 @@ pub(super) fn session(settings: &DatabaseSettings) -> String {
     )
 }
 
-/// Connects, within `limit`, and applies the session settings.
+/// Connects and applies the session settings. `limit` is the connect timeout.
 pub(super) fn connect(
     url: &str,
     session: String,

@@ -35,7 +35,8 @@ use self::{
 /// The role and the database that the server uses.
 const NAME: &str = "quota";
 
-/// Used only in the name of the socket file (`.s.PGSQL.5432`). PostgreSQL does not listen on a TCP port.
+/// The port, which is used only in the name of the socket file (`.s.PGSQL.5432`). PostgreSQL does not listen on a TCP
+/// port.
 const PORT: &str = "5432";
 
 /// The cluster's settings. They are passed on the command line, so that they come from this version of Quota, not from
@@ -164,7 +165,7 @@ impl EmbeddedPostgres {
         Self::start_with(data_dir, &[]).await
     }
 
-    /// Like [`start`](Self::start), with additional PostgreSQL settings.
+    /// Starts the cluster like [`start`](Self::start), with additional PostgreSQL settings.
     pub async fn start_with(
         data_dir: &Path,
         settings: &[(&str, &str)],
@@ -226,7 +227,7 @@ impl EmbeddedPostgres {
         url(&self.socket_dir, NAME)
     }
 
-    /// Requests a fast shutdown and waits for it.
+    /// Requests a fast shutdown and waits until PostgreSQL has stopped.
     pub async fn stop(self) {
         let _ = self.stop.send(true);
         if let Err(error) = self.supervisor.await {

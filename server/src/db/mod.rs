@@ -17,6 +17,7 @@ mod inspect;
 mod migrate;
 mod plaintext;
 mod pool;
+mod span;
 mod tx;
 
 pub use self::{

@@ -98,7 +98,7 @@ impl Pools {
     }
 }
 
-/// A handle to the pools that uses one lane's pool. Cheap to clone.
+/// A handle to the pools that uses one lane's pool. Cloning is cheap.
 #[derive(Clone)]
 pub struct Db {
     pools: Arc<Pools>,
@@ -146,9 +146,9 @@ impl Db {
         self.lanes
     }
 
-    /// Cancels work that takes longer than a statement may take. Otherwise, it could take up to a minute to detect that
-    /// a connection stopped responding in the middle of a transaction. Meant for background work; requests have a
-    /// separate limit.
+    /// Cancels work that takes longer than a statement may take. Without this limit, it could take up to a minute to
+    /// detect that a connection has stopped responding in the middle of a transaction. Meant for background work;
+    /// requests have a separate limit.
     pub async fn within_limit<T>(
         &self,
         work: impl Future<Output = Result<T, DbError>>,
@@ -156,7 +156,7 @@ impl Db {
         self.within(self.statement_timeout, work).await
     }
 
-    /// The same for work that takes longer: up to `limit`.
+    /// Works like [`within_limit`](Self::within_limit), but with a different time limit.
     pub async fn within<T>(
         &self,
         limit: Duration,
@@ -167,12 +167,12 @@ impl Db {
             .unwrap_or_else(|_| Err(DbError::Unavailable("PostgreSQL does not respond".into())))
     }
 
-    /// Runs a transaction of the server itself, [as background work](Self::within_limit).
+    /// Runs a transaction on behalf of the server itself, [as background work](Self::within_limit).
     pub async fn in_system<T>(
         &self,
         work: impl AsyncFnOnce(&mut SystemTx) -> Result<T, DbError>,
     ) -> Result<T, DbError> {
-        // Boxed, since many callers would contain it several times.
+        // This future is boxed, because the futures of many callers would otherwise contain it several times.
         let transaction = Box::pin(async {
             let mut tx = self.system().await?;
             let result = work(&mut tx).await?;
@@ -202,8 +202,8 @@ impl Db {
         SystemTx::begin(self.pool()).await
     }
 
-    /// Returns an error if PostgreSQL is unreachable. Used to distinguish an outage from the failure of one
-    /// transaction, for example because a statement took too long.
+    /// Returns an error if PostgreSQL is unreachable. This distinguishes an outage from the failure of one transaction,
+    /// for example because a statement took too long.
     pub async fn probe(&self) -> Result<(), DbError> {
         self.system().await?.commit().await
     }

@@ -9,7 +9,8 @@ use diesel_async::{AsyncPgConnection, SimpleAsyncConnection, pooled_connection::
 use quota_common::TenantId;
 use tokio::{runtime::Handle, time::timeout};
 
-use super::{connect::ConnectionPool, error::DbError};
+use super::{connect::ConnectionPool, error::DbError, span};
+use crate::spans::Span;
 
 /// How long the first response on a pooled connection may take. If PostgreSQL hangs, its machine still acknowledges
 /// every byte, so neither TCP timeouts nor PostgreSQL's own timeouts end the wait.
@@ -27,13 +28,26 @@ pub(super) fn close_silent(conn: Object<AsyncPgConnection>) -> DbError {
 struct Tx {
     /// `None` after the transaction has ended.
     conn: Option<Object<AsyncPgConnection>>,
+    /// The transaction's span, if its request is traced.
+    span: Option<Span>,
 }
 
 impl Tx {
     async fn begin(pool: &ConnectionPool, statements: &str) -> Result<Self, DbError> {
-        let conn = pool.get().await?;
+        let mut span = span::of_transaction();
+        let mut conn = pool.get().await.inspect_err(|_| {
+            if let Some(span) = &mut span {
+                span.fail("no connection");
+            }
+        })?;
+        if let Some(span) = &span {
+            span::trace_statements(&mut conn, span);
+        }
         // If the caller is dropped after this point, dropping `tx` rolls the transaction back.
-        let mut tx = Self { conn: Some(conn) };
+        let mut tx = Self {
+            conn: Some(conn),
+            span,
+        };
         let began = timeout(FIRST_ANSWER, tx.get().batch_execute(statements)).await;
         match (began, tx.conn.take()) {
             (Err(_), Some(conn)) => Err(close_silent(conn)),
@@ -51,13 +65,23 @@ impl Tx {
 
     async fn commit(mut self) -> Result<(), DbError> {
         self.get().batch_execute("COMMIT").await?;
+        self.stop_tracing();
         self.conn = None;
         Ok(())
+    }
+
+    fn stop_tracing(&mut self) {
+        if self.span.is_some()
+            && let Some(conn) = &mut self.conn
+        {
+            span::stop_tracing(conn);
+        }
     }
 }
 
 impl Drop for Tx {
     fn drop(&mut self) {
+        self.stop_tracing();
         let Some(mut conn) = self.conn.take() else {
             return;
         };
@@ -75,7 +99,7 @@ impl Drop for Tx {
     }
 }
 
-/// A tenant's transaction. Rolled back when dropped without [`commit`](Self::commit).
+/// A tenant's transaction. Dropping it without calling [`commit`](Self::commit) rolls it back.
 pub struct TenantTx {
     tx: Tx,
     tenant: TenantId,
@@ -100,7 +124,7 @@ impl TenantTx {
     }
 }
 
-/// A transaction of the server itself. Rolled back when dropped without [`commit`](Self::commit).
+/// A transaction on behalf of the server itself. Dropping it without calling [`commit`](Self::commit) rolls it back.
 pub struct SystemTx {
     tx: Tx,
 }

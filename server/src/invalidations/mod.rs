@@ -1,14 +1,14 @@
 //! Invalidations: publishes changes to other replicas, and keeps track of the changes received.
 //!
 //! A transaction that changes data that replicas cache also inserts a row into `revocations`. Each replica polls for
-//! new rows every 150 ms, and only this is needed for correctness. After the commit, the change is also published
-//! through Redis, so that most replicas know of it within milliseconds. Messages may be lost. If Redis is not
+//! new rows every 150 ms, and only polling is needed for correctness. After the commit, the change is also published
+//! through Redis, so that most replicas learn of it within milliseconds. Messages may be lost. If Redis is not
 //! configured or is unreachable, no messages are sent.
 //!
-//! Messages are sealed, because anyone with access to Redis could publish one. Messages that cannot be opened, are more
-//! than a few minutes old, or contain no new change are counted but otherwise ignored.
+//! Messages are sealed, because anyone with access to Redis could publish messages. Messages that cannot be opened, are
+//! more than a few minutes old, or do not contain a new change are counted but otherwise ignored.
 //!
-//! Does not depend on the caches. [`Recent`] contains the recent changes that this replica knows of.
+//! This module does not depend on the caches. [`Recent`] contains the recent changes that this replica knows of.
 
 mod recent;
 
@@ -24,10 +24,11 @@ use crate::{
     redis::{Redis, Subscription},
     repo::invalidation::{Invalidation, Target},
     seal::Seal,
+    spans,
     telemetry::metrics::Metrics,
 };
 
-/// The context of the seal. Must be changed whenever the meaning of a field changes.
+/// The context in which messages are sealed. Must be changed whenever the meaning of a field changes.
 const CONTEXT: &[&[u8]] = &[b"invalidation 1"];
 /// The maximum difference between a message's time and this replica's time. The clocks of a replica and PostgreSQL may
 /// differ by up to two minutes, and messages arrive quickly. Older changes were found by polling long ago.
@@ -44,7 +45,7 @@ struct Message<'a> {
     at: i64,
 }
 
-/// Publishes changes, and receives changes from other replicas. Cheap to clone.
+/// Publishes changes, and receives changes from other replicas. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Publisher {
     redis: Option<Redis>,
@@ -75,7 +76,7 @@ impl Publisher {
             return;
         };
         let publisher = self.clone();
-        tokio::spawn(async move {
+        let publishing = async move {
             let mut publish = redis::cmd("PUBLISH");
             publish.arg(&*publisher.channel).arg(message);
             match redis.query(&publisher.channel, &publish).await {
@@ -87,7 +88,8 @@ impl Publisher {
                     tracing::debug!(error = %error, "cannot publish an invalidation");
                 }
             }
-        });
+        };
+        tokio::spawn(spans::within(spans::current(), publishing));
     }
 
     /// Subscribes to published changes. Returns `None` if Redis is not configured.

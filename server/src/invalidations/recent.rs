@@ -1,19 +1,19 @@
 //! The recent changes that this replica knows of. They determine whether a copy that another replica read from
 //! PostgreSQL earlier is still current.
 //!
-//! Changes are numbered in commit order. A copy contains the highest number at the time it was read. Therefore, only
+//! Changes are numbered in commit order. A copy records the highest number at the time it was read. Therefore, only
 //! changes with higher numbers can make it outdated.
 //!
 //! There are two sources of changes, with different levels of trust:
-//! - **Polled** changes come from PostgreSQL, in order and without gaps. Only they raise the floor, and the number up
-//!   to which all changes are known.
+//! - **Polled** changes come from PostgreSQL, in order and without gaps. Only polled changes raise the floor and
+//!   `up_to`. Between these two numbers, all changes are known.
 //! - **Announced** changes are messages from other replicas, and this replica's own commits. Their only benefit is that
 //!   they arrive earlier. Until the poll has caught up, an announcement makes older copies outdated. An announcement
-//!   never hides a number from the poll, raises the floor, or displaces a polled change.
+//!   never causes the poll to skip a number, raises the floor, or displaces a polled change.
 //!
 //! A copy with a number below the floor is never confirmed, because PostgreSQL may have already deleted later changes.
-//! A copy with a number higher than all polled and announced changes is not confirmed either, because no change has
-//! been assigned that number yet.
+//! A copy with a number higher than all polled and announced changes is not confirmed either, because that number has
+//! not been assigned to a change yet.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -50,9 +50,9 @@ struct State {
 
 #[derive(Debug, Clone, Copy)]
 struct PolledRange {
-    /// The number above which all changes up to `up_to` are known.
+    /// All changes with numbers above this one, up to `up_to`, are known.
     floor: i64,
-    /// The number up to which all changes above `floor` are known.
+    /// All changes with numbers above `floor`, up to this one, are known.
     up_to: i64,
 }
 
@@ -68,7 +68,7 @@ fn subject(invalidation: &Invalidation) -> Uuid {
 
 impl Recent {
     /// Records the first poll: the newest changes that PostgreSQL has, in ascending order. Older changes may have been
-    /// deleted, so the floor is just below the first one.
+    /// deleted, so the floor is just below the first change in `newest`.
     pub fn begin(&self, newest: &[Invalidation], history: &str) {
         let mut state = self.0.lock();
         state.history = Some(history.into());
@@ -111,7 +111,7 @@ impl Recent {
         self.0.lock().history.clone()
     }
 
-    /// Records a polled change. Must be called in ascending order. Returns whether the change is new.
+    /// Records a polled change. Must be called for changes in ascending order. Returns whether the change is new.
     pub fn polled(&self, invalidation: &Invalidation) -> bool {
         let (seq, id) = (invalidation.seq, subject(invalidation));
         let mut state = self.0.lock();
@@ -147,8 +147,8 @@ impl Recent {
         is_new
     }
 
-    /// Records an announced change. Returns whether it is new. A change that was already polled or announced is not, so
-    /// a replayed message has no effect.
+    /// Records an announced change. Returns whether the change is new. A change that was already polled or announced is
+    /// not new, so a replayed message has no effect.
     pub fn announced(&self, invalidation: &Invalidation) -> bool {
         let (seq, id) = (invalidation.seq, subject(invalidation));
         let mut state = self.0.lock();
@@ -183,7 +183,7 @@ impl Recent {
 }
 
 impl State {
-    /// Recalculates the highest number of an ID. Slow but rare.
+    /// Recalculates the highest number of an ID. This is slow, but rarely needed.
     fn recount(&mut self, id: Uuid) {
         let of = |all: &BTreeMap<i64, Uuid>| {
             let mut numbers = all.iter().rev();

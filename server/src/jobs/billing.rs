@@ -37,7 +37,7 @@ pub(super) async fn handle_events(state: AppState) {
             _ = ticks.tick() => {}
             () = state.billing_event.notified() => {}
         }
-        // This repeats until no events are left.
+        // Repeat until no events are left.
         while handle_round(&state, billing.handle_due().await, &mut is_reported) {}
     }
 }

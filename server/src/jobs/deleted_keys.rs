@@ -1,7 +1,7 @@
-//! Deletes the limiter state of deleted keys. Otherwise, a bucket would remain until it is full, which may take weeks,
-//! so that a tenant could fill the memory of Redis by creating, using and deleting keys.
+//! Deletes the limiter state of deleted keys. Without this job, a bucket would remain until it is full, which may take
+//! weeks. A tenant could then fill Redis's memory by creating, using and deleting keys.
 //!
-//! Every replica does this, since each has its own state of the keys.
+//! Every replica does this, because each has its own limiter state.
 
 use std::time::Duration;
 
@@ -29,8 +29,8 @@ enum DeleteError {
 }
 
 pub(super) async fn delete_limits(state: AppState, mut stopping: watch::Receiver<bool>) {
-    // Until then, a replica that cannot reach PostgreSQL, or a request in progress, may still use a key, which would
-    // give it a new bucket.
+    // Until then, a replica that cannot reach PostgreSQL, or a request in progress, may still use a deleted key, which
+    // would create a new bucket for it.
     let age = state.config.stale_grace + state.config.request_timeout;
     let mut ticks = every(EVERY);
     // Rows are kept for a day, so a replica that starts repeats at most the deletions of a day.
@@ -65,7 +65,7 @@ async fn delete_batch(
 ) -> Result<bool, DeleteError> {
     let search = async {
         let mut tx = state.db.system().await?;
-        // It decreases if PostgreSQL was restored from a backup.
+        // The position decreases if PostgreSQL was restored from a backup.
         let highest = invalidation::position(&mut tx).await?.highest;
         let found = invalidation::deleted_keys(&mut tx, (*last).min(highest), age).await?;
         tx.commit().await?;

@@ -16,11 +16,11 @@ use crate::{
 };
 
 /// The time between polls. A change must be noticed within 250 ms, including the duration of the poll on a busy
-/// machine. Cache entries are trusted for five polls.
+/// machine. Cache entries are trusted for five times this interval.
 const POLL_EVERY: Duration = Duration::from_millis(150);
 
 /// If a poll takes this long, PostgreSQL is suspected to be unreachable. A poll normally takes milliseconds, and cache
-/// entries are trusted for 750 ms after it.
+/// entries are trusted for 750 ms after each poll.
 const SUSPECT_AFTER: Duration = Duration::from_millis(750);
 
 /// Polls for changes, and drops the cache entries that they invalidate. Without a recent poll, entries are reloaded
@@ -61,7 +61,7 @@ pub(super) async fn poll(state: AppState, mut stopping: watch::Receiver<bool>) {
     }
 }
 
-/// Lets caches serve their entries without waiting for PostgreSQL.
+/// Lets caches use their entries without waiting for PostgreSQL.
 fn suspect(state: &AppState) {
     if state.freshness.suspect() {
         state.metrics.database_suspected.inc();
@@ -115,7 +115,8 @@ fn up_to(newest: &[Invalidation], position: Position) -> Position {
     }
 }
 
-/// Applies changes. Records them before dropping cache entries, so that a load in between takes them into account.
+/// Applies changes. Records the changes before dropping cache entries, so that a load that starts in between takes the
+/// changes into account.
 fn apply(
     state: &AppState,
     invalidations: &[Invalidation],
@@ -136,7 +137,8 @@ fn apply(
     state.forget(invalidations);
 }
 
-/// Applies a message from another replica, unless it contains nothing new: it may be a replay.
+/// Applies a message from another replica. Ignores the message if it does not contain a new change, because it may be a
+/// replay.
 fn apply_announced(state: &AppState, invalidation: &Invalidation) {
     if state.recent.announced(invalidation) {
         apply(state, std::slice::from_ref(invalidation), |_, _| true);

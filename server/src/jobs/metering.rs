@@ -15,8 +15,8 @@ const PREPARE: Duration = Duration::from_millis(100);
 const MEASURE: Duration = Duration::from_secs(10);
 /// How long to wait after a failure.
 const PAUSE: Duration = Duration::from_secs(1);
-/// How long a stopping server continues to ship, including the batch in flight. The remaining records are shipped after
-/// the next start.
+/// How long a stopping server continues to ship usage, including the batch in flight. The remaining records are shipped
+/// after the next start.
 const FINISH: Duration = Duration::from_secs(3);
 
 pub(super) async fn ship(state: AppState, mut stopping: watch::Receiver<bool>) {
@@ -57,8 +57,8 @@ pub(super) async fn ship(state: AppState, mut stopping: watch::Receiver<bool>) {
     }
 }
 
-/// Ships the usage of stopped replicas. Separate from [`ship`], so that another replica's long backlog does not delay
-/// this replica's records.
+/// Ships the usage of stopped replicas. Runs separately from [`ship`], so that another replica's long backlog does not
+/// delay this replica's records.
 pub(super) async fn adopt(state: AppState, mut stopping: watch::Receiver<bool>) {
     let mut ticks = every(PAUSE);
     let mut outage = Outage::default();

@@ -1,7 +1,7 @@
 //! Background work.
 //!
 //! Each job is a loop that ends on request and continues after a failure: failed work is retried in a later iteration.
-//! Does not depend on HTTP.
+//! Jobs do not depend on HTTP.
 
 mod alerts;
 mod billing;
@@ -25,7 +25,7 @@ use tokio::{
 
 use crate::{db, limiter, state::AppState};
 
-/// How often the last use of keys and tokens is saved.
+/// How often the last-used times of keys and tokens are saved.
 const LAST_USED_EVERY: Duration = Duration::from_secs(2);
 
 #[derive(Debug)]

@@ -22,14 +22,14 @@ const FIRST: i64 = 500;
 const LARGEST: i64 = 5000;
 /// If a batch takes less time, the next one is larger.
 const SHORT: Duration = Duration::from_millis(100);
-/// If a batch takes more time, the next one is smaller. Well below the statement timeout, and short enough for
+/// If a batch takes more time, the next one is smaller. This is well below the statement timeout, and short enough for
 /// transactions that wait for a row.
 const LONG: Duration = Duration::from_millis(400);
 /// How long one kind of row is swept before the next kind gets its turn.
 const TURN: Duration = Duration::from_secs(1);
 /// The pause between batches, which leaves room for other work.
 const PAUSE: Duration = Duration::from_millis(5);
-/// After this many consecutive failures, a kind is skipped until the next sweep.
+/// After this many consecutive failures, a kind of row is skipped until the next sweep.
 const GIVE_UP: u32 = 8;
 
 struct Sweep {
@@ -91,7 +91,7 @@ impl Sweep {
                             "cannot delete expired rows, retrying later"
                         );
                     }
-                    // Other kinds get their turn first.
+                    // Let the other kinds of rows take their turns first.
                     return;
                 }
             }

@@ -26,7 +26,7 @@ const COMPARE_EVERY: Duration = Duration::from_hours(6);
 const AHEAD: u64 = 7;
 /// The maximum number of endpoints removed per transaction.
 const ENDPOINTS: i64 = 1000;
-/// The wait before a retry. In most cases, a table was only busy.
+/// The pause before a retry. In most cases, a table was only locked for a moment.
 const RETRY: Duration = Duration::from_secs(2);
 const TRIES: u32 = 5;
 
@@ -96,7 +96,8 @@ async fn today(state: &AppState) -> Result<NaiveDate, DbError> {
 }
 
 /// Creates partitions: first for the coming days, which does not require moving rows, and then for today and yesterday,
-/// since records may be late. A table whose partition cannot be created does not delay the others.
+/// since records may arrive after their day has ended. A table whose partition cannot be created does not delay the
+/// others.
 async fn create_all(state: &AppState, today: NaiveDate) -> Result<(), DbError> {
     let coming = (1..=AHEAD).filter_map(|days| today.checked_add_days(Days::new(days)));
     let days = coming.chain([today]).chain(today.pred_opt());

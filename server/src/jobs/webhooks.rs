@@ -1,6 +1,6 @@
 //! Sends events to webhooks.
 //!
-//! Deliveries that this replica has stored are sent immediately, and others within a second.
+//! Sends deliveries that this replica has stored immediately, and looks for other due deliveries every second.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -23,7 +23,7 @@ use crate::{
 const EVERY: Duration = Duration::from_secs(1);
 /// The maximum number of attempts in progress on this replica.
 const CONCURRENT: usize = 32;
-/// How often the age of the oldest delivery is measured.
+/// How often this replica measures how long deliveries have been overdue.
 const MEASURE_EVERY: Duration = Duration::from_secs(30);
 
 pub(super) async fn deliver(state: AppState, mut stopping: watch::Receiver<bool>) {
@@ -131,7 +131,7 @@ impl Worker {
     }
 }
 
-/// Measures how late deliveries are. Does not depend on the task that sends them.
+/// Measures how long deliveries have been overdue. Does not depend on the task that sends them.
 pub(super) async fn measure(state: AppState) {
     let mut ticks = every(MEASURE_EVERY);
     loop {

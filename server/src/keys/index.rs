@@ -56,7 +56,7 @@ impl KeyIndex {
         }
     }
 
-    /// Removes and returns the hashes that invalidations affect.
+    /// Removes and returns the hashes of the keys that invalidations affect.
     pub fn take(&self, gone: &InvalidationSet) -> HashSet<Hash> {
         let mut all = self.owners.lock();
         let mut taken = HashSet::new();

@@ -22,7 +22,7 @@ const BATCH: usize = 1_000;
 
 type Notes = [Mutex<HashMap<Uuid, UnixNanos>>; SHARDS];
 
-/// Times of last use that have not been saved. Cheap to clone.
+/// Times of last use that have not been saved. Cloning is cheap.
 #[derive(Debug, Clone, Default)]
 pub struct LastUsed {
     keys: Arc<Notes>,

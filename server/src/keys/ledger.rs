@@ -127,7 +127,7 @@ async fn open_and_take(
     asks: &[Ask],
 ) -> Result<Vec<Option<quota_usage::Taken>>, DbError> {
     let since: Vec<_> = requests.iter().map(|it| time(it.calendar.start)).collect();
-    // From here on, no other replica can open a window of these keys. A window with usage can become unused, but not
+    // From here on, no other replica can open a window for these keys. A window with usage can become unused, but not
     // vice versa.
     quota_usage::lock(tx, asks).await?;
     let used = quota_usage::used_windows(tx, asks, &since).await?;
@@ -206,7 +206,7 @@ fn usual_end(start: DateTime<Utc>, policy: Policy) -> DateTime<Utc> {
     if policy != Policy::Monthly {
         return start + Days::new(1);
     }
-    // Depending on the time zone, a month starts between 14 hours before and 12 hours after it does in UTC.
+    // Depending on the time zone, a month starts between 14 hours before and 12 hours after it starts in UTC.
     let first = (start + TimeDelta::hours(14))
         .date_naive()
         .with_day(1)

@@ -1,12 +1,13 @@
 //! Looks up secrets in PostgreSQL by their hash. Lookups are batched, limited, and fair.
 //!
 //! Anyone can invent keys with a valid checksum, and each of them requires a lookup. Therefore, lookups have their own
-//! database connections, and one of them is reserved for reloading known secrets. Lookups that arrive while all
-//! connections are busy share the next statement, so a few connections are enough for thousands of lookups per second.
+//! database connections, and one of them is reserved for reloading known secrets: those in this replica's cache.
+//! Lookups that arrive while all connections are busy share the next statement, so a few connections are enough for
+//! thousands of lookups per second.
 //!
 //! The number of concurrent lookups of unknown secrets is limited. At the limit, each caller still gets an equal share,
-//! and callers take turns in every batch. Therefore, a flood mostly affects the caller that sends it. Keys and service
-//! tokens are counted and batched separately.
+//! and callers take turns in every batch. Therefore, a flood mostly affects the caller that sends it. Lookups of keys
+//! and lookups of service tokens are counted and batched separately.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -26,6 +27,7 @@ use crate::{
     db::{self, Db, DbError, Lane},
     repo::{api_key, api_key::KeyFacts, service_token},
     secret_text::Hash,
+    spans::{self, Parent},
     telemetry::metrics::Metrics,
 };
 
@@ -41,7 +43,7 @@ pub struct LookupCaller {
     pub address: Option<ClientNetwork>,
 }
 
-/// Batched lookups of API keys and service tokens. Cheap to clone.
+/// Batched lookups of API keys and service tokens. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Lookups {
     /// Lookups of keys. The result contains the facts and the number of the newest invalidation when they were read.
@@ -113,8 +115,8 @@ struct Settings {
     limit: usize,
     /// How long a lookup waits for its batch to start.
     wait: Duration,
-    /// The maximum number of concurrent batches. All but one may contain unknown secrets. If there is only one, it may
-    /// contain them too.
+    /// The maximum number of concurrent batches. All batches but one may contain unknown secrets. If there is only one
+    /// batch, it may also contain unknown secrets.
     workers: usize,
     freshness: Arc<Freshness>,
     metrics: Arc<Metrics>,
@@ -147,6 +149,8 @@ struct Waiting<V> {
     id: u64,
     hash: Hash,
     answer: oneshot::Sender<Result<Option<V>, Unconfirmed>>,
+    /// The span that the lookup belongs to, if its request is traced.
+    span: Option<Parent>,
 }
 
 struct Queue<V> {
@@ -220,7 +224,7 @@ impl<V> Queue<V> {
         let Some(waiting) = waiting else {
             return false;
         };
-        // Searches from the front: the lookup that has waited longest is the first to give up.
+        // Search from the front: the lookup that has waited longest is the first to give up.
         let Some(at) = waiting.iter().position(|it| it.id == id) else {
             return false;
         };
@@ -273,7 +277,8 @@ impl<V: Send + 'static> Batches<V> {
         }))
     }
 
-    /// Starts a lookup, or rejects it because too many are in progress. `caller` is `None` if the secret is known.
+    /// Starts a lookup, or rejects it because too many are in progress. `caller` is `None` if the secret is cached on
+    /// this replica.
     pub fn begin(&self, caller: Option<LookupCaller>) -> Result<Lookup<V>, Unconfirmed> {
         if let Some(caller) = caller {
             let limit = self.0.settings.limit;
@@ -324,7 +329,13 @@ impl<V: Send + 'static> Batches<V> {
         let mut queue = self.0.queue.lock();
         let id = queue.next_id;
         queue.next_id += 1;
-        queue.push(caller, Waiting { id, hash, answer });
+        let waiting = Waiting {
+            id,
+            hash,
+            answer,
+            span: spans::current(),
+        };
+        queue.push(caller, waiting);
         let is_missing = queue.workers < self.0.settings.workers
             && (caller.is_none() || queue.on_unknown < self.for_unknown());
         queue.workers += usize::from(is_missing);
@@ -412,7 +423,7 @@ impl<V: Send + 'static> Worker<V> {
     }
 }
 
-/// The lookups of one statement. If this is dropped by a panic or with the runtime, the lookups fail.
+/// The lookups of one statement. If the batch is dropped because of a panic or with the runtime, its lookups fail.
 struct Batch<V: Send + 'static> {
     batches: Batches<V>,
     list: Vec<Waiting<V>>,
@@ -422,7 +433,9 @@ struct Batch<V: Send + 'static> {
 impl<V: Send + 'static> Batch<V> {
     async fn run(mut self) {
         let hashes = self.list.iter().map(|it| it.hash).collect();
-        let answers = (self.batches.0.query)(hashes).await;
+        // The statement can belong to only one trace.
+        let span = self.list.iter().find_map(|it| it.span.clone());
+        let answers = spans::within(span, (self.batches.0.query)(hashes)).await;
         let mut answers = answers.map_err(|error| self.batches.failed(&error));
         for waiting in self.list.drain(..) {
             let answer = match &mut answers {

@@ -1,9 +1,9 @@
-//! API keys and service tokens: finds their records by secret, and remembers when they were last used.
+//! API keys and service tokens: finds their records by secret, and tracks when they were last used.
 //!
 //! A secret is looked up by its hash: first in memory, then in the records that replicas share through Redis, and
-//! finally in PostgreSQL. Does not depend on HTTP. While PostgreSQL is unavailable, keys in memory keep working for
-//! `QUOTA_STALE_GRACE`, and other keys cannot be confirmed. While Redis is unavailable, lookups go to PostgreSQL
-//! instead.
+//! finally in PostgreSQL. This module does not depend on HTTP. While PostgreSQL is unavailable, keys in memory keep
+//! working for `QUOTA_STALE_GRACE`, and other keys cannot be confirmed. While Redis is unavailable, lookups go to
+//! PostgreSQL instead.
 
 mod index;
 pub mod last_used;

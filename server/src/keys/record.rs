@@ -23,6 +23,7 @@ use crate::{
     limiter::{KeyHandle, Limiter, Policies, RatePolicy, TenantQuota, Zone},
     repo::api_key::{FoundKey, KeyFacts},
     secret_text::{Hash, SecretText},
+    spans,
     telemetry::metrics::Metrics,
 };
 
@@ -47,7 +48,7 @@ pub struct KeyRecord {
     pub is_active: bool,
     pub expires_at: Option<UnixNanos>,
     pub billing: Billing,
-    /// Until when the tenant may use paid plans. 0 if it may not.
+    /// When the tenant's access to paid plans ends. 0 if the tenant has no access.
     pub paid_access_until: UnixNanos,
     pub policies: Policies,
     pub handle: Arc<KeyHandle>,
@@ -119,7 +120,7 @@ impl KeyRecord {
 }
 
 impl KeyRecord {
-    /// Returns whether to record a use at `now`. Returns `true` at most once per second, so that busy keys cause no
+    /// Returns whether to record a use at `now`. Returns `true` at most once per second, so that busy keys do not cause
     /// more writes than others.
     pub fn is_worth_noting(&self, now: UnixNanos) -> bool {
         let noted_at = self.noted_at.load(Ordering::Relaxed);
@@ -137,7 +138,7 @@ pub struct ServiceRecord {
     pub id: ServiceTokenId,
 }
 
-/// Finds API keys and service tokens by their secrets. Cheap to clone.
+/// Finds API keys and service tokens by their secrets. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct KeyStore {
     keys: Cached<Hash, KeyRecord>,
@@ -149,7 +150,7 @@ pub struct KeyStore {
 }
 
 impl KeyStore {
-    /// Without `shared`, keys that are not in memory are looked up in PostgreSQL.
+    /// Creates the store. Without `shared`, keys that are not in memory are looked up in PostgreSQL.
     pub fn new(
         lookups: Lookups,
         limiter: Limiter,
@@ -193,6 +194,7 @@ impl KeyStore {
             self.shared.clone(),
         );
         let (index, cached) = (self.index.clone(), self.keys.clone());
+        let span = spans::current();
         let record = move |facts: KeyFacts, as_of| {
             // Add the hash to the index before the record is cached.
             let owners = [facts.tenant_id, facts.plan_id, facts.id];
@@ -202,7 +204,7 @@ impl KeyStore {
         self.keys
             .get(hash, move || {
                 let (lookups, record, shared) = (lookups.clone(), record.clone(), shared.clone());
-                async move {
+                spans::within(span.clone(), async move {
                     let lookup = lookups.begin(caller)?;
                     if let Some(shared) = &shared
                         && let Some(found) = shared.get(&hash).await
@@ -220,7 +222,7 @@ impl KeyStore {
                     }
                     let record = facts.map(|(facts, as_of)| record(facts, as_of));
                     Ok(record.transpose()?.into())
-                }
+                })
             })
             .await
     }
@@ -236,13 +238,14 @@ impl KeyStore {
         }
         let caller = (!self.tokens.holds(&hash)).then_some(caller);
         let lookups = self.lookups.tokens.clone();
+        let span = spans::current();
         self.tokens
             .get(hash, move || {
                 let lookups = lookups.clone();
-                async move {
+                spans::within(span.clone(), async move {
                     let owner = lookups.begin(caller)?.find(hash).await?;
                     Ok(owner.map(|(tenant, id)| ServiceRecord { tenant, id }))
-                }
+                })
             })
             .await
     }
@@ -270,7 +273,7 @@ impl KeyStore {
         self.tokens.forget(|_, _| true);
     }
 
-    /// Removes the cached absence of a secret. Call after creating a key or token with it.
+    /// Removes the cached absence of a secret. Call this after creating a key or token with that secret.
     pub fn created(&self, text: &SecretText) {
         let hash = text.hash();
         self.keys.forget_absent(&hash);
@@ -327,7 +330,7 @@ fn record(facts: KeyFacts, as_of: i64, limiter: &Limiter) -> Result<KeyRecord, U
                 .as_deref()
                 .and_then(OnRedisFailure::of),
         )
-        // Increases with every change.
+        // The version increases with every change.
         .with_version(u64::try_from(as_of).unwrap_or(0)),
         handle,
         tenant_quota,

@@ -5,22 +5,22 @@
 //! by which replica an entry was written. PostgreSQL numbers invalidations in commit order. A statement that reads a
 //! record also reads the highest number, so both come from the same snapshot. Therefore, only invalidations with higher
 //! numbers can make an entry outdated. An entry is used only if the last poll for invalidations is recent, and only if
-//! this replica knows of no later invalidation for its key, plan, or tenant ([`Recent`]). It then counts as confirmed
-//! at the time of the poll, not at the time it was read. This has several consequences:
-//! - If a load starts before a change but writes its entry after it, the entry has a lower number than the change.
-//!   Replicas that know of the change reject the entry. Other replicas learn of it with their next poll, as they do for
-//!   records in memory.
+//! this replica does not know of a later invalidation for its key, plan, or tenant ([`Recent`]). The entry then counts
+//! as confirmed at the time of the poll, not at the time it was read. This has several consequences:
+//! - If a load starts before a change but writes its entry after the change, the entry has a lower number than the
+//!   change. Replicas that know of the change reject the entry. Other replicas learn of it with their next poll, as
+//!   they do for records in memory.
 //! - Losing an invalidation or the connection to Redis is safe.
 //! - A change to a plan invalidates the entries of all its keys without listing them.
 //!
-//! Negative results are also cached: an invalid secret is remembered for a few seconds. These entries need no number:
-//! secrets are random, so a secret is never looked up before it is created.
+//! Negative results are also cached: an invalid secret is remembered for a few seconds. These entries do not need a
+//! number: secrets are random, so a secret is never looked up before it is created.
 //!
 //! **Trust.** Anyone with access to Redis could write entries. Each entry is stored under the hash of its secret, and
 //! sealed for that hash with a key of this installation ([`Seal`]). Therefore, writing to Redis can make entries
-//! unreadable, but cannot give a key more access. An entry also contains the time when it was written. It is rejected
-//! after its lifetime, so that an old copy cannot be written back later. Unreadable entries, and entries that are too
-//! old or from the future, count as misses. Entries from a different database history are also ignored: after
+//! unreadable, but cannot give a key more access. An entry also contains the time when it was written. An entry is
+//! rejected after its lifetime, so that an old copy cannot be written back later. Unreadable entries, and entries that
+//! are too old or from the future, count as misses. Entries from a different database history are also ignored: after
 //! PostgreSQL has been restored from a backup, it assigns the same numbers a second time.
 //!
 //! While Redis is unreachable, every lookup is an immediate miss. If Redis is slow, one lookup waits for
@@ -46,6 +46,7 @@ use crate::{
     repo::api_key::KeyFacts,
     seal::Seal,
     secret_text::Hash,
+    spans,
     telemetry::metrics::Metrics,
 };
 
@@ -53,7 +54,7 @@ use crate::{
 const VERSION: u8 = 3;
 /// The maximum difference between the clocks of two replicas, in seconds.
 const SKEW: u64 = 120;
-/// How long an entry with facts is kept.
+/// How long an entry for a valid secret is kept.
 const PRESENT: Duration = Duration::from_mins(5);
 /// How long an entry for an invalid secret is kept.
 const ABSENT: Duration = Duration::from_secs(10);
@@ -62,11 +63,11 @@ const ABSENT_PER_SECOND: u64 = 200;
 /// How long Redis is skipped after a failure.
 const PAUSE: Nanos = Nanos::from_secs(1);
 
-/// The shared records. Cheap to clone.
+/// The shared records. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct SharedKeys(Arc<SharedState>);
 
-/// What [`SharedKeys`] uses.
+/// The dependencies of [`SharedKeys`].
 #[derive(Debug)]
 pub struct SharedKeysContext {
     pub redis: Redis,
@@ -80,7 +81,7 @@ pub struct SharedKeysContext {
 #[derive(Debug)]
 struct SharedState {
     context: SharedKeysContext,
-    /// The monotonic time until which Redis is skipped.
+    /// The monotonic time when Redis is used again.
     paused_until: AtomicU64,
     /// The last second in which entries for invalid secrets were written, and the number of these entries.
     absent_written: AtomicU64,
@@ -118,7 +119,7 @@ impl SharedKeys {
         format!("{}:key{VERSION}:{hash}", self.0.context.redis.prefix())
     }
 
-    /// Returns the entry of a secret if it is known to be current.
+    /// Returns a secret's entry if the entry is known to be current.
     pub async fn get(&self, hash: &Hash) -> Option<SharedRecord> {
         let it = &self.0.context;
         let current_at = it.freshness.polled_lately()?;
@@ -149,7 +150,7 @@ impl SharedKeys {
             return None;
         }
         if let Some(facts) = &entry.facts {
-            // Checked after Redis has responded, so that invalidations received while waiting are not missed.
+            // Check after Redis has responded, so that invalidations received while waiting are not missed.
             let about = [facts.tenant_id, facts.plan_id, facts.id];
             if !it.recent.unchanged(&about, entry.as_of) {
                 it.metrics.key_shared_outdated.inc();
@@ -189,11 +190,11 @@ impl SharedKeys {
         let mut set = redis::cmd("SET");
         set.arg(&name).arg(bytes).arg("EX").arg(keep.as_secs());
         let this = self.clone();
-        tokio::spawn(async move {
+        tokio::spawn(spans::within(spans::current(), async move {
             if let Err(failure) = this.0.context.redis.query(&name, &set).await {
                 this.failed(&failure);
             }
-        });
+        }));
     }
 
     fn is_paused(&self) -> bool {
@@ -210,7 +211,7 @@ impl SharedKeys {
     }
 
     fn may_write_absent(&self) -> bool {
-        // The upper bits contain the second, and the lower bits the count.
+        // The upper bits contain the second, and the lower bits contain the count.
         let second = self.0.context.freshness.now().0 / 1_000_000_000;
         let counted = self
             .0

@@ -68,7 +68,7 @@ impl Decision {
         self.outcome == Outcome::Allowed
     }
 
-    /// Empty if the request was allowed.
+    /// Returns the violated policies, or an empty set if the request was allowed.
     pub fn violated(&self) -> PolicySet {
         match self.outcome {
             Outcome::Allowed => PolicySet::EMPTY,
@@ -102,7 +102,7 @@ impl Decision {
         .flatten()
     }
 
-    /// Returns the policy closest to exhaustion. For a denial, one of the violated policies.
+    /// Returns the policy closest to exhaustion. For a denial, returns one of the violated policies.
     pub fn nearest(&self) -> PolicyState {
         let violated = self.violated();
         let mut nearest = None::<PolicyState>;

@@ -1,7 +1,7 @@
 //! A cache of denials in front of a remote store, so that repeating a denial does not need a round trip.
 //!
-//! Two mechanisms deny requests here: a `governor` limiter with the plan's full rate, and the store's last denial,
-//! which is repeated until the plan, or the state on which it was based, may have changed. Both only repeat what the
+//! Two mechanisms deny requests here: a `governor` limiter with the plan's rate, and the store's last denial, which is
+//! repeated until the plan, or the state on which it was based, may have changed. Both mechanisms only repeat what the
 //! store would decide. A denial by the cache does not consume tokens, and neither does a denial by the store. So
 //! `governor` gets a state store that reports what would happen without changing anything, and is charged only for
 //! requests that the store has allowed. (Charging first and refunding denied requests is not equivalent: the bucket may
@@ -42,7 +42,7 @@ use crate::clock::{Clock, GovernorClock, Instant, Monotonic, Nanos, UnixNanos};
 /// Converts a rate for `governor`, with the interval rounded up as in [`Gcra`].
 fn governor_quota(rate: RatePolicy) -> Quota {
     let gcra = Gcra::new(rate);
-    // Capped as in `Gcra`, because governor does not check for overflow.
+    // Cap the burst as `Gcra` does, because governor does not check for overflow.
     let burst = gcra.tokens(gcra.tau()).max(1);
     let burst = u32::try_from(burst)
         .ok()
@@ -149,7 +149,7 @@ impl Denied {
             let tat = Elapsed::ZERO.saturating_add(missing);
             match gcra.decide(tat, Elapsed::ZERO, cost) {
                 Verdict::Wait { wait } => believed = believed.min(Nanos(wait.get())),
-                // The bucket refilled enough while the response was in transit.
+                // The bucket refilled while the response was in transit, so the request now fits.
                 Verdict::Fits { .. } => return None,
                 Verdict::NeverFits => {}
             }
@@ -170,8 +170,8 @@ impl Denied {
     }
 }
 
-/// Returns the time until the bucket is full, according to a decision that was recorded earlier. Both times are
-/// monotonic, because the clock by which the decision states when the bucket is full may have been set since.
+/// Returns the time until the bucket is full, according to a decision that was recorded earlier. Uses the monotonic
+/// times `recorded` and `elapsed`, because the calendar clock that the decision uses may have been set since.
 fn debt_left(decision: &Decision, recorded: Elapsed, elapsed: Elapsed) -> Nanos {
     let debt = decision.rate.reset_at.saturating_since(decision.at);
     debt.saturating_sub(elapsed.saturating_since(recorded))
@@ -194,9 +194,10 @@ impl LocalBucket {
     }
 
     /// Applies edited policies and discards the cached decisions. If the rate was edited, the local bucket starts full.
-    /// Since it is unknown when the store learned of the edit, its bucket may have refilled by any amount, and a
+    /// It allows nothing by itself, since the store decides every request that is not denied here. The store keeps the
+    /// usage, but its bucket may have refilled by any amount, because it is unknown when it learned of the edit. A
     /// request that the store would allow must not be denied here.
-    fn follow(&mut self, policies: &Policies, clock: &Arc<dyn Clock>) {
+    fn apply_edit(&mut self, policies: &Policies, clock: &Arc<dyn Clock>) {
         if self.gcra == policies.gcra() {
             self.fingerprint = policies.fingerprint();
             (self.last, self.denied) = (None, None);
@@ -316,8 +317,8 @@ impl DenialCache {
     }
 
     /// Records a decision by the store, unless it is degraded. A denial by the rate is cached for at most
-    /// `rate_memory`. Usage counts as refilling since the call started at `asked_at`: the store may have decided at any
-    /// time after that, and a request that the store would allow must not be denied here.
+    /// `rate_memory`. The bucket is assumed to have been refilling since the call started at `asked_at`: the store may
+    /// have decided at any time after that, and a request that the store would allow must not be denied here.
     pub(super) fn record(
         &self,
         policies: &Policies,
@@ -357,7 +358,7 @@ fn current<'a>(
 ) -> &'a mut LocalBucket {
     match known {
         Some(old) if old.fingerprint != policies.fingerprint() => {
-            old.follow(policies, clock);
+            old.apply_edit(policies, clock);
         }
         _ => {}
     }

@@ -13,7 +13,7 @@ pub enum LimiterError {
     TooManyKeys,
     /// The shared counters are unavailable, and the plan's fallback setting is `closed`.
     #[error("the shared counters are not available")]
-    CountersAway,
+    CountersUnavailable,
     /// The store is draining and no longer fetches blocks.
     #[error("the limiter is shutting down")]
     Draining,

@@ -31,8 +31,8 @@ pub struct Policies {
 }
 
 impl Policies {
-    /// `daily` and `monthly` are quotas per calendar day and month in `zone`. If `strict`, the store does not use
-    /// leases.
+    /// Creates policies. `daily` and `monthly` are quotas per calendar day and month in `zone`. If `strict`, the store
+    /// does not use leases.
     pub fn new(
         rate: RatePolicy,
         daily: Option<NonZeroU64>,
@@ -116,7 +116,8 @@ impl Policies {
         }
     }
 
-    /// Equal policies have equal fingerprints, and different policies almost always have different ones.
+    /// Returns a fingerprint. Equal policies have equal fingerprints, and different policies almost always have
+    /// different ones.
     pub(super) fn fingerprint(&self) -> u64 {
         self.fingerprint
     }

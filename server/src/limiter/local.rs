@@ -10,7 +10,7 @@ use super::{
     error::LimiterError,
     key::{
         handle::KeyHandle,
-        ledger_calls::Drained,
+        ledger_calls::ReturnedQuota,
         state::{MissingBlocks, OnUnknown},
         table::{KeyTable, KeyTableSettings},
     },
@@ -45,7 +45,7 @@ impl LocalStore {
         self.len() == 0
     }
 
-    /// Decides with the tokens available locally, and starts to fetch or return tokens if necessary.
+    /// Decides on a request with the tokens available locally, and starts to fetch or return tokens if necessary.
     #[inline]
     fn attempt(
         &self,
@@ -105,7 +105,7 @@ impl LimitStore for LocalStore {
         Ok(())
     }
 
-    async fn drain(&self) -> Drained {
+    async fn drain(&self) -> ReturnedQuota {
         self.keys.drain().await
     }
 }

@@ -3,10 +3,10 @@
 //! A job counts the replicas in PostgreSQL, so that a count is available when the shared counters are not. This module
 //! keeps the last count and decides how long to trust it.
 //!
-//! **The shares of all replicas together never exceed the full limit**, although each replica uses its own count, which
-//! may be outdated. A replica uses a count for only [`BELIEVED`] after the count began, and only if the replica itself
-//! has been counted for [`SETTLED`], which is longer. So every count in use includes every replica that takes a share:
-//! the divisor is at least the number of these replicas, and a replica's rank is at least its position among them. A
+//! **The shares of all replicas together never exceed the limit**, although each replica uses its own count, which may
+//! be outdated. A replica uses a count for only [`BELIEVED`] after the count began, and only if the replica itself has
+//! been counted for [`SETTLED`], which is longer. So every count in use includes every replica that takes a share: the
+//! divisor is at least the number of these replicas, and a replica's rank is at least its position among them. A
 //! replica that stops is still counted for [`FORGOTTEN`], which is long after it has stopped taking a share.
 
 use std::{
@@ -44,7 +44,7 @@ const REPLICAS_MAX: u64 = 1000;
 /// A replica's position among all replicas.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ReplicaSlot {
-    /// Starts at zero.
+    /// The rank, starting at zero.
     pub rank: u64,
     pub of: NonZeroU64,
 }
@@ -64,7 +64,7 @@ struct Counted {
 pub struct Membership {
     counted: Mutex<Option<Counted>>,
     replica_count: AtomicU64,
-    /// Before this monotonic time, no other replica has been counted long enough to take a share. 0 if unknown.
+    /// Before this monotonic time, no other replica has been counted for long enough to take a share. 0 if unknown.
     others_settle_at: AtomicU64,
 }
 
@@ -79,14 +79,14 @@ impl Default for Membership {
 }
 
 impl Membership {
-    /// Records a count at `now` that placed this replica in `slot`.
+    /// Records that a count at `now` placed this replica in `slot`.
     pub fn confirm(&self, slot: ReplicaSlot, now: Monotonic) {
         self.confirm_count(slot, now, now);
     }
 
     /// Records a count that placed this replica in `slot`, and when the count began and ended.
     ///
-    /// The count's age is measured from its start. It takes effect at its end: until then, this replica used the
+    /// The count's age is measured from its start. The count takes effect at its end: until then, this replica used the
     /// previous count, and other replicas may not have counted this one.
     pub fn confirm_count(&self, slot: ReplicaSlot, began: Monotonic, ended: Monotonic) {
         let mut counted = self.counted.lock();

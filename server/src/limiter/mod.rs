@@ -2,8 +2,8 @@
 //!
 //! Owns rates, calendar quotas and their usage. Does not depend on HTTP, SQL or secrets: the caller passes a key's
 //! handle and policies, both from the key's cached record, and gets a [`Decision`]. If the quota ledger fails, only
-//! keys with calendar quotas are affected: they spend the tokens that are available locally, and then get an error. No
-//! request is ever allowed without a token.
+//! keys with calendar quotas (their own or their tenant's) are affected: they spend the tokens that are available
+//! locally, and then get an error. No request is ever allowed without a token from each policy.
 //!
 //! ```text
 //! local tokens -> denial cache (remote stores only) -> store (all policies, or none) -> decision
@@ -33,7 +33,7 @@ pub use self::{
     error::LimiterError,
     key::{
         handle::KeyHandle,
-        ledger_calls::{Drained, LedgerConnections},
+        ledger_calls::{LedgerConnections, ReturnedQuota},
         table::KeyTableSettings,
     },
     limits::Policies,
@@ -59,7 +59,7 @@ use crate::clock::{Clock, Monotonic};
 /// How often to call [`Limiter::prune`].
 pub const PRUNE_EVERY: std::time::Duration = std::time::Duration::from_secs(10);
 
-/// Decides requests. Cheap to clone.
+/// Decides whether requests are allowed. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Limiter {
     store: Arc<dyn LimitStore>,
@@ -89,7 +89,8 @@ impl Limiter {
         }
     }
 
-    /// Returns the quota that all keys of the tenant share, if there is one. Store it in their cached records.
+    /// Returns the quota that all keys of the tenant share, if there is one. Store it in the cached records of these
+    /// keys.
     pub fn tenant_quota(&self, tenant: TenantId) -> Result<Option<TenantQuota>, LimiterError> {
         let quotas = self.tenants.as_ref();
         quotas.map(|quotas| quotas.of(tenant)).transpose()
@@ -101,8 +102,8 @@ impl Limiter {
         self.store.handle(tenant, key)
     }
 
-    /// Decides from memory, without blocking or allocating. If it returns `None`, call [`admit`](Self::admit), which
-    /// can wait.
+    /// Decides on a request from memory, without blocking or allocating. If it returns `None`, call
+    /// [`admit`](Self::admit), which can wait.
     #[inline]
     pub fn try_admit(
         &self,
@@ -120,8 +121,8 @@ impl Limiter {
         Some(decision)
     }
 
-    /// Decides, and waits for the store if necessary. Cancel safe: tokens taken by a canceled call are available to the
-    /// key's next request.
+    /// Decides on a request, and waits for the store if necessary. Cancel safe: tokens taken for a canceled request are
+    /// used for other requests or returned.
     pub async fn admit(
         &self,
         handle: &Arc<KeyHandle>,
@@ -140,7 +141,7 @@ impl Limiter {
         Ok(decision)
     }
 
-    /// Decides like [`admit`](Self::admit), and also takes the cost from the tenant's quota.
+    /// Decides on a request like [`admit`](Self::admit), and also takes the cost from the tenant's quota.
     pub async fn admit_within(
         &self,
         quota: &TenantQuota,
@@ -171,13 +172,13 @@ impl Limiter {
     }
 
     /// Returns the key's state as known to this replica, with [`Outcome::Allowed`]. Does not take tokens or make calls.
-    /// Quotas are reported as full until the ledger has responded in the current window.
+    /// Until the ledger has responded in the current window, quotas are reported as unused.
     pub fn peek(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
         self.store.peek(handle, policies)
     }
 
     /// Returns the key's state without taking tokens. Calls the shared counters, if there are any, for the state of the
-    /// rate. Quotas are reported as full until the ledger has responded in the current window.
+    /// rate. Until the ledger has responded in the current window, quotas are reported as unused.
     pub async fn inspect(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
         self.store.inspect(handle, policies).await
     }
@@ -197,14 +198,14 @@ impl Limiter {
         self.store.delete(keys).await
     }
 
-    /// Returns all unused tokens to the ledger and the shared counters, and stops taking more. Call after the last
-    /// request, before the process exits.
-    pub async fn drain(&self) -> Drained {
+    /// Returns all unused tokens to the ledger and the shared counters, as far as they respond in time, and stops
+    /// taking more. Call after the last request, before the process exits.
+    pub async fn drain(&self) -> ReturnedQuota {
         let Some(quotas) = &self.tenants else {
             return self.store.drain().await;
         };
         let (keys, tenants) = tokio::join!(self.store.drain(), quotas.drain());
-        Drained {
+        ReturnedQuota {
             given_back: keys.given_back + tenants.given_back,
             lost: keys.lost + tenants.lost,
         }

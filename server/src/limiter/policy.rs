@@ -71,7 +71,7 @@ impl std::fmt::Debug for PolicySet {
     }
 }
 
-/// A token bucket: up to `burst` tokens, refilled with `rpm` tokens per minute.
+/// A token bucket: up to `burst` tokens, refilled at `rpm` tokens per minute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct RatePolicy {
     pub rpm: NonZeroU32,

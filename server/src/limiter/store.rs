@@ -12,13 +12,13 @@ use quota_common::id::{ApiKeyId, TenantId};
 use super::{
     decision::Decision,
     error::LimiterError,
-    key::{handle::KeyHandle, ledger_calls::Drained},
+    key::{handle::KeyHandle, ledger_calls::ReturnedQuota},
     limits::Policies,
     rate::counters::CounterError,
 };
 use crate::clock::Nanos;
 
-/// Keeps rates and quotas, and decides requests.
+/// Tracks usage of rates and quotas, and decides on requests.
 ///
 /// Every store guarantees the following, for each key and all its policies together:
 ///
@@ -26,21 +26,23 @@ use crate::clock::Nanos;
 /// - *Rate.* In any window of `T` seconds on the store's clock, at most `burst + rpm/60 * T` tokens are granted (with
 ///   leases, `T` plus the lease TTL), and no request is denied if the bucket has enough tokens. While the clock stands
 ///   still, buckets do not refill. If the clock is set back, a request waits at most as long as its cost takes to
-///   refill.
+///   refill. While the shared counters are unavailable, the fallback setting determines what is allowed instead.
 /// - *Quotas.* In any calendar window, at most `daily` and `monthly` tokens are granted, across restarts and crashes. A
-///   crash loses at most one block (a hundredth of the quota, and at most 10,000 tokens) and the tokens that requests
-///   were waiting for; draining loses none. A replica does not keep an unused block for long while other replicas may
-///   need it. A change of time zone takes effect when the current window ends, or immediately if nothing was used in
-///   it. The next window lasts until the end of the day or month in the new zone, with a proportional quota. Windows
-///   never overlap.
-/// - *Edits.* Usage is kept when policies change: an edit never refills a bucket or a quota.
+///   crash loses at most one block (a hundredth of the quota, and at most 10,000 tokens), the tokens that requests were
+///   waiting for, and tokens that were being returned. Draining returns all unused tokens, unless the ledger does not
+///   confirm this in time. A failed ledger call may lose the tokens that it was to take. A replica does not keep an
+///   unused block for long while other replicas may need it. A change of time zone takes effect when the current window
+///   ends, or immediately if nothing was used in that window. The next window lasts until the end of the day or month
+///   in the new zone, with a proportional quota. Windows never overlap.
+/// - *Edits.* Usage is kept when policies change: an edit does not refill a bucket or a quota. But a bucket that has
+///   been idle until it was full under its last plan may be forgotten, and is then full under any plan.
 /// - *Failure.* If no decision can be made, the result is a [`LimiterError`]; the request is never allowed.
 #[async_trait]
 pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
     /// Returns a key's handle, which stays the same as long as it is in use or has state to keep.
     fn handle(&self, tenant: TenantId, key: ApiKeyId) -> Result<Arc<KeyHandle>, LimiterError>;
 
-    /// Decides without blocking. Returns `None` if it would have to wait.
+    /// Decides on a request without blocking. Returns `None` if a decision would require waiting.
     fn try_take(
         &self,
         handle: &Arc<KeyHandle>,
@@ -48,7 +50,7 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
         cost: NonZeroU32,
     ) -> Option<Decision>;
 
-    /// Decides, and waits if necessary. Dropping the future does not lose tokens.
+    /// Decides on a request, and waits if necessary. Dropping the future does not lose tokens.
     async fn take(
         &self,
         handle: &Arc<KeyHandle>,
@@ -56,7 +58,7 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
         cost: NonZeroU32,
     ) -> Result<Decision, LimiterError>;
 
-    /// Returns the key's state as known locally, without taking tokens.
+    /// Returns the key's state as known to this replica, without taking tokens.
     fn peek(&self, handle: &KeyHandle, policies: &Policies) -> Decision;
 
     /// Returns the key's state without taking tokens. The state of the rate comes from the shared counters. If there
@@ -69,15 +71,15 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
     fn is_local(&self) -> bool;
 
     /// Returns the maximum time for which a denial by the rate may be cached. After that, other replicas may have
-    /// returned tokens. `None` means until the denial's `retry_after` has passed.
+    /// returned tokens. `None` means that the denial may be cached until its `retry_after` has passed.
     fn denial_memory(&self, _policies: &Policies) -> Option<Nanos> {
         None
     }
 
-    /// Drops unreferenced keys whose state equals a new key's. Returns the blocks of other unreferenced keys to the
-    /// ledger, so that the next call can drop those keys. If other replicas share the quotas, also returns blocks that
-    /// have not been used for ten seconds. For keys in use, fetches the first block of the next day or month shortly
-    /// before it begins. Returns the number of remaining keys.
+    /// Drops unreferenced keys whose state equals a new key's. If only their blocks prevent that, returns these to the
+    /// ledger, so that the next call can drop the keys. If other replicas share the quotas, also returns blocks of
+    /// other keys that have not been used for ten seconds. For keys in use, fetches the first block of the next day or
+    /// month shortly before it begins. Returns the number of remaining keys.
     fn prune(&self) -> usize;
 
     /// Deletes the state of deleted keys, on this replica and in the shared counters. On this replica, a key that is
@@ -85,6 +87,7 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
     /// has stopped accepting the keys: another request would get a full bucket.
     async fn delete(&self, keys: &[(TenantId, ApiKeyId)]) -> Result<(), CounterError>;
 
-    /// Returns all unused tokens and stops taking more. Call before the process exits.
-    async fn drain(&self) -> Drained;
+    /// Returns all unused tokens to the ledger and the shared counters, as far as they respond in time, and stops
+    /// taking more. Call before the process exits.
+    async fn drain(&self) -> ReturnedQuota;
 }

@@ -3,7 +3,7 @@
 //! They are checked before the store decides about the key. A request first reserves its cost from the tenant's quota,
 //! and spends or releases the reservation after the store's decision. So the cost is taken from both the tenant and the
 //! key, or from neither. Each replica holds a block of the quota, as for a key's own quotas, in a [`KeyTable`] with one
-//! entry per tenant. The same guarantees apply: a quota is never exceeded, and a crash loses at most one block.
+//! entry per tenant. The same guarantees apply.
 //!
 //! A request counts in the month in which its tokens were reserved, even if it is decided at the beginning of the next
 //! month.
@@ -24,7 +24,7 @@ use super::{
     key::{
         demand::DemandGuard,
         handle::KeyHandle,
-        ledger_calls::Drained,
+        ledger_calls::ReturnedQuota,
         state::OnUnknown,
         table::{KeyTable, KeyTableSettings},
     },
@@ -58,8 +58,8 @@ pub struct TenantQuotas {
 }
 
 impl TenantQuotas {
-    /// `limit` is the quota per month. In ledger calls, the tenant's ID takes the place of the key's, and the policy is
-    /// [`Policy::Monthly`].
+    /// Creates the quotas. `limit` is the quota per month. In ledger calls, the tenant's ID replaces the key's, and the
+    /// policy is [`Policy::Monthly`].
     pub fn new(
         clock: Arc<dyn Clock>,
         ledger: Arc<dyn QuotaLedger>,
@@ -94,7 +94,7 @@ impl TenantQuotas {
         peek: impl Fn() -> Decision,
         decide: impl Future<Output = Result<Decision, LimiterError>>,
     ) -> Result<Decision, LimiterError> {
-        let mut demand = self.keys.claim(&quota.handle, cost);
+        let mut demand = self.keys.register_demand(&quota.handle, cost);
         if let Err(denied) = self.reserve(quota, cost, &mut demand).await? {
             return Ok(denial(peek(), &denied, cost));
         }
@@ -159,7 +159,7 @@ impl TenantQuotas {
         self.keys.prune()
     }
 
-    pub(super) async fn drain(&self) -> Drained {
+    pub(super) async fn drain(&self) -> ReturnedQuota {
         self.keys.drain().await
     }
 }

@@ -19,8 +19,8 @@ use crate::{
 
 /// The maximum number of lines per second.
 const LINES: u64 = 10;
-/// The maximum number of denials per second that are recorded for a tenant while the backlog is long. At about 150
-/// bytes each, a gigabyte lasts for 18 hours.
+/// The maximum number of denials per second that are recorded for a tenant while the backlog is long. A record takes
+/// about 150 bytes, so a gigabyte lasts for 18 hours.
 const RECORDED: u32 = 100;
 const SECOND: Nanos = Nanos::from_secs(1);
 
@@ -56,7 +56,7 @@ impl DenialLog {
         );
     }
 
-    /// Returns the number of lines omitted since the last one, or `None` if this line must be omitted too.
+    /// Returns the number of lines omitted since the last line was written, or `None` if this line must be omitted too.
     fn admit(&self, now: Monotonic) -> Option<u64> {
         let began = self.began.load(Ordering::Relaxed);
         if now.saturating_since(Monotonic(began)) >= SECOND

@@ -121,7 +121,7 @@ impl Directory {
         Ok(true)
     }
 
-    /// Moves files that an earlier version set aside in the directory to the current location.
+    /// Moves files that an earlier version set aside in this directory to the folder for rejected files.
     pub fn move_rejected(&self) -> io::Result<()> {
         for path in paths(&self.path, |path| {
             path.extension().is_some_and(|it| it == EARLIER_EXTENSION)
@@ -150,7 +150,7 @@ pub(super) fn list(root: &Path) -> io::Result<Vec<PathBuf>> {
     paths(root, |path| id_of(path).is_some())
 }
 
-/// Deletes directories in `root` whose creation was interrupted by a crash. They do not contain records.
+/// Deletes directories in `root` whose creation was interrupted by a crash. Such directories do not contain records.
 pub(super) fn delete_unfinished(root: &Path) -> io::Result<()> {
     let is_unfinished = |path: &Path| {
         path.extension().is_some_and(|it| it == UNFINISHED)

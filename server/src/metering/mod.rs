@@ -1,9 +1,9 @@
-//! Metering: one record for each decision on a known key, which reaches PostgreSQL exactly once.
+//! Metering: writes one record for each decision on a known key, and ships each record to PostgreSQL exactly once.
 //!
 //! A record is written to a *segment*, a file on this machine, before the response is sent, so recording does not wait
 //! for the network. Space is reserved before the decision; if there is none, no decision is made. A *shipper* moves
-//! records to PostgreSQL. Each segment has a *cursor*, the position up to which it has been shipped. The cursor moves
-//! in the transaction that inserts the records. Records that have not been shipped yet are the *backlog*.
+//! records to PostgreSQL. Each segment has a *cursor*, the position up to which it has been shipped. The transaction
+//! that inserts the records also advances the cursor. Records that have not been shipped yet are the *backlog*.
 //!
 //! ```text
 //! reserve -> decision -> fill, or void        one word, then the record, in a mapped file
@@ -24,12 +24,12 @@
 //! | `time.rs` | the time of events |
 //! | `denials.rs` | the log line of a denial, and how many denials a tenant records while the backlog is long |
 //!
-//! Does not depend on HTTP. While PostgreSQL is unreachable, segments grow up to `QUOTA_USAGE_BACKLOG_MAX`. While the
-//! disk is full or read-only, decisions cannot be recorded, so none are made.
+//! This module does not depend on HTTP. While PostgreSQL is unreachable, segments grow up to `QUOTA_USAGE_BACKLOG_MAX`.
+//! While the disk is full or read-only, decisions cannot be recorded, so no decisions are made.
 //!
-//! Denied requests are free for their sender. While the backlog is more than half full, only a limited number of each
-//! tenant's denials per second are recorded, so that one tenant's denials cannot fill the backlog for everyone. The
-//! other denials are counted in a metric. Every allowed request is recorded.
+//! Denied requests do not cost their sender anything. While the backlog is more than half full, only a limited number
+//! of each tenant's denials per second are recorded, so that one tenant's denials cannot fill the backlog for everyone.
+//! The other denials are counted in a metric. Every allowed request is recorded.
 
 mod denials;
 mod directory;
@@ -83,7 +83,7 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// Records decisions. Cheap to clone.
+/// Records decisions. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Metering(Arc<Inner>);
 
@@ -108,7 +108,7 @@ struct Inner {
     is_half_full: AtomicBool,
 }
 
-/// Space for the record of a decision that is about to be made. Dropping it discards the space.
+/// Space for the record of a decision that is about to be made. Dropping the reservation discards the space.
 #[derive(Debug)]
 #[must_use = "a decision that is not recorded is lost"]
 pub struct Reservation<'a> {

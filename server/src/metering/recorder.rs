@@ -122,7 +122,7 @@ impl Recorder {
                     // Further records go to another segment.
                     segment.seal();
                 };
-                // The kernel writes back pages that were changed through a memory map like all other pages.
+                // The kernel writes back pages that were changed through a memory map, as it does with all other pages.
                 Some(Syncer::start(
                     |segment| segment.file.sync_data(),
                     on_failure,
@@ -311,7 +311,7 @@ impl Recorder {
         !files.is_closed && (self.needs_spare(&files) || self.needs_rotation(&files))
     }
 
-    /// Creates the next segment in advance, and replaces old segments. Blocks, but does not hold up decisions.
+    /// Creates the next segment in advance, and replaces old segments. Blocks, but does not delay decisions.
     pub fn create_spare(&self) {
         let directory = {
             let mut files = self.files.lock();
@@ -352,7 +352,7 @@ impl Recorder {
                 }
             }
             Ok(unused) => files.remove_unused(&unused),
-            // Decisions can still use the rest of the current segment, and an old spare one.
+            // Decisions can still use the rest of the current segment, and an old spare segment.
             Err(_) => files.count -= 1,
         }
     }

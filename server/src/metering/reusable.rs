@@ -47,7 +47,7 @@ impl Reusable {
         Ok(ReusableSpace { record, pass })
     }
 
-    /// Keeps the space for another request, unless that would hold up the shipper.
+    /// Keeps the space for another request, unless that would delay the shipper.
     pub fn give_back(&self, space: ReusableSpace) {
         let mut unused = self.0.lock();
         if space.pass == unused.pass {

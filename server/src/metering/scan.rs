@@ -13,7 +13,7 @@ use crate::repo::usage_batch::UsageRecord;
 /// Whether the process that writes the segment may still be running.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Writer {
-    /// The process may still fill reserved records, so reading stops at the first open one.
+    /// The process may still fill reserved records, so reading stops at the first open record.
     Running,
     /// The process has ended. No response was sent for unfinished records, so they are skipped.
     Ended,
@@ -36,7 +36,7 @@ pub(super) struct Span {
     pub is_complete: bool,
     /// Whether reading stopped at a record that is still being written. Finished records may follow it.
     pub is_blocked: bool,
-    /// The number of places with an unreadable record.
+    /// The number of gaps in which no record could be read.
     pub damaged: u64,
 }
 
@@ -90,7 +90,7 @@ fn read_at(file: &File, bytes: &mut [u8], position: u64) -> io::Result<usize> {
     Ok(read)
 }
 
-/// What a position in a segment contains.
+/// The content at a position in a segment.
 enum Found {
     Record {
         row: Box<UsageRecord>,
@@ -114,7 +114,7 @@ struct Scan<'a> {
     /// The position of `bytes` in the segment.
     base: u64,
     bytes: &'a [u8],
-    /// Whether the segment ends with `bytes`.
+    /// Whether `bytes` reaches the end of the segment.
     is_last: bool,
     writer: Writer,
 }
@@ -165,7 +165,7 @@ impl Scan<'_> {
     fn collect(&mut self, max: usize, batch: &mut Batch) -> Option<usize> {
         let is_running = self.writer == Writer::Running;
         let mut at = 0;
-        // Whether the previous place was unreadable. Used to count each gap only once.
+        // Whether the previous position was unreadable. Used to count each gap only once.
         let mut is_lost = false;
         let goes_on = loop {
             if batch.rows.len() >= max {
@@ -221,8 +221,8 @@ impl Scan<'_> {
         goes_on.then_some(at)
     }
 
-    /// Returns the next position with a complete record. If there is none, returns where the next chunk must start to
-    /// contain a record that begins in this chunk, or the end of this chunk.
+    /// Returns the next position with a complete record. If there is none, returns where the next chunk must start: at
+    /// a record that continues beyond this chunk, or at the end of this chunk.
     fn next_record(&self, from: usize) -> usize {
         let mut at = from;
         while at + WORD <= self.bytes.len() {

@@ -170,7 +170,7 @@ impl Segment {
         header_word(self.head.id, index * WORD, state, words, body)
     }
 
-    /// Reserves `len` words. Returns `None` if fewer are left.
+    /// Reserves `len` words. Returns `None` if fewer words are left.
     fn take(&self, len: usize) -> Option<usize> {
         let words = self.words();
         loop {

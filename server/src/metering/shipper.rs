@@ -1,5 +1,5 @@
-//! Decides which segments to ship, and in which order. They may belong to this process, to stopped replicas, or to a
-//! directory specified by an operator. [`source`](super::source) ships a single segment.
+//! Decides which segments to ship, and in which order. The segments may belong to this process, to stopped replicas, or
+//! to a directory specified by an operator. [`source`](super::source) ships a single segment.
 
 use std::{
     collections::{BTreeSet, VecDeque},
@@ -66,7 +66,7 @@ impl Adopted {
     }
 }
 
-/// The segments of a directory, and why one of them could not be opened.
+/// The segments of a directory, and the first error if any of them could not be opened.
 type Sources = (Vec<(Source, PathBuf)>, Option<io::Error>);
 
 fn sources(directory: &Path, writer: Writer) -> io::Result<Sources> {
@@ -86,7 +86,7 @@ fn sources(directory: &Path, writer: Writer) -> io::Result<Sources> {
 fn open(path: &Path, writer: Writer) -> io::Result<Option<Source>> {
     let file = match File::open(path) {
         Ok(file) => file,
-        // The segment's owner has shipped it.
+        // The segment's owner has already shipped and deleted it.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error),
     };
@@ -114,8 +114,8 @@ pub(super) struct Shipper {
 #[derive(Debug, Default)]
 pub(super) struct Adopter {
     adopted: VecDeque<Adopted>,
-    /// The number of segments in directories that could not be shipped. They are retried the next time the adopter
-    /// looks for directories.
+    /// The number of segments that could not be shipped. These segments are retried the next time the adopter looks for
+    /// directories.
     failed_segments: usize,
     size: BatchSize,
     looked_at: Option<Instant>,
@@ -190,7 +190,7 @@ impl Shipper {
         }
     }
 
-    /// Returns what this process has recorded but not shipped yet.
+    /// Measures the backlog of this process.
     fn pending(&self) -> Pending {
         let (mut records, mut bytes, mut is_blocked) = (0, 0, false);
         let mut oldest = self.complete_until;
@@ -246,8 +246,8 @@ impl Shipper {
         Ok(())
     }
 
-    /// Ships the remaining records, then deletes this process's files. Keeps them if anything is still unshipped. Call
-    /// after [`Recorder::close`].
+    /// Ships the remaining records, then deletes this process's files. Keeps the files if any records have not been
+    /// shipped. Call after [`Recorder::close`].
     pub async fn finish(
         &mut self,
         context: &Context,

@@ -43,7 +43,7 @@ const SHORT: Duration = Duration::from_millis(300);
 /// If a transaction takes more time, the next batch is smaller.
 const LONG: Duration = Duration::from_millis(900);
 
-/// The maximum duration of a transaction. Its statements may take longer than a request's.
+/// The maximum duration of a transaction. Its statements may take longer than those of a request.
 const COMMIT: Duration = Duration::from_secs(40);
 
 /// A segment that is being shipped.

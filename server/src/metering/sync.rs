@@ -102,7 +102,7 @@ fn run(
             if segment.is_broken() {
                 synced = false;
             } else if let Err(error) = write(segment) {
-                // This thread also writes all later groups, so those that contain this segment fail too.
+                // This thread also writes all later groups, so later groups that contain this segment fail too.
                 segment.has_broken();
                 on_failure(segment, &error);
                 synced = false;

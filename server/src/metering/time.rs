@@ -18,7 +18,7 @@ pub struct EventClock {
 }
 
 impl EventClock {
-    /// Uses the machine's clock until the first measurement.
+    /// Creates a clock that follows the machine's clock until the first measurement.
     pub fn new(now: UnixNanos, monotonic: Monotonic) -> Self {
         Self {
             offset: AtomicU64::new(now.0.wrapping_sub(monotonic.0)),

@@ -43,7 +43,7 @@ fn headers_of_status(status: &str) -> Map<String, Value> {
 
 fn decision_header() -> Value {
     json!({
-        "description": "Forward a request only if the status is 200 and this is `allowed`.",
+        "description": "The decision. Forward a request only if the status is 200 and this header is `allowed`.",
         "schema": {
             "type": "string",
             "enum": ["allowed", "limited", "unauthorized", "payment_required", "unavailable"],

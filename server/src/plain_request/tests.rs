@@ -4,7 +4,8 @@ use super::*;
 
 const PLAIN: &str = "POST /v1/check?x=1 HTTP/1.1\r\nHost: q\r\nX-API-Key: a\r\nAuthorization: b c\r\n\
     X-Service-Token: d\r\nX-Request-ID: e\r\nX-Forwarded-For: f, g\r\nX-Forwarded-Uri: /h\r\n\
-    X-Forwarded-Method: I\r\nContent-Type: j/k\r\nOrigin: l\r\nConnection: Keep-Alive\r\nContent-Length: 3\r\n\
+    X-Forwarded-Method: I\r\nContent-Type: j/k\r\nOrigin: l\r\nTraceparent: t\r\n\
+    Connection: Keep-Alive\r\nContent-Length: 3\r\n\
     Cookie: m\r\nCookie: n\r\n\r\n";
 
 #[test]
@@ -17,7 +18,9 @@ fn plain_request_is_read_with_its_fields_and_body() {
     assert_eq!((request.method, request.target), ("POST", "/v1/check?x=1"));
     assert_eq!((request.body_length, request.body), (3, &b"abc"[..]));
     let values = KNOWN.map(|name| request.field(name).unwrap_or_default());
-    let expected: [&[u8]; 9] = [b"a", b"b c", b"d", b"e", b"f, g", b"/h", b"I", b"j/k", b"l"];
+    let expected: [&[u8]; 10] = [
+        b"a", b"b c", b"d", b"e", b"f, g", b"/h", b"I", b"j/k", b"l", b"t",
+    ];
     assert_eq!(values, expected);
 }
 

@@ -15,7 +15,7 @@ use crate::{
 /// The time limit for inspecting a node, as a multiple of the connect timeout, since it takes several round trips.
 const STEPS: u32 = 9;
 
-/// What a server reports about itself. Values that it hides are empty.
+/// Information that a server reports about itself. Values that the server hides are empty.
 #[derive(Debug)]
 pub struct Node {
     pub addr: String,
@@ -30,7 +30,7 @@ pub struct Node {
     pub persistence: String,
     /// `None` if an ACL forbids reading the setting.
     pub min_replicas_to_write: Option<u32>,
-    /// The setting in seconds. `None` if an ACL forbids reading the setting.
+    /// The maximum lag in seconds. `None` if an ACL forbids reading the setting.
     pub min_replicas_max_lag: Option<u32>,
     /// The maximum number of connections. `None` if the server hides it.
     pub max_clients: Option<usize>,

@@ -11,6 +11,7 @@ use redis::{Cmd, ErrorKind, RedisError, ServerErrorKind, ToRedisArgs, Value};
 use super::{
     connection::{Connection, is_of_the_connection, send},
     shared::{CallError, Live, Script, Shared},
+    span,
 };
 use crate::deadline::{self, Late};
 
@@ -59,23 +60,31 @@ impl Link {
             cmd
         };
         let known = call("EVALSHA", &script.hash);
-        self.within(patience, async |mut connection: Connection| {
-            match send(&mut connection, &known).await {
-                Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
-                    send(&mut connection, &call("EVAL", script.code)).await
+        let span = span::of_script(script);
+        let answer = self
+            .within(patience, async |mut connection: Connection| {
+                match send(&mut connection, &known).await {
+                    Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
+                        send(&mut connection, &call("EVAL", script.code)).await
+                    }
+                    answer => answer,
                 }
-                answer => answer,
-            }
-        })
-        .await
+            })
+            .await;
+        span::end(span, &answer);
+        answer
     }
 
     /// Sends one command and waits for its response for `QUOTA_REDIS_TIMEOUT`.
     pub async fn query(&self, cmd: &Cmd) -> Result<Value, CallError> {
-        self.within(None, async |mut connection: Connection| {
-            send(&mut connection, cmd).await
-        })
-        .await
+        let span = span::of_command(cmd);
+        let answer = self
+            .within(None, async |mut connection: Connection| {
+                send(&mut connection, cmd).await
+            })
+            .await;
+        span::end(span, &answer);
+        answer
     }
 
     async fn within(

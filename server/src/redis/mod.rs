@@ -18,6 +18,7 @@ pub mod inspect;
 mod link;
 mod shared;
 mod source;
+mod span;
 mod subscription;
 mod supervisor;
 
@@ -41,7 +42,7 @@ pub use self::{
 };
 use crate::config::RedisSettings;
 
-/// The connections, which close when the last clone is dropped. Cheap to clone.
+/// The connections, which close when the last clone is dropped. Cloning is cheap.
 #[derive(Clone)]
 pub struct Redis {
     shared: Arc<Shared>,
@@ -120,8 +121,8 @@ impl Redis {
         self.shared.generation.load(Ordering::Acquire)
     }
 
-    /// Returns the connection for a key. It stays the same as long as the connection lasts, so that a key's calls
-    /// arrive in order.
+    /// Returns the connection for a key. A key uses the same connection for as long as that connection lasts, so that
+    /// the key's calls arrive in order.
     pub fn link(&self, key: &str) -> Result<Link, CallError> {
         let slots = &self.shared.slots;
         let first = if slots.len() == 1 {
@@ -166,7 +167,7 @@ impl Redis {
         self.link(key)?.query(cmd).await
     }
 
-    /// Waits for a connection for at most `patience`. Returns whether there is one.
+    /// Waits for a connection for at most `patience`. Returns whether there is a connection.
     pub async fn connected(&self, patience: Duration) -> bool {
         let connected = async {
             while self.status().connected == 0 {

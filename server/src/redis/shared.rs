@@ -15,7 +15,7 @@ use tokio::sync::Notify;
 use super::connection::Connection;
 use crate::config::{RedisServers, RedisSettings};
 
-/// Why a call failed. Except for `NotConnected`, the call may still have been executed.
+/// Why a call failed. Unless the error is `NotConnected`, the call may still have been executed.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum CallError {
     /// There is no connection. Nothing was sent.
@@ -32,13 +32,16 @@ pub enum CallError {
 /// A Lua script. It is called by its hash. Its source is sent only to servers that do not have it yet.
 #[derive(Debug, Clone)]
 pub struct Script {
+    /// The name in traces.
+    pub(super) name: &'static str,
     pub(super) code: &'static str,
     pub(super) hash: String,
 }
 
 impl Script {
-    pub fn new(code: &'static str) -> Self {
+    pub fn new(name: &'static str, code: &'static str) -> Self {
         Self {
+            name,
             code,
             hash: redis::Script::new(code).get_hash().to_owned(),
         }

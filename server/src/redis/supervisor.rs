@@ -1,11 +1,11 @@
-//! Maintains one connection: connects, probes and reconnects.
+//! Establishes, probes, and replaces one connection.
 //!
 //! The redis crate's `ConnectionManager` keeps reconnecting to one address and makes calls wait for the new connection.
 //! Here, Sentinel is asked for the master before each attempt, and calls never wait. Probes detect connections that no
-//! longer respond; a single late call does not prove that.
+//! longer respond; a single late call does not prove that a connection is dead.
 //!
 //! The crate itself maintains a cluster's connections to each node. The cluster connection as a whole is replaced only
-//! if that does not help, and the old one is used until the new one is ready.
+//! if that is not enough, and the old one is used until the new one is ready.
 
 use std::{
     sync::{Arc, atomic::Ordering},
@@ -25,7 +25,7 @@ const PROBE_EVERY: Duration = Duration::from_millis(500);
 /// The minimum time allowed for the response to a probe. A Redis server that briefly gets no CPU time is not dead, and
 /// reconnecting would only add to its load.
 const PROBE_ANSWER: Duration = Duration::from_millis(500);
-/// The pause after the first failed attempt. It doubles with each further failure.
+/// The pause after the first failed attempt. The pause doubles with each further failure.
 const FIRST_PAUSE: Duration = Duration::from_millis(25);
 /// The maximum pause after a failed attempt.
 const LONGEST_PAUSE: Duration = Duration::from_millis(250);

@@ -149,7 +149,7 @@ pub async fn set_password(tx: &mut SystemTx, user: Uuid, hash: &str) -> Result<(
     Ok(())
 }
 
-/// Replaces the user's password hash. Returns `false` if it is no longer `old`.
+/// Replaces the user's password hash. Returns `false` if the hash is no longer `old`.
 pub async fn replace_password(
     tx: &mut SystemTx,
     user: Uuid,

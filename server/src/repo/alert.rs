@@ -22,7 +22,7 @@ use crate::{
 #[diesel(table_name = quota_alerts, check_for_backend(diesel::pg::Pg))]
 pub struct AlertRow {
     pub id: Uuid,
-    /// The nil UUID if the quota is the whole tenant's.
+    /// The nil UUID if the quota applies to the whole tenant.
     pub key_id: Uuid,
     pub key_name: Option<String>,
     pub policy: String,
@@ -134,7 +134,7 @@ pub async fn tenants_with_quotas(tx: &mut SystemTx) -> Result<Vec<Uuid>, DbError
     Ok(tenants.into_iter().map(|it| it.tenant_id).collect())
 }
 
-/// How far a tenant's usage has been checked.
+/// The progress of checking a tenant's usage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Progress {
     /// Usage of all keys has been checked up to this position in the log. -1 if no usage has been checked.
@@ -145,8 +145,8 @@ pub struct Progress {
     pub last_seq: i64,
 }
 
-/// Locks a tenant's progress until the transaction ends. Returns `None` if another replica has locked it or the tenant
-/// no longer exists.
+/// Locks a tenant's progress until the transaction ends. Returns `None` if another replica has locked the progress or
+/// the tenant no longer exists.
 pub async fn lock_progress(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -188,7 +188,7 @@ pub async fn lock_progress(
     else {
         return Ok(None);
     };
-    // Read after locking, so that it is at least the position that another replica has checked.
+    // Read the position after locking, so that it is at least the position that another replica has checked.
     let last: Option<Last> = sql_query("SELECT last_seq FROM usage_tenants WHERE tenant_id = $1")
         .bind::<SqlUuid, _>(tenant.0)
         .get_result(&mut **tx)
@@ -243,8 +243,8 @@ pub async fn keys(
         id: Uuid,
     }
     let found: Vec<Key> = match keys {
-        // Not restricted by time, because replicas can ship records late. The index on positions finds the range in
-        // each of the log's daily partitions.
+        // Do not restrict the query by time, because replicas can ship records long after the requests. The index on
+        // positions finds the range in each of the log's daily partitions.
         Keys::Used { after, until } => {
             sql_query(
                 "SELECT DISTINCT key_id AS id FROM usage_log \
@@ -273,7 +273,7 @@ pub async fn keys(
 /// The usage of a quota in one window.
 #[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
 pub struct QuotaStanding {
-    /// The nil UUID if the quota is the whole tenant's.
+    /// The nil UUID if the quota applies to the whole tenant.
     #[diesel(sql_type = SqlUuid)]
     pub key_id: Uuid,
     #[diesel(sql_type = Nullable<Text>)]
@@ -283,7 +283,7 @@ pub struct QuotaStanding {
     /// The quota of the window.
     #[diesel(sql_type = BigInt)]
     pub quota: i64,
-    /// The tokens that replicas have taken. At least as many as have been spent.
+    /// The number of tokens that replicas have taken, which is at least the number of spent tokens.
     #[diesel(sql_type = BigInt)]
     pub taken: i64,
     /// The cost of allowed requests.
@@ -298,12 +298,13 @@ pub struct QuotaStanding {
     pub window_end: DateTime<Utc>,
 }
 
-/// How long before its check usage happened. It is recorded late if a replica cannot reach PostgreSQL.
+/// How long ago the usage being checked occurred. Usage is recorded late if a replica cannot reach PostgreSQL.
 #[derive(Debug, Clone, Default)]
 pub struct Lateness {
     /// The time of each key's oldest usage.
     oldest: HashMap<Uuid, DateTime<Utc>>,
-    /// The usage of all keys may be up to a day old, because reading the time of every record would take too long.
+    /// Whether the age of the usage is unknown, because reading the time of every record would take too long. If so,
+    /// the usage may be up to a day old.
     is_unknown: bool,
 }
 
@@ -315,7 +316,7 @@ impl Lateness {
         }
     }
 
-    /// Reads how late the records in these positions of the log are.
+    /// Determines how long ago the usage in this part of the log occurred.
     pub async fn of_records(
         tx: &mut SystemTx,
         tenant: TenantId,
@@ -343,10 +344,10 @@ impl Lateness {
     }
 }
 
-/// Returns the windows of these keys' quotas of which at least `percent` is taken, except those with an alert that they
-/// are used up: current windows, windows that ended in the last quarter of an hour, and windows in which the usage to
-/// check happened. The last are omitted if the key or its plan was edited since, because their quota is unknown. The
-/// quota of a shortened window is that of [`quota_usage::take`](super::quota_usage::take).
+/// Returns these keys' quota windows in which at least `percent` is used, unless an alert already says that the quota
+/// is used up. Considers current windows, windows that ended in the last 15 minutes, and windows in which the usage
+/// being checked occurred. Omits windows of the last kind if the key or its plan has been edited since, because their
+/// quota is unknown. Calculates the quota of a shortened window like [`quota_usage::take`](super::quota_usage::take).
 pub async fn standings(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -354,7 +355,7 @@ pub async fn standings(
     percent: i32,
     lateness: &Lateness,
 ) -> Result<Vec<QuotaStanding>, DbError> {
-    // The rollups of a month are many rows, so they are read only for the windows that matter.
+    // A month's rollups have many rows, so they are read only for the windows that matter.
     let limit = format!(
         "SET LOCAL statement_timeout = {}",
         USAGE_TIMEOUT.as_millis()
@@ -413,8 +414,8 @@ pub struct TenantQuota {
     pub is_lifted_by_access: bool,
 }
 
-/// Returns the tenant's quota if at least `percent` of it is taken. The rollups also contain requests from times at
-/// which the quota did not apply; the quota's ledger does not.
+/// Returns the tenant's quota if at least `percent` of it is taken. Unlike the quota's ledger, the rollups also contain
+/// requests from when the quota did not apply.
 pub async fn tenant_standing(
     tx: &mut SystemTx,
     tenant: TenantId,

@@ -17,9 +17,9 @@ pub enum Resource {
     Webhooks,
 }
 
-/// Blocks other transactions of the tenant that call this, until this transaction ends.
+/// Blocks the tenant's other transactions that call this function until this transaction ends.
 pub async fn lock(tx: &mut TenantTx) -> Result<(), DbError> {
-    // An advisory lock, because locking the tenant's row could cause a deadlock with a change to the tenant.
+    // Use an advisory lock, because locking the tenant's row could cause a deadlock with a change to the tenant.
     sql_query("SELECT pg_advisory_xact_lock(hashtextextended($1::text, 7226422))")
         .bind::<sql_types::Uuid, _>(tx.tenant().0)
         .execute(&mut **tx)
@@ -27,8 +27,9 @@ pub async fn lock(tx: &mut TenantTx) -> Result<(), DbError> {
     Ok(())
 }
 
-/// Returns the number of the tenant's resources of a type. Call in the transaction that inserts a resource, before the
-/// insert. Blocks other transactions that call this until this one ends.
+/// Returns the number of the tenant's resources of this type. Must be called in the transaction that inserts a
+/// resource, before the insert. Blocks the tenant's other transactions that call this function until this transaction
+/// ends.
 pub async fn count(tx: &mut TenantTx, what: Resource) -> Result<u64, DbError> {
     lock(tx).await?;
     let tenant = tx.tenant().0;

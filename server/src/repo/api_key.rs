@@ -105,7 +105,7 @@ pub struct KeyFacts {
     pub time_zone: String,
 }
 
-/// Fails with `api_keys_plan_fkey` if the tenant does not have the plan.
+/// Inserts a key. Fails with `api_keys_plan_fkey` if the tenant does not have the plan.
 pub async fn insert(tx: &mut TenantTx, key: &NewApiKey<'_>) -> Result<ApiKeyRow, DbError> {
     let query = diesel::insert_into(api_keys::table)
         .values(key)
@@ -145,7 +145,7 @@ find_by_id!(
 );
 
 update_by_id!(
-    /// Fails with `api_keys_plan_fkey` if the tenant does not have the plan.
+    /// Updates a key. Fails with `api_keys_plan_fkey` if the tenant does not have the plan.
     pub fn update in api_keys, ApiKeyChange -> ApiKeyRow
 );
 
@@ -299,7 +299,7 @@ impl FactsRow {
     }
 }
 
-/// A query for keys with all data that decisions depend on.
+/// Returns a query for keys with all the data that decisions depend on.
 #[auto_type]
 fn with_facts() -> _ {
     let plan = plans::tenant_id
@@ -315,7 +315,7 @@ fn with_facts() -> _ {
 /// Finds the keys whose current or previous secret has one of these hashes. Searches all tenants, and includes inactive
 /// keys. The order of the results is unspecified.
 pub async fn facts(tx: &mut SystemTx, hashes: &[&[u8]]) -> Result<Vec<FoundKey>, DbError> {
-    // Selected in the same statement, so that it belongs to the same snapshot.
+    // Select the number of the newest invalidation in the same statement, so that both come from the same snapshot.
     let as_of = sql::<BigInt>("(SELECT coalesce(max(seq), 0) FROM revocations)");
     let in_grace = sql::<Bool>("coalesce(api_keys.previous_expires_at > now(), false)");
     let rows = with_facts()
@@ -340,7 +340,7 @@ pub async fn facts(tx: &mut SystemTx, hashes: &[&[u8]]) -> Result<Vec<FoundKey>,
     Ok(rows.into_iter().flat_map(|row| row.found(hashes)).collect())
 }
 
-/// Like [`facts`], for one key of the tenant.
+/// Finds one of the tenant's keys by ID, with the same data as [`facts`].
 pub async fn facts_of(tx: &mut TenantTx, id: Uuid) -> Result<Option<FoundKey>, DbError> {
     let tenant = tx.tenant().0;
     let as_of = sql::<BigInt>("(SELECT coalesce(max(seq), 0) FROM revocations)");
@@ -364,7 +364,7 @@ pub async fn facts_of(tx: &mut TenantTx, id: Uuid) -> Result<Option<FoundKey>, D
     }))
 }
 
-/// Updates `last_used_at` of many keys in one statement. Never moves it backward.
+/// Updates `last_used_at` of many keys in one statement. Never sets a key's time back.
 pub async fn touch(tx: &mut SystemTx, used: &[(Uuid, DateTime<Utc>)]) -> Result<(), DbError> {
     super::touch(tx, "api_keys", used).await
 }

@@ -164,7 +164,7 @@ pub async fn set_checkout(
         .filter(billing_accounts::checkout_attempt.eq(attempt))
         .set((
             billing_accounts::checkout_id.eq(session),
-            // A subscription may start soon. Read it soon, even if Stripe's webhook gets lost.
+            // A subscription may start soon. Read it soon, even if Stripe's webhook is lost.
             billing_accounts::read_due_at
                 .eq(sql("least(read_due_at, now() + interval '10 minutes')")),
         ))
@@ -241,7 +241,7 @@ pub struct Shown {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Applied {
-    /// A later read has already been applied, so this one was ignored.
+    /// A later read has already been applied, so this read was ignored.
     Outdated,
     /// Access to paid plans has not changed.
     Same,
@@ -253,8 +253,8 @@ pub enum Applied {
 type Before = (i64, bool, Option<DateTime<Utc>>, String);
 
 /// Applies a read, unless a later one has already been applied. Also returns the previous access if the change belongs
-/// in the audit log. A change that affects only the end of a grace period does not, because the end can shift with
-/// every read.
+/// in the audit log. A change that affects only the end of a grace period is not audited, because the end can shift
+/// with every read.
 pub async fn apply_read(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -308,8 +308,8 @@ pub async fn apply_read(
     Ok((applied, is_audited.then_some(shown)))
 }
 
-/// Removes a customer that does not exist in Stripe, and its Checkout Session, so that the next Checkout creates
-/// others. Returns `false` if the tenant no longer has this customer.
+/// Removes a customer that does not exist in Stripe, and its Checkout Session, so that the next Checkout creates new
+/// ones. Returns `false` if the tenant no longer has this customer.
 pub async fn forget_customer(
     tx: &mut SystemTx,
     tenant: TenantId,

@@ -1,4 +1,4 @@
-//! Webhooks from Stripe. Each is stored once, and processed until its outcome is known.
+//! Webhooks from Stripe. Each webhook is stored once, and processed until its outcome is known.
 
 use diesel::{dsl::sql, prelude::*, sql_query, sql_types};
 use diesel_async::RunQueryDsl;
@@ -105,7 +105,7 @@ pub async fn finish(
     Ok(())
 }
 
-/// Records why events could not be processed. They will be retried.
+/// Records why events could not be processed. The events will be retried.
 pub async fn postpone(tx: &mut SystemTx, ids: &[&str], error: &str) -> Result<(), DbError> {
     diesel::update(billing_events::table.filter(billing_events::id.eq_any(ids)))
         .set(billing_events::error.eq(error))

@@ -29,7 +29,7 @@ pub struct Counts {
     /// The cost of requests allowed in the current month. Requests are included after about a second.
     #[diesel(sql_type = BigInt)]
     pub counted: i64,
-    /// The tokens that replicas have taken from the tenant's monthly quota, spent or not. `None` if none have been
+    /// The tokens that replicas have taken from the tenant's monthly quota, spent or not. `None` if no tokens have been
     /// taken.
     #[diesel(sql_type = Nullable<BigInt>)]
     pub taken: Option<i64>,
@@ -82,7 +82,7 @@ pub struct PeriodUsage {
     pub error_at: Option<DateTime<Utc>>,
 }
 
-/// Returns the usage since the start of a billing period. All usage of the hour in which the period started is included
+/// Returns the usage since the start of a billing period. All usage in the hour in which the period started is included
 /// until that hour has been divided into reports.
 pub async fn usage_since(
     tx: &mut TenantTx,

@@ -29,9 +29,9 @@ pub struct OpenHour {
     pub is_read: bool,
 }
 
-/// Returns the oldest hour of each tenant that is ready to be planned. The order is random, so that tenants whose hours
-/// cannot be planned do not delay others. An hour is ready once every replica has shipped its records of that hour, and
-/// at the latest 15 minutes after its end. Usage that arrives later becomes another revision. If a billing period
+/// Returns each tenant's oldest hour that is ready to be planned. The order is random, so that tenants whose hours
+/// cannot be planned do not delay others. An hour is ready once every replica has shipped its records from that hour,
+/// and at the latest 15 minutes after its end. Usage that arrives later becomes another revision. If a billing period
 /// starts or ends within an hour, the part of the hour before that time is returned separately, once, so that its usage
 /// is reported before the invoice is final.
 pub async fn open_hours(tx: &mut SystemTx, limit: i64) -> Result<Vec<OpenHour>, DbError> {
@@ -200,7 +200,7 @@ pub struct NewReport<'a> {
     pub until: DateTime<Utc>,
     pub subscription: Option<&'a str>,
     pub value: i64,
-    /// Why the report will not be charged. `None` if it will be.
+    /// Why the report will not be charged. `None` if it will be charged.
     pub unbilled: Option<Unbilled>,
 }
 
@@ -210,14 +210,14 @@ pub enum Unbilled {
     NoSubscription,
     /// The subscription has no price for usage.
     NotMetered,
-    /// Stripe accepts only usage of the last 35 days.
+    /// Stripe accepts only usage from the last 35 days.
     TooOld,
     /// The invoice for the billing period is final.
     Finalized,
     /// Stripe rejected the report.
     Rejected,
-    /// The report was sent a day ago, but no response arrived, and the total in Stripe does not show whether it was
-    /// received.
+    /// No response arrived while Stripe still recognized the report's identifier, and the total in Stripe does not show
+    /// whether the report was received.
     Unclear,
 }
 
@@ -332,7 +332,7 @@ pub struct DueReport {
     /// Seconds since the start of the usage.
     #[diesel(sql_type = BigInt)]
     pub age: i64,
-    /// Seconds since the first attempt. `None` if this is the first one.
+    /// Seconds since the first attempt. `None` if this is the first attempt.
     #[diesel(sql_type = Nullable<BigInt>)]
     pub sent_ago: Option<i64>,
 }
@@ -372,7 +372,7 @@ pub async fn begin_attempt(
     Ok(due)
 }
 
-/// Restarts the period in which Stripe recognizes the report's identifier.
+/// Makes the next attempt count as the first one, because Stripe no longer recognizes the report's identifier.
 pub async fn restart_attempts(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -448,7 +448,7 @@ pub struct Uncharged {
     pub now: DateTime<Utc>,
 }
 
-/// Returns usage of the last 40 days that has not been charged.
+/// Returns the usage from the last 40 days that has not been charged.
 pub async fn uncharged(tx: &mut SystemTx) -> Result<Uncharged, DbError> {
     let uncharged = sql_query(
         "SELECT coalesce(sum(value) FILTER (WHERE reason IN ('too_old', 'finalized', 'rejected', 'unclear')), 0)::bigint \

@@ -17,7 +17,7 @@ use crate::{
 
 pub const KEPT_HOURS: i32 = 24;
 
-/// What is known about an `Idempotency-Key`.
+/// The result of looking up an `Idempotency-Key`.
 #[derive(Debug)]
 pub enum PriorRequest {
     /// The key is new. Process the request, and [`store`] its response in the same transaction.
@@ -45,14 +45,14 @@ struct Lock {
 
 /// Looks up a key. If it is unknown, locks it against other requests until the transaction ends.
 pub async fn claim(tx: &mut TenantTx, operation: &str, key: &str) -> Result<PriorRequest, DbError> {
-    // Checked before locking, because replays of a stored response must not exclude each other: if one of them held the
+    // Check before locking, because replays of a stored response must not exclude each other: if one of them held the
     // lock, the next one would report that the request was still being processed.
     let known = find(tx, operation, key).await?;
     if !matches!(known, PriorRequest::Nothing) {
         return Ok(known);
     }
-    // The lock is on a 64-bit hash of the name. If two names collide, their requests only exclude each other for a
-    // short time.
+    // The lock is on a 64-bit hash of the name. If the hashes of two names collide, their requests only exclude each
+    // other for a short time.
     let name = format!("{} {operation} {key}", tx.tenant());
     let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, name.as_bytes());
     let number = digest
@@ -66,7 +66,7 @@ pub async fn claim(tx: &mut TenantTx, operation: &str, key: &str) -> Result<Prio
             .get_result::<Lock>(&mut **tx)
             .await?;
         if lock.acquired {
-            // Checked again, because the previous holder of the lock may have stored its response.
+            // Check again, because the previous holder of the lock may have stored its response.
             return find(tx, operation, key).await;
         }
         if attempt + 1 < ATTEMPTS {

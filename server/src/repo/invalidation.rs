@@ -76,7 +76,7 @@ pub async fn insert(tx: &mut TenantTx, target: Target) -> Result<Invalidation, D
     insert_on(tx, tenant, target).await
 }
 
-/// Like [`insert`], in a system transaction.
+/// Inserts an invalidation like [`insert`], in a system transaction.
 pub async fn insert_system(
     tx: &mut SystemTx,
     tenant: Uuid,
@@ -153,8 +153,8 @@ pub async fn newest(tx: &mut SystemTx) -> Result<Vec<Invalidation>, DbError> {
 pub struct Position {
     #[diesel(sql_type = BigInt)]
     pub highest: i64,
-    /// Changes when PostgreSQL is restored from a backup or fails over. Numbers from different histories cannot be
-    /// compared: the same number may stand for different changes.
+    /// Identifies the history, which changes when PostgreSQL is restored from a backup or fails over. Numbers from
+    /// different histories cannot be compared: the same number may stand for different changes.
     #[diesel(sql_type = Text)]
     pub history: String,
 }
@@ -185,11 +185,11 @@ const SEARCHED: i64 = 1000;
 /// The result of a search for deleted keys.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeletedKeys {
-    /// The tenant and the ID of each.
+    /// The tenant and the ID of each deleted key.
     pub keys: Vec<(Uuid, Uuid)>,
     /// The number of the last row that was searched.
     pub last: i64,
-    /// Whether there may be more.
+    /// Whether there may be more deleted keys.
     pub has_more: bool,
 }
 

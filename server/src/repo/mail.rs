@@ -40,7 +40,7 @@ struct Count {
     count: i64,
 }
 
-/// Returns the number of emails to all tenants that were created in the last hour.
+/// Returns the number of emails created in the last hour, for all tenants.
 pub async fn count_of_last_hour(tx: &mut SystemTx) -> Result<i64, DbError> {
     let sql = "SELECT count(*) AS count FROM mails WHERE created_at > now() - interval '1 hour'";
     let count: Count = sql_query(sql).get_result(&mut **tx).await?;

@@ -1,8 +1,8 @@
-//! All SQL, with one file per noun.
+//! All SQL. Each kind of resource has its own file.
 //!
 //! Every function takes the transaction that it runs in. A [`TenantTx`](crate::db::TenantTx) belongs to one tenant, and
 //! row-level security restricts it to that tenant's rows. A [`SystemTx`] is for the server's own work. Rows have their
-//! own structs, separate from the API's types. Does not depend on HTTP.
+//! own structs, separate from the API's types. This module does not depend on HTTP.
 //!
 //! Lists use keyset pagination. By default, they are sorted by ID, newest first: IDs are UUIDv7, which sort by time.
 //! Lists with other sort orders use the ID as a tie-breaker.
@@ -132,7 +132,7 @@ pub struct Slice {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SortBy {
     CreatedAt,
-    /// Case-insensitive.
+    /// The name, ignoring case.
     Name,
     LastUsed,
 }

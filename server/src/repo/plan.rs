@@ -74,7 +74,7 @@ pub struct PlanChange<'a> {
     pub billing: Option<&'a str>,
 }
 
-/// Fails with `plans_name_key` if the name is already in use.
+/// Inserts a plan. Fails with `plans_name_key` if the name is already in use.
 pub async fn insert(tx: &mut TenantTx, plan: &NewPlan<'_>) -> Result<PlanRow, DbError> {
     let query = diesel::insert_into(plans::table)
         .values(plan)
@@ -82,7 +82,8 @@ pub async fn insert(tx: &mut TenantTx, plan: &NewPlan<'_>) -> Result<PlanRow, Db
     Ok(query.get_result(&mut **tx).await?)
 }
 
-/// Lists the tenant's plans. Plans have no time of last use, so sorting them by last use sorts them by creation time.
+/// Lists the tenant's plans. Plans do not have a time of last use, so sorting them by last use sorts them by creation
+/// time.
 pub async fn list(tx: &mut TenantTx, slice: &SortedSlice) -> Result<Rows<PlanWithKeys>, DbError> {
     let tenant = tx.tenant().0;
     let total = plans::table
@@ -149,7 +150,7 @@ async fn with_keys(
 }
 
 update_by_id!(
-    /// Fails with `plans_name_key` if the name is already in use.
+    /// Updates a plan. Fails with `plans_name_key` if the name is already in use.
     pub fn update in plans, PlanChange -> PlanRow
 );
 

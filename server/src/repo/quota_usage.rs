@@ -3,9 +3,9 @@
 //! A row is a window of one key and policy. Windows with usage never overlap: before opening one, callers acquire
 //! [`lock`] and check [`used_windows`]. Windows without usage are ignored.
 //!
-//! **Lock order.** Everywhere, locks are acquired in this order: first [`lock`], then keys (`api_keys`, `FOR KEY
-//! SHARE`), then rows. Deleting a key locks the key and then its rows in any order, so a row must never be locked
-//! before its key.
+//! **Lock order.** Locks are always acquired in this order: first [`lock`], then keys (`api_keys`, `FOR KEY SHARE`),
+//! then rows. Deleting a key locks the key and then its rows in any order, so a row must never be locked before its
+//! key.
 
 use chrono::{DateTime, Utc};
 use diesel::{
@@ -83,7 +83,8 @@ fn columns<T>(items: &[T], quota: impl Fn(&T) -> KeyQuota) -> Columns {
 }
 
 impl Ask {
-    /// Returns the second argument of the advisory lock. If two keys collide, they only wait for each other.
+    /// Returns the second argument of the advisory lock. If the arguments of two keys are equal, their transactions
+    /// only wait for each other.
     fn lock(&self) -> i32 {
         let (high, low) = self.quota.key.as_u64_pair();
         let mixed =
@@ -159,9 +160,9 @@ pub async fn take(
     Ok(in_order(asks.len(), numbered))
 }
 
-/// Waits until no other transaction opens windows of these keys and policies, and blocks such transactions until this
-/// one ends. The number of requests must not exceed the number of locks that PostgreSQL allows per transaction (64 by
-/// default).
+/// Waits until no other transaction is opening windows for these keys and policies, and blocks such transactions until
+/// this one ends. The number of requests must not exceed the number of locks that PostgreSQL allows per transaction (64
+/// by default).
 pub async fn lock(tx: &mut SystemTx, asks: &[Ask]) -> Result<(), DbError> {
     let mut locks: Vec<i32> = asks.iter().map(Ask::lock).collect();
     // Locks are acquired in ascending order everywhere.
@@ -175,7 +176,7 @@ pub async fn lock(tx: &mut SystemTx, asks: &[Ask]) -> Result<(), DbError> {
     Ok(())
 }
 
-/// Returns, for each request, the windows with usage that end after `since`.
+/// For each request, returns the windows that have usage and end after the request's time in `since`.
 pub async fn used_windows(
     tx: &mut SystemTx,
     asks: &[Ask],
@@ -251,8 +252,8 @@ pub async fn open(
     Ok(())
 }
 
-/// Credits unused tokens, unless the batch `id` has already been applied. Returns whether it was applied now. `rows`
-/// must be distinct and in ascending order.
+/// Credits unused tokens, unless the batch `id` has already been applied. Returns whether this call applied the batch.
+/// `rows` must be distinct and in ascending order.
 pub async fn give_back(tx: &mut SystemTx, id: Uuid, rows: &[(Row, i64)]) -> Result<bool, DbError> {
     #[derive(QueryableByName)]
     struct Applied {

@@ -83,7 +83,7 @@ pub async fn counters_have_begun(tx: &mut SystemTx) -> Result<bool, DbError> {
     Ok(begun)
 }
 
-/// Records that shared counters are in use, or will be. Returns `true` only the first time.
+/// Records that shared counters are or will be in use. Returns `true` only the first time.
 pub async fn begin_counters(tx: &mut SystemTx) -> Result<bool, DbError> {
     let inserted = diesel::insert_into(shared_counters::table)
         .values(shared_counters::single.eq(true))

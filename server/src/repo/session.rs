@@ -60,7 +60,7 @@ pub struct Accepted<'a> {
 pub enum Rotation {
     /// This was the session's current token. Its successor has been stored.
     Rotated(SessionRow),
-    /// This was the session's previous token, used moments ago. It has the same successor as before. Contains the
+    /// This was the session's previous token, used moments ago. Its successor is the same as before. Contains the
     /// successor's index.
     Repeated(SessionRow, usize),
     /// The token was used before, so someone has copied it. The session must be revoked.

@@ -25,20 +25,21 @@ pub struct StripeAccount {
 }
 
 impl StripeAccount {
-    /// Returns whether both may be the same account.
+    /// Returns whether the two may be the same account.
     pub fn matches(&self, other: &Self) -> bool {
         let mut ids = self.account_id.iter().zip(&other.account_id);
         self.livemode == other.livemode && ids.all(|(own, other)| own == other)
     }
 }
 
-/// Returns the customers' account, if it is known.
+/// Returns the customers' account, if it is stored.
 pub async fn find(tx: &mut SystemTx) -> Result<Option<StripeAccount>, DbError> {
     let stored = sql_query("SELECT account_id, livemode FROM billing_stripe_account");
     Ok(stored.get_result(&mut **tx).await.optional()?)
 }
 
-/// Stores the account, or the ID of the stored account if it was unknown. If another account is stored, does nothing.
+/// Stores the account. If the account is already stored without its ID, adds the ID. If another account is stored, does
+/// nothing.
 pub async fn record(tx: &mut SystemTx, account: &StripeAccount) -> Result<(), DbError> {
     sql_query(
         "INSERT INTO billing_stripe_account AS a (account_id, livemode) VALUES ($1, $2) \

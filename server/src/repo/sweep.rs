@@ -16,7 +16,7 @@ pub enum Expired {
     /// Sessions that were revoked more than a day ago, with their refresh tokens.
     RevokedSessions,
     IdempotencyKeys,
-    /// Rows that every replica has read long ago. The newest row is kept, because its number is needed for comparisons.
+    /// Rows that every replica read long ago. The newest row is kept, because its number is needed for comparisons.
     Invalidations,
     /// Windows of quotas that ended long ago. In any time zone, a month ends within 31 days of its start.
     QuotaUsage,
@@ -173,8 +173,8 @@ impl Expired {
     }
 }
 
-/// Sweeps up to `limit` rows and returns their number. If it is less than `limit`, no rows are left, except those that
-/// are locked.
+/// Sweeps up to `limit` rows and returns their number. If the number is less than `limit`, no rows are left, except
+/// those that are locked.
 pub async fn batch(tx: &mut SystemTx, kind: Expired, limit: i64) -> Result<usize, DbError> {
     let swept = sql_query(kind.statement())
         .bind::<BigInt, _>(limit)

@@ -90,7 +90,7 @@ impl Counts {
 /// The counts of one group in one bucket.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Row {
-    /// The key's or plan's ID, the endpoint, or the policy. `None` without groups.
+    /// The key's or plan's ID, the endpoint, or the policy. `None` if the counts are not grouped.
     pub group: Option<String>,
     /// The index of the bucket.
     pub bucket: usize,
@@ -112,7 +112,7 @@ pub struct Range {
 }
 
 impl Range {
-    /// Returns the whole UTC days within the range. If there are none, returns an empty range at its end.
+    /// Returns the whole UTC days within the range. If there are none, returns an empty range at the end of this range.
     fn whole_days(self) -> Self {
         let day = TimeDelta::days(1);
         let floor = |at: DateTime<Utc>| at.duration_trunc(day).unwrap_or(at);
@@ -143,7 +143,7 @@ impl Filter {
         };
         let _ = match (&self.endpoint, group) {
             (Some(_), _) => write!(sql, " AND u.endpoint = $4"),
-            // Handled by the join with the list of endpoints.
+            // The join with the list of endpoints handles this case.
             (None, Some(GroupBy::Endpoint)) => Ok(()),
             (None, _) => write!(sql, " AND u.endpoint = {ALL_ENDPOINTS}"),
         };

@@ -35,7 +35,8 @@ pub struct Appended {
 /// timeouts would only make it start over.
 const TIMEOUTS: &str = "SET LOCAL statement_timeout = '30s'; SET LOCAL lock_timeout = '10s'";
 
-/// The number of rows per statement. Encoding more rows would block a request-serving thread for several milliseconds.
+/// The maximum number of rows per statement. Encoding more rows would block a request-serving thread for several
+/// milliseconds.
 const CHUNK: usize = 1_000;
 
 /// Locks the tenants and assigns numbers to the rows. Later statements see everything that was committed before the
@@ -131,7 +132,7 @@ pub async fn append(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Appended, D
     })
 }
 
-/// Returns the number of each record in its tenant's log.
+/// Assigns each record the next position in its tenant's log, and returns the positions.
 async fn take_numbers(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Vec<i64>, DbError> {
     let taken = diesel::sql_query(TAKE_NUMBERS)
         .bind::<Array<SqlUuid>, _>(column!(batch.tenants, |it| it.0))
@@ -149,7 +150,8 @@ async fn take_numbers(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Vec<i64>,
     Ok(numbers.collect())
 }
 
-/// Updates the lists of endpoints. Returns endpoints that do not get their own rollups because there are too many.
+/// Updates the lists of endpoints. Returns the endpoints that do not get their own rollups because the key or the
+/// tenant has too many.
 async fn add_endpoints(
     tx: &mut SystemTx,
     batch: &UsageBatch,
@@ -172,7 +174,7 @@ async fn add_endpoints(
     if new.is_empty() {
         return Ok(HashSet::new());
     }
-    // Added in a single step, because endpoints are numbered by the time of their first request.
+    // Add the endpoints in a single step, because endpoints are numbered by the time of their first request.
     let (of_tenants, of_keys) = new
         .into_iter()
         .partition::<Vec<_>, _>(|it| it.0.key.is_nil());
@@ -182,8 +184,8 @@ async fn add_endpoints(
         .into_iter()
         .filter_map(|it| Some(of_keys.get(it)?.0))
         .collect::<HashSet<_>>();
-    // Only endpoints that are in a key's list can be in the tenant's list. There, an endpoint's first request is its
-    // first request with a key that lists the endpoint.
+    // Only endpoints that are in a key's list can be in the tenant's list. In the tenant's list, an endpoint's first
+    // request is its first request with a key that lists the endpoint.
     let mut listed = HashMap::<(Uuid, Rank), DateTime<Utc>>::new();
     for (of, first_at) in &batch.named {
         if !of.key.is_nil() && !folded.contains(of) {

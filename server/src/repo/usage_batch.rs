@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
-/// A decision on a known key. Its time also counts as a use of the key.
+/// A decision on a known key. The decision also counts as a use of the key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UsageRecord {
     pub event_id: Uuid,
@@ -41,7 +41,7 @@ impl UsageRecord {
 
 /// The endpoint of rows that cover all endpoints.
 const ALL_ENDPOINTS: &str = "\u{1}";
-/// The endpoint of rows that cover all endpoints above the limit.
+/// The endpoint of rows that cover all endpoints beyond the limit.
 const FURTHER_ENDPOINTS: &str = "\u{2}";
 /// The length of an interval in the 15-minute rollup, in seconds.
 const QUARTER: i64 = 15 * 60;

@@ -1,9 +1,9 @@
 //! Compares tables that count the same requests in different ways: the log, the rollups, and the quota ledger.
 //!
 //! The log and the rollups are written in one transaction, so any difference between them is an error. The ledger
-//! counts the tokens that replicas have taken. If the ledger exceeds recorded usage after a window has ended, tokens
-//! were lost in crashes, each of which loses at most one block. If recorded usage exceeds the ledger, requests were
-//! allowed without being counted.
+//! counts the tokens that replicas have taken. If the ledger exceeds recorded usage after a window has ended, crashes
+//! have stranded tokens: each crash strands at most one block per quota. If recorded usage exceeds the ledger, requests
+//! were allowed without being counted.
 
 use chrono::NaiveDate;
 use diesel::{

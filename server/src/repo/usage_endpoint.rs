@@ -30,9 +30,9 @@ pub(super) struct Endpoint<'a> {
 /// The indexes of endpoints that require an update of the lists.
 #[derive(Debug, Default)]
 pub(super) struct Found {
-    /// Not in the list.
+    /// The endpoints that are not in the list.
     pub new: Vec<usize>,
-    /// In the list, but not marked as seen today.
+    /// The endpoints that are in the list, but not marked as seen today.
     pub stale: Vec<usize>,
 }
 

@@ -99,7 +99,7 @@ macro_rules! bind_filter {
 #[derive(Debug)]
 pub struct Page {
     pub rows: Vec<DecisionRow>,
-    /// The next page starts before this number. `None` on the last page.
+    /// The next page starts before this position. `None` on the last page.
     pub before: Option<i64>,
 }
 
@@ -109,7 +109,7 @@ struct Seq {
     seq: i64,
 }
 
-/// Lists decisions before the number `before`, newest first. Searches at most [`SEARCHED_ROWS`] rows, so any page can
+/// Lists decisions before the position `before`, newest first. Searches at most [`SEARCHED_ROWS`] rows, so any page can
 /// have fewer rows than `limit`, or none.
 pub async fn list(
     tx: &mut TenantTx,

@@ -1,7 +1,7 @@
 //! Creates partitions of the usage tables in advance, and drops them after the retention period.
 //!
-//! Database functions do both, with the rights of the tables' owner; see the migration. Rows for a day without a
-//! partition are in the default partition until a partition for that day is created.
+//! Both are done by database functions, with the rights of the tables' owner; see the migration. Rows for a day without
+//! a partition are in the default partition until a partition for that day is created.
 
 use std::time::Duration;
 
@@ -68,7 +68,8 @@ pub async fn create(
     Ok(created.flag)
 }
 
-/// Drops the oldest partition if its day is before `before`. Returns whether it dropped one; if so, there may be more.
+/// Drops the oldest partition if its day is before `before`. Returns whether a partition was dropped. If so, there may
+/// be more to drop.
 pub async fn drop_oldest(
     tx: &mut SystemTx,
     table: Partitioned,
@@ -82,7 +83,7 @@ pub async fn drop_oldest(
     Ok(dropped.number > 0)
 }
 
-/// Deletes some of the default partition's rows from days before `before`. Returns whether there may be more.
+/// Deletes some of the default partition's rows from days before `before`. Returns whether there may be more such rows.
 pub async fn delete_unpartitioned(
     tx: &mut SystemTx,
     table: Partitioned,

@@ -58,7 +58,7 @@ pub async fn report_of(
     .optional()?)
 }
 
-/// Times on PostgreSQL's clock, which the times of usage records follow.
+/// Times on PostgreSQL's clock. The times of usage records are based on the same clock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]
 pub struct Times {
     #[diesel(sql_type = Timestamptz)]

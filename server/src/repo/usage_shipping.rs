@@ -1,4 +1,4 @@
-//! How far each usage segment has been shipped, and the records that each replica has left to ship.
+//! The progress of shipping each usage segment, and the records that each replica has left to ship.
 //!
 //! A cursor moves in the transaction that inserts the shipped records, and only if it is still at the position that the
 //! shipper read from. So each record is inserted exactly once, even if several processes ship the same segment or the
@@ -56,8 +56,8 @@ pub async fn open_cursor(
     Ok(found.map(|it| it.position))
 }
 
-/// Moves a segment's cursor. Returns `false` if the cursor was not at `from`. Call this before inserting the records in
-/// the same transaction.
+/// Advances a segment's cursor. Returns `false` if the cursor was not at `from`. Call this before inserting the records
+/// in the same transaction.
 pub async fn move_cursor(
     tx: &mut SystemTx,
     segment: Uuid,
@@ -85,7 +85,7 @@ pub struct Pending {
     pub oldest: Option<DateTime<Utc>>,
 }
 
-/// Reports the records that were left in a directory at `at`.
+/// Stores a replica's report of the records in a directory that were not shipped at `at`.
 pub async fn report(
     tx: &mut SystemTx,
     directory: Uuid,

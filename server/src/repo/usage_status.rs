@@ -107,8 +107,9 @@ const QUOTAS: &str = "\
 /// Returns the quotas of active keys that are closest to their limit, closest first. Without metering, `used` includes
 /// tokens that replicas hold.
 ///
-/// With metering, the quotas are selected by the ledger, because the rollups of a month are many rows, and `used` is
-/// then read from the rollups. Rollups may include requests from before the quota was set, so the ledger is a maximum.
+/// With metering, the quotas are selected by the ledger, because a month's rollups have many rows, and `used` is then
+/// read from the rollups. Rollups may include requests from before the quota was set, so the number in the ledger is a
+/// maximum.
 pub async fn quotas(tx: &mut TenantTx, is_metered: bool) -> Result<Vec<QuotaRow>, DbError> {
     const CLOSEST: &str = "used::double precision / quota DESC, window_end DESC, key_id";
     let tenant = tx.tenant().0;

@@ -133,7 +133,7 @@ pub async fn lock_active(tx: &mut SystemTx, tenant: TenantId) -> Result<Vec<Uuid
     Ok(active.load(&mut **tx).await?)
 }
 
-/// Records that a delivery to a URL was accepted, if it is still the webhook's.
+/// Records that a delivery to a URL was accepted, if that URL is still the webhook's URL.
 pub async fn succeeded(
     tx: &mut SystemTx,
     tenant: Uuid,
@@ -151,19 +151,19 @@ pub async fn succeeded(
     Ok(())
 }
 
-/// A webhook to which an attempt failed.
+/// A webhook with a failed delivery attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]
 pub struct Failing {
-    /// Whether the attempt was sent to its current URL.
+    /// Whether the attempt used the webhook's current URL.
     #[diesel(sql_type = Bool)]
     pub is_current: bool,
-    /// For how long attempts have been failing.
+    /// How long attempts have been failing.
     #[diesel(sql_type = BigInt)]
     pub seconds: i64,
 }
 
-/// Records that an attempt to a URL failed, if it is still the webhook's. Locks the webhook. Returns `None` if it is
-/// gone.
+/// Records that an attempt to send to a URL failed, if that URL is still the webhook's URL. Locks the webhook. Returns
+/// `None` if the webhook no longer exists.
 pub async fn failed(
     tx: &mut SystemTx,
     tenant: Uuid,

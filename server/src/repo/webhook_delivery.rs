@@ -94,7 +94,7 @@ pub async fn has_room(tx: &mut TenantTx, webhook: Uuid) -> Result<bool, DbError>
 }
 
 /// Inserts deliveries of a tenant's events to these webhooks. The caller must have locked the webhooks. If a webhook
-/// already has [`PENDING_MAX`] pending deliveries, further ones are inserted as failed.
+/// already has [`PENDING_MAX`] pending deliveries, further deliveries are inserted as failed.
 pub async fn insert_all(
     tx: &mut SystemTx,
     tenant: Uuid,
@@ -108,7 +108,7 @@ pub async fn insert_all(
         is_sent.push(*pending < PENDING_MAX);
         *pending += 1;
     }
-    // Split up, to keep messages to PostgreSQL small.
+    // Split the list, to keep messages to PostgreSQL small.
     for (part, is_sent) in deliveries.chunks(1000).zip(is_sent.chunks(1000)) {
         sql_query(
             "INSERT INTO webhook_deliveries \
@@ -260,7 +260,7 @@ pub struct DueDelivery {
     pub previous_secret: Option<Vec<u8>>,
 }
 
-/// Limits on what can be claimed.
+/// Limits on the deliveries that can be claimed.
 #[derive(Debug, Clone, Copy)]
 pub struct Claim<'a> {
     pub limit: i64,
@@ -272,7 +272,7 @@ pub struct Claim<'a> {
     pub running_tenants: &'a [Uuid],
     /// The webhook of each attempt in progress.
     pub running_webhooks: &'a [Uuid],
-    /// Tenants take turns, starting with the one after this one.
+    /// Tenants take turns, starting with the tenant after this one.
     pub after_tenant: Uuid,
     /// A delivery fails after this many attempts.
     pub attempts_max: i32,
@@ -286,7 +286,7 @@ const CONSIDERED: i64 = 256;
 /// Until then, no other replica sends the delivery; if this process exits, the delivery is retried.
 ///
 /// The cost grows with the number of tenants and webhooks that have pending deliveries, each of which takes one index
-/// probe. It does not grow with the number of deliveries.
+/// probe. The cost does not grow with the number of deliveries.
 pub async fn claim(tx: &mut SystemTx, claim: &Claim<'_>) -> Result<Vec<DueDelivery>, DbError> {
     let claimed = sql_query(
         "WITH RECURSIVE later AS ( \

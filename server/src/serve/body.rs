@@ -14,7 +14,7 @@ use crate::tenant_places::HeldUntilSent;
 /// The maximum size of a chunk.
 const CHUNK: usize = 16 * 1024;
 
-/// A response body that keeps its request in flight and is passed on in small chunks.
+/// A response body that keeps its request in flight and is passed to hyper in small chunks.
 pub(super) struct ResponseBody<B> {
     pub(super) body: B,
     /// The rest of a large frame. hyper would copy a large frame as a whole, and keep that memory until the connection

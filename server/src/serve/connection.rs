@@ -1,8 +1,8 @@
 //! The phase of a connection and its deadline.
 //!
-//! A connection, over HTTP/1 or HTTP/2, is always in one of five phases, each with its own deadline. Only a complete
-//! request head, a finished response, or progress in sending a response extends a deadline. Single bytes and canceled
-//! requests do not.
+//! A connection, over HTTP/1 or HTTP/2, is always in one of five phases. Each phase has its own deadline, except while
+//! a handler runs: `QUOTA_REQUEST_TIMEOUT` limits the handler instead. Only a complete request head, a finished
+//! response, or progress in sending a response extends a deadline. Single bytes and canceled requests do not.
 
 use std::sync::{
     Arc,
@@ -63,7 +63,7 @@ pub(super) struct Connection {
     /// HTTP/1: the number of requests so far. Wraps around on overflow.
     requests: AtomicU32,
     http2: Mutex<Requests>,
-    /// `None` if the connection is not counted.
+    /// `None` if the connection's memory use is not counted.
     memory: Option<Arc<Memory>>,
     /// The amount that was last reported to `memory`.
     held: AtomicUsize,
@@ -212,7 +212,7 @@ impl Connection {
         }
     }
 
-    /// Records that the socket currently does not accept these `length` bytes.
+    /// Records that the socket is not accepting these `length` bytes at the moment.
     pub(super) fn is_write_blocked(&self, length: usize) {
         if !self.is_http2() {
             self.head_began.store(0, Ordering::Relaxed);
@@ -223,12 +223,12 @@ impl Connection {
         }
     }
 
-    /// HTTP/1: returns the number of requests so far.
+    /// Returns the number of HTTP/1 requests so far.
     pub(super) fn requests(&self) -> u32 {
         self.requests.load(Ordering::Relaxed)
     }
 
-    /// HTTP/1: returns whether every response has been passed to the socket.
+    /// Returns whether every HTTP/1 response has been passed to the socket.
     pub(super) fn has_responded(&self) -> bool {
         self.in_flight.load(Ordering::Acquire) == 0
             && self.write_blocked.load(Ordering::Relaxed) == 0
@@ -344,7 +344,8 @@ impl Connection {
         }
     }
 
-    /// Records that a request head of about `length` bytes is complete. Returns whether it is the connection's first.
+    /// Records that a request head of about `length` bytes is complete. Returns whether the request is the connection's
+    /// first.
     pub(super) fn begin_request(self: &Arc<Self>, length: usize) -> (bool, RequestInFlight) {
         let head = if self.is_http2() {
             self.heads.fetch_add(length, Ordering::Relaxed);
@@ -375,8 +376,8 @@ impl Drop for Connection {
     }
 }
 
-/// A request whose response has been neither passed on completely nor abandoned. Over HTTP/2, the client may not have
-/// read the response when the request ends; see [`http2`](super::http2).
+/// A request whose response has been neither passed to hyper completely nor abandoned. Over HTTP/2, the client may not
+/// have read the response when the request ends; see [`http2`](super::http2).
 #[derive(Debug)]
 pub(super) struct RequestInFlight {
     connection: Arc<Connection>,

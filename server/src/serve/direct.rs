@@ -1,9 +1,9 @@
 //! Serves plain requests directly from the bytes of a connection, without hyper.
 //!
 //! Requests that the endpoint accepts are served here, in order. A plain request that the endpoint does not accept is
-//! lent to hyper. hyper gets only the bytes of that request, since its end is known, so it has not read anything
-//! further when its response has been sent. The first request that is not plain ends the direct service: hyper takes
-//! over the connection, starting with that request.
+//! lent to hyper. hyper gets only the bytes of that request, since the request's end is known. So hyper has not read
+//! any later bytes when its response has been sent. The first request that is not plain ends the direct service: hyper
+//! takes over the connection, starting with that request.
 //!
 //! The stream and the connection's deadlines work as they do with hyper; see [`super::connection`].
 
@@ -37,7 +37,7 @@ const PARTS_MAX: u32 = 16;
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 
-/// The direct service of one connection.
+/// What is needed to serve one connection directly.
 pub(super) struct DirectService<'a, D> {
     pub(super) endpoint: &'a D,
     pub(super) peer: IpAddr,
@@ -52,7 +52,7 @@ enum Read {
     Stop,
 }
 
-/// The request that follows those that have received a response.
+/// The next request that has not received a response.
 enum Next {
     /// The request has not arrived, or has arrived only in part.
     Incomplete,
@@ -63,7 +63,7 @@ enum Next {
 }
 
 impl<D: DirectEndpoint> DirectService<'_, D> {
-    /// Serves until the first request that is not plain. Returns the stream with that request, or `None` if the
+    /// Serves requests until the first one that is not plain. Returns the stream with that request, or `None` if the
     /// connection has ended. Until then, `http` serves the requests that are not accepted, on `lent`.
     pub(super) async fn serve<H>(
         &self,
@@ -100,7 +100,7 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
                     parts = 1;
                 }
                 if length > 0 && start < end {
-                    // Sending the responses has cleared the deadline of the next request.
+                    // Sending the responses has cleared the deadline for the next request.
                     self.connection.has_read(end - start);
                 }
                 match next {
@@ -195,7 +195,7 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
                 Parsed::Other => break Next::Other,
             };
             let length = head + request.body_length;
-            // hyper may respond before the whole body has arrived.
+            // Requests with incomplete bodies are left to hyper, which may respond before the rest arrives.
             let is_complete = request.body.len() == request.body_length;
             if !is_complete || !self.endpoint.accepts(&request) || self.is_stopping() {
                 break Next::Foreign(length);

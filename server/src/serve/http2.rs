@@ -110,10 +110,12 @@ pub(super) struct Requests {
     head_length: usize,
     /// When a response last ended or made progress.
     progressed: u64,
-    /// When a response that was later reset last made progress. Cleared when another response makes progress.
-    /// Otherwise, a client that resets responses instead of reading them would get a new deadline with each request.
+    /// The time of the last progress of a response that was later reset. Cleared when another response makes progress.
+    /// Without this value, a client that resets responses instead of reading them would get a new deadline with each
+    /// request.
     unread: Option<u64>,
-    /// When a request arrived that was reset before its response began. Cleared when another response is complete.
+    /// The arrival time of a request that was reset before its response began. Cleared when another response is
+    /// complete.
     cancelled: Option<u64>,
 }
 
@@ -128,12 +130,12 @@ struct Request {
     received: usize,
 }
 
-/// What the client has to do next, and since when the connection has been waiting for it.
+/// When the connection started to wait for the client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Waiting {
-    /// The rest of a request head.
+    /// The start of the wait for the rest of a request head.
     pub(super) head: Option<u64>,
-    /// The oldest response that the client has not read, or that was reset.
+    /// The start of the wait for the oldest response that the client has not read, or that was reset.
     pub(super) response: Option<u64>,
     /// Whether any request is open.
     pub(super) has_open: bool,
@@ -152,7 +154,7 @@ impl Requests {
             Event::Ended(frame) if frame.is_of_headers() && frame.has(END_HEADERS) => {
                 self.head_began = None;
                 self.head_length = 0;
-                // A lower number means trailers of a known request.
+                // A lower number belongs to the trailers of an earlier request.
                 if frame.stream > self.last_stream {
                     self.last_stream = frame.stream;
                     if self.open.len() < REMEMBERED {
@@ -188,7 +190,7 @@ impl Requests {
         let Event::Ended(frame) = event else { return };
         match frame.kind {
             HEADERS | DATA if frame.has(END_STREAM) => {
-                // An empty frame is sent regardless of the client's window.
+                // An empty frame is sent regardless of the client's window, so it does not show that the client reads.
                 if frame.kind == DATA && frame.length > 0 {
                     self.unread = None;
                 }

@@ -6,7 +6,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Smaller amounts are ignored.
+/// Amounts of up to this many bytes are ignored.
 pub(super) const SMALL: usize = 4 * 1024;
 
 fn change(total: &AtomicUsize, before: usize, now: usize) {

@@ -1,6 +1,6 @@
 //! Accepts connections, enforces their deadlines and closes them.
 //!
-//! poem's server has no timeout for header fields. hyper has none for the first bytes of a connection (which
+//! poem's server has no timeout for header fields. hyper has no timeout for the first bytes of a connection (which
 //! distinguish HTTP/1 from HTTP/2), for an idle HTTP/2 connection, or for a client that does not read its response.
 //! Here, each connection has one timer. [`connection`] computes its current deadline, for HTTP/2 from the frames on the
 //! wire ([`http2`]). [`table`] limits the number of connections. [`direct`] responds to plain requests without hyper.
@@ -61,8 +61,8 @@ const HEADER_BYTES: usize = 32 * 1024;
 const HEADER_FIELDS: usize = 100;
 /// The overhead per header field, as counted by HTTP/2 (RFC 9113, section 6.5.2).
 const FIELD: usize = 32;
-/// HTTP/2: how many bytes of a request body a client may send before they are read. A body of the default size limit
-/// fits.
+/// HTTP/2: how many bytes of a request body a client may send before they are read. This is enough for a body as large
+/// as the default size limit.
 const STREAM_WINDOW: u32 = 64 * 1024;
 /// HTTP/2: how many bytes of request bodies a client may send on a connection before they are read. hyper's default
 /// would buffer 1 MiB.
@@ -112,8 +112,8 @@ pub fn bind(addr: SocketAddr) -> io::Result<BoundSocket> {
     Ok(BoundSocket(socket))
 }
 
-/// Serves until `stop` completes, and then waits up to `timeouts.drain` for requests in flight. `direct` responds to
-/// the plain requests that it accepts, and `endpoint` to all others.
+/// Serves connections until `stop` completes, and then waits up to `timeouts.drain` for requests in flight. `direct`
+/// responds to the plain requests that it accepts, and `endpoint` to all others.
 pub async fn serve<E, D>(
     listener: TcpListener,
     endpoint: E,

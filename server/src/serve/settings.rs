@@ -8,6 +8,8 @@ use crate::{file_limit, state::AppState, telemetry::metrics::ConnectionMetrics};
 
 /// The maximum number of connections to the metrics listener: enough for a few scrapers and an operator.
 const METRICS_CONNECTIONS: usize = 64;
+/// The maximum number of connections to the gRPC listener: enough for a hundred gateways with a few threads each.
+const GRPC_CONNECTIONS: usize = 512;
 /// How many bytes requests may use on all connections that have not authenticated: enough for hundreds of the largest
 /// request heads, or thousands of typical ones.
 const MEMORY: usize = 8 * 1024 * 1024;
@@ -18,8 +20,8 @@ const METRICS_MEMORY: usize = 1024 * 1024;
 
 #[derive(Debug, Clone, Copy)]
 pub struct Timeouts {
-    /// How long a request head may take to arrive. For the first request, the time starts when the connection is
-    /// accepted; for later requests, with the first byte of the head.
+    /// How long a request head may take to arrive. For the first request, the timer starts when the connection is
+    /// accepted; for later requests, when the first byte of the head arrives.
     pub header: Duration,
     /// How long a connection may be idle between two requests. Must be longer than the idle timeout of proxies, so that
     /// the proxy closes the connection: if the server closed it while a request was in transit, that request would
@@ -35,14 +37,14 @@ pub struct Timeouts {
 #[derive(Debug, Clone)]
 pub struct Limits {
     pub connections: usize,
-    /// The maximum number of connections per IPv4 address or IPv6 /64, not counting those that have authenticated.
-    /// During a connection's first second, its address may have twice as many. 0 means no limit.
+    /// The maximum number of connections per IPv4 address or IPv6 /64, not counting connections that have
+    /// authenticated. During a connection's first second, its address may have twice as many. 0 means no limit.
     pub per_address: usize,
     /// The same limit per IPv4 /24 or IPv6 /56. An IPv6 /48 may have twice as many.
     pub per_network: usize,
     /// Networks that are exempt from both limits, because many clients share each of their addresses.
     pub trusted_proxies: Vec<IpNet>,
-    /// How many bytes all counted connections together may use for requests.
+    /// How many bytes requests may use on all connections that have not authenticated.
     pub memory: usize,
     /// The same limit per connection.
     pub memory_per_connection: usize,
@@ -59,11 +61,11 @@ impl ServeSettings {
     /// Returns the settings of the API listener. `file_limit` is the result of [`file_limit::raise`].
     pub fn public(state: &AppState, file_limit: Option<usize>) -> Self {
         let config = &state.config;
-        let database = config.database.pool;
+        let grpc = config.grpc_listen.map_or(0, |_| GRPC_CONNECTIONS);
         let connections = file_limit::connections(
             config.connections,
             file_limit,
-            database + METRICS_CONNECTIONS,
+            config.database.pool + METRICS_CONNECTIONS + grpc,
         );
         if connections < config.connections {
             tracing::warn!(
@@ -87,6 +89,22 @@ impl ServeSettings {
                 trusted_proxies: config.trusted_proxies.clone(),
             },
             metrics: state.metrics.public_connections.clone(),
+        }
+    }
+
+    /// Returns the settings of the gRPC listener.
+    pub fn grpc(state: &AppState) -> Self {
+        let public = Self::public(state, None);
+        Self {
+            limits: Limits {
+                connections: GRPC_CONNECTIONS,
+                // Connections of gateways do not count once they have sent a valid service token.
+                per_address: GRPC_CONNECTIONS / 2,
+                per_network: GRPC_CONNECTIONS / 4 * 3,
+                ..public.limits
+            },
+            metrics: state.metrics.grpc_connections.clone(),
+            ..public
         }
     }
 

@@ -1,4 +1,4 @@
-//! A socket that informs its connection when a request starts to arrive, when the client stops reading, and which
+//! A socket that tells its connection when a request starts to arrive and when the client stops reading, and which
 //! HTTP/2 frames are transferred.
 
 use std::{
@@ -82,7 +82,7 @@ impl WatchedStream {
     }
 
     /// Returns whether the client has closed the connection without sending anything first. If not, wakes the task when
-    /// it does.
+    /// the client closes the connection.
     pub(super) fn is_closed(&self, context: &mut Context<'_>) -> bool {
         let mut byte = [0];
         match self.stream.poll_peek(context, &mut ReadBuf::new(&mut byte)) {

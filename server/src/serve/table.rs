@@ -7,21 +7,21 @@
 //! 2. a connection that is idle between two requests,
 //! 3. a connection whose client has not read its response for a while, starting with the address that has the most
 //!    connections,
-//! 4. a connection that may be about to send its first request, unless its address has fewer connections than the
-//!    address of the new one.
+//! 4. a connection that may be about to send its first request, unless its address has fewer connections than the new
+//!    connection's address.
 //!
 //! No other connection with a request in flight is ever closed to make room. So clients that do not send or read
 //! anything cannot lock out other clients, no matter how many there are.
 //!
-//! A connection counts toward the limit of its address, and toward a higher limit of its network, until a valid API key
-//! or service token is received on it. A gateway, or many clients behind one address, may therefore have as many
-//! connections as the total allows. At the limit of an address or network, a new connection replaces the oldest silent
+//! A connection counts toward the limit for its address, and toward a higher limit for its network, until a valid API
+//! key or service token is received on it. A gateway, or many clients behind one address, may therefore have as many
+//! connections as the total allows. At the limit for an address or network, a new connection replaces the oldest silent
 //! connection, or the connection that has been idle longest. During its first second, a connection is not closed for
 //! this reason, because its request may be in transit. Instead, an address may have up to twice as many connections
 //! during that second.
 //!
-//! The total memory used by counted connections is limited. Above that limit, the table closes the largest connections
-//! of the address that uses the most memory.
+//! The total memory used by requests on connections that have not authenticated is limited. Above that limit, the table
+//! closes the connections that use the most memory, starting with the address that uses the most in total.
 
 mod group;
 
@@ -52,18 +52,19 @@ use crate::telemetry::metrics::{ConnectionLimit, ConnectionMetrics};
 const IDLE_ENOUGH: Duration = Duration::from_secs(1);
 /// How long a client must have stopped reading its response before its connection can be closed to make room.
 const STALLED_ENOUGH: Duration = Duration::from_secs(1);
-/// A younger connection is not closed at the limit of its address, since its request may be in transit.
+/// A younger connection is not closed to enforce the limit for its address, since its request may be in transit.
 const YOUNG: Duration = Duration::from_secs(1);
 /// How many of the oldest connections without a request are considered for closing. The one whose address has the most
 /// connections is closed.
 const WAITING_SEARCH: usize = 16;
-/// An address is light compared with another address that has at least this many times its number of connections.
+/// An address is light compared with another if the other has at least this many times as many connections.
 const LIGHT: usize = 4;
 /// The minimum time between two searches for idle and stalled connections, because a search checks all connections.
 const SEARCH_EVERY: Duration = Duration::from_millis(100);
-/// A search finds at most one in this many connections.
+/// A search selects at most `connections / SEARCH_PART` connections.
 const SEARCH_PART: usize = 4;
-/// How many connections an IPv6 /48 may have, as a multiple of a /56's limit. A site may be assigned either.
+/// How many connections an IPv6 /48 may have, as a multiple of a /56's limit. A site may be assigned a network of
+/// either size.
 const SITE: usize = 2;
 
 #[derive(Debug)]
@@ -95,7 +96,7 @@ struct Open {
 #[derive(Debug)]
 struct Entry {
     connection: Arc<Connection>,
-    /// `None` if the connection is not counted.
+    /// `None` if the connection does not count toward a limit.
     counted_at: Option<IpAddr>,
     is_proxy: bool,
 }
@@ -138,7 +139,7 @@ impl Open {
         }
     }
 
-    /// Returns the number of counted connections from an address.
+    /// Returns the number of connections from an address that count toward its limit.
     fn weight(&self, peer: Option<IpAddr>) -> usize {
         peer.and_then(|peer| networks(peer).next())
             .and_then(|(_, address)| self.groups.get(&address))
@@ -350,8 +351,8 @@ impl Table {
     }
 
     /// Finds a connection that is idle, or whose client has stopped reading its response. If the newcomer's address is
-    /// light, a heavy address can lose a connection sooner after its client stops reading. Otherwise, the heavy
-    /// address's clients, which reconnect immediately, would take every slot that becomes free.
+    /// light, a heavy address can lose a connection sooner after its client stops reading. Otherwise, the heavy address
+    /// would take every slot that becomes free, because its clients reconnect immediately.
     fn spare(&self, open: &mut Open, now: Instant, newcomer: Option<IpAddr>) -> Option<u64> {
         let is_searched = open
             .searched_at
@@ -372,7 +373,7 @@ impl Table {
                 continue;
             };
             if open.weight(entry.counted_at) < heavy {
-                // No other address has more connections.
+                // No remaining address has more connections than this one.
                 open.just_stalled.push(id);
                 break;
             }
@@ -383,8 +384,8 @@ impl Table {
         None
     }
 
-    /// Closes connections that exceed the limit per connection. If the total limit is exceeded, also closes those that
-    /// use the most memory.
+    /// Closes connections that exceed the memory limit per connection. If the total memory limit is exceeded, also
+    /// closes the connections that use the most memory.
     pub(super) fn free_memory(&self) {
         let mut open = self.open.lock();
         let mut of_address = HashMap::<IpNet, usize>::new();
@@ -415,7 +416,7 @@ impl Table {
         }
     }
 
-    /// Returns whether a lot of memory of closed connections has not been freed yet.
+    /// Returns whether closed connections still use a lot of memory.
     pub(super) fn is_backlogged(&self) -> bool {
         self.memory.is_backlogged()
     }

@@ -53,7 +53,10 @@ use self::{
     raw::RawClient,
     response::{Customer, List},
 };
-use crate::config::StripeSettings;
+use crate::{
+    config::StripeSettings,
+    spans::{self, SpanKind},
+};
 
 /// The maximum duration of a request. A request that timed out may have taken effect.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -150,7 +153,7 @@ impl From<ClientError> for StripeError {
 
 type Result<T> = std::result::Result<T, StripeError>;
 
-/// A client for one Stripe account. Cheap to clone.
+/// A client for one Stripe account. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Stripe {
     client: stripe::Client,
@@ -173,16 +176,31 @@ pub struct Checkout<'a> {
 /// Sends a request and parses the response.
 macro_rules! send {
     ($stripe:expr, $request:expr) => {
-        $request.build().customize().send(&$stripe.client).await?
+        traced($request.build().customize().send(&$stripe.client)).await?
     };
     ($stripe:expr, $request:expr, $key:expr) => {
-        $request
-            .build()
-            .customize()
-            .request_strategy(idempotent($key))
-            .send(&$stripe.client)
-            .await?
+        traced(
+            $request
+                .build()
+                .customize()
+                .request_strategy(idempotent($key))
+                .send(&$stripe.client),
+        )
+        .await?
     };
+}
+
+/// Sends a request in a span, if a traced request is being served.
+async fn traced<T>(
+    request: impl Future<Output = std::result::Result<T, ClientError>>,
+) -> std::result::Result<T, ClientError> {
+    let span = spans::child("Stripe request", SpanKind::Client);
+    let sent = request.await;
+    if let (Some(mut span), Err(_)) = (span, &sent) {
+        // The error may contain the customer's data.
+        span.fail("");
+    }
+    sent
 }
 
 fn idempotent(key: &str) -> RequestStrategy {
@@ -203,6 +221,8 @@ fn tenant_metadata(tenant: &str) -> HashMap<String, String> {
 }
 
 impl Stripe {
+    /// Creates a client.
+    ///
     /// # Errors
     ///
     /// Fails if the secret key or the base URL cannot be used in a request.
@@ -400,7 +420,7 @@ impl Stripe {
         Ok(())
     }
 
-    /// Returns a customer's total usage in Stripe. `from` and `until` must be full hours.
+    /// Returns a customer's total usage in Stripe. `from` and `until` must be whole hours.
     pub async fn counted(&self, meter: &str, customer: &str, from: i64, until: i64) -> Result<i64> {
         let request = ListIdBillingMeterEventSummary::new(meter, customer, until, from).limit(100);
         let page: List<response::Summary> = send!(self, request);
@@ -480,7 +500,8 @@ impl Stripe {
         Ok(page.data)
     }
 
-    /// Creates a webhook endpoint for [`EVENTS`]. The result contains its secret, which Stripe shows only once.
+    /// Creates a webhook endpoint for [`EVENTS`]. The result contains the endpoint's secret, which Stripe shows only
+    /// once.
     pub async fn create_webhook_endpoint(&self, url: &str) -> Result<WebhookEndpoint> {
         let events = EVENTS.map(|name| {
             name.parse::<CreateWebhookEndpointEnabledEvents>()

@@ -1,6 +1,6 @@
 //! The fields of Stripe objects that Quota reads.
 //!
-//! Parsed with miniserde, like in the `async-stripe` crates. Fields that are not listed here are ignored.
+//! They are parsed with miniserde, as in the `async-stripe` crates. Fields that are not listed here are ignored.
 
 use std::collections::HashMap;
 

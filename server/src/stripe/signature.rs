@@ -57,7 +57,7 @@ pub fn verify(
     signed.extend_from_slice(body);
     let is_signed = secrets.iter().any(|secret| {
         let key = hmac::Key::new(hmac::HMAC_SHA256, secret.expose_secret().as_bytes());
-        // Compares in constant time.
+        // Compare in constant time.
         signatures
             .iter()
             .any(|signature| hmac::verify(&key, &signed, signature).is_ok())

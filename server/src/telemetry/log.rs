@@ -2,7 +2,7 @@
 //!
 //! Only the log thread writes to standard output. Everything else appends to a bounded buffer, so a blocked reader (a
 //! paused terminal or a stuck log collector) does not delay requests. Lines that do not fit are dropped. When output is
-//! possible again, a line reports how many were dropped.
+//! possible again, a line reports how many lines were dropped.
 
 use std::{
     borrow::Cow,
@@ -27,8 +27,8 @@ const FLUSH_EVERY: Duration = Duration::from_millis(50);
 const FLUSH_AT: usize = 64 * 1024;
 /// The maximum number of bytes that wait for standard output. Further access log lines are dropped.
 const MAX_WAITING: usize = 4 * 1024 * 1024;
-/// The maximum when other events are included. It is higher, so that a flood of access log lines does not displace
-/// them.
+/// The maximum number of bytes of access log lines and other events that wait. This maximum is higher, so that a flood
+/// of access log lines does not displace other events.
 const MAX_WAITING_EVENTS: usize = MAX_WAITING + 1024 * 1024;
 /// How long the process waits on exit for the last lines to be written.
 const STOP_WITHIN: Duration = Duration::from_secs(1);
@@ -86,7 +86,7 @@ impl AccessLine<'_> {
             "Z\",\"level\":\"INFO\",\"target\":\"",
             ACCESS,
         ]);
-        // IDs and methods are tokens, which need no escaping. A path may contain quotes.
+        // IDs and methods are tokens, which do not need escaping. A path may contain quotes.
         text(&[
             "\",\"request_id\":\"",
             self.request_id,
@@ -151,7 +151,7 @@ impl AccessLine<'_> {
     }
 }
 
-/// Buffered standard output. Cheap to clone.
+/// Buffered standard output. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Log {
     state: Arc<LogState>,
@@ -240,7 +240,7 @@ impl Log {
         &self.state.dropped
     }
 
-    /// Queues a request's line. Does not wait for output.
+    /// Queues the access log line of a request. Does not wait for output.
     pub fn access(&self, line: &AccessLine<'_>) {
         let mut buffer = self.state.buffer.lock();
         if buffer.bytes.len() >= MAX_WAITING {
@@ -271,7 +271,7 @@ impl Log {
         self.state.write.notify_one();
     }
 
-    /// Writes the remaining lines, which may take at most a second. Call last.
+    /// Writes the remaining lines, which may take at most a second. Must be called last.
     pub fn stop(&self) {
         let mut buffer = self.state.buffer.lock();
         buffer.stopped = true;

@@ -1,7 +1,7 @@
 //! Metrics: names, descriptions and the OpenMetrics text.
 //!
-//! A counter or gauge without labels is one line in the list below. Its help text is also the documentation of its
-//! field.
+//! Each counter or gauge without labels is one line in the `metrics!` list. Its help text is also the documentation of
+//! its field.
 
 mod connections;
 mod latency;
@@ -42,6 +42,7 @@ macro_rules! metrics {
             pub invalidation_lag_seconds: Latency,
             pub public_connections: Arc<ConnectionMetrics>,
             pub metrics_connections: Arc<ConnectionMetrics>,
+            pub grpc_connections: Arc<ConnectionMetrics>,
             /// The number of swept rows, by kind.
             swept: Mutex<BTreeMap<&'static str, u64>>,
             statuses: Statuses,
@@ -70,7 +71,7 @@ metrics! {
     billing_events_failed: Counter, "billing_events_failed",
         "Stripe webhooks that could not be processed and were abandoned";
     billing_account_mismatch: Gauge, "billing_account_mismatch",
-        "1 while billing is stopped because STRIPE_SECRET_KEY belongs to another account or mode than the customers";
+        "1 while billing is stopped because STRIPE_SECRET_KEY belongs to a different account or mode than the customers";
     billing_reports: Counter, "billing_reports", "Usage reports that Stripe has accepted or that did not need to be sent";
     billing_usage_difference: Gauge, "billing_usage_difference",
         "Difference between usage reports and the totals in Stripe for yesterday (UTC), summed over customers";
@@ -86,7 +87,7 @@ metrics! {
     alert_errors: Counter, "alert_errors", "Failed attempts to check quotas for alerts; they are retried";
     webhooks_delivered: Counter, "webhooks_delivered", "Deliveries that an endpoint accepted";
     webhook_attempts_failed: Counter, "webhook_attempts_failed",
-        "Failed delivery attempts that will be retried";
+        "Failed delivery attempts; they are retried";
     webhooks_failed: Counter, "webhooks_failed", "Deliveries that were abandoned";
     webhook_errors: Counter, "webhook_errors",
         "Failed attempts to claim deliveries or to record their results; they are retried";
@@ -96,7 +97,7 @@ metrics! {
         "Webhooks whose signing secrets were encrypted with a QUOTA_SECRET that is not configured, as of startup";
     mails_sent: Counter, "emails_sent", "Emails sent";
     mail_attempts_failed: Counter, "email_attempts_failed",
-        "Failed attempts to send emails that will be retried";
+        "Failed attempts to send emails; they are retried";
     mails_failed: Counter, "emails_failed", "Emails that were rejected or abandoned";
     mail_errors: Counter, "email_errors",
         "Failed attempts to write or claim emails in PostgreSQL or to record their results; they are retried";
@@ -120,7 +121,7 @@ metrics! {
     ledger_takes: Counter, "ledger_takes", "Calendar quota blocks taken from the ledger";
     ledger_errors: Counter, "ledger_errors", "Failed calls to the quota ledger";
     counter_calls: Counter, "counter_calls", "Calls to the shared counters";
-    counter_errors: Counter, "counter_errors", "Calls to the shared counters that failed or were late";
+    counter_errors: Counter, "counter_errors", "Calls to the shared counters that failed or timed out";
     counter_outages: Counter, "counter_outages", "Outages of the shared counters";
     lease_tokens_taken: Counter, "lease_tokens_taken", "Tokens taken from the shared counters";
     lease_tokens_spent: Counter, "lease_tokens_spent", "Leased tokens spent by requests";
@@ -129,7 +130,7 @@ metrics! {
     lease_tokens_lost: Counter, "lease_tokens_lost",
         "Leased tokens that could not be returned to the shared counters";
     allowed_degraded: Counter, "decisions_allowed_degraded", "Requests allowed without the shared counters";
-    counters_away: Gauge, "counter_partitions_unavailable",
+    counter_partitions_unavailable: Gauge, "counter_partitions_unavailable",
         "Unavailable partitions of the shared counters; a single Redis server is one partition";
     replicas: Gauge, "replicas", "Replicas, as counted by this replica; 0 without Redis";
     guard_rejections: Counter, "guard_rejections", "Requests rejected by a per-address or per-account limit";
@@ -142,6 +143,9 @@ metrics! {
     panics: Counter, "panics", "Handlers that panicked";
     log_lines_dropped: Counter, "log_lines_dropped",
         "Log lines dropped because standard output was blocked";
+    spans_sent: Counter, "spans_sent", "Spans sent to the OpenTelemetry collector";
+    spans_dropped: Counter, "spans_dropped",
+        "Spans dropped because too many were waiting or the OpenTelemetry collector did not accept them";
     invalidation_polls: Counter, "invalidation_polls", "Polls for changes to keys, plans, tokens and sessions";
     invalidation_poll_errors: Counter, "invalidation_poll_errors", "Failed polls for changes";
     invalidations_published: Counter, "invalidations_published", "Changes published to other replicas";
@@ -194,7 +198,7 @@ metrics! {
         "Denials not recorded because the usage backlog was more than half full and the tenant had too many denials";
     usage_ship_errors: Counter, "usage_ship_errors", "Batches of usage records that could not be written to PostgreSQL";
     usage_sync_errors: Counter, "usage_sync_errors",
-        "Usage records that could not be written to disk before their responses were sent";
+        "Usage records that could not be written to disk before the response was sent";
     usage_endpoints_folded: Counter, "usage_endpoints_folded",
         "Usage records counted under `other` because the endpoint limit was reached";
     usage_backlog_records: Gauge, "usage_backlog_records",
@@ -239,7 +243,7 @@ impl Metrics {
         registry.register("build", "Version of the running server", version);
         self.register(&mut registry);
         let mut text = String::with_capacity(8192);
-        // The end marker is added last, below.
+        // Remove the end marker, which must follow all metrics.
         if encode(&mut text, &registry).is_ok() {
             text.truncate(text.trim_end().trim_end_matches("# EOF").len());
         }
@@ -258,6 +262,7 @@ impl Metrics {
             [
                 ("public", &self.public_connections),
                 ("metrics", &self.metrics_connections),
+                ("grpc", &self.grpc_connections),
             ],
         );
         self.write_swept(&mut text);

@@ -10,7 +10,7 @@ use uuid::Builder;
 use crate::clock::UnixNanos;
 
 /// Generates IDs that are unique across processes. They are predictable, which does not matter for request IDs. Reading
-/// random numbers from the system would cost more than everything else.
+/// random numbers from the operating system for each ID would cost more than everything else here.
 #[derive(Debug)]
 pub struct RequestIds {
     /// The start value of this process's counter.
@@ -44,7 +44,8 @@ impl RequestIds {
     }
 }
 
-/// The output function of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
+/// Computes the output function of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators,
+/// 2014).
 const fn mixed(n: u64) -> u64 {
     let n = n.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let n = (n ^ (n >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

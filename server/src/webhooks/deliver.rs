@@ -1,7 +1,7 @@
 //! Sends deliveries that are due, and decides when to retry failed deliveries.
 //!
-//! An attempt is counted before it is made. Whatever happens, the delivery becomes due again after [`LEASE`], so it is
-//! not lost if this process exits.
+//! An attempt is counted before it is made. Unless its result is recorded, the delivery becomes due again after
+//! [`LEASE`], so it is not lost if this process exits.
 
 use std::time::Duration;
 
@@ -22,9 +22,10 @@ use crate::{
     },
 };
 
-/// Seconds until another replica may repeat an attempt. Longer than any attempt, including recording its result.
+/// Seconds until another replica may repeat an attempt. Longer than any attempt takes, including the recording of its
+/// result.
 const LEASE: i32 = 60;
-/// The pauses between attempts, in seconds. They add up to a day.
+/// The pauses between attempts, in seconds. Their sum is about a day.
 const PAUSES: [i64; 9] = [5, 60, 300, 1800, 3600, 7200, 14_400, 21_600, 37_000];
 /// The longest pause that an endpoint can request, in seconds.
 const PAUSE_MAX: i64 = 12 * 3600;
@@ -90,7 +91,7 @@ impl Webhooks {
             .db
             .in_system(async |tx| webhook_delivery::claim(tx, &claim).await)
             .await?;
-        // The next turn is that of the tenant after the last of these.
+        // The next turn goes to the tenant that follows the last of these tenants.
         let tenants = due.iter().map(|it| it.tenant_id);
         if let Some(last) = tenants.max_by_key(|it| (*it <= after_tenant, *it)) {
             *self.0.last_tenant.lock() = last;
@@ -107,8 +108,8 @@ impl Webhooks {
             .in_system(async |tx| record(tx, due, &sent).await)
             .await?;
         if is_disabled {
-            // Canceled in a separate transaction, so that the result is recorded even if this fails. In that case, the
-            // next attempt cancels them.
+            // Cancel the other deliveries in a separate transaction, so that the result is recorded even if canceling
+            // fails. In that case, the next attempt cancels them.
             if let Err(error) = self.cancel(due).await {
                 let error = db::chain(&error);
                 tracing::warn!(webhook = %due.webhook_id, error, "cannot cancel deliveries");
@@ -121,7 +122,7 @@ impl Webhooks {
     async fn cancel(&self, due: &DueDelivery) -> Result<(), DbError> {
         let (tenant, id) = (due.tenant_id, due.webhook_id);
         let cancel = async |tx: &mut SystemTx| {
-            // It may have been enabled again.
+            // The webhook may have been enabled again.
             if webhook::lock_disabled(tx, tenant, id).await? {
                 webhook_delivery::cancel_system(tx, tenant, id, "The webhook was disabled.")
                     .await?;
@@ -143,7 +144,7 @@ impl Webhooks {
             return Sent::failed("The signing secret cannot be read. Rotate it.");
         };
         let mut secrets = vec![secret];
-        // Receivers with the current secret ignore the signature made with the previous one.
+        // Receivers with the current secret ignore the signature made with the previous secret.
         secrets.extend(due.previous_secret.as_ref().and_then(decrypt));
         let attempt = Attempt {
             event_id: &due.event_id,
@@ -177,17 +178,17 @@ async fn record(
         error: sent.error.as_deref(),
         retry_after: None,
     };
-    // Everywhere, webhooks are locked before their deliveries.
+    // Webhooks are always locked before their deliveries.
     if sent.error.is_none() {
         webhook::succeeded(tx, tenant, id, &due.url).await?;
         webhook_delivery::finish(tx, due, &result).await?;
         return Ok((Outcome::Delivered, false));
     }
     let Some(failing) = webhook::failed(tx, tenant, id, &due.url).await? else {
-        // It was deleted.
+        // The webhook was deleted.
         return Ok((Outcome::Failed, false));
     };
-    // What another URL responded says nothing about the current one.
+    // A response from a different URL says nothing about the current URL.
     if sent.status == Some(GONE) && failing.is_current {
         webhook_delivery::finish(tx, due, &result).await?;
         disable(tx, due, "The endpoint responded with status 410 (Gone).").await?;
@@ -205,7 +206,7 @@ async fn record(
     Ok((Outcome::Failed, is_disabled))
 }
 
-/// Disables a webhook. Does nothing if it is already disabled.
+/// Disables a webhook. Does nothing if the webhook is already disabled.
 async fn disable(tx: &mut SystemTx, due: &DueDelivery, reason: &str) -> Result<(), DbError> {
     let (tenant, id) = (due.tenant_id, due.webhook_id);
     let Some(name) = webhook::disable(tx, tenant, id, reason).await? else {
@@ -231,7 +232,7 @@ fn random() -> f64 {
     getrandom::u32().map_or(0.0, |it| f64::from(it) / (f64::from(u32::MAX) + 1.0))
 }
 
-/// How long a stopping server waits for attempts in progress. After that, another replica repeats them.
+/// How long a stopping server waits for attempts in progress. After that, another replica repeats these attempts.
 pub const FINISH: Duration = Duration::from_secs(3);
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! Webhooks: sends events to tenants' endpoints.
 //!
-//! The transaction that causes an event stores it, with one delivery per endpoint. Deliveries are sent after that
-//! transaction ([`deliver`]). Each is sent at least once, and receivers recognize repetitions by the event's ID. The
-//! deliveries to an endpoint are not ordered.
+//! The transaction that causes an event stores the event, with one delivery per endpoint. Deliveries are sent after
+//! that transaction ([`deliver`]). Each delivery is sent at least once, and receivers recognize repetitions by the
+//! event's ID. The deliveries to an endpoint are not ordered.
 //!
 //! While PostgreSQL is unreachable, nothing is sent. Stored deliveries are sent later.
 
@@ -36,7 +36,7 @@ use crate::{
 /// The number of webhooks whose secrets are re-encrypted per transaction.
 const BATCH: i64 = 100;
 
-/// Sends webhooks. Cheap to clone.
+/// Sends webhooks. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Webhooks(Arc<Inner>);
 
@@ -78,7 +78,7 @@ impl Webhooks {
     ///
     /// # Errors
     ///
-    /// Fails if the certificates of the operating system cannot be read.
+    /// Fails if the operating system's certificates cannot be read.
     pub fn new(
         db: Db,
         encryption: Encryption,
@@ -102,7 +102,7 @@ impl Webhooks {
     ///
     /// # Errors
     ///
-    /// Returns a message for the field that says what is wrong with the URL.
+    /// Returns a message that says what is wrong with the URL, for use as a field's error.
     pub fn check_url(&self, text: &str) -> Result<Url, &'static str> {
         self.0.targets.parse(text).map(|(url, _)| url)
     }
@@ -165,7 +165,7 @@ impl Webhooks {
         }
     }
 
-    /// Returns the secrets encrypted with the current key. Returns `None` if they already are.
+    /// Returns the secrets encrypted with the current key. Returns `None` if they are already encrypted with that key.
     #[expect(clippy::type_complexity, reason = "the two columns of a row")]
     fn reencrypted(
         &self,

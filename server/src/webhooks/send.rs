@@ -51,7 +51,7 @@ impl Sent {
     }
 }
 
-/// The clients for both schemes. They can connect to different addresses.
+/// The HTTP clients for the two URL schemes. They can connect to different addresses.
 #[derive(Debug)]
 pub struct Sender {
     https: Client,

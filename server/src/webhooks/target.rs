@@ -5,10 +5,10 @@
 //! addresses is used. Therefore, changing a host's address between the check and the connection has no effect.
 //! Redirects are not followed.
 //!
-//! The addresses of this machine are not allowed either, nor those of the host in `QUOTA_PUBLIC_URL`: in a container, the
-//! machine's public address is not that of an interface. If that host cannot be looked up, its addresses are unknown.
-//! Tenants do not learn whether a host is unknown or has an address that is not allowed, since that would reveal the
-//! names in a private network.
+//! This machine's addresses are not allowed either. The same applies to the addresses of the host in
+//! `QUOTA_PUBLIC_URL`, because in a container, no interface has the machine's public address. If that host cannot be
+//! looked up, its addresses cannot be excluded. Tenants do not learn whether a host is unknown or has an address that
+//! is not allowed, since that would reveal the names in a private network.
 //!
 //! The operator can allow networks that are not public (`QUOTA_WEBHOOK_PRIVATE_NETWORKS`). Only hosts in these networks
 //! may have `http://` URLs.
@@ -59,7 +59,7 @@ pub struct Targets {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scheme {
     Https,
-    /// Unencrypted, so it is allowed only in the operator's networks.
+    /// HTTP is not encrypted, so it is allowed only in the operator's networks.
     Http,
 }
 
@@ -71,7 +71,7 @@ impl Targets {
         }
     }
 
-    /// Also refuses the addresses of this URL's host.
+    /// Excludes the addresses of this URL's host, too.
     #[must_use]
     pub fn without_host_of(self, public_url: &str) -> Self {
         let url = Url::parse(public_url).ok();
@@ -85,7 +85,7 @@ impl Targets {
     ///
     /// # Errors
     ///
-    /// Returns a message for the field that says what is wrong with the URL.
+    /// Returns a message that says what is wrong with the URL, for use as a field's error.
     pub fn parse(&self, text: &str) -> Result<(Url, Scheme), &'static str> {
         let url = Url::parse(text).map_err(|_| "must be a URL that starts with https://")?;
         let scheme = match url.scheme() {
@@ -240,7 +240,7 @@ fn is_public_v4(ip: Ipv4Addr) -> bool {
         ([198, 18, 0, 0], 15),
         ([198, 51, 100, 0], 24),
         ([203, 0, 113, 0], 24),
-        // Multicast, reserved, and broadcast.
+        // Multicast, reserved, and broadcast addresses.
         ([224, 0, 0, 0], 3),
     ];
     let bits = ip.to_bits();
@@ -256,7 +256,7 @@ fn is_public_v6(ip: Ipv6Addr) -> bool {
     let [first, second, ..] = ip.segments();
     let is_global = first & 0xe000 == 0x2000;
     let is_special = match first {
-        // Protocol assignments, including Teredo, and documentation.
+        // Addresses for protocol assignments, including Teredo, and for documentation.
         0x2001 => second < 0x0200 || second == 0x0db8,
         // 6to4, which embeds an IPv4 address.
         0x2002 => true,

@@ -107,8 +107,10 @@ fn example_is_a_valid_environment() {
 /// Returns an invalid value for each variable.
 fn wrong(name: &str) -> &'static str {
     match name {
-        "QUOTA_LISTEN" | "QUOTA_METRICS_LISTEN" => "8080",
-        "QUOTA_PUBLIC_URL" | "STRIPE_API_BASE" => "ftp://example.com",
+        "QUOTA_LISTEN" | "QUOTA_METRICS_LISTEN" | "QUOTA_GRPC_LISTEN" => "8080",
+        "QUOTA_PUBLIC_URL" | "STRIPE_API_BASE" | "OTEL_EXPORTER_OTLP_ENDPOINT" => {
+            "ftp://example.com"
+        }
         "QUOTA_DATA_DIR" => " ",
         "DATABASE_URL" => "mysql://root:hunter2@host/db",
         "QUOTA_DATABASE_POOL" => "5",
@@ -145,17 +147,20 @@ fn wrong(name: &str) -> &'static str {
         "QUOTA_SECRET"
         | "QUOTA_SECRET_PREVIOUS"
         | "STRIPE_SECRET_KEY"
-        | "STRIPE_WEBHOOK_SECRET" => "hunter2",
+        | "STRIPE_WEBHOOK_SECRET"
+        | "OTEL_EXPORTER_OTLP_HEADERS" => "hunter2",
         "DATABASE_URL_FILE"
         | "REDIS_URL_FILE"
         | "QUOTA_SECRET_FILE"
         | "QUOTA_SECRET_PREVIOUS_FILE"
         | "SMTP_URL_FILE"
+        | "OTEL_EXPORTER_OTLP_HEADERS_FILE"
         | "STRIPE_SECRET_KEY_FILE"
         | "STRIPE_WEBHOOK_SECRET_FILE" => "/nonexistent/secret",
         "QUOTA_REGISTRATION" => "maybe",
         "QUOTA_LANDING" => "none",
-        "QUOTA_OPERATOR_NAME" => "Acme\tInc",
+        "QUOTA_OPERATOR_NAME" | "OTEL_SERVICE_NAME" => "Acme\tInc",
+        "OTEL_TRACES_SAMPLER_ARG" => "1.1",
         "ALLOWED_ORIGINS" => "example.com",
         "QUOTA_TRUSTED_PROXIES" | "QUOTA_WEBHOOK_PRIVATE_NETWORKS" => "10.0.0.0/33",
         "QUOTA_AUTH_RPM"

@@ -1,7 +1,8 @@
 //! Tests the unchanged configurations in `deploy/gateways` in the real gateways, with Quota behind verified TLS.
 
+mod envoy_ratelimit;
 mod programs;
-mod upstreams;
+pub(crate) mod upstreams;
 
 use std::fs;
 
@@ -366,8 +367,9 @@ fn payment_required(head: &Head) -> &'static str {
 /// Tests that only Quota's admissions admit a request, no matter what the consumer sends.
 async fn admits_only_what_quota_admits(program: Program) {
     type Answer = fn(&Head) -> &'static str;
-    // nginx follows the decision if it is not an admission.
-    let limited = if program == Program::Nginx { 429 } else { 503 };
+    // Some gateways follow the decision if it is not an admission.
+    let follows_decision = matches!(program, Program::Nginx | Program::Envoy);
+    let limited = if follows_decision { 429 } else { 503 };
     let answers: [(&str, Answer, u16); 7] = [
         ("empty 200", empty_200, 503),
         ("echoed 200", echoed_200, 503),
@@ -473,6 +475,12 @@ macro_rules! for_each_gateway {
                 super::$promise(super::Program::HaProxy).await;
             })+
         }
+        mod envoy {
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $promise() {
+                super::$promise(super::Program::Envoy).await;
+            })+
+        }
     };
 }
 
@@ -486,14 +494,26 @@ for_each_gateway! {
 
 #[test]
 fn every_configuration_marks_what_to_fill_in() {
-    for file in ["Caddyfile", "nginx.conf", "haproxy.cfg", "traefik.yml"] {
+    for file in [
+        "Caddyfile",
+        "nginx.conf",
+        "haproxy.cfg",
+        "traefik.yml",
+        "envoy.yaml",
+        "envoy-ratelimit.yaml",
+    ] {
         let text = fs::read_to_string(folder().join(file)).expect("the file is there");
         for part in [
             "api.example.com",
             "127.0.0.1:3000",
             "quota.example.com",
             "qs_YOUR_SERVICE_TOKEN",
-            "X-Quota-Decision",
+            // Not forgeable in the protocol of the rate limit service.
+            if file == "envoy-ratelimit.yaml" {
+                "failure_mode_deny: true"
+            } else {
+                "X-Quota-Decision"
+            },
         ] {
             assert!(text.contains(part), "{file} does not name {part}");
         }
@@ -504,5 +524,5 @@ fn every_configuration_marks_what_to_fill_in() {
         "Traefik is untested, and its page has to say so"
     );
     let files = fs::read_dir(folder()).expect("the folder is there").count();
-    assert_eq!(files, 5, "a gateway is missing here");
+    assert_eq!(files, 7, "a gateway is missing here");
 }

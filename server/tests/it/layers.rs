@@ -20,6 +20,7 @@ const RANKS: &[&[&str]] = &[
         "schema",
         "seal",
         "secret_text",
+        "spans",
         "subscription",
         "tenant_places",
         "tenant_queue",

@@ -104,14 +104,19 @@ fn free_address() -> SocketAddr {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn starting_server_refuses_connections_and_stops_on_request() {
-    let unused = free_address();
-    let mut process = Process::start(&format!("postgres://quota@{unused}/quota"), &[]);
+    let (unused, grpc) = (free_address(), free_address());
+    let mut process = Process::start(
+        &format!("postgres://quota@{unused}/quota"),
+        &[&format!("--grpc-listen={grpc}")],
+    );
     process
         .until_logged("cannot reach PostgreSQL, retrying")
         .await;
 
-    let refused = TcpStream::connect(process.addr).expect_err("it does not listen yet");
-    assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
+    for addr in [process.addr, grpc] {
+        let refused = TcpStream::connect(addr).expect_err("it does not listen yet");
+        assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
+    }
     for flags in [&[][..], &["--live"], &["--serving"]] {
         let health = process.health(flags);
         assert_eq!(health.status.code(), Some(1), "{flags:?}");

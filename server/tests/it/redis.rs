@@ -43,7 +43,9 @@ fn connect(url: &str, flags: &[&str]) -> Redis {
 }
 
 async fn add(redis: &Redis, key: &str, n: i64) -> Result<i64, CallError> {
-    let value = redis.eval(&Script::new(ADD), &[key], &[n], None).await?;
+    let value = redis
+        .eval(&Script::new("add", ADD), &[key], &[n], None)
+        .await?;
     Ok(i64::from_redis_value(value).expect("a number"))
 }
 
@@ -133,7 +135,7 @@ async fn patient_caller_gets_a_late_answer() {
     server.stop();
     let patient = redis.clone();
     let patient = tokio::spawn(async move {
-        let script = Script::new(ADD);
+        let script = Script::new("add", ADD);
         patient.eval(&script, &["k"], &[1], Some(PATIENCE)).await
     });
     let late = || redis.counts().timed_out.load(Ordering::Relaxed);

@@ -7,6 +7,7 @@
 //! machine affects all of them equally. Compare ratios: absolute figures depend on the machine. The behavior of several
 //! replicas is measured in [`replicas`].
 
+mod comparison;
 mod crash;
 mod floor;
 mod http1;
@@ -19,6 +20,7 @@ mod production;
 mod replica;
 mod replicas;
 mod rounds;
+mod traces;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -56,6 +58,17 @@ enum Command {
         #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u64).range(50..=300))]
         millis: u64,
     },
+    /// Measure the cost of traces, and print a table
+    Tracing {
+        /// The `quota` binary, a release build
+        quota: PathBuf,
+        /// The number of rounds per case
+        #[arg(long, default_value_t = 41, value_parser = clap::value_parser!(u32).range(1..=200))]
+        rounds: u32,
+        /// The length of a round in milliseconds
+        #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u64).range(50..=5000))]
+        millis: u64,
+    },
     /// Kill servers, Redis and PostgreSQL under load, and recount the usage
     Crash(crash::Options),
     /// Stop PostgreSQL under load, and compare latency and usage
@@ -84,6 +97,11 @@ fn main() -> Result<ExitCode> {
             rounds,
             millis,
         } => metering::run(&quota, rounds, std::time::Duration::from_millis(millis))?,
+        Command::Tracing {
+            quota,
+            rounds,
+            millis,
+        } => traces::run(&quota, rounds, std::time::Duration::from_millis(millis))?,
         Command::Crash(options) => return crash::run(&options),
         Command::Outage(options) => return outage::run(&options),
         Command::Restarts(options) => return production::restarts::run(&options),

@@ -185,6 +185,7 @@ pub(crate) fn without_settings(command: &mut Command) {
     for (name, _) in std::env::vars_os() {
         let ours = name.to_str().is_some_and(|name| {
             name.starts_with("QUOTA_")
+                || name.starts_with("OTEL_")
                 || matches!(name, "DATABASE_URL" | "REDIS_URL" | "ALLOWED_ORIGINS")
         });
         if ours {

@@ -264,6 +264,7 @@ fn gateway_files(folder: &Path) -> Result<String> {
         "haproxy.cfg",
         "quota.lua",
         "traefik.yml",
+        "envoy.yaml",
     ];
     let mut all = String::new();
     for name in names {

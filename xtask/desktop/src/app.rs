@@ -126,9 +126,10 @@ impl App {
         .await
     }
 
+    /// Clicks a button. Ignores buttons outside an open dialog, because the dialog makes them inert.
     pub async fn press(&self, button: &str) -> Result<()> {
         let what = format!(
-            "//button[({}) or @aria-label=\"{button}\"][not(@disabled)]",
+            "//button[({}) or @aria-label=\"{button}\"][not(@disabled)][ancestor::dialog[@open] or not(//dialog[@open])]",
             has_text(button)
         );
         self.click(&what).await

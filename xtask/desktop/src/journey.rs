@@ -8,6 +8,7 @@ use quota_testkit::proxy::{Fault, FaultProxy, Upstream};
 use serde_json::json;
 
 use crate::{
+    alerts::{self, Alerts},
     app::App,
     scan,
     world::{World, until},
@@ -40,12 +41,12 @@ pub async fn run(app: &Path, server: &str, shots: Option<&Path>) -> Result<()> {
         let _ = page.screenshot("failed").await;
         eprintln!("{}\n{}", page.all_text().await, world.log());
     }
-    result?;
+    let alerts = result?;
     page.close().await?;
     two_processes(&world, &server)
         .await
         .context("two processes")?;
-    second_start(app, &world, &server)
+    second_start(app, &world, &server, &alerts)
         .await
         .context("the second start")?;
     let found = scan::files(world.folder.path())?;
@@ -57,7 +58,12 @@ pub async fn run(app: &Path, server: &str, shots: Option<&Path>) -> Result<()> {
     Ok(())
 }
 
-async fn main_journey(page: &App, world: &World, server: &str, proxy: &FaultProxy) -> Result<()> {
+async fn main_journey(
+    page: &App,
+    world: &World,
+    server: &str,
+    proxy: &FaultProxy,
+) -> Result<Alerts> {
     page.heading("Sign in").await?;
     page.screenshot("sign-in").await?;
     page.follow("Create an account").await?;
@@ -70,8 +76,8 @@ async fn main_journey(page: &App, world: &World, server: &str, proxy: &FaultProx
 
     page.follow("Plans").await?;
     page.heading("No plans yet").await?;
-    page.press("New plan").await?;
-    page.heading("New plan").await?;
+    page.press("Create plan").await?;
+    page.heading("Create plan").await?;
     page.fill("Name", "Starter").await?;
     page.fill("Requests per minute", "30").await?;
     page.fill("Burst", "5").await?;
@@ -80,7 +86,7 @@ async fn main_journey(page: &App, world: &World, server: &str, proxy: &FaultProx
 
     page.follow("API keys").await?;
     page.heading("No keys yet").await?;
-    page.press("New key").await?;
+    page.press("Create key").await?;
     page.fill("Name", "Mobile app").await?;
     page.choose("#key_plan", "Starter (30/min)").await?;
     page.press("Create key").await?;
@@ -116,9 +122,20 @@ async fn main_journey(page: &App, world: &World, server: &str, proxy: &FaultProx
     with_server_unreachable(page, proxy)
         .await
         .context("with the server unreachable")?;
+    live_tail(page, proxy).await.context("live tail")?;
 
-    events(page).await.context("alerts and webhooks")?;
+    let alerts = Alerts::check(page, world, server).await.context("alerts")?;
+    // The alert about this usage is created during the next steps, while the window has focus.
+    alerts.use_up(server)?;
+    page.follow("Webhooks").await?;
+    page.heading("No webhooks yet").await?;
+    page.screenshot("webhooks").await?;
     billing(page, world).await.context("billing")?;
+    alerts
+        .is_only_counted(page)
+        .await
+        .context("in the window")?;
+    alerts::delete_key(page, "Mobile app").await?;
 
     page.follow("API keys").await?;
     page.follow("Mobile app").await?;
@@ -138,7 +155,7 @@ async fn main_journey(page: &App, world: &World, server: &str, proxy: &FaultProx
     page.fill("Address", "http://quota.example.com").await?;
     page.press("Add server").await?;
     page.text("is only allowed for localhost").await?;
-    Ok(())
+    Ok(alerts)
 }
 
 /// Sends requests with the key until one gets this status: a change takes effect within a second.
@@ -244,6 +261,34 @@ async fn with_server_unreachable(page: &App, proxy: &FaultProxy) -> Result<()> {
     .await
 }
 
+/// Checks that the live tail says when the server is unreachable, although the app then returns stored decisions.
+async fn live_tail(page: &App, proxy: &FaultProxy) -> Result<()> {
+    page.follow("Usage").await?;
+    page.press("Open live tail").await?;
+    let status = async |expected: &str| {
+        until(expected, TIMEOUT, async || {
+            let is_expected = page.content(".tail-status .badge").await? == expected;
+            Ok(is_expected.then_some(()))
+        })
+        .await
+    };
+    status("Live").await?;
+    let rows = page.content(".tail-list").await?;
+    ensure!(rows.contains("Mobile app"), "{rows}");
+    page.screenshot("live-tail").await?;
+    proxy.set(Fault::Refuse);
+    proxy.cut();
+    status("Reconnecting…").await?;
+    ensure!(
+        page.content(".tail-list").await? == rows,
+        "the decisions are gone"
+    );
+    page.screenshot("live-tail-unreachable").await?;
+    proxy.set(Fault::Pass);
+    status("Live").await?;
+    page.press("Close").await
+}
+
 /// Checks that two processes can refresh the same session concurrently.
 async fn two_processes(world: &World, server: &str) -> Result<()> {
     let lock = world.data().join("refresh.lock");
@@ -264,10 +309,15 @@ async fn two_processes(world: &World, server: &str) -> Result<()> {
     Ok(())
 }
 
-/// Checks that the app is still signed in after a restart, and then signs out.
-async fn second_start(app: &Path, world: &World, server: &str) -> Result<()> {
+/// Checks that the app is still signed in after a restart, and does not show earlier alerts again. Then signs out.
+async fn second_start(app: &Path, world: &World, server: &str, alerts: &Alerts) -> Result<()> {
     let page = App::start(world, app, server, None).await?;
     page.heading("Get started").await?;
+    world.display()?.unfocus().await?;
+    alerts
+        .is_only_counted(&page)
+        .await
+        .context("earlier alerts")?;
     check_memory(world).context("in memory")?;
     page.press("Sign out").await?;
     page.heading("Sign in").await?;
@@ -297,7 +347,7 @@ async fn asks_before_quitting(page: &App, world: &World) -> Result<()> {
 /// Quits even though a new key has not been saved.
 async fn quits_without_saving(page: App, world: &World) -> Result<()> {
     page.follow("Service tokens").await?;
-    page.press("New token").await?;
+    page.press("Create token").await?;
     page.fill("Name", "Edge gateway").await?;
     page.press("Create token").await?;
     page.element("#secret").await?;
@@ -307,16 +357,6 @@ async fn quits_without_saving(page: App, world: &World) -> Result<()> {
     page.exits()
         .await
         .with_context(|| format!("pressing \"Quit without saving\": {pressed:?}"))
-}
-
-/// Opens the pages for alerts and webhooks, whose code is loaded with the first of them.
-async fn events(page: &App) -> Result<()> {
-    page.follow("Alerts").await?;
-    page.heading("No alerts yet").await?;
-    page.screenshot("alerts").await?;
-    page.follow("Webhooks").await?;
-    page.heading("No webhooks yet").await?;
-    page.screenshot("webhooks").await
 }
 
 /// Checks that Checkout opens in the system's browser, and that the app notices when it is complete.

@@ -3,10 +3,12 @@
 //! Called by `cargo xtask` with the compiled app and the address of a server. The app runs in a real but private
 //! environment: its own display, session bus, keychain and home directory, which are removed at the end.
 
+mod alerts;
 mod app;
 mod bench;
 mod journey;
 mod keychain;
+mod notifications;
 mod scan;
 mod world;
 mod x11;

@@ -46,6 +46,13 @@ impl World {
             fs::create_dir(&path)?;
             fs::set_permissions(&path, fs::Permissions::from_mode(0o700))?;
         }
+        // The session bus must not start this machine's notification service.
+        let services = folder.path().join("runtime/dbus-1/services");
+        fs::create_dir_all(&services)?;
+        fs::write(
+            services.join("org.freedesktop.Notifications.service"),
+            "[D-BUS Service]\nName=org.freedesktop.Notifications\nExec=/bin/false\n",
+        )?;
         // Stands in for the system's browser.
         let browser = folder.path().join("bin/xdg-open");
         fs::write(&browser, "#!/bin/sh\necho \"$1\" >>\"$HOME/opened\"\n")?;
@@ -136,6 +143,11 @@ impl World {
             .lines()
             .map(str::to_owned)
             .collect()
+    }
+
+    /// Returns the address of the session bus.
+    pub fn bus(&self) -> &str {
+        &self.bus
     }
 
     /// Returns the display, for input that does not come from the page.

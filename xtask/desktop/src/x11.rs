@@ -21,6 +21,9 @@ pub const CONTROL: u32 = 0xffe3;
 pub const Q: u32 = 0x71;
 pub const F1: u32 = 0xffbe;
 
+/// The toolkit learns about focus from an event.
+const EVENT_DELAY: Duration = Duration::from_millis(300);
+
 pub struct Display {
     connection: RustConnection,
     root: Window,
@@ -65,14 +68,22 @@ impl Display {
         Ok(())
     }
 
+    /// Takes the focus from all windows, as if the user were looking at another program.
+    pub async fn unfocus(&self) -> Result<()> {
+        self.connection
+            .set_input_focus(InputFocus::NONE, NONE, CURRENT_TIME)?
+            .check()?;
+        tokio::time::sleep(EVENT_DELAY).await;
+        Ok(())
+    }
+
     /// Presses keys together, with the window focused.
     pub async fn press(&self, title: &str, keysyms: &[u32]) -> Result<()> {
         let window = self.window(title)?;
         self.connection
             .set_input_focus(InputFocus::PARENT, window, CURRENT_TIME)?
             .check()?;
-        // The toolkit learns about focus from an event.
-        tokio::time::sleep(Duration::from_millis(300)).await;
+        tokio::time::sleep(EVENT_DELAY).await;
         let codes = keysyms
             .iter()
             .map(|keysym| self.keycode(*keysym))

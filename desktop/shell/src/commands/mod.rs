@@ -1,5 +1,6 @@
 //! The commands that the page may call. `build.rs` declares them, and `capabilities/main.json` grants them.
 
+pub mod notification;
 pub mod profile;
 pub mod server;
 pub mod system;

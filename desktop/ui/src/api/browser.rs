@@ -68,15 +68,14 @@ fn account_before_replacement() -> Option<(UserId, TenantId)> {
     })
 }
 
-/// How long a response may take, in milliseconds: longer than the server's own limit, unless that is configured.
+/// How long a response may take, in milliseconds. Longer than the server's default limit.
 const RESPONSE_MS: u32 = 30_000;
 
-/// Why `fetch` failed. After the time limit, a change may still take effect.
+/// Explains why `fetch` failed. A change may still take effect after the time limit.
 fn fetch_error(error: &JsValue, call: &Call) -> CallError {
     let name = js_sys::Reflect::get(error, &"name".into()).ok();
     let is_late = name.and_then(|it| it.as_string()).as_deref() == Some("TimeoutError");
-    let is_change = call.is_of_session() && call.sent().method != "GET";
-    if is_late && is_change {
+    if is_late && call.is_change() {
         CallError::NoResponse
     } else {
         CallError::Unreachable
@@ -239,7 +238,7 @@ pub async fn copy(text: &str) -> bool {
         .is_ok()
 }
 
-/// The browser chooses the folder and shows the download.
+/// Downloads the file. The browser chooses the folder and shows the download.
 pub async fn save_file(name: &str, text: &str) -> CallResult<Option<String>> {
     start_download(name, text).ok_or(CallError::Unreadable)?;
     Ok(None)

@@ -34,6 +34,7 @@ async fn invoke<T: DeserializeOwned>(command: &str, arguments: &impl Serialize) 
         Err(value) => Err(match parse(&value) {
             Some(ipc::CallError::Problem { problem }) => CallError::Problem(problem),
             Some(ipc::CallError::Unreachable) => CallError::Unreachable,
+            Some(ipc::CallError::NoResponse) => CallError::NoResponse,
             Some(ipc::CallError::NoBrowser) => CallError::NoBrowser,
             Some(ipc::CallError::Unreadable) | None => CallError::Unreadable,
         }),
@@ -44,7 +45,7 @@ pub async fn send(call: &Call) -> CallResult<String> {
     let result: CallResult<CallResponse> = invoke("call", &json!({ "call": call })).await;
     match &result {
         Ok(response) => host::set_loaded_at(response.loaded_at),
-        Err(CallError::Unreachable) => {}
+        Err(CallError::Unreachable | CallError::NoResponse) => {}
         // Even an error response proves that the server is reachable.
         Err(_) => host::set_loaded_at(None),
     }
@@ -94,6 +95,12 @@ pub async fn save_file(name: &str, text: &str) -> CallResult<Option<String>> {
     invoke("save_file", &json!({ "name": name, "text": text }))
         .await
         .map(Some)
+}
+
+/// Shows a notification of the operating system, unless the window has focus.
+pub async fn notify(text: &str) {
+    // A failure does not matter, because a toast shows the same text.
+    let _ = invoke::<()>("notify", &json!({ "text": text })).await;
 }
 
 pub async fn host_status() -> CallResult<HostStatus> {

@@ -6,10 +6,6 @@ pub enum CallError {
     Problem(Box<Problem>),
     Unreachable,
     /// The server took too long to respond to a call that may have taken effect.
-    #[cfg_attr(
-        feature = "desktop",
-        expect(dead_code, reason = "the desktop app reports these as unreachable")
-    )]
     NoResponse,
     /// The response could not be parsed.
     Unreadable,
@@ -50,7 +46,7 @@ impl CallError {
             }
             Self::Unreadable => "Unexpected response from the server. Reload the page.",
             Self::NoCode => {
-                "Part of the console couldn't be loaded. Check your connection, or reload the page to get the latest version."
+                "Couldn't load part of the console. Check your connection, or reload the page to get the latest version."
             }
             Self::AccountChanged => {
                 "This browser is now signed in to a different account. No changes were made."

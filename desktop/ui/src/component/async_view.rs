@@ -34,9 +34,10 @@ struct Core {
     pending: RwSignal<bool>,
     /// Whether the next load runs in the background.
     quiet: StoredValue<bool>,
-    /// When background loads started to fail, in milliseconds since 1970, and the latest error. The data on the page is
-    /// older than this time.
-    stale: RwSignal<Option<(i64, CallError)>>,
+    /// When the data on the page was loaded, in milliseconds since 1970.
+    loaded_at: StoredValue<i64>,
+    /// Why the latest background load failed. `None` if it succeeded.
+    stale: RwSignal<Option<CallError>>,
 }
 
 impl Core {
@@ -156,6 +157,7 @@ fn load_data(fetch: Box<dyn Fn() -> LocalFuture<CallResult<Data>>>) -> Core {
         version: RwSignal::new(0),
         pending: RwSignal::new(false),
         quiet: StoredValue::new(false),
+        loaded_at: StoredValue::new(0),
         stale: RwSignal::new(None),
     };
     let latest = StoredValue::new(0_u32);
@@ -190,14 +192,12 @@ fn load_data(fetch: Box<dyn Fn() -> LocalFuture<CallResult<Data>>>) -> Core {
             let _ = core.pending.try_set(false);
             match result {
                 Ok(data) => {
+                    let _ = core.loaded_at.try_set_value(now());
                     let _ = core.stale.try_set(None);
                     let _ = core.state.try_set(LoadState::Ready(data));
                 }
                 Err(error) if is_quiet && was_ready => {
-                    core.stale.try_update(|stale| {
-                        let since = stale.as_ref().map_or_else(now, |(since, _)| *since);
-                        *stale = Some((since, error));
-                    });
+                    let _ = core.stale.try_set(Some(error));
                 }
                 Err(error) if is_reload && was_ready && !error.is(ProblemCode::NotFound) => {
                     if let Some(toasts) = toasts {
@@ -371,12 +371,13 @@ fn stale_note(core: Core) -> AnyView {
                 track_ticks();
                 core.stale
                     .get()
-                    .map(|(since, error)| {
+                    .map(|error| {
                         let id = error.request_id().map(str::to_owned);
+                        let updated = relative(core.loaded_at.get_value(), now());
                         view! {
                             <div class="alert warn stale">
                                 <p>
-                                    {format!("Couldn't refresh. Last updated {}. ", relative(since, now()))}
+                                    {format!("Couldn't refresh. Last updated {updated}. ")}
                                     <button type="button" class="link" on:click=move |_| core.reload()>"Retry"</button>
                                 </p>
                                 {request_id(id)}

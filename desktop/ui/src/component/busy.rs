@@ -1,4 +1,4 @@
-//! Buttons that wait for a response ignore clicks but keep focus. A disabled button would lose it.
+//! Buttons that wait for a response ignore clicks but keep focus. A disabled button would lose focus.
 
 use leptos::prelude::*;
 use wasm_bindgen::{JsCast, prelude::Closure};

@@ -2,7 +2,7 @@
 
 use leptos::prelude::*;
 
-/// A section with a title. `id` is the ID of the title, and unique on the page.
+/// A section with a title. `id` is the title's ID, and must be unique on the page.
 #[component]
 pub fn Card(id: &'static str, title: &'static str, children: Children) -> impl IntoView {
     view! {

@@ -25,7 +25,7 @@ pub fn Field(
     #[prop(optional)] numeric: bool,
     #[prop(optional)] multiline: bool,
     #[prop(optional)] check: Option<Check>,
-    /// Suggested values while typing.
+    /// Values to suggest while the user types.
     #[prop(optional)]
     suggestions: Vec<String>,
 ) -> impl IntoView {

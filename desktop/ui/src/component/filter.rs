@@ -18,7 +18,7 @@ pub fn set_filter(route: Route, name: &str, value: &str) {
     route.replace(&format!("{}{query}", route.path.get_untracked()));
 }
 
-/// A drop-down filter for the query parameter `name`.
+/// A drop-down filter for the `name` query parameter.
 pub fn select_filter(
     name: &'static str,
     id: &'static str,

@@ -40,7 +40,7 @@ impl FormState {
         }
     }
 
-    /// Registers a field. `name` is its name in the API.
+    /// Registers a field. `name` is the field's name in the API.
     pub fn register(
         self,
         name: &'static str,

@@ -1,7 +1,9 @@
 //! The state of the desktop app.
 
-use leptos::prelude::*;
+use leptos::{prelude::*, task::spawn_local};
 use quota_common::{Timestamp, ipc::HostStatus};
+
+use crate::api;
 
 /// The signals are reference-counted because they exist before the first page is mounted and outlive the last one.
 struct Host {
@@ -34,7 +36,7 @@ pub fn server_address() -> String {
     status().with_untracked(|it| it.as_ref().map(|it| it.current.clone()).unwrap_or_default())
 }
 
-/// When the data on the page was loaded. `None` while the server is reachable.
+/// Returns when the data on the page was loaded. `None` while the server is reachable.
 pub fn loaded_at() -> ArcRwSignal<Option<Timestamp>> {
     HOST.with(|host| host.loaded_at.clone())
 }
@@ -43,8 +45,8 @@ pub fn is_offline() -> bool {
     loaded_at().with_untracked(Option::is_some)
 }
 
-/// Records where the last response came from: `None` means the server. Otherwise, it is a stored response that was
-/// received at this time.
+/// Records the origin of the last response: `None` if it came from the server, or the time at which the app received it
+/// if it is a stored response.
 pub fn set_loaded_at(loaded_at: Option<Timestamp>) {
     HOST.with(|host| {
         if host.loaded_at.get_untracked() != loaded_at {
@@ -66,6 +68,14 @@ pub fn track_retries() {
 pub fn on_quit(warn: impl Fn() + 'static) {
     let listener = window_event_listener_untyped("quota-quit", move |_| warn());
     on_cleanup(move || listener.remove());
+}
+
+/// Whether new alerts are also shown as notifications of the operating system.
+pub const NOTIFIES: bool = true;
+
+/// Shows a notification of the operating system, unless the window has focus.
+pub fn notify(text: String) {
+    spawn_local(async move { api::notify(&text).await });
 }
 
 /// Whether Stripe pages open in another window. If so, this page waits for the user to return.

@@ -47,7 +47,7 @@ impl ConsolePage {
         }
     }
 
-    /// The right that a page requires, and what it shows, as in `You don't have access to plans`.
+    /// Returns the right that the page requires, and the name of what it shows, as in `You don't have access to plans`.
     pub const fn right(self) -> (Right, &'static str) {
         match self {
             Self::Plans => (Right::Read, "plans"),

@@ -40,7 +40,7 @@ fn threshold_badge(threshold: u32) -> Markup {
 
 /// Returns the alerts as a table. Marks alerts newer than `seen` as new.
 pub fn alert_table(alerts: &[QuotaAlert], seen: Option<QuotaAlertId>, now: i64) -> Markup {
-    let columns = ["Key", "Quota", "Reached", "Used", "Time", "Resets"];
+    let columns = ["Key", "Quota", "Reached", "Used", "Time", "Reset"];
     let head: Vec<Markup> = columns
         .iter()
         .map(|name| with_text("th", &[("scope", "col")], name))
@@ -93,9 +93,26 @@ fn alert_row(alert: &QuotaAlert, is_new: bool, now: i64) -> Markup {
         cell("Reached", threshold_badge(alert.threshold)),
         cell("Used", Markup::text(&used)),
         cell("Time", time),
-        cell("Resets", time_markup(alert.resets_at, now)),
+        cell("Reset", time_markup(alert.resets_at, now)),
     ];
     element("tr", &[], &cells)
+}
+
+/// Returns the alerts created after this one.
+pub fn newer(alerts: &[QuotaAlert], than: QuotaAlertId) -> impl Iterator<Item = &QuotaAlert> {
+    alerts.iter().filter(move |it| it.id > than)
+}
+
+/// Returns the alerts to announce. Before the first check, `announced` is `None`, and no alert is announced: they may be
+/// from days ago. `alerts` are sorted, newest first.
+pub fn unannounced(
+    alerts: &[QuotaAlert],
+    announced: Option<QuotaAlertId>,
+    seen: QuotaAlertId,
+) -> Vec<QuotaAlert> {
+    announced.map_or_else(Vec::new, |announced| {
+        newer(alerts, announced.max(seen)).cloned().collect()
+    })
 }
 
 /// Sums up new alerts in one message.
@@ -133,11 +150,11 @@ pub const fn role_members(role: Role) -> &'static str {
     }
 }
 
-/// Warns that the server cannot send the emails that the settings ask for.
+/// Warns that emails are turned on but the server cannot send them.
 pub fn email_warning(settings: &AlertSettings) -> Option<&'static str> {
     let is_on = settings.email && !settings.email_roles.is_empty();
     (is_on && !settings.can_email).then_some(
-        "Emails aren't sent: this server has no mail server. Ask the operator to set SMTP_URL.",
+        "Emails aren't sent because no mail server is configured. Ask the operator to set SMTP_URL.",
     )
 }
 
@@ -222,6 +239,24 @@ mod tests {
     }
 
     #[test]
+    fn alerts_are_announced_once_and_only_if_they_are_new_and_not_seen() {
+        let all = [3, 2, 1].map(|n| alert(n, Some("App"), PolicyName::Daily, 50));
+        let id = |n: usize| all[3 - n].id;
+        let announced = |announced, seen| {
+            let new = unannounced(&all, announced, seen);
+            new.iter().map(|it| it.id).collect::<Vec<_>>()
+        };
+        assert_eq!(announced(None, QuotaAlertId::NIL), []);
+        assert_eq!(announced(Some(id(1)), QuotaAlertId::NIL), [id(3), id(2)]);
+        assert_eq!(announced(Some(id(3)), QuotaAlertId::NIL), []);
+        assert_eq!(announced(Some(id(1)), id(2)), [id(3)]);
+        assert_eq!(announced(Some(id(2)), id(1)), [id(3)]);
+        // There were no alerts at the first check.
+        let none = Some(QuotaAlertId::NIL);
+        assert_eq!(announced(none, QuotaAlertId::NIL), [id(3), id(2), id(1)]);
+    }
+
+    #[test]
     fn recipients_are_listed_unless_email_is_off() {
         let settings = |email, email_roles: &[Role]| {
             recipients(&AlertSettings {
@@ -242,6 +277,7 @@ mod tests {
         assert_eq!(settings(true, &[]), "Off");
         assert_eq!(settings(false, &[Role::Owner]), "Off");
     }
+
     #[test]
     fn warning_appears_only_if_emails_should_be_sent() {
         let warns = |email, email_roles: &[Role], can_email| {

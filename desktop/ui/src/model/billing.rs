@@ -13,7 +13,7 @@ use super::{
     text::{count, date_time, number, relative},
 };
 
-/// The server reads subscriptions from Stripe more often than this, unless Stripe is unreachable.
+/// While a tenant is subscribed, the server reads its subscription more often than this, unless Stripe is unreachable.
 const STALE_MS: i64 = 30 * 60 * 1000;
 
 fn millis(at: Timestamp) -> i64 {
@@ -72,7 +72,7 @@ const fn is_subscribed(it: &BillingState) -> bool {
     !matches!(it.access, BillingAccess::Free | BillingAccess::Canceled)
 }
 
-/// Returns the notices, most important first. Each one has a CSS class.
+/// Returns the notices, most important first, each with its CSS class.
 fn notices(it: &BillingState, now: i64) -> Vec<(&'static str, String)> {
     let (danger, warn) = ("alert", "alert warn");
     let requests = paid_requests(it.paid_keys);
@@ -303,7 +303,10 @@ pub fn limits(it: &BillingLimits, now: i64) -> Markup {
         .map(|n| format!("a daily and monthly quota of {}", number(n)));
     let bounds: Vec<String> = rate.into_iter().chain(quota).collect();
     if !bounds.is_empty() {
-        let text = format!("Plans not marked Paid: at most {}.", bounds.join(", and "));
+        let text = format!(
+            "Plans not marked Paid are limited to {}.",
+            bounds.join(", and ")
+        );
         all.push(with_text("p", &[("class", "muted small-text")], &text));
     }
     all
@@ -509,7 +512,7 @@ mod tests {
         assert_eq!(
             text(&limits(&state.limits, NOW)),
             "Requests this month 61,500 of 100,000 used Resets in 4 days \
-             Plans not marked Paid: at most 60 requests per minute, and a daily and monthly quota of 10,000."
+             Plans not marked Paid are limited to 60 requests per minute, and a daily and monthly quota of 10,000."
         );
     }
 

@@ -60,13 +60,20 @@ impl BulkAction {
             1 => "1 was used in the last 24 hours.".to_owned(),
             n => format!("{n} were used in the last 24 hours."),
         };
+        let keys = if names.len() == 1 {
+            "this key"
+        } else {
+            "these keys"
+        };
         match self {
-            Self::Activate => format!("{list}: requests will be accepted again within a second."),
+            Self::Activate => {
+                format!("{list}: Within a second, requests with {keys} will be accepted again.")
+            }
             Self::Deactivate => format!(
-                "{list}: requests will be rejected with 401 within a second. You can activate the keys again later. {usage}"
+                "{list}: Within a second, requests with {keys} will be rejected (401). You can activate {keys} again later. {usage}"
             ),
             Self::Delete => format!(
-                "{list}: requests will be rejected with 401 within a second. This can't be undone. {usage}"
+                "{list}: Within a second, requests with {keys} will be rejected (401). This can't be undone. {usage}"
             ),
         }
     }

@@ -23,7 +23,7 @@ pub struct Command {
 }
 
 impl Command {
-    /// The right that the command requires.
+    /// Returns the right that the command requires.
     pub fn right(&self) -> Right {
         match self.action {
             Action::Go(address) if address.ends_with("?new=1") => Right::Manage,

@@ -2,7 +2,7 @@
 
 /// An error that was shown for at least this many milliseconds counts as read.
 const READ_MS: i64 = 3000;
-/// The maximum number of errors that wait behind the current message. Older errors are dropped.
+/// The maximum number of messages, including the one on the page. Older messages are dropped.
 const MAX_WAITING: usize = 3;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,7 +17,7 @@ pub struct Message<A> {
     pub added_at: i64,
 }
 
-/// Messages, oldest first. The last message is the one on the page.
+/// Messages, oldest first. The page shows the last message.
 #[derive(Debug, Clone)]
 pub struct Messages<A>(Vec<Message<A>>);
 
@@ -97,7 +97,7 @@ mod tests {
         messages.add(message(2, false, READ_MS));
         messages.remove(2);
         assert!(messages.is_empty());
-        // An error that was covered before it could be read is shown afterwards.
+        // An error that was covered before it could be read is shown afterward.
         messages.add(message(3, true, 10_000));
         messages.add(message(4, false, 10_500));
         assert_eq!(shown(&messages), Some((4, 1)));

@@ -24,7 +24,7 @@ pub fn policy_label(policy: &str) -> &str {
     }
 }
 
-/// Explains a 429 response by the policies that denied the request.
+/// Explains a 429 response, based on the policies that denied the request.
 pub fn denial(policies: &[PolicyState]) -> &'static str {
     let denying = policies.iter().find(|it| it.denied);
     match denying.map(|it| &*it.policy) {

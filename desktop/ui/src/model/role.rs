@@ -1,17 +1,17 @@
-//! What the members of an organization may use, by role.
+//! The rights of an organization's members, by role.
 
 use quota_common::auth::Role;
 
 /// A right that a page or command requires.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Right {
-    /// Every member has it.
+    /// Every member has this right.
     Any,
-    /// To see plans, keys, tokens, webhooks and the audit log.
+    /// The right to view plans, keys, tokens, webhooks and the audit log.
     Read,
-    /// To create, change and delete them.
+    /// The right to create, change and delete plans, keys, tokens and webhooks.
     Manage,
-    /// To see and change the subscription.
+    /// The right to view and change the subscription.
     Bill,
 }
 
@@ -26,10 +26,10 @@ impl Right {
     }
 }
 
-/// Why a role cannot use a page.
+/// Explains why a role cannot use a page.
 pub fn no_access(role: Role, what: &str) -> String {
     format!(
-        "Your role ({}) doesn't include {what}. Ask an owner or an admin of your organization.",
+        "Your role ({}) doesn't have access to {what}. Ask an owner or an admin of your organization.",
         role.as_str()
     )
 }
@@ -58,7 +58,7 @@ mod tests {
     fn reason_names_the_role_and_the_page() {
         assert_eq!(
             no_access(Role::Billing, "the audit log"),
-            "Your role (billing) doesn't include the audit log. Ask an owner or an admin of your organization."
+            "Your role (billing) doesn't have access to the audit log. Ask an owner or an admin of your organization."
         );
     }
 }

@@ -43,7 +43,7 @@ fn duration(secs: u64) -> String {
     }
 }
 
-/// Formats a time relative to `now`. Both are in milliseconds since 1970.
+/// Formats a time relative to `now`. Both times are in milliseconds since 1970.
 pub fn relative(at: i64, now: i64) -> String {
     let secs = (at - now).unsigned_abs() / 1000;
     match (at > now, secs) {
@@ -105,15 +105,17 @@ pub enum Gateway {
     Nginx,
     HaProxy,
     Traefik,
+    Envoy,
     Curl,
 }
 
 impl Gateway {
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Caddy,
         Self::Nginx,
         Self::HaProxy,
         Self::Traefik,
+        Self::Envoy,
         Self::Curl,
     ];
 
@@ -123,6 +125,7 @@ impl Gateway {
             Self::Nginx => "nginx",
             Self::HaProxy => "HAProxy",
             Self::Traefik => "Traefik",
+            Self::Envoy => "Envoy",
             Self::Curl => "curl",
         }
     }
@@ -145,6 +148,7 @@ impl Gateway {
                 file("quota.lua").trim_end(),
             ),
             Self::Traefik => body(file("traefik.yml")).to_owned(),
+            Self::Envoy => body(file("envoy.yaml")).to_owned(),
             Self::Curl => {
                 "curl https://quota.example.com/v1/check \\\n  -H \"Authorization: Bearer qs_YOUR_SERVICE_TOKEN\" \\\n  \
                  -H \"Content-Type: application/json\" \\\n  -d '{\"key\": \"qk_…\", \"endpoint\": \"GET /orders\"}'"
@@ -159,9 +163,12 @@ impl Gateway {
             }
             _ => (authority, format!("{authority}:{default}")),
         };
-        // nginx and HAProxy configure scheme, address, and certificate separately.
+        // nginx, HAProxy and Envoy configure scheme, address, and certificate separately.
         let text = if scheme == "http" {
-            text.replace("https://quota/", "http://quota/")
+            text.split("\n    transport_socket:")
+                .next()
+                .unwrap_or_default()
+                .replace("https://quota/", "http://quota/")
                 .lines()
                 .map(|line| line.split(" ssl verify required").next().unwrap_or(line))
                 .filter(|line| !line.trim_start().starts_with("proxy_ssl_"))
@@ -170,7 +177,12 @@ impl Gateway {
         } else {
             text
         };
+        let port = address.rsplit(':').next().unwrap_or_default();
         text.replace("quota.example.com:443", &address)
+            .replace(
+                "quota.example.com, port_value: 443",
+                &format!("quota.example.com, port_value: {port}"),
+            )
             .replace("https://quota.example.com", origin)
             .replace("quota.example.com", host)
             .replace("qs_YOUR_SERVICE_TOKEN", token)
@@ -200,6 +212,8 @@ mod tests {
         include_str!("../../../../deploy/gateways/quota.lua"),
         "\n=== traefik.yml\n",
         include_str!("../../../../deploy/gateways/traefik.yml"),
+        "\n=== envoy.yaml\n",
+        include_str!("../../../../deploy/gateways/envoy.yaml"),
     );
 
     #[test]
@@ -265,10 +279,11 @@ mod tests {
         for gateway in Gateway::ALL {
             let text = gateway.configuration(FILES, "http://localhost:8080", "qs_secret");
             assert!(text.contains("qs_secret"), "{text}");
-            assert!(
-                text.contains("localhost:8080") && text.contains("/v1/"),
-                "{text}"
-            );
+            let address = match gateway {
+                Gateway::Envoy => "{ address: localhost, port_value: 8080 }",
+                _ => "localhost:8080",
+            };
+            assert!(text.contains(address) && text.contains("/v1/"), "{text}");
             assert!(
                 !text.contains("quota.example.com") && !text.starts_with('#'),
                 "{text}"
@@ -299,5 +314,17 @@ mod tests {
         assert!(plain.contains("server quota 127.0.0.1:8080\n"), "{plain}");
         let plain = Gateway::Nginx.configuration(FILES, "http://127.0.0.1:8080", "qs_secret");
         assert!(!plain.contains("ssl"), "{plain}");
+
+        let envoy =
+            Gateway::Envoy.configuration(FILES, "https://quota.corp.example:8443", "qs_secret");
+        for line in [
+            "{ address: quota.corp.example, port_value: 8443 }",
+            "sni: quota.corp.example\n",
+            "matcher: { exact: quota.corp.example }",
+        ] {
+            assert!(envoy.contains(line), "{line} is not in\n{envoy}");
+        }
+        let plain = Gateway::Envoy.configuration(FILES, "http://127.0.0.1:8080", "qs_secret");
+        assert!(!plain.contains("tls"), "{plain}");
     }
 }

@@ -159,7 +159,7 @@ pub fn today(stats: &Stats, day: &Usage) -> Pair {
 /// Returns the change since the previous period, such as `+12.5%`.
 pub fn change(now: u64, before: u64) -> String {
     if now == before {
-        return "Same as previous period".to_owned();
+        return "Same as the previous period".to_owned();
     }
     let sign = if now > before { '+' } else { '−' };
     match percent(now.abs_diff(before), before) {
@@ -494,7 +494,7 @@ mod tests {
     fn change_is_relative_to_the_period_before() {
         assert_eq!(change(9, 8), "+12.5% vs. previous period");
         assert_eq!(change(4, 8), "−50.0% vs. previous period");
-        assert_eq!(change(3, 3), "Same as previous period");
+        assert_eq!(change(3, 3), "Same as the previous period");
         assert_eq!(change(3, 0), "None in the previous period");
     }
 

@@ -416,9 +416,9 @@ pub fn event_types() -> Markup {
     let rows = [
         (
             THRESHOLD_REACHED,
-            "Sent once per day or month when 50, 80 or 100% of a quota is used.",
+            "Sent when 50, 80 or 100% of a quota has been used, once per threshold in each day or month.",
         ),
-        ("webhook.test", "You sent a test event."),
+        ("webhook.test", "Sent when you test the webhook."),
     ]
     .map(|(kind, about)| {
         let parts = [

@@ -38,20 +38,26 @@ pub fn Alerts() -> impl IntoView {
     let seen = new_alerts.seen();
     let loader = load_page(api::list_alerts);
     refresh_regularly(loader);
-    effect(move || {
+    let mark_seen = move || {
         let newest = loader.with(|page| page.items.first().map(|it| it.id));
         let is_first_page = query.with(|query| query.get("cursor").is_none());
+        // Alerts that appear while the user is looking at another window remain new until the user returns.
+        let has_focus = document().has_focus().unwrap_or(true);
         if let Some(newest) = newest.flatten()
             && is_first_page
+            && has_focus
         {
             new_alerts.mark_seen(newest);
         }
-    });
+    };
+    effect(mark_seen);
+    let listener = window_event_listener_untyped("focus", move |_| mark_seen());
+    on_cleanup(move || listener.remove());
     let show = move |page: Page<QuotaAlert>| {
         if page.items.is_empty() {
             return view! {
                 <EmptyState shape=Shape::Alerts title="No alerts yet" about="Quota creates an alert when 50, 80 or 100% of a daily or monthly quota is used. Set quotas in your plans.">
-                    {untrack(move || session.can_read()).then(|| view! { <a class="button" href="/console/plans">"Open plans"</a> })}
+                    {untrack(move || session.can_read()).then(|| view! { <a class="button" href="/console/plans">"View plans"</a> })}
                 </EmptyState>
             }
                 .into_any();
@@ -65,7 +71,7 @@ pub fn Alerts() -> impl IntoView {
         .into_any()
     };
     view! {
-        <PageHeader title="Alerts" about="Daily and monthly quotas that reached 50, 80 or 100%."/>
+        <PageHeader title="Alerts" about="Notices that 50, 80 or 100% of a daily or monthly quota has been used."/>
         {move || session.can_read().then(|| view! { <Notifications/> })}
         <StaleNote loader/>
         <Async loader what="alerts" show/>
@@ -112,7 +118,7 @@ fn Notifications() -> impl IntoView {
                         <strong>"Webhooks"</strong>
                         <p class="muted">{webhooks}</p>
                     </div>
-                    <a class="button small" href="/console/webhooks">"Open webhooks"</a>
+                    <a class="button small" href="/console/webhooks">"View webhooks"</a>
                 </li>
             </ul>
         }

@@ -71,7 +71,7 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
         editing: RwSignal::new(false),
         rotating: RwSignal::new(false),
         deactivating,
-        // This dialog also offers to deactivate the key instead.
+        // Shares `busy`, because this dialog also offers to deactivate the key.
         deleting: Confirmation {
             busy,
             ..Confirmation::new()
@@ -131,10 +131,9 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
         />
         <RotateDialog id loader open=dialogs.rotating rotated/>
         <Confirm
-            // Errors are shown as toasts.
             confirmation=dialogs.deactivating
             title=Signal::derive(move || format!("Deactivate key {}?", text::quoted(&name.get())))
-            message="Requests with this key will be rejected with 401 within a second. You can activate it again later."
+            message="Within a second, requests with this key will be rejected (401). You can activate it again later."
             action="Deactivate key"
             run=Callback::new(move |()| set_active.run(false))
         />
@@ -143,7 +142,7 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
     }
 }
 
-/// Opens the dialog that the query parameter `open` names, as soon as the key is loaded, and removes the parameter.
+/// Opens the dialog named by the `open` query parameter, as soon as the key is loaded, and removes this parameter.
 fn open_dialog_from_query(dialogs: Dialogs, loader: Loader<ApiKey>) {
     let route = route();
     let own_path = route.path.get_untracked();
@@ -327,7 +326,7 @@ fn DeleteDialog(
             },
         );
         format!(
-            "{usage} Requests with this key will be rejected with 401 within a second. This can't be undone."
+            "{usage} Within a second, requests with this key will be rejected (401). This can't be undone."
         )
     };
     let alternative = (

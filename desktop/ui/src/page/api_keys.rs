@@ -154,7 +154,7 @@ fn NewKeyButton(plans: Loader<Vec<Plan>>, creating: RwSignal<bool>) -> impl Into
             aria-describedby="new-key-hint"
             on:click=move |_| creating.set(true)
         >
-            "New key"
+            "Create key"
         </button>
         <span id="new-key-hint" class="muted small-text">
             {move || has_no_plan().then_some("Create a plan first.")}

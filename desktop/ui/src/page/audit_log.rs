@@ -74,7 +74,7 @@ const FILTERS: [&str; 7] = [
     "target_id",
 ];
 
-/// Reads the filter from the URL query. Its dates are UTC days, and the range includes both.
+/// Reads the filter from the URL query. The filter's dates are UTC days, and both days are included.
 fn filter(query: &Query) -> AuditFilter {
     const DAY_MS: f64 = 86_400_000.0;
     let midnight = |name: &str, days_later: f64| -> Option<Timestamp> {
@@ -131,7 +131,7 @@ pub fn AuditLog() -> impl IntoView {
                     view! {
                         <p class="filter-note">
                             "Changes to " <code>{id}</code> " only. "
-                            <button type="button" class="link" on:click=move |_| set_filter(route, "target_id", "")>"Show all"</button>
+                            <button type="button" class="link" on:click=move |_| set_filter(route, "target_id", "")>"Show all events"</button>
                         </p>
                     }
                 })
@@ -154,7 +154,7 @@ pub fn AuditLog() -> impl IntoView {
 fn NoEvents(is_filtered: bool) -> impl IntoView {
     if is_filtered {
         view! {
-            <EmptyState shape=Shape::Search title="No matching events" about="Try other filters.">
+            <EmptyState shape=Shape::Search title="No matching events" about="Try different filters.">
                 <a class="button" href="/console/audit">"Clear filters"</a>
             </EmptyState>
         }
@@ -185,7 +185,8 @@ impl PlanNames {
     }
 }
 
-/// Loads the newest matching events page by page and returns them as CSV. Also returns whether no event is missing.
+/// Loads the newest matching events page by page and returns them as CSV. Also returns whether the CSV contains all
+/// matching events.
 async fn exported(filter: AuditFilter, names: PlanNames) -> api::CallResult<(String, bool)> {
     let header = [
         "time",

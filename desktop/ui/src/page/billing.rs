@@ -1,7 +1,7 @@
 //! The billing page: the subscription, its charges, and the operator's limits.
 //!
 //! Checkout and the customer portal are Stripe pages. A browser leaves this page to open them and returns to it
-//! afterwards. The desktop app opens them in the default browser while this page waits.
+//! afterward. The desktop app opens them in the default browser while this page waits.
 
 use leptos::{prelude::*, task::spawn_local};
 use quota_common::{ProblemCode, billing::BillingState, ipc::BillingPage};

@@ -33,7 +33,7 @@ pub fn CreateDialog(
     // one that contains the new secret, so it must not be lost.
     let form = FormState::new();
     view! {
-        <Modal open panel=true title="New API key" locked=form.busy>
+        <Modal open panel=true title="Create API key" locked=form.busy>
             <Async
                 loader=plans
                 what="plans"
@@ -44,7 +44,7 @@ pub fn CreateDialog(
                             <p>"Each key belongs to a plan. Create a plan first."</p>
                             <div class="actions end">
                                 <button class="button" on:click=move |_| open.set(false)>"Cancel"</button>
-                                <a class="button primary" href="/console/plans?new=1">"New plan"</a>
+                                <a class="button primary" href="/console/plans?new=1">"Create plan"</a>
                             </div>
                         }
                             .into_any()
@@ -122,7 +122,7 @@ fn CreateForm(
                 <Field form name="expires_at" id="key_expires" label="Expires (optional)" kind="datetime-local" value=expires hint=local_time::expiry_hint()/>
             </div>
             <Field form name="external_id" id="key_external_id" label="External ID (optional)" value=external_id hint="The key's ID in your own system, such as a customer ID."/>
-            <Field form name="metadata" id="key_metadata" label="Metadata (optional)" value=entries multiline=true check=check_metadata placeholder="region=eu" hint="One name=value per line."/>
+            <Field form name="metadata" id="key_metadata" label="Metadata (optional)" value=entries multiline=true check=check_metadata placeholder="region=eu" hint="One name=value pair per line."/>
         </DialogForm>
     }
 }

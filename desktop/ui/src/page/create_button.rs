@@ -2,7 +2,7 @@ use leptos::prelude::*;
 
 use crate::session::session;
 
-/// Whether the user's role can create plans, keys, tokens, and webhooks.
+/// Returns whether the user's role can create plans, keys, tokens, and webhooks.
 pub fn can_create() -> bool {
     let session = session();
     untrack(move || session.can_manage())

@@ -126,7 +126,7 @@ fn NoDeliveries(is_filtered: bool) -> impl IntoView {
     if is_filtered {
         view! {
             <EmptyState shape=Shape::Search title="No matching deliveries" about="Deliveries are kept for 30 days.">
-                <button type="button" class="button" on:click=move |_| set_filter(route, "status", "")>"Show all"</button>
+                <button type="button" class="button" on:click=move |_| set_filter(route, "status", "")>"Show all deliveries"</button>
             </EmptyState>
         }
         .into_any()

@@ -43,7 +43,7 @@ struct Overview {
     setup: Option<Setup>,
 }
 
-/// Shows which of the first steps are done.
+/// Used to determine which of the first steps are done.
 #[derive(Clone)]
 struct Setup {
     /// The most recently used key or, if no key has been used, the newest one.
@@ -52,7 +52,7 @@ struct Setup {
 }
 
 impl Overview {
-    /// Whether there was a request: recently, even with a key that was deleted since, or ever, with one that exists.
+    /// Returns whether any request has been made: in the last day with any key, or ever with a key that still exists.
     fn has_requests(&self) -> bool {
         let Some(setup) = &self.setup else {
             return true;
@@ -141,7 +141,7 @@ fn Dashboard(it: Overview, state: ChartState, is_open: RwSignal<Option<bool>>) -
                     <section class="card" aria-labelledby="last-day">
                         <div class="card-head">
                             <h2 id="last-day">"Last 24 hours"</h2>
-                            <a href="/console/usage">"Open usage"</a>
+                            <a href="/console/usage">"View usage"</a>
                         </div>
                         <Chart bars=chart title state/>
                     </section>
@@ -164,7 +164,7 @@ fn since_yesterday(now: u64, before: u64) -> String {
     }
 }
 
-/// The address of a key's page, or none if the user's role may not read keys.
+/// Returns the address of a key's page, or an empty string if the user's role cannot view keys.
 fn key_address(it: &Overview, id: ApiKeyId) -> String {
     if it.setup.is_some() {
         format!("/console/api-keys/{id}")
@@ -417,7 +417,7 @@ fn first_steps(it: &Overview) -> Option<Steps> {
             "Create a plan",
             "Set a rate limit and, optionally, daily and monthly quotas.",
             "/console/plans?new=1",
-            "New plan",
+            "Create plan",
         ),
         step(
             has_key,
@@ -425,7 +425,7 @@ fn first_steps(it: &Overview) -> Option<Steps> {
             "Create an API key",
             "The key is shown once. Clients send it in X-API-Key.",
             "/console/api-keys?new=1",
-            "New key",
+            "Create key",
         ),
         step(
             has_request,
@@ -441,7 +441,7 @@ fn first_steps(it: &Overview) -> Option<Steps> {
             "Put Quota in front of your API",
             "Create a service token and let your gateway check each request.",
             "/console/service-tokens?new=1",
-            "New token",
+            "Create token",
         ),
     ];
     Some(Steps {

@@ -140,14 +140,14 @@ pub fn KeyActivity(key: Loader<ApiKey>, id: ApiKeyId, usage: KeyUsage) -> impl I
             <section class="card" aria-labelledby="key-day">
                 <div class="card-head">
                     <h2 id="key-day">"Last 24 hours"</h2>
-                    <a href=usage_of_key(id)>"Open usage"</a>
+                    <a href=usage_of_key(id)>"View usage"</a>
                 </div>
                 {chart}
             </section>
             <section class="card" aria-labelledby="key-decisions">
                 <div class="card-head">
                     <h2 id="key-decisions">"Latest decisions"</h2>
-                    <button type="button" class="button small" data-focus-key="live-tail" on:click=move |_| live.set(true)>"Live tail"</button>
+                    <button type="button" class="button small" data-focus-key="live-tail" on:click=move |_| live.set(true)>"Open live tail"</button>
                 </div>
                 {decisions}
             </section>

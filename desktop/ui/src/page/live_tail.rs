@@ -13,13 +13,14 @@ use quota_common::{
 use crate::{
     api::{self, CallError, CallResult},
     component::{Alert, EmptyState, Modal, Shape, local_time},
+    host,
     model::decision::{Live, decision_table},
     reactive::{effect, flag_memo, text_memo},
 };
 
 /// How often to load new decisions.
 const POLL: Duration = Duration::from_millis(1500);
-/// The maximum number of pages to load per update. Beyond that, the list has a gap.
+/// The maximum number of pages to load per update. If there are more, the list has a gap.
 const MAX_PAGES: usize = 5;
 
 #[component]
@@ -30,7 +31,7 @@ pub fn LiveTail(
 ) -> impl IntoView {
     view! {
         <Modal open panel=true wide=true title="Live tail">
-            <Tail key_id zone/>
+            <Tail open key_id zone/>
         </Modal>
     }
 }
@@ -61,13 +62,19 @@ async fn fetch_new(filter: DecisionFilter, live: &Live) -> CallResult<(Vec<Decis
 }
 
 #[component]
-fn Tail(key_id: Signal<Option<ApiKeyId>>, zone: Signal<String>) -> impl IntoView {
+fn Tail(
+    open: RwSignal<bool>,
+    key_id: Signal<Option<ApiKeyId>>,
+    zone: Signal<String>,
+) -> impl IntoView {
     let outcome = RwSignal::new(String::new());
     let endpoint = RwSignal::new(String::new());
     let request_id = RwSignal::new(String::new());
     let live = RwSignal::new(Live::default());
     let error = RwSignal::new(None::<CallError>);
     let loaded = RwSignal::new(false);
+    // The desktop app returns stored decisions while the server is unreachable.
+    let offline = RwSignal::new(false);
     let paused = RwSignal::new(false);
     let list = NodeRef::<html::Div>::new();
     let filter = move || {
@@ -106,6 +113,7 @@ fn Tail(key_id: Signal<Option<ApiKeyId>>, zone: Signal<String>) -> impl IntoView
             }
             let _ = busy.try_update_value(|busy| *busy = false);
             let _ = loaded.try_set(true);
+            let _ = offline.try_set(host::is_offline());
             match result {
                 Ok((new, has_gap)) => {
                     let _ = error.try_set(None);
@@ -117,7 +125,7 @@ fn Tail(key_id: Signal<Option<ApiKeyId>>, zone: Signal<String>) -> impl IntoView
                         });
                     }
                 }
-                // Not announced again while it continues.
+                // Don't announce the error again while calls keep failing.
                 Err(failure) if error.try_with_untracked(Option::is_none) == Some(true) => {
                     let _ = error.try_set(Some(failure));
                 }
@@ -157,11 +165,12 @@ fn Tail(key_id: Signal<Option<ApiKeyId>>, zone: Signal<String>) -> impl IntoView
             list.set_scroll_top(0);
         }
     };
+    let is_reconnecting = move || error.with(Option::is_some) || offline.get();
     let status = move || {
-        if error.get().is_some() {
+        if is_reconnecting() {
             "Reconnecting…"
         } else if paused.get() {
-            "Paused while scrolled"
+            "Paused while scrolled down"
         } else {
             "Live"
         }
@@ -199,11 +208,11 @@ fn Tail(key_id: Signal<Option<ApiKeyId>>, zone: Signal<String>) -> impl IntoView
             </div>
         </div>
         <p class="tail-status">
-            <span class="badge" class:on=move || error.get().is_none() && !paused.get() class:limited=move || error.get().is_some() role="status">{status}</span>
+            <span class="badge" class:on=move || !is_reconnecting() && !paused.get() class:limited=is_reconnecting role="status">{status}</span>
             <span class="muted small-text">{move || format!("Times in {}", zone.get())}</span>
             {move || {
                 let waiting = live.with(|live| live.waiting.len());
-                (waiting > 0).then(|| view! { <button type="button" class="button small" on:click=resume>{format!("{waiting} new")}</button> })
+                (waiting > 0).then(|| view! { <button type="button" class="button small" on:click=resume>{format!("Show {waiting} new")}</button> })
             }}
             {move || live.with(|live| live.has_gap).then(|| view! { <span class="muted small-text">"Requests are arriving too fast to show all of them."</span> })}
         </p>
@@ -217,11 +226,14 @@ fn Tail(key_id: Signal<Option<ApiKeyId>>, zone: Signal<String>) -> impl IntoView
                 } else if loaded.get() {
                     view! { <EmptyState shape=Shape::Usage title="No decisions yet" about="New decisions appear here within seconds."/> }.into_any()
                 } else {
-                    view! { <p class="muted" role="status">"Loading"</p> }.into_any()
+                    view! { <p class="muted" role="status">"Loading…"</p> }.into_any()
                 };
             }
             view! { <div class="tail-list" node_ref=list tabindex="0" role="region" aria-label="Decisions" on:scroll=on_scroll inner_html=move || table.get()></div> }
                 .into_any()
         }}
+        <div class="actions end">
+            <button type="button" class="button" on:click=move |_| open.set(false)>"Close"</button>
+        </div>
     }
 }

@@ -1,4 +1,5 @@
-//! Detects new quota alerts while the console is open. The navigation shows their number, and a toast announces them.
+//! Detects new quota alerts while the console is open. The navigation shows their number, and a toast announces them. In
+//! the desktop app, the operating system shows the toast's text as well.
 
 use leptos::{prelude::*, task::spawn_local};
 use quota_common::{QuotaAlertId, call::PageOf};
@@ -8,7 +9,7 @@ use crate::{
     clock::track_ticks,
     component::Toasts,
     host,
-    model::alert::announcement,
+    model::alert::{announcement, newer, unannounced},
     preferences,
     reactive::effect,
     route::{Route, route},
@@ -47,7 +48,9 @@ impl NewAlerts {
             track_ticks();
             let tick = ticks.get_value();
             ticks.set_value(tick.wrapping_add(1));
-            if tick.is_multiple_of(EVERY) && !document().hidden() && !host::is_offline() {
+            // Notifications of the operating system are also useful while the window is minimized.
+            let is_useful = host::NOTIFIES || !document().hidden();
+            if tick.is_multiple_of(EVERY) && is_useful && !host::is_offline() {
                 spawn_local(alerts.look());
             }
         });
@@ -69,22 +72,22 @@ impl NewAlerts {
             self.store(newest);
             newest
         });
-        let after = |id| page.items.iter().filter(move |it| it.id > id);
-        let _ = self.count.try_set(after(seen).count());
+        let _ = self.count.try_set(newer(&page.items, seen).count());
         // The user may have signed out.
         let Some(announced) = self.announced.try_get_value() else {
             return;
         };
-        let new: Vec<_> = after(announced.unwrap_or(newest)).cloned().collect();
-        self.announced.set_value(Some(newest));
+        let new = unannounced(&page.items, announced, seen);
+        self.announced.set_value(announced.max(Some(newest)));
         if let Some(text) = announcement(&new) {
             let route = self.route;
             let open = move || route.go("/console/alerts");
+            host::notify(text.clone());
             self.toasts.announce(text, "View alerts", open);
         }
     }
 
-    /// The newest alert that the user has seen. `None` before the first check in this browser.
+    /// Returns the newest alert that the user has seen. `None` before the first check in this browser.
     pub fn seen(self) -> Option<QuotaAlertId> {
         preferences::seen_alert(&self.tenant()?)?.parse().ok()
     }
@@ -108,7 +111,7 @@ impl NewAlerts {
         Some(me.tenant.id.to_string())
     }
 
-    /// For example, `3 new`. `None` if there are no new alerts.
+    /// Returns the number of new alerts, such as `3 new`. `None` if there are none.
     pub fn label(self) -> Option<String> {
         match self.count.get() {
             0 => None,

@@ -51,7 +51,7 @@ pub fn Plans() -> impl IntoView {
     let paid_note = move || {
         let text = warning(billing, None)?;
         Some(
-            view! { <p class="alert warn">{text} " " <a href="/console/billing">"Open billing"</a></p> },
+            view! { <p class="alert warn">{text} " " <a href="/console/billing">"View billing"</a></p> },
         )
     };
     let editing = RwSignal::new(None::<Plan>);
@@ -68,7 +68,7 @@ pub fn Plans() -> impl IntoView {
     });
     view! {
         <PageHeader title="Plans" about="Rate limits and quotas for the keys on each plan.">
-            <CreateButton open=creating label="New plan"/>
+            <CreateButton open=creating label="Create plan"/>
         </PageHeader>
         <div role="status">{paid_note}</div>
         <Async
@@ -113,7 +113,7 @@ pub fn Plans() -> impl IntoView {
                     .into_any()
             }
         />
-        <Modal open=creating panel=true title="New plan">
+        <Modal open=creating panel=true title="Create plan">
             <CreateForm open=creating template on_created=report("created")/>
         </Modal>
         <EditPanel editing billing on_updated=report("updated")/>

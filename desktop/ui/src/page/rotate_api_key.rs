@@ -60,7 +60,7 @@ fn RotateForm(
     let submit = move || {
         let body = RotateApiKey {
             grace_seconds: grace.get_untracked().parse::<u32>().ok().map(Into::into),
-            // Confirm that the previous secret may be revoked only if the user can see the warning below.
+            // Unless the user can see the warning below, don't confirm that the previous secret may be revoked.
             replace_previous: untrack(previous_expiry).map(|_| true),
         };
         spawn_local(async move {

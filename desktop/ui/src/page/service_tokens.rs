@@ -31,7 +31,7 @@ pub fn ServiceTokens() -> impl IntoView {
     let deletion = Deletion::new();
     view! {
         <PageHeader title="Service tokens" about="Let your gateways check requests.">
-            <CreateButton open=creating label="New token"/>
+            <CreateButton open=creating label="Create token"/>
         </PageHeader>
         <Async
             loader
@@ -39,7 +39,7 @@ pub fn ServiceTokens() -> impl IntoView {
             show=move |page| {
                 if page.items.is_empty() {
                     return view! {
-                        <EmptyState shape=Shape::Token title="No service tokens yet" about="Create a token for each gateway. Configurations for Caddy, nginx, HAProxy and Traefik are included.">
+                        <EmptyState shape=Shape::Token title="No service tokens yet" about="Create a token for each gateway. Configurations for Caddy, nginx, HAProxy, Traefik and Envoy are included.">
                             <CreateButton open=creating label="Create your first token"/>
                         </EmptyState>
                     }
@@ -51,7 +51,7 @@ pub fn ServiceTokens() -> impl IntoView {
         <Card id="gateways" title="Gateway configuration">
             <Configuration token="qs_…"/>
         </Card>
-        <Modal open=creating panel=true title="New service token" locked=form.busy>
+        <Modal open=creating panel=true title="Create service token" locked=form.busy>
             <CreateForm open=creating form new loader/>
         </Modal>
         <NewTokenDialog new/>
@@ -150,7 +150,7 @@ fn DeleteDialog(deletion: Deletion, loader: Loader<Page<ServiceToken>>) -> impl 
         <Confirm
             confirmation
             title=Signal::derive(move || format!("Delete token {}?", quoted(&name())))
-            message="Gateways using this token will reject all requests within a second. This can't be undone."
+            message="Within a second, gateways using this token will reject all requests. This can't be undone."
             action="Delete token"
             run
         />

@@ -131,7 +131,7 @@ pub fn TryIt(
     // Clear the results when the user enters a different key.
     let sent_with = text_memo(move || secret.get().trim().to_owned());
     effect(move || {
-        // `track()` is not enough: the memo is only computed on first read.
+        // `track()` is not enough: the memo is computed only when it is first read.
         sent_with.with(|_| ());
         results.set(Results::default());
         bucket.set(None);

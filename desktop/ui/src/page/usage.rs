@@ -73,7 +73,7 @@ pub fn UsagePage() -> impl IntoView {
         };
         api::list_api_keys(filter, page)
     });
-    // Keys are sorted by last use. Until they are loaded, it is unknown whether one was used.
+    // Keys are sorted by last use. Until the keys are loaded, it is unknown whether any key was used.
     let was_used = Signal::derive(move || {
         keys.with(|page| {
             page.items
@@ -96,7 +96,7 @@ pub fn UsagePage() -> impl IntoView {
     });
     view! {
         <PageHeader title="Usage" about="Allowed and rejected requests over time, and why requests were rejected.">
-            <button type="button" class="button" on:click=move |_| live.set(true)>"Live tail"</button>
+            <button type="button" class="button" on:click=move |_| live.set(true)>"Open live tail"</button>
             <ExportButton export disabled=Signal::derive(move || !has_data.get())/>
         </PageHeader>
         <Toolbar keys zone/>
@@ -154,7 +154,7 @@ fn Toolbar(keys: Signal<Vec<ApiKey>>, zone: Memo<String>) -> impl IntoView {
     let set_range = move |value: &str| {
         let mut query = query.get_untracked().with("range", value);
         if value == "custom" {
-            // Start with today.
+            // Select today, until the user chooses other days.
             let today = local_time(now(), &zone.get_untracked()).map(|it| it.iso_date());
             let today = today.unwrap_or_default();
             for name in ["from", "to"] {
@@ -320,7 +320,7 @@ fn Report(data: UsageData, was_used: Signal<bool>) -> impl IntoView {
     .into_any()
 }
 
-/// If recent data is missing, says until when the data is complete.
+/// Returns a note that states up to when the data is complete, if recent data is missing.
 fn partial_note(data: &UsageData) -> Option<String> {
     const LATE_MS: i64 = 60_000;
     let complete = data.usage.complete_until.inner().timestamp_millis();

@@ -101,7 +101,6 @@ pub fn WebhookPage(id: WebhookId) -> impl IntoView {
         <RotateDialog id loader open=dialogs.rotating rotated/>
         <NewSecretDialog new=rotated on_close=Callback::new(|()| {})/>
         <Confirm
-            // Errors are shown as toasts.
             confirmation=dialogs.disabling
             title=Signal::derive(move || format!("Disable webhook {}?", quoted(&name.get())))
             message="Events aren't sent until you enable the webhook again. Pending deliveries are canceled, but you can redeliver them later."
@@ -299,7 +298,7 @@ fn DeleteDialog(
         <Confirm
             confirmation=dialogs.deleting
             title=Signal::derive(move || format!("Delete webhook {}?", quoted(&name())))
-            message="Events are no longer sent, pending deliveries are canceled, and the delivery log is deleted. This can't be undone."
+            message="Events will no longer be sent, pending deliveries will be canceled, and the delivery log will be deleted. This can't be undone."
             action="Delete webhook"
             alternative
             has_alternative=is_enabled

@@ -74,7 +74,7 @@ pub fn RotateDialog(
     let form = FormState::new();
     let name = move || loader.ready().map(|it| it.name).unwrap_or_default();
     view! {
-        <Modal open locked=form.busy title=Signal::derive(move || format!("Rotate secret of webhook {}", quoted(&name())))>
+        <Modal open locked=form.busy title=Signal::derive(move || format!("Rotate the signing secret for {}", quoted(&name())))>
             <RotateForm id loader open form rotated/>
         </Modal>
     }
@@ -127,7 +127,7 @@ pub fn NewSecretDialog(new: NewSecret, on_close: Callback<()>) -> impl IntoView 
     view! {
         <SecretDialog
             new
-            title=Signal::derive(move || format!("Save the signing secret of {}", quoted(&new.name.get())))
+            title=Signal::derive(move || format!("Save the signing secret for {}", quoted(&new.name.get())))
             noun="secret"
             recovery="If you lose it, rotate the secret."
             on_close

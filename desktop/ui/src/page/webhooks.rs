@@ -74,7 +74,7 @@ fn WebhookList() -> impl IntoView {
     });
     view! {
         <PageHeader title="Webhooks" about="Endpoints that receive your organization's events.">
-            <CreateButton open=creating label="New webhook"/>
+            <CreateButton open=creating label="Create webhook"/>
         </PageHeader>
         <StaleNote loader/>
         <Async loader what="webhooks" show/>
@@ -82,7 +82,7 @@ fn WebhookList() -> impl IntoView {
             <h2 id="event-types">"Events"</h2>
             <div inner_html=event_types().to_string()></div>
         </section>
-        <Modal open=creating panel=true title="New webhook" locked=form.busy>
+        <Modal open=creating panel=true title="Create webhook" locked=form.busy>
             <CreateForm open=creating form new created loader/>
         </Modal>
         <NewSecretDialog new on_close=open_page/>

@@ -1,4 +1,4 @@
-//! Additions to the console in the desktop app.
+//! The desktop app's additions to the console.
 //!
 //! While the server is unreachable, the app shows previously loaded data. A banner shows when the data was loaded, with
 //! a button to retry. Another banner appears if no keychain is available to store sessions.
@@ -166,7 +166,7 @@ fn ServerRow(
             <Confirm
                 confirmation
                 title=format!("Remove {label}?")
-                message="You'll be signed out of this server. No data on the server is deleted."
+                message="You'll be signed out of this server. Data on the server isn't deleted."
                 action="Remove server"
                 run=remove
             />

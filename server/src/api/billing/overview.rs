@@ -1,5 +1,5 @@
-//! Combines the last read of the tenant's subscriptions with its usage and the operator's limits. Does not call Stripe,
-//! so it works even if Stripe is unreachable.
+//! Combines the last read of the tenant's subscriptions with the tenant's usage and the operator's limits. Does not
+//! call Stripe, so it works even if Stripe is unreachable.
 
 use chrono::{DateTime, TimeDelta, Utc};
 use quota_common::billing::{
@@ -28,7 +28,7 @@ use crate::{
     state::AppState,
 };
 
-/// For projections, a period counts as at least this long, so that its first requests do not dominate.
+/// The minimum length of a period in a projection, so that the period's first requests do not dominate the result.
 const PROJECTED_FROM: TimeDelta = TimeDelta::hours(1);
 
 fn count(n: i64) -> u64 {
@@ -129,8 +129,8 @@ impl Subscription<'_> {
     }
 }
 
-/// Returns the limits and how much of each is used. If requests are limited, the tokens that replicas have taken from
-/// the quota count as used. With metering, the number of allowed requests is an upper bound.
+/// Returns the limits and how much of each is used. If the number of requests is limited, the tokens that replicas have
+/// taken from the quota count as used. With metering, never reports more than the cost of the allowed requests.
 fn limits(config: &Config, counts: Counts, has_access: bool, is_counted: bool) -> BillingLimits {
     let free = config.free_tier;
     let monthly = free.requests_per_month.filter(|_| !has_access);

@@ -5,7 +5,7 @@
 //! after the client has read the current one. A client that falls too far behind receives the number of decisions it
 //! has missed. If a stream must end but its client does not read it to the end, the connection is closed.
 //!
-//! While PostgreSQL is unreachable, events are only delayed.
+//! While PostgreSQL is unreachable, events are delayed.
 
 use std::time::Duration;
 
@@ -55,7 +55,7 @@ const STREAMS: usize = 200;
 /// The maximum number of open streams per tenant on this replica.
 const STREAMS_OF_TENANT: usize = 20;
 
-/// The open streams of this replica. Cheap to clone.
+/// The open streams of this replica. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Streams(TenantPlaces);
 
@@ -165,8 +165,8 @@ impl Tail {
     }
 }
 
-/// Closes the connection of a stream that must end but is not being read. Dropping the guard stops this task and frees
-/// the stream's place.
+/// Closes the connection of a stream that must end but is not being read. Dropping the guard stops the task and frees
+/// the stream's slot.
 struct Guard(JoinHandle<()>);
 
 impl Guard {
@@ -182,7 +182,7 @@ impl Guard {
                 endless.close_connection();
             }
             drop(place);
-            // Closing the connection also ends all other responses on it. It drops the stream, which aborts this task.
+            // Closing the connection also ends all other responses on it, and drops the stream, which aborts this task.
             std::future::pending::<()>().await;
         }))
     }

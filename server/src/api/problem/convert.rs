@@ -129,7 +129,7 @@ impl From<Busy> for ApiError {
                 "Your organization is making too many changes at the same time.",
                 Duration::from_secs(1),
             ),
-            // Not logged: if the changes ahead of this one fail, their own errors are logged.
+            // Do not log this error: if the changes ahead of this one fail, their own errors are logged.
             Busy::TimedOut => Self {
                 source: None,
                 ..Self::unavailable(String::new())
@@ -143,7 +143,8 @@ impl From<Unconfirmed> for ApiError {
         let all = Self::unavailable(error.clone());
         match error {
             Unconfirmed::Failed(_) => all,
-            // Counted but not logged. Otherwise, unauthenticated clients could fill the disk with log lines.
+            // This error is counted but not logged, because unauthenticated clients could otherwise fill the disk with
+            // log lines.
             Unconfirmed::TooMany => Self {
                 source: None,
                 ..all

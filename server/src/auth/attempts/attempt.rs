@@ -1,4 +1,4 @@
-//! One attempt, and whether it remains counted.
+//! One attempt, and which counters continue to count it.
 
 use std::sync::Arc;
 
@@ -11,19 +11,19 @@ use crate::clock::Monotonic;
 pub enum Judgment {
     /// The password was not verified, so the attempt does not count.
     Missing,
-    /// The password is wrong, or its verification is in progress and may show that it is wrong. A registration counts as wrong, too,
-    /// because its response may reveal that an email is in use.
+    /// The password is wrong, or its verification is in progress and may show that it is wrong. Also used for
+    /// registrations, because the response may reveal that an email is in use.
     Wrong,
     Correct,
 }
 
-/// A permitted attempt. When it is dropped, the effect on its counters depends on its [`Judgment`]: a wrong password
-/// remains counted, a correct one only by the `Keep` counters, and an attempt without verification not at all.
+/// A permitted attempt. When it is dropped, its [`Judgment`] determines which counters still count it: all of them
+/// after a wrong password, only the `Keep` counters after a correct one, and none if no password was verified.
 #[derive(Debug)]
 pub struct Attempt {
     pub(super) attempts: Arc<Attempts>,
     pub(super) counters: Vec<Counter>,
-    /// When the attempt was counted locally. `None` if it was not.
+    /// When the attempt was counted locally. `None` if it was not counted locally.
     pub(super) counted_here: Option<Monotonic>,
     /// When Redis counted the attempt, in milliseconds on Redis's clock. `None` if Redis did not count it or its
     /// response is unknown.
@@ -45,7 +45,7 @@ impl Attempt {
             .count()
     }
 
-    /// Records that the sign-in succeeded: treats each counter as its [`OnSuccess`] says.
+    /// Records that the sign-in succeeded. Updates each counter according to its [`OnSuccess`].
     pub async fn succeeded(mut self) {
         let (cleared, kept) = (self.count(OnSuccess::Clear), self.count(OnSuccess::Keep));
         let task = self.take_back(cleared, kept);

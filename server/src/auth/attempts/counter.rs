@@ -19,12 +19,12 @@ pub(super) struct Counter {
     pub(super) on_success: OnSuccess,
 }
 
-/// The waits of a counter without free attempts.
+/// How long the waits are once a counter has no free attempts left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Waits {
-    /// Each is twice as long as the previous one, up to [`LONGEST`].
+    /// Each wait is twice as long as the previous one, up to [`LONGEST`].
     Doubling,
-    /// Each lasts until an attempt is forgiven.
+    /// Each wait lasts until an attempt is forgiven.
     UntilForgiven,
 }
 
@@ -35,7 +35,7 @@ pub(super) enum OnSuccess {
     Clear,
     /// Takes this attempt back.
     TakeBack,
-    /// Keeps the attempt counted.
+    /// Continues to count the attempt.
     Keep,
 }
 
@@ -67,12 +67,12 @@ pub(super) struct Count {
     pub(super) tries: f64,
     pub(super) at: Monotonic,
     pub(super) until: Monotonic,
-    /// How long until one attempt is forgiven.
+    /// The interval at which one attempt is forgiven.
     pub(super) forgive: Duration,
 }
 
 impl Count {
-    /// Returns the number of attempts that are not forgiven.
+    /// Returns the number of attempts that have not been forgiven.
     pub(super) fn left(&self, now: Monotonic) -> f64 {
         let passed = Duration::from(now.saturating_since(self.at));
         (self.tries - passed.as_secs_f64() / self.forgive.as_secs_f64()).max(0.0)

@@ -105,7 +105,7 @@ pub(super) fn matching(
 }
 
 /// Creates the cluster in a temporary directory and renames that directory when it is complete, so that a crash does
-/// not leave a broken cluster.
+/// not leave a broken cluster behind.
 pub(super) async fn initdb(bin: &Path, place: &Place) -> Result<(), EmbeddedError> {
     const LEFTOVER: &str = "postgres.new-";
     let home = place.cluster.parent().unwrap_or(Path::new("/"));

@@ -1,4 +1,4 @@
-//! The server process: starts it under the guard, and supervises, restarts and stops it.
+//! The PostgreSQL process: starts it under the guard, and supervises, restarts and stops it.
 
 use std::{
     ffi::OsStr,
@@ -21,11 +21,11 @@ use tokio::{
 
 use super::{EmbeddedError, connect, place::Place, url};
 
-/// How long starting may take. Recovery after a crash replays at most about one `max_wal_size` of WAL.
+/// The maximum duration of a startup. Recovery after a crash replays at most about one `max_wal_size` of WAL.
 pub(super) const START_LIMIT: Duration = Duration::from_mins(2);
-/// How long a fast shutdown may take. It ends sessions and writes a checkpoint.
+/// The maximum duration of a fast shutdown, which ends sessions and writes a checkpoint.
 const FAST_STOP_LIMIT: Duration = Duration::from_secs(20);
-/// How long an immediate shutdown may take.
+/// The maximum duration of an immediate shutdown.
 const HARD_STOP_LIMIT: Duration = Duration::from_secs(5);
 
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -118,12 +118,12 @@ impl Cluster {
         }
     }
 
-    /// Stops a PostgreSQL that an earlier server left running on this cluster, and waits until it has exited.
+    /// Stops a PostgreSQL instance that an earlier server left running on this cluster, and waits until it has exited.
     ///
-    /// This process holds the lock of the data directory, so any PostgreSQL that runs there is an orphan. It is
-    /// recognized by its working directory, which PostgreSQL sets to its cluster. (The process with the PID from a file
-    /// may be a different one by now.) If `/proc` does not exist, only PostgreSQL's own check of its PID file protects
-    /// the cluster.
+    /// This process holds the lock of the data directory, so any PostgreSQL instance running there is an orphan. An
+    /// orphan is recognized by its working directory, because PostgreSQL changes to the directory of its cluster. (By
+    /// now, the PID in a file may belong to a different process.) If `/proc` does not exist, only PostgreSQL's own
+    /// check of its PID file protects the cluster.
     pub(super) async fn stop_orphan(&self) -> Result<(), EmbeddedError> {
         let cluster = fs::canonicalize(&self.place.cluster)
             .map_err(EmbeddedError::file("cannot inspect", &self.place.cluster))?;
@@ -204,7 +204,7 @@ impl Cluster {
         }
     }
 
-    /// Requests a fast shutdown, and an immediate one if that takes too long.
+    /// Requests a fast shutdown, and then an immediate shutdown if the fast one takes too long.
     pub(super) async fn stop(
         &self,
         Guarded {
@@ -268,8 +268,8 @@ fn running_in(dir: &Path) -> Vec<i32> {
         .collect()
 }
 
-/// Signals the cluster's postmaster, and waits until all of the cluster's processes have exited. Returns `false` if
-/// some have not. Sessions notice on their own that their postmaster has exited.
+/// Signals the cluster's postmaster, and waits until all of the cluster's processes have exited. Returns `false` if any
+/// are still running. Sessions notice on their own that their postmaster has exited.
 async fn end_running(cluster: &Path, signal: Signal, limit: Duration) -> bool {
     let deadline = Instant::now() + limit;
     let mut signalled = None;

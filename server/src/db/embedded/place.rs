@@ -1,4 +1,4 @@
-//! Where a cluster's files are, and which user PostgreSQL runs as.
+//! The location of a cluster's files, and the user that PostgreSQL runs as.
 
 use std::{
     fmt::Write as _,
@@ -77,7 +77,7 @@ impl Place {
         if place.check_reach(data_dir).await.is_ok() {
             return Ok(place);
         }
-        // `/root` has mode 0700 on most machines, and Quota must also run from a checkout inside it.
+        // `/root` has mode 0700 on most machines, and Quota must also work when it is run from a checkout inside it.
         make_dir(Path::new(FALLBACK_HOME), 0o755)?;
         make_dir(&fallback_home, 0o711)?;
         tracing::warn!(
@@ -239,7 +239,7 @@ fn unprivileged_user() -> Result<User, EmbeddedError> {
         .ok_or(EmbeddedError::NoUser)
 }
 
-/// Returns a user without a passwd entry. Container volumes often belong to such users.
+/// Returns a user for a UID that has no passwd entry. Container volumes often belong to such users.
 fn nameless(uid: Uid, gid: Gid) -> User {
     User {
         name: uid.to_string(),

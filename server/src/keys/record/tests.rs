@@ -15,7 +15,8 @@ use crate::{
     db::Db,
     keys::{ledger::PostgresLedger, lookups::Batches},
     limiter::{
-        CounterError, Decision, Drained, KeyTableSettings, LimitStore, LimiterError, LocalStore,
+        CounterError, Decision, KeyTableSettings, LimitStore, LimiterError, LocalStore,
+        ReturnedQuota,
     },
     repo::invalidation::{Invalidation, Target},
     secret_text::Kind,
@@ -78,7 +79,7 @@ impl LimitStore for PausingStore {
         self.inner.delete(keys).await
     }
 
-    async fn drain(&self) -> Drained {
+    async fn drain(&self) -> ReturnedQuota {
         self.inner.drain().await
     }
 }

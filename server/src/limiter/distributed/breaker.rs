@@ -1,6 +1,7 @@
-//! The circuit breaker of a partition of the shared counters.
+//! The circuit breaker for a partition of the shared counters.
 //!
-//! Decides when an outage begins, and records the latest time received from the counters. The store sends the probes.
+//! Decides when an outage begins, and records the latest time received from the counters. The store sends the probes,
+//! and closes the breaker when one succeeds.
 
 use std::{
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
@@ -15,13 +16,13 @@ use crate::{
 };
 
 /// The breaker opens after [`FAILURES`] consecutive failures without a success for [`SILENCE`]. The second condition is
-/// needed because if the process is not scheduled for a moment, many of its calls fail at the same time although the
+/// needed because if the process is not scheduled for a moment, many of its calls fail at the same time even though the
 /// counters work.
 const FAILURES: u32 = 5;
 pub(super) const SILENCE: Duration = Duration::from_millis(200);
 
-/// The breaker also opens if at least half of [`CALLS`] or more calls fail within [`SPAN`], provided that the span
-/// began at least [`SILENCE`] ago.
+/// The breaker also opens if at least [`CALLS`] calls are made within [`SPAN`] and at least half of them fail, provided
+/// that the span began at least [`SILENCE`] ago.
 const CALLS: u32 = 20;
 const SPAN: Nanos = Nanos::from_secs(1);
 
@@ -29,23 +30,25 @@ const SPAN: Nanos = Nanos::from_secs(1);
 /// back.
 const TURNED_BACK: u64 = 1_000_000;
 
-/// The circuit breaker of one partition.
+/// The circuit breaker for one partition.
 #[derive(Debug)]
 pub(super) struct CircuitBreaker {
-    away: AtomicBool,
+    is_open: AtomicBool,
+    /// The counters' time in the latest timely response.
     last_heard: AtomicU64,
+    /// When the latest call other than a heartbeat started.
     used_at: AtomicU64,
     inner: Mutex<BreakerState>,
 }
 
 #[derive(Debug, Default)]
 struct BreakerState {
-    in_a_row: u32,
+    consecutive_failures: u32,
     succeeded_at: Monotonic,
     span_start: Monotonic,
     calls: u32,
     failed: u32,
-    /// When the response with the time `last_heard` arrived.
+    /// The arrival time of the response with the time `last_heard`.
     heard_at: Monotonic,
     /// When the latest call started.
     called_at: Monotonic,
@@ -67,16 +70,16 @@ pub(super) struct Outage {
     pub(super) since: Monotonic,
     /// When the outage began, on the counters' clock.
     counters_since: CounterMicros,
-    /// The period from the earliest start of the promised epoch until the response to the first call in that epoch
-    /// counts as late.
-    paused: Option<Pause>,
+    /// The period from the earliest start of the promised epoch until the deadline for the response to the first call
+    /// in that epoch.
+    pause: Option<Pause>,
 }
 
 impl Outage {
     /// Returns whether the promised epoch may have started, and this replica may be about to use the counters again.
-    /// Requests that it allowed now would come on top of those that the counters allow.
+    /// Requests that this replica allowed now would be in addition to those that the counters allow.
     pub(super) fn is_paused(self, now: Monotonic) -> bool {
-        self.paused
+        self.pause
             .is_some_and(|pause| pause.from <= now && now < pause.until)
     }
 }
@@ -84,7 +87,7 @@ impl Outage {
 impl CircuitBreaker {
     pub(super) fn new(now: Monotonic) -> Self {
         Self {
-            away: AtomicBool::new(false),
+            is_open: AtomicBool::new(false),
             last_heard: AtomicU64::new(0),
             used_at: AtomicU64::new(now.0),
             inner: Mutex::new(BreakerState {
@@ -99,15 +102,15 @@ impl CircuitBreaker {
     /// Returns the current outage, if there is one.
     #[inline]
     pub(super) fn outage(&self) -> Option<Outage> {
-        if !self.away.load(Ordering::Acquire) {
+        if !self.is_open.load(Ordering::Acquire) {
             return None;
         }
         let inner = self.inner.lock();
-        self.away.load(Ordering::Acquire).then_some(inner.outage)
+        self.is_open.load(Ordering::Acquire).then_some(inner.outage)
     }
 
-    pub(super) fn is_away(&self) -> bool {
-        self.away.load(Ordering::Acquire)
+    pub(super) fn is_open(&self) -> bool {
+        self.is_open.load(Ordering::Acquire)
     }
 
     pub(super) fn last_heard(&self) -> CounterMicros {
@@ -115,7 +118,7 @@ impl CircuitBreaker {
     }
 
     /// Records the start of a call. Each call confirms the last response to the counters.
-    pub(super) fn called(&self, now: Monotonic) {
+    pub(super) fn record_call(&self, now: Monotonic) {
         self.inner.lock().called_at = now;
     }
 
@@ -128,7 +131,7 @@ impl CircuitBreaker {
         if_suspect: Duration,
     ) -> bool {
         let inner = self.inner.lock();
-        let every = if inner.in_a_row > 0 {
+        let every = if inner.consecutive_failures > 0 {
             if_suspect
         } else {
             every
@@ -136,7 +139,8 @@ impl CircuitBreaker {
         now.saturating_since(inner.called_at) >= every.into()
     }
 
-    pub(super) fn used(&self, now: Monotonic) {
+    /// Records that the partition is in use at `now`.
+    pub(super) fn record_use(&self, now: Monotonic) {
         self.used_at.store(now.0, Ordering::Relaxed);
     }
 
@@ -145,10 +149,10 @@ impl CircuitBreaker {
     }
 
     /// Records a timely response, which the counters sent at their time `at`.
-    pub(super) fn succeeded(&self, at: CounterMicros, now: Monotonic) {
+    pub(super) fn record_success(&self, at: CounterMicros, now: Monotonic) {
         let mut inner = self.inner.lock();
         inner.count(now, false);
-        inner.in_a_row = 0;
+        inner.consecutive_failures = 0;
         inner.succeeded_at = now;
         self.hear(&mut inner, at, now);
         if self.last_heard() > at.saturating_add(TURNED_BACK) {
@@ -157,8 +161,8 @@ impl CircuitBreaker {
         }
     }
 
-    /// Records the counters' time `at`, unless a newer response has already arrived. Otherwise, an outage could seem to
-    /// have begun before other replicas got their last response.
+    /// Records the counters' time `at`, unless a newer response has already arrived. If an older time were recorded, an
+    /// outage could seem to have begun before other replicas got their last response.
     fn hear(&self, inner: &mut BreakerState, at: CounterMicros, now: Monotonic) {
         if at >= self.last_heard() {
             inner.heard_at = now;
@@ -168,40 +172,42 @@ impl CircuitBreaker {
 
     /// Records a call that failed or is late. Returns `true` if this opens the breaker; the caller must then start
     /// probing.
-    pub(super) fn failed(&self, now: Monotonic) -> bool {
+    pub(super) fn record_failure(&self, now: Monotonic) -> bool {
         let mut inner = self.inner.lock();
         inner.count(now, true);
-        inner.in_a_row += 1;
-        let silent = inner.in_a_row >= FAILURES
+        inner.consecutive_failures += 1;
+        let silent = inner.consecutive_failures >= FAILURES
             && now.saturating_since(inner.succeeded_at) >= SILENCE.into();
         let poor = inner.calls >= CALLS
             && inner.failed * 2 >= inner.calls
             && now.saturating_since(inner.span_start) >= SILENCE.into();
-        (silent || poor) && self.go(&mut inner, now)
+        (silent || poor) && self.open(&mut inner, now)
     }
 
-    /// Records that the counters start a new epoch at `start` or slightly later, and grant no tokens until then. Like
-    /// [`failed`](Self::failed), returns `true` if this opens the breaker.
-    pub(super) fn is_initializing(&self, start: Monotonic, now: Monotonic) -> bool {
+    /// Opens the breaker if it is closed, because the counters start a new epoch at `start` or slightly later, and
+    /// grant no tokens until then. From `start` on, this replica pauses: it allows no requests without the counters.
+    /// Like [`record_failure`](Self::record_failure), returns `true` if this opens the breaker.
+    pub(super) fn open_for_new_epoch(&self, start: Monotonic, now: Monotonic) -> bool {
         let mut inner = self.inner.lock();
-        let is_first = self.go(&mut inner, now);
-        inner.outage.paused = Some(Pause {
+        let is_first = self.open(&mut inner, now);
+        inner.outage.pause = Some(Pause {
             from: start,
             until: Monotonic(u64::MAX),
         });
         is_first
     }
 
-    /// Sets when the response to the first call in the promised epoch counts as late. From then on, this replica
-    /// decides without the counters.
-    pub(super) fn paused_until(&self, until: Monotonic) {
-        if let Some(pause) = &mut self.inner.lock().outage.paused {
+    /// Ends the pause at `until`, the deadline for the response to the first call in the promised epoch. After that,
+    /// this replica decides without the counters again.
+    pub(super) fn end_pause_at(&self, until: Monotonic) {
+        if let Some(pause) = &mut self.inner.lock().outage.pause {
             pause.until = until;
         }
     }
 
-    fn go(&self, inner: &mut BreakerState, now: Monotonic) -> bool {
-        if self.away.swap(true, Ordering::AcqRel) {
+    /// Begins an outage. Returns `false` if the breaker is already open.
+    fn open(&self, inner: &mut BreakerState, now: Monotonic) -> bool {
+        if self.is_open.swap(true, Ordering::AcqRel) {
             return false;
         }
         let silent = now.saturating_since(inner.heard_at).0 / 1000;
@@ -212,27 +218,27 @@ impl CircuitBreaker {
                 .last_heard()
                 .saturating_add(silent)
                 .max(NEVER_HEARD.saturating_add(1)),
-            paused: None,
+            pause: None,
         };
         true
     }
 
     /// Closes the breaker after a timely response, which the counters sent at their time `at`.
-    pub(super) fn returned(&self, at: CounterMicros, now: Monotonic) {
+    pub(super) fn close(&self, at: CounterMicros, now: Monotonic) {
         let mut inner = self.inner.lock();
         self.hear(&mut inner, at, now);
-        inner.in_a_row = 0;
+        inner.consecutive_failures = 0;
         inner.succeeded_at = now;
         inner.span_start = now;
         inner.calls = 0;
         inner.failed = 0;
-        self.away.store(false, Ordering::Release);
+        self.is_open.store(false, Ordering::Release);
     }
 
-    /// Returns [`NEVER_HEARD`] if this replica has never received a response and `others_may_be_away`, which means that
-    /// other replicas may have an outage that it does not know of. Otherwise, returns zero.
-    pub(super) fn never_heard(&self, others_may_be_away: bool) -> CounterMicros {
-        if others_may_be_away && self.last_heard() == CounterMicros::NONE {
+    /// Returns [`NEVER_HEARD`] if this replica has never received a response and `others_may_have_outage`, which means
+    /// that other replicas may have an outage that it does not know of. Otherwise, returns zero.
+    pub(super) fn never_heard(&self, others_may_have_outage: bool) -> CounterMicros {
+        if others_may_have_outage && self.last_heard() == CounterMicros::NONE {
             NEVER_HEARD
         } else {
             CounterMicros::NONE
@@ -241,10 +247,10 @@ impl CircuitBreaker {
 
     /// Returns when the outage began, on the counters' clock. Without an outage, returns the same as
     /// [`never_heard`](Self::never_heard).
-    pub(super) fn away_since(&self, others_may_be_away: bool) -> CounterMicros {
+    pub(super) fn outage_since(&self, others_may_have_outage: bool) -> CounterMicros {
         let inner = self.inner.lock();
-        if !self.away.load(Ordering::Acquire) {
-            return self.never_heard(others_may_be_away);
+        if !self.is_open.load(Ordering::Acquire) {
+            return self.never_heard(others_may_have_outage);
         }
         inner.outage.counters_since
     }
@@ -272,29 +278,29 @@ mod tests {
 
     #[test]
     fn many_simultaneous_failures_are_a_local_pause() {
-        let partition = CircuitBreaker::new(ms(0));
+        let breaker = CircuitBreaker::new(ms(0));
         for _ in 0..FAILURES + 2 {
-            assert!(!partition.failed(ms(100)));
+            assert!(!breaker.record_failure(ms(100)));
         }
-        assert!(partition.outage().is_none());
-        assert!(partition.failed(ms(300)));
-        assert!(!partition.failed(ms(301)), "once");
-        let outage = partition.outage().unwrap();
+        assert!(breaker.outage().is_none());
+        assert!(breaker.record_failure(ms(300)));
+        assert!(!breaker.record_failure(ms(301)), "once");
+        let outage = breaker.outage().unwrap();
         assert_eq!((outage.number, outage.since), (1, ms(300)));
-        partition.returned(CounterMicros(1), ms(400));
-        assert!(partition.outage().is_none());
-        assert!(!partition.failed(ms(700)));
+        breaker.close(CounterMicros(1), ms(400));
+        assert!(breaker.outage().is_none());
+        assert!(!breaker.record_failure(ms(700)));
     }
 
     #[test]
     fn occasional_success_does_not_keep_it_closed() {
-        let partition = CircuitBreaker::new(ms(0));
+        let breaker = CircuitBreaker::new(ms(0));
         let mut opened = false;
         for call in 0..CALLS {
             if call % 2 == 0 {
-                partition.succeeded(CounterMicros(1), ms(u64::from(call) * 20));
+                breaker.record_success(CounterMicros(1), ms(u64::from(call) * 20));
             } else {
-                opened |= partition.failed(ms(u64::from(call) * 20));
+                opened |= breaker.record_failure(ms(u64::from(call) * 20));
             }
         }
         assert!(opened);
@@ -302,21 +308,21 @@ mod tests {
 
     #[test]
     fn late_response_does_not_turn_time_back() {
-        let partition = CircuitBreaker::new(ms(0));
-        partition.succeeded(CounterMicros(5_000_000), ms(100));
-        partition.succeeded(CounterMicros(4_700_000), ms(120));
-        assert_eq!(partition.last_heard(), CounterMicros(5_000_000));
+        let breaker = CircuitBreaker::new(ms(0));
+        breaker.record_success(CounterMicros(5_000_000), ms(100));
+        breaker.record_success(CounterMicros(4_700_000), ms(120));
+        assert_eq!(breaker.last_heard(), CounterMicros(5_000_000));
         for call in 0..u64::from(FAILURES) {
-            partition.failed(ms(200 + call * 50));
+            breaker.record_failure(ms(200 + call * 50));
         }
         assert_eq!(
-            partition.away_since(true),
+            breaker.outage_since(true),
             CounterMicros(5_000_000 + 300_000)
         );
-        partition.returned(CounterMicros(900_000), ms(500));
-        partition.succeeded(CounterMicros(1_000_000), ms(600));
+        breaker.close(CounterMicros(900_000), ms(500));
+        breaker.record_success(CounterMicros(1_000_000), ms(600));
         assert_eq!(
-            partition.last_heard(),
+            breaker.last_heard(),
             CounterMicros(1_000_000),
             "the clock was set back"
         );
@@ -324,32 +330,32 @@ mod tests {
 
     #[test]
     fn outage_is_reported_in_the_counters_time() {
-        let partition = CircuitBreaker::new(ms(0));
-        assert_eq!(partition.away_since(false), CounterMicros(0));
-        assert_eq!(partition.away_since(true), NEVER_HEARD);
-        partition.succeeded(CounterMicros(5_000_000), ms(100));
-        assert_eq!(partition.away_since(true), CounterMicros(0));
+        let breaker = CircuitBreaker::new(ms(0));
+        assert_eq!(breaker.outage_since(false), CounterMicros(0));
+        assert_eq!(breaker.outage_since(true), NEVER_HEARD);
+        breaker.record_success(CounterMicros(5_000_000), ms(100));
+        assert_eq!(breaker.outage_since(true), CounterMicros(0));
         for call in 0..u64::from(FAILURES) {
-            partition.failed(ms(200 + call * 50));
+            breaker.record_failure(ms(200 + call * 50));
         }
         assert_eq!(
-            partition.away_since(true),
+            breaker.outage_since(true),
             CounterMicros(5_000_000 + 300_000)
         );
-        assert!(!partition.is_initializing(ms(900), ms(600)));
+        assert!(!breaker.open_for_new_epoch(ms(900), ms(600)));
         assert_eq!(
-            partition.away_since(true),
+            breaker.outage_since(true),
             CounterMicros(5_000_000 + 300_000)
         );
     }
 
     #[test]
     fn nothing_is_allowed_while_the_response_in_a_promised_epoch_is_pending() {
-        let partition = CircuitBreaker::new(ms(0));
-        assert!(partition.is_initializing(ms(600), ms(10)));
-        let is_paused = |millis| partition.outage().unwrap().is_paused(ms(millis));
+        let breaker = CircuitBreaker::new(ms(0));
+        assert!(breaker.open_for_new_epoch(ms(600), ms(10)));
+        let is_paused = |millis| breaker.outage().unwrap().is_paused(ms(millis));
         assert!(!is_paused(599) && is_paused(600) && is_paused(5000));
-        partition.paused_until(ms(630));
+        breaker.end_pause_at(ms(630));
         assert!(is_paused(629) && !is_paused(630));
     }
 }

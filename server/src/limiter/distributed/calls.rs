@@ -1,12 +1,16 @@
 //! Calls to the counters, and their outcomes.
 //!
 //! Calls run in separate tasks, so that a request can be canceled while it waits, a late response is still used, and no
-//! tokens are lost. All waiting requests of a key share one call, which requests all the tokens they need. Requests
-//! that arrive during a call are decided by the next one. It starts when the first call ends, or sooner if the bucket
-//! could fill up in the meantime. Each call has a deadline, and a request waits for at most two calls.
+//! tokens are lost. All waiting requests for a key share one call, which requests all the tokens they need. Requests
+//! that arrive during a call get tokens that it does not need, or wait for the next call. The next call starts when the
+//! current one ends, is late, or has taken a small fraction of the time in which the bucket fills ([`Terms::pause`]).
 //!
-//! If a call fails, its requests are notified. If it is late, they keep waiting for up to two deadlines in total. The
-//! remaining tokens of a late response are held like any lease if the plan allows it, and returned otherwise.
+//! If a call fails, its requests are notified. If a call is late, its requests keep waiting. A request waits for at
+//! most two deadlines.
+//!
+//! Tokens from a late response are used like those from a timely one: for requests, and as a lease if the plan allows
+//! leases. However, if none of the call's requests is waiting any longer and other tokens are available locally, the
+//! tokens are returned.
 
 use std::{
     collections::BTreeMap,
@@ -39,7 +43,9 @@ use crate::{
     },
 };
 
-/// How long until a call is abandoned. Until then, a late response is still used.
+/// How much longer than its deadline to wait for a call, so that tokens from a late response are used or returned.
+/// Calls to Redis fail sooner: after this time in total, or after the deadline if that is longer. On exit, each call
+/// that returns leases may take this long.
 pub(super) const CALL_DEADLINE: Duration = Duration::from_secs(1);
 
 /// How long a denial by the counters is trusted if tokens are leased, as a multiple of the lease TTL.
@@ -49,11 +55,11 @@ pub(super) const DENIED_FOR_LEASES: u64 = 2;
 const RETURNS_AT_ONCE: usize = 256;
 /// The number of failed calls after which no more leases are returned.
 const RETURNS_FAILED: u32 = 8;
-/// How long returning leases may take.
+/// How long to keep starting calls that return leases.
 const RETURNED_WITHIN: Duration = Duration::from_secs(4);
 
-/// The response to a call.
-pub(super) enum Answer {
+/// How a call ended.
+pub(super) enum CallOutcome {
     InTime(TakeReply),
     Late(TakeReply),
     Failed,
@@ -65,15 +71,20 @@ impl StoreCore {
         reason = "the remainder is below the number of partitions, a u16"
     )]
     fn partition_of(&self, key: ApiKeyId) -> u16 {
-        (key.0.as_u128() % self.partitions.len() as u128) as u16
+        (key.0.as_u128() % self.breakers.len() as u128) as u16
     }
 
-    pub(super) fn partition(&self, handle: &KeyHandle) -> &CircuitBreaker {
-        &self.partitions[usize::from(self.partition_of(handle.key))]
+    pub(super) fn breaker(&self, handle: &KeyHandle) -> &CircuitBreaker {
+        &self.breakers[usize::from(self.partition_of(handle.key))]
     }
 
-    /// Builds a call for a key that takes no tokens and returns `back`.
-    pub(super) fn call(&self, handle: &KeyHandle, terms: Terms, back: Option<Unspent>) -> TakeCall {
+    /// Builds a call for a key. The call returns `back` and takes no tokens.
+    pub(super) fn build_call(
+        &self,
+        handle: &KeyHandle,
+        terms: Terms,
+        back: Option<Unspent>,
+    ) -> TakeCall {
         let partition = self.partition_of(handle.key);
         let back = back.unwrap_or_default();
         TakeCall {
@@ -89,23 +100,23 @@ impl StoreCore {
             back_taken_at: back.taken_at,
             back_generation: back.generation,
             lease: self.ttl.0 / 1000,
-            last_heard: self.partitions[usize::from(partition)].last_heard(),
-            away_since: self.partitions[usize::from(partition)]
-                .never_heard(self.others_may_be_away()),
+            last_heard: self.breakers[usize::from(partition)].last_heard(),
+            outage_since: self.breakers[usize::from(partition)]
+                .never_heard(self.others_may_have_outage()),
             promised: CounterMicros::NONE,
         }
     }
 
-    /// Makes a call and records its outcome. If the deadline passes, runs `on_late` and keeps waiting, because tokens
-    /// of a late response can still be spent or returned.
-    pub(super) async fn ask_until(&self, call: TakeCall, on_late: impl FnOnce()) -> Answer {
-        let answer = self.answer(call, on_late).await;
-        match answer {
-            Answer::InTime(TakeReply {
+    /// Makes a call, and counts the tokens that it takes and returns. If the deadline passes, runs `on_late` and keeps
+    /// waiting, because tokens of a late response can still be spent or returned.
+    pub(super) async fn make_call(&self, call: TakeCall, on_late: impl FnOnce()) -> CallOutcome {
+        let outcome = self.call_counters(call, on_late).await;
+        match outcome {
+            CallOutcome::InTime(TakeReply {
                 state: BucketState::Active { granted, .. },
                 ..
             })
-            | Answer::Late(TakeReply {
+            | CallOutcome::Late(TakeReply {
                 state: BucketState::Active { granted, .. },
                 ..
             }) => {
@@ -116,22 +127,20 @@ impl StoreCore {
                 self.metrics.lease_tokens_lost.inc_by(call.back);
             }
         }
-        answer
+        outcome
     }
 
-    /// Makes a call that no request waits for.
-    pub(super) async fn ask(&self, call: TakeCall) {
-        self.ask_until(call, || ()).await;
-    }
-
-    /// Returns the time until the bucket is full, according to the counters. `None` if they do not respond
-    /// in time.
+    /// Returns the time until the bucket is full, according to the counters. Returns `None` during an outage, and if
+    /// the counters do not respond in time.
     pub(super) async fn look_up_debt(&self, handle: &KeyHandle, terms: Terms) -> Option<Nanos> {
-        if self.partition(handle).is_away() {
+        if self.breaker(handle).is_open() {
             return None;
         }
-        match self.ask_until(self.call(handle, terms, None), || ()).await {
-            Answer::InTime(TakeReply {
+        match self
+            .make_call(self.build_call(handle, terms, None), || ())
+            .await
+        {
+            CallOutcome::InTime(TakeReply {
                 state: BucketState::Active { debt, .. },
                 ..
             }) => Some(debt),
@@ -139,7 +148,7 @@ impl StoreCore {
         }
     }
 
-    /// Deletes the buckets of deleted keys. This does not affect the breaker, since no request depends on it.
+    /// Deletes the buckets of deleted keys. The call does not affect the breaker, because no request depends on it.
     pub(super) async fn delete_buckets(
         &self,
         keys: &[(TenantId, ApiKeyId)],
@@ -155,37 +164,39 @@ impl StoreCore {
         Ok(())
     }
 
-    async fn answer(&self, call: TakeCall, on_late: impl FnOnce()) -> Answer {
-        let partition = &self.partitions[usize::from(call.partition)];
-        partition.used(self.clock.monotonic());
+    /// Makes a call, and records its outcome in the breaker. If the call reveals an outage, starts probing.
+    async fn call_counters(&self, call: TakeCall, on_late: impl FnOnce()) -> CallOutcome {
+        let breaker = &self.breakers[usize::from(call.partition)];
+        breaker.record_use(self.clock.monotonic());
         self.metrics.counter_calls.inc();
         let asked_at = self.clock.monotonic();
-        partition.called(asked_at);
-        let mut answer = self.counters.take(call);
-        let (answer, late) = match deadline::within(self.settings.deadline, &mut answer).await {
-            Ok(answer) => (answer, false),
+        breaker.record_call(asked_at);
+        let mut call_in_flight = self.counters.take(call);
+        let in_time = deadline::within(self.settings.deadline, &mut call_in_flight).await;
+        let (result, late) = match in_time {
+            Ok(result) => (result, false),
             Err(_) => {
-                self.failed(call.partition, &"no response in time");
+                self.record_failure(call.partition, &"no response in time");
                 on_late();
-                match time::timeout(CALL_DEADLINE, answer).await {
-                    Ok(answer) => (answer, true),
-                    Err(_) => return Answer::Failed,
+                match time::timeout(CALL_DEADLINE, call_in_flight).await {
+                    Ok(result) => (result, true),
+                    Err(_) => return CallOutcome::Failed,
                 }
             }
         };
         let now = self.clock.monotonic();
-        match answer {
+        match result {
             Ok(reply) => {
                 if !late {
-                    partition.succeeded(reply.at, now);
+                    breaker.record_success(reply.at, now);
                 }
                 // A late response is not a promise: the epoch may already have started, and other calls may have been
                 // granted tokens in it.
                 if let BucketState::Initializing { wait: wait_us } = reply.state
                     && !late
                     && let wait = Duration::from_micros(wait_us)
-                    && !partition.is_away()
-                    && partition.is_initializing(asked_at.saturating_add(wait.into()), now)
+                    && !breaker.is_open()
+                    && breaker.open_for_new_epoch(asked_at.saturating_add(wait.into()), now)
                 {
                     tracing::warn!(
                         partition = call.partition,
@@ -196,23 +207,23 @@ impl StoreCore {
                     self.probe_until_recovered(call.partition, wait, promised);
                 }
                 if late {
-                    Answer::Late(reply)
+                    CallOutcome::Late(reply)
                 } else {
-                    Answer::InTime(reply)
+                    CallOutcome::InTime(reply)
                 }
             }
             Err(error) => {
                 if !late {
-                    self.failed(call.partition, &error);
+                    self.record_failure(call.partition, &error);
                 }
-                Answer::Failed
+                CallOutcome::Failed
             }
         }
     }
 
-    fn failed(&self, partition: u16, error: &dyn std::fmt::Display) {
+    fn record_failure(&self, partition: u16, error: &dyn std::fmt::Display) {
         self.metrics.counter_errors.inc();
-        if self.partitions[usize::from(partition)].failed(self.clock.monotonic()) {
+        if self.breakers[usize::from(partition)].record_failure(self.clock.monotonic()) {
             tracing::warn!(partition, error = %error, "the shared counters are unavailable");
             self.metrics.counter_outages.inc();
             let first = first_probe(self.settings.deadline);
@@ -222,7 +233,7 @@ impl StoreCore {
 
     /// Starts probing a partition whose breaker has just opened.
     fn probe_until_recovered(&self, partition: u16, first: Duration, promised: CounterMicros) {
-        self.metrics.counters_away.inc();
+        self.metrics.counter_partitions_unavailable.inc();
         if let Ok(runtime) = Handle::try_current() {
             let me = Weak::clone(&self.me);
             runtime.spawn(probe_until_recovered(me, partition, first, promised));
@@ -230,18 +241,18 @@ impl StoreCore {
     }
 
     /// Returns whether other replicas may have an outage that this replica, which has just started, does not know of.
-    /// Always `false` in a cluster: partitions may be idle, so a lack of confirmed responses does not indicate an
-    /// outage. Other replicas that have just started do not matter, since they have not used their shares yet.
-    pub(super) fn others_may_be_away(&self) -> bool {
-        self.partitions.len() == 1 && self.membership.others_may_act(self.clock.monotonic())
+    /// Always returns `false` in a cluster: partitions may be idle, so a lack of confirmed responses does not indicate
+    /// an outage. Other replicas that have just started do not matter, since they have not used their shares yet.
+    pub(super) fn others_may_have_outage(&self) -> bool {
+        self.breakers.len() == 1 && self.membership.others_may_act(self.clock.monotonic())
     }
 
     pub(super) fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Acquire)
     }
 
-    /// Returns all tokens held for later, before the process exits. Gives up if the counters do not respond; tokens
-    /// that are not returned are unavailable until their buckets refill.
+    /// Returns all tokens held for later to the counters, before the process exits. Gives up if the counters do not
+    /// respond; tokens that are not returned are unavailable until their buckets refill.
     pub(super) async fn return_leases(&self) {
         self.draining.store(true, Ordering::Release);
         let deadline = time::Instant::now() + RETURNED_WITHIN;
@@ -255,8 +266,8 @@ impl StoreCore {
                     continue;
                 };
                 lease.surrender_all();
-                if let (Some(terms), Some(back)) = (lease.terms(), lease.unspent()) {
-                    calls.push(self.call(&handle, terms, Some(back)));
+                if let (Some(terms), Some(back)) = (lease.terms(), lease.take_unspent()) {
+                    calls.push(self.build_call(&handle, terms, Some(back)));
                 }
                 if lease.is_busy() {
                     drop(state);
@@ -269,8 +280,8 @@ impl StoreCore {
                     let gave_up = failures.load(Ordering::Relaxed) >= RETURNS_FAILED;
                     let returned = !gave_up && {
                         self.metrics.counter_calls.inc();
-                        let answer = time::timeout(CALL_DEADLINE, self.counters.take(call)).await;
-                        matches!(answer, Ok(Ok(_)))
+                        let result = time::timeout(CALL_DEADLINE, self.counters.take(call)).await;
+                        matches!(result, Ok(Ok(_)))
                     };
                     if returned {
                         self.metrics.lease_tokens_returned.inc_by(call.back);
@@ -284,7 +295,7 @@ impl StoreCore {
                 failures.store(RETURNS_FAILED, Ordering::Relaxed);
             }
         }
-        // Calls in flight return their granted tokens themselves.
+        // Calls in flight return the tokens that they are granted.
         let patience = time::Instant::now() + CALL_DEADLINE + self.settings.deadline;
         let is_busy = |handle: &Arc<KeyHandle>| {
             let mut state = handle.state.lock();

@@ -23,7 +23,8 @@ use crate::{
 pub struct DistributedSettings {
     /// The lease TTL. If zero, the counters decide every request.
     pub lease_ttl: Duration,
-    /// How long a request waits for one call to the counters.
+    /// How long a call to the counters may take before it counts as failed. A request waits for at most twice this
+    /// time.
     pub deadline: Duration,
     /// The fallback setting for plans without their own.
     pub on_failure: OnRedisFailure,
@@ -40,8 +41,9 @@ pub(super) struct StoreCore {
     pub(super) metrics: Arc<Metrics>,
     pub(super) settings: DistributedSettings,
     pub(super) ttl: Nanos,
-    pub(super) partitions: Box<[CircuitBreaker]>,
-    /// Whether the store is draining and holds no tokens for later.
+    /// One breaker for each partition of the counters.
+    pub(super) breakers: Box<[CircuitBreaker]>,
+    /// Whether the store is draining and no longer keeps tokens for later.
     pub(super) draining: AtomicBool,
     pub(super) me: Weak<StoreCore>,
 }

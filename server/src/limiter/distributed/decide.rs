@@ -1,12 +1,12 @@
-//! One decision: from local tokens, by a call to the counters, or without them.
+//! Makes a decision: with local tokens, with a call to the counters, or without the counters.
 //!
 //! Takes the cost from the quotas and the rate together, or from neither. While the counters are unavailable, applies
 //! the plan's fallback setting.
 //!
-//! A denial names the rate as violated only if the counters have just reported that. Without a response, it is unknown
-//! whether the rate is exceeded: [`OnRedisFailure::Share`] then denies without naming a policy,
-//! [`OnRedisFailure::Closed`] returns an error, and [`OnRedisFailure::Open`] denies only what exceeds the limit on this
-//! replica.
+//! With the counters, a denial names the rate as violated only if their last response shows that, or if the cost
+//! exceeds the burst. Without them, it is unknown whether the rate is exceeded: [`OnRedisFailure::Share`] denies
+//! without naming a policy, [`OnRedisFailure::Closed`] returns an error, and [`OnRedisFailure::Open`] names the rate if
+//! the request exceeds this replica's separate limit.
 
 use std::{
     num::{NonZeroU32, NonZeroU64},
@@ -50,8 +50,8 @@ pub(super) enum LocalOutcome {
 }
 
 impl StoreCore {
-    /// Decides with the state on this replica, if possible. If the counters must be called, first reserves the quota
-    /// tokens of `demand`.
+    /// Decides on a request with the state on this replica, if possible. If the counters must be called, first reserves
+    /// the quota tokens of `demand`.
     #[inline]
     pub(super) fn decide_locally(
         &self,
@@ -81,10 +81,10 @@ impl StoreCore {
                 self.fetch_ahead(handle, &mut state, policies);
             }
             decision(&mut state, policies, moment, Outcome::Allowed)
-        } else if let Some(until) = lease.held(tokens, monotonic)
-            && !self.partition(handle).is_away()
+        } else if let Some(until) = lease.denied_until(tokens, monotonic)
+            && !self.breaker(handle).is_open()
         {
-            lease.deny(tokens);
+            lease.record_denied(tokens);
             let mut denial = Denial::default();
             // The longer of two waits applies: until the counters may be called again, and until the bucket has enough
             // tokens.
@@ -115,8 +115,8 @@ impl StoreCore {
     /// Requests the next lease while the current one is being spent.
     #[cold]
     fn fetch_ahead(&self, handle: &Arc<KeyHandle>, state: &mut KeyState, policies: &Policies) {
-        if !self.partition(handle).is_away() {
-            state.lease().adopt(policies.terms(self.ttl));
+        if !self.breaker(handle).is_open() {
+            state.lease().set_terms(policies.terms(self.ttl));
             self.begin_fetch(handle, state, true);
         }
     }
@@ -129,14 +129,14 @@ impl StoreCore {
         policies: &Policies,
         tokens: u64,
     ) -> FetchOutcome {
-        if self.partition(handle).is_away() {
+        if self.breaker(handle).is_open() {
             return FetchOutcome::Unanswered;
         }
         let (waiter, outcome) = Waiter::new(tokens);
         {
             let mut state = handle.state.lock();
             let lease = state.lease();
-            lease.adopt(policies.terms(self.ttl));
+            lease.set_terms(policies.terms(self.ttl));
             lease.wait(waiter);
             self.begin_fetch(handle, &mut state, false);
         }
@@ -147,8 +147,8 @@ impl StoreCore {
         }
     }
 
-    /// Spends the granted tokens and the request's reserved quota tokens. Returns `None` if their window has ended and
-    /// too few tokens of the current one are available.
+    /// Spends the granted tokens and the request's reserved quota tokens. Returns `None` if the window of the reserved
+    /// tokens has ended and too few tokens of the current window are available.
     fn spend(
         &self,
         handle: &Arc<KeyHandle>,
@@ -192,10 +192,10 @@ impl StoreCore {
         let lease = state.lease();
         let debt = lease.debt(gcra, monotonic);
         denial.add_rate(gcra.decide(now.saturating_add(debt), now, cost));
-        let held = lease.held(u64::from(cost.get()), monotonic);
-        let held = held.and_then(|until| left(until, monotonic));
-        if wait.is_some() || held.is_some() {
-            denial.add(Policy::Rpm, wait.max(held));
+        let denied_until = lease.denied_until(u64::from(cost.get()), monotonic);
+        let denied_for = denied_until.and_then(|until| left(until, monotonic));
+        if wait.is_some() || denied_for.is_some() {
+            denial.add(Policy::Rpm, wait.max(denied_for));
         }
         if denial.violated.is_empty() {
             return None;
@@ -206,8 +206,8 @@ impl StoreCore {
         Some(decision)
     }
 
-    /// Decides without the counters, according to the plan's fallback setting. Returns `None` if too few quota tokens
-    /// are available locally.
+    /// Decides on a request without the counters, according to the plan's fallback setting. Returns `None` if too few
+    /// quota tokens are available locally.
     pub(super) fn without_counters(
         &self,
         handle: &Arc<KeyHandle>,
@@ -216,7 +216,7 @@ impl StoreCore {
         demand: Option<&mut DemandGuard<'_>>,
     ) -> Result<Option<Decision>, LimiterError> {
         let on_failure = policies.on_failure().unwrap_or(self.settings.on_failure);
-        let outage = self.partition(handle).outage();
+        let outage = self.breaker(handle).outage();
         let (mut state, now) = self.keys.current(handle, policies);
         let monotonic = self.clock.monotonic();
         let tokens = u64::from(cost.get());
@@ -228,8 +228,8 @@ impl StoreCore {
         }
         let gcra = policies.gcra();
         let (outcome, rate) = match on_failure {
-            OnRedisFailure::Closed => return Err(LimiterError::CountersAway),
-            // Decides as if this were the only replica.
+            OnRedisFailure::Closed => return Err(LimiterError::CountersUnavailable),
+            // Decide as if this were the only replica.
             OnRedisFailure::Open => {
                 let mut denial = Denial::default();
                 denial.add_rate(state.take_rate(cost, now));
@@ -258,13 +258,13 @@ impl StoreCore {
                         let debt = share.tat.saturating_since(monotonic);
                         (verdict, rate(policies, now, debt.min(gcra.tau())))
                     }
-                    // There is no outage (only this call failed), or this replica has no slot. Its share counts as
+                    // There is no outage (only this call failed), or this replica has no slot. Treat its share as
                     // empty.
                     _ => (Err(A_SECOND), rate(policies, now, gcra.tau())),
                 };
                 let outcome = match verdict {
                     Ok(()) => Outcome::Allowed,
-                    // This replica's share is exhausted. Only the counters know whether the limit itself is.
+                    // This replica's share is exhausted. Only the counters know whether the limit itself is exhausted.
                     Err(wait) => Outcome::Denied {
                         violated: PolicySet::EMPTY,
                         retry_after: Some(wait),
@@ -289,7 +289,7 @@ impl StoreCore {
         policies: &Policies,
         cost: NonZeroU32,
     ) -> Result<Decision, LimiterError> {
-        let mut demand = self.keys.claim(handle, cost);
+        let mut demand = self.keys.register_demand(handle, cost);
         let mut patience = self.keys.patience();
         loop {
             let outcome = match self.decide_locally(handle, policies, cost, Some(&mut demand)) {
@@ -349,7 +349,7 @@ impl StoreCore {
     }
 }
 
-/// Returns a decision with the rate as known locally.
+/// Returns a decision that reports the state of the rate as known to this replica.
 pub(super) fn decision(
     state: &mut KeyState,
     policies: &Policies,

@@ -5,7 +5,7 @@ use std::{pin::pin, sync::Arc, time::Duration};
 use tokio::{runtime::Handle, time};
 
 use super::{
-    calls::{Answer, DENIED_FOR_LEASES},
+    calls::{CallOutcome, DENIED_FOR_LEASES},
     core::StoreCore,
 };
 use crate::{
@@ -18,18 +18,19 @@ use crate::{
             waiter::{FetchOutcome, Grant, Unspent, Waiter},
         },
     },
+    spans::{self, Parent},
 };
 
 impl StoreCore {
-    /// Starts a call for the waiting requests, if one is needed. With `ahead`, starts one even if no requests are
+    /// Starts a call for the waiting requests, if one is needed. With `ahead`, starts a call even if no requests are
     /// waiting.
     pub(super) fn begin_fetch(&self, handle: &Arc<KeyHandle>, state: &mut KeyState, ahead: bool) {
         let (Ok(runtime), Some(inner)) = (Handle::try_current(), self.me.upgrade()) else {
-            // Dropping the waiters tells the requests that there will be no response.
+            // Dropping the waiters ends the waiting requests, since there will be no response.
             state.lease().waiting().clear();
             return;
         };
-        if self.partition(handle).is_away() {
+        if self.breaker(handle).is_open() {
             state.lease().waiting().clear();
             return;
         }
@@ -48,29 +49,31 @@ impl StoreCore {
             need,
             waiting,
             want,
-            spare,
+            for_later,
             requests,
         } = demand;
         let call = TakeCall {
             need,
             waiting,
             want,
-            ..self.call(handle, terms, lease.unspent())
+            ..self.build_call(handle, terms, lease.take_unspent())
         };
         runtime.spawn(fetch(LeaseFetch {
             inner,
             handle: Arc::clone(handle),
             call,
             terms,
-            spare,
+            for_later,
             asked_at,
             requests,
+            span: spans::current(),
             active: true,
         }));
     }
 
-    /// Returns the outcome for a request that got `unspent`. Without tokens, the request waited only for the response.
-    fn guard(&self, handle: &Arc<KeyHandle>, unspent: Unspent) -> FetchOutcome {
+    /// Returns the outcome for a request that got `unspent`. If `unspent` is empty, the request waited only for the
+    /// response.
+    fn outcome_for(&self, handle: &Arc<KeyHandle>, unspent: Unspent) -> FetchOutcome {
         match self.me.upgrade() {
             Some(core) if unspent.tokens > 0 => {
                 let handle = Arc::clone(handle);
@@ -99,15 +102,15 @@ async fn return_unspent(inner: Arc<StoreCore>, handle: Arc<KeyHandle>) {
         let call = {
             let mut state = handle.state.lock();
             let lease = state.lease();
-            match (lease.terms(), lease.unspent()) {
-                (Some(terms), Some(back)) => inner.call(&handle, terms, Some(back)),
+            match (lease.terms(), lease.take_unspent()) {
+                (Some(terms), Some(back)) => inner.build_call(&handle, terms, Some(back)),
                 _ => {
                     lease.end_return();
                     return;
                 }
             }
         };
-        inner.ask(call).await;
+        inner.make_call(call, || ()).await;
     }
 }
 
@@ -118,9 +121,11 @@ struct LeaseFetch {
     call: TakeCall,
     terms: Terms,
     /// Tokens that the call requests for later.
-    spare: u64,
+    for_later: u64,
     asked_at: Monotonic,
     requests: Vec<Waiter>,
+    /// The span of the request that started the call, if the request is traced.
+    span: Option<Parent>,
     /// Whether the call has neither ended nor become late. While the call is active, the next one has to wait for
     /// [`Terms::pause`].
     active: bool,
@@ -129,24 +134,26 @@ struct LeaseFetch {
 impl Drop for LeaseFetch {
     fn drop(&mut self) {
         self.requests.clear();
-        self.give_up();
+        self.allow_next_call();
         self.handle.state.lock().lease().end_call();
     }
 }
 
 impl LeaseFetch {
-    /// Lets the next call begin, because this one has failed or is late. Its requests keep waiting for a late response
-    /// until they time out.
-    fn give_up(&mut self) {
+    /// Stops holding up the next call, because this one has failed or is late, and starts the next one if requests are
+    /// waiting. If this call is late, its requests keep waiting for the response until they time out.
+    fn allow_next_call(&mut self) {
         if std::mem::take(&mut self.active) {
             let mut state = self.handle.state.lock();
-            state.lease().end_fetch(self.spare);
+            state.lease().end_fetch(self.for_later);
             self.inner.begin_fetch(&self.handle, &mut state, false);
         }
     }
 
     /// Distributes granted tokens: first to the requests that the call was made for, then to requests that have arrived
-    /// since. The rest is held for later if the plan allows it. Returns whether any tokens are held.
+    /// since. The rest is held for later if the plan allows it. If the response is late and none of the call's requests
+    /// is waiting any longer, the tokens are not distributed but returned, unless no others are available locally.
+    /// Returns whether any tokens are held.
     fn distribute(&mut self, at: CounterMicros, bucket: BucketState) -> bool {
         let BucketState::Active {
             granted,
@@ -168,12 +175,12 @@ impl LeaseFetch {
         lease.expire(now);
         // Newer calls may have ended already.
         if lease.seen_at() <= self.asked_at {
-            lease.saw(debt, self.asked_at);
+            lease.record_debt(debt, self.asked_at);
         }
         let is_awaited = self.requests.iter().any(|waiter| !waiter.is_gone());
         if self.active || is_awaited || lease.available() == 0 {
             let expires = self.asked_at.saturating_add(self.inner.ttl);
-            lease.stock(grant, expires);
+            lease.add(grant, expires);
         } else {
             lease.owe(grant);
         }
@@ -182,8 +189,8 @@ impl LeaseFetch {
             if waiter.is_gone() {
                 continue;
             }
-            let outcome = match lease.set_apart(waiter.tokens) {
-                Some(unspent) => self.inner.guard(&self.handle, unspent),
+            let outcome = match lease.set_aside(waiter.tokens) {
+                Some(unspent) => self.inner.outcome_for(&self.handle, unspent),
                 None => {
                     refused = Some(refused.unwrap_or(u64::MAX).min(waiter.tokens));
                     FetchOutcome::TooFew
@@ -199,15 +206,15 @@ impl LeaseFetch {
         }
         if same && !self.inner.is_draining() {
             if self.active {
-                lease.served(granted, self.call.want);
-                self.hold(lease, grant, debt, refused);
+                lease.record_grant(granted, self.call.want);
+                self.deny_while_low(lease, grant, debt, refused);
             }
             for waiter in std::mem::take(lease.waiting()) {
                 if waiter.tokens == 0 {
                     lease.waiting().push(waiter);
-                } else if let Some(unspent) = lease.set_apart(waiter.tokens) {
-                    outcomes.push((waiter, self.inner.guard(&self.handle, unspent)));
-                } else if lease.held(waiter.tokens, now).is_some() {
+                } else if let Some(unspent) = lease.set_aside(waiter.tokens) {
+                    outcomes.push((waiter, self.inner.outcome_for(&self.handle, unspent)));
+                } else if lease.denied_until(waiter.tokens, now).is_some() {
                     outcomes.push((waiter, FetchOutcome::TooFew));
                 } else {
                     lease.waiting().push(waiter);
@@ -217,7 +224,7 @@ impl LeaseFetch {
         }
         let left = lease.available() > 0;
         if std::mem::take(&mut self.active) {
-            lease.end_fetch(self.spare);
+            lease.end_fetch(self.for_later);
             self.inner.begin_fetch(&self.handle, &mut state, false);
         }
         // Sending to a canceled request returns its tokens, which takes the lock.
@@ -228,15 +235,15 @@ impl LeaseFetch {
         left
     }
 
-    /// If the bucket has too few tokens, denies requests locally until it has enough, but only for a short time, since
-    /// other replicas may return tokens. An empty bucket is left alone for part of the lease TTL, so that tokens
+    /// Denies requests locally while the bucket has too few tokens, but only for a short time, since other replicas may
+    /// return tokens. If the bucket is empty, the counters are not called for part of the lease TTL, so that tokens
     /// accumulate and are not fetched one by one. That time is too short for the bucket to fill up.
     ///
     /// The time is measured from the start of the call. The counters decide a little later, but the next call takes
     /// just as long to reach them, so measuring from the response would count the time in transit twice.
-    fn hold(&self, lease: &mut Lease, grant: Unspent, debt: Nanos, refused: Option<u64>) {
+    fn deny_while_low(&self, lease: &mut Lease, grant: Unspent, debt: Nanos, refused: Option<u64>) {
         let (call, ttl) = (&self.call, self.inner.ttl);
-        // A debt above `tau` comes from another version of the plan and is not comparable.
+        // A debt above `tau` comes from another version of the plan and cannot be compared.
         let Some(left) = call.tau.0.checked_sub(debt.0).map(Nanos) else {
             return;
         };
@@ -265,7 +272,7 @@ impl LeaseFetch {
             Nanos::MAX
         };
         let until = missing.max(gather).min(longest);
-        lease.hold(n, self.asked_at.saturating_add(until));
+        lease.deny_until(n, self.asked_at.saturating_add(until));
     }
 }
 
@@ -274,8 +281,10 @@ async fn fetch(mut fetch: LeaseFetch) {
     let (inner, handle) = (Arc::clone(&fetch.inner), Arc::clone(&fetch.handle));
     let asked_at = fetch.asked_at;
     let pause = Duration::from(fetch.terms.pause());
+    let span = fetch.span.take();
     let answer = {
-        let mut answer = pin!(inner.ask_until(fetch.call, || fetch.give_up()));
+        let answer = pin!(inner.make_call(fetch.call, || fetch.allow_next_call()));
+        let mut answer = spans::inside(span.as_ref(), answer);
         if pause < inner.settings.deadline {
             match time::timeout(pause, &mut answer).await {
                 Ok(answer) => answer,
@@ -289,8 +298,10 @@ async fn fetch(mut fetch: LeaseFetch) {
         }
     };
     let left = match answer {
-        Answer::InTime(reply) | Answer::Late(reply) => fetch.distribute(reply.at, reply.state),
-        Answer::Failed => false,
+        CallOutcome::InTime(reply) | CallOutcome::Late(reply) => {
+            fetch.distribute(reply.at, reply.state)
+        }
+        CallOutcome::Failed => false,
     };
     drop(fetch);
     if left {

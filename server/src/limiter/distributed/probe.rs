@@ -16,9 +16,10 @@ use crate::{
 /// The maximum interval between probes, and by how much it varies.
 const PROBE_EVERY: Duration = Duration::from_millis(250);
 const PROBE_JITTER: Duration = Duration::from_millis(50);
-/// How long after the last call a heartbeat is sent, and how long after a failed call. Short enough that all replicas
-/// detect an outage within half a second. A call for tokens confirms the last response just like a heartbeat. So a
-/// replica that renews leases, which takes a call every 90 ms with the default settings, does not send heartbeats.
+/// How long after the last call a heartbeat is sent: after a successful call, and after a failed one. Short enough that
+/// all replicas detect an outage within half a second. A call for tokens confirms the last response just like a
+/// heartbeat. So a replica that renews leases, which takes a call every 90 ms with the default settings, does not send
+/// heartbeats.
 const HEARTBEAT_EVERY: Duration = Duration::from_millis(110);
 const SUSPECT_EVERY: Duration = Duration::from_millis(50);
 /// How often to check whether a heartbeat is due.
@@ -26,15 +27,16 @@ const TICK: Duration = Duration::from_millis(20);
 /// The counters store a confirmation only if it is newer than the stored one by more than this.
 const CONFIRMED_EVERY: Duration = Duration::from_millis(50);
 /// The minimum time to wait for the response to a probe. Only a response within the deadline of normal calls ends an
-/// outage. If slow counters could end it, every request would time out, and each recovery would empty all buckets.
+/// outage. If slow counters could end an outage, every request would time out, and each recovery would empty all
+/// buckets.
 const PROBE_DEADLINE: Duration = Duration::from_millis(250);
 /// How long an unused partition continues to get heartbeats.
 const IN_USE: Nanos = Nanos::from_secs(10);
 
-/// The maximum time between the starts of two calls of a replica that gets responses.
+/// The maximum time between the starts of two consecutive calls by a replica that gets responses.
 const CALL_EVERY: Duration = HEARTBEAT_EVERY.saturating_add(TICK);
 
-/// The delay before the first probe in an outage, if responses take no time.
+/// The delay before the first probe in an outage, if responses are instantaneous.
 const FIRST_PROBE: Duration = CONFIRMED_EVERY
     .saturating_add(CALL_EVERY.saturating_mul(2))
     .saturating_add(TICK);
@@ -48,10 +50,10 @@ const _: () = assert!(
     "an idle replica must detect an outage before the second probe of the first replica that did"
 );
 
-/// Returns the delay before the first probe in an outage. By then, every replica that still gets responses has confirmed
-/// a response sent after the outage began and newer than the stored confirmation by more than [`CONFIRMED_EVERY`].
-/// One call gets such a response, and the next call confirms it. Each starts within [`CALL_EVERY`]. The first response
-/// may take up to `deadline`, and so may the second call.
+/// Returns the delay before the first probe in an outage. By then, every replica that still gets responses has
+/// confirmed a response sent after the outage began and newer than the stored confirmation by more than
+/// [`CONFIRMED_EVERY`]. One call gets such a response, and the next call confirms it. Each of these calls starts within
+/// [`CALL_EVERY`]. The first response may take up to `deadline`, and so may the second call.
 pub(super) fn first_probe(deadline: Duration) -> Duration {
     FIRST_PROBE + 2 * deadline
 }
@@ -60,10 +62,10 @@ impl StoreCore {
     /// Returns the time within which an outage that one replica has detected is also detected by all other replicas, or
     /// ends for the first replica.
     ///
-    /// The first replica may detect the outage as soon as it begins, if its last response was long before. An idle
-    /// replica starts five calls, each within [`CALL_EVERY`], and opens its breaker when the fifth one fails, one deadline
-    /// later. That is before the first replica's second probe. So if the idle replica does not detect the outage, the
-    /// outage ends before that probe, and the first replica recovers with its second probe at the latest.
+    /// The first replica may detect the outage as soon as it begins, if it received its last response long before. An
+    /// idle replica starts five calls, each within [`CALL_EVERY`], and opens its breaker when the fifth one fails, one
+    /// deadline later. This happens before the first replica's second probe. So if the idle replica does not detect the
+    /// outage, the outage ends before that probe, and the first replica recovers with its second probe at the latest.
     pub(super) fn noticed_by_all(&self) -> Nanos {
         let deadline = self.settings.deadline;
         let second_probe = first_probe(deadline) + PROBE_DEADLINE.max(deadline) + PROBE_EVERY;
@@ -71,11 +73,11 @@ impl StoreCore {
     }
 }
 
-/// Returns a call that takes no tokens and does not affect any key. It does not report an outage of this replica, even
-/// if one begins before it is sent. Only probes report outages: they are sent late enough that other replicas could
-/// have confirmed a response.
+/// Returns a call that takes no tokens and does not affect any key. The call does not report an outage of this replica,
+/// even if an outage begins before the call is sent. Only probes report outages: they are sent late enough that other
+/// replicas could have confirmed a response.
 fn heartbeat_call(partition: u16, inner: &StoreCore) -> TakeCall {
-    let of = &inner.partitions[usize::from(partition)];
+    let breaker = &inner.breakers[usize::from(partition)];
     TakeCall {
         partition,
         bucket: BucketName::Heartbeat,
@@ -89,22 +91,22 @@ fn heartbeat_call(partition: u16, inner: &StoreCore) -> TakeCall {
         back_taken_at: CounterMicros::NONE,
         back_generation: 0,
         lease: 0,
-        last_heard: of.last_heard(),
-        away_since: of.never_heard(inner.others_may_be_away()),
+        last_heard: breaker.last_heard(),
+        outage_since: breaker.never_heard(inner.others_may_have_outage()),
         promised: CounterMicros::NONE,
     }
 }
 
 async fn send_heartbeat(inner: Arc<StoreCore>, number: u16) {
-    let partition = &inner.partitions[usize::from(number)];
-    let used_at = partition.used_at();
-    inner.ask(heartbeat_call(number, &inner)).await;
+    let breaker = &inner.breakers[usize::from(number)];
+    let used_at = breaker.used_at();
+    inner.make_call(heartbeat_call(number, &inner), || ()).await;
     // A heartbeat does not count as use.
-    partition.used(used_at);
+    breaker.record_use(used_at);
 }
 
-/// Sends heartbeats to partitions that are in use but have had no recent call. Heartbeats also show recovering replicas
-/// that this one gets responses.
+/// Sends heartbeats to partitions that are in use but have not had a recent call. Heartbeats also show recovering
+/// replicas that this replica gets responses.
 pub(super) async fn send_heartbeats(inner: Weak<StoreCore>) {
     let mut ticks = time::interval(TICK);
     ticks.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
@@ -114,10 +116,10 @@ pub(super) async fn send_heartbeats(inner: Weak<StoreCore>) {
             return;
         };
         let now = inner.clock.monotonic();
-        for (number, partition) in (0..).zip(&inner.partitions) {
-            let in_use = now.saturating_since(partition.used_at()) < IN_USE;
-            let due = partition.is_heartbeat_due(now, HEARTBEAT_EVERY, SUSPECT_EVERY);
-            if (in_use || inner.partitions.len() == 1) && due && !partition.is_away() {
+        for (number, breaker) in (0..).zip(&inner.breakers) {
+            let in_use = now.saturating_since(breaker.used_at()) < IN_USE;
+            let due = breaker.is_heartbeat_due(now, HEARTBEAT_EVERY, SUSPECT_EVERY);
+            if (in_use || inner.breakers.len() == 1) && due && !breaker.is_open() {
                 tokio::spawn(send_heartbeat(Arc::clone(&inner), number));
             }
         }
@@ -130,7 +132,7 @@ fn confirm_promise(inner: Arc<StoreCore>, number: u16, promised: CounterMicros) 
     tokio::spawn(async move {
         let call = TakeCall {
             promised,
-            away_since: CounterMicros::NONE,
+            outage_since: CounterMicros::NONE,
             ..heartbeat_call(number, &inner)
         };
         inner.metrics.counter_calls.inc();
@@ -156,19 +158,19 @@ pub(super) async fn probe_until_recovered(
         let Some(inner) = inner.upgrade() else {
             return;
         };
-        let partition = &inner.partitions[usize::from(number)];
+        let breaker = &inner.breakers[usize::from(number)];
         inner.metrics.counter_calls.inc();
         // A promise is used only once. If the response to this call is late or missing, this replica continues to
         // decide without the counters.
         let promised = std::mem::take(&mut promise);
         let call = TakeCall {
             promised,
-            away_since: partition.away_since(inner.others_may_be_away()),
+            outage_since: breaker.outage_since(inner.others_may_have_outage()),
             ..heartbeat_call(number, &inner)
         };
         let asked_at = inner.clock.monotonic();
         if promised > CounterMicros::NONE {
-            partition.paused_until(asked_at.saturating_add(inner.settings.deadline.into()));
+            breaker.end_pause_at(asked_at.saturating_add(inner.settings.deadline.into()));
         }
         let patience = PROBE_DEADLINE.max(inner.settings.deadline);
         let answer = time::timeout(patience, inner.counters.take(call)).await;
@@ -186,17 +188,17 @@ pub(super) async fn probe_until_recovered(
                 BucketState::Initializing { wait: left } if in_time => {
                     wait = Duration::from_micros(left);
                     promise = reply.at.saturating_add(left);
-                    partition.is_initializing(asked_at.saturating_add(wait.into()), now);
+                    breaker.open_for_new_epoch(asked_at.saturating_add(wait.into()), now);
                     confirm_promise(Arc::clone(&inner), number, promise);
                 }
                 BucketState::Active { .. } if in_time => {
-                    partition.returned(reply.at, now);
-                    inner.metrics.counters_away.dec();
+                    breaker.close(reply.at, now);
+                    inner.metrics.counter_partitions_unavailable.dec();
                     tracing::info!(
                         partition = number,
                         "the shared counters are available again"
                     );
-                    // Shows other recovering replicas that this one got a response.
+                    // This heartbeat shows other recovering replicas that this replica got a response.
                     send_heartbeat(inner, number).await;
                     return;
                 }

@@ -2,7 +2,7 @@
 //!
 //! Contains the script (`take.lua`, which documents its arguments), the names of its keys, and the initial state of a
 //! new deployment. If Redis is not connected, every call fails immediately; if it does not respond, calls fail after
-//! [`CALL_DEADLINE`].
+//! [`CALL_DEADLINE`], or after `QUOTA_REDIS_TIMEOUT` if that is longer.
 //!
 //! | key | value |
 //! |---|---|
@@ -73,7 +73,7 @@ impl RedisCounters {
         }
     }
 
-    /// Uses a different script. For tests, which control the time.
+    /// Creates counters that use a different script. Tests use this to control the time.
     #[doc(hidden)]
     pub fn with_script(redis: Redis, take: &'static str) -> Self {
         Self {
@@ -82,7 +82,7 @@ impl RedisCounters {
             } else {
                 1
             },
-            take: Script::new(take),
+            take: Script::new("take", take),
             delay: EPOCH_DELAY,
             redis,
         }
@@ -93,10 +93,10 @@ impl RedisCounters {
         TAKE
     }
 
-    /// Starts an epoch with full buckets if this Redis has no state. Call only once per deployment: later, an empty
-    /// Redis means that it has lost its state.
+    /// Starts an epoch with full buckets if this Redis has no state. Call only once per deployment: after that, an
+    /// empty Redis has lost its state.
     pub async fn begin(&self) -> Result<(), CounterError> {
-        let first = Script::new(FIRST);
+        let first = Script::new("first_epoch", FIRST);
         for partition in 0..self.partitions {
             let key = self.epoch(partition);
             self.redis
@@ -151,7 +151,7 @@ impl SharedCounters for RedisCounters {
                     call.back,
                     call.back_taken_at.0,
                     call.last_heard.0,
-                    call.away_since.0,
+                    call.outage_since.0,
                     call.promised.0,
                     self.delay,
                     call.lease,
@@ -190,7 +190,7 @@ impl SharedCounters for RedisCounters {
             for bucket in buckets {
                 unlink.arg(self.bucket(partition, *bucket));
             }
-            // The connection of the partition's epoch is that of its node.
+            // The key of the partition's epoch selects a connection to the partition's node.
             let epoch = self.epoch(partition);
             self.redis.query(&epoch, &unlink).await.map_err(error)?;
         }

@@ -50,7 +50,7 @@
 -- to two nanoseconds.
 --
 -- **Expiry.** A bucket is kept for a minute plus twice the time until it is full. A full bucket is the same as a new one,
--- except after an edit: the time that is left over allows for a rate that was lowered in the meantime.
+-- except after an edit: the additional time allows for a rate that has been lowered since the last use.
 local OUTDATED = 10000000
 -- A caller that was promised an epoch must call within this many microseconds of its start to use it.
 local PROMISED = 500000
@@ -69,7 +69,7 @@ local now = time[1] * 1000000 + time[2]
 local e, t, v = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local need, want = tonumber(ARGV[4]), tonumber(ARGV[5])
 local back, taken_at = tonumber(ARGV[6]), tonumber(ARGV[7])
-local heard, away = tonumber(ARGV[8]), tonumber(ARGV[9])
+local heard, outage = tonumber(ARGV[8]), tonumber(ARGV[9])
 local promised, delay, lease = tonumber(ARGV[10]), tonumber(ARGV[11]), tonumber(ARGV[12])
 local back_generation, waiting = tonumber(ARGV[13]), tonumber(ARGV[14])
 
@@ -93,27 +93,27 @@ local function exchanged(number, e0, e)
   return whole_tokens * e + q, r
 end
 
--- A new epoch begins if Redis has no epoch, or if the current one began on another Redis process. It also begins if the
--- caller has decided requests without the counters, with two exceptions: the caller was promised this epoch and calls
--- soon after its start, or other callers have received responses since. A caller that has just started cannot know
--- whether other callers have decided requests without the counters. It assumes so if no caller has received a response
--- for a while.
+-- A new epoch begins if Redis has no epoch, or if the current one began on another Redis process. It also
+-- begins if the caller has decided requests without the counters, with two exceptions: the caller was
+-- promised this epoch and calls soon after its start, or other callers have received responses since. A
+-- caller that has just started cannot know whether other callers have decided requests without the counters.
+-- If no caller has received a response for a while, the new caller assumes that other callers have done so.
 local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
 local epoch = redis.call('HMGET', KEYS[2], 'run', 's', 'ok', 'c')
 local start, ok = tonumber(epoch[2]), tonumber(epoch[3]) or 0
 local returns_in_time = promised > 0 and start == promised and now - start < PROMISED
-local others_connected = (ok > away and ok <= now and now - ok < CONNECTED) or (away == 1 and ok == 0)
+local others_connected = (ok > outage and ok <= now and now - ok < CONNECTED) or (outage == 1 and ok == 0)
 if epoch[1] ~= run or not start or start > now + delay
-  or (away > 0 and start <= now and not returns_in_time and not others_connected) then
+  or (outage > 0 and start <= now and not returns_in_time and not others_connected) then
   start = now + delay
   ok = 0
   redis.call('HSET', KEYS[2], 'run', run, 's', whole(start), 'ok', '0', 'c', '0')
 elseif start > now then
   if promised == start then
     redis.call('HSET', KEYS[2], 'c', '1')
-  elseif away > 0 and epoch[4] ~= '1' and start - now < delay - KNOWN then
-    -- Perhaps no caller has received a response with this start. A caller that calls again only after the start would
-    -- not know of it.
+  elseif outage > 0 and epoch[4] ~= '1' and start - now < delay - KNOWN then
+    -- It is possible that no caller has received a response that contains this start. A caller that calls again only
+    -- after the start would not know of it.
     start = now + delay
     redis.call('HSET', KEYS[2], 's', whole(start))
   end
@@ -124,7 +124,7 @@ end
 -- This ignores callers with an outage: they may not receive this response in time, and would then continue without the
 -- counters. If the stored response is in the future, the clock has gone back since.
 local confirmed = ok <= now and ok or 0
-if away == 0 and heard > confirmed + CONFIRMED and heard <= now and heard >= start then
+if outage == 0 and heard > confirmed + CONFIRMED and heard <= now and heard >= start then
   redis.call('HSET', KEYS[2], 'ok', whole(heard))
 end
 
@@ -224,7 +224,8 @@ if want > 0 then
     debt = debt + granted * e
     gathered = gathered and gathered - granted * e
     changed = true
-    -- Sets a new mark from time to time, and when the current one could not credit this grant in full.
+    -- Sets a new mark from time to time, and when a return of this whole grant could not be credited in full
+    -- with the current mark.
     if now - mt > 2 * lease or m < granted * e then
       n, nt = m, mt
       m, mt = debt, now

@@ -11,8 +11,8 @@ use crate::{
     },
 };
 
-/// A waiting request. Tokens fetched for it are kept until it has [reserved](Self::reserve) them, and stay reserved
-/// until they are spent or released. Dropping the guard releases them.
+/// A waiting request. Tokens fetched for the request are kept until it has [reserved](Self::reserve) them, and stay
+/// reserved until they are spent or released. Dropping the guard releases them.
 pub(in crate::limiter) struct DemandGuard<'a> {
     calls: &'a Arc<LedgerCalls>,
     handle: &'a Arc<KeyHandle>,
@@ -100,7 +100,7 @@ impl Drop for DemandGuard<'_> {
         state.tidy();
         if self.calls.is_draining() {
             for policy in [Policy::Daily, Policy::Monthly] {
-                self.calls.release(self.handle, &mut state, policy);
+                self.calls.return_block(self.handle, &mut state, policy);
             }
             return;
         }

@@ -7,7 +7,7 @@ use tokio::sync::Notify;
 use super::state::KeyState;
 use crate::limiter::denial_cache::DenialCache;
 
-/// The limiter's state of one key. Stored in the key's cached record, so that a decision does not need a lookup.
+/// The limiter's state for one key. Stored in the key's cached record, so that a decision does not need a lookup.
 #[derive(Debug)]
 pub struct KeyHandle {
     pub(in crate::limiter) tenant: TenantId,
@@ -15,7 +15,8 @@ pub struct KeyHandle {
     /// Used only with a remote store.
     pub(in crate::limiter) denials: DenialCache,
     pub(in crate::limiter) state: Mutex<KeyState>,
-    /// Notified when a ledger call for this key has ended.
+    /// Notified when requests that wait for quota tokens should check again: when a ledger call for this key has ended,
+    /// and when a reservation has.
     pub(in crate::limiter) call_ended: Notify,
 }
 

@@ -1,12 +1,13 @@
 //! Calls to the quota ledger: batched, limited in number, and retried where that is safe.
 //!
 //! Calls that arrive while all workers are busy share the next batch, so a thousand keys whose day begins at the same
-//! time need only a few transactions on a few connections. However a call ends, even by a panic or a runtime shutdown,
-//! its block is notified.
+//! time need only a few transactions on a few connections. However a call ends, even if it panics or the runtime shuts
+//! down, its block is notified.
 //!
-//! Tokens to be returned are kept until the ledger has confirmed the return. A batch is retried with the same ID and
-//! applied at most once, so an outage or an ambiguous failure neither loses tokens nor credits them twice. Tokens can
-//! be lost only when the process ends: if it is killed, or if draining runs out of time.
+//! Takes are not retried: if one fails or is abandoned after the ledger has granted tokens, these are lost until their
+//! window ends. Tokens to be returned are kept until the ledger has confirmed the return. A batch is retried with the
+//! same ID and applied at most once, so an outage or an ambiguous failure neither loses these tokens nor credits them
+//! twice. They can be lost only when the process ends: if it is killed, or if draining runs out of time.
 
 use std::{
     pin::pin,
@@ -40,14 +41,16 @@ use crate::{
             ledger::{LedgerError, LedgerRow, QuotaLedger, Taken},
         },
     },
+    spans,
 };
 
-/// The result of a drain.
+/// Quota tokens that a drain has returned to the ledger, or failed to return. Does not include tokens of the rate,
+/// which are returned to the shared counters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Drained {
-    /// Quota tokens that were returned to the ledger.
+pub struct ReturnedQuota {
+    /// Tokens whose return was confirmed.
     pub given_back: u64,
-    /// Quota tokens whose return was not confirmed. They may be unavailable until their window ends.
+    /// Tokens whose return was not confirmed. They may be unavailable until their window ends.
     pub lost: u64,
 }
 
@@ -57,7 +60,7 @@ pub struct Drained {
 pub(in crate::limiter) struct TooSlow(pub(in crate::limiter) Duration);
 
 /// The connections to the ledger. They are shared by all key tables whose settings contain a clone of this value.
-/// Batches get connections in the order in which they ask for them, so one table's work does not keep the others
+/// Batches get connections in the order in which they ask for them, so one table's work does not keep other tables
 /// waiting.
 #[derive(Debug, Clone)]
 pub struct LedgerConnections {
@@ -68,7 +71,7 @@ pub struct LedgerConnections {
 }
 
 impl LedgerConnections {
-    /// A `count` of zero is treated as 1.
+    /// Creates `count` connections. A count of zero is treated as 1.
     pub fn new(count: usize) -> Self {
         let count = count.max(1);
         Self {
@@ -104,9 +107,9 @@ pub(in crate::limiter) struct LedgerCalls {
     pub(super) deadline: Duration,
     pub(super) connections: LedgerConnections,
     /// The maximum number of concurrent batches of takes.
-    pub(super) takers: usize,
+    pub(super) max_takers: usize,
     /// The maximum number of concurrent batches of returns.
-    pub(super) returners: usize,
+    pub(super) max_returners: usize,
     pub(super) queue: Mutex<Queue>,
     pub(super) idle: Notify,
     draining: AtomicBool,
@@ -117,21 +120,21 @@ pub(in crate::limiter) struct LedgerCalls {
 }
 
 impl LedgerCalls {
-    /// Calls are abandoned after `deadline`.
+    /// Creates the queue. A call that the ledger does not respond to within `deadline` fails.
     pub(in crate::limiter) fn new(
         clock: Arc<dyn Clock>,
         ledger: Arc<dyn QuotaLedger>,
         deadline: Duration,
         connections: LedgerConnections,
     ) -> Arc<Self> {
-        let returners = (connections.count / 2).clamp(1, 2);
+        let max_returners = (connections.count / 2).clamp(1, 2);
         Arc::new(Self {
             clock,
             ledger,
             deadline,
-            takers: connections.count.saturating_sub(returners).clamp(1, 3),
+            max_takers: connections.count.saturating_sub(max_returners).clamp(1, 3),
             connections,
-            returners,
+            max_returners,
             queue: Mutex::default(),
             idle: Notify::new(),
             draining: AtomicBool::new(false),
@@ -159,8 +162,12 @@ impl LedgerCalls {
         }
     }
 
-    /// Waits for all calls in flight, for at most `within`. Returns the totals since draining began.
-    pub(in crate::limiter) async fn drained(self: &Arc<Self>, within: Duration) -> Drained {
+    /// Waits until no call is queued or in flight, for at most `within`. Call [`begin_draining`](Self::begin_draining)
+    /// first.
+    pub(in crate::limiter) async fn finish_draining(
+        self: &Arc<Self>,
+        within: Duration,
+    ) -> ReturnedQuota {
         self.start_returner();
         let all = async {
             loop {
@@ -173,7 +180,7 @@ impl LedgerCalls {
             }
         };
         let _ = time::timeout(within, all).await;
-        Drained {
+        ReturnedQuota {
             given_back: self.given_back.load(Ordering::SeqCst),
             lost: self.unconfirmed.load(Ordering::SeqCst),
         }
@@ -203,6 +210,7 @@ impl LedgerCalls {
                 at: now,
                 calendar: calendar::window(policy, state.zone(), now),
                 order,
+                span: spans::current(),
             });
         }
     }
@@ -234,12 +242,13 @@ impl LedgerCalls {
                 at,
                 calendar,
                 order: block.next_order(calendar),
+                span: None,
             });
         }
     }
 
-    /// Starts to return all tokens of a policy's block. Returns whether there were any.
-    pub(in crate::limiter) fn release(
+    /// Starts to return all tokens of a policy's block. Returns whether there were any tokens.
+    pub(in crate::limiter) fn return_block(
         self: &Arc<Self>,
         handle: &KeyHandle,
         state: &mut KeyState,
@@ -269,8 +278,8 @@ impl LedgerCalls {
         if Handle::try_current().is_ok()
             && let Some(block) = state.block(policy)
         {
-            // Tokens that are not needed soon are returned in one batch with those of other keys, not in a separate call.
-            let until = if block.give_up_unneeded(now, waited_for) {
+            // Tokens that are not needed soon are returned in a batch with other keys' tokens, not in a separate call.
+            let until = if block.owe_unneeded(now, waited_for) {
                 UnixNanos(u64::MAX)
             } else {
                 now
@@ -281,7 +290,7 @@ impl LedgerCalls {
         }
     }
 
-    /// Returns the tokens of a call whose return has not begun.
+    /// Starts to return the tokens that `call` has not given back.
     pub(super) fn give_back_of(self: &Arc<Self>, call: &Call) {
         for (window_start, n) in &call.order.give_back {
             self.give_back(call.row(*window_start), *n);
@@ -322,7 +331,7 @@ impl LedgerCalls {
             (Target::Next, taken) => block.finish_next(taken.and_then(Result::ok), now),
         }
         if self.is_draining() {
-            self.release(&call.handle, &mut state, call.policy);
+            self.return_block(&call.handle, &mut state, call.policy);
         } else {
             // Requests that waited for these tokens may have been canceled. Tokens that became owed during the call can
             // be returned now.

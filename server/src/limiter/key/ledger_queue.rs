@@ -16,6 +16,7 @@ use crate::{
             ledger::{LedgerRow, ReturnBatch, TakeRequest},
         },
     },
+    spans::Parent,
 };
 
 /// Which of a policy's blocks a call is for.
@@ -34,6 +35,8 @@ pub(super) struct Call {
     pub(super) at: UnixNanos,
     pub(super) calendar: Window,
     pub(super) order: LedgerOrder,
+    /// The span of the request that started the call, if the request is traced.
+    pub(super) span: Option<Parent>,
 }
 
 impl Call {
@@ -72,7 +75,7 @@ pub(super) struct Queue {
     pub(super) is_ahead_running: bool,
     pub(super) takers: usize,
     pub(super) returns: BTreeMap<LedgerRow, u64>,
-    /// Failed batches. They keep their IDs, since the ledger may have applied them.
+    /// Failed batches of returns. They keep their IDs, since the ledger may have applied them.
     pub(super) retries: VecDeque<ReturnBatch>,
     pub(super) returners: usize,
 }

@@ -13,7 +13,10 @@ use super::{
     ledger_calls::{Canceled, LedgerCalls, TooSlow},
     ledger_queue::{Call, Queue},
 };
-use crate::limiter::quota::ledger::{LedgerError, LedgerRow, ReturnBatch};
+use crate::{
+    limiter::quota::ledger::{LedgerError, LedgerRow, ReturnBatch},
+    spans,
+};
 
 /// The maximum number of calls per batch of takes.
 const TAKES: usize = 50;
@@ -35,7 +38,7 @@ impl LedgerCalls {
         let is_missing = {
             let mut queue = self.queue.lock();
             let is_missing = (queue.has_returns() && queue.returners == 0)
-                || (queue.returners < self.returners && queue.returns.len() > RETURNS_FOR_ONE);
+                || (queue.returners < self.max_returners && queue.returns.len() > RETURNS_FOR_ONE);
             queue.returners += usize::from(is_missing);
             is_missing
         };
@@ -53,7 +56,7 @@ impl LedgerCalls {
         };
         let is_missing = {
             let mut queue = self.queue.lock();
-            let is_missing = queue.has_takes() && queue.takers < self.takers;
+            let is_missing = queue.has_takes() && queue.takers < self.max_takers;
             queue.takers += usize::from(is_missing);
             is_missing
         };
@@ -87,8 +90,8 @@ enum Role {
     Returner,
 }
 
-/// A running worker. If it ends early, because of a panic or because the runtime drops it, another one replaces it
-/// while there is work.
+/// A running worker. If it ends early, because of a panic or because the runtime drops it, another worker replaces it
+/// if there is still work.
 struct Worker {
     calls: Arc<LedgerCalls>,
     role: Role,
@@ -117,7 +120,7 @@ impl Worker {
         }
     }
 
-    /// Returns whether there is work, or else ends the worker.
+    /// Returns whether there is work. If there is none, ends the worker.
     fn has_work(&mut self) -> bool {
         self.has_begun = true;
         let calls = Arc::clone(&self.calls);
@@ -132,7 +135,7 @@ impl Worker {
         has_work
     }
 
-    /// Returns the next batch of takes. `None`: other workers have taken all of them.
+    /// Returns the next batch of takes. Returns `None` if other workers have taken all of them.
     fn next_takes(&self) -> Option<Takes> {
         let mut queue = self.calls.queue.lock();
         let is_ahead =
@@ -154,7 +157,7 @@ impl Worker {
         })
     }
 
-    /// Returns the next batch of returns. `None`: other workers have taken all of them.
+    /// Returns the next batch of returns. Returns `None` if other workers have taken all of them.
     fn next_returns(&self) -> Option<Returns> {
         let mut queue = self.calls.queue.lock();
         let batch = queue.retries.pop_front().or_else(|| {
@@ -215,7 +218,7 @@ impl Takes {
         owing.take().await;
     }
 
-    /// Returns what the calls owe. If that fails, they end.
+    /// Gives back the tokens that the calls owe to the ledger. If that fails, ends the calls.
     async fn give_back(&mut self) {
         let mut owed = BTreeMap::new();
         for call in &mut self.list {
@@ -252,7 +255,10 @@ impl Takes {
         }
         let requests: Vec<_> = self.list.iter().map(Call::request).collect();
         let deadline = self.calls.deadline;
-        let answer = time::timeout(deadline, self.calls.ledger.take(&requests)).await;
+        // The batch can belong to only one trace.
+        let span = self.list.iter().find_map(|call| call.span.clone());
+        let take = spans::within(span, self.calls.ledger.take(&requests));
+        let answer = time::timeout(deadline, take).await;
         let results = answer.unwrap_or_else(|_| {
             let error: LedgerError = Arc::new(TooSlow(deadline));
             vec![Err(error); requests.len()]
@@ -309,7 +315,7 @@ impl Drop for Returns {
     }
 }
 
-// Batches are formed once there is a connection, so that calls that arrive in the meantime join them.
+// Form a batch only when there is a connection, so that calls that arrive during the wait join it.
 
 async fn take_all(mut worker: Worker) {
     let calls = Arc::clone(&worker.calls);

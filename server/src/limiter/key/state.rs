@@ -25,7 +25,7 @@ use crate::{
 /// The state of one key.
 #[derive(Debug)]
 pub(in crate::limiter) struct KeyState {
-    /// Fingerprint of the policies that were last applied to this state; zero if none were.
+    /// Fingerprint of the policies that were last applied to this state; zero if none were applied.
     fingerprint: u64,
     /// The time zone of days and months.
     zone: Zone,
@@ -116,8 +116,8 @@ impl KeyState {
         }
     }
 
-    /// Applies `policies` and moves to `now`. `replicas` is the number of replicas that share each quota.
-    pub(in crate::limiter) fn follow(
+    /// Applies `policies` and brings the state up to `now`. `replicas` is the number of replicas that share each quota.
+    pub(in crate::limiter) fn apply_policies(
         &mut self,
         policies: &Policies,
         now: UnixNanos,
@@ -132,7 +132,7 @@ impl KeyState {
                     self.used_at = now;
                 }
                 if let Some(lease) = &mut self.lease {
-                    lease.edited();
+                    lease.reset_after_edit();
                 }
             }
             self.gcra = gcra;
@@ -142,15 +142,16 @@ impl KeyState {
                 self.daily.rezone();
                 self.monthly.rezone();
             }
-            self.daily.adopt(policies.daily());
-            self.monthly.adopt(policies.monthly());
+            self.daily.set_limit(policies.daily());
+            self.monthly.set_limit(policies.monthly());
         }
         self.enter_windows(now, replicas);
         self.tat = self.gcra.settled(self.tat, now);
         self.used_at = self.used_at.min(now);
     }
 
-    /// Moves the blocks to the windows that contain `now`. `replicas` is the number of replicas that share each quota.
+    /// Switches the blocks to the windows that contain `now`. `replicas` is the number of replicas that share each
+    /// quota.
     pub(in crate::limiter) fn enter_windows(&mut self, now: UnixNanos, replicas: u64) {
         self.daily.share_among(replicas);
         self.monthly.share_among(replicas);
@@ -172,8 +173,8 @@ impl KeyState {
         &self.zone
     }
 
-    /// Takes `cost` from the local bucket and every quota, or from none of them. Call [`follow`](Self::follow) with
-    /// `now` first.
+    /// Takes `cost` from the local bucket and every quota, or from none of them. Call
+    /// [`apply_policies`](Self::apply_policies) with `now` first.
     pub(in crate::limiter) fn step(
         &mut self,
         policies: &Policies,
@@ -255,7 +256,7 @@ impl KeyState {
         })
     }
 
-    /// Spends reserved tokens if they belong to the current windows. Otherwise releases them.
+    /// Spends reserved tokens if they belong to the current windows; otherwise, releases them.
     pub(in crate::limiter) fn spend_reserved(
         &mut self,
         [daily, monthly]: [ReservedTokens; 2],
@@ -295,7 +296,7 @@ impl KeyState {
     }
 
     /// Returns whether a waiting request may have to be denied: the quotas have too few tokens for it, even if all
-    /// reserved ones are released.
+    /// reserved tokens are released.
     pub(in crate::limiter) fn may_deny_waiting(&self) -> bool {
         [&self.daily, &self.monthly].iter().any(|block| {
             let status = block.status(self.largest_wait);
@@ -401,7 +402,7 @@ impl KeyState {
         (needs != [None, None]).then_some(needs)
     }
 
-    /// Returns how often the ledger has failed for the block of a policy.
+    /// Returns how often the ledger has failed for a policy's block.
     pub(in crate::limiter) fn failures(&self, policy: Policy) -> u64 {
         match policy {
             Policy::Rpm | Policy::TenantMonthly => 0,
@@ -415,7 +416,7 @@ impl KeyState {
         self.monthly.tidy(self.waited_for);
     }
 
-    /// Returns whether this state equals a new key's.
+    /// Returns whether this state is the same as a new key's.
     pub(in crate::limiter) fn is_forgettable(&self, now: UnixNanos, monotonic: Monotonic) -> bool {
         self.tat.saturating_add(self.beyond) <= now
             && self

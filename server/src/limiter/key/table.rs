@@ -26,7 +26,7 @@ use tokio::time;
 use super::{
     demand::DemandGuard,
     handle::KeyHandle,
-    ledger_calls::{Drained, LedgerCalls, LedgerConnections, TooSlow},
+    ledger_calls::{LedgerCalls, LedgerConnections, ReturnedQuota, TooSlow},
     state::{KeyState, MissingBlocks, OnUnknown},
 };
 use crate::{
@@ -41,7 +41,7 @@ use crate::{
     },
 };
 
-/// Enough that cores rarely contend for a shard, and few enough to iterate over.
+/// The number of shards: enough that cores rarely contend for a shard, and few enough to iterate over.
 const SHARDS: usize = 64;
 
 /// The minimum time between two searches of a full shard for keys that can be dropped.
@@ -50,13 +50,13 @@ const CROWDED_PRUNE: Nanos = Nanos::from_secs(1);
 /// Limits of the table, and timeouts for the ledger.
 #[derive(Debug, Clone)]
 pub struct KeyTableSettings {
-    /// The maximum number of keys, at about 600 bytes each. Requests with further keys get
+    /// The maximum number of keys, at about 600 bytes each. Requests with additional keys get
     /// [`LimiterError::TooManyKeys`]: making room by dropping another key would refill its bucket.
     pub max_keys: usize,
-    /// How long a request waits for one ledger call. A decision waits for at most two.
+    /// How long a request waits for one ledger call. A decision waits for at most two calls.
     pub ledger_deadline: Duration,
-    /// How long until a ledger call is abandoned. Longer than requests wait, because the tokens of a late response can
-    /// still be spent, while those of an abandoned call are lost.
+    /// How long until a ledger call is abandoned. Longer than requests wait, because tokens granted by a late response
+    /// can still be spent, while tokens granted by an abandoned call are lost until their window ends.
     pub call_deadline: Duration,
     /// The connections to the ledger, which limit the number of concurrent calls.
     pub connections: LedgerConnections,
@@ -184,7 +184,7 @@ impl KeyTable {
     fn prune_shard(&self, shard: &mut Shard, now: UnixNanos) {
         shard.keys.retain(|_, handle| {
             let mut state = handle.state.lock();
-            // If the map has the only reference, no other can be created while the shard is locked.
+            // If the map has the only reference, no other reference can be created while the shard is locked.
             let is_shared = Arc::strong_count(handle) > 1;
             if is_shared || state.tat > now {
                 // Entering the new windows returns a prefetched block even if no request arrives.
@@ -194,10 +194,10 @@ impl KeyTable {
                     self.calls.start_next(handle, &mut state, policy, now);
                 }
             } else {
-                // The key is dropped the next time, after the ledger has credited its tokens. If it were dropped now,
-                // its next request could find too few tokens in the ledger.
+                // The next search drops the key, after the ledger has credited its tokens. If it were dropped now, its
+                // next request could find too few tokens in the ledger.
                 let released = [Policy::Daily, Policy::Monthly]
-                    .map(|policy| self.calls.release(handle, &mut state, policy));
+                    .map(|policy| self.calls.return_block(handle, &mut state, policy));
                 if released.contains(&true) {
                     return true;
                 }
@@ -217,12 +217,12 @@ impl KeyTable {
         // The time is read under the lock, so that it does not decrease from one decision to the next. If a thread read
         // the time and then waited for the lock, the clock would seem to have been set back.
         let now = self.clock.now();
-        state.follow(policies, now, self.membership.replica_count());
+        state.apply_policies(policies, now, self.membership.replica_count());
         (state, now)
     }
 
-    /// Follow-up work after a decision, or after an attempt that could not decide: returns surplus tokens and starts to
-    /// fetch missing ones.
+    /// Does the follow-up work after a decision, or after an attempt that could not decide: returns surplus tokens and
+    /// starts to fetch missing ones.
     #[inline]
     pub(in crate::limiter) fn after(
         &self,
@@ -235,7 +235,7 @@ impl KeyTable {
             && let Some(needs) = state.pending_refills(decision, decision.at)
         {
             for (policy, need) in [Policy::Daily, Policy::Monthly].into_iter().zip(needs) {
-                // Waiting requests fetch everything they need. A smaller call before that would delay them.
+                // Waiting requests fetch everything they need. A separate, smaller call would delay them.
                 if let Some(need) = need
                     && (need != Need::Ahead || state.waited_for == 0)
                 {
@@ -260,7 +260,7 @@ impl KeyTable {
         if let Ok(done) = attempt(OnUnknown::Wait) {
             return Ok(done);
         }
-        let _claim = self.claim(handle, cost);
+        let _demand = self.register_demand(handle, cost);
         let mut patience = self.patience();
         match self
             .fetch(handle, cost, &mut patience, || attempt(OnUnknown::Wait))
@@ -272,7 +272,7 @@ impl KeyTable {
     }
 
     /// Registers a waiting request. Tokens fetched for it are kept until the guard is dropped.
-    pub(in crate::limiter) fn claim<'a>(
+    pub(in crate::limiter) fn register_demand<'a>(
         &'a self,
         handle: &'a Arc<KeyHandle>,
         cost: NonZeroU32,
@@ -303,7 +303,7 @@ impl KeyTable {
                 return Err(LimiterError::Draining);
             }
             let mut call_ended = pin!(handle.call_ended.notified());
-            // From here on, no notification is missed, even one that arrives before the wait below.
+            // From here on, no notification is missed, even one that arrives before the wait begins.
             call_ended.as_mut().enable();
             let missing = match attempt() {
                 Ok(done) => return Ok(done),
@@ -367,7 +367,7 @@ impl KeyTable {
     }
 
     /// See [`LimitStore::drain`](crate::limiter::LimitStore::drain).
-    pub(in crate::limiter) async fn drain(&self) -> Drained {
+    pub(in crate::limiter) async fn drain(&self) -> ReturnedQuota {
         // From now on, calls that end return their tokens, and requests do not start calls.
         self.calls.begin_draining();
         for shard in &self.shards {
@@ -375,10 +375,11 @@ impl KeyTable {
             for handle in keys {
                 let mut state = handle.state.lock();
                 for policy in [Policy::Daily, Policy::Monthly] {
-                    self.calls.release(&handle, &mut state, policy);
+                    self.calls.return_block(&handle, &mut state, policy);
                 }
             }
         }
-        self.calls.drained(self.settings.drain_deadline).await
+        let within = self.settings.drain_deadline;
+        self.calls.finish_draining(within).await
     }
 }

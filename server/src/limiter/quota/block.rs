@@ -5,8 +5,8 @@
 //! one call, regardless of the block size, since they are spent immediately.
 //!
 //! This module contains the rules for one key's block of one policy: its size, when to fetch more tokens, which window
-//! the block belongs to, and which tokens to return when the plan or the time zone changes. It does not depend on SQL
-//! and does not start tasks. While the ledger is unavailable, the block can still be spent.
+//! the block belongs to, and which tokens to return when the plan or the time zone changes. This module does not depend
+//! on SQL and does not start tasks. While the ledger is unavailable, the block can still be spent.
 //!
 //! The ledger determines the window. Windows computed from the calendar are provisional until the ledger has responded.
 
@@ -31,7 +31,8 @@ const PATIENCE_MAX: Nanos = PATIENCE.saturating_mul(8);
 /// How long a block may be unused before it is returned, if other replicas may need it.
 const IDLE: Nanos = Nanos::from_secs(10);
 
-/// If other replicas may need the rest, a block lasts for `PACED_FOR` times `PACED` at the pace of the last `PACED`.
+/// If other replicas may need the rest of the quota, a block is sized to last for `PACED_FOR` times `PACED` at the pace
+/// of the last `PACED`.
 const PACED: Nanos = Nanos::from_secs(10);
 const PACED_FOR: u64 = 6;
 
@@ -78,7 +79,7 @@ pub(in crate::limiter) struct LedgerOrder {
     pub(in crate::limiter) give_back: Vec<(UnixNanos, u64)>,
     /// The quota for a full day or month.
     pub(in crate::limiter) limit: u64,
-    /// The number of tokens to take. If zero, tokens are only returned.
+    /// The number of tokens to take. If zero, the call only returns tokens.
     pub(in crate::limiter) want: u64,
 }
 
@@ -159,14 +160,17 @@ pub(in crate::limiter) struct Block {
     /// Whether the ledger has responded in this window.
     known: bool,
     held: u64,
-    /// Tokens reserved for requests whose rate is still being decided. Not part of `held`; counted as consumed.
+    /// Tokens reserved for requests whose rate is still being decided. They are not part of `held`, and count as
+    /// consumed.
     reserved: u64,
     /// The ledger's count of used tokens. Includes `held`, but not the tokens that are owed.
     used: u64,
     /// When the block was last used or filled.
     spent_at: UnixNanos,
     pace: Pace,
-    asked_at: UnixNanos,
+    /// When the ledger last responded or failed.
+    answered_at: UnixNanos,
+    /// How long to wait before querying the ledger again about an exhausted quota.
     patience: Nanos,
     fetching: bool,
     failure: Option<LedgerError>,
@@ -189,7 +193,7 @@ impl Block {
             used: 0,
             spent_at: UnixNanos(0),
             pace: Pace::UNKNOWN,
-            asked_at: UnixNanos(0),
+            answered_at: UnixNanos(0),
             patience: PATIENCE,
             fetching: false,
             failure: None,
@@ -233,7 +237,7 @@ impl Block {
     }
 
     /// Sets the policy's limit. Usage is kept. Tokens in excess of the new limit or block size are owed to the ledger.
-    pub(in crate::limiter) fn adopt(&mut self, limit: Option<NonZeroU64>) {
+    pub(in crate::limiter) fn set_limit(&mut self, limit: Option<NonZeroU64>) {
         let limit = limit.map_or(0, NonZeroU64::get);
         if limit != self.limit {
             self.limit = limit;
@@ -256,9 +260,9 @@ impl Block {
         }
     }
 
-    /// Moves to the window that contains `now`. `calendar` is the day or month that contains `now`. Tokens of the old
-    /// window are owed to it: the window may not have ended (if the clock was set back), and if it has, returning them
-    /// makes its row show the actual usage.
+    /// Switches to the window that contains `now`. `calendar` is the day or month that contains `now`. Tokens from the
+    /// old window are owed to that window: it may not have ended (if the clock was set back), and if it has, returning
+    /// the tokens makes its row show the actual usage.
     pub(in crate::limiter) fn enter(&mut self, calendar: Window, now: UnixNanos) {
         let before = (self.known && self.used > self.held).then_some(self.window);
         self.surrender();
@@ -342,9 +346,10 @@ impl Block {
         }
     }
 
-    /// If other replicas share the quota, marks held tokens as owed that are probably not needed soon, in addition to
-    /// `waited_for`: all of them if none were used for a while. Returns whether there were any.
-    pub(in crate::limiter) fn give_up_unneeded(&mut self, now: UnixNanos, waited_for: u64) -> bool {
+    /// Marks held tokens as owed if other replicas share the quota and the tokens are probably not needed soon: all of
+    /// them if none were used recently, and otherwise those that [`tidy`](Self::tidy) marks. Returns whether any tokens
+    /// were marked.
+    pub(in crate::limiter) fn owe_unneeded(&mut self, now: UnixNanos, waited_for: u64) -> bool {
         self.pace.measure(now);
         if self.replicas == 1 || self.held == 0 || self.fetching {
             return false;
@@ -364,7 +369,7 @@ impl Block {
         (self.limit != 0).then_some(self.quota)
     }
 
-    /// Returns the remaining quota. Until the ledger has responded, this is the full quota.
+    /// Returns the remaining quota. Until the ledger has responded, this is the entire quota.
     pub(in crate::limiter) fn remaining(&self) -> u64 {
         self.quota
             .saturating_sub(self.used.saturating_sub(self.held))
@@ -378,7 +383,7 @@ impl Block {
         }
     }
 
-    /// Marks held tokens as owed if they exceed both the block size and what waiting requests need. Such tokens were
+    /// Treats tokens as owed if they exceed both the block size and what waiting requests need. Such tokens were
     /// fetched for a request that was then denied or canceled.
     pub(in crate::limiter) fn tidy(&mut self, waited_for: u64) {
         let size = self.size().max(waited_for);
@@ -413,7 +418,7 @@ impl Block {
         owed.into_iter().map(|(window, n)| (window.start, n))
     }
 
-    /// Returns whether the block can be dropped: no tokens held or owed, and no call in flight.
+    /// Returns whether the block can be dropped: it neither holds nor owes tokens, and no call is in flight.
     pub(in crate::limiter) fn is_forgettable(&self) -> bool {
         self.held == 0 && self.owed.is_empty() && !self.fetching && matches!(self.next, Next::None)
     }

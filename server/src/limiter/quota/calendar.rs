@@ -21,7 +21,7 @@ use crate::{
     limiter::policy::Policy,
 };
 
-/// An IANA time zone. Cheap to clone.
+/// An IANA time zone. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Zone(TimeZone);
 
@@ -48,7 +48,7 @@ impl Zone {
         self.0.iana_name().unwrap_or("UTC")
     }
 
-    /// Returns the same time of day on the previous day, or a later time if that one was skipped.
+    /// Returns the same time of day on the previous day, or a later time if that time was skipped.
     pub fn day_before(&self, at: UnixNanos) -> Option<UnixNanos> {
         let at = Timestamp::from_nanosecond(i128::from(at.0)).ok()?;
         let local = self.0.to_datetime(at);

@@ -60,17 +60,17 @@ pub type LedgerError = Arc<dyn Error + Send + Sync>;
 /// The durable record of calendar quotas.
 #[async_trait]
 pub trait QuotaLedger: std::fmt::Debug + Send + Sync + 'static {
-    /// For each request, atomically grants `min(want, quota - used)` tokens and counts them as used. `quota` is the
+    /// Grants each request `min(want, quota - used)` tokens, and counts them as used in the same step. `quota` is the
     /// window's share of `limit`. Returns one result per request, in order. `requests` must not contain the same key
     /// and policy twice.
     ///
-    /// The tokens come from the window that contains `at` and already has usage. If there is none, they come from the
-    /// request's calendar window. That window is shortened if it overlaps one with usage, and its quota is reduced in
-    /// proportion. After an error, tokens may have been counted as used. They are lost until the window ends, but are
-    /// never spent twice.
+    /// The tokens come from the window that contains `at` and already has usage. If there is no such window, they come
+    /// from the request's calendar window. That window is shortened if it overlaps a window with usage, and its quota
+    /// is reduced in proportion. After an error, tokens may have been counted as used. They are lost until the window
+    /// ends, but are never spent twice.
     async fn take(&self, requests: &[TakeRequest]) -> Vec<Result<Taken, LedgerError>>;
 
-    /// Credits the tokens in a batch, either all or none. After an error, they may have been credited. A batch is
-    /// applied at most once, so the caller may retry until it succeeds.
+    /// Credits either all of the tokens in a batch or none of them. After an error, the tokens may have been credited.
+    /// A batch is applied at most once, so the caller may retry until it succeeds.
     async fn give_back(&self, batch: &ReturnBatch) -> Result<(), LedgerError>;
 }

@@ -1,7 +1,7 @@
 //! The protocol of the shared counters: one call and its reply.
 //!
-//! Implemented by the Redis script and, in tests, by a model of it. Does not depend on connections or the state of
-//! keys.
+//! The Redis script and, in tests, a model of it implement this protocol. It does not depend on connections or the
+//! state of keys.
 
 use std::{error::Error, sync::Arc};
 
@@ -23,10 +23,10 @@ impl CounterMicros {
     }
 }
 
-/// See [`TakeCall::away_since`].
+/// See [`TakeCall::outage_since`].
 pub const NEVER_HEARD: CounterMicros = CounterMicros(1);
 
-/// What a bucket belongs to.
+/// Identifies a bucket in a partition.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum BucketName {
     Key(TenantId, ApiKeyId),
@@ -48,10 +48,11 @@ pub struct TakeCall {
     /// The plan's version. If callers send different versions, the counters use the newest.
     pub version: u64,
     pub need: u64,
-    /// The number of tokens that requests are waiting for. If the bucket holds fewer, it grants what it holds.
+    /// The number of tokens that requests are waiting for, or that should be granted as if they were. If the bucket
+    /// holds fewer, it grants what it holds.
     pub waiting: u64,
     /// The total number of tokens to take, at least `waiting`. Tokens in excess of `waiting` are for later. A grant
-    /// that includes any is at most half of what the bucket holds. If zero, the call only reads the state.
+    /// that includes such tokens is at most half of what the bucket holds. If zero, no tokens are taken.
     pub want: u64,
     /// The number of unspent tokens to return.
     pub back: u64,
@@ -66,7 +67,7 @@ pub struct TakeCall {
     /// When the caller began to decide without the counters, or zero if it has not. Since then, it may have allowed
     /// requests that the counters do not know of. [`NEVER_HEARD`] if the caller has never received a reply and other
     /// replicas may have allowed such requests.
-    pub away_since: CounterMicros,
+    pub outage_since: CounterMicros,
     /// Start of the epoch that the previous reply promised, if the caller has not allowed any request since that start;
     /// zero otherwise. A call that arrives before the start confirms that the caller knows of it. The counters postpone
     /// the start until a caller has confirmed it. A call that arrives soon after the start uses the promised epoch
@@ -108,6 +109,6 @@ pub trait SharedCounters: std::fmt::Debug + Send + Sync + 'static {
 
     async fn take(&self, call: TakeCall) -> Result<TakeReply, CounterError>;
 
-    /// Deletes buckets of one partition, which count as full from then on. For keys that no longer exist.
+    /// Deletes buckets of one partition because their keys no longer exist. A deleted bucket counts as full.
     async fn delete(&self, partition: u16, buckets: &[BucketName]) -> Result<(), CounterError>;
 }

@@ -1,12 +1,12 @@
-//! How long tokens of an empty bucket gather before a replica takes them.
+//! Determines how long tokens accumulate in an empty bucket before a replica takes them.
 
 use super::{counters::CounterMicros, gcra::Gcra, waiter::Unspent};
 use crate::clock::Nanos;
 
-/// The longest pause varies by this part of the lease TTL.
+/// The longest pause is up to this fraction of the lease TTL shorter than the TTL.
 const VARIES: u64 = 8;
 
-/// When a call of this replica last took all tokens of the bucket, if the last call did.
+/// When this replica's last call was made, if that call took all of the bucket's tokens.
 #[derive(Debug, Clone, Copy, Default)]
 pub(in crate::limiter) struct Gathering(Option<Emptied>);
 
@@ -20,10 +20,10 @@ impl Gathering {
     /// Records a call that got `grant` and left `left` in the bucket. Returns how long to wait before the next call if
     /// there are too few tokens, so that they are not fetched one by one.
     ///
-    /// This is half the lease TTL or, if other replicas take most of the tokens, up to nearly the whole TTL: then the
-    /// calls of all replicas together still empty the bucket about twice per TTL. It varies, because replicas that always
-    /// call at the same time would leave nothing to each other. It is never so long that the bucket could fill up, since a
-    /// full bucket stops refilling.
+    /// The wait is half the lease TTL or, if other replicas take most of the tokens, up to nearly the whole TTL: then
+    /// the calls of all replicas together still empty the bucket about twice per TTL. The wait varies, because replicas
+    /// that always call at the same time would leave no tokens for each other. It is never so long that the bucket
+    /// could fill up, since a full bucket stops refilling.
     pub(in crate::limiter) fn pause(
         &mut self,
         gcra: Gcra,
@@ -40,7 +40,7 @@ impl Gathering {
         let shared = match (before, self.0) {
             (Some(before), Some(now)) if before.generation == now.generation => {
                 let since = Nanos(now.at.0.saturating_sub(before.at.0).saturating_mul(1000));
-                // Part of a token may have been left before.
+                // Part of a token may have been left after the earlier call.
                 let refilled = gcra.tokens(since).saturating_sub(1);
                 if since <= ttl.saturating_mul(2) {
                     Nanos(alone.saturating_mul(refilled).0 / grant.tokens.max(1))

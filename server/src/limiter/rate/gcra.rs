@@ -20,8 +20,8 @@ use crate::{
 
 const MINUTE: Nanos = Nanos::from_secs(60);
 
-/// The maximum tau: 73 years. Only extreme bursts exceed it. They are capped, so that no sum in this module overflows
-/// before the year 2480.
+/// The maximum tau: 73 years. Only extreme bursts exceed it. Such bursts are capped, so that no sum in this module
+/// overflows before the year 2480.
 const TAU_MAX: Nanos = Nanos(1 << 61);
 
 /// The parameters of a bucket.
@@ -29,7 +29,7 @@ const TAU_MAX: Nanos = Nanos(1 << 61);
 pub struct Gcra {
     /// How long one token takes to refill, rounded up. At least 1 ns.
     emission: Nanos,
-    /// The time from empty to full.
+    /// How long an empty bucket takes to fill.
     tau: Nanos,
 }
 
@@ -37,7 +37,7 @@ pub struct Gcra {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Level<T> {
     pub tat: T,
-    /// Debt in excess of an empty bucket's, left over from a larger burst.
+    /// Debt beyond the debt of an empty bucket, left over from a larger burst.
     pub beyond: Nanos,
 }
 
@@ -108,13 +108,13 @@ impl Gcra {
     }
 
     /// Carries usage over from `old` to `self`: as many tokens are missing from the new bucket as from the old one. If
-    /// more are missing than the new bucket can hold, it is empty, and the rest is missing again once the bucket is
-    /// enlarged. `level` is as of `used_at`, when tokens were last taken. Since the time of the edit is unknown, the
-    /// bucket counts as having refilled at the lower of the two rates since then.
+    /// more tokens are missing than the new bucket can hold, the new bucket is empty, and the rest is missing again
+    /// once the bucket is enlarged. `level` is as of `used_at`, when tokens were last taken. Since the time of the edit
+    /// is unknown, the bucket counts as having refilled at the lower of the two rates since then.
     ///
-    /// So when the burst is raised, the difference is available immediately, less the usage. When it is lowered, no
-    /// request waits longer than the new bucket takes to fill. Lowering the burst temporarily does not add tokens, and
-    /// neither does an edit to a lower rate while the key is idle. Fractions of a token are rounded in favor of the
+    /// So when the burst is raised, the difference is available immediately, less the usage. When the burst is lowered,
+    /// no request waits longer than the new bucket takes to fill. Lowering the burst temporarily does not add tokens,
+    /// and neither does an edit to a lower rate while the key is idle. Fractions of a token are rounded in favor of the
     /// limit.
     pub fn carry_over<T: Instant>(
         self,

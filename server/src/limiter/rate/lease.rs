@@ -2,14 +2,15 @@
 //!
 //! Decides how many tokens to take, how long they may be spent, what to return, and which requests wait. Does no I/O.
 //!
-//! **Guarantee.** A token is spent only after the counters have granted it, and at most `ttl` after it was *requested*.
-//! So the tokens spent in a window of `T` seconds were granted within the window or at most `ttl` before it. In these
-//! `T + ttl` seconds, the counters grant at most `burst + rate * (T + ttl)` to all replicas together. Returning tokens
-//! does not break this bound, because it never makes the bucket fuller than if they had not been taken.
+//! **Guarantee.** A token is spent only after the counters have granted it. It goes to a request that was waiting when
+//! the call began, or is spent at most `ttl` after that. So the tokens of all requests that arrive and are allowed in a
+//! window of `T` seconds were granted within the window or at most `ttl` before it. In these `T + ttl` seconds, the
+//! counters grant at most `burst + rate * (T + ttl)` to all replicas together. Returning tokens does not break this
+//! bound, because it never makes the bucket fuller than if they had not been taken.
 //!
-//! **Lease size.** Tokens that requests are waiting for are requested in full. How many tokens are held for later
-//! depends on the key's pace on this replica, and is at most a tenth of the burst. A reserve covers the duration of the
-//! next call, so that the lease of a key with a steady pace is renewed just before it expires.
+//! **Lease size.** Tokens that requests are waiting for are requested in full. The number of tokens held for later
+//! depends on the key's pace on this replica, up to a tenth of the burst. A reserve covers the duration of the next
+//! call, so that the lease of a key with a steady pace is renewed just before it expires.
 
 use super::{
     counters::CounterMicros,
@@ -26,8 +27,8 @@ const LAST_MOMENT: Nanos = Nanos::from_millis(10);
 /// The minimum time between the starts of concurrent calls for a key.
 const PAUSE_MIN: Nanos = Nanos::from_millis(1);
 
-/// The lease size is at most the burst divided by this number.
-const BURST_PER_LEASE: u64 = 10;
+/// The lease size is at most the burst divided by this.
+const BURST_DIVISOR: u64 = 10;
 
 /// Returns how many tokens are left when a lease of this size is renewed.
 const fn reserve(size: u64) -> u64 {
@@ -68,17 +69,17 @@ impl Terms {
         (self.gcra, self.leased) == (other.gcra, other.leased)
     }
 
-    /// Returns how long after the start of a call another one may start while the first is still in flight. Requests
-    /// that wait for a call are decided together, and a bucket that fills up in the meantime stops refilling, so the
-    /// pause is a small fraction of tau. For a bucket that fills slowly, the pause exceeds the deadline, so its calls
-    /// do not overlap.
+    /// Returns the minimum time between the starts of two calls if the first one is still in flight. Requests that wait
+    /// for a call are decided together, and a bucket that fills up in the meantime stops refilling, so the pause is a
+    /// small fraction of tau. For a bucket that fills slowly, the pause exceeds the deadline, so its calls do not
+    /// overlap.
     pub(in crate::limiter) fn pause(self) -> Nanos {
         Nanos(self.gcra.tau().0 / 64).max(PAUSE_MIN)
     }
 
     /// Returns the largest lease size under these terms, whatever the key's pace: a tenth of the burst, but at least 1.
     fn max_lease_size(self) -> u64 {
-        (self.gcra.tokens(self.gcra.tau()) / BURST_PER_LEASE).max(1)
+        (self.gcra.tokens(self.gcra.tau()) / BURST_DIVISOR).max(1)
     }
 }
 
@@ -89,16 +90,16 @@ pub(in crate::limiter) struct Lease {
     slots: [Slot; 2],
     /// The lease size: the number of tokens that requests spend within the lease TTL at the current pace.
     size: u64,
-    /// When tokens were last requested. 0 if never.
-    asked_at: Monotonic,
-    /// The number of tokens that requests have needed since `asked_at`.
-    wanted: u64,
+    /// When `size` was last updated. 0 if never.
+    sized_at: Monotonic,
+    /// The number of tokens that requests have needed since then.
+    needed: u64,
     /// The number of calls in flight that are not late yet.
     fetching: u32,
     /// When the latest of these calls started.
     began_at: Monotonic,
-    /// The number of tokens that these calls request for later.
-    coming: u64,
+    /// The number of tokens that these calls request in addition to what requests are waiting for.
+    requested_for_later: u64,
     /// The number of calls in flight, including late ones.
     calls: u32,
     /// Requests waiting for the next call.
@@ -110,12 +111,12 @@ pub(in crate::limiter) struct Lease {
     /// Whether a task is returning unspent tokens.
     returning: bool,
     view: Option<View>,
-    /// Whether the last call got fewer tokens than it requested.
-    short: bool,
-    /// Until `held_until`, requests for `held_for` or more tokens are denied without a call, because the counters had
-    /// too few.
-    held_until: Monotonic,
-    held_for: u64,
+    /// Whether the last call got fewer tokens than it requested, which means that the bucket is nearly empty.
+    fell_short: bool,
+    /// Until `denied_until`, requests for `denied_tokens` or more tokens are denied without a call, because the
+    /// counters had too few.
+    denied_until: Monotonic,
+    denied_tokens: u64,
     pub(in crate::limiter) gathering: Gathering,
     pub(in crate::limiter) share: Share,
 }
@@ -144,23 +145,26 @@ pub(in crate::limiter) struct FetchTimes {
 /// What to request from the counters.
 #[derive(Debug)]
 pub(in crate::limiter) struct Demand {
+    /// See [`TakeCall::need`](super::counters::TakeCall::need).
     pub(in crate::limiter) need: u64,
+    /// See [`TakeCall::waiting`](super::counters::TakeCall::waiting).
     pub(in crate::limiter) waiting: u64,
+    /// See [`TakeCall::want`](super::counters::TakeCall::want).
     pub(in crate::limiter) want: u64,
-    /// The part of `want` that is for later.
-    pub(in crate::limiter) spare: u64,
+    /// The part of `want` that no request is waiting for.
+    pub(in crate::limiter) for_later: u64,
     pub(in crate::limiter) requests: Vec<Waiter>,
 }
 
 impl Lease {
-    /// Applies an edit of the plan: marks tokens taken under the old plan to be returned, and forgets the bucket's
-    /// state.
-    pub(in crate::limiter) fn edited(&mut self) {
+    /// Starts over after an edit to the plan: marks tokens taken under the old plan to be returned, and forgets the
+    /// bucket's state.
+    pub(in crate::limiter) fn reset_after_edit(&mut self) {
         self.surrender_all();
         self.share.is_edited = true;
         self.view = None;
-        self.held_until = Monotonic::default();
-        self.short = false;
+        self.denied_until = Monotonic::default();
+        self.fell_short = false;
         self.gathering = Gathering::default();
         self.size = 1;
     }
@@ -189,9 +193,9 @@ impl Lease {
     /// Marks tokens to be returned.
     pub(in crate::limiter) fn owe(&mut self, unspent: Unspent) {
         self.back = self.back.and(unspent);
-        // Without leases, the counters decide every request, and may allow one after these tokens are returned.
+        // Without leases, the counters decide every request, and may allow requests after these tokens are returned.
         if self.terms.is_some_and(|terms| !terms.leased) && unspent.tokens > 0 {
-            self.held_until = Monotonic::default();
+            self.denied_until = Monotonic::default();
         }
     }
 
@@ -218,12 +222,12 @@ impl Lease {
         let first = n.min(older.tokens);
         older.tokens -= first;
         newer.tokens -= n - first;
-        self.wanted = self.wanted.saturating_add(n);
+        self.needed = self.needed.saturating_add(n);
         true
     }
 
     /// Sets aside `n` tokens for a request, if there are enough.
-    pub(in crate::limiter) fn set_apart(&mut self, n: u64) -> Option<Unspent> {
+    pub(in crate::limiter) fn set_aside(&mut self, n: u64) -> Option<Unspent> {
         let [older, newer] = &mut self.slots;
         if older.tokens + newer.tokens < n {
             return None;
@@ -232,15 +236,15 @@ impl Lease {
         Some(older.take(first).and(newer.take(n - first)))
     }
 
-    /// Marks tokens in excess of [`to_hold`](Self::to_hold) to be returned. They were granted for requests that have
-    /// since been canceled.
+    /// Marks tokens in excess of [`to_hold`](Self::to_hold) to be returned, such as those granted for requests that
+    /// have since been canceled. With a lease size of 1, marks all tokens.
     pub(in crate::limiter) fn trim(&mut self) {
         let most = match self.terms {
             Some(terms) if self.size >= 2 => self.to_hold(terms),
             _ => 0,
         };
         if let Some(excess) = self.available().checked_sub(most)
-            && let Some(unspent) = self.set_apart(excess)
+            && let Some(unspent) = self.set_aside(excess)
         {
             self.owe(unspent);
         }
@@ -265,14 +269,14 @@ impl Lease {
 
     /// Updates the lease size and returns it: the number of tokens that requests spend within the lease TTL at the
     /// current pace, but at most twice the previous size. If the pace has dropped, the size is the mean of the previous
-    /// and the new value, so that a lease after a random lull does not run out early. A size of one means that the
-    /// counters decide each request.
-    fn pace(&mut self, now: Monotonic, ttl: Nanos, max_size: u64) -> u64 {
-        let elapsed = now.saturating_since(self.asked_at).0.max(1);
-        if self.asked_at == Monotonic::default() || elapsed >= 4 * ttl.0 {
+    /// and the new value, so that a lease after a random lull does not run out early. If the size has not been updated
+    /// for four lease TTLs, it starts over at one. A size of one means that the counters decide each request.
+    fn update_size(&mut self, now: Monotonic, ttl: Nanos, max_size: u64) -> u64 {
+        let elapsed = now.saturating_since(self.sized_at).0.max(1);
+        if self.sized_at == Monotonic::default() || elapsed >= 4 * ttl.0 {
             self.size = 1;
         } else {
-            let pace = u128::from(self.wanted) * u128::from(ttl.0) / u128::from(elapsed);
+            let pace = u128::from(self.needed) * u128::from(ttl.0) / u128::from(elapsed);
             let pace = u64::try_from(pace).unwrap_or(u64::MAX);
             let size = self.size.max(1);
             self.size = if pace < size {
@@ -282,26 +286,26 @@ impl Lease {
             };
         }
         self.size = self.size.clamp(1, max_size);
-        self.asked_at = now.max(Monotonic(1));
-        self.wanted = 0;
+        self.sized_at = now.max(Monotonic(1));
+        self.needed = 0;
         self.size
     }
 
-    /// Adds a request that waits for the counters because too few tokens are available. With zero tokens, it waits only
-    /// for a response.
+    /// Adds a request that waits for the counters because too few tokens are available. A request for zero tokens waits
+    /// only for a response.
     pub(in crate::limiter) fn wait(&mut self, waiter: Waiter) {
-        self.wanted = self.wanted.saturating_add(waiter.tokens);
+        self.needed = self.needed.saturating_add(waiter.tokens);
         self.waiting.push(waiter);
     }
 
-    /// Records a request that was denied without a call. Without it, the next lease would be too small for the tokens
-    /// that accumulate in the meantime.
-    pub(in crate::limiter) fn deny(&mut self, n: u64) {
-        self.wanted = self.wanted.saturating_add(n);
+    /// Records a request that was denied without a call. If the request were not recorded, the next lease would be too
+    /// small for the tokens that have accumulated.
+    pub(in crate::limiter) fn record_denied(&mut self, n: u64) {
+        self.needed = self.needed.saturating_add(n);
     }
 
     /// Uses these terms for all later calls.
-    pub(in crate::limiter) fn adopt(&mut self, terms: Terms) {
+    pub(in crate::limiter) fn set_terms(&mut self, terms: Terms) {
         self.terms = Some(terms);
     }
 
@@ -316,16 +320,16 @@ impl Lease {
 
     /// Returns whether it is time to request the next lease.
     pub(in crate::limiter) fn is_low(&self, now: Monotonic) -> bool {
-        if self.size < 2 || self.fetching > 0 || now < self.held_until {
+        if self.size < 2 || self.fetching > 0 || now < self.denied_until {
             return false;
         }
         self.lasting(now.saturating_add(LAST_MOMENT)) <= reserve(self.size)
     }
 
-    /// Begins a call for all waiting requests. With `ahead`, begins one even if no requests are waiting. Returns `None`
-    /// if there is nothing to request, if the latest call started less than a [pause](Terms::pause) ago, or if the
-    /// calls in flight request enough tokens. A local token counts toward a request's need only if it does not expire
-    /// within `patience`.
+    /// Begins a call for all waiting requests. With `ahead`, begins a call even if no requests are waiting. Returns
+    /// `None` if there is nothing to request, if the latest call in flight started less than a [pause](Terms::pause)
+    /// ago, or if the calls in flight request enough tokens. A local token counts toward a request's need only if it
+    /// does not expire within `patience`.
     pub(in crate::limiter) fn begin_fetch(
         &mut self,
         FetchTimes { now, ttl, patience }: FetchTimes,
@@ -339,12 +343,12 @@ impl Lease {
         if self.waiting.is_empty() && !ahead {
             return None;
         }
-        let asked: u64 = self.waiting.iter().map(|waiter| waiter.tokens).sum();
-        if self.fetching > 0 && 0 < asked && asked <= self.coming {
+        let waited_for: u64 = self.waiting.iter().map(|waiter| waiter.tokens).sum();
+        if self.fetching > 0 && 0 < waited_for && waited_for <= self.requested_for_later {
             return None;
         }
         let size = if terms.leased {
-            self.pace(now, ttl, terms.max_lease_size())
+            self.update_size(now, ttl, terms.max_lease_size())
         } else {
             1
         };
@@ -358,26 +362,26 @@ impl Lease {
             Some(n) => (
                 n.saturating_sub(self.lasting(now.saturating_add(patience)))
                     .max(1),
-                asked,
+                waited_for,
             ),
             None => (u64::from(ahead), u64::from(ahead)),
         };
-        let for_later = if waiting > 0 && size >= 2 {
+        let top_up = if waiting > 0 && size >= 2 {
             self.to_hold(terms)
-                .saturating_sub(self.available() + self.coming)
+                .saturating_sub(self.available() + self.requested_for_later)
         } else {
             0
         };
-        let waiting = if self.short {
-            waiting.max(for_later)
+        let waiting = if self.fell_short {
+            waiting.max(top_up)
         } else {
             waiting
         };
-        let want = waiting.max(for_later);
-        let spare = want.saturating_sub(asked);
+        let want = waiting.max(top_up);
+        let for_later = want.saturating_sub(waited_for);
         self.fetching += 1;
         self.began_at = now;
-        self.coming += spare;
+        self.requested_for_later += for_later;
         self.calls += 1;
         Some((
             terms,
@@ -385,16 +389,17 @@ impl Lease {
                 need,
                 waiting,
                 want,
-                spare,
+                for_later,
                 requests,
             },
         ))
     }
 
-    /// Records that a call with this many `spare` tokens has succeeded, failed or become late. Another call may begin.
-    pub(in crate::limiter) fn end_fetch(&mut self, spare: u64) {
+    /// Records that a call has succeeded, failed or become late, so that the next one may begin. `for_later` is the
+    /// number from its [`Demand`].
+    pub(in crate::limiter) fn end_fetch(&mut self, for_later: u64) {
         self.fetching = self.fetching.saturating_sub(1);
-        self.coming = self.coming.saturating_sub(spare);
+        self.requested_for_later = self.requested_for_later.saturating_sub(for_later);
     }
 
     /// Records that a call is no longer in flight.
@@ -408,7 +413,7 @@ impl Lease {
     }
 
     /// Takes the tokens to be returned, if there are any.
-    pub(in crate::limiter) fn unspent(&mut self) -> Option<Unspent> {
+    pub(in crate::limiter) fn take_unspent(&mut self) -> Option<Unspent> {
         let back = std::mem::take(&mut self.back);
         (back.tokens > 0).then_some(back)
     }
@@ -428,8 +433,9 @@ impl Lease {
         self.returning = false;
     }
 
-    /// Adds granted tokens, which expire at `expires`.
-    pub(in crate::limiter) fn stock(&mut self, granted: Unspent, expires: Monotonic) {
+    /// Adds granted tokens, which expire at `expires`. If two earlier grants have tokens left, those of the older one
+    /// are marked to be returned.
+    pub(in crate::limiter) fn add(&mut self, granted: Unspent, expires: Monotonic) {
         if self.slots[1].tokens > 0 {
             self.surrender(0);
             self.slots.swap(0, 1);
@@ -443,7 +449,7 @@ impl Lease {
     }
 
     /// Records the bucket's debt from the response to a call that began at `seen`.
-    pub(in crate::limiter) fn saw(&mut self, debt: Nanos, seen: Monotonic) {
+    pub(in crate::limiter) fn record_debt(&mut self, debt: Nanos, seen: Monotonic) {
         self.view = Some(View { debt, seen });
         self.share.is_edited = false;
     }
@@ -453,24 +459,25 @@ impl Lease {
         self.view.unwrap_or_default().seen
     }
 
-    /// Records that a call was granted `granted` of the `wanted` tokens. If it got fewer than it wanted, the bucket is
-    /// nearly empty. The next call then requests tokens for later as if requests were waiting for them, so that the
-    /// last tokens are neither left unused while requests are denied nor fetched one by one.
-    pub(in crate::limiter) fn served(&mut self, granted: u64, wanted: u64) {
-        if wanted > 0 {
-            self.short = granted < wanted;
+    /// Records that a call was granted `granted` of the tokens that it wanted. If it got fewer, the bucket is nearly
+    /// empty. The next call then requests tokens for later as if requests were waiting for them, so that the last
+    /// tokens are neither left unused while requests are denied nor fetched one by one.
+    pub(in crate::limiter) fn record_grant(&mut self, granted: u64, want: u64) {
+        if want > 0 {
+            self.fell_short = granted < want;
         }
     }
 
     /// Denies requests for `n` or more tokens without a call until the given time.
-    pub(in crate::limiter) fn hold(&mut self, n: u64, until: Monotonic) {
-        self.held_until = until;
-        self.held_for = n;
+    pub(in crate::limiter) fn deny_until(&mut self, n: u64, until: Monotonic) {
+        self.denied_until = until;
+        self.denied_tokens = n;
     }
 
-    /// If requests for `n` tokens are denied without a call, returns when that ends.
-    pub(in crate::limiter) fn held(&self, n: u64, now: Monotonic) -> Option<Monotonic> {
-        (now < self.held_until && n >= self.held_for).then_some(self.held_until)
+    /// Returns the time at which requests for `n` tokens stop being denied without a call. Returns `None` if they are
+    /// not denied now.
+    pub(in crate::limiter) fn denied_until(&self, n: u64, now: Monotonic) -> Option<Monotonic> {
+        (now < self.denied_until && n >= self.denied_tokens).then_some(self.denied_until)
     }
 
     /// Returns the time until the bucket is full, according to the last response. Local tokens count as if they were in

@@ -27,7 +27,7 @@ pub(in crate::limiter) struct Share {
 }
 
 impl Default for Share {
-    /// `is_edited` starts as true, because the plan may have just been edited.
+    /// Sets `is_edited`, because the plan may have just been edited.
     fn default() -> Self {
         Self {
             since: Monotonic::default(),
@@ -55,7 +55,7 @@ impl Share {
         let burst = gcra.tokens(gcra.tau());
         let mine = burst / slot.of.get() + u64::from(slot.rank < burst % slot.of.get());
         let price = Nanos(gcra.tau().0.div_ceil(mine.max(1)));
-        self.follow(price, gcra.tau(), since, now);
+        self.apply_plan(price, gcra.tau(), since, now);
         if mine < u64::from(cost.get()) {
             return Err(A_SECOND);
         }
@@ -73,9 +73,9 @@ impl Share {
 
     /// Applies the current plan and slot. An edit keeps the tokens in the share, up to its new size, and never adds
     /// any: a larger burst has to refill, so that no sequence of edits can fill a share. Since the time of the edit is
-    /// unknown, the share counts as having refilled at the lower of the two rates since its last use. It does not
-    /// refill before `since`.
-    fn follow(&mut self, price: Nanos, tau: Nanos, since: Monotonic, now: Monotonic) {
+    /// unknown, the share counts as having refilled at the lower of the two rates since its last use. The share does
+    /// not refill before `since`.
+    fn apply_plan(&mut self, price: Nanos, tau: Nanos, since: Monotonic, now: Monotonic) {
         if self.since != since {
             // It is unknown how much would have refilled under the previous plan.
             let empty_at = if self.is_edited {

@@ -10,14 +10,14 @@ pub(in crate::limiter) struct Unspent {
     pub(in crate::limiter) tokens: u64,
     /// When the oldest token was taken.
     pub(in crate::limiter) taken_at: CounterMicros,
-    /// The bucket's generation when the tokens were taken; 0 (never a valid generation) if they come from more than
-    /// one.
+    /// The bucket's generation when the tokens were taken; 0 (never a valid generation) if they come from more than one
+    /// generation.
     pub(in crate::limiter) generation: u64,
 }
 
 impl Unspent {
-    /// Returns the total of both. If their generations differ, the counters will not credit the tokens, which is always
-    /// safe.
+    /// Combines both sets of tokens. If their generations differ, the counters will not credit the tokens, which is
+    /// always safe.
     pub(super) fn and(self, more: Self) -> Self {
         match (self.tokens, more.tokens) {
             (0, _) => more,
@@ -42,7 +42,7 @@ pub(in crate::limiter) enum FetchOutcome {
     Granted(Grant),
     /// The counters had too few tokens.
     TooFew,
-    /// There was no response in time.
+    /// The call failed, or there was no response in time.
     Unanswered,
 }
 

@@ -233,7 +233,7 @@ async fn last_token_is_spent_once() {
 #[tokio::test]
 async fn failed_or_canceled_decision_costs_nothing() {
     let world = World::new(1);
-    let failed = async { Err(LimiterError::CountersAway) };
+    let failed = async { Err(LimiterError::CountersUnavailable) };
     assert!(world.admit_with(NonZeroU32::MIN, failed).await.is_err());
     {
         let (_decide, decision) = oneshot::channel();

@@ -15,7 +15,7 @@ use crate::serve::connection::Connection;
 /// How many of the oldest connections without a request are checked for a silent one.
 const SILENT_SEARCH: usize = 16;
 
-/// The kind of network by which connections are counted.
+/// The level at which connections are counted; [`networks`] has the prefix lengths.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Width {
     Address,
@@ -23,7 +23,7 @@ pub(super) enum Width {
     Site,
 }
 
-/// Returns the networks in which an address is counted, narrowest first.
+/// Returns the networks whose limits apply to an address, narrowest first.
 pub(super) fn networks(peer: IpAddr) -> impl Iterator<Item = (Width, IpNet)> {
     const V4: &[(Width, u8)] = &[(Width::Address, 32), (Width::Network, 24)];
     const V6: &[(Width, u8)] = &[

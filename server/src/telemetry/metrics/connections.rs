@@ -108,7 +108,7 @@ const FAMILIES: [Family; 6] = [
     },
 ];
 
-pub(super) fn write(text: &mut String, listeners: [(&str, &Arc<ConnectionMetrics>); 2]) {
+pub(super) fn write(text: &mut String, listeners: [(&str, &Arc<ConnectionMetrics>); 3]) {
     for Family {
         name,
         kind,

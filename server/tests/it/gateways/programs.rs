@@ -1,4 +1,4 @@
-//! The gateways as packaged by Debian, each with its configuration from `deploy/gateways`.
+//! The gateways as packaged by Debian, and Envoy, each with its configuration from `deploy/gateways`.
 
 use std::{
     fs,
@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use quota_testkit::Process;
+use quota_testkit::{Process, envoy};
 use tempfile::TempDir;
 use tokio::net::TcpStream;
 
@@ -20,6 +20,9 @@ pub(super) enum Program {
     Caddy,
     Nginx,
     HaProxy,
+    Envoy,
+    /// Envoy with its rate limit service. Calls the gRPC listener at [`Filled::quota_port`].
+    EnvoyRateLimit,
 }
 
 /// The values that a user fills in.
@@ -174,6 +177,43 @@ impl Program {
                 let mut haproxy = command("haproxy");
                 haproxy.arg("-db").arg("-f").arg(file);
                 haproxy
+            }
+            Self::Envoy | Self::EnvoyRateLimit => {
+                let (file, quota) = if self == Self::Envoy {
+                    ("envoy.yaml", 443)
+                } else {
+                    ("envoy-ratelimit.yaml", 8081)
+                };
+                let socket =
+                    |host: &str, port: &str| format!("address: {host}, port_value: {port}");
+                let (api_host, api_port) = filled.api.split_once(':').expect("an address");
+                let text = filled.read(file);
+                let text = put(
+                    &text,
+                    &socket("0.0.0.0", "80"),
+                    &socket("127.0.0.1", &port.to_string()),
+                );
+                let text = put(
+                    &text,
+                    &socket("127.0.0.1", "3000"),
+                    &socket(api_host, api_port),
+                );
+                let text = put(
+                    &text,
+                    &socket("localhost", &quota.to_string()),
+                    &socket("localhost", &filled.quota_port.to_string()),
+                );
+                let text = put(&text, "api.example.com", "127.0.0.1");
+                let file = dir.join("envoy.yaml");
+                fs::write(&file, text).expect("it is written");
+                let tools = Path::new(env!("CARGO_TARGET_TMPDIR"));
+                let program = envoy::program(tools).expect("Envoy is installed");
+                let mut envoy = Command::new(program);
+                envoy
+                    .args(["--disable-hot-restart", "--concurrency", "1"])
+                    .args(["--log-level", "warn", "-c"])
+                    .arg(file);
+                envoy
             }
         }
     }

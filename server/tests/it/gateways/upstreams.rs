@@ -22,20 +22,20 @@ use crate::support::authority::Authority;
 
 /// The API behind a gateway. It returns the body it received. The path can select another status, such as
 /// `/status/403`.
-pub(super) struct Api {
-    pub(super) addr: SocketAddr,
+pub(crate) struct Api {
+    pub(crate) addr: SocketAddr,
     requests: Arc<Mutex<Vec<Head>>>,
 }
 
 /// The first line of a request, and its header fields with lowercase names.
 #[derive(Debug, Clone)]
-pub(super) struct Head {
-    pub(super) line: String,
-    pub(super) fields: Vec<(String, String)>,
+pub(crate) struct Head {
+    pub(crate) line: String,
+    pub(crate) fields: Vec<(String, String)>,
 }
 
 impl Head {
-    pub(super) fn values(&self, name: &str) -> Vec<&str> {
+    pub(crate) fn values(&self, name: &str) -> Vec<&str> {
         self.fields
             .iter()
             .filter(|(it, _)| it == name)
@@ -45,7 +45,7 @@ impl Head {
 }
 
 impl Api {
-    pub(super) async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let addr = listener.local_addr().expect("it is bound");
         let requests = Arc::new(Mutex::new(Vec::new()));
@@ -82,7 +82,7 @@ impl Api {
         Self { addr, requests }
     }
 
-    pub(super) fn requests(&self) -> Vec<Head> {
+    pub(crate) fn requests(&self) -> Vec<Head> {
         self.requests.lock().clone()
     }
 }
@@ -121,20 +121,20 @@ async fn read_request(
 
 /// The server at Quota's address.
 #[derive(Clone, Copy)]
-pub(super) enum Behind {
+pub(crate) enum Behind {
     Quota(SocketAddr),
     /// A substitute that responds to each request with this status line and these headers.
     Other(fn(&Head) -> &'static str),
 }
 
 /// TLS in front of Quota, as operators run it.
-pub(super) struct TlsHop {
-    pub(super) port: u16,
+pub(crate) struct TlsHop {
+    pub(crate) port: u16,
     connections: Arc<AtomicUsize>,
 }
 
 impl TlsHop {
-    pub(super) async fn start(authority: &Authority, behind: Behind) -> Self {
+    pub(crate) async fn start(authority: &Authority, behind: Behind) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let port = listener.local_addr().expect("it is bound").port();
         let acceptor = TlsAcceptor::from(Arc::clone(&authority.config));
@@ -173,7 +173,7 @@ impl TlsHop {
     }
 
     /// Returns the number of connections made to it.
-    pub(super) fn connections(&self) -> usize {
+    pub(crate) fn connections(&self) -> usize {
         self.connections.load(Ordering::SeqCst)
     }
 }

@@ -17,9 +17,9 @@ use quota_common::{
 use quota_server::{
     clock::{Clock, TestClock, UnixNanos},
     limiter::{
-        CounterError, Decision, DistributedSettings, DistributedStore, Drained, KeyHandle,
-        KeyTableSettings, LimitStore, Limiter, LimiterError, LocalStore, Membership, Policies,
-        RatePolicy, ReplicaSlot, Zone,
+        CounterError, Decision, DistributedSettings, DistributedStore, KeyHandle, KeyTableSettings,
+        LimitStore, Limiter, LimiterError, LocalStore, Membership, Policies, RatePolicy,
+        ReplicaSlot, ReturnedQuota, Zone,
     },
 };
 
@@ -181,7 +181,7 @@ impl LimitStore for Far {
         self.store.delete(keys).await
     }
 
-    async fn drain(&self) -> Drained {
+    async fn drain(&self) -> ReturnedQuota {
         self.store.drain().await
     }
 }

@@ -377,7 +377,7 @@ async fn a_denial_is_forgotten_when_others_may_have_returned_tokens() {
         back_generation: 0,
         lease: 100_000,
         last_heard: CounterMicros::NONE,
-        away_since: CounterMicros::NONE,
+        outage_since: CounterMicros::NONE,
         promised: CounterMicros::NONE,
     };
     let taken = far.serve(other);

@@ -299,7 +299,7 @@ async fn schedule(seed: u64, counters: &mut Counters, clock: &TestClock, sum: &m
             back_generation: if back > 0 { back_generation } else { 0 },
             lease: [0, 100, 100_000][rng.usize(..3)],
             last_heard: CounterMicros::NONE,
-            away_since: CounterMicros::NONE,
+            outage_since: CounterMicros::NONE,
             promised: CounterMicros(promised),
         };
         match counters.take(clock, call).await {
@@ -456,7 +456,7 @@ async fn a_simple_return_is_credited_whole() {
         back_generation: 0,
         lease: 100_000,
         last_heard: CounterMicros::NONE,
-        away_since: CounterMicros::NONE,
+        outage_since: CounterMicros::NONE,
         promised: CounterMicros::NONE,
     };
     let take = async |call: TakeCall| {
@@ -524,7 +524,7 @@ async fn late_returns_one_by_one_sell_nothing_twice() {
         back_generation: 0,
         lease: 100_000,
         last_heard: CounterMicros::NONE,
-        away_since: CounterMicros::NONE,
+        outage_since: CounterMicros::NONE,
         promised: CounterMicros::NONE,
     };
     let mut late = Vec::new();

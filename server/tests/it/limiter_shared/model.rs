@@ -107,11 +107,11 @@ impl State {
             && epoch.start == Some(call.promised.0)
             && now < call.promised.0 + PROMISED;
         let answered =
-            (epoch.ok > call.away_since.0 && epoch.ok <= now && now - epoch.ok < CONNECTED)
-                || (call.away_since.0 == 1 && epoch.ok == 0);
+            (epoch.ok > call.outage_since.0 && epoch.ok <= now && now - epoch.ok < CONNECTED)
+                || (call.outage_since.0 == 1 && epoch.ok == 0);
         let lost = epoch.run != run
             || epoch.start.is_none_or(|start| start > now + EPOCH_DELAY)
-            || (call.away_since.0 > 0
+            || (call.outage_since.0 > 0
                 && epoch.start.is_some_and(|start| start <= now)
                 && !told
                 && !answered);
@@ -125,7 +125,9 @@ impl State {
         } else if let Some(start) = epoch.start.filter(|start| *start > now) {
             if call.promised.0 == start {
                 epoch.is_known = true;
-            } else if call.away_since.0 > 0 && !epoch.is_known && start - now < EPOCH_DELAY - KNOWN
+            } else if call.outage_since.0 > 0
+                && !epoch.is_known
+                && start - now < EPOCH_DELAY - KNOWN
             {
                 epoch.start = Some(now + EPOCH_DELAY);
             }
@@ -140,7 +142,10 @@ impl State {
         }
         let heard = call.last_heard.0;
         let confirmed = if epoch.ok <= now { epoch.ok } else { 0 };
-        if call.away_since.0 == 0 && heard > confirmed + CONFIRMED && heard <= now && heard >= start
+        if call.outage_since.0 == 0
+            && heard > confirmed + CONFIRMED
+            && heard <= now
+            && heard >= start
         {
             epoch.ok = heard;
         }

@@ -105,6 +105,7 @@ impl SharedCounters for ClockedCounters {
     async fn take(&self, call: TakeCall) -> Result<TakeReply, CounterError> {
         let micros = self.clock.now().0 / 1000;
         let script = quota_server::redis::Script::new(
+            "time",
             "redis.call('DEL', KEYS[1]) return redis.call('RPUSH', KEYS[1], ARGV[1], ARGV[2])",
         );
         let time = [micros / 1_000_000, micros % 1_000_000];
@@ -147,7 +148,7 @@ fn call(rng: &mut Rng, now: u64, told: u64, generation: u64) -> TakeCall {
         back_generation: if rng.u8(..4) == 0 { 0 } else { generation },
         lease: [0, 100_000, 1_000_000][rng.usize(..3)],
         last_heard: CounterMicros(now - rng.u64(..3_000_000)),
-        away_since: CounterMicros(match rng.u8(..20) {
+        outage_since: CounterMicros(match rng.u8(..20) {
             0..=1 => now - rng.u64(..5_000_000),
             2 => 1,
             _ => 0,
@@ -228,7 +229,7 @@ async fn a_lost_state_begins_empty_and_a_new_one_full() {
         waiting: 1,
         want: 10,
         back: 0,
-        away_since: CounterMicros::NONE,
+        outage_since: CounterMicros::NONE,
         emission: Nanos::from_secs(1),
         tau: Nanos::from_secs(10),
         ..call(&mut Rng::with_seed(1), 10_000_000, 0, 0)
@@ -288,7 +289,7 @@ async fn versions_that_start_over_are_followed() {
         waiting: 100,
         want: 100,
         back: 0,
-        away_since: CounterMicros::NONE,
+        outage_since: CounterMicros::NONE,
         ..call(&mut Rng::with_seed(1), 10_000_000, 0, 0)
     };
     let granted = async |call| match counters.take(call).await.unwrap().state {
@@ -333,7 +334,7 @@ async fn a_lost_bucket_is_empty_for_every_burst() {
         waiting: 200,
         want: 200,
         back: 0,
-        away_since: CounterMicros::NONE,
+        outage_since: CounterMicros::NONE,
         ..call(&mut Rng::with_seed(1), 10_000_000, 0, 0)
     };
     let take = async |call| counters.take(call).await.unwrap().state;
@@ -425,7 +426,7 @@ async fn a_bucket_that_expires_equals_one_that_is_kept() {
             waiting: need,
             want: need,
             back: 0,
-            away_since: CounterMicros::NONE,
+            outage_since: CounterMicros::NONE,
             promised: CounterMicros::NONE,
             ..call(&mut rng, now, 0, 0)
         };
@@ -479,7 +480,7 @@ async fn a_bucket_is_kept_until_it_is_full_and_not_much_longer() {
         waiting: tokens,
         want: tokens,
         back: 0,
-        away_since: CounterMicros::NONE,
+        outage_since: CounterMicros::NONE,
         ..call(&mut Rng::with_seed(1), 10_000_000, 0, 0)
     };
     let seconds_left = async || {
@@ -522,7 +523,7 @@ async fn deleted_buckets_are_gone_and_others_remain() {
             waiting: 1,
             want: 1,
             back: 0,
-            away_since: CounterMicros::NONE,
+            outage_since: CounterMicros::NONE,
             ..call(&mut Rng::with_seed(1), 10_000_000, 0, 0)
         };
         counters.take(take).await.expect("Redis answers");
@@ -542,9 +543,9 @@ async fn a_clock_that_was_set_back_hides_no_connected_caller() {
     let counters = ClockedCounters::new(&redis, &clock);
     counters.begin().await;
     let now = || clock.now().0 / 1000;
-    let take = async |away_since: u64, last_heard: u64| {
+    let take = async |outage_since: u64, last_heard: u64| {
         let call = TakeCall {
-            away_since: CounterMicros(away_since),
+            outage_since: CounterMicros(outage_since),
             last_heard: CounterMicros(last_heard),
             promised: CounterMicros::NONE,
             need: 0,

@@ -49,6 +49,8 @@ struct Flags {
 pub(crate) struct TestApp {
     pub(crate) addr: SocketAddr,
     pub(crate) metrics_addr: SocketAddr,
+    /// The address of the gRPC listener, if `--grpc-listen` turns it on.
+    pub(crate) grpc_addr: Option<SocketAddr>,
     pub(crate) state: AppState,
     pub(crate) database: Arc<TestDatabase>,
     pub(crate) http: Client,
@@ -182,7 +184,7 @@ impl Setup {
             },
             ..public
         };
-        let servers = vec![
+        let mut servers = vec![
             tokio::spawn(serve(
                 listener,
                 router::public(&state),
@@ -195,12 +197,27 @@ impl Setup {
                 router::metrics(&state),
                 None::<Infallible>,
                 ServeSettings::metrics(&state),
-                until(stopping),
+                until(stopping.clone()),
             )),
         ];
+        let mut grpc_addr = None;
+        if state.config.grpc_listen.is_some() {
+            let listener = TcpListener::bind("127.0.0.1:0")
+                .await
+                .expect("loopback has a free port");
+            grpc_addr = Some(listener.local_addr().expect("it is bound"));
+            servers.push(tokio::spawn(serve(
+                listener,
+                router::grpc(&state),
+                None::<Infallible>,
+                ServeSettings::grpc(&state),
+                until(stopping),
+            )));
+        }
         TestApp {
             addr,
             metrics_addr,
+            grpc_addr,
             state,
             database,
             http: Client::new(),
@@ -231,12 +248,15 @@ impl TestApp {
 
     /// Stops as after SIGTERM: requests finish and unused tokens are returned.
     pub(crate) async fn stop(mut self) {
-        self.state.drain();
+        self.state.begin_draining();
         let _ = self.stop.send(true);
         for server in self.servers.drain(..) {
             server.await.expect("the server ends well");
         }
         self.state.limiter.drain().await;
+        if let Some(traces) = &self.state.traces {
+            traces.stop().await;
+        }
         if let Some(jobs) = self.jobs.take() {
             jobs.stop().await;
         }

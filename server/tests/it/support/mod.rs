@@ -2,6 +2,8 @@
 
 pub(crate) mod app;
 pub(crate) mod authority;
+pub(crate) mod collector;
+pub(crate) mod grpc;
 pub(crate) mod hooks;
 pub(crate) mod http2;
 pub(crate) mod postgres;

@@ -40,6 +40,8 @@ pub(crate) struct Quota {
     child: Child,
     pub(crate) addr: SocketAddr,
     pub(crate) metrics_addr: SocketAddr,
+    /// The address of the gRPC listener, if the settings turn it on.
+    pub(crate) grpc_addr: Option<SocketAddr>,
 }
 
 impl Quota {
@@ -100,6 +102,7 @@ impl Quota {
             child,
             addr: nowhere,
             metrics_addr: nowhere,
+            grpc_addr: None,
         };
         let (line, out) = ready
             .recv_timeout(STARTED_WITHIN)
@@ -109,6 +112,9 @@ impl Quota {
             text.parse().expect("it is an address")
         };
         (quota.addr, quota.metrics_addr) = (address("listen"), address("metrics_listen"));
+        quota.grpc_addr = line["grpc_listen"]
+            .is_string()
+            .then(|| address("grpc_listen"));
         (quota, out)
     }
 

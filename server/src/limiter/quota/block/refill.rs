@@ -1,4 +1,4 @@
-//! Fetching tokens from the ledger: when, how many, and how its responses change the block.
+//! Decides when to fetch tokens from the ledger, and how many, and applies its responses to the block.
 
 use std::sync::Arc;
 
@@ -68,10 +68,10 @@ impl Block {
             self.patience
         };
         // The difference is absolute, because a clock that was set back must not block a key for hours.
-        now.abs_diff(self.asked_at) >= patience
+        now.abs_diff(self.answered_at) >= patience
     }
 
-    /// Begins a fetch at `now`, unless one is in flight or there is nothing to do. Each order must be followed by
+    /// Begins a fetch at `now`, unless a fetch is in flight or there is nothing to do. Each order must be followed by
     /// [`finish_fetch`](Self::finish_fetch), [`finish_return`](Self::finish_return) or [`fail`](Self::fail).
     pub(in crate::limiter) fn begin_fetch(
         &mut self,
@@ -137,7 +137,7 @@ impl Block {
             self.spent_at = now;
         }
         self.used = taken.used.saturating_sub(owed);
-        self.asked_at = now;
+        self.answered_at = now;
         self.patience = if taken.granted > 0 {
             PATIENCE
         } else {
@@ -156,7 +156,7 @@ impl Block {
         self.fetching = false;
         self.failure = Some(error);
         self.failures += 1;
-        self.asked_at = now;
+        self.answered_at = now;
     }
 
     /// Begins to fetch the first block of the next window if it is time and the key was used in the current window.

@@ -16,8 +16,8 @@ use quota_common::{
     plan::OnRedisFailure,
 };
 use quota_server::limiter::{
-    BucketName, CounterError, CounterMicros, Decision, DistributedStore, Drained, KeyHandle,
-    LimitStore, LimiterError, Outcome, Policies, Policy, PolicySet, TakeCall,
+    BucketName, CounterError, CounterMicros, Decision, DistributedStore, KeyHandle, LimitStore,
+    LimiterError, Outcome, Policies, Policy, PolicySet, ReturnedQuota, TakeCall,
 };
 use tokio::time::Instant;
 
@@ -388,7 +388,7 @@ impl LimitStore for Planted {
         self.store.delete(keys).await
     }
 
-    async fn drain(&self) -> Drained {
+    async fn drain(&self) -> ReturnedQuota {
         self.store.drain().await
     }
 }

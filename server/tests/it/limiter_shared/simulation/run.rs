@@ -303,7 +303,7 @@ impl Stage {
             _ if replica.crashed.load(Ordering::Relaxed) => (Answer::None, false),
             Ok(decision) if decision.is_allowed() => (Answer::Admitted, decision.degraded),
             Ok(decision) => (Answer::Denied, decision.degraded),
-            Err(LimiterError::CountersAway) => (Answer::Unavailable, true),
+            Err(LimiterError::CountersUnavailable) => (Answer::Unavailable, true),
             Err(LimiterError::LedgerUnavailable(_)) => (Answer::Unavailable, false),
             Err(error) => panic!("{error}"),
         };

@@ -264,10 +264,10 @@ impl World {
         let mut call = self.plant.call(call, micros);
         if self.plant == Plant::PromiseNeverExpires {
             let mut told = self.told.lock();
-            if call.away_since == CounterMicros::NONE {
+            if call.outage_since == CounterMicros::NONE {
                 told.remove(&replica);
             } else if told.contains(&replica) {
-                call.away_since = CounterMicros::NONE;
+                call.outage_since = CounterMicros::NONE;
             }
         }
         let state = if self.plant == Plant::SharesNothing {

@@ -1,0 +1,147 @@
+//! Notifications of the operating system, over the [Desktop Notifications Specification].
+//!
+//! Without a notification service, nothing is shown and the log says so. The console announces alerts itself, too.
+//!
+//! [Desktop Notifications Specification]: https://specifications.freedesktop.org/notification-spec/latest/
+
+use std::{
+    collections::{HashMap, HashSet},
+    time::Duration,
+};
+
+use futures_util::StreamExt as _;
+use quota_common::ipc::CallError;
+use tauri::{AppHandle, Manager as _, async_runtime::spawn};
+use tokio::sync::Mutex;
+use zbus::{Proxy, connection, proxy::SignalStream, zvariant::Value};
+
+use crate::window;
+
+/// The name of the service and of its interface.
+const SERVICE: &str = "org.freedesktop.Notifications";
+const PATH: &str = "/org/freedesktop/Notifications";
+/// Starting the service can take a while.
+const TIMEOUT: Duration = Duration::from_secs(30);
+
+const TITLE: &str = "Quota alert";
+/// Longer than any text that the console sends.
+const MAX_TEXT: usize = 1000;
+/// The name of the desktop entry and of the icon that the packages install.
+const DESKTOP_ENTRY: &str = "quota-desktop";
+/// The action of a click on a notification.
+const CLICK: &str = "default";
+/// The page that a click opens.
+const ALERTS: &str = "/console/alerts";
+
+struct Notifications {
+    service: Proxy<'static>,
+    /// The IDs of this app's notifications. The service also reports clicks on those of other apps.
+    shown: HashSet<u32>,
+}
+
+/// `None` until the first notification, and after the session bus has closed the connection.
+static NOTIFICATIONS: Mutex<Option<Notifications>> = Mutex::const_new(None);
+
+/// Shows a notification about alerts, unless the user is looking at the window. A click on it opens the alerts page.
+#[tauri::command]
+pub async fn notify(app: AppHandle, text: String) -> Result<(), CallError> {
+    if text.is_empty() || text.len() > MAX_TEXT {
+        return Err(CallError::Unreadable);
+    }
+    let window = app.get_webview_window(window::LABEL);
+    if window.is_some_and(|it| it.is_focused().unwrap_or(false)) {
+        return Ok(());
+    }
+    spawn(async move {
+        if let Err(error) = show(app, &text).await {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "cannot show a notification"
+            );
+        }
+    });
+    Ok(())
+}
+
+async fn show(app: AppHandle, text: &str) -> zbus::Result<()> {
+    // Locked until the ID is stored, so that a click cannot be handled before.
+    let mut notifications = NOTIFICATIONS.lock().await;
+    let Notifications { service, shown } = match &mut *notifications {
+        Some(it) => it,
+        none => none.insert(connect(app).await?),
+    };
+    let capabilities: Vec<String> = service.call("GetCapabilities", &()).await?;
+    let can = |name: &str| capabilities.iter().any(|it| it == name);
+    let body = if can("body-markup") {
+        escaped(text)
+    } else {
+        text.to_owned()
+    };
+    let actions: &[&str] = if can("actions") {
+        &[CLICK, "View alerts"]
+    } else {
+        &[]
+    };
+    let hints = HashMap::from([("desktop-entry", Value::from(DESKTOP_ENTRY))]);
+    let (replaces, default_timeout) = (0_u32, -1_i32);
+    let notification = (
+        "Quota",
+        replaces,
+        DESKTOP_ENTRY,
+        TITLE,
+        body,
+        actions,
+        hints,
+        default_timeout,
+    );
+    shown.insert(service.call("Notify", &notification).await?);
+    Ok(())
+}
+
+async fn connect(app: AppHandle) -> zbus::Result<Notifications> {
+    let connection = connection::Builder::session()?
+        .method_timeout(TIMEOUT)
+        .build()
+        .await?;
+    let service = Proxy::new(&connection, SERVICE, PATH, SERVICE).await?;
+    let actions = service.receive_signal("ActionInvoked").await?;
+    spawn(handle_clicks(app, actions));
+    Ok(Notifications {
+        service,
+        shown: HashSet::new(),
+    })
+}
+
+/// Handles clicks until the connection is closed.
+async fn handle_clicks(app: AppHandle, mut actions: SignalStream<'static>) {
+    while let Some(action) = actions.next().await {
+        let Ok((id, name)) = action.body().deserialize::<(u32, String)>() else {
+            continue;
+        };
+        let notifications = NOTIFICATIONS.lock().await;
+        let shown = notifications.as_ref().map(|it| &it.shown);
+        let is_own = shown.is_some_and(|shown| shown.contains(&id));
+        drop(notifications);
+        if is_own && name == CLICK {
+            window::reveal(&app, ALERTS);
+        }
+    }
+    *NOTIFICATIONS.lock().await = None;
+}
+
+/// Escapes characters that have a meaning in markup.
+fn escaped(text: &str) -> String {
+    text.replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_cannot_contain_markup() {
+        assert_eq!(escaped("<b>R&D</b>"), "&lt;b&gt;R&amp;D&lt;/b&gt;");
+    }
+}
