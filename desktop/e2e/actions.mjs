@@ -178,5 +178,28 @@ export async function actions(world) {
   await page.getByRole("option", { name: "Pro Plan" }).click();
   await page.waitForFunction((id) => location.search === `?plan_id=${id}`, pro.id);
   await page.getByRole("row").nth(2).waitFor();
+
+  // The ID of a token can be copied as well.
+  const { service_token: token } = await my.api("POST", "/admin/service-tokens", { name: "Edge gateway" });
+  await page.goto(`${base}/console/service-tokens`);
+  await my.choose("Edge gateway", "Copy ID");
+  await toast.getByText("Token ID copied").waitFor();
+  assert.equal(await page.evaluate(() => navigator.clipboard.readText()), token.id);
+
+  // A message covers no button of a row, although the rows fill the window.
+  for (let at = 1; at <= 16; at += 1) await my.api("POST", "/admin/plans", { name: `Plan ${at}`, default_rpm: 60 });
+  await page.goto(`${base}/console/plans`);
+  await my.choose("Pro", "Copy ID");
+  await toast.getByText("Plan ID copied").waitFor();
+  for (const width of [900, 1024, 1280, 1920]) {
+    await page.setViewportSize({ width, height: 800 });
+    const covered = await page.evaluate(() => {
+      const box = document.querySelector(".toast").getBoundingClientRect();
+      const isCovered = ({ left, right, top, bottom }) => left < box.right && box.left < right && top < box.bottom && box.top < bottom;
+      const buttons = [...document.querySelectorAll(".row-actions button")];
+      return buttons.filter((it) => isCovered(it.getBoundingClientRect())).map((it) => it.ariaLabel);
+    });
+    assert.deepEqual(covered, [], `at ${width}`);
+  }
   await my.context.close();
 }

@@ -6,7 +6,7 @@ export async function site(world) {
   const my = await world.visitor();
   const { page, base } = my;
   await page.goto(`${base}/`);
-  await my.heading("Self-hosted API keys, rate limits and quotas.").waitFor();
+  await my.heading("Self-hosted API keys, rate limits, quotas and billing.").waitFor();
   // No button covers any part of a command.
   for (const width of [320, 390, 768, 1024, 1280, 1920]) {
     await page.setViewportSize({ width, height: 800 });

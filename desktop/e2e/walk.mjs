@@ -118,7 +118,7 @@ export async function walk(world) {
     await my.button("Move").click();
   });
   await form("token-new", "/service-tokens", () => my.button("Create token").click());
-  await form("token-delete", "/service-tokens", () => my.button("Delete Edge gateway").click());
+  await form("token-delete", "/service-tokens", () => my.choose("Edge gateway", "Delete"));
   await form("webhook-new", "/webhooks", () => my.button("Create webhook").click());
   await form("webhook-edit", webhook, () => my.button("Edit").click());
   await form("webhook-rotate", webhook, () => my.button("Rotate secret").click());

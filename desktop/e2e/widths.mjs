@@ -69,6 +69,10 @@ export async function widths(world) {
     }
   }
   await page.goto(`${base}/console/api-keys`);
+  // Filters leave most of a phone's screen to the list.
+  await page.setViewportSize({ width: 390, height: 844 });
+  const filters = await page.locator(".filters").boundingBox();
+  assert.ok(filters.height < 844 / 5 && filters.y + filters.height < 844 / 2, JSON.stringify(filters));
   await my.button("Create key").click();
   await my.field("Expires (optional)").waitFor();
   for (const width of all) {

@@ -164,6 +164,8 @@ fn field_label(name: &str) -> String {
         "prefix" => "Key".to_owned(),
         "on_redis_failure" => "If Redis is unavailable".to_owned(),
         "external_id" => "External ID".to_owned(),
+        "key_count" => "Keys".to_owned(),
+        "last_used_at" => "Last used".to_owned(),
         "sessions_ended" => "Sessions revoked".to_owned(),
         "tenant_name" => "Organization".to_owned(),
         other => capitalized(&other.replace('_', " ")),
@@ -174,7 +176,7 @@ fn value_text(name: &str, value: &Value, plan_name: &dyn Fn(&str) -> Option<Stri
     match value {
         Value::Null => match name {
             "daily_quota" | "monthly_quota" => "unlimited",
-            "expires_at" => "never",
+            "expires_at" | "last_used_at" => "never",
             "on_redis_failure" => "server default",
             _ => "none",
         }
@@ -515,6 +517,12 @@ mod tests {
             fields
                 .iter()
                 .all(|it| it.before.is_none() && it.after.is_some())
+        );
+        let created = event("api_key.create", Value::Null, json!({"last_used_at": null}));
+        let last_used = &field_changes(&created, &plan_name)[0];
+        assert_eq!(
+            (&*last_used.label, last_used.after.as_deref()),
+            ("Last used", Some("never"))
         );
         let updated = event("plan.update", json!({"burst": 10}), json!({"burst": 20}));
         let burst = FieldChange {

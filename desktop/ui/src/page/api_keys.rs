@@ -206,7 +206,7 @@ fn Filters(plans: Loader<Vec<Plan>>) -> impl IntoView {
     });
     view! {
         <search class="filters">
-            {input_filter("search", "Search", "search", "Search by name or key prefix")}
+            {input_filter("search", "Search", "search", "Name, key prefix or external ID")}
             {select_filter("plan_id", "plan_filter", "Plan", plan_options)}
             {select_filter("status", "status_filter", "Status", fixed_options(&STATUSES))}
             <SortSelect more=ORDERS/>

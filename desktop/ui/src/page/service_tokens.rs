@@ -14,8 +14,8 @@ use crate::{
     api,
     component::{
         Async, Card, CodeBlock, Confirm, Confirmation, DialogForm, EmptyState, Field, FormState,
-        Loader, Modal, NewSecret, PageHeader, Pager, RelativeTime, SecretDialog, Shape, Toasts,
-        load, load_page, open_from_query, request_id,
+        Loader, Menu, MenuItem, Modal, NewSecret, PageHeader, Pager, RelativeTime, SecretDialog,
+        Shape, Toasts, copy_and_report, load, load_page, open_from_query, request_id,
     },
     model::text::{Gateway, quoted},
     session::session,
@@ -67,20 +67,13 @@ fn TokenTable(page: Page<ServiceToken>, deletion: Deletion) -> impl IntoView {
         .items
         .into_iter()
         .map(|token| {
-            let label = format!("Delete {}", token.name);
-            let it = token.clone();
             view! {
                 <tr>
                     <th scope="row" dir="auto"><span class="clamp">{token.name.clone()}</span></th>
                     <td data-label="Token"><code>{token.prefix.clone()}"…"</code></td>
                     <td data-label="Last used">{time_or(token.last_used_at, "Never used")}</td>
                     <td data-label="Created"><RelativeTime at=token.created_at/></td>
-                    <td class="row-actions">
-                        {can_manage
-                            .then(|| {
-                                view! { <button class="button small" aria-label=label on:click=move |_| deletion.ask(it.clone())>"Delete"</button> }
-                            })}
-                    </td>
+                    <td class="row-actions">{can_manage.then(|| view! { <TokenMenu token deletion/> })}</td>
                 </tr>
             }
         })
@@ -101,6 +94,20 @@ fn TokenTable(page: Page<ServiceToken>, deletion: Deletion) -> impl IntoView {
         </table>
         <Pager total=page.total shown next=page.next_cursor/>
     }
+}
+
+#[component]
+fn TokenMenu(token: ServiceToken, deletion: Deletion) -> impl IntoView {
+    let toasts = expect_context::<Toasts>();
+    let id = token.id;
+    let label = format!("More actions for {}", token.name);
+    let items = vec![
+        MenuItem::run("Copy ID", move || {
+            copy_and_report(id.to_string(), "Token ID", toasts);
+        }),
+        MenuItem::danger("Delete", move || deletion.ask(token.clone())),
+    ];
+    view! { <Menu label focus_key=format!("more-{id}") items/> }
 }
 
 #[derive(Clone, Copy)]
