@@ -89,6 +89,8 @@ impl StoreCore {
             back_taken_at: back.taken_at,
             back_generation: back.generation,
             lease: self.ttl.0 / 1000,
+            epoch_delay: self.epoch_delay(),
+            deadline: self.deadline(),
             last_heard: self.partitions[usize::from(partition)].last_heard(),
             away_since: self.partitions[usize::from(partition)]
                 .never_heard(self.others_may_be_away()),
