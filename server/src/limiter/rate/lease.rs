@@ -290,14 +290,22 @@ impl Lease {
     /// Adds a request that waits for the counters because too few tokens are available. With zero tokens, it waits only
     /// for a response.
     pub(in crate::limiter) fn wait(&mut self, waiter: Waiter) {
-        self.wanted = self.wanted.saturating_add(waiter.tokens);
+        self.count(waiter.tokens);
         self.waiting.push(waiter);
     }
 
     /// Records a request that was denied without a call. Without it, the next lease would be too small for the tokens
     /// that accumulate in the meantime.
     pub(in crate::limiter) fn deny(&mut self, n: u64) {
-        self.wanted = self.wanted.saturating_add(n);
+        self.count(n);
+    }
+
+    /// Counts the tokens of a request toward the lease size, unless it needs more than the largest lease. A lease would
+    /// not help such a request, and the tokens would be missing elsewhere.
+    fn count(&mut self, n: u64) {
+        if self.terms.is_none_or(|terms| n <= terms.max_lease_size()) {
+            self.wanted = self.wanted.saturating_add(n);
+        }
     }
 
     /// Uses these terms for all later calls.

@@ -535,6 +535,44 @@ fn a_slow_ledger_leaves_the_counters_their_time() {
     });
 }
 
+/// Requests whose cost exceeds every lease are denied again and again. They must not make the lease larger than the
+/// other requests of the replica need, or it would hold tokens that nobody can spend.
+#[test]
+fn requests_too_large_for_a_lease_hold_back_no_tokens() {
+    paused(async {
+        let (_, limiters, policies) = several(2, 1, (60, 1000), false);
+        let [mixed, other] = &limiters[..] else {
+            panic!("two replicas");
+        };
+        assert_eq!(crowd(other, &policies, 500).await, 500);
+        let (mut large, mut small) = (JoinSet::new(), JoinSet::new());
+        let mut crowded = JoinSet::new();
+        for n in 0..700 {
+            // No denial is repeated for another cost.
+            let cost = NonZeroU32::new(900 + n % 50).unwrap();
+            let (limiter, same) = (mixed.clone(), policies.clone());
+            large.spawn(async move {
+                let decision = limiter.admit(&a_handle(&limiter), &same, cost).await;
+                decision.is_ok_and(|it| it.is_allowed())
+            });
+            if n % 10 == 0 {
+                let (limiter, same) = (mixed.clone(), policies.clone());
+                small.spawn(async move { crowd(&limiter, &same, 1).await });
+            }
+            if n == 600 {
+                let (limiter, same) = (other.clone(), policies.clone());
+                crowded.spawn(async move { crowd(&limiter, &same, 430).await });
+            }
+            sleep(Duration::from_millis(5)).await;
+        }
+        assert!(large.join_all().await.iter().all(|it| !it));
+        // Of 500 tokens, the small requests have spent 60 before the crowd, and 3 have refilled.
+        let small = small.join_all().await.iter().sum::<u32>();
+        let crowded = crowded.join_all().await.iter().sum::<u32>();
+        assert_eq!((small, crowded), (70, 430));
+    });
+}
+
 /// Leases grow with the pace and shrink when the bucket is nearly empty, and no token of a full bucket is denied in
 /// between.
 #[test]
