@@ -422,12 +422,14 @@ impl Lease {
     }
 
     /// Returns whether to start a task that returns unspent tokens, because no call that is in flight or still to come
-    /// will return them. If so, counts the task as started.
+    /// will return them, or because there are more than a lease contains, which other replicas may need before the next
+    /// call. If so, counts the task as started.
     pub(in crate::limiter) fn begin_return(&mut self) -> bool {
+        let most = self.terms.map_or(0, |terms| self.to_hold(terms));
         let begins = self.back.tokens > 0
             && !self.returning
             && self.fetching == 0
-            && self.slots.iter().all(|slot| slot.tokens == 0);
+            && (self.available() == 0 || self.back.tokens > most);
         self.returning |= begins;
         begins
     }

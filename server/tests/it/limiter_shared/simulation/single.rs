@@ -573,6 +573,39 @@ fn requests_too_large_for_a_lease_hold_back_no_tokens() {
     });
 }
 
+/// A call for a large request and small ones takes all tokens, if there are too few for the large one. The small ones
+/// need only some of them, and the others go back at once.
+#[test]
+fn tokens_taken_for_a_large_request_in_vain_go_back_at_once() {
+    paused(async {
+        let (world, limiters, policies) = several(2, 4, (60, 1000), false);
+        let [mixed, other] = &limiters[..] else {
+            panic!("two replicas");
+        };
+        assert_eq!(crowd(other, &policies, 500).await, 500);
+        for _ in 0..40 {
+            assert_eq!(crowd(mixed, &policies, 1).await, 1);
+            sleep(Duration::from_millis(10)).await;
+        }
+        let handle = a_handle(mixed);
+        let small = crowd(mixed, &policies, 30);
+        let large = async {
+            // The first small requests have started a call. The others and this one wait for the next one.
+            sleep(Duration::from_millis(1)).await;
+            let cost = NonZeroU32::new(900).unwrap();
+            mixed.admit(&handle, &policies, cost).await
+        };
+        let (small, large) = tokio::join!(small, large);
+        assert_eq!(small, 30);
+        assert!(!large.unwrap().is_allowed());
+        let (taken, _) = world.granted(handle.key());
+        assert!(taken >= 900, "{taken} taken, so the calls were separate");
+        sleep(Duration::from_millis(10)).await;
+        // Of 430 tokens, the lease holds some.
+        assert_eq!(crowd(other, &policies, 405).await, 405);
+    });
+}
+
 /// Leases grow with the pace and shrink when the bucket is nearly empty, and no token of a full bucket is denied in
 /// between.
 #[test]
