@@ -260,6 +260,7 @@ fn an_outage_of_one_replica_empties_no_bucket() {
         (2, 0, DEADLINE),
         (1, 26, DEADLINE),
         (1, 190, ms(200)),
+        (1, 480, ms(500)),
     ] {
         // The heartbeats of the second replica follow those of the first one by this time.
         for (apart, cut_at, lasts) in [0, 35, 75].into_iter().flat_map(|apart| {
@@ -370,6 +371,58 @@ fn a_loss_of_state_empties_every_bucket_once() {
         }
     }
     assert!(wrong.is_empty(), "{wrong}");
+}
+
+/// A replica that has just started has no share yet, but it uses Redis like any other. If responses are late at first,
+/// it serves requests soon after they are in time, and never more than the limit.
+#[test]
+fn a_replica_that_starts_serves_once_redis_responds_in_time() {
+    let ms = Duration::from_millis;
+    for (strict, late_for, replicas) in [true, false]
+        .into_iter()
+        .flat_map(|strict| [100, 400].map(|late_for| (strict, late_for)))
+        .flat_map(|(strict, late_for)| [1, 2].map(|replicas| (strict, late_for, replicas)))
+    {
+        paused(async {
+            let memberships: Vec<Arc<Membership>> = (0..replicas).map(|_| Arc::default()).collect();
+            let (world, limiters, policies) =
+                without_redis(OnRedisFailure::Share, &memberships, 2, (6000, 100), strict);
+            count(&world, memberships);
+            let respond = |late| {
+                for link in world.links.lock().iter_mut() {
+                    link.late = late;
+                }
+            };
+            respond((100, 200));
+            let mut requests = JoinSet::new();
+            for at in (0..2500_u64).step_by(5) {
+                if at == late_for {
+                    respond((0, 0));
+                }
+                let (limiter, policies) = (limiters[0].clone(), policies.clone());
+                requests.spawn(async move { (at, crowd(&limiter, &policies, 1).await) });
+                sleep(ms(5)).await;
+            }
+            let served = requests.join_all().await;
+            let since = |from: u64| {
+                let served = served.iter().filter(|(at, _)| *at >= from);
+                served
+                    .map(|(_, admitted)| u64::from(*admitted))
+                    .sum::<u64>()
+            };
+            let case = format!("late for {late_for} ms, {replicas} replicas, strict: {strict}");
+            // 100 tokens per second refill.
+            let admitted = since(0);
+            assert!(admitted <= 100 + 250 + 10, "{admitted} admitted, {case}");
+            // A new epoch may have begun, in which the bucket was empty.
+            let begun = late_for + 1400;
+            let (later, refilled) = (since(begun), (2500 - begun) / 10);
+            assert!(
+                later >= refilled * 9 / 10,
+                "{later} of {refilled} later, {case}"
+            );
+        });
+    }
 }
 
 /// In an outage, an open plan is limited by the replica's own bucket, and not by what Redis decided before.
