@@ -100,6 +100,8 @@ impl StoreCore {
             back_taken_at: back.taken_at,
             back_generation: back.generation,
             lease: self.ttl.0 / 1000,
+            epoch_delay: self.epoch_delay(),
+            deadline: self.deadline(),
             last_heard: self.breakers[usize::from(partition)].last_heard(),
             outage_since: self.breakers[usize::from(partition)]
                 .never_heard(self.others_may_have_outage()),

@@ -304,12 +304,13 @@ async fn fetch(mut fetch: LeaseFetch) {
         CallOutcome::Failed => false,
     };
     drop(fetch);
+    begin_return(&inner, &handle);
     if left {
         let expires = asked_at.saturating_add(inner.ttl);
         let left = expires.saturating_since(inner.clock.monotonic());
         time::sleep(left.saturating_add(Nanos(1)).into()).await;
         let now = inner.clock.monotonic();
         handle.state.lock().lease().expire(now);
+        begin_return(&inner, &handle);
     }
-    begin_return(&inner, &handle);
 }

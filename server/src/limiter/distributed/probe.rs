@@ -30,6 +30,11 @@ const CONFIRMED_EVERY: Duration = Duration::from_millis(50);
 /// outage. If slow counters could end an outage, every request would time out, and each recovery would empty all
 /// buckets.
 const PROBE_DEADLINE: Duration = Duration::from_millis(250);
+/// The minimum time from a loss of state to the new epoch.
+const EPOCH_DELAY: Duration = Duration::from_millis(600);
+/// The counters postpone an unconfirmed start of an epoch only this long after a call, or one deadline, if that is
+/// longer.
+const POSTPONED_AFTER: Duration = Duration::from_millis(50);
 /// How long an unused partition continues to get heartbeats.
 const IN_USE: Nanos = Nanos::from_secs(10);
 
@@ -58,7 +63,31 @@ pub(super) fn first_probe(deadline: Duration) -> Duration {
     FIRST_PROBE + 2 * deadline
 }
 
+/// Returns the time from a loss of state to the new epoch. All replicas that can reach the counters must learn of the
+/// epoch before it starts; one that does not begins another epoch when it returns, and all buckets are emptied again.
+///
+/// A replica whose call failed just before the loss detects the outage within one `deadline`. Its first probe follows
+/// after [`first_probe`], and arrives within another `deadline`. A replica that is probing already waits for
+/// [`PROBE_DEADLINE`] or one `deadline`, pauses for [`PROBE_EVERY`], and its next probe arrives within another
+/// `deadline`. That must be soon enough even if the start is not postponed by then.
+pub(super) fn epoch_delay(deadline: Duration) -> Duration {
+    let next_probe = PROBE_DEADLINE.max(deadline) + PROBE_EVERY + deadline;
+    EPOCH_DELAY
+        .max(first_probe(deadline) + 2 * deadline)
+        .max(next_probe + POSTPONED_AFTER.max(deadline))
+}
+
 impl StoreCore {
+    /// Returns [`epoch_delay`] in microseconds.
+    pub(super) fn epoch_delay(&self) -> u64 {
+        Nanos::from(epoch_delay(self.settings.deadline)).0 / 1000
+    }
+
+    /// Returns the deadline of calls in microseconds.
+    pub(super) fn deadline(&self) -> u64 {
+        Nanos::from(self.settings.deadline).0 / 1000
+    }
+
     /// Returns the time within which an outage that one replica has detected is also detected by all other replicas, or
     /// ends for the first replica.
     ///
@@ -91,6 +120,8 @@ fn heartbeat_call(partition: u16, inner: &StoreCore) -> TakeCall {
         back_taken_at: CounterMicros::NONE,
         back_generation: 0,
         lease: 0,
+        epoch_delay: inner.epoch_delay(),
+        deadline: inner.deadline(),
         last_heard: breaker.last_heard(),
         outage_since: breaker.never_heard(inner.others_may_have_outage()),
         promised: CounterMicros::NONE,

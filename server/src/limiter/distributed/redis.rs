@@ -28,12 +28,6 @@ use crate::{
 /// The number of partitions of a cluster: enough to distribute keys evenly over tens of nodes.
 const CLUSTER_PARTITIONS: u16 = 256;
 
-/// Minimum time from a loss of state to the new epoch, in microseconds. Longer than the interval between probes, so
-/// that all replicas know of the epoch before it starts.
-const EPOCH_DELAY: u64 = 600_000;
-/// The time from a loss of state to the new epoch exceeds the timeout of a call by at least this many microseconds.
-const UNPROBED: u64 = 350_000;
-
 /// The number of buckets per command, so that no other call waits long for it.
 const DELETED_AT_ONCE: usize = 100;
 
@@ -54,8 +48,6 @@ pub struct RedisCounters {
     redis: Redis,
     take: Script,
     partitions: u16,
-    /// Microseconds from a loss of state to the new epoch.
-    delay: u64,
 }
 
 /// Redis returned a value that the script cannot return.
@@ -65,12 +57,7 @@ struct Unexpected(String);
 
 impl RedisCounters {
     pub fn new(redis: Redis) -> Self {
-        let timeout = redis.settings().timeout.as_micros();
-        let timeout = u64::try_from(timeout).unwrap_or(u64::MAX / 2);
-        Self {
-            delay: EPOCH_DELAY.max(UNPROBED + timeout),
-            ..Self::with_script(redis, TAKE)
-        }
+        Self::with_script(redis, TAKE)
     }
 
     /// Creates counters that use a different script. Tests use this to control the time.
@@ -83,7 +70,6 @@ impl RedisCounters {
                 1
             },
             take: Script::new("take", take),
-            delay: EPOCH_DELAY,
             redis,
         }
     }
@@ -153,10 +139,11 @@ impl SharedCounters for RedisCounters {
                     call.last_heard.0,
                     call.outage_since.0,
                     call.promised.0,
-                    self.delay,
+                    call.epoch_delay,
                     call.lease,
                     call.back_generation,
                     call.waiting,
+                    call.deadline,
                 ],
                 Some(CALL_DEADLINE),
             )

@@ -27,6 +27,7 @@
 --         11 microseconds from a loss of state to the new epoch   12 lease TTL in microseconds
 --         13 generation in which the returned tokens were taken
 --         14 tokens that requests are waiting for; the rest of `want` is for later
+--         15 microseconds after which the caller counts the response as late
 -- Returns  {0, now, granted, debt, g}, or {1, now, microseconds until the epoch starts}
 --
 -- **Granting.** Waiting requests are granted as many tokens as the bucket contains. A grant that includes tokens for
@@ -52,12 +53,9 @@
 -- **Expiry.** A bucket is kept for a minute plus twice the time until it is full. A full bucket is the same as a new one,
 -- except after an edit: the additional time allows for a rate that has been lowered since the last use.
 local OUTDATED = 10000000
--- A caller that was promised an epoch must call within this many microseconds of its start to use it.
-local PROMISED = 500000
--- An unconfirmed start is postponed only once this many microseconds of the delay have passed.
-local KNOWN = 50000
 -- If a caller received a response within the last `CONNECTED` microseconds, no caller has decided requests without the
--- counters yet: callers do so only after their second probe, at least 830 ms after they detect an outage.
+-- counters yet: callers do so only after their second probe, at least 830 ms after they detect an outage. A caller whose
+-- responses take up to 500 ms confirms them often enough.
 local CONNECTED = 800000
 -- A confirmation is stored only if it is newer than the stored one by more than this many microseconds.
 local CONFIRMED = 50000
@@ -72,6 +70,12 @@ local back, taken_at = tonumber(ARGV[6]), tonumber(ARGV[7])
 local heard, outage = tonumber(ARGV[8]), tonumber(ARGV[9])
 local promised, delay, lease = tonumber(ARGV[10]), tonumber(ARGV[11]), tonumber(ARGV[12])
 local back_generation, waiting = tonumber(ARGV[13]), tonumber(ARGV[14])
+-- A caller that was promised an epoch must call within this many microseconds of its start to use it. The delay exceeds
+-- the time that its call may take.
+local PROMISED = delay - 100000
+-- An unconfirmed start is postponed only once this many microseconds of the delay have passed. By then, a caller that
+-- received it in time has confirmed it. Otherwise, callers could keep postponing each other's starts.
+local KNOWN = math.max(50000, tonumber(ARGV[15]))
 
 local function whole(number)
   return string.format('%.0f', number)

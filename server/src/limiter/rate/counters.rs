@@ -62,6 +62,10 @@ pub struct TakeCall {
     pub back_generation: u64,
     /// The lease TTL in microseconds. Unspent tokens are returned soon after it has passed.
     pub lease: u64,
+    /// Microseconds from a loss of state, or an outage of all callers, to the start of a new epoch.
+    pub epoch_delay: u64,
+    /// Microseconds after which the caller counts the response as late.
+    pub deadline: u64,
     /// The counters' time in the latest reply from this partition that the caller received in time.
     pub last_heard: CounterMicros,
     /// When the caller began to decide without the counters, or zero if it has not. Since then, it may have allowed

@@ -294,14 +294,22 @@ impl Lease {
     /// Adds a request that waits for the counters because too few tokens are available. A request for zero tokens waits
     /// only for a response.
     pub(in crate::limiter) fn wait(&mut self, waiter: Waiter) {
-        self.needed = self.needed.saturating_add(waiter.tokens);
+        self.count(waiter.tokens);
         self.waiting.push(waiter);
     }
 
     /// Records a request that was denied without a call. If the request were not recorded, the next lease would be too
     /// small for the tokens that have accumulated.
     pub(in crate::limiter) fn record_denied(&mut self, n: u64) {
-        self.needed = self.needed.saturating_add(n);
+        self.count(n);
+    }
+
+    /// Counts the tokens of a request toward the lease size, unless it needs more than the largest lease. A lease would
+    /// not help such a request, and the tokens would be missing elsewhere.
+    fn count(&mut self, n: u64) {
+        if self.terms.is_none_or(|terms| n <= terms.max_lease_size()) {
+            self.needed = self.needed.saturating_add(n);
+        }
     }
 
     /// Uses these terms for all later calls.
@@ -419,12 +427,14 @@ impl Lease {
     }
 
     /// Returns whether to start a task that returns unspent tokens, because no call that is in flight or still to come
-    /// will return them. If so, counts the task as started.
+    /// will return them, or because there are more than a lease contains, which other replicas may need before the next
+    /// call. If so, counts the task as started.
     pub(in crate::limiter) fn begin_return(&mut self) -> bool {
+        let most = self.terms.map_or(0, |terms| self.to_hold(terms));
         let begins = self.back.tokens > 0
             && !self.returning
             && self.fetching == 0
-            && self.slots.iter().all(|slot| slot.tokens == 0);
+            && (self.available() == 0 || self.back.tokens > most);
         self.returning |= begins;
         begins
     }

@@ -36,7 +36,7 @@ use tokio::{
 };
 
 use super::{
-    model::State,
+    model::{self, EPOCH_DELAY, State},
     script::{connect, connect_to},
 };
 use crate::limiter_contract::{START, TestLedger};
@@ -376,6 +376,8 @@ async fn a_denial_is_forgotten_when_others_may_have_returned_tokens() {
         back_taken_at: CounterMicros::NONE,
         back_generation: 0,
         lease: 100_000,
+        epoch_delay: EPOCH_DELAY,
+        deadline: model::DEADLINE,
         last_heard: CounterMicros::NONE,
         outage_since: CounterMicros::NONE,
         promised: CounterMicros::NONE,

@@ -23,7 +23,7 @@ use quota_server::{
 };
 
 use super::{
-    model::State,
+    model::{DEADLINE, EPOCH_DELAY, State},
     script::{ClockedCounters, started},
 };
 use crate::limiter_contract::START;
@@ -298,6 +298,8 @@ async fn schedule(seed: u64, counters: &mut Counters, clock: &TestClock, sum: &m
             back_taken_at: CounterMicros(if back > 0 { back_taken_at } else { 0 }),
             back_generation: if back > 0 { back_generation } else { 0 },
             lease: [0, 100, 100_000][rng.usize(..3)],
+            epoch_delay: EPOCH_DELAY,
+            deadline: DEADLINE,
             last_heard: CounterMicros::NONE,
             outage_since: CounterMicros::NONE,
             promised: CounterMicros(promised),
@@ -455,6 +457,8 @@ async fn a_simple_return_is_credited_whole() {
         back_taken_at: CounterMicros::NONE,
         back_generation: 0,
         lease: 100_000,
+        epoch_delay: EPOCH_DELAY,
+        deadline: DEADLINE,
         last_heard: CounterMicros::NONE,
         outage_since: CounterMicros::NONE,
         promised: CounterMicros::NONE,
@@ -523,6 +527,8 @@ async fn late_returns_one_by_one_sell_nothing_twice() {
         back_taken_at: CounterMicros::NONE,
         back_generation: 0,
         lease: 100_000,
+        epoch_delay: EPOCH_DELAY,
+        deadline: DEADLINE,
         last_heard: CounterMicros::NONE,
         outage_since: CounterMicros::NONE,
         promised: CounterMicros::NONE,

@@ -8,13 +8,17 @@ use quota_server::{
     limiter::{BucketName, BucketState, CounterMicros, TakeCall, TakeReply},
 };
 
-/// Microseconds from a loss of state to the new epoch.
+/// Microseconds from a loss of state to the new epoch, with the default deadline.
 pub(super) const EPOCH_DELAY: u64 = 600_000;
 
-/// How long after an epoch starts callers that were promised it are still accepted, in microseconds.
-const PROMISED: u64 = 500_000;
+/// The default deadline of calls, in microseconds.
+pub(super) const DEADLINE: u64 = 30_000;
 
-/// The start of an epoch is put off until a caller has confirmed it, unless it is further than the delay minus this.
+/// How much earlier than a delay after its start callers that were promised an epoch must call, in microseconds.
+const PROMISED: u64 = 100_000;
+
+/// The start of an epoch is put off until a caller has confirmed it, unless it is further away than the delay minus this
+/// or the deadline of calls, in microseconds.
 const KNOWN: u64 = 50_000;
 
 /// How long after a confirmed response there is certainly no outage, in microseconds.
@@ -94,6 +98,11 @@ impl State {
         }
     }
 
+    /// Returns when the current or next epoch of a partition starts, in microseconds.
+    pub(super) fn epoch(&self, partition: u16) -> Option<u64> {
+        self.epochs.get(&partition)?.start
+    }
+
     pub(super) fn delete(&mut self, buckets: &[BucketName]) {
         for bucket in buckets {
             self.buckets.remove(bucket);
@@ -105,12 +114,14 @@ impl State {
         let epoch = self.epochs.entry(call.partition).or_default();
         let told = call.promised.0 > 0
             && epoch.start == Some(call.promised.0)
-            && now < call.promised.0 + PROMISED;
+            && now < call.promised.0 + call.epoch_delay - PROMISED;
         let answered =
             (epoch.ok > call.outage_since.0 && epoch.ok <= now && now - epoch.ok < CONNECTED)
                 || (call.outage_since.0 == 1 && epoch.ok == 0);
         let lost = epoch.run != run
-            || epoch.start.is_none_or(|start| start > now + EPOCH_DELAY)
+            || epoch
+                .start
+                .is_none_or(|start| start > now + call.epoch_delay)
             || (call.outage_since.0 > 0
                 && epoch.start.is_some_and(|start| start <= now)
                 && !told
@@ -118,7 +129,7 @@ impl State {
         if lost {
             *epoch = Epoch {
                 run,
-                start: Some(now + EPOCH_DELAY),
+                start: Some(now + call.epoch_delay),
                 ok: 0,
                 is_known: false,
             };
@@ -127,9 +138,9 @@ impl State {
                 epoch.is_known = true;
             } else if call.outage_since.0 > 0
                 && !epoch.is_known
-                && start - now < EPOCH_DELAY - KNOWN
+                && start - now < call.epoch_delay - KNOWN.max(call.deadline)
             {
-                epoch.start = Some(now + EPOCH_DELAY);
+                epoch.start = Some(now + call.epoch_delay);
             }
         }
         let start = epoch.start.unwrap();

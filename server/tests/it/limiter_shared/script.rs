@@ -16,7 +16,7 @@ use quota_server::{
 };
 use quota_testkit::redis::RedisServer;
 
-use super::model::State;
+use super::model::{DEADLINE, EPOCH_DELAY, State};
 use crate::limiter_contract::START;
 
 #[derive(clap::Parser)]
@@ -147,6 +147,8 @@ fn call(rng: &mut Rng, now: u64, told: u64, generation: u64) -> TakeCall {
         back_taken_at: CounterMicros(now - rng.u64(..2_000_000)),
         back_generation: if rng.u8(..4) == 0 { 0 } else { generation },
         lease: [0, 100_000, 1_000_000][rng.usize(..3)],
+        epoch_delay: [EPOCH_DELAY, EPOCH_DELAY, 1_130_000][rng.usize(..3)],
+        deadline: [DEADLINE, DEADLINE, 200_000][rng.usize(..3)],
         last_heard: CounterMicros(now - rng.u64(..3_000_000)),
         outage_since: CounterMicros(match rng.u8(..20) {
             0..=1 => now - rng.u64(..5_000_000),

@@ -17,7 +17,7 @@ use super::{
     single::{a_handle, count, crowd, crowd_of, replica, replica_with, version, without_redis},
     world::{Reach, World},
 };
-use crate::limiter_shared::model::State;
+use crate::{limiter_contract::START as CLOCK, limiter_shared::model::State};
 
 /// The start of the schedules below, in milliseconds.
 const START: u64 = 15_000;
@@ -260,6 +260,7 @@ fn an_outage_of_one_replica_empties_no_bucket() {
         (2, 0, DEADLINE),
         (1, 26, DEADLINE),
         (1, 190, ms(200)),
+        (1, 480, ms(500)),
     ] {
         // The heartbeats of the second replica follow those of the first one by this time.
         for (apart, cut_at, lasts) in [0, 35, 75].into_iter().flat_map(|apart| {
@@ -300,6 +301,128 @@ fn an_outage_of_one_replica_empties_no_bucket() {
         }
     }
     assert!(lost.is_empty(), "{lost}");
+}
+
+/// Redis loses its state while replicas are detecting an outage, so some of them send their first probe much later than
+/// others call Redis. All of them must learn of the new epoch before it starts. Otherwise, the one that is late begins
+/// another one, and every bucket is emptied again. Nor may they keep postponing the start for each other.
+#[test]
+fn a_loss_of_state_empties_every_bucket_once() {
+    let ms = Duration::from_millis;
+    let mut wrong = String::new();
+    for (round_trip, deadline) in [(28, 30), (95, 100), (190, 200), (950, 1000)] {
+        // The heartbeats of the second replica follow those of the first one by this time.
+        let outages = (0..8).map(|n| 200 + n * (deadline + 250) / 8);
+        for (lasts, apart, reach) in outages.flat_map(|lasts| {
+            [
+                (lasts, 20, Reach::Refused),
+                (lasts, 80, Reach::Refused),
+                (lasts, 20, Reach::Cut),
+                (lasts, 80, Reach::Cut),
+            ]
+        }) {
+            paused(async {
+                let world = World::new(1, round_trip, Plant::Nothing);
+                let memberships: Vec<Arc<Membership>> = (0..2).map(|_| Arc::default()).collect();
+                let mut limiters = Vec::new();
+                for membership in &memberships {
+                    let share = OnRedisFailure::Share;
+                    limiters.push(replica_with(&world, membership, share, ms(deadline)));
+                    sleep(ms(apart)).await;
+                }
+                count(&world, memberships);
+                until(&world, START).await;
+                *world.reach.lock() = reach;
+                until(&world, START + lasts).await;
+                {
+                    let mut process = world.process.lock();
+                    process.run += 1;
+                    process.state = State::default();
+                }
+                *world.reach.lock() = Reach::Up;
+                let case = format!(
+                    "round trips of {round_trip} ms, deadlines of {deadline} ms, {reach:?} for {lasts} ms, heartbeats \
+                     {apart} ms apart"
+                );
+                let mut begun = None;
+                for _ in 0..600 + 2 * deadline {
+                    let epoch = world.process.lock().state.epoch(0);
+                    let now = CLOCK.0 / 1000 + world.now() / 1000;
+                    if let Some(start) = epoch.filter(|start| *start <= now) {
+                        begun = begun.or(Some(start));
+                    }
+                    if begun.is_some() && epoch != begun {
+                        let _ = writeln!(wrong, "emptied twice: {case}");
+                        break;
+                    }
+                    sleep(ms(5)).await;
+                }
+                let policies = version(1, (60_000, 1000), true);
+                for limiter in &limiters {
+                    let decision = limiter
+                        .admit(&a_handle(limiter), &policies, NonZeroU32::MIN)
+                        .await
+                        .unwrap();
+                    if !decision.is_allowed() || decision.degraded {
+                        let _ = writeln!(wrong, "not served: {case}");
+                    }
+                }
+            });
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong}");
+}
+
+/// A replica that has just started has no share yet, but it uses Redis like any other. If responses are late at first,
+/// it serves requests soon after they are in time, and never more than the limit.
+#[test]
+fn a_replica_that_starts_serves_once_redis_responds_in_time() {
+    let ms = Duration::from_millis;
+    for (strict, late_for, replicas) in [true, false]
+        .into_iter()
+        .flat_map(|strict| [100, 400].map(|late_for| (strict, late_for)))
+        .flat_map(|(strict, late_for)| [1, 2].map(|replicas| (strict, late_for, replicas)))
+    {
+        paused(async {
+            let memberships: Vec<Arc<Membership>> = (0..replicas).map(|_| Arc::default()).collect();
+            let (world, limiters, policies) =
+                without_redis(OnRedisFailure::Share, &memberships, 2, (6000, 100), strict);
+            count(&world, memberships);
+            let respond = |late| {
+                for link in world.links.lock().iter_mut() {
+                    link.late = late;
+                }
+            };
+            respond((100, 200));
+            let mut requests = JoinSet::new();
+            for at in (0..2500_u64).step_by(5) {
+                if at == late_for {
+                    respond((0, 0));
+                }
+                let (limiter, policies) = (limiters[0].clone(), policies.clone());
+                requests.spawn(async move { (at, crowd(&limiter, &policies, 1).await) });
+                sleep(ms(5)).await;
+            }
+            let served = requests.join_all().await;
+            let since = |from: u64| {
+                let served = served.iter().filter(|(at, _)| *at >= from);
+                served
+                    .map(|(_, admitted)| u64::from(*admitted))
+                    .sum::<u64>()
+            };
+            let case = format!("late for {late_for} ms, {replicas} replicas, strict: {strict}");
+            // 100 tokens per second refill.
+            let admitted = since(0);
+            assert!(admitted <= 100 + 250 + 10, "{admitted} admitted, {case}");
+            // A new epoch may have begun, in which the bucket was empty.
+            let begun = late_for + 1400;
+            let (later, refilled) = (since(begun), (2500 - begun) / 10);
+            assert!(
+                later >= refilled * 9 / 10,
+                "{later} of {refilled} later, {case}"
+            );
+        });
+    }
 }
 
 /// In an outage, an open plan is limited by the replica's own bucket, and not by what Redis decided before.

@@ -535,6 +535,77 @@ fn a_slow_ledger_leaves_the_counters_their_time() {
     });
 }
 
+/// Requests whose cost exceeds every lease are denied again and again. They must not make the lease larger than the
+/// other requests of the replica need, or it would hold tokens that nobody can spend.
+#[test]
+fn requests_too_large_for_a_lease_hold_back_no_tokens() {
+    paused(async {
+        let (_, limiters, policies) = several(2, 1, (60, 1000), false);
+        let [mixed, other] = &limiters[..] else {
+            panic!("two replicas");
+        };
+        assert_eq!(crowd(other, &policies, 500).await, 500);
+        let (mut large, mut small) = (JoinSet::new(), JoinSet::new());
+        let mut crowded = JoinSet::new();
+        for n in 0..700 {
+            // No denial is repeated for another cost.
+            let cost = NonZeroU32::new(900 + n % 50).unwrap();
+            let (limiter, same) = (mixed.clone(), policies.clone());
+            large.spawn(async move {
+                let decision = limiter.admit(&a_handle(&limiter), &same, cost).await;
+                decision.is_ok_and(|it| it.is_allowed())
+            });
+            if n % 10 == 0 {
+                let (limiter, same) = (mixed.clone(), policies.clone());
+                small.spawn(async move { crowd(&limiter, &same, 1).await });
+            }
+            if n == 600 {
+                let (limiter, same) = (other.clone(), policies.clone());
+                crowded.spawn(async move { crowd(&limiter, &same, 430).await });
+            }
+            sleep(Duration::from_millis(5)).await;
+        }
+        assert!(large.join_all().await.iter().all(|it| !it));
+        // Of 500 tokens, the small requests have spent 60 before the crowd, and 3 have refilled.
+        let small = small.join_all().await.iter().sum::<u32>();
+        let crowded = crowded.join_all().await.iter().sum::<u32>();
+        assert_eq!((small, crowded), (70, 430));
+    });
+}
+
+/// A call for a large request and small ones takes all tokens, if there are too few for the large one. The small ones
+/// need only some of them, and the others go back at once.
+#[test]
+fn tokens_taken_for_a_large_request_in_vain_go_back_at_once() {
+    paused(async {
+        let (world, limiters, policies) = several(2, 4, (60, 1000), false);
+        let [mixed, other] = &limiters[..] else {
+            panic!("two replicas");
+        };
+        assert_eq!(crowd(other, &policies, 500).await, 500);
+        for _ in 0..40 {
+            assert_eq!(crowd(mixed, &policies, 1).await, 1);
+            sleep(Duration::from_millis(10)).await;
+        }
+        let handle = a_handle(mixed);
+        let small = crowd(mixed, &policies, 30);
+        let large = async {
+            // The first small requests have started a call. The others and this one wait for the next one.
+            sleep(Duration::from_millis(1)).await;
+            let cost = NonZeroU32::new(900).unwrap();
+            mixed.admit(&handle, &policies, cost).await
+        };
+        let (small, large) = tokio::join!(small, large);
+        assert_eq!(small, 30);
+        assert!(!large.unwrap().is_allowed());
+        let (taken, _) = world.granted(handle.key());
+        assert!(taken >= 900, "{taken} taken, so the calls were separate");
+        sleep(Duration::from_millis(10)).await;
+        // Of 430 tokens, the lease holds some.
+        assert_eq!(crowd(other, &policies, 405).await, 405);
+    });
+}
+
 /// Leases grow with the pace and shrink when the bucket is nearly empty, and no token of a full bucket is denied in
 /// between.
 #[test]
