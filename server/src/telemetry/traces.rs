@@ -134,10 +134,9 @@ impl Traces {
     /// (<https://www.w3.org/TR/trace-context/>), if it comes from a trusted proxy.
     pub fn begin(&self, traceparent: Option<&str>) -> Option<Span> {
         let parent = match traceparent.map_or(Sampling::Undecided, Sampling::of) {
-            Sampling::Off => return None,
             Sampling::On(parent) => parent,
             Sampling::Undecided if fastrand::f64() < self.ratio => Context::new(),
-            Sampling::Undecided => return None,
+            Sampling::Off | Sampling::Undecided => return None,
         };
         let kind = SpanKind::Server;
         Some(Span::start(&self.tracer, &parent, "request", kind))
