@@ -76,6 +76,9 @@ local PROMISED = delay - 100000
 -- An unconfirmed start is postponed only once this many microseconds of the delay have passed. By then, a caller that
 -- received it in time has confirmed it. Otherwise, callers could keep postponing each other's starts.
 local KNOWN = math.max(50000, tonumber(ARGV[15]))
+-- By this many microseconds after the start of an epoch, callers that were promised it have received a response and
+-- confirmed it: they make two calls, and each may take one deadline.
+local SETTLED = 50000 + 3 * tonumber(ARGV[15])
 
 local function whole(number)
   return string.format('%.0f', number)
@@ -107,8 +110,11 @@ local epoch = redis.call('HMGET', KEYS[2], 'run', 's', 'ok', 'c')
 local start, ok = tonumber(epoch[2]), tonumber(epoch[3]) or 0
 local returns_in_time = promised > 0 and start == promised and now - start < PROMISED
 local others_connected = (ok > outage and ok <= now and now - ok < CONNECTED) or (outage == 1 and ok == 0)
-if epoch[1] ~= run or not start or start > now + delay
-  or (outage > 0 and start <= now and not returns_in_time and not others_connected) then
+local is_stranger = outage > 0 and start and start <= now and not returns_in_time and not others_connected
+-- Callers that were promised the epoch are about to confirm a response. If a caller with slow responses could begin
+-- another epoch meanwhile, it could keep all callers from recovering. It has to call again.
+local is_settling = is_stranger and epoch[4] == '1' and now - start < SETTLED
+if epoch[1] ~= run or not start or start > now + delay or (is_stranger and not is_settling) then
   start = now + delay
   ok = 0
   redis.call('HSET', KEYS[2], 'run', run, 's', whole(start), 'ok', '0', 'c', '0')
@@ -124,6 +130,9 @@ elseif start > now then
 end
 if start > now then
   return {1, now, start - now}
+end
+if is_settling then
+  return {1, now, start + SETTLED - now}
 end
 -- This ignores callers with an outage: they may not receive this response in time, and would then continue without the
 -- counters. If the stored response is in the future, the clock has gone back since.

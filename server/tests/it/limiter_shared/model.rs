@@ -21,6 +21,10 @@ const PROMISED: u64 = 100_000;
 /// or the deadline of calls, in microseconds.
 const KNOWN: u64 = 50_000;
 
+/// How long after the start of a confirmed epoch other callers cannot begin another one, in microseconds, in addition to
+/// three deadlines.
+const SETTLED: u64 = 50_000;
+
 /// How long after a confirmed response there is certainly no outage, in microseconds.
 const CONNECTED: u64 = 800_000;
 
@@ -118,14 +122,15 @@ impl State {
         let answered =
             (epoch.ok > call.outage_since.0 && epoch.ok <= now && now - epoch.ok < CONNECTED)
                 || (call.outage_since.0 == 1 && epoch.ok == 0);
+        let began = epoch.start.filter(|start| *start <= now);
+        let is_unexpected = call.outage_since.0 > 0 && !told && !answered;
+        let settles = began.map(|start| start + SETTLED + 3 * call.deadline);
+        let settles = settles.filter(|until| is_unexpected && epoch.is_known && now < *until);
         let lost = epoch.run != run
             || epoch
                 .start
                 .is_none_or(|start| start > now + call.epoch_delay)
-            || (call.outage_since.0 > 0
-                && epoch.start.is_some_and(|start| start <= now)
-                && !told
-                && !answered);
+            || (is_unexpected && began.is_some() && settles.is_none());
         if lost {
             *epoch = Epoch {
                 run,
@@ -149,6 +154,12 @@ impl State {
             return TakeReply {
                 at: CounterMicros(now),
                 state: BucketState::Initializing { wait },
+            };
+        }
+        if let Some(until) = settles {
+            return TakeReply {
+                at: CounterMicros(now),
+                state: BucketState::Initializing { wait: until - now },
             };
         }
         let heard = call.last_heard.0;

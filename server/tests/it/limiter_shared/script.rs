@@ -581,3 +581,67 @@ async fn a_clock_that_was_set_back_hides_no_connected_caller() {
     clock.advance(Duration::from_secs(1));
     assert!(take(1, 0).await.is_none());
 }
+
+/// A replica whose responses are always late keeps reporting its outage. If its call arrives exactly when an epoch starts,
+/// before the other replicas have confirmed a response in the epoch, it must not begin another one: otherwise, no replica
+/// would recover while its calls continue to arrive at such a time.
+#[tokio::test]
+async fn a_caller_with_slow_responses_does_not_delay_the_others() {
+    let (_server, redis) = started().await;
+    let clock = TestClock::at(START);
+    let counters = ClockedCounters::new(&redis, &clock);
+    let take = async |outage_since: u64, promised: u64, last_heard: u64| {
+        let call = TakeCall {
+            outage_since: CounterMicros(outage_since),
+            last_heard: CounterMicros(last_heard),
+            promised: CounterMicros(promised),
+            need: 0,
+            waiting: 0,
+            want: 0,
+            back: 0,
+            epoch_delay: EPOCH_DELAY,
+            deadline: DEADLINE,
+            ..call(&mut Rng::with_seed(1), 10_000_000, 0, 0)
+        };
+        counters.take(call).await.expect("Redis answers")
+    };
+    let promise = |reply: TakeReply| match reply.state {
+        BucketState::Initializing { wait } => Some(reply.at.0 + wait),
+        BucketState::Active { .. } => None,
+    };
+    let wait_until = |micros: u64| {
+        let now = clock.now().0 / 1000;
+        clock.advance(Duration::from_micros(micros.saturating_sub(now)));
+    };
+    let since = clock.now().0 / 1000 - 2_000_000;
+    let start = promise(take(since, 0, 0).await).expect("an epoch begins");
+    assert_eq!(promise(take(0, start, 0).await), Some(start), "confirmed");
+
+    wait_until(start);
+    for _ in 0..3 {
+        let again = promise(take(since, 0, 0).await).expect("it has to call again");
+        assert!(again < start + EPOCH_DELAY, "that is no new epoch");
+        clock.advance(Duration::from_millis(10));
+    }
+    // A caller that was promised the epoch uses it, and confirms its response.
+    let first = take(since, start, 0).await;
+    assert_eq!(promise(first), None, "the promised epoch has begun");
+    clock.advance(Duration::from_millis(2));
+    assert_eq!(promise(take(0, 0, first.at.0).await), None);
+    assert_eq!(
+        promise(take(since, 0, 0).await),
+        None,
+        "others are connected"
+    );
+
+    // Without such a caller, another epoch begins soon.
+    clock.advance(Duration::from_secs(10));
+    let since = clock.now().0 / 1000 - 2_000_000;
+    let start = promise(take(since, 0, 0).await).expect("an epoch begins");
+    assert_eq!(promise(take(0, start, 0).await), Some(start), "confirmed");
+    wait_until(start);
+    let again = promise(take(since, 0, 0).await).expect("it has to call again");
+    wait_until(again);
+    let next = promise(take(since, 0, 0).await).expect("an epoch begins");
+    assert_eq!(next, again + EPOCH_DELAY);
+}

@@ -53,7 +53,7 @@
 use quota_common::plan::OnRedisFailure;
 use quota_testkit::envelope::{Envelope, Span};
 
-use self::outage::{disconnected, is_outage, may_lose_state, under_in_outage, used};
+use self::outage::{disconnected, is_outage, is_silent, may_lose_state, under_in_outage, used};
 use super::{
     run::{Answer, DEADLINE, EDIT_KNOWN, Entry, Log, TTL},
     scene::{Change, Fault, FaultKind, Key, Plan, Replicas, Scene},
@@ -128,6 +128,7 @@ pub(super) fn judge(scene: &Scene, log: &Log) -> Vec<Violation> {
         let facts = Facts {
             epochs: &log.epochs[number],
             missed: &log.missed[number],
+            heard: &log.heard[number],
             used: used(scene, number, &log.entries),
         };
         if let Some(text) = under(scene, key, &entries, &facts) {
@@ -568,6 +569,8 @@ struct Facts<'a> {
     epochs: &'a [u64],
     /// When tokens were lost, and how many.
     missed: &'a [(u64, u64)],
+    /// When any replica received a response in time.
+    heard: &'a [u64],
     /// When each replica used the key's partition.
     used: Vec<Vec<u64>>,
 }
@@ -721,7 +724,9 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry], facts: &Facts<'_>) -> Opti
             fault.end() * MS + RECOVERED,
         );
         let has_begun = |at: &u64| (from..until).contains(at);
-        if may_lose_state(scene, fault, &facts.used) && facts.epochs.iter().any(has_begun) {
+        let loses_state =
+            may_lose_state(scene, fault, &facts.used) || is_silent(fault, facts.heard);
+        if loses_state && facts.epochs.iter().any(has_begun) {
             losses.push(Loss {
                 at: until,
                 tokens: Lost::All,

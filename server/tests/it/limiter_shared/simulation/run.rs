@@ -84,6 +84,8 @@ pub(super) struct Log {
     /// Tokens that Redis granted or got back, and that no replica could spend and no bucket contained afterwards: their
     /// number and the time, by key.
     pub(super) missed: Vec<Vec<(u64, u64)>>,
+    /// The times at which any replica received a response in time, by key.
+    pub(super) heard: Vec<Vec<u64>>,
     /// Tokens that Redis granted, and tokens that were returned, by key.
     pub(super) granted: Vec<(u64, u64)>,
     /// Totals reported by the replicas that are running at the end: tokens taken; spent; returned or lost.
@@ -454,6 +456,13 @@ pub(super) async fn play(scene: &Scene, plant: Plant) -> Log {
                 let missed = stage.world.missed.lock();
                 let of_key = missed.iter().filter(|it| it.key == key_id(key));
                 of_key.map(|it| (since_begin(it.at), it.tokens)).collect()
+            })
+            .collect(),
+        heard: (0..scene.keys.len())
+            .map(|key| {
+                let heard = stage.world.heard.lock();
+                let of_key = heard.iter().filter(|it| it.0 == scene.partition(key));
+                of_key.map(|(_, at)| since_begin(*at)).collect()
             })
             .collect(),
         granted: (0..scene.keys.len())

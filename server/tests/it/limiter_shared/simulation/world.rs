@@ -153,6 +153,8 @@ pub(super) struct World {
     /// Tokens that no replica can spend, because they were granted in responses that arrived late or never, or returned
     /// by calls that never arrived.
     pub(super) missed: Mutex<Vec<Missed>>,
+    /// The partitions and times of responses that arrived in time.
+    pub(super) heard: Mutex<Vec<(u16, u64)>>,
     round_trip: u64,
     partitions: u16,
     seed: u64,
@@ -203,6 +205,7 @@ impl World {
             initialized_again: AtomicBool::new(false),
             epochs: Mutex::default(),
             missed: Mutex::default(),
+            heard: Mutex::default(),
             round_trip,
             partitions,
             seed,
@@ -361,6 +364,8 @@ impl World {
         let is_lost = self.link(replica).1 != Reach::Up;
         if is_late || is_lost {
             self.miss(call, served, granted);
+        } else if reply.is_ok() {
+            self.heard.lock().push((call.partition, self.now()));
         }
         if is_lost {
             std::future::pending::<()>().await;

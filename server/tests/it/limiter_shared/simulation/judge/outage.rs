@@ -57,6 +57,27 @@ pub(super) fn may_lose_state(scene: &Scene, fault: &Fault, used: &[Vec<u64>]) ->
     }
 }
 
+/// A replica whose calls fail for this long may consider the counters unavailable.
+const SILENCE: u64 = 200 * MS;
+
+/// Whether no response arrives in time for a while during this fault. If a fault affects a fraction of the calls, several
+/// in a row may fail by chance. If that happens to all replicas, the counters must start with empty buckets.
+pub(super) fn is_silent(fault: &Fault, heard: &[u64]) -> bool {
+    let is_partial = match fault.kind {
+        FaultKind::Late { percent, .. } | FaultKind::Lost { percent, .. } => percent < 100,
+        _ => false,
+    };
+    let (from, until) = (fault.at * MS, fault.end() * MS);
+    let mut times: Vec<u64> = heard
+        .iter()
+        .copied()
+        .filter(|at| (from..until).contains(at))
+        .collect();
+    times.extend([from, until]);
+    times.sort_unstable();
+    is_partial && times.windows(2).any(|pair| pair[1] - pair[0] >= SILENCE)
+}
+
 /// Whether this fault affects calls of a replica.
 fn affects(fault: &Fault, replica: usize) -> bool {
     match fault.kind {

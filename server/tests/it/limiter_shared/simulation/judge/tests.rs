@@ -72,9 +72,44 @@ fn verdict(scene: &Scene, entries: &[Entry]) -> Option<String> {
     let facts = Facts {
         epochs: &EPOCHS,
         missed: &[],
+        heard: &[],
         used: Vec::new(),
     };
     under(scene, &scene.keys[0], entries, &facts)
+}
+
+#[test]
+fn a_fault_of_some_calls_loses_the_state_only_if_no_response_arrives() {
+    let mut scene = scene(vec![plan(0, 6000, 100, true)]);
+    scene.faults.push(Fault {
+        at: 1400,
+        lasts: 400,
+        kind: FaultKind::Lost {
+            replicas: Replicas(3),
+            percent: 20,
+        },
+    });
+    // The bucket may start empty 2 s after the fault, at 3.8 s.
+    let verdict = |heard: &[u64], admitted| {
+        let log: Vec<_> = requests(4000, admitted, 100).collect();
+        let facts = Facts {
+            epochs: &EPOCHS,
+            missed: &[],
+            heard,
+            used: Vec::new(),
+        };
+        under(&scene, &scene.keys[0], &log, &facts)
+    };
+    let heard: Vec<u64> = (1000..4000).step_by(110).map(|at| at * MS).collect();
+    let silent: Vec<u64> = heard
+        .iter()
+        .copied()
+        .filter(|at| !(1450 * MS..1700 * MS).contains(at))
+        .collect();
+    assert_eq!(verdict(&heard, 100), None);
+    assert!(verdict(&heard, 20).is_some());
+    assert_eq!(verdict(&silent, 20), None);
+    assert!(verdict(&silent, 10).is_some());
 }
 
 #[test]
