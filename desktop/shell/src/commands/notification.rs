@@ -127,11 +127,13 @@ async fn handle_clicks(app: AppHandle, mut signals: SignalStream<'static>) {
         if !is_own {
             continue;
         }
-        match signal.header().member().map(|it| it.as_str()) {
+        let header = signal.header();
+        let is = |name: &str| header.member().is_some_and(|it| it.as_str() == name);
+        if is("ActivationToken") {
             // Arrives before the click.
-            Some("ActivationToken") => token = Some(text),
-            Some("ActionInvoked") if text == CLICK => window::reveal(&app, ALERTS, token.take()),
-            _ => {}
+            token = Some(text);
+        } else if is("ActionInvoked") && text == CLICK {
+            window::reveal(&app, ALERTS, token.take());
         }
     }
     *NOTIFICATIONS.lock().await = None;
