@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use gtk::prelude::GtkWindowExt as _;
 use tauri::{
     AppHandle, Manager as _, Theme, Url, WebviewUrl, WebviewWindow, WebviewWindowBuilder,
     WindowEvent, webview::NewWindowResponse,
@@ -79,11 +80,20 @@ pub fn show(app: &AppHandle, path: &'static str) {
     );
 }
 
-/// Brings the window to the front and opens a page of the console, unless that would discard a locked dialog.
-pub fn reveal(app: &AppHandle, path: &'static str) {
+/// Brings the window to the front and opens a page of the console, unless that would discard a locked dialog. Desktops
+/// may let a window take the focus only with the token of a click.
+pub fn reveal(app: &AppHandle, path: &'static str, token: Option<String>) {
     let Some(window) = app.get_webview_window(LABEL) else {
         return;
     };
+    if let Some(token) = token {
+        let target = window.clone();
+        let _ = window.run_on_main_thread(move || {
+            if let Ok(window) = target.gtk_window() {
+                window.set_startup_id(&token);
+            }
+        });
+    }
     let _ = window.unminimize();
     let _ = window.set_focus();
     if_unlocked(app, move |window| show(window.app_handle(), path));

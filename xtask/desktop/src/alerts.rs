@@ -36,7 +36,8 @@ impl Alerts {
     /// Checks an alert on a desktop without a notification service, and then one with the service.
     pub async fn check(page: &App, world: &World, server: &str) -> Result<Self> {
         let key = create_key(page).await?;
-        world.display()?.unfocus().await?;
+        let display = world.display()?;
+        display.unfocus().await?;
         send(server, &key, 5)?;
         until("a toast", ALERT_TIMEOUT, async || {
             page.text("has used 50% of its daily quota").await.map(Some)
@@ -68,10 +69,10 @@ impl Alerts {
         ensure!(sent == expected, "{sent:?}");
         page.text("has used 80% of its daily quota").await?;
         // Another program's notification.
-        notifications.click(2).await?;
+        notifications.click(2, display.time()?).await?;
         tokio::time::sleep(SETTLE).await;
         page.heading("API keys").await?;
-        notifications.click(1).await?;
+        notifications.click(1, display.time()?).await?;
         page.heading("Alerts").await?;
         page.text("80%").await?;
         until("the alerts are seen", TIMEOUT, async || {

@@ -101,12 +101,16 @@ impl Notifications {
         .await
     }
 
-    /// Reports a click on a notification.
-    pub async fn click(&self, id: u32) -> Result<()> {
+    /// Reports a click on a notification, at a time of the display's clock.
+    pub async fn click(&self, id: u32, at: u32) -> Result<()> {
+        let token = format!("stand-in_TIME{at}");
         let everyone = None::<&str>;
-        self.connection
-            .emit_signal(everyone, PATH, NAME, "ActionInvoked", &(id, "default"))
-            .await
-            .context("cannot emit the signal")
+        for (signal, text) in [("ActivationToken", &*token), ("ActionInvoked", "default")] {
+            self.connection
+                .emit_signal(everyone, PATH, NAME, signal, &(id, text))
+                .await
+                .context("cannot emit a signal")?;
+        }
+        Ok(())
     }
 }

@@ -7,13 +7,15 @@ use x11rb::{
     CURRENT_TIME, NONE,
     connection::Connection as _,
     protocol::{
+        Event,
         xproto::{
-            AtomEnum, ClientMessageEvent, ConnectionExt as _, EventMask, InputFocus,
-            KEY_PRESS_EVENT, KEY_RELEASE_EVENT, MapState, Window,
+            AtomEnum, ChangeWindowAttributesAux, ClientMessageEvent, ConnectionExt as _, EventMask,
+            InputFocus, KEY_PRESS_EVENT, KEY_RELEASE_EVENT, MapState, PropMode, Window,
         },
         xtest::ConnectionExt as _,
     },
     rust_connection::RustConnection,
+    wrapper::ConnectionExt as _,
 };
 
 /// Keysyms of keys.
@@ -66,6 +68,25 @@ impl Display {
             .send_event(false, window, EventMask::NO_EVENT, event)?
             .check()?;
         Ok(())
+    }
+
+    /// Returns the time of the display's clock, in milliseconds.
+    pub fn time(&self) -> Result<u32> {
+        let attributes = ChangeWindowAttributesAux::new().event_mask(EventMask::PROPERTY_CHANGE);
+        self.connection
+            .change_window_attributes(self.root, &attributes)?
+            .check()?;
+        let name = self.atom("QUOTA_TIME")?;
+        self.connection
+            .change_property8(PropMode::REPLACE, self.root, name, AtomEnum::STRING, b"")?
+            .check()?;
+        loop {
+            if let Event::PropertyNotify(event) = self.connection.wait_for_event()?
+                && event.atom == name
+            {
+                return Ok(event.time);
+            }
+        }
     }
 
     /// Takes the focus from all windows, as if the user were looking at another program.

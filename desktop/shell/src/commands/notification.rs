@@ -104,8 +104,8 @@ async fn connect(app: AppHandle) -> zbus::Result<Notifications> {
         .build()
         .await?;
     let service = Proxy::new(&connection, SERVICE, PATH, SERVICE).await?;
-    let actions = service.receive_signal("ActionInvoked").await?;
-    spawn(handle_clicks(app, actions));
+    let signals = service.receive_all_signals().await?;
+    spawn(handle_clicks(app, signals));
     Ok(Notifications {
         service,
         shown: HashSet::new(),
@@ -113,17 +113,27 @@ async fn connect(app: AppHandle) -> zbus::Result<Notifications> {
 }
 
 /// Handles clicks until the connection is closed.
-async fn handle_clicks(app: AppHandle, mut actions: SignalStream<'static>) {
-    while let Some(action) = actions.next().await {
-        let Ok((id, name)) = action.body().deserialize::<(u32, String)>() else {
+async fn handle_clicks(app: AppHandle, mut signals: SignalStream<'static>) {
+    let mut token = None;
+    while let Some(signal) = signals.next().await {
+        // Other signals have other arguments.
+        let Ok((id, text)) = signal.body().deserialize::<(u32, String)>() else {
             continue;
         };
         let notifications = NOTIFICATIONS.lock().await;
         let shown = notifications.as_ref().map(|it| &it.shown);
         let is_own = shown.is_some_and(|shown| shown.contains(&id));
         drop(notifications);
-        if is_own && name == CLICK {
-            window::reveal(&app, ALERTS);
+        if !is_own {
+            continue;
+        }
+        let header = signal.header();
+        let is = |name: &str| header.member().is_some_and(|it| it.as_str() == name);
+        if is("ActivationToken") {
+            // Arrives before the click.
+            token = Some(text);
+        } else if is("ActionInvoked") && text == CLICK {
+            window::reveal(&app, ALERTS, token.take());
         }
     }
     *NOTIFICATIONS.lock().await = None;
