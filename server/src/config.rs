@@ -148,7 +148,7 @@ pub struct MailSettings {
 /// Settings for OpenTelemetry traces.
 #[derive(Clone)]
 pub struct TraceSettings {
-    /// The collector's URL, without a trailing slash. Spans are sent to `/v1/traces` under it.
+    /// The collector's base URL, without a trailing slash.
     pub endpoint: String,
     /// Additional request headers, which may contain credentials.
     pub headers: Vec<(String, SecretString)>,

@@ -38,7 +38,7 @@ struct ParentState {
 /// A span in progress. Ends when it is dropped.
 #[derive(Debug)]
 pub struct Span {
-    /// Boxed to keep the futures of requests small, most of which have no span.
+    /// Boxed to keep request futures small: most requests have no span.
     span: Box<SdkSpan>,
     as_parent: Parent,
 }

@@ -32,7 +32,7 @@ MAX_COST = 1_000_000
 
 
 class Unavailable(Exception):
-    """There is no decision. If `is_final`, Quota itself prevents the request, so it must not be passed on."""
+    """There is no decision. If `is_final`, the request must not be passed on, whatever the setting."""
 
     def __init__(self, reason: str, is_final: bool = False) -> None:
         super().__init__(reason)
@@ -168,7 +168,7 @@ class QuotaMiddleware:
         except (httpx.HTTPError, TimeoutError) as error:
             raise Unavailable(repr(error)) from error
         if response.status_code != 200:
-            # The consumer may have caused the former, and the key's plan the latter.
+            # The consumer may have caused the 4xx; the 503 is the plan's fallback setting.
             is_final = response.status_code in (400, 413, 415, 422, 431) or (
                 response.status_code == 503 and "X-Quota-Degraded" in response.headers
             )

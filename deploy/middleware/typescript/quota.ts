@@ -8,8 +8,8 @@
  * the rate-limit headers. Any other request gets a response with problem details (RFC 9457): 401 without a valid API
  * key, 402 if the key's tenant has to subscribe, 429 if a limit is reached, and 503 if Quota cannot be reached in time.
  *
- * Pass it to a route, `app.get("/orders/:id", limited, handler)`, rather than to `app.use`, and usage lists requests by
- * route.
+ * To list usage by route, pass the middleware to each route, `app.get("/orders/:id", limited, handler)`, not to
+ * `app.use`.
  */
 
 import type { Request, RequestHandler, Response } from "express";
@@ -48,7 +48,7 @@ const PROBLEMS = "https://iana.org/assignments/http-problem-types#";
 const CANNOT_CHECK = "Rate limits can't be checked right now. Try again in a few seconds.";
 const MAX_COST = 1_000_000;
 
-/** There is no decision. If `isFinal`, Quota itself prevents the request, so it must not be passed on. */
+/** There is no decision. If `isFinal`, the request must not be passed on, whatever the setting. */
 class Unavailable extends Error {
   constructor(
     reason: string,
@@ -103,7 +103,7 @@ export function quota(options: QuotaOptions): RequestHandler {
       throw new Unavailable(String(error instanceof Error && error.cause ? error.cause : error));
     }
     if (response.status !== 200) {
-      // The consumer may have caused the former, and the key's plan the latter.
+      // The consumer may have caused the 4xx; the 503 is the plan's fallback setting.
       const isFinal =
         [400, 413, 415, 422, 431].includes(response.status) ||
         (response.status === 503 && response.headers.has("X-Quota-Degraded"));

@@ -38,7 +38,7 @@ const SHOULD_RATE_LIMIT: &str = "/envoy.service.ratelimit.v3.RateLimitService/Sh
 const MEDIA_TYPE: &str = "application/grpc";
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
-/// The length of the prefix of a message: whether the message is compressed, and its length.
+/// The length of a message's prefix: the compressed flag and the message length.
 const PREFIX: usize = 5;
 /// The maximum length of a request message. By default, the headers of a request to Envoy have at most 60 KiB.
 const MESSAGE_MAX: usize = 128 * 1024;

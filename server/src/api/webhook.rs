@@ -120,7 +120,7 @@ impl WebhookApi {
     /// Create a webhook
     ///
     /// Returns the signing secret. This is the only time it is available: a replay with the same `Idempotency-Key`
-    /// returns everything except the secret. All events that happen from now on are sent to the URL.
+    /// returns everything except the secret. All events that occur after the webhook is created are sent to its URL.
     #[oai(path = "/webhooks", method = "post", operation_id = "create_webhook")]
     async fn create(
         &self,

@@ -53,7 +53,7 @@ const ACCOUNTS: u32 = 5;
 const DEVICES: u32 = 5;
 /// Like [`DEVICES`], but for the counter that also counts successful attempts.
 const USES: u32 = 20;
-/// The interval at which one attempt on that counter is forgiven.
+/// The interval at which the counter limited by [`USES`] forgives one attempt.
 const FORGIVE_USE: Duration = Duration::from_secs(6);
 /// The time after which all of a network's free registrations are forgiven.
 const DAY: Duration = Duration::from_hours(24);

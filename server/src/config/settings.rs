@@ -313,7 +313,7 @@ settings! {
     log: "RUST_LOG", "info", "DIRECTIVES";
 
     /// The OpenTelemetry collector to which traces are sent (OTLP over HTTP, as protobuf), such as
-    /// http://collector:4318. Spans are sent to /v1/traces under this URL. Unset: requests are not traced.
+    /// http://collector:4318. The server appends /v1/traces. Unset: requests are not traced.
     otel_exporter_otlp_endpoint: "OTEL_EXPORTER_OTLP_ENDPOINT", "", "URL";
 
     /// Headers of requests to the collector, separated by commas, such as api-key=secret. Percent-encode special

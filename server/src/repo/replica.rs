@@ -27,12 +27,12 @@ pub struct Seen {
     /// This replica's rank among these replicas, starting at 0. Ranks follow IDs, which follow start times.
     pub rank: u64,
     pub count: NonZeroU64,
-    /// The time since the first heartbeat of the oldest other replica. Includes replicas that stopped recently.
+    /// The time since the first heartbeat of the oldest other replica. Replicas that stopped recently also count.
     pub oldest_other: Option<Duration>,
 }
 
 /// Updates this replica's heartbeat. Counts the replicas whose last heartbeat is at most `forgotten` ago.
-/// `oldest_other` includes replicas whose last heartbeat is at most `remembered` ago.
+/// For `oldest_other`, replicas whose last heartbeat is at most `remembered` ago also count.
 pub async fn seen(
     tx: &mut SystemTx,
     id: Uuid,

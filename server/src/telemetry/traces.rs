@@ -5,7 +5,7 @@
 //!
 //! Spans that have ended wait in a bounded queue. A task sends them in batches (OTLP over HTTP, as protobuf). Spans that
 //! do not fit in the queue or that the collector does not accept are dropped and counted. So a slow or unreachable
-//! collector does not delay requests, and delays the stop of the server by two seconds at most.
+//! collector does not delay requests, and delays shutdown by at most two seconds.
 
 use std::time::Duration;
 
@@ -50,14 +50,14 @@ const BATCH: usize = 512;
 const SEND_EVERY: Duration = Duration::from_millis(500);
 /// How long sending a batch may take, including retries.
 const SEND_WITHIN: Duration = Duration::from_secs(5);
-/// How long stopping waits for the last spans to be sent.
+/// How long shutdown waits for the last spans to be sent.
 const STOP_WITHIN: Duration = Duration::from_secs(2);
 
-/// Starts the traces of requests, and sends their spans.
+/// Starts request traces and sends their spans.
 #[derive(Debug)]
 pub struct Traces {
     tracer: SdkTracer,
-    /// The ratio of traced requests among those that no trusted proxy has decided about.
+    /// The fraction of requests to trace if no trusted proxy has decided.
     ratio: f64,
     stop: watch::Sender<bool>,
     sender: Mutex<Option<JoinHandle<()>>>,
@@ -173,12 +173,12 @@ enum Sampling {
     Undecided,
 }
 
-/// The length of the header in version 00, whose last digit contains the flag.
+/// The length of a version 00 header. Its last digit contains the sampled flag.
 const TRACEPARENT: usize = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".len();
 
 impl Sampling {
     fn of(traceparent: &str) -> Self {
-        // Behind a proxy with traces, this applies to most requests, so it avoids the cost of parsing the header.
+        // Behind a proxy that traces requests, most headers are unsampled, so this check usually avoids parsing the header.
         let is_off = |digit: &u8| matches!(digit, b'0' | b'2' | b'4' | b'6' | b'8');
         if traceparent.len() == TRACEPARENT && traceparent.as_bytes().last().is_some_and(is_off) {
             return Self::Off;

@@ -28,7 +28,7 @@ pub enum OnUnavailable {
     ///
     /// Neither the limits nor the API key have been checked: until Quota can be reached again, any key is accepted,
     /// including keys that were never issued. Requests without a key are still rejected, and so are requests that Quota
-    /// itself refuses to decide, for example because their plan requires that Redis is reachable.
+    /// itself refuses to decide, for example because their plan rejects requests while Redis is unreachable.
     Allow,
 }
 
@@ -111,7 +111,7 @@ impl QuotaLayerBuilder {
     }
 
     /// The number of requests that a request counts as, up to 1,000,000. Default: 1. A cost of 0 counts as 1. A request
-    /// with a higher cost than 1,000,000 gets 429.
+    /// with a cost above 1,000,000 gets 429.
     pub fn cost(mut self, cost: impl Fn(&Parts) -> u32 + Send + Sync + 'static) -> Self {
         self.settings.cost = Arc::new(cost);
         self
@@ -133,8 +133,8 @@ impl QuotaLayerBuilder {
     /// default.
     ///
     /// Only denials are remembered, so this never allows a request that Quota would deny. A denial is remembered only if
-    /// its wait is longer than the second. Therefore, a request is denied without a check only if Quota would deny it
-    /// too, unless the plan was changed or tokens were returned within that second. Such denials do not appear in the
+    /// its wait is longer than a second. Therefore, a request is denied without a check only if Quota would deny it
+    /// too, unless the plan was changed or tokens were returned within that second. Such denials are not recorded as
     /// usage.
     pub fn cache_denials(mut self, keys: usize) -> Self {
         self.settings.denials = Some(DenialCache::new(keys));

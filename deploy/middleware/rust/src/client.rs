@@ -9,7 +9,7 @@ use http::{HeaderValue, StatusCode, header};
 use reqwest::{Response, Url};
 use serde::Serialize;
 
-use crate::decision::{Answer, Decision};
+use crate::decision::{CheckResponse, Decision};
 
 pub(crate) const REQUEST_ID: &str = "x-request-id";
 pub(crate) const DEGRADED: &str = "x-quota-degraded";
@@ -108,7 +108,7 @@ impl Client {
             _ => return Err(CheckError::Status(status)),
         }
         let request_id = response.headers().get(REQUEST_ID).cloned();
-        let answer: Answer = serde_json::from_slice(&body_of(&mut response).await?)
+        let answer: CheckResponse = serde_json::from_slice(&body_of(&mut response).await?)
             .map_err(|_| CheckError::NotADecision)?;
         answer
             .into_decision(request_id)

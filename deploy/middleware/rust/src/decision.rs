@@ -61,7 +61,7 @@ pub struct Decision {
 }
 
 impl Decision {
-    /// Returns a decision without anything that only Quota knows.
+    /// Returns a decision that Quota did not make: only `code` is set.
     pub(crate) fn local(code: Code) -> Self {
         Self {
             code,
@@ -77,7 +77,7 @@ impl Decision {
 
 /// The response of the check API.
 #[derive(Deserialize)]
-pub(crate) struct Answer {
+pub(crate) struct CheckResponse {
     allowed: bool,
     code: Code,
     key_id: Option<String>,
@@ -87,8 +87,8 @@ pub(crate) struct Answer {
     headers: BTreeMap<String, String>,
 }
 
-impl Answer {
-    /// Returns `None` if the answer contradicts itself.
+impl CheckResponse {
+    /// Returns `None` if `allowed` and `code` contradict each other.
     pub(crate) fn into_decision(self, request_id: Option<HeaderValue>) -> Option<Decision> {
         if self.allowed != (self.code == Code::Allowed) {
             return None;
@@ -115,7 +115,7 @@ mod tests {
     use super::*;
 
     fn read(json: &str) -> Option<Decision> {
-        serde_json::from_str::<Answer>(json)
+        serde_json::from_str::<CheckResponse>(json)
             .ok()?
             .into_decision(None)
     }

@@ -14,7 +14,7 @@ use crate::decision::{Code, Decision};
 /// than this.
 const KEPT: Duration = Duration::from_secs(1);
 
-/// Denials by key. Admissions are never cached.
+/// Denials by key. Allowed requests are never cached.
 pub(crate) struct DenialCache {
     denials: Cache<String, Arc<Denial>>,
 }

@@ -12,7 +12,7 @@
 //! Descriptors are checked in order, up to the first one that is denied. Those before it remain charged.
 //!
 //! By default, Envoy forwards a request if the call fails. So a call fails only if the gateway is misconfigured or the
-//! server cannot make a decision. Everything that a consumer can cause is a response with [`Code::OverLimit`].
+//! server cannot make a decision. Any error that a consumer can cause results in [`Code::OverLimit`].
 
 use std::num::NonZeroU32;
 
@@ -40,7 +40,7 @@ const DESCRIPTORS_MAX: usize = 16;
 /// Envoy writes this for a header that is missing.
 const MISSING: &[u8] = b"-";
 
-/// Decides on a request to the gateway of a tenant.
+/// Decides whether a tenant's gateway may forward a request.
 pub(super) async fn should_rate_limit(
     context: &RequestContext,
     tenant: TenantId,

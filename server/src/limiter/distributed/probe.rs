@@ -46,8 +46,8 @@ const FIRST_PROBE: Duration = CONFIRMED_EVERY
     .saturating_add(CALL_EVERY.saturating_mul(2))
     .saturating_add(TICK);
 
-/// See [`StoreCore::noticed_by_all`]. The time for responses, which is omitted here, makes the second probe later by at
-/// least as much.
+/// See [`StoreCore::noticed_by_all`]. Response times are omitted here. They delay the second probe at least as much as
+/// they delay the detection.
 const _: () = assert!(
     5 * CALL_EVERY.as_millis()
         <= FIRST_PROBE.as_millis() + PROBE_DEADLINE.as_millis() + PROBE_EVERY.as_millis()
@@ -69,7 +69,7 @@ pub(super) fn first_probe(deadline: Duration) -> Duration {
 /// A replica whose call failed just before the loss detects the outage within one `deadline`. Its first probe follows
 /// after [`first_probe`], and arrives within another `deadline`. A replica that is probing already waits for
 /// [`PROBE_DEADLINE`] or one `deadline`, pauses for [`PROBE_EVERY`], and its next probe arrives within another
-/// `deadline`. That must be soon enough even if the start is not postponed by then.
+/// `deadline`. That probe must arrive before the epoch starts, even if the start is no longer postponed.
 pub(super) fn epoch_delay(deadline: Duration) -> Duration {
     let next_probe = PROBE_DEADLINE.max(deadline) + PROBE_EVERY + deadline;
     EPOCH_DELAY
