@@ -6,7 +6,7 @@
 
 import os
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 
 from quota import QuotaMiddleware
 
@@ -19,7 +19,13 @@ app.add_middleware(
 )
 
 
-@app.get("/orders/{order_id}")
+orders = APIRouter(prefix="/orders")
+
+
+@orders.get("/{order_id}")
 async def order(order_id: str, request: Request) -> dict[str, str | None]:
     decision = request.state.quota
     return {"order": order_id, "plan": decision and decision["plan"]}
+
+
+app.include_router(orders)

@@ -16,6 +16,7 @@ import asyncio
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,8 @@ log = logging.getLogger("quota")
 PROBLEMS = "https://iana.org/assignments/http-problem-types#"
 CANNOT_CHECK = "Rate limits can't be checked right now. Try again in a few seconds."
 MAX_COST = 1_000_000
+# Quota accepts only such IDs.
+REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
 
 class Unavailable(Exception):
@@ -59,10 +62,15 @@ def api_key(scope: Scope) -> str | None:
 
 def route(scope: Scope) -> str | None:
     """Returns the method and the route of a request, such as `GET /orders/{id}`. Returns None if there is no route."""
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
     for candidate in getattr(scope.get("app"), "routes", []):
-        match, _ = candidate.matches(scope)
-        if match.name == "FULL":
-            return f"{scope['method']} {candidate.path}"
+        # FastAPI keeps the routes of an included router together.
+        contexts = getattr(candidate, "effective_route_contexts", None)
+        included = [candidate] if contexts is None else [it.starlette_route or it for it in contexts()]
+        for it in included:
+            regex, methods = getattr(it, "path_regex", None), getattr(it, "methods", None)
+            if regex is not None and regex.match(path) and (not methods or scope["method"] in methods):
+                return f"{scope['method']} {it.path_format}"
     return None
 
 
@@ -88,6 +96,8 @@ class QuotaMiddleware:
         cost: Callable[[Scope], int] = lambda scope: 1,
         endpoint: Callable[[Scope], str | None] = route,
     ) -> None:
+        if not re.fullmatch("[!-~]+", service_token):
+            raise ValueError("service_token must consist of visible ASCII characters, without a line break")
         self.app = app
         self.url = url.rstrip("/") + "/v1/check"
         self.timeout = timeout
@@ -161,12 +171,13 @@ class QuotaMiddleware:
         if endpoint:
             check["endpoint"] = endpoint
         ids = header(scope, "x-request-id")
-        headers = {"X-Request-Id": ids[0]} if len(ids) == 1 and ids[0].isascii() else {}
+        headers = {"X-Request-Id": ids[0]} if len(ids) == 1 and REQUEST_ID.fullmatch(ids[0]) else {}
         try:
             async with asyncio.timeout(self.timeout):
                 response = await self.client.post(self.url, json=check, headers=headers)
         except (httpx.HTTPError, TimeoutError) as error:
-            raise Unavailable(repr(error)) from error
+            # The text of an error may contain a header, and so the service token.
+            raise Unavailable(type(error).__name__) from error
         if response.status_code != 200:
             # The consumer may have caused the 4xx; the 503 is the plan's fallback setting.
             is_final = response.status_code in (400, 413, 415, 422, 431) or (

@@ -79,6 +79,9 @@ export function route(request: Request): string | undefined {
 
 export function quota(options: QuotaOptions): RequestHandler {
   const { timeout = 1000, allowIfUnavailable = false, key = apiKey, cost = () => 1, endpoint = route } = options;
+  if (!/^[!-~]+$/.test(options.serviceToken)) {
+    throw new TypeError("serviceToken must consist of visible ASCII characters, without a line break");
+  }
   const url = `${options.url.replace(/\/+$/, "")}/v1/check`;
   let lastWarning = -Infinity;
 
@@ -89,7 +92,8 @@ export function quota(options: QuotaOptions): RequestHandler {
       "Content-Type": "application/json",
     });
     const id = request.headers["x-request-id"];
-    if (typeof id === "string" && /^[!-~]+$/.test(id)) headers.set("X-Request-Id", id);
+    // Quota accepts only such IDs.
+    if (typeof id === "string" && /^[A-Za-z0-9_.:-]{1,128}$/.test(id)) headers.set("X-Request-Id", id);
     const name = [...(endpoint(request) ?? "").replace(/\p{Cc}/gu, "")].slice(0, 128).join("");
     const body = JSON.stringify({ key: apiKey, cost, endpoint: name || undefined });
     let response, text;

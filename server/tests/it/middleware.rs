@@ -103,7 +103,14 @@ async fn enforces_decisions(program: Program) {
 
     let bearer = http.get(format!("{}/orders/7", api.url)).bearer_auth(&key);
     let own = api.get(&http, &key).header("x-request-id", "own-id");
+    // Quota would reject the check because of the length of its headers. Node.js itself rejects such long headers.
+    let length = if program == Program::TypeScript {
+        129
+    } else {
+        40_000
+    };
     let both = api.get(&http, &key).bearer_auth(&key);
+    let both = both.header("x-request-id", "i".repeat(length));
     for (request, remaining) in [(bearer, "2"), (own, "1"), (both, "0")] {
         let response = send(request).await;
         assert_eq!(response.status(), 200, "{response:?}");

@@ -83,6 +83,14 @@ pub(crate) fn matched_route(_: &Parts) -> Option<String> {
     None
 }
 
+/// Returns whether Quota accepts this request ID. With a longer one, the consumer could make the check fail.
+pub(crate) fn is_id(bytes: &[u8]) -> bool {
+    (1..=128).contains(&bytes.len())
+        && bytes
+            .iter()
+            .all(|byte| byte.is_ascii_alphanumeric() || b"-_.:".contains(byte))
+}
+
 #[cfg(test)]
 mod tests {
     use http::HeaderValue;

@@ -110,6 +110,7 @@ impl Checker {
             endpoint: (settings.endpoint)(parts).and_then(|name| request::endpoint(&name)),
         };
         let request_id = parts.headers.get(REQUEST_ID);
+        let request_id = request_id.filter(|id| request::is_id(id.as_bytes()));
         match self.client.check(&check, request_id).await {
             Ok(decision) if decision.code == Code::Allowed => Verdict::Pass(decision),
             Ok(decision) => {
