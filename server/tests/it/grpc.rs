@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use prost::Message as _;
 use quota_server::{
-    api::grpc::message::{Code, RateLimit, RateLimitRequest, Unit},
+    api::grpc::message::{Code, Entry, RateLimit, RateLimitRequest, Unit},
     clock::{Clock as _, SystemClock, TestClock},
     secret_text::{Kind, SecretText},
 };
@@ -187,7 +187,7 @@ async fn key_that_admits_nothing_is_over_limit_and_charged_nothing() {
     let strange_plan = world.app.plan(&stranger, json!({})).await;
     let strange = world.app.key(&stranger, &strange_plan).await.text;
     let unknown = SecretText::generate(Kind::ApiKey).expect("random bytes");
-    let before = world.decisions().await;
+    let mut before = world.decisions().await;
 
     let bearer = format!("Bearer {other}");
     for (entries, sent) in [
@@ -220,6 +220,22 @@ async fn key_that_admits_nothing_is_over_limit_and_charged_nothing() {
         assert_eq!(challenge.contains("invalid_token"), sent, "{entries:?}");
         assert_eq!(reply.problem()["status"], 401);
     }
+    // Entries use much more memory than they have bytes in the message.
+    for (entries, expected) in [
+        (32, Code::Ok),
+        (33, Code::OverLimit),
+        (60_000, Code::OverLimit),
+    ] {
+        let mut request = request(&key);
+        let empty = Entry::default();
+        request.descriptors[0].entries.resize(entries, empty);
+        let reply = world.call(&request).await;
+        assert_eq!(reply.code(), expected, "{entries}");
+        if expected == Code::OverLimit {
+            assert_eq!(reply.decision(), "unavailable");
+        }
+    }
+    before += 1.0;
     // Envoy copies headers whose bytes are not UTF-8.
     let mut not_text = request("");
     not_text.descriptors[0].entries[0].value = vec![b'q', 0xff];

@@ -37,6 +37,8 @@ use crate::{
 
 /// The maximum number of descriptors in a request. Each is checked separately.
 const DESCRIPTORS_MAX: usize = 16;
+/// The maximum number of entries in a descriptor. An entry uses many times more memory than it has bytes in the message.
+const ENTRIES_MAX: usize = 32;
 /// Envoy writes this for a header that is missing.
 const MISSING: &[u8] = b"-";
 
@@ -50,6 +52,15 @@ pub(super) async fn should_rate_limit(
     if !(1..=DESCRIPTORS_MAX).contains(&count) {
         let message = format!("must have 1 to {DESCRIPTORS_MAX} items");
         let error = ApiError::invalid("descriptors", message);
+        return Ok(not_allowed(context, &error));
+    }
+    if request
+        .descriptors
+        .iter()
+        .any(|it| it.entries.len() > ENTRIES_MAX)
+    {
+        let message = format!("must have at most {ENTRIES_MAX} items");
+        let error = ApiError::invalid("descriptors.entries", message);
         return Ok(not_allowed(context, &error));
     }
     let mut statuses = Vec::with_capacity(count);
