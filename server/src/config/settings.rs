@@ -234,7 +234,7 @@ settings! {
     connections_per_address: "QUOTA_CONNECTIONS_PER_ADDRESS", "1000", "N";
 
     /// The maximum number of open connections from one network (IPv4: one /24, IPv6: one /56; an IPv6 /48 may have
-    /// twice as many); 0 for no limit. Counted like QUOTA_CONNECTIONS_PER_ADDRESS.
+    /// twice as many); 0 for no limit. The same connections are exempt as for QUOTA_CONNECTIONS_PER_ADDRESS.
     connections_per_network: "QUOTA_CONNECTIONS_PER_NETWORK", "2500", "N";
 
     /// The maximum number of concurrent lookups of API keys that are not in memory: 1 to 100000. Service tokens have a

@@ -139,7 +139,7 @@ async fn handle_clicks(app: AppHandle, mut signals: SignalStream<'static>) {
     *NOTIFICATIONS.lock().await = None;
 }
 
-/// Escapes characters that have a meaning in markup.
+/// Escapes characters that have a special meaning in markup.
 fn escaped(text: &str) -> String {
     text.replace('&', "&amp;")
         .replace('<', "&lt;")

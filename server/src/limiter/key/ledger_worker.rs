@@ -135,7 +135,7 @@ impl Worker {
         has_work
     }
 
-    /// Returns the next batch of takes. Returns `None` if other workers have taken all of them.
+    /// Removes the next batch of takes from the queue. Returns `None` if other workers have taken all of them.
     fn next_takes(&self) -> Option<Takes> {
         let mut queue = self.calls.queue.lock();
         let is_ahead =
@@ -157,7 +157,7 @@ impl Worker {
         })
     }
 
-    /// Returns the next batch of returns. Returns `None` if other workers have taken all of them.
+    /// Removes the next batch of returns from the queue. Returns `None` if other workers have taken all of them.
     fn next_returns(&self) -> Option<Returns> {
         let mut queue = self.calls.queue.lock();
         let batch = queue.retries.pop_front().or_else(|| {

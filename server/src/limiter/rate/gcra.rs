@@ -112,10 +112,10 @@ impl Gcra {
     /// once the bucket is enlarged. `level` is as of `used_at`, when tokens were last taken. Since the time of the edit
     /// is unknown, the bucket counts as having refilled at the lower of the two rates since then.
     ///
-    /// So when the burst is raised, the difference is available immediately, less the usage. When the burst is lowered,
-    /// no request waits longer than the new bucket takes to fill. Lowering the burst temporarily does not add tokens,
-    /// and neither does an edit to a lower rate while the key is idle. Fractions of a token are rounded in favor of the
-    /// limit.
+    /// So when the burst is raised, the added tokens are available immediately, less any usage that did not fit in the
+    /// old bucket. When the burst is lowered, no request waits longer than the new bucket takes to fill. Lowering the
+    /// burst temporarily does not add tokens, and neither does an edit to a lower rate while the key is idle. Fractions
+    /// of a token are rounded in favor of the limit.
     pub fn carry_over<T: Instant>(
         self,
         old: Self,
