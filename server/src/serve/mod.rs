@@ -287,9 +287,10 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
                     connection: &connection,
                     slot: &slot,
                 };
-                let served = pin!(direct.serve(stream, &lent, http.as_mut()));
+                // Boxed because it contains a whole decision. Otherwise, every connection would reserve memory for it.
+                let mut served = Box::pin(direct.serve(stream, &lent, http.as_mut()));
                 // The future completes by itself when the connection is shut down.
-                let end = self.supervise(&connection, served, |_| {}).await;
+                let end = self.supervise(&connection, served.as_mut(), |_| {}).await;
                 log_end(end, metrics).flatten()
             }
         };
