@@ -260,6 +260,9 @@ fn start_download(name: &str, text: &str) -> Option<()> {
 /// Does nothing: a browser asks the user before it closes the page.
 pub async fn quit() {}
 
+/// Does nothing: in a browser, only toasts announce alerts.
+pub async fn notify(_text: &str) {}
+
 pub async fn open_billing(page: BillingPage) -> CallResult<()> {
     let body = super::send(page.call()).await?;
     let url = json::read::<PortalPage>(&body)

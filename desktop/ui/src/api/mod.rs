@@ -37,8 +37,8 @@ use wasm_bindgen_futures::JsFuture;
 
 pub use error::{CallError, CallResult, TestResponse};
 #[cfg(feature = "desktop")]
-pub use transport::{add_server, forget_server, host_status, notify, ready, use_server};
-pub use transport::{copy, is_secure, open_billing, origin, quit, save_file, try_key};
+pub use transport::{add_server, forget_server, host_status, ready, use_server};
+pub use transport::{copy, is_secure, notify, open_billing, origin, quit, save_file, try_key};
 
 /// A call in progress. Boxed, so that each page does not contain its own copy of the call's state machine.
 pub type PendingCall<T> = Pin<Box<dyn Future<Output = CallResult<T>>>>;

@@ -1,9 +1,7 @@
 //! The state of the desktop app.
 
-use leptos::{prelude::*, task::spawn_local};
+use leptos::prelude::*;
 use quota_common::{Timestamp, ipc::HostStatus};
-
-use crate::api;
 
 /// The signals are reference-counted because they exist before the first page is mounted and outlive the last one.
 struct Host {
@@ -72,11 +70,6 @@ pub fn on_quit(warn: impl Fn() + 'static) {
 
 /// Whether new alerts are also shown as notifications of the operating system.
 pub const NOTIFIES: bool = true;
-
-/// Shows a notification of the operating system, unless the window has focus.
-pub fn notify(text: String) {
-    spawn_local(async move { api::notify(&text).await });
-}
 
 /// Whether Stripe pages open in another window. If so, this page waits for the user to return.
 pub const OPENS_PAGES_OUTSIDE: bool = true;

@@ -82,8 +82,8 @@ impl NewAlerts {
         if let Some(text) = announcement(&new) {
             let route = self.route;
             let open = move || route.go("/console/alerts");
-            host::notify(text.clone());
-            self.toasts.announce(text, "View alerts", open);
+            self.toasts.announce(text.clone(), "View alerts", open);
+            api::notify(&text).await;
         }
     }
 
