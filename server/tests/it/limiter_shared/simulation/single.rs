@@ -536,7 +536,7 @@ fn a_slow_ledger_leaves_the_counters_their_time() {
 }
 
 /// Requests whose cost exceeds every lease are denied again and again. They must not make the lease larger than the
-/// other requests of the replica need, or it would hold tokens that nobody can spend.
+/// other requests of the replica need, or it would hold tokens that no request can spend.
 #[test]
 fn requests_too_large_for_a_lease_hold_back_no_tokens() {
     paused(async {
