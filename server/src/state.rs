@@ -48,7 +48,10 @@ use crate::{
     metering::Metering,
     readiness::ReadinessProbe,
     redis::Redis,
-    repo::{self, alert::TenantQuota, invalidation::Invalidation, replica::Seen, sweep::Expired},
+    repo::{
+        self, invalidation::Invalidation, quota_standing::TenantQuota, replica::Seen,
+        sweep::Expired,
+    },
     telemetry::{log::Log, metrics::Metrics, traces::Traces},
     tenant_queue::TenantQueues,
     tenant_rate::TenantRate,

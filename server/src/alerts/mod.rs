@@ -31,7 +31,9 @@ use uuid::Uuid;
 use crate::{
     db::{Db, DbError, SystemTx},
     repo::{
-        alert::{self, AlertRow, Keys, Lateness, NewAlert, Progress, QuotaStanding, TenantQuota},
+        alert::{self, AlertRow, NewAlert},
+        alert_progress::{self, Keys, Progress},
+        quota_standing::{self, Lateness, QuotaStanding, TenantQuota},
         webhook,
         webhook_delivery::{self, NewDelivery},
     },
@@ -50,7 +52,7 @@ const PART_MAX: i64 = 20_000;
 const KEYS_MAX: i64 = 250;
 /// The maximum number of alerts per statement.
 const ALERTS_MAX: usize = 500;
-/// The maximum duration of a step, which reads usage at most twice. Each read has a [time limit](alert::USAGE_TIMEOUT).
+/// The maximum duration of a step, which reads usage at most twice. Each read has a [time limit](quota_standing::USAGE_TIMEOUT).
 const STEP_MAX: Duration = Duration::from_secs(30);
 /// After this time, a round ends, so that other tenants get their turn. The next round checks the rest.
 const ROUND_MAX: Duration = Duration::from_secs(20);
@@ -134,9 +136,9 @@ impl Alerts {
         let began = Instant::now();
         let tenants = async |tx: &mut SystemTx| {
             if self.is_metered {
-                alert::unchecked_tenants(tx, TENANTS).await
+                alert_progress::unchecked_tenants(tx, TENANTS).await
             } else {
-                alert::tenants_with_quotas(tx).await
+                alert_progress::tenants_with_quotas(tx).await
             }
         };
         let tenants = self.db.in_system(tenants).await?;
@@ -172,7 +174,7 @@ impl Alerts {
     pub async fn check_tenant(&self, tenant: TenantId) -> Result<Round, DbError> {
         let mut round = Round::default();
         let mut tx = self.db.system().await?;
-        let Some(progress) = alert::lock_progress(&mut tx, tenant).await? else {
+        let Some(progress) = alert_progress::lock(&mut tx, tenant).await? else {
             return Ok(round);
         };
         let Progress { seq, last_seq, .. } = progress;
@@ -201,27 +203,29 @@ impl Alerts {
             Keys::All if self.is_metered && seq >= 0 => Lateness::unknown(),
             Keys::All => Lateness::default(),
         };
-        let keys = alert::keys(&mut tx, tenant, keys, after_key, KEYS_MAX).await?;
+        let keys = alert_progress::keys(&mut tx, tenant, keys, after_key, KEYS_MAX).await?;
         let lowest = THRESHOLDS.into_iter().min().unwrap_or(0);
         let lowest = i32::try_from(lowest).unwrap_or(0);
-        let mut standings = alert::standings(&mut tx, tenant, &keys, lowest, &lateness).await?;
+        let mut standings =
+            quota_standing::of_keys(&mut tx, tenant, &keys, lowest, &lateness).await?;
         if let Some(quota) = self.tenant_quota
             && after_key.is_nil()
         {
-            standings
-                .extend(alert::tenant_standing(&mut tx, tenant, quota, lowest, &lateness).await?);
+            standings.extend(
+                quota_standing::of_tenant(&mut tx, tenant, quota, lowest, &lateness).await?,
+            );
         }
         (round.alerts, round.deliveries) = self.store(&mut tx, tenant, &standings).await?;
         let is_last = i64::try_from(keys.len()).unwrap_or(0) < KEYS_MAX;
         match keys.last() {
             Some(last) if !is_last => {
                 round.has_more = true;
-                alert::set_progress(&mut tx, tenant, seq, Some((until, *last))).await?;
+                alert_progress::set(&mut tx, tenant, seq, Some((until, *last))).await?;
             }
             _ => {
                 round.has_more = self.is_metered && until < last_seq;
                 let seq = if self.is_metered { until } else { seq };
-                alert::set_progress(&mut tx, tenant, seq, None).await?;
+                alert_progress::set(&mut tx, tenant, seq, None).await?;
             }
         }
         tx.commit().await?;

@@ -53,6 +53,7 @@ macro_rules! delete_by_id {
 
 pub mod account;
 pub mod alert;
+pub mod alert_progress;
 pub mod allowance;
 pub mod api_key;
 pub mod audit;
@@ -64,6 +65,7 @@ pub mod idempotency;
 pub mod invalidation;
 pub mod mail;
 pub mod plan;
+pub mod quota_standing;
 pub mod quota_usage;
 pub mod replica;
 pub mod secret;

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use quota_server::repo::alert::{self, Lateness};
+use quota_server::repo::quota_standing::{self, Lateness};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -631,7 +631,7 @@ async fn keys_with_an_alert_at_100_percent_are_skipped() {
     let read = async || {
         world.app.ship_usage().await;
         let mut tx = world.app.state.db.system().await.expect("a connection");
-        let read = alert::standings(&mut tx, tenant, &[key], 50, &Lateness::default()).await;
+        let read = quota_standing::of_keys(&mut tx, tenant, &[key], 50, &Lateness::default()).await;
         let mut read: Vec<_> = read
             .expect("the usage")
             .into_iter()
