@@ -5,19 +5,18 @@
 //! know the consequences of a failed request, and choose the idempotency key of the next attempt.
 
 mod envelope;
+mod error;
 mod raw;
+mod request;
 mod response;
+mod setup;
 mod signature;
 
-use std::{collections::HashMap, time::Duration};
+use std::collections::HashMap;
 
 use secrecy::{ExposeSecret, SecretString};
-use stripe::{IdempotencyKey, RequestStrategy, StripeError as ClientError, StripeRequest};
+use stripe::StripeRequest;
 use stripe_billing::{
-    billing_meter::{
-        CreateBillingMeter, CreateBillingMeterDefaultAggregation,
-        CreateBillingMeterDefaultAggregationFormula, ListBillingMeter,
-    },
     billing_meter_event::CreateBillingMeterEvent,
     billing_meter_event_summary::ListIdBillingMeterEventSummary,
     billing_portal_session::CreateBillingPortalSession,
@@ -29,20 +28,12 @@ use stripe_checkout::checkout_session::{
     RetrieveCheckoutSession,
 };
 use stripe_core::customer::{CreateCustomer, ListCustomer, RetrieveCustomer};
-use stripe_misc::webhook_endpoint::{
-    CreateWebhookEndpoint, CreateWebhookEndpointEnabledEvents, ListWebhookEndpoint,
-};
-use stripe_product::{
-    price::{
-        CreatePrice, CreatePriceRecurring, CreatePriceRecurringInterval,
-        CreatePriceRecurringUsageType, ListPrice,
-    },
-    product::{CreateProduct, RetrieveProduct},
-};
 
 pub use self::{
     envelope::{Envelope, NotAnEvent},
+    error::StripeError,
     raw::MeterError,
+    request::API_VERSION,
     response::{
         CheckoutSession, Created, Invoice, Item, ItemPrice, Meter, Price, Recurring, Subscription,
         WebhookEndpoint,
@@ -50,22 +41,15 @@ pub use self::{
     signature::{BadSignature, TOLERANCE, verify},
 };
 use self::{
+    error::Result,
     raw::RawClient,
+    request::{TIMEOUT, send},
     response::{Customer, List},
 };
-use crate::{
-    config::StripeSettings,
-    spans::{self, SpanKind},
-};
-
-/// The maximum duration of a request. A request that timed out may have taken effect.
-const TIMEOUT: Duration = Duration::from_secs(10);
+use crate::config::StripeSettings;
 
 /// The metadata key under which Stripe objects store the ID of their tenant.
 pub const TENANT: &str = "quota_tenant";
-
-/// The API version of requests, and of webhook endpoints that Quota creates.
-pub const API_VERSION: stripe_shared::ApiVersion = stripe_shared::version::VERSION;
 
 /// The events that Quota's webhook endpoint in Stripe must be subscribed to.
 pub const EVENTS: [&str; 14] = [
@@ -92,67 +76,6 @@ pub const METER_EVENTS: [&str; 2] = [
     "v1.billing.meter.no_meter_found",
 ];
 
-#[derive(Debug, thiserror::Error)]
-pub enum StripeError {
-    /// The request may have taken effect. It can be sent again with the same idempotency key.
-    #[error("Stripe could not be reached, or its response was lost: {0}")]
-    Unknown(String),
-    /// Stripe failed, and the request may have taken effect. The same idempotency key returns the same failure.
-    #[error("Stripe returned status {status}: {message}")]
-    Failed { status: u16, message: String },
-    /// Stripe rejected the request. It had no effect.
-    #[error("Stripe rejected the request with status {status}: {message}")]
-    Rejected { status: u16, message: String },
-    /// The object does not exist, or exists only in the other mode. The request had no effect.
-    #[error("{message}")]
-    Missing {
-        /// The parameter that contains the object's ID. `None` if the ID is in the path.
-        param: Option<String>,
-        message: String,
-    },
-}
-
-impl StripeError {
-    /// Returns whether the object in the request's path or parameters does not exist.
-    pub const fn is_not_found(&self) -> bool {
-        matches!(
-            self,
-            Self::Rejected { status: 404, .. } | Self::Missing { .. }
-        )
-    }
-
-    /// Returns whether the customer in a parameter cannot be used, because it was [deleted](Stripe::is_deleted) or
-    /// belongs to a different mode or account.
-    pub fn is_missing_customer(&self) -> bool {
-        matches!(self, Self::Missing { param: Some(param), .. } if param == "customer")
-    }
-}
-
-impl From<ClientError> for StripeError {
-    fn from(error: ClientError) -> Self {
-        let (error, status) = match error {
-            ClientError::Stripe(error, status) => (error, status),
-            // Includes responses that are not JSON, such as a proxy's error page. In that case, it is unknown whether
-            // the request had an effect.
-            other => return Self::Unknown(other.to_string()),
-        };
-        // Keep only the message, because the rest of the error may contain customer input.
-        let message = error.message.unwrap_or_default();
-        let is_missing = error.code == Some(stripe_shared::ApiErrorsCode::ResourceMissing);
-        match status {
-            400 | 404 if is_missing => Self::Missing {
-                param: error.param,
-                message,
-            },
-            409 | 429 => Self::Unknown(message),
-            500.. => Self::Failed { status, message },
-            _ => Self::Rejected { status, message },
-        }
-    }
-}
-
-type Result<T> = std::result::Result<T, StripeError>;
-
 /// A client for one Stripe account. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Stripe {
@@ -171,40 +94,6 @@ pub struct Checkout<'a> {
     pub usage: Option<&'a str>,
     pub success_url: &'a str,
     pub cancel_url: &'a str,
-}
-
-/// Sends a request and parses the response.
-macro_rules! send {
-    ($stripe:expr, $request:expr) => {
-        traced($request.build().customize().send(&$stripe.client)).await?
-    };
-    ($stripe:expr, $request:expr, $key:expr) => {
-        traced(
-            $request
-                .build()
-                .customize()
-                .request_strategy(idempotent($key))
-                .send(&$stripe.client),
-        )
-        .await?
-    };
-}
-
-/// Sends a request in a span, if a traced request is being served.
-async fn traced<T>(
-    request: impl Future<Output = std::result::Result<T, ClientError>>,
-) -> std::result::Result<T, ClientError> {
-    let span = spans::child("Stripe request", SpanKind::Client);
-    let sent = request.await;
-    if let (Some(mut span), Err(_)) = (span, &sent) {
-        // The error may contain the customer's data.
-        span.fail("");
-    }
-    sent
-}
-
-fn idempotent(key: &str) -> RequestStrategy {
-    IdempotencyKey::new(key).map_or(RequestStrategy::Once, RequestStrategy::Idempotent)
 }
 
 /// Converts a count, which Stripe sends as a floating-point number.
@@ -426,90 +315,5 @@ impl Stripe {
         let page: List<response::Summary> = send!(self, request);
         let total: f64 = page.data.iter().map(|it| it.aggregated_value).sum();
         Ok(whole(total))
-    }
-
-    // Setup ---------------------------------------------------------------------------------------------
-
-    /// Returns the active prices with these lookup keys.
-    pub async fn prices(&self, lookup_keys: &[&str]) -> Result<Vec<Price>> {
-        let keys: Vec<String> = lookup_keys.iter().map(|&key| key.to_owned()).collect();
-        let request = ListPrice::new().active(true).lookup_keys(keys).limit(100);
-        let page: List<Price> = send!(self, request);
-        Ok(page.data)
-    }
-
-    pub async fn has_product(&self, id: &str) -> Result<bool> {
-        let found: Result<Created> = async { Ok(send!(self, RetrieveProduct::new(id))) }.await;
-        match found {
-            Ok(_) => Ok(true),
-            Err(error) if error.is_not_found() => Ok(false),
-            Err(error) => Err(error),
-        }
-    }
-
-    pub async fn product_name(&self, id: &str) -> Result<String> {
-        let product: response::Product = send!(self, RetrieveProduct::new(id));
-        Ok(product.name)
-    }
-
-    pub async fn create_product(&self, id: &str, name: &str) -> Result<()> {
-        let request = CreateProduct::new(name).id(id);
-        let _: Created = send!(self, request);
-        Ok(())
-    }
-
-    pub async fn meters(&self) -> Result<Vec<Meter>> {
-        let page: List<Meter> = send!(self, ListBillingMeter::new().limit(100));
-        Ok(page.data)
-    }
-
-    pub async fn create_meter(&self, event_name: &str, display_name: &str) -> Result<String> {
-        let sum = CreateBillingMeterDefaultAggregation::new(
-            CreateBillingMeterDefaultAggregationFormula::Sum,
-        );
-        let created: Created = send!(self, CreateBillingMeter::new(sum, display_name, event_name));
-        Ok(created.id)
-    }
-
-    /// Creates a monthly price. `amount` is in the smallest unit of the currency, and may be fractional. With `meter`,
-    /// the price applies to each unit of usage.
-    pub async fn create_price(
-        &self,
-        product: &str,
-        lookup_key: &str,
-        currency: stripe_types::Currency,
-        amount: &str,
-        meter: Option<&str>,
-    ) -> Result<String> {
-        let mut recurring = CreatePriceRecurring::new(CreatePriceRecurringInterval::Month);
-        if let Some(meter) = meter {
-            recurring.meter = Some(meter.to_owned());
-            recurring.usage_type = Some(CreatePriceRecurringUsageType::Metered);
-        }
-        let request = CreatePrice::new(currency)
-            .product(product)
-            .lookup_key(lookup_key)
-            .unit_amount_decimal(amount)
-            .recurring(recurring);
-        let created: Created = send!(self, request);
-        Ok(created.id)
-    }
-
-    pub async fn webhook_endpoints(&self) -> Result<Vec<WebhookEndpoint>> {
-        let page: List<WebhookEndpoint> = send!(self, ListWebhookEndpoint::new().limit(100));
-        Ok(page.data)
-    }
-
-    /// Creates a webhook endpoint for [`EVENTS`]. The result contains the endpoint's secret, which Stripe shows only
-    /// once.
-    pub async fn create_webhook_endpoint(&self, url: &str) -> Result<WebhookEndpoint> {
-        let events = EVENTS.map(|name| {
-            name.parse::<CreateWebhookEndpointEnabledEvents>()
-                .unwrap_or_else(|_| CreateWebhookEndpointEnabledEvents::Unknown(name.to_owned()))
-        });
-        let request = CreateWebhookEndpoint::new(events.to_vec(), url)
-            .api_version(API_VERSION)
-            .description("Quota");
-        Ok(send!(self, request))
     }
 }

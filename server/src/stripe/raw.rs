@@ -4,7 +4,10 @@
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::Value;
 
-use super::{API_VERSION, Result, StripeError, TIMEOUT};
+use super::{
+    error::{Result, StripeError},
+    request::{API_VERSION, TIMEOUT},
+};
 
 const STRIPE: &str = "https://api.stripe.com";
 
