@@ -10,7 +10,7 @@ use quota_common::plan::OnRedisFailure;
 use super::{
     policy::RatePolicy,
     quota::calendar::Zone,
-    rate::{gcra::Gcra, lease::Terms},
+    rate::{gcra::Gcra, terms::Terms},
 };
 use crate::clock::Nanos;
 

@@ -37,7 +37,7 @@ use crate::{
         key::handle::KeyHandle,
         rate::{
             counters::{BucketName, BucketState, CounterError, CounterMicros, TakeCall, TakeReply},
-            lease::Terms,
+            terms::Terms,
             waiter::Unspent,
         },
     },

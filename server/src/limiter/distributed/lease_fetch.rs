@@ -14,7 +14,8 @@ use crate::{
         key::{handle::KeyHandle, state::KeyState},
         rate::{
             counters::{BucketState, CounterMicros, TakeCall},
-            lease::{Demand, FetchTimes, Lease, Terms},
+            lease::{Demand, FetchTimes, Lease},
+            terms::Terms,
             waiter::{FetchOutcome, Grant, Unspent, Waiter},
         },
     },

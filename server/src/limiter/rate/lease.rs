@@ -13,10 +13,11 @@
 //! call, so that the lease of a key with a steady pace is renewed just before it expires.
 
 use super::{
-    counters::CounterMicros,
     gathering::Gathering,
     gcra::Gcra,
+    held_tokens::HeldTokens,
     share::Share,
+    terms::Terms,
     waiter::{Unspent, Waiter},
 };
 use crate::clock::{Monotonic, Nanos};
@@ -24,25 +25,9 @@ use crate::clock::{Monotonic, Nanos};
 /// Tokens that expire sooner than this do not count when deciding whether to request the next lease.
 const LAST_MOMENT: Nanos = Nanos::from_millis(10);
 
-/// The minimum time between the starts of concurrent calls for a key.
-const PAUSE_MIN: Nanos = Nanos::from_millis(1);
-
-/// The lease size is at most the burst divided by this.
-const BURST_DIVISOR: u64 = 10;
-
 /// Returns how many tokens are left when a lease of this size is renewed.
 const fn reserve(size: u64) -> u64 {
     if size < 16 { 1 } else { size / 8 }
-}
-
-/// The tokens of one grant.
-#[derive(Debug, Clone, Copy, Default)]
-struct Slot {
-    tokens: u64,
-    /// When the tokens expire.
-    expires: Monotonic,
-    taken_at: CounterMicros,
-    generation: u64,
 }
 
 /// The bucket's state in the counters' last response.
@@ -54,40 +39,10 @@ struct View {
     seen: Monotonic,
 }
 
-/// The plan's parameters in a call to the counters.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::limiter) struct Terms {
-    pub(in crate::limiter) gcra: Gcra,
-    pub(in crate::limiter) version: u64,
-    /// Whether tokens may be held for later. If not, the counters decide every request.
-    pub(in crate::limiter) leased: bool,
-}
-
-impl Terms {
-    /// Returns whether tokens taken under `other` may be spent under `self`.
-    pub(in crate::limiter) fn is_like(self, other: Self) -> bool {
-        (self.gcra, self.leased) == (other.gcra, other.leased)
-    }
-
-    /// Returns the minimum time between the starts of two calls if the first one is still in flight. Requests that wait
-    /// for a call are decided together, and a bucket that fills up in the meantime stops refilling, so the pause is a
-    /// small fraction of tau. For a bucket that fills slowly, the pause exceeds the deadline, so its calls do not
-    /// overlap.
-    pub(in crate::limiter) fn pause(self) -> Nanos {
-        Nanos(self.gcra.tau().0 / 64).max(PAUSE_MIN)
-    }
-
-    /// Returns the largest lease size under these terms, whatever the key's pace: a tenth of the burst, but at least 1.
-    fn max_lease_size(self) -> u64 {
-        (self.gcra.tokens(self.gcra.tau()) / BURST_DIVISOR).max(1)
-    }
-}
-
 /// The tokens that this replica has leased from a key's bucket. See the module documentation.
 #[derive(Debug, Default)]
 pub(in crate::limiter) struct Lease {
-    /// The older grant, then the newer one.
-    slots: [Slot; 2],
+    held: HeldTokens,
     /// The lease size: the number of tokens that requests spend within the lease TTL at the current pace.
     size: u64,
     /// When `size` was last updated. 0 if never.
@@ -119,17 +74,6 @@ pub(in crate::limiter) struct Lease {
     denied_tokens: u64,
     pub(in crate::limiter) gathering: Gathering,
     pub(in crate::limiter) share: Share,
-}
-
-impl Slot {
-    fn take(&mut self, n: u64) -> Unspent {
-        self.tokens -= n;
-        Unspent {
-            tokens: n,
-            taken_at: self.taken_at,
-            generation: self.generation,
-        }
-    }
 }
 
 /// The times that a fetch depends on.
@@ -171,9 +115,8 @@ impl Lease {
 
     /// Marks all held tokens to be returned.
     pub(in crate::limiter) fn surrender_all(&mut self) {
-        for i in 0..self.slots.len() {
-            self.surrender(i);
-        }
+        let held = self.held.take_all();
+        self.owe(held);
     }
 
     /// Returns whether the lease can be dropped because a new one would behave the same way.
@@ -182,12 +125,7 @@ impl Lease {
             && self.fetching == 0
             && !self.returning
             && self.back.tokens == 0
-            && self.slots.iter().all(|slot| slot.tokens == 0)
-    }
-
-    fn surrender(&mut self, slot: usize) {
-        let mut slot = std::mem::take(&mut self.slots[slot]);
-        self.owe(slot.take(slot.tokens));
+            && self.held.count() == 0
     }
 
     /// Marks tokens to be returned.
@@ -206,34 +144,24 @@ impl Lease {
 
     /// Marks expired tokens to be returned.
     pub(in crate::limiter) fn expire(&mut self, now: Monotonic) {
-        for i in 0..self.slots.len() {
-            if self.slots[i].tokens > 0 && self.slots[i].expires <= now {
-                self.surrender(i);
-            }
+        let expired = self.held.take_expired(now);
+        if expired.tokens > 0 {
+            self.owe(expired);
         }
     }
 
     /// Spends `n` tokens if that many are available. Call [`expire`](Self::expire) first.
     pub(in crate::limiter) fn spend(&mut self, n: u64) -> bool {
-        let [older, newer] = &mut self.slots;
-        if older.tokens + newer.tokens < n {
-            return false;
+        let is_spent = self.held.take(n).is_some();
+        if is_spent {
+            self.needed = self.needed.saturating_add(n);
         }
-        let first = n.min(older.tokens);
-        older.tokens -= first;
-        newer.tokens -= n - first;
-        self.needed = self.needed.saturating_add(n);
-        true
+        is_spent
     }
 
     /// Sets aside `n` tokens for a request, if there are enough.
     pub(in crate::limiter) fn set_aside(&mut self, n: u64) -> Option<Unspent> {
-        let [older, newer] = &mut self.slots;
-        if older.tokens + newer.tokens < n {
-            return None;
-        }
-        let first = n.min(older.tokens);
-        Some(older.take(first).and(newer.take(n - first)))
+        self.held.take(n)
     }
 
     /// Marks tokens in excess of [`to_hold`](Self::to_hold) to be returned, such as those granted for requests that
@@ -252,13 +180,7 @@ impl Lease {
 
     /// Returns the number of tokens available locally.
     pub(in crate::limiter) fn available(&self) -> u64 {
-        self.slots.iter().map(|slot| slot.tokens).sum()
-    }
-
-    /// Returns the number of tokens that expire after `time`.
-    fn lasting(&self, time: Monotonic) -> u64 {
-        let lasting = self.slots.iter().filter(|slot| slot.expires > time);
-        lasting.map(|slot| slot.tokens).sum()
+        self.held.count()
     }
 
     /// Returns how many tokens to hold at the key's current pace: the lease size plus the [`reserve`], but at most
@@ -331,7 +253,7 @@ impl Lease {
         if self.size < 2 || self.fetching > 0 || now < self.denied_until {
             return false;
         }
-        self.lasting(now.saturating_add(LAST_MOMENT)) <= reserve(self.size)
+        self.held.count_after(now.saturating_add(LAST_MOMENT)) <= reserve(self.size)
     }
 
     /// Begins a call for all waiting requests. With `ahead`, begins a call even if no requests are waiting. Returns
@@ -368,7 +290,7 @@ impl Lease {
             .min();
         let (need, waiting) = match smallest {
             Some(n) => (
-                n.saturating_sub(self.lasting(now.saturating_add(patience)))
+                n.saturating_sub(self.held.count_after(now.saturating_add(patience)))
                     .max(1),
                 waited_for,
             ),
@@ -446,16 +368,8 @@ impl Lease {
     /// Adds granted tokens, which expire at `expires`. If two earlier grants have tokens left, those of the older one
     /// are marked to be returned.
     pub(in crate::limiter) fn add(&mut self, granted: Unspent, expires: Monotonic) {
-        if self.slots[1].tokens > 0 {
-            self.surrender(0);
-            self.slots.swap(0, 1);
-        }
-        self.slots[1] = Slot {
-            tokens: granted.tokens,
-            expires,
-            taken_at: granted.taken_at,
-            generation: granted.generation,
-        };
+        let surplus = self.held.add(granted, expires);
+        self.owe(surplus);
     }
 
     /// Records the bucket's debt from the response to a call that began at `seen`.

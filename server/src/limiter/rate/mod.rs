@@ -3,6 +3,8 @@
 pub(super) mod counters;
 pub(super) mod gathering;
 pub(super) mod gcra;
+mod held_tokens;
 pub(super) mod lease;
 pub(super) mod share;
+pub(super) mod terms;
 pub(super) mod waiter;
