@@ -11,7 +11,7 @@ use poem::{
 };
 
 use super::{
-    document::{page, respond},
+    document::html::{page, respond},
     problem::ApiError,
 };
 

@@ -1,0 +1,66 @@
+//! The frame and the headers that all pages share.
+
+use poem::{
+    Response,
+    http::{HeaderValue, header},
+};
+
+/// The metadata at the start of every page.
+pub(super) const META: &str = "<meta charset=\"utf-8\">\n\
+    <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
+    <meta name=\"color-scheme\" content=\"light dark\">";
+/// Allows nothing from other origins, and nothing inline.
+pub(super) const CSP: &str = "default-src 'none'; style-src 'self'; img-src 'self' data:; script-src 'self'; connect-src 'self'; \
+    form-action 'none'; base-uri 'none'; frame-ancestors 'none'";
+/// The URLs contain no version, so cache these files only briefly.
+pub(super) const HOUR: &str = "public, max-age=3600";
+
+pub(in crate::api) fn respond(
+    body: impl Into<poem::Body>,
+    media_type: &'static str,
+    cache: &'static str,
+    csp: &'static str,
+) -> Response {
+    let mut response = Response::builder().body(body);
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(media_type));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static(cache));
+    headers.insert(
+        header::CONTENT_SECURITY_POLICY,
+        HeaderValue::from_static(csp),
+    );
+    response
+}
+
+pub(super) fn html(body: String) -> Response {
+    respond(body, "text/html; charset=utf-8", "no-cache", CSP)
+}
+
+pub(in crate::api) fn page(title: &str, body: &str) -> Response {
+    html(format!(
+        "<!doctype html>\n<html lang=\"en\">\n<head>\n{META}\n<title>{title} · Quota</title>\n\
+         <link rel=\"stylesheet\" href=\"/page.css\">\n<link rel=\"icon\" type=\"image/svg+xml\" href=\"/icon.svg\">\n</head>\n<body>\n\
+         <main class=\"narrow\">\n<p class=\"up\"><a class=\"brand\" href=\"/\"><img src=\"/icon.svg\" alt=\"\" width=\"24\" \
+         height=\"24\">Quota</a></p>\n{body}\n</main>\n</body>\n</html>\n"
+    ))
+}
+
+pub(super) fn escape(text: &str) -> String {
+    text.replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
+        .replace('"', "&quot;")
+}
+
+/// Escapes text for HTML, and turns backticks into `<code>` elements.
+pub(super) fn marked(text: &str) -> String {
+    let parts = text.split('`').enumerate().map(|(index, part)| {
+        let part = escape(part);
+        if index % 2 == 0 {
+            part
+        } else {
+            format!("<code>{part}</code>")
+        }
+    });
+    parts.collect()
+}
