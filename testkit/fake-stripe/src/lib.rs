@@ -15,6 +15,7 @@ mod document;
 mod engine;
 mod form;
 mod http;
+mod meter;
 mod objects;
 mod page;
 mod state;

@@ -273,6 +273,14 @@ pub fn number(value: &Value) -> Option<i64> {
         .or_else(|| value.as_str().and_then(|text| text.parse().ok()))
 }
 
+/// Fails if one of these parameters is missing.
+pub fn required(params: &Value, names: &[&str]) -> Result<(), Failure> {
+    match names.iter().find(|name| params.get(**name).is_none()) {
+        Some(missing) => Err(Failure::missing(missing)),
+        None => Ok(()),
+    }
+}
+
 /// Returns the same day and time a number of months later.
 pub fn months_after(at: i64, months: u32) -> i64 {
     let at = DateTime::from_timestamp(at, 0).expect("a time of this era");
