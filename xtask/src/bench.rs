@@ -15,9 +15,9 @@ use std::{
 use anyhow::{Context as _, Result};
 
 use crate::{
-    cargo, desktop, journey, machine,
+    cargo, desktop, machine,
     postgres::{self, Throwaway},
-    say, succeed, target, up,
+    say, succeed, target, test_server, up,
 };
 
 /// The default number of seeds for the simulation.
@@ -107,7 +107,7 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
         && first == "desktop"
     {
         machine::install(&[&[machine::POSTGRES], &desktop::JOURNEY_NEEDS[..]].concat())?;
-        return journey::on_server(|server| desktop::bench(server, rest));
+        return test_server::on_server(|server| desktop::bench(server, rest));
     }
     if let Some((first, rest)) = arguments.split_first()
         && first == "simulation"

@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{cargo, console, journey, machine, read, root, say, succeed, system};
+use crate::{cargo, console, machine, read, root, say, succeed, system, test_server};
 
 /// The address of `cargo xtask run`.
 const RUNNING: &str = "http://localhost:8080";
@@ -167,7 +167,7 @@ fn test_packages(out: &Path) -> Result<()> {
     succeed(cargo().args(["build", "--quiet", "--package", "xtask-desktop"]))?;
     succeed(as_root(&["dpkg", "--install"]).arg(&deb))?;
     let program = Path::new("/").join(PROGRAM);
-    let started = journey::on_server(|server| {
+    let started = test_server::on_server(|server| {
         let tester = console::target_directory()?.join("debug/xtask-desktop");
         succeed(Command::new(tester).arg("start").arg(&program).arg(server))
     });

@@ -24,6 +24,7 @@ mod run;
 mod schema;
 mod system;
 mod test;
+mod test_server;
 mod up;
 
 use std::{
