@@ -54,9 +54,9 @@ impl LocalStore {
         cost: NonZeroU32,
         on_unknown: OnUnknown,
     ) -> Result<Decision, MissingBlocks> {
-        let (mut state, now) = self.keys.current(handle, policies);
+        let (mut state, now) = self.keys.lock_state(handle, policies);
         let step = state.step(policies, cost, now, on_unknown);
-        self.keys.after(handle, &mut state, step.as_ref().ok());
+        self.keys.follow_up(handle, &mut state, step.as_ref().ok());
         step
     }
 }
@@ -88,7 +88,7 @@ impl LimitStore for LocalStore {
     }
 
     fn peek(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
-        let (state, now) = self.keys.current(handle, policies);
+        let (state, now) = self.keys.lock_state(handle, policies);
         state.decision(policies, now, Outcome::Allowed)
     }
 

@@ -116,17 +116,18 @@ impl TenantQuotas {
     ) -> Result<Result<(), Decision>, LimiterError> {
         let tokens = u64::from(cost.get());
         let mut attempt = || {
-            let (mut state, now) = self.keys.current(&quota.handle, &quota.policies);
+            let (mut state, now) = self.keys.lock_state(&quota.handle, &quota.policies);
             if demand.reserve(&mut state, now) {
                 return Ok(Ok(()));
             }
             let quotas = state.quotas(tokens, now);
             if let Some(missing) = quotas.missing(false, OnUnknown::Wait) {
-                self.keys.after(&quota.handle, &mut state, None);
+                self.keys.follow_up(&quota.handle, &mut state, None);
                 return Err(missing);
             }
             let denied = state.decision(&quota.policies, now, quotas.denial.outcome());
-            self.keys.after(&quota.handle, &mut state, Some(&denied));
+            self.keys
+                .follow_up(&quota.handle, &mut state, Some(&denied));
             Ok(Err(denied))
         };
         if let Ok(done) = attempt() {
@@ -141,15 +142,15 @@ impl TenantQuotas {
     /// Spends the reserved tokens, even if their month has ended: the key's own tokens are already spent, so the
     /// request can no longer be denied.
     fn spend(&self, quota: &TenantQuota, demand: &mut DemandGuard<'_>) -> Option<PolicyState> {
-        let (mut state, now) = self.keys.current(&quota.handle, &quota.policies);
+        let (mut state, now) = self.keys.lock_state(&quota.handle, &quota.policies);
         demand.spend_in_any_window(&mut state);
         let spent = state.decision(&quota.policies, now, Outcome::Allowed);
-        self.keys.after(&quota.handle, &mut state, Some(&spent));
+        self.keys.follow_up(&quota.handle, &mut state, Some(&spent));
         shared_state(&spent)
     }
 
     fn release(&self, quota: &TenantQuota, demand: &mut DemandGuard<'_>) -> Option<PolicyState> {
-        let (mut state, now) = self.keys.current(&quota.handle, &quota.policies);
+        let (mut state, now) = self.keys.lock_state(&quota.handle, &quota.policies);
         demand.release(&mut state);
         let released = state.decision(&quota.policies, now, Outcome::Allowed);
         shared_state(&released)

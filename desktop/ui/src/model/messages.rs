@@ -3,7 +3,7 @@
 /// An error that was shown for at least this many milliseconds counts as read.
 const READ_MS: i64 = 3000;
 /// The maximum number of messages, including the one on the page. Older messages are dropped.
-const MAX_WAITING: usize = 3;
+const MAX_MESSAGES: usize = 3;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Message<A> {
@@ -32,7 +32,7 @@ impl<A: Clone> Messages<A> {
             it.is_error && (message.is_error || message.added_at - it.added_at < READ_MS)
         });
         self.0.push(message);
-        self.0.drain(..self.0.len().saturating_sub(MAX_WAITING));
+        self.0.drain(..self.0.len().saturating_sub(MAX_MESSAGES));
     }
 
     pub fn remove(&mut self, id: u32) {

@@ -60,12 +60,12 @@ impl StoreCore {
         cost: NonZeroU32,
         demand: Option<&mut DemandGuard<'_>>,
     ) -> Result<LocalOutcome, MissingBlocks> {
-        let (mut state, now) = self.keys.current(handle, policies);
+        let (mut state, now) = self.keys.lock_state(handle, policies);
         let moment = self.moment(now);
         let monotonic = moment.monotonic;
         let tokens = u64::from(cost.get());
         if !state.quotas_fit(tokens) {
-            self.keys.after(handle, &mut state, None);
+            self.keys.follow_up(handle, &mut state, None);
             return match state.quotas(tokens, now).missing(false, OnUnknown::Wait) {
                 Some(missing) => Err(missing),
                 None => Ok(LocalOutcome::Peek),
@@ -101,14 +101,14 @@ impl StoreCore {
             {
                 demand.reserve(&mut state, now);
             }
-            self.keys.after(handle, &mut state, None);
+            self.keys.follow_up(handle, &mut state, None);
             return Ok(if never {
                 LocalOutcome::Peek
             } else {
                 LocalOutcome::Fetch
             });
         };
-        self.keys.after(handle, &mut state, Some(&decision));
+        self.keys.follow_up(handle, &mut state, Some(&decision));
         Ok(LocalOutcome::Done(decision))
     }
 
@@ -157,7 +157,7 @@ impl StoreCore {
         demand: &mut DemandGuard<'_>,
         grant: Grant,
     ) -> Option<Decision> {
-        let (mut state, now) = self.keys.current(handle, policies);
+        let (mut state, now) = self.keys.lock_state(handle, policies);
         if !demand.spend(&mut state, now) {
             // Dropping `grant` takes the lock to return its tokens.
             drop(state);
@@ -169,7 +169,7 @@ impl StoreCore {
             .inc_by(u64::from(cost.get()));
         let now = self.moment(now);
         let decision = decision(&mut state, policies, now, Outcome::Allowed);
-        self.keys.after(handle, &mut state, Some(&decision));
+        self.keys.follow_up(handle, &mut state, Some(&decision));
         Some(decision)
     }
 
@@ -183,7 +183,7 @@ impl StoreCore {
         demand: &mut DemandGuard<'_>,
         wait: Option<NonZeroU64>,
     ) -> Option<Decision> {
-        let (mut state, now) = self.keys.current(handle, policies);
+        let (mut state, now) = self.keys.lock_state(handle, policies);
         demand.release(&mut state);
         let moment = self.moment(now);
         let monotonic = moment.monotonic;
@@ -202,7 +202,7 @@ impl StoreCore {
         }
         let outcome = denial.outcome();
         let decision = decision(&mut state, policies, moment, outcome);
-        self.keys.after(handle, &mut state, Some(&decision));
+        self.keys.follow_up(handle, &mut state, Some(&decision));
         Some(decision)
     }
 
@@ -217,7 +217,7 @@ impl StoreCore {
     ) -> Result<Option<Decision>, LimiterError> {
         let on_failure = policies.on_failure().unwrap_or(self.settings.on_failure);
         let outage = self.breaker(handle).outage();
-        let (mut state, now) = self.keys.current(handle, policies);
+        let (mut state, now) = self.keys.lock_state(handle, policies);
         let monotonic = self.clock.monotonic();
         let tokens = u64::from(cost.get());
         if let Some(demand) = demand {
@@ -248,7 +248,7 @@ impl StoreCore {
                     (Some(outage), Some((slot, since))) => {
                         let since = outage
                             .since
-                            .saturating_add(self.noticed_by_all())
+                            .saturating_add(self.max_detection_delay())
                             .max(since);
                         let verdict = if outage.is_paused(monotonic) {
                             Err(A_MOMENT)
@@ -279,7 +279,7 @@ impl StoreCore {
         }
         let mut decision = state.decision_with(policies, now, outcome, rate);
         decision.degraded = true;
-        self.keys.after(handle, &mut state, Some(&decision));
+        self.keys.follow_up(handle, &mut state, Some(&decision));
         Ok(Some(decision))
     }
 

@@ -178,7 +178,7 @@ impl LimitStore for DistributedStore {
     }
 
     fn peek(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
-        let (mut state, now) = self.0.keys.current(handle, policies);
+        let (mut state, now) = self.0.keys.lock_state(handle, policies);
         let now = self.0.moment(now);
         decision(&mut state, policies, now, Outcome::Allowed)
     }
@@ -188,7 +188,7 @@ impl LimitStore for DistributedStore {
             .0
             .look_up_debt(handle, policies.terms(self.0.ttl))
             .await;
-        let (mut state, now) = self.0.keys.current(handle, policies);
+        let (mut state, now) = self.0.keys.lock_state(handle, policies);
         match debt {
             Some(debt) => state.decision_with(
                 policies,

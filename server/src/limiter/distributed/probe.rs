@@ -46,8 +46,8 @@ const FIRST_PROBE: Duration = CONFIRMED_EVERY
     .saturating_add(CALL_EVERY.saturating_mul(2))
     .saturating_add(TICK);
 
-/// See [`StoreCore::noticed_by_all`]. Response times are omitted here. They delay the second probe at least as much as
-/// they delay the detection.
+/// See [`StoreCore::max_detection_delay`]. Response times are omitted here. They delay the second probe at least as
+/// much as they delay the detection.
 const _: () = assert!(
     5 * CALL_EVERY.as_millis()
         <= FIRST_PROBE.as_millis() + PROBE_DEADLINE.as_millis() + PROBE_EVERY.as_millis()
@@ -95,7 +95,7 @@ impl StoreCore {
     /// idle replica starts five calls, each within [`CALL_EVERY`], and opens its breaker when the fifth one fails, one
     /// deadline later. This happens before the first replica's second probe. So if the idle replica does not detect the
     /// outage, the outage ends before that probe, and the first replica recovers with its second probe at the latest.
-    pub(super) fn noticed_by_all(&self) -> Nanos {
+    pub(super) fn max_detection_delay(&self) -> Nanos {
         let deadline = self.settings.deadline;
         let second_probe = first_probe(deadline) + PROBE_DEADLINE.max(deadline) + PROBE_EVERY;
         Nanos::from(second_probe + deadline)

@@ -109,7 +109,7 @@ impl Drop for DemandGuard<'_> {
         for policy in [Policy::Daily, Policy::Monthly] {
             if state
                 .block(policy)
-                .is_some_and(|block| block.has_debts(now) || (is_last && block.is_low(now)))
+                .is_some_and(|block| block.is_return_due(now) || (is_last && block.is_low(now)))
             {
                 self.calls
                     .start(self.handle, &mut state, policy, Need::Ahead);

@@ -258,7 +258,7 @@ impl LedgerCalls {
         if Handle::try_current().is_ok()
             && let Some(block) = state.block(policy)
         {
-            for (window_start, n) in block.release() {
+            for (window_start, n) in block.take_all() {
                 self.give_back(row(handle, policy, window_start), n);
                 any = true;
             }
@@ -338,7 +338,7 @@ impl LedgerCalls {
             state.tidy();
             if state
                 .block(call.policy)
-                .is_some_and(|block| block.has_debts(now))
+                .is_some_and(|block| block.is_return_due(now))
             {
                 self.start(&call.handle, &mut state, call.policy, Need::Ahead);
             }

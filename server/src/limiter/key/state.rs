@@ -384,7 +384,7 @@ impl KeyState {
         let violated = decision.violated();
         let may_pass_later = decision.retry_after().is_some();
         let need = |policy, block: &Block| {
-            if block.is_low(now) || block.has_debts(now) {
+            if block.is_low(now) || block.is_return_due(now) {
                 Some(Need::Ahead)
             } else if violated.contains(policy)
                 && may_pass_later

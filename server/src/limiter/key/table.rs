@@ -208,7 +208,7 @@ impl KeyTable {
 
     /// Locks a key's state and applies the policies and the current time to it. Also returns the time.
     #[inline]
-    pub(in crate::limiter) fn current<'a>(
+    pub(in crate::limiter) fn lock_state<'a>(
         &self,
         handle: &'a KeyHandle,
         policies: &Policies,
@@ -224,7 +224,7 @@ impl KeyTable {
     /// Does the follow-up work after a decision, or after an attempt that could not decide: returns surplus tokens and
     /// starts to fetch missing ones.
     #[inline]
-    pub(in crate::limiter) fn after(
+    pub(in crate::limiter) fn follow_up(
         &self,
         handle: &Arc<KeyHandle>,
         state: &mut KeyState,

@@ -400,7 +400,7 @@ impl Block {
     }
 
     /// Marks all held tokens as owed, and takes everything that is owed.
-    pub(in crate::limiter) fn release(&mut self) -> impl Iterator<Item = (UnixNanos, u64)> {
+    pub(in crate::limiter) fn take_all(&mut self) -> impl Iterator<Item = (UnixNanos, u64)> {
         self.surrender();
         self.drop_next();
         self.take_owed(UnixNanos(u64::MAX))

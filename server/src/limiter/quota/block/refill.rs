@@ -35,7 +35,7 @@ impl Block {
 
     /// Returns whether tokens are owed to a window that has not ended, and no call is in flight. Tokens owed to an
     /// ended window can wait for [`take_owed`](Self::take_owed).
-    pub(in crate::limiter) fn has_debts(&self, now: UnixNanos) -> bool {
+    pub(in crate::limiter) fn is_return_due(&self, now: UnixNanos) -> bool {
         !self.fetching && self.owed.iter().any(|(window, _)| now < window.end)
     }
 
