@@ -58,6 +58,13 @@ const RETURNS_FAILED: u32 = 8;
 /// How long to keep starting calls that return leases.
 const RETURNED_WITHIN: Duration = Duration::from_secs(4);
 
+/// What to do when the deadline of a call has passed.
+pub(super) enum AfterDeadline {
+    /// Wait for the late response, because its tokens can still be spent or returned.
+    Wait,
+    GiveUp,
+}
+
 /// How a call ended.
 pub(super) enum CallOutcome {
     InTime(TakeReply),
@@ -109,9 +116,13 @@ impl StoreCore {
         }
     }
 
-    /// Makes a call, and counts the tokens that it takes and returns. If the deadline passes, runs `on_late` and keeps
-    /// waiting, because tokens of a late response can still be spent or returned.
-    pub(super) async fn make_call(&self, call: TakeCall, on_late: impl FnOnce()) -> CallOutcome {
+    /// Makes a call, and counts the tokens that it takes and returns. If the deadline passes, runs `on_late`, which
+    /// decides whether to wait for the late response.
+    pub(super) async fn make_call(
+        &self,
+        call: TakeCall,
+        on_late: impl FnOnce() -> AfterDeadline,
+    ) -> CallOutcome {
         let outcome = self.call_counters(call, on_late).await;
         match outcome {
             CallOutcome::InTime(TakeReply {
@@ -139,7 +150,9 @@ impl StoreCore {
             return None;
         }
         match self
-            .make_call(self.build_call(handle, terms, None), || ())
+            .make_call(self.build_call(handle, terms, None), || {
+                AfterDeadline::GiveUp
+            })
             .await
         {
             CallOutcome::InTime(TakeReply {
@@ -167,7 +180,11 @@ impl StoreCore {
     }
 
     /// Makes a call, and records its outcome in the breaker. If the call reveals an outage, starts probing.
-    async fn call_counters(&self, call: TakeCall, on_late: impl FnOnce()) -> CallOutcome {
+    async fn call_counters(
+        &self,
+        call: TakeCall,
+        on_late: impl FnOnce() -> AfterDeadline,
+    ) -> CallOutcome {
         let breaker = &self.breakers[usize::from(call.partition)];
         breaker.record_use(self.clock.monotonic());
         self.metrics.counter_calls.inc();
@@ -179,10 +196,13 @@ impl StoreCore {
             Ok(result) => (result, false),
             Err(_) => {
                 self.record_failure(call.partition, &"no response in time");
-                on_late();
-                match time::timeout(CALL_DEADLINE, call_in_flight).await {
-                    Ok(result) => (result, true),
-                    Err(_) => return CallOutcome::Failed,
+                let late = match on_late() {
+                    AfterDeadline::Wait => time::timeout(CALL_DEADLINE, call_in_flight).await.ok(),
+                    AfterDeadline::GiveUp => None,
+                };
+                match late {
+                    Some(result) => (result, true),
+                    None => return CallOutcome::Failed,
                 }
             }
         };

@@ -5,7 +5,7 @@ use std::{pin::pin, sync::Arc, time::Duration};
 use tokio::{runtime::Handle, time};
 
 use super::{
-    calls::{CallOutcome, DENIED_FOR_LEASES},
+    calls::{AfterDeadline, CallOutcome, DENIED_FOR_LEASES},
     core::StoreCore,
 };
 use crate::{
@@ -111,7 +111,7 @@ async fn return_unspent(inner: Arc<StoreCore>, handle: Arc<KeyHandle>) {
                 }
             }
         };
-        inner.make_call(call, || ()).await;
+        inner.make_call(call, || AfterDeadline::Wait).await;
     }
 }
 
@@ -284,7 +284,10 @@ async fn fetch(mut fetch: LeaseFetch) {
     let pause = Duration::from(fetch.terms.pause());
     let span = fetch.span.take();
     let answer = {
-        let answer = pin!(inner.make_call(fetch.call, || fetch.allow_next_call()));
+        let answer = pin!(inner.make_call(fetch.call, || {
+            fetch.allow_next_call();
+            AfterDeadline::Wait
+        }));
         let mut answer = spans::inside(span.as_ref(), answer);
         if pause < inner.settings.deadline {
             match time::timeout(pause, &mut answer).await {

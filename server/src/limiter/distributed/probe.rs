@@ -7,7 +7,7 @@ use std::{
 
 use tokio::time;
 
-use super::core::StoreCore;
+use super::{calls::AfterDeadline, core::StoreCore};
 use crate::{
     clock::Nanos,
     limiter::rate::counters::{BucketName, BucketState, CounterMicros, TakeCall},
@@ -131,7 +131,8 @@ fn heartbeat_call(partition: u16, inner: &StoreCore) -> TakeCall {
 async fn send_heartbeat(inner: Arc<StoreCore>, number: u16) {
     let breaker = &inner.breakers[usize::from(number)];
     let used_at = breaker.used_at();
-    inner.make_call(heartbeat_call(number, &inner), || ()).await;
+    let call = heartbeat_call(number, &inner);
+    inner.make_call(call, || AfterDeadline::Wait).await;
     // A heartbeat does not count as use.
     breaker.record_use(used_at);
 }

@@ -3,7 +3,7 @@
 use std::{fmt::Write as _, num::NonZeroU32, sync::Arc, time::Duration};
 
 use quota_common::{id::TenantId, plan::OnRedisFailure};
-use quota_server::limiter::{KeyHandle, Limiter, Membership, Policies};
+use quota_server::limiter::{Decision, KeyHandle, Limiter, Membership, Policies};
 use tokio::{
     task::JoinSet,
     time::{Instant, sleep, sleep_until},
@@ -213,6 +213,32 @@ fn a_late_response_is_no_denial() {
                 });
             }
         }
+    }
+}
+
+/// A look at a key's limits takes no tokens, so a late response is of no use to it.
+#[test]
+fn a_key_is_inspected_within_one_deadline() {
+    for (reach, late) in [(Reach::Deaf, 0), (Reach::Up, 55)] {
+        paused(async {
+            let membership: Arc<Membership> = Arc::default();
+            let (world, limiters, policies) =
+                without_redis(OnRedisFailure::Share, &[membership], 2, (60, 10), true);
+            let handle = a_handle(&limiters[0]);
+            assert_eq!(crowd(&limiters[0], &policies, 4).await, 4);
+            {
+                let mut links = world.links.lock();
+                links[0].reach = reach;
+                links[0].late = (100, late);
+            }
+            let begin = Instant::now();
+            let inspected = limiters[0].inspect(&handle, &policies).await;
+            assert!(begin.elapsed() <= DEADLINE + Duration::from_millis(1));
+            // Without a response, the result is what the replica knows.
+            let known = limiters[0].peek(&handle, &policies);
+            let remaining = |it: &Decision| it.states().next().map(|it| it.remaining);
+            assert_eq!(remaining(&inspected), remaining(&known), "{reach:?}");
+        });
     }
 }
 
