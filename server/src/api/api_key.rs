@@ -32,7 +32,8 @@ use crate::{
     db::{DbError, TenantTx},
     repo::{
         Order, SortBy,
-        api_key::{self, ApiKeyChange, ApiKeyRow, Filter, NewApiKey},
+        api_key::{self, ApiKeyChange, ApiKeyRow, NewApiKey},
+        api_key_list::{self, Filter},
         invalidation::Target,
     },
     secret_text::{Kind, SecretText},
@@ -183,13 +184,14 @@ impl ApiKeyApi {
             None => None,
             Some(_) => {
                 let mut tx = self.state.db.system().await?;
-                let matches = api_key::search(&mut tx, caller.tenant(), &filter).await?;
+                let matches = api_key_list::search(&mut tx, caller.tenant(), &filter).await?;
                 tx.commit().await?;
                 Some(matches)
             }
         };
-        let list =
-            async |tx: &mut TenantTx| api_key::list(tx, &filter, matches.as_ref(), &slice).await;
+        let list = async |tx: &mut TenantTx| {
+            api_key_list::list(tx, &filter, matches.as_ref(), &slice).await
+        };
         let rows = read(&self.state, &caller, list).await?;
         Ok(Json(page::sorted_page(rows, order)))
     }

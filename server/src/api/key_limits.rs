@@ -22,7 +22,11 @@ use super::{
     json::Json,
     problem::{ApiError, OrNotFound},
     tenant_rights::{ReadingTenant, UsageTenant},
-    usage::{nanos, policy_name, tenant_zone, time, times},
+    usage::{
+        policy_name,
+        range::{nanos, time},
+        tenant_zone, times,
+    },
 };
 use crate::{
     db::TenantTx,

@@ -15,7 +15,11 @@ use super::{
     json::Json,
     problem::ApiError,
     tenant_rights::UsageTenant,
-    usage::{dense, nanos, range, sum, tenant_zone, time, times},
+    usage::{
+        dense,
+        range::{self, nanos, time},
+        sum, tenant_zone, times,
+    },
 };
 use crate::{
     limiter::{Policy, Zone, window},

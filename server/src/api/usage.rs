@@ -264,18 +264,6 @@ fn usage_group(
 }
 
 /// Converts a time to the calendar's unit, nanoseconds since 1970.
-pub(super) fn nanos(at: DateTime<Utc>) -> UnixNanos {
-    UnixNanos(
-        at.timestamp_nanos_opt()
-            .and_then(|nanos| u64::try_from(nanos).ok())
-            .unwrap_or_default(),
-    )
-}
-
-pub(super) fn time(at: UnixNanos) -> DateTime<Utc> {
-    DateTime::from_timestamp_nanos(i64::try_from(at.0).unwrap_or(i64::MAX))
-}
-
 /// Returns the tenant's time zone. If this version does not support it, returns UTC.
 pub(super) async fn tenant_zone(tx: &mut TenantTx) -> Result<Zone, ApiError> {
     let name = account::time_zone(tx).await.or_not_found()?;

@@ -13,31 +13,23 @@
 //!   that is down.
 //! * If this process runs as root, PostgreSQL runs as the `postgres` user, or as `nobody` if there is no such user,
 //!   because PostgreSQL refuses to run as root.
+mod address;
 mod binaries;
 mod cluster;
+mod error;
 mod place;
 
-use std::{
-    fmt::Write as _,
-    io,
-    path::{Path, PathBuf},
-    process::ExitStatus,
-};
+use std::path::{Path, PathBuf};
 
 use tokio::{sync::watch, task::JoinHandle};
 
+pub use self::error::EmbeddedError;
 use self::{
+    address::{NAME, PORT, connect, url},
     binaries::{initdb, installed_binaries, matching},
-    cluster::{Cluster, START_LIMIT, rotate},
+    cluster::{Cluster, rotate},
     place::{Place, lock, make_data_dir, socket_dir},
 };
-
-/// The role and the database that the server uses.
-const NAME: &str = "quota";
-
-/// The port, which is used only in the name of the socket file (`.s.PGSQL.5432`). PostgreSQL does not listen on a TCP
-/// port.
-const PORT: &str = "5432";
 
 /// The cluster's settings. They are passed on the command line, so that they come from this version of Quota, not from
 /// the version that created the cluster.
@@ -54,101 +46,6 @@ const SETTINGS: &[(&str, &str)] = &[
     ("log_checkpoints", "off"),
     ("log_line_prefix", "%m [%p] "),
 ];
-
-#[derive(Debug, thiserror::Error)]
-pub enum EmbeddedError {
-    #[error(
-        "PostgreSQL is not installed: install it (Debian and Ubuntu: `apt-get install postgresql`), or set \
-         DATABASE_URL to use another server"
-    )]
-    NotInstalled,
-    #[error(
-        "the database in {} was created by PostgreSQL {wanted}, but this machine has {}: install that \
-         version (Debian and Ubuntu: `apt-get install postgresql-{wanted}`), or upgrade the data with \
-         pg_upgrade",
-        cluster.display(),
-        found.join(", ")
-    )]
-    WrongVersion {
-        cluster: PathBuf,
-        wanted: String,
-        found: Vec<String>,
-    },
-    #[error(
-        "cannot create the data directory {} for the private PostgreSQL: set DATABASE_URL to use your own PostgreSQL server, or QUOTA_DATA_DIR to a writable directory",
-        path.display()
-    )]
-    NoDataDir {
-        path: PathBuf,
-        source: Box<EmbeddedError>,
-    },
-    #[error(
-        "another server is using the data directory {}: stop that server first, or set QUOTA_DATA_DIR",
-        .0.display()
-    )]
-    InUse(PathBuf),
-    #[error(
-        "the database in {} belongs to the user {owner}: start the server as that user or as root, or set QUOTA_DATA_DIR",
-        cluster.display()
-    )]
-    ForeignOwner { cluster: PathBuf, owner: String },
-    #[error("PostgreSQL cannot run as root, and this machine has no user named postgres or nobody")]
-    NoUser,
-    #[error(
-        "PostgreSQL has to run as the user {user}, which cannot access {}: grant access (chmod o+x on it and its \
-         parent directories), or set QUOTA_DATA_DIR",
-        path.display()
-    )]
-    Unreachable { path: PathBuf, user: String },
-    #[error(
-        "{} is not a directory that only the database's user can access: remove it, or set QUOTA_DATA_DIR to a \
-         shorter path",
-        .0.display()
-    )]
-    UnsafeSocketDirectory(PathBuf),
-    #[error("{what} {}", path.display())]
-    File {
-        what: &'static str,
-        path: PathBuf,
-        #[source]
-        source: io::Error,
-    },
-    #[error("cannot run {}", program.display())]
-    Run {
-        program: PathBuf,
-        #[source]
-        source: io::Error,
-    },
-    #[error("initdb failed ({status}): {output}")]
-    Initdb { status: ExitStatus, output: String },
-    #[error("PostgreSQL exited at startup ({status}); the last lines of {}:\n{tail}", log.display())]
-    Ended {
-        status: ExitStatus,
-        log: PathBuf,
-        tail: String,
-    },
-    #[error(
-        "PostgreSQL did not accept connections within {} seconds; see {}",
-        START_LIMIT.as_secs(),
-        log.display()
-    )]
-    Slow {
-        log: PathBuf,
-        #[source]
-        source: tokio_postgres::Error,
-    },
-    #[error("an earlier PostgreSQL (PID {pid}) is still using {} and has not exited", cluster.display())]
-    Orphan { pid: i32, cluster: PathBuf },
-    #[error("cannot create the database {NAME}")]
-    CreateDatabase(#[source] tokio_postgres::Error),
-}
-
-impl EmbeddedError {
-    fn file(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        let path = path.to_owned();
-        move |source| Self::File { what, path, source }
-    }
-}
 
 /// A running private PostgreSQL. It stops when this value is dropped or when this process ends.
 #[derive(Debug)]
@@ -234,25 +131,6 @@ impl EmbeddedPostgres {
             tracing::error!(%error, "the private PostgreSQL did not stop cleanly");
         }
     }
-}
-
-fn url(socket_dir: &Path, database: &str) -> String {
-    let mut url = format!("postgres://{NAME}@");
-    for &byte in socket_dir.as_os_str().as_encoded_bytes() {
-        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
-            url.push(char::from(byte));
-        } else {
-            let _ = write!(url, "%{byte:02X}");
-        }
-    }
-    let _ = write!(url, ":{PORT}/{database}");
-    url
-}
-
-async fn connect(url: &str) -> Result<tokio_postgres::Client, tokio_postgres::Error> {
-    let (client, connection) = tokio_postgres::connect(url, tokio_postgres::NoTls).await?;
-    tokio::spawn(connection);
-    Ok(client)
 }
 
 async fn create_database(socket_dir: &Path) -> Result<(), EmbeddedError> {

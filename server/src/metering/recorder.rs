@@ -10,7 +10,6 @@ use arc_swap::ArcSwapOption;
 use parking_lot::Mutex;
 
 use super::{
-    Durability,
     directory::Directory,
     record::{ENDPOINT_MAX, REQUEST_ID_MAX},
     reusable::{Reusable, ReusableSpace},

@@ -1,5 +1,3 @@
-mod list;
-
 use chrono::{DateTime, Utc};
 use diesel::{
     dsl::{auto_type, now, sql},
@@ -12,7 +10,6 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use uuid::Uuid;
 
-pub use self::list::{Filter, Matches, list, search};
 use super::{CursorKey, SortBy, Sorted};
 use crate::{
     db::{DbError, SystemTx, TenantTx},

@@ -56,6 +56,7 @@ pub mod alert;
 pub mod alert_progress;
 pub mod allowance;
 pub mod api_key;
+pub mod api_key_list;
 pub mod audit;
 pub mod billing;
 pub mod billing_event;

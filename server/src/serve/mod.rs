@@ -47,6 +47,7 @@ use self::{
     body::ResponseBody,
     connection::{Connection, Phase, Shutdown},
     direct::DirectService,
+    http2::CONCURRENT_STREAMS,
     stream::{LentStream, WatchedStream},
     table::{Admitted, Slot, Table},
 };
@@ -69,9 +70,6 @@ const STREAM_WINDOW: u32 = 64 * 1024;
 const CONNECTION_WINDOW: u32 = 128 * 1024;
 /// HTTP/2: how many bytes of a response may wait for the socket, per stream.
 const SEND_BUFFER: usize = 64 * 1024;
-/// HTTP/2: the maximum number of concurrent requests per connection. Each request uses some memory until the client has
-/// received its response.
-const CONCURRENT_STREAMS: u32 = 32;
 /// The maximum number of connections that the kernel completes before they are accepted. The kernel may allow fewer
 /// (net.core.somaxconn).
 const BACKLOG: u32 = 4096;

@@ -40,7 +40,7 @@ use ipnet::IpNet;
 use parking_lot::Mutex;
 use tokio::{sync::Notify, time::Instant};
 
-use self::group::{Group, Width, networks};
+use self::group::{Group, IDLE_ENOUGH, Width, YOUNG, networks};
 use super::{
     connection::{Connection, Shutdown},
     memory::Memory,
@@ -48,12 +48,8 @@ use super::{
 };
 use crate::telemetry::metrics::{ConnectionLimit, ConnectionMetrics};
 
-/// How long a connection must have been idle before it can be closed to make room.
-const IDLE_ENOUGH: Duration = Duration::from_secs(1);
 /// How long a client must have stopped reading its response before its connection can be closed to make room.
 const STALLED_ENOUGH: Duration = Duration::from_secs(1);
-/// A younger connection is not closed to enforce the limit for its address, since its request may be in transit.
-const YOUNG: Duration = Duration::from_secs(1);
 /// How many of the oldest connections without a request are considered for closing. The one whose address has the most
 /// connections is closed.
 const WAITING_SEARCH: usize = 16;

@@ -1,4 +1,4 @@
-//! Settings of the layer.
+//! Builds the layer.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -9,28 +9,13 @@ use crate::{
     client::Client,
     denial_cache::DenialCache,
     request,
-    service::{QuotaLayer, Settings},
+    service::QuotaLayer,
+    settings::{OnUnavailable, Settings},
 };
 
 /// How long a connection to Quota may be idle before it is closed. Shorter than Quota's own timeout (75 s by default),
 /// so that a check is not sent on a connection that Quota is closing.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// What happens to a request if Quota cannot be reached in time.
-///
-/// In both cases, Quota may have charged the request: for example, if the check timed out after Quota had received it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum OnUnavailable {
-    /// The response is 503.
-    Deny,
-    /// The request is passed on with [`Code::Unchecked`](crate::Code::Unchecked), and its response has the header
-    /// `X-Quota-Degraded: unchecked`.
-    ///
-    /// Neither the limits nor the API key have been checked: until Quota can be reached again, any key is accepted,
-    /// including keys that were never issued. Requests without a key are still rejected, and so are requests that Quota
-    /// itself refuses to decide, for example because their plan rejects requests while Redis is unreachable.
-    Allow,
-}
 
 /// An invalid setting.
 #[derive(Debug, thiserror::Error)]

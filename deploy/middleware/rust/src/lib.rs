@@ -29,10 +29,12 @@ mod denial_cache;
 mod request;
 mod response;
 mod service;
+mod settings;
 
 pub use self::{
-    builder::{BuildError, OnUnavailable, QuotaLayerBuilder},
+    builder::{BuildError, QuotaLayerBuilder},
     decision::{Code, Decision, LimitState},
     response::ResponseBody,
     service::{QuotaLayer, QuotaService},
+    settings::OnUnavailable,
 };

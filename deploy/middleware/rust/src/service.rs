@@ -17,34 +17,16 @@ use tower_layer::Layer;
 use tower_service::Service;
 
 use crate::{
-    OnUnavailable, ResponseBody,
     client::{Check, Client, DEGRADED, REQUEST_ID},
     decision::{Code, Decision},
     denial_cache::DenialCache,
-    request, response,
+    request,
+    response::{self, ResponseBody},
+    settings::{OnUnavailable, Settings},
 };
 
 /// Quota rejects checks with a higher cost.
 const MAX_COST: u32 = 1_000_000;
-
-type OfRequest<T> = Arc<dyn Fn(&Parts) -> T + Send + Sync>;
-
-pub(crate) struct Settings {
-    pub(crate) on_unavailable: OnUnavailable,
-    pub(crate) key: OfRequest<Option<String>>,
-    pub(crate) cost: OfRequest<u32>,
-    pub(crate) endpoint: OfRequest<Option<String>>,
-    pub(crate) denials: Option<DenialCache>,
-}
-
-impl fmt::Debug for Settings {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Settings")
-            .field("on_unavailable", &self.on_unavailable)
-            .field("denials", &self.denials)
-            .finish_non_exhaustive()
-    }
-}
 
 /// Checks each request with Quota before it reaches the service. Clones share connections and remembered denials.
 #[derive(Debug, Clone)]

@@ -30,7 +30,7 @@ use tokio::{
     time::{Instant, sleep, sleep_until, timeout},
 };
 
-use super::write_position;
+use super::position::write_position;
 use crate::{
     api::problem::ApiError,
     auth::AuthError,

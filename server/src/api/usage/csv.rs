@@ -74,7 +74,7 @@ pub(super) fn write(usage: &Usage, zone: &Zone) -> Result<String, ApiError> {
         writer
             .write_record([
                 it.start.to_string(),
-                zone.local(super::nanos(it.start.inner())),
+                zone.local(super::range::nanos(it.start.inner())),
                 it.key_id.map(|id| id.to_string()).unwrap_or_default(),
                 cell(name).into_owned(),
                 text(&it.endpoint).unwrap_or_default(),

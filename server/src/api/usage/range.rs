@@ -3,9 +3,9 @@
 use chrono::{DateTime, DurationRound, TimeDelta, Utc};
 use quota_common::usage::{MAX_BUCKETS, UsageBucketSize};
 
-use super::{nanos, time};
 use crate::{
     api::problem::ApiError,
+    clock::UnixNanos,
     limiter::{Policy, Zone, hour_end, window},
     repo::usage::Range,
 };
@@ -40,6 +40,18 @@ impl Buckets {
             to: self.to,
         }
     }
+}
+
+pub(in crate::api) fn nanos(at: DateTime<Utc>) -> UnixNanos {
+    UnixNanos(
+        at.timestamp_nanos_opt()
+            .and_then(|nanos| u64::try_from(nanos).ok())
+            .unwrap_or_default(),
+    )
+}
+
+pub(in crate::api) fn time(at: UnixNanos) -> DateTime<Utc> {
+    DateTime::from_timestamp_nanos(i64::try_from(at.0).unwrap_or(i64::MAX))
 }
 
 pub(in crate::api) fn floor(at: DateTime<Utc>) -> DateTime<Utc> {

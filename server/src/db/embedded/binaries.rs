@@ -11,7 +11,8 @@ use std::{
 use tokio::process::{Child, Command};
 
 use super::{
-    EmbeddedError, NAME,
+    address::NAME,
+    error::EmbeddedError,
     place::{Place, make_dir},
 };
 

@@ -19,10 +19,14 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use super::{EmbeddedError, connect, place::Place, url};
+use super::{
+    address::{connect, url},
+    error::EmbeddedError,
+    place::Place,
+};
 
 /// The maximum duration of a startup. Recovery after a crash replays at most about one `max_wal_size` of WAL.
-pub(super) const START_LIMIT: Duration = Duration::from_mins(2);
+const START_LIMIT: Duration = Duration::from_mins(2);
 /// The maximum duration of a fast shutdown, which ends sessions and writes a checkpoint.
 const FAST_STOP_LIMIT: Duration = Duration::from_secs(20);
 /// The maximum duration of an immediate shutdown.
@@ -110,6 +114,7 @@ impl Cluster {
             }
             if Instant::now() > deadline {
                 return Err(EmbeddedError::Slow {
+                    limit: START_LIMIT,
                     log: self.log.clone(),
                     source: refused,
                 });

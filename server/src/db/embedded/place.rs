@@ -15,7 +15,7 @@ use aws_lc_rs::digest;
 use nix::unistd::{Gid, Uid, User, chown, geteuid};
 use tokio::process::Command;
 
-use super::{EmbeddedError, PORT};
+use super::{address::PORT, error::EmbeddedError};
 
 /// The maximum length of a socket's path on all supported systems (Linux: 107 bytes, macOS and BSD: 103).
 const SOCKET_PATH_LIMIT: usize = 103;

@@ -4,14 +4,18 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     sync::Arc,
+    time::Duration,
 };
 
 use ipnet::IpNet;
 use tokio::time::Instant;
 
-use super::{IDLE_ENOUGH, YOUNG};
 use crate::serve::connection::Connection;
 
+/// How long a connection must have been idle before it can be closed to make room.
+pub(super) const IDLE_ENOUGH: Duration = Duration::from_secs(1);
+/// A younger connection is not closed to enforce the limit for its address, since its request may be in transit.
+pub(super) const YOUNG: Duration = Duration::from_secs(1);
 /// How many of the oldest connections without a request are checked for a silent one.
 const SILENT_SEARCH: usize = 16;
 

@@ -7,10 +7,8 @@ use quota_common::{TenantId, page::TOTAL_MAX};
 use uuid::Uuid;
 
 use super::{
-    super::{
-        CursorKey, Order, Rows, SortBy, SortedSlice, UpToTotalMax, beyond_name, by_name, containing,
-    },
-    ApiKeyRow,
+    CursorKey, Order, Rows, SortBy, SortedSlice, UpToTotalMax, api_key::ApiKeyRow, beyond_name,
+    by_name, containing,
 };
 use crate::{
     db::{DbError, SystemTx, TenantTx},
