@@ -10,7 +10,9 @@ pub mod envoy;
 mod process;
 pub mod proxy;
 pub mod redis;
+pub mod redis_group;
 pub mod smtp;
 mod wheel;
+pub mod zipf;
 
 pub use process::Process;

@@ -1,8 +1,5 @@
-//! A private Redis that can be frozen, killed and restarted: one server, a master and a replica with sentinels, or a
-//! cluster. Listens on free loopback ports, stores nothing on disk, and ends with its owner, even if the owner is
-//! killed.
-
-mod group;
+//! A private Redis that can be frozen, killed and restarted. Listens on a free loopback port, stores nothing on disk, and
+//! ends with its owner, even if the owner is killed.
 
 use std::{
     net::{Ipv4Addr, SocketAddr, TcpListener},
@@ -18,16 +15,15 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-pub use self::group::{RedisCluster, SentinelGroup};
 use crate::Process;
 
-const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 
 #[derive(Debug)]
 pub struct RedisServer {
-    port: u16,
+    pub(crate) port: u16,
     running: Option<Process>,
-    options: Vec<String>,
+    pub(crate) options: Vec<String>,
     dir: tempfile::TempDir,
 }
 
@@ -80,7 +76,7 @@ impl RedisServer {
     }
 
     /// Sends one line and returns the reply, if there is one.
-    async fn answer(&self, line: &str) -> Option<String> {
+    pub(crate) async fn answer(&self, line: &str) -> Option<String> {
         command(self.addr(), self.password(), line).await
     }
 

@@ -3,7 +3,10 @@
 use std::{fs, net::SocketAddr, path::Path, process::Command, sync::Arc};
 
 use quota_server::db;
-use quota_testkit::redis::{RedisCluster, RedisServer, SentinelGroup, free_port};
+use quota_testkit::{
+    redis::{RedisServer, free_port},
+    redis_group::{RedisCluster, SentinelGroup},
+};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use secrecy::SecretString;
 

@@ -12,7 +12,8 @@ use quota_server::{
 };
 use quota_testkit::{
     proxy::{Fault, FaultProxy, Upstream},
-    redis::{RedisCluster, RedisServer, SentinelGroup},
+    redis::RedisServer,
+    redis_group::{RedisCluster, SentinelGroup},
 };
 use redis::{Cmd, FromRedisValue, Value};
 use tokio::time::{sleep, timeout};

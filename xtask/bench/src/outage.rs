@@ -19,7 +19,7 @@ use std::{
 use anyhow::{Result, bail, ensure};
 use clap::Args;
 use fastrand::Rng;
-use quota_testkit::redis::free_port;
+use quota_testkit::{redis::free_port, zipf::Zipf};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
@@ -57,28 +57,6 @@ pub(crate) struct Options {
     /// The length of the outage in seconds
     #[arg(long, default_value_t = 60)]
     seconds: u64,
-}
-
-/// Number `i` is drawn 1 / (i + 1) times as often as the first.
-struct Zipf(Vec<f64>);
-
-impl Zipf {
-    fn new(n: u32) -> Self {
-        let mut sum = 0.0;
-        let sums = (1..=n).map(|i| {
-            sum += 1.0 / f64::from(i);
-            sum
-        });
-        Self(sums.collect())
-    }
-
-    fn draw(&self, random: &mut Rng) -> usize {
-        let last = self.0.last().copied().unwrap_or_default();
-        let at = random.f64() * last;
-        self.0
-            .partition_point(|sum| *sum < at)
-            .min(self.0.len() - 1)
-    }
 }
 
 /// The state that all connections share.
@@ -119,8 +97,8 @@ impl Load {
                 "GET /v1/forward-auth HTTP/1.1\r\nHost: quota\r\nX-Service-Token: {}\r\nX-API-Key: {}\r\n\
                  X-Forwarded-Method: GET\r\nX-Forwarded-Uri: /v1/resource/{}\r\n\r\n",
                 self.token,
-                self.keys[self.by_key.draw(&mut random)],
-                self.by_endpoint.draw(&mut random)
+                self.keys[self.by_key.draw(random.f64())],
+                self.by_endpoint.draw(random.f64())
             );
             let phase = self.phase.load(Ordering::Relaxed);
             let sent = Instant::now();

@@ -8,6 +8,7 @@ use quota_server::repo::{
     usage::{self, Filter},
     usage_batch::UsageRecord,
 };
+use quota_testkit::zipf::Zipf;
 use serde_json::json;
 use uuid::Uuid;
 
@@ -23,25 +24,6 @@ const BATCH: usize = 50_000;
 const BACKLOG: usize = 1_000_000;
 /// The number of requests for each percentile.
 const ROUNDS: usize = 100;
-
-/// Draws a number from 0 to `n`; number `i` is drawn 1 / (i + 1) times as often as the first (Zipf, with exponent 1).
-struct Zipf(Vec<f64>);
-
-impl Zipf {
-    fn new(n: u32) -> Self {
-        let mut sum = 0.0;
-        let sums = (1..=n).map(|i| {
-            sum += 1.0 / f64::from(i);
-            sum
-        });
-        Self(sums.collect())
-    }
-
-    fn draw(&self, random: &mut fastrand::Rng) -> usize {
-        let at = random.f64() * self.0.last().expect("some");
-        self.0.partition_point(|sum| *sum < at)
-    }
-}
 
 /// Records in chronological order, spread evenly over `span` before `until`.
 struct Generator {
@@ -67,8 +49,8 @@ impl Generator {
                 let at = self.until - self.span
                     + TimeDelta::microseconds(i64::try_from(part).expect("within the span"));
                 self.made += 1;
-                let (key, plan) = &self.keys[self.by_key.draw(&mut self.random)];
-                let endpoint = &self.endpoints[self.by_endpoint.draw(&mut self.random)];
+                let (key, plan) = &self.keys[self.by_key.draw(self.random.f64())];
+                let endpoint = &self.endpoints[self.by_endpoint.draw(self.random.f64())];
                 let it = record(&self.account, key, plan, at);
                 let it = UsageRecord {
                     endpoint: endpoint.clone(),

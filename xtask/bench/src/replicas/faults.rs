@@ -10,7 +10,8 @@ use anyhow::{Context as _, Result, ensure};
 use clap::ValueEnum;
 use quota_testkit::{
     proxy::{Fault, FaultProxy, Upstream},
-    redis::{RedisServer, SentinelGroup},
+    redis::RedisServer,
+    redis_group::SentinelGroup,
 };
 use tokio::time::{Instant, sleep_until};
 

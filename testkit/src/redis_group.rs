@@ -7,7 +7,7 @@ use std::{
 
 use tokio::time::sleep;
 
-use super::{PATIENCE, RedisServer};
+use crate::redis::{PATIENCE, RedisServer};
 
 /// Waits until a condition holds.
 async fn until<F: Future<Output = bool>>(what: &str, is_so: impl Fn() -> F) {
