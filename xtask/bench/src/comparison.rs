@@ -1,13 +1,13 @@
 //! Servers with different settings, compared in the same run.
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
 use anyhow::{Result, bail};
 
 use crate::{
-    load::{CONNECTIONS, Load},
-    process::Server,
-    rounds::median,
+    load::{CONNECTIONS, Load, echo},
+    process::{Cores, Server},
+    rounds::{keys, median},
 };
 
 const WARM_UP: Duration = Duration::from_millis(500);
@@ -20,6 +20,22 @@ pub(crate) struct Case {
 }
 
 impl Case {
+    /// Starts a server with additional settings, and creates an API key for the requests.
+    pub(crate) fn start(
+        quota: &Path,
+        cores: Option<Cores>,
+        name: &'static str,
+        settings: &[(&str, String)],
+    ) -> Result<Self> {
+        let server = Server::quota(quota, "info,quota_server::access=off", cores, settings)?;
+        let (key, _) = keys(&server)?;
+        Ok(Self {
+            name,
+            server,
+            request: echo(&key),
+        })
+    }
+
     /// Returns the requests per second, and the CPU time per request in microseconds.
     fn round(&self, load: &Load, time: Duration) -> Result<(f64, f64)> {
         let before = self.server.cpu()?;

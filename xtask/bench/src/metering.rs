@@ -7,9 +7,7 @@ use tempfile::TempDir;
 
 use crate::{
     comparison::{Case, compare},
-    load::echo,
-    process::{Cores, Server},
-    rounds::keys,
+    process::Cores,
 };
 
 const APPENDS: u32 = 1_000_000;
@@ -17,15 +15,7 @@ const APPENDS: u32 = 1_000_000;
 pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
     append()?;
     let cores = Cores::pick();
-    let case = |name, settings: &[(&str, String)]| {
-        let server = Server::quota(quota, "info,quota_server::access=off", cores, settings)?;
-        let (key, _) = keys(&server)?;
-        anyhow::Ok(Case {
-            name,
-            server,
-            request: echo(&key),
-        })
-    };
+    let case = |name, settings: &[(&str, String)]| Case::start(quota, cores, name, settings);
     let cases = [
         case("off", &[("QUOTA_METERING", "off".into())])?,
         // The shipper's interval is longer than the measurement.

@@ -15,22 +15,12 @@ use anyhow::{Result, ensure};
 
 use crate::{
     comparison::{Case, compare},
-    load::echo,
-    process::{Cores, Server},
-    rounds::keys,
+    process::Cores,
 };
 
 pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
     let cores = Cores::pick();
-    let case = |name, settings: &[(&str, String)]| {
-        let server = Server::quota(quota, "info,quota_server::access=off", cores, settings)?;
-        let (key, _) = keys(&server)?;
-        anyhow::Ok(Case {
-            name,
-            server,
-            request: echo(&key),
-        })
-    };
+    let case = |name, settings: &[(&str, String)]| Case::start(quota, cores, name, settings);
     let off = case("off", &[])?;
     // Started after the first server, so that it runs on the core of the load.
     let collector = Collector::start()?;

@@ -13,10 +13,11 @@ pub(crate) mod up;
 use std::{
     fs,
     net::{Ipv4Addr, SocketAddr, TcpListener},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use anyhow::{Context as _, Result, ensure};
+use clap::Args;
 use futures_util::future::try_join_all;
 use nix::sys::signal::Signal;
 use quota_testkit::redis::{RedisServer, free_port};
@@ -37,6 +38,19 @@ struct Production {
     replicas: Vec<Replica>,
     redis: RedisServer,
     postgres: Postgres,
+}
+
+/// The programs to start.
+#[derive(Args)]
+struct Programs {
+    /// The `quota` binary
+    quota: PathBuf,
+    /// The directory of `initdb` and `postgres`
+    #[arg(long = "programs", value_name = "PROGRAMS")]
+    postgres: PathBuf,
+    /// The directory for a Caddy to download if there is no recent one
+    #[arg(long)]
+    tools: PathBuf,
 }
 
 /// What to start.

@@ -22,7 +22,7 @@ use quota_testkit::{
 use tokio::time::sleep;
 
 use super::{
-    Production, Shape,
+    Production, Programs, Shape,
     load::{Attempt, Load, Outcome, Target},
 };
 use crate::{
@@ -44,14 +44,8 @@ const SHIPPED_WITHIN: Duration = Duration::from_secs(30);
 
 #[derive(Args)]
 pub(crate) struct Options {
-    /// The `quota` binary
-    quota: PathBuf,
-    /// The directory of `initdb` and `postgres`
-    #[arg(long)]
-    programs: PathBuf,
-    /// The directory for a Caddy to download if there is no recent one
-    #[arg(long)]
-    tools: PathBuf,
+    #[command(flatten)]
+    programs: Programs,
     /// The number of restarts with SIGTERM
     #[arg(default_value_t = 20)]
     restarts: u32,
@@ -101,13 +95,13 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 }
 
 async fn restarts(options: &Options) -> Result<ExitCode> {
-    let caddy = caddy::recent(&options.tools)?;
+    let caddy = caddy::recent(&options.programs.tools)?;
     let dir = tempfile::Builder::new()
         .prefix("quota-restarts-")
         .tempdir_in("/tmp")?;
-    let postgres = Postgres::start(&options.programs).await?;
+    let postgres = Postgres::start(&options.programs.postgres).await?;
     let shape = Shape {
-        quota: options.from.as_ref().unwrap_or(&options.quota),
+        quota: options.from.as_ref().unwrap_or(&options.programs.quota),
         caddy: &caddy,
         dir: dir.path(),
         replicas: options.replicas,
@@ -173,7 +167,9 @@ async fn disturb(options: &Options, production: &mut Production, load: &Load) ->
     sleep(3 * PAUSE).await;
     if options.from.is_some() {
         for index in 0..production.replicas.len() {
-            production.replicas[index].quota.clone_from(&options.quota);
+            production.replicas[index]
+                .quota
+                .clone_from(&options.programs.quota);
             events
                 .end(production, load, index, Signal::SIGTERM, "upgrade")
                 .await?;

@@ -18,7 +18,7 @@ use tokio::{
     time::sleep,
 };
 
-use super::{Production, Shape, is_free};
+use super::{Production, Programs, Shape, is_free};
 use crate::postgres::Postgres;
 
 /// The port for HTTPS, if it is free and no other is given.
@@ -28,14 +28,8 @@ const BETWEEN_STARTS: Duration = Duration::from_secs(1);
 
 #[derive(Args)]
 pub(crate) struct Options {
-    /// The `quota` binary
-    quota: PathBuf,
-    /// The directory of `initdb` and `postgres`
-    #[arg(long)]
-    programs: PathBuf,
-    /// The directory for a Caddy to download if there is no recent one
-    #[arg(long)]
-    tools: PathBuf,
+    #[command(flatten)]
+    programs: Programs,
     /// The number of replicas
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=25))]
     replicas: u8,
@@ -116,10 +110,10 @@ async fn start(options: &Options) -> Result<Production> {
         None if is_free(Ipv4Addr::LOCALHOST, HTTPS) => HTTPS,
         None => free_port(),
     };
-    let caddy = caddy::recent(&options.tools)?;
-    let postgres = Postgres::kept(&options.programs, &dir.join("postgres")).await?;
+    let caddy = caddy::recent(&options.programs.tools)?;
+    let postgres = Postgres::kept(&options.programs.postgres, &dir.join("postgres")).await?;
     let shape = Shape {
-        quota: &options.quota,
+        quota: &options.programs.quota,
         caddy: &caddy,
         dir: &dir,
         replicas: options.replicas,
