@@ -15,7 +15,7 @@ use self::{
     programs::{Filled, Gateway, Program, folder},
     upstreams::{Api, Behind, Head, TlsHop},
 };
-use crate::support::{app::TestApp, authority::Authority};
+use crate::support::{app::TestApp, authority::Authority, test_with_each_program};
 
 /// Quota's headers that a gateway forwards.
 const LIMITS: [&str; 5] = [
@@ -455,41 +455,15 @@ async fn failing_or_silent_script_admits_nothing() {
     assert_eq!(setting.forged("qk_any").await.status(), 200);
 }
 
-macro_rules! for_each_gateway {
-    ($($promise:ident)+) => {
-        mod caddy {
-            $(#[tokio::test(flavor = "multi_thread")]
-            async fn $promise() {
-                super::$promise(super::Program::Caddy).await;
-            })+
-        }
-        mod nginx {
-            $(#[tokio::test(flavor = "multi_thread")]
-            async fn $promise() {
-                super::$promise(super::Program::Nginx).await;
-            })+
-        }
-        mod haproxy {
-            $(#[tokio::test(flavor = "multi_thread")]
-            async fn $promise() {
-                super::$promise(super::Program::HaProxy).await;
-            })+
-        }
-        mod envoy {
-            $(#[tokio::test(flavor = "multi_thread")]
-            async fn $promise() {
-                super::$promise(super::Program::Envoy).await;
-            })+
-        }
-    };
-}
-
-for_each_gateway! {
-    enforces_decisions
-    keeps_connections
-    reports_degraded_decisions
-    admits_only_what_quota_admits
-    fails_closed_without_quota
+test_with_each_program! {
+    { caddy: Caddy, nginx: Nginx, haproxy: HaProxy, envoy: Envoy, }
+    {
+        enforces_decisions
+        keeps_connections
+        reports_degraded_decisions
+        admits_only_what_quota_admits
+        fails_closed_without_quota
+    }
 }
 
 #[test]

@@ -15,7 +15,7 @@ use self::{
 };
 use crate::{
     gateways::upstreams::{Behind, TlsHop},
-    support::{app::TestApp, authority::Authority},
+    support::{app::TestApp, authority::Authority, test_with_each_program},
 };
 
 const LIMITS: [&str; 5] = [
@@ -319,32 +319,12 @@ async fn requires_a_trusted_certificate(program: Program) {
     assert_eq!(hop.connections(), 1);
 }
 
-macro_rules! for_each_program {
-    ($($promise:ident)+) => {
-        mod rust {
-            $(#[tokio::test(flavor = "multi_thread")]
-            async fn $promise() {
-                super::$promise(super::Program::Rust).await;
-            })+
-        }
-        mod python {
-            $(#[tokio::test(flavor = "multi_thread")]
-            async fn $promise() {
-                super::$promise(super::Program::Python).await;
-            })+
-        }
-        mod typescript {
-            $(#[tokio::test(flavor = "multi_thread")]
-            async fn $promise() {
-                super::$promise(super::Program::TypeScript).await;
-            })+
-        }
-    };
-}
-
-for_each_program! {
-    enforces_decisions
-    admits_exactly_the_quota
-    without_a_decision_the_setting_applies
-    requires_a_trusted_certificate
+test_with_each_program! {
+    { rust: Rust, python: Python, typescript: TypeScript, }
+    {
+        enforces_decisions
+        admits_exactly_the_quota
+        without_a_decision_the_setting_applies
+        requires_a_trusted_certificate
+    }
 }

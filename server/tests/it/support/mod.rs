@@ -9,3 +9,24 @@ pub(crate) mod http2;
 pub(crate) mod postgres;
 pub(crate) mod quota;
 pub(crate) mod stripe;
+
+/// Defines a test of each promise with each program, in one module per program. A promise is a function that takes a
+/// program.
+macro_rules! test_with_each_program {
+    ({ $($module:ident: $program:ident,)+ } $promises:tt) => {
+        $(mod $module {
+            crate::support::test_with_program! { $program $promises }
+        })+
+    };
+}
+
+macro_rules! test_with_program {
+    ($program:ident { $($promise:ident)+ }) => {
+        $(#[tokio::test(flavor = "multi_thread")]
+        async fn $promise() {
+            super::$promise(super::Program::$program).await;
+        })+
+    };
+}
+
+pub(crate) use {test_with_each_program, test_with_program};
