@@ -127,7 +127,7 @@ impl Freshness {
     }
 }
 
-/// Why a load failed. All callers that waited for the load receive it.
+/// Why a load failed. All callers that waited for the load receive the error.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Unconfirmed {
     #[error("cannot be confirmed: {0}")]

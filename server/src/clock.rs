@@ -193,7 +193,7 @@ impl Clock for SystemClock {
     }
 }
 
-/// A clock for tests, whose time changes only on request. Clones share their time.
+/// A clock for tests, whose time changes only when a test changes it. Clones share the same time.
 #[derive(Debug, Clone)]
 pub struct TestClock {
     time: Arc<TestTime>,

@@ -55,7 +55,7 @@ use crate::{
     webhooks::{Lookup, SystemLookup, Webhooks},
 };
 
-/// The number of client addresses that each rate limiter tracks. Each address takes about 100 bytes.
+/// The maximum number of client networks that each rate limiter tracks. Each network takes about 100 bytes.
 const GUARDED: usize = 200_000;
 
 /// How many Stripe pages a tenant may request per minute. Each page requires several requests to Stripe, whose rate
@@ -164,8 +164,8 @@ impl AppState {
         let publisher = Publisher::new(redis.clone(), invalidations, metrics.clone());
 
         let ledger = Arc::new(PostgresLedger::new(db.on(Lane::Ledger), metrics.clone()));
-        // This is ten times the size of the cache, since an evicted key keeps its bucket until the bucket is full
-        // again.
+        // The key table is ten times the size of the cache, because an evicted key keeps its bucket until the bucket is
+        // full again.
         let settings = KeyTableSettings {
             max_keys: config.key_cache.saturating_mul(10),
             connections: LedgerConnections::new(db.lanes().ledger),
@@ -412,7 +412,7 @@ async fn initialize_counters(
     if is_initialized {
         return Ok(());
     }
-    // This happens before the row is locked, because other replicas that are starting wait for the lock.
+    // Waits for Redis before locking the row, because other replicas that are starting wait for the lock.
     redis.connected(REDIS_WAIT).await;
     let mut tx = db.system().await?;
     if !repo::replica::begin_counters(&mut tx).await? {

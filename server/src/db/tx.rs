@@ -60,7 +60,7 @@ impl Tx {
     }
 
     fn get(&mut self) -> &mut AsyncPgConnection {
-        self.conn.as_mut().expect("only `commit` ends it")
+        self.conn.as_mut().expect("only `commit` ends the transaction")
     }
 
     async fn commit(mut self) -> Result<(), DbError> {
@@ -147,7 +147,7 @@ macro_rules! connection {
             type Target = AsyncPgConnection;
 
             fn deref(&self) -> &AsyncPgConnection {
-                self.tx.conn.as_ref().expect("only `commit` ends it")
+                self.tx.conn.as_ref().expect("only `commit` ends the transaction")
             }
         }
 

@@ -31,7 +31,7 @@ use crate::{
 /// The context in which messages are sealed. Must be changed whenever the meaning of a field changes.
 const CONTEXT: &[&[u8]] = &[b"invalidation 1"];
 /// The maximum difference between a message's time and this replica's time. The clocks of a replica and PostgreSQL may
-/// differ by up to two minutes, and messages arrive quickly. Older changes were found by polling long ago.
+/// differ by up to two minutes, and messages arrive quickly. Polling has long since found any older change.
 const MAX_AGE: Duration = Duration::from_mins(5);
 
 /// Other versions of the server read messages: fields may be added, but the meaning of existing fields must not change.

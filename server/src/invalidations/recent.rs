@@ -44,7 +44,7 @@ struct State {
     polled: BTreeMap<i64, Uuid>,
     /// Announced changes with numbers above `range.up_to`.
     announced: BTreeMap<i64, Uuid>,
-    /// The highest number of each ID in either map. IDs are unique across all kinds of resources.
+    /// The highest number of a change to each ID, from either map. IDs are unique across all kinds of resources.
     newest: HashMap<Uuid, i64>,
 }
 
@@ -165,7 +165,8 @@ impl Recent {
         true
     }
 
-    /// Returns whether none of these IDs has a known change with a number above `as_of`.
+    /// Returns whether a copy with the number `as_of` is known to be current: none of these IDs has a change with a
+    /// higher number.
     pub fn unchanged(&self, ids: &[Uuid], as_of: i64) -> bool {
         let state = self.0.lock();
         let Some(range) = state.range else {
@@ -272,7 +273,7 @@ mod tests {
         for seq in 2..=i64::try_from(3 * ANNOUNCED).unwrap() {
             recent.announced(&of_key(seq, 77));
         }
-        assert!(recent.unchanged(&[key(1)], 1), "the floor is where it was");
+        assert!(recent.unchanged(&[key(1)], 1), "the floor has not moved");
         recent.polled(&of_key(2, 1));
         assert!(!recent.unchanged(&[key(1)], 1));
         assert!(recent.unchanged(&[key(1)], 2));

@@ -1,6 +1,7 @@
 //! Sends events to webhooks.
 //!
-//! Sends deliveries that this replica has stored immediately, and looks for other due deliveries every second.
+//! Deliveries that this replica has stored are sent immediately. Every second, this replica looks for other due
+//! deliveries.
 
 use std::{collections::HashMap, time::Duration};
 

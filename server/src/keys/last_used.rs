@@ -52,7 +52,8 @@ impl LastUsed {
     }
 }
 
-/// Saves times in batches. Stops at the first batch that fails, because the next one would probably wait just as long.
+/// Saves times in batches. Stops at the first batch that fails, because the next batch would probably wait just as
+/// long.
 async fn flush(
     db: &Db,
     notes: &Notes,

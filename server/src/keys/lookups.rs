@@ -1,9 +1,9 @@
 //! Looks up secrets in PostgreSQL by their hash. Lookups are batched, limited, and fair.
 //!
-//! Anyone can invent keys with a valid checksum, and each of them requires a lookup. Therefore, lookups have their own
-//! database connections, and one of them is reserved for reloading known secrets: those in this replica's cache.
-//! Lookups that arrive while all connections are busy share the next statement, so a few connections are enough for
-//! thousands of lookups per second.
+//! Anyone can invent keys with a valid checksum, and each of these keys requires a lookup. Therefore, lookups have
+//! their own database connections. One of these connections is reserved for reloading known secrets, which are the
+//! secrets in this replica's cache. Lookups that arrive while all connections are busy share the next statement, so a
+//! few connections are enough for thousands of lookups per second.
 //!
 //! The number of concurrent lookups of unknown secrets is limited. At the limit, each caller still gets an equal share,
 //! and callers take turns in every batch. Therefore, a flood mostly affects the caller that sends it. Lookups of keys
@@ -433,7 +433,7 @@ struct Batch<V: Send + 'static> {
 impl<V: Send + 'static> Batch<V> {
     async fn run(mut self) {
         let hashes = self.list.iter().map(|it| it.hash).collect();
-        // The statement can belong to only one trace.
+        // A statement can belong to only one trace.
         let span = self.list.iter().find_map(|it| it.span.clone());
         let answers = spans::within(span, (self.batches.0.query)(hashes)).await;
         let mut answers = answers.map_err(|error| self.batches.failed(&error));

@@ -1,4 +1,4 @@
-//! A decision: whether a request is allowed or denied, by which policies, and for how long.
+//! A decision: whether a request is allowed or denied, by which policies, and when a denied request may be retried.
 //!
 //! Contains everything that response headers and bodies report, but does not depend on HTTP.
 
@@ -14,7 +14,7 @@ pub enum Outcome {
     Allowed,
     Denied {
         /// The violated policies. Empty only if the decision is degraded: this replica has no tokens left, but the
-        /// limit itself may not be reached.
+        /// limit itself may not have been reached.
         violated: PolicySet,
         /// Nanoseconds until the same request would be allowed if no other request takes tokens: the longest wait among
         /// the violated policies. `None` if the request can never be allowed because its cost exceeds a limit.

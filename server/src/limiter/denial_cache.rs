@@ -3,11 +3,11 @@
 //! Two mechanisms deny requests here: a `governor` limiter with the plan's rate, and the store's last denial, which is
 //! repeated until the plan, or the state on which it was based, may have changed. Both mechanisms only repeat what the
 //! store would decide. A denial by the cache does not consume tokens, and neither does a denial by the store. So
-//! `governor` gets a state store that reports what would happen without changing anything, and is charged only for
-//! requests that the store has allowed. (Charging first and refunding denied requests is not equivalent: the bucket may
-//! have been full in between, and the refund would credit tokens that were never taken.) Degraded decisions are not
-//! recorded, because they do not show what the store would decide: a request that the store would allow must not be
-//! denied.
+//! `governor` gets a state store that reports what would happen without changing anything, and the limiter is charged
+//! only for requests that the store has allowed. (Charging first and refunding denied requests is not equivalent: the
+//! bucket may have been full in between, and the refund would credit tokens that were never taken.) Degraded decisions
+//! are not recorded, because they do not show what the store would decide: a request that the store would allow must
+//! not be denied.
 //!
 //! The local store keeps its state in the same handle, so a cache in front of it would only add cost. The limiter skips
 //! the cache if [`LimitStore::is_local`].
@@ -194,9 +194,9 @@ impl LocalBucket {
     }
 
     /// Applies edited policies and discards the cached decisions. If the rate was edited, the local bucket starts full.
-    /// It allows nothing by itself, since the store decides every request that is not denied here. The store keeps the
-    /// usage, but its bucket may have refilled by any amount, because it is unknown when it learned of the edit. A
-    /// request that the store would allow must not be denied here.
+    /// The local bucket never allows a request, since the store decides every request that is not denied here. The
+    /// store keeps the usage, but its bucket may have refilled by any amount, because the cache does not know when the
+    /// store learned of the edit. A request that the store would allow must not be denied here.
     fn apply_edit(&mut self, policies: &Policies, clock: &Arc<dyn Clock>) {
         if self.gcra == policies.gcra() {
             self.fingerprint = policies.fingerprint();

@@ -1,4 +1,4 @@
-//! The limits of one key, with the values that decisions need precomputed.
+//! The limits of one key, with precomputed values for decisions.
 
 use std::{
     hash::{DefaultHasher, Hash, Hasher},

@@ -24,11 +24,11 @@ pub const BELIEVED: Duration = Duration::from_secs(7);
 /// How long a replica is counted after its last heartbeat. Must exceed [`BELIEVED`], so that a replica that can no
 /// longer send heartbeats is counted as long as it may take a share.
 pub const FORGOTTEN: Duration = Duration::from_secs(10);
-/// How long a replica is remembered after its last heartbeat. Replicas that start take it into account, because its
-/// share may have allowed requests during an outage of the shared counters.
+/// How long a replica is remembered after its last heartbeat. Replicas that are starting take a remembered replica into
+/// account, because its share may have allowed requests during an outage of the shared counters.
 pub const REMEMBERED: Duration = Duration::from_secs(60);
-/// How long a replica must have been counted before it takes a share. By then, no replica trusts a count that predates
-/// it.
+/// How long a replica must have been counted before it takes a share. By then, no replica trusts a count that does not
+/// include the new replica.
 pub const SETTLED: Duration = Duration::from_secs(8);
 /// How often replicas are counted.
 pub const COUNTED_EVERY: Duration = Duration::from_secs(1);
@@ -191,7 +191,7 @@ mod tests {
         assert_eq!(
             membership.slot(at(16 * SECOND)),
             None,
-            "it is not confirmed"
+            "the slot is no longer confirmed"
         );
         // After such a gap, the replica must settle again.
         for second in 17..25 {
@@ -217,7 +217,7 @@ mod tests {
         assert_eq!(
             membership.slot(at(17 * SECOND)),
             None,
-            "as old as its beginning"
+            "the age of a count is measured from its start"
         );
     }
 
@@ -226,17 +226,17 @@ mod tests {
         let membership = Membership::default();
         assert!(
             membership.others_may_act(at(0)),
-            "it has not counted them yet"
+            "the replicas have not been counted yet"
         );
         membership.confirm(slot(0, 1), at(SECOND / 2));
         assert!(
             !membership.others_may_act(at(SECOND / 2)),
-            "it is the only one"
+            "there is no other replica"
         );
         membership.confirm(slot(1, 2), at(SECOND));
         assert!(
             membership.others_may_act(at(SECOND)),
-            "their age is unknown"
+            "the age of the other replica is unknown"
         );
         membership.note_oldest_other(Some(Duration::from_secs(3)), at(SECOND));
         assert!(!membership.others_may_act(at(6 * SECOND - 1)));
@@ -246,7 +246,7 @@ mod tests {
         membership.confirm(slot(0, 1), at(3 * SECOND));
         assert!(
             membership.others_may_act(at(3 * SECOND)),
-            "the other one has stopped, but its share may have admitted requests"
+            "the other replica has stopped, but its share may have admitted requests"
         );
         membership.note_oldest_other(None, at(4 * SECOND));
         assert!(!membership.others_may_act(at(5 * SECOND)));

@@ -3,7 +3,7 @@
 //! Owns rates, calendar quotas and their usage. Does not depend on HTTP, SQL or secrets: the caller passes a key's
 //! handle and policies, both from the key's cached record, and gets a [`Decision`]. If the quota ledger fails, only
 //! keys with calendar quotas (their own or their tenant's) are affected: they spend the tokens that are available
-//! locally, and then get an error. No request is ever allowed without a token from each policy.
+//! locally, and then their requests get an error. No request is ever allowed without a token from each policy.
 //!
 //! ```text
 //! local tokens -> denial cache (remote stores only) -> store (all policies, or none) -> decision
@@ -97,13 +97,13 @@ impl Limiter {
     }
 
     /// Returns a key's handle. Store it in the key's cached record. While the handle is in use anywhere, the same key
-    /// always gets the same handle, so a reloaded record keeps its usage.
+    /// always gets the same handle, so the key's usage is kept when its record is reloaded.
     pub fn handle(&self, tenant: TenantId, key: ApiKeyId) -> Result<Arc<KeyHandle>, LimiterError> {
         self.store.handle(tenant, key)
     }
 
-    /// Decides on a request from memory, without blocking or allocating. If it returns `None`, call
-    /// [`admit`](Self::admit), which can wait.
+    /// Decides on a request from memory, without blocking or allocating. Returns `None` if the decision may require
+    /// waiting. In that case, call [`admit`](Self::admit).
     #[inline]
     pub fn try_admit(
         &self,

@@ -1,8 +1,8 @@
 //! The contract that every limit store fulfills.
 //!
 //! While the quota ledger is unavailable, a store spends the blocks it holds, and then returns a [`LimiterError`].
-//! While the shared counters are unavailable, the plan's fallback setting applies: `closed` returns a [`LimiterError`];
-//! `share` and `open` decide, and mark the decision as degraded.
+//! While the shared counters are unavailable, the plan's fallback setting applies: with `closed`, the store returns a
+//! [`LimiterError`]; with `share` and `open`, it decides, and marks the decision as degraded.
 
 use std::{num::NonZeroU32, sync::Arc};
 
@@ -76,10 +76,10 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
         None
     }
 
-    /// Drops unreferenced keys whose state equals a new key's. If only their blocks prevent that, returns these to the
-    /// ledger, so that the next call can drop the keys. If other replicas share the quotas, also returns blocks of
-    /// other keys that have not been used for ten seconds. For keys in use, fetches the first block of the next day or
-    /// month shortly before it begins. Returns the number of remaining keys.
+    /// Drops unreferenced keys whose state equals a new key's. If only a key's blocks prevent that, returns the blocks
+    /// to the ledger, so that the next call can drop the key. If other replicas share the quotas, also returns blocks
+    /// of other keys that have not been used for ten seconds. For keys in use, fetches the first block of the next day
+    /// or month shortly before it begins. Returns the number of remaining keys.
     fn prune(&self) -> usize;
 
     /// Deletes the state of deleted keys, on this replica and in the shared counters. On this replica, a key that is

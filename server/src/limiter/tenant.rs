@@ -1,9 +1,9 @@
 //! Monthly quotas (in UTC) that all keys of a tenant share.
 //!
-//! They are checked before the store decides about the key. A request first reserves its cost from the tenant's quota,
-//! and spends or releases the reservation after the store's decision. So the cost is taken from both the tenant and the
-//! key, or from neither. Each replica holds a block of the quota, as for a key's own quotas, in a [`KeyTable`] with one
-//! entry per tenant. The same guarantees apply.
+//! A tenant's quota is checked before the store decides on the key's policies. A request first reserves its cost from
+//! the tenant's quota, and spends or releases the reservation after the store's decision. So the cost is taken from
+//! both the tenant and the key, or from neither. Each replica holds a block of the quota, as for a key's own quotas, in
+//! a [`KeyTable`] with one entry per tenant. The same guarantees apply.
 //!
 //! A request counts in the month in which its tokens were reserved, even if it is decided at the beginning of the next
 //! month.
@@ -39,7 +39,7 @@ use crate::clock::Clock;
 #[derive(Debug, Clone)]
 pub struct TenantQuota {
     handle: Arc<KeyHandle>,
-    /// The quota in the form of a key's policies. Their rate is never used.
+    /// The quota, expressed as the policies of a key. The rate of these policies is never used.
     policies: Policies,
     limit: NonZeroU64,
 }

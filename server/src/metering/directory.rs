@@ -37,7 +37,7 @@ pub(super) struct Directory {
 }
 
 impl Directory {
-    /// Creates a new directory in `root`. With `durable`, the directory also survives a machine crash.
+    /// Creates a new directory in `root`. If `durable` is set, the directory also survives a machine crash.
     pub fn create(root: &Path, durable: bool) -> io::Result<Self> {
         if !root.exists() {
             folder(root, true)?;

@@ -122,7 +122,7 @@ impl Recorder {
                     // Further records go to another segment.
                     segment.seal();
                 };
-                // The kernel writes back pages that were changed through a memory map, as it does with all other pages.
+                // `fdatasync` also writes pages that were changed through a memory map.
                 Some(Syncer::start(
                     |segment| segment.file.sync_data(),
                     on_failure,
@@ -319,7 +319,7 @@ impl Recorder {
                 return;
             }
             if self.current.load().is_none() {
-                // This creates the first segment, so that no decision has to wait for it.
+                // The first segment is created here, so that no decision has to wait for it.
                 if let Ok(first) = self.create_now(&mut files) {
                     self.current.store(Some(first));
                 }

@@ -1,6 +1,7 @@
 //! Reads the records of a segment's file.
 //!
-//! Works on bytes instead of the memory map, so that segments of other processes can be read in the same way.
+//! This module works on bytes instead of the memory map, so that segments of other processes can be read in the same
+//! way.
 
 use std::{fs::File, io, os::unix::fs::FileExt};
 

@@ -82,8 +82,8 @@ pub(super) struct Segment {
     pub path: PathBuf,
     pub file: Arc<File>,
     map: MmapRaw,
-    /// The index of the word where the next record begins. It may lag behind. A writer that finds a header there
-    /// advances it.
+    /// The index of the word where the next record begins. The index may lag behind: a writer that finds a header there
+    /// advances the index.
     tail: AtomicUsize,
     /// The number of records filled so far.
     pub records: AtomicU64,
@@ -93,7 +93,7 @@ pub(super) struct Segment {
 }
 
 impl Segment {
-    /// Creates and allocates the file. With `durable`, the file also survives a machine crash.
+    /// Creates and allocates the file. If `durable` is set, the file also survives a machine crash.
     pub fn create(
         directory: &Path,
         size: u64,
@@ -113,8 +113,8 @@ impl Segment {
                 .write(true)
                 .create_new(true)
                 .open(&unfinished)?;
-            // This allocates every block now. Writing to a hole in a mapped file would kill the process if the disk
-            // were full.
+            // Every block is allocated now. Writing to a hole in a mapped file would kill the process if the disk were
+            // full.
             let length = i64::try_from(size).map_err(io::Error::other)?;
             fallocate(&file, FallocateFlags::empty(), 0, length)?;
             file.write_all_at(&head.bytes(), 0)?;
@@ -125,7 +125,7 @@ impl Segment {
             if durable {
                 File::open(directory)?.sync_all()?;
             }
-            // This loads the pages, so that the first writes do not wait for page faults.
+            // The pages are loaded now, so that the first writes do not wait for page faults.
             let map = MmapOptions::new().populate().map_raw(&file)?;
             Ok((file, map))
         })();
@@ -272,7 +272,7 @@ impl ReservedRecord {
                 let chunk = chunk.try_into().map_or(0, u64::from_le_bytes);
                 word.store(chunk, Ordering::Relaxed);
             }
-            // The header is written after the body.
+            // The header is written last, so that only a complete record is marked as done.
             self.close(RecordState::Done, bytes);
             self.segment.records.fetch_add(1, Ordering::Relaxed);
         }

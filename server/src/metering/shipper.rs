@@ -323,7 +323,7 @@ impl Adopter {
                     Ok(true) => {
                         self.failing.remove(&path);
                     }
-                    Ok(false) => self.note(path, &"it contains other files"),
+                    Ok(false) => self.note(path, &"the directory contains other files"),
                     Err(error) => {
                         self.note(path, &error);
                         failed.get_or_insert(error.into());

@@ -54,7 +54,7 @@ pub(super) struct Source {
     pub(super) writer: Writer,
     /// Where the next batch begins. `None` means at the cursor.
     pub(super) position: Option<u64>,
-    /// The cursor when it was last read. There are no records between it and `position`.
+    /// The cursor when it was last read. There are no records between the cursor and `position`.
     pub(super) cursor: u64,
     pub(super) shipped: u64,
     /// The time of the oldest record that has been read but not shipped.
@@ -70,7 +70,7 @@ pub(super) enum SourceState {
     Open,
     /// Everything was shipped.
     Complete,
-    /// The segment is older than the log and has no cursor.
+    /// The segment is older than the usage log and has no cursor.
     Rejected,
 }
 
@@ -99,7 +99,7 @@ impl Source {
         let read = move || {
             let batch = scan::read(&file, &head, position, writer, max)?;
             // The batch is also prepared on this thread, because that takes milliseconds and would delay requests on
-            // the others.
+            // other threads.
             Ok((UsageBatch::new(batch.rows), batch.span))
         };
         tokio::task::spawn_blocking(read)

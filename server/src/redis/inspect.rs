@@ -1,5 +1,5 @@
-//! Reads the properties of Redis that `quota doctor` reports. Reads them from the single server, the master that
-//! Sentinel reports, or the configured nodes of a cluster.
+//! Reads the properties of Redis that `quota doctor` reports. The properties are read from the single server, the
+//! master that Sentinel reports, or the configured nodes of a cluster.
 
 use std::time::{Duration, Instant};
 
@@ -25,7 +25,7 @@ pub struct Node {
     /// `standalone` or `cluster`.
     pub mode: String,
     pub role: String,
-    /// `maxmemory-policy`
+    /// The `maxmemory-policy` setting.
     pub eviction: String,
     pub persistence: String,
     /// `None` if an ACL forbids reading the setting.

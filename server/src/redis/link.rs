@@ -44,8 +44,8 @@ impl Link {
         self.live.run_id.as_deref()
     }
 
-    /// Runs a script by its hash or, if the server does not have the script, by its source. Waits for
-    /// `QUOTA_REDIS_TIMEOUT`, or for `patience` if that is longer. All keys must have the same hash tag.
+    /// Runs a script by its hash or, if the server does not have the script, by its source. Waits for the response for
+    /// at most `QUOTA_REDIS_TIMEOUT`, or `patience` if that is longer. All keys must have the same hash tag.
     pub async fn eval(
         &self,
         script: &Script,
@@ -75,7 +75,7 @@ impl Link {
         answer
     }
 
-    /// Sends one command and waits for its response for `QUOTA_REDIS_TIMEOUT`.
+    /// Sends one command and waits for its response for at most `QUOTA_REDIS_TIMEOUT`.
     pub async fn query(&self, cmd: &Cmd) -> Result<Value, CallError> {
         let span = span::of_command(cmd);
         let answer = self

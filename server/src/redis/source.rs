@@ -1,4 +1,4 @@
-//! Finds the server to connect to, and connects.
+//! Finds the server to connect to, and connects to it.
 
 use std::{sync::Arc, time::Duration};
 

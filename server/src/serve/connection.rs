@@ -126,7 +126,7 @@ impl Connection {
 
     /// Records that an HTTP/2 frame to the client has started or is complete.
     pub(super) fn sent(&self, event: Event) {
-        // An idle event stream sends a few bytes well before the deadline.
+        // An idle event stream sends only a few bytes, but well before the deadline.
         let progress = if self.marks.has_endless_response() {
             1
         } else {
@@ -196,7 +196,7 @@ impl Connection {
         if self.head_began.load(Ordering::Relaxed) == 0 {
             self.head_began.store(self.now(), Ordering::Relaxed);
         }
-        // hyper's buffer is twice as large, or a handler has made a copy.
+        // Counted twice, because hyper's buffer is twice as large, or a handler has made a copy.
         self.buffered.fetch_add(2 * length, Ordering::Relaxed);
     }
 
@@ -376,7 +376,7 @@ impl Drop for Connection {
     }
 }
 
-/// A request whose response has been neither passed to hyper completely nor abandoned. Over HTTP/2, the client may not
+/// A request whose response has been neither passed to hyper in full nor abandoned. Over HTTP/2, the client may not
 /// have read the response when the request ends; see [`http2`](super::http2).
 #[derive(Debug)]
 pub(super) struct RequestInFlight {

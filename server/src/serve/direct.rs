@@ -1,9 +1,9 @@
 //! Serves plain requests directly from the bytes of a connection, without hyper.
 //!
-//! Requests that the endpoint accepts are served here, in order. A plain request that the endpoint does not accept is
-//! lent to hyper. hyper gets only the bytes of that request, since the request's end is known. So hyper has not read
-//! any later bytes when its response has been sent. The first request that is not plain ends the direct service: hyper
-//! takes over the connection, starting with that request.
+//! Requests that the endpoint accepts are served here, in order. For a plain request that the endpoint does not accept,
+//! the stream is lent to hyper. hyper can read only the bytes of that request, whose end is known. So hyper has not
+//! read any later bytes when its response has been sent. The first request that is not plain ends the direct service:
+//! hyper takes over the connection, starting with that request.
 //!
 //! The stream and the connection's deadlines work as they do with hyper; see [`super::connection`].
 
@@ -37,7 +37,7 @@ const PARTS_MAX: u32 = 16;
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 
-/// What is needed to serve one connection directly.
+/// The context for serving one connection directly.
 pub(super) struct DirectService<'a, D> {
     pub(super) endpoint: &'a D,
     pub(super) peer: IpAddr,
@@ -82,7 +82,7 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
             match self.read(&mut stream, &mut input[end..]).await? {
                 Read::Bytes(0) => return Ok(None),
                 Read::Stop if end == 0 => return Ok(None),
-                // hyper announces that its response is the last one.
+                // The incomplete request is left to hyper, whose response announces that the connection will close.
                 Read::Stop => {
                     stream.unread(&input[..end]);
                     return Ok(Some(stream));
@@ -100,7 +100,8 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
                     parts = 1;
                 }
                 if length > 0 && start < end {
-                    // Sending the responses has cleared the deadline for the next request.
+                    // Sending the responses has cleared the deadline of the next request, which has already begun to
+                    // arrive.
                     self.connection.has_read(end - start);
                 }
                 match next {
@@ -131,8 +132,8 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
         }
     }
 
-    /// Lets hyper serve one request, whose length the stream is allowed to read. Returns the stream after the response
-    /// has been sent, or `None` if hyper has closed the connection.
+    /// Lets hyper serve one request. The stream must allow reading only that request's length. Returns the stream after
+    /// the response has been sent, or `None` if hyper has closed the connection.
     async fn lend<H>(
         &self,
         stream: WatchedStream,
@@ -224,7 +225,7 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
     }
 }
 
-/// Waits for a response, unless the client closes the connection.
+/// Waits for a response. Returns an error if the client closes the connection first.
 async fn while_open(stream: &WatchedStream, answering: impl Future<Output = ()>) -> io::Result<()> {
     let mut answering = pin!(answering);
     poll_fn(|context| match answering.as_mut().poll(context) {

@@ -110,9 +110,9 @@ pub(super) struct Requests {
     head_length: usize,
     /// When a response last ended or made progress.
     progressed: u64,
-    /// The time of the last progress of a response that was later reset. Cleared when another response makes progress.
-    /// Without this value, a client that resets responses instead of reading them would get a new deadline with each
-    /// request.
+    /// The time at which a response that was later reset last made progress. Cleared when another response makes
+    /// progress. Without this value, a client that resets responses instead of reading them would get a new deadline
+    /// with each request.
     unread: Option<u64>,
     /// The arrival time of a request that was reset before its response began. Cleared when another response is
     /// complete.
@@ -130,7 +130,7 @@ struct Request {
     received: usize,
 }
 
-/// When the connection started to wait for the client.
+/// What a connection is waiting for its client to do, and since when.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Waiting {
     /// The start of the wait for the rest of a request head.
@@ -154,7 +154,7 @@ impl Requests {
             Event::Ended(frame) if frame.is_of_headers() && frame.has(END_HEADERS) => {
                 self.head_began = None;
                 self.head_length = 0;
-                // A lower number belongs to the trailers of an earlier request.
+                // Header frames with a stream number that is not higher are the trailers of an earlier request.
                 if frame.stream > self.last_stream {
                     self.last_stream = frame.stream;
                     if self.open.len() < REMEMBERED {

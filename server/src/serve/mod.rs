@@ -4,7 +4,7 @@
 //! distinguish HTTP/1 from HTTP/2), for an idle HTTP/2 connection, or for a client that does not read its response.
 //! Here, each connection has one timer. [`connection`] computes its current deadline, for HTTP/2 from the frames on the
 //! wire ([`http2`]). [`table`] limits the number of connections. [`direct`] responds to plain requests without hyper.
-//! This module does not depend on the endpoint.
+//! This module does not know what the endpoint does.
 
 mod body;
 mod connection;
@@ -251,7 +251,7 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
                 if is_first {
                     slot.has_requested();
                 }
-                // An HTTP/2 connection may also carry an endless response.
+                // On an HTTP/2 connection, handlers also need the marks to announce endless responses.
                 if connection.is_http2() || !connection.marks.is_authenticated() {
                     request.extensions_mut().insert(connection.marks.clone());
                 }
@@ -287,7 +287,8 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
                     connection: &connection,
                     slot: &slot,
                 };
-                // Boxed because it contains a whole decision. Otherwise, every connection would reserve memory for it.
+                // Boxed because the future contains a whole decision. Otherwise, every connection would reserve memory
+                // for one.
                 let mut served = Box::pin(direct.serve(stream, &lent, http.as_mut()));
                 // The future completes by itself when the connection is shut down.
                 let end = self.supervise(&connection, served.as_mut(), |_| {}).await;
@@ -305,8 +306,8 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
         }
     }
 
-    /// Polls `served` until it completes, a deadline passes or the connection is shut down. `finish` makes it stop
-    /// accepting requests.
+    /// Polls `served` until it completes, a deadline passes or the connection is shut down. `finish` makes `served`
+    /// stop accepting requests.
     async fn supervise<F: Future>(
         &self,
         connection: &Connection,

@@ -21,7 +21,7 @@ use super::{
     table::Table,
 };
 
-/// The size of a read while the number of bytes to read is limited.
+/// The maximum size of a read while `allowed` limits the number of bytes.
 const PART: usize = 4 * 1024;
 
 #[derive(Debug)]
@@ -69,7 +69,7 @@ impl WatchedStream {
         self.allowed == 0
     }
 
-    /// Puts bytes back, to be read again. They have already been reported to the connection.
+    /// Puts bytes back, to be read again. These bytes have already been reported to the connection.
     pub(super) fn unread(&mut self, bytes: &[u8]) {
         debug_assert!(self.unread.is_empty(), "earlier bytes would be lost");
         self.unread = Bytes::copy_from_slice(bytes);
@@ -81,8 +81,8 @@ impl WatchedStream {
         }
     }
 
-    /// Returns whether the client has closed the connection without sending anything first. If not, wakes the task when
-    /// the client closes the connection.
+    /// Returns whether the client has closed the connection without sending more bytes. Otherwise, the task is woken
+    /// when the client closes the connection or sends something.
     pub(super) fn is_closed(&self, context: &mut Context<'_>) -> bool {
         let mut byte = [0];
         match self.stream.poll_peek(context, &mut ReadBuf::new(&mut byte)) {
@@ -147,7 +147,7 @@ impl AsyncRead for WatchedStream {
             return Poll::Ready(Ok(()));
         }
         if self.connection.should_pause() {
-            // This lets other tasks run first, including the handlers of connections that were just closed.
+            // Other tasks run first, including the handlers of connections that were just closed.
             context.waker().wake_by_ref();
             return Poll::Pending;
         }
@@ -222,7 +222,7 @@ impl LentStream {
     ) -> Poll<io::Result<T>> {
         match &mut *self.0.lock() {
             Some(stream) => call(Pin::new(stream)),
-            // A stream is lent before hyper is polled again.
+            // hyper is polled again only after a stream has been lent.
             None => Poll::Pending,
         }
     }

@@ -11,14 +11,14 @@
 //!    connection's address.
 //!
 //! No other connection with a request in flight is ever closed to make room. So clients that do not send or read
-//! anything cannot lock out other clients, no matter how many there are.
+//! anything cannot lock out other clients, no matter how many such clients there are.
 //!
 //! A connection counts toward the limit for its address, and toward a higher limit for its network, until a valid API
 //! key or service token is received on it. A gateway, or many clients behind one address, may therefore have as many
 //! connections as the total allows. At the limit for an address or network, a new connection replaces the oldest silent
-//! connection, or the connection that has been idle longest. During its first second, a connection is not closed for
-//! this reason, because its request may be in transit. Instead, an address may have up to twice as many connections
-//! during that second.
+//! connection, the connection that has been idle the longest, or the oldest connection without a complete request.
+//! During its first second, a connection is not closed for this reason, because its request may be in transit. Instead,
+//! an address may have up to twice as many connections during that second.
 //!
 //! The total memory used by requests on connections that have not authenticated is limited. Above that limit, the table
 //! closes the connections that use the most memory, starting with the address that uses the most in total.
@@ -52,14 +52,15 @@ use crate::telemetry::metrics::{ConnectionLimit, ConnectionMetrics};
 const IDLE_ENOUGH: Duration = Duration::from_secs(1);
 /// How long a client must have stopped reading its response before its connection can be closed to make room.
 const STALLED_ENOUGH: Duration = Duration::from_secs(1);
-/// A younger connection is not closed to enforce the limit for its address, since its request may be in transit.
+/// A connection younger than this is not closed to enforce the limit for its address, because its request may be in
+/// transit.
 const YOUNG: Duration = Duration::from_secs(1);
 /// How many of the oldest connections without a request are considered for closing. The one whose address has the most
 /// connections is closed.
 const WAITING_SEARCH: usize = 16;
 /// An address is light compared with another if the other has at least this many times as many connections.
 const LIGHT: usize = 4;
-/// The minimum time between two searches for idle and stalled connections, because a search checks all connections.
+/// The minimum time between two searches for idle and stalled connections. A search checks all connections.
 const SEARCH_EVERY: Duration = Duration::from_millis(100);
 /// A search selects at most `connections / SEARCH_PART` connections.
 const SEARCH_PART: usize = 4;
@@ -256,7 +257,7 @@ impl Table {
         limit
     }
 
-    /// Closes a connection, if possible, because the process has no free file descriptors.
+    /// Closes a connection, if one can be closed. Called when the process has no free file descriptors.
     pub(super) fn close_spare(&self) -> bool {
         self.make_room(&mut self.open.lock(), None)
     }
@@ -351,8 +352,9 @@ impl Table {
     }
 
     /// Finds a connection that is idle, or whose client has stopped reading its response. If the newcomer's address is
-    /// light, a heavy address can lose a connection sooner after its client stops reading. Otherwise, the heavy address
-    /// would take every slot that becomes free, because its clients reconnect immediately.
+    /// light compared with another address, a connection of that heavy address can be closed as soon as its client
+    /// stops reading. Otherwise, the heavy address would take every slot that becomes free, because its clients
+    /// reconnect immediately.
     fn spare(&self, open: &mut Open, now: Instant, newcomer: Option<IpAddr>) -> Option<u64> {
         let is_searched = open
             .searched_at

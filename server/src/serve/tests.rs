@@ -170,7 +170,7 @@ async fn ask(stream: &mut TcpStream) {
         .unwrap();
     let mut answer = Vec::new();
     while !answer.ends_with(b"here") {
-        assert_ne!(stream.read_buf(&mut answer).await.unwrap(), 0, "it ended");
+        assert_ne!(stream.read_buf(&mut answer).await.unwrap(), 0, "the connection ended");
     }
 }
 
@@ -180,7 +180,7 @@ async fn ended_after(stream: &mut TcpStream) -> Duration {
     let mut rest = Vec::new();
     let _ = timeout(10 * HEADER, stream.read_to_end(&mut rest))
         .await
-        .expect("the server ends it");
+        .expect("the server closes the connection");
     began.elapsed()
 }
 
@@ -199,7 +199,7 @@ async fn slow_header_fields_close_the_connection(way: Way) {
     assert!(ended >= HEADER * 9 / 10, "{ended:?}");
 }
 
-/// This holds even if the timer was still set to an earlier request's deadline.
+/// This also applies if the timer is still set to the deadline of an earlier request.
 async fn every_request_gets_the_full_header_timeout(way: Way) {
     let mut stream = connect_by(way).await;
     time::sleep(HEADER / 2).await;
@@ -224,7 +224,7 @@ async fn connection_that_sends_nothing_is_closed(way: Way) {
     assert!(ended >= HEADER * 9 / 10, "{ended:?}");
 }
 
-/// Sends one byte that HTTP/1 and HTTP/2 requests have in common, and then a byte occasionally.
+/// Sends the beginning of a request, and then a byte at a time.
 async fn slow_first_request_is_closed_for_any_protocol(way: Way) {
     for (first, rest) in [
         ("P", "OST / HT"),
@@ -262,8 +262,8 @@ async fn client_that_does_not_read_its_response_is_closed(way: Way) {
     let mut answer = Vec::new();
     let _ = timeout(10 * HEADER, stream.read_to_end(&mut answer))
         .await
-        .expect("the server ends it");
-    assert!(answer.len() < LARGE, "it was sent completely");
+        .expect("the server closes the connection");
+    assert!(answer.len() < LARGE, "the response was sent completely");
 }
 
 async fn client_that_reads_slowly_gets_its_whole_response(way: Way) {
@@ -313,7 +313,7 @@ async fn half_closed_connection_gets_its_responses_and_is_closed(way: Way) {
     stream.write_all(&request[..10]).await.unwrap();
     let mut answers = Vec::new();
     while answers.windows(4).filter(|it| it == b"here").count() < 3 {
-        assert_ne!(stream.read_buf(&mut answers).await.unwrap(), 0, "it ended");
+        assert_ne!(stream.read_buf(&mut answers).await.unwrap(), 0, "the connection ended");
     }
     stream.shutdown().await.unwrap();
     let ended = ended_after(&mut stream).await;
@@ -381,7 +381,7 @@ async fn direct_responses_that_are_not_read_are_bounded() {
     // The server stops reading when its responses are not read, and closes the connection.
     while began.elapsed() < HEADER * 30 {
         let written = timeout(WRITE * 4, stream.write(&requests)).await;
-        match written.expect("it is not held open") {
+        match written.expect("the connection is not held open") {
             Ok(length) => sent += length,
             Err(_) => break,
         }
@@ -503,14 +503,14 @@ mod http2 {
     }
 
     fn get_path(stream: u32, path: &str) -> Vec<u8> {
-        // This takes GET and http from the static table, and encodes the path and the authority as literals.
+        // GET and http come from the static table. The path and the authority are encoded as literals.
         let mut head = vec![0x82, 0x86, 0x44, u8::try_from(path.len()).unwrap()];
         head.extend(path.as_bytes());
         head.extend([0x41, 1, b'q']);
         frame(HEADERS, 0x5, stream, &head)
     }
 
-    /// Sends settings with this window size for each response.
+    /// Returns the payload of a SETTINGS frame with this window size for each response.
     fn window(size: u32) -> Vec<u8> {
         [&[0, 4], &size.to_be_bytes()[..]].concat()
     }
@@ -541,7 +541,7 @@ mod http2 {
                 }
             }
         };
-        timeout(20 * HEADER, all).await.expect("the server ends it");
+        timeout(20 * HEADER, all).await.expect("the server closes the connection");
         (began.elapsed(), kinds)
     }
 
@@ -575,7 +575,7 @@ mod http2 {
             stream
                 .write_all(&get(2 * id + 1))
                 .await
-                .expect("it is open");
+                .expect("the connection is open");
             time::sleep(IDLE / 4).await;
         }
         let (_, kinds) = until_closed(&mut stream).await;
@@ -660,7 +660,7 @@ mod http2 {
         }
     }
 
-    /// h2 takes such a body immediately, so hyper is done with it.
+    /// h2 accepts a small body immediately, so hyper considers the response sent.
     #[tokio::test]
     async fn client_that_reads_one_byte_of_a_small_response_is_closed() {
         let mut stream = connect().await;
@@ -695,9 +695,9 @@ mod http2 {
         let mut read = 0;
         while read < MEDIUM {
             let mut head = [0; 9];
-            reader.read_exact(&mut head).await.expect("it is open");
+            reader.read_exact(&mut head).await.expect("the connection is open");
             let mut payload = vec![0; usize::from(u16::from_be_bytes([head[1], head[2]]))];
-            reader.read_exact(&mut payload).await.expect("it is open");
+            reader.read_exact(&mut payload).await.expect("the connection is open");
             if head[3] == DATA {
                 read += payload.len();
             }
@@ -715,7 +715,7 @@ mod http2 {
             let canceled = 4 * n + 1;
             let reset = frame(RST_STREAM, 0, canceled, &[0, 0, 0, 8]);
             let requests = [get_path(canceled, "/never"), reset, get(canceled + 2)].concat();
-            stream.write_all(&requests).await.expect("it is open");
+            stream.write_all(&requests).await.expect("the connection is open");
             time::sleep(WRITE / 4).await;
         }
         let (_, kinds) = until_closed(&mut stream).await;
@@ -749,9 +749,9 @@ mod http2 {
         let reading = async {
             loop {
                 let mut head = [0; 9];
-                stream.read_exact(&mut head).await.expect("it is open");
+                stream.read_exact(&mut head).await.expect("the connection is open");
                 let mut payload = vec![0; usize::from(u16::from_be_bytes([head[1], head[2]]))];
-                stream.read_exact(&mut payload).await.expect("it is open");
+                stream.read_exact(&mut payload).await.expect("the connection is open");
                 events += usize::from(head[3] == DATA);
             }
         };

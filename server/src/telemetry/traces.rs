@@ -1,4 +1,4 @@
-//! Traces: which requests are traced, and sending their spans to an OpenTelemetry collector.
+//! Traces: decides which requests are traced, and sends their spans to an OpenTelemetry collector.
 //!
 //! A request is traced if a trusted proxy has decided so. Without such a decision, a configured ratio of requests is
 //! traced.
@@ -68,7 +68,7 @@ pub struct Traces {
 pub enum TracesError {
     #[error("cannot create the HTTP client for traces")]
     Client(#[from] reqwest::Error),
-    #[error("cannot create the exporter of traces")]
+    #[error("cannot create the trace exporter")]
     Exporter(#[from] ExporterBuildError),
 }
 
@@ -311,7 +311,7 @@ mod tests {
         }
     }
 
-    /// Nothing listens there.
+    /// An address on which nothing listens.
     const NOWHERE: &str = "http://127.0.0.1:1";
 
     #[test]
@@ -352,7 +352,7 @@ mod tests {
         };
         assert_eq!(traced(0.0, None), 0);
         assert_eq!(traced(1.0, None), 10_000);
-        // Outside these bounds with a probability below 1e-12: 7.5 standard deviations.
+        // The bounds are 7.5 standard deviations from the mean, so a count outside them has a probability below 1e-12.
         assert!((25..=175).contains(&traced(0.01, None)));
         assert_eq!(traced(0.0, Some(&format!("{PARENT}01"))), 10_000);
         assert_eq!(traced(1.0, Some(&format!("{PARENT}00"))), 0);
@@ -367,7 +367,7 @@ mod tests {
         for _ in 0..QUEUE + 10 {
             drop(traces.begin(None));
         }
-        assert_eq!(metrics.spans_dropped.get(), 10, "they do not fit");
+        assert_eq!(metrics.spans_dropped.get(), 10, "the queue is full");
         let began = std::time::Instant::now();
         traces.stop().await;
         assert!(began.elapsed() < STOP_WITHIN * 5, "{:?}", began.elapsed());

@@ -180,7 +180,7 @@ impl Place {
         command
             .args(["-c", GUARD, "quota-postgres-guard"])
             .arg(program)
-            // Secrets in the environment must not be passed to PostgreSQL, and its PG* variables are meant for clients.
+            // Secrets in the environment must not be passed to PostgreSQL, and the PG* variables are meant for clients.
             .env_clear()
             .env("PATH", "/usr/bin:/bin")
             .env("LC_ALL", "C")

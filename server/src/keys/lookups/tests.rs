@@ -29,7 +29,7 @@ fn fixture(limit: usize, workers: usize) -> Fixture {
         let permits = of_query.clone();
         async move {
             let permit = permits.acquire().await;
-            permit.expect("it is not closed").forget();
+            permit.expect("the semaphore is not closed").forget();
             // Even numbers are existing secrets.
             let found = hashes.iter().filter(|hash| hash[0] % 2 == 0);
             Ok(found.map(|hash| (hash.to_vec(), hash[0])).collect())

@@ -184,7 +184,7 @@ async fn plan_edit_reaches_a_key_cached_while_the_index_is_pruned() {
         let found = keys.key(&secret, now, LookupCaller::default()).await;
         found.unwrap().unwrap().plan.clone()
     };
-    assert_eq!(name().await, "old", "it is cached");
+    assert_eq!(name().await, "old", "the old record is cached");
     let edit = Invalidation {
         seq: 2,
         tenant: TENANT,

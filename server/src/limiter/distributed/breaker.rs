@@ -26,7 +26,7 @@ pub(super) const SILENCE: Duration = Duration::from_millis(200);
 const CALLS: u32 = 20;
 const SPAN: Nanos = Nanos::from_secs(1);
 
-/// In microseconds. If a timely response is older than the last one by more than this, the counters' clock was set
+/// If a timely response is older than the last one by more than this many microseconds, the counters' clock was set
 /// back.
 const TURNED_BACK: u64 = 1_000_000;
 
@@ -117,7 +117,8 @@ impl CircuitBreaker {
         CounterMicros(self.last_heard.load(Ordering::Relaxed))
     }
 
-    /// Records the start of a call. Each call confirms the last response to the counters.
+    /// Records the start of a call. Each call confirms to the counters that this replica has received the last
+    /// response.
     pub(super) fn record_call(&self, now: Monotonic) {
         self.inner.lock().called_at = now;
     }
@@ -284,7 +285,7 @@ mod tests {
         }
         assert!(breaker.outage().is_none());
         assert!(breaker.record_failure(ms(300)));
-        assert!(!breaker.record_failure(ms(301)), "once");
+        assert!(!breaker.record_failure(ms(301)), "it opens only once");
         let outage = breaker.outage().unwrap();
         assert_eq!((outage.number, outage.since), (1, ms(300)));
         breaker.close(CounterMicros(1), ms(400));

@@ -2,8 +2,9 @@
 //!
 //! Calls run in separate tasks, so that a request can be canceled while it waits, a late response is still used, and no
 //! tokens are lost. All waiting requests for a key share one call, which requests all the tokens they need. Requests
-//! that arrive during a call get tokens that it does not need, or wait for the next call. The next call starts when the
-//! current one ends, is late, or has taken a small fraction of the time in which the bucket fills ([`Terms::pause`]).
+//! that arrive during a call get the tokens that the call's own requests do not need, or wait for the next call. The
+//! next call starts when the current one ends, is late, or has taken a small fraction of the time in which the bucket
+//! fills ([`Terms::pause`]).
 //!
 //! If a call fails, its requests are notified. If a call is late, its requests keep waiting. A request waits for at
 //! most two deadlines.
@@ -297,7 +298,7 @@ impl StoreCore {
                 failures.store(RETURNS_FAILED, Ordering::Relaxed);
             }
         }
-        // Calls in flight return the tokens that they are granted.
+        // Calls in flight return the tokens that they get.
         let patience = time::Instant::now() + CALL_DEADLINE + self.settings.deadline;
         let is_busy = |handle: &Arc<KeyHandle>| {
             let mut state = handle.state.lock();

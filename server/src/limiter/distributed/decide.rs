@@ -3,7 +3,7 @@
 //! Takes the cost from the quotas and the rate together, or from neither. While the counters are unavailable, applies
 //! the plan's fallback setting.
 //!
-//! With the counters, a denial names the rate as violated only if their last response shows that, or if the cost
+//! With the counters, a denial names the rate as violated only if their last response shows that it is, or if the cost
 //! exceeds the burst. Without them, it is unknown whether the rate is exceeded: [`OnRedisFailure::Share`] denies
 //! without naming a policy, [`OnRedisFailure::Closed`] returns an error, and [`OnRedisFailure::Open`] names the rate if
 //! the request exceeds this replica's separate limit.
@@ -173,8 +173,8 @@ impl StoreCore {
         Some(decision)
     }
 
-    /// Denies a request based on the state on this replica. With `wait`, the rate denies it for at least that long.
-    /// Returns `None` if neither the rate nor a quota denies the request.
+    /// Denies a request based on the state on this replica. If `wait` is set, the rate denies the request for at least
+    /// that long. Returns `None` if neither the rate nor a quota denies the request.
     fn denial(
         &self,
         handle: &Arc<KeyHandle>,

@@ -1,4 +1,4 @@
-//! Calls that take tokens, and the tokens they grant.
+//! Calls that take tokens, and the distribution of the granted tokens.
 
 use std::{pin::pin, sync::Arc, time::Duration};
 
@@ -26,7 +26,7 @@ impl StoreCore {
     /// waiting.
     pub(super) fn begin_fetch(&self, handle: &Arc<KeyHandle>, state: &mut KeyState, ahead: bool) {
         let (Ok(runtime), Some(inner)) = (Handle::try_current(), self.me.upgrade()) else {
-            // Dropping the waiters ends the waiting requests, since there will be no response.
+            // Dropping the waiters notifies their requests that there will be no response.
             state.lease().waiting().clear();
             return;
         };
@@ -140,8 +140,8 @@ impl Drop for LeaseFetch {
 }
 
 impl LeaseFetch {
-    /// Stops holding up the next call, because this one has failed or is late, and starts the next one if requests are
-    /// waiting. If this call is late, its requests keep waiting for the response until they time out.
+    /// Allows the next call, because this call has failed or is late, and starts the next call if requests are waiting.
+    /// If this call is late, its requests keep waiting for the response until they time out.
     fn allow_next_call(&mut self) {
         if std::mem::take(&mut self.active) {
             let mut state = self.handle.state.lock();
@@ -262,7 +262,7 @@ impl LeaseFetch {
             None => return,
         };
         let missing = call.emission.saturating_mul(n).saturating_sub(left);
-        // There are enough tokens under this version of the plan. The counters used another version.
+        // Under this version of the plan, there are enough tokens. The counters must have used another version.
         if missing == Nanos::ZERO {
             return;
         }

@@ -14,14 +14,15 @@
 //!
 //! **Guarantees.** In any window of `T` seconds, all replicas together allow at most `burst + rate · (T + ttl)`, or at
 //! most `burst + rate · T` if the counters decide every request ([`lease`](crate::limiter::rate::lease) explains why).
-//! Calendar quotas are exact: the ledger counts a token before it is spent. If an idle key sends its entire burst to
-//! one replica all at once, the requests are allowed after at most two round trips to the counters.
+//! Calendar quotas are exact: the ledger counts a token before it is spent. If a client sends the entire burst of an
+//! idle key to one replica at the same time, the requests are allowed after at most two round trips to the counters.
 //!
 //! **Deadlines.** A call whose response is late counts as failed. A request waits for at most two deadlines: for the
 //! call in flight when it arrives and the next call, or for a late response. After that, the request is decided without
 //! the counters. A request also waits for at most two calls to the ledger. Its quota tokens are reserved before its
-//! rate tokens are taken, so that no rate tokens are taken for a request that the quota then denies. If their window
-//! ends before the rate tokens arrive, the request starts over, unless the new window's tokens are available locally.
+//! rate tokens are taken, so that no rate tokens are taken for a request that the quota then denies. If the quota's
+//! window ends before the rate tokens arrive, the request starts over, unless the new window's tokens are available
+//! locally.
 //!
 //! **While the counters are unavailable** ([`breaker`] decides when), a replica follows the plan's fallback setting.
 //! With `Share`, it uses a separate bucket of `burst / replicas` and `rate / replicas`, which starts *empty* shortly
@@ -95,7 +96,7 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// Limits that all replicas share.
+/// The store whose limits all replicas share.
 #[derive(Debug)]
 pub struct DistributedStore(Arc<StoreCore>);
 

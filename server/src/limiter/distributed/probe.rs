@@ -16,10 +16,10 @@ use crate::{
 /// The maximum interval between probes, and by how much it varies.
 const PROBE_EVERY: Duration = Duration::from_millis(250);
 const PROBE_JITTER: Duration = Duration::from_millis(50);
-/// How long after the last call a heartbeat is sent: after a successful call, and after a failed one. Short enough that
-/// all replicas detect an outage within half a second. A call for tokens confirms the last response just like a
-/// heartbeat. So a replica that renews leases, which takes a call every 90 ms with the default settings, does not send
-/// heartbeats.
+/// How long after the last call a heartbeat is sent: after a successful call, and after a failed one. These intervals
+/// are short enough that all replicas detect an outage within half a second. A call for tokens confirms the last
+/// response just like a heartbeat. So a replica that renews leases, which takes a call every 90 ms with the default
+/// settings, does not send heartbeats.
 const HEARTBEAT_EVERY: Duration = Duration::from_millis(110);
 const SUSPECT_EVERY: Duration = Duration::from_millis(50);
 /// How often to check whether a heartbeat is due.
@@ -32,8 +32,8 @@ const CONFIRMED_EVERY: Duration = Duration::from_millis(50);
 const PROBE_DEADLINE: Duration = Duration::from_millis(250);
 /// The minimum time from a loss of state to the new epoch.
 const EPOCH_DELAY: Duration = Duration::from_millis(600);
-/// The counters postpone an unconfirmed start of an epoch only this long after a call, or one deadline, if that is
-/// longer.
+/// The counters postpone an unconfirmed start of an epoch only if they set the start at least this long ago, or at
+/// least one deadline ago if that is longer.
 const POSTPONED_AFTER: Duration = Duration::from_millis(50);
 /// How long an unused partition continues to get heartbeats.
 const IN_USE: Nanos = Nanos::from_secs(10);
@@ -52,7 +52,7 @@ const _: () = assert!(
     5 * CALL_EVERY.as_millis()
         <= FIRST_PROBE.as_millis() + PROBE_DEADLINE.as_millis() + PROBE_EVERY.as_millis()
             - PROBE_JITTER.as_millis(),
-    "an idle replica must detect an outage before the second probe of the first replica that did"
+    "an idle replica must detect an outage before the second probe of the replica that detected it first"
 );
 
 /// Returns the delay before the first probe in an outage. By then, every replica that still gets responses has
@@ -64,7 +64,8 @@ pub(super) fn first_probe(deadline: Duration) -> Duration {
 }
 
 /// Returns the time from a loss of state to the new epoch. All replicas that can reach the counters must learn of the
-/// epoch before it starts; one that does not begins another epoch when it returns, and all buckets are emptied again.
+/// epoch before it starts; a replica that does not would begin another epoch when it returns, and empty all buckets
+/// again.
 ///
 /// A replica whose call failed just before the loss detects the outage within one `deadline`. Its first probe follows
 /// after [`first_probe`], and arrives within another `deadline`. A replica that is probing already waits for
@@ -158,7 +159,7 @@ pub(super) async fn send_heartbeats(inner: Weak<StoreCore>) {
 }
 
 /// Confirms that this replica knows when the promised epoch starts. Without a confirmation, the start may be postponed.
-/// The call does not report the outage: if it arrived late, that would start another epoch.
+/// The call does not report the outage: a report that arrived late would start another epoch.
 fn confirm_promise(inner: Arc<StoreCore>, number: u16, promised: CounterMicros) {
     tokio::spawn(async move {
         let call = TakeCall {
@@ -214,8 +215,8 @@ pub(super) async fn probe_until_recovered(
         if let Ok(Ok(reply)) = answer {
             match reply.state {
                 // A late response is not treated as a promise: the response to the first call in the epoch would
-                // probably be late too, and this replica would have paused for nothing. The counters postpone the
-                // epoch.
+                // probably be late too, and this replica would have paused for nothing. In this case, the counters
+                // postpone the epoch.
                 BucketState::Initializing { wait: left } if in_time => {
                     wait = Duration::from_micros(left);
                     promise = reply.at.saturating_add(left);

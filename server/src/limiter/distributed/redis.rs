@@ -28,13 +28,13 @@ use crate::{
 /// The number of partitions of a cluster: enough to distribute keys evenly over tens of nodes.
 const CLUSTER_PARTITIONS: u16 = 256;
 
-/// The number of buckets per command, so that no other call waits long for it.
+/// The maximum number of buckets deleted by one command: few enough that other calls do not wait long.
 const DELETED_AT_ONCE: usize = 100;
 
 const TAKE: &str = include_str!("take.lua");
 
-/// Starts the first epoch of a new deployment in the past, so that its buckets are full. Does nothing if there is an
-/// epoch.
+/// Starts the first epoch of a new deployment in the past, so that its buckets are full. Does nothing if an epoch
+/// exists.
 const FIRST: &str = "
 if redis.call('EXISTS', KEYS[1]) == 0 then
   local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')

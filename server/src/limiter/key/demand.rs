@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// A waiting request. Tokens fetched for the request are kept until it has [reserved](Self::reserve) them, and stay
-/// reserved until they are spent or released. Dropping the guard releases them.
+/// reserved until they are spent or released. Dropping the guard releases reserved tokens.
 pub(in crate::limiter) struct DemandGuard<'a> {
     calls: &'a Arc<LedgerCalls>,
     handle: &'a Arc<KeyHandle>,
@@ -37,7 +37,7 @@ impl<'a> DemandGuard<'a> {
     }
 
     /// Reserves the request's quota tokens if all blocks have enough, so that no other request can use the same tokens
-    /// while this one waits for its rate.
+    /// while this request waits for the other policies.
     pub(in crate::limiter) fn reserve(&mut self, state: &mut KeyState, now: UnixNanos) -> bool {
         if self.reserved.is_none() {
             self.reserved = state.reserve_quotas(self.cost, now);
@@ -80,7 +80,7 @@ impl<'a> DemandGuard<'a> {
         }
     }
 
-    /// Releases the reserved tokens. The request waits again.
+    /// Releases the reserved tokens. The request then waits for tokens again.
     pub(in crate::limiter) fn release(&mut self, state: &mut KeyState) {
         if let Some(reserved) = self.reserved.take() {
             state.begin_wait(self.cost);

@@ -183,7 +183,7 @@ impl Drop for Worker {
         }
         let calls = Arc::clone(&self.calls);
         self.end(&mut calls.queue.lock());
-        // A worker that never ran was dropped by a runtime that is shutting down, which would drop the next one too.
+        // A worker that never ran was dropped by a runtime that is shutting down, which would drop the next worker too.
         if self.has_begun {
             match self.role {
                 Role::Taker => calls.start_taker(),
@@ -218,7 +218,7 @@ impl Takes {
         owing.take().await;
     }
 
-    /// Gives back the tokens that the calls owe to the ledger. If that fails, ends the calls.
+    /// Gives back the tokens that the calls owe to the ledger. If that fails, ends the calls with the error.
     async fn give_back(&mut self) {
         let mut owed = BTreeMap::new();
         for call in &mut self.list {
@@ -255,7 +255,7 @@ impl Takes {
         }
         let requests: Vec<_> = self.list.iter().map(Call::request).collect();
         let deadline = self.calls.deadline;
-        // The batch can belong to only one trace.
+        // A batch can belong to only one trace.
         let span = self.list.iter().find_map(|call| call.span.clone());
         let take = spans::within(span, self.calls.ledger.take(&requests));
         let answer = time::timeout(deadline, take).await;
@@ -315,7 +315,7 @@ impl Drop for Returns {
     }
 }
 
-// Form a batch only when there is a connection, so that calls that arrive during the wait join it.
+// Both loops form a batch only once they have a connection, so that calls that arrive in the meantime join the batch.
 
 async fn take_all(mut worker: Worker) {
     let calls = Arc::clone(&worker.calls);

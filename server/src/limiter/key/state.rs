@@ -32,7 +32,7 @@ pub(in crate::limiter) struct KeyState {
     gcra: Gcra,
     /// The TAT of the local bucket. Used by the local store, and during an outage with the fallback setting `open`.
     pub(in crate::limiter) tat: UnixNanos,
-    /// Debt in excess of an empty bucket's, left over from a larger burst.
+    /// Debt beyond that of an empty bucket, left over from a larger burst.
     beyond: Nanos,
     /// When tokens were last taken from the bucket, or the plan was edited.
     used_at: UnixNanos,
@@ -42,7 +42,7 @@ pub(in crate::limiter) struct KeyState {
     monthly: Block,
     /// The total cost of requests that wait for quota tokens, except requests that have reserved them.
     pub(in crate::limiter) waited_for: u64,
-    /// At least the largest cost among these requests.
+    /// An upper bound for the largest cost among these requests.
     largest_wait: u64,
 }
 
@@ -416,7 +416,7 @@ impl KeyState {
         self.monthly.tidy(self.waited_for);
     }
 
-    /// Returns whether this state is the same as a new key's.
+    /// Returns whether this state is equivalent to a new key's.
     pub(in crate::limiter) fn is_forgettable(&self, now: UnixNanos, monotonic: Monotonic) -> bool {
         self.tat.saturating_add(self.beyond) <= now
             && self

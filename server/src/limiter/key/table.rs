@@ -8,7 +8,7 @@
 //! several atomics, a request could be denied because of tokens that another denied request is about to return.
 //!
 //! Workers call the ledger, one call at a time per key and policy. A request waits only if too few tokens are available
-//! locally. If it is canceled while it waits, no tokens are lost.
+//! locally. If the request is canceled while it waits, no tokens are lost.
 
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -51,12 +51,12 @@ const CROWDED_PRUNE: Nanos = Nanos::from_secs(1);
 #[derive(Debug, Clone)]
 pub struct KeyTableSettings {
     /// The maximum number of keys, at about 600 bytes each. Requests with additional keys get
-    /// [`LimiterError::TooManyKeys`]: making room by dropping another key would refill its bucket.
+    /// [`LimiterError::TooManyKeys`]: making room by dropping another key would refill that key's bucket.
     pub max_keys: usize,
     /// How long a request waits for one ledger call. A decision waits for at most two calls.
     pub ledger_deadline: Duration,
-    /// How long until a ledger call is abandoned. Longer than requests wait, because tokens granted by a late response
-    /// can still be spent, while tokens granted by an abandoned call are lost until their window ends.
+    /// The time after which a ledger call is abandoned. It is longer than requests wait, because tokens granted by a
+    /// late response can still be spent, while tokens granted by an abandoned call are lost until their window ends.
     pub call_deadline: Duration,
     /// The connections to the ledger, which limit the number of concurrent calls.
     pub connections: LedgerConnections,
@@ -187,15 +187,15 @@ impl KeyTable {
             // If the map has the only reference, no other reference can be created while the shard is locked.
             let is_shared = Arc::strong_count(handle) > 1;
             if is_shared || state.tat > now {
-                // Entering the new windows returns a prefetched block even if no request arrives.
+                // Entering a new window allows returning its prefetched block even if no request arrives.
                 state.enter_windows(now, self.membership.replica_count());
                 for policy in [Policy::Daily, Policy::Monthly] {
                     self.calls.return_unneeded(handle, &mut state, policy, now);
                     self.calls.start_next(handle, &mut state, policy, now);
                 }
             } else {
-                // The next search drops the key, after the ledger has credited its tokens. If it were dropped now, its
-                // next request could find too few tokens in the ledger.
+                // The next search drops the key, after the ledger has credited its tokens. If the key were dropped now,
+                // its next request could find too few tokens in the ledger.
                 let released = [Policy::Daily, Policy::Monthly]
                     .map(|policy| self.calls.return_block(handle, &mut state, policy));
                 if released.contains(&true) {
@@ -221,8 +221,8 @@ impl KeyTable {
         (state, now)
     }
 
-    /// Does the follow-up work after a decision, or after an attempt that could not decide: returns surplus tokens and
-    /// starts to fetch missing ones.
+    /// Does the follow-up work after a decision, or after an attempt that could not make one: returns surplus tokens
+    /// and starts to fetch missing tokens.
     #[inline]
     pub(in crate::limiter) fn after(
         &self,

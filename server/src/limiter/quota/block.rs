@@ -24,7 +24,7 @@ use crate::clock::{Nanos, UnixNanos};
 const BLOCK_MAX: u64 = 10_000;
 
 /// How long to wait before querying the ledger again about an exhausted quota. By then, other replicas may have
-/// returned tokens. Doubles with each response without tokens, up to [`PATIENCE_MAX`].
+/// returned tokens. The wait doubles with each response without tokens, up to [`PATIENCE_MAX`].
 const PATIENCE: Nanos = Nanos::from_secs(1);
 const PATIENCE_MAX: Nanos = PATIENCE.saturating_mul(8);
 
@@ -73,7 +73,7 @@ pub(in crate::limiter) struct ReservedTokens {
     tokens: u64,
 }
 
-/// A ledger call for a block: first returns tokens, then takes some.
+/// A ledger call for a block, which first returns tokens and then takes tokens.
 #[derive(Debug)]
 pub(in crate::limiter) struct LedgerOrder {
     pub(in crate::limiter) give_back: Vec<(UnixNanos, u64)>,
@@ -383,8 +383,8 @@ impl Block {
         }
     }
 
-    /// Treats tokens as owed if they exceed both the block size and what waiting requests need. Such tokens were
-    /// fetched for a request that was then denied or canceled.
+    /// Marks tokens as owed if they exceed both the block size and what waiting requests need. Such tokens were fetched
+    /// for a request that was then denied or canceled.
     pub(in crate::limiter) fn tidy(&mut self, waited_for: u64) {
         let size = self.size().max(waited_for);
         if self.held > size {

@@ -1,7 +1,7 @@
 //! The protocol of the shared counters: one call and its reply.
 //!
-//! The Redis script and, in tests, a model of it implement this protocol. It does not depend on connections or the
-//! state of keys.
+//! The Redis script and, in tests, a model of it implement this protocol. The protocol does not depend on connections
+//! or the state of keys.
 
 use std::{error::Error, sync::Arc};
 
@@ -10,7 +10,7 @@ use quota_common::id::{ApiKeyId, TenantId};
 
 use crate::clock::Nanos;
 
-/// A time on the counters' clock, in microseconds since the Unix epoch. Zero means none.
+/// A time on the counters' clock, in microseconds since the Unix epoch. Zero means that there is no time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 #[repr(transparent)]
 pub struct CounterMicros(pub u64);
@@ -48,8 +48,8 @@ pub struct TakeCall {
     /// The plan's version. If callers send different versions, the counters use the newest.
     pub version: u64,
     pub need: u64,
-    /// The number of tokens that requests are waiting for, or that should be granted as if they were. If the bucket
-    /// holds fewer, it grants what it holds.
+    /// The number of tokens that requests are waiting for, or that should be granted as if requests were waiting for
+    /// them. If the bucket holds fewer, it grants what it holds.
     pub waiting: u64,
     /// The total number of tokens to take, at least `waiting`. Tokens in excess of `waiting` are for later. A grant
     /// that includes such tokens is at most half of what the bucket holds. If zero, no tokens are taken.
@@ -73,9 +73,9 @@ pub struct TakeCall {
     /// replicas may have allowed such requests.
     pub outage_since: CounterMicros,
     /// Start of the epoch that the previous reply promised, if the caller has not allowed any request since that start;
-    /// zero otherwise. A call that arrives before the start confirms that the caller knows of it. The counters postpone
-    /// the start until a caller has confirmed it. A call that arrives soon after the start uses the promised epoch
-    /// instead of starting another one.
+    /// zero otherwise. A call that arrives before the start confirms that the caller knows the start. The counters
+    /// postpone the start until a caller has confirmed it. A call that arrives soon after the start uses the promised
+    /// epoch instead of starting another one.
     pub promised: CounterMicros,
 }
 

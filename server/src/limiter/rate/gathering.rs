@@ -3,7 +3,7 @@
 use super::{counters::CounterMicros, gcra::Gcra, waiter::Unspent};
 use crate::clock::Nanos;
 
-/// The longest pause is up to this fraction of the lease TTL shorter than the TTL.
+/// The longest pause is shorter than the lease TTL by up to one part in `VARIES`.
 const VARIES: u64 = 8;
 
 /// When this replica's last call was made, if that call took all of the bucket's tokens.
@@ -22,8 +22,8 @@ impl Gathering {
     ///
     /// The wait is half the lease TTL or, if other replicas take most of the tokens, up to nearly the whole TTL: then
     /// the calls of all replicas together still empty the bucket about twice per TTL. The wait varies, because replicas
-    /// that always call at the same time would leave no tokens for each other. It is never so long that the bucket
-    /// could fill up, since a full bucket stops refilling.
+    /// that always call at the same time would leave no tokens for each other. The wait is never so long that the
+    /// bucket could fill up, since a full bucket stops refilling.
     pub(in crate::limiter) fn pause(
         &mut self,
         gcra: Gcra,
@@ -70,7 +70,7 @@ mod tests {
     const TTL: Nanos = Nanos::from_millis(100);
     const EMPTY: Nanos = Nanos::ZERO;
 
-    /// 1,000 tokens per second.
+    /// Returns the parameters of a bucket that refills at 1,000 tokens per second.
     fn gcra(burst: u32) -> Gcra {
         Gcra::new(RatePolicy {
             rpm: NonZeroU32::new(60_000).unwrap(),
@@ -86,7 +86,7 @@ mod tests {
         }
     }
 
-    /// Returns the milliseconds to wait after the second of two calls with this much time in between.
+    /// Returns how many milliseconds to wait after the second of two calls that are `ms` milliseconds apart.
     fn after(ms: u64, second: Unspent, burst: u32) -> u64 {
         let mut gathering = Gathering::default();
         let first = grant(second.taken_at.0 / 1000 - ms, 7, 1);
@@ -99,7 +99,7 @@ mod tests {
 
     #[test]
     fn a_replica_waits_longer_if_others_take_most_of_the_tokens() {
-        // It takes all of them, half, a third, or none.
+        // The replica takes all of the tokens, 70 percent, half, a third, or none.
         assert_eq!(after(50, grant(1000, 50, 1), 1000), 50);
         assert_eq!(after(50, grant(1000, 49, 1), 1000), 50);
         assert_eq!(after(50, grant(1000, 35, 1), 1000), 70);

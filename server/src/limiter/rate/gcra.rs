@@ -6,8 +6,8 @@
 //!
 //! Two properties hold. *Never above the limit*: the emission interval is rounded up, so the rate is `rpm` or slightly
 //! less (by at most 1 in 1,000, and only near 60,000,000 per minute). *No lockout when the clock is set back*: a TAT
-//! later than an empty bucket's can only come from a clock that was ahead, and counts as an empty bucket. So setting
-//! the clock back by hours makes a key wait for one refill, not for hours.
+//! later than that of an empty bucket can only come from a clock that was ahead, so the bucket counts as empty. So
+//! setting the clock back by hours makes a key wait for one refill, not for hours.
 //!
 //! Reference: ITU-T I.371, annex A (virtual scheduling algorithm).
 
@@ -234,7 +234,7 @@ mod tests {
         let gcra = gcra(60, 10);
         let ahead = NOW.saturating_add(Nanos::from_secs(7200));
         let Verdict::Fits { tat } = gcra.decide(UnixNanos(0), ahead, cost(10)) else {
-            panic!("a rested bucket is full");
+            panic!("an idle bucket is full");
         };
         let tat = gcra.settled(tat, NOW);
         assert_eq!(
@@ -261,7 +261,7 @@ mod tests {
     }
 
     proptest! {
-        /// The wait is exact: a nanosecond earlier is too early, and after it the request fits.
+        /// The wait is exact: the request fits after the wait, and does not fit a nanosecond earlier.
         #[test]
         fn wait_is_exact(
             rpm in 1..=60_000_000u32,
@@ -299,8 +299,8 @@ mod tests {
             prop_assert!(!fits(gcra.decide(tat, NOW, cost(left + 1))));
         }
 
-        /// An edit never leaves more than the new burst less usage, and changing a plan back and forth never fills the
-        /// bucket.
+        /// An edit never leaves more tokens than the new burst minus the usage, and changing a plan back and forth
+        /// never fills the bucket.
         #[test]
         fn edit_carries_usage_over(
             (rpm_a, rpm_b) in (1..=60_000_000u32, 1..=60_000_000u32),

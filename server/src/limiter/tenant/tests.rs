@@ -136,7 +136,8 @@ impl World {
         self.quotas.admit(&self.quota, cost, peek, decide).await
     }
 
-    /// A decision by the store, made when the test allows it. The tokens are reserved first.
+    /// Returns a decision by the store once the test sends its outcome. Sends `begun` first: by then, the tokens are
+    /// reserved.
     async fn decided(
         &self,
         begun: oneshot::Sender<()>,
@@ -240,7 +241,7 @@ async fn failed_or_canceled_decision_costs_nothing() {
         let (begun, reserved) = oneshot::channel();
         let canceled = world.admit_with(NonZeroU32::MIN, world.decided(begun, decision));
         tokio::select! {
-            _ = canceled => unreachable!("it is not decided"),
+            _ = canceled => unreachable!("the request is not decided"),
             begun = reserved => begun.unwrap(),
         }
     }
@@ -395,5 +396,5 @@ async fn key_tables_share_the_connections_to_the_ledger() {
     assert!(all > 2 * waited, "the keys took only {all:?}");
     tokio::join!(store.drain(), quotas.drain());
     let most = ledger.most_calls.load(Ordering::SeqCst);
-    assert_eq!(most, 3, "calls at once");
+    assert_eq!(most, 3, "concurrent calls");
 }

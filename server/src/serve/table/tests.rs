@@ -53,7 +53,7 @@ async fn oldest_connection_without_a_request_makes_room() {
         ConnectionLimit::Full
     );
     drop(third);
-    assert!(admit(&table, "192.0.2.5").is_ok(), "a slot came free");
+    assert!(admit(&table, "192.0.2.5").is_ok(), "a slot became free");
 }
 
 #[tokio::test(start_paused = true)]
@@ -113,7 +113,7 @@ async fn limit_of_one_address_does_not_affect_others() {
     );
     assert!(admit(&table, "198.51.100.2").is_ok());
     drop(all);
-    assert!(admit(&table, "198.51.100.1").is_ok(), "places came free");
+    assert!(admit(&table, "198.51.100.1").is_ok(), "slots became free");
 }
 
 #[tokio::test(start_paused = true)]

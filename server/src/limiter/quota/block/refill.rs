@@ -1,4 +1,4 @@
-//! Decides when to fetch tokens from the ledger, and how many, and applies its responses to the block.
+//! Decides when to fetch tokens from the ledger, and how many, and applies the ledger's responses to the block.
 
 use std::sync::Arc;
 
@@ -159,9 +159,9 @@ impl Block {
         self.answered_at = now;
     }
 
-    /// Begins to fetch the first block of the next window if it is time and the key was used in the current window.
-    /// `key_hash` spreads the fetches of different keys over time. Returns when the next window starts. Must be
-    /// followed by [`finish_next`](Self::finish_next).
+    /// Begins to fetch the first block of the next window if that window begins soon and the key was used in the
+    /// current window. `key_hash` spreads the fetches of different keys over time. Returns when the next window starts.
+    /// Must be followed by [`finish_next`](Self::finish_next).
     pub(in crate::limiter) fn begin_next(
         &mut self,
         now: UnixNanos,
