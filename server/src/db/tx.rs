@@ -60,7 +60,9 @@ impl Tx {
     }
 
     fn get(&mut self) -> &mut AsyncPgConnection {
-        self.conn.as_mut().expect("only `commit` ends the transaction")
+        self.conn
+            .as_mut()
+            .expect("only `commit` ends the transaction")
     }
 
     async fn commit(mut self) -> Result<(), DbError> {

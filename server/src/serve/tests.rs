@@ -170,7 +170,11 @@ async fn ask(stream: &mut TcpStream) {
         .unwrap();
     let mut answer = Vec::new();
     while !answer.ends_with(b"here") {
-        assert_ne!(stream.read_buf(&mut answer).await.unwrap(), 0, "the connection ended");
+        assert_ne!(
+            stream.read_buf(&mut answer).await.unwrap(),
+            0,
+            "the connection ended"
+        );
     }
 }
 
@@ -313,7 +317,11 @@ async fn half_closed_connection_gets_its_responses_and_is_closed(way: Way) {
     stream.write_all(&request[..10]).await.unwrap();
     let mut answers = Vec::new();
     while answers.windows(4).filter(|it| it == b"here").count() < 3 {
-        assert_ne!(stream.read_buf(&mut answers).await.unwrap(), 0, "the connection ended");
+        assert_ne!(
+            stream.read_buf(&mut answers).await.unwrap(),
+            0,
+            "the connection ended"
+        );
     }
     stream.shutdown().await.unwrap();
     let ended = ended_after(&mut stream).await;
@@ -541,7 +549,9 @@ mod http2 {
                 }
             }
         };
-        timeout(20 * HEADER, all).await.expect("the server closes the connection");
+        timeout(20 * HEADER, all)
+            .await
+            .expect("the server closes the connection");
         (began.elapsed(), kinds)
     }
 
@@ -695,9 +705,15 @@ mod http2 {
         let mut read = 0;
         while read < MEDIUM {
             let mut head = [0; 9];
-            reader.read_exact(&mut head).await.expect("the connection is open");
+            reader
+                .read_exact(&mut head)
+                .await
+                .expect("the connection is open");
             let mut payload = vec![0; usize::from(u16::from_be_bytes([head[1], head[2]]))];
-            reader.read_exact(&mut payload).await.expect("the connection is open");
+            reader
+                .read_exact(&mut payload)
+                .await
+                .expect("the connection is open");
             if head[3] == DATA {
                 read += payload.len();
             }
@@ -715,7 +731,10 @@ mod http2 {
             let canceled = 4 * n + 1;
             let reset = frame(RST_STREAM, 0, canceled, &[0, 0, 0, 8]);
             let requests = [get_path(canceled, "/never"), reset, get(canceled + 2)].concat();
-            stream.write_all(&requests).await.expect("the connection is open");
+            stream
+                .write_all(&requests)
+                .await
+                .expect("the connection is open");
             time::sleep(WRITE / 4).await;
         }
         let (_, kinds) = until_closed(&mut stream).await;
@@ -749,9 +768,15 @@ mod http2 {
         let reading = async {
             loop {
                 let mut head = [0; 9];
-                stream.read_exact(&mut head).await.expect("the connection is open");
+                stream
+                    .read_exact(&mut head)
+                    .await
+                    .expect("the connection is open");
                 let mut payload = vec![0; usize::from(u16::from_be_bytes([head[1], head[2]]))];
-                stream.read_exact(&mut payload).await.expect("the connection is open");
+                stream
+                    .read_exact(&mut payload)
+                    .await
+                    .expect("the connection is open");
                 events += usize::from(head[3] == DATA);
             }
         };
