@@ -5,12 +5,12 @@
 //! PostgreSQL is unavailable, an entry is still used for a grace period after it was last confirmed. After that,
 //! lookups fail, because the entry cannot be confirmed.
 //!
-//! When a load or a poll fails, PostgreSQL is suspected to be unreachable, for all caches. Until it responds again,
-//! entries within their grace period are used without waiting, and only a few at a time are reloaded in the background.
-//! So an outage delays only the first few requests, instead of the first request for each key.
+//! When a load or a poll fails, PostgreSQL is suspected to be unreachable, for all caches. Until PostgreSQL responds
+//! again, entries within their grace period are used without waiting, and only a few at a time are reloaded in the
+//! background. So an outage delays only the first few requests, instead of the first request for each key.
 //!
-//! A changed entry is emptied, not removed. The emptied entry is never used again. It shows that its key exists, so
-//! that reloading the entry does not compete with lookups of unknown keys.
+//! A changed entry is emptied, not removed. It is never used again, but shows that its key exists, so that reloading
+//! the entry does not compete with lookups of unknown keys.
 //!
 //! A load may also return a row that another replica has read, with the time at which the row was known to be current.
 //!
@@ -90,7 +90,7 @@ impl Freshness {
     /// Waits until PostgreSQL is suspected to be unreachable.
     async fn suspected(&self) {
         let mut suspected = self.suspected.subscribe();
-        // This cannot fail, because `self` owns the sender.
+        // Waiting cannot fail, because `self` owns the sender.
         let _ = suspected.wait_for(|suspected| *suspected).await;
     }
 
@@ -158,7 +158,7 @@ type Load<T> = BoxFuture<'static, Result<Option<Arc<T>>, Unconfirmed>>;
 type Loading<T> = Shared<Load<T>>;
 
 /// A load in progress, shared by the callers that need the same key. The callers and a separate task keep it running.
-/// It is canceled when all of them are gone, for example when the runtime ends.
+/// The load is canceled when all of them are gone, for example when the runtime ends.
 struct InProgress<T> {
     id: u64,
     loading: WeakShared<Load<T>>,
@@ -438,7 +438,7 @@ where
             value: None,
             loaded_at: Monotonic::default(),
         };
-        // This does nothing if there is no entry.
+        // The call does nothing if there is no entry.
         let _ = self.inner.present.replace(key, emptied, true);
     }
 

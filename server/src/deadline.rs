@@ -64,7 +64,7 @@ mod tests {
             let (mut stream, _) = listener.accept().unwrap();
             asked.recv().unwrap();
             stream.write_all(b"!").unwrap();
-            // This completes when the other side closes the connection.
+            // The read completes when the other side closes the connection.
             let _ = stream.read(&mut [0]);
         });
         let mut stream = tokio::net::TcpStream::connect(addr).await.unwrap();

@@ -20,7 +20,7 @@ const LENGTH_DIGITS: usize = 9;
 
 /// Responds to plain requests, exactly as the endpoint behind hyper would.
 pub trait DirectEndpoint: Send + Sync + 'static {
-    /// Returns whether to pass this request to [`answer`](Self::answer). Its body may not have arrived yet.
+    /// Returns whether to pass this request to [`answer`](Self::answer). The request's body may not have arrived yet.
     fn accepts(&self, request: &PlainRequest<'_>) -> bool;
 
     /// Appends the response to `out`. `marks` is `None` if the connection has already authenticated.

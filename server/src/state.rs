@@ -348,7 +348,8 @@ impl AppState {
         self.sessions.forget_all();
     }
 
-    /// Applies a change that this replica has committed to its caches, and publishes the change to other replicas.
+    /// Drops the cache entries that a change committed by this replica invalidates, and publishes the change to other
+    /// replicas.
     pub fn invalidate(&self, invalidation: &Invalidation) {
         self.recent.announced(invalidation);
         self.forget(std::slice::from_ref(invalidation));
@@ -424,8 +425,8 @@ async fn initialize_counters(
     tx.commit().await
 }
 
-/// Returns whether to accept sessions from earlier versions, which do not record their secret. Such sessions use the
-/// secret that was in use when the first replica of this version started.
+/// Returns whether to accept sessions from earlier versions, which do not record the secret that they were issued with.
+/// Such sessions use the secret that was in use when the first replica of this version started.
 async fn accepts_unmarked_sessions(db: &Db, secrets: &SecretPair) -> Result<bool, DbError> {
     let mut tx = db.system().await?;
     let first = repo::secret::first_of_sessions(&mut tx, &secrets.current.id).await?;

@@ -1,4 +1,4 @@
-//! Limits how many of each tenant's changes or reads are in progress.
+//! Limits how many changes or large reads of each tenant are in progress.
 //!
 //! A change holds a database connection while it waits for a lock, and a tenant's changes mostly wait for each other.
 //! So a burst of one tenant's changes, or of its large reads, could take all of this replica's connections. Therefore,

@@ -181,7 +181,7 @@ async fn once_postgres_is_suspected_entries_are_served_without_waiting() {
     it.get(Ok(Some("a"))).await.unwrap();
     it.clock.advance(Duration::from_secs(2));
     assert!(it.freshness.suspect());
-    assert!(!it.freshness.suspect(), "it is already suspected");
+    assert!(!it.freshness.suspect(), "PostgreSQL is already suspected");
     // More than the maximum number of concurrent background loads.
     for _ in 0..3 * BACKGROUND_LOADS {
         let value = it.cache.get(1, hangs()).await.unwrap();
@@ -225,7 +225,7 @@ async fn changed_entries_stay_known_and_are_never_served_unconfirmed() {
     assert!(it.cache.peek(&1).is_none(), "the entry is not valid");
     assert!(
         it.get(Err("unreachable")).await.is_err(),
-        "it is not served stale"
+        "the stale entry is not served"
     );
     it.freshness.suspect();
     assert!(
@@ -304,7 +304,7 @@ fn canceled_load_is_started_again() {
         let waited = tokio::time::timeout(Duration::from_millis(10), load).await;
         assert!(waited.is_err());
     });
-    // This cancels all tasks on the runtime.
+    // Dropping the runtime cancels all of its tasks.
     drop(first);
     let second = runtime().enable_all().build().unwrap();
     let loaded = second.block_on(async {

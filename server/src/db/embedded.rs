@@ -9,8 +9,8 @@
 //!   from a pipe whose other end only this process holds. When this process ends, even after `kill -9`, the read ends,
 //!   and the guard requests a fast shutdown. (`PR_SET_PDEATHSIG` would require `unsafe`, is reset when a process
 //!   changes its user, and fires when the *thread* that forked ends.)
-//! * If PostgreSQL crashes, it is restarted, with backoff. Until it runs again, connections fail as with any database
-//!   that is down.
+//! * If PostgreSQL crashes, it is restarted, with backoff. Until PostgreSQL runs again, connections fail as with any
+//!   database that is down.
 //! * If this process runs as root, PostgreSQL runs as the `postgres` user, or as `nobody` if there is no such user,
 //!   because PostgreSQL refuses to run as root.
 mod binaries;
@@ -39,8 +39,8 @@ const NAME: &str = "quota";
 /// port.
 const PORT: &str = "5432";
 
-/// The cluster's settings. They are passed on the command line, so that they come from this version of Quota, not from
-/// the version that created the cluster.
+/// The cluster's settings. The settings are passed on the command line, so that they come from this version of Quota,
+/// not from the version that created the cluster.
 const SETTINGS: &[(&str, &str)] = &[
     ("listen_addresses", ""),
     ("unix_socket_permissions", "0700"),

@@ -109,7 +109,7 @@ pub struct TenantTx {
 
 impl TenantTx {
     pub(super) async fn begin(pool: &ConnectionPool, tenant: TenantId) -> Result<Self, DbError> {
-        // This is safe from injection, because a UUID contains only hexadecimal digits and dashes.
+        // No injection is possible, because a UUID contains only hexadecimal digits and dashes.
         let begin = format!("BEGIN; SET LOCAL ROLE quota_app; SET LOCAL quota.tenant = '{tenant}'");
         Ok(Self {
             tx: Tx::begin(pool, &begin).await?,

@@ -1,7 +1,7 @@
 //! Invalidations: publishes changes to other replicas, and keeps track of the changes received.
 //!
 //! A transaction that changes data that replicas cache also inserts a row into `revocations`. Each replica polls for
-//! new rows every 150 ms, and only polling is needed for correctness. After the commit, the change is also published
+//! new rows every 150 ms. Polling alone is sufficient for correctness. After the commit, the change is also published
 //! through Redis, so that most replicas learn of it within milliseconds. Messages may be lost. If Redis is not
 //! configured or is unreachable, no messages are sent.
 //!

@@ -7,9 +7,9 @@
 //! There are two sources of changes, with different levels of trust:
 //! - **Polled** changes come from PostgreSQL, in order and without gaps. Only polled changes raise the floor and
 //!   `up_to`. Between these two numbers, all changes are known.
-//! - **Announced** changes are messages from other replicas, and this replica's own commits. Their only benefit is that
-//!   they arrive earlier. Until the poll has caught up, an announcement makes older copies outdated. An announcement
-//!   never causes the poll to skip a number, raises the floor, or displaces a polled change.
+//! - **Announced** changes are messages from other replicas, and this replica's own commits. The only benefit of
+//!   announcements is that they arrive earlier. Until the poll has caught up, an announcement makes older copies
+//!   outdated. An announcement never causes the poll to skip a number, raises the floor, or displaces a polled change.
 //!
 //! A copy with a number below the floor is never confirmed, because PostgreSQL may have already deleted later changes.
 //! A copy with a number higher than all polled and announced changes is not confirmed either, because that number has
@@ -310,7 +310,7 @@ mod tests {
         }
         for seq in 19..=25 {
             assert!(recent.polled(&of_key(seq, 2)), "{seq} is assigned again");
-            assert!(!recent.unchanged(&[key(1)], 23), "a number from before");
+            assert!(!recent.unchanged(&[key(1)], 23), "the number was assigned before the restore");
         }
         assert!(recent.unchanged(&[key(1)], 24));
         assert!(!recent.unchanged(&[key(2)], 24), "changed with number 25");

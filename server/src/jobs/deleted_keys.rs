@@ -1,7 +1,7 @@
 //! Deletes the limiter state of deleted keys. Without this job, a bucket would remain until it is full, which may take
 //! weeks. A tenant could then fill Redis's memory by creating, using and deleting keys.
 //!
-//! Every replica does this, because each has its own limiter state.
+//! Every replica runs this job, because each has its own limiter state.
 
 use std::time::Duration;
 

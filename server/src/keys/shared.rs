@@ -8,8 +8,8 @@
 //! this replica does not know of a later invalidation for its key, plan, or tenant ([`Recent`]). The entry then counts
 //! as confirmed at the time of the poll, not at the time it was read. This has several consequences:
 //! - If a load starts before a change but writes its entry after the change, the entry has a lower number than the
-//!   change. Replicas that know of the change reject the entry. Other replicas learn of it with their next poll, as
-//!   they do for records in memory.
+//!   change. Replicas that know of the change reject the entry. Other replicas learn of the change with their next
+//!   poll, as they do for records in memory.
 //! - Losing an invalidation or the connection to Redis is safe.
 //! - A change to a plan invalidates the entries of all its keys without listing them.
 //!

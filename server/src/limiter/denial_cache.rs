@@ -9,8 +9,8 @@
 //! are not recorded, because they do not show what the store would decide: a request that the store would allow must
 //! not be denied.
 //!
-//! The local store keeps its state in the same handle, so a cache in front of it would only add cost. The limiter skips
-//! the cache if [`LimitStore::is_local`].
+//! The local store keeps its state in the same handle, so a cache in front of the local store would only add cost. The
+//! limiter skips the cache if [`LimitStore::is_local`].
 //!
 //! Uses monotonic time, so that setting the system clock back does not lock out any key.
 //!

@@ -31,8 +31,8 @@ pub struct Policies {
 }
 
 impl Policies {
-    /// Creates policies. `daily` and `monthly` are quotas per calendar day and month in `zone`. If `strict`, the store
-    /// does not use leases.
+    /// Creates policies. `daily` and `monthly` are quotas per calendar day and month in `zone`. If `strict` is set, the
+    /// store does not use leases.
     pub fn new(
         rate: RatePolicy,
         daily: Option<NonZeroU64>,

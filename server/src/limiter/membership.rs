@@ -252,8 +252,8 @@ mod tests {
         assert!(!membership.others_may_act(at(5 * SECOND)));
     }
 
-    /// Replicas start, stop, lose PostgreSQL and get slow responses. They count each other as in the database, and the
-    /// sum of their shares of a burst is checked continuously.
+    /// Replicas start, stop, lose PostgreSQL and get slow responses. They count each other as they would in the
+    /// database, and the sum of their shares of a burst is checked continuously.
     #[test]
     fn shares_of_all_replicas_never_exceed_the_whole() {
         const TICK: u64 = SECOND / 10;

@@ -30,10 +30,10 @@ use crate::clock::Nanos;
 /// - *Quotas.* In any calendar window, at most `daily` and `monthly` tokens are granted, across restarts and crashes. A
 ///   crash loses at most one block (a hundredth of the quota, and at most 10,000 tokens), the tokens that requests were
 ///   waiting for, and tokens that were being returned. Draining returns all unused tokens, unless the ledger does not
-///   confirm this in time. A failed ledger call may lose the tokens that it was to take. A replica does not keep an
-///   unused block for long while other replicas may need it. A change of time zone takes effect when the current window
-///   ends, or immediately if nothing was used in that window. The next window lasts until the end of the day or month
-///   in the new zone, with a proportional quota. Windows never overlap.
+///   confirm the return in time. A failed ledger call may lose the tokens that it was to take. A replica does not keep
+///   an unused block for long while other replicas may need it. A change of time zone takes effect when the current
+///   window ends, or immediately if nothing was used in that window. The next window lasts until the end of the day or
+///   month in the new zone, with a proportional quota. Windows never overlap.
 /// - *Edits.* Usage is kept when policies change: an edit does not refill a bucket or a quota. But a bucket that has
 ///   been idle until it was full under its last plan may be forgotten, and is then full under any plan.
 /// - *Failure.* If no decision can be made, the result is a [`LimiterError`]; the request is never allowed.
@@ -62,7 +62,7 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
     fn peek(&self, handle: &KeyHandle, policies: &Policies) -> Decision;
 
     /// Returns the key's state without taking tokens. The state of the rate comes from the shared counters. If there
-    /// are none, or they do not respond in time, returns the same as [`peek`](Self::peek).
+    /// are no shared counters, or if they do not respond in time, returns the same as [`peek`](Self::peek).
     async fn inspect(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
         self.peek(handle, policies)
     }
@@ -79,7 +79,7 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
     /// Drops unreferenced keys whose state equals a new key's. If only a key's blocks prevent that, returns the blocks
     /// to the ledger, so that the next call can drop the key. If other replicas share the quotas, also returns blocks
     /// of other keys that have not been used for ten seconds. For keys in use, fetches the first block of the next day
-    /// or month shortly before it begins. Returns the number of remaining keys.
+    /// or month shortly before that day or month begins. Returns the number of remaining keys.
     fn prune(&self) -> usize;
 
     /// Deletes the state of deleted keys, on this replica and in the shared counters. On this replica, a key that is

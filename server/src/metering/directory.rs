@@ -75,8 +75,8 @@ impl Directory {
         }
     }
 
-    /// Takes over an existing directory. Returns `None` if a running process holds it, or if the path is not an
-    /// existing replica directory.
+    /// Takes over an existing directory. Returns `None` if a running process holds the directory, or if the path is not
+    /// an existing replica directory.
     pub fn adopt(path: &Path) -> io::Result<Option<Self>> {
         let Some(id) = id_of(path) else {
             return Ok(None);
@@ -140,7 +140,7 @@ fn open_lock(directory: &Path) -> io::Result<File> {
         .open(directory.join(LOCK))
 }
 
-/// Returns the ID of a replica's directory. `None` if the path is not a replica's directory.
+/// Returns the ID of a replica's directory. Returns `None` if the path is not a replica's directory.
 pub(super) fn id_of(path: &Path) -> Option<Uuid> {
     Uuid::try_parse(path.file_name()?.to_str()?).ok()
 }

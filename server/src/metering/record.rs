@@ -193,7 +193,7 @@ impl Body {
         &self.bytes[..self.len]
     }
 
-    /// Returns the body of a record of `words` words, padded with zeros. `None` if it does not fit.
+    /// Returns the body of a record of `words` words, padded with zeros. Returns `None` if the body does not fit.
     pub fn padded(&self, words: usize) -> Option<&[u8]> {
         let len = words.checked_sub(1)? * WORD;
         (len >= self.len).then(|| self.bytes.get(..len)).flatten()

@@ -357,7 +357,8 @@ impl Recorder {
         }
     }
 
-    /// Waits until the record is as durable as configured. Returns `false` if it may be lost when the machine fails.
+    /// Waits until the record is as durable as configured. Returns `false` if the record may be lost when the machine
+    /// fails.
     pub async fn made_durable(&self, segment: Arc<Segment>) -> bool {
         match &self.syncer {
             None => true,

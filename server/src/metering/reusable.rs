@@ -1,9 +1,9 @@
 //! Space that requests share while their tenant may not record more denials.
 //!
-//! Such a tenant's request needs space before its decision, like any other. But the request is probably denied, and
-//! then no record is written. If each of these requests left void space behind, that space would fill the backlog just
-//! as the records would have. So the space stays open, and the next such request uses it. The shipper cannot read past
-//! open space, so at the start of each pass, it voids the space that no request is using.
+//! Like any other request, a request of such a tenant needs space before its decision. But the request is probably
+//! denied, and then no record is written. If each of these requests left void space behind, that space would fill the
+//! backlog just as the records would have. So the space stays open, and the next such request uses it. The shipper
+//! cannot read past open space, so at the start of each pass, it voids the space that no request is using.
 
 use parking_lot::Mutex;
 

@@ -161,8 +161,7 @@ impl Scan<'_> {
         }
     }
 
-    /// Adds the records in `bytes` to the batch. Returns the number of bytes it has processed, or `None` to stop
-    /// reading.
+    /// Adds the records in `bytes` to the batch. Returns the number of bytes processed, or `None` to stop reading.
     fn collect(&mut self, max: usize, batch: &mut Batch) -> Option<usize> {
         let is_running = self.writer == Writer::Running;
         let mut at = 0;

@@ -1,7 +1,7 @@
 //! A segment: a file of fixed size in which decisions are recorded.
 //!
 //! The whole file is allocated before use and mapped into memory. A record is written with plain stores to that memory:
-//! the kernel keeps it if the process is killed, and the write cannot fail for lack of space.
+//! the kernel keeps the record if the process is killed, and the write cannot fail for lack of space.
 //!
 //! Writers share a segment without a lock. To reserve space, a writer uses compare-and-swap on the header word at the
 //! tail, and changes it from zero to an open header with the record's length. So the length is known as soon as the
@@ -140,7 +140,7 @@ impl Segment {
                 is_broken: AtomicBool::new(false),
             }),
             Err(error) => {
-                // This frees the space for other files.
+                // Removing the file frees its space for other files.
                 let _ = std::fs::remove_file(&unfinished);
                 let _ = std::fs::remove_file(&path);
                 Err(error)
@@ -184,7 +184,7 @@ impl Segment {
                 Ok(_) => index + len,
                 Err(taken) => self.after(index, taken),
             };
-            // This fails if another writer has already advanced the tail.
+            // The exchange fails if another writer has already advanced the tail.
             let _ = self
                 .tail
                 .compare_exchange(index, next, Ordering::AcqRel, Ordering::Acquire);
@@ -198,7 +198,7 @@ impl Segment {
     fn after(&self, index: usize, word: u64) -> usize {
         match Header::parse(word) {
             Some(header) if header.state != RecordState::Sealed => index + header.words,
-            // This is a seal, since only valid headers are ever written here.
+            // The word is a seal, since only valid headers are ever written here.
             _ => self.words().len(),
         }
     }

@@ -348,7 +348,7 @@ fn crashed(synced: &[u8], current: &[u8], random: &mut Rng) -> Vec<u8> {
     reason = "this variable is not a setting of the server"
 )]
 fn crash_images() -> u64 {
-    std::env::var("CRASH_IMAGES").map_or(500, |images| images.parse().expect("a number of images"))
+    std::env::var("CRASH_IMAGES").map_or(500, |images| images.parse().expect("CRASH_IMAGES is a number"))
 }
 
 #[test]
@@ -518,7 +518,7 @@ async fn a_segment_that_failed_to_reach_the_disk_once_is_never_reported_as_writt
     let directory = TempDir::new().unwrap();
     let (broken, intact) = (segment(directory.path()), segment(directory.path()));
     let (id, failures) = (broken.head.id, Arc::new(AtomicU64::new(0)));
-    // Like the kernel, this reports the failure only to the first call.
+    // Like the kernel, this function reports the failure only to the first call.
     let has_failed = AtomicBool::new(false);
     let write = move |segment: &Segment| {
         if segment.head.id == id && !has_failed.swap(true, Ordering::Relaxed) {
@@ -587,7 +587,7 @@ fn a_tenant_that_may_not_record_more_denials_gets_space_before_the_decision() {
     let directory = TempDir::new().unwrap();
     let recorder = recorder(directory.path(), 2 * SIZE, Arc::default());
     recorder.create_spare();
-    // This takes many times the available space, with two requests at a time.
+    // Takes many times the available space, with two requests at a time.
     for _ in 0..5_000 {
         let spaces = [(); 2].map(|()| recorder.reserve_reusable().expect("there is space"));
         for space in spaces {

@@ -1,7 +1,7 @@
 //! Redis: supervised connections, calls with deadlines, and messages.
 //!
-//! Owns the connection to Redis: one server, the master that Sentinel reports, or a cluster. Valkey works the same way.
-//! Does not depend on what Redis stores.
+//! Owns the connections to Redis: one server, the master that Sentinel reports, or a cluster. Valkey works the same
+//! way. Does not depend on what Redis stores.
 //!
 //! There are `QUOTA_REDIS_CONNECTIONS` connections. Each one is multiplexed and has a [`supervisor`]. A call never
 //! waits for a connection: if there is none, the call fails immediately with [`CallError::NotConnected`]. A failed call
@@ -185,7 +185,7 @@ impl Redis {
 
 /// Installs the process-wide default TLS provider, which the redis crate uses.
 fn install_tls() {
-    // This fails if a provider is already installed.
+    // The call fails if a provider is already installed.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
 }
 

@@ -77,8 +77,8 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// Creates the state of a connection that was just accepted. Its memory use is reported to `memory` until it has
-    /// authenticated.
+    /// Creates the state of a connection that was just accepted. Its memory use is reported to `memory` until the
+    /// connection has authenticated.
     pub(super) fn accepted_now(memory: Option<Arc<Memory>>) -> Self {
         Self {
             accepted: Instant::now(),
@@ -234,8 +234,8 @@ impl Connection {
             && self.write_blocked.load(Ordering::Relaxed) == 0
     }
 
-    /// Reports the connection's memory use to `memory`. Returns whether this connection uses too much memory, or all
-    /// connections together do.
+    /// Reports the connection's memory use to `memory`. Returns whether this connection, or all connections together,
+    /// use too much memory.
     pub(super) fn account(&self) -> bool {
         let Some(memory) = &self.memory else {
             return false;
@@ -297,7 +297,8 @@ impl Connection {
         self.head_began.load(Ordering::Relaxed) == 0 && !self.has_requested.load(Ordering::Relaxed)
     }
 
-    /// Returns the time at which the connection became idle between two requests. `None` if it is not idle.
+    /// Returns the time at which the connection became idle between two requests. Returns `None` if the connection is
+    /// not idle.
     pub(super) fn idle_since(&self) -> Option<Instant> {
         if !self.has_requested.load(Ordering::Relaxed)
             || self.write_blocked.load(Ordering::Relaxed) > 0

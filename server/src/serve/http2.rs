@@ -2,15 +2,15 @@
 //! deadlines.
 //!
 //! h2 immediately copies a small body into its own buffer, and does not report when the client reads it or cancels the
-//! request. So this module observes the frames between h2 and the socket. It does not validate them, since h2 closes
-//! the connection if a frame is invalid.
+//! request. So this module observes the frames between h2 and the socket. It does not validate the frames, since h2
+//! closes the connection if a frame is invalid.
 
 use super::CONCURRENT_STREAMS;
 
 /// The first bytes that an HTTP/2 client sends.
 pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// How many bytes of a response count as progress. Fewer bytes count only if the response ends with them. This prevents
-/// a client from keeping many responses in memory by occasionally reading a byte.
+/// How many bytes of a response count as progress. Fewer bytes count only if the response ends with them. This rule
+/// prevents a client from keeping many responses in memory by occasionally reading a byte.
 pub(super) const PROGRESS: u32 = 1024;
 /// The maximum number of tracked requests. h2 rejects or ignores requests above its own limit.
 const REMEMBERED: usize = 2 * CONCURRENT_STREAMS as usize;

@@ -2,9 +2,9 @@
 //!
 //! poem's server has no timeout for header fields. hyper has no timeout for the first bytes of a connection (which
 //! distinguish HTTP/1 from HTTP/2), for an idle HTTP/2 connection, or for a client that does not read its response.
-//! Here, each connection has one timer. [`connection`] computes its current deadline, for HTTP/2 from the frames on the
-//! wire ([`http2`]). [`table`] limits the number of connections. [`direct`] responds to plain requests without hyper.
-//! This module does not know what the endpoint does.
+//! Here, each connection has one timer. [`connection`] computes its current deadline. For HTTP/2, the deadline depends
+//! on the frames on the wire ([`http2`]). [`table`] limits the number of connections. [`direct`] responds to plain
+//! requests without hyper. This module does not know what the endpoint does.
 
 mod body;
 mod connection;
@@ -314,8 +314,8 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
         mut served: Pin<&mut F>,
         finish: impl Fn(Pin<&mut F>),
     ) -> Result<F::Output, End> {
-        // There is one timer for the lifetime of the connection. It is reset when it fires, or when a deadline becomes
-        // earlier. That happens about once per deadline, instead of twice per request.
+        // There is one timer for the lifetime of the connection. The timer is reset only when it fires, or when a
+        // deadline becomes earlier: about once per deadline, instead of twice per request.
         let mut alarm = pin!(time::sleep(self.timeouts.header));
         let mut is_finishing = false;
         let mut goodbye_until = None;
@@ -361,7 +361,8 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
                     continue;
                 }
                 if phase == Phase::Idle && connection.is_http2() && goodbye_until.is_none() {
-                    // If the client is about to send a request, this tells it that the request was not processed.
+                    // If the client is about to send a request, the shutdown tells the client that the request was not
+                    // processed.
                     finish(served.as_mut());
                     goodbye_until = Some(time::Instant::now() + GOODBYE);
                     continue;
@@ -373,7 +374,7 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
     }
 }
 
-/// Logs or counts how a connection ended. Returns its result, if it was successful.
+/// Logs or counts how a connection ended. Returns the result of the connection if it ended successfully.
 fn log_end<T, E: std::fmt::Display>(
     end: Result<Result<T, E>, End>,
     metrics: &ConnectionMetrics,

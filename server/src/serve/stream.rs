@@ -130,7 +130,7 @@ impl AsyncRead for WatchedStream {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         if self.connection.shutdown() == Shutdown::Immediate {
-            // This ends the connection even if its task is busy reading from the socket.
+            // The error ends the connection even if its task is busy reading from the socket.
             return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
         }
         if self.allowed == 0 {

@@ -1,5 +1,5 @@
-//! The open connections of one listener: how many are allowed, in total and per address, and which ones are closed to
-//! make room.
+//! The open connections of one listener: how many are allowed, in total and per address, and which connections are
+//! closed to make room.
 //!
 //! When the total is reached, a new connection replaces another one, in this order:
 //!
@@ -55,10 +55,10 @@ const STALLED_ENOUGH: Duration = Duration::from_secs(1);
 /// A connection younger than this is not closed to enforce the limit for its address, because its request may be in
 /// transit.
 const YOUNG: Duration = Duration::from_secs(1);
-/// How many of the oldest connections without a request are considered for closing. The one whose address has the most
-/// connections is closed.
+/// How many of the oldest connections without a request are considered for closing. Of these, the connection whose
+/// address has the most connections is closed.
 const WAITING_SEARCH: usize = 16;
-/// An address is light compared with another if the other has at least this many times as many connections.
+/// An address is light compared with another address that has at least this many times as many connections.
 const LIGHT: usize = 4;
 /// The minimum time between two searches for idle and stalled connections. A search checks all connections.
 const SEARCH_EVERY: Duration = Duration::from_millis(100);

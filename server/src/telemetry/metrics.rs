@@ -1,7 +1,7 @@
 //! Metrics: names, descriptions and the OpenMetrics text.
 //!
-//! Each counter or gauge without labels is one line in the `metrics!` list. Its help text is also the documentation of
-//! its field.
+//! Each counter or gauge without labels is one line in the `metrics!` list. The help text is also the documentation of
+//! the field.
 
 mod connections;
 mod latency;

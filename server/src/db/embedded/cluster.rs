@@ -36,7 +36,7 @@ const SETTLED: Duration = Duration::from_mins(1);
 /// The log is rotated at startup if it is longer than this.
 const LOG_LIMIT: u64 = 10 * 1024 * 1024;
 
-/// The guard and the other end of its pipe. They are separate because waiting for a [`Child`] closes its standard
+/// The guard and the other end of its pipe. The pipe is separate because waiting for a [`Child`] closes its standard
 /// input, which would make the guard stop PostgreSQL.
 #[derive(Debug)]
 pub(super) struct Guarded {

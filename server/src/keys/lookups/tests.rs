@@ -105,7 +105,7 @@ async fn flooding_source_is_limited_and_others_keep_their_share() {
     assert_eq!(others.iter().filter(|it| it.is_ok()).count(), 3);
     assert!(
         it.batches.begin(None).is_ok(),
-        "what is known is not limited"
+        "lookups of known secrets are not limited"
     );
     drop((flood, others));
     assert!(it.batches.0.queue.lock().started.is_empty());

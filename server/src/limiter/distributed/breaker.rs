@@ -236,8 +236,8 @@ impl CircuitBreaker {
         self.is_open.store(false, Ordering::Release);
     }
 
-    /// Returns [`NEVER_HEARD`] if this replica has never received a response and `others_may_have_outage`, which means
-    /// that other replicas may have an outage that it does not know of. Otherwise, returns zero.
+    /// Returns [`NEVER_HEARD`] if this replica has never received a response and `others_may_have_outage` is set, which
+    /// means that other replicas may have an outage that this replica does not know of. Otherwise, returns zero.
     pub(super) fn never_heard(&self, others_may_have_outage: bool) -> CounterMicros {
         if others_may_have_outage && self.last_heard() == CounterMicros::NONE {
             NEVER_HEARD
@@ -285,7 +285,7 @@ mod tests {
         }
         assert!(breaker.outage().is_none());
         assert!(breaker.record_failure(ms(300)));
-        assert!(!breaker.record_failure(ms(301)), "it opens only once");
+        assert!(!breaker.record_failure(ms(301)), "the breaker opens only once");
         let outage = breaker.outage().unwrap();
         assert_eq!((outage.number, outage.since), (1, ms(300)));
         breaker.close(CounterMicros(1), ms(400));

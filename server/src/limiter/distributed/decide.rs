@@ -121,8 +121,8 @@ impl StoreCore {
         }
     }
 
-    /// Takes `tokens` from the counters, in one call with all other waiting requests of this key. With zero, only reads
-    /// the state of the bucket.
+    /// Takes `tokens` from the counters, in one call with all other waiting requests of this key. If `tokens` is zero,
+    /// only reads the state of the bucket.
     async fn fetch(
         &self,
         handle: &Arc<KeyHandle>,

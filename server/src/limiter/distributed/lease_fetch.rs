@@ -22,8 +22,8 @@ use crate::{
 };
 
 impl StoreCore {
-    /// Starts a call for the waiting requests, if one is needed. With `ahead`, starts a call even if no requests are
-    /// waiting.
+    /// Starts a call for the waiting requests, if one is needed. If `ahead` is set, starts a call even if no requests
+    /// are waiting.
     pub(super) fn begin_fetch(&self, handle: &Arc<KeyHandle>, state: &mut KeyState, ahead: bool) {
         let (Ok(runtime), Some(inner)) = (Handle::try_current(), self.me.upgrade()) else {
             // Dropping the waiters notifies their requests that there will be no response.
@@ -126,7 +126,7 @@ struct LeaseFetch {
     requests: Vec<Waiter>,
     /// The span of the request that started the call, if the request is traced.
     span: Option<Parent>,
-    /// Whether the call has neither ended nor become late. While the call is active, the next one has to wait for
+    /// Whether the call has neither ended nor become late. While the call is active, the next call has to wait for
     /// [`Terms::pause`].
     active: bool,
 }
@@ -152,8 +152,8 @@ impl LeaseFetch {
 
     /// Distributes granted tokens: first to the requests that the call was made for, then to requests that have arrived
     /// since. The rest is held for later if the plan allows it. If the response is late and none of the call's requests
-    /// is waiting any longer, the tokens are not distributed but returned, unless no others are available locally.
-    /// Returns whether any tokens are held.
+    /// is waiting any longer, the tokens are not distributed but returned, unless no other tokens are available
+    /// locally. Returns whether any tokens are held.
     fn distribute(&mut self, at: CounterMicros, bucket: BucketState) -> bool {
         let BucketState::Active {
             granted,

@@ -32,12 +32,12 @@
 //! since it is unknown whether the limit itself was reached.
 //!
 //! **When the counters are available again**, they do not know which requests were allowed without them, and may have
-//! lost their state. So after a loss of state, or an outage in which no replica got a response, they start a *new
-//! epoch* with every bucket empty. The epoch starts at one moment on the counters' clock, slightly in the future. Until
-//! then, all replicas decide as during the outage. If only one replica had an outage, that replica resumes its calls. A
-//! replica that has just started cannot know whether other replicas have an outage. If no replica has received a
-//! response for 0.8 s, the new replica also causes a new epoch, unless all other replicas have just started too. (In a
-//! cluster, a new replica never causes an epoch, because partitions may be idle for a long time.)
+//! lost their state. So after a loss of state, or an outage in which no replica got a response, the counters start a
+//! *new epoch* with every bucket empty. The epoch starts at one moment on the counters' clock, slightly in the future.
+//! Until then, all replicas decide as during the outage. If only one replica had an outage, that replica resumes its
+//! calls. A replica that has just started cannot know whether other replicas have an outage. If no replica has received
+//! a response for 0.8 s, the new replica also causes a new epoch, unless all other replicas have just started too. (In
+//! a cluster, a new replica never causes an epoch, because partitions may be idle for a long time.)
 //!
 //! **Edits.** An edit does not change the number of missing tokens. If more tokens are missing than a smaller burst can
 //! hold, the rest is missing again when the burst is raised, less what would have refilled while the bucket was full. A

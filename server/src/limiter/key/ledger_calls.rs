@@ -60,8 +60,8 @@ pub struct ReturnedQuota {
 #[error("no response within {0:?}")]
 pub(in crate::limiter) struct TooSlow(pub(in crate::limiter) Duration);
 
-/// The connections to the ledger. They are shared by all key tables whose settings contain a clone of this value.
-/// Batches get connections in the order in which they request them, so no table can starve another.
+/// The connections to the ledger, shared by all key tables whose settings contain a clone of this value. Batches get
+/// connections in the order in which they request them, so no table can starve another.
 #[derive(Debug, Clone)]
 pub struct LedgerConnections {
     count: usize,

@@ -90,8 +90,8 @@ enum Role {
     Returner,
 }
 
-/// A running worker. If it ends early, because of a panic or because the runtime drops it, another worker replaces it
-/// if there is still work.
+/// A running worker. If a worker ends early, because of a panic or because the runtime drops it, another worker takes
+/// its place if there is still work.
 struct Worker {
     calls: Arc<LedgerCalls>,
     role: Role,
@@ -120,7 +120,7 @@ impl Worker {
         }
     }
 
-    /// Returns whether there is work. If there is none, ends the worker.
+    /// Returns whether there is work. If there is no work, ends the worker.
     fn has_work(&mut self) -> bool {
         self.has_begun = true;
         let calls = Arc::clone(&self.calls);
@@ -290,7 +290,7 @@ impl Drop for Takes {
     }
 }
 
-/// A batch of returns in flight. It is retried until the ledger confirms it.
+/// A batch of returns in flight. The batch is retried until the ledger confirms it.
 struct Returns {
     calls: Arc<LedgerCalls>,
     batch: Option<ReturnBatch>,

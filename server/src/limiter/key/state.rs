@@ -221,7 +221,7 @@ impl KeyState {
         self.used_at = now;
     }
 
-    /// Returns whether the blocks of all calendar quotas have `tokens`.
+    /// Returns whether the blocks of all calendar quotas contain `tokens` tokens.
     pub(in crate::limiter) fn quotas_fit(&self, tokens: u64) -> bool {
         let fits = |block: &Block| {
             matches!(
@@ -232,7 +232,7 @@ impl KeyState {
         fits(&self.daily) && fits(&self.monthly)
     }
 
-    /// Spends `tokens` from every calendar quota, or from none if one has too few.
+    /// Spends `tokens` tokens of every calendar quota, or of none if a quota has too few.
     pub(in crate::limiter) fn spend_quotas(&mut self, tokens: u64, now: UnixNanos) -> bool {
         let fits = self.quotas_fit(tokens);
         if fits {
@@ -242,7 +242,7 @@ impl KeyState {
         fits
     }
 
-    /// Reserves `tokens` from every calendar quota, or from none if one has too few.
+    /// Reserves `tokens` tokens of every calendar quota, or of none if a quota has too few.
     pub(in crate::limiter) fn reserve_quotas(
         &mut self,
         tokens: u64,

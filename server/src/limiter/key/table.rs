@@ -41,7 +41,7 @@ use crate::{
     },
 };
 
-/// The number of shards: enough that cores rarely contend for a shard, and few enough to iterate over.
+/// The number of shards: enough that threads rarely contend for a shard, and few enough to iterate over.
 const SHARDS: usize = 64;
 
 /// The minimum time between two searches of a full shard for keys that can be dropped.
@@ -83,7 +83,7 @@ struct Shard {
     crowded_at: UnixNanos,
 }
 
-/// How long a decision waits for the ledger: at most one deadline for each call, and two in total.
+/// How long a decision waits for the ledger: at most one deadline for each call, and at most two deadlines in total.
 #[derive(Debug)]
 pub(in crate::limiter) struct Patience {
     one: Duration,
@@ -271,7 +271,7 @@ impl KeyTable {
         }
     }
 
-    /// Registers a waiting request. Tokens fetched for it are kept until the guard is dropped.
+    /// Registers a waiting request. Tokens fetched for the request are kept until the guard is dropped.
     pub(in crate::limiter) fn register_demand<'a>(
         &'a self,
         handle: &'a Arc<KeyHandle>,

@@ -60,7 +60,7 @@ pub struct TakeCall {
     pub back_taken_at: CounterMicros,
     /// The bucket's generation when the returned tokens were taken. In a later generation, they are not credited.
     pub back_generation: u64,
-    /// The lease TTL in microseconds. Unspent tokens are returned soon after it has passed.
+    /// The lease TTL in microseconds. Unspent tokens are returned soon after this time.
     pub lease: u64,
     /// Microseconds from a loss of state, or an outage of all callers, to the start of a new epoch.
     pub epoch_delay: u64,
@@ -68,9 +68,9 @@ pub struct TakeCall {
     pub deadline: u64,
     /// The counters' time in the latest reply from this partition that the caller received in time.
     pub last_heard: CounterMicros,
-    /// When the caller began to decide without the counters, or zero if it has not. Since then, it may have allowed
-    /// requests that the counters do not know of. [`NEVER_HEARD`] if the caller has never received a reply and other
-    /// replicas may have allowed such requests.
+    /// When the caller began to decide without the counters, or zero if the caller has not. Since that time, the caller
+    /// may have allowed requests that the counters do not know of. [`NEVER_HEARD`] if the caller has never received a
+    /// reply and other replicas may have allowed such requests.
     pub outage_since: CounterMicros,
     /// Start of the epoch that the previous reply promised, if the caller has not allowed any request since that start;
     /// zero otherwise. A call that arrives before the start confirms that the caller knows the start. The counters

@@ -18,7 +18,7 @@ struct Emptied {
 
 impl Gathering {
     /// Records a call that got `grant` and left `left` in the bucket. Returns how long to wait before the next call if
-    /// there are too few tokens, so that they are not fetched one by one.
+    /// there are too few tokens, so that tokens are not fetched one by one.
     ///
     /// The wait is half the lease TTL or, if other replicas take most of the tokens, up to nearly the whole TTL: then
     /// the calls of all replicas together still empty the bucket about twice per TTL. The wait varies, because replicas

@@ -110,7 +110,7 @@ impl Gcra {
     /// Carries usage over from `old` to `self`: as many tokens are missing from the new bucket as from the old one. If
     /// more tokens are missing than the new bucket can hold, the new bucket is empty, and the rest is missing again
     /// once the bucket is enlarged. `level` is as of `used_at`, when tokens were last taken. Since the time of the edit
-    /// is unknown, the bucket counts as having refilled at the lower of the two rates since then.
+    /// is unknown, the bucket counts as having refilled at the lower of the two rates since `used_at`.
     ///
     /// So when the burst is raised, the added tokens are available immediately, less any usage that did not fit in the
     /// old bucket. When the burst is lowered, no request waits longer than the new bucket takes to fill. Lowering the
@@ -147,7 +147,7 @@ impl Gcra {
 }
 
 impl<T: Instant> Level<T> {
-    /// Returns how much of `beyond` is left at `now`. It decreases only after the bucket is full.
+    /// Returns how much of `beyond` is left at `now`. `beyond` decreases only after the bucket is full.
     pub fn beyond_at(self, now: T) -> Nanos {
         self.beyond.saturating_sub(now.saturating_since(self.tat))
     }

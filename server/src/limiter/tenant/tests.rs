@@ -192,7 +192,7 @@ async fn last_token_is_available_again_if_the_key_is_denied() {
     let first = world.admit_with(NonZeroU32::MIN, world.decided(begun, decision));
     let second = async {
         reserved.await.unwrap();
-        // This request waits for the first one's reservation instead of being denied until the next month.
+        // This request waits for the outcome of the first request instead of being denied until the next month.
         let second = world.admit(1);
         tokio::pin!(second);
         for _ in 0..10 {
@@ -259,8 +259,8 @@ async fn draining_returns_the_rest() {
     assert_eq!(world.ledger.used(), [5]);
 }
 
-/// Two requests have reserved the last tokens, and a third one waits for both. When one of them spends its tokens, the
-/// third request is denied without waiting for the other.
+/// Two requests have reserved the last tokens, and a third request waits for both. When one of them spends its tokens,
+/// the third request is denied without waiting for the other.
 #[tokio::test]
 async fn request_that_can_no_longer_get_enough_tokens_stops_waiting() {
     let world = World::new(2);
@@ -301,8 +301,8 @@ async fn request_that_can_no_longer_get_enough_tokens_stops_waiting() {
     );
 }
 
-/// A request arrives in one month and is decided in the next one, whose quota is already exhausted. Its token was taken
-/// from the first month.
+/// A request arrives in one month and is decided in the next month, whose quota may already be exhausted. Its tokens
+/// were taken from the quota of the first month.
 #[tokio::test]
 async fn request_at_the_end_of_a_month_is_charged_if_and_only_if_it_is_allowed() {
     for is_next_exhausted in [false, true] {

@@ -1,4 +1,4 @@
-//! The connections of one address or network, and the choice of which one to close to make room for another.
+//! The connections of one address or network, and the choice of the connection to close to make room for another.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -324,7 +324,7 @@ async fn largest_connections_are_closed_when_memory_is_short() {
     assert!(table.memory.held() <= MEMORY);
     assert!(![&usual, &proxy, &known].into_iter().any(is_told_to_close));
 
-    // When a connection ends, all of its memory is freed, even if it was asked to close before.
+    // When a connection ends, all of its memory is freed, even if the connection had been asked to close.
     drop((hostile, known, proxy));
     assert_eq!(table.memory.held(), 20_000);
     usual.connection.has_written();
