@@ -103,7 +103,7 @@ pub struct Config {
 
 impl std::fmt::Debug for Config {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        // This lists the fields to print explicitly, so that a new field with a secret is not printed by accident.
+        // Only the fields listed here are printed, so that a new field with a secret is not printed by accident.
         f.debug_struct("Config")
             .field("listen", &self.listen)
             .field("metrics_listen", &self.metrics_listen)
@@ -153,7 +153,7 @@ pub struct TraceSettings {
     /// Additional request headers, which may contain credentials.
     pub headers: Vec<(String, SecretString)>,
     pub service_name: String,
-    /// The ratio of requests that are traced, from 0 to 1.
+    /// The fraction of requests that are traced, from 0 to 1.
     pub ratio: f64,
 }
 

@@ -199,7 +199,8 @@ impl DirectDecisions {
 
 impl DirectEndpoint for DirectDecisions {
     fn accepts(&self, request: &PlainRequest<'_>) -> bool {
-        // A stopping server closes connections after their next response, which hyper announces.
+        // While the server is stopping, each connection is closed after its next response, and that response must
+        // announce this. hyper writes such responses.
         if self.state.is_draining() {
             return false;
         }

@@ -326,7 +326,7 @@ settings! {
     /// The name of the service in traces, at most 100 characters.
     otel_service_name: "OTEL_SERVICE_NAME", "quota", "NAME";
 
-    /// The ratio of requests that are traced: 0 to 1. Does not apply to requests for which a proxy in
+    /// The fraction of requests that are traced: 0 to 1. Does not apply to requests for which a proxy in
     /// QUOTA_TRUSTED_PROXIES has already decided (with the traceparent header).
     otel_traces_sampler_arg: "OTEL_TRACES_SAMPLER_ARG", "0.01", "RATIO";
 }

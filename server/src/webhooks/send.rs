@@ -78,7 +78,7 @@ impl Sender {
         };
         let client = |scheme| {
             builder(scheme).build().or_else(|error| {
-                // This must not prevent startup, because not every server sends webhooks.
+                // This error must not prevent startup, because not every server sends webhooks.
                 tracing::warn!(
                     error = %chain(&error),
                     "no CA certificates were found on this machine, so webhooks to https:// URLs fail"

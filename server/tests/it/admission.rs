@@ -25,7 +25,7 @@ use crate::{
     support::app::{Account, Key, TestApp},
 };
 
-/// A remote PostgreSQL with this latency in each direction.
+/// The latency of a remote PostgreSQL, in each direction.
 const FAR: Fault = Fault::Delay(Duration::from_millis(15));
 const AT_MOST: Duration = Duration::from_secs(10);
 
@@ -105,7 +105,7 @@ fn stranger(app: &Arc<TestApp>, at_once: usize) -> Vec<JoinHandle<Vec<u16>>> {
 
 async fn answers(stranger: Vec<JoinHandle<Vec<u16>>>) -> Vec<u16> {
     let all = join_all(stranger).await.into_iter();
-    all.flat_map(|answers| answers.expect("it is answered"))
+    all.flat_map(|answers| answers.expect("a response"))
         .collect()
 }
 
@@ -148,7 +148,7 @@ async fn starting_replica_serves_many_keys_at_once() {
     let statuses = echo_all(&app, &world.keys).await;
     println!("{KEYS} keys in {:?}", began.elapsed());
     assert_eq!(count(&statuses, 200), KEYS, "{statuses:?}");
-    // Each request of a batch gets its own key.
+    // If keys are looked up together, each request still gets the result for its own key.
     let made_up = SecretText::generate(Kind::ApiKey).expect("randomness");
     assert_eq!(echo(&app, &app.http, &made_up.reveal()).await, 401);
 }
@@ -194,7 +194,9 @@ async fn ask(stream: &mut TcpStream, path: &str, key: &str) -> Option<u16> {
     stream.write_all(request.as_bytes()).await.ok()?;
     let mut answer = vec![0; 8192];
     let read = timeout(AT_MOST, stream.read(&mut answer)).await;
-    let length = read.expect("it answers or closes").ok()?;
+    let length = read
+        .expect("the server responds or closes the connection")
+        .ok()?;
     let answer = String::from_utf8_lossy(&answer[..length]).into_owned();
     answer.split(' ').nth(1)?.parse().ok()
 }
@@ -210,7 +212,7 @@ async fn gateway_may_have_more_connections_than_the_limit_per_address() {
     let plan = app.plan(&account, json!({"default_rpm": 60_000})).await;
     let key = app.key(&account, &plan).await;
 
-    // All connections open at the same time, each with a request immediately after connecting.
+    // All connections are opened at the same time, and each sends a request immediately.
     let mut gateway = join_all((0..LIMIT * 3 / 2).map(|_| connect_from(1, &app))).await;
     let asked = gateway
         .iter_mut()

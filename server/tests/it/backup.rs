@@ -74,7 +74,7 @@ pub(crate) async fn migrated() -> TestDatabase {
         .await
 }
 
-/// A request of the load.
+/// A request that was sent while the backup was taken.
 #[derive(Debug, Clone, Copy)]
 struct Sent {
     began: Instant,
@@ -82,7 +82,7 @@ struct Sent {
     allowed: bool,
 }
 
-/// Sends requests until it is stopped, or the server is. Returns them by request ID.
+/// Sends requests until `running` is cleared or the server stops. Returns the requests by ID.
 async fn load(
     http: Client,
     url: String,
@@ -113,7 +113,7 @@ async fn load(
     sent
 }
 
-/// Sends requests until one is denied. Returns the number of allowed ones.
+/// Sends requests until one is denied. Returns the number of allowed requests.
 async fn spend(http: &Client, url: &str, key: &str) -> u64 {
     for allowed in 0..=2 * QUOTA {
         let answer = http.get(url).header("X-API-Key", key).send().await;
@@ -131,7 +131,8 @@ pub(crate) async fn count(database: &tokio_postgres::Client, query: &str) -> i64
     row.expect("a row").get(0)
 }
 
-/// Takes a backup under load, loses the machine, and restores it on another one. Usage is shipped at this interval.
+/// Takes a backup under load, and restores it on another machine, as if the first one were lost. Usage is shipped every
+/// `ship_every`.
 async fn back_up_and_restore(ship_every: &str) {
     let (source, data, http) = (migrated().await, data_dir(), Client::new());
     let settings = [
@@ -162,7 +163,7 @@ async fn back_up_and_restore(ship_every: &str) {
     quota.kill();
     drop(data);
 
-    // Another machine, whose cluster has neither the roles nor the tables.
+    // Simulates another machine: the new cluster has neither the roles nor the tables.
     let (cluster_dir, data) = (data_dir(), data_dir());
     let cluster = EmbeddedPostgres::start(cluster_dir.path()).await;
     let cluster = cluster.expect("a second PostgreSQL");
@@ -179,7 +180,7 @@ async fn back_up_and_restore(ship_every: &str) {
         .expect("it accepts connections");
     tokio::spawn(connection);
 
-    // All usage until the backup started is written, either from the dump or from the segments.
+    // All usage recorded before the backup started is restored, either from the dump or from the segments.
     let before = |at: Instant| sent.values().filter(move |it| it.ended <= at).count();
     let rows = "SELECT count(*) FROM usage_log";
     let patience = Instant::now() + Duration::from_secs(20);
@@ -220,7 +221,7 @@ async fn back_up_and_restore(ship_every: &str) {
         i64::try_from(log.len()).expect("few")
     );
 
-    // The key works, and the quota that was used before the backup stays used.
+    // The key works, and quota that was used before the backup remains used.
     let echo = format!("http://{}/v1/echo", quota.addr);
     let after = spend(&http, &echo, &key).await;
     let admitted = |is_counted: &dyn Fn(&Sent) -> bool| {
@@ -245,7 +246,7 @@ async fn back_up_and_restore(ship_every: &str) {
     cluster.stop().await;
 }
 
-/// A new day has a new quota, so a run across midnight proves nothing, and is repeated.
+/// A new day has a new quota, so a run that crosses midnight proves nothing and is repeated.
 async fn within_a_day<F: Future<Output = ()>>(test: impl Fn() -> F) {
     let clock = SystemClock::new();
     loop {
@@ -262,7 +263,7 @@ async fn restored_backup_has_all_keys_and_usage_and_no_quota_is_granted_twice() 
     within_a_day(|| back_up_and_restore("250ms")).await;
 }
 
-/// As in an outage of PostgreSQL that ended just before the backup.
+/// Simulates an outage of PostgreSQL that ended just before the backup.
 #[tokio::test(flavor = "multi_thread")]
 async fn backup_contains_usage_that_was_not_in_the_database() {
     within_a_day(|| back_up_and_restore("60s")).await;
@@ -284,7 +285,7 @@ async fn damaged_backup_or_one_of_another_database_is_rejected() {
     assert!(text(&output).contains("is damaged"), "{}", text(&output));
 
     fs::write(&dump, bytes).expect("written");
-    // A server, or anyone else, uses the database.
+    // Another session is using the database.
     let session = empty.connect().await;
     let output = restore(&backup, empty.url(), data.path());
     assert!(!output.status.success());
@@ -463,7 +464,7 @@ fn switch_can_be_repeated_after_an_interruption() {
         fs::write(secrets.path().join(name), text).expect("written");
     };
     let read = |name: &str| fs::read_to_string(secrets.path().join(name)).expect("a secret");
-    // What the files contain after each of its four writes.
+    // The possible contents of the two secrets when the script is interrupted between two of its steps.
     for files in [("old", "new"), ("new", "new"), ("new", "old")] {
         write("quota_secret", files.0);
         write("quota_secret_previous", files.1);
@@ -509,7 +510,8 @@ fn leaked_secret_does_not_return_with_a_later_rotation() {
     assert_ne!(read("quota_secret"), read("quota_secret_previous"));
 }
 
-/// The password would be visible to everyone on the machine, and usage would be missing from the backup.
+/// Such a password would be visible to everyone on the machine. With such a directory, usage would be missing from the
+/// backup.
 #[test]
 fn backup_refuses_settings_that_it_would_misread() {
     let folder = data_dir();

@@ -325,7 +325,7 @@ async fn webhook_without_a_valid_signature_changes_nothing() {
         };
         assert_eq!(stripe.deliver(event, &delivery).await, 400, "{signature:?}");
     }
-    // A signature that is valid for another body.
+    // This signature is valid for a different body.
     let (body, header) = stripe
         .fake
         .signed(event, &stripe.endpoint, &Delivery::default());
@@ -348,7 +348,7 @@ async fn webhook_without_a_valid_signature_changes_nothing() {
     let mut response = [0; 12];
     stream.read_exact(&mut response).await.expect("a response");
     assert_eq!(&response, b"HTTP/1.1 413");
-    // A body with a valid signature that is not an event.
+    // These bodies have valid signatures but are not events.
     let now = usage::now().timestamp();
     for body in ["", "[]", "{\"id\":\"evt_1\"}"] {
         let header = sign(now, body, &[&stripe.secret]);
@@ -430,7 +430,7 @@ async fn unknown_thin_and_foreign_events_are_stored_and_end() {
         "a live event says nothing about a sandbox"
     );
 
-    // A thin event about the subscription, whose customer has to be requested.
+    // A thin event that refers to the subscription. The customer has to be requested from Stripe.
     let event = json!({"id": "evt_e", "type": "v1.customer.subscription.updated", "object": "v2.core.event",
         "livemode": false, "related_object": {"id": subscription, "type": "subscription"}});
     stripe.send_event(&app, &event).await;
@@ -803,7 +803,7 @@ async fn customer_that_was_deleted_is_replaced_by_one_customer() {
         let path = format!("customers/{deleted}");
         let request = stripe.fake.request(&Method::DELETE, &path, "");
         request.expect("deleted");
-        // No event and no regular read comes first.
+        // Neither an event nor a regular read comes first.
         stripe.fake.take_queued();
         if let Some(path) = slow {
             let delay = How::Slow(Duration::from_secs(3));
@@ -815,7 +815,7 @@ async fn customer_that_was_deleted_is_replaced_by_one_customer() {
         };
         let mut pages = tokio::join!(checkout(&first), checkout(&second));
         for (page, app) in [(&mut pages.0, &first), (&mut pages.1, &second)] {
-            // The other one is creating the session.
+            // The other replica is creating the session.
             if page.status == 503 {
                 *page = checkout(app).await;
             }

@@ -1,6 +1,6 @@
-//! Every kind of request that Quota sends to Stripe, compared with Stripe's description of its API.
+//! Compares every kind of request that Quota sends to Stripe with Stripe's description of its API.
 //!
-//! The fake compares every request, in all tests. Here, each kind is sent at least once.
+//! The fake checks every request in all tests. This test sends each kind of request at least once.
 
 use std::{
     collections::BTreeSet,
@@ -94,7 +94,7 @@ async fn every_kind_of_request_is_valid_according_to_stripe() {
     stripe.fake.take_queued();
     let client = app.database.connect().await;
     let forget = client.execute("DELETE FROM billing_stripe_account", &[]);
-    assert_eq!(forget.await.expect("it is SQL"), 1);
+    assert_eq!(forget.await.expect("valid SQL"), 1);
 
     // Thin events name only their object.
     let of_kind = |kind: &str| text(&stripe.fake.all(kind)[0]["id"]);

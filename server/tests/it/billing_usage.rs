@@ -113,13 +113,13 @@ impl World {
         client.execute(sql, &[]).await.expect("it can be executed")
     }
 
-    /// Plans and sends until nothing is due.
+    /// Plans and sends reports until none is due.
     async fn report(&self) {
         self.billing().plan_usage().await.expect("planned");
         self.send().await;
     }
 
-    /// Sends until nothing is due. Retries are due immediately.
+    /// Sends reports until none is due. Makes retries due immediately.
     async fn send(&self) {
         for _ in 0..50 {
             let due = "UPDATE billing_reports SET due_at = now() - interval '1 second' WHERE state = 'pending'";
@@ -134,7 +134,7 @@ impl World {
         panic!("reports stay pending");
     }
 
-    /// Returns the fake's total for the tenant.
+    /// Returns the usage that the fake has counted for the tenant.
     fn counted(&self) -> Vec<Usage> {
         let customer = self.stripe.customer_of(&self.account);
         let all = self.stripe.fake.usage().into_iter();
@@ -161,7 +161,7 @@ impl World {
     }
 }
 
-/// Returns the start of the hour that was some hours ago.
+/// Returns the start of the hour that was `ago` hours ago.
 fn hour(ago: i64) -> DateTime<Utc> {
     let at = usage::now() - TimeDelta::hours(ago);
     at.duration_trunc(TimeDelta::hours(1))
@@ -208,7 +208,7 @@ async fn usage_of_an_hour_becomes_one_meter_event() {
             (format!("{tenant}-{second}-0"), second, 10),
         ]
     );
-    // Once.
+    // The usage is not reported again.
     world.report().await;
     assert_eq!(world.counted().len(), 2);
 
@@ -224,8 +224,8 @@ async fn usage_of_an_hour_becomes_one_meter_event() {
     assert_eq!(world.total(), 21);
 }
 
-/// With every kind of fault, before and after the effect, on the way to the meter, the total in Stripe equals the
-/// usage.
+/// The total in Stripe equals the usage, despite every kind of fault in requests to the meter, before and after their
+/// effect.
 #[tokio::test(flavor = "multi_thread")]
 async fn faults_charge_nothing_twice_and_lose_nothing() {
     let world = World::subscribed(3 * DAY).await;
@@ -491,8 +491,8 @@ async fn usage_of_the_last_period_is_sent_while_its_invoice_is_a_draft() {
     assert_eq!(invoice["total"], 2900 + 7);
 }
 
-/// The only attempt before the invoice was finalized may have arrived or not. Stripe would accept another one, and not
-/// charge it.
+/// The only attempt before the invoice was finalized may or may not have arrived. Stripe would accept another attempt,
+/// but would not charge for it.
 #[tokio::test(flavor = "multi_thread")]
 async fn usage_is_not_sent_again_after_its_invoice_is_final() {
     for (fault, reported, lost) in [
@@ -765,7 +765,8 @@ async fn slow_sender_stops_when_another_has_taken_over() {
     assert_eq!(world.execute(extended).await, 1);
 }
 
-/// The invoice of a period may become final an hour after its end, which can be before its last hour has ended.
+/// The invoice may become final an hour after the period ends, which may be before the usage of the whole hour would be
+/// reported.
 #[tokio::test(flavor = "multi_thread")]
 async fn usage_before_the_edge_of_a_period_is_reported_before_the_hour_ends() {
     let world = World::subscribed(3 * DAY).await;
@@ -797,7 +798,7 @@ async fn usage_before_the_edge_of_a_period_is_reported_before_the_hour_ends() {
         .expect("the period ends");
     world.report().await;
     assert_eq!(world.total(), 3, "{:?}", world.reports().await);
-    // Once.
+    // Further usage before the edge is not reported separately.
     world.append(&[world.paid(edge - second, 16)]).await;
     world.report().await;
     assert_eq!(world.reports().await.len(), 1);
@@ -834,7 +835,7 @@ async fn error_that_the_meter_reports_later_is_shown() {
     );
 }
 
-/// Usage that is not in a report yet counts as waiting.
+/// Usage that is not in a report yet counts as pending.
 #[tokio::test(flavor = "multi_thread")]
 async fn hours_that_cannot_be_planned_are_counted_as_pending() {
     let world = World::subscribed(3 * DAY).await;
@@ -843,7 +844,7 @@ async fn hours_that_cannot_be_planned_are_counted_as_pending() {
         compared.oldest_pending
     };
     assert_eq!(pending().await, 0);
-    // The current hour does not wait.
+    // Usage in the current hour is not pending.
     world.append(&[world.paid(usage::now(), 5)]).await;
     assert_eq!(pending().await, 0);
     world.append(&[world.paid(hour(5), 5)]).await;

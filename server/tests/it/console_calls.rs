@@ -362,7 +362,7 @@ const fn answer(call: &Call) -> Option<&'static str> {
     })
 }
 
-/// Whether the operation requires an access token.
+/// Returns whether the operation requires an access token.
 fn session_needed(operation: &Value) -> bool {
     operation["security"]
         .as_array()

@@ -8,9 +8,9 @@ use tokio::{task::JoinSet, time::sleep};
 
 use crate::support::app::{Account, TestApp};
 
-/// Keys that one round creates, uses and deletes.
+/// The number of keys that one round creates, uses and deletes.
 const ROUND: usize = 400;
-/// Redis may use this much more than at the start of the test, in bytes. The buckets of three rounds need more.
+/// The maximum increase in the memory use of Redis, in bytes. The buckets of three rounds would need more.
 const ROOM: u64 = 300_000;
 
 async fn number(redis: &RedisServer, command: &str) -> u64 {
@@ -31,7 +31,7 @@ async fn app_on(redis: &RedisServer, grace: &str) -> TestApp {
         .flag("--request-timeout=1s")
         .start()
         .await;
-    let connection = app.state.redis.as_ref().expect("it has Redis");
+    let connection = app.state.redis.as_ref().expect("the server uses Redis");
     assert!(connection.connected(Duration::from_secs(10)).await);
     app
 }
@@ -96,7 +96,7 @@ async fn deleted_keys_do_not_fill_redis() {
     }
 }
 
-/// A replica that cannot reach PostgreSQL still accepts the key during the grace period, and must not find a new
+/// A replica that cannot reach PostgreSQL still accepts the key during the grace period, and must not start with a full
 /// bucket.
 #[tokio::test(flavor = "multi_thread")]
 async fn bucket_of_a_deleted_key_is_kept_while_a_replica_may_accept_the_key() {

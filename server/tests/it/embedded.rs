@@ -232,7 +232,7 @@ async fn server_started_right_after_a_kill_takes_over() {
     let (mut owner, url) = start_owner(dir.path());
     let orphan = postmaster(dir.path());
     // Without its guard, PostgreSQL keeps running, which is the worst state that a crash can leave behind. The owner is
-    // frozen first, because it would otherwise fix this.
+    // frozen first, because it would otherwise stop PostgreSQL.
     let owner_pid = Pid::from_raw(owner.id().cast_signed());
     kill(owner_pid, Signal::SIGSTOP).expect("the owner was alive");
     let guard = parent_of(orphan);
@@ -348,12 +348,12 @@ async fn error_contains_the_output_of_a_postgres_that_does_not_start() {
     assert!(error.to_string().contains("pg_control"), "{error}");
 }
 
-/// This is not a test but the server that the tests above kill.
+/// This is not a test, but the server that the tests above kill.
 #[tokio::test]
-#[ignore = "run by other tests, in a process of its own"]
+#[ignore = "run by other tests, in a separate process"]
 #[expect(
     clippy::disallowed_methods,
-    reason = "the word of the test that started us"
+    reason = "set by the test that starts this process"
 )]
 async fn owner() {
     let Some(dir) = std::env::var_os("QUOTA_TEST_EMBEDDED_DIR") else {

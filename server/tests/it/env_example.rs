@@ -182,7 +182,7 @@ fn wrong(name: &str) -> &'static str {
         "QUOTA_LOG_FORMAT" => "xml",
         "QUOTA_BILLING_GRACE" => "91",
         "RUST_LOG" => "info,,=,=",
-        name => panic!("say here what is wrong for {name}"),
+        name => panic!("add an invalid value for {name}"),
     }
 }
 

@@ -32,13 +32,13 @@ const ROLES: [&str; 5] = ["owner", "admin", "developer", "billing", "viewer"];
 /// The permission that an operation requires.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Right {
-    /// No permission, because it concerns the caller's own account.
+    /// No permission, because the operation concerns the caller's own account.
     Own,
     Read,
     Usage,
     Bill,
     Manage,
-    /// It is called with the document's example as the body.
+    /// The test sends the document's example as the body.
     Administer,
 }
 
@@ -134,7 +134,7 @@ impl Operation {
             .collect()
     }
 
-    /// Returns the path with `id` for each of its parameters.
+    /// Returns the path with each of its parameters replaced by `id`.
     pub(crate) fn path_with(&self, id: &str) -> String {
         let parts = self
             .path
@@ -181,7 +181,7 @@ pub(crate) fn resolve(schema: &'static Value) -> &'static Value {
     }
 }
 
-/// Whether the schema or a part of it has an example.
+/// Returns whether the schema or a part of it has an example.
 fn has_example(schema: &'static Value) -> bool {
     let schema = resolve(schema);
     let parts = ["allOf", "anyOf", "oneOf"];
@@ -327,7 +327,7 @@ async fn role_without_the_right_is_403_and_changes_nothing() {
     let app = stripe.configure(TestApp::setup()).without_jobs();
     let app = app.flag("--max-webhooks=100").start().await;
     let owner = app.register().await;
-    // Creates the customer whose portal is opened.
+    // Create the customer whose portal is opened.
     stripe.start_checkout(&app, &owner).await;
     let client = app.database.connect().await;
     let shared_plan = app.plan(&owner, json!({"daily_quota": 1000})).await;

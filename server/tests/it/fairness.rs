@@ -139,7 +139,7 @@ async fn changes_of_disconnected_clients_leave_the_queue() {
             let answer = creations.join_next().await.unwrap().unwrap();
             assert_eq!(answer.status, 429, "{}", answer.text);
         }
-        // Closes their connections.
+        // Close their connections.
         creations.shutdown().await;
         let began = Instant::now();
         while app.metric("quota_requests_in_flight").await > 0.0 {

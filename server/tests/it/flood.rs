@@ -199,7 +199,7 @@ async fn silent_connections_do_not_lock_out_others() {
         while quota.counter(&http, &open).await > 10 {
             assert!(
                 ended.elapsed() < Duration::from_secs(30),
-                "{listener}: they are held open"
+                "{listener}: silent connections are held open"
             );
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
@@ -228,7 +228,7 @@ async fn cancels_and_comes_back(source: Ipv4Addr, server: SocketAddr) {
             tokio::time::sleep(Duration::from_millis(400)).await;
             next = [http2::get(id, "/openapi.json"), cancel(id - 2)].concat();
         }
-        // Pauses, because the clients run on the same machine as the server.
+        // Pause, because the clients run on the same machine as the server.
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
 }
@@ -407,14 +407,16 @@ async fn slow_connections_hold_little_memory() {
     }
 }
 
-/// Sends a request and keeps the connection. `None` if the server closed it without a response.
+/// Sends a request and keeps the connection open. Returns `None` if the server closed it without a response.
 async fn ask_on(stream: &mut tokio::net::TcpStream) -> Option<String> {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     let request = b"GET /health/live HTTP/1.1\r\nHost: q\r\n\r\n";
     stream.write_all(request).await.ok()?;
     let mut answer = vec![0; 4096];
     let read = tokio::time::timeout(ANSWERED_WITHIN, stream.read(&mut answer)).await;
-    let length = read.expect("it answers or closes").ok()?;
+    let length = read
+        .expect("the server responds or closes the connection")
+        .ok()?;
     (length > 0).then(|| String::from_utf8_lossy(&answer[..length]).into_owned())
 }
 

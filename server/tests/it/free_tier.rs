@@ -13,7 +13,7 @@ use crate::support::{
     stripe::{TestStripe, wait_for_access, wait_for_status},
 };
 
-/// A bound that holds on a busy machine.
+/// A time limit that holds on a busy machine.
 const AT_MOST: Duration = Duration::from_secs(45);
 
 /// Returns a plan whose bucket does not refill noticeably during a test.

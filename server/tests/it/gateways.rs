@@ -301,7 +301,7 @@ async fn reports_degraded_decisions(program: Program) {
         let plan = json!({"default_rpm": 600, "on_redis_failure": mode});
         let plan = app.plan(&account, plan).await;
         let key = app.key(&account, &plan).await.text;
-        // The first calls are late. After them, the circuit breaker opens.
+        // The first calls time out. After that, the circuit breaker opens.
         let mut response = setting.forged(&key).await;
         for _ in 0..50 {
             if response.status() == status {
@@ -382,7 +382,10 @@ async fn admits_only_what_quota_admits(program: Program) {
     for (name, answer, status) in answers {
         let setting = Setting::new(program, "qs_gateway", Behind::Other(answer)).await;
         let response = setting.forged("qk_any").await;
-        assert!(setting.hop.connections() > 0, "{name}: it was not asked");
+        assert!(
+            setting.hop.connections() > 0,
+            "{name}: Quota was not called"
+        );
         assert_eq!(setting.api.requests().len(), 0, "{name} was admitted");
         assert_eq!(response.status(), status, "{name}: {response:?}");
     }
@@ -508,7 +511,7 @@ fn every_configuration_marks_what_to_fill_in() {
             "127.0.0.1:3000",
             "quota.example.com",
             "qs_YOUR_SERVICE_TOKEN",
-            // Not forgeable in the protocol of the rate limit service.
+            // In the protocol of the rate limit service, a consumer cannot forge a decision.
             if file == "envoy-ratelimit.yaml" {
                 "failure_mode_deny: true"
             } else {

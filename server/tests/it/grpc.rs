@@ -243,7 +243,7 @@ async fn key_that_admits_nothing_is_over_limit_and_charged_nothing() {
     assert_eq!(reply.decision(), "unauthorized");
     assert!((world.decisions().await - before).abs() < 0.5);
 
-    // The other tenant's gateway admits that tenant's key, and not this one's.
+    // The other tenant's gateway admits that tenant's key, and does not admit the first tenant's key.
     let token = world.app.service_token(&stranger).await;
     let reply = world.client.call(&token, &request(&strange)).await;
     assert_eq!(reply.code(), Code::Ok);
@@ -324,21 +324,21 @@ async fn hits_addend_is_the_cost() {
         let reply = world.call(&cost(&key, hits)).await;
         assert_eq!((reply.code(), remaining(&reply)), (Code::Ok, left));
     }
-    // That of the descriptor takes precedence. 0 cannot be free either.
+    // The descriptor's cost takes precedence. A cost of 0 counts as 1.
     for (hits, left) in [(2, 11), (0, 10)] {
         let mut request = cost(&key, 7);
         request.descriptors[0].hits_addend = Some(hits);
         let reply = world.call(&request).await;
         assert_eq!((reply.code(), remaining(&reply)), (Code::Ok, left));
     }
-    // More than the burst can never be allowed.
+    // A cost above the burst can never be allowed.
     let never = world.call(&cost(&key, 21)).await;
     assert_eq!(
         (never.code(), never.decision()),
         (Code::OverLimit, "limited")
     );
     assert_eq!(never.header("retry-after"), None);
-    // More than the check API accepts is rejected, not clamped.
+    // A cost above the check API's maximum is rejected, not clamped.
     for (hits, is_negative) in [
         (1_000_001, false),
         (u64::from(u32::MAX) + 2, false),
@@ -384,7 +384,7 @@ async fn descriptors_are_charged_in_order_up_to_the_first_denied_one() {
     let reply = world.call(&all(&[&second, &first, &first])).await;
     assert_eq!(left(&reply), [1, 1, 0]);
     assert_eq!(reply.header("x-ratelimit-remaining"), Some("1"));
-    // Those of a denial are those of the denied descriptor. The third key is not charged.
+    // For a denial, the headers are those of the denied descriptor. The third key is not charged.
     let reply = world.call(&all(&[&second, &first, &third])).await;
     assert_eq!(reply.code(), Code::OverLimit);
     assert_eq!(
@@ -480,7 +480,7 @@ async fn without_redis_the_plan_decides() {
     for (mode, status) in [("open", Some(0)), ("closed", UNAVAILABLE)] {
         let plan = json!({"default_rpm": 600, "on_redis_failure": mode});
         let key = world.key(plan).await;
-        // The first calls are late. After them, the circuit breaker opens.
+        // The first calls time out. After that, the circuit breaker opens.
         let mut reply = world.check(&key.text).await;
         for _ in 0..50 {
             let is_denied = reply.status == Some(0) && reply.code() == Code::OverLimit;
@@ -528,7 +528,7 @@ async fn malformed_messages_get_an_error_and_never_a_panic() {
                 _ => body[at] ^= 1 << random.u8(..8),
             }
         }
-        // Most of these would fail because of their length, and not reach the decoder.
+        // Most of these messages have the wrong length, and would be rejected before they reach the decoder.
         if random.bool() && body.len() > 5 {
             body = framed(&body[5..]);
         }
@@ -544,7 +544,7 @@ async fn malformed_messages_get_an_error_and_never_a_panic() {
     assert!(statuses[&3] > 500 && statuses[&0] > 100, "{statuses:?}");
     assert!(world.app.metric("quota_panics_total").await < 0.5);
 
-    // Consumers may cause a message that is too large, so it is a response.
+    // A consumer can cause a message that is too large, so the call succeeds, with a denial.
     let large = "x".repeat(200 * 1024);
     let reply = world.check(&large).await;
     assert_eq!(reply.code(), Code::OverLimit);
@@ -588,7 +588,7 @@ async fn other_requests_are_rejected() {
         .send_to(path, "application/grpc+proto", &token, body.clone())
         .await;
     assert_eq!(reply.code(), Code::Ok);
-    // HTTP/1 has no place for the status.
+    // A gRPC call needs HTTP/2.
     let url = format!("http://{}{path}", world.app.grpc_addr.expect("it is on"));
     let response = Client::new()
         .post(url)
@@ -601,7 +601,7 @@ async fn other_requests_are_rejected() {
     assert_eq!(response.status(), 415);
     let decisions = world.decisions().await;
     assert!((decisions - 1.0).abs() < 0.5, "{decisions}");
-    // The API is not served here, nor is this service on the API's address.
+    // The gRPC listener does not serve the API, and the API's listener does not serve gRPC.
     let api = world.app.post(path, json!({})).send().await;
     assert_eq!(api.status, 404);
 }
@@ -641,7 +641,7 @@ async fn process_serves_grpc_and_logs_calls_without_secrets() {
     assert_eq!(quota.counter(&http, open).await, 1);
     quota.stop();
     let refused = tokio::net::TcpStream::connect(addr).await;
-    assert!(refused.is_err(), "it still listens");
+    assert!(refused.is_err(), "the server still listens");
 
     let lines = reader.join().expect("the log ends");
     let all = lines.join("\n");

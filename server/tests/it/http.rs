@@ -208,7 +208,7 @@ async fn slow_headers_are_cut_off_in_time() {
     });
     let mut answer = Vec::new();
     let ended = timeout(LONG, reader.read_to_end(&mut answer)).await;
-    assert!(ended.is_ok(), "it is held open");
+    assert!(ended.is_ok(), "the connection is held open");
     let took = began.elapsed();
     assert!(
         took >= Duration::from_millis(900) && took < Duration::from_secs(4),
@@ -402,7 +402,7 @@ async fn serving(database_url: &str, flags: &[&str]) -> Serving {
         .stderr(Stdio::inherit())
         .spawn()
         .expect("the binary starts");
-    // Its log is read to the end, so that it never blocks on a full pipe.
+    // Read the log to the end, so that the server never blocks on a full pipe.
     let log = BufReader::new(child.stdout.take().expect("it is piped"));
     std::thread::spawn(move || log.lines().map_while(Result::ok).for_each(drop));
     let serving = Serving { child, addr };
@@ -413,7 +413,7 @@ async fn serving(database_url: &str, flags: &[&str]) -> Serving {
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    panic!("it does not get ready");
+    panic!("the server does not become ready");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -443,7 +443,7 @@ async fn clean_stop_reports_not_ready_and_finishes_requests_in_flight() {
     while told.elapsed() < Duration::from_millis(1500) {
         let ready = reqwest::get(format!("http://{addr}/health/ready"))
             .await
-            .expect("it still takes requests");
+            .expect("the server still accepts requests");
         if ready.status() == 503 {
             said_not_ready = true;
             let live = reqwest::get(format!("http://{addr}/health/live")).await;
@@ -458,11 +458,11 @@ async fn clean_stop_reports_not_ready_and_finishes_requests_in_flight() {
     tokio::time::sleep(Duration::from_millis(2500).saturating_sub(told.elapsed())).await;
     assert!(
         std::net::TcpStream::connect(addr).is_err(),
-        "it takes no new connections"
+        "the server accepts no new connections"
     );
     assert!(
         serving.child.try_wait().expect("it is ours").is_none(),
-        "it waits for the request"
+        "the server waits for the request"
     );
     flight.write_all(&body.as_bytes()[1..]).expect("sent");
     let mut answer = String::new();
@@ -473,7 +473,10 @@ async fn clean_stop_reports_not_ready_and_finishes_requests_in_flight() {
         if let Some(ended) = serving.child.try_wait().expect("it is ours") {
             break ended;
         }
-        assert!(told.elapsed() < Duration::from_secs(30), "it does not end");
+        assert!(
+            told.elapsed() < Duration::from_secs(30),
+            "the server does not exit"
+        );
         tokio::time::sleep(Duration::from_millis(20)).await;
     };
     assert_eq!(ended.code(), Some(0));

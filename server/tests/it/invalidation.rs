@@ -1,8 +1,8 @@
-//! Runs three replicas as in production, and tests that a change on one reaches all: with messages between them,
-//! without messages, and without Redis.
+//! Runs three replicas as in production, and tests that a change made on one replica reaches all replicas: with
+//! messages between them, without messages, and without Redis.
 //!
-//! Prints how long this takes, and asserts a bound that holds on a busy machine. The benchmarks measure the promised
-//! second.
+//! Prints how long changes take to arrive, and asserts a bound that holds on a busy machine. The benchmarks measure the
+//! promised second.
 
 use std::{
     sync::Arc,
@@ -27,7 +27,7 @@ use crate::support::{
     quota::{Quota, data_dir},
 };
 
-/// The time limit for any machine.
+/// A time limit that holds on a busy machine.
 const AT_MOST: Duration = Duration::from_secs(5);
 const CHANGES: usize = 120;
 /// The number of changes in progress.
@@ -151,7 +151,7 @@ impl World {
             while self.used(replica, key).await != expected {
                 assert!(
                     answered.elapsed() < AT_MOST,
-                    "change {n} is not in force on {}",
+                    "change {n} has not been applied by {}",
                     replica.addr
                 );
                 sleep(Duration::from_millis(10)).await;
@@ -204,7 +204,7 @@ async fn every_change_reaches_every_replica() {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_change_reaches_every_replica_without_messages() {
     let world = World::start().await;
-    // Forbids publishing and subscribing. All other commands work.
+    // Forbid publishing and subscribing. All other commands work.
     let done = world
         .redis
         .command("ACL SETUSER default resetchannels")

@@ -1,5 +1,5 @@
-//! Tests how the last use of keys and service tokens is recorded. The last use of keys is stored with their usage; that
-//! of tokens is kept in memory and stored in batches.
+//! Tests how the last use of keys and service tokens is recorded. The last use of a key is stored with its usage; the
+//! last use of a token is kept in memory and stored in batches.
 
 use quota_common::{ApiKeyId, ServiceTokenId};
 use quota_server::clock::UnixNanos;

@@ -233,7 +233,7 @@ fn imports(code: &str) -> Vec<&str> {
         .collect()
 }
 
-/// Whether the code uses a crate: in a path, or by `use` of the crate itself.
+/// Returns whether the code uses a crate: in a path, or by `use` of the crate itself.
 fn uses(code: &str, krate: &str) -> bool {
     code.match_indices(krate).any(|(at, _)| {
         let before = code[..at].trim_end_matches(' ');

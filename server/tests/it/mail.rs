@@ -1,4 +1,4 @@
-//! Emails about alerts reach the members who should receive them, once, despite failures of the mail server.
+//! Tests that emails about alerts reach the right members exactly once, despite failures of the mail server.
 
 use std::time::Duration;
 
@@ -64,7 +64,7 @@ impl World {
             .expect("an alert");
     }
 
-    /// Writes and sends emails. Returns how many were sent, postponed and given up on.
+    /// Writes and sends emails. Returns how many were sent, postponed and abandoned.
     async fn send(&self) -> (u64, u64, u64) {
         let state = &self.app.state;
         let url = &state.config.public_url;
@@ -90,7 +90,7 @@ impl World {
 
     async fn sql(&self, statement: &str) {
         let client = self.app.database.connect().await;
-        client.execute(statement, &[]).await.expect("it is SQL");
+        client.execute(statement, &[]).await.expect("valid SQL");
     }
 }
 
@@ -249,7 +249,7 @@ async fn replicas_write_and_send_each_email_once() {
     assert_eq!(world.smtp.received().len(), 1);
 }
 
-/// Otherwise, someone who creates many accounts could make the server send any number of emails.
+/// Without this limit, someone who creates many accounts could make the server send any number of emails.
 #[tokio::test(flavor = "multi_thread")]
 async fn emails_to_all_tenants_are_limited_and_the_others_wait() {
     let world = World::new().await;
@@ -350,12 +350,12 @@ async fn tenant_whose_emails_cannot_be_written_does_not_delay_others() {
     assert_eq!(other.send().await, (1, 0, 0));
 }
 
-/// It accepts the message in the end, but another replica may have sent it by then.
+/// The mail server accepts the message in the end, but another replica may have sent it by then.
 #[tokio::test(flavor = "multi_thread")]
 async fn mail_server_that_takes_too_long_is_an_outage() {
     let world = World::new().await;
     world.alert("A").await;
-    // Each answer is within the limit for a command.
+    // Each response arrives within the limit for a command.
     world.smtp.delay(Duration::from_secs(9));
     let began = std::time::Instant::now();
     assert_eq!(world.send().await, (0, 1, 0));

@@ -288,7 +288,7 @@ fn request(random: &mut Rng) -> Vec<u8> {
     }
     bytes.extend(end(random).as_bytes());
     bytes.extend(body);
-    // Sometimes changes, removes or repeats some bytes.
+    // Sometimes, change, remove or repeat some bytes.
     if random.u8(..8) == 0 && !bytes.is_empty() {
         for _ in 0..random.u8(1..4) {
             let at = random.usize(..bytes.len());
@@ -310,7 +310,7 @@ async fn answers(server: std::net::SocketAddr, seed: u64) -> Vec<u8> {
     let mut stream = TcpStream::connect(server).await.expect("it listens");
     let (mut reader, mut writer) = stream.split();
     let writing = async {
-        // Sends the request in two parts, occasionally with a pause. A server that has closed the connection does not
+        // Send the request in two parts, occasionally with a pause. A server that has closed the connection does not
         // accept any more data.
         let middle = random.usize(..=request.len());
         let last = b"GET /health/live HTTP/1.1\r\nHost: q\r\nConnection: close\r\n\r\n";
@@ -337,7 +337,7 @@ async fn answers(server: std::net::SocketAddr, seed: u64) -> Vec<u8> {
 /// Returns the number of requests to send. Set `MALFORMED_REQUESTS=100000` to send more.
 #[expect(
     clippy::disallowed_methods,
-    reason = "a measurement is no setting of the server"
+    reason = "the length of a test is not a setting of the server"
 )]
 fn requests() -> u64 {
     std::env::var("MALFORMED_REQUESTS").map_or(REQUESTS, |number| number.parse().expect("a number"))

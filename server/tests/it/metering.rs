@@ -273,7 +273,7 @@ async fn the_owner_and_two_replays_at_once_count_nothing_twice() {
     let mut ids = world.echoes(1).await;
     let directory = world.usage_directory();
     let writing = AtomicBool::new(true);
-    // Uses separate connections, like another process.
+    // Use separate connections, like another process.
     let replay = async || {
         let url = SecretString::from(app.database.url());
         let db = Db::new(&url, &app.state.config.database);
@@ -395,7 +395,7 @@ async fn denials_of_one_tenant_do_not_fill_the_backlog_of_all() {
         *statuses.entry(status).or_insert(0_u64) += 1;
         sent += 1;
         if sent % 200 == 0 {
-            // Runs continuously, like the job.
+            // Ship continuously, like the background job.
             assert!(app.state.metering.ship().await.is_err());
             // On a busy machine, the denials recorded per second would take up the rest of the space.
             if unrecorded().await > 1_000 {
@@ -473,7 +473,7 @@ async fn a_full_disk_stops_decisions_loses_nothing_and_recovers() {
         println!("skipped: mounting is not permitted here");
         return;
     };
-    // Segments of 1 MiB.
+    // Use segments of 1 MiB.
     let setup = |setup: Setup| {
         setup
             .data_dir(disk.path())
@@ -637,7 +637,7 @@ async fn directories_and_segments_that_cannot_be_read_hold_up_no_others() {
     assert_eq!(world.logged().await, ids);
     assert!(!good.exists(), "what is shipped is deleted");
     assert!(unreadable.exists(), "the rest is kept");
-    // The same happens within one directory.
+    // The same applies within one directory.
     let ids = &ids | &world.echoes(5).await;
     copy_segments(&own, &unreadable);
     let url = SecretString::from(world.app.database.url());
@@ -662,7 +662,7 @@ async fn refused_segments_are_kept_apart_and_their_directory_goes() {
         make_ancient(&ancient);
     }
     std::fs::write(left.join("1.segment"), "not a segment").expect("there is space");
-    // The location used by an earlier version.
+    // An earlier version left rejected segments here.
     std::fs::write(left.join("2.refused"), "refused").expect("there is space");
     world
         .app
@@ -851,7 +851,7 @@ async fn a_replica_takes_over_what_a_killed_one_left_in_a_shared_directory() {
     let first = Quota::start_with(data.path(), &settings);
     let plan = json!({"name": "p", "default_rpm": 1_000_000, "burst": 100_000});
     let key = first.key_on(&http, plan).await;
-    // The first tick is immediate.
+    // The first server ships once immediately.
     tokio::time::sleep(Duration::from_millis(500)).await;
     let url = format!("http://{}/v1/echo", first.addr);
     for n in 0..200 {

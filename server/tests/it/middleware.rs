@@ -189,12 +189,12 @@ async fn admits_exactly_the_quota(program: Program) {
     let count = |status| statuses.iter().filter(|it| **it == status).count();
     let (allowed, denied, late) = (count(200), count(429), count(503));
     assert_eq!(allowed + denied + late, 150, "{statuses:?}");
-    // On a busy machine, a check may be late. It may have been charged.
+    // On a busy machine, a check may be late. Such a check may have been charged.
     assert!(allowed <= QUOTA && allowed + late >= QUOTA, "{statuses:?}");
     assert!(allowed > QUOTA / 2, "{statuses:?}");
 }
 
-/// Tests everything that Quota, or what is at its address, can do instead of deciding.
+/// Tests everything that Quota, or another server at its address, can do instead of making a decision.
 async fn without_a_decision_the_setting_applies(program: Program) {
     let quota = Substitute::start().await;
     let mut setting = Setting {
@@ -243,7 +243,7 @@ async fn without_a_decision_the_setting_applies(program: Program) {
         ("not HTTP\r\n\r\n".to_owned(), undecided),
         (String::new(), undecided),
         (substitute::SILENCE.to_owned(), undecided),
-        // What Quota itself prevents is never passed on.
+        // A request that Quota itself rejects is never passed on.
         (status("400 Bad Request", ""), [503; 2]),
         (status("422 Unprocessable Content", ""), [503; 2]),
         (

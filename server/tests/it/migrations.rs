@@ -19,7 +19,7 @@ async fn migrate_apart(url: &str) -> Vec<String> {
     let url = url.to_owned();
     tokio::spawn(async move { migrate(&url).await })
         .await
-        .expect("it does not panic")
+        .expect("the task does not panic")
 }
 
 /// Returns a description of everything that migrations create: columns, constraints, indexes, policies, functions,
@@ -70,7 +70,7 @@ async fn up_after_down_restores_the_schema() {
 
     db::revert_all(&SecretString::from(database.url()))
         .await
-        .expect("they can be taken back");
+        .expect("the migrations can be reverted");
     let down = shape(&client).await;
     let left = down
         .iter()
@@ -98,11 +98,11 @@ async fn concurrent_migrations_both_succeed() {
     assert_eq!(
         applied,
         db::versions(),
-        "each is applied once, by whoever came first"
+        "each migration is applied exactly once"
     );
 }
 
-/// Roles belong to the cluster, and two of its databases create them concurrently.
+/// Roles belong to the cluster, and two databases of the cluster create them concurrently.
 #[tokio::test(flavor = "multi_thread")]
 async fn two_databases_in_one_cluster_do_not_interfere() {
     let (one, other) = tokio::join!(TestDatabase::create_empty(), TestDatabase::create_empty());
@@ -110,7 +110,7 @@ async fn two_databases_in_one_cluster_do_not_interfere() {
     // Reverting one does not affect the other.
     db::revert_all(&SecretString::from(one.url()))
         .await
-        .expect("it can be taken back");
+        .expect("the migrations can be reverted");
     let app = TestApp::setup().database(Arc::new(other)).start().await;
     app.register().await;
     app.stop().await;
@@ -147,7 +147,7 @@ async fn every_constraint_is_named_and_every_table_has_a_comment() {
         );
         assert!(
             name.starts_with(table),
-            "{table}: {name} does not tell its table"
+            "{table}: {name} does not name its table"
         );
     }
     let sql = "SELECT relname::text FROM pg_class WHERE relnamespace = 'public'::regnamespace \
@@ -189,7 +189,7 @@ async fn every_constraint_is_named_and_every_table_has_a_comment() {
     assert!(bare.is_empty(), "without an index: {bare:?}");
 }
 
-/// As with hosted PostgreSQL: the owner of the database may create roles and is not a superuser.
+/// Simulates hosted PostgreSQL: the owner of the database may create roles but is not a superuser.
 #[tokio::test(flavor = "multi_thread")]
 async fn role_without_superuser_migrates_and_serves() {
     let database = TestDatabase::create_empty().await;
@@ -256,13 +256,13 @@ async fn role_without_superuser_migrates_and_serves() {
     app.stop().await;
     db::revert_all(&SecretString::from(url))
         .await
-        .expect("it takes back what it made");
+        .expect("the role can revert the migrations");
     let drop =
         format!("REASSIGN OWNED BY {role} TO CURRENT_USER; DROP OWNED BY {role}; DROP ROLE {role}");
     admin
         .batch_execute(&drop)
         .await
-        .expect("nothing of it is left");
+        .expect("the roles own nothing anymore");
 }
 
 /// Returns the URL of the same database, with another role.

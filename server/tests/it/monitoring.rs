@@ -149,7 +149,7 @@ fn family_of<'a>(series: &str, families: &'a Families) -> Option<(&'a str, &'a F
 fn check(query: &str, families: &Families) -> (BTreeSet<String>, Vec<String>) {
     let is_word = |c: char| c.is_ascii_alphanumeric() || c == '_';
     let (mut read, mut mistakes) = (BTreeSet::new(), Vec::new());
-    // Prometheus adds these to every series.
+    // Prometheus adds these labels to every series.
     let mut known = BTreeSet::from(["instance", "job"].map(str::to_owned));
     for (at, _) in query.match_indices("quota_") {
         if query[..at].ends_with(is_word) {
@@ -233,7 +233,7 @@ async fn every_alert_reads_existing_metrics_and_has_a_section_in_the_runbook() {
         for name in read {
             linked.entry(name).or_default().insert(anchor.clone());
         }
-        // It is tested both on a healthy server and on one that has the problem.
+        // The alert is tested both on a healthy server and on one that has the problem.
         let line = format!("alertname: {}", rule.name);
         let tested = RULE_TESTS
             .match_indices(&line)
@@ -290,7 +290,7 @@ async fn every_panel_of_the_dashboard_reads_existing_metrics() {
         let query = variable["definition"].as_str().unwrap_or_default();
         assert_eq!(check(query, &families).1, Vec::<String>::new(), "{query}");
     }
-    // Everything that an alert reads can be seen.
+    // The dashboard shows everything that an alert reads.
     let alerted = rules()
         .iter()
         .flat_map(|rule| check(&rule.expression, &families).0)
@@ -364,7 +364,7 @@ fn prometheus_accepts_the_configuration_and_each_alert_fires_only_for_its_proble
         let (passed, text) = run(&folder, arguments);
         assert!(passed, "{arguments:?}: {text}");
     }
-    // The tests notice an alert that always fires, and one that never does.
+    // The tests detect an alert that always fires, and one that never does.
     let copy = tempfile::tempdir().expect("a directory");
     std::fs::write(copy.path().join("alerts_test.yml"), RULE_TESTS).expect("written");
     for (right, wrong) in [

@@ -75,7 +75,10 @@ impl Process {
             if let Some(status) = self.child.try_wait().expect("it is ours") {
                 return status;
             }
-            assert!(told.elapsed() < Duration::from_secs(30), "it does not exit");
+            assert!(
+                told.elapsed() < Duration::from_secs(30),
+                "the server does not exit"
+            );
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
@@ -114,7 +117,7 @@ async fn starting_server_refuses_connections_and_stops_on_request() {
         .await;
 
     for addr in [process.addr, grpc] {
-        let refused = TcpStream::connect(addr).expect_err("it does not listen yet");
+        let refused = TcpStream::connect(addr).expect_err("the server does not listen yet");
         assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
     }
     for flags in [&[][..], &["--live"], &["--serving"]] {

@@ -32,7 +32,7 @@ struct World {
     key: Key,
 }
 
-/// Returns the address of the test's PostgreSQL, and its URL through the proxy.
+/// Starts a proxy in front of the test's PostgreSQL. Returns the proxy and the URL of the database through it.
 pub(crate) async fn through_proxy(database: &TestDatabase) -> (FaultProxy, String) {
     let config: tokio_postgres::Config = database.url().parse().expect("a URL");
     let port = config.get_ports().first().copied().unwrap_or(5432);
@@ -77,7 +77,7 @@ async fn world(change: impl FnOnce(Setup) -> Setup) -> World {
 }
 
 impl World {
-    /// Resets every connection. New ones have this fault.
+    /// Resets every connection. New connections have this fault.
     fn lose(&self, fault: Fault) {
         self.proxy.set(fault);
         if fault == Fault::Refuse {
@@ -87,7 +87,7 @@ impl World {
 
     fn find(&self) {
         self.proxy.set(Fault::Pass);
-        // Open connections remain silent.
+        // Connections that were open during the fault remain silent.
         self.proxy.cut();
     }
 
@@ -111,7 +111,7 @@ impl World {
             assert_eq!(plans.status, 503, "{}", plans.text);
             assert!(
                 began.elapsed() < Duration::from_secs(20),
-                "it does not recover"
+                "the server does not recover"
             );
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
@@ -144,10 +144,10 @@ async fn an_outage(fault: Fault) {
     assert_eq!(
         app.get("/health/live").send().await.status,
         200,
-        "it lives all the same"
+        "the liveness probe still succeeds"
     );
 
-    // Long enough for cached records to be stale. After that, they are served only during the grace period.
+    // Wait until cached records are stale. After that, they are served only during the grace period.
     tokio::time::sleep(Duration::from_millis(1500)).await;
     let token = &world.account.access_token;
     let unknown = unknown_key();
@@ -178,12 +178,12 @@ async fn an_outage(fault: Fault) {
     assert_eq!(
         app.echo(&unknown).await.status,
         401,
-        "it was not remembered as anything"
+        "the failed lookup was not cached"
     );
     let plans = app.get("/admin/plans").bearer(token).send().await;
     assert!(
         !plans.text.contains("Lost"),
-        "what was refused was not done: {}",
+        "a rejected change was made: {}",
         plans.text
     );
 }
@@ -267,7 +267,7 @@ async fn unreachable_ledger_reduces_capacity_and_never_exceeds_a_quota() {
     }
     assert!(
         served >= 291,
-        "{served} of 300: more than a block was lost twice over"
+        "{served} of 300: more than three blocks were lost"
     );
 }
 
@@ -447,7 +447,7 @@ async fn flood_of_unknown_keys_does_not_affect_the_poll_the_ledger_or_known_keys
     assert_eq!(gone.status, 204);
     let began = Instant::now();
     while app.echo(&deleted.text).await.status == 200 {
-        assert!(began.elapsed() < AT_MOST, "a deleted key works on");
+        assert!(began.elapsed() < AT_MOST, "a deleted key still works");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     let errors = app.metric(failed).await - errors;
@@ -470,7 +470,7 @@ async fn flood_of_unknown_keys_does_not_affect_the_poll_the_ledger_or_known_keys
     }
     assert!(
         counts.0 >= 5 && counts.1 >= 5,
-        "{counts:?} looked up and refused"
+        "{counts:?} looked up and rejected"
     );
     assert!(app.metric("quota_lookups_rejected_total").await >= 5.0);
     // Without the flood, a key that is not in memory is looked up in the same slow PostgreSQL.

@@ -225,7 +225,7 @@ async fn postgres_behaves_like_the_test_ledger() {
                 model.give_back(&batch).await.expect("it is applied");
             }
         }
-        // Sometimes hours later, as for a block of the next window.
+        // Sometimes, tokens are taken hours later, as for a block of the next window.
         let later = now.saturating_add(Nanos::from_secs(
             random.u64(0..2) * random.u64(0..20 * 3600),
         ));
@@ -249,7 +249,7 @@ async fn postgres_behaves_like_the_test_ledger() {
             let answer = answer.expect("PostgreSQL answers");
             assert_eq!(
                 answer,
-                expected.expect("so does the model"),
+                expected.expect("the model responds, too"),
                 "step {step}: {request:?}"
             );
             granted += answer.granted;

@@ -118,7 +118,7 @@ async fn restart_changes_the_generation_and_the_run_id() {
     assert!(after.generation() > before.generation());
     assert_ne!(after.run_id(), before.run_id());
 
-    // All three reconnect, and the old link remains broken.
+    // All three connections are restored, and the old link remains broken.
     let began = Instant::now();
     while redis.status().connected < 3 {
         assert!(began.elapsed() < PATIENCE);
@@ -164,13 +164,13 @@ async fn silent_redis_times_out_then_disconnects_and_recovers() {
     assert!(matches!(failed, Err(CallError::TimedOut(_))), "{failed:?}");
     let began = Instant::now();
     while !matches!(add(&redis, "k", 1).await, Err(CallError::NotConnected)) {
-        assert!(began.elapsed() < PATIENCE, "the silence is not noticed");
+        assert!(began.elapsed() < PATIENCE, "the silence is not detected");
     }
     proxy.set(Fault::Pass);
     eventually(&redis, "k").await;
 }
 
-/// Uses the timeouts from the flags.
+/// Connects with the timeouts from the flags.
 fn connect_with(url: &str, flags: &[&str]) -> Redis {
     let url = format!("--redis-url={url}");
     let flags = ["test", &url].into_iter().chain(flags.iter().copied());
@@ -306,7 +306,7 @@ async fn cluster_keeps_each_key_on_its_node() {
     }
     assert!(
         sizes.iter().all(|size| !size.contains(":0\r")),
-        "every node has some: {sizes:?}"
+        "every node has some keys: {sizes:?}"
     );
 }
 
@@ -315,7 +315,7 @@ async fn key_that_moves_to_another_node_is_found() {
     let cluster = RedisCluster::start().await;
     let redis = connect(&cluster.url(), &[]);
     assert!(redis.connected(PATIENCE).await);
-    // Moves the slot of {moved} to another node.
+    // Move the slot of {moved} to another node.
     let slot = cluster.nodes[0].command("CLUSTER KEYSLOT {moved}").await;
     let slot: u16 = slot
         .trim_start_matches(':')
@@ -361,7 +361,7 @@ async fn connection_to_a_cluster_recovers_after_an_outage() {
     eventually(&redis, "{a}").await;
     let began = Instant::now();
     while redis.generation() == before {
-        assert!(began.elapsed() < PATIENCE, "it is not noticed");
+        assert!(began.elapsed() < PATIENCE, "the outage is not detected");
         sleep(Duration::from_millis(20)).await;
     }
 }

@@ -110,7 +110,7 @@ async fn add_keys(database: &TestDatabase, count: usize) -> Vec<String> {
 /// Returns the number of keys with blocks when the server stops. Set `DRAIN_KEYS=100000` to measure a large deployment.
 #[expect(
     clippy::disallowed_methods,
-    reason = "a measurement is no setting of the server"
+    reason = "the size of a test is not a setting of the server"
 )]
 pub(crate) fn drain_keys() -> usize {
     std::env::var("DRAIN_KEYS").map_or(4000, |keys| keys.parse().expect("a number of keys"))

@@ -93,7 +93,7 @@ fn redis_flag(server: &RedisServer) -> String {
     format!("--redis-url={}", server.url())
 }
 
-/// Responses may be late while other tests run.
+/// Allows for late responses while other tests run.
 fn slow() -> &'static str {
     "--redis-timeout=2s"
 }
@@ -126,14 +126,16 @@ async fn record_read_by_one_replica_is_found_by_another() {
     assert!(second.metric("quota_key_shared_hits_total").await >= 1.0);
     assert!(
         second.metric("quota_key_loads_total").await < 0.5,
-        "PostgreSQL was not asked"
+        "PostgreSQL was not queried"
     );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn unknown_keys_are_shared_too() {
     let world = World::start().await;
-    let unknown = SecretText::generate(Kind::ApiKey).expect("chance").reveal();
+    let unknown = SecretText::generate(Kind::ApiKey)
+        .expect("random bytes")
+        .reveal();
     assert_eq!(world.first.echo(&unknown).await.status, 401);
     world.only_record().await;
     let second = world.another().await;
@@ -156,17 +158,14 @@ async fn record_from_before_a_change_is_rejected_whenever_it_was_written() {
     assert_eq!(changed.status, 200, "{}", changed.body);
     let mut redis = world.redis().await;
     for app in [first, &second, &world.another().await] {
-        // Each time, as if it had just been written.
+        // Each time, the record looks as if it had just been written.
         redis
             .set::<_, _, ()>(&name, &before)
             .await
             .expect("it is written");
         let began = Instant::now();
         while app.echo(&world.key.text).await.status != 401 {
-            assert!(
-                began.elapsed() < PATIENCE,
-                "a key that was switched off opens"
-            );
+            assert!(began.elapsed() < PATIENCE, "a deactivated key is accepted");
         }
         redis
             .set::<_, _, ()>(&name, &before)
@@ -253,8 +252,8 @@ async fn damaged_or_forged_record_is_ignored() {
         assert_eq!(app.echo(&world.key.text).await.status, 200);
         assert!(app.metric("quota_key_shared_unreadable_total").await >= 1.0);
     }
-    // A record under another key's name is rejected.
-    let unknown = SecretText::generate(Kind::ApiKey).expect("chance");
+    // A record stored under another key's name is rejected.
+    let unknown = SecretText::generate(Kind::ApiKey).expect("random bytes");
     redis.del::<_, ()>(&name).await.expect("it is gone");
     assert_eq!(world.first.echo(&unknown.reveal()).await.status, 401);
     let (other, _) = world.only_record().await;
@@ -265,7 +264,7 @@ async fn damaged_or_forged_record_is_ignored() {
     let app = world.another().await;
     assert_eq!(app.echo(&unknown.reveal()).await.status, 401);
     assert!(app.metric("quota_key_shared_unreadable_total").await >= 1.0);
-    // Random bytes.
+    // Random bytes are rejected.
     redis.del::<_, ()>(&name).await.expect("it is gone");
     redis
         .rpush::<_, _, ()>(&name, "list")
@@ -333,7 +332,7 @@ async fn silent_redis_delays_one_lookup_and_not_the_next() {
         app.state.metrics.key_shared_errors.get()
     };
     for key in &keys[..4] {
-        assert_eq!(look_up(key).await, 1, "Redis was asked once");
+        assert_eq!(look_up(key).await, 1, "Redis was called once");
     }
     clock.advance(Duration::from_secs(2));
     let began = Instant::now();
@@ -341,7 +340,7 @@ async fn silent_redis_delays_one_lookup_and_not_the_next() {
         assert!(began.elapsed() < PATIENCE);
         sleep(Duration::from_millis(5)).await;
     }
-    assert_eq!(look_up(&keys[4]).await, 2, "and is tried again");
+    assert_eq!(look_up(&keys[4]).await, 2, "Redis is called again");
 }
 
 /// The replica cannot know about changes made since it was cut off.
@@ -594,7 +593,7 @@ async fn two_installations_with_one_prefix_do_not_trust_each_other() {
     assert_eq!(
         other.echo(&key.text).await.status,
         401,
-        "another installation's record was believed"
+        "another installation's record was accepted"
     );
     let began = Instant::now();
     while other.metric("quota_invalidations_unreadable_total").await < 1.0 {
@@ -675,7 +674,10 @@ async fn replayed_message_has_no_effect() {
             .expect("it is sent");
         sleep(Duration::from_millis(5)).await;
         received = second.metric("quota_invalidations_received_total").await;
-        assert!(began.elapsed() < PATIENCE, "an honest message is not read");
+        assert!(
+            began.elapsed() < PATIENCE,
+            "a genuine message is not applied"
+        );
     }
     assert_eq!(second.echo(&world.key.text).await.status, 200);
     let again = second.metric("quota_key_loads_total").await

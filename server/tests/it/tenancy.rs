@@ -51,7 +51,7 @@ impl Tenant {
             .send()
             .await;
 
-        // A second sign-in, since the revoked session must not be the caller's own.
+        // Sign in a second time, because the revoked session must not be the caller's own.
         let login = json!({"email": account.email, "password": PASSWORD});
         assert_eq!(app.post("/auth/login", login).send().await.status, 200);
         let sessions = app
@@ -119,7 +119,7 @@ impl Tenant {
     fn id(&self, name: &str) -> &str {
         self.ids
             .get(name)
-            .unwrap_or_else(|| panic!("say here what {name} is an id of"))
+            .unwrap_or_else(|| panic!("add the resource that {name} identifies"))
     }
 
     /// Returns everything that identifies a row or response as this tenant's.
@@ -246,7 +246,8 @@ impl Attempt {
     }
 }
 
-/// Returns a request for each ID that an operation takes in its path or body. All other IDs in it belong to `own`.
+/// Returns a request for each ID that an operation takes in its path or body. All other IDs in the request belong to
+/// `own`.
 fn attempts(own: &Tenant) -> Vec<Attempt> {
     let mut all = Vec::new();
     for operation in operations() {
@@ -293,7 +294,7 @@ fn attempts(own: &Tenant) -> Vec<Attempt> {
     all
 }
 
-/// Whether a field names another resource. An external ID is the tenant's own text.
+/// Returns whether a field names another resource. An external ID is the tenant's own text.
 fn is_reference(field: &str) -> bool {
     field.ends_with("_id") && field != "external_id"
 }
@@ -481,7 +482,8 @@ async fn idempotency_keys_of_tenants_are_separate() {
         tried += 1;
         let example = operation.body().map(|schema| schema["example"].clone());
         let send = async |who: &Tenant| {
-            let body = mine(example.clone(), who).expect("what is made is made of something");
+            let body = mine(example.clone(), who)
+                .expect("an operation that creates a resource has a body");
             let path = match operation.parameters("path").first() {
                 Some(name) => operation.path_with(who.id(name)),
                 None => operation.path.to_owned(),
@@ -573,7 +575,7 @@ async fn another_tenants_key_is_unknown_to_a_gateway_and_not_charged() {
     assert_eq!(plan.send().await.status, 200);
 }
 
-// In the database: row-level security blocks what a query forgets to restrict. ------------------------------------
+// In the database: row-level security blocks rows that a query forgets to exclude. ---------------------------------
 
 /// Returns how many rows a statement affects as `quota_app` for a tenant, and rolls back. `None` if it is denied.
 async fn as_app(client: &mut Client, tenant: Option<&str>, sql: &str) -> Option<u64> {
@@ -657,7 +659,7 @@ async fn database_denies_a_tenant_every_row_of_another() {
             );
         }
 
-        // Without a tenant, no rows are visible, and B sees only B's rows.
+        // Without a tenant, no rows are visible. B sees only B's rows.
         let all = format!("SELECT 1 FROM {table}");
         for unset in [None, Some("")] {
             assert!(
@@ -680,7 +682,7 @@ async fn database_denies_a_tenant_every_row_of_another() {
     }
     assert!(
         reachable >= 8,
-        "a tenant sees what is its own in {reachable} tables"
+        "a tenant sees its own rows in {reachable} tables"
     );
     assert_eq!(theirs, rows_of(&client, &a).await);
 }
@@ -724,7 +726,7 @@ async fn every_table_has_row_level_security_that_binds_the_servers_roles() {
     for role in roles {
         assert!(
             !role.get::<_, bool>(1),
-            "{} may too much",
+            "{} has too many privileges",
             role.get::<_, &str>(0)
         );
     }
@@ -771,7 +773,10 @@ async fn every_table_has_row_level_security_that_binds_the_servers_roles() {
         .await
         .expect("the catalog is readable");
     assert!(!callers.get::<_, bool>(0), "a tenant may drop partitions");
-    assert!(callers.get::<_, bool>(1), "the server may not");
+    assert!(
+        callers.get::<_, bool>(1),
+        "the server may not drop partitions"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -800,7 +805,7 @@ async fn a_partition_is_reached_through_its_table_alone() {
         let sql = format!("SELECT 1 FROM {name}");
         assert_eq!(as_app(&mut client, Some(own), &sql).await, None, "{sql}");
     }
-    // The rows from before the partitions existed have been moved there.
+    // The rows that were inserted before the partitions existed have been moved to them.
     let sql = "SELECT 1 FROM usage_log WHERE tableoid <> 'usage_log_default'::regclass";
     assert_eq!(as_app(&mut client, Some(own), sql).await, Some(2));
 }

@@ -1,5 +1,5 @@
-//! Tests of OpenTelemetry traces: which requests are traced, what their spans contain, and that a collector that fails
-//! does not affect requests.
+//! Tests OpenTelemetry traces: which requests are traced, what their spans contain, and that a failing collector does
+//! not affect requests.
 
 use std::{
     fs,
@@ -24,7 +24,7 @@ use crate::support::{
 
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const PARENT: &str = "00f067aa0ba902b7";
-/// Allows for a busy machine.
+/// Long enough for a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn traceparent(flags: &str) -> String {
@@ -240,7 +240,7 @@ async fn failed_dependency_is_visible_in_the_trace() {
         .iter()
         .filter(|it| it.name == "GET /v1/echo")
         .find(|it| it.attribute("http.response.status_code") == "503")
-        .expect("it was traced");
+        .expect("the request was traced");
     assert!(failed.is_error);
     let decision = children(&spans, failed);
     assert_eq!(decision[0].attribute("quota.decision"), "unavailable");
@@ -261,7 +261,7 @@ async fn collector_that_fails_or_hangs_affects_neither_requests_nor_the_stop() {
             .start()
             .await;
         let (_, key) = key(&app, 60_000_000).await;
-        // Far more spans than fit in the queue.
+        // Send far more spans than fit in the queue.
         for _ in 0..5000 {
             let answer = app.http.get(app.url("/v1/echo")).header("X-API-Key", &key);
             let status = answer.send().await.expect("it answers").status();
@@ -377,7 +377,7 @@ async fn trace_leads_from_caddy_through_the_decision_to_redis_and_postgresql() {
     let data = data_dir();
     let settings = [
         ("OTEL_EXPORTER_OTLP_ENDPOINT", url.as_str()),
-        // Only requests for which Caddy decides so are traced.
+        // Only requests that Caddy decides to trace are traced.
         ("OTEL_TRACES_SAMPLER_ARG", "0"),
         ("QUOTA_TRUSTED_PROXIES", "127.0.0.1"),
         ("REDIS_URL", redis_url.as_str()),

@@ -92,7 +92,7 @@ fn banned(text: &str) -> Vec<&'static str> {
     for allowed in ALLOWED {
         text = text.replace(allowed, "");
     }
-    // Words are separated by single spaces, with one at either end.
+    // Separate words with single spaces, and add a space at either end.
     let words = text
         .to_lowercase()
         .split(|c: char| !c.is_alphanumeric() && c != '\'')
@@ -281,7 +281,7 @@ fn messages_have_no_banned_words() {
     for path in files {
         let source = fs::read_to_string(&path).expect("it is readable");
         for literal in literals(&source) {
-            // A name, a header or a path, not a sentence.
+            // Skip names, headers and paths, which are not sentences.
             if !literal.contains(' ') {
                 continue;
             }

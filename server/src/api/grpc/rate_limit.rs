@@ -37,9 +37,9 @@ use crate::{
 
 /// The maximum number of descriptors in a request. Each is checked separately.
 const DESCRIPTORS_MAX: usize = 16;
-/// The maximum number of entries in a descriptor. An entry uses many times more memory than it has bytes in the message.
+/// The maximum number of entries in a descriptor. An entry takes up many times more memory than bytes in the message.
 const ENTRIES_MAX: usize = 32;
-/// Envoy writes this for a header that is missing.
+/// The value that Envoy sends for a missing header.
 const MISSING: &[u8] = b"-";
 
 /// Decides whether a tenant's gateway may forward a request.

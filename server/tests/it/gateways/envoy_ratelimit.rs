@@ -213,7 +213,7 @@ async fn reports_degraded_decisions() {
     for (mode, status) in [("open", 200), ("closed", 503)] {
         let plan = json!({"default_rpm": 600, "on_redis_failure": mode});
         let key = setting.key(plan).await;
-        // The first calls are late. After them, the circuit breaker opens.
+        // The first calls time out. After that, the circuit breaker opens.
         let mut response = setting.forged(&key).await;
         for _ in 0..50 {
             if response.status() == status {

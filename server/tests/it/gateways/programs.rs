@@ -12,7 +12,7 @@ use quota_testkit::{Process, envoy};
 use tempfile::TempDir;
 use tokio::net::TcpStream;
 
-/// Allows for a busy machine.
+/// Long enough for a busy machine.
 const STARTED_WITHIN: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,7 +51,7 @@ fn free_port() -> u16 {
     listener.local_addr().expect("it is bound").port()
 }
 
-/// Returns a command that runs a server, which Debian installs only in root's path.
+/// Returns a command that runs a server. Debian installs servers only in root's path.
 fn command(name: &str) -> Command {
     let system = Path::new("/usr/sbin").join(name);
     Command::new(if system.exists() {
@@ -129,7 +129,7 @@ impl Program {
                 caddy
                     .args(["run", "--adapter", "caddyfile", "--config"])
                     .arg(file)
-                    // The trusted roots with which it verifies Quota's certificate.
+                    // The trusted roots with which Caddy verifies Quota's certificate.
                     .env("SSL_CERT_FILE", filled.root)
                     .env("HOME", dir)
                     .env("XDG_DATA_HOME", dir)

@@ -64,7 +64,7 @@ impl Api {
                             .unwrap_or("200")
                             .to_owned();
                         received.lock().push(head);
-                        // Headers that the gateway may only replace with Quota's values.
+                        // The gateway may replace these headers only with Quota's values.
                         let answer = format!(
                             "HTTP/1.1 {status} Status\r\ncontent-length: {}\r\nx-ratelimit-limit: api\r\n\
                              ratelimit: api\r\nx-quota-degraded: api\r\nx-own: kept\r\n\r\n",
@@ -172,7 +172,7 @@ impl TlsHop {
         Self { port, connections }
     }
 
-    /// Returns the number of connections made to it.
+    /// Returns the number of connections that were made to the hop.
     pub(crate) fn connections(&self) -> usize {
         self.connections.load(Ordering::SeqCst)
     }

@@ -210,7 +210,7 @@ pub(super) async fn smaller_burst_is_not_a_new_one(world: &World) {
     let (large, small) = (Plan::rate(60, 100), Plan::rate(60, 10));
     assert_eq!(key.admitted(&large, 95).await, 95);
     assert_eq!(key.admitted(&small, 20).await, 0);
-    // Raising it again grants no new burst either.
+    // Raising the burst again grants no new burst either.
     assert_eq!(key.admitted(&large, 200).await, 5);
     assert_eq!(key.admitted(&small, 20).await, 0);
     world.advance(Duration::from_secs(3));
@@ -233,8 +233,8 @@ pub(super) async fn lowering_and_raising_the_burst_grants_nothing(world: &World)
     assert_eq!(key.admitted(&large, 200).await, 100);
 }
 
-/// If the plan was edited while no requests were sent, the time of the edit is unknown: the refill before it must not
-/// exceed that of either rate.
+/// If the plan was edited while no requests were sent, the time of the edit is unknown. Therefore, until the first
+/// request under the new plan, the bucket refills at the lower of the two rates.
 pub(super) async fn a_rest_across_an_edit_refills_at_the_lower_rate(world: &World) {
     let key = Key::of(&world.start());
     let (fast, slow) = (Plan::rate(6000, 100), Plan::rate(60, 100));
@@ -372,7 +372,10 @@ pub(super) async fn failed_ledger_admits_nothing_and_does_not_affect_rates(world
         assert!(key.try_ask(&plan, 1).await.is_err());
     }
     let asked = world.ledger.takes();
-    assert!(asked < 10, "a ledger in trouble is left alone: {asked}");
+    assert!(
+        asked < 10,
+        "a failing ledger is not called for each request: {asked}"
+    );
     // A rate without quotas needs no ledger, and can also deny without it.
     let other = Key::number(&key.limiter, 8);
     assert!(other.ask(&Plan::rate(60, 1), 1).await.is_allowed());
@@ -405,7 +408,10 @@ pub(super) async fn tokens_returned_by_others_are_found(world: &World) {
     let asked = world.ledger.takes();
     assert_eq!(key.admitted(&plan, 1000).await, 0);
     settle().await;
-    assert!(world.ledger.takes() <= asked + 1, "asked once per denial");
+    assert!(
+        world.ledger.takes() <= asked + 1,
+        "the ledger is called at most once for all denials"
+    );
 
     world.ledger.adjust(|used| used - 100);
     for _ in 0..5 {

@@ -137,10 +137,10 @@ impl TestLedger {
     }
 
     fn take_one(&self, request: &TakeRequest) -> Taken {
-        assert!(request.want > 0, "asked for nothing");
+        assert!(request.want > 0, "no tokens were requested");
         assert!(
             request.calendar.contains(request.at),
-            "another day than that of the request"
+            "the window does not contain the request's time"
         );
         self.takes.fetch_add(1, Ordering::SeqCst);
         let owner = (request.tenant, request.key, request.policy);
@@ -220,11 +220,11 @@ impl QuotaLedger for TestLedger {
                     .into_iter()
                     .flatten()
                     .find(|row| row.window.span.start == of.window_start)
-                    .expect("only what was taken comes back");
+                    .expect("only tokens that were taken are returned");
                 row.used = row
                     .used
                     .checked_sub(*n)
-                    .expect("no more comes back than was taken");
+                    .expect("no more tokens are returned than were taken");
             }
         }
         let lose = |left: u64| left.checked_sub(1);

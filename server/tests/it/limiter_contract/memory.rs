@@ -93,8 +93,8 @@ async fn steady_stream_never_waits_for_the_ledger() {
     assert!(asked < 50_000 / 700, "{asked} blocks of 1000");
 }
 
-/// Two tables share the only connection to a slow ledger. Requests that arrive while one of them waits for it are
-/// served together.
+/// Two tables share the only connection to a slow ledger. Requests that arrive while one of the tables waits for the
+/// connection are served together.
 #[tokio::test(start_paused = true)]
 async fn requests_that_arrive_during_the_wait_for_a_connection_share_a_call() {
     let world = world::memory();
@@ -130,7 +130,8 @@ async fn requests_that_arrive_during_the_wait_for_a_connection_share_a_call() {
     assert_eq!(world.ledger.used(), 21);
 }
 
-/// Tokens of a key that is being deleted cannot be returned until that has ended. Other keys do not wait for it.
+/// Tokens of a key that is being deleted cannot be returned until the deletion has ended. Other keys do not wait for
+/// this.
 #[tokio::test(start_paused = true)]
 async fn requests_do_not_wait_for_the_returns_of_another_key() {
     let world = world::memory();
@@ -193,7 +194,7 @@ async fn nothing_is_held_after_a_drain_with_calls_in_flight() {
         let key = Key::number(&limiter, n);
         assert_eq!(key.admitted(&plan, 8).await, 8);
     }
-    // Every eighth request has fetched more, which has not arrived yet.
+    // Every eighth request has started to fetch more tokens, which have not arrived yet.
     world.ledger.set_delay(Duration::from_millis(20));
     for n in 0..50 {
         Key::number(&limiter, n).admitted(&plan, 1).await;
@@ -240,8 +241,8 @@ async fn remote_store_is_not_asked_about_known_denials() {
     assert!(key.ask(&Plan::any_rate().daily(21), 1).await.is_allowed());
 }
 
-/// A replica whose clock is set back denies known excess for as long as the bucket takes to refill, not for the time by
-/// which the clock was set back.
+/// A replica whose clock is set back keeps denying requests for as long as the bucket takes to refill, not for the time
+/// by which the clock was set back.
 #[tokio::test]
 async fn known_denials_state_the_same_wait_after_the_clock_was_set_back() {
     for burst in [1, 3] {
@@ -258,7 +259,7 @@ async fn known_denials_state_the_same_wait_after_the_clock_was_set_back() {
         let decision = key.ask(&plan, 1).await;
         assert_eq!(decision.retry_after_secs(), Some(50), "{decision:?}");
         assert_eq!(decision.seconds_to_reset(decision.rate), 60 * used - 10);
-        // It costs the bucket one refill at most.
+        // The change of the clock costs the bucket at most one refill.
         world.advance(Duration::from_secs(50));
         key.ask(&plan, 1).await;
         world.advance(Duration::from_secs(60));

@@ -79,7 +79,7 @@ async fn no_request_waits_at_midnight_and_the_next_day_is_served_in_full() {
     let policies = both().policies();
     for key in &keys {
         let decision = limiter.try_admit(&key.handle, &policies, ONE);
-        let decision = decision.expect("the first block of the day is here");
+        let decision = decision.expect("the first block of the day was prefetched");
         assert!(decision.is_allowed());
         assert_eq!(decision.daily.unwrap().remaining, 999);
     }
@@ -112,7 +112,7 @@ async fn stop_just_before_midnight_returns_the_blocks_of_both_days() {
     assert_eq!(world.ledger.used(), 2 * all);
 }
 
-/// Keys that send nothing in the minutes before midnight and then all send at the same time, without pruning.
+/// The keys send nothing in the minutes before midnight, and then all send requests at the same time, without pruning.
 #[tokio::test(start_paused = true)]
 async fn midnight_without_prefetching_takes_few_calls() {
     let world = world::memory();

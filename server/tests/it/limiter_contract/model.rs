@@ -338,7 +338,7 @@ async fn play(world: &World, plans: &[Plan], steps: &[Step], grain: u64) -> u64 
 
 /// Asserts that at most `burst + rpm/60 * T` is admitted in any window, with the exact rate and not the rounded one.
 fn within_what_was_sold(plan: &Plan, grants: &[(u64, u64)]) {
-    // An edit to a smaller burst may have left less room. The first grant starts the first window.
+    // Check every window that starts with a grant.
     for (i, (from, _)) in grants.iter().enumerate() {
         let mut sum = 0i128;
         for (until, cost) in &grants[i..] {
@@ -352,7 +352,8 @@ fn within_what_was_sold(plan: &Plan, grants: &[(u64, u64)]) {
 fn compare(seed: u8, set_up: fn() -> World, jumps: bool, decisions: u64) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
-        // Requests stop waiting for the ledger when it responds, not because the machine is busy.
+        // Time is paused, so that requests stop waiting for the ledger when it responds, not because the machine is
+        // busy.
         .start_paused(true)
         .build()
         .unwrap();

@@ -78,7 +78,7 @@ pub(super) fn far() -> World {
     World::new(|clock, ledger| Far::new(memory_store(clock, ledger)))
 }
 
-/// Returns a world with buckets in a private Redis server with the test's clock, which decides every request.
+/// Returns a world whose buckets are in a private Redis server, which uses the test's clock and decides every request.
 pub(super) async fn redis() -> (World, RedisServer) {
     let (server, redis) = started().await;
     ClockedCounters::new(&redis, &TestClock::at(START))

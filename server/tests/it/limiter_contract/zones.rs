@@ -201,7 +201,7 @@ async fn play(seed: u64, replicas: usize) -> u64 {
             0..=3 => zone = random.usize(0..ZONES.len()),
             4..=8 => world.advance(Duration::from_secs(random.u64(0..20 * 3600))),
             9 => world.advance(Duration::from_secs(random.u64(0..20 * 86_400))),
-            // Advances to about the end of a day in some zone.
+            // Advance to about the end of a day in some zone.
             10 => {
                 let (_, minutes) = ZONES[random.usize(0..ZONES.len())];
                 let (_, end) = calendar(Policy::Daily, minutes, world.now());
@@ -227,7 +227,7 @@ async fn play(seed: u64, replicas: usize) -> u64 {
                 let (name, minutes) = ZONES[known[n]];
                 let plan = Plan::any_rate().daily(daily).monthly(monthly).zone(name);
                 for _ in 0..random.u8(1..40) {
-                    // Unspent tokens of another replica keep a window open in which no request was allowed.
+                    // Unspent tokens of another replica keep a window open even if no request in it was allowed.
                     let cost = if replicas == 1 { random.u32(1..4) } else { 1 };
                     let decision = keys[n].ask(&plan, cost).await;
                     let stranded = held + (block + 3) * crashes;

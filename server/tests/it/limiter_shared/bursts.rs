@@ -66,7 +66,7 @@ pub(super) struct Far {
     state: Arc<Mutex<State>>,
     calls: Arc<Mutex<Vec<TakeCall>>>,
     round_trip: Arc<Mutex<Duration>>,
-    /// Calls arrive, but their responses are lost.
+    /// If set, calls arrive, but their responses are lost.
     breaks: Arc<AtomicBool>,
 }
 
@@ -90,7 +90,7 @@ impl Far {
         self.state.lock().take(1, START.0 / 1000 + elapsed, call)
     }
 
-    /// Number of calls for keys so far.
+    /// Returns the number of calls for keys so far.
     pub(super) fn calls(&self) -> usize {
         let calls = self.calls.lock();
         calls
@@ -300,7 +300,7 @@ async fn what_is_too_slow_is_degraded_and_no_limit() {
     }
 }
 
-/// A plan that is closed without the counters fails, and a plan that is open admits.
+/// Without the counters, a request on a `closed` plan fails, and a request on an `open` plan is admitted.
 #[tokio::test(start_paused = true)]
 async fn what_is_too_slow_is_decided_by_the_plans_choice() {
     let far = Far::new(Duration::from_millis(80));
@@ -343,7 +343,8 @@ async fn dropped_requests_take_nothing() {
     }
 }
 
-/// The script ran and its response was lost. These tokens must not be spent, and other requests continue.
+/// The script has run, but its response was lost. The tokens that it took must not be spent, and other requests
+/// continue.
 #[tokio::test(start_paused = true)]
 async fn a_lost_answer_loses_no_more_than_it_granted() {
     let far = Far::new(Duration::from_millis(4));
@@ -410,7 +411,7 @@ async fn a_denial_is_forgotten_when_others_may_have_returned_tokens() {
     assert!(replica.admit(&policies, 1).await.is_allowed());
 }
 
-/// However, a key that is denied repeatedly does not need a call for each request.
+/// A key that is denied repeatedly does not need a call for each request.
 #[tokio::test(start_paused = true)]
 async fn denials_are_remembered_for_a_while() {
     for (strict, most) in [(false, 30), (true, 3)] {
@@ -516,8 +517,8 @@ async fn three(
     replicas
 }
 
-/// 150 requests on the replica whose responses are 120 ms late, and 250 on each of two others, one before the late
-/// tokens are returned and one after.
+/// Sends 150 requests to the replica whose responses are 120 ms late, and 250 requests to each of two others: to one
+/// before the late tokens are returned, and to the other after that.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn answers_that_come_late_sell_nothing_twice() {
     let server = RedisServer::start().await;
@@ -541,7 +542,7 @@ async fn answers_that_come_late_sell_nothing_twice() {
     }
     let served = admitted(&late.2) + admitted(&first.2) + admitted(&second.2);
     let elapsed = second.1.max(first.1) - late.0.min(first.0);
-    // Some requests came between the two waves, or the first replica admitted some after all.
+    // If the late replica admitted nothing, only the time from the first of the other two waves counts.
     let since = if admitted(&late.2) > 0 {
         elapsed
     } else {
@@ -552,12 +553,12 @@ async fn answers_that_come_late_sell_nothing_twice() {
     assert!(served >= 100, "{served} of {most}");
 }
 
-/// The same on a real Redis with a latency of 20 ms: a burst takes two calls.
+/// On a real Redis with a latency of 20 ms, a burst takes two calls.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_distant_redis_is_asked_twice_for_a_burst() {
     let server = RedisServer::start().await;
     let proxy = FaultProxy::start(Upstream::Tcp(server.addr())).await;
-    // This makes the test independent of the speed of the machine.
+    // With long timeouts, the test does not depend on the speed of the machine.
     let replicas = three(&server, &proxy, Duration::from_secs(5), "5s").await;
     proxy.set(Fault::Delay(Duration::from_millis(10)));
     for (key, strict) in [(1, false), (2, true)] {

@@ -59,7 +59,7 @@ struct Granted {
     generation: u64,
     tokens: u64,
     returned: u64,
-    /// The call that returned them was lost.
+    /// Tokens whose return was lost.
     lost: u64,
 }
 
@@ -151,7 +151,7 @@ impl Counters {
         }
     }
 
-    /// The state of a new deployment.
+    /// Resets to the state of a new deployment.
     async fn reset(&mut self) {
         match self {
             Self::Model { .. } => *self = Self::model(),
@@ -205,7 +205,7 @@ struct Sum {
     fuller: Option<String>,
 }
 
-#[expect(clippy::cast_precision_loss, reason = "a ratio for people")]
+#[expect(clippy::cast_precision_loss, reason = "a ratio that is only printed")]
 #[expect(clippy::too_many_lines, reason = "one schedule, in its order")]
 async fn schedule(seed: u64, counters: &mut Counters, clock: &TestClock, sum: &mut Sum) {
     let mut rng = Rng::with_seed(seed);
@@ -389,7 +389,7 @@ fn check(sum: &Sum) {
     }
 }
 
-/// Tens of thousands of schedules, on the model that the script is compared with.
+/// Runs tens of thousands of schedules on the model that the script is compared with.
 #[tokio::test]
 async fn a_return_never_fills_a_bucket_beyond_what_was_never_taken() {
     let clock = TestClock::at(START);
@@ -397,7 +397,7 @@ async fn a_return_never_fills_a_bucket_beyond_what_was_never_taken() {
     check(&run(&mut Counters::model(), &clock, schedules).await);
 }
 
-/// A few thousand of them on the script in a real Redis.
+/// Runs a few thousand schedules on the script in a real Redis.
 #[tokio::test]
 async fn the_script_never_fills_a_bucket_beyond_what_was_never_taken() {
     let (_server, redis) = started().await;
@@ -486,20 +486,21 @@ async fn a_simple_return_is_credited_whole() {
         back_generation: generation,
         ..call
     };
-    // If returned immediately, to a bucket that was full, everything except the refill in between is credited.
+    // If tokens are returned immediately to a bucket that was full, all of them are credited, except for the refill in
+    // between.
     let (at, granted, _, generation) = take(wanting(50)).await;
     assert_eq!(granted, 50);
     clock.advance(Duration::from_millis(2));
     let (_, _, debt, _) = take(returning(50, at, generation)).await;
     assert_eq!(debt, 0);
-    // If returned late, to a bucket that was never full in between, everything is credited.
+    // If tokens are returned late to a bucket that was never full in between, all of them are credited.
     assert_eq!(take(wanting(150)).await.1, 150);
     let (at, granted, debt, generation) = take(wanting(40)).await;
     assert_eq!((granted, debt), (40, 190_000_000));
     clock.advance(Duration::from_millis(100));
     let (_, _, debt, _) = take(returning(40, at, generation)).await;
     assert_eq!(debt, 50_000_000);
-    // In an older generation, nothing is credited.
+    // Tokens from an older generation are not credited.
     let (at, granted, debt, generation) = take(wanting(40)).await;
     assert_eq!(granted, 40);
     let (_, _, same, _) = take(returning(40, at, generation - 1)).await;

@@ -42,7 +42,7 @@ const BURST: u32 = 50;
 /// The outcomes of the requests of a run.
 #[derive(Debug, Default)]
 struct Log {
-    /// The time from request to response, in nanoseconds.
+    /// When the request was sent and when the response arrived, in nanoseconds.
     admitted: Mutex<Vec<(u64, u64)>>,
     degraded: AtomicU64,
     errors: AtomicU64,
@@ -91,7 +91,7 @@ async fn replicas(server: &RedisServer, on_failure: OnRedisFailure) -> Replicas 
             sleep(Duration::from_millis(500)).await;
         }
     });
-    // Waits until the replicas have counted each other.
+    // Wait until the replicas have counted each other.
     sleep(Duration::from_millis(8500)).await;
     Replicas {
         stores,
@@ -182,7 +182,7 @@ async fn is_back(replicas: &Replicas) {
     };
     tokio::time::timeout(Duration::from_secs(30), back)
         .await
-        .expect("the counters are come back to");
+        .expect("the replicas use the counters again");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -224,10 +224,16 @@ async fn a_redis_that_is_frozen_closes_where_that_is_asked_for() {
     tokio::join!(load(&replicas, &log, Duration::from_secs(6)), faults);
     is_back(&replicas).await;
     assert!(log.excess() <= 0.0, "{} above the envelope", log.excess());
-    assert!(log.errors.load(Ordering::Relaxed) > 0, "it closed");
+    assert!(
+        log.errors.load(Ordering::Relaxed) > 0,
+        "the plan was closed during the outage"
+    );
     let again = Arc::new(Log::default());
     load(&replicas, &again, Duration::from_millis(500)).await;
-    assert!(!again.admitted.lock().is_empty(), "and opens again");
+    assert!(
+        !again.admitted.lock().is_empty(),
+        "requests are admitted again"
+    );
 }
 
 /// The token was taken from the bucket before the response arrived: if the response were ignored, the token would be
@@ -273,7 +279,7 @@ async fn a_token_whose_grant_comes_too_late_goes_back() {
     };
     assert!(admit().await);
     server.stop();
-    assert!(!admit().await, "in time there is no answer");
+    assert!(!admit().await, "no response arrives in time");
     server.cont();
     let returned = async {
         while metrics.lease_tokens_returned.get() == 0 {
@@ -282,7 +288,7 @@ async fn a_token_whose_grant_comes_too_late_goes_back() {
     };
     tokio::time::timeout(Duration::from_secs(10), returned)
         .await
-        .expect("the token goes back");
+        .expect("the token is returned");
     for _ in 0..4 {
         assert!(admit().await);
     }

@@ -14,11 +14,12 @@ pub(super) const EPOCH_DELAY: u64 = 600_000;
 /// The default deadline of calls, in microseconds.
 pub(super) const DEADLINE: u64 = 30_000;
 
-/// How much earlier than a delay after its start callers that were promised an epoch must call, in microseconds.
+/// A caller that was promised an epoch must call at least this long before one delay has passed since the epoch's
+/// start, in microseconds.
 const PROMISED: u64 = 100_000;
 
-/// The start of an epoch is put off until a caller has confirmed it, unless it is further away than the delay minus this
-/// or the deadline of calls, in microseconds.
+/// Until a caller has confirmed it, the start of an epoch is postponed, unless it is further away than the delay minus
+/// the larger of this value and the deadline of calls, in microseconds.
 const KNOWN: u64 = 50_000;
 
 /// How long after the start of a confirmed epoch other callers cannot begin another one, in microseconds, in addition to
@@ -49,7 +50,7 @@ struct Bucket {
     version_at: u64,
     epoch: u64,
     generation: u64,
-    /// The lowest debt since the time next to it, for two times, newer first.
+    /// The lowest debt since a time, and that time, for two times, newer first.
     least: [(u128, u64); 2],
     expires_at: u64,
 }
@@ -59,7 +60,7 @@ struct Epoch {
     run: u64,
     start: Option<u64>,
     ok: u64,
-    /// A caller has confirmed the start.
+    /// Whether a caller has confirmed the start.
     is_known: bool,
 }
 
@@ -74,7 +75,7 @@ const KEPT: u64 = 60_000_000;
 pub(super) struct State {
     buckets: HashMap<BucketName, Bucket>,
     epochs: HashMap<u16, Epoch>,
-    /// For comparison: buckets never expire.
+    /// Whether buckets never expire, for comparison.
     keeps_all: bool,
 }
 
@@ -94,7 +95,7 @@ impl State {
         }
     }
 
-    /// The same state, in which buckets never expire.
+    /// Returns the same state, but with buckets that never expire.
     pub(super) fn without_expiry(self) -> Self {
         Self {
             keeps_all: true,

@@ -28,7 +28,7 @@ fn plan(rate: u32, daily: u64, strict: bool) -> Policies {
     Policies::new(rate, NonZeroU64::new(daily), None, Zone::utc(), strict)
 }
 
-/// Replicas that believe there are `of` replicas.
+/// Creates `count` replicas, which believe that there are `of` replicas.
 fn replicas(far: &Far, ledger: &Arc<TestLedger>, count: u64, of: u64) -> Vec<Replica> {
     (0..count)
         .map(|rank| {

@@ -63,7 +63,7 @@ const TEST_TIME: &str = "redis.call('LRANGE', 'time', 0, 1)";
 
 const READ: &str = "local b = redis.call('HMGET', KEYS[1],";
 const EXPIRE: &str = "redis.call('PEXPIRE', KEYS[1],";
-/// The same at the test's time: the bucket's field `expires` is the time in microseconds at which it is deleted.
+/// Reads a bucket at the test's time: its field `expires` contains the time, in microseconds, at which it is deleted.
 const TEST_READ: &str = "
 if now >= tonumber(redis.call('HGET', KEYS[1], 'expires') or 'inf') then
   redis.call('DEL', KEYS[1])
@@ -76,7 +76,7 @@ impl ClockedCounters {
         Self::with_script(redis, clock, RedisCounters::script())
     }
 
-    /// The same with a different script.
+    /// Like [`new`](Self::new), but with a different script.
     pub(super) fn with_script(redis: &Redis, clock: &TestClock, script: &str) -> Arc<Self> {
         let mut timed = script.to_owned();
         for (real, test) in [(TIME, TEST_TIME), (READ, TEST_READ), (EXPIRE, TEST_EXPIRE)] {
@@ -90,7 +90,7 @@ impl ClockedCounters {
         })
     }
 
-    /// A new deployment.
+    /// Starts a new deployment.
     pub(crate) async fn begin(&self) {
         self.counters.begin().await.expect("Redis answers");
     }
@@ -266,7 +266,7 @@ async fn a_lost_state_begins_empty_and_a_new_one_full() {
     };
     tokio::time::sleep(Duration::from_micros(wait)).await;
     let BucketState::Active { granted, debt, .. } = state(&counters).await else {
-        panic!("it has begun");
+        panic!("the epoch has begun");
     };
     assert_eq!(granted, 0);
     assert!(debt > Nanos::from_secs(9), "nearly empty: {debt:?}");
@@ -313,9 +313,9 @@ async fn versions_that_start_over_are_followed() {
             followed = followed.or(Some(second));
         }
     }
-    let followed = followed.expect("the edit is in force");
+    let followed = followed.expect("the edit has taken effect");
     assert!((5..=12).contains(&followed), "after {followed} s");
-    // From then on, edits are ordered by their new versions.
+    // After that, edits are ordered by their new versions.
     clock.advance(Duration::from_secs(60));
     assert_eq!(granted(plan(9, 2)).await, 2);
 }
@@ -467,7 +467,7 @@ async fn a_bucket_that_expires_equals_one_that_is_kept() {
     );
 }
 
-/// One request to a bucket that would take months to fill. Before, its bucket was kept for twice that time.
+/// Sends one request to a bucket that would take months to fill.
 #[tokio::test]
 async fn a_bucket_is_kept_until_it_is_full_and_not_much_longer() {
     let (server, redis) = started().await;
@@ -536,8 +536,8 @@ async fn deleted_buckets_are_gone_and_others_remain() {
     assert_eq!(server.command("DBSIZE").await.trim(), ":11");
 }
 
-/// After the clock of Redis was set back, callers confirm their responses as before. So a caller that starts, or returns
-/// after a brief outage, need not assume that all others have an outage too.
+/// After Redis's clock was set back, callers confirm their responses as before. Therefore, a caller that starts, or
+/// returns after a brief outage, does not have to assume that all others have an outage too.
 #[tokio::test]
 async fn a_clock_that_was_set_back_hides_no_connected_caller() {
     let (_server, redis) = started().await;
@@ -582,9 +582,9 @@ async fn a_clock_that_was_set_back_hides_no_connected_caller() {
     assert!(take(1, 0).await.is_none());
 }
 
-/// A replica whose responses are always late keeps reporting its outage. If its call arrives exactly when an epoch starts,
-/// before the other replicas have confirmed a response in the epoch, it must not begin another one: otherwise, no replica
-/// would recover while its calls continue to arrive at such a time.
+/// A replica whose responses are always late keeps reporting its outage. If its call arrives exactly when an epoch
+/// starts, before the other replicas have confirmed a response in the epoch, the replica must not begin another epoch.
+/// Otherwise, no replica would recover while its calls continue to arrive at such times.
 #[tokio::test]
 async fn a_caller_with_slow_responses_does_not_delay_the_others() {
     let (_server, redis) = started().await;
@@ -619,8 +619,8 @@ async fn a_caller_with_slow_responses_does_not_delay_the_others() {
 
     wait_until(start);
     for _ in 0..3 {
-        let again = promise(take(since, 0, 0).await).expect("it has to call again");
-        assert!(again < start + EPOCH_DELAY, "that is no new epoch");
+        let again = promise(take(since, 0, 0).await).expect("the caller has to call again");
+        assert!(again < start + EPOCH_DELAY, "no new epoch begins");
         clock.advance(Duration::from_millis(10));
     }
     // A caller that was promised the epoch uses it, and confirms its response.
@@ -640,7 +640,7 @@ async fn a_caller_with_slow_responses_does_not_delay_the_others() {
     let start = promise(take(since, 0, 0).await).expect("an epoch begins");
     assert_eq!(promise(take(0, start, 0).await), Some(start), "confirmed");
     wait_until(start);
-    let again = promise(take(since, 0, 0).await).expect("it has to call again");
+    let again = promise(take(since, 0, 0).await).expect("the caller has to call again");
     wait_until(again);
     let next = promise(take(since, 0, 0).await).expect("an epoch begins");
     assert_eq!(next, again + EPOCH_DELAY);

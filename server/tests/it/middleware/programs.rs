@@ -19,7 +19,7 @@ use tokio::{
     task::JoinSet,
 };
 
-/// Allows for a busy machine.
+/// Long enough for a busy machine.
 const STARTED_WITHIN: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -160,7 +160,7 @@ async fn refresh_token_works_once_and_its_predecessor_gets_the_same_successor() 
     let third = refresh(&app, &second.text("refresh_token")).await;
     assert_eq!(third.status, 200);
 
-    // The token is no longer the predecessor, so it must have been copied, and the whole family ends.
+    // The token is no longer the predecessor, so someone must have copied it, and the whole family ends.
     assert_eq!(refresh(&app, &account.refresh_token).await.status, 401);
     assert_eq!(
         refresh(&app, &third.text("refresh_token")).await.status,
@@ -236,7 +236,7 @@ async fn signing_out_ends_access_immediately() {
     assert_eq!(
         out().await,
         204,
-        "a session that has ended is as it should be"
+        "signing out of a session that has ended also succeeds"
     );
 }
 
@@ -272,7 +272,7 @@ async fn changed_password_revokes_every_other_session() {
     assert_eq!(
         me(&app, &account.access_token).await,
         200,
-        "the own session goes on"
+        "the session that made the change remains active"
     );
     assert_eq!(login(&app, &account.email, PASSWORD).await.status, 401);
     assert_eq!(
@@ -352,7 +352,7 @@ async fn current_user_can_be_updated() {
     );
 }
 
-/// Other changes of the tenant take too long, so this one is rejected as a whole.
+/// The tenant's other changes take too long, so this update is rejected as a whole.
 #[tokio::test(flavor = "multi_thread")]
 async fn rejected_update_of_user_and_tenant_changes_neither() {
     let app = TestApp::start().await;
@@ -450,7 +450,7 @@ async fn requests_are_limited_by_address_and_sign_ins_by_account() {
         (429, "too-many-requests")
     );
     assert!((1..=30).contains(&refused.number("retry-after")));
-    // A console may show only the message.
+    // A console may show only this message.
     let wait = format!("Try again in {} second", refused.number("retry-after"));
     assert!(refused.text("detail").contains(&wait), "{}", refused.body);
     assert_eq!(
@@ -458,17 +458,17 @@ async fn requests_are_limited_by_address_and_sign_ins_by_account() {
             .await
             .status,
         429,
-        "what the client wrote counts nothing"
+        "addresses that the client sent do not count"
     );
     assert_eq!(
         from("198.51.100.8", "/admin/plans").await.status,
         200,
-        "another address is not concerned"
+        "another address is not affected"
     );
     assert_eq!(
         from("198.51.100.7", "/auth/me").await.status,
         200,
-        "nor another purpose"
+        "requests for another purpose are not affected"
     );
 
     let app = TestApp::setup()
@@ -541,7 +541,7 @@ async fn concurrent_registrations_of_one_email_create_one_account() {
     for table in ["users", "tenants", "memberships", "sessions"] {
         let sql = format!("SELECT count(*) FROM {table}");
         let rows: i64 = client.query_one(&sql, &[]).await.unwrap().get(0);
-        assert_eq!(rows, 1, "a refused registration leaves nothing in {table}");
+        assert_eq!(rows, 1, "a rejected registration leaves nothing in {table}");
     }
 }
 
@@ -565,7 +565,7 @@ async fn password_matches_in_any_unicode_composition() {
     let kept = app.everything_kept().await;
     assert!(kept.contains("$argon2id$"));
     for text in [composed, decomposed] {
-        assert!(!kept.contains(text), "the password is kept");
+        assert!(!kept.contains(text), "the password is stored");
     }
 }
 
@@ -647,7 +647,11 @@ async fn stolen_refresh_token_revokes_only_its_own_session() {
         .iter()
         .filter(|it| it["action"] == json!("session.reuse_detected"))
         .collect::<Vec<_>>();
-    assert_eq!(reuse.len(), 1, "once, however often it is tried");
+    assert_eq!(
+        reuse.len(),
+        1,
+        "recorded once, no matter how often the token is reused"
+    );
     let client = app.database.connect().await;
     let ended = client
         .query_one(
@@ -701,7 +705,7 @@ async fn other_replica_rejects_a_revoked_session_within_a_second() {
     assert_eq!(
         me(&other, &account.access_token).await,
         200,
-        "replicas believe one another's tokens"
+        "replicas accept each other's tokens"
     );
     let out = json!({"refresh_token": account.refresh_token});
     assert_eq!(one.post("/auth/logout", out).send().await.status, 204);
@@ -709,7 +713,7 @@ async fn other_replica_rejects_a_revoked_session_within_a_second() {
     while me(&other, &account.access_token).await != 401 {
         assert!(
             began.elapsed() < std::time::Duration::from_secs(2),
-            "it still works elsewhere"
+            "the token still works on the other replica"
         );
         tokio::time::sleep(std::time::Duration::from_millis(20)).await;
     }
@@ -865,7 +869,7 @@ async fn rejected_address_is_admitted_exactly_after_retry_after() {
     );
     assert!(
         refused.header("x-ratelimit-limit").is_none(),
-        "it is no limit of a key's"
+        "the response reports no limit of a key"
     );
     let plans = send(
         &app,
@@ -912,7 +916,7 @@ async fn sign_in_attempts_are_limited_per_account_whether_it_exists_or_not() {
     assert_eq!(
         me(&app, &account.access_token).await,
         200,
-        "who is signed in is not concerned"
+        "signed-in users are not affected"
     );
     clock.advance(std::time::Duration::from_secs(30));
     assert_eq!(login(&app, &account.email, PASSWORD).await.status, 200);
@@ -927,7 +931,7 @@ async fn sign_in_attempts_are_limited_per_account_whether_it_exists_or_not() {
     assert_eq!(
         (change().await, change().await, change().await),
         (422, 422, 429),
-        "a stolen session is no way to guess the password"
+        "a stolen session cannot be used to guess the password"
     );
 }
 
@@ -988,7 +992,7 @@ async fn stranger_cannot_lock_out_an_owner() {
     assert_eq!(owner_signs_in.status, 200, "{}", owner_signs_in.body);
 }
 
-/// Keeps both password threads busy for a while, with accounts whose hashes take `passes` to verify.
+/// Keeps both password threads busy for a while, with accounts whose password hashes take `passes` to verify.
 async fn occupy_password_threads(app: &TestApp, passes: u32) -> Vec<tokio::task::JoinHandle<u16>> {
     let costly = format!(
         "$argon2id$v=19$m=65536,t={passes},p=1$c29tZXNhbHRzb21lc2FsdA$\
@@ -1197,7 +1201,7 @@ async fn networks_of_ipv6_are_counted_together_at_sign_in() {
     assert_eq!(elsewhere.status, 200);
 }
 
-/// Four replicas do not allow four times as many attempts.
+/// Two replicas together do not allow more attempts than one.
 #[tokio::test(flavor = "multi_thread")]
 async fn replicas_share_counts_and_are_stricter_without_redis() {
     let mut redis = quota_testkit::redis::RedisServer::start().await;
@@ -1242,7 +1246,7 @@ async fn replicas_share_counts_and_are_stricter_without_redis() {
     assert_eq!(fourth.status, 200, "{}", fourth.body);
 }
 
-/// Every account has its own allowance of everything that is limited per tenant.
+/// Without this limit, each new account would get another share of everything that is limited per tenant.
 #[tokio::test(flavor = "multi_thread")]
 async fn registrations_from_a_network_are_limited_over_all_replicas() {
     let redis = quota_testkit::redis::RedisServer::start().await;
@@ -1277,7 +1281,7 @@ async fn registrations_from_a_network_are_limited_over_all_replicas() {
     let refused = register(&one, "198.51.100.7", "late@example.com", PASSWORD).await;
     assert!((3600..=6 * 3600).contains(&refused.number("retry-after")));
     assert!(refused.text.contains("network"), "{}", refused.text);
-    // Others still register, and the accounts of this network still sign in.
+    // Other people can still register, and the accounts of this network can still sign in.
     let elsewhere = register(&other, "203.0.113.9", "other@example.com", PASSWORD).await;
     assert_eq!(elsewhere.status, 201, "{}", elsewhere.text);
     let body = json!({"email": "user-0@example.com", "password": PASSWORD});
@@ -1295,7 +1299,7 @@ async fn registrations_from_a_network_are_limited_over_all_replicas() {
     }
 }
 
-/// The client disconnects while PostgreSQL commits. The account exists, so it counts.
+/// The client disconnects while PostgreSQL commits. The account exists, so the registration counts.
 #[tokio::test(flavor = "multi_thread")]
 async fn registration_whose_client_leaves_during_the_commit_counts() {
     let app = TestApp::setup()
@@ -1342,7 +1346,7 @@ async fn registration_whose_client_leaves_during_the_commit_counts() {
     assert_eq!(next.status, 429, "{}", next.text);
 }
 
-/// Two threads hash passwords. Sign-ins from many networks do not lock out a known device.
+/// Two threads hash passwords. Even if many networks flood them with sign-ins, a known device is served.
 #[tokio::test(flavor = "multi_thread")]
 async fn known_device_is_served_while_the_password_threads_are_flooded() {
     let app = TestApp::setup()
@@ -1391,7 +1395,7 @@ async fn known_device_is_served_while_the_password_threads_are_flooded() {
     }
     let of = |status: u16| statuses.iter().filter(|it| **it == status).count();
     assert_eq!(of(401) + of(503), statuses.len(), "{statuses:?}");
-    assert!(of(503) > 0, "it was no flood");
+    assert!(of(503) > 0, "no sign-in was rejected");
     assert!(of(401) > 0, "others are served as well");
 }
 
@@ -1457,7 +1461,7 @@ async fn tenant_creates_as_much_as_the_operator_allows_and_no_more() {
         if path != "/admin/api-keys" {
             assert_eq!(create(0, &other).await.status, 201, "{path}");
         }
-        // Deleting one makes room.
+        // Deleting one resource makes room for another.
         let body = &created[0].body;
         let id = ["api_key", "service_token"]
             .iter()
@@ -1569,7 +1573,7 @@ async fn new_secret_ends_every_session_and_a_rotation_ends_none() {
         futures_util::future::join_all((0..4).map(|_| login(&first, &account.email, PASSWORD)))
             .await;
     let token = |n: usize| sessions[n].text("refresh_token");
-    // The row as written by an earlier version, without a secret.
+    // Make two sessions look as if an earlier version had created them, without a secret ID.
     let client = database.connect().await;
     let unmarked = "UPDATE sessions SET secret_id = NULL WHERE id IN \
                     (SELECT session_id FROM refresh_tokens WHERE token_hash = sha256($1))";
@@ -1578,7 +1582,7 @@ async fn new_secret_ends_every_session_and_a_rotation_ends_none() {
         assert_eq!(changed.expect("it is set"), 1);
     }
 
-    // Rotates the secret step by step.
+    // Rotate the secret step by step.
     let (one, two) = (
         with(&database, &old, Some(&new)).start().await,
         with(&database, &new, Some(&old)).start().await,
@@ -1598,7 +1602,7 @@ async fn new_secret_ends_every_session_and_a_rotation_ends_none() {
         ("left behind", token(1), 401),
         ("unmarked and left behind", token(3), 401),
         (
-            "the one of the registration",
+            "the session of the registration",
             account.refresh_token.clone(),
             401,
         ),
@@ -1644,7 +1648,7 @@ async fn changed_password_makes_known_devices_unknown() {
     let token = session.text("access_token");
     let changed = send(&app, &token, "POST", "/auth/password", body).await;
     assert_eq!(changed.status, 204);
-    // This network has used up its attempts. The device no longer bypasses this.
+    // This network has used up its attempts, and the device no longer bypasses the limit.
     for _ in 0..2 {
         assert_eq!(login(&app, &owner.email, "wrong").await.status, 401);
     }
@@ -1741,7 +1745,7 @@ async fn contents_of_redis_delay_sign_ins_no_longer_than_the_maximum_wait() {
             let now = std::time::SystemTime::UNIX_EPOCH.elapsed().expect("now");
             assert!(
                 until <= now.as_secs_f64() * 1000.0 + 901_000.0,
-                "it ends by itself: {until}"
+                "the wait ends by itself: {until}"
             );
         }
     }

@@ -108,7 +108,7 @@ impl Setup {
         self
     }
 
-    /// The log, instead of standard output.
+    /// Writes the log here instead of to standard output.
     pub(crate) fn log(mut self, log: Log) -> Self {
         self.log = Some(log);
         self
@@ -139,7 +139,7 @@ impl Setup {
         flags.retain(|flag| !self.flags.iter().any(|it| name(it) == name(flag)));
         flags.extend(self.flags);
         let settings = Flags::try_parse_from(flags)
-            .expect("the flags of a test are flags")
+            .expect("the test's flags are valid")
             .settings;
         let data = self.data_dir.is_none().then(data_dir);
         let config = Config {
@@ -150,13 +150,13 @@ impl Setup {
             data_dir: self
                 .data_dir
                 .or_else(|| data.as_ref().map(|it| it.path().to_owned()))
-                .expect("one of the two is there"),
+                .expect("a data directory"),
             ..Config::read(&settings).expect("the settings of a test are valid")
         };
         let url = SecretString::from(self.url.unwrap_or_else(|| database.url().to_owned()));
         let db = Db::new(&url, &config.database);
         let log = self.log.unwrap_or_else(|| Log::start(config.log_format));
-        // It would make the futures of tests very large.
+        // Unboxed, this future would make the futures of tests very large.
         let state = Box::pin(AppState::new(config, db, self.clock, log))
             .await
             .expect("the state can be built");
@@ -375,7 +375,7 @@ impl TestApp {
         made.text("id")
     }
 
-    /// Creates a request with an account's credentials. `Null` means no body.
+    /// Sends a request with an account's credentials. `Null` means no body.
     pub(crate) async fn act(
         &self,
         account: &Account,
@@ -392,7 +392,7 @@ impl TestApp {
         }
     }
 
-    /// Returns every row of every table as JSON, to search for what must not be stored.
+    /// Returns every row of every table as JSON, so that tests can search for content that must not be stored.
     pub(crate) async fn everything_kept(&self) -> String {
         let client = self.database.connect().await;
         let tables = client

@@ -1,4 +1,4 @@
-//! Certificates for servers of the tests.
+//! Certificates for the tests' servers.
 
 use std::{
     fs,
@@ -30,7 +30,7 @@ impl Authority {
         let issuer = Issuer::new(authority, authority_key);
         let key = KeyPair::generate().expect("a key");
         let mut leaf = CertificateParams::new(vec!["localhost".to_owned()]).expect("a name");
-        // OpenSSL takes a certificate with the subject of its issuer for a self-signed one.
+        // OpenSSL treats a certificate with the subject of its issuer as self-signed.
         leaf.distinguished_name
             .push(DnType::CommonName, "localhost");
         let leaf = leaf.signed_by(&key, &issuer).expect("it signs");

@@ -43,7 +43,7 @@ impl Received {
 #[derive(Default)]
 struct State {
     spans: Vec<Received>,
-    /// Everything received, to search for what must not be sent.
+    /// Everything that was received, so that tests can search for content that must not be sent.
     bytes: Vec<u8>,
     /// The headers of the last request.
     headers: HashMap<String, String>,
@@ -91,7 +91,7 @@ impl Collector {
             .any(|it| it == text.as_bytes())
     }
 
-    /// Waits until the spans fulfill a condition, and returns them.
+    /// Waits until the spans satisfy a condition, and returns them.
     pub(crate) async fn wait_until(&self, done: impl Fn(&[Received]) -> bool) -> Vec<Received> {
         let began = Instant::now();
         loop {

@@ -154,7 +154,7 @@ impl Reply {
     /// Returns the decision in the dynamic metadata.
     pub(crate) fn decision(&self) -> &str {
         let metadata = self.response.dynamic_metadata.as_ref();
-        let [field] = &metadata.expect("it is always there").fields[..] else {
+        let [field] = &metadata.expect("every response has metadata").fields[..] else {
             panic!("{self:?}");
         };
         assert_eq!(field.key, "decision");

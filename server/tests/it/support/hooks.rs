@@ -70,7 +70,7 @@ impl Response {
     }
 }
 
-/// A server that remembers what it receives. Paths without a response get 204.
+/// A server that records the requests it receives. Requests for paths without a response get 204.
 #[derive(Clone)]
 pub(crate) struct Hooks {
     pub(crate) addr: SocketAddr,

@@ -1,8 +1,8 @@
 //! A migrated database for each test, copied from a template.
 //!
-//! The cluster is the one in `QUOTA_TEST_POSTGRES`, which `cargo xtask test` starts for the whole run. Without it, each
-//! test process runs its own cluster, in the first free slot of a few that are kept in `/tmp` between runs. So `cargo
-//! test` and `cargo nextest run` also work without setup, the latter more slowly.
+//! The cluster is the one in `QUOTA_TEST_POSTGRES`, which `cargo xtask test` starts for the whole run. Without this
+//! variable, each test process runs its own cluster, in the first free one of a few slots that are kept in `/tmp`
+//! between runs. So `cargo test` and `cargo nextest run` also work without setup, but nextest is slower.
 
 use std::{
     fs, io,
@@ -91,7 +91,7 @@ impl TestDatabase {
 impl Drop for TestDatabase {
     fn drop(&mut self) {
         let sql = format!("DROP DATABASE IF EXISTS {} WITH (FORCE)", self.name);
-        // The test's runtime cannot be awaited here. This is best effort: leftovers are removed with the cluster.
+        // The drop cannot wait on the test's runtime. Failures are ignored: leftovers are removed with the cluster.
         let _ = thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
@@ -185,12 +185,12 @@ fn admin_url() -> &'static str {
         let shared = std::env::var("QUOTA_TEST_POSTGRES");
         let url = shared.unwrap_or_else(|_| start_own());
         url.parse::<Config>()
-            .unwrap_or_else(|error| panic!("QUOTA_TEST_POSTGRES is no URL of PostgreSQL: {error}"));
+            .unwrap_or_else(|error| panic!("QUOTA_TEST_POSTGRES is not a PostgreSQL URL: {error}"));
         url
     })
 }
 
-/// Starts a cluster that ends with this process. It needs a runtime that outlives those of the tests.
+/// Starts a cluster that ends with this process. The cluster needs a runtime that outlives those of the tests.
 fn start_own() -> String {
     let (url, started) = std::sync::mpsc::channel();
     thread::spawn(move || {
@@ -227,7 +227,7 @@ async fn first_free_slot() -> EmbeddedPostgres {
             Err(error) => panic!("the test database does not start: {error}"),
         }
     }
-    panic!("256 test processes have a database each already");
+    panic!("256 test processes already have a cluster each");
 }
 
 /// Returns the directory of the slots, which must belong to this user: anyone can create files in `/tmp`.
@@ -325,7 +325,7 @@ async fn each_database_is_a_copy_of_the_migrated_template() {
     drop(one);
     assert!(
         !exists(&connect(admin_url()).await, &name).await,
-        "it was dropped"
+        "the database was dropped"
     );
 }
 

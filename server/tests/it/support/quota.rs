@@ -53,7 +53,7 @@ impl Quota {
     /// Like [`start`](Self::start), with additional settings.
     pub(crate) fn start_with(data_dir: &Path, settings: &[(&str, &str)]) -> Self {
         let (quota, out) = Self::start_unread(data_dir, settings);
-        // The output is read to the end, so that its log is never blocked.
+        // Read the output to the end, so that the server never blocks when it writes its log.
         std::thread::spawn(move || out.bytes().map_while(Result::ok).for_each(drop));
         quota
     }
@@ -129,7 +129,10 @@ impl Quota {
         let deadline = Instant::now() + STOPPED_WITHIN;
         loop {
             if let Some(status) = self.child.try_wait().expect("it is ours") {
-                assert!(status.success(), "a stop is no failure: {status}");
+                assert!(
+                    status.success(),
+                    "the server stops without an error: {status}"
+                );
                 return;
             }
             assert!(Instant::now() < deadline, "not within {STOPPED_WITHIN:?}");
@@ -151,7 +154,7 @@ impl Quota {
         let plan = self.post(http, "/admin/plans", token, plan).await;
         let key = json!({"name": "it", "plan_id": plan["id"]});
         let key = self.post(http, "/admin/api-keys", token, key).await;
-        key["key"].as_str().expect("the text of the key").to_owned()
+        key["key"].as_str().expect("the key's secret").to_owned()
     }
 
     async fn post(&self, http: &Client, path: &str, token: &str, body: Value) -> Value {
@@ -178,7 +181,10 @@ impl Quota {
         let status = format!("/proc/{}/status", self.child.id());
         let status = fs::read_to_string(status).expect("it runs");
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-        let kib = line.expect("Linux says so").trim().trim_end_matches(" kB");
+        let kib = line
+            .expect("Linux reports the memory")
+            .trim()
+            .trim_end_matches(" kB");
         kib.parse::<u64>().expect("a number") * 1024
     }
 

@@ -19,7 +19,7 @@ const ENDPOINTS: usize = 200;
 const DAYS: i64 = 30;
 /// The number of records per transaction, as with a backlog.
 const BATCH: usize = 50_000;
-/// Number of records in the backlog.
+/// The number of records in the backlog.
 const BACKLOG: usize = 1_000_000;
 /// The number of requests for each percentile.
 const ROUNDS: usize = 100;
@@ -89,7 +89,7 @@ fn percentile(times: &mut [Duration], part: usize) -> Duration {
     times[(times.len() * part / 100).min(times.len() - 1)]
 }
 
-/// Returns the number per second.
+/// Returns the number of rows per second.
 fn per_second(rows: usize, time: Duration) -> u64 {
     let nanos = time.as_nanos().max(1);
     u64::try_from(rows as u128 * 1_000_000_000 / nanos).unwrap_or(u64::MAX)
@@ -124,7 +124,7 @@ async fn vacuum(app: &TestApp) {
         .expect("a vacuum");
 }
 
-/// Prints how long requests for usage over all days take.
+/// Prints how long requests for usage in the whole range take.
 async fn measure(app: &TestApp, token: &str, range: &str, busiest: &str) {
     let endpoint = "endpoint=GET%20/v1/resource/0";
     println!("GET /admin/usage over {DAYS} days, {ROUNDS} requests each");
@@ -187,7 +187,7 @@ async fn explain(app: &TestApp, tenant: &str, until: DateTime<Utc>, busiest: &st
         let plan = usage::explain_series(&mut tx, &filter, &starts, until)
             .await
             .expect("a plan");
-        // One line represents the same scan for each day.
+        // Print only one scan, because there is one for each day and all are alike.
         let mut lines = plan
             .into_iter()
             .filter(|it| !it.contains("Index Cond"))

@@ -190,7 +190,7 @@ impl Events {
             response,
             text: String::new(),
         };
-        // The greeting.
+        // Read the greeting.
         while !events.text.contains("\n\n") {
             events.more().await.expect("a greeting");
         }
@@ -284,7 +284,7 @@ async fn a_stream_shows_what_any_replica_ships_and_resumes_on_another() {
     append(&one, &requests(&account, 12..14)).await;
     assert_eq!(resumed.decisions(2).await.0, names(12..14));
 
-    // Continuing from a list: nothing is missing in between, and nothing is repeated.
+    // A stream that continues from a list misses nothing and repeats nothing.
     let page = list(&two, &account, "limit=1").await;
     assert_eq!(request_ids(&page), ["r13"]);
     append(&one, &requests(&account, 14..16)).await;
@@ -338,7 +338,7 @@ async fn a_stream_that_is_behind_says_how_much_it_skipped() {
     let rest = usize::try_from(1299 - count).expect("a count");
     let (ids, _) = events.decisions(rest).await;
     assert_eq!(ids, names(1300 - 500..1300));
-    // From there, the stream continues without a gap.
+    // After the skipped decisions, the stream continues without a gap.
     append(&app, &requests(&account, 1300..1302)).await;
     assert_eq!(events.decisions(2).await.0, names(1300..1302));
     let metric = app.metric("quota_decisions_not_streamed_total").await;
@@ -408,7 +408,7 @@ async fn a_quiet_stream_stays_open_beyond_every_deadline_of_a_connection() {
     assert_eq!(multiplexed.decisions(2).await.0, names(0..2));
 }
 
-/// The client reads a byte occasionally, which no deadline can tell from a slow network.
+/// The client reads a byte occasionally, which no deadline can distinguish from a slow network.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_that_is_read_byte_by_byte_ends_with_its_session() {
     let app = TestApp::setup()

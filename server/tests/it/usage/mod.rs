@@ -43,7 +43,7 @@ pub(crate) async fn append(app: &TestApp, records: &[UsageRecord]) -> Appended {
         };
         match appended.await {
             Ok(appended) => return appended,
-            // Allows for a partition that was just created, and for a busy machine.
+            // The partition may have just been created, or the machine may be busy.
             Err(DbError::Unavailable(_)) if attempt < 10 => {}
             Err(error) => panic!("{error:?}"),
         }

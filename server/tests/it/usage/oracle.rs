@@ -11,7 +11,7 @@ use uuid::Uuid;
 use super::{append, record, rejected};
 use crate::support::app::{Account, TestApp};
 
-/// The numbers of allowed and rejected requests, and their cost.
+/// The numbers of allowed and denied requests, and their total costs.
 type Counts = [u64; 4];
 
 const FIELDS: [&str; 4] = ["allowed", "rejected", "allowed_cost", "rejected_cost"];
@@ -41,7 +41,7 @@ fn label(zone: &TimeZone, at: DateTime<Utc>, bucket: &str) -> String {
     }
 }
 
-/// Not random, but without a pattern: a linear congruential generator (Knuth, MMIX).
+/// A linear congruential generator (Knuth, MMIX), which is good enough for this test.
 struct Dice(u64);
 
 impl Dice {
@@ -75,7 +75,7 @@ async fn world(days: &[&str]) -> World {
     for day in days {
         let day: DateTime<Utc> = format!("{day}T00:00:00Z").parse().expect("a day");
         for _ in 0..600 {
-            // The number is squared, so that the first ones are used far more often.
+            // Squaring makes the first keys and endpoints far more frequent.
             let mut square =
                 |n: u64| usize::try_from(dice.below(n) * dice.below(n) / n).expect("small");
             let (key, endpoint) = (square(30), square(40));
@@ -100,7 +100,7 @@ async fn world(days: &[&str]) -> World {
             });
         }
     }
-    // Appends them in batches that span several days, as with late records.
+    // Append the records in batches that span several days, as when records arrive late.
     let mut shuffled = records.clone();
     shuffled.sort_by_key(|it| it.event_id);
     for batch in shuffled.chunks(700) {
@@ -277,7 +277,7 @@ impl World {
         let other = groups.iter().find(|it| it["other"] == true);
         assert_eq!(other.map(counts).unwrap_or_default(), rest, "{query}");
 
-        // The groups that are not listed, combined.
+        // Combine the groups that are not listed.
         let mut merged: HashMap<(Option<String>, String), Counts> = HashMap::new();
         for ((group, day), counts) in by_day {
             let group = group.filter(|it| listed.contains(it));
@@ -301,7 +301,7 @@ impl World {
     }
 }
 
-/// Whether this quarter hour has the same label as the previous one.
+/// Returns whether this quarter hour has the same label as the previous one.
 fn seen_before(zone: &TimeZone, at: DateTime<Utc>, bucket: &str) -> bool {
     label(zone, at, bucket) == label(zone, at - TimeDelta::minutes(15), bucket)
 }

@@ -1,4 +1,4 @@
-//! Tests with two replicas under load that every number returned by the API equals the client's own log.
+//! Tests with two replicas under load that all numbers returned by the API equal those in the client's own log.
 
 use std::{
     collections::BTreeMap,

@@ -342,7 +342,7 @@ async fn stats_show_what_needs_attention() {
     assert_eq!(closest["used"], 85);
 }
 
-/// Replicas hold tokens for later requests, which are not used yet.
+/// Replicas hold tokens for later requests. These tokens have not been used yet.
 #[tokio::test(flavor = "multi_thread")]
 async fn stats_do_not_count_tokens_that_replicas_hold() {
     let it = world(json!({"daily_quota": 10, "monthly_quota": 100_000, "default_rpm": 6000})).await;
@@ -365,7 +365,7 @@ async fn stats_do_not_count_tokens_that_replicas_hold() {
     assert_eq!(used, [&json!(9)]);
 }
 
-/// A replica holds the last token of each small quota, so the ledger has these as used up.
+/// A replica holds the last token of each small quota, so the ledger counts these quotas as used up.
 #[tokio::test(flavor = "multi_thread")]
 async fn stats_find_the_quota_closest_to_its_limit_among_many_small_ones() {
     let it = world(json!({"daily_quota": 1000, "default_rpm": 60_000_000})).await;
@@ -429,7 +429,7 @@ async fn limits_show_where_a_key_stands_and_consume_nothing() {
         assert!(now[0].1 >= 6, "{now:?}");
         assert_eq!(now[1..], [of("daily", 46), of("monthly", 496)]);
     }
-    // The limits as a request would find them.
+    // Compare with the limits in the response to a request.
     let answer = it.app.echo(&it.key.text).await;
     assert!(
         answer.header("ratelimit").expect("a field").contains("r="),
@@ -438,7 +438,7 @@ async fn limits_show_where_a_key_stands_and_consume_nothing() {
     );
     assert_eq!(states().await[1], of("daily", 45));
 
-    // The records of other replicas count as well.
+    // The records of other replicas count, too.
     let records = (0..30).map(|_| it.record(now())).collect::<Vec<_>>();
     append(&it.app, &records).await;
     append(&it.app, &[rejected(it.record(now()), "rpm")]).await;
@@ -484,8 +484,8 @@ async fn a_burn_down_has_what_was_left_and_where_it_leads() {
         .expect("a time");
     assert!(start <= now && now < end && (28..=31).contains(&(end - start).num_days()));
 
-    // An allowed request with a cost of 2 every 15 minutes since the start of the month; denied requests and those of
-    // the previous month do not count.
+    // Add an allowed request with a cost of 2 every 15 minutes since the start of the month. Denied requests, and those
+    // of the previous month, do not count.
     let mut records = Vec::new();
     let mut at = start;
     while at < now {
@@ -541,7 +541,7 @@ async fn a_burn_down_has_what_was_left_and_where_it_leads() {
             "8 an hour are at most 5,952 a month"
         );
     }
-    // The quota is used up.
+    // Use up the quota.
     append(
         &it.app,
         &[UsageRecord {
@@ -594,7 +594,7 @@ async fn usage_says_until_when_it_is_complete() {
 async fn limits_show_what_another_replica_took_of_the_rate() {
     let redis = RedisServer::start().await;
     let flag = format!("--redis-url={}", redis.url());
-    // Allows for a busy machine.
+    // Allow for a busy machine.
     let replica = || {
         TestApp::setup()
             .flag(flag.clone())
@@ -623,7 +623,7 @@ async fn limits_show_what_another_replica_took_of_the_rate() {
             assert!((10..=12).contains(&left), "{left}");
         }
     }
-    // Reading the limits took no tokens.
+    // Reading the limits has taken no tokens.
     let mut admitted = 0;
     while two.echo(&key.text).await.status == 200 {
         admitted += 1;

@@ -136,7 +136,7 @@ async fn endpoints_above_the_limit_count_together_and_keep_their_names_in_the_lo
         0
     );
     assert_eq!(list(&key).await["total"]["allowed"], 500);
-    // The tenant's list is larger, and one consumer cannot fill it: only endpoints in its key's list are added.
+    // The tenant's list is longer. One consumer cannot fill it, because only endpoints in their key's list are added.
     assert_eq!(list("endpoint=GET%20/255").await["total"]["allowed"], 1);
     assert_eq!(list("endpoint=GET%20/256").await["total"]["allowed"], 0);
     let other = UsageRecord {
@@ -236,7 +236,7 @@ async fn the_ledger_is_compared_with_windows_that_have_ended() {
     .await;
     let client = app.database.connect().await;
     let mut found = Vec::new();
-    // Finally, the plan changes, so it may have had no quota for a part of the window.
+    // Finally, the plan changes, so it may have had no quota during a part of the window.
     for (used, is_changed) in [
         (30_i64, false),
         (42, false),
@@ -338,7 +338,7 @@ async fn holds(mut check: impl AsyncFnMut() -> bool) -> bool {
 async fn a_table_whose_partitions_cannot_be_created_holds_up_no_other() {
     let app = TestApp::setup().without_jobs().start().await;
     let reader = app.database.connect().await;
-    // Holds a lock, like a long query.
+    // Hold a lock, like a long query.
     reader
         .batch_execute("BEGIN; LOCK TABLE usage_log_default IN ACCESS SHARE MODE")
         .await
@@ -355,7 +355,7 @@ async fn a_table_whose_partitions_cannot_be_created_holds_up_no_other() {
     assert_eq!(partitions(&client, "usage_log").await, BTreeSet::new());
     reader.batch_execute("COMMIT").await.expect("it was locked");
     let created = holds(async || partitions(&client, "usage_log").await.len() == 9).await;
-    assert!(created, "it is tried again");
+    assert!(created, "the creation is retried");
     replica.stop().await;
 }
 
@@ -414,7 +414,7 @@ async fn days_beyond_the_retention_are_dropped_and_no_others() {
     for age in ages {
         append(&app, &[record(&account, KEY, PLAN, today - Days::new(age))]).await;
     }
-    // A record without a partition, far in the past.
+    // Append a record from a day that has no partition, far in the past.
     append(&app, &[record(&account, KEY, PLAN, today - Days::new(30))]).await;
     let client = app.database.connect().await;
     client
@@ -454,7 +454,8 @@ async fn days_beyond_the_retention_are_dropped_and_no_others() {
         5,
         "cursors are kept as long as they are needed"
     );
-    // If the log is kept for longer from now on, a copy of a segment whose cursor is deleted is still rejected.
+    // If the retention period of the log is extended later, a copy of a segment whose cursor is deleted is still
+    // rejected.
     let days = |days: u64| std::time::Duration::from_secs(days * 24 * 60 * 60);
     let cursor_of = async |age, retention| {
         let mut tx = app.state.db.system().await.expect("PostgreSQL responds");
@@ -465,9 +466,9 @@ async fn days_beyond_the_retention_are_dropped_and_no_others() {
     assert_eq!(cursor_of(7, 90).await, None);
     assert_eq!(cursor_of(5, 90).await, Some(64));
     assert_eq!(cursor_of(5, 3).await, None);
-    // Endpoints from 4 and 5 days ago are kept, and so are those of the requests above.
+    // Endpoints from 4 and 5 days ago are kept, and so are the endpoints of the requests above.
     assert_eq!(number(&client, endpoints).await, listed - 1495);
-    // Whole days: a day that ended within the retention period is kept.
+    // Only whole days are dropped: a day that ended within the retention period is kept.
     assert_eq!(number(&client, "SELECT count(*) FROM usage_log").await, 4);
     let quarters = "SELECT count(DISTINCT start) FROM usage_quarters";
     assert_eq!(number(&client, quarters).await, 6);

@@ -6,9 +6,9 @@
 //! requests are recounted from the responses and compared with upper and lower bounds: [`judge`] describes the
 //! promises.
 //!
-//! `cargo xtask bench simulation 20000` runs this many seeds, on all cores. The same is possible with environment
-//! variables: `QUOTA_SEEDS=n` is the number of seeds, `QUOTA_FIRST_SEED=n` the first one, and `QUOTA_SEED=n` runs only
-//! that seed and prints its requests.
+//! `cargo xtask bench simulation 20000` runs 20,000 seeds on all cores. Environment variables do the same:
+//! `QUOTA_SEEDS=n` sets the number of seeds, `QUOTA_FIRST_SEED=n` sets the first one, and `QUOTA_SEED=n` runs only that
+//! seed and prints its requests.
 #![expect(
     clippy::disallowed_methods,
     reason = "seeds are settings of this test alone"
@@ -41,7 +41,7 @@ use self::{
 
 /// The number of seeds in an ordinary test run.
 const SEEDS: u64 = 300;
-/// How many failing seeds are described in full, and how many are listed.
+/// The maximum number of failing seeds that are described in full, and that are listed.
 const SHOWN: usize = 5;
 const LISTED: usize = 200;
 

@@ -56,11 +56,11 @@ pub(super) enum Plant {
     FreshShareAfterEdit,
     /// `open` admits every request without Redis.
     OpenWithoutLimit,
-    /// `open` admits some requests without Redis, although Redis answers.
+    /// `open` admits some requests without Redis, although Redis responds.
     OpenWithoutOutage,
-    /// Without Redis, requests of plans with this choice are denied.
+    /// Without Redis, requests on plans with this fallback setting are denied.
     DeniesWithoutRedis(OnRedisFailure),
-    /// Without Redis, every other request of plans with this choice is denied.
+    /// Without Redis, every other request on plans with this fallback setting is denied.
     HalvesWithoutRedis(OnRedisFailure),
     /// Replicas do not confirm the responses that they received.
     ConfirmsNothing,
@@ -124,7 +124,7 @@ impl Plant {
         (Self::ProlongsWaits, Promise::Wait, 20),
     ];
 
-    /// The calls that reach Redis.
+    /// Returns the call that reaches Redis.
     pub(super) fn call(self, call: TakeCall, now: u64) -> TakeCall {
         match (self, call.bucket) {
             (Self::ReturnsInFull, _) if call.back > 0 => TakeCall {
@@ -147,7 +147,7 @@ impl Plant {
         }
     }
 
-    /// The ledger of a replica, instead of the shared one.
+    /// Returns the ledger that a replica uses.
     pub(super) fn ledger(self, shared: &Arc<TestLedger>) -> Arc<TestLedger> {
         match self {
             Self::OwnLedgers => TestLedger::new(),
@@ -244,7 +244,7 @@ impl Planted {
         }
     }
 
-    /// Denies what the plan's choice would admit without Redis.
+    /// Denies requests that the plan's fallback setting would admit without Redis.
     fn without_redis(&self, decision: Decision, policies: &Policies) -> Decision {
         let denies = match self.plant {
             Plant::DeniesWithoutRedis(choice) => policies.on_failure() == Some(choice),
@@ -303,7 +303,7 @@ impl LimitStore for Planted {
                     return Some(self.denied(handle, policies));
                 }
             }
-            // Every tenth admission is worth two.
+            // Every tenth admission counts twice.
             Plant::SpendsTwice if self.admitted.load(Ordering::Relaxed) >= 10 => {
                 self.admitted.store(0, Ordering::Relaxed);
                 return Some(self.allowed(handle, policies));
@@ -375,7 +375,7 @@ impl LimitStore for Planted {
         self.store.peek(handle, policies)
     }
 
-    /// This way, nothing hides the error.
+    /// A local store has no denial cache in front of it, which could hide the error.
     fn is_local(&self) -> bool {
         true
     }

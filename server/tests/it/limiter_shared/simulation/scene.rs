@@ -72,7 +72,7 @@ pub(super) enum Change {
     /// A clean stop: no new requests, then draining.
     Leave(usize),
     Crash(usize),
-    /// It can no longer reach PostgreSQL, so its count of replicas becomes outdated.
+    /// The replica can no longer reach PostgreSQL, so its count of replicas becomes outdated.
     StopCounting(usize),
 }
 
@@ -95,14 +95,14 @@ pub(super) enum FaultKind {
     Stall,
     /// Some calls take up to this many milliseconds more, each way.
     Slow(u64),
-    /// The script has run, and its response arrives this much later. This affects one call in a hundred, or all calls,
-    /// of these replicas.
+    /// The script runs, but its response arrives this much later. Affects this percentage of the calls of these
+    /// replicas.
     Late {
         replicas: Replicas,
         by: u64,
         percent: u8,
     },
-    /// The script has run, and its response never arrives.
+    /// The script runs, but its response never arrives.
     Lost { replicas: Replicas, percent: u8 },
     /// Redis is killed and restarts empty.
     Restart,
@@ -136,7 +136,7 @@ pub(super) struct Request {
     pub(super) at: u64,
     pub(super) key: usize,
     pub(super) cost: u32,
-    /// Which of the replicas that are running at that time stops.
+    /// Selects one of the replicas that are running at that time.
     pub(super) pick: usize,
 }
 
@@ -254,8 +254,8 @@ impl Scene {
         });
     }
 
-    /// Requests at one replica whose responses arrive too late, so that granted tokens are returned, and then at all
-    /// the others: the returned tokens must not be available twice.
+    /// Sends requests to one replica whose responses arrive too late, so that granted tokens are returned, and then to
+    /// all the others: the returned tokens must not be available twice.
     fn late_returns(&mut self, rng: &mut Rng) {
         self.replicas = rng.usize(2..=4);
         let plan = Plan {
@@ -303,8 +303,8 @@ impl Scene {
         }
     }
 
-    /// For a few seconds, Redis answers every replica too late. Then it recovers. The key is drained before that and
-    /// saturated afterwards.
+    /// For a few seconds, Redis responds to every replica too late. Then it recovers. The key is drained before that
+    /// and saturated afterward.
     fn slow_for_all(&mut self, rng: &mut Rng) {
         self.replicas = rng.usize(2..=4);
         let rpm = [600, 2000, 6000][rng.usize(..3)];
@@ -410,8 +410,8 @@ impl Scene {
         self.load.0.sort_by_key(|request| request.at);
     }
 
-    /// Several partitions, which every replica uses all the time, but rarely. Some replicas lose Redis for a while, or
-    /// all of them do. Then the keys are drained.
+    /// Several partitions, which every replica uses regularly but rarely. Some replicas lose Redis for a while, or all
+    /// of them do. Then the keys are drained.
     fn cluster(&mut self, rng: &mut Rng) {
         self.replicas = rng.usize(2..=3);
         self.partitions = 2;
@@ -521,8 +521,8 @@ impl Scene {
         self.length = edit + 1000;
     }
 
-    /// A key that one replica has used until its bucket was empty, and whose rate is raised while Redis is unavailable.
-    /// Then all replicas use it.
+    /// One replica has used a key until its bucket was empty, and the key's rate is raised while Redis is unavailable.
+    /// Then all replicas use the key.
     fn unseen_edit(&mut self, rng: &mut Rng) {
         self.replicas = rng.usize(2..=3);
         let burst = rng.u32(60..=300);
@@ -561,7 +561,7 @@ impl Scene {
         self.length = edit + 3500;
     }
 
-    /// This many requests at the same time, on any replicas.
+    /// Sends this many requests at the same time, to random replicas.
     fn crowd(&mut self, rng: &mut Rng, at: u64, count: u32) {
         for _ in 0..count {
             self.load.0.push(Request {
@@ -573,7 +573,7 @@ impl Scene {
         }
     }
 
-    /// The replicas that are affected from a second before this fault until two seconds after it.
+    /// Returns the replicas that are affected from a second before this fault until two seconds after it.
     pub(super) fn present(&self, fault: &Fault) -> impl Iterator<Item = usize> {
         let (from, until) = (fault.at, fault.end() + 2000);
         let joins = self.changes.iter().filter(|(_, it)| *it == Change::Join);
@@ -587,7 +587,7 @@ impl Scene {
         (0..self.replicas + joined).filter(move |replica| !is_gone(*replica))
     }
 
-    /// The minimum number of replicas at any time, and their total number.
+    /// Returns the minimum number of replicas at any time, and their total number.
     pub(super) fn replica_bounds(&self) -> (usize, usize) {
         let (mut now, mut least, mut all) = (self.replicas, self.replicas, self.replicas);
         for (_, change) in &self.changes {
@@ -691,7 +691,7 @@ fn load(
             if rng.bool() {
                 at_once(rng, at, whole, pick);
             }
-            // Several per millisecond if there are many.
+            // If there are many requests, send several per millisecond.
             let (count, pause) = if per_second > 250 {
                 (per_second / 250, 4)
             } else {

@@ -66,7 +66,7 @@ fn alone(
     (Limiter::new(store, clock), policies)
 }
 
-/// Several replicas at this round-trip time from one Redis, for a plan that is closed without it.
+/// Several replicas at this round-trip time from one Redis, for a `closed` plan.
 fn several(
     replicas: usize,
     round_trip: u64,
@@ -192,8 +192,8 @@ fn a_rested_keys_whole_burst_is_admitted_at_once() {
     assert!(short.is_empty(), "{short}");
 }
 
-/// Tokens that are granted too late to be spent are returned, and so are those of the others: each is credited only to
-/// the extent that the bucket has not refilled in the meantime.
+/// Tokens that are granted too late to be spent are returned, and are credited only to the extent that the bucket has
+/// not refilled in the meantime.
 #[test]
 fn returns_after_late_answers_credit_no_token_twice() {
     let (rpm, burst) = (60_000, 200);
@@ -218,7 +218,7 @@ fn returns_after_late_answers_credit_no_token_twice() {
                 };
                 let begun = Duration::from_millis(late - 10);
                 let (first, others) = tokio::join!(first, others);
-                assert_eq!(first, 0, "all answers are late");
+                assert_eq!(first, 0, "all responses are late");
                 (others, begin.elapsed().saturating_sub(begun))
             });
             // One token per millisecond.
@@ -260,7 +260,7 @@ pub(super) fn count(
     (registry, task.abort_handle())
 }
 
-/// Policies with this rate and burst, in this version of a plan.
+/// Returns policies with this rate and burst, in this version of a plan.
 pub(super) fn version(number: u64, (rpm, burst): (u32, u32), strict: bool) -> Policies {
     let rate = RatePolicy {
         rpm: NonZeroU32::new(rpm).unwrap(),
@@ -312,9 +312,9 @@ fn a_busy_key_takes_few_calls_to_redis() {
     }
 }
 
-/// Replicas that get many more requests of a key than its limit allows. A single one calls Redis twice per lifetime of a
-/// lease, several call it about once each, and all calls take tokens. When others stop, the remaining one takes over
-/// their part at once.
+/// Replicas get many more requests for a key than its limit allows. A single replica calls Redis twice per lifetime of
+/// a lease, several replicas call it about once each, and all calls take tokens. When other replicas stop, the
+/// remaining one takes over their part immediately.
 #[test]
 fn a_saturated_key_takes_few_calls_to_redis() {
     // One token per millisecond.
@@ -330,7 +330,7 @@ fn a_saturated_key_takes_few_calls_to_redis() {
                 false,
             );
             count(&world, memberships);
-            // Sends requests for so many milliseconds, and returns how many are admitted, and the calls to Redis.
+            // Sends requests for `ms` milliseconds. Returns how many are admitted, and the calls to Redis.
             let saturate = async |limiters: &[Limiter], ms: u64| {
                 let before = *world.calls.lock();
                 let (mut admitted, mut requests) = (0, JoinSet::new());
@@ -367,7 +367,7 @@ fn a_saturated_key_takes_few_calls_to_redis() {
                 // The replica that takes over has waited for up to the lifetime of a lease.
                 assert!((2890..=3100).contains(&admitted), "{text}");
                 assert!(calls.takes <= 3 * most_per_second + 6, "{text}");
-                // Those that get no requests send heartbeats.
+                // Replicas that get no requests send heartbeats.
                 let idle = 3 - replicas as u64;
                 assert!(calls.heartbeats <= idle * 3 * 10, "{text}");
                 assert!(calls.returns + calls.reads <= 3, "{text}");
@@ -423,7 +423,7 @@ fn a_share_does_not_refill_at_a_rate_before_the_edit_to_it() {
 }
 
 /// Without Redis, `open` enforces the whole limit on each replica, no matter how many requests waited for the failed
-/// call, and they cause no denials when Redis is back.
+/// call. These requests cause no denials when Redis is back.
 #[test]
 fn open_admits_the_whole_limit_on_each_replica_and_no_more() {
     let mut wrong = String::new();
@@ -458,8 +458,8 @@ fn open_admits_the_whole_limit_on_each_replica_and_no_more() {
     assert!(wrong.is_empty(), "{wrong}");
 }
 
-/// A stall that ends before the idle replica has detected it. The other one has detected it, and recovers on its own:
-/// Redis would not know of the tokens it admitted without Redis.
+/// A stall ends before the idle replica has detected it. The other replica has detected it, and recovers without the
+/// idle one's knowledge, although Redis does not know of the tokens that it admitted in the meantime.
 #[test]
 fn an_outage_that_some_replicas_miss_sells_nothing_twice() {
     let (rpm, burst) = (6000, 100);
@@ -513,8 +513,8 @@ pub(super) fn a_handle(limiter: &Limiter) -> Arc<KeyHandle> {
         .unwrap()
 }
 
-/// Neither a PostgreSQL that is slower than Redis may be, nor many requests of a closed plan that wait for it, count as
-/// an outage.
+/// Neither a PostgreSQL that responds more slowly than Redis may, nor many requests on a `closed` plan that wait for
+/// PostgreSQL, count as an outage.
 #[test]
 fn a_slow_ledger_leaves_the_counters_their_time() {
     paused(async {
@@ -548,7 +548,7 @@ fn requests_too_large_for_a_lease_hold_back_no_tokens() {
         let (mut large, mut small) = (JoinSet::new(), JoinSet::new());
         let mut crowded = JoinSet::new();
         for n in 0..700 {
-            // No denial is repeated for another cost.
+            // Each request has a different cost, so no cached denial applies to it.
             let cost = NonZeroU32::new(900 + n % 50).unwrap();
             let (limiter, same) = (mixed.clone(), policies.clone());
             large.spawn(async move {
@@ -573,8 +573,8 @@ fn requests_too_large_for_a_lease_hold_back_no_tokens() {
     });
 }
 
-/// A call for a large request and small ones takes all tokens, if there are too few for the large one. The small ones
-/// need only some of them, and the others go back at once.
+/// A call for a large request and small ones takes all tokens if there are too few for the large one. The small
+/// requests need only some of these tokens, and the others are returned immediately.
 #[test]
 fn tokens_taken_for_a_large_request_in_vain_go_back_at_once() {
     paused(async {
@@ -590,7 +590,7 @@ fn tokens_taken_for_a_large_request_in_vain_go_back_at_once() {
         let handle = a_handle(mixed);
         let small = crowd(mixed, &policies, 30);
         let large = async {
-            // The first small requests have started a call. The others and this one wait for the next one.
+            // The first small requests have started a call. The other ones and this request wait for the next call.
             sleep(Duration::from_millis(1)).await;
             let cost = NonZeroU32::new(900).unwrap();
             mixed.admit(&handle, &policies, cost).await

@@ -53,11 +53,11 @@ impl Clock for SkewedClock {
 #[derive(Debug)]
 pub(super) struct Process {
     pub(super) state: State,
-    /// The state of its replica, which lags behind.
+    /// The state of the process's replica, which lags behind.
     pub(super) copy: State,
     pub(super) run: u64,
     pub(super) up: bool,
-    /// Microseconds by which its clock is ahead.
+    /// By how many microseconds the process's clock is ahead.
     pub(super) ahead: u64,
     /// The counters of each replica, if every replica has its own.
     alone: HashMap<usize, State>,
@@ -91,11 +91,11 @@ pub(super) struct Link {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Calls {
     pub(super) heartbeats: u64,
-    /// Those that take tokens, including those that get none.
+    /// Calls that take tokens, including those that get none.
     pub(super) takes: u64,
-    /// Those that only return tokens.
+    /// Calls that only return tokens.
     pub(super) returns: u64,
-    /// Those that only read the state of a bucket.
+    /// Calls that only read the state of a bucket.
     pub(super) reads: u64,
 }
 
@@ -128,7 +128,7 @@ impl Calls {
     }
 }
 
-/// Tokens of a key that are lost at a time.
+/// A key's tokens that were lost, and when.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Missed {
     pub(super) key: ApiKeyId,
@@ -220,7 +220,7 @@ impl World {
         u64::try_from(self.zero.elapsed().as_nanos()).unwrap()
     }
 
-    /// Tokens of a key that Redis has granted so far, and those that were returned.
+    /// Returns the tokens of a key that Redis has granted so far, and those that were returned.
     pub(super) fn granted(&self, key: ApiKeyId) -> (u64, u64) {
         self.granted.lock().get(&key).copied().unwrap_or_default()
     }

@@ -236,15 +236,15 @@ fn a_lost_bucket_refills_at_the_rate_of_its_next_request() {
     assert!(!is_over(&scene, 54, &[4900 * MS]) && is_over(&scene, 55, &[4900 * MS]));
 }
 
-/// A request that waits for Redis when an outage begins is decided later than it was sent. Its full bucket refills no
-/// further until then.
+/// A request that waits for Redis when an outage begins is decided later than it was sent. A full bucket does not
+/// refill any further until then.
 #[test]
 fn requests_that_waited_take_their_tokens_when_they_are_answered() {
     let mut scene = scene(vec![plan(0, 6000, 100, true)]);
     scene.keys[0].on_failure = OnRedisFailure::Open;
     scene.faults.push(outage(1000, 3000));
-    // Requests that waited from 60 ms before this time, and some that did not, of which so many are admitted. The rest of
-    // the outage counts from 1500 ms on.
+    // Sends requests that have waited since 60 ms before `answered`, and some that did not wait, with these numbers of
+    // admitted requests. The outage counts from 1500 ms on.
     let is_under = |answered: u64, waited: usize, later: usize| {
         let waited = requests(answered - 60, waited, 110).map(|it| Entry {
             answered: answered * MS,
