@@ -158,7 +158,7 @@ type Load<T> = BoxFuture<'static, Result<Option<Arc<T>>, Unconfirmed>>;
 type Loading<T> = Shared<Load<T>>;
 
 /// A load in progress, shared by the callers that need the same key. The callers and a separate task keep it running.
-/// The load is canceled when all of them are gone, for example when the runtime ends.
+/// The load is canceled when the callers and the task are all gone, for example when the runtime ends.
 struct InProgress<T> {
     id: u64,
     loading: WeakShared<Load<T>>,
@@ -400,7 +400,7 @@ where
             }
             if let (Ok(value), true) = (&loaded, is_current) {
                 self.keep(key, value.clone(), current_at.unwrap_or(began));
-                // A later invalidation will find the entry, but an earlier one may have missed it.
+                // A later invalidation will find the entry, but an earlier invalidation may have missed it.
                 is_current = is_unchanged();
                 if !is_current {
                     self.empty(key);
@@ -408,7 +408,7 @@ where
                 }
             }
             outcome = Some(loaded);
-            // At least one key, possibly this one, was invalidated during the load, so the load is repeated.
+            // At least one key, possibly this key, was invalidated during the load, so the load is repeated.
             if is_current || matches!(outcome, Some(Err(_))) {
                 break;
             }

@@ -1,8 +1,8 @@
 //! Rate limits per client address, for sign-in and management endpoints.
 //!
-//! Each group of endpoints has its own `governor` limiters in memory. They protect this replica and do not enforce plan
-//! limits. Requests from IPv6 addresses are counted per /64 network and, with higher limits, per /56 and /48 network,
-//! because a provider may assign a network of any of these sizes to a customer.
+//! Each group of endpoints has its own `governor` limiters in memory. The limiters protect this replica and do not
+//! enforce plan limits. Requests from IPv6 addresses are counted per /64 network and, with higher limits, per /56 and
+//! /48 network, because a provider may assign a network of any of these sizes to a customer.
 
 use std::{
     net::{IpAddr, Ipv6Addr},

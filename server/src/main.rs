@@ -34,7 +34,7 @@ enum Command {
     Serve {
         #[command(flatten)]
         settings: Box<Settings>,
-        /// Create a demo tenant with a plan, a key and a service token, unless they exist, and print them with a
+        /// Create a demo tenant with a plan, a key and a service token if they do not exist, and print them with a
         /// command to try
         #[arg(long)]
         demo: bool,

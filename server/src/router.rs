@@ -91,7 +91,7 @@ pub fn grpc(state: &AppState) -> GrpcService {
 /// Applies the CORS rules to every path except forward-auth.
 ///
 /// On forward-auth requests, `Origin` and the preflight method come from the client of the gateway. The gateway would
-/// take the response to a preflight for an allowed request, and a rejected origin for a denied request.
+/// mistake the response to a preflight for an allowed request, and a rejected origin for a denied request.
 struct CrossOrigin<E, F> {
     others: E,
     forward_auth: F,

@@ -106,8 +106,8 @@ pub struct Services {
     pub mailer: Mailer,
     /// The queues in which each tenant's changes wait.
     pub changes: TenantQueues,
-    /// The queues in which each tenant's requests for Stripe pages wait. They are separate from `changes`, because
-    /// revoking a key must not wait for Stripe.
+    /// The queues in which each tenant's requests for Stripe pages wait. These queues are separate from `changes`,
+    /// because revoking a key must not wait for Stripe.
     pub checkouts: TenantQueues,
     /// Limits how often a tenant may request a Stripe page.
     pub stripe_pages: TenantRate,
@@ -356,7 +356,7 @@ impl AppState {
         self.publisher.publish(invalidation);
     }
 
-    /// Refreshes this replica's heartbeat and counts the replicas, including this one.
+    /// Refreshes this replica's heartbeat and counts the replicas, including this replica.
     pub async fn count_replicas(&self) -> Result<NonZeroU64, DbError> {
         count_replicas(&self.db, self.replica_id, &*self.clock, &self.membership).await
     }

@@ -150,7 +150,7 @@ impl EmbeddedError {
     }
 }
 
-/// A running private PostgreSQL. It stops when this value is dropped or when this process ends.
+/// A running private PostgreSQL. PostgreSQL stops when this value is dropped or when this process ends.
 #[derive(Debug)]
 pub struct EmbeddedPostgres {
     socket_dir: PathBuf,

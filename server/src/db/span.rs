@@ -1,4 +1,4 @@
-//! Spans of transactions and their statements. They contain the SQL, but no parameters.
+//! Spans of transactions and their statements. The spans contain the SQL, but no parameters.
 
 use diesel::{
     connection::{Instrumentation, InstrumentationEvent},

@@ -1,4 +1,4 @@
-//! The recent changes that this replica knows of. They determine whether a copy that another replica read from
+//! The recent changes that this replica knows of. These changes determine whether a copy that another replica read from
 //! PostgreSQL earlier is still current.
 //!
 //! Changes are numbered in commit order. A copy records the highest number at the time it was read. Therefore, only
@@ -50,9 +50,9 @@ struct State {
 
 #[derive(Debug, Clone, Copy)]
 struct PolledRange {
-    /// All changes with numbers above this one, up to `up_to`, are known.
+    /// All changes with numbers above this number, up to `up_to`, are known.
     floor: i64,
-    /// All changes with numbers above `floor`, up to this one, are known.
+    /// All changes with numbers above `floor`, up to this number, are known.
     up_to: i64,
 }
 
@@ -184,7 +184,7 @@ impl Recent {
 }
 
 impl State {
-    /// Recalculates the highest number of an ID. This is slow, but rarely needed.
+    /// Recalculates the highest number of an ID. The search is slow, but rarely needed.
     fn recount(&mut self, id: Uuid) {
         let of = |all: &BTreeMap<i64, Uuid>| {
             let mut numbers = all.iter().rev();
@@ -256,7 +256,7 @@ mod tests {
         assert!(recent.unchanged(&[key(1)], 2), "read after the change");
         assert!(recent.unchanged(&[key(2)], 1));
         assert!(!recent.unchanged(&[key(2)], 3), "3 was never announced");
-        // This change was announced after a later one.
+        // This change was announced after a later change.
         assert!(recent.announced(&of_key(1, 2)));
         assert!(!recent.unchanged(&[key(2)], 0));
         assert!(!recent.polled(&of_key(1, 2)) && !recent.polled(&of_key(2, 1)));
@@ -310,7 +310,10 @@ mod tests {
         }
         for seq in 19..=25 {
             assert!(recent.polled(&of_key(seq, 2)), "{seq} is assigned again");
-            assert!(!recent.unchanged(&[key(1)], 23), "the number was assigned before the restore");
+            assert!(
+                !recent.unchanged(&[key(1)], 23),
+                "the number was assigned before the restore"
+            );
         }
         assert!(recent.unchanged(&[key(1)], 24));
         assert!(!recent.unchanged(&[key(2)], 24), "changed with number 25");

@@ -70,7 +70,7 @@ fn suspect(state: &AppState) {
 
 async fn poll_once(state: &AppState, db: &Db, last: &mut Option<Position>) -> Result<(), DbError> {
     let mut tx = db.system().await?;
-    // The position is read before the rows, so that the next poll notices a restore that happens in between.
+    // The position is read before the rows, so that the next poll notices a restore that happens between the two reads.
     let position = invalidation::position(&mut tx).await?;
     let Some(polled) = last else {
         // If earlier polls failed, cached entries may be older than the changes that this poll reads. Records that
@@ -115,8 +115,8 @@ fn up_to(newest: &[Invalidation], position: Position) -> Position {
     }
 }
 
-/// Applies changes. Records the changes before dropping cache entries, so that a load that starts in between takes the
-/// changes into account.
+/// Applies changes. Records the changes before dropping cache entries, so that a load that starts between the two steps
+/// takes the changes into account.
 fn apply(
     state: &AppState,
     invalidations: &[Invalidation],

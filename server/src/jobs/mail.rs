@@ -27,7 +27,7 @@ pub(super) async fn send(state: AppState) {
             }
             was_limited = written.is_limited;
         }
-        // Send stored emails even if no new ones could be written.
+        // Send stored emails even if no new emails could be written.
         let sent = state.alerts.send_emails(&state.mailer).await;
         if let Ok(sent) = &sent {
             state.metrics.mails_sent.inc_by(sent.sent);

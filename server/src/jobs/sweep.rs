@@ -2,7 +2,7 @@
 //!
 //! Each batch is a short transaction. Its size depends on how long the previous batch took, and may be as small as a
 //! single row. The kinds of rows take turns, so that a kind whose rows are slow to delete or locked does not block the
-//! others.
+//! other kinds.
 
 use std::time::{Duration, Instant};
 

@@ -64,7 +64,8 @@ struct Worker {
     /// The tenant and the webhook of each attempt in progress.
     attempts: HashMap<task::Id, (Uuid, Uuid)>,
     is_reported: bool,
-    /// Whether secrets that were encrypted with the previous `QUOTA_SECRET` have been encrypted with the current one.
+    /// Whether secrets that were encrypted with the previous `QUOTA_SECRET` have been encrypted with the current
+    /// `QUOTA_SECRET`.
     is_reencrypted: bool,
 }
 

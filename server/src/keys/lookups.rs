@@ -408,7 +408,7 @@ impl<V: Send + 'static> Worker<V> {
             }
         }
         if list.is_empty() {
-            // This must happen while the lock is held, so that the next lookup starts a new worker.
+            // The worker must end while the lock is held, so that the next lookup starts a new worker.
             queue.workers -= 1;
             self.has_ended = true;
             return None;

@@ -121,7 +121,7 @@ impl KeyRecord {
 
 impl KeyRecord {
     /// Returns whether to record a use at `now`. Returns `true` at most once per second, so that busy keys do not cause
-    /// more writes than others.
+    /// more writes than other keys.
     pub fn is_worth_noting(&self, now: UnixNanos) -> bool {
         let noted_at = self.noted_at.load(Ordering::Relaxed);
         let worth = Nanos(now.0.abs_diff(noted_at)) >= NOTE_EVERY;

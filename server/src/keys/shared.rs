@@ -1,5 +1,5 @@
-//! Key records that replicas share through Redis, as a layer between memory and PostgreSQL. They save PostgreSQL from
-//! looking up every key when a replica starts or a plan with many keys is edited.
+//! Key records that replicas share through Redis, as a layer between memory and PostgreSQL. These records save
+//! PostgreSQL from looking up every key when a replica starts or a plan with many keys is edited.
 //!
 //! **Current entries.** Whether an entry is current depends neither on the deletion of outdated entries, nor on when or
 //! by which replica an entry was written. PostgreSQL numbers invalidations in commit order. A statement that reads a

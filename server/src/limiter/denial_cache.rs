@@ -340,7 +340,7 @@ impl DenialCache {
                 known.denied = None;
                 let price = known.gcra.price(cost);
                 let charged = known.tat.load().max(known.at(asked_at));
-                // No more than the whole burst can be missing.
+                // At most the whole burst can be missing.
                 let tat = known.gcra.settled(charged.saturating_add(price), elapsed);
                 known.tat.store(tat);
             }

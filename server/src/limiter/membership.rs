@@ -87,7 +87,7 @@ impl Membership {
     /// Records a count that placed this replica in `slot`, and when the count began and ended.
     ///
     /// The count's age is measured from its start. The count takes effect at its end: until then, this replica used the
-    /// previous count, and other replicas may not have counted this one.
+    /// previous count, and other replicas may not have counted this replica.
     pub fn confirm_count(&self, slot: ReplicaSlot, began: Monotonic, ended: Monotonic) {
         let mut counted = self.counted.lock();
         *counted = Some(match *counted {
@@ -101,7 +101,7 @@ impl Membership {
                 confirmed: began,
                 ..before
             },
-            // This is the first count, or the first after other replicas may have stopped counting this one.
+            // This is the first count, or the first count after other replicas may have stopped counting this replica.
             _ => Counted {
                 slot,
                 joined: ended,
@@ -178,7 +178,7 @@ mod tests {
             assert_eq!(
                 membership.slot(at(second * SECOND)),
                 None,
-                "others may not know yet"
+                "other replicas may not have counted it yet"
             );
         }
         assert_eq!(membership.replica_count(), 2);

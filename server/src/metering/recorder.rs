@@ -1,4 +1,4 @@
-//! The segments of this process: the current one, the next one, and those that wait to be shipped.
+//! The segments of this process: the current segment, the next segment, and the segments that wait to be shipped.
 
 use std::{
     io,
@@ -298,7 +298,7 @@ impl Recorder {
         }
     }
 
-    /// Returns whether the spare segment must replace the one in use because of its age.
+    /// Returns whether the spare segment must replace the segment in use because of that segment's age.
     fn needs_rotation(&self, files: &Files) -> bool {
         let current = self.current.load();
         let is_old = |segment: &Arc<Segment>| self.is_old(segment);

@@ -208,7 +208,7 @@ impl Scan<'_> {
                     break false;
                 }
                 found @ (Found::Empty | Found::Damaged) => {
-                    // The machine may have lost this page and kept later ones. The search ends only at a record with a
+                    // The machine may have lost this page and kept later pages. The search ends only at a record with a
                     // matching CRC.
                     if matches!(found, Found::Damaged) && !is_lost {
                         batch.span.damaged += 1;

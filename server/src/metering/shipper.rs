@@ -119,7 +119,7 @@ pub(super) struct Adopter {
     failed_segments: usize,
     size: BatchSize,
     looked_at: Option<Instant>,
-    /// Directories with files that cannot be shipped or removed. They are retried.
+    /// Directories with files that cannot be shipped or removed. The adopter retries these directories.
     failing: BTreeSet<PathBuf>,
 }
 
@@ -151,7 +151,7 @@ impl Shipper {
         if failed.is_none() && self.own.iter().all(|(source, _)| !source.is_blocked) {
             self.complete_until = Some(began.into());
         }
-        // A segment that is completely full is kept until the next one is in use.
+        // A segment that is completely full is kept until the next segment is in use.
         let mut removed = Ok(());
         self.own.retain(|(source, segment)| {
             let is_removed = match source.state {

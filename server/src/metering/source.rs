@@ -43,7 +43,7 @@ const SHORT: Duration = Duration::from_millis(300);
 /// If a transaction takes more time, the next batch is smaller.
 const LONG: Duration = Duration::from_millis(900);
 
-/// The maximum duration of a transaction. Its statements may take longer than those of a request.
+/// The maximum duration of a transaction. Its statements may take longer than the statements of a request.
 const COMMIT: Duration = Duration::from_secs(40);
 
 /// A segment that is being shipped.
@@ -59,7 +59,7 @@ pub(super) struct Source {
     pub(super) shipped: u64,
     /// The time of the oldest record that has been read but not shipped.
     pub(super) oldest: Option<DateTime<Utc>>,
-    /// Whether a record is still being written. That record and all later ones have not been read.
+    /// Whether a record is still being written. That record and all later records have not been read.
     pub(super) is_blocked: bool,
     pub(super) state: SourceState,
 }

@@ -348,7 +348,9 @@ fn crashed(synced: &[u8], current: &[u8], random: &mut Rng) -> Vec<u8> {
     reason = "this variable is not a setting of the server"
 )]
 fn crash_images() -> u64 {
-    std::env::var("CRASH_IMAGES").map_or(500, |images| images.parse().expect("CRASH_IMAGES is a number"))
+    std::env::var("CRASH_IMAGES").map_or(500, |images| {
+        images.parse().expect("CRASH_IMAGES is a number")
+    })
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Spans of calls to Redis. They contain names of commands and scripts, but no keys and no arguments.
+//! Spans of calls to Redis. The spans contain names of commands and scripts, but no keys and no arguments.
 
 use redis::{Arg, Cmd};
 

@@ -35,7 +35,7 @@ pub enum Event {
     Lost,
 }
 
-/// A subscription from [`super::Redis::subscribe`]. It ends when it is dropped.
+/// A subscription from [`super::Redis::subscribe`]. The subscription ends when this value is dropped.
 #[derive(Debug)]
 pub struct Subscription {
     events: mpsc::Receiver<Event>,

@@ -39,7 +39,7 @@ pub(super) enum Phase {
 #[repr(u8)]
 pub(super) enum Shutdown {
     None,
-    /// Finish the requests in flight, do not accept new ones, and then close.
+    /// Finish the requests in flight, do not accept new requests, and then close.
     Graceful,
     /// Close now.
     Immediate,

@@ -63,8 +63,8 @@ enum Next {
 }
 
 impl<D: DirectEndpoint> DirectService<'_, D> {
-    /// Serves requests until the first one that is not plain. Returns the stream with that request, or `None` if the
-    /// connection has ended. Until then, `http` serves the requests that are not accepted, on `lent`.
+    /// Serves requests until the first request that is not plain. Returns the stream with that request, or `None` if
+    /// the connection has ended. Until then, `http` serves the requests that are not accepted, on `lent`.
     pub(super) async fn serve<H>(
         &self,
         mut stream: WatchedStream,

@@ -61,8 +61,8 @@ const HEADER_BYTES: usize = 32 * 1024;
 const HEADER_FIELDS: usize = 100;
 /// The overhead per header field, as counted by HTTP/2 (RFC 9113, section 6.5.2).
 const FIELD: usize = 32;
-/// HTTP/2: how many bytes of a request body a client may send before they are read. This is enough for a body as large
-/// as the default size limit.
+/// HTTP/2: how many bytes of a request body a client may send before they are read. The window is large enough for a
+/// body of the default size limit.
 const STREAM_WINDOW: u32 = 64 * 1024;
 /// HTTP/2: how many bytes of request bodies a client may send on a connection before they are read. hyper's default
 /// would buffer 1 MiB.

@@ -13,7 +13,8 @@ const GRPC_CONNECTIONS: usize = 512;
 /// How many bytes requests may use on all connections that have not authenticated: enough for hundreds of the largest
 /// request heads, or thousands of typical ones.
 const MEMORY: usize = 8 * 1024 * 1024;
-/// How many bytes requests may use on one such connection: enough for 32 concurrent typical requests over HTTP/2.
+/// How many bytes requests may use on one connection that has not authenticated: enough for 32 concurrent typical
+/// requests over HTTP/2.
 const MEMORY_PER_CONNECTION: usize = 256 * 1024;
 /// How many bytes requests may use on all connections to the metrics listener.
 const METRICS_MEMORY: usize = 1024 * 1024;

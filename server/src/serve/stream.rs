@@ -30,7 +30,7 @@ pub(super) struct WatchedStream {
     connection: Arc<Connection>,
     table: Arc<Table>,
     protocol: Protocol,
-    /// Bytes that were read and then put back. They are read again before the socket's bytes.
+    /// Bytes that were read and then put back. These bytes are read again before the socket's bytes.
     unread: Bytes,
     /// How many more bytes may be read.
     allowed: usize,
@@ -202,7 +202,8 @@ impl AsyncWrite for WatchedStream {
     }
 }
 
-/// The stream that hyper sees. It is absent while requests are served directly and hyper waits for the next one.
+/// The stream that hyper sees. The stream is absent while requests are served directly and hyper waits for the next
+/// request.
 #[derive(Debug, Clone, Default)]
 pub(super) struct LentStream(Arc<Mutex<Option<WatchedStream>>>);
 

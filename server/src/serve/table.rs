@@ -1,7 +1,7 @@
 //! The open connections of one listener: how many are allowed, in total and per address, and which connections are
 //! closed to make room.
 //!
-//! When the total is reached, a new connection replaces another one, in this order:
+//! When the total is reached, a new connection replaces another connection, in this order:
 //!
 //! 1. a connection that has been open for at least a second without sending a request,
 //! 2. a connection that is idle between two requests,
@@ -87,7 +87,7 @@ struct Open {
     groups: HashMap<IpNet, Group>,
     /// Connections without a request so far, in the order in which they were accepted.
     waiting: BTreeSet<u64>,
-    /// Connections that the last search found. They are closed from the end of the list.
+    /// Connections that the last search found. The connections are closed from the end of the list.
     spare: Vec<u64>,
     /// Like `spare`, but for connections whose client stopped reading its response only recently.
     just_stalled: Vec<u64>,
@@ -147,8 +147,8 @@ impl Open {
             .map_or(0, |group| group.counted.len())
     }
 
-    /// Finds up to `most` connections that can be closed to make room: first those that have been idle the longest,
-    /// then stalled ones from the addresses with the most connections.
+    /// Finds up to `most` connections that can be closed to make room: first the connections that have been idle the
+    /// longest, then stalled connections from the addresses with the most connections.
     fn search(&mut self, now: Instant, most: usize) {
         let mut found = Vec::new();
         let mut just_stalled = Vec::new();
@@ -375,7 +375,7 @@ impl Table {
                 continue;
             };
             if open.weight(entry.counted_at) < heavy {
-                // No remaining address has more connections than this one.
+                // No remaining address has more connections than this address.
                 open.just_stalled.push(id);
                 break;
             }

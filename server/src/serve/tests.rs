@@ -368,7 +368,7 @@ async fn request_in_flight_is_answered_when_the_server_stops(way: Way) {
     drop(stop);
     let mut answer = Vec::new();
     if matches!(way, Way::Direct) {
-        // The request is passed to hyper, which announces that its response is the last one.
+        // The request is passed to hyper, which announces that its response is the last.
         time::sleep(HEADER / 3).await;
         stream.write_all(b"\r\n").await.unwrap();
         stream.read_to_end(&mut answer).await.unwrap();
@@ -629,7 +629,7 @@ mod http2 {
         );
     }
 
-    /// Periodically sends a new request and cancels the previous one. Returns how long the server allows this.
+    /// Periodically sends a new request and cancels the previous request. Returns how long the server allows this.
     async fn cancel_unread_responses(size: u32, path: &str) -> Duration {
         let (mut reader, mut writer) = connect().await.into_split();
         let began = time::Instant::now();

@@ -251,7 +251,7 @@ impl Sender {
         loop {
             let is_last = tokio::select! {
                 biased;
-                // Also completes when the `Traces` are dropped.
+                // `wait_for` also completes when the `Traces` are dropped.
                 _ = stopping.wait_for(|stop| *stop) => true,
                 _ = ticks.tick() => false,
             };

@@ -204,7 +204,7 @@ impl Cluster {
         }
     }
 
-    /// Requests a fast shutdown, and then an immediate shutdown if the fast one takes too long.
+    /// Requests a fast shutdown, and then an immediate shutdown if the fast shutdown takes too long.
     pub(super) async fn stop(
         &self,
         Guarded {

@@ -197,7 +197,7 @@ impl Place {
 
 /// Creates the data directory and returns its canonical path.
 pub(super) fn make_data_dir(data_dir: &Path) -> Result<PathBuf, EmbeddedError> {
-    // PostgreSQL runs as another user, who must be able to reach its directory inside this one.
+    // PostgreSQL runs as another user, who must be able to reach its directory inside the data directory.
     let mode = if geteuid().is_root() { 0o711 } else { 0o700 };
     make_dir(data_dir, mode).map_err(|error| EmbeddedError::NoDataDir {
         path: data_dir.to_owned(),

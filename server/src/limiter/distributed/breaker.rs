@@ -26,8 +26,8 @@ pub(super) const SILENCE: Duration = Duration::from_millis(200);
 const CALLS: u32 = 20;
 const SPAN: Nanos = Nanos::from_secs(1);
 
-/// If a timely response is older than the last one by more than this many microseconds, the counters' clock was set
-/// back.
+/// If a timely response is older than the last response by more than this many microseconds, the counters' clock was
+/// set back.
 const TURNED_BACK: u64 = 1_000_000;
 
 /// The circuit breaker for one partition.
@@ -77,7 +77,7 @@ pub(super) struct Outage {
 
 impl Outage {
     /// Returns whether the promised epoch may have started, and this replica may be about to use the counters again.
-    /// Requests that this replica allowed now would be in addition to those that the counters allow.
+    /// Requests that this replica allowed now would be in addition to the requests that the counters allow.
     pub(super) fn is_paused(self, now: Monotonic) -> bool {
         self.pause
             .is_some_and(|pause| pause.from <= now && now < pause.until)
@@ -285,7 +285,10 @@ mod tests {
         }
         assert!(breaker.outage().is_none());
         assert!(breaker.record_failure(ms(300)));
-        assert!(!breaker.record_failure(ms(301)), "the breaker opens only once");
+        assert!(
+            !breaker.record_failure(ms(301)),
+            "the breaker opens only once"
+        );
         let outage = breaker.outage().unwrap();
         assert_eq!((outage.number, outage.since), (1, ms(300)));
         breaker.close(CounterMicros(1), ms(400));

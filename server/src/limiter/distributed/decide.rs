@@ -112,7 +112,7 @@ impl StoreCore {
         Ok(LocalOutcome::Done(decision))
     }
 
-    /// Requests the next lease while the current one is being spent.
+    /// Requests the next lease while the current lease is being spent.
     #[cold]
     fn fetch_ahead(&self, handle: &Arc<KeyHandle>, state: &mut KeyState, policies: &Policies) {
         if !self.breaker(handle).is_open() {
@@ -258,8 +258,8 @@ impl StoreCore {
                         let debt = share.tat.saturating_since(monotonic);
                         (verdict, rate(policies, now, debt.min(gcra.tau())))
                     }
-                    // There is no outage (only this call failed), or this replica has no slot. Treat its share as
-                    // empty.
+                    // There is no outage (only this call failed), or this replica has no slot. Treat the replica's
+                    // share as empty.
                     _ => (Err(A_SECOND), rate(policies, now, gcra.tau())),
                 };
                 let outcome = match verdict {

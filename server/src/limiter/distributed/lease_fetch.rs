@@ -87,8 +87,8 @@ impl StoreCore {
     }
 }
 
-/// Starts to return unspent tokens, unless a call in flight will do so. Tokens that become free at the same time are
-/// returned together.
+/// Starts to return unspent tokens, unless a call in flight will return them. Tokens that become free at the same time
+/// are returned together.
 fn begin_return(inner: &Arc<StoreCore>, handle: &Arc<KeyHandle>) {
     if let Ok(runtime) = Handle::try_current()
         && handle.state.lock().lease().begin_return()
@@ -276,7 +276,7 @@ impl LeaseFetch {
     }
 }
 
-/// Makes the call, distributes its tokens, and finally returns the unspent ones.
+/// Makes the call, distributes its tokens, and finally returns the unspent tokens.
 async fn fetch(mut fetch: LeaseFetch) {
     let (inner, handle) = (Arc::clone(&fetch.inner), Arc::clone(&fetch.handle));
     let asked_at = fetch.asked_at;

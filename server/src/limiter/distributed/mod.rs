@@ -50,10 +50,10 @@
 //! addition to what the counters grant: in total, at most `(1 + p) * (burst + rate * (T + ttl))`. `p` is the sum of
 //! their parts of the burst. Each part is a whole number of tokens, so with a burst of 1, one replica's part is the
 //! entire burst. The same can happen at the start of a new epoch, if one replica's first call fails while other
-//! replicas' calls succeed. It cannot happen in an outage of all replicas, even if the outage is too short for some of
-//! them to detect: shares begin to fill only when the outage has either ended or been detected by all replicas. In a
-//! cluster, however, a replica that was not using a partition does not detect the partition's outage. `Closed` never
-//! allows additional requests.
+//! replicas' calls succeed. Additional requests cannot be allowed in an outage of all replicas, even if the outage is
+//! too short for some of them to detect: shares begin to fill only when the outage has either ended or been detected by
+//! all replicas. In a cluster, however, a replica that was not using a partition does not detect the partition's
+//! outage. `Closed` never allows additional requests.
 
 mod breaker;
 mod calls;

@@ -16,7 +16,7 @@ use crate::{
 /// The maximum interval between probes, and by how much it varies.
 const PROBE_EVERY: Duration = Duration::from_millis(250);
 const PROBE_JITTER: Duration = Duration::from_millis(50);
-/// How long after the last call a heartbeat is sent: after a successful call, and after a failed one. These intervals
+/// The time from the last call to the next heartbeat: after a successful call, and after a failed call. These intervals
 /// are short enough that all replicas detect an outage within half a second. A call for tokens confirms the last
 /// response just like a heartbeat. So a replica that renews leases, which takes a call every 90 ms with the default
 /// settings, does not send heartbeats.
@@ -24,7 +24,7 @@ const HEARTBEAT_EVERY: Duration = Duration::from_millis(110);
 const SUSPECT_EVERY: Duration = Duration::from_millis(50);
 /// How often to check whether a heartbeat is due.
 const TICK: Duration = Duration::from_millis(20);
-/// The counters store a confirmation only if it is newer than the stored one by more than this.
+/// The counters store a confirmation only if it is newer than the stored confirmation by more than this time.
 const CONFIRMED_EVERY: Duration = Duration::from_millis(50);
 /// The minimum time to wait for the response to a probe. Only a response within the deadline of normal calls ends an
 /// outage. If slow counters could end an outage, every request would time out, and each recovery would empty all
@@ -57,7 +57,7 @@ const _: () = assert!(
 
 /// Returns the delay before the first probe in an outage. By then, every replica that still gets responses has
 /// confirmed a response sent after the outage began and newer than the stored confirmation by more than
-/// [`CONFIRMED_EVERY`]. One call gets such a response, and the next call confirms it. Each of these calls starts within
+/// [`CONFIRMED_EVERY`]. One call gets this response, and the next call confirms it. Each of these calls starts within
 /// [`CALL_EVERY`]. The first response may take up to `deadline`, and so may the second call.
 pub(super) fn first_probe(deadline: Duration) -> Duration {
     FIRST_PROBE + 2 * deadline
@@ -94,8 +94,9 @@ impl StoreCore {
     ///
     /// The first replica may detect the outage as soon as it begins, if it received its last response long before. An
     /// idle replica starts five calls, each within [`CALL_EVERY`], and opens its breaker when the fifth one fails, one
-    /// deadline later. This happens before the first replica's second probe. So if the idle replica does not detect the
-    /// outage, the outage ends before that probe, and the first replica recovers with its second probe at the latest.
+    /// deadline later. The detection comes before the first replica's second probe. So if the idle replica does not
+    /// detect the outage, the outage ends before that probe, and the first replica recovers with its second probe at
+    /// the latest.
     pub(super) fn noticed_by_all(&self) -> Nanos {
         let deadline = self.settings.deadline;
         let second_probe = first_probe(deadline) + PROBE_DEADLINE.max(deadline) + PROBE_EVERY;

@@ -53,8 +53,9 @@
 -- Numbers are integers below 2^53, where doubles are exact. A bucket that takes longer than 104 days to fill is exact
 -- to two nanoseconds.
 --
--- **Expiry.** A bucket is kept for a minute plus twice the time until it is full. A full bucket is the same as a new one,
--- except after an edit of the plan: the additional time allows for a rate that has been lowered since the last use.
+-- **Expiry.** A bucket is kept for a minute plus twice the time until it is full. A full bucket is the same as a new
+-- bucket, except after an edit of the plan: the additional time allows for a rate that has been lowered since the last
+-- use.
 local OUTDATED = 10000000
 -- If a caller received a response within the last `CONNECTED` microseconds, no caller has decided requests without the
 -- counters yet: callers do so only after their second probe, at least 830 ms after they detect an outage. Responses
@@ -80,7 +81,7 @@ local PROMISED = delay - 100000
 -- received the start in time has confirmed it. Otherwise, callers could postpone each other's starts indefinitely.
 local KNOWN = math.max(50000, tonumber(ARGV[15]))
 -- By this many microseconds after the start of an epoch, callers that were promised the epoch have received a response
--- and confirmed it. This takes two calls, each of which may take one deadline.
+-- and confirmed it. The confirmation requires two calls, each of which may take one deadline.
 local SETTLED = 50000 + 3 * tonumber(ARGV[15])
 
 local function whole(number)
@@ -115,7 +116,7 @@ local returns_in_time = promised > 0 and start == promised and now - start < PRO
 local others_connected = (ok > outage and ok <= now and now - ok < CONNECTED) or (outage == 1 and ok == 0)
 local is_stranger = outage > 0 and start and start <= now and not returns_in_time and not others_connected
 -- Callers that were promised the epoch are about to confirm a response. If a caller with slow responses could begin
--- another epoch meanwhile, it could keep all callers from recovering. So that caller has to call again.
+-- another epoch before that, it could keep all callers from recovering. So that caller has to call again.
 local is_settling = is_stranger and epoch[4] == '1' and now - start < SETTLED
 if epoch[1] ~= run or not start or start > now + delay or (is_stranger and not is_settling) then
   start = now + delay

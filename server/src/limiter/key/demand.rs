@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// A waiting request. Tokens fetched for the request are kept until the request has [reserved](Self::reserve) them.
-/// They stay reserved until they are spent or released. Dropping the guard releases reserved tokens.
+/// Reserved tokens stay reserved until they are spent or released. Dropping the guard releases reserved tokens.
 pub(in crate::limiter) struct DemandGuard<'a> {
     calls: &'a Arc<LedgerCalls>,
     handle: &'a Arc<KeyHandle>,

@@ -51,7 +51,7 @@ use crate::{
 pub struct ReturnedQuota {
     /// Tokens whose return was confirmed.
     pub given_back: u64,
-    /// Tokens whose return was not confirmed. They may be unavailable until their window ends.
+    /// Tokens whose return was not confirmed. These tokens may be unavailable until their window ends.
     pub lost: u64,
 }
 

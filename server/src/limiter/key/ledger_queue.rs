@@ -75,7 +75,7 @@ pub(super) struct Queue {
     pub(super) is_ahead_running: bool,
     pub(super) takers: usize,
     pub(super) returns: BTreeMap<LedgerRow, u64>,
-    /// Failed batches of returns. They keep their IDs, since the ledger may have applied them.
+    /// Failed batches of returns. The batches keep their IDs, since the ledger may have applied them.
     pub(super) retries: VecDeque<ReturnBatch>,
     pub(super) returners: usize,
 }

@@ -30,7 +30,7 @@ const PAUSE: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 
 impl LedgerCalls {
-    /// Starts a worker for returns if another one is needed.
+    /// Starts another worker for returns if one is needed.
     pub(super) fn start_returner(self: &Arc<Self>) {
         let Ok(runtime) = Handle::try_current() else {
             return;
@@ -49,7 +49,7 @@ impl LedgerCalls {
         }
     }
 
-    /// Starts a worker for takes if another one is needed.
+    /// Starts another worker for takes if one is needed.
     pub(super) fn start_taker(self: &Arc<Self>) {
         let Ok(runtime) = Handle::try_current() else {
             return;
@@ -202,7 +202,8 @@ struct Takes {
 }
 
 impl Takes {
-    /// Returns may have to wait for a key that is being deleted, so calls without returns come first.
+    /// Makes the calls. Calls that only take tokens come first, because a return may have to wait for a key that is
+    /// being deleted.
     async fn run(mut self) {
         let (owing, list) = std::mem::take(&mut self.list)
             .into_iter()
@@ -315,7 +316,7 @@ impl Drop for Returns {
     }
 }
 
-// Both loops form a batch only once they have a connection, so that calls that arrive in the meantime join the batch.
+// Both loops form a batch only once they have a connection, so that calls that arrive during the wait join the batch.
 
 async fn take_all(mut worker: Worker) {
     let calls = Arc::clone(&worker.calls);

@@ -94,7 +94,7 @@ pub(in crate::limiter) enum Need {
     Again,
 }
 
-/// Tokens of the window after the current one.
+/// Tokens of the window after the current window.
 #[derive(Debug)]
 struct NextBlock {
     window: QuotaWindow,
@@ -249,7 +249,7 @@ impl Block {
     }
 
     /// Applies a change of time zone. A window with usage keeps its end. A window without known usage is discarded, so
-    /// that the ledger determines a new one.
+    /// that the ledger determines a new window.
     pub(in crate::limiter) fn rezone(&mut self) {
         self.drop_next();
         if !self.known || self.used <= self.held {
@@ -346,9 +346,9 @@ impl Block {
         }
     }
 
-    /// Marks held tokens as owed if other replicas share the quota and the tokens are probably not needed soon: all of
-    /// them if none were used recently, and otherwise those that [`tidy`](Self::tidy) marks. Returns whether any tokens
-    /// were marked.
+    /// Marks held tokens as owed if other replicas share the quota and the tokens are probably not needed soon: all
+    /// held tokens if none were used recently, and otherwise the tokens that [`tidy`](Self::tidy) marks. Returns
+    /// whether any tokens were marked.
     pub(in crate::limiter) fn owe_unneeded(&mut self, now: UnixNanos, waited_for: u64) -> bool {
         self.pace.measure(now);
         if self.replicas == 1 || self.held == 0 || self.fetching {

@@ -66,8 +66,8 @@ pub trait QuotaLedger: std::fmt::Debug + Send + Sync + 'static {
     ///
     /// The tokens come from the window that contains `at` and already has usage. If there is no such window, the tokens
     /// come from the request's calendar window. The calendar window is shortened if it overlaps a window with usage,
-    /// and its quota is reduced in proportion. After an error, tokens may have been counted as used. They are lost
-    /// until the window ends, but are never spent twice.
+    /// and its quota is reduced in proportion. After an error, tokens may have been counted as used. These tokens are
+    /// lost until the window ends, but are never spent twice.
     async fn take(&self, requests: &[TakeRequest]) -> Vec<Result<Taken, LedgerError>>;
 
     /// Credits either all of the tokens in a batch or none of them. After an error, the tokens may have been credited.

@@ -75,7 +75,7 @@ pub struct TakeCall {
     /// Start of the epoch that the previous reply promised, if the caller has not allowed any request since that start;
     /// zero otherwise. A call that arrives before the start confirms that the caller knows the start. The counters
     /// postpone the start until a caller has confirmed it. A call that arrives soon after the start uses the promised
-    /// epoch instead of starting another one.
+    /// epoch instead of starting another epoch.
     pub promised: CounterMicros,
 }
 

@@ -107,12 +107,12 @@ impl Gcra {
         time.0 / self.emission.0
     }
 
-    /// Carries usage over from `old` to `self`: as many tokens are missing from the new bucket as from the old one. If
-    /// more tokens are missing than the new bucket can hold, the new bucket is empty, and the rest is missing again
+    /// Carries usage over from `old` to `self`: as many tokens are missing from the new bucket as from the old bucket.
+    /// If more tokens are missing than the new bucket can hold, the new bucket is empty, and the rest is missing again
     /// once the bucket is enlarged. `level` is as of `used_at`, when tokens were last taken. Since the time of the edit
     /// is unknown, the bucket counts as having refilled at the lower of the two rates since `used_at`.
     ///
-    /// So when the burst is raised, the added tokens are available immediately, less any usage that did not fit in the
+    /// So when the burst is raised, the added tokens are available immediately, minus any usage that did not fit in the
     /// old bucket. When the burst is lowered, no request waits longer than the new bucket takes to fill. Lowering the
     /// burst temporarily does not add tokens, and neither does an edit to a lower rate while the key is idle. Fractions
     /// of a token are rounded in favor of the limit.

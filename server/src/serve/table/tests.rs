@@ -22,7 +22,7 @@ fn admit(table: &Arc<Table>, peer: &str) -> Result<Admitted, ConnectionLimit> {
     table.admit(peer.parse().unwrap())
 }
 
-/// Returns whether the connection has to close, which its task checks when it is woken.
+/// Returns whether the connection has been told to close. Its task checks the same state when it is woken.
 fn is_told_to_close(it: &Admitted) -> bool {
     it.connection.shutdown() == Shutdown::Immediate
 }
