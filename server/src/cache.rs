@@ -72,7 +72,7 @@ impl Freshness {
         }
     }
 
-    /// Records that PostgreSQL is suspected to be unreachable. Returns `false` if this was already suspected.
+    /// Records that PostgreSQL is suspected to be unreachable. Returns `false` if PostgreSQL was already suspected.
     pub fn suspect(&self) -> bool {
         self.suspected
             .send_if_modified(|suspected| !std::mem::replace(suspected, true))
@@ -157,8 +157,8 @@ impl<T> From<Option<T>> for Loaded<T> {
 type Load<T> = BoxFuture<'static, Result<Option<Arc<T>>, Unconfirmed>>;
 type Loading<T> = Shared<Load<T>>;
 
-/// A load in progress, shared by the callers that need the same key. The callers and a separate task keep it running.
-/// The load is canceled when the callers and the task are all gone, for example when the runtime ends.
+/// A load in progress, shared by the callers that need the same key. The callers and a separate task keep the load
+/// running. The load is canceled when the callers and the task are all gone, for example when the runtime ends.
 struct InProgress<T> {
     id: u64,
     loading: WeakShared<Load<T>>,
@@ -275,7 +275,7 @@ where
         None
     }
 
-    /// Returns a key's valid entry, or loads it with `load`.
+    /// Returns a key's valid entry, or loads the entry with `load`.
     pub async fn get<F, Fut, L>(&self, key: K, load: F) -> Result<Option<Arc<T>>, Unconfirmed>
     where
         F: Fn() -> Fut + Send + Sync + 'static,

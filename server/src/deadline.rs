@@ -9,7 +9,7 @@ use std::{pin::pin, time::Duration};
 
 use tokio::time::{Instant, timeout_at};
 
-/// A deadline missed by at least this much is extended. Timers usually fire up to a millisecond late.
+/// A deadline is extended if its timer fires at least this late. Timers usually fire up to a millisecond late.
 const PAUSE: Duration = Duration::from_millis(2);
 /// The maximum extension of a deadline.
 const AT_MOST: Duration = Duration::from_millis(20);

@@ -63,7 +63,7 @@ pub struct PlainRequest<'a> {
     known: [Option<&'a [u8]>; KNOWN.len()],
 }
 
-/// The header fields that endpoints can read. A plain request contains each of them at most once.
+/// The header fields that endpoints can read. A plain request contains each of these fields at most once.
 const KNOWN: [&str; 10] = [
     "x-api-key",
     "authorization",

@@ -1,6 +1,6 @@
 //! Checks whether PostgreSQL is ready, and caches the result for a short time.
 //!
-//! Anyone may check readiness, and the number of checks is not limited. So concurrent checks share one query, and its
+//! Anyone may check readiness, and the number of checks is not limited. So concurrent checks share one query, whose
 //! result is reused for a short time.
 
 use std::{

@@ -35,7 +35,7 @@ struct ParentState {
     context: Context,
 }
 
-/// A span in progress. Ends when it is dropped.
+/// A span in progress. The span ends when this value is dropped.
 #[derive(Debug)]
 pub struct Span {
     /// Boxed to keep request futures small: most requests have no span.

@@ -2,7 +2,7 @@
 //! PostgreSQL earlier is still current.
 //!
 //! Changes are numbered in commit order. A copy records the highest number at the time it was read. Therefore, only
-//! changes with higher numbers can make it outdated.
+//! changes with higher numbers can make the copy outdated.
 //!
 //! There are two sources of changes, with different levels of trust:
 //! - **Polled** changes come from PostgreSQL, in order and without gaps. Only polled changes raise the floor and

@@ -79,7 +79,7 @@ impl Worker {
                 if unreadable > 0 {
                     tracing::error!(
                         webhooks = unreadable,
-                        "webhook signing secrets were encrypted with a QUOTA_SECRET that is not configured; set it as QUOTA_SECRET_PREVIOUS and restart"
+                        "some webhook signing secrets were encrypted with a QUOTA_SECRET that is not configured; set it as QUOTA_SECRET_PREVIOUS and restart"
                     );
                 }
             }
@@ -133,7 +133,7 @@ impl Worker {
     }
 }
 
-/// Measures how long deliveries have been overdue. Does not depend on the task that sends them.
+/// Measures how long deliveries have been overdue. Does not depend on the task that sends the deliveries.
 pub(super) async fn measure(state: AppState) {
     let mut ticks = every(MEASURE_EVERY);
     loop {

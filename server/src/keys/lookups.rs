@@ -6,8 +6,8 @@
 //! few connections are enough for thousands of lookups per second.
 //!
 //! The number of concurrent lookups of unknown secrets is limited. At the limit, each caller still gets an equal share,
-//! and callers take turns in every batch. Therefore, a flood mostly affects the caller that sends it. Lookups of keys
-//! and lookups of service tokens are counted and batched separately.
+//! and callers take turns in every batch. Therefore, a flood mostly affects the caller that causes the flood. Lookups
+//! of keys and lookups of service tokens are counted and batched separately.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -46,7 +46,8 @@ pub struct LookupCaller {
 /// Batched lookups of API keys and service tokens. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Lookups {
-    /// Lookups of keys. The result contains the facts and the number of the newest invalidation when they were read.
+    /// Lookups of keys. The result contains the facts, and the number of the newest invalidation when the facts were
+    /// read.
     pub keys: Batches<(KeyFacts, i64)>,
     pub tokens: Batches<(TenantId, ServiceTokenId)>,
 }
@@ -215,7 +216,7 @@ impl<V> Queue<V> {
         own.push_back(waiting);
     }
 
-    /// Removes a waiting lookup. Returns whether it was still waiting.
+    /// Removes a waiting lookup. Returns whether the lookup was still waiting.
     fn remove(&mut self, caller: Option<LookupCaller>, id: u64) -> bool {
         let waiting = match caller {
             None => Some(&mut self.known),

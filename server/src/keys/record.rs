@@ -273,7 +273,7 @@ impl KeyStore {
         self.tokens.forget(|_, _| true);
     }
 
-    /// Removes a secret from the cache of unknown secrets. Call this after creating a key or token with that secret.
+    /// Removes a secret from the cache of unknown secrets. Call after creating a key or token with that secret.
     pub fn created(&self, text: &SecretText) {
         let hash = text.hash();
         self.keys.forget_absent(&hash);

@@ -6,7 +6,7 @@
 //! record also reads the highest number, so both come from the same snapshot. Therefore, only invalidations with higher
 //! numbers can make an entry outdated. An entry is used only if the last poll for invalidations is recent, and only if
 //! this replica does not know of a later invalidation for its key, plan, or tenant ([`Recent`]). The entry then counts
-//! as confirmed at the time of the poll, not at the time it was read. This has several consequences:
+//! as confirmed at the time of the poll, not at the time when the entry was read. This has several consequences:
 //! - If a load starts before a change but writes its entry after the change, the entry has a lower number than the
 //!   change. Replicas that know of the change reject the entry. Other replicas learn of the change with their next
 //!   poll, as they do for records in memory.
@@ -21,7 +21,7 @@
 //! unreadable, but cannot give a key more access. An entry also contains the time when it was written. An entry is
 //! rejected after its lifetime, so that an old copy cannot be written back later. Unreadable entries, and entries that
 //! are too old or from the future, count as misses. Entries from a different database history are also ignored: after
-//! PostgreSQL has been restored from a backup, it assigns the same numbers a second time.
+//! PostgreSQL has been restored from a backup, the same numbers are assigned a second time.
 //!
 //! While Redis is unreachable, every lookup is an immediate miss. If Redis is slow, one lookup waits for
 //! `QUOTA_REDIS_TIMEOUT`, and lookups during the next second skip Redis.
@@ -50,7 +50,7 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// Increment this with every change to [`KeyFacts`] or to the meaning of one of its fields.
+/// Increment this number with every change to [`KeyFacts`] or to the meaning of one of its fields.
 const VERSION: u8 = 3;
 /// The maximum difference between the clocks of two replicas, in seconds.
 const SKEW: u64 = 120;

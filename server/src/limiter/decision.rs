@@ -37,8 +37,8 @@ pub struct PolicyState {
 }
 
 impl PolicyState {
-    /// Returns whether `self` is closer to exhaustion than `other`: a smaller fraction of its limit is left or, if the
-    /// fractions are equal, it resets later.
+    /// Returns whether `self` is closer to exhaustion than `other`: a smaller fraction of the limit is left or, if the
+    /// fractions are equal, the policy resets later.
     fn is_nearer_exhaustion(self, other: Self) -> bool {
         let mine = u128::from(self.remaining) * u128::from(other.limit);
         let theirs = u128::from(other.remaining) * u128::from(self.limit);

@@ -98,7 +98,7 @@ impl Policies {
         self
     }
 
-    /// Returns the plan's version, or zero if it is unknown.
+    /// Returns the plan's version, or zero if the version is unknown.
     pub fn version(&self) -> u64 {
         self.version
     }

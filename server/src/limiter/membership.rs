@@ -6,8 +6,9 @@
 //! **The shares of all replicas together never exceed the limit**, although each replica uses its own count, which may
 //! be outdated. A replica uses a count for only [`BELIEVED`] after the count began, and only if the replica itself has
 //! been counted for [`SETTLED`], which is longer. So every count in use includes every replica that takes a share: the
-//! divisor is at least the number of these replicas, and a replica's rank is at least its position among them. A
-//! replica that stops is still counted for [`FORGOTTEN`], which is long after it has stopped taking a share.
+//! divisor is at least the number of these replicas, and a replica's rank is at least its position among these
+//! replicas. A replica that stops is still counted for [`FORGOTTEN`], which is long after it has stopped taking a
+//! share.
 
 use std::{
     num::NonZeroU64,
@@ -178,7 +179,7 @@ mod tests {
             assert_eq!(
                 membership.slot(at(second * SECOND)),
                 None,
-                "other replicas may not have counted it yet"
+                "other replicas may not have counted this replica yet"
             );
         }
         assert_eq!(membership.replica_count(), 2);
@@ -252,8 +253,8 @@ mod tests {
         assert!(!membership.others_may_act(at(5 * SECOND)));
     }
 
-    /// Replicas start, stop, lose PostgreSQL and get slow responses. They count each other as they would in the
-    /// database, and the sum of their shares of a burst is checked continuously.
+    /// Replicas start, stop, lose PostgreSQL and get slow responses. The replicas count each other as they would in the
+    /// database, and the test continuously checks the sum of their shares of a burst.
     #[test]
     fn shares_of_all_replicas_never_exceed_the_whole() {
         const TICK: u64 = SECOND / 10;

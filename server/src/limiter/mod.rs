@@ -2,8 +2,9 @@
 //!
 //! Owns rates, calendar quotas and their usage. Does not depend on HTTP, SQL or secrets: the caller passes a key's
 //! handle and policies, both from the key's cached record, and gets a [`Decision`]. If the quota ledger fails, only
-//! keys with calendar quotas (their own or their tenant's) are affected: they spend the tokens that are available
-//! locally, and then their requests get an error. No request is ever allowed without a token from each policy.
+//! keys with calendar quotas (their own or their tenant's) are affected: these keys spend the tokens that are available
+//! locally, and then their requests get an error. No request is ever allowed unless its cost has been taken from each
+//! policy.
 //!
 //! ```text
 //! local tokens -> denial cache (remote stores only) -> store (all policies, or none) -> decision
@@ -89,15 +90,15 @@ impl Limiter {
         }
     }
 
-    /// Returns the quota that all keys of the tenant share, if there is one. Store it in the cached records of these
-    /// keys.
+    /// Returns the quota that all keys of the tenant share, if there is one. Store the quota in the cached records of
+    /// these keys.
     pub fn tenant_quota(&self, tenant: TenantId) -> Result<Option<TenantQuota>, LimiterError> {
         let quotas = self.tenants.as_ref();
         quotas.map(|quotas| quotas.of(tenant)).transpose()
     }
 
-    /// Returns a key's handle. Store it in the key's cached record. While the handle is in use anywhere, the same key
-    /// always gets the same handle, so the key's usage is kept when its record is reloaded.
+    /// Returns a key's handle. Store the handle in the key's cached record. While the handle is in use anywhere, the
+    /// same key always gets the same handle, so the key's usage is kept when its record is reloaded.
     pub fn handle(&self, tenant: TenantId, key: ApiKeyId) -> Result<Arc<KeyHandle>, LimiterError> {
         self.store.handle(tenant, key)
     }
@@ -192,7 +193,7 @@ impl Limiter {
         self.store.prune()
     }
 
-    /// Deletes the state of deleted keys. Call only after every replica has stopped accepting them: another request
+    /// Deletes the state of deleted keys. Call only after every replica has stopped accepting the keys: another request
     /// would get a full bucket.
     pub async fn delete(&self, keys: &[(TenantId, ApiKeyId)]) -> Result<(), CounterError> {
         self.store.delete(keys).await

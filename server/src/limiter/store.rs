@@ -1,8 +1,8 @@
 //! The contract that every limit store fulfills.
 //!
-//! While the quota ledger is unavailable, a store spends the blocks it holds, and then returns a [`LimiterError`].
+//! While the quota ledger is unavailable, a store spends the blocks that it holds, and then returns a [`LimiterError`].
 //! While the shared counters are unavailable, the plan's fallback setting applies: with `closed`, the store returns a
-//! [`LimiterError`]; with `share` and `open`, it decides, and marks the decision as degraded.
+//! [`LimiterError`]; with `share` and `open`, the store decides, and marks the decision as degraded.
 
 use std::{num::NonZeroU32, sync::Arc};
 
@@ -39,7 +39,7 @@ use crate::clock::Nanos;
 /// - *Failure.* If no decision can be made, the result is a [`LimiterError`]; the request is never allowed.
 #[async_trait]
 pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
-    /// Returns a key's handle, which stays the same as long as it is in use or has state to keep.
+    /// Returns a key's handle, which stays the same as long as the handle is in use or has state to keep.
     fn handle(&self, tenant: TenantId, key: ApiKeyId) -> Result<Arc<KeyHandle>, LimiterError>;
 
     /// Decides on a request without blocking. Returns `None` if a decision would require waiting.

@@ -5,8 +5,8 @@
 //! both the tenant and the key, or from neither. Each replica holds a block of the quota, as for a key's own quotas, in
 //! a [`KeyTable`] with one entry per tenant. The same guarantees apply.
 //!
-//! A request counts in the month in which its tokens were reserved, even if it is decided at the beginning of the next
-//! month.
+//! A request counts in the month in which its tokens were reserved, even if the request is decided at the beginning of
+//! the next month.
 //!
 //! A request that waits for the store may have reserved the last token. Other requests then wait for its outcome
 //! instead of being denied, since the token may be released.
@@ -173,7 +173,7 @@ fn shared_state(decision: &Decision) -> Option<PolicyState> {
 }
 
 /// Returns the decision for a request that its tenant's quota denies. `key` is the key's state. If the key's own quotas
-/// are exhausted too, they are also reported as violated.
+/// are exhausted too, these quotas are also reported as violated.
 fn denial(key: Decision, tenant: &Decision, cost: NonZeroU32) -> Decision {
     let cost = u64::from(cost.get());
     let exhausted = [key.daily, key.monthly].into_iter().flatten();

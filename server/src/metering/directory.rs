@@ -177,7 +177,7 @@ pub(super) fn segments(directory: &Path) -> io::Result<Vec<PathBuf>> {
     })
 }
 
-/// Moves a segment out of its directory, so that it is not read again but is kept for the operator.
+/// Moves a segment out of its directory, so that the segment is not read again but is kept for the operator.
 pub(super) fn set_aside(segment: &Path) -> io::Result<()> {
     let (Some(directory), Some(name)) = (segment.parent(), segment.file_name()) else {
         return Err(io::ErrorKind::InvalidInput.into());

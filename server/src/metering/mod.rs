@@ -2,8 +2,9 @@
 //!
 //! A record is written to a *segment*, a file on this machine, before the response is sent, so recording does not wait
 //! for the network. Space is reserved before the decision; if there is none, no decision is made. A *shipper* moves
-//! records to PostgreSQL. Each segment has a *cursor*, the position up to which it has been shipped. The transaction
-//! that inserts the records also advances the cursor. Records that have not been shipped yet are the *backlog*.
+//! records to PostgreSQL. Each segment has a *cursor*, the position up to which the segment has been shipped. The
+//! transaction that inserts the records also advances the cursor. Records that have not been shipped yet are the
+//! *backlog*.
 //!
 //! ```text
 //! reserve -> decision -> fill, or void        one word, then the record, in a mapped file
@@ -122,7 +123,7 @@ enum Space {
     /// Metering is off.
     Unneeded,
     Reserved(ReservedRecord),
-    /// The tenant may not record more denials at the moment, so a denied request leaves the space to another request.
+    /// The tenant may not record more denials at the moment, so a denied request leaves the space for other requests.
     Reusable(ReusableSpace),
 }
 
@@ -168,7 +169,8 @@ impl Metering {
         })))
     }
 
-    /// Reserves space for the record of a decision. Call before the decision. If this fails, do not make the decision.
+    /// Reserves space for the record of a decision. Call before the decision. If the reservation fails, do not make the
+    /// decision.
     #[inline]
     pub fn reserve<'a>(
         &self,

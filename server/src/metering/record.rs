@@ -55,7 +55,7 @@ pub(super) struct Header {
 }
 
 impl Header {
-    /// Returns `None` if this word is not the header of a record.
+    /// Returns `None` if the word is not the header of a record.
     pub fn parse(word: u64) -> Option<Self> {
         let [a, b, state, version, crc @ ..] = word.to_le_bytes();
         let state = match state {
@@ -201,7 +201,7 @@ impl Body {
 }
 
 /// Parses the body of a record at `position`. Returns `None` if its format is unknown. PostgreSQL must accept every row
-/// that is returned: a single row that it rejected would block all records after it.
+/// that is returned: a single rejected row would block all later records.
 pub(super) fn read(segment: Uuid, position: usize, body: &[u8]) -> Option<UsageRecord> {
     let uuid = |at: usize| Uuid::from_slice(body.get(at..at + 16)?).ok();
     let half = |at: usize| Some(u32::from_le_bytes(body.get(at..at + 4)?.try_into().ok()?));

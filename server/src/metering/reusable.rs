@@ -2,8 +2,9 @@
 //!
 //! Like any other request, a request of such a tenant needs space before its decision. But the request is probably
 //! denied, and then no record is written. If each of these requests left void space behind, that space would fill the
-//! backlog just as the records would have. So the space stays open, and the next such request uses it. The shipper
-//! cannot read past open space, so at the start of each pass, it voids the space that no request is using.
+//! backlog just as the records would have. So the space stays open, and the next request of such a tenant uses the same
+//! space. The shipper cannot read past open space. So at the start of each pass, the shipper voids the space that no
+//! request is using.
 
 use parking_lot::Mutex;
 

@@ -33,9 +33,9 @@ pub(super) struct Span {
     /// The byte offset after the last record, including void records. The offset does not move past unused space: in an
     /// ended process's segment, that space may be part of a copy of a segment that is still being written.
     pub end: u64,
-    /// Whether this is the end of the segment.
+    /// Whether the batch ends at the end of the segment.
     pub is_complete: bool,
-    /// Whether reading stopped at a record that is still being written. Finished records may follow it.
+    /// Whether reading stopped at a record that is still being written. Finished records may follow that record.
     pub is_blocked: bool,
     /// The number of gaps in which no record could be read.
     pub damaged: u64,
@@ -221,8 +221,8 @@ impl Scan<'_> {
         goes_on.then_some(at)
     }
 
-    /// Returns the next position with a complete record. If there is none, returns where the next chunk must start: at
-    /// a record that continues beyond this chunk, or at the end of this chunk.
+    /// Returns the next position with a complete record. If there is no complete record, returns where the next chunk
+    /// must start: at a record that continues beyond this chunk, or at the end of this chunk.
     fn next_record(&self, from: usize) -> usize {
         let mut at = from;
         while at + WORD <= self.bytes.len() {

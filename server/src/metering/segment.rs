@@ -4,8 +4,8 @@
 //! the kernel keeps the record if the process is killed, and the write cannot fail for lack of space.
 //!
 //! Writers share a segment without a lock. To reserve space, a writer uses compare-and-swap on the header word at the
-//! tail, and changes it from zero to an open header with the record's length. So the length is known as soon as the
-//! space is reserved, and every reserved record can be skipped, no matter when its writer is killed.
+//! tail, and changes the word from zero to an open header with the record's length. So the length is known as soon as
+//! the space is reserved, and every reserved record can be skipped, no matter when its writer is killed.
 
 use std::{
     fs::{File, OpenOptions},
@@ -54,7 +54,7 @@ impl SegmentHead {
         bytes
     }
 
-    /// Returns `None` if this is not the head of a segment.
+    /// Returns `None` if the bytes are not the head of a segment.
     pub fn parse(bytes: &[u8; RECORDS_AT]) -> Option<Self> {
         let number = |at: usize| Some(u64::from_le_bytes(bytes[at..at + 8].try_into().ok()?));
         let head = Self {
@@ -87,8 +87,8 @@ pub(super) struct Segment {
     tail: AtomicUsize,
     /// The number of records filled so far.
     pub records: AtomicU64,
-    /// Whether writing the file to disk has failed. The kernel reports this only once: later calls succeed although
-    /// records may be missing on disk.
+    /// Whether writing the file to disk has failed. The kernel reports the failure only once: later calls succeed
+    /// although records may be missing on disk.
     is_broken: AtomicBool,
 }
 

@@ -66,7 +66,7 @@ impl Adopted {
     }
 }
 
-/// The segments of a directory, and the first error if any of them could not be opened.
+/// The segments of a directory, and the first error if a segment could not be opened.
 type Sources = (Vec<(Source, PathBuf)>, Option<io::Error>);
 
 fn sources(directory: &Path, writer: Writer) -> io::Result<Sources> {

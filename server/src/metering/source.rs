@@ -98,8 +98,8 @@ impl Source {
         let position = self.position.unwrap_or(self.cursor);
         let read = move || {
             let batch = scan::read(&file, &head, position, writer, max)?;
-            // The batch is also prepared on this thread, because that takes milliseconds and would delay requests on
-            // other threads.
+            // The batch is also prepared on this thread, because the preparation takes milliseconds and would delay
+            // requests on other threads.
             Ok((UsageBatch::new(batch.rows), batch.span))
         };
         tokio::task::spawn_blocking(read)
@@ -128,7 +128,7 @@ impl ShipError {
 #[derive(Debug)]
 pub(super) struct Context {
     pub db: Db,
-    /// Segments that are older than this and have no cursor are rejected.
+    /// Segments that are older than the retention and have no cursor are rejected.
     pub retention: Duration,
     pub metrics: Arc<Metrics>,
     pub host: String,

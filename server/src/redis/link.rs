@@ -119,7 +119,7 @@ impl Link {
         }
     }
 
-    /// Prevents further calls on this connection. The supervisor replaces it.
+    /// Prevents further calls on this connection. The supervisor replaces the connection.
     fn discard(&self) {
         let slot = &self.shared.slots[self.at];
         let mut live = slot.live.write();

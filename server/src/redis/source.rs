@@ -102,7 +102,7 @@ impl ServerSource {
     ) -> Result<(Connection, Option<Arc<str>>), ConnectError> {
         let limit = settings.connect_timeout;
         if let Self::Cluster(cluster) = self {
-            // Connecting to a cluster opens a connection to every known node, so it may take longer.
+            // Connecting to a cluster opens a connection to every known node, so the limit is longer.
             let limit = limit * SENTINEL_STEPS;
             let connection = timeout(limit, cluster.get_async_connection())
                 .await

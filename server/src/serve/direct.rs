@@ -29,7 +29,7 @@ use crate::plain_request::{DirectEndpoint, Parsed, parse};
 const FIRST_READ: usize = 2 * 1024;
 /// Larger buffers are not kept between requests.
 const KEPT_MAX: usize = 8 * 1024;
-/// Responses to pipelined requests are sent once they exceed this size, before the next request is handled.
+/// Once the responses to pipelined requests exceed this size, they are sent before the next request is handled.
 const OUTPUT_MAX: usize = 32 * 1024;
 /// The maximum number of parts in which a request may arrive. The request is parsed from the beginning each time a part
 /// arrives.
@@ -180,7 +180,7 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
         self.connection.shutdown() != Shutdown::None
     }
 
-    /// Responds to the complete requests in `bytes`. Returns their total length, and what follows them.
+    /// Responds to the complete requests in `bytes`. Returns the total length of these requests, and what follows them.
     async fn answer(
         &self,
         bytes: &[u8],

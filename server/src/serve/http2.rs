@@ -1,9 +1,9 @@
 //! Tracks which requests of an HTTP/2 connection are open, and which responses make progress, for the connection's
 //! deadlines.
 //!
-//! h2 immediately copies a small body into its own buffer, and does not report when the client reads it or cancels the
-//! request. So this module observes the frames between h2 and the socket. It does not validate the frames, since h2
-//! closes the connection if a frame is invalid.
+//! h2 immediately copies a small body into its own buffer, and does not report when the client reads the body or
+//! cancels the request. So this module observes the frames between h2 and the socket. It does not validate the frames,
+//! since h2 closes the connection if a frame is invalid.
 
 use super::CONCURRENT_STREAMS;
 
@@ -190,7 +190,8 @@ impl Requests {
         let Event::Ended(frame) = event else { return };
         match frame.kind {
             HEADERS | DATA if frame.has(END_STREAM) => {
-                // An empty frame is sent regardless of the client's window, so it does not show that the client reads.
+                // An empty frame is sent regardless of the client's window, so the frame does not show that the client
+                // reads.
                 if frame.kind == DATA && frame.length > 0 {
                     self.unread = None;
                 }
@@ -223,7 +224,7 @@ impl Requests {
     }
 
     /// Records that either side has reset a stream. A client can make the server reset a stream by violating the
-    /// protocol on it.
+    /// protocol on that stream.
     fn reset(&mut self, stream: u32) {
         let Some(index) = self.open.iter().position(|it| it.stream == stream) else {
             return;

@@ -61,11 +61,11 @@ const HEADER_BYTES: usize = 32 * 1024;
 const HEADER_FIELDS: usize = 100;
 /// The overhead per header field, as counted by HTTP/2 (RFC 9113, section 6.5.2).
 const FIELD: usize = 32;
-/// HTTP/2: how many bytes of a request body a client may send before they are read. The window is large enough for a
-/// body of the default size limit.
+/// HTTP/2: how many bytes of a request body a client may send before the server has read any of them. The window is
+/// large enough for a body of the default size limit.
 const STREAM_WINDOW: u32 = 64 * 1024;
-/// HTTP/2: how many bytes of request bodies a client may send on a connection before they are read. hyper's default
-/// would buffer 1 MiB.
+/// HTTP/2: how many bytes of request bodies a client may send on a connection before the server has read any of them.
+/// hyper's default would buffer 1 MiB.
 const CONNECTION_WINDOW: u32 = 128 * 1024;
 /// HTTP/2: how many bytes of a response may wait for the socket, per stream.
 const SEND_BUFFER: usize = 64 * 1024;
@@ -77,16 +77,16 @@ const CONCURRENT_STREAMS: u32 = 32;
 const BACKLOG: u32 = 4096;
 /// How long to pause after failing to accept a connection, for example because there are no free file descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
-/// No connections are accepted while more sockets than this are being closed to make room.
+/// No connections are accepted while more than this number of sockets are being closed to make room.
 const CLOSING: usize = 16;
 /// How long an HTTP/2 connection may take to close after a graceful shutdown has started.
 const GOODBYE: Duration = Duration::from_secs(5);
 
 /// An address that is reserved but does not accept connections yet.
 ///
-/// A server reserves its address early during startup, so that an occupied port is reported immediately, but listens
-/// only when it can respond. Until then, connections are refused, and load balancers try another server, even for POST
-/// requests.
+/// A server reserves its address early during startup, so that an occupied port is reported immediately. The server
+/// listens only when it can respond. Until then, connections are refused, and load balancers try another server, even
+/// for POST requests.
 #[derive(Debug)]
 pub struct BoundSocket(TcpSocket);
 
@@ -216,7 +216,7 @@ fn head_length<B>(connection: &Connection, request: &hyper::Request<B>) -> usize
     let fields = request.headers().iter();
     let fields = fields.map(|(name, value)| name.as_str().len() + value.len() + FIELD);
     let target = request.uri().path_and_query();
-    // The parts of a request share the memory of the frames they arrived in, and the frames are larger.
+    // The parts of a request share the memory of the frames in which they arrived, and the frames are larger.
     2 * (fields.sum::<usize>() + target.map_or(0, |target| target.as_str().len()))
 }
 

@@ -14,11 +14,11 @@
 //! anything cannot lock out other clients, no matter how many such clients there are.
 //!
 //! A connection counts toward the limit for its address, and toward a higher limit for its network, until a valid API
-//! key or service token is received on it. A gateway, or many clients behind one address, may therefore have as many
-//! connections as the total allows. At the limit for an address or network, a new connection replaces the oldest silent
-//! connection, the connection that has been idle the longest, or the oldest connection without a complete request.
-//! During its first second, a connection is not closed for this reason, because its request may be in transit. Instead,
-//! an address may have up to twice as many connections during that second.
+//! key or service token is received on the connection. A gateway, or many clients behind one address, may therefore
+//! have as many connections as the total allows. At the limit for an address or network, a new connection replaces the
+//! oldest silent connection, the connection that has been idle the longest, or the oldest connection without a complete
+//! request. During its first second, a connection is not closed for this reason, because its request may be in transit.
+//! Instead, an address may have up to twice as many connections during that second.
 //!
 //! The total memory used by requests on connections that have not authenticated is limited. Above that limit, the table
 //! closes the connections that use the most memory, starting with the address that uses the most in total.
@@ -103,7 +103,7 @@ struct Entry {
 }
 
 impl Entry {
-    /// Returns the time at which the connection became idle, if that is long enough ago to close it.
+    /// Returns the time at which the connection became idle, if that is long enough ago to close the connection.
     fn idle(&self, now: Instant) -> Option<Instant> {
         let since = self.connection.idle_since().filter(|_| !self.is_proxy)?;
         (now.saturating_duration_since(since) >= IDLE_ENOUGH).then_some(since)

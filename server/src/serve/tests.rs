@@ -629,7 +629,8 @@ mod http2 {
         );
     }
 
-    /// Periodically sends a new request and cancels the previous request. Returns how long the server allows this.
+    /// Periodically sends a new request and cancels the previous request. Returns how long the server allows this
+    /// behavior.
     async fn cancel_unread_responses(size: u32, path: &str) -> Duration {
         let (mut reader, mut writer) = connect().await.into_split();
         let began = time::Instant::now();

@@ -70,8 +70,8 @@ fn shorten(text: &str, max: usize) -> Cow<'_, str> {
 }
 
 impl AccessLine<'_> {
-    /// Appends the line as JSON, formatted by hand because this runs for every request. `second` is the time without
-    /// its fraction.
+    /// Appends the line as JSON, formatted by hand because the function runs for every request. `second` is the time
+    /// without its fraction.
     fn json(&self, second: &str, out: &mut Vec<u8>) -> io::Result<()> {
         let mut number = itoa::Buffer::new();
         let mut text = |parts: &[&str]| {

@@ -38,7 +38,7 @@ macro_rules! metrics {
             )+
             /// The time from receiving a key to the decision.
             pub decision_seconds: Latency,
-            /// The time from a change, on PostgreSQL's clock, until this replica applied it.
+            /// The time from a change, on PostgreSQL's clock, until this replica applied the change.
             pub invalidation_lag_seconds: Latency,
             pub public_connections: Arc<ConnectionMetrics>,
             pub metrics_connections: Arc<ConnectionMetrics>,

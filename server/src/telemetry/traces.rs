@@ -3,9 +3,9 @@
 //! A request is traced if a trusted proxy has decided to trace it. Without such a decision, a configured ratio of
 //! requests is traced.
 //!
-//! Spans that have ended wait in a bounded queue. A task sends them in batches (OTLP over HTTP, as protobuf). Spans that
-//! do not fit in the queue or that the collector does not accept are dropped and counted. So a slow or unreachable
-//! collector does not delay requests, and delays shutdown by at most two seconds.
+//! Spans that have ended wait in a bounded queue. A task sends the spans in batches (OTLP over HTTP, as protobuf).
+//! Spans that do not fit in the queue or that the collector does not accept are dropped and counted. So a slow or
+//! unreachable collector does not delay requests, and delays shutdown by at most two seconds.
 
 use std::time::Duration;
 
@@ -131,7 +131,7 @@ impl Traces {
     }
 
     /// Starts the span of a request, if the request is traced. `traceparent` is the header of that name
-    /// (<https://www.w3.org/TR/trace-context/>), if it comes from a trusted proxy.
+    /// (<https://www.w3.org/TR/trace-context/>), if the header comes from a trusted proxy.
     pub fn begin(&self, traceparent: Option<&str>) -> Option<Span> {
         let parent = match traceparent.map_or(Sampling::Undecided, Sampling::of) {
             Sampling::On(parent) => parent,

@@ -33,7 +33,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// A crash after this uptime resets the backoff.
 const SETTLED: Duration = Duration::from_mins(1);
 
-/// The log is rotated at startup if it is longer than this.
+/// If the log is longer than this size, it is rotated at startup.
 const LOG_LIMIT: u64 = 10 * 1024 * 1024;
 
 /// The guard and the other end of its pipe. The pipe is separate because waiting for a [`Child`] closes its standard
@@ -118,7 +118,8 @@ impl Cluster {
         }
     }
 
-    /// Stops a PostgreSQL instance that an earlier server left running on this cluster, and waits until it has exited.
+    /// Stops a PostgreSQL instance that an earlier server left running on this cluster, and waits until that instance
+    /// has exited.
     ///
     /// This process holds the lock of the data directory, so any PostgreSQL instance running there is an orphan. An
     /// orphan is recognized by its working directory, because PostgreSQL changes to the directory of its cluster. (By

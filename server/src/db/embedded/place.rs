@@ -84,7 +84,7 @@ impl Place {
             data_dir = %data_dir.display(),
             user = place.user_name(),
             cluster = %fallback.display(),
-            "PostgreSQL's user cannot access the data directory, so the data of the private PostgreSQL is outside it"
+            "PostgreSQL's user cannot access the data directory, so the data of the private PostgreSQL is in another directory"
         );
         let place = Self {
             cluster: fallback,
@@ -135,7 +135,7 @@ impl Place {
         self.user.as_ref().map_or("", |user| user.name.as_str())
     }
 
-    /// Checks that the database's user can enter `dir`. The mode bits alone do not determine this.
+    /// Checks that the database's user can enter `dir`. The mode bits alone do not determine whether the user can.
     pub(super) async fn check_reach(&self, dir: &Path) -> Result<(), EmbeddedError> {
         let Some(user) = &self.user else {
             return Ok(());
@@ -197,7 +197,7 @@ impl Place {
 
 /// Creates the data directory and returns its canonical path.
 pub(super) fn make_data_dir(data_dir: &Path) -> Result<PathBuf, EmbeddedError> {
-    // PostgreSQL runs as another user, who must be able to reach its directory inside the data directory.
+    // PostgreSQL runs as another user, who must be able to reach the cluster's directory inside the data directory.
     let mode = if geteuid().is_root() { 0o711 } else { 0o700 };
     make_dir(data_dir, mode).map_err(|error| EmbeddedError::NoDataDir {
         path: data_dir.to_owned(),
@@ -252,7 +252,7 @@ fn nameless(uid: Uid, gid: Gid) -> User {
     }
 }
 
-/// Returns a short name that is derived from a path and unique to it.
+/// Returns a short name that is derived from a path and unique to that path.
 fn short_name(path: &Path) -> String {
     let hash = digest::digest(&digest::SHA256, path.as_os_str().as_encoded_bytes());
     hash.as_ref()[..8]
@@ -292,7 +292,7 @@ pub(super) fn socket_dir(place: &Place) -> Result<PathBuf, EmbeddedError> {
     }
     tracing::info!(
         socket_dir = %dir.display(),
-        "the path of the data directory is too long for a socket, so the socket is outside it"
+        "the path of the data directory is too long for a socket, so the socket is in another directory"
     );
     Ok(dir)
 }

@@ -171,8 +171,8 @@ impl CircuitBreaker {
         }
     }
 
-    /// Records a call that failed or is late. Returns `true` if this opens the breaker; the caller must then start
-    /// probing.
+    /// Records a call that failed or is late. Returns `true` if the failure opens the breaker; the caller must then
+    /// start probing.
     pub(super) fn record_failure(&self, now: Monotonic) -> bool {
         let mut inner = self.inner.lock();
         inner.count(now, true);
@@ -187,7 +187,7 @@ impl CircuitBreaker {
 
     /// Opens the breaker if it is closed, because the counters start a new epoch at `start` or slightly later, and
     /// grant no tokens until then. From `start` on, this replica pauses: it allows no requests without the counters.
-    /// Like [`record_failure`](Self::record_failure), returns `true` if this opens the breaker.
+    /// Like [`record_failure`](Self::record_failure), returns `true` if the call opens the breaker.
     pub(super) fn open_for_new_epoch(&self, start: Monotonic, now: Monotonic) -> bool {
         let mut inner = self.inner.lock();
         let is_first = self.open(&mut inner, now);

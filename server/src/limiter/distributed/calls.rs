@@ -1,10 +1,10 @@
 //! Calls to the counters, and their outcomes.
 //!
-//! Calls run in separate tasks, so that a request can be canceled while it waits, a late response is still used, and no
-//! tokens are lost. All waiting requests for a key share one call, which requests all the tokens they need. Requests
-//! that arrive during a call get the tokens that the call's own requests do not need, or wait for the next call. The
-//! next call starts when the current call ends, is late, or has taken a small fraction of the time in which the bucket
-//! fills ([`Terms::pause`]).
+//! Calls run in separate tasks, so that a waiting request can be canceled, a late response is still used, and no tokens
+//! are lost. All waiting requests for a key share one call, which requests all the tokens that these requests need.
+//! Requests that arrive during a call get the tokens that the call's own requests do not need, or wait for the next
+//! call. The next call starts when the current call ends, is late, or has taken a small fraction of the time in which
+//! the bucket fills ([`Terms::pause`]).
 //!
 //! If a call fails, its requests are notified. If a call is late, its requests keep waiting. A request waits for at
 //! most two deadlines.
@@ -151,7 +151,8 @@ impl StoreCore {
         }
     }
 
-    /// Deletes the buckets of deleted keys. The call does not affect the breaker, because no request depends on it.
+    /// Deletes the buckets of deleted keys. The call does not affect the breaker, because no request depends on the
+    /// call.
     pub(super) async fn delete_buckets(
         &self,
         keys: &[(TenantId, ApiKeyId)],
@@ -194,7 +195,7 @@ impl StoreCore {
                     breaker.record_success(reply.at, now);
                 }
                 // A late response is not a promise: the epoch may already have started, and other calls may have been
-                // granted tokens in it.
+                // granted tokens in the new epoch.
                 if let BucketState::Initializing { wait: wait_us } = reply.state
                     && !late
                     && let wait = Duration::from_micros(wait_us)

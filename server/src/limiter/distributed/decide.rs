@@ -3,10 +3,10 @@
 //! Takes the cost from the quotas and the rate together, or from neither. While the counters are unavailable, applies
 //! the plan's fallback setting.
 //!
-//! With the counters, a denial names the rate as violated only if their last response shows that it is, or if the cost
-//! exceeds the burst. Without them, it is unknown whether the rate is exceeded: [`OnRedisFailure::Share`] denies
-//! without naming a policy, [`OnRedisFailure::Closed`] returns an error, and [`OnRedisFailure::Open`] names the rate if
-//! the request exceeds this replica's separate limit.
+//! With the counters, a denial names the rate as violated only if their last response shows that the rate is exceeded,
+//! or if the cost exceeds the burst. Without the counters, it is unknown whether the rate is exceeded:
+//! [`OnRedisFailure::Share`] denies without naming a policy, [`OnRedisFailure::Closed`] returns an error, and
+//! [`OnRedisFailure::Open`] names the rate if the request exceeds this replica's separate limit.
 
 use std::{
     num::{NonZeroU32, NonZeroU64},

@@ -114,7 +114,7 @@ async fn return_unspent(inner: Arc<StoreCore>, handle: Arc<KeyHandle>) {
     }
 }
 
-/// A call that takes tokens. However it ends, its requests are notified and the next call may begin.
+/// A call that takes tokens. When the call ends in any way, its requests are notified and the next call may begin.
 struct LeaseFetch {
     inner: Arc<StoreCore>,
     handle: Arc<KeyHandle>,
@@ -240,7 +240,7 @@ impl LeaseFetch {
     /// accumulate and are not fetched one by one. That time is too short for the bucket to fill up.
     ///
     /// The time is measured from the start of the call. The counters decide a little later, but the next call takes
-    /// just as long to reach them, so measuring from the response would count the time in transit twice.
+    /// just as long to reach the counters, so measuring from the response would count the time in transit twice.
     fn deny_while_low(&self, lease: &mut Lease, grant: Unspent, debt: Nanos, refused: Option<u64>) {
         let (call, ttl) = (&self.call, self.inner.ttl);
         // A debt above `tau` comes from another version of the plan and cannot be compared.

@@ -18,18 +18,18 @@
 //! idle key to one replica at the same time, the requests are allowed after at most two round trips to the counters.
 //!
 //! **Deadlines.** A call whose response is late counts as failed. A request waits for at most two deadlines: for the
-//! call in flight when it arrives and the next call, or for a late response. After that, the request is decided without
-//! the counters. A request also waits for at most two calls to the ledger. Its quota tokens are reserved before its
-//! rate tokens are taken, so that no rate tokens are taken for a request that the quota then denies. If the quota's
-//! window ends before the rate tokens arrive, the request starts over, unless the new window's tokens are available
-//! locally.
+//! call that is in flight when the request arrives and for the next call, or for a late response. After that, the
+//! request is decided without the counters. A request also waits for at most two calls to the ledger. Its quota tokens
+//! are reserved before its rate tokens are taken, so that no rate tokens are taken for a request that the quota then
+//! denies. If the quota's window ends before the rate tokens arrive, the request starts over, unless the new window's
+//! tokens are available locally.
 //!
 //! **While the counters are unavailable** ([`breaker`] decides when), a replica follows the plan's fallback setting.
-//! With `Share`, it uses a separate bucket of `burst / replicas` and `rate / replicas`, which starts *empty* shortly
-//! after the start of the outage. Together, all shares amount to one bucket that starts empty, so the shares and the
-//! tokens granted before the outage stay within the envelope. With `Open`, each replica enforces the whole limit in a
-//! separate bucket that starts full. With `Closed`, requests fail. A denial by a share does not name a violated policy,
-//! since it is unknown whether the limit itself was reached.
+//! With `Share`, the replica uses a separate bucket of `burst / replicas` and `rate / replicas`, which starts *empty*
+//! shortly after the start of the outage. Together, all shares amount to one bucket that starts empty, so the shares
+//! and the tokens granted before the outage stay within the envelope. With `Open`, each replica enforces the whole
+//! limit in a separate bucket that starts full. With `Closed`, requests fail. A denial by a share does not name a
+//! violated policy, since it is unknown whether the limit itself was reached.
 //!
 //! **When the counters are available again**, they do not know which requests were allowed without them, and may have
 //! lost their state. So after a loss of state, or an outage in which no replica got a response, the counters start a
@@ -41,15 +41,15 @@
 //!
 //! **Edits.** An edit does not change the number of missing tokens. If more tokens are missing than a smaller burst can
 //! hold, the rest is missing again when the burst is raised, less what would have refilled while the bucket was full. A
-//! bucket learns of an edit from the first request after it, without the time of the edit. So the bucket counts as
-//! having refilled at the lower of the two rates since the previous request. A bucket that has been idle for a minute
-//! plus twice the time until it was full is deleted, and counts as full under any plan. After a loss of state, raising
-//! the burst does not add more tokens than have refilled since then.
+//! bucket learns of an edit from the first request after the edit, without the time of the edit. So the bucket counts
+//! as having refilled at the lower of the two rates since the previous request. A bucket that has been idle for a
+//! minute plus twice the time until it was full is deleted, and counts as full under any plan. After a loss of state,
+//! raising the burst does not add more tokens than have refilled since then.
 //!
-//! **Not guaranteed.** While only some replicas have an outage, `Share` lets them allow their part `p` of the bucket in
-//! addition to what the counters grant: in total, at most `(1 + p) * (burst + rate * (T + ttl))`. `p` is the sum of
-//! their parts of the burst. Each part is a whole number of tokens, so with a burst of 1, one replica's part is the
-//! entire burst. The same can happen at the start of a new epoch, if one replica's first call fails while other
+//! **Not guaranteed.** While only some replicas have an outage, `Share` lets these replicas allow their part `p` of the
+//! bucket in addition to what the counters grant: in total, at most `(1 + p) * (burst + rate * (T + ttl))`. `p` is the
+//! sum of their parts of the burst. Each part is a whole number of tokens, so with a burst of 1, one replica's part is
+//! the entire burst. The same can happen at the start of a new epoch, if one replica's first call fails while other
 //! replicas' calls succeed. Additional requests cannot be allowed in an outage of all replicas, even if the outage is
 //! too short for some of them to detect: shares begin to fill only when the outage has either ended or been detected by
 //! all replicas. In a cluster, however, a replica that was not using a partition does not detect the partition's

@@ -13,7 +13,7 @@ use crate::{
     limiter::rate::counters::{BucketName, BucketState, CounterMicros, TakeCall},
 };
 
-/// The maximum interval between probes, and by how much it varies.
+/// The maximum interval between probes, and by how much the interval varies.
 const PROBE_EVERY: Duration = Duration::from_millis(250);
 const PROBE_JITTER: Duration = Duration::from_millis(50);
 /// The time from the last call to the next heartbeat: after a successful call, and after a failed call. These intervals
@@ -46,8 +46,8 @@ const FIRST_PROBE: Duration = CONFIRMED_EVERY
     .saturating_add(CALL_EVERY.saturating_mul(2))
     .saturating_add(TICK);
 
-/// See [`StoreCore::noticed_by_all`]. Response times are omitted here. They delay the second probe at least as much as
-/// they delay the detection.
+/// See [`StoreCore::noticed_by_all`]. Response times are omitted here. Response times delay the second probe at least
+/// as much as the detection.
 const _: () = assert!(
     5 * CALL_EVERY.as_millis()
         <= FIRST_PROBE.as_millis() + PROBE_DEADLINE.as_millis() + PROBE_EVERY.as_millis()
@@ -64,8 +64,8 @@ pub(super) fn first_probe(deadline: Duration) -> Duration {
 }
 
 /// Returns the time from a loss of state to the new epoch. All replicas that can reach the counters must learn of the
-/// epoch before it starts; a replica that does not would begin another epoch when it returns, and empty all buckets
-/// again.
+/// epoch before it starts; a replica that has not learned of the epoch would begin another epoch when it returns, and
+/// empty all buckets again.
 ///
 /// A replica whose call failed just before the loss detects the outage within one `deadline`. Its first probe follows
 /// after [`first_probe`], and arrives within another `deadline`. A replica that is probing already waits for
@@ -105,8 +105,8 @@ impl StoreCore {
 }
 
 /// Returns a call that takes no tokens and does not affect any key. The call does not report an outage of this replica,
-/// even if an outage begins before the call is sent. Only probes report outages: they are sent late enough that other
-/// replicas could have confirmed a response.
+/// even if an outage begins before the call is sent. Only probes report outages, because probes are sent late enough
+/// that other replicas could have confirmed a response.
 fn heartbeat_call(partition: u16, inner: &StoreCore) -> TakeCall {
     let breaker = &inner.breakers[usize::from(partition)];
     TakeCall {

@@ -1,5 +1,5 @@
--- Credits unspent tokens to one bucket, and then takes tokens from it: at least `need`, or none.
--- The script runs atomically and uses the clock of Redis.
+-- Credits unspent tokens to one bucket, and then takes tokens from that bucket: at least `need`, or none. The script
+-- runs atomically and uses the clock of Redis.
 --
 -- KEYS[1]  the bucket, a hash:
 --            at      when `debt` was computed, in microseconds of the Redis clock (TIME)
@@ -35,9 +35,9 @@
 -- **Granting.** Waiting requests are granted as many tokens as the bucket contains. A grant that includes tokens for
 -- later is at most half of what the bucket contains, so that callers near the limit leave some tokens for each other.
 --
--- **Crediting.** Returned tokens must never make the bucket fuller than if they had not been taken. If they had not
--- been taken, the debt would have been lower by `back * e` until it reached zero. After that, the bucket would have
--- been full and would have lost refill that it has in fact received. The lost refill is at most the time since the
+-- **Crediting.** Returned tokens must never make the bucket fuller than if the tokens had not been taken. If the tokens
+-- had not been taken, the debt would have been lower by `back * e` until it reached zero. After that, the bucket would
+-- have been full and would have lost refill that it has in fact received. The lost refill is at most the time since the
 -- tokens were taken, and at most the amount by which `back * e` exceeds the lowest debt since then:
 --
 --   credit = min(debt, back * e, max(back * e - (now - taken), lowest debt since a mark no later than `taken`))
@@ -61,7 +61,7 @@ local OUTDATED = 10000000
 -- counters yet: callers do so only after their second probe, at least 830 ms after they detect an outage. Responses
 -- that take up to 500 ms are still confirmed often enough.
 local CONNECTED = 800000
--- A confirmation is stored only if it is newer than the stored one by more than this many microseconds.
+-- A confirmation is stored only if it is newer than the stored confirmation by more than this many microseconds.
 local CONFIRMED = 50000
 -- 52 days in nanoseconds. Larger sums are not exact.
 local LARGEST = 2 ^ 52
@@ -80,8 +80,8 @@ local PROMISED = delay - 100000
 -- An unconfirmed start is postponed only once this many microseconds of the delay have passed. By then, a caller that
 -- received the start in time has confirmed it. Otherwise, callers could postpone each other's starts indefinitely.
 local KNOWN = math.max(50000, tonumber(ARGV[15]))
--- By this many microseconds after the start of an epoch, callers that were promised the epoch have received a response
--- and confirmed it. The confirmation requires two calls, each of which may take one deadline.
+-- By this many microseconds after the start of an epoch, callers that were promised the epoch have received and
+-- confirmed a response. The confirmation requires two calls, each of which may take one deadline.
 local SETTLED = 50000 + 3 * tonumber(ARGV[15])
 
 local function whole(number)
@@ -116,7 +116,7 @@ local returns_in_time = promised > 0 and start == promised and now - start < PRO
 local others_connected = (ok > outage and ok <= now and now - ok < CONNECTED) or (outage == 1 and ok == 0)
 local is_stranger = outage > 0 and start and start <= now and not returns_in_time and not others_connected
 -- Callers that were promised the epoch are about to confirm a response. If a caller with slow responses could begin
--- another epoch before that, it could keep all callers from recovering. So that caller has to call again.
+-- another epoch before that, this caller could keep all others from recovering. So that caller has to call again.
 local is_settling = is_stranger and epoch[4] == '1' and now - start < SETTLED
 if epoch[1] ~= run or not start or start > now + delay or (is_stranger and not is_settling) then
   start = now + delay

@@ -11,8 +11,8 @@ use crate::{
     },
 };
 
-/// A waiting request. Tokens fetched for the request are kept until the request has [reserved](Self::reserve) them.
-/// Reserved tokens stay reserved until they are spent or released. Dropping the guard releases reserved tokens.
+/// A waiting request. Tokens fetched for the request are kept until the request [reserves](Self::reserve) them. The
+/// reservation lasts until the tokens are spent or released. Dropping the guard releases reserved tokens.
 pub(in crate::limiter) struct DemandGuard<'a> {
     calls: &'a Arc<LedgerCalls>,
     handle: &'a Arc<KeyHandle>,
@@ -48,8 +48,8 @@ impl<'a> DemandGuard<'a> {
         self.reserved.is_some()
     }
 
-    /// Spends the reserved tokens. If their window has ended, releases them and tries to spend tokens of the current
-    /// window. Returns whether tokens were spent.
+    /// Spends the reserved tokens. If the window of these tokens has ended, releases them and tries to spend tokens of
+    /// the current window. Returns whether tokens were spent.
     pub(in crate::limiter) fn spend(&mut self, state: &mut KeyState, now: UnixNanos) -> bool {
         let Some(reserved) = self.reserved.take() else {
             return state.spend_quotas(self.cost, now);

@@ -22,7 +22,7 @@ use crate::{
 const TAKES: usize = 50;
 /// The maximum number of rows per batch of returns.
 const RETURNS: usize = 1000;
-/// A second worker for returns starts if more rows than this are waiting.
+/// If more rows than this number are waiting, a second worker for returns starts.
 const RETURNS_FOR_ONE: usize = 2 * RETURNS;
 
 /// The initial and the maximum pause after a failed return.
@@ -43,7 +43,7 @@ impl LedgerCalls {
             is_missing
         };
         // The lock must be released first: a runtime that is shutting down drops the worker immediately, and dropping
-        // it takes the lock.
+        // the worker takes the lock.
         if is_missing {
             runtime.spawn(return_all(Worker::new(self, Role::Returner)));
         }

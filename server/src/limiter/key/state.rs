@@ -25,7 +25,7 @@ use crate::{
 /// The state of one key.
 #[derive(Debug)]
 pub(in crate::limiter) struct KeyState {
-    /// Fingerprint of the policies that were last applied to this state; zero if none were applied.
+    /// Fingerprint of the policies that were last applied to this state; zero if no policies have been applied.
     fingerprint: u64,
     /// The time zone of days and months.
     zone: Zone,
@@ -40,7 +40,7 @@ pub(in crate::limiter) struct KeyState {
     pub(in crate::limiter) lease: Option<Box<Lease>>,
     daily: Block,
     monthly: Block,
-    /// The total cost of requests that wait for quota tokens, except requests that have reserved them.
+    /// The total cost of requests that wait for quota tokens, except requests that have reserved these tokens.
     pub(in crate::limiter) waited_for: u64,
     /// An upper bound for the largest cost among these requests.
     largest_wait: u64,
@@ -173,7 +173,7 @@ impl KeyState {
         &self.zone
     }
 
-    /// Takes `cost` from the local bucket and every quota, or from none of them. Call
+    /// Takes `cost` from the local bucket and every quota, or takes nothing. Call
     /// [`apply_policies`](Self::apply_policies) with `now` first.
     pub(in crate::limiter) fn step(
         &mut self,
@@ -295,8 +295,8 @@ impl KeyState {
         }
     }
 
-    /// Returns whether a waiting request may have to be denied: the quotas have too few tokens for it, even if all
-    /// reserved tokens are released.
+    /// Returns whether a waiting request may have to be denied: the quotas have too few tokens for the request, even if
+    /// all reserved tokens are released.
     pub(in crate::limiter) fn may_deny_waiting(&self) -> bool {
         [&self.daily, &self.monthly].iter().any(|block| {
             let status = block.status(self.largest_wait);
@@ -416,7 +416,7 @@ impl KeyState {
         self.monthly.tidy(self.waited_for);
     }
 
-    /// Returns whether this state is equivalent to a new key's.
+    /// Returns whether this state is equivalent to the state of a new key.
     pub(in crate::limiter) fn is_forgettable(&self, now: UnixNanos, monotonic: Monotonic) -> bool {
         self.tat.saturating_add(self.beyond) <= now
             && self

@@ -206,7 +206,7 @@ impl KeyTable {
         });
     }
 
-    /// Locks a key's state and applies the policies and the current time to it. Also returns the time.
+    /// Locks a key's state, and applies the policies and the current time to the state. Also returns the time.
     #[inline]
     pub(in crate::limiter) fn current<'a>(
         &self,
@@ -214,8 +214,8 @@ impl KeyTable {
         policies: &Policies,
     ) -> (MutexGuard<'a, KeyState>, UnixNanos) {
         let mut state = handle.state.lock();
-        // The time is read under the lock, so that it does not decrease from one decision to the next. If a thread read
-        // the time and then waited for the lock, the clock would seem to have been set back.
+        // The time is read under the lock, so that the time does not decrease from one decision to the next. If a
+        // thread read the time and then waited for the lock, the clock would seem to have been set back.
         let now = self.clock.now();
         state.apply_policies(policies, now, self.membership.replica_count());
         (state, now)
@@ -235,7 +235,8 @@ impl KeyTable {
             && let Some(needs) = state.pending_refills(decision, decision.at)
         {
             for (policy, need) in [Policy::Daily, Policy::Monthly].into_iter().zip(needs) {
-                // Waiting requests fetch everything they need. A separate, smaller call would delay them.
+                // Waiting requests fetch everything that they need. A separate, smaller call would delay these
+                // requests.
                 if let Some(need) = need
                     && (need != Need::Ahead || state.waited_for == 0)
                 {

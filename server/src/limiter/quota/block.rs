@@ -1,8 +1,8 @@
 //! Blocks of quota tokens that the ledger grants.
 //!
-//! The ledger counts the tokens of a block as used when it grants them, so spending them does not need another call. A
-//! crash can strand a block, but its tokens are never spent twice. Tokens that requests are waiting for are fetched in
-//! one call, regardless of the block size, since they are spent immediately.
+//! When the ledger grants a block, it counts the block's tokens as used, so spending the tokens does not need another
+//! call. A crash can strand a block, but its tokens are never spent twice. Tokens that requests are waiting for are
+//! fetched in one call, regardless of the block size, since they are spent immediately.
 //!
 //! This module contains the rules for one key's block of one policy: its size, when to fetch more tokens, which window
 //! the block belongs to, and which tokens to return when the plan or the time zone changes. This module does not depend
@@ -261,8 +261,8 @@ impl Block {
     }
 
     /// Switches to the window that contains `now`. `calendar` is the day or month that contains `now`. Tokens from the
-    /// old window are owed to that window: it may not have ended (if the clock was set back), and if it has, returning
-    /// the tokens makes its row show the actual usage.
+    /// old window are owed to that window: that window may not have ended (if the clock was set back), and if it has,
+    /// returning the tokens makes its row show the actual usage.
     pub(in crate::limiter) fn enter(&mut self, calendar: Window, now: UnixNanos) {
         let before = (self.known && self.used > self.held).then_some(self.window);
         self.surrender();
@@ -369,7 +369,7 @@ impl Block {
         (self.limit != 0).then_some(self.quota)
     }
 
-    /// Returns the remaining quota. Until the ledger has responded, this is the entire quota.
+    /// Returns the remaining quota. Until the ledger has responded, the entire quota counts as remaining.
     pub(in crate::limiter) fn remaining(&self) -> u64 {
         self.quota
             .saturating_sub(self.used.saturating_sub(self.held))

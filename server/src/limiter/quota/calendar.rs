@@ -440,8 +440,8 @@ mod tests {
                     let window = window(policy, &zone, now);
                     assert_eq!(window.start, now, "{name}: a gap or an overlap");
                     assert!(window.end > window.start && window.end.0 - window.start.0 <= longest);
-                    // The window begins with its date, and the nanosecond before it has an earlier date. Later instants
-                    // cannot be checked: if midnight occurs twice, the old date applies again.
+                    // The window's first instant has the window's date, and the nanosecond before has an earlier date.
+                    // Later instants cannot be checked: if midnight occurs twice, the old date applies again.
                     let unit = |at: DateTime| match policy {
                         Policy::Monthly => at.date().first_of_month(),
                         _ => at.date(),

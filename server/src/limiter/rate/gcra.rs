@@ -2,7 +2,7 @@
 //!
 //! A token bucket is represented by one number, the *theoretical arrival time* (TAT), at which the bucket will be full
 //! again. One token is worth one emission interval, and an empty bucket is `burst` intervals from full. All functions
-//! depend only on this number and their arguments, so a store in memory and a script in Redis make the same decisions.
+//! depend only on the TAT and their arguments, so a store in memory and a script in Redis make the same decisions.
 //!
 //! Two properties hold. *Never above the limit*: the emission interval is rounded up, so the rate is `rpm` or slightly
 //! less (by at most 1 in 1,000, and only near 60,000,000 per minute). *No lockout when the clock is set back*: a TAT
@@ -20,8 +20,8 @@ use crate::{
 
 const MINUTE: Nanos = Nanos::from_secs(60);
 
-/// The maximum tau: 73 years. Only extreme bursts exceed it. Such bursts are capped, so that no sum in this module
-/// overflows before the year 2480.
+/// The maximum tau: 73 years. Only extreme bursts exceed this maximum. These bursts are capped, so that no sum in this
+/// module overflows before the year 2480.
 const TAU_MAX: Nanos = Nanos(1 << 61);
 
 /// The parameters of a bucket.
@@ -44,7 +44,7 @@ pub struct Level<T> {
 /// Whether a bucket contains enough tokens for a cost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict<T> {
-    /// The bucket has enough tokens. Taking them results in this TAT.
+    /// The bucket has enough tokens. Taking the tokens results in this TAT.
     Fits { tat: T },
     /// The bucket will have enough tokens after exactly `wait` nanoseconds if no other tokens are taken.
     Wait { wait: NonZeroU64 },

@@ -259,8 +259,8 @@ async fn draining_returns_the_rest() {
     assert_eq!(world.ledger.used(), [5]);
 }
 
-/// Two requests have reserved the last tokens, and a third request waits for both. When one of them spends its tokens,
-/// the third request is denied without waiting for the other.
+/// Two requests have reserved the last tokens, and a third request waits for both. When the first request spends its
+/// tokens, the third request is denied without waiting for the second.
 #[tokio::test]
 async fn request_that_can_no_longer_get_enough_tokens_stops_waiting() {
     let world = World::new(2);
@@ -328,8 +328,8 @@ async fn request_at_the_end_of_a_month_is_charged_if_and_only_if_it_is_allowed()
     }
 }
 
-/// The tables of keys and of tenants share connections. Together, they never make more ledger calls at once than there
-/// are connections, and a call of one table does not wait until the other table is idle.
+/// The tables of keys and of tenants share connections. Together, the tables never make more concurrent ledger calls
+/// than there are connections, and a call of one table does not wait until the other table is idle.
 #[tokio::test(start_paused = true)]
 async fn key_tables_share_the_connections_to_the_ledger() {
     const KEYS: u32 = 3000;

@@ -240,7 +240,7 @@ async fn finish_waits_for_the_last_connection() {
     finishing.await.unwrap();
 }
 
-/// Two addresses in the same network and one outside it, with the limit of that network.
+/// Two addresses in the same network and one address outside the network, with the limit of that network.
 const NETWORKS: [([&str; 3], usize); 3] = [
     (["203.0.113.1", "203.0.113.200", "203.0.112.1"], 3),
     (

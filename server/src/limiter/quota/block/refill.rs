@@ -44,7 +44,7 @@ impl Block {
         !self.fetching && self.is_due(now)
     }
 
-    /// Returns the ledger's last error while it is too early to retry.
+    /// Returns the ledger's last error if it is too early to retry.
     pub(in crate::limiter) fn cooling(&self, now: UnixNanos) -> Option<LedgerError> {
         self.failure
             .as_ref()
@@ -85,14 +85,14 @@ impl Block {
         let left = self.quota.saturating_sub(self.used);
         let want = match need {
             _ if self.limit == 0 => 0,
-            // Tokens for waiting requests are fetched in full, since they are spent immediately, but not before the
-            // ledger has reported how many are left.
+            // Tokens for waiting requests are fetched in full, since they are spent immediately, but only after the
+            // ledger has reported how many tokens are left.
             Need::Cost(cost) if self.known => size.max(cost).saturating_sub(self.held).min(left),
             Need::Cost(_) | Need::Ahead => size.saturating_sub(self.held).min(left),
             Need::Again => size.saturating_sub(self.held).max(1),
         };
-        // Owed tokens are returned first, so that `used` does not include them, and so that a window without usage can
-        // be replaced with one in another time zone.
+        // Owed tokens are returned first, so that `used` does not include these tokens, and so that a window without
+        // usage can be replaced with a window in another time zone.
         let give_back: Vec<_> = self
             .owed
             .extract_if(.., |(window, _)| now < window.end)
