@@ -280,8 +280,7 @@ settings! {
     stripe_secret_key_file: "STRIPE_SECRET_KEY_FILE", "", "PATH";
 
     /// The signing secret of the Stripe webhook endpoint, which starts with `whsec_`. During a rotation, set both
-    /// secrets, separated by a comma. If STRIPE_SECRET_KEY is set, every command except `quota billing` requires this
-    /// setting.
+    /// secrets, separated by a comma. If STRIPE_SECRET_KEY is set, `quota serve` requires this setting.
     stripe_webhook_secret: "STRIPE_WEBHOOK_SECRET", "", "SECRET", hide_env_values = true;
 
     /// A file that contains STRIPE_WEBHOOK_SECRET. Set either this variable or STRIPE_WEBHOOK_SECRET.
