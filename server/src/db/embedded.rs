@@ -1,7 +1,7 @@
 //! The embedded PostgreSQL: a private server in the data directory, used if `DATABASE_URL` is not set.
 //!
-//! Owns the cluster's files, the server process and its restarts. Provides a URL, and does not depend on tables,
-//! migrations or pools.
+//! This module owns the cluster's files, the server process and its restarts. It provides a URL, and does not depend on
+//! tables, migrations or pools.
 //!
 //! * `initdb` creates the cluster at the first startup, in a temporary directory that is renamed when it is complete.
 //! * PostgreSQL listens only on a Unix socket, in a directory that only its user can access.

@@ -238,12 +238,18 @@ mod tests {
         ] {
             assert!(recent.unchanged(&all, seq - 1));
             assert!(recent.polled(&invalidation(seq, target)));
-            assert!(!recent.polled(&invalidation(seq, target)), "read twice");
+            assert!(
+                !recent.polled(&invalidation(seq, target)),
+                "the change was already polled"
+            );
             assert!(!recent.unchanged(&all, seq - 1));
             assert!(recent.unchanged(&all, seq));
         }
         recent.polled(&of_key(8, 9));
-        assert!(recent.unchanged(&all, 7), "a change to something else");
+        assert!(
+            recent.unchanged(&all, 7),
+            "the change affects another resource"
+        );
     }
 
     #[test]
@@ -251,7 +257,10 @@ mod tests {
         let recent = Recent::default();
         recent.begin(&[], "history");
         assert!(recent.announced(&of_key(2, 1)));
-        assert!(!recent.announced(&of_key(2, 1)), "sent twice");
+        assert!(
+            !recent.announced(&of_key(2, 1)),
+            "the change was already announced"
+        );
         assert!(!recent.unchanged(&[key(1)], 1));
         assert!(recent.unchanged(&[key(1)], 2), "read after the change");
         assert!(recent.unchanged(&[key(2)], 1));
@@ -260,7 +269,10 @@ mod tests {
         assert!(recent.announced(&of_key(1, 2)));
         assert!(!recent.unchanged(&[key(2)], 0));
         assert!(!recent.polled(&of_key(1, 2)) && !recent.polled(&of_key(2, 1)));
-        assert!(!recent.announced(&of_key(2, 1)), "polled already");
+        assert!(
+            !recent.announced(&of_key(2, 1)),
+            "the change was already polled, so it is not new"
+        );
         assert!(!recent.unchanged(&[key(1)], 1));
         assert!(recent.unchanged(&[key(1)], 2));
     }

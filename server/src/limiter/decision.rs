@@ -1,6 +1,6 @@
 //! A decision: whether a request is allowed or denied, by which policies, and when a denied request may be retried.
 //!
-//! Contains everything that response headers and bodies report, but does not depend on HTTP.
+//! A decision contains everything that response headers and bodies report, but this module does not depend on HTTP.
 
 use std::num::{NonZeroU32, NonZeroU64};
 

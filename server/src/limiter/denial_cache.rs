@@ -12,7 +12,7 @@
 //! The local store keeps its state in the same handle, so a cache in front of the local store would only add cost. The
 //! limiter skips the cache if [`LimitStore::is_local`].
 //!
-//! Uses monotonic time, so that setting the system clock back does not lock out any key.
+//! The cache uses monotonic time, so that setting the system clock back does not lock out any key.
 //!
 //! [`LimitStore::is_local`]: super::store::LimitStore::is_local
 

@@ -317,7 +317,7 @@ mod tests {
                         replicas[i].counting = Some((now, now + takes, slot));
                     }
                 }
-                // A replica that stops abandons its count.
+                // A replica that stops abandons a count in progress.
                 replicas.retain(|it| it.stops > now);
                 let acting: Vec<ReplicaSlot> = replicas
                     .iter()

@@ -1,10 +1,10 @@
 //! Decides whether a key may make a request now.
 //!
-//! Owns rates, calendar quotas and their usage. Does not depend on HTTP, SQL or secrets: the caller passes a key's
-//! handle and policies, both from the key's cached record, and gets a [`Decision`]. If the quota ledger fails, only
-//! keys with calendar quotas (their own or their tenant's) are affected: these keys spend the tokens that are available
-//! locally, and then their requests get an error. No request is ever allowed unless its cost has been taken from each
-//! policy.
+//! This module owns rates, calendar quotas and their usage. It does not depend on HTTP, SQL or secrets: the caller
+//! passes a key's handle and policies, both from the key's cached record, and gets a [`Decision`]. If the quota ledger
+//! fails, only keys with calendar quotas (their own or their tenant's) are affected: these keys spend the tokens that
+//! are available locally, and then their requests get an error. No request is ever allowed unless its cost has been
+//! taken from each policy.
 //!
 //! ```text
 //! local tokens -> denial cache (remote stores only) -> store (all policies, or none) -> decision

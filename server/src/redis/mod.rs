@@ -1,7 +1,7 @@
 //! Redis: supervised connections, calls with deadlines, and messages.
 //!
-//! Owns the connections to Redis: one server, the master that Sentinel reports, or a cluster. Valkey works the same
-//! way. Does not depend on what Redis stores.
+//! This module owns the connections to Redis: one server, the master that Sentinel reports, or a cluster. Valkey works
+//! the same way. The module does not depend on what Redis stores.
 //!
 //! There are `QUOTA_REDIS_CONNECTIONS` connections. Each one is multiplexed and has a [`supervisor`]. A call never
 //! waits for a connection: if there is none, the call fails immediately with [`CallError::NotConnected`]. A failed call

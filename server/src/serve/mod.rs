@@ -288,7 +288,7 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
                     slot: &slot,
                 };
                 // Boxed because the future contains a whole decision. Otherwise, every connection would reserve memory
-                // for one.
+                // for a decision.
                 let mut served = Box::pin(direct.serve(stream, &lent, http.as_mut()));
                 // The future completes by itself when the connection is shut down.
                 let end = self.supervise(&connection, served.as_mut(), |_| {}).await;

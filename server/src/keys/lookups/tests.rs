@@ -90,7 +90,11 @@ async fn one_connection_is_reserved_for_known_secrets() {
     assert_eq!(it.statements.lock().len(), 2);
     it.find(10, None);
     tokio::task::yield_now().await;
-    assert_eq!(*it.statements.lock(), [1, 1, 1], "it alone");
+    assert_eq!(
+        *it.statements.lock(),
+        [1, 1, 1],
+        "the known secret is looked up separately"
+    );
 }
 
 #[tokio::test(start_paused = true)]

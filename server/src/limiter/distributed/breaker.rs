@@ -1,7 +1,7 @@
 //! The circuit breaker for a partition of the shared counters.
 //!
-//! Decides when an outage begins, and records the latest time received from the counters. The store sends the probes,
-//! and closes the breaker when one succeeds.
+//! The breaker decides when an outage begins, and records the latest time received from the counters. The store sends
+//! the probes, and closes the breaker when one succeeds.
 
 use std::{
     sync::atomic::{AtomicBool, AtomicU64, Ordering},

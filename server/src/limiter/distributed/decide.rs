@@ -1,7 +1,7 @@
 //! Makes a decision: with local tokens, with a call to the counters, or without the counters.
 //!
-//! Takes the cost from the quotas and the rate together, or from neither. While the counters are unavailable, applies
-//! the plan's fallback setting.
+//! The cost is taken from the quotas and the rate together, or from neither. While the counters are unavailable, the
+//! plan's fallback setting applies.
 //!
 //! With the counters, a denial names the rate as violated only if their last response shows that the rate is exceeded,
 //! or if the cost exceeds the burst. Without the counters, it is unknown whether the rate is exceeded:

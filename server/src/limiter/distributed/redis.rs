@@ -1,8 +1,8 @@
 //! The shared counters in Redis.
 //!
-//! Contains the script (`take.lua`, which documents its arguments), the names of the Redis keys, and the initial state
-//! of a new deployment. If Redis is not connected, every call fails immediately; if Redis does not respond, calls fail
-//! after [`CALL_DEADLINE`], or after `QUOTA_REDIS_TIMEOUT` if that is longer.
+//! This module contains the script (`take.lua`, which documents its arguments), the names of the Redis keys, and the
+//! initial state of a new deployment. If Redis is not connected, every call fails immediately; if Redis does not
+//! respond, calls fail after [`CALL_DEADLINE`], or after `QUOTA_REDIS_TIMEOUT` if that is longer.
 //!
 //! | key | value |
 //! |---|---|

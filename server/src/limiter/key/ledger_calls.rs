@@ -1,8 +1,8 @@
 //! Calls to the quota ledger: batched, limited in number, and retried where that is safe.
 //!
 //! Calls that arrive while all workers are busy share the next batch, so a thousand keys whose day begins at the same
-//! time need only a few transactions on a few connections. The block is notified of the end of a call in every case,
-//! even if the call panics or the runtime shuts down.
+//! time need only a few transactions on a few connections. Every call notifies its block when it ends, even if the call
+//! panics or the runtime shuts down.
 //!
 //! Takes are not retried: if one fails or is abandoned after the ledger has granted tokens, the tokens are lost until
 //! their window ends. Tokens to be returned are kept until the ledger has confirmed the return. A batch is retried with

@@ -1,7 +1,7 @@
 //! The state of one key on this replica: its bucket or lease, and its blocks of calendar quotas.
 //!
-//! Contains everything that a decision reads and changes under the key's lock, for every store. Does not read clocks,
-//! start tasks or make calls: it reports missing blocks to the store, which fetches them.
+//! The state contains everything that a decision reads and changes under the key's lock, for every store. This module
+//! does not read clocks, start tasks or make calls. It reports missing blocks to the store, which fetches them.
 
 use std::num::{NonZeroU32, NonZeroU64};
 

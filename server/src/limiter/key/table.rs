@@ -1,8 +1,8 @@
 //! The table of all keys on this replica.
 //!
-//! Used by every store. Owns the handles, prunes them, and fetches missing blocks. The ledger is a trait, so this
-//! module does not depend on SQL. If the ledger is slow or fails, keys without calendar quotas are not affected; keys
-//! with quotas spend their blocks and then get [`LimiterError::LedgerUnavailable`].
+//! Every store uses this table. It owns the handles, prunes them, and fetches missing blocks. The ledger is a trait, so
+//! this module does not depend on SQL. If the ledger is slow or fails, keys without calendar quotas are not affected;
+//! keys with quotas spend their blocks and then get [`LimiterError::LedgerUnavailable`].
 //!
 //! A handle has one lock, which is held briefly, instead of several atomics. All policies are decided together: with
 //! several atomics, a request could be denied because of tokens that another denied request is about to return.

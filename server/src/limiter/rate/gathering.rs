@@ -118,8 +118,16 @@ mod tests {
 
     #[test]
     fn it_waits_no_longer_if_the_last_call_says_nothing_about_others() {
-        assert_eq!(after(201, grant(1000, 5, 1), 1000), 50, "long ago");
-        assert_eq!(after(50, grant(1000, 5, 2), 1000), 50, "another generation");
+        assert_eq!(
+            after(201, grant(1000, 5, 1), 1000),
+            50,
+            "the last call was long ago"
+        );
+        assert_eq!(
+            after(50, grant(1000, 5, 2), 1000),
+            50,
+            "the generation has changed"
+        );
         let mut gathering = Gathering::default();
         gathering.pause(gcra(1000), TTL, grant(1000, 10, 1), EMPTY);
         let some = gcra(1000).emission();
