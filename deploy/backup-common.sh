@@ -121,7 +121,7 @@ restore_usage() {
     replica=$("${compose[@]}" ps --all --quiet quota | head -1)
     archive=$(mktemp)
     cat > "$archive"
-    # Files of the same name and size. A file that is smaller was copied only in part.
+    # Skip files with the same name and size. A smaller existing file was copied only in part, so replace it.
     local existing archived
     existing=$({ docker cp "$replica:/var/lib/quota/usage" - 2> /dev/null || true; } | list_files)
     archived=$(list_files < "$archive")
@@ -146,13 +146,13 @@ list_files() {
 # when it is complete.
 merge_usage() {
   local segment target
-  # Left behind by interrupted runs.
+  # Delete directories that interrupted runs left behind.
   rm -rf "$QUOTA_DATA_DIR"/restore.??????
   unpacked=$(mktemp --directory "$QUOTA_DATA_DIR/restore.XXXXXX")
   trap 'rm -rf "$unpacked"' EXIT
   tar --extract --sparse --no-same-owner --directory "$unpacked"
   for segment in "$unpacked"/usage/*/*; do
-    # Earlier versions wrote the last two.
+    # Earlier versions wrote files that match the last two patterns.
     case $segment in *.segment | */rejected/* | *.refused | */refused/*) ;; *) continue ;; esac
     target=$QUOTA_DATA_DIR/${segment#"$unpacked/"}
     [ ! -e "$target" ] || continue

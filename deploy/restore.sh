@@ -51,7 +51,7 @@ BEGIN
 END \$\$"
 # Usage first: until the database is restored, this can be repeated.
 restore_usage < "$backup/usage.tar"
-# All or nothing.
+# Restore everything or nothing.
 postgres pg_restore --single-transaction --exit-on-error --no-owner < "$backup/quota.dump"
 # Without this setting, ANALYZE warns about system tables that only a superuser may analyze.
 query "SET client_min_messages = error; ANALYZE"

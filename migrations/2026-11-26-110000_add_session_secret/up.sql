@@ -1,5 +1,5 @@
--- Nullable and without a default: the previous version inserts sessions without it, and keeps refreshing those that
--- have one.
+-- Nullable and without a default: the previous version inserts sessions without this column, and keeps refreshing
+-- sessions that have a value in it.
 ALTER TABLE sessions ADD COLUMN secret_id bytea;
 -- NOT VALID: every existing row is NULL, and checking them would read the table under an exclusive lock.
 ALTER TABLE sessions

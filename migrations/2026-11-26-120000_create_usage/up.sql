@@ -50,11 +50,12 @@ COMMENT ON TABLE usage_tenants IS 'The last position in each tenant''s log';
 COMMENT ON COLUMN usage_tenants.last_seq IS
     'The last number in usage_log.seq. Its row is locked until the rows with the new numbers are committed, so a reader who has read up to a number has missed none before it';
 
--- Rollups ---------------------------------------------------------------------------------------------- A row is about
--- one key or all, one endpoint or all, one plan or all; the other rows with the same start count the same requests
--- again. The zero UUID stands for all keys or plans, E'\x01' for all endpoints, and E'\x02' for those above the limit
--- of endpoints: names of endpoints have no control characters. All rows of a key have the same plan. The endpoint comes
--- first in the primary key, so that all keys are next to each other. The endpoints of a key are in usage_endpoints.
+-- Rollups ----------------------------------------------------------------------------------------------
+-- Each row counts requests with one key or all keys, to one endpoint or all endpoints, and on one plan or all plans, so
+-- several rows with the same start count the same request. The zero UUID stands for all keys or plans, E'\x01' for all
+-- endpoints, and E'\x02' for the endpoints above the limit: names of endpoints have no control characters. All rows of
+-- a key have the same plan. The endpoint comes first in the primary key, so that all keys are next to each other. The
+-- endpoints of a key are in usage_endpoints.
 
 CREATE TABLE usage_quarters (
     tenant_id uuid NOT NULL,

@@ -1,6 +1,7 @@
--- Bounds the work for alerts, webhooks and email, so that no tenant delays those of others.
+-- Bounds the work for alerts, webhooks and email, so that no tenant delays the alerts, webhooks and emails of others.
 --
--- A previous version that is still running deletes no deliveries with their webhook. This version deletes them later.
+-- While the previous version is still running, it does not delete the deliveries of a webhook that it deletes. This
+-- version deletes such deliveries later.
 
 ALTER TABLE quota_alert_progress
     ADD COLUMN until_seq bigint,

@@ -1,4 +1,4 @@
--- The Stripe account of the customers, so that a secret key of another account ends no access.
+-- The Stripe account of the customers, so that a secret key of another account does not end any access.
 
 CREATE TABLE billing_stripe_account (
     is_only boolean NOT NULL DEFAULT true,

@@ -1,5 +1,5 @@
--- Cursors of old segments are deleted. If the log is kept for longer afterwards, their segments must not be shipped a
--- second time.
+-- Cursors of old segments are deleted. If the retention period of the log is extended later, these segments must not be
+-- shipped a second time.
 CREATE TABLE usage_forgotten_segments (
     is_only_row boolean NOT NULL DEFAULT true,
     started_at timestamptz NOT NULL,

@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn it_says_how_it_ended_and_what_it_printed() {
+    async fn a_process_reports_its_exit_status_and_its_output() {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("out");
         let mut command = shell("echo \"$GREETING\"; exit 3");
@@ -139,10 +139,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn it_ends_with_the_value() {
+    async fn the_process_ends_when_the_value_is_dropped() {
         let process = Process::start(&shell("exec sleep 60"), Path::new("/dev/null")).unwrap();
         let pid = process.pid();
-        kill(pid, None).expect("it runs");
+        kill(pid, None).expect("the process is running");
         drop(process);
         assert!(kill(pid, None).is_err(), "it is gone");
     }

@@ -83,7 +83,7 @@ impl FaultProxy {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
             .await
             .expect("a free port");
-        let addr = listener.local_addr().expect("it is bound");
+        let addr = listener.local_addr().expect("the socket is bound");
         let control = Arc::new(Control::default());
         let accepting = tokio::spawn(accept(listener, upstream, Arc::clone(&control)));
         Self {
@@ -108,7 +108,7 @@ impl FaultProxy {
                 let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
                     .await
                     .expect("a free port");
-                let _ = tell.send(listener.local_addr().expect("it is bound"));
+                let _ = tell.send(listener.local_addr().expect("the socket is bound"));
                 tokio::select! {
                     () = accept(listener, upstream, theirs) => {}
                     _ = stopped => {}
@@ -304,7 +304,7 @@ mod tests {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
             .await
             .expect("a free port");
-        let addr = listener.local_addr().expect("it is bound");
+        let addr = listener.local_addr().expect("the socket is bound");
         tokio::spawn(async move {
             while let Ok((mut stream, _)) = listener.accept().await {
                 tokio::spawn(async move {
@@ -334,9 +334,11 @@ mod tests {
     #[tokio::test]
     async fn each_fault_does_what_it_says_and_passes() {
         let proxy = FaultProxy::start(Upstream::Tcp(echo().await)).await;
-        let mut stream = TcpStream::connect(proxy.addr()).await.expect("it listens");
+        let mut stream = TcpStream::connect(proxy.addr())
+            .await
+            .expect("the server listens");
         let answer = ping(&mut stream, LONG).await.expect("in time");
-        assert_eq!(answer.expect("it passes"), "ping");
+        assert_eq!(answer.expect("the data is forwarded"), "ping");
 
         proxy.set(Fault::Delay(SHORT));
         let before = std::time::Instant::now();
@@ -350,7 +352,9 @@ mod tests {
         proxy.set(Fault::Late(SHORT));
         let before = std::time::Instant::now();
         let two = tokio::join!(ping(&mut stream, LONG), async {
-            let mut other = TcpStream::connect(proxy.addr()).await.expect("it listens");
+            let mut other = TcpStream::connect(proxy.addr())
+                .await
+                .expect("the server listens");
             ping(&mut other, LONG).await
         });
         assert!(two.0.is_some_and(|it| it.is_ok()) && two.1.is_some_and(|it| it.is_ok()));
@@ -365,18 +369,20 @@ mod tests {
             .expect("the kernel accepts");
         assert!(ping(&mut refused, LONG).await.expect("in time").is_err());
         let answer = ping(&mut stream, LONG).await.expect("in time");
-        assert_eq!(answer.expect("the open one goes on"), "ping");
+        assert_eq!(answer.expect("the open connection still works"), "ping");
 
         proxy.set(Fault::CutAfter(6));
         let answer = ping(&mut stream, LONG).await.expect("in time");
         assert_eq!(answer.expect("four bytes pass"), "ping");
         assert!(
             ping(&mut stream, LONG).await.expect("in time").is_err(),
-            "two are too few"
+            "the reset follows after two more bytes"
         );
 
         proxy.set(Fault::Pass);
-        let mut stream = TcpStream::connect(proxy.addr()).await.expect("it listens");
+        let mut stream = TcpStream::connect(proxy.addr())
+            .await
+            .expect("the server listens");
         assert!(
             ping(&mut stream, LONG)
                 .await
@@ -396,9 +402,11 @@ mod tests {
 
     /// Delayed data does not add delay to data sent after it.
     #[tokio::test]
-    async fn a_delay_is_a_latency_and_no_lower_bandwidth() {
+    async fn a_delay_does_not_reduce_the_bandwidth() {
         let proxy = FaultProxy::start_apart(Upstream::Tcp(echo().await)).await;
-        let mut stream = TcpStream::connect(proxy.addr()).await.expect("it listens");
+        let mut stream = TcpStream::connect(proxy.addr())
+            .await
+            .expect("the server listens");
         proxy.set(Fault::Late(SHORT));
         let before = std::time::Instant::now();
         let (mut from, mut to) = stream.split();
@@ -416,16 +424,15 @@ mod tests {
             .await
             .expect("in time");
         assert!(before.elapsed() >= SHORT);
-        assert!(
-            before.elapsed() < 10 * SHORT,
-            "one after the other they take 20"
-        );
+        assert!(before.elapsed() < 10 * SHORT, "the delays do not add up");
     }
 
     #[tokio::test]
     async fn an_end_of_one_side_is_passed_on_and_the_rest_still_arrives() {
         let proxy = FaultProxy::start(Upstream::Tcp(echo().await)).await;
-        let mut stream = TcpStream::connect(proxy.addr()).await.expect("it listens");
+        let mut stream = TcpStream::connect(proxy.addr())
+            .await
+            .expect("the server listens");
         stream.write_all(b"all of it").await.expect("sent");
         stream.shutdown().await.expect("sent");
         let mut text = String::new();
@@ -434,7 +441,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_unix_socket_may_be_behind_it() {
+    async fn a_unix_socket_may_be_the_upstream() {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("socket");
         let listener = tokio::net::UnixListener::bind(&path).expect("a socket");
@@ -444,8 +451,10 @@ mod tests {
             let _ = tokio::io::copy(&mut from, &mut to).await;
         });
         let proxy = FaultProxy::start(Upstream::Unix(path)).await;
-        let mut stream = TcpStream::connect(proxy.addr()).await.expect("it listens");
+        let mut stream = TcpStream::connect(proxy.addr())
+            .await
+            .expect("the server listens");
         let answer = ping(&mut stream, LONG).await.expect("in time");
-        assert_eq!(answer.expect("it passes"), "ping");
+        assert_eq!(answer.expect("the data is forwarded"), "ping");
     }
 }

@@ -88,10 +88,10 @@ impl RedisServer {
         self.running.as_ref().map(Process::pid)
     }
 
-    /// Whether the server is running.
+    /// Returns whether the server is running.
     pub fn is_running(&mut self) -> bool {
         match &mut self.running {
-            Some(process) => process.ended().expect("it is our child").is_none(),
+            Some(process) => process.ended().expect("a child process").is_none(),
             None => false,
         }
     }
@@ -99,14 +99,17 @@ impl RedisServer {
     /// Kills the server, as in a crash. All data is lost.
     pub async fn kill(&mut self) {
         self.signal(Signal::SIGKILL);
-        let mut running = self.running.take().expect("it runs");
-        let ended = running.ends_within(PATIENCE).await.expect("it is ours");
-        ended.expect("it ends");
+        let mut running = self.running.take().expect("the server is running");
+        let ended = running
+            .ends_within(PATIENCE)
+            .await
+            .expect("a child process");
+        ended.expect("the server ends in time");
     }
 
     /// Restarts the server after [`kill`](Self::kill), without data, on the same port.
     pub async fn restart(&mut self) {
-        assert!(self.running.is_none(), "it still runs");
+        assert!(self.running.is_none(), "the server is still running");
         assert!(
             self.launch().await,
             "redis-server does not start again on port {}",
@@ -125,8 +128,8 @@ impl RedisServer {
     }
 
     fn signal(&mut self, signal: Signal) {
-        let running = self.running.as_mut().expect("it runs");
-        running.signal(signal).expect("it is alive");
+        let running = self.running.as_mut().expect("the server is running");
+        running.signal(signal).expect("the process is running");
     }
 
     /// Returns whether the server accepts commands on its port.
@@ -156,7 +159,7 @@ impl RedisServer {
                 self.running = Some(process);
                 return true;
             }
-            let ended = process.ended().expect("it is our child").is_some();
+            let ended = process.ended().expect("a child process").is_some();
             if ended || Instant::now() > deadline {
                 return false;
             }
@@ -203,18 +206,22 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_frozen_one_answers_nothing_and_a_killed_one_comes_back() {
+    async fn a_frozen_redis_does_not_respond_and_a_killed_one_can_be_restarted() {
         let mut redis = RedisServer::start().await;
         assert!(redis.url().starts_with("redis://127.0.0.1:"));
         redis.stop();
         assert_eq!(process_id(redis.addr(), None).await, None);
         redis.cont();
-        let first = process_id(redis.addr(), None).await.expect("it goes on");
+        let first = process_id(redis.addr(), None)
+            .await
+            .expect("Redis responds again");
         redis.kill().await;
         assert!(TcpStream::connect(redis.addr()).await.is_err());
         redis.restart().await;
         assert_ne!(
-            process_id(redis.addr(), None).await.expect("it is back"),
+            process_id(redis.addr(), None)
+                .await
+                .expect("Redis is running again"),
             first
         );
     }

@@ -337,7 +337,7 @@ fn serve(root: &Root) -> Result<()> {
         "quota:quota",
         "/run/credentials",
     ]))?;
-    // In its own mount namespace, so that the mount ends with the server.
+    // A separate mount namespace, so that the mount ends with the server.
     let script = "mount --bind \"$1\" \"$2$1\" && root=$2 && shift 2 && exec chroot --userspec=quota:quota \"$root\" \"$@\"";
     let child = Command::new("unshare")
         .args([
@@ -398,7 +398,7 @@ fn serve(root: &Root) -> Result<()> {
     Ok(())
 }
 
-/// Installs a newer package where systemd seems to run two servers. Returns the calls of `systemctl`, one a line.
+/// Installs a newer package where systemd seems to run two servers. Returns the calls of `systemctl`, one per line.
 fn upgrade(root: &Root, package: &Path) -> Result<String> {
     fs::create_dir_all(root.path("/run/systemd/system"))?;
     let systemctl = "#!/bin/sh\n\

@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn anchors_are_made_as_github_makes_them() {
+    fn anchors_are_those_of_github() {
         let found: Vec<String> = anchors("## When Redis is down: `share`\ntext\n").collect();
         assert_eq!(found, ["when-redis-is-down-share"]);
     }

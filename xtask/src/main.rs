@@ -90,7 +90,7 @@ enum Chore {
     },
     /// Build the desktop app and package it as .deb and .rpm
     Bundle {
-        /// Afterward, install, start and remove the .deb, and compare the files of the .rpm with it
+        /// Afterward, install, start and remove the .deb, and compare its files with those of the .rpm
         #[arg(long)]
         test: bool,
         /// Package an unoptimized build, which compiles faster
@@ -175,7 +175,7 @@ fn say(what: &str) {
     eprintln!("xtask: {what}");
 }
 
-/// Runs a command. An error names it.
+/// Runs a command. Errors contain the command.
 fn succeed(command: &mut Command) -> Result<()> {
     let text = shown(command);
     let status = command
@@ -187,7 +187,7 @@ fn succeed(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Returns the output of a command. An error names it and contains its standard error.
+/// Returns the output of a command. Errors contain the command and its standard error.
 fn read(command: &mut Command) -> Result<String> {
     let text = shown(command);
     let output = command

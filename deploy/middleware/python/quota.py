@@ -30,12 +30,12 @@ log = logging.getLogger("quota")
 PROBLEMS = "https://iana.org/assignments/http-problem-types#"
 CANNOT_CHECK = "Rate limits can't be checked right now. Try again in a few seconds."
 MAX_COST = 1_000_000
-# Quota accepts only such IDs.
+# Quota accepts only request IDs of this form.
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
 
 class Unavailable(Exception):
-    """There is no decision. If `is_final`, the request must not be passed on, whatever the setting."""
+    """There is no decision. If `is_final`, the request must not be passed on, regardless of the setting."""
 
     def __init__(self, reason: str, is_final: bool = False) -> None:
         super().__init__(reason)
@@ -176,10 +176,10 @@ class QuotaMiddleware:
             async with asyncio.timeout(self.timeout):
                 response = await self.client.post(self.url, json=check, headers=headers)
         except (httpx.HTTPError, TimeoutError) as error:
-            # The text of an error may contain a header, and so the service token.
+            # The error's message may contain a header, and therefore the service token.
             raise Unavailable(type(error).__name__) from error
         if response.status_code != 200:
-            # The consumer may have caused the 4xx; the 503 is the plan's fallback setting.
+            # The consumer may have caused a 4xx status. A 503 results from the plan's fallback setting.
             is_final = response.status_code in (400, 413, 415, 422, 431) or (
                 response.status_code == 503 and "X-Quota-Degraded" in response.headers
             )

@@ -48,7 +48,7 @@ const PROBLEMS = "https://iana.org/assignments/http-problem-types#";
 const CANNOT_CHECK = "Rate limits can't be checked right now. Try again in a few seconds.";
 const MAX_COST = 1_000_000;
 
-/** There is no decision. If `isFinal`, the request must not be passed on, whatever the setting. */
+/** There is no decision. If `isFinal`, the request must not be passed on, regardless of the setting. */
 class Unavailable extends Error {
   constructor(
     reason: string,
@@ -92,7 +92,7 @@ export function quota(options: QuotaOptions): RequestHandler {
       "Content-Type": "application/json",
     });
     const id = request.headers["x-request-id"];
-    // Quota accepts only such IDs.
+    // Quota accepts only request IDs of this form.
     if (typeof id === "string" && /^[A-Za-z0-9_.:-]{1,128}$/.test(id)) headers.set("X-Request-Id", id);
     const name = [...(endpoint(request) ?? "").replace(/\p{Cc}/gu, "")].slice(0, 128).join("");
     const body = JSON.stringify({ key: apiKey, cost, endpoint: name || undefined });
@@ -107,7 +107,7 @@ export function quota(options: QuotaOptions): RequestHandler {
       throw new Unavailable(String(error instanceof Error && error.cause ? error.cause : error));
     }
     if (response.status !== 200) {
-      // The consumer may have caused the 4xx; the 503 is the plan's fallback setting.
+      // The consumer may have caused a 4xx status. A 503 results from the plan's fallback setting.
       const isFinal =
         [400, 413, 415, 422, 431].includes(response.status) ||
         (response.status === 503 && response.headers.has("X-Quota-Degraded"));
@@ -116,7 +116,7 @@ export function quota(options: QuotaOptions): RequestHandler {
     try {
       const decision = JSON.parse(text) as Decision;
       if (typeof decision.code !== "string" || decision.allowed !== (decision.code === "allowed")) {
-        throw new Error("it contradicts itself");
+        throw new Error("the response contradicts itself");
       }
       new Headers(Object.entries(decision.headers));
       return [decision, response.headers.get("X-Request-Id")];

@@ -310,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn a_threshold_is_reached_exactly_at_its_share() {
+    fn a_threshold_is_reached_exactly_at_its_percentage() {
         let all = |used, quota| reached(used, quota).collect::<Vec<_>>();
         assert!(all(49, 100).is_empty());
         assert_eq!(all(50, 100), [50]);
@@ -329,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn tokens_that_are_only_held_do_not_count_as_used() {
+    fn tokens_that_replicas_only_hold_do_not_count_as_used() {
         assert_eq!(used(&standing(100, 51, 49, false), true), 49);
         assert_eq!(used(&standing(100, 100, 99, false), true), 99);
     }

@@ -72,7 +72,11 @@ impl World {
 
 async fn echo(app: &TestApp, http: &Client, key: &str) -> u16 {
     let call = http.get(app.url("/v1/echo")).header("x-api-key", key);
-    call.send().await.expect("it answers").status().as_u16()
+    call.send()
+        .await
+        .expect("the server responds")
+        .status()
+        .as_u16()
 }
 
 async fn echo_all(app: &TestApp, keys: &[Key]) -> Vec<u16> {
@@ -165,7 +169,7 @@ async fn lookups_of_invented_keys_do_not_starve_others() {
     let check = app.http.post(app.url("/v1/check"));
     let check = check.bearer_auth(&service_token);
     let check = check.json(&json!({"key": world.keys[0].text}));
-    let status = check.send().await.expect("it answers").status();
+    let status = check.send().await.expect("the server responds").status();
     assert_eq!(status, 200, "the service token and a key");
     // Some requests are concurrent, within the client's share.
     let mut statuses = Vec::new();
@@ -185,7 +189,7 @@ async fn connect_from(last: u8, app: &TestApp) -> TcpStream {
     let socket = TcpSocket::new_v4().expect("a socket");
     let source = Ipv4Addr::new(127, 0, 4, last);
     socket.bind((source, 0).into()).expect("loopback");
-    socket.connect(app.addr).await.expect("it listens")
+    socket.connect(app.addr).await.expect("the server listens")
 }
 
 /// Returns the status of the response. `None` if the connection was closed instead.

@@ -117,7 +117,7 @@ async fn load(
 async fn spend(http: &Client, url: &str, key: &str) -> u64 {
     for allowed in 0..=2 * QUOTA {
         let answer = http.get(url).header("X-API-Key", key).send().await;
-        match answer.expect("it answers").status().as_u16() {
+        match answer.expect("the server responds").status().as_u16() {
             200 => {}
             429 => return allowed,
             status => panic!("{status}"),
@@ -177,7 +177,7 @@ async fn back_up_and_restore(ship_every: &str) {
     let quota = Quota::start_with(data.path(), &[("DATABASE_URL", &url)]);
     let (database, connection) = tokio_postgres::connect(&url, tokio_postgres::NoTls)
         .await
-        .expect("it accepts connections");
+        .expect("PostgreSQL accepts connections");
     tokio::spawn(connection);
 
     // All usage recorded before the backup started is restored, either from the dump or from the segments.
@@ -278,7 +278,7 @@ async fn damaged_backup_or_one_of_another_database_is_rejected() {
     let dump = backup.join("quota.dump");
     let bytes = fs::read(&dump).expect("a dump");
     let mut damaged = bytes.clone();
-    *damaged.last_mut().expect("it is not empty") ^= 1;
+    *damaged.last_mut().expect("the file is not empty") ^= 1;
     fs::write(&dump, damaged).expect("written");
     let output = restore(&backup, empty.url(), data.path());
     assert!(!output.status.success());
@@ -335,7 +335,7 @@ fn with_secrets(data: &Path, secrets: &Path, url: &str) -> Quota {
 
 async fn post(http: &Client, url: String, token: &str, body: Value) -> Value {
     let answer = http.post(url).bearer_auth(token).json(&body).send().await;
-    let answer = answer.expect("it answers");
+    let answer = answer.expect("the server responds");
     let (status, text) = (answer.status(), answer.text().await.expect("text"));
     assert!(status.is_success(), "{status}: {text}");
     serde_json::from_str(&text).expect("JSON")
@@ -344,7 +344,7 @@ async fn post(http: &Client, url: String, token: &str, body: Value) -> Value {
 async fn accepts(quota: &Quota, http: &Client, token: &str) -> bool {
     let url = format!("http://{}/admin/plans", quota.addr);
     let answer = http.get(url).bearer_auth(token).send().await;
-    match answer.expect("it answers").status() {
+    match answer.expect("the server responds").status() {
         StatusCode::OK => true,
         StatusCode::UNAUTHORIZED => false,
         status => panic!("{status}"),
@@ -451,7 +451,7 @@ async fn rotating_the_secret_signs_no_one_out_and_replacing_it_signs_everyone_ou
     // API keys do not depend on the secret.
     let echo = http.get(format!("http://{}/v1/echo", quota.addr));
     let echo = echo.header("X-API-Key", &key).send().await;
-    assert_eq!(echo.expect("it answers").status(), StatusCode::OK);
+    assert_eq!(echo.expect("the server responds").status(), StatusCode::OK);
     quota.stop();
     drop(session);
 }

@@ -660,7 +660,7 @@ async fn outage_of_stripe_changes_no_access() {
 
 /// If a webhook never arrives, the regular read of the customer detects the change.
 #[tokio::test(flavor = "multi_thread")]
-async fn lost_webhook_is_made_up_for() {
+async fn change_is_detected_despite_a_lost_webhook() {
     let stripe = TestStripe::start().await;
     let app = stripe.app().await;
     let account = app.register().await;

@@ -280,7 +280,7 @@ async fn key_that_may_not_read_its_account_is_compared_by_its_customers() {
 
 /// The data of a sandbox was deleted, so the account is the same but does not have the customers.
 #[tokio::test(flavor = "multi_thread")]
-async fn operator_can_start_again_in_the_same_account() {
+async fn operator_can_start_over_in_the_same_account() {
     let world = World::new().await;
     let billing = |app: &TestApp| app.state.billing.clone().expect("billing is on");
     let account = || "acct_fake (test mode)".to_owned();

@@ -289,8 +289,8 @@ async fn tenants_are_charged_once_with_faults_in_every_request_and_a_worker_that
         for _ in 0..rng.u8(2..6) {
             world.time_passes().await;
             let work = async {
-                billing.handle_due().await.expect("the database answers");
-                billing.read_due().await.expect("the database answers");
+                billing.handle_due().await.expect("PostgreSQL responds");
+                billing.read_due().await.expect("PostgreSQL responds");
             };
             ended += u32::from(end_early(&mut rng, 60_000, work).await);
             // A tenant may try to subscribe again, or open the portal.
@@ -318,7 +318,7 @@ async fn tenants_are_charged_once_with_faults_in_every_request_and_a_worker_that
              + (SELECT count(*) FROM billing_reports WHERE state = 'pending')";
         for rounds in 0.. {
             world.time_passes().await;
-            billing.handle_due().await.expect("the database answers");
+            billing.handle_due().await.expect("PostgreSQL responds");
             billing.read(tenant).await.expect("Stripe answers");
             billing.plan_usage().await.expect("planned");
             billing.send_usage().await.expect("sent");

@@ -85,7 +85,7 @@ impl LocalStripe {
     async fn post(&self, path: &str, body: Value) -> Value {
         let call = self.http.post(format!("{}{path}", self.url)).json(&body);
         let answer = call.bearer_auth("sk_test_12345").send().await;
-        let answer = answer.expect("it answers");
+        let answer = answer.expect("the server responds");
         assert!(answer.status().is_success(), "{path}: {}", answer.status());
         answer.json().await.unwrap_or_default()
     }

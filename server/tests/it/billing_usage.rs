@@ -79,7 +79,7 @@ impl World {
         fake.advance(40 * DAY);
         let invoices = fake.all("invoice");
         let draft = invoices.iter().find(|it| it["status"] == "draft");
-        let draft = draft.expect("it could not be finalized")["id"].as_str();
+        let draft = draft.expect("an invoice that could not be finalized")["id"].as_str();
         let draft = draft.expect("an ID").to_owned();
         world.read().await;
         (world, draft)
@@ -110,7 +110,7 @@ impl World {
 
     async fn execute(&self, sql: &str) -> u64 {
         let client = self.app.database.connect().await;
-        client.execute(sql, &[]).await.expect("it can be executed")
+        client.execute(sql, &[]).await.expect("valid SQL")
     }
 
     /// Plans and sends reports until none is due.
@@ -129,7 +129,7 @@ impl World {
             self.billing()
                 .send_usage()
                 .await
-                .expect("the database answers");
+                .expect("PostgreSQL responds");
         }
         panic!("reports stay pending");
     }
@@ -165,7 +165,7 @@ impl World {
 fn hour(ago: i64) -> DateTime<Utc> {
     let at = usage::now() - TimeDelta::hours(ago);
     at.duration_trunc(TimeDelta::hours(1))
-        .expect("a time of this era")
+        .expect("a valid time")
 }
 
 fn minutes(n: i64) -> TimeDelta {
@@ -288,7 +288,7 @@ async fn random_schedules_charge_exactly_what_was_used() {
             .billing()
             .send_usage()
             .await
-            .expect("the database answers");
+            .expect("PostgreSQL responds");
         failed += world
             .reports()
             .await
@@ -380,7 +380,7 @@ async fn worker_that_was_down_for_30_hours_charges_once() {
             .billing()
             .send_usage()
             .await
-            .expect("the database answers");
+            .expect("PostgreSQL responds");
         assert_eq!((sent.finished, sent.errors), (0, 1));
         assert_eq!(world.counted().len(), events + before, "{fault:?}");
         world.stripe.fake.advance(Duration::from_hours(30));
@@ -400,7 +400,7 @@ async fn worker_that_was_down_for_30_hours_charges_once() {
         .billing()
         .send_usage()
         .await
-        .expect("the database answers");
+        .expect("PostgreSQL responds");
     let form = format!(
         "event_name=quota_requests&timestamp={}&payload[value]=2&payload[stripe_customer_id]={}",
         hour(5).timestamp(),
@@ -632,7 +632,7 @@ async fn hour_waits_until_subscriptions_were_read_after_it() {
             .billing()
             .plan_usage()
             .await
-            .expect("the database answers"),
+            .expect("PostgreSQL responds"),
         0
     );
     assert!(world.reports().await.is_empty());
@@ -777,7 +777,7 @@ async fn usage_before_the_edge_of_a_period_is_reported_before_the_hour_ends() {
     }
     let second = TimeDelta::seconds(1);
     let edge = start + (usage::now() - start) / 2;
-    let edge = edge.duration_trunc(second).expect("a time of this era");
+    let edge = edge.duration_trunc(second).expect("a valid time");
     world
         .append(&[
             world.paid(start, 1),

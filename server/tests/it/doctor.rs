@@ -216,12 +216,16 @@ fn certificate(dir: &Path) {
     let mut authority = CertificateParams::new(Vec::new()).expect("no names");
     authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let authority_key = KeyPair::generate().expect("a key");
-    let root = authority.self_signed(&authority_key).expect("it signs");
+    let root = authority
+        .self_signed(&authority_key)
+        .expect("a signed certificate");
     let issuer = Issuer::new(authority, authority_key);
     let key = KeyPair::generate().expect("a key");
     let names = vec!["127.0.0.1".to_owned(), "localhost".to_owned()];
     let params = CertificateParams::new(names).expect("names");
-    let certificate = params.signed_by(&key, &issuer).expect("it signs");
+    let certificate = params
+        .signed_by(&key, &issuer)
+        .expect("a signed certificate");
     fs::write(dir.join("root.pem"), root.pem()).expect("written");
     fs::write(dir.join("redis.pem"), certificate.pem()).expect("written");
     fs::write(dir.join("key.pem"), key.serialize_pem()).expect("written");

@@ -88,7 +88,7 @@ fn example_is_a_valid_environment() {
     let mut given = given.collect::<Vec<_>>();
     // An occupied address prevents startup after the settings have been accepted.
     let taken = TcpListener::bind("127.0.0.1:0").expect("a port");
-    let addr = taken.local_addr().expect("it is bound").to_string();
+    let addr = taken.local_addr().expect("the socket is bound").to_string();
     for (name, value) in &mut given {
         if *name == "QUOTA_LISTEN" {
             *value = &addr;
@@ -190,7 +190,7 @@ fn wrong(name: &str) -> &'static str {
 fn invalid_value_prevents_startup_with_one_line_that_names_the_variable() {
     let dir = tempfile::tempdir().expect("a directory");
     let data = dir.path().join("data");
-    let data = data.to_str().expect("it is text");
+    let data = data.to_str().expect("a UTF-8 path");
     let all = variables(&config::env_example());
     for (name, _, _) in &all {
         let wrong = wrong(name);
@@ -283,8 +283,8 @@ fn secret_is_read_from_its_file_and_an_invalid_file_prevents_startup() {
     let dir = tempfile::tempdir().expect("a directory");
     let file = |name: &str, content: &[u8]| {
         let path = dir.path().join(name);
-        fs::write(&path, content).expect("it is written");
-        path.to_str().expect("it is text").to_owned()
+        fs::write(&path, content).expect("the file is written");
+        path.to_str().expect("a UTF-8 path").to_owned()
     };
     // The host does not exist, so startup fails later, when connecting to the database named in the file.
     let database = file(
@@ -307,8 +307,8 @@ fn secret_is_read_from_its_file_and_an_invalid_file_prevents_startup() {
     assert!(!said.contains("hunter2"), "{said}");
 
     let missing = dir.path().join("missing");
-    let missing = missing.to_str().expect("it is text");
-    let directory = dir.path().to_str().expect("it is text");
+    let missing = missing.to_str().expect("a UTF-8 path");
+    let directory = dir.path().to_str().expect("a UTF-8 path");
     let empty = file("empty", b" \n");
     let binary = file("binary", b"\xff\xfe");
     let large = file("large", &vec![b'x'; 70_000]);

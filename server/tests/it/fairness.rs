@@ -270,15 +270,23 @@ async fn unread_large_responses_of_a_tenant_are_limited() {
             &head,
         ));
     }
-    let mut stream = TcpStream::connect(app.addr).await.expect("it listens");
-    stream.write_all(&requests).await.expect("it reads");
+    let mut stream = TcpStream::connect(app.addr)
+        .await
+        .expect("the server listens");
+    stream.write_all(&requests).await.expect("the server reads");
     let (mut admitted, mut answered) = (0, 0);
     while answered < REQUESTS {
         let mut head = [0; 9];
-        stream.read_exact(&mut head).await.expect("it is open");
+        stream
+            .read_exact(&mut head)
+            .await
+            .expect("an open connection");
         let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
         let mut payload = vec![0; length];
-        stream.read_exact(&mut payload).await.expect("it is open");
+        stream
+            .read_exact(&mut payload)
+            .await
+            .expect("an open connection");
         if head[3] == http2::HEADERS {
             answered += 1;
             // `:status: 200` from the static table of HPACK.

@@ -43,7 +43,7 @@ fn count(bytes: &[u8], what: &[u8]) -> usize {
 fn flood(server: SocketAddr, first: u32, keys: u32) -> usize {
     let mut refused = 0;
     for batch in (first..first + keys).step_by(BATCH as usize) {
-        let mut stream = TcpStream::connect(server).expect("it listens");
+        let mut stream = TcpStream::connect(server).expect("the server listens");
         let patience = Some(Duration::from_secs(30));
         stream.set_read_timeout(patience).expect("a socket");
         let mut requests = String::new();
@@ -56,9 +56,13 @@ fn flood(server: SocketAddr, first: u32, keys: u32) -> usize {
                 "\r\n\r\n"
             };
         }
-        stream.write_all(requests.as_bytes()).expect("it reads");
+        stream
+            .write_all(requests.as_bytes())
+            .expect("the server reads");
         let mut answers = Vec::new();
-        stream.read_to_end(&mut answers).expect("it answers");
+        stream
+            .read_to_end(&mut answers)
+            .expect("the server responds");
         refused += count(&answers, b"HTTP/1.1 401 ");
     }
     refused
@@ -86,7 +90,7 @@ async fn flood_of_keys_with_wrong_checksums_causes_no_lookups() {
         [0, KEYS / 2].map(|first| std::thread::spawn(move || flood(server, first, KEYS / 2)));
     let mut refused = 0;
     for flood in floods {
-        refused += flood.join().expect("it got its answers");
+        refused += flood.join().expect("every request got a response");
     }
     assert_eq!(refused, KEYS as usize);
 
@@ -182,7 +186,7 @@ async fn silent_connections_do_not_lock_out_others() {
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    let held = flood.await.expect("it connects");
+    let held = flood.await.expect("the task ends");
     let grown = quota.memory().saturating_sub(before) / (1 << 20);
     println!(
         "{} silent connections in {:?}: {answered} requests answered, the slowest in {slowest:?}, {grown} MiB more",
@@ -399,7 +403,7 @@ async fn slow_connections_hold_little_memory() {
         println!("{slow} connections, {kind}: at most {grown} MiB more");
         assert!(grown < most, "{kind}: {grown} MiB");
         let answer = http.get(format!("http://{server}/health/live")).send();
-        assert_eq!(answer.await.expect("it answers").status(), 200);
+        assert_eq!(answer.await.expect("the server responds").status(), 200);
         for client in clients {
             client.abort();
         }
@@ -430,7 +434,7 @@ async fn address_at_its_connection_limit_does_not_affect_others() {
     let at = async |last: u8| {
         let mut stream = connect_from(Ipv4Addr::new(127, 0, 2, last), app.addr)
             .await
-            .expect("it listens");
+            .expect("the server listens");
         ask_on(&mut stream).await.map(|_| stream)
     };
     let mut held = Vec::new();

@@ -195,7 +195,7 @@ async fn enforces_decisions(program: Program) {
     assert_eq!(field(&admitted, "x-quota-degraded"), None);
     assert_eq!(field(&admitted, "x-own"), Some("kept"));
     assert_eq!(admitted.text().await.expect("a body"), "an order");
-    let seen = setting.api.requests().pop().expect("it arrived");
+    let seen = setting.api.requests().pop().expect("the request arrived");
     assert_eq!(seen.line, "POST /orders?deny=x&a=b HTTP/1.1");
     assert_eq!(seen.values("origin"), ["https://elsewhere.example"]);
     assert_eq!(seen.values("x-api-key"), [&key]);
@@ -521,7 +521,8 @@ fn every_configuration_marks_what_to_fill_in() {
             assert!(text.contains(part), "{file} does not name {part}");
         }
     }
-    let traefik = fs::read_to_string(folder().join("traefik.yml")).expect("it is there");
+    let traefik =
+        fs::read_to_string(folder().join("traefik.yml")).expect("the configuration exists");
     assert!(
         traefik.contains("This file is not tested"),
         "Traefik is untested, and its page has to say so"

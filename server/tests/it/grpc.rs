@@ -41,7 +41,7 @@ impl World {
         let app = setup.flag(LISTEN).start().await;
         let account = app.register().await;
         let token = app.service_token(&account).await;
-        let client = GrpcClient::connect(app.grpc_addr.expect("it is on")).await;
+        let client = GrpcClient::connect(app.grpc_addr.expect("gRPC is on")).await;
         Self {
             app,
             account,
@@ -589,7 +589,7 @@ async fn other_requests_are_rejected() {
         .await;
     assert_eq!(reply.code(), Code::Ok);
     // A gRPC call needs HTTP/2.
-    let url = format!("http://{}{path}", world.app.grpc_addr.expect("it is on"));
+    let url = format!("http://{}{path}", world.app.grpc_addr.expect("gRPC is on"));
     let response = Client::new()
         .post(url)
         .header("content-type", "application/grpc")
@@ -597,7 +597,7 @@ async fn other_requests_are_rejected() {
         .body(body)
         .send()
         .await
-        .expect("it answers");
+        .expect("the server responds");
     assert_eq!(response.status(), 415);
     let decisions = world.decisions().await;
     assert!((decisions - 1.0).abs() < 0.5, "{decisions}");
@@ -615,19 +615,23 @@ async fn process_serves_grpc_and_logs_calls_without_secrets() {
         let lines = std::io::BufRead::lines(out).map_while(Result::ok);
         lines.collect::<Vec<_>>()
     });
-    let addr = quota.grpc_addr.expect("it is on");
+    let addr = quota.grpc_addr.expect("gRPC is on");
     let plan = json!({"name": "grpc", "default_rpm": 60, "burst": 1});
     let key = quota.key_on(&http, plan).await;
     let url = |path: &str| format!("http://{}{path}", quota.addr);
     let login = json!({"email": "owner@example.com", "password": PASSWORD});
     let login = http.post(url("/auth/login")).json(&login).send().await;
-    let login: Value = login.expect("it answers").json().await.expect("JSON");
+    let login: Value = login
+        .expect("the server responds")
+        .json()
+        .await
+        .expect("JSON");
     let access = login["access_token"].as_str().expect("a token");
     let token = http
         .post(url("/admin/service-tokens"))
         .bearer_auth(access)
         .json(&json!({"name": "Envoy"}));
-    let token = token.send().await.expect("it answers");
+    let token = token.send().await.expect("the server responds");
     let token: Value = token.json().await.expect("JSON");
     let token = token["token"].as_str().expect("a token");
 

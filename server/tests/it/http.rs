@@ -24,7 +24,7 @@ const LONG: Duration = Duration::from_secs(20);
 
 /// Sends bytes and reads until the server closes the connection, for at most `LONG`.
 async fn raw(addr: SocketAddr, bytes: &[u8]) -> String {
-    let mut stream = TcpStream::connect(addr).await.expect("it listens");
+    let mut stream = TcpStream::connect(addr).await.expect("the server listens");
     // The server may respond and close before it has read everything.
     let _ = stream.write_all(bytes).await;
     let mut answer = Vec::new();
@@ -194,7 +194,9 @@ async fn non_http_traffic_is_rejected_and_does_no_harm() {
 async fn slow_headers_are_cut_off_in_time() {
     let app = TestApp::setup().flag("--header-timeout=1s").start().await;
     let began = Instant::now();
-    let mut stream = TcpStream::connect(app.addr).await.expect("it listens");
+    let mut stream = TcpStream::connect(app.addr)
+        .await
+        .expect("the server listens");
     stream
         .write_all(b"GET /health/live HTTP/1.1\r\n")
         .await
@@ -242,10 +244,10 @@ async fn only_harmless_request_ids_are_kept() {
             .header("x-request-id", value)
             .send()
             .await;
-        let answer = answer.expect("it answers");
+        let answer = answer.expect("the server responds");
         answer.headers()["x-request-id"]
             .to_str()
-            .expect("it is text")
+            .expect("a header value is text")
             .to_owned()
     };
     for good in [
@@ -360,13 +362,13 @@ async fn metrics_are_only_on_their_own_port() {
         .get(format!("http://{}/metrics", app.metrics_addr))
         .send()
         .await;
-    assert_eq!(metrics.expect("it answers").status(), 200);
+    assert_eq!(metrics.expect("the server responds").status(), 200);
     let other = app
         .http
         .get(format!("http://{}/admin/plans", app.metrics_addr))
         .send()
         .await;
-    assert_eq!(other.expect("it answers").status(), 404);
+    assert_eq!(other.expect("the server responds").status(), 404);
 }
 
 // The real binary. ------------------------------------------------------------------------------------
@@ -386,7 +388,7 @@ impl Drop for Serving {
 
 fn free_addr() -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-    listener.local_addr().expect("it is bound")
+    listener.local_addr().expect("the socket is bound")
 }
 
 async fn serving(database_url: &str, flags: &[&str]) -> Serving {
@@ -403,7 +405,7 @@ async fn serving(database_url: &str, flags: &[&str]) -> Serving {
         .spawn()
         .expect("the binary starts");
     // Read the log to the end, so that the server never blocks on a full pipe.
-    let log = BufReader::new(child.stdout.take().expect("it is piped"));
+    let log = BufReader::new(child.stdout.take().expect("the output is piped"));
     std::thread::spawn(move || log.lines().map_while(Result::ok).for_each(drop));
     let serving = Serving { child, addr };
     for _ in 0..400 {
@@ -424,7 +426,7 @@ async fn clean_stop_reports_not_ready_and_finishes_requests_in_flight() {
 
     // A request whose body is incomplete.
     let body = r#"{"email":"nobody@example.com","password":"violet-harbour-quilt-93"}"#;
-    let mut flight = std::net::TcpStream::connect(addr).expect("it listens");
+    let mut flight = std::net::TcpStream::connect(addr).expect("the server listens");
     write!(
         flight,
         "POST /auth/login HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{{",
@@ -437,7 +439,7 @@ async fn clean_stop_reports_not_ready_and_finishes_requests_in_flight() {
         nix::unistd::Pid::from_raw(pid),
         nix::sys::signal::Signal::SIGTERM,
     )
-    .expect("it is ours");
+    .expect("a child process");
     let told = Instant::now();
     let mut said_not_ready = false;
     while told.elapsed() < Duration::from_millis(1500) {
@@ -447,7 +449,10 @@ async fn clean_stop_reports_not_ready_and_finishes_requests_in_flight() {
         if ready.status() == 503 {
             said_not_ready = true;
             let live = reqwest::get(format!("http://{addr}/health/live")).await;
-            assert_eq!(live.expect("it lives").status(), 200);
+            assert_eq!(
+                live.expect("the liveness probe gets a response").status(),
+                200
+            );
             break;
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -461,7 +466,7 @@ async fn clean_stop_reports_not_ready_and_finishes_requests_in_flight() {
         "the server accepts no new connections"
     );
     assert!(
-        serving.child.try_wait().expect("it is ours").is_none(),
+        serving.child.try_wait().expect("a child process").is_none(),
         "the server waits for the request"
     );
     flight.write_all(&body.as_bytes()[1..]).expect("sent");
@@ -470,7 +475,7 @@ async fn clean_stop_reports_not_ready_and_finishes_requests_in_flight() {
     assert_eq!(status(&answer), 401, "{answer}");
 
     let ended = loop {
-        if let Some(ended) = serving.child.try_wait().expect("it is ours") {
+        if let Some(ended) = serving.child.try_wait().expect("a child process") {
             break ended;
         }
         assert!(

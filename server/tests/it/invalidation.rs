@@ -89,7 +89,7 @@ impl World {
             .json(&body)
             .send()
             .await
-            .expect("it answers");
+            .expect("the server responds");
         let status = answer.status();
         let text = answer.text().await.expect("text");
         assert!(status.is_success(), "{path}: {status} {text}");
@@ -100,7 +100,7 @@ impl World {
     async fn used(&self, replica: &Quota, key: &str) -> (u16, Option<String>) {
         let url = format!("http://{}/v1/echo", replica.addr);
         let answer = self.http.get(url).header("X-API-Key", key).send().await;
-        let answer = answer.expect("it answers");
+        let answer = answer.expect("the server responds");
         let limit = answer.headers().get("x-ratelimit-limit");
         let limit = limit.map(|it| it.to_str().expect("text").to_owned());
         (answer.status().as_u16(), limit)

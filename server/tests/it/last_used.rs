@@ -172,19 +172,19 @@ async fn last_use_of_a_key_is_written_with_its_usage_and_never_moves_back() {
     app.ship_usage().await;
     let sql = "SELECT extract(epoch FROM now())::float8";
     let now: f64 = database.query_one(sql, &[]).await.unwrap().get(0);
-    let first = times().await[&used.id].expect("it was used");
+    let first = times().await[&used.id].expect("the key was used");
     assert!((now - 60.0..=now + 1.0).contains(&first), "{first} {now}");
     assert_eq!(times().await[&unused.id], None);
     // A denied request also counts as a use.
     tokio::time::sleep(std::time::Duration::from_millis(1_200)).await;
     assert_eq!(app.echo(&used.text).await.status, 429);
     app.ship_usage().await;
-    let second = times().await[&used.id].expect("it was used");
+    let second = times().await[&used.id].expect("the key was used");
     assert!(second > first + 1.0, "{first} {second}");
     let ahead = "UPDATE api_keys SET last_used_at = now() + interval '1 hour' WHERE last_used_at IS NOT NULL";
     database.batch_execute(ahead).await.unwrap();
     assert_eq!(app.echo(&used.text).await.status, 429);
     app.ship_usage().await;
-    let third = times().await[&used.id].expect("it was used");
+    let third = times().await[&used.id].expect("the key was used");
     assert!(third > now + 3_000.0, "{third}");
 }

@@ -24,7 +24,7 @@ const BATCH: usize = 100;
 fn get_many(server: SocketAddr, path: &str) -> usize {
     let mut answered = 0;
     for _ in 0..REQUESTS / BATCH {
-        let mut stream = TcpStream::connect(server).expect("it listens");
+        let mut stream = TcpStream::connect(server).expect("the server listens");
         let patience = Some(Duration::from_secs(20));
         stream.set_read_timeout(patience).expect("a socket");
         let request = format!("GET {path} HTTP/1.1\r\nHost: q\r\n\r\n");
@@ -35,8 +35,13 @@ fn get_many(server: SocketAddr, path: &str) -> usize {
         );
         let writer = std::thread::spawn(move || stream.write_all(requests.as_bytes()));
         let mut answers = Vec::new();
-        reader.read_to_end(&mut answers).expect("it answers");
-        writer.join().expect("it ends").expect("it reads");
+        reader
+            .read_to_end(&mut answers)
+            .expect("the server responds");
+        writer
+            .join()
+            .expect("the thread does not panic")
+            .expect("the server reads");
         answered += String::from_utf8_lossy(&answers)
             .matches("HTTP/1.1 404 ")
             .count();
@@ -60,7 +65,7 @@ async fn a_stopped_reader_of_standard_output_stops_no_request() {
             .post(url)
             .json(&account)
             .timeout(Duration::from_secs(20));
-        let status = answer.send().await.expect("it answers").status();
+        let status = answer.send().await.expect("the server responds").status();
         assert!([201, 429].contains(&status.as_u16()), "{status}");
     }
     let dropped = quota.counter(&http, "quota_log_lines_dropped_total").await;

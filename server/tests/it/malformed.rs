@@ -307,7 +307,9 @@ fn request(random: &mut Rng) -> Vec<u8> {
 async fn answers(server: std::net::SocketAddr, seed: u64) -> Vec<u8> {
     let mut random = Rng::with_seed(seed);
     let request = request(&mut random);
-    let mut stream = TcpStream::connect(server).await.expect("it listens");
+    let mut stream = TcpStream::connect(server)
+        .await
+        .expect("the server listens");
     let (mut reader, mut writer) = stream.split();
     let writing = async {
         // Send the request in two parts, occasionally with a pause. A server that has closed the connection does not

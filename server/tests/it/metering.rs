@@ -122,7 +122,7 @@ impl World {
 
     fn usage_directory(&self) -> PathBuf {
         let root = self.app.state.config.data_dir.join("usage");
-        let found = metering::directories(&root).expect("it is readable");
+        let found = metering::directories(&root).expect("a readable directory");
         assert_eq!(found.len(), 1, "{found:?}");
         found[0].clone()
     }
@@ -177,13 +177,15 @@ async fn every_decision_is_recorded_by_every_way_in() {
         billing: "free".to_owned(),
     };
     let mut rows = logged(&app.database).await;
-    let forwarded = rows.get_mut("way-forward").expect("it is there");
-    let retry_after = forwarded.retry_after.take().expect("it was told when");
+    let forwarded = rows.get_mut("way-forward").expect("the row or file exists");
+    let retry_after = forwarded.retry_after.take().expect("a time to retry");
     assert_eq!(
         denied.number("retry-after").to_string(),
         retry_after.to_string()
     );
-    rows.get_mut("way-costly").expect("it is there").retry_after = None;
+    rows.get_mut("way-costly")
+        .expect("the row or file exists")
+        .retry_after = None;
     let expected = [
         ("way-echo", row("GET /v1/echo", None, 1)),
         ("way-check", row("GET /orders", None, 1)),
@@ -453,7 +455,7 @@ impl SmallDisk {
     fn grow(&self, bytes: u64) {
         let mut mount = Command::new("mount");
         mount.args(["-o", &format!("remount,size={bytes}")]);
-        let remounted = mount.arg(self.path()).status().expect("it runs");
+        let remounted = mount.arg(self.path()).status().expect("the program runs");
         assert!(remounted.success(), "{remounted}");
     }
 }
@@ -509,7 +511,7 @@ async fn a_full_disk_stops_decisions_loses_nothing_and_recovers() {
         .act(&world.account, "GET", "/admin/plans", json!(null));
     assert_eq!(plans.await.status, 200);
 
-    std::fs::remove_file(&ballast).expect("it is there");
+    std::fs::remove_file(&ballast).expect("the row or file exists");
     tokio::time::sleep(Duration::from_millis(150)).await;
     ids.extend(world.echoes(10).await);
     world.app.ship_usage().await;
@@ -567,23 +569,23 @@ async fn a_clean_stop_leaves_nothing_behind() {
     }
     app.stop().await;
     assert_eq!(logged(&database).await.len(), 20);
-    let left = metering::directories(&data.path().join("usage")).expect("it is readable");
+    let left = metering::directories(&data.path().join("usage")).expect("a readable directory");
     assert_eq!(left, Vec::<PathBuf>::new());
     let client = database.connect().await;
     let reports = client.query("SELECT 1 FROM usage_shippers", &[]).await;
-    assert_eq!(reports.expect("it is readable").len(), 0);
+    assert_eq!(reports.expect("readable reports").len(), 0);
 }
 
 /// Copies the records of a running server to a directory that no process holds, as if a second server had been killed.
 fn copy_segments(from: &Path, to: &Path) -> Vec<PathBuf> {
     std::fs::create_dir_all(to).expect("there is space");
-    let entries = std::fs::read_dir(from).expect("it is readable");
+    let entries = std::fs::read_dir(from).expect("a readable directory");
     let segments = entries
-        .map(|entry| entry.expect("it is readable").path())
+        .map(|entry| entry.expect("a readable entry").path())
         .filter(|path| path.extension().is_some_and(|it| it == "segment"));
     segments
         .map(|path| {
-            let copy = to.join(path.file_name().expect("it has a name"));
+            let copy = to.join(path.file_name().expect("a file name"));
             std::fs::copy(&path, &copy).expect("there is space");
             copy
         })
@@ -592,7 +594,7 @@ fn copy_segments(from: &Path, to: &Path) -> Vec<PathBuf> {
 
 /// Sets the time of a segment to 1990.
 fn make_ancient(segment: &Path) {
-    let mut bytes = std::fs::read(segment).expect("it is readable");
+    let mut bytes = std::fs::read(segment).expect("readable");
     bytes[24..32].copy_from_slice(&631_152_000_000_000_000_u64.to_le_bytes());
     let crc = crc32fast::hash(&bytes[..40]);
     bytes[40..44].copy_from_slice(&crc.to_le_bytes());
@@ -610,13 +612,13 @@ async fn segments_of_stopped_replicas_are_counted_until_they_are_shipped() {
     assert_eq!(metric(&world.app, segments).await, "0");
     let lock = world.app.database.connect().await;
     let locked = lock.batch_execute("BEGIN; LOCK usage_segments").await;
-    locked.expect("it is locked");
+    locked.expect("the lock is acquired");
     assert!(world.app.state.metering.ship_adopted().await.is_err());
     assert_eq!(metric(&world.app, segments).await, "1");
     let released = lock.batch_execute("ROLLBACK").await;
-    released.expect("it was locked");
+    released.expect("the lock is released");
     let shipped = world.app.state.metering.ship_adopted().await;
-    assert_eq!(shipped.expect("it can be shipped"), 5);
+    assert_eq!(shipped.expect("the usage is shipped"), 5);
     assert_eq!(metric(&world.app, segments).await, "0");
     assert_eq!(world.logged().await, ids);
 }
@@ -670,12 +672,12 @@ async fn refused_segments_are_kept_apart_and_their_directory_goes() {
         .metering
         .ship_adopted()
         .await
-        .expect("it ships the rest");
+        .expect("the rest is shipped");
     assert_eq!(world.logged().await, ids);
     assert!(!left.exists(), "nothing is left in the directory");
-    let kept = std::fs::read_dir(root.join("rejected")).expect("it is there");
+    let kept = std::fs::read_dir(root.join("rejected")).expect("the row or file exists");
     let kept = kept
-        .map(|entry| entry.expect("it is readable").file_name())
+        .map(|entry| entry.expect("a readable entry").file_name())
         .collect::<BTreeSet<_>>();
     assert_eq!(kept.len(), 3, "{kept:?}");
     let rejected = "quota_usage_segments_rejected_total";
@@ -688,7 +690,7 @@ async fn lock_tenants(database: &TestDatabase) -> tokio_postgres::Client {
     client
         .batch_execute("BEGIN; SELECT FROM usage_tenants FOR UPDATE")
         .await
-        .expect("it is locked");
+        .expect("the lock is acquired");
     client
 }
 
@@ -704,7 +706,7 @@ async fn a_batch_may_take_longer_than_a_request() {
         lock.batch_execute("ROLLBACK").await
     };
     let (shipped, released) = tokio::join!(world.app.state.metering.ship(), release);
-    released.expect("it was locked");
+    released.expect("the lock is released");
     assert_eq!(shipped.expect("the batch waits"), 1);
 }
 
@@ -731,7 +733,7 @@ async fn a_clean_stop_does_not_wait_for_a_batch_that_waits() {
                 &[],
             )
             .await
-            .expect("it is readable");
+            .expect("readable");
         (!waiting.is_empty()).then_some(()).ok_or_else(String::new)
     })
     .await;
@@ -743,7 +745,9 @@ async fn a_clean_stop_does_not_wait_for_a_batch_that_waits() {
         "{:?}",
         began.elapsed()
     );
-    lock.batch_execute("ROLLBACK").await.expect("it was locked");
+    lock.batch_execute("ROLLBACK")
+        .await
+        .expect("the lock is released");
     // The next startup ships it.
     let app = TestApp::setup()
         .data_dir(data.path())
@@ -806,8 +810,8 @@ async fn a_segment_that_cannot_be_deleted_does_not_stop_reports() {
     let world = World::start(|setup| setup.flag(flag)).await;
     world.echoes(1).await;
     let segments = || {
-        let entries = std::fs::read_dir(world.usage_directory()).expect("it is readable");
-        let paths = entries.map(|entry| entry.expect("it is readable").path());
+        let entries = std::fs::read_dir(world.usage_directory()).expect("a readable directory");
+        let paths = entries.map(|entry| entry.expect("a readable entry").path());
         paths
             .filter(|path| path.extension().is_some_and(|it| it == "segment"))
             .collect::<BTreeSet<_>>()
@@ -817,14 +821,14 @@ async fn a_segment_that_cannot_be_deleted_does_not_stop_reports() {
         world.echoes(100).await;
     }
     // Deleting a directory like a file fails, even for root.
-    std::fs::remove_file(&first).expect("it is deleted");
+    std::fs::remove_file(&first).expect("the file is deleted");
     std::fs::create_dir(&first).expect("there is space");
     assert!(world.app.state.metering.ship().await.is_err());
     let client = world.app.database.connect().await;
     let query = "SELECT pending_records FROM usage_shippers";
     let report = client.query_one(query, &[]).await.expect("one report");
     assert_eq!(report.get::<_, i64>(0), 0);
-    std::fs::remove_dir(&first).expect("it is deleted");
+    std::fs::remove_dir(&first).expect("the file is deleted");
     world.app.ship_usage().await;
 }
 
@@ -857,7 +861,7 @@ async fn a_replica_takes_over_what_a_killed_one_left_in_a_shared_directory() {
     for n in 0..200 {
         let answer = http.get(&url).header("X-API-Key", &key);
         let answer = answer.header("X-Request-Id", format!("left-{n}")).send();
-        assert_eq!(answer.await.expect("it answers").status(), 200);
+        assert_eq!(answer.await.expect("the server responds").status(), 200);
     }
     assert_eq!(logged(&database).await.len(), 0);
     first.kill();
@@ -880,7 +884,7 @@ async fn a_replica_takes_over_what_a_killed_one_left_in_a_shared_directory() {
     })
     .await;
     second.stop();
-    let left = metering::directories(&data.path().join("usage")).expect("it is readable");
+    let left = metering::directories(&data.path().join("usage")).expect("a readable directory");
     assert_eq!(left, Vec::<PathBuf>::new());
 }
 
@@ -928,7 +932,7 @@ async fn killing_the_server_under_load_loses_nothing_and_counts_nothing_twice() 
         quota.kill();
         let before = answered.len() as u64;
         for client in clients {
-            answered.extend(client.await.expect("it ends well"));
+            answered.extend(client.await.expect("the task ends"));
         }
         in_flight += sent.load(Ordering::Relaxed) - (answered.len() as u64 - before);
         quota = Quota::start_with(data.path(), &settings);
@@ -939,7 +943,7 @@ async fn killing_the_server_under_load_loses_nothing_and_counts_nothing_twice() 
     let url = format!("http://{}/v1/echo", quota.addr);
     let last = http.get(&url).header("X-API-Key", &key);
     let last = last.header("X-Request-Id", "last").send().await;
-    assert_eq!(last.expect("it answers").status(), 200);
+    assert_eq!(last.expect("the server responds").status(), 200);
     answered.insert("last".to_owned());
     let usage = data.path().join("usage");
     wait_for("everything is shipped", async || {
@@ -996,7 +1000,7 @@ async fn traced(durability: &str, requests: usize) -> Option<Vec<String>> {
     for n in 0..requests {
         let call = http.get(&url).header("X-API-Key", &key);
         let call = call.header("X-Request-Id", format!("traced-{n}-")).send();
-        assert_eq!(call.await.expect("it answers").status(), 200);
+        assert_eq!(call.await.expect("the server responds").status(), 200);
     }
     let last = format!("traced-{}-", requests - 1);
     wait_for("the trace is written", async || {
@@ -1005,10 +1009,10 @@ async fn traced(durability: &str, requests: usize) -> Option<Vec<String>> {
         (lines >= 2).then_some(()).ok_or_else(String::new)
     })
     .await;
-    strace.kill().expect("it runs");
-    strace.wait().expect("it ends");
+    strace.kill().expect("the program runs");
+    strace.wait().expect("strace ends");
     quota.stop();
-    let text = std::fs::read_to_string(&trace).expect("it was written");
+    let text = std::fs::read_to_string(&trace).expect("the trace was written");
     Some(text.lines().map(str::to_owned).collect())
 }
 
@@ -1022,8 +1026,8 @@ async fn with_machine_durability_each_response_waits_for_the_disk() {
         let synced = (0..REQUESTS).filter(|n| {
             let id = format!("traced-{n}-");
             let at = |line: &String| line.contains(&id);
-            let read = trace.iter().position(at).expect("it was read");
-            let written = trace.iter().rposition(at).expect("it was written");
+            let read = trace.iter().position(at).expect("the request was read");
+            let written = trace.iter().rposition(at).expect("the trace was written");
             let between = &trace[read + 1..written];
             let begins = between.iter().position(|line| line.contains("fdatasync("));
             begins.is_some_and(|begins| {

@@ -184,7 +184,7 @@ async fn admits_exactly_the_quota(program: Program) {
     });
     let mut statuses = Vec::new();
     for sent in sent.collect::<Vec<_>>() {
-        statuses.extend(sent.await.expect("it ends"));
+        statuses.extend(sent.await.expect("the task ends"));
     }
     let count = |status| statuses.iter().filter(|it| **it == status).count();
     let (allowed, denied, late) = (count(200), count(429), count(503));

@@ -135,7 +135,7 @@ async fn every_constraint_is_named_and_every_table_has_a_comment() {
     assert!(constraints.len() > 40, "{}", constraints.len());
     let written = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../migrations"))
         .expect("there are migrations")
-        .map(|entry| entry.expect("it is readable").path().join("up.sql"))
+        .map(|entry| entry.expect("a readable entry").path().join("up.sql"))
         .map(|path| std::fs::read_to_string(path).unwrap_or_default())
         .collect::<String>();
     for row in constraints {

@@ -31,7 +31,7 @@ async fn families() -> Families {
     let app = TestApp::start().await;
     assert_eq!(app.get("/v1/echo").send().await.status, 401);
     let url = format!("http://{}/metrics", app.metrics_addr);
-    let scrape = app.http.get(url).send().await.expect("it answers");
+    let scrape = app.http.get(url).send().await.expect("the server responds");
     parse(&scrape.text().await.expect("text"))
 }
 

@@ -177,7 +177,7 @@ impl Sender {
 
     /// Returns a valid body for the operation.
     fn body(&self, operation: &Operation) -> Value {
-        let mut body = operation.body().expect("it takes one")["example"].clone();
+        let mut body = operation.body().expect("the operation has a body")["example"].clone();
         if body["plan_id"].is_string() {
             body["plan_id"] = json!(self.plan);
         }
@@ -324,7 +324,7 @@ fn is_more_than_bounds(field: &str, end: &str) -> bool {
 }
 
 fn fields(operation: &Operation) -> Vec<(&'static str, &'static Value)> {
-    let schema = operation.body().expect("it takes one");
+    let schema = operation.body().expect("the operation has a body");
     let fields = schema["properties"].as_object().expect("a body has fields");
     fields
         .iter()
@@ -483,7 +483,7 @@ async fn documented_optional_bodies_and_idempotency_keys_are_enforced() {
         let parameter = parameters
             .iter()
             .find(|it| it["name"] == "Idempotency-Key")
-            .expect("it is there");
+            .expect("the parameter exists");
         for key in ["", "a b", "é", "a\tb", &"k".repeat(255), &"k".repeat(256)] {
             let body = sender.body(&operation);
             let answer = call()

@@ -43,7 +43,7 @@ pub(crate) async fn through_proxy(database: &TestDatabase) -> (FaultProxy, Strin
         tokio_postgres::config::Host::Tcp(host) => {
             let addr = tokio::net::lookup_host((host.as_str(), port))
                 .await
-                .expect("it resolves");
+                .expect("the host resolves");
             Upstream::Tcp(addr.into_iter().next().expect("an address"))
         }
     };
@@ -287,10 +287,10 @@ async fn canceled_requests_leave_no_broken_connection_behind() {
         );
         let mut stream = TcpStream::connect(world.app.addr)
             .await
-            .expect("it listens");
+            .expect("the server listens");
         stream.write_all(request.as_bytes()).await.expect("sent");
         tokio::time::sleep(Duration::from_millis(step * 2)).await;
-        stream.set_zero_linger().expect("it is open");
+        stream.set_zero_linger().expect("an open connection");
         drop(stream);
     }
     world.proxy.set(Fault::Pass);
@@ -413,7 +413,7 @@ async fn flood_of_unknown_keys_does_not_affect_the_poll_the_ledger_or_known_keys
                 // The response is not validated against the document, because that takes longer than the request.
                 let call = app.http.get(app.url("/v1/echo"));
                 let answer = call.header("x-api-key", unknown_key()).send().await;
-                answers.push(answer.expect("it answers").status().as_u16());
+                answers.push(answer.expect("the server responds").status().as_u16());
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
             answers
@@ -460,7 +460,7 @@ async fn flood_of_unknown_keys_does_not_affect_the_poll_the_ledger_or_known_keys
 
     let mut counts = (0, 0);
     for flood in flood {
-        for status in flood.await.expect("it is answered") {
+        for status in flood.await.expect("a response") {
             match status {
                 401 => counts.0 += 1,
                 503 => counts.1 += 1,
@@ -490,11 +490,17 @@ async fn change_that_waits_too_long_for_a_lock_is_503() {
     };
     let other = app.database.connect().await;
     let hold = "BEGIN; SELECT id FROM plans FOR UPDATE";
-    other.batch_execute(hold).await.expect("it locks");
+    other
+        .batch_execute(hold)
+        .await
+        .expect("the lock is acquired");
     let answer = patch().send().await;
     assert_eq!(answer.status, 503, "{:?}", answer.body);
     assert!(answer.number("retry-after") >= 1);
-    other.batch_execute("ROLLBACK").await.expect("it ends");
+    other
+        .batch_execute("ROLLBACK")
+        .await
+        .expect("the transaction ends");
     assert_eq!(patch().send().await.status, 200);
 }
 
@@ -526,7 +532,10 @@ async fn changes_are_noticed_after_postgres_was_restored() {
         id = key.id
     );
     let other = app.database.connect().await;
-    other.batch_execute(&restore).await.expect("it is restored");
+    other
+        .batch_execute(&restore)
+        .await
+        .expect("the database is restored");
     let began = Instant::now();
     while app.echo(&key.text).await.status == 200 {
         assert!(began.elapsed() < AT_MOST, "a key that was ended is let in");
@@ -564,7 +573,10 @@ async fn a_restore_is_noticed_although_the_numbers_of_changes_have_caught_up() {
         id = key.id
     );
     let other = app.database.connect().await;
-    other.batch_execute(&restore).await.expect("it is restored");
+    other
+        .batch_execute(&restore)
+        .await
+        .expect("the database is restored");
     let began = Instant::now();
     while app.echo(&key.text).await.status == 200 {
         assert!(began.elapsed() < AT_MOST, "a key that was ended is let in");

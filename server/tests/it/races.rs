@@ -340,7 +340,7 @@ async fn race(replicas: [&TestApp; 2], database: &Client, pair: (Action, Action)
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_pair_of_changes_at_once_leaves_what_one_order_leaves() {
+async fn each_concurrent_pair_of_changes_has_the_result_of_one_order() {
     let one = TestApp::start().await;
     let other = TestApp::setup()
         .database(one.database.clone())

@@ -39,7 +39,7 @@ fn connect(url: &str, flags: &[&str]) -> Redis {
     let flags = all.iter().chain(flags);
     let settings = Flags::try_parse_from(flags).expect("flags").settings;
     let config = Config::read(&settings).expect("valid settings");
-    Redis::connect_lazy(config.redis.expect("it is set"))
+    Redis::connect_lazy(config.redis.expect("REDIS_URL is set"))
 }
 
 async fn add(redis: &Redis, key: &str, n: i64) -> Result<i64, CallError> {
@@ -89,13 +89,13 @@ async fn script_is_called_by_hash_and_resent_after_redis_lost_it() {
     let redis = connect(&server.url(), &[]);
     assert!(redis.connected(PATIENCE).await);
     for sum in 1..=3 {
-        assert_eq!(add(&redis, "k", 1).await.expect("it adds"), sum);
+        assert_eq!(add(&redis, "k", 1).await.expect("the script runs"), sum);
     }
     let stats = server.command("INFO commandstats").await;
     assert!(stats.contains("cmdstat_eval:calls=1,"), "{stats}");
     assert!(stats.contains("cmdstat_evalsha:calls=3,"), "{stats}");
     server.command("SCRIPT FLUSH").await;
-    assert_eq!(add(&redis, "k", 1).await.expect("it adds"), 4);
+    assert_eq!(add(&redis, "k", 1).await.expect("the script runs"), 4);
 }
 
 #[tokio::test]
@@ -103,7 +103,7 @@ async fn restart_changes_the_generation_and_the_run_id() {
     let mut server = RedisServer::start().await;
     let redis = connect(&server.url(), &["--redis-connections=3"]);
     assert_eq!(eventually(&redis, "k").await, 1);
-    let before = redis.link("k").expect("it is connected");
+    let before = redis.link("k").expect("Redis is connected");
     assert_eq!(
         before.run_id().map(str::len),
         Some(40),
@@ -114,7 +114,7 @@ async fn restart_changes_the_generation_and_the_run_id() {
     server.kill().await;
     server.restart().await;
     assert_eq!(eventually(&redis, "k").await, 1, "it is empty");
-    let after = redis.link("k").expect("it is connected");
+    let after = redis.link("k").expect("Redis is connected");
     assert!(after.generation() > before.generation());
     assert_ne!(after.run_id(), before.run_id());
 
@@ -144,7 +144,7 @@ async fn patient_caller_gets_a_late_answer() {
         sleep(Duration::from_millis(5)).await;
     }
     server.cont();
-    let answer = patient.await.expect("it ends").expect("it is answered");
+    let answer = patient.await.expect("the task ends").expect("a response");
     assert_eq!(i64::from_redis_value(answer), Ok(1));
     assert_eq!(late(), 1);
 }
@@ -176,7 +176,7 @@ fn connect_with(url: &str, flags: &[&str]) -> Redis {
     let flags = ["test", &url].into_iter().chain(flags.iter().copied());
     let settings = Flags::try_parse_from(flags).expect("flags").settings;
     let config = Config::read(&settings).expect("valid settings");
-    Redis::connect_lazy(config.redis.expect("it is set"))
+    Redis::connect_lazy(config.redis.expect("REDIS_URL is set"))
 }
 
 #[tokio::test]
@@ -247,7 +247,7 @@ async fn replica_is_not_used_as_a_master() {
 
 async fn kept_up(redis: &Redis, key: &str) -> Link {
     eventually(redis, key).await;
-    redis.link(key).expect("it is connected")
+    redis.link(key).expect("Redis is connected")
 }
 
 #[tokio::test]
@@ -298,7 +298,7 @@ async fn cluster_keeps_each_key_on_its_node() {
     assert!(redis.connected(PATIENCE).await);
     for i in 0..60 {
         let key = format!("{{key-{i}}}:count");
-        assert_eq!(add(&redis, &key, 2).await.expect("it adds"), 2);
+        assert_eq!(add(&redis, &key, 2).await.expect("the script runs"), 2);
     }
     let mut sizes = Vec::new();
     for node in &cluster.nodes {
@@ -327,13 +327,19 @@ async fn key_that_moves_to_another_node_is_found() {
     let other = (owner + 1) % 3;
     let id = cluster.nodes[other].command("CLUSTER MYID").await;
     let id = id.lines().nth(1).expect("an id").trim().to_owned();
-    assert_eq!(add(&redis, "{moved}:a", 1).await.expect("it adds"), 1);
+    assert_eq!(
+        add(&redis, "{moved}:a", 1).await.expect("the script runs"),
+        1
+    );
     cluster.nodes[owner].command("DEL {moved}:a").await;
     for node in [&cluster.nodes[other], &cluster.nodes[owner]] {
         let moved = format!("CLUSTER SETSLOT {slot} NODE {id}");
         assert!(node.command(&moved).await.contains("OK"));
     }
-    assert_eq!(add(&redis, "{moved}:a", 5).await.expect("it adds"), 5);
+    assert_eq!(
+        add(&redis, "{moved}:a", 5).await.expect("the script runs"),
+        5
+    );
     let there = cluster.nodes[other].command("GET {moved}:a").await;
     assert!(there.contains('5'), "{there}");
 }

@@ -27,7 +27,7 @@ async fn spend(quota: &Quota, http: &Client, key: &str, most: u64) -> u64 {
     let url = format!("http://{}/v1/echo", quota.addr);
     for served in 0..most {
         let answer = http.get(&url).header("X-API-Key", key).send().await;
-        let answer = answer.expect("it answers");
+        let answer = answer.expect("the server responds");
         match answer.status().as_u16() {
             200 => {}
             429 => {
@@ -141,7 +141,7 @@ async fn clean_stop_returns_every_block() {
     let served = stream::iter(secrets)
         .map(|secret| {
             let request = http.get(&url).header("X-API-Key", secret).send();
-            async move { u64::from(request.await.expect("it answers").status() == 200) }
+            async move { u64::from(request.await.expect("the server responds").status() == 200) }
         })
         .buffer_unordered(16)
         .fold(0, async |served, one| served + one)

@@ -49,7 +49,11 @@ fn segments(data: &Path) -> Vec<PathBuf> {
         for file in fs::read_dir(directory).into_iter().flatten() {
             let path = file.expect("an entry").path();
             if path.extension().is_some_and(|it| it == "segment") {
-                found.push(path.strip_prefix(data).expect("it is inside").to_owned());
+                found.push(
+                    path.strip_prefix(data)
+                        .expect("the file is in the directory")
+                        .to_owned(),
+                );
             }
         }
     }
@@ -79,7 +83,7 @@ async fn backlog_in_a_backup(
     let echo = format!("http://{}/v1/echo", quota.addr);
     let send = async || {
         let answer = http.get(&echo).header("X-API-Key", &key).send().await;
-        let answer = answer.expect("it answers");
+        let answer = answer.expect("the server responds");
         assert_eq!(answer.status(), 200);
         let id = answer.headers()["x-request-id"].to_str().expect("text");
         id.to_owned()
@@ -189,7 +193,7 @@ async fn interrupted_restore_can_be_repeated() {
     assert_eq!(left, 1, "only `usage`");
     for rejected in REJECTED {
         let restored = fs::read_to_string(data.path().join(rejected));
-        assert_eq!(restored.expect("it is restored"), "rejected");
+        assert_eq!(restored.expect("the backup is restored"), "rejected");
     }
     assert_complete(&empty, data.path(), &ids).await;
 }
@@ -250,7 +254,7 @@ async fn restore_as_root_writes_only_what_the_server_user_may_write() {
         let path = data.path().join(segment);
         let directory = path.parent().expect("a directory");
         for path in [&path, directory] {
-            assert_eq!(fs::metadata(path).expect("it is there").uid(), NOBODY);
+            assert_eq!(fs::metadata(path).expect("the file exists").uid(), NOBODY);
         }
     }
 }
@@ -262,7 +266,7 @@ async fn encrypted(database: &TestDatabase, authority: &Authority) -> u16 {
 
     let (proxy, _) = through_proxy(database).await;
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-    let port = listener.local_addr().expect("it is bound").port();
+    let port = listener.local_addr().expect("the socket is bound").port();
     tokio::spawn(async move {
         while let Ok((mut stream, _)) = listener.accept().await {
             let (acceptor, upstream) = (acceptor.clone(), proxy.addr());
@@ -282,7 +286,9 @@ async fn encrypted(database: &TestDatabase, authority: &Authority) -> u16 {
                 let Ok(mut stream) = acceptor.accept(stream).await else {
                     return;
                 };
-                let mut postgres = TcpStream::connect(upstream).await.expect("it listens");
+                let mut postgres = TcpStream::connect(upstream)
+                    .await
+                    .expect("the server listens");
                 let _ = copy_bidirectional(&mut stream, &mut postgres).await;
             });
         }

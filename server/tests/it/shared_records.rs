@@ -70,7 +70,7 @@ impl World {
     async fn redis(&self) -> MultiplexedConnection {
         let client = redis::Client::open(self.server.url()).expect("a URL");
         let connection = client.get_multiplexed_async_connection().await;
-        connection.expect("it is there")
+        connection.expect("Redis responds")
     }
 
     /// Returns the Redis key of the only shared record.
@@ -78,9 +78,9 @@ impl World {
         let mut redis = self.redis().await;
         let began = Instant::now();
         loop {
-            let names: Vec<String> = redis.keys("quota:key*").await.expect("it lists");
+            let names: Vec<String> = redis.keys("quota:key*").await.expect("the keys are listed");
             if let [name] = &*names {
-                let bytes = redis.get(name).await.expect("it is there");
+                let bytes = redis.get(name).await.expect("Redis responds");
                 return (name.clone(), bytes);
             }
             assert!(began.elapsed() < PATIENCE, "{names:?}");
@@ -162,7 +162,7 @@ async fn record_from_before_a_change_is_rejected_whenever_it_was_written() {
         redis
             .set::<_, _, ()>(&name, &before)
             .await
-            .expect("it is written");
+            .expect("the record is written");
         let began = Instant::now();
         while app.echo(&world.key.text).await.status != 401 {
             assert!(began.elapsed() < PATIENCE, "a deactivated key is accepted");
@@ -170,14 +170,14 @@ async fn record_from_before_a_change_is_rejected_whenever_it_was_written() {
         redis
             .set::<_, _, ()>(&name, &before)
             .await
-            .expect("it is written");
+            .expect("the record is written");
         assert_eq!(app.echo(&world.key.text).await.status, 401);
     }
     // A replica that has just started also knows about the change.
     redis
         .set::<_, _, ()>(&name, &before)
         .await
-        .expect("it is written");
+        .expect("the record is written");
     let fresh = world.another().await;
     assert_eq!(fresh.echo(&world.key.text).await.status, 401);
     assert!(fresh.metric("quota_key_shared_outdated_total").await >= 1.0);
@@ -214,7 +214,7 @@ async fn change_to_a_plan_or_tenant_invalidates_every_record() {
         redis
             .set::<_, _, ()>(&name, &before)
             .await
-            .expect("it is written");
+            .expect("the record is written");
         let second = world.another().await;
         let answer = second.echo(&world.key.text).await;
         assert_eq!(answer.number("x-ratelimit-limit"), limit);
@@ -227,11 +227,11 @@ async fn change_to_a_plan_or_tenant_invalidates_every_record() {
         redis
             .set::<_, _, ()>(&name, &before)
             .await
-            .expect("it is written");
+            .expect("the record is written");
         let third = world.another().await;
         assert_eq!(third.echo(&world.key.text).await.status, 200);
         assert!(third.metric("quota_key_shared_outdated_total").await >= 1.0);
-        redis.del::<_, ()>(&name).await.expect("it is gone");
+        redis.del::<_, ()>(&name).await.expect("the key is deleted");
     }
 }
 
@@ -242,34 +242,34 @@ async fn damaged_or_forged_record_is_ignored() {
     let (name, whole) = world.only_record().await;
     let mut redis = world.redis().await;
     let mut damaged = whole.clone();
-    *damaged.last_mut().expect("it is long") ^= 1;
+    *damaged.last_mut().expect("the record is not empty") ^= 1;
     for bytes in [&damaged[..], b"", b"nonsense", &whole[..40]] {
         redis
             .set::<_, _, ()>(&name, bytes)
             .await
-            .expect("it is written");
+            .expect("the record is written");
         let app = world.another().await;
         assert_eq!(app.echo(&world.key.text).await.status, 200);
         assert!(app.metric("quota_key_shared_unreadable_total").await >= 1.0);
     }
     // A record stored under another key's name is rejected.
     let unknown = SecretText::generate(Kind::ApiKey).expect("random bytes");
-    redis.del::<_, ()>(&name).await.expect("it is gone");
+    redis.del::<_, ()>(&name).await.expect("the key is deleted");
     assert_eq!(world.first.echo(&unknown.reveal()).await.status, 401);
     let (other, _) = world.only_record().await;
     redis
         .set::<_, _, ()>(&other, &whole)
         .await
-        .expect("it is written");
+        .expect("the record is written");
     let app = world.another().await;
     assert_eq!(app.echo(&unknown.reveal()).await.status, 401);
     assert!(app.metric("quota_key_shared_unreadable_total").await >= 1.0);
     // Random bytes are rejected.
-    redis.del::<_, ()>(&name).await.expect("it is gone");
+    redis.del::<_, ()>(&name).await.expect("the key is deleted");
     redis
         .rpush::<_, _, ()>(&name, "list")
         .await
-        .expect("it is written");
+        .expect("the record is written");
     assert_eq!(
         world.another().await.echo(&world.key.text).await.status,
         200
@@ -328,7 +328,7 @@ async fn silent_redis_delays_one_lookup_and_not_the_next() {
             .keys
             .key(&text, app.state.freshness.now(), LookupCaller::default())
             .await;
-        assert!(found.expect("PostgreSQL answers").is_some());
+        assert!(found.expect("PostgreSQL responds").is_some());
         app.state.metrics.key_shared_errors.get()
     };
     for key in &keys[..4] {
@@ -385,7 +385,7 @@ async fn no_secret_and_no_plain_hash_is_written_to_redis() {
     let secret = &world.key.text[8..];
     assert!(!shown.contains(secret), "{shown}");
     let mut redis = world.redis().await;
-    let ttl: i64 = redis.ttl(&name).await.expect("it tells");
+    let ttl: i64 = redis.ttl(&name).await.expect("Redis responds");
     assert!((1..=300).contains(&ttl), "{ttl}");
 }
 
@@ -415,7 +415,7 @@ async fn change_is_published_to_other_replicas() {
     redis
         .publish::<_, _, ()>("quota:revoked", "nonsense")
         .await
-        .expect("it is sent");
+        .expect("the message is sent");
     eventually(&second, "quota_invalidations_unreadable_total", 1.0).await;
     assert_eq!(second.echo(&world.key.text).await.status, 200);
 }
@@ -426,7 +426,7 @@ async fn newest_invalidation(app: &TestApp) -> i64 {
     let row = client
         .query_one("SELECT coalesce(max(seq), 0) FROM revocations", &[])
         .await;
-    row.expect("it is read").get(0)
+    row.expect("the number is read").get(0)
 }
 
 /// Returns a message without a seal, which anyone who has seen a message could write.
@@ -450,7 +450,7 @@ async fn messages_with_future_numbers_do_not_restore_a_deleted_key() {
         let heard: u64 = redis
             .publish("quota:revoked", unsealed(seq, uuid::Uuid::now_v7()))
             .await
-            .expect("it is sent");
+            .expect("the message is sent");
         assert!(heard <= 2);
     }
     // Both replicas have received the messages, whether they accepted them or not.
@@ -466,7 +466,7 @@ async fn messages_with_future_numbers_do_not_restore_a_deleted_key() {
             redis
                 .publish::<_, _, ()>("quota:revoked", unsealed(newest + 1, uuid::Uuid::now_v7()))
                 .await
-                .expect("it is sent");
+                .expect("the message is sent");
             assert!(began.elapsed() < PATIENCE, "{taken} were taken");
             sleep(Duration::from_millis(2)).await;
         }
@@ -493,7 +493,7 @@ async fn messages_with_future_numbers_do_not_restore_a_deleted_key() {
         redis
             .set::<_, _, ()>(&name, &record)
             .await
-            .expect("it is written");
+            .expect("the record is written");
         let answer = app.echo(&world.key.text).await;
         assert_eq!(
             answer.status, 401,
@@ -535,18 +535,18 @@ async fn starting_replica_rejects_records_of_keys_deleted_long_ago() {
             &[],
         )
         .await
-        .expect("it is changed");
+        .expect("the row is changed");
     assert!(aged >= 1);
     let mut tx = world.first.state.db.system().await.expect("a connection");
     let swept = sweep::batch(&mut tx, sweep::Expired::Invalidations, 1000).await;
-    tx.commit().await.expect("it commits");
-    assert!(swept.expect("it sweeps") >= 1);
+    tx.commit().await.expect("the transaction is committed");
+    assert!(swept.expect("the rows are swept") >= 1);
 
     let mut redis = world.redis().await;
     redis
         .set::<_, _, ()>(&name, &record)
         .await
-        .expect("it is written");
+        .expect("the record is written");
     let fresh = world.another().await;
     let answer = fresh.echo(&world.key.text).await;
     assert_eq!(
@@ -576,14 +576,14 @@ async fn two_installations_with_one_prefix_do_not_trust_each_other() {
     let mut redis = client
         .get_multiplexed_async_connection()
         .await
-        .expect("it is there");
+        .expect("Redis responds");
     let account = one.register().await;
     let plan = one.plan(&account, json!({})).await;
     let key = one.key(&account, &plan).await;
     assert_eq!(one.echo(&key.text).await.status, 200);
     let began = Instant::now();
     loop {
-        let names: Vec<String> = redis.keys("quota:key*").await.expect("it lists");
+        let names: Vec<String> = redis.keys("quota:key*").await.expect("the keys are listed");
         if !names.is_empty() {
             break;
         }
@@ -619,13 +619,16 @@ async fn two_installations_with_one_prefix_do_not_trust_each_other() {
         .start()
         .await;
     polled(&replica).await;
-    let names: Vec<String> = redis.keys("quota:key*").await.expect("it lists");
-    redis.del::<_, ()>(names).await.expect("they are gone");
+    let names: Vec<String> = redis.keys("quota:key*").await.expect("the keys are listed");
+    redis
+        .del::<_, ()>(names)
+        .await
+        .expect("the keys are deleted");
     let key = one.key(&account, &plan).await;
     assert_eq!(one.echo(&key.text).await.status, 200);
     let began = Instant::now();
     loop {
-        let names: Vec<String> = redis.keys("quota:key*").await.expect("it lists");
+        let names: Vec<String> = redis.keys("quota:key*").await.expect("the keys are listed");
         if !names.is_empty() {
             break;
         }
@@ -641,8 +644,11 @@ async fn two_installations_with_one_prefix_do_not_trust_each_other() {
 async fn replayed_message_has_no_effect() {
     let world = World::start().await;
     let client = redis::Client::open(world.server.url()).expect("a URL");
-    let mut pubsub = client.get_async_pubsub().await.expect("it is there");
-    pubsub.subscribe("quota:revoked").await.expect("it listens");
+    let mut pubsub = client.get_async_pubsub().await.expect("Redis responds");
+    pubsub
+        .subscribe("quota:revoked")
+        .await
+        .expect("the subscription starts");
     let mut messages = pubsub.on_message();
     let path = format!("/admin/api-keys/{}", world.key.id);
     let change = async |rpm: u32| {
@@ -655,7 +661,7 @@ async fn replayed_message_has_no_effect() {
     change(1000).await;
     let message = tokio::time::timeout(PATIENCE, futures_util::StreamExt::next(&mut messages))
         .await
-        .expect("it is published")
+        .expect("the message is published")
         .expect("a message");
     let message = message.get_payload_bytes().to_vec();
 
@@ -671,7 +677,7 @@ async fn replayed_message_has_no_effect() {
         redis
             .publish::<_, _, ()>("quota:revoked", &message)
             .await
-            .expect("it is sent");
+            .expect("the message is sent");
         sleep(Duration::from_millis(5)).await;
         received = second.metric("quota_invalidations_received_total").await;
         assert!(
@@ -687,7 +693,7 @@ async fn replayed_message_has_no_effect() {
         redis
             .publish::<_, _, ()>("quota:revoked", &message[..cut])
             .await
-            .expect("it is sent");
+            .expect("the message is sent");
     }
     eventually(&second, "quota_invalidations_unreadable_total", 6.0).await;
     assert_eq!(newest_invalidation(&world.first).await, before);

@@ -589,7 +589,7 @@ async fn as_app(client: &mut Client, tenant: Option<&str>, sql: &str) -> Option<
         transaction
             .batch_execute(&set)
             .await
-            .expect("it can be set");
+            .expect("the setting is accepted");
     }
     match transaction.execute(sql, &[]).await {
         Ok(rows) => Some(rows),
@@ -699,7 +699,7 @@ async fn every_table_has_row_level_security_that_binds_the_servers_roles() {
                 &[&table],
             )
             .await
-            .expect("it is there");
+            .expect("the table exists");
         assert!(
             row.get::<_, bool>(0),
             "{table}: row-level security is not enabled"

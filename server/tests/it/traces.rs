@@ -251,7 +251,7 @@ async fn failed_dependency_is_visible_in_the_trace() {
 async fn collector_that_fails_or_hangs_affects_neither_requests_nor_the_stop() {
     // The first port refuses connections. The second accepts connections, but never responds.
     let silent = TcpListener::bind("127.0.0.1:0").expect("a port");
-    let silent_port = silent.local_addr().expect("it is bound").port();
+    let silent_port = silent.local_addr().expect("the socket is bound").port();
     for port in [free_port(), silent_port] {
         let app = TestApp::setup()
             .flag(format!(
@@ -264,14 +264,19 @@ async fn collector_that_fails_or_hangs_affects_neither_requests_nor_the_stop() {
         // Send far more spans than fit in the queue.
         for _ in 0..5000 {
             let answer = app.http.get(app.url("/v1/echo")).header("X-API-Key", &key);
-            let status = answer.send().await.expect("it answers").status();
+            let status = answer.send().await.expect("the server responds").status();
             assert!([200, 429].contains(&status.as_u16()), "{status}");
         }
         let dropped = app.metric("quota_spans_dropped_total").await;
         assert!(dropped > 0.0, "port {port}");
         assert!(app.metric("quota_spans_sent_total").await == 0.0);
         let began = Instant::now();
-        app.state.traces.as_ref().expect("it is on").stop().await;
+        app.state
+            .traces
+            .as_ref()
+            .expect("tracing is on")
+            .stop()
+            .await;
         assert!(began.elapsed() < PATIENCE, "{:?}", began.elapsed());
     }
 }
@@ -299,7 +304,10 @@ async fn sigterm_sends_the_last_spans() {
     let http = Client::new();
     for _ in 0..20 {
         let echo = http.get(format!("http://{}/v1/echo", quota.addr));
-        assert_eq!(echo.send().await.expect("it answers").status(), 401);
+        assert_eq!(
+            echo.send().await.expect("the server responds").status(),
+            401
+        );
     }
     tokio::task::block_in_place(|| quota.stop());
     let spans = collector.spans();
@@ -310,7 +318,7 @@ async fn sigterm_sends_the_last_spans() {
 /// Returns the repository's Caddyfile with other ports, on loopback only.
 fn caddyfile(https: u16) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../Caddyfile");
-    let mut text = fs::read_to_string(path).expect("it is there");
+    let mut text = fs::read_to_string(path).expect("the Caddyfile exists");
     let options = format!(
         "\tskip_install_trust\n\tadmin off\n\tdefault_bind 127.0.0.1\n\thttp_port {}\n\thttps_port {https}\n",
         free_port()
@@ -329,7 +337,7 @@ fn caddyfile(https: u16) -> String {
 async fn start_caddy(dir: &Path, https: u16, quota: &Quota, collector: &str) -> (Process, Client) {
     let program = caddy::recent(Path::new(env!("CARGO_TARGET_TMPDIR"))).expect("there is a Caddy");
     let file = dir.join("Caddyfile");
-    fs::write(&file, caddyfile(https)).expect("it is written");
+    fs::write(&file, caddyfile(https)).expect("the file is written");
     let port = quota.addr.port().to_string();
     let mut command = Command::new(program);
     command
@@ -349,7 +357,7 @@ async fn start_caddy(dir: &Path, https: u16, quota: &Quota, collector: &str) -> 
         .env("XDG_DATA_HOME", dir)
         .env("XDG_CONFIG_HOME", dir);
     let output = dir.join("output");
-    let process = Process::start(&command, &output).expect("it runs");
+    let process = Process::start(&command, &output).expect("Caddy runs");
     let certificate = dir.join("caddy/pki/authorities/local/root.crt");
     let began = Instant::now();
     loop {
@@ -394,7 +402,10 @@ async fn trace_leads_from_caddy_through_the_decision_to_redis_and_postgresql() {
         .get(format!("https://localhost:{https}/api/v1/echo"))
         .header("X-API-Key", &key)
         .header("traceparent", traceparent("01"));
-    assert_eq!(echo.send().await.expect("it answers").status(), 200);
+    assert_eq!(
+        echo.send().await.expect("the server responds").status(),
+        200
+    );
     let of_caddy = |it: &Received| {
         it.service == "caddy" && it.attributes.values().any(|it| it == "/api/v1/echo")
     };
@@ -404,7 +415,7 @@ async fn trace_leads_from_caddy_through_the_decision_to_redis_and_postgresql() {
     };
     let spans = collector.wait_until(is_complete).await;
 
-    let caddy = spans.iter().find(|it| of_caddy(it)).expect("it was there");
+    let caddy = spans.iter().find(|it| of_caddy(it)).expect("Caddy's span");
     assert_ne!(caddy.trace, TRACE, "clients do not decide");
     assert_eq!(caddy.parent, "");
     let spans: Vec<_> = spans

@@ -448,7 +448,7 @@ async fn delivery_of_a_replica_that_crashed_is_repeated_after_its_lease() {
     // The result of the first attempt arrives late, and changes nothing.
     world.hooks.respond("/hook", Response::status(500));
     let late = crashed.state.webhooks.deliver(&claimed[0]).await;
-    late.expect("it is recorded");
+    late.expect("the result is handled");
     assert_eq!(
         world.delivery(&webhook, &delivery).await["status"],
         "delivered"

@@ -1,13 +1,13 @@
 //! A stateful stand-in for Stripe, for tests and for trying out billing without an account.
 //!
-//! It has the endpoints that Quota uses, returns complete objects of the API version that the `async-stripe` crates
-//! pin, and behaves like Stripe where that matters: idempotency keys, signed webhooks with redelivery, a clock that can
-//! be moved forward, renewals, failed payments and their retries, and usage that arrives late. Requests can fail before
-//! or after their effect. It also serves its own Checkout page and customer portal.
+//! The fake has the endpoints that Quota uses, returns complete objects of the API version that the `async-stripe`
+//! crates pin, and behaves like Stripe where that matters: idempotency keys, signed webhooks with redelivery, a clock
+//! that can be moved forward, renewals, failed payments and their retries, and usage that arrives late. Requests can
+//! fail before or after their effect. The fake also serves its own Checkout page and customer portal.
 //!
 //! Every request is compared with Stripe's own description of its parameters.
 //!
-//! It shares no code with Quota, so that the two cannot agree by accident.
+//! The fake shares no code with Quota, so that the two cannot have the same mistakes.
 #![recursion_limit = "512"]
 
 mod api;
@@ -131,7 +131,7 @@ impl FakeStripe {
         self.with(|state| state.set_back(seconds));
     }
 
-    /// Makes this a different account than other fakes: the account gets this ID, and new objects get different IDs.
+    /// Gives the fake this account ID, and gives new objects IDs that differ from those of other fakes.
     pub fn set_account(&self, id: &str) {
         self.with(|state| state.change_account(id));
     }

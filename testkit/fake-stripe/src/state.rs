@@ -235,7 +235,7 @@ impl State {
     /// Records a thin event, which only refers to its object.
     pub fn emit_thin(&mut self, kind: &str, related: &Value, data: &Value) -> Value {
         let id = self.id("evt");
-        let created = DateTime::from_timestamp(self.now(), 0).expect("a time of this era");
+        let created = DateTime::from_timestamp(self.now(), 0).expect("a valid time");
         let event = json!({
             "id": id, "object": "v2.core.event", "type": kind, "created": created.to_rfc3339(), "livemode": false,
             "context": null, "reason": null, "related_object": related, "data": data,
@@ -275,8 +275,8 @@ pub fn number(value: &Value) -> Option<i64> {
 
 /// Returns the same day and time a number of months later.
 pub fn months_after(at: i64, months: u32) -> i64 {
-    let at = DateTime::from_timestamp(at, 0).expect("a time of this era");
+    let at = DateTime::from_timestamp(at, 0).expect("a valid time");
     at.checked_add_months(Months::new(months))
-        .expect("a time of this era")
+        .expect("a valid time")
         .timestamp()
 }

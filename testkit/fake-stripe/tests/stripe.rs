@@ -632,7 +632,7 @@ async fn receiver(mut statuses: Vec<u16>) -> (String, Arc<Mutex<Vec<Hook>>>) {
     (url, hooks)
 }
 
-/// Whether a header contains a valid signature of the body.
+/// Returns whether a header contains a valid signature of the body.
 fn is_signed(hook: &Hook, secret: &str) -> bool {
     let Some(header) = &hook.0 else { return false };
     let at = header
@@ -855,7 +855,7 @@ async fn requests_that_stripe_does_not_document_are_detected() {
         for (name, value) in defaults.iter().chain(headers) {
             let mut only = reqwest::header::HeaderMap::new();
             only.insert(*name, value.parse().expect("a value"));
-            // Replaces the default.
+            // This replaces the default headers.
             call = call.headers(only);
         }
         let status = call.body(body.to_owned()).send().await;

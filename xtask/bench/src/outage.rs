@@ -1,4 +1,4 @@
-//! PostgreSQL is stopped under load: no decision is lost or late, and the backlog is shipped soon afterwards.
+//! Stops PostgreSQL under load. No decision may be lost or late, and the backlog must be shipped soon afterward.
 //!
 //! One server with its own PostgreSQL. The load consists of requests with many keys to many endpoints, both
 //! Zipf-distributed, at a fixed rate: before the outage, while PostgreSQL is stopped, and until the backlog is shipped.
@@ -59,7 +59,7 @@ pub(crate) struct Options {
     seconds: u64,
 }
 
-/// Number `i` is drawn 1 / (i + 1) times as often as the first.
+/// A distribution in which number `i` is drawn 1 / (i + 1) times as often as the first.
 struct Zipf(Vec<f64>);
 
 impl Zipf {

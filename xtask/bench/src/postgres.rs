@@ -171,7 +171,7 @@ impl Postgres {
         Ok(())
     }
 
-    /// Whether the server is running.
+    /// Returns whether the server is running.
     pub(crate) fn is_running(&mut self) -> Result<bool> {
         Ok(match &mut self.running {
             Some(process) => process.ended()?.is_none(),

@@ -45,7 +45,7 @@ fn main() -> Result<()> {
     bindgen
         .web(true)?
         .input_path(&main)
-        // The other modules share its memory and its tables.
+        // The other modules share the main module's memory and tables.
         .keep_lld_exports(true)
         .out_name("quota-ui")
         .typescript(false)

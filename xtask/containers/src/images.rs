@@ -1,8 +1,8 @@
 //! The images that the Compose files and the Dockerfile use.
 //!
-//! They are pulled if a registry can be reached. Otherwise, stand-ins with the same names are built from Debian
-//! packages. They behave as the Compose files expect, but are not the real images and trust this machine's certificate
-//! authorities, so they must not be distributed.
+//! The images are pulled if a registry can be reached. Otherwise, stand-ins with the same names are built from Debian
+//! packages. The stand-ins behave as the Compose files expect, but are not the real images and trust this machine's
+//! certificate authorities, so they must not be distributed.
 
 use std::{
     fs,
@@ -42,7 +42,7 @@ fn stand_ins() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("stand-ins")
 }
 
-/// Whether an image exists or can be pulled.
+/// Returns whether an image exists or can be pulled.
 fn present(engine: &Engine, name: &str) -> Result<bool> {
     if engine.has_image(name) {
         return Ok(true);

@@ -46,7 +46,7 @@ pub(crate) enum CheckError {
 }
 
 impl CheckError {
-    /// Returns whether the request must not be passed on, whatever the setting.
+    /// Returns whether the request must not be passed on, regardless of the setting.
     pub(crate) fn is_final(&self) -> bool {
         matches!(self, Self::Invalid(_) | Self::Closed)
     }

@@ -218,7 +218,7 @@ async fn network_is_suspect_after_a_few_failures_and_not_for_long() {
 }
 
 #[tokio::test]
-async fn zero_switches_it_off() {
+async fn zero_disables_the_limit() {
     let (attempts, _) = attempts(0);
     for _ in 0..1000 {
         fail(&attempts, "a@example.com", "192.0.2.1").await.unwrap();

@@ -43,7 +43,7 @@ impl Setting {
         let account = app.register().await;
         let token = app.service_token(&account).await;
         let api = Api::start().await;
-        let port = app.grpc_addr.expect("it is on").port();
+        let port = app.grpc_addr.expect("gRPC is on").port();
         Self {
             gateway: envoy(port, &token, &api).await,
             app,
@@ -120,7 +120,7 @@ async fn enforces_decisions() {
     assert_eq!(field(&admitted, "x-quota-decision"), None);
     assert_eq!(field(&admitted, "x-own"), Some("kept"));
     assert_eq!(admitted.text().await.expect("a body"), "an order");
-    let seen = setting.api.requests().pop().expect("it arrived");
+    let seen = setting.api.requests().pop().expect("the request arrived");
     assert_eq!(seen.line, "POST /orders?deny=x&a=b HTTP/1.1");
     assert_eq!(seen.values("x-api-key"), [&key]);
     for name in ["x-service-token", "x-quota-decision", "ratelimit"] {
@@ -160,7 +160,7 @@ async fn enforces_decisions() {
     let bearer = setting.get("/bearer").bearer_auth(&other);
     let bearer = bearer.header("x-api-key", "").header("x-api-key", &key);
     assert_eq!(bearer.send().await.expect("Envoy responds").status(), 200);
-    let seen = setting.api.requests().pop().expect("it arrived");
+    let seen = setting.api.requests().pop().expect("the request arrived");
     assert_eq!(seen.values("x-api-key"), [""], "{seen:?}");
 
     setting.app.ship_usage().await;
@@ -234,7 +234,7 @@ async fn fails_closed_without_quota() {
     let app = TestApp::setup().flag("--grpc-listen=127.0.0.1:0");
     let app = app.start().await;
     let api = Api::start().await;
-    let listening = app.grpc_addr.expect("it is on").port();
+    let listening = app.grpc_addr.expect("gRPC is on").port();
     for (name, port, token) in [
         ("an invalid service token", listening, "qs_invalid"),
         ("nothing listens", free_port(), "qs_any"),

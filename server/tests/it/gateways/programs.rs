@@ -48,7 +48,7 @@ pub(super) fn folder() -> PathBuf {
 
 fn free_port() -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");
-    listener.local_addr().expect("it is bound").port()
+    listener.local_addr().expect("the socket is bound").port()
 }
 
 /// Returns a command that runs a server. Debian installs servers only in root's path.
@@ -92,9 +92,9 @@ impl Program {
         for _ in 0..5 {
             let port = free_port();
             let command = self.command(dir.path(), filled, port);
-            let mut process = Process::start(&command, &output).expect("it is installed");
+            let mut process = Process::start(&command, &output).expect("the program is installed");
             let began = Instant::now();
-            while process.ended().expect("it is ours").is_none() {
+            while process.ended().expect("a child process").is_none() {
                 if TcpStream::connect(("127.0.0.1", port)).await.is_ok() {
                     return Gateway {
                         url: format!("http://127.0.0.1:{port}"),
@@ -124,7 +124,7 @@ impl Program {
                         "{{\n\tadmin off\n\tauto_https off\n\tdefault_bind 127.0.0.1\n}}\n{site}"
                     ),
                 )
-                .expect("it is written");
+                .expect("the file is written");
                 let mut caddy = Command::new("caddy");
                 caddy
                     .args(["run", "--adapter", "caddyfile", "--config"])
@@ -153,27 +153,28 @@ impl Program {
                     dir.join("pid").display()
                 );
                 let file = dir.join("nginx.conf");
-                fs::write(&file, text).expect("it is written");
+                fs::write(&file, text).expect("the file is written");
                 let mut nginx = command("nginx");
                 nginx.arg("-p").arg(dir).arg("-c").arg(file);
                 nginx
             }
             Self::HaProxy => {
                 let inner = format!("127.0.0.1:{}", free_port());
-                let script = fs::read_to_string(folder().join("quota.lua")).expect("it is there");
+                let script =
+                    fs::read_to_string(folder().join("quota.lua")).expect("the script exists");
                 let lua = dir.join("quota.lua");
                 let mut script = put(&script, "127.0.0.1:8404", &inner);
                 if let Some((from, to)) = filled.script_fault {
                     script = put(&script, from, to);
                 }
-                fs::write(&lua, script).expect("it is written");
+                fs::write(&lua, script).expect("the file is written");
                 let text = filled.read("haproxy.cfg");
                 let text = put(&text, "127.0.0.1:8404", &inner);
                 let text = put(&text, "/etc/haproxy/quota.lua", &lua.display().to_string());
                 let text = put(&text, "bind :80", &format!("bind 127.0.0.1:{port}"));
                 let text = put(&text, "api.example.com", "127.0.0.1");
                 let file = dir.join("haproxy.cfg");
-                fs::write(&file, text).expect("it is written");
+                fs::write(&file, text).expect("the file is written");
                 let mut haproxy = command("haproxy");
                 haproxy.arg("-db").arg("-f").arg(file);
                 haproxy
@@ -205,7 +206,7 @@ impl Program {
                 );
                 let text = put(&text, "api.example.com", "127.0.0.1");
                 let file = dir.join("envoy.yaml");
-                fs::write(&file, text).expect("it is written");
+                fs::write(&file, text).expect("the file is written");
                 let tools = Path::new(env!("CARGO_TARGET_TMPDIR"));
                 let program = envoy::program(tools).expect("Envoy is installed");
                 let mut envoy = Command::new(program);

@@ -47,7 +47,7 @@ impl Head {
 impl Api {
     pub(crate) async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-        let addr = listener.local_addr().expect("it is bound");
+        let addr = listener.local_addr().expect("the socket is bound");
         let requests = Arc::new(Mutex::new(Vec::new()));
         let received = Arc::clone(&requests);
         tokio::spawn(async move {
@@ -136,7 +136,7 @@ pub(crate) struct TlsHop {
 impl TlsHop {
     pub(crate) async fn start(authority: &Authority, behind: Behind) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-        let port = listener.local_addr().expect("it is bound").port();
+        let port = listener.local_addr().expect("the socket is bound").port();
         let acceptor = TlsAcceptor::from(Arc::clone(&authority.config));
         let connections = Arc::new(AtomicUsize::new(0));
         let counted = Arc::clone(&connections);
@@ -151,7 +151,8 @@ impl TlsHop {
                     counted.fetch_add(1, Ordering::SeqCst);
                     match behind {
                         Behind::Quota(addr) => {
-                            let mut quota = TcpStream::connect(addr).await.expect("it listens");
+                            let mut quota =
+                                TcpStream::connect(addr).await.expect("the server listens");
                             let _ = copy_bidirectional(&mut stream, &mut quota).await;
                         }
                         Behind::Other(answer) => {

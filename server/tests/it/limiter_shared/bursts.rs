@@ -228,7 +228,7 @@ fn alone() -> Arc<Membership> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_rested_keys_burst_is_admitted_whole_in_two_round_trips() {
+async fn an_idle_keys_full_burst_is_admitted_in_two_round_trips() {
     for round_trip in [0, 1, 2, 5, 10, 20].map(Duration::from_millis) {
         for (rpm, burst) in [(600, 600), (60, 60), (60_000, 1000), (6000, 1)] {
             for strict in [false, true] {
@@ -257,7 +257,7 @@ async fn a_rested_keys_burst_is_admitted_whole_in_two_round_trips() {
 
 /// Each request gets its full cost or nothing, and no tokens are left over.
 #[tokio::test(start_paused = true)]
-async fn a_burst_of_different_costs_is_admitted_as_far_as_it_goes() {
+async fn a_burst_of_different_costs_is_admitted_up_to_the_limit() {
     for strict in [false, true] {
         let far = Far::new(Duration::from_millis(5));
         let replica = far.replica(OnRedisFailure::Share, alone());
@@ -274,7 +274,7 @@ async fn a_burst_of_different_costs_is_admitted_as_far_as_it_goes() {
 
 /// A limit that was not reached is not reported as exceeded.
 #[tokio::test(start_paused = true)]
-async fn what_is_too_slow_is_degraded_and_no_limit() {
+async fn a_slow_response_is_not_reported_as_an_exceeded_limit() {
     for strict in [false, true] {
         let far = Far::new(Duration::from_millis(80));
         let replica = far.replica(OnRedisFailure::Share, alone());
@@ -302,7 +302,7 @@ async fn what_is_too_slow_is_degraded_and_no_limit() {
 
 /// Without the counters, a request on a `closed` plan fails, and a request on an `open` plan is admitted.
 #[tokio::test(start_paused = true)]
-async fn what_is_too_slow_is_decided_by_the_plans_choice() {
+async fn a_slow_response_is_decided_by_the_fallback_setting() {
     let far = Far::new(Duration::from_millis(80));
     let closed = far.replica(OnRedisFailure::Closed, alone());
     let one = NonZeroU32::MIN;
@@ -346,7 +346,7 @@ async fn dropped_requests_take_nothing() {
 /// The script has run, but its response was lost. The tokens that it took must not be spent, and other requests
 /// continue.
 #[tokio::test(start_paused = true)]
-async fn a_lost_answer_loses_no_more_than_it_granted() {
+async fn a_lost_response_loses_only_the_tokens_it_granted() {
     let far = Far::new(Duration::from_millis(4));
     let replica = far.replica(OnRedisFailure::Share, alone());
     let policies = plan(60, 100, false);
@@ -520,7 +520,7 @@ async fn three(
 /// Sends 150 requests to the replica whose responses are 120 ms late, and 250 requests to each of two others: to one
 /// before the late tokens are returned, and to the other after that.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn answers_that_come_late_sell_nothing_twice() {
+async fn late_responses_grant_nothing_twice() {
     let server = RedisServer::start().await;
     let proxy = FaultProxy::start(Upstream::Tcp(server.addr())).await;
     let policies = plan(60_000, 200, true);
@@ -555,7 +555,7 @@ async fn answers_that_come_late_sell_nothing_twice() {
 
 /// On a real Redis with a latency of 20 ms, a burst takes two calls.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_distant_redis_is_asked_twice_for_a_burst() {
+async fn a_burst_takes_two_calls_to_a_distant_redis() {
     let server = RedisServer::start().await;
     let proxy = FaultProxy::start(Upstream::Tcp(server.addr())).await;
     // With long timeouts, the test does not depend on the speed of the machine.

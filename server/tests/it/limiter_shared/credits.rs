@@ -391,7 +391,7 @@ fn check(sum: &Sum) {
 
 /// Runs tens of thousands of schedules on the model that the script is compared with.
 #[tokio::test]
-async fn a_return_never_fills_a_bucket_beyond_what_was_never_taken() {
+async fn a_return_never_makes_a_bucket_fuller_than_without_the_take() {
     let clock = TestClock::at(START);
     let schedules = number("QUOTA_SEEDS").unwrap_or(40_000);
     check(&run(&mut Counters::model(), &clock, schedules).await);
@@ -399,7 +399,7 @@ async fn a_return_never_fills_a_bucket_beyond_what_was_never_taken() {
 
 /// Runs a few thousand schedules on the script in a real Redis.
 #[tokio::test]
-async fn the_script_never_fills_a_bucket_beyond_what_was_never_taken() {
+async fn the_script_never_makes_a_bucket_fuller_than_without_the_take() {
     let (_server, redis) = started().await;
     let clock = TestClock::at(START);
     let counters = ClockedCounters::new(&redis, &clock);
@@ -439,7 +439,7 @@ async fn planted_errors_in_the_credit_are_found() {
 /// A request that is dropped while it waits costs nothing, and neither does a lease that is returned to a busy bucket,
 /// no matter how late.
 #[tokio::test]
-async fn a_simple_return_is_credited_whole() {
+async fn a_simple_return_is_credited_in_full() {
     let (_server, redis) = started().await;
     let clock = TestClock::at(START);
     let counters = ClockedCounters::new(&redis, &clock);
@@ -510,7 +510,7 @@ async fn a_simple_return_is_credited_whole() {
 /// 150 concurrent requests on a replica whose responses are late are all rejected, and each of their tokens is returned
 /// separately, between two waves of 250 on other replicas.
 #[tokio::test]
-async fn late_returns_one_by_one_sell_nothing_twice() {
+async fn late_separate_returns_grant_nothing_twice() {
     let (_server, redis) = started().await;
     let clock = TestClock::at(START);
     let counters = ClockedCounters::new(&redis, &clock);

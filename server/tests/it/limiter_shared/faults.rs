@@ -186,7 +186,7 @@ async fn is_back(replicas: &Replicas) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_redis_that_is_killed_sells_nothing_twice() {
+async fn a_killed_redis_grants_nothing_twice() {
     let mut server = RedisServer::start().await;
     let replicas = replicas(&server, OnRedisFailure::Share).await;
     let log = Arc::new(Log::default());
@@ -211,7 +211,7 @@ async fn a_redis_that_is_killed_sells_nothing_twice() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_redis_that_is_frozen_closes_where_that_is_asked_for() {
+async fn a_frozen_redis_rejects_requests_on_a_closed_plan() {
     let mut server = RedisServer::start().await;
     let replicas = replicas(&server, OnRedisFailure::Closed).await;
     let log = Arc::new(Log::default());
@@ -239,7 +239,7 @@ async fn a_redis_that_is_frozen_closes_where_that_is_asked_for() {
 /// The token was taken from the bucket before the response arrived: if the response were ignored, the token would be
 /// lost.
 #[tokio::test]
-async fn a_token_whose_grant_comes_too_late_goes_back() {
+async fn a_token_granted_too_late_is_returned() {
     let mut server = RedisServer::start().await;
     let redis = connect(&server, "300ms");
     assert!(redis.connected(Duration::from_secs(10)).await);

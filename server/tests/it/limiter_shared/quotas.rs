@@ -101,7 +101,7 @@ async fn a_burst_beyond_the_quota_or_the_rate_is_served_exactly() {
 
 /// Requests that are dropped at any point take nothing from the quota.
 #[tokio::test(start_paused = true)]
-async fn dropped_requests_give_their_quota_back() {
+async fn dropped_requests_return_their_quota_tokens() {
     for dropped_after in [0, 5, 12, 18, 22, 28, 35, 45] {
         let far = Far::new(Duration::from_millis(10));
         let ledger = TestLedger::new();

@@ -46,7 +46,7 @@ pub(super) fn connect_to(url: &str, patience: &str) -> Redis {
     ];
     let settings = <Flags as clap::Parser>::try_parse_from(flags).expect("flags");
     let config = Config::read(&settings.settings).expect("valid settings");
-    Redis::connect_lazy(config.redis.expect("it is set"))
+    Redis::connect_lazy(config.redis.expect("REDIS_URL is set"))
 }
 
 /// The script's counters at the test's time.
@@ -92,7 +92,7 @@ impl ClockedCounters {
 
     /// Starts a new deployment.
     pub(crate) async fn begin(&self) {
-        self.counters.begin().await.expect("Redis answers");
+        self.counters.begin().await.expect("Redis responds");
     }
 }
 
@@ -162,7 +162,7 @@ fn call(rng: &mut Rng, now: u64, told: u64, generation: u64) -> TakeCall {
 /// For random calls, including calls after a loss of state, a clock set back, or an edit, both give the same replies,
 /// to the nanosecond.
 #[tokio::test]
-async fn the_script_answers_as_the_model_does() {
+async fn the_script_replies_as_the_model_does() {
     let (_server, redis) = started().await;
     let clock = TestClock::at(START);
     let counters = ClockedCounters::new(&redis, &clock);
@@ -176,7 +176,7 @@ async fn the_script_answers_as_the_model_does() {
         match rng.u8(..200) {
             0 => {
                 let flush = redis::cmd("FLUSHALL");
-                redis.query("", &flush).await.expect("Redis answers");
+                redis.query("", &flush).await.expect("Redis responds");
                 model = State::default();
             }
             1 => clock.set_now(quota_server::clock::UnixNanos(
@@ -193,7 +193,7 @@ async fn the_script_answers_as_the_model_does() {
         if call.back_generation == 1 {
             call.back_generation = generations.get(&call.bucket).copied().unwrap_or(0);
         }
-        let reply = counters.take(call).await.expect("Redis answers");
+        let reply = counters.take(call).await.expect("Redis responds");
         assert_eq!(
             reply,
             model.take(1, now, call),
@@ -223,7 +223,7 @@ async fn the_script_answers_as_the_model_does() {
 /// A Redis that is new to the deployment has full buckets; one that has lost its state starts a new epoch with empty
 /// buckets.
 #[tokio::test]
-async fn a_lost_state_begins_empty_and_a_new_one_full() {
+async fn buckets_are_empty_after_a_loss_of_state_and_full_in_a_new_deployment() {
     let (mut server, redis) = started().await;
     let counters = RedisCounters::new(redis.clone());
     let call = TakeCall {
@@ -352,7 +352,7 @@ async fn a_lost_bucket_is_empty_for_every_burst() {
     assert_eq!(granted(plan(3, 100)).await, 19);
 
     let flush = redis::cmd("FLUSHALL");
-    redis.query("", &flush).await.expect("Redis answers");
+    redis.query("", &flush).await.expect("Redis responds");
     let BucketState::Initializing { wait } = take(plan(3, 100)).await else {
         panic!("it has lost its state");
     };
@@ -369,7 +369,7 @@ async fn a_lost_bucket_is_empty_for_every_burst() {
     assert_eq!(granted(plan(6, 150)).await, 50);
 
     // The same holds hours later, while the smaller burst is in use.
-    redis.query("", &flush).await.expect("Redis answers");
+    redis.query("", &flush).await.expect("Redis responds");
     let slow = |version, burst: u64| TakeCall {
         emission: Nanos(60_000_000_000),
         tau: Nanos(burst * 60_000_000_000),
@@ -402,7 +402,7 @@ async fn a_bucket_that_expires_equals_one_that_is_kept() {
         match rng.u8(..100) {
             0 => {
                 let flush = redis::cmd("FLUSHALL");
-                redis.query("", &flush).await.expect("Redis answers");
+                redis.query("", &flush).await.expect("Redis responds");
                 kept = State::default().without_expiry();
             }
             1 => clock.set_now(quota_server::clock::UnixNanos(
@@ -439,12 +439,12 @@ async fn a_bucket_that_expires_equals_one_that_is_kept() {
         );
         let mut get = redis::cmd("HGET");
         get.arg(&name).arg("expires");
-        if let redis::Value::BulkString(at) = redis.query("", &get).await.expect("Redis answers") {
+        if let redis::Value::BulkString(at) = redis.query("", &get).await.expect("Redis responds") {
             let at = String::from_utf8(at).expect("text");
             let at: u64 = at.parse().expect("a number");
             expired += u32::from(now >= at);
         }
-        let reply = counters.take(call).await.expect("Redis answers");
+        let reply = counters.take(call).await.expect("Redis responds");
         let kept = kept.take(1, now, call);
         let without_generation = |reply: TakeReply| match reply.state {
             BucketState::Active { granted, debt, .. } => Some((granted, debt)),
@@ -472,7 +472,7 @@ async fn a_bucket_that_expires_equals_one_that_is_kept() {
 async fn a_bucket_is_kept_until_it_is_full_and_not_much_longer() {
     let (server, redis) = started().await;
     let counters = RedisCounters::new(redis.clone());
-    counters.begin().await.expect("Redis answers");
+    counters.begin().await.expect("Redis responds");
     let take = |tokens| TakeCall {
         bucket: BucketName::Key(TenantId(uuid::Uuid::nil()), ApiKeyId(uuid::Uuid::nil())),
         emission: Nanos::from_secs(60),
@@ -496,10 +496,10 @@ async fn a_bucket_is_kept_until_it_is_full_and_not_much_longer() {
             .expect("a number");
         left / 1000
     };
-    counters.take(take(1)).await.expect("Redis answers");
+    counters.take(take(1)).await.expect("Redis responds");
     let left = seconds_left().await;
     assert!((60..=180).contains(&left), "{left} s for a minute of debt");
-    counters.take(take(1000)).await.expect("Redis answers");
+    counters.take(take(1000)).await.expect("Redis responds");
     let left = seconds_left().await;
     assert!(
         (1001 * 60 - 10..=2 * 1001 * 60 + 60).contains(&left),
@@ -511,7 +511,7 @@ async fn a_bucket_is_kept_until_it_is_full_and_not_much_longer() {
 async fn deleted_buckets_are_gone_and_others_remain() {
     let (server, redis) = started().await;
     let counters = RedisCounters::new(redis.clone());
-    counters.begin().await.expect("Redis answers");
+    counters.begin().await.expect("Redis responds");
     let bucket = |key| {
         BucketName::Key(
             TenantId(uuid::Uuid::nil()),
@@ -528,10 +528,10 @@ async fn deleted_buckets_are_gone_and_others_remain() {
             outage_since: CounterMicros::NONE,
             ..call(&mut Rng::with_seed(1), 10_000_000, 0, 0)
         };
-        counters.take(take).await.expect("Redis answers");
+        counters.take(take).await.expect("Redis responds");
     }
     let deleted = (0..240).map(bucket).collect::<Vec<_>>();
-    counters.delete(0, &deleted).await.expect("Redis answers");
+    counters.delete(0, &deleted).await.expect("Redis responds");
     // Ten buckets and the epoch.
     assert_eq!(server.command("DBSIZE").await.trim(), ":11");
 }
@@ -556,7 +556,7 @@ async fn a_clock_that_was_set_back_hides_no_connected_caller() {
             back: 0,
             ..call(&mut Rng::with_seed(1), 10_000_000, 0, 0)
         };
-        let reply = counters.take(call).await.expect("Redis answers");
+        let reply = counters.take(call).await.expect("Redis responds");
         matches!(reply.state, BucketState::Active { .. }).then_some(reply.at.0)
     };
     // A connected caller, which learns from the first response that the clock was set back.
@@ -603,7 +603,7 @@ async fn a_caller_with_slow_responses_does_not_delay_the_others() {
             deadline: DEADLINE,
             ..call(&mut Rng::with_seed(1), 10_000_000, 0, 0)
         };
-        counters.take(call).await.expect("Redis answers")
+        counters.take(call).await.expect("Redis responds")
     };
     let promise = |reply: TakeReply| match reply.state {
         BucketState::Initializing { wait } => Some(reply.at.0 + wait),

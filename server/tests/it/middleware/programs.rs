@@ -89,9 +89,9 @@ impl Program {
                     .env("SSL_CERT_FILE", root)
                     .env("NODE_EXTRA_CA_CERTS", root);
             }
-            let mut process = Process::start(&command, &log).expect("it is installed");
+            let mut process = Process::start(&command, &log).expect("the program is installed");
             let began = Instant::now();
-            while process.ended().expect("it is ours").is_none() {
+            while process.ended().expect("a child process").is_none() {
                 if TcpStream::connect(("127.0.0.1", port)).await.is_ok() {
                     return Api {
                         url: format!("http://127.0.0.1:{port}"),
@@ -125,9 +125,12 @@ async fn in_process(setting: &Setting) -> Api {
         .route("/orders/{id}", get(order))
         .layer(layer.build().expect("the settings are valid"));
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-    let url = format!("http://{}", listener.local_addr().expect("it is bound"));
+    let url = format!(
+        "http://{}",
+        listener.local_addr().expect("the socket is bound")
+    );
     let mut task = JoinSet::new();
-    task.spawn(async move { axum::serve(listener, app).await.expect("it serves") });
+    task.spawn(async move { axum::serve(listener, app).await.expect("the server runs") });
     Api {
         url,
         _running: Running::Task { _task: task },
@@ -165,7 +168,7 @@ fn typescript(port: u16) -> Command {
     let compiled = installed("middleware-typescript", &sources, |dir| {
         for file in &files {
             let name = file.file_name().expect("files have names");
-            fs::copy(file, dir.join(name)).expect("it can be copied");
+            fs::copy(file, dir.join(name)).expect("the file is copied");
         }
         run(Command::new("npm").current_dir(dir).args([
             "ci",
@@ -199,7 +202,7 @@ fn installed(name: &str, sources: &[&Path], install: impl FnOnce(&Path)) -> Path
     let _ = fs::remove_dir_all(&dir);
     fs::create_dir_all(&dir).expect("a directory");
     install(&dir);
-    fs::write(&stamp, wanted).expect("it is written");
+    fs::write(&stamp, wanted).expect("the file is written");
     dir
 }
 

@@ -39,7 +39,7 @@ struct Shared {
 impl Substitute {
     pub(super) async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-        let addr = listener.local_addr().expect("it is bound");
+        let addr = listener.local_addr().expect("the socket is bound");
         let shared = Arc::<Shared>::default();
         let state = Arc::clone(&shared);
         let mut task = JoinSet::new();

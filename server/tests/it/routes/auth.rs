@@ -204,7 +204,7 @@ async fn reuse_of_the_previous_refresh_token_after_ten_seconds_revokes_the_sessi
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_no_refresh_token_is_401_and_ends_nothing() {
+async fn invalid_refresh_token_is_401_and_revokes_nothing() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let made_up =
@@ -1008,12 +1008,12 @@ async fn occupy_password_threads(app: &TestApp, passes: u32) -> Vec<tokio::task:
                 &[&costly, &account.email],
             )
             .await;
-        assert_eq!(set.expect("it is set"), 1);
+        assert_eq!(set.expect("the row is updated"), 1);
         let (http, url) = (app.http.clone(), app.url("/auth/login"));
         let body = json!({"email": account.email, "password": "anything"});
         busy.push(tokio::spawn(async move {
             let answer = http.post(url).json(&body).send().await;
-            answer.expect("it answers").status().as_u16()
+            answer.expect("the server responds").status().as_u16()
         }));
     }
     // This is long enough for both threads to be busy, but not to finish.
@@ -1034,19 +1034,24 @@ async fn sign_in_during_reset(
     let (http, url) = (app.http.clone(), app.url("/auth/login"));
     let body = json!({"email": email, "password": old});
     let waiting = tokio::spawn(async move {
-        let answer = http.post(url).json(&body).send().await.expect("it answers");
+        let answer = http
+            .post(url)
+            .json(&body)
+            .send()
+            .await
+            .expect("the server responds");
         let status = answer.status().as_u16();
         let body: Value = answer.json().await.expect("JSON");
         (status, body, std::time::Instant::now())
     });
     tokio::time::sleep(std::time::Duration::from_millis(150)).await;
     let reset = other.state.accounts.reset_password(email, new).await;
-    reset.expect("it is reset");
+    reset.expect("the password is reset");
     let reset_at = std::time::Instant::now();
-    let (status, body, answered_at) = waiting.await.expect("it ends");
+    let (status, body, answered_at) = waiting.await.expect("the task ends");
     for it in busy {
         // The status is 503 if a hash takes too long on a busy machine.
-        assert!(matches!(it.await.expect("it ends"), 401 | 503));
+        assert!(matches!(it.await.expect("the task ends"), 401 | 503));
     }
     (status, body, answered_at > reset_at)
 }
@@ -1074,7 +1079,7 @@ async fn sign_in_during_a_password_change_creates_no_session() {
                 &[&owner.email],
             )
             .await
-            .expect("it is counted")
+            .expect("a count")
             .get(0);
         assert_eq!(active, 0, "a session with the old password");
         if waited {
@@ -1368,7 +1373,7 @@ async fn known_device_is_served_while_the_password_threads_are_flooded() {
             &[&costly, &victim.email],
         )
         .await
-        .expect("it is set");
+        .expect("the row is updated");
     let flood = (0..60).map(|network| {
         let (http, url) = (app.http.clone(), app.url("/auth/login"));
         let body = json!({"email": victim.email, "password": "wrong"});
@@ -1377,7 +1382,14 @@ async fn known_device_is_served_while_the_password_threads_are_flooded() {
             for _ in 0..4 {
                 let ip = format!("198.51.{network}.7");
                 let request = http.post(&url).header("X-Forwarded-For", ip).json(&body);
-                statuses.push(request.send().await.expect("it answers").status().as_u16());
+                statuses.push(
+                    request
+                        .send()
+                        .await
+                        .expect("the server responds")
+                        .status()
+                        .as_u16(),
+                );
             }
             statuses
         })
@@ -1391,7 +1403,7 @@ async fn known_device_is_served_while_the_password_threads_are_flooded() {
     }
     let mut statuses = Vec::new();
     for it in flood {
-        statuses.extend(it.await.expect("it ends"));
+        statuses.extend(it.await.expect("the task ends"));
     }
     let of = |status: u16| statuses.iter().filter(|it| **it == status).count();
     assert_eq!(of(401) + of(503), statuses.len(), "{statuses:?}");
@@ -1418,7 +1430,7 @@ async fn registration_can_be_closed() {
     assert!(!kept.contains(email));
     // The operator can still create accounts, and their users can sign in.
     let created = app.state.accounts.create(email, PASSWORD, None).await;
-    created.expect("it is created");
+    created.expect("the account is created");
     assert_eq!(login(&app, email, PASSWORD).await.status, 200);
 }
 
@@ -1527,7 +1539,7 @@ async fn flood_of_registrations_is_rejected_while_known_devices_are_served() {
                 .json(&body)
                 .send()
                 .await
-                .expect("it answers");
+                .expect("the server responds");
             let waits = answer.headers().contains_key("retry-after");
             (answer.status().as_u16(), waits)
         })
@@ -1538,12 +1550,12 @@ async fn flood_of_registrations_is_rejected_while_known_devices_are_served() {
     assert_eq!(known.status, 200, "{}", known.body);
     let mut statuses = Vec::new();
     for it in flood {
-        let (status, waits) = it.await.expect("it ends");
+        let (status, waits) = it.await.expect("the task ends");
         assert_eq!(status == 503, waits, "{status}");
         statuses.push(status);
     }
     for it in busy {
-        assert!(matches!(it.await.expect("it ends"), 401 | 503));
+        assert!(matches!(it.await.expect("the task ends"), 401 | 503));
     }
     let of = |status: u16| statuses.iter().filter(|it| **it == status).count();
     assert_eq!(of(201) + of(503), statuses.len(), "{statuses:?}");
@@ -1579,7 +1591,7 @@ async fn new_secret_ends_every_session_and_a_rotation_ends_none() {
                     (SELECT session_id FROM refresh_tokens WHERE token_hash = sha256($1))";
     for n in [2, 3] {
         let changed = client.execute(unmarked, &[&token(n).as_bytes()]).await;
-        assert_eq!(changed.expect("it is set"), 1);
+        assert_eq!(changed.expect("the row is updated"), 1);
     }
 
     // Rotate the secret step by step.
@@ -1705,16 +1717,16 @@ async fn contents_of_redis_delay_sign_ins_no_longer_than_the_maximum_wait() {
     );
     let owner = app.register().await;
     assert_eq!(login(&app, &owner.email, "wrong").await.status, 401);
-    let client = redis::Client::open(redis.url()).expect("it is an address");
+    let client = redis::Client::open(redis.url()).expect("a valid URL");
     let mut writer = client
         .get_multiplexed_async_connection()
         .await
-        .expect("it connects");
+        .expect("a connection");
     let keys: Vec<String> = redis::cmd("KEYS")
         .arg("quota:login:*")
         .query_async(&mut writer)
         .await
-        .expect("it lists");
+        .expect("the keys are listed");
     assert!(!keys.is_empty());
     for (field, value) in [
         ("until", "1e15"),
@@ -1729,7 +1741,7 @@ async fn contents_of_redis_delay_sign_ins_no_longer_than_the_maximum_wait() {
                 .arg(value)
                 .exec_async(&mut writer)
                 .await
-                .expect("it is set");
+                .expect("the row is updated");
         }
         let refused = login(&app, &owner.email, PASSWORD).await;
         if field == "until" {
@@ -1741,7 +1753,7 @@ async fn contents_of_redis_delay_sign_ins_no_longer_than_the_maximum_wait() {
                 .arg("until")
                 .query_async(&mut writer)
                 .await
-                .expect("it is there");
+                .expect("the counter exists");
             let now = std::time::SystemTime::UNIX_EPOCH.elapsed().expect("now");
             assert!(
                 until <= now.as_secs_f64() * 1000.0 + 901_000.0,

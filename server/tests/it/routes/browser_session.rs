@@ -255,7 +255,7 @@ async fn change_with_cookies_requires_the_csrf_header_of_its_session() {
     let own = browser
         .cookies
         .insert("quota_csrf".into(), other.cookies["quota_csrf"].clone())
-        .expect("it was there");
+        .expect("the cookie exists");
     assert_eq!(
         browser
             .status(Method::POST, "/admin/plans", Some(plan("x")))

@@ -86,7 +86,7 @@ async fn a_valid_key_gets_200_with_its_limits() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn over_the_limit_429_tells_when_the_next_request_passes() {
+async fn over_the_limit_429_states_when_the_next_request_is_allowed() {
     let (app, clock, account) = still().await;
     let key = key(&app, &account, json!({"default_rpm": 20, "burst": 2})).await;
     for _ in 0..2 {
@@ -298,7 +298,7 @@ async fn refused(app: &TestApp, token: &str, key: &str, code: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_that_opens_nothing_is_401_and_charged_nothing() {
+async fn an_invalid_key_is_401_and_not_charged() {
     let (app, clock, account) = still().await;
     let token = app.service_token(&account).await;
     let key = key(&app, &account, json!({"default_rpm": 60})).await;

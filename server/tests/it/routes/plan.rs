@@ -196,7 +196,7 @@ async fn burst_that_takes_more_than_a_month_to_refill_is_rejected() {
     // A plan from before this limit keeps working, and can be changed in other ways.
     let client = app.database.connect().await;
     let old = "UPDATE plans SET default_rpm = 1, burst = 60000000";
-    client.execute(old, &[]).await.expect("it fits");
+    client.execute(old, &[]).await.expect("valid SQL");
     let renamed = edit(json!({"name": "Renamed", "daily_quota": 7})).await;
     assert_eq!(renamed.status, 200, "{}", renamed.text);
     assert_eq!(renamed.body["burst"], 60_000_000);

@@ -173,8 +173,8 @@ impl Setup {
             .await
             .expect("loopback has a free port");
         let (addr, metrics_addr) = (
-            listener.local_addr().expect("it is bound"),
-            metrics_listener.local_addr().expect("it is bound"),
+            listener.local_addr().expect("the socket is bound"),
+            metrics_listener.local_addr().expect("the socket is bound"),
         );
         let public = ServeSettings::public(&state, None);
         let public = ServeSettings {
@@ -205,7 +205,7 @@ impl Setup {
             let listener = TcpListener::bind("127.0.0.1:0")
                 .await
                 .expect("loopback has a free port");
-            grpc_addr = Some(listener.local_addr().expect("it is bound"));
+            grpc_addr = Some(listener.local_addr().expect("the socket is bound"));
             servers.push(tokio::spawn(serve(
                 listener,
                 router::grpc(&state),
@@ -497,7 +497,7 @@ impl Call {
 
     /// Sends the request and validates the response.
     pub(crate) async fn send(self) -> Answer {
-        let response = self.request.send().await.expect("the server answers");
+        let response = self.request.send().await.expect("the server responds");
         let (status, headers) = (response.status(), response.headers().clone());
         let mut response = response;
         let text = if media_type(&headers) == "text/event-stream" {

@@ -59,10 +59,10 @@ impl Collector {
     pub(crate) async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let collector = Self {
-            addr: listener.local_addr().expect("it is bound"),
+            addr: listener.local_addr().expect("the socket is bound"),
             state: Arc::default(),
         };
-        let acceptor = TcpAcceptor::from_tokio(listener).expect("it is bound");
+        let acceptor = TcpAcceptor::from_tokio(listener).expect("the socket is bound");
         let state = collector.state.clone();
         let receive = endpoint::make(move |request| receive(state.clone(), request));
         tokio::spawn(poem::Server::new_with_acceptor(acceptor).run(receive));

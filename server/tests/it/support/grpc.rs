@@ -65,7 +65,7 @@ pub(crate) fn framed(message: &[u8]) -> Vec<u8> {
 
 impl GrpcClient {
     pub(crate) async fn connect(addr: SocketAddr) -> Self {
-        let stream = TcpStream::connect(addr).await.expect("it listens");
+        let stream = TcpStream::connect(addr).await.expect("the server listens");
         // A call is sent in two packets. The second would wait for the server to acknowledge the first.
         stream.set_nodelay(true).expect("a socket");
         let (sender, connection) = handshake(TokioExecutor::new(), TokioIo::new(stream))
@@ -104,7 +104,7 @@ impl GrpcClient {
         let mut sender = self.sender.clone();
         sender.ready().await.expect("the connection is open");
         let response = sender.send_request(request.expect("a valid request"));
-        let (head, body) = response.await.expect("the server answers").into_parts();
+        let (head, body) = response.await.expect("the server responds").into_parts();
         let body = body.collect().await.expect("the body arrives whole");
         let trailers = body.trailers().cloned().unwrap_or_default();
         let status = [&head.headers, &trailers].map(|it| it.get("grpc-status"));

@@ -82,7 +82,7 @@ impl Hooks {
     pub(crate) async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let hooks = Self {
-            addr: listener.local_addr().expect("it is bound"),
+            addr: listener.local_addr().expect("the socket is bound"),
             received: Arc::default(),
             responses: Arc::default(),
         };

@@ -239,7 +239,7 @@ fn slots() -> PathBuf {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         Err(error) => panic!("cannot make {}: {error}", path.display()),
     }
-    let metadata = fs::symlink_metadata(&path).expect("it is there");
+    let metadata = fs::symlink_metadata(&path).expect("the directory exists");
     assert!(
         metadata.is_dir() && metadata.uid() == me.as_raw(),
         "{} belongs to another user: remove it",
@@ -272,7 +272,7 @@ fn migrations_hash() -> u64 {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../migrations");
     let mut files: Vec<PathBuf> = fs::read_dir(&dir)
         .expect("there are migrations")
-        .map(|entry| entry.expect("it is readable").path().join("up.sql"))
+        .map(|entry| entry.expect("a readable entry").path().join("up.sql"))
         .collect();
     files.sort();
     let mut hash = 0xcbf2_9ce4_8422_2325;
@@ -285,7 +285,9 @@ fn migrations_hash() -> u64 {
         add(version.as_bytes());
     }
     for file in files {
-        let name = file.strip_prefix(&dir).expect("it is in there");
+        let name = file
+            .strip_prefix(&dir)
+            .expect("the file is in the directory");
         add(name.as_os_str().as_encoded_bytes());
         add(&fs::read(&file).unwrap_or_default());
     }
@@ -299,11 +301,11 @@ async fn each_database_is_a_copy_of_the_migrated_template() {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../migrations");
         let mut files: Vec<PathBuf> = fs::read_dir(dir)
             .expect("there are migrations")
-            .map(|entry| entry.expect("it is readable").path().join("up.sql"))
+            .map(|entry| entry.expect("a readable entry").path().join("up.sql"))
             .collect();
         files.sort();
         for file in files {
-            let sql = fs::read_to_string(&file).expect("it is readable");
+            let sql = fs::read_to_string(&file).expect("readable");
             client.batch_execute(&sql).await?;
         }
         Ok(())

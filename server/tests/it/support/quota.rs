@@ -106,10 +106,10 @@ impl Quota {
         };
         let (line, out) = ready
             .recv_timeout(STARTED_WITHIN)
-            .expect("it says when it is ready");
+            .expect("a log line that reports readiness");
         let address = |name: &str| {
             let text = line[name].as_str().expect("the line names the address");
-            text.parse().expect("it is an address")
+            text.parse().expect("an address")
         };
         (quota.addr, quota.metrics_addr) = (address("listen"), address("metrics_listen"));
         quota.grpc_addr = line["grpc_listen"]
@@ -120,7 +120,7 @@ impl Quota {
 
     fn signal(&self, signal: Signal) {
         let pid = i32::try_from(self.child.id()).expect("a process id");
-        kill(Pid::from_raw(pid), signal).expect("it is there");
+        kill(Pid::from_raw(pid), signal).expect("the process exists");
     }
 
     /// Stops the server with SIGTERM.
@@ -128,7 +128,7 @@ impl Quota {
         self.signal(Signal::SIGTERM);
         let deadline = Instant::now() + STOPPED_WITHIN;
         loop {
-            if let Some(status) = self.child.try_wait().expect("it is ours") {
+            if let Some(status) = self.child.try_wait().expect("a child process") {
                 assert!(
                     status.success(),
                     "the server stops without an error: {status}"
@@ -143,7 +143,7 @@ impl Quota {
     /// Kills the server with `kill -9`.
     pub(crate) fn kill(mut self) {
         self.signal(Signal::SIGKILL);
-        self.child.wait().expect("it ends");
+        self.child.wait().expect("the process ends");
     }
 
     /// Registers an account, and creates a plan with a key. Returns the key.
@@ -165,7 +165,7 @@ impl Quota {
             .json(&body)
             .send()
             .await
-            .expect("it answers");
+            .expect("the server responds");
         let status = answer.status();
         let body: Value = answer.json().await.expect("JSON");
         assert_eq!(status, 201, "{path}: {body}");
@@ -179,7 +179,7 @@ impl Quota {
     /// Returns the resident memory in bytes.
     pub(crate) fn memory(&self) -> u64 {
         let status = format!("/proc/{}/status", self.child.id());
-        let status = fs::read_to_string(status).expect("it runs");
+        let status = fs::read_to_string(status).expect("the process is running");
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
         let kib = line
             .expect("Linux reports the memory")
@@ -191,7 +191,7 @@ impl Quota {
     /// Returns the value of a metric from `/metrics`.
     pub(crate) async fn counter(&self, http: &Client, name: &str) -> u64 {
         let url = format!("http://{}/metrics", self.metrics_addr);
-        let text = http.get(url).send().await.expect("it answers");
+        let text = http.get(url).send().await.expect("the server responds");
         let text = text.text().await.expect("text");
         let value = text
             .lines()

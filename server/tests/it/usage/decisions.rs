@@ -423,10 +423,12 @@ async fn a_stream_that_is_read_byte_by_byte_ends_with_its_session() {
     let mut head = http2::head("GET", "/admin/decisions/stream");
     head.extend(http2::field("authorization", &format!("Bearer {token}")));
     let request = http2::frame(http2::HEADERS, http2::END_HEADERS | 1, 1, &head);
-    let stream = TcpStream::connect(app.addr).await.expect("it listens");
+    let stream = TcpStream::connect(app.addr)
+        .await
+        .expect("the server listens");
     let (mut reader, mut writer) = stream.into_split();
     let hello = [http2::hello(64), request].concat();
-    writer.write_all(&hello).await.expect("it reads");
+    writer.write_all(&hello).await.expect("the server reads");
     let dripping = tokio::spawn(async move {
         loop {
             tokio::time::sleep(Duration::from_millis(200)).await;
@@ -438,12 +440,24 @@ async fn a_stream_that_is_read_byte_by_byte_ends_with_its_session() {
     });
     let mut sent = Vec::new();
     while !String::from_utf8_lossy(&sent).contains("connected") {
-        assert_ne!(reader.read_buf(&mut sent).await.expect("it is open"), 0);
+        assert_ne!(
+            reader
+                .read_buf(&mut sent)
+                .await
+                .expect("the stream is open"),
+            0
+        );
     }
     append(&app, &requests(&account, 0..100)).await;
     let open = async {
         loop {
-            assert_ne!(reader.read_buf(&mut sent).await.expect("it is open"), 0);
+            assert_ne!(
+                reader
+                    .read_buf(&mut sent)
+                    .await
+                    .expect("the stream is open"),
+                0
+            );
         }
     };
     let open = tokio::time::timeout(Duration::from_secs(4), open).await;
@@ -463,7 +477,7 @@ async fn a_stream_that_is_read_byte_by_byte_ends_with_its_session() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_tenant_has_a_bounded_number_of_streams() {
+async fn number_of_streams_of_a_tenant_is_limited() {
     let app = TestApp::setup().without_jobs().start().await;
     let account = app.register().await;
     let mut open = Vec::new();
@@ -489,7 +503,7 @@ async fn one_tenant_has_a_bounded_number_of_streams() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_page_that_looks_for_rare_matches_is_bounded_and_goes_on() {
+async fn a_search_for_rare_matches_is_bounded_and_can_be_continued() {
     let app = TestApp::setup().without_jobs().start().await;
     let account = app.register().await;
     let start = now() - TimeDelta::hours(1);
@@ -551,7 +565,7 @@ async fn a_request_id_that_very_many_requests_share_is_not_counted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stream_passes_through_caddy_while_it_is_made() {
+async fn caddy_does_not_buffer_a_stream() {
     let app = TestApp::setup().without_jobs().start().await;
     let account = app.register().await;
     let dir = tempfile::tempdir().expect("a directory");
@@ -562,7 +576,7 @@ async fn a_stream_passes_through_caddy_while_it_is_made() {
          reverse_proxy {}\n\t}}\n}}\n",
         app.addr
     );
-    std::fs::write(&file, site).expect("it is written");
+    std::fs::write(&file, site).expect("the file is written");
     let mut caddy = std::process::Command::new("caddy");
     caddy
         .args(["run", "--adapter", "caddyfile", "--config"])
@@ -570,8 +584,8 @@ async fn a_stream_passes_through_caddy_while_it_is_made() {
         .env("HOME", dir.path())
         .env("XDG_DATA_HOME", dir.path())
         .env("XDG_CONFIG_HOME", dir.path());
-    let _caddy =
-        quota_testkit::Process::start(&caddy, &dir.path().join("output")).expect("it is installed");
+    let _caddy = quota_testkit::Process::start(&caddy, &dir.path().join("output"))
+        .expect("the program is installed");
     let url = format!("http://127.0.0.1:{port}/api/admin/decisions/stream");
     let mut response = None;
     for _ in 0..300 {

@@ -133,7 +133,7 @@ async fn what_two_replicas_show_equals_the_clients_own_log() {
                 let body =
                     json!({"key": texts[key], "cost": cost, "endpoint": ENDPOINTS[endpoint]});
                 let call = http.post(&url).bearer_auth(&token).json(&body);
-                let answer = call.send().await.expect("it answers");
+                let answer = call.send().await.expect("the server responds");
                 assert_eq!(answer.status(), 200);
                 let answer = answer.json::<Value>().await.expect("JSON");
                 log.push(Answered {
@@ -147,7 +147,7 @@ async fn what_two_replicas_show_equals_the_clients_own_log() {
     });
     let mut log = Vec::new();
     for client in clients.collect::<Vec<_>>() {
-        log.extend(client.await.expect("it ends well"));
+        log.extend(client.await.expect("the task ends"));
     }
     assert_eq!(log.len(), REQUESTS);
     first.ship_usage().await;

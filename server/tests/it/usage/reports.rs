@@ -205,7 +205,7 @@ async fn csv_runs_no_formula() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_tenants_usage_is_empty_whatever_is_asked_for() {
+async fn another_tenants_usage_is_empty_for_every_query() {
     let it = world(json!({})).await;
     append(&it.app, &[it.record(now() - TimeDelta::hours(1))]).await;
     let other = it.app.register().await;
@@ -397,7 +397,7 @@ async fn stats_find_the_quota_closest_to_its_limit_among_many_small_ones() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn limits_show_where_a_key_stands_and_consume_nothing() {
+async fn limits_show_the_state_of_a_key_and_consume_nothing() {
     let it =
         world(json!({"daily_quota": 50, "monthly_quota": 500, "default_rpm": 60, "burst": 10}))
             .await;
@@ -448,7 +448,7 @@ async fn limits_show_where_a_key_stands_and_consume_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_burn_down_has_what_was_left_and_where_it_leads() {
+async fn a_burn_down_shows_the_remaining_quota_and_the_projection() {
     let it = world(json!({"monthly_quota": 10_000})).await;
     let path = format!("/admin/api-keys/{}/burn-down", it.key.id);
     let daily = it.get(&format!("{path}?policy=daily")).await;
@@ -691,7 +691,7 @@ async fn operators_see_the_largest_tenants_and_what_is_not_delivered() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn operators_end_the_wait_for_a_lost_disk() {
+async fn operators_can_stop_waiting_for_usage_on_a_lost_disk() {
     let it = world(json!({})).await;
     let client = it.app.database.connect().await;
     let (running, lost) = (

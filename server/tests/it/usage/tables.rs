@@ -342,7 +342,7 @@ async fn a_table_whose_partitions_cannot_be_created_holds_up_no_other() {
     reader
         .batch_execute("BEGIN; LOCK TABLE usage_log_default IN ACCESS SHARE MODE")
         .await
-        .expect("it is locked");
+        .expect("the lock is acquired");
     let client = app.database.connect().await;
     let replica = TestApp::setup()
         .database(app.database.clone())
@@ -353,7 +353,10 @@ async fn a_table_whose_partitions_cannot_be_created_holds_up_no_other() {
         assert!(created, "{table}: {:?}", partitions(&client, table).await);
     }
     assert_eq!(partitions(&client, "usage_log").await, BTreeSet::new());
-    reader.batch_execute("COMMIT").await.expect("it was locked");
+    reader
+        .batch_execute("COMMIT")
+        .await
+        .expect("the lock is released");
     let created = holds(async || partitions(&client, "usage_log").await.len() == 9).await;
     assert!(created, "the creation is retried");
     replica.stop().await;

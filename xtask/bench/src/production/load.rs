@@ -1,4 +1,4 @@
-//! Requests at a fixed rate through Caddy, and what became of each.
+//! Requests at a fixed rate through Caddy, and the outcome of each.
 //!
 //! Half of them are `POST /v1/check`, half are `GET /v1/echo`; half use the limited key, half use the other one.
 //! Requests are sent on schedule, whether or not earlier ones have completed, on kept connections. Only if all
@@ -25,7 +25,7 @@ use tokio::{
     time::{Instant, MissedTickBehavior, interval},
 };
 
-/// More new connections at once would only keep a busy machine busy with TLS handshakes.
+/// With more new connections at the same time, a busy machine would only be busier with TLS handshakes.
 const CONNECTIONS: usize = 64;
 
 /// What to send, and where.
@@ -54,7 +54,7 @@ pub(super) struct Attempt {
     pub(super) sent: u64,
     pub(super) answered: u64,
     pub(super) outcome: Outcome,
-    /// Decided without Redis.
+    /// Whether the request was decided without Redis.
     pub(super) is_degraded: bool,
 }
 

@@ -43,7 +43,7 @@ struct Production {
 struct Shape<'a> {
     quota: &'a Path,
     caddy: &'a Path,
-    /// For usage, logs, and Caddy's certificate authority.
+    /// The directory for usage, logs, and Caddy's certificate authority.
     dir: &'a Path,
     replicas: u8,
     https: u16,

@@ -1,5 +1,5 @@
-//! Replicas are upgraded, restarted and killed one after the other under load through Caddy. No request may fail, no
-//! usage may be lost or recorded twice, and a key's rate limit must hold over all of it.
+//! Upgrades, restarts and kills replicas one after the other under load through Caddy. No request may fail, no usage
+//! may be lost or recorded twice, and a key's rate limit must hold throughout.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -31,14 +31,14 @@ use crate::{
     replicas::tenant::{Plan, Tenant},
 };
 
-/// The limited key's rate per minute, and its burst. Half of the requests use it, so it must be lower than that.
+/// The limited key's rate per minute, and its burst. Half of the requests use this key, so their rate must be higher.
 const RPM: u32 = 6000;
 const BURST: u32 = 100;
 /// The default `QUOTA_LEASE_TTL`, and the resolution of Redis's clock.
 const SLACK: Duration = Duration::from_nanos(100_002_000);
 /// The smallest acceptable share of what one exact bucket would have allowed, in percent.
 const SERVED: u64 = 90;
-/// Between two restarts.
+/// The pause between two restarts.
 const PAUSE: Duration = Duration::from_secs(1);
 const SHIPPED_WITHIN: Duration = Duration::from_secs(30);
 
@@ -75,12 +75,12 @@ pub(crate) struct Options {
 /// What was done to the replicas.
 #[derive(Default)]
 struct Events {
-    /// When, and what.
+    /// The time and the description of each event.
     log: Vec<(u64, String)>,
     upgrades: u32,
     restarts: u32,
     longest_exit: Duration,
-    /// When each kill was done.
+    /// The time range of each kill.
     kills: Vec<RangeInclusive<u64>>,
 }
 
@@ -241,7 +241,7 @@ struct Usage {
     repeated: Vec<String>,
     /// Requests that were decided again because their replica was killed.
     repeated_after_kill: u64,
-    /// Requests whose response says something else than their record.
+    /// Requests whose response differs from their record.
     different: u64,
 }
 
@@ -249,7 +249,7 @@ struct Usage {
 struct Recorded {
     rows: u64,
     records: u64,
-    /// Whether one of the decisions was to allow it.
+    /// Whether one of the decisions was to allow the request.
     is_allowed: bool,
 }
 
@@ -316,7 +316,7 @@ impl Usage {
     }
 }
 
-/// Prints the results. Returns whether all are as they must be.
+/// Prints the results. Returns whether all of them are as required.
 fn report(
     options: &Options,
     attempts: &[Attempt],

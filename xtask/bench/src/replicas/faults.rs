@@ -1,8 +1,8 @@
 //! Redis crashes, freezes, fails over, and goes silent under load.
 //!
-//! There is a key for each failure mode, and all of them are used in the same processes at the same time. Some are
-//! above their limit and test the promise; some are below it and strict, so they need Redis for every decision and show
-//! the loss of Redis in their latency.
+//! There is a key for each fallback setting, and all of them are used in the same processes at the same time. Some are
+//! above their limit and test the promise. Others are below their limit and strict, so they need Redis for every
+//! decision, and their latency shows the loss of Redis.
 
 use std::{mem::replace, time::Duration};
 

@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn a_blow_asks_for_more_than_a_bucket_holds_with_what_it_refills() {
+    fn a_burst_exceeds_a_full_bucket_and_its_refill() {
         let rate = 5.0;
         let load = drained_then(steady(), 2, (300, 20), 20.0, SECOND);
         let blow = load.len() - 10;

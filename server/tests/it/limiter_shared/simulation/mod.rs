@@ -209,7 +209,7 @@ fn each_planted_excess_is_found() {
 }
 
 #[test]
-fn each_planted_lack_is_found() {
+fn each_planted_shortfall_is_found() {
     find_planted(|promise| promise != Promise::Upper);
 }
 

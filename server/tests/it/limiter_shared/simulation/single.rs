@@ -169,7 +169,7 @@ pub(super) async fn crowd_of(
 
 /// The full burst is admitted, in one or two round trips, no matter how long Redis takes within the deadline.
 #[test]
-fn a_rested_keys_whole_burst_is_admitted_at_once() {
+fn an_idle_keys_full_burst_is_admitted_at_once() {
     let mut short = String::new();
     for limit in [(600, 600), (60, 60)] {
         for strict in [false, true] {
@@ -195,7 +195,7 @@ fn a_rested_keys_whole_burst_is_admitted_at_once() {
 /// Tokens that are granted too late to be spent are returned, and are credited only to the extent that the bucket has
 /// not refilled in the meantime.
 #[test]
-fn returns_after_late_answers_credit_no_token_twice() {
+fn returns_after_late_responses_credit_no_token_twice() {
     let (rpm, burst) = (60_000, 200);
     let mut over = String::new();
     for strict in [true, false] {
@@ -461,7 +461,7 @@ fn open_admits_the_whole_limit_on_each_replica_and_no_more() {
 /// A stall ends before the idle replica has detected it. The other replica has detected it, and recovers without the
 /// idle one's knowledge, although Redis does not know of the tokens that it admitted in the meantime.
 #[test]
-fn an_outage_that_some_replicas_miss_sells_nothing_twice() {
+fn an_outage_that_some_replicas_miss_grants_nothing_twice() {
     let (rpm, burst) = (6000, 100);
     let (mut over, mut served_on) = (String::new(), 0);
     for strict in [true, false] {
@@ -516,7 +516,7 @@ pub(super) fn a_handle(limiter: &Limiter) -> Arc<KeyHandle> {
 /// Neither a PostgreSQL that responds more slowly than Redis may, nor many requests on a `closed` plan that wait for
 /// PostgreSQL, count as an outage.
 #[test]
-fn a_slow_ledger_leaves_the_counters_their_time() {
+fn a_slow_ledger_does_not_count_as_an_outage() {
     paused(async {
         let ledger = TestLedger::new();
         ledger.set_delay(DEADLINE * 3);
@@ -576,7 +576,7 @@ fn requests_too_large_for_a_lease_hold_back_no_tokens() {
 /// A call for a large request and small ones takes all tokens if there are too few for the large one. The small
 /// requests need only some of these tokens, and the others are returned immediately.
 #[test]
-fn tokens_taken_for_a_large_request_in_vain_go_back_at_once() {
+fn tokens_taken_in_vain_for_a_large_request_are_returned_at_once() {
     paused(async {
         let (world, limiters, policies) = several(2, 4, (60, 1000), false);
         let [mixed, other] = &limiters[..] else {
@@ -609,7 +609,7 @@ fn tokens_taken_for_a_large_request_in_vain_go_back_at_once() {
 /// Leases grow with the pace and shrink when the bucket is nearly empty, and no token of a full bucket is denied in
 /// between.
 #[test]
-fn a_burst_is_had_whole_though_leases_are_taken_of_it() {
+fn a_full_burst_is_admitted_despite_leases() {
     paused(async {
         let rate = (600, 600);
         let (limiter, policies) = alone(
@@ -632,7 +632,7 @@ fn a_burst_is_had_whole_though_leases_are_taken_of_it() {
 /// The denial of a request with a cost above one states when enough tokens will be available, even if the counters are
 /// not called in the meantime.
 #[test]
-fn a_wait_is_told_for_the_tokens_that_were_asked_for() {
+fn a_denial_states_the_wait_for_the_requested_cost() {
     paused(async {
         let rate = (6000, 100);
         let (limiter, policies) = alone(
@@ -653,7 +653,9 @@ fn a_wait_is_told_for_the_tokens_that_were_asked_for() {
         let fifty = NonZeroU32::new(50).unwrap();
         let decision = limiter.admit(&handle, &policies, fifty).await.unwrap();
         // 10 ms per token, and a bucket that contains at most what refills in half the lifetime of a lease.
-        let wait = decision.retry_after().expect("it is denied");
+        let wait = decision
+            .retry_after()
+            .expect("a wait, because the request is denied");
         assert!(wait >= 400_000_000, "{decision:?}");
         let never = NonZeroU32::new(101).unwrap();
         let decision = limiter.admit(&handle, &policies, never).await.unwrap();
@@ -709,7 +711,7 @@ fn a_slow_replica_leaves_the_quota_to_a_busy_one() {
 
 /// Each of many replicas takes only the tokens it spends from a small quota, and none for later.
 #[test]
-fn a_small_quota_is_had_whole_of_many_replicas() {
+fn a_small_quota_is_served_in_full_by_many_replicas() {
     paused(async {
         let of = NonZeroU64::new(9).unwrap();
         let ledger = TestLedger::new();

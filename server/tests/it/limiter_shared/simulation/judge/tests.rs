@@ -113,7 +113,7 @@ fn a_fault_of_some_calls_loses_the_state_only_if_no_response_arrives() {
 }
 
 #[test]
-fn a_replica_that_crashes_takes_its_tokens_with_it() {
+fn tokens_of_a_crashed_replica_are_lost() {
     let mut scene = scene(vec![plan(0, 60, 100, true)]);
     scene.changes.push((3010, Change::Crash(1)));
     let crashed = requests(3000, 0, 60).map(|it| Entry {
