@@ -55,7 +55,7 @@ const BACKGROUND_LOADS: usize = 4;
 #[derive(Debug)]
 pub struct Freshness {
     clock: Arc<dyn Clock>,
-    /// Monotonic time at which the last successful poll *began*, plus one; 0 if there was none.
+    /// Monotonic time at which the last successful poll *began*, plus one; 0 if no poll has succeeded.
     polled_at: AtomicU64,
     /// Incremented by every invalidation, so that the results of loads that are in progress at that time are not kept.
     generation: AtomicU64,

@@ -66,7 +66,7 @@ enum Command {
     /// Set up and check billing through Stripe
     #[command(subcommand)]
     Billing(BillingCommand),
-    /// Show the tenants and keys with the most requests, and usage that replicas have not delivered yet
+    /// Show the tenants and keys with the most requests, and usage that replicas have not shipped yet
     #[command(args_conflicts_with_subcommands = true)]
     Usage {
         #[command(subcommand)]

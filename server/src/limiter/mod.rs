@@ -184,8 +184,8 @@ impl Limiter {
         self.store.inspect(handle, policies).await
     }
 
-    /// Drops unused keys whose state equals a new key's, and prefetches quotas for the next day or month. Call every
-    /// [`PRUNE_EVERY`]. Returns the number of remaining keys.
+    /// Drops unused keys whose state is equivalent to the state of a new key, and prefetches quotas for the next day or
+    /// month. Call every [`PRUNE_EVERY`]. Returns the number of remaining keys.
     pub fn prune(&self) -> usize {
         if let Some(quotas) = &self.tenants {
             quotas.prune();

@@ -76,10 +76,11 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
         None
     }
 
-    /// Drops unreferenced keys whose state equals a new key's. If only a key's blocks prevent that, returns the blocks
-    /// to the ledger, so that the next call can drop the key. If other replicas share the quotas, also returns blocks
-    /// of other keys that have not been used for ten seconds. For keys in use, fetches the first block of the next day
-    /// or month shortly before that day or month begins. Returns the number of remaining keys.
+    /// Drops unreferenced keys whose state is equivalent to the state of a new key. If only a key's blocks prevent
+    /// that, returns the blocks to the ledger, so that the next call can drop the key. If other replicas share the
+    /// quotas, also returns blocks of other keys that have not been used for ten seconds. For keys in use, fetches the
+    /// first block of the next day or month shortly before that day or month begins. Returns the number of remaining
+    /// keys.
     fn prune(&self) -> usize;
 
     /// Deletes the state of deleted keys, on this replica and in the shared counters. On this replica, a key that is

@@ -58,8 +58,8 @@ pub struct TenantQuotas {
 }
 
 impl TenantQuotas {
-    /// Creates the quotas. `limit` is the quota per month. In ledger calls, the tenant's ID replaces the key's, and the
-    /// policy is [`Policy::Monthly`].
+    /// Creates the quotas. `limit` is the quota per month. In ledger calls, the tenant's ID replaces the key's ID, and
+    /// the policy is [`Policy::Monthly`].
     pub fn new(
         clock: Arc<dyn Clock>,
         ledger: Arc<dyn QuotaLedger>,
@@ -107,7 +107,7 @@ impl TenantQuotas {
         Ok(decision)
     }
 
-    /// Reserves tokens, and waits for the ledger if this replica has too few. The inner error is a denial.
+    /// Reserves tokens, and waits for the ledger if this replica has too few tokens. The inner error is a denial.
     async fn reserve(
         &self,
         quota: &TenantQuota,

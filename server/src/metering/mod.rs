@@ -1,7 +1,7 @@
 //! Metering: writes one record for each decision on a known key, and ships each record to PostgreSQL exactly once.
 //!
 //! A record is written to a *segment*, a file on this machine, before the response is sent, so recording does not wait
-//! for the network. Space is reserved before the decision; if there is none, no decision is made. A *shipper* moves
+//! for the network. Space is reserved before the decision; without space, no decision is made. A *shipper* moves
 //! records to PostgreSQL. Each segment has a *cursor*, the position up to which the segment has been shipped. The
 //! transaction that inserts the records also advances the cursor. Records that have not been shipped yet are the
 //! *backlog*.
@@ -406,8 +406,8 @@ pub fn measure_append(directory: &Path, count: u32) -> io::Result<Duration> {
     Ok(clock.monotonic().saturating_since(began).into())
 }
 
-/// Returns the usage directories at a path, which is either one replica's directory or contains several. Returns an
-/// empty list if there are none.
+/// Returns the usage directories at a path, which is either the directory of one replica or a folder that contains
+/// several such directories. Returns an empty list if there are no usage directories.
 pub fn directories(path: &Path) -> io::Result<Vec<PathBuf>> {
     let path = path.canonicalize()?;
     if directory::id_of(&path).is_some() {

@@ -4,9 +4,9 @@
 //! the same way. The module does not depend on what Redis stores.
 //!
 //! There are `QUOTA_REDIS_CONNECTIONS` connections. Each one is multiplexed and has a [`supervisor`]. A call never
-//! waits for a connection: if there is none, the call fails immediately with [`CallError::NotConnected`]. A failed call
-//! is not retried, since it may have been executed. The only exception is a call that a cluster node did not execute
-//! because the key is on another node: that call is resent.
+//! waits for a connection: without a connection, the call fails immediately with [`CallError::NotConnected`]. A failed
+//! call is not retried, since it may have been executed. The only exception is a call that a cluster node did not
+//! execute because the key is on another node: that call is resent.
 //!
 //! While Redis is unreachable, every call fails within `QUOTA_REDIS_TIMEOUT`, or within the longer time that a caller
 //! allows for late responses. Calls are not queued. Callers can tell that Redis may have lost data from

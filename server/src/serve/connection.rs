@@ -1,8 +1,9 @@
 //! The phase of a connection and its deadline.
 //!
 //! A connection, over HTTP/1 or HTTP/2, is always in one of five phases. Each phase has its own deadline, except while
-//! a handler runs: `QUOTA_REQUEST_TIMEOUT` limits the handler instead. Only a complete request head, a finished
-//! response, or progress in sending a response extends a deadline. Single bytes and canceled requests do not.
+//! a handler runs: the handler is limited by `QUOTA_REQUEST_TIMEOUT` instead. Only a complete request head, a finished
+//! response, or progress in sending a response extends a deadline. Single bytes and canceled requests do not extend a
+//! deadline.
 
 use std::sync::{
     Arc,

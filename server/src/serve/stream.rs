@@ -1,4 +1,4 @@
-//! A socket that tells its connection when a request starts to arrive and when the client stops reading, and which
+//! A socket that reports to its connection when a request starts to arrive, when the client stops reading, and which
 //! HTTP/2 frames are transferred.
 
 use std::{

@@ -263,8 +263,8 @@ fn short_name(path: &Path) -> String {
         })
 }
 
-/// Returns the directory of the socket: the cluster's own, or a short one if the cluster's path is too long for a
-/// socket.
+/// Returns the directory of the socket: the cluster's directory, or a directory with a short path if the cluster's path
+/// is too long for a socket.
 pub(super) fn socket_dir(place: &Place) -> Result<PathBuf, EmbeddedError> {
     let length = place.cluster.as_os_str().len() + "/.s.PGSQL.".len() + PORT.len();
     if length <= SOCKET_PATH_LIMIT {
@@ -280,7 +280,7 @@ pub(super) fn socket_dir(place: &Place) -> Result<PathBuf, EmbeddedError> {
             ));
         }
     }
-    // Any user can create files in /tmp, so an existing directory may not be Quota's.
+    // Any user can create files in /tmp, so an existing directory may not belong to Quota.
     let metadata =
         fs::symlink_metadata(&dir).map_err(EmbeddedError::file("cannot inspect", &dir))?;
     let owner = place.user.as_ref().map_or(geteuid(), |user| user.uid);

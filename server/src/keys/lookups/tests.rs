@@ -146,7 +146,10 @@ async fn sources_take_turns() {
     assert_eq!(other.await.unwrap().unwrap(), Some(4));
     assert_eq!(*it.statements.lock(), [1, BATCH, BATCH]);
     let answered = counted.load(std::sync::atomic::Ordering::SeqCst);
-    assert!(answered < BATCH, "{answered} of the other caller");
+    assert!(
+        answered < BATCH,
+        "{answered} lookups of the other caller were served first"
+    );
 }
 
 #[tokio::test(start_paused = true)]

@@ -65,7 +65,7 @@ struct Pause {
 /// A period during which the counters are unavailable.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Outage {
-    /// The number of the outage; 0 means that there is none.
+    /// The number of the outage; 0 means that there is no outage.
     pub(super) number: u64,
     pub(super) since: Monotonic,
     /// When the outage began, on the counters' clock.

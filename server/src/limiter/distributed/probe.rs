@@ -216,8 +216,8 @@ pub(super) async fn probe_until_recovered(
         if let Ok(Ok(reply)) = answer {
             match reply.state {
                 // A late response is not treated as a promise: the response to the first call in the epoch would
-                // probably be late too, and this replica would have paused for nothing. In this case, the counters
-                // postpone the epoch.
+                // probably be late too, and this replica would have paused without any benefit. In this case, the
+                // counters postpone the epoch.
                 BucketState::Initializing { wait: left } if in_time => {
                     wait = Duration::from_micros(left);
                     promise = reply.at.saturating_add(left);

@@ -183,7 +183,7 @@ impl Drop for Worker {
         }
         let calls = Arc::clone(&self.calls);
         self.end(&mut calls.queue.lock());
-        // A worker that never ran was dropped by a runtime that is shutting down, which would drop the next worker too.
+        // If a worker never ran, the runtime dropped it while shutting down, and would drop the next worker too.
         if self.has_begun {
             match self.role {
                 Role::Taker => calls.start_taker(),

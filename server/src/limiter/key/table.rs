@@ -4,8 +4,8 @@
 //! this module does not depend on SQL. If the ledger is slow or fails, keys without calendar quotas are not affected;
 //! keys with quotas spend their blocks and then get [`LimiterError::LedgerUnavailable`].
 //!
-//! A handle has one lock, which is held briefly, instead of several atomics. All policies are decided together: with
-//! several atomics, a request could be denied because of tokens that another denied request is about to return.
+//! Each handle has one lock, which is held only briefly. Atomics would not be enough, because all policies are decided
+//! together: with atomics, a request could be denied because of tokens that another denied request is about to return.
 //!
 //! Workers call the ledger, one call at a time per key and policy. A request waits only if too few tokens are available
 //! locally. If the request is canceled while it waits, no tokens are lost.

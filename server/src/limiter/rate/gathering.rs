@@ -3,7 +3,7 @@
 use super::{counters::CounterMicros, gcra::Gcra, waiter::Unspent};
 use crate::clock::Nanos;
 
-/// The longest pause is shorter than the lease TTL by up to one part in `VARIES`.
+/// The longest pause is the lease TTL, shortened by up to `1 / VARIES` of the TTL.
 const VARIES: u64 = 8;
 
 /// When this replica's last call was made, if that call took all of the bucket's tokens.

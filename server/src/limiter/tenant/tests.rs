@@ -283,7 +283,7 @@ async fn request_that_can_no_longer_get_enough_tokens_stops_waiting() {
             assert!(futures_util::poll!(&mut third).is_pending());
             tokio::task::yield_now().await;
         }
-        // A request larger than the whole quota does not wait, and does not affect the requests that do.
+        // A request larger than the whole quota does not wait, and does not affect the waiting requests.
         let too_large = NonZeroU32::new(1000).unwrap();
         let decide = world.store.take(&world.key, &world.policies, too_large);
         let denied = world.admit_with(too_large, decide).await.unwrap();
