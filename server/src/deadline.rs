@@ -2,8 +2,8 @@
 //!
 //! After a process has not been scheduled for a while, its timers have expired and responses are waiting in its
 //! sockets. Which of the two its tasks see first is random. So if the timer itself fires late, the deadline is extended
-//! by the same amount, once and by at most [`AT_MOST`]. If the response has still not arrived after that, the other
-//! side caused the delay.
+//! by the same amount, but only once, and by at most [`AT_MOST`]. If the response has still not arrived after that, the
+//! other side caused the delay.
 
 use std::{pin::pin, time::Duration};
 

@@ -572,7 +572,10 @@ mod http2 {
             .unwrap();
         let (ended, kinds) = until_closed(&mut stream).await;
         assert!(ended >= IDLE * 9 / 10, "{ended:?}");
-        assert!(kinds.contains(&DATA), "the request got a response: {kinds:?}");
+        assert!(
+            kinds.contains(&DATA),
+            "the request got a response: {kinds:?}"
+        );
         assert!(kinds.contains(&GOAWAY), "{kinds:?}");
     }
 

@@ -44,7 +44,7 @@ use crate::{
     },
 };
 
-/// How much longer than its deadline to wait for a call, so that tokens from a late response are used or returned.
+/// How long to keep waiting for a call after its deadline, so that tokens from a late response are used or returned.
 /// Calls to Redis fail sooner: after this time in total, or after the deadline if that is longer. On exit, each call
 /// that returns leases may take this long.
 pub(super) const CALL_DEADLINE: Duration = Duration::from_secs(1);
