@@ -22,7 +22,7 @@ const REMEMBERED: Duration = Duration::from_millis(250);
 pub enum Readiness {
     Ready,
     MigrationsPending,
-    /// PostgreSQL is unreachable, for this reason.
+    /// PostgreSQL is unreachable. Contains the reason.
     Unreachable(Arc<str>),
 }
 

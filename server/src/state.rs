@@ -426,7 +426,7 @@ async fn initialize_counters(
 }
 
 /// Returns whether to accept sessions from earlier versions, which do not record the secret that they were issued with.
-/// Such sessions use the secret that was in use when the first replica of this version started.
+/// These sessions were issued with the secret that was configured when the first replica of this version started.
 async fn accepts_unmarked_sessions(db: &Db, secrets: &SecretPair) -> Result<bool, DbError> {
     let mut tx = db.system().await?;
     let first = repo::secret::first_of_sessions(&mut tx, &secrets.current.id).await?;

@@ -1,8 +1,8 @@
 //! Key records that replicas share through Redis, as a layer between memory and PostgreSQL. These records save
 //! PostgreSQL from looking up every key when a replica starts or a plan with many keys is edited.
 //!
-//! **Current entries.** Whether an entry is current depends neither on the deletion of outdated entries, nor on when or
-//! by which replica an entry was written. PostgreSQL numbers invalidations in commit order. A statement that reads a
+//! **Current entries.** Whether an entry is current does not depend on the deletion of outdated entries, or on when and
+//! by which replica the entry was written. PostgreSQL numbers invalidations in commit order. A statement that reads a
 //! record also reads the highest number, so both come from the same snapshot. Therefore, only invalidations with higher
 //! numbers can make an entry outdated. An entry is used only if the last poll for invalidations is recent, and only if
 //! this replica does not know of a later invalidation for its key, plan, or tenant ([`Recent`]). The entry then counts
