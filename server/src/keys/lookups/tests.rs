@@ -148,7 +148,7 @@ async fn sources_take_turns() {
     let answered = counted.load(std::sync::atomic::Ordering::SeqCst);
     assert!(
         answered < BATCH,
-        "{answered} lookups of the other caller were served first"
+        "{answered} lookups of the first caller came first"
     );
 }
 
