@@ -42,7 +42,7 @@ verify_certificate() {
   done
 }
 
-# The file with the root certificates that the server trusts.
+# Prints the path of the file with the root certificates that the server trusts.
 root_certificates() {
   local file
   # PostgreSQL's programs read only a file.
@@ -82,7 +82,7 @@ query() {
   postgres psql --no-psqlrc --quiet --tuples-only --no-align --set ON_ERROR_STOP=1 --command "$1"
 }
 
-# Writes an archive with the directory `usage`, or an empty one.
+# Writes an archive of the directory `usage`, or an empty archive if there is no such directory.
 archive_usage() {
   if [ -z "$database" ]; then
     local replica
@@ -99,8 +99,8 @@ archive_usage() {
   fi
 }
 
-# Runs a command as the owner of the data directory. The server's user can replace files and directories in it with links
-# at any time, so only its own rights may be used to write there.
+# Runs a command as the owner of the data directory. The server's user can replace files and directories in it with
+# links at any time, so only this user's own rights may be used to write there.
 as_owner() {
   local user group
   read -r user group < <(stat --format '%u %g' "$QUOTA_DATA_DIR")
@@ -111,9 +111,9 @@ as_owner() {
   fi
 }
 
-# Unpacks an archive that archive_usage wrote. Adds its segments to the existing ones, to which their servers have written
-# since. The database contains the ID of each segment and the position up to which it was read, so no record is counted
-# twice. Can be repeated after an interruption.
+# Unpacks an archive that archive_usage wrote. Adds its segments to the existing ones, to which their servers have
+# written since. The database contains the ID of each segment and the position up to which it was read, so no record is
+# counted twice. Can be repeated after an interruption.
 restore_usage() {
   if [ -z "$database" ]; then
     "${compose[@]}" up --no-start quota
@@ -142,8 +142,8 @@ list_files() {
   { tar --list --verbose 2> /dev/null || true; } | { grep '^-' || true; } | awk '{ print $3, $6 }'
 }
 
-# Extracts an archive next to the existing segments, and moves those that are missing. A segment appears under its name only
-# when it is complete.
+# Extracts an archive next to the existing segments, and moves the missing segments to their places. A segment appears
+# under its name only when it is complete.
 merge_usage() {
   local segment target
   # Delete directories that interrupted runs left behind.

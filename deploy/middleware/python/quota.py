@@ -5,11 +5,11 @@ Copy this file into your project, and `pip install httpx`. Then:
     app.add_middleware(QuotaMiddleware, url="https://quota.example.com", service_token=os.environ["QUOTA_SERVICE_TOKEN"])
 
 A request that Quota allows reaches the application with the decision in `request.state.quota`, and its response gets the
-rate-limit headers. Any other request gets a response with problem details (RFC 9457): 401 without a valid API key, 402
+rate-limit headers. Any other request gets a response with problem details (RFC 9457): 401 if it has no valid API key, 402
 if the key's tenant has to subscribe, 429 if a limit is reached, and 503 if Quota cannot be reached in time.
 
-WebSocket connections are not checked. If you use CORSMiddleware, add it after this middleware, so that it answers
-preflight requests, which have no API key.
+WebSocket connections are not checked. If you use CORSMiddleware, add it after this middleware. CORSMiddleware then responds
+to preflight requests, which have no API key, before they are checked.
 """
 
 import asyncio
@@ -48,8 +48,8 @@ def header(scope: Scope, name: str) -> list[str]:
 
 
 def api_key(scope: Scope) -> str | None:
-    """Returns the API key from `X-API-Key` or `Authorization: Bearer qk_…`. Returns None if there are several: the
-    application could read a different key than the one that is checked."""
+    """Returns the API key from `X-API-Key` or `Authorization: Bearer qk_…`. Returns None if there are several keys, because
+    the application could read a key that was not checked."""
     keys, credentials = header(scope, "x-api-key"), header(scope, "authorization")
     if len(keys) > 1 or len(credentials) > 1:
         return None
@@ -129,7 +129,7 @@ class QuotaMiddleware:
             await respond(send, 401, "Unauthorized", "Send an API key.", challenge)
             return
         if not (1 <= len(key) <= 256 and key.isascii() and key.isprintable() and " " not in key):
-            # Quota would reject the check. Such a string cannot be a key.
+            # Quota would reject the check, because this string cannot be a key.
             challenge = {"WWW-Authenticate": 'Bearer realm="quota", error="invalid_token"'}
             await deny(send, {"code": "unknown_key", "headers": challenge}, None, 1)
             return

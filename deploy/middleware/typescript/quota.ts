@@ -5,11 +5,11 @@
  *     app.use(quota({ url: "https://quota.example.com", serviceToken: process.env.QUOTA_SERVICE_TOKEN! }));
  *
  * A request that Quota allows reaches your handlers with the decision in `response.locals.quota`, and its response gets
- * the rate-limit headers. Any other request gets a response with problem details (RFC 9457): 401 without a valid API
+ * the rate-limit headers. Any other request gets a response with problem details (RFC 9457): 401 if it has no valid API
  * key, 402 if the key's tenant has to subscribe, 429 if a limit is reached, and 503 if Quota cannot be reached in time.
  *
- * To list usage by route, pass the middleware to each route, `app.get("/orders/:id", limited, handler)`, not to
- * `app.use`.
+ * To record usage by route, pass the middleware to each route, as in `app.get("/orders/:id", limited, handler)`, instead
+ * of to `app.use`.
  */
 
 import type { Request, RequestHandler, Response } from "express";
@@ -29,7 +29,10 @@ export interface QuotaOptions {
   key?: (request: Request) => string | undefined;
   /** The number of requests that a request counts as, 1 to 1,000,000. Default: 1. */
   cost?: (request: Request) => number;
-  /** The name under which usage lists a request, from a small set, not paths with IDs. Default: its method and route. */
+  /**
+   * The endpoint under which a request is recorded in usage. Return names from a small set, not paths with IDs. Default:
+   * the request's method and route.
+   */
   endpoint?: (request: Request) => string | undefined;
 }
 
@@ -59,8 +62,8 @@ class Unavailable extends Error {
 }
 
 /**
- * Returns the API key from `X-API-Key` or `Authorization: Bearer qk_…`. Returns undefined if there are several: the
- * application could read a different key than the one that is checked.
+ * Returns the API key from `X-API-Key` or `Authorization: Bearer qk_…`. Returns undefined if there are several keys,
+ * because the application could read a key that was not checked.
  */
 export function apiKey(request: Request): string | undefined {
   const keys = [...(request.headersDistinct["x-api-key"] ?? [])];
@@ -131,7 +134,7 @@ export function quota(options: QuotaOptions): RequestHandler {
       return respond(response, 401, "Unauthorized", "Send an API key.", { "WWW-Authenticate": 'Bearer realm="quota"' });
     }
     if (!/^[!-~]{1,256}$/.test(sent)) {
-      // Quota would reject the check. Such a string cannot be a key.
+      // Quota would reject the check, because this string cannot be a key.
       const challenge = { "WWW-Authenticate": 'Bearer realm="quota", error="invalid_token"' };
       return deny(response, { code: "unknown_key", headers: challenge }, null, 1);
     }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use http::{HeaderMap, HeaderName, HeaderValue};
 use serde::Deserialize;
 
-/// Why a request was allowed or denied.
+/// The reason why a request was allowed or denied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
@@ -56,7 +56,7 @@ pub struct Decision {
     pub retry_after: Option<u64>,
     /// The headers that the response gets.
     pub headers: HeaderMap,
-    /// Identifies the decision in Quota's log.
+    /// The ID of the decision in Quota's log.
     pub request_id: Option<HeaderValue>,
 }
 

@@ -10,8 +10,8 @@ use quick_cache::sync::Cache;
 
 use crate::decision::{Code, Decision};
 
-/// How long a denial is remembered. Waits are reported in whole seconds, rounded up, so a wait of two seconds is longer
-/// than this.
+/// How long a denial is remembered. Waits are reported in whole seconds, rounded up, so a reported wait of two seconds
+/// is longer than this time.
 const KEPT: Duration = Duration::from_secs(1);
 
 /// Denials by key. Allowed requests are never cached.
@@ -20,13 +20,13 @@ pub(crate) struct DenialCache {
 }
 
 struct Denial {
-    /// A request with a lower cost may be allowed.
+    /// The cost of the denied request. A request with a lower cost may be allowed.
     cost: u32,
     until: Instant,
     decision: Decision,
 }
 
-/// Does not show the keys.
+/// Shows no keys.
 impl fmt::Debug for DenialCache {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("DenialCache")

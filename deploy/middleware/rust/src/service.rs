@@ -24,7 +24,7 @@ use crate::{
     request, response,
 };
 
-/// Quota rejects checks with a higher cost.
+/// The maximum cost. Quota rejects checks with a higher cost.
 const MAX_COST: u32 = 1_000_000;
 
 type OfRequest<T> = Arc<dyn Fn(&Parts) -> T + Send + Sync>;
@@ -79,7 +79,7 @@ struct Checker {
 
 /// What happens to a request.
 enum Verdict {
-    /// It reaches the service.
+    /// The request reaches the service.
     Pass(Decision),
     Deny(Response<Full<Bytes>>),
 }
