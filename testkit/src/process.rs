@@ -144,7 +144,7 @@ mod tests {
         let pid = process.pid();
         kill(pid, None).expect("the process is running");
         drop(process);
-        assert!(kill(pid, None).is_err(), "it is gone");
+        assert!(kill(pid, None).is_err(), "the process still runs");
     }
 
     #[tokio::test]

@@ -361,13 +361,13 @@ mod tests {
         };
         let advisory = Advisory::parse(ADVISORY).expect("a valid advisory");
         let mut accepted = Accepted::read(&entry("9999-01-01")).expect("entries");
-        assert_eq!(accepted.faults().len(), 1, "it hits nothing");
+        assert_eq!(accepted.faults().len(), 1, "the entry matches nothing");
         assert!(accepted.takes(&advisory));
         assert_eq!(accepted.faults(), Vec::<String>::new());
 
         let mut accepted = Accepted::read(&entry("2020-01-01")).expect("entries");
         assert!(accepted.takes(&advisory));
-        assert_eq!(accepted.faults().len(), 1, "it has run out");
+        assert_eq!(accepted.faults().len(), 1, "the entry has expired");
         assert!(Accepted::read(&entry("2020-01-01").replace("reason", "why")).is_err());
     }
 }

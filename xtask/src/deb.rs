@@ -60,7 +60,7 @@ fn pack(binary: &Path, version: &str, folder: &Path) -> Result<PathBuf> {
     let deploy = root().join("deploy");
     let place = |from: &Path, to: &str, mode: u32| -> Result<()> {
         let to = staged.join(to);
-        fs::create_dir_all(to.parent().context("it is in a folder")?)?;
+        fs::create_dir_all(to.parent().context("the file is not in a directory")?)?;
         fs::copy(from, &to).with_context(|| format!("cannot copy {}", from.display()))?;
         fs::set_permissions(&to, fs::Permissions::from_mode(mode))?;
         Ok(())

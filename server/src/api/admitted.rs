@@ -244,7 +244,7 @@ async fn decide_in_span(
     Ok(Ok((record, decision)))
 }
 
-/// Describes a decision in its span. The outcomes are those of `X-Quota-Decision`.
+/// Describes a decision in its span. The outcomes have the same names as in `X-Quota-Decision`.
 fn describe(
     span: &mut Span,
     cost: NonZeroU32,

@@ -199,8 +199,7 @@ impl DirectDecisions {
 
 impl DirectEndpoint for DirectDecisions {
     fn accepts(&self, request: &PlainRequest<'_>) -> bool {
-        // While the server is stopping, each connection is closed after its next response, and that response must
-        // announce this. hyper writes such responses.
+        // While the server is stopping, each response must announce that its connection will be closed. hyper does this.
         if self.state.is_draining() {
             return false;
         }

@@ -88,7 +88,7 @@ pub struct Billing {
     prices: Prices,
 }
 
-/// A tenant that wants to subscribe, and the pages that it returns to.
+/// A tenant that wants to subscribe, and the pages to which Stripe returns its user.
 #[derive(Debug, Clone, Copy)]
 pub struct Buyer<'a> {
     pub tenant: TenantId,

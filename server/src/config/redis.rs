@@ -351,7 +351,7 @@ mod tests {
             sentinels, master, ..
         } = servers(text).unwrap()
         else {
-            panic!("it is Sentinel");
+            panic!("this URL is for Sentinel");
         };
         assert_eq!(master.username(), Some("quota"));
         assert_eq!(master.password(), Some("p,s@++w"));
@@ -362,7 +362,7 @@ mod tests {
             assert_eq!(login.password(), Some("s&t"));
         }
         let RedisServers::Cluster(nodes) = servers("redis://:hunter2@a,b").unwrap() else {
-            panic!("it is a cluster");
+            panic!("this URL is for a cluster");
         };
         for node in nodes {
             assert_eq!(node.redis_settings().password(), Some("hunter2"));

@@ -32,7 +32,7 @@ pub struct Appended {
 }
 
 /// A large batch may take longer than a request, and has to wait for other batches of the same tenants. Shorter
-/// timeouts would only make it start over.
+/// timeouts would only make the batch start over.
 const TIMEOUTS: &str = "SET LOCAL statement_timeout = '30s'; SET LOCAL lock_timeout = '10s'";
 
 /// The maximum number of rows per statement. Encoding more rows would block a request-serving thread for several

@@ -231,7 +231,7 @@ async fn delivery_to_the_address_of_the_public_url_fails() {
     }
 }
 
-/// The host has an allowed address when it is checked, and a different one afterwards.
+/// The host has an allowed address when it is checked, and a different address afterward.
 #[tokio::test(flavor = "multi_thread")]
 async fn connection_is_made_to_the_address_that_was_checked() {
     let receiver = Receiver::saying("HTTP/1.1 200 OK\r\n\r\n").await;

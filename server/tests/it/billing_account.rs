@@ -103,7 +103,7 @@ impl World {
 
 #[expect(
     clippy::unnecessary_wraps,
-    reason = "it is compared with what is stored"
+    reason = "the result is compared with the stored value"
 )]
 fn stored(id: &str, livemode: bool) -> Option<(Option<String>, bool)> {
     Some((Some(id.to_owned()), livemode))

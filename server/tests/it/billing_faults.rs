@@ -319,7 +319,7 @@ async fn tenants_are_charged_once_with_faults_in_every_request_and_a_worker_that
         for rounds in 0.. {
             world.time_passes().await;
             billing.handle_due().await.expect("PostgreSQL responds");
-            billing.read(tenant).await.expect("Stripe answers");
+            billing.read(tenant).await.expect("Stripe responds");
             billing.plan_usage().await.expect("planned");
             billing.send_usage().await.expect("sent");
             if world.count(waiting).await == 0 {

@@ -138,7 +138,7 @@ async fn every_kind_of_request_is_valid_according_to_stripe() {
     client
         .execute("UPDATE billing_accounts SET customer_id = 'cus_gone'", &[])
         .await
-        .expect("it is SQL");
+        .expect("the update succeeds");
     usage::append(&app, &[record(3)]).await;
     // Thin events have a destination of their own, which has the same URL.
     let path = format!("webhook_endpoints/{}", stripe.endpoint);

@@ -92,7 +92,7 @@ impl World {
     async fn read(&self) {
         let tenant = self.account.tenant_id.parse().expect("a UUID");
         let read = self.billing().read(quota_common::TenantId(tenant)).await;
-        read.expect("Stripe answers");
+        read.expect("Stripe responds");
     }
 
     fn paid(&self, at: DateTime<Utc>, cost: i64) -> UsageRecord {
@@ -743,7 +743,10 @@ async fn slow_sender_stops_when_another_has_taken_over() {
         begun.expect("begun").is_some()
     };
     assert_eq!(claim(slow).await, [tenant]);
-    assert!(claim(quick).await.is_empty(), "it is taken");
+    assert!(
+        claim(quick).await.is_empty(),
+        "another worker's claim was ignored"
+    );
     assert!(begin(slow).await);
     world
         .execute("UPDATE billing_senders SET until = now() - interval '1 second'")

@@ -25,7 +25,8 @@ fn data_dir() -> tempfile::TempDir {
         .prefix("quota-embedded-")
         .tempdir_in("/tmp")
         .expect("a directory");
-    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o711)).expect("its mode is set");
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o711))
+        .expect("the directory's mode is set");
     dir
 }
 
@@ -182,7 +183,7 @@ async fn postgres_is_restarted_when_it_crashes() {
                 tokio::spawn(connection);
                 break client;
             }
-            assert!(Instant::now() < deadline, "it did not come back");
+            assert!(Instant::now() < deadline, "PostgreSQL did not restart");
             tokio::time::sleep(Duration::from_millis(50)).await;
         };
         assert_ne!(postmaster(dir.path()), first);
@@ -213,7 +214,10 @@ async fn stopping_during_a_restart_stops_postgres() {
             .ok()
             .and_then(|text| text.lines().next()?.parse::<i32>().ok())
             .is_some_and(|pid| processes_of(dir.path()).contains(&pid));
-        assert!(!guarded, "it runs on, {wait} ms after the kill");
+        assert!(
+            !guarded,
+            "PostgreSQL still runs after it was stopped {wait} ms after the kill"
+        );
     }
 }
 
@@ -390,7 +394,7 @@ fn start_owner(data_dir: &Path) -> (Child, String) {
         .lines()
         .map_while(Result::ok)
         .find_map(|line| line.strip_prefix("url=").map(str::to_owned))
-        .expect("it tells its URL");
+        .expect("the program prints its URL");
     (child, url)
 }
 
@@ -426,7 +430,8 @@ async fn root_moves_the_database_if_its_user_cannot_enter_the_directory() {
         return;
     }
     let closed = data_dir();
-    fs::set_permissions(closed.path(), fs::Permissions::from_mode(0o700)).expect("its mode is set");
+    fs::set_permissions(closed.path(), fs::Permissions::from_mode(0o700))
+        .expect("the directory's mode is set");
     let dir = closed.path().join("data");
     let mut clusters = Vec::new();
     for _ in 0..2 {
@@ -441,7 +446,7 @@ async fn root_moves_the_database_if_its_user_cannot_enter_the_directory() {
         clusters.push(PathBuf::from(row.get::<_, &str>(0)));
         // Even if the directory has become accessible, the data remains where it is.
         fs::set_permissions(closed.path(), fs::Permissions::from_mode(0o755))
-            .expect("its mode is set");
+            .expect("the directory's mode is set");
         postgres.stop().await;
     }
     let home = clusters[0].parent().expect("a parent directory").to_owned();

@@ -442,7 +442,9 @@ async fn role_without_the_right_is_403_and_changes_nothing() {
 fn every_operation_documents_its_4xx_responses() {
     for operation in operations() {
         let id = operation.id;
-        let answers = operation.meta["responses"].as_object().expect("answers");
+        let answers = operation.meta["responses"]
+            .as_object()
+            .expect("the documented responses");
         let mut needed = Vec::new();
         if operation.is_secured() {
             needed.push("401");
@@ -516,7 +518,10 @@ fn every_operation_has_a_summary_and_examples() {
                 "{id}: {example}"
             );
         }
-        for (status, answer) in meta["responses"].as_object().expect("answers") {
+        for (status, answer) in meta["responses"]
+            .as_object()
+            .expect("the documented responses")
+        {
             for (media_type, content) in answer["content"].as_object().into_iter().flatten() {
                 let own = &content["example"];
                 assert!(

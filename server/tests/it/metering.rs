@@ -327,7 +327,7 @@ async fn a_full_backlog_stops_decisions_and_consumes_nothing() {
             break answer;
         }
         allowed += 1;
-        assert!(allowed < 20_000, "it is never full");
+        assert!(allowed < 20_000, "the backlog is never full");
     };
     // A record takes 240 bytes.
     assert!(allowed > 3_000, "{allowed}");
@@ -500,7 +500,7 @@ async fn a_full_disk_stops_decisions_loses_nothing_and_recovers() {
             break status;
         }
         ids.insert(id);
-        assert!(ids.len() < 20_000, "it is never full");
+        assert!(ids.len() < 20_000, "the disk is never full");
     };
     assert_eq!(refused, 503);
     assert!(ids.len() > 5_000, "{}", ids.len());
@@ -628,7 +628,7 @@ async fn directories_and_segments_that_cannot_be_read_hold_up_no_others() {
     let world = World::start(|setup| setup).await;
     let ids = world.echoes(5).await;
     let own = world.usage_directory();
-    let root = own.parent().expect("it is in `usage`");
+    let root = own.parent().expect("the directory has a parent");
     // By name, the bad directories sort before the good one.
     let [unlockable, unreadable, good] =
         [1_u128, 2, 3].map(|n| root.join(uuid::Uuid::from_u128(n).to_string()));
@@ -656,7 +656,7 @@ async fn refused_segments_are_kept_apart_and_their_directory_goes() {
     let world = World::start(|setup| setup).await;
     let ids = world.echoes(5).await;
     let own = world.usage_directory();
-    let root = own.parent().expect("it is in `usage`").to_owned();
+    let root = own.parent().expect("the directory has a parent").to_owned();
     let left = root.join(uuid::Uuid::from_u128(1).to_string());
     for segment in copy_segments(&own, &left) {
         let ancient = left.join("0.segment");
@@ -875,7 +875,7 @@ async fn a_replica_takes_over_what_a_killed_one_left_in_a_shared_directory() {
         Ok(rows)
     });
     assert_eq!(rows.await.len(), 200);
-    wait_for("they are counted", async || {
+    wait_for("the replayed records are counted", async || {
         let name = "quota_usage_records_replayed_total";
         match second.counter(&http, name).await {
             200 => Ok(()),

@@ -37,7 +37,7 @@ impl Process {
             .spawn()
             .expect("the binary starts");
         let log = Arc::new(Mutex::new(Vec::new()));
-        let lines = BufReader::new(child.stdout.take().expect("its output is piped"));
+        let lines = BufReader::new(child.stdout.take().expect("the server's output is piped"));
         let written = Arc::clone(&log);
         std::thread::spawn(move || {
             for line in lines.lines().map_while(Result::ok) {

@@ -113,7 +113,7 @@ async fn restart_changes_the_generation_and_the_run_id() {
 
     server.kill().await;
     server.restart().await;
-    assert_eq!(eventually(&redis, "k").await, 1, "it is empty");
+    assert_eq!(eventually(&redis, "k").await, 1, "Redis still has its data");
     let after = redis.link("k").expect("Redis is connected");
     assert!(after.generation() > before.generation());
     assert_ne!(after.run_id(), before.run_id());

@@ -101,7 +101,7 @@ fn slow() -> &'static str {
 /// Waits until the replica is connected to Redis and can use shared records.
 async fn polled(app: &TestApp) {
     let began = Instant::now();
-    let redis = app.state.redis.as_ref().expect("it has Redis");
+    let redis = app.state.redis.as_ref().expect("the server uses Redis");
     while app.state.freshness.polled_lately().is_none() || redis.status().connected == 0 {
         assert!(began.elapsed() < PATIENCE);
         sleep(Duration::from_millis(5)).await;
@@ -292,7 +292,12 @@ async fn unreachable_redis_is_a_miss() {
     eventually(&world.first, "quota_key_shared_errors_total", 1.0).await;
     // Redis is used again after it recovers.
     world.server.restart().await;
-    let redis = world.first.state.redis.clone().expect("it has Redis");
+    let redis = world
+        .first
+        .state
+        .redis
+        .clone()
+        .expect("the server uses Redis");
     assert!(redis.connected(PATIENCE).await);
 }
 

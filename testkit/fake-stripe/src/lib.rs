@@ -34,7 +34,8 @@ pub use crate::{
     webhook::{Delivery, Signature, sign},
 };
 
-/// A running fake. It stops when it is dropped, and then panics if it has received a request that Stripe would not accept.
+/// A running fake. When dropped, the fake stops, and then panics if it has received a request that Stripe would not
+/// accept.
 pub struct FakeStripe {
     shared: Arc<Shared>,
     client: reqwest::Client,

@@ -276,7 +276,7 @@ impl IntoResponse for DecisionStream {
         let mut response = Response::builder().body(self.0);
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
-        // nginx would buffer events otherwise. Caddy never buffers this media type.
+        // Otherwise, nginx would buffer events. Caddy never buffers this media type.
         headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
         response
     }

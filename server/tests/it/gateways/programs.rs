@@ -102,7 +102,10 @@ impl Program {
                         _dir: dir,
                     };
                 }
-                assert!(began.elapsed() < STARTED_WITHIN, "it does not listen");
+                assert!(
+                    began.elapsed() < STARTED_WITHIN,
+                    "the program does not listen"
+                );
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         }

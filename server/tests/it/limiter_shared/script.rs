@@ -354,7 +354,7 @@ async fn a_lost_bucket_is_empty_for_every_burst() {
     let flush = redis::cmd("FLUSHALL");
     redis.query("", &flush).await.expect("Redis responds");
     let BucketState::Initializing { wait } = take(plan(3, 100)).await else {
-        panic!("it has lost its state");
+        panic!("Redis has lost the bucket's state");
     };
     // The new epoch is two seconds old, and one token was used in it.
     clock.advance(Duration::from_micros(wait) + Duration::from_secs(1));
@@ -376,7 +376,7 @@ async fn a_lost_bucket_is_empty_for_every_burst() {
         ..plan(version, burst)
     };
     let BucketState::Initializing { wait } = take(slow(7, 1)).await else {
-        panic!("it has lost its state");
+        panic!("Redis has lost the bucket's state");
     };
     clock.advance(Duration::from_micros(wait));
     for use_number in 1..=90 {

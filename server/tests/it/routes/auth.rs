@@ -1219,7 +1219,7 @@ async fn replicas_share_counts_and_are_stricter_without_redis() {
     let one = setup().start().await;
     let other = setup().database(one.database.clone()).start().await;
     for app in [&one, &other] {
-        let redis = app.state.redis.as_ref().expect("it has Redis");
+        let redis = app.state.redis.as_ref().expect("the server uses Redis");
         assert!(redis.connected(std::time::Duration::from_secs(10)).await);
     }
     let owner = one.register().await;
@@ -1265,7 +1265,7 @@ async fn registrations_from_a_network_are_limited_over_all_replicas() {
     let one = setup().start().await;
     let other = setup().database(one.database.clone()).start().await;
     for app in [&one, &other] {
-        let redis = app.state.redis.as_ref().expect("it has Redis");
+        let redis = app.state.redis.as_ref().expect("the server uses Redis");
         assert!(redis.connected(std::time::Duration::from_secs(10)).await);
     }
     let register = async |app: &TestApp, ip: &str, email: &str, password: &str| {
@@ -1709,7 +1709,7 @@ async fn contents_of_redis_delay_sign_ins_no_longer_than_the_maximum_wait() {
         .flag("--login-free-failures=2")
         .start()
         .await;
-    let connection = app.state.redis.as_ref().expect("it has Redis");
+    let connection = app.state.redis.as_ref().expect("the server uses Redis");
     assert!(
         connection
             .connected(std::time::Duration::from_secs(10))

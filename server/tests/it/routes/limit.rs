@@ -572,7 +572,7 @@ async fn both_secrets_work_within_the_grace_period_and_share_a_bucket() {
     assert_eq!(
         app.echo(&key.text).await.status,
         401,
-        "its grace period is over"
+        "the key's grace period is over"
     );
     assert_eq!(app.echo(&second).await.status, 200);
 
@@ -612,7 +612,7 @@ async fn other_replica_rejects_a_deactivated_key_within_a_second() {
     while other.echo(&key.text).await.status != 401 {
         assert!(
             began.elapsed() < Duration::from_secs(2),
-            "it still works elsewhere"
+            "the disabled key still works on the other replica"
         );
         tokio::time::sleep(Duration::from_millis(20)).await;
     }

@@ -108,7 +108,7 @@ impl Collector {
 async fn receive(state: Arc<Mutex<State>>, mut request: Request) -> poem::Result<StatusCode> {
     assert_eq!(request.uri().path(), "/v1/traces");
     let body = request.take_body().into_vec().await?;
-    let content = ExportTraceServiceRequest::decode(&body[..]).expect("it is OTLP");
+    let content = ExportTraceServiceRequest::decode(&body[..]).expect("the body is OTLP");
     let mut state = state.lock();
     state.bytes.extend_from_slice(&body);
     state.headers = request

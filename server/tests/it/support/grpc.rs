@@ -70,7 +70,7 @@ impl GrpcClient {
         stream.set_nodelay(true).expect("a socket");
         let (sender, connection) = handshake(TokioExecutor::new(), TokioIo::new(stream))
             .await
-            .expect("it speaks HTTP/2");
+            .expect("the server speaks HTTP/2");
         tokio::spawn(connection);
         Self { addr, sender }
     }

@@ -81,7 +81,7 @@ impl Quota {
             .stdout(Stdio::piped())
             .spawn()
             .expect("the binary runs");
-        let mut out = BufReader::new(child.stdout.take().expect("its output is piped"));
+        let mut out = BufReader::new(child.stdout.take().expect("the server's output is piped"));
         let (found, ready) = mpsc::channel();
         std::thread::spawn(move || {
             loop {

@@ -461,7 +461,7 @@ async fn a_stream_that_is_read_byte_by_byte_ends_with_its_session() {
         }
     };
     let open = tokio::time::timeout(Duration::from_secs(4), open).await;
-    assert!(open.is_err(), "it stays open while the session lasts");
+    assert!(open.is_err(), "the stream ended during the session");
     assert!(String::from_utf8_lossy(&sent).contains("event: decision"));
 
     let me = app.get("/auth/me").bearer(&token).send().await;
@@ -472,7 +472,7 @@ async fn a_stream_that_is_read_byte_by_byte_ends_with_its_session() {
     );
     let rest = reader.read_to_end(&mut sent);
     let ended = tokio::time::timeout(Duration::from_secs(10), rest).await;
-    assert!(ended.is_ok(), "it is still open");
+    assert!(ended.is_ok(), "the stream is still open");
     dripping.abort();
 }
 

@@ -159,7 +159,7 @@ async fn start(options: &Options) -> Result<Production> {
     for replica in &production.replicas {
         println!(
             "To see a replica restart: kill -9 {} ({})",
-            replica.pid().context("it runs")?,
+            replica.pid().context("the replica does not run")?,
             replica.addr
         );
     }

@@ -274,7 +274,12 @@ async fn happen(kind: Kind, world: &mut World, origin: Instant) -> Result<Durati
         }
         World::Watched(group) => {
             let [first, second] = &mut group.servers;
-            sleep_until(begin.checked_sub(MISSED).context("it is later")?).await;
+            sleep_until(
+                begin
+                    .checked_sub(MISSED)
+                    .context("the fault begins too early")?,
+            )
+            .await;
             // The master has no password and rejects clients that send one. So the replica cannot reconnect and misses
             // later writes.
             second

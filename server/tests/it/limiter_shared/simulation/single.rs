@@ -450,7 +450,7 @@ fn open_admits_the_whole_limit_on_each_replica_and_no_more() {
                 sleep(Duration::from_secs(15)).await;
                 let admitted = crowd(&limiters[0], &policies, 20).await;
                 if admitted != 10 {
-                    let _ = writeln!(wrong, "{admitted} of 10 afterwards: {is_noticed}");
+                    let _ = writeln!(wrong, "{admitted} of 10 afterward: {is_noticed}");
                 }
             });
         }
