@@ -20,7 +20,8 @@ response! {
         pub prefix: String,
         /// Whether the key is active. Requests with an inactive key are rejected with 401 and never charged.
         pub is_active: bool,
-        /// When the key expires. After that, requests that use it are rejected with 401. `null` if it never expires.
+        /// When the key expires. After that time, requests with the key are rejected with 401. `null` if the key never
+        /// expires.
         pub expires_at: Option<Timestamp>,
         /// Requests per minute for this key, overriding the plan's rate. `null` if the key uses the plan's rate. If the
         /// plan's burst equals its rate, the key's burst equals this rate.
@@ -29,7 +30,7 @@ response! {
         /// ID.
         #[serde(default)]
         pub external_id: Option<String>,
-        /// Custom name–value pairs. Quota stores them but does not interpret them.
+        /// Custom name–value pairs. Quota stores these pairs but does not interpret them.
         #[serde(default)]
         pub metadata: Metadata,
         /// When a request with the key was last allowed or denied. Updated within seconds of the request.
@@ -83,10 +84,10 @@ update! {
         /// Requests per minute for this key, 1 to 60,000,000. `null` restores the plan's rate.
         #[garde(dive)]
         pub rpm_override: Patch<Rpm>,
-        /// The key's identifier in your own system: 1 to 200 characters. `null` removes it.
+        /// The key's identifier in your own system: 1 to 200 characters. `null` removes the identifier.
         #[garde(dive)]
         pub external_id: Patch<ExternalId>,
-        /// Replaces all names and values. Send `{}` to remove all of them.
+        /// Replaces all pairs. Send `{}` to remove all pairs.
         #[garde(dive)]
         pub metadata: Option<Metadata>,
     }
@@ -108,12 +109,12 @@ request! {
 }
 
 response! {
-    /// An API key that was just created or rotated, with its secret.
+    /// An API key that has just been created or rotated, with its secret.
     #[derive(Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct CreatedApiKey {
-        /// The full key: `qk_`, 32 random characters and a 6-character checksum. It is returned only once and never
-        /// stored: a replay with the same `Idempotency-Key` omits it.
+        /// The full key: `qk_`, 32 random characters and a 6-character checksum. The key is returned only once and is
+        /// never stored: a replay with the same `Idempotency-Key` omits the key.
         pub key: Omittable<String>,
         pub api_key: ApiKey,
     }

@@ -67,7 +67,7 @@ response! {
         /// `subscription` or `webhook`.
         pub target_type: String,
         pub target_id: Option<String>,
-        /// The resource's name after the change, or before its deletion. `null` if it has no name.
+        /// The resource's name after the change, or before its deletion. `null` if the resource has no name.
         pub target_name: Option<String>,
         /// The client's IP address.
         pub ip: Option<String>,
