@@ -7,7 +7,7 @@ use wasm_bindgen::{JsCast, JsValue};
 use crate::model::zoned::LocalTime;
 
 thread_local! {
-    /// One formatter per time zone, because creating one is slow.
+    /// One formatter per time zone, because creating a formatter is slow.
     static FORMATTERS: RefCell<BTreeMap<String, Option<js_sys::Intl::DateTimeFormat>>> = const { RefCell::new(BTreeMap::new()) };
 }
 

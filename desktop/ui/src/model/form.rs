@@ -75,8 +75,8 @@ pub fn check_metadata(text: &str) -> Result<(), &'static str> {
     metadata(text).map(drop)
 }
 
-/// Returns the new value if it differs from the old one. Unchanged fields are not sent, so that they do not undo
-/// changes made by others.
+/// Returns the new value if it differs from the old value. Unchanged fields are not sent, so that an edit does not undo
+/// changes made by other users.
 pub fn changed<T: PartialEq>(was: &T, now: T) -> Option<T> {
     (*was != now).then_some(now)
 }

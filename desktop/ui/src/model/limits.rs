@@ -1,4 +1,4 @@
-//! The limits that apply to an API key, and how much of each is used.
+//! The limits that apply to an API key, and the current use of each limit.
 
 use quota_common::{
     api_key::ApiKey,

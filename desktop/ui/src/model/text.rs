@@ -21,7 +21,7 @@ pub fn capitalized(text: &str) -> String {
     })
 }
 
-/// Quotes a name for use in a sentence: truncates it, and isolates it from the surrounding text direction.
+/// Quotes a name for use in a sentence: truncates the name, and isolates its text direction from the surrounding text.
 pub fn quoted(name: &str) -> String {
     const MAX_CHARS: usize = 60;
     let mut short: String = name.chars().take(MAX_CHARS).collect();
@@ -133,7 +133,7 @@ impl Gateway {
     /// Returns the configuration for a server at `origin`, such as `https://quota.example.com`. `files` contains the
     /// configurations of all gateways, each below a line with the gateway's name.
     pub fn configuration(self, files: &str, origin: &str, token: &str) -> String {
-        // The server's tests run these files in real gateways. Their leading comments are removed here.
+        // The server's tests run these files in real gateways. The files' leading comments are removed here.
         let file = |name: &str| {
             let start = format!("=== {name}\n");
             let text = files.split_once(&*start).map_or("", |(_, text)| text);

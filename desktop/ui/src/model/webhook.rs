@@ -356,7 +356,7 @@ pub const fn has_result(it: &WebhookDelivery) -> bool {
 /// Returns whether an attempt is in progress or imminent, so that the result should be loaded soon.
 pub fn is_changing(deliveries: &[WebhookDelivery], now: i64) -> bool {
     const SOON_MS: i64 = 10_000;
-    /// Longer than any attempt.
+    /// A time that is longer than any attempt, in milliseconds.
     const ATTEMPT_MS: i64 = 20_000;
     let millis = |at: quota_common::Timestamp| at.inner().timestamp_millis();
     deliveries.iter().any(|it| {

@@ -1,4 +1,4 @@
-//! In a browser, nothing is added to the console.
+//! The additions to the console in a browser: none.
 
 use leptos::prelude::*;
 

@@ -208,7 +208,7 @@ fn log_is_reloaded_while_an_attempt_is_expected() {
     assert!(is_changing(&[delivery(json!({}))], NOW));
     let soon = delivery(json!({"next_attempt_at": "2026-08-03T06:27:08.000Z"}));
     assert!(is_changing(&[failed(), soon], NOW));
-    // The next attempt is in half an hour, and the last one has ended.
+    // The next attempt is in half an hour, and the last attempt has ended.
     assert!(!is_changing(&[failed()], NOW));
     // The attempt may still be in progress.
     let sent = delivery(
