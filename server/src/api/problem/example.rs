@@ -27,7 +27,7 @@ pub fn example(code: ProblemCode, base: &str) -> Problem {
         ProblemCode::NotFound => "Not found.",
         ProblemCode::MethodNotAllowed => "Method not allowed.",
         ProblemCode::RequestTimeout => "The request body was not received in time.",
-        ProblemCode::PlanInUse => "3 keys use this plan. Move or delete them first.",
+        ProblemCode::PlanInUse => "3 keys use this plan. Move or delete the keys first.",
         ProblemCode::NameTaken => "A plan with this name already exists.",
         ProblemCode::EmailTaken => "An account with this email already exists.",
         ProblemCode::PreviousKeyActive => {
