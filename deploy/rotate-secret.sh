@@ -59,7 +59,7 @@ case "${1:-}" in
     [ "$new" != "$old" ] || new=$(< "$previous")
     write "$current" "$new"
     write "$previous" "$old"
-    # Remove the copy last. If it were removed first, another run would switch back.
+    # Remove the copy last. If the copy were removed first, another run would switch back.
     write "$folder/.rotation" switch
     rm -f "$old_copy"
     ;;

@@ -1,4 +1,4 @@
-//! A sliding-window checker. In every window, it compares the requests that a client saw allowed with the promise.
+//! A sliding-window checker: in every window, compares the requests that a client saw allowed with the promise.
 //!
 //! The promise is that of a token bucket: at most `burst + rate·(T + slack)` tokens in any window of `T`. A client only
 //! knows that a request was allowed at some time between sending it and receiving the response. So a window counts only

@@ -1,8 +1,8 @@
 //! Tools for tests: processes that end with their owner, a Redis that can be killed and frozen, a proxy that fails on
 //! demand, a mail server, a recent Caddy, Envoy, and a checker for token bucket promises.
 //!
-//! Does not depend on Quota. The processes that it starts are ended by their PIDs. Panics with the reason if something
-//! cannot be started.
+//! This crate does not depend on Quota. Its processes are ended by their PIDs. If something cannot be started, the
+//! tools panic with the reason.
 
 pub mod caddy;
 pub mod envelope;

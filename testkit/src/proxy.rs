@@ -214,7 +214,7 @@ enum Direction {
 struct Piece {
     due: Instant,
     data: Vec<u8>,
-    /// The connection is reset after this.
+    /// Whether the connection is reset after this data.
     last: bool,
 }
 

@@ -39,7 +39,7 @@ const KEYS: &str = "key_lists::three_hundred_thousand_keys";
 /// The test that measures webhooks from Stripe.
 const WEBHOOKS: &str = "billing_flood::webhooks_per_second";
 
-/// Runs a test that measures something. It reads the arguments from these variables.
+/// Runs a test that measures something. The test reads its arguments from these variables.
 fn measure(name: &str, variables: &[&str], arguments: &[OsString]) -> Result<ExitCode> {
     machine::install(&[machine::POSTGRES])?;
     let mut test = cargo();

@@ -120,7 +120,7 @@ fn pack(binary: &Path, version: &str, folder: &Path) -> Result<PathBuf> {
         .replace("@ARCHITECTURE@", architecture.trim())
         .replace("@SIZE@", size.split_whitespace().next().unwrap_or("0"));
     fs::write(staged.join("DEBIAN/control"), control)?;
-    // Folders are world-readable, whatever the umask.
+    // Directories must be world-readable, regardless of the umask.
     succeed(
         Command::new("chmod")
             .args(["--recursive", "u=rwX,go=rX"])

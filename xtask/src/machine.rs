@@ -73,20 +73,20 @@ fn has_recent_caddy() -> bool {
     })
 }
 
-/// The programs that the shape of a production deployment requires.
+/// The programs that a deployment as in production requires.
 pub(crate) const PRODUCTION: [Need; 3] = [POSTGRES, REDIS, RECENT_CADDY];
 
 pub(crate) const NGINX: Need = Need {
     name: "nginx",
     package: "nginx",
-    // On Debian, it is only in root's path.
+    // On Debian, the program is only in root's path.
     is_there: || on_path("nginx").is_some() || Path::new("/usr/sbin/nginx").exists(),
 };
 
 pub(crate) const HAPROXY: Need = Need {
     name: "HAProxy",
     package: "haproxy",
-    // On Debian, it is only in root's path.
+    // On Debian, the program is only in root's path.
     is_there: || on_path("haproxy").is_some() || Path::new("/usr/sbin/haproxy").exists(),
 };
 

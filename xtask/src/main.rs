@@ -51,7 +51,7 @@ enum Chore {
         #[arg(last = true)]
         arguments: Vec<OsString>,
     },
-    /// Build the server and run the shape of a production deployment on this machine: two replicas behind Caddy with
+    /// Build the server and run a deployment as in production on this machine: two replicas behind Caddy with
     /// TLS, a private PostgreSQL, Redis, and demo data in ./.quota/up
     Up {
         /// Options, such as `--replicas N` and `--port N`; `--help` lists them

@@ -510,8 +510,8 @@ fn leaked_secret_does_not_return_with_a_later_rotation() {
     assert_ne!(read("quota_secret"), read("quota_secret_previous"));
 }
 
-/// Such a password would be visible to everyone on the machine. With such a directory, usage would be missing from the
-/// backup.
+/// A password in a URL in one of these forms would be visible to everyone on the machine. With one of these
+/// directories, usage would be missing from the backup.
 #[test]
 fn backup_refuses_settings_that_it_would_misread() {
     let folder = data_dir();

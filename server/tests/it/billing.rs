@@ -586,7 +586,7 @@ async fn checkout_leads_to_one_subscription() {
         .fake
         .pay_checkout(session, Card::Good, true)
         .expect("open");
-    // This holds even before any webhook arrives, and while the payment may still succeed.
+    // No further page is created even before a webhook arrives, and while the payment may still succeed.
     for is_paid in [false, true] {
         if is_paid {
             stripe.fake.settle_checkout(session, true).expect("paid");
@@ -803,7 +803,7 @@ async fn customer_that_was_deleted_is_replaced_by_one_customer() {
         let path = format!("customers/{deleted}");
         let request = stripe.fake.request(&Method::DELETE, &path, "");
         request.expect("deleted");
-        // Neither an event nor a regular read comes first.
+        // Discard the event, so that the checkout is the first to detect the deletion.
         stripe.fake.take_queued();
         if let Some(path) = slow {
             let delay = How::Slow(Duration::from_secs(3));

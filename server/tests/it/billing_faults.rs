@@ -39,7 +39,7 @@ type Failed = Arc<Mutex<BTreeMap<String, u32>>>;
 
 struct World {
     stripe: TestStripe,
-    /// Has no background jobs: the test decides what runs.
+    /// A server without background jobs: the test decides which jobs run.
     app: TestApp,
     failed: Failed,
 }
@@ -262,7 +262,7 @@ async fn tenants_are_charged_once_with_faults_in_every_request_and_a_worker_that
             assert!(attempt < 70, "run {seed}: no Checkout");
             let mut started = None;
             let work = async { started = billing.checkout(&buyer).await.ok() };
-            // On a slow machine, all attempts may be ended early, so some attempts are not.
+            // On a slow machine, every attempt with a time limit may be ended early, so some attempts have none.
             if is_last || attempt >= 60 {
                 work.await;
             } else {

@@ -1,4 +1,5 @@
-//! Tests that the limiter forgets deleted keys, so that a tenant cannot fill Redis by creating, using and deleting keys.
+//! Tests that the limiter forgets deleted keys, so that a tenant cannot fill Redis by creating, using and deleting
+//! keys.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +11,7 @@ use crate::support::app::{Account, TestApp};
 
 /// The number of keys that one round creates, uses and deletes.
 const ROUND: usize = 400;
-/// The maximum increase in the memory use of Redis, in bytes. The buckets of three rounds would need more.
+/// The maximum increase in the memory use of Redis, in bytes. The buckets of three rounds would need more memory.
 const ROOM: u64 = 300_000;
 
 async fn number(redis: &RedisServer, command: &str) -> u64 {
@@ -83,7 +84,7 @@ async fn deleted_keys_do_not_fill_redis() {
             let records = "EVAL \"for _, key in ipairs(redis.call('KEYS', '*:key?:*')) do redis.call('DEL', key) end\" 0";
             redis.command(records).await;
         }
-        // Long enough for two searches.
+        // The server searches for deleted keys at least twice in this time.
         let patience = Instant::now() + Duration::from_secs(12);
         while buckets(&redis).await > 10 && Instant::now() < patience {
             sleep(Duration::from_millis(250)).await;

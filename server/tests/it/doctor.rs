@@ -211,7 +211,7 @@ async fn nodes_of_a_cluster_are_checked() {
         .succeeds();
 }
 
-/// Writes a certificate, and that of the certificate authority that issued it.
+/// Writes a certificate, and the certificate of the authority that issued it.
 fn certificate(dir: &Path) {
     let mut authority = CertificateParams::new(Vec::new()).expect("no names");
     authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);

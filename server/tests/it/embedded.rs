@@ -378,7 +378,7 @@ async fn owner() {
 fn start_owner(data_dir: &Path) -> (Child, String) {
     let (_, module) = module_path!()
         .split_once("::")
-        .expect("we are a module of a test binary");
+        .expect("the path of a module in a crate");
     let mut child = Command::new(std::env::current_exe().expect("we run"))
         .args([
             &format!("{module}::owner"),

@@ -242,7 +242,7 @@ fn commands_without_settings_ignore_invalid_ones() {
     }
 }
 
-/// Starts the server with these variables. Returns the lines that name one.
+/// Starts the server with these variables. Returns the log lines that name a variable.
 fn refused(given: &[(&str, &str)]) -> Vec<String> {
     let output = quota(&["serve"], given);
     assert_eq!(output.status.code(), Some(1), "{given:?}");

@@ -213,7 +213,7 @@ async fn missing_credentials_are_401_before_the_body_is_read() {
         assert_eq!(
             operation.is_secured(),
             public.is_none(),
-            "{}: the document says otherwise than PUBLIC",
+            "{}: the document disagrees with PUBLIC",
             operation.id
         );
         if expected == 401 {
@@ -511,7 +511,7 @@ fn every_operation_has_a_summary_and_examples() {
         );
         if let Some(schema) = operation.body() {
             let example = &schema["example"];
-            assert!(!example.is_null(), "{id}: its body has no example");
+            assert!(!example.is_null(), "{id}: the body has no example");
             assert_eq!(
                 faults(schema, example),
                 Vec::<String>::new(),

@@ -1,5 +1,5 @@
-//! PostgreSQL stops responding in the middle of a transaction, for example because its disk hangs, and later only to the
-//! connections that were open then. Background jobs continue with others.
+//! PostgreSQL stops responding in the middle of a transaction, for example because its disk hangs. Later, only the
+//! connections that were open at that time remain silent, and background jobs continue on other connections.
 
 use std::{
     sync::Arc,

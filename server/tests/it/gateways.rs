@@ -433,12 +433,12 @@ async fn failing_or_silent_script_admits_nothing() {
     let admit = "if answer and answer.status == 200";
     let faults = [
         (
-            "an error before it asks",
+            "an error before the check",
             ask,
             "error('a mistake')\n  local answer = core.httpclient()",
         ),
         (
-            "an error after it has asked",
+            "an error after the check",
             admit,
             "error('a mistake')\n  if answer and answer.status == 200",
         ),

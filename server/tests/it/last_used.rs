@@ -77,7 +77,7 @@ async fn batch_that_fails_is_written_later_and_those_before_it_are_written_now()
     let now = written(&database).await;
     let mut expected = vec![Some(1); ids.len()];
     expected[1_500] = Some(3);
-    assert!(now == expected, "something was lost or went back");
+    assert!(now == expected, "a time was lost or moved back");
     // There is nothing left to write.
     let reset = "UPDATE api_keys SET last_used_at = NULL";
     database.batch_execute(reset).await.unwrap();

@@ -14,7 +14,7 @@ use crate::support::{
     quota::{Quota, data_dir},
 };
 
-/// The length of the path in each request. The log shortens it.
+/// The length of the path in each request. The log shortens the path.
 const LONG_PATH: usize = 3_900;
 /// More lines than the buffer and the pipe can hold together.
 const REQUESTS: usize = 20_000;

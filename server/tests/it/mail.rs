@@ -64,7 +64,7 @@ impl World {
             .expect("an alert");
     }
 
-    /// Writes and sends emails. Returns how many were sent, postponed and abandoned.
+    /// Writes and sends emails. Returns how many emails were sent, postponed and abandoned.
     async fn send(&self) -> (u64, u64, u64) {
         let state = &self.app.state;
         let url = &state.config.public_url;
@@ -273,7 +273,7 @@ async fn emails_to_all_tenants_are_limited_and_the_others_wait() {
     }
     let sent = state.alerts.send_emails(&state.mailer).await;
     assert_eq!(sent.expect("a round").sent, 2);
-    // An hour later, the third one is sent.
+    // An hour later, the third email is sent.
     world
         .sql("UPDATE mails SET created_at = created_at - interval '61 minutes'")
         .await;

@@ -332,7 +332,10 @@ async fn answers(server: std::net::SocketAddr, seed: u64) -> Vec<u8> {
     };
     let both = async { tokio::join!(writing, reading) };
     let ended = timeout(ENDED_WITHIN, both).await;
-    assert!(ended.is_ok(), "seed {seed} is held open: {request:?}");
+    assert!(
+        ended.is_ok(),
+        "seed {seed}: the connection is held open: {request:?}"
+    );
     answers
 }
 

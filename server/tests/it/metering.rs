@@ -364,7 +364,7 @@ async fn a_full_backlog_stops_decisions_and_consumes_nothing() {
 /// Denials cost the consumer nothing, so one consumer could send enough of them to fill the backlog for every tenant.
 #[tokio::test(flavor = "multi_thread")]
 async fn denials_of_one_tenant_do_not_fill_the_backlog_of_all() {
-    // Without a limit, these would fill the backlog.
+    // Without a limit, these denials would fill the backlog.
     const DENIED_MAX: u64 = 12_000;
     let database = database().await;
     let (proxy, url) = through_proxy(&database).await;
@@ -637,7 +637,7 @@ async fn directories_and_segments_that_cannot_be_read_hold_up_no_others() {
     copy_segments(&own, &good);
     assert!(world.app.state.metering.ship_adopted().await.is_err());
     assert_eq!(world.logged().await, ids);
-    assert!(!good.exists(), "what is shipped is deleted");
+    assert!(!good.exists(), "shipped segments are deleted");
     assert!(unreadable.exists(), "the rest is kept");
     // The same applies within one directory.
     let ids = &ids | &world.echoes(5).await;
@@ -748,7 +748,7 @@ async fn a_clean_stop_does_not_wait_for_a_batch_that_waits() {
     lock.batch_execute("ROLLBACK")
         .await
         .expect("the lock is released");
-    // The next startup ships it.
+    // The next startup ships the records.
     let app = TestApp::setup()
         .data_dir(data.path())
         .database(database.clone());

@@ -107,7 +107,7 @@ async fn concurrent_migrations_both_succeed() {
 async fn two_databases_in_one_cluster_do_not_interfere() {
     let (one, other) = tokio::join!(TestDatabase::create_empty(), TestDatabase::create_empty());
     tokio::join!(migrate_apart(one.url()), migrate_apart(other.url()));
-    // Reverting one does not affect the other.
+    // Reverting the migrations of one database does not affect the other database.
     db::revert_all(&SecretString::from(one.url()))
         .await
         .expect("the migrations can be reverted");

@@ -538,7 +538,10 @@ async fn changes_are_noticed_after_postgres_was_restored() {
         .expect("the database is restored");
     let began = Instant::now();
     while app.echo(&key.text).await.status == 200 {
-        assert!(began.elapsed() < AT_MOST, "a key that was ended is let in");
+        assert!(
+            began.elapsed() < AT_MOST,
+            "a key that was ended is admitted"
+        );
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     assert!((401..=403).contains(&app.echo(&key.text).await.status));
@@ -579,7 +582,10 @@ async fn a_restore_is_noticed_although_the_numbers_of_changes_have_caught_up() {
         .expect("the database is restored");
     let began = Instant::now();
     while app.echo(&key.text).await.status == 200 {
-        assert!(began.elapsed() < AT_MOST, "a key that was ended is let in");
+        assert!(
+            began.elapsed() < AT_MOST,
+            "a key that was ended is admitted"
+        );
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     assert!((401..=403).contains(&app.echo(&key.text).await.status));

@@ -21,7 +21,7 @@ impl State {
         self.cards.get(customer).copied().unwrap_or_default()
     }
 
-    /// Handles a timer. Does nothing if its subject has changed since then.
+    /// Handles a timer. Does nothing if the timer's object has changed in the meantime.
     pub fn fire(&mut self, timer: Timer) {
         let is = |object: Result<&Value, Failure>, statuses: &[&str]| {
             object.is_ok_and(|it| statuses.iter().any(|status| it["status"] == *status))

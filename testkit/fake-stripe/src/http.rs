@@ -263,7 +263,7 @@ async fn execute(shared: &Shared, call: &Call<'_>, key: Option<String>) -> io::R
         let failure = Failure::new(status, kind, message);
         Ok((status, failure.body, vec![("Stripe-Should-Retry", "true")]))
     };
-    // Rate limits and locks come before idempotency keys.
+    // Stripe checks rate limits and locks before idempotency keys.
     if let Some(Fault {
         how: How::Status(status @ (409 | 429)),
         ..

@@ -126,7 +126,7 @@ impl FakeStripe {
         self.with(|state| state.advance(seconds));
     }
 
-    /// Moves the clock back. Call before anything has happened.
+    /// Moves the clock back. Call this before there are any objects.
     pub fn set_back(&self, time: Duration) {
         let seconds = i64::try_from(time.as_secs()).unwrap_or(0);
         self.with(|state| state.set_back(seconds));
@@ -169,7 +169,7 @@ impl FakeStripe {
         self.with(|state| state.all(kind).to_vec())
     }
 
-    /// Returns an object. Panics if it does not exist.
+    /// Returns an object. Panics if the object does not exist.
     pub fn get(&self, kind: &str, id: &str) -> Value {
         self.with(|state| state.find(kind, id).cloned())
             .expect("the object exists")

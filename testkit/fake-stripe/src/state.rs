@@ -103,9 +103,9 @@ pub struct Usage {
     pub value: i64,
     /// When the usage occurred.
     pub at: i64,
-    /// When Stripe received it.
+    /// When Stripe received the meter event.
     pub received: i64,
-    /// The invoice that charges it.
+    /// The invoice that charges the usage.
     pub invoice: Option<String>,
 }
 

@@ -152,7 +152,7 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        // The clone may not be ready, so call the original, which is, and keep the clone.
+        // The clone may not be ready, so call the original, which is ready, and keep the clone.
         let clone = self.inner.clone();
         let mut inner = mem::replace(&mut self.inner, clone);
         let checker = Arc::clone(&self.checker);

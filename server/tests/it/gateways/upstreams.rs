@@ -173,7 +173,7 @@ impl TlsHop {
         Self { port, connections }
     }
 
-    /// Returns the number of connections that were made to the hop.
+    /// Returns the number of connections that the gateway has made.
     pub(crate) fn connections(&self) -> usize {
         self.connections.load(Ordering::SeqCst)
     }

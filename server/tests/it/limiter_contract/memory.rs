@@ -67,7 +67,7 @@ async fn request_canceled_while_it_waits_loses_no_tokens() {
     }
     world.ledger.set_delay(Duration::ZERO);
     tokio::time::sleep(DEADLINE).await;
-    // Tokens that were fetched for these requests beyond a block are returned with the next decision.
+    // Tokens that were fetched for these requests in excess of a block are returned with the next decision.
     assert!(key.ask(&plan, 1).await.is_allowed());
     settle().await;
     assert!(world.ledger.used() <= 11, "{}", world.ledger.used());
@@ -130,8 +130,8 @@ async fn requests_that_arrive_during_the_wait_for_a_connection_share_a_call() {
     assert_eq!(world.ledger.used(), 21);
 }
 
-/// Tokens of a key that is being deleted cannot be returned until the deletion has ended. Other keys do not wait for
-/// this.
+/// Tokens of a key that is being deleted cannot be returned until the deletion has ended. Requests with other keys do
+/// not wait for the deletion.
 #[tokio::test(start_paused = true)]
 async fn requests_do_not_wait_for_the_returns_of_another_key() {
     let world = world::memory();
@@ -147,7 +147,7 @@ async fn requests_do_not_wait_for_the_returns_of_another_key() {
     world.ledger.set_return_delay(Duration::from_secs(5));
     world.ledger.set_delay(Duration::from_millis(10));
     let mut requests = JoinSet::new();
-    // The block of a smaller quota is smaller, so this key returns the rest.
+    // The block of a smaller quota is smaller, so key 1 returns the rest of its block.
     for n in 1..=20 {
         let key = Key::number(&limiter, n);
         let daily = if n == 1 { 200 } else { 1000 };
@@ -172,7 +172,7 @@ async fn tokens_are_returned_if_the_take_of_another_key_panics() {
     assert!(world.ledger.used() > 5);
     world.ledger.panic_next();
     let mut requests = JoinSet::new();
-    // The block of a smaller quota is smaller, so the first key returns the rest.
+    // The block of a smaller quota is smaller, so the first key returns the rest of its block.
     for (n, daily) in [(1, 200), (2, 1000)] {
         let key = Key::number(&limiter, n);
         let plan = Plan::any_rate().daily(daily);
@@ -194,7 +194,7 @@ async fn nothing_is_held_after_a_drain_with_calls_in_flight() {
         let key = Key::number(&limiter, n);
         assert_eq!(key.admitted(&plan, 8).await, 8);
     }
-    // Every eighth request has started to fetch more tokens, which have not arrived yet.
+    // The eighth request of each key leaves few tokens, so the next request is followed by a fetch that is slow.
     world.ledger.set_delay(Duration::from_millis(20));
     for n in 0..50 {
         Key::number(&limiter, n).admitted(&plan, 1).await;
@@ -233,7 +233,7 @@ async fn remote_store_is_not_asked_about_known_denials() {
     world.advance(Duration::from_secs(2));
     assert!(!key.ask(&plan, 5).await.is_allowed());
     assert!(key.ask(&plan, 2).await.is_allowed());
-    // The cost exceeds what is left of the quota, so the request is denied until tomorrow.
+    // After seven requests, the quota is exhausted, and requests are denied until tomorrow.
     let plan = Plan::any_rate().daily(20);
     assert_eq!(key.admitted(&plan, 500).await, 7);
     assert!(store.asked() <= 12 + 11, "{}", store.asked());

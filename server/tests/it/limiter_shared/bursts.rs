@@ -1,6 +1,6 @@
 //! Tests of bursts with distant counters: the full burst of an idle key is admitted in two round trips, slow responses
-//! are never reported as an exceeded limit, and tokens that were taken but not spent are returned. Runs in simulated
-//! time on the model of the counters, and in real time on a real Redis behind a proxy that delays traffic.
+//! are never reported as an exceeded limit, and tokens that were taken but not spent are returned. The tests run in
+//! simulated time on the model of the counters, and in real time on a real Redis behind a proxy that delays traffic.
 
 use std::{
     num::{NonZeroU32, NonZeroU64},
@@ -59,7 +59,7 @@ impl Clock for PausedClock {
     }
 }
 
-/// The counters and their latency.
+/// A model of the counters, with latency.
 #[derive(Debug, Clone)]
 pub(super) struct Far {
     zero: Instant,
@@ -255,7 +255,7 @@ async fn an_idle_keys_full_burst_is_admitted_in_two_round_trips() {
     }
 }
 
-/// Each request gets its full cost or nothing, and no tokens are left over.
+/// Each request gets its full cost or nothing, and no tokens are lost.
 #[tokio::test(start_paused = true)]
 async fn a_burst_of_different_costs_is_admitted_up_to_the_limit() {
     for strict in [false, true] {
@@ -265,7 +265,7 @@ async fn a_burst_of_different_costs_is_admitted_up_to_the_limit() {
         let costs: Vec<u32> = (0..60).map(|n| n % 5 + 1).collect();
         let served = admitted(&replica.at_once(&policies, &costs).await);
         assert!((96..=100).contains(&served), "{served}");
-        // All other granted tokens are back in the bucket.
+        // All other granted tokens have been returned to the bucket.
         sleep(Duration::from_millis(150)).await;
         let rest = admitted(&replica.at_once(&policies, &[1; 10]).await);
         assert_eq!(served + rest, 100, "strict {strict}");
@@ -289,7 +289,7 @@ async fn a_slow_response_is_not_reported_as_an_exceeded_limit() {
             assert!(decision.retry_after_secs().is_some());
         }
         // Tokens that arrived too late were returned, and are available when the counters are fast again, before the
-        // breaker opens.
+        // circuit breaker opens.
         tokio::time::sleep_until(began + Duration::from_millis(100)).await;
         *far.round_trip.lock() = Duration::from_millis(2);
         sleep(Duration::from_secs(1)).await;
@@ -317,7 +317,7 @@ async fn a_slow_response_is_decided_by_the_fallback_setting() {
     assert!(decision.is_allowed() && decision.degraded);
 }
 
-/// Requests that are dropped while they wait consume nothing, even after their tokens were taken.
+/// Requests that are dropped while they wait consume nothing, even if their tokens have already been taken.
 #[tokio::test(start_paused = true)]
 async fn dropped_requests_take_nothing() {
     for strict in [false, true] {
@@ -343,8 +343,8 @@ async fn dropped_requests_take_nothing() {
     }
 }
 
-/// The script has run, but its response was lost. The tokens that it took must not be spent, and other requests
-/// continue.
+/// The script runs, but its response is lost. The tokens that the script took must not be spent, and later requests are
+/// decided as usual.
 #[tokio::test(start_paused = true)]
 async fn a_lost_response_loses_only_the_tokens_it_granted() {
     let far = Far::new(Duration::from_millis(4));
@@ -359,7 +359,8 @@ async fn a_lost_response_loses_only_the_tokens_it_granted() {
     assert_eq!(served, 90);
 }
 
-/// The bucket is empty for a minute because of tokens that one replica holds, but the replica returns them immediately.
+/// Another replica has taken all tokens of the bucket, so the next token refills in a minute. However, that replica
+/// returns its tokens after one lease TTL.
 #[tokio::test(start_paused = true)]
 async fn a_denial_is_forgotten_when_others_may_have_returned_tokens() {
     let far = Far::new(Duration::from_millis(2));
@@ -431,7 +432,7 @@ async fn denials_are_remembered_for_a_while() {
     }
 }
 
-/// When the process ends, the tokens held for later are returned, for every key.
+/// When the process exits, the leases of all keys are returned.
 #[tokio::test(start_paused = true)]
 async fn a_stop_returns_every_lease() {
     const KEYS: u128 = 500;
@@ -460,7 +461,7 @@ async fn a_stop_returns_every_lease() {
     );
 }
 
-/// Counters that do not respond do not prevent the process from ending.
+/// Counters that do not respond do not prevent the process from exiting.
 #[tokio::test(start_paused = true)]
 async fn a_stop_without_counters_ends() {
     let far = Far::new(Duration::from_millis(2));
@@ -479,7 +480,7 @@ async fn a_stop_without_counters_ends() {
     );
 }
 
-/// Three replicas on one Redis, the first behind a proxy.
+/// Returns three replicas on one Redis. The first replica connects through a proxy.
 async fn three(
     server: &RedisServer,
     proxy: &FaultProxy,
@@ -553,7 +554,7 @@ async fn late_responses_grant_nothing_twice() {
     assert!(served >= 100, "{served} of {most}");
 }
 
-/// On a real Redis with a latency of 20 ms, a burst takes two calls.
+/// On a real Redis at a round-trip time of 20 ms, a burst takes two calls.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_burst_takes_two_calls_to_a_distant_redis() {
     let server = RedisServer::start().await;
@@ -578,7 +579,7 @@ async fn a_burst_takes_two_calls_to_a_distant_redis() {
         let served = decided.iter().filter(|it| **it).count();
         assert!((600..=602).contains(&served), "{served}, strict {strict}");
         let calls = replica.metrics.counter_calls.get() - calls;
-        // There are heartbeats in between.
+        // The calls include heartbeats.
         assert!(calls <= 40, "{calls} calls, strict {strict}");
     }
 }

@@ -42,7 +42,7 @@ const BURST: u32 = 50;
 /// The outcomes of the requests of a run.
 #[derive(Debug, Default)]
 struct Log {
-    /// When the request was sent and when the response arrived, in nanoseconds.
+    /// For each admitted request, when it was sent and when its response arrived, in nanoseconds.
     admitted: Mutex<Vec<(u64, u64)>>,
     degraded: AtomicU64,
     errors: AtomicU64,
@@ -100,7 +100,7 @@ async fn replicas(server: &RedisServer, on_failure: OnRedisFailure) -> Replicas 
     }
 }
 
-/// Sends requests at twice the rate to the replicas in turn, for this long.
+/// Sends requests at twice the plan's rate to the replicas in turn, for this long.
 async fn load(replicas: &Replicas, log: &Arc<Log>, lasts: Duration) {
     let policies = Arc::new(Policies::new(
         RatePolicy {
@@ -145,7 +145,7 @@ async fn load(replicas: &Replicas, log: &Arc<Log>, lasts: Duration) {
 
 impl Log {
     /// Returns the number of tokens by which the worst window is certain to exceed the envelope, counting only requests
-    /// that were sent and got their response within it.
+    /// that were sent and got their response within the window.
     fn excess(&self) -> f64 {
         let admitted = self.admitted.lock();
         let rate = f64::from(RPM) / 60e9;
@@ -153,7 +153,7 @@ impl Log {
         let mut starts: Vec<u64> = admitted.iter().map(|(asked, _)| *asked).collect();
         starts.sort_unstable();
         starts.dedup();
-        // Checking every twentieth start is enough to find more than a handful.
+        // Checking every twentieth start is enough to find an excess of more than a few tokens.
         for start in starts.iter().step_by(20) {
             let mut ends: Vec<u64> = admitted
                 .iter()

@@ -1,4 +1,4 @@
-//! The behavior of the Redis script, in integers of any size: a fast substitute for Redis, with which the script is
+//! The behavior of the Redis script, in 128-bit integers: a fast substitute for Redis, with which the script is
 //! compared. It repeats the script's rules, so it does not prove that they are correct; `credits` does.
 
 use std::collections::HashMap;
@@ -14,22 +14,22 @@ pub(super) const EPOCH_DELAY: u64 = 600_000;
 /// The default deadline of calls, in microseconds.
 pub(super) const DEADLINE: u64 = 30_000;
 
-/// A caller that was promised an epoch must call at least this long before one delay has passed since the epoch's
-/// start, in microseconds.
+/// The promise of an epoch expires this long before one epoch delay has passed since the epoch's start, in
+/// microseconds.
 const PROMISED: u64 = 100_000;
 
-/// Until a caller has confirmed it, the start of an epoch is postponed, unless it is further away than the delay minus
-/// the larger of this value and the deadline of calls, in microseconds.
+/// In microseconds. Until a caller has confirmed the start of an epoch, each call postpones the start, unless the start
+/// is further away than the delay minus the larger of this value and the deadline of calls.
 const KNOWN: u64 = 50_000;
 
-/// How long after the start of a confirmed epoch other callers cannot begin another one, in microseconds, in addition to
-/// three deadlines.
+/// How long after the start of a confirmed epoch other callers cannot begin another epoch, in microseconds, in addition
+/// to three deadlines.
 const SETTLED: u64 = 50_000;
 
 /// How long after a confirmed response there is certainly no outage, in microseconds.
 const CONNECTED: u64 = 800_000;
 
-/// A confirmation that is newer than the stored one by less than this is not stored, in microseconds.
+/// A confirmation is stored only if it is newer than the stored one by more than this, in microseconds.
 const CONFIRMED: u64 = 50_000;
 
 /// The largest number of nanoseconds that the script computes exactly.
@@ -41,7 +41,7 @@ struct Bucket {
     debt: u128,
     /// Debt in excess of an empty bucket.
     beyond: u128,
-    /// Refill since the epoch started, minus the tokens taken, even if the bucket was full in between.
+    /// Refill since the epoch started, minus the tokens taken. Refill counts even while the bucket is full.
     gathered: Option<u128>,
     emission: u128,
     tau: u128,
@@ -50,7 +50,7 @@ struct Bucket {
     version_at: u64,
     epoch: u64,
     generation: u64,
-    /// The lowest debt since a time, and that time, for two times, newer first.
+    /// For two times, newer first: the lowest debt since that time, and the time.
     least: [(u128, u64); 2],
     expires_at: u64,
 }
@@ -70,7 +70,7 @@ const OUTDATED: u64 = 10_000_000;
 /// How long a bucket is kept in addition to twice the time until it is full, in microseconds.
 const KEPT: u64 = 60_000_000;
 
-/// The state of a server.
+/// The state of a Redis server.
 #[derive(Debug, Clone, Default)]
 pub(super) struct State {
     buckets: HashMap<BucketName, Bucket>,
@@ -80,7 +80,7 @@ pub(super) struct State {
 }
 
 impl State {
-    /// A new deployment, with full buckets.
+    /// Returns the state of a new deployment, in which every bucket is full.
     pub(super) fn fresh(run: u64, partitions: u16) -> Self {
         let epoch = Epoch {
             run,

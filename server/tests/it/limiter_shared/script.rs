@@ -25,7 +25,7 @@ struct Flags {
     settings: Settings,
 }
 
-/// A private Redis, with connections that do not fail on a busy machine.
+/// Starts a private Redis, and connects with timeouts that do not expire on a busy machine.
 pub(crate) async fn started() -> (RedisServer, Redis) {
     let server = RedisServer::start().await;
     let redis = connect(&server, "5s");
@@ -49,7 +49,7 @@ pub(super) fn connect_to(url: &str, patience: &str) -> Redis {
     Redis::connect_lazy(config.redis.expect("REDIS_URL is set"))
 }
 
-/// The script's counters at the test's time.
+/// The counters in Redis, with a script that uses the test's time.
 #[derive(Debug)]
 pub(crate) struct ClockedCounters {
     counters: RedisCounters,
@@ -159,8 +159,8 @@ fn call(rng: &mut Rng, now: u64, told: u64, generation: u64) -> TakeCall {
     }
 }
 
-/// For random calls, including calls after a loss of state, a clock set back, or an edit, both give the same replies,
-/// to the nanosecond.
+/// For random calls, including calls after a loss of state, a clock set back, or an edit, the script and the model give
+/// the same replies, to the nanosecond.
 #[tokio::test]
 async fn the_script_replies_as_the_model_does() {
     let (_server, redis) = started().await;
@@ -220,8 +220,8 @@ async fn the_script_replies_as_the_model_does() {
     );
 }
 
-/// A Redis that is new to the deployment has full buckets; one that has lost its state starts a new epoch with empty
-/// buckets.
+/// A Redis that is new to the deployment has full buckets; a Redis that has lost its state starts a new epoch with
+/// empty buckets.
 #[tokio::test]
 async fn buckets_are_empty_after_a_loss_of_state_and_full_in_a_new_deployment() {
     let (mut server, redis) = started().await;
@@ -273,14 +273,15 @@ async fn buckets_are_empty_after_a_loss_of_state_and_full_in_a_new_deployment() 
 }
 
 /// The versions of a plan start over when PostgreSQL is restored from a backup. A replica that has not learned of an
-/// edit looks the same, but only briefly.
+/// edit also sends a lower version, but only briefly.
 #[tokio::test]
 async fn versions_that_start_over_are_followed() {
     let (_server, redis) = started().await;
     let clock = TestClock::at(START);
     let counters = ClockedCounters::new(&redis, &clock);
     counters.begin().await;
-    // A small plan with a high version, edited after the restore to a larger plan with a low version.
+    // The plan is small and has a high version. After the restore, it is edited: it becomes larger, and has a low
+    // version.
     let bucket = BucketName::Key(TenantId(uuid::Uuid::nil()), ApiKeyId(uuid::Uuid::nil()));
     let plan = |version: u64, burst: u64| TakeCall {
         bucket,
@@ -345,7 +346,8 @@ async fn a_lost_bucket_is_empty_for_every_burst() {
         state @ BucketState::Initializing { .. } => panic!("{state:?}"),
     };
     assert_eq!(granted(plan(1, 100)).await, 100);
-    // After the edit to a burst of one, the tokens it cannot hold remain missing: a larger burst has only the refill.
+    // After an edit to a burst of one, the tokens that the bucket cannot hold remain missing. When the burst is raised
+    // again, the bucket contains only the refill.
     clock.advance(Duration::from_secs(1));
     assert_eq!(granted(plan(2, 1)).await, 1);
     clock.advance(Duration::from_secs(1));
@@ -361,7 +363,7 @@ async fn a_lost_bucket_is_empty_for_every_burst() {
     assert_eq!(granted(plan(4, 1)).await, 1);
     clock.advance(Duration::from_secs(1));
     assert_eq!(granted(plan(5, 100)).await, 19);
-    // This continues until the bucket has refilled completely.
+    // The larger burst has only the refill until the bucket has refilled completely.
     clock.advance(Duration::from_secs(5));
     assert_eq!(granted(plan(5, 100)).await, 50);
     clock.advance(Duration::from_secs(100));
@@ -386,8 +388,8 @@ async fn a_lost_bucket_is_empty_for_every_burst() {
     assert_eq!(granted(slow(8, 600)).await, 180 - 90);
 }
 
-/// Without edits, a bucket that expires is the same as one that is kept: it expires only after it is full. The model of
-/// the bucket that is kept has no rule for expiry.
+/// Without edits, a bucket that expires behaves like a bucket that is kept, because it expires only after it is full.
+/// The model of the kept bucket has no rule for expiry.
 #[tokio::test]
 async fn a_bucket_that_expires_equals_one_that_is_kept() {
     let (_server, redis) = started().await;
@@ -467,7 +469,7 @@ async fn a_bucket_that_expires_equals_one_that_is_kept() {
     );
 }
 
-/// Sends one request to a bucket that would take months to fill.
+/// Takes a few tokens from a bucket that would need a month to fill.
 #[tokio::test]
 async fn a_bucket_is_kept_until_it_is_full_and_not_much_longer() {
     let (server, redis) = started().await;
@@ -532,12 +534,12 @@ async fn deleted_buckets_are_gone_and_others_remain() {
     }
     let deleted = (0..240).map(bucket).collect::<Vec<_>>();
     counters.delete(0, &deleted).await.expect("Redis responds");
-    // Ten buckets and the epoch.
+    // Ten buckets and the epoch remain.
     assert_eq!(server.command("DBSIZE").await.trim(), ":11");
 }
 
-/// After Redis's clock was set back, callers confirm their responses as before. Therefore, a caller that starts, or
-/// returns after a brief outage, does not have to assume that all others have an outage too.
+/// After Redis's clock has been set back, callers confirm their responses as before. Therefore, a caller that starts,
+/// or returns after a brief outage, does not have to assume that all others have an outage too.
 #[tokio::test]
 async fn a_clock_that_was_set_back_hides_no_connected_caller() {
     let (_server, redis) = started().await;
@@ -559,7 +561,7 @@ async fn a_clock_that_was_set_back_hides_no_connected_caller() {
         let reply = counters.take(call).await.expect("Redis responds");
         matches!(reply.state, BucketState::Active { .. }).then_some(reply.at.0)
     };
-    // A connected caller, which learns from the first response that the clock was set back.
+    // Calls like a connected replica, which learns from the first response that the clock was set back.
     let connected = async || {
         let mut heard = 0;
         for _ in 0..10 {
@@ -573,7 +575,10 @@ async fn a_clock_that_was_set_back_hides_no_connected_caller() {
             clock.now().0 - set_back * 1_000_000_000,
         ));
         connected().await;
-        assert!(take(1, 0).await.is_some(), "one that starts, {set_back} s");
+        assert!(
+            take(1, 0).await.is_some(),
+            "a caller that starts, {set_back} s"
+        );
         let since = now() - 400_000;
         assert!(take(since, since).await.is_some(), "{set_back} s");
     }
@@ -634,7 +639,7 @@ async fn a_caller_with_slow_responses_does_not_delay_the_others() {
         "others are connected"
     );
 
-    // Without such a caller, another epoch begins soon.
+    // Without a connected caller, another epoch begins soon.
     clock.advance(Duration::from_secs(10));
     let since = clock.now().0 / 1000 - 2_000_000;
     let start = promise(take(since, 0, 0).await).expect("an epoch begins");

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::support::app::{PASSWORD, TestApp};
 
-/// Handles cookies like a browser.
+/// A client that handles cookies like a browser.
 struct Browser<'a> {
     server: &'a TestApp,
     cookies: BTreeMap<String, String>,

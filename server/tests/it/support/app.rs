@@ -677,7 +677,7 @@ pub(crate) fn faults(schema: &Value, value: &Value) -> Vec<String> {
     let mut schema = schema.clone();
     nullable(&mut schema);
     schema["components"] = COMPONENTS.clone();
-    let validator = jsonschema::draft4::new(&schema).expect("a schema of the document is a schema");
+    let validator = jsonschema::draft4::new(&schema).expect("the document's schemas are valid");
     validator
         .iter_errors(value)
         .map(|error| format!("{}: {error}", error.instance_path()))

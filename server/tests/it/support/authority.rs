@@ -47,7 +47,7 @@ impl Authority {
                 vec![leaf.der().clone()],
                 PrivateKeyDer::from_pem_slice(key.serialize_pem().as_bytes()).expect("a key"),
             )
-            .expect("the key is the certificate's");
+            .expect("the key belongs to the certificate");
         Self {
             root,
             config: Arc::new(config),

@@ -607,7 +607,10 @@ async fn caddy_does_not_buffer_a_stream() {
         text: String::new(),
     };
     while !events.text.contains("connected") {
-        events.more().await.expect("the greeting comes at once");
+        events
+            .more()
+            .await
+            .expect("the greeting arrives immediately");
     }
     for n in 0..3 {
         append(&app, &requests(&account, n..n + 1)).await;

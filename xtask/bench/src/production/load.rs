@@ -80,7 +80,7 @@ fn is_post(number: u64) -> bool {
     number.is_multiple_of(2)
 }
 
-/// Keys alternate every two requests, so that both get both kinds.
+/// The key changes after every second request, so that each key is used with both kinds of requests.
 fn is_limited(number: u64) -> bool {
     (number / 2).is_multiple_of(2)
 }
@@ -159,7 +159,7 @@ fn nanos(origin: Instant) -> u64 {
     u64::try_from(origin.elapsed().as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// Sends one request. Returns whether it was allowed, and whether it was decided without Redis.
+/// Sends one request. Returns whether the request was allowed, and whether it was decided without Redis.
 async fn send(target: &Target, number: u64) -> Result<(bool, bool), String> {
     let key = if is_limited(number) {
         &target.limited

@@ -316,7 +316,7 @@ impl Usage {
     }
 }
 
-/// Prints the results. Returns whether all of them are as required.
+/// Prints the results. Returns whether all requirements are met.
 fn report(
     options: &Options,
     attempts: &[Attempt],

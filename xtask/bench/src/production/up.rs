@@ -1,4 +1,4 @@
-//! `cargo xtask up`: the production shape for people to try. Ended processes are restarted until Ctrl-C.
+//! `cargo xtask up`: a deployment as in production, for people to try. Ended processes are restarted until Ctrl-C.
 
 use std::{
     fs::{self, File},

@@ -1,8 +1,8 @@
 //! Redis crashes, freezes, fails over, and goes silent under load.
 //!
-//! There is a key for each fallback setting, and all of them are used in the same processes at the same time. Some are
-//! above their limit and test the promise. Others are below their limit and strict, so they need Redis for every
-//! decision, and their latency shows the loss of Redis.
+//! There is a key for each fallback setting, and all of them are used in the same processes at the same time. Some keys
+//! are used above their limit, to test the promise. Other keys are used below their limit, on strict plans: they need
+//! Redis for every decision, so their latency shows the loss of Redis.
 
 use std::{mem::replace, time::Duration};
 
@@ -304,8 +304,8 @@ fn promised(kind: Kind, plan: &Plan) -> Plan {
     }
 }
 
-/// Returns the promise while one of several replicas has lost Redis and the others have not: it allows its share in
-/// addition to what the others allow together.
+/// Returns the promise while one of several replicas has lost Redis and the others have not: the replica without Redis
+/// allows its share in addition to what the others allow together.
 pub(crate) fn with_share_of_one(plan: &Plan, replicas: usize) -> Plan {
     let mut plan = plan.clone();
     if plan.on_redis_failure != Some("closed") {

@@ -33,7 +33,8 @@ const COLUMNS: &[&str] = &[
     "CPU µs per request",
 ];
 const LOADS: [f64; 3] = [0.9, 1.0, 2.0];
-/// Requests per second while a bucket is emptied: as many as this machine can send to processes that share its cores.
+/// The number of requests per second that empty a bucket: as many as this machine can send to processes that share its
+/// cores.
 const BLOW: f64 = 8000.0;
 
 pub(crate) async fn run(options: &Options) -> Result<Table> {

@@ -29,7 +29,7 @@ impl Steady {
         #[expect(
             clippy::cast_possible_truncation,
             clippy::cast_sign_loss,
-            reason = "a load of seconds"
+            reason = "a load lasts only seconds"
         )]
         let count = (self.per_second * time.as_secs_f64()) as usize;
         self.count = count;

@@ -9,12 +9,12 @@
 //! plan. Therefore, a window that overlaps this second has the larger burst and, at each moment, the larger rate of the
 //! plans that requests follow. Between the requests of two plans, the lower rate counts, because a bucket learns of an
 //! edit from a request. If Redis has lost its state in between, the later plan counts from the start of the new epoch,
-//! because the earlier one is unknown. `closed` has no exception. `share` has one: while some replicas have lost Redis
-//! (or get all responses late) and others have not, the former use their share `p` of the bucket in addition to the
-//! latter. All replicas together then admit at most `(1 + p)` times as much, where `p` is at most 1. If some calls fail
-//! just after an outage, the replicas that made these calls still count as having lost Redis while the others use it
-//! again. With `open`, the requests that a replica admits without Redis satisfy the bound of a strict plan, separately
-//! for each replica. Requests admitted by Redis satisfy the plain bound in every mode.
+//! because the earlier one is unknown. `closed` has no exception. `share` has one exception: while some replicas have
+//! lost Redis (or get all responses late) and others have not, the former use their share `p` of the bucket in addition
+//! to the latter. All replicas together then admit at most `(1 + p)` times as much, where `p` is at most 1. If some
+//! calls fail just after an outage, the replicas that made these calls still count as having lost Redis while the
+//! others use it again. With `open`, the requests that a replica admits without Redis satisfy the bound of a strict
+//! plan, separately for each replica. Requests admitted by Redis satisfy the plain bound in every mode.
 //!
 //! **Lower bound.** In any 2 s without a fault and at least [`RECOVERED`] after the last one, the replicas admit at
 //! least 99% of what an exact bucket would admit of the same requests, to within a token or two. At its start, the
@@ -581,7 +581,7 @@ struct Facts<'a> {
 struct Bucket<'a> {
     pieces: &'a [Least],
     piece: usize,
-    /// The piece at the time of the last request, because Redis does not know of later edits.
+    /// The index of the piece at the time of the last request, because Redis does not know of later edits.
     heard: usize,
     at: u64,
     missing: f64,

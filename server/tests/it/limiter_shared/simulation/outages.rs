@@ -24,9 +24,9 @@ const START: u64 = 15_000;
 const RPM: u32 = 60_000;
 const BURST: u32 = 100;
 
-/// Two replicas that lose Redis 2 ms after [`START`]. The first one made its last call a while before that, so it
-/// detects the outage 121 ms later, and sends probes 390 ms and about 860 ms after that. The other one has just made a
-/// call, so it detects only an outage that lasts 360 ms or longer.
+/// Two replicas that lose Redis 2 ms after [`START`]. The first replica made its last call a while before,
+/// so it detects the outage after 121 ms, and sends probes 390 ms and about 860 ms after the detection. The second one
+/// has just made a call, so it detects only an outage that lasts 360 ms or longer.
 struct Outage {
     world: Arc<World>,
     registry: Arc<Registry>,
@@ -184,7 +184,7 @@ fn replicas_that_start_together_find_full_buckets() {
     }
 }
 
-/// A response that arrives a little too late is still used: the request waits for it as long as for two calls.
+/// A response that arrives a little too late is still used: the request waits for as long as two calls may take.
 #[test]
 fn a_late_response_is_no_denial() {
     for on_failure in [OnRedisFailure::Share, OnRedisFailure::Closed] {
@@ -305,7 +305,8 @@ fn an_outage_of_one_replica_empties_no_bucket() {
 
 /// Redis loses its state while replicas are detecting an outage, so some of them send their first probe much later than
 /// others call Redis. All of them must learn of the new epoch before it starts. Otherwise, a late replica begins
-/// another epoch, and every bucket is emptied again. Neither may the replicas keep postponing the start for each other.
+/// another epoch, and every bucket is emptied again. The replicas must also not keep postponing the start for each
+/// other.
 #[test]
 fn a_loss_of_state_empties_every_bucket_once() {
     let ms = Duration::from_millis;

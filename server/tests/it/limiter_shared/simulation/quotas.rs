@@ -31,7 +31,7 @@ const MS: u64 = 1_000_000;
 const ASKS_AGAIN: u64 = 9_000 * MS;
 /// The maximum time from the end of a request until its unused tokens are back in the ledger.
 const RETURNED: u64 = 200 * MS;
-/// How long requests are sent after the scene, and how often, in milliseconds.
+/// How long requests are sent after the scene, and the interval between them, in milliseconds.
 const LAST_PHASE: u64 = 40_000;
 const LAST_EVERY: usize = 200;
 /// The time after which all replicas know the state of the ledger again, in milliseconds.

@@ -156,7 +156,7 @@ impl Scene {
             length: 8000,
             load: Load(Vec::new()),
         };
-        // Independent of the other numbers, so that the same seeds still produce the same other scenes.
+        // Use a separate random number, so that seeds that do not select these scenes still produce the same scenes.
         match Rng::with_seed(seed ^ 0x005C_E9E5).u8(..24) {
             0 | 1 => {
                 scene.long_outage(&mut rng);
@@ -292,7 +292,7 @@ impl Scene {
                     });
                 }
             };
-            // Some of them refill before the others send requests.
+            // Some of these tokens refill before the other replicas get requests.
             send(at, plan.burst * rng.u32(20..=100) / 100, 0);
             for part in 0..rng.u32(2..=8) {
                 let others = rng.usize(1..self.replicas);
@@ -410,8 +410,8 @@ impl Scene {
         self.load.0.sort_by_key(|request| request.at);
     }
 
-    /// Several partitions, which every replica uses regularly but rarely. Some replicas lose Redis for a while, or all
-    /// of them do. Then the keys are drained.
+    /// Several partitions, which every replica uses regularly, but at long intervals. Some replicas lose Redis for a
+    /// while, or all of them do. Then the keys are drained.
     fn cluster(&mut self, rng: &mut Rng) {
         self.replicas = rng.usize(2..=3);
         self.partitions = 2;

@@ -513,8 +513,8 @@ pub(super) fn a_handle(limiter: &Limiter) -> Arc<KeyHandle> {
         .unwrap()
 }
 
-/// Neither a PostgreSQL that responds more slowly than Redis may, nor many requests on a `closed` plan that wait for
-/// PostgreSQL, count as an outage.
+/// PostgreSQL may respond more slowly than Redis is allowed to, and many requests on a `closed` plan may wait for
+/// PostgreSQL. Neither counts as an outage.
 #[test]
 fn a_slow_ledger_does_not_count_as_an_outage() {
     paused(async {
@@ -566,7 +566,7 @@ fn requests_too_large_for_a_lease_hold_back_no_tokens() {
             sleep(Duration::from_millis(5)).await;
         }
         assert!(large.join_all().await.iter().all(|it| !it));
-        // Of 500 tokens, the small requests have spent 60 before the crowd, and 3 have refilled.
+        // Of 500 tokens, the small requests have spent 60 before the other replica's requests, and 3 have refilled.
         let small = small.join_all().await.iter().sum::<u32>();
         let crowded = crowded.join_all().await.iter().sum::<u32>();
         assert_eq!((small, crowded), (70, 430));

@@ -220,7 +220,7 @@ impl World {
         u64::try_from(self.zero.elapsed().as_nanos()).unwrap()
     }
 
-    /// Returns the tokens of a key that Redis has granted so far, and those that were returned.
+    /// Returns how many tokens of a key Redis has granted so far, and how many were returned.
     pub(super) fn granted(&self, key: ApiKeyId) -> (u64, u64) {
         self.granted.lock().get(&key).copied().unwrap_or_default()
     }
