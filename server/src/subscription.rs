@@ -80,7 +80,7 @@ impl Status {
     }
 }
 
-/// The data of a subscription that Quota uses.
+/// The fields of a subscription that Quota uses.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Subscription {
     pub id: String,

@@ -187,7 +187,7 @@ mod tests {
             let changed = HASH.replace("aGFzaA", "bmV3");
             assert!(!devices.is_of_password(&device, &changed));
         }
-        // The MAC also covers the mark.
+        // The MAC also covers the password's tag.
         let mut bytes = URL_SAFE_NO_PAD.decode(&value).unwrap();
         bytes[CONTENT - 1] ^= 1;
         let forged = URL_SAFE_NO_PAD.encode(bytes);

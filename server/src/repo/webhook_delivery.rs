@@ -108,7 +108,7 @@ pub async fn insert_all(
         is_sent.push(*pending < PENDING_MAX);
         *pending += 1;
     }
-    // Split the list, to keep messages to PostgreSQL small.
+    // Split the list to keep each message to PostgreSQL small.
     for (part, is_sent) in deliveries.chunks(1000).zip(is_sent.chunks(1000)) {
         sql_query(
             "INSERT INTO webhook_deliveries \

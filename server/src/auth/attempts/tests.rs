@@ -265,7 +265,7 @@ async fn network_registers_its_number_of_accounts_and_then_as_many_per_day() {
         }
     }
     assert!((7..=8).contains(&later), "{later} in two days");
-    // Another network is not affected, and a wider one may create more.
+    // Another network is not affected, and a wider network may create more accounts.
     register(&attempts, "198.51.100.1").await.unwrap();
     let mut neighbors = 0;
     for n in 2..100 {
