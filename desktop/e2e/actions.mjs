@@ -1,4 +1,4 @@
-// Undoing, duplicating and moving; menus; messages above dialogs; keys pasted by mistake; slow responses.
+// Tests undoing, duplicating and moving; menus; messages above dialogs; keys pasted by mistake; slow responses.
 
 import assert from "node:assert/strict";
 import { quoted } from "./world.mjs";
@@ -77,7 +77,7 @@ export async function actions(world) {
   await my.heading("Create plan").waitFor();
   assert.equal(await dialog.locator("#name").inputValue(), "", "a new plan does not start with the last duplicate");
   assert.equal(await dialog.locator(".toast").count(), 1, "the message is in the dialog, not behind it");
-  // It covers no button of the dialog, at any size of the window.
+  // The message covers no button of the dialog, at any size of the window.
   for (const [width, height] of [[320, 568], [390, 844], [768, 600], [1280, 800]]) {
     await page.setViewportSize({ width, height });
     const box = await toast.boundingBox();
@@ -131,7 +131,7 @@ export async function actions(world) {
   await toast.getByText(`2 keys moved to ${quoted("Pro")}`).waitFor();
   assert.deepEqual([(await key(0)).plan_id, (await key(1)).plan_id, (await key(2)).plan_id], [pro.id, starter.id, pro.id]);
 
-  // Deactivating several keys can be undone; one that was already inactive remains inactive.
+  // Deactivating several keys can be undone; a key that was already inactive remains inactive.
   await my.api("PATCH", `/admin/api-keys/${created[1].api_key.id}`, { is_active: false });
   await page.reload();
   await my.field("Select all on this page").check();
@@ -179,7 +179,7 @@ export async function actions(world) {
   await page.waitForFunction((id) => location.search === `?plan_id=${id}`, pro.id);
   await page.getByRole("row").nth(2).waitFor();
 
-  // The ID of a token can be copied as well.
+  // The ID of a token can be copied.
   const { service_token: token } = await my.api("POST", "/admin/service-tokens", { name: "Edge gateway" });
   await page.goto(`${base}/console/service-tokens`);
   await my.choose("Edge gateway", "Copy ID");
