@@ -35,7 +35,7 @@ exit "$status"
 #[derive(Debug)]
 pub struct Process {
     guard: Child,
-    /// Closed at the end. The guard waits for this.
+    /// Closed when the value is dropped. The guard waits for the end of this pipe.
     pipe: Option<ChildStdin>,
     pid: Pid,
 }

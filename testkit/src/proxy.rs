@@ -358,7 +358,7 @@ mod tests {
             ping(&mut other, LONG).await
         });
         assert!(two.0.is_some_and(|it| it.is_ok()) && two.1.is_some_and(|it| it.is_ok()));
-        assert!(before.elapsed() >= SHORT, "the answer is late");
+        assert!(before.elapsed() >= SHORT, "the response is not late");
 
         proxy.set(Fault::BlackHole);
         assert!(ping(&mut stream, SHORT).await.is_none(), "silence");

@@ -76,7 +76,7 @@ impl RedisServer {
     pub async fn command(&self, line: &str) -> String {
         self.answer(line)
             .await
-            .unwrap_or_else(|| panic!("no answer to {line}"))
+            .unwrap_or_else(|| panic!("no reply to {line}"))
     }
 
     /// Sends one line and returns the reply, if there is one.

@@ -225,7 +225,7 @@ mod tests {
     use super::*;
 
     fn detail(body: &[u8]) -> String {
-        decode(body).expect_err("it is malformed").detail
+        decode(body).expect_err("the message is malformed").detail
     }
 
     #[test]

@@ -30,7 +30,7 @@ pub struct RedisSettings {
     pub servers: RedisServers,
     /// The prefix of every key and channel, so that several installations can share a Redis.
     pub prefix: String,
-    /// The number of connections for decisions. Each one is multiplexed.
+    /// The number of connections for decisions. Each connection is multiplexed.
     pub connections: usize,
     /// How long a decision waits for one call, including the wait for a connection.
     pub timeout: Duration,

@@ -299,7 +299,7 @@ fn every_console_call_matches_the_document() {
         }
         let schema = &operation["requestBody"]["content"]["application/json"]["schema"];
         match &sent.body {
-            None => assert!(schema.is_null(), "{what} wants a body"),
+            None => assert!(schema.is_null(), "{what} requires a body"),
             Some(body) => {
                 assert!(schema.is_object(), "{what} takes no body");
                 let body = serde_json::from_str(body).expect("JSON");

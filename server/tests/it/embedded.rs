@@ -337,7 +337,7 @@ async fn cluster_of_a_version_that_is_not_installed_is_reported() {
     fs::write(dir.path().join("postgres/PG_VERSION"), "8\n").expect("written");
     let error = EmbeddedPostgres::start(dir.path())
         .await
-        .expect_err("nothing reads it");
+        .expect_err("no PostgreSQL supports version 8");
     assert!(error.to_string().contains("postgresql-8"), "{error}");
 }
 

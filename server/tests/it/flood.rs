@@ -463,7 +463,7 @@ async fn address_at_its_connection_limit_does_not_affect_others() {
         }
     };
     let again = tokio::time::timeout(ANSWERED_WITHIN, again).await;
-    assert!(again.is_ok(), "a place came free");
+    assert!(again.is_ok(), "no connection was accepted again");
     let refused = "quota_connections_rejected_total{listener=\"public\",limit=\"address\"}";
     assert!(app.metric(refused).await >= 1.0);
 }

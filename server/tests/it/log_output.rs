@@ -55,7 +55,7 @@ async fn a_stopped_reader_of_standard_output_stops_no_request() {
     let (quota, out) = Quota::start_unread(data.path(), &[("RUST_LOG", "info")]);
     let (addr, path) = (quota.addr, format!("/{}", "p".repeat(LONG_PATH)));
     let answered = std::thread::spawn(move || get_many(addr, &path)).join();
-    assert_eq!(answered.expect("every request is answered"), REQUESTS);
+    assert_eq!(answered.expect("every request gets a response"), REQUESTS);
 
     // Events do not block either. Registering logs one.
     for n in 0..8 {

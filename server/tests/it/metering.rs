@@ -102,7 +102,9 @@ impl World {
     /// Sends one request, and returns its ID and status.
     async fn echo(&self) -> (String, u16) {
         let answer = self.app.echo(&self.key.text).await;
-        let id = answer.header("x-request-id").expect("every answer has one");
+        let id = answer
+            .header("x-request-id")
+            .expect("every response has an ID");
         (id.to_owned(), answer.status)
     }
 
@@ -719,7 +721,7 @@ async fn a_clean_stop_does_not_wait_for_a_batch_that_waits() {
     let plan = app.plan(&account, json!({"default_rpm": 60_000})).await;
     let key = app.key(&account, &plan).await;
     assert_eq!(app.echo(&key.text).await.status, 200);
-    wait_for("the first is shipped", async || {
+    wait_for("the first record is shipped", async || {
         let rows = logged(&database).await.len();
         (rows == 1).then_some(()).ok_or(rows.to_string())
     })
@@ -753,7 +755,7 @@ async fn a_clean_stop_does_not_wait_for_a_batch_that_waits() {
         .data_dir(data.path())
         .database(database.clone());
     let app = app.start().await;
-    wait_for("the second is shipped", async || {
+    wait_for("the second record is shipped", async || {
         let rows = logged(&database).await.len();
         (rows == 2).then_some(()).ok_or(rows.to_string())
     })
@@ -791,7 +793,7 @@ async fn usage_is_not_complete_beyond_a_decision_in_flight() {
         .reserve(tenant, "GET /slow", "open")
         .expect("there is space");
     tokio::time::sleep(Duration::from_secs(2)).await;
-    // The record follows the open one, so it is not shipped.
+    // These records follow the open record, so they are not shipped.
     world.echoes(2).await;
     let (pending, behind) = report().await;
     assert_eq!(pending, 2);
@@ -867,7 +869,7 @@ async fn a_replica_takes_over_what_a_killed_one_left_in_a_shared_directory() {
     first.kill();
     let settings = [("DATABASE_URL", database.url())];
     let second = Quota::start_with(data.path(), &settings);
-    let rows = wait_for("the second ships them", async || {
+    let rows = wait_for("the second server ships the records", async || {
         let rows = logged(&database).await;
         if rows.len() < 200 {
             return Err(format!("{} rows", rows.len()));
@@ -937,7 +939,7 @@ async fn killing_the_server_under_load_loses_nothing_and_counts_nothing_twice() 
         in_flight += sent.load(Ordering::Relaxed) - (answered.len() as u64 - before);
         quota = Quota::start_with(data.path(), &settings);
     }
-    assert!(answered.len() > 1_000, "{} were answered", answered.len());
+    assert!(answered.len() > 1_000, "only {} responses", answered.len());
     assert!(in_flight > 0, "none was in flight at a kill");
     // Usage left behind by killed servers is taken over.
     let url = format!("http://{}/v1/echo", quota.addr);
@@ -960,7 +962,7 @@ async fn killing_the_server_under_load_loses_nothing_and_counts_nothing_twice() 
     let lost = answered.difference(&rows).collect::<Vec<_>>();
     let unanswered = rows.difference(&answered).count() as u64;
     println!(
-        "{KILLS} kills, {} answered, {} rows, {in_flight} in flight, {unanswered} rows without an answer",
+        "{KILLS} kills, {} responses, {} rows, {in_flight} in flight, {unanswered} rows without a response",
         answered.len(),
         rows.len()
     );

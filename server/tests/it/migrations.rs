@@ -198,13 +198,13 @@ async fn role_without_superuser_migrates_and_serves() {
     let name: String = admin
         .query_one("SELECT current_database()::text", &[])
         .await
-        .expect("an answer")
+        .expect("the query succeeds")
         .get(0);
     // If another role has created the two roles, this one must be made a member, as described in the migration.
     let version: i32 = admin
         .query_one("SELECT current_setting('server_version_num')::int", &[])
         .await
-        .expect("an answer")
+        .expect("the query succeeds")
         .get(0);
     admin
         .batch_execute(&format!(
@@ -222,7 +222,7 @@ async fn role_without_superuser_migrates_and_serves() {
         let there = admin
             .query_opt("SELECT 1 FROM pg_roles WHERE rolname = $1", &[&shared])
             .await
-            .expect("an answer");
+            .expect("the query succeeds");
         if there.is_some() {
             let grant = format!("GRANT {shared} TO {role} {admin_option}");
             admin.batch_execute(&grant).await.expect("a superuser may");
@@ -250,7 +250,7 @@ async fn role_without_superuser_migrates_and_serves() {
             &[],
         )
         .await
-        .expect("an answer")
+        .expect("the query succeeds")
         .get(0);
     assert_eq!(owner, role);
     app.stop().await;

@@ -207,10 +207,13 @@ async fn key_in_use_is_served_no_longer_than_the_grace_period() {
     assert_eq!(
         world.app.echo(&world.key.text).await.status,
         200,
-        "within the grace"
+        "within the grace period"
     );
     tokio::time::sleep(Duration::from_millis(2500)).await;
-    assert_unavailable(&world.app.echo(&world.key.text).await, "after the grace");
+    assert_unavailable(
+        &world.app.echo(&world.key.text).await,
+        "after the grace period",
+    );
     world.find();
     world.recovers().await;
     assert_eq!(world.app.echo(&world.key.text).await.status, 200);

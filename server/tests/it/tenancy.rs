@@ -63,7 +63,7 @@ impl Tenant {
         let other = sessions
             .iter()
             .find(|it| it["current"] == false)
-            .expect("the second one");
+            .expect("the second session");
 
         // The tenant's activity: usage, an invalidation, and a request to replay.
         assert_eq!(app.echo(&key.text).await.status, 200);
@@ -212,7 +212,9 @@ async fn rows_of(client: &Client, tenant: &Tenant) -> BTreeMap<String, Vec<Strin
 
 /// Returns a response without the parts that differ between requests.
 fn bare(answer: &Answer) -> (u16, String, Vec<(String, String)>) {
-    let id = answer.header("x-request-id").expect("every answer has one");
+    let id = answer
+        .header("x-request-id")
+        .expect("every response has an ID");
     let mut fields = answer
         .headers
         .iter()
@@ -522,13 +524,13 @@ async fn idempotency_keys_of_tenants_are_separate() {
         assert_eq!(
             id(&first),
             id(&send(&a).await),
-            "{} replays the own",
+            "{}: the tenant's own response is not replayed",
             operation.id
         );
         assert_eq!(
             id(&theirs),
             id(&send(&b).await),
-            "{} replays the own",
+            "{}: the tenant's own response is not replayed",
             operation.id
         );
     }
@@ -787,7 +789,7 @@ async fn a_partition_is_reached_through_its_table_alone() {
     client
         .batch_execute("SELECT usage_create_partitions(current_date, current_date + 1)")
         .await
-        .expect("the superuser may");
+        .expect("the superuser may create partitions");
     let partitions = client
         .query(
             "SELECT relname::text, relrowsecurity FROM pg_class WHERE relnamespace = 'public'::regnamespace \

@@ -88,7 +88,7 @@ mod tests {
         assert_eq!(at(0).and_then(|it| it.retry_after), Some(60));
         assert!(at(999).is_some());
         assert_eq!(at(1000), None);
-        assert_eq!(at(0), None, "it has been removed");
+        assert_eq!(at(0), None, "the denial has been removed");
     }
 
     #[test]

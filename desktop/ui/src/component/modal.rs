@@ -125,7 +125,8 @@ impl Confirmation {
         self.open.set(true);
     }
 
-    /// Makes the confirmed call. On success, closes the dialog and calls `done`; on failure, shows the error.
+    /// Makes the call that the user has confirmed. On success, closes the dialog and calls `done`; on failure, shows
+    /// the error.
     pub fn send<T: 'static>(self, call: PendingCall<T>, done: impl FnOnce(T) + 'static) {
         self.busy.set(true);
         spawn_local(async move {

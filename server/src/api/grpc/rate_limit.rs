@@ -36,7 +36,7 @@ use crate::{
     limiter::{Decision, Policy},
 };
 
-/// The maximum number of descriptors in a request. Each is checked separately.
+/// The maximum number of descriptors in a request. Each descriptor is checked separately.
 const DESCRIPTORS_MAX: usize = 16;
 /// The maximum number of entries in a descriptor. An entry takes up many times more memory than bytes in the message.
 const ENTRIES_MAX: usize = 32;

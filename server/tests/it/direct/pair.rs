@@ -298,7 +298,7 @@ impl Pair {
         difference
     }
 
-    /// Sends a case to both servers, and asserts that their responses are equal. Returns them.
+    /// Sends a case to both servers, and asserts that their responses are equal. Returns the responses.
     pub(super) async fn compare(&self, name: &str, case: &Case) -> String {
         let (direct, hyper) = tokio::join!(self.direct.responses(case), self.hyper.responses(case));
         assert_eq!(

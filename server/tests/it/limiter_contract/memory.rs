@@ -1,4 +1,5 @@
-//! Tests of the local store, and of the denial cache in front of a remote store, in addition to the common contract.
+//! Tests of the local store, and of the denial cache in front of a remote store, in addition to the tests of the
+//! contract.
 
 use std::{sync::Arc, time::Duration};
 

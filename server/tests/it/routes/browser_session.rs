@@ -69,7 +69,7 @@ impl<'a> Browser<'a> {
         if let Some(body) = body {
             request = request.json(&body);
         }
-        let response = request.send().await.expect("an answer");
+        let response = request.send().await.expect("a response");
         for field in set_cookies(&response) {
             let (pair, attributes) = field.split_once(';').expect("attributes");
             let (name, value) = pair.split_once('=').expect("a pair");
@@ -145,7 +145,7 @@ async fn other_clients_get_tokens_only_in_the_body() {
         .json(&body)
         .send()
         .await
-        .expect("an answer");
+        .expect("a response");
     assert!(set_cookies(&made).is_empty());
     let body: Value = made.json().await.expect("JSON");
     assert!(body["access_token"].is_string() && body["refresh_token"].is_string());
@@ -358,7 +358,7 @@ async fn every_response_has_its_security_headers() {
             .get(server.url(path))
             .send()
             .await
-            .expect("an answer");
+            .expect("a response");
         let headers = answer.headers();
         for (name, value) in [
             ("x-content-type-options", "nosniff"),
@@ -396,14 +396,14 @@ async fn console_is_served_or_says_how_to_build_it() {
             .header(header::ACCEPT_ENCODING, codings)
             .send()
             .await
-            .expect("an answer")
+            .expect("a response")
     };
     let index = server
         .http
         .get(server.url("/console"))
         .send()
         .await
-        .expect("an answer");
+        .expect("a response");
     assert_eq!(
         (index.status().as_u16(), &index.headers()["cache-control"]),
         (200, &"no-cache".parse().unwrap())
@@ -553,7 +553,7 @@ async fn proxy_that_sends_localhost_does_not_weaken_cookies() {
         for (name, value) in fields {
             request = request.header(*name, *value);
         }
-        let response = request.send().await.expect("an answer");
+        let response = request.send().await.expect("a response");
         assert_eq!(response.status(), 201);
         set_cookies(&response)
     };

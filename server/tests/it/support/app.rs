@@ -576,7 +576,7 @@ impl Answer {
     fn check(&self, method: &Method, path: &str, status: StatusCode) {
         assert!(
             self.headers.contains_key("x-request-id"),
-            "every answer has an id"
+            "every response has an ID"
         );
         assert_ne!(
             status,
@@ -605,7 +605,7 @@ impl Answer {
         let answer = &answers[status.as_str()];
         assert!(
             !answer.is_null(),
-            "{method} {template} answered {status}, which its document does not name: {}",
+            "{method} {template} returned {status}, which the document does not list: {}",
             self.text
         );
         let Some(content) = answer["content"].as_object() else {

@@ -204,7 +204,7 @@ fn start_own() -> String {
             let (cluster, _) = template.rsplit_once('/').expect("a URL ends in a database");
             let admin = format!("{cluster}/postgres");
             drop_leftovers(&admin).await;
-            url.send(admin).expect("the test waits for it");
+            url.send(admin).expect("the test waits for the URL");
             std::future::pending::<()>().await;
             drop(postgres);
         });
@@ -321,7 +321,10 @@ async fn each_database_is_a_copy_of_the_migrated_template() {
         .await
         .query_one("SELECT to_regclass('only_here')::text", &[])
         .await;
-    assert_eq!(there.expect("an answer").get::<_, Option<&str>>(0), None);
+    assert_eq!(
+        there.expect("the query succeeds").get::<_, Option<&str>>(0),
+        None
+    );
 
     let name = one.name.clone();
     drop(one);
@@ -338,6 +341,6 @@ async fn empty_database_has_no_tables() {
     let row = client
         .query_one("SELECT to_regclass('plans')::text", &[])
         .await
-        .expect("an answer");
+        .expect("the query succeeds");
     assert_eq!(row.get::<_, Option<&str>>(0), None);
 }

@@ -30,7 +30,7 @@ impl TestStripe {
         let fake = FakeStripe::start().await.expect("loopback has a free port");
         let post = |path: &str, form: &str| {
             let created = fake.request(&Method::POST, path, form);
-            created.expect("the fake creates it")["id"]
+            created.expect("the fake creates the object")["id"]
                 .as_str()
                 .expect("an ID")
                 .to_owned()

@@ -182,7 +182,7 @@ impl Events {
         if let Some(last) = last {
             call = call.header("Last-Event-ID", last);
         }
-        let response = call.send().await.expect("an answer");
+        let response = call.send().await.expect("a response");
         assert_eq!(response.status(), 200);
         assert_eq!(response.headers()["content-type"], "text/event-stream");
         assert_eq!(response.headers()["cache-control"], "no-store");
@@ -316,7 +316,7 @@ async fn a_stream_shows_what_any_replica_ships_and_resumes_on_another() {
         .header("Last-Event-ID", "nonsense")
         .send()
         .await
-        .expect("an answer");
+        .expect("a response");
     assert_eq!(answer.status(), 422);
 }
 
@@ -397,7 +397,7 @@ async fn a_quiet_stream_stays_open_beyond_every_deadline_of_a_connection() {
     let call = client
         .get(app.url("/admin/decisions/stream"))
         .bearer_auth(&account.access_token);
-    let response = call.send().await.expect("an answer");
+    let response = call.send().await.expect("a response");
     let mut multiplexed = Events {
         response,
         text: String::new(),

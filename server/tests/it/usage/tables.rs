@@ -324,7 +324,7 @@ async fn partitions_are_created_ahead_and_rows_that_came_first_move_there() {
     replica.stop().await;
 }
 
-/// Waits until a condition holds. Returns whether it does.
+/// Waits for a condition. Returns whether the condition holds in the end.
 async fn holds(mut check: impl AsyncFnMut() -> bool) -> bool {
     for _ in 0..400 {
         if check().await {

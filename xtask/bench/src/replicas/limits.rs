@@ -38,7 +38,7 @@ const LOADS: [f64; 3] = [0.9, 1.0, 2.0];
 const BLOW: f64 = 8000.0;
 
 pub(crate) async fn run(options: &Options) -> Result<Table> {
-    let mut table = Table::new("Limits over replicas", COLUMNS);
+    let mut table = Table::new("Limits across replicas", COLUMNS);
     let (limits, loads, time): (&[(u32, u32)], &[f64], _) = if options.quick {
         (&[(600, 30), (1800, 90)], &[2.0], Duration::from_secs(1))
     } else {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::drive::Arrival;
 
-/// How requests are distributed over replicas.
+/// How requests are distributed across replicas.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Spread {
     /// In turn.

@@ -303,7 +303,7 @@ impl Scene {
         }
     }
 
-    /// For a few seconds, Redis responds to every replica too late. Then it recovers. The key is drained before that
+    /// For a few seconds, Redis responds to every replica too late. Then Redis recovers. The key is drained before that
     /// and saturated afterward.
     fn slow_for_all(&mut self, rng: &mut Rng) {
         self.replicas = rng.usize(2..=4);

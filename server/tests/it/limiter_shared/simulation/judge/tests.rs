@@ -47,7 +47,7 @@ fn outage(at: u64, lasts: u64) -> Fault {
     }
 }
 
-/// Requests at this millisecond, of which the given number is admitted.
+/// Returns `of` requests at this millisecond, of which `admitted` are admitted.
 fn requests(at: u64, admitted: usize, of: usize) -> impl Iterator<Item = Entry> {
     (0..of).map(move |n| Entry {
         key: 0,
