@@ -18,7 +18,7 @@ export async function errors(world) {
   assert.equal(await dialog.count(), 0);
   await my.inspect("keys-without-plan");
 
-  // Errors appear when the user leaves or submits a field, in the console's own words, and disappear on input.
+  // Errors appear when the user leaves a field or submits the form, in the console's own words, and disappear on input.
   await page.getByRole("link", { name: "Create a plan first" }).click();
   await my.heading("Create plan").waitFor();
   await my.button("Create plan").click();

@@ -89,7 +89,7 @@ export async function recount(world) {
   await my.context.close();
 }
 
-/** Sends requests with three keys, `scale` times 151, and waits until they are counted. */
+/** Sends 151 times `scale` requests with three keys, and waits until the server has counted them. */
 async function traffic(my, replicas, scale) {
   const quota = 40 * scale;
   const wide = await my.api("POST", "/admin/plans", { name: "Wide", default_rpm: 600_000 });
@@ -115,7 +115,7 @@ async function traffic(my, replicas, scale) {
   return { log, app, slow, counted, quota };
 }
 
-/** Waits until the server has counted everything. */
+/** Waits until the server has counted all requests. */
 async function untilCounted(my, log) {
   const deadline = Date.now() + 20_000;
   for (;;) {

@@ -85,7 +85,7 @@ impl History {
     /// Adds a level. `share` is in thousandths.
     pub fn add(&mut self, now: i64, share: u64) {
         self.points.push((now, share.min(1000)));
-        // Keep one point from before the time range, so that the line starts at the edge.
+        // Keeps one point from before the time range, so that the line starts at the edge.
         let old = self
             .points
             .iter()
