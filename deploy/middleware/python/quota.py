@@ -35,7 +35,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
 
 class Unavailable(Exception):
-    """There is no decision. If `is_final`, the request must not be passed on, regardless of the setting."""
+    """There is no decision. If `is_final`, the request must not be passed on, even with allow_if_unavailable."""
 
     def __init__(self, reason: str, is_final: bool = False) -> None:
         super().__init__(reason)

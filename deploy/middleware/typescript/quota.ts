@@ -51,7 +51,7 @@ const PROBLEMS = "https://iana.org/assignments/http-problem-types#";
 const CANNOT_CHECK = "Rate limits can't be checked right now. Try again in a few seconds.";
 const MAX_COST = 1_000_000;
 
-/** There is no decision. If `isFinal`, the request must not be passed on, regardless of the setting. */
+/** There is no decision. If `isFinal`, the request must not be passed on, even with `allowIfUnavailable`. */
 class Unavailable extends Error {
   constructor(
     reason: string,

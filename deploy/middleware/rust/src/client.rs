@@ -47,7 +47,7 @@ pub(crate) enum CheckError {
 }
 
 impl CheckError {
-    /// Returns whether the request must not be passed on, regardless of the setting.
+    /// Returns whether the request must not be passed on, even with [`OnUnavailable::Allow`](crate::OnUnavailable::Allow).
     pub(crate) fn is_final(&self) -> bool {
         matches!(self, Self::Invalid(_) | Self::Closed)
     }

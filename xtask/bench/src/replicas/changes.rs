@@ -347,7 +347,7 @@ impl Crew {
         Ok(())
     }
 
-    /// Returns when the last replica first responded this way.
+    /// Returns when the last replica first gave a response of the wanted kind.
     async fn all_answer(&mut self, key: &Key, wanted: State) -> Result<Instant> {
         ensure!(!self.watchers.is_empty(), "there are no watchers");
         let asked = self
