@@ -47,7 +47,8 @@ pub(crate) enum CheckError {
 }
 
 impl CheckError {
-    /// Returns whether the request must not be passed on, even with [`OnUnavailable::Allow`](crate::OnUnavailable::Allow).
+    /// Returns whether the request must not be passed on, even with
+    /// [`OnUnavailable::Allow`](crate::OnUnavailable::Allow).
     pub(crate) fn is_final(&self) -> bool {
         matches!(self, Self::Invalid(_) | Self::Closed)
     }

@@ -126,7 +126,7 @@ async fn start(options: &Options) -> Result<Production> {
         https,
         with_demo: true,
         directives: "info",
-        // An unoptimized build on a busy machine would otherwise often take a slow response for an outage of Redis.
+        // An unoptimized build on a busy machine would otherwise often mistake a slow response for an outage of Redis.
         settings: vec![("QUOTA_REDIS_TIMEOUT", "250ms".into())],
     };
     let production = Production::start(&shape, postgres).await?;
