@@ -123,7 +123,7 @@ pub fn start_of_day_before(
     days: i64,
     local: &dyn Fn(i64) -> Option<LocalTime>,
 ) -> Option<i64> {
-    // Count from noon, so that days with 23 or 25 hours make no difference.
+    // Counts from noon, so that days with 23 or 25 hours make no difference.
     let noon = start_of_day(at, local)? + DAY_MINUTES / 2 * MINUTE_MS;
     start_of_day(noon - days * DAY_MINUTES * MINUTE_MS, local)
 }

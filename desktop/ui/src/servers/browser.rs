@@ -1,4 +1,4 @@
-//! The additions to the console in a browser: none.
+//! A browser adds nothing to the console.
 
 use leptos::prelude::*;
 
