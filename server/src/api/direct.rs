@@ -199,7 +199,7 @@ impl DirectDecisions {
 
 impl DirectEndpoint for DirectDecisions {
     fn accepts(&self, request: &PlainRequest<'_>) -> bool {
-        // While the server is stopping, each response must announce that its connection will be closed. hyper does this.
+        // While the server is stopping, each response must announce that its connection will be closed, as hyper does.
         if self.state.is_draining() {
             return false;
         }
