@@ -57,7 +57,7 @@ fn limit_headers() -> Map<String, Value> {
     Map::from_iter([
         (
             "X-RateLimit-Limit".to_owned(),
-            number("Maximum burst: requests an idle key may send immediately."),
+            number("Maximum burst: the number of requests that an idle key may send immediately."),
         ),
         (
             "X-RateLimit-Remaining".to_owned(),
