@@ -37,7 +37,7 @@ impl Role {
         matches!(self, Self::Owner | Self::Admin | Self::Developer)
     }
 
-    /// Returns whether the role may read the subscription, and subscribe, pay, and cancel.
+    /// Returns whether the role may read the subscription, subscribe, pay, and cancel the subscription.
     pub const fn may_bill(self) -> bool {
         matches!(self, Self::Owner | Self::Admin | Self::Billing)
     }

@@ -203,8 +203,8 @@ settings! {
     /// devices are counted separately. 0 for no limit.
     login_free_failures: "QUOTA_LOGIN_FREE_FAILURES", "10", "N";
 
-    /// The number of accounts that one network can create immediately, and then per day. A network is an IPv4 address
-    /// or an IPv6 /64; wider networks have higher limits. 0 for no limit.
+    /// The number of accounts that one network can create in a burst, and on average per day. A network is an IPv4
+    /// address or an IPv6 /64; wider networks have higher limits. 0 for no limit.
     registrations_per_day: "QUOTA_REGISTRATIONS_PER_DAY", "20", "N";
 
     /// The maximum size of a request body, in bytes: 1024 to 16777216.
