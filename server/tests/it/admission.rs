@@ -1,6 +1,6 @@
 //! Checks which requests are admitted under load: with keys in use after their plan was changed, with keys that are not
-//! in memory yet, and on connections from one address. Each test is repeated while an unauthenticated client sends keys
-//! that do not exist.
+//! in memory yet, and on connections from one address. In one test, an unauthenticated client also sends keys that do
+//! not exist.
 
 use std::{
     net::{IpAddr, Ipv4Addr},
@@ -246,7 +246,7 @@ async fn gateway_may_have_more_connections_than_the_limit_per_address() {
     }
     assert!(strangers.len() >= LIMIT, "{}", strangers.len());
     assert!(refused >= LIMIT / 2, "{refused}");
-    // A new connection replaces one that has been idle for a while.
+    // A new connection replaces a connection that has been idle for a while.
     sleep(Duration::from_millis(1500)).await;
     let mut newcomer = connect_from(2, &app).await;
     assert_eq!(ask(&mut newcomer, "/health/live", "").await, Some(200));

@@ -141,7 +141,7 @@ async fn alerts_of_two_replicas_arrive_once_each_by_themselves() {
     let second = second.start().await;
     let world = World::on(app, json!({"daily_quota": 100})).await;
     let (_, secret) = hooks.create(&world.app, &world.account, "/hook").await;
-    // One replica cannot spend the tokens that the other one holds.
+    // One replica cannot spend the tokens that the other replica holds.
     let mut spent = 0;
     while spent < 100 {
         let app = if spent % 2 == 0 { &world.app } else { &second };
@@ -387,7 +387,8 @@ async fn alert_is_created_if_usage_is_recorded_after_its_window_has_ended() {
     }
 }
 
-/// After an edit, the quota of a window that has ended is unknown. Usage of one key does not cause alerts for another.
+/// After an edit, the quota of a window that has ended is unknown. Usage of one key does not cause alerts for another
+/// key.
 #[tokio::test(flavor = "multi_thread")]
 async fn late_usage_causes_no_alert_of_another_key_or_a_later_quota() {
     let world = World::new(json!({"daily_quota": 10})).await;
@@ -653,7 +654,7 @@ async fn keys_with_an_alert_at_100_percent_are_skipped() {
         .into_iter()
         .filter(|it| it.0 == "daily");
     assert_eq!(of_daily.map(|it| it.1).collect::<Vec<_>>(), [50, 80, 100]);
-    // The other quota of the key is still read.
+    // The key's usage under its other quota is still read.
     assert_eq!(read().await, [of("monthly", 10)]);
     // The alert of an earlier window does not count.
     world

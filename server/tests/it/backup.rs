@@ -74,7 +74,7 @@ pub(crate) async fn migrated() -> TestDatabase {
         .await
 }
 
-/// A request that was sent while the backup was taken.
+/// A request that was sent around the time of the backup.
 #[derive(Debug, Clone, Copy)]
 struct Sent {
     began: Instant,
@@ -113,7 +113,7 @@ async fn load(
     sent
 }
 
-/// Sends requests until one is denied. Returns the number of allowed requests.
+/// Sends requests until a request is denied. Returns the number of allowed requests.
 async fn spend(http: &Client, url: &str, key: &str) -> u64 {
     for allowed in 0..=2 * QUOTA {
         let answer = http.get(url).header("X-API-Key", key).send().await;
@@ -123,7 +123,7 @@ async fn spend(http: &Client, url: &str, key: &str) -> u64 {
             status => panic!("{status}"),
         }
     }
-    panic!("more than twice the quota");
+    panic!("more than twice the quota was allowed");
 }
 
 pub(crate) async fn count(database: &tokio_postgres::Client, query: &str) -> i64 {
@@ -131,8 +131,8 @@ pub(crate) async fn count(database: &tokio_postgres::Client, query: &str) -> i64
     row.expect("a row").get(0)
 }
 
-/// Takes a backup under load, and restores it on another machine, as if the first one were lost. Usage is shipped every
-/// `ship_every`.
+/// Takes a backup under load, and restores it on another machine, as if the first machine were lost. Usage is shipped
+/// every `ship_every`.
 async fn back_up_and_restore(ship_every: &str) {
     let (source, data, http) = (migrated().await, data_dir(), Client::new());
     let settings = [
@@ -212,7 +212,10 @@ async fn back_up_and_restore(ship_every: &str) {
             None => assert!(request.ended > started, "{id} is missing"),
         }
     }
-    assert!(by_id.keys().all(|id| sent.contains_key(id)), "a stranger");
+    assert!(
+        by_id.keys().all(|id| sent.contains_key(id)),
+        "an unknown request is in the log"
+    );
     let total = "SELECT coalesce(sum(requests), 0)::bigint FROM usage_days \
         WHERE key_id <> '00000000-0000-0000-0000-000000000000' AND endpoint = E'\\x01' \
         AND plan_id <> '00000000-0000-0000-0000-000000000000'";
@@ -246,7 +249,8 @@ async fn back_up_and_restore(ship_every: &str) {
     cluster.stop().await;
 }
 
-/// A new day has a new quota, so a run that crosses midnight proves nothing and is repeated.
+/// Runs the test, but waits until after midnight if that is less than a minute away: with the quota of a new day, the
+/// test would prove nothing.
 async fn within_a_day<F: Future<Output = ()>>(test: impl Fn() -> F) {
     let clock = SystemClock::new();
     loop {
@@ -322,7 +326,7 @@ fn rotate(secrets: &Path, step: &str) -> (bool, String) {
     (output.status.success(), text(&output))
 }
 
-/// A server with the secrets in a folder.
+/// Starts a server with the secrets in a folder.
 fn with_secrets(data: &Path, secrets: &Path, url: &str) -> Quota {
     let file = |name: &str| secrets.join(name).to_str().expect("UTF-8").to_owned();
     let settings = [
@@ -427,7 +431,7 @@ async fn rotating_the_secret_signs_no_one_out_and_replacing_it_signs_everyone_ou
     assert!(accepts(&quota, &http, &new).await);
     assert!(
         !accepts(&quota, &http, &old).await,
-        "signed with the old secret"
+        "a token signed with the old secret was accepted"
     );
     let unreadable = async |quota: &Quota| {
         quota
@@ -445,7 +449,10 @@ async fn rotating_the_secret_signs_no_one_out_and_replacing_it_signs_everyone_ou
     assert!(!accepts(&quota, &http, &new).await);
     let patience = Instant::now() + Duration::from_secs(20);
     while unreadable(&quota).await != 1 {
-        assert!(Instant::now() < patience, "the webhook is still readable");
+        assert!(
+            Instant::now() < patience,
+            "the webhook's secret is still readable"
+        );
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     // API keys do not depend on the secret.
@@ -464,7 +471,7 @@ fn switch_can_be_repeated_after_an_interruption() {
         fs::write(secrets.path().join(name), text).expect("written");
     };
     let read = |name: &str| fs::read_to_string(secrets.path().join(name)).expect("a secret");
-    // The possible contents of the two secrets when the script is interrupted between two of its steps.
+    // The possible contents of the two secret files when the script is interrupted between two of its steps.
     for files in [("old", "new"), ("new", "new"), ("new", "old")] {
         write("quota_secret", files.0);
         write("quota_secret_previous", files.1);
@@ -485,7 +492,7 @@ fn switch_can_be_repeated_after_an_interruption() {
     );
 }
 
-/// A secret that leaked while a switch was interrupted never comes back.
+/// A secret that leaked while a switch was interrupted is never used again.
 #[test]
 fn leaked_secret_does_not_return_with_a_later_rotation() {
     let secrets = data_dir();
@@ -510,8 +517,8 @@ fn leaked_secret_does_not_return_with_a_later_rotation() {
     assert_ne!(read("quota_secret"), read("quota_secret_previous"));
 }
 
-/// A password in a URL in one of these forms would be visible to everyone on the machine. With one of these
-/// directories, usage would be missing from the backup.
+/// A password in a URL in one of these forms would be visible to everyone on the machine. With this data directory,
+/// usage would be missing from the backup.
 #[test]
 fn backup_refuses_settings_that_it_would_misread() {
     let folder = data_dir();

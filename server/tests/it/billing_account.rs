@@ -19,7 +19,7 @@ use crate::support::{
 
 const AT_MOST: Duration = Duration::from_secs(30);
 
-/// A tenant with a subscription in its Stripe account, on a server that has stopped.
+/// A tenant with a subscription in the server's Stripe account (`own`), and another account. The server has stopped.
 struct World {
     own: TestStripe,
     other: TestStripe,
@@ -219,7 +219,8 @@ async fn account_may_change_until_there_are_customers() {
     assert_eq!(first.fake.all("customer").len(), 0);
 }
 
-/// Stripe may not know a customer because someone deleted the test data. Only a deleted customer loses access.
+/// Stripe may not know a customer because someone deleted the test data. Access ends only if Stripe reports that the
+/// customer was deleted.
 #[tokio::test(flavor = "multi_thread")]
 async fn customer_that_stripe_does_not_know_keeps_its_access() {
     let world = World::new().await;
@@ -330,7 +331,7 @@ async fn operator_can_switch_to_another_account() {
     assert_eq!(world.other.fake.all("customer").len(), 1);
 }
 
-/// Without `--switch-account`, setting up another account changes nothing here.
+/// Without `--switch-account`, setting up the objects in another account does not switch the server to it.
 #[tokio::test(flavor = "multi_thread")]
 async fn command_switches_to_another_account_only_when_asked() {
     let world = World::new().await;
@@ -339,7 +340,7 @@ async fn command_switches_to_another_account_only_when_asked() {
         billing_command(&world.database, &world.other.fake, arguments, &secret).await
     };
     let arguments = ["setup", "--price=2900", "--usage-price=1"];
-    // The webhook endpoint exists.
+    // Let the webhook endpoint exist already.
     let url = setup::webhook_url("https://quota.example.com");
     world.other.fake.move_endpoint(&world.other.endpoint, &url);
     let (status, output) = run(&arguments).await;
@@ -369,7 +370,7 @@ async fn command_switches_to_another_account_only_when_asked() {
     let account = "ok     account: acct_other (test mode)";
     assert!(output.contains(account), "{output}");
 
-    // The tenant subscribes again, and repeating the command does not end its access.
+    // The tenant subscribes again, and repeating the command does not end the tenant's access.
     world.other.send_to(&app);
     world.other.subscribe(&app, &world.account).await;
     wait_for_status(&app, &world.key, 200).await;

@@ -1,4 +1,4 @@
-//! `quota billing`: the objects in Stripe, and the move to another account.
+//! Tests of `quota billing`, which sets up and checks the objects in Stripe.
 
 use quota_fake_stripe::FakeStripe;
 use quota_server::db;

@@ -1,4 +1,4 @@
-//! Tests subscriptions and charges while Stripe fails, and while the worker ends at random moments.
+//! Tests subscriptions and charges while Stripe fails, and while the worker is ended at random moments.
 //!
 //! Every kind of request to Stripe fails in every way, before and after its effect. The oracle is the fake's own state:
 //! customers, subscriptions, paid invoices and usage of each tenant.
@@ -219,7 +219,7 @@ fn hour(ago: i64) -> DateTime<Utc> {
         .expect("a valid time")
 }
 
-/// Ends `work` at a random moment, within `longest`. Returns whether it was still running.
+/// Ends `work` at a random moment, within `longest` microseconds. Returns whether `work` was still running.
 async fn end_early(rng: &mut fastrand::Rng, longest: u64, work: impl Future<Output = ()>) -> bool {
     let moment = Duration::from_micros(rng.u64(0..longest));
     tokio::time::timeout(moment, work).await.is_err()
@@ -234,7 +234,7 @@ fn first() -> u64 {
     std::env::var("BILLING_FIRST").map_or(0, |first| first.parse().expect("a number"))
 }
 
-/// `BILLING_SEEDS` sets the number of runs, and `BILLING_FIRST` the seed of the first one.
+/// `BILLING_SEEDS` sets the number of runs, and `BILLING_FIRST` sets the seed of the first run.
 #[tokio::test(flavor = "multi_thread")]
 async fn tenants_are_charged_once_with_faults_in_every_request_and_a_worker_that_ends() {
     let world = World::new().await;
@@ -358,8 +358,8 @@ fn kills() -> u64 {
     std::env::var("BILLING_KILLS").map_or(6, |kills| kills.parse().expect("a number"))
 }
 
-/// Like the test above, but kills the whole server, which also handles the requests, with `kill -9`. The server is
-/// killed twice while each tenant subscribes and sends requests.
+/// Like the test above, but kills the whole server, which also handles the requests, with SIGKILL. The server is killed
+/// twice while each tenant subscribes and sends requests.
 #[tokio::test(flavor = "multi_thread")]
 async fn tenants_are_charged_once_by_a_server_that_is_killed() {
     let world = World::new().await;

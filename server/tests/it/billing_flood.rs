@@ -31,12 +31,13 @@ enum Kind {
     Wrong,
     Stale,
     Missing,
-    /// A valid signature for 1 MB.
+    /// A body of 1 MB with a valid signature.
     Large,
 }
 
 impl Kind {
-    /// One webhook in a hundred is large, because it is as long as a thousand others.
+    /// Returns the kind of a webhook. Only one webhook in a hundred is large, because it is as long as thousands of
+    /// others.
     fn nth(n: u64) -> Self {
         match n % 100 {
             0..50 => Self::Valid,
@@ -80,7 +81,7 @@ fn percentile(times: &[Duration], percent: usize) -> Duration {
     times[(times.len() * percent / 100).min(times.len() - 1)]
 }
 
-/// Sends webhooks at a constant rate. Asserts that exactly those with a valid signature are stored.
+/// Sends webhooks at a constant rate. Asserts that only webhooks with a valid signature and a small body are stored.
 async fn flood(rate: u64, seconds: u64) -> Flood {
     let stripe = TestStripe::start().await;
     let new = stripe.fake.rotate_secret(&stripe.endpoint);

@@ -78,7 +78,7 @@ async fn every_kind_of_request_is_valid_according_to_stripe() {
     let billing = app.state.billing.as_ref().expect("billing is on");
     let account = app.register().await;
 
-    // The first response is lost, so that the customer is searched for.
+    // The first response is lost, so that Quota searches for the customer.
     let lost = Fault::after(How::Drop);
     stripe.fake.fail_next("/v1/customers", lost);
     let failed = app
@@ -112,7 +112,7 @@ async fn every_kind_of_request_is_valid_according_to_stripe() {
     assert_eq!(portal.status, 201, "{}", portal.text);
     billing.read_offer().await.expect("the offer is complete");
 
-    // Usage of yesterday, and usage that Stripe accepts but cannot assign.
+    // Report usage of yesterday, and later usage that Stripe accepts but cannot assign to a customer.
     stripe.fake.advance(4 * DAY);
     let tenant = quota_common::TenantId(account.tenant_id.parse().expect("a UUID"));
     billing.read(tenant).await.expect("read");

@@ -34,7 +34,7 @@ struct World {
 }
 
 impl World {
-    /// A tenant with a plan marked `paid`, and no subscription. Stripe's clock is set back.
+    /// Creates a tenant with a plan marked `paid`, and no subscription. Sets Stripe's clock back.
     async fn unsubscribed(ago: Duration) -> Self {
         let stripe = TestStripe::start().await;
         stripe.fake.set_back(ago);
@@ -69,8 +69,8 @@ impl World {
         world
     }
 
-    /// The tenant subscribed 40 days ago, and the invoice of its last period could not be finalized. Also returns that
-    /// invoice.
+    /// Creates a tenant that subscribed 40 days ago, and whose invoice for the last period could not be finalized. Also
+    /// returns the invoice's ID.
     async fn with_a_draft_invoice() -> (Self, String) {
         let world = Self::unsubscribed(40 * DAY).await;
         world.pay().await;
@@ -131,7 +131,7 @@ impl World {
                 .await
                 .expect("PostgreSQL responds");
         }
-        panic!("reports stay pending");
+        panic!("reports are still pending");
     }
 
     /// Returns the usage that the fake has counted for the tenant.
@@ -319,7 +319,7 @@ pub(crate) fn seeds() -> u64 {
 }
 
 /// The worker repeatedly ends at a random moment, with faults in Stripe in between. The next worker knows only what the
-/// last one has stored and sent.
+/// previous worker has stored and sent.
 #[tokio::test(flavor = "multi_thread")]
 async fn worker_that_ends_at_any_moment_charges_exactly_what_was_used() {
     let world = World::subscribed(10 * DAY).await;
@@ -344,7 +344,7 @@ async fn worker_that_ends_at_any_moment_charges_exactly_what_was_used() {
             };
             let moment = Duration::from_micros(rng.u64(0..60_000));
             ended += u32::from(tokio::time::timeout(moment, work).await.is_err());
-            // The next worker starts after the claim of the last one has expired.
+            // The next worker starts after the claim of the previous worker has expired.
             world
                 .execute("UPDATE billing_senders SET until = now()")
                 .await;
@@ -426,8 +426,7 @@ async fn worker_that_was_down_for_30_hours_charges_once() {
     );
 }
 
-/// An hour in which a billing period ends is split at that point. Usage of a period whose invoice is final is not
-/// sent.
+/// An hour in which a billing period ends is split at that point. Usage of a period whose invoice is final is not sent.
 #[tokio::test(flavor = "multi_thread")]
 async fn hour_with_the_edge_of_a_period_is_divided() {
     let world = World::subscribed(40 * DAY).await;
@@ -457,7 +456,7 @@ async fn hour_with_the_edge_of_a_period_is_divided() {
             reports[0],
             ("unbilled".into(), Some("finalized".into()), before)
         );
-        // This includes late usage from the previous period.
+        // Late usage from the previous period is not sent either.
         world.append(&[world.paid(edge - millis(1), 16)]).await;
         world.append(&[world.paid(edge, 32)]).await;
         world.report().await;
@@ -473,7 +472,7 @@ async fn hour_with_the_edge_of_a_period_is_divided() {
     }
 }
 
-/// While the invoice of the last period is a draft, its usage is still charged.
+/// While the invoice of the last period is a draft, the usage of this period is still charged.
 #[tokio::test(flavor = "multi_thread")]
 async fn usage_of_the_last_period_is_sent_while_its_invoice_is_a_draft() {
     let (world, draft) = World::with_a_draft_invoice().await;
@@ -561,7 +560,7 @@ async fn usage_that_cannot_be_charged_is_recorded_with_the_reason() {
     assert_eq!(found.lost, 6);
 }
 
-/// A tenant that never subscribed, or whose subscription has no price for usage, is not charged for it.
+/// A tenant that never subscribed, or whose subscription has no price for usage, is not charged for usage.
 #[tokio::test(flavor = "multi_thread")]
 async fn usage_without_a_metered_price_is_not_sent() {
     let world = World::unsubscribed(3 * DAY).await;
@@ -615,7 +614,7 @@ async fn usage_without_a_metered_price_is_not_sent() {
     );
 }
 
-/// An hour waits for Stripe if it is not known yet whether a billing period starts or ends in it.
+/// The usage of an hour is not reported before it is known whether a billing period starts or ends in this hour.
 #[tokio::test(flavor = "multi_thread")]
 async fn hour_waits_until_subscriptions_were_read_after_it() {
     let world = World::subscribed(3 * DAY).await;
@@ -641,7 +640,7 @@ async fn hour_waits_until_subscriptions_were_read_after_it() {
     assert_eq!(world.total(), 5);
 }
 
-/// Two replicas send at the same time.
+/// Several workers plan and send reports at the same time.
 #[tokio::test(flavor = "multi_thread")]
 async fn several_workers_send_each_report_once() {
     let world = World::subscribed(3 * DAY).await;
@@ -720,7 +719,8 @@ async fn server_reports_usage_by_itself() {
     assert_eq!(state.body["access"], "active");
 }
 
-/// A replica that is too slow has lost its claim, and neither sends nor releases anything.
+/// A replica that is too slow loses its claim, and then neither sends reports nor releases the claim of another
+/// replica.
 #[tokio::test(flavor = "multi_thread")]
 async fn slow_sender_stops_when_another_has_taken_over() {
     let world = World::subscribed(3 * DAY).await;
@@ -831,7 +831,7 @@ async fn error_that_the_meter_reports_later_is_shown() {
     let round = world.billing().handle_due().await.expect("handled");
     assert_eq!((round.meter_errors, round.failed), (1, 0));
     assert_eq!(state().await["code"], "meter_event_customer_not_found");
-    // A redelivery has no effect.
+    // The event is processed only once.
     assert_eq!(
         world.billing().handle_due().await.expect("nothing").events,
         0

@@ -23,8 +23,8 @@ use serde_json::{Value, json};
 
 use crate::support::app::{DOCUMENT, faults};
 
-/// Returns the number of kinds of calls. A new kind fails to compile here until it is counted, and then fails the test
-/// until it is among the samples.
+/// Returns the number of kinds of calls. A new kind of call fails to compile here until it is counted, and then fails
+/// the test until it is among the samples.
 const fn kinds(call: &Call) -> usize {
     match call {
         Call::Register(_)
@@ -321,7 +321,7 @@ fn every_console_call_matches_the_document() {
     }
 }
 
-/// Returns the schema of a successful response that the console reads.
+/// Returns the schema of the response that the console reads, if it reads a response.
 const fn answer(call: &Call) -> Option<&'static str> {
     Some(match call {
         Call::Register(_) | Call::Login(_) => "SignedIn",

@@ -80,7 +80,7 @@ async fn deleted_keys_do_not_fill_redis() {
             while let Some(client) = clients.join_next().await {
                 client.expect("every key works");
             }
-            // The shared records expire after five minutes.
+            // Delete the shared records, which would expire only after five minutes.
             let records = "EVAL \"for _, key in ipairs(redis.call('KEYS', '*:key?:*')) do redis.call('DEL', key) end\" 0";
             redis.command(records).await;
         }
@@ -97,8 +97,8 @@ async fn deleted_keys_do_not_fill_redis() {
     }
 }
 
-/// A replica that cannot reach PostgreSQL still accepts the key during the grace period, and must not start with a full
-/// bucket.
+/// A replica that cannot reach PostgreSQL still accepts a deleted key during the grace period. The key must not get a
+/// new, full bucket.
 #[tokio::test(flavor = "multi_thread")]
 async fn bucket_of_a_deleted_key_is_kept_while_a_replica_may_accept_the_key() {
     let redis = RedisServer::start().await;

@@ -1,4 +1,4 @@
-//! `quota doctor` reports what works and what does not, and never prints a password.
+//! Tests that `quota doctor` reports what works and what does not, and never prints a password.
 
 use std::{fs, net::SocketAddr, path::Path, process::Command, sync::Arc};
 

@@ -1,4 +1,4 @@
-//! Tests of the embedded PostgreSQL: it starts in an empty directory, keeps its data, recovers from crashes, and never
+//! Tests of the private PostgreSQL: it starts in an empty directory, keeps its data, recovers from crashes, and never
 //! outlives the server.
 
 use std::{
@@ -19,7 +19,7 @@ use tokio_postgres::{Client, NoTls};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Returns a data directory that root's PostgreSQL can access, unlike `/root/…`.
+/// Returns a data directory that PostgreSQL can access even if root runs the tests, unlike a directory in `/root`.
 fn data_dir() -> tempfile::TempDir {
     let dir = tempfile::Builder::new()
         .prefix("quota-embedded-")
@@ -38,7 +38,7 @@ async fn connect(url: &str) -> Client {
     client
 }
 
-/// Returns the processes whose working directory is the cluster: every process of its PostgreSQL.
+/// Returns the processes whose working directory is the cluster, which are all processes of its PostgreSQL.
 fn processes_of(data_dir: &Path) -> Vec<i32> {
     let cluster = fs::canonicalize(data_dir)
         .expect("the path exists")
@@ -228,7 +228,7 @@ async fn killing_the_server_stops_its_postgres() {
     connect(&url).await;
     kill_and_reap(&mut owner);
     eventually("PostgreSQL ends", || processes_of(dir.path()).is_empty()).await;
-    // This is a clean shutdown, not a crash, so there is nothing to recover.
+    // PostgreSQL was shut down cleanly, so there is nothing to recover.
     assert!(!dir.path().join("postgres/postmaster.pid").exists());
 }
 
@@ -282,7 +282,7 @@ async fn stale_pid_file_with_the_pid_of_another_process_does_no_harm() {
     let alive = stranger.try_wait().expect("a child process").is_none();
     stranger.kill().expect("the process was running");
     stranger.wait().expect("a child process");
-    assert!(alive, "the stranger was killed");
+    assert!(alive, "the other process was killed");
     started.expect("PostgreSQL starts anyway").stop().await;
 }
 
@@ -290,7 +290,7 @@ async fn stale_pid_file_with_the_pid_of_another_process_does_no_harm() {
 async fn crash_while_creating_the_cluster_leaves_nothing_behind() {
     let dir = data_dir();
     let leftover = dir.path().join("postgres.new-1");
-    fs::create_dir(&leftover).expect("made");
+    fs::create_dir(&leftover).expect("created");
     fs::write(leftover.join("PG_VERSION"), "15\n").expect("written");
 
     let postgres = EmbeddedPostgres::start(dir.path())
@@ -356,7 +356,7 @@ async fn error_contains_the_output_of_a_postgres_that_does_not_start() {
     assert!(error.to_string().contains("pg_control"), "{error}");
 }
 
-/// This is not a test, but the server that the tests above kill.
+/// Not a test, but the process that the tests above start and kill.
 #[tokio::test]
 #[ignore = "run by other tests, in a separate process"]
 #[expect(
@@ -379,7 +379,7 @@ fn start_owner(data_dir: &Path) -> (Child, String) {
     let (_, module) = module_path!()
         .split_once("::")
         .expect("the path of a module in a crate");
-    let mut child = Command::new(std::env::current_exe().expect("we run"))
+    let mut child = Command::new(std::env::current_exe().expect("a path"))
         .args([
             &format!("{module}::owner"),
             "--exact",
@@ -423,7 +423,7 @@ fn children_of(pid: i32) -> Vec<i32> {
         .collect()
 }
 
-/// Root's checkouts are often in `/root`, which other users cannot enter. Applies only to root.
+/// Root's checkouts are often in `/root`, which other users cannot enter. This test applies only to root.
 #[tokio::test]
 async fn root_moves_the_database_if_its_user_cannot_enter_the_directory() {
     if !nix::unistd::geteuid().is_root() {

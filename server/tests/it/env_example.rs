@@ -1,4 +1,4 @@
-//! Tests that the example lists all settings, and that an invalid setting prevents startup.
+//! Tests that `.env.example` lists all settings, and that an invalid setting prevents startup.
 
 use std::{
     collections::BTreeSet,
@@ -71,7 +71,7 @@ fn every_variable_is_described_and_known_to_the_binary() {
             help.contains(&format!("[env: {name}")),
             "{name} is not in the help"
         );
-        assert!(names.insert(name), "{name} is there twice");
+        assert!(names.insert(name), "{name} is listed twice");
     }
     // Every variable that the server reads is in the example, because nothing else in the server reads the environment.
     let listed = help.matches("[env: ").count();
@@ -104,7 +104,7 @@ fn example_is_a_valid_environment() {
     assert!(!stderr.contains("invalid settings"), "{stderr}");
 }
 
-/// Returns an invalid value for each variable.
+/// Returns an invalid value for a variable.
 fn wrong(name: &str) -> &'static str {
     match name {
         "QUOTA_LISTEN" | "QUOTA_METRICS_LISTEN" | "QUOTA_GRPC_LISTEN" => "8080",
@@ -209,10 +209,7 @@ fn invalid_value_prevents_startup_with_one_line_that_names_the_variable() {
         );
         assert_eq!(text(&output.stdout), "", "{name}");
     }
-    assert!(
-        !Path::new(data).exists(),
-        "nothing was started, so nothing was created"
-    );
+    assert!(!Path::new(data).exists(), "the data directory was created");
 }
 
 #[test]
@@ -242,7 +239,7 @@ fn commands_without_settings_ignore_invalid_ones() {
     }
 }
 
-/// Starts the server with these variables. Returns the log lines that name a variable.
+/// Starts the server with these variables, which it must reject. Returns the lines of the error that name a variable.
 fn refused(given: &[(&str, &str)]) -> Vec<String> {
     let output = quota(&["serve"], given);
     assert_eq!(output.status.code(), Some(1), "{given:?}");
@@ -267,7 +264,7 @@ fn misspelled_setting_prevents_startup_and_a_kubernetes_link_does_not() {
     assert!(starting("QUOTA_LOG_FORMAT: "), "{lines:#?}");
     assert!(!lines.join("").contains("hunter2"), "{lines:#?}");
 
-    // Valid links are accepted: startup continues with the settings.
+    // Links are ignored: only the invalid setting is reported.
     let lines = refused(&[
         ("QUOTA_SERVICE_HOST", "10.0.0.1"),
         ("QUOTA_PORT", "tcp://10.0.0.1:8080"),
@@ -277,7 +274,7 @@ fn misspelled_setting_prevents_startup_and_a_kubernetes_link_does_not() {
     assert_eq!(lines.len(), 1, "{lines:#?}");
 }
 
-/// Covers mounted secrets, as in Docker and Kubernetes.
+/// Docker and Kubernetes mount secrets as files.
 #[test]
 fn secret_is_read_from_its_file_and_an_invalid_file_prevents_startup() {
     let dir = tempfile::tempdir().expect("a directory");
@@ -286,7 +283,7 @@ fn secret_is_read_from_its_file_and_an_invalid_file_prevents_startup() {
         fs::write(&path, content).expect("the file is written");
         path.to_str().expect("a UTF-8 path").to_owned()
     };
-    // The host does not exist, so startup fails later, when connecting to the database named in the file.
+    // The host does not exist, so the command fails only when it connects to the database named in the file.
     let database = file(
         "database",
         b"postgres://quota:hunter2@database.invalid/quota\n",

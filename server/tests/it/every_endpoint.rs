@@ -11,7 +11,7 @@ use crate::support::{
     stripe::TestStripe,
 };
 
-/// The operations without credentials, with their status for a malformed body.
+/// The operations that require no credentials, with their status for a malformed body.
 const PUBLIC: &[(&str, u16)] = &[
     ("live", 200),
     ("login", 400),
@@ -164,7 +164,7 @@ pub(crate) fn operations() -> Vec<Operation> {
     all
 }
 
-/// Follows references.
+/// Returns the schema that a reference refers to, or the schema itself if it is not a reference.
 pub(crate) fn resolve(schema: &'static Value) -> &'static Value {
     match schema["$ref"].as_str() {
         Some(reference) => {
@@ -174,7 +174,7 @@ pub(crate) fn resolve(schema: &'static Value) -> &'static Value {
             resolve(
                 DOCUMENT
                     .pointer(pointer)
-                    .unwrap_or_else(|| panic!("{reference} leads nowhere")),
+                    .unwrap_or_else(|| panic!("{reference} does not exist")),
             )
         }
         None => schema,
@@ -229,7 +229,10 @@ async fn missing_credentials_are_401_before_the_body_is_read() {
         assert_eq!(answer.status, 401, "{}", answer.text);
     }
     for (id, _) in PUBLIC {
-        assert!(operations().iter().any(|it| it.id == *id), "{id} is gone");
+        assert!(
+            operations().iter().any(|it| it.id == *id),
+            "{id} is not in the document"
+        );
     }
 }
 
@@ -320,7 +323,7 @@ fn every_operation_with_an_access_token_has_a_right() {
 }
 
 /// Each role calls each operation. Without the permission, the response is 403 and no row in any table changes,
-/// regardless of the ID and the body. With it, the operation succeeds.
+/// regardless of the ID and the body. With the permission, the operation succeeds.
 #[tokio::test(flavor = "multi_thread")]
 async fn role_without_the_right_is_403_and_changes_nothing() {
     let stripe = TestStripe::start().await;
@@ -335,8 +338,8 @@ async fn role_without_the_right_is_403_and_changes_nothing() {
     let mut denied = 0;
     for role in ROLES {
         let member = app.register().await;
-        // The user joins the owner's tenant instead of the one that was created with the account, and has a session
-        // there.
+        // The user joins the owner's tenant instead of the tenant that was created with the account, and signs in there
+        // below.
         client
             .execute(
                 "DELETE FROM sessions WHERE user_id = $1::text::uuid",
@@ -475,7 +478,7 @@ fn every_operation_documents_its_4xx_responses() {
         );
         for (status, answer) in answers {
             let text = answer["description"].as_str().unwrap_or_default();
-            assert!(!text.trim().is_empty(), "{id} {status} says nothing");
+            assert!(!text.trim().is_empty(), "{id} {status} has no description");
             let names = |field: &str| !answer["headers"][field].is_null();
             assert!(names("X-Request-Id"), "{id} {status} has no X-Request-Id");
             if status == "401" {
@@ -507,7 +510,7 @@ fn every_operation_has_a_summary_and_examples() {
         assert!(!text("summary").is_empty(), "{id} has no summary");
         assert!(
             meta["tags"].as_array().is_some_and(|it| it.len() == 1),
-            "{id} has one tag"
+            "{id} does not have exactly one tag"
         );
         if let Some(schema) = operation.body() {
             let example = &schema["example"];

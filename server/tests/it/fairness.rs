@@ -1,4 +1,4 @@
-//! Tests that one tenant's burst of changes leaves connections for the others.
+//! Tests that one tenant's burst of requests leaves connections for other tenants.
 
 use std::{
     sync::Arc,
@@ -110,7 +110,7 @@ async fn burst_of_updates_of_one_plan_does_not_delay_another_tenant() {
         let (app, a, path) = (app.clone(), a.clone(), format!("/admin/plans/{plan}"));
         updates.spawn(async move { app.act(&a, "PATCH", &path, json!({"burst": n})).await });
     }
-    // All requests are waiting, or soon will be.
+    // Give all requests time to reach the lock.
     tokio::time::sleep(Duration::from_millis(300)).await;
     for _ in 0..10 {
         app.plan(&b, json!({})).await;
@@ -139,7 +139,7 @@ async fn changes_of_disconnected_clients_leave_the_queue() {
             let answer = creations.join_next().await.unwrap().unwrap();
             assert_eq!(answer.status, 429, "{}", answer.text);
         }
-        // Close their connections.
+        // Close the clients' connections.
         creations.shutdown().await;
         let began = Instant::now();
         while app.metric("quota_requests_in_flight").await > 0.0 {

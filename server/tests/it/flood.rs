@@ -153,7 +153,7 @@ async fn silent_connections_do_not_lock_out_others() {
     let flood = tokio::spawn(async move {
         let mut held = Vec::with_capacity(silent);
         for n in 0..silent {
-            // One in a hundred connects to the metrics listener.
+            // One connection in a hundred is opened to the metrics listener.
             let to = if n % 100 == 0 { metrics } else { server };
             match connect_from(hostile(n), to).await {
                 Ok(stream) => held.push(stream),
@@ -162,7 +162,7 @@ async fn silent_connections_do_not_lock_out_others() {
         }
         held
     });
-    // Opens a new connection each time, from a separate address and from one of the flood's addresses.
+    // Each request opens a new connection, from a separate address or from one of the flood's addresses.
     let clients = [Ipv4Addr::LOCALHOST, Ipv4Addr::new(127, 0, 1, 1)].map(client_at);
     let began = Instant::now();
     let (mut answered, mut slowest) = (0, Duration::ZERO);
@@ -281,7 +281,8 @@ const MOST: u64 = 64;
 const MOST_AT_A_TIME: u64 = 128;
 const LARGE: usize = 31 * 1024;
 
-/// Returns the data that one connection of each kind sends. Bodies are sent to endpoints that need no account.
+/// Returns the kinds of connections, with the data that each connection sends and the maximum increase in memory.
+/// Bodies are sent to endpoints that need no account.
 fn slow_clients() -> [(&'static str, Vec<u8>, u64); 8] {
     let value = |length: usize| "v".repeat(length);
     let body = format!("{{{}", " ".repeat(60_000));
@@ -411,7 +412,8 @@ async fn slow_connections_hold_little_memory() {
     }
 }
 
-/// Sends a request and keeps the connection open. Returns `None` if the server closed it without a response.
+/// Sends a request and keeps the connection open. Returns `None` if the server closed the connection without a
+/// response.
 async fn ask_on(stream: &mut tokio::net::TcpStream) -> Option<String> {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     let request = b"GET /health/live HTTP/1.1\r\nHost: q\r\n\r\n";
@@ -452,9 +454,9 @@ async fn address_at_its_connection_limit_does_not_affect_others() {
     assert!(refused >= 5, "beyond its share: {refused}");
     held.push(at(2).await.expect("another address"));
     for _ in 0..20 {
-        held.push(at(9).await.expect("a trusted proxy carries many clients"));
+        held.push(at(9).await.expect("a trusted proxy serves many clients"));
     }
-    // Its existing connections keep working.
+    // The address's existing connections keep working.
     assert!(ask_on(&mut held[0]).await.is_some());
     held.remove(0);
     let again = async {
@@ -468,12 +470,12 @@ async fn address_at_its_connection_limit_does_not_affect_others() {
     assert!(app.metric(refused).await >= 1.0);
 }
 
-/// Anyone may check readiness, and not every check queries PostgreSQL.
+/// Anyone may check readiness, so not every check may query PostgreSQL.
 #[tokio::test(flavor = "multi_thread")]
 async fn flood_of_readiness_checks_rarely_queries_postgres() {
     let app = TestApp::setup().without_jobs().start().await;
     let client = app.database.connect().await;
-    // PostgreSQL's own statistics, after they have been written.
+    // Reads PostgreSQL's own statistics, which are written with a delay.
     let scans = async || {
         tokio::time::sleep(Duration::from_millis(1500)).await;
         let sql = "SELECT coalesce(sum(seq_scan + coalesce(idx_scan, 0)), 0)::bigint FROM pg_stat_user_tables \

@@ -1,5 +1,5 @@
-//! Checks that direct responses equal those of hyper: what a client receives, what it is charged, and what is recorded
-//! and logged do not depend on `QUOTA_DIRECT_RESPONSES`.
+//! Checks that direct responses equal those of hyper: what a client receives, what the client is charged, and what is
+//! recorded and logged do not depend on `QUOTA_DIRECT_RESPONSES`.
 
 mod grammar;
 mod pair;
@@ -13,7 +13,8 @@ const CASES: u64 = 1000;
 /// Records are compared after this many cases.
 const ROUND: u64 = 20_000;
 
-/// For example, `DIFFERENTIAL_CASES=1000000` runs more cases, and `DIFFERENTIAL_FIRST=7` starts with seed 7.
+/// Reads a number from the environment. For example, `DIFFERENTIAL_CASES=1000000` runs more cases, and
+/// `DIFFERENTIAL_FIRST=7` starts with seed 7.
 #[expect(
     clippy::disallowed_methods,
     reason = "the length of a test is not a setting of the server"

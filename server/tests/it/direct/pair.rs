@@ -27,8 +27,8 @@ use tokio::{
 use super::grammar::Case;
 use crate::support::app::{Setup, TestApp};
 
-/// If a server sends nothing for this long, it is waiting for the client. It has nothing else to wait for, because all
-/// keys are cached.
+/// If a server sends nothing for this long, it is waiting for the client. The server has nothing else to wait for,
+/// because all keys are cached.
 const QUIET: Duration = Duration::from_millis(300);
 /// Every connection closes within this time, because the client stops sending.
 const ENDED_WITHIN: Duration = Duration::from_secs(30);
@@ -196,7 +196,7 @@ impl Side {
             .collect()
     }
 
-    /// The number of responses that were sent directly.
+    /// Returns the number of direct responses.
     pub(super) fn direct_responses(&self) -> u64 {
         self.app.state.metrics.direct_responses.get()
     }
@@ -212,8 +212,8 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// hyper's own response to a malformed head, without its date. Whether it is sent depends on the parts in which the head
-/// arrives: once a part was incomplete, hyper waits for an empty line before it parses the head again.
+/// hyper's own response to a malformed head, without its date. Whether hyper sends this response depends on the parts
+/// in which the head arrives: after an incomplete part, hyper waits for an empty line before it parses the head again.
 const REJECTED: &str =
     "HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-length: 0\r\ndate: \r\n";
 
@@ -288,7 +288,7 @@ impl Pair {
         pair
     }
 
-    /// Returns by how much the direct server's metrics have increased more than those of the other server.
+    /// Returns by how much the direct server's metrics exceed those of the other server.
     fn difference(&self) -> BTreeMap<String, i64> {
         let mut difference = self.direct.metrics();
         for (name, value) in self.hyper.metrics() {

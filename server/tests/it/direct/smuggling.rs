@@ -3,7 +3,7 @@
 
 use super::{grammar::Case, pair::Pair};
 
-/// The request that an attacker hides in another one. It must never get a response.
+/// The request that an attacker hides in another request. The hidden request must never get a response.
 const HIDDEN: &str =
     "GET /v1/echo HTTP/1.1\r\nHost: q\r\nX-Request-ID: c-hidden\r\nX-API-Key: KEY\r\n\r\n";
 
@@ -95,8 +95,8 @@ const CASES: &[(&str, &str)] = &[
     ),
 ];
 
-/// Heads with an odd byte, which other servers may read differently. They hide nothing, and get the same response as
-/// from hyper.
+/// Requests with an oddity that other servers may interpret differently. They hide no other request, and get the same
+/// responses as from hyper.
 const ODD: &[(&str, &str)] = &[
     (
         "bare LF",
@@ -210,7 +210,7 @@ async fn compare(pair: &Pair, name: &str, bytes: &[u8]) {
                 cuts,
             };
             let received = pair.compare(name, &case).await;
-            // Sent byte by byte, the plain request may arrive in so many parts that hyper handles it.
+            // If the plain request is sent byte by byte, it may arrive in so many parts that hyper handles it.
             let direct = pair.direct.direct_responses() - answered;
             assert!(direct <= u64::from(!before.is_empty()), "{name}: {direct}");
             assert!(!received.contains("c-hidden"), "{name}: {received}");

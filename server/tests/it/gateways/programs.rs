@@ -21,7 +21,7 @@ pub(super) enum Program {
     Nginx,
     HaProxy,
     Envoy,
-    /// Envoy with its rate limit service. Calls the gRPC listener at [`Filled::quota_port`].
+    /// Envoy with its rate limit filter, which calls the gRPC listener at [`Filled::quota_port`].
     EnvoyRateLimit,
 }
 
@@ -88,7 +88,7 @@ impl Program {
     pub(super) async fn start(self, filled: &Filled<'_>) -> Gateway {
         let dir = tempfile::tempdir().expect("a directory");
         let output = dir.path().join("output");
-        // Another process may have taken the port in the meantime.
+        // Retry, because another process may take the port in the meantime.
         for _ in 0..5 {
             let port = free_port();
             let command = self.command(dir.path(), filled, port);
@@ -149,7 +149,7 @@ impl Program {
                 let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
                     .map(|name| format!("{name}_temp_path {};\n", dir.join(name).display()))
                     .concat();
-                // nginx runs as a single process, so that nothing is left running when it ends.
+                // nginx runs as a single process, so that no other process is left running when it ends.
                 let text = format!(
                     "daemon off;\nmaster_process off;\npid {};\nerror_log stderr;\nevents {{}}\nhttp {{\n\
                      access_log off;\n{temporary}{server}}}\n",

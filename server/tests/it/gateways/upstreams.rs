@@ -20,8 +20,8 @@ use tokio_rustls::TlsAcceptor;
 
 use crate::support::authority::Authority;
 
-/// The API behind a gateway. It returns the body it received. The path can select another status, such as
-/// `/status/403`.
+/// The API behind a gateway. The API returns the body that it received. A path such as `/status/403` selects another
+/// status.
 pub(crate) struct Api {
     pub(crate) addr: SocketAddr,
     requests: Arc<Mutex<Vec<Head>>>,
@@ -127,7 +127,7 @@ pub(crate) enum Behind {
     Other(fn(&Head) -> &'static str),
 }
 
-/// TLS in front of Quota, as operators run it.
+/// A TLS proxy in front of Quota, as operators run it.
 pub(crate) struct TlsHop {
     pub(crate) port: u16,
     connections: Arc<AtomicUsize>,

@@ -195,7 +195,7 @@ async fn nothing_is_held_after_a_drain_with_calls_in_flight() {
         let key = Key::number(&limiter, n);
         assert_eq!(key.admitted(&plan, 8).await, 8);
     }
-    // The eighth request of each key leaves few tokens, so the next request is followed by a fetch that is slow.
+    // The eighth request of a key starts a fetch. Fetches that have not completed are slow from now on.
     world.ledger.set_delay(Duration::from_millis(20));
     for n in 0..50 {
         Key::number(&limiter, n).admitted(&plan, 1).await;

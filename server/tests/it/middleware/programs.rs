@@ -1,5 +1,5 @@
-//! The applications whose requests are checked. All of them have one route, `GET /orders/{id}`, which returns the order
-//! and the key's plan.
+//! The applications that use the middleware. Each application has one route, `GET /orders/{id}`, which returns the
+//! order and the key's plan.
 
 use std::{
     fs,
@@ -55,7 +55,7 @@ fn folder(name: &str) -> PathBuf {
 }
 
 impl Program {
-    /// Returns the name under which usage lists the requests.
+    /// Returns the endpoint under which usage reports list the requests.
     pub(super) fn endpoint(self) -> &'static str {
         match self {
             Self::Rust => "GET /orders/{id}",
@@ -73,7 +73,7 @@ impl Program {
         };
         let output = tempfile::tempdir().expect("a directory");
         let log = output.path().join("log");
-        // Another process may have taken the port in the meantime.
+        // Retry, because another process may take the port in the meantime.
         for _ in 0..5 {
             let port = free_port();
             let mut command = command(port);
@@ -190,11 +190,11 @@ fn typescript(port: u16) -> Command {
     node
 }
 
-/// Returns a directory with installed packages, which later test runs use again unless one of `sources` has changed.
+/// Returns a directory with installed packages, which later test runs reuse unless one of `sources` has changed.
 fn installed(name: &str, sources: &[&Path], install: impl FnOnce(&Path)) -> PathBuf {
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     let stamp = dir.with_extension("stamp");
-    // Tests run as separate processes at the same time.
+    // Several tests may run at the same time, in separate processes.
     let lock = fs::File::create(dir.with_extension("lock")).expect("a file");
     let _lock = Flock::lock(lock, FlockArg::LockExclusive).expect("no other error");
     let read = |path: &&Path| fs::read_to_string(path).expect("the file is there");

@@ -15,7 +15,7 @@ use tokio::{
     task::JoinSet,
 };
 
-/// A response that never comes.
+/// Stands for a response that is never sent.
 pub(super) const SILENCE: &str = "silence";
 
 /// Returns a complete response. Each of `fields` ends with CRLF.

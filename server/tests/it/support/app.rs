@@ -108,7 +108,7 @@ impl Setup {
         self
     }
 
-    /// Writes the log here instead of to standard output.
+    /// Uses this log instead of standard output.
     pub(crate) fn log(mut self, log: Log) -> Self {
         self.log = Some(log);
         self
@@ -246,12 +246,12 @@ impl TestApp {
         Self::setup().start().await
     }
 
-    /// Stops as after SIGTERM: requests finish and unused tokens are returned.
+    /// Stops the server as SIGTERM does: requests finish and unused tokens are returned.
     pub(crate) async fn stop(mut self) {
         self.state.begin_draining();
         let _ = self.stop.send(true);
         for server in self.servers.drain(..) {
-            server.await.expect("the server ends well");
+            server.await.expect("the server ends without a panic");
         }
         self.state.limiter.drain().await;
         if let Some(traces) = &self.state.traces {
@@ -291,7 +291,7 @@ impl TestApp {
         self.request(Method::POST, path).json(body)
     }
 
-    /// Creates an account with a new email.
+    /// Creates an account with a new email address.
     pub(crate) async fn register(&self) -> Account {
         let email = format!("user-{}@example.com", uuid::Uuid::now_v7().simple());
         let made = self
@@ -501,7 +501,7 @@ impl Call {
         let (status, headers) = (response.status(), response.headers().clone());
         let mut response = response;
         let text = if media_type(&headers) == "text/event-stream" {
-            // The response is endless. Its first bytes show that it is open.
+            // The response is endless. Its first bytes show that the stream is open.
             let first = response.chunk().await.expect("a stream begins");
             String::from_utf8(first.expect("a stream begins").to_vec()).expect("events are text")
         } else {
@@ -538,7 +538,7 @@ fn media_type(headers: &HeaderMap) -> &str {
 pub(crate) struct Answer {
     pub(crate) status: u16,
     pub(crate) headers: HeaderMap,
-    /// `Null` if it is not JSON.
+    /// `Null` if the body is not JSON.
     pub(crate) body: Value,
     pub(crate) text: String,
 }
@@ -631,7 +631,7 @@ impl Answer {
         let faults = faults(&schema, &self.body);
         assert!(
             faults.is_empty(),
-            "{method} {template} {status} does not fit: {faults:?} in {}",
+            "{method} {template} {status} does not match the schema: {faults:?} in {}",
             self.text
         );
     }
@@ -649,14 +649,14 @@ pub(crate) fn operation(method: &Method, path: &str) -> Option<(String, &'static
                 .zip(&parts)
                 .all(|(name, part)| name.starts_with('{') || name == part)
     };
-    // A literal path takes precedence over one with parameters.
+    // A literal path takes precedence over a path with parameters.
     let mut found = paths
         .iter()
         .filter(|(template, _)| fits(template))
         .collect::<Vec<_>>();
     found.sort_by_key(|(template, _)| template.matches('{').count());
     let (template, operations) = found.first()?;
-    // This operation accepts any method but is documented for one.
+    // Forward-auth accepts any method but is documented for only one.
     let is_documented = !matches!(method.as_str(), "TRACE" | "BREW");
     let method = match path {
         "/v1/forward-auth" if is_documented => "get".to_owned(),

@@ -66,7 +66,8 @@ pub(crate) fn framed(message: &[u8]) -> Vec<u8> {
 impl GrpcClient {
     pub(crate) async fn connect(addr: SocketAddr) -> Self {
         let stream = TcpStream::connect(addr).await.expect("the server listens");
-        // A call is sent in two packets. The second would wait for the server to acknowledge the first.
+        // A call is sent in two packets. Without this option, the second packet would wait until the server has
+        // acknowledged the first.
         stream.set_nodelay(true).expect("a socket");
         let (sender, connection) = handshake(TokioExecutor::new(), TokioIo::new(stream))
             .await

@@ -47,12 +47,12 @@ impl Received {
                 HeaderValue::from_str(value).expect("a value"),
             );
         }
-        let verifier = Webhook::new(secret).expect("a secret of the format");
+        let verifier = Webhook::new(secret).expect("a secret in the standard format");
         verifier.verify(self.body.as_bytes(), &headers).is_ok()
     }
 }
 
-/// The response to the requests for a path: the head, and how long it takes.
+/// The response to the requests for a path: its status, its headers, and the delay before it.
 #[derive(Debug, Clone)]
 pub(crate) struct Response {
     pub(crate) status: u16,
@@ -114,7 +114,7 @@ impl Hooks {
         self.responses.lock().insert(path.to_owned(), response);
     }
 
-    /// Returns what was received at a path, in order.
+    /// Returns the requests received at a path, in order.
     pub(crate) fn received(&self, path: &str) -> Vec<Received> {
         let received = self.received.lock();
         received

@@ -1,7 +1,7 @@
 //! A migrated database for each test, copied from a template.
 //!
-//! The cluster is the one in `QUOTA_TEST_POSTGRES`, which `cargo xtask test` starts for the whole run. Without this
-//! variable, each test process runs its own cluster, in the first free one of a few slots that are kept in `/tmp`
+//! The tests use the cluster in `QUOTA_TEST_POSTGRES`, which `cargo xtask test` starts for the whole run. Without this
+//! variable, each test process runs its own cluster, in the first free slot of a directory in `/tmp`, which is kept
 //! between runs. So `cargo test` and `cargo nextest run` also work without setup, but nextest is slower.
 
 use std::{
@@ -28,8 +28,8 @@ pub(crate) struct TestDatabase {
 }
 
 impl TestDatabase {
-    /// Copies the template. The first test of a cluster creates it by running `migrate` with the URL of an empty
-    /// database.
+    /// Copies the template. The first test of a cluster creates the template by running `migrate` with the URL of an
+    /// empty database.
     pub(crate) async fn create<F, E>(migrate: impl FnOnce(String) -> F) -> Self
     where
         F: Future<Output = Result<(), E>>,
@@ -48,7 +48,7 @@ impl TestDatabase {
         admin
             .execute("SELECT pg_advisory_unlock($1)", &[&TEMPLATE_LOCK])
             .await
-            .expect("the lock was ours");
+            .expect("this session holds the lock");
 
         let name = format!("quota_test_{}", Uuid::now_v7().simple());
         run(
@@ -91,7 +91,7 @@ impl TestDatabase {
 impl Drop for TestDatabase {
     fn drop(&mut self) {
         let sql = format!("DROP DATABASE IF EXISTS {} WITH (FORCE)", self.name);
-        // The drop cannot wait on the test's runtime. Failures are ignored: leftovers are removed with the cluster.
+        // `drop` cannot wait on the test's runtime. Failures are ignored: leftovers are removed with the cluster.
         let _ = thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
@@ -158,7 +158,7 @@ async fn run(admin: &Client, sql: &str) {
             Err(error) => panic!("{sql}: {error:?}"),
         }
     }
-    panic!("{sql}: the database stays in use");
+    panic!("{sql}: the database is still in use");
 }
 
 async fn connect(url: &str) -> Client {
@@ -177,7 +177,7 @@ fn url_of(database: &str) -> String {
     format!("{cluster}/{database}")
 }
 
-/// Returns the URL of the maintenance database, as superuser.
+/// Returns the URL of the maintenance database, for the superuser.
 fn admin_url() -> &'static str {
     static URL: OnceLock<String> = OnceLock::new();
     URL.get_or_init(|| {
@@ -237,7 +237,7 @@ fn slots() -> PathBuf {
     match fs::DirBuilder::new().mode(0o711).create(&path) {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-        Err(error) => panic!("cannot make {}: {error}", path.display()),
+        Err(error) => panic!("cannot create {}: {error}", path.display()),
     }
     let metadata = fs::symlink_metadata(&path).expect("the directory exists");
     assert!(
@@ -248,7 +248,7 @@ fn slots() -> PathBuf {
     path
 }
 
-/// Drops databases that an earlier owner of the slot left behind, and templates of other migrations.
+/// Drops databases that an earlier owner of the slot left behind, and templates with other migrations.
 async fn drop_leftovers(admin_url: &str) {
     let admin = connect(admin_url).await;
     let template = format!("quota_template_{:016x}", migrations_hash());
@@ -266,8 +266,8 @@ async fn drop_leftovers(admin_url: &str) {
     }
 }
 
-/// Returns a hash (FNV-1a) that changes with any migration, so that no test uses an outdated template. It covers the
-/// migrations in this binary, and the content of the files, which may be newer.
+/// Returns a hash (FNV-1a) that changes with any migration, so that no test uses an outdated template. The hash covers
+/// the migrations in this binary, and the content of the files, which may be newer.
 fn migrations_hash() -> u64 {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../migrations");
     let mut files: Vec<PathBuf> = fs::read_dir(&dir)

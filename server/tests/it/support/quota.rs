@@ -1,4 +1,4 @@
-//! The real `quota` in its own process, with the embedded database or as one of several replicas.
+//! The real `quota` binary in its own process, with its private PostgreSQL or as one of several replicas.
 
 use std::{
     fs,
@@ -26,7 +26,7 @@ const STARTED_WITHIN: Duration = Duration::from_secs(120);
 /// How long stopping after SIGTERM may take.
 const STOPPED_WITHIN: Duration = Duration::from_secs(30);
 
-/// Returns a data directory that root's PostgreSQL can access.
+/// Returns a data directory that PostgreSQL can access even if root runs the tests.
 pub(crate) fn data_dir() -> TempDir {
     tempfile::Builder::new()
         .prefix("quota-it-")
@@ -135,12 +135,15 @@ impl Quota {
                 );
                 return;
             }
-            assert!(Instant::now() < deadline, "not within {STOPPED_WITHIN:?}");
+            assert!(
+                Instant::now() < deadline,
+                "the server has not stopped within {STOPPED_WITHIN:?}"
+            );
             std::thread::sleep(Duration::from_millis(20));
         }
     }
 
-    /// Kills the server with `kill -9`.
+    /// Kills the server with SIGKILL.
     pub(crate) fn kill(mut self) {
         self.signal(Signal::SIGKILL);
         self.child.wait().expect("the process ends");

@@ -48,7 +48,7 @@ impl TestStripe {
             "prices",
             &format!("{usage}&recurring[meter]={meter}&product={product}&lookup_key=quota_usage"),
         );
-        // The webhook endpoint is moved to a server once a server runs.
+        // The URL of the webhook endpoint is changed once a server runs.
         let (endpoint, secret) = fake.add_endpoint("http://127.0.0.1:9/");
         Self {
             fake,

@@ -1,5 +1,5 @@
-//! Measures the speed of appending and reading usage, with 10 million rows. `cargo xtask bench usage` runs it. It does
-//! not assert times, because they depend on the machine.
+//! Measures the speed of appending and reading usage, with 10 million rows. `cargo xtask bench usage` runs this
+//! measurement, which does not assert times, because they depend on the machine.
 
 use std::time::{Duration, Instant};
 
@@ -24,7 +24,7 @@ const BACKLOG: usize = 1_000_000;
 /// The number of requests for each percentile.
 const ROUNDS: usize = 100;
 
-/// Draws a number from 0 to `n`; number `i` is drawn 1 / (i + 1) times as often as the first (Zipf, with exponent 1).
+/// Draws a number below `n`; number `i` is drawn 1 / (i + 1) times as often as the first (Zipf, with exponent 1).
 struct Zipf(Vec<f64>);
 
 impl Zipf {
@@ -43,7 +43,7 @@ impl Zipf {
     }
 }
 
-/// Records in chronological order, spread evenly over `span` before `until`.
+/// Generates records in chronological order, spread evenly over `span` before `until`.
 struct Generator {
     account: Account,
     keys: Vec<(String, String)>,
@@ -187,7 +187,7 @@ async fn explain(app: &TestApp, tenant: &str, until: DateTime<Utc>, busiest: &st
         let plan = usage::explain_series(&mut tx, &filter, &starts, until)
             .await
             .expect("a plan");
-        // Print only one scan, because there is one for each day and all are alike.
+        // Print only one scan, because the scans of all days are alike.
         let mut lines = plan
             .into_iter()
             .filter(|it| !it.contains("Index Cond"))

@@ -36,7 +36,7 @@ fn request_ids(page: &Value) -> Vec<String> {
         .collect()
 }
 
-/// Returns requests that are a second apart, named by their numbers. Number 0 was sent an hour ago.
+/// Returns requests that are a second apart, named by their numbers. Request 0 was sent an hour ago.
 fn requests(account: &Account, numbers: std::ops::Range<i64>) -> Vec<UsageRecord> {
     let start = now() - TimeDelta::hours(1);
     numbers
@@ -117,9 +117,9 @@ async fn decisions_are_listed_newest_first_page_by_page() {
         (&item["outcome"], &item["policy"], &item["retry_after"]),
         (&json!("rejected"), &json!("daily"), &json!(7))
     );
-    assert_eq!(item["key_name"], Value::Null, "the key was deleted");
+    assert_eq!(item["key_name"], Value::Null, "the key does not exist");
 
-    // Another tenant sees none of these decisions, with any filter.
+    // Another tenant sees none of these decisions, whatever the filter.
     let other = app.register().await;
     for query in [
         "",
@@ -202,8 +202,8 @@ impl Events {
         let chunk = tokio::time::timeout(Duration::from_secs(20), self.response.chunk());
         let chunk = chunk
             .await
-            .expect("something within 20 s")
-            .expect("the stream goes on")?;
+            .expect("data within 20 s")
+            .expect("the stream continues")?;
         self.text
             .push_str(std::str::from_utf8(&chunk).expect("text"));
         Some(())
@@ -299,7 +299,7 @@ async fn a_stream_shows_what_any_replica_ships_and_resumes_on_another() {
     append(&one, &requests(&account, 16..30)).await;
     assert_eq!(filtered.decisions(2).await.0, ["r19", "r29"]);
 
-    // A position in one tenant's log gives no access to another's.
+    // A position in one tenant's log gives no access to another tenant's log.
     let mut foreign = Events::open(&one, &other.access_token, "", Some(&last)).await;
     append(&one, &requests(&other, 905..906)).await;
     let mut seen = Vec::new();
@@ -497,7 +497,7 @@ async fn number_of_streams_of_a_tenant_is_limited() {
         if app.act(&account, "GET", path, Value::Null).await.status == 200 {
             break;
         }
-        assert!(attempt < 100, "closed streams make room");
+        assert!(attempt < 100, "closed streams still count");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }

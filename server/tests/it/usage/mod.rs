@@ -1,6 +1,6 @@
 //! Tests that the API counts and returns exactly the records that were appended to the log.
 //!
-//! Records are appended in the same way as by the shipper, so these tests know every request that was made.
+//! The tests append records in the same way as the shipper does, so they know every record in the log.
 
 mod bench;
 mod decisions;

@@ -60,7 +60,7 @@ struct World {
     records: Vec<UsageRecord>,
 }
 
-/// Creates records of 30 keys on 3 plans, with 40 endpoints, over some days.
+/// Creates records of 30 keys on 3 plans, with 40 endpoints, on these days.
 async fn world(days: &[&str]) -> World {
     let app = TestApp::setup().without_jobs().start().await;
     let account = app.register().await;
@@ -189,7 +189,7 @@ impl World {
             let expected = expected.remove(&label).unwrap_or_default();
             assert_eq!(counts(it), expected, "{query}: {label} {it}");
             assert_eq!(it["key_id"], Value::Null);
-            assert!(seen.insert(label.clone()), "{query}: {label} comes twice");
+            assert!(seen.insert(label.clone()), "{query}: {label} occurs twice");
         }
         assert!(expected.is_empty(), "{query}: no bucket for {expected:?}");
         assert_eq!(counts(&usage["total"]), total, "{query}");
@@ -204,11 +204,11 @@ impl World {
         }
         assert!(
             seen.is_empty(),
-            "{query}: buckets out of the range {seen:?}"
+            "{query}: buckets outside the range: {seen:?}"
         );
     }
 
-    /// Compares groups, and the buckets of each.
+    /// Compares the groups of a response, and the buckets of each group.
     async fn check_groups(&self, by: &str, filter: &str, wanted: impl Fn(&UsageRecord) -> bool) {
         let query = format!(
             "from=2026-03-27T10:30:00Z&to=2026-03-31T05:00:00Z&bucket=day&tz=Europe/Berlin&group_by={by}{filter}"

@@ -185,7 +185,7 @@ async fn csv_runs_no_formula() {
     assert_eq!(seen, expected);
     assert!(rows.iter().all(|row| &row[allowed] == "1"));
 
-    // The tenant chooses the names of keys, and they can be formulas as well.
+    // The tenant chooses the names of keys, which can be formulas as well.
     let patch = json!({"name": "=1+1"});
     let path = format!("/admin/api-keys/{}", it.key.id);
     assert_eq!(
@@ -195,7 +195,7 @@ async fn csv_runs_no_formula() {
     let answer = it.csv("/admin/usage?group_by=key&bucket=day").await;
     assert!(answer.text.contains(",'=1+1,"), "{}", answer.text);
 
-    // Each format is returned only if it was requested.
+    // A client that accepts JSON gets JSON, even if it also accepts CSV.
     let json = it.app.get("/admin/usage").bearer(&it.account.access_token);
     let json = json
         .header("Accept", "application/json, text/csv")
@@ -429,7 +429,7 @@ async fn limits_show_the_state_of_a_key_and_consume_nothing() {
         assert!(now[0].1 >= 6, "{now:?}");
         assert_eq!(now[1..], [of("daily", 46), of("monthly", 496)]);
     }
-    // Compare with the limits in the response to a request.
+    // The response to a request also contains the limits.
     let answer = it.app.echo(&it.key.text).await;
     assert!(
         answer.header("ratelimit").expect("a field").contains("r="),
@@ -594,7 +594,7 @@ async fn usage_says_until_when_it_is_complete() {
 async fn limits_show_what_another_replica_took_of_the_rate() {
     let redis = RedisServer::start().await;
     let flag = format!("--redis-url={}", redis.url());
-    // Allow for a busy machine.
+    // The long timeout allows for a busy machine.
     let replica = || {
         TestApp::setup()
             .flag(flag.clone())
@@ -618,7 +618,7 @@ async fn limits_show_what_another_replica_took_of_the_rate() {
     }
     for _ in 0..5 {
         for app in [&one, &two] {
-            // A tenth of the burst may be held for later.
+            // A replica may hold a tenth of the burst for later.
             let left = remaining(app).await;
             assert!((10..=12).contains(&left), "{left}");
         }
@@ -627,7 +627,7 @@ async fn limits_show_what_another_replica_took_of_the_rate() {
     let mut admitted = 0;
     while two.echo(&key.text).await.status == 200 {
         admitted += 1;
-        assert!(admitted <= 13, "more than the burst");
+        assert!(admitted <= 13, "more than the burst was admitted");
     }
     assert!(admitted >= 10, "{admitted}");
 }
@@ -686,7 +686,7 @@ async fn operators_see_the_largest_tenants_and_what_is_not_delivered() {
     assert_eq!(of_tenant[of_tenant.len() - 3..], ["7", "2", "7"], "{text}");
     let of_key = words(line(&it.key.id));
     assert_eq!(of_key[of_key.len() - 3..], ["7", "2", "7"], "{text}");
-    assert!(!text.contains(&it.key.text), "no secret");
+    assert!(!text.contains(&it.key.text), "the report contains a secret");
     assert!(report(&["--hours=1", "--top=1"]).contains("in the last 1 hour\n"));
 }
 

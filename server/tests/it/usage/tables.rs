@@ -44,7 +44,7 @@ fn batch(account: &Account, count: usize) -> Vec<UsageRecord> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_shippers_of_the_same_tenants_wait_for_each_other_and_leave_no_gap() {
-    // More tenants than connections.
+    // Concurrent batches may have to wait for a connection.
     let app = TestApp::setup()
         .without_jobs()
         .flag("--database-wait=10s")
@@ -54,7 +54,7 @@ async fn two_shippers_of_the_same_tenants_wait_for_each_other_and_leave_no_gap()
     for _ in 0..4 {
         tenants.push(app.register().await);
     }
-    // Every batch contains all tenants, in a different order.
+    // Every batch contains records of all tenants, in a different order.
     let batches = (0..12).map(|n| {
         let mut records = Vec::new();
         for i in 0..tenants.len() {
@@ -136,8 +136,8 @@ async fn endpoints_above_the_limit_count_together_and_keep_their_names_in_the_lo
         0
     );
     assert_eq!(list(&key).await["total"]["allowed"], 500);
-    // The tenant's list is longer. One consumer cannot fill the tenant's list, because an endpoint is added only if the
-    // list of the consumer's key contains the endpoint.
+    // The tenant's list is longer. One consumer cannot fill the tenant's list, because an endpoint is added to it only
+    // if the list of the consumer's key contains the endpoint.
     assert_eq!(list("endpoint=GET%20/255").await["total"]["allowed"], 1);
     assert_eq!(list("endpoint=GET%20/256").await["total"]["allowed"], 0);
     let other = UsageRecord {
@@ -339,7 +339,7 @@ async fn holds(mut check: impl AsyncFnMut() -> bool) -> bool {
 async fn a_table_whose_partitions_cannot_be_created_holds_up_no_other() {
     let app = TestApp::setup().without_jobs().start().await;
     let reader = app.database.connect().await;
-    // Hold a lock, like a long query.
+    // Hold a lock, as a long query would.
     reader
         .batch_execute("BEGIN; LOCK TABLE usage_log_default IN ACCESS SHARE MODE")
         .await
@@ -359,7 +359,7 @@ async fn a_table_whose_partitions_cannot_be_created_holds_up_no_other() {
         .await
         .expect("the lock is released");
     let created = holds(async || partitions(&client, "usage_log").await.len() == 9).await;
-    assert!(created, "the creation is retried");
+    assert!(created, "the creation was not retried");
     replica.stop().await;
 }
 
@@ -367,7 +367,7 @@ async fn a_table_whose_partitions_cannot_be_created_holds_up_no_other() {
 async fn partitions_are_created_however_long_it_takes() {
     let app = TestApp::setup().without_jobs().start().await;
     let client = app.database.connect().await;
-    // Creating each partition takes longer than the statement timeout.
+    // Each partition takes longer to create than the statement timeout allows.
     client
         .batch_execute(
             "CREATE FUNCTION wait_for_partition() RETURNS event_trigger LANGUAGE plpgsql AS \
@@ -376,7 +376,7 @@ async fn partitions_are_created_however_long_it_takes() {
                  EXECUTE FUNCTION wait_for_partition()",
         )
         .await
-        .expect("the superuser may");
+        .expect("the superuser may create event triggers");
     let replica = TestApp::setup()
         .database(app.database.clone())
         .flag("--database-statement-timeout=100ms")

@@ -10,39 +10,40 @@
 //! plans that requests follow. Between the requests of two plans, the lower rate counts, because a bucket learns of an
 //! edit from a request. If Redis has lost its state in between, the later plan counts from the start of the new epoch,
 //! because the earlier one is unknown. `closed` has no exception. `share` has one exception: while some replicas have
-//! lost Redis (or get all responses late) and others have not, the former use their share `p` of the bucket in addition
-//! to the latter. All replicas together then admit at most `(1 + p)` times as much, where `p` is at most 1. If some
-//! calls fail just after an outage, the replicas that made these calls still count as having lost Redis while the
-//! others use it again. With `open`, the requests that a replica admits without Redis satisfy the bound of a strict
-//! plan, separately for each replica. Requests admitted by Redis satisfy the plain bound in every mode.
+//! lost Redis (or get all responses late) and others have not, these replicas use their share `p` of the bucket, in
+//! addition to the tokens that the others take from Redis. All replicas together then admit at most `(1 + p)` times as
+//! much, where `p` is at most 1. If some calls fail just after an outage, the replicas that made these calls still
+//! count as having lost Redis while the others use it again. With `open`, the requests that a replica admits without
+//! Redis satisfy the bound of a strict plan, separately for each replica. Requests admitted by Redis satisfy the plain
+//! bound in every mode.
 //!
-//! **Lower bound.** In any 2 s without a fault and at least [`RECOVERED`] after the last one, the replicas admit at
-//! least 99% of what an exact bucket would admit of the same requests, to within a token or two. At its start, the
-//! bucket contains what earlier admissions have left in it. If a replica crashes, the tokens that may have been granted
-//! for its requests without a response are lost. For a leased key, two kinds of tokens are not counted as available.
-//! The first are tokens that another replica may hold: at most a tenth of the burst and twice the cost of the requests
-//! sent there just before, for at most [`HELD`]. The second are the last tokens of a bucket, because they are taken
-//! together and not one by one: as many tokens as refill in [`GATHER`], from the time at which the bucket contains
-//! fewer tokens than that until it contains twice as many. Requests that arrive during a call to Redis are decided
-//! together by the next call, so at the end of a window, the refill of the last round trip may be unused, for every
-//! plan. In addition, Redis learns of an edit with the first request after it: tokens that refill before that count at
-//! the lower of the two rates. After a fault, a bucket is empty only if Redis lost its state, or if no replica that
-//! uses it received a response. Otherwise, it has lost only the tokens that Redis granted in responses that arrived
-//! late or never, and those that were returned by calls that never arrived.
+//! **Lower bound.** In any 2 s without a fault and at least [`RECOVERED`] after the last fault, the replicas admit at
+//! least 99% of what an exact bucket would admit of the same requests, to within a token or two. At the start of this
+//! time, the exact bucket contains what earlier admissions have left in it. If a replica crashes, the tokens that may
+//! have been granted for its requests without a response are lost. For a leased key, two kinds of tokens are not
+//! counted as available. The first are tokens that another replica may hold: at most a tenth of the burst and at most
+//! twice the cost of the requests that the replica got just before, for at most [`HELD`]. The second are the last
+//! tokens of a bucket, because they are taken together and not one by one: as many tokens as refill in [`GATHER`], from
+//! the time at which the bucket contains fewer tokens than that until it contains twice as many. Requests that arrive
+//! during a call to Redis are decided together by the next call, so at the end of a window, the refill of the last
+//! round trip may be unused, for every plan. In addition, Redis learns of an edit with the first request after it:
+//! tokens that refill before that count at the lower of the two rates. After a fault, a bucket is empty only if Redis
+//! lost its state, or if no replica that uses it received a response. Otherwise, it has lost only the tokens that Redis
+//! granted in responses that arrived late or never, and those that were returned by calls that never arrived.
 //!
 //! **Outages.** A replica that gets no timely response from Redis for a while still admits at least 99% of what the
 //! plan promises for the requests that the replica gets. With `open`, from half a second on, this is a separate bucket
-//! with the full limit. The bucket is full at first, and requests that Redis decided have not used it. With `share`,
-//! from 1.4 s on, it is the replica's share of the limit, which starts empty. This requires a constant number of
-//! replicas. If a replica has never had a response for the key under this plan, its share starts with its first
-//! request.
+//! with the full limit. The bucket is full at first, and requests that Redis decides take nothing from it. With
+//! `share`, from 1.4 s on, it is the replica's share of the limit, which starts empty. This check requires a constant
+//! number of replicas. If a replica has never had a response for the key under this plan, its share starts with the
+//! replica's first request.
 //!
 //! **Connections.** A replica decides without Redis only during a fault that affects it, and for [`RECOVERED`] after
 //! that. A fault that affects all replicas, or in which Redis loses its state, affects every replica.
 //!
-//! **Waits.** A denial by the rate states a time to wait, which is at most the time that an empty bucket needs for that
-//! cost, plus the lifetimes of two leases. If nothing is taken in the meantime, the same request is admitted after that
-//! time, rounded up to whole seconds as in a header, once the tokens of a leased key have accumulated.
+//! **Waits.** A denial by the rate states a time to wait, which is at most the time that an empty bucket needs for the
+//! request's cost, plus the lifetimes of two leases. If nothing is taken in the meantime, the same request is admitted
+//! after that time, rounded up to whole seconds as in a header, once the tokens of a leased key have accumulated.
 #![expect(
     clippy::cast_precision_loss,
     clippy::cast_possible_truncation,
@@ -74,12 +75,13 @@ const RECOVERED: u64 = 2000 * MS;
 const WINDOW: u64 = 2000 * MS;
 /// The interval between the starts of windows.
 const STEP: u64 = 250 * MS;
-/// The lifetime of a lease and of its return, plus twice that time for denials that other replicas remember.
+/// The lifetime of a lease and the time of its return, plus two more lifetimes for denials that other replicas
+/// remember.
 const HELD: u64 = 350 * MS;
-/// How long tokens of a dry bucket may accumulate before they are taken: half the lifetime of a lease, plus the round
-/// trip to Redis.
+/// How long tokens of an empty bucket may accumulate before they are taken: half the lifetime of a lease, plus the
+/// round trip to Redis.
 const GATHER: u64 = 60 * MS;
-/// A decision waits for Redis at most twice.
+/// The maximum time of a decision, which waits for Redis at most twice.
 const PATIENCE: u64 = 2 * DEADLINE.as_nanos() as u64 + 5 * MS;
 
 /// The promise that was broken.
@@ -89,7 +91,7 @@ pub(super) enum Promise {
     Lower,
     /// A 429 although the bucket certainly had enough tokens.
     Honest,
-    /// A wait after which the same request is denied again, or one that is longer than necessary.
+    /// A stated wait after which the same request is denied again, or that is longer than necessary.
     Wait,
     /// A response took longer than two deadlines.
     Prompt,
@@ -97,7 +99,7 @@ pub(super) enum Promise {
     Mode,
     /// A decision without Redis, although Redis responded.
     Connected,
-    /// Less than the fallback setting promises while Redis is unavailable.
+    /// While Redis was unavailable, less was admitted than the fallback setting promises.
     Outage,
 }
 
@@ -116,7 +118,7 @@ pub(super) fn judge(scene: &Scene, log: &Log) -> Vec<Violation> {
             .filter(|it| it.key == number)
             .copied()
             .collect();
-        // Of requests sent at the same time, those without a response may have been decided first.
+        // Among requests sent at the same time, those without a response may have been decided first.
         entries.sort_by_key(|it| (it.asked, it.answer != Answer::None));
         let mut broken = |promise, text: String| {
             let text = format!("key {number} ({}): {text}", key.load);
@@ -212,9 +214,9 @@ fn in_force(key: &Key) -> Vec<InForce> {
         .collect()
 }
 
-/// Returns the plans that buckets have followed, each from the first request under it to the last. A bucket learns of
-/// an edit from a request, and since the previous request it refills at the lower of the two rates. So a plan under
-/// which no request was sent never took effect, and the slower plan applies between the requests of two plans.
+/// Returns the plans that buckets have followed, each from the first request under the plan to the last. A bucket
+/// learns of an edit from a request, and since the previous request it refills at the lower of the two rates. So a plan
+/// under which no request was sent never took effect, and the slower plan applies between the requests of two plans.
 ///
 /// A replica that has not learned of an edit yet may also return tokens during the time that an edit takes to arrive.
 /// If no request under a plan satisfies `is_heard`, it is unknown whether the bucket learned of the plan, so the result
@@ -313,7 +315,7 @@ fn refilled(plans: &[InForce], beside: &[Beside], until: u64) -> f64 {
 }
 
 /// Returns the periods in which only some replicas have lost Redis and admit requests in addition to it: the fault, and
-/// the time until they have recovered.
+/// the time until these replicas have recovered.
 fn beside(scene: &Scene, key: &Key) -> Vec<Beside> {
     if key.on_failure != OnRedisFailure::Share {
         return Vec::new();
@@ -437,7 +439,7 @@ fn over_by_open(scene: &Scene, key: &Key, entries: &[Entry], restarts: &[u64]) -
 /// Returns a description of a window that exceeds the promise, if there is one. More is allowed while shares are
 /// admitted in addition to Redis.
 fn worst(plans: &[InForce], admitted: &[&Entry], beside: &[Beside]) -> Option<String> {
-    /// One token, in the unit of time in which the checker assumes an even refill.
+    /// One token, in units of a clock that advances with the refill and not with time.
     const TOKEN: f64 = 1e9;
     let part = beside.iter().map(|it| it.part).fold(0.0, f64::max);
     for first in 0..plans.len() {
@@ -504,9 +506,9 @@ struct Least {
     from: u64,
     rate: f64,
     burst: f64,
-    /// The largest burst of these plans: no more than that has to refill before the bucket is full.
+    /// The largest burst of these plans: no more tokens than that have to refill before the bucket is full.
     most: f64,
-    /// The largest burst so far: no more than that can be missing.
+    /// The largest burst so far: no more tokens than that can be missing.
     ever: f64,
     leased: bool,
     /// Tokens that may be lost at `from`: leases of a plan that was edited.
@@ -549,7 +551,7 @@ fn least(key: &Key, replicas: usize) -> Vec<Least> {
     pieces
 }
 
-/// Tokens that are lost at a time.
+/// A loss of tokens.
 #[derive(Debug, Clone, Copy)]
 struct Loss {
     at: u64,
@@ -585,14 +587,14 @@ struct Bucket<'a> {
     heard: usize,
     at: u64,
     missing: f64,
-    /// Debt beyond an empty bucket, from before the burst was lowered. It is missing again when the burst is raised,
-    /// minus what would have refilled while the bucket was full.
+    /// Debt beyond an empty bucket, from before the burst was lowered. The debt is missing again when the burst is
+    /// raised, minus what would have refilled while the bucket was full.
     beyond: f64,
     /// The unspent tokens that have refilled since the bucket was emptied. A later, larger burst does not make more
     /// tokens available.
     refilled: f64,
-    /// Whether tokens accumulate in the bucket until they are taken together. Applies from the next instant on:
-    /// requests at the same instant take as many tokens as there are.
+    /// Whether tokens accumulate in the bucket until they are taken together. A change applies from the next instant
+    /// on: requests at the same instant take as many tokens as there are.
     is_low: bool,
     /// The time of the latest request.
     instant: Option<u64>,
@@ -819,8 +821,8 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry], facts: &Facts<'_>) -> Opti
     None
 }
 
-/// Finds a denial by the rate that was wrong: even after all tokens that Redis ever granted, enough were left in the
-/// bucket of every plan that may apply.
+/// Finds a denial by the rate that was wrong: under every plan that may apply, the bucket would contain enough tokens
+/// even without all tokens that Redis ever granted.
 fn dishonest(key: &Key, entries: &[Entry]) -> Option<String> {
     let plans = in_force(key);
     entries.iter().find_map(|it| {
@@ -833,7 +835,7 @@ fn dishonest(key: &Key, entries: &[Entry]) -> Option<String> {
             .is_some_and(|granted| granted + u64::from(it.cost) <= least);
         (it.answer == Answer::Denied && !it.degraded && enough).then(|| {
             format!(
-                "denied with at most {:?} of {least} tokens gone: {it:?}",
+                "denied with at most {:?} of {least} tokens taken: {it:?}",
                 it.granted
             )
         })
@@ -885,7 +887,7 @@ fn wrong_wait(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
         let slowest = in_force().map(|it| it.rate()).fold(f64::MAX, f64::min);
         let longest = f64::from(it.cost) / slowest + 2.0 * TTL.as_nanos() as f64;
         if wait as f64 > longest + MS as f64 {
-            return Some(format!("{} ms to wait: {it:?}", wait / MS));
+            return Some(format!("a wait of {} ms is too long: {it:?}", wait / MS));
         }
         // A header contains whole seconds.
         let mut due = it.answered + wait.div_ceil(SECOND).max(1) * SECOND;
@@ -898,8 +900,8 @@ fn wrong_wait(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
         let Some(retry) = retry.filter(|retry| retry.answer == Answer::Denied) else {
             continue;
         };
-        // A replica may repeat a denial until it expires, even if other replicas have taken nothing in the meantime,
-        // and it may hold tokens that others cannot have.
+        // A replica may repeat a denial until the denial expires, even if other replicas have taken nothing in the
+        // meantime. The replica may also hold tokens that the others cannot get.
         let from = it.asked.saturating_sub(longest as u64 + HELD);
         let is_taken = |other: &Entry| {
             let known_since = match (other.replica == it.replica, retry.replica == it.replica) {
@@ -912,7 +914,9 @@ fn wrong_wait(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
                 && other.asked <= retry.answered
         };
         if !entries.iter().any(is_taken) && !is_eventful(scene, key, from, retry.answered) {
-            return Some(format!("denied again when it was due: {it:?}, {retry:?}"));
+            return Some(format!(
+                "denied again after the stated wait: {it:?}, {retry:?}"
+            ));
         }
     }
     None

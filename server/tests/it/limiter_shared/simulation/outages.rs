@@ -49,7 +49,7 @@ impl Outage {
         let world = World::new(1, 0, Plant::Nothing);
         let memberships: Vec<Arc<Membership>> = (0..2).map(|_| Arc::default()).collect();
         let other = replica(&world, &memberships[1], OnRedisFailure::Share);
-        // Heartbeats of the first replica are sent 3 ms after those of the other one.
+        // Heartbeats of the first replica are sent 3 ms after those of the other replica.
         until(&world, 3).await;
         let first = replica(&world, &memberships[0], OnRedisFailure::Share);
         let (registry, _) = count(&world, memberships);
@@ -79,7 +79,7 @@ impl Outage {
         }
     }
 
-    /// Sends requests to all replicas, and returns how many tokens more than the envelope they admit.
+    /// Sends requests to all replicas, and returns how many tokens more than the envelope the replicas admit.
     async fn excess(&self, for_ms: u64) -> i64 {
         let begin = Instant::now();
         let mut requests = JoinSet::new();
@@ -97,7 +97,8 @@ impl Outage {
     }
 }
 
-/// The other replica narrowly misses this outage, and uses a bucket that does not reflect the first one's share.
+/// The other replica only just fails to detect this outage, and uses a bucket that does not reflect the first replica's
+/// share.
 #[test]
 fn no_share_begins_before_the_outage_is_over_or_detected_by_all() {
     paused(async {
@@ -139,9 +140,9 @@ fn a_replica_that_starts_at_the_end_of_an_outage_begins_an_epoch() {
     }
 }
 
-/// After all replicas have ended, others start, at the same time or one after the other. If the former were stopped, or
-/// killed more than a minute ago, none of them can have admitted anything that Redis does not know of, so buckets keep
-/// their tokens.
+/// After all replicas have exited, new replicas start, at the same time or one after the other. If the old replicas
+/// were stopped, or were killed more than a minute ago, none of them can have admitted a request that Redis does not
+/// know of, so buckets keep their tokens.
 #[test]
 fn replicas_that_start_together_find_full_buckets() {
     for (is_stopped, pause, apart, is_full) in [
@@ -249,8 +250,8 @@ fn a_late_response_that_reports_a_loss_of_state_begins_no_outage() {
     }
 }
 
-/// One of two replicas loses Redis for a while. The other one still gets responses, so buckets keep their tokens, even
-/// if both replicas use a partition only rarely, or if the responses take nearly as long as the deadline allows.
+/// One of two replicas loses Redis for a while. The other replica still gets responses, so buckets keep their tokens,
+/// even if both replicas use a partition only rarely, or if the responses take nearly as long as the deadline allows.
 #[test]
 fn an_outage_of_one_replica_empties_no_bucket() {
     let ms = Duration::from_millis;

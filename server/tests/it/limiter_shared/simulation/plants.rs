@@ -24,7 +24,7 @@ use tokio::time::Instant;
 use super::judge::Promise;
 use crate::limiter_contract::TestLedger;
 
-/// The kinds of errors.
+/// The kinds of planted errors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Plant {
     Nothing,
@@ -32,12 +32,12 @@ pub(super) enum Plant {
     OneBucket,
     AdmitsAll,
     DeniesAll,
-    /// Serves only this many of the requests that wait for Redis at the same time, and denies the others as if the limit
-    /// were exceeded.
+    /// Serves only this many of the requests that wait for Redis at the same time, and denies the others as if the
+    /// limit were exceeded.
     RefusesCrowds,
     /// A denial is repeated for this many seconds, no matter what Redis would decide.
     RemembersDenials(u64),
-    /// Tokens are granted again after a pause without requests, as if a lease were spent twice.
+    /// After every ten admissions, a request is admitted without taking tokens, as if a lease were spent twice.
     SpendsTwice,
     /// Each replica has its own counters.
     SharesNothing,
@@ -66,7 +66,7 @@ pub(super) enum Plant {
     ConfirmsNothing,
     /// Each replica has its own ledger of quotas.
     OwnLedgers,
-    /// Half of each quota is admitted.
+    /// Only half of each quota is admitted.
     HalfQuotas,
     /// Quota tokens that are returned are lost.
     ReturnsNoQuota,
@@ -188,7 +188,7 @@ impl Plant {
     }
 }
 
-/// The store with an error in front of it.
+/// A store with a planted error in front of it.
 #[derive(Debug)]
 struct Planted {
     plant: Plant,
@@ -196,7 +196,7 @@ struct Planted {
     waiting: AtomicU64,
     denied: Mutex<Option<Instant>>,
     admitted: AtomicU64,
-    /// For each key, the version for which its share was filled, and the remaining tokens.
+    /// For each key, the version of the plan for which its share was filled, and the remaining tokens.
     shares: Mutex<HashMap<ApiKeyId, (u64, u32)>>,
 }
 
@@ -303,12 +303,12 @@ impl LimitStore for Planted {
                     return Some(self.denied(handle, policies));
                 }
             }
-            // Every tenth admission counts twice.
+            // Admit a request without taking tokens after every ten admissions.
             Plant::SpendsTwice if self.admitted.load(Ordering::Relaxed) >= 10 => {
                 self.admitted.store(0, Ordering::Relaxed);
                 return Some(self.allowed(handle, policies));
             }
-            // Every tenth admission is followed by one without Redis.
+            // Admit a request without Redis after every ten admissions.
             Plant::OpenWithoutOutage
                 if policies.on_failure() == Some(OnRedisFailure::Open)
                     && self.admitted.load(Ordering::Relaxed) >= 10 =>
@@ -375,7 +375,7 @@ impl LimitStore for Planted {
         self.store.peek(handle, policies)
     }
 
-    /// A local store has no denial cache in front of it, which could hide the error.
+    /// Prevents a denial cache in front of the store, which could hide the error.
     fn is_local(&self) -> bool {
         true
     }

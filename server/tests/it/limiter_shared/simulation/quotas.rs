@@ -1,5 +1,5 @@
-//! Simulates calendar quotas in the same scenes, with one ledger that all replicas share. After the scene, requests are
-//! sent for another 40 s.
+//! Simulates calendar quotas in the scenes of the parent module, with one ledger that all replicas share. After the
+//! scene, requests are sent for another 40 s.
 //!
 //! **Upper bound.** No matter what happens to replicas and to Redis, and no matter what a plan does without Redis, no
 //! more than the quota is admitted.
@@ -7,7 +7,7 @@
 //! **Lower bound.** In the end, a quota that still denies requests has been served in full, except for the tokens that
 //! a replica had when it crashed: at most a block (one hundredth of the quota, or one token), and the cost of the
 //! requests that the replica was just deciding. In the meantime, a quota does not deny requests while more tokens are
-//! left than replicas may have: their blocks, and the tokens for requests that were denied in the end. A replica that
+//! left than replicas may hold: their blocks, and the tokens for requests that were denied in the end. A replica that
 //! has found the quota exhausted calls the ledger again within [`ASKS_AGAIN`]. No request fails because it waits for
 //! the ledger, which always responds within 20 ms.
 
@@ -37,7 +37,8 @@ const LAST_EVERY: usize = 200;
 /// The time after which all replicas know the state of the ledger again, in milliseconds.
 const SETTLED: u64 = 25_000;
 
-/// Returns the scene of a seed, with quotas for a part of the load or for more than all of it.
+/// Returns the scene of a seed, with quotas for a part of the load or for more than the whole load, and the time at
+/// which the requests after the scene begin.
 fn with_quotas(seed: u64) -> (Scene, u64) {
     let mut scene = Scene::of(seed);
     let mut rng = Rng::with_seed(seed ^ 0x9_0BED);
@@ -83,7 +84,7 @@ fn cost(it: &Entry) -> u64 {
     u64::from(it.cost)
 }
 
-/// Returns which promise one key's responses break, and whether a quota was checked in the end.
+/// Returns which promise one key's responses break, and whether one of the key's quotas was exhausted in the end.
 fn broken(scene: &Scene, from: u64, key: usize, log: &Log) -> (Option<String>, bool) {
     let of_key = log.entries.iter().filter(|it| it.key == key);
     let entries: Vec<Entry> = of_key.copied().collect();
@@ -99,7 +100,12 @@ fn broken(scene: &Scene, from: u64, key: usize, log: &Log) -> (Option<String>, b
         .collect();
     let fails = |it: &&Entry| it.answer == Answer::Unavailable && !it.degraded;
     if let Some(failed) = entries.iter().find(fails) {
-        return (Some(format!("the ledger is available: {failed:?}")), false);
+        return (
+            Some(format!(
+                "failed although the ledger is available: {failed:?}"
+            )),
+            false,
+        );
     }
     let mut is_exhausted = false;
     for (place, quota) in scene.keys[key].quotas.iter().enumerate() {

@@ -15,7 +15,7 @@ struct Row {
     seen_at: u64,
 }
 
-/// See the module documentation. Times are in nanoseconds.
+/// The rows of the table. Times are in nanoseconds.
 #[derive(Debug, Default)]
 pub(super) struct Registry(Mutex<Vec<Row>>);
 

@@ -49,7 +49,7 @@ const LAST_REQUESTS: Duration = Duration::from_millis(70);
 pub(super) enum Answer {
     Admitted,
     Denied,
-    /// 503.
+    /// The decision failed with an error, which the server reports as status 503.
     Unavailable,
     /// The replica crashed before it responded.
     None,
@@ -81,8 +81,7 @@ pub(super) struct Log {
     pub(super) entries: Vec<Entry>,
     /// The times at which Redis reported a new epoch, in nanoseconds since the load began, by key.
     pub(super) epochs: Vec<Vec<u64>>,
-    /// The number of tokens that Redis granted or got back but that no replica could spend and no bucket contained
-    /// afterward, and the time, by key.
+    /// When tokens were lost, so that neither a replica nor a bucket had them afterward, and how many, by key.
     pub(super) missed: Vec<Vec<(u64, u64)>>,
     /// The times at which any replica received a response in time, by key.
     pub(super) heard: Vec<Vec<u64>>,
@@ -160,7 +159,7 @@ struct Stage {
     policies: Vec<Vec<Policies>>,
     entries: Mutex<Vec<Entry>>,
     ledger: Arc<TestLedger>,
-    /// If set, one bucket store that all replicas share instead of having their own.
+    /// If set, the local store that all replicas share instead of having their own stores.
     one_bucket: Option<Arc<LocalStore>>,
     /// When the load begins.
     begin: Instant,
@@ -332,7 +331,7 @@ impl Stage {
     }
 }
 
-/// A store as configured by a server.
+/// Creates a store, configured as on a server.
 pub(super) fn store(
     clock: &Arc<dyn Clock>,
     ledger: Arc<dyn QuotaLedger>,
@@ -398,7 +397,7 @@ pub(super) async fn play(scene: &Scene, plant: Plant) -> Log {
     stage.ledger.set_delay(ledger_delay);
     for _ in 0..scene.replicas {
         stage.join(&mut rng);
-        // The replicas do not count at the same time.
+        // The replicas do not count each other at the same time.
         sleep(Duration::from_millis(rng.u64(..300))).await;
     }
     sleep_until(stage.begin).await;
@@ -429,7 +428,7 @@ pub(super) async fn play(scene: &Scene, plant: Plant) -> Log {
     for task in happening.into_iter().chain(requests) {
         task.await.unwrap();
     }
-    // Leased tokens expire and are returned, and replicas return to Redis.
+    // Wait until leases have expired and been returned, and replicas have returned to Redis.
     sleep(Duration::from_millis(3000)).await;
 
     let replicas = stage.replicas.lock();

@@ -1,6 +1,6 @@
 //! The content of one seed: keys with their plans and edits, the load, replicas that join and leave, and faults.
 //!
-//! A pure function of the seed. Times are milliseconds since the load began.
+//! A scene is a pure function of the seed. Times are in milliseconds since the load began.
 
 use std::num::NonZeroU64;
 
@@ -45,7 +45,7 @@ pub(super) struct Key {
     pub(super) on_failure: OnRedisFailure,
     /// The plan and its edits, in chronological order; the first applies from the start.
     pub(super) plans: Vec<Plan>,
-    /// Per day and per month.
+    /// The quota per day and the quota per month.
     pub(super) quotas: [Option<NonZeroU64>; 2],
     pub(super) load: &'static str,
 }
@@ -112,7 +112,7 @@ pub(super) enum FaultKind {
     Cut,
     /// All calls arrive, and no responses come back.
     Deaf,
-    /// These replicas do not reach Redis: it is silent, or connections are refused.
+    /// These replicas do not reach Redis: calls get no response, or connections are refused.
     CutSome { replicas: Replicas, refused: bool },
 }
 
@@ -239,7 +239,8 @@ impl Scene {
         }
     }
 
-    /// One replica loses PostgreSQL, another one joins that it cannot know of, and then Redis becomes unavailable.
+    /// One replica loses PostgreSQL, then another replica joins, of which the first cannot know, and then Redis becomes
+    /// unavailable.
     fn miscounted_outage(&mut self, rng: &mut Rng) {
         let at = rng.u64(..500);
         self.length = 10_000;
@@ -303,8 +304,8 @@ impl Scene {
         }
     }
 
-    /// For a few seconds, Redis responds to every replica too late. Then Redis recovers. The key is drained before that
-    /// and saturated afterward.
+    /// For a few seconds, Redis responds to every replica too late. Then Redis recovers. The key's bucket is emptied
+    /// before these seconds, and the key gets more requests than its limit allows afterward.
     fn slow_for_all(&mut self, rng: &mut Rng) {
         self.replicas = rng.usize(2..=4);
         let rpm = [600, 2000, 6000][rng.usize(..3)];
@@ -344,7 +345,7 @@ impl Scene {
         }
     }
 
-    /// Redis is unavailable to all replicas for seconds. Before that, all of them have used every key.
+    /// Redis is unavailable to all replicas for several seconds. Before the outage, all replicas have used every key.
     fn long_outage(&mut self, rng: &mut Rng) {
         let fault = Fault {
             at: rng.u64(500..1500),
@@ -411,7 +412,7 @@ impl Scene {
     }
 
     /// Several partitions, which every replica uses regularly, but at long intervals. Some replicas lose Redis for a
-    /// while, or all of them do. Then the keys are drained.
+    /// while, or all of them do. Then the keys' buckets are emptied.
     fn cluster(&mut self, rng: &mut Rng) {
         self.replicas = rng.usize(2..=3);
         self.partitions = 2;
@@ -465,7 +466,7 @@ impl Scene {
         self.load.0.sort_by_key(|request| request.at);
     }
 
-    /// The partition of a key.
+    /// Returns the partition of a key.
     pub(super) fn partition(&self, key: usize) -> u16 {
         let partition = key_id(key).0.as_u128() % u128::from(self.partitions);
         u16::try_from(partition).unwrap()
@@ -573,7 +574,7 @@ impl Scene {
         }
     }
 
-    /// Returns the replicas that are affected from a second before this fault until two seconds after it.
+    /// Returns the replicas that run at least from a second before this fault until two seconds after it.
     pub(super) fn present(&self, fault: &Fault) -> impl Iterator<Item = usize> {
         let (from, until) = (fault.at, fault.end() + 2000);
         let joins = self.changes.iter().filter(|(_, it)| *it == Change::Join);
@@ -659,7 +660,7 @@ fn fault(rng: &mut Rng, at: u64, replicas: usize) -> Fault {
     Fault { at, lasts, kind }
 }
 
-/// Adds one key's requests.
+/// Adds one key's requests, and returns the name of their pattern.
 fn load(
     rng: &mut Rng,
     key: usize,
@@ -680,7 +681,7 @@ fn load(
         }
     };
     let mean = if dear { 3 } else { 1 };
-    // As many requests as a full bucket has tokens.
+    // As many requests as a full bucket has tokens for, on average.
     let whole = (plan.burst / mean).max(1);
     let name = match rng.u8(..5) {
         0 | 1 => {
@@ -691,7 +692,7 @@ fn load(
             if rng.bool() {
                 at_once(rng, at, whole, pick);
             }
-            // If there are many requests, send several per millisecond.
+            // If there are many requests, send several at a time.
             let (count, pause) = if per_second > 250 {
                 (per_second / 250, 4)
             } else {
@@ -706,7 +707,7 @@ fn load(
             "steady"
         }
         2 => {
-            // The full burst of an idle key, at one replica or distributed.
+            // Send the full burst of an idle key, to one replica or to random replicas.
             let mut at = rng.u64(..length / 2);
             let pick = rng.bool().then(|| rng.usize(..1000));
             let pause = rng.u64(200..3000);
@@ -720,7 +721,7 @@ fn load(
             "spikes"
         }
         3 => {
-            // One replica prefetches tokens and then goes idle. All further requests go to the others.
+            // One replica prefetches tokens and then goes idle, while the requests go to another replica.
             let mut at = rng.u64(..500);
             let mut left = REQUESTS_MAX / (whole as usize * 2) + 1;
             while at < length && left > 0 {

@@ -1,4 +1,4 @@
-//! Tests with one or several replicas on Redis without faults, checked request by request.
+//! Tests with one or several replicas and exact schedules of requests.
 
 use std::{
     fmt::Write as _,
@@ -29,7 +29,7 @@ use super::{
 };
 use crate::limiter_contract::TestLedger;
 
-/// One replica on a healthy Redis, for a plan of `rpm` and `burst`.
+/// Returns one replica on a healthy Redis, and policies with this rate, burst and daily quota.
 fn alone(
     ledger: Arc<TestLedger>,
     membership: &Arc<Membership>,
@@ -66,7 +66,7 @@ fn alone(
     (Limiter::new(store, clock), policies)
 }
 
-/// Several replicas at this round-trip time from one Redis, for a `closed` plan.
+/// Returns several replicas at this round-trip time from one Redis, and the policies of a `closed` plan.
 fn several(
     replicas: usize,
     round_trip: u64,
@@ -124,7 +124,7 @@ pub(super) fn replica_with(
     Limiter::new(store, clock)
 }
 
-/// A replica for each of the memberships, with this fallback setting.
+/// Returns a replica for each of the memberships, with this fallback setting.
 pub(super) fn without_redis(
     on_failure: OnRedisFailure,
     memberships: &[Arc<Membership>],
@@ -221,7 +221,7 @@ fn returns_after_late_responses_credit_no_token_twice() {
                 assert_eq!(first, 0, "all responses are late");
                 (others, begin.elapsed().saturating_sub(begun))
             });
-            // One token per millisecond.
+            // One token refills per millisecond.
             let slack = if strict { 0 } else { 100 };
             let allowed = u128::from(burst) + took.as_millis() + slack + 1;
             assert!(admitted * 2 > burst, "{admitted} admitted");
@@ -236,7 +236,7 @@ fn returns_after_late_responses_credit_no_token_twice() {
     assert!(over.is_empty(), "{over}");
 }
 
-/// Counts replicas for these memberships once per second, as a job does, until the task is aborted.
+/// Counts replicas for these memberships once per second, like the server's background job, until the task is aborted.
 pub(super) fn count(
     world: &Arc<World>,
     memberships: Vec<Arc<Membership>>,
@@ -396,8 +396,8 @@ fn an_edit_denies_nothing_that_the_counters_would_grant() {
     });
 }
 
-/// If this replica has not used a key under the plan before an edit, its share of the key starts at the edit, not at
-/// the outage.
+/// If a replica has not used a key under the plan before an edit, its share of the key starts at the edit, not at the
+/// outage.
 #[test]
 fn a_share_does_not_refill_at_a_rate_before_the_edit_to_it() {
     for strict in [true, false] {
@@ -412,7 +412,7 @@ fn a_share_does_not_refill_at_a_rate_before_the_edit_to_it() {
             assert_eq!(crowd(&limiters[0], &before, 600).await, 600);
             world.stalled.send_replace(true);
             sleep(Duration::from_secs(6)).await;
-            // 6 s at one token per second have passed.
+            // In 6 s, one token per second has refilled.
             let first = crowd(&limiters[1], &after, 600).await;
             assert!(first <= 7, "{first} admitted");
             sleep(Duration::from_secs(1)).await;
@@ -442,7 +442,7 @@ fn open_admits_the_whole_limit_on_each_replica_and_no_more() {
                 for limiter in &limiters {
                     let admitted = crowd(limiter, &policies, 200).await;
                     if admitted != 10 {
-                        let _ = writeln!(wrong, "{admitted} of 10, an outage: {is_noticed}");
+                        let _ = writeln!(wrong, "{admitted} of 10, outage detected: {is_noticed}");
                     }
                 }
                 world.stalled.send_replace(false);
@@ -450,7 +450,10 @@ fn open_admits_the_whole_limit_on_each_replica_and_no_more() {
                 sleep(Duration::from_secs(15)).await;
                 let admitted = crowd(&limiters[0], &policies, 20).await;
                 if admitted != 10 {
-                    let _ = writeln!(wrong, "{admitted} of 10 afterward: {is_noticed}");
+                    let _ = writeln!(
+                        wrong,
+                        "{admitted} of 10 afterward, outage detected: {is_noticed}"
+                    );
                 }
             });
         }
@@ -459,7 +462,8 @@ fn open_admits_the_whole_limit_on_each_replica_and_no_more() {
 }
 
 /// A stall ends before the idle replica has detected it. The other replica has detected it, and recovers without the
-/// idle one's knowledge, although Redis does not know of the tokens that it admitted in the meantime.
+/// idle replica's knowledge, although Redis does not know of the tokens that the other replica admitted during the
+/// stall.
 #[test]
 fn an_outage_that_some_replicas_miss_grants_nothing_twice() {
     let (rpm, burst) = (6000, 100);
@@ -536,7 +540,7 @@ fn a_slow_ledger_does_not_count_as_an_outage() {
 }
 
 /// Requests whose cost exceeds every lease are denied again and again. They must not make the lease larger than the
-/// other requests of the replica need, or it would hold tokens that no request can spend.
+/// other requests of the replica need, or the lease would hold tokens that no request can spend.
 #[test]
 fn requests_too_large_for_a_lease_hold_back_no_tokens() {
     paused(async {
@@ -548,7 +552,7 @@ fn requests_too_large_for_a_lease_hold_back_no_tokens() {
         let (mut large, mut small) = (JoinSet::new(), JoinSet::new());
         let mut crowded = JoinSet::new();
         for n in 0..700 {
-            // Each request has a different cost, so no cached denial applies to it.
+            // Consecutive requests have different costs, so no cached denial applies to them.
             let cost = NonZeroU32::new(900 + n % 50).unwrap();
             let (limiter, same) = (mixed.clone(), policies.clone());
             large.spawn(async move {
@@ -574,7 +578,7 @@ fn requests_too_large_for_a_lease_hold_back_no_tokens() {
 }
 
 /// A call for a large request and small ones takes all tokens if there are too few for the large one. The small
-/// requests need only some of these tokens, and the others are returned immediately.
+/// requests need only some of these tokens, and the rest is returned immediately.
 #[test]
 fn tokens_taken_in_vain_for_a_large_request_are_returned_at_once() {
     paused(async {
@@ -590,7 +594,8 @@ fn tokens_taken_in_vain_for_a_large_request_are_returned_at_once() {
         let handle = a_handle(mixed);
         let small = crowd(mixed, &policies, 30);
         let large = async {
-            // The first small requests have started a call. The other ones and this request wait for the next call.
+            // The first small requests have started a call. The other small requests and the large one wait for the
+            // next call.
             sleep(Duration::from_millis(1)).await;
             let cost = NonZeroU32::new(900).unwrap();
             mixed.admit(&handle, &policies, cost).await
@@ -601,13 +606,13 @@ fn tokens_taken_in_vain_for_a_large_request_are_returned_at_once() {
         let (taken, _) = world.granted(handle.key());
         assert!(taken >= 900, "{taken} taken, so the calls were separate");
         sleep(Duration::from_millis(10)).await;
-        // Of 430 tokens, the lease holds some.
+        // The lease holds some of the 430 remaining tokens.
         assert_eq!(crowd(other, &policies, 405).await, 405);
     });
 }
 
-/// Leases grow with the pace and shrink when the bucket is nearly empty, and no token of a full bucket is denied in
-/// between.
+/// Leases grow with the pace and shrink when the bucket is nearly empty, and no request is denied before the bucket is
+/// empty.
 #[test]
 fn a_full_burst_is_admitted_despite_leases() {
     paused(async {
@@ -652,7 +657,7 @@ fn a_denial_states_the_wait_for_the_requested_cost() {
         assert!(denied > 100);
         let fifty = NonZeroU32::new(50).unwrap();
         let decision = limiter.admit(&handle, &policies, fifty).await.unwrap();
-        // 10 ms per token, and a bucket that contains at most what refills in half the lifetime of a lease.
+        // A token refills in 10 ms, and the bucket contains at most what refills in half the lifetime of a lease.
         let wait = decision
             .retry_after()
             .expect("a wait, because the request is denied");
@@ -664,7 +669,7 @@ fn a_denial_states_the_wait_for_the_requested_cost() {
     });
 }
 
-/// A replica that uses a quota slowly keeps only what it needs soon while another one denies requests.
+/// A replica that uses a quota slowly keeps only the tokens that it needs soon while another replica denies requests.
 #[test]
 fn a_slow_replica_leaves_the_quota_to_a_busy_one() {
     paused(async {
@@ -683,7 +688,7 @@ fn a_slow_replica_leaves_the_quota_to_a_busy_one() {
                 daily,
             )
         });
-        // Records of keys in use keep the handles.
+        // Keep the handles, as cached records do.
         let handles = [a_handle(&slow.0), a_handle(&busy.0)];
         let is_admitted = async |which: usize| {
             let (limiter, policies) = [&slow, &busy][which];

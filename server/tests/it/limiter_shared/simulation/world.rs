@@ -1,8 +1,8 @@
 //! Redis and the network to it, in virtual time.
 //!
-//! The process behind the links runs the [model](crate::limiter_shared::model) of the script. It stalls, loses its
-//! state and fails over to a stale copy; links delay, lose and cut traffic. A call that was sent arrives, whether or
-//! not the caller is still waiting.
+//! The process behind the links runs the [model](crate::limiter_shared::model) of the script. The process stalls, loses
+//! its state and fails over to a stale copy; links delay, lose and cut traffic. A call that was sent arrives, whether
+//! or not the caller is still waiting.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -68,7 +68,7 @@ pub(super) struct Process {
 pub(super) enum Reach {
     #[default]
     Up,
-    /// Nothing arrives, and nothing fails.
+    /// Calls do not arrive, and do not fail.
     Cut,
     /// Calls arrive, but responses do not.
     Deaf,
@@ -83,7 +83,7 @@ pub(super) struct Link {
     pub(super) late: (u8, u64),
     /// The percentage of responses that never arrive.
     pub(super) lost: u8,
-    /// The replica has ended, and none of its calls arrive anymore.
+    /// The replica has exited, and none of its calls arrive anymore.
     pub(super) dead: bool,
 }
 
@@ -141,14 +141,14 @@ pub(super) struct World {
     pub(super) zero: Instant,
     pub(super) process: Mutex<Process>,
     pub(super) links: Mutex<Vec<Link>>,
-    /// Applies to all links.
+    /// How calls of all replicas reach Redis.
     pub(super) reach: Mutex<Reach>,
     pub(super) stalled: watch::Sender<bool>,
     pub(super) calls: Mutex<Calls>,
     pub(super) slow: AtomicU64,
     /// Whether a response reported that the state was lost.
     pub(super) initialized_again: AtomicBool,
-    /// The partitions and times of such responses.
+    /// The partitions and times of the responses that reported a loss of state.
     pub(super) epochs: Mutex<Vec<(u16, u64)>>,
     /// Tokens that no replica can spend, because they were granted in responses that arrived late or never, or returned
     /// by calls that never arrived.
@@ -163,7 +163,7 @@ pub(super) struct World {
     told: Mutex<HashSet<usize>>,
     /// Tokens granted so far and tokens returned so far, by key.
     granted: Mutex<HashMap<ApiKeyId, (u64, u64)>>,
-    /// The random numbers for each link's calls of each bucket, so that none depends on the order of the others.
+    /// A generator for each link and bucket, so that no random number depends on the order of other calls.
     chances: Mutex<HashMap<(usize, BucketName), Rng>>,
 }
 

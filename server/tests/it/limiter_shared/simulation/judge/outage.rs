@@ -1,4 +1,4 @@
-//! Faults, and what a replica does without Redis: when, and how much it serves.
+//! Checks the decisions that replicas make without Redis: when they make them, and how much they admit.
 
 use quota_common::plan::OnRedisFailure;
 
@@ -10,9 +10,9 @@ use super::{
     KNOWN, MS, RECOVERED, SECOND,
 };
 
-/// After this time, a replica without Redis no longer waits for it.
+/// After an outage has lasted this long, a replica no longer waits for Redis.
 const NOTICED: u64 = 500 * MS;
-/// After this time, a replica without Redis admits its share.
+/// After an outage has lasted this long, a replica admits its share.
 const SHARED: u64 = 1400 * MS;
 /// Returns the times at which each replica sent requests for any key of the same partition.
 pub(super) fn used(scene: &Scene, key: usize, entries: &[Entry]) -> Vec<Vec<u64>> {
@@ -28,9 +28,9 @@ pub(super) fn used(scene: &Scene, key: usize, entries: &[Entry]) -> Vec<Vec<u64>
 /// The time for which a replica keeps using a partition of a cluster after a request.
 const IN_USE: u64 = 9 * SECOND;
 
-/// Returns whether the counters lose their state, or no replica that uses them gets a response for so long that they
-/// must start with empty buckets. While some replicas get responses, or most calls succeed, the counters keep their
-/// state.
+/// Returns whether the counters lose their state, or no replica that uses them gets a response for so long that the
+/// counters must start with empty buckets. While some replicas get responses, or most calls succeed, the counters keep
+/// their state.
 pub(super) fn may_lose_state(scene: &Scene, fault: &Fault, used: &[Vec<u64>]) -> bool {
     let from = fault.at * MS;
     let has_used = |replica: usize| {
@@ -136,7 +136,7 @@ pub(super) fn under_in_outage(scene: &Scene, key: &Key, entries: &[Entry]) -> Op
     })
 }
 
-/// Returns the tokens that a replica served in an outage, and those that it should have served.
+/// Returns how many tokens a replica served in an outage, and how many it should have served.
 ///
 /// A request that waits for Redis in vain takes its tokens when it gets its response, not when it is sent: until then,
 /// the bucket may be full and not refill any further. Therefore, requests are processed in the order of their
