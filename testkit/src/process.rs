@@ -1,4 +1,4 @@
-//! A process that ends when its owner does, even with `kill -9`.
+//! A process that ends when its owner does, even if the owner is killed with SIGKILL.
 
 use std::{
     io::{self, BufRead as _, BufReader},
@@ -42,7 +42,7 @@ pub struct Process {
 
 impl Process {
     /// Starts the program of `command` with its arguments, environment and directory, and appends its output to
-    /// `output`. The terminal's Ctrl-C does not reach it.
+    /// `output`. Ctrl-C in the terminal does not reach the program.
     pub fn start(command: &Command, output: &Path) -> io::Result<Self> {
         let mut shell = Command::new("/bin/sh");
         shell
@@ -83,7 +83,7 @@ impl Process {
         self.pid
     }
 
-    /// Does nothing if the process has already ended.
+    /// Sends a signal. Does nothing if the process has already ended.
     pub fn signal(&mut self, signal: Signal) -> io::Result<()> {
         if self.ended()?.is_none() {
             kill(self.pid, signal)?;
@@ -91,7 +91,7 @@ impl Process {
         Ok(())
     }
 
-    /// Returns the exit status if the process has ended: 128 plus the number for a signal.
+    /// Returns the exit status if the process has ended. After a signal, the status is 128 plus the signal's number.
     pub fn ended(&mut self) -> io::Result<Option<ExitStatus>> {
         self.guard.try_wait()
     }

@@ -1,6 +1,6 @@
 //! A proxy between the server and one of its dependencies, with fault injection: it can delay all traffic or only
-//! responses, reset connections immediately or after a number of bytes, go silent, and refuse connections. Listens on
-//! its own loopback port, in front of a TCP address or a Unix socket.
+//! responses, reset connections immediately or after a number of bytes, go silent, and refuse connections. The proxy
+//! listens on its own loopback port, in front of a TCP address or a Unix socket.
 
 use std::{
     io,
@@ -33,7 +33,7 @@ pub enum Upstream {
 pub enum Fault {
     /// All data is forwarded.
     Pass,
-    /// Data takes this much longer in both directions. Does not change the bandwidth.
+    /// Data takes this much longer in both directions. The bandwidth does not change.
     Delay(Duration),
     /// Data toward the client takes this much longer: requests arrive in time, responses late.
     Late(Duration),
@@ -164,7 +164,7 @@ async fn accept(listener: TcpListener, upstream: Upstream, control: Arc<Control>
                 _ = cuts.changed() => Err(io::ErrorKind::ConnectionReset.into()),
             };
             if ended.is_err() {
-                // Closes with RST, like a crashed peer, instead of FIN.
+                // Close the connection with RST, like a crashed peer, instead of FIN.
                 let _ = client.set_zero_linger();
             }
         });
@@ -347,7 +347,10 @@ mod tests {
                 .await
                 .is_some_and(|answer| answer.is_ok())
         );
-        assert!(before.elapsed() >= 2 * SHORT, "once there, once back");
+        assert!(
+            before.elapsed() >= 2 * SHORT,
+            "the delay applies in both directions"
+        );
 
         proxy.set(Fault::Late(SHORT));
         let before = std::time::Instant::now();

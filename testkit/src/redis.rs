@@ -1,6 +1,6 @@
 //! A private Redis that can be frozen, killed and restarted: one server, a master and a replica with sentinels, or a
-//! cluster. Listens on free loopback ports, stores nothing on disk, and ends with its owner, even if the owner is
-//! killed.
+//! cluster. Servers listen on free loopback ports, store nothing on disk, and end with their owner, even if the owner
+//! is killed.
 
 mod group;
 
@@ -39,7 +39,7 @@ impl RedisServer {
     /// Starts a server with additional options of `redis-server`, such as `--replicaof`. `{free}` is replaced by
     /// another free port. `--sentinel` must come first, followed by the sentinel's file.
     pub async fn start_with(options: &[&str]) -> Self {
-        // Another process may have taken the port.
+        // Retry, because another process may take the port in the meantime.
         for _ in 0..10 {
             let mut redis = Self {
                 port: free_port(),
@@ -132,7 +132,7 @@ impl RedisServer {
         running.signal(signal).expect("the process is running");
     }
 
-    /// Returns whether the server accepts commands on its port.
+    /// Starts the process. Returns whether the server then accepts commands on its port.
     async fn launch(&mut self) -> bool {
         let mut command = Command::new("redis-server");
         let port = self.port.to_string();
@@ -184,7 +184,7 @@ async fn command(addr: SocketAddr, password: Option<&str>, line: &str) -> Option
         let login = password.map(|it| format!("AUTH {it}\r\n"));
         let lines = format!("{}{line}\r\n", login.unwrap_or_default());
         stream.write_all(lines.as_bytes()).await.ok()?;
-        // A sentinel does not know QUIT, but every server understands the end of the stream.
+        // A sentinel does not know QUIT, but every server closes the connection at the end of the stream.
         stream.shutdown().await.ok()?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.ok()?;

@@ -21,7 +21,7 @@ pub struct ReceivedMail {
     pub message: String,
 }
 
-/// Listens until the value and all of its clones are dropped. See the module documentation.
+/// A mail server, which listens until the value and all of its clones are dropped.
 #[derive(Debug, Clone)]
 pub struct SmtpServer {
     pub addr: SocketAddr,

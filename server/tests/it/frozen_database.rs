@@ -1,5 +1,6 @@
-//! PostgreSQL stops responding in the middle of a transaction, for example because its disk hangs. Later, only the
-//! connections that were open at that time remain silent, and background jobs continue on other connections.
+//! Tests that background jobs continue after PostgreSQL has stopped responding in the middle of a transaction, for
+//! example because its disk hangs. Later, only the connections that were open at that time remain silent, so the jobs
+//! have to use other connections.
 
 use std::{
     sync::Arc,
@@ -55,7 +56,7 @@ impl World {
         }
     }
 
-    /// Runs `begin`, waits until `count` of the server's statements are waiting for a table, and then loses all further
+    /// Runs `begin`, waits until `count` of the server's statements are waiting for a table, and then drops all further
     /// responses on the open connections.
     async fn freeze(&self, table: &str, count: i64, begin: impl AsyncFn()) {
         let holder = self.app.database.connect().await;

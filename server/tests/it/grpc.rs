@@ -1,4 +1,4 @@
-//! Tests Envoy's rate limit service with a gRPC client. `gateways` tests it with Envoy.
+//! Tests the rate limit service for Envoy with a gRPC client. `gateways` tests the service with Envoy.
 
 use std::{sync::Arc, time::Duration};
 
@@ -220,7 +220,7 @@ async fn key_that_admits_nothing_is_over_limit_and_charged_nothing() {
         assert_eq!(challenge.contains("invalid_token"), sent, "{entries:?}");
         assert_eq!(reply.problem()["status"], 401);
     }
-    // Entries use much more memory than they have bytes in the message.
+    // In memory, entries are much larger than in the message.
     for (entries, expected) in [
         (32, Code::Ok),
         (33, Code::OverLimit),
@@ -236,7 +236,7 @@ async fn key_that_admits_nothing_is_over_limit_and_charged_nothing() {
         }
     }
     before += 1.0;
-    // Envoy copies headers whose bytes are not UTF-8.
+    // Envoy also copies headers that are not UTF-8.
     let mut not_text = request("");
     not_text.descriptors[0].entries[0].value = vec![b'q', 0xff];
     let reply = world.call(&not_text).await;
@@ -480,7 +480,7 @@ async fn without_redis_the_plan_decides() {
     for (mode, status) in [("open", Some(0)), ("closed", UNAVAILABLE)] {
         let plan = json!({"default_rpm": 600, "on_redis_failure": mode});
         let key = world.key(plan).await;
-        // The first calls time out. After that, the circuit breaker opens.
+        // The first calls fail, until the circuit breaker opens.
         let mut reply = world.check(&key.text).await;
         for _ in 0..50 {
             let is_denied = reply.status == Some(0) && reply.code() == Code::OverLimit;
@@ -528,7 +528,8 @@ async fn malformed_messages_get_an_error_and_never_a_panic() {
                 _ => body[at] ^= 1 << random.u8(..8),
             }
         }
-        // Most of these messages have the wrong length, and would be rejected before they reach the decoder.
+        // Most of these messages have the wrong length, which is detected before decoding. Therefore, correct the
+        // length of half of the messages.
         if random.bool() && body.len() > 5 {
             body = framed(&body[5..]);
         }

@@ -25,13 +25,13 @@ const LONG: Duration = Duration::from_secs(20);
 /// Sends bytes and reads until the server closes the connection, for at most `LONG`.
 async fn raw(addr: SocketAddr, bytes: &[u8]) -> String {
     let mut stream = TcpStream::connect(addr).await.expect("the server listens");
-    // The server may respond and close before it has read everything.
+    // The server may respond and close the connection before it has read everything.
     let _ = stream.write_all(bytes).await;
     let mut answer = Vec::new();
     let read = timeout(LONG, stream.read_to_end(&mut answer)).await;
     assert!(
         read.is_ok(),
-        "the connection stays open: {}",
+        "the connection is still open: {}",
         String::from_utf8_lossy(&answer)
     );
     String::from_utf8_lossy(&answer).into_owned()
@@ -39,7 +39,7 @@ async fn raw(addr: SocketAddr, bytes: &[u8]) -> String {
 
 fn status(answer: &str) -> u16 {
     let code = answer.split(' ').nth(1).and_then(|code| code.parse().ok());
-    code.unwrap_or_else(|| panic!("no answer: {answer:?}"))
+    code.unwrap_or_else(|| panic!("no response: {answer:?}"))
 }
 
 async fn app_and_account() -> (TestApp, Account) {
@@ -138,7 +138,7 @@ async fn body_that_is_not_json_gets_a_clear_problem() {
         let shown = String::from_utf8_lossy(&body[..body.len().min(40)]).into_owned();
         assert_eq!(send("application/json", body).await, 400, "{shown}");
     }
-    // A missing body and media type mean an empty object, for bodies without required fields.
+    // A missing body counts as an empty object, in which the required field is missing.
     let none = app.request(reqwest::Method::POST, "/admin/service-tokens");
     assert_eq!(none.bearer(&account.access_token).send().await.status, 422);
 }
@@ -274,7 +274,7 @@ async fn only_harmless_request_ids_are_kept() {
         let given = ask(bad.as_bytes()).await;
         assert!(uuid::Uuid::parse_str(&given).is_ok(), "{bad:?}: {given}");
     }
-    // Every response has a request ID, including those to malformed requests.
+    // Every response has a request ID, including errors.
     for path in ["/", "/nope", "/docs", "/openapi.json", "/admin/plans"] {
         assert!(app.get(path).send().await.header("x-request-id").is_some());
     }
@@ -324,7 +324,7 @@ async fn pages_exist_and_load_nothing_from_other_hosts() {
                 assert_eq!(
                     app.get(target).send().await.status,
                     200,
-                    "{page} leads to {target}"
+                    "{page} links to {target}"
                 );
             }
         }
@@ -373,7 +373,7 @@ async fn metrics_are_only_on_their_own_port() {
 
 // The real binary. ------------------------------------------------------------------------------------
 
-/// `quota serve`, stopped on drop.
+/// A running `quota serve`, which is killed when it is dropped.
 struct Serving {
     child: Child,
     addr: SocketAddr,
@@ -424,7 +424,7 @@ async fn clean_stop_reports_not_ready_and_finishes_requests_in_flight() {
     let mut serving = serving(app.database.url(), &["--drain-delay=2s"]).await;
     let addr = serving.addr;
 
-    // A request whose body is incomplete.
+    // Send a request whose body is incomplete.
     let body = r#"{"email":"nobody@example.com","password":"violet-harbour-quilt-93"}"#;
     let mut flight = std::net::TcpStream::connect(addr).expect("the server listens");
     write!(

@@ -1,8 +1,8 @@
 //! Runs three replicas as in production, and tests that a change made on one replica reaches all replicas: with
 //! messages between them, without messages, and without Redis.
 //!
-//! Prints how long changes take to arrive, and asserts a bound that holds on a busy machine. The benchmarks measure the
-//! promised second.
+//! Prints how long changes take to arrive, and asserts a bound that holds on a busy machine. The benchmarks measure
+//! whether changes arrive within the promised second.
 
 use std::{
     sync::Arc,
@@ -96,7 +96,7 @@ impl World {
         serde_json::from_str(&text).unwrap_or(Value::Null)
     }
 
-    /// Returns the status of a request with the key, and its limit if there is one.
+    /// Returns the status of a request with the key, and the limit in the response if there is one.
     async fn used(&self, replica: &Quota, key: &str) -> (u16, Option<String>) {
         let url = format!("http://{}/v1/echo", replica.addr);
         let answer = self.http.get(url).header("X-API-Key", key).send().await;
@@ -106,7 +106,7 @@ impl World {
         (answer.status().as_u16(), limit)
     }
 
-    /// Creates a plan and a key, lets every replica cache them, changes something, and returns how long after the
+    /// Creates a plan and a key, lets every replica cache them, changes one of them, and returns how long after the
     /// response each replica applied the change.
     async fn change(&self, n: usize) -> Vec<Duration> {
         let plan =
@@ -115,7 +115,7 @@ impl World {
         let plan_id = plan["id"].as_str().expect("an id");
         let key = json!({"name": "it", "plan_id": plan_id});
         let made = self.act(Method::POST, "/admin/api-keys", key).await;
-        let key = made["key"].as_str().expect("the text");
+        let key = made["key"].as_str().expect("the key's secret");
         let path = format!(
             "/admin/api-keys/{}",
             made["api_key"]["id"].as_str().expect("an id")

@@ -27,7 +27,7 @@ struct Key {
 }
 
 /// Creates an account with this many keys: their names have eight different beginnings, a random middle and, for one in
-/// 1,000 keys, a rare ending. Half of them have an external ID.
+/// 1,000 keys, a rare ending. Half of the keys have an external ID.
 async fn account_with_keys(app: &TestApp, count: usize) -> (Account, Vec<Key>) {
     let account = app.register().await;
     let plan = app.plan(&account, json!({"name": "Plan"})).await;
@@ -134,7 +134,7 @@ async fn check_searches(app: &TestApp, account: &Account, keys: &[Key], searches
 async fn searches_of_a_long_list_find_exactly_the_matching_keys() {
     let app = TestApp::setup().without_jobs().start().await;
     let (account, keys) = account_with_keys(&app, 12_000).await;
-    // Another organization has the same names.
+    // Another organization has keys with the same names.
     let (other, _) = account_with_keys(&app, 100).await;
     let some = &keys[17];
     let searches = [
@@ -197,7 +197,7 @@ async fn searches_use_the_indexes() {
     let app = TestApp::setup().without_jobs().start().await;
     let (account, _) = account_with_keys(&app, 5000).await;
     let client = app.database.connect().await;
-    // Otherwise, PostgreSQL scans small tables.
+    // Otherwise, PostgreSQL would scan the whole table, because it is small.
     client
         .batch_execute("SET enable_seqscan = off")
         .await
@@ -241,8 +241,8 @@ async fn migrations_succeed_without_the_extension() {
     db::revert_all(&url).await.expect("reverted");
 }
 
-/// Measures lists and searches with many keys. `cargo xtask bench keys` runs it. It does not assert times, because they
-/// depend on the machine.
+/// Measures lists and searches with many keys. `cargo xtask bench keys` runs this measurement, which does not assert
+/// times, because they depend on the machine.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "a measurement that takes a minute"]
 async fn three_hundred_thousand_keys() {

@@ -63,7 +63,7 @@ async fn batch_that_fails_is_written_later_and_those_before_it_are_written_now()
     );
     locked.batch_execute(&lock).await.unwrap();
     assert!(app.state.last_used.flush(&app.state.db).await.is_err());
-    // One key is used again in the meantime, and another is used according to a clock that is behind.
+    // In the meantime, one key is used again, and two keys are used according to a clock that is behind.
     app.state.last_used.key(ApiKeyId(ids[1_500]), at(3));
     app.state.last_used.key(ApiKeyId(ids[1_501]), at(0));
     app.state.last_used.key(ApiKeyId(ids[0]), at(0));
@@ -106,7 +106,7 @@ async fn later_use_wins_also_when_two_replicas_write_at_once() {
         late.state.last_used.key(ApiKeyId(*id), at(9));
         late.state.last_used.key(ApiKeyId(*id), at(7));
     }
-    // Deleted keys and a token that never existed do not cause an error.
+    // A key and a token that do not exist do not cause an error.
     one.state.last_used.key(ApiKeyId(Uuid::max()), at(1));
     one.state
         .last_used

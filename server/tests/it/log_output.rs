@@ -20,7 +20,7 @@ const LONG_PATH: usize = 3_900;
 const REQUESTS: usize = 20_000;
 const BATCH: usize = 100;
 
-/// Sends requests over a few connections and returns the number of responses.
+/// Sends requests over several connections, one after another, and returns the number of responses.
 fn get_many(server: SocketAddr, path: &str) -> usize {
     let mut answered = 0;
     for _ in 0..REQUESTS / BATCH {
@@ -57,7 +57,7 @@ async fn a_stopped_reader_of_standard_output_stops_no_request() {
     let answered = std::thread::spawn(move || get_many(addr, &path)).join();
     assert_eq!(answered.expect("every request gets a response"), REQUESTS);
 
-    // Events do not block either. Registering logs one.
+    // Requests that log an event, such as a registration, are not blocked either.
     for n in 0..8 {
         let account = json!({"email": format!("{n}@example.com"), "password": PASSWORD});
         let url = format!("http://{}/auth/register", quota.addr);

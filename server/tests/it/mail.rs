@@ -45,7 +45,7 @@ impl World {
         member
     }
 
-    /// Creates an alert to send.
+    /// Creates an alert whose email is pending.
     async fn alert(&self, name: &str) {
         let client = self.app.database.connect().await;
         client
@@ -169,7 +169,11 @@ async fn alerts_are_collected_and_the_number_of_emails_is_limited() {
         assert_eq!(world.send().await, (1, 0, 0), "{n}");
     }
     world.alert("Seventh").await;
-    assert_eq!(world.send().await, (0, 0, 0), "six in an hour are enough");
+    assert_eq!(
+        world.send().await,
+        (0, 0, 0),
+        "at most six emails are sent in an hour"
+    );
     world.alert("Eighth").await;
     world
         .sql("UPDATE mails SET created_at = created_at - interval '1 hour'")
@@ -189,7 +193,11 @@ async fn temporary_refusal_is_retried_and_a_permanent_one_is_not() {
     world.smtp.refuse("451 Try again later");
     world.alert("A").await;
     assert_eq!(world.send().await, (0, 1, 0));
-    assert_eq!(world.send().await, (0, 0, 0), "not before the pause");
+    assert_eq!(
+        world.send().await,
+        (0, 0, 0),
+        "no retry before the pause ends"
+    );
     world
         .sql("UPDATE mails SET due_at = now() WHERE due_at IS NOT NULL")
         .await;

@@ -82,7 +82,7 @@ async fn metric(app: &TestApp, name: &str) -> String {
     app.metric(name).await.to_string()
 }
 
-/// A server with a key and without workers: the test triggers shipping.
+/// A server with a key and without background jobs: the test triggers shipping.
 struct World {
     app: TestApp,
     account: Account,
@@ -207,8 +207,8 @@ async fn without_metering_nothing_is_recorded() {
     assert!(!world.app.state.config.data_dir.join("usage").exists());
 }
 
-/// The connection is cut after each possible number of bytes in PostgreSQL's responses to a batch's transaction,
-/// including after PostgreSQL has committed and before its response has arrived.
+/// The connection is cut at many points in PostgreSQL's responses to a batch's transaction, including after PostgreSQL
+/// has committed and before its response has arrived.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_commit_without_an_answer_counts_nothing_twice() {
     let database = database().await;
@@ -277,7 +277,7 @@ async fn the_owner_and_two_replays_at_once_count_nothing_twice() {
     let mut ids = world.echoes(1).await;
     let directory = world.usage_directory();
     let writing = AtomicBool::new(true);
-    // Use separate connections, like another process.
+    // Use separate connections, as another process would.
     let replay = async || {
         let url = SecretString::from(app.database.url());
         let db = Db::new(&url, &app.state.config.database);
@@ -363,7 +363,7 @@ async fn a_full_backlog_stops_decisions_and_consumes_nothing() {
     assert_eq!(metric(app, "quota_usage_unrecordable").await, "0");
 }
 
-/// Denials cost the consumer nothing, so one consumer could send enough of them to fill the backlog for every tenant.
+/// Denials cost the consumer nothing, so one consumer could cause enough denials to fill the backlog for every tenant.
 #[tokio::test(flavor = "multi_thread")]
 async fn denials_of_one_tenant_do_not_fill_the_backlog_of_all() {
     // Without a limit, these denials would fill the backlog.
@@ -371,7 +371,7 @@ async fn denials_of_one_tenant_do_not_fill_the_backlog_of_all() {
     let database = database().await;
     let (proxy, url) = through_proxy(&database).await;
     let flag = "--usage-backlog-max=1048576";
-    // The test may take longer than the default grace on a busy machine.
+    // The test may take longer than the default grace period on a busy machine.
     let grace = "--stale-grace=5m";
     let world = World::start(|setup| {
         let setup = setup.database(database.clone()).url(url);
@@ -401,7 +401,8 @@ async fn denials_of_one_tenant_do_not_fill_the_backlog_of_all() {
         if sent % 200 == 0 {
             // Ship continuously, like the background job.
             assert!(app.state.metering.ship().await.is_err());
-            // On a busy machine, the denials recorded per second would take up the rest of the space.
+            // Stop early, because on a busy machine, the denials that are recorded each second would fill the rest of
+            // the backlog.
             if unrecorded().await > 1_000 {
                 break;
             }
@@ -507,7 +508,7 @@ async fn a_full_disk_stops_decisions_loses_nothing_and_recovers() {
     assert_eq!(refused, 503);
     assert!(ids.len() > 5_000, "{}", ids.len());
     assert_eq!(metric(&world.app, "quota_usage_unrecordable").await, "1");
-    // Everything else keeps working.
+    // Requests that are not metered keep working.
     let plans = world
         .app
         .act(&world.account, "GET", "/admin/plans", json!(null));
@@ -578,7 +579,8 @@ async fn a_clean_stop_leaves_nothing_behind() {
     assert_eq!(reports.expect("readable reports").len(), 0);
 }
 
-/// Copies the records of a running server to a directory that no process holds, as if a second server had been killed.
+/// Copies the records of a running server to a directory that no process has locked, as if a second server had been
+/// killed.
 fn copy_segments(from: &Path, to: &Path) -> Vec<PathBuf> {
     std::fs::create_dir_all(to).expect("there is space");
     let entries = std::fs::read_dir(from).expect("a readable directory");
@@ -631,7 +633,7 @@ async fn directories_and_segments_that_cannot_be_read_hold_up_no_others() {
     let ids = world.echoes(5).await;
     let own = world.usage_directory();
     let root = own.parent().expect("the directory has a parent");
-    // By name, the bad directories sort before the good one.
+    // By name, the bad directories sort before the good one, so they are processed first.
     let [unlockable, unreadable, good] =
         [1_u128, 2, 3].map(|n| root.join(uuid::Uuid::from_u128(n).to_string()));
     std::fs::create_dir_all(unlockable.join("lock")).expect("there is space");
@@ -640,8 +642,8 @@ async fn directories_and_segments_that_cannot_be_read_hold_up_no_others() {
     assert!(world.app.state.metering.ship_adopted().await.is_err());
     assert_eq!(world.logged().await, ids);
     assert!(!good.exists(), "shipped segments are deleted");
-    assert!(unreadable.exists(), "the rest is kept");
-    // The same applies within one directory.
+    assert!(unreadable.exists(), "unreadable segments are kept");
+    // Within one directory, an unreadable segment does not hold up the others either.
     let ids = &ids | &world.echoes(5).await;
     copy_segments(&own, &unreadable);
     let url = SecretString::from(world.app.database.url());
@@ -763,7 +765,7 @@ async fn a_clean_stop_does_not_wait_for_a_batch_that_waits() {
     app.stop().await;
 }
 
-/// Usage is reported as complete only up to records that may still be in flight, although the shipper cannot see their
+/// Usage is reported as complete only up to decisions that are still in flight, although the shipper cannot see their
 /// time.
 #[tokio::test(flavor = "multi_thread")]
 async fn usage_is_not_complete_beyond_a_decision_in_flight() {
@@ -851,13 +853,13 @@ async fn a_replica_takes_over_what_a_killed_one_left_in_a_shared_directory() {
     let (data, http) = (data_dir(), Client::new());
     let settings = [
         ("DATABASE_URL", database.url()),
-        // The first server does not ship anything itself.
+        // After startup, the first server does not ship anything during the test.
         ("QUOTA_USAGE_SHIP_EVERY", "60s"),
     ];
     let first = Quota::start_with(data.path(), &settings);
     let plan = json!({"name": "p", "default_rpm": 1_000_000, "burst": 100_000});
     let key = first.key_on(&http, plan).await;
-    // The first server ships once immediately.
+    // The first server ships once at startup.
     tokio::time::sleep(Duration::from_millis(500)).await;
     let url = format!("http://{}/v1/echo", first.addr);
     for n in 0..200 {
@@ -940,7 +942,10 @@ async fn killing_the_server_under_load_loses_nothing_and_counts_nothing_twice() 
         quota = Quota::start_with(data.path(), &settings);
     }
     assert!(answered.len() > 1_000, "only {} responses", answered.len());
-    assert!(in_flight > 0, "none was in flight at a kill");
+    assert!(
+        in_flight > 0,
+        "no request was in flight when the server was killed"
+    );
     // Usage left behind by killed servers is taken over.
     let url = format!("http://{}/v1/echo", quota.addr);
     let last = http.get(&url).header("X-API-Key", &key);
@@ -970,7 +975,7 @@ async fn killing_the_server_under_load_loses_nothing_and_counts_nothing_twice() 
     assert!(unanswered <= in_flight, "{unanswered} of {in_flight}");
 }
 
-/// Records the relevant system calls, in order, while requests are sent one after another.
+/// Sends requests one after another. Returns the server's relevant system calls, in order, or `None` without strace.
 async fn traced(durability: &str, requests: usize) -> Option<Vec<String>> {
     let database = database().await;
     let (data, http) = (data_dir(), Client::new());

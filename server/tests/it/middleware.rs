@@ -1,5 +1,5 @@
 //! Tests the middleware in `deploy/middleware`: the Rust crate, and the unchanged files for FastAPI and Express in
-//! running applications. All of them have to behave in the same way.
+//! running applications. All three have to behave in the same way.
 
 mod programs;
 mod substitute;
@@ -40,7 +40,7 @@ async fn send(request: RequestBuilder) -> Response {
     request.send().await.expect("the API responds")
 }
 
-/// Returns the problem in a response. Its members must agree with the response, and it must not be stored.
+/// Returns the problem in a response. Asserts that the problem matches the response, and that caches must not store it.
 async fn problem(response: Response, status: u16) -> Value {
     assert_eq!(response.status(), status, "{response:?}");
     assert_eq!(
@@ -103,7 +103,8 @@ async fn enforces_decisions(program: Program) {
 
     let bearer = http.get(format!("{}/orders/7", api.url)).bearer_auth(&key);
     let own = api.get(&http, &key).header("x-request-id", "own-id");
-    // Quota would reject the check because of the length of its headers. Node.js itself rejects such long headers.
+    // If the middleware passed on this request ID, Quota would reject the check because of the length of its headers.
+    // Node.js itself rejects such long headers.
     let length = if program == Program::TypeScript {
         129
     } else {
@@ -155,7 +156,7 @@ async fn enforces_decisions(program: Program) {
     assert!(ids.contains(denied_id), "{denied_id} {ids:?}");
 }
 
-/// Tests that exactly as many requests are admitted as were sold, however many are sent at once.
+/// Tests that exactly as many requests are admitted as the quota allows, however many are sent at once.
 async fn admits_exactly_the_quota(program: Program) {
     const QUOTA: usize = 50;
     let app = TestApp::start().await;

@@ -14,7 +14,7 @@ async fn migrate(url: &str) -> Vec<String> {
         .expect("the migrations apply")
 }
 
-/// Runs on a separate thread, because applying migrations blocks.
+/// Applies the migrations in a separate task, because this blocks.
 async fn migrate_apart(url: &str) -> Vec<String> {
     let url = url.to_owned();
     tokio::spawn(async move { migrate(&url).await })
@@ -200,7 +200,8 @@ async fn role_without_superuser_migrates_and_serves() {
         .await
         .expect("the query succeeds")
         .get(0);
-    // If another role has created the two roles, this one must be made a member, as described in the migration.
+    // If another role has created the two roles, this role must be made a member of them, as described in the
+    // migration.
     let version: i32 = admin
         .query_one("SELECT current_setting('server_version_num')::int", &[])
         .await
@@ -212,7 +213,7 @@ async fn role_without_superuser_migrates_and_serves() {
              ALTER DATABASE {name} OWNER TO {role};"
         ))
         .await
-        .expect("a superuser may");
+        .expect("a superuser can create roles");
     for shared in ["quota_app", "quota_system"] {
         let admin_option = if version >= 160_000 {
             "WITH ADMIN OPTION"
@@ -225,7 +226,10 @@ async fn role_without_superuser_migrates_and_serves() {
             .expect("the query succeeds");
         if there.is_some() {
             let grant = format!("GRANT {shared} TO {role} {admin_option}");
-            admin.batch_execute(&grant).await.expect("a superuser may");
+            admin
+                .batch_execute(&grant)
+                .await
+                .expect("a superuser can grant roles");
         }
     }
     let url = as_role(database.url(), &role);

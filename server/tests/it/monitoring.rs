@@ -54,7 +54,9 @@ fn parse(scrape: &str) -> Families {
             }
             name.clone_into(&mut current);
         } else {
-            let family = families.get_mut(&current).expect("described before");
+            let family = families
+                .get_mut(&current)
+                .expect("HELP and TYPE come first");
             assert!(
                 line.starts_with(&current),
                 "{line} is not a series of {current}"
@@ -62,7 +64,7 @@ fn parse(scrape: &str) -> Families {
             let labels = line.split_once('{').and_then(|(_, it)| it.split_once('}'));
             let labels = labels.map_or("", |(labels, _)| labels).split(',');
             let names = labels.filter_map(|it| it.split_once('=').map(|(name, _)| name));
-            // Buckets are part of the type.
+            // The label `le` follows from the type, so the table does not list it.
             let names = names.filter(|it| *it != "le").map(str::to_owned);
             family.labels.extend(names);
         }
@@ -222,7 +224,7 @@ async fn every_alert_reads_existing_metrics_and_has_a_section_in_the_runbook() {
     for rule in &rules {
         let (read, mistakes) = check(&rule.expression, &families);
         assert_eq!(mistakes, Vec::<String>::new(), "{rule:?}");
-        // `up` is Prometheus's own.
+        // `up` is a metric of Prometheus itself.
         assert!(
             !read.is_empty() || rule.expression.starts_with("up{"),
             "{rule:?}"
@@ -264,7 +266,7 @@ async fn every_panel_of_the_dashboard_reads_existing_metrics() {
         let title = panel["title"].as_str().expect("a title");
         assert!(
             ids.insert(panel["id"].as_u64()),
-            "two panels have its ID: {title}"
+            "another panel has the same ID: {title}"
         );
         if panel["type"] == "row" {
             continue;
@@ -290,7 +292,7 @@ async fn every_panel_of_the_dashboard_reads_existing_metrics() {
         let query = variable["definition"].as_str().unwrap_or_default();
         assert_eq!(check(query, &families).1, Vec::<String>::new(), "{query}");
     }
-    // The dashboard shows everything that an alert reads.
+    // The dashboard shows every metric that an alert reads.
     let alerted = rules()
         .iter()
         .flat_map(|rule| check(&rule.expression, &families).0)
@@ -364,7 +366,7 @@ fn prometheus_accepts_the_configuration_and_each_alert_fires_only_for_its_proble
         let (passed, text) = run(&folder, arguments);
         assert!(passed, "{arguments:?}: {text}");
     }
-    // The tests detect an alert that always fires, and one that never does.
+    // The tests detect an alert that always fires, and an alert that never fires.
     let copy = tempfile::tempdir().expect("a directory");
     std::fs::write(copy.path().join("alerts_test.yml"), RULE_TESTS).expect("written");
     for (right, wrong) in [

@@ -88,7 +88,7 @@ impl FakeStripe {
             .push(tokio::spawn(webhook::deliver_queued(shared, client)));
     }
 
-    /// Returns the address, for clients and for the URLs of its pages.
+    /// Returns the base URL for clients, which is also the base of the fake's pages.
     pub fn url(&self) -> &str {
         &self.shared.base
     }
@@ -147,13 +147,13 @@ impl FakeStripe {
         self.with(|state| state.after_retries = outcome);
     }
 
-    /// Makes finalizing the next invoices fail.
+    /// Makes the finalization of the next `count` invoices fail.
     pub fn fail_finalizations(&self, count: u32) {
         self.with(|state| state.failing_finalizations = count);
     }
 
     /// Completes a Checkout Session, as a customer with this card would. With `delayed`, the payment takes days:
-    /// [`settle_checkout`](Self::settle_checkout) determines how it ends.
+    /// [`settle_checkout`](Self::settle_checkout) determines the outcome.
     pub fn pay_checkout(&self, session: &str, card: Card, delayed: bool) -> Result<Value, Failure> {
         self.with(|state| state.complete_session(session, card, delayed))
     }
@@ -232,7 +232,7 @@ impl FakeStripe {
         });
     }
 
-    /// Rotates the secret of an endpoint. Both secrets are used for signing for a day. Returns the new secret.
+    /// Rotates the secret of an endpoint. For a day, webhooks are signed with both secrets. Returns the new secret.
     pub fn rotate_secret(&self, endpoint: &str) -> String {
         self.with(|state| state.rotate_secret(endpoint))
     }

@@ -81,7 +81,7 @@ impl Failure {
     }
 }
 
-/// Something that happens at a later time.
+/// A change that happens at a later time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Timer {
     ExpireSession(String),
@@ -154,7 +154,7 @@ impl State {
         format!("{prefix}_fake{:08}", self.next_id)
     }
 
-    /// IDs are unique across all of Stripe, so objects of the new account get different numbers.
+    /// Changes the account. IDs are unique across all of Stripe, so objects of the new account get different numbers.
     pub fn change_account(&mut self, id: &str) {
         self.account = Some(id.to_owned());
         self.next_id += 10_000_000;
@@ -212,7 +212,7 @@ impl State {
         found.ok_or_else(|| Failure::no_such(kind, id))
     }
 
-    /// Changes fields of an object. Returns it.
+    /// Changes fields of an object. Returns the object.
     pub fn set(&mut self, kind: &str, id: &str, fields: &Value) -> Value {
         let object = self.find_mut(kind, id).expect("the object exists");
         for (name, value) in fields.as_object().expect("fields") {
