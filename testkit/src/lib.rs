@@ -1,8 +1,8 @@
 //! Tools for tests: processes that end with their owner, a Redis that can be killed and frozen, a proxy that fails on
 //! demand, a mail server, a recent Caddy, Envoy, and a checker for token bucket promises.
 //!
-//! This crate does not depend on Quota. Its processes are ended by their PIDs. If something cannot be started, the
-//! tools panic with the reason.
+//! This crate does not depend on Quota. The tools end processes by PID, never by name, and panic with the reason if a
+//! program cannot be started.
 
 pub mod caddy;
 pub mod envelope;

@@ -13,8 +13,8 @@ use nix::{
     unistd::Pid,
 };
 
-/// Runs "$@", appends its output to the file $1, prints its PID, and kills it when standard input ends, which happens
-/// when the owner ends. A frozen process reacts only to SIGKILL.
+/// Runs "$@", appends its output to the file $1, prints the command's PID, and kills the command when standard input
+/// ends, which happens when the owner ends. A frozen process reacts only to SIGKILL.
 const GUARD: &str = r#"
 out=$1
 shift

@@ -55,7 +55,7 @@ pub struct FaultProxy {
 #[derive(Debug)]
 enum Running {
     Here(JoinHandle<()>),
-    /// The proxy's thread ends when this is dropped.
+    /// The proxy's thread ends when this sender is dropped.
     Apart(#[expect(dead_code, reason = "held for its drop")] oneshot::Sender<()>),
 }
 

@@ -887,7 +887,7 @@ async fn tenant_whose_customer_was_deleted_can_subscribe_again() {
     );
 }
 
-/// Customers without a subscription are read at increasing intervals, others about every 10 minutes.
+/// Customers without a subscription are read at increasing intervals, and other customers about every 10 minutes.
 #[tokio::test(flavor = "multi_thread")]
 async fn customer_without_a_subscription_is_rarely_read() {
     let stripe = TestStripe::start().await;

@@ -105,7 +105,7 @@ async fn flood(rate: u64, seconds: u64) -> Flood {
     let large = reqwest::Client::builder().pool_max_idle_per_host(0).build();
     let large = large.expect("a client");
     for _ in 0..seconds * PARTS {
-        // This time has already passed if sending has fallen behind.
+        // The scheduled time has already passed if sending has fallen behind.
         let scheduled = ticks.tick().await.into_std();
         for _ in 0..rate / PARTS {
             let kind = Kind::nth(n);

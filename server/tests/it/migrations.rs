@@ -14,7 +14,7 @@ async fn migrate(url: &str) -> Vec<String> {
         .expect("the migrations apply")
 }
 
-/// Applies the migrations in a separate task, because this blocks.
+/// Applies the migrations in a separate task, because [`migrate`] blocks.
 async fn migrate_apart(url: &str) -> Vec<String> {
     let url = url.to_owned();
     tokio::spawn(async move { migrate(&url).await })

@@ -147,7 +147,7 @@ fn family_of<'a>(series: &str, families: &'a Families) -> Option<(&'a str, &'a F
         .map(|(name, family)| (name.as_str(), family))
 }
 
-/// Returns the metrics that a query reads, and its mistakes: unknown metrics and labels.
+/// Returns the metrics that a query reads, and the query's mistakes: unknown metrics and labels.
 fn check(query: &str, families: &Families) -> (BTreeSet<String>, Vec<String>) {
     let is_word = |c: char| c.is_ascii_alphanumeric() || c == '_';
     let (mut read, mut mistakes) = (BTreeSet::new(), Vec::new());

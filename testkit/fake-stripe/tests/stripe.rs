@@ -856,7 +856,7 @@ async fn requests_that_stripe_does_not_document_are_detected() {
         for (name, value) in defaults.iter().chain(headers) {
             let mut only = reqwest::header::HeaderMap::new();
             only.insert(*name, value.parse().expect("a value"));
-            // This replaces the default headers.
+            // `headers` replaces default headers of the same name.
             call = call.headers(only);
         }
         let status = call.body(body.to_owned()).send().await;

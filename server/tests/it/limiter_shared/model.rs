@@ -1,5 +1,5 @@
 //! The behavior of the Redis script, in 128-bit integers: a fast substitute for Redis, with which the script is
-//! compared. It repeats the script's rules, so it does not prove that they are correct; `credits` does.
+//! compared. The model repeats the script's rules, so it does not prove that they are correct; `credits` does.
 
 use std::collections::HashMap;
 
@@ -18,8 +18,8 @@ pub(super) const DEADLINE: u64 = 30_000;
 /// microseconds.
 const PROMISED: u64 = 100_000;
 
-/// In microseconds. Until a caller has confirmed the start of an epoch, each call postpones the start, unless the start
-/// is further away than the delay minus the larger of this value and the deadline of calls.
+/// A call during an outage postpones the start of an unconfirmed epoch only after this many microseconds of the delay,
+/// or after the deadline of calls if that is longer.
 const KNOWN: u64 = 50_000;
 
 /// How long after the start of a confirmed epoch other callers cannot begin another epoch, in microseconds, in addition

@@ -280,7 +280,7 @@ async fn versions_that_start_over_are_followed() {
     let clock = TestClock::at(START);
     let counters = ClockedCounters::new(&redis, &clock);
     counters.begin().await;
-    // The plan is small and has a high version. After the restore, it is edited: it becomes larger, and has a low
+    // The plan is small and has a high version. After the restore, an edit makes the plan larger and gives it a low
     // version.
     let bucket = BucketName::Key(TenantId(uuid::Uuid::nil()), ApiKeyId(uuid::Uuid::nil()));
     let plan = |version: u64, burst: u64| TakeCall {

@@ -237,7 +237,7 @@ async fn the_ledger_is_compared_with_windows_that_have_ended() {
     .await;
     let client = app.database.connect().await;
     let mut found = Vec::new();
-    // Finally, the plan changes, so it may have had no quota during a part of the window.
+    // In the last two cases, the plan was edited, so it may have had no quota during a part of the window.
     for (used, is_changed) in [
         (30_i64, false),
         (42, false),

@@ -24,19 +24,20 @@
 //! counted as available. The first are tokens that another replica may hold: at most a tenth of the burst and at most
 //! twice the cost of the requests that the replica got just before, for at most [`HELD`]. The second are the last
 //! tokens of a bucket, because they are taken together and not one by one: as many tokens as refill in [`GATHER`], from
-//! the time at which the bucket contains fewer tokens than that until it contains twice as many. Requests that arrive
-//! during a call to Redis are decided together by the next call, so at the end of a window, the refill of the last
-//! round trip may be unused, for every plan. In addition, Redis learns of an edit with the first request after it:
+//! the time at which the bucket contains fewer tokens than this number until it contains twice as many. Requests that
+//! arrive during a call to Redis are decided together by the next call, so at the end of a window, the refill of the
+//! last round trip may be unused, for every plan. In addition, Redis learns of an edit with the first request after it:
 //! tokens that refill before that count at the lower of the two rates. After a fault, a bucket is empty only if Redis
-//! lost its state, or if no replica that uses it received a response. Otherwise, it has lost only the tokens that Redis
-//! granted in responses that arrived late or never, and those that were returned by calls that never arrived.
+//! lost its state, or if no replica that uses it received a response. Otherwise, the bucket has lost only the tokens
+//! that Redis granted in responses that arrived late or never, and those that were returned by calls that never
+//! arrived.
 //!
 //! **Outages.** A replica that gets no timely response from Redis for a while still admits at least 99% of what the
-//! plan promises for the requests that the replica gets. With `open`, from half a second on, this is a separate bucket
-//! with the full limit. The bucket is full at first, and requests that Redis decides take nothing from it. With
-//! `share`, from 1.4 s on, it is the replica's share of the limit, which starts empty. This check requires a constant
-//! number of replicas. If a replica has never had a response for the key under this plan, its share starts with the
-//! replica's first request.
+//! plan promises for the requests that the replica gets. With `open`, from half a second on, the plan promises a
+//! separate bucket with the full limit. The bucket is full at first, and requests that Redis decides take nothing from
+//! it. With `share`, from 1.4 s on, the plan promises the replica's share of the limit, which starts empty. This check
+//! requires a constant number of replicas. If a replica has never had a response for the key under this plan, its share
+//! starts with the replica's first request.
 //!
 //! **Connections.** A replica decides without Redis only during a fault that affects it, and for [`RECOVERED`] after
 //! that. A fault that affects all replicas, or in which Redis loses its state, affects every replica.
@@ -91,7 +92,7 @@ pub(super) enum Promise {
     Lower,
     /// A 429 although the bucket certainly had enough tokens.
     Honest,
-    /// A stated wait after which the same request is denied again, or that is longer than necessary.
+    /// A denial stated a wait that is too short for the same request to be admitted, or longer than necessary.
     Wait,
     /// A response took longer than two deadlines.
     Prompt,

@@ -110,8 +110,8 @@ fn no_share_begins_before_the_outage_is_over_or_detected_by_all() {
     });
 }
 
-/// A replica that starts when an outage ends cannot know whether others have already used their shares. It must not use
-/// buckets that do not reflect these shares, even if it has not counted the replicas yet.
+/// A replica that starts when an outage ends cannot know whether others have already used their shares. The new replica
+/// must not use buckets that do not reflect these shares, even if it has not counted the replicas yet.
 #[test]
 fn a_replica_that_starts_at_the_end_of_an_outage_begins_an_epoch() {
     for (lasts, is_counted) in [870, 950, 1040, 1100, 1390]
@@ -305,7 +305,7 @@ fn an_outage_of_one_replica_empties_no_bucket() {
 }
 
 /// Redis loses its state while replicas are detecting an outage, so some of them send their first probe much later than
-/// others call Redis. All of them must learn of the new epoch before it starts. Otherwise, a late replica begins
+/// others call Redis. All replicas must learn of the new epoch before it starts. Otherwise, a late replica begins
 /// another epoch, and every bucket is emptied again. The replicas must also not keep postponing the start for each
 /// other.
 #[test]

@@ -539,8 +539,8 @@ fn a_slow_ledger_does_not_count_as_an_outage() {
     });
 }
 
-/// Requests whose cost exceeds every lease are denied again and again. They must not make the lease larger than the
-/// other requests of the replica need, or the lease would hold tokens that no request can spend.
+/// Requests whose cost exceeds every lease are denied repeatedly. They must not make the lease larger than the other
+/// requests of the replica need, or the lease would hold tokens that no request can spend.
 #[test]
 fn requests_too_large_for_a_lease_hold_back_no_tokens() {
     paused(async {
