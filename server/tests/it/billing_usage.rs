@@ -531,7 +531,7 @@ async fn usage_is_not_sent_again_after_its_invoice_is_final() {
 async fn usage_that_cannot_be_charged_is_recorded_with_the_reason() {
     let world = World::subscribed(50 * DAY).await;
     let now = usage::now();
-    // Usage before the subscription, and usage that is too old for Stripe.
+    // The first usage is from before the subscription, and the second is too old for Stripe.
     world
         .append(&[world.paid(now - TimeDelta::days(60), 1)])
         .await;

@@ -219,8 +219,8 @@ async fn schedule(seed: u64, counters: &mut Counters, clock: &TestClock, sum: &m
     let mut newest_used = clock.now().0 / 1000;
     let (mut history, mut grants) = (Vec::new(), Vec::<Granted>::new());
     let (mut epoch, mut promised) = (0, 0);
-    // Whether the counters still have the bucket, the newest plan it has been called with, and the time and its debt at
-    // the last call.
+    // Whether the counters still have the bucket, the newest plan that a call for the bucket has had, and the time and
+    // the bucket's debt at the last call.
     let (mut exists, mut known) = (false, plan);
     let mut last = (START.0 / 1000, 0_u128);
     // Half of the schedules have no edits, failovers or clock changes.
