@@ -145,12 +145,12 @@ pub(super) fn without_redis(
     (world, limiters, policies)
 }
 
-/// Returns how many of this many concurrent requests are admitted.
+/// Returns how many of `count` concurrent requests are admitted.
 pub(super) async fn crowd(limiter: &Limiter, policies: &Policies, count: u32) -> u32 {
     crowd_of(limiter, &a_handle(limiter), policies, count).await
 }
 
-/// Returns how many of this many concurrent requests of a key are admitted.
+/// Returns how many of `count` concurrent requests of a key are admitted.
 pub(super) async fn crowd_of(
     limiter: &Limiter,
     handle: &Arc<KeyHandle>,
