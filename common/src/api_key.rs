@@ -18,7 +18,8 @@ response! {
         pub plan_id: PlanId,
         /// The first characters of the key, which identify it without revealing it.
         pub prefix: String,
-        /// Whether the key is active. Requests with an inactive key are rejected with 401 and never charged.
+        /// Whether the key is active. Requests with an inactive key are rejected with 401 and do not count against any
+        /// limit.
         pub is_active: bool,
         /// When the key expires. After that time, requests with the key are rejected with 401. `null` if the key never
         /// expires.
@@ -35,7 +36,7 @@ response! {
         pub metadata: Metadata,
         /// When a request with the key was last allowed or denied. Updated within seconds of the request.
         pub last_used_at: Option<Timestamp>,
-        /// When the previous key stops working after a rotation. `null` if there is no previous key.
+        /// When the previous secret stops working after a rotation. `null` if there is no previous secret.
         pub previous_expires_at: Option<Timestamp>,
         pub created_at: Timestamp,
         pub updated_at: Timestamp,
@@ -97,11 +98,11 @@ request! {
     /// Request body for rotating an API key.
     #[derive(Debug, Default)]
     pub struct RotateApiKey {
-        /// Seconds until the current key stops working, 0 to 2,592,000 (30 days). Use 0 for a leaked key. Default:
-        /// 86,400 (24 hours).
+        /// Seconds until the current secret stops working, 0 to 2,592,000 (30 days). Use 0 if the secret was leaked.
+        /// Default: 86,400 (24 hours).
         #[garde(dive)]
         pub grace_seconds: Option<GraceSeconds>,
-        /// Whether to revoke the previous key immediately if the grace period of an earlier rotation has not ended.
+        /// Whether to revoke the previous secret immediately if the grace period of an earlier rotation has not ended.
         /// Default: false.
         #[garde(skip)]
         pub replace_previous: Option<bool>,

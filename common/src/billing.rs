@@ -41,7 +41,7 @@ response! {
         pub access_ends_at: Option<Timestamp>,
         /// When the trial ends and the first payment is due.
         pub trial_ends_at: Option<Timestamp>,
-        /// When the subscription will be canceled or was canceled. `null` if it renews.
+        /// When the subscription will be canceled or was canceled. `null` if the subscription renews.
         pub cancels_at: Option<Timestamp>,
         /// Start of the current billing period.
         pub period_start: Option<Timestamp>,

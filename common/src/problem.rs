@@ -109,13 +109,13 @@ problems! {
     /// describes and retry.
     Malformed = "malformed", 400, "Malformed request";
     /// No API key, access token or service token was sent, or the credential is unknown, malformed, expired or
-    /// inactive. Nothing was charged. Sign in again, or use an active key.
+    /// inactive. The request does not count against any limit. Sign in again, or use an active key.
     Unauthorized = "unauthorized", 401, "Missing or invalid credentials";
     /// The email or password is incorrect. For security reasons, the response does not say which.
     WrongCredentials = "wrong-credentials", 401, "Incorrect email or password";
-    /// The key is on a paid plan, and its tenant has no active subscription. Nothing was charged. A user who may manage
-    /// the tenant's billing has to subscribe or pay the outstanding invoice. After that, keys on paid plans work again
-    /// within seconds.
+    /// The key is on a paid plan, and its tenant has no active subscription. The request does not count against any
+    /// limit. A user who may manage the tenant's billing has to subscribe or pay the outstanding invoice. After that,
+    /// keys on paid plans work again within seconds.
     SubscriptionNeeded = "subscription-needed", 402, "Subscription required";
     /// Your role in the tenant does not allow this action, or a request with session cookies did not come from
     /// this server's own pages. `detail` contains the reason.
@@ -138,10 +138,10 @@ problems! {
     NameTaken = "name-taken", 409, "Name already in use";
     /// An account with this email already exists. Sign in, or use another address.
     EmailTaken = "email-taken", 409, "Email already in use";
-    /// The grace period of an earlier rotation has not ended; `detail` says when the previous key expires. Another
-    /// rotation would revoke the previous key, because there can be only one previous key. Wait until the previous key
-    /// has expired, or send `replace_previous: true`.
-    PreviousKeyActive = "previous-key-active", 409, "Previous key still active";
+    /// The grace period of an earlier rotation has not ended; `detail` says when the previous secret expires. Another
+    /// rotation would revoke the previous secret, because there can be only one. Wait until the previous secret has
+    /// expired, or send `replace_previous: true`.
+    PreviousKeyActive = "previous-key-active", 409, "Previous secret still active";
     /// Billing is off on this server: the operator has not connected the server to Stripe. Plans marked `paid` work
     /// like other plans.
     BillingOff = "billing-off", 409, "Billing is off";
@@ -160,9 +160,9 @@ problems! {
     Invalid = "invalid", 422, "Validation failed";
     /// This `Idempotency-Key` was already used with a different request body. Use a new key for a new request.
     IdempotencyMismatch = "idempotency-mismatch", 422, "Idempotency-Key already used";
-    /// The API key has reached a rate limit or quota; `violated-policies` says which one. Nothing was charged. Retry
-    /// after the number of seconds in `Retry-After`. If the `Retry-After` header is absent, the request costs more than
-    /// the limit and can never be allowed.
+    /// The API key has reached a rate limit or quota; `violated-policies` says which one. The request does not count
+    /// against any limit. Retry after the number of seconds in `Retry-After`. If the `Retry-After` header is absent, the
+    /// request costs more than the limit and can never be allowed.
     QuotaExceeded = "quota-exceeded", 429, "Rate limit or quota exceeded";
     /// Too many requests came from this address, for this account or from this tenant; `detail` contains the reason.
     /// Retry after the number of seconds in `Retry-After`.
@@ -175,14 +175,15 @@ problems! {
     /// A dependency of the server is unavailable, or the server is starting or stopping. Retry after the number of
     /// seconds in `Retry-After`.
     Unavailable = "unavailable", 503, "Temporarily unavailable";
-    /// Rate limits can't be checked right now, because the shared counters or the database can't be reached. Nothing
-    /// was charged. Retry after the number of seconds in `Retry-After`. The status is 429 if the plan keeps limiting
-    /// without the shared counters and the server cannot allow this request, and 503 if nothing can be checked.
+    /// Rate limits can't be checked right now, because the shared counters or the database can't be reached. The
+    /// request does not count against any limit. Retry after the number of seconds in `Retry-After`. The status is 429
+    /// if the plan keeps limiting without the shared counters and the server cannot allow this request, and 503 if
+    /// nothing can be checked.
     ReducedCapacity = "temporary-reduced-capacity", 503, "Temporarily reduced capacity";
     /// Usage can't be recorded right now, because the server's disk is full or read-only, or too much usage is waiting
-    /// to be written to the database. Requests that can't be recorded are not allowed. Nothing was charged. Retry after
-    /// the number of seconds in `Retry-After`. Operators: free disk space in `QUOTA_DATA_DIR`, or find out why usage is
-    /// not written to PostgreSQL.
+    /// to be written to the database. Requests that can't be recorded are not allowed, and do not count against any
+    /// limit. Retry after the number of seconds in `Retry-After`. Operators: free disk space in `QUOTA_DATA_DIR`, or
+    /// find out why usage is not written to PostgreSQL.
     InsufficientStorage = "insufficient-storage", 503, "Usage can't be recorded";
 }
 

@@ -39,9 +39,9 @@ response! {
         pub allowed: u64,
         /// Requests that were denied.
         pub rejected: u64,
-        /// Total cost of the allowed requests, as charged to quotas.
+        /// Total cost of the allowed requests, as counted against quotas.
         pub allowed_cost: u64,
-        /// Total cost of the denied requests, which was not charged.
+        /// Total cost of the denied requests, which are not counted against any limit.
         pub rejected_cost: u64,
     }
 }
@@ -66,9 +66,9 @@ response! {
         pub allowed: u64,
         /// Requests that were denied.
         pub rejected: u64,
-        /// Total cost of the allowed requests, as charged to quotas.
+        /// Total cost of the allowed requests, as counted against quotas.
         pub allowed_cost: u64,
-        /// Total cost of the denied requests, which was not charged.
+        /// Total cost of the denied requests, which are not counted against any limit.
         pub rejected_cost: u64,
     }
 }
@@ -95,9 +95,9 @@ response! {
         pub allowed: u64,
         /// Requests that were denied.
         pub rejected: u64,
-        /// Total cost of the allowed requests, as charged to quotas.
+        /// Total cost of the allowed requests, as counted against quotas.
         pub allowed_cost: u64,
-        /// Total cost of the denied requests, which was not charged.
+        /// Total cost of the denied requests, which are not counted against any limit.
         pub rejected_cost: u64,
         /// Time of the latest request in the range. `null` for `other`, or if the group also has requests after `to`.
         pub last_seen_at: Option<Timestamp>,
@@ -143,14 +143,14 @@ response! {
         /// Number of keys that have never been used.
         pub unused_keys: u64,
         pub total_plans: u64,
-        /// Requests today, both allowed and denied.
+        /// Number of requests today, both allowed and denied.
         pub requests_today: u64,
-        /// Requests denied today.
+        /// Number of requests denied today.
         pub rejected_today: u64,
-        /// Requests yesterday up to the same time of day. Usage is counted in 15-minute intervals, so the last interval
-        /// is prorated.
+        /// Number of requests yesterday before the current time of day. Usage is counted in 15-minute intervals, so the
+        /// last interval is prorated.
         pub requests_yesterday: u64,
-        /// Requests denied yesterday up to the same time of day.
+        /// Number of requests denied yesterday before the current time of day.
         pub rejected_yesterday: u64,
         /// When the current day started.
         pub today: Timestamp,

@@ -213,7 +213,7 @@ curl {base}/auth/refresh -H "Content-Type: application/json" \
 curl -X DELETE {base}/admin/plans/$PLAN_ID -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
         ProblemCode::PreviousKeyActive => (
-            "The same request will fail until the previous key expires. To revoke that key immediately, set `replace_previous`.",
+            "The same request will fail until the previous secret expires. To revoke the previous secret immediately, set `replace_previous`.",
             r#"curl {base}/admin/api-keys/$KEY_ID/rotate \
   -H "Authorization: Bearer $ACCESS_TOKEN" -H "Content-Type: application/json" \
   -d '{"replace_previous": true}'"#,
@@ -292,7 +292,7 @@ fn configuration(file: &str) -> String {
     escape(text.trim_end())
 }
 
-/// The landing page's pictures, taken by `cargo xtask pictures`.
+/// The landing page's screenshots, taken by `cargo xtask pictures`.
 const PICTURES: [(&str, &[u8]); 4] = [
     (
         "usage-light",
@@ -312,7 +312,7 @@ const PICTURES: [(&str, &[u8]); 4] = [
     ),
 ];
 
-/// Returns the section with the pictures. They follow the page's theme.
+/// Returns the section with the screenshots, which follow the page's theme.
 fn pictures() -> String {
     let figure = |name: &str, caption: &str| {
         format!(

@@ -22,7 +22,7 @@ pub const POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
 pub const STATE: HeaderName = HeaderName::from_static("ratelimit");
 /// The decision of forward-auth. A gateway must forward a request only if the status is 200 and the value is `allowed`.
 pub const DECISION: HeaderName = HeaderName::from_static("x-quota-decision");
-/// A header that is present if Redis is unreachable and this replica decides without it.
+/// A header that is present if Redis is unreachable and this replica makes decisions without Redis.
 pub const DEGRADED: HeaderName = HeaderName::from_static("x-quota-degraded");
 pub const REDIS_AWAY: &str = "redis-away";
 

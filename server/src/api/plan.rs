@@ -124,7 +124,7 @@ impl PlanApi {
 
     /// Create a plan
     ///
-    /// Returns the plan. Its limits apply to each key on it separately.
+    /// Returns the plan. The plan's limits apply separately to each of its keys.
     #[oai(path = "/plans", method = "post", operation_id = "create_plan")]
     async fn create(
         &self,

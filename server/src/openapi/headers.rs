@@ -84,7 +84,7 @@ fn limit_headers() -> Map<String, Value> {
         (
             "X-Quota-Degraded".to_owned(),
             text(
-                "Sent only while Redis is unreachable and this replica decides without it.",
+                "Sent only while Redis is unreachable and this replica makes decisions without Redis.",
                 "redis-away",
             ),
         ),
