@@ -29,7 +29,7 @@ import { World } from "./world.mjs";
 
 const [executablePath, base, shots, ...selected] = process.argv.slice(2);
 const parts = { site, tour, keyboard, once, many, actions, usage, lists, names, guard, pages, errors, trouble, roles, billing, subscription, webhooks, widths, recount, pictures, walk };
-// These parts run only when selected: they require a special setup, change files in the repository, or save pictures
+// These parts run only when selected: they require a special setup, change files in the repository, or save screenshots
 // for review.
 const onRequest = ["recount", "pictures", "walk"];
 

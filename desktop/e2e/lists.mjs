@@ -98,7 +98,7 @@ export async function lists(world) {
   await my.field("External ID (optional)").fill("crm-<40>");
   await my.field("Metadata (optional)").fill("region");
   await my.button("Save changes").click();
-  await page.getByText("Write each entry on a separate line, as name=value").waitFor();
+  await page.getByText("Enter one name=value pair per line").waitFor();
   await my.field("Metadata (optional)").fill("region=eu & us\ntier = 2");
   await my.inspect("edit-key");
   await my.button("Save changes").click();

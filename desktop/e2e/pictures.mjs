@@ -1,4 +1,4 @@
-// Takes the pictures for the README and the landing page: node journey.mjs CHROMIUM ADDRESS ../pictures pictures
+// Takes the screenshots for the README and the landing page: node journey.mjs CHROMIUM ADDRESS ../pictures pictures
 
 import assert from "node:assert/strict";
 import { writeFileSync } from "node:fs";

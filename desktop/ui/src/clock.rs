@@ -50,7 +50,7 @@ pub fn track_ticks() {
     expect_context::<Ticks>().0.track();
 }
 
-/// Returns the current time in milliseconds since 1970.
+/// Returns the current time in milliseconds since the Unix epoch.
 #[expect(
     clippy::cast_possible_truncation,
     reason = "whole milliseconds fit for thousands of years"

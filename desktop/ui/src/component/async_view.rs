@@ -35,7 +35,7 @@ struct Core {
     pending: RwSignal<bool>,
     /// Whether the next load runs in the background.
     quiet: StoredValue<bool>,
-    /// When the data on the page was loaded, in milliseconds since 1970.
+    /// When the data on the page was loaded, in milliseconds since the Unix epoch.
     loaded_at: StoredValue<i64>,
     /// Why the latest background load failed. `None` if the load succeeded.
     stale: RwSignal<Option<CallError>>,

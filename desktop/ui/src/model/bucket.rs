@@ -11,7 +11,7 @@ pub struct Bucket {
     pub limit: u64,
     /// The number of tokens at the time `at`.
     pub remaining: u64,
-    /// The time of the report, in milliseconds since 1970.
+    /// The time of the report, in milliseconds since the Unix epoch.
     pub at: i64,
     /// `refill` tokens are added every `window` seconds.
     pub refill: u64,

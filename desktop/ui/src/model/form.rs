@@ -68,7 +68,7 @@ pub fn metadata(text: &str) -> Result<Metadata, &'static str> {
             Some((name.trim().to_owned(), value.trim().to_owned()))
         })
         .collect::<Option<_>>()
-        .ok_or("Write each entry on a separate line, as name=value")
+        .ok_or("Enter one name=value pair per line")
 }
 
 pub fn check_metadata(text: &str) -> Result<(), &'static str> {

@@ -13,7 +13,7 @@ pub struct Message<A> {
     pub is_error: bool,
     /// An action that the message offers.
     pub action: Option<A>,
-    /// The time when the message was added, in milliseconds since 1970.
+    /// The time when the message was added, in milliseconds since the Unix epoch.
     pub added_at: i64,
 }
 

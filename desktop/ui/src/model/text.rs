@@ -43,7 +43,7 @@ fn duration(secs: u64) -> String {
     }
 }
 
-/// Formats a time relative to `now`. Both times are in milliseconds since 1970.
+/// Formats a time relative to `now`. Both times are in milliseconds since the Unix epoch.
 pub fn relative(at: i64, now: i64) -> String {
     let secs = (at - now).unsigned_abs() / 1000;
     match (at > now, secs) {
@@ -54,7 +54,7 @@ pub fn relative(at: i64, now: i64) -> String {
     }
 }
 
-/// Formats a time in UTC, such as `25 Nov 2026, 23:12 UTC`. `millis` is in milliseconds since 1970.
+/// Formats a time in UTC, such as `25 Nov 2026, 23:12 UTC`. `millis` is in milliseconds since the Unix epoch.
 pub fn date_time(millis: i64) -> String {
     const MONTHS: [&str; 12] = [
         "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec",

@@ -92,7 +92,7 @@ impl NewAlerts {
         preferences::seen_alert(&self.tenant()?)?.parse().ok()
     }
 
-    /// Marks this alert and all older alerts as seen.
+    /// Marks `newest` and all older alerts as seen.
     pub fn mark_seen(self, newest: QuotaAlertId) {
         if self.seen().is_none_or(|seen| seen < newest) {
             self.store(newest);

@@ -126,7 +126,7 @@ pub fn TryIt(
     let clock = RwSignal::new(now());
     let busy = RwSignal::new(false);
     let stopped = RwSignal::new(false);
-    // When the next request will be allowed, in milliseconds since 1970.
+    // When the next request will be allowed, in milliseconds since the Unix epoch.
     let retry_at = RwSignal::new(None::<i64>);
     // Clears the results when the user enters a different key.
     let sent_with = text_memo(move || secret.get().trim().to_owned());
@@ -367,7 +367,7 @@ fn BucketChart(bucket: Bucket, history: RwSignal<History>, clock: RwSignal<i64>)
             <p class="plot-time"><span>"30 s ago"</span><span>"now"</span></p>
             <figcaption>
                 <span>"Burst: " <strong>{move || number(level())}</strong> {format!(" of {} available", number(bucket.limit))}</span>
-                <span class="muted">{format!("Refills {} per second", bucket.pace())}</span>
+                <span class="muted">{format!("Refills at {} per second", bucket.pace())}</span>
             </figcaption>
         </figure>
     }

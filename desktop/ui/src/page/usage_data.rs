@@ -31,7 +31,7 @@ pub struct UsageData {
     pub groups: Usage,
 }
 
-/// Converts milliseconds since 1970, rounding down to seconds.
+/// Converts milliseconds since the Unix epoch, rounding down to seconds.
 pub fn timestamp(millis: i64) -> Option<Timestamp> {
     let millis = u64::try_from(millis).ok()?;
     Timestamp::from_unix_secs(millis / 1000)

@@ -127,9 +127,18 @@ fn url_is_checked_before_it_is_sent() {
     for (url, message) in [
         ("hooks.example.com", "Must start with https://"),
         ("ftp://hooks.example.com", "Must start with https://"),
-        ("https://", "Enter a complete URL, without spaces"),
-        ("https://a b", "Enter a complete URL, without spaces"),
-        ("https://ü.example", "Enter a complete URL, without spaces"),
+        (
+            "https://",
+            "Enter a complete URL without spaces or special characters",
+        ),
+        (
+            "https://a b",
+            "Enter a complete URL without spaces or special characters",
+        ),
+        (
+            "https://ü.example",
+            "Enter a complete URL without spaces or special characters",
+        ),
         (&format!("{longest}a"), "Must be at most 2,000 characters"),
     ] {
         assert_eq!(check_url(url), Err(message), "{url}");
