@@ -52,7 +52,8 @@ settings! {
     /// in QUOTA_DATA_DIR, with the PostgreSQL programs installed on the machine.
     database_url: "DATABASE_URL", "", "URL", hide_env_values = true;
 
-    /// A file that contains DATABASE_URL, such as a mounted secret. Set either this variable or DATABASE_URL.
+    /// A file that contains the value of DATABASE_URL, such as a mounted secret. Set either this variable or
+    /// DATABASE_URL.
     database_url_file: "DATABASE_URL_FILE", "", "PATH";
 
     /// The maximum number of PostgreSQL connections per replica: 6 to 1000. The connections are divided into five pools
@@ -78,7 +79,7 @@ settings! {
     /// memory, for a single replica.
     redis_url: "REDIS_URL", "", "URL", hide_env_values = true;
 
-    /// A file that contains REDIS_URL. Set either this variable or REDIS_URL.
+    /// A file that contains the value of REDIS_URL. Set either this variable or REDIS_URL.
     redis_url_file: "REDIS_URL_FILE", "", "PATH";
 
     /// The prefix of every key and channel in Redis: 1 to 64 letters, digits, `_`, `-`, `.` or `:`. Use the same prefix
@@ -136,14 +137,14 @@ settings! {
     /// QUOTA_SECRET_PREVIOUS after QUOTA_SESSION_DAYS.
     secret: "QUOTA_SECRET", "", "SECRET", hide_env_values = true;
 
-    /// A file that contains QUOTA_SECRET. Set either this variable or QUOTA_SECRET.
+    /// A file that contains the value of QUOTA_SECRET. Set either this variable or QUOTA_SECRET.
     secret_file: "QUOTA_SECRET_FILE", "", "PATH";
 
     /// A second secret that is accepted but not used for new signatures or encryption: the QUOTA_SECRET before or after
     /// the rotation in progress.
     secret_previous: "QUOTA_SECRET_PREVIOUS", "", "SECRET", hide_env_values = true;
 
-    /// A file that contains QUOTA_SECRET_PREVIOUS. Set either this variable or QUOTA_SECRET_PREVIOUS.
+    /// A file that contains the value of QUOTA_SECRET_PREVIOUS. Set either this variable or QUOTA_SECRET_PREVIOUS.
     secret_previous_file: "QUOTA_SECRET_PREVIOUS_FILE", "", "PATH";
 
     /// Origins whose web pages may call the API (CORS), separated by commas, such as https://app.example.com, or `*`.
@@ -276,14 +277,14 @@ settings! {
     /// plans marked `paid` work like other plans.
     stripe_secret_key: "STRIPE_SECRET_KEY", "", "SECRET", hide_env_values = true;
 
-    /// A file that contains STRIPE_SECRET_KEY. Set either this variable or STRIPE_SECRET_KEY.
+    /// A file that contains the value of STRIPE_SECRET_KEY. Set either this variable or STRIPE_SECRET_KEY.
     stripe_secret_key_file: "STRIPE_SECRET_KEY_FILE", "", "PATH";
 
     /// The signing secret of the Stripe webhook endpoint, which starts with `whsec_`. During a rotation, set both
     /// secrets, separated by a comma. If STRIPE_SECRET_KEY is set, `quota serve` requires this setting.
     stripe_webhook_secret: "STRIPE_WEBHOOK_SECRET", "", "SECRET", hide_env_values = true;
 
-    /// A file that contains STRIPE_WEBHOOK_SECRET. Set either this variable or STRIPE_WEBHOOK_SECRET.
+    /// A file that contains the value of STRIPE_WEBHOOK_SECRET. Set either this variable or STRIPE_WEBHOOK_SECRET.
     stripe_webhook_secret_file: "STRIPE_WEBHOOK_SECRET_FILE", "", "PATH";
 
     /// The base URL of the Stripe API, which tests change. Default: https://api.stripe.com.
@@ -299,7 +300,7 @@ settings! {
     /// files in the `mail` directory in QUOTA_DATA_DIR.
     smtp_url: "SMTP_URL", "", "URL", hide_env_values = true;
 
-    /// A file that contains SMTP_URL. Set either this variable or SMTP_URL.
+    /// A file that contains the value of SMTP_URL. Set either this variable or SMTP_URL.
     smtp_url_file: "SMTP_URL_FILE", "", "PATH";
 
     /// The sender of emails, such as Quota <quota@example.com>. Required with SMTP_URL.
@@ -328,7 +329,8 @@ settings! {
     /// characters in values.
     otel_exporter_otlp_headers: "OTEL_EXPORTER_OTLP_HEADERS", "", "HEADERS", hide_env_values = true;
 
-    /// A file that contains OTEL_EXPORTER_OTLP_HEADERS. Set either this variable or OTEL_EXPORTER_OTLP_HEADERS.
+    /// A file that contains the value of OTEL_EXPORTER_OTLP_HEADERS. Set either this variable or
+    /// OTEL_EXPORTER_OTLP_HEADERS.
     otel_exporter_otlp_headers_file: "OTEL_EXPORTER_OTLP_HEADERS_FILE", "", "PATH";
 
     /// The name of the service in traces, at most 100 characters.
