@@ -115,7 +115,7 @@ CREATE TABLE usage_segments (
 );
 CREATE INDEX usage_segments_started_at_idx ON usage_segments (started_at);
 COMMENT ON TABLE usage_segments IS 'The position up to which each segment has been shipped, updated in the transaction that inserts its records';
-COMMENT ON COLUMN usage_segments."position" IS 'All records before it are in usage_log';
+COMMENT ON COLUMN usage_segments."position" IS 'All records before this position are in usage_log';
 COMMENT ON COLUMN usage_segments.started_at IS 'When the segment was created';
 
 CREATE TABLE usage_shippers (
@@ -129,7 +129,7 @@ CREATE TABLE usage_shippers (
     CONSTRAINT usage_shippers_pending_range CHECK (pending_records >= 0 AND pending_bytes >= 0)
 );
 COMMENT ON TABLE usage_shippers IS
-    'What the owner of each usage directory has not shipped yet, as reported by that owner. A row that is no longer updated belongs to a replica that ended without shipping everything';
+    'What the owner of each usage directory has not shipped yet, as reported by that owner. A row that is no longer updated belongs to a replica that exited without shipping everything';
 
 -- Partitions -------------------------------------------------------------------------------------------
 

@@ -22,4 +22,4 @@ CREATE INDEX webhook_deliveries_status_idx ON webhook_deliveries (tenant_id, web
 COMMENT ON INDEX webhook_deliveries_status_idx IS 'Lists the deliveries of a webhook with a certain status';
 
 CREATE INDEX mails_pending_idx ON mails (tenant_id, due_at) WHERE due_at IS NOT NULL;
-COMMENT ON INDEX mails_pending_idx IS 'Finds the email that is due of each tenant in turn';
+COMMENT ON INDEX mails_pending_idx IS 'Finds the next due email of each tenant in turn';

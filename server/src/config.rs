@@ -186,7 +186,7 @@ pub enum LogFormat {
 /// Which failures recorded usage survives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Durability {
-    /// Recorded usage survives the end of the process.
+    /// Recorded usage survives crashes of the process.
     Process,
     /// Recorded usage also survives failures of the machine.
     Machine,

@@ -26,7 +26,7 @@
 
 use std::cmp::Reverse;
 
-/// Seconds since 1970, as in the Stripe API.
+/// Seconds since the Unix epoch, as in the Stripe API.
 pub type Seconds = i64;
 
 /// The status of a Stripe subscription.

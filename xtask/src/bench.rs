@@ -1,7 +1,7 @@
 //! `cargo xtask bench`: the cost of a request, compared with servers that do nothing; `cargo xtask bench replicas`: the
-//! behavior of several replicas. See `xtask/bench`. `cargo xtask bench simulation`: the limiter's promises in simulated
-//! time, with many seeds. `cargo xtask bench differential`: direct responses compared with those of hyper, in many
-//! cases. `cargo xtask bench crash`: kills under load, and a recount of the usage. `cargo xtask bench restarts`:
+//! behavior of several replicas. See `xtask/bench`. `cargo xtask bench simulation`: the limiter's guarantees in
+//! simulated time, with many seeds. `cargo xtask bench differential`: direct responses compared with those of hyper, in
+//! many cases. `cargo xtask bench crash`: kills under load, and a recount of the usage. `cargo xtask bench restarts`:
 //! restarts behind Caddy under load, and a recount of requests and usage. `cargo xtask bench metering`: the cost of
 //! recording usage. `cargo xtask bench tracing`: the cost of traces. `cargo xtask bench outage`: an outage of
 //! PostgreSQL under load. `cargo xtask bench usage`: the speed of writing and reading usage. `cargo xtask bench keys`:

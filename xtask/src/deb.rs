@@ -337,7 +337,7 @@ fn serve(root: &Root) -> Result<()> {
         "quota:quota",
         "/run/credentials",
     ]))?;
-    // A separate mount namespace, so that the mount ends with the server.
+    // A separate mount namespace, so that the mount disappears when the server exits.
     let script = "mount --bind \"$1\" \"$2$1\" && root=$2 && shift 2 && exec chroot --userspec=quota:quota \"$root\" \"$@\"";
     let child = Command::new("unshare")
         .args([

@@ -104,8 +104,8 @@ class QuotaMiddleware:
         self.allow_if_unavailable = allow_if_unavailable
         self.key, self.cost, self.endpoint = key, cost, endpoint
         self.last_warning = -math.inf
-        # Keeps connections, but for less time than Quota does (75 s): a check must not be sent on a connection that
-        # Quota is closing, and cannot be repeated, because it may have consumed tokens.
+        # Keeps idle connections for less time than Quota does (75 s), so that no check is sent on a connection that
+        # Quota is closing. A failed check cannot be repeated, because it may have consumed tokens.
         self.client = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {service_token}"},
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=100, keepalive_expiry=30),

@@ -1,8 +1,8 @@
 //! Quota alerts: detects when the usage of a quota reaches a threshold, and stores an alert with its deliveries.
 //!
 //! Checks run in the background, based on the quota ledger and the usage rollups. A tenant is checked when its usage
-//! log has grown. Only one replica at a time checks a tenant, in steps of a limited number of keys. Each step commits
-//! its alerts, their deliveries, and the tenant's progress together, so a crash neither loses nor repeats an alert. In
+//! log has grown. Only one replica at a time checks a tenant. Each step checks a limited number of keys, and commits
+//! the alerts, their deliveries, and the tenant's progress together, so a crash neither loses nor repeats an alert. In
 //! the database, alerts are unique by quota, window, and threshold. Therefore, an alert is not created again after a
 //! restart, by another replica, or after a change of the plan or time zone.
 //!

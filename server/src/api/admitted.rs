@@ -148,7 +148,7 @@ extract_by_credential!(
 );
 
 /// Looks up the key, calls the limiter, and records the decision for `endpoint`, which may be empty. Rejects an invalid
-/// key without charging it.
+/// key without calling the limiter.
 pub async fn decide(
     context: &RequestContext,
     text: &str,
@@ -282,7 +282,7 @@ pub struct RejectedKey {
     pub record: Option<Arc<KeyRecord>>,
 }
 
-/// A consumer whose request the limiter has allowed and charged.
+/// A consumer whose request has been allowed and has consumed tokens.
 #[derive(Debug)]
 pub struct AdmittedKey {
     pub record: Arc<KeyRecord>,

@@ -263,7 +263,7 @@ fn usage_group(
     }
 }
 
-/// Converts a time to the calendar's unit, nanoseconds since 1970.
+/// Converts a time to the calendar's unit, nanoseconds since the Unix epoch.
 pub(super) fn nanos(at: DateTime<Utc>) -> UnixNanos {
     UnixNanos(
         at.timestamp_nanos_opt()

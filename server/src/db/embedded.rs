@@ -5,10 +5,10 @@
 //!
 //! * `initdb` creates the cluster at the first startup, in a temporary directory that is renamed when it is complete.
 //! * PostgreSQL listens only on a Unix socket, in a directory that only its user can access.
-//! * PostgreSQL stops when this process ends for any reason. It runs under a small shell script, the guard, which reads
-//!   from a pipe whose other end only this process holds. When this process ends, even after `kill -9`, the read ends,
-//!   and the guard requests a fast shutdown. (`PR_SET_PDEATHSIG` would require `unsafe`, is reset when a process
-//!   changes its user, and fires when the *thread* that forked ends.)
+//! * PostgreSQL stops when this process exits for any reason. It runs under a small shell script, the guard, which
+//!   reads from a pipe whose other end only this process holds. When this process exits, even after `kill -9`, the read
+//!   ends, and the guard requests a fast shutdown. (`PR_SET_PDEATHSIG` would require `unsafe`, is reset when a process
+//!   changes its user, and fires when the *thread* that forked exits.)
 //! * If PostgreSQL crashes, it is restarted, with backoff. Until PostgreSQL runs again, connections fail as with any
 //!   database that is down.
 //! * If this process runs as root, PostgreSQL runs as the `postgres` user, or as `nobody` if there is no such user,
@@ -101,8 +101,8 @@ pub enum EmbeddedError {
     )]
     Unreachable { path: PathBuf, user: String },
     #[error(
-        "{} is not a directory that only the database's user can access: remove it, or set QUOTA_DATA_DIR to a \
-         shorter path",
+        "{} is not a directory that only the user that PostgreSQL runs as can access: remove it, or set \
+         QUOTA_DATA_DIR to a shorter path",
         .0.display()
     )]
     UnsafeSocketDirectory(PathBuf),
@@ -150,7 +150,7 @@ impl EmbeddedError {
     }
 }
 
-/// A running private PostgreSQL. PostgreSQL stops when this value is dropped or when this process ends.
+/// A running private PostgreSQL. PostgreSQL stops when this value is dropped or when this process exits.
 #[derive(Debug)]
 pub struct EmbeddedPostgres {
     socket_dir: PathBuf,

@@ -41,7 +41,7 @@ struct Message<'a> {
     tenant: Uuid,
     target: &'a str,
     id: Uuid,
-    /// Microseconds since 1970 on PostgreSQL's clock.
+    /// Microseconds since the Unix epoch, on PostgreSQL's clock.
     at: i64,
 }
 

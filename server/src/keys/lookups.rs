@@ -46,7 +46,7 @@ pub struct LookupCaller {
 /// Batched lookups of API keys and service tokens. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Lookups {
-    /// Lookups of keys. The result contains the facts, and the number of the newest invalidation when the facts were
+    /// Lookups of keys. The result contains the key's data, and the number of the newest invalidation when the data was
     /// read.
     pub keys: Batches<(KeyFacts, i64)>,
     pub tokens: Batches<(TenantId, ServiceTokenId)>,

@@ -91,7 +91,7 @@ struct SharedState {
 #[derive(Debug)]
 pub struct SharedRecord {
     pub facts: Option<KeyFacts>,
-    /// The number of the newest invalidation when the facts were read.
+    /// The number of the newest invalidation when the data was read.
     pub as_of: i64,
     pub current_at: Monotonic,
 }
@@ -100,7 +100,7 @@ pub struct SharedRecord {
 #[serde(deny_unknown_fields)]
 struct Entry<F> {
     as_of: i64,
-    /// When the entry was written, in seconds since 1970 on the clock of the replica that wrote it.
+    /// When the entry was written, in seconds since the Unix epoch, on the clock of the replica that wrote it.
     at: u64,
     facts: Option<F>,
 }
@@ -167,8 +167,8 @@ impl SharedKeys {
         })
     }
 
-    /// Shares a result from PostgreSQL. `found` contains the facts and their number, or is `None` for an invalid
-    /// secret. Does not wait for the entry to be written.
+    /// Shares a result from PostgreSQL. `found` contains the key's data and the number of the newest invalidation, or
+    /// is `None` for an invalid secret. Does not wait for the entry to be written.
     pub fn put(&self, hash: &Hash, found: Option<(&KeyFacts, i64)>) {
         let it = &self.0.context;
         if self.is_paused() || (found.is_none() && !self.may_write_absent()) {

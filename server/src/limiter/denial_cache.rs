@@ -316,9 +316,9 @@ impl DenialCache {
             .or_else(|| known.over_rate(policies, cost, elapsed, now))
     }
 
-    /// Records a decision by the store, unless the decision is degraded. A denial by the rate is cached for at most
-    /// `rate_memory`. The bucket is assumed to have been refilling since the call started at `asked_at`: the store may
-    /// have decided at any time after that, and a request that the store would allow must not be denied here.
+    /// Records a decision by the store, unless the decision is degraded. A denial by the rate limit is cached for at
+    /// most `rate_memory`. The bucket is assumed to have been refilling since the call started at `asked_at`: the store
+    /// may have decided at any time after that, and a request that the store would allow must not be denied here.
     pub(super) fn record(
         &self,
         policies: &Policies,

@@ -179,7 +179,7 @@ impl Limiter {
     }
 
     /// Returns the key's state without taking tokens. Calls the shared counters, if there are any, for the state of the
-    /// rate. Until the ledger has responded in the current window, quotas are reported as unused.
+    /// bucket. Until the ledger has responded in the current window, quotas are reported as unused.
     pub async fn inspect(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
         self.store.inspect(handle, policies).await
     }

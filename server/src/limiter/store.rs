@@ -61,7 +61,7 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
     /// Returns the key's state as known to this replica, without taking tokens.
     fn peek(&self, handle: &KeyHandle, policies: &Policies) -> Decision;
 
-    /// Returns the key's state without taking tokens. The state of the rate comes from the shared counters. If there
+    /// Returns the key's state without taking tokens. The state of the bucket comes from the shared counters. If there
     /// are no shared counters, or if they do not respond in time, returns the same as [`peek`](Self::peek).
     async fn inspect(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
         self.peek(handle, policies)
@@ -70,7 +70,7 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
     /// Returns whether the buckets are in this process. If so, the limiter does not use the denial cache.
     fn is_local(&self) -> bool;
 
-    /// Returns the maximum time for which a denial by the rate may be cached. After that, other replicas may have
+    /// Returns the maximum time for which a denial by the rate limit may be cached. After that, other replicas may have
     /// returned tokens. `None` means that the denial may be cached until its `retry_after` has passed.
     fn denial_memory(&self, _policies: &Policies) -> Option<Nanos> {
         None

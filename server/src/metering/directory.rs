@@ -1,7 +1,7 @@
 //! The directory of a replica's segments, and the lock that shows whether the replica is running.
 //!
 //! The directories of all replicas are in the `usage` folder of `QUOTA_DATA_DIR`, which replicas may share. A directory
-//! belongs to the process that holds the lock on its lock file. The kernel releases the lock when that process ends,
+//! belongs to the process that holds the lock on its lock file. The kernel releases the lock when that process exits,
 //! for whatever reason.
 
 use std::{

@@ -21,7 +21,7 @@
 //! | `recorder.rs` | which segment is in use, and what to do when there is no space |
 //! | `reusable.rs` | space that the denials of a tenant share because they are not recorded |
 //! | `sync.rs` | `fdatasync` for groups of records |
-//! | `shipper.rs` | batches, cursors, and directories of replicas that have ended |
+//! | `shipper.rs` | batches, cursors, and directories of replicas that have exited |
 //! | `time.rs` | the time of events |
 //! | `denials.rs` | the log line of a denial, and how many denials a tenant records while the backlog is long |
 //!

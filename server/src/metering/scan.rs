@@ -16,7 +16,7 @@ use crate::repo::usage_batch::UsageRecord;
 pub enum Writer {
     /// The process may still fill reserved records, so reading stops at the first open record.
     Running,
-    /// The process has ended. No response was sent for unfinished records, so they are skipped.
+    /// The process has exited. No response was sent for unfinished records, so they are skipped.
     Ended,
 }
 
@@ -30,8 +30,9 @@ pub(super) struct Batch {
 /// The end of a batch, and why it ends there.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Span {
-    /// The byte offset after the last record, including void records. The offset does not move past unused space: in an
-    /// ended process's segment, that space may be part of a copy of a segment that is still being written.
+    /// The byte offset after the last record, including void records. The offset does not move past unused space: in
+    /// the segment of a process that has exited, that space may be part of a copy of a segment that is still being
+    /// written.
     pub end: u64,
     /// Whether the batch ends at the end of the segment.
     pub is_complete: bool,

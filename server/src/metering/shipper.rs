@@ -377,7 +377,7 @@ async fn ship_directory(
     (shipped, failed)
 }
 
-/// Ships a segment of an ended process, and removes the segment when it is complete.
+/// Ships a segment of a process that has exited, and removes the segment when it is complete.
 async fn ship_segment(
     context: &Context,
     source: &mut Source,

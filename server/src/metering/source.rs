@@ -132,7 +132,7 @@ pub(super) struct Context {
     pub retention: Duration,
     pub metrics: Arc<Metrics>,
     pub host: String,
-    /// Whether to leave the segments of ended processes to other replicas after the current batch.
+    /// Whether to leave the segments of stopped replicas to other replicas after the current batch.
     pub is_stopping: AtomicBool,
 }
 

@@ -175,7 +175,7 @@ fn reading_beside_the_writer_stops_at_the_first_open_record() {
     let before = read(&segment.file, Writer::Running);
     assert_eq!(request_ids(&before), ["a"]);
     assert!(!before.span.is_complete);
-    // If the writer has ended, no response was sent for the open record.
+    // If the writer has exited, no response was sent for the open record.
     let after = read(&segment.file, Writer::Ended);
     assert_eq!(request_ids(&after), ["a", "c", "d"]);
     assert_eq!(after.span.damaged, 0);
@@ -445,7 +445,7 @@ fn shipping_a_copy_takes_nothing_from_the_segment_it_was_copied_from() {
     let live = segment(directory.path());
     write(&live, "a");
     write(&live, "b");
-    // The copy's lock is free, so its writer counts as ended.
+    // The copy's lock is free, so its writer counts as exited.
     let copy = read(&image(directory.path(), &bytes_of(&live)), Writer::Ended);
     assert_eq!(
         (request_ids(&copy), copy.span.is_complete),

@@ -247,7 +247,7 @@ pub struct DueDelivery {
     /// The number of attempts, including the current one.
     #[diesel(sql_type = Integer)]
     pub attempts: i32,
-    /// The time of the attempt, in seconds since 1970.
+    /// The time of the attempt, in seconds since the Unix epoch.
     #[diesel(sql_type = BigInt)]
     pub at: i64,
     #[diesel(sql_type = Text)]

@@ -1,6 +1,6 @@
 //! Traces: decides which requests are traced, and sends their spans to an OpenTelemetry collector.
 //!
-//! A request is traced if a trusted proxy has decided to trace it. Without such a decision, a configured ratio of
+//! A request is traced if a trusted proxy has decided to trace it. Without such a decision, a configured fraction of
 //! requests is traced.
 //!
 //! Spans that have ended wait in a bounded queue. A task sends the spans in batches (OTLP over HTTP, as protobuf).
@@ -178,8 +178,8 @@ const TRACEPARENT: usize = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7
 
 impl Sampling {
     fn of(traceparent: &str) -> Self {
-        // Behind a proxy that traces requests, most headers are unsampled. So this check usually avoids parsing the
-        // header.
+        // A proxy that traces requests leaves the sampled flag of most `traceparent` headers unset, so this check
+        // usually avoids parsing the header.
         let is_off = |digit: &u8| matches!(digit, b'0' | b'2' | b'4' | b'6' | b'8');
         if traceparent.len() == TRACEPARENT && traceparent.as_bytes().last().is_some_and(is_off) {
             return Self::Off;

@@ -25,7 +25,7 @@ const ERROR_MAX: usize = 200;
 #[derive(Debug)]
 pub struct Attempt<'a> {
     pub event_id: &'a str,
-    /// The time of the attempt, in seconds since 1970.
+    /// The time of the attempt, in seconds since the Unix epoch.
     pub at: i64,
     pub signature: &'a str,
     pub payload: &'a str,

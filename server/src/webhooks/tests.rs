@@ -24,7 +24,7 @@ use super::{
     target::{Lookup, Targets},
 };
 
-/// Returns the answers one after another, and then repeats the last one.
+/// Returns the responses one after another, and then repeats the last one.
 #[derive(Debug)]
 struct Answers {
     left: Mutex<VecDeque<Vec<IpAddr>>>,
@@ -157,7 +157,7 @@ async fn host_with_any_address_that_is_not_public_is_not_connected_to() {
     assert_eq!(receiver.connections(), 0);
 }
 
-/// The answers of a private network's resolver.
+/// The addresses that a private network's resolver returns.
 #[derive(Debug)]
 struct Names(&'static [(&'static str, &'static str)]);
 

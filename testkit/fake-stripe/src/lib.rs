@@ -115,7 +115,7 @@ impl FakeStripe {
 
     // Events at Stripe ----------------------------------------------------------------------------
 
-    /// Returns the time of the fake in seconds since 1970.
+    /// Returns the fake's time in seconds since the Unix epoch.
     pub fn now(&self) -> i64 {
         self.with(|state| state.now())
     }
@@ -132,7 +132,7 @@ impl FakeStripe {
         self.with(|state| state.set_back(seconds));
     }
 
-    /// Gives the fake this account ID, and gives new objects IDs that differ from those of other fakes.
+    /// Changes the fake's account ID to `id`. From then on, the IDs of new objects differ from those of other accounts.
     pub fn set_account(&self, id: &str) {
         self.with(|state| state.change_account(id));
     }

@@ -134,7 +134,7 @@ pub struct State {
     pub request_key: Option<String>,
 }
 
-/// Returns the machine's time in seconds since 1970.
+/// Returns the machine's time in seconds since the Unix epoch.
 #[expect(
     clippy::disallowed_methods,
     reason = "a separate program, whose clock starts at the machine's time"

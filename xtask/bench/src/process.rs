@@ -140,7 +140,7 @@ impl Server {
                 return Ok(listen.parse()?);
             }
             if let Some(status) = self.child.try_wait()? {
-                bail!("quota ended with {status} instead of starting:\n{text}");
+                bail!("quota exited with {status} instead of starting:\n{text}");
             }
             if Instant::now() > deadline {
                 bail!("quota was not ready within {STARTED_WITHIN:?}:\n{text}");

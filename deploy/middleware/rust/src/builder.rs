@@ -18,7 +18,7 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What happens to a request if Quota cannot be reached in time.
 ///
-/// In both cases, Quota may have charged the request: for example, if the check timed out after Quota had received it.
+/// In both cases, the check may have consumed tokens: for example, if it timed out after Quota had received it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnUnavailable {
     /// The response is 503.
@@ -110,8 +110,8 @@ impl QuotaLayerBuilder {
         self
     }
 
-    /// The number of requests that a request counts as, up to 1,000,000. Default: 1. A cost of 0 counts as 1. A request
-    /// with a cost above 1,000,000 gets 429.
+    /// The cost of a request: how many requests it counts as, up to 1,000,000. Default: 1. A cost of 0 counts as 1. A
+    /// request with a cost above 1,000,000 gets 429.
     pub fn cost(mut self, cost: impl Fn(&Parts) -> u32 + Send + Sync + 'static) -> Self {
         self.settings.cost = Arc::new(cost);
         self
@@ -132,10 +132,10 @@ impl QuotaLayerBuilder {
     /// Remembers denials of up to `keys` keys, and denies their requests without a check for up to a second. Off by
     /// default.
     ///
-    /// Only denials are remembered, so the cache never allows a request that Quota would deny. A denial is remembered
-    /// only if its wait is longer than a second. Therefore, a request is denied without a check only if Quota would
-    /// deny it too, unless the key or its plan was changed or tokens were returned within that second. Denials without
-    /// a check are not recorded as usage.
+    /// Allowed requests are never remembered, so the cache never allows a request that Quota would deny. A denial is
+    /// remembered only if a limit caused it and a retry cannot succeed within a second. Therefore, a request is denied
+    /// without a check only if Quota would deny it too, unless the key or its plan was changed or tokens were returned
+    /// within that second. Denials without a check are not recorded as usage.
     pub fn cache_denials(mut self, keys: usize) -> Self {
         self.settings.denials = Some(DenialCache::new(keys));
         self

@@ -43,7 +43,7 @@ pub struct LimitState {
     pub reset_at: String,
 }
 
-/// Quota's decision on a request. Requests that are passed on have it in their extensions.
+/// Quota's decision on a request. It is stored in the extensions of each request that is passed on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Decision {
@@ -54,7 +54,7 @@ pub struct Decision {
     pub limits: Vec<LimitState>,
     /// Seconds to wait before retrying, rounded up. `None` if the request was allowed or can never be allowed.
     pub retry_after: Option<u64>,
-    /// The headers that the response gets.
+    /// The headers to add to the response.
     pub headers: HeaderMap,
     /// The ID of the decision in Quota's log.
     pub request_id: Option<HeaderValue>,

@@ -26,7 +26,7 @@ struct Denial {
     decision: Decision,
 }
 
-/// Shows no keys.
+/// Does not show the keys, which are secrets.
 impl fmt::Debug for DenialCache {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("DenialCache")
@@ -42,7 +42,7 @@ impl DenialCache {
         }
     }
 
-    /// Returns a denial that still applies to a request with this cost.
+    /// Returns a denial of `key` that still applies to a request with the given `cost`.
     pub(crate) fn get(&self, key: &str, cost: u32, now: Instant) -> Option<Decision> {
         let denial = self.denials.get(key)?;
         if now >= denial.until {

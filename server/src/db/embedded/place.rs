@@ -84,7 +84,7 @@ impl Place {
             data_dir = %data_dir.display(),
             user = place.user_name(),
             cluster = %fallback.display(),
-            "PostgreSQL's user cannot access the data directory, so the data of the private PostgreSQL is in another directory"
+            "the user that PostgreSQL runs as cannot access the data directory, so the data of the private PostgreSQL is in another directory"
         );
         let place = Self {
             cluster: fallback,
@@ -135,7 +135,8 @@ impl Place {
         self.user.as_ref().map_or("", |user| user.name.as_str())
     }
 
-    /// Checks that the database's user can enter `dir`. The mode bits alone do not determine whether the user can.
+    /// Checks that the user that PostgreSQL runs as can enter `dir`. The mode bits alone do not determine whether the
+    /// user can.
     pub(super) async fn check_reach(&self, dir: &Path) -> Result<(), EmbeddedError> {
         let Some(user) = &self.user else {
             return Ok(());
@@ -165,7 +166,7 @@ impl Place {
         })
     }
 
-    /// Makes the database's user the owner of `path`.
+    /// Changes the owner of `path` to the user that PostgreSQL runs as.
     pub(super) fn give(&self, path: &Path) -> Result<(), EmbeddedError> {
         let Some(user) = &self.user else {
             return Ok(());
@@ -174,7 +175,7 @@ impl Place {
             .map_err(|errno| EmbeddedError::file("cannot change the owner of", path)(errno.into()))
     }
 
-    /// Returns a command that runs under the guard as the database's user.
+    /// Returns a command that runs `program` under [`GUARD`], as the user that PostgreSQL runs as.
     pub(super) fn guarded(&self, program: &Path) -> Command {
         let mut command = Command::new("/bin/sh");
         command

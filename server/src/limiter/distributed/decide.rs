@@ -45,7 +45,7 @@ pub(super) enum LocalOutcome {
     /// The quotas allow the request. Its rate tokens must be taken from the counters.
     Fetch,
     /// The quotas deny the request, or its cost exceeds the burst. The counters are called only so that the denial can
-    /// report the state of the rate.
+    /// report the state of the bucket.
     Peek,
 }
 
@@ -173,8 +173,9 @@ impl StoreCore {
         Some(decision)
     }
 
-    /// Denies a request based on the state on this replica. If `wait` is set, the rate denies the request for at least
-    /// that long. Returns `None` if neither the rate nor a quota denies the request.
+    /// Denies a request based on the state on this replica. If `wait` is set, the rate limit denies the request, and a
+    /// retry cannot succeed before `wait` has passed. Returns `None` if neither the rate limit nor a quota denies the
+    /// request.
     fn denial(
         &self,
         handle: &Arc<KeyHandle>,
@@ -298,7 +299,7 @@ impl StoreCore {
                     let again = || self.decide_locally(handle, policies, cost, Some(&mut demand));
                     match self.keys.fetch(handle, cost, &mut patience, again).await {
                         Ok(outcome) => outcome,
-                        // The rate may deny the request anyway.
+                        // The rate limit may deny the request anyway.
                         Err(error) => {
                             self.fetch(handle, policies, 0).await;
                             return self
@@ -349,7 +350,7 @@ impl StoreCore {
     }
 }
 
-/// Returns a decision that reports the state of the rate as known to this replica.
+/// Returns a decision that reports the state of the bucket as known to this replica.
 pub(super) fn decision(
     state: &mut KeyState,
     policies: &Policies,
@@ -365,7 +366,7 @@ fn left(until: Monotonic, now: Monotonic) -> Option<NonZeroU64> {
     NonZeroU64::new(until.saturating_since(now).0)
 }
 
-/// Returns the state of the rate, given the time until the bucket is full.
+/// Returns the state of the rate limit, given the time until the bucket is full.
 pub(super) fn rate(policies: &Policies, now: UnixNanos, debt: Nanos) -> PolicyState {
     let gcra = policies.gcra();
     PolicyState {

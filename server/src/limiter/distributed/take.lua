@@ -53,9 +53,9 @@
 -- Numbers are integers below 2^53, where doubles are exact. A bucket that takes longer than 104 days to fill is exact
 -- to two nanoseconds.
 --
--- **Expiry.** A bucket is kept for a minute plus twice the time until it is full. A full bucket is the same as a new
--- bucket, except after an edit of the plan: the additional time allows for a rate that has been lowered since the last
--- use.
+-- **Expiry.** A bucket is kept for a minute plus twice the time until it is full. A full bucket is equivalent to a new
+-- one unless the plan has been edited. The time beyond the refill covers a rate that was lowered since the bucket was
+-- last used.
 local OUTDATED = 10000000
 -- If a caller received a response within the last `CONNECTED` microseconds, no caller has decided requests without the
 -- counters yet: callers do so only after their second probe, at least 830 ms after they detect an outage. Responses
@@ -88,8 +88,8 @@ local function whole(number)
   return string.format('%.0f', number)
 end
 
--- Converts nanoseconds of refill from `e0` per token to `e` per token: number * e / e0, computed exactly in steps of 12
--- bits. Also returns the remainder of the division.
+-- Converts nanoseconds of refill from `e0` per token to `e` per token: number * e / e0, computed exactly, 12 bits at a
+-- time. Also returns the remainder of the division.
 local function exchanged(number, e0, e)
   local whole_tokens = math.floor(number / e0)
   local rest = number - whole_tokens * e0

@@ -7,7 +7,7 @@
 //! Takes are not retried: if one fails or is abandoned after the ledger has granted tokens, the tokens are lost until
 //! their window ends. Tokens to be returned are kept until the ledger has confirmed the return. A batch is retried with
 //! the same ID and applied at most once, so an outage or an ambiguous failure neither loses these tokens nor credits
-//! them twice. Tokens to be returned can be lost only when the process ends: if it is killed, or if draining runs out
+//! them twice. Tokens to be returned can be lost only when the process exits: if it is killed, or if draining runs out
 //! of time.
 
 use std::{
@@ -45,8 +45,8 @@ use crate::{
     spans,
 };
 
-/// Quota tokens that a drain has returned to the ledger, or failed to return. Does not include tokens of the rate,
-/// which are returned to the shared counters.
+/// Quota tokens that a drain has returned to the ledger, or failed to return. Does not include rate tokens, which are
+/// returned to the shared counters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ReturnedQuota {
     /// Tokens whose return was confirmed.

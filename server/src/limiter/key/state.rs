@@ -69,7 +69,7 @@ pub(in crate::limiter) struct Quotas {
 
 impl Quotas {
     /// Returns the policies whose blocks must be fetched before a decision. If the request is denied anyway, a block is
-    /// worth fetching only if its quota may prolong the wait. `denied` means that the rate denies the request.
+    /// worth fetching only if its quota may prolong the wait. `denied` means that the rate limit denies the request.
     pub(in crate::limiter) fn missing(
         &self,
         denied: bool,

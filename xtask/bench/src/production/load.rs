@@ -1,7 +1,7 @@
 //! Requests at a fixed rate through Caddy, and the outcome of each.
 //!
-//! Half of them are `POST /v1/check`, half are `GET /v1/echo`; half use the limited key, half use the other one.
-//! Requests are sent on schedule, whether or not earlier ones have completed, on kept connections. Only if all
+//! Half of the requests are `POST /v1/check`, half are `GET /v1/echo`; half use the limited key, half use the other
+//! one. Requests are sent on schedule, whether or not earlier ones have completed, on kept connections. Only if all
 //! connections are in use does a request wait for one.
 
 use std::{
@@ -25,7 +25,7 @@ use tokio::{
     time::{Instant, MissedTickBehavior, interval},
 };
 
-/// With more new connections at the same time, a busy machine would only be busier with TLS handshakes.
+/// The maximum number of connections. More concurrent TLS handshakes would only slow down a busy machine.
 const CONNECTIONS: usize = 64;
 
 /// What to send, and where.
@@ -43,7 +43,7 @@ pub(super) struct Target {
 pub(super) enum Outcome {
     Allowed,
     Denied,
-    /// Anything but a decision.
+    /// Any response other than a decision, or no response.
     Failed(String),
 }
 

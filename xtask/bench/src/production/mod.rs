@@ -124,7 +124,7 @@ impl Production {
         })
     }
 
-    /// Stops everything in order.
+    /// Stops everything cleanly.
     async fn stop(mut self) -> Result<()> {
         self.caddy.stop().await?;
         self.stop_replicas().await?;

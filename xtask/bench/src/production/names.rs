@@ -1,4 +1,4 @@
-//! A DNS server on a free loopback port, for the name under which Caddy finds the replicas.
+//! A DNS server on a free loopback port, for the name that Caddy looks up to find the replicas.
 
 use std::net::{Ipv4Addr, SocketAddr};
 

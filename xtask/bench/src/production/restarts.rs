@@ -36,7 +36,7 @@ const RPM: u32 = 6000;
 const BURST: u32 = 100;
 /// The default `QUOTA_LEASE_TTL`, and the resolution of Redis's clock.
 const SLACK: Duration = Duration::from_nanos(100_002_000);
-/// The smallest acceptable share of what one exact bucket would have allowed, in percent.
+/// At least this percentage of what one exact bucket would have allowed must be allowed.
 const SERVED: u64 = 90;
 /// The pause between two restarts.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -88,7 +88,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?;
-    // Everything that was started ends with the future, even on Ctrl-C.
+    // Dropping the future stops everything that was started, even on Ctrl-C.
     runtime.block_on(async {
         let mut terminate =
             tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
@@ -197,7 +197,7 @@ async fn disturb(options: &Options, production: &mut Production, load: &Load) ->
 }
 
 impl Events {
-    /// Ends a replica, starts it again, and waits a little.
+    /// Stops or kills a replica, starts it again, and waits a little.
     async fn end(
         &mut self,
         production: &mut Production,
@@ -216,7 +216,7 @@ impl Events {
         }
         replica.start().await?;
         let text = format!(
-            "{what} of replica {index}: ended in {:.2} s, ready in {:.2} s",
+            "{what} of replica {index}: exited in {:.2} s, ready in {:.2} s",
             took.as_secs_f64(),
             Duration::from_nanos(load.now() - began)
                 .saturating_sub(took)
@@ -382,7 +382,7 @@ fn report(
     println!("| requests with the limited key | {} |", limited.len());
     println!("| allowed | {} |", admitted.len());
     println!("| **above the limit** | {excess:.1} |");
-    println!("| **share of what one exact bucket allows** | {served}% |");
+    println!("| **allowed, compared with one exact bucket** | {served}% |");
     print_failures(&failures, events);
     for id in usage.lost.iter().take(10) {
         println!("lost: {id}");

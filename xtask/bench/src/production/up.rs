@@ -1,4 +1,4 @@
-//! `cargo xtask up`: a deployment as in production, for people to try. Ended processes are restarted until Ctrl-C.
+//! `cargo xtask up`: a deployment as in production, for people to try. Processes that exit are restarted until Ctrl-C.
 
 use std::{
     fs::{self, File},
@@ -167,8 +167,8 @@ async fn start(options: &Options) -> Result<Production> {
     Ok(production)
 }
 
-/// Restarts replicas and Caddy when they end. Returns after the first signal, or with an error if PostgreSQL or Redis
-/// has ended.
+/// Restarts replicas and Caddy when they exit. Returns after the first signal, or with an error if PostgreSQL or Redis
+/// has exited.
 async fn supervise(production: &mut Production, signals: &mut watch::Receiver<u32>) -> Result<()> {
     let mut started = vec![Instant::now(); production.replicas.len()];
     loop {
@@ -181,7 +181,7 @@ async fn supervise(production: &mut Production, signals: &mut watch::Receiver<u3
                 && started.elapsed() > BETWEEN_STARTS
             {
                 eprintln!(
-                    "the replica on {} ended with {status} and is restarted",
+                    "the replica on {} exited with {status} and is being restarted",
                     replica.addr
                 );
                 replica.spawn()?;
@@ -189,12 +189,12 @@ async fn supervise(production: &mut Production, signals: &mut watch::Receiver<u3
             }
         }
         if !production.caddy.is_running()? {
-            eprintln!("Caddy ended and is restarted");
+            eprintln!("Caddy exited and is being restarted");
             sleep(BETWEEN_STARTS).await;
             production.caddy.spawn()?;
         }
         if !production.postgres.is_running()? {
-            bail!("PostgreSQL ended; its log is in the data directory");
+            bail!("PostgreSQL exited; its log is in the data directory");
         }
         if !production.redis.is_running() {
             bail!("Redis ended");

@@ -34,7 +34,7 @@ const AT_ONCE: usize = 8;
 /// The interval between requests to the same replica.
 const PAUSE: Duration = Duration::from_millis(3);
 const PATIENCE: Duration = Duration::from_secs(10);
-/// The promised maximum.
+/// The documented maximum time until a change applies.
 const PROMISE: Duration = Duration::from_secs(1);
 const BURSTS: (u32, u32) = (100_000, 200_000);
 

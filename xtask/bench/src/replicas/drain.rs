@@ -32,7 +32,7 @@ const COLUMNS: &[&str] = &[
 const REPLICAS: usize = 3;
 const DAILY: u64 = 5000;
 const MONTHLY: u64 = 50_000;
-/// The promised maximum time for stopping.
+/// The documented maximum time for stopping.
 const STOPPED_WITHIN: Duration = Duration::from_secs(30);
 /// Keys per statement.
 const AT_ONCE: usize = 5000;

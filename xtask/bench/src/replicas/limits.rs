@@ -1,9 +1,9 @@
-//! Allowed requests with various numbers of replicas, loads, and plans: never above the promise in any window, and only
-//! slightly below it.
+//! Allowed requests with various numbers of replicas, loads, and plans: never above the envelope in any window, and
+//! only slightly below it.
 //!
 //! Each cell has three keys in the same processes at the same time. At 0.9 times the limit, buckets start full and
 //! everything is allowed. At 1 and 2 times the limit, a burst first empties the bucket, so that the load tests the
-//! promise at its limit.
+//! envelope at its limit.
 
 use std::time::Duration;
 

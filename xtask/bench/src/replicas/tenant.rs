@@ -26,7 +26,7 @@ pub(crate) struct Plan {
     pub(crate) strict: bool,
     pub(crate) daily: Option<u64>,
     pub(crate) monthly: Option<u64>,
-    /// Behavior of its keys while Redis is unreachable. `None` for the server default.
+    /// Behavior of the plan's keys while Redis is unreachable. `None` for the server default.
     pub(crate) on_redis_failure: Option<&'static str>,
 }
 

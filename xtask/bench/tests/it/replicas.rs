@@ -87,7 +87,7 @@ async fn measured(arguments: &[&str]) -> Found {
 #[tokio::test]
 async fn missing_sharing_is_detected_and_a_single_replica_is_not_reported() {
     let found = measured(&["--only", "limits", "--no-redis", "--replicas", "1,2"]).await;
-    assert!(!found.content, "a broken promise is a failure");
+    assert!(!found.content, "a violation is a failure");
     let mut seen = 0;
     for row in found.rows() {
         let excess = number(row, "excess, tokens");

@@ -147,7 +147,7 @@ async fn key_cost_and_endpoint_can_be_chosen() {
     );
     let seen = quota.checks().pop().expect("a check").body;
     assert_eq!(seen, json!({"key": "qk_1", "cost": 1}));
-    // Quota would reject this cost, and no limit is as high.
+    // Quota would reject this cost, and no limit is that high.
     let costly = app(builder(&quota).cost(|_| 1_000_001));
     let response = send(&costly, request("/orders/7")).await;
     assert_eq!(response.status, 429);
