@@ -154,7 +154,7 @@ response! {
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct CheckoutPage {
-        /// The URL to open in a browser. The page redirects back to the console afterward.
+        /// The URL to open in a browser. After checkout, the page redirects to the console.
         pub url: String,
         /// When the page expires.
         pub expires_at: Timestamp,

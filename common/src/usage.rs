@@ -35,9 +35,9 @@ response! {
     /// Requests and their cost. Each request counts once. Its cost is 1 unless the caller sends a different cost.
     #[derive(Debug, Copy, Eq, Default)]
     pub struct UsageCounts {
-        /// Requests that were allowed.
+        /// Number of allowed requests.
         pub allowed: u64,
-        /// Requests that were denied.
+        /// Number of denied requests.
         pub rejected: u64,
         /// Total cost of the allowed requests, as counted against quotas.
         pub allowed_cost: u64,
@@ -62,9 +62,9 @@ response! {
         pub plan_id: Option<PlanId>,
         /// Whether this group combines all groups that are not listed.
         pub other: bool,
-        /// Requests that were allowed.
+        /// Number of allowed requests.
         pub allowed: u64,
-        /// Requests that were denied.
+        /// Number of denied requests.
         pub rejected: u64,
         /// Total cost of the allowed requests, as counted against quotas.
         pub allowed_cost: u64,
@@ -91,9 +91,9 @@ response! {
         pub name: Option<String>,
         /// Whether this group combines all groups that are not listed.
         pub other: bool,
-        /// Requests that were allowed.
+        /// Number of allowed requests.
         pub allowed: u64,
-        /// Requests that were denied.
+        /// Number of denied requests.
         pub rejected: u64,
         /// Total cost of the allowed requests, as counted against quotas.
         pub allowed_cost: u64,
