@@ -77,7 +77,7 @@ export async function actions(world) {
   await my.heading("Create plan").waitFor();
   assert.equal(await dialog.locator("#name").inputValue(), "", "a new plan does not start with the last duplicate");
   assert.equal(await dialog.locator(".toast").count(), 1, "the message is in the dialog, not behind it");
-  // The message covers no button of the dialog, at any size of the window.
+  // The message does not cover the dialog's buttons at any window size.
   for (const [width, height] of [[320, 568], [390, 844], [768, 600], [1280, 800]]) {
     await page.setViewportSize({ width, height });
     const box = await toast.boundingBox();
@@ -186,7 +186,7 @@ export async function actions(world) {
   await toast.getByText("Token ID copied").waitFor();
   assert.equal(await page.evaluate(() => navigator.clipboard.readText()), token.id);
 
-  // A message covers no button of a row, although the rows fill the window.
+  // A message does not cover any row's buttons, even if the rows fill the window.
   for (let at = 1; at <= 16; at += 1) await my.api("POST", "/admin/plans", { name: `Plan ${at}`, default_rpm: 60 });
   await page.goto(`${base}/console/plans`);
   await my.choose("Pro", "Copy ID");

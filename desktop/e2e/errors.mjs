@@ -10,7 +10,7 @@ export async function errors(world) {
   await my.registered("Errors");
   const dialog = page.locator("dialog[open]");
 
-  // Without a plan, a new key is unavailable, and the page says why.
+  // Until there is a plan, no key can be created, and the page says why.
   await my.navigate("API keys").click();
   await page.getByText("Create a plan first.").waitFor();
   assert.ok(await my.button("Create key").isDisabled());
@@ -72,7 +72,7 @@ export async function errors(world) {
   await page.getByLabel("I've saved this key").check();
   await my.button("Done").click();
 
-  // The list shows the use of the key without a reload of the page.
+  // The list shows when the key was last used, without a reload of the page.
   await page.getByRole("row", { name: /App .*just now/ }).waitFor();
 
   // The key's page shows its limits, and updates its last use.

@@ -38,7 +38,7 @@ export async function tour(world) {
   await my.heading("No plans yet").waitFor();
   await my.inspect("plans-empty");
 
-  // Scripts cannot read any token. The CSRF token is random, so it may contain their prefixes.
+  // Scripts cannot read any token. The CSRF token is random, so it may contain the tokens' prefixes.
   const readable = await page.evaluate(() => JSON.stringify([document.cookie, { ...localStorage }, { ...sessionStorage }]));
   assert.ok(!/eyJ[\w-]+\.|qr_[0-9A-Za-z]{38}/.test(readable), readable);
   const cookies = await my.context.cookies();

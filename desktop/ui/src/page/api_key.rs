@@ -210,7 +210,7 @@ fn TrySection(id: ApiKeyId, loader: Loader<ApiKey>, on_sent: Callback<()>) -> im
             pasted.get()
         }
     });
-    // Requests with a different key, pasted by mistake, would be charged to that key.
+    // Requests with a different key, pasted by mistake, would count against that key's limits.
     let mistake = move || {
         let key = loader.ready()?;
         let pasted = pasted.get();
