@@ -8,7 +8,7 @@
 #                                                                     psql and tar
 #
 # No server may be running. Restore the secrets first, and start the servers afterward: they apply newer migrations, and
-# write the usage in the backup to the database. No usage is counted twice, even if the servers' own directories in
+# write the backup's usage to the database. No usage is counted twice, even if the servers' own directories in
 # QUOTA_DATA_DIR/usage still exist: their files are kept, and missing files are added from the backup. If the script is
 # interrupted, run it again.
 set -euo pipefail

@@ -12,5 +12,5 @@ ALTER TABLE server_secrets
     ADD CONSTRAINT server_secrets_first_session_secret_id_length
         CHECK (octet_length(first_session_secret_id) = 16) NOT VALID;
 COMMENT ON COLUMN server_secrets.first_session_secret_id IS
-    'The secret in use when sessions started to record their secret, in the form of sessions.secret_id. Sessions without a recorded secret are refreshed only while it is accepted';
+    'The secret in use when sessions started to record their secret, in the form of sessions.secret_id. Sessions without a recorded secret are refreshed only while this secret is accepted';
 GRANT UPDATE (first_session_secret_id) ON server_secrets TO quota_system;

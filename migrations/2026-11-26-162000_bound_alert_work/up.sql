@@ -7,7 +7,7 @@ ALTER TABLE quota_alert_progress
     ADD COLUMN until_seq bigint,
     ADD COLUMN after_key uuid,
     ADD CONSTRAINT quota_alert_progress_part_together CHECK ((until_seq IS NULL) = (after_key IS NULL));
-COMMENT ON COLUMN quota_alert_progress.until_seq IS 'The position up to which keys are being checked; NULL: none are';
+COMMENT ON COLUMN quota_alert_progress.until_seq IS 'The position up to which keys are being checked; NULL if no keys are being checked';
 COMMENT ON COLUMN quota_alert_progress.after_key IS 'The last key that was checked up to until_seq';
 
 ALTER TABLE webhook_deliveries

@@ -122,7 +122,7 @@ impl std::fmt::Debug for Config {
 #[derive(Clone)]
 pub struct StripeSettings {
     pub secret_key: SecretString,
-    /// The accepted webhook secrets. There are two while one replaces the other.
+    /// The accepted webhook secrets. There are two during a rotation.
     pub webhook_secrets: Vec<SecretString>,
     /// The base URL of the Stripe API, without a trailing slash. `None` means Stripe's own API.
     pub api_base: Option<String>,

@@ -73,7 +73,7 @@ fn has_recent_caddy() -> bool {
     })
 }
 
-/// The programs that a deployment as in production requires.
+/// The programs that a production-like deployment requires.
 pub(crate) const PRODUCTION: [Need; 3] = [POSTGRES, REDIS, RECENT_CADDY];
 
 pub(crate) const NGINX: Need = Need {

@@ -51,8 +51,8 @@ enum Chore {
         #[arg(last = true)]
         arguments: Vec<OsString>,
     },
-    /// Build the server and run a deployment as in production on this machine: two replicas behind Caddy with
-    /// TLS, a private PostgreSQL, Redis, and demo data in ./.quota/up
+    /// Build the server and run a production-like deployment on this machine: two replicas behind Caddy with TLS, a
+    /// private PostgreSQL, Redis, and demo data in ./.quota/up
     Up {
         /// Options, such as `--replicas N` and `--port N`; `--help` lists them
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]

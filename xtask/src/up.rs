@@ -1,4 +1,4 @@
-//! `cargo xtask up`: a deployment as in production, on this machine and without containers. See
+//! `cargo xtask up`: a production-like deployment on this machine, without containers. See
 //! `xtask/bench/src/production`.
 
 use std::{ffi::OsString, os::unix::process::CommandExt as _, process::Command, process::ExitCode};

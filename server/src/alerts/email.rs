@@ -65,7 +65,7 @@ pub struct Written {
 
 impl Alerts {
     /// Stores emails about alerts that have not been sent, at most `per_hour` emails per hour for all tenants combined.
-    /// Other alerts wait. 0 means no limit.
+    /// Further alerts wait. If `per_hour` is 0, there is no limit.
     pub async fn write_emails(&self, public_url: &str, per_hour: u32) -> Result<Written, DbError> {
         let tenants = self
             .db

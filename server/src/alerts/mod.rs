@@ -7,10 +7,10 @@
 //! restart, by another replica, or after a change of the plan or time zone.
 //!
 //! **Used amounts.** The rollups contain the exact cost of allowed requests. The ledger counts the tokens that replicas
-//! have taken, which can exceed the cost by up to 1% of the quota, and by more after a crash. Therefore, the ledger
-//! selects the quotas to check, and the rollups determine how much of them is used. A quota also counts as used up if
-//! all of its tokens are taken and it has denied a request. Without metering, there are no rollups, and only the ledger
-//! is used.
+//! have taken, which can exceed the cost by up to 1% of the quota, and by more after a crash. Therefore, the ledger is
+//! used to select the quotas to check, and the rollups are used to determine how much of each quota has been used. A
+//! quota also counts as used up if all of its tokens are taken and it has denied a request. Without metering, there are
+//! no rollups, and only the ledger is used.
 
 pub mod email;
 

@@ -192,8 +192,8 @@ fn all_policies(policies: &Policies, decision: &Decision) -> HeaderValue {
     value(policy_field(policies, Some(decision), decision.tenant_monthly).as_bytes())
 }
 
-/// Returns the key's policies: `q` requests per `w` seconds. A month has no `w`, because its length varies. For a
-/// window that a change of time zone has shortened, uses the window's own length and quota.
+/// Returns the key's policies: `q` requests per `w` seconds. A monthly policy has no `w`, because the length of a month
+/// varies. For a window that a change of time zone has shortened, uses the window's own length and quota.
 fn policy_field(
     policies: &Policies,
     decision: Option<&Decision>,

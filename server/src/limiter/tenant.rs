@@ -3,7 +3,7 @@
 //! A tenant's quota is checked before the store decides on the key's policies. A request first reserves its cost from
 //! the tenant's quota, and spends or releases the reservation after the store's decision. So the cost is taken from
 //! both the tenant and the key, or from neither. Each replica holds a block of the quota, as for a key's own quotas, in
-//! a [`KeyTable`] with one entry per tenant. The same guarantees apply.
+//! a [`KeyTable`] with one entry per tenant, with the same guarantees.
 //!
 //! A request counts in the month in which its tokens were reserved, even if the request is decided at the beginning of
 //! the next month.

@@ -23,7 +23,7 @@
 //! | `sync.rs` | `fdatasync` for groups of records |
 //! | `shipper.rs` | batches, cursors, and directories of replicas that have exited |
 //! | `time.rs` | the time of events |
-//! | `denials.rs` | the log line of a denial, and how many denials a tenant records while the backlog is long |
+//! | `denials.rs` | the log line of a denial, and how many denials of a tenant are recorded while the backlog is long |
 //!
 //! This module does not depend on HTTP. While PostgreSQL is unreachable, segments grow up to `QUOTA_USAGE_BACKLOG_MAX`.
 //! While the disk is full or read-only, decisions cannot be recorded, so no decisions are made.
@@ -123,7 +123,8 @@ enum Space {
     /// Metering is off.
     Unneeded,
     Reserved(ReservedRecord),
-    /// The tenant may not record more denials at the moment, so a denied request leaves the space for other requests.
+    /// No more denials of the tenant are recorded at the moment, so a denied request leaves the space for other
+    /// requests.
     Reusable(ReusableSpace),
 }
 

@@ -1,4 +1,4 @@
-//! Space that requests share while their tenant may not record more denials.
+//! Space that requests share while no more denials of their tenant are recorded.
 //!
 //! Like any other request, a request of such a tenant needs space before its decision. But the request is probably
 //! denied, and then no record is written. If each of these requests left void space behind, that space would fill the

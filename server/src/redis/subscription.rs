@@ -121,7 +121,7 @@ async fn connect(
         .map_err(|_| ConnectError::Late(limit))?
 }
 
-/// Forwards messages until the connection ends, does not respond to a probe, or delivers messages faster than they are
+/// Forwards messages until the connection ends, a probe gets no response, or messages arrive faster than they are
 /// consumed.
 async fn forward(
     sink: &mut PubSubSink,

@@ -14,7 +14,7 @@ pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 pub(super) const PROGRESS: u32 = 1024;
 /// The maximum number of tracked requests. h2 rejects or ignores requests above its own limit.
 const REMEMBERED: usize = 2 * CONCURRENT_STREAMS as usize;
-/// The bytes that a request uses in addition to its head and body, for its tasks and its response head.
+/// The memory, in bytes, that a request uses for its tasks and its response head, in addition to its own head and body.
 const REQUEST: usize = 4 * 1024;
 
 const DATA: u8 = 0;

@@ -39,16 +39,17 @@ pub struct Timeouts {
 pub struct Limits {
     pub connections: usize,
     /// The maximum number of connections per IPv4 address or IPv6 /64, not counting connections that have
-    /// authenticated. An address may have up to twice as many if the additional connections are less than a second old.
+    /// authenticated. An address can have up to twice as many if the additional connections are less than a second old.
     /// 0 means no limit.
     pub per_address: usize,
-    /// The same limit per IPv4 /24 or IPv6 /56. An IPv6 /48 may have twice as many.
+    /// The maximum number of connections per IPv4 /24 or IPv6 /56, counted in the same way. An IPv6 /48 can have twice
+    /// as many.
     pub per_network: usize,
     /// Networks that are exempt from both limits, because many clients share each of their addresses.
     pub trusted_proxies: Vec<IpNet>,
     /// How many bytes requests may use on all connections that have not authenticated.
     pub memory: usize,
-    /// The same limit per connection.
+    /// How many bytes requests may use on one connection that has not authenticated.
     pub memory_per_connection: usize,
 }
 

@@ -16,9 +16,9 @@
 //! A connection counts toward the limit for its address, and toward a higher limit for its network, until a valid API
 //! key or service token is received on the connection. A gateway, or many clients behind one address, may therefore
 //! have as many connections as the total allows. At the limit for an address or network, a new connection replaces the
-//! oldest silent connection, the connection that has been idle the longest, or the oldest connection without a complete
-//! request. During its first second, a connection is not closed for this reason, because its request may be in transit.
-//! Instead, an address may have up to twice as many connections during that second.
+//! oldest connection on which nothing has been received, the connection that has been idle the longest, or the oldest
+//! connection without a complete request. During its first second, a connection is not replaced in this way, because
+//! its request may be in transit. Instead, an address can have up to twice as many connections during that second.
 //!
 //! The total memory used by requests on connections that have not authenticated is limited. Above that limit, the table
 //! closes the connections that use the most memory, starting with the address that uses the most in total.
@@ -320,8 +320,8 @@ impl Table {
         }
     }
 
-    /// Closes a connection to make room for one from `newcomer`. An address with few connections does not lose one to
-    /// an address with many.
+    /// Closes a connection to make room for one from `newcomer`. An address with few connections does not lose a
+    /// connection to an address with many.
     fn make_room(&self, open: &mut Open, newcomer: Option<IpAddr>) -> bool {
         let now = Instant::now();
         let waiting = open

@@ -228,7 +228,7 @@ async fn connection_that_sends_nothing_is_closed(way: Way) {
     assert!(ended >= HEADER * 9 / 10, "{ended:?}");
 }
 
-/// Sends the beginning of a request, and then a byte at a time.
+/// Sends the beginning of a request, and then the rest one byte at a time.
 async fn slow_first_request_is_closed_for_any_protocol(way: Way) {
     for (first, rest) in [
         ("P", "OST / HT"),
@@ -399,7 +399,7 @@ async fn direct_responses_that_are_not_read_are_bounded() {
     assert!(began.elapsed() < HEADER * 30, "{sent} bytes were accepted");
 }
 
-/// Sends the requests in two parts, split at every possible place. Returns the responses each time.
+/// Sends the requests in two parts, split at every possible place, and passes the responses to `check` each time.
 async fn in_two_parts(requests: &[u8], mut check: impl FnMut(&str)) {
     for middle in 0..requests.len() {
         let mut stream = connect_by(Way::Direct).await;

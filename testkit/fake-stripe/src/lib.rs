@@ -113,7 +113,7 @@ impl FakeStripe {
         self.with(|state| state.call(&call))
     }
 
-    // Events at Stripe ----------------------------------------------------------------------------
+    // Changes at Stripe ---------------------------------------------------------------------------
 
     /// Returns the fake's time in seconds since the Unix epoch.
     pub fn now(&self) -> i64 {

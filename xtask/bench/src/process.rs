@@ -95,8 +95,8 @@ impl Server {
         Ok(server)
     }
 
-    /// Starts `quota serve` with default settings: an embedded database in a temporary directory, and the log in a file
-    /// there. `settings` are additional environment variables.
+    /// Starts `quota serve` with default settings: an embedded database in a temporary directory, with the log in the
+    /// same directory. `settings` are additional environment variables.
     pub(crate) fn quota(
         binary: &Path,
         directives: &str,

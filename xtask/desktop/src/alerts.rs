@@ -33,7 +33,7 @@ pub struct Alerts {
 }
 
 impl Alerts {
-    /// Checks an alert on a desktop without a notification service, and then one with the service.
+    /// Checks an alert on a desktop without a notification service, and then an alert on a desktop with this service.
     pub async fn check(page: &App, world: &World, server: &str) -> Result<Self> {
         let key = create_key(page).await?;
         let display = world.display()?;

@@ -24,7 +24,7 @@ pub enum Code {
     /// Quota could not be reached, and the layer passes on requests in that case. Nothing is known about the key.
     #[serde(skip)]
     Unchecked,
-    /// A reason for a denial that this version does not know.
+    /// A denial reason that is unknown to this version of the crate.
     #[serde(other)]
     Other,
 }

@@ -1,9 +1,10 @@
 //! Streams decisions as server-sent events.
 //!
-//! A stream reads the log by position, which is the order in which rows become visible. It contains the decisions that
-//! all replicas have shipped, and any replica can resume it. It holds only one batch at a time, and reads the next one
-//! after the client has read the current one. A client that falls too far behind receives the number of decisions it
-//! has missed. If a stream must end but its client does not read it to the end, the connection is closed.
+//! A stream reads the log by position, which is the order in which rows become visible. The stream contains the
+//! decisions that all replicas have shipped, and any replica can resume the stream. A stream holds only one batch at a
+//! time, and reads the next one after the client has read the current one. A client that falls too far behind receives
+//! the number of decisions it has missed. If a stream must end but its client does not read it to the end, the
+//! connection is closed.
 //!
 //! While PostgreSQL is unreachable, events are delayed.
 

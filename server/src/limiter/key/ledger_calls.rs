@@ -4,11 +4,11 @@
 //! time need only a few transactions on a few connections. Every call notifies its block when it ends, even if the call
 //! panics or the runtime shuts down.
 //!
-//! Takes are not retried: if one fails or is abandoned after the ledger has granted tokens, the tokens are lost until
-//! their window ends. Tokens to be returned are kept until the ledger has confirmed the return. A batch is retried with
-//! the same ID and applied at most once, so an outage or an ambiguous failure neither loses these tokens nor credits
-//! them twice. Tokens to be returned can be lost only when the process exits: if it is killed, or if draining runs out
-//! of time.
+//! Calls that take tokens (*takes*) are not retried: if one fails or is abandoned after the ledger has granted tokens,
+//! the tokens are lost until their window ends. Tokens to be returned are kept until the ledger has confirmed the
+//! return. A batch is retried with the same ID and applied at most once, so an outage or an ambiguous failure neither
+//! loses these tokens nor credits them twice. Tokens to be returned can be lost only when the process exits: if it is
+//! killed, or if draining runs out of time.
 
 use std::{
     pin::pin,
@@ -147,7 +147,7 @@ impl LedgerCalls {
         self.draining.load(Ordering::SeqCst)
     }
 
-    /// Stops starting takes, and cancels the queued takes.
+    /// Starts no more calls that take tokens, and cancels those that are queued.
     pub(in crate::limiter) fn begin_draining(self: &Arc<Self>) {
         self.draining.store(true, Ordering::SeqCst);
         let waiting: Vec<_> = {

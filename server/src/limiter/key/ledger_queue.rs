@@ -85,7 +85,7 @@ impl Queue {
         self.takers == 0 && self.returners == 0
     }
 
-    /// Returns whether there are takes to put into a batch.
+    /// Returns whether there are calls that take tokens to put into a batch.
     pub(super) fn has_takes(&self) -> bool {
         !self.urgent.is_empty() || (!self.ahead.is_empty() && !self.is_ahead_running)
     }

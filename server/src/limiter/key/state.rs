@@ -34,7 +34,7 @@ pub(in crate::limiter) struct KeyState {
     pub(in crate::limiter) tat: UnixNanos,
     /// Debt beyond that of an empty bucket, left over from a larger burst.
     beyond: Nanos,
-    /// When tokens were last taken from the bucket, or the plan was edited.
+    /// When tokens were last taken from the bucket or the plan was last edited, whichever is later.
     used_at: UnixNanos,
     /// Used by the distributed store.
     pub(in crate::limiter) lease: Option<Box<Lease>>,

@@ -160,7 +160,7 @@ pub(in crate::limiter) struct Block {
     /// Whether the ledger has responded in this window.
     known: bool,
     held: u64,
-    /// Tokens reserved for requests whose rate is still being decided. They are not part of `held`, and count as
+    /// Tokens reserved for requests whose rate limit is still being checked. They are not part of `held`, and count as
     /// consumed.
     reserved: u64,
     /// The ledger's count of used tokens. Includes `held`, but not the tokens that are owed.

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use super::{IDLE_ENOUGH, YOUNG};
 use crate::serve::connection::Connection;
 
-/// How many of the oldest connections without a request are checked for a silent one.
+/// How many of the oldest connections without a complete request are searched for a silent one.
 const SILENT_SEARCH: usize = 16;
 
 /// The level at which connections are counted; [`networks`] has the prefix lengths.
@@ -47,7 +47,7 @@ pub(super) struct Group {
 }
 
 impl Group {
-    /// Returns the oldest silent connection, if it is old enough.
+    /// Returns the oldest silent connection, on which nothing has been received, if the connection is old enough.
     pub(super) fn silent(&self, now: Instant) -> Option<u64> {
         self.old_and_waiting(now)
             .take(SILENT_SEARCH)

@@ -1,8 +1,8 @@
 //! Requests at a fixed rate through Caddy, and the outcome of each.
 //!
 //! Half of the requests are `POST /v1/check`, half are `GET /v1/echo`; half use the limited key, half use the other
-//! one. Requests are sent on schedule, whether or not earlier ones have completed, on kept connections. Only if all
-//! connections are in use does a request wait for one.
+//! one. Requests are sent on schedule, whether or not earlier ones have completed, on persistent connections. Only if
+//! all connections are in use does a request wait for one.
 
 use std::{
     error::Error,

@@ -1,5 +1,5 @@
-//! A deployment as in production, on one machine and without containers: PostgreSQL, Redis, several replicas, and
-//! Caddy with TLS in front of them, all on loopback.
+//! A production-like deployment on one machine, without containers: PostgreSQL, Redis, several replicas, and Caddy with
+//! TLS in front of them, all on loopback.
 //!
 //! Replicas listen on the same port of different loopback addresses, so that Caddy finds them as it does in production:
 //! as the addresses of one name.

@@ -49,7 +49,7 @@ pub(crate) struct Options {
     /// The directory of `initdb` and `postgres`
     #[arg(long)]
     programs: PathBuf,
-    /// The directory for a Caddy to download if there is no recent one
+    /// The directory to which Caddy is downloaded if no recent version is installed
     #[arg(long)]
     tools: PathBuf,
     /// The number of restarts with SIGTERM

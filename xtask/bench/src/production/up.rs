@@ -1,4 +1,5 @@
-//! `cargo xtask up`: a deployment as in production, for people to try. Processes that exit are restarted until Ctrl-C.
+//! `cargo xtask up`: a production-like deployment, for people to try out. Processes that exit are restarted until
+//! Ctrl-C.
 
 use std::{
     fs::{self, File},
@@ -33,7 +34,7 @@ pub(crate) struct Options {
     /// The directory of `initdb` and `postgres`
     #[arg(long)]
     programs: PathBuf,
-    /// The directory for a Caddy to download if there is no recent one
+    /// The directory to which Caddy is downloaded if no recent version is installed
     #[arg(long)]
     tools: PathBuf,
     /// The number of replicas

@@ -148,7 +148,7 @@ async fn saturated(
     Ok(())
 }
 
-/// Runs a closed loop on every replica.
+/// Runs a closed-loop load against every replica.
 fn hammer(stage: &Stage, keys: &[Key], time: Duration) -> Result<Statuses> {
     let request = echo(keys[0].text.to_str()?);
     thread::scope(|scope| {

@@ -115,7 +115,7 @@ impl Tenant {
         Ok(HeaderValue::from_str(&text(&made, "token")?)?)
     }
 
-    /// Creates a key on its own plan.
+    /// Creates a plan, and a key on this plan.
     pub(crate) async fn key_on(&self, server: SocketAddr, plan: &Plan) -> Result<Key> {
         let id = self.plan(server, plan).await?;
         self.key(server, &id).await

@@ -71,8 +71,9 @@ impl Block {
         now.abs_diff(self.answered_at) >= patience
     }
 
-    /// Begins a fetch at `now`, unless a fetch is in flight or there is nothing to do. Each order must be followed by
-    /// [`finish_fetch`](Self::finish_fetch), [`finish_return`](Self::finish_return) or [`fail`](Self::fail).
+    /// Begins a fetch at `now`, unless a fetch is in flight or there is nothing to do. Each [`LedgerOrder`] must be
+    /// followed by a call to [`finish_fetch`](Self::finish_fetch), [`finish_return`](Self::finish_return) or
+    /// [`fail`](Self::fail).
     pub(in crate::limiter) fn begin_fetch(
         &mut self,
         need: Need,
