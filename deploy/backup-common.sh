@@ -18,7 +18,7 @@ connect() {
     PGPASSWORD=$(printf '%b' "${BASH_REMATCH[3]//%/\\x}")
     export PGPASSWORD
   elif [[ $database =~ [pP][aA][sS][sS][wW][oO][rR][dD][[:space:]]*= || $database =~ ^[a-z]+://[^/?]*:[^/?]*@ ]]; then
-    fail "write the password as in postgres://user:password@host/database, or set PGPASSFILE: it would be visible in the list of processes"
+    fail "write the password as in postgres://user:password@host/database, or set PGPASSFILE: otherwise, the password would be visible in the list of processes"
   fi
   verify_certificate
   if [ -n "$database" ] && [ -n "${QUOTA_DATA_DIR:-}" ]; then
@@ -94,7 +94,7 @@ archive_usage() {
     tar --create --sparse --ignore-failed-read --warning=no-file-changed --warning=no-file-removed \
       --directory "$QUOTA_DATA_DIR" usage || [ $? = 1 ]
   else
-    [ -n "${QUOTA_DATA_DIR:-}" ] || echo "warning: without QUOTA_DATA_DIR, usage that is not in the database yet is missing" >&2
+    [ -n "${QUOTA_DATA_DIR:-}" ] || echo "warning: without QUOTA_DATA_DIR, usage that is not in the database yet is missing from the backup" >&2
     tar --create --files-from /dev/null
   fi
 }

@@ -51,7 +51,7 @@ for id in $("${compose[@]}" ps --quiet quota); do
     sleep 1
   done
   if [ "$(health "$id")" != healthy ]; then
-    echo "$id did not become healthy; the old replicas keep running. Its log:" >&2
+    echo "$id did not become healthy; the old replicas keep running. The log of $id:" >&2
     docker logs --tail 20 "$id" >&2
     for new in $("${compose[@]}" ps --quiet quota); do
       is_old "$new" || { docker stop --time 30 "$new"; docker rm "$new"; } > /dev/null

@@ -29,12 +29,12 @@ CREATE INDEX usage_log_key_id_idx ON usage_log (tenant_id, key_id, seq);
 CREATE INDEX usage_log_request_id_idx ON usage_log (tenant_id, request_id, seq);
 COMMENT ON TABLE usage_log IS 'One row for each decision on a known key. Partitioned by day in UTC';
 COMMENT ON COLUMN usage_log.seq IS
-    'Position in the tenant''s log: without gaps, and visible in this order. See usage_tenants';
+    'Position in the tenant''s log. Positions have no gaps, and rows become visible in their order. See usage_tenants';
 COMMENT ON COLUMN usage_log."timestamp" IS 'When the request was decided, according to PostgreSQL''s clock';
 COMMENT ON COLUMN usage_log.event_id IS 'The record''s ID, which is the same no matter how often the record is sent';
 COMMENT ON COLUMN usage_log.plan_id IS 'The key''s plan at that time';
 COMMENT ON COLUMN usage_log.billing IS 'The plan''s billing at that time';
-COMMENT ON COLUMN usage_log.cost IS 'The cost of the request if it is admitted';
+COMMENT ON COLUMN usage_log.cost IS 'The cost of the request, which is taken only if the request is admitted';
 COMMENT ON COLUMN usage_log.policy IS 'The policy that denied the request; NULL if the request was admitted, or was denied while capacity was reduced';
 COMMENT ON COLUMN usage_log.endpoint IS 'As sent by the caller; empty if none was sent';
 

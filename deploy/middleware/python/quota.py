@@ -165,7 +165,7 @@ class QuotaMiddleware:
         await self.app(scope, receive, send_with_headers)
 
     async def check(self, scope: Scope, key: str, cost: int) -> tuple[dict[str, Any], str | None]:
-        """Returns Quota's decision, and the ID under which Quota logs it."""
+        """Returns Quota's decision, and the ID under which Quota logs the decision."""
         check: dict[str, Any] = {"key": key, "cost": cost}
         endpoint = "".join(it for it in self.endpoint(scope) or "" if it.isprintable())[:128]
         if endpoint:

@@ -42,7 +42,7 @@ pub(crate) enum CheckError {
     /// The key's plan denies all requests while Redis is unreachable.
     #[error("Quota cannot check this key's limits")]
     Closed,
-    #[error("the response is not a decision of Quota")]
+    #[error("the response is not a decision by Quota")]
     NotADecision,
 }
 
