@@ -37,7 +37,7 @@ response! {
         /// Whether API keys on plans marked `paid` currently work.
         pub paid_plans_work: bool,
         /// When keys on plans marked `paid` will stop working: when the subscription is canceled, or when the grace
-        /// period after a failed payment ends. `null` if neither is scheduled.
+        /// period after a failed payment ends. `null` if no end is scheduled.
         pub access_ends_at: Option<Timestamp>,
         /// When the trial ends and the first payment is due.
         pub trial_ends_at: Option<Timestamp>,
